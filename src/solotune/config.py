@@ -1,0 +1,513 @@
+"""The run's configuration: every key, its type, its default, its one line of help, in one place.
+
+Names are the ones the ecosystem already types (TRL's and Hugging Face's); the defaults are the walkthrough's recipe:
+QLoRA with NF4 and double quantisation, r=16 on q,k,v,o. A config is a YAML file plus `key=value` overrides:
+
+    load_config("run.yaml", ["learning_rate=1e-4", "lora_target_modules=all-linear"])
+
+Everything is checked here, once, in the user's own words: unknown keys are errors with a suggestion, other tools'
+spellings are recognised and refused by name, and all mistakes of a file are reported together with their lines.
+Behind this door the values are trusted. What it does not do: look at the machine. Values that depend on it
+(`optim` without CUDA, bf16 on an old CPU) are settled in `environment.settle`, each with its reason.
+
+YAML is read as version 1.2 (`2e-4` is a number, `on` is a word), duplicate keys are refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from solotune.errors import InputError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+MAX_CONFIG_BYTES = 1 << 20  # a config is a page of text; anything larger is the wrong file
+
+SECTIONS = ("model", "adapter", "data", "training", "evaluation", "run")
+
+
+class Choice(NamedTuple):
+    """A value that was chosen for the user, and why: printed at the start of a run and saved with it."""
+
+    key: str
+    value: object
+    because: str
+
+
+def _in(section: str, **limits: Any) -> Any:
+    return Field(json_schema_extra={"section": section}, **limits)
+
+
+class RunConfig(BaseModel):
+    """One run, fully described. Frozen: what was validated is what runs."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    # --- model
+    model_name_or_path: str = _in("model", min_length=1)
+    """Model id on the hub, or a local folder with config.json, safetensors and tokenizer."""
+    model_revision: str = _in("model", default="main", min_length=1)
+    """Branch, tag or commit of a hub model."""
+    base_precision: Literal["nf4", "bf16", "fp32"] = _in("model", default="nf4")
+    """How the frozen base is stored: nf4 (4 bits, QLoRA), bf16 or fp32."""
+    bnb_4bit_quant_type: Literal["nf4"] = _in("model", default="nf4")
+    """The 4-bit data type."""
+    bnb_4bit_use_double_quant: bool = _in("model", default=True)
+    """Quantise the quantisation constants too: 4.13 instead of 4.5 bits a weight."""
+    bnb_4bit_compute_dtype: Literal["bfloat16", "float32"] | None = _in("model", default=None)
+    """What 4-bit weights are expanded to for a matmul; empty: bfloat16 with `bf16: true`, else float32."""
+    attn_implementation: Literal["sdpa", "eager"] = _in("model", default="sdpa")
+    """Attention code of transformers: sdpa (flash where it can) or eager (plain)."""
+
+    # --- adapter
+    lora_r: PositiveInt = _in("adapter", default=16)
+    """Rank of the LoRA update."""
+    lora_alpha: float = _in("adapter", default=32.0, gt=0)
+    """LoRA scale: the update is multiplied by alpha / r."""
+    lora_dropout: Fraction = _in("adapter", default=0.05)
+    """Dropout on the input of the adapter path, training only."""
+    lora_target_modules: list[str] | Literal["all-linear"] = _in(
+        "adapter", default=["q_proj", "k_proj", "v_proj", "o_proj"]
+    )
+    """Names of the linear layers that get an adapter, or all-linear."""
+    use_rslora: bool = _in("adapter", default=False)
+    """Scale by alpha / sqrt(r) instead (rank-stabilised LoRA)."""
+
+    # --- data
+    dataset: str | list[str] = _in("data")
+    """Hub id, or local file(s): jsonl, json, csv, parquet."""
+    dataset_config: str | None = _in("data", default=None)
+    """Configuration (subset) name of a hub dataset."""
+    dataset_revision: str | None = _in("data", default=None)
+    """Branch, tag or commit of a hub dataset."""
+    dataset_split: str = _in("data", default="train", min_length=1)
+    """Split, slices as in datasets: `train_sft[:5000]`, `train[10%:20%]`."""
+    eval_dataset: str | list[str] | None = _in("data", default=None)
+    """Your own validation rows, hub id or files; empty: a part of `dataset` is held out."""
+    eval_dataset_split: str = _in("data", default="train", min_length=1)
+    """Split of `eval_dataset`, with slices."""
+    validation_size: float | int = _in("data", default=0.05)
+    """Held out for validation: a share below 1, or a number of rows; 0 for none."""
+    split_by: str | None = _in("data", default=None)
+    """Key of a row; rows that share its value stay on one side of the split."""
+    chat_template_path: str | None = _in("data", default=None)
+    """A Jinja chat template file, for a tokenizer that has none or to replace its own."""
+    max_length: int = _in("data", default=2048, ge=8)
+    """Longest row in tokens; what is longer is cut at the end, and counted."""
+    assistant_only_loss: bool = _in("data", default=True)
+    """Learn only assistant turns with their end-of-turn token; false: every token."""
+
+    # --- training
+    num_train_epochs: float = _in("training", default=3.0, gt=0)
+    """Passes over the training rows."""
+    max_steps: int = _in("training", default=-1)
+    """Optimizer steps; overrides `num_train_epochs` where it is above 0."""
+    per_device_train_batch_size: PositiveInt = _in("training", default=4)
+    """Rows in one forward pass."""
+    gradient_accumulation_steps: PositiveInt = _in("training", default=8)
+    """Forward passes summed into one optimizer step."""
+    gradient_checkpointing: bool = _in("training", default=True)
+    """Recompute each layer in backward instead of keeping its activations."""
+    optim: Literal["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch"] = _in(
+        "training", default="paged_adamw_8bit"
+    )
+    """Optimizer; the 8-bit and paged ones are bitsandbytes' and need CUDA."""
+    learning_rate: float = _in("training", default=2e-4, gt=0)
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = _in(
+        "training", default="cosine"
+    )
+    """Shape of the learning rate after warm-up."""
+    warmup_ratio: Fraction = _in("training", default=0.0)
+    """Share of all steps in which the rate rises from 0."""
+    warmup_steps: int = _in("training", default=0, ge=0)
+    """The same as a number of steps; overrides `warmup_ratio` where it is above 0."""
+    weight_decay: float = _in("training", default=0.0, ge=0)
+    """AdamW's decoupled weight decay on the adapter."""
+    adam_beta1: Fraction = _in("training", default=0.9)
+    """Decay of AdamW's first moment."""
+    adam_beta2: Fraction = _in("training", default=0.999)
+    """Decay of AdamW's second moment."""
+    adam_epsilon: float = _in("training", default=1e-8, gt=0)
+    """Term added to AdamW's denominator."""
+    max_grad_norm: float = _in("training", default=1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    bf16: bool = _in("training", default=True)
+    """Compute in bfloat16; false: float32."""
+    seed: int = _in("training", default=42, ge=0)
+    """Seed of adapter initialisation, row order, dropout and the held-out split."""
+
+    # --- evaluation
+    eval_strategy: Literal["epoch", "steps", "no"] = _in("evaluation", default="epoch")
+    """When the held-out loss is measured during training (it always is at the end)."""
+    eval_steps: PositiveInt | None = _in("evaluation", default=None)
+    """Steps between two evaluations; setting it means `eval_strategy: steps`."""
+    per_device_eval_batch_size: PositiveInt = _in("evaluation", default=8)
+    """Rows in one evaluation pass."""
+    num_samples: int = _in("evaluation", default=3, ge=0)
+    """Held-out prompts answered by base and tuned model for a person to read."""
+    max_new_tokens: PositiveInt = _in("evaluation", default=128)
+    """Longest answer generated for a sample or in chat."""
+
+    # --- run
+    output_dir: str | None = _in("run", default=None, min_length=1)
+    """The run directory; empty: runs/<config name>-<date>-<time>."""
+    logging_steps: PositiveInt = _in("run", default=25)
+    """Steps between two printed lines (metrics.jsonl has every step)."""
+    save_strategy: Literal["epoch", "steps", "no"] = _in("run", default="epoch")
+    """When a checkpoint is saved (the adapter always is at the end)."""
+    save_steps: PositiveInt | None = _in("run", default=None)
+    """Steps between two checkpoints; setting it means `save_strategy: steps`."""
+    save_total_limit: PositiveInt | None = _in("run", default=None)
+    """Checkpoints to keep, newest first; empty: all."""
+    resume_from_checkpoint: str | None = _in("run", default=None, min_length=1)
+    """A checkpoint folder to continue from (`--resume` finds the newest by itself)."""
+    use_cpu: bool = _in("run", default=False)
+    """Run on the CPU even where there is a GPU."""
+
+    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+    _name: str = PrivateAttr(default="run")
+
+    @property
+    def name(self) -> str:
+        """The config file's name without its ending; `run` where the config did not come from a file."""
+        return self._name
+
+    def source_of(self, key: str) -> str:
+        """Where a value came from: `default`, `demo.yaml line 12`, `command line`, `python` or `machine`."""
+        return self._sources.get(key, "default")
+
+    def replaced(self, source: str, **values: Any) -> RunConfig:
+        """A validated copy with some values changed; `source` is recorded for each changed key."""
+        copy = RunConfig.model_validate({**self.model_dump(), **values})
+        copy._sources = {**self._sources, **dict.fromkeys(values, source)}
+        copy._name = self._name
+        return copy
+
+    @field_validator("validation_size")
+    @classmethod
+    def _size(cls, size: float | int) -> float | int:
+        if isinstance(size, float) and not 0 <= size < 1:
+            raise ValueError("a share from 0 up to but not including 1 (0.05), or a whole number of rows (200)")
+        if size < 0:
+            raise ValueError("0 or more")
+        return size
+
+    @field_validator("max_steps")
+    @classmethod
+    def _steps(cls, steps: int) -> int:
+        if steps != -1 and steps < 1:
+            raise ValueError("-1 (use num_train_epochs) or at least 1")
+        return steps
+
+    @field_validator("dataset", "eval_dataset", "lora_target_modules")
+    @classmethod
+    def _not_empty(cls, value: Any) -> Any:
+        if value is not None and (not value or any(not item for item in value)):
+            raise ValueError("at least one name, and no empty ones")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        given = self.model_fields_set
+        if self.eval_dataset is not None and "validation_size" in given and self.validation_size:
+            raise ValueError(
+                "eval_dataset and validation_size: both are set; remove one (your own validation rows, or a held-out part)"
+            )
+        dtype = "bfloat16" if self.bf16 else "float32"
+        if self.bnb_4bit_compute_dtype not in (None, dtype):
+            raise ValueError(
+                f"bf16 and bnb_4bit_compute_dtype: bf16: {str(self.bf16).lower()} computes in {dtype}, but "
+                f"bnb_4bit_compute_dtype is {self.bnb_4bit_compute_dtype}; make them agree or remove one"
+            )
+        for what in ("eval", "save"):
+            steps, strategy = getattr(self, f"{what}_steps"), getattr(self, f"{what}_strategy")
+            if steps is not None and f"{what}_strategy" in given and strategy != "steps":
+                raise ValueError(
+                    f"{what}_strategy and {what}_steps: {what}_steps: {steps} needs {what}_strategy: steps, not {strategy}"
+                )
+            if steps is None and strategy == "steps":
+                raise ValueError(f"{what}_strategy: steps needs {what}_steps")
+        return self
+
+    def every(self, what: Literal["eval", "save"], steps_per_epoch: int) -> int | None:
+        """Steps between two evaluations or saves; None for never."""
+        steps, strategy = getattr(self, f"{what}_steps"), getattr(self, f"{what}_strategy")
+        return steps if steps is not None else {"epoch": steps_per_epoch, "no": None}[strategy]
+
+
+# Other tools' words for our keys (Axolotl, LLaMA-Factory, ms-swift, Unsloth, Soup, TRL): refused by name.
+FOREIGN_KEYS = {
+    "model": "model_name_or_path",
+    "base_model": "model_name_or_path",
+    "base": "model_name_or_path",
+    "model_id": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "revision": "model_revision",
+    "datasets": "dataset",
+    "dataset_name": "dataset",
+    "train_file": "dataset",
+    "local_dataset": "dataset",
+    "dataset_train_split": "dataset_split",
+    "split": "dataset_split",
+    "validation_file": "eval_dataset",
+    "sequence_len": "max_length",
+    "cutoff_len": "max_length",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "micro_batch_size": "per_device_train_batch_size",
+    "batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "grad_accum": "gradient_accumulation_steps",
+    "num_epochs": "num_train_epochs",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
+    "gradient_clipping": "max_grad_norm",
+    "lora_rank": "lora_r",
+    "rank": "lora_r",
+    "r": "lora_r",
+    "alpha": "lora_alpha",
+    "lora_target": "lora_target_modules",
+    "target_modules": "lora_target_modules",
+    "lora_target_linear": "lora_target_modules",
+    "val_set_size": "validation_size",
+    "val_size": "validation_size",
+    "val_split": "validation_size",
+    "test_size": "validation_size",
+    "split_dataset_ratio": "validation_size",
+    "train_on_inputs": "assistant_only_loss",
+    "train_on_prompt": "assistant_only_loss",
+    "train_on_responses_only": "assistant_only_loss",
+    "completion_only_loss": "assistant_only_loss",
+    "chat_template": "chat_template_path",
+    "chat_template_jinja": "chat_template_path",
+    "quantization": "base_precision",
+    "quantization_bit": "base_precision",
+    "quant_bits": "base_precision",
+    "load_in_8bit": "base_precision",
+    "double_quantization": "bnb_4bit_use_double_quant",
+    "use_bnb_nested_quant": "bnb_4bit_use_double_quant",
+    "evaluation_strategy": "eval_strategy",
+    "output": "output_dir",
+    "activation_checkpointing": "gradient_checkpointing",
+    "torch_dtype": "bf16",
+    "dtype": "bf16",
+    "no_cuda": "use_cpu",
+}
+
+REFUSED_KEYS = {
+    "trust_remote_code": "solotune never runs code that comes with a model or a dataset; remove the line",
+    "device_map": "solotune trains on one device (CUDA where there is one, or use_cpu: true); remove the line",
+    "fp16": "training is in bfloat16 or float32 (bf16: true/false); remove the line",
+}
+
+
+def load_config(source: str | Path | Mapping[str, Any] | RunConfig, overrides: Iterable[str] = ()) -> RunConfig:
+    """Reads and checks a config.
+
+    Args:
+        source: path of a YAML file, a mapping of keys, or a config that is already checked.
+        overrides: `key=value` strings; the value is read as YAML.
+
+    Raises:
+        InputError: with every mistake found, each with its file and line or `command line`.
+    """
+    if isinstance(source, RunConfig):
+        values, sources, name = source.model_dump(exclude_unset=True), dict(source._sources), source.name
+    elif isinstance(source, Mapping):
+        values, sources, name = dict(source), dict.fromkeys(source, "python"), "run"
+    else:
+        path = Path(source).expanduser()
+        values, sources = _read_file(path)
+        name = path.stem
+    for text in overrides:
+        key, equals, raw = text.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise InputError(
+                "command line: an override is not of the form key=value", seen=text, allowed="learning_rate=1e-4"
+            )
+        values[key], sources[key] = _plain(_yaml(raw, f"command line, {key}")), "command line"
+    _take_alias(values, sources)
+    _fill_in(values, sources)
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise _explained(error, values, sources) from None
+    config._sources, config._name = sources, name
+    return config
+
+
+def _yaml(text: str, where: str) -> Any:
+    """The parsed text; a mapping keeps ruamel's `.lc`, which knows each key's line."""
+    try:
+        return YAML(typ="rt").load(io.StringIO(text))
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f" line {mark.line + 1}" if mark is not None and "\n" in text else ""
+        raise InputError(f"{where}{line}: not valid YAML", seen=error.problem, change="mend the syntax") from None
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid YAML", seen=str(error).split("\n")[0]) from None
+
+
+def _plain(node: Any) -> Any:
+    """ruamel's annotated containers and scalars as plain Python values."""
+    if isinstance(node, Mapping):
+        return {key: _plain(value) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [_plain(item) for item in node]
+    for kind in (bool, int, float, str):
+        if isinstance(node, kind):
+            return kind(node)
+    return node
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    example = "solotune init MODEL DATA writes one to start from"
+    if not path.is_file():
+        what = "is a folder, not a config file" if path.is_dir() else "no such config file"
+        raise InputError(f"{path}: {what}", seen=f"looked in {Path.cwd()}", change=example)
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise InputError(f"{path}: too large for a config", seen=f"{path.stat().st_size:,} bytes", allowed="1 MiB")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text", seen=f"byte {error.start}: {error.reason}") from None
+    loaded = _yaml(text, str(path))
+    if not isinstance(loaded, Mapping):
+        raise InputError(
+            f"{path}: a config is lines of `key: value`", seen="a list" if isinstance(loaded, list) else loaded if loaded else "empty", change=example
+        )
+    values, sources = {}, {}
+    for key, value in loaded.items():
+        values[str(key)] = _plain(value)
+        sources[str(key)] = f"{path.name} line {loaded.lc.key(key)[0] + 1}"
+    return values, sources
+
+
+def _take_alias(values: dict[str, Any], sources: dict[str, str]) -> None:
+    """`load_in_4bit: true` is the one accepted alias: it means `base_precision: nf4`."""
+    if "load_in_4bit" not in values:
+        return
+    alias, where = values.pop("load_in_4bit"), sources.pop("load_in_4bit", "python")
+    if alias is not True or values.get("base_precision", "nf4") != "nf4":
+        raise InputError(
+            f"{where}: load_in_4bit is only an alias for base_precision: nf4",
+            seen=f"load_in_4bit: {alias}" + (f", base_precision: {p}" if (p := values.get("base_precision")) else ""),
+            allowed="load_in_4bit: true, alone",
+            change="use base_precision: nf4, bf16 or fp32",
+        )
+    values["base_precision"], sources["base_precision"] = "nf4", where
+
+
+def _fill_in(values: dict[str, Any], sources: dict[str, str]) -> None:
+    """What one key implies for another, so that a saved config loads again as it is."""
+    for key, cause, implied in (
+        ("eval_strategy", "eval_steps", "steps"),
+        ("save_strategy", "save_steps", "steps"),
+        ("validation_size", "eval_dataset", 0),
+    ):
+        stronger = sources.get(cause) == "command line" != sources.get(key)
+        if values.get(cause) is not None and (key not in values or stronger):
+            values[key], sources[key] = implied, f"because {cause} is set"
+
+
+def _explained(error: ValidationError, values: Mapping[str, Any], sources: Mapping[str, str]) -> InputError:
+    """All mistakes of a config in the user's words, one line each; branches of a union folded into one."""
+    lines: dict[str, str] = {}
+    for detail in error.errors():
+        key = str(detail["loc"][0]) if detail["loc"] else ""
+        where = f"{sources.get(key, 'config')}, {key}" if key in sources else key
+        lines.setdefault(key, f"{where}: {_mistake(key, detail, values)}".removeprefix(": "))
+    listed = list(lines.values())
+    if len(listed) == 1:
+        return InputError(listed[0])
+    return InputError(f"the config has {len(listed)} mistakes:\n  " + "\n  ".join(listed))
+
+
+def _mistake(key: str, detail: ErrorDetails, values: Mapping[str, Any]) -> str:
+    kind = detail["type"]
+    if kind == "missing":
+        return f"missing; {field_help(key)}"
+    if kind == "extra_forbidden":
+        if key in REFUSED_KEYS:
+            return REFUSED_KEYS[key]
+        near = FOREIGN_KEYS.get(key) or next(iter(difflib.get_close_matches(key, RunConfig.model_fields, 1)), None)
+        return "unknown key" + (f"; did you mean {near}? ({field_help(near)})" if near else "")
+    if not detail["loc"]:
+        return detail["msg"].removeprefix("Value error, ")
+    seen = values[key]
+    return f"{seen!r} ({type(seen).__name__}) is not allowed; allowed: {allowed_values(key)}"
+
+
+def field_help(key: str) -> str:
+    """The one line of help of a key."""
+    return RunConfig.model_fields[key].description or ""
+
+
+def allowed_values(key: str) -> str:
+    """What a key accepts, in words: `a whole number, at least 1`."""
+    special = {
+        "validation_size": "a share from 0 up to but not including 1 (0.05), or a whole number of rows (200)",
+        "max_steps": "-1 (use num_train_epochs) or a whole number, at least 1",
+    }
+    if key in special:
+        return special[key]
+    return _in_words(RunConfig.model_json_schema()["properties"][key])
+
+
+def _in_words(schema: Mapping[str, Any]) -> str:
+    if "anyOf" in schema:
+        return ", or ".join(_in_words(branch) for branch in schema["anyOf"])
+    if "const" in schema:
+        return str(schema["const"])
+    if "enum" in schema:
+        return ", ".join(map(str, schema["enum"]))
+    if schema["type"] == "array":
+        return "a list of names"
+    words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text", "null": "empty"}
+    limits = {
+        "minimum": "at least",
+        "exclusiveMinimum": "above",
+        "maximum": "at most",
+        "exclusiveMaximum": "below",
+    }
+    return ", ".join([words[schema["type"]]] + [f"{text} {schema[k]:g}" for k, text in limits.items() if k in schema])
+
+
+def section_of(key: str) -> str:
+    """The heading a key stands under in `solotune init` and in the docs."""
+    extra = RunConfig.model_fields[key].json_schema_extra
+    assert isinstance(extra, dict)
+    return str(extra["section"])
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole config as YAML, each value with where it came from: loads again as the same config."""
+    lines: list[str] = []
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = True
+    yaml.width = 10_000
+    for section in SECTIONS:
+        lines.append(f"{'' if not lines else chr(10)}# {section}")
+        for key in RunConfig.model_fields:
+            if section_of(key) != section:
+                continue
+            buffer = io.StringIO()
+            yaml.dump({key: getattr(config, key)}, buffer)
+            text = buffer.getvalue().strip().removeprefix("{").removesuffix("}")
+            lines.append(f"{text}  # {config.source_of(key)}")
+    return "\n".join(lines) + "\n"

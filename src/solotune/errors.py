@@ -1,0 +1,108 @@
+"""Every way a command can fail, with its exit code.
+
+One table, printed in the docs and tested: a shell script or a scheduler may branch on these numbers, so a code never
+changes its meaning. An error a user can mend says four things: what is wrong and where, the value that was seen, what
+is allowed, and what to change. Anything that is not a `SolotuneError` is a bug of ours and exits with 1.
+"""
+
+from __future__ import annotations
+
+
+class SolotuneError(Exception):
+    """An expected failure: the message is for the user and no traceback is shown.
+
+    Args:
+        problem: one sentence, starting with the place (`chats.jsonl, line 17: ...`) where there is one.
+        seen: the offending value, as the user wrote it.
+        allowed: what would have been accepted.
+        change: the one thing to do about it.
+    """
+
+    exit_code = 1
+    meaning = "a bug of solotune"
+
+    def __init__(
+        self, problem: str, *, seen: object = None, allowed: str | None = None, change: str | None = None
+    ) -> None:
+        self.problem, self.seen, self.allowed, self.change = problem, seen, allowed, change
+        super().__init__(problem)
+
+    def __str__(self) -> str:
+        rows = (("seen", self.seen), ("allowed", self.allowed), ("change", self.change))
+        return "\n".join([self.problem] + [f"  {name + ':':9}{text}" for name, text in rows if text is not None])
+
+    def to_json(self) -> dict[str, object]:
+        """The same four parts for `--json`."""
+        parts = {"problem": self.problem, "seen": self.seen, "allowed": self.allowed, "change": self.change}
+        return {"error": {"exit_code": self.exit_code, "meaning": self.meaning, **parts}}
+
+
+class InputError(SolotuneError):
+    """The config, the data or the model folder is not usable as it stands."""
+
+    exit_code = 2
+    meaning = "bad input: config, data or model"
+
+
+class CheckError(SolotuneError):
+    """A check said no: doctor, a plan that does not fit, a leak."""
+
+    exit_code = 3
+    meaning = "a check said no"
+
+
+class DirectoryInUseError(SolotuneError):
+    """Another process is writing this run directory, or it already holds a run."""
+
+    exit_code = 4
+    meaning = "the run directory is in use"
+
+
+class IntegrityError(SolotuneError):
+    """A file is not what the run recorded: changed data, damaged checkpoint, wrong base."""
+
+    exit_code = 5
+    meaning = "a file is not what the run recorded"
+
+
+class NonFiniteError(SolotuneError):
+    """The loss or a gradient is NaN or infinite; raised before the optimizer step, so the weights are still good."""
+
+    exit_code = 6
+    meaning = "loss or gradient is not finite"
+
+
+class DeviceError(SolotuneError):
+    """The accelerator failed: out of memory, lost, or in a state that only a new process mends."""
+
+    exit_code = 7
+    meaning = "the device failed"
+
+
+class StorageError(SolotuneError):
+    """A write failed: disk full, read-only, quota, I/O error."""
+
+    exit_code = 8
+    meaning = "a write failed"
+
+
+INTERRUPTED_EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
+
+EXIT_CODES: dict[int, str] = {
+    0: "done",
+    1: SolotuneError.meaning,
+    **{
+        kind.exit_code: kind.meaning
+        for kind in (
+            InputError,
+            CheckError,
+            DirectoryInUseError,
+            IntegrityError,
+            NonFiniteError,
+            DeviceError,
+            StorageError,
+        )
+    },
+    130: "interrupted (Ctrl-C), checkpoint saved",
+    143: "terminated (SIGTERM), checkpoint saved",
+}
