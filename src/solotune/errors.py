@@ -86,7 +86,14 @@ class StorageError(SolotuneError):
     meaning = "a write failed"
 
 
-INTERRUPTED_EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
+class InterruptedRunError(SolotuneError):
+    """Ctrl-C or a scheduler's SIGTERM: the step in hand was finished and saved."""
+
+    meaning = "interrupted, checkpoint saved"
+
+    def __init__(self, signal_number: int, problem: str, run: object) -> None:
+        super().__init__(problem, change=f"continue with: solotune train {run}/config.yaml output_dir={run} --resume")
+        self.exit_code = 128 + signal_number
 
 EXIT_CODES: dict[int, str] = {
     0: "done",

@@ -1,0 +1,55 @@
+"""Where a model's files are: a local folder as it is, a hub id through huggingface_hub's own cache.
+
+Tokens, caches, revisions and the offline switch are huggingface_hub's (`HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE`). Only
+the files that are read are fetched: safetensors, JSON, the tokenizer and its templates; never Python, never pickles.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from solotune.config import RunConfig
+from solotune.errors import InputError
+
+FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+NOT_FILES = ["*/*", "consolidated*"]  # other formats of the same weights beside Mistral's and Meta's
+
+
+def looks_local(name: str) -> bool:
+    """Whether a model or dataset name can only mean a path."""
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or Path(name).expanduser().exists()
+
+
+def model_folder(config: RunConfig) -> Path:
+    """The folder with the files of `model_name_or_path`, downloaded where it is a hub id.
+
+    Raises:
+        InputError: no such folder or model, no access to it, or no connection.
+    """
+    name = config.model_name_or_path
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    where = f"{config.source_of('model_name_or_path')}, model_name_or_path"
+    if path.is_file():
+        raise InputError(f"{where}: this is a file", seen=name, allowed="a model folder, or a model id on the hub")
+    if looks_local(name):
+        raise InputError(f"{where}: no such folder", seen=f"{name} (from {Path.cwd()})", change="check the path")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=config.model_revision, allow_patterns=FILES, ignore_patterns=NOT_FILES))
+    except GatedRepoError:
+        change = "ask for access on the model's page, then `hf auth login` or set HF_TOKEN"
+        raise InputError(f"{where}: access to this model must be granted first", seen=name, change=change) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        allowed = "a model id such as meta-llama/Llama-3.1-8B-Instruct, or a local folder"
+        change = "check the spelling; for a private model set HF_TOKEN"
+        raise InputError(f"{where}: no such model or folder", seen=name, allowed=allowed, change=change) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise InputError(
+            f"{where}: the model is not in the cache and cannot be downloaded",
+            seen=f"{name}: {str(error).strip().split(chr(10))[0]}",
+            change="check the connection (HF_HUB_OFFLINE is off?), or name a local folder",
+        ) from None

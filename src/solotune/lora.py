@@ -1,0 +1,209 @@
+"""LoRA, the whole method (Hu et al. 2021, arXiv 2106.09685): learn a low-rank correction of a frozen layer.
+
+    y = W x + s * B A dropout(x)        A (r, in)  B (out, r)  s = alpha / r   (rsLoRA: alpha / sqrt(r))
+
+         x ---------> W (frozen) ---------+--> y
+          \\-> dropout -> A -> B -> * s --/
+
+A starts as PyTorch's linear init (Kaiming uniform, a = sqrt 5) and B as zero, so an untrained adapter changes nothing and
+A's first gradient is exactly zero: both are PEFT's conventions, and so are the file format and the key names, which is
+what lets `adapter/` load in stock PEFT. A and B are float32 whatever the model computes in (a bfloat16 parameter loses
+most of a 2e-5 update to rounding) and are cast to the activations' dtype for their matmuls.
+
+What it does not do: train biases, embeddings or the head; merge.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from solotune.config import RunConfig
+from solotune.errors import InputError
+from solotune.linear import FrozenLinear
+
+
+USUAL_RANKS = tuple(2**k for k in range(10))  # 1 to 512
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear with its adapter: `lora_A` (r, in_features) and `lora_B` (out_features, r), float32."""
+
+    def __init__(self, base: FrozenLinear, r: int, scaling: float, dropout: float, device: torch.device) -> None:
+        super().__init__()
+        self.base = base
+        self.scaling, self.dropout = scaling, dropout
+        self.enabled = True
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device, dtype=torch.float32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.base(x)
+        if not self.enabled:
+            return y
+        h = F.dropout(x, self.dropout, self.training)
+        return y + F.linear(F.linear(h, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.scaling
+
+
+def attach(model: nn.Module, config: RunConfig, device: torch.device) -> dict[str, LoraLinear]:
+    """Puts an adapter on every frozen linear that the config names.
+
+    A name matches a module as in PEFT: the whole dotted name, or its end after a dot. Initial values depend only on
+    `config.seed` and the order of the layers.
+
+    Returns: dotted module name -> its `LoraLinear`, in model order.
+    Raises:
+        InputError: a name that matches no linear layer.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
+    wanted = config.lora_target_modules
+    targets = list(linears) if wanted == "all-linear" else _matching(linears, wanted, config)
+    scaling = config.lora_alpha / (math.sqrt(config.lora_r) if config.use_rslora else config.lora_r)
+    generator = torch.Generator().manual_seed(config.seed)
+    adapted: dict[str, LoraLinear] = {}
+    for name in targets:
+        layer = LoraLinear(linears[name], config.lora_r, scaling, config.lora_dropout, device)
+        bound = 1 / math.sqrt(layer.lora_A.shape[1])  # kaiming_uniform with a = sqrt(5), for fan_in = in_features
+        initial = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
+        layer.lora_A.data.copy_(initial)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)
+        adapted[name] = layer
+    return adapted
+
+
+def _matching(linears: Mapping[str, FrozenLinear], wanted: list[str] | str, config: RunConfig) -> list[str]:
+    hits = {target: [n for n in linears if n == target or n.endswith(f".{target}")] for target in wanted}
+    if missing := [target for target, names in hits.items() if not names]:
+        raise InputError(
+            f"{config.source_of('lora_target_modules')}, lora_target_modules: "
+            f"{', '.join(missing)} matches no linear layer of this model",
+            seen=", ".join(wanted),
+            allowed=f"{', '.join(leaf_names(linears))}, or all-linear",
+            change=f"lora_target_modules: [{', '.join(leaf_names(linears))}]",
+        )
+    chosen = set(itertools.chain.from_iterable(hits.values()))
+    return [name for name in linears if name in chosen]
+
+
+def leaf_names(names: Mapping[str, object]) -> list[str]:
+    """The distinct last parts of dotted names, in model order: q_proj, k_proj, ..."""
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within it the model is its frozen base, bit for bit."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+def state_dict(adapted: Mapping[str, LoraLinear]) -> dict[str, torch.Tensor]:
+    """The adapter under PEFT's key names, float32 on the CPU."""
+    return {
+        f"base_model.model.{name}.{part}.weight": getattr(layer, part).detach().cpu().contiguous()
+        for name, layer in adapted.items()
+        for part in ("lora_A", "lora_B")
+    }
+
+
+def load_state_dict(adapted: Mapping[str, LoraLinear], tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Fills the adapter, strictly.
+
+    Raises:
+        InputError: a missing or extra key, or another shape: the file belongs to another model or config.
+    """
+    expected = {key: tensor.shape for key, tensor in state_dict(adapted).items()}
+    for key in sorted(expected.keys() ^ tensors.keys()):
+        raise InputError(
+            f"{where}: the adapter does not fit this model and config",
+            seen=f"{key} is {'missing' if key in expected else 'unknown'}",
+            allowed=f"{len(expected)} tensors such as {next(iter(expected), 'none')}",
+        )
+    for name, layer in adapted.items():
+        for part in ("lora_A", "lora_B"):
+            key = f"base_model.model.{name}.{part}.weight"
+            if tensors[key].shape != expected[key]:
+                raise InputError(
+                    f"{where}: the adapter does not fit this model and config",
+                    seen=f"{key} has shape {tuple(tensors[key].shape)}",
+                    allowed=f"shape {tuple(expected[key])}",
+                )
+            getattr(layer, part).data.copy_(tensors[key])
+
+
+def peft_config(config: RunConfig, adapted: Mapping[str, LoraLinear], model: nn.Module) -> str:
+    """`adapter_config.json` as PEFT reads it.
+
+    `target_modules` are last names where those select exactly the adapted layers, else whole dotted names.
+    """
+    leaves = leaf_names(adapted)
+    selected = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (LoraLinear, FrozenLinear, nn.Linear, nn.Embedding))
+        and name.rpartition(".")[2] in leaves
+        and not name.endswith(".base")
+    }
+    fields: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.model_name_or_path,
+        "revision": config.model_revision,
+        "r": config.lora_r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "use_rslora": config.use_rslora,
+        "target_modules": sorted(leaves if selected == set(adapted) else adapted),
+        "bias": "none",
+        "fan_in_fan_out": any(layer.base.transposed for layer in adapted.values()),
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    return json.dumps(fields, indent=2) + "\n"
+
+
+def trainable_count(shapes: Mapping[str, tuple[int, int]], r: int) -> int:
+    """Parameters of rank-r adapters on layers of these (out, in) shapes: r * (in + out) each."""
+    return sum(r * (i + o) for o, i in shapes.values())
+
+
+def explain_count(
+    count: int, shapes: Mapping[str, tuple[int, int]], ranks: Collection[int] = USUAL_RANKS
+) -> list[tuple[int, list[str]]]:
+    """Which (r, target modules) have exactly `count` trainable parameters on this model.
+
+    A count printed in a tutorial or a log says what was really trained: 20,971,520 on the Llama-3.1-8B shape is not
+    r=16 on q,k,v,o (13,631,488) but r=8 on all seven linears. Considered: all linears, the MLP's, and every combination
+    of attention projections.
+
+    Args:
+        count: the printed number.
+        shapes: dotted module name -> (out_features, in_features) of every linear layer.
+        ranks: the ranks to consider.
+    """
+    leaves = leaf_names(shapes)
+    attention = [leaf for leaf in leaves if any(leaf == n.rpartition(".")[2] and "att" in n for n in shapes)]
+    groups = [leaves, [leaf for leaf in leaves if leaf not in attention]]
+    groups += [list(some) for k in range(1, len(attention) + 1) for some in itertools.combinations(attention, k)]
+    found = []
+    for group in groups:
+        chosen = {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] in group}
+        per_rank = trainable_count(chosen, 1)
+        if per_rank and count % per_rank == 0 and count // per_rank in ranks:
+            found.append((count // per_rank, group))
+    return found

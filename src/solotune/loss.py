@@ -1,0 +1,90 @@
+"""Cross-entropy of the supervised tokens, without the logits of the others and never with all logits at once.
+
+    loss_n = logsumexp(z_n) - z_n[label_n]       z_n = head(h_n)      for supervised positions n only
+
+An 8B model's logits for 4 x 2,048 tokens are 2 GiB in bfloat16 and twice that again in float32; a chat row asks for the
+loss on perhaps a third of them. So prompt positions never reach the head, and the rest goes through it in chunks: the
+forward pass of a chunk also computes dloss_n/dh_n, which is all that backward needs (the head is frozen) and is as small
+as h. Losses come out one per token, so weighting, summing over rows and finding a bad row are the caller's.
+
+`token_losses_reference` is the definition: full logits and PyTorch's own cross-entropy.
+
+Shape legend: B rows, T tokens, N supervised tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+Head = Callable[[torch.Tensor], torch.Tensor]  # h_ND -> logits_NV
+
+MAX_CHUNK_LOGITS = 1 << 27  # 0.5 GiB in float32, 1,046 tokens at 128,256 words: larger chunks gain nothing measurable
+
+
+def supervised_hidden(hidden_BTD: torch.Tensor, input_ids_BT: torch.Tensor, supervised_BT: torch.Tensor):
+    """The hidden states that predict a supervised token, and those tokens: (h_ND, labels_N).
+
+    The state at t-1 predicts the token at t.
+    """
+    predicts = supervised_BT[:, 1:]
+    return hidden_BTD[:, :-1][predicts], input_ids_BT[:, 1:][predicts]
+
+
+def _chunk(h_ND: torch.Tensor, labels_N: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses and whether the label is the most likely token, of one chunk."""
+    logits_NV = head(h_ND).float()
+    return F.cross_entropy(logits_NV, labels_N, reduction="none"), logits_NV.argmax(-1) == labels_N
+
+
+class _ChunkedLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h_ND: torch.Tensor, labels_N: torch.Tensor, head: Head, chunk: int):
+        losses, hits, grads = [], [], []
+        for h_part, labels in zip(h_ND.split(chunk), labels_N.split(chunk), strict=True):
+            with torch.enable_grad():
+                h = h_part.detach().requires_grad_()
+                loss_N, hit_N = _chunk(h, labels, head)
+                (dh,) = torch.autograd.grad(loss_N.sum(), h)
+            losses.append(loss_N.detach())
+            hits.append(hit_N)
+            grads.append(dh)
+        ctx.save_for_backward(torch.cat(grads))
+        hits_N = torch.cat(hits)
+        ctx.mark_non_differentiable(hits_N)
+        return torch.cat(losses), hits_N
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor):
+        dloss_N = grad_outputs[0]
+        (dh_ND,) = ctx.saved_tensors
+        return (dh_ND * dloss_N[:, None]).to(dh_ND.dtype), None, None, None
+
+
+def token_losses(h_ND: torch.Tensor, labels_N: torch.Tensor, head: Head, vocab_size: int):
+    """Loss of each supervised token (float32, differentiable in h) and whether its label was the argmax.
+
+    Args:
+        h_ND: hidden states after the final norm, in the model's dtype.
+        labels_N: int64 token ids.
+        head: hidden states to logits; frozen.
+        vocab_size: V, which sets the size of a chunk.
+
+    Returns: (losses_N, hits_N).
+    """
+    if not len(labels_N):
+        return h_ND.sum(-1).float(), labels_N == 0
+    chunk = max(1, MAX_CHUNK_LOGITS // vocab_size)
+    if torch.is_grad_enabled() and h_ND.requires_grad:
+        return _ChunkedLosses.apply(h_ND, labels_N, head, chunk)
+    parts = [_chunk(h, labels, head) for h, labels in zip(h_ND.split(chunk), labels_N.split(chunk), strict=True)]
+    return torch.cat([losses for losses, _ in parts]), torch.cat([hits for _, hits in parts])
+
+
+def token_losses_reference(logits_BTV: torch.Tensor, input_ids_BT: torch.Tensor, supervised_BT: torch.Tensor):
+    """The same losses from whole logits, (losses_N,): the plain definition, differentiable by autograd."""
+    logits_NV, labels_N = supervised_hidden(logits_BTV, input_ids_BT, supervised_BT)
+    return F.cross_entropy(logits_NV.float(), labels_N, reduction="none")

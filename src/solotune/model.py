@@ -1,0 +1,437 @@
+"""A checkpoint on disk to a model that is ready to train: built empty, filled tensor by tensor, quantised as it arrives.
+
+    config.json -> the architecture on the meta device (no memory)
+    each tensor of the safetensors files -> device -> a linear's weight: quantised into a `FrozenLinear`
+                                                    -> anything else: kept in the compute dtype
+    adapters -> on the frozen linears that the config names
+
+So the peak while loading is the finished base plus one tensor. transformers is the model zoo: its modules run unchanged,
+only this instance's linears are replaced, and nothing is patched in the process. Which linears: every one but the output
+head, the same rule as bitsandbytes' integration, so the base is the one that PEFT users know.
+
+Checkpoints whose tensors must be renamed or merged for the architecture (mixtures of experts) are loaded by
+transformers' own loader on the CPU and moved over layer by layer; slower, and said.
+
+What it does not do: run code from a model folder (`trust_remote_code` is never on), read pickles, load checkpoints that
+are already quantised.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from solotune import lora, loss
+from solotune.batch import Batch
+from solotune.config import Choice, RunConfig
+from solotune.errors import InputError
+from solotune.hub import model_folder
+from solotune.linear import DenseWeight, FrozenLinear, NF4Weight
+
+STORAGE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class TrainableModel:
+    """The model with its adapters, and the one way to get losses out of it."""
+
+    module: PreTrainedModel
+    layers: nn.ModuleList
+    adapted: dict[str, lora.LoraLinear]
+    head: loss.Head
+    dtype: torch.dtype
+    device: torch.device
+    choices: list[Choice]
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        return [p for layer in self.adapted.values() for p in (layer.lora_A, layer.lora_B)]
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(p.numel() for p in self.trainable)
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Dotted name -> (out_features, in_features) of every frozen linear."""
+        return {
+            name.removesuffix(".base"): (module.out_features, module.in_features)
+            for name, module in self.module.named_modules()
+            if isinstance(module, FrozenLinear)
+        }
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters: the base as its checkpoint has it, and the adapters."""
+        frozen = sum(o * i for o, i in self.linear_shapes().values())
+        biases = sum(
+            m.bias_O.numel()
+            for m in self.module.modules()
+            if isinstance(m, FrozenLinear) and m.bias_O is not None
+        )
+        return frozen + biases + sum(p.numel() for p in self.module.parameters())
+
+    def token_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(losses_N, hits_N) of the batch's supervised tokens, in row order: see `loss.token_losses`."""
+        hidden = self.module.base_model(input_ids=batch.input_ids_BT, use_cache=False).last_hidden_state
+        h_ND, labels_N = loss.supervised_hidden(hidden, batch.input_ids_BT, batch.supervised_BT)
+        return loss.token_losses(h_ND, labels_N, self.head, self.module.config.get_text_config().vocab_size)
+
+
+def load_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> TrainableModel:
+    """Loads the base of `config` on `device` and attaches fresh adapters.
+
+    Args:
+        config: settled for this machine.
+        device: where the model will live.
+        dtype: of activations, norms, embeddings and head.
+
+    Raises:
+        InputError: no usable model there, a damaged or already quantised checkpoint, an architecture without a list
+            of decoder layers, or a target module that matches nothing.
+    """
+    folder = model_folder(config)
+    architecture = read_architecture(folder)
+    choices: list[Choice] = []
+    attention = config.attn_implementation
+    try:
+        module = _empty_model(architecture, folder, attention, dtype, device)
+    except _NoSuchAttention:
+        choices.append(Choice("attn_implementation", "eager", f"{architecture.model_type} has no {attention} attention"))
+        attention = "eager"
+        module = _empty_model(architecture, folder, attention, dtype, device)
+    files = weight_files(folder)
+    names = _match_names(module, files)
+    if names is None:
+        because = f"transformers renames or merges {architecture.model_type} tensors while loading"
+        choices.append(Choice("loader", "transformers, on the CPU first", because))
+        module = _load_with_transformers(folder, attention, dtype)
+    _fill(module, _tensors(files, names) if names is not None else _own_tensors(module), config, dtype, device)
+    _check_complete(module, folder)
+    module.requires_grad_(False)
+    _set_generation(module, folder)
+    layers = decoder_layers(module)
+    if config.gradient_checkpointing:
+        _checkpoint_layers(layers)
+    adapted = lora.attach(module, config, device)
+    head = _head_of(module)
+    _check_head(module, head, device)
+    return TrainableModel(module, layers, adapted, head, dtype, device, choices)
+
+
+def read_architecture(folder: Path) -> PreTrainedConfig:
+    """config.json of a model folder.
+
+    Raises:
+        InputError: it is missing, unknown to transformers, or of a checkpoint that is already quantised.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: no config.json, so this is not a model folder", allowed="a Hugging Face model folder")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        architecture = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno}: not valid JSON", seen=error.msg) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: transformers cannot read it", seen=str(error).strip().split("\n")[0]) from None
+    if "quantization_config" in raw:
+        method = raw["quantization_config"].get("quant_method", "unknown method")
+        raise InputError(
+            f"{path}: the checkpoint is already quantised",
+            seen=f"quantization_config: {method}",
+            allowed="16- or 32-bit weights, which solotune quantises itself",
+            change="name the original, unquantised model",
+        )
+    return architecture
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in order.
+
+    Raises:
+        InputError: there are none, or one that the index names is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
+            raise InputError(f"{index}: not a safetensors index (weight_map: tensor -> file)") from None
+        if outside := [name for name in names if Path(name).name != name]:
+            raise InputError(f"{index}: names a file outside the folder", seen=outside[0])
+    else:
+        names = [name for name in ("model.safetensors",) if (folder / name).is_file()]
+    if not names:
+        others = sorted(p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".gguf"})
+        raise InputError(
+            f"{folder}: no weights in safetensors",
+            seen=", ".join(others) or "no weight files",
+            allowed="*.safetensors; formats that can run code are not read",
+        )
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise InputError(f"{folder}: a weight file is missing", seen=missing[0], change="download the folder again")
+    return [folder / name for name in names]
+
+
+class _NoSuchAttention(Exception):
+    """The architecture lacks the attention implementation that was asked for."""
+
+
+def _empty_model(
+    architecture: PreTrainedConfig, folder: Path, attention: str, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The architecture with its parameters on the meta device and its computed buffers (rotary tables) real."""
+    try:
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(
+                architecture, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
+    except (ValueError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        if "does not support an attention implementation" in reason:
+            raise _NoSuchAttention from None
+        raise InputError(
+            f"{folder}: transformers has no causal language model for it",
+            seen=f"model_type {architecture.model_type}: {reason}",
+        ) from None
+    with torch.no_grad():
+        for part in module.modules():
+            computed = part._non_persistent_buffers_set & part._buffers.keys()
+            for name in computed:
+                if (buffer := part._buffers[name]) is not None and buffer.is_meta:
+                    part._buffers[name] = torch.empty_like(buffer, device=device)
+            if computed:
+                module._init_weights(part)  # fills the tables; parameters are still on meta and stay untouched
+    return module
+
+
+def _match_names(module: PreTrainedModel, files: list[Path]) -> dict[str, str] | None:
+    """Checkpoint tensor name -> name in the model; None where the two do not correspond one to one.
+
+    Files may lack or carry the prefix of the inner model (`transformer.` of GPT-2), may hold tables that are computed
+    (`rotary_emb.inv_freq`) and may lack tied weights.
+    """
+    wanted = set(module.state_dict(keep_vars=True))
+    tied = set(module.all_tied_weights_keys)
+    ignored = [*(module._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq$"]
+    prefix = module.base_model_prefix + "."
+    names: dict[str, str] = {}
+    for path in files:
+        with _opened(path) as file:
+            for key in file.keys():  # noqa: SIM118 - a safetensors handle, not a dict
+                name = next((n for n in (key, prefix + key, key.removeprefix(prefix)) if n in wanted), None)
+                if name is not None:
+                    names[key] = name
+                elif not any(re.search(pattern, key) for pattern in ignored):
+                    return None
+    return names if wanted - tied <= set(names.values()) else None
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file", seen=str(error)) from None
+
+
+def _tensors(files: list[Path], names: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in files:
+        with _opened(path) as file:
+            for key in file.keys():  # noqa: SIM118
+                if key in names:
+                    yield names[key], file.get_tensor(key)
+
+
+def _load_with_transformers(folder: Path, attention: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The way for checkpoints that must be converted; transformers fills gaps with random numbers, so gaps are refused."""
+    try:
+        module, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder}: the checkpoint does not load", seen=str(error).strip().split("\n")[0]) from None
+    for kind, words in (("missing_keys", "lacks"), ("unexpected_keys", "has, but the architecture does not know,")):
+        if names := sorted(found[kind]):
+            raise InputError(f"{folder}: the checkpoint {words} {len(names)} tensors", seen=", ".join(names[:3]))
+    return module
+
+
+def _own_tensors(module: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from list(module.state_dict().items())
+
+
+def _fill(
+    module: PreTrainedModel,
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    config: RunConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Sets every tensor where it belongs; linears become `FrozenLinear` once their weight has come."""
+    frozen = _frozen_linears(module)
+    biases: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors:
+        owner, _, leaf = name.rpartition(".")
+        expected = tuple(module.get_submodule(owner).state_dict(keep_vars=True)[leaf].shape) if owner not in frozen else None
+        if owner in frozen:
+            expected = tuple(getattr(frozen[owner], leaf).shape)
+        if tuple(tensor.shape) != expected or not tensor.is_floating_point():
+            raise InputError(
+                f"{config.model_name_or_path}: tensor {name} does not fit the architecture in config.json",
+                seen=f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}",
+                allowed=f"floating point {expected}",
+            )
+        tensor = tensor.to(device)
+        if owner not in frozen:
+            _set(module.get_submodule(owner), leaf, tensor.to(dtype))
+        elif leaf == "weight":
+            transposed = isinstance(frozen[owner], Conv1D)
+            storage = _store(tensor.T.contiguous() if transposed else tensor, config, dtype)
+            parent, _, last = owner.rpartition(".")
+            setattr(module.get_submodule(parent), last, FrozenLinear(storage, biases.get(owner), transposed))
+        else:
+            biases[owner] = tensor.to(dtype)
+            if isinstance(done := module.get_submodule(owner), FrozenLinear):
+                done.bias_O = biases[owner]
+    module.tie_weights()
+    for part in module.modules():  # what came with the module and is no parameter: buffers computed at build
+        for name, buffer in part._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                part._buffers[name] = buffer.to(device)
+
+
+def _frozen_linears(module: PreTrainedModel) -> dict[str, nn.Module]:
+    """Every linear but the output head."""
+    head = module.get_output_embeddings()
+    return {
+        name: part
+        for name, part in module.named_modules()
+        if isinstance(part, (nn.Linear, Conv1D)) and part is not head
+    }
+
+
+def _store(weight_OI: torch.Tensor, config: RunConfig, dtype: torch.dtype) -> DenseWeight | NF4Weight:
+    if config.base_precision == "nf4":
+        # Quantised from the compute dtype, as transformers + bitsandbytes do after loading with dtype=bfloat16.
+        return NF4Weight(weight_OI.to(dtype), config.bnb_4bit_use_double_quant)
+    return DenseWeight(weight_OI.to(STORAGE_DTYPES[config.base_precision]))
+
+
+def _set(owner: nn.Module, leaf: str, tensor: torch.Tensor) -> None:
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+def _check_complete(module: PreTrainedModel, folder: Path) -> None:
+    empty = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise InputError(f"{folder}: the checkpoint lacks {len(empty)} tensors", seen=", ".join(empty[:3]))
+
+
+def _set_generation(module: PreTrainedModel, folder: Path) -> None:
+    if (folder / "generation_config.json").is_file():
+        try:
+            module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder / 'generation_config.json'}: not readable", seen=str(error).split("\n")[0]) from None
+
+
+def decoder_layers(module: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers.
+
+    Raises:
+        InputError: the architecture has none of the length that its config says.
+    """
+    depth = module.config.get_text_config().num_hidden_layers
+    for part in module.base_model.modules():
+        if isinstance(part, nn.ModuleList) and len(part) == depth:
+            return part
+    raise InputError(
+        f"{module.config.model_type}: no list of {depth} decoder layers in this architecture",
+        allowed="a causal language model with one list of layers",
+    )
+
+
+def _checkpoint_layers(layers: nn.ModuleList) -> None:
+    """Each layer keeps only its input for backward and runs its forward again there (Chen et al. 2016, 1604.06174)."""
+    for layer in layers:
+        plain = layer.forward
+
+        def run(*args: Any, plain: Any = plain, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return plain(*args, **kwargs)
+            return checkpoint(plain, *args, use_reentrant=False, **kwargs)
+
+        layer.forward = functools.wraps(plain)(run)
+
+
+class _Hidden(tuple):
+    """A decoder's output that holds the last hidden state and answers None for whatever else a model may ask of it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[0] if name == "last_hidden_state" else None
+
+
+class _HiddenAsGiven(nn.Module):
+    """In the place of a decoder: hands its input embeddings through as the final hidden states."""
+
+    def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> _Hidden:
+        return _Hidden((inputs_embeds,))
+
+    @property
+    def decoder(self) -> nn.Module:
+        """OPT reaches through its inner model for the decoder."""
+        return self
+
+
+def _head_of(module: PreTrainedModel) -> loss.Head:
+    """Hidden states to logits exactly as the architecture does it: its own forward, with the decoder taken out.
+
+    Architectures scale, cap or shift their logits in their forward (Gemma's tanh cap, Cohere's and Granite's scale); this
+    takes all of it along without knowing any of it. The copy shares every tensor with `module`.
+    """
+    outer = copy.copy(module)
+    outer._modules = dict(module._modules)
+    outer._modules[module.base_model_prefix] = _HiddenAsGiven()
+
+    def head(h_ND: torch.Tensor) -> torch.Tensor:
+        return outer(inputs_embeds=h_ND[None], use_cache=False).logits[0]
+
+    return head
+
+
+@torch.no_grad()
+def _check_head(module: PreTrainedModel, head: loss.Head, device: torch.device) -> None:
+    """Logits through `head` must be the model's own, or the loss would be that of another model."""
+    vocab = module.config.get_text_config().vocab_size
+    ids = torch.arange(1, 6, device=device)[None] % vocab
+    module.eval()
+    own = module(input_ids=ids, use_cache=False).logits[0]
+    ours = head(module.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
+    if not torch.allclose(own, ours, rtol=1e-3, atol=1e-3):
+        raise InputError(
+            f"{module.config.model_type}: its logits are not a function of the last hidden state alone",
+            seen=f"largest difference {(own - ours).abs().max().item():.3g}",
+            allowed="a decoder followed by a head",
+        )

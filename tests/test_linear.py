@@ -1,0 +1,72 @@
+"""The frozen linears against bitsandbytes and plain PyTorch."""
+
+from __future__ import annotations
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+import torch.nn.functional as F
+from bitsandbytes.nn import Linear4bit, Params4bit
+
+from solotune.linear import DenseWeight, FrozenLinear, NF4Weight, stored_bytes
+
+SHAPES = [(64, 64), (96, 128), (5, 63), (3, 100), (1, 7)]  # some whose size is no multiple of a block, or odd
+
+
+def random_weight(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul_(0.05).to(dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_is_bit_equal_to_bitsandbytes(shape, double_quant, dtype):
+    weight = random_weight(shape, dtype)
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=double_quant)
+    theirs = bnb.dequantize_4bit(packed, state)
+    ours = NF4Weight(weight, double_quant)
+    assert torch.equal(ours.dense(dtype), theirs)
+    assert torch.equal(ours.dense_reference(dtype), theirs)
+
+
+def test_linear_equals_bitsandbytes_linear4bit_in_value_and_gradient():
+    weight = random_weight((96, 128))
+    theirs = Linear4bit(128, 96, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    theirs.weight = Params4bit(weight.clone(), requires_grad=False, quant_type="nf4").to("cpu")
+    ours = FrozenLinear(NF4Weight(weight, double_quant=True), None)
+    x = torch.randn(2, 7, 128)
+    x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y1, y2 = theirs(x1), ours(x2)
+    dy = torch.randn_like(y1)
+    y1.backward(dy)
+    y2.backward(dy)
+    assert torch.equal(y1, y2)
+    assert torch.equal(x1.grad, x2.grad)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gradient_is_that_of_the_plain_linear(with_bias):
+    weight, bias = random_weight((10, 6)), torch.randn(10) if with_bias else None
+    layer = FrozenLinear(DenseWeight(weight), bias)
+    x = torch.randn(3, 4, 6, dtype=torch.float32)
+    x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
+    dy = torch.randn(3, 4, 10)
+    F.linear(x1, weight, bias).backward(dy)
+    layer(x2).backward(dy)
+    torch.testing.assert_close(layer(x2), F.linear(x1, weight, bias), rtol=0, atol=0)
+    torch.testing.assert_close(x1.grad, x2.grad, rtol=1e-6, atol=1e-6)
+
+
+def test_backward_keeps_neither_input_nor_expanded_weight():
+    layer = FrozenLinear(NF4Weight(random_weight((64, 64)), True), None)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(torch.randn(5, 64, requires_grad=True))
+    assert saved == []
+
+
+def test_double_quantisation_stores_4_13_bits_a_weight():
+    weight = random_weight((1024, 1024))
+    bits = {double: 8 * stored_bytes(FrozenLinear(NF4Weight(weight, double), None)) / weight.numel() for double in (False, True)}
+    assert bits[False] == pytest.approx(4.5, abs=0.01)
+    assert bits[True] == pytest.approx(4.127, abs=0.015)  # the 256-entry code table is shared by few weights here

@@ -1,0 +1,142 @@
+"""The adapter: its arithmetic, its names, and its file, against PEFT."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import random_rows
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from solotune import checkpoint, lora
+from solotune.batch import collate
+from solotune.errors import InputError
+from solotune.model import load_model
+
+CPU = torch.device("cpu")
+
+# Llama-3.1-8B's linears: (out_features, in_features)
+SHAPE_8B = {
+    f"model.layers.{i}.{name}": shape
+    for i in range(32)
+    for name, shape in {
+        "self_attn.q_proj": (4096, 4096),
+        "self_attn.k_proj": (1024, 4096),
+        "self_attn.v_proj": (1024, 4096),
+        "self_attn.o_proj": (4096, 4096),
+        "mlp.gate_proj": (14336, 4096),
+        "mlp.up_proj": (14336, 4096),
+        "mlp.down_proj": (4096, 14336),
+    }.items()
+}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def load(config):
+    return load_model(config, CPU, torch.float32)
+
+
+def shake(model):
+    """Adapters that do something."""
+    generator = torch.Generator().manual_seed(1)
+    for layer in model.adapted.values():
+        layer.lora_B.data.normal_(0, 0.1, generator=generator)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen3", "gemma2", "phi", "gpt2", "mixtral"])
+@pytest.mark.parametrize("targets", ["all-linear", "attention"])
+def test_saved_adapter_loads_in_peft_and_gives_the_same_logits(family, targets, tiny_config, model_folder, tmp_path):
+    names = {"gpt2": ["c_attn"], "phi": ["q_proj", "dense"]}.get(family, ["q_proj", "v_proj"])
+    config = tiny_config(family, lora_target_modules=targets if targets == "all-linear" else names, use_rslora=True)
+    model = load(config)
+    shake(model)
+    checkpoint.write_adapter(
+        tmp_path, lora.state_dict(model.adapted), lora.peft_config(config, model.adapted, model.module)
+    )
+    base = AutoModelForCausalLM.from_pretrained(model_folder(family), dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(base, tmp_path).eval()
+    model.module.eval()
+    ids = torch.randint(3, 128, (2, 11), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model.module(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+        with lora.adapters_off(model.module):
+            off = model.module(ids).logits
+    assert not torch.allclose(off, theirs(ids).logits, atol=1e-3)  # the adapter matters, so equality above means something
+    adapted = {n for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
+    assert {name.removeprefix("base_model.model.") for name in adapted} == set(model.adapted)
+
+
+def test_an_untrained_adapter_changes_nothing_and_its_A_has_no_gradient(tiny_config):
+    model = load(tiny_config())
+    batch = collate(random_rows(2), CPU)
+    on, _ = model.token_losses(batch)
+    with lora.adapters_off(model.module):
+        off, _ = model.token_losses(batch)
+    assert torch.equal(on, off)
+    on.sum().backward()
+    assert all(layer.lora_A.grad.eq(0).all() for layer in model.adapted.values())
+
+
+def test_initial_values_have_pefts_distribution_and_follow_the_seed(tiny_config, model_folder):
+    base = AutoModelForCausalLM.from_pretrained(model_folder("llama"))
+    theirs = get_peft_model(base, LoraConfig(r=64, target_modules="all-linear"))
+    bound = {n: p.abs().max().item() for n, p in theirs.named_parameters() if "lora_A" in n}
+    ours = load(tiny_config(lora_r=64))
+    again, other = load(tiny_config(lora_r=64)), load(tiny_config(lora_r=64, seed=1))
+    for name, layer in ours.adapted.items():
+        peft_bound = bound[f"base_model.model.{name}.lora_A.default.weight"]
+        assert layer.lora_A.abs().max().item() == pytest.approx(peft_bound, rel=0.02)
+        assert torch.equal(layer.lora_A, again.adapted[name].lora_A)
+        assert not torch.equal(layer.lora_A, other.adapted[name].lora_A)
+
+
+def test_dropout_falls_on_the_adapter_path_only_and_keeps_the_mean(tiny_config):
+    layer = next(iter(load(tiny_config(lora_dropout=0.5)).adapted.values()))
+    layer.lora_B.data.normal_()
+    x = torch.ones(4000, layer.base.in_features)
+    layer.eval()
+    plain = layer(x) - layer.base(x)
+    layer.train()
+    dropped = layer(x) - layer.base(x)
+    assert not torch.equal(plain, dropped)
+    torch.testing.assert_close(dropped.mean(0), plain.mean(0), rtol=0.1, atol=0.1)
+
+
+def test_a_target_that_matches_nothing_is_refused_with_what_there_is(tiny_config):
+    with pytest.raises(InputError) as caught:
+        load(tiny_config("gpt2", lora_target_modules=["q_proj", "c_fc"]))
+    assert str(caught.value) == (
+        "python, lora_target_modules: q_proj matches no linear layer of this model\n"
+        "  seen:    q_proj, c_fc\n"
+        "  allowed: c_attn, c_proj, c_fc, or all-linear\n"
+        "  change:  lora_target_modules: [c_attn, c_proj, c_fc]"
+    )
+
+
+def test_a_foreign_adapter_is_refused(tiny_config):
+    model, other = load(tiny_config()), load(tiny_config(lora_r=8))
+    with pytest.raises(InputError, match="shape"):
+        lora.load_state_dict(model.adapted, lora.state_dict(other.adapted), "adapter")
+    tensors = lora.state_dict(model.adapted)
+    tensors.pop(next(iter(tensors)))
+    with pytest.raises(InputError, match="is missing"):
+        lora.load_state_dict(model.adapted, tensors, "adapter")
+
+
+def test_adapter_config_names_whole_modules_where_last_names_would_select_too_much(tiny_config):
+    config = tiny_config(lora_target_modules=["layers.0.self_attn.q_proj"])
+    model = load(config)
+    written = json.loads(lora.peft_config(config, model.adapted, model.module))
+    assert written["target_modules"] == ["model.layers.0.self_attn.q_proj"]
+
+
+def test_the_walkthroughs_count_is_not_its_recipe():
+    of = {n: s for n, s in SHAPE_8B.items() if n.rpartition(".")[2] in ATTENTION}
+    assert lora.trainable_count(of, 16) == 13_631_488
+    assert lora.trainable_count(SHAPE_8B, 8) == lora.trainable_count(SHAPE_8B, 16) / 2 == 20_971_520
+    assert (16, ATTENTION) in lora.explain_count(13_631_488, SHAPE_8B)
+    printed = lora.explain_count(20_971_520, SHAPE_8B)
+    assert (8, [*ATTENTION, "gate_proj", "up_proj", "down_proj"]) in printed
+    assert not any(r == 16 for r, _ in printed)

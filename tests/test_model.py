@@ -1,0 +1,169 @@
+"""Loading: any family, tensor by tensor, the same logits as transformers; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import FAMILIES, random_rows
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 - AutoTokenizer: import cost paid once
+
+from solotune.batch import collate
+from solotune.errors import InputError
+from solotune.linear import FrozenLinear
+from solotune.loss import token_losses_reference
+from solotune.model import load_model
+
+CPU = torch.device("cpu")
+
+
+def load(config):
+    return load_model(config, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_are_those_of_transformers_with_padding_and_mask(family, tiny_config, model_folder):
+    model = load(tiny_config(family))
+    model.module.eval()
+    reference = AutoModelForCausalLM.from_pretrained(model_folder(family), dtype=torch.float32).eval()
+    batch = collate(random_rows(5), CPU)
+    lengths = torch.tensor([len(row.input_ids) for row in batch.rows])
+    attention_mask = (torch.arange(batch.input_ids_BT.shape[1]) < lengths[:, None]).long()
+    with torch.no_grad():
+        ours, _ = model.token_losses(batch)
+        logits = reference(batch.input_ids_BT, attention_mask=attention_mask).logits
+        theirs = token_losses_reference(logits, batch.input_ids_BT, batch.supervised_BT)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
+    assert model.num_parameters - model.num_trainable == reference.num_parameters()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_adapter_gets_a_gradient(family, tiny_config):
+    model = load(tiny_config(family, gradient_checkpointing=True))
+    for layer in model.adapted.values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    losses, _ = model.token_losses(collate(random_rows(2), CPU))
+    losses.sum().backward()
+    assert model.adapted
+    for name, layer in model.adapted.items():
+        assert layer.lora_A.grad is not None and layer.lora_A.grad.abs().sum() > 0, name
+        assert layer.lora_B.grad is not None and layer.lora_B.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_checkpointing_changes_no_loss_and_no_gradient(family, tiny_config):
+    results = []
+    for checkpointing in (False, True):
+        model = load(tiny_config(family, gradient_checkpointing=checkpointing, lora_dropout=0.3))
+        torch.manual_seed(3)
+        losses, _ = model.token_losses(collate(random_rows(3), CPU))
+        losses.mean().backward()
+        results.append((losses.detach(), [layer.lora_B.grad for layer in model.adapted.values()]))
+    assert torch.equal(results[0][0], results[1][0])
+    for plain, recomputed in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=1e-6, atol=1e-7)
+
+
+def test_nf4_base_is_that_of_transformers_with_bitsandbytes(tiny_config, model_folder):
+    from transformers import BitsAndBytesConfig
+
+    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        model_folder("llama"), quantization_config=quantised, dtype=torch.float32, device_map={"": "cpu"}
+    )
+    ours = load(tiny_config("llama", base_precision="nf4"))
+    frozen = {n.removesuffix(".base"): m for n, m in ours.module.named_modules() if isinstance(m, FrozenLinear)}
+    four_bit = {n: m for n, m in theirs.named_modules() if type(m).__name__ == "Linear4bit"}
+    assert frozen.keys() == four_bit.keys()
+    from bitsandbytes.functional import dequantize_4bit
+
+    for name, layer in four_bit.items():
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        assert torch.equal(frozen[name].storage.dense(torch.float32), weight), name
+
+
+def test_only_this_instance_is_changed(tiny_config, model_folder):
+    from torch import nn
+    from transformers.models.llama import modeling_llama
+
+    before = (nn.Linear.forward, modeling_llama.LlamaDecoderLayer.forward, modeling_llama.LlamaForCausalLM.forward)
+    load(tiny_config("llama", gradient_checkpointing=True))
+    after = (nn.Linear.forward, modeling_llama.LlamaDecoderLayer.forward, modeling_llama.LlamaForCausalLM.forward)
+    assert before == after
+    untouched = AutoModelForCausalLM.from_pretrained(model_folder("llama"))
+    assert type(untouched.model.layers[0].self_attn.q_proj) is nn.Linear
+
+
+def damaged(tmp_path, folder, change):
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    change(copy)
+    return copy
+
+
+def edit_config(**values):
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return change
+
+
+def edit_weights(edit):
+    def change(folder):
+        tensors = load_file(folder / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return change
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+REFUSED = {
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json, so this is not a model folder"),
+    "config is not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json, line 1: not valid JSON"),
+    "unknown architecture": (edit_config(model_type="nonesuch"), "transformers cannot read it"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights in safetensors"),
+    "weights cut off": (
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:1000]),
+        "not a readable safetensors file",
+    ),
+    "a tensor is missing": (edit_weights(lambda t: t.pop(Q)), "lacks"),
+    "another shape": (edit_weights(lambda t: t.update({Q: torch.zeros(3, 64)})), f"tensor {Q} does not fit"),
+    "integers for floats": (edit_weights(lambda t: t.update({Q: t[Q].to(torch.int8)})), f"tensor {Q} does not fit"),
+    "already quantised": (edit_config(quantization_config={"quant_method": "gptq"}), "already quantised"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_unusable_model_folders_are_refused(case, tiny_config, model_folder, tmp_path):
+    change, words = REFUSED[case]
+    folder = damaged(tmp_path, model_folder("llama"), change)
+    with pytest.raises(InputError, match=words):
+        load(tiny_config("llama", model_name_or_path=str(folder)))
+
+
+def test_a_pickle_is_named_and_not_read(tiny_config, model_folder, tmp_path):
+    def to_bin(folder):
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+    folder = damaged(tmp_path, model_folder("llama"), to_bin)
+    with pytest.raises(InputError) as caught:
+        load(tiny_config("llama", model_name_or_path=str(folder)))
+    assert "seen:    pytorch_model.bin" in str(caught.value)
+    assert "formats that can run code are not read" in str(caught.value)
+
+
+def test_no_such_folder_says_where_it_was_named(tiny_config):
+    with pytest.raises(InputError, match="python, model_name_or_path: no such folder"):
+        load(tiny_config(model_name_or_path="./nowhere/model"))
+
+
+def test_hub_id_without_connection_is_a_clear_error(tiny_config):
+    with pytest.raises(InputError) as caught:
+        load(tiny_config(model_name_or_path="nobody/no-such-model"))
+    assert "not in the cache and cannot be downloaded" in str(caught.value)
+    assert "HF_HUB_OFFLINE" in str(caught.value)
