@@ -1,0 +1,1 @@
+"""Measurements that the docs and notes quote; each prints its figures as one JSON line."""

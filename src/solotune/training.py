@@ -1,0 +1,259 @@
+"""The training loop, whole and visible.
+
+One optimizer step sees `per_device_train_batch_size * gradient_accumulation_steps` rows. Its loss is the mean over *all*
+their supervised tokens: each pass adds (sum of its token losses) / (supervised tokens of the whole step), so 1 x 8 rows
+and 8 x 1 rows are the same step. The mean of the passes' means, the other common way, weights a token by how short its
+neighbours are.
+
+Before the optimizer moves, loss and gradient norm must be finite; if not, the run stops with its weights still good and
+names the rows. The learning rate is Hugging Face's schedule of the same name, step for step; row order is a permutation
+drawn from (seed, epoch), so a run can be resumed knowing only its step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils import clip_grad_norm_
+from transformers import get_scheduler
+
+from solotune import checkpoint, evaluation, lora
+from solotune.batch import Batch, collate
+from solotune.config import RunConfig
+from solotune.dataset import Example
+from solotune.errors import InterruptedRunError, NonFiniteError
+from solotune.model import TrainableModel
+from solotune.record import RunDirectory
+from solotune.signals import StopSignal
+from solotune.terminal import Display
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of metrics.jsonl. `loss` is nats per supervised token over the whole step."""
+
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float
+    token_accuracy: float
+    learning_rate: float
+    grad_norm: float
+    num_tokens: int  # without padding
+    num_supervised: int
+    step_seconds: float
+    tokens_per_second: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many steps there are, and which rows each of them sees."""
+
+    num_rows: int
+    micro_batch_size: int
+    accumulation: int
+    total_steps: int
+    seed: int
+
+    @classmethod
+    def of(cls, config: RunConfig, num_rows: int) -> Schedule:
+        rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        per_epoch = math.ceil(num_rows / rows_per_step)
+        total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
+        return cls(num_rows, config.per_device_train_batch_size, config.gradient_accumulation_steps, total, config.seed)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.num_rows / (self.micro_batch_size * self.accumulation))
+
+    def epoch_at(self, step: int) -> float:
+        """Epochs done after `step` steps."""
+        return step / self.steps_per_epoch
+
+    def row_order(self, epoch: int) -> list[int]:
+        """The permutation of rows in an epoch (counted from 0)."""
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_rows).tolist()
+
+    def steps(self, done: int) -> Iterator[list[list[int]]]:
+        """The micro-batches (lists of row numbers) of each step after `done`; an epoch's last step may be shorter."""
+        rows_per_step = self.micro_batch_size * self.accumulation
+        order_epoch, order = -1, []
+        for step in range(done, self.total_steps):
+            epoch, within = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order_epoch, order = epoch, self.row_order(epoch)
+            rows = order[within * rows_per_step : (within + 1) * rows_per_step]
+            yield [rows[i : i + self.micro_batch_size] for i in range(0, len(rows), self.micro_batch_size)]
+
+
+def make_optimizer(config: RunConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW as `optim` names it; bitsandbytes keeps its moments in 8 bits and, paged, lets them spill to host memory."""
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    if config.optim == "adamw_torch":
+        return torch.optim.AdamW(parameters, **options)
+    import bitsandbytes as bnb
+
+    kinds = {
+        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+        "adamw_8bit": bnb.optim.AdamW8bit,
+        "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
+    }
+    return kinds[config.optim](parameters, **options)
+
+
+def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer, total_steps: int, done: int):
+    """transformers' schedule, advanced to `done` steps."""
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
+    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, warmup, total_steps)
+    for _ in range(done):
+        scheduler.step()
+    return scheduler
+
+
+def train_step(
+    model: TrainableModel, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer, max_grad_norm: float
+) -> tuple[float, float, float]:
+    """One optimizer step over the whole accumulated batch: (loss, token accuracy, gradient norm before clipping).
+
+    Raises:
+        NonFiniteError: loss or gradient is NaN or infinite; nothing has been changed.
+    """
+    num_supervised = sum(batch.num_supervised for batch in micro_batches)
+    loss_sum = torch.zeros((), device=model.device)
+    hits = torch.zeros((), device=model.device)
+    for batch in micro_batches:
+        losses_N, hits_N = model.token_losses(batch)
+        (losses_N.sum() / num_supervised).backward()
+        loss_sum += losses_N.detach().sum()
+        hits += hits_N.sum()
+    grad_norm = clip_grad_norm_(model.trainable, max_grad_norm)
+    loss, accuracy, norm = (loss_sum / num_supervised).item(), (hits / num_supervised).item(), grad_norm.item()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        optimizer.zero_grad(set_to_none=True)
+        raise NonFiniteError(
+            "the loss or its gradient is not finite; stopped before the update, the weights are as they were",
+            seen=f"loss {loss}, gradient norm {norm}",
+            change=f"look at {', '.join(bad_rows(model, micro_batches)) or 'the learning rate: no single row does it'}",
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, accuracy, norm
+
+
+def bad_rows(model: TrainableModel, micro_batches: Sequence[Batch]) -> list[str]:
+    """The rows whose own loss or gradient is not finite, each run alone."""
+    found = []
+    for row in (row for batch in micro_batches for row in batch.rows):
+        losses_N, _ = model.token_losses(collate([row], model.device))
+        grads = torch.autograd.grad(losses_N.sum(), model.trainable, allow_unused=True)
+        if not all(t.isfinite().all() for t in (losses_N, *grads) if t is not None):
+            found.append(row.where)
+    return found
+
+
+def train(
+    model: TrainableModel,
+    train_rows: Sequence[Example],
+    validation_rows: Sequence[Example],
+    config: RunConfig,
+    run: RunDirectory,
+    display: Display,
+    resume_from: checkpoint.Checkpoint | None = None,
+    fingerprints: dict[str, Any] | None = None,
+) -> evaluation.Score | None:
+    """Trains the adapters of `model` and writes metrics, checkpoints and the adapter into `run`.
+
+    Args:
+        resume_from: go on after this checkpoint's step.
+        fingerprints: of config and data, kept in each checkpoint.
+
+    Returns: the held-out score after the last step, where there are validation rows.
+    Raises:
+        NonFiniteError: see `train_step`; raised with the step's number.
+    """
+    schedule = Schedule.of(config, len(train_rows))
+    optimizer = make_optimizer(config, model.trainable)
+    torch.manual_seed(config.seed)
+    done = 0
+    if resume_from is not None:
+        done = resume_from.step
+        lora.load_state_dict(model.adapted, resume_from.adapter, f"step {done}")
+        checkpoint.restore_optimizer(optimizer, resume_from, model.trainable)
+        checkpoint.restore_random(resume_from.random)
+    scheduler = make_scheduler(config, optimizer, schedule.total_steps, done)
+    eval_every = config.every("eval", schedule.steps_per_epoch)
+    save_every = config.every("save", schedule.steps_per_epoch)
+    peft_config = lora.peft_config(config, model.adapted, model.module)
+    score = None
+    model.module.train()
+    display.begin(schedule.total_steps, done)
+    stop = StopSignal()
+    for step, micro_batches in enumerate(schedule.steps(done), start=done + 1):
+        started = time.perf_counter()
+        batches = [collate([train_rows[i] for i in rows], model.device) for rows in micro_batches]
+        learning_rate = scheduler.get_last_lr()[0]
+        try:
+            loss, accuracy, grad_norm = train_step(model, batches, optimizer, config.max_grad_norm)
+        except NonFiniteError as error:
+            run.log_metrics("non_finite", step=step, seen=error.seen, rows=[r.where for b in batches for r in b.rows])
+            raise NonFiniteError(f"step {step}: {error.problem}", seen=error.seen, change=error.change) from None
+        scheduler.step()
+        seconds = time.perf_counter() - started
+        tokens = sum(batch.num_tokens for batch in batches)
+        metrics = StepMetrics(
+            step=step,
+            total_steps=schedule.total_steps,
+            epoch=schedule.epoch_at(step),
+            loss=loss,
+            token_accuracy=accuracy,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            num_tokens=tokens,
+            num_supervised=sum(batch.num_supervised for batch in batches),
+            step_seconds=seconds,
+            tokens_per_second=tokens / seconds,
+            peak_bytes=peak_bytes(model.device),
+        )
+        run.log_metrics("step", **asdict(metrics))
+        display.step(metrics)
+        last = step == schedule.total_steps
+        if validation_rows and (last or (eval_every and step % eval_every == 0)):
+            score = evaluation.score(model, validation_rows, config.per_device_eval_batch_size)
+            run.log_metrics("eval", step=step, exact_match=score.exact_match, **score.to_json())
+            display.evaluated(step, score)
+        if stop.received or (save_every and (last or step % save_every == 0)):
+            adapter = lora.state_dict(model.adapted)
+            state = {"fingerprints": fingerprints or {}, "total_steps": schedule.total_steps}
+            path = checkpoint.save(run.checkpoints, step, adapter, peft_config, optimizer, state)
+            checkpoint.keep_newest(run.checkpoints, config.save_total_limit)
+            run.log_metrics("save", step=step, path=path.name)
+            display.saved(step, path)
+        if stop.received and not last:
+            display.finish()
+            raise InterruptedRunError(stop.received, f"stopped after step {step}; checkpoint saved", run.path)
+    stop.restore()
+    display.finish()
+    return score
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The largest memory so far: the allocator's on CUDA, the process's resident set on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
