@@ -2,9 +2,9 @@
 
     python -m bench.recipe_step MODEL_FOLDER [--steps 6] [key=value ...]
 
-The config is `examples/walkthrough.yaml` with overrides; model, optimizer, schedule and step are the product's own. Full
-rows of 2,048 tokens, every one supervised: no padding flatters or hurts, and whoever measures another trainer beside it
-needs no data set. The first two steps are left out of the median.
+The config is `examples/walkthrough.yaml` with overrides; model, optimizer, schedule and step are the product's own.
+Full rows of 2,048 tokens, every one supervised: no padding flatters or hurts, and whoever measures another trainer
+beside it needs no data set. The first two steps are left out of the median.
 """
 
 from __future__ import annotations

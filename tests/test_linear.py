@@ -67,6 +67,9 @@ def test_backward_keeps_neither_input_nor_expanded_weight():
 
 def test_double_quantisation_stores_4_13_bits_a_weight():
     weight = random_weight((1024, 1024))
-    bits = {double: 8 * stored_bytes(FrozenLinear(NF4Weight(weight, double), None)) / weight.numel() for double in (False, True)}
+    bits = {
+        double: 8 * stored_bytes(FrozenLinear(NF4Weight(weight, double), None)) / weight.numel()
+        for double in (False, True)
+    }
     assert bits[False] == pytest.approx(4.5, abs=0.01)
     assert bits[True] == pytest.approx(4.127, abs=0.015)  # the 256-entry code table is shared by few weights here

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from conftest import random_rows
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import random_rows
 from transformers import AutoModelForCausalLM
 
 from solotune import checkpoint, lora
@@ -63,7 +63,9 @@ def test_saved_adapter_loads_in_peft_and_gives_the_same_logits(family, targets, 
         torch.testing.assert_close(model.module(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
         with lora.adapters_off(model.module):
             off = model.module(ids).logits
-    assert not torch.allclose(off, theirs(ids).logits, atol=1e-3)  # the adapter matters, so equality above means something
+    assert not torch.allclose(
+        off, theirs(ids).logits, atol=1e-3
+    )  # the adapter matters, so equality above means something
     adapted = {n for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
     assert {name.removeprefix("base_model.model.") for name in adapted} == set(model.adapted)
 

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import FAMILIES, random_rows
 from safetensors.torch import load_file, save_file
+from tiny import FAMILIES, random_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 - AutoTokenizer: import cost paid once
 
 from solotune.batch import collate
@@ -83,6 +83,26 @@ def test_nf4_base_is_that_of_transformers_with_bitsandbytes(tiny_config, model_f
     for name, layer in four_bit.items():
         weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         assert torch.equal(frozen[name].storage.dense(torch.float32), weight), name
+
+
+def test_a_mirror_changes_memory_and_not_one_bit_of_the_result(tiny_config):
+    batch = collate(random_rows(3), CPU)
+    results = []
+    for residency in ("quantized", "dequantized"):
+        model = load(tiny_config(base_precision="nf4", base_residency=residency))
+        mirrors = [m for n, m in model.module.named_buffers() if n.endswith("mirror_OI")]
+        assert len(mirrors) == (14 if residency == "dequantized" else 0)
+        losses, _ = model.token_losses(batch)
+        losses.sum().backward()
+        results.append([losses.detach(), *(layer.lora_B.grad for layer in model.adapted.values())])
+    for without, with_mirror in zip(*results, strict=True):
+        assert torch.equal(without, with_mirror)
+
+
+def test_residency_is_chosen_with_its_reason(tiny_config):
+    (choice,) = load(tiny_config(base_precision="nf4")).choices
+    assert (choice.key, choice.value) == ("base_residency", "dequantized")
+    assert "GiB free, which saves expanding them in every pass" in choice.because
 
 
 def test_only_this_instance_is_changed(tiny_config, model_folder):

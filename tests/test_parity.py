@@ -1,11 +1,11 @@
-"""The whole step against transformers + peft + plain torch, float32, 20 steps: every loss and every adapter gradient."""
+"""The step against transformers + peft + plain torch, float32, 20 steps: every loss and every adapter gradient."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from conftest import random_rows
 from peft import LoraConfig, get_peft_model
+from tiny import random_rows
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, get_scheduler
 
@@ -18,7 +18,7 @@ STEPS = 20
 
 
 class Reference:
-    """The recipe as one writes it by hand on Hugging Face's stack: one pass over the whole batch, mean over its labels."""
+    """The recipe written by hand on Hugging Face's stack: one pass over the whole batch, mean over its labels."""
 
     def __init__(self, config, folder, adapted):
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -28,7 +28,9 @@ class Reference:
         )
         parameters = dict(self.model.named_parameters())
         self.adapter = [
-            parameters[f"base_model.model.{name}.{part}.default.weight"] for name in adapted for part in ("lora_A", "lora_B")
+            parameters[f"base_model.model.{name}.{part}.default.weight"]
+            for name in adapted
+            for part in ("lora_A", "lora_B")
         ]
         ours = [p for layer in adapted.values() for p in (layer.lora_A, layer.lora_B)]
         for theirs, our in zip(self.adapter, ours, strict=True):
@@ -57,17 +59,16 @@ def run_ours(config, rows):
     model = load_model(config, CPU, torch.float32)
     schedule = training.Schedule.of(config, len(rows))
     optimizer = training.make_optimizer(config, model.trainable)
-    scheduler = training.make_scheduler(config, optimizer, schedule.total_steps, 0)
     history, order = [], []
     optimizer.register_step_pre_hook(lambda *_: history[-1].append([p.grad.clone() for p in model.trainable]))
     model.module.train()
-    for micro_batches in schedule.steps(0):
+    for step, micro_batches in enumerate(schedule.steps(0)):
         batches = [collate([rows[i] for i in chosen], CPU) for chosen in micro_batches]
         order.append([i for chosen in micro_batches for i in chosen])
         history.append([])
+        optimizer.param_groups[0]["lr"] = training.learning_rate_at(config, step, schedule.total_steps)
         loss, _, norm = training.train_step(model, batches, optimizer, config.max_grad_norm)
         history[-1][:0] = [loss, norm]
-        scheduler.step()
     return model, history, order
 
 

@@ -2,8 +2,8 @@
 
 Padding goes to the right and needs no attention mask: attention is causal, so no real token ever sees a pad behind it,
 and labels are taken by position, so no pad is ever supervised. Which id pads is therefore without meaning, and a
-tokenizer whose pad equals its end-of-turn token (SmolLM2's, and the walkthrough's) cannot lose that token from the loss.
-Left padding would need a mask, and shifts the positions of models with absolute ones.
+tokenizer whose pad equals its end-of-turn token (SmolLM2's, and the walkthrough's) cannot lose that token from the
+loss. Left padding would need a mask, and shifts the positions of models with absolute ones.
 
 Shape legend: B rows, T tokens of the longest row.
 """

@@ -155,4 +155,6 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file", allowed="a folder that solotune or PEFT wrote") from None
     except SafetensorError as error:
-        raise IntegrityError(f"{path}: the file is damaged", seen=str(error), change="use an older checkpoint") from None
+        raise IntegrityError(
+            f"{path}: the file is damaged", seen=str(error), change="use an older checkpoint"
+        ) from None

@@ -67,6 +67,8 @@ class RunConfig(BaseModel):
     """Quantise the quantisation constants too: 4.13 instead of 4.5 bits a weight."""
     bnb_4bit_compute_dtype: Literal["bfloat16", "float32"] | None = _in("model", default=None)
     """What 4-bit weights are expanded to for a matmul; empty: bfloat16 with `bf16: true`, else float32."""
+    base_residency: Literal["auto", "quantized", "dequantized"] = _in("model", default="auto")
+    """Expand 4-bit weights at each use (quantized), or once, beside them, for speed (dequantized): the same numbers."""
     attn_implementation: Literal["sdpa", "eager"] = _in("model", default="sdpa")
     """Attention code of transformers: sdpa (flash where it can) or eager (plain)."""
 
@@ -222,9 +224,7 @@ class RunConfig(BaseModel):
     def _consistent(self) -> RunConfig:
         given = self.model_fields_set
         if self.eval_dataset is not None and "validation_size" in given and self.validation_size:
-            raise ValueError(
-                "eval_dataset and validation_size: both are set; remove one (your own validation rows, or a held-out part)"
-            )
+            raise ValueError("eval_dataset and validation_size: both are set; remove one")
         dtype = "bfloat16" if self.bf16 else "float32"
         if self.bnb_4bit_compute_dtype not in (None, dtype):
             raise ValueError(
@@ -234,9 +234,8 @@ class RunConfig(BaseModel):
         for what in ("eval", "save"):
             steps, strategy = getattr(self, f"{what}_steps"), getattr(self, f"{what}_strategy")
             if steps is not None and f"{what}_strategy" in given and strategy != "steps":
-                raise ValueError(
-                    f"{what}_strategy and {what}_steps: {what}_steps: {steps} needs {what}_strategy: steps, not {strategy}"
-                )
+                words = f"{what}_steps: {steps} needs {what}_strategy: steps, not {strategy}"
+                raise ValueError(f"{what}_strategy and {what}_steps: {words}")
             if steps is None and strategy == "steps":
                 raise ValueError(f"{what}_strategy: steps needs {what}_steps")
         return self
@@ -389,7 +388,9 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     loaded = _yaml(text, str(path))
     if not isinstance(loaded, Mapping):
         raise InputError(
-            f"{path}: a config is lines of `key: value`", seen="a list" if isinstance(loaded, list) else loaded if loaded else "empty", change=example
+            f"{path}: a config is lines of `key: value`",
+            seen="a list" if isinstance(loaded, list) else loaded if loaded else "empty",
+            change=example,
         )
     values, sources = {}, {}
     for key, value in loaded.items():
@@ -478,7 +479,13 @@ def _in_words(schema: Mapping[str, Any]) -> str:
         return ", ".join(map(str, schema["enum"]))
     if schema["type"] == "array":
         return "a list of names"
-    words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text", "null": "empty"}
+    words = {
+        "integer": "a whole number",
+        "number": "a number",
+        "boolean": "true or false",
+        "string": "text",
+        "null": "empty",
+    }
     limits = {
         "minimum": "at least",
         "exclusiveMinimum": "above",

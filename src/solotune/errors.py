@@ -95,6 +95,7 @@ class InterruptedRunError(SolotuneError):
         super().__init__(problem, change=f"continue with: solotune train {run}/config.yaml output_dir={run} --resume")
         self.exit_code = 128 + signal_number
 
+
 EXIT_CODES: dict[int, str] = {
     0: "done",
     1: SolotuneError.meaning,
@@ -110,6 +111,7 @@ EXIT_CODES: dict[int, str] = {
             StorageError,
         )
     },
+    129: "hung up (SIGHUP), checkpoint saved",
     130: "interrupted (Ctrl-C), checkpoint saved",
     143: "terminated (SIGTERM), checkpoint saved",
 }

@@ -1,15 +1,16 @@
 """Is it better than before, and by more than chance? Base against tuned on held-out rows.
 
-Loss per supervised token is a ratio of sums over rows, L = sum(l_i) / sum(n_i): rows are independent, tokens within a row
-are not, so its standard error is the ratio estimator's (Cochran, Sampling Techniques, 3rd ed., section 2.11):
+Loss per supervised token is a ratio of sums over rows, L = sum(l_i) / sum(n_i): rows are independent, tokens within a
+row are not, so its standard error is the ratio estimator's (Cochran, Sampling Techniques, 3rd ed., section 2.11):
 
     e_i = l_i - L n_i        stderr = sqrt(m / (m - 1) * sum(e_i^2)) / sum(n_i)        m rows
 
 Treating tokens as independent instead would report an error several times too small on chat rows.
 
 Exact match asks whether greedy decoding would give the reference answer, token for token, with its end-of-turn token.
-That needs no generation: greedy decoding reproduces the reference exactly when every reference token is the argmax given
-the ones before it, and one teacher-forced pass tells. Base and tuned are the same model with its adapters off and on.
+That needs no generation: greedy decoding reproduces the reference exactly when every reference token is the argmax
+given the ones before it, and one teacher-forced pass tells. Base and tuned are the same model with its adapters off
+and on.
 """
 
 from __future__ import annotations
@@ -119,7 +120,14 @@ def score(
     loss, stderr = ratio_and_stderr(losses, counts)
     share = sum(exact) / len(rows)
     return Score(
-        loss, stderr, sum(counts), share, math.sqrt(share * (1 - share) / len(rows)), len(rows), tuple(losses), tuple(counts)
+        loss,
+        stderr,
+        sum(counts),
+        share,
+        math.sqrt(share * (1 - share) / len(rows)),
+        len(rows),
+        tuple(losses),
+        tuple(counts),
     )
 
 

@@ -39,7 +39,9 @@ def model_folder(config: RunConfig) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=config.model_revision, allow_patterns=FILES, ignore_patterns=NOT_FILES))
+        return Path(
+            snapshot_download(name, revision=config.model_revision, allow_patterns=FILES, ignore_patterns=NOT_FILES)
+        )
     except GatedRepoError:
         change = "ask for access on the model's page, then `hf auth login` or set HF_TOKEN"
         raise InputError(f"{where}: access to this model must be granted first", seen=name, change=change) from None

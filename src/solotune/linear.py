@@ -53,6 +53,7 @@ class NF4Weight(nn.Module):
     nested_absmax: torch.Tensor
     nested_code: torch.Tensor
     offset: torch.Tensor
+    mirror_OI: torch.Tensor | None
 
     def __init__(self, weight_OI: torch.Tensor, double_quant: bool) -> None:
         """Quantises `weight_OI` (float dtype) on the device it lies on.
@@ -66,6 +67,7 @@ class NF4Weight(nn.Module):
             weight_OI.contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=double_quant
         )
         self.shape = tuple(weight_OI.shape)
+        self.register_buffer("mirror_OI", None, persistent=False)
         self.nested_block = state.state2.blocksize if double_quant else None
         stored: dict[str, Any] = {"packed": packed, "code": state.code, "absmax": state.absmax}
         if double_quant:
@@ -86,8 +88,14 @@ class NF4Weight(nn.Module):
         )
         return scales + self.offset
 
+    def keep_mirror(self, dtype: torch.dtype) -> None:
+        """Keeps W_OI expanded from now on: the same numbers, no work per use, 4 to 8 times the memory."""
+        self.mirror_OI = self.dense(dtype)
+
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """W_OI in `dtype`: a fresh tensor, by bitsandbytes' kernel."""
+        """W_OI in `dtype`: the mirror where there is one, else a fresh tensor by bitsandbytes' kernel."""
+        if self.mirror_OI is not None and self.mirror_OI.dtype == dtype:
+            return self.mirror_OI
         return torch.ops.bitsandbytes.dequantize_4bit(
             self.packed, self.scales_K(), BLOCK, "nf4", self.shape, dtype
         ).view(self.shape)

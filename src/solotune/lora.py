@@ -5,10 +5,10 @@
          x ---------> W (frozen) ---------+--> y
           \\-> dropout -> A -> B -> * s --/
 
-A starts as PyTorch's linear init (Kaiming uniform, a = sqrt 5) and B as zero, so an untrained adapter changes nothing and
-A's first gradient is exactly zero: both are PEFT's conventions, and so are the file format and the key names, which is
-what lets `adapter/` load in stock PEFT. A and B are float32 whatever the model computes in (a bfloat16 parameter loses
-most of a 2e-5 update to rounding) and are cast to the activations' dtype for their matmuls.
+A starts as PyTorch's linear init (Kaiming uniform, a = sqrt 5) and B as zero, so an untrained adapter changes nothing
+and A's first gradient is exactly zero: both are PEFT's conventions, and so are the file format and the key names,
+which is what lets `adapter/` load in stock PEFT. A and B are float32 whatever the model computes in (a bfloat16
+parameter loses most of a 2e-5 update to rounding) and are cast to the activations' dtype for their matmuls.
 
 What it does not do: train biases, embeddings or the head; merge.
 """
@@ -29,7 +29,6 @@ from torch import nn
 from solotune.config import RunConfig
 from solotune.errors import InputError
 from solotune.linear import FrozenLinear
-
 
 USUAL_RANKS = tuple(2**k for k in range(10))  # 1 to 512
 

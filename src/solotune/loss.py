@@ -4,8 +4,8 @@
 
 An 8B model's logits for 4 x 2,048 tokens are 2 GiB in bfloat16 and twice that again in float32; a chat row asks for the
 loss on perhaps a third of them. So prompt positions never reach the head, and the rest goes through it in chunks: the
-forward pass of a chunk also computes dloss_n/dh_n, which is all that backward needs (the head is frozen) and is as small
-as h. Losses come out one per token, so weighting, summing over rows and finding a bad row are the caller's.
+forward pass of a chunk also computes dloss_n/dh_n, which is all that backward needs (the head is frozen) and is as
+small as h. Losses come out one per token, so weighting, summing over rows and finding a bad row are the caller's.
 
 `token_losses_reference` is the definition: full logits and PyTorch's own cross-entropy.
 

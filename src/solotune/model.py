@@ -1,13 +1,14 @@
-"""A checkpoint on disk to a model that is ready to train: built empty, filled tensor by tensor, quantised as it arrives.
+"""A checkpoint on disk to a model that is ready to train: built empty, filled tensor by tensor, quantised as it
+arrives.
 
     config.json -> the architecture on the meta device (no memory)
     each tensor of the safetensors files -> device -> a linear's weight: quantised into a `FrozenLinear`
                                                     -> anything else: kept in the compute dtype
     adapters -> on the frozen linears that the config names
 
-So the peak while loading is the finished base plus one tensor. transformers is the model zoo: its modules run unchanged,
-only this instance's linears are replaced, and nothing is patched in the process. Which linears: every one but the output
-head, the same rule as bitsandbytes' integration, so the base is the one that PEFT users know.
+So the peak while loading is the finished base plus one tensor. transformers is the model zoo: its modules run
+unchanged, only this instance's linears are replaced, and nothing is patched in the process. Which linears: every one
+but the output head, the same rule as bitsandbytes' integration, so the base is the one that PEFT users know.
 
 Checkpoints whose tensors must be renamed or merged for the architecture (mixtures of experts) are loaded by
 transformers' own loader on the CPU and moved over layer by layer; slower, and said.
@@ -37,6 +38,7 @@ from transformers.pytorch_utils import Conv1D
 from solotune import lora, loss
 from solotune.batch import Batch
 from solotune.config import Choice, RunConfig
+from solotune.environment import ram
 from solotune.errors import InputError
 from solotune.hub import model_folder
 from solotune.linear import DenseWeight, FrozenLinear, NF4Weight
@@ -77,9 +79,7 @@ class TrainableModel:
         """All parameters: the base as its checkpoint has it, and the adapters."""
         frozen = sum(o * i for o, i in self.linear_shapes().values())
         biases = sum(
-            m.bias_O.numel()
-            for m in self.module.modules()
-            if isinstance(m, FrozenLinear) and m.bias_O is not None
+            m.bias_O.numel() for m in self.module.modules() if isinstance(m, FrozenLinear) and m.bias_O is not None
         )
         return frozen + biases + sum(p.numel() for p in self.module.parameters())
 
@@ -109,7 +109,9 @@ def load_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> T
     try:
         module = _empty_model(architecture, folder, attention, dtype, device)
     except _NoSuchAttention:
-        choices.append(Choice("attn_implementation", "eager", f"{architecture.model_type} has no {attention} attention"))
+        choices.append(
+            Choice("attn_implementation", "eager", f"{architecture.model_type} has no {attention} attention")
+        )
         attention = "eager"
         module = _empty_model(architecture, folder, attention, dtype, device)
     files = weight_files(folder)
@@ -125,6 +127,8 @@ def load_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> T
     layers = decoder_layers(module)
     if config.gradient_checkpointing:
         _checkpoint_layers(layers)
+    if config.base_precision == "nf4":
+        choices += _settle_residency(module, config, dtype, device)
     adapted = lora.attach(module, config, device)
     head = _head_of(module)
     _check_head(module, head, device)
@@ -139,7 +143,9 @@ def read_architecture(folder: Path) -> PreTrainedConfig:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(f"{folder}: no config.json, so this is not a model folder", allowed="a Hugging Face model folder")
+        raise InputError(
+            f"{folder}: no config.json, so this is not a model folder", allowed="a Hugging Face model folder"
+        )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         architecture = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -256,7 +262,7 @@ def _tensors(files: list[Path], names: dict[str, str]) -> Iterator[tuple[str, to
 
 
 def _load_with_transformers(folder: Path, attention: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The way for checkpoints that must be converted; transformers fills gaps with random numbers, so gaps are refused."""
+    """For checkpoints that must be converted; transformers fills gaps with random numbers, so gaps are refused."""
     try:
         module, found = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -291,7 +297,9 @@ def _fill(
     biases: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:
         owner, _, leaf = name.rpartition(".")
-        expected = tuple(module.get_submodule(owner).state_dict(keep_vars=True)[leaf].shape) if owner not in frozen else None
+        expected = (
+            tuple(module.get_submodule(owner).state_dict(keep_vars=True)[leaf].shape) if owner not in frozen else None
+        )
         if owner in frozen:
             expected = tuple(getattr(frozen[owner], leaf).shape)
         if tuple(tensor.shape) != expected or not tensor.is_floating_point():
@@ -336,6 +344,30 @@ def _store(weight_OI: torch.Tensor, config: RunConfig, dtype: torch.dtype) -> De
     return DenseWeight(weight_OI.to(STORAGE_DTYPES[config.base_precision]))
 
 
+def _settle_residency(
+    module: PreTrainedModel, config: RunConfig, dtype: torch.dtype, device: torch.device
+) -> list[Choice]:
+    """Expands the 4-bit weights once where that is asked for, or free: a small model in a CPU's memory."""
+    storages = [part for part in module.modules() if isinstance(part, NF4Weight)]
+    mirror_bytes = sum(part.shape[0] * part.shape[1] for part in storages) * dtype.itemsize
+    residency, choices = config.base_residency, []
+    if residency == "auto":
+        free = ram()[1] if device.type == "cpu" else 0
+        residency = "dequantized" if mirror_bytes < free / 4 else "quantized"
+        size = f"expanded once, the weights would take {mirror_bytes / 2**20:,.0f} MiB"
+        if residency == "dequantized":
+            why = f"{size} of {free / 2**30:.0f} GiB free, which saves expanding them in every pass"
+        elif device.type == "cuda":
+            why = f"{size} that longer rows can use better"
+        else:
+            why = f"{size} of only {free / 2**30:.1f} GiB free"
+        choices = [Choice("base_residency", residency, why)]
+    if residency == "dequantized":
+        for part in storages:
+            part.keep_mirror(dtype)
+    return choices
+
+
 def _set(owner: nn.Module, leaf: str, tensor: torch.Tensor) -> None:
     if leaf in owner._parameters:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
@@ -354,7 +386,9 @@ def _set_generation(module: PreTrainedModel, folder: Path) -> None:
         try:
             module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
-            raise InputError(f"{folder / 'generation_config.json'}: not readable", seen=str(error).split("\n")[0]) from None
+            raise InputError(
+                f"{folder / 'generation_config.json'}: not readable", seen=str(error).split("\n")[0]
+            ) from None
 
 
 def decoder_layers(module: PreTrainedModel) -> nn.ModuleList:
@@ -408,8 +442,8 @@ class _HiddenAsGiven(nn.Module):
 def _head_of(module: PreTrainedModel) -> loss.Head:
     """Hidden states to logits exactly as the architecture does it: its own forward, with the decoder taken out.
 
-    Architectures scale, cap or shift their logits in their forward (Gemma's tanh cap, Cohere's and Granite's scale); this
-    takes all of it along without knowing any of it. The copy shares every tensor with `module`.
+    Architectures scale, cap or shift their logits in their forward (Gemma's tanh cap, Cohere's and Granite's scale);
+    this takes all of it along without knowing any of it. The copy shares every tensor with `module`.
     """
     outer = copy.copy(module)
     outer._modules = dict(module._modules)

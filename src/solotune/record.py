@@ -4,8 +4,8 @@
                   adapter/  evaluation.json  log.txt
 
 Every file is written whole or not at all (temporary sibling, fsync, rename, fsync of the folder), so whoever reads the
-directory, during the run, after a crash or on another machine, sees only finished files. `metrics.jsonl` alone grows: one
-JSON object a line, and a torn last line is passed over. A lock that the kernel drops with its owner keeps a second
+directory, during the run, after a crash or on another machine, sees only finished files. `metrics.jsonl` alone grows:
+one JSON object a line, and a torn last line is passed over. A lock that the kernel drops with its owner keeps a second
 process out.
 """
 
@@ -137,9 +137,13 @@ class RunDirectory:
         run = cls(Path(path).expanduser())
         if not run.path.is_dir():
             known = ", ".join(str(other.path) for other in list_runs()[-3:])
-            raise InputError(f"{path}: no such run", allowed="a run directory", change=f"latest: {known}" if known else None)
+            raise InputError(
+                f"{path}: no such run", allowed="a run directory", change=f"latest: {known}" if known else None
+            )
         if not (run.path / "config.yaml").is_file():
-            raise InputError(f"{path}: not a run directory", seen="no config.yaml in it", allowed="a folder of `solotune train`")
+            raise InputError(
+                f"{path}: not a run directory", seen="no config.yaml in it", allowed="a folder of `solotune train`"
+            )
         return run
 
     def _take_lock(self) -> None:
@@ -187,7 +191,10 @@ class RunDirectory:
     def log_metrics(self, event: str, **values: Any) -> None:
         """Appends one line to metrics.jsonl: {"event": ..., ...}."""
         line = json.dumps({"event": event, **values}, ensure_ascii=False) + "\n"
-        with storage_errors(self.path / "metrics.jsonl"), open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        with (
+            storage_errors(self.path / "metrics.jsonl"),
+            open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file,
+        ):
             file.write(line)
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -202,7 +209,9 @@ class RunDirectory:
     def forget_after(self, step: int) -> None:
         """Cuts metrics.jsonl back to what happened up to `step`, before a run is resumed from there."""
         kept = [event for event in self.read_metrics() if event.get("step", 0) <= step]
-        write_whole(self.path / "metrics.jsonl", "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in kept))
+        write_whole(
+            self.path / "metrics.jsonl", "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in kept)
+        )
 
     @property
     def adapter(self) -> Path:

@@ -1,7 +1,7 @@
 """Stop requests while training: finish the step in hand, save, then leave.
 
-The first SIGINT, SIGTERM or SIGHUP only sets `received`; the loop looks at it after each step. The handler then puts the
-previous behaviour back, so a second signal stops at once. Only the main thread can install handlers; elsewhere (a
+The first SIGINT, SIGTERM or SIGHUP only sets `received`; the loop looks at it after each step. The handler then puts
+the previous behaviour back, so a second signal stops at once. Only the main thread can install handlers; elsewhere (a
 notebook's worker, a test) nothing is installed and signals behave as they did.
 """
 
@@ -16,19 +16,25 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignal:
-    """Installed on creation; `received` is the signal's number, 0 until one has come."""
+    """Installed within its `with` block; `received` is the signal's number, 0 until one has come."""
 
     def __init__(self) -> None:
         self.received = 0
         self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._receive) for number in STOPPING}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = int(number)
-        self.restore()
+        self._restore()
 
-    def restore(self) -> None:
+    def _restore(self) -> None:
         """Puts the handlers back that were there before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

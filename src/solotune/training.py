@@ -1,9 +1,9 @@
 """The training loop, whole and visible.
 
-One optimizer step sees `per_device_train_batch_size * gradient_accumulation_steps` rows. Its loss is the mean over *all*
-their supervised tokens: each pass adds (sum of its token losses) / (supervised tokens of the whole step), so 1 x 8 rows
-and 8 x 1 rows are the same step. The mean of the passes' means, the other common way, weights a token by how short its
-neighbours are.
+One optimizer step sees `per_device_train_batch_size * gradient_accumulation_steps` rows. Its loss is the mean over
+*all* their supervised tokens: each pass adds (sum of its token losses) / (supervised tokens of the whole step), so 1 x
+8 rows and 8 x 1 rows are the same step. The mean of the passes' means, the other common way, weights a token by how
+short its neighbours are.
 
 Before the optimizer moves, loss and gradient norm must be finite; if not, the run stops with its weights still good and
 names the rows. The learning rate is Hugging Face's schedule of the same name, step for step; row order is a permutation
@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
-from transformers import get_scheduler
 
 from solotune import checkpoint, evaluation, lora
 from solotune.batch import Batch, collate
@@ -94,7 +93,7 @@ class Schedule:
 
 
 def make_optimizer(config: RunConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW as `optim` names it; bitsandbytes keeps its moments in 8 bits and, paged, lets them spill to host memory."""
+    """AdamW as `optim` names it; bitsandbytes' keeps its moments in 8 bits and, paged, lets them spill to the host."""
     options: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
@@ -113,13 +112,22 @@ def make_optimizer(config: RunConfig, parameters: list[torch.nn.Parameter]) -> t
     return kinds[config.optim](parameters, **options)
 
 
-def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer, total_steps: int, done: int):
-    """transformers' schedule, advanced to `done` steps."""
+def learning_rate_at(config: RunConfig, step: int, total_steps: int) -> float:
+    """The rate of step `step` (counted from 0): transformers' schedule of the same name, so a warm-up starts at 0.
+
+    A plain function and no scheduler object: resuming needs no state, and a plan or a diagnosis can ask for any step.
+    """
     warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
-    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, warmup, total_steps)
-    for _ in range(done):
-        scheduler.step()
-    return scheduler
+    if step < warmup and config.lr_scheduler_type != "constant":
+        return config.learning_rate * step / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    shape = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": 1 - progress,
+        "constant": 1.0,
+        "constant_with_warmup": 1.0,
+    }
+    return config.learning_rate * max(0.0, shape[config.lr_scheduler_type])
 
 
 def train_step(
@@ -192,58 +200,59 @@ def train(
         lora.load_state_dict(model.adapted, resume_from.adapter, f"step {done}")
         checkpoint.restore_optimizer(optimizer, resume_from, model.trainable)
         checkpoint.restore_random(resume_from.random)
-    scheduler = make_scheduler(config, optimizer, schedule.total_steps, done)
     eval_every = config.every("eval", schedule.steps_per_epoch)
     save_every = config.every("save", schedule.steps_per_epoch)
     peft_config = lora.peft_config(config, model.adapted, model.module)
     score = None
     model.module.train()
     display.begin(schedule.total_steps, done)
-    stop = StopSignal()
-    for step, micro_batches in enumerate(schedule.steps(done), start=done + 1):
-        started = time.perf_counter()
-        batches = [collate([train_rows[i] for i in rows], model.device) for rows in micro_batches]
-        learning_rate = scheduler.get_last_lr()[0]
-        try:
-            loss, accuracy, grad_norm = train_step(model, batches, optimizer, config.max_grad_norm)
-        except NonFiniteError as error:
-            run.log_metrics("non_finite", step=step, seen=error.seen, rows=[r.where for b in batches for r in b.rows])
-            raise NonFiniteError(f"step {step}: {error.problem}", seen=error.seen, change=error.change) from None
-        scheduler.step()
-        seconds = time.perf_counter() - started
-        tokens = sum(batch.num_tokens for batch in batches)
-        metrics = StepMetrics(
-            step=step,
-            total_steps=schedule.total_steps,
-            epoch=schedule.epoch_at(step),
-            loss=loss,
-            token_accuracy=accuracy,
-            learning_rate=learning_rate,
-            grad_norm=grad_norm,
-            num_tokens=tokens,
-            num_supervised=sum(batch.num_supervised for batch in batches),
-            step_seconds=seconds,
-            tokens_per_second=tokens / seconds,
-            peak_bytes=peak_bytes(model.device),
-        )
-        run.log_metrics("step", **asdict(metrics))
-        display.step(metrics)
-        last = step == schedule.total_steps
-        if validation_rows and (last or (eval_every and step % eval_every == 0)):
-            score = evaluation.score(model, validation_rows, config.per_device_eval_batch_size)
-            run.log_metrics("eval", step=step, exact_match=score.exact_match, **score.to_json())
-            display.evaluated(step, score)
-        if stop.received or (save_every and (last or step % save_every == 0)):
-            adapter = lora.state_dict(model.adapted)
-            state = {"fingerprints": fingerprints or {}, "total_steps": schedule.total_steps}
-            path = checkpoint.save(run.checkpoints, step, adapter, peft_config, optimizer, state)
-            checkpoint.keep_newest(run.checkpoints, config.save_total_limit)
-            run.log_metrics("save", step=step, path=path.name)
-            display.saved(step, path)
-        if stop.received and not last:
-            display.finish()
-            raise InterruptedRunError(stop.received, f"stopped after step {step}; checkpoint saved", run.path)
-    stop.restore()
+    with StopSignal() as stop:
+        for step, micro_batches in enumerate(schedule.steps(done), start=done + 1):
+            started = time.perf_counter()
+            batches = [collate([train_rows[i] for i in rows], model.device) for rows in micro_batches]
+            learning_rate = learning_rate_at(config, step - 1, schedule.total_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            try:
+                loss, accuracy, grad_norm = train_step(model, batches, optimizer, config.max_grad_norm)
+            except NonFiniteError as error:
+                run.log_metrics(
+                    "non_finite", step=step, seen=error.seen, rows=[r.where for b in batches for r in b.rows]
+                )
+                raise NonFiniteError(f"step {step}: {error.problem}", seen=error.seen, change=error.change) from None
+            seconds = time.perf_counter() - started
+            tokens = sum(batch.num_tokens for batch in batches)
+            metrics = StepMetrics(
+                step=step,
+                total_steps=schedule.total_steps,
+                epoch=schedule.epoch_at(step),
+                loss=loss,
+                token_accuracy=accuracy,
+                learning_rate=learning_rate,
+                grad_norm=grad_norm,
+                num_tokens=tokens,
+                num_supervised=sum(batch.num_supervised for batch in batches),
+                step_seconds=seconds,
+                tokens_per_second=tokens / seconds,
+                peak_bytes=peak_bytes(model.device),
+            )
+            run.log_metrics("step", **asdict(metrics))
+            display.step(metrics)
+            last = step == schedule.total_steps
+            if validation_rows and (last or (eval_every and step % eval_every == 0)):
+                score = evaluation.score(model, validation_rows, config.per_device_eval_batch_size)
+                run.log_metrics("eval", step=step, exact_match=score.exact_match, **score.to_json())
+                display.evaluated(step, score)
+            if stop.received or (save_every and (last or step % save_every == 0)):
+                adapter = lora.state_dict(model.adapted)
+                state = {"fingerprints": fingerprints or {}, "total_steps": schedule.total_steps}
+                path = checkpoint.save(run.checkpoints, step, adapter, peft_config, optimizer, state)
+                checkpoint.keep_newest(run.checkpoints, config.save_total_limit)
+                run.log_metrics("save", step=step, path=path.name)
+                display.saved(step, path)
+            if stop.received and not last:
+                display.finish()
+                raise InterruptedRunError(stop.received, f"stopped after step {step}; checkpoint saved", run.path)
     display.finish()
     return score
 

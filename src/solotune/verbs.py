@@ -20,7 +20,7 @@ from solotune.terminal import Display, SilentDisplay
 if TYPE_CHECKING:
     from solotune.checkpoint import Checkpoint
     from solotune.dataset import DataReport, Example, Prepared
-    from solotune.environment import DoctorReport
+    from solotune.environment import DoctorReport, Machine
     from solotune.evaluation import Evaluation
     from solotune.model import TrainableModel
 
@@ -57,7 +57,11 @@ def init(model: str, dataset: str, path: str | Path = "solotune.yaml", force: bo
         for key in (key for key in RunConfig.model_fields if section_of(key) == section):
             given = key in ("model_name_or_path", "dataset")
             value = values[key] if values[key] != "null" else ""
-            lines += [f"# {field_help(key)} [{allowed_values(key)}]", f"{'' if given else '# '}{key}: {value}".rstrip(), ""]
+            lines += [
+                f"# {field_help(key)} [{allowed_values(key)}]",
+                f"{'' if given else '# '}{key}: {value}".rstrip(),
+                "",
+            ]
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "\n".join(lines))
@@ -131,7 +135,7 @@ def train(
     Raises:
         SolotuneError: see `solotune.errors`; each kind has its exit code.
     """
-    from solotune import dataset, environment, evaluation, training
+    from solotune import dataset, training
 
     display = display or SilentDisplay()
     checked, machine, choices = _settled(load_config(config, overrides))
@@ -142,7 +146,7 @@ def train(
     try:
         display.note(f"run directory: {run.path}")
         display.phase("loading model")
-        model = _load_model(checked)
+        model = _load_model(checked, machine)
         choices += model.choices
         display.choices(choices)
         run.write_config(checked)
@@ -162,6 +166,9 @@ def train(
             run.write_json("evaluation.json", result.to_json())
         run.log_metrics("end", step=summary["total_steps"], peak_bytes=training.peak_bytes(model.device))
         return TrainResult(run.path, summary, choices, result)
+    except Exception as error:
+        error.run_dir = run.path  # type: ignore[attr-defined] - where the command line writes a bug's traceback
+        raise
     finally:
         run.release()
 
@@ -176,7 +183,7 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
 
     display = display or SilentDisplay()
     directory = RunDirectory.open(run)
-    config, _, choices = _settled(load_config(directory.path / "config.yaml"))
+    config, machine, choices = _settled(load_config(directory.path / "config.yaml"))
     display.choices(choices)
     display.phase("reading data")
     tokenizer = _run_tokenizer(directory, config)
@@ -191,7 +198,7 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
     if not prepared.validation:
         raise InputError(f"{directory.path}: the run held out no rows", change="train with validation_size above 0")
     display.phase("loading model")
-    model = _tuned_model(directory, config)
+    model = _tuned_model(directory, config, machine)
     result = _compare(model, tokenizer, prepared.validation, config, None, display)
     directory.write_json("evaluation.json", result.to_json())
     return result
@@ -204,9 +211,9 @@ class ChatSession:
         from solotune import evaluation
 
         directory = RunDirectory.open(run)
-        self._config, _, self.choices = _settled(load_config(directory.path / "config.yaml"))
+        self._config, machine, self.choices = _settled(load_config(directory.path / "config.yaml"))
         self._tokenizer = _run_tokenizer(directory, self._config)
-        self._model = _tuned_model(directory, self._config)
+        self._model = _tuned_model(directory, self._config, machine)
         self._stops = evaluation.stop_ids(self._model, self._tokenizer, [])
         self.model_name = f"{self._config.model_name_or_path} + {directory.path.name}"
         self.history: list[dict[str, str]] = []
@@ -298,7 +305,7 @@ def _run_summary(run: RunDirectory) -> RunSummary:
     )
 
 
-def _settled(config: RunConfig):
+def _settled(config: RunConfig) -> tuple[RunConfig, Machine, list[Choice]]:
     """The config with what the machine decides, the machine, and those decisions."""
     from solotune import environment
 
@@ -307,17 +314,17 @@ def _settled(config: RunConfig):
     return settled, machine, choices
 
 
-def _load_model(config: RunConfig) -> TrainableModel:
+def _load_model(config: RunConfig, machine: Machine) -> TrainableModel:
     import torch
 
     from solotune import environment
     from solotune.model import load_model
 
-    device = torch.device(environment.device_of(config, environment.probe()))
+    device = torch.device(environment.device_of(config, machine))
     return load_model(config, device, getattr(torch, environment.dtype_of(config)))
 
 
-def _tuned_model(run: RunDirectory, config: RunConfig) -> TrainableModel:
+def _tuned_model(run: RunDirectory, config: RunConfig, machine: Machine) -> TrainableModel:
     """The run's base with its adapter, or with its newest checkpoint's while it has not finished."""
     from solotune import checkpoint, lora
 
@@ -325,7 +332,7 @@ def _tuned_model(run: RunDirectory, config: RunConfig) -> TrainableModel:
     if folder is None:
         raise InputError(f"{run.path}: nothing was saved yet", change="train it to its end, or --resume it")
     tensors = checkpoint.read_adapter(folder)
-    model = _load_model(config)
+    model = _load_model(config, machine)
     lora.load_state_dict(model.adapted, tensors, str(folder))
     return model
 
@@ -380,30 +387,35 @@ def _summary(model: TrainableModel, config: RunConfig, prepared: Prepared, total
     from solotune import linear, lora
 
     trainable, parameters = model.num_trainable, model.num_parameters
+    adapted = lora.leaf_names(model.adapted)
+    fits = lora.explain_count(trainable, model.linear_shapes(), {*lora.USUAL_RANKS, config.lora_r})
+    if (config.lora_r, adapted) not in fits:
+        fits.insert(0, (config.lora_r, adapted))
     return {
         "total_steps": total_steps,
         "train_rows": len(prepared.train),
         "validation_rows": len(prepared.validation),
+        "lora_r": config.lora_r,
         "trainable_parameters": trainable,
         "parameters": parameters,
-        "trainable_fits": [
-            {"r": r, "target_modules": names} for r, names in lora.explain_count(trainable, model.linear_shapes(), {*lora.USUAL_RANKS, config.lora_r})
-        ],
+        "trainable_fits": [{"r": r, "target_modules": names} for r, names in fits],
         "base_bytes": linear.stored_bytes(model.module),
         "device": model.device.type,
     }
 
 
 def _in_words(summary: dict[str, Any]) -> str:
-    trainable, parameters = summary["trainable_parameters"], summary["parameters"]
-    fits = "; or ".join(f"r={fit['r']} on {', '.join(fit['target_modules'])}" for fit in summary["trainable_fits"])
-    return (
-        f"{trainable:,} of {parameters:,} parameters are trained ({trainable / parameters:.2%})"
-        + (f", the count of {fits}" if fits else "")
-    )
+    """The parameter count, and what else would print the same count."""
+    trainable, parameters, r = (summary[key] for key in ("trainable_parameters", "parameters", "lora_r"))
+    own, *others = sorted(summary["trainable_fits"], key=lambda fit: fit["r"] != r)
+    text = f"{trainable:,} of {parameters:,} parameters are trained ({trainable / parameters:.2%}): "
+    text += f"r={own['r']} on {', '.join(own['target_modules'])}"
+    return text + (f" (the count alone would also fit {len(others)} other choices)" if others else "")
 
 
-def _compare(model: TrainableModel, tokenizer: Any, rows: list[Example], config: RunConfig, tuned: Any, display: Display):
+def _compare(
+    model: TrainableModel, tokenizer: Any, rows: list[Example], config: RunConfig, tuned: Any, display: Display
+):
     from solotune import evaluation
 
     return evaluation.compare(

@@ -42,7 +42,10 @@ def peft_losses(config, initial, rows, upcast):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantised = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
     )
     model = AutoModelForCausalLM.from_pretrained(
         FOLDER, quantization_config=quantised, dtype=torch.bfloat16, device_map={"": 0}
@@ -93,7 +96,9 @@ def test_losses_equal_peft_and_bitsandbytes_within_bfloat16_noise(config, capsys
     frozen = {n.removesuffix(".base"): m for n, m in model.module.named_modules() if isinstance(m, FrozenLinear)}
     assert frozen.keys() == weights.keys()
     for name, theirs in weights.items():
-        assert torch.equal(frozen[name].storage.dense(torch.bfloat16), dequantize_4bit(theirs.data, theirs.quant_state)), name
+        assert torch.equal(
+            frozen[name].storage.dense(torch.bfloat16), dequantize_4bit(theirs.data, theirs.quant_state)
+        ), name
     del weights
     gc.collect()
     torch.cuda.empty_cache()
@@ -106,7 +111,9 @@ def test_losses_equal_peft_and_bitsandbytes_within_bfloat16_noise(config, capsys
         batch = collate(rows[step * ROWS : (step + 1) * ROWS], torch.device("cuda"))
         ours.append(training.train_step(model, [batch], optimizer, config.max_grad_norm)[0])
     difference = max(abs(a - b) for a, b in zip(ours, plain, strict=True))
-    noise = max(abs(a - b) for a, b in zip(upcast, plain, strict=True))  # the reference against itself, norms in float32
+    noise = max(
+        abs(a - b) for a, b in zip(upcast, plain, strict=True)
+    )  # the reference against itself, norms in float32
     with capsys.disabled():
         print(f"\nours {ours}\npeft {plain}\npeft, float32 norms and head {upcast}")
         print(f"largest difference {difference:.2e}; the reference's own noise {noise:.2e}")

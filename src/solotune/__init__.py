@@ -1,0 +1,47 @@
+"""Fine-tune an LLM on one GPU, and see what was learned.
+
+    import solotune
+
+    result = solotune.train("run.yaml", ["learning_rate=1e-4"])
+    print(result.run_dir, result.evaluation.to_json()["tuned"])
+    print(solotune.chat(result.run_dir).reply("Hello"))
+
+One function a verb, the same that the `solotune` command calls. Verbs are functions, modules are nouns:
+`solotune.train` runs, `solotune.training` is the code of the loop. `import solotune` loads nothing else; each name is
+fetched when it is first used (PEP 562), so a script that only lists runs does not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from solotune.config import RunConfig, load_config
+    from solotune.verbs import chat, data, doctor, evaluate, init, runs, train
+
+__version__ = "0.1.0"
+__all__ = [
+    "RunConfig",
+    "__version__",
+    "chat",
+    "data",
+    "doctor",
+    "evaluate",
+    "init",
+    "load_config",
+    "runs",
+    "train",
+]
+
+_FROM_CONFIG = ("RunConfig", "load_config")
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'solotune' has no attribute {name!r}")
+    return getattr(import_module("solotune.config" if name in _FROM_CONFIG else "solotune.verbs"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,113 @@
+"""Rows out of local files, one at a time, each with its place: `chats.jsonl:17` or, in formats without lines,
+`chats.parquet[17]` (counted from 0, as `datasets` does).
+
+The name says the format, the first bytes must agree with it, and compressed text is decompressed as it is read.
+
+Not read through `datasets`: its JSON builder converts a whole file to Arrow first, so a bad row in line 40,000 is
+reported as a schema error without a line, and a missing key becomes a silent null.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from solotune.dataset.json_rows import read_json, read_jsonl
+from solotune.dataset.row import CHUNK_BYTES, Row
+from solotune.dataset.tables import read_columnar, read_csv
+from solotune.errors import InputError
+
+FORMATS = "jsonl, json, csv, tsv, parquet, arrow; the text formats also as .gz or .zst"
+
+_SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+_COMPRESSED = (".gz", ".zst")
+_MAGIC = {b"\x1f\x8b": "gzip data", b"\x28\xb5\x2f\xfd": "zstd data", b"PAR1": "parquet", b"ARROW1": "arrow"}
+
+
+def format_of(path: Path) -> str | None:
+    """The format that a file's name promises, None for a name that promises none."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+        if suffixes and _SUFFIXES.get(suffixes[-1]) in ("parquet", "arrow"):
+            return None
+    return _SUFFIXES.get(suffixes[-1]) if suffixes else None
+
+
+def read_file(path: Path, label: str) -> Iterator[Row]:
+    """Yields the rows of one file in order.
+
+    Args:
+        path: an existing regular file.
+        label: its name in places and messages.
+
+    Raises:
+        InputError: with file and line, or record, of the first thing that is wrong.
+    """
+    kind = format_of(path)
+    if kind is None:
+        raise InputError(f"{label}: not a data file", seen=path.suffix or "no suffix", allowed=FORMATS)
+    if path.stat().st_size == 0:
+        raise InputError(f"{label}: the file is empty", seen="0 bytes")
+    readers = {"jsonl": read_jsonl, "json": read_json, "csv": read_csv, "tsv": read_csv}
+    try:
+        if kind in ("parquet", "arrow"):
+            yield from read_columnar(path, label, kind)
+            return
+        with _open(path, label) as stream:
+            yield from readers[kind](stream, label)
+    except PermissionError as error:
+        raise InputError(f"{label}: cannot be read", seen=error.strerror) from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{label}: damaged gzip data", seen=str(error)) from None
+
+
+def _open(path: Path, label: str) -> BinaryIO:
+    """The file's bytes, decompressed; refuses a file whose first bytes contradict its name."""
+    with path.open("rb") as raw:
+        head = raw.read(6)
+    suffix = path.suffix.lower()
+    promised = {".gz": "gzip data", ".zst": "zstd data"}.get(suffix)
+    is_really = next((what for magic, what in _MAGIC.items() if head.startswith(magic)), None)
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise InputError(f"{label}: not UTF-8", seen="UTF-16", change="save it as UTF-8")
+    if is_really != promised:
+        raise InputError(f"{label}: the name does not match the content", seen=is_really or f"no {promised}")
+    if suffix == ".gz":
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    return _open_zstd(path, label) if suffix == ".zst" else path.open("rb")
+
+
+def _open_zstd(path: Path, label: str) -> BinaryIO:
+    try:
+        import zstandard
+    except ImportError:
+        raise InputError(f"{label}: .zst needs the package zstandard", change="pip install zstandard") from None
+
+    class _Stream(io.RawIOBase):
+        def __init__(self) -> None:
+            # multi-frame files are what `zstd -T0` and `cat a.zst b.zst` make
+            self._inner = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            try:
+                return self._inner.readinto(buffer)
+            except zstandard.ZstdError as error:
+                raise InputError(f"{label}: damaged zstd data", seen=str(error)) from None
+
+    return cast(BinaryIO, io.BufferedReader(_Stream(), CHUNK_BYTES))

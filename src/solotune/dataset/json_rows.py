@@ -1,0 +1,236 @@
+"""Rows of JSON text: one object a line (jsonl), or one array of objects (json), read record by record.
+
+Read strictly: a duplicate key, NaN, an infinity or a lone surrogate is an error here, where the line is known, and not
+a wrong row or a bare TypeError later. Lines end at `\\n` alone: `str.splitlines` also splits at U+2028 and U+0085,
+which are legal inside a JSON string, and would turn one row into two.
+
+An array is read through a window of 1 MiB that grows to the largest record, so a file larger than memory can be
+sliced, and a file that is cut off says in which record and line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NoReturn
+
+from solotune.dataset.row import CHUNK_BYTES, MAX_ROW_BYTES, Row, lines
+from solotune.errors import InputError
+
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+_BLANKS = " \t\r\n"
+
+
+class _Fault(ValueError):
+    """A value that JSON's grammar allows and we do not; caught where the place is known."""
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Fault(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return values
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise _Fault(f"{text} is not a finite number")
+    return number
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise _Fault(f"{text} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_float=_finite, parse_constant=_no_constant)
+
+
+def _checked_unicode(value: Any) -> None:
+    """A lone surrogate parses as JSON but is no text: the tokenizer would raise a bare TypeError on it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise _Fault(f"a lone surrogate ({error.object[error.start]!r}) is not text") from None
+
+
+def read_jsonl(stream: BinaryIO, label: str) -> Iterator[Row]:
+    """One object a line; blank lines are skipped."""
+    for number, line in lines(stream, label):
+        where = f"{label}:{number}"
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        line = line.removesuffix(b"\n").removesuffix(b"\r").strip(b" \t")
+        if line:
+            yield Row(where, _object(where, label, line))
+
+
+def _object(where: str, label: str, line: bytes) -> dict[str, Any]:
+    """One line of JSON as a dict."""
+    if b"\r" in line:
+        raise InputError(f"{where}: a carriage return inside the line", change="end lines with \\n or \\r\\n")
+    try:
+        text = line.decode()
+        value = _DECODER.decode(text)
+        if _SURROGATE_ESCAPE.search(text):
+            _checked_unicode(value)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8", seen=f"byte {error.start + 1} of the line: {error.reason}") from None
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{where}: not valid JSON",
+            seen=f"{error.msg}, column {error.colno}: {_around(error.doc, error.pos)}",
+            allowed="one complete object on each line",
+            change=f"is {label} one JSON array? Then name it .json" if line.startswith(b"[") else None,
+        ) from None
+    except (_Fault, ValueError) as error:  # ValueError: an integer of more than 4,300 digits
+        raise InputError(f"{where}: not valid JSON", seen=str(error)) from None
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply") from None
+    if isinstance(value, list):
+        raise InputError(f"{where}: an array, not an object", change=f"is {label} one JSON array? Then name it .json")
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: not an object", seen=line[:60].decode(), allowed='{"messages": [...]}')
+    return value
+
+
+def _around(text: str, position: int) -> str:
+    return repr(text[max(0, position - 20) : position + 20])
+
+
+def read_json(stream: BinaryIO, label: str) -> Iterator[Row]:
+    """An array of objects, read record by record; also one object a line, which is often called .json."""
+    text = _Text(stream, label)
+    first = text.skip(_BLANKS)
+    if first == "{":
+        yield from _json_lines(text, label)
+        return
+    if first != "[":
+        raise InputError(
+            f"{label}: not a JSON array", seen=repr(first) if first else "only blanks", allowed="[{...}, {...}]"
+        )
+    text.position += 1
+    for index in range(1 << 62):
+        if text.skip(_BLANKS) == "]":
+            return
+        if index and not text.take(","):
+            raise text.broken(index, "Expecting ',' or ']'", text.position)
+        text.skip(_BLANKS)
+        values = text.record(index)
+        if not isinstance(values, dict):
+            raise InputError(f"{label}[{index}]: not an object", seen=repr(values)[:60], allowed='{"messages": [...]}')
+        yield Row(f"{label}[{index}]", values)
+
+
+def _json_lines(text: _Text, label: str) -> Iterator[Row]:
+    index = 0
+    while text.skip(_BLANKS):
+        line, values = text.line, text.record(index)
+        is_alone = not index and not text.skip(_BLANKS)
+        key = next((key for key, value in values.items() if isinstance(value, list)), None)
+        if is_alone and len(values) == 1 and key not in (None, "messages", "conversations"):
+            raise InputError(
+                f"{label}: one object, not a list of rows",
+                seen=f"an object with the key {key}",
+                allowed="[{...}, {...}], or one object on each line",
+                change=f"save the list under {key} alone",
+            )
+        yield Row(f"{label}:{line}", values)
+        index += 1
+
+
+class _Text:
+    """A window of decoded text over a stream that knows the line it is at; grows to one record, not to the file."""
+
+    def __init__(self, stream: BinaryIO, label: str) -> None:
+        self._stream, self._label = stream, label
+        self._undecoded, self._num_bytes = b"", 0
+        self._line, self._counted = 1, 0
+        self.buffer, self.position = "", 0
+        self._more(CHUNK_BYTES)
+        self.buffer = self.buffer.removeprefix("\ufeff")
+
+    @property
+    def line(self) -> int:
+        """The line of `position`, counted from 1."""
+        self._line += self.buffer.count("\n", self._counted, self.position)
+        self._counted = self.position
+        return self._line
+
+    def _more(self, size: int) -> bool:
+        """Drops what is behind `position` and reads on; False at the end of the file."""
+        raw = self._stream.read(size)
+        data = self._undecoded + raw
+        try:
+            text, self._undecoded = data.decode(), b""
+        except UnicodeDecodeError as error:
+            if not raw or error.reason != "unexpected end of data":
+                line = self.line + self.buffer.count("\n", self.position) + data.count(b"\n", 0, error.start)
+                place = self._num_bytes - len(self._undecoded) + error.start
+                raise InputError(
+                    f"{self._label}:{line}: not UTF-8", seen=f"byte {place + 1} of the file: {error.reason}"
+                ) from None
+            text, self._undecoded = data[: error.start].decode(), data[error.start :]
+        self._num_bytes += len(raw)
+        self._line = self.line
+        self.buffer, self.position, self._counted = self.buffer[self.position :] + text, 0, 0
+        return bool(raw)
+
+    def skip(self, blanks: str) -> str:
+        """Moves past blanks; returns the next character, or an empty string at the end of the file."""
+        while True:
+            while self.position < len(self.buffer) and self.buffer[self.position] in blanks:
+                self.position += 1
+            if self.position < len(self.buffer):
+                return self.buffer[self.position]
+            if not self._more(CHUNK_BYTES):
+                return ""
+
+    def take(self, character: str) -> bool:
+        """Moves past the character if it is the next one."""
+        found = self.buffer.startswith(character, self.position)
+        self.position += found
+        return found
+
+    def record(self, index: int) -> Any:
+        """The JSON value that begins here; reads on, doubling, for as long as it is incomplete."""
+        size = CHUNK_BYTES
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self.buffer, self.position)
+                if _SURROGATE_ESCAPE.search(self.buffer, self.position, end):
+                    _checked_unicode(value)
+            except json.JSONDecodeError as error:
+                if len(self.buffer) - self.position > MAX_ROW_BYTES:
+                    raise self.broken(index, f"{error.msg} (a record has at most 64 MiB)", error.pos) from None
+                begin = self.position
+                if not self._more(size):
+                    raise self.broken(index, error.msg, error.pos - begin) from None
+                size *= 2
+            except (_Fault, ValueError) as error:
+                raise self.broken(index, str(error), self.position) from None
+            except RecursionError:
+                raise self.broken(index, "nested too deeply", self.position) from None
+            else:
+                self.position = end
+                return value
+
+    def broken(self, index: int, problem: str, position: int) -> InputError:
+        """The error for the record `index`, which begins here and breaks at `position` in the window."""
+        at_the_end = position >= len(self.buffer.rstrip()) or problem.startswith("Unterminated string")
+        begin = self.line
+        line = begin + self.buffer.count("\n", self.position, len(self.buffer) if at_the_end else position)
+        if at_the_end:
+            return InputError(
+                f"{self._label}:{line}: the file is cut off inside record {index + 1}, which begins in line {begin}",
+                seen=f"{problem}; the file ends with {self.buffer.rstrip()[-40:]!r}",
+                change=f"get the whole file, or keep its first {index:,} records",
+            )
+        column = position - self.buffer.rfind("\n", 0, position)
+        return InputError(
+            f"{self._label}:{line}: not valid JSON in record {index + 1}",
+            seen=f"{problem}, column {column}: {_around(self.buffer, position)}",
+            allowed="an array of objects: [{...}, {...}]",
+        )

@@ -1,0 +1,225 @@
+"""From the words in a config (`dataset`, `dataset_split`) to rows: local files, a folder, or a dataset of the hub.
+
+A name that exists on disk is local, whatever it looks like; a name that looks like a path but does not exist is a
+missing file, never a hub id, so a typo is not answered with a network error. Slices follow `datasets`
+(`train[:100]`, `train[10%:20%]`, `train[-50:]`) and mean the same for local files; percentages round to the nearest
+row, as there.
+
+    train_sft[:5000]  ->  Split(name="train_sft", start=Bound(None), stop=Bound(5000))
+
+What it does not do: run code that comes with a dataset (`datasets` 4 cannot, and nothing here turns it on), or cache
+local rows: a file is read each time, and errors can therefore name its lines.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from solotune.dataset.files import FORMATS, format_of, read_file
+from solotune.dataset.row import Row
+from solotune.errors import InputError
+
+_SLICE = re.compile(r"(?P<name>[^\[\]+]*)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_SPLIT_WORDS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A split's name and the part of it that is wanted; bounds as written, `10%` or `-50` included."""
+
+    written: str
+    name: str
+    start: str | None = None
+    stop: str | None = None
+
+    @classmethod
+    def parse(cls, key: str, written: str) -> Split:
+        """Reads `name[start:stop]`; `key` is the config key, for the message."""
+        match = _SLICE.fullmatch(written.strip())
+        if match is None:
+            raise InputError(
+                f"{key}: not a split",
+                seen=written,
+                allowed="a name, with or without one slice: train, train[:100], train[10%:20%], train[-50:]",
+            )
+        return cls(written, match["name"] or "train", match["start"], match["stop"])
+
+    def cut(self, rows: Iterator[Row]) -> list[Row]:
+        """The wanted rows; a slice counted from the front stops reading at its end."""
+        if self.start is None and self.stop is None:
+            return list(rows)
+        if self._from_the_front(self.start) and self.stop is not None and self._from_the_front(self.stop):
+            return list(islice(rows, int(self.start or 0), max(int(self.start or 0), int(self.stop))))
+        everything = list(rows)
+        return everything[self._bound(self.start, len(everything)) : self._bound(self.stop, len(everything))]
+
+    @staticmethod
+    def _from_the_front(bound: str | None) -> bool:
+        return bound is None or bound.isdigit()
+
+    @staticmethod
+    def _bound(bound: str | None, num_rows: int) -> int | None:
+        if bound is None or not bound.endswith("%"):
+            return None if bound is None else int(bound)
+        return round(int(bound[:-1]) * num_rows / 100)
+
+
+def read(
+    key: str, source: str | list[str], split: str, *, config_name: str | None = None, revision: str | None = None
+) -> list[Row]:
+    """All rows of a config's `dataset` or `eval_dataset`.
+
+    Args:
+        key: the config key (`dataset`), for messages.
+        source: hub id, file, folder, or several files.
+        split: `train`, `train_sft[:5000]`, ...
+        config_name: configuration (subset) of a hub dataset.
+        revision: branch, tag or commit of a hub dataset.
+
+    Raises:
+        InputError: no such file or dataset, a file that does not parse, or no rows; names the place.
+    """
+    wanted = Split.parse(f"{key}_split", split)
+    names = [source] if isinstance(source, str) else source
+    is_local = [_is_local(name) for name in names]
+    if any(is_local) or len(names) > 1:
+        for what, value in (("dataset_config", config_name), ("dataset_revision", revision)):
+            if value is not None:
+                raise InputError(f"{what}: only for a hub dataset, {key} is local", seen=value, change="remove it")
+        rows = wanted.cut(_local_rows(key, names, wanted))
+        label = ", ".join(names)
+    else:
+        rows = _hub_rows(key, names[0], wanted, config_name, revision)
+        label = f"{names[0]}, split {split}"
+    if not rows:
+        raise InputError(f"{key}: 0 rows", seen=label, change="give a file that has rows, or another slice")
+    return rows
+
+
+def _is_local(name: str) -> bool:
+    path = Path(name).expanduser()
+    if _exists(path):
+        return True
+    looks_like_a_path = (
+        format_of(path) is not None
+        or path.suffix in (".txt", ".gz", ".zst", ".xlsx", ".zip")
+        or name.startswith((".", "~", "/", "\\"))
+        or not _HUB_ID.fullmatch(name)
+    )
+    if looks_like_a_path:
+        raise _no_such_file(name, path)
+    return False
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists() or path.is_symlink()
+    except OSError:  # a name longer than the file system allows
+        return False
+
+
+def _no_such_file(name: str, path: Path) -> InputError:
+    folder = path.parent
+    try:
+        present = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    except OSError:
+        present = []
+    near = difflib.get_close_matches(path.name, present, n=3, cutoff=0.5)
+    place = str(folder.resolve()) if folder.is_dir() else f"{folder} (which does not exist)"
+    return InputError(
+        f"{name}: no such file",
+        seen=f"looked in {place}",
+        change="did you mean " + " or ".join(near) + "?"
+        if near
+        else "check the path; a hub dataset is named owner/name",
+    )
+
+
+def _local_rows(key: str, names: list[str], split: Split) -> Iterator[Row]:
+    files: list[tuple[Path, str]] = []
+    for name in names:
+        path = Path(name).expanduser()
+        if not _exists(path):
+            raise _no_such_file(name, path)
+        files += _files_of(key, name, path, split)
+    seen: dict[Path, str] = {}
+    for path, label in files:
+        real = path.resolve()
+        if real in seen:
+            raise InputError(f"{key}: the same file is listed twice", seen=f"{seen[real]} and {label}")
+        seen[real] = label
+    for path, label in files:
+        yield from read_file(path, label)
+
+
+def _files_of(key: str, name: str, path: Path, split: Split) -> list[tuple[Path, str]]:
+    """The data files that one name stands for, each with the label it has in messages."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read", seen=error.strerror or str(error)) from None
+    if stat.S_ISREG(mode):
+        if split.name != "train":
+            raise InputError(
+                f"{key}_split: a file has no split called {split.name}",
+                seen=split.written,
+                allowed="train, or a slice such as train[:100]",
+                change=f"use {split.written.replace(split.name, 'train', 1)}",
+            )
+        return [(path, path.name)]
+    if not stat.S_ISDIR(mode):
+        # a FIFO or a device would block or never end: it is refused before it is opened
+        raise InputError(f"{name}: not a regular file", allowed="a file or a folder of files: " + FORMATS)
+    found = sorted(p for p in path.rglob("*") if p.is_file() and format_of(p) and not _is_hidden(p.relative_to(path)))
+    if not found:
+        raise InputError(f"{name}: a folder without data files", allowed=FORMATS)
+    return [(p, p.relative_to(path).as_posix()) for p in _of_split(key, name, found, split)]
+
+
+def _is_hidden(relative: Path) -> bool:
+    """Dot files, and the bookkeeping that `save_to_disk` and hub snapshots lay beside the rows."""
+    return any(part.startswith(".") for part in relative.parts) or relative.name in ("dataset_info.json", "state.json")
+
+
+def _of_split(key: str, name: str, found: list[Path], split: Split) -> list[Path]:
+    """Files named after a split (`train.jsonl`, `test-00000.parquet`) are that split; a folder of others is `train`."""
+    words = {path: set(re.split(r"[^a-z]+", f"{path.parent.name}/{path.name}".lower())) for path in found}
+    named = {path for path in found if words[path] & set(_SPLIT_WORDS)}
+    chosen = [p for p in found if split.name.lower() in re.split(r"[^a-z0-9_]+", f"{p.parent.name}/{p.name}".lower())]
+    chosen = chosen or [path for path in found if split.name.lower() in words[path]]
+    if chosen:
+        return chosen
+    if not named and split.name == "train":
+        return found
+    raise InputError(
+        f"{key}_split: {name} has no files of the split {split.name}",
+        seen=", ".join(path.name for path in found[:8]),
+        change=f"name a file, or set {key}_split to a word in the file names",
+    )
+
+
+def _hub_rows(key: str, name: str, split: Split, config_name: str | None, revision: str | None) -> list[Row]:
+    import datasets  # 1 s, and only hub datasets need it
+
+    try:
+        loaded: Any = datasets.load_dataset(name, config_name, split=split.written, revision=revision)
+    # Whatever fails inside (no such dataset, gated, offline, unknown split, broken file) is about the user's input;
+    # the library raises some twenty kinds of exceptions for it.
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(
+            f"{key}: the hub dataset {name} could not be loaded",
+            seen=f"split {split.written}" + (f", configuration {config_name}" if config_name else "") + f": {reason}",
+            allowed="a dataset id (owner/name) that this machine can reach or has in its cache, or a local file",
+            change="check name, split and dataset_config; without a network use a local file; "
+            "for a gated dataset log in with `hf auth login`",
+        ) from None
+    return [Row(f"{name}[{index}]", values) for index, values in enumerate(loaded)]

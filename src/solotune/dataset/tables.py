@@ -1,0 +1,75 @@
+"""Rows of tables: csv and tsv as text, parquet and arrow through pyarrow in batches.
+
+Cells of a csv are texts; a quoted cell may span lines, and a row's place is the line it begins in. Columns of an
+Arrow extension type are refused: reading one may import the code that defines it.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from solotune.dataset.row import MAX_ROW_BYTES, Row, lines
+from solotune.errors import InputError
+
+
+def read_csv(stream: BinaryIO, label: str) -> Iterator[Row]:
+    """One row a record, named by the header; `.tsv` is separated by tabs."""
+    csv.field_size_limit(MAX_ROW_BYTES)
+
+    def decoded() -> Iterator[str]:
+        for number, line in lines(stream, label):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{label}:{number}: not UTF-8", seen=f"byte {error.start + 1} of the line") from None
+
+    is_tab = ".tsv" in label.lower()
+    reader = csv.reader(decoded(), strict=True, delimiter="\t" if is_tab else ",")
+    begin = 1
+    try:
+        header = next(reader, [])
+        if len(set(header)) != len(header):
+            raise InputError(f"{label}:1: two columns have the same name", seen=", ".join(header))
+        begin = reader.line_num + 1
+        for cells in reader:
+            if cells and len(cells) != len(header):
+                raise InputError(
+                    f"{label}:{begin}: {len(cells)} cells, but the header has {len(header)}",
+                    seen=", ".join(cells)[:80],
+                    change="quote cells that contain a comma or a line break",
+                )
+            if cells:
+                yield Row(f"{label}:{begin}", dict(zip(header, cells, strict=True)))
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{label}:{begin}: not valid CSV", seen=str(error)) from None
+
+
+def read_columnar(path: Path, label: str, kind: str) -> Iterator[Row]:
+    """Rows of a parquet or arrow file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if kind == "parquet":
+            table = pq.ParquetFile(path)
+            schema, batches = table.schema_arrow, table.iter_batches(batch_size=1024)
+        else:
+            # `datasets` writes the stream format, `pyarrow.feather` and others the file format
+            with path.open("rb") as file:
+                is_file = file.read(6) == b"ARROW1"
+            reader = pa.ipc.open_file(path) if is_file else pa.ipc.open_stream(path)
+            schema = reader.schema
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else iter(reader)
+        if strange := [field.name for field in schema if isinstance(field.type, pa.BaseExtensionType)]:
+            raise InputError(f"{label}: columns of an extension type", seen=", ".join(strange), allowed="plain columns")
+        index = 0
+        for batch in batches:
+            for values in batch.to_pylist():
+                yield Row(f"{label}[{index}]", values)
+                index += 1
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{label}: not a readable {kind} file", seen=str(error).split("\n")[0]) from None

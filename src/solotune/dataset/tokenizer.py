@@ -1,0 +1,107 @@
+"""The model's tokenizer and its chat template, from a local folder or the hub; code that comes with it never runs.
+
+    tokenizer = load_tokenizer(config)     # chat_template_path replaces the template
+
+A local folder is read without touching the network. A hub id goes through transformers as usual: token, cache and
+`HF_HUB_OFFLINE` all hold.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateSyntaxError
+
+from solotune.config import RunConfig
+from solotune.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer_config.json",
+)
+MAX_TEMPLATE_BYTES = 1 << 20  # the longest template we know of (Llama 4, gpt-oss) is 20 KB
+
+
+def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of `config.model_name_or_path`, with `chat_template_path` in place of its template if given.
+
+    Raises:
+        InputError: no such folder or model, no tokenizer in it, code of its own, or a template that does not parse.
+    """
+    from transformers import AutoTokenizer
+
+    name = config.model_name_or_path
+    folder = Path(name).expanduser()
+    is_local = folder.exists()
+    if is_local:
+        _check_folder(name, folder)
+    elif name.startswith((".", "~", "/")) or name.count("/") > 1:
+        raise InputError(
+            f"model_name_or_path: {name}: no such folder",
+            seen=f"looked in {folder.parent.resolve()}",
+            change="check the path; a hub model is named owner/name",
+        )
+    try:
+        if is_local:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision, trust_remote_code=False)
+    # transformers raises OSError, ValueError, KeyError, json and Rust errors for one and the same user mistake
+    except Exception as error:
+        raise InputError(
+            f"model_name_or_path: no tokenizer could be loaded from {name}",
+            seen=str(error).strip().split("\n")[0] or type(error).__name__,
+            allowed="a folder with tokenizer files, or a hub model that this machine can reach or has in its cache",
+            change="check the folder's tokenizer files"
+            if is_local
+            else "check the name and model_revision; without a network use a local folder; "
+            "for a gated model log in with `hf auth login`",
+        ) from None
+    if config.chat_template_path is not None:
+        tokenizer.chat_template = _read_template(config.chat_template_path)
+    return tokenizer
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(f"model_name_or_path: {name} is a file", allowed="a folder, or a hub id")
+    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        present = sorted(path.name for path in folder.iterdir())
+        raise InputError(
+            f"model_name_or_path: {name} has no tokenizer files",
+            seen=", ".join(present[:8]) or "an empty folder",
+            allowed="tokenizer.json, or what the model's family uses instead (tokenizer.model, tekken.json)",
+            change="copy the tokenizer files of the base model into the folder",
+        )
+
+
+def _read_template(written: str) -> str:
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    path = Path(written).expanduser()
+    if not path.is_file():
+        raise InputError(f"chat_template_path: {written}: no such file", seen=f"looked in {path.parent.resolve()}")
+    if path.stat().st_size > MAX_TEMPLATE_BYTES:
+        raise InputError(f"chat_template_path: {written}: too large for a template", allowed="1 MiB")
+    try:
+        template = path.read_text(encoding="utf-8-sig")
+        _compile_jinja_template(template)  # the same compiler that will render, so the same syntax is allowed
+    except UnicodeDecodeError as error:
+        raise InputError(f"chat_template_path: {written}: not UTF-8", seen=f"byte {error.start + 1}") from None
+    except TemplateSyntaxError as error:
+        raise InputError(
+            f"chat_template_path: {written}, line {error.lineno}: not a valid Jinja template", seen=error.message
+        ) from None
+    if not template.strip():
+        raise InputError(f"chat_template_path: {written}: the template is empty")
+    return template

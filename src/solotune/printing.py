@@ -1,0 +1,212 @@
+"""What a person sees at the end: one function for each result of a verb.
+
+All of it fits 80 columns, says the same without colour (signs, brackets and words carry the meaning), and shows text
+out of data and models as text (`terminal.inert`). Machines read `--json` instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from solotune.terminal import bytes_in_words, inert, plus_minus, print_columns
+
+if TYPE_CHECKING:
+    from solotune.environment import DoctorReport
+    from solotune.evaluation import Evaluation
+    from solotune.verbs import DataPreview, RunSummary, TrainResult
+
+SIGNS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "bold red")}
+SEVERITY_SIGNS = {"error": SIGNS["fail"], "warning": SIGNS["warn"], "info": ("·", "dim")}
+MIN_COLUMNS_FOR_BESIDE = 72  # narrower, answers stand below one another
+MIN_COLUMNS_FOR_ALL_FIGURES = 104
+MAX_COLUMNS = 120  # longer lines are hard to read
+
+
+def print_doctor(report: DoctorReport, console: Console) -> None:
+    """One line a check, and below it what mends it."""
+    width = max(len(check.name) for check in report.checks)
+    for check in report.checks:
+        sign, style = SIGNS[check.status]
+        _signed(sign, style, f"{check.name:{width}}", check.found, check.fix, console)
+    counts = {status: sum(check.status == status for check in report.checks) for status in SIGNS}
+    verdict = f"{_count(counts['fail'], 'check')} failed" if counts["fail"] else "ready"
+    warnings = f", {_count(counts['warn'], 'warning')}" if counts["warn"] else ""
+    console.print()
+    console.print(Text(verdict + warnings, "bold red" if counts["fail"] else "bold green"))
+
+
+def print_data(preview: DataPreview, console: Console) -> None:
+    """The report in a few lines, the findings, and rows as the model sees them with what it learns marked."""
+    report = preview.report.to_json()
+    rows, tokens, split = report["rows"], report["tokens"], report["split"]
+    dropped = "; ".join(f"{number:,} dropped: {reason}" for reason, number in rows.get("dropped", {}).items())
+    share = tokens["supervised"] / tokens["total"] if tokens["total"] else 0.0
+    same = [f"{split[key]:,} {words}" for key, words in _SPLIT_WORDS.items() if split.get(key) is not None]
+    facts = {
+        "format": str(report["format"]),
+        "rows": f"{rows['read']:,} read, {rows['kept']:,} kept" + (f"; {dropped}" if dropped else ""),
+        "tokens": f"{tokens['total']:,}, of which {tokens['supervised']:,} ({share:.1%}) are learned",
+        "split": f"{split['train']:,} to train on, {split['validation']:,} held out",
+        "": ", ".join(same),
+    }
+    _print_facts({key: value for key, value in facts.items() if value}, console)
+    for finding in report.get("findings", []):
+        sign, style = SEVERITY_SIGNS[finding["severity"]]
+        _signed(sign, style, f"{finding['code']} {finding['slug']}", finding["message"], finding.get("fix"), console)
+    for row in preview.shown:
+        _print_row(row.where, row.pieces, console)
+
+
+_SPLIT_WORDS = {
+    "groups": "groups",
+    "exact_duplicates": "exact duplicates",
+    "near_duplicates": "near duplicates",
+    "leaks": "leaks",
+}
+
+
+def _print_row(where: str, pieces: Sequence[tuple[str, bool, Sequence[int]]], console: Console) -> None:
+    total = sum(len(ids) for _, _, ids in pieces)
+    learned = sum(len(ids) for _, supervised, ids in pieces if supervised)
+    coloured = console.color_system is not None
+    marks = "learned is green" if coloured else "learned is in ⟦ ⟧"
+    console.print()
+    _print_rule(f"{where} · {total:,} tokens, {learned:,} learned: {marks}", console)
+    text = Text()
+    for piece, supervised, _ in pieces:
+        shown = inert(piece).replace("\n", "↵\n")
+        if supervised:
+            text.append(shown if coloured else f"⟦{shown}⟧", "bold green")
+        else:
+            text.append(shown, "dim")
+    console.print(text, soft_wrap=not console.is_terminal)
+
+
+def print_evaluation(evaluation: Evaluation, console: Console) -> None:
+    """Base against tuned: the figures in a table, then each sample's two answers side by side."""
+    found = evaluation.to_json()
+    base, tuned = found["base"], found["tuned"]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for name in ("held-out rows", "base", "tuned", "change"):
+        table.add_column(name, justify="left" if name == "held-out rows" else "right", no_wrap=True)
+    change = _change(tuned["loss"] - base["loss"], found.get("difference", {}).get("stderr"), lower_is_better=True)
+    losses = [plus_minus(score["loss"], score.get("stderr")) for score in (base, tuned)]
+    table.add_row("loss per learned token", *losses, change)
+    for name, score in found.get("scores", {}).items():
+        table.add_row(inert(name.replace("_", " ")), *_percents(score))
+    console.print(table)
+    rows = f"{found['rows']:,} held-out rows, " if "rows" in found else ""
+    console.print(Text(f"{rows}{tuned['tokens']:,} learned tokens; ± is one standard error", "dim"))
+    for number, sample in enumerate(found.get("samples", []), start=1):
+        _print_sample(number, sample, console)
+
+
+def _percents(score: Mapping[str, Any]) -> list[str | Text]:
+    """Base, tuned and change of a score between 0 and 1; its error is one number or one for each."""
+    stderr = score.get("stderr")
+    errors = stderr if isinstance(stderr, Mapping) else {"base": stderr, "tuned": stderr}
+    cells: list[str | Text] = []
+    for who in ("base", "tuned"):
+        error = errors.get(who)
+        cells.append(f"{score[who]:.1%}" + (f" ± {100 * error:.1f}" if error is not None else ""))
+    points = 100 * (score["tuned"] - score["base"])
+    return [*cells, Text(f"{points:+.1f} points", "green" if points > 0 else "red" if points < 0 else "")]
+
+
+def _change(difference: float, stderr: float | None, lower_is_better: bool) -> Text:
+    """A difference, coloured only where it is larger than two of its standard errors."""
+    sure = stderr is not None and abs(difference) > 2 * stderr
+    better = (difference < 0) == lower_is_better
+    return Text(f"{difference:+.4f}", ("green" if better else "red") if sure else "")
+
+
+def _print_sample(number: int, sample: Mapping[str, str], console: Console) -> None:
+    console.print()
+    _print_rule(f"sample {number} · {sample['where']}", console)
+    _print_facts({"prompt": sample["prompt"], "reference": sample["reference"]}, console)
+    right = sample["tuned"].strip() == sample["reference"].strip()
+    answers = {
+        "base": Text(inert(sample["base"]) or "(nothing)"),
+        "tuned, equal to the reference" if right else "tuned": Text(
+            inert(sample["tuned"]) or "(nothing)", "green" if right else ""
+        ),
+    }
+    width = min(console.width, MAX_COLUMNS)
+    if width < MIN_COLUMNS_FOR_BESIDE:
+        for name, answer in answers.items():
+            console.print(Text(name, "bold"))
+            console.print(Padding(answer, (0, 0, 0, 2)))
+        return
+    table = Table(box=box.MINIMAL, pad_edge=False, show_edge=False, header_style="bold", width=width)
+    for name in answers:
+        table.add_column(name, ratio=1, overflow="fold")
+    table.add_row(*answers.values())
+    console.print(table)
+
+
+def print_trained(result: TrainResult, console: Console) -> None:
+    """How a run ended: base against tuned, where things are, and what can be done next."""
+    if result.evaluation is not None:
+        print_evaluation(result.evaluation, console)
+    console.print()
+    facts = {"run": str(result.run_dir), "adapter": f"{result.run_dir}/adapter (loads with PEFT)"}
+    _print_facts({**facts, "next": f"solotune chat {result.run_dir} --base"}, console)
+
+
+def print_runs(runs: Sequence[RunSummary], root: str | Path, console: Console) -> None:
+    """One line a run, oldest first."""
+    if not runs:
+        console.print(Text(inert(f"no runs in {root}; solotune train CONFIG makes one")), soft_wrap=True)
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column("run", overflow="fold")
+    table.add_column("status", no_wrap=True)
+    wide = console.width >= MIN_COLUMNS_FOR_ALL_FIGURES
+    for name in (
+        "step",
+        "held-out loss\nbase → tuned",
+        "exact\nmatch",
+        *(("train\nloss", "tok/s", "peak") if wide else ()),
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    for run in runs:
+        style = {"finished": "", "running": "green"}.get(run.status, "yellow")
+        figures = [
+            f"{run.steps:,}/{run.total_steps:,}" if run.total_steps else f"{run.steps:,}",
+            "" if run.base_loss is None else f"{run.base_loss:.3f} → {run.tuned_loss:.3f}",
+            "" if run.exact_match is None else f"{run.exact_match:.0%}",
+            "" if run.train_loss is None else f"{run.train_loss:.3f}",
+            "" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}",
+            bytes_in_words(run.peak_bytes) if run.peak_bytes else "",
+        ]
+        table.add_row(Text(inert(run.name)), Text(run.status, style), *figures[: None if wide else 3])
+    console.print(table)
+
+
+def _signed(sign: str, style: str, head: str, text: str, fix: str | None, console: Console) -> None:
+    """`✓ head  text`, wrapped below the text, and `→ fix` below that."""
+    rows = [(sign, head, text), *([("", "", f"→ {fix}")] if fix else [])]
+    print_columns(rows, (style, "bold", ""), console)
+
+
+def _print_facts(facts: Mapping[str, str], console: Console) -> None:
+    """`name  value` lines, values wrapped in their own column."""
+    print_columns(list(facts.items()), ("bold", ""), console)
+
+
+def _print_rule(title: str, console: Console) -> None:
+    width = min(console.width, MAX_COLUMNS)
+    console.print(Rule(Text(inert(title)), align="left", style="dim"), width=width)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

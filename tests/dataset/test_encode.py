@@ -1,0 +1,69 @@
+"""Token boundaries: what a token that reaches across the edge of an answer means, with and without offsets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+from solotune.dataset.chat import Rendered
+from solotune.dataset.encode import Encoder
+from solotune.errors import InputError
+from tests.dataset.conftest import tiny_tokenizer
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """One token a character, but `ab`, `bb` and a blank with its letter are one."""
+    vocabulary = {token: index for index, token in enumerate(["a", "b", "Ġ", "Ċ", "ab", "bb", "Ġa"])}
+    backend = Tokenizer(models.BPE(vocabulary, [("a", "b"), ("b", "b"), ("Ġ", "a")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "learned"),
+    [
+        ("a a", (1, 3), [" a"]),  # a token that begins with the answer's blank is whole, though GPT-2 trims offsets
+        ("aab", (2, 3), []),  # `ab` begins before the answer
+        ("aba", (2, 3), ["a"]),
+        ("aab", (1, 2), ["ab"]),  # `ab` begins inside
+        ("a\na\n", (2, 3), ["a"]),  # not the newline after it
+        ("aa", (0, 0), []),
+    ],
+)
+def test_a_token_belongs_to_the_answer_it_begins_in(text: str, answer: tuple[int, int], learned: list[str]) -> None:
+    tokenizer = letters()
+    ids, supervised = Encoder(tokenizer).encode([Rendered(text, [], [answer])], ["row"])[0]
+    assert ids.tolist() == tokenizer(text)["input_ids"]
+    assert [tokenizer.decode([index]) for index in ids[supervised]] == learned
+
+
+def test_several_answers_and_an_empty_text() -> None:
+    rows = [Rendered("abba", [], [(0, 1), (3, 4)]), Rendered("", [], [])]
+    (_, supervised), (ids, none) = Encoder(letters()).encode(rows, ["a", "b"])
+    assert supervised.tolist() == [True, False, True]
+    assert (ids.tolist(), none.tolist()) == ([], [])
+    assert (ids.dtype, none.dtype) == (np.int32, bool)
+
+
+def test_without_offsets_a_token_across_the_edge_is_an_error() -> None:
+    tokenizer = ByT5Tokenizer()
+    ids, supervised = Encoder(tokenizer).encode([Rendered("aéb</s>c", [], [(1, 7)])], ["row"])[0]
+    assert ids.tolist() == tokenizer("aéb</s>c", add_special_tokens=False)["input_ids"]
+    assert supervised.tolist() == [False, True, True, True, True, False]
+    with pytest.raises(InputError) as caught:
+        Encoder(tokenizer).encode([Rendered("b</s>", [], [(3, 5)])], ["row"])
+    assert str(caught.value) == (
+        "row: this tokenizer joins an answer with the text beside it, so they are not told apart\n"
+        "  seen:    'b</s>'\n"
+        "  change:  use the model's fast tokenizer (tokenizer.json)"
+    )
+
+
+def test_the_tokenizer_is_not_changed() -> None:
+    tokenizer = tiny_tokenizer("chatml")
+    before = tokenizer.backend_tokenizer.to_str()
+    Encoder(tokenizer).encode([Rendered("a<|im_end|>", [(1, 11)], [])], ["row"])
+    assert tokenizer.backend_tokenizer.to_str() == before

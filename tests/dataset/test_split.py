@@ -1,0 +1,161 @@
+"""No validation row is known from training, and the split is the same tomorrow."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from solotune.dataset.formats import Record
+from solotune.dataset.similar import near_duplicates
+from solotune.dataset.split import check_leaks, hold_out
+from solotune.errors import CheckError, InputError
+from tests.dataset.conftest import chat
+
+
+def record(number: int, answer: str | None = None, group: str | None = None, system: str | None = None) -> Record:
+    words = random.Random(number).choices("abcdefghijklmnopqrstuvwxyz", k=40)
+    text = " ".join(a + b for a, b in zip(words[::2], words[1::2], strict=True))
+    return Record(f"f:{number}", messages=chat(f"question {number}", answer or text, system=system), group=group)
+
+
+def places(records: list[Record]) -> list[str]:
+    return [one.where for one in records]
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted"), [(0.1, 10), (0.05, 5), (7, 7), (1, 1), (0.001, 1), (0, 0), (0.0, 0), (99, 99)]
+)
+def test_size(size: float | int, wanted: int) -> None:
+    split = hold_out([record(n) for n in range(100)], size, seed=0)
+    assert (len(split.validation), len(split.train)) == (wanted, 100 - wanted)
+    assert split.num_groups == 100
+
+
+def test_file_order_is_kept_and_the_seed_decides() -> None:
+    records = [record(n) for n in range(100)]
+    splits = [hold_out(records, 0.2, seed) for seed in (0, 0, 1)]
+    assert places(splits[0].validation) == places(splits[1].validation) != places(splits[2].validation)
+    for split in splits:
+        for side in (split.train, split.validation):
+            assert places(side) == sorted(places(side), key=lambda where: int(where[2:]))
+
+
+def test_appending_rows_moves_almost_none() -> None:
+    before = {*places(hold_out([record(n) for n in range(1000)], 0.1, 0).validation)}
+    after = {*places(hold_out([record(n) for n in range(1200)], 0.1, 0).validation)}
+    moved = before ^ {where for where in after if int(where[2:]) < 1000}
+    assert len(moved) <= 10  # by chance 180 would
+
+
+def test_groups_stay_together_and_come_near_the_size() -> None:
+    records = [record(n, group=f"shop={n % 12}") for n in range(720)]
+    split = hold_out(records, 60, seed=0)
+    assert {one.group for one in split.train} & {one.group for one in split.validation} == set()
+    assert len(split.validation) == 60
+    assert split.num_groups == 12
+    assert len(hold_out(records, 100, seed=0).validation) == 120
+    assert len(hold_out(records, 85, seed=0).validation) == 60
+
+
+def test_copies_are_removed_whatever_case_and_blanks() -> None:
+    records = [record(n) for n in range(10)]
+    twins = [Record("copy", messages=chat("QUESTION  3", records[3].messages[1]["content"].upper() + "\n"))]
+    split = hold_out(records + twins, 2, seed=0)
+    assert split.num_exact_duplicates == 1
+    assert places(split.train + split.validation).count("copy") == 0
+    # another role, another system prompt: another row
+    other = [Record("other", messages=chat("q", records[3].messages[1]["content"], system="s"))]
+    assert hold_out(records + other, 2, seed=0).num_exact_duplicates == 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 1000))
+def test_near_duplicates_stay_on_one_side(seed: int) -> None:
+    records = []
+    for n in range(0, 60, 2):
+        one = record(n)
+        words = one.messages[1]["content"].split()
+        words[-1] = "changed"
+        records += [one, Record(f"near:{n}", messages=chat(f"question {n}", " ".join(words), system=f"other {n}"))]
+    split = hold_out(records, 0.2, seed)
+    sides = [{where.split(":")[1] for where in places(side)} for side in (split.train, split.validation)]
+    assert sides[0] & sides[1] == set()
+    assert (split.num_near_duplicates, split.num_groups) == (30, 30)
+
+
+def test_a_shared_system_prompt_does_not_make_rows_alike() -> None:
+    records = [record(n, system="you are a helpful assistant " * 50) for n in range(20)]
+    assert hold_out(records, 2, 0).num_near_duplicates == 0
+
+
+def test_near_duplicates_against_all_pairs() -> None:
+    rng = random.Random(0)
+    texts = []
+    for _ in range(120):
+        words = [f"w{rng.randrange(3000)}" for _ in range(rng.randrange(6, 80))]
+        texts.append(" ".join(words))
+        for _ in range(2):
+            texts.append(" ".join(w if rng.random() > 0.06 else "x" for w in words))
+
+    def triples(text: str) -> set[tuple[str, ...]]:
+        words = text.split()
+        return {tuple(words[i : i + 3]) for i in range(len(words) - 2)}
+
+    sets = [triples(text) for text in texts]
+    wanted = {
+        (i, j) for j in range(len(sets)) for i in range(j) if len(sets[i] & sets[j]) >= 0.7 * len(sets[i] | sets[j])
+    }
+    assert len(wanted) > 50
+    assert set(near_duplicates(texts)) == wanted
+
+
+def test_near_duplicates_of_text_without_blanks() -> None:
+    text = "今天天气很好我们一起去公园散步然后回家吃饭看电视睡觉明天再去上班工作"
+    assert list(near_duplicates([text, text[:-1] + "学", "完全不同的另外一句话没有任何相同的地方"])) == [(0, 1)]
+
+
+@pytest.mark.parametrize("records", [[record(1)], [record(1), record(1)], [record(n, group="a") for n in range(5)]])
+def test_nothing_to_hold_out(records: list[Record]) -> None:
+    with pytest.raises(InputError, match="the rows cannot be split into training and validation"):
+        hold_out(records, 0.5, seed=0)
+
+
+def test_nothing_to_hold_out_in_words() -> None:
+    with pytest.raises(InputError) as caught:
+        hold_out([record(1), record(1), record(2, group="a"), record(3, group="a")], 5, seed=0)
+    assert str(caught.value) == (
+        "validation_size: 5: the rows cannot be split into training and validation\n"
+        "  seen:    3 distinct rows (and 1 copies, removed) in 2 groups, the largest of 2; "
+        "5 rows are wanted for validation\n"
+        "  allowed: fewer rows than there are, and at least two groups; rows that share a group or are near-duplicates "
+        "stay on one side\n"
+        "  change:  give more varied rows, a smaller validation_size, your own eval_dataset, or validation_size: 0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("validation", "what"),
+    [
+        (Record("v:1", messages=chat("Question 4", record(4).messages[1]["content"])), "v:1 is f:4"),
+        (Record("v:1", messages=chat("question 4 x", record(4).messages[1]["content"])), "v:1 is nearly f:4"),
+        (record(99, group="g"), "f:99 is of the same group as f:0"),
+    ],
+)
+def test_leaks_are_refused(validation: Record, what: str) -> None:
+    train = [record(n, group="g" if n == 0 else None) for n in range(10)]
+    with pytest.raises(CheckError) as caught:
+        check_leaks(train, [record(50), validation], key="eval_dataset")
+    assert str(caught.value) == (
+        "eval_dataset: 1 of 2 validation rows are known from training\n"
+        f"  seen:    {what}\n"
+        "  allowed: no row on both sides: a loss on known rows says nothing about new ones\n"
+        "  change:  remove these rows from dataset or from eval_dataset, "
+        "or leave eval_dataset out and let a part be held out"
+    )
+
+
+def test_no_leak() -> None:
+    check_leaks([record(n) for n in range(10)], [record(n) for n in range(10, 20)], key="eval_dataset")

@@ -1,0 +1,98 @@
+"""Loading a tokenizer: local folders without a network, and what is said when there is none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from solotune.dataset import load_tokenizer, render_prompt
+from solotune.errors import InputError
+from tests.dataset.conftest import CHATML, chat, config_of, tiny_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_tokenizer("chatml").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def message_of(name: Path | str, **keys: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load_tokenizer(config_of("x.jsonl", model_name_or_path=str(name), **keys))
+    return str(caught.value)
+
+
+def test_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a local folder needs no network")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    tokenizer = load_tokenizer(config_of("x.jsonl", model_name_or_path=str(folder)))
+    assert render_prompt(tokenizer, chat("a")) == render_prompt(tiny_tokenizer("chatml"), chat("a"))
+
+
+def test_a_template_of_ones_own(folder: Path, tmp_path: Path) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text(CHATML.replace("<|im_start|>{{ m.role }}", "<|im_start|>{{ m.role | upper }}"))
+    config = config_of("x.jsonl", model_name_or_path=str(folder), chat_template_path=str(template))
+    tokenizer = load_tokenizer(config)
+    assert tokenizer.decode(render_prompt(tokenizer, chat("a"))).startswith("<|im_start|>USER\na")
+
+
+def test_templates_that_cannot_be(folder: Path, tmp_path: Path) -> None:
+    template = tmp_path / "mine.jinja"
+    message = message_of(folder, chat_template_path=str(template))
+    assert message == f"chat_template_path: {template}: no such file\n  seen:    looked in {tmp_path}"
+    template.write_text("{% for m in messages %}\n{{ m.content }\n{% endfor %}")
+    message = message_of(folder, chat_template_path=str(template))
+    assert message.startswith(
+        f"chat_template_path: {template}, line 2: not a valid Jinja template\n  seen:    unexpected"
+    )
+    template.write_bytes(b"\xff\xfe")
+    assert message_of(folder, chat_template_path=str(template)).startswith(f"chat_template_path: {template}: not UTF-8")
+    template.write_text(" \n")
+    assert message_of(folder, chat_template_path=str(template)).endswith("the template is empty")
+
+
+def test_no_such_model(tmp_path: Path) -> None:
+    assert message_of(tmp_path / "nothing") == (
+        f"model_name_or_path: {tmp_path}/nothing: no such folder\n"
+        f"  seen:    looked in {tmp_path}\n"
+        "  change:  check the path; a hub model is named owner/name"
+    )
+    message = message_of("owner/no-such-model-here")
+    assert message.startswith(
+        "model_name_or_path: no tokenizer could be loaded from owner/no-such-model-here\n  seen: "
+    )
+    assert "without a network use a local folder" in message
+
+
+def test_folders_that_cannot_be(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model.safetensors").touch()
+    assert message_of(tmp_path / "weights") == (
+        f"model_name_or_path: {tmp_path}/weights has no tokenizer files\n"
+        "  seen:    model.safetensors\n"
+        "  allowed: tokenizer.json, or what the model's family uses instead (tokenizer.model, tekken.json)\n"
+        "  change:  copy the tokenizer files of the base model into the folder"
+    )
+    assert message_of(folder / "tokenizer.json").startswith("model_name_or_path: ")
+    (folder / "tokenizer.json").write_text("{")
+    assert message_of(folder).startswith(f"model_name_or_path: no tokenizer could be loaded from {folder}\n")
+
+
+def test_code_that_comes_with_a_tokenizer_does_not_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    canary = folder / "ran"
+    (folder / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: ...\n")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # and nobody is asked
+    message_of(folder)
+    assert not canary.exists()

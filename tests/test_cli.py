@@ -1,0 +1,433 @@
+"""The command: its frozen help, its speed, its exit codes, and the one JSON object of `--json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import tomllib
+import types
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import solotune
+from solotune import cli, errors
+from solotune.environment import Check, DoctorReport
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(solotune.__file__).parents[1]), "COLUMNS": "80"}
+
+HELP = """\
+Usage: solotune [OPTIONS] VERB ...
+
+  Fine-tune an LLM on one GPU, and see what was learned.
+
+  From nothing to a tuned model:
+    solotune doctor                       is this machine fit for it?
+    solotune init MODEL chats.jsonl       writes solotune.yaml
+    solotune data solotune.yaml           what will be learned, token by token
+    solotune train solotune.yaml          trains, then compares with the base
+    solotune chat runs/RUN --base         talk to both
+
+Options:
+  --version   Show the version and exit.
+  -h, --help  Show this message and exit.
+
+Verbs:
+  doctor    Check this machine: driver, CUDA, packages, memory, disk.
+  init      Write a commented config for a MODEL and a DATASET.
+  data      Show what training would learn: rows, split, tokens, mask.
+  train     Train, save the adapter, compare it with its base.
+  evaluate  Compare a RUN's model with its base on the held-out rows.
+  chat      Talk to a RUN's model.
+  runs      List the runs, oldest first.
+
+Exit codes:
+  0    done
+  1    a bug of solotune
+  2    bad input: config, data or model
+  3    a check said no
+  4    the run directory is in use
+  5    a file is not what the run recorded
+  6    loss or gradient is not finite
+  7    the device failed
+  8    a write failed
+  129  hung up (SIGHUP), checkpoint saved
+  130  interrupted (Ctrl-C), checkpoint saved
+  143  terminated (SIGTERM), checkpoint saved
+"""
+
+
+def run(*arguments: str, code: str = "", **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code] if code else [sys.executable, "-m", "solotune"]
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False, **options
+    )
+
+
+quieten = cli.quieten
+
+
+@pytest.fixture(autouse=True)
+def libraries_stay_as_they_are(monkeypatch) -> None:
+    """What `main` silences would stay silent in the tests that follow."""
+    monkeypatch.setattr(cli, "quieten", lambda: None)
+
+
+@pytest.fixture
+def verbs(monkeypatch) -> types.ModuleType:
+    """A stub in the place of solotune.verbs: each test gives it the one function it needs."""
+    stub = types.ModuleType("solotune.verbs")
+    monkeypatch.setitem(sys.modules, "solotune.verbs", stub)
+    monkeypatch.setattr(solotune, "verbs", stub, raising=False)
+    return stub
+
+
+def raising(error: BaseException):
+    def verb(*_: object, **__: object):
+        raise error
+
+    return verb
+
+
+# --- help
+
+
+def test_help_is_frozen():
+    done = run("--help")
+    assert done.stdout == HELP
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_no_arguments_show_the_help(capsys):
+    assert cli.main([]) == 0
+    assert "Exit codes:" in capsys.readouterr().out
+
+
+def test_help_answers_in_half_a_second():
+    def seconds() -> float:
+        started = time.perf_counter()
+        run("--help")
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(3)) < 0.5
+
+
+def test_importing_the_package_and_building_help_loads_nothing_heavy():
+    code = """
+import sys, solotune, solotune.cli
+try: solotune.cli.main(["--help"])
+except SystemExit: pass
+heavy = {"torch", "transformers", "datasets", "bitsandbytes", "pydantic", "ruamel", "rich", "numpy"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    done = run(code=code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("verb", list(cli.solotune.commands))
+def test_each_verb_teaches_with_one_example(verb, capsys):
+    assert cli.main([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("Example:") == 1
+    assert f"\n    solotune {verb}" in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert hasattr(solotune, verb)
+
+
+def test_public_names_are_exact_and_lazy():
+    assert sorted(solotune.__all__) == sorted({*cli.solotune.commands, "RunConfig", "load_config", "__version__"})
+    assert all(hasattr(solotune, name) for name in solotune.__all__)
+    assert set(solotune.__all__) <= set(dir(solotune))
+    with pytest.raises(AttributeError, match="module 'solotune' has no attribute 'trian'"):
+        solotune.trian  # noqa: B018
+
+
+def test_version_is_that_of_pyproject(capsys):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert solotune.__version__ == project["version"]
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"solotune {project['version']}\n"
+
+
+# --- mistakes on the command line
+
+
+def test_misspelt_verb_is_exit_2_with_a_suggestion(capsys):
+    assert cli.main(["trian", "a.yaml"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: No such command 'trian'. Did you mean 'train'?\n")
+
+
+def test_missing_argument_says_how_it_is_used(capsys):
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr().err == (
+        "error: Missing argument 'CONFIG'.\nUsage: solotune train [OPTIONS] CONFIG [KEY=VALUE]...\n"
+    )
+
+
+def test_missing_config(capsys, tmp_path):
+    path = tmp_path / "none.yaml"
+    assert cli.main(["train", str(path)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {path}: no such config file\n  seen:    looked in {Path.cwd()}\n"
+        "  change:  solotune init MODEL DATA writes one to start from\n"
+    )
+
+
+def test_unknown_key_as_json_is_one_object_on_stdout(capsys, tmp_path):
+    (tmp_path / "a.yaml").write_text("model_name_or_path: m\ndataset: d\nlora_rank: 8\n")
+    assert cli.main(["train", str(tmp_path / "a.yaml"), "--json"]) == 2
+    out, err = capsys.readouterr()
+    error = json.loads(out)["error"]
+    assert error.keys() == {"exit_code", "meaning", "problem", "seen", "allowed", "change"}
+    assert error["exit_code"] == 2
+    assert error["problem"].startswith("a.yaml line 3, lora_rank: unknown key; did you mean lora_r?")
+    assert err.startswith("error: a.yaml line 3")
+
+
+@pytest.mark.parametrize("arguments", [["trian", "--json"], ["data", "--json"], ["data", "x", "--shwo", "--json"]])
+def test_usage_mistakes_are_json_too(arguments, capsys):
+    assert cli.main(arguments) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["exit_code"] == 2
+
+
+# --- exit codes
+
+KINDS = [
+    errors.InputError,
+    errors.CheckError,
+    errors.DirectoryInUseError,
+    errors.IntegrityError,
+    errors.NonFiniteError,
+    errors.DeviceError,
+    errors.StorageError,
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_error_has_its_exit_code_and_no_traceback(kind, verbs, capsys):
+    verbs.runs = raising(kind("the place: the problem", seen="5", change="do this"))
+    assert cli.main(["runs"]) == kind.exit_code
+    assert capsys.readouterr().err == "error: the place: the problem\n  seen:    5\n  change:  do this\n"
+
+
+def test_ctrl_c_is_130_with_a_line(verbs, capsys):
+    verbs.runs = raising(KeyboardInterrupt())
+    assert cli.main(["runs"]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_an_interrupted_run_keeps_its_signal(verbs, capsys):
+    verbs.runs = raising(errors.InterruptedRunError(15, "stopped after step 3; checkpoint saved", "runs/a"))
+    assert cli.main(["runs", "--json"]) == 143
+    assert json.loads(capsys.readouterr().out)["error"]["exit_code"] == 143
+
+
+def test_a_bug_names_the_file_with_its_traceback(verbs, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli.tempfile, "tempdir", str(tmp_path))
+    verbs.runs = raising(ZeroDivisionError("oops \x1b[31m"))
+    assert cli.main(["runs"]) == 1
+    (log,) = tmp_path.glob("solotune-crash-*.log")
+    assert capsys.readouterr().err == (
+        f"error: this is a bug of solotune: ZeroDivisionError: oops ␛[31m\n  log:     {log}\n"
+    )
+    assert "Traceback (most recent call last)" in log.read_text()
+
+
+@pytest.mark.parametrize("known_by", ["argument", "attribute"])
+def test_a_bug_in_a_run_goes_to_the_runs_own_log(known_by, verbs, capsys, tmp_path):
+    (tmp_path / "config.yaml").touch()
+    error = ZeroDivisionError("oops")
+    if known_by == "attribute":
+        error.run_dir = tmp_path  # type: ignore[attr-defined]
+    verbs.runs = verbs.evaluate = raising(error)
+    arguments = ["evaluate", str(tmp_path)] if known_by == "argument" else ["runs"]
+    assert cli.main(arguments) == 1
+    assert str(tmp_path / "log.txt") in capsys.readouterr().err
+    assert "ZeroDivisionError: oops" in (tmp_path / "log.txt").read_text()
+
+
+def test_failed_check_of_doctor_is_exit_3(verbs, capsys):
+    machine = SimpleNamespace(to_json=dict)
+    for status, code in (("warn", 0), ("fail", 3)):
+        verbs.doctor = lambda status=status: DoctorReport(machine, [Check("gpu", status, "none", "buy one")])  # type: ignore[arg-type]
+        assert cli.main(["doctor", "--json"]) == code
+        assert json.loads(capsys.readouterr().out)["ok"] == (code == 0)
+
+
+def test_a_reader_that_leaves_is_no_traceback():
+    code = "import sys; from solotune import cli, verbs\nverbs.runs = lambda root: [Run() for _ in range(9999)]\n"
+    code += "class Run:\n def to_json(self): return {'name': 'x' * 99}\n"
+    code += "sys.exit(cli.main(['runs', '--json']))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == errors.StorageError.exit_code
+
+
+# --- JSON alone on stdout
+
+
+def test_whatever_a_library_prints_goes_to_stderr():
+    code = """
+import os, sys
+from solotune import cli, verbs
+def noisy(root):
+    print("python"); os.write(1, b"native\\n"); os.system("echo child")
+    return []
+verbs.runs = noisy
+sys.exit(cli.main(["runs", "--json"]))
+"""
+    done = run(code=code)
+    assert json.loads(done.stdout) == {"runs": []}
+    assert {"python", "native", "child"} <= set(done.stderr.split())
+
+
+def test_what_json_cannot_say_is_null(verbs, capsys):
+    verbs.evaluate = lambda run, display: SimpleNamespace(
+        to_json=lambda: {"base": {"stderr": float("inf"), "path": Path("a")}}
+    )
+    assert cli.main(["evaluate", "runs/a", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"base": {"stderr": None, "path": "a"}}
+
+
+def test_libraries_are_silent_and_the_users_wish_counts(monkeypatch):
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "DATASETS_VERBOSITY"):
+        monkeypatch.setenv(name, "x")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
+    quieten()
+    assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == "1"
+    assert os.environ["TRANSFORMERS_VERBOSITY"] == "info"
+
+
+# --- what each verb passes on
+
+
+def test_train_passes_config_overrides_and_resume(verbs, capsys, tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("model_name_or_path: m\ndataset: d\n")
+    seen = {}
+
+    def train(config, resume, display):
+        seen.update(rate=config.learning_rate, resume=resume, every=display._logging_steps)
+        display.phase("loading model")
+        return SimpleNamespace(run_dir=Path("runs/a"), evaluation=None, to_json=lambda: {"run": "runs/a"})
+
+    verbs.train = train
+    assert cli.main(["train", str(path), "learning_rate=3e-5", "logging_steps=7", "--resume", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"run": "runs/a"}
+    assert err == "loading model ...\n"
+    assert seen == {"rate": 3e-5, "resume": True, "every": 7}
+    assert cli.main(["train", str(path)]) == 0
+    assert "solotune chat runs/a --base" in capsys.readouterr().out
+
+
+def test_data_shows_as_many_rows_as_asked(verbs):
+    seen = []
+    verbs.data = lambda config, overrides, show: seen.append((config, overrides, show)) or SimpleNamespace(to_json=dict)
+    assert cli.main(["data", "a.yaml", "--show", "3", "max_length=64", "--json"]) == 0
+    assert seen == [("a.yaml", ("max_length=64",), 3)]
+    assert cli.main(["data", "a.yaml", "--show", "-1"]) == 2
+
+
+class Session:
+    model_name = "m + a"
+
+    def __init__(self) -> None:
+        self.history: list[str] = []
+
+    def reset(self) -> None:
+        self.history = []
+
+    def reply(self, text, base=False, on_text=None) -> str:
+        answer = f"{'base' if base else 'tuned'} hears {text!r} after {len(self.history)}"
+        if not base:
+            self.history.append(text)
+        for word in answer.split(" ") if on_text else []:
+            on_text(f"{word} ")
+        return answer
+
+
+@pytest.fixture
+def piped(verbs, monkeypatch):
+    import io
+
+    verbs.chat = lambda run: Session()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n/reset\nthree\n"))
+
+
+@pytest.mark.usefixtures("piped")
+def test_chat_answers_each_line_of_a_pipe_base_first(capsys):
+    assert cli.main(["chat", "runs/a", "--base"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "base   base hears 'one' after 0 ",
+        "tuned  tuned hears 'one' after 0 ",
+        "base   base hears 'two' after 1 ",
+        "tuned  tuned hears 'two' after 1 ",
+        "base   base hears 'three' after 0 ",
+        "tuned  tuned hears 'three' after 0 ",
+    ]
+
+
+@pytest.mark.usefixtures("piped")
+def test_chat_with_one_prompt_as_json(capsys):
+    assert cli.main(["chat", "runs/a", "--prompt", "hi", "--json"]) == 0
+    turns = [{"prompt": "hi", "tuned": "tuned hears 'hi' after 0"}]
+    assert json.loads(capsys.readouterr().out) == {"model": "m + a", "turns": turns}
+
+
+# --- the real verbs, as far as they need no model
+
+
+def test_init_writes_a_config_that_loads(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["init", "some/model", "chats.jsonl"]) == 0
+    assert capsys.readouterr().out == "wrote solotune.yaml; next: solotune data solotune.yaml\n"
+    config = solotune.load_config("solotune.yaml")
+    assert (config.model_name_or_path, config.dataset) == ("some/model", "chats.jsonl")
+    assert cli.main(["init", "some/model", "chats.jsonl"]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert cli.main(["init", "some/model", "chats.jsonl", "--force", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"path": "solotune.yaml"}
+
+
+def test_runs_of_an_empty_folder(tmp_path, capsys):
+    assert cli.main(["runs", "--root", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"no runs in {tmp_path}; solotune train CONFIG makes one\n"
+    assert cli.main(["runs", "--root", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"runs": []}
+
+
+def test_runs_lists_what_is_there(tmp_path, capsys):
+    folder = tmp_path / "demo-1"
+    folder.mkdir()
+    (folder / "config.yaml").touch()
+    step = {"event": "step", "step": 3, "total_steps": 9, "loss": 1.5, "tokens_per_second": 10.0, "peak_bytes": 2**30}
+    (folder / "metrics.jsonl").write_text(json.dumps(step) + "\n")
+    assert cli.main(["runs", "--root", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-2].split() == [
+        "demo-1",
+        "unfinished",
+        "3/9",
+        "1.500",
+        "10",
+        "1.0",
+        "GiB",
+    ]
+
+
+def test_evaluate_of_no_run_is_exit_2(tmp_path, capsys):
+    assert cli.main(["evaluate", str(tmp_path / "none")]) == 2
+    assert "no such run" in capsys.readouterr().err

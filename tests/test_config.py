@@ -1,0 +1,172 @@
+"""The config's door: sources, suggestions, and every kind of mistake in the user's own words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from solotune.config import FOREIGN_KEYS, RunConfig, allowed_values, field_help, load_config, section_of, to_yaml
+from solotune.errors import InputError
+
+MINIMAL = {"model_name_or_path": "m", "dataset": "d.jsonl"}
+
+
+def message(source, overrides=()):
+    with pytest.raises(InputError) as caught:
+        load_config(source, overrides)
+    return str(caught.value)
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(text):
+        Path("run.yaml").write_text(text)
+        return "run.yaml"
+
+    return write
+
+
+def test_defaults_are_the_walkthroughs_recipe_and_the_shipped_file_says_the_same():
+    shipped = load_config(Path(__file__).parents[1] / "examples" / "walkthrough.yaml")
+    defaults = load_config({**MINIMAL, "model_name_or_path": shipped.model_name_or_path})
+    same = set(RunConfig.model_fields) - {"model_name_or_path", "dataset", "dataset_split", "bnb_4bit_compute_dtype"}
+    assert {key: getattr(shipped, key) for key in same} == {key: getattr(defaults, key) for key in same}
+    assert (shipped.dataset, shipped.dataset_split) == ("HuggingFaceH4/ultrachat_200k", "train_sft[:5000]")
+
+
+def test_every_value_knows_where_it_came_from(written):
+    config = load_config(written("model_name_or_path: m\ndataset: d.jsonl\n\nlora_r: 8\n"), ["learning_rate=1e-5"])
+    assert config.source_of("lora_r") == "run.yaml line 4"
+    assert config.source_of("learning_rate") == "command line"
+    assert config.source_of("seed") == "default"
+    assert config.name == "run"
+
+
+def test_a_saved_config_loads_as_the_same_config(written):
+    for keys in (
+        {},
+        {"save_steps": 5, "eval_steps": 2},
+        {"eval_dataset": ["a.jsonl", "b.jsonl"]},
+        {"learning_rate": 1e-9},
+    ):
+        config = load_config({**MINIMAL, **keys})
+        again = load_config(written(to_yaml(config)))
+        assert again.model_dump() == config.model_dump()
+    assert "learning_rate: 0.0002  # default" in to_yaml(load_config(MINIMAL))
+
+
+def test_numbers_are_yaml_1_2(written):
+    config = load_config(written("model_name_or_path: m\ndataset: d\nlearning_rate: 2e-4\nlora_alpha: 16\n"))
+    assert (config.learning_rate, config.lora_alpha) == (2e-4, 16.0)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("lora_r: 0", "run.yaml line 3, lora_r: 0 (int) is not allowed; allowed: a whole number, at least 1"),
+        ("lora_r: true", "run.yaml line 3, lora_r: True (bool) is not allowed; allowed: a whole number, at least 1"),
+        ("lora_r: '16'", "run.yaml line 3, lora_r: '16' (str) is not allowed; allowed: a whole number, at least 1"),
+        (
+            "learning_rate: .nan",
+            "run.yaml line 3, learning_rate: nan (float) is not allowed; allowed: a number, above 0",
+        ),
+        ("bf16: yes", "run.yaml line 3, bf16: 'yes' (str) is not allowed; allowed: true or false"),
+        ("optim: sgd", "run.yaml line 3, optim: 'sgd' (str) is not allowed; allowed: paged_adamw_8bit, adamw_8bit,"),
+        (
+            "lora_target_modules: 7",
+            "lora_target_modules: 7 (int) is not allowed; allowed: a list of names, or all-linear",
+        ),
+        (
+            "lora_target_modules: []",
+            "lora_target_modules: [] (list) is not allowed; allowed: a list of names, or all-linear",
+        ),
+        (
+            "validation_size: 1.5",
+            "allowed: a share from 0 up to but not including 1 (0.05), or a whole number of rows (200)",
+        ),
+        ("max_steps: 0", "allowed: -1 (use num_train_epochs) or a whole number, at least 1"),
+        (
+            "learning_rte: 1",
+            "run.yaml line 3, learning_rte: unknown key; did you mean learning_rate? (Peak learning rate.)",
+        ),
+        ("zzz: 1", "run.yaml line 3, zzz: unknown key"),
+        ("trust_remote_code: true", "line 3, trust_remote_code: solotune never runs code that comes with a model"),
+        ("save_strategy: steps", "save_strategy: steps needs save_steps"),
+        ("load_in_4bit: false", "run.yaml line 3: load_in_4bit is only an alias for base_precision: nf4"),
+        ("seed: 1\nseed: 2", 'run.yaml line 4: not valid YAML\n  seen:    found duplicate key "seed"'),
+        ("seed: [1", "run.yaml line 4: not valid YAML"),
+    ],
+)
+def test_a_mistake_names_file_line_key_and_what_is_allowed(written, line, words):
+    assert words in message(written(f"model_name_or_path: m\ndataset: d.jsonl\n{line}\n"))
+
+
+def test_all_mistakes_are_reported_together(written):
+    text = message(written("lora_r: 0\nepochs: 3\n"))
+    assert text.startswith("the config has 4 mistakes:\n")
+    assert "epochs: unknown key; did you mean num_train_epochs? (Passes over the training rows.)" in text
+    assert "model_name_or_path: missing; Model id on the hub" in text
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"bf16": False, "bnb_4bit_compute_dtype": "bfloat16"}, "bf16: false computes in float32"),
+        ({"eval_dataset": "e.jsonl", "validation_size": 0.1}, "eval_dataset and validation_size: both are set"),
+        ({"save_strategy": "epoch", "save_steps": 5}, "save_steps: 5 needs save_strategy: steps, not epoch"),
+        ({"load_in_4bit": True, "base_precision": "bf16"}, "load_in_4bit is only an alias"),
+    ],
+)
+def test_contradictions_are_refused(keys, words):
+    assert words in message({**MINIMAL, **keys})
+
+
+def test_the_one_alias():
+    assert load_config({**MINIMAL, "load_in_4bit": True}).base_precision == "nf4"
+
+
+def test_what_one_key_implies_for_another():
+    config = load_config({**MINIMAL, "save_steps": 5, "eval_dataset": "e.jsonl"})
+    assert (config.save_strategy, config.validation_size) == ("steps", 0)
+    assert config.source_of("save_strategy") == "because save_steps is set"
+    assert load_config(config, ["eval_steps=3"]).eval_strategy == "steps"
+
+
+def test_overrides_must_be_key_value():
+    assert "an override is not of the form key=value\n  seen:    bf16" in message(MINIMAL, ["bf16"])
+    assert "command line, lora_r: 'x' (str) is not allowed" in message(MINIMAL, ["lora_r=x"])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "run.yaml: a config is lines of `key: value`\n  seen:    empty"),
+        (b"- a\n- b\n", "run.yaml: a config is lines of `key: value`\n  seen:    a list"),
+        (b"\xff\xfe\x00", "run.yaml: not UTF-8 text"),
+        (b"a" * (1 << 20) + b"a", "run.yaml: too large for a config"),
+    ],
+)
+def test_files_that_are_no_config(written, content, words):
+    path = Path(written(""))
+    path.write_bytes(content)
+    assert words in message(path)
+
+
+def test_an_absent_file_says_where_it_looked(written, tmp_path):
+    written("")
+    assert message("nope.yaml") == (
+        f"nope.yaml: no such config file\n  seen:    looked in {tmp_path}\n"
+        "  change:  solotune init MODEL DATA writes one to start from"
+    )
+
+
+def test_every_key_has_help_a_section_and_words_for_what_it_allows():
+    for key in RunConfig.model_fields:
+        assert field_help(key).endswith(".")
+        assert section_of(key)
+        assert allowed_values(key)
+    assert set(FOREIGN_KEYS.values()) <= set(RunConfig.model_fields)
+    assert not set(FOREIGN_KEYS) & set(RunConfig.model_fields)

@@ -1,0 +1,345 @@
+"""The machine: what is decided for it, and that each check of doctor fails on the fault it is for."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import platform
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from solotune import environment
+from solotune.config import load_config
+from solotune.environment import Machine, device_of, doctor, dtype_of, probe, settle
+
+ROOT = Path(__file__).parents[1]
+GIB = 1 << 30
+
+
+def machine(**changes) -> Machine:
+    values = {
+        "os": "Linux 6 x86_64",
+        "python": "3.12.1",
+        "cpu": "a CPU",
+        "num_cpus": 8,
+        "ram_bytes": 64 * GIB,
+        "ram_free_bytes": 50 * GIB,
+        "disk_free_bytes": 500 * GIB,
+        "versions": {},
+    }
+    return Machine(**{**values, **changes})
+
+
+def gpu(capability: tuple[int, int], name: str = "H100") -> Machine:
+    return machine(gpu=name, compute_capability=capability, gpu_bytes=80 * GIB, gpu_free_bytes=79 * GIB)
+
+
+def config(**values):
+    return load_config({"model_name_or_path": "m", "dataset": "d", **values})
+
+
+# --- settle
+
+
+def test_a_modern_gpu_leaves_the_recipe_as_it_is():
+    recipe = config()
+    settled, choices = settle(recipe, gpu((9, 0)))
+    assert settled is recipe
+    assert choices == []
+    assert (device_of(settled, gpu((9, 0))), dtype_of(settled)) == ("cuda", "bfloat16")
+
+
+@pytest.mark.parametrize("on", [machine(), gpu((9, 0))])
+def test_without_cuda_or_asked_for_the_cpu(on):
+    settled, choices = settle(config(use_cpu=on.has_cuda), on)
+    assert [(choice.key, choice.value) for choice in choices] == [("optim", "adamw_torch"), ("bf16", False)]
+    assert choices[0].because == "paged_adamw_8bit needs CUDA, as the 8-bit and paged optimizers do"
+    assert "12 times slower than float32" in choices[1].because
+    assert (settled.optim, settled.bf16, device_of(settled, on), dtype_of(settled)) == (
+        "adamw_torch",
+        False,
+        "cpu",
+        "float32",
+    )
+    assert settled.source_of("optim") == settled.source_of("bf16") == "machine"
+
+
+def test_the_written_out_walkthrough_recipe_settles_on_a_cpu():
+    """bf16 and bnb_4bit_compute_dtype must agree in a config, so both have to change at once."""
+    settled, choices = settle(config(bf16=True, bnb_4bit_compute_dtype="bfloat16"), machine())
+    assert [choice.key for choice in choices] == ["optim", "bf16", "bnb_4bit_compute_dtype"]
+    assert settled.bnb_4bit_compute_dtype == "float32"
+
+
+def test_what_fits_already_is_no_choice():
+    assert settle(config(optim="adamw_torch", bf16=False), machine())[1] == []
+
+
+def test_a_gpu_without_bfloat16_keeps_its_optimizer():
+    settled, choices = settle(config(), gpu((7, 5), "T4"))
+    assert [tuple(choice) for choice in choices] == [
+        ("bf16", False, "T4 has compute capability 7.5; bfloat16 came with 8.0")
+    ]
+    assert settled.optim == "paged_adamw_8bit"
+
+
+def test_settling_twice_changes_nothing_more():
+    settled, _ = settle(config(), machine())
+    assert settle(settled, machine())[1] == []
+
+
+# --- probe
+
+
+def test_probe_of_this_machine():
+    found = probe()
+    assert found.python == platform.python_version()
+    assert found.versions["torch"] == metadata.version("torch")
+    assert 0 < found.ram_free_bytes <= found.ram_bytes
+    assert found.num_cpus >= 1
+    assert found.torch_error is None
+    text = json.dumps(found.to_json())
+    assert {"has_cuda", "bf16"} <= json.loads(text).keys()
+    for private in (platform.node(), str(Path.home()), os.getcwd()):
+        assert private not in text
+    assert getpass.getuser() not in json.dumps([found.cpu, found.gpu])
+
+
+def test_importing_environment_loads_no_torch():
+    code = "import sys, solotune.environment; assert 'torch' not in sys.modules"
+    where = {**os.environ, "PYTHONPATH": str(Path(environment.__file__).parents[1])}
+    assert subprocess.run([sys.executable, "-c", code], env=where, check=False).returncode == 0
+
+
+def test_a_containers_memory_limit_counts(monkeypatch):
+    files = {
+        "/proc/meminfo": "MemTotal: 1048576 kB\nMemAvailable: 900000 kB\nHugePages_Total: 0\n",
+        "/sys/fs/cgroup/memory.max": "536870912\n",
+        "/sys/fs/cgroup/memory.current": "136870912\n",
+        "/sys/fs/cgroup/memory.stat": "anon 5\ninactive_file 100000000\n",
+    }
+    monkeypatch.setattr(environment, "_text", lambda path: files.get(path, ""))
+    assert environment.ram() == (536870912, 500_000_000)
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert environment.ram() == (1 << 30, 900000 << 10)
+
+
+def test_nvidia_smi_of_any_quality(monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for script, found in (
+        ("echo 'NVIDIA H100, 80GB HBM3, 570.1'", ("NVIDIA H100, 80GB HBM3", "570.1")),
+        ("echo 'failed, badly'; exit 9", (None, None)),
+        ("true", (None, None)),
+        ("echo no comma", (None, None)),
+    ):
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(0o755)
+        assert environment._nvidia_smi() == found
+
+
+# --- doctor: every check is made to fail by the fault it is for
+
+
+def checks(name: str) -> list[tuple[str, str, str | None]]:
+    return [(check.status, check.found, check.fix) for check in doctor().checks if check.name == name]
+
+
+@pytest.fixture
+def facts(monkeypatch) -> dict:
+    """What torch says; a test changes it to put another machine in the place of this one."""
+    found: dict = {"cuda_runtime": "12.8"}
+    monkeypatch.setattr(environment, "_torch_facts", lambda: found)
+    return found
+
+
+H100 = {"gpu": "H100", "num_gpus": 1, "compute_capability": (9, 0), "gpu_bytes": 80 * GIB, "gpu_free_bytes": 79 * GIB}
+
+
+def test_this_machine_passes():
+    report = doctor()
+    assert report.ok, [check for check in report.checks if check.status == "fail"]
+    assert all(check.fix is None for check in report.checks if check.status == "ok")
+    assert json.loads(json.dumps(report.to_json()))["checks"][0].keys() == {"name", "status", "found", "fix"}
+
+
+@pytest.mark.parametrize(
+    ("version", "status"), [("3.10.14", "fail"), ("3.11.0", "ok"), ("3.13.9", "ok"), ("3.14.0", "fail")]
+)
+def test_python_versions(version, status, monkeypatch):
+    monkeypatch.setattr(environment.platform, "python_version", lambda: version)
+    ((found, _, fix),) = checks("python")
+    assert found == status
+    assert fix == (None if status == "ok" else "make the virtual environment with Python 3.11 to 3.13")
+
+
+def test_torch_that_does_not_import(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    ((status, found, fix),) = checks("torch")
+    assert (status, fix) == ("fail", "pip install --force-reinstall torch")
+    assert found.startswith("cannot be imported: ModuleNotFoundError")
+    assert checks("bitsandbytes") == [("fail", "not tried, for torch cannot be imported", "mend torch first")]
+
+
+def test_no_gpu_is_a_warning(facts, monkeypatch):
+    monkeypatch.setattr(environment, "_nvidia_smi", lambda: (None, None))
+    ((status, found, _),) = checks("gpu")
+    assert status == "warn"
+    assert "small models train in minutes" in found
+    assert doctor().ok
+
+
+def test_cpu_build_of_torch_beside_a_gpu(facts, monkeypatch):
+    facts["cuda_runtime"] = None
+    monkeypatch.setattr(environment, "_nvidia_smi", lambda: ("H100", "570.1"))
+    ((status, found, fix),) = checks("gpu")
+    assert status == "fail"
+    assert found.startswith("H100 is there, but torch ")
+    assert found.endswith(" is built without CUDA")
+    assert fix is not None
+    assert fix.startswith("pip install --force-reinstall torch")
+    assert not doctor().ok
+
+
+def test_driver_that_is_too_old(facts, monkeypatch):
+    facts["cuda_error"] = "RuntimeError: The NVIDIA driver on your system is too old (found version 11040)."
+    monkeypatch.setattr(environment, "_nvidia_smi", lambda: ("H100", "470.1"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    ((status, found, fix),) = checks("gpu")
+    assert status == "fail"
+    assert found.startswith("H100, driver 470.1: torch cannot use it: RuntimeError: The NVIDIA driver")
+    assert fix == "update the NVIDIA driver to one for CUDA 12.8, or install torch built for an older CUDA"
+
+
+def test_hidden_gpu(facts, monkeypatch):
+    monkeypatch.setattr(environment, "_nvidia_smi", lambda: ("H100", "570.1"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    fix = "unset CUDA_VISIBLE_DEVICES, or set it to 0"
+    assert checks("gpu") == [("warn", "H100 is hidden: CUDA_VISIBLE_DEVICES=''", fix)]
+
+
+def test_gpu_with_and_without_bfloat16(facts, monkeypatch):
+    monkeypatch.setattr(environment, "_nvidia_smi", lambda: ("H100", "570.1"))
+    facts.update(H100)
+    found = "H100, 79.0 of 80.0 GiB free, compute capability 9.0, driver 570.1"
+    assert checks("gpu") == [("ok", found, None)]
+    facts["compute_capability"] = (7, 5)
+    assert checks("gpu")[0][0] == "warn"
+
+
+def test_what_triton_needs(facts, monkeypatch, tmp_path):
+    facts.update(H100)
+    versions = {"triton": "3.5.0"}
+    monkeypatch.setattr(environment, "_version", versions.get)
+    monkeypatch.setenv("CC", "none")
+    monkeypatch.setattr(environment.shutil, "which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
+    monkeypatch.setattr(environment.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert checks("triton") == [("ok", "3.5.0", None)]
+    assert checks("compiler")[0][:2] == ("fail", "no Python.h; triton needs it")
+    (tmp_path / "Python.h").touch()
+    assert checks("compiler") == [("ok", "gcc, Python.h", None)]
+    monkeypatch.setattr(environment.shutil, "which", lambda name: None)
+    assert checks("compiler")[0][:2] == ("fail", "no C compiler; triton needs one")
+    versions.clear()
+    assert checks("triton")[0][0] == "fail"
+
+
+def test_bitsandbytes_without_its_native_library(monkeypatch):
+    from bitsandbytes import functional
+
+    def missing(*_, **__):
+        raise RuntimeError("\n🚨 CUDA SETUP: native library not found\nmany more lines")
+
+    monkeypatch.setattr(functional, "quantize_4bit", missing)
+    ((status, found, fix),) = checks("bitsandbytes")
+    assert status == "fail"
+    assert found.endswith(": RuntimeError: 🚨 CUDA SETUP: native library not found")
+    assert fix == "pip install --force-reinstall --no-deps bitsandbytes"
+
+
+def test_bitsandbytes_that_computes_nonsense(monkeypatch):
+    from bitsandbytes import functional
+
+    expand = functional.dequantize_4bit
+    for wrong in (0.5, float("nan")):
+        monkeypatch.setattr(functional, "dequantize_4bit", lambda *a, wrong=wrong: expand(*a) + wrong)
+        ((status, found, _),) = checks("bitsandbytes")
+        assert status == "fail"
+        assert "is off by" in found
+
+
+def test_nf4_is_as_exact_as_it_can_be():
+    assert 0.14 < environment._nf4_error("cpu") <= environment.NF4_MAX_ERROR
+
+
+def installed(monkeypatch, versions: dict[str, str], requires: dict[str, list[str]]) -> None:
+    monkeypatch.setattr(environment, "_version", versions.get)
+    monkeypatch.setattr(environment, "_requires", lambda name: requires.get(name, []))
+
+
+def test_a_clash_two_levels_down_is_named(monkeypatch):
+    versions = {"transformers": "5.24.0", "tokenizers": "0.24.0", "torch": "2.11.0+cu128"}
+    requires = {
+        "solotune": [
+            "torch>=2.11",
+            "transformers<6,>=5.17",
+            "pytest>=9; extra == 'dev'",
+            "winapi; sys_platform == 'win32'",
+        ],
+        "transformers": ["tokenizers<=0.23.0,>=0.22.0", "torch; extra == 'torch'"],
+    }
+    installed(monkeypatch, versions, requires)
+    found = "transformers 5.24.0 needs tokenizers<=0.23.0,>=0.22.0, installed is 0.24.0"
+    assert checks("packages") == [("fail", found, "pip install 'tokenizers<=0.23.0,>=0.22.0'")]
+
+
+def test_old_and_missing_packages_each_have_a_line(monkeypatch):
+    versions = dict.fromkeys(("transformers", "bitsandbytes", "datasets", "safetensors"), "5.18.0")
+    installed(monkeypatch, {**versions, "torch": "2.6.0"}, {})
+    assert [found for _, found, _ in checks("packages")] == [
+        "solotune needs torch>=2.11, installed is 2.6.0",
+        "solotune needs jinja2>=3.1.6, which is not installed",
+    ]
+
+
+def test_floors_are_those_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(environment.NEEDS) <= set(project["dependencies"])
+    low, high = environment.PYTHONS
+    assert project["requires-python"] == f">={low[0]}.{low[1]},<{high[0]}.{high[1] + 1}"
+
+
+def test_little_memory_and_little_disk(monkeypatch):
+    monkeypatch.setattr(environment, "ram", lambda: (4 * GIB, 2 * GIB))
+    monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: SimpleNamespace(free=19 * GIB))
+    assert checks("memory")[0][:2] == ("warn", "2.0 of 4.0 GiB free")
+    assert checks("disk")[0][:2] == ("warn", "19.0 GiB free")
+
+
+def test_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "new"))
+    assert checks("hub cache") == [("ok", "writable", None)]
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").touch(0o755)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
+    ((status, found, fix),) = checks("hub cache")
+    assert (status, fix) == ("fail", "set HF_HOME to a folder that can be")
+    assert found == f"{tmp_path}/file/hub cannot be written"
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert checks("hub cache")[0][0] == "ok"
+
+
+def test_offline_is_said(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert checks("hub") == []
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert checks("hub")[0][0] == "ok"

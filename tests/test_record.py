@@ -1,0 +1,118 @@
+"""The run directory: whole files, one owner, lines that survive a torn end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from solotune.config import load_config
+from solotune.errors import DirectoryInUseError, InputError, StorageError
+from solotune.record import RunDirectory, latest_run_of, list_runs, read_json, whole_folder, write_whole
+
+KEYS = {"model_name_or_path": "m", "dataset": "d.jsonl"}
+
+
+def config_in(folder):
+    return load_config({**KEYS, "output_dir": str(folder)})
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_whole(path, "old")
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(StorageError) as caught:
+        write_whole(path, "new")
+    assert str(caught.value) == f"{path}: cannot be written\n  seen:    No space left on device"
+    assert caught.value.exit_code == 8
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "step-000001"
+
+    def fail_half_way():
+        with whole_folder(target) as folder:
+            (folder / "one").write_text("1")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        fail_half_way()
+    assert list(tmp_path.iterdir()) == []
+    with whole_folder(target) as folder:
+        (folder / "one").write_text("1")
+        assert not target.exists()
+    assert (target / "one").read_text() == "1"
+
+
+def test_a_directory_with_a_run_is_not_overwritten(tmp_path):
+    run = RunDirectory.create(config_in(tmp_path / "r"))
+    run.write_config(config_in(tmp_path / "r"))
+    run.release()
+    with pytest.raises(DirectoryInUseError, match="already holds a run") as caught:
+        RunDirectory.create(config_in(tmp_path / "r"))
+    assert caught.value.exit_code == 4
+    assert "--resume" in str(caught.value)
+    RunDirectory.create(config_in(tmp_path / "r"), resume=True).release()
+
+
+def test_two_processes_cannot_hold_one_directory_and_a_dead_owner_does_not_block(tmp_path):
+    run = RunDirectory.create(config_in(tmp_path / "r"))
+    code = (
+        "import sys\nfrom solotune.config import load_config\nfrom solotune.record import RunDirectory\n"
+        f"c = load_config({{**{KEYS!r}, 'output_dir': {str(tmp_path / 'r')!r}}})\n"
+        "try:\n    RunDirectory.create(c, resume=True)\nexcept Exception as e:\n    print(e); sys.exit(e.exit_code)\n"
+    )
+    second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert second.returncode == 4
+    assert f"process {os.getpid()}" in second.stdout
+    assert run.is_locked()
+    run.release()
+    assert not run.is_locked()
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_a_torn_last_line_is_passed_over(tmp_path):
+    run = RunDirectory.create(config_in(tmp_path / "r"))
+    run.log_metrics("step", step=1, loss=2.0)
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write('{"event": "step", "st')
+    assert run.read_metrics() == [{"event": "step", "step": 1, "loss": 2.0}]
+
+
+def test_metrics_are_cut_back_before_a_resume(tmp_path):
+    run = RunDirectory.create(config_in(tmp_path / "r"))
+    for step in range(1, 6):
+        run.log_metrics("step", step=step)
+    run.forget_after(3)
+    assert [event["step"] for event in run.read_metrics()] == [1, 2, 3]
+
+
+def test_opening_what_is_no_run(tmp_path):
+    with pytest.raises(InputError, match="no such run"):
+        RunDirectory.open(tmp_path / "nothing")
+    with pytest.raises(InputError, match="not a run directory"):
+        RunDirectory.open(tmp_path)
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(InputError, match="not valid JSON"):
+        read_json(tmp_path / "x.json")
+
+
+def test_runs_are_named_after_their_config_and_listed_oldest_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(("alpha", "beta", "alpha")):
+        (tmp_path / f"{name}.yaml").write_text("model_name_or_path: m\ndataset: d\n")
+        config = load_config(f"{name}.yaml")
+        run = RunDirectory.create(config)
+        run.write_config(config)
+        run.release()
+        os.utime(run.path / "config.yaml", (1000 + i, 1000 + i))
+    assert [run.path.name.split("-")[0] for run in list_runs()] == ["alpha", "beta", "alpha"]
+    assert latest_run_of(load_config("alpha.yaml")).path == list_runs()[-1].path

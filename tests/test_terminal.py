@@ -1,0 +1,384 @@
+"""What people see: the lines of a run, live and plain, and the printed results; text out of data never steers."""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from solotune import printing, terminal
+from solotune.config import Choice
+from solotune.environment import Check, DoctorReport
+from solotune.evaluation import Evaluation, Sample, Score
+from solotune.terminal import LiveDisplay, Meter, PlainDisplay, SilentDisplay, make_console, make_display
+from solotune.training import StepMetrics
+from solotune.verbs import RunSummary
+
+HOSTILE = "[bold]x[/nope] \x1b[31mred\x1b]8;;http://a\x07link \x9b2J \u202egnp\r\x7f\ud800"
+
+
+def metrics(step: int, total: int = 100, **changes) -> StepMetrics:
+    values = {
+        "epoch": step / 50,
+        "loss": 2.0,
+        "token_accuracy": 0.5,
+        "learning_rate": 2e-4,
+        "grad_norm": 0.5,
+        "num_tokens": 1000,
+        "num_supervised": 100,
+        "step_seconds": 2.0,
+        "tokens_per_second": 500.0,
+        "peak_bytes": 3 << 30,
+    }
+    return StepMetrics(step=step, total_steps=total, **{**values, **changes})
+
+
+def score(loss: float = 1.25, stderr: float = 0.01, exact: float = 0.5) -> Score:
+    return Score(loss, stderr, 4000, exact, 0.028, 60, (1.0, 2.0), (1, 1))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def shown_on(columns: int, show, colour: bool = False) -> list[str]:
+    """The lines that `show(console)` prints on a terminal of this width."""
+    stream = Terminal()
+    system = "truecolor" if colour else None
+    show(Console(file=stream, width=columns, force_terminal=True, color_system=system, markup=False, highlight=False))
+    return stream.getvalue().splitlines()
+
+
+def piped(show) -> str:
+    stream = io.StringIO()
+    show(make_console(stream))
+    return stream.getvalue()
+
+
+# --- inert text
+
+
+def test_inert_text_can_be_encoded_and_steers_nothing():
+    everything = [chr(code) for code in range(sys.maxunicode + 1)]
+    shown = terminal.inert("".join(everything))
+    shown.encode()
+    assert len(shown) == len(everything)
+    assert not [c for c in shown if (ord(c) < 32 and c not in "\n\t") or 0x7F <= ord(c) < 0xA0]
+    directions = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+    assert not set(shown) & set(directions)
+    ordinary = "Zoë 日本語 🙂 [bold] {} \n\t\u200d"
+    assert terminal.inert(ordinary) == ordinary
+
+
+def test_hostile_text_everywhere():
+    ev = Evaluation(score(), score(), [Sample(HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE)])
+    machine = SimpleNamespace()
+    report = {
+        "format": HOSTILE,
+        "rows": {"read": 1, "kept": 0, "dropped": {HOSTILE: 1}},
+        "tokens": {"total": 0, "supervised": 0},
+        "split": {"train": 0, "validation": 0},
+        "findings": [{"code": "F1", "slug": HOSTILE, "severity": "error", "message": HOSTILE, "fix": HOSTILE}],
+    }
+    preview = SimpleNamespace(
+        report=SimpleNamespace(to_json=lambda: report),
+        shown=[SimpleNamespace(where=HOSTILE, pieces=[(HOSTILE, True, [1]), (HOSTILE, False, [2])])],
+    )
+    run = RunSummary(HOSTILE, Path("a"), "finished", 1, 1, 1.0, 1.0, 1.0, 1.0, 1.0, 1)
+
+    def show(console):
+        printing.print_evaluation(ev, console)
+        printing.print_doctor(DoctorReport(machine, [Check("a", "fail", HOSTILE, HOSTILE)]), console)  # type: ignore[arg-type]
+        printing.print_data(preview, console)  # type: ignore[arg-type]
+        printing.print_runs([run], HOSTILE, console)
+        printing.print_runs([], HOSTILE, console)
+        terminal.print_choices([Choice("a", HOSTILE, HOSTILE)], console)
+        display = PlainDisplay(1, console)
+        display.note(HOSTILE)
+        display.phase(HOSTILE)
+        display.saved(1, Path(HOSTILE))
+        session = SimpleNamespace(reply=lambda text, base, on_text: on_text(HOSTILE) or HOSTILE)
+        terminal.show_answers(session, "hi", True, console)  # type: ignore[arg-type]
+
+    for text in ("\n".join(shown_on(80, show)), piped(show)):
+        text.encode()
+        assert not set(text) & set("\x1b\x9b\x07\x7f\r\u202e")
+        assert "[/nope]" in text
+
+
+# --- figures
+
+
+def test_time_left_and_speed_ignore_the_slow_first_step():
+    meter = Meter()
+    meter.add(metrics(1, step_seconds=300.0))
+    assert (meter.seconds_left, meter.tokens_per_second) == (None, None)
+    meter.add(metrics(2))
+    meter.add(metrics(3))
+    assert meter.seconds_left == 2.0 * 97
+    assert meter.tokens_per_second == 500
+
+
+def test_after_a_resume_the_first_step_seen_is_the_slow_one():
+    meter = Meter()
+    meter.add(metrics(51, step_seconds=300.0))
+    meter.add(metrics(52))
+    assert meter.seconds_left == 2.0 * 48
+
+
+def test_printed_loss_is_per_supervised_token_since_the_last_line():
+    meter = Meter()
+    meter.add(metrics(1, loss=1.0, num_supervised=300))
+    meter.add(metrics(2, loss=5.0, num_supervised=100))
+    assert meter.take_loss() == 2.0
+    meter.add(metrics(3, loss=7.0))
+    assert meter.take_loss() == 7.0
+
+
+def test_smoothed_loss_starts_at_the_first_loss_and_follows():
+    meter = Meter()
+    meter.add(metrics(1, loss=4.0))
+    assert meter.smooth_loss == pytest.approx(4.0)
+    for step in range(2, 60):
+        meter.add(metrics(step, loss=1.0))
+    assert meter.smooth_loss == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (151, "2:31"), (11045, "3:04:05")])
+def test_clock(seconds, text):
+    assert terminal.clock(seconds) == text
+
+
+def test_a_single_rows_unknown_error_is_left_out():
+    assert terminal.plus_minus(1.5, 0.25) == "1.5000 ± 0.2500"
+    assert [terminal.plus_minus(1.5, error) for error in (math.inf, math.nan, None)] == ["1.5000"] * 3
+
+
+# --- displays
+
+
+def a_run(display: PlainDisplay, steps: int = 5) -> None:
+    display.phase("loading model")
+    display.choices([Choice("bf16", False, "there is no GPU")])
+    display.progress(3, 9, "tensors")
+    display.begin(5)
+    for step in range(1, steps + 1):
+        display.step(metrics(step, total=5, step_seconds=90.0 if step == 1 else 2.0))
+    display.evaluated(5, score())
+    display.saved(5, Path("runs/a/checkpoints/step-000005"))
+
+
+PLAIN = """\
+loading model ...
+decided for you:
+bf16: false  because there is no GPU
+training for 5 steps
+step 2/5  loss 2.0000  lr 2.0e-04  grad norm 0.50  epoch 0.04  500 tok/s  3.0 GiB  0:06 left
+step 4/5  loss 2.0000  lr 2.0e-04  grad norm 0.50  epoch 0.08  500 tok/s  3.0 GiB  0:02 left
+step 5/5  loss 2.0000  lr 2.0e-04  grad norm 0.50  epoch 0.10  500 tok/s  3.0 GiB  0:00 left
+step 5/5  held-out loss 1.2500 ± 0.0100  exact match 50.0% of 60 rows
+step 5/5  saved runs/a/checkpoints/step-000005
+"""
+
+
+def test_plain_display_prints_whole_lines_and_nothing_else():
+    stream = io.StringIO()
+    display = make_display(2, stream)
+    assert type(display) is PlainDisplay
+    a_run(display)
+    display.finish()
+    assert stream.getvalue() == PLAIN
+
+
+def test_a_long_line_stays_one_line_in_a_log():
+    assert piped(lambda console: PlainDisplay(1, console).note("word " * 100)).count("\n") == 1
+
+
+def test_silent_display_has_every_method():
+    stream = io.StringIO()
+    display = SilentDisplay()
+    a_run(display)  # type: ignore[arg-type]
+    display.note("x")
+    display.finish()
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_live_line_fits_the_terminal_and_goes_away(columns, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    stream = Terminal()
+    assert type(make_display(2, stream)) is LiveDisplay
+    console = Console(file=stream, width=columns, force_terminal=True, color_system=None, markup=False)
+    display = LiveDisplay(2, console)
+    display.begin(12_000)
+    for step in (1_203, 1_204):
+        display.step(metrics(step, total=12_000, num_tokens=50_000, peak_bytes=42 << 30))
+    display._progress.refresh()
+    live = stream.getvalue().splitlines()[-1].split("\r")[-1].removeprefix("\x1b[2K")
+    assert len(live) == columns
+    assert live.startswith("━")
+    assert live.endswith(" 1,204/12,000  loss 2.000  25,000 tok/s  42.0 GiB  5:59:52 left")
+    display.finish()
+    display.finish()
+    assert stream.getvalue().endswith("\x1b[?25h\r\x1b[1A\x1b[2K")  # cursor back, line erased
+    assert "step  1,204/12,000  loss 2.0000  lr 2.0e-04" in stream.getvalue()
+
+
+def test_live_display_leaves_a_line_with_its_seconds_for_each_phase():
+    text = "\n".join(shown_on(80, lambda console: a_run(LiveDisplay(2, console))))
+    assert "loading model  0.0 s" in text
+    assert "3/9 tensors" in text
+
+
+@pytest.mark.parametrize("term", ["dumb", ""])
+def test_no_live_line_on_a_terminal_that_cannot_move_its_cursor(term, monkeypatch):
+    monkeypatch.setenv("TERM", term)
+    assert type(make_display(1, Terminal())) is PlainDisplay
+
+
+# --- results
+
+EVALUATION = """
+ held-out rows                       base             tuned         change
+ ─────────────────────────────────────────────────────────────────────────
+ loss per learned token   2.5000 ± 0.0200   0.2500 ± 0.0100        -2.2500
+ exact match                   0.0% ± 2.8       95.0% ± 2.8   +95.0 points
+
+60 held-out rows, 4,000 learned tokens; ± is one standard error
+
+sample 1 · chats.jsonl:17 ──────────────────────────────────────────────────────
+prompt     order 4 pears
+reference  {"pears": 4}
+base                                    │ tuned, equal to the reference
+────────────────────────────────────────┼───────────────────────────────────────
+Sure! I would be glad to help you with  │ {"pears": 4}
+that order of pears.                    │
+"""
+
+
+def evaluation() -> Evaluation:
+    answer = "Sure! I would be glad to help you with that order of pears."
+    sample = Sample("chats.jsonl:17", "order 4 pears", '{"pears": 4}', answer, '{"pears": 4}')
+    return Evaluation(score(2.5, 0.02, 0.0), score(0.25, 0.01, 0.95), [sample])
+
+
+def test_evaluation_at_80_columns():
+    lines = shown_on(80, lambda console: printing.print_evaluation(evaluation(), console))
+    assert [line.rstrip() for line in lines] == EVALUATION.splitlines()
+
+
+def test_on_a_narrow_terminal_answers_stand_below_one_another():
+    lines = shown_on(60, lambda console: printing.print_evaluation(evaluation(), console))
+    assert max(map(len, lines)) <= 60
+    assert "tuned, equal to the reference" in [line.rstrip() for line in lines]
+
+
+def preview() -> SimpleNamespace:
+    report = {
+        "format": "messages",
+        "rows": {"read": 1200, "kept": 1197, "dropped": {"no assistant turn": 3}},
+        "tokens": {"total": 1000, "supervised": 250},
+        "split": {
+            "train": 1137,
+            "validation": 60,
+            "groups": 900,
+            "exact_duplicates": 2,
+            "near_duplicates": 1,
+            "leaks": 0,
+        },
+        "findings": [
+            {
+                "code": "F17",
+                "slug": "truncated",
+                "severity": "warning",
+                "message": "2 rows were cut",
+                "fix": "max_length=4096",
+            }
+        ],
+    }
+    row = SimpleNamespace(where="a.jsonl:1", pieces=[("user: hi\n", False, [1, 2, 3]), ("hello", True, [4, 5])])
+    return SimpleNamespace(report=SimpleNamespace(to_json=lambda: report), shown=[row])
+
+
+DATA = """\
+format  messages
+rows    1,200 read, 1,197 kept; 3 dropped: no assistant turn
+tokens  1,000, of which 250 (25.0%) are learned
+split   1,137 to train on, 60 held out
+        900 groups, 2 exact duplicates, 1 near duplicates, 0 leaks
+!  F17 truncated  2 rows were cut
+                  → max_length=4096
+
+a.jsonl:1 · 5 tokens, 2 learned: learned is in ⟦ ⟧
+user: hi↵
+⟦hello⟧
+"""
+
+
+def test_data_without_colour_brackets_what_is_learned():
+    text = piped(lambda console: printing.print_data(preview(), console))  # type: ignore[arg-type]
+    assert text.replace("─", "").replace("⟧ \n", "⟧\n") == DATA
+
+
+def test_data_in_colour_makes_what_is_learned_green():
+    text = "\n".join(shown_on(80, lambda console: printing.print_data(preview(), console), colour=True))
+    assert "\x1b[1;32mhello\x1b[0m" in text
+    assert "\x1b[2muser: hi↵" in text
+    assert "⟦" not in text
+
+
+def test_doctor_says_what_mends_it():
+    checks = [Check("python", "ok", "3.12"), Check("gpu", "fail", "torch has no CUDA", "install one that has")]
+    text = piped(lambda console: printing.print_doctor(DoctorReport(None, checks), console))  # type: ignore[arg-type]
+    assert text == (
+        "✓  python  3.12\n✗  gpu     torch has no CUDA\n           → install one that has\n\n1 check failed\n"
+    )
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_runs_fit(columns):
+    done = RunSummary(
+        "demo-20260101-120000", Path("a"), "finished", 120, 120, 0.4, 2.3412, 0.1234, 0.95, 1204.0, 2 << 30
+    )
+    begun = RunSummary("b", Path("b"), "running", 0, None, None, None, None, None, None, None)
+    lines = shown_on(columns, lambda console: printing.print_runs([done, begun], "runs", console))
+    assert max(map(len, lines)) <= columns
+    rows = [" ".join(line.split()) for line in lines]
+    assert any(row.startswith("demo-20260101-120000 finished 120/120 2.341 → 0.123 95%") for row in rows)
+    assert any("1,204 2.0 GiB" in row for row in rows) == (columns == 120)
+    assert "b running 0" in rows
+
+
+# --- chat
+
+
+def test_on_a_terminal_one_types_until_quit(monkeypatch, capsys):
+    typed = iter(["hi", "", "/quit", "never"])
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    assert list(terminal.read_messages("m + run")) == ["hi"]
+    assert capsys.readouterr().err == "m + run   /reset forgets, /quit leaves\n"
+
+
+def test_answers_stream_as_they_come():
+    seen = []
+
+    def reply(text, base, on_text):
+        for piece in ("  one", " two\n", "three"):
+            on_text(piece)
+            seen.append(stream.getvalue())
+        return "done"
+
+    stream = io.StringIO()
+    turn = terminal.show_answers(SimpleNamespace(reply=reply), "hi", False, make_console(stream))  # type: ignore[arg-type]
+    assert turn == {"prompt": "hi", "tuned": "done"}
+    assert seen == ["tuned    one", "tuned    one two\n", "tuned    one two\nthree"]
+    silent = SimpleNamespace(reply=lambda text, base, on_text: "")
+    terminal.show_answers(silent, "hi", False, make_console(stream))  # type: ignore[arg-type]
+    assert stream.getvalue().endswith("three\ntuned  (nothing)\n")
