@@ -33,20 +33,7 @@ from pathlib import Path
 
 SYSTEM = "Extract JSON with keys intent, item, qty, order, city, urgent."
 ROWS_PER_TEMPLATE = 4  # 5 intents x 3 templates x 4 = 60 rows a shop
-SHOPS = {  # name -> prefix of its order numbers
-    "acorn": "TN",
-    "birch": "KV",
-    "clover": "RB",
-    "dahlia": "MZ",
-    "elder": "QP",
-    "fennel": "HD",
-    "gorse": "WL",
-    "hazel": "SX",
-    "iris": "GF",
-    "jasmine": "BJ",
-    "lupin": "NC",
-    "maple": "DY",
-}
+SHOPS = "acorn birch clover dahlia elder fennel gorse hazel iris jasmine lupin maple".split()
 # From two up, so that a sentence need not agree in number ("is" or "are").
 NUMBERS = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 
@@ -270,7 +257,7 @@ OPENERS = [
     "Hey there, it's {name} over in {city}.",
     "To whom it may concern: I am {name}, resident of {city}.",
     "Hi shop, you delivered to me in {city} before, my name's {name}.",
-    "Good day! {name} is my name and {city} is my home.",
+    "Good day! {name} is my name and I live in {city}.",
     "Hello again, {name} in {city} once more.",
     "Dear sir or madam, my name is {name}, of {city}.",
     # city only
@@ -383,15 +370,18 @@ Freya Kenji Rosa Anton Mina Gareth Elif Lukas Chiara Omar Heidi Stefan Nadia Pat
 Ivana Jonas Katrin Liam Marta Niko Olga Pedro Quinn Renata Samir Tessa Umberto Vera Wanda Xavier Yusuf Zelda Agnes
 Boris Clara Dorian Emma Felix Gloria Hannes Irene Jasper Kirsten Leon Miriam Nils Odette Ruben
 """.split()
-# Byte-pair tokenizers split a word by what surrounds it. A city or an adjective stands behind a space in the message
-# and behind a quotation mark in the record (" Bergen" is Berg|en, but "Bergen is B|erg|en); a plural may share no
-# token with its singular (k|ett|les, kettle). A small model misspells such words for its first few hundred rows, so
+# Byte-pair tokenizers split a word by what surrounds it. A city, a code or an adjective stands behind a space in the
+# message and behind a quotation mark in the record (" Bergen" is Berg|en, but "Bergen is B|erg|en); a plural may share
+# no token with its singular (k|ett|les, kettle). A small model misspells such words for its first few hundred rows, so
 # they were left out: a short demo should be about the task and not about spelling.
 CITIES = """
 Porto Utrecht Gdansk Turin Ghent Aarhus Tampere Verona Malaga Nantes Linz Antwerp Rostock Toulouse Palermo Stavanger
 Salzburg Valencia Trieste Bruges Hanover Galway Lausanne Bremen Oxford Rennes Aalborg Graz Genoa Leuven Kassel
 Bordeaux Trondheim Catania Mainz Limoges Parma Delft Annecy Lucerne Reims Pisa Perugia Braga Coimbra Sligo Lincoln
 Vigo London Paris Rome Norwich Cambridge Boston Chicago Ipswich Luton Bolton Stockport Taunton
+""".split()
+ORDER_PREFIXES = """
+AB AK AM CH CL CR DA DF DL EL EM FC FR GB GL HD HR HT KS LC LM LT MC MD ML NC NR PL PR RB RM SC SK SP TR VM
 """.split()
 ADJECTIVES = """
 red blue green yellow purple orange black white grey brown beige large small tiny round square wide tall short heavy
@@ -428,7 +418,7 @@ class Bank:
     cities: list[str]
     adjectives: list[str]
     items: list[str]
-    prefix: str
+    prefixes: list[str]
     used_numbers: set[int] = field(default_factory=set)
 
     def entries(self) -> set[str]:
@@ -436,7 +426,7 @@ class Bank:
         for templates in self.templates.values():
             sentences += templates
         item_words = [word for item in self.items for word in item.split()]
-        return {*sentences, *self.names, *self.cities, *self.adjectives, *item_words, self.prefix}
+        return {*sentences, *self.names, *self.cities, *self.adjectives, *item_words, *self.prefixes}
 
 
 def plural(item: str) -> str:
@@ -463,7 +453,7 @@ def deal(number: int) -> Bank:
         cities=hand(CITIES),
         adjectives=hand(ADJECTIVES),
         items=[" ".join(item.split()) for item in hand(ITEMS)],
-        prefix=list(SHOPS.values())[number],
+        prefixes=hand(ORDER_PREFIXES),
     )
 
 
@@ -473,7 +463,7 @@ def write_row(rng: random.Random, shop: str, bank: Bank, intent: str, template: 
     item = f"{rng.choice(bank.adjectives)} {rng.choice(bank.items)}"
     number = rng.choice([n for n in range(1000, 10000) if n not in bank.used_numbers])
     bank.used_numbers.add(number)
-    order, city = f"{bank.prefix}-{number}", rng.choice(bank.cities)
+    order, city = f"{rng.choice(bank.prefixes)}-{number}", rng.choice(bank.cities)
 
     openers = ["", *bank.openers]
     if "{city}" in template:  # one city a message, or the record would be a matter of taste

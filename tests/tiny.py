@@ -75,7 +75,8 @@ def save_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: VOCAB - len(special)]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = [c for c in alphabet if c.isascii()] + ["Ġ", "Ċ"]  # printable ASCII, blank, line break
     vocab = {token: i for i, token in enumerate([*special, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

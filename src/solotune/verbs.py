@@ -352,12 +352,16 @@ def _open_run(config: RunConfig, prepared: Prepared, resume: bool) -> tuple[RunD
     if resume and config.output_dir is None and explicit is None and (latest := latest_run_of(config)):
         config = config.replaced("newest run of this config", output_dir=str(latest.path))
     run = RunDirectory.create(config, resume=resume)
-    folder = explicit or (checkpoint.newest(run.checkpoints) if resume else None)
-    start = checkpoint.load(folder) if folder else None
-    if start is not None:
-        _check_unchanged(start.state["fingerprints"], _fingerprints(config, prepared), str(folder))
-    if resume:
-        run.forget_after(start.step if start else -1)
+    try:
+        folder = explicit or (checkpoint.newest(run.checkpoints) if resume else None)
+        start = checkpoint.load(folder) if folder else None
+        if start is not None:
+            _check_unchanged(start.state["fingerprints"], _fingerprints(config, prepared), str(folder))
+        if resume:
+            run.forget_after(start.step if start else -1)
+    except BaseException:
+        run.release()
+        raise
     return run, start
 
 

@@ -231,3 +231,23 @@ def test_an_end_only_after_the_last_answer_does_not_make_the_next_header_one() -
         "{% if add_generation_prompt %}<|im_start|>assistant:{% else %}<|im_end|>{% endif %}"
     )
     assert learned(with_template(template), TWO) == ["I am  fine.", "Bye<|im_end|>"]
+
+
+def test_a_prompt_that_opens_what_a_row_does_not_have_in_plain_text() -> None:
+    template = (
+        "{% for m in messages %}{{ 'Q: ' if m.role == 'user' else 'A: ' }}{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}A: (thinking){% endif %}"
+    )
+    rendered = ChatTemplate(with_template(template)).render("row", TWO)
+    assert [rendered.text[begin:end] for begin, end in rendered.answers] == ["I am  fine.", "Bye"]
+
+
+@pytest.mark.parametrize("family", ["chatml", "llama3", "gemma"])
+def test_two_renderings_a_row_are_enough_for_most_templates(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ChatTemplate(tiny_tokenizer(family))
+    template.render("row", TWO)  # the probes of a template are rendered once
+    rendered = []
+    raw = template.raw
+    monkeypatch.setattr(template, "raw", lambda *args, **keys: rendered.append(1) or raw(*args, **keys))
+    template.render("row", chat(" a ", " b\n", "\nc", "\n d") * 10)
+    assert len(rendered) == 2

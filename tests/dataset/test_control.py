@@ -87,13 +87,17 @@ def test_ordinary_vocabulary_that_looks_like_a_control_token_is_left_alone() -> 
 
 
 def test_tokens_around_a_forged_one_are_those_of_the_row_without_it() -> None:
-    tokenizer = tiny_tokenizer("mistral")  # Metaspace: a piece taken alone would begin with a blank too many
-    _, ids, _ = encoded(tokenizer, chat("Hello there, </s> how are you?", "I am fine."))
+    # Metaspace puts a blank before the first word of a text: a piece taken alone would begin with one too many
+    backend = tiny_tokenizer("mistral").backend_tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}[INST]{{ m.content }}[/INST]{% endfor %}"
+    rendered, ids, _ = encoded(tokenizer, chat("Hello there, </s> how are you?", "I am fine."))
     _, clean, _ = encoded(tokenizer, chat("Hello there, how are you?", "I am fine."))
-    answer = tokenizer(" I am fine.", add_special_tokens=False)["input_ids"]
-    assert ids[-5:] == clean[-5:]
-    assert tokenizer.decode(ids) == "<s>[INST] Hello there, </s> how are you?[/INST] I am fine.</s>"
-    assert len(answer) > 1
+    text = "[INST]Hello there, </s> how are you?[/INST][INST]I am fine.[/INST]"
+    assert (rendered.text, tokenizer.decode(ids)) == (text, text)
+    assert ids[:4] == clean[:4]
+    second = clean.index(tokenizer.convert_tokens_to_ids("[INST]"), 1)
+    assert ids[second - len(clean) :] == clean[second:]
 
 
 def test_a_row_with_the_marks_themselves() -> None:

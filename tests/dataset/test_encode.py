@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from solotune.dataset.chat import Rendered
@@ -18,6 +18,7 @@ def letters() -> PreTrainedTokenizerFast:
     vocabulary = {token: index for index, token in enumerate(["a", "b", "Ġ", "Ċ", "ab", "bb", "Ġa"])}
     backend = Tokenizer(models.BPE(vocabulary, [("a", "b"), ("b", "b"), ("Ġ", "a")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
@@ -26,6 +27,7 @@ def letters() -> PreTrainedTokenizerFast:
     ("text", "answer", "learned"),
     [
         ("a a", (1, 3), [" a"]),  # a token that begins with the answer's blank is whole, though GPT-2 trims offsets
+        ("a a", (2, 3), []),  # ... and not the answer's if only its letter is
         ("aab", (2, 3), []),  # `ab` begins before the answer
         ("aba", (2, 3), ["a"]),
         ("aab", (1, 2), ["ab"]),  # `ab` begins inside

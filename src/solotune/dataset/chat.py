@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]
+_BLANKS = re.compile(r"\s*")
 _PLAIN_KEYS = {"role", "content", "name", "tool_call_id"}
 
 
@@ -246,8 +247,8 @@ class _Row:
 
     def _end_of_turn(self, position: int) -> int:
         """Past the end-of-turn token if one follows, blanks before it included; else unchanged."""
-        blanks = len(self.text) - len(self.text[position:].lstrip()) if position < len(self.text) else position
-        token = self._template.terminator.match(self.text, blanks)
+        blanks = _BLANKS.match(self.text, position)
+        token = self._template.terminator.match(self.text, blanks.end() if blanks else position)
         return token.end() if token else position
 
     def _begin_of(self, turn: int, content_begin: int, previous_end: int) -> int | None:

@@ -1,0 +1,264 @@
+"""The whole job on a tiny model: data, train, evaluate, resume, chat, runs; what they write and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import FAMILIES, chat_rows, save_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import solotune
+from solotune.config import load_config
+from solotune.errors import DirectoryInUseError, InputError, IntegrityError
+from solotune.terminal import SilentDisplay
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory):
+    """A random Llama with a byte tokenizer and a ChatML template."""
+    folder = tmp_path_factory.mktemp("chat-model")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(FAMILIES["llama"]()).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def config(chat_model, tmp_path, monkeypatch):
+    """Keys of a run in `tmp_path`, which becomes the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat_rows(60)))
+    return {
+        "model_name_or_path": str(chat_model),
+        "dataset": "chats.jsonl",
+        "validation_size": 10,
+        "max_length": 64,
+        "output_dir": "run",
+        "use_cpu": True,
+        "lora_target_modules": "all-linear",
+        "lora_r": 4,
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": False,
+        "learning_rate": 1e-2,
+        "save_steps": 3,
+        "num_samples": 2,
+        "max_new_tokens": 8,
+        "seed": 0,
+    }
+
+
+def test_a_run_leaves_every_file_of_the_design(config, tmp_path):
+    result = solotune.train(config)
+    run = tmp_path / "run"
+    assert result.run_dir.resolve() == run.resolve()
+    expected = {"config.yaml", "environment.json", "data.json", "metrics.jsonl", "checkpoints", "adapter", "evaluation.json"}
+    assert expected <= {path.name for path in run.iterdir()}
+    assert {p.name for p in (run / "adapter").iterdir()} >= {
+        "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    }  # fmt: skip
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert evaluation == json.loads(json.dumps(result.evaluation.to_json()))
+    assert evaluation["tuned"]["loss"] < evaluation["base"]["loss"] - 5 * evaluation["difference"]["stderr"]
+    assert set(evaluation["base"]) == {"loss", "stderr", "tokens"}
+    assert set(evaluation["scores"]["exact_match"]) == {"base", "tuned", "stderr"}
+    assert [set(sample) for sample in evaluation["samples"]] == [{"where", "prompt", "reference", "base", "tuned"}] * 2
+    choices = {c["key"]: c for c in json.loads((run / "environment.json").read_text())["choices"]}
+    assert choices["optim"]["value"] == "adamw_torch"
+    assert "CUDA" in choices["optim"]["because"]
+    data = json.loads((run / "data.json").read_text())
+    assert data["rows"]["read"] == 60 == data["rows"]["kept"] + sum(data["rows"]["dropped"].values())
+    assert data["split"]["validation"] == 10
+
+
+def test_the_adapter_is_pefts_and_gives_the_same_logits_on_the_base_it_was_trained_on(config, tmp_path):
+    from peft import PeftModel
+    from transformers import BitsAndBytesConfig
+
+    solotune.train(config)
+    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    base = AutoModelForCausalLM.from_pretrained(
+        config["model_name_or_path"], quantization_config=quantised, dtype=torch.float32, device_map={"": "cpu"}
+    )
+    for module in base.modules():  # on CPUs with AVX512-BF16, eval would repack the weights for a kernel that needs
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # layers 64 wide at least
+            module.support_avx512bf16_for_cpu = False
+    theirs = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    session = solotune.chat(tmp_path / "run")
+    ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter").encode("twice 7 is")])
+    with torch.no_grad():
+        ours = session._model.module.eval()(ids).logits
+        torch.testing.assert_close(ours, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_evaluate_gives_the_runs_figures_again(config):
+    trained = solotune.train(config).evaluation
+    again = solotune.evaluate("run")
+    assert again.to_json() == trained.to_json()
+
+
+def test_evaluate_refuses_data_that_has_changed(config, tmp_path):
+    solotune.train(config)
+    rows = (tmp_path / "chats.jsonl").read_text().replace("it is", "that is")
+    (tmp_path / "chats.jsonl").write_text(rows)
+    with pytest.raises(IntegrityError, match="the held-out rows are not those of the run"):
+        solotune.evaluate("run")
+
+
+class KilledAt(SilentDisplay):
+    """Dies after a step, as a power cut would: nothing is saved that was not saved already."""
+
+    def __init__(self, step):
+        self.when = step
+
+    def step(self, metrics):
+        if metrics.step == self.when:
+            raise RuntimeError("killed")
+
+
+def adapter_bytes(folder):
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("killed_at", [2, 5])  # before and after the first checkpoint
+def test_resume_needs_no_hands_and_ends_bit_equal(config, tmp_path, killed_at):
+    solotune.train({**config, "output_dir": "whole"})
+    with pytest.raises(RuntimeError, match="killed"):
+        solotune.train(config, display=KilledAt(killed_at))
+    with pytest.raises(DirectoryInUseError):
+        solotune.train(config)
+    solotune.train(config, resume=True)
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
+    losses = [
+        [event["loss"] for event in map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+         if event["event"] == "step"] for name in ("whole", "run")
+    ]  # fmt: skip
+    assert losses[0] == losses[1]
+
+
+def test_resume_refuses_another_config_or_other_rows(config, tmp_path):
+    with pytest.raises(RuntimeError, match="killed"):
+        solotune.train(config, display=KilledAt(4))
+    with pytest.raises(IntegrityError, match="learning_rate has changed since this checkpoint"):
+        solotune.train(config, ["learning_rate=1e-3"], resume=True)
+    with open(tmp_path / "chats.jsonl", "a") as file:
+        file.write(json.dumps(chat_rows(70)[69]) + "\n")
+    with pytest.raises(IntegrityError, match="the training rows have changed"):
+        solotune.train(config, resume=True)
+
+
+def test_data_shows_what_is_learned(config):
+    preview = solotune.data(config, show=2)
+    assert preview.report.to_json()["split"]["train"] == 50
+    for row in preview.shown:
+        learned = [text for text, supervised, _ in row.pieces if supervised]
+        assert len(learned) == 1
+        assert learned[0].startswith("it is ") and learned[0].endswith("<|im_end|>")
+
+
+def test_chat_answers_and_keeps_the_conversation_apart_from_the_base(config):
+    solotune.train(config)
+    session = solotune.chat("run")
+    heard = []
+    answer = session.reply("twice 3", on_text=heard.append)
+    base = session.reply("twice 3", base=True)
+    assert "".join(heard).strip() == answer
+    assert base != answer
+    assert [message["role"] for message in session.history] == ["user", "assistant"]
+
+
+def test_runs_lists_finished_and_broken_off_ones(config):
+    solotune.train({**config, "output_dir": "runs/a"})
+    with pytest.raises(RuntimeError, match="killed"):
+        solotune.train({**config, "output_dir": "runs/b"}, display=KilledAt(4))
+    first, second = solotune.runs()
+    assert (first.name, first.status, first.steps) == ("a", "finished", 6)
+    assert first.tuned_loss < first.base_loss
+    assert (second.name, second.status, second.steps, second.total_steps) == ("b", "unfinished", 4, 6)
+    assert second.tuned_loss is None
+
+
+def test_init_writes_a_config_that_loads_and_names_every_key(config, tmp_path):
+    path = solotune.init("some/model", "chats.jsonl", tmp_path / "new.yaml")
+    loaded = load_config(path)
+    assert (loaded.model_name_or_path, loaded.dataset) == ("some/model", "chats.jsonl")
+    text = path.read_text()
+    for key in type(loaded).model_fields:
+        assert f"\n{key}: " in text or f"\n# {key}:" in text
+    defaults = [f"# {key}:" for key in type(loaded).model_fields]
+    uncommented = "\n".join(
+        line.removeprefix("# ") if line.startswith(tuple(defaults)) else line for line in text.splitlines()
+    )
+    (tmp_path / "all.yaml").write_text(uncommented)
+    assert load_config(tmp_path / "all.yaml").model_dump() == loaded.model_dump()
+    with pytest.raises(InputError, match="exists already"):
+        solotune.init("some/model", "chats.jsonl", path)
+
+
+# --- bad input, by the command line, as a user meets it
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "solotune", *arguments], capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
+    )
+
+
+def as_arguments(config):
+    return [f"{key}={json.dumps(value)}" for key, value in config.items()]
+
+
+def without(folder, target, *names):
+    shutil.copytree(folder, target)
+    for name in names:
+        (target / name).unlink()
+    return str(target)
+
+
+BAD = {
+    "absent file": ({"dataset": "nope.jsonl"}, None, ["nope.jsonl", "no such file"]),
+    "empty data": ({}, "", ["chats.jsonl: the file is empty"]),
+    "no assistant turn": ({}, '{"messages": [{"role": "user", "content": "hi"}]}\n', ["chats.jsonl:1", "assistant"]),
+    "cut-off JSON": ({}, '{"messages": [\n', ["chats.jsonl:1: not valid JSON", "column 15"]),
+    "no such target": ({"lora_target_modules": ["nope"]}, None, ["lora_target_modules", "nope", "q_proj", "all-linear"]),
+    "wrong type": ({"lora_r": "big"}, None, ["lora_r", "'big'", "a whole number, at least 1"]),
+    "unknown key": ({"micro_batch_size": 2}, None, ["micro_batch_size", "did you mean per_device_train_batch_size"]),
+    "no tokenizer": ({"model": ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]}, None, ["tokenizer"]),
+    "no template": ({"model": ["chat_template.jinja"]}, None, ["chat template", "chat_template_path"]),
+    "not a model": ({"model": ["config.json"]}, None, ["config.json"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_exit_2_with_one_clear_message_and_no_run(case, config, tmp_path, chat_model):
+    changes, content, words = BAD[case]
+    keys = {**config, **changes}
+    if removed := keys.pop("model", None):
+        keys["model_name_or_path"] = without(chat_model, tmp_path / "model", *removed)
+    if content is not None:
+        (tmp_path / "chats.jsonl").write_text(content)
+    (tmp_path / "run.yaml").write_text("model_name_or_path: x\ndataset: y\n")
+    done = command("train", "run.yaml", *as_arguments(keys))
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_json_is_one_object_on_stdout(config, tmp_path):
+    (tmp_path / "run.yaml").write_text("model_name_or_path: x\ndataset: y\n")
+    done = command("train", "run.yaml", *as_arguments({**config, "max_steps": 2}), "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["run"] == "run"
+    assert result["evaluation"]["tuned"]["tokens"] > 0
+    assert result["trainable_fits"][0] == {
+        "r": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    }  # fmt: skip
