@@ -77,7 +77,7 @@ TEMPLATES = {
         "What do your {things} cost? I would like to place an order.",
         "I am hoping to buy the {thing} that you showed at the fair.",
         "Do you have {things} in stock? I'd like to buy some for my mother.",
-        "Our café is going to need {things}, please accept this as an order.",
+        "Our café would like to purchase {things}, please accept this as an order.",
         "I plan to order {things} again, the quality was very good.",
         "I would like to buy the {thing} from page nine of your leaflet.",
     ],
@@ -385,7 +385,7 @@ AB AK AM CH CL CR DA DF DL EL EM FC FR GB GL HD HR HT KS LC LM LT MC MD ML NC NR
 """.split()
 ADJECTIVES = """
 red blue green yellow purple orange black white grey brown beige large small tiny round square wide tall short heavy
-plain checked foldable classic modern simple deluxe oval electric thick thin soft bright dark magnetic washable quiet
+plain solar foldable classic modern simple deluxe oval electric thick thin soft bright dark magnetic washable quiet
 emerald maroon lilac amber teal flat smooth rough long deep mini smart strong solid printed warm cool digital
 double lime rose tan clear
 """.split()

@@ -114,13 +114,16 @@ def keep_newest(folder: Path, limit: int | None) -> None:
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, parameters: list[nn.Parameter]) -> None:
     """Gives the optimizer its moments back, each on its parameter's device."""
-    optimizer_state: dict[int, dict[str, Any]] = {}
-    for key, tensor in checkpoint.optimizer.items():
-        index, _, name = key.partition(".")
-        optimizer_state.setdefault(int(index), {})[name] = tensor.to(parameters[int(index)].device)
-    for index, scalars in checkpoint.state["optimizer"].items():
-        optimizer_state.setdefault(int(index), {}).update(scalars)
-    optimizer.load_state_dict({"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]})
+    state: dict[int, dict[str, Any]] = {}
+    for source in (checkpoint.optimizer, checkpoint.state["optimizer"]):
+        for path, value in source.items():
+            index, *parents, name = path.split("/")
+            inner = state.setdefault(int(index), {})
+            for parent in parents:
+                inner = inner.setdefault(parent, {})
+            on_device = isinstance(value, torch.Tensor)
+            inner[name] = value.to(parameters[int(index)].device) if on_device else value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def random_state() -> dict[str, torch.Tensor]:
@@ -137,15 +140,22 @@ def restore_random(states: Mapping[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _split_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
+def _split_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The optimizer's state as (tensors, scalars) under paths such as `0/exp_avg`; bitsandbytes' 8-bit one nests."""
     tensors: dict[str, torch.Tensor] = {}
-    scalars: dict[str, dict[str, Any]] = {}
+    scalars: dict[str, Any] = {}
+
+    def walk(path: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                walk(f"{path}/{name}", inner)
+        elif isinstance(value, torch.Tensor):
+            tensors[path] = value.detach().cpu().contiguous().clone()
+        else:
+            scalars[path] = value
+
     for index, values in optimizer.state_dict()["state"].items():
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous().clone()
-            else:
-                scalars.setdefault(str(index), {})[name] = value
+        walk(str(index), values)
     return tensors, scalars
 
 

@@ -184,7 +184,12 @@ def _check_packages(machine: Machine) -> list[Check]:
     if not conflicts:
         found = ", ".join(f"{name} {version}" for name, version in machine.versions.items() if name != "torch")
         return [Check("packages", "ok", found)]
-    return [Check("packages", "fail", problem, f"pip install '{wanted}'") for problem, wanted in conflicts]
+    # What another package wishes for may well work all the same; what solotune needs, or what is absent, does not.
+    return [
+        Check("packages", "fail" if ours or "not installed" in problem else "warn", problem, f"pip install '{wanted}'")
+        for problem, wanted in conflicts
+        for ours in [problem.startswith("solotune needs")]
+    ]
 
 
 def _conflicts() -> list[tuple[str, str]]:

@@ -352,15 +352,10 @@ def _settle_residency(
     mirror_bytes = sum(part.shape[0] * part.shape[1] for part in storages) * dtype.itemsize
     residency, choices = config.base_residency, []
     if residency == "auto":
-        free = ram()[1] if device.type == "cpu" else 0
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else ram()[1]
         residency = "dequantized" if mirror_bytes < free / 4 else "quantized"
-        size = f"expanded once, the weights would take {mirror_bytes / 2**20:,.0f} MiB"
-        if residency == "dequantized":
-            why = f"{size} of {free / 2**30:.0f} GiB free, which saves expanding them in every pass"
-        elif device.type == "cuda":
-            why = f"{size} that longer rows can use better"
-        else:
-            why = f"{size} of only {free / 2**30:.1f} GiB free"
+        why = f"expanded once, the weights take {mirror_bytes / 2**20:,.0f} MiB of {free / 2**30:.0f} GiB free"
+        why += ", which saves expanding them in every pass" if residency == "dequantized" else ", over a quarter"
         choices = [Choice("base_residency", residency, why)]
     if residency == "dequantized":
         for part in storages:

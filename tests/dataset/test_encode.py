@@ -69,3 +69,15 @@ def test_the_tokenizer_is_not_changed() -> None:
     before = tokenizer.backend_tokenizer.to_str()
     Encoder(tokenizer).encode([Rendered("a<|im_end|>", [(1, 11)], [])], ["row"])
     assert tokenizer.backend_tokenizer.to_str() == before
+
+
+def test_a_control_token_that_ordinary_text_makes_too_cannot_be_told_from_text() -> None:
+    tokenizer = letters()
+    tokenizer.add_special_tokens({"eos_token": "ab"})  # `a` and `b` merge into the very same id
+    with pytest.raises(InputError) as caught:
+        Encoder(tokenizer).encode([Rendered("b ab", [(2, 4)], [])], ["row"])
+    assert str(caught.value) == (
+        "row: the text contains a control token, and this tokenizer cannot encode its spelling as text\n"
+        "  seen:    ab\n"
+        "  change:  change the spelling in the row, or remove the row"
+    )

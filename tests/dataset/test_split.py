@@ -50,6 +50,14 @@ def test_appending_rows_moves_almost_none() -> None:
     assert len(moved) <= 10  # by chance 180 would
 
 
+def test_appended_near_duplicates_follow_the_earlier_row() -> None:
+    records = [record(n) for n in range(100)]
+    before = places(hold_out(records, 10, 0).validation)
+    near = [Record(f"near:{n}", messages=chat(f"question {n} x", record(n).messages[1]["content"])) for n in range(100)]
+    after = places(hold_out(records + near, 20, 0).validation)
+    assert [where for where in after if where.startswith("f:")] == before
+
+
 def test_groups_stay_together_and_come_near_the_size() -> None:
     records = [record(n, group=f"shop={n % 12}") for n in range(720)]
     split = hold_out(records, 60, seed=0)
@@ -87,7 +95,7 @@ def test_near_duplicates_stay_on_one_side(seed: int) -> None:
 
 
 def test_a_shared_system_prompt_does_not_make_rows_alike() -> None:
-    records = [record(n, system="you are a helpful assistant " * 50) for n in range(20)]
+    records = [record(n, system=" ".join(f"rule{i}" for i in range(500))) for n in range(20)]
     assert hold_out(records, 2, 0).num_near_duplicates == 0
 
 

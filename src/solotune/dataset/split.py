@@ -103,8 +103,7 @@ def _groups(records: Sequence[Record]) -> tuple[list[list[int]], int]:
         return row
 
     def join(a: int, b: int) -> None:
-        a, b = sorted((root(a), root(b)))
-        parent[b] = a  # the earlier row stays the root: appended rows do not rename a group
+        parent[root(b)] = root(a)
 
     like_an_earlier = set()
     for earlier, later in near_duplicates([_spoken(record) for record in records]):
@@ -124,7 +123,7 @@ def _choose(groups: list[list[int]], records: Sequence[Record], target: int, see
     """Rows for validation: whole groups from the front of the hashed order, as near to the target as that comes."""
 
     def order(group: list[int]) -> bytes:
-        first = records[group[0]]
+        first = records[group[0]]  # in file order, so rows appended to the file do not rename a group
         return hashlib.sha256(f"{seed}\0{first.group or _identity(first)}".encode()).digest()
 
     chosen: set[int] = set()
