@@ -58,7 +58,16 @@ def test_a_run_leaves_every_file_of_the_design(config, tmp_path):
     result = solotune.train(config)
     run = tmp_path / "run"
     assert result.run_dir.resolve() == run.resolve()
-    expected = {"config.yaml", "environment.json", "data.json", "metrics.jsonl", "checkpoints", "adapter", "evaluation.json"}
+    expected = {
+        "config.yaml",
+        "environment.json",
+        "data.json",
+        "metrics.jsonl",
+        "log.txt",
+        "checkpoints",
+        "adapter",
+        "evaluation.json",
+    }
     assert expected <= {path.name for path in run.iterdir()}
     assert {p.name for p in (run / "adapter").iterdir()} >= {
         "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
@@ -69,6 +78,8 @@ def test_a_run_leaves_every_file_of_the_design(config, tmp_path):
     assert set(evaluation["base"]) == {"loss", "stderr", "tokens"}
     assert set(evaluation["scores"]["exact_match"]) == {"base", "tuned", "stderr"}
     assert [set(sample) for sample in evaluation["samples"]] == [{"where", "prompt", "reference", "base", "tuned"}] * 2
+    log = (run / "log.txt").read_text()
+    assert "training for 6 steps" in log and "step 6/6  held-out loss" in log
     choices = {c["key"]: c for c in json.loads((run / "environment.json").read_text())["choices"]}
     assert choices["optim"]["value"] == "adamw_torch"
     assert "CUDA" in choices["optim"]["because"]
@@ -206,7 +217,11 @@ def test_init_writes_a_config_that_loads_and_names_every_key(config, tmp_path):
 
 def command(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "solotune", *arguments], capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
+        [sys.executable, "-m", "solotune", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
     )
 
 
@@ -226,10 +241,18 @@ BAD = {
     "empty data": ({}, "", ["chats.jsonl: the file is empty"]),
     "no assistant turn": ({}, '{"messages": [{"role": "user", "content": "hi"}]}\n', ["chats.jsonl:1", "assistant"]),
     "cut-off JSON": ({}, '{"messages": [\n', ["chats.jsonl:1: not valid JSON", "column 15"]),
-    "no such target": ({"lora_target_modules": ["nope"]}, None, ["lora_target_modules", "nope", "q_proj", "all-linear"]),
+    "no such target": (
+        {"lora_target_modules": ["nope"]},
+        None,
+        ["lora_target_modules", "nope", "q_proj", "all-linear"],
+    ),
     "wrong type": ({"lora_r": "big"}, None, ["lora_r", "'big'", "a whole number, at least 1"]),
     "unknown key": ({"micro_batch_size": 2}, None, ["micro_batch_size", "did you mean per_device_train_batch_size"]),
-    "no tokenizer": ({"model": ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]}, None, ["tokenizer"]),
+    "no tokenizer": (
+        {"model": ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]},
+        None,
+        ["tokenizer"],
+    ),
     "no template": ({"model": ["chat_template.jinja"]}, None, ["chat template", "chat_template_path"]),
     "not a model": ({"model": ["config.json"]}, None, ["config.json"]),
 }

@@ -23,9 +23,9 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID
@@ -279,6 +279,23 @@ class LiveDisplay(PlainDisplay):
 class _Figures(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(task.fields["figures"] or f"{task.description}  {task.elapsed or 0:.0f} s")
+
+
+class _Tee:
+    def __init__(self, displays: Sequence[Display]) -> None:
+        self._displays = displays
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        def tell(*args: Any, **kwargs: Any) -> None:
+            for display in self._displays:
+                getattr(display, name)(*args, **kwargs)
+
+        return tell
+
+
+def tee(*displays: Display) -> Display:
+    """One display that tells all of them."""
+    return cast(Display, _Tee(displays))
 
 
 def make_display(logging_steps: int, stream: IO[str]) -> PlainDisplay:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from solotune.config import SECTIONS, Choice, RunConfig, allowed_values, field_help, load_config, section_of, to_yaml
 from solotune.errors import InputError, IntegrityError
 from solotune.record import RunDirectory, latest_run_of, list_runs, read_json, storage_errors, whole_folder, write_whole
-from solotune.terminal import Display, SilentDisplay
+from solotune.terminal import Display, PlainDisplay, SilentDisplay, make_console, tee
 
 if TYPE_CHECKING:
     from solotune.checkpoint import Checkpoint
@@ -143,7 +143,9 @@ def train(
     tokenizer = dataset.load_tokenizer(checked)
     prepared = dataset.prepare(checked, tokenizer)
     run, start = _open_run(checked, prepared, resume)
+    log = open(run.path / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed with the run
     try:
+        display = tee(display, PlainDisplay(checked.logging_steps, make_console(log)))
         display.note(f"run directory: {run.path}")
         display.phase("loading model")
         model = _load_model(checked, machine)
@@ -170,6 +172,7 @@ def train(
         error.run_dir = run.path  # type: ignore[attr-defined] - where the command line writes a bug's traceback
         raise
     finally:
+        log.close()
         run.release()
 
 

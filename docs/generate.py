@@ -1,0 +1,51 @@
+"""Writes the pages that come from the code: docs/config.md and docs/config.schema.json. A test holds them equal.
+
+python docs/generate.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from solotune.config import FOREIGN_KEYS, SECTIONS, RunConfig, allowed_values, field_help, section_of
+from solotune.errors import EXIT_CODES
+
+HERE = Path(__file__).parent
+
+
+def config_page() -> str:
+    """Every key: default, what is allowed, its help; then other tools' words for them, then the exit codes."""
+    lines = [
+        "# The config",
+        "",
+        "One YAML file (version 1.2: `2e-4` is a number), or `key=value` on the command line, or a dict in Python.",
+        "Unknown keys, wrong types and duplicate keys are errors, all reported at once with their lines.",
+        "This page is generated from `src/solotune/config.py`; editors can use [config.schema.json](config.schema.json).",
+    ]
+    for section in SECTIONS:
+        lines += ["", f"## {section}", "", "| key | default | allowed | what it does |", "|---|---|---|---|"]
+        for key, field in RunConfig.model_fields.items():
+            if section_of(key) == section:
+                default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+                lines.append(f"| `{key}` | {default} | {allowed_values(key)} | {field_help(key)} |")
+    lines += ["", "## Coming from another tool", "", "These are refused with the name to use instead:", ""]
+    for ours in dict.fromkeys(FOREIGN_KEYS.values()):
+        theirs = ", ".join(f"`{foreign}`" for foreign, key in FOREIGN_KEYS.items() if key == ours)
+        lines.append(f"- `{ours}`: {theirs}")
+    lines += ["", "## Exit codes", "", "| code | meaning |", "|---|---|"]
+    lines += [f"| {code} | {meaning} |" for code, meaning in EXIT_CODES.items()]
+    return "\n".join(lines) + "\n"
+
+
+def config_schema() -> str:
+    """The JSON schema, for editors."""
+    schema = RunConfig.model_json_schema()
+    return json.dumps({**schema, "title": "solotune run config", "description": "A run of solotune."}, indent=2) + "\n"
+
+
+PAGES = {"config.md": config_page, "config.schema.json": config_schema}
+
+if __name__ == "__main__":
+    for name, make in PAGES.items():
+        (HERE / name).write_text(make(), encoding="utf-8")
