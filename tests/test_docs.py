@@ -8,7 +8,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 from solotune import cli
 from solotune.config import load_config

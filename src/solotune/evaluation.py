@@ -153,7 +153,8 @@ def generate(
     was_training = model.module.training
     model.module.eval()
     ids = torch.tensor([list(prompt_ids)], device=model.device)
-    out = model.module.generate(
+    continued: Any = model.module.generate  # a mixin's method, which type checkers do not find
+    out = continued(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,

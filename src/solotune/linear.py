@@ -68,9 +68,9 @@ class NF4Weight(nn.Module):
         )
         self.shape = tuple(weight_OI.shape)
         self.register_buffer("mirror_OI", None, persistent=False)
-        self.nested_block = state.state2.blocksize if double_quant else None
+        self.nested_block = state.state2.blocksize if state.state2 is not None else None
         stored: dict[str, Any] = {"packed": packed, "code": state.code, "absmax": state.absmax}
-        if double_quant:
+        if state.state2 is not None:
             stored |= {
                 "nested_absmax": state.state2.absmax,
                 "nested_code": state.state2.code,

@@ -264,7 +264,7 @@ def _tensors(files: list[Path], names: dict[str, str]) -> Iterator[tuple[str, to
 def _load_with_transformers(folder: Path, attention: str, dtype: torch.dtype) -> PreTrainedModel:
     """For checkpoints that must be converted; transformers fills gaps with random numbers, so gaps are refused."""
     try:
-        module, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attention,
@@ -275,6 +275,7 @@ def _load_with_transformers(folder: Path, attention: str, dtype: torch.dtype) ->
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: the checkpoint does not load", seen=str(error).strip().split("\n")[0]) from None
+    module, found = loaded
     for kind, words in (("missing_keys", "lacks"), ("unexpected_keys", "has, but the architecture does not know,")):
         if names := sorted(found[kind]):
             raise InputError(f"{folder}: the checkpoint {words} {len(names)} tensors", seen=", ".join(names[:3]))

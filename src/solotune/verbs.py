@@ -241,7 +241,7 @@ class ChatSession:
         streamer = None
         if on_text is not None:
             streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
-            streamer.on_finalized_text = lambda piece, stream_end=False: on_text(piece)
+            streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
         with lora.adapters_off(self._model.module) if base else nullcontext():
             ids = evaluation.generate(
                 self._model,

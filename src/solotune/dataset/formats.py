@@ -234,3 +234,95 @@ _FORMATS = (
 )
 
 
+# --- one message
+
+
+def _turns(where: str, value: Any, key: str) -> list[dict[str, Any]]:
+    _check_list(where, value, key)
+    return [_message(f"{where}: message {number}", message) for number, message in enumerate(value, 1)]
+
+
+def _check_list(where: str, value: Any, key: str) -> None:
+    if isinstance(value, str):
+        raise InputError(
+            f"{where}: {key} is a text, not a list",
+            seen=_short(value),
+            change="the list was saved as a string: parse it with json.loads before saving, or use jsonl",
+        )
+    if not isinstance(value, list):
+        raise InputError(f"{where}: {key} is not a list", seen=_short(value), allowed="a list of messages")
+    if not value:
+        raise InputError(f"{where}: {key} is empty", allowed="at least one message by the assistant")
+
+
+def _message(place: str, message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        allowed = '{"role": "user", "content": "..."}'
+        raise InputError(f"{place} is not an object", seen=_short(message), allowed=allowed)
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        meant = _SHAREGPT_ROLES.get(role.lower()) if isinstance(role, str) else None
+        raise InputError(
+            f"{place}: unknown role",
+            seen=_short(role) if role is not None else "no role",
+            allowed=", ".join(ROLES),
+            change=f"did you mean {meant}?" if meant else None,
+        )
+    kept = {key: message[key] for key in _KEPT_KEYS if message.get(key)}
+    content = message.get("content")
+    if content is None and role == "assistant" and "tool_calls" in kept:
+        content = ""
+    return {"role": role, "content": _text(place, content, "content"), **kept}
+
+
+def _text(place: str, value: Any, key: str) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return _joined_parts(place, value, key)
+    what = "is missing or null" if value is None else f"is {type(value).__name__}, not text"
+    raise InputError(f"{place}: {key} {what}", seen=None if value is None else _short(value), allowed="text")
+
+
+def _joined_parts(place: str, parts: list[Any], key: str) -> str:
+    """`[{"type": "text", "text": "..."}]`, the multimodal spelling of a text, is the text."""
+    texts = []
+    for part in parts:
+        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise InputError(f"{place}: {key} has a part that is not text", seen=_short(kind), allowed="text only")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _tools(row: Row) -> list[dict[str, Any]] | None:
+    tools = row.values.get("tools")
+    if isinstance(tools, str):
+        if not tools.strip():
+            return None
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise InputError(f"{row.where}: tools is not valid JSON", seen=str(error)) from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise InputError(f"{row.where}: tools is not a list of objects", seen=_short(tools))
+    return tools
+
+
+def _check_has_answer(record: Record) -> None:
+    roles = [message["role"] for message in record.messages]
+    if "assistant" not in roles:
+        raise InputError(
+            f"{record.where}: no assistant message, so nothing to learn",
+            seen="the roles " + ", ".join(roles),
+            allowed="at least one message with the role assistant",
+            change="remove the row, or add the answer",
+        )
+
+
+def _short(value: Any) -> str:
+    """A value as a person can read it in one line; control characters and such stay escaped."""
+    text = json.dumps(value, ensure_ascii=True, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
