@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("overrides", nargs="*")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     machine = environment.probe()
     overrides = [f"model_name_or_path={args.model}", "gradient_accumulation_steps=2", *args.overrides]
     config, _ = environment.settle(load_config(RECIPE, overrides), machine)
