@@ -50,6 +50,7 @@ def tiny_config(model_folder: Callable[[str], Path]) -> Callable[..., RunConfig]
         plain: dict[str, object] = {
             "model_name_or_path": str(model_folder(family)),
             "dataset": "unused.jsonl",
+            "max_length": 64,
             "base_precision": "fp32",
             "bf16": False,
             "use_cpu": True,

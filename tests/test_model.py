@@ -177,6 +177,15 @@ def test_a_pickle_is_named_and_not_read(tiny_config, model_folder, tmp_path):
     assert "formats that can run code are not read" in str(caught.value)
 
 
+def test_rows_longer_than_the_models_positions_are_refused(tiny_config):
+    with pytest.raises(InputError) as caught:
+        load(tiny_config("gpt2", max_length=129))
+    assert str(caught.value) == (
+        "python, max_length: longer than this model's positions\n  seen:    max_length: 129\n"
+        "  allowed: at most 128 (max_position_embeddings in config.json)\n  change:  max_length: 128"
+    )
+
+
 def test_no_such_folder_says_where_it_was_named(tiny_config):
     with pytest.raises(InputError, match="python, model_name_or_path: no such folder"):
         load(tiny_config(model_name_or_path="./nowhere/model"))

@@ -272,7 +272,7 @@ def test_bad_input_is_exit_2_with_one_clear_message_and_no_run(case, config, tmp
     assert "Traceback" not in done.stderr
     for word in words:
         assert word in done.stderr, done.stderr
-    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_json_is_one_object_on_stdout(config, tmp_path):

@@ -21,18 +21,15 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from solotune import lora, loss
@@ -42,6 +39,7 @@ from solotune.environment import ram
 from solotune.errors import InputError
 from solotune.hub import model_folder
 from solotune.linear import DenseWeight, FrozenLinear, NF4Weight
+from solotune.weights import load_with_transformers, match_names, read_architecture, read_tensors, weight_files
 
 STORAGE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -104,6 +102,7 @@ def load_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> T
     """
     folder = model_folder(config)
     architecture = read_architecture(folder)
+    _check_positions(architecture, config)
     choices: list[Choice] = []
     attention = config.attn_implementation
     try:
@@ -115,12 +114,12 @@ def load_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> T
         attention = "eager"
         module = _empty_model(architecture, folder, attention, dtype, device)
     files = weight_files(folder)
-    names = _match_names(module, files)
+    names = match_names(module, files)
     if names is None:
         because = f"transformers renames or merges {architecture.model_type} tensors while loading"
         choices.append(Choice("loader", "transformers, on the CPU first", because))
-        module = _load_with_transformers(folder, attention, dtype)
-    _fill(module, _tensors(files, names) if names is not None else _own_tensors(module), config, dtype, device)
+        module = load_with_transformers(folder, attention, dtype)
+    _fill(module, read_tensors(files, names) if names is not None else _own_tensors(module), config, dtype, device)
     _check_complete(module, folder)
     module.requires_grad_(False)
     _set_generation(module, folder)
@@ -135,61 +134,16 @@ def load_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> T
     return TrainableModel(module, layers, adapted, head, dtype, device, choices)
 
 
-def read_architecture(folder: Path) -> PreTrainedConfig:
-    """config.json of a model folder.
-
-    Raises:
-        InputError: it is missing, unknown to transformers, or of a checkpoint that is already quantised.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
+def _check_positions(architecture: PreTrainedConfig, config: RunConfig) -> None:
+    """A row longer than the positions a model knows fails deep inside it (absolute ones) or is noise to it (RoPE)."""
+    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+    if positions and config.max_length > positions:
         raise InputError(
-            f"{folder}: no config.json, so this is not a model folder", allowed="a Hugging Face model folder"
+            f"{config.source_of('max_length')}, max_length: longer than this model's positions",
+            seen=f"max_length: {config.max_length}",
+            allowed=f"at most {positions} (max_position_embeddings in config.json)",
+            change=f"max_length: {positions}",
         )
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        architecture = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: not valid JSON", seen=error.msg) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: transformers cannot read it", seen=str(error).strip().split("\n")[0]) from None
-    if "quantization_config" in raw:
-        method = raw["quantization_config"].get("quant_method", "unknown method")
-        raise InputError(
-            f"{path}: the checkpoint is already quantised",
-            seen=f"quantization_config: {method}",
-            allowed="16- or 32-bit weights, which solotune quantises itself",
-            change="name the original, unquantised model",
-        )
-    return architecture
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in order.
-
-    Raises:
-        InputError: there are none, or one that the index names is missing.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
-            raise InputError(f"{index}: not a safetensors index (weight_map: tensor -> file)") from None
-        if outside := [name for name in names if Path(name).name != name]:
-            raise InputError(f"{index}: names a file outside the folder", seen=outside[0])
-    else:
-        names = [name for name in ("model.safetensors",) if (folder / name).is_file()]
-    if not names:
-        others = sorted(p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".gguf"})
-        raise InputError(
-            f"{folder}: no weights in safetensors",
-            seen=", ".join(others) or "no weight files",
-            allowed="*.safetensors; formats that can run code are not read",
-        )
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise InputError(f"{folder}: a weight file is missing", seen=missing[0], change="download the folder again")
-    return [folder / name for name in names]
 
 
 class _NoSuchAttention(Exception):
@@ -221,64 +175,6 @@ def _empty_model(
                     part._buffers[name] = torch.empty_like(buffer, device=device)
             if computed:
                 module._init_weights(part)  # fills the tables; parameters are still on meta and stay untouched
-    return module
-
-
-def _match_names(module: PreTrainedModel, files: list[Path]) -> dict[str, str] | None:
-    """Checkpoint tensor name -> name in the model; None where the two do not correspond one to one.
-
-    Files may lack or carry the prefix of the inner model (`transformer.` of GPT-2), may hold tables that are computed
-    (`rotary_emb.inv_freq`) and may lack tied weights.
-    """
-    wanted = set(module.state_dict(keep_vars=True))
-    tied = set(module.all_tied_weights_keys)
-    ignored = [*(module._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq$"]
-    prefix = module.base_model_prefix + "."
-    names: dict[str, str] = {}
-    for path in files:
-        with _opened(path) as file:
-            for key in file.keys():  # noqa: SIM118 - a safetensors handle, not a dict
-                name = next((n for n in (key, prefix + key, key.removeprefix(prefix)) if n in wanted), None)
-                if name is not None:
-                    names[key] = name
-                elif not any(re.search(pattern, key) for pattern in ignored):
-                    return None
-    return names if wanted - tied <= set(names.values()) else None
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a readable safetensors file", seen=str(error)) from None
-
-
-def _tensors(files: list[Path], names: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
-    for path in files:
-        with _opened(path) as file:
-            for key in file.keys():  # noqa: SIM118
-                if key in names:
-                    yield names[key], file.get_tensor(key)
-
-
-def _load_with_transformers(folder: Path, attention: str, dtype: torch.dtype) -> PreTrainedModel:
-    """For checkpoints that must be converted; transformers fills gaps with random numbers, so gaps are refused."""
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=attention,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}: the checkpoint does not load", seen=str(error).strip().split("\n")[0]) from None
-    module, found = loaded
-    for kind, words in (("missing_keys", "lacks"), ("unexpected_keys", "has, but the architecture does not know,")):
-        if names := sorted(found[kind]):
-            raise InputError(f"{folder}: the checkpoint {words} {len(names)} tensors", seen=", ".join(names[:3]))
     return module
 
 

@@ -112,20 +112,30 @@ class RunDirectory:
         Raises:
             DirectoryInUseError: another process holds it, or it already holds a run and this is no resume.
         """
+        if not resume:
+            cls.refuse_occupied(config)
         run = cls(Path(config.output_dir).expanduser() if config.output_dir else _fresh_path(config))
-        if run.path.is_file():
-            raise InputError(f"output_dir: {run.path} is a file", allowed="a folder, existing or not")
-        held = [mark for mark in MARKS if (run.path / mark).exists()]
-        if held and not resume:
-            raise DirectoryInUseError(
-                f"{run.path} already holds a run",
-                seen=", ".join(held),
-                change="--resume to continue it, another output_dir to start afresh, or remove the folder",
-            )
         with storage_errors(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
         run._take_lock()
         return run
+
+    @staticmethod
+    def refuse_occupied(config: RunConfig) -> None:
+        """Raises:
+        InputError: `output_dir` is a file.
+        DirectoryInUseError: it already holds a run.
+        """
+        path = Path(config.output_dir or ".").expanduser()
+        if path.is_file():
+            raise InputError(f"output_dir: {path} is a file", allowed="a folder, existing or not")
+        held = [mark for mark in MARKS if config.output_dir and (path / mark).exists()]
+        if held:
+            raise DirectoryInUseError(
+                f"{path} already holds a run",
+                seen=", ".join(held),
+                change="--resume to continue it, another output_dir to start afresh, or remove the folder",
+            )
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:

@@ -7,30 +7,24 @@ the list of runs loads no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from solotune.config import SECTIONS, Choice, RunConfig, allowed_values, field_help, load_config, section_of, to_yaml
 from solotune.errors import InputError, IntegrityError
-from solotune.record import RunDirectory, latest_run_of, list_runs, read_json, storage_errors, whole_folder, write_whole
+from solotune.record import RunDirectory, list_runs, read_json, storage_errors, whole_folder, write_whole
 from solotune.terminal import Display, PlainDisplay, SilentDisplay, make_console, tee
 
 if TYPE_CHECKING:
-    from solotune.checkpoint import Checkpoint
     from solotune.dataset import DataReport, Example, Prepared
-    from solotune.environment import DoctorReport, Machine
+    from solotune.environment import DoctorReport
     from solotune.evaluation import Evaluation
     from solotune.model import TrainableModel
+    from solotune.tuned import ChatSession
 
 ConfigSource = str | Path | Mapping[str, Any] | RunConfig
-
-# Changing one of these between a checkpoint and its resumption cannot change what is learned.
-FREE_TO_CHANGE = {
-    *(key for key in RunConfig.model_fields if section_of(key) in ("run", "evaluation")),
-    "gradient_checkpointing",
-}
 
 
 def doctor() -> DoctorReport:
@@ -136,19 +130,23 @@ def train(
         SolotuneError: see `solotune.errors`; each kind has its exit code.
     """
     from solotune import dataset, training
+    from solotune.resume import fingerprints, open_run
+    from solotune.tuned import load_base, settle
 
     display = display or SilentDisplay()
-    checked, machine, choices = _settled(load_config(config, overrides))
+    checked, machine, choices = settle(load_config(config, overrides))
+    if not resume:
+        RunDirectory.refuse_occupied(checked)
     display.phase("reading data")
     tokenizer = dataset.load_tokenizer(checked)
     prepared = dataset.prepare(checked, tokenizer)
-    run, start = _open_run(checked, prepared, resume)
+    display.phase("loading model")
+    model = load_base(checked, machine)
+    run, start = open_run(checked, prepared, resume)  # nothing is written before all that can be refused was seen
     log = open(run.path / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed with the run
     try:
         display = tee(display, PlainDisplay(checked.logging_steps, make_console(log)))
         display.note(f"run directory: {run.path}")
-        display.phase("loading model")
-        model = _load_model(checked, machine)
         choices += model.choices
         display.choices(choices)
         run.write_config(checked)
@@ -158,7 +156,7 @@ def train(
         display.note(_in_words(summary))
         run.log_metrics("start", step=start.step if start else 0, **summary)
         tuned = training.train(
-            model, prepared.train, prepared.validation, checked, run, display, start, _fingerprints(checked, prepared)
+            model, prepared.train, prepared.validation, checked, run, display, start, fingerprints(checked, prepared)
         )
         _write_adapter(run, model, checked, tokenizer)
         result = None
@@ -183,82 +181,38 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
         IntegrityError: the data is no longer what the run held out.
     """
     from solotune import dataset
+    from solotune.tuned import TunedRun
 
     display = display or SilentDisplay()
-    directory = RunDirectory.open(run)
-    config, machine, choices = _settled(load_config(directory.path / "config.yaml"))
-    display.choices(choices)
+    found = TunedRun.open(run)
+    path = found.directory.path
+    display.choices(found.choices)
     display.phase("reading data")
-    tokenizer = _run_tokenizer(directory, config)
-    prepared = dataset.prepare(config, tokenizer)
-    recorded = read_json(directory.path / "data.json").get("sha256", {}).get("validation")
+    prepared = dataset.prepare(found.config, found.tokenizer)
+    recorded = read_json(path / "data.json").get("sha256", {}).get("validation")
     if recorded != prepared.report.to_json()["sha256"]["validation"]:
         raise IntegrityError(
-            f"{directory.path}: the held-out rows are not those of the run",
+            f"{path}: the held-out rows are not those of the run",
             seen="the data file, its split or the tokenizer has changed since",
             change="put the data back, or train again",
         )
     if not prepared.validation:
-        raise InputError(f"{directory.path}: the run held out no rows", change="train with validation_size above 0")
+        raise InputError(f"{path}: the run held out no rows", change="train with validation_size above 0")
     display.phase("loading model")
-    model = _tuned_model(directory, config, machine)
-    result = _compare(model, tokenizer, prepared.validation, config, None, display)
-    directory.write_json("evaluation.json", result.to_json())
+    result = _compare(found.load(), found.tokenizer, prepared.validation, found.config, None, display)
+    found.directory.write_json("evaluation.json", result.to_json())
     return result
 
 
-class ChatSession:
-    """A conversation with a run's model; the same prompt can be put to its base."""
-
-    def __init__(self, run: str | Path) -> None:
-        from solotune import evaluation
-
-        directory = RunDirectory.open(run)
-        self._config, machine, self.choices = _settled(load_config(directory.path / "config.yaml"))
-        self._tokenizer = _run_tokenizer(directory, self._config)
-        self._model = _tuned_model(directory, self._config, machine)
-        self._stops = evaluation.stop_ids(self._model, self._tokenizer, [])
-        self.model_name = f"{self._config.model_name_or_path} + {directory.path.name}"
-        self.history: list[dict[str, str]] = []
-
-    def reset(self) -> None:
-        """Forgets the conversation."""
-        self.history = []
-
-    def reply(self, text: str, base: bool = False, on_text: Callable[[str], None] | None = None) -> str:
-        """The answer to `text`; with `base` the base model's, which is not added to the history.
-
-        Args:
-            on_text: called with each piece of the answer as it comes.
-        """
-        from contextlib import nullcontext
-
-        from transformers import TextStreamer
-
-        from solotune import dataset, evaluation, lora
-
-        asked = [*self.history, {"role": "user", "content": text}]
-        streamer = None
-        if on_text is not None:
-            streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
-            streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
-        with lora.adapters_off(self._model.module) if base else nullcontext():
-            ids = evaluation.generate(
-                self._model,
-                dataset.render_prompt(self._tokenizer, asked),
-                self._config.max_new_tokens,
-                self._stops,
-                streamer,
-            )
-        answer = self._tokenizer.decode(ids, skip_special_tokens=True).strip()
-        if not base:
-            self.history = [*asked, {"role": "assistant", "content": answer}]
-        return answer
-
-
 def chat(run: str | Path) -> ChatSession:
-    """Loads a run's model to talk to."""
-    return ChatSession(run)
+    """Loads a run's model to talk to.
+
+    Raises:
+        InputError: no run there, or nothing saved in it yet.
+    """
+    from solotune.tuned import ChatSession, TunedRun
+
+    return ChatSession(TunedRun.open(run))
 
 
 @dataclass(frozen=True)
@@ -306,88 +260,6 @@ def _run_summary(run: RunDirectory) -> RunSummary:
         tokens_per_second=speeds[len(speeds) // 2] if speeds else None,
         peak_bytes=max((step["peak_bytes"] for step in steps), default=None),
     )
-
-
-def _settled(config: RunConfig) -> tuple[RunConfig, Machine, list[Choice]]:
-    """The config with what the machine decides, the machine, and those decisions."""
-    from solotune import environment
-
-    machine = environment.probe()
-    settled, choices = environment.settle(config, machine)
-    return settled, machine, choices
-
-
-def _load_model(config: RunConfig, machine: Machine) -> TrainableModel:
-    import torch
-
-    from solotune import environment
-    from solotune.model import load_model
-
-    device = torch.device(environment.device_of(config, machine))
-    return load_model(config, device, getattr(torch, environment.dtype_of(config)))
-
-
-def _tuned_model(run: RunDirectory, config: RunConfig, machine: Machine) -> TrainableModel:
-    """The run's base with its adapter, or with its newest checkpoint's while it has not finished."""
-    from solotune import checkpoint, lora
-
-    folder = run.adapter if run.adapter.is_dir() else checkpoint.newest(run.checkpoints)
-    if folder is None:
-        raise InputError(f"{run.path}: nothing was saved yet", change="train it to its end, or --resume it")
-    tensors = checkpoint.read_adapter(folder)
-    model = _load_model(config, machine)
-    lora.load_state_dict(model.adapted, tensors, str(folder))
-    return model
-
-
-def _run_tokenizer(run: RunDirectory, config: RunConfig) -> Any:
-    """The tokenizer that lies beside the adapter, so that its template is the one trained with."""
-    from solotune import dataset
-
-    beside = {"model_name_or_path": str(run.adapter), "chat_template_path": None}
-    return dataset.load_tokenizer(config.replaced("run", **beside) if run.adapter.is_dir() else config)
-
-
-def _open_run(config: RunConfig, prepared: Prepared, resume: bool) -> tuple[RunDirectory, Checkpoint | None]:
-    from solotune import checkpoint
-
-    explicit = Path(config.resume_from_checkpoint).expanduser() if config.resume_from_checkpoint else None
-    if resume and config.output_dir is None and explicit is None and (latest := latest_run_of(config)):
-        config = config.replaced("newest run of this config", output_dir=str(latest.path))
-    run = RunDirectory.create(config, resume=resume)
-    try:
-        folder = explicit or (checkpoint.newest(run.checkpoints) if resume else None)
-        start = checkpoint.load(folder) if folder else None
-        if start is not None:
-            _check_unchanged(start.state["fingerprints"], _fingerprints(config, prepared), str(folder))
-        if resume:
-            run.forget_after(start.step if start else -1)
-    except BaseException:
-        run.release()
-        raise
-    return run, start
-
-
-def _fingerprints(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the same run."""
-    fixed = {key: value for key, value in config.model_dump().items() if key not in FREE_TO_CHANGE}
-    return {"config": fixed, "train_rows": prepared.report.to_json()["sha256"]["train"]}
-
-
-def _check_unchanged(then: dict[str, Any], now: dict[str, Any], where: str) -> None:
-    for key, value in now["config"].items():
-        if then["config"].get(key) != value:
-            raise IntegrityError(
-                f"{where}: {key} has changed since this checkpoint, so the run would not be the same",
-                seen=f"{key}: {value}",
-                allowed=f"{key}: {then['config'].get(key)}",
-                change="put it back, or start a new run",
-            )
-    if then["train_rows"] != now["train_rows"]:
-        raise IntegrityError(
-            f"{where}: the training rows have changed since this checkpoint",
-            change="put the data back, or start a new run",
-        )
 
 
 def _summary(model: TrainableModel, config: RunConfig, prepared: Prepared, total_steps: int) -> dict[str, Any]:

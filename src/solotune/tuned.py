@@ -1,0 +1,115 @@
+"""A run's model, loaded again: its base, its adapter, and the tokenizer that lies beside it.
+
+What evaluating a run and talking to it share. The machine may be another one than trained it: what depends on it is
+settled anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from solotune import checkpoint, dataset, environment, evaluation, lora
+from solotune.config import Choice, RunConfig, load_config
+from solotune.environment import Machine
+from solotune.errors import InputError
+from solotune.model import TrainableModel, load_model
+from solotune.record import RunDirectory
+
+
+def settle(config: RunConfig) -> tuple[RunConfig, Machine, list[Choice]]:
+    """The config with what this machine decides, the machine, and those decisions."""
+    machine = environment.probe()
+    settled, choices = environment.settle(config, machine)
+    return settled, machine, choices
+
+
+def load_base(config: RunConfig, machine: Machine) -> TrainableModel:
+    """The base of a settled config with fresh adapters, where this machine computes."""
+    device = torch.device(environment.device_of(config, machine))
+    return load_model(config, device, getattr(torch, environment.dtype_of(config)))
+
+
+@dataclass
+class TunedRun:
+    """A run to read from; `load` brings the model."""
+
+    directory: RunDirectory
+    config: RunConfig
+    machine: Machine
+    choices: list[Choice]
+    tokenizer: Any
+
+    @classmethod
+    def open(cls, path: str | Path) -> TunedRun:
+        """Raises:
+        InputError: no run there.
+        """
+        directory = RunDirectory.open(path)
+        config, machine, choices = settle(load_config(directory.path / "config.yaml"))
+        beside = {"model_name_or_path": str(directory.adapter), "chat_template_path": None}
+        named = config.replaced("run", **beside) if directory.adapter.is_dir() else config
+        return cls(directory, config, machine, choices, dataset.load_tokenizer(named))
+
+    def load(self) -> TrainableModel:
+        """The base with the run's adapter, or with its newest checkpoint's while it has not finished.
+
+        Raises:
+            InputError: nothing was saved yet.
+        """
+        done = self.directory.adapter.is_dir()
+        folder = self.directory.adapter if done else checkpoint.newest(self.directory.checkpoints)
+        if folder is None:
+            raise InputError(
+                f"{self.directory.path}: nothing was saved yet", change="train it to its end, or --resume it"
+            )
+        tensors = checkpoint.read_adapter(folder)
+        model = load_base(self.config, self.machine)
+        lora.load_state_dict(model.adapted, tensors, str(folder))
+        return model
+
+
+class ChatSession:
+    """A conversation with a run's model; the same prompt can be put to its base."""
+
+    def __init__(self, run: TunedRun) -> None:
+        self._config, self._tokenizer = run.config, run.tokenizer
+        self._model = run.load()
+        self._stops = evaluation.stop_ids(self._model, self._tokenizer, [])
+        self.choices = run.choices
+        self.model_name = f"{self._config.model_name_or_path} + {run.directory.path.name}"
+        self.history: list[dict[str, str]] = []
+
+    def reset(self) -> None:
+        """Forgets the conversation."""
+        self.history = []
+
+    def reply(self, text: str, base: bool = False, on_text: Callable[[str], None] | None = None) -> str:
+        """The answer to `text`; with `base` the base model's, which is not added to the history.
+
+        Args:
+            on_text: called with each piece of the answer as it comes.
+        """
+        asked = [*self.history, {"role": "user", "content": text}]
+        streamer = None
+        if on_text is not None:
+            streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
+            streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
+        with lora.adapters_off(self._model.module) if base else nullcontext():
+            ids = evaluation.generate(
+                self._model,
+                dataset.render_prompt(self._tokenizer, asked),
+                self._config.max_new_tokens,
+                self._stops,
+                streamer,
+            )
+        answer = self._tokenizer.decode(ids, skip_special_tokens=True).strip()
+        if not base:
+            self.history = [*asked, {"role": "assistant", "content": answer}]
+        return answer
