@@ -1,11 +1,15 @@
-"""Rows of tokens to padded tensors.
+"""Rows of tokens to tensors, padded or packed.
 
 Padding goes to the right and needs no attention mask: attention is causal, so no real token ever sees a pad behind it,
 and labels are taken by position, so no pad is ever supervised. Which id pads is therefore without meaning, and a
 tokenizer whose pad equals its end-of-turn token (SmolLM2's, and the walkthrough's) cannot lose that token from the
 loss. Left padding would need a mask, and shifts the positions of models with absolute ones.
 
-Shape legend: B rows, T tokens of the longest row.
+A packed sequence says where its rows begin through its positions, which restart at 0; transformers keeps attention
+within each such stretch. What is left over at its end is one more stretch, of pads. A row's first token is never a
+label, so no loss crosses from one row to the next.
+
+Shape legend: B sequences, T tokens of the longest.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ class Batch(NamedTuple):
 
     input_ids_BT: torch.Tensor  # int64
     supervised_BT: torch.Tensor  # bool: the token at this position is a label
+    positions_BT: torch.Tensor | None  # int64, where several rows share a sequence
     rows: Sequence[Example]
 
     @property
@@ -45,15 +50,29 @@ def num_labels(row: Example) -> int:
 
 
 def collate(rows: Sequence[Example], device: torch.device) -> Batch:
-    """Right-pads `rows` to the longest of them."""
-    longest = max(len(row.input_ids) for row in rows)
-    input_ids = np.full((len(rows), longest), PAD_ID, dtype=np.int64)
-    supervised = np.zeros((len(rows), longest), dtype=bool)
-    for i, row in enumerate(rows):
-        input_ids[i, : len(row.input_ids)] = row.input_ids
-        supervised[i, : len(row.supervised)] = row.supervised
-    return Batch(
-        torch.from_numpy(input_ids).to(device, non_blocking=True),
-        torch.from_numpy(supervised).to(device, non_blocking=True),
-        rows,
-    )
+    """A sequence for each row, right-padded to the longest."""
+    return collate_packs([[row] for row in rows], device)
+
+
+def collate_packs(packs: Sequence[Sequence[Example]], device: torch.device) -> Batch:
+    """A sequence for each pack, its rows one behind the other, right-padded to the longest."""
+    longest = max(sum(len(row.input_ids) for row in pack) for pack in packs)
+    input_ids = np.full((len(packs), longest), PAD_ID, dtype=np.int64)
+    supervised = np.zeros((len(packs), longest), dtype=bool)
+    positions = np.zeros((len(packs), longest), dtype=np.int64)
+    for i, pack in enumerate(packs):
+        start = 0
+        for row in pack:
+            end = start + len(row.input_ids)
+            input_ids[i, start:end] = row.input_ids
+            supervised[i, start + 1 : end] = row.supervised[1:]
+            positions[i, start:end] = np.arange(end - start)
+            start = end
+        positions[i, start:] = np.arange(longest - start)
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    packed = any(len(pack) > 1 for pack in packs)
+    rows = [row for pack in packs for row in pack]
+    return Batch(tensor(input_ids), tensor(supervised), tensor(positions) if packed else None, rows)

@@ -107,6 +107,8 @@ class RunConfig(BaseModel):
     """A Jinja chat template file, for a tokenizer that has none or to replace its own."""
     max_length: int = _in("data", default=2048, ge=8)
     """Longest row in tokens; what is longer is cut at the end, and counted."""
+    packing: bool = _in("data", default=False)
+    """Fill sequences of `max_length` with several rows, each as if it were alone: no padding."""
     assistant_only_loss: bool = _in("data", default=True)
     """Learn only assistant turns with their end-of-turn token; false: every token."""
 
@@ -291,6 +293,8 @@ FOREIGN_KEYS = {
     "train_on_prompt": "assistant_only_loss",
     "train_on_responses_only": "assistant_only_loss",
     "completion_only_loss": "assistant_only_loss",
+    "sample_packing": "packing",
+    "neat_packing": "packing",
     "chat_template": "chat_template_path",
     "chat_template_jinja": "chat_template_path",
     "quantization": "base_precision",

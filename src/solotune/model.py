@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -33,8 +34,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.pytorch_utils import Conv1D
 
 from solotune import lora, loss
-from solotune.batch import Batch
+from solotune.batch import Batch, collate, collate_packs
 from solotune.config import Choice, RunConfig
+from solotune.dataset import Example
 from solotune.environment import ram
 from solotune.errors import InputError
 from solotune.hub import model_folder
@@ -83,7 +85,9 @@ class TrainableModel:
 
     def token_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(losses_N, hits_N) of the batch's supervised tokens, in row order: see `loss.token_losses`."""
-        hidden = self.module.base_model(input_ids=batch.input_ids_BT, use_cache=False).last_hidden_state
+        places = {} if batch.positions_BT is None else {"position_ids": batch.positions_BT}
+        # Without a cache: with one, transformers does not look for packed rows and they would see each other.
+        hidden = self.module.base_model(input_ids=batch.input_ids_BT, use_cache=False, **places).last_hidden_state
         h_ND, labels_N = loss.supervised_hidden(hidden, batch.input_ids_BT, batch.supervised_BT)
         return loss.token_losses(h_ND, labels_N, self.head, self.module.config.get_text_config().vocab_size)
 
@@ -131,7 +135,10 @@ def load_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> T
     adapted = lora.attach(module, config, device)
     head = _head_of(module)
     _check_head(module, head, device)
-    return TrainableModel(module, layers, adapted, head, dtype, device, choices)
+    model = TrainableModel(module, layers, adapted, head, dtype, device, choices)
+    if config.packing:
+        check_isolation(model, config)
+    return model
 
 
 def _check_positions(architecture: PreTrainedConfig, config: RunConfig) -> None:
@@ -360,4 +367,31 @@ def _check_head(module: PreTrainedModel, head: loss.Head, device: torch.device) 
             f"{module.config.model_type}: its logits are not a function of the last hidden state alone",
             seen=f"largest difference {(own - ours).abs().max().item():.3g}",
             allowed="a decoder followed by a head",
+        )
+
+
+@torch.no_grad()
+def check_isolation(model: TrainableModel, config: RunConfig) -> None:
+    """Rows in one pack must have the losses they have alone.
+
+    An attention that ignores the restarting positions (ALiBi models, some backends) lets a row read its neighbours; the
+    loss then looks better than it is. So this model and this backend are asked before the first step.
+
+    Raises:
+        InputError: packed rows see each other.
+    """
+    vocab = model.module.config.get_text_config().vocab_size
+    rng = np.random.default_rng(0)
+    lengths = (5, 9, 7)
+    rows = [Example(rng.integers(1, vocab, n).astype(np.int32), np.ones(n, dtype=bool), "probe", []) for n in lengths]
+    model.module.eval()
+    together, _ = model.token_losses(collate_packs([rows], model.device))
+    alone = torch.cat([model.token_losses(collate([row], model.device))[0] for row in rows])
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.25  # a neighbour that is seen moves losses by whole nats
+    if (worst := (together - alone).abs().max().item()) > tolerance:
+        raise InputError(
+            f"{config.source_of('packing')}, packing: this model does not keep the rows of a pack apart",
+            seen=f"a token's loss changes by {worst:.3g} when its row is packed with others",
+            allowed="models and attention backends that follow restarting positions",
+            change="packing: false",
         )

@@ -23,9 +23,10 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from solotune import checkpoint, evaluation, lora
-from solotune.batch import Batch, collate
+from solotune.batch import Batch, collate, collate_packs
 from solotune.config import RunConfig
 from solotune.dataset import Example
+from solotune.dataset.pack import pack
 from solotune.errors import InterruptedRunError, NonFiniteError
 from solotune.model import TrainableModel
 from solotune.record import RunDirectory
@@ -53,7 +54,7 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many steps there are, and which rows each of them sees."""
+    """How many steps there are, and which rows (or packs of rows) each of them sees."""
 
     num_rows: int
     micro_batch_size: int
@@ -90,6 +91,13 @@ class Schedule:
                 order_epoch, order = epoch, self.row_order(epoch)
             rows = order[within * rows_per_step : (within + 1) * rows_per_step]
             yield [rows[i : i + self.micro_batch_size] for i in range(0, len(rows), self.micro_batch_size)]
+
+
+def sequences(config: RunConfig, rows: Sequence[Example]) -> list[list[int]]:
+    """The row numbers of each training sequence: one row each, or packs of them."""
+    if not config.packing:
+        return [[i] for i in range(len(rows))]
+    return pack([len(row.input_ids) for row in rows], config.max_length)
 
 
 def make_optimizer(config: RunConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -191,7 +199,8 @@ def train(
     Raises:
         NonFiniteError: see `train_step`; raised with the step's number.
     """
-    schedule = Schedule.of(config, len(train_rows))
+    packs = sequences(config, train_rows)
+    schedule = Schedule.of(config, len(packs))
     optimizer = make_optimizer(config, model.trainable)
     torch.manual_seed(config.seed)
     done = 0
@@ -209,7 +218,8 @@ def train(
     with StopSignal() as stop:
         for step, micro_batches in enumerate(schedule.steps(done), start=done + 1):
             started = time.perf_counter()
-            batches = [collate([train_rows[i] for i in rows], model.device) for rows in micro_batches]
+            chosen = [[[train_rows[row] for row in packs[i]] for i in micro_batch] for micro_batch in micro_batches]
+            batches = [collate_packs(part, model.device) for part in chosen]
             learning_rate = learning_rate_at(config, step - 1, schedule.total_steps)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate

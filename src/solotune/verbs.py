@@ -152,8 +152,11 @@ def train(
         run.write_config(checked)
         run.write_json("environment.json", {**machine.to_json(), "choices": [c._asdict() for c in choices]})
         run.write_json("data.json", prepared.report.to_json())
-        summary = _summary(model, checked, prepared, training.Schedule.of(checked, len(prepared.train)).total_steps)
+        summary = _summary(model, checked, prepared)
         display.note(_in_words(summary))
+        if checked.packing:
+            sequences, filled = summary["train_sequences"], summary["packing_fill"]
+            display.note(f"{summary['train_rows']:,} rows packed into {sequences:,} sequences, {filled:.1%} full")
         run.log_metrics("start", step=start.step if start else 0, **summary)
         tuned = training.train(
             model, prepared.train, prepared.validation, checked, run, display, start, fingerprints(checked, prepared)
@@ -262,17 +265,22 @@ def _run_summary(run: RunDirectory) -> RunSummary:
     )
 
 
-def _summary(model: TrainableModel, config: RunConfig, prepared: Prepared, total_steps: int) -> dict[str, Any]:
-    from solotune import linear, lora
+def _summary(model: TrainableModel, config: RunConfig, prepared: Prepared) -> dict[str, Any]:
+    from solotune import linear, lora, training
+    from solotune.dataset.pack import fill
 
     trainable, parameters = model.num_trainable, model.num_parameters
     adapted = lora.leaf_names(model.adapted)
     fits = lora.explain_count(trainable, model.linear_shapes(), {*lora.USUAL_RANKS, config.lora_r})
     if (config.lora_r, adapted) not in fits:
         fits.insert(0, (config.lora_r, adapted))
+    lengths = [len(row.input_ids) for row in prepared.train]
+    sequences = training.sequences(config, prepared.train)
     return {
-        "total_steps": total_steps,
+        "total_steps": training.Schedule.of(config, len(sequences)).total_steps,
         "train_rows": len(prepared.train),
+        "train_sequences": len(sequences),
+        "packing_fill": fill(lengths, sequences, config.max_length) if config.packing else None,
         "validation_rows": len(prepared.validation),
         "lora_r": config.lora_r,
         "trainable_parameters": trainable,
