@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("XDG_CACHE_HOME", tempfile.mkdtemp(prefix="solotune-test-cache-"))
 
 from collections.abc import Callable
 from pathlib import Path

@@ -336,10 +336,19 @@ def test_train_passes_config_overrides_and_resume(verbs, capsys, tmp_path):
 
 def test_data_shows_as_many_rows_as_asked(verbs):
     seen = []
-    verbs.data = lambda config, overrides, show: seen.append((config, overrides, show)) or SimpleNamespace(to_json=dict)
+    report = SimpleNamespace(findings=[])
+
+    def data(config, overrides, show, display):
+        seen.append((config, overrides, show))
+        return SimpleNamespace(to_json=dict, report=report)
+
+    verbs.data = data
     assert cli.main(["data", "a.yaml", "--show", "3", "max_length=64", "--json"]) == 0
     assert seen == [("a.yaml", ("max_length=64",), 3)]
     assert cli.main(["data", "a.yaml", "--show", "-1"]) == 2
+    for severity, code in (("warning", 0), ("error", 3)):
+        report.findings = [{"severity": severity}]
+        assert cli.main(["data", "a.yaml", "--json"]) == code
 
 
 class Session:

@@ -51,6 +51,7 @@ def test_a_saved_config_loads_as_the_same_config(written):
         {"save_steps": 5, "eval_steps": 2},
         {"eval_dataset": ["a.jsonl", "b.jsonl"]},
         {"learning_rate": 1e-9},
+        {"column_mapping": {"question": "prompt", "a: b": "completion", "x": "ignore", "y": "ignore"}},
     ):
         config = load_config({**MINIMAL, **keys})
         again = load_config(written(to_yaml(config)))
@@ -87,6 +88,15 @@ def test_numbers_are_yaml_1_2(written):
             "validation_size: 1.5",
             "allowed: a share from 0 up to but not including 1 (0.05), or a whole number of rows (200)",
         ),
+        ("overflow: cut", "overflow: 'cut' (str) is not allowed; allowed: truncate, drop, split, error"),
+        (
+            "column_mapping: {question: promt}",
+            "column_mapping: {'question': 'promt'} (dict) is not allowed; allowed: your column: ours, "
+            "each of ours once: messages, conversations, instruction, input, output, prompt, completion, text, ",
+        ),
+        ("column_mapping: {a: prompt, b: prompt}", "is not allowed; allowed: your column: ours, each of ours once"),
+        ("column_mapping: {a: 3}", "column_mapping: {'a': 3} (dict) is not allowed; allowed: your column: ours"),
+        ("mask_history: true", "line 3, mask_history: unknown key; did you mean train_on_last_turn?"),
         ("max_steps: 0", "allowed: -1 (use num_train_epochs) or a whole number, at least 1"),
         (
             "learning_rte: 1",
@@ -117,6 +127,7 @@ def test_all_mistakes_are_reported_together(written):
         ({"bf16": False, "bnb_4bit_compute_dtype": "bfloat16"}, "bf16: false computes in float32"),
         ({"eval_dataset": "e.jsonl", "validation_size": 0.1}, "eval_dataset and validation_size: both are set"),
         ({"save_strategy": "epoch", "save_steps": 5}, "save_steps: 5 needs save_strategy: steps, not epoch"),
+        ({"train_on_last_turn": True, "assistant_only_loss": False}, "train_on_last_turn: true learns one turn, but"),
         ({"load_in_4bit": True, "base_precision": "bf16"}, "load_in_4bit is only an alias"),
     ],
 )

@@ -62,6 +62,7 @@ def test_a_run_leaves_every_file_of_the_design(config, tmp_path):
         "config.yaml",
         "environment.json",
         "data.json",
+        "split.json",
         "metrics.jsonl",
         "log.txt",
         "checkpoints",
@@ -171,6 +172,22 @@ def test_data_shows_what_is_learned(config):
         learned = [text for text, supervised, _ in row.pieces if supervised]
         assert len(learned) == 1
         assert learned[0].startswith("it is ") and learned[0].endswith("<|im_end|>")
+
+
+def test_a_template_without_an_end_of_turn_is_a_finding_and_exit_3(config, tmp_path):
+    """The model would never learn to stop, and no loss curve shows it."""
+    (tmp_path / "endless.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    (tmp_path / "run.yaml").write_text("model_name_or_path: x\ndataset: y\n")
+    healthy = command("data", "run.yaml", *as_arguments(config))
+    assert healthy.returncode == 0, healthy.stdout
+    done = command("data", "run.yaml", *as_arguments({**config, "chat_template_path": "endless.jinja"}), "--json")
+    assert done.returncode == 3, done.stdout
+    (finding,) = json.loads(done.stdout)["findings"]
+    assert (finding["code"], finding["suspect"], finding["severity"]) == ("F10", "S3", "error")
+    assert finding["fix"] and finding["evidence"]
 
 
 def test_chat_answers_and_keeps_the_conversation_apart_from_the_base(config):

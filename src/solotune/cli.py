@@ -139,24 +139,32 @@ def init(model: str, dataset: str, output: str, force: bool, as_json: bool) -> N
     "--show", type=click.IntRange(min=0), default=1, show_default=True, help="Rows to show with their tokens."
 )
 @json_option
-def data(config: str, overrides: tuple[str, ...], show: int, as_json: bool) -> None:
+@click.pass_context
+def data(ctx: click.Context, config: str, overrides: tuple[str, ...], show: int, as_json: bool) -> None:
     """Show what training would learn: rows, split, tokens, mask.
 
-    The model's own chat template is applied, so what is shown is what the model sees; what it learns is marked.
+    The model's own chat template is applied, so what is shown is what the model sees; what it learns is marked. Faults
+    of the data are named with their fix; one that is an error makes the exit code 3.
 
     \b
     Example:
       solotune data solotune.yaml --show 3 max_length=1024
     """
     from solotune import verbs
+    from solotune.terminal import make_display
 
-    preview = verbs.data(config, overrides, show=show)
+    display = make_display(1, sys.stdout)
+    try:
+        preview = verbs.data(config, overrides, show=show, display=display)
+    finally:
+        display.finish()
     if as_json:
         print_json(preview.to_json())
     else:
         from solotune.printing import print_data
 
         print_data(preview, _console())
+    ctx.exit(3 if any(finding["severity"] == "error" for finding in preview.report.findings) else 0)
 
 
 @solotune.command()

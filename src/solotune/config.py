@@ -32,6 +32,25 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 MAX_CONFIG_BYTES = 1 << 20  # a config is a page of text; anything larger is the wrong file
 
+COLUMNS = (
+    "messages",
+    "conversations",
+    "instruction",
+    "input",
+    "output",
+    "prompt",
+    "completion",
+    "text",
+    "system",
+    "tools",
+    "id",
+    "conversation_id",
+    "parent_id",
+    "weight",
+    "ignore",
+)
+"""What a column of a data file can be called to be understood; `ignore` is not read."""
+
 SECTIONS = ("model", "adapter", "data", "training", "evaluation", "run")
 
 
@@ -103,14 +122,22 @@ class RunConfig(BaseModel):
     """Held out for validation: a share below 1, or a number of rows; 0 for none."""
     split_by: str | None = _in("data", default=None)
     """Key of a row; rows that share its value stay on one side of the split."""
+    column_mapping: dict[str, str] = _in("data", default={})
+    """Names of your columns that are not ours: `{question: prompt, answer: completion}`; `ignore` leaves one out."""
+    on_bad_row: Literal["error", "drop"] = _in("data", default="error")
+    """A row that cannot be used: stop and name it (error), or leave it out and count it under its reason (drop)."""
     chat_template_path: str | None = _in("data", default=None)
     """A Jinja chat template file, for a tokenizer that has none or to replace its own."""
     max_length: int = _in("data", default=2048, ge=8)
-    """Longest row in tokens; what is longer is cut at the end, and counted."""
+    """Longest row in tokens."""
+    overflow: Literal["truncate", "drop", "split", "error"] = _in("data", default="truncate")
+    """A row longer than `max_length`: cut its end, drop it, make several rows of it, or stop; each is counted."""
     packing: bool = _in("data", default=False)
     """Fill sequences of `max_length` with several rows, each as if it were alone: no padding."""
     assistant_only_loss: bool = _in("data", default=True)
     """Learn only assistant turns with their end-of-turn token; false: every token."""
+    train_on_last_turn: bool = _in("data", default=False)
+    """Learn only the last assistant turn of each row."""
 
     # --- training
     num_train_epochs: float = _in("training", default=3.0, gt=0)
@@ -222,6 +249,14 @@ class RunConfig(BaseModel):
             raise ValueError("at least one name, and no empty ones")
         return value
 
+    @field_validator("column_mapping")
+    @classmethod
+    def _columns(cls, mapping: dict[str, str]) -> dict[str, str]:
+        named = [ours for ours in mapping.values() if ours != "ignore"]
+        if not set(mapping.values()) <= set(COLUMNS) or len(set(named)) < len(named) or "" in mapping:
+            raise ValueError("each of our names once")
+        return mapping
+
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         given = self.model_fields_set
@@ -232,6 +267,11 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"bf16 and bnb_4bit_compute_dtype: bf16: {str(self.bf16).lower()} computes in {dtype}, but "
                 f"bnb_4bit_compute_dtype is {self.bnb_4bit_compute_dtype}; make them agree or remove one"
+            )
+        if self.train_on_last_turn and not self.assistant_only_loss:
+            raise ValueError(
+                "train_on_last_turn and assistant_only_loss: train_on_last_turn: true learns one turn, but "
+                "assistant_only_loss: false learns every token; remove one"
             )
         for what in ("eval", "save"):
             steps, strategy = getattr(self, f"{what}_steps"), getattr(self, f"{what}_strategy")
@@ -293,6 +333,11 @@ FOREIGN_KEYS = {
     "train_on_prompt": "assistant_only_loss",
     "train_on_responses_only": "assistant_only_loss",
     "completion_only_loss": "assistant_only_loss",
+    "columns": "column_mapping",
+    "field_mapping": "column_mapping",
+    "excess_length_strategy": "overflow",
+    "truncation_strategy": "overflow",
+    "mask_history": "train_on_last_turn",
     "sample_packing": "packing",
     "neat_packing": "packing",
     "chat_template": "chat_template_path",
@@ -468,6 +513,7 @@ def allowed_values(key: str) -> str:
     special = {
         "validation_size": "a share from 0 up to but not including 1 (0.05), or a whole number of rows (200)",
         "max_steps": "-1 (use num_train_epochs) or a whole number, at least 1",
+        "column_mapping": "your column: ours, each of ours once: " + ", ".join(COLUMNS),
     }
     if key in special:
         return special[key]

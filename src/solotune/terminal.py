@@ -237,7 +237,8 @@ class LiveDisplay(PlainDisplay):
         if self._task is None:
             self._show(what, total)
         assert self._task is not None
-        self._progress.update(self._task, completed=done, total=total, figures=f"{done:,}/{total:,} {inert(what)}")
+        figures = f"{done:,}/{total:,} {inert(what)}" if total else inert(what)
+        self._progress.update(self._task, completed=done, total=total or None, figures=figures)
 
     def begin(self, total_steps: int, done: int = 0) -> None:
         self._end_phase()

@@ -80,25 +80,31 @@ class DataPreview:
         return {**self.report.to_json(), "shown": [asdict(row) for row in self.shown]}
 
 
-def data(config: ConfigSource, overrides: Iterable[str] = (), show: int = 1) -> DataPreview:
-    """Reads, splits, renders and masks the data as training would, and shows `show` rows with their masks."""
+def data(
+    config: ConfigSource, overrides: Iterable[str] = (), show: int = 1, display: Display | None = None
+) -> DataPreview:
+    """Reads, splits, renders and masks the data as training would; says what is wrong with it and shows some rows."""
     from solotune import dataset
 
     checked = load_config(config, overrides)
     tokenizer = dataset.load_tokenizer(checked)
-    prepared = dataset.prepare(checked, tokenizer)
-    return DataPreview(prepared.report, [_shown(row, tokenizer) for row in prepared.train[:show]])
+    prepared = _prepare(checked, tokenizer, display or SilentDisplay())
+    shown = [
+        ShownRow(row.where, [(p["text"], p["supervised"], p["ids"]) for p in row.pieces(tokenizer)])
+        for row in prepared.train[:show]
+    ]
+    return DataPreview(prepared.report, shown)
 
 
-def _shown(row: Example, tokenizer: Any) -> ShownRow:
-    pieces: list[tuple[str, bool, list[int]]] = []
-    start = 0
-    for end in range(1, len(row.input_ids) + 1):
-        if end == len(row.input_ids) or row.supervised[end] != row.supervised[start]:
-            ids = row.input_ids[start:end].tolist()
-            pieces.append((tokenizer.decode(ids), bool(row.supervised[start]), ids))
-            start = end
-    return ShownRow(row.where, pieces)
+def _prepare(config: RunConfig, tokenizer: Any, display: Display) -> Prepared:
+    """The rows of a config, and in their report what is wrong with them."""
+    from solotune import dataset
+    from solotune.dataset import findings
+
+    prepared = dataset.prepare(config, tokenizer, progress=display.progress)
+    found = findings.find(config, tokenizer, prepared.train, prepared.validation, prepared.report)
+    prepared.report.findings = [finding.to_json() for finding in found]
+    return prepared
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,9 @@ def train(
         RunDirectory.refuse_occupied(checked)
     display.phase("reading data")
     tokenizer = dataset.load_tokenizer(checked)
-    prepared = dataset.prepare(checked, tokenizer)
+    prepared = _prepare(checked, tokenizer, display)
+    for finding in prepared.report.findings:
+        display.note(f"{finding['severity']} {finding['code']} {finding['slug']}: {finding['message']}")
     display.phase("loading model")
     model = load_base(checked, machine)
     run, start = open_run(checked, prepared, resume)  # nothing is written before all that can be refused was seen
@@ -152,6 +160,7 @@ def train(
         run.write_config(checked)
         run.write_json("environment.json", {**machine.to_json(), "choices": [c._asdict() for c in choices]})
         run.write_json("data.json", prepared.report.to_json())
+        run.write_json("split.json", prepared.manifest)
         summary = _summary(model, checked, prepared)
         display.note(_in_words(summary))
         if checked.packing:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache as cached
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from solotune.config import RunConfig, load_config
+from solotune.dataset import cache
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,7 +109,7 @@ _TEXT = """system user assistant tool model Be kind. What is the capital of Fran
 how are you? I am fine, thanks. {"name": "get_weather", "arguments": {"city": "Paris"}} It is 22 degrees.\n\n\n"""
 
 
-@cache
+@cached
 def tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
     """A byte-level BPE of some 400 tokens with a family's special tokens and template; Mistral's has Metaspace."""
     template, special, other = FAMILIES[family]
@@ -141,6 +142,14 @@ def tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
     tokenizer.pad_token = special[1]  # pad = eos, the case that id-based masking gets wrong
     tokenizer.chat_template = template
     return tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_kept() -> Iterator[None]:
+    """Tests leave nothing in the cache of whoever runs them, however slow the machine is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "MIN_SECONDS", float("inf"))
+        yield
 
 
 @pytest.fixture(params=[family for family, (template, *_) in FAMILIES.items() if template])

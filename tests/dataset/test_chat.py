@@ -21,7 +21,8 @@ FAMILY_NAMES = [family for family, (template, *_) in FAMILIES.items() if templat
 
 def encoded(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, str]:
     rendered = ChatTemplate(tokenizer).render("row", messages)
-    ids, supervised = Encoder(tokenizer).encode([rendered], ["row"])[0]
+    encoded = Encoder(tokenizer).encode([rendered], ["row"])[0]
+    ids, supervised = encoded.ids, encoded.mask()
     return ids, supervised, rendered.text
 
 

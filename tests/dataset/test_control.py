@@ -23,7 +23,8 @@ def encoded(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]
 ) -> tuple[Rendered, list[int], np.ndarray]:
     rendered = ChatTemplate(tokenizer).render("row", messages)
-    ids, supervised = Encoder(tokenizer).encode([rendered], ["row"])[0]
+    encoded = Encoder(tokenizer).encode([rendered], ["row"])[0]
+    ids, supervised = encoded.ids, encoded.mask()
     return rendered, ids.tolist(), supervised
 
 

@@ -37,22 +37,25 @@ def letters() -> PreTrainedTokenizerFast:
 )
 def test_a_token_belongs_to_the_answer_it_begins_in(text: str, answer: tuple[int, int], learned: list[str]) -> None:
     tokenizer = letters()
-    ids, supervised = Encoder(tokenizer).encode([Rendered(text, [], [answer])], ["row"])[0]
+    encoded = Encoder(tokenizer).encode([Rendered(text, [], [answer])], ["row"])[0]
+    ids, supervised = encoded.ids, encoded.mask()
     assert ids.tolist() == tokenizer(text)["input_ids"]
     assert [tokenizer.decode([index]) for index in ids[supervised]] == learned
 
 
 def test_several_answers_and_an_empty_text() -> None:
     rows = [Rendered("abba", [], [(0, 1), (3, 4)]), Rendered("", [], [])]
-    (_, supervised), (ids, none) = Encoder(letters()).encode(rows, ["a", "b"])
-    assert supervised.tolist() == [True, False, True]
-    assert (ids.tolist(), none.tolist()) == ([], [])
-    assert (ids.dtype, none.dtype) == (np.int32, bool)
+    first, empty = Encoder(letters()).encode(rows, ["a", "b"])
+    assert first.mask().tolist() == [True, False, True]
+    assert first.mask([1]).tolist() == [False, False, True]
+    assert (empty.ids.tolist(), empty.mask().tolist()) == ([], [])
+    assert (empty.ids.dtype, empty.mask().dtype) == (np.int32, bool)
 
 
 def test_without_offsets_a_token_across_the_edge_is_an_error() -> None:
     tokenizer = ByT5Tokenizer()
-    ids, supervised = Encoder(tokenizer).encode([Rendered("aéb</s>c", [], [(1, 7)])], ["row"])[0]
+    encoded = Encoder(tokenizer).encode([Rendered("aéb</s>c", [], [(1, 7)])], ["row"])[0]
+    ids, supervised = encoded.ids, encoded.mask()
     assert ids.tolist() == tokenizer("aéb</s>c", add_special_tokens=False)["input_ids"]
     assert supervised.tolist() == [False, True, True, True, True, False]
     with pytest.raises(InputError) as caught:

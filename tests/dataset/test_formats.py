@@ -65,14 +65,6 @@ def test_texts() -> None:
     )
 
 
-def test_pieces_of_a_conversation_are_a_group() -> None:
-    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    for identifier, group in (("4Oz_a_43", "4Oz_a"), ("4Oz", None), ("_3", None), ("a_b", None), (17, None)):
-        _, record = record_of({"id": identifier, "conversations": turns})
-        assert isinstance(record, Record)
-        assert record.group == group
-
-
 def test_tools_may_be_a_string() -> None:
     tool = {"type": "function", "function": {"name": "f"}}
     for tools in ([tool], '[{"type": "function", "function": {"name": "f"}}]'):
@@ -109,7 +101,7 @@ WRONG: list[tuple[list[dict[str, Any]], str]] = [
         "f.jsonl:1: not a known format\n"
         "  seen:    the keys question, answer\n"
         "  allowed: messages, conversations, instruction + output, prompt + completion, or text\n"
-        "  change:  rename question to prompt and answer to completion",
+        "  change:  column_mapping: {question: prompt, answer: completion}",
     ),
     (
         [{"role": "user", "content": "q"}],
@@ -199,12 +191,6 @@ WRONG: list[tuple[list[dict[str, Any]], str]] = [
     (
         [{"conversations": [{"from": "human", "value": None}]}],
         "f.jsonl:1: turn 1: value is missing or null\n  allowed: text",
-    ),
-    (
-        [{"prompt": [U, A, U], "completion": [A]}],
-        "f.jsonl:1: an assistant message in prompt\n"
-        "  allowed: only the completion is learned, so earlier answers cannot stand in prompt\n"
-        "  change:  put the whole conversation under messages; its answers are then all learned",
     ),
     (
         [{"messages": [U, A], "tools": "[{"}],

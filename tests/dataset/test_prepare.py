@@ -61,6 +61,11 @@ def test_report(write: Writer) -> None:
     result = prepared(path, max_length=100, validation_size=0.2, seed=1)
     report = result.report.to_json()
     everything = result.train + result.validation
+    total, supervised = (
+        sum(int(v) for v in values)
+        for values in zip(*((len(example.input_ids), example.supervised.sum()) for example in everything), strict=True)
+    )
+    histograms, examples = report.pop("histograms"), report.pop("examples")
     assert report == {
         "format": "messages",
         "rows": {
@@ -69,11 +74,24 @@ def test_report(write: Writer) -> None:
             "dropped": {"answer beyond max_length": 1, "empty answer": 1, "exact duplicate": 1},
             "truncated": 2,
             "answers_cut": 2,
+            "split": 0,
+            "added_by_split": 0,
+            "parts_without_label": 0,
+            "without_label": 1,
             "with_control_tokens_as_text": 0,
         },
-        "tokens": {
-            "total": sum(len(example.input_ids) for example in everything),
-            "supervised": sum(int(example.supervised.sum()) for example in everything),
+        "tokens": {"total": total, "supervised": supervised, "supervised_share": round(supervised / total, 4)},
+        "labels": {
+            "answers": 21,
+            "answers_left_out": 0,
+            "rows_with_end_supervised": 20,
+            "rows_with_end_not_supervised": 1,
+            "rows_without_end_token": 0,
+            "rows_where_prompt_is_not_a_prefix": 0,
+            "tokens_across_the_begin_of_an_answer": 0,
+            "tokens_cut": result.report.labels.num_tokens_cut,
+            "supervised_tokens_cut": result.report.labels.num_labels_cut,
+            "rows_by_leading_bos": {"0": 21},
         },
         "split": {
             "train": len(result.train),
@@ -86,6 +104,9 @@ def test_report(write: Writer) -> None:
         "sha256": {"train": result.report.train_sha256, "validation": result.report.validation_sha256},
         "findings": [],
     }
+    assert sum(histograms["row_tokens"]["counts"]) == 22
+    assert sum(histograms["supervised_share"]["counts"]) == 21
+    assert [one["where"] for one in examples] == [one.where for one in result.train[:3]]
     assert max(len(example.input_ids) for example in everything) == 100
     assert len(result.validation) in (3, 4)
 

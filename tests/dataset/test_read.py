@@ -16,7 +16,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from solotune.dataset.source import read
+from solotune.dataset.source import Source
 from solotune.errors import InputError
 from tests.dataset.conftest import Writer
 
@@ -25,7 +25,9 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 
 
 def rows_of(source: Any, split: str = "train") -> list[tuple[str, dict[str, Any]]]:
-    return [tuple(row) for row in read("dataset", str(source) if isinstance(source, Path) else source, split)]
+    return [
+        tuple(row) for row in Source.of("dataset", str(source) if isinstance(source, Path) else source, split).rows()
+    ]
 
 
 def message_of(source: Any, split: str = "train") -> str:
@@ -209,7 +211,7 @@ def test_a_hub_dataset_that_cannot_be_had() -> None:
 
 def test_keys_that_only_a_hub_dataset_has(write: Writer) -> None:
     with pytest.raises(InputError, match="dataset_revision: only for a hub dataset, dataset is local"):
-        read("dataset", str(write("a.jsonl", LINES)), "train", revision="main")
+        Source.of("dataset", str(write("a.jsonl", LINES)), "train", revision="main")
 
 
 def test_a_hub_dataset_names_its_rows_by_index(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +224,7 @@ def test_a_hub_dataset_names_its_rows_by_index(monkeypatch: pytest.MonkeyPatch) 
         return datasets.Dataset.from_list(ROWS[:2])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = read("dataset", "owner/chats", "train_sft[:2]", config_name="small", revision="v1")
+    rows = Source.of("dataset", "owner/chats", "train_sft[:2]", config_name="small", revision="v1").rows()
     assert [row.where for row in rows] == ["owner/chats[0]", "owner/chats[1]"]
     assert asked == [(("owner/chats", "small"), {"split": "train_sft[:2]", "revision": "v1"})]
 

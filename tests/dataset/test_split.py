@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solotune.dataset.formats import Record
-from solotune.dataset.similar import near_duplicates
+from solotune.dataset.similar import _bands, _triples, near_duplicates
 from solotune.dataset.split import check_leaks, hold_out
 from solotune.errors import CheckError, InputError
 from tests.dataset.conftest import chat
@@ -118,6 +120,21 @@ def test_near_duplicates_against_all_pairs() -> None:
     }
     assert len(wanted) > 50
     assert set(near_duplicates(texts)) == wanted
+
+
+def test_signatures_are_the_same_in_every_process_and_with_every_library() -> None:
+    """Golden: if these change, rows change sides between two versions, and the manifest is worth less."""
+    bands = _bands([_triples("the quick brown fox jumps over the lazy dog", {})])
+    assert (bands.shape, bands.dtype) == ((1, 32), np.uint64)
+    assert hashlib.sha256(bands.astype("<u8").tobytes()).hexdigest()[:16] == "f5e1626f17cd1482"
+
+
+def test_a_crowd_is_one_group_in_bounded_time() -> None:
+    """3,000 rows of one pattern have 4.5 million pairs."""
+    crowd = [f"please translate the number that follows into french for me {n}" for n in range(3000)]
+    pairs = list(near_duplicates(crowd))
+    assert {later for _, later in pairs} == set(range(1, 3000))
+    assert len(pairs) < 3000 * 100
 
 
 def test_near_duplicates_of_text_without_blanks() -> None:

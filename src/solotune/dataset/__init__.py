@@ -1,17 +1,23 @@
 """The data door: from any chat file to supervised tokens, with nothing lost in silence.
 
 tokenizer = load_tokenizer(config)
-prepared = prepare(config, tokenizer)      # .train, .validation: lists of Example; .report: DataReport
+prepared = prepare(config, tokenizer)      # .train, .validation: lists of Example; .report: DataReport; .manifest
 ids = render_prompt(tokenizer, messages)   # for generating, by the code that renders training rows
 
 source.py     words of a config -> files or a hub dataset, slices      files.py    strict readers with places
-formats.py    row -> messages                                           split.py    copies, groups, leaks
-chat.py       messages -> text and the characters to learn              similar.py  near-duplicates
-control.py    control tokens, genuine and forged                        encode.py   text -> ids and mask
-tokenizer.py  the model's tokenizer and template                        prepare.py  all of it, in order
+columns.py    the user's names of columns -> ours                       formats.py  row -> messages
+messages.py   one message: role, text, weight                           kinship.py  rows of one conversation
+split.py      copies, groups, leaks, manifest                           similar.py  near-duplicates
+chat.py       messages -> text and the characters to learn              control.py  control tokens, genuine and forged
+encode.py     text -> ids, and where the answers are                    render.py   ids -> examples of max_length
+budget.py     what is learned, counted                                  report.py   the account of the rows
+tokenizer.py  the model's tokenizer and template                        cache.py    the result, for the next start
+prepare.py    all of it, in order                                       example.py  what training gets
 """
 
-from solotune.dataset.prepare import DataReport, Example, Prepared, prepare, render_prompt
+from solotune.dataset.example import Example, Prepared
+from solotune.dataset.prepare import Progress, prepare, render_prompt
+from solotune.dataset.report import DataReport
 from solotune.dataset.tokenizer import load_tokenizer
 
-__all__ = ["DataReport", "Example", "Prepared", "load_tokenizer", "prepare", "render_prompt"]
+__all__ = ["DataReport", "Example", "Prepared", "Progress", "load_tokenizer", "prepare", "render_prompt"]

@@ -33,6 +33,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from solotune.dataset.control import ControlTokens, any_of, free_noncharacters
+from solotune.dataset.row import RowError
 from solotune.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Rendered:
     text: str
     forged: list[Span]
     answers: list[Span]
+    """One for each assistant message, in order, with its end-of-turn token."""
 
 
 class ChatTemplate:
@@ -92,8 +94,9 @@ class ChatTemplate:
             )
         # a template is a program by somebody else: it raises what it likes (TemplateError, TypeError on a None, ...)
         except Exception as error:
-            raise InputError(
+            raise RowError(
                 f"{where}: the model's chat template refuses this row",
+                reason="refused by the chat template",
                 seen=f"{str(error).strip() or type(error).__name__}; the roles are "
                 + ", ".join(message["role"] for message in messages),
                 change="change the row to what the template accepts, or set chat_template_path",
@@ -199,9 +202,10 @@ class _Row:
             previous_end = span[1]
         return spans
 
-    def _not_found(self, turn: int) -> InputError:
-        return InputError(
+    def _not_found(self, turn: int) -> RowError:
+        return RowError(
             f"{self._where}: message {turn + 1}: the chat template leaves out this answer or a part of it",
+            reason="answer left out by the chat template",
             seen=json.dumps(self._messages[turn], default=str)[:80],
             allowed="a template that renders every assistant message, with its tool calls",
             change="set chat_template_path to a template that does, or remove the row",

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from solotune.errors import InputError
+from solotune.dataset.row import RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,12 +116,13 @@ def free_noncharacters(*values: Any) -> list[str]:
     """At least four noncharacters that occur in none of the strings.
 
     Raises:
-        InputError: a row made to contain nearly all of them.
+        RowError: a row made to contain nearly all of them.
     """
     present = set().union(*(_noncharacters_in(value) for value in values))
     free = [chr(code) for code in range(0xFDD0, 0xFDF0) if chr(code) not in present]
     if len(free) < 4:
-        raise InputError("a row contains more than 28 of the 32 code points that Unicode reserves as noncharacters")
+        what = "more than 28 of the 32 code points that Unicode reserves as noncharacters"
+        raise RowError(f"a row contains {what}", reason=what)
     return free
 
 

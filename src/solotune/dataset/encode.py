@@ -11,6 +11,11 @@ offsets they report, which would move a token's beginning across a boundary.
 Forged control tokens (`control.py`) are encoded as text: the stretch between two genuine control tokens that holds
 one is encoded again by a second copy that does not know control tokens. The stretches are independent of each other
 because the tokenizer itself splits at control tokens first.
+
+For the same reason it is cheap to ask of every answer whether the prompt alone would have had the same ids (at
+inference it is tokenised alone): only the stretch between the last control token and the answer can differ, and it is
+the same few characters (`assistant\\n`) in nearly all rows. Where the answer is no, the model is trained after ids that
+it never sees again; the report counts it.
 """
 
 from __future__ import annotations
@@ -21,31 +26,50 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from solotune.dataset.chat import Rendered, Span
 from solotune.dataset.control import ControlTokens
-from solotune.errors import InputError
+from solotune.dataset.row import RowError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-Encoded = tuple[np.ndarray, np.ndarray]
+_LONGEST_MEMO = 200  # characters: headers are shorter, prompts of plain text need not be remembered
+
+
+class Encoded(NamedTuple):
+    """A row as ids, not truncated."""
+
+    ids: np.ndarray
+    """int32 (T,)"""
+    spans: list[Span]
+    """Where each answer stands, as positions of ids `[begin, end)`."""
+    is_prefix: list[bool]
+    """For each answer, whether the text before it has these same ids when it is tokenised alone."""
+    num_crossing: int
+    """Tokens that begin before an answer and reach into it; they are not supervised."""
+
+    def mask(self, answers: Sequence[int] | None = None) -> np.ndarray:
+        """bool (T,): the tokens of these answers (numbers from 0), or of all."""
+        supervised = np.zeros(len(self.ids), dtype=bool)
+        for number in range(len(self.spans)) if answers is None else answers:
+            begin, end = self.spans[number]
+            supervised[begin:end] = True
+        return supervised
 
 
 class Encoder:
-    """Tokenises rendered rows with one tokenizer.
-
-    `encode` returns, for each row, ids int32 (T,) and supervised bool (T,), not truncated.
-    """
+    """Tokenises rendered rows with one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._control = ControlTokens(tokenizer)
         self._fast: Tokenizer | None = None
+        self._memo: dict[tuple[str, str], list[int]] = {}
         if tokenizer.is_fast:
             backend: Any = tokenizer
             fast = copy.deepcopy(backend.backend_tokenizer)
@@ -56,7 +80,11 @@ class Encoder:
             self._fast = fast
 
     def encode(self, rows: Sequence[Rendered], places: Sequence[str]) -> list[Encoded]:
-        """Ids and mask of each row; `places` are the rows' names for messages."""
+        """Ids and places of the answers of each row; `places` are the rows' names for messages.
+
+        Raises:
+            RowError: a control token in a text, or an answer, that this tokenizer cannot keep apart.
+        """
         if self._fast is None:
             return [self._encode_slowly(row, place) for row, place in zip(rows, places, strict=True)]
         encodings = self._fast.encode_batch([row.text for row in rows], add_special_tokens=False)
@@ -65,12 +93,42 @@ class Encoder:
             ids, offsets = encoding.ids, encoding.offsets
             if row.forged:
                 ids, offsets = self._without_forgery(row, place, ids, offsets)
-            begins = np.fromiter((offset[0] for offset in offsets), dtype=np.int32, count=len(ids))
-            supervised = np.zeros(len(ids), dtype=bool)
-            for begin, end in row.answers:
-                supervised |= (begins >= begin) & (begins < end)
-            result.append((np.asarray(ids, dtype=np.int32), supervised))
+            result.append(self._with_spans(row, ids, offsets))
         return result
+
+    def _with_spans(self, row: Rendered, ids: list[int], offsets: list[Span]) -> Encoded:
+        begins = np.fromiter((offset[0] for offset in offsets), dtype=np.int32, count=len(ids))
+        spans, is_prefix, num_crossing = [], [], 0
+        for begin, end in row.answers:
+            inside = np.flatnonzero((begins >= begin) & (begins < end))
+            span = (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
+            spans.append(span)
+            first = span[0] if len(inside) else int(np.searchsorted(begins, begin))
+            is_crossing = first > 0 and offsets[first - 1][1] > begin
+            num_crossing += is_crossing
+            is_prefix.append(not is_crossing and self._is_prefix(row, ids[:first], offsets[:first], begin))
+        return Encoded(np.asarray(ids, dtype=np.int32), spans, is_prefix, num_crossing)
+
+    def _is_prefix(self, row: Rendered, ids: list[int], offsets: list[Span], answer_begin: int) -> bool:
+        """Whether these ids, those before an answer, are what the text before it gives alone."""
+        last = len(ids) - 1
+        while last >= 0 and ids[last] not in self._control.ids:
+            last -= 1
+        before, begin = (row.text[slice(*offsets[last])], offsets[last][1]) if last >= 0 else ("", 0)
+        if any(begin <= forged[0] for forged in row.forged if forged[0] < answer_begin):
+            return self._as_text(row.text[begin:answer_begin], begin)[0] == ids[last + 1 :]
+        stretch = row.text[begin:answer_begin]
+        return not stretch or self._after(before, stretch) == ids[last + 1 :]
+
+    def _after(self, control: str, stretch: str) -> list[int]:
+        """The ids of a text that stands after a control token, or at the beginning of a row (an empty one)."""
+        assert self._fast is not None
+        if (known := self._memo.get((control, stretch))) is not None:
+            return known
+        ids = self._fast.encode(control + stretch, add_special_tokens=False).ids[bool(control) :]
+        if len(stretch) <= _LONGEST_MEMO:
+            self._memo[control, stretch] = ids
+        return ids
 
     @cached_property
     def affixes(self) -> tuple[list[int], list[int]]:
@@ -109,10 +167,11 @@ class Encoder:
             raise self._cannot(row, place)
         return new_ids, new_offsets
 
-    def _cannot(self, row: Rendered, place: str) -> InputError:
+    def _cannot(self, row: Rendered, place: str) -> RowError:
         begin, end = row.forged[0]
-        return InputError(
+        return RowError(
             f"{place}: the text contains a control token, and this tokenizer cannot encode its spelling as text",
+            reason="control token that cannot be encoded as text",
             seen=row.text[begin:end],
             change="change the spelling in the row, or remove the row",
         )
@@ -152,20 +211,21 @@ class Encoder:
     def _encode_slowly(self, row: Rendered, place: str) -> Encoded:
         """By ids: the ids of the text up to a boundary must be the first ids of the whole."""
         ids = self._pieces(row.text, row.forged)
-        supervised = np.zeros(len(ids), dtype=bool)
+        spans = []
         for begin, end in row.answers:
             bounds = []
             for position in (begin, end):
                 before = self._pieces(row.text[:position], [s for s in row.forged if s[1] <= position])
                 if ids[: len(before)] != before:
-                    raise InputError(
+                    raise RowError(
                         f"{place}: this tokenizer joins an answer with the text beside it, so they are not told apart",
+                        reason="answer and prompt share a token",
                         seen=repr(row.text[max(0, position - 20) : position + 20]),
                         change="use the model's fast tokenizer (tokenizer.json)",
                     )
                 bounds.append(len(before))
-            supervised[bounds[0] : bounds[1]] = True
-        return np.asarray(ids, dtype=np.int32), supervised
+            spans.append((bounds[0], bounds[1]))
+        return Encoded(np.asarray(ids, dtype=np.int32), spans, [True] * len(spans), 0)
 
     def _pieces(self, text: str, forged: list[Span]) -> list[int]:
         ids: list[int] = []

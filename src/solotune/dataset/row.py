@@ -13,6 +13,26 @@ MAX_ROW_BYTES = 64 << 20
 CHUNK_BYTES = 1 << 20
 
 
+class RowError(InputError):
+    """One row is not usable, the file around it is: what `on_bad_row: drop` leaves out and counts.
+
+    Args:
+        reason: what is wrong without place and values, so that rows can be counted under it.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        reason: str,
+        seen: object = None,
+        allowed: str | None = None,
+        change: str | None = None,
+    ) -> None:
+        super().__init__(problem, seen=seen, allowed=allowed, change=change)
+        self.reason = reason
+
+
 class Row(NamedTuple):
     """One row as it stands in the file, and where that is."""
 

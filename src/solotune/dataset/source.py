@@ -8,16 +8,20 @@ row, as there.
     train_sft[:5000]  ->  Split(name="train_sft", start=Bound(None), stop=Bound(5000))
 
 What it does not do: run code that comes with a dataset (`datasets` 4 cannot, and nothing here turns it on), or cache
-local rows: a file is read each time, and errors can therefore name its lines.
+rows (`cache.py` keeps the finished tokens): errors can therefore name a file's lines.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
+import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -72,36 +76,101 @@ class Split:
         return round(int(bound[:-1]) * num_rows / 100)
 
 
-def read(
-    key: str, source: str | list[str], split: str, *, config_name: str | None = None, revision: str | None = None
-) -> list[Row]:
-    """All rows of a config's `dataset` or `eval_dataset`.
+@dataclass
+class Source:
+    """The rows that a config's `dataset` or `eval_dataset` stands for; found, and not yet read.
 
-    Args:
-        key: the config key (`dataset`), for messages.
-        source: hub id, file, folder, or several files.
-        split: `train`, `train_sft[:5000]`, ...
-        config_name: configuration (subset) of a hub dataset.
-        revision: branch, tag or commit of a hub dataset.
-
-    Raises:
-        InputError: no such file or dataset, a file that does not parse, or no rows; names the place.
+    `key` is the config key, for messages.
     """
-    wanted = Split.parse(f"{key}_split", split)
-    names = [source] if isinstance(source, str) else source
-    is_local = [_is_local(name) for name in names]
-    if any(is_local) or len(names) > 1:
+
+    key: str
+    label: str
+    wanted: Split
+    files: list[tuple[Path, str]] | None
+    """Local files, each with its label in messages; None for a hub dataset."""
+    load_from_hub: Callable[[], list[Row]]
+    _rows: list[Row] | None = None
+    _stamps: list[tuple[int, int]] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        key: str,
+        source: str | list[str],
+        split: str,
+        *,
+        config_name: str | None = None,
+        revision: str | None = None,
+    ) -> Source:
+        """Finds the rows.
+
+        Args:
+            key: the config key (`dataset`), for messages.
+            source: hub id, file, folder, or several files.
+            split: `train`, `train_sft[:5000]`, ...
+            config_name: configuration (subset) of a hub dataset.
+            revision: branch, tag or commit of a hub dataset.
+
+        Raises:
+            InputError: no such file.
+        """
+        wanted = Split.parse(f"{key}_split", split)
+        names = [source] if isinstance(source, str) else source
+        is_local = [_is_local(name) for name in names]
+        if not any(is_local) and len(names) == 1:
+            load = partial(_hub_rows, key, names[0], wanted, config_name, revision)
+            return cls(key, f"{names[0]}, split {split}", wanted, None, load)
         for what, value in (("dataset_config", config_name), ("dataset_revision", revision)):
             if value is not None:
                 raise InputError(f"{what}: only for a hub dataset, {key} is local", seen=value, change="remove it")
-        rows = wanted.cut(_local_rows(key, names, wanted))
-        label = ", ".join(names)
-    else:
-        rows = _hub_rows(key, names[0], wanted, config_name, revision)
-        label = f"{names[0]}, split {split}"
-    if not rows:
-        raise InputError(f"{key}: 0 rows", seen=label, change="give a file that has rows, or another slice")
-    return rows
+        return cls(key, ", ".join(names), wanted, _local_files(key, names, wanted), list)
+
+    def rows(self) -> list[Row]:
+        """Reads them; the second time nothing is left to give.
+
+        Raises:
+            InputError: no such dataset, a file that does not parse, or no rows; names the place.
+        """
+        rows, self._rows = self._rows, None
+        if rows is None:
+            rows = self.load_from_hub() if self.files is None else self.wanted.cut(_rows_of(self.files))
+        if not rows:
+            raise InputError(
+                f"{self.key}: 0 rows", seen=self.label, change="give a file that has rows, or another slice"
+            )
+        return rows
+
+    def digest(self) -> str:
+        """sha256 of what the rows are made from: the files' names and bytes, or the values of a hub dataset."""
+        digest = hashlib.sha256(repr((self.key, self.wanted)).encode())
+        if self.files is None:
+            self._rows = self.load_from_hub()
+            for row in self._rows:
+                digest.update(json.dumps(row, default=str).encode())
+            return digest.hexdigest()
+        self._stamps = self._stamps_now()
+        for path, label in self.files:
+            digest.update(f"\0{label}\0".encode())
+            try:
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+            except OSError:
+                digest.update(os.urandom(16))  # reading will say why it cannot be read
+        return digest.hexdigest()
+
+    def is_unchanged(self) -> bool:
+        """Whether the files are those that `digest` saw."""
+        return self._stamps is None or self._stamps == self._stamps_now()
+
+    def _stamps_now(self) -> list[tuple[int, int]]:
+        found = []
+        for path, _ in self.files or ():
+            try:
+                status = path.stat()
+                found.append((status.st_size, status.st_mtime_ns))
+            except OSError:
+                found.append((-1, -1))
+        return found
 
 
 def _is_local(name: str) -> bool:
@@ -143,7 +212,7 @@ def _no_such_file(name: str, path: Path) -> InputError:
     )
 
 
-def _local_rows(key: str, names: list[str], split: Split) -> Iterator[Row]:
+def _local_files(key: str, names: list[str], split: Split) -> list[tuple[Path, str]]:
     files: list[tuple[Path, str]] = []
     for name in names:
         path = Path(name).expanduser()
@@ -156,6 +225,10 @@ def _local_rows(key: str, names: list[str], split: Split) -> Iterator[Row]:
         if real in seen:
             raise InputError(f"{key}: the same file is listed twice", seen=f"{seen[real]} and {label}")
         seen[real] = label
+    return files
+
+
+def _rows_of(files: list[tuple[Path, str]]) -> Iterator[Row]:
     for path, label in files:
         yield from read_file(path, label)
 

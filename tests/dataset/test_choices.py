@@ -1,0 +1,273 @@
+"""What a config can choose about rows: foreign columns, bad rows, weights, the last turn, rows that are too long."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from solotune.dataset import Example, Prepared, prepare
+from solotune.errors import InputError
+from tests.dataset.conftest import Writer, chat, config_of, tiny_tokenizer
+
+CHATML = tiny_tokenizer("chatml")
+LONG = "word " * 50
+
+
+def prepared(path: Path, **keys: Any) -> Prepared:
+    return prepare(config_of(path, **keys), CHATML)
+
+
+def message_of(path: Path, **keys: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        prepared(path, **keys)
+    return str(caught.value)
+
+
+def learned(example: Example) -> str:
+    return CHATML.decode(example.input_ids[example.supervised])
+
+
+def rows_of(result: Prepared) -> dict[str, Any]:
+    rows = result.report.to_json()["rows"]
+    assert rows["read"] == rows["kept"] + sum(rows["dropped"].values())
+    assert len(result.train) + len(result.validation) == rows["kept"] + rows["added_by_split"]
+    return rows
+
+
+# --- too long
+
+
+def test_overflow_drop_and_truncate(write: Writer) -> None:
+    path = write("a.jsonl", {"messages": chat("a", "b")}, {"messages": chat("a", LONG)})
+    dropped = rows_of(prepared(path, max_length=40, overflow="drop"))
+    assert (dropped["kept"], dropped["dropped"]) == (1, {"longer than max_length": 1})
+    cut = prepared(path, max_length=40)
+    whole = prepared(path)
+    assert (rows_of(cut)["truncated"], rows_of(cut)["answers_cut"]) == (1, 1)
+    lost = [
+        sum(getattr(result.report, what) for result in (whole,)) - getattr(cut.report, what)
+        for what in ("num_tokens", "num_supervised")
+    ]
+    assert [cut.report.labels.num_tokens_cut, cut.report.labels.num_labels_cut] == lost
+    assert whole.report.labels.num_tokens_cut == 0
+
+
+def test_overflow_error_names_the_row(write: Writer) -> None:
+    path = write("a.jsonl", {"messages": chat("a", "b")}, {"messages": chat("a", LONG)})
+    length = len(prepared(path).train[1].input_ids)
+    for on_bad_row in ("error", "drop"):
+        assert message_of(path, max_length=40, overflow="error", on_bad_row=on_bad_row) == (
+            "a.jsonl:2: longer than max_length, and overflow is error\n"
+            f"  seen:    {length} tokens\n"
+            "  allowed: 40 tokens\n"
+            "  change:  raise max_length, shorten the row, or set overflow to truncate, drop or split"
+        )
+    assert len(prepared(path, max_length=length, overflow="error").train) == 2
+
+
+def test_overflow_split(write: Writer) -> None:
+    path = write("a.jsonl", {"messages": chat("a", "b")}, {"messages": chat(LONG, "c", LONG, "d " * 30)})
+    whole, result = prepared(path).train[1], prepared(path, max_length=40, overflow="split")
+    parts, rows = result.train[1:], rows_of(result)
+    number = -(-(len(whole.input_ids) - 1) // 39)
+    assert all(part.where.endswith(f"/{number}") and part.where.startswith("a.jsonl:2 part ") for part in parts)
+    assert rows["split"] == 1
+    assert rows["added_by_split"] == len(parts) - 1
+    assert rows["parts_without_label"] == number - len(parts) > 0
+    assert "".join(map(learned, parts)) == learned(whole)
+    assert result.report.labels.num_labels_cut == 0
+    assert [bool(part.messages) for part in parts] == [part.where.endswith(f" part 1/{number}") for part in parts]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=4),
+    limit=st.integers(8, 60),
+)
+def test_splitting_loses_no_label_and_makes_none(tmp_path: Path, sizes: list[tuple[int, int]], limit: int) -> None:
+    import json
+
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": chat(*("x y " * n for pair in sizes for n in pair))}))
+    whole = prepared(path, max_length=100_000).train[0]
+    parts = prepared(path, max_length=limit, overflow="split").train
+    ids = [one for part in parts for one in part.input_ids[part.supervised]]
+    assert ids == whole.input_ids[whole.supervised].tolist()
+    for part in parts:
+        assert len(part.input_ids) <= limit
+        assert part.supervised.any() and not part.supervised[0]
+        # each label follows the token that it follows in the row
+        pairs = {(int(a), int(b)) for a, b in zip(whole.input_ids[:-1], whole.input_ids[1:], strict=True)}
+        assert {(int(part.input_ids[k - 1]), int(part.input_ids[k])) for k in np.flatnonzero(part.supervised)} <= pairs
+
+
+# --- bad rows
+
+
+BAD = [
+    ({"messages": []}, "messages is empty"),
+    ({"messages": "[]"}, "messages is a text, not a list"),
+    ({"messages": [{"role": "user", "content": "q"}]}, "no assistant message"),
+    ({"messages": [*chat("a", "b"), {"role": "wizard", "content": "c"}]}, "unknown role"),
+    ({"messages": [{"role": "user", "content": 42}]}, "content is not text"),
+    ({"messages": [{"role": "user", "content": None}]}, "content is missing or null"),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content has a part that is not text"),
+    ({"messages": ["hello"]}, "a message is not an object"),
+    ({"messages": chat("a", "b"), "tools": "[{"}, "tools is not valid JSON"),
+    ({"messages": chat("a", "b"), "weight": 0.5}, "weight is neither 0 nor 1"),
+    ({"text": "t"}, "mixed formats: this row is text"),
+    ({"other": "t"}, "messages is missing"),
+]
+
+
+def test_bad_rows_are_dropped_by_reason_when_asked_for(write: Writer) -> None:
+    good = [{"messages": chat(f"a{n}", "b")} for n in range(len(BAD) + 1)]
+    path = write("a.jsonl", *(row for row, _ in BAD), *good)
+    result = prepared(path, on_bad_row="drop")
+    assert rows_of(result)["dropped"] == dict(sorted((reason, 1) for _, reason in BAD))
+    assert len(result.train) == len(good)
+    for row, _ in BAD:
+        assert message_of(write("b.jsonl", good[0], row)).startswith("b.jsonl:2: ")
+
+
+def test_raw_sharegpt_with_empty_conversations(write: Writer) -> None:
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    rows = [{"id": f"x{n}", "conversations": turns if n % 3 else []} for n in range(9)]
+    path = write("a.jsonl", *rows)
+    assert message_of(path) == ("a.jsonl:1: conversations is empty\n  allowed: at least one message by the assistant")
+    result = prepared(path, on_bad_row="drop")
+    assert result.report.format == "sharegpt"
+    assert rows_of(result)["dropped"] == {"conversations is empty": 3, "exact duplicate": 5}
+
+
+def test_rows_that_the_template_refuses_are_dropped_alone(write: Writer) -> None:
+    mistral = tiny_tokenizer("mistral")
+    wrong = [{"role": "user", "content": "a"}, *chat("b", "c")]
+    path = write("a.jsonl", {"messages": chat("a", "b")}, {"messages": wrong}, {"messages": chat("c", "d")})
+    result = prepare(config_of(path, on_bad_row="drop"), mistral)
+    assert [one.where for one in result.train] == ["a.jsonl:1", "a.jsonl:3"]
+    assert rows_of(result)["dropped"] == {"refused by the chat template": 1}
+
+
+def test_a_damaged_file_is_an_error_whatever_the_rows_may_be(write: Writer) -> None:
+    assert message_of(write("a.jsonl", '{"text": "a"}\n{"text": '), on_bad_row="drop").startswith(
+        "a.jsonl:2: not valid"
+    )
+
+
+def test_nothing_but_bad_rows(write: Writer) -> None:
+    path = write("a.jsonl", {"x": 1}, {"y": 1})
+    assert message_of(path, on_bad_row="drop").startswith("a.jsonl:1: not a known format\n")
+    path = write("b.jsonl", {"messages": []}, {"messages": []})
+    assert message_of(path, on_bad_row="drop").startswith(
+        "dataset: no row is left\n  seen:    dropped: messages is empty 2\n"
+    )
+
+
+# --- what is learned
+
+
+TURNS = chat("a", "first", "b", "second")
+
+
+def test_train_on_last_turn(write: Writer) -> None:
+    path = write("a.jsonl", {"messages": TURNS})
+    assert learned(prepared(path).train[0]) == "first<|im_end|>second<|im_end|>"
+    result = prepared(path, train_on_last_turn=True)
+    assert learned(result.train[0]) == "second<|im_end|>"
+    assert (result.report.labels.num_answers, result.report.labels.num_answers_left_out) == (1, 1)
+
+
+@pytest.mark.parametrize("key", ["weight", "loss_weight"])
+@pytest.mark.parametrize("zero", [0, 0.0, False, "0"])
+def test_weight_0_is_read_and_not_learned(write: Writer, key: str, zero: Any) -> None:
+    turns = [TURNS[0], {**TURNS[1], key: zero}, {**TURNS[2], key: 0}, {**TURNS[3], key: 1}]
+    path = write("a.jsonl", {"messages": turns})
+    result = prepared(path)
+    assert learned(result.train[0]) == "second<|im_end|>"
+    plain = prepared(write("b.jsonl", {"messages": TURNS})).train[0]
+    assert result.train[0].input_ids.tolist() == plain.input_ids.tolist()
+    everything = prepared(path, assistant_only_loss=False).train[0]
+    assert "first" not in learned(everything) and "second" in learned(everything)
+
+
+def test_weights_of_rows_and_of_whole_conversations(write: Writer) -> None:
+    none = [{**message, "weight": 0} for message in TURNS]
+    path = write("a.jsonl", {"messages": TURNS}, {"messages": none}, {"messages": chat("x", "y"), "weight": 0})
+    assert rows_of(prepared(path))["dropped"] == {"weight 0": 2}
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}]
+    path = write("b.jsonl", {"system": "s", "conversations": [*turns, turns[0], {"from": "gpt", "value": "c"}]})
+    assert learned(prepared(path).train[0]) == "c<|im_end|>"
+    path = write("c.csv", "prompt,completion,weight\na,b,1\nc,d,0\n")
+    assert rows_of(prepared(path))["dropped"] == {"weight 0": 1}
+
+
+@pytest.mark.parametrize("value", [0.5, 2, -1, "0.3", [1], "yes"])
+def test_other_weights_are_refused(write: Writer, value: Any) -> None:
+    import json
+
+    path = write("a.jsonl", {"messages": [TURNS[0], {**TURNS[1], "weight": value}]})
+    assert message_of(path) == (
+        "a.jsonl:1: message 2: weight is neither 0 nor 1\n"
+        f"  seen:    {json.dumps(value)}\n"
+        "  allowed: 0 (not learned) or 1 (learned)\n"
+        "  change:  round it; a column that means something else: column_mapping: {weight: ignore}"
+    )
+
+
+def test_only_answers_can_have_a_weight(write: Writer) -> None:
+    path = write("a.jsonl", {"messages": [{**TURNS[0], "weight": 1}, TURNS[1]]})
+    assert message_of(path) == (
+        "a.jsonl:1: message 1: weight: 1, but only assistant messages are learned\n"
+        "  change:  remove weight from it; to learn every token, assistant_only_loss: false"
+    )
+
+
+def test_an_answer_in_a_prompt_is_context(write: Writer) -> None:
+    path = write("a.jsonl", {"prompt": TURNS[:3], "completion": TURNS[3:]})
+    assert learned(prepared(path).train[0]) == "second<|im_end|>"
+
+
+# --- columns
+
+
+def test_column_mapping(write: Writer) -> None:
+    rows = [{"question": f"q{n}", "answer": "a", "weight": 3.5, "shop": f"s{n % 2}"} for n in range(4)]
+    result = prepared(
+        write("a.jsonl", *rows),
+        column_mapping={"question": "instruction", "answer": "output", "weight": "ignore", "shop": "input"},
+        split_by="shop",
+        validation_size=2,
+    )
+    assert result.report.format == "alpaca"
+    assert result.report.num_groups == 2
+    swapped = write("b.jsonl", {"prompt": "answer", "completion": "question"})
+    example = prepared(swapped, column_mapping={"prompt": "completion", "completion": "prompt"}).train[0]
+    assert learned(example) == "answer<|im_end|>"
+
+
+def test_a_mapping_that_does_not_fit(write: Writer) -> None:
+    path = write("a.jsonl", {"question": "q", "answer": "a"}, {"question": "q", "answer": "a", "prompt": "p"})
+    assert message_of(path, column_mapping={"qestion": "prompt"}) == (
+        "column_mapping: no row has the column qestion\n"
+        "  seen:    question, answer, prompt\n"
+        "  change:  did you mean question?"
+    )
+    assert message_of(path, column_mapping={"question": "prompt", "answer": "completion"}) == (
+        "column_mapping: question is to be prompt, but there is a column prompt already\n"
+        "  seen:    question, answer, prompt\n"
+        "  allowed: each of our names once\n"
+        "  change:  leave the other out: prompt: ignore"
+    )
+
+
+def test_validation_rows_may_be_in_our_names_already(write: Writer) -> None:
+    own = write("own.jsonl", {"prompt": "x", "completion": "y"})
+    path = write("a.jsonl", {"question": "q", "answer": "a"})
+    mapping = {"question": "prompt", "answer": "completion"}
+    assert len(prepared(path, eval_dataset=str(own), column_mapping=mapping).validation) == 1

@@ -1,0 +1,150 @@
+"""Who is kept together, and the split as a file: the hash of each row and the side it is on."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from solotune.dataset import Prepared, prepare
+from solotune.dataset.kinship import Kin, kinship, with_key
+from solotune.dataset.row import Row, RowError
+from tests.dataset.conftest import Writer, chat, config_of, tiny_tokenizer
+
+
+def prepared(path: Path, **keys: Any) -> Prepared:
+    return prepare(config_of(path, **keys), tiny_tokenizer("chatml"))
+
+
+def rows(numbers: range, **more: Any) -> list[dict[str, Any]]:
+    found = []
+    for number in numbers:
+        words = random.Random(number).choices("abcdefghijklmnopqrstuvwxyz", k=40)
+        text = " ".join(a + b for a, b in zip(words[::2], words[1::2], strict=True))
+        found.append({"messages": chat(f"q {number}", text), **more})
+    return found
+
+
+def numbers_of(result: Prepared) -> tuple[set[int], set[int]]:
+    train, validation = ({int(one.where.split(":")[1]) for one in side} for side in (result.train, result.validation))
+    assert not train & validation
+    return train, validation
+
+
+# --- kin
+
+
+def kin_of(*values: dict[str, Any], is_sharegpt: bool = False) -> list[Kin]:
+    return kinship([Row(f"f:{n}", one) for n, one in enumerate(values, 1)], is_sharegpt=is_sharegpt)
+
+
+def test_pieces_of_a_conversation_are_a_group() -> None:
+    identifiers = ("4Oz_a_43", "4Oz_a_44", "4Oz", "_3", "a_b", 17)
+    groups = [kin.group for kin in kin_of(*({"id": one} for one in identifiers), is_sharegpt=True)]
+    assert groups == ["conversation=4Oz_a", "conversation=4Oz_a", None, None, None, None]
+    assert {kin.group for kin in kin_of(*({"id": one} for one in identifiers))} == {None}
+    named = kin_of(
+        {"conversation_id": 7}, {"conversation id": "7"}, {"conversation_id": None}, {"conversation_id": True}
+    )
+    assert [kin.group for kin in named] == ["conversation=7", "conversation=7", None, None]
+
+
+def test_parents_join_whether_they_are_there_or_not() -> None:
+    kin = kin_of(
+        {"id": 1}, {"id": 2, "parent_id": 1}, {"id": 3, "parent_id": 2}, {"id": 4, "parent": "gone"}, {"id": 5}
+    )
+    assert [one.links for one in kin] == [("id=1",), ("id=2", "id=1"), ("id=2",), ("id=gone",), ()]
+
+
+def test_a_value_that_all_rows_share_says_nothing() -> None:
+    assert kin_of(*({"id": f"identity_{n}"} for n in range(5)), is_sharegpt=True) == [Kin(None)] * 5
+    assert kin_of(*({"id": n, "parent": "root", "conversation": "c"} for n in range(5))) == [Kin(None)] * 5
+    assert kin_of({"conversation": "c"}) == [Kin("conversation=c")]
+
+
+def test_split_by_is_the_group_and_the_conversation_a_link() -> None:
+    row = Row("f:1", {"shop": 3})
+    assert with_key(row, Kin("conversation=c", ("id=1",)), "shop") == Kin("shop=3", ("conversation=c", "id=1"))
+    with pytest.raises(RowError, match="f:1: split_by: town is missing"):
+        with_key(row, Kin(None), "town")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_chains_stay_on_one_side(write: Writer, seed: int) -> None:
+    """30 chains of three: a row, its child, and a grandchild that knows only the child."""
+    chains = rows(range(90))
+    for n, row in enumerate(chains):
+        row["id"] = f"r{n}"
+        if n >= 30:
+            row["parent_id"] = f"r{n - 30}"
+    path = write("a.jsonl", *chains)
+    result = prepared(path, validation_size=0.2, seed=seed)
+    assert result.report.num_groups == 30
+    for side in numbers_of(result):
+        assert len({(number - 1) % 30 for number in side}) * 3 == len(side)
+
+
+# --- the manifest
+
+
+def test_manifest(write: Writer) -> None:
+    path = write("a.jsonl", *rows(range(40)), *rows(range(3)))
+    result = prepared(path, validation_size=8, seed=5)
+    manifest = json.loads(json.dumps(result.manifest))
+    assert {key: value for key, value in manifest.items() if key not in ("rows", "hash")} == {
+        "version": 1,
+        "seed": 5,
+        "validation_size": 8,
+        "split_by": None,
+    }
+    assert len(manifest["rows"]) == 40
+    sides = list(manifest["rows"].values())
+    _, validation = numbers_of(result)
+    assert {number for number, side in enumerate(sides, 1) if side == "validation"} == validation
+    assert all(len(one) == 32 for one in manifest["rows"])
+
+
+def test_a_row_is_in_the_manifest_though_nothing_of_it_is_kept(write: Writer) -> None:
+    """The split does not depend on max_length, so neither does the manifest."""
+    path = write("a.jsonl", *rows(range(20)), {"messages": chat("word " * 100, "a")})
+    manifests = [prepared(path, validation_size=4, max_length=limit).manifest for limit in (100, 2000)]
+    assert manifests[0] == manifests[1]
+    assert len(manifests[0]["rows"]) == 21
+
+
+def test_manifest_with_validation_rows_of_ones_own(write: Writer) -> None:
+    own = write("own.jsonl", *rows(range(50, 53)))
+    result = prepared(write("a.jsonl", *rows(range(10))), eval_dataset=str(own))
+    assert list(result.manifest["rows"].values()) == ["train"] * 10 + ["validation"] * 3
+
+
+@pytest.mark.parametrize("size", [0.1, 100])
+def test_appending_rows_moves_almost_none(write: Writer, size: float) -> None:
+    """Of 1,000 rows, with 100 more: by chance 180 would change sides."""
+    before = prepared(write("a.jsonl", *rows(range(1000))), validation_size=size).manifest["rows"]
+    after = prepared(write("a.jsonl", *rows(range(1100))), validation_size=size).manifest["rows"]
+    moved = [one for one, side in before.items() if after[one] != side]
+    assert len(moved) <= (10 if size == 0.1 else 20)
+    if size == 100:
+        assert {before[one] for one in moved} <= {"validation"}  # a fixed number: newcomers push some out, none in
+
+
+def test_appended_kin_follow_the_row_that_was_there(write: Writer) -> None:
+    old = rows(range(100))
+    for number, row in enumerate(old):
+        row["id"] = number
+    children = [{**row, "id": 1000 + n, "parent_id": n} for n, row in enumerate(rows(range(100, 200)))]
+    before = prepared(write("a.jsonl", *old), validation_size=10).manifest["rows"]
+    after = prepared(write("a.jsonl", *old, *children), validation_size=20).manifest["rows"]
+    assert {one: after[one] for one in before} == before
+
+
+def test_the_hash_does_not_depend_on_the_file_or_on_case_and_blanks(write: Writer) -> None:
+    first, second = write("a.jsonl", *rows(range(3))), write("b.jsonl", *reversed(rows(range(3))))
+    text = second.read_text().replace("q 1", "Q   1 ")
+    assert text != second.read_text()
+    manifests = [prepared(path).manifest["rows"] for path in (first, write("c.jsonl", text))]
+    assert set(manifests[0]) == set(manifests[1])
