@@ -387,11 +387,12 @@ def check_isolation(model: TrainableModel, config: RunConfig) -> None:
     model.module.eval()
     together, _ = model.token_losses(collate_packs([rows], model.device))
     alone = torch.cat([model.token_losses(collate([row], model.device))[0] for row in rows])
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.25  # a neighbour that is seen moves losses by whole nats
-    if (worst := (together - alone).abs().max().item()) > tolerance:
+    # Means, not worst cases: in bfloat16 single tokens of an 8B model move by 0.2 nats for padding alone.
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    if (change := (together - alone).abs().mean().item()) > tolerance:
         raise InputError(
             f"{config.source_of('packing')}, packing: this model does not keep the rows of a pack apart",
-            seen=f"a token's loss changes by {worst:.3g} when its row is packed with others",
+            seen=f"a token's loss changes by {change:.3g} on average when its row is packed with others",
             allowed="models and attention backends that follow restarting positions",
             change="packing: false",
         )
