@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from solotune.config import FOREIGN_KEYS, SECTIONS, RunConfig, allowed_values, field_help, section_of
+from solotune.config import SECTIONS, RunConfig, allowed_values, field_help, section_of
 from solotune.errors import EXIT_CODES
+from solotune.foreign_keys import FOREIGN_KEYS
 
 HERE = Path(__file__).parent
 

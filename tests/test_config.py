@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from solotune.config import FOREIGN_KEYS, RunConfig, allowed_values, field_help, load_config, section_of, to_yaml
+from solotune.config import RunConfig, allowed_values, field_help, load_config, section_of, to_yaml
 from solotune.errors import InputError
+from solotune.foreign_keys import FOREIGN_KEYS
 
 MINIMAL = {"model_name_or_path": "m", "dataset": "d.jsonl"}
 

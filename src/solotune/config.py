@@ -10,6 +10,8 @@ spellings are recognised and refused by name, and all mistakes of a file are rep
 Behind this door the values are trusted. What it does not do: look at the machine. Values that depend on it
 (`optim` without CUDA, bf16 on an old CPU) are settled in `environment.settle`, each with its reason.
 
+(The file is long because a key's type, default, help, section and the words for its mistakes belong together.)
+
 YAML is read as version 1.2 (`2e-4` is a number, `on` is a word), duplicate keys are refused.
 """
 
@@ -27,6 +29,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from solotune.errors import InputError
+from solotune.foreign_keys import FOREIGN_KEYS, REFUSED_KEYS
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -286,81 +289,6 @@ class RunConfig(BaseModel):
         """Steps between two evaluations or saves; None for never."""
         steps, strategy = getattr(self, f"{what}_steps"), getattr(self, f"{what}_strategy")
         return steps if steps is not None else {"epoch": steps_per_epoch, "no": None}[strategy]
-
-
-# Other tools' words for our keys (Axolotl, LLaMA-Factory, ms-swift, Unsloth, Soup, TRL): refused by name.
-FOREIGN_KEYS = {
-    "model": "model_name_or_path",
-    "base_model": "model_name_or_path",
-    "base": "model_name_or_path",
-    "model_id": "model_name_or_path",
-    "model_name": "model_name_or_path",
-    "revision": "model_revision",
-    "datasets": "dataset",
-    "dataset_name": "dataset",
-    "train_file": "dataset",
-    "local_dataset": "dataset",
-    "dataset_train_split": "dataset_split",
-    "split": "dataset_split",
-    "validation_file": "eval_dataset",
-    "sequence_len": "max_length",
-    "cutoff_len": "max_length",
-    "max_seq_length": "max_length",
-    "max_seq_len": "max_length",
-    "micro_batch_size": "per_device_train_batch_size",
-    "batch_size": "per_device_train_batch_size",
-    "train_batch_size": "per_device_train_batch_size",
-    "grad_accum": "gradient_accumulation_steps",
-    "num_epochs": "num_train_epochs",
-    "epochs": "num_train_epochs",
-    "lr": "learning_rate",
-    "lr_scheduler": "lr_scheduler_type",
-    "optimizer": "optim",
-    "gradient_clipping": "max_grad_norm",
-    "lora_rank": "lora_r",
-    "rank": "lora_r",
-    "r": "lora_r",
-    "alpha": "lora_alpha",
-    "lora_target": "lora_target_modules",
-    "target_modules": "lora_target_modules",
-    "lora_target_linear": "lora_target_modules",
-    "val_set_size": "validation_size",
-    "val_size": "validation_size",
-    "val_split": "validation_size",
-    "test_size": "validation_size",
-    "split_dataset_ratio": "validation_size",
-    "train_on_inputs": "assistant_only_loss",
-    "train_on_prompt": "assistant_only_loss",
-    "train_on_responses_only": "assistant_only_loss",
-    "completion_only_loss": "assistant_only_loss",
-    "columns": "column_mapping",
-    "field_mapping": "column_mapping",
-    "excess_length_strategy": "overflow",
-    "truncation_strategy": "overflow",
-    "mask_history": "train_on_last_turn",
-    "sample_packing": "packing",
-    "neat_packing": "packing",
-    "chat_template": "chat_template_path",
-    "chat_template_jinja": "chat_template_path",
-    "quantization": "base_precision",
-    "quantization_bit": "base_precision",
-    "quant_bits": "base_precision",
-    "load_in_8bit": "base_precision",
-    "double_quantization": "bnb_4bit_use_double_quant",
-    "use_bnb_nested_quant": "bnb_4bit_use_double_quant",
-    "evaluation_strategy": "eval_strategy",
-    "output": "output_dir",
-    "activation_checkpointing": "gradient_checkpointing",
-    "torch_dtype": "bf16",
-    "dtype": "bf16",
-    "no_cuda": "use_cpu",
-}
-
-REFUSED_KEYS = {
-    "trust_remote_code": "solotune never runs code that comes with a model or a dataset; remove the line",
-    "device_map": "solotune trains on one device (CUDA where there is one, or use_cpu: true); remove the line",
-    "fp16": "training is in bfloat16 or float32 (bf16: true/false); remove the line",
-}
 
 
 def load_config(source: str | Path | Mapping[str, Any] | RunConfig, overrides: Iterable[str] = ()) -> RunConfig:
