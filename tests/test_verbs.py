@@ -296,9 +296,18 @@ def test_json_is_one_object_on_stdout(config, tmp_path):
     (tmp_path / "run.yaml").write_text("model_name_or_path: x\ndataset: y\n")
     done = command("train", "run.yaml", *as_arguments({**config, "max_steps": 2}), "--json")
     assert done.returncode == 0, done.stderr
+    assert "parameters are trained" in done.stderr
     result = json.loads(done.stdout)
     assert result["run"] == "run"
     assert result["evaluation"]["tuned"]["tokens"] > 0
     assert result["trainable_fits"][0] == {
         "r": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     }  # fmt: skip
+
+
+def test_the_summary_names_this_runs_targets_first_and_others_of_the_same_count(config, tmp_path):
+    """q_proj and o_proj have one shape here, so the count alone cannot tell which of them was trained."""
+    solotune.train({**config, "max_steps": 1, "lora_target_modules": ["k_proj", "v_proj", "o_proj"]})
+    (line,) = [line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if "are trained" in line]
+    assert ": r=4 on k_proj, v_proj, o_proj (the count alone would also fit " in line
+    assert "r=4 on q_proj, k_proj, v_proj" in line

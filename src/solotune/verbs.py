@@ -279,10 +279,9 @@ def _summary(model: TrainableModel, config: RunConfig, prepared: Prepared) -> di
     from solotune.dataset.pack import fill
 
     trainable, parameters = model.num_trainable, model.num_parameters
-    adapted = lora.leaf_names(model.adapted)
-    fits = lora.explain_count(trainable, model.linear_shapes(), {*lora.USUAL_RANKS, config.lora_r})
-    if (config.lora_r, adapted) not in fits:
-        fits.insert(0, (config.lora_r, adapted))
+    own = (config.lora_r, lora.leaf_names(model.adapted))
+    others = lora.explain_count(trainable, model.linear_shapes(), {*lora.USUAL_RANKS, config.lora_r})
+    fits = [own, *(fit for fit in others if fit != own)]
     lengths = [len(row.input_ids) for row in prepared.train]
     sequences = training.sequences(config, prepared.train)
     return {
@@ -291,7 +290,6 @@ def _summary(model: TrainableModel, config: RunConfig, prepared: Prepared) -> di
         "train_sequences": len(sequences),
         "packing_fill": fill(lengths, sequences, config.max_length) if config.packing else None,
         "validation_rows": len(prepared.validation),
-        "lora_r": config.lora_r,
         "trainable_parameters": trainable,
         "parameters": parameters,
         "trainable_fits": [{"r": r, "target_modules": names} for r, names in fits],
@@ -302,11 +300,10 @@ def _summary(model: TrainableModel, config: RunConfig, prepared: Prepared) -> di
 
 def _in_words(summary: dict[str, Any]) -> str:
     """The parameter count, and what else would print the same count."""
-    trainable, parameters, r = (summary[key] for key in ("trainable_parameters", "parameters", "lora_r"))
-    own, *others = sorted(summary["trainable_fits"], key=lambda fit: fit["r"] != r)
-    text = f"{trainable:,} of {parameters:,} parameters are trained ({trainable / parameters:.2%}): "
-    text += f"r={own['r']} on {', '.join(own['target_modules'])}"
-    return text + (f" (the count alone would also fit {len(others)} other choices)" if others else "")
+    trainable, parameters = summary["trainable_parameters"], summary["parameters"]
+    own, *others = (f"r={fit['r']} on {', '.join(fit['target_modules'])}" for fit in summary["trainable_fits"])
+    text = f"{trainable:,} of {parameters:,} parameters are trained ({trainable / parameters:.2%}): {own}"
+    return text + (f" (the count alone would also fit {'; '.join(others)})" if others else "")
 
 
 def _compare(
