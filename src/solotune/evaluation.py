@@ -18,12 +18,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 
 from solotune.batch import collate, num_labels
 from solotune.dataset import Example, render_prompt
+from solotune.dataset.example import lengths_of
 from solotune.lora import adapters_off
 from solotune.model import TrainableModel
 
@@ -108,7 +111,7 @@ def score(
     was_training = model.module.training
     model.module.eval()
     losses, counts, exact = [0.0] * len(rows), [num_labels(row) for row in rows], [False] * len(rows)
-    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))  # like lengths together: little padding
+    by_length = np.argsort(lengths_of(rows), kind="stable").tolist()  # like lengths together: little padding
     for start in range(0, len(rows), batch_size):
         chosen = by_length[start : start + batch_size]
         losses_N, hits_N = model.token_losses(collate([rows[i] for i in chosen], model.device))
@@ -175,7 +178,7 @@ def samples(
     model: TrainableModel, tokenizer: Any, rows: Sequence[Example], count: int, max_new_tokens: int
 ) -> list[Sample]:
     """Answers of base and tuned to the first `count` held-out prompts that end with an assistant turn."""
-    chosen = [row for row in rows if row.messages and row.messages[-1]["role"] == "assistant"][:count]
+    chosen = list(islice((row for row in rows if row.messages and row.messages[-1]["role"] == "assistant"), count))
     stops = stop_ids(model, tokenizer, rows)
     shown = []
     for row in chosen:

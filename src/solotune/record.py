@@ -37,18 +37,22 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise StorageError(f"{path}: cannot be written", seen=error.strerror or str(error)) from error
 
 
-def write_whole(path: Path, content: bytes | str) -> None:
+def write_whole(path: Path, content: bytes | str | Iterator[str]) -> None:
     """Writes a file so that it exists complete or not at all, also across a power loss.
+
+    Args:
+        content: an iterator gives a text in pieces, which need not all be in memory.
 
     Raises:
         StorageError: disk full, read-only, quota.
     """
-    data = content.encode() if isinstance(content, str) else content
+    pieces = [content] if isinstance(content, (bytes, str)) else content
     temporary = path.with_name(f".{path.name}.partial")
     with storage_errors(path):
         try:
             with open(temporary, "wb") as file:
-                file.write(data)
+                for piece in pieces:
+                    file.write(piece.encode() if isinstance(piece, str) else piece)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -26,6 +26,7 @@ from solotune import checkpoint, evaluation, lora
 from solotune.batch import Batch, collate, collate_packs
 from solotune.config import RunConfig
 from solotune.dataset import Example
+from solotune.dataset.example import lengths_of
 from solotune.dataset.pack import pack
 from solotune.errors import InterruptedRunError, NonFiniteError
 from solotune.model import TrainableModel
@@ -77,27 +78,27 @@ class Schedule:
         """Epochs done after `step` steps."""
         return step / self.steps_per_epoch
 
-    def row_order(self, epoch: int) -> list[int]:
-        """The permutation of rows in an epoch (counted from 0)."""
-        return np.random.default_rng([self.seed, epoch]).permutation(self.num_rows).tolist()
+    def row_order(self, epoch: int) -> np.ndarray:
+        """int64 (num_rows,): the permutation of rows in an epoch (counted from 0)."""
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
 
     def steps(self, done: int) -> Iterator[list[list[int]]]:
         """The micro-batches (lists of row numbers) of each step after `done`; an epoch's last step may be shorter."""
         rows_per_step = self.micro_batch_size * self.accumulation
-        order_epoch, order = -1, []
+        order_epoch, order = -1, np.empty(0, np.int64)
         for step in range(done, self.total_steps):
             epoch, within = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
                 order_epoch, order = epoch, self.row_order(epoch)
-            rows = order[within * rows_per_step : (within + 1) * rows_per_step]
+            rows = order[within * rows_per_step : (within + 1) * rows_per_step].tolist()
             yield [rows[i : i + self.micro_batch_size] for i in range(0, len(rows), self.micro_batch_size)]
 
 
-def sequences(config: RunConfig, rows: Sequence[Example]) -> list[list[int]]:
+def sequences(config: RunConfig, rows: Sequence[Example]) -> list[list[int]] | np.ndarray:
     """The row numbers of each training sequence: one row each, or packs of them."""
     if not config.packing:
-        return [[i] for i in range(len(rows))]
-    return pack([len(row.input_ids) for row in rows], config.max_length)
+        return np.arange(len(rows))[:, None]
+    return pack(lengths_of(rows), config.max_length)
 
 
 def make_optimizer(config: RunConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -7,7 +7,7 @@ the list of runs loads no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,7 +160,7 @@ def train(
         run.write_config(checked)
         run.write_json("environment.json", {**machine.to_json(), "choices": [c._asdict() for c in choices]})
         run.write_json("data.json", prepared.report.to_json())
-        run.write_json("split.json", prepared.manifest)
+        write_whole(run.path / "split.json", prepared.manifest.json_lines())
         summary = _summary(model, checked, prepared)
         display.note(_in_words(summary))
         if checked.packing:
@@ -276,13 +276,14 @@ def _run_summary(run: RunDirectory) -> RunSummary:
 
 def _summary(model: TrainableModel, config: RunConfig, prepared: Prepared) -> dict[str, Any]:
     from solotune import linear, lora, training
+    from solotune.dataset.example import lengths_of
     from solotune.dataset.pack import fill
 
     trainable, parameters = model.num_trainable, model.num_parameters
     own = (config.lora_r, lora.leaf_names(model.adapted))
     others = lora.explain_count(trainable, model.linear_shapes(), {*lora.USUAL_RANKS, config.lora_r})
     fits = [own, *(fit for fit in others if fit != own)]
-    lengths = [len(row.input_ids) for row in prepared.train]
+    lengths = lengths_of(prepared.train)
     sequences = training.sequences(config, prepared.train)
     return {
         "total_steps": training.Schedule.of(config, len(sequences)).total_steps,
@@ -307,7 +308,7 @@ def _in_words(summary: dict[str, Any]) -> str:
 
 
 def _compare(
-    model: TrainableModel, tokenizer: Any, rows: list[Example], config: RunConfig, tuned: Any, display: Display
+    model: TrainableModel, tokenizer: Any, rows: Sequence[Example], config: RunConfig, tuned: Any, display: Display
 ):
     from solotune import evaluation
 

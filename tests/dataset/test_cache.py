@@ -53,7 +53,8 @@ def same(a: Prepared, b: Prepared) -> bool:
             assert x.input_ids.tolist() == y.input_ids.tolist()
             assert x.supervised.tolist() == y.supervised.tolist()
     assert a.report == b.report
-    return a.report.to_json() == b.report.to_json() and a.manifest == b.manifest
+    assert [*a.manifest.json_lines()] == [*b.manifest.json_lines()]
+    return a.report.to_json() == b.report.to_json()
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_damage_is_made_anew(write: Writer, made: list[int], kept: Path, damage:
             "cut": whole[: len(whole) // 2],
             "empty": b"",
             "junk": b"\x80\x04junk",
-            "no checksum": whole.replace(b'"sha256":"', b'"sha255":"'),
+            "no checksum": whole[:-32],
             "folder": b"",
         }[damage]
         entry.unlink()
@@ -141,7 +142,7 @@ def test_entries_are_private_whole_and_no_pickle(write: Writer, kept: Path) -> N
     (entry,) = kept.iterdir()
     assert entry.stat().st_mode & 0o077 == 0
     length = int.from_bytes(entry.read_bytes()[:8], "little")
-    assert set(json.loads(entry.read_bytes()[8 : 8 + length])) >= {"train.ids", "json"}
+    assert set(json.loads(entry.read_bytes()[8 : 8 + length])) >= {"train.rows", "json", "sha256"}
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(write: Writer, kept: Path) -> None:

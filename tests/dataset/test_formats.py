@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from solotune.dataset.formats import Record, convert, recognise
+from solotune.dataset.formats import Record, check_shape, convert, recognise
 from solotune.dataset.row import Row
 from solotune.errors import InputError
 
@@ -20,14 +20,15 @@ def rows(*values: dict[str, Any]) -> list[Row]:
 
 def record_of(values: dict[str, Any]) -> tuple[str, Record | str]:
     (row,) = rows(values)
-    found = recognise([row])
+    found, _ = recognise([row])
     return found.name, convert(row, found)
 
 
 def message_of(*values: dict[str, Any]) -> str:
     def convert_all() -> None:
-        found = recognise(rows(*values))
+        found, why = recognise(rows(*values))
         for row in rows(*values):
+            check_shape(row, found, why)
             convert(row, found)
 
     with pytest.raises(InputError) as caught:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from solotune.dataset import Prepared, prepare
-from solotune.dataset.kinship import Kin, kinship, with_key
+from solotune.dataset.kinship import Kinship, _link
 from solotune.dataset.row import Row, RowError
 from tests.dataset.conftest import Writer, chat, config_of, tiny_tokenizer
 
@@ -37,39 +37,52 @@ def numbers_of(result: Prepared) -> tuple[set[int], set[int]]:
 # --- kin
 
 
-def kin_of(*values: dict[str, Any], is_sharegpt: bool = False) -> list[Kin]:
-    return kinship([Row(f"f:{n}", one) for n, one in enumerate(values, 1)], is_sharegpt=is_sharegpt)
+def kin_of(*values: dict[str, Any], **keys: Any) -> tuple[list[str | None], list[list[str]]]:
+    """For each row the group that it names, and of all names in these rows those that it is linked by."""
+    kinship = Kinship(keys.pop("split_by", None), is_sharegpt=keys.pop("is_sharegpt", False))
+    groups = []
+    for number, one in enumerate(values, 1):
+        row = Row(f"f:{number}", one)
+        groups.append(kinship.add(row, row))
+    told = {f"{kind}={value}" for one in values for value in one.values() for kind in ("conversation", "id")}
+    names = {_link(name): name for name in (*told, *filter(None, groups))}
+    return groups, [[names[int(link)] for link in links if link] for links in kinship.links()]
 
 
 def test_pieces_of_a_conversation_are_a_group() -> None:
     identifiers = ("4Oz_a_43", "4Oz_a_44", "4Oz", "_3", "a_b", 17)
-    groups = [kin.group for kin in kin_of(*({"id": one} for one in identifiers), is_sharegpt=True)]
+    groups, links = kin_of(*({"id": one} for one in identifiers), is_sharegpt=True)
     assert groups == ["conversation=4Oz_a", "conversation=4Oz_a", None, None, None, None]
-    assert {kin.group for kin in kin_of(*({"id": one} for one in identifiers))} == {None}
-    named = kin_of(
+    assert links == [["conversation=4Oz_a"], ["conversation=4Oz_a"], [], [], [], []]
+    assert set(kin_of(*({"id": one} for one in identifiers))[0]) == {None}
+    groups, links = kin_of(
         {"conversation_id": 7}, {"conversation id": "7"}, {"conversation_id": None}, {"conversation_id": True}
     )
-    assert [kin.group for kin in named] == ["conversation=7", "conversation=7", None, None]
+    assert groups == ["conversation=7", "conversation=7", None, None]
+    assert links == [["conversation=7"], ["conversation=7"], [], []]
 
 
 def test_parents_join_whether_they_are_there_or_not() -> None:
-    kin = kin_of(
+    _, links = kin_of(
         {"id": 1}, {"id": 2, "parent_id": 1}, {"id": 3, "parent_id": 2}, {"id": 4, "parent": "gone"}, {"id": 5}
     )
-    assert [one.links for one in kin] == [("id=1",), ("id=2", "id=1"), ("id=2",), ("id=gone",), ()]
+    assert links == [["id=1"], ["id=2", "id=1"], ["id=2"], ["id=gone"], []]
+    assert kin_of({"id": 1}, {"id": 1}, {"id": 2, "parent": 3})[1] == [[], [], ["id=3"]]
 
 
 def test_a_value_that_all_rows_share_says_nothing() -> None:
-    assert kin_of(*({"id": f"identity_{n}"} for n in range(5)), is_sharegpt=True) == [Kin(None)] * 5
-    assert kin_of(*({"id": n, "parent": "root", "conversation": "c"} for n in range(5))) == [Kin(None)] * 5
-    assert kin_of({"conversation": "c"}) == [Kin("conversation=c")]
+    assert kin_of(*({"id": f"identity_{n}"} for n in range(5)), is_sharegpt=True)[1] == [[]] * 5
+    assert kin_of(*({"id": n, "parent": "root", "conversation": "c"} for n in range(5)))[1] == [[]] * 5
+    assert kin_of({"conversation": "c"})[1] == [["conversation=c"]]
+    assert kin_of(*({"shop": 1} for _ in range(5)), split_by="shop")[1] == [["shop=1"]] * 5  # was asked for
 
 
 def test_split_by_is_the_group_and_the_conversation_a_link() -> None:
-    row = Row("f:1", {"shop": 3})
-    assert with_key(row, Kin("conversation=c", ("id=1",)), "shop") == Kin("shop=3", ("conversation=c", "id=1"))
+    groups, links = kin_of({"shop": 3, "conversation": "c", "id": 1}, {"shop": 4, "parent": 1}, split_by="shop")
+    assert groups == ["shop=3", "shop=4"]
+    assert links == [["shop=3", "conversation=c", "id=1"], ["shop=4", "id=1"]]
     with pytest.raises(RowError, match="f:1: split_by: town is missing"):
-        with_key(row, Kin(None), "town")
+        kin_of({"shop": 3}, split_by="town")
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -93,7 +106,8 @@ def test_chains_stay_on_one_side(write: Writer, seed: int) -> None:
 def test_manifest(write: Writer) -> None:
     path = write("a.jsonl", *rows(range(40)), *rows(range(3)))
     result = prepared(path, validation_size=8, seed=5)
-    manifest = json.loads(json.dumps(result.manifest))
+    manifest = json.loads("".join(result.manifest.json_lines()))
+    assert json.dumps(manifest, indent=2) + "\n" == "".join(result.manifest.json_lines())
     assert {key: value for key, value in manifest.items() if key not in ("rows", "hash")} == {
         "version": 1,
         "seed": 5,
@@ -111,21 +125,21 @@ def test_a_row_is_in_the_manifest_though_nothing_of_it_is_kept(write: Writer) ->
     """The split does not depend on max_length, so neither does the manifest."""
     path = write("a.jsonl", *rows(range(20)), {"messages": chat("word " * 100, "a")})
     manifests = [prepared(path, validation_size=4, max_length=limit).manifest for limit in (100, 2000)]
-    assert manifests[0] == manifests[1]
-    assert len(manifests[0]["rows"]) == 21
+    assert [*manifests[0].json_lines()] == [*manifests[1].json_lines()]
+    assert len(manifests[0].hashes) == 21
 
 
 def test_manifest_with_validation_rows_of_ones_own(write: Writer) -> None:
     own = write("own.jsonl", *rows(range(50, 53)))
     result = prepared(write("a.jsonl", *rows(range(10))), eval_dataset=str(own))
-    assert list(result.manifest["rows"].values()) == ["train"] * 10 + ["validation"] * 3
+    assert [side for _, side in result.manifest.sides()] == ["train"] * 10 + ["validation"] * 3
 
 
 @pytest.mark.parametrize("size", [0.1, 100])
 def test_appending_rows_moves_almost_none(write: Writer, size: float) -> None:
     """Of 1,000 rows, with 100 more: by chance 180 would change sides."""
-    before = prepared(write("a.jsonl", *rows(range(1000))), validation_size=size).manifest["rows"]
-    after = prepared(write("a.jsonl", *rows(range(1100))), validation_size=size).manifest["rows"]
+    before = dict(prepared(write("a.jsonl", *rows(range(1000))), validation_size=size).manifest.sides())
+    after = dict(prepared(write("a.jsonl", *rows(range(1100))), validation_size=size).manifest.sides())
     moved = [one for one, side in before.items() if after[one] != side]
     assert len(moved) <= (10 if size == 0.1 else 20)
     if size == 100:
@@ -137,8 +151,8 @@ def test_appended_kin_follow_the_row_that_was_there(write: Writer) -> None:
     for number, row in enumerate(old):
         row["id"] = number
     children = [{**row, "id": 1000 + n, "parent_id": n} for n, row in enumerate(rows(range(100, 200)))]
-    before = prepared(write("a.jsonl", *old), validation_size=10).manifest["rows"]
-    after = prepared(write("a.jsonl", *old, *children), validation_size=20).manifest["rows"]
+    before = dict(prepared(write("a.jsonl", *old), validation_size=10).manifest.sides())
+    after = dict(prepared(write("a.jsonl", *old, *children), validation_size=20).manifest.sides())
     assert {one: after[one] for one in before} == before
 
 
@@ -146,5 +160,5 @@ def test_the_hash_does_not_depend_on_the_file_or_on_case_and_blanks(write: Write
     first, second = write("a.jsonl", *rows(range(3))), write("b.jsonl", *reversed(rows(range(3))))
     text = second.read_text().replace("q 1", "Q   1 ")
     assert text != second.read_text()
-    manifests = [prepared(path).manifest["rows"] for path in (first, write("c.jsonl", text))]
+    manifests = [dict(prepared(path).manifest.sides()) for path in (first, write("c.jsonl", text))]
     assert set(manifests[0]) == set(manifests[1])

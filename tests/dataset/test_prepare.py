@@ -60,7 +60,7 @@ def test_report(write: Writer) -> None:
     )
     result = prepared(path, max_length=100, validation_size=0.2, seed=1)
     report = result.report.to_json()
-    everything = result.train + result.validation
+    everything = [*result.train, *result.validation]
     total, supervised = (
         sum(int(v) for v in values)
         for values in zip(*((len(example.input_ids), example.supervised.sum()) for example in everything), strict=True)
@@ -149,7 +149,7 @@ def test_rows_add_up(tmp_path: Path, contents: list[list[str]], max_length: int,
     report = result.report.to_json()
     assert report["rows"]["read"] == len(contents) == report["rows"]["kept"] + sum(report["rows"]["dropped"].values())
     assert report["rows"]["kept"] == len(result.train) + len(result.validation)
-    for example in result.train + result.validation:
+    for example in (*result.train, *result.validation):
         assert len(example.input_ids) == len(example.supervised) <= max_length
         assert example.supervised.any()
         assert not example.supervised[0]

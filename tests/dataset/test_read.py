@@ -25,9 +25,7 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 
 
 def rows_of(source: Any, split: str = "train") -> list[tuple[str, dict[str, Any]]]:
-    return [
-        tuple(row) for row in Source.of("dataset", str(source) if isinstance(source, Path) else source, split).rows()
-    ]
+    return [tuple(row) for row in Source.of("dataset", str(source) if isinstance(source, Path) else source, split)]
 
 
 def message_of(source: Any, split: str = "train") -> str:
@@ -224,7 +222,7 @@ def test_a_hub_dataset_names_its_rows_by_index(monkeypatch: pytest.MonkeyPatch) 
         return datasets.Dataset.from_list(ROWS[:2])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = Source.of("dataset", "owner/chats", "train_sft[:2]", config_name="small", revision="v1").rows()
+    rows = Source.of("dataset", "owner/chats", "train_sft[:2]", config_name="small", revision="v1")
     assert [row.where for row in rows] == ["owner/chats[0]", "owner/chats[1]"]
     assert asked == [(("owner/chats", "small"), {"split": "train_sft[:2]", "revision": "v1"})]
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from solotune.dataset import split as splitting
 from solotune.dataset.formats import Record
+from solotune.dataset.kinship import _link
+from solotune.dataset.records import Records, packed, row_hash
 from solotune.dataset.similar import _bands, _triples, near_duplicates
-from solotune.dataset.split import check_leaks, hold_out
+from solotune.dataset.split import Split
+from solotune.dataset.store import Store
 from solotune.errors import CheckError, InputError
 from tests.dataset.conftest import chat
 
@@ -23,7 +28,25 @@ def record(number: int, answer: str | None = None, group: str | None = None, sys
     return Record(f"f:{number}", messages=chat(f"question {number}", answer or text, system=system), group=group)
 
 
-def places(records: list[Record]) -> list[str]:
+def stored(records: Sequence[Record]) -> Records:
+    """The records as `prepare` keeps them."""
+    store = Store()
+    for one in records:
+        store.append(packed(one))
+    hashes = np.array([row_hash(one) for one in records], "S16")
+    links = np.array([[_link(one.group), 0, 0, 0] for one in records], np.uint64)
+    return Records(store, np.arange(len(records)), hashes, links)
+
+
+def hold_out(records: Sequence[Record], size: float | int, seed: int) -> Split:
+    return splitting.hold_out(stored(records), size, seed)
+
+
+def check_leaks(train: Sequence[Record], validation: Sequence[Record], *, key: str) -> None:
+    splitting.check_leaks(stored(train), stored(validation), key=key)
+
+
+def places(records: Sequence[Record]) -> list[str]:
     return [one.where for one in records]
 
 
@@ -75,7 +98,7 @@ def test_copies_are_removed_whatever_case_and_blanks() -> None:
     twins = [Record("copy", messages=chat("QUESTION  3", records[3].messages[1]["content"].upper() + "\n"))]
     split = hold_out(records + twins, 2, seed=0)
     assert split.num_exact_duplicates == 1
-    assert places(split.train + split.validation).count("copy") == 0
+    assert places([*split.train, *split.validation]).count("copy") == 0
     # another role, another system prompt: another row
     other = [Record("other", messages=chat("q", records[3].messages[1]["content"], system="s"))]
     assert hold_out(records + other, 2, seed=0).num_exact_duplicates == 0

@@ -8,9 +8,11 @@ at inference are not those that the answer followed in training, two BOS tokens,
 from __future__ import annotations
 
 import math
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,9 +42,9 @@ class LabelBudget:
     num_labels_cut: int = 0
     leading_bos: Counter[int] = field(default_factory=Counter)
     """Number of BOS tokens that a row begins with -> rows; always 0 where the tokenizer has no BOS."""
-    row_tokens: list[int] = field(default_factory=list)
+    row_tokens: array[int] = field(default_factory=partial(array, "i"))
     """Length of each row as rendered, before `max_length`."""
-    shares: list[float] = field(default_factory=list)
+    shares: array[float] = field(default_factory=partial(array, "d"))
     """Supervised share of each kept row."""
 
     def add(

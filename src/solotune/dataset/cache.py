@@ -4,10 +4,13 @@ The key is a hash of everything that the result depends on: the bytes of the dat
 the config's data keys and seed, this package's own source and the versions of tokenizers and transformers. So an entry
 is never out of date, it only stops being asked for, and there is nothing to clear by hand.
 
-An entry is one safetensors file (ids, mask, lengths; the rest as JSON in a byte tensor) with a checksum, written whole
-or not at all. No pickle: a cache folder is a place that others may write to, and loading it must not run anything. An
-entry that does not read or does not match its checksum is removed and made anew; a folder that cannot be written is
-no error, since the run needs no cache. The oldest entries go when all together are larger than 2 GiB.
+An entry is one safetensors file, written whole or not at all: the rows of both sides as they lie in a `Store`, so that
+it is not read but used where it lies, and their lengths, hashes and the report. Its last tensor is the sha256 of all
+before; what does not match is removed and made anew. Hashing reads the whole entry, a second for each GiB, which is
+little beside what it saves, and the data files are hashed for the key anyway. No pickle: a cache folder is a place that
+others may write to, and loading it must not run anything. A folder that cannot be written is no error, since the run
+needs no cache. The oldest entries go when all together are larger than 20 GiB, and none takes more than half of what is
+free on the disk.
 
 Where: $XDG_CACHE_HOME/solotune/data, by default ~/.cache/solotune/data. It holds texts of the rows, so only its owner
 may look in.
@@ -22,34 +25,32 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from solotune.config import RunConfig, section_of
-from solotune.dataset.example import Example, Prepared
+from solotune.dataset.example import Examples, Prepared
+from solotune.dataset.manifest import Manifest
 from solotune.dataset.report import DataReport
+from solotune.dataset.store import Store, folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_BYTES = 2 << 30
+MAX_BYTES = 20 << 30
 MIN_SECONDS = 1.0
 _SUFFIX = ".safetensors"
 _LEFT_OVER_SECONDS = 3600
-
-
-def folder() -> Path:
-    """Where the entries are."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "solotune" / "data"
 
 
 def key_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, digests: Sequence[str]) -> str | None:
@@ -94,17 +95,12 @@ def _code_version() -> str:
 
 def load(key: str) -> Prepared | None:
     """The entry, or None where there is none that is whole."""
-    from safetensors import safe_open
-
     path = folder() / (key + _SUFFIX)
     if not path.is_file():
         return None
     try:
-        with safe_open(path, framework="np") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
-            if (file.metadata() or {}).get("sha256") != _checksum(arrays):
-                raise ValueError("checksum")
-        prepared = _unpacked(arrays)
+        file = path.open("rb", buffering=0)
+        prepared = _unpacked(file, _checked_header(file))
         os.utime(path)
     # a damaged file fails in any of a dozen ways, and there is one answer to all of them
     except Exception:
@@ -116,18 +112,19 @@ def load(key: str) -> Prepared | None:
 
 def store(key: str, prepared: Prepared) -> None:
     """Writes an entry, and removes the oldest if there are too many; does nothing where that is not possible."""
-    from safetensors.numpy import save
-
-    arrays = _packed(prepared)
-    if sum(array.nbytes for array in arrays.values()) > MAX_BYTES:
-        return
+    tensors = _packed(prepared)
+    num_bytes = sum(tensor.num_bytes for tensor in tensors.values())
     temporary = None
     try:
         target = folder()
+        if num_bytes > MAX_BYTES:
+            return
         target.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if num_bytes > shutil.disk_usage(target).free / 2:
+            return
         with tempfile.NamedTemporaryFile(dir=target, suffix=".tmp", delete=False) as file:
             temporary = file.name
-            file.write(save(arrays, {"sha256": _checksum(arrays)}))
+            _write(file, tensors)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target / (key + _SUFFIX))
@@ -152,40 +149,100 @@ def _remove_oldest(target: Path) -> None:
         excess -= size
 
 
-def _checksum(arrays: dict[str, np.ndarray]) -> str:
+# --- the file: 8 bytes of length, a header in JSON, the tensors
+
+
+class _Tensor(NamedTuple):
+    """What is written under a name: bytes, in pieces."""
+
+    dtype: str
+    shape: list[int]
+    num_bytes: int
+    pieces: Iterable[Any]
+
+    @classmethod
+    def of(cls, values: Any) -> _Tensor:
+        values = np.ascontiguousarray(values)
+        return cls(_DTYPES[values.dtype.kind + str(values.itemsize)], list(values.shape), values.nbytes, [values.data])
+
+
+_DTYPES = {"u1": "U8", "b1": "BOOL", "i4": "I32", "u8": "U64", "f8": "F64"}
+_SHA256_BYTES = 32
+
+
+def _write(file: IO[bytes], tensors: dict[str, _Tensor]) -> None:
+    header, begin = {}, 0
+    for name, tensor in tensors.items():
+        end = begin + tensor.num_bytes
+        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, end]}
+        begin = end
+    header["sha256"] = {"dtype": "U8", "shape": [_SHA256_BYTES], "data_offsets": [begin, begin + _SHA256_BYTES]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape} ".encode())
-        digest.update(np.ascontiguousarray(arrays[name]).data)
-    return digest.hexdigest()
+    for piece in (len(text).to_bytes(8, "little"), text, *(tensor.pieces for tensor in tensors.values())):
+        for part in [piece] if isinstance(piece, bytes) else piece:
+            digest.update(part)
+            file.write(part)
+    file.write(digest.digest())
 
 
-# --- between Prepared and arrays
+def _checked_header(file: IO[bytes]) -> dict[str, tuple[int, int]]:
+    """Where in the file the bytes of each tensor are.
+
+    Raises:
+        ValueError: the file is not the one that was written.
+    """
+    digest, left = hashlib.sha256(), os.fstat(file.fileno()).st_size - _SHA256_BYTES
+    while left > 0 and (piece := file.read(min(left, 1 << 20))):
+        digest.update(piece)
+        left -= len(piece)
+    if file.read() != digest.digest():
+        raise ValueError("checksum")
+    file.seek(0)
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(size))
+    return {name: tuple(8 + size + offset for offset in tensor["data_offsets"]) for name, tensor in header.items()}
 
 
-def _packed(prepared: Prepared) -> dict[str, np.ndarray]:
-    arrays, rows = {}, {}
+# --- between Prepared and tensors
+
+
+def _packed(prepared: Prepared) -> dict[str, _Tensor]:
+    tensors = {}
     for name, examples in (("train", prepared.train), ("validation", prepared.validation)):
-        arrays[f"{name}.ids"] = np.concatenate([np.empty(0, np.int32), *(one.input_ids for one in examples)])
-        arrays[f"{name}.mask"] = np.concatenate([np.empty(0, bool), *(one.supervised for one in examples)])
-        arrays[f"{name}.lengths"] = np.array([len(one.input_ids) for one in examples], np.int64)
-        rows[name] = [[one.where, one.messages, one.tools] for one in examples]
-    report = {**_fields(prepared.report), "labels": _fields(prepared.report.labels), "findings": []}
-    text = json.dumps({"rows": rows, "report": report, "manifest": prepared.manifest})
-    arrays["json"] = np.frombuffer(text.encode(), np.uint8)
-    return arrays
+        assert isinstance(examples, Examples)
+        rows = examples.store
+        tensors[f"{name}.rows"] = _Tensor("U8", [rows.num_bytes], rows.num_bytes, rows.pieces())
+        tensors[f"{name}.ends"] = _Tensor.of(np.array(rows.ends, np.uint64))
+        tensors[f"{name}.lengths"] = _Tensor.of(np.array(examples.lengths, np.int32))
+    labels, manifest = _fields(prepared.report.labels), prepared.manifest
+    tensors["row_tokens"] = _Tensor.of(np.array(labels.pop("row_tokens"), np.int32))
+    tensors["shares"] = _Tensor.of(np.array(labels.pop("shares"), np.float64))
+    tensors["hashes"] = _Tensor.of(manifest.hashes.view(np.uint8))
+    tensors["is_validation"] = _Tensor.of(manifest.is_validation)
+    report = {**_fields(prepared.report), "labels": labels, "findings": []}
+    text = json.dumps({"report": report, "settings": manifest.settings})
+    tensors["json"] = _Tensor.of(np.frombuffer(text.encode(), np.uint8))
+    return tensors
 
 
 def _fields(record: Any) -> dict[str, Any]:
     return {field.name: getattr(record, field.name) for field in fields(record)}
 
 
-def _unpacked(arrays: dict[str, np.ndarray]) -> Prepared:
-    held = json.loads(arrays["json"].tobytes())
+def _unpacked(file: IO[bytes], places: dict[str, tuple[int, int]]) -> Prepared:
+    def held(name: str, kind: str) -> array[Any]:
+        begin, end = places[name]
+        file.seek(begin)
+        return array(kind, file.read(end - begin))
+
     sides = []
     for name in ("train", "validation"):
-        ends = np.cumsum(arrays[f"{name}.lengths"])[:-1]
-        ids, masks = (np.split(arrays[f"{name}.{what}"], ends) for what in ("ids", "mask"))
-        rows = held["rows"][name]  # none: np.split still gives one, empty, piece
-        sides.append([Example(i, m, *row) for i, m, row in zip(ids[: len(rows)], masks, rows, strict=False)])
-    return Prepared(sides[0], sides[1], DataReport.from_json_fields(held["report"]), held["manifest"])
+        rows = Store.of(file, places[f"{name}.rows"][0], held(f"{name}.ends", "Q"))
+        sides.append(Examples(rows, held(f"{name}.lengths", "i")))
+    text = json.loads(held("json", "B").tobytes())
+    labels = {**text["report"]["labels"], "row_tokens": held("row_tokens", "i"), "shares": held("shares", "d")}
+    hashes, is_validation = np.frombuffer(held("hashes", "B"), "S16"), np.frombuffer(held("is_validation", "B"), bool)
+    report = DataReport.from_json_fields({**text["report"], "labels": labels})
+    return Prepared(sides[0], sides[1], report, Manifest(text["settings"], hashes, is_validation))

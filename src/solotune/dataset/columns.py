@@ -10,7 +10,7 @@ one of our names that the file already uses for something else. `ignore` leaves 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from solotune.dataset.row import Row
 from solotune.errors import InputError
@@ -18,7 +18,7 @@ from solotune.errors import InputError
 IGNORE = "ignore"
 
 
-def check_mapping(rows: Sequence[Row], mapping: Mapping[str, str], *, is_needed: bool = True) -> None:
+def check_mapping(rows: Iterable[Row], mapping: Mapping[str, str], *, is_needed: bool = True) -> None:
     """Refuses a mapping that does not fit the rows.
 
     Args:
@@ -27,6 +27,8 @@ def check_mapping(rows: Sequence[Row], mapping: Mapping[str, str], *, is_needed:
     Raises:
         InputError: naming the column and the columns that there are.
     """
+    if not mapping:
+        return
     present = dict.fromkeys(key for row in rows for key in row.values)
     for theirs, ours in mapping.items():
         if theirs not in present and not is_needed:

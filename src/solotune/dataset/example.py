@@ -1,13 +1,25 @@
-"""What training gets of a row: ids and a mask, with what a person needs to recognise it."""
+"""What training gets of a row: ids and a mask, with what a person needs to recognise it.
+
+    examples = Examples(); examples.append(example); examples[0]     # 12 bytes of each in memory
+
+An example in a `Store` is its ids (int32), its mask (bool) and the rest as JSON, one after the other, so one read
+brings a row and no second file has to fit to it.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from solotune.dataset.manifest import Manifest
 from solotune.dataset.report import DataReport
+from solotune.dataset.store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,12 +57,70 @@ class Example:
         ]
 
 
+class Examples(Sequence[Example]):
+    """Examples on disk, each read when it is asked for."""
+
+    def __init__(self, store: Store | None = None, lengths: array[int] | None = None) -> None:
+        self.store = Store() if store is None else store
+        self.lengths = array("i") if lengths is None else lengths
+        """Tokens of each."""
+        self._digest = hashlib.sha256()
+
+    def append(self, example: Example) -> None:
+        """Adds one.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        ids, mask = example.input_ids.astype("<i4").tobytes(), example.supervised.astype("u1").tobytes()
+        rest = json.dumps([example.where, example.messages, example.tools], ensure_ascii=False)
+        self.store.append(ids + mask + rest.encode("utf-8", "surrogatepass"))
+        self.lengths.append(len(example.input_ids))
+        self._digest.update(len(example.input_ids).to_bytes(8, "little") + ids + mask)
+
+    def sha256(self) -> str:
+        """Over ids and masks of what was appended: equal if the same tokens are learned in the same order."""
+        return self._digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, row: int) -> Example: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Example]: ...
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[one] for one in range(*row.indices(len(self)))]
+        length, item = self.lengths[row], self.store[row]
+        rest = json.loads(item[5 * length :].decode("utf-8", "surrogatepass"))
+        ids, mask = np.frombuffer(item, "<i4", length), np.frombuffer(item, bool, length, 4 * length)
+        return Example(ids, mask, *rest)
+
+    def ids(self) -> Iterator[np.ndarray]:
+        """int32 (T,) of each, the rest left unread."""
+        begin = 0
+        for length, end in zip(self.lengths, self.store.ends, strict=True):
+            yield np.frombuffer(self.store.read(begin, begin + 4 * length), "<i4")
+            begin = end
+
+
+def lengths_of(rows: Sequence[Example]) -> Sequence[int]:
+    """Tokens of each row."""
+    return rows.lengths if isinstance(rows, Examples) else [len(row.input_ids) for row in rows]
+
+
+def ids_of(rows: Sequence[Example]) -> Iterator[np.ndarray]:
+    """int32 (T,) of each row."""
+    return rows.ids() if isinstance(rows, Examples) else (row.input_ids for row in rows)
+
+
 @dataclass(frozen=True)
 class Prepared:
     """The rows to train on, the rows to validate on, and the account of both."""
 
-    train: list[Example]
-    validation: list[Example]
+    train: Sequence[Example]
+    validation: Sequence[Example]
     report: DataReport
-    manifest: dict[str, Any] = field(default_factory=dict)
-    """What split.json holds: `rows` says for the hash of each distinct row whether it is `train` or `validation`."""
+    manifest: Manifest = field(default_factory=Manifest)
+    """What split.json holds."""

@@ -8,6 +8,7 @@ findings_facts.py      what they ask: rows as arrays, answers, ends    findings_
 findings_template.py   S3                                              findings_labels.py     S4, S5, S6
 findings_rows.py       S8                                              findings_split.py      S9
 
+Of large data most rules judge a sample, and say so in the evidence: `rows_judged` of `training_rows`.
 They judge labels and tokens, never a config flag alone: pad = eos is a fault exactly if the end of turn is not among
 the labels, and left padding is not looked at. Nothing here trusts the code that made the rows; so rules whose fault
 our own pipeline cannot make (F17, F20, F23, F47) stand guard over it, and over rows that were made elsewhere.
@@ -48,6 +49,7 @@ Of the catalogue's S2 to S9:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from solotune.config import RunConfig
@@ -99,6 +101,9 @@ def find(
     """
     facts = Facts(config, tokenizer, train, validation, report)
     found = [finding for rule in RULES if (finding := rule(facts)) is not None]
+    if facts.is_sample:
+        sample = {"rows_judged": len(facts.train.rows), "training_rows": len(train)}
+        found = [replace(finding, evidence={**finding.evidence, **sample}) for finding in found]
     explained = set().union(*(_EXPLAINS.get(finding.code, set()) for finding in found))
     found = [finding for finding in found if finding.code not in explained]
     return sorted(found, key=lambda finding: (_ORDER.index(finding.severity), finding.code))

@@ -2,8 +2,10 @@
 
     Facts(config, tokenizer, train, validation, report)     each fact is computed once, when a rule first asks
 
-All rows' ids lie in one array and every question about tokens is an array operation: 5,000 chats of 1,200 tokens are
-six million ids. Questions that need text decode an evenly spaced sample.
+The ids of the rows that are judged lie in one array and every question about tokens is an array operation: 5,000 chats
+of 1,200 tokens are six million ids. Those are all rows up to 20,000 rows and eight million tokens; of more, evenly
+spaced stretches (`Side`). What one row alone makes wrong (a leak, an id without an embedding) is asked of all (`Whole`).
+Questions that need text decode an evenly spaced sample.
 
 *Answer* below means a run of supervised tokens; `ends` are their last tokens that are not blank (`<|im_end|>` though a
 newline follows it). A *stop* is an id that generation ends at: eos, a special token, what the template ends turns with.
@@ -11,10 +13,12 @@ newline follows it). A *stop* is an id that generation ends at: eos, a special t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +30,7 @@ from solotune.config import RunConfig
 from solotune.dataset.chat import ChatTemplate
 from solotune.dataset.control import ControlTokens
 from solotune.dataset.encode import Encoder
+from solotune.dataset.example import ids_of, lengths_of
 from solotune.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,7 +48,11 @@ NUM_DECODED = 300
 """Rows decoded for a question about text. A share of 5 % is then known to within 2.5 points, and 5,000 rows cost less
 than a second."""
 NUM_READ = 20_000
-"""Rows whose messages are read as text: all of most files, and a fifth of a second per rule where there are more."""
+"""Rows that are judged: all of most files, and a fifth of a second per rule where there are more."""
+NUM_TOKENS = 8 << 20
+"""Tokens of the rows that are judged: 40 MB, and ten times that while the longest of the rules works."""
+STRETCH = 16
+"""Rows that follow one another in a sample, so that a rule can compare neighbours."""
 MIN_ROWS = 3
 """One or two odd rows are not a pattern; also what keeps a share of a tiny file from being one."""
 
@@ -113,6 +122,30 @@ class Side:
         return [self.rows[int(row)].where for row in rows[:3]]
 
 
+@dataclass(frozen=True)
+class Whole:
+    """All rows of a side, as 12 bytes each."""
+
+    rows: Sequence[Example]
+    hashes: np.ndarray
+    """uint64 (R,): equal for rows with equal ids"""
+    largest: np.ndarray
+    """int32 (R,): the largest id of each row"""
+
+    @classmethod
+    def of(cls, rows: Sequence[Example]) -> Whole:
+        """Reads the ids of all rows."""
+        hashes, largest = array("Q"), array("i")
+        for ids in ids_of(rows):
+            hashes.append(int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little"))
+            largest.append(int(ids.max(initial=-1)))
+        return cls(rows, np.array(hashes, np.uint64), np.array(largest, np.int32))
+
+    def places(self, rows: Sequence[int] | np.ndarray) -> list[str]:
+        """The names of the first three of these rows."""
+        return [self.rows[int(row)].where for row in rows[:3]]
+
+
 class Facts:
     """Everything a rule may ask."""
 
@@ -125,7 +158,8 @@ class Facts:
         report: DataReport,
     ) -> None:
         self.config, self.tokenizer, self.report = config, tokenizer, report
-        self.train, self.validation = Side.of(train), Side.of(validation)
+        self._rows = train, validation
+        self.train, self.validation = Side.of(judged(train)), Side.of(judged(validation))
         self._known: dict[Any, Any] = {}
         self._blank_of: dict[int, bool] = {}
 
@@ -134,6 +168,30 @@ class Facts:
         if question not in self._known:
             self._known[question] = question(self)
         return self._known[question]
+
+    # --- all rows, and those that are judged
+
+    @cached_property
+    def whole(self) -> tuple[Whole, Whole]:
+        """All rows, of training and of validation."""
+        return Whole.of(self._rows[0]), Whole.of(self._rows[1])
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether there are more training rows than are judged."""
+        return len(self.train.rows) < len(self._rows[0])
+
+    def stretches(self) -> Iterator[Side]:
+        """All training rows, some at a time."""
+        if not self.is_sample:
+            yield self.train
+            return
+        for begin in range(0, len(self._rows[0]), 256):
+            yield Side.of(self._rows[0][begin : begin + 256])
+
+    def dropped(self, reason: str) -> int:
+        """Rows dropped for a reason; where a sample is judged, as many as belong to it."""
+        return round(self.report.dropped[reason] * len(self.train.rows) / max(len(self._rows[0]), 1))
 
     # --- the tokenizer
 
@@ -293,6 +351,17 @@ class Facts:
             if value is not None:
                 return {v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)}
         return set()
+
+
+def judged(rows: Sequence[Example]) -> list[Example]:
+    """All of the rows, or evenly spaced stretches of them with about NUM_READ rows or NUM_TOKENS tokens in all."""
+    num_tokens = sum(lengths_of(rows))
+    share = min(NUM_READ / max(len(rows), 1), NUM_TOKENS / max(num_tokens, 1))
+    if share >= 1:
+        return list(rows)
+    num_stretches = max(1, int(share * len(rows) / STRETCH))
+    begins = np.linspace(0, max(len(rows) - STRETCH, 0), num_stretches).astype(int)
+    return [row for begin in begins for row in rows[int(begin) : int(begin) + STRETCH]]
 
 
 def evenly(rows: Sequence[int], count: int) -> list[int]:

@@ -246,7 +246,7 @@ def nothing_learned(facts: Facts) -> Finding | None:
     """
     side = facts.train
     rows = np.flatnonzero((side.num_labels == 0) & ~facts.is_cut(side))
-    dropped = facts.report.dropped[NOTHING_TO_LEARN]
+    dropped = facts.dropped(NOTHING_TO_LEARN)
     total = len(side.rows) + dropped
     if not is_pattern(len(rows) + dropped, total, FEW):
         return None
@@ -272,15 +272,16 @@ def answers_cut(facts: Facts) -> Finding | None:
     Fix: the max_length that 95 % of the long rows have room in.
     Wrong when: long answers are meant to be learned in part.
     """
-    side, dropped = facts.train, facts.report.dropped[LONGER_THAN_MAX_LENGTH]
+    side, dropped = facts.train, facts.dropped(LONGER_THAN_MAX_LENGTH)
     is_split = facts.config.overflow == "split"
     rows = np.flatnonzero(facts.is_cut(side) & side.supervised[side.starts[1:] - 1] & (not is_split))
     total = len(side.rows) + dropped
     if not is_pattern(len(rows) + dropped, total, SOME):
         return None
     limit = facts.config.max_length
-    long = [tokens for tokens in facts.report.labels.row_tokens if tokens > limit]
-    wanted = int(-(-np.quantile(long, 0.95) // 64) * 64) if long else 2 * limit
+    tokens = np.asarray(facts.report.labels.row_tokens)
+    long = tokens[tokens > limit]
+    wanted = int(-(-np.quantile(long, 0.95) // 64) * 64) if len(long) else 2 * limit
     lost = len(rows) + dropped
     return Finding(
         "F24",
@@ -291,7 +292,7 @@ def answers_cut(facts: Facts) -> Finding | None:
         + ("are dropped." if dropped > len(rows) else "lose the end of their answer."),
         {"answers_cut": len(rows), "dropped": dropped, "max_length": limit, "rows": side.places(rows)},
         f"max_length: {wanted}"
-        + (" (room for 95 % of them)" if long else "")
+        + (" (room for 95 % of them)" if len(long) else "")
         + ("" if dropped > len(rows) else ", or overflow: drop to leave them out"),
     )
 
@@ -305,7 +306,7 @@ def prompt_fills_window(facts: Facts) -> Finding | None:
     Fix: a longer max_length, or shorter prompts.
     Wrong when: very long rows were to be left out.
     """
-    side, dropped = facts.train, facts.report.dropped[ANSWER_PAST_MAX_LENGTH]
+    side, dropped = facts.train, facts.dropped(ANSWER_PAST_MAX_LENGTH)
     rows = np.flatnonzero((side.num_labels == 0) & facts.is_cut(side))
     total = len(side.rows) + len(facts.validation.rows) + dropped
     if not is_pattern(len(rows) + dropped, total, FEW):

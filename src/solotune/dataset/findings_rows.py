@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 
+import numpy as np
+
 from solotune.dataset.findings_facts import NUM_DECODED, Facts, Finding, evenly, is_pattern, percent, squeezed
 from solotune.dataset.formats import EMPTY_ANSWER
 
@@ -51,7 +53,7 @@ def empty_answers(facts: Facts) -> Finding | None:
     Fix: the export.
     Wrong when: `null` is a real answer in a file of free text.
     """
-    dropped = facts.report.dropped[EMPTY_ANSWER]
+    dropped = facts.dropped(EMPTY_ANSWER)
     invisible = [row for row, text in facts.answers if not any(c.isprintable() and not c.isspace() for c in text)]
     folded = [(row, text.strip().casefold()) for row, text in facts.answers]
     is_free = len({text for _, text in folded}) > MOST * len(folded)
@@ -279,15 +281,15 @@ def duplicates(facts: Facts) -> Finding | None:
     Fix: the merge that doubled them.
     Wrong when: rows are weighted by repetition.
     """
-    first: dict[bytes, int] = {}
-    same = [r for r, row in enumerate(facts.train.rows) if first.setdefault(row.input_ids.tobytes(), r) != r]
-    total = len(facts.train.rows)
-    report = facts.report
+    train, report = facts.whole[0], facts.report
+    order = np.argsort(train.hashes, kind="stable")
+    same = np.sort(order[1:][train.hashes[order[1:]] == train.hashes[order[:-1]]])
+    total = len(train.rows)
     evidence = {
         "equal_after_truncation": len(same),
         "copies_removed": report.num_exact_duplicates,
         "near_duplicates": report.num_near_duplicates,
-        "rows": facts.train.places(same),
+        "rows": train.places(same),
     }
     if is_pattern(len(same), total, SOME):
         return _S8(

@@ -45,9 +45,9 @@ def evaluated_on_training(facts: Facts) -> Finding | None:
     Fix: let a part be held out.
     Wrong when: all rows are to be trained on and somebody else evaluates: hence only an info without rows.
     """
-    known, rows = {row.input_ids.tobytes() for row in facts.train.rows}, facts.validation.rows
-    same = [r for r, row in enumerate(rows) if row.input_ids.tobytes() in known]
-    evidence = {"validation_rows": len(rows), "also_in_training": len(same), "rows": facts.validation.places(same)}
+    train, validation = facts.whole
+    rows, same = validation.rows, np.flatnonzero(np.isin(validation.hashes, train.hashes))
+    evidence = {"validation_rows": len(rows), "also_in_training": len(same), "rows": validation.places(same)}
     if not rows:
         return _S9(
             "F43",
@@ -82,12 +82,17 @@ def leaked_passages(facts: Facts) -> Finding | None:
     Fix: groups.
     Wrong when: both sides quote the same source on purpose.
     """
-    train = np.concatenate([grams for _, grams in _grams(facts.train)] or [np.zeros(0, np.uint64)])
-    known, counts = np.unique(train, return_counts=True)
-    own, common = known[counts <= COMMON], known[counts > COMMON]
+    asked = _grams(facts.validation)
+    held = np.unique(np.concatenate([grams for _, grams in asked] or [np.zeros(0, np.uint64)]))
+    counts = np.zeros(len(held), np.int64)  # training rows that each is in
+    for side in facts.stretches() if len(held) else ():
+        for _, grams in _grams(side):
+            places = np.minimum(np.searchsorted(held, grams), len(held) - 1)
+            counts[places[held[places] == grams]] += 1
+    own, common = held[(counts > 0) & (counts <= COMMON)], held[counts > COMMON]
     leaked = []
     judged = 0
-    for row, grams in _grams(facts.validation):
+    for row, grams in asked:
         grams = grams[~_is_in(grams, common)]
         if len(grams) < LEAST_GRAMS:
             continue
@@ -177,7 +182,7 @@ def weak_validation(facts: Facts) -> Finding | None:
     Fix: more rows, or a random part.
     Wrong when: the validation file is another task on purpose.
     """
-    rows, many = len(facts.validation.rows), len(facts.train.rows)
+    rows, many = (len(whole.rows) for whole in reversed(facts.whole))
     if 0 < rows < LEAST_VALIDATION and many >= MANY:
         wanted = max(2 * LEAST_VALIDATION, round(0.05 * (many + rows)))
         return _S9(

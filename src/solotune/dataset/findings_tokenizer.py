@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from solotune.dataset.findings_facts import Facts, Finding, percent
+from solotune.dataset.findings_facts import NUM_DECODED, Facts, Finding, percent
 from solotune.errors import InputError
 
 SMALLEST_VOCABULARY_SHARE = 0.5
@@ -81,19 +81,23 @@ def ids_beyond_embedding(facts: Facts) -> Finding | None:
     Fix: the tokenizer as it came with the model.
     Wrong when: the checkpoint has more rows than its config says; then it does not load either.
     """
-    size, ids = facts.num_embeddings, np.concatenate([facts.train.ids, facts.validation.ids])
-    if not size or not len(ids) or int(ids.max()) < size:
+    size = facts.num_embeddings
+    if not size:
         return None
-    beyond = np.unique(ids[ids >= size])
-    where = np.flatnonzero(facts.train.ids >= size)
-    rows = np.unique(np.searchsorted(facts.train.starts, where, side="right") - 1)
+    found = [(whole, np.flatnonzero(whole.largest >= size)) for whole in facts.whole]
+    some = [whole.rows[int(row)].input_ids for whole, rows in found for row in rows[:NUM_DECODED]]
+    if not some:
+        return None
+    beyond = np.concatenate(some)
+    beyond = beyond[beyond >= size]
+    train, rows = found[0]
     return _S2(
         "F05",
         "ids-beyond-embedding",
         severity="error",
-        message=f"The data contains tokens that the model has no embedding for: {facts.spelled(beyond[0])!r} is id "
-        f"{beyond[0]}, and the embedding has {size:,} rows.",
-        evidence={"largest_id": int(beyond[-1]), "embedding_rows": size, "rows": facts.train.places(rows)},
+        message=f"The data contains tokens that the model has no embedding for: {facts.spelled(beyond.min())!r} is id "
+        f"{beyond.min()}, and the embedding has {size:,} rows.",
+        evidence={"largest_id": int(beyond.max()), "embedding_rows": size, "rows": train.places(rows)},
         fix="use the tokenizer as it came with the model; tokens added to it need a base with a larger embedding",
     )
 

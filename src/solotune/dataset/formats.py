@@ -18,7 +18,7 @@ model to stop at once, and there is nothing in the row to mend; and a row whose 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -35,8 +35,8 @@ class Record:
     """One row in the one shape everything downstream knows.
 
     `messages` is empty exactly for a row of plain text; then `text` is what is learned, from `answer_start` on.
-    `left_out` are the numbers of assistant messages that are read and not learned. Rows with the same `group`, or
-    with one of their `links` in common, stay on one side of the split (`kinship.py` says which).
+    `left_out` are the numbers of assistant messages that are read and not learned. `group` is what the row says it is
+    a piece of; whether that counts, and what else joins rows, `kinship.py` knows.
     """
 
     where: str
@@ -46,7 +46,6 @@ class Record:
     answer_start: int = 0
     left_out: tuple[int, ...] = ()
     group: str | None = None
-    links: tuple[str, ...] = ()
 
     @property
     def is_chat(self) -> bool:
@@ -62,22 +61,25 @@ class Format(NamedTuple):
     convert: Callable[[Row], Record]
 
 
-def recognise(rows: Sequence[Row], *, is_strict: bool = True) -> Format:
-    """The format of the rows: the first row's, held by all; or, not strictly, the most common one.
+def recognise(rows: Iterable[Row], *, is_strict: bool = True) -> tuple[Format, str]:
+    """The format of the rows: the first row's, which all must have; or, not strictly, the most common one.
 
+    Args:
+        rows: at least one; strictly, only the first is looked at.
+
+    Returns: the format and, for `check_shape`, where it comes from.
     Raises:
-        RowError: the first row has none of the known shapes, or (strictly) a later one has another shape.
+        RowError: the first row (not strictly: each) has none of the known shapes.
     """
-    found = _format_of(rows[0].values)
-    if not is_strict:
+    first = next(iter(rows))
+    if is_strict:
+        found = _format_of(first.values)
+    else:
         common = Counter(one for row in rows if (one := _format_of(row.values)) is not None).most_common(1)
         found = common[0][0] if common else None
     if found is None:
-        raise _unknown(rows[0])
-    if is_strict:
-        for row in rows:
-            check_shape(row, found, f"as in {rows[0].where}")
-    return found
+        raise _unknown(first)
+    return found, f"as in {first.where}" if is_strict else "as most rows"
 
 
 def check_shape(row: Row, found: Format, why: str) -> None:

@@ -14,6 +14,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
+import numpy as np
+
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Row numbers of each pack.
@@ -24,7 +26,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """
     packs: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, pack), sorted
-    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for row in np.argsort(-np.asarray(lengths), kind="stable").tolist():
         place = bisect_left(room, (lengths[row], -1))
         if place < len(room):
             free, chosen = room.pop(place)

@@ -6,33 +6,43 @@ Every row that was read is either kept or dropped for a reason that is counted: 
 evaluation, the data report and chat all come through here, so they cannot render or mask differently.
 
     prepared = prepare(config, tokenizer, progress=lambda done, total, what: ...)
-    prepared.train, prepared.validation      lists of Example
+    prepared.train, prepared.validation      sequences of Example
     prepared.report.to_json()                data.json
     prepared.manifest                        split.json: the hash of each row and the side it is on
+
+Rows may be many times larger than the memory. They are read one at a time, wait in a `Store` between reading and
+rendering, and their examples in another between rendering and training; what must be known of all rows at once is kept
+as numbers, some 200 bytes a row. Beside that a constant: 0.1 GiB of stores and memos, and what the tokenizer takes for
+a batch of rows or one long one, some 300 bytes for each of its characters.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from solotune.config import RunConfig
 from solotune.dataset import cache
 from solotune.dataset.chat import ChatTemplate
 from solotune.dataset.columns import check_mapping, mapped
 from solotune.dataset.encode import Encoder
-from solotune.dataset.example import Example, Prepared
-from solotune.dataset.formats import Format, Record, check_shape, convert, recognise
-from solotune.dataset.kinship import Kin, kinship, with_key
+from solotune.dataset.example import Example, Examples, Prepared
+from solotune.dataset.formats import check_shape, convert, recognise
+from solotune.dataset.kinship import Kinship
+from solotune.dataset.manifest import Manifest
+from solotune.dataset.records import Records, packed, row_hash
 from solotune.dataset.render import Renderer
 from solotune.dataset.report import ANSWER_PAST_MAX_LENGTH, EXACT_DUPLICATE, NOTHING_TO_LEARN, DataReport
-from solotune.dataset.row import Row, RowError
+from solotune.dataset.row import RowError
 from solotune.dataset.source import Source
 from solotune.dataset.split import check_leaks, hold_out, without_copies
+from solotune.dataset.store import Store
 from solotune.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,7 +54,6 @@ Progress = Callable[[int, int, str], None]
 """Called with (done, total, what is being done); total is 0 where it is not known."""
 
 NUM_SHOWN = 3
-MANIFEST_HASH = "first 32 hex digits of sha256 over roles and texts, which are folded (NFKC, case, blanks)"
 
 
 def prepare(
@@ -84,28 +93,22 @@ def _prepared(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, dataset: Source, own: Source | None, progress: Progress
 ) -> Prepared:
     report = DataReport(format="")
-    train, validation, sides = _both_sides(config, report, dataset, own, progress)
+    train, validation, manifest = _both_sides(config, report, dataset, own, progress)
     renderer = Renderer(config, tokenizer, report)
     total = len(train) + len(validation)
     examples = []
     for name, records, done in (("training", train, 0), ("validation", validation, len(train))):
-        examples.append(list(renderer.examples(records, partial(_onward, progress, done, total, "tokenising rows"))))
+        examples.append(Examples())
+        for example in renderer.examples(records, partial(_onward, progress, done, total, "tokenising rows")):
+            examples[-1].append(example)
         if records and not examples[-1]:
             raise _nothing_left(name, len(records), config, report)
     report.num_train, report.num_validation = map(len, examples)
-    report.train_sha256, report.validation_sha256 = map(_sha256, examples)
+    report.train_sha256, report.validation_sha256 = map(Examples.sha256, examples)
     report.examples = [
         {"where": one.where, "tokens": len(one.input_ids), "pieces": one.pieces(tokenizer)}
         for one in examples[0][:NUM_SHOWN]
     ]
-    manifest = {
-        "version": 1,
-        "hash": MANIFEST_HASH,
-        "seed": config.seed,
-        "validation_size": config.validation_size,
-        "split_by": config.split_by,
-        "rows": sides,
-    }
     return Prepared(examples[0], examples[1], report, manifest)
 
 
@@ -141,7 +144,7 @@ def _sources(config: RunConfig) -> tuple[Source, Source | None]:
 
 def _both_sides(
     config: RunConfig, report: DataReport, dataset: Source, own: Source | None, progress: Progress
-) -> tuple[list[Record], list[Record], dict[str, str]]:
+) -> tuple[Records, Records, Manifest]:
     """Rows to train on, rows to validate on, and the side of each row by its hash."""
     records, report.format = _records(config, report, dataset)
     on_split = partial(_onward, progress, 0, len(records), "looking for copies")
@@ -150,51 +153,50 @@ def _both_sides(
     report.num_groups = split.num_groups
     report.num_near_duplicates = split.num_near_duplicates
     report.num_exact_duplicates = split.num_exact_duplicates
-    train, validation, sides = split.train, split.validation, split.sides
+    train, validation = split.train, split.validation
+    hashes, is_validation = split.rows.hashes, split.is_validation
     if own is not None:
         records, _ = _records(config, report, own)
-        first = without_copies(records)
-        validation = list(first.values())
+        validation = without_copies(records)
         report.num_exact_duplicates += len(records) - len(validation)
         check_leaks(train, validation, key=own.key)
-        sides = {**sides, **dict.fromkeys(first, "validation")}
+        hashes = np.concatenate([hashes, validation.hashes])
+        is_validation = np.arange(len(hashes)) >= len(train)
     if report.num_exact_duplicates:
         report.dropped[EXACT_DUPLICATE] += report.num_exact_duplicates
-    return train, validation, sides
+    settings = {"seed": config.seed, "validation_size": config.validation_size, "split_by": config.split_by}
+    return train, validation, Manifest(settings, hashes, is_validation)
 
 
-def _records(config: RunConfig, report: DataReport, source: Source) -> tuple[list[Record], str]:
+def _records(config: RunConfig, report: DataReport, source: Source) -> tuple[Records, str]:
     """The normalised rows of `dataset` or `eval_dataset`, and their format."""
-    rows = source.rows()
-    report.num_read += len(rows)
     mapping, is_strict = config.column_mapping, config.on_bad_row == "error"
-    check_mapping(rows, mapping, is_needed=source.key == "dataset")
-    named = [mapped(row, mapping) for row in rows]
-    found = recognise(named, is_strict=is_strict)
-    kin = kinship(named, is_sharegpt=found.name == "sharegpt")
-    records = []
-    for row, own_names, joined in zip(named, rows, kin, strict=True):
+    check_mapping(source, mapping, is_needed=source.key == "dataset")
+    found, why = recognise((mapped(row, mapping) for row in source), is_strict=is_strict)
+    kinship = Kinship(config.split_by, is_sharegpt=found.name == "sharegpt")
+    store, hashes, kept = Store(), bytearray(), array("q")
+    for number, own_names in enumerate(source):
+        report.num_read += 1
+        row = mapped(own_names, mapping)
         try:
-            if config.split_by is not None:
-                joined = with_key(own_names, joined, config.split_by)
-            record = _record(row, found, joined)
+            group = kinship.add(row, own_names)
+            check_shape(row, found, why)
+            record = convert(row, found)
+            if isinstance(record, str):
+                report.dropped[record] += 1
+                continue
+            store.append(packed(replace(record, group=group)))
         except RowError as error:
             if is_strict:
                 raise
-            record = error.reason
-        if isinstance(record, str):
-            report.dropped[record] += 1
-        else:
-            records.append(record)
-    if not records:
+            report.dropped[error.reason] += 1
+            continue
+        hashes += row_hash(record)
+        kept.append(number)
+    if not kept:
         raise InputError(f"{source.key}: no row is left", seen=report.reasons(), change="look at the rows of the file")
-    return records, found.name
-
-
-def _record(row: Row, found: Format, kin: Kin) -> Record | str:
-    check_shape(row, found, "as most rows")
-    record = convert(row, found)
-    return record if isinstance(record, str) else replace(record, group=kin.group, links=kin.links)
+    numbers = np.arange(len(kept))
+    return Records(store, numbers, np.frombuffer(hashes, "S16"), kinship.links()[np.asarray(kept)]), found.name
 
 
 def _nothing_left(name: str, num_rows: int, config: RunConfig, report: DataReport) -> InputError:
@@ -204,13 +206,3 @@ def _nothing_left(name: str, num_rows: int, config: RunConfig, report: DataRepor
         allowed=f"at least one row whose answer begins within max_length: {config.max_length} tokens",
         change="raise max_length, or shorten the prompts",
     )
-
-
-def _sha256(examples: Sequence[Example]) -> str:
-    """Over ids and mask of all rows in order: equal exactly if the same tokens are learned in the same order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(len(example.input_ids).to_bytes(8, "little"))
-        digest.update(example.input_ids.astype("<i4").tobytes())
-        digest.update(example.supervised.astype("u1").tobytes())
-    return digest.hexdigest()

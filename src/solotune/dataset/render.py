@@ -30,7 +30,8 @@ from solotune.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_BATCH_ROWS = 256
+_BATCH_ROWS, _BATCH_CHARACTERS = 256, 2 << 20
+"""Rows that are tokenised together: what the tokenizer says of each token takes some hundred bytes."""
 
 
 class Renderer:
@@ -49,11 +50,10 @@ class Renderer:
             RowError: a row that template or tokenizer refuse, unless `on_bad_row: drop`.
             InputError: a row that is too long, with `overflow: error`; no chat template.
         """
-        for start in range(0, len(records), _BATCH_ROWS):
-            batch = records[start : start + _BATCH_ROWS]
+        for done, batch in _batches(records):
             for record, encoded in self._encoded(batch):
                 yield from self._examples_of(record, encoded)
-            progress(start + len(batch))
+            progress(done)
 
     # --- render and tokenise
 
@@ -196,3 +196,15 @@ class Renderer:
             allowed=f"{self._config.max_length:,} tokens",
             change="raise max_length, shorten the row, or set overflow to truncate, drop or split",
         )
+
+
+def _batches(records: Sequence[Record]) -> Iterator[tuple[int, list[Record]]]:
+    """Rows to tokenise together, and how many rows are done with them."""
+    batch: list[Record] = []
+    num_characters = 0
+    for done, record in enumerate(records, 1):
+        batch.append(record)
+        num_characters += len(record.text) + sum(len(message["content"]) for message in record.messages)
+        if len(batch) == _BATCH_ROWS or num_characters >= _BATCH_CHARACTERS or done == len(records):
+            yield done, batch
+            batch, num_characters = [], 0

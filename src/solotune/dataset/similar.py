@@ -9,7 +9,8 @@ strings are what fills the memory. LSH in 32 bands of 4 finds a pair with J = 0.
 false pairs. Fewer, longer bands (the usual default) miss a quarter of the pairs near the threshold.
 
 In numpy because it is ten lines and half a second for 200,000 short chats. Nothing depends on the process (Python's
-`hash` of a text does) or on a library's version, so that the split is the same tomorrow.
+`hash` of a text does) or on a library's version, so that the split is the same tomorrow. The bands, 256 bytes a row,
+lie in a `Store`, since one of the 32 is asked for at a time.
 
 Texts of fewer than five words have too few triples to be alike by degrees; only exact copies of them count, and those
 are found elsewhere. In a crowd of texts that fall into one bucket, each is compared with the first 4 of them only:
@@ -20,14 +21,18 @@ from __future__ import annotations
 
 import hashlib
 import re
+from array import array
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 
 import numpy as np
 
+from solotune.dataset.store import Store
+
 THRESHOLD = 0.7
 _NUM_HASHES, _NUM_BANDS = 128, 32
-_CHUNK_ROWS = 1000  # triples of so many rows are in memory at one time
+_CHUNK_ROWS, _CHUNK_TRIPLES = 1000, 1 << 20  # rows whose triples are in memory at one time
+_CACHED_ROWS, _CACHED_TRIPLES = 4096, 4 << 20  # those kept for the exact comparison: 32 MiB
 _MIN_WORDS = 5
 _MAX_PARTNERS = 4
 _MAX_WORDS = 1 << 20  # remembered hashes of words: about 150 MB
@@ -50,27 +55,45 @@ def near_duplicates(texts: Sequence[str], progress: Callable[[int], None] | None
     Args:
         progress: called with the number of texts that have been looked at.
     """
-    word_hashes: dict[str, int] = {}
-
-    @lru_cache(maxsize=4096)
-    def triples_of(row: int) -> np.ndarray:
-        return _triples(texts[row], word_hashes)
-
-    rows, bands = [], []
-    for start in range(0, len(texts), _CHUNK_ROWS):
-        chunk = [(row, triples_of(row)) for row in range(start, min(start + _CHUNK_ROWS, len(texts)))]
-        chunk = [(row, triples) for row, triples in chunk if len(triples)]
-        if chunk:
-            rows += [row for row, _ in chunk]
-            bands.append(_bands([triples for _, triples in chunk]))
-        if progress is not None:
-            progress(min(start + _CHUNK_ROWS, len(texts)))
-    if not rows:
-        return
-    for earlier, later in _candidates(np.concatenate(bands)):
+    triples_of = _TriplesOf(texts)
+    rows, bands = array("q"), Store()  # an item of the store: uint64 (bands, rows of a chunk)
+    chunk: list[np.ndarray] = []
+    num_triples = 0
+    for row in range(len(texts)):
+        if len(triples := triples_of(row)):
+            rows.append(row)
+            chunk.append(triples)
+            num_triples += len(triples)
+        is_last = row + 1 == len(texts)
+        if chunk and (is_last or len(chunk) == _CHUNK_ROWS or num_triples >= _CHUNK_TRIPLES):
+            bands.append(_bands(chunk).T.tobytes())
+            chunk, num_triples = [], 0
+        if progress is not None and (is_last or (row + 1) % _CHUNK_ROWS == 0):
+            progress(row + 1)
+    for earlier, later in _candidates(len(rows), lambda band: _read_band(bands, band)):
         a, b = rows[earlier], rows[later]
         if _jaccard(triples_of(a), triples_of(b)) >= THRESHOLD:
             yield a, b
+
+
+class _TriplesOf:
+    """Triples of a row; those of the rows asked for last are kept, by number of triples, since rows may be long."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = texts
+        self._word_hashes: dict[str, int] = {}
+        self._known: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._num_known = 0
+
+    def __call__(self, row: int) -> np.ndarray:
+        if row in self._known:
+            self._known.move_to_end(row)
+            return self._known[row]
+        triples = self._known[row] = _triples(self._texts[row], self._word_hashes)
+        self._num_known += len(triples)
+        while self._num_known > _CACHED_TRIPLES or len(self._known) > _CACHED_ROWS:
+            self._num_known -= len(self._known.popitem(last=False)[1])
+        return triples
 
 
 def _triples(text: str, word_hashes: dict[str, int]) -> np.ndarray:
@@ -99,19 +122,31 @@ def _bands(sets: Sequence[np.ndarray]) -> np.ndarray:
     return mixed.T
 
 
-def _candidates(bands: np.ndarray) -> Iterator[tuple[int, int]]:
+def _read_band(bands: Store, band: int) -> np.ndarray:
+    """uint64 (rows,)"""
+    parts, begin = [], 0
+    for end in bands.ends:
+        size = (end - begin) // _NUM_BANDS
+        parts.append(bands.read(begin + band * size, begin + (band + 1) * size))
+        begin = end
+    return np.frombuffer(b"".join(parts), np.uint64)
+
+
+def _candidates(num_rows: int, band_of: Callable[[int], np.ndarray]) -> Iterator[tuple[int, int]]:
     """Pairs of rows that are equal in at least one band, each once, in order of the later row."""
-    num_rows = len(bands)
     pairs = np.empty(0, np.int64)  # later * num_rows + earlier
-    for band in bands.T:
+    for number in range(_NUM_BANDS if num_rows > 1 else 0):
+        band = band_of(number)
         order = np.argsort(band, kind="stable")
-        is_equal = band[order][1:] == band[order][:-1]
-        bounds = np.flatnonzero(np.diff(np.concatenate(([False], is_equal, [False])).astype(np.int8)))
+        is_new = np.concatenate(([True], band[order][1:] != band[order][:-1]))
+        places = np.arange(num_rows)
+        first = np.maximum.accumulate(np.where(is_new, places, 0))  # of the bucket that is at this place
+        places = places[~is_new]
         found = [pairs]
-        for begin, end in bounds.reshape(-1, 2):
-            members = order[begin : end + 1]  # ascending, because the sort is stable
-            for number in range(1, len(members)):
-                found.append(members[number] * num_rows + members[: min(number, _MAX_PARTNERS)])
+        for partner in range(_MAX_PARTNERS):
+            places = places[places - first[places] > partner]
+            # rows of a bucket ascend, because the sort is stable
+            found.append(order[places] * num_rows + order[first[places] + partner])
         pairs = _each_once(np.concatenate(found))  # band by band: most pairs are found in many
     for pair in pairs:
         later, earlier = divmod(int(pair), num_rows)

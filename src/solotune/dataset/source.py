@@ -19,9 +19,9 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -56,31 +56,32 @@ class Split:
             )
         return cls(written, match["name"] or "train", match["start"], match["stop"])
 
-    def cut(self, rows: Iterator[Row]) -> list[Row]:
-        """The wanted rows; a slice counted from the front stops reading at its end."""
-        if self.start is None and self.stop is None:
-            return list(rows)
-        if self._from_the_front(self.start) and self.stop is not None and self._from_the_front(self.stop):
-            return list(islice(rows, int(self.start or 0), max(int(self.start or 0), int(self.stop))))
-        everything = list(rows)
-        return everything[self._bound(self.start, len(everything)) : self._bound(self.stop, len(everything))]
+    @property
+    def needs_count(self) -> bool:
+        """Whether a bound is a percentage or counted from the end."""
+        return any(bound is not None and not bound.isdigit() for bound in (self.start, self.stop))
+
+    def cut(self, rows: Iterable[Row], num_rows: int | None = None) -> Iterator[Row]:
+        """The wanted rows, read no further than the last of them; `num_rows` where the slice `needs_count`."""
+        start, stop = self._bound(self.start, num_rows), self._bound(self.stop, num_rows)
+        if num_rows is not None:
+            start, stop, _ = slice(start, stop).indices(num_rows)
+        start = start or 0
+        return islice(rows, start, stop if stop is None else max(start, stop))
 
     @staticmethod
-    def _from_the_front(bound: str | None) -> bool:
-        return bound is None or bound.isdigit()
-
-    @staticmethod
-    def _bound(bound: str | None, num_rows: int) -> int | None:
-        if bound is None or not bound.endswith("%"):
+    def _bound(bound: str | None, num_rows: int | None) -> int | None:
+        if bound is None or num_rows is None or not bound.endswith("%"):
             return None if bound is None else int(bound)
         return round(int(bound[:-1]) * num_rows / 100)
 
 
 @dataclass
 class Source:
-    """The rows that a config's `dataset` or `eval_dataset` stands for; found, and not yet read.
+    """The rows that a config's `dataset` or `eval_dataset` stands for: each time it is iterated they are read anew.
 
-    `key` is the config key, for messages.
+    So no more than one of them is in memory, however large the file is; and whoever has to know something of all rows
+    before the first is used (the most common format) reads it twice. `key` is the config key, for messages.
     """
 
     key: str
@@ -88,8 +89,8 @@ class Source:
     wanted: Split
     files: list[tuple[Path, str]] | None
     """Local files, each with its label in messages; None for a hub dataset."""
-    load_from_hub: Callable[[], list[Row]]
-    _rows: list[Row] | None = None
+    load_from_hub: Callable[[], Iterable[Any]]
+    _num_rows: int | None = None
     _stamps: list[tuple[int, int]] | None = None
 
     @classmethod
@@ -118,34 +119,45 @@ class Source:
         names = [source] if isinstance(source, str) else source
         is_local = [_is_local(name) for name in names]
         if not any(is_local) and len(names) == 1:
-            load = partial(_hub_rows, key, names[0], wanted, config_name, revision)
-            return cls(key, f"{names[0]}, split {split}", wanted, None, load)
+            load = partial(_load_from_hub, key, names[0], wanted, config_name, revision)
+            return cls(key, names[0], wanted, None, load)
         for what, value in (("dataset_config", config_name), ("dataset_revision", revision)):
             if value is not None:
                 raise InputError(f"{what}: only for a hub dataset, {key} is local", seen=value, change="remove it")
         return cls(key, ", ".join(names), wanted, _local_files(key, names, wanted), list)
 
-    def rows(self) -> list[Row]:
-        """Reads them; the second time nothing is left to give.
+    def __iter__(self) -> Iterator[Row]:
+        """Reads them.
 
         Raises:
             InputError: no such dataset, a file that does not parse, or no rows; names the place.
         """
-        rows, self._rows = self._rows, None
-        if rows is None:
-            rows = self.load_from_hub() if self.files is None else self.wanted.cut(_rows_of(self.files))
-        if not rows:
-            raise InputError(
-                f"{self.key}: 0 rows", seen=self.label, change="give a file that has rows, or another slice"
-            )
-        return rows
+        rows = self._hub_rows() if self.files is None else self._file_rows(self.files)
+        first = next(rows, None)
+        if first is None:
+            seen = f"{self.label}, split {self.wanted.written}" if self.files is None else self.label
+            raise InputError(f"{self.key}: 0 rows", seen=seen, change="give a file that has rows, or another slice")
+        yield first
+        yield from rows
+
+    def _file_rows(self, files: list[tuple[Path, str]]) -> Iterator[Row]:
+        if self.wanted.needs_count and self._num_rows is None:
+            self._num_rows = sum(1 for _ in _rows_of(files))
+        return self.wanted.cut(_rows_of(files), self._num_rows)
+
+    def _hub_rows(self) -> Iterator[Row]:
+        return (Row(f"{self.label}[{index}]", values) for index, values in enumerate(self._loaded))
+
+    @cached_property
+    def _loaded(self) -> Iterable[Any]:
+        """A hub dataset: it lies on the disk, and iterating it reads a few rows at a time."""
+        return self.load_from_hub()
 
     def digest(self) -> str:
         """sha256 of what the rows are made from: the files' names and bytes, or the values of a hub dataset."""
         digest = hashlib.sha256(repr((self.key, self.wanted)).encode())
         if self.files is None:
-            self._rows = self.load_from_hub()
-            for row in self._rows:
+            for row in self._hub_rows():
                 digest.update(json.dumps(row, default=str).encode())
             return digest.hexdigest()
         self._stamps = self._stamps_now()
@@ -279,7 +291,9 @@ def _of_split(key: str, name: str, found: list[Path], split: Split) -> list[Path
     )
 
 
-def _hub_rows(key: str, name: str, split: Split, config_name: str | None, revision: str | None) -> list[Row]:
+def _load_from_hub(
+    key: str, name: str, split: Split, config_name: str | None, revision: str | None
+) -> Iterable[dict[str, Any]]:
     import datasets  # 1 s, and only hub datasets need it
 
     try:
@@ -295,4 +309,4 @@ def _hub_rows(key: str, name: str, split: Split, config_name: str | None, revisi
             change="check name, split and dataset_config; without a network use a local file; "
             "for a gated dataset log in with `hf auth login`",
         ) from None
-    return [Row(f"{name}[{index}]", values) for index, values in enumerate(loaded)]
+    return loaded

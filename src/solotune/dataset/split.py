@@ -15,62 +15,52 @@ that one changes, and the split should not change with them.
 from __future__ import annotations
 
 import hashlib
-import json
-import unicodedata
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from solotune.dataset.formats import Record
+import numpy as np
+
+from solotune.dataset.records import Records, spoken
 from solotune.dataset.similar import near_duplicates
 from solotune.errors import CheckError, InputError
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The two sides, in file order, and what was found on the way."""
+    """The rows without copies, which of them are held out, and what was found on the way."""
 
-    train: list[Record]
-    validation: list[Record]
+    rows: Records
+    """In file order."""
+    is_validation: np.ndarray
+    """bool (rows,)"""
     num_groups: int
     num_exact_duplicates: int
     num_near_duplicates: int
-    sides: dict[str, str]
-    """Hash of a row -> `train` or `validation`, in file order."""
+
+    @property
+    def train(self) -> Records:
+        """The rows to learn from."""
+        return self.rows.take(~self.is_validation)
+
+    @property
+    def validation(self) -> Records:
+        """The rows that are held out."""
+        return self.rows.take(self.is_validation)
 
 
-def folded(text: str) -> str:
-    """What two texts are compared by: NFKC, case and runs of blanks do not matter."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+def without_copies(records: Records) -> Records:
+    """The first of each set of equal rows, in file order."""
+    _, first = np.unique(records.hashes, return_index=True)
+    return records.take(np.sort(first))
 
 
-def _identity(record: Record) -> str:
-    """Equal for rows that say the same."""
-    if not record.is_chat:
-        return folded(record.text)
-    return json.dumps([[m["role"], folded(m["content"]), m.get("tool_calls")] for m in record.messages], default=str)
-
-
-def row_hash(record: Record) -> str:
-    """What names a row in the manifest: 32 hex digits, equal for rows that say the same."""
-    return hashlib.sha256(_identity(record).encode()).hexdigest()[:32]
-
-
-def without_copies(records: Sequence[Record]) -> dict[str, Record]:
-    """The first of each set of equal rows, by hash, in file order."""
-    first: dict[str, Record] = {}
-    for record in records:
-        first.setdefault(row_hash(record), record)
-    return first
-
-
-def hold_out(
-    records: Sequence[Record], size: float | int, seed: int, progress: Callable[[int], None] | None = None
-) -> Split:
+def hold_out(records: Records, size: float | int, seed: int, progress: Callable[[int], None] | None = None) -> Split:
     """Splits the rows.
 
     Args:
-        records: rows in file order, `group` and `links` set where they belong together.
+        records: rows in file order.
         size: a share below 1 or a number of rows for validation; 0 for none.
         seed: the config's seed.
         progress: called with the number of rows that have been looked at.
@@ -78,49 +68,39 @@ def hold_out(
     Raises:
         InputError: there are too few rows or groups for a validation part of that size.
     """
-    first = without_copies(records)
-    hashes, unique = list(first), list(first.values())
+    unique = without_copies(records)
     num_copies = len(records) - len(unique)
-    groups, num_near = _groups(unique, progress)
+    roots, num_near = _roots(unique, progress)
+    groups, group_of, sizes = np.unique(roots, return_inverse=True, return_counts=True)
     target = round(size * len(unique)) if isinstance(size, float) else size
     if size and isinstance(size, float):
         target = max(target, 1)
-    names = [unique[group[0]].group or hashes[group[0]] for group in groups]
-    chosen = _choose(groups, names, len(unique), target, seed) if target else set()
-    if target and (not chosen or target >= len(unique)):
-        raise _cannot_hold_out(size, target, unique, groups, num_copies)
-    return Split(
-        [record for row, record in enumerate(unique) if row not in chosen],
-        [record for row, record in enumerate(unique) if row in chosen],
-        len(groups),
-        num_copies,
-        num_near,
-        {one: "validation" if row in chosen else "train" for row, one in enumerate(hashes)},
-    )
+    is_chosen = _choose(_in_order(unique, groups, seed), sizes, target) if target else np.zeros(len(groups), bool)
+    if target and (not is_chosen.any() or target >= len(unique)):
+        raise _cannot_hold_out(size, target, len(unique), sizes, num_copies)
+    return Split(unique, is_chosen[group_of], len(groups), num_copies, num_near)
 
 
 class _Spoken(Sequence[str]):
-    """The texts that rows are compared by, folded when asked for: a list of them would double the rows' memory.
+    """The texts that rows are compared by, read and folded when asked for."""
 
-    Without system prompts: one shared by all rows would make all rows alike.
-    """
-
-    def __init__(self, records: Sequence[Record]) -> None:
-        self._records = records
+    def __init__(self, *parts: Records) -> None:
+        self._parts = parts
 
     def __len__(self) -> int:
-        return len(self._records)
+        return sum(map(len, self._parts))
 
     def __getitem__(self, row: Any) -> Any:
-        record = self._records[row]
-        if not record.is_chat:
-            return folded(record.text)
-        return folded(" ".join(m["content"] for m in record.messages if m["role"] not in ("system", "developer")))
+        for part in self._parts:
+            if row < len(part):
+                return spoken(part[row])
+            row -= len(part)
+        raise IndexError(row)
 
 
-def _groups(records: Sequence[Record], progress: Callable[[int], None] | None) -> tuple[list[list[int]], int]:
-    """Rows that must stay together, each group in file order; and how many rows are like an earlier one."""
-    parent = list(range(len(records)))
+def _roots(records: Records, progress: Callable[[int], None] | None) -> tuple[np.ndarray, int]:
+    """int64 (R,): the first row of the group that each row is of; and how many rows are like an earlier one."""
+    parent = array("q", range(len(records)))
 
     def root(row: int) -> int:
         while parent[row] != row:
@@ -129,49 +109,54 @@ def _groups(records: Sequence[Record], progress: Callable[[int], None] | None) -
         return row
 
     def join(a: int, b: int) -> None:
-        parent[root(b)] = root(a)
+        a, b = root(a), root(b)
+        parent[max(a, b)] = min(a, b)
 
-    like_an_earlier = set()
+    num_near, last = 0, -1
     for earlier, later in near_duplicates(_Spoken(records), progress):
         join(earlier, later)
-        like_an_earlier.add(later)
-    first_of: dict[str, int] = {}
-    for row, record in enumerate(records):
-        for link in (*([record.group] if record.group else []), *record.links):
-            join(first_of.setdefault(link, row), row)
-    members: dict[int, list[int]] = {}
-    for row in range(len(records)):
-        members.setdefault(root(row), []).append(row)
-    return list(members.values()), len(like_an_earlier)
+        num_near += later != last  # they come in order of the later row
+        last = later
+    rows, columns = np.nonzero(records.links)
+    links = records.links[rows, columns]
+    order = np.argsort(links, kind="stable")
+    for place in np.flatnonzero(links[order[1:]] == links[order[:-1]]):
+        join(int(rows[order[place]]), int(rows[order[place + 1]]))
+    return np.fromiter((root(row) for row in range(len(records))), np.int64, len(records)), num_near
 
 
-def _choose(groups: list[list[int]], names: list[str], num_rows: int, target: int, seed: int) -> set[int]:
-    """Rows for validation: whole groups from the front of the hashed order, as near to the target as that comes.
+def _in_order(records: Records, groups: np.ndarray, seed: int) -> np.ndarray:
+    """int64 (groups,): the groups by the hash of seed and name, of which the first 64 bits are compared.
 
     A group's name is that of its first row in the file, so rows appended to the file do not rename it.
     """
-    order = sorted(
-        zip(names, groups, strict=True), key=lambda one: hashlib.sha256(f"{seed}\0{one[0]}".encode()).digest()
-    )
-    chosen: set[int] = set()
-    for _, group in order:
-        excess = len(chosen) + len(group) - target
-        if excess > target - len(chosen) or len(chosen) + len(group) == num_rows:
+    names = (f"{seed}\0{records.name_of_group(int(row))}" for row in groups)
+    keys = (int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") for name in names)
+    return np.argsort(np.fromiter(keys, np.uint64, len(groups)), kind="stable")
+
+
+def _choose(order: np.ndarray, sizes: np.ndarray, target: int) -> np.ndarray:
+    """bool (groups,): whole groups from the front of the order, as near to the target number of rows as that comes."""
+    is_chosen, num_rows, num_chosen = np.zeros(len(sizes), bool), int(sizes.sum()), 0
+    for group in order:
+        size = int(sizes[group])
+        excess = num_chosen + size - target
+        if excess > target - num_chosen or num_chosen + size == num_rows:
             continue  # taking it would be further off than leaving it, or leave nothing to train on
-        chosen.update(group)
-        if len(chosen) >= target:
+        is_chosen[group] = True
+        num_chosen += size
+        if num_chosen >= target:
             break
-    return chosen
+    return is_chosen
 
 
 def _cannot_hold_out(
-    size: float | int, target: int, rows: Sequence[Record], groups: list[list[int]], num_copies: int
+    size: float | int, target: int, num_rows: int, sizes: np.ndarray, num_copies: int
 ) -> InputError:
-    largest = max(map(len, groups))
     copies = f" (and {num_copies} copies, removed)" if num_copies else ""
     return InputError(
         f"validation_size: {size}: the rows cannot be split into training and validation",
-        seen=f"{len(rows)} distinct rows{copies} in {len(groups)} groups, the largest of {largest}; "
+        seen=f"{num_rows} distinct rows{copies} in {len(sizes)} groups, the largest of {sizes.max()}; "
         f"{target} rows are wanted for validation",
         allowed="fewer rows than there are, and at least two groups; rows that share a group or are near-duplicates "
         "stay on one side",
@@ -179,27 +164,35 @@ def _cannot_hold_out(
     )
 
 
-def check_leaks(train: Sequence[Record], validation: Sequence[Record], *, key: str) -> None:
+def check_leaks(train: Records, validation: Records, *, key: str) -> None:
     """Refuses validation rows of one's own that training knows: equal, near-duplicate, or of the same group.
 
     Raises:
         CheckError: with their number and the first three.
     """
-    leaks: dict[int, str] = {}
-    by_hash = {row_hash(record): record for record in train}
-    by_group = {record.group: record for record in train if record.group is not None}
-    for row, record in enumerate(validation):
-        if twin := by_hash.get(row_hash(record)):
-            leaks[row] = f"{record.where} is {twin.where}"
-        elif record.group is not None and (kin := by_group.get(record.group)):
-            leaks[row] = f"{record.where} is of the same group as {kin.where}"
-    for a, b in near_duplicates(_Spoken([*train, *validation])):
-        if a < len(train) <= b:
-            leaks.setdefault(b - len(train), f"{validation[b - len(train)].where} is nearly {train[a].where}")
-    if leaks:
+    equal = _last_in(train.hashes, validation.hashes)
+    kin = np.where(validation.links[:, 0] > 0, _last_in(train.links[:, 0], validation.links[:, 0]), -1)
+    near = np.full(len(validation), -1)
+    for a, b in near_duplicates(_Spoken(train, validation)):
+        if a < len(train) <= b and near[b - len(train)] < 0:
+            near[b - len(train)] = a
+    rows = np.flatnonzero((equal >= 0) | (kin >= 0) | (near >= 0))
+    if len(rows):
+        told = []
+        for row in map(int, rows[:3]):
+            which = (("is", equal), ("is of the same group as", kin), ("is nearly", near))
+            what, twin = next((what, int(twins[row])) for what, twins in which if twins[row] >= 0)
+            told.append(f"{validation[row].where} {what} {train[twin].where}")
         raise CheckError(
-            f"{key}: {len(leaks)} of {len(validation)} validation rows are known from training",
-            seen="; ".join(leaks[row] for row in sorted(leaks)[:3]) + ("; ..." if len(leaks) > 3 else ""),
+            f"{key}: {len(rows)} of {len(validation)} validation rows are known from training",
+            seen="; ".join(told) + ("; ..." if len(rows) > 3 else ""),
             allowed="no row on both sides: a loss on known rows says nothing about new ones",
             change=f"remove these rows from dataset or from {key}, or leave {key} out and let a part be held out",
         )
+
+
+def _last_in(known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """int64: the last place of each value among the known, -1 where it is not."""
+    order = np.argsort(known, kind="stable")
+    places = order[np.searchsorted(known, values, side="right", sorter=order) - 1]
+    return np.where(known[places] == values, places, -1)

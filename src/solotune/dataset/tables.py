@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from solotune.dataset.row import MAX_ROW_BYTES, Row, lines
+from solotune.dataset.row import CHUNK_BYTES, MAX_ROW_BYTES, Row, lines
 from solotune.errors import InputError
+
+_BATCH_ROWS = 128
 
 
 def read_csv(stream: BinaryIO, label: str) -> Iterator[Row]:
@@ -55,21 +57,23 @@ def read_columnar(path: Path, label: str, kind: str) -> Iterator[Row]:
 
     try:
         if kind == "parquet":
-            table = pq.ParquetFile(path)
-            schema, batches = table.schema_arrow, table.iter_batches(batch_size=1024)
+            table = pq.ParquetFile(path, buffer_size=CHUNK_BYTES)  # else whole columns of a row group are read
+            schema, batches = table.schema_arrow, table.iter_batches(batch_size=_BATCH_ROWS)
         else:
             # `datasets` writes the stream format, `pyarrow.feather` and others the file format
             with path.open("rb") as file:
                 is_file = file.read(6) == b"ARROW1"
-            reader = pa.ipc.open_file(path) if is_file else pa.ipc.open_stream(path)
+            mapped = pa.memory_map(str(path))
+            reader = pa.ipc.open_file(mapped) if is_file else pa.ipc.open_stream(mapped)
             schema = reader.schema
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else iter(reader)
         if strange := [field.name for field in schema if isinstance(field.type, pa.BaseExtensionType)]:
             raise InputError(f"{label}: columns of an extension type", seen=", ".join(strange), allowed="plain columns")
         index = 0
         for batch in batches:
-            for values in batch.to_pylist():
-                yield Row(f"{label}[{index}]", values)
-                index += 1
+            for start in range(0, len(batch), _BATCH_ROWS):  # those of an arrow file may hold all its rows
+                for values in batch.slice(start, _BATCH_ROWS).to_pylist():
+                    yield Row(f"{label}[{index}]", values)
+                    index += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{label}: not a readable {kind} file", seen=str(error).split("\n")[0]) from None

@@ -1,0 +1,104 @@
+"""The normalised rows of a source: on disk what they say, in memory what the split asks of all of them at once.
+
+48 bytes of each row are in memory: what names it (half a sha256 of its text) and whom it belongs with (`kinship.py`).
+Rows lie in a `Store` as JSON, so nothing is run in reading them; a value that JSON does not have is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn, overload
+
+import numpy as np
+
+from solotune.dataset.formats import Record
+from solotune.dataset.row import RowError
+from solotune.dataset.store import Store
+
+_FIELDS = tuple(field.name for field in fields(Record))
+
+
+@dataclass(frozen=True, eq=False)
+class Records(Sequence[Record]):
+    """R rows, in file order."""
+
+    store: Store
+    numbers: np.ndarray
+    """int64 (R,): places in the store"""
+    hashes: np.ndarray
+    """S16 (R,): the first half of `row_hash`'s sha256, equal for rows that say the same"""
+    links: np.ndarray
+    """uint64 (R, 4): see `kinship.py`; the first is the group's"""
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, row: int) -> Record: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Record]: ...
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[one] for one in range(*row.indices(len(self)))]
+        return unpacked(self.store[int(self.numbers[row])])
+
+    def take(self, rows: np.ndarray) -> Records:
+        """Those of these numbers (or of a mask)."""
+        return Records(self.store, self.numbers[rows], self.hashes[rows], self.links[rows])
+
+    def name_of_group(self, row: int) -> str:
+        """The group that a row says it is of; without one, the row's own hash."""
+        group = self[row].group if self.links[row, 0] else None
+        return group if group is not None else self.hashes[row : row + 1].tobytes().hex()
+
+
+def packed(record: Record) -> bytes:
+    """A record as bytes.
+
+    Raises:
+        RowError: tools or tool calls hold something that is not JSON (a date out of a parquet file).
+    """
+
+    def refuse(value: Any) -> NoReturn:
+        raise RowError(
+            f"{record.where}: tools or tool calls hold what JSON has not",
+            reason="tools or tool calls hold what JSON has not",
+            seen=f"{type(value).__name__} {value!s:.60}",
+            allowed="texts, numbers, true, false, null, lists and objects",
+        )
+
+    values = [getattr(record, name) for name in _FIELDS]
+    return json.dumps(values, ensure_ascii=False, default=refuse).encode("utf-8", "surrogatepass")
+
+
+def unpacked(data: bytes) -> Record:
+    """The record again."""
+    values = dict(zip(_FIELDS, json.loads(data.decode("utf-8", "surrogatepass")), strict=True))
+    return Record(**{**values, "left_out": tuple(values["left_out"])})
+
+
+def folded(text: str) -> str:
+    """What two texts are compared by: NFKC, case and runs of blanks do not matter."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def row_hash(record: Record) -> bytes:
+    """16 bytes that name a row: equal for rows that say the same."""
+    said = record.text
+    if record.is_chat:
+        said = [[m["role"], folded(m["content"]), m.get("tool_calls")] for m in record.messages]
+        said = json.dumps(said, default=str)
+    else:
+        said = folded(said)
+    return hashlib.sha256(said.encode()).digest()[:16]
+
+
+def spoken(record: Record) -> str:
+    """What near-duplicates are found by, folded: all but the system prompts, which would make all rows alike."""
+    if not record.is_chat:
+        return folded(record.text)
+    return folded(" ".join(m["content"] for m in record.messages if m["role"] not in ("system", "developer")))
