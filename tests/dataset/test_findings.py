@@ -720,7 +720,7 @@ def test_every_rule_says_when_it_is_wrong() -> None:
 def test_five_thousand_rows_in_seconds(bench: Bench) -> None:
     rows = talk(50, turns=4)
     config, result = bench.prepared(rows, tiny_tokenizer("chatml"))
-    many = [replace(row, where=f"a.jsonl:{n}") for n, row in enumerate(result.train * 135)]
+    many = [replace(row, where=f"a.jsonl:{n}") for n, row in enumerate([*result.train] * 135)]
     started = time.monotonic()
     find(config, tiny_tokenizer("chatml"), many[:5000], result.validation, result.report)
     assert time.monotonic() - started < 10

@@ -26,6 +26,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
+_FIRST = itemgetter(0)
 _LONGEST_MEMO = 200  # characters: headers are shorter, prompts of plain text need not be remembered
 
 
@@ -97,7 +99,7 @@ class Encoder:
         return result
 
     def _with_spans(self, row: Rendered, ids: list[int], offsets: list[Span]) -> Encoded:
-        begins = np.fromiter((offset[0] for offset in offsets), dtype=np.int32, count=len(ids))
+        begins = np.fromiter(map(_FIRST, offsets), dtype=np.int32, count=len(ids))
         spans, is_prefix, num_crossing = [], [], 0
         for begin, end in row.answers:
             inside = np.flatnonzero((begins >= begin) & (begins < end))

@@ -4,8 +4,8 @@
 
 The ids of the rows that are judged lie in one array and every question about tokens is an array operation: 5,000 chats
 of 1,200 tokens are six million ids. Those are all rows up to 20,000 rows and eight million tokens; of more, evenly
-spaced stretches (`Side`). What one row alone makes wrong (a leak, an id without an embedding) is asked of all (`Whole`).
-Questions that need text decode an evenly spaced sample.
+spaced stretches (`Side`). What one row alone makes wrong, a leak or an id without an embedding, is asked of all
+(`Whole`). Questions that need text decode an evenly spaced sample.
 
 *Answer* below means a run of supervised tokens; `ends` are their last tokens that are not blank (`<|im_end|>` though a
 newline follows it). A *stop* is an id that generation ends at: eos, a special token, what the template ends turns with.

@@ -12,7 +12,7 @@ resumed run has the same ones; the order in which they are trained on is drawn a
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
 import numpy as np
 
@@ -38,6 +38,6 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return packs
 
 
-def fill(lengths: Sequence[int], packs: Sequence[Sequence[int]], capacity: int) -> float:
+def fill(lengths: Sequence[int], packs: Sized, capacity: int) -> float:
     """Share of all places in the packs that hold a token."""
     return sum(lengths) / (len(packs) * capacity) if packs else 0.0

@@ -150,9 +150,7 @@ def _choose(order: np.ndarray, sizes: np.ndarray, target: int) -> np.ndarray:
     return is_chosen
 
 
-def _cannot_hold_out(
-    size: float | int, target: int, num_rows: int, sizes: np.ndarray, num_copies: int
-) -> InputError:
+def _cannot_hold_out(size: float | int, target: int, num_rows: int, sizes: np.ndarray, num_copies: int) -> InputError:
     copies = f" (and {num_copies} copies, removed)" if num_copies else ""
     return InputError(
         f"validation_size: {size}: the rows cannot be split into training and validation",
