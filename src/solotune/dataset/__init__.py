@@ -1,17 +1,19 @@
 """The data door: from any chat file to supervised tokens, with nothing lost in silence.
 
 tokenizer = load_tokenizer(config)
-prepared = prepare(config, tokenizer)      # .train, .validation: lists of Example; .report: DataReport; .manifest
+prepared = prepare(config, tokenizer)      # .train, .validation: of Example; .report: DataReport; .manifest
 ids = render_prompt(tokenizer, messages)   # for generating, by the code that renders training rows
 
 source.py     words of a config -> files or a hub dataset, slices      files.py    strict readers with places
 columns.py    the user's names of columns -> ours                       formats.py  row -> messages
 messages.py   one message: role, text, weight                           kinship.py  rows of one conversation
-split.py      copies, groups, leaks, manifest                           similar.py  near-duplicates
+split.py      copies, groups, leaks                                     similar.py  near-duplicates
+manifest.py   the side of each row, as a file
 chat.py       messages -> text and the characters to learn              control.py  control tokens, genuine and forged
 encode.py     text -> ids, and where the answers are                    render.py   ids -> examples of max_length
 budget.py     what is learned, counted                                  report.py   the account of the rows
 tokenizer.py  the model's tokenizer and template                        cache.py    the result, for the next start
+store.py      rows that lie on disk and not in memory                   records.py  normalised rows in such a store
 prepare.py    all of it, in order                                       example.py  what training gets
 """
 
