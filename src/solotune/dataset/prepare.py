@@ -146,7 +146,7 @@ def _both_sides(
     config: RunConfig, report: DataReport, dataset: Source, own: Source | None, progress: Progress
 ) -> tuple[Records, Records, Manifest]:
     """Rows to train on, rows to validate on, and the side of each row by its hash."""
-    records, report.format = _records(config, report, dataset)
+    records, report.format = _records(config, report, dataset, progress)
     on_split = partial(_onward, progress, 0, len(records), "looking for copies")
     size = config.validation_size if own is None else 0
     split = hold_out(records, size, config.seed, on_split)
@@ -156,7 +156,7 @@ def _both_sides(
     train, validation = split.train, split.validation
     hashes, is_validation = split.rows.hashes, split.is_validation
     if own is not None:
-        records, _ = _records(config, report, own)
+        records, _ = _records(config, report, own, progress)
         validation = without_copies(records)
         report.num_exact_duplicates += len(records) - len(validation)
         check_leaks(train, validation, key=own.key)
@@ -168,7 +168,7 @@ def _both_sides(
     return train, validation, Manifest(settings, hashes, is_validation)
 
 
-def _records(config: RunConfig, report: DataReport, source: Source) -> tuple[Records, str]:
+def _records(config: RunConfig, report: DataReport, source: Source, progress: Progress) -> tuple[Records, str]:
     """The normalised rows of `dataset` or `eval_dataset`, and their format."""
     mapping, is_strict = config.column_mapping, config.on_bad_row == "error"
     check_mapping(source, mapping, is_needed=source.key == "dataset")
@@ -177,6 +177,8 @@ def _records(config: RunConfig, report: DataReport, source: Source) -> tuple[Rec
     store, hashes, kept = Store(), bytearray(), array("q")
     for number, own_names in enumerate(source):
         report.num_read += 1
+        if number % 1000 == 0:
+            progress(number, 0, "reading rows")
         row = mapped(own_names, mapping)
         try:
             group = kinship.add(row, own_names)
