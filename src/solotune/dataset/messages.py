@@ -9,9 +9,9 @@ answer's tokens, on a row for all of its tokens, and the two multiply. With weig
     sum_n w_n l_n / sum_n w_n          over all supervised tokens n of the whole accumulated batch
 
 so only ratios matter: all weights 1 and all weights 5 are the same training, and a row of weight 2 is that row given
-twice. (Given twice in a file it counts once: exact duplicates are removed, and the first one's weight is kept.) Weight 0
-leaves out an answer (it is still read, as context) or the whole row. Cells of a csv are texts, so a number may be one;
-true and false are none.
+twice. (Given twice in a file it counts once: exact duplicates are removed, and the first one's weight is kept.)
+Weight 0 leaves out an answer (it is still read, as context) or the whole row. Cells of a csv are texts, so a number
+may be one; true and false are none.
 """
 
 from __future__ import annotations
