@@ -31,6 +31,7 @@ def metrics(step: int, total: int = 100, **changes) -> StepMetrics:
         "grad_norm": 0.5,
         "num_tokens": 1000,
         "num_supervised": 100,
+        "total_weight": 100.0,
         "step_seconds": 2.0,
         "tokens_per_second": 500.0,
         "peak_bytes": 3 << 30,
@@ -83,12 +84,13 @@ def test_hostile_text_everywhere():
         "format": HOSTILE,
         "rows": {"read": 1, "kept": 0, "dropped": {HOSTILE: 1}},
         "tokens": {"total": 0, "supervised": 0},
+        "weights": {"rows": 0, "answers": 0, "sum": 0},
         "split": {"train": 0, "validation": 0},
         "findings": [{"code": "F1", "slug": HOSTILE, "severity": "error", "message": HOSTILE, "fix": HOSTILE}],
     }
     preview = SimpleNamespace(
         report=SimpleNamespace(to_json=lambda: report),
-        shown=[SimpleNamespace(where=HOSTILE, pieces=[(HOSTILE, True, [1]), (HOSTILE, False, [2])])],
+        shown=[SimpleNamespace(where=HOSTILE, pieces=[(HOSTILE, True, [1], 1.0), (HOSTILE, False, [2], 1.0)])],
     )
     run = RunSummary(HOSTILE, Path("a"), "finished", 1, 1, 1.0, 1.0, 1.0, 1.0, 1.0, 1)
 
@@ -132,10 +134,10 @@ def test_after_a_resume_the_first_step_seen_is_the_slow_one():
     assert meter.seconds_left == 2.0 * 48
 
 
-def test_printed_loss_is_per_supervised_token_since_the_last_line():
+def test_printed_loss_is_per_supervised_token_by_weight_since_the_last_line():
     meter = Meter()
-    meter.add(metrics(1, loss=1.0, num_supervised=300))
-    meter.add(metrics(2, loss=5.0, num_supervised=100))
+    meter.add(metrics(1, loss=1.0, total_weight=300.0))
+    meter.add(metrics(2, loss=5.0))
     assert meter.take_loss() == 2.0
     meter.add(metrics(3, loss=7.0))
     assert meter.take_loss() == 7.0
@@ -284,6 +286,7 @@ def preview() -> SimpleNamespace:
         "format": "messages",
         "rows": {"read": 1200, "kept": 1197, "dropped": {"no assistant turn": 3}},
         "tokens": {"total": 1000, "supervised": 250},
+        "weights": {"rows": 5, "answers": 7, "sum": 1234567.25},
         "split": {
             "train": 1137,
             "validation": 60,
@@ -302,22 +305,24 @@ def preview() -> SimpleNamespace:
             }
         ],
     }
-    row = SimpleNamespace(where="a.jsonl:1", pieces=[("user: hi\n", False, [1, 2, 3]), ("hello", True, [4, 5])])
+    pieces = [("user: hi\n", False, [1, 2, 3], 0.0), ("hello", True, [4, 5], 1.0), ("again", True, [6], 0.5)]
+    row = SimpleNamespace(where="a.jsonl:1", pieces=pieces)
     return SimpleNamespace(report=SimpleNamespace(to_json=lambda: report), shown=[row])
 
 
 DATA = """\
-format  messages
-rows    1,200 read, 1,197 kept; 3 dropped: no assistant turn
-tokens  1,000, of which 250 (25.0%) are learned
-split   1,137 to train on, 60 held out
-        900 groups, 2 exact duplicates, 1 near duplicates, 0 leaks
+format   messages
+rows     1,200 read, 1,197 kept; 3 dropped: no assistant turn
+tokens   1,000, of which 250 (25.0%) are learned
+weights  7 answers in 5 rows have another than 1; their sum over tokens is 1,234,567.25
+split    1,137 to train on, 60 held out
+         900 groups, 2 exact duplicates, 1 near duplicates, 0 leaks
 !  F17 truncated  2 rows were cut
                   → max_length=4096
 
-a.jsonl:1 · 5 tokens, 2 learned: learned is in ⟦ ⟧
+a.jsonl:1 · 6 tokens, 3 learned: learned is in ⟦ ⟧
 user: hi↵
-⟦hello⟧
+⟦hello⟧⟦again⟧×0.5
 """
 
 

@@ -50,11 +50,14 @@ def print_data(preview: DataPreview, console: Console) -> None:
     rows, tokens, split = report["rows"], report["tokens"], report["split"]
     dropped = "; ".join(f"{number:,} dropped: {reason}" for reason, number in rows.get("dropped", {}).items())
     share = tokens["supervised"] / tokens["total"] if tokens["total"] else 0.0
+    weights = report["weights"]
+    weighted = f"{weights['answers']:,} answers in {weights['rows']:,} rows have another than 1"
     same = [f"{split[key]:,} {words}" for key, words in _SPLIT_WORDS.items() if split.get(key) is not None]
     facts = {
         "format": str(report["format"]),
         "rows": f"{rows['read']:,} read, {rows['kept']:,} kept" + (f"; {dropped}" if dropped else ""),
         "tokens": f"{tokens['total']:,}, of which {tokens['supervised']:,} ({share:.1%}) are learned",
+        "weights": f"{weighted}; their sum over tokens is {weights['sum']:,}" if weights["rows"] else "",
         "split": f"{split['train']:,} to train on, {split['validation']:,} held out",
         "": ", ".join(same),
     }
@@ -74,18 +77,19 @@ _SPLIT_WORDS = {
 }
 
 
-def _print_row(where: str, pieces: Sequence[tuple[str, bool, Sequence[int]]], console: Console) -> None:
-    total = sum(len(ids) for _, _, ids in pieces)
-    learned = sum(len(ids) for _, supervised, ids in pieces if supervised)
+def _print_row(where: str, pieces: Sequence[tuple[str, bool, Sequence[int], float]], console: Console) -> None:
+    total = sum(len(ids) for _, _, ids, _ in pieces)
+    learned = sum(len(ids) for _, supervised, ids, _ in pieces if supervised)
     coloured = console.color_system is not None
     marks = "learned is green" if coloured else "learned is in ⟦ ⟧"
     console.print()
     _print_rule(f"{where} · {total:,} tokens, {learned:,} learned: {marks}", console)
     text = Text()
-    for piece, supervised, _ in pieces:
+    for piece, supervised, _, weight in pieces:
         shown = inert(piece).replace("\n", "↵\n")
         if supervised:
             text.append(shown if coloured else f"⟦{shown}⟧", "bold green")
+            text.append("" if weight == 1 else f"×{weight:g}", "green")
         else:
             text.append(shown, "dim")
     console.print(text, soft_wrap=not console.is_terminal)

@@ -64,10 +64,10 @@ def init(model: str, dataset: str, path: str | Path = "solotune.yaml", force: bo
 
 @dataclass(frozen=True)
 class ShownRow:
-    """One training row as the model sees it: text pieces, each with whether it is learned and its token ids."""
+    """One training row as the model sees it: pieces of text, each with whether it is learned, its ids and weight."""
 
     where: str
-    pieces: list[tuple[str, bool, list[int]]]
+    pieces: list[tuple[str, bool, list[int], float]]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,9 @@ def data(
     tokenizer = dataset.load_tokenizer(checked)
     prepared = _prepare(checked, tokenizer, display or SilentDisplay())
     shown = [
-        ShownRow(row.where, [(p["text"], p["supervised"], p["ids"]) for p in row.pieces(tokenizer)])
+        ShownRow(
+            row.where, [(p["text"], p["supervised"], p["ids"], p.get("weight", 1.0)) for p in row.pieces(tokenizer)]
+        )
         for row in prepared.train[:show]
     ]
     return DataPreview(prepared.report, shown)

@@ -112,7 +112,8 @@ RECORD = Record(
         {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1.5}}}]},
     ],
     tools=[{"type": "function", "function": {"name": "f"}}],
-    left_out=(1,),
+    weights=(0.5,),
+    weight=2.0,
     group="shop=3",
 )
 
@@ -143,7 +144,12 @@ def test_examples_come_back(monkeypatch: pytest.MonkeyPatch, tail: int) -> None:
     monkeypatch.setattr(store, "TAIL_BYTES", tail)
     wanted = [
         Example(
-            np.arange(n, dtype=np.int32), np.arange(n) % 3 == 0, f"a:{n}", chat("é", "b"), [{"a": n}] if n else None
+            np.arange(n, dtype=np.int32),
+            np.arange(n) % 3 == 0,
+            f"a:{n}",
+            chat("é", "b"),
+            [{"a": n}] if n else None,
+            np.arange(n, dtype=np.float32) / 3 if n % 2 else None,
         )
         for n in range(5)
     ]
@@ -155,6 +161,8 @@ def test_examples_come_back(monkeypatch: pytest.MonkeyPatch, tail: int) -> None:
         assert (one.input_ids.dtype, one.supervised.dtype) == (np.int32, bool)
         assert one.input_ids.tolist() == other.input_ids.tolist()
         assert one.supervised.tolist() == other.supervised.tolist()
+        assert (one.weights is None) == (other.weights is None)
+        assert one.weights is None or one.weights.tolist() == other.weights.tolist()
     assert [*lengths_of(held)] == lengths_of(wanted) == [0, 1, 2, 3, 4]
     assert [ids.tolist() for ids in ids_of(held)] == [ids.tolist() for ids in ids_of(wanted)]
 

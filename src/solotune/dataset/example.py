@@ -2,8 +2,8 @@
 
     examples = Examples(); examples.append(example); examples[0]     # 12 bytes of each in memory
 
-An example in a `Store` is its ids (int32), its mask (bool) and the rest as JSON, one after the other, so one read
-brings a row and no second file has to fit to it.
+An example in a `Store` is its ids (int32), its mask (bool), a byte that says whether weights (float32) follow, and the
+rest as JSON, one after the other: one read brings a row, and no second file has to fit to it.
 """
 
 from __future__ import annotations
@@ -39,6 +39,16 @@ class Example:
     """The normalised messages, for showing and generating; empty for plain text and for later parts of a row."""
     tools: list[dict[str, Any]] | None = None
     """The tool definitions that were rendered with the messages."""
+    weights: np.ndarray | None = None
+    """float32 (T,), how much each token's loss counts: above 0 where supervised, else 0; None where that is 1 for all.
+    """
+
+    @property
+    def total_weight(self) -> float:
+        """Sum of the weights of the labels (the first token is none, since nothing predicts it)."""
+        if self.weights is None:
+            return int(np.count_nonzero(self.supervised[1:]))
+        return float(self.weights[1:][self.supervised[1:]].sum(dtype=np.float64))
 
     @property
     def prompt_ids(self) -> np.ndarray:
@@ -47,14 +57,18 @@ class Example:
         return self.input_ids[: begins[-1]] if len(begins) and begins[-1] > 1 else self.input_ids[:0]
 
     def pieces(self, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-        """The row in stretches of equal supervision: `[{"text": ..., "supervised": ..., "ids": [...]}, ...]`."""
-        edges = np.flatnonzero(np.diff(self.supervised.astype(np.int8))) + 1
-        runs = zip(np.split(self.input_ids, edges), np.split(self.supervised, edges), strict=True)
-        return [
-            {"text": tokenizer.decode(ids), "supervised": bool(mask[0]), "ids": ids.tolist()}
-            for ids, mask in runs
-            if len(ids)
-        ]
+        """The row in stretches that are learned alike: `[{"text": ..., "supervised": ..., "ids": [...]}, ...]`.
+
+        A stretch of a row with weights has its `weight` too.
+        """
+        weights = self.supervised.astype(np.float32) if self.weights is None else self.weights
+        edges = np.flatnonzero(np.diff(weights)) + 1
+        found = []
+        for ids, part in zip(np.split(self.input_ids, edges), np.split(weights, edges), strict=True):
+            if len(ids):
+                piece = {"text": tokenizer.decode(ids), "supervised": bool(part[0]), "ids": ids.tolist()}
+                found.append(piece if self.weights is None else {**piece, "weight": float(f"{part[0]:.6g}")})
+        return found
 
 
 class Examples(Sequence[Example]):
@@ -73,13 +87,17 @@ class Examples(Sequence[Example]):
             StorageError: the disk is full.
         """
         ids, mask = example.input_ids.astype("<i4").tobytes(), example.supervised.astype("u1").tobytes()
+        weights = b"" if example.weights is None else example.weights.astype("<f4").tobytes()
         rest = json.dumps([example.where, example.messages, example.tools], ensure_ascii=False)
-        self.store.append(ids + mask + rest.encode("utf-8", "surrogatepass"))
+        rest = rest.encode("utf-8", "surrogatepass")
+        self.store.append(ids + mask + bytes([example.weights is not None]) + weights + rest)
         self.lengths.append(len(example.input_ids))
         self._digest.update(len(example.input_ids).to_bytes(8, "little") + ids + mask)
+        if example.weights is not None:
+            self._digest.update(b"weights" + weights)
 
     def sha256(self) -> str:
-        """Over ids and masks of what was appended: equal if the same tokens are learned in the same order."""
+        """Over ids, masks and weights of what was appended: equal if the same tokens are learned alike, in order."""
         return self._digest.hexdigest()
 
     def __len__(self) -> int:
@@ -93,9 +111,11 @@ class Examples(Sequence[Example]):
         if isinstance(row, slice):
             return [self[one] for one in range(*row.indices(len(self)))]
         length, item = self.lengths[row], self.store[row]
-        rest = json.loads(item[5 * length :].decode("utf-8", "surrogatepass"))
         ids, mask = np.frombuffer(item, "<i4", length), np.frombuffer(item, bool, length, 4 * length)
-        return Example(ids, mask, *rest)
+        weights, end = None, 5 * length + 1
+        if item[5 * length]:
+            weights, end = np.frombuffer(item, "<f4", length, end).copy(), end + 4 * length  # a copy is aligned
+        return Example(ids, mask, *json.loads(item[end:].decode("utf-8", "surrogatepass")), weights)
 
     def ids(self) -> Iterator[np.ndarray]:
         """int32 (T,) of each, the rest left unread."""

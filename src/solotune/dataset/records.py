@@ -78,7 +78,7 @@ def packed(record: Record) -> bytes:
 def unpacked(data: bytes) -> Record:
     """The record again."""
     values = dict(zip(_FIELDS, json.loads(data.decode("utf-8", "surrogatepass")), strict=True))
-    return Record(**{**values, "left_out": tuple(values["left_out"])})
+    return Record(**{**values, "weights": tuple(values["weights"])})
 
 
 def folded(text: str) -> str:
