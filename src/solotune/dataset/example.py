@@ -115,7 +115,8 @@ class Examples(Sequence[Example]):
         weights, end = None, 5 * length + 1
         if item[5 * length]:
             weights, end = np.frombuffer(item, "<f4", length, end).copy(), end + 4 * length  # a copy is aligned
-        return Example(ids, mask, *json.loads(item[end:].decode("utf-8", "surrogatepass")), weights)
+        where, messages, tools = json.loads(item[end:].decode("utf-8", "surrogatepass"))
+        return Example(ids, mask, where, messages, tools, weights)
 
     def ids(self) -> Iterator[np.ndarray]:
         """int32 (T,) of each, the rest left unread."""

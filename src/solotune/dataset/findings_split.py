@@ -82,23 +82,26 @@ def leaked_passages(facts: Facts) -> Finding | None:
     Fix: groups.
     Wrong when: both sides quote the same source on purpose.
     """
-    asked = _grams(facts.validation)
-    held = np.unique(np.concatenate([grams for _, grams in asked] or [np.zeros(0, np.uint64)]))
+    rows, asked = _grams(facts.validation)
+    held = np.unique(asked)
     counts = np.zeros(len(held), np.int64)  # training rows that each is in
     for side in facts.stretches() if len(held) else ():
-        for _, grams in _grams(side):
-            places = np.minimum(np.searchsorted(held, grams), len(held) - 1)
-            counts[places[held[places] == grams]] += 1
+        of, grams = _grams(side)
+        places = np.minimum(np.searchsorted(held, grams), len(held) - 1)
+        is_held = held[places] == grams
+        once = np.unique(of[is_held] * len(held) + places[is_held])  # a row counts once
+        np.add.at(counts, once % len(held), 1)
     own, common = held[(counts > 0) & (counts <= COMMON)], held[counts > COMMON]
     leaked = []
     judged = 0
-    for row, grams in asked:
+    for row, begin, end in zip(*_runs(rows), strict=True):
+        grams = np.unique(asked[begin:end])
         grams = grams[~_is_in(grams, common)]
         if len(grams) < LEAST_GRAMS:
             continue
         judged += 1
         if _is_in(grams, own).mean() >= CONTAINED:
-            leaked.append(row)
+            leaked.append(int(row))
     total = len(facts.validation.rows)
     if not is_pattern(len(leaked), total, SOME):
         return None
@@ -113,24 +116,28 @@ def leaked_passages(facts: Facts) -> Finding | None:
     )
 
 
-def _grams(side: Side) -> list[tuple[int, np.ndarray]]:
-    """(row, distinct hashes of the runs of GRAM tokens that end in a label) of each row.
+def _grams(side: Side) -> tuple[np.ndarray, np.ndarray]:
+    """int64 (G,) rows, ascending, and uint64 (G,) hashes of the runs of GRAM tokens that end in a label of them.
 
     A polynomial over 64 bits, wrapping: two different runs meet with probability 2**-64 each.
     """
     if len(side.ids) < GRAM:
-        return []
+        return np.zeros(0, np.int64), np.zeros(0, np.uint64)
     hashes = np.zeros(len(side.ids) - GRAM + 1, np.uint64)
     with np.errstate(over="ignore"):
         for offset in range(GRAM):
             hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + side.ids[offset : offset + len(hashes)].astype(np.uint64)
             hashes ^= hashes >> np.uint64(29)  # else small ids would cancel out
-    learned = side.supervised[GRAM - 1 :]
-    ends = np.maximum(side.starts[1:] - GRAM + 1, side.starts[:-1])
-    return [
-        (r, np.unique(hashes[begin:end][learned[begin:end]]))
-        for r, (begin, end) in enumerate(zip(side.starts[:-1], ends, strict=True))
-    ]
+    begins = np.flatnonzero(side.supervised[GRAM - 1 :])
+    rows = np.searchsorted(side.starts, begins, side="right") - 1
+    is_inside = begins + GRAM <= side.starts[rows + 1]
+    return rows[is_inside], hashes[begins[is_inside]]
+
+
+def _runs(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each row once, where it begins, and where it ends."""
+    distinct, begins = np.unique(rows, return_index=True)
+    return distinct, begins, np.append(begins, len(rows))[1:]
 
 
 def _is_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:

@@ -12,8 +12,8 @@ evaluation, the data report and chat all come through here, so they cannot rende
 
 Rows may be many times larger than the memory. They are read one at a time, wait in a `Store` between reading and
 rendering, and their examples in another between rendering and training; what must be known of all rows at once is kept
-as numbers, some 200 bytes a row. Beside that a constant: 0.1 GiB of stores and memos, and what the tokenizer takes for
-a batch of rows or one long one, some 300 bytes for each of its characters.
+as numbers, under 250 bytes a row (`bench/data_memory.py`). Beside that a constant: 0.1 GiB of stores and memos, and what
+the tokenizer takes for a batch of rows or for one very long row, some hundred bytes for each token.
 """
 
 from __future__ import annotations
