@@ -29,17 +29,18 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from solotune.dataset.control import ControlTokens, any_of, free_noncharacters
 from solotune.dataset.row import RowError
+from solotune.dataset.template import Messages, Template, Tools
 from solotune.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Messages = list[dict[str, Any]]
 Span = tuple[int, int]
 _BLANKS = re.compile(r"\s*")
 _PLAIN_KEYS = {"role", "content", "name", "tool_call_id"}
@@ -56,60 +57,36 @@ class Rendered:
 
 
 class ChatTemplate:
-    """The chat template of one tokenizer.
+    """The chat template of one tokenizer, and what can be read off it.
+
+    Args:
+        rendered_on: the date that the template writes if it writes one, today's if not given.
 
     Raises:
         InputError: the tokenizer has no template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if tokenizer.chat_template is None:
-            raise InputError(
-                "the tokenizer has no chat template, but the rows are chats",
-                seen=f"{tokenizer.name_or_path or type(tokenizer).__name__} (a base model?)",
-                allowed="a model with a chat template, or rows of plain text or prompt + completion texts",
-                change="use the instruct model, or set chat_template_path to a Jinja file such as the instruct model's",
-            )
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rendered_on: date | None = None) -> None:
+        template = Template(tokenizer, rendered_on)
+        self.raw = template.render
         self.control = ControlTokens(tokenizer)
 
-    def render(self, where: str, messages: Messages, tools: list[dict[str, Any]] | None = None) -> Rendered:
+    def render(self, where: str, messages: Messages, tools: Tools = None) -> Rendered:
         """One row with its answers found."""
         row = _Row(self, where, messages, tools)
         return Rendered(row.text, row.forged, row.answers())
 
-    def render_prompt(self, messages: Messages, tools: list[dict[str, Any]] | None = None) -> Rendered:
+    def render_prompt(self, messages: Messages, tools: Tools = None) -> Rendered:
         """The text after which the assistant's next turn begins."""
         row = _Row(self, "the prompt", messages, tools, is_prompt=True)
         return Rendered(row.text, row.forged, [])
-
-    def raw(self, where: str, messages: Messages, tools: list[dict[str, Any]] | None, *, is_prompt: bool) -> str:
-        """The template's own output."""
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages,
-                tools=cast(Any, tools),  # a list of dicts; transformers' hint also allows functions
-                tokenize=False,
-                add_generation_prompt=is_prompt,
-            )
-        # a template is a program by somebody else: it raises what it likes (TemplateError, TypeError on a None, ...)
-        except Exception as error:
-            raise RowError(
-                f"{where}: the model's chat template refuses this row",
-                reason="refused by the chat template",
-                seen=f"{str(error).strip() or type(error).__name__}; the roles are "
-                + ", ".join(message["role"] for message in messages),
-                change="change the row to what the template accepts, or set chat_template_path",
-            ) from None
-        assert isinstance(text, str)
-        return text
 
     @cached_property
     def generation_prompt(self) -> str:
         """What asking for an answer appends: `<|im_start|>assistant\\n`; empty for templates that append nothing."""
         user = [{"role": "user", "content": "x"}]
         try:
-            before, after = (self.raw("", user, None, is_prompt=ask) for ask in (False, True))
+            before, after = (self.raw("", user, is_prompt=ask) for ask in (False, True))
         except InputError:
             return ""
         # most only append; some write an end of text where no answer is asked for
@@ -125,12 +102,12 @@ class ChatTemplate:
             {"role": "user", "content": after},
         ]
         try:
-            last = self.raw("", chat[:2], None, is_prompt=False).partition(answer)[2]
+            last = self.raw("", chat[:2]).partition(answer)[2]
         except InputError:
             return frozenset()
         found = {self._first_controls(last)}
         try:
-            text = self.raw("", chat, None, is_prompt=False)
+            text = self.raw("", chat)
         except InputError:
             text = ""
         header, _, rest = text.partition(user)
@@ -168,7 +145,7 @@ class _Row:
         template: ChatTemplate,
         where: str,
         messages: Messages,
-        tools: list[dict[str, Any]] | None,
+        tools: Tools,
         *,
         is_prompt: bool = False,
     ) -> None:
@@ -284,10 +261,16 @@ class _Row:
 
     def _by_prefix(self, turn: int) -> Span | None:
         prompt = self._try(self._messages[:turn], is_prompt=True)
-        through = self._try(self._messages[: turn + 1])
-        if prompt is None or through is None or not self.text.startswith(through) or not through.startswith(prompt):
+        if prompt is None or not self.text.startswith(prompt):
             return None
-        return len(prompt), len(prompt) + len(self._trimmed(through[len(prompt) :]))
+        message = self._messages[turn]
+        unreasoned = {key: value for key, value in message.items() if key != "reasoning_content"}
+        # a history without its reasoning (gpt-oss) begins with the turn as it is without
+        for form in (message, unreasoned) if unreasoned.keys() != message.keys() else (message,):
+            through = self._try([*self._messages[:turn], form])
+            if through is not None and self.text.startswith(through) and through.startswith(prompt):
+                return len(prompt), len(prompt) + len(self._trimmed(through[len(prompt) :]))
+        return None
 
     def _trimmed(self, answer: str) -> str:
         """Without the blanks after the end-of-turn token."""
@@ -308,7 +291,7 @@ class _Row:
         if begin is None or content_begin < previous_end:
             return None
         if self.text.endswith(after):
-            return begin, self._end_of_turn(len(self.text) - len(after))
+            return self._without_results(turn, (begin, self._end_of_turn(len(self.text) - len(after))))
         # a tool call may end with another token (Llama 3.1: <|eom_id|>) than an answer does
         token = self._template.control.pattern.match(after)
         rest = after[token.end() :] if token else None
@@ -316,7 +299,28 @@ class _Row:
             return None
         end = len(self.text) - len(rest)
         closes = any(found.end() == end for found in self._template.control.pattern.finditer(self.text))
-        return (begin, end) if closes else None
+        return self._without_results(turn, (begin, end)) if closes else None
+
+    def _without_results(self, turn: int, span: Span) -> Span:
+        """The span, if what the tools answered does not stand in it.
+
+        Raises:
+            RowError: the template puts the results between the calls and the text of one answer (Gemma 4).
+        """
+        after = self._messages[turn + 1 :]
+        num_results = next((k for k, message in enumerate(after) if message["role"] != "tool"), len(after))
+        mark = free_noncharacters(self._messages, self._tools)[2]
+        results = [{**message, "content": mark} for message in after[:num_results]]
+        other = self._try([*self._messages[: turn + 1], *results, *after[num_results:]]) if results else None
+        if other is not None and _num_equal(other, self.text) < span[1]:
+            raise RowError(
+                f"{self._where}: message {turn + 1}: the chat template puts the tool's result inside this answer",
+                reason="tool result inside an answer",
+                seen=self.text[slice(*span)][:80],
+                allowed="with this template: an answer that calls tools and has no text",
+                change="take the text out of the message, set chat_template_path to another template, or remove the row",
+            )
+        return span
 
     def _shows(self, turn: int, span: Span) -> bool:
         """The visible part of the answer, and the name of each function it calls, stand inside its span."""
