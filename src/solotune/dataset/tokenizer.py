@@ -8,6 +8,7 @@ A local folder is read without touching the network. A hub id goes through trans
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from solotune.config import RunConfig
 from solotune.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
 _TOKENIZER_FILES = (
@@ -70,6 +72,17 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     if config.chat_template_path is not None:
         tokenizer.chat_template = _read_template(config.chat_template_path)
     return tokenizer
+
+
+def spelled(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | np.ndarray) -> list[str]:
+    """The text of each id by itself; for one that is a part of a character, what the vocabulary calls it."""
+    texts = []
+    for index in map(int, ids):
+        text, name = str(tokenizer.decode([index])), str(tokenizer.convert_ids_to_tokens(index))
+        if name.startswith("▁") and not text.startswith(" "):
+            text = " " + text  # SentencePiece leaves out the blank of what would be a text's first word
+        texts.append(name if "\ufffd" in text else text)
+    return texts
 
 
 def _check_folder(name: str, folder: Path) -> None:
