@@ -256,12 +256,18 @@ def main() -> None:
     names = sorted(path.stem for path in (args.folder / "templates").glob(f"{args.only}*.jinja"))
     tallies = [measure(name, args.folder, samples) for name in names]
     for t in tallies:
-        print(t.template, t.tokenizer, f"rows {t.rows} ids {t.ids_equal}/{t.ids_different} masks ={t.masks_equal} ~{t.masks_explained} !{t.masks_unexplained} no oracle {t.without_oracle} refused {sum(t.refused.values())}")
+        print(
+            t.template,
+            t.tokenizer,
+            f"rows {t.rows} ids {t.ids_equal}/{t.ids_different} masks ={t.masks_equal} ~{t.masks_explained} !{t.masks_unexplained} no oracle {t.without_oracle} refused {sum(t.refused.values())}",
+        )
         for what in (t.classes, t.refused):
             for key, count in what.most_common():
                 print("     ", count, key)
-                if "UNEX" in key or "UNJ" in key: print("            ", t.examples.get(key))
-        if "ids" in t.examples: print("   IDS", t.examples["ids"])
+                if "UNEX" in key or "UNJ" in key:
+                    print("            ", t.examples.get(key))
+        if "ids" in t.examples:
+            print("   IDS", t.examples["ids"])
 
 
 if __name__ == "__main__":

@@ -65,10 +65,14 @@ def init(model: str, dataset: str, path: str | Path = "solotune.yaml", force: bo
 
 @dataclass(frozen=True)
 class ShownRow:
-    """One training row as the model sees it: text pieces, each with whether it is learned and its token ids."""
+    """One training row as the model sees it: text pieces, each with whether it is learned and its token ids.
+
+    `tokens` holds the text of each id, for all pieces one after the other.
+    """
 
     where: str
     pieces: list[tuple[str, bool, list[int]]]
+    tokens: list[str]
 
 
 @dataclass(frozen=True)
@@ -91,18 +95,24 @@ def data(
     tokenizer = dataset.load_tokenizer(checked)
     prepared = _prepare(checked, tokenizer, display or SilentDisplay())
     shown = [
-        ShownRow(row.where, [(p["text"], p["supervised"], p["ids"]) for p in row.pieces(tokenizer)])
+        ShownRow(
+            row.where,
+            [(p["text"], p["supervised"], p["ids"]) for p in row.pieces(tokenizer)],
+            dataset.spelled(tokenizer, row.input_ids),
+        )
         for row in prepared.train[:show]
     ]
     return DataPreview(prepared.report, shown)
 
 
 def _prepare(config: RunConfig, tokenizer: Any, display: Display, rendered_on: date | None = None) -> Prepared:
-    """The rows of a config, and in their report what is wrong with them."""
+    """The rows of a config, and in their report what is wrong with them and how they are packed."""
     from solotune import dataset
-    from solotune.dataset import findings
+    from solotune.dataset import findings, pack
 
     prepared = dataset.prepare(config, tokenizer, progress=display.progress, rendered_on=rendered_on)
+    if config.packing:
+        prepared.report.packing = pack.account([len(row.input_ids) for row in prepared.train], config.max_length)
     found = findings.find(config, tokenizer, prepared.train, prepared.validation, prepared.report)
     prepared.report.findings = [finding.to_json() for finding in found]
     return prepared
@@ -137,6 +147,7 @@ def train(
         SolotuneError: see `solotune.errors`; each kind has its exit code.
     """
     from solotune import dataset, training
+    from solotune.dataset import pack
     from solotune.resume import fingerprints, open_run, recorded_day
     from solotune.tuned import load_base, settle
 
@@ -164,9 +175,8 @@ def train(
         run.write_json("split.json", prepared.manifest)
         summary = _summary(model, checked, prepared)
         display.note(_in_words(summary))
-        if checked.packing:
-            sequences, filled = summary["train_sequences"], summary["packing_fill"]
-            display.note(f"{summary['train_rows']:,} rows packed into {sequences:,} sequences, {filled:.1%} full")
+        if prepared.report.packing:
+            display.note(f"packing: {pack.in_words(prepared.report.packing)}")
         run.log_metrics("start", step=start.step if start else 0, **summary)
         tuned = training.train(
             model, prepared.train, prepared.validation, checked, run, display, start, fingerprints(checked, prepared)
@@ -278,19 +288,17 @@ def _run_summary(run: RunDirectory) -> RunSummary:
 
 def _summary(model: TrainableModel, config: RunConfig, prepared: Prepared) -> dict[str, Any]:
     from solotune import linear, lora, training
-    from solotune.dataset.pack import fill
 
     trainable, parameters = model.num_trainable, model.num_parameters
     own = (config.lora_r, lora.leaf_names(model.adapted))
     others = lora.explain_count(trainable, model.linear_shapes(), {*lora.USUAL_RANKS, config.lora_r})
     fits = [own, *(fit for fit in others if fit != own)]
-    lengths = [len(row.input_ids) for row in prepared.train]
     sequences = training.sequences(config, prepared.train)
     return {
         "total_steps": training.Schedule.of(config, len(sequences)).total_steps,
         "train_rows": len(prepared.train),
         "train_sequences": len(sequences),
-        "packing_fill": fill(lengths, sequences, config.max_length) if config.packing else None,
+        "packing_fill": prepared.report.packing["fill"] if prepared.report.packing else None,
         "validation_rows": len(prepared.validation),
         "trainable_parameters": trainable,
         "parameters": parameters,

@@ -18,6 +18,6 @@ prepare.py    all of it, in order                                       example.
 from solotune.dataset.example import Example, Prepared
 from solotune.dataset.prepare import Progress, prepare, render_prompt
 from solotune.dataset.report import DataReport
-from solotune.dataset.tokenizer import load_tokenizer
+from solotune.dataset.tokenizer import load_tokenizer, spelled
 
-__all__ = ["DataReport", "Example", "Prepared", "Progress", "load_tokenizer", "prepare", "render_prompt"]
+__all__ = ["DataReport", "Example", "Prepared", "Progress", "load_tokenizer", "prepare", "render_prompt", "spelled"]

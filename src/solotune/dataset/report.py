@@ -46,6 +46,8 @@ class DataReport:
     labels: LabelBudget = field(default_factory=LabelBudget)
     examples: list[dict[str, Any]] = field(default_factory=list)
     """A few whole training rows: where, and pieces of text with whether they are supervised."""
+    packing: dict[str, Any] | None = None
+    """With `packing: true`, what it makes of the training rows, see `pack.account`."""
     findings: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -102,6 +104,7 @@ class DataReport:
                 "leaks": self.num_leaks,
             },
             "rendered_on": self.rendered_on,
+            **({"packing": self.packing} if self.packing is not None else {}),
             "sha256": {"train": self.train_sha256, "validation": self.validation_sha256},
             "histograms": self.labels.histograms(),
             "examples": self.examples,

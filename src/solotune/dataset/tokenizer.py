@@ -8,6 +8,7 @@ A local folder is read without touching the network. A hub id goes through trans
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from solotune.config import RunConfig
 from solotune.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
 _TOKENIZER_FILES = (
@@ -89,6 +91,17 @@ def _name_ends(tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.eos_token is None and "[INST]" in special:
         ends = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
         tokenizer.add_special_tokens({name: token for name, token in ends.items() if token in special})
+
+
+def spelled(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | np.ndarray) -> list[str]:
+    """The text of each id by itself; for one that is a part of a character, what the vocabulary calls it."""
+    texts = []
+    for index in map(int, ids):
+        text, name = str(tokenizer.decode([index])), str(tokenizer.convert_ids_to_tokens(index))
+        if name.startswith("▁") and not text.startswith(" "):
+            text = " " + text  # SentencePiece leaves out the blank of what would be a text's first word
+        texts.append(name if "\ufffd" in text else text)
+    return texts
 
 
 def _check_folder(name: str, folder: Path) -> None:
