@@ -132,9 +132,9 @@ def _samples(file: str, written: Any) -> Iterator[Sample]:
 
 def _turn(speaker: str, text: str) -> dict[str, Any]:
     if speaker == "function_call":
-        return _answer(tool_calls=[{"type": "function", "function": json.loads(text)}])
+        return _answer(tool_calls=[{"id": "abc123def", "type": "function", "function": json.loads(text)}])
     if speaker == "observation":
-        return {"role": "tool", "content": text}
+        return {"role": "tool", "tool_call_id": "abc123def", "content": text}
     return {"role": {"human": "user", "gpt": "assistant"}.get(speaker, speaker), "content": text}
 
 

