@@ -2,9 +2,9 @@
 
     python -m bench.real_data FOLDER && python -m bench.packing FOLDER
 
-Rows are rendered once, whole; what `overflow` makes of those that are too long is repeated here on their lengths. `bound`
-is the fill that no packing can exceed: as many sequences as the tokens need. `padded_to_longest_of_4` is the share of
-real tokens without packing, in batches of four rows in random order.
+Rows are rendered once, whole; what `overflow` makes of those that are too long is repeated here on their lengths.
+`bound` is the fill that no packing can exceed: as many sequences as the tokens need. `padded_to_longest_of_4` is the
+share of real tokens without packing, in batches of four rows in random order.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def _grams(side: Side) -> list[tuple[int, np.ndarray]]:
 
 
 def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted, each once, and how often each occurs; `np.unique` hashes 64-bit numbers, which takes three times as long."""
+    """Sorted, each once, and how often each occurs; `np.unique` hashes, which takes three times as long."""
     values = np.sort(values)
     begins = np.flatnonzero(np.concatenate((np.ones(min(len(values), 1), bool), values[1:] != values[:-1])))
     return values[begins], np.diff(begins, append=len(values))
