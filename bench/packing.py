@@ -2,6 +2,7 @@
 
     python -m bench.real_data FOLDER && python -m bench.packing FOLDER
 
+Rows are rendered once, whole; what `overflow` makes of those that are too long is repeated here on their lengths.
 `bound` is the fill that no packing can exceed: as many sequences as the tokens need. `padded_to_longest_of_4` is the
 share of real tokens without packing, in batches of four rows in random order.
 """
@@ -17,10 +18,27 @@ from typing import Any
 
 from bench.machine import machine, table, write_result
 from solotune.config import load_config
-from solotune.dataset import load_tokenizer, prepare
+from solotune.dataset import Example, load_tokenizer, prepare
 from solotune.dataset.pack import account
 
 LENGTHS, OVERFLOWS, FILES = (2048, 4096, 8192), ("truncate", "split", "drop"), ("chats.jsonl", "chitchat.jsonl")
+WHOLE = 1 << 20
+
+
+def lengths_after(rows: Sequence[Example], max_length: int, overflow: str) -> list[int]:
+    """Tokens of the examples that `overflow` makes of the rows; those in which nothing is learned are dropped."""
+    lengths = []
+    for row in rows:
+        size = len(row.input_ids)
+        if size <= max_length:
+            lengths.append(size)
+        elif overflow == "truncate" and row.supervised[:max_length].any():
+            lengths.append(max_length)
+        elif overflow == "split":
+            for start in range(0, size - 1, max_length - 1):
+                if row.supervised[start + (start > 0) : start + max_length].any():
+                    lengths.append(min(max_length, size - start))
+    return lengths
 
 
 def padded_share(lengths: Sequence[int], rows_per_batch: int = 4) -> float:
@@ -30,22 +48,23 @@ def padded_share(lengths: Sequence[int], rows_per_batch: int = 4) -> float:
     return sum(lengths) / sum(max(batch) * len(batch) for batch in batches)
 
 
+def measured(rows: Sequence[Example], max_length: int, overflow: str) -> dict[str, Any]:
+    lengths = lengths_after(rows, max_length, overflow)
+    started = time.perf_counter()
+    found = account(lengths, max_length)
+    seconds = time.perf_counter() - started
+    bound = sum(lengths) / (-(-sum(lengths) // max_length) * max_length)
+    shares = {"bound": round(bound, 4), "padded_to_longest_of_4": round(padded_share(lengths), 4)}
+    return {"overflow": overflow, **found, **shares, "seconds": round(seconds, 2)}
+
+
 def main(folder: Path) -> None:
     results: list[dict[str, Any]] = []
     for file in FILES:
-        for max_length in LENGTHS:
-            for overflow in OVERFLOWS:
-                keys = {"model_name_or_path": str(folder / "tokenizers" / "llama3"), "dataset": str(folder / file)}
-                config = load_config({**keys, "max_length": max_length, "overflow": overflow})
-                rows = prepare(config, load_tokenizer(config)).train
-                lengths = [len(row.input_ids) for row in rows]
-                started = time.perf_counter()
-                found = account(lengths, max_length)
-                seconds = round(time.perf_counter() - started, 2)
-                bound = sum(lengths) / (-(-sum(lengths) // max_length) * max_length)
-                shares = {"bound": round(bound, 4), "padded_to_longest_of_4": round(padded_share(lengths), 4)}
-                results.append({"file": file, "overflow": overflow, **found, **shares, "seconds": seconds})
-                print(results[-1], file=sys.stderr)
+        keys = {"model_name_or_path": str(folder / "tokenizers" / "llama3"), "dataset": str(folder / file)}
+        config = load_config({**keys, "max_length": WHOLE, "on_bad_row": "drop"})
+        rows = prepare(config, load_tokenizer(config)).train
+        results += [{"file": file, **measured(rows, length, how)} for length in LENGTHS for how in OVERFLOWS]
     write_result("packing", {"machine": machine("solotune"), "tokenizer": "llama3", "cases": results})
     print(table(list(results[0]), [list(one.values()) for one in results]))
 

@@ -325,7 +325,7 @@ rows      1,200 read, 1,195 kept
 dropped   2 exact duplicate, 3 no assistant turn
 too long  7 cut to max_length; 6 of them lose learned tokens
 tokens    1,000, of which 250 (25.0%) are learned
-split     1,135 to train on, 60 held out; 900 groups, 1 near-duplicates, 0 leaks
+split     1,135 to train on, 60 held out; 900 groups, 1 near-duplicate, 0 leaks
 
 !  F17 truncated: 2 rows were cut
    → max_length=4096

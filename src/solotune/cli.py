@@ -135,10 +135,8 @@ def init(model: str, dataset: str, output: str, force: bool, as_json: bool) -> N
 
 @solotune.command()
 @config_arguments
-@click.option(
-    "--show", type=click.IntRange(min=0), default=1, show_default=True, help="Rows to show with their tokens."
-)
-@click.option("--ids", "with_ids", is_flag=True, help="Show each token of these rows with its id.")
+@click.option("--show", type=click.IntRange(min=0), default=1, show_default=True, help="Rows to show.")
+@click.option("--ids", "with_ids", is_flag=True, help="Show each token of these rows by itself, with its id.")
 @json_option
 @click.pass_context
 def data(ctx: click.Context, config: str, overrides: tuple[str, ...], show: int, with_ids: bool, as_json: bool) -> None:

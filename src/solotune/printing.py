@@ -73,11 +73,8 @@ def _data_facts(report: Mapping[str, Any]) -> dict[str, str]:
         too_long.append(f"{rows['truncated']:,} cut to max_length; {rows['answers_cut']:,} of them lose learned tokens")
     if rows.get("split"):
         too_long.append(f"{rows['split']:,} split, which adds {rows['added_by_split']:,}")
-    alike = [
-        f"{split[key]:,} {words}"
-        for key, words in (("groups", "groups"), ("near_duplicates", "near-duplicates"), ("leaks", "leaks"))
-        if key in split
-    ]
+    words = {"groups": "group", "near_duplicates": "near-duplicate", "leaks": "leak"}
+    alike = [_count(split[key], word) for key, word in words.items() if key in split]
     return {
         "format": str(report["format"]),
         "rows": f"{rows['read']:,} read, {rows['kept']:,} kept",
@@ -247,4 +244,4 @@ def _print_rule(title: str, console: Console) -> None:
 
 
 def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"

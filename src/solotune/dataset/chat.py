@@ -31,7 +31,7 @@ import re
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from solotune.dataset.control import ControlTokens, any_of, free_noncharacters
 from solotune.dataset.row import RowError
