@@ -301,6 +301,19 @@ def test_f13_a_role_is_dropped(bench: Bench, role: str) -> None:
     assert bench.codes(each(talk(), change)) == []
 
 
+def test_f13_and_f16_do_not_look_at_rows_that_were_cut_behind_a_stop(bench: Bench) -> None:
+    """Every row ends in the end of its first turn, so it looks whole, and its second turn was cut off."""
+    same = chat("Are you there?", "I am. What is it?")
+    rows = each(talk(), lambda n, m: [*same, *m])
+    (whole,) = {
+        len(e.input_ids)
+        for e in bench.prepared([{"messages": same}], tiny_tokenizer("chatml"), validation_size=0)[1].train
+    }
+    num_newline = 1
+    found = bench.codes(rows, max_length=whole - num_newline)
+    assert not {"F13", "F16"} & set(found), found
+
+
 def test_f13_tools_are_dropped(bench: Bench) -> None:
     tools = [{"type": "function", "function": {"name": "get_weather", "parameters": {}}}]
     found = bench.only("F13", [{**row, "tools": tools} for row in talk()])
@@ -408,7 +421,7 @@ def test_f24_answers_are_cut(bench: Bench) -> None:
     assert tokens[-1] - 64 <= whole <= tokens[-1] + 64
     assert bench.codes(long, max_length=whole) == []
     assert bench.codes(long, max_length=tokens[20], overflow="split") == []
-    assert "are dropped" in bench.only("F24", long, max_length=tokens[20], overflow="drop").message
+    assert "and dropped" in bench.only("F24", long, max_length=tokens[20], overflow="drop").message
 
 
 def test_f25_the_prompt_fills_the_window(bench: Bench) -> None:

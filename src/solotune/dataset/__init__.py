@@ -6,7 +6,8 @@ ids = render_prompt(tokenizer, messages)   # for generating, by the code that re
 
 source.py     words of a config -> files or a hub dataset, slices      files.py    strict readers with places
 columns.py    the user's names of columns -> ours                       formats.py  row -> messages
-messages.py   one message: role, text, weight                           kinship.py  rows of one conversation
+messages.py   one message: role, text, weight                           calls.py    tool calls, and their results
+kinship.py    rows of one conversation
 split.py      copies, groups, leaks, manifest                           similar.py  near-duplicates
 chat.py       messages -> text and the characters to learn              control.py  control tokens, genuine and forged
 encode.py     text -> ids, and where the answers are                    render.py   ids -> examples of max_length
@@ -18,6 +19,6 @@ prepare.py    all of it, in order                                       example.
 from solotune.dataset.example import Example, Prepared
 from solotune.dataset.prepare import Progress, prepare, render_prompt
 from solotune.dataset.report import DataReport
-from solotune.dataset.tokenizer import load_tokenizer
+from solotune.dataset.tokenizer import load_tokenizer, spelled
 
-__all__ = ["DataReport", "Example", "Prepared", "Progress", "load_tokenizer", "prepare", "render_prompt"]
+__all__ = ["DataReport", "Example", "Prepared", "Progress", "load_tokenizer", "prepare", "render_prompt", "spelled"]

@@ -83,7 +83,7 @@ def leaked_passages(facts: Facts) -> Finding | None:
     Wrong when: both sides quote the same source on purpose.
     """
     train = np.concatenate([grams for _, grams in _grams(facts.train)] or [np.zeros(0, np.uint64)])
-    known, counts = np.unique(train, return_counts=True)
+    known, counts = _distinct(train)
     own, common = known[counts <= COMMON], known[counts > COMMON]
     leaked = []
     judged = 0
@@ -123,9 +123,16 @@ def _grams(side: Side) -> list[tuple[int, np.ndarray]]:
     learned = side.supervised[GRAM - 1 :]
     ends = np.maximum(side.starts[1:] - GRAM + 1, side.starts[:-1])
     return [
-        (r, np.unique(hashes[begin:end][learned[begin:end]]))
+        (r, _distinct(hashes[begin:end][learned[begin:end]])[0])
         for r, (begin, end) in enumerate(zip(side.starts[:-1], ends, strict=True))
     ]
+
+
+def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted, each once, and how often each occurs; `np.unique` hashes, which takes three times as long."""
+    values = np.sort(values)
+    begins = np.flatnonzero(np.concatenate((np.ones(min(len(values), 1), bool), values[1:] != values[:-1])))
+    return values[begins], np.diff(begins, append=len(values))
 
 
 def _is_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
