@@ -334,6 +334,49 @@ def test_train_passes_config_overrides_and_resume(verbs, capsys, tmp_path):
     assert "solotune chat runs/a --base" in capsys.readouterr().out
 
 
+DATA_HELP = """\
+Usage: solotune data [OPTIONS] CONFIG [KEY=VALUE]...
+
+  Show what training would learn: rows, split, tokens, mask.
+
+  The model's own chat template is applied, so what is shown is what the model
+  sees; what it learns is marked. Faults of the data are named with their fix;
+  one that is an error makes the exit code 3.
+
+  Example:
+    solotune data solotune.yaml --show 3 max_length=1024
+
+Options:
+  --show INTEGER RANGE  Rows to show.  [default: 1; x>=0]
+  --ids                 Show each token of these rows by itself, with its id.
+  --json                Print one JSON object on stdout, all else on stderr.
+  -h, --help            Show this message and exit.
+"""
+
+
+def test_help_of_data_is_frozen():
+    assert run("data", "--help").stdout == DATA_HELP
+
+
+def test_data_shows_each_token_with_its_id_when_asked(verbs, capsys):
+    report = {
+        "format": "text",
+        "rows": {"read": 1, "kept": 1, "dropped": {}},
+        "tokens": {"total": 2, "supervised": 1},
+        "split": {"train": 1, "validation": 0},
+    }
+    row = SimpleNamespace(
+        where="a.jsonl:1", pieces=[("hi", False, [7]), (" you", True, [12])], tokens=["hi", " you"], weights=[]
+    )
+    preview = SimpleNamespace(report=SimpleNamespace(findings=[], to_json=lambda: report), shown=[row])
+    verbs.data = lambda *_, **__: preview
+    assert cli.main(["data", "a.yaml"]) == 0
+    assert "hi⟦ you⟧" in capsys.readouterr().out
+    assert cli.main(["data", "a.yaml", "--ids"]) == 0
+    out = capsys.readouterr().out
+    assert " 7 hi" in out and "12 ⟦␣you⟧" in out
+
+
 def test_data_shows_as_many_rows_as_asked(verbs):
     seen = []
     report = SimpleNamespace(findings=[])

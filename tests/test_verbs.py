@@ -169,9 +169,19 @@ def test_data_shows_what_is_learned(config):
     preview = solotune.data(config, show=2)
     assert preview.report.to_json()["split"]["train"] == 50
     for row in preview.shown:
-        learned = [text for text, supervised, _, _ in row.pieces if supervised]
+        learned = [text for text, supervised, _ in row.pieces if supervised]
         assert len(learned) == 1
         assert learned[0].startswith("it is ") and learned[0].endswith("<|im_end|>")
+        assert "".join(row.tokens) == "".join(text for text, _, _ in row.pieces)
+
+
+def test_data_with_packing_says_what_it_makes_of_the_rows(config):
+    found = solotune.data(config, ["packing=true", "max_length=256"]).to_json()
+    packing = found["packing"]
+    assert packing["rows"] == found["split"]["train"] == 50
+    assert packing["sequence_tokens"] == 256
+    assert 1 < packing["sequences"] < 50
+    assert "packing" not in solotune.data(config).to_json()
 
 
 def test_a_template_without_an_end_of_turn_is_a_finding_and_exit_3(config, tmp_path):

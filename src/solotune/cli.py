@@ -135,12 +135,11 @@ def init(model: str, dataset: str, output: str, force: bool, as_json: bool) -> N
 
 @solotune.command()
 @config_arguments
-@click.option(
-    "--show", type=click.IntRange(min=0), default=1, show_default=True, help="Rows to show with their tokens."
-)
+@click.option("--show", type=click.IntRange(min=0), default=1, show_default=True, help="Rows to show.")
+@click.option("--ids", "with_ids", is_flag=True, help="Show each token of these rows by itself, with its id.")
 @json_option
 @click.pass_context
-def data(ctx: click.Context, config: str, overrides: tuple[str, ...], show: int, as_json: bool) -> None:
+def data(ctx: click.Context, config: str, overrides: tuple[str, ...], show: int, with_ids: bool, as_json: bool) -> None:
     """Show what training would learn: rows, split, tokens, mask.
 
     The model's own chat template is applied, so what is shown is what the model sees; what it learns is marked. Faults
@@ -163,7 +162,7 @@ def data(ctx: click.Context, config: str, overrides: tuple[str, ...], show: int,
     else:
         from solotune.printing import print_data
 
-        print_data(preview, _console())
+        print_data(preview, _console(), with_ids)
     ctx.exit(3 if any(finding["severity"] == "error" for finding in preview.report.findings) else 0)
 
 

@@ -17,18 +17,21 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from solotune.dataset.pack import in_words
 from solotune.terminal import bytes_in_words, inert, plus_minus, print_columns
 
 if TYPE_CHECKING:
     from solotune.environment import DoctorReport
     from solotune.evaluation import Evaluation
-    from solotune.verbs import DataPreview, RunSummary, TrainResult
+    from solotune.verbs import DataPreview, RunSummary, ShownRow, TrainResult
 
 SIGNS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "bold red")}
 SEVERITY_SIGNS = {"error": SIGNS["fail"], "warning": SIGNS["warn"], "info": ("·", "dim")}
 MIN_COLUMNS_FOR_BESIDE = 72  # narrower, answers stand below one another
 MIN_COLUMNS_FOR_ALL_FIGURES = 104
 MAX_COLUMNS = 120  # longer lines are hard to read
+TOKEN_CELL = 20  # four tokens with their ids in 80 columns
+_VISIBLE_BLANKS = str.maketrans(" \n\t", "␣↵⇥")
 
 
 def print_doctor(report: DoctorReport, console: Console) -> None:
@@ -44,55 +47,91 @@ def print_doctor(report: DoctorReport, console: Console) -> None:
     console.print(Text(verdict + warnings, "bold red" if counts["fail"] else "bold green"))
 
 
-def print_data(preview: DataPreview, console: Console) -> None:
-    """The report in a few lines, the findings, and rows as the model sees them with what it learns marked."""
+def print_data(preview: DataPreview, console: Console, with_ids: bool = False) -> None:
+    """Rows as the model sees them with what it learns marked; last, so that it stays in sight, what was found in all.
+
+    Args:
+        with_ids: each token of the rows by itself, with its id.
+    """
+    for row in preview.shown:
+        _print_row(row, console, with_ids)
     report = preview.report.to_json()
-    rows, tokens, split = report["rows"], report["tokens"], report["split"]
-    dropped = "; ".join(f"{number:,} dropped: {reason}" for reason, number in rows.get("dropped", {}).items())
-    share = tokens["supervised"] / tokens["total"] if tokens["total"] else 0.0
-    weights = report["weights"]
-    weighted = f"{weights['answers']:,} answers in {weights['rows']:,} rows have another than 1"
-    same = [f"{split[key]:,} {words}" for key, words in _SPLIT_WORDS.items() if split.get(key) is not None]
-    facts = {
-        "format": str(report["format"]),
-        "rows": f"{rows['read']:,} read, {rows['kept']:,} kept" + (f"; {dropped}" if dropped else ""),
-        "tokens": f"{tokens['total']:,}, of which {tokens['supervised']:,} ({share:.1%}) are learned",
-        "weights": f"{weighted}; their sum over tokens is {weights['sum']:,}" if weights["rows"] else "",
-        "split": f"{split['train']:,} to train on, {split['validation']:,} held out",
-        "": ", ".join(same),
-    }
-    _print_facts({key: value for key, value in facts.items() if value}, console)
+    facts = {key: value for key, value in _data_facts(report).items() if value}
+    _print_facts(facts, console)
     for finding in report.get("findings", []):
         sign, style = SEVERITY_SIGNS[finding["severity"]]
-        _signed(sign, style, f"{finding['code']} {finding['slug']}", finding["message"], finding.get("fix"), console)
-    for row in preview.shown:
-        _print_row(row.where, row.pieces, console)
+        message, fix = f"{finding['code']} {finding['slug']}: {finding['message']}", f"→ {finding['fix']}"
+        console.print()
+        print_columns([(sign, message), ("", fix)], (style, ""), console)
 
 
-_SPLIT_WORDS = {
-    "groups": "groups",
-    "exact_duplicates": "exact duplicates",
-    "near_duplicates": "near duplicates",
-    "leaks": "leaks",
-}
+def _data_facts(report: Mapping[str, Any]) -> dict[str, str]:
+    rows, tokens, split = report["rows"], report["tokens"], report["split"]
+    share = tokens["supervised"] / tokens["total"] if tokens["total"] else 0.0
+    too_long = []
+    if rows.get("truncated"):
+        too_long.append(f"{rows['truncated']:,} cut to max_length; {rows['answers_cut']:,} of them lose learned tokens")
+    if rows.get("split"):
+        too_long.append(f"{rows['split']:,} split, which adds {rows['added_by_split']:,}")
+    words = {"groups": "group", "near_duplicates": "near-duplicate", "leaks": "leak"}
+    alike = [_count(split[key], word) for key, word in words.items() if key in split]
+    weights = report.get("weights", {})
+    weighted = ""
+    if weights.get("answers"):
+        weighted = f"{_count(weights['answers'], 'answer')} of {_count(weights['rows'], 'row')} have another than 1"
+        weighted += f"; their sum over the learned tokens is {weights['sum']:,}"
+    return {
+        "format": str(report["format"]),
+        "rows": f"{rows['read']:,} read, {rows['kept']:,} kept",
+        "dropped": ", ".join(f"{number:,} {reason}" for reason, number in rows["dropped"].items()),
+        "too long": "; ".join(too_long),
+        "tokens": f"{tokens['total']:,}, of which {tokens['supervised']:,} ({share:.1%}) are learned",
+        "weights": weighted,
+        "split": f"{split['train']:,} to train on, {split['validation']:,} held out"
+        + (f"; {', '.join(alike)}" if alike else ""),
+        "packing": in_words(report["packing"]) if report.get("packing") else "",
+    }
 
 
-def _print_row(where: str, pieces: Sequence[tuple[str, bool, Sequence[int], float]], console: Console) -> None:
-    total = sum(len(ids) for _, _, ids, _ in pieces)
-    learned = sum(len(ids) for _, supervised, ids, _ in pieces if supervised)
-    coloured = console.color_system is not None
-    marks = "learned is green" if coloured else "learned is in ⟦ ⟧"
+def _print_row(row: ShownRow, console: Console, with_ids: bool) -> None:
+    total = len(row.tokens)
+    learned = sum(len(ids) for _, supervised, ids in row.pieces if supervised)
+    marks = "learned is green" if console.color_system is not None else "learned is in ⟦ ⟧"
+    _print_rule(f"{row.where} · {total:,} tokens, {learned:,} learned: {marks}", console)
+    if with_ids:
+        _print_tokens(row, console)
+    else:
+        text = Text()
+        weights = row.weights or [1.0] * len(row.pieces)
+        for (piece, supervised, _), weight in zip(row.pieces, weights, strict=True):
+            text.append(_marked(inert(piece).replace("\n", "↵\n"), supervised, console))
+            text.append(f"×{weight:g}" if supervised and weight != 1 else "", "green")
+        console.print(text, soft_wrap=not console.is_terminal)
     console.print()
-    _print_rule(f"{where} · {total:,} tokens, {learned:,} learned: {marks}", console)
-    text = Text()
-    for piece, supervised, _, weight in pieces:
-        shown = inert(piece).replace("\n", "↵\n")
-        if supervised:
-            text.append(shown if coloured else f"⟦{shown}⟧", "bold green")
-            text.append("" if weight == 1 else f"×{weight:g}", "green")
-        else:
-            text.append(shown, "dim")
+
+
+def _print_tokens(row: ShownRow, console: Console) -> None:
+    """`id token` in cells of equal width, in reading order; a long token takes several."""
+    ids = [(index, supervised) for _, supervised, piece in row.pieces for index in piece]
+    id_width = max((len(str(index)) for index, _ in ids), default=0)
+    columns = min(console.width, MAX_COLUMNS) // TOKEN_CELL * TOKEN_CELL
+    text, used = Text(), 0
+    for (index, supervised), token in zip(ids, row.tokens, strict=True):
+        cell = Text(f"{index:>{id_width}} ")
+        cell.append(_marked(inert(token).translate(_VISIBLE_BLANKS), supervised, console))
+        cell.append(" " * (-(cell.cell_len + 1) % TOKEN_CELL + 1))
+        if used and used + cell.cell_len > columns:
+            text.append("\n")
+            used = 0
+        text.append(cell)
+        used += cell.cell_len
     console.print(text, soft_wrap=not console.is_terminal)
+
+
+def _marked(text: str, supervised: bool, console: Console) -> Text:
+    if not supervised:
+        return Text(text, "dim")
+    return Text(text if console.color_system is not None else f"⟦{text}⟧", "bold green")
 
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
@@ -213,4 +252,4 @@ def _print_rule(title: str, console: Console) -> None:
 
 
 def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"

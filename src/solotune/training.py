@@ -146,11 +146,18 @@ def learning_rate_at(config: RunConfig, step: int, total_steps: int) -> float:
 
 
 def train_step(
-    model: TrainableModel, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer, max_grad_norm: float
+    model: TrainableModel,
+    micro_batches: Sequence[Batch],
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+    dropout_seed: tuple[int, ...] = (0,),
 ) -> tuple[float, float, float]:
     """One optimizer step over the whole accumulated batch: (loss, token accuracy, gradient norm before clipping).
 
     The loss is the mean by weight, the accuracy the plain share of the supervised tokens.
+
+    Args:
+        dropout_seed: tells this step's dropout from that of others.
 
     Raises:
         NonFiniteError: loss or gradient is NaN or infinite; nothing has been changed.
@@ -159,7 +166,8 @@ def train_step(
     total_weight = sum(batch.total_weight for batch in micro_batches)
     loss_sum = torch.zeros((), device=model.device)
     hits = torch.zeros((), device=model.device)
-    for batch in micro_batches:
+    for number, batch in enumerate(micro_batches):
+        lora.seed_dropout(model.adapted, *dropout_seed, number)
         losses_N, hits_N = model.token_losses(batch)
         weighted_sum = batch.weighted(losses_N).sum()
         (weighted_sum / total_weight).backward()
@@ -235,7 +243,9 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             try:
-                loss, accuracy, grad_norm = train_step(model, batches, optimizer, config.max_grad_norm)
+                loss, accuracy, grad_norm = train_step(
+                    model, batches, optimizer, config.max_grad_norm, (config.seed, step)
+                )
             except NonFiniteError as error:
                 run.log_metrics(
                     "non_finite", step=step, seen=error.seen, rows=[r.where for b in batches for r in b.rows]

@@ -7,8 +7,9 @@ the list of runs loads no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from solotune.record import RunDirectory, list_runs, read_json, storage_errors, 
 from solotune.terminal import Display, PlainDisplay, SilentDisplay, make_console, tee
 
 if TYPE_CHECKING:
-    from solotune.dataset import DataReport, Example, Prepared
+    from solotune.dataset import DataReport, Prepared
     from solotune.environment import DoctorReport
     from solotune.evaluation import Evaluation
     from solotune.model import TrainableModel
@@ -64,10 +65,16 @@ def init(model: str, dataset: str, path: str | Path = "solotune.yaml", force: bo
 
 @dataclass(frozen=True)
 class ShownRow:
-    """One training row as the model sees it: pieces of text, each with whether it is learned, its ids and weight."""
+    """One training row as the model sees it: text pieces, each with whether it is learned and its token ids.
+
+    `tokens` holds the text of each id, for all pieces one after the other; `weights` that of each piece, and nothing
+    where all are 1.
+    """
 
     where: str
-    pieces: list[tuple[str, bool, list[int], float]]
+    pieces: list[tuple[str, bool, list[int]]]
+    tokens: list[str]
+    weights: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -91,19 +98,25 @@ def data(
     prepared = _prepare(checked, tokenizer, display or SilentDisplay())
     shown = [
         ShownRow(
-            row.where, [(p["text"], p["supervised"], p["ids"], p.get("weight", 1.0)) for p in row.pieces(tokenizer)]
+            row.where,
+            [(p["text"], p["supervised"], p["ids"]) for p in row.pieces(tokenizer)],
+            dataset.spelled(tokenizer, row.input_ids),
+            [] if row.weights is None else [p["weight"] for p in row.pieces(tokenizer)],
         )
         for row in prepared.train[:show]
     ]
     return DataPreview(prepared.report, shown)
 
 
-def _prepare(config: RunConfig, tokenizer: Any, display: Display) -> Prepared:
-    """The rows of a config, and in their report what is wrong with them."""
+def _prepare(config: RunConfig, tokenizer: Any, display: Display, rendered_on: date | None = None) -> Prepared:
+    """The rows of a config, and in their report what is wrong with them and how they are packed."""
     from solotune import dataset
-    from solotune.dataset import findings
+    from solotune.dataset import findings, pack
+    from solotune.dataset.example import lengths_of
 
-    prepared = dataset.prepare(config, tokenizer, progress=display.progress)
+    prepared = dataset.prepare(config, tokenizer, progress=display.progress, rendered_on=rendered_on)
+    if config.packing:
+        prepared.report.packing = pack.account(lengths_of(prepared.train), config.max_length)
     found = findings.find(config, tokenizer, prepared.train, prepared.validation, prepared.report)
     prepared.report.findings = [finding.to_json() for finding in found]
     return prepared
@@ -138,7 +151,8 @@ def train(
         SolotuneError: see `solotune.errors`; each kind has its exit code.
     """
     from solotune import dataset, training
-    from solotune.resume import fingerprints, open_run
+    from solotune.dataset import pack
+    from solotune.resume import fingerprints, open_run, recorded_day
     from solotune.tuned import load_base, settle
 
     display = display or SilentDisplay()
@@ -147,7 +161,7 @@ def train(
         RunDirectory.refuse_occupied(checked)
     display.phase("reading data")
     tokenizer = dataset.load_tokenizer(checked)
-    prepared = _prepare(checked, tokenizer, display)
+    prepared = _prepare(checked, tokenizer, display, recorded_day(checked, resume))
     for finding in prepared.report.findings:
         display.note(f"{finding['severity']} {finding['code']} {finding['slug']}: {finding['message']}")
     display.phase("loading model")
@@ -165,9 +179,8 @@ def train(
         write_whole(run.path / "split.json", prepared.manifest.json_lines())
         summary = _summary(model, checked, prepared)
         display.note(_in_words(summary))
-        if checked.packing:
-            sequences, filled = summary["train_sequences"], summary["packing_fill"]
-            display.note(f"{summary['train_rows']:,} rows packed into {sequences:,} sequences, {filled:.1%} full")
+        if prepared.report.packing:
+            display.note(f"packing: {pack.in_words(prepared.report.packing)}")
         run.log_metrics("start", step=start.step if start else 0, **summary)
         tuned = training.train(
             model, prepared.train, prepared.validation, checked, run, display, start, fingerprints(checked, prepared)
@@ -176,7 +189,7 @@ def train(
         result = None
         if prepared.validation:
             display.phase("comparing base and tuned on held-out rows")
-            result = _compare(model, tokenizer, prepared.validation, checked, tuned, display)
+            result = _compare(model, tokenizer, prepared, checked, tuned, display)
             run.write_json("evaluation.json", result.to_json())
         run.log_metrics("end", step=summary["total_steps"], peak_bytes=training.peak_bytes(model.device))
         return TrainResult(run.path, summary, choices, result)
@@ -195,6 +208,7 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
         IntegrityError: the data is no longer what the run held out.
     """
     from solotune import dataset
+    from solotune.resume import day_of
     from solotune.tuned import TunedRun
 
     display = display or SilentDisplay()
@@ -202,7 +216,7 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
     path = found.directory.path
     display.choices(found.choices)
     display.phase("reading data")
-    prepared = dataset.prepare(found.config, found.tokenizer)
+    prepared = dataset.prepare(found.config, found.tokenizer, rendered_on=day_of(path))
     recorded = read_json(path / "data.json").get("sha256", {}).get("validation")
     if recorded != prepared.report.to_json()["sha256"]["validation"]:
         raise IntegrityError(
@@ -213,7 +227,7 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
     if not prepared.validation:
         raise InputError(f"{path}: the run held out no rows", change="train with validation_size above 0")
     display.phase("loading model")
-    result = _compare(found.load(), found.tokenizer, prepared.validation, found.config, None, display)
+    result = _compare(found.load(), found.tokenizer, prepared, found.config, None, display)
     found.directory.write_json("evaluation.json", result.to_json())
     return result
 
@@ -278,20 +292,17 @@ def _run_summary(run: RunDirectory) -> RunSummary:
 
 def _summary(model: TrainableModel, config: RunConfig, prepared: Prepared) -> dict[str, Any]:
     from solotune import linear, lora, training
-    from solotune.dataset.example import lengths_of
-    from solotune.dataset.pack import fill
 
     trainable, parameters = model.num_trainable, model.num_parameters
     own = (config.lora_r, lora.leaf_names(model.adapted))
     others = lora.explain_count(trainable, model.linear_shapes(), {*lora.USUAL_RANKS, config.lora_r})
     fits = [own, *(fit for fit in others if fit != own)]
-    lengths = lengths_of(prepared.train)
     sequences = training.sequences(config, prepared.train)
     return {
         "total_steps": training.Schedule.of(config, len(sequences)).total_steps,
         "train_rows": len(prepared.train),
         "train_sequences": len(sequences),
-        "packing_fill": fill(lengths, sequences, config.max_length) if config.packing else None,
+        "packing_fill": prepared.report.packing["fill"] if prepared.report.packing else None,
         "validation_rows": len(prepared.validation),
         "trainable_parameters": trainable,
         "parameters": parameters,
@@ -310,14 +321,15 @@ def _in_words(summary: dict[str, Any]) -> str:
 
 
 def _compare(
-    model: TrainableModel, tokenizer: Any, rows: Sequence[Example], config: RunConfig, tuned: Any, display: Display
+    model: TrainableModel, tokenizer: Any, prepared: Prepared, config: RunConfig, tuned: Any, display: Display
 ):
     from solotune import evaluation
 
     return evaluation.compare(
         model,
         tokenizer,
-        rows,
+        prepared.validation,
+        rendered_on=prepared.report.day,
         batch_size=config.per_device_eval_batch_size,
         num_samples=config.num_samples,
         max_new_tokens=config.max_new_tokens,

@@ -292,12 +292,26 @@ def test_f12_messages_that_were_rendered_before(bench: Bench) -> None:
 def test_f13_a_role_is_dropped(bench: Bench, role: str) -> None:
     def change(n: int, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         told = {"role": role, "content": sentence(random.Random(1000 + n))}
-        return [told, *messages] if role == "system" else [messages[0], told, messages[1]]
+        call = {"role": "assistant", "content": f'<tool_call>{{"name": "f{n}"}}</tool_call>'}
+        return [told, *messages] if role == "system" else [messages[0], call, told, messages[1]]
 
     template = CHATML.replace("for m in messages", f"for m in messages if m.role != '{role}'")
     found = bench.only("F13", each(talk(), change), with_template("chatml", template))
     assert (found.severity, found.evidence["rows_without"]) == ("error", {role: 30})
     assert bench.codes(each(talk(), change)) == []
+
+
+def test_f13_and_f16_do_not_look_at_rows_that_were_cut_behind_a_stop(bench: Bench) -> None:
+    """Every row ends in the end of its first turn, so it looks whole, and its second turn was cut off."""
+    same = chat("Are you there?", "I am. What is it?")
+    rows = each(talk(), lambda n, m: [*same, *m])
+    (whole,) = {
+        len(e.input_ids)
+        for e in bench.prepared([{"messages": same}], tiny_tokenizer("chatml"), validation_size=0)[1].train
+    }
+    num_newline = 1
+    found = bench.codes(rows, max_length=whole - num_newline)
+    assert not {"F13", "F16"} & set(found), found
 
 
 def test_f13_tools_are_dropped(bench: Bench) -> None:
@@ -407,7 +421,7 @@ def test_f24_answers_are_cut(bench: Bench) -> None:
     assert tokens[-1] - 64 <= whole <= tokens[-1] + 64
     assert bench.codes(long, max_length=whole) == []
     assert bench.codes(long, max_length=tokens[20], overflow="split") == []
-    assert "are dropped" in bench.only("F24", long, max_length=tokens[20], overflow="drop").message
+    assert "and dropped" in bench.only("F24", long, max_length=tokens[20], overflow="drop").message
 
 
 def test_f25_the_prompt_fills_the_window(bench: Bench) -> None:
@@ -654,8 +668,15 @@ def test_thinking_and_tools(bench: Bench) -> None:
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "get_weather", "arguments": {"city": "Paris"}}}]}
     told = {"role": "tool", "content": "It is 22 degrees."}
     assert bench.codes(each(talk(), lambda n, m: [m[0], call, told, told, m[1]]), "qwen3") == []
-    # a call that is answered elsewhere
-    assert bench.codes(each(talk(), lambda n, m: [m[0], call, m[1]]), "qwen3") == []
+
+    # a call is what the row is for
+    def called(n: int) -> dict[str, Any]:
+        return {
+            "role": "assistant",
+            "tool_calls": [{"name": f"get_{n}", "arguments": f'{{"city": "{sentence(random.Random(n))}"}}'}],
+        }
+
+    assert bench.codes(each(talk(), lambda n, m: [*m, m[0], called(n)]), "qwen3") == []
 
 
 def test_orders_of_turns_that_are_meant(bench: Bench) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from solotune.dataset.pack import fill, pack
+from solotune.dataset.pack import account, fill, pack
 
 
 @given(st.lists(st.integers(1, 64), max_size=200))
@@ -30,3 +30,15 @@ def test_chats_fill_their_packs(mean):
     lengths = np.clip(np.random.default_rng(0).lognormal(np.log(mean), 0.8, 5000).astype(int), 10, 2048).tolist()
     packs = pack(lengths, 2048)
     assert fill(lengths, packs, 2048) >= 0.98
+
+
+def test_the_account_adds_up():
+    lengths = [1024, 600, 500, 400, 24]
+    found = account(lengths, 1024)
+    assert found == {
+        "sequences": 3,
+        "sequence_tokens": 1024,
+        "rows": 5,
+        "fill": round(sum(lengths) / (3 * 1024), 4),
+        "tokens_empty": 3 * 1024 - sum(lengths),
+    }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from solotune.dataset import load_tokenizer, render_prompt
+from solotune.dataset import load_tokenizer, render_prompt, spelled
 from solotune.errors import InputError
 from tests.dataset.conftest import CHATML, chat, config_of, tiny_tokenizer
 
@@ -35,6 +35,15 @@ def test_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     tokenizer = load_tokenizer(config_of("x.jsonl", model_name_or_path=str(folder)))
     assert render_prompt(tokenizer, chat("a")) == render_prompt(tiny_tokenizer("chatml"), chat("a"))
+
+
+@pytest.mark.parametrize("family", ["chatml", "mistral"])
+def test_tokens_spelled_one_by_one(family: str) -> None:
+    tokenizer = tiny_tokenizer(family)
+    text = "The capital of France is Paris"
+    assert "".join(spelled(tokenizer, tokenizer.encode(text, add_special_tokens=False))).strip() == text
+    in_parts = spelled(tokenizer, tokenizer.encode("é", add_special_tokens=False))
+    assert in_parts and not any("\ufffd" in part for part in in_parts)
 
 
 def test_a_template_of_ones_own(folder: Path, tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ ids = render_prompt(tokenizer, messages)   # for generating, by the code that re
 
 source.py     words of a config -> files or a hub dataset, slices      files.py    strict readers with places
 columns.py    the user's names of columns -> ours                       formats.py  row -> messages
-messages.py   one message: role, text, weight                           kinship.py  rows of one conversation
+messages.py   one message: role, text, weight                           calls.py    tool calls, and their results
+kinship.py    rows of one conversation                                  manifest.py the side of each row, as a file
 split.py      copies, groups, leaks                                     similar.py  near-duplicates
-manifest.py   the side of each row, as a file
 chat.py       messages -> text and the characters to learn              control.py  control tokens, genuine and forged
 encode.py     text -> ids, and where the answers are                    render.py   ids -> examples of max_length
 budget.py     what is learned, counted                                  report.py   the account of the rows
@@ -20,6 +20,6 @@ prepare.py    all of it, in order                                       example.
 from solotune.dataset.example import Example, Prepared
 from solotune.dataset.prepare import Progress, prepare, render_prompt
 from solotune.dataset.report import DataReport
-from solotune.dataset.tokenizer import load_tokenizer
+from solotune.dataset.tokenizer import load_tokenizer, spelled
 
-__all__ = ["DataReport", "Example", "Prepared", "Progress", "load_tokenizer", "prepare", "render_prompt"]
+__all__ = ["DataReport", "Example", "Prepared", "Progress", "load_tokenizer", "prepare", "render_prompt", "spelled"]

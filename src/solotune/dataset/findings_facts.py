@@ -208,7 +208,7 @@ class Facts:
     @cached_property
     def template(self) -> ChatTemplate | None:
         """The chat template in use; None for a tokenizer without one."""
-        return ChatTemplate(self.tokenizer) if self.tokenizer.chat_template is not None else None
+        return ChatTemplate(self.tokenizer, self.report.day) if self.tokenizer.chat_template is not None else None
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -291,8 +291,14 @@ class Facts:
         return bool(self.train.rows) and bool(self.train.rows[0].messages)
 
     def sample(self, side: Side, *, whole: bool = True) -> list[int]:
-        """Rows for decoding, evenly spaced: chats, and unless asked otherwise only those that were not cut."""
+        """Rows for decoding, evenly spaced: chats, and unless asked otherwise only those that were not cut.
+
+        Where rows were truncated, one that fills `max_length` is left out even if it ends with a stop: the cut may
+        have fallen between two turns.
+        """
         fits = ~self.is_cut(side) if whole else np.ones(len(side.rows), bool)
+        if whole and self.report.num_truncated:
+            fits &= side.lengths < self.config.max_length
         return evenly([r for r, row in enumerate(side.rows) if row.messages and fits[r]], NUM_DECODED)
 
     @cached_property

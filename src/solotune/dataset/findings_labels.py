@@ -288,11 +288,15 @@ def answers_cut(facts: Facts) -> Finding | None:
         "answers-cut",
         "S5",
         "error" if lost >= MOST * total else "warning",
-        f"{lost:,} of {total:,} rows ({percent(lost, total)}) are longer than max_length {limit} and "
-        + ("are dropped." if dropped > len(rows) else "lose the end of their answer."),
+        f"{lost:,} of {total:,} rows ({percent(lost, total)}) are "
+        + (
+            f"longer than max_length {limit} and dropped."
+            if dropped > len(rows)
+            else f"cut at max_length {limit}, in the middle of an answer."
+        ),
         {"answers_cut": len(rows), "dropped": dropped, "max_length": limit, "rows": side.places(rows)},
         f"max_length: {wanted}"
-        + (" (room for 95 % of them)" if len(long) else "")
+        + (" (room for 95 % of the long rows)" if len(long) else "")
         + ("" if dropped > len(rows) else ", or overflow: drop to leave them out"),
     )
 

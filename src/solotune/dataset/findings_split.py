@@ -83,19 +83,20 @@ def leaked_passages(facts: Facts) -> Finding | None:
     Wrong when: both sides quote the same source on purpose.
     """
     rows, asked = _grams(facts.validation)
-    held = np.unique(asked)
+    held, _ = _distinct(asked)
     counts = np.zeros(len(held), np.int64)  # training rows that each is in
     for side in facts.stretches() if len(held) else ():
         of, grams = _grams(side)
         places = np.minimum(np.searchsorted(held, grams), len(held) - 1)
         is_held = held[places] == grams
-        once = np.unique(of[is_held] * len(held) + places[is_held])  # a row counts once
+        once, _ = _distinct(of[is_held] * len(held) + places[is_held])  # a row counts once
         np.add.at(counts, once % len(held), 1)
     own, common = held[(counts > 0) & (counts <= COMMON)], held[counts > COMMON]
     leaked = []
     judged = 0
-    for row, begin, end in zip(*_runs(rows), strict=True):
-        grams = np.unique(asked[begin:end])
+    rows, sizes = _distinct(rows)
+    for row, grams in zip(rows, np.split(asked, np.cumsum(sizes)[:-1]), strict=False):  # of none, split makes one
+        grams, _ = _distinct(grams)
         grams = grams[~_is_in(grams, common)]
         if len(grams) < LEAST_GRAMS:
             continue
@@ -134,10 +135,11 @@ def _grams(side: Side) -> tuple[np.ndarray, np.ndarray]:
     return rows[is_inside], hashes[begins[is_inside]]
 
 
-def _runs(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Each row once, where it begins, and where it ends."""
-    distinct, begins = np.unique(rows, return_index=True)
-    return distinct, begins, np.append(begins, len(rows))[1:]
+def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted, each once, and how often each occurs; `np.unique` hashes, which takes three times as long."""
+    values = np.sort(values)
+    begins = np.flatnonzero(np.concatenate((np.ones(min(len(values), 1), bool), values[1:] != values[:-1])))
+    return values[begins], np.diff(begins, append=len(values))
 
 
 def _is_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:

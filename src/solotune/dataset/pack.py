@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence, Sized
+from typing import Any
 
 import numpy as np
 
@@ -41,3 +42,26 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def fill(lengths: Sequence[int], packs: Sized, capacity: int) -> float:
     """Share of all places in the packs that hold a token."""
     return sum(lengths) / (len(packs) * capacity) if packs else 0.0
+
+
+def account(lengths: Sequence[int], capacity: int) -> dict[str, Any]:
+    """The part `packing` of data.json: what packing makes of the training rows. It cuts none of them.
+
+    `tokens_empty` is what is left over in the sequences; a batch of one sequence does not even compute on it.
+    """
+    packs = pack(lengths, capacity)
+    return {
+        "sequences": len(packs),
+        "sequence_tokens": capacity,
+        "rows": len(lengths),
+        "fill": round(fill(lengths, packs, capacity), 4),
+        "tokens_empty": len(packs) * capacity - sum(lengths),
+    }
+
+
+def in_words(packing: dict[str, Any]) -> str:
+    """The account in one line."""
+    return (
+        f"{packing['rows']:,} rows in {packing['sequences']:,} sequences of {packing['sequence_tokens']:,} tokens, "
+        f"{packing['fill']:.1%} full ({packing['tokens_empty']:,} places empty); it cuts no row"
+    )

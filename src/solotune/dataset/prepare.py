@@ -12,8 +12,8 @@ evaluation, the data report and chat all come through here, so they cannot rende
 
 Rows may be many times larger than the memory. They are read one at a time, wait in a `Store` between reading and
 rendering, and their examples in another between rendering and training; what must be known of all rows at once is kept
-as numbers, under 250 bytes a row (`bench/data_memory.py`). Beside that a constant: 0.1 GiB of stores and memos, and what
-the tokenizer takes for a batch of rows or for one very long row, some hundred bytes for each token.
+as numbers, under 250 bytes a row. Beside that a constant: 0.1 GiB of stores and memos, and what the tokenizer takes for
+a batch of rows or for one very long row, some hundred bytes for each token. `bench/data_memory.py` measures it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import time
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import date
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -61,24 +62,30 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     *,
     progress: Progress | None = None,
+    rendered_on: date | None = None,
     use_cache: bool = True,
 ) -> Prepared:
     """Reads, splits, renders and masks the rows of a config; or takes the result of an earlier time from the cache.
+
+    Args:
+        rendered_on: the date that templates write which write one; today's if not given.
 
     Raises:
         InputError: a file, a row, the template or the split is not usable; names the place.
         CheckError: `eval_dataset` contains rows of `dataset`.
     """
-    progress = progress or _silent
+    progress, rendered_on = progress or _silent, rendered_on or date.today()
     progress(0, 0, "reading rows")
     dataset, own = _sources(config)
     key = (
-        cache.key_of(config, tokenizer, [source.digest() for source in (dataset, own) if source]) if use_cache else None
+        cache.key_of(config, tokenizer, [source.digest() for source in (dataset, own) if source], rendered_on)
+        if use_cache
+        else None
     )
     if key is not None and (found := cache.load(key)) is not None:
         return found
     started = time.monotonic()
-    prepared = _prepared(config, tokenizer, dataset, own, progress)
+    prepared = _prepared(config, tokenizer, dataset, own, progress, rendered_on)
     is_unchanged = all(source.is_unchanged() for source in (dataset, own) if source)
     if key is not None and is_unchanged and time.monotonic() - started >= cache.MIN_SECONDS:
         cache.store(key, prepared)
@@ -90,9 +97,14 @@ def _silent(done: int, total: int, what: str) -> None:
 
 
 def _prepared(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, dataset: Source, own: Source | None, progress: Progress
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Source,
+    own: Source | None,
+    progress: Progress,
+    rendered_on: date,
 ) -> Prepared:
-    report = DataReport(format="")
+    report = DataReport(format="", rendered_on=rendered_on.isoformat())
     train, validation, manifest = _both_sides(config, report, dataset, own, progress)
     renderer = Renderer(config, tokenizer, report)
     total = len(train) + len(validation)
@@ -120,9 +132,11 @@ def render_prompt(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, Any]],
     tools: list[dict[str, Any]] | None = None,
+    *,
+    rendered_on: date | None = None,
 ) -> list[int]:
     """The ids after which the model writes the next assistant turn; the same code that renders training rows."""
-    rendered = ChatTemplate(tokenizer).render_prompt(messages, tools)
+    rendered = ChatTemplate(tokenizer, rendered_on).render_prompt(messages, tools)
     return Encoder(tokenizer).encode([rendered], ["the prompt"])[0].ids.tolist()
 
 
