@@ -44,7 +44,12 @@ def _chat(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
 
 
 def _call(city: str, **more: Any) -> dict[str, Any]:
-    return {"id": "abc123def", "type": "function", "function": {"name": "get_weather", "arguments": {"city": city}}, **more}
+    return {
+        "id": "abc123def",
+        "type": "function",
+        "function": {"name": "get_weather", "arguments": {"city": city}},
+        **more,
+    }
 
 
 def _answer(content: str = "", **more: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ every difference falls into a class of `_class_of`. What falls into none is call
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 from collections import Counter
@@ -42,8 +43,9 @@ _BEGIN, _END = re.compile(r"\{%(-?)\s*generation\s*(-?)%\}"), re.compile(r"\{%(-
 RESULTS = Path(__file__).parent / "results"
 # group 1 is an answer. For texts that no marked template renders, of rows without forged tokens
 PATTERNS = {
-    "deepseek": r"<｜Assistant｜>(.*?<｜end▁of▁sentence｜>)",
-    "gemma4": r"(?:(?<=<\|turn>model\n)|(?<=<tool_response\|>)|(?<=<turn\|>\n))(?!<\|turn>)(.+?(?:<turn\|>|(?=<\|tool_response>)))",
+    "deepseek": r"(?:<｜Assistant｜>|<｜tool▁outputs▁end｜>|(?=\n<｜tool▁call▁begin｜>))(.*?<｜end▁of▁sentence｜>)",
+    "gemma4": r"(?:(?<=<\|turn>model\n)|(?<=<tool_response\|>)|(?<=<turn\|>\n))(?!<\|turn>)"
+    r"(.+?(?:<turn\|>|(?=<\|tool_response>)))",
     "glm": r"<\|assistant\|>(.*?)(?=<\|user\|>|<\|observation\|>|\Z)",
     "llama3": r"<\|start_header_id\|>assistant<\|end_header_id\|>\n\n(.*?(?:<\|eot_id\|>|<\|eom_id\|>))",
     "mistral_v3": r"\[/(?:INST|TOOL_RESULTS)\](.*?</s>)",
@@ -91,7 +93,7 @@ class Reference:
                 messages = [_formed(message, in_parts, arguments_as) for message in sample.messages]
                 try:
                     text = self._render(sample, messages)
-                except Exception as error:  # noqa: BLE001 -- a template raises what it likes
+                except Exception as error:
                     refusal = refusal or str(error) or type(error).__name__
                     continue
                 first = next(m["content"] for m in sample.messages if m["role"] == "user")
@@ -122,7 +124,7 @@ class Reference:
                     [messages], tools=sample.tools, chat_template=self._marked,
                     return_assistant_tokens_mask=True, **self._tokenizer.special_tokens_map,
                 )  # fmt: skip
-            except Exception:  # noqa: BLE001
+            except Exception:
                 marked, spans = None, []
             if marked == text:
                 return _characters(len(text), spans)
@@ -141,7 +143,7 @@ class Reference:
         before = messages[:turn] or [next(message for message in messages if message["role"] == "user")]
         try:
             return self._render(sample, before, add_generation_prompt=True)
-        except Exception:  # noqa: BLE001
+        except Exception:
             return ""
 
     def through(self, sample: Sample, messages: list[dict[str, Any]], turn: int) -> str:
@@ -160,7 +162,7 @@ class Reference:
         without = {key: value for key, value in messages[turn].items() if key != "tool_calls"}
         try:
             return self._render(sample, [*messages[:turn], without]) == self._render(sample, messages[: turn + 1])
-        except Exception:  # noqa: BLE001
+        except Exception:
             return False
 
 
@@ -333,7 +335,7 @@ def _runs(ours: np.ndarray, oracle: np.ndarray) -> list[tuple[int, int]]:
     """`[begin, end)` of the stretches where one of the two alone is true."""
     state = np.where(ours != oracle, 1 + ours, 0)
     edges = np.flatnonzero(np.diff(np.concatenate(([0], state, [0]))))
-    return [(int(b), int(e)) for b, e in zip(edges[:-1], edges[1:], strict=True) if state[b]]
+    return [(int(b), int(e)) for b, e in itertools.pairwise(edges) if state[b]]
 
 
 def _shown(rendered: Rendered, oracle: np.ndarray) -> str:

@@ -19,7 +19,7 @@ from solotune.record import RunDirectory, list_runs, read_json, storage_errors, 
 from solotune.terminal import Display, PlainDisplay, SilentDisplay, make_console, tee
 
 if TYPE_CHECKING:
-    from solotune.dataset import DataReport, Example, Prepared
+    from solotune.dataset import DataReport, Prepared
     from solotune.environment import DoctorReport
     from solotune.evaluation import Evaluation
     from solotune.model import TrainableModel
