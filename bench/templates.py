@@ -43,7 +43,7 @@ _BEGIN, _END = re.compile(r"\{%(-?)\s*generation\s*(-?)%\}"), re.compile(r"\{%(-
 RESULTS = Path(__file__).parent / "results"
 # group 1 is an answer. For texts that no marked template renders, of rows without forged tokens
 PATTERNS = {
-    "deepseek": r"<｜Assistant｜>(.*?<｜end▁of▁sentence｜>)",
+    "deepseek": r"(?:<｜Assistant｜>|<｜tool▁outputs▁end｜>|(?=\n<｜tool▁call▁begin｜>))(.*?<｜end▁of▁sentence｜>)",
     "gemma4": r"(?:(?<=<\|turn>model\n)|(?<=<tool_response\|>)|(?<=<turn\|>\n))(?!<\|turn>)"
     r"(.+?(?:<turn\|>|(?=<\|tool_response>)))",
     "glm": r"<\|assistant\|>(.*?)(?=<\|user\|>|<\|observation\|>|\Z)",
