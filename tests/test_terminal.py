@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -348,6 +349,9 @@ def test_a_long_token_takes_several_cells_and_no_line_is_too_long():
     shown = SimpleNamespace(report=preview().report, shown=[row])
     lines = shown_on(80, lambda console: printing.print_data(shown, console, with_ids=True))  # type: ignore[arg-type]
     assert max(map(len, lines)) <= 80
+    tokens = [line for line in lines if "⟦x" in line]
+    assert all(re.fullmatch(r"( *\d+ ⟦x*⟧ *)+", line) for line in tokens)
+    assert len(tokens) < 20
     assert [len(word) - 2 for line in lines for word in line.split() if word.startswith("⟦x")] == list(range(1, 40))
 
 
