@@ -73,6 +73,7 @@ def main() -> None:
         "load_seconds": round(load_seconds, 1),
         "load_peak_gib": round(load_peak / 2**30, 2),
         "base_gib": round(base_bytes / 2**30, 2),
+        "first_step_seconds": round(seconds[0], 1),
         "step_seconds": round(step_seconds, 3),
         "tokens_per_second": round(size * accumulation * config.max_length / step_seconds),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),

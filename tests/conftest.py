@@ -61,6 +61,7 @@ def tiny_config(model_folder: Callable[[str], Path]) -> Callable[..., RunConfig]
             "lora_alpha": 8.0,
             "lora_dropout": 0.0,
             "gradient_checkpointing": False,
+            "torch_compile": False,
             "optim": "adamw_torch",
             "learning_rate": 1e-2,
             "seed": 0,

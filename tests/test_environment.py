@@ -37,8 +37,15 @@ def machine(**changes) -> Machine:
     return Machine(**{**values, **changes})
 
 
-def gpu(capability: tuple[int, int], name: str = "H100") -> Machine:
-    return machine(gpu=name, compute_capability=capability, gpu_bytes=80 * GIB, gpu_free_bytes=79 * GIB)
+def gpu(capability: tuple[int, int], name: str = "H100", **changes) -> Machine:
+    values = {"compute_capability": capability, "gpu_bytes": 80 * GIB, "gpu_free_bytes": 79 * GIB}
+    return machine(gpu=name, **{**values, "versions": {"triton": "3.6.0"}, **changes})
+
+
+@pytest.fixture
+def with_compiler(monkeypatch):
+    """Whether this machine has a C compiler must not matter."""
+    monkeypatch.setattr(environment, "_check_compiler", lambda: environment.Check("compiler", "ok", "cc, Python.h"))
 
 
 def config(**values):
@@ -48,7 +55,7 @@ def config(**values):
 # --- settle
 
 
-def test_a_modern_gpu_leaves_the_recipe_as_it_is():
+def test_a_modern_gpu_leaves_the_recipe_as_it_is(with_compiler):
     recipe = config()
     settled, choices = settle(recipe, gpu((9, 0)))
     assert settled is recipe
@@ -59,9 +66,13 @@ def test_a_modern_gpu_leaves_the_recipe_as_it_is():
 @pytest.mark.parametrize("on", [machine(), gpu((9, 0))])
 def test_without_cuda_or_asked_for_the_cpu(on):
     settled, choices = settle(config(use_cpu=on.has_cuda), on)
-    assert [(choice.key, choice.value) for choice in choices] == [("optim", "adamw_torch"), ("bf16", False)]
+    assert [(choice.key, choice.value) for choice in choices] == [
+        ("optim", "adamw_torch"),
+        ("torch_compile", False),
+        ("bf16", False),
+    ]
     assert choices[0].because == "paged_adamw_8bit needs CUDA, as the 8-bit and paged optimizers do"
-    assert "12 times slower than float32" in choices[1].because
+    assert "12 times slower than float32" in choices[2].because
     assert (settled.optim, settled.bf16, device_of(settled, on), dtype_of(settled)) == (
         "adamw_torch",
         False,
@@ -74,20 +85,26 @@ def test_without_cuda_or_asked_for_the_cpu(on):
 def test_the_written_out_walkthrough_recipe_settles_on_a_cpu():
     """bf16 and bnb_4bit_compute_dtype must agree in a config, so both have to change at once."""
     settled, choices = settle(config(bf16=True, bnb_4bit_compute_dtype="bfloat16"), machine())
-    assert [choice.key for choice in choices] == ["optim", "bf16", "bnb_4bit_compute_dtype"]
+    assert [choice.key for choice in choices] == ["optim", "torch_compile", "bf16", "bnb_4bit_compute_dtype"]
     assert settled.bnb_4bit_compute_dtype == "float32"
 
 
 def test_what_fits_already_is_no_choice():
-    assert settle(config(optim="adamw_torch", bf16=False), machine())[1] == []
+    assert settle(config(optim="adamw_torch", bf16=False, torch_compile=False), machine())[1] == []
 
 
-def test_a_gpu_without_bfloat16_keeps_its_optimizer():
+def test_a_gpu_without_bfloat16_keeps_its_optimizer(with_compiler):
     settled, choices = settle(config(), gpu((7, 5), "T4"))
     assert [tuple(choice) for choice in choices] == [
         ("bf16", False, "T4 has compute capability 7.5; bfloat16 came with 8.0")
     ]
     assert settled.optim == "paged_adamw_8bit"
+
+
+def test_without_what_the_compiler_needs_layers_stay_uncompiled():
+    _, choices = settle(config(), gpu((9, 0), versions={}))
+    assert [tuple(choice)[:2] for choice in choices] == [("torch_compile", False)]
+    assert choices[0].because == "triton: not installed; torch compiles its GPU kernels with it"
 
 
 def test_settling_twice_changes_nothing_more():

@@ -81,8 +81,8 @@ class RunConfig(BaseModel):
     """Model id on the hub, or a local folder with config.json, safetensors and tokenizer."""
     model_revision: str = _in("model", default="main", min_length=1)
     """Branch, tag or commit of a hub model."""
-    base_precision: Literal["nf4", "bf16", "fp32"] = _in("model", default="nf4")
-    """How the frozen base is stored: nf4 (4 bits, QLoRA), bf16 or fp32."""
+    base_precision: Literal["nf4", "fp8", "bf16", "fp32"] = _in("model", default="nf4")
+    """How the frozen base is stored: nf4 (4 bits, QLoRA), fp8 (and multiplied in fp8), bf16 or fp32."""
     bnb_4bit_quant_type: Literal["nf4"] = _in("model", default="nf4")
     """The 4-bit data type."""
     bnb_4bit_use_double_quant: bool = _in("model", default=True)
@@ -153,6 +153,8 @@ class RunConfig(BaseModel):
     """Forward passes summed into one optimizer step."""
     gradient_checkpointing: bool = _in("training", default=True)
     """Recompute each layer in backward instead of keeping its activations."""
+    torch_compile: bool = _in("training", default=True)
+    """Compile the decoder layers: the first step takes longer, all others less time and memory (CUDA only)."""
     optim: Literal["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch"] = _in(
         "training", default="paged_adamw_8bit"
     )

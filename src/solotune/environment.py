@@ -137,6 +137,8 @@ def settle(config: RunConfig, machine: Machine) -> tuple[RunConfig, list[Choice]
         choices.append(
             Choice("optim", "adamw_torch", f"{config.optim} needs CUDA, as the 8-bit and paged optimizers do")
         )
+    if config.torch_compile and (why := _why_not_to_compile(machine, on_cpu)):
+        choices.append(Choice("torch_compile", False, why))
     if config.bf16 and (on_cpu or not machine.bf16):
         capability = ".".join(map(str, machine.compute_capability or ()))
         old_gpu = f"{machine.gpu} has compute capability {capability}; bfloat16 came with 8.0"
@@ -146,6 +148,13 @@ def settle(config: RunConfig, machine: Machine) -> tuple[RunConfig, list[Choice]
     if not choices:
         return config, choices
     return config.replaced("machine", **{choice.key: choice.value for choice in choices}), choices
+
+
+def _why_not_to_compile(machine: Machine, on_cpu: bool) -> str | None:
+    if on_cpu:
+        return "on a CPU compiling takes longer than it saves"
+    failed = [check for check in (_check_triton(machine), _check_compiler()) if check.status == "fail"]
+    return f"{failed[0].name}: {failed[0].found}" if failed else None
 
 
 def doctor() -> DoctorReport:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from typing import Any
 
 import torch
@@ -172,14 +173,19 @@ def generate(
 
 
 def samples(
-    model: TrainableModel, tokenizer: Any, rows: Sequence[Example], count: int, max_new_tokens: int
+    model: TrainableModel,
+    tokenizer: Any,
+    rows: Sequence[Example],
+    count: int,
+    max_new_tokens: int,
+    rendered_on: date | None = None,
 ) -> list[Sample]:
     """Answers of base and tuned to the first `count` held-out prompts that end with an assistant turn."""
     chosen = [row for row in rows if row.messages and row.messages[-1]["role"] == "assistant"][:count]
     stops = stop_ids(model, tokenizer, rows)
     shown = []
     for row in chosen:
-        prompt = render_prompt(tokenizer, row.messages[:-1], row.tools)
+        prompt = render_prompt(tokenizer, row.messages[:-1], row.tools, rendered_on=rendered_on)
         tuned = generate(model, prompt, max_new_tokens, stops)
         with adapters_off(model.module):
             base = generate(model, prompt, max_new_tokens, stops)
@@ -197,11 +203,12 @@ def compare(
     batch_size: int,
     num_samples: int,
     max_new_tokens: int,
+    rendered_on: date | None = None,
     tuned: Score | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Base against tuned on `rows`; `tuned` is taken where it was just measured."""
+    """Base against tuned on `rows`; `tuned` is taken where it was just measured, `rendered_on` is the rows' date."""
     tuned = tuned or score(model, rows, batch_size, progress)
     with adapters_off(model.module):
         base = score(model, rows, batch_size, progress)
-    return Evaluation(base, tuned, samples(model, tokenizer, rows, num_samples, max_new_tokens))
+    return Evaluation(base, tuned, samples(model, tokenizer, rows, num_samples, max_new_tokens, rendered_on))

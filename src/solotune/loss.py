@@ -34,22 +34,36 @@ def supervised_hidden(hidden_BTD: torch.Tensor, input_ids_BT: torch.Tensor, supe
     return hidden_BTD[:, :-1][predicts], input_ids_BT[:, 1:][predicts]
 
 
-def _chunk(h_ND: torch.Tensor, labels_N: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses and whether the label is the most likely token, of one chunk."""
-    logits_NV = head(h_ND).float()
+def _losses_and_hits(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses and whether the label is the most likely token."""
+    logits_NV = logits_NV.float()
     return F.cross_entropy(logits_NV, labels_N, reduction="none"), logits_NV.argmax(-1) == labels_N
+
+
+def _with_gradient(logits_NV: torch.Tensor, labels_N: torch.Tensor):
+    """The same and dloss_n/dlogits_n = softmax(z_n) - onehot(label_n), in the dtype of the logits."""
+    log_p_NV = F.log_softmax(logits_NV.float(), dim=-1)
+    is_label_NV = torch.arange(log_p_NV.shape[1], device=log_p_NV.device) == labels_N[:, None]
+    losses_N = -log_p_NV.gather(1, labels_N[:, None])[:, 0]
+    grad_NV = (torch.exp(log_p_NV) - is_label_NV.float()).to(logits_NV.dtype)
+    return losses_N, log_p_NV.argmax(-1) == labels_N, grad_NV
+
+
+_with_gradient_compiled = torch.compile(_with_gradient, dynamic=True)  # one pass over the logits instead of nine
 
 
 class _ChunkedLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h_ND: torch.Tensor, labels_N: torch.Tensor, head: Head, chunk: int):
+    def forward(ctx: Any, h_ND: torch.Tensor, labels_N: torch.Tensor, head: Head, chunk: int, is_compiled: bool):
+        fused = _with_gradient_compiled if is_compiled else _with_gradient
         losses, hits, grads = [], [], []
         for h_part, labels in zip(h_ND.split(chunk), labels_N.split(chunk), strict=True):
             with torch.enable_grad():
                 h = h_part.detach().requires_grad_()
-                loss_N, hit_N = _chunk(h, labels, head)
-                (dh,) = torch.autograd.grad(loss_N.sum(), h)
-            losses.append(loss_N.detach())
+                logits = head(h)
+            loss_N, hit_N, grad_NV = fused(logits.detach(), labels)
+            (dh,) = torch.autograd.grad(logits, h, grad_NV)
+            losses.append(loss_N)
             hits.append(hit_N)
             grads.append(dh)
         ctx.save_for_backward(torch.cat(grads))
@@ -61,10 +75,10 @@ class _ChunkedLosses(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor):
         dloss_N = grad_outputs[0]
         (dh_ND,) = ctx.saved_tensors
-        return (dh_ND * dloss_N[:, None]).to(dh_ND.dtype), None, None, None
+        return (dh_ND * dloss_N[:, None]).to(dh_ND.dtype), None, None, None, None
 
 
-def token_losses(h_ND: torch.Tensor, labels_N: torch.Tensor, head: Head, vocab_size: int):
+def token_losses(h_ND: torch.Tensor, labels_N: torch.Tensor, head: Head, vocab_size: int, *, is_compiled: bool = False):
     """Loss of each supervised token (float32, differentiable in h) and whether its label was the argmax.
 
     Args:
@@ -72,6 +86,7 @@ def token_losses(h_ND: torch.Tensor, labels_N: torch.Tensor, head: Head, vocab_s
         labels_N: int64 token ids.
         head: hidden states to logits; frozen.
         vocab_size: V, which sets the size of a chunk.
+        is_compiled: let the compiler make one kernel of what follows the head.
 
     Returns: (losses_N, hits_N).
     """
@@ -79,8 +94,10 @@ def token_losses(h_ND: torch.Tensor, labels_N: torch.Tensor, head: Head, vocab_s
         return h_ND.sum(-1).float(), labels_N == 0
     chunk = max(1, MAX_CHUNK_LOGITS // vocab_size)
     if torch.is_grad_enabled() and h_ND.requires_grad:
-        return _ChunkedLosses.apply(h_ND, labels_N, head, chunk)
-    parts = [_chunk(h, labels, head) for h, labels in zip(h_ND.split(chunk), labels_N.split(chunk), strict=True)]
+        return _ChunkedLosses.apply(h_ND, labels_N, head, chunk, is_compiled)
+    parts = [
+        _losses_and_hits(head(h), labels) for h, labels in zip(h_ND.split(chunk), labels_N.split(chunk), strict=True)
+    ]
     return torch.cat([losses for losses, _ in parts]), torch.cat([hits for _, hits in parts])
 
 

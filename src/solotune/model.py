@@ -40,7 +40,7 @@ from solotune.dataset import Example
 from solotune.environment import ram
 from solotune.errors import InputError
 from solotune.hub import model_folder
-from solotune.linear import DenseWeight, FrozenLinear, NF4Weight
+from solotune.linear import DenseWeight, Fp8Weight, FrozenLinear, NF4Weight, Storage
 from solotune.weights import load_with_transformers, match_names, read_architecture, read_tensors, weight_files
 
 STORAGE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -57,6 +57,7 @@ class TrainableModel:
     dtype: torch.dtype
     device: torch.device
     choices: list[Choice]
+    is_compiled: bool = False
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -89,7 +90,8 @@ class TrainableModel:
         # Without a cache: with one, transformers does not look for packed rows and they would see each other.
         hidden = self.module.base_model(input_ids=batch.input_ids_BT, use_cache=False, **places).last_hidden_state
         h_ND, labels_N = loss.supervised_hidden(hidden, batch.input_ids_BT, batch.supervised_BT)
-        return loss.token_losses(h_ND, labels_N, self.head, self.module.config.get_text_config().vocab_size)
+        vocab_size = self.module.config.get_text_config().vocab_size
+        return loss.token_losses(h_ND, labels_N, self.head, vocab_size, is_compiled=self.is_compiled)
 
 
 def load_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> TrainableModel:
@@ -128,14 +130,13 @@ def load_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> T
     module.requires_grad_(False)
     _set_generation(module, folder)
     layers = decoder_layers(module)
-    if config.gradient_checkpointing:
-        _checkpoint_layers(layers)
     if config.base_precision == "nf4":
         choices += _settle_residency(module, config, dtype, device)
     adapted = lora.attach(module, config, device)
+    _prepare_layers(layers, config)
     head = _head_of(module)
     _check_head(module, head, device)
-    model = TrainableModel(module, layers, adapted, head, dtype, device, choices)
+    model = TrainableModel(module, layers, adapted, head, dtype, device, choices, config.torch_compile)
     if config.packing:
         check_isolation(model, config)
     return model
@@ -241,10 +242,12 @@ def _frozen_linears(module: PreTrainedModel) -> dict[str, nn.Module]:
     }
 
 
-def _store(weight_OI: torch.Tensor, config: RunConfig, dtype: torch.dtype) -> DenseWeight | NF4Weight:
+def _store(weight_OI: torch.Tensor, config: RunConfig, dtype: torch.dtype) -> Storage:
     if config.base_precision == "nf4":
         # Quantised from the compute dtype, as transformers + bitsandbytes do after loading with dtype=bfloat16.
         return NF4Weight(weight_OI.to(dtype), config.bnb_4bit_use_double_quant)
+    if config.base_precision == "fp8":
+        return Fp8Weight(weight_OI)
     return DenseWeight(weight_OI.to(STORAGE_DTYPES[config.base_precision]))
 
 
@@ -306,15 +309,23 @@ def decoder_layers(module: PreTrainedModel) -> nn.ModuleList:
     )
 
 
-def _checkpoint_layers(layers: nn.ModuleList) -> None:
-    """Each layer keeps only its input for backward and runs its forward again there (Chen et al. 2016, 1604.06174)."""
+def _prepare_layers(layers: nn.ModuleList, config: RunConfig) -> None:
+    """Compiles each layer's training pass and lets it recompute itself in backward, as the config says.
+
+    A checkpointed layer keeps only its input for backward and runs its forward again there (Chen et al. 2016,
+    1604.06174). Passes without gradients (evaluation, generating with its growing cache) stay as they are.
+    """
     for layer in layers:
         plain = layer.forward
+        trained = torch.compile(plain) if config.torch_compile else plain
+        if config.gradient_checkpointing:
+            # compiled, nothing in a layer draws random numbers: dropout hashes its seed
+            trained = functools.partial(
+                checkpoint, trained, use_reentrant=False, preserve_rng_state=not config.torch_compile
+            )
 
-        def run(*args: Any, plain: Any = plain, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled():
-                return plain(*args, **kwargs)
-            return checkpoint(plain, *args, use_reentrant=False, **kwargs)
+        def run(*args: Any, plain: Any = plain, trained: Any = trained, **kwargs: Any) -> Any:
+            return (trained if torch.is_grad_enabled() else plain)(*args, **kwargs)
 
         layer.forward = functools.wraps(plain)(run)
 

@@ -6,6 +6,7 @@ learned. A difference is named and refused instead of giving a curve with an une
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from solotune.checkpoint import Checkpoint
 from solotune.config import RunConfig, section_of
 from solotune.dataset import Prepared
 from solotune.errors import IntegrityError
-from solotune.record import RunDirectory, latest_run_of
+from solotune.record import RunDirectory, latest_run_of, read_json
 
 # Changing one of these between a checkpoint and its resumption cannot change what is learned.
 FREE_TO_CHANGE = {
@@ -45,6 +46,30 @@ def open_run(config: RunConfig, prepared: Prepared, resume: bool) -> tuple[RunDi
         run.release()
         raise
     return run, start
+
+
+def recorded_day(config: RunConfig, resume: bool) -> date | None:
+    """The date that the run to continue was rendered on; None where none is continued."""
+    if config.resume_from_checkpoint:
+        return day_of(Path(config.resume_from_checkpoint).expanduser().parents[1])  # RUN/checkpoints/step-000050
+    if not resume:
+        return None
+    run = RunDirectory(Path(config.output_dir).expanduser()) if config.output_dir else latest_run_of(config)
+    return day_of(run.path) if run else None
+
+
+def day_of(run: Path) -> date | None:
+    """The date that the rows of a run were rendered on; None where it is not recorded.
+
+    Raises:
+        IntegrityError: data.json holds something else in its place.
+    """
+    path = run / "data.json"
+    written = read_json(path).get("rendered_on") if path.is_file() else None
+    try:
+        return date.fromisoformat(written) if written else None
+    except (TypeError, ValueError):
+        raise IntegrityError(f"{path}: rendered_on is not a date", seen=written, allowed="2026-01-31") from None
 
 
 def fingerprints(config: RunConfig, prepared: Prepared) -> dict[str, Any]:

@@ -139,9 +139,16 @@ def learning_rate_at(config: RunConfig, step: int, total_steps: int) -> float:
 
 
 def train_step(
-    model: TrainableModel, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer, max_grad_norm: float
+    model: TrainableModel,
+    micro_batches: Sequence[Batch],
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+    dropout_seed: tuple[int, ...] = (0,),
 ) -> tuple[float, float, float]:
     """One optimizer step over the whole accumulated batch: (loss, token accuracy, gradient norm before clipping).
+
+    Args:
+        dropout_seed: tells this step's dropout from that of others.
 
     Raises:
         NonFiniteError: loss or gradient is NaN or infinite; nothing has been changed.
@@ -149,7 +156,8 @@ def train_step(
     num_supervised = sum(batch.num_supervised for batch in micro_batches)
     loss_sum = torch.zeros((), device=model.device)
     hits = torch.zeros((), device=model.device)
-    for batch in micro_batches:
+    for number, batch in enumerate(micro_batches):
+        lora.seed_dropout(model.adapted, *dropout_seed, number)
         losses_N, hits_N = model.token_losses(batch)
         (losses_N.sum() / num_supervised).backward()
         loss_sum += losses_N.detach().sum()
@@ -224,7 +232,9 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             try:
-                loss, accuracy, grad_norm = train_step(model, batches, optimizer, config.max_grad_norm)
+                loss, accuracy, grad_norm = train_step(
+                    model, batches, optimizer, config.max_grad_norm, (config.seed, step)
+                )
             except NonFiniteError as error:
                 run.log_metrics(
                     "non_finite", step=step, seen=error.seen, rows=[r.where for b in batches for r in b.rows]

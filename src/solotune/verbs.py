@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from solotune.record import RunDirectory, list_runs, read_json, storage_errors, 
 from solotune.terminal import Display, PlainDisplay, SilentDisplay, make_console, tee
 
 if TYPE_CHECKING:
-    from solotune.dataset import DataReport, Example, Prepared
+    from solotune.dataset import DataReport, Prepared
     from solotune.environment import DoctorReport
     from solotune.evaluation import Evaluation
     from solotune.model import TrainableModel
@@ -104,12 +105,12 @@ def data(
     return DataPreview(prepared.report, shown)
 
 
-def _prepare(config: RunConfig, tokenizer: Any, display: Display) -> Prepared:
+def _prepare(config: RunConfig, tokenizer: Any, display: Display, rendered_on: date | None = None) -> Prepared:
     """The rows of a config, and in their report what is wrong with them and how they are packed."""
     from solotune import dataset
     from solotune.dataset import findings, pack
 
-    prepared = dataset.prepare(config, tokenizer, progress=display.progress)
+    prepared = dataset.prepare(config, tokenizer, progress=display.progress, rendered_on=rendered_on)
     if config.packing:
         prepared.report.packing = pack.account([len(row.input_ids) for row in prepared.train], config.max_length)
     found = findings.find(config, tokenizer, prepared.train, prepared.validation, prepared.report)
@@ -147,7 +148,7 @@ def train(
     """
     from solotune import dataset, training
     from solotune.dataset import pack
-    from solotune.resume import fingerprints, open_run
+    from solotune.resume import fingerprints, open_run, recorded_day
     from solotune.tuned import load_base, settle
 
     display = display or SilentDisplay()
@@ -156,7 +157,7 @@ def train(
         RunDirectory.refuse_occupied(checked)
     display.phase("reading data")
     tokenizer = dataset.load_tokenizer(checked)
-    prepared = _prepare(checked, tokenizer, display)
+    prepared = _prepare(checked, tokenizer, display, recorded_day(checked, resume))
     for finding in prepared.report.findings:
         display.note(f"{finding['severity']} {finding['code']} {finding['slug']}: {finding['message']}")
     display.phase("loading model")
@@ -184,7 +185,7 @@ def train(
         result = None
         if prepared.validation:
             display.phase("comparing base and tuned on held-out rows")
-            result = _compare(model, tokenizer, prepared.validation, checked, tuned, display)
+            result = _compare(model, tokenizer, prepared, checked, tuned, display)
             run.write_json("evaluation.json", result.to_json())
         run.log_metrics("end", step=summary["total_steps"], peak_bytes=training.peak_bytes(model.device))
         return TrainResult(run.path, summary, choices, result)
@@ -203,6 +204,7 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
         IntegrityError: the data is no longer what the run held out.
     """
     from solotune import dataset
+    from solotune.resume import day_of
     from solotune.tuned import TunedRun
 
     display = display or SilentDisplay()
@@ -210,7 +212,7 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
     path = found.directory.path
     display.choices(found.choices)
     display.phase("reading data")
-    prepared = dataset.prepare(found.config, found.tokenizer)
+    prepared = dataset.prepare(found.config, found.tokenizer, rendered_on=day_of(path))
     recorded = read_json(path / "data.json").get("sha256", {}).get("validation")
     if recorded != prepared.report.to_json()["sha256"]["validation"]:
         raise IntegrityError(
@@ -221,7 +223,7 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
     if not prepared.validation:
         raise InputError(f"{path}: the run held out no rows", change="train with validation_size above 0")
     display.phase("loading model")
-    result = _compare(found.load(), found.tokenizer, prepared.validation, found.config, None, display)
+    result = _compare(found.load(), found.tokenizer, prepared, found.config, None, display)
     found.directory.write_json("evaluation.json", result.to_json())
     return result
 
@@ -315,14 +317,15 @@ def _in_words(summary: dict[str, Any]) -> str:
 
 
 def _compare(
-    model: TrainableModel, tokenizer: Any, rows: list[Example], config: RunConfig, tuned: Any, display: Display
+    model: TrainableModel, tokenizer: Any, prepared: Prepared, config: RunConfig, tuned: Any, display: Display
 ):
     from solotune import evaluation
 
     return evaluation.compare(
         model,
         tokenizer,
-        rows,
+        prepared.validation,
+        rendered_on=prepared.report.day,
         batch_size=config.per_device_eval_batch_size,
         num_samples=config.num_samples,
         max_new_tokens=config.max_new_tokens,

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -179,14 +180,15 @@ def test_what_is_larger_than_all_may_be_is_not_kept(write: Writer, kept: Path, m
     assert not kept.exists()
 
 
-def test_a_template_with_the_date_in_it_is_asked_again_tomorrow(monkeypatch: pytest.MonkeyPatch, write: Writer) -> None:
+def test_a_template_with_the_date_in_it_is_asked_again_tomorrow(write: Writer) -> None:
     import copy
 
     config, dated = config_of(write("a.jsonl", *rows(1))), copy.deepcopy(CHATML)
     dated.chat_template = "{{ strftime_now('%d %b %Y') }}" + CHATML.chat_template
-    before = [cache.key_of(config, tokenizer, []) for tokenizer in (CHATML, dated)]
-    monkeypatch.setattr(time, "strftime", lambda *_: "2000-01-01")
-    after = [cache.key_of(config, tokenizer, []) for tokenizer in (CHATML, dated)]
+    before, after = (
+        [cache.key_of(config, tokenizer, [], day) for tokenizer in (CHATML, dated)]
+        for day in (date(2026, 1, 1), date(2026, 1, 2))
+    )
     assert (before[0] == after[0], before[1] == after[1]) == (True, False)
 
 

@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import fields
+from datetime import date
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -52,11 +53,14 @@ def folder() -> Path:
     return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "solotune" / "data"
 
 
-def key_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, digests: Sequence[str]) -> str | None:
+def key_of(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, digests: Sequence[str], rendered_on: date
+) -> str | None:
     """The name of the entry for this input; None if it cannot be named.
 
     Args:
         digests: of the sources, see `Source.digest`.
+        rendered_on: the date that templates write.
     """
     if not tokenizer.is_fast:
         return None
@@ -75,8 +79,8 @@ def key_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, digests: Seque
             tokenizer.all_special_ids,
         ],
         "template": template,
-        # Llama 3's template writes today's date into each row
-        "day": time.strftime("%Y-%m-%d") if "strftime_now" in template else None,
+        # Llama 3.2's template writes the date into each row
+        "day": rendered_on.isoformat() if "strftime_now" in template else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

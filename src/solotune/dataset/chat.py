@@ -29,17 +29,18 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from solotune.dataset.control import ControlTokens, any_of, free_noncharacters
 from solotune.dataset.row import RowError
+from solotune.dataset.template import Messages, Template, Tools
 from solotune.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Messages = list[dict[str, Any]]
 Span = tuple[int, int]
 _BLANKS = re.compile(r"\s*")
 _PLAIN_KEYS = {"role", "content", "name", "tool_call_id"}
@@ -56,60 +57,36 @@ class Rendered:
 
 
 class ChatTemplate:
-    """The chat template of one tokenizer.
+    """The chat template of one tokenizer, and what can be read off it.
+
+    Args:
+        rendered_on: the date that the template writes if it writes one, today's if not given.
 
     Raises:
         InputError: the tokenizer has no template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if tokenizer.chat_template is None:
-            raise InputError(
-                "the tokenizer has no chat template, but the rows are chats",
-                seen=f"{tokenizer.name_or_path or type(tokenizer).__name__} (a base model?)",
-                allowed="a model with a chat template, or rows of plain text or prompt + completion texts",
-                change="use the instruct model, or set chat_template_path to a Jinja file such as the instruct model's",
-            )
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rendered_on: date | None = None) -> None:
+        template = Template(tokenizer, rendered_on)
+        self.raw = template.render
         self.control = ControlTokens(tokenizer)
 
-    def render(self, where: str, messages: Messages, tools: list[dict[str, Any]] | None = None) -> Rendered:
+    def render(self, where: str, messages: Messages, tools: Tools = None) -> Rendered:
         """One row with its answers found."""
         row = _Row(self, where, messages, tools)
         return Rendered(row.text, row.forged, row.answers())
 
-    def render_prompt(self, messages: Messages, tools: list[dict[str, Any]] | None = None) -> Rendered:
+    def render_prompt(self, messages: Messages, tools: Tools = None) -> Rendered:
         """The text after which the assistant's next turn begins."""
         row = _Row(self, "the prompt", messages, tools, is_prompt=True)
         return Rendered(row.text, row.forged, [])
-
-    def raw(self, where: str, messages: Messages, tools: list[dict[str, Any]] | None, *, is_prompt: bool) -> str:
-        """The template's own output."""
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages,
-                tools=cast(Any, tools),  # a list of dicts; transformers' hint also allows functions
-                tokenize=False,
-                add_generation_prompt=is_prompt,
-            )
-        # a template is a program by somebody else: it raises what it likes (TemplateError, TypeError on a None, ...)
-        except Exception as error:
-            raise RowError(
-                f"{where}: the model's chat template refuses this row",
-                reason="refused by the chat template",
-                seen=f"{str(error).strip() or type(error).__name__}; the roles are "
-                + ", ".join(message["role"] for message in messages),
-                change="change the row to what the template accepts, or set chat_template_path",
-            ) from None
-        assert isinstance(text, str)
-        return text
 
     @cached_property
     def generation_prompt(self) -> str:
         """What asking for an answer appends: `<|im_start|>assistant\\n`; empty for templates that append nothing."""
         user = [{"role": "user", "content": "x"}]
         try:
-            before, after = (self.raw("", user, None, is_prompt=ask) for ask in (False, True))
+            before, after = (self.raw("", user, is_prompt=ask) for ask in (False, True))
         except InputError:
             return ""
         # most only append; some write an end of text where no answer is asked for
@@ -125,12 +102,12 @@ class ChatTemplate:
             {"role": "user", "content": after},
         ]
         try:
-            last = self.raw("", chat[:2], None, is_prompt=False).partition(answer)[2]
+            last = self.raw("", chat[:2]).partition(answer)[2]
         except InputError:
             return frozenset()
         found = {self._first_controls(last)}
         try:
-            text = self.raw("", chat, None, is_prompt=False)
+            text = self.raw("", chat)
         except InputError:
             text = ""
         header, _, rest = text.partition(user)
@@ -168,7 +145,7 @@ class _Row:
         template: ChatTemplate,
         where: str,
         messages: Messages,
-        tools: list[dict[str, Any]] | None,
+        tools: Tools,
         *,
         is_prompt: bool = False,
     ) -> None:
@@ -196,6 +173,7 @@ class _Row:
         for number, turn in enumerate(turns):
             span = self._with_terminator(contents[number], turn, previous_end) if contents else None
             span = span or self._by_prefix(turn) or self._by_own_sentinel(turn, previous_end)
+            span = span or self._by_name_of_call(turn, previous_end)
             if span is None or span[0] < previous_end or span[1] <= span[0] or not self._shows(turn, span):
                 raise self._not_found(turn)
             spans.append(span)
@@ -278,16 +256,33 @@ class _Row:
             # a generation prompt that opens a thinking block: without the block
             tokens = list(self._template.control.pattern.finditer(header))
             header = header[: tokens[-1].start()] if len(tokens) > 1 else ""
-        return content_begin if turn == 0 else None
+        return content_begin if turn == 0 else self._after_the_question(prompt or "", turn, content_begin, previous_end)
+
+    def _after_the_question(self, prompt: str, turn: int, content_begin: int, previous_end: int) -> int | None:
+        """For templates without a header of answers that move system and tools to the last question (Mistral).
+
+        The end of the prompt, from its last control token (`[/INST]`), is looked for in the row.
+        """
+        if self._messages[turn - 1]["role"] == "assistant":  # two messages joined to one turn
+            return previous_end if not self.text[previous_end:content_begin].strip() else None
+        tokens = list(self._template.control.pattern.finditer(prompt))
+        place = self.text.rfind(prompt[tokens[-1].start() :], previous_end, content_begin) if tokens else -1
+        return place + len(prompt) - tokens[-1].start() if place >= 0 else None
 
     # --- one answer
 
     def _by_prefix(self, turn: int) -> Span | None:
         prompt = self._try(self._messages[:turn], is_prompt=True)
-        through = self._try(self._messages[: turn + 1])
-        if prompt is None or through is None or not self.text.startswith(through) or not through.startswith(prompt):
+        if prompt is None or not self.text.startswith(prompt):
             return None
-        return len(prompt), len(prompt) + len(self._trimmed(through[len(prompt) :]))
+        message = self._messages[turn]
+        unreasoned = {key: value for key, value in message.items() if key != "reasoning_content"}
+        # a history without its reasoning (gpt-oss) begins with the turn as it is without
+        for form in (message, unreasoned) if unreasoned.keys() != message.keys() else (message,):
+            through = self._try([*self._messages[:turn], form])
+            if through is not None and self.text.startswith(through) and through.startswith(prompt):
+                return len(prompt), len(prompt) + len(self._trimmed(through[len(prompt) :]))
+        return None
 
     def _trimmed(self, answer: str) -> str:
         """Without the blanks after the end-of-turn token."""
@@ -308,7 +303,7 @@ class _Row:
         if begin is None or content_begin < previous_end:
             return None
         if self.text.endswith(after):
-            return begin, self._end_of_turn(len(self.text) - len(after))
+            return self._without_results(turn, (begin, self._end_of_turn(len(self.text) - len(after))))
         # a tool call may end with another token (Llama 3.1: <|eom_id|>) than an answer does
         token = self._template.control.pattern.match(after)
         rest = after[token.end() :] if token else None
@@ -316,7 +311,45 @@ class _Row:
             return None
         end = len(self.text) - len(rest)
         closes = any(found.end() == end for found in self._template.control.pattern.finditer(self.text))
-        return (begin, end) if closes else None
+        return self._without_results(turn, (begin, end)) if closes else None
+
+    def _without_results(self, turn: int, span: Span) -> Span:
+        """The span, if what the tools answered does not stand in it.
+
+        Raises:
+            RowError: the template puts the results between the calls and the text of one answer (Gemma 4).
+        """
+        after = self._messages[turn + 1 :]
+        num_results = next((k for k, message in enumerate(after) if message["role"] != "tool"), len(after))
+        mark = free_noncharacters(self._messages, self._tools)[2]
+        results = [{**message, "content": mark} for message in after[:num_results]]
+        other = self._try([*self._messages[: turn + 1], *results, *after[num_results:]]) if results else None
+        if other is not None and _num_equal(other, self.text) < span[1]:
+            raise RowError(
+                f"{self._where}: message {turn + 1}: the chat template puts the tool's result inside this answer",
+                reason="tool result inside an answer",
+                seen=self.text[slice(*span)][:80],
+                allowed="with this template: an answer that calls tools and has no text",
+                change="take the text out of the message, set another chat_template_path, or remove the row",
+            )
+        return span
+
+    def _by_name_of_call(self, turn: int, previous_end: int) -> Span | None:
+        """Replaces the name of the first function called; the answer ends where the next end of a turn is."""
+        message, mark = self._messages[turn], free_noncharacters(self._messages, self._tools)[2]
+        call, *others = message.get("tool_calls") or [None]
+        if not isinstance(call, dict) or not isinstance(function := call.get("function"), dict):
+            return None
+        calls = [{**call, "function": {**function, "name": mark}}, *others]
+        other = [*self._messages[:turn], {**message, "tool_calls": calls}, *self._messages[turn + 1 :]]
+        before, found, after = (self._try(other) or "").partition(mark)
+        if not found or not (self.text.startswith(before) and self.text.endswith(after)):
+            return None
+        begin = self._begin_of(turn, len(before), previous_end)
+        forged = {span[0] for span in self.forged}
+        ends = self._template.terminator.finditer(self.text, len(before))
+        end = next((one.end() for one in ends if one.start() not in forged), None)
+        return None if begin is None or end is None else self._without_results(turn, (begin, end))
 
     def _shows(self, turn: int, span: Span) -> bool:
         """The visible part of the answer, and the name of each function it calls, stand inside its span."""

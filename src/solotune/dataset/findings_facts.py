@@ -150,7 +150,7 @@ class Facts:
     @cached_property
     def template(self) -> ChatTemplate | None:
         """The chat template in use; None for a tokenizer without one."""
-        return ChatTemplate(self.tokenizer) if self.tokenizer.chat_template is not None else None
+        return ChatTemplate(self.tokenizer, self.report.day) if self.tokenizer.chat_template is not None else None
 
     @cached_property
     def special_ids(self) -> frozenset[int]:

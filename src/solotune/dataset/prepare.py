@@ -17,6 +17,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import date
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -52,24 +53,30 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     *,
     progress: Progress | None = None,
+    rendered_on: date | None = None,
     use_cache: bool = True,
 ) -> Prepared:
     """Reads, splits, renders and masks the rows of a config; or takes the result of an earlier time from the cache.
+
+    Args:
+        rendered_on: the date that templates write which write one; today's if not given.
 
     Raises:
         InputError: a file, a row, the template or the split is not usable; names the place.
         CheckError: `eval_dataset` contains rows of `dataset`.
     """
-    progress = progress or _silent
+    progress, rendered_on = progress or _silent, rendered_on or date.today()
     progress(0, 0, "reading rows")
     dataset, own = _sources(config)
     key = (
-        cache.key_of(config, tokenizer, [source.digest() for source in (dataset, own) if source]) if use_cache else None
+        cache.key_of(config, tokenizer, [source.digest() for source in (dataset, own) if source], rendered_on)
+        if use_cache
+        else None
     )
     if key is not None and (found := cache.load(key)) is not None:
         return found
     started = time.monotonic()
-    prepared = _prepared(config, tokenizer, dataset, own, progress)
+    prepared = _prepared(config, tokenizer, dataset, own, progress, rendered_on)
     is_unchanged = all(source.is_unchanged() for source in (dataset, own) if source)
     if key is not None and is_unchanged and time.monotonic() - started >= cache.MIN_SECONDS:
         cache.store(key, prepared)
@@ -81,9 +88,14 @@ def _silent(done: int, total: int, what: str) -> None:
 
 
 def _prepared(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, dataset: Source, own: Source | None, progress: Progress
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Source,
+    own: Source | None,
+    progress: Progress,
+    rendered_on: date,
 ) -> Prepared:
-    report = DataReport(format="")
+    report = DataReport(format="", rendered_on=rendered_on.isoformat())
     train, validation, sides = _both_sides(config, report, dataset, own, progress)
     renderer = Renderer(config, tokenizer, report)
     total = len(train) + len(validation)
@@ -117,9 +129,11 @@ def render_prompt(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, Any]],
     tools: list[dict[str, Any]] | None = None,
+    *,
+    rendered_on: date | None = None,
 ) -> list[int]:
     """The ids after which the model writes the next assistant turn; the same code that renders training rows."""
-    rendered = ChatTemplate(tokenizer).render_prompt(messages, tools)
+    rendered = ChatTemplate(tokenizer, rendered_on).render_prompt(messages, tools)
     return Encoder(tokenizer).encode([rendered], ["the prompt"])[0].ids.tolist()
 
 

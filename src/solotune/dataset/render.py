@@ -84,7 +84,7 @@ class Renderer:
     @property
     def _chat_template(self) -> ChatTemplate:
         if self._template is None:  # made late: rows of plain text need none
-            self._template = ChatTemplate(self._tokenizer)
+            self._template = ChatTemplate(self._tokenizer, self._report.day)
         return self._template
 
     def _with_affixes(self, encoded: Encoded) -> Encoded:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any
 
 from solotune.dataset.budget import LabelBudget
@@ -40,6 +41,8 @@ class DataReport:
     num_with_forged_tokens: int = 0
     train_sha256: str = ""
     validation_sha256: str = ""
+    rendered_on: str = ""
+    """The date (ISO 8601) that templates write which write one."""
     labels: LabelBudget = field(default_factory=LabelBudget)
     examples: list[dict[str, Any]] = field(default_factory=list)
     """A few whole training rows: where, and pieces of text with whether they are supervised."""
@@ -51,6 +54,11 @@ class DataReport:
     def num_kept(self) -> int:
         """Rows of the files that something is learned of."""
         return self.num_train + self.num_validation - self.num_added_by_split
+
+    @property
+    def day(self) -> date | None:
+        """`rendered_on` as a date."""
+        return date.fromisoformat(self.rendered_on) if self.rendered_on else None
 
     @classmethod
     def from_json_fields(cls, values: dict[str, Any]) -> DataReport:
@@ -95,6 +103,7 @@ class DataReport:
                 "near_duplicates": self.num_near_duplicates,
                 "leaks": self.num_leaks,
             },
+            "rendered_on": self.rendered_on,
             **({"packing": self.packing} if self.packing is not None else {}),
             "sha256": {"train": self.train_sha256, "validation": self.validation_sha256},
             "histograms": self.labels.histograms(),

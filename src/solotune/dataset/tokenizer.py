@@ -54,24 +54,43 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
             change="check the path; a hub model is named owner/name",
         )
     try:
+        # where mistral-common is installed, transformers would take its tokenizer, which uses no chat template
+        options = {"trust_remote_code": False, "mistral_format": False}
         if is_local:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision, **options)
     # transformers raises OSError, ValueError, KeyError, json and Rust errors for one and the same user mistake
     except Exception as error:
         raise InputError(
             f"model_name_or_path: no tokenizer could be loaded from {name}",
             seen=str(error).strip().split("\n")[0] or type(error).__name__,
             allowed="a folder with tokenizer files, or a hub model that this machine can reach or has in its cache",
-            change="check the folder's tokenizer files"
-            if is_local
-            else "check the name and model_revision; without a network use a local folder; "
-            "for a gated model log in with `hf auth login`",
+            change=_what_to_change(str(error), is_local=is_local),
         ) from None
+    _name_ends(tokenizer)
     if config.chat_template_path is not None:
         tokenizer.chat_template = _read_template(config.chat_template_path)
     return tokenizer
+
+
+def _what_to_change(error: str, *, is_local: bool) -> str:
+    if "mistral-common" in error:
+        return "pip install mistral-common, or use a copy of the model with a tokenizer.json"
+    if is_local:
+        return "check the folder's tokenizer files"
+    return (
+        "check the name and model_revision; without a network use a local folder; "
+        "for a gated model log in with `hf auth login`"
+    )
+
+
+def _name_ends(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A tekken.json does not say which tokens begin and end a text, and templates would write neither."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if tokenizer.eos_token is None and "[INST]" in special:
+        ends = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+        tokenizer.add_special_tokens({name: token for name, token in ends.items() if token in special})
 
 
 def spelled(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | np.ndarray) -> list[str]:
