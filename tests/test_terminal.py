@@ -33,6 +33,7 @@ def metrics(step: int, total: int = 100, **changes) -> StepMetrics:
         "grad_norm": 0.5,
         "num_tokens": 1000,
         "num_supervised": 100,
+        "total_weight": 100.0,
         "step_seconds": 2.0,
         "tokens_per_second": 500.0,
         "peak_bytes": 3 << 30,
@@ -85,12 +86,13 @@ def test_hostile_text_everywhere():
         "format": HOSTILE,
         "rows": {"read": 1, "kept": 0, "dropped": {HOSTILE: 1}},
         "tokens": {"total": 0, "supervised": 0},
+        "weights": {"rows": 0, "answers": 0, "sum": 0},
         "split": {"train": 0, "validation": 0},
         "findings": [{"code": "F1", "slug": HOSTILE, "severity": "error", "message": HOSTILE, "fix": HOSTILE}],
     }
     preview = SimpleNamespace(
         report=SimpleNamespace(to_json=lambda: report),
-        shown=[ShownRow(HOSTILE, [(HOSTILE, True, [1]), (HOSTILE, False, [2])], [HOSTILE, HOSTILE])],
+        shown=[ShownRow(HOSTILE, [(HOSTILE, True, [1], 1.0), (HOSTILE, False, [2], 1.0)], [HOSTILE, HOSTILE])],
     )
     run = RunSummary(HOSTILE, Path("a"), "finished", 1, 1, 1.0, 1.0, 1.0, 1.0, 1.0, 1)
 
@@ -135,10 +137,10 @@ def test_after_a_resume_the_first_step_seen_is_the_slow_one():
     assert meter.seconds_left == 2.0 * 48
 
 
-def test_printed_loss_is_per_supervised_token_since_the_last_line():
+def test_printed_loss_is_per_supervised_token_by_weight_since_the_last_line():
     meter = Meter()
-    meter.add(metrics(1, loss=1.0, num_supervised=300))
-    meter.add(metrics(2, loss=5.0, num_supervised=100))
+    meter.add(metrics(1, loss=1.0, total_weight=300.0))
+    meter.add(metrics(2, loss=5.0))
     assert meter.take_loss() == 2.0
     meter.add(metrics(3, loss=7.0))
     assert meter.take_loss() == 7.0
@@ -295,6 +297,7 @@ def preview() -> SimpleNamespace:
             "added_by_split": 0,
         },
         "tokens": {"total": 1000, "supervised": 250},
+        "weights": {"rows": 5, "answers": 7, "sum": 1234567.25},
         "split": {
             "train": 1135,
             "validation": 60,
@@ -313,19 +316,21 @@ def preview() -> SimpleNamespace:
             }
         ],
     }
-    row = ShownRow("a.jsonl:1", [("user: hi\n", False, [1, 2, 3]), ("hello", True, [40, 5])], TOKENS)
+    pieces = [("user: hi\n", False, [1, 2, 3], 0.0), ("hello", True, [40, 5], 1.0), ("again", True, [6], 0.5)]
+    row = ShownRow("a.jsonl:1", pieces, TOKENS)
     return SimpleNamespace(report=SimpleNamespace(to_json=lambda: report), shown=[row])
 
 
-TOKENS = ["user:", " hi", "\n", "hel", "lo"]
-HEAD = "a.jsonl:1 · 5 tokens, 2 learned: learned is in ⟦ ⟧\n"
-ROW = "user: hi↵\n⟦hello⟧\n"
+TOKENS = ["user:", " hi", "\n", "hel", "lo", "again"]
+HEAD = "a.jsonl:1 · 6 tokens, 3 learned: learned is in ⟦ ⟧\n"
+ROW = "user: hi↵\n⟦hello⟧⟦again⟧×0.5\n"
 FOUND = """
 format    messages
 rows      1,200 read, 1,195 kept
 dropped   2 exact duplicate, 3 no assistant turn
 too long  7 cut to max_length; 6 of them lose learned tokens
 tokens    1,000, of which 250 (25.0%) are learned
+weights   7 answers in 5 rows have another than 1; their sum over tokens is 1,234,567.25
 split     1,135 to train on, 60 held out; 900 groups, 1 near-duplicate, 0 leaks
 
 !  F17 truncated: 2 rows were cut
@@ -340,12 +345,15 @@ def test_data_without_colour_brackets_what_is_learned():
 
 def test_tokens_with_their_ids_stand_in_cells():
     text = piped(lambda console: printing.print_data(preview(), console, with_ids=True))  # type: ignore[arg-type]
-    line = " 1 user:             2 ␣hi               3 ↵                40 ⟦hel⟧             5 ⟦lo⟧             \n"
+    line = (
+        " 1 user:             2 ␣hi               3 ↵                40 ⟦hel⟧             5 ⟦lo⟧             "
+        " 6 ⟦again⟧          \n"
+    )
     assert text.replace("─", "").replace("⟧ \n", "⟧\n", 1) == HEAD + line + FOUND
 
 
 def test_a_long_token_takes_several_cells_and_no_line_is_too_long():
-    row = ShownRow("a", [("x", True, list(range(40)))], ["x" * number for number in range(40)])
+    row = ShownRow("a", [("x", True, list(range(40)), 1.0)], ["x" * number for number in range(40)])
     shown = SimpleNamespace(report=preview().report, shown=[row])
     lines = shown_on(80, lambda console: printing.print_data(shown, console, with_ids=True))  # type: ignore[arg-type]
     assert max(map(len, lines)) <= 80

@@ -9,7 +9,10 @@ A packed sequence says where its rows begin through its positions, which restart
 within each such stretch. What is left over at its end is one more stretch, of pads. A row's first token is never a
 label, so no loss crosses from one row to the next.
 
-Shape legend: B sequences, T tokens of the longest.
+Weights stand beside the labels, one each in row order, as the losses come out of the model; a batch without any has
+no such tensor, and computes what it computed before there were weights.
+
+Shape legend: B sequences, T tokens of the longest, N labels.
 """
 
 from __future__ import annotations
@@ -31,12 +34,22 @@ class Batch(NamedTuple):
     input_ids_BT: torch.Tensor  # int64
     supervised_BT: torch.Tensor  # bool: the token at this position is a label
     positions_BT: torch.Tensor | None  # int64, where several rows share a sequence
+    weights_N: torch.Tensor | None  # float32, of the labels in row order, where one of them is not 1
     rows: Sequence[Example]
 
     @property
     def num_supervised(self) -> int:
         """Labels in this batch; counted on the rows, so it costs no transfer from the device."""
         return sum(num_labels(row) for row in self.rows)
+
+    @property
+    def total_weight(self) -> float:
+        """Sum of the labels' weights; `num_supervised` where all are 1."""
+        return sum(row.total_weight for row in self.rows)
+
+    def weighted(self, losses_N: torch.Tensor) -> torch.Tensor:
+        """The losses of the labels, each times its weight."""
+        return losses_N if self.weights_N is None else losses_N * self.weights_N
 
     @property
     def num_tokens(self) -> int:
@@ -47,6 +60,11 @@ class Batch(NamedTuple):
 def num_labels(row: Example) -> int:
     """Supervised tokens that something predicts: the first token of a row has no predecessor."""
     return int(np.count_nonzero(row.supervised[1:]))
+
+
+def _label_weights(row: Example) -> np.ndarray:
+    """float32 (labels,)"""
+    return np.ones(num_labels(row), np.float32) if row.weights is None else row.weights[1:][row.supervised[1:]]
 
 
 def collate(rows: Sequence[Example], device: torch.device) -> Batch:
@@ -75,4 +93,7 @@ def collate_packs(packs: Sequence[Sequence[Example]], device: torch.device) -> B
 
     packed = any(len(pack) > 1 for pack in packs)
     rows = [row for pack in packs for row in pack]
-    return Batch(tensor(input_ids), tensor(supervised), tensor(positions) if packed else None, rows)
+    weights = None
+    if any(row.weights is not None for row in rows):
+        weights = tensor(np.concatenate([_label_weights(row) for row in rows]))
+    return Batch(tensor(input_ids), tensor(supervised), tensor(positions) if packed else None, weights, rows)

@@ -1,7 +1,9 @@
 """Is it better than before, and by more than chance? Base against tuned on held-out rows.
 
-Loss per supervised token is a ratio of sums over rows, L = sum(l_i) / sum(n_i): rows are independent, tokens within a
-row are not, so its standard error is the ratio estimator's (Cochran, Sampling Techniques, 3rd ed., section 2.11):
+Loss per supervised token is a ratio of sums over rows, L = sum(l_i) / sum(n_i), where n_i is the weight of a row's
+supervised tokens (their number, unless the data has weights) and l_i the sum of their losses, each times its weight:
+what training minimises. Rows are independent, tokens within a row are not, so its standard error is the ratio
+estimator's (Cochran, Sampling Techniques, 3rd ed., section 2.11):
 
     e_i = l_i - L n_i        stderr = sqrt(m / (m - 1) * sum(e_i^2)) / sum(n_i)        m rows
 
@@ -31,7 +33,7 @@ from solotune.model import TrainableModel
 
 @dataclass(frozen=True)
 class Score:
-    """Held-out figures of one model; losses are nats per supervised token."""
+    """Held-out figures of one model; losses are nats per supervised token, by weight."""
 
     loss: float
     stderr: float
@@ -39,8 +41,8 @@ class Score:
     exact_match: float
     exact_match_stderr: float
     rows: int
-    row_losses: tuple[float, ...] = ()  # sums over each row, in the order of the rows given
-    row_tokens: tuple[int, ...] = ()
+    row_losses: tuple[float, ...] = ()  # weighted sums over each row, in the order of the rows given
+    row_weights: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {"loss": self.loss, "stderr": self.stderr, "tokens": self.tokens}
@@ -83,19 +85,19 @@ class Evaluation:
         }
 
 
-def ratio_and_stderr(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
-    """sum(sums) / sum(counts) and its standard error over independent rows (infinite for a single row)."""
-    total = sum(counts)
+def ratio_and_stderr(sums: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
+    """sum(sums) / sum(weights) and its standard error over independent rows (infinite for a single row)."""
+    total = sum(weights)
     ratio = sum(sums) / total
-    squares = sum((s - ratio * n) ** 2 for s, n in zip(sums, counts, strict=True))
-    rows = len(counts)
+    squares = sum((s - ratio * n) ** 2 for s, n in zip(sums, weights, strict=True))
+    rows = len(weights)
     return ratio, math.sqrt(rows / (rows - 1) * squares) / total if rows > 1 else math.inf
 
 
 def loss_difference(base: Score, tuned: Score) -> tuple[float, float]:
     """Tuned minus base and its standard error, paired by row: much smaller than either error alone."""
     paired = [t - b for b, t in zip(base.row_losses, tuned.row_losses, strict=True)]
-    return ratio_and_stderr(paired, base.row_tokens)
+    return ratio_and_stderr(paired, base.row_weights)
 
 
 @torch.no_grad()
@@ -105,20 +107,23 @@ def score(
     batch_size: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Score:
-    """Loss and exact match of the model as it stands, in evaluation mode; the mode is put back."""
+    """Loss (by weight) and exact match of the model as it stands, in evaluation mode; the mode is put back."""
     was_training = model.module.training
     model.module.eval()
     losses, counts, exact = [0.0] * len(rows), [num_labels(row) for row in rows], [False] * len(rows)
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))  # like lengths together: little padding
     for start in range(0, len(rows), batch_size):
         chosen = by_length[start : start + batch_size]
-        losses_N, hits_N = model.token_losses(collate([rows[i] for i in chosen], model.device))
+        batch = collate([rows[i] for i in chosen], model.device)
+        losses_N, hits_N = model.token_losses(batch)
+        weighted_N = batch.weighted(losses_N)
         sizes = [counts[i] for i in chosen]
-        for i, row_losses, row_hits in zip(chosen, losses_N.split(sizes), hits_N.split(sizes), strict=True):
+        for i, row_losses, row_hits in zip(chosen, weighted_N.split(sizes), hits_N.split(sizes), strict=True):
             losses[i], exact[i] = row_losses.double().sum().item(), bool(row_hits.all())
         progress(min(start + batch_size, len(rows)), len(rows))
     model.module.train(was_training)
-    loss, stderr = ratio_and_stderr(losses, counts)
+    weights = [row.total_weight for row in rows]
+    loss, stderr = ratio_and_stderr(losses, weights)
     share = sum(exact) / len(rows)
     return Score(
         loss,
@@ -128,7 +133,7 @@ def score(
         math.sqrt(share * (1 - share) / len(rows)),
         len(rows),
         tuple(losses),
-        tuple(counts),
+        tuple(weights),
     )
 
 

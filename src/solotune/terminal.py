@@ -120,7 +120,7 @@ class Meter:
         self.last: StepMetrics | None = None
         self.smooth_loss = 0.0
         self._weight = 0.0
-        self._since_line: list[tuple[float, int]] = []
+        self._since_line: list[tuple[float, float]] = []
         self._recent: deque[StepMetrics] = deque(maxlen=WINDOW)
 
     def add(self, metrics: StepMetrics) -> None:
@@ -129,12 +129,12 @@ class Meter:
         self.last = metrics
         self._weight = SMOOTHING * self._weight + 1 - SMOOTHING
         self.smooth_loss += (metrics.loss - self.smooth_loss) * (1 - SMOOTHING) / self._weight
-        self._since_line.append((metrics.loss, metrics.num_supervised))
+        self._since_line.append((metrics.loss, metrics.total_weight))
 
     def take_loss(self) -> float:
         """The mean loss per supervised token since this was last asked."""
-        total = sum(count for _, count in self._since_line)
-        mean = sum(loss * count for loss, count in self._since_line) / total
+        total = sum(weight for _, weight in self._since_line)
+        mean = sum(loss * weight for loss, weight in self._since_line) / total
         self._since_line.clear()
         return mean
 

@@ -1,9 +1,14 @@
 """The training loop, whole and visible.
 
-One optimizer step sees `per_device_train_batch_size * gradient_accumulation_steps` rows. Its loss is the mean over
-*all* their supervised tokens: each pass adds (sum of its token losses) / (supervised tokens of the whole step), so 1 x
-8 rows and 8 x 1 rows are the same step. The mean of the passes' means, the other common way, weights a token by how
-short its neighbours are.
+One optimizer step sees `per_device_train_batch_size * gradient_accumulation_steps` rows. Its loss is the weighted mean
+over *all* their supervised tokens n:
+
+    loss = sum_n w_n l_n / sum_n w_n
+
+where w_n is the answer's weight times the row's (`dataset/messages.py`), 1 unless the data says otherwise. Each pass
+adds its part of the upper sum divided by the lower sum of the whole step, so 1 x 8 rows and 8 x 1 rows are the same
+step, and a row of weight 2 is the same as that row given twice. The mean of the passes' means, the other common way,
+weights a token by how short its neighbours are.
 
 Before the optimizer moves, loss and gradient norm must be finite; if not, the run stops with its weights still good and
 names the rows. The learning rate is Hugging Face's schedule of the same name, step for step; row order is a permutation
@@ -36,7 +41,7 @@ from solotune.terminal import Display
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One line of metrics.jsonl. `loss` is nats per supervised token over the whole step."""
+    """One line of metrics.jsonl. `loss` is nats per supervised token over the whole step, by weight."""
 
     step: int
     total_steps: int
@@ -47,6 +52,7 @@ class StepMetrics:
     grad_norm: float
     num_tokens: int  # without padding
     num_supervised: int
+    total_weight: float  # of the supervised tokens: their number, unless the data has weights
     step_seconds: float
     tokens_per_second: float
     peak_bytes: int
@@ -147,6 +153,8 @@ def train_step(
 ) -> tuple[float, float, float]:
     """One optimizer step over the whole accumulated batch: (loss, token accuracy, gradient norm before clipping).
 
+    The loss is the mean by weight, the accuracy the plain share of the supervised tokens.
+
     Args:
         dropout_seed: tells this step's dropout from that of others.
 
@@ -154,16 +162,18 @@ def train_step(
         NonFiniteError: loss or gradient is NaN or infinite; nothing has been changed.
     """
     num_supervised = sum(batch.num_supervised for batch in micro_batches)
+    total_weight = sum(batch.total_weight for batch in micro_batches)
     loss_sum = torch.zeros((), device=model.device)
     hits = torch.zeros((), device=model.device)
     for number, batch in enumerate(micro_batches):
         lora.seed_dropout(model.adapted, *dropout_seed, number)
         losses_N, hits_N = model.token_losses(batch)
-        (losses_N.sum() / num_supervised).backward()
-        loss_sum += losses_N.detach().sum()
+        weighted_sum = batch.weighted(losses_N).sum()
+        (weighted_sum / total_weight).backward()
+        loss_sum += weighted_sum.detach()
         hits += hits_N.sum()
     grad_norm = clip_grad_norm_(model.trainable, max_grad_norm)
-    loss, accuracy, norm = (loss_sum / num_supervised).item(), (hits / num_supervised).item(), grad_norm.item()
+    loss, accuracy, norm = (loss_sum / total_weight).item(), (hits / num_supervised).item(), grad_norm.item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad(set_to_none=True)
         raise NonFiniteError(
@@ -252,6 +262,7 @@ def train(
                 grad_norm=grad_norm,
                 num_tokens=tokens,
                 num_supervised=sum(batch.num_supervised for batch in batches),
+                total_weight=sum(batch.total_weight for batch in batches),
                 step_seconds=seconds,
                 tokens_per_second=tokens / seconds,
                 peak_bytes=peak_bytes(model.device),

@@ -65,13 +65,13 @@ def init(model: str, dataset: str, path: str | Path = "solotune.yaml", force: bo
 
 @dataclass(frozen=True)
 class ShownRow:
-    """One training row as the model sees it: text pieces, each with whether it is learned and its token ids.
+    """One training row as the model sees it: pieces of text, each with whether it is learned, its ids and weight.
 
     `tokens` holds the text of each id, for all pieces one after the other.
     """
 
     where: str
-    pieces: list[tuple[str, bool, list[int]]]
+    pieces: list[tuple[str, bool, list[int], float]]
     tokens: list[str]
 
 
@@ -97,7 +97,7 @@ def data(
     shown = [
         ShownRow(
             row.where,
-            [(p["text"], p["supervised"], p["ids"]) for p in row.pieces(tokenizer)],
+            [(p["text"], p["supervised"], p["ids"], p.get("weight", 1.0)) for p in row.pieces(tokenizer)],
             dataset.spelled(tokenizer, row.input_ids),
         )
         for row in prepared.train[:show]

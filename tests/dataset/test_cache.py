@@ -43,7 +43,10 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def rows(count: int) -> list[dict[str, Any]]:
     tool = {"type": "function", "function": {"name": "f"}}
-    return [{"messages": chat(f"What is {n}?", f"It is {n * 7}."), "tools": [tool]} for n in range(count)]
+    weights = [{}, {"weight": 0.1}, {"weight": 2}, {}]
+    return [
+        {"messages": chat(f"What is {n}?", f"It is {n * 7}."), "tools": [tool], **weights[n % 4]} for n in range(count)
+    ]
 
 
 def same(a: Prepared, b: Prepared) -> bool:
@@ -53,6 +56,10 @@ def same(a: Prepared, b: Prepared) -> bool:
             assert (y.input_ids.dtype, y.supervised.dtype) == (np.int32, bool)
             assert x.input_ids.tolist() == y.input_ids.tolist()
             assert x.supervised.tolist() == y.supervised.tolist()
+            assert (x.weights is None) == (y.weights is None)
+            if x.weights is not None and y.weights is not None:
+                assert y.weights.dtype == np.float32
+                assert x.weights.tolist() == y.weights.tolist()
     assert a.report == b.report
     return a.report.to_json() == b.report.to_json() and a.manifest == b.manifest
 

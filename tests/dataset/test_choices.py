@@ -1,4 +1,4 @@
-"""What a config can choose about rows: foreign columns, bad rows, weights, the last turn, rows that are too long."""
+"""What a config can choose about rows: foreign columns, bad rows, the last turn, rows that are too long."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ BAD = [
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content has a part that is not text"),
     ({"messages": ["hello"]}, "a message is not an object"),
     ({"messages": chat("a", "b"), "tools": "[{"}, "tools is not valid JSON"),
-    ({"messages": chat("a", "b"), "weight": 0.5}, "weight is neither 0 nor 1"),
+    ({"messages": chat("a", "b"), "weight": -0.5}, "weight is not a weight"),
     ({"text": "t"}, "mixed formats: this row is text"),
     ({"other": "t"}, "messages is missing"),
 ]
@@ -181,51 +181,6 @@ def test_train_on_last_turn(write: Writer) -> None:
     result = prepared(path, train_on_last_turn=True)
     assert learned(result.train[0]) == "second<|im_end|>"
     assert (result.report.labels.num_answers, result.report.labels.num_answers_left_out) == (1, 1)
-
-
-@pytest.mark.parametrize("key", ["weight", "loss_weight"])
-@pytest.mark.parametrize("zero", [0, 0.0, False, "0"])
-def test_weight_0_is_read_and_not_learned(write: Writer, key: str, zero: Any) -> None:
-    turns = [TURNS[0], {**TURNS[1], key: zero}, {**TURNS[2], key: 0}, {**TURNS[3], key: 1}]
-    path = write("a.jsonl", {"messages": turns})
-    result = prepared(path)
-    assert learned(result.train[0]) == "second<|im_end|>"
-    plain = prepared(write("b.jsonl", {"messages": TURNS})).train[0]
-    assert result.train[0].input_ids.tolist() == plain.input_ids.tolist()
-    everything = prepared(path, assistant_only_loss=False).train[0]
-    assert "first" not in learned(everything) and "second" in learned(everything)
-
-
-def test_weights_of_rows_and_of_whole_conversations(write: Writer) -> None:
-    none = [{**message, "weight": 0} for message in TURNS]
-    path = write("a.jsonl", {"messages": TURNS}, {"messages": none}, {"messages": chat("x", "y"), "weight": 0})
-    assert rows_of(prepared(path))["dropped"] == {"weight 0": 2}
-    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}]
-    path = write("b.jsonl", {"system": "s", "conversations": [*turns, turns[0], {"from": "gpt", "value": "c"}]})
-    assert learned(prepared(path).train[0]) == "c<|im_end|>"
-    path = write("c.csv", "prompt,completion,weight\na,b,1\nc,d,0\n")
-    assert rows_of(prepared(path))["dropped"] == {"weight 0": 1}
-
-
-@pytest.mark.parametrize("value", [0.5, 2, -1, "0.3", [1], "yes"])
-def test_other_weights_are_refused(write: Writer, value: Any) -> None:
-    import json
-
-    path = write("a.jsonl", {"messages": [TURNS[0], {**TURNS[1], "weight": value}]})
-    assert message_of(path) == (
-        "a.jsonl:1: message 2: weight is neither 0 nor 1\n"
-        f"  seen:    {json.dumps(value)}\n"
-        "  allowed: 0 (not learned) or 1 (learned)\n"
-        "  change:  round it; a column that means something else: column_mapping: {weight: ignore}"
-    )
-
-
-def test_only_answers_can_have_a_weight(write: Writer) -> None:
-    path = write("a.jsonl", {"messages": [{**TURNS[0], "weight": 1}, TURNS[1]]})
-    assert message_of(path) == (
-        "a.jsonl:1: message 1: weight: 1, but only assistant messages are learned\n"
-        "  change:  remove weight from it; to learn every token, assistant_only_loss: false"
-    )
 
 
 def test_an_answer_in_a_prompt_is_context(write: Writer) -> None:

@@ -81,6 +81,7 @@ def test_report(write: Writer) -> None:
             "with_control_tokens_as_text": 0,
         },
         "tokens": {"total": total, "supervised": supervised, "supervised_share": round(supervised / total, 4)},
+        "weights": {"rows": 0, "answers": 0, "sum": supervised},
         "labels": {
             "answers": 21,
             "answers_left_out": 0,

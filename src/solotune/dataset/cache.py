@@ -173,6 +173,9 @@ def _packed(prepared: Prepared) -> dict[str, np.ndarray]:
         arrays[f"{name}.ids"] = np.concatenate([np.empty(0, np.int32), *(one.input_ids for one in examples)])
         arrays[f"{name}.mask"] = np.concatenate([np.empty(0, bool), *(one.supervised for one in examples)])
         arrays[f"{name}.lengths"] = np.array([len(one.input_ids) for one in examples], np.int64)
+        arrays[f"{name}.is_weighted"] = np.array([one.weights is not None for one in examples], bool)
+        weights = [one.weights for one in examples if one.weights is not None]
+        arrays[f"{name}.weights"] = np.concatenate([np.empty(0, np.float32), *weights])
         rows[name] = [[one.where, one.messages, one.tools] for one in examples]
     report = {**_fields(prepared.report), "labels": _fields(prepared.report.labels), "findings": []}
     text = json.dumps({"rows": rows, "report": report, "manifest": prepared.manifest})
@@ -188,8 +191,12 @@ def _unpacked(arrays: dict[str, np.ndarray]) -> Prepared:
     held = json.loads(arrays["json"].tobytes())
     sides = []
     for name in ("train", "validation"):
-        ends = np.cumsum(arrays[f"{name}.lengths"])[:-1]
+        lengths, is_weighted = arrays[f"{name}.lengths"], arrays[f"{name}.is_weighted"]
+        ends = np.cumsum(lengths)[:-1]
         ids, masks = (np.split(arrays[f"{name}.{what}"], ends) for what in ("ids", "mask"))
+        some = iter(np.split(arrays[f"{name}.weights"], np.cumsum(lengths[is_weighted])[:-1]))
+        weights = [next(some) if has else None for has in is_weighted]
         rows = held["rows"][name]  # none: np.split still gives one, empty, piece
-        sides.append([Example(i, m, *row) for i, m, row in zip(ids[: len(rows)], masks, rows, strict=False)])
+        parts = zip(ids[: len(rows)], masks, rows, weights, strict=False)
+        sides.append([Example(i, m, *row, weights=w) for i, m, row, w in parts])
     return Prepared(sides[0], sides[1], DataReport.from_json_fields(held["report"]), held["manifest"])

@@ -27,6 +27,16 @@ class Example:
     """The normalised messages, for showing and generating; empty for plain text and for later parts of a row."""
     tools: list[dict[str, Any]] | None = None
     """The tool definitions that were rendered with the messages."""
+    weights: np.ndarray | None = None
+    """float32 (T,), how much each token's loss counts: above 0 where supervised, else 0; None where that is 1 for all.
+    """
+
+    @property
+    def total_weight(self) -> float:
+        """Sum of the weights of the labels (the first token is none, since nothing predicts it)."""
+        if self.weights is None:
+            return int(np.count_nonzero(self.supervised[1:]))
+        return float(self.weights[1:][self.supervised[1:]].sum(dtype=np.float64))
 
     @property
     def prompt_ids(self) -> np.ndarray:
@@ -35,14 +45,18 @@ class Example:
         return self.input_ids[: begins[-1]] if len(begins) and begins[-1] > 1 else self.input_ids[:0]
 
     def pieces(self, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-        """The row in stretches of equal supervision: `[{"text": ..., "supervised": ..., "ids": [...]}, ...]`."""
-        edges = np.flatnonzero(np.diff(self.supervised.astype(np.int8))) + 1
-        runs = zip(np.split(self.input_ids, edges), np.split(self.supervised, edges), strict=True)
-        return [
-            {"text": tokenizer.decode(ids), "supervised": bool(mask[0]), "ids": ids.tolist()}
-            for ids, mask in runs
-            if len(ids)
-        ]
+        """The row in stretches that are learned alike: `[{"text": ..., "supervised": ..., "ids": [...]}, ...]`.
+
+        A stretch of a row with weights has its `weight` too.
+        """
+        weights = self.supervised.astype(np.float32) if self.weights is None else self.weights
+        edges = np.flatnonzero(np.diff(weights)) + 1
+        found = []
+        for ids, part in zip(np.split(self.input_ids, edges), np.split(weights, edges), strict=True):
+            if len(ids):
+                piece = {"text": tokenizer.decode(ids), "supervised": bool(part[0]), "ids": ids.tolist()}
+                found.append(piece if self.weights is None else {**piece, "weight": float(f"{part[0]:.6g}")})
+        return found
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from solotune.dataset import messages as msg
@@ -35,8 +35,9 @@ class Record:
     """One row in the one shape everything downstream knows.
 
     `messages` is empty exactly for a row of plain text; then `text` is what is learned, from `answer_start` on.
-    `left_out` are the numbers of assistant messages that are read and not learned. Rows with the same `group`, or
-    with one of their `links` in common, stay on one side of the split (`kinship.py` says which).
+    `weights` has one number for each assistant message, 0 where it is read and not learned; it is empty where all are
+    1. `weight` is the row's, and multiplies them. Rows with the same `group`, or with one of their `links` in common,
+    stay on one side of the split (`kinship.py` says which).
     """
 
     where: str
@@ -44,7 +45,8 @@ class Record:
     tools: list[dict[str, Any]] | None = None
     text: str = ""
     answer_start: int = 0
-    left_out: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+    weight: float = 1.0
     group: str | None = None
     links: tuple[str, ...] = ()
 
@@ -146,15 +148,16 @@ def convert(row: Row, found: Format) -> Record | str:
         RowError: naming the row and, in it, the message that is wrong.
     """
     record = found.convert(row)
-    if not msg.weight_of(row.where, row.values):
+    weight = msg.weight_of(row.where, row.values)
+    if weight == 0:
         return WEIGHT_0
+    record = replace(record, weight=weight)
     if not record.is_chat:
         return record if record.text[record.answer_start :].strip() else EMPTY_ANSWER
     _check_has_answer(record)
-    answers = [number for number, message in enumerate(record.messages) if message["role"] == "assistant"]
-    if len(answers) == len(record.left_out):
+    if record.weights and not any(record.weights):
         return WEIGHT_0
-    if any(_is_blank(record.messages[number]) for number in answers):
+    if any(_is_blank(message) for message in record.messages if message["role"] == "assistant"):
         return EMPTY_ANSWER
     return record
 
@@ -186,18 +189,17 @@ def _conversations(row: Row) -> Record:
     return _chat(row, *msg.turns(row.where, row.values["conversations"], "conversations"))
 
 
-def _chat(row: Row, messages: list[dict[str, Any]], left_out: tuple[int, ...] = ()) -> Record:
-    return Record(row.where, messages=messages, tools=msg.tools(row), left_out=left_out)
+def _chat(row: Row, messages: list[dict[str, Any]], weights: tuple[float, ...] = ()) -> Record:
+    is_plain = all(weight == 1 for weight in weights)
+    return Record(row.where, messages=messages, tools=msg.tools(row), weights=() if is_plain else weights)
 
 
-def _with_system(
-    row: Row, messages: list[dict[str, Any]], left_out: tuple[int, ...] = ()
-) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
+def _with_system(row: Row, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A `system` column as the first message, unless the messages begin with one."""
     system = row.values.get("system")
     if not isinstance(system, str) or not system.strip() or messages[0]["role"] == "system":
-        return messages, left_out
-    return [{"role": "system", "content": system}, *messages], tuple(number + 1 for number in left_out)
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _sharegpt(row: Row) -> Record:
@@ -217,7 +219,7 @@ def _sharegpt(row: Row) -> Record:
                 allowed=", ".join(msg.SHAREGPT_ROLES),
             )
         messages.append({"role": msg.SHAREGPT_ROLES[role], "content": msg.text(place, turn.get("value"), "value")})
-    return _chat(row, *_with_system(row, messages, msg.left_out(places, turns, messages)))
+    return _chat(row, _with_system(row, messages), msg.answer_weights(places, turns, messages))
 
 
 def _alpaca(row: Row) -> Record:
@@ -229,17 +231,16 @@ def _alpaca(row: Row) -> Record:
         {"role": "user", "content": f"{instruction}\n\n{extra}" if extra.strip() else instruction},
         {"role": "assistant", "content": answer},
     ]
-    return _chat(row, *_with_system(row, messages))
+    return _chat(row, _with_system(row, messages))
 
 
 def _prompt_completion(row: Row) -> Record:
     prompt, completion = row.values["prompt"], row.values["completion"]
     if isinstance(prompt, list) or isinstance(completion, list):
-        before, _ = msg.turns(row.where, prompt, "prompt")
-        after, left_out = msg.turns(row.where, completion, "completion")
+        before, in_prompt = msg.turns(row.where, prompt, "prompt")
+        after, weights = msg.turns(row.where, completion, "completion")
         # only the completion is learned: an answer in the prompt is context
-        in_prompt = [number for number, message in enumerate(before) if message["role"] == "assistant"]
-        return _chat(row, before + after, (*in_prompt, *(number + len(before) for number in left_out)))
+        return _chat(row, before + after, (*(0.0 for _ in in_prompt), *weights))
     prompt, completion = msg.text(row.where, prompt, "prompt"), msg.text(row.where, completion, "completion")
     return Record(row.where, text=prompt + completion, answer_start=len(prompt))
 

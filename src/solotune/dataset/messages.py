@@ -3,9 +3,15 @@
 A wrong one is a `RowError` that names the row and, in it, the message. Only what chat templates know is kept of a
 message, so that a column more in the data cannot change a rendering.
 
-A weight says whether something is learned: `weight: 0` on an assistant message leaves out that answer (it is still
-read, as context), on a row the whole row. Fractions are refused and not rounded: they would need a loss that weights
-single tokens, and ours counts them.
+A weight says how much is learned of something: `weight` (or `loss_weight`) on an assistant message counts for that
+answer's tokens, on a row for all of its tokens, and the two multiply. With weights w the loss of an optimizer step is
+
+    sum_n w_n l_n / sum_n w_n          over all supervised tokens n of the whole accumulated batch
+
+so only ratios matter: all weights 1 and all weights 5 are the same training, and a row of weight 2 is that row given
+twice. (Given twice in a file it counts once: exact duplicates are removed, and the first one's weight is kept.)
+Weight 0 leaves out an answer (it is still read, as context) or the whole row. Cells of a csv are texts, so a number
+may be one; true and false are none.
 """
 
 from __future__ import annotations
@@ -33,53 +39,59 @@ SHAREGPT_ROLES = {
 }
 _KEPT_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 _WEIGHT_KEYS = ("weight", "loss_weight")
-_WEIGHTS = {0: 0, 1: 1, "0": 0, "1": 1}  # cells of a csv are texts; True == 1 and 1.0 == 1 in Python
+_LEAST_WEIGHT, _MOST_WEIGHT = 1e-9, 1e9  # the product of two, and a sum of millions of those, fits into float32
 
 
-def weight_of(place: str, values: dict[str, Any], *, is_answer: bool = True) -> int:
-    """0 or 1: whether a message or a row is learned; 1 where nothing is said.
+def weight_of(place: str, values: dict[str, Any], *, is_answer: bool = True) -> float:
+    """How much a message or a row counts in the loss; 1 where nothing is said.
 
     Raises:
-        RowError: another value, or a 1 on a message that is not an answer.
+        RowError: not a number, negative, not finite, or out of float32's reach; or not 0 on a message that is not an
+            answer.
     """
     key = next((key for key in _WEIGHT_KEYS if values.get(key) is not None), None)
     if key is None:
-        return 1
-    value = values[key]
-    weight = _WEIGHTS.get(value) if isinstance(value, (int, float, str)) else None
-    if weight is None:
+        return 1.0
+    weight = _number(values[key])
+    if weight is None or not (weight == 0 or _LEAST_WEIGHT <= weight <= _MOST_WEIGHT):
         raise RowError(
-            f"{place}: {key} is neither 0 nor 1",
-            reason=f"{key} is neither 0 nor 1",
-            seen=short(value),
-            allowed="0 (not learned) or 1 (learned)",
-            change=f"round it; a column that means something else: column_mapping: {{{key}: ignore}}",
+            f"{place}: {key} is not a weight",
+            reason=f"{key} is not a weight",
+            seen=short(values[key]),
+            allowed=f"0 (not learned), or a number from {_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}; 1 is the usual one",
+            change=f"a column that means something else: column_mapping: {{{key}: ignore}}",
         )
     if weight and not is_answer:
         raise RowError(
-            f"{place}: {key}: 1, but only assistant messages are learned",
-            reason=f"{key}: 1 on a message that is not an answer",
+            f"{place}: {key}: {weight:g}, but only assistant messages are learned",
+            reason=f"{key} on a message that is not an answer",
             change=f"remove {key} from it; to learn every token, assistant_only_loss: false",
         )
     return weight
 
 
-def turns(where: str, value: Any, key: str) -> tuple[list[Message], tuple[int, ...]]:
-    """The messages of a list, and the numbers (from 0) of the answers with weight 0."""
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):  # a text that is no number; an int of 400 digits
+        return None
+
+
+def turns(where: str, value: Any, key: str) -> tuple[list[Message], tuple[float, ...]]:
+    """The messages of a list, and the weight of each answer among them."""
     check_list(where, value, key)
     places = [f"{where}: message {number}" for number in range(1, len(value) + 1)]
     messages = [_message(place, one) for place, one in zip(places, value, strict=True)]
-    return messages, left_out(places, value, messages)
+    return messages, answer_weights(places, value, messages)
 
 
-def left_out(places: list[str], written: list[dict[str, Any]], messages: list[Message]) -> tuple[int, ...]:
-    """The numbers of the answers with weight 0; `written` are the messages as they stand in the file."""
-    found = []
-    for number, (place, one, message) in enumerate(zip(places, written, messages, strict=True)):
-        is_answer = message["role"] == "assistant"
-        if not weight_of(place, one, is_answer=is_answer) and is_answer:
-            found.append(number)
-    return tuple(found)
+def answer_weights(places: list[str], written: list[dict[str, Any]], messages: list[Message]) -> tuple[float, ...]:
+    """The weight of each assistant message; `written` are the messages as they stand in the file."""
+    is_answer = [message["role"] == "assistant" for message in messages]
+    weights = [weight_of(place, one, is_answer=is_) for place, one, is_ in zip(places, written, is_answer, strict=True)]
+    return tuple(weight for weight, is_ in zip(weights, is_answer, strict=True) if is_)
 
 
 def check_list(where: str, value: Any, key: str) -> None:

@@ -221,10 +221,12 @@ def _nothing_left(name: str, num_rows: int, config: RunConfig, report: DataRepor
 
 
 def _sha256(examples: Sequence[Example]) -> str:
-    """Over ids and mask of all rows in order: equal exactly if the same tokens are learned in the same order."""
+    """Over ids, mask and weights of all rows: equal exactly if the same tokens are learned alike in the same order."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(len(example.input_ids).to_bytes(8, "little"))
         digest.update(example.input_ids.astype("<i4").tobytes())
         digest.update(example.supervised.astype("u1").tobytes())
+        if example.weights is not None:
+            digest.update(b"weights" + example.weights.astype("<f4").tobytes())
     return digest.hexdigest()

@@ -8,12 +8,14 @@ A row that is too long is dealt with as `overflow` says, and always counted:
               it, so that every label has a predecessor and none is lost. What came earlier a part does not see.
     error     stop, and name it
 
-A row in which nothing is learned is dropped under a reason: a step over such rows only would be a loss of 0 / 0.
+Weights (`messages.py`) go with the tokens through all of this. A row in which nothing is learned is dropped under a
+reason: a step over such rows only would be a loss of 0 / 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -119,8 +121,7 @@ class Renderer:
 
     def _learned(self, record: Record, num_answers: int) -> list[int]:
         """The numbers of the answers to learn, among the answers of the row."""
-        turns = [number for number, message in enumerate(record.messages) if message["role"] == "assistant"]
-        learned = [k for k in range(num_answers) if not record.is_chat or turns[k] not in record.left_out]
+        learned = [k for k in range(num_answers) if not record.weights or record.weights[k]]
         is_last_only = self._config.train_on_last_turn and record.is_chat
         return [k for k in learned if k == num_answers - 1] if is_last_only else learned
 
@@ -138,6 +139,7 @@ class Renderer:
         report, limit, overflow = self._report, self._config.max_length, self._config.overflow
         learned = self._learned(record, len(encoded.spans))
         supervised = self._mask(encoded, learned)
+        weights = _weights(record, encoded)
         num_tokens = len(encoded.ids)
         report.labels.row_tokens.append(num_tokens)
         if num_tokens > limit and overflow == "error":
@@ -149,7 +151,7 @@ class Renderer:
             report.dropped[LONGER_THAN_MAX_LENGTH] += 1
             return []
         if num_tokens > limit and overflow == "split":
-            num_kept, examples = num_tokens, self._parts(record, encoded.ids, supervised)
+            num_kept, examples = num_tokens, self._parts(record, encoded.ids, supervised, weights)
         else:
             num_kept = min(num_tokens, limit)
             report.num_truncated += num_tokens > limit
@@ -157,10 +159,12 @@ class Renderer:
             if not supervised[:limit].any():
                 report.dropped[ANSWER_PAST_MAX_LENGTH] += 1
                 return []
-            ids, mask = encoded.ids[:limit].copy(), supervised[:limit].copy()
-            examples = [Example(ids, mask, record.where, record.messages, record.tools)]
+            examples = [_example(record, record.where, encoded.ids[:limit], supervised[:limit], weights)]
         report.num_tokens += sum(len(example.input_ids) for example in examples)
         report.num_supervised += int(supervised[:num_kept].sum())
+        report.total_weight += sum(example.total_weight for example in examples)
+        report.num_weighted_rows += any(example.weights is not None for example in examples)
+        report.num_weighted_answers += sum(_weight_of(record, number) != 1 for number in learned)
         report.labels.add(
             encoded,
             learned,
@@ -171,19 +175,22 @@ class Renderer:
         )
         return examples
 
-    def _parts(self, record: Record, ids: np.ndarray, supervised: np.ndarray) -> list[Example]:
+    def _parts(
+        self, record: Record, ids: np.ndarray, supervised: np.ndarray, weights: np.ndarray | None
+    ) -> list[Example]:
         """The row in parts that overlap by one token; those with something to learn."""
         limit = self._config.max_length
         starts = range(0, len(ids) - 1, limit - 1)
         examples = []
         for number, start in enumerate(starts, 1):
-            mask = supervised[start : start + limit].copy()
+            part = slice(start, start + limit)
+            mask = supervised[part].copy()
             mask[0] = False  # it is the label of the part before
             if mask.any():
                 where = f"{record.where} part {number}/{len(starts)}"
                 # generating from the messages would generate the whole row's answer, so one part has them
-                messages, tools = (record.messages, record.tools) if number == 1 else ([], None)
-                examples.append(Example(ids[start : start + limit].copy(), mask, where, messages, tools))
+                source = record if number == 1 else replace(record, messages=[], tools=None)
+                examples.append(_example(source, where, ids[part], mask, None if weights is None else weights[part]))
         self._report.num_split += 1
         self._report.num_added_by_split += len(examples) - 1
         self._report.num_parts_without_label += len(starts) - len(examples)
@@ -196,3 +203,31 @@ class Renderer:
             allowed=f"{self._config.max_length:,} tokens",
             change="raise max_length, shorten the row, or set overflow to truncate, drop or split",
         )
+
+
+def _weight_of(record: Record, answer: int) -> float:
+    """What a token of an answer counts in the loss."""
+    return record.weight * (record.weights[answer] if record.weights else 1.0)
+
+
+def _weights(record: Record, encoded: Encoded) -> np.ndarray | None:
+    """float32 (T,): what each token counts where it is learned; None where nothing has a weight.
+
+    Between the answers, which only `assistant_only_loss: false` learns, it is the row's weight.
+    """
+    if record.weight == 1 and not record.weights:
+        return None
+    weights = np.full(len(encoded.ids), record.weight, np.float32)
+    for answer, (begin, end) in enumerate(encoded.spans):
+        weights[begin:end] = _weight_of(record, answer)
+    return weights
+
+
+def _example(
+    record: Record, where: str, ids: np.ndarray, supervised: np.ndarray, weights: np.ndarray | None
+) -> Example:
+    """An example with arrays of its own; with weights only where one of its labels has another than 1."""
+    if weights is not None:
+        weights = np.where(supervised, weights[: len(ids)], np.float32(0))
+        weights = None if (weights[supervised] == 1).all() else weights
+    return Example(ids.copy(), supervised.copy(), where, record.messages, record.tools, weights)

@@ -26,6 +26,11 @@ class DataReport:
     num_validation: int = 0
     num_tokens: int = 0
     num_supervised: int = 0
+    total_weight: float = 0.0
+    """Sum of the weights of the supervised tokens; their number where no weight but 0 and 1 is given."""
+    num_weighted_rows: int = 0
+    """Kept rows in which a supervised token has another weight than 1."""
+    num_weighted_answers: int = 0
     num_groups: int = 0
     num_exact_duplicates: int = 0
     num_near_duplicates: int = 0
@@ -93,6 +98,11 @@ class DataReport:
                 "total": self.num_tokens,
                 "supervised": self.num_supervised,
                 "supervised_share": round(share, 4),
+            },
+            "weights": {
+                "rows": self.num_weighted_rows,
+                "answers": self.num_weighted_answers,
+                "sum": round(self.total_weight, 6),
             },
             "labels": self.labels.to_json(),
             "split": {
