@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -343,7 +344,10 @@ def test_data_without_colour_brackets_what_is_learned():
 
 def test_tokens_with_their_ids_stand_in_cells():
     text = piped(lambda console: printing.print_data(preview(), console, with_ids=True))  # type: ignore[arg-type]
-    line = " 1 user:             2 ␣hi               3 ↵                40 ⟦hel⟧             5 ⟦lo⟧             \n"
+    line = (
+        " 1 user:             2 ␣hi               3 ↵                40 ⟦hel⟧             5 ⟦lo⟧             "
+        " 6 ⟦again⟧          \n"
+    )
     assert text.replace("─", "").replace("⟧ \n", "⟧\n", 1) == HEAD + line + FOUND
 
 
@@ -352,6 +356,9 @@ def test_a_long_token_takes_several_cells_and_no_line_is_too_long():
     shown = SimpleNamespace(report=preview().report, shown=[row])
     lines = shown_on(80, lambda console: printing.print_data(shown, console, with_ids=True))  # type: ignore[arg-type]
     assert max(map(len, lines)) <= 80
+    tokens = [line for line in lines if "⟦x" in line]
+    assert all(re.fullmatch(r"( *\d+ ⟦x*⟧ *)+", line) for line in tokens)
+    assert len(tokens) < 20
     assert [len(word) - 2 for line in lines for word in line.split() if word.startswith("⟦x")] == list(range(1, 40))
 
 

@@ -206,7 +206,7 @@ def test_data_shows_what_is_learned(config):
         learned = [text for text, supervised, _, _ in row.pieces if supervised]
         assert len(learned) == 1
         assert learned[0].startswith("it is ") and learned[0].endswith("<|im_end|>")
-        assert "".join(row.tokens) == "".join(text for text, _, _ in row.pieces)
+        assert "".join(row.tokens) == "".join(text for text, *_ in row.pieces)
 
 
 def test_data_with_packing_says_what_it_makes_of_the_rows(config):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
+from tokenizers import decoders
 
 from solotune.dataset import load_tokenizer, render_prompt, spelled
 from solotune.errors import InputError
@@ -39,9 +41,13 @@ def test_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("family", ["chatml", "mistral"])
 def test_tokens_spelled_one_by_one(family: str) -> None:
-    tokenizer = tiny_tokenizer(family)
+    tokenizer = copy.deepcopy(tiny_tokenizer(family))
+    if family == "mistral":  # as in Llama 2's, which takes the blank off whatever it decodes
+        backend = tokenizer.backend_tokenizer
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     text = "The capital of France is Paris"
-    assert "".join(spelled(tokenizer, tokenizer.encode(text, add_special_tokens=False))).strip() == text
+    in_words = "".join(spelled(tokenizer, tokenizer.encode(text, add_special_tokens=False)))
+    assert in_words == (" " + text if family == "mistral" else text)
     in_parts = spelled(tokenizer, tokenizer.encode("é", add_special_tokens=False))
     assert in_parts and not any("\ufffd" in part for part in in_parts)
 
