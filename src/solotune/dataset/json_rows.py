@@ -56,6 +56,21 @@ def _checked_unicode(value: Any) -> None:
         raise _Fault(f"a lone surrogate ({error.object[error.start]!r}) is not text") from None
 
 
+def parse_json(text: str) -> Any:
+    """One JSON value in a text, as strictly as a file is read.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    try:
+        value = _DECODER.decode(text)
+    except RecursionError:
+        raise _Fault("nested too deeply") from None
+    if _SURROGATE_ESCAPE.search(text):
+        _checked_unicode(value)
+    return value
+
+
 def read_jsonl(stream: BinaryIO, label: str) -> Iterator[Row]:
     """One object a line; blank lines are skipped."""
     for number, line in lines(stream, label):
