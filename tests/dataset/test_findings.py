@@ -292,7 +292,8 @@ def test_f12_messages_that_were_rendered_before(bench: Bench) -> None:
 def test_f13_a_role_is_dropped(bench: Bench, role: str) -> None:
     def change(n: int, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         told = {"role": role, "content": sentence(random.Random(1000 + n))}
-        return [told, *messages] if role == "system" else [messages[0], told, messages[1]]
+        call = {"role": "assistant", "content": f'<tool_call>{{"name": "f{n}"}}</tool_call>'}
+        return [told, *messages] if role == "system" else [messages[0], call, told, messages[1]]
 
     template = CHATML.replace("for m in messages", f"for m in messages if m.role != '{role}'")
     found = bench.only("F13", each(talk(), change), with_template("chatml", template))
@@ -702,8 +703,15 @@ def test_thinking_and_tools(bench: Bench) -> None:
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "get_weather", "arguments": {"city": "Paris"}}}]}
     told = {"role": "tool", "content": "It is 22 degrees."}
     assert bench.codes(each(talk(), lambda n, m: [m[0], call, told, told, m[1]]), "qwen3") == []
-    # a call that is answered elsewhere
-    assert bench.codes(each(talk(), lambda n, m: [m[0], call, m[1]]), "qwen3") == []
+
+    # a call is what the row is for
+    def called(n: int) -> dict[str, Any]:
+        return {
+            "role": "assistant",
+            "tool_calls": [{"name": f"get_{n}", "arguments": f'{{"city": "{sentence(random.Random(n))}"}}'}],
+        }
+
+    assert bench.codes(each(talk(), lambda n, m: [*m, m[0], called(n)]), "qwen3") == []
 
 
 def test_orders_of_turns_that_are_meant(bench: Bench) -> None:

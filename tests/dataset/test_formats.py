@@ -186,7 +186,7 @@ WRONG: list[tuple[list[dict[str, Any]], str]] = [
     (
         [{"conversations": [{"from": "human", "value": "q"}, {"from": "alice", "value": "a"}]}],
         'f.jsonl:1: turn 2: unknown speaker\n  seen:    "alice"\n'
-        "  allowed: human, user, gpt, assistant, chatgpt, bing, bard, model, system, tool, observation",
+        "  allowed: human, user, gpt, assistant, chatgpt, bing, bard, model, system, tool, observation, function_call",
     ),
     (
         [{"conversations": [{"from": "human", "value": None}]}],
@@ -195,7 +195,7 @@ WRONG: list[tuple[list[dict[str, Any]], str]] = [
     (
         [{"messages": [U, A], "tools": "[{"}],
         "f.jsonl:1: tools is not valid JSON\n"
-        "  seen:    Expecting property name enclosed in double quotes: line 1 column 3 (char 2)",
+        '  seen:    Expecting property name enclosed in double quotes: line 1 column 3 (char 2), in "[{"',
     ),
 ]
 

@@ -79,14 +79,16 @@ class ControlTokens:
         if isinstance(value, str):
             return pattern.search(value) is not None
         if isinstance(value, dict):
-            return any(self._is_in(item, pattern) for item in value.values())
+            return any(self._is_in(item, pattern) for pair in value.items() for item in pair)
         return isinstance(value, list) and any(self._is_in(item, pattern) for item in value)
 
     def _marked(self, value: Any, pattern: re.Pattern[str], marks: Marks) -> Any:
         if isinstance(value, str):
             return pattern.sub(f"{marks.begin}\\g<0>{marks.end}", value)
         if isinstance(value, dict):
-            return {key: self._marked(item, pattern, marks) for key, item in value.items()}
+            return {
+                self._marked(key, pattern, marks): self._marked(item, pattern, marks) for key, item in value.items()
+            }
         return [self._marked(item, pattern, marks) for item in value] if isinstance(value, list) else value
 
     def snapped(self, text: str, position: int) -> int:
@@ -130,7 +132,7 @@ def _noncharacters_in(value: Any) -> set[str]:
     if isinstance(value, str):
         return set(_NONCHARACTERS.findall(value))
     if isinstance(value, dict):
-        value = list(value.values())
+        value = [item for pair in value.items() for item in pair]
     return set().union(*map(_noncharacters_in, value)) if isinstance(value, list) else set()
 
 

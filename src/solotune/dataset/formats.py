@@ -3,7 +3,7 @@
 | format | row |
 |---|---|
 | messages | `{"messages": [{"role": "user", "content": "..."}, ...]}` (also under `conversations`) |
-| sharegpt | `{"conversations": [{"from": "human", "value": "..."}, ...]}` |
+| sharegpt | `{"conversations": [{"from": "human", "value": "..."}, ...]}`; a call is `from: function_call`, JSON text |
 | alpaca | `{"instruction": "...", "input": "...", "output": "..."}` |
 | prompt-completion | `{"prompt": "...", "completion": "..."}`, both texts or both messages |
 | text | `{"text": "..."}`, learned whole |
@@ -23,7 +23,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from solotune.dataset import messages as msg
-from solotune.dataset.row import Row, RowError
+from solotune.dataset.calls import check_order, normal_calls
+from solotune.dataset.row import Row, RowError, short
 
 EMPTY_ANSWER = "empty answer"
 WEIGHT_0 = "weight 0"
@@ -182,11 +183,16 @@ def _check_has_answer(record: Record) -> None:
 
 
 def _messages(row: Row) -> Record:
-    return _chat(row, *msg.turns(row.where, row.values["messages"], "messages"))
+    return _checked(row, *msg.turns(row.where, row.values["messages"], "messages"))
 
 
 def _conversations(row: Row) -> Record:
-    return _chat(row, *msg.turns(row.where, row.values["conversations"], "conversations"))
+    return _checked(row, *msg.turns(row.where, row.values["conversations"], "conversations"))
+
+
+def _checked(row: Row, messages: list[dict[str, Any]], weights: tuple[float, ...]) -> Record:
+    check_order([f"{row.where}: message {number}" for number in range(1, len(messages) + 1)], messages)
+    return _chat(row, messages, weights)
 
 
 def _chat(row: Row, messages: list[dict[str, Any]], weights: tuple[float, ...] = ()) -> Record:
@@ -215,10 +221,15 @@ def _sharegpt(row: Row) -> Record:
             raise RowError(
                 f"{place}: unknown speaker",
                 reason="unknown speaker",
-                seen=msg.short(role),
+                seen=short(role),
                 allowed=", ".join(msg.SHAREGPT_ROLES),
             )
-        messages.append({"role": msg.SHAREGPT_ROLES[role], "content": msg.text(place, turn.get("value"), "value")})
+        if role == "function_call":
+            calls = normal_calls(place, turn.get("value"), "function_call")
+            messages.append({"role": "assistant", "content": "", "tool_calls": calls})
+        else:
+            messages.append({"role": msg.SHAREGPT_ROLES[role], "content": msg.text(place, turn.get("value"), "value")})
+    check_order(places, messages)
     return _chat(row, _with_system(row, messages), msg.answer_weights(places, turns, messages))
 
 
@@ -240,7 +251,7 @@ def _prompt_completion(row: Row) -> Record:
         before, in_prompt = msg.turns(row.where, prompt, "prompt")
         after, weights = msg.turns(row.where, completion, "completion")
         # only the completion is learned: an answer in the prompt is context
-        return _chat(row, before + after, (*(0.0 for _ in in_prompt), *weights))
+        return _checked(row, before + after, (*(0.0 for _ in in_prompt), *weights))
     prompt, completion = msg.text(row.where, prompt, "prompt"), msg.text(row.where, completion, "completion")
     return Record(row.where, text=prompt + completion, answer_start=len(prompt))
 

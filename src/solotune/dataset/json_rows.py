@@ -82,6 +82,21 @@ def _in_words(error: ValueError) -> str:
     return str(error) if isinstance(error, _Fault) else "an integer of more than 4,300 digits"
 
 
+def parse_json(text: str) -> Any:
+    """One JSON value in a text, as strictly as a file is read.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    try:
+        value = _DECODER.decode(text)
+    except RecursionError:
+        raise _Fault("nested too deeply") from None
+    if _SURROGATE_ESCAPE.search(text):
+        _checked_unicode(value)
+    return value
+
+
 def read_jsonl(stream: BinaryIO, label: str) -> Iterator[Row]:
     """One object a line; blank lines are skipped."""
     for number, line in lines(stream, label):

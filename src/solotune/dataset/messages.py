@@ -1,7 +1,7 @@
 """One message, and what stands beside the messages of a row: roles, texts, tools, weights.
 
 A wrong one is a `RowError` that names the row and, in it, the message. Only what chat templates know is kept of a
-message, so that a column more in the data cannot change a rendering.
+message, so that a column more in the data cannot change a rendering. Tool calls are `calls.py`'s.
 
 A weight says how much is learned of something: `weight` (or `loss_weight`) on an assistant message counts for that
 answer's tokens, on a row for all of its tokens, and the two multiply. With weights w the loss of an optimizer step is
@@ -16,10 +16,10 @@ may be one; true and false are none.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from solotune.dataset.row import Row, RowError
+from solotune.dataset.calls import from_json, normal_calls
+from solotune.dataset.row import Row, RowError, short
 
 Message = dict[str, Any]
 
@@ -36,8 +36,10 @@ SHAREGPT_ROLES = {
     "system": "system",
     "tool": "tool",
     "observation": "tool",
+    "function_call": "assistant",
 }
-_KEPT_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+_KEPT_KEYS = ("tool_call_id", "name")
+_CALL_KEYS = ("tool_calls", "function_call")  # the second is the API's older one
 _WEIGHT_KEYS = ("weight", "loss_weight")
 _LEAST_WEIGHT, _MOST_WEIGHT = 1e-9, 1e9  # the product of two, and a sum of millions of those, fits into float32
 
@@ -125,10 +127,38 @@ def _message(place: str, message: Any) -> Message:
             change=f"did you mean {meant}?" if meant else None,
         )
     kept = {key: message[key] for key in _KEPT_KEYS if message.get(key)}
+    if role == "assistant":
+        return {"role": role, **kept, **_answer(place, message)}
+    if message.get("tool_calls"):
+        what = "tool_calls on a message that is not an answer"
+        raise RowError(f"{place}: {what}", reason=what, seen=f"the role {role}", allowed="tool_calls of the assistant")
+    return {"role": role, "content": text(place, message.get("content"), "content"), **kept}
+
+
+def _answer(place: str, message: dict[str, Any]) -> Message:
+    """What the assistant says, calls and thinks; each may also stand as a part of the content (LLaMA-Factory's v1)."""
     content = message.get("content")
-    if content is None and role == "assistant" and "tool_calls" in kept:
+    calls = [c for key in _CALL_KEYS if message.get(key) for c in normal_calls(place, message[key], key)]
+    thoughts = [text(place, message[key], key) for key in ("reasoning_content",) if message.get(key)]
+    if isinstance(content, list):
+        parts = {
+            kind: [part["value"] for part in content if _is_part(part, kind)] for kind in ("tool_call", "reasoning")
+        }
+        calls += [call for value in parts["tool_call"] for call in normal_calls(place, value, "tool_call")]
+        thoughts += [text(place, value, "reasoning") for value in parts["reasoning"]]
+        content = [part for part in content if not any(_is_part(part, kind) for kind in parts)]
+    if content is None and calls:
         content = ""
-    return {"role": role, "content": text(place, content, "content"), **kept}
+    answer: Message = {"content": text(place, content, "content")}
+    if calls:
+        answer["tool_calls"] = calls
+    if thoughts:
+        answer["reasoning_content"] = "".join(thoughts)
+    return answer
+
+
+def _is_part(part: Any, kind: str) -> bool:
+    return isinstance(part, dict) and part.get("type") == kind and "value" in part
 
 
 def not_an_object(place: str, seen: Any, allowed: str) -> RowError:
@@ -137,7 +167,7 @@ def not_an_object(place: str, seen: Any, allowed: str) -> RowError:
 
 
 def text(place: str, value: Any, key: str) -> str:
-    """The text under a key; `[{"type": "text", "text": "..."}]`, the multimodal spelling of a text, is the text."""
+    """The text under a key; a list of `{"type": "text", "text": "..."}` (also with `value`) is their texts joined."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
@@ -154,34 +184,27 @@ def text(place: str, value: Any, key: str) -> str:
 def _joined_parts(place: str, parts: list[Any], key: str) -> str:
     texts = []
     for part in parts:
-        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+        is_text = isinstance(part, dict) and part.get("type") == "text"
+        value = part.get("text", part.get("value")) if is_text else None
+        if not isinstance(value, str):
             kind = part.get("type") if isinstance(part, dict) else part
             what = f"{key} has a part that is not text"
             raise RowError(f"{place}: {what}", reason=what, seen=short(kind), allowed="text only")
-        texts.append(part["text"])
+        texts.append(value)
     return "".join(texts)
 
 
 def tools(row: Row) -> list[dict[str, Any]] | None:
-    """The tool definitions of a row, as a list or as its JSON text."""
+    """The tool definitions of a row, given as a list or as its JSON text.
+
+    A bare function is wrapped as an API hands it to the template at inference: `{"type": "function", "function": ...}`.
+    """
     found = row.values.get("tools")
     if isinstance(found, str):
-        if not found.strip():
-            return None
-        try:
-            found = json.loads(found)
-        except ValueError as error:
-            what = "tools is not valid JSON"
-            raise RowError(f"{row.where}: {what}", reason=what, seen=str(error)) from None
+        found = from_json(row.where, found, "tools") if found.strip() else None
     if not found:
         return None
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
         what = "tools is not a list of objects"
         raise RowError(f"{row.where}: {what}", reason=what, seen=short(found))
-    return found
-
-
-def short(value: Any) -> str:
-    """A value as a person can read it in one line; control characters and such stay escaped."""
-    written = json.dumps(value, ensure_ascii=True, default=str)
-    return written if len(written) <= 60 else written[:57] + "..."
+    return [{"type": "function", "function": tool} if "name" in tool and "type" not in tool else tool for tool in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -41,6 +42,12 @@ class Row(NamedTuple):
 
     where: str
     values: dict[str, Any]
+
+
+def short(value: Any) -> str:
+    """A value as a person can read it in one line; control characters and such stay escaped."""
+    written = json.dumps(value, ensure_ascii=True, default=str)
+    return written if len(written) <= 60 else written[:57] + "..."
 
 
 def lines(stream: BinaryIO, label: str) -> Iterator[tuple[int, bytes]]:
