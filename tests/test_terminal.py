@@ -316,13 +316,14 @@ def preview() -> SimpleNamespace:
             }
         ],
     }
-    row = ShownRow("a.jsonl:1", [("user: hi\n", False, [1, 2, 3], 0.0), ("hello", True, [40, 5], 0.5)], TOKENS)
+    pieces = [("user: hi\n", False, [1, 2, 3], 0.0), ("hello", True, [40, 5], 1.0), ("again", True, [6], 0.5)]
+    row = ShownRow("a.jsonl:1", pieces, TOKENS)
     return SimpleNamespace(report=SimpleNamespace(to_json=lambda: report), shown=[row])
 
 
-TOKENS = ["user:", " hi", "\n", "hel", "lo"]
-HEAD = "a.jsonl:1 · 5 tokens, 2 learned: learned is in ⟦ ⟧\n"
-ROW = "user: hi↵\n⟦hello⟧×0.5\n"
+TOKENS = ["user:", " hi", "\n", "hel", "lo", "again"]
+HEAD = "a.jsonl:1 · 6 tokens, 3 learned: learned is in ⟦ ⟧\n"
+ROW = "user: hi↵\n⟦hello⟧⟦again⟧×0.5\n"
 FOUND = """
 format    messages
 rows      1,200 read, 1,195 kept
