@@ -96,7 +96,8 @@ def test_without_a_date_it_is_todays_and_the_text_is_that_of_transformers() -> N
 
 def test_named_templates_are_found_by_transformers_rule() -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer("chatml"))
-    tokenizer.chat_template = {"default": CHATML, "tool_use": "with tools: " + CHATML}
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "with tools on {{ strftime_now('%d %b') }}: " + CHATML}
     tools = [{"type": "function", "function": {"name": "f"}}]
-    assert Template(tokenizer).render("row", chat("Hi"), tools).startswith("with tools: ")
-    assert Template(tokenizer).render("row", chat("Hi")).startswith("<|im_start|>user")
+    template = Template(tokenizer, date(2031, 2, 3))
+    assert template.render("row", chat("Hi"), tools).startswith("with tools on 03 Feb: ")
+    assert template.render("row", chat("Hi")).startswith("<|im_start|>user")
