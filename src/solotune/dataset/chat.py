@@ -14,7 +14,8 @@ If R(m) = L_0 a_0 L_1 a_1 ... L_k with a_j the answers (or the answers stripped)
 renderings for the whole row, and no rewriting can confuse them. Where that does not hold (thinking cut out of the
 answer, tool calls), the prefix method is tried for the turn, then the sentinel for that turn alone, compared from both
 ends, then a sentinel for the name of the function it calls. Whatever way a span was found, it is checked: in order, not
-overlapping, containing the visible answer. A row that passes none of this is an error with its place. A wrong mask is never the result.
+overlapping, containing the visible answer. A row that passes none of this is an error with its
+place. A wrong mask is never the result.
 
 The end of a span includes the control token that ends the turn (`<|im_end|>`), not the newline a template puts after
 it: the model must learn to stop, and what follows a stop is never generated. Which control tokens end a turn is read
