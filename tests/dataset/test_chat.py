@@ -265,7 +265,9 @@ MISTRAL_V3 = """{{- bos_token }}{% set ns = namespace(last=0, system='') %}
 {%- if m.role == 'user' %}
 {{- '[INST] ' + ((tools | tojson) if tools and loop.index0 == ns.last else '') }}
 {{- (ns.system if loop.index0 == ns.last else '') + m.content + '[/INST]' }}
-{%- elif m.role == 'tool' %}{{ '[INST] ' + m.content | tojson + '[/INST]' }}
+{%- elif m.role == 'tool' %}
+{%- if not messages[loop.index0 - 1].tool_calls %}{{ raise_exception('no call') }}{% endif %}
+{{- '[INST] ' + m.content | tojson + '[/INST]' }}
 {%- elif m.role == 'assistant' and m.tool_calls %}
 {{- ' ' + m.tool_calls | map(attribute='function') | list | tojson + eos_token }}
 {%- elif m.role == 'assistant' %}
@@ -306,14 +308,14 @@ def test_a_call_whose_reasoning_a_later_answer_takes_away() -> None:
     """gpt-oss: reasoning stays until the final answer, and a tool's result must follow a call."""
     template = """{% for m in messages %}{% if m.role == 'assistant' %}
 {%- if m.reasoning_content and loop.last %}<|im_start|>assistant:thinks {{ m.reasoning_content }}<|im_end|>{% endif %}
-{%- for call in m.tool_calls %}<|im_start|>assistant:{{ call.function.name }}<|im_end|>{% endfor %}
+{%- for call in m.tool_calls %}<|im_start|>assistant:{{ call.function.name }}<|endoftext|>{% endfor %}
 {%- if m.content %}<|im_start|>assistant:{{ m.content }}<|im_end|>{% endif %}
 {%- else %}
 {%- if m.role == 'tool' and not messages[loop.index0 - 1].tool_calls %}{{ raise_exception('no call') }}{% endif %}
 {{- '<|im_start|>' + m.role + ':' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant{% endif %}"""
     messages = [TOOLS[0], {**TOOLS[1], "reasoning_content": "Let me see."}, *TOOLS[2:4]]
-    assert answers_of(with_template(template), messages) == [":get_weather<|im_end|>", ":It is 22.<|im_end|>"]
+    assert answers_of(with_template(template), messages) == [":get_weather<|endoftext|>", ":It is 22.<|im_end|>"]
 
 
 def test_a_result_put_between_calls_and_text_of_an_answer_is_never_learned() -> None:

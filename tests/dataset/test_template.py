@@ -17,9 +17,8 @@ from tests.dataset.test_chat import learned, with_template
 
 IN_PARTS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}"
-    "{% if part.type == 'image' %}<image>{% elif part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
-    "<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if part.type == 'image' %}<image>{% elif part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>"
+    "\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 FIRST_PART = IN_PARTS.replace("{% for part in m.content %}", "{% for part in [m.content[0]] %}{{ part['text'][:0] }}")
 
@@ -97,7 +96,8 @@ def test_without_a_date_it_is_todays_and_the_text_is_that_of_transformers() -> N
 
 def test_named_templates_are_found_by_transformers_rule() -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer("chatml"))
-    tokenizer.chat_template = {"default": CHATML, "tool_use": "with tools: " + CHATML}
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "with tools on {{ strftime_now('%d %b') }}: " + CHATML}
     tools = [{"type": "function", "function": {"name": "f"}}]
-    assert Template(tokenizer).render("row", chat("Hi"), tools).startswith("with tools: ")
-    assert Template(tokenizer).render("row", chat("Hi")).startswith("<|im_start|>user")
+    template = Template(tokenizer, date(2031, 2, 3))
+    assert template.render("row", chat("Hi"), tools).startswith("with tools on 03 Feb: ")
+    assert template.render("row", chat("Hi")).startswith("<|im_start|>user")
