@@ -90,10 +90,9 @@ def parse_json(text: str) -> Any:
     """
     try:
         value = _DECODER.decode(text)
+        _check(value, text, 0, len(text))
     except RecursionError:
         raise _Fault("nested too deeply") from None
-    if _SURROGATE_ESCAPE.search(text):
-        _checked_unicode(value)
     return value
 
 
