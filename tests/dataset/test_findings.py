@@ -386,6 +386,12 @@ def test_f20_prompts_are_learned(bench: Bench, family: str) -> None:
     assert found.evidence["rows_with"] == found.evidence["rows_read"] == 30
 
 
+def test_f20_thinking_that_repeats_the_question(bench: Bench) -> None:
+    template = CHATML.replace("{{ m.content }}", "{{ m.reasoning_content }}{{ m.content }}")
+    rows = each(talk(), lambda n, m: [m[0], {**m[1], "reasoning_content": f"They ask: {m[0]['content']} Well."}])
+    assert bench.codes(rows, with_template("chatml", template)) == []
+
+
 def test_f20_only_the_end_of_the_prompt(bench: Bench) -> None:
     def early(row: Example) -> np.ndarray:
         learned = row.supervised.copy()
