@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from solotune.dataset.row import Row, RowError
+from solotune.dataset.row import Row, RowError, check_depth
 
 Message = dict[str, Any]
 
@@ -158,9 +158,11 @@ def tools(row: Row) -> list[dict[str, Any]] | None:
             return None
         try:
             found = json.loads(found)
-        except ValueError as error:
-            what = "tools is not valid JSON"
-            raise RowError(f"{row.where}: {what}", reason=what, seen=str(error)) from None
+            check_depth(found)
+        except (ValueError, RecursionError) as error:
+            is_deep = isinstance(error, RecursionError)
+            what = "tools is nested too deeply" if is_deep else "tools is not valid JSON"
+            raise RowError(f"{row.where}: {what}", reason=what, seen=None if is_deep else str(error)) from None
     if not found:
         return None
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
