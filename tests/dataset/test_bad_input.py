@@ -30,7 +30,7 @@ MIB = 1 << 20
 
 
 class Bad(NamedTuple):
-    """One entry: a file, and what is said of it; a problem that begins with `:` or `[` is put behind the file's name."""
+    """One entry: a file, and what is said of it; a problem that begins with `:` or `[` comes after the name."""
 
     entry: int
     what: str
@@ -140,7 +140,7 @@ REFUSED = [
     bad(22, "100,000 lists in a text", "a.jsonl", json.dumps({**ROWS[0], "tools": DEEP}),
         ":1: tools is nested too deeply"),
     bad(23, "5,000 digits", "a.jsonl", '{"text": ' + "9" * 5000 + "}", ":1: not valid JSON", "4,300 digits"),
-    bad(24, "a line of 1 GiB", "a.jsonl", sparse(b'{"text": "', 1 << 30), ":1: the line is too long", TOO_LONG),
+    bad(24, "a line of 300 MiB", "a.jsonl", sparse(b'{"text": "', 300 * MIB), ":1: the line is too long", TOO_LONG),
     bad(24, "a record of 70 MiB", "a.json", b'[{"text": "' + b"a" * (70 * MIB), ":1: record 1 is too long", TOO_LONG),
     bad(24, "a cell of 70 MiB", "a.csv", b'text\n"' + (b"a" * 1023 + b"\n") * (70 << 10), ":2: not valid CSV", "limit"),
     bad(24, "a mistake before 70 MiB", "a.json", b'[{"text": "a"},\n{"text" "b"},' + b'{"text": "a"},' * (5 * MIB),
