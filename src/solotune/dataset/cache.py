@@ -101,7 +101,7 @@ def load(key: str) -> Prepared | None:
     from safetensors import safe_open
 
     path = folder() / (key + _SUFFIX)
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises where the folder may not be looked into
         return None
     try:
         with safe_open(path, framework="np") as file:

@@ -29,6 +29,7 @@ from typing import Any
 from solotune.dataset.files import FORMATS, format_of, read_file
 from solotune.dataset.row import Row
 from solotune.errors import InputError
+from solotune.hub import offline_if_unreachable
 
 _SLICE = re.compile(r"(?P<name>[^\[\]+]*)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -207,12 +208,13 @@ def _printable(name: str) -> str:
 
 def _no_such_file(name: str, path: Path) -> InputError:
     folder = path.parent
+    is_folder = os.path.isdir(folder)  # Path.is_dir raises on a name that is too long
     try:
-        present = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        present = sorted(map(_printable, os.listdir(folder))) if is_folder else []
     except OSError:
         present = []
-    near = difflib.get_close_matches(path.name, map(_printable, present), n=3, cutoff=0.5)
-    place = str(folder.resolve()) if folder.is_dir() else f"{folder} (which does not exist)"
+    near = difflib.get_close_matches(path.name, present, n=3, cutoff=0.5)
+    place = str(folder.resolve()) if is_folder else f"{folder} (which does not exist)"
     return InputError(
         f"{name}: no such file",
         seen=f"looked in {place}",
@@ -293,8 +295,11 @@ def _of_split(key: str, name: str, found: list[Path], split: Split) -> list[Path
 
 
 def _hub_rows(key: str, name: str, split: Split, config_name: str | None, revision: str | None) -> list[Row]:
+    offline_if_unreachable()
     import datasets  # 1 s, and only hub datasets need it
+    from huggingface_hub import constants
 
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE  # it may have been imported before we asked
     try:
         loaded: Any = datasets.load_dataset(name, config_name, split=split.written, revision=revision)
     # Whatever fails inside (no such dataset, gated, offline, unknown split, broken file) is about the user's input;

@@ -77,6 +77,7 @@ def read_columnar(path: Path, label: str, kind: str) -> Iterator[Row]:
         if len(set(schema.names)) != len(schema.names):
             raise InputError(f"{label}: two columns have the same name", seen=", ".join(schema.names))
         for batch in batches:
+            batch.validate(full=True)  # Arrow trusts offsets and lengths: damaged ones are a segmentation fault
             for values in batch.to_pylist():
                 yield Row(f"{label}[{index}]", values)
                 index += 1

@@ -17,6 +17,7 @@ from jinja2 import TemplateSyntaxError
 
 from solotune.config import RunConfig
 from solotune.errors import InputError
+from solotune.hub import offline_if_unreachable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,6 +61,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         if is_local:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
         else:
+            offline_if_unreachable()
             tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision, **options)
     # transformers raises OSError, ValueError, KeyError, json and Rust errors for one and the same user mistake
     except Exception as error:
