@@ -363,11 +363,10 @@ def test_data_shows_each_token_with_its_id_when_asked(verbs, capsys):
         "format": "text",
         "rows": {"read": 1, "kept": 1, "dropped": {}},
         "tokens": {"total": 2, "supervised": 1},
-        "weights": {"rows": 0, "answers": 0, "sum": 1.0},
         "split": {"train": 1, "validation": 0},
     }
     row = SimpleNamespace(
-        where="a.jsonl:1", pieces=[("hi", False, [7], 1.0), (" you", True, [12], 1.0)], tokens=["hi", " you"]
+        where="a.jsonl:1", pieces=[("hi", False, [7]), (" you", True, [12])], tokens=["hi", " you"], weights=[]
     )
     preview = SimpleNamespace(report=SimpleNamespace(findings=[], to_json=lambda: report), shown=[row])
     verbs.data = lambda *_, **__: preview

@@ -203,7 +203,7 @@ def test_data_shows_what_is_learned(config):
     preview = solotune.data(config, show=2)
     assert preview.report.to_json()["split"]["train"] == 50
     for row in preview.shown:
-        learned = [text for text, supervised, _, _ in row.pieces if supervised]
+        learned = [text for text, supervised, _ in row.pieces if supervised]
         assert len(learned) == 1
         assert learned[0].startswith("it is ") and learned[0].endswith("<|im_end|>")
         assert "".join(row.tokens) == "".join(text for text, *_ in row.pieces)

@@ -73,17 +73,20 @@ def _data_facts(report: Mapping[str, Any]) -> dict[str, str]:
         too_long.append(f"{rows['truncated']:,} cut to max_length; {rows['answers_cut']:,} of them lose learned tokens")
     if rows.get("split"):
         too_long.append(f"{rows['split']:,} split, which adds {rows['added_by_split']:,}")
-    weights = report["weights"]
-    weighted = f"{weights['answers']:,} answers in {weights['rows']:,} rows have another than 1"
     words = {"groups": "group", "near_duplicates": "near-duplicate", "leaks": "leak"}
     alike = [_count(split[key], word) for key, word in words.items() if key in split]
+    weights = report.get("weights", {})
+    weighted = ""
+    if weights.get("answers"):
+        weighted = f"{_count(weights['answers'], 'answer')} of {_count(weights['rows'], 'row')} have another than 1"
+        weighted += f"; their sum over the learned tokens is {weights['sum']:,}"
     return {
         "format": str(report["format"]),
         "rows": f"{rows['read']:,} read, {rows['kept']:,} kept",
         "dropped": ", ".join(f"{number:,} {reason}" for reason, number in rows["dropped"].items()),
         "too long": "; ".join(too_long),
         "tokens": f"{tokens['total']:,}, of which {tokens['supervised']:,} ({share:.1%}) are learned",
-        "weights": f"{weighted}; their sum over tokens is {weights['sum']:,}" if weights["rows"] else "",
+        "weights": weighted,
         "split": f"{split['train']:,} to train on, {split['validation']:,} held out"
         + (f"; {', '.join(alike)}" if alike else ""),
         "packing": in_words(report["packing"]) if report.get("packing") else "",
@@ -92,24 +95,24 @@ def _data_facts(report: Mapping[str, Any]) -> dict[str, str]:
 
 def _print_row(row: ShownRow, console: Console, with_ids: bool) -> None:
     total = len(row.tokens)
-    learned = sum(len(ids) for _, supervised, ids, _ in row.pieces if supervised)
+    learned = sum(len(ids) for _, supervised, ids in row.pieces if supervised)
     marks = "learned is green" if console.color_system is not None else "learned is in ⟦ ⟧"
     _print_rule(f"{row.where} · {total:,} tokens, {learned:,} learned: {marks}", console)
     if with_ids:
         _print_tokens(row, console)
     else:
         text = Text()
-        for piece, supervised, _, weight in row.pieces:
+        weights = row.weights or [1.0] * len(row.pieces)
+        for (piece, supervised, _), weight in zip(row.pieces, weights, strict=True):
             text.append(_marked(inert(piece).replace("\n", "↵\n"), supervised, console))
-            if supervised and weight != 1:
-                text.append(f"×{weight:g}", "green")
+            text.append(f"×{weight:g}" if supervised and weight != 1 else "", "green")
         console.print(text, soft_wrap=not console.is_terminal)
     console.print()
 
 
 def _print_tokens(row: ShownRow, console: Console) -> None:
     """`id token` in cells of equal width, in reading order; a long token takes several."""
-    ids = [(index, supervised) for _, supervised, piece, _ in row.pieces for index in piece]
+    ids = [(index, supervised) for _, supervised, piece in row.pieces for index in piece]
     id_width = max((len(str(index)) for index, _ in ids), default=0)
     columns = min(console.width, MAX_COLUMNS) // TOKEN_CELL * TOKEN_CELL
     text, used = Text(), 0

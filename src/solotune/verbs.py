@@ -8,7 +8,7 @@ the list of runs loads no torch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,14 +65,16 @@ def init(model: str, dataset: str, path: str | Path = "solotune.yaml", force: bo
 
 @dataclass(frozen=True)
 class ShownRow:
-    """One training row as the model sees it: text pieces, each with whether it is learned, its ids and weight.
+    """One training row as the model sees it: text pieces, each with whether it is learned and its token ids.
 
-    `tokens` holds the text of each id, for all pieces one after the other.
+    `tokens` holds the text of each id, for all pieces one after the other; `weights` that of each piece, and nothing
+    where all are 1.
     """
 
     where: str
-    pieces: list[tuple[str, bool, list[int], float]]
+    pieces: list[tuple[str, bool, list[int]]]
     tokens: list[str]
+    weights: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,9 @@ def data(
     shown = [
         ShownRow(
             row.where,
-            [(p["text"], p["supervised"], p["ids"], p.get("weight", 1.0)) for p in row.pieces(tokenizer)],
+            [(p["text"], p["supervised"], p["ids"]) for p in row.pieces(tokenizer)],
             dataset.spelled(tokenizer, row.input_ids),
+            [] if row.weights is None else [p["weight"] for p in row.pieces(tokenizer)],
         )
         for row in prepared.train[:show]
     ]

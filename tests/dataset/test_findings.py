@@ -314,6 +314,22 @@ def test_f13_and_f16_do_not_look_at_rows_that_were_cut_behind_a_stop(bench: Benc
     assert not {"F13", "F16"} & set(found), found
 
 
+def test_f13_a_result_that_the_template_quotes_is_there(bench: Bench) -> None:
+    """Llama 3.1 puts a tool's text through `tojson`."""
+
+    def change(n: int, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        call = {"role": "assistant", "content": f'<tool_call>{{"name": "f{n}"}}</tool_call>'}
+        return [
+            messages[0],
+            call,
+            {"role": "tool", "content": f'{{"temperature": "{n}", "wind": "none"}}'},
+            messages[1],
+        ]
+
+    template = CHATML.replace("{{ m.content }}", "{{ m.content | tojson if m.role == 'tool' else m.content }}")
+    assert bench.codes(each(talk(), change), with_template("chatml", template)) == []
+
+
 def test_f13_tools_are_dropped(bench: Bench) -> None:
     tools = [{"type": "function", "function": {"name": "get_weather", "parameters": {}}}]
     found = bench.only("F13", [{**row, "tools": tools} for row in talk()])
@@ -564,6 +580,9 @@ def test_f44_passages_on_both_sides(bench: Bench) -> None:
     assert found.evidence["rows_with"] >= 4
     assert "split_by" in found.fix
     assert bench.codes(rows, split_by="doc") == []
+    # ids that say it, and ids that do not
+    assert bench.codes([{**row, "id": f"c0DE{n // 2:02}_{n % 2}"} for n, row in enumerate(rows)]) == []
+    assert bench.only("F44", [{**row, "id": f"2024_{n:02}"} for n, row in enumerate(rows)])
 
 
 def test_one_document_under_several_questions(bench: Bench) -> None:
@@ -718,6 +737,14 @@ def test_thinking_and_tools(bench: Bench) -> None:
         }
 
     assert bench.codes(each(talk(), lambda n, m: [*m, m[0], called(n)]), "qwen3") == []
+
+
+def test_thoughts_may_repeat_the_question(bench: Bench) -> None:
+    def think(n: int, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [messages[0], {**messages[1], "reasoning_content": f"The user says: {messages[0]['content']}"}]
+
+    template = CHATML.replace("{{ m.content }}", "{{ m.reasoning_content }}{{ m.content }}")
+    assert bench.codes(each(talk(), think), with_template("chatml", template)) == []
 
 
 def test_orders_of_turns_that_are_meant(bench: Bench) -> None:

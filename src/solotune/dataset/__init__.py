@@ -6,7 +6,8 @@ ids = render_prompt(tokenizer, messages)   # for generating, by the code that re
 
 source.py     words of a config -> files or a hub dataset, slices      files.py    strict readers with places
 columns.py    the user's names of columns -> ours                       formats.py  row -> messages
-messages.py   one message: role, text, weight                           kinship.py  rows of one conversation
+messages.py   one message: role, text, weight                           calls.py    tool calls, and their results
+kinship.py    rows of one conversation                                template.py a template, in the form that it takes
 split.py      copies, groups, leaks, manifest                           similar.py  near-duplicates
 chat.py       messages -> text and the characters to learn              control.py  control tokens, genuine and forged
 template.py   the model's Jinja template, called as it wants to be

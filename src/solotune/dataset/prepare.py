@@ -45,7 +45,7 @@ Progress = Callable[[int, int, str], None]
 """Called with (done, total, what is being done); total is 0 where it is not known."""
 
 NUM_SHOWN = 3
-MANIFEST_HASH = "first 32 hex digits of sha256 over roles and texts, which are folded (NFKC, case, blanks)"
+MANIFEST_HASH = "first 32 hex digits of sha256 over roles, texts (NFKC, case and blanks folded), calls and tools"
 
 
 def prepare(

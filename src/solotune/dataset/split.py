@@ -45,10 +45,14 @@ def folded(text: str) -> str:
 
 
 def _identity(record: Record) -> str:
-    """Equal for rows that say the same."""
+    """Equal for rows that say the same, with the same tools."""
     if not record.is_chat:
         return folded(record.text)
-    return json.dumps([[m["role"], folded(m["content"]), m.get("tool_calls")] for m in record.messages], default=str)
+    said: list[Any] = []
+    for m in record.messages:
+        thought = [m["reasoning_content"]] if "reasoning_content" in m else []
+        said.append([m["role"], folded(m["content"]), m.get("tool_calls"), *thought])
+    return json.dumps(said + ([record.tools] if record.tools else []), default=str)
 
 
 def row_hash(record: Record) -> str:
