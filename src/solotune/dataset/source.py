@@ -299,7 +299,8 @@ def _hub_rows(key: str, name: str, split: Split, config_name: str | None, revisi
     import datasets  # 1 s, and only hub datasets need it
     from huggingface_hub import constants
 
-    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE  # it may have been imported before we asked
+    settings: Any = datasets.config
+    settings.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE  # it may have been imported before we asked
     try:
         loaded: Any = datasets.load_dataset(name, config_name, split=split.written, revision=revision)
     # Whatever fails inside (no such dataset, gated, offline, unknown split, broken file) is about the user's input;
