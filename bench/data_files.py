@@ -75,18 +75,19 @@ def readable(results: list[dict[str, Any]]) -> str:
             f"{one['supervised_share']:.1%}",
             " ".join(text.split()[1] for text in one["findings"]) or "-",
             one["seconds"],
+            one["cpu_seconds"],
             one["peak_mib"],
         ]
         for one in results
         if "error" not in one
     ]
-    head = "file,tokenizer,format,read,kept,dropped,supervised,findings,seconds,peak MiB".split(",")
+    head = "file,tokenizer,format,read,kept,dropped,supervised,findings,seconds,CPU s,peak MiB".split(",")
     refused = [
-        [one["file"], f"{one['error']['problem']}; seen: {one['error']['seen']}", one["seconds"]]
+        [one["file"], f"{one['error']['problem']}; seen: {one['error']['seen']}", one["cpu_seconds"]]
         for one in results
         if "error" in one and one["tokenizer"] == results[0]["tokenizer"]
     ]
-    return table(head, kept) + "\n\n" + table(["refused", "because", "seconds"], refused)
+    return table(head, kept) + "\n\n" + table(["refused", "because", "CPU s"], refused)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Where a model's files are: a local folder as it is, a hub id through huggingface_hub's own cache.
+"""The hub, and where a model's files are: a local folder as it is, a hub id through huggingface_hub's own cache.
 
 Tokens, caches, revisions and the offline switch are huggingface_hub's (`HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE`). Only
 the files that are read are fetched: safetensors, JSON, the tokenizer and its templates; never Python, never pickles.
@@ -6,18 +6,40 @@ the files that are read are fetched: safetensors, JSON, the tokenizer and its te
 
 from __future__ import annotations
 
+import os
+from functools import cache
 from pathlib import Path
 
 from solotune.config import RunConfig
 from solotune.errors import InputError
 
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+CONNECT_SECONDS = 5
 NOT_FILES = ["*/*", "consolidated*"]  # other formats of the same weights beside Mistral's and Meta's
 
 
 def looks_local(name: str) -> bool:
     """Whether a model or dataset name can only mean a path."""
-    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or Path(name).expanduser().exists()
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or os.path.exists(os.path.expanduser(name))
+
+
+@cache
+def offline_if_unreachable() -> None:
+    """Asks the hub once, and has huggingface_hub work from its cache where it does not answer within CONNECT_SECONDS.
+
+    Left alone, each library retries each file six times: without a network 56 s until a misspelled model is refused,
+    and as long until a cached one is found.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        is_reachable = get_session().head(constants.ENDPOINT, timeout=CONNECT_SECONDS).status_code < 500
+    # whatever keeps us from it (names, proxies, certificates, an endpoint that is no URL) has the same consequence
+    except Exception:
+        is_reachable = False
+    constants.HF_HUB_OFFLINE = not is_reachable
 
 
 def model_folder(config: RunConfig) -> Path:
@@ -27,7 +49,7 @@ def model_folder(config: RunConfig) -> Path:
         InputError: no such folder or model, no access to it, or no connection.
     """
     name = config.model_name_or_path
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return path
     where = f"{config.source_of('model_name_or_path')}, model_name_or_path"
@@ -35,6 +57,7 @@ def model_folder(config: RunConfig) -> Path:
         raise InputError(f"{where}: this is a file", seen=name, allowed="a model folder, or a model id on the hub")
     if looks_local(name):
         raise InputError(f"{where}: no such folder", seen=f"{name} (from {Path.cwd()})", change="check the path")
+    offline_if_unreachable()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import time
 from collections.abc import Callable, Iterator
 from functools import cache as cached
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from solotune import cli
 from solotune.config import RunConfig, load_config
 from solotune.dataset import cache
 
@@ -200,3 +203,83 @@ def chat(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
     """user, assistant, user, assistant, ..."""
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
     return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+# --- the corpus of bad input goes through the real door: the command line
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of model folders with a tokenizer each, named after their families."""
+    folder = tmp_path_factory.mktemp("models")
+    for family in FAMILIES:
+        tiny_tokenizer(family).save_pretrained(folder / family)
+    return folder
+
+
+class Answer(NamedTuple):
+    """What `solotune data --json` left behind."""
+
+    code: int
+    content: dict[str, Any]
+    """The JSON object of stdout."""
+    shown: str
+    """What stderr has for a person."""
+
+    def finding(self, code: str, slug: str | None = None) -> dict[str, Any]:
+        return next(f for f in self.content["findings"] if f["code"] == code and slug in (None, f["slug"]))
+
+
+class Door:
+    """`solotune data` on a config in an empty working folder, held to what it promises for every input."""
+
+    MAX_SECONDS, MAX_KIB = 10, 1 << 20
+
+    def __init__(self, model_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self._models, self._capsys = model_folders, capsys
+
+    def __call__(self, dataset: str | list[str], family: str = "chatml", **keys: Any) -> Answer:
+        config = {"model_name_or_path": str(self._models / family), "dataset": dataset, "validation_size": 0, **keys}
+        if "eval_dataset" in keys:
+            del config["validation_size"]
+        Path("config.yaml").write_text(json.dumps(config))
+        before, started, peak = sorted(Path().rglob("*")), time.monotonic(), peak_kib(reset=True)
+        code = cli.main(["data", "config.yaml", "--json"])
+        taken, grown = time.monotonic() - started, peak_kib() - peak
+        out, shown = self._capsys.readouterr()
+        assert code != 1, shown
+        assert "Traceback" not in shown
+        assert sorted(Path().rglob("*")) == before, "nothing is written"
+        assert taken <= self.MAX_SECONDS and grown <= self.MAX_KIB, (taken, grown)
+        return Answer(code, json.loads(out), shown)
+
+    def text(self, dataset: str) -> str:
+        """What a person sees on stdout."""
+        cli.main(["data", "config.yaml", f"dataset={dataset}"])
+        return self._capsys.readouterr().out
+
+    def refuses(self, dataset: str | list[str], problem: str, *also: str, code: int = 2, **keys: Any) -> None:
+        """The problem, which names the place, and what else the message has to say."""
+        found = self(dataset, **keys)
+        assert (found.code, found.content["error"]["problem"]) == (code, problem)
+        for text in also:
+            assert text in found.shown
+
+
+def peak_kib(*, reset: bool = False) -> int:
+    """The most memory that this process has had, since the last reset; 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    if reset:
+        with contextlib.suppress(OSError):  # not as another user
+            Path("/proc/self/clear_refs").write_text("5")
+    return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+@pytest.fixture
+def door(
+    model_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Door:
+    monkeypatch.chdir(tmp_path)
+    return Door(model_folders, capsys)

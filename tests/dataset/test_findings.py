@@ -314,6 +314,22 @@ def test_f13_and_f16_do_not_look_at_rows_that_were_cut_behind_a_stop(bench: Benc
     assert not {"F13", "F16"} & set(found), found
 
 
+def test_f13_a_result_that_the_template_quotes_is_there(bench: Bench) -> None:
+    """Llama 3.1 puts a tool's text through `tojson`."""
+
+    def change(n: int, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        call = {"role": "assistant", "content": f'<tool_call>{{"name": "f{n}"}}</tool_call>'}
+        return [
+            messages[0],
+            call,
+            {"role": "tool", "content": f'{{"temperature": "{n}", "wind": "none"}}'},
+            messages[1],
+        ]
+
+    template = CHATML.replace("{{ m.content }}", "{{ m.content | tojson if m.role == 'tool' else m.content }}")
+    assert bench.codes(each(talk(), change), with_template("chatml", template)) == []
+
+
 def test_f13_tools_are_dropped(bench: Bench) -> None:
     tools = [{"type": "function", "function": {"name": "get_weather", "parameters": {}}}]
     found = bench.only("F13", [{**row, "tools": tools} for row in talk()])
@@ -386,6 +402,12 @@ def test_f20_prompts_are_learned(bench: Bench, family: str) -> None:
     assert found.evidence["rows_with"] == found.evidence["rows_read"] == 30
 
 
+def test_f20_thinking_that_repeats_the_question(bench: Bench) -> None:
+    template = CHATML.replace("{{ m.content }}", "{{ m.reasoning_content }}{{ m.content }}")
+    rows = each(talk(), lambda n, m: [m[0], {**m[1], "reasoning_content": f"They ask: {m[0]['content']} Well."}])
+    assert bench.codes(rows, with_template("chatml", template)) == []
+
+
 def test_f20_only_the_end_of_the_prompt(bench: Bench) -> None:
     def early(row: Example) -> np.ndarray:
         learned = row.supervised.copy()
@@ -446,7 +468,8 @@ def test_f29_padding_in_the_texts(bench: Bench) -> None:
 def test_f34_empty_answers(bench: Bench) -> None:
     found = bench.only("F34", answered(talk(), lambda n, text: "  " if n % 3 == 0 else text))
     assert found.evidence["dropped_as_empty"] == 14
-    assert bench.only("F34", answered(talk(), lambda n, text: "\u200b" * (1 + n) if n % 3 == 0 else text))
+    invisible = answered(talk(), lambda n, text: "\u200b" * (1 + n) if n % 3 == 0 else text)
+    assert bench.codes(invisible) == ["F34", "F37"]  # both are true
     assert bench.only("F34", answered(talk(), lambda n, text: "nan" if n % 5 == 0 else text))
 
 
@@ -481,6 +504,40 @@ def test_f37_encoding(bench: Bench) -> None:
     assert "line break" in bench.only("F37", escaped).message
 
 
+HIDDEN = {
+    "control": "a\0b \x1b[31m",
+    "bidi": "\u202edrow\u202c",
+    "zero_width": "pass\u200bword \ufeff \U000e0041",
+    "look_alikes": "p\u0430ypal",  # a Cyrillic a
+}
+NOT_HIDDEN = {
+    "blanks": "\f\v",
+    "a joined emoji": "👩\u200d👩\u200d👧",
+    "England": "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",
+    "Persian": "می\u200cخواهم",
+    "Hebrew with marks": "א\u200f\u200e",
+    "Thai": "ไทย\u200bไทย",
+    "Russian": "это оса и paypal, USB\u0448ный iPhone'\u0430",
+    "Greek": "Ελλάδα 5 kΩ",
+}
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_f37_hidden_characters(bench: Bench, kind: str) -> None:
+    rows = answered(talk(), lambda n, text: text + (" " + HIDDEN[kind] if n % 5 == 0 else ""))
+    found = bench.only("F37", rows)
+    assert found.severity == "warning"
+    assert [name for name in HIDDEN if found.evidence[name]] == [kind]
+    rows = answered(talk(), lambda n, text: text + HIDDEN[kind] * (n == 7))
+    one = next(f for f in bench.find(rows, validation_size=0) if f.slug == "hidden-characters")
+    assert (one.severity, one.evidence[kind], one.evidence["rows"]) == ("info", 1, ["a.jsonl:8"])
+
+
+@pytest.mark.parametrize("script", NOT_HIDDEN)
+def test_f37_characters_that_scripts_need(bench: Bench, script: str) -> None:
+    assert bench.codes(answered(talk(), lambda n, text: f"{text} {NOT_HIDDEN[script]}")) == []
+
+
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_f38_answers_of_the_neighbour(bench: Bench, shift: int) -> None:
     rows = each(talk(60), lambda n, m: [{**x, "content": "Please, " + x["content"]} for x in m])  # no rare word
@@ -498,8 +555,8 @@ def test_f39_duplicates(bench: Bench) -> None:
     found = bench.find(rows, "gpt2", max_length=200, split_by="pair")
     assert [f.code for f in found] == ["F24", "F39"]  # both are true
     assert found[1].evidence["equal_after_truncation"] == 15
-    copies = talk(30) * 4
-    assert bench.only("F39", copies).severity == "info"
+    assert bench.only("F39", talk(30) + talk(30)[:14]).severity == "info"
+    assert bench.only("F39", talk(30) * 4).severity == "warning"
 
 
 # --- S9: split
@@ -523,6 +580,9 @@ def test_f44_passages_on_both_sides(bench: Bench) -> None:
     assert found.evidence["rows_with"] >= 4
     assert "split_by" in found.fix
     assert bench.codes(rows, split_by="doc") == []
+    # ids that say it, and ids that do not
+    assert bench.codes([{**row, "id": f"c0DE{n // 2:02}_{n % 2}"} for n, row in enumerate(rows)]) == []
+    assert bench.only("F44", [{**row, "id": f"2024_{n:02}"} for n, row in enumerate(rows)])
 
 
 def test_one_document_under_several_questions(bench: Bench) -> None:
@@ -677,6 +737,14 @@ def test_thinking_and_tools(bench: Bench) -> None:
         }
 
     assert bench.codes(each(talk(), lambda n, m: [*m, m[0], called(n)]), "qwen3") == []
+
+
+def test_thoughts_may_repeat_the_question(bench: Bench) -> None:
+    def think(n: int, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [messages[0], {**messages[1], "reasoning_content": f"The user says: {messages[0]['content']}"}]
+
+    template = CHATML.replace("{{ m.content }}", "{{ m.reasoning_content }}{{ m.content }}")
+    assert bench.codes(each(talk(), think), with_template("chatml", template)) == []
 
 
 def test_orders_of_turns_that_are_meant(bench: Bench) -> None:

@@ -62,6 +62,62 @@ def test_pieces_of_a_conversation_are_a_group() -> None:
     assert links == [["conversation=7"], ["conversation=7"], [], []]
 
 
+def groups_of(*identifiers: str, is_sharegpt: bool = False) -> list[str | None]:
+    """The group that each row is joined to others by."""
+    _, links = kin_of(*({"id": one} for one in identifiers), is_sharegpt=is_sharegpt)
+    return [names[0] if names else None for names in links]
+
+
+@pytest.mark.parametrize("is_sharegpt", [True, False])
+@pytest.mark.parametrize("stem", ["4OzeAoa", "QWJhYvA", "doc0042", "conv-3f2a", "0c9d8e7f-1b2a-4c3d", "XYzabcd"])
+def test_numbered_codes_are_pieces_in_any_format(is_sharegpt: bool, stem: str) -> None:
+    name = f"conversation={stem}"
+    assert groups_of(f"{stem}_0", f"{stem}_11", "i6IyJda_0", is_sharegpt=is_sharegpt) == [
+        name,
+        name,
+        "conversation=i6IyJda",
+    ]
+
+
+@pytest.mark.parametrize(
+    "identifiers",
+    [
+        [f"row_{n}" for n in range(9)],
+        [f"{name}_{n}" for n in range(5) for name in ("train", "test")],
+        [f"{name}_{n}" for n in range(5) for name in ("gsm8k", "mmlu", "v2", "q17")],
+        [f"{year}_{month:02}" for year in (2023, 2024) for month in range(1, 13)],
+        [f"2024-0{month}_{day}" for month in (1, 2) for day in range(5)],
+        [f"{name}_{n}" for n in range(40) for name in ("openhermes25", "magpie2024")],  # parts of a mixture
+        [f"4OzeAoa_{n}" for n in range(5)],  # all rows: says nothing
+        [f"{n}_{n}" for n in range(5)],
+        ["4OzeAoa_1", "i6IyJda_1", "A5AbcES_2"],  # one row each
+        ["4OzeAoa_a", "4OzeAoa_b", "4OzeAoa_", "4OzeAoa", "_3"],
+        ["4OzeAoa_1"],
+    ],
+    ids=lambda identifiers: identifiers[0],
+)
+def test_ids_that_look_numbered_and_are_no_pieces(identifiers: list[str]) -> None:
+    assert set(groups_of(*identifiers)) == {None}
+
+
+def test_in_sharegpt_a_word_may_be_a_stem_but_no_number_and_no_part_of_a_mixture() -> None:
+    assert groups_of("bvenifz_0", "bvenifz_1", "2024_01", "2024_02", is_sharegpt=True) == [
+        "conversation=bvenifz", "conversation=bvenifz", None, None,
+    ]  # fmt: skip
+    mixture = [f"{name}_{n}" for n in range(40) for name in ("alpaca", "dolly")]
+    assert set(groups_of(*mixture, is_sharegpt=True)) == {None}
+
+
+def test_pieces_of_messages_stay_on_one_side(write: Writer) -> None:
+    pieces = rows(range(60))
+    for n, row in enumerate(pieces):
+        row["id"] = f"c0DE{n // 3:02}_{n % 3}"
+    result = prepared(write("a.jsonl", *pieces), validation_size=0.2)
+    assert result.report.num_groups == 20
+    for side in numbers_of(result):
+        assert len({(number - 1) // 3 for number in side}) * 3 == len(side)
+
+
 def test_parents_join_whether_they_are_there_or_not() -> None:
     _, links = kin_of(
         {"id": 1}, {"id": 2, "parent_id": 1}, {"id": 3, "parent_id": 2}, {"id": 4, "parent": "gone"}, {"id": 5}

@@ -99,9 +99,14 @@ def test_copies_are_removed_whatever_case_and_blanks() -> None:
     split = hold_out(records + twins, 2, seed=0)
     assert split.num_exact_duplicates == 1
     assert places([*split.train, *split.validation]).count("copy") == 0
-    # another role, another system prompt: another row
-    other = [Record("other", messages=chat("q", records[3].messages[1]["content"], system="s"))]
-    assert hold_out(records + other, 2, seed=0).num_exact_duplicates == 0
+    # another role, another system prompt, other tools, other thoughts: another row
+    question, answer = records[3].messages
+    for other in (
+        Record("other", messages=chat("q", answer["content"], system="s")),
+        Record("other", messages=records[3].messages, tools=[{"type": "function", "function": {"name": "f"}}]),
+        Record("other", messages=[question, {**answer, "reasoning_content": "hm"}]),
+    ):
+        assert hold_out([*records, other], 2, seed=0).num_exact_duplicates == 0
 
 
 @settings(max_examples=25, deadline=None)

@@ -10,6 +10,7 @@ messages.py   one message: role, text, weight                           calls.py
 kinship.py    rows of one conversation                                  manifest.py the side of each row, as a file
 split.py      copies, groups, leaks                                     similar.py  near-duplicates
 chat.py       messages -> text and the characters to learn              control.py  control tokens, genuine and forged
+template.py   the model's Jinja template, called as it wants to be
 encode.py     text -> ids, and where the answers are                    render.py   ids -> examples of max_length
 budget.py     what is learned, counted                                  report.py   the account of the rows
 tokenizer.py  the model's tokenizer and template                        cache.py    the result, for the next start

@@ -100,7 +100,7 @@ def _code_version() -> str:
 def load(key: str) -> Prepared | None:
     """The entry, or None where there is none that is whole."""
     path = folder() / (key + _SUFFIX)
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises where the folder may not be looked into
         return None
     try:
         file = path.open("rb", buffering=0)

@@ -6,6 +6,7 @@ Every rule's docstring says: *Sees*, *Why* it matters, *Not* (its look-alikes, a
 
 from __future__ import annotations
 
+import json
 import re
 from functools import partial
 
@@ -201,7 +202,8 @@ def _roles_lost(messages: list[dict], tools: list[dict] | None, whole: str) -> d
         if message["role"] == "assistant" or len(text) < 4:
             continue
         words = {squeezed(word) for word in message["content"].split()}
-        is_there = text in whole or sum(word in whole for word in words) >= 0.8 * len(words) > 4
+        quoted = squeezed(json.dumps(message["content"], ensure_ascii=False)[1:-1])  # Llama 3.1, of a tool's result
+        is_there = text in whole or quoted in whole or sum(word in whole for word in words) >= 0.8 * len(words) > 4
         lost[message["role"]] = lost.get(message["role"], False) or not is_there
     names = [str((tool.get("function") or tool).get("name")) for tool in tools or ()]
     if names:

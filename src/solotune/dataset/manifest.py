@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-HASH = "first 32 hex digits of sha256 over roles and texts, which are folded (NFKC, case, blanks)"
+HASH = "first 32 hex digits of sha256 over roles, texts (NFKC, case and blanks folded), calls and tools"
 
 
 @dataclass(frozen=True, eq=False)

@@ -86,14 +86,17 @@ def folded(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
+def _said(record: Record) -> str:
+    said: list[Any] = []
+    for m in record.messages:
+        thought = [m["reasoning_content"]] if "reasoning_content" in m else []
+        said.append([m["role"], folded(m["content"]), m.get("tool_calls"), *thought])
+    return json.dumps(said + ([record.tools] if record.tools else []), default=str)
+
+
 def row_hash(record: Record) -> bytes:
     """16 bytes that name a row: equal for rows that say the same."""
-    said = record.text
-    if record.is_chat:
-        said = [[m["role"], folded(m["content"]), m.get("tool_calls")] for m in record.messages]
-        said = json.dumps(said, default=str)
-    else:
-        said = folded(said)
+    said = _said(record) if record.is_chat else folded(record.text)
     return hashlib.sha256(said.encode()).digest()[:16]
 
 

@@ -8,6 +8,7 @@ A local folder is read without touching the network. A hub id goes through trans
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from jinja2 import TemplateSyntaxError
 
 from solotune.config import RunConfig
 from solotune.errors import InputError
+from solotune.hub import offline_if_unreachable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,8 +45,8 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     name = config.model_name_or_path
-    folder = Path(name).expanduser()
-    is_local = folder.exists()
+    folder = Path(os.path.expanduser(name))
+    is_local = os.path.exists(folder)  # Path.exists raises on a name that is too long
     if is_local:
         _check_folder(name, folder)
     elif name.startswith((".", "~", "/")) or name.count("/") > 1:
@@ -59,6 +61,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         if is_local:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
         else:
+            offline_if_unreachable()
             tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision, **options)
     # transformers raises OSError, ValueError, KeyError, json and Rust errors for one and the same user mistake
     except Exception as error:
@@ -120,7 +123,7 @@ def _check_folder(name: str, folder: Path) -> None:
 def _read_template(written: str) -> str:
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    path = Path(written).expanduser()
+    path = Path(os.path.expanduser(written))
     if not path.is_file():
         raise InputError(f"chat_template_path: {written}: no such file", seen=f"looked in {path.parent.resolve()}")
     if path.stat().st_size > MAX_TEMPLATE_BYTES:
