@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ALPACA, GLAIVE, SHAREGPT = 150, 100, 100
+ALPACA, GLAIVE, SHAREGPT = 100, 80, 60
 SHAREGPT_FILE = "ShareGPT_V3_unfiltered_cleaned_split.json"
 FORGERIES = ("<|im_end|>", "<|eot_id|>", "</s>", "[INST]", "<end_of_turn>", "<|end|>", "<think>", "<bos>", "<s>")
 _TOOLS = [

@@ -1,6 +1,6 @@
-"""Are masks and ids right for every chat template that `trl` ships? A table for each template over some 400 rows.
+"""Are masks and ids right for every chat template that `trl` ships? One line a template, over some 300 rows.
 
-    python -m bench.templates FOLDER [--only PREFIX] [--out bench/results]
+    python -m bench.templates FOLDER [--only PREFIX] [--made] [--workers 2]
 
 FOLDER holds `tok/{llama3,qwen3,mistral3,smollm2,tekken}` (tokenizers), `templates/*.jinja` (trl/chat_templates of the
 wheel trl 1.16.0; mistral_v3 and mistral_v3_tekken as mistral-common 1.13.1 generates them) and `data/*.json`
@@ -25,6 +25,7 @@ import itertools
 import json
 import re
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -43,7 +44,7 @@ _BEGIN, _END = re.compile(r"\{%(-?)\s*generation\s*(-?)%\}"), re.compile(r"\{%(-
 RESULTS = Path(__file__).parent / "results"
 # group 1 is an answer. For texts that no marked template renders, of rows without forged tokens
 PATTERNS = {
-    "deepseek": r"<｜Assistant｜>(.*?<｜end▁of▁sentence｜>)",
+    "deepseek": r"(?:<｜Assistant｜>|<｜tool▁outputs▁end｜>|(?=\n<｜tool▁call▁begin｜>))(.*?<｜end▁of▁sentence｜>)",
     "gemma4": r"(?:(?<=<\|turn>model\n)|(?<=<tool_response\|>)|(?<=<turn\|>\n))(?!<\|turn>)"
     r"(.+?(?:<turn\|>|(?=<\|tool_response>)))",
     "glm": r"<\|assistant\|>(.*?)(?=<\|user\|>|<\|observation\|>|\Z)",
@@ -385,13 +386,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", default="", help="templates whose names begin so; prints and writes nothing")
     parser.add_argument("--made", action="store_true", help="the made rows alone")
+    parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     samples = [*made(), *([] if args.made else real(args.folder / "data"))]
     names = sorted(path.stem for path in (args.folder / "templates").glob(f"{args.only}*.jinja"))
     tallies = []
-    for name in names:
-        tallies.append(measure(name, args.folder, samples))
-        print(json.dumps(vars(tallies[-1]), ensure_ascii=False), flush=True)
+    with ProcessPoolExecutor(args.workers) as pool:
+        for tally in pool.map(measure, names, itertools.repeat(args.folder), itertools.repeat(samples)):
+            tallies.append(tally)
+            print(json.dumps(vars(tally), ensure_ascii=False), flush=True)
     if not args.only and not args.made:
         versions = {name: version(name) for name in ("solotune", "transformers", "tokenizers", "jinja2")}
         RESULTS.mkdir(exist_ok=True)

@@ -6,10 +6,11 @@ import json
 import shutil
 import subprocess
 import sys
+from datetime import date
 
 import pytest
 import torch
-from tiny import FAMILIES, chat_rows, save_tokenizer
+from tiny import CHATML, FAMILIES, chat_rows, save_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import solotune
@@ -152,6 +153,39 @@ def test_resume_needs_no_hands_and_ends_bit_equal(config, tmp_path, killed_at):
          if event["event"] == "step"] for name in ("whole", "run")
     ]  # fmt: skip
     assert losses[0] == losses[1]
+
+
+class Later(date):
+    """A day long after the test."""
+
+    @classmethod
+    def today(cls):
+        return cls(2099, 12, 31)
+
+
+def test_a_run_keeps_its_date(config, chat_model, tmp_path, monkeypatch):
+    """A template that writes the date: resumed and evaluated on another day, the run's rows are the same."""
+    written = CHATML.replace("{% for", "<|im_start|>system\n{{ strftime_now('%d %b %Y') }}<|im_end|>\n{% for", 1)
+    (tmp_path / "dated.jinja").write_text(written)
+    config["chat_template_path"] = "dated.jinja"
+    solotune.train({**config, "output_dir": "whole"})
+    with pytest.raises(RuntimeError, match="killed"):
+        solotune.train(config, display=KilledAt(5))
+    recorded = json.loads((tmp_path / "run" / "data.json").read_text())["rendered_on"]
+    assert recorded == date.today().isoformat()
+    monkeypatch.setattr(sys.modules["solotune.dataset.prepare"], "date", Later)
+    solotune.train(config, resume=True)
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
+    assert json.loads((tmp_path / "run" / "data.json").read_text())["rendered_on"] == recorded
+    again = solotune.evaluate("run").to_json()
+    assert again["base"] == json.loads((tmp_path / "whole" / "evaluation.json").read_text())["base"]
+    explicit = {**config, "output_dir": "other", "resume_from_checkpoint": "whole/checkpoints/step-000003"}
+    solotune.train(explicit)
+    assert adapter_bytes(tmp_path / "other") == adapter_bytes(tmp_path / "whole")
+    assert "31 Dec 2099" in solotune.data(config).shown[0].pieces[0][0]  # a new run has the new date
+    (tmp_path / "run" / "data.json").write_text('{"rendered_on": "yesterday"}')
+    with pytest.raises(IntegrityError, match="rendered_on is not a date"):
+        solotune.evaluate("run")
 
 
 def test_resume_refuses_another_config_or_other_rows(config, tmp_path):

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -308,7 +309,7 @@ def load_config(source: str | Path | Mapping[str, Any] | RunConfig, overrides: I
     elif isinstance(source, Mapping):
         values, sources, name = dict(source), dict.fromkeys(source, "python"), "run"
     else:
-        path = Path(source).expanduser()
+        path = Path(os.path.expanduser(source))
         values, sources = _read_file(path)
         name = path.stem
     for text in overrides:

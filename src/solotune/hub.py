@@ -6,6 +6,7 @@ the files that are read are fetched: safetensors, JSON, the tokenizer and its te
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from solotune.config import RunConfig
@@ -17,7 +18,7 @@ NOT_FILES = ["*/*", "consolidated*"]  # other formats of the same weights beside
 
 def looks_local(name: str) -> bool:
     """Whether a model or dataset name can only mean a path."""
-    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or Path(name).expanduser().exists()
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or os.path.exists(os.path.expanduser(name))
 
 
 def model_folder(config: RunConfig) -> Path:
@@ -27,7 +28,7 @@ def model_folder(config: RunConfig) -> Path:
         InputError: no such folder or model, no access to it, or no connection.
     """
     name = config.model_name_or_path
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return path
     where = f"{config.source_of('model_name_or_path')}, model_name_or_path"

@@ -101,7 +101,8 @@ def _print_row(row: ShownRow, console: Console, with_ids: bool) -> None:
         text = Text()
         for piece, supervised, _, weight in row.pieces:
             text.append(_marked(inert(piece).replace("\n", "↵\n"), supervised, console))
-            text.append(f"×{weight:g}" if supervised and weight != 1 else "", "green")
+            if supervised and weight != 1:
+                text.append(f"×{weight:g}", "green")
         console.print(text, soft_wrap=not console.is_terminal)
     console.print()
 

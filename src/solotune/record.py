@@ -114,7 +114,7 @@ class RunDirectory:
         """
         if not resume:
             cls.refuse_occupied(config)
-        run = cls(Path(config.output_dir).expanduser() if config.output_dir else _fresh_path(config))
+        run = cls(Path(os.path.expanduser(config.output_dir)) if config.output_dir else _fresh_path(config))
         with storage_errors(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
         run._take_lock()
@@ -126,7 +126,7 @@ class RunDirectory:
         InputError: `output_dir` is a file.
         DirectoryInUseError: it already holds a run.
         """
-        path = Path(config.output_dir or ".").expanduser()
+        path = Path(os.path.expanduser(config.output_dir or "."))
         if path.is_file():
             raise InputError(f"output_dir: {path} is a file", allowed="a folder, existing or not")
         held = [mark for mark in MARKS if config.output_dir and (path / mark).exists()]
@@ -144,7 +144,7 @@ class RunDirectory:
         Raises:
             InputError: no such folder, or one without a run in it.
         """
-        run = cls(Path(path).expanduser())
+        run = cls(Path(os.path.expanduser(path)))
         if not run.path.is_dir():
             known = ", ".join(str(other.path) for other in list_runs()[-3:])
             raise InputError(

@@ -6,6 +6,7 @@ learned. A difference is named and refused instead of giving a curve with an une
 
 from __future__ import annotations
 
+import os
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def open_run(config: RunConfig, prepared: Prepared, resume: bool) -> tuple[RunDi
         DirectoryInUseError: another process or another run has the directory.
         IntegrityError: config or training rows are not those of the checkpoint.
     """
-    explicit = Path(config.resume_from_checkpoint).expanduser() if config.resume_from_checkpoint else None
+    explicit = Path(os.path.expanduser(config.resume_from_checkpoint)) if config.resume_from_checkpoint else None
     if resume and config.output_dir is None and explicit is None and (latest := latest_run_of(config)):
         config = config.replaced("newest run of this config", output_dir=str(latest.path))
     run = RunDirectory.create(config, resume=resume)

@@ -42,8 +42,10 @@ PIPE_COLUMNS = 120  # where there is no terminal to ask
 WINDOW = 20  # steps that speed and time left are taken from
 SMOOTHING = 0.9
 
-# C0 and DEL become their control pictures; what else can steer a terminal, or has no encoding, the replacement sign.
+# C0 and DEL become their control pictures; what else can steer a terminal, has no width or no encoding, the replacement
+# sign. Joiners stay: emoji and Indic scripts need them.
 _INERT = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+_INERT |= dict.fromkeys([0x180E, 0x200B, *range(0x2060, 0x2065), 0xFEFF, *range(0xE0000, 0xE0080)], 0xFFFD)
 _INERT |= dict.fromkeys([*range(0x80, 0xA0), 0x061C, 0x200E, 0x200F, 0x2028, 0x2029], 0xFFFD)
 _INERT |= dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)], 0xFFFD)
 

@@ -65,7 +65,7 @@ def init(model: str, dataset: str, path: str | Path = "solotune.yaml", force: bo
 
 @dataclass(frozen=True)
 class ShownRow:
-    """One training row as the model sees it: pieces of text, each with whether it is learned, its ids and weight.
+    """One training row as the model sees it: text pieces, each with whether it is learned, its ids and weight.
 
     `tokens` holds the text of each id, for all pieces one after the other.
     """

@@ -186,7 +186,10 @@ def test_a_doubly_encoded_argument_says_so() -> None:
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        ("get_weather(Paris)", 'function_call is not valid JSON\n  seen:    Expecting value: line 1 column 1 (char 0), in "get'),
+        (
+            "get_weather(Paris)",
+            'function_call is not valid JSON\n  seen:    Expecting value: line 1 column 1 (char 0), in "get',
+        ),
         ("[]", "function_call is empty"),
         ("3", "function_call has no function with a name\n  seen:    3"),
         (None, "function_call has no function with a name\n  seen:    null"),

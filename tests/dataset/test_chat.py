@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -252,3 +253,81 @@ def test_two_renderings_a_row_are_enough_for_most_templates(family: str, monkeyp
     monkeypatch.setattr(template, "raw", lambda *args, **keys: rendered.append(1) or raw(*args, **keys))
     template.render("row", chat(" a ", " b\n", "\nc", "\n d") * 10)
     assert len(rendered) == 2
+
+
+# --- templates that write a history otherwise than they wrote the turns
+
+# system and tools stand before the last question, tool calls are JSON, results are quoted: Mistral v3
+MISTRAL_V3 = """{{- bos_token }}{% set ns = namespace(last=0, system='') %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- if messages[0].role == 'system' %}{% set ns.system = messages[0].content + '\n\n' %}{% endif %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}
+{{- '[INST] ' + ((tools | tojson) if tools and loop.index0 == ns.last else '') }}
+{{- (ns.system if loop.index0 == ns.last else '') + m.content + '[/INST]' }}
+{%- elif m.role == 'tool' %}
+{%- if not messages[loop.index0 - 1].tool_calls %}{{ raise_exception('no call') }}{% endif %}
+{{- '[INST] ' + m.content | tojson + '[/INST]' }}
+{%- elif m.role == 'assistant' and m.tool_calls %}
+{{- ' ' + m.tool_calls | map(attribute='function') | list | tojson + eos_token }}
+{%- elif m.role == 'assistant' %}
+{%- if messages[loop.index0 - 1].role != 'assistant' %}{{ ' ' }}{% endif %}{{ m.content }}
+{{- '\n\n' if not loop.last and messages[loop.index0 + 1].role == 'assistant' else eos_token }}
+{%- endif %}{% endfor %}"""
+
+
+def mistral_v3() -> PreTrainedTokenizerFast:
+    tokenizer = copy.deepcopy(tiny_tokenizer("mistral"))
+    tokenizer.chat_template = MISTRAL_V3
+    return tokenizer
+
+
+def answers_of(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: Any = None) -> list[str]:
+    rendered = ChatTemplate(tokenizer).render("row", messages, tools)
+    return [rendered.text[begin:end] for begin, end in rendered.answers]
+
+
+def test_a_system_message_that_moves_to_the_last_question() -> None:
+    messages = chat("Hi", "Hello.", "And?", " Nothing. ", "Bye", "Bye.", system="Be kind.")
+    assert answers_of(mistral_v3(), messages) == [" Hello.</s>", "  Nothing. </s>", " Bye.</s>"]
+
+
+def test_tools_that_move_to_the_last_question() -> None:
+    tools = [{"type": "function", "function": {"name": "get_weather"}}]
+    asked = '[{"name": "get_weather", "arguments": {"city": "Paris"}}]'
+    assert answers_of(mistral_v3(), TOOLS, tools) == [f" {asked}</s>", " It is 22.</s>", " fine</s>"]
+
+
+def test_two_answers_that_the_template_joins_to_one_turn() -> None:
+    messages = [*chat("Hi", "Hello."), {"role": "assistant", "content": "And?"}, *chat("No", "Bye.")]
+    for system in ([], [{"role": "system", "content": "Be kind."}]):
+        assert answers_of(mistral_v3(), [*system, *messages]) == [" Hello.", "\n\nAnd?</s>", " Bye.</s>"]
+
+
+def test_a_call_whose_reasoning_a_later_answer_takes_away() -> None:
+    """gpt-oss: reasoning stays until the final answer, and a tool's result must follow a call."""
+    template = """{% for m in messages %}{% if m.role == 'assistant' %}
+{%- if m.reasoning_content and loop.last %}<|im_start|>assistant:thinks {{ m.reasoning_content }}<|im_end|>{% endif %}
+{%- for call in m.tool_calls %}<|im_start|>assistant:{{ call.function.name }}<|endoftext|>{% endfor %}
+{%- if m.content %}<|im_start|>assistant:{{ m.content }}<|im_end|>{% endif %}
+{%- else %}
+{%- if m.role == 'tool' and not messages[loop.index0 - 1].tool_calls %}{{ raise_exception('no call') }}{% endif %}
+{{- '<|im_start|>' + m.role + ':' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant{% endif %}"""
+    messages = [TOOLS[0], {**TOOLS[1], "reasoning_content": "Let me see."}, *TOOLS[2:4]]
+    assert answers_of(with_template(template), messages) == [":get_weather<|endoftext|>", ":It is 22.<|im_end|>"]
+
+
+def test_a_result_put_between_calls_and_text_of_an_answer_is_never_learned() -> None:
+    """Gemma 4 renders the calls, then what the tool answered, then the text that the model wrote with the calls."""
+    template = """{% for m in messages if m.role != 'tool' %}<|im_start|>{{ m.role + ':' }}
+{%- for call in m.tool_calls %}{{ call.function.name }}({{ messages[2].content }}){% endfor %}
+{{- m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"""
+    with pytest.raises(InputError) as caught:
+        answers_of(with_template(template), [TOOLS[0], {**TOOLS[1], "content": "I look."}, *TOOLS[2:4]])
+    assert str(caught.value) == (
+        "row: message 2: the chat template puts the tool's result inside this answer\n"
+        "  seen:    get_weather(22)I look.<|im_end|>\n"
+        "  allowed: with this template: an answer that calls tools and has no text\n"
+        "  change:  take its text out, set chat_template_path to another template, or remove the row"
+    )

@@ -452,7 +452,8 @@ def test_f29_padding_in_the_texts(bench: Bench) -> None:
 def test_f34_empty_answers(bench: Bench) -> None:
     found = bench.only("F34", answered(talk(), lambda n, text: "  " if n % 3 == 0 else text))
     assert found.evidence["dropped_as_empty"] == 14
-    assert bench.only("F34", answered(talk(), lambda n, text: "\u200b" * (1 + n) if n % 3 == 0 else text))
+    invisible = answered(talk(), lambda n, text: "\u200b" * (1 + n) if n % 3 == 0 else text)
+    assert bench.codes(invisible) == ["F34", "F37"]  # both are true
     assert bench.only("F34", answered(talk(), lambda n, text: "nan" if n % 5 == 0 else text))
 
 
@@ -487,6 +488,40 @@ def test_f37_encoding(bench: Bench) -> None:
     assert "line break" in bench.only("F37", escaped).message
 
 
+HIDDEN = {
+    "control": "a\0b \x1b[31m",
+    "bidi": "\u202edrow\u202c",
+    "zero_width": "pass\u200bword \ufeff \U000e0041",
+    "look_alikes": "p\u0430ypal",  # a Cyrillic a
+}
+NOT_HIDDEN = {
+    "blanks": "\f\v",
+    "a joined emoji": "👩\u200d👩\u200d👧",
+    "England": "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",
+    "Persian": "می\u200cخواهم",
+    "Hebrew with marks": "א\u200f\u200e",
+    "Thai": "ไทย\u200bไทย",
+    "Russian": "это оса и paypal, USB\u0448ный iPhone'\u0430",
+    "Greek": "Ελλάδα 5 kΩ",
+}
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_f37_hidden_characters(bench: Bench, kind: str) -> None:
+    rows = answered(talk(), lambda n, text: text + (" " + HIDDEN[kind] if n % 5 == 0 else ""))
+    found = bench.only("F37", rows)
+    assert found.severity == "warning"
+    assert [name for name in HIDDEN if found.evidence[name]] == [kind]
+    rows = answered(talk(), lambda n, text: text + HIDDEN[kind] * (n == 7))
+    one = next(f for f in bench.find(rows, validation_size=0) if f.slug == "hidden-characters")
+    assert (one.severity, one.evidence[kind], one.evidence["rows"]) == ("info", 1, ["a.jsonl:8"])
+
+
+@pytest.mark.parametrize("script", NOT_HIDDEN)
+def test_f37_characters_that_scripts_need(bench: Bench, script: str) -> None:
+    assert bench.codes(answered(talk(), lambda n, text: f"{text} {NOT_HIDDEN[script]}")) == []
+
+
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_f38_answers_of_the_neighbour(bench: Bench, shift: int) -> None:
     rows = each(talk(60), lambda n, m: [{**x, "content": "Please, " + x["content"]} for x in m])  # no rare word
@@ -504,8 +539,8 @@ def test_f39_duplicates(bench: Bench) -> None:
     found = bench.find(rows, "gpt2", max_length=200, split_by="pair")
     assert [f.code for f in found] == ["F24", "F39"]  # both are true
     assert found[1].evidence["equal_after_truncation"] == 15
-    copies = talk(30) * 4
-    assert bench.only("F39", copies).severity == "info"
+    assert bench.only("F39", talk(30) + talk(30)[:14]).severity == "info"
+    assert bench.only("F39", talk(30) * 4).severity == "warning"
 
 
 # --- S9: split

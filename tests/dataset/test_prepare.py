@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def test_report(write: Writer) -> None:
         for values in zip(*((len(example.input_ids), example.supervised.sum()) for example in everything), strict=True)
     )
     histograms, examples = report.pop("histograms"), report.pop("examples")
+    assert report.pop("rendered_on") == date.today().isoformat()
     assert report == {
         "format": "messages",
         "rows": {

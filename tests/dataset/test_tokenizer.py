@@ -111,3 +111,20 @@ def test_code_that_comes_with_a_tokenizer_does_not_run(folder: Path, monkeypatch
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # and nobody is asked
     message_of(folder)
     assert not canary.exists()
+
+
+def test_a_tekken_tokenizer_gets_the_ends_it_does_not_name(tmp_path: Path) -> None:
+    """transformers loads tekken.json without bos and eos, and templates would write neither."""
+    tiny_tokenizer("mistral").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    tokenizer = load_tokenizer(config_of("x.jsonl", model_name_or_path=str(tmp_path)))
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("<s>", "</s>", "<unk>")
+    assert tokenizer.pad_token is None
+
+
+def test_a_tekken_file_that_needs_a_library(tmp_path: Path) -> None:
+    held = {"config": {"pattern": ".", "num_vocab_tokens": 256, "default_num_special_tokens": 1000}}
+    (tmp_path / "tekken.json").write_text(json.dumps({**held, "vocab": []}))
+    message = message_of(tmp_path)
+    assert message.startswith(f"model_name_or_path: no tokenizer could be loaded from {tmp_path}\n")
+    assert message.endswith("change:  pip install mistral-common, or use a copy of the model with a tokenizer.json")

@@ -9,6 +9,7 @@ columns.py    the user's names of columns -> ours                       formats.
 messages.py   one message: role, text, weight                           kinship.py  rows of one conversation
 split.py      copies, groups, leaks, manifest                           similar.py  near-duplicates
 chat.py       messages -> text and the characters to learn              control.py  control tokens, genuine and forged
+template.py   the model's Jinja template, called as it wants to be
 encode.py     text -> ids, and where the answers are                    render.py   ids -> examples of max_length
 budget.py     what is learned, counted                                  report.py   the account of the rows
 tokenizer.py  the model's tokenizer and template                        cache.py    the result, for the next start

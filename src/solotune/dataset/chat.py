@@ -13,8 +13,9 @@ rewrite history (Qwen3 drops the thinking of earlier turns: E_i is not a prefix)
 If R(m) = L_0 a_0 L_1 a_1 ... L_k with a_j the answers (or the answers stripped), the places are known with two
 renderings for the whole row, and no rewriting can confuse them. Where that does not hold (thinking cut out of the
 answer, tool calls), the prefix method is tried for the turn, then the sentinel for that turn alone, compared from both
-ends. Whatever way a span was found, it is checked: in order, not overlapping, containing the visible answer. A row
-that passes none of this is an error with its place. A wrong mask is never the result.
+ends, then a sentinel for the name of the function it calls. Whatever way a span was found, it is checked: in order, not
+overlapping, containing the visible answer. A row that passes none of this is an error with its
+place. A wrong mask is never the result.
 
 The end of a span includes the control token that ends the turn (`<|im_end|>`), not the newline a template puts after
 it: the model must learn to stop, and what follows a stop is never generated. Which control tokens end a turn is read
@@ -303,7 +304,7 @@ class _Row:
         if begin is None or content_begin < previous_end:
             return None
         if self.text.endswith(after):
-            return self._without_results(turn, (begin, self._end_of_turn(len(self.text) - len(after))))
+            return self._without_the_next(turn, (begin, self._end_of_turn(len(self.text) - len(after))))
         # a tool call may end with another token (Llama 3.1: <|eom_id|>) than an answer does
         token = self._template.control.pattern.match(after)
         rest = after[token.end() :] if token else None
@@ -311,28 +312,30 @@ class _Row:
             return None
         end = len(self.text) - len(rest)
         closes = any(found.end() == end for found in self._template.control.pattern.finditer(self.text))
-        return self._without_results(turn, (begin, end)) if closes else None
+        return self._without_the_next(turn, (begin, end)) if closes else None
 
-    def _without_results(self, turn: int, span: Span) -> Span:
-        """The span, if what the tools answered does not stand in it.
+    def _without_the_next(self, turn: int, span: Span) -> Span | None:
+        """The span, if what others say after this answer does not stand in it.
 
         Raises:
-            RowError: the template puts the results between the calls and the text of one answer (Gemma 4).
+            RowError: the template puts a tool's result between the calls and the text of one answer (Gemma 4).
         """
         after = self._messages[turn + 1 :]
-        num_results = next((k for k, message in enumerate(after) if message["role"] != "tool"), len(after))
+        num_others = next((k for k, message in enumerate(after) if message["role"] == "assistant"), len(after))
         mark = free_noncharacters(self._messages, self._tools)[2]
-        results = [{**message, "content": mark} for message in after[:num_results]]
-        other = self._try([*self._messages[: turn + 1], *results, *after[num_results:]]) if results else None
-        if other is not None and _num_equal(other, self.text) < span[1]:
+        others = [{**message, "content": mark} for message in after[:num_others]]
+        other = self._try([*self._messages[: turn + 1], *others, *after[num_others:]]) if others else None
+        if other is None or _num_equal(other, self.text) >= span[1]:
+            return span
+        if others[0]["role"] == "tool":
             raise RowError(
                 f"{self._where}: message {turn + 1}: the chat template puts the tool's result inside this answer",
                 reason="tool result inside an answer",
                 seen=self.text[slice(*span)][:80],
                 allowed="with this template: an answer that calls tools and has no text",
-                change="take the text out of the message, set another chat_template_path, or remove the row",
+                change="take its text out, set chat_template_path to another template, or remove the row",
             )
-        return span
+        return None
 
     def _by_name_of_call(self, turn: int, previous_end: int) -> Span | None:
         """Replaces the name of the first function called; the answer ends where the next end of a turn is."""
@@ -349,7 +352,7 @@ class _Row:
         forged = {span[0] for span in self.forged}
         ends = self._template.terminator.finditer(self.text, len(before))
         end = next((one.end() for one in ends if one.start() not in forged), None)
-        return None if begin is None or end is None else self._without_results(turn, (begin, end))
+        return None if begin is None or end is None else self._without_the_next(turn, (begin, end))
 
     def _shows(self, turn: int, span: Span) -> bool:
         """The visible part of the answer, and the name of each function it calls, stand inside its span."""

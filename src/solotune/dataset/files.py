@@ -63,51 +63,45 @@ def read_file(path: Path, label: str) -> Iterator[Row]:
         raise InputError(f"{label}: the file is empty", seen="0 bytes")
     readers = {"jsonl": read_jsonl, "json": read_json, "csv": read_csv, "tsv": read_csv}
     try:
+        _check_content(path, label, kind)
         if kind in ("parquet", "arrow"):
             yield from read_columnar(path, label, kind)
             return
-        with _open(path, label) as stream:
+        with _open(path) as stream:
             yield from readers[kind](stream, label)
-    except PermissionError as error:
-        raise InputError(f"{label}: cannot be read", seen=error.strerror) from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{label}: damaged gzip data", seen=str(error)) from None
+    except OSError as error:
+        if error.errno is None:  # Arrow's own: it has no class for damaged data
+            raise InputError(f"{label}: damaged zstd data", seen=str(error)) from None
+        raise InputError(f"{label}: cannot be read", seen=error.strerror) from None
 
 
-def _open(path: Path, label: str) -> BinaryIO:
-    """The file's bytes, decompressed; refuses a file whose first bytes contradict its name."""
+def _check_content(path: Path, label: str, kind: str) -> None:
+    """Refuses a file whose first bytes contradict its name."""
     with path.open("rb") as raw:
         head = raw.read(6)
-    suffix = path.suffix.lower()
-    promised = {".gz": "gzip data", ".zst": "zstd data"}.get(suffix)
-    is_really = next((what for magic, what in _MAGIC.items() if head.startswith(magic)), None)
+    compressed = {".gz": "gzip data", ".zst": "zstd data"}.get(path.suffix.lower())
+    promised = compressed or (kind if kind == "parquet" else None)
+    found = next((what for magic, what in _MAGIC.items() if head.startswith(magic)), None)
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise InputError(f"{label}: not UTF-8", seen="UTF-16", change="save it as UTF-8")
-    if is_really != promised:
-        raise InputError(f"{label}: the name does not match the content", seen=is_really or f"no {promised}")
+    if found != promised and not (kind == "arrow" and found == "arrow"):
+        raise InputError(f"{label}: the name does not match the content", seen=found or f"no {promised}")
+    if promised is None and kind != "arrow" and b"\0" in head:
+        raise InputError(f"{label}: not text", seen=f"NUL in the first bytes: {head!r}", change="save it as UTF-8")
+
+
+def _open(path: Path) -> BinaryIO:
+    """The file's bytes, decompressed."""
+    suffix = path.suffix.lower()
     if suffix == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
-    return _open_zstd(path, label) if suffix == ".zst" else path.open("rb")
+    if suffix == ".zst":
+        import pyarrow as pa
 
-
-def _open_zstd(path: Path, label: str) -> BinaryIO:
-    try:
-        import zstandard
-    except ImportError:
-        raise InputError(f"{label}: .zst needs the package zstandard", change="pip install zstandard") from None
-
-    class _Stream(io.RawIOBase):
-        def __init__(self) -> None:
-            # multi-frame files are what `zstd -T0` and `cat a.zst b.zst` make
-            self._inner = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
-
-        def readable(self) -> bool:
-            return True
-
-        def readinto(self, buffer: Any) -> int:
-            try:
-                return self._inner.readinto(buffer)
-            except zstandard.ZstdError as error:
-                raise InputError(f"{label}: damaged zstd data", seen=str(error)) from None
-
-    return cast(BinaryIO, io.BufferedReader(_Stream(), CHUNK_BYTES))
+        # Arrow's reader and not the package zstandard's, which ends in silence where a file is cut off. Several frames
+        # are one text, and a frame that wants more than 128 MiB of window is refused.
+        inner: Any = pa.CompressedInputStream(path.open("rb"), "zstd")
+        return cast(BinaryIO, io.BufferedReader(inner, CHUNK_BYTES))
+    return path.open("rb")

@@ -33,7 +33,8 @@ Of the catalogue's S2 to S9:
 | F29 | `padding_learned` | of batches prevented likewise; of texts exported with padding seen here |
 | F31 F32 | - | packing's attention and positions: probe P3 |
 | F33 | - | counted by packing itself |
-| F34 F35 F36 F37 | `empty_answers`, `constant_answers`, `broken_turns`, `bad_encoding` | |
+| F34 F35 F36 | `empty_answers`, `constant_answers`, `broken_turns` | |
+| F37 | `bad_encoding`, `hidden_characters` | |
 | F38 | `misaligned_answers` | only columns shifted by one row; shuffled ones: probe P10 |
 | F39 | `duplicates` | |
 | F40 | - | prevented: every epoch is a new permutation |

@@ -12,6 +12,7 @@ newline follows it). A *stop* is an id that generation ends at: eos, a special t
 from __future__ import annotations
 
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -266,7 +267,7 @@ class Facts:
         return {name: self._model_file(name) for name in ("config.json", "generation_config.json")}
 
     def _model_file(self, name: str) -> dict[str, Any]:
-        folder = Path(self.config.model_name_or_path).expanduser()
+        folder = Path(os.path.expanduser(self.config.model_name_or_path))
         path: Any = folder / name
         if not folder.is_dir():
             from huggingface_hub import try_to_load_from_cache

@@ -39,6 +39,19 @@ _SUSPICIOUS = re.compile("[\u00c2-\u00f4][\u0080-\u00bf€‚ƒ„…†‡ˆ‰
 # escapes outside of quotes and code: `first line\n\nsecond line` in a text without one real line break
 _QUOTED = re.compile(r"`[^`]*`|\"[^\"]*\"|'[^']*'")
 
+# What a reader of the rows does not see and the model does. Not joiners (emoji, Persian, Indic), not the marks of right
+# to left scripts, not form feeds; C1 controls are what mojibake leaves, and told as that.
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
+_BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")
+_ZERO_WIDTH = re.compile("[\u200b\u2060-\u2064\ufeff\u180e\U000e0001-\U000e007f]")
+_FLAG = re.compile("\U0001f3f4[\U000e0020-\U000e007f]+")  # England, Scotland, Wales
+_BREAKS_BY_ZERO_WIDTH = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")  # Thai, Lao, Burmese, Khmer
+_LIKE_LATIN = "асеорхуіѕјһԁԛԝАВЕКМНОРСТУХІЅЈ"  # Cyrillic
+_MIXED = re.compile(f"[A-Za-z](?:[{_LIKE_LATIN}]|(?<=[{_LIKE_LATIN}][A-Za-z]))")
+_MIXED_WORD = re.compile(
+    rf"(?<!\w)(?=[a-zA-Z]*[{_LIKE_LATIN}])[A-Za-z{_LIKE_LATIN}]*[A-Za-z][A-Za-z{_LIKE_LATIN}]*(?!\w)"
+)
+
 _S8 = partial(Finding, suspect="S8")
 
 
@@ -218,6 +231,54 @@ def _reads_back(line: str) -> bool:
     return False
 
 
+def hidden_characters(facts: Facts) -> Finding | None:
+    """F37: characters that a reader does not see as they are.
+
+    Sees: control characters (NUL, escape); overrides of the writing direction; spaces without width; words of Latin
+    letters with Cyrillic ones that look the same.
+    Why: the model learns what nobody has read, and such words are other tokens than they seem.
+    Not: joiners in emoji and Indic scripts, direction marks, zero-width spaces of scripts that break lines by them,
+    Cyrillic words, also with a Latin prefix.
+    Fix: removing them, or these rows.
+    Wrong when: the data teaches about such text.
+    """
+    kinds: dict[str, set[int]] = {"control": set(), "bidi": set(), "zero_width": set(), "look_alikes": set()}
+    for row, text in _texts(facts):
+        for kind in _hidden_in(text):
+            kinds[kind].add(row)
+    rows, total = sorted(set().union(*kinds.values())), len(facts.train.rows)
+    if not rows:
+        return None
+    words = {
+        "control": "control characters",
+        "bidi": "overrides of the writing direction",
+        "zero_width": "characters without width",
+        "look_alikes": "words of Latin and look-alike Cyrillic letters",
+    }
+    found = "; ".join(f"{words[kind]} in {len(rows):,}" for kind, rows in kinds.items() if rows)
+    return _S8(
+        "F37",
+        "hidden-characters",
+        severity="warning" if is_pattern(len(rows), total, FEW) else "info",
+        message=f"{len(rows):,} of {total:,} rows have characters that a reader does not see as they are: {found}.",
+        evidence={**{kind: len(rows) for kind, rows in kinds.items()}, "rows": facts.train.places(rows)},
+        fix="look at these rows (`--show` marks such characters as \ufffd) and remove the characters, or the rows",
+    )
+
+
+def _hidden_in(text: str) -> Iterator[str]:
+    if _CONTROL.search(text):
+        yield "control"
+    if text.isascii():
+        return
+    if _BIDI.search(text):
+        yield "bidi"
+    if _ZERO_WIDTH.search(text) and not _BREAKS_BY_ZERO_WIDTH.search(text) and _ZERO_WIDTH.search(_FLAG.sub("", text)):
+        yield "zero_width"
+    if _MIXED.search(text) and _MIXED_WORD.search(text):
+        yield "look_alikes"
+
+
 def misaligned_answers(facts: Facts) -> Finding | None:
     """F38: the answers belong to the neighbouring rows.
 
@@ -275,7 +336,7 @@ def duplicates(facts: Facts) -> Finding | None:
     Sees: rows with equal ids (cut to the same beginning by max_length); copies that were removed, near-duplicates.
     Why: the repeated rows are memorised, and fewer different ones are left than it seems.
     Not: several passes over different rows (F46); templated data, whose rows are alike by nature: near-duplicates are
-    told and not warned of.
+    told and not warned of, nor are copies of fewer than half of the rows.
     Fix: the merge that doubled them.
     Wrong when: rows are weighted by repetition.
     """
@@ -305,7 +366,7 @@ def duplicates(facts: Facts) -> Finding | None:
     return _S8(
         "F39",
         "duplicates",
-        severity="info",
+        severity="warning" if report.num_exact_duplicates >= MOST * whole else "info",
         message=f"{percent(alike, whole)} of the rows repeat an earlier one: {report.num_exact_duplicates:,} exactly "
         f"(removed), {report.num_near_duplicates:,} nearly (kept, on one side of the split).",
         evidence=evidence,
@@ -313,4 +374,12 @@ def duplicates(facts: Facts) -> Finding | None:
     )
 
 
-RULES = (empty_answers, constant_answers, broken_turns, bad_encoding, misaligned_answers, duplicates)
+RULES = (
+    empty_answers,
+    constant_answers,
+    broken_turns,
+    bad_encoding,
+    hidden_characters,
+    misaligned_answers,
+    duplicates,
+)

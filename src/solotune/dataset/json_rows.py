@@ -20,7 +20,10 @@ from solotune.dataset.row import CHUNK_BYTES, MAX_ROW_BYTES, Row, lines
 from solotune.errors import InputError
 
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
-_BLANKS = " \t\r\n"
+_BLANKS = re.compile(r"[ \t\r\n]*")
+_LONGEST_TOKEN = 16  # characters: a number's, an escape's or a name's part at the end of the window may be cut
+MAX_DEPTH = 100  # of JSON schemas of tools, the deepest things in data, 20 would be much
+_ALLOWED_DEPTH = f"{MAX_DEPTH} lists and objects in one another"
 
 
 class _Fault(ValueError):
@@ -48,12 +51,35 @@ def _no_constant(text: str) -> NoReturn:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_float=_finite, parse_constant=_no_constant)
 
 
-def _checked_unicode(value: Any) -> None:
-    """A lone surrogate parses as JSON but is no text: the tokenizer would raise a bare TypeError on it."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise _Fault(f"a lone surrogate ({error.object[error.start]!r}) is not text") from None
+def _check(value: Any, text: str, begin: int, end: int) -> None:
+    """Refuses a lone surrogate, which would be a bare TypeError of the tokenizer, and what is nested too deeply."""
+    if _SURROGATE_ESCAPE.search(text, begin, end):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise _Fault(f"a lone surrogate ({error.object[error.start]!r}) is not text") from None
+    if text.count("[", begin, end) + text.count("{", begin, end) > MAX_DEPTH:
+        check_depth(value)
+
+
+def check_depth(value: Any) -> None:
+    """Refuses what templates and `json.dumps`, which are recursive, could not walk.
+
+    Raises:
+        RecursionError: more than MAX_DEPTH lists and objects in one another.
+    """
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner = [list(one.values()) if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
+        level = [item for items in inner for item in items]
+        if not inner:
+            return
+    raise RecursionError
+
+
+def _in_words(error: ValueError) -> str:
+    # the decoder's one other ValueError comes with advice for programmers
+    return str(error) if isinstance(error, _Fault) else "an integer of more than 4,300 digits"
 
 
 def parse_json(text: str) -> Any:
@@ -64,10 +90,9 @@ def parse_json(text: str) -> Any:
     """
     try:
         value = _DECODER.decode(text)
+        _check(value, text, 0, len(text))
     except RecursionError:
         raise _Fault("nested too deeply") from None
-    if _SURROGATE_ESCAPE.search(text):
-        _checked_unicode(value)
     return value
 
 
@@ -89,8 +114,7 @@ def _object(where: str, label: str, line: bytes) -> dict[str, Any]:
     try:
         text = line.decode()
         value = _DECODER.decode(text)
-        if _SURROGATE_ESCAPE.search(text):
-            _checked_unicode(value)
+        _check(value, text, 0, len(text))
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8", seen=f"byte {error.start + 1} of the line: {error.reason}") from None
     except json.JSONDecodeError as error:
@@ -100,10 +124,10 @@ def _object(where: str, label: str, line: bytes) -> dict[str, Any]:
             allowed="one complete object on each line",
             change=f"is {label} one JSON array? Then name it .json" if line.startswith(b"[") else None,
         ) from None
-    except (_Fault, ValueError) as error:  # ValueError: an integer of more than 4,300 digits
-        raise InputError(f"{where}: not valid JSON", seen=str(error)) from None
+    except ValueError as error:
+        raise InputError(f"{where}: not valid JSON", seen=_in_words(error)) from None
     except RecursionError:
-        raise InputError(f"{where}: nested too deeply") from None
+        raise InputError(f"{where}: nested too deeply", allowed=_ALLOWED_DEPTH) from None
     if isinstance(value, list):
         raise InputError(f"{where}: an array, not an object", change=f"is {label} one JSON array? Then name it .json")
     if not isinstance(value, dict):
@@ -112,13 +136,14 @@ def _object(where: str, label: str, line: bytes) -> dict[str, Any]:
 
 
 def _around(text: str, position: int) -> str:
-    return repr(text[max(0, position - 20) : position + 20])
+    """What stands there, of the same line before it."""
+    return repr(text[max(0, position - 20, text.rfind("\n", 0, position) + 1) : position + 20])
 
 
 def read_json(stream: BinaryIO, label: str) -> Iterator[Row]:
     """An array of objects, read record by record; also one object a line, which is often called .json."""
     text = _Text(stream, label)
-    first = text.skip(_BLANKS)
+    first = text.skip()
     if first == "{":
         yield from _json_lines(text, label)
         return
@@ -128,11 +153,19 @@ def read_json(stream: BinaryIO, label: str) -> Iterator[Row]:
         )
     text.position += 1
     for index in range(1 << 62):
-        if text.skip(_BLANKS) == "]":
+        if text.skip() == "]":
+            text.take("]")
+            if text.skip():
+                rest = text.buffer[text.position : text.position + 40]
+                raise InputError(
+                    f"{label}:{text.line}: something follows the end of the array",
+                    seen=repr(rest),
+                    allowed="one array: [{...}, {...}]",
+                )
             return
         if index and not text.take(","):
             raise text.broken(index, "Expecting ',' or ']'", text.position)
-        text.skip(_BLANKS)
+        text.skip()
         values = text.record(index)
         if not isinstance(values, dict):
             raise InputError(f"{label}[{index}]: not an object", seen=repr(values)[:60], allowed='{"messages": [...]}')
@@ -140,10 +173,20 @@ def read_json(stream: BinaryIO, label: str) -> Iterator[Row]:
 
 
 def _json_lines(text: _Text, label: str) -> Iterator[Row]:
-    index = 0
-    while text.skip(_BLANKS):
-        line, values = text.line, text.record(index)
-        is_alone = not index and not text.skip(_BLANKS)
+    index = last_line = 0
+    while text.skip():
+        line = text.line
+        if line == last_line:
+            raise InputError(
+                f"{label}:{line}: a second object on the line",
+                seen=repr(text.buffer[text.position : text.position + 40]),
+                allowed="[{...}, {...}], or one object on each line, ended by \\n",
+            )
+        values = text.record(index)
+        if not isinstance(values, dict):
+            raise InputError(f"{label}:{line}: not an object", seen=repr(values)[:60], allowed='{"messages": [...]}')
+        last_line = text.line
+        is_alone = not index and not text.skip()
         key = next((key for key, value in values.items() if isinstance(value, list)), None)
         if is_alone and len(values) == 1 and key not in (None, "messages", "conversations"):
             raise InputError(
@@ -193,11 +236,11 @@ class _Text:
         self.buffer, self.position, self._counted = self.buffer[self.position :] + text, 0, 0
         return bool(raw)
 
-    def skip(self, blanks: str) -> str:
+    def skip(self) -> str:
         """Moves past blanks; returns the next character, or an empty string at the end of the file."""
         while True:
-            while self.position < len(self.buffer) and self.buffer[self.position] in blanks:
-                self.position += 1
+            if blanks := _BLANKS.match(self.buffer, self.position):
+                self.position = blanks.end()
             if self.position < len(self.buffer):
                 return self.buffer[self.position]
             if not self._more(CHUNK_BYTES):
@@ -215,19 +258,24 @@ class _Text:
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.buffer, self.position)
-                if _SURROGATE_ESCAPE.search(self.buffer, self.position, end):
-                    _checked_unicode(value)
+                _check(value, self.buffer, self.position, end)
             except json.JSONDecodeError as error:
-                if len(self.buffer) - self.position > MAX_ROW_BYTES:
-                    raise self.broken(index, f"{error.msg} (a record has at most 64 MiB)", error.pos) from None
+                is_cut = error.msg.startswith("Unterminated") or error.pos > len(self.buffer) - _LONGEST_TOKEN
+                if is_cut and len(self.buffer) - self.position > MAX_ROW_BYTES:
+                    raise InputError(
+                        f"{self._label}:{self.line}: record {index + 1} is too long",
+                        allowed=f"{MAX_ROW_BYTES >> 20} MiB",
+                    ) from None
+                if not is_cut:
+                    raise self.broken(index, error.msg, error.pos) from None
                 begin = self.position
                 if not self._more(size):
                     raise self.broken(index, error.msg, error.pos - begin) from None
                 size *= 2
-            except (_Fault, ValueError) as error:
-                raise self.broken(index, str(error), self.position) from None
+            except ValueError as error:
+                raise self.broken(index, _in_words(error), self.position) from None
             except RecursionError:
-                raise self.broken(index, "nested too deeply", self.position) from None
+                raise self.broken(index, f"nested deeper than {_ALLOWED_DEPTH}", self.position) from None
             else:
                 self.position = end
                 return value

@@ -11,6 +11,9 @@ from solotune.errors import InputError
 MAX_ROW_BYTES = 64 << 20
 """Longest line or record: about 16 million tokens. Keeps one endless line from filling the memory."""
 
+MAX_BLANK_BYTES = 4 << 20
+"""Of blank lines between two others: a few KB of compressed line ends would be hours of them."""
+
 CHUNK_BYTES = 1 << 20
 
 
@@ -49,9 +52,12 @@ def short(value: Any) -> str:
 
 def lines(stream: BinaryIO, label: str) -> Iterator[tuple[int, bytes]]:
     """Lines with their numbers, split at `\\n` alone, each at most MAX_ROW_BYTES long."""
-    number = 0
+    number = num_blank_bytes = 0
     while line := stream.readline(MAX_ROW_BYTES + 1):
         number += 1
+        num_blank_bytes = num_blank_bytes + len(line) if line.isspace() else 0
         if len(line) > MAX_ROW_BYTES:
             raise InputError(f"{label}:{number}: the line is too long", allowed=f"{MAX_ROW_BYTES >> 20} MiB")
+        if num_blank_bytes > MAX_BLANK_BYTES:
+            raise InputError(f"{label}:{number}: {MAX_BLANK_BYTES >> 20} MiB of blank lines", change="remove them")
         yield number, line

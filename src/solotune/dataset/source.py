@@ -116,10 +116,17 @@ class Source:
         """
         wanted = Split.parse(f"{key}_split", split)
         names = [source] if isinstance(source, str) else source
+        for name in names:
+            if _printable(name) != name:
+                raise InputError(
+                    f"{key}: the name is not UTF-8, so the run could not record it",
+                    seen=_printable(name),
+                    change="rename the file, or name the folder it is in",
+                )
         is_local = [_is_local(name) for name in names]
         if not any(is_local) and len(names) == 1:
             load = partial(_hub_rows, key, names[0], wanted, config_name, revision)
-            return cls(key, f"{names[0]}, split {split}", wanted, None, load)
+            return cls(key, names[0], wanted, None, load)
         for what, value in (("dataset_config", config_name), ("dataset_revision", revision)):
             if value is not None:
                 raise InputError(f"{what}: only for a hub dataset, {key} is local", seen=value, change="remove it")
@@ -135,8 +142,9 @@ class Source:
         if rows is None:
             rows = self.load_from_hub() if self.files is None else self.wanted.cut(_rows_of(self.files))
         if not rows:
+            part = "" if self.wanted.written == "train" else f", split {self.wanted.written}"
             raise InputError(
-                f"{self.key}: 0 rows", seen=self.label, change="give a file that has rows, or another slice"
+                f"{self.key}: 0 rows", seen=self.label + part, change="give a file that has rows, or another slice"
             )
         return rows
 
@@ -174,8 +182,8 @@ class Source:
 
 
 def _is_local(name: str) -> bool:
-    path = Path(name).expanduser()
-    if _exists(path):
+    path = _path(name)
+    if os.path.lexists(path):
         return True
     looks_like_a_path = (
         format_of(path) is not None
@@ -188,11 +196,13 @@ def _is_local(name: str) -> bool:
     return False
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists() or path.is_symlink()
-    except OSError:  # a name longer than the file system allows
-        return False
+def _path(name: str) -> Path:
+    return Path(os.path.expanduser(name))  # Path.expanduser raises on a user that there is not
+
+
+def _printable(name: str) -> str:
+    """A file's name as text; bytes that are not UTF-8 (surrogates in Python) as `\\xff`."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _no_such_file(name: str, path: Path) -> InputError:
@@ -201,7 +211,7 @@ def _no_such_file(name: str, path: Path) -> InputError:
         present = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     except OSError:
         present = []
-    near = difflib.get_close_matches(path.name, present, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(path.name, map(_printable, present), n=3, cutoff=0.5)
     place = str(folder.resolve()) if folder.is_dir() else f"{folder} (which does not exist)"
     return InputError(
         f"{name}: no such file",
@@ -215,16 +225,19 @@ def _no_such_file(name: str, path: Path) -> InputError:
 def _local_files(key: str, names: list[str], split: Split) -> list[tuple[Path, str]]:
     files: list[tuple[Path, str]] = []
     for name in names:
-        path = Path(name).expanduser()
-        if not _exists(path):
+        path = _path(name)
+        if not os.path.lexists(path):
             raise _no_such_file(name, path)
         files += _files_of(key, name, path, split)
-    seen: dict[Path, str] = {}
-    for path, label in files:
-        real = path.resolve()
-        if real in seen:
-            raise InputError(f"{key}: the same file is listed twice", seen=f"{seen[real]} and {label}")
-        seen[real] = label
+    seen: dict[Path, Path] = {}
+    for path, _ in files:
+        first = seen.setdefault(path.resolve(), path)
+        if first is not path:
+            raise InputError(
+                f"{key}: the same file is listed twice",
+                seen=f"{first} and {path}",
+                change="list each file once",
+            )
     return files
 
 
@@ -254,7 +267,7 @@ def _files_of(key: str, name: str, path: Path, split: Split) -> list[tuple[Path,
     found = sorted(p for p in path.rglob("*") if p.is_file() and format_of(p) and not _is_hidden(p.relative_to(path)))
     if not found:
         raise InputError(f"{name}: a folder without data files", allowed=FORMATS)
-    return [(p, p.relative_to(path).as_posix()) for p in _of_split(key, name, found, split)]
+    return [(p, _printable(p.relative_to(path).as_posix())) for p in _of_split(key, name, found, split)]
 
 
 def _is_hidden(relative: Path) -> bool:
@@ -274,7 +287,7 @@ def _of_split(key: str, name: str, found: list[Path], split: Split) -> list[Path
         return found
     raise InputError(
         f"{key}_split: {name} has no files of the split {split.name}",
-        seen=", ".join(path.name for path in found[:8]),
+        seen=", ".join(_printable(path.name) for path in found[:8]),
         change=f"name a file, or set {key}_split to a word in the file names",
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from solotune.dataset.row import MAX_ROW_BYTES, Row, lines
 from solotune.errors import InputError
@@ -21,6 +21,8 @@ def read_csv(stream: BinaryIO, label: str) -> Iterator[Row]:
 
     def decoded() -> Iterator[str]:
         for number, line in lines(stream, label):
+            if b"\0" in line:
+                raise InputError(f"{label}:{number}: not text", seen=f"NUL, byte {line.index(0) + 1} of the line")
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -45,7 +47,12 @@ def read_csv(stream: BinaryIO, label: str) -> Iterator[Row]:
                 yield Row(f"{label}:{begin}", dict(zip(header, cells, strict=True)))
             begin = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{label}:{begin}: not valid CSV", seen=str(error)) from None
+        is_return = "new-line character" in str(error)
+        raise InputError(
+            f"{label}:{begin}: not valid CSV",
+            seen="a carriage return outside of quotes" if is_return else str(error),
+            change="end lines with \\n or \\r\\n" if is_return else None,
+        ) from None
 
 
 def read_columnar(path: Path, label: str, kind: str) -> Iterator[Row]:
@@ -53,6 +60,7 @@ def read_columnar(path: Path, label: str, kind: str) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    index = 0
     try:
         if kind == "parquet":
             table = pq.ParquetFile(path)
@@ -64,12 +72,28 @@ def read_columnar(path: Path, label: str, kind: str) -> Iterator[Row]:
             reader = pa.ipc.open_file(path) if is_file else pa.ipc.open_stream(path)
             schema = reader.schema
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else iter(reader)
-        if strange := [field.name for field in schema if isinstance(field.type, pa.BaseExtensionType)]:
+        if strange := [field.name for field in schema if _is_extension(field)]:
             raise InputError(f"{label}: columns of an extension type", seen=", ".join(strange), allowed="plain columns")
-        index = 0
+        if len(set(schema.names)) != len(schema.names):
+            raise InputError(f"{label}: two columns have the same name", seen=", ".join(schema.names))
         for batch in batches:
             for values in batch.to_pylist():
                 yield Row(f"{label}[{index}]", values)
                 index += 1
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{label}: not a readable {kind} file", seen=str(error).split("\n")[0]) from None
+    except InputError:
+        raise
+    # damaged values reach Python as whatever its types say of them: ValueError, OverflowError, KeyError, ...
+    except Exception as error:
+        raise InputError(
+            f"{label}: not a readable {kind} file" + (f" beyond row {index - 1}" if index else ""),
+            seen=str(error).split("\n")[0] or type(error).__name__,
+        ) from None
+
+
+def _is_extension(field: Any) -> bool:
+    """Whether a column, or a field inside it, is of an extension type, known to this process or not."""
+    import pyarrow as pa
+
+    inner = (field.type.field(i) for i in range(field.type.num_fields))
+    is_named = b"ARROW:extension:name" in (field.metadata or {})
+    return is_named or isinstance(field.type, pa.BaseExtensionType) or any(map(_is_extension, inner))

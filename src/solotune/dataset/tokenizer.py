@@ -8,6 +8,7 @@ A local folder is read without touching the network. A hub id goes through trans
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,8 +44,8 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     name = config.model_name_or_path
-    folder = Path(name).expanduser()
-    is_local = folder.exists()
+    folder = Path(os.path.expanduser(name))
+    is_local = os.path.exists(folder)  # Path.exists raises on a name that is too long
     if is_local:
         _check_folder(name, folder)
     elif name.startswith((".", "~", "/")) or name.count("/") > 1:
@@ -120,7 +121,7 @@ def _check_folder(name: str, folder: Path) -> None:
 def _read_template(written: str) -> str:
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    path = Path(written).expanduser()
+    path = Path(os.path.expanduser(written))
     if not path.is_file():
         raise InputError(f"chat_template_path: {written}: no such file", seen=f"looked in {path.parent.resolve()}")
     if path.stat().st_size > MAX_TEMPLATE_BYTES:
