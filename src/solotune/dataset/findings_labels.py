@@ -161,7 +161,8 @@ def said_in_labels(facts: Facts, side: Side) -> tuple[list[int], list[int], int]
     for row in facts.sample(side):
         example = side.rows[row]
         answers = [m for m in example.messages if m["role"] == "assistant"]
-        told = squeezed(" ".join(str(said) for m in answers for said in m.values()))  # thinking and calls included
+        said = (m.get(key, "") for m in answers for key in ("reasoning_content", "content", "tool_calls"))
+        told = squeezed(" ".join(map(str, said)))
         tails = [squeezed(m["content"])[-TAIL:] for m in example.messages if m["role"] != "assistant"]
         tails = [tail for tail in tails if len(tail) >= TAIL // 2 and tail not in told]
         if not tails:
