@@ -296,7 +296,7 @@ def _of_split(key: str, name: str, found: list[Path], split: Split) -> list[Path
 
 def _hub_rows(key: str, name: str, split: Split, config_name: str | None, revision: str | None) -> list[Row]:
     offline_if_unreachable()
-    import datasets  # 1 s, and only hub datasets need it
+    import datasets.config  # 1 s, and only hub datasets need it
     from huggingface_hub import constants
 
     datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE  # it may have been imported before we asked
