@@ -159,7 +159,7 @@ NESTED = '{"a": ' * 2000 + "1" + "}" * 2000
         ({"name": "f", "arguments": '{"a": NaN}'}, "arguments is not valid JSON", "NaN is not JSON"),
         ({"name": "f", "arguments": '{"a": 1, "a": 2}'}, "arguments is not valid JSON", "the key 'a' stands twice"),
         ({"name": "f", "arguments": '{"a": "\\ud800"}'}, "arguments is not valid JSON", "a lone surrogate"),
-        ({"name": "f", "arguments": NESTED}, "arguments is not valid JSON", "nested too deeply"),
+        ({"name": "f", "arguments": NESTED}, "arguments is not valid JSON", "nested deeper than"),
         ({"name": "f", "arguments": json.dumps(TEXT)}, "arguments is not an object", '"{\\"city\\":\\"Z'),
         ({"name": "f", "arguments": [1]}, "arguments is not an object", "[1]"),
         ({"name": "f", "arguments": 3}, "arguments is not an object", "3"),
@@ -186,7 +186,7 @@ def test_a_doubly_encoded_argument_says_so() -> None:
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        ("get_weather()", "function_call is not valid JSON\n  seen:    Expecting value: line 1 column 1 (char 0), in "),
+        ("get_weather(Paris)", "function_call is not valid JSON\n  seen:    Expecting value: line 1 column 1"),
         ("[]", "function_call is empty"),
         ("3", "function_call has no function with a name\n  seen:    3"),
         (None, "function_call has no function with a name\n  seen:    null"),

@@ -16,12 +16,13 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NoReturn
 
-from solotune.dataset.row import CHUNK_BYTES, MAX_DEPTH, MAX_ROW_BYTES, Row, check_depth, lines
+from solotune.dataset.row import CHUNK_BYTES, MAX_ROW_BYTES, Row, lines
 from solotune.errors import InputError
 
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _LONGEST_TOKEN = 16  # characters: a number's, an escape's or a name's part at the end of the window may be cut
+MAX_DEPTH = 100  # JSON schemas of tools are the deepest things in data, and 20 would be much
 _ALLOWED_DEPTH = f"{MAX_DEPTH} lists and objects in one another"
 
 
@@ -58,7 +59,22 @@ def _check(value: Any, text: str, begin: int, end: int) -> None:
         except UnicodeEncodeError as error:
             raise _Fault(f"a lone surrogate ({error.object[error.start]!r}) is not text") from None
     if text.count("[", begin, end) + text.count("{", begin, end) > MAX_DEPTH:
-        check_depth(value)
+        _check_depth(value)
+
+
+def _check_depth(value: Any) -> None:
+    """Refuses what templates and `json.dumps`, which are recursive, could not walk.
+
+    Raises:
+        RecursionError: more than MAX_DEPTH lists and objects in one another.
+    """
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner = [list(one.values()) if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
+        level = [item for items in inner for item in items]
+        if not inner:
+            return
+    raise RecursionError
 
 
 def _in_words(error: ValueError) -> str:
@@ -76,7 +92,11 @@ def parse_json(text: str) -> Any:
         value = _DECODER.decode(text)
         _check(value, text, 0, len(text))
     except RecursionError:
-        raise _Fault("nested too deeply") from None
+        raise _Fault(f"nested deeper than {_ALLOWED_DEPTH}") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        raise _Fault(_in_words(error)) from None
     return value
 
 

@@ -11,9 +11,6 @@ from solotune.errors import InputError
 MAX_ROW_BYTES = 64 << 20
 """Longest line or record: about 16 million tokens. Keeps one endless line from filling the memory."""
 
-MAX_DEPTH = 100
-"""Of lists and objects in one another. The deepest things in data are JSON schemas of tools; 20 would be much."""
-
 MAX_BLANK_BYTES = 4 << 20
 """Of blank lines between two others: a few KB of compressed line ends would be hours of them."""
 
@@ -64,18 +61,3 @@ def lines(stream: BinaryIO, label: str) -> Iterator[tuple[int, bytes]]:
         if num_blank_bytes > MAX_BLANK_BYTES:
             raise InputError(f"{label}:{number}: {MAX_BLANK_BYTES >> 20} MiB of blank lines", change="remove them")
         yield number, line
-
-
-def check_depth(value: Any) -> None:
-    """Refuses what templates and `json.dumps`, which are recursive, could not walk.
-
-    Raises:
-        RecursionError: more than MAX_DEPTH lists and objects in one another.
-    """
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        inner = [list(one.values()) if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
-        level = [item for items in inner for item in items]
-        if not inner:
-            return
-    raise RecursionError

@@ -311,11 +311,10 @@ def _load_from_hub(
     key: str, name: str, split: Split, config_name: str | None, revision: str | None
 ) -> Iterable[dict[str, Any]]:
     offline_if_unreachable()
-    import datasets  # 1 s, and only hub datasets need it
+    import datasets.config  # 1 s, and only hub datasets need it
     from huggingface_hub import constants
 
-    library: Any = datasets  # its type hints do not know its settings
-    library.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE  # it may have been imported before we asked
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE  # it may have been imported before we asked
     try:
         loaded: Any = datasets.load_dataset(name, config_name, split=split.written, revision=revision)
     # Whatever fails inside (no such dataset, gated, offline, unknown split, broken file) is about the user's input;

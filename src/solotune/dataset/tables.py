@@ -80,10 +80,9 @@ def read_columnar(path: Path, label: str, kind: str) -> Iterator[Row]:
         if len(set(schema.names)) != len(schema.names):
             raise InputError(f"{label}: two columns have the same name", seen=", ".join(schema.names))
         for batch in batches:
+            batch.validate(full=True)  # Arrow trusts offsets and lengths: damaged ones are a segmentation fault
             for start in range(0, len(batch), _BATCH_ROWS):  # those of an arrow file may hold all its rows
-                part = batch.slice(start, _BATCH_ROWS)
-                part.validate(full=True)  # Arrow trusts offsets and lengths: damaged ones are a segmentation fault
-                for values in part.to_pylist():
+                for values in batch.slice(start, _BATCH_ROWS).to_pylist():
                     yield Row(f"{label}[{index}]", values)
                     index += 1
     except InputError:
