@@ -27,6 +27,11 @@ def said(*turns: tuple[str, Any]) -> Row:
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
+def calling(arguments: Any) -> Row:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+
+
 def write(*rows: Any, name: str = "a.jsonl") -> str:
     Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return name
@@ -34,7 +39,7 @@ def write(*rows: Any, name: str = "a.jsonl") -> str:
 
 GOOD = [row(f"What is {n} and {n * n}?", f"It is {n}.") for n in range(4)]
 FIRST = "a.jsonl:1: "
-CHATS = FIRST + "message 1: "
+CHATS, SECOND = FIRST + "message 1: ", FIRST + "message 2: "
 REFUSES = FIRST + "the model's chat template refuses this row"
 
 U, A = ("user", "a"), ("assistant", "b")
@@ -55,6 +60,9 @@ REFUSED: list[tuple[int, str, Row, str, str, str]] = [
     (41, "system, Gemma", said(("system", "a"), U, A), REFUSES, "System role", "gemma"),
     (41, "two users, Mistral", said(U, U, A), REFUSES, "must alternate", "mistral"),
     (41, "assistant first, Mistral", said(A, U, A), REFUSES, "must alternate", "mistral"),
+    (42, "no call", said(U, ("tool", "3"), A), SECOND + "a tool message without a tool call before it", "", ""),
+    (42, "no template", calling({}), SECOND + "the chat template leaves out this answer or a part of it", "", ""),
+    (43, "arguments", calling("{a: 1}"), SECOND + "arguments is not valid JSON", "{a: 1}", "qwen3"),
 ]  # fmt: skip
 
 
