@@ -4,8 +4,8 @@
 
 OpenAI's API writes `arguments` as JSON text; ShareGPT files have a whole turn of JSON text (`from: function_call`).
 Templates are made for the object: of the 28 in `trl` that render calls, 16 refuse a text, 4 (Llama 3.1 and 3.2, Qwen
-2.5, gpt-oss) put it through `tojson`, so that the model would learn a quoted string full of backslashes, and 4 (Gemma 4)
-write it in another form than their own. So a text is read here, strictly, and what is not an object in it is an error.
+2.5, gpt-oss) put it through `tojson`, so that the model would learn a quoted string full of backslashes, and 4 (Gemma
+4) write it in another form than their own. So a text is read here, strictly; what is no object in it is an error.
 The one that takes text alone (DeepSeek V3) gets it in `template.py`.
 
 `check_order` holds calls and results together: a call without a result, or a result without a call, teaches the model
