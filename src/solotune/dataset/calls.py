@@ -3,9 +3,10 @@
     {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Paris"}}}          and "id" if given
 
 OpenAI's API writes `arguments` as JSON text; ShareGPT files have a whole turn of JSON text (`from: function_call`).
-Nearly all templates want the object: of the 32 in `trl` that render calls, 17 refuse a text and 4 (Llama 3.1 and 3.2,
-Qwen 2.5, gpt-oss) put it through `tojson`, so that the model would learn a quoted string full of backslashes. So a text
-is read here, strictly, and what is not an object in it is an error.
+Templates are made for the object: of the 28 in `trl` that render calls, 16 refuse a text, 4 (Llama 3.1 and 3.2, Qwen
+2.5, gpt-oss) put it through `tojson`, so that the model would learn a quoted string full of backslashes, and 4 (Gemma
+4) write it in another form than their own. So a text is read here, strictly; what is no object in it is an error.
+The one that takes text alone (DeepSeek V3) gets it in `template.py`.
 
 `check_order` holds calls and results together: a call without a result, or a result without a call, teaches the model
 to make up what a tool said. A row may end with a call: that is what is learned.
