@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ def test_report(write: Writer) -> None:
             "near_duplicates": 0,
             "leaks": 0,
         },
+        "rendered_on": date.today().isoformat(),
         "sha256": {"train": result.report.train_sha256, "validation": result.report.validation_sha256},
         "findings": [],
     }
