@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from bench.template_rows import Sample, made, real
@@ -95,7 +96,8 @@ class Reference:
                 try:
                     text = self._render(sample, messages)
                 except Exception as error:
-                    refusal = refusal or str(error) or type(error).__name__
+                    if not refusal or type(error) is TemplateError:  # what the template itself says, of all forms tried
+                        refusal = str(error) or type(error).__name__
                     continue
                 first = next(m["content"] for m in sample.messages if m["role"] == "user")
                 if first.strip() in text:
@@ -355,10 +357,17 @@ def _shown(rendered: Rendered, oracle: np.ndarray) -> str:
 
 def table(tallies: list[Tally], versions: dict[str, str]) -> str:
     """The results as Markdown."""
-    lines = ["# Masks and ids for every chat template of trl", "", (__doc__ or "").split("\n\n", 1)[1].strip(), ""]
+    lines = [
+        "# Masks and ids for every chat template of trl",
+        "",
+        "```",
+        (__doc__ or "").split("\n\n", 1)[1].strip(),
+        "```",
+        "",
+    ]
     lines += ["Versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ".", ""]
     lines += [
-        "`own` vocabularies are named plainly; `+ tokens` is one of them with the template's control tokens added.",
+        "`+ tokens`: another family's vocabulary with the template's control tokens added, since the own is not at hand.",
         "Columns: ids equal / different to transformers'; masks equal / different for a named reason / unexplained;",
         "rows without oracle; rows refused.",
         "",
@@ -399,7 +408,9 @@ def main() -> None:
         versions = {name: version(name) for name in ("solotune", "transformers", "tokenizers", "jinja2")}
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "templates.md").write_text(table(tallies, versions), encoding="utf-8")
-        held = {"versions": versions, "templates": [vars(tally) for tally in tallies]}
+        # the examples are text of the data, which is not ours to publish
+        shown = [{key: value for key, value in vars(tally).items() if key != "examples"} for tally in tallies]
+        held = {"versions": versions, "templates": shown}
         (RESULTS / "templates.json").write_text(json.dumps(held, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
