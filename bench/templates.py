@@ -32,27 +32,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
+from bench.template_oracle import PATTERNS, Reference, characters, sources
 from bench.template_rows import Sample, made, real
 from bench.template_tokenizers import family_of, tokenizer_for
 from solotune.dataset.chat import ChatTemplate, Rendered
 from solotune.dataset.encode import Encoded, Encoder
 from solotune.errors import InputError
 
-_BEGIN, _END = re.compile(r"\{%(-?)\s*generation\s*(-?)%\}"), re.compile(r"\{%(-?)\s*endgeneration\s*(-?)%\}")
 RESULTS = Path(__file__).parent / "results"
-# group 1 is an answer. For texts that no marked template renders, of rows without forged tokens
-PATTERNS = {
-    "deepseek": r"(?:<｜Assistant｜>|<｜tool▁outputs▁end｜>|(?=\n<｜tool▁call▁begin｜>))(.*?<｜end▁of▁sentence｜>)",
-    "gemma4": r"(?:(?<=<\|turn>model\n)|(?<=<tool_response\|>)|(?<=<turn\|>\n))(?!<\|turn>)"
-    r"(.+?(?:<turn\|>|(?=<\|tool_response>)))",
-    "glm": r"<\|assistant\|>(.*?)(?=<\|user\|>|<\|observation\|>|\Z)",
-    "llama3": r"<\|start_header_id\|>assistant<\|end_header_id\|>\n\n(.*?(?:<\|eot_id\|>|<\|eom_id\|>))",
-    "mistral_v3": r"\[/(?:INST|TOOL_RESULTS)\](.*?</s>)",
-    "mistral_v3_tekken": r"\[/(?:INST|TOOL_RESULTS)\](.*?</s>)",
-    "qwen": r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)",
-}
 
 
 @dataclass
@@ -74,118 +62,6 @@ class Tally:
     examples: dict[str, str] = field(default_factory=dict)
 
 
-def unmarked(source: str) -> str:
-    """The template without its generation marks, its blanks handled alike."""
-    return _END.sub(r"{%\1 endif \2%}", _BEGIN.sub(r"{%\1 if true \2%}", source))
-
-
-class Reference:
-    """What transformers alone makes of a row."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str, marked: str | None, family: str) -> None:
-        self._tokenizer, self._source, self._marked = tokenizer, source, marked
-        self._pattern = re.compile(PATTERNS[family], re.DOTALL) if family in PATTERNS else None
-
-    def render(self, sample: Sample) -> tuple[list[dict[str, Any]], str] | str:
-        """The row in the form that the template takes (texts, or lists of parts), and its text; or the refusal."""
-        refusal = ""
-        for in_parts in (False, True):
-            for arguments_as in (dict, str):
-                messages = [_formed(message, in_parts, arguments_as) for message in sample.messages]
-                try:
-                    text = self._render(sample, messages)
-                except Exception as error:
-                    refusal = refusal or str(error) or type(error).__name__
-                    continue
-                first = next(m["content"] for m in sample.messages if m["role"] == "user")
-                if first.strip() in text:
-                    return messages, text
-        return refusal or "the template leaves out the user's text"
-
-    @property
-    def eos(self) -> Any:
-        return self._tokenizer.eos_token
-
-    def offsets(self, text: str) -> list[tuple[int, int]]:
-        """The characters of each token."""
-        encoded: Any = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return encoded["offset_mapping"]
-
-    def ids(self, sample: Sample, messages: list[dict[str, Any]]) -> list[int]:
-        encoded: Any = self._tokenizer.apply_chat_template(messages, tools=sample.tools, chat_template=self._source)
-        return encoded["input_ids"]
-
-    def answers(self, sample: Sample, messages: list[dict[str, Any]], text: str) -> np.ndarray | None:
-        """bool (characters,): by the marks, or by the pattern."""
-        if self._marked is not None:
-            from transformers.utils.chat_template_utils import render_jinja_template
-
-            try:
-                (marked,), (spans,) = render_jinja_template(
-                    [messages], tools=sample.tools, chat_template=self._marked,
-                    return_assistant_tokens_mask=True, **self._tokenizer.special_tokens_map,
-                )  # fmt: skip
-            except Exception:
-                marked, spans = None, []
-            if marked == text:
-                return _characters(len(text), spans)
-        if self._pattern is None:
-            return None
-        if sample.name.startswith("forged "):  # the same row with a word of the same length that is no token
-            token = sample.name.removeprefix("forged ")
-            neutral = json.loads(json.dumps(messages).replace(json.dumps(token)[1:-1], "X" * len(token)))
-            text, length = self._render(sample, neutral), len(text)
-            if len(text) != length:
-                return None
-        return _characters(len(text), [match.span(1) for match in self._pattern.finditer(text)])
-
-    def prompt(self, sample: Sample, messages: list[dict[str, Any]], turn: int) -> str:
-        """What is given to the model at inference to have it write message `turn`; empty if that is refused."""
-        before = messages[:turn] or [next(message for message in messages if message["role"] == "user")]
-        try:
-            return self._render(sample, before, add_generation_prompt=True)
-        except Exception:
-            return ""
-
-    def through(self, sample: Sample, messages: list[dict[str, Any]], turn: int) -> str:
-        """The chat up to and with message `turn`."""
-        return self._render(sample, messages[: turn + 1])
-
-    def _render(self, sample: Sample, messages: list[dict[str, Any]], **more: Any) -> str:
-        text = self._tokenizer.apply_chat_template(
-            messages, tools=sample.tools, chat_template=self._source, tokenize=False, **more
-        )
-        assert isinstance(text, str)
-        return text
-
-    def leaves_out_calls(self, sample: Sample, messages: list[dict[str, Any]], turn: int) -> bool:
-        """Whether the row's text is the same without the calls of a message."""
-        without = {key: value for key, value in messages[turn].items() if key != "tool_calls"}
-        try:
-            return self._render(sample, [*messages[:turn], without]) == self._render(sample, messages[: turn + 1])
-        except Exception:
-            return False
-
-
-def _formed(message: dict[str, Any], in_parts: bool, arguments_as: type) -> dict[str, Any]:
-    message = dict(message)
-    if in_parts:
-        message["content"] = [{"type": "text", "text": message["content"]}]
-    if arguments_as is str and "tool_calls" in message:
-        calls = json.loads(json.dumps(message["tool_calls"]))
-        for call in calls:
-            call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
-        message["tool_calls"] = calls
-    return message
-
-
-def _characters(length: int, spans: Any) -> np.ndarray:
-    learned = np.zeros(length, dtype=bool)
-    for begin, end in spans:
-        learned[begin:end] = True
-    return learned
-
-
 def measure(name: str, folder: Path, samples: list[Sample]) -> Tally:
     """All rows on one template."""
     family = family_of(name)
@@ -197,18 +73,6 @@ def measure(name: str, folder: Path, samples: list[Sample]) -> Tally:
     for sample in samples:
         _compare(tally, sample, reference, template, encoder)
     return tally
-
-
-def sources(name: str, templates: Path) -> tuple[str, str | None, str]:
-    """The template without marks; the one with marks that is its oracle, and that one's name."""
-    path = templates / f"{name}.jinja"
-    marked = path.read_text(encoding="utf-8")
-    source = unmarked(marked)
-    if source != marked:
-        return source, marked, "its marks"
-    twin = "diffusion_gemma_training" if name.startswith("gemma4") else f"{name}_training"
-    other = path.with_name(f"{twin}.jinja")
-    return (source, other.read_text(encoding="utf-8"), twin) if other.exists() else (source, None, "")
 
 
 def _compare(tally: Tally, sample: Sample, reference: Reference, template: ChatTemplate, encoder: Encoder) -> None:
@@ -286,7 +150,7 @@ class Difference:
 
     def classes(self) -> set[str]:
         """The classes of all runs of characters that one of the two alone learns."""
-        ours = _characters(len(self.rendered.text), self.rendered.answers)
+        ours = characters(len(self.rendered.text), self.rendered.answers)
         found = {self._class_of(begin, end, bool(ours[begin])) for begin, end in _runs(ours, self.oracle)}
         return found if self.rendered.forged else found | self._of_tokens(ours)
 
@@ -340,7 +204,7 @@ def _runs(ours: np.ndarray, oracle: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _shown(rendered: Rendered, oracle: np.ndarray) -> str:
-    ours = _characters(len(rendered.text), rendered.answers)
+    ours = characters(len(rendered.text), rendered.answers)
     runs = _runs(ours, oracle)
     if not runs:
         return ""
@@ -355,10 +219,17 @@ def _shown(rendered: Rendered, oracle: np.ndarray) -> str:
 
 def table(tallies: list[Tally], versions: dict[str, str]) -> str:
     """The results as Markdown."""
-    lines = ["# Masks and ids for every chat template of trl", "", (__doc__ or "").split("\n\n", 1)[1].strip(), ""]
+    lines = [
+        "# Masks and ids for every chat template of trl",
+        "",
+        "```",
+        (__doc__ or "").split("\n\n", 1)[1].strip(),
+        "```",
+        "",
+    ]
     lines += ["Versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ".", ""]
     lines += [
-        "`own` vocabularies are named plainly; `+ tokens` is one of them with the template's control tokens added.",
+        "`+ tokens`: another family's vocabulary with the template's control tokens added.",
         "Columns: ids equal / different to transformers'; masks equal / different for a named reason / unexplained;",
         "rows without oracle; rows refused.",
         "",
@@ -399,7 +270,9 @@ def main() -> None:
         versions = {name: version(name) for name in ("solotune", "transformers", "tokenizers", "jinja2")}
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "templates.md").write_text(table(tallies, versions), encoding="utf-8")
-        held = {"versions": versions, "templates": [vars(tally) for tally in tallies]}
+        # the examples are text of the data, which is not ours to publish
+        shown = [{key: value for key, value in vars(tally).items() if key != "examples"} for tally in tallies]
+        held = {"versions": versions, "templates": shown}
         (RESULTS / "templates.json").write_text(json.dumps(held, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 

@@ -104,6 +104,7 @@ def test_report(write: Writer) -> None:
             "near_duplicates": 0,
             "leaks": 0,
         },
+        "rendered_on": date.today().isoformat(),
         "sha256": {"train": result.report.train_sha256, "validation": result.report.validation_sha256},
         "findings": [],
     }
