@@ -117,8 +117,7 @@ def _prepare(config: RunConfig, tokenizer: Any, display: Display, rendered_on: d
     prepared = dataset.prepare(config, tokenizer, progress=display.progress, rendered_on=rendered_on)
     if config.packing:
         prepared.report.packing = pack.account(lengths_of(prepared.train), config.max_length)
-    found = findings.find(config, tokenizer, prepared.train, prepared.validation, prepared.report)
-    prepared.report.findings = [finding.to_json() for finding in found]
+    prepared.report.findings = findings.known_or_found(config, tokenizer, prepared)
     return prepared
 
 

@@ -145,3 +145,5 @@ class Prepared:
     report: DataReport
     manifest: Manifest = field(default_factory=Manifest)
     """What split.json holds."""
+    key: str | None = None
+    """The name of the cache's entry, where there is one."""

@@ -1,6 +1,7 @@
 """Findings: faults that data, tokenizer and config alone show, in seconds, before any GPU is used.
 
     for finding in find(config, tokenizer, prepared.train, prepared.validation, prepared.report): ...
+    known_or_found(config, tokenizer, prepared)     the same as JSON; of rows out of the cache it is not asked again
 
 The rules are small functions; each says in its docstring what it sees and when it is wrong:
 
@@ -49,12 +50,15 @@ Of the catalogue's S2 to S9:
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from solotune.config import RunConfig
 from solotune.dataset import (
+    cache,
     findings_labels,
     findings_rows,
     findings_split,
@@ -66,10 +70,10 @@ from solotune.dataset.findings_facts import Facts, Finding, Severity
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from solotune.dataset.example import Example
+    from solotune.dataset.example import Example, Prepared
     from solotune.dataset.report import DataReport
 
-__all__ = ["RULES", "Finding", "Severity", "find"]
+__all__ = ["RULES", "Finding", "Severity", "find", "known_or_found"]
 
 RULES = tuple(
     rule
@@ -108,3 +112,17 @@ def find(
     explained = set().union(*(_EXPLAINS.get(finding.code, set()) for finding in found))
     found = [finding for finding in found if finding.code not in explained]
     return sorted(found, key=lambda finding: (_ORDER.index(finding.severity), finding.code))
+
+
+def known_or_found(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prepared: Prepared) -> list[dict[str, Any]]:
+    """What `find` says of the rows, as JSON; from the cache where it was asked before."""
+    facts = Facts(config, tokenizer, prepared.train, prepared.validation, prepared.report)
+    parts = [prepared.key, config.model_dump(), facts.model_files]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    if prepared.key is not None and (known := cache.load_findings(key)) is not None:
+        return known
+    found = find(config, tokenizer, prepared.train, prepared.validation, prepared.report)
+    as_json = json.loads(json.dumps([finding.to_json() for finding in found]))
+    if prepared.key is not None:
+        cache.store_findings(key, as_json)
+    return as_json

@@ -83,12 +83,13 @@ def prepare(
         else None
     )
     if key is not None and (found := cache.load(key)) is not None:
-        return found
+        return replace(found, key=key)
     started = time.monotonic()
     prepared = _prepared(config, tokenizer, dataset, own, progress, rendered_on)
     is_unchanged = all(source.is_unchanged() for source in (dataset, own) if source)
     if key is not None and is_unchanged and time.monotonic() - started >= cache.MIN_SECONDS:
         cache.store(key, prepared)
+        return replace(prepared, key=key)
     return prepared
 
 
