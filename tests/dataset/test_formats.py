@@ -194,6 +194,17 @@ WRONG: list[tuple[list[dict[str, Any]], str]] = [
         "f.jsonl:1: turn 1: value is missing or null\n  allowed: text",
     ),
     (
+        [{"messages": [U, A], "images": ["a.png"]}],
+        "f.jsonl:1: the row has images, and only its texts would be learned\n  allowed: text only\n"
+        "  change:  remove the row; if its texts can be understood alone, column_mapping: {images: ignore}",
+    ),
+    (
+        [{"messages": [U], "chosen": A, "rejected": A}],
+        "f.jsonl:1: no assistant message, so nothing to learn\n  seen:    the roles user\n"
+        "  allowed: at least one message with the role assistant\n"
+        "  change:  this is preference data; fine-tuning wants the one answer among the messages",
+    ),
+    (
         [{"messages": [U, A], "tools": "[{"}],
         "f.jsonl:1: tools is not valid JSON\n"
         '  seen:    Expecting property name enclosed in double quotes: line 1 column 3 (char 2), in "[{"',

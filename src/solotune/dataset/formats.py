@@ -28,6 +28,7 @@ from solotune.dataset.row import Row, RowError, short
 
 EMPTY_ANSWER = "empty answer"
 WEIGHT_0 = "weight 0"
+_MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
 _ALLOWED = "messages, conversations, instruction + output, prompt + completion, or text"
 
 
@@ -132,8 +133,12 @@ def _is_sharegpt(turns: Any) -> bool:
     return not (isinstance(first, dict) and "role" in first)
 
 
+def _is_preference(values: dict[str, Any]) -> bool:
+    return any(key.startswith("chosen") for key in values) and any(key.startswith("rejected") for key in values)
+
+
 def _hint(values: dict[str, Any]) -> str | None:
-    if "chosen" in values and "rejected" in values:
+    if _is_preference(values):
         return "this is preference data; fine-tuning wants one answer: rename chosen to completion"
     if "role" in values and "content" in values:
         return "each row is one message; put the messages of a conversation into one row under messages"
@@ -157,7 +162,8 @@ def convert(row: Row, found: Format) -> Record | str:
     record = replace(record, weight=weight)
     if not record.is_chat:
         return record if record.text[record.answer_start :].strip() else EMPTY_ANSWER
-    _check_has_answer(record)
+    _check_has_answer(record, row.values)
+    _check_text_only(row)
     if record.weights and not any(record.weights):
         return WEIGHT_0
     if any(_is_blank(message) for message in record.messages if message["role"] == "assistant"):
@@ -169,7 +175,17 @@ def _is_blank(message: dict[str, Any]) -> bool:
     return not message["content"].strip() and not message.get("tool_calls")
 
 
-def _check_has_answer(record: Record) -> None:
+def _check_text_only(row: Row) -> None:
+    if media := [key for key in _MEDIA_KEYS if row.values.get(key)]:
+        raise RowError(
+            f"{row.where}: the row has {media[0]}, and only its texts would be learned",
+            reason=f"has {media[0]}",
+            allowed="text only",
+            change=f"remove the row; if its texts can be understood alone, column_mapping: {{{media[0]}: ignore}}",
+        )
+
+
+def _check_has_answer(record: Record, values: dict[str, Any]) -> None:
     roles = [message["role"] for message in record.messages]
     if "assistant" not in roles:
         raise RowError(
@@ -177,7 +193,9 @@ def _check_has_answer(record: Record) -> None:
             reason="no assistant message",
             seen="the roles " + ", ".join(roles),
             allowed="at least one message with the role assistant",
-            change="remove the row, or add the answer",
+            change="this is preference data; fine-tuning wants the one answer among the messages"
+            if _is_preference(values)
+            else "remove the row, or add the answer",
         )
 
 

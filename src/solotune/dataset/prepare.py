@@ -23,7 +23,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -138,7 +138,13 @@ def render_prompt(
 ) -> list[int]:
     """The ids after which the model writes the next assistant turn; the same code that renders training rows."""
     rendered = ChatTemplate(tokenizer, rendered_on).render_prompt(messages, tools)
-    return Encoder(tokenizer).encode([rendered], ["the prompt"])[0].ids.tolist()
+    return _encoder(tokenizer).encode([rendered], ["the prompt"])[0].ids.tolist()
+
+
+@lru_cache(maxsize=1)
+def _encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    """Kept, since each one copies the vocabulary: half a second for each reply in a chat."""
+    return Encoder(tokenizer)
 
 
 # --- read and split
