@@ -17,7 +17,7 @@ Shape legend: B sequences, T tokens of the longest, N labels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +34,7 @@ class Batch(NamedTuple):
     input_ids_BT: torch.Tensor  # int64
     supervised_BT: torch.Tensor  # bool: the token at this position is a label
     positions_BT: torch.Tensor | None  # int64, where several rows share a sequence
+    starts_S: torch.Tensor | None  # int32, there: where each of S - 1 rows begins in the B * T tokens, and their end
     weights_N: torch.Tensor | None  # float32, of the labels in row order, where one of them is not 1
     rows: Sequence[Example]
 
@@ -57,6 +58,19 @@ class Batch(NamedTuple):
         return sum(len(row.input_ids) for row in self.rows)
 
 
+class PackShape(NamedTuple):
+    """What all packed passes of a run are padded to, so that a compiler sees one shape."""
+
+    num_packs: int  # B
+    length: int  # T
+    num_starts: int  # S
+
+    @classmethod
+    def of(cls, packs: Iterable[Sized], num_packs: int, length: int) -> PackShape:
+        """Room for any `num_packs` of these packs; a pack's left-over tokens count as one more row."""
+        return cls(num_packs, length, num_packs * (1 + max(map(len, packs))) + 1)
+
+
 def num_labels(row: Example) -> int:
     """Supervised tokens that something predicts: the first token of a row has no predecessor."""
     return int(np.count_nonzero(row.supervised[1:]))
@@ -72,12 +86,14 @@ def collate(rows: Sequence[Example], device: torch.device) -> Batch:
     return collate_packs([[row] for row in rows], device)
 
 
-def collate_packs(packs: Sequence[Sequence[Example]], device: torch.device) -> Batch:
-    """A sequence for each pack, its rows one behind the other, right-padded to the longest."""
+def collate_packs(packs: Sequence[Sequence[Example]], device: torch.device, shape: PackShape | None = None) -> Batch:
+    """A sequence for each pack, its rows one behind the other, right-padded to the longest or to `shape`."""
     longest = max(sum(len(row.input_ids) for row in pack) for pack in packs)
-    input_ids = np.full((len(packs), longest), PAD_ID, dtype=np.int64)
-    supervised = np.zeros((len(packs), longest), dtype=bool)
-    positions = np.zeros((len(packs), longest), dtype=np.int64)
+    size = (shape.num_packs, shape.length) if shape else (len(packs), longest)
+    input_ids = np.full(size, PAD_ID, dtype=np.int64)
+    supervised = np.zeros(size, dtype=bool)
+    positions = np.tile(np.arange(size[1]), (size[0], 1))
+    starts: list[int] = []
     for i, pack in enumerate(packs):
         start = 0
         for row in pack:
@@ -85,15 +101,22 @@ def collate_packs(packs: Sequence[Sequence[Example]], device: torch.device) -> B
             input_ids[i, start:end] = row.input_ids
             supervised[i, start + 1 : end] = row.supervised[1:]
             positions[i, start:end] = np.arange(end - start)
+            starts.append(i * size[1] + start)
             start = end
-        positions[i, start:] = np.arange(longest - start)
+        positions[i, start:] = np.arange(size[1] - start)
+        if start < size[1]:
+            starts.append(i * size[1] + start)
+    starts += [i * size[1] for i in range(len(packs), size[0])]
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
-    packed = any(len(pack) > 1 for pack in packs)
     rows = [row for pack in packs for row in pack]
     weights = None
     if any(row.weights is not None for row in rows):
         weights = tensor(np.concatenate([_label_weights(row) for row in rows]))
-    return Batch(tensor(input_ids), tensor(supervised), tensor(positions) if packed else None, weights, rows)
+    if not shape and all(len(pack) == 1 for pack in packs):
+        return Batch(tensor(input_ids), tensor(supervised), None, None, weights, rows)
+    starts += [input_ids.size] * ((shape.num_starts if shape else len(starts) + 1) - len(starts))
+    starts_S = tensor(np.array(starts, dtype=np.int32))
+    return Batch(tensor(input_ids), tensor(supervised), tensor(positions), starts_S, weights, rows)

@@ -152,8 +152,10 @@ class RunConfig(BaseModel):
     """Rows in one forward pass."""
     gradient_accumulation_steps: PositiveInt = _in("training", default=8)
     """Forward passes summed into one optimizer step."""
-    gradient_checkpointing: bool = _in("training", default=True)
-    """Recompute each layer in backward instead of keeping its activations."""
+    gradient_checkpointing: Literal["auto"] | bool | PositiveInt = _in("training", default="auto")
+    """Layers that recompute themselves in backward to save memory: true (all), false, the first N, or as few as fit."""
+    activation_offload: bool = _in("training", default=False)
+    """Keep the inputs of checkpointed layers in the host's memory: for very long rows."""
     torch_compile: bool = _in("training", default=True)
     """Compile the decoder layers: the first step takes longer, all others less time and memory (CUDA only)."""
     optim: Literal["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch"] = _in(

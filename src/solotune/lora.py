@@ -127,6 +127,25 @@ def attach(model: nn.Module, config: RunConfig, device: torch.device) -> dict[st
     return adapted
 
 
+def join(adapted: Mapping[str, LoraLinear], device: torch.device) -> nn.Parameter:
+    """One float32 vector of which every `lora_A` and `lora_B` becomes a view, and its gradient likewise.
+
+    What an optimizer does for each tensor (a launch, a page to fetch) it then does once. Each begins at a multiple of
+    256, the block in which 8-bit optimizers scale their moments, so the result is that of separate tensors.
+    """
+    parts = [getattr(layer, part) for layer in adapted.values() for part in ("lora_A", "lora_B")]
+    starts = list(itertools.accumulate((-(-part.numel() // 256) * 256 for part in parts), initial=0))
+    joined = nn.Parameter(torch.zeros(starts[-1], device=device))
+    joined.grad = torch.zeros_like(joined)
+    for part, start in zip(parts, starts, strict=False):
+        values, gradient = (
+            whole[start : start + part.numel()].view(part.shape) for whole in (joined.data, joined.grad)
+        )
+        part.data = values.copy_(part.data)
+        part.grad = gradient
+    return joined
+
+
 def _matching(linears: Mapping[str, FrozenLinear], wanted: list[str] | str, config: RunConfig) -> list[str]:
     hits = {target: [n for n in linears if n == target or n.endswith(f".{target}")] for target in wanted}
     if missing := [target for target, names in hits.items() if not names]:
