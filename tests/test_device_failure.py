@@ -130,8 +130,8 @@ def test_a_card_that_others_fill_is_said_to_be_so(keys, fail_at, memory):
 def test_a_run_that_is_too_large_by_itself_blames_nobody(keys, fail_at, memory):
     fail_at(1, FULL)
     memory(80 * GIB, GIB // 2, 79 * GIB)
-    text = failure_of(keys, per_device_train_batch_size=3, gradient_accumulation_steps=2)
-    assert "  change:  per_device_train_batch_size: 1 with gradient_accumulation_steps: 6 (the same step), or" in text
+    text = failure_of(keys, per_device_train_batch_size=5, gradient_accumulation_steps=2)
+    assert "  change:  per_device_train_batch_size: 1 with gradient_accumulation_steps: 10 (the same step), or" in text
     assert "nvidia-smi" not in text
 
 
@@ -203,8 +203,11 @@ def test_what_the_compiler_wraps_is_found(keys, fail_at, memory):
 def test_no_room_for_the_weights_leaves_no_run_behind(keys, monkeypatch, memory, tmp_path):
     monkeypatch.setattr("solotune.model._store", no_room)
     memory(24 * GIB, 0, 23 * GIB)
-    assert failure_of(keys, base_precision="bf16").endswith("23.0 GiB held by this run, 1.0 by other processes and the "
-        "driver, which takes about 0.5; 0.0 free\n  change:  base_precision: nf4")  # fmt: skip
+    text = failure_of(keys, base_precision="bf16")
+    assert text.startswith("the GPU's memory is full (while loading the model)\n")
+    assert text.endswith(
+        "1.0 by other processes and the driver, which takes about 0.5; 0.0 free\n  change:  base_precision: nf4"
+    )
     assert not (tmp_path / "run").exists()
 
 
