@@ -137,7 +137,7 @@ def load_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> T
     module.requires_grad_(False)
     _set_generation(module, folder)
     layers = decoder_layers(module)
-    if config.base_precision == "nf4":
+    if config.base_precision == "nf4" and not config.multiplies_in_fp8:
         choices += _settle_residency(module, config, dtype, device)
     adapted = lora.attach(module, config, device)
     head = _head_of(module)
@@ -261,7 +261,8 @@ def _frozen_linears(module: PreTrainedModel) -> dict[str, nn.Module]:
 def _store(weight_OI: torch.Tensor, config: RunConfig, dtype: torch.dtype) -> Storage:
     if config.base_precision == "nf4":
         # Quantised from the compute dtype, as transformers + bitsandbytes do after loading with dtype=bfloat16.
-        return NF4Weight(weight_OI.to(dtype), config.bnb_4bit_use_double_quant)
+        rounded = NF4Weight(weight_OI.to(dtype), config.bnb_4bit_use_double_quant)
+        return Fp8Weight(rounded.dense(dtype)) if config.multiplies_in_fp8 else rounded
     if config.base_precision == "fp8":
         return Fp8Weight(weight_OI)
     return DenseWeight(weight_OI.to(STORAGE_DTYPES[config.base_precision]))

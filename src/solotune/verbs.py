@@ -149,8 +149,9 @@ def train(
     Raises:
         SolotuneError: see `solotune.errors`; each kind has its exit code.
     """
-    from solotune import dataset, training
+    from solotune import checkpoint, dataset, training
     from solotune.dataset import pack
+    from solotune.device_failure import device_failure
     from solotune.resume import fingerprints, open_run, recorded_day
     from solotune.tuned import load_base, settle
 
@@ -194,6 +195,9 @@ def train(
         return TrainResult(run.path, summary, choices, result)
     except Exception as error:
         error.run_dir = run.path  # type: ignore[attr-defined] - where the command line writes a bug's traceback
+        if failure := device_failure(error, checked, run.path, checkpoint.newest(run.checkpoints)):
+            run.log_metrics("device_failed", problem=failure.problem, seen=failure.seen)
+            raise failure from error
         raise
     finally:
         log.close()
@@ -207,6 +211,7 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
         IntegrityError: the data is no longer what the run held out.
     """
     from solotune import dataset
+    from solotune.device_failure import device_errors
     from solotune.resume import day_of
     from solotune.tuned import TunedRun
 
@@ -226,7 +231,8 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
     if not prepared.validation:
         raise InputError(f"{path}: the run held out no rows", change="train with validation_size above 0")
     display.phase("loading model")
-    result = _compare(found.load(), found.tokenizer, prepared, found.config, None, display)
+    with device_errors(found.config):
+        result = _compare(found.load(), found.tokenizer, prepared, found.config, None, display)
     found.directory.write_json("evaluation.json", result.to_json())
     return result
 
