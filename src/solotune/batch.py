@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     """One forward pass."""
 
     input_ids_BT: torch.Tensor  # int64
-    supervised_BT: torch.Tensor  # bool: the token at this position is a label
+    label_places_N: torch.Tensor  # int64: where the labels are among the B * T tokens; each is predicted one earlier
     positions_BT: torch.Tensor | None  # int64, where several rows share a sequence
     starts_S: torch.Tensor | None  # int32, there: where each of S - 1 rows begins in the B * T tokens, and their end
     weights_N: torch.Tensor | None  # float32, of the labels in row order, where one of them is not 1
@@ -47,6 +47,13 @@ class Batch(NamedTuple):
     def total_weight(self) -> float:
         """Sum of the labels' weights; `num_supervised` where all are 1."""
         return sum(row.total_weight for row in self.rows)
+
+    @property
+    def supervised_BT(self) -> torch.Tensor:
+        """bool: the token at this position is a label."""
+        flat = torch.zeros(self.input_ids_BT.numel(), dtype=torch.bool, device=self.input_ids_BT.device)
+        flat[self.label_places_N] = True
+        return flat.view(self.input_ids_BT.shape)
 
     def weighted(self, losses_N: torch.Tensor) -> torch.Tensor:
         """The losses of the labels, each times its weight."""
@@ -91,7 +98,7 @@ def collate_packs(packs: Sequence[Sequence[Example]], device: torch.device, shap
     longest = max(sum(len(row.input_ids) for row in pack) for pack in packs)
     size = (shape.num_packs, shape.length) if shape else (len(packs), longest)
     input_ids = np.full(size, PAD_ID, dtype=np.int64)
-    supervised = np.zeros(size, dtype=bool)
+    labels: list[np.ndarray] = []
     positions = np.tile(np.arange(size[1]), (size[0], 1))
     starts: list[int] = []
     for i, pack in enumerate(packs):
@@ -99,7 +106,7 @@ def collate_packs(packs: Sequence[Sequence[Example]], device: torch.device, shap
         for row in pack:
             end = start + len(row.input_ids)
             input_ids[i, start:end] = row.input_ids
-            supervised[i, start + 1 : end] = row.supervised[1:]
+            labels.append(np.flatnonzero(row.supervised[1:]) + (i * size[1] + start + 1))
             positions[i, start:end] = np.arange(end - start)
             starts.append(i * size[1] + start)
             start = end
@@ -112,11 +119,12 @@ def collate_packs(packs: Sequence[Sequence[Example]], device: torch.device, shap
         return torch.from_numpy(array).to(device, non_blocking=True)
 
     rows = [row for pack in packs for row in pack]
+    places_N = tensor(np.concatenate(labels))  # counted here: asking the device for them would wait for it
     weights = None
     if any(row.weights is not None for row in rows):
         weights = tensor(np.concatenate([_label_weights(row) for row in rows]))
     if not shape and all(len(pack) == 1 for pack in packs):
-        return Batch(tensor(input_ids), tensor(supervised), None, None, weights, rows)
+        return Batch(tensor(input_ids), places_N, None, None, weights, rows)
     starts += [input_ids.size] * ((shape.num_starts if shape else len(starts) + 1) - len(starts))
     starts_S = tensor(np.array(starts, dtype=np.int32))
-    return Batch(tensor(input_ids), tensor(supervised), tensor(positions), starts_S, weights, rows)
+    return Batch(tensor(input_ids), places_N, tensor(positions), starts_S, weights, rows)
