@@ -95,7 +95,6 @@ def test_compiled_layers_keep_outputs_of_matmuls_and_of_attention_alone(tiny_con
     """The cut through the graph is the compiler's; this is that it cuts where the plan of memory says."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
-
     from torch._inductor.decomposition import select_decomp_table
 
     without_kernels = aot_autograd(
