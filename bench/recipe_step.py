@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from solotune import dataset, environment, training
-from solotune.batch import Batch, PackShape, collate, collate_packs
+from solotune.batch import Batch, collate, collate_packs
 from solotune.config import RunConfig, load_config
 from solotune.dataset import Example
 from solotune.model import load_model
@@ -53,9 +53,8 @@ def random_batches(config: RunConfig, steps: int, device: torch.device) -> Calla
 def chat_batches(config: RunConfig, device: torch.device) -> tuple[Callable[[int], list[Batch]], int]:
     """The same for the packed rows of the config's data, and how many whole steps they make."""
     rows = dataset.prepare(config, dataset.load_tokenizer(config)).train
-    packs = training.sequences(config, rows)
+    packs, shape = training.packs_of(config, rows)
     schedule = training.Schedule.of(config, len(packs))
-    shape = PackShape.of(packs, config.per_device_train_batch_size, config.max_length)
     steps = list(schedule.steps(0))[:-1]
 
     def batches(step: int) -> list[Batch]:

@@ -68,6 +68,10 @@ class TrainableModel:
     def num_trainable(self) -> int:
         return sum(p.numel() for p in self.trainable)
 
+    def zero_gradients(self) -> None:
+        assert self.joined.grad is not None
+        self.joined.grad.zero_()
+
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Dotted name -> (out_features, in_features) of every frozen linear."""
         return {

@@ -107,6 +107,14 @@ def sequences(config: RunConfig, rows: Sequence[Example]) -> list[list[int]] | n
     return pack(lengths_of(rows), config.max_length)
 
 
+def packs_of(config: RunConfig, rows: Sequence[Example]) -> tuple[list[list[int]] | np.ndarray, PackShape | None]:
+    """The training sequences, and what packs of them are padded to: compiled passes should have one shape."""
+    packs = sequences(config, rows)
+    if not (config.packing and config.torch_compile):
+        return packs, None
+    return packs, PackShape.of(packs, config.per_device_train_batch_size, config.max_length)
+
+
 def make_optimizer(config: RunConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW as `optim` names it; bitsandbytes' keeps its moments in 8 bits and, paged, lets them spill to the host."""
     options: dict[str, Any] = {
@@ -218,10 +226,7 @@ def train(
     Raises:
         NonFiniteError: see `train_step`; raised with the step's number.
     """
-    packs = sequences(config, train_rows)
-    shape = None
-    if config.packing and config.torch_compile:
-        shape = PackShape.of(packs, config.per_device_train_batch_size, config.max_length)
+    packs, shape = packs_of(config, train_rows)
     schedule = Schedule.of(config, len(packs))
     optimizer = make_optimizer(config, [model.joined])
     torch.manual_seed(config.seed)
@@ -290,6 +295,12 @@ def train(
                 raise InterruptedRunError(stop.received, f"stopped after step {step}; checkpoint saved", run.path)
     display.finish()
     return score
+
+
+def reset_peak_bytes(device: torch.device) -> None:
+    """Begins to look for the largest memory anew, where the device can (CUDA)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_bytes(device: torch.device) -> int:

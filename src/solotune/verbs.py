@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from solotune.config import SECTIONS, Choice, RunConfig, allowed_values, field_help, load_config, section_of, to_yaml
 from solotune.errors import InputError, IntegrityError
-from solotune.record import RunDirectory, list_runs, read_json, storage_errors, whole_folder, write_whole
+from solotune.record import (
+    RunDirectory,
+    list_runs,
+    nearest_folder,
+    read_json,
+    storage_errors,
+    whole_folder,
+    write_whole,
+)
 from solotune.terminal import Display, PlainDisplay, SilentDisplay, make_console, tee
 
 if TYPE_CHECKING:
@@ -152,6 +160,7 @@ def train(
     from solotune import checkpoint, dataset, training
     from solotune.dataset import pack
     from solotune.device_failure import device_failure
+    from solotune.preflight import preflight
     from solotune.resume import fingerprints, open_run, recorded_day
     from solotune.tuned import load_base, settle
 
@@ -166,6 +175,11 @@ def train(
         display.note(f"{finding['severity']} {finding['code']} {finding['slug']}: {finding['message']}")
     display.phase("loading model")
     model = load_base(checked, machine)
+    tried = None
+    if model.device.type == "cuda":
+        display.phase("trying the largest step")
+        folder = nearest_folder(checked.output_dir or "runs")
+        tried = preflight(model, prepared.train, prepared.validation, checked, folder)
     run, start = open_run(checked, prepared, resume)  # nothing is written before all that can be refused was seen
     log = open(run.path / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed with the run
     try:
@@ -182,6 +196,9 @@ def train(
         if prepared.report.packing:
             display.note(f"packing: {pack.in_words(prepared.report.packing)}")
         run.log_metrics("start", step=start.step if start else 0, **summary)
+        if tried:
+            display.note(tried.in_words())
+            run.log_metrics("preflight", **asdict(tried))
         tuned = training.train(
             model, prepared.train, prepared.validation, checked, run, display, start, fingerprints(checked, prepared)
         )
