@@ -60,10 +60,14 @@ def attention(
             return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
     num_packs, _, length, size = query.shape
     q, k, v = (x.transpose(1, 2).reshape(num_packs * length, x.shape[1], size) for x in (query, key, value))
-    y = torch.ops.aten._flash_attention_forward(
-        q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, 0.0, True, False, scale=scaling
+    return flash(q, k, v, cu_seq_lens_q, max_length_q, scaling).view(num_packs, length, -1, size), None
+
+
+def flash(q_NHD, k_NHD, v_NHD, starts_S, longest, scale):  # noqa: ANN001, ANN201
+    """Causal attention of each row of N tokens with itself, by PyTorch's flash kernel."""
+    return torch.ops.aten._flash_attention_forward(
+        q_NHD, k_NHD, v_NHD, starts_S, starts_S, longest, longest, 0.0, True, False, scale=scale
     )[0]
-    return y.view(num_packs, length, -1, size), None
 
 
 def mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:

@@ -50,8 +50,7 @@ def errors(result, truth):
     return loss.abs().mean().item(), (gradient.norm() / truth[1].norm()).item()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("precision", ["bf16", "nf4", "fp8"])
+@pytest.mark.parametrize(("family", "precision"), [("llama", "fp8"), ("llama", "nf4"), ("qwen3", "bf16")])
 def test_compiled_checkpointed_packed_errs_no_more_than_plain(family, precision, tiny_config, capsys):
     rows = random_rows(11)
     packs = [rows[:4], rows[4:7], rows[7:]]
