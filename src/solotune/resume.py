@@ -22,6 +22,8 @@ from solotune.record import RunDirectory, latest_run_of, read_json
 FREE_TO_CHANGE = {
     *(key for key in RunConfig.model_fields if section_of(key) in ("run", "evaluation")),
     "gradient_checkpointing",
+    "activation_offload",
+    "base_residency",
 }
 
 
