@@ -36,7 +36,7 @@ def plan_for(config: RunConfig, machine: Machine, prepared: Prepared | None, gpu
         gpu: a card of the table, in the place of this machine's.
     """
     card, free = card_here(machine, config) if gpu is None else (card_named(gpu), None)
-    shapes = _shapes()
+    shapes = shapes_of()
     positions = shapes(_definite(config, card)).max_positions
     work = full_rows(config, positions) if prepared is None else work_of(config, prepared)
     return planning.make_plan(config, shapes, card, work, free)
@@ -68,7 +68,7 @@ def _definite(config: RunConfig, card: Card) -> RunConfig:
     return config.replaced("plan", base_precision=first)
 
 
-def _shapes() -> Callable[[RunConfig], ModelShape]:
+def shapes_of() -> Callable[[RunConfig], ModelShape]:
     """`model_shape`, looked at once for all configs that differ in nothing that changes it."""
 
     @cache
