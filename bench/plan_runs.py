@@ -193,7 +193,7 @@ def run(case: Case, config: Any, steps: int) -> dict[str, Any]:
     load_seconds = time.perf_counter() - started
     loaded_bytes = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    optimizer = training.make_optimizer(config, model.trainable)
+    optimizer = training.make_optimizer(config, [model.joined])
     model.module.train()
     size, accumulation = case.rows, config.gradient_accumulation_steps
     rows = random_rows(case, size * accumulation)

@@ -131,10 +131,34 @@ def test_all_mistakes_are_reported_together(written):
         ({"save_strategy": "epoch", "save_steps": 5}, "save_steps: 5 needs save_strategy: steps, not epoch"),
         ({"train_on_last_turn": True, "assistant_only_loss": False}, "train_on_last_turn: true learns one turn, but"),
         ({"load_in_4bit": True, "base_precision": "bf16"}, "load_in_4bit is only an alias"),
+        (
+            {"base_precision": "fp8", "matmul_precision": "bf16"},
+            "base_precision: fp8 with matmul_precision: bf16; an fp8 base is stored to be multiplied in fp8; leave",
+        ),
+        ({"base_precision": "bf16", "matmul_precision": "fp8"}, "are stored in fp8 as well: base_precision: fp8"),
+        ({"matmul_precision": "fp8", "base_residency": "quantized"}, "remove base_residency: quantized"),
     ],
 )
 def test_contradictions_are_refused(keys, words):
     assert words in message({**MINIMAL, **keys})
+
+
+@pytest.mark.parametrize(
+    ("base", "matmuls", "fp8"),
+    [
+        ("nf4", "auto", False),
+        ("nf4", "bf16", False),
+        ("nf4", "fp8", True),
+        ("fp8", "auto", True),
+        ("fp8", "fp8", True),
+        ("bf16", "auto", False),
+        ("bf16", "bf16", False),
+        ("fp32", "auto", False),
+    ],
+)
+def test_what_is_multiplied_in_fp8(base, matmuls, fp8):
+    config = load_config({**MINIMAL, "base_precision": base, "matmul_precision": matmuls})
+    assert config.multiplies_in_fp8 is fp8
 
 
 def test_the_one_alias():

@@ -18,6 +18,7 @@ import pytest
 from solotune import environment
 from solotune.config import load_config
 from solotune.environment import Machine, device_of, doctor, dtype_of, probe, settle
+from solotune.errors import DeviceError, InputError
 
 ROOT = Path(__file__).parents[1]
 GIB = 1 << 30
@@ -105,6 +106,61 @@ def test_without_what_the_compiler_needs_layers_stay_uncompiled():
     _, choices = settle(config(), gpu((9, 0), versions={}))
     assert [tuple(choice)[:2] for choice in choices] == [("torch_compile", False)]
     assert choices[0].because == "triton: not installed; torch compiles its GPU kernels with it"
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"base_precision": "fp8"},
+            "python, base_precision: fp8 needs a GPU that multiplies 8-bit floats\n"
+            "  seen:    A100, compute capability 8.0\n"
+            "  allowed: compute capability 8.9 or more: Ada (L4, 40-series), Hopper (H100) and newer\n"
+            "  change:  base_precision: bf16 (as large, nearer to the original weights) or nf4 (a quarter)",
+        ),
+        (
+            {"matmul_precision": "fp8"},
+            "python, matmul_precision: fp8 needs a GPU that multiplies 8-bit floats\n"
+            "  seen:    A100, compute capability 8.0\n"
+            "  allowed: compute capability 8.9 or more: Ada (L4, 40-series), Hopper (H100) and newer\n"
+            "  change:  matmul_precision: auto (the same memory or less, bf16)",
+        ),
+    ],
+)
+def test_fp8_on_a_gpu_without_it_is_refused_with_what_works(keys, said, with_compiler):
+    with pytest.raises(InputError) as caught:
+        settle(config(**keys), gpu((8, 0), "A100"))
+    assert str(caught.value) == said
+    for capability in ((8, 9), (9, 0), (12, 0)):
+        assert settle(config(**keys), gpu(capability))[1] == []
+
+
+@pytest.mark.parametrize("on", [machine(), gpu((8, 0))])
+@pytest.mark.parametrize("keys", [{"base_precision": "fp8"}, {"matmul_precision": "fp8"}])
+def test_fp8_on_a_cpu_is_emulated_and_said_to_be_slow(keys, on):
+    settled, choices = settle(config(**keys, use_cpu=True), on)
+    (choice,) = (c for c in choices if c.key == "matmul_precision")
+    assert (choice.value, settled.multiplies_in_fp8) == ("fp8", True)
+    assert "emulated on a CPU" in choice.because and "slower" in choice.because
+    assert settle(settled, on)[0] == settled
+
+
+def refusing() -> Machine:
+    """Another process has filled the card: torch counts it, and gets no context."""
+    return machine(
+        num_gpus=1, nvidia_gpu="H100", driver="570.1", cuda_error="AcceleratorError: CUDA error: out of memory"
+    )
+
+
+def test_a_gpu_that_another_process_has_filled_is_no_reason_to_train_on_the_cpu():
+    with pytest.raises(DeviceError) as caught:
+        settle(config(), refusing())
+    assert str(caught.value) == (
+        "the GPU is there, but cannot be used\n  seen:    AcceleratorError: CUDA error: out of memory\n"
+        "  change:  end the processes that hold it (nvidia-smi lists them), or use_cpu: true"
+    )
+    assert caught.value.exit_code == 7
+    assert settle(config(use_cpu=True), refusing())[0].optim == "adamw_torch"
 
 
 def test_settling_twice_changes_nothing_more():
@@ -240,6 +296,29 @@ def test_hidden_gpu(facts, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     fix = "unset CUDA_VISIBLE_DEVICES, or set it to 0"
     assert checks("gpu") == [("warn", "H100 is hidden: CUDA_VISIBLE_DEVICES=''", fix)]
+
+
+def test_a_gpu_that_refuses_is_named_with_what_holds_it(facts, monkeypatch):
+    monkeypatch.setattr(environment, "_nvidia_smi", lambda: ("H100", "570.1"))
+    facts.update(num_gpus=1, cuda_error="AcceleratorError: CUDA error: out of memory")
+    found = "H100, driver 570.1: it refuses: AcceleratorError: CUDA error: out of memory"
+    assert checks("gpu") == [("fail", found, "end the processes that hold it (nvidia-smi lists them)")]
+
+
+@pytest.mark.parametrize("asked", ["get_device_properties", "mem_get_info"])
+def test_a_card_without_room_for_a_context_is_counted_and_not_used(asked, monkeypatch):
+    import torch
+
+    def full(*_):
+        raise torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="H100", major=9, minor=0))
+    monkeypatch.setattr(torch.cuda, asked, full)
+    found = machine(**environment._torch_facts())
+    assert (found.gpu_refuses, found.has_cuda) == (True, False)
+    assert found.cuda_error == "AcceleratorError: CUDA error: out of memory"
 
 
 def test_gpu_with_and_without_bfloat16(facts, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit, Params4bit
 
-from solotune.linear import DenseWeight, FrozenLinear, NF4Weight, stored_bytes
+from solotune.linear import DenseWeight, Fp8Weight, FrozenLinear, NF4Weight, stored_bytes
 
 SHAPES = [(64, 64), (96, 128), (5, 63), (3, 100), (1, 7)]  # some whose size is no multiple of a block, or odd
 
@@ -73,3 +73,16 @@ def test_double_quantisation_stores_4_13_bits_a_weight():
     }
     assert bits[False] == pytest.approx(4.5, abs=0.01)
     assert bits[True] == pytest.approx(4.127, abs=0.015)  # the 256-entry code table is shared by few weights here
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_nf4_values_in_fp8_keep_the_nf4_rounding_and_add_fp8s_own(double_quant):
+    """e4m3 has 3 bits of mantissa: a value is off by 1/16 of itself at most, or by half its smallest step."""
+    weight = random_weight((96, 128))
+    four_bit = NF4Weight(weight, double_quant).dense(torch.float32)
+    stored = Fp8Weight(four_bit)
+    smallest = four_bit.abs().amax(1, keepdim=True) / 448 * 2**-9
+    assert torch.all((stored.dense(torch.float32) - four_bit).abs() <= four_bit.abs() / 16 + smallest / 2 + 1e-8)
+    added = (stored.dense(torch.float32) - weight).norm() / (four_bit - weight).norm()
+    assert 1 < added < 1.15  # NF4's error is some 9 % of the weight, fp8's 2.6 %
+    assert stored_bytes(FrozenLinear(stored, None)) == 2 * weight.numel() + 4 * (96 + 128)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 - Aut
 
 from solotune.batch import collate
 from solotune.errors import InputError
-from solotune.linear import FrozenLinear
+from solotune.linear import Fp8Weight, FrozenLinear
 from solotune.loss import token_losses_reference
 from solotune.model import load_model
 
@@ -97,6 +97,31 @@ def test_a_mirror_changes_memory_and_not_one_bit_of_the_result(tiny_config):
         results.append([losses.detach(), *(layer.lora_B.grad for layer in model.adapted.values())])
     for without, with_mirror in zip(*results, strict=True):
         assert torch.equal(without, with_mirror)
+
+
+@pytest.mark.parametrize("base", ["nf4", "fp8"])
+def test_fp8_matmuls_hold_the_bases_own_values(base, tiny_config):
+    """An nf4 base multiplied in fp8 is the rounded NF4 base; an fp8 base comes straight from the weights on disk."""
+    multiplied = load(tiny_config(base_precision=base, matmul_precision="fp8"))
+    values = load(tiny_config(base_precision={"nf4": "nf4", "fp8": "fp32"}[base])).module
+    assert multiplied.choices == []  # nothing is left to expand, so no residency is chosen
+    frozen = {n: m for n, m in multiplied.module.named_modules() if isinstance(m, FrozenLinear)}
+    assert len(frozen) == 14
+    for name, linear in frozen.items():
+        expected = Fp8Weight(values.get_submodule(name).storage.dense(torch.float32))
+        for key, tensor in expected.named_buffers():
+            assert torch.equal(getattr(linear.storage, key).float(), tensor.float()), (name, key)
+
+
+def test_losses_with_fp8_matmuls_are_near_the_nf4_bases(tiny_config):
+    batch = collate(random_rows(3), CPU)
+    losses = {}
+    for base, matmuls in (("nf4", "auto"), ("nf4", "fp8"), ("fp32", "auto")):
+        model = load(tiny_config(base_precision=base, matmul_precision=matmuls))
+        model.module.eval()
+        losses[base, matmuls] = model.token_losses(batch)[0].detach()
+    change = (losses["nf4", "fp8"] - losses["nf4", "auto"]).abs().mean()
+    assert 0 < change < 0.5 * (losses["nf4", "auto"] - losses["fp32", "auto"]).abs().mean()
 
 
 def test_residency_is_chosen_with_its_reason(tiny_config):

@@ -17,7 +17,7 @@ Shape legend: B sequences, T tokens of the longest, N labels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import NamedTuple
 
 import numpy as np
@@ -32,8 +32,9 @@ class Batch(NamedTuple):
     """One forward pass."""
 
     input_ids_BT: torch.Tensor  # int64
-    supervised_BT: torch.Tensor  # bool: the token at this position is a label
+    label_places_N: torch.Tensor  # int64: where the labels are among the B * T tokens; each is predicted one earlier
     positions_BT: torch.Tensor | None  # int64, where several rows share a sequence
+    starts_S: torch.Tensor | None  # int32, there: where each of S - 1 rows begins in the B * T tokens, and their end
     weights_N: torch.Tensor | None  # float32, of the labels in row order, where one of them is not 1
     rows: Sequence[Example]
 
@@ -47,6 +48,13 @@ class Batch(NamedTuple):
         """Sum of the labels' weights; `num_supervised` where all are 1."""
         return sum(row.total_weight for row in self.rows)
 
+    @property
+    def supervised_BT(self) -> torch.Tensor:
+        """bool: the token at this position is a label."""
+        flat = torch.zeros(self.input_ids_BT.numel(), dtype=torch.bool, device=self.input_ids_BT.device)
+        flat[self.label_places_N] = True
+        return flat.view(self.input_ids_BT.shape)
+
     def weighted(self, losses_N: torch.Tensor) -> torch.Tensor:
         """The losses of the labels, each times its weight."""
         return losses_N if self.weights_N is None else losses_N * self.weights_N
@@ -55,6 +63,19 @@ class Batch(NamedTuple):
     def num_tokens(self) -> int:
         """Real tokens, without padding."""
         return sum(len(row.input_ids) for row in self.rows)
+
+
+class PackShape(NamedTuple):
+    """What all packed passes of a run are padded to, so that a compiler sees one shape."""
+
+    num_packs: int  # B
+    length: int  # T
+    num_starts: int  # S
+
+    @classmethod
+    def of(cls, packs: Iterable[Sized], num_packs: int, length: int) -> PackShape:
+        """Room for any `num_packs` of these packs; a pack's left-over tokens count as one more row."""
+        return cls(num_packs, length, num_packs * (1 + max(map(len, packs))) + 1)
 
 
 def num_labels(row: Example) -> int:
@@ -72,28 +93,38 @@ def collate(rows: Sequence[Example], device: torch.device) -> Batch:
     return collate_packs([[row] for row in rows], device)
 
 
-def collate_packs(packs: Sequence[Sequence[Example]], device: torch.device) -> Batch:
-    """A sequence for each pack, its rows one behind the other, right-padded to the longest."""
+def collate_packs(packs: Sequence[Sequence[Example]], device: torch.device, shape: PackShape | None = None) -> Batch:
+    """A sequence for each pack, its rows one behind the other, right-padded to the longest or to `shape`."""
     longest = max(sum(len(row.input_ids) for row in pack) for pack in packs)
-    input_ids = np.full((len(packs), longest), PAD_ID, dtype=np.int64)
-    supervised = np.zeros((len(packs), longest), dtype=bool)
-    positions = np.zeros((len(packs), longest), dtype=np.int64)
+    size = (shape.num_packs, shape.length) if shape else (len(packs), longest)
+    input_ids = np.full(size, PAD_ID, dtype=np.int64)
+    labels: list[np.ndarray] = []
+    positions = np.tile(np.arange(size[1]), (size[0], 1))
+    starts: list[int] = []
     for i, pack in enumerate(packs):
         start = 0
         for row in pack:
             end = start + len(row.input_ids)
             input_ids[i, start:end] = row.input_ids
-            supervised[i, start + 1 : end] = row.supervised[1:]
+            labels.append(np.flatnonzero(row.supervised[1:]) + (i * size[1] + start + 1))
             positions[i, start:end] = np.arange(end - start)
+            starts.append(i * size[1] + start)
             start = end
-        positions[i, start:] = np.arange(longest - start)
+        positions[i, start:] = np.arange(size[1] - start)
+        if start < size[1]:
+            starts.append(i * size[1] + start)
+    starts += [i * size[1] for i in range(len(packs), size[0])]
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
-    packed = any(len(pack) > 1 for pack in packs)
     rows = [row for pack in packs for row in pack]
+    places_N = tensor(np.concatenate(labels))  # counted here: asking the device for them would wait for it
     weights = None
     if any(row.weights is not None for row in rows):
         weights = tensor(np.concatenate([_label_weights(row) for row in rows]))
-    return Batch(tensor(input_ids), tensor(supervised), tensor(positions) if packed else None, weights, rows)
+    if not shape and all(len(pack) == 1 for pack in packs):
+        return Batch(tensor(input_ids), places_N, None, None, weights, rows)
+    starts += [input_ids.size] * ((shape.num_starts if shape else len(starts) + 1) - len(starts))
+    starts_S = tensor(np.array(starts, dtype=np.int32))
+    return Batch(tensor(input_ids), places_N, tensor(positions), starts_S, weights, rows)

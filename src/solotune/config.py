@@ -86,6 +86,8 @@ class RunConfig(BaseModel):
     """Branch, tag or commit of a hub model."""
     base_precision: Literal["nf4", "fp8", "bf16", "fp32", "auto"] = _in("model", default="nf4")
     """How the frozen base is stored: nf4 (4 bits, QLoRA), fp8 (and multiplied in fp8), bf16, fp32; auto: the plan's."""
+    matmul_precision: Literal["auto", "bf16", "fp8"] = _in("model", default="auto")
+    """Matmuls of the base: bf16 (float32 with `bf16: false`), fp8, or auto (fp8 for an fp8 base, else bf16)."""
     bnb_4bit_quant_type: Literal["nf4"] = _in("model", default="nf4")
     """The 4-bit data type."""
     bnb_4bit_use_double_quant: bool = _in("model", default=True)
@@ -293,6 +295,9 @@ class RunConfig(BaseModel):
                 "train_on_last_turn and assistant_only_loss: train_on_last_turn: true learns one turn, but "
                 "assistant_only_loss: false learns every token; remove one"
             )
+        if self.matmul_precision != "auto" and (change := self._against_matmuls()):
+            base, matmuls = f"base_precision: {self.base_precision}", f"matmul_precision: {self.matmul_precision}"
+            raise ValueError(f"base_precision and matmul_precision: {base} with {matmuls}; {change}")
         for what in ("eval", "save"):
             steps, strategy = getattr(self, f"{what}_steps"), getattr(self, f"{what}_strategy")
             if steps is not None and f"{what}_strategy" in given and strategy != "steps":
@@ -301,6 +306,24 @@ class RunConfig(BaseModel):
             if steps is None and strategy == "steps":
                 raise ValueError(f"{what}_strategy: steps needs {what}_steps")
         return self
+
+    def _against_matmuls(self) -> str | None:
+        """What to change where storage and matmuls contradict each other."""
+        if self.matmul_precision == "bf16":
+            stored = (
+                "an fp8 base is stored to be multiplied in fp8; leave matmul_precision out, or use base_precision: bf16"
+            )
+            return stored if self.base_precision == "fp8" else None
+        if self.base_precision in ("bf16", "fp32"):
+            return "weights multiplied in fp8 are stored in fp8 as well: base_precision: fp8"
+        if self.base_precision == "nf4" and self.base_residency != "auto":
+            return f"fp8 matmuls keep the weights in fp8 alone; remove base_residency: {self.base_residency}"
+        return None
+
+    @property
+    def multiplies_in_fp8(self) -> bool:
+        """Whether the frozen linears are `Fp8Weight`s: 16 bits a weight, whatever precision their values come from."""
+        return "fp8" in (self.base_precision, self.matmul_precision)
 
     def every(self, what: Literal["eval", "save"], steps_per_epoch: int) -> int | None:
         """Steps between two evaluations or saves; None for never."""

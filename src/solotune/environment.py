@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from solotune.config import Choice, RunConfig
+from solotune.errors import DeviceError, InputError
 
 RECORDED = (
     "torch", "transformers", "bitsandbytes", "peft", "datasets", "tokenizers", "safetensors", "numpy", "triton"
@@ -35,9 +36,12 @@ PYTHONS = ((3, 11), (3, 13))
 NEEDS = ("torch>=2.11", "transformers>=5.17,<6", "bitsandbytes>=0.49", "datasets>=4.8,<6", "safetensors>=0.7",
          "jinja2>=3.1.6")  # fmt: skip # asked of a source tree that is not installed; a test holds it to pyproject.toml
 BF16_CAPABILITY = (8, 0)
+FP8_CAPABILITY = (8, 9)
 MIN_DISK_BYTES, MIN_RAM_BYTES = 20 << 30, 8 << 30
+BUSY_GPU = "end the processes that hold it (nvidia-smi lists them)"
 NF4_MAX_ERROR = 0.16  # half the widest gap between two NF4 values (-1.0 and -0.696), and rounding
 SLOW_BF16 = "bfloat16 matmuls on a CPU were 12 times slower than float32 (measured with AVX2), and float32 is exact"
+SLOW_FP8 = "emulated on a CPU: rounded to fp8 and multiplied in float32, 1.5 to 2 times slower than a float32 base"
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,18 @@ class Machine:
         """Whether the GPU multiplies bfloat16 matrices (Ampere, compute capability 8.0, and newer)."""
         return self.compute_capability is not None and self.compute_capability >= BF16_CAPABILITY
 
+    @property
+    def fp8(self) -> bool:
+        """Whether the GPU multiplies 8-bit floats (Ada, compute capability 8.9, Hopper and newer)."""
+        return self.compute_capability is not None and self.compute_capability >= FP8_CAPABILITY
+
+    @property
+    def gpu_refuses(self) -> bool:
+        """There is a GPU that torch counts but gets no context on: its memory is full, or another process has it."""
+        return self.num_gpus > 0 and self.gpu is None
+
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "has_cuda": self.has_cuda, "bf16": self.bf16}
+        return {**asdict(self), "has_cuda": self.has_cuda, "bf16": self.bf16, "fp8": self.fp8}
 
 
 @dataclass(frozen=True)
@@ -130,9 +144,18 @@ def dtype_of(config: RunConfig) -> str:
 
 
 def settle(config: RunConfig, machine: Machine) -> tuple[RunConfig, list[Choice]]:
-    """The config with what this machine cannot do replaced by what it can, and each replacement with its reason."""
+    """The config with what this machine cannot do replaced by what it can, and each replacement with its reason.
+
+    Raises:
+        InputError: fp8 on a GPU without it; no replacement has the same numbers, so the user says which.
+        DeviceError: the GPU is there and cannot be used; a run that was meant for it does not go to the CPU unasked.
+    """
+    if machine.gpu_refuses and not config.use_cpu:
+        raise DeviceError(
+            "the GPU is there, but cannot be used", seen=machine.cuda_error, change=f"{BUSY_GPU}, or use_cpu: true"
+        )
     on_cpu = device_of(config, machine) == "cpu"
-    choices: list[Choice] = []
+    choices = _settle_fp8(config, machine, on_cpu) if config.multiplies_in_fp8 else []
     if on_cpu and config.optim != "adamw_torch":
         choices.append(
             Choice("optim", "adamw_torch", f"{config.optim} needs CUDA, as the 8-bit and paged optimizers do")
@@ -148,6 +171,21 @@ def settle(config: RunConfig, machine: Machine) -> tuple[RunConfig, list[Choice]
     if not choices:
         return config, choices
     return config.replaced("machine", **{choice.key: choice.value for choice in choices}), choices
+
+
+def _settle_fp8(config: RunConfig, machine: Machine, on_cpu: bool) -> list[Choice]:
+    if on_cpu:
+        return [Choice("matmul_precision", "fp8", SLOW_FP8)]
+    if machine.fp8:
+        return []
+    key = "base_precision" if config.base_precision == "fp8" else "matmul_precision"
+    fp8_base = "base_precision: bf16 (as large, nearer to the original weights) or nf4 (a quarter)"
+    raise InputError(
+        f"{config.source_of(key)}, {key}: fp8 needs a GPU that multiplies 8-bit floats",
+        seen=f"{machine.gpu}, compute capability {'.'.join(map(str, machine.compute_capability or ()))}",
+        allowed="compute capability 8.9 or more: Ada (L4, 40-series), Hopper (H100) and newer",
+        change=fp8_base if key == "base_precision" else "matmul_precision: auto (the same memory or less, bf16)",
+    )
 
 
 def _why_not_to_compile(machine: Machine, on_cpu: bool) -> str | None:
@@ -243,6 +281,9 @@ def _check_gpu(machine: Machine) -> Check:
         if not machine.bf16:
             return Check("gpu", "warn", found, "nothing to mend: it has no bfloat16, so training is in float32, slower")
         return Check("gpu", "ok", found)
+    if machine.gpu_refuses:
+        found = f"{machine.nvidia_gpu}, driver {machine.driver}: it refuses: {machine.cuda_error}"
+        return Check("gpu", "fail", found, BUSY_GPU)
     if machine.nvidia_gpu is None or machine.torch_error is not None:
         found = "none that torch can use: small models train in minutes on the CPU, everything else needs an NVIDIA GPU"
         return Check("gpu", "warn", found)
@@ -352,10 +393,13 @@ def _torch_facts() -> dict[str, Any]:
         warnings.simplefilter("ignore")
         if not torch.cuda.is_available():
             return facts | {"cuda_error": _cuda_error(torch) if torch.version.cuda else None}
-    properties = torch.cuda.get_device_properties(0)
-    free, total = torch.cuda.mem_get_info(0)
+    facts["num_gpus"] = torch.cuda.device_count()
+    try:
+        properties = torch.cuda.get_device_properties(0)
+        free, total = torch.cuda.mem_get_info(0)  # makes the context, for which a full card has no room
+    except RuntimeError as error:
+        return facts | {"cuda_error": _first_line(error)}
     return facts | {
-        "num_gpus": torch.cuda.device_count(),
         "gpu": properties.name,
         "compute_capability": (properties.major, properties.minor),
         "gpu_bytes": total,

@@ -92,8 +92,13 @@ class InterruptedRunError(SolotuneError):
     meaning = "interrupted, checkpoint saved"
 
     def __init__(self, signal_number: int, problem: str, run: object) -> None:
-        super().__init__(problem, change=f"continue with: solotune train {run}/config.yaml output_dir={run} --resume")
+        super().__init__(problem, change=f"continue with: {resume_command(run)}")
         self.exit_code = 128 + signal_number
+
+
+def resume_command(run: object) -> str:
+    """What continues the run in this directory; the config saved there, for the user's may have changed since."""
+    return f"solotune train {run}/config.yaml output_dir={run} --resume"
 
 
 EXIT_CODES: dict[int, str] = {

@@ -63,16 +63,15 @@ def footprint(shape: ModelShape, knobs: Knobs, work: Work, card: Card) -> Footpr
     fixed = {
         "weights": weight_bytes(shape, knobs),
         "quantization_state": quantisation_bytes(shape, knobs),
-        "adapters": 4 * shape.num_trainable,
+        "adapters": 4 * joined_weights(shape),
+        "gradients": 4 * joined_weights(shape),
         "optimizer": (optimizer := optimizer_bytes(shape, knobs))[0],
     }
-    gradient_bytes = 4 * shape.num_trainable
-    peak = max(_moments(shape, knobs, work), key=lambda m: m.activations + m.logits + m.gradients * gradient_bytes)
+    peak = max(_moments(shape, knobs, work), key=lambda m: m.activations + m.logits)
     moment, activations, logits = peak.name, peak.activations, peak.logits
     is_cpu = card.is_cpu
     workspace = _expansion_bytes(shape, knobs) + (0 if is_cpu else _library_bytes(card))
     sizes = {**fixed, "activations": activations, "logits": logits, "workspace": workspace}
-    sizes["gradients"] = gradient_bytes * (1.0 if is_cpu else peak.gradients)
     paged = optimizer[1]
     if is_cpu:
         evaluated = _evaluation_bytes(shape, work)
@@ -117,32 +116,37 @@ def quantisation_bytes(shape: ModelShape, knobs: Knobs) -> int:
     return total
 
 
+def joined_weights(shape: ModelShape) -> int:
+    """Places in the one vector of all adapters: each tensor begins at a multiple of 256 (`lora.join`)."""
+    return sum(
+        linear.count * math.ceil(shape.lora_r * width / OPTIMIZER_BLOCK) * OPTIMIZER_BLOCK
+        for linear in shape.linears
+        if linear.is_adapted
+        for width in (linear.in_features, linear.out_features)
+    )
+
+
 def optimizer_bytes(shape: ModelShape, knobs: Knobs) -> tuple[int, int]:
     """(all bytes of AdamW's two moments, those of them that are paged)."""
-    total = paged = 0
-    for linear in shape.linears:
-        for width in (linear.in_features, linear.out_features) if linear.is_adapted else ():
-            weights = shape.lora_r * width
-            one = 8 * weights
-            if "8bit" in knobs.optim and weights >= MIN_8BIT_WEIGHTS:
-                one = 2 * weights + 2 * 4 * math.ceil(weights / OPTIMIZER_BLOCK)
-            total += linear.count * one
-            if knobs.optim.startswith("paged") and weights >= MIN_PAGED_WEIGHTS:
-                paged += linear.count * min(one, (2 if "8bit" in knobs.optim else 8) * weights)
-    return total, paged
+    weights = joined_weights(shape)
+    moments = scales = 0
+    if "8bit" in knobs.optim and weights >= MIN_8BIT_WEIGHTS:
+        moments, scales = 2 * weights, 2 * 4 * math.ceil(weights / OPTIMIZER_BLOCK)
+    else:
+        moments = 8 * weights
+    is_paged = knobs.optim.startswith("paged") and weights >= MIN_PAGED_WEIGHTS
+    return moments + scales, moments if is_paged else 0
 
 
 class _Moment(NamedTuple):
     name: str
     activations: float
     logits: float
-    gradients: float  # share of the adapters' gradients that is there
 
 
 def _moments(shape: ModelShape, knobs: Knobs, work: Work) -> list[_Moment]:
     """Every candidate for the peak of a micro-batch: each layer at work, and the head."""
     b, t = work.rows, work.tokens
-    earlier = float(work.accumulation > 1)  # gradients of the micro-batches before
     first = shape.layers[0].output.at(b, t)  # what the embedding gives, and the size of every layer's input
     kept = 0.0 if knobs.is_offloaded and knobs.num_checkpointed else first
     brought_back = first * knobs.is_offloaded
@@ -151,7 +155,7 @@ def _moments(shape: ModelShape, knobs: Knobs, work: Work) -> list[_Moment]:
         below.append(kept)
         is_checkpointed = number < knobs.num_checkpointed
         at_work = _in_parts(layer.forward_peak.at(b, t), layer, work, is_checkpointed)
-        moments.append(_Moment("forward", kept + brought_back + at_work, 0.0, earlier))
+        moments.append(_Moment("forward", kept + brought_back + at_work, 0.0))
         if not is_checkpointed:
             kept += layer.kept.at(b, t)
         elif not knobs.is_offloaded or number == knobs.num_checkpointed - 1:
@@ -159,10 +163,10 @@ def _moments(shape: ModelShape, knobs: Knobs, work: Work) -> list[_Moment]:
     outside = shape.outside
     with_norm = kept + outside.kept.at(b, t) - first
     moments += [
-        _Moment("head", kept + outside.forward_peak.at(b, t) - first, 0.0, earlier),
-        _Moment("head", with_norm + _head_states(shape, work), logit_bytes(shape, work), earlier),
-        _Moment("backward", with_norm + outside.backward_extra.at(b, t), 0.0, earlier),
-        _Moment("step", 0.0, 0.0, 1.0),
+        _Moment("head", kept + outside.forward_peak.at(b, t) - first, 0.0),
+        _Moment("head", with_norm + _head_states(shape, work), logit_bytes(shape, work)),
+        _Moment("backward", with_norm + outside.backward_extra.at(b, t), 0.0),
+        _Moment("step", 4.0 * joined_weights(shape) if knobs.optim == "adamw_torch" else 0.0, 0.0),
     ]
     for number, layer in enumerate(shape.layers):
         is_checkpointed = number < knobs.num_checkpointed
@@ -170,7 +174,7 @@ def _moments(shape: ModelShape, knobs: Knobs, work: Work) -> list[_Moment]:
         if is_checkpointed:
             at_work = brought_back + max(at_work, layer.forward_peak.at(b, t) + layer.output.at(b, t))
         at_work = below[number] + _in_parts(at_work, layer, work, is_checkpointed)
-        moments.append(_Moment("backward", at_work, 0.0, max(earlier, 1 - number / len(shape.layers))))
+        moments.append(_Moment("backward", at_work, 0.0))
     return moments
 
 

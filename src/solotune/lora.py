@@ -38,30 +38,36 @@ from solotune.linear import FrozenLinear
 
 USUAL_RANKS = tuple(2**k for k in range(10))  # 1 to 512
 
+FIRST_FACTOR, SECOND_FACTOR = 0x7FEB352D, 0x846CA68B - (1 << 32)  # of `hashed`, as int32
+
 
 def hashed(x: torch.Tensor) -> torch.Tensor:
     """A well mixed int32 for each int32: `lowbias32` (C. Wellons 2018, "Prospecting for hash functions")."""
-    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * (0x846CA68B - (1 << 32))
+    x = (x ^ ((x >> 16) & 0xFFFF)) * FIRST_FACTOR
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * SECOND_FACTOR
     return x ^ ((x >> 16) & 0xFFFF)
 
 
-def seeded_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
-    """x with each element zeroed with probability p and the others divided by 1 - p; the mask is a hash of the seed.
+def seeded_dropout(x: torch.Tensor, p: float, seeds_2: torch.Tensor) -> torch.Tensor:
+    """x with each element zeroed with probability p and the others divided by 1 - p; the mask is a hash of the seeds.
+
+    `hashed` of the element's place, one seed added before and another in its midst, and without its last line, which
+    changes only the low bits: the hash is what a kernel of dropout spends its time on.
 
     Args:
-        seed: int32, one number; on the device of x.
+        seeds_2: int32; on the device of x.
     """
-    place = torch.arange(x.numel(), device=x.device, dtype=torch.int32).view(x.shape)
-    is_kept = hashed(hashed(place) ^ seed) >= int((p - 0.5) * (1 << 32))
-    return torch.where(is_kept, x * (1 / (1 - p)), 0)
+    place = torch.arange(x.numel(), device=x.device, dtype=torch.int32).view(x.shape) + seeds_2[0]
+    place = (place ^ ((place >> 16) & 0xFFFF)) * FIRST_FACTOR
+    place = (place ^ ((place >> 15) & 0x1FFFF) ^ seeds_2[1]) * SECOND_FACTOR
+    return torch.where(place >= int((p - 0.5) * (1 << 32)), x * (1 / (1 - p)), 0)
 
 
 class LoraLinear(nn.Module):
     """A frozen linear with its adapter: `lora_A` (r, in_features) and `lora_B` (out_features, r), float32."""
 
-    layer_seed: torch.Tensor
-    pass_seed: torch.Tensor | None
+    layer_seeds: torch.Tensor
+    pass_seeds: torch.Tensor | None
 
     def __init__(
         self,
@@ -71,20 +77,20 @@ class LoraLinear(nn.Module):
         dropout: float,
         device: torch.device,
         layer_seed: int = 0,
-        pass_seed: torch.Tensor | None = None,
+        pass_seeds: torch.Tensor | None = None,
     ) -> None:
         """Args:
         layer_seed: tells this layer's dropout from the others'.
-        pass_seed: int32, one number, shared by all layers, a new one for each forward pass; None: dropout draws from
+        pass_seeds: int32, two numbers, shared by all layers, new ones for each forward pass; None: dropout draws from
             PyTorch's generator.
         """
         super().__init__()
         self.base = base
         self.scaling, self.dropout = scaling, dropout
         self.enabled = True
-        seed = torch.tensor(layer_seed, dtype=torch.int32, device=device)
-        self.register_buffer("layer_seed", hashed(seed), persistent=False)
-        self.register_buffer("pass_seed", pass_seed, persistent=False)
+        seeds = torch.tensor([2 * layer_seed, 2 * layer_seed + 1], dtype=torch.int32, device=device)
+        self.register_buffer("layer_seeds", hashed(seeds), persistent=False)
+        self.register_buffer("pass_seeds", pass_seeds, persistent=False)
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device, dtype=torch.float32))
 
@@ -92,10 +98,10 @@ class LoraLinear(nn.Module):
         y = self.base(x)
         if not self.enabled:
             return y
-        if self.pass_seed is None or not self.training or not self.dropout:
+        if self.pass_seeds is None or not self.training or not self.dropout:
             h = F.dropout(x, self.dropout, self.training)
         else:
-            h = seeded_dropout(x, self.dropout, self.layer_seed ^ self.pass_seed)
+            h = seeded_dropout(x, self.dropout, self.layer_seeds ^ self.pass_seeds)
         return y + F.linear(F.linear(h, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.scaling
 
 
@@ -114,10 +120,10 @@ def attach(model: nn.Module, config: RunConfig, device: torch.device) -> dict[st
     targets = list(linears) if wanted == "all-linear" else _matching(linears, wanted, config)
     scaling = config.lora_alpha / (math.sqrt(config.lora_r) if config.use_rslora else config.lora_r)
     generator = torch.Generator().manual_seed(config.seed)
-    pass_seed = torch.zeros((), dtype=torch.int32, device=device) if config.torch_compile else None
+    pass_seeds = torch.zeros(2, dtype=torch.int32, device=device) if config.torch_compile else None
     adapted: dict[str, LoraLinear] = {}
     for number, name in enumerate(targets, start=1):
-        layer = LoraLinear(linears[name], config.lora_r, scaling, config.lora_dropout, device, number, pass_seed)
+        layer = LoraLinear(linears[name], config.lora_r, scaling, config.lora_dropout, device, number, pass_seeds)
         bound = 1 / math.sqrt(layer.lora_A.shape[1])  # kaiming_uniform with a = sqrt(5), for fan_in = in_features
         initial = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
         layer.lora_A.data.copy_(initial)
@@ -125,6 +131,25 @@ def attach(model: nn.Module, config: RunConfig, device: torch.device) -> dict[st
         setattr(model.get_submodule(parent), leaf, layer)
         adapted[name] = layer
     return adapted
+
+
+def join(adapted: Mapping[str, LoraLinear], device: torch.device) -> nn.Parameter:
+    """One float32 vector of which every `lora_A` and `lora_B` becomes a view, and its gradient likewise.
+
+    What an optimizer does for each tensor (a launch, a page to fetch) it then does once. Each begins at a multiple of
+    256, the block in which 8-bit optimizers scale their moments, so the result is that of separate tensors.
+    """
+    parts = [getattr(layer, part) for layer in adapted.values() for part in ("lora_A", "lora_B")]
+    starts = list(itertools.accumulate((-(-part.numel() // 256) * 256 for part in parts), initial=0))
+    joined = nn.Parameter(torch.zeros(starts[-1], device=device))
+    joined.grad = torch.zeros_like(joined)
+    for part, start in zip(parts, starts, strict=False):
+        values, gradient = (
+            whole[start : start + part.numel()].view(part.shape) for whole in (joined.data, joined.grad)
+        )
+        part.data = values.copy_(part.data)
+        part.grad = gradient
+    return joined
 
 
 def _matching(linears: Mapping[str, FrozenLinear], wanted: list[str] | str, config: RunConfig) -> list[str]:
@@ -152,10 +177,10 @@ def seed_dropout(adapted: Mapping[str, LoraLinear], *numbers: int) -> None:
     Args:
         numbers: what tells this pass from all others: seed of the run, step, micro-batch.
     """
-    state = np.random.SeedSequence(numbers).generate_state(1)[0]
+    state = np.random.SeedSequence(numbers).generate_state(2).astype(np.int32)
     for layer in itertools.islice(adapted.values(), 1):  # one tensor, which all layers share
-        if layer.pass_seed is not None:
-            layer.pass_seed.fill_(int(state.astype(np.int32)))
+        if layer.pass_seeds is not None:
+            layer.pass_seeds.copy_(torch.from_numpy(state), non_blocking=True)
 
 
 @contextmanager

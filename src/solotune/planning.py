@@ -125,10 +125,9 @@ def make_plan(
         free_bytes: of this machine's card; None for a card that is not here.
 
     Raises:
-        InputError: a budget that the card does not have, or fp8 on a card without it.
+        InputError: a budget that the card does not have.
     """
     budget = budget_of(config, card, free_bytes)
-    _check_precision(config, card)
     option, settled, fits = _best(config, shapes, card, work, budget)
     notes = [*(notes or []), *_notes(shapes(settled), settled, work)]
     choices = _choices(config, option, card, shapes(settled), fits)
@@ -184,17 +183,9 @@ def precisions(config: RunConfig, card: Card) -> list[Precision]:
         return ["fp32", "nf4"]
     if not card.has_bf16:
         return ["fp32", "nf4"]
-    return ["fp8", "nf4"] if card.has_fp8 else ["bf16", "nf4"]
-
-
-def _check_precision(config: RunConfig, card: Card) -> None:
-    if config.base_precision == "fp8" and not card.has_fp8 and not card.is_cpu:
-        raise InputError(
-            f"{config.source_of('base_precision')}, base_precision: {card.name} does not multiply in fp8",
-            seen="base_precision: fp8",
-            allowed="fp8 from compute capability 8.9 on (Ada, Hopper)",
-            change="base_precision: bf16, or nf4 where that does not fit",
-        )
+    if config.matmul_precision == "fp8":
+        return ["fp8"]
+    return ["fp8", "nf4"] if card.has_fp8 and config.matmul_precision == "auto" else ["bf16", "nf4"]
 
 
 def _best(config: RunConfig, shapes: Shapes, card: Card, work: Work, budget: Budget) -> tuple[Option, RunConfig, bool]:
@@ -240,7 +231,7 @@ def _knobs(config: RunConfig, shape: ModelShape, card: Card, offload: bool) -> I
         range(depth + 1) if wanted == "auto" else [depth * wanted if isinstance(wanted, bool) else min(wanted, depth)]
     )
     mirrors = {"auto": [False, True], "quantized": [False], "dequantized": [True]}[config.base_residency]
-    precision = config.base_precision
+    precision = "fp8" if config.multiplies_in_fp8 else config.base_precision  # the storage, see `model.load_model`
     assert precision != "auto" and precision in get_args(Precision)
     for count, mirrored in product(counts, mirrors if precision == "nf4" else [False]):
         if offload and not count:

@@ -242,6 +242,12 @@ def _fresh_path(config: RunConfig) -> Path:
     return path if not path.exists() else path.with_name(f"{path.name}-{os.getpid()}")
 
 
+def nearest_folder(path: str | Path) -> Path:
+    """The folder that exists already, of `path` and those above it."""
+    path = Path(os.path.expanduser(path)).absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
 def list_runs(root: str | Path = "runs") -> list[RunDirectory]:
     """The runs below a folder, oldest first."""
     found = [RunDirectory(path.parent) for path in Path(root).glob("*/config.yaml")]

@@ -29,8 +29,9 @@ from solotune import lora, loss, tracing
 from solotune.config import RunConfig
 from solotune.costs import Growth, LayerCost, Linear, ModelShape, Pass
 from solotune.hub import model_folder
+from solotune.layers import decoder_layers
 from solotune.linear import DenseWeight, Fp8Weight, FrozenLinear, round_to_fp8
-from solotune.model import _empty_model, _frozen_linears, _NoSuchAttention, decoder_layers
+from solotune.model import _empty_model, _frozen_linears, _NoSuchAttention
 from solotune.tracing import Look, fit, look_compiled, look_eager, metered
 from solotune.weights import read_architecture
 
@@ -106,7 +107,7 @@ def _fill_with_fakes(module: PreTrainedModel, config: RunConfig, dtype: torch.dt
         transposed = isinstance(part, Conv1D)
         out, into = reversed(weight.shape) if transposed else weight.shape
         fake = torch.empty(out, into, dtype=dtype)
-        storage = _TracedFp8(fake) if config.base_precision == "fp8" else DenseWeight(fake)
+        storage = _TracedFp8(fake) if config.multiplies_in_fp8 else DenseWeight(fake)
         bias = torch.empty(out, dtype=dtype) if isinstance(part.bias, nn.Parameter) else None
         parent, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(parent), leaf, FrozenLinear(storage, bias, transposed))

@@ -78,7 +78,7 @@ def shapes_of() -> Callable[[RunConfig], ModelShape]:
     asked: dict[str, RunConfig] = {}
 
     def shape(config: RunConfig) -> ModelShape:
-        kind = "fp8" if config.base_precision == "fp8" else "dense"
+        kind = "fp8" if config.multiplies_in_fp8 else "dense"
         key = f"{config.model_name_or_path} {kind} {config.torch_compile} {config.bf16}"
         asked[key] = config
         return of(key)

@@ -28,7 +28,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from solotune import checkpoint, evaluation, lora
-from solotune.batch import Batch, collate, collate_packs
+from solotune.batch import Batch, PackShape, collate, collate_packs
 from solotune.config import RunConfig
 from solotune.dataset import Example
 from solotune.dataset.example import lengths_of
@@ -107,6 +107,14 @@ def sequences(config: RunConfig, rows: Sequence[Example]) -> list[list[int]] | n
     return pack(lengths_of(rows), config.max_length)
 
 
+def packs_of(config: RunConfig, rows: Sequence[Example]) -> tuple[list[list[int]] | np.ndarray, PackShape | None]:
+    """The training sequences, and what packs of them are padded to: compiled passes should have one shape."""
+    packs = sequences(config, rows)
+    if not (config.packing and config.torch_compile):
+        return packs, None
+    return packs, PackShape.of(packs, config.per_device_train_batch_size, config.max_length)
+
+
 def make_optimizer(config: RunConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW as `optim` names it; bitsandbytes' keeps its moments in 8 bits and, paged, lets them spill to the host."""
     options: dict[str, Any] = {
@@ -174,16 +182,16 @@ def train_step(
         loss_sum += weighted_sum.detach()
         hits += hits_N.sum()
     grad_norm = clip_grad_norm_(model.trainable, max_grad_norm)
-    loss, accuracy, norm = (loss_sum / total_weight).item(), (hits / num_supervised).item(), grad_norm.item()
+    loss, accuracy, norm = torch.stack([loss_sum / total_weight, hits / num_supervised, grad_norm]).tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=False)
         raise NonFiniteError(
             "the loss or its gradient is not finite; stopped before the update, the weights are as they were",
             seen=f"loss {loss}, gradient norm {norm}",
             change=f"look at {', '.join(bad_rows(model, micro_batches)) or 'the learning rate: no single row does it'}",
         )
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=False)  # gradients are views of one vector
     return loss, accuracy, norm
 
 
@@ -218,15 +226,15 @@ def train(
     Raises:
         NonFiniteError: see `train_step`; raised with the step's number.
     """
-    packs = sequences(config, train_rows)
+    packs, shape = packs_of(config, train_rows)
     schedule = Schedule.of(config, len(packs))
-    optimizer = make_optimizer(config, model.trainable)
+    optimizer = make_optimizer(config, [model.joined])
     torch.manual_seed(config.seed)
     done = 0
     if resume_from is not None:
         done = resume_from.step
         lora.load_state_dict(model.adapted, resume_from.adapter, f"step {done}")
-        checkpoint.restore_optimizer(optimizer, resume_from, model.trainable)
+        checkpoint.restore_optimizer(optimizer, resume_from, [model.joined])
         checkpoint.restore_random(resume_from.random)
     eval_every = config.every("eval", schedule.steps_per_epoch)
     save_every = config.every("save", schedule.steps_per_epoch)
@@ -238,7 +246,7 @@ def train(
         for step, micro_batches in enumerate(schedule.steps(done), start=done + 1):
             started = time.perf_counter()
             chosen = [[[train_rows[row] for row in packs[i]] for i in micro_batch] for micro_batch in micro_batches]
-            batches = [collate_packs(part, model.device) for part in chosen]
+            batches = [collate_packs(part, model.device, shape) for part in chosen]
             learning_rate = learning_rate_at(config, step - 1, schedule.total_steps)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -287,6 +295,12 @@ def train(
                 raise InterruptedRunError(stop.received, f"stopped after step {step}; checkpoint saved", run.path)
     display.finish()
     return score
+
+
+def reset_peak_bytes(device: torch.device) -> None:
+    """Begins to look for the largest memory anew, where the device can (CUDA)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -17,6 +17,7 @@ from transformers import TextStreamer
 
 from solotune import checkpoint, dataset, environment, evaluation, lora
 from solotune.config import Choice, RunConfig, load_config
+from solotune.device_failure import device_errors
 from solotune.environment import Machine
 from solotune.errors import InputError
 from solotune.model import TrainableModel, load_model
@@ -33,7 +34,8 @@ def settle(config: RunConfig) -> tuple[RunConfig, Machine, list[Choice]]:
 def load_base(config: RunConfig, machine: Machine) -> TrainableModel:
     """The base of a settled config with fresh adapters, where this machine computes."""
     device = torch.device(environment.device_of(config, machine))
-    return load_model(config, device, getattr(torch, environment.dtype_of(config)))
+    with device_errors(config):
+        return load_model(config, device, getattr(torch, environment.dtype_of(config)))
 
 
 @dataclass
@@ -101,7 +103,7 @@ class ChatSession:
         if on_text is not None:
             streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
             streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
-        with lora.adapters_off(self._model.module) if base else nullcontext():
+        with device_errors(self._config), lora.adapters_off(self._model.module) if base else nullcontext():
             ids = evaluation.generate(
                 self._model,
                 dataset.render_prompt(self._tokenizer, asked),

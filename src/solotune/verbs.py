@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from solotune.config import SECTIONS, Choice, RunConfig, allowed_values, field_help, load_config, section_of, to_yaml
 from solotune.errors import InputError, IntegrityError, SolotuneError
-from solotune.record import RunDirectory, list_runs, read_json, storage_errors, whole_folder, write_whole
+from solotune.record import (
+    RunDirectory,
+    list_runs,
+    nearest_folder,
+    read_json,
+    storage_errors,
+    whole_folder,
+    write_whole,
+)
 from solotune.terminal import Display, PlainDisplay, SilentDisplay, make_console, tee
 
 if TYPE_CHECKING:
@@ -179,8 +187,10 @@ def train(
     Raises:
         SolotuneError: see `solotune.errors`; each kind has its exit code.
     """
-    from solotune import dataset, training
+    from solotune import checkpoint, dataset, training
     from solotune.dataset import pack
+    from solotune.device_failure import device_failure
+    from solotune.preflight import preflight
     from solotune.resume import fingerprints, open_run, recorded_day
     from solotune.survey import plan_for
     from solotune.tuned import load_base, settle
@@ -201,6 +211,11 @@ def train(
     checked, choices = planned.settled, [*choices, *planned.choices]
     display.phase("loading model")
     model = load_base(checked, machine)
+    tried = None
+    if model.device.type == "cuda":
+        display.phase("trying the largest step")
+        folder = nearest_folder(checked.output_dir or "runs")
+        tried = preflight(model, prepared.train, prepared.validation, checked, folder)
     run, start = open_run(checked, prepared, resume)  # nothing is written before all that can be refused was seen
     log = open(run.path / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed with the run
     try:
@@ -218,6 +233,9 @@ def train(
         if prepared.report.packing:
             display.note(f"packing: {pack.in_words(prepared.report.packing)}")
         run.log_metrics("start", step=start.step if start else 0, **summary)
+        if tried:
+            display.note(tried.in_words())
+            run.log_metrics("preflight", **asdict(tried))
         tuned = training.train(
             model, prepared.train, prepared.validation, checked, run, display, start, fingerprints(checked, prepared)
         )
@@ -234,6 +252,9 @@ def train(
         return TrainResult(run.path, summary, choices, result)
     except Exception as error:
         error.run_dir = run.path  # type: ignore[attr-defined] - where the command line writes a bug's traceback
+        if failure := device_failure(error, checked, run.path, checkpoint.newest(run.checkpoints)):
+            run.log_metrics("device_failed", problem=failure.problem, seen=failure.seen)
+            raise failure from error
         raise
     finally:
         log.close()
@@ -247,6 +268,7 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
         IntegrityError: the data is no longer what the run held out.
     """
     from solotune import dataset
+    from solotune.device_failure import device_errors
     from solotune.resume import day_of
     from solotune.tuned import TunedRun
 
@@ -266,7 +288,8 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
     if not prepared.validation:
         raise InputError(f"{path}: the run held out no rows", change="train with validation_size above 0")
     display.phase("loading model")
-    result = _compare(found.load(), found.tokenizer, prepared, found.config, None, display)
+    with device_errors(found.config):
+        result = _compare(found.load(), found.tokenizer, prepared, found.config, None, display)
     found.directory.write_json("evaluation.json", result.to_json())
     return result
 

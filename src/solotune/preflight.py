@@ -1,0 +1,131 @@
+"""The largest step of a run, tried before the run begins: forward, backward, optimizer, evaluation, save.
+
+An out-of-memory error at step 300 costs an afternoon. Memory depends on shapes alone, so the micro-batch with the most
+places (rows x longest row, padding included), run once, takes as much as any that will come; and the compiler's work is
+then done too, so the run's own steps are timed without it. Nothing may be different afterwards: the optimizer tried is
+a spare one with a learning rate of 0, gradients go back to zero and random generators to where they were.
+
+What it does not do: try row lengths that only some steps have (a compiler may want seconds for one of those), or
+generate samples.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from solotune import checkpoint, evaluation, lora, training
+from solotune.batch import Batch, collate_packs
+from solotune.config import RunConfig
+from solotune.dataset import Example
+from solotune.dataset.example import lengths_of
+from solotune.device_failure import device_memory, smaller
+from solotune.errors import CheckError
+from solotune.model import TrainableModel
+from solotune.record import storage_errors
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What the largest step took."""
+
+    rows: int
+    places: int  # rows x longest
+    peak_bytes: int
+    first_step_seconds: float  # with compiling
+    step_seconds: float
+    evaluation_peak_bytes: int
+    free_bytes: int | None  # of the card, beside what this process has reserved
+
+    def in_words(self) -> str:
+        text = f"preflight: the largest step, {self.rows} rows in {self.places:,} places, took {_gib(self.peak_bytes)}"
+        text += f" and {self.step_seconds:.2f} s, the first time {self.first_step_seconds:.0f} s"
+        return text + (f"; {_gib(self.free_bytes)} of the GPU are left" if self.free_bytes is not None else "")
+
+
+def preflight(
+    model: TrainableModel,
+    train_rows: Sequence[Example],
+    validation_rows: Sequence[Example],
+    config: RunConfig,
+    folder: Path,
+) -> Preflight:
+    """Tries the largest step; the model, its gradients and the random generators are as before.
+
+    Args:
+        folder: where a checkpoint is written for a try, and removed.
+
+    Raises:
+        CheckError: the card's memory does not suffice.
+        StorageError: a checkpoint cannot be written there.
+    """
+    batch = largest_micro_batch(model, train_rows, config)
+    random = checkpoint.random_state()
+    try:
+        training.reset_peak_bytes(model.device)
+        started = time.perf_counter()
+        _step(model, batch, config, folder)
+        first = time.perf_counter() - started
+        started = time.perf_counter()
+        _step(model, batch, config, None)
+        second = time.perf_counter() - started
+        peak = training.peak_bytes(model.device)
+        training.reset_peak_bytes(model.device)
+        longest = np.argsort(-np.asarray(lengths_of(validation_rows)), kind="stable")[
+            : config.per_device_eval_batch_size
+        ]
+        if len(validation_rows):
+            evaluation.score(model, [validation_rows[i] for i in longest], len(longest))
+        evaluation_peak = training.peak_bytes(model.device)
+    except torch.OutOfMemoryError as error:
+        raise _does_not_fit(error, batch, config) from error
+    finally:
+        model.zero_gradients()
+        checkpoint.restore_random(random)
+        training.reset_peak_bytes(model.device)
+    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else None
+    return Preflight(len(batch.rows), batch.input_ids_BT.numel(), peak, first, second, evaluation_peak, free)
+
+
+def largest_micro_batch(model: TrainableModel, train_rows: Sequence[Example], config: RunConfig) -> Batch:
+    """The micro-batch with the most places that the run can have: its longest rows together, or any full packs."""
+    packs, shape = training.packs_of(config, train_rows)
+    lengths = np.asarray(lengths_of(train_rows))
+    longest = np.argsort([-lengths[list(pack)].sum() for pack in packs], kind="stable")[
+        : config.per_device_train_batch_size
+    ]
+    return collate_packs([[train_rows[row] for row in packs[i]] for i in longest], model.device, shape)
+
+
+def _step(model: TrainableModel, batch: Batch, config: RunConfig, folder: Path | None) -> None:
+    """One optimizer step that changes nothing, and a checkpoint of it."""
+    spare = training.make_optimizer(config, [model.joined])
+    for group in spare.param_groups:
+        group["lr"] = 0.0  # and with it AdamW's weight decay
+    model.module.train()
+    training.train_step(model, [batch], spare, config.max_grad_norm)
+    if folder is not None:
+        with storage_errors(folder), tempfile.TemporaryDirectory(prefix=".preflight-", dir=folder) as scratch:
+            checkpoint.save(Path(scratch), 0, lora.state_dict(model.adapted), "{}", spare, {})
+
+
+def _does_not_fit(error: torch.OutOfMemoryError, batch: Batch, config: RunConfig) -> CheckError:
+    memory = device_memory()
+    longest = batch.input_ids_BT.shape[1]
+    held = f"; {_gib(memory.outside)} of the card are outside this process" if memory else ""
+    return CheckError(
+        "preflight: the largest step of this run does not fit into the GPU's memory",
+        seen=f"{batch.input_ids_BT.shape[0]} x {longest:,} tokens: {str(error).strip().split(chr(10))[0]}{held}",
+        change=" or ".join(itertools.islice(smaller(config, "training", None), 2)),
+    )
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"

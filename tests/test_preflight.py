@@ -1,0 +1,87 @@
+"""The largest step is the one that is tried, it says what it took, and nothing is different afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import random_rows
+
+from solotune import lora, preflight, training
+from solotune.batch import collate
+from solotune.errors import CheckError, StorageError
+from solotune.model import load_model
+
+CPU = torch.device("cpu")
+ROWS = random_rows(40)
+
+
+def steps(model, config, count=3):
+    torch.manual_seed(5)
+    optimizer = training.make_optimizer(config, [model.joined])
+    model.module.train()
+    return [training.train_step(model, [collate(ROWS[:4], CPU)], optimizer, 1.0) for _ in range(count)]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_nothing_is_different_afterwards(packing, tiny_config, tmp_path):
+    config = tiny_config(lora_dropout=0.2, packing=packing, weight_decay=0.1)
+    untouched = load_model(config, CPU, torch.float32)
+    tried = load_model(config, CPU, torch.float32)
+    torch.manual_seed(7)
+    before = {name: tensor.clone() for name, tensor in lora.state_dict(tried.adapted).items()}
+    report = preflight.preflight(tried, ROWS, ROWS[:9], config, tmp_path)
+    drawn = torch.rand(3)
+    torch.manual_seed(7)
+    assert torch.equal(drawn, torch.rand(3))
+    assert not tried.joined.grad.any()
+    assert all(torch.equal(before[name], tensor) for name, tensor in lora.state_dict(tried.adapted).items())
+    assert list(tmp_path.iterdir()) == []
+    assert steps(tried, config) == steps(untouched, config)
+    assert report.peak_bytes > 0 and report.step_seconds > 0
+    assert report.in_words().startswith(f"preflight: the largest step, {report.rows} rows in {report.places} places")
+
+
+def test_the_longest_rows_come_together(tiny_config):
+    model = load_model(tiny_config(), CPU, torch.float32)
+    lengths = sorted((len(row.input_ids) for row in ROWS), reverse=True)
+    batch = preflight.largest_micro_batch(model, ROWS, tiny_config(per_device_train_batch_size=3))
+    assert sorted((len(row.input_ids) for row in batch.rows), reverse=True) == lengths[:3]
+    assert batch.input_ids_BT.shape == (3, lengths[0])
+
+
+def test_packs_have_the_shape_they_have_in_the_run(tiny_config):
+    config = tiny_config(packing=True, torch_compile=True, per_device_train_batch_size=2)
+    model = load_model(tiny_config(), CPU, torch.float32)
+    batch = preflight.largest_micro_batch(model, ROWS, config)
+    packs, shape = training.packs_of(config, ROWS)
+    assert shape is not None
+    assert batch.input_ids_BT.shape == (2, 64) and len(batch.starts_S) == shape.num_starts
+    fullest = sorted((sum(len(ROWS[row].input_ids) for row in pack) for pack in packs), reverse=True)[:2]
+    assert batch.num_tokens == sum(fullest)
+
+
+def test_what_does_not_fit_is_a_check_that_says_no(tiny_config, tmp_path, monkeypatch):
+    config = tiny_config(per_device_train_batch_size=4)
+    model = load_model(config, CPU, torch.float32)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more.")
+
+    monkeypatch.setattr(training, "train_step", full)
+    with pytest.raises(CheckError) as caught:
+        preflight.preflight(model, ROWS, ROWS[:2], config, tmp_path)
+    longest = max(len(row.input_ids) for row in ROWS)
+    assert str(caught.value) == (
+        "preflight: the largest step of this run does not fit into the GPU's memory\n"
+        f"  seen:    4 x {longest} tokens: CUDA out of memory. Tried to allocate 2.00 GiB.\n"
+        "  change:  per_device_train_batch_size: 2 with gradient_accumulation_steps: 16 (the same step) or "
+        "gradient_checkpointing: true"
+    )
+    assert caught.value.exit_code == 3
+
+
+def test_a_folder_that_takes_no_checkpoint_is_told_before_the_run(tiny_config, tmp_path):
+    config = tiny_config()
+    model = load_model(config, CPU, torch.float32)
+    with pytest.raises(StorageError, match="gone"):
+        preflight.preflight(model, ROWS, ROWS[:2], config, tmp_path / "gone")
