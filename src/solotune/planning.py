@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple, get_args
 
+from solotune.calibration import CONTEXT_BYTES
 from solotune.cards import CARDS, GIB, Card
 from solotune.config import BUDGET_SIZE, Choice, RunConfig
 from solotune.costs import Knobs, ModelShape, Precision, Work
@@ -145,10 +146,13 @@ def budget_of(config: RunConfig, card: Card, free_bytes: int | None) -> Budget:
     """
     total, wanted = card.memory_bytes, config.memory_budget
     available = total if free_bytes is None else free_bytes
+    if free_bytes is not None and not card.is_cpu:
+        available += CONTEXT_BYTES  # this process has made its context already
     if wanted == "auto":
         if free_bytes is not None:
             room = int(0.9 * free_bytes) if card.is_cpu else free_bytes - FREE_MARGIN_BYTES
-            return Budget(room, room, f"{in_gib(free_bytes)} of {in_gib(total)} are free, less a margin")
+            because = f"{in_gib(free_bytes)} of {in_gib(total)} are free, less a margin"
+            return Budget(room, available - (free_bytes - room), because)
         room = int(SHARE_OF_CARD * total)
         return Budget(room, room, f"{SHARE_OF_CARD:.0%} of the card's {in_gib(total)}")
     size = int(wanted * total) if isinstance(wanted, float) else bytes_of(str(wanted))

@@ -202,19 +202,19 @@ def print_plan(plan: Plan, console: Console) -> None:
     used, took = plan.option.footprint, plan.option.seconds
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     table.add_column(f"peak memory on {plan.card.name}", no_wrap=True)
-    table.add_column("GiB", justify="right", no_wrap=True)
+    table.add_column("", justify="right", no_wrap=True)
     for name, size in used.by_category.items():
-        table.add_row(name.replace("_", " "), f"{size / 2**30:,.2f}")
+        table.add_row(name.replace("_", " "), _size(size))
     if used.paged_bytes:
-        table.add_row("of these paged, outside the allocator", f"-{used.paged_bytes / 2**30:,.2f}")
+        table.add_row("of these paged, outside the allocator", f"-{_size(used.paged_bytes)}")
     table.add_section()
-    table.add_row(Text(f"peak ({used.moment})", "bold"), Text(f"{used.peak_bytes / 2**30:,.2f}", "bold"))
-    table.add_row("budget", f"{plan.budget.bytes / 2**30:,.2f}")
+    table.add_row(Text(f"peak ({used.moment})", "bold"), Text(_size(used.peak_bytes), "bold"))
+    table.add_row("budget", _size(plan.budget.bytes))
     console.print(table)
     facts = {
         "load": clock(took.load),
         "first step": clock(took.first_step),
-        "step": f"{took.step:,.2f} s, {took.tokens_per_second:,.0f} tokens/s",
+        "step": f"{took.step:,.3g} s, {took.tokens_per_second:,.0f} tokens/s",
         "in all": clock(took.total) if took.total is not None else "",
     }
     _print_facts({key: value for key, value in facts.items() if value}, console)
@@ -229,6 +229,11 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(Text("fits", "bold green"))
     else:
         _signed(*SIGNS["fail"], "does not fit:", f"change {plan.way_out()}", None, console)
+
+
+def _size(count: int) -> str:
+    """A plan's bytes, to a hundredth."""
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
 
 
 def print_trained(result: TrainResult, console: Console) -> None:

@@ -31,7 +31,7 @@ from solotune.costs import Growth, LayerCost, Linear, ModelShape, Pass
 from solotune.hub import model_folder
 from solotune.layers import decoder_layers
 from solotune.linear import DenseWeight, Fp8Weight, FrozenLinear, round_to_fp8
-from solotune.model import _empty_model, _frozen_linears, _NoSuchAttention
+from solotune.model import _check_positions, _empty_model, _frozen_linears, _NoSuchAttention
 from solotune.tracing import Look, fit, look_compiled, look_eager, metered
 from solotune.weights import read_architecture
 
@@ -45,7 +45,8 @@ def model_shape(config: RunConfig) -> ModelShape:
     """The shape of the model of a settled config; its `base_precision` must not be auto.
 
     Raises:
-        InputError: no model there, an architecture without a list of layers, a target module that matches nothing.
+        InputError: no model there, an architecture without a list of layers, a target module that matches nothing, rows
+            longer than the model's positions.
     """
     folder = model_folder(config)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
@@ -85,6 +86,7 @@ def model_shape(config: RunConfig) -> ModelShape:
 
 def _empty(config: RunConfig, folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, str]:
     architecture, cpu = read_architecture(folder), torch.device("cpu")
+    _check_positions(architecture, config)
     try:
         module, attention = _empty_model(architecture, folder, config.attn_implementation, dtype, cpu), "sdpa"
         attention = config.attn_implementation

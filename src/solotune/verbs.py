@@ -246,7 +246,7 @@ def train(
             result = _compare(model, tokenizer, prepared, checked, tuned, display)
             run.write_json("evaluation.json", result.to_json())
         peak_bytes = training.peak_bytes(model.device)
-        measured = {"peak_bytes": peak_bytes, "tokens_per_second": _usual_speed(run.read_metrics())}
+        measured = {"peak_bytes": peak_bytes, **_usual_step(run.read_metrics())}
         run.write_json("plan.json", {"predicted": planned.to_json(), "measured": measured})
         run.log_metrics("end", step=summary["total_steps"], peak_bytes=peak_bytes)
         return TrainResult(run.path, summary, choices, result)
@@ -346,15 +346,19 @@ def _run_summary(run: RunDirectory) -> RunSummary:
         base_loss=found["base"]["loss"] if found else None,
         tuned_loss=found["tuned"]["loss"] if found else None,
         exact_match=found["scores"]["exact_match"]["tuned"] if found else None,
-        tokens_per_second=_usual_speed(events),
+        tokens_per_second=_usual_step(events)["tokens_per_second"],
         peak_bytes=max((step["peak_bytes"] for step in steps), default=None),
     )
 
 
-def _usual_speed(events: Iterable[Mapping[str, Any]]) -> float | None:
-    """The median of the steps' tokens a second."""
-    speeds = sorted(event["tokens_per_second"] for event in events if event.get("event") == "step")
-    return speeds[len(speeds) // 2] if speeds else None
+def _usual_step(events: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
+    """The medians over the steps of a run; None before its first."""
+    steps = [event for event in events if event.get("event") == "step"]
+    return {key: _middle([step[key] for step in steps]) for key in ("step_seconds", "tokens_per_second")}
+
+
+def _middle(values: list[float]) -> float | None:
+    return sorted(values)[len(values) // 2] if values else None
 
 
 def _summary(model: TrainableModel, config: RunConfig, prepared: Prepared) -> dict[str, Any]:
