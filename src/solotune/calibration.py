@@ -1,9 +1,10 @@
 """The constants of a plan that were measured and cannot be derived, each with what it was measured on.
 
 Bytes come from shapes nearly alone; what is here are the parts of libraries that no shape tells. Seconds are operations
-divided by the card's rate and by how much of that rate is reached; the shares below were fitted to steps of the product
-itself (`bench/plan_runs.py`, one H100 80GB HBM3, torch 2.11; the runs are in `bench/results/plan.md`). Other cards are
-predicted with the same shares, which is a guess that `solotune train` corrects by measuring.
+divided by the card's rate and by how much of that rate is reached. The shares below were set by few measurements: three
+ways to run the walkthrough's recipe on one H100 80GB HBM3 (torch 2.11, `bench/recipe_step.py`, docs/decisions.md) and
+the demo on two cores of an AMD EPYC. `bench/plan_runs.py` checks them over 36 configs and writes the errors beside.
+Other cards are predicted with the same shares, which is a guess.
 """
 
 from __future__ import annotations

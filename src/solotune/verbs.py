@@ -354,7 +354,7 @@ def _run_summary(run: RunDirectory) -> RunSummary:
 def _usual_step(events: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
     """The medians over the steps of a run; None before its first."""
     steps = [event for event in events if event.get("event") == "step"]
-    return {key: _middle([step[key] for step in steps]) for key in ("step_seconds", "tokens_per_second")}
+    return {key: _middle([step[key] for step in steps if key in step]) for key in ("step_seconds", "tokens_per_second")}
 
 
 def _middle(values: list[float]) -> float | None:
