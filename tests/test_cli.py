@@ -30,6 +30,7 @@ Usage: solotune [OPTIONS] VERB ...
     solotune doctor                       is this machine fit for it?
     solotune init MODEL chats.jsonl       writes solotune.yaml
     solotune data solotune.yaml           what will be learned, token by token
+    solotune plan solotune.yaml           does it fit, and how long will it take?
     solotune train solotune.yaml          trains, then compares with the base
     solotune chat runs/RUN --base         talk to both
 
@@ -41,6 +42,7 @@ Verbs:
   doctor    Check this machine: driver, CUDA, packages, memory, disk.
   init      Write a commented config for a MODEL and a DATASET.
   data      Show what training would learn: rows, split, tokens, mask.
+  plan      Say what a run will need and take, before it runs.
   train     Train, save the adapter, compare it with its base.
   evaluate  Compare a RUN's model with its base on the held-out rows.
   chat      Talk to a RUN's model.

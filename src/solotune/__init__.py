@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from solotune.config import RunConfig, load_config
-    from solotune.verbs import chat, data, doctor, evaluate, init, runs, train
+    from solotune.verbs import chat, data, doctor, evaluate, init, plan, runs, train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "evaluate",
     "init",
     "load_config",
+    "plan",
     "runs",
     "train",
 ]

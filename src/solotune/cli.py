@@ -79,6 +79,7 @@ def solotune() -> None:
       solotune doctor                       is this machine fit for it?
       solotune init MODEL chats.jsonl       writes solotune.yaml
       solotune data solotune.yaml           what will be learned, token by token
+      solotune plan solotune.yaml           does it fit, and how long will it take?
       solotune train solotune.yaml          trains, then compares with the base
       solotune chat runs/RUN --base         talk to both
     """
@@ -164,6 +165,40 @@ def data(ctx: click.Context, config: str, overrides: tuple[str, ...], show: int,
 
         print_data(preview, _console(), with_ids)
     ctx.exit(3 if any(finding["severity"] == "error" for finding in preview.report.findings) else 0)
+
+
+@solotune.command()
+@config_arguments
+@click.option(
+    "--gpu", metavar="NAME", help="Plan for this card: h100, a100-80, l4, 4090, ... (default: this machine's)."
+)
+@json_option
+@click.pass_context
+def plan(ctx: click.Context, config: str, overrides: tuple[str, ...], gpu: str | None, as_json: bool) -> None:
+    """Say what a run will need and take, before it runs.
+
+    Peak memory by category, seconds, and the knobs that are turned within memory_budget, each with its reason. Needs
+    no GPU and no weights. What does not fit is named with the nearest change that does, and makes the exit code 3.
+
+    \b
+    Example:
+      solotune plan solotune.yaml --gpu 4090 max_length=4096
+    """
+    from solotune import verbs
+    from solotune.terminal import make_display
+
+    display = make_display(1, sys.stdout)
+    try:
+        found = verbs.plan(config, overrides, gpu, display=display)
+    finally:
+        display.finish()
+    if as_json:
+        print_json(found.to_json())
+    else:
+        from solotune.printing import print_plan
+
+        print_plan(found, _console())
+    ctx.exit(0 if found.fits else 3)
 
 
 @solotune.command()

@@ -20,6 +20,7 @@ from __future__ import annotations
 import difflib
 import io
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -34,6 +35,7 @@ from solotune.foreign_keys import FOREIGN_KEYS, REFUSED_KEYS
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+BUDGET_SIZE = r"\s*(?=.*[1-9])([0-9]*\.?[0-9]+)\s*(GiB|GB|MiB|MB)\s*"  # 24GiB, 9.5 GiB, 24GB
 MAX_CONFIG_BYTES = 1 << 20  # a config is a page of text; anything larger is the wrong file
 
 COLUMNS = (
@@ -82,8 +84,8 @@ class RunConfig(BaseModel):
     """Model id on the hub, or a local folder with config.json, safetensors and tokenizer."""
     model_revision: str = _in("model", default="main", min_length=1)
     """Branch, tag or commit of a hub model."""
-    base_precision: Literal["nf4", "fp8", "bf16", "fp32"] = _in("model", default="nf4")
-    """How the frozen base is stored: nf4 (4 bits, QLoRA), fp8 (and multiplied in fp8), bf16 or fp32."""
+    base_precision: Literal["nf4", "fp8", "bf16", "fp32", "auto"] = _in("model", default="nf4")
+    """How the frozen base is stored: nf4 (4 bits, QLoRA), fp8 (and multiplied in fp8), bf16, fp32; auto: the plan's."""
     matmul_precision: Literal["auto", "bf16", "fp8"] = _in("model", default="auto")
     """Matmuls of the base: bf16 (float32 with `bf16: false`), fp8, or auto (fp8 for an fp8 base, else bf16)."""
     bnb_4bit_quant_type: Literal["nf4"] = _in("model", default="nf4")
@@ -202,6 +204,8 @@ class RunConfig(BaseModel):
     """Longest answer generated for a sample or in chat."""
 
     # --- run
+    memory_budget: float | str = _in("run", default="auto")
+    """Memory that the run may use: a size (24GiB), a share of the card (0.9), or auto, what is free."""
     output_dir: str | None = _in("run", default=None, min_length=1)
     """The run directory; empty: runs/<config name>-<date>-<time>."""
     logging_steps: PositiveInt = _in("run", default=25)
@@ -244,6 +248,14 @@ class RunConfig(BaseModel):
         if size < 0:
             raise ValueError("0 or more")
         return size
+
+    @field_validator("memory_budget")
+    @classmethod
+    def _budget(cls, budget: float | str) -> float | str:
+        is_share = isinstance(budget, float) and 0 < budget < 1
+        if not is_share and budget != "auto" and not re.fullmatch(BUDGET_SIZE, str(budget)):
+            raise ValueError("auto, a share of the card (0.9), or a size (24GiB)")
+        return budget
 
     @field_validator("max_steps")
     @classmethod
@@ -468,6 +480,7 @@ def allowed_values(key: str) -> str:
     """What a key accepts, in words: `a whole number, at least 1`."""
     special = {
         "validation_size": "a share from 0 up to but not including 1 (0.05), or a whole number of rows (200)",
+        "memory_budget": "auto, a share of the card between 0 and 1 (0.9), or a size (24GiB, 9.5 GiB, 24GB)",
         "max_steps": "-1 (use num_train_epochs) or a whole number, at least 1",
         "column_mapping": "your column: ours, each of ours once: " + ", ".join(COLUMNS),
     }

@@ -18,11 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from solotune.dataset.pack import in_words
-from solotune.terminal import bytes_in_words, inert, plus_minus, print_columns
+from solotune.terminal import bytes_in_words, clock, inert, plus_minus, print_choices, print_columns
 
 if TYPE_CHECKING:
     from solotune.environment import DoctorReport
     from solotune.evaluation import Evaluation
+    from solotune.planning import Plan
     from solotune.verbs import DataPreview, RunSummary, ShownRow, TrainResult
 
 SIGNS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "bold red")}
@@ -194,6 +195,45 @@ def _print_sample(number: int, sample: Mapping[str, str], console: Console) -> N
         table.add_column(name, ratio=1, overflow="fold")
     table.add_row(*answers.values())
     console.print(table)
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Bytes by category beside seconds, what was chosen and why, and whether it fits."""
+    used, took = plan.option.footprint, plan.option.seconds
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column(f"peak memory on {plan.card.name}", no_wrap=True)
+    table.add_column("", justify="right", no_wrap=True)
+    for name, size in used.by_category.items():
+        table.add_row(name.replace("_", " "), _size(size))
+    if used.paged_bytes:
+        table.add_row("of these paged, outside the allocator", f"-{_size(used.paged_bytes)}")
+    table.add_section()
+    table.add_row(Text(f"peak ({used.moment})", "bold"), Text(_size(used.peak_bytes), "bold"))
+    table.add_row("budget", _size(plan.budget.bytes))
+    console.print(table)
+    facts = {
+        "load": clock(took.load),
+        "first step": clock(took.first_step),
+        "step": f"{took.step:,.3g} s, {took.tokens_per_second:,.0f} tokens/s",
+        "in all": clock(took.total) if took.total is not None else "",
+    }
+    _print_facts({key: value for key, value in facts.items() if value}, console)
+    if plan.choices:
+        console.print()
+        print_choices(plan.choices, console)
+    for note in plan.notes:
+        console.print()
+        print_columns([("·", note)], ("dim", ""), console)
+    console.print()
+    if plan.fits:
+        console.print(Text("fits", "bold green"))
+    else:
+        _signed(*SIGNS["fail"], "does not fit:", f"change {plan.way_out()}", None, console)
+
+
+def _size(count: int) -> str:
+    """A plan's bytes, to a hundredth."""
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
 
 
 def print_trained(result: TrainResult, console: Console) -> None:

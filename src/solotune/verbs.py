@@ -8,13 +8,13 @@ the list of runs loads no torch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from solotune.config import SECTIONS, Choice, RunConfig, allowed_values, field_help, load_config, section_of, to_yaml
-from solotune.errors import InputError, IntegrityError
+from solotune.errors import InputError, IntegrityError, SolotuneError
 from solotune.record import (
     RunDirectory,
     list_runs,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from solotune.environment import DoctorReport
     from solotune.evaluation import Evaluation
     from solotune.model import TrainableModel
+    from solotune.planning import Plan
     from solotune.tuned import ChatSession
 
 ConfigSource = str | Path | Mapping[str, Any] | RunConfig
@@ -116,6 +117,35 @@ def data(
     return DataPreview(prepared.report, shown)
 
 
+def plan(
+    config: ConfigSource, overrides: Iterable[str] = (), gpu: str | None = None, display: Display | None = None
+) -> Plan:
+    """Bytes and seconds of a run before it runs, and the knobs that are turned for it; needs no GPU and no weights.
+
+    Args:
+        gpu: a card by name (h100, 4090, ...) in the place of this machine's.
+
+    Raises:
+        InputError: no such card, or a budget that it does not have.
+    """
+    from solotune import dataset, environment
+    from solotune.survey import for_card, plan_for
+
+    display = display or SilentDisplay()
+    checked = load_config(config, overrides)
+    machine = environment.probe()
+    checked, choices = environment.settle(checked, machine if gpu is None else for_card(gpu, machine))
+    prepared, notes = None, []
+    try:
+        display.phase("reading data")
+        prepared = dataset.prepare(checked, dataset.load_tokenizer(checked), progress=display.progress)
+    except SolotuneError as error:
+        notes = [f"the data cannot be read: {error.problem}"]
+    display.phase("planning")
+    found = plan_for(checked, machine, prepared, gpu)
+    return replace(found, choices=[*choices, *found.choices], notes=[*notes, *found.notes])
+
+
 def _prepare(config: RunConfig, tokenizer: Any, display: Display, rendered_on: date | None = None) -> Prepared:
     """The rows of a config, and in their report what is wrong with them and how they are packed."""
     from solotune import dataset
@@ -162,6 +192,7 @@ def train(
     from solotune.device_failure import device_failure
     from solotune.preflight import preflight
     from solotune.resume import fingerprints, open_run, recorded_day
+    from solotune.survey import plan_for
     from solotune.tuned import load_base, settle
 
     display = display or SilentDisplay()
@@ -173,6 +204,11 @@ def train(
     prepared = _prepare(checked, tokenizer, display, recorded_day(checked, resume))
     for finding in prepared.report.findings:
         display.note(f"{finding['severity']} {finding['code']} {finding['slug']}: {finding['message']}")
+    display.phase("planning")
+    planned = plan_for(checked, machine, prepared)
+    if not planned.fits:
+        raise planned.refusal()
+    checked, choices = planned.settled, [*choices, *planned.choices]
     display.phase("loading model")
     model = load_base(checked, machine)
     tried = None
@@ -189,6 +225,7 @@ def train(
         display.choices(choices)
         run.write_config(checked)
         run.write_json("environment.json", {**machine.to_json(), "choices": [c._asdict() for c in choices]})
+        run.write_json("plan.json", {"predicted": planned.to_json()})
         run.write_json("data.json", prepared.report.to_json())
         write_whole(run.path / "split.json", prepared.manifest.json_lines())
         summary = _summary(model, checked, prepared)
@@ -208,7 +245,10 @@ def train(
             display.phase("comparing base and tuned on held-out rows")
             result = _compare(model, tokenizer, prepared, checked, tuned, display)
             run.write_json("evaluation.json", result.to_json())
-        run.log_metrics("end", step=summary["total_steps"], peak_bytes=training.peak_bytes(model.device))
+        peak_bytes = training.peak_bytes(model.device)
+        measured = {"peak_bytes": peak_bytes, **_usual_step(run.read_metrics())}
+        run.write_json("plan.json", {"predicted": planned.to_json(), "measured": measured})
+        run.log_metrics("end", step=summary["total_steps"], peak_bytes=peak_bytes)
         return TrainResult(run.path, summary, choices, result)
     except Exception as error:
         error.run_dir = run.path  # type: ignore[attr-defined] - where the command line writes a bug's traceback
@@ -293,7 +333,6 @@ def runs(root: str | Path = "runs") -> list[RunSummary]:
 def _run_summary(run: RunDirectory) -> RunSummary:
     events = run.read_metrics()
     steps = [event for event in events if event.get("event") == "step"]
-    speeds = sorted(step["tokens_per_second"] for step in steps)
     path = run.path / "evaluation.json"
     found = read_json(path) if path.is_file() else {}
     finished = any(event.get("event") == "end" for event in events)
@@ -307,9 +346,19 @@ def _run_summary(run: RunDirectory) -> RunSummary:
         base_loss=found["base"]["loss"] if found else None,
         tuned_loss=found["tuned"]["loss"] if found else None,
         exact_match=found["scores"]["exact_match"]["tuned"] if found else None,
-        tokens_per_second=speeds[len(speeds) // 2] if speeds else None,
+        tokens_per_second=_usual_step(events)["tokens_per_second"],
         peak_bytes=max((step["peak_bytes"] for step in steps), default=None),
     )
+
+
+def _usual_step(events: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
+    """The medians over the steps of a run; None before its first."""
+    steps = [event for event in events if event.get("event") == "step"]
+    return {key: _middle([step[key] for step in steps if key in step]) for key in ("step_seconds", "tokens_per_second")}
+
+
+def _middle(values: list[float]) -> float | None:
+    return sorted(values)[len(values) // 2] if values else None
 
 
 def _summary(model: TrainableModel, config: RunConfig, prepared: Prepared) -> dict[str, Any]:

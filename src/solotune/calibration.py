@@ -1,0 +1,57 @@
+"""The constants of a plan that were measured and cannot be derived, each with what it was measured on.
+
+Bytes come from shapes nearly alone; what is here are the parts of libraries that no shape tells. Seconds are operations
+divided by the card's rate and by how much of that rate is reached. The shares below were set by few measurements: three
+ways to run the walkthrough's recipe on one H100 80GB HBM3 (torch 2.11, `bench/recipe_step.py`, docs/decisions.md) and
+the demo on two cores of an AMD EPYC. `bench/plan_runs.py` checks them over 36 configs and writes the errors beside.
+Other cards are predicted with the same shares, which is a guess.
+"""
+
+from __future__ import annotations
+
+MIB = 1 << 20
+
+# --- bytes
+ALLOCATOR_ROUNDING = 512
+"""The CUDA allocator hands out multiples of this."""
+WORKSPACE_BYTES = {9: 32 * MIB, 10: 32 * MIB, 12: 32 * MIB}
+"""cuBLAS's workspace by major compute capability (PyTorch's default CUBLAS_WORKSPACE_CONFIG), out of the allocator."""
+WORKSPACE_BYTES_OLDER = 8 * MIB + 128 * 1024
+CONTEXT_BYTES = 520 * MIB
+"""CUDA context, loaded kernels and what the allocator has cut up: counts against the card, not in torch's peak."""
+FRAGMENTATION = 1.02
+"""What the allocator reserves beyond what is used at the peak."""
+CPU_PROCESS_BYTES = 800 * MIB
+"""Resident memory of a process that has imported torch, transformers and bitsandbytes and tokenized some rows."""
+CPU_HEAP_SLACK = 1.2
+"""glibc's heap against the bytes that are alive in it."""
+
+# --- share of the card's rate that products of matrices reach, for large ones and on the way there
+GEMM_SHARE = 0.78
+FP8_GEMM_SHARE = 0.66
+GEMM_HALF_FLOPS = 6e9
+"""A product of this many operations reaches half of the share: launch, tails, too few tiles."""
+SMALL_GEMM_SHARE_OF_BANDWIDTH = 0.65  # LoRA's: one side is r, so they read and write more than they multiply
+ATTENTION_SHARE = 0.42  # flash attention, forward; by useful operations of a causal matrix
+ATTENTION_BACKWARD_SHARE = 0.32
+BANDWIDTH_SHARE = 0.70  # of fused element-wise kernels
+NF4_EXPANSION_SHARE = 0.55  # of bandwidth, reading 4 and writing 16 bits
+KERNEL_SECONDS = 7e-6  # launching one from Python's wrapper of a compiled graph; the floor of small models
+LAYER_SECONDS = 2.2e-4  # guards, autograd nodes and hooks of one compiled layer, forward and backward
+STEP_SECONDS = 0.012  # reading rows, the optimizer's launches, the loss's transfer to the host
+
+OFFLOAD_BYTES_PER_SECOND = 20e9  # to pinned host memory and back, over PCIe
+
+# --- what happens once
+CUDA_IMPORT_SECONDS = 3.0
+READ_BYTES_PER_SECOND = 6e9  # weights out of the page cache, over the bus, quantised
+COMPILE_SECONDS = 22.0  # one shape of one kind of layer, forward and backward, nothing cached
+COMPILE_SECONDS_CHECKPOINTED = 3.0
+
+# --- the CPU
+CPU_GEMM_SHARE = 0.80  # of what one large product reaches
+CPU_OPERATION_SECONDS = 8e-6
+CPU_IMPORT_SECONDS = 5.0
+CPU_QUANTISED_WEIGHTS_PER_SECOND = 2.5e7
+CPU_EXPANDED_WEIGHTS_PER_SECOND = 2e8
+CPU_GENERATED_LAYER_SECONDS = 6e-4  # for each new token, beside reading all weights

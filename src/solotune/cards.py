@@ -1,0 +1,128 @@
+"""GPUs by name: memory, speed, and what they can do. A plan for a card that is not in this machine reads it here.
+
+Memory is what CUDA shows as total (a few hundred MB below the name's round figure). Speeds are dense tensor-core rates
+without sparsity and memory bandwidths, from NVIDIA's data sheets and architecture white papers: Ampere GA100 and GA102,
+Ada AD102, Hopper H100 and H200, Turing TU102/TU104, Blackwell GB202. Consumer cards' bf16 rates are those with float32
+accumulation, which training uses.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from solotune.errors import InputError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU, or the CPU where `compute_capability` is None. Rates are the data sheet's, not what is reached."""
+
+    name: str
+    memory_bytes: int
+    bf16_tflops: float  # float32 where there is no bf16
+    fp8_tflops: float | None
+    bandwidth_bytes: float  # a second
+    compute_capability: tuple[int, int] | None
+    shown_as: tuple[str, ...] = ()  # parts of the name that torch gives
+
+    @property
+    def has_bf16(self) -> bool:
+        return self.compute_capability is not None and self.compute_capability >= (8, 0)
+
+    @property
+    def has_fp8(self) -> bool:
+        """Tensor cores for e4m3: Ada (8.9), Hopper (9.0) and newer."""
+        return self.fp8_tflops is not None
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.compute_capability is None
+
+
+def _card(name: str, gib: float, bf16: float, fp8: float | None, gbs: float, sm: str, *shown: str) -> Card:
+    major, minor = sm.split(".")
+    return Card(name, int(gib * GIB), bf16, fp8, gbs * 1e9, (int(major), int(minor)), shown)
+
+
+CARDS = {
+    card.name: card
+    for card in (
+        _card("t4", 14.56, 8.1, None, 320, "7.5", "Tesla T4"),
+        _card("v100-16", 15.77, 15.7, None, 900, "7.0", "V100-SXM2-16GB", "V100-PCIE-16GB"),
+        _card("v100-32", 31.73, 15.7, None, 900, "7.0", "V100-SXM2-32GB", "V100-PCIE-32GB"),
+        _card("a100-40", 39.39, 312, None, 1555, "8.0", "A100-SXM4-40GB", "A100-PCIE-40GB"),
+        _card("a100-80", 79.15, 312, None, 2039, "8.0", "A100-SXM4-80GB", "A100 80GB PCIe"),
+        _card("a10g", 22.06, 70, None, 600, "8.6", "A10G"),
+        _card("a10", 22.06, 125, None, 600, "8.6", "NVIDIA A10"),
+        _card("a6000", 47.43, 155, None, 768, "8.6", "RTX A6000"),
+        _card("3060", 11.75, 51, None, 360, "8.6", "RTX 3060"),
+        _card("3090", 23.69, 71, None, 936, "8.6", "RTX 3090"),
+        _card("4060ti-16", 15.7, 88, 177, 288, "8.9", "RTX 4060 Ti"),
+        _card("4070", 11.7, 117, 233, 504, "8.9", "RTX 4070"),
+        _card("4080", 15.7, 195, 390, 717, "8.9", "RTX 4080"),
+        _card("4090", 23.64, 165, 330, 1008, "8.9", "RTX 4090"),
+        _card("l4", 22.03, 121, 242, 300, "8.9", "NVIDIA L4"),
+        _card("l40s", 44.4, 362, 733, 864, "8.9", "L40S"),
+        _card("6000-ada", 47.4, 364, 728, 960, "8.9", "RTX 6000 Ada"),
+        _card("5090", 31.36, 210, 419, 1792, "12.0", "RTX 5090"),
+        _card("h100-pcie", 79.1, 756, 1513, 2039, "9.0", "H100 PCIe"),
+        _card("h100", 79.11, 989, 1979, 3352, "9.0", "H100 80GB HBM3", "H100 SXM"),
+        _card("h200", 139.8, 989, 1979, 4800, "9.0", "H200"),
+        _card("b200", 178.3, 2250, 4500, 8000, "10.0", "B200"),
+    )
+}
+ALIASES = {"a100": "a100-80", "a100-40gb": "a100-40", "a100-80gb": "a100-80", "h100-80": "h100", "v100": "v100-16"}
+
+
+def card_named(name: str) -> Card:
+    """The card of `--gpu NAME`.
+
+    Raises:
+        InputError: no such card in the table.
+    """
+    key = name.lower().removeprefix("nvidia").strip(" -").removeprefix("rtx").strip(" -").replace(" ", "-")
+    key = ALIASES.get(key, key)
+    if key in CARDS:
+        return CARDS[key]
+    near = difflib.get_close_matches(key, CARDS, 1)
+    raise InputError(
+        "command line, --gpu: no such card in the table",
+        seen=name,
+        allowed=", ".join(CARDS),
+        change=f"--gpu {near[0]}" if near else None,
+    )
+
+
+def card_of(name: str, memory_bytes: int, compute_capability: tuple[int, int]) -> Card:
+    """The card that torch calls `name`, with the memory it really shows.
+
+    One that is not in the table gets the rates of the nearest of its kind and memory.
+    """
+    known = next((card for card in CARDS.values() if any(part in name for part in card.shown_as)), None)
+    if known is None:
+
+        def distance(card: Card) -> tuple[int, float]:
+            same = abs((card.compute_capability or (0, 0))[0] - compute_capability[0])
+            return same, abs(card.memory_bytes - memory_bytes)
+
+        known = min(CARDS.values(), key=distance)
+    return Card(
+        known.name if any(part in name for part in known.shown_as) else f"{name} (rates of {known.name})",
+        memory_bytes,
+        known.bf16_tflops,
+        known.fp8_tflops if compute_capability >= (8, 9) else None,
+        known.bandwidth_bytes,
+        compute_capability,
+    )
+
+
+def cpu_card(memory_bytes: int, gflops: float) -> Card:
+    """This machine's CPU as a card: float32 products at `gflops`, measured, and the bandwidth of a few memory lanes."""
+    return Card("cpu", memory_bytes, gflops / 1e3, None, CPU_BANDWIDTH_BYTES, None)
+
+
+CPU_BANDWIDTH_BYTES = 10e9
+"""Of two cores of a virtual machine, on one-pass element-wise work."""

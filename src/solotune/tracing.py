@@ -1,0 +1,407 @@
+"""What one decoder layer keeps, needs and computes, found by running it on tensors without contents.
+
+A fake tensor has a shape, a dtype and no memory, so a layer of any size is looked at in a second, without weights and
+without a GPU, and whatever architecture transformers has is served: nothing here knows a module by its name.
+
+- Compiled layers go through the compiler's own front end (AOTAutograd and its min-cut partitioner, with the options of
+  `layers.compiled`), which splits the joint graph into forward and backward: what passes between the two is exactly
+  what will be kept. Of the operations in a graph those become memory that the compiler's back end cannot fuse away:
+  matmuls, attention, opaque operations, reductions, and what these read (`_Graph`).
+- Layers that are not compiled run as they are, and each tensor is counted from birth to death (`_Meter`).
+
+Both are done at several lengths, and a polynomial is put through them. Attention is looked at as the CPU has it, in the
+flash form: like the GPU's it keeps its output and one float32 for each row of each head. What it lacks is the GPU
+kernel's scratch, which is added.
+
+What it does not do: predict the order in which the compiler's back end schedules kernels; it is taken from the graph.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from operator import getitem
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from solotune.costs import Growth, LayerCost, Matmul, Pass
+
+aten = torch.ops.aten
+LEAN: dict[str, Any] = {
+    "ban_recompute_used_far_apart": False,
+    "ban_recompute_long_fusible_chains": False,
+    "ban_recompute_materialized_backward": False,
+}
+"""The partitioner's options of compiled layers."""
+
+VIEWS = (
+    "view", "_unsafe_view", "permute", "transpose", "t", "alias", "expand", "slice", "select", "unsqueeze", "squeeze",
+    "detach", "as_strided", "split", "split_with_sizes", "unbind", "diagonal", "reshape", "lift_fresh",
+)  # fmt: skip
+FUSED = (
+    "convert_element_type", "full", "scalar_tensor", "slice_scatter", "select_scatter", "cat", "clone", "iota",
+    "arange", "constant_pad_nd", "copy", "full_like", "zeros_like", "ones_like", "empty", "zeros", "ones", "_to_copy",
+    "repeat",
+)  # fmt: skip
+MATMULS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "expanded_matmul")
+
+
+@dataclass
+class Look:
+    """One layer at one length: sums over its forward and its backward; the fields of `LayerCost` before the fit."""
+
+    kept: float = 0
+    output: float = 0
+    forward_peak: float = 0
+    backward_extra: float = 0
+    passes: list[_Work] = field(default_factory=list)
+
+
+@dataclass
+class _Work:
+    matmuls: list[tuple[float, float, bool]] = field(default_factory=list)
+    other_bytes: float = 0
+    num_kernels: int = 0
+
+
+def look_compiled(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_frozen: _IsFrozen) -> Look:
+    """The layer as the compiler will split it. Call it within the fake mode of its tensors; args[0] is x."""
+    from torch._functorch import config as functorch_config
+    from torch._functorch.aot_autograd import aot_function
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes.post_grad import remove_noop_ops
+
+    function, inputs = _flat(layer, args, kwargs)
+    graphs: list[Any] = []
+
+    def partition(joint: fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
+        remove_noop_ops(joint.graph)  # as the compiler does; an alias would be kept beside what it shows
+        parts = min_cut_rematerialization_partition(joint, joint_inputs, **options)
+        graphs.extend([*parts, options["num_fwd_outputs"]])
+        return parts
+
+    def as_it_is(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        def boxed(arguments: list[Any]) -> Any:
+            return gm(*arguments)
+
+        boxed._boxed_call = True  # type: ignore[attr-defined]
+        return boxed
+
+    with functorch_config.patch(LEAN):
+        run = aot_function(function, as_it_is, as_it_is, partition_fn=partition, decompositions=select_decomp_table())
+        run(*inputs).sum().backward()
+    if len(graphs) < 3:
+        raise ValueError("the layer has nothing to differentiate")
+    forward, backward, num_outputs = graphs
+    return _between(_Graph(forward.graph), _Graph(backward.graph), num_outputs, is_frozen)
+
+
+_IsFrozen = Callable[[int, int], bool]
+
+
+def _flat(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Callable[..., Any], list[Any]]:
+    """The layer as a function of tensors alone (x first, then the rest, then its parameters), and those tensors."""
+    tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    leaves, spec = pytree.tree_flatten((args[1:], kwargs))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+
+    def function(x: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+        filled = list(leaves)
+        for place, tensor in zip(places, given, strict=False):
+            filled[place] = tensor
+        rest, keywords = pytree.tree_unflatten(filled, spec)
+        state = dict(zip(tensors, given[len(places) :], strict=True))
+        return first(torch.func.functional_call(layer, state, (x, *rest), keywords))
+
+    x = args[0].detach().requires_grad_()
+    return function, [x, *(leaves[place] for place in places), *tensors.values()]
+
+
+def first(result: Any) -> torch.Tensor:
+    """A layer's hidden states, which some architectures return with other things behind them."""
+    return result if isinstance(result, torch.Tensor) else result[0]
+
+
+class _Graph:
+    """A graph's tensors with their births and deaths, as the compiler's back end will have them.
+
+    A pointwise operation becomes memory only where something reads it that cannot take it in: a matmul, attention, an
+    opaque operation, the caller. Otherwise whoever reads it computes it from its own inputs.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.nodes = list(graph.nodes)
+        self.index = {node: i for i, node in enumerate(self.nodes)}
+        self.outputs = [n if isinstance(n, fx.Node) else None for n in self.nodes[-1].args[0]]  # type: ignore[union-attr]
+        self._uses: dict[fx.Node, int] = {}
+        self.placeholders = {node.name: node for node in self.nodes if node.op == "placeholder"}
+
+    def owner(self, node: fx.Node) -> fx.Node:
+        """The node whose memory this one shows."""
+        while _is_view(node):
+            node = node.all_input_nodes[0]
+        return node
+
+    def readers(self, node: fx.Node) -> Iterator[fx.Node]:
+        """Who reads it, directly or through views."""
+        for user in node.users:
+            if _is_view(user):
+                yield from self.readers(user)
+            else:
+                yield user
+
+    def is_memory(self, node: fx.Node) -> bool:
+        if node.op != "call_function" or _is_view(node) or _bytes(node) == 0:
+            return False
+        if not _is_fusible(node):
+            return True
+        return any(r.op == "output" or not (_is_fusible(r) or _is_reduction(r)) for r in self.readers(node))
+
+    def death(self, node: fx.Node) -> int:
+        """The position of the last operation that reads it, through views and whatever is fused."""
+        if node not in self._uses:
+            last = self.index[node]
+            for reader in self.readers(node):
+                is_there = reader.op == "output" or self.is_memory(reader) or not _is_fusible(reader)
+                last = max(last, self.index[reader] if is_there else self.death(reader))
+            self._uses[node] = last
+        return self._uses[node]
+
+    def peak(self, given: dict[fx.Node, float]) -> float:
+        """The most bytes alive at once; `given` are tensors that are there from the start."""
+        change = [0.0] * (len(self.nodes) + 1)
+        spans = [(0, self.death(node), size) for node, size in given.items()]
+        spans += [(self.index[n], self.death(n), _bytes(n)) for n in self.nodes if self.is_memory(n)]
+        spans += [(self.index[n], self.index[n], scratch) for n in self.nodes if (scratch := _scratch(n))]
+        for birth, death, size in spans:
+            change[birth] += size
+            change[death + 1] -= size
+        most = now = 0.0
+        for step in change:
+            now += step
+            most = max(most, now)
+        return most
+
+    def work(self, is_frozen: _IsFrozen) -> _Work:
+        done = _Work()
+        for node in self.nodes:
+            if not self.is_memory(node) or node.target is getitem:
+                continue
+            done.num_kernels += 1
+            read = sum(_bytes(self.owner(source)) for source in self._sources(node))
+            if _name(node) in MATMULS:
+                flops, frozen = _flops(node, is_frozen)
+                done.matmuls.append((flops, read + _bytes(node), frozen))
+            elif "attention" not in _name(node):
+                done.other_bytes += read + _bytes(node)
+        return done
+
+    def _sources(self, node: fx.Node) -> set[fx.Node]:
+        """The memory that an operation reads, with what is fused into it."""
+        found: set[fx.Node] = set()
+        todo = [self.owner(source) for source in node.all_input_nodes]
+        while todo:
+            source = todo.pop()
+            if source.op == "placeholder" or self.is_memory(source):
+                found.add(source)
+            elif source not in found:
+                todo += [self.owner(before) for before in source.all_input_nodes]
+        return found
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether it shows memory of another node.
+
+    A copy of attention's output counts as one: the GPU's kernels write it in the order that the copy would have.
+    """
+    if node.op != "call_function":
+        return False
+    if _name(node) == "clone":
+        source = node.all_input_nodes[0]
+        while _is_view(source):
+            source = source.all_input_nodes[0]
+        return source.target is getitem and "attention" in _name(source.all_input_nodes[0])
+    return _name(node) in VIEWS
+
+
+def _name(node: fx.Node) -> str:
+    """aten.mm.default -> mm"""
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet.__name__ if packet is not None else getattr(node.target, "__name__", "")
+
+
+def _is_fusible(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return node.op == "call_function" and (torch.Tag.pointwise in tags or _name(node) in FUSED)
+
+
+def _is_reduction(node: fx.Node) -> bool:
+    return torch.Tag.reduction in getattr(node.target, "tags", ()) or _name(node) in (
+        "sum", "mean", "amax", "amin", "var_mean", "argmax", "any", "prod", "cumsum",
+    )  # fmt: skip
+
+
+def _bytes(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+def _scratch(node: fx.Node) -> int:
+    """Flash attention's backward on a GPU: dq summed in float32, and dk, dv of every query head."""
+    if "attention" not in _name(node) or "backward" not in _name(node):
+        return 0
+    query = node.all_input_nodes[1].meta["val"]
+    return query.numel() * (4 + 2 * query.element_size())
+
+
+def _flops(node: fx.Node, is_frozen: _IsFrozen) -> tuple[float, bool]:
+    shapes = [tuple(source.meta["val"].shape) for source in node.all_input_nodes if source.meta.get("val") is not None]
+    shapes = [shape for shape in shapes if len(shape) > 1][-2:]
+    if len(shapes) < 2:
+        return 0.0, False
+    left, right = shapes
+    return 2.0 * math.prod(left) * right[-1], is_frozen(*right[-2:])
+
+
+def _between(forward: _Graph, backward: _Graph, num_outputs: int, is_frozen: _IsFrozen) -> Look:
+    """What passes from forward to backward, and the peaks of both."""
+    x = next(iter(forward.placeholders.values()))
+    y = forward.outputs[0]
+    assert y is not None
+    kept: dict[fx.Node, list[str]] = {}
+    for node in forward.outputs[num_outputs:]:
+        if node is not None and (node is x or forward.owner(node).op != "placeholder"):
+            kept.setdefault(forward.owner(node), []).append(node.name)
+    sizes = {owner: _bytes(owner) for owner in kept}
+    given: dict[fx.Node, float] = {}
+    for owner, names in kept.items():  # one memory under several names lives as long as the last of them
+        places = [backward.placeholders[name] for name in names if name in backward.placeholders]
+        if places:
+            given[max(places, key=backward.death)] = sizes[owner]
+    for name, node in backward.placeholders.items():
+        if name.startswith("tangents"):
+            given[node] = _bytes(node)
+    total = sum(sizes.values())
+    return Look(
+        kept=total - sizes.get(x, 0) + _bytes(y),
+        output=_bytes(y),
+        forward_peak=forward.peak({}),
+        backward_extra=backward.peak(given) - total,
+        passes=[forward.work(is_frozen), backward.work(is_frozen)],
+    )
+
+
+class _Meter(TorchDispatchMode):
+    """Counts the bytes of all tensors that are born within it, until they die, and the work of each operation."""
+
+    def __init__(self, is_frozen: _IsFrozen) -> None:
+        super().__init__()
+        self.now = self.most = 0.0
+        self.is_frozen = is_frozen
+        self.work = _Work()
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in pytree.tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self._known:
+                self._known.add(key)  # it was there before
+                weakref.finalize(tensor.untyped_storage(), self._known.discard, key)
+        result = func(*args, **(kwargs or {}))
+        fresh = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor) and self._is_new(t)]
+        if fresh:
+            self._count(func.overloadpacket.__name__, args, fresh)
+        return result
+
+    def _is_new(self, tensor: torch.Tensor) -> bool:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return False
+        self._known.add(key)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._gone, key, size)
+        return True
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+    def _count(self, name: str, args: Any, fresh: Sequence[torch.Tensor]) -> None:
+        inputs = [t for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
+        size = sum(t.numel() * t.element_size() for t in (*inputs, *fresh))
+        self.work.num_kernels += 1
+        shapes = [tuple(t.shape) for t in inputs if t.dim() > 1][-2:]
+        if name in MATMULS and len(shapes) == 2:
+            flops = 2.0 * math.prod(shapes[0]) * shapes[1][-1]
+            self.work.matmuls.append((flops, size, self.is_frozen(*shapes[1][-2:])))
+        elif "attention" not in name:
+            self.work.other_bytes += size
+
+
+@contextmanager
+def metered(is_frozen: _IsFrozen = lambda o, i: False) -> Iterator[_Meter]:
+    """Counts tensors that are made within; see `_Meter`."""
+    meter = _Meter(is_frozen)
+    with meter:
+        yield meter
+
+
+def look_eager(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_frozen: _IsFrozen) -> Look:
+    """The layer as autograd runs it, each tensor counted from birth to death. Call it within the fake mode."""
+    x = args[0].detach().requires_grad_()
+    with metered(is_frozen) as meter:
+        y = first(layer(x, *args[1:], **kwargs))
+        kept, forward_peak, forward_work = meter.now, meter.most, meter.work
+        output = y.numel() * y.element_size()
+        meter.work = _Work()
+        dy = torch.ones_like(y)
+        meter.most = meter.now
+        torch.autograd.backward(y, dy)
+    return Look(kept, output, forward_peak, meter.most - kept, [forward_work, meter.work])
+
+
+def fit(looks: Sequence[tuple[int, Look]], rows: int, how: Any) -> LayerCost:
+    """One `LayerCost` through looks at several lengths of `rows` rows."""
+
+    def through(values: Sequence[float]) -> Growth:
+        constant, per_token, squared = growth_through([tokens for tokens, _ in looks], values)
+        return Growth(constant, per_token / rows, squared / rows)
+
+    def one(number: int) -> Pass:
+        works = [look.passes[number] for _, look in looks]
+        same = len({len(work.matmuls) for work in works}) == 1
+        count = len(works[0].matmuls) if same else 0
+        matmuls = tuple(
+            Matmul(
+                through([work.matmuls[i][0] for work in works]),
+                through([work.matmuls[i][1] for work in works]),
+                works[0].matmuls[i][2],
+            )
+            for i in range(count)
+        )
+        return Pass(matmuls, through([work.other_bytes for work in works]), works[0].num_kernels)
+
+    fields = ("kept", "output", "forward_peak", "backward_extra")
+    sizes = {name: through([getattr(look, name) for _, look in looks]) for name in fields}
+    return LayerCost(**sizes, forward=one(0), backward=one(1), how=how)
+
+
+def growth_through(tokens: Sequence[int], values: Sequence[float]) -> Growth:
+    """The polynomial through (tokens, value) pairs: two give a line, three a parabola."""
+    if len(tokens) == 2:
+        slope = (values[1] - values[0]) / (tokens[1] - tokens[0])
+        return Growth(values[0] - slope * tokens[0], slope)
+    (a, b, c), (p, q, r) = tokens, values
+    first_slope, second_slope = (q - p) / (b - a), (r - q) / (c - b)
+    square = (second_slope - first_slope) / (c - a)
+    slope = first_slope - square * (a + b)
+    return Growth(p - slope * a - square * a * a, slope, square)

@@ -1,0 +1,192 @@
+"""`solotune plan` and what `solotune train` makes of it, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+from tiny import FAMILIES, chat_rows, save_tokenizer
+
+import solotune
+from solotune import cli, survey
+from solotune.config import load_config
+from solotune.environment import Machine, probe
+from solotune.errors import CheckError
+from solotune.training import Schedule
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch) -> Path:
+    """A config file; its model is config.json and a tokenizer, without weights."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat_rows(60)))
+    model = tmp_path / "model"
+    FAMILIES["llama"]().save_pretrained(model)
+    save_tokenizer(model)
+    keys = {
+        "model_name_or_path": str(model),
+        "dataset": "chats.jsonl",
+        "validation_size": 10,
+        "max_length": 64,
+        "max_steps": 6,
+        "lora_r": 4,
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text("".join(f"{key}: {value}\n" for key, value in keys.items()))
+    return path
+
+
+def plan_as_json(capsys, *arguments: str) -> tuple[int, dict]:
+    code = cli.main(["plan", *arguments, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_the_object_of_the_design_without_weights_or_a_gpu(config, capsys):
+    code, found = plan_as_json(capsys, str(config), "--gpu", "h100")
+    assert code == 0
+    assert found["fits"] is True
+    categories = (
+        "weights quantization_state adapters gradients optimizer activations logits workspace".split()
+    )  # design §4
+    assert list(found["by_category"]) == categories
+    assert found["peak_bytes"] <= sum(found["by_category"].values())
+    assert found["budget_bytes"] > found["peak_bytes"]
+    assert found["seconds"].keys() == {"load", "first_step", "step", "total"}
+    assert all(seconds > 0 for seconds in found["seconds"].values())
+    assert found["tokens_per_second"] > 0
+    assert all(choice.keys() == {"key", "value", "because"} for choice in found["choices"])
+    assert {"gradient_checkpointing", "base_residency"} <= {choice["key"] for choice in found["choices"]}
+
+
+def test_the_rows_are_counted_where_they_can_be_read_and_else_assumed(config, capsys):
+    _, known = plan_as_json(capsys, str(config), "--gpu", "h100")
+    assert known["notes"] == []
+    (config.parent / "chats.jsonl").unlink()
+    code, unknown = plan_as_json(capsys, str(config), "--gpu", "h100")
+    assert code == 0
+    assert unknown["notes"][0].startswith("the data cannot be read: ")
+    assert "the rows are not known: 4 full ones of 64 tokens are assumed" in unknown["notes"]
+    assert unknown["peak_bytes"] > known["peak_bytes"]
+
+
+def test_the_work_is_that_of_the_micro_batches_that_will_be_drawn(config):
+    from solotune import dataset
+
+    checked = load_config(config, ["gradient_accumulation_steps=2", "per_device_train_batch_size=3"])
+    prepared = dataset.prepare(checked, dataset.load_tokenizer(checked))
+    lengths = [len(row.input_ids) for row in prepared.train]
+    drawn = [m for step in Schedule.of(checked, len(lengths)).steps(0) for m in step]
+    work = survey.work_of(checked, prepared)
+    assert (work.rows, work.accumulation, work.steps) == (3, 2, 6)
+    assert work.tokens == max(lengths[row] for micro in drawn for row in micro)
+    assert work.tokens_per_step == pytest.approx(2 * sum(lengths[r] for m in drawn for r in m) / len(drawn))
+    assert work.eval_tokens == sum(len(row.input_ids) for row in prepared.validation)
+    assert work.is_measured
+
+
+def test_people_read_it_on_eighty_columns(config, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["plan", str(config), "--gpu", "4090"]) == 0
+    out = capsys.readouterr().out
+    assert "peak memory on 4090" in out and "quantization state" in out and "tokens/s" in out
+    assert "gradient_checkpointing: false" in out
+    assert out.rstrip().endswith("fits")
+    assert max(len(line) for line in out.splitlines() if "because" not in line) <= 80
+
+
+def test_what_does_not_fit_exits_3_and_names_a_change_that_works(config, capsys):
+    long = ["--gpu", "l4", "memory_budget=300MiB", "per_device_train_batch_size=4096", "dataset=none.jsonl"]
+    assert cli.main(["plan", str(config), *long]) == 3
+    out = " ".join(capsys.readouterr().out.split())
+    assert "does not fit: change per_device_train_batch_size: " in out
+    code, found = plan_as_json(capsys, str(config), *long)
+    assert (code, found["fits"]) == (3, False)
+    changes = [f"{change['key']}={change['value']}" for change in found["changes"]]
+    code, found = plan_as_json(capsys, str(config), *long, *changes)
+    assert (code, found["fits"]) == (0, True)
+
+
+def test_a_budget_that_nothing_fits_into(config, capsys):
+    code, found = plan_as_json(capsys, str(config), "--gpu", "l4", "memory_budget=1MiB")
+    assert (code, found["changes"]) == (3, [])
+    assert cli.main(["plan", str(config), "--gpu", "l4", "memory_budget=1MiB"]) == 3
+    assert "a smaller model, or a card with" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gpu", "h10"], ["--gpu: no such card in the table", "allowed: t4, ", "change:  --gpu h100"]),
+        (["--gpu", "l4", "memory_budget=24GiB"], ["memory_budget: more than the card has", "at most 22.0 GiB"]),
+        (
+            ["--gpu", "a100", "base_precision=fp8"],
+            ["fp8 needs a GPU that multiplies 8-bit floats", "base_precision: bf16"],
+        ),
+        (["memory_budget=24"], ["memory_budget: 24 (int) is not allowed", "a size (24GiB, 9.5 GiB, 24GB)"]),
+        (["lora_target_modules=[nothing]"], ["lora_target_modules: nothing matches no linear layer of this model"]),
+    ],
+)
+def test_mistakes_exit_2_with_what_is_allowed(config, capsys, arguments, words):
+    assert cli.main(["plan", str(config), *arguments]) == 2
+    err = capsys.readouterr().err
+    assert all(word in err for word in words), err
+
+
+def test_without_a_gpu_it_is_this_machines_cpu(config):
+    found = solotune.plan(config, ["use_cpu=true"])
+    assert found.card.is_cpu
+    assert found.settled.torch_compile is False
+    assert {choice.key for choice in found.choices} >= {"optim", "bf16", "base_residency"}
+
+
+def test_the_gpu_that_is_here_is_planned_for_with_what_is_free(config, monkeypatch):
+    here = {**vars(probe()), "gpu": "NVIDIA L4", "gpu_bytes": 23 * GIB, "gpu_free_bytes": 9 * GIB, "num_gpus": 1}
+    machine = Machine(**{**here, "compute_capability": (8, 9)})
+    checked = load_config(config)
+    found = survey.plan_for(checked, machine, None)
+    assert found.card.name == "l4"
+    assert 8 * GIB < found.budget.bytes < 9 * GIB
+    assert "9.0 GiB of 23.0 GiB are free" in found.budget.because
+
+
+# --- train applies it
+
+
+@pytest.fixture
+def runnable(config):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(FAMILIES["llama"]()).save_pretrained(config.parent / "model")
+    return config
+
+
+def test_a_run_follows_its_plan_and_keeps_it_beside_what_was_measured(runnable):
+    quick = ["use_cpu=true", "max_steps=2", "num_samples=0", "output_dir=run", "lora_target_modules=all-linear"]
+    result = solotune.train(runnable, quick)
+    chosen = {choice.key: choice.value for choice in result.choices}
+    assert chosen["gradient_checkpointing"] is False
+    assert chosen["base_residency"] == "dequantized"
+    text = Path("run/config.yaml").read_text()
+    assert "gradient_checkpointing: false  # plan" in text
+    assert "base_residency: dequantized  # plan" in text
+    kept = json.loads(Path("run/plan.json").read_text())
+    assert kept["predicted"]["fits"] is True
+    assert kept["measured"]["peak_bytes"] > 0
+    assert kept["measured"]["step_seconds"] > 0
+    assert YAML(typ="safe").load(text)["gradient_checkpointing"] is False
+
+
+def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded_or_written(runnable):
+    quick = ["use_cpu=true", "max_steps=2", "output_dir=run", "memory_budget=100MiB"]
+    with pytest.raises(CheckError, match="does not fit in memory") as raised:
+        solotune.train(runnable, quick)
+    assert raised.value.exit_code == 3
+    assert "memory_budget: 100MiB" in str(raised.value)
+    assert not os.path.exists("run")
