@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from solotune import lora
-from solotune.linear import Fp8Weight, FrozenLinear, NF4Weight
+from solotune.linear import DenseWeight, Fp8Weight, FrozenLinear, NF4Weight
 
 SEED = lora.hashed(torch.tensor([7, 8], dtype=torch.int32))
 
@@ -63,3 +63,20 @@ def test_fp8_errs_by_its_rounding_alone_forward_and_backward(rows):
     assert ((y - truth).norm() / truth.norm()).item() < 0.05
     assert ((x.grad - dy @ weight).norm() / (dy @ weight).norm()).item() < 0.05
     torch.testing.assert_close(layer.storage.dense(torch.float32), weight, rtol=2**-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "kind", [Fp8Weight, lambda w: NF4Weight(w, double_quant=True), lambda w: DenseWeight(w.half())]
+)
+def test_a_compiled_linear_has_its_gradient(kind):
+    """torch 2.11 compiled one of fp8 to a gradient of zeros."""
+    torch.manual_seed(0)
+    layer = FrozenLinear(kind(torch.randn(48, 64) * 0.05), None)
+    x = torch.randn(7, 64)
+    dy = torch.randn(7, 48)
+    gradients = []
+    for forward in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(forward(leaf), leaf, dy)[0])
+    assert gradients[0].norm() > 1
+    torch.testing.assert_close(gradients[1], gradients[0])

@@ -85,3 +85,44 @@ def test_a_folder_that_takes_no_checkpoint_is_told_before_the_run(tiny_config, t
     model = load_model(config, CPU, torch.float32)
     with pytest.raises(StorageError, match="gone"):
         preflight.preflight(model, ROWS, ROWS[:2], config, tmp_path / "gone")
+
+
+def compiled_eagerly(tiny_config, monkeypatch, **keys):
+    """A model whose layers are traced by the compiler and run without kernels of its own."""
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, _, **__: graph.forward)
+    config = tiny_config(torch_compile=True, lora_dropout=0.2, gradient_checkpointing=1, **keys)
+    model = load_model(config, CPU, torch.float32)
+    for layer in model.adapted.values():
+        torch.nn.init.normal_(layer.lora_B.data, std=0.1)
+    return model, config
+
+
+def test_compiled_layers_have_the_gradient_of_their_code(tiny_config, tmp_path, monkeypatch):
+    model, config = compiled_eagerly(tiny_config, monkeypatch)
+    assert preflight.preflight(model, ROWS, ROWS[:2], config, tmp_path).peak_bytes > 0
+
+
+def test_a_compiler_that_loses_a_gradient_is_found(tiny_config, tmp_path, monkeypatch):
+    from solotune import linear
+
+    model, config = compiled_eagerly(tiny_config, monkeypatch, base_precision="fp8")
+    preflight.preflight(model, ROWS, ROWS[:2], config, tmp_path)
+
+    class WithoutGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, codes, scales, *_):
+            return linear.fp8_product(x, codes, scales)
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy.new_zeros(dy.shape[0], 64 if dy.shape[1] != 64 else 96), None, None, None, None
+
+    own = linear.fp8_matmul
+
+    def lost_when_compiled(*args):
+        return WithoutGradient.apply(*args) if torch.compiler.is_compiling() and args[1].shape[0] == 96 else own(*args)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(linear, "fp8_matmul", lost_when_compiled)
+    with pytest.raises(CheckError, match="layers have another gradient than as they are written"):
+        preflight.preflight(model, ROWS, ROWS[:2], config, tmp_path)

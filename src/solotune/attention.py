@@ -63,7 +63,14 @@ def attention(
     return flash(q, k, v, cu_seq_lens_q, max_length_q, scaling).view(num_packs, length, -1, size), None
 
 
-def flash(q_NHD, k_NHD, v_NHD, starts_S, longest, scale):  # noqa: ANN001, ANN201
+def flash(
+    q_NHD: torch.Tensor,
+    k_NHD: torch.Tensor,
+    v_NHD: torch.Tensor,
+    starts_S: torch.Tensor,
+    longest: int | None,
+    scale: float | None,
+) -> torch.Tensor:
     """Causal attention of each row of N tokens with itself, by PyTorch's flash kernel."""
     return torch.ops.aten._flash_attention_forward(
         q_NHD, k_NHD, v_NHD, starts_S, starts_S, longest, longest, 0.0, True, False, scale=scale

@@ -20,7 +20,8 @@ What it does not do: compile passes without gradients; their shapes (evaluation,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -76,6 +77,20 @@ def prepare_layers(layers: nn.ModuleList, config: RunConfig) -> None:
         layer.forward = _only_with_gradients(trained, plain, wants_gradient=config.torch_compile and number == 0)
 
 
+_as_written = False
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Within it training passes run the layers' own code, uncompiled; each recomputes itself, to need little memory."""
+    global _as_written
+    _as_written = True
+    try:
+        yield
+    finally:
+        _as_written = False
+
+
 def _only_with_gradients(
     trained: Callable[..., Any], plain: Callable[..., Any], wants_gradient: bool
 ) -> Callable[..., Any]:
@@ -85,6 +100,8 @@ def _only_with_gradients(
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return plain(*args, **kwargs)
+        if _as_written:
+            return checkpoint(plain, *args, use_reentrant=False, **kwargs)
         if wants_gradient and args and not args[0].requires_grad:
             args[0].requires_grad_()
         return trained(*args, **kwargs)

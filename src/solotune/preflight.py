@@ -2,8 +2,10 @@
 
 An out-of-memory error at step 300 costs an afternoon. Memory depends on shapes alone, so the micro-batch with the most
 places (rows x longest row, padding included), run once, takes as much as any that will come; and the compiler's work is
-then done too, so the run's own steps are timed without it. Nothing may be different afterwards: the optimizer tried is
-a spare one with a learning rate of 0, gradients go back to zero and random generators to where they were.
+then done too, so the run's own steps are timed without it. Once compiled, the layers must have the gradient that they
+have as they are written: a compiler's mistake is silent, for the loss falls all the same, only less. Nothing may be
+different afterwards: the optimizer tried is a spare one with a learning rate of 0, gradients go back to zero and random
+generators to where they were.
 
 What it does not do: try row lengths that only some steps have (a compiler may want seconds for one of those), or
 generate samples.
@@ -15,13 +17,14 @@ import itertools
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from solotune import checkpoint, evaluation, lora, training
+from solotune import checkpoint, evaluation, layers, lora, training
 from solotune.batch import Batch, collate_packs
 from solotune.config import RunConfig
 from solotune.dataset import Example
@@ -30,6 +33,8 @@ from solotune.device_failure import device_memory, smaller
 from solotune.errors import CheckError
 from solotune.model import TrainableModel
 from solotune.record import storage_errors
+
+LARGEST_GRADIENT_ERROR = 0.5  # of its length; rounding in fp8 changes it by 0.2, a lost path by 0.9
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,8 @@ def preflight(
         started = time.perf_counter()
         _step(model, batch, config, folder)
         first = time.perf_counter() - started
+        if config.torch_compile:
+            _check_compiler(model, batch)
         started = time.perf_counter()
         _step(model, batch, config, None)
         second = time.perf_counter() - started
@@ -114,6 +121,32 @@ def _step(model: TrainableModel, batch: Batch, config: RunConfig, folder: Path |
     if folder is not None:
         with storage_errors(folder), tempfile.TemporaryDirectory(prefix=".preflight-", dir=folder) as scratch:
             checkpoint.save(Path(scratch), 0, lora.state_dict(model.adapted), "{}", spare, {})
+
+
+def _check_compiler(model: TrainableModel, batch: Batch) -> None:
+    """The compiled layers must have the gradient of their own code, to rounding.
+
+    Raises:
+        CheckError: they have not. torch 2.11 gave an fp8 base's inputs a gradient of zeros, and the loss still fell.
+    """
+    gradients = []
+    for context in (nullcontext, layers.as_written):
+        lora.seed_dropout(model.adapted, 0)
+        model.zero_gradients()
+        with context():
+            losses_N, _ = model.token_losses(batch)
+            losses_N.mean().backward()
+        assert model.joined.grad is not None
+        gradients.append(model.joined.grad.clone())
+    compiled, own = gradients
+    error = ((compiled - own).norm() / own.norm()).item()
+    if not error < LARGEST_GRADIENT_ERROR:
+        raise CheckError(
+            f"preflight: compiled by torch {torch.__version__}, layers have another gradient than as they are written",
+            seen=f"it differs by {error:.0%} of its length",
+            allowed=f"less than {LARGEST_GRADIENT_ERROR:.0%}, which is rounding",
+            change="torch_compile: false, or another version of torch; and tell us, please",
+        )
 
 
 def _does_not_fit(error: torch.OutOfMemoryError, batch: Batch, config: RunConfig) -> CheckError:
