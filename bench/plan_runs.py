@@ -283,12 +283,17 @@ def summary(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _child(mode: str, numbers: list[int], folder: Path, steps: int) -> str:
+def _child(mode: str, numbers: list[int], folder: Path, steps: int) -> Iterator[str]:
+    """The lines that a process of its own prints, as they come."""
     command = [sys.executable, "-m", "bench.plan_runs", "--child", mode, "--folder", str(folder), "--steps", str(steps)]
-    done = subprocess.run([*command, *map(str, numbers)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(f"case {numbers}: {done.stderr.strip()[-1500:]}", file=sys.stderr, flush=True)
-    return done.stdout
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(
+            [*command, *map(str, numbers)], stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as child:
+            yield from child.stdout or ()
+        if child.returncode:
+            errors.seek(0)
+            print(f"case {numbers}: {errors.read().strip()[-1500:]}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -317,17 +322,17 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="plan-runs-"))
     started = time.perf_counter()
     with ThreadPoolExecutor(args.workers) as pool:
-        list(pool.map(lambda number: _child("predict", [number], folder, args.steps), chosen))
+        list(pool.map(lambda number: list(_child("predict", [number], folder, args.steps)), chosen))
     print(f"planned and compiled in {time.perf_counter() - started:.0f} s", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     results = []
     with open(args.out / "plan_runs.jsonl", "w", encoding="utf-8") as file:
-        for model in dict.fromkeys(CASES[number].model for number in chosen):
+        for model in dict.fromkeys(CASES[number].model for number in reversed(chosen)):
             ready = [n for n in chosen if CASES[n].model == model and (folder / f"{n}.json").is_file()]
-            for line in _child("measure", ready, folder, args.steps).splitlines() if ready else ():
+            for line in _child("measure", ready, folder, args.steps) if ready else ():
                 if line.startswith("{"):
                     results.append(json.loads(line))
-                    file.write(line + "\n")
+                    file.write(line)
                     file.flush()
             print(f"{model} measured after {time.perf_counter() - started:.0f} s", flush=True)
     text = summary(results)

@@ -1,10 +1,9 @@
 """The constants of a plan that were measured and cannot be derived, each with what it was measured on.
 
 Bytes come from shapes nearly alone; what is here are the parts of libraries that no shape tells. Seconds are operations
-divided by the card's rate and by how much of that rate is reached. The shares below were set by few measurements: three
-ways to run the walkthrough's recipe on one H100 80GB HBM3 (torch 2.11, `bench/recipe_step.py`, docs/decisions.md) and
-the demo on two cores of an AMD EPYC. `bench/plan_runs.py` checks them over 36 configs and writes the errors beside.
-Other cards are predicted with the same shares, which is a guess.
+divided by the card's rate and by how much of that rate is reached. The shares below were fitted to 18 of the configs of
+`bench/plan_runs.py` on one H100 80GB HBM3 (torch 2.11; 1.7B to 8B, NF4, fp8 and bf16, `bench/results/plan.md`) and to
+the demo on two cores of an AMD EPYC. Other cards are predicted with the same shares, which is a guess.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ CPU_HEAP_SLACK = 1.2
 """glibc's heap against the bytes that are alive in it."""
 
 # --- share of the card's rate that products of matrices reach, for large ones and on the way there
-GEMM_SHARE = 0.78
-FP8_GEMM_SHARE = 0.66
-GEMM_HALF_FLOPS = 6e9
+GEMM_SHARE = 0.687
+FP8_GEMM_SHARE = 0.663
+GEMM_HALF_FLOPS = 6.4e9
 """A product of this many operations reaches half of the share: launch, tails, too few tiles."""
-SMALL_GEMM_SHARE_OF_BANDWIDTH = 0.65  # LoRA's: one side is r, so they read and write more than they multiply
-ATTENTION_SHARE = 0.42  # flash attention, forward; by useful operations of a causal matrix
-ATTENTION_BACKWARD_SHARE = 0.32
-BANDWIDTH_SHARE = 0.70  # of fused element-wise kernels
-NF4_EXPANSION_SHARE = 0.55  # of bandwidth, reading 4 and writing 16 bits
+SMALL_GEMM_SHARE_OF_BANDWIDTH = 0.99  # LoRA's: one side is r, so they read and write more than they multiply
+ATTENTION_FORWARD, ATTENTION_BACKWARD = (0.61, 750), (0.56, 1400)
+"""cuDNN's, causal: the share for long rows, and the length that reaches half of it (4 x 2,048 and 32,768 tokens)."""
+BANDWIDTH_SHARE = 1.0  # of fused element-wise kernels
+NF4_EXPANSION_SHARE = 0.457  # of bandwidth, reading 4 and writing 16 bits
 KERNEL_SECONDS = 7e-6  # launching one from Python's wrapper of a compiled graph; the floor of small models
 LAYER_SECONDS = 2.2e-4  # guards, autograd nodes and hooks of one compiled layer, forward and backward
 STEP_SECONDS = 0.012  # reading rows, the optimizer's launches, the loss's transfer to the host
@@ -44,8 +43,8 @@ OFFLOAD_BYTES_PER_SECOND = 20e9  # to pinned host memory and back, over PCIe
 
 # --- what happens once
 CUDA_IMPORT_SECONDS = 3.0
-READ_BYTES_PER_SECOND = 6e9  # weights out of the page cache, over the bus, quantised
-COMPILE_SECONDS = 22.0  # one shape of one kind of layer, forward and backward, nothing cached
+READ_BYTES_PER_SECOND = 3.7e9  # weights out of the page cache, over the bus, quantised
+COMPILE_SECONDS = 9.0  # one shape of one kind of layer, forward and backward, nothing cached
 COMPILE_SECONDS_CHECKPOINTED = 3.0
 
 # --- the CPU

@@ -32,6 +32,12 @@ from transformers import PreTrainedModel
 from solotune.config import RunConfig
 from solotune.errors import InputError
 
+LEAN: dict[str, Any] = {
+    "ban_recompute_used_far_apart": False,
+    "ban_recompute_long_fusible_chains": False,
+    "ban_recompute_materialized_backward": False,
+}
+"""The partitioner's options of compiled layers."""
 MLP_CHUNK_TOKENS = 16_384  # of one row: more go through the MLP in parts, whose inner width is its largest by far
 
 
@@ -118,11 +124,7 @@ def _compile_lean(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any
     from torch._functorch import config as functorch_config
     from torch._inductor.compile_fx import compile_fx
 
-    with functorch_config.patch(
-        ban_recompute_used_far_apart=False,
-        ban_recompute_long_fusible_chains=False,
-        ban_recompute_materialized_backward=False,
-    ):
+    with functorch_config.patch(LEAN):
         return compile_fx(graph, example_inputs)
 
 

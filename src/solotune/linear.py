@@ -178,20 +178,25 @@ def round_to_fp8(x_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x_RK.float() / scales_R1).to(FP8), scales_R1
 
 
+@torch.library.custom_op("solotune::scaled_matmul", mutates_args=())
+def scaled_matmul(
+    codes_TK: torch.Tensor, scales_T1: torch.Tensor, codes_NK: torch.Tensor, scales_N1: torch.Tensor
+) -> torch.Tensor:
+    """(codes_TK scales_T1) (codes_NK scales_N1)^T in bfloat16, with sums in float32; tensor cores on CUDA."""
+    if codes_TK.is_cuda:
+        scales = {"scale_a": scales_T1, "scale_b": scales_N1.t()}
+        return torch._scaled_mm(codes_TK, codes_NK.t(), **scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return (codes_TK.float() @ codes_NK.float().t() * scales_T1 * scales_N1.t()).bfloat16()
+
+
+@scaled_matmul.register_fake
+def _(codes_TK: torch.Tensor, scales_T1: torch.Tensor, codes_NK: torch.Tensor, scales_N1: torch.Tensor):
+    return codes_TK.new_empty((codes_TK.shape[0], codes_NK.shape[0]), dtype=torch.bfloat16)
+
+
 def fp8_product(x_TK: torch.Tensor, codes_NK: torch.Tensor, scales_N1: torch.Tensor) -> torch.Tensor:
-    """x W^T with both in e4m3: x is rounded by rows here, W is `codes * scales`. Sums are float32."""
-    codes_TK, scales_T1 = round_to_fp8(x_TK)
-    if x_TK.is_cuda:
-        return torch._scaled_mm(
-            codes_TK,
-            codes_NK.t(),
-            scale_a=scales_T1,
-            scale_b=scales_N1.t(),
-            out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        ).to(x_TK.dtype)
-    product = codes_TK.float() @ codes_NK.float().t()
-    return (product * scales_T1 * scales_N1.t()).to(x_TK.dtype)
+    """x W^T with both in e4m3: x is rounded by rows here, W is `codes * scales`."""
+    return scaled_matmul(*round_to_fp8(x_TK), codes_NK, scales_N1).to(x_TK.dtype)
 
 
 class _Fp8Matmul(torch.autograd.Function):

@@ -30,7 +30,7 @@ from solotune.config import RunConfig
 from solotune.costs import Growth, LayerCost, Linear, ModelShape, Pass
 from solotune.hub import model_folder
 from solotune.layers import decoder_layers
-from solotune.linear import DenseWeight, Fp8Weight, FrozenLinear, round_to_fp8
+from solotune.linear import DenseWeight, Fp8Weight, FrozenLinear
 from solotune.model import _check_positions, _empty_model, _frozen_linears, _NoSuchAttention
 from solotune.tracing import Look, fit, look_compiled, look_eager, metered
 from solotune.weights import read_architecture
@@ -109,36 +109,10 @@ def _fill_with_fakes(module: PreTrainedModel, config: RunConfig, dtype: torch.dt
         transposed = isinstance(part, Conv1D)
         out, into = reversed(weight.shape) if transposed else weight.shape
         fake = torch.empty(out, into, dtype=dtype)
-        storage = _TracedFp8(fake) if config.multiplies_in_fp8 else DenseWeight(fake)
+        storage = (Fp8Weight if config.multiplies_in_fp8 else DenseWeight)(fake)
         bias = torch.empty(out, dtype=dtype) if isinstance(part.bias, nn.Parameter) else None
         parent, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(parent), leaf, FrozenLinear(storage, bias, transposed))
-
-
-class _ScaledMatmul(torch.autograd.Function):
-    """`Fp8Weight`'s product as a GPU does it, for tensors without contents, which lie on the CPU."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TI: torch.Tensor, codes_OI: Any, scales_O1: Any, codes_IO: Any, scales_I1: Any):
-        ctx.save_for_backward(codes_IO, scales_I1)
-        return _scaled(x_TI, codes_OI, scales_O1)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor):
-        return _scaled(grad_outputs[0].contiguous(), *ctx.saved_tensors), None, None, None, None
-
-
-def _scaled(x_TK: torch.Tensor, codes_NK: torch.Tensor, scales_N1: torch.Tensor) -> torch.Tensor:
-    codes_TK, scales_T1 = round_to_fp8(x_TK)
-    product = torch._scaled_mm(codes_TK, codes_NK.t(), scales_T1, scales_N1.t(), out_dtype=torch.bfloat16)
-    return product.to(x_TK.dtype)
-
-
-class _TracedFp8(Fp8Weight):
-    def matmul(self, x_TI: torch.Tensor) -> torch.Tensor:
-        rows = x_TI.reshape(-1, x_TI.shape[-1])
-        y = _ScaledMatmul.apply(rows, self.codes_OI, self.scales_O1, self.codes_IO, self.scales_I1)
-        return y.view(*x_TI.shape[:-1], self.shape[0])
 
 
 def _counted(module: PreTrainedModel, adapted: set[str]) -> tuple[Linear, ...]:

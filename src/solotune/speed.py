@@ -83,7 +83,7 @@ def _passing(part: Pass, rows: int, tokens: float, pace: _Pace) -> float:
 def _attention(shape: ModelShape, rows: int, tokens: float, pace: _Pace, is_backward: bool) -> float:
     """Two products of T x T/2 (causal) for each head forward, five backward."""
     flops = rows * tokens * tokens * shape.num_heads * shape.head_dim * (5 if is_backward else 2)
-    return pace.attention(flops, is_backward)
+    return pace.attention(flops, tokens, is_backward)
 
 
 def _evaluations(shape: ModelShape, knobs: Knobs, work: Work, pace: _Pace) -> float:
@@ -127,8 +127,9 @@ class _GpuPace:
         kernels = layer.forward.num_kernels * (1 + is_checkpointed) + layer.backward.num_kernels
         return known.LAYER_SECONDS * (1 + 0.5 * is_checkpointed) + kernels * known.KERNEL_SECONDS
 
-    def attention(self, flops: float, is_backward: bool) -> float:
-        return flops / (self.flops * (known.ATTENTION_BACKWARD_SHARE if is_backward else known.ATTENTION_SHARE))
+    def attention(self, flops: float, tokens: float, is_backward: bool) -> float:
+        share, half = known.ATTENTION_BACKWARD if is_backward else known.ATTENTION_FORWARD
+        return flops / (self.flops * share * tokens / (tokens + half))
 
     def expansion(self, shape: ModelShape, knobs: Knobs) -> float:
         if knobs.base_precision != "nf4" or knobs.is_mirrored:
@@ -171,7 +172,7 @@ class _CpuPace:
     def layer_floor(self, layer: LayerCost, is_checkpointed: bool) -> float:
         return 0.0
 
-    def attention(self, flops: float, is_backward: bool) -> float:
+    def attention(self, flops: float, tokens: float, is_backward: bool) -> float:
         return 2 * flops / self.flops
 
     def expansion(self, shape: ModelShape, knobs: Knobs) -> float:

@@ -79,7 +79,8 @@ def shapes_of() -> Callable[[RunConfig], ModelShape]:
 
     def shape(config: RunConfig) -> ModelShape:
         kind = "fp8" if config.multiplies_in_fp8 else "dense"
-        key = f"{config.model_name_or_path} {kind} {config.torch_compile} {config.bf16}"
+        adapter = f"{config.lora_r} {config.lora_target_modules} {config.lora_dropout}"
+        key = f"{config.model_name_or_path} {kind} {config.torch_compile} {config.bf16} {adapter}"
         asked[key] = config
         return of(key)
 

@@ -32,14 +32,9 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from solotune.costs import Growth, LayerCost, Matmul, Pass
+from solotune.layers import LEAN
 
 aten = torch.ops.aten
-LEAN: dict[str, Any] = {
-    "ban_recompute_used_far_apart": False,
-    "ban_recompute_long_fusible_chains": False,
-    "ban_recompute_materialized_backward": False,
-}
-"""The partitioner's options of compiled layers."""
 
 VIEWS = (
     "view", "_unsafe_view", "permute", "transpose", "t", "alias", "expand", "slice", "select", "unsqueeze", "squeeze",
@@ -50,7 +45,7 @@ FUSED = (
     "arange", "constant_pad_nd", "copy", "full_like", "zeros_like", "ones_like", "empty", "zeros", "ones", "_to_copy",
     "repeat",
 )  # fmt: skip
-MATMULS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "expanded_matmul")
+MATMULS = ("mm", "addmm", "bmm", "baddbmm", "scaled_matmul", "expanded_matmul")
 
 
 @dataclass
@@ -165,6 +160,55 @@ class _Graph:
             return True
         return any(r.op == "output" or not (_is_fusible(r) or _is_reduction(r)) for r in self.readers(node))
 
+    def kernels(self) -> dict[int, list[fx.Node]]:
+        """Place -> what one kernel writes there."""
+        found: dict[int, list[fx.Node]] = {}
+        for node in self.nodes:
+            if self.is_memory(node):
+                found.setdefault(self.birth(node), []).append(node)
+        return found
+
+    def _taken_over(self, birth: int, outputs: list[fx.Node]) -> int:
+        """Bytes of a kernel's input that becomes one of its outputs: a matmul's, read for the last time.
+
+        Where a kernel of several outputs reads two such, their sum takes the place of one and is written too.
+        """
+        if not _is_fusible(outputs[0]):
+            return 0
+        size = _bytes(outputs[0])
+        read = {source for node in outputs for source in self._sources(node)}
+        last = [s for s in read if _bytes(s) == size and not _is_fusible(s) and self.death(s) == birth]
+        last = [source for source in last if source.op == "call_function"]
+        return size if len(last) == 1 or (last and len(outputs) == 1) else 0
+
+    def birth(self, node: fx.Node) -> int:
+        """Its position, or that of the last pointwise operation which one kernel computes together with it.
+
+        The compiler's back end joins pointwise operations of one size that read the same memory and do not wait for one
+        another: the recomputed input of a layer's last matmul is written along with the gradients of its gate.
+        """
+        place = self.index[node]
+        if not _is_fusible(node):
+            return place
+        sources = {source for source in self._sources(node) if _bytes(source) >= _bytes(node)}
+        waiting = self._waiting_for(node)
+        for other in self.nodes[place + 1 :]:
+            if not (_is_fusible(other) and self.is_memory(other) and _bytes(other) == _bytes(node)):
+                continue
+            if other not in waiting and sources & self._sources(other):
+                place = self.index[other]
+        return place
+
+    def _waiting_for(self, node: fx.Node) -> set[fx.Node]:
+        found: set[fx.Node] = set()
+        todo = [node]
+        while todo:
+            for user in todo.pop().users:
+                if user not in found:
+                    found.add(user)
+                    todo.append(user)
+        return found
+
     def death(self, node: fx.Node) -> int:
         """The position of the last operation that reads it, through views and whatever is fused."""
         if node not in self._uses:
@@ -179,7 +223,10 @@ class _Graph:
         """The most bytes alive at once; `given` are tensors that are there from the start."""
         change = [0.0] * (len(self.nodes) + 1)
         spans = [(0, self.death(node), size) for node, size in given.items()]
-        spans += [(self.index[n], self.death(n), _bytes(n)) for n in self.nodes if self.is_memory(n)]
+        for birth, outputs in self.kernels().items():
+            spans += [(birth, max(birth, self.death(node)), _bytes(node)) for node in outputs]
+            change[birth] -= (taken := self._taken_over(birth, outputs))
+            change[birth + 1] += taken
         spans += [(self.index[n], self.index[n], scratch) for n in self.nodes if (scratch := _scratch(n))]
         for birth, death, size in spans:
             change[birth] += size
@@ -192,16 +239,18 @@ class _Graph:
 
     def work(self, is_frozen: _IsFrozen) -> _Work:
         done = _Work()
-        for node in self.nodes:
-            if not self.is_memory(node) or node.target is getitem:
+        for outputs in self.kernels().values():
+            node = outputs[-1]
+            if node.target is getitem:
                 continue
             done.num_kernels += 1
-            read = sum(_bytes(self.owner(source)) for source in self._sources(node))
+            size = sum(map(_bytes, {self.owner(source) for output in outputs for source in self._sources(output)}))
+            size += sum(map(_bytes, outputs))
             if _name(node) in MATMULS:
                 flops, frozen = _flops(node, is_frozen)
-                done.matmuls.append((flops, read + _bytes(node), frozen))
+                done.matmuls.append((flops, size, frozen))
             elif "attention" not in _name(node):
-                done.other_bytes += read + _bytes(node)
+                done.other_bytes += size
         return done
 
     def _sources(self, node: fx.Node) -> set[fx.Node]:
@@ -264,6 +313,8 @@ def _scratch(node: fx.Node) -> int:
 
 def _flops(node: fx.Node, is_frozen: _IsFrozen) -> tuple[float, bool]:
     shapes = [tuple(source.meta["val"].shape) for source in node.all_input_nodes if source.meta.get("val") is not None]
+    if _name(node) == "scaled_matmul":
+        shapes = [shapes[0], shapes[2][::-1]]
     shapes = [shape for shape in shapes if len(shape) > 1][-2:]
     if len(shapes) < 2:
         return 0.0, False
