@@ -185,6 +185,27 @@ def test_probe_of_this_machine():
     assert getpass.getuser() not in json.dumps([found.cpu, found.gpu])
 
 
+@pytest.mark.parametrize(
+    ("release", "given", "expected"),
+    [
+        ("6.1.0-generic", {}, "expandable_segments:True"),
+        ("6.1.0-generic", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}, "max_split_size_mb:128"),
+        ("6.1.0-generic", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:128"}, None),
+        ("5.15.90-microsoft-standard-WSL2", {}, None),
+    ],
+)
+def test_the_allocator_grows_its_segments_unless_the_user_has_set_it_up(release, given, expected, monkeypatch):
+    for key in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in given.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(environment.platform, "release", lambda: release)
+    monkeypatch.setattr(environment.platform, "system", lambda: "Linux")
+    environment._let_segments_grow()
+    assert environment.os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == expected
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+
+
 def test_importing_environment_loads_no_torch():
     code = "import sys, solotune.environment; assert 'torch' not in sys.modules"
     where = {**os.environ, "PYTHONPATH": str(Path(environment.__file__).parents[1])}

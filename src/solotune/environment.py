@@ -382,8 +382,20 @@ def _requires(package: str) -> list[str]:
         return []
 
 
+def _let_segments_grow() -> None:
+    """Has CUDA's allocator grow its segments, unless the user has set it up.
+
+    Layers that recompute themselves ask for buffers of many sizes; in segments of fixed size a step of 8.7 GiB reserved
+    11.6 (measured), which is what the card must have.
+    """
+    is_set = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys()
+    if platform.system() == "Linux" and "microsoft" not in platform.release() and not is_set:  # WSL's driver cannot
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def _torch_facts() -> dict[str, Any]:
     """What torch says about the GPU, by the names of `Machine`."""
+    _let_segments_grow()
     try:
         import torch
     except Exception as error:  # ImportError, and OSError for a native library that is not there
