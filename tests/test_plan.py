@@ -190,3 +190,15 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded_or_written
     assert raised.value.exit_code == 3
     assert "memory_budget: 100MiB" in str(raised.value)
     assert not os.path.exists("run")
+
+
+def test_packed_passes_are_planned_in_the_shape_they_are_padded_to(config):
+    from solotune import dataset
+
+    checked = load_config(config, ["packing=true", "per_device_train_batch_size=3"])
+    prepared = dataset.prepare(checked, dataset.load_tokenizer(checked))
+    work = survey.work_of(checked, prepared)
+    assert (work.rows, work.tokens, work.mean_tokens) == (3, checked.max_length, checked.max_length)
+    assert 0 < work.real_share < 1
+    as_they_are = survey.work_of(checked.replaced("test", torch_compile=False), prepared)
+    assert as_they_are.mean_tokens < checked.max_length

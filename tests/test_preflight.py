@@ -38,7 +38,9 @@ def test_nothing_is_different_afterwards(packing, tiny_config, tmp_path):
     assert list(tmp_path.iterdir()) == []
     assert steps(tried, config) == steps(untouched, config)
     assert report.peak_bytes > 0 and report.step_seconds > 0
-    assert report.in_words().startswith(f"preflight: the largest step, {report.rows} rows in {report.places} places")
+    words = report.in_words(5 << 29)
+    assert words.startswith(f"preflight: the largest step, {report.rows} rows in {report.places} places, took ")
+    assert " GiB (2.5 GiB planned) and " in words
 
 
 def test_the_longest_rows_come_together(tiny_config):

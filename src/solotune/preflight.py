@@ -43,14 +43,17 @@ class Preflight:
 
     rows: int
     places: int  # rows x longest
+    loaded_bytes: int  # weights, quantisation state, adapters and their gradients; 0 where torch does not count (CPU)
+    optimizer_bytes: int
     peak_bytes: int
     first_step_seconds: float  # with compiling
     step_seconds: float
     evaluation_peak_bytes: int
     free_bytes: int | None  # of the card, beside what this process has reserved
 
-    def in_words(self) -> str:
+    def in_words(self, planned_bytes: int) -> str:
         text = f"preflight: the largest step, {self.rows} rows in {self.places:,} places, took {_gib(self.peak_bytes)}"
+        text += f" ({_gib(planned_bytes)} planned)"
         text += f" and {self.step_seconds:.2f} s, the first time {self.first_step_seconds:.0f} s"
         return text + (f"; {_gib(self.free_bytes)} of the GPU are left" if self.free_bytes is not None else "")
 
@@ -75,8 +78,9 @@ def preflight(
     random = checkpoint.random_state()
     try:
         training.reset_peak_bytes(model.device)
+        loaded = training.allocated_bytes(model.device)
         started = time.perf_counter()
-        _step(model, batch, config, folder)
+        optimizer_bytes = _step(model, batch, config, folder)
         first = time.perf_counter() - started
         if config.torch_compile:
             _check_compiler(model, batch)
@@ -98,7 +102,17 @@ def preflight(
         checkpoint.restore_random(random)
         training.reset_peak_bytes(model.device)
     free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else None
-    return Preflight(len(batch.rows), batch.input_ids_BT.numel(), peak, first, second, evaluation_peak, free)
+    return Preflight(
+        rows=len(batch.rows),
+        places=batch.input_ids_BT.numel(),
+        loaded_bytes=loaded,
+        optimizer_bytes=optimizer_bytes,
+        peak_bytes=peak,
+        first_step_seconds=first,
+        step_seconds=second,
+        evaluation_peak_bytes=evaluation_peak,
+        free_bytes=free,
+    )
 
 
 def largest_micro_batch(model: TrainableModel, train_rows: Sequence[Example], config: RunConfig) -> Batch:
@@ -111,16 +125,19 @@ def largest_micro_batch(model: TrainableModel, train_rows: Sequence[Example], co
     return collate_packs([[train_rows[row] for row in packs[i]] for i in longest], model.device, shape)
 
 
-def _step(model: TrainableModel, batch: Batch, config: RunConfig, folder: Path | None) -> None:
-    """One optimizer step that changes nothing, and a checkpoint of it."""
+def _step(model: TrainableModel, batch: Batch, config: RunConfig, folder: Path | None) -> int:
+    """One optimizer step that changes nothing, and a checkpoint of it; the bytes of the optimizer's state."""
+    before = training.allocated_bytes(model.device)
     spare = training.make_optimizer(config, [model.joined])
     for group in spare.param_groups:
         group["lr"] = 0.0  # and with it AdamW's weight decay
     model.module.train()
     training.train_step(model, [batch], spare, config.max_grad_norm)
+    optimizer_bytes = training.allocated_bytes(model.device) - before
     if folder is not None:
         with storage_errors(folder), tempfile.TemporaryDirectory(prefix=".preflight-", dir=folder) as scratch:
             checkpoint.save(Path(scratch), 0, lora.state_dict(model.adapted), "{}", spare, {})
+    return optimizer_bytes
 
 
 def _check_compiler(model: TrainableModel, batch: Batch) -> None:

@@ -98,15 +98,17 @@ def work_of(config: RunConfig, prepared: Prepared) -> Work:
     for micro_batch in islice(drawn, MAX_COUNTED_MICRO_BATCHES):
         longest.append(int(sizes[micro_batch].max()))
         real += int(sizes[micro_batch].sum())
+    rows = min(config.per_device_train_batch_size, len(sizes))
+    if config.packing and config.torch_compile:  # every pass is padded to one shape, see `batch.PackShape`
+        rows, longest = config.per_device_train_batch_size, [config.max_length] * len(longest)
     is_whole = schedule.total_steps * schedule.accumulation <= MAX_COUNTED_MICRO_BATCHES
     tokens: dict[str, Any] = prepared.report.to_json()["tokens"]
     held_out = sorted(lengths_of(prepared.validation))
     every = config.every("eval", schedule.steps_per_epoch)
     answer = min(config.max_new_tokens, tokens["supervised"] / max(1, len(lengths) + len(held_out)))
-    rows = min(config.per_device_train_batch_size, len(sizes))
     return Work(
         rows=rows,
-        tokens=max(longest) if is_whole else int(sizes.max()),
+        tokens=max(longest) if is_whole else max(longest[0] if config.packing else 0, int(sizes.max())),
         mean_tokens=float(np.mean(longest)),
         real_share=real / (sum(longest) * rows),
         supervised_share=tokens["supervised"] / max(1, tokens["total"]),

@@ -303,6 +303,11 @@ def reset_peak_bytes(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def allocated_bytes(device: torch.device) -> int:
+    """What tensors take now, where the device can say (CUDA); else 0."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
 def peak_bytes(device: torch.device) -> int:
     """The largest memory so far: the allocator's on CUDA, the process's resident set on the CPU."""
     if device.type == "cuda":

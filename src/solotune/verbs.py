@@ -225,7 +225,8 @@ def train(
         display.choices(choices)
         run.write_config(checked)
         run.write_json("environment.json", {**machine.to_json(), "choices": [c._asdict() for c in choices]})
-        run.write_json("plan.json", {"predicted": planned.to_json()})
+        plan_json = {"predicted": planned.to_json(), "preflight": tried and asdict(tried)}
+        run.write_json("plan.json", plan_json)
         run.write_json("data.json", prepared.report.to_json())
         write_whole(run.path / "split.json", prepared.manifest.json_lines())
         summary = _summary(model, checked, prepared)
@@ -234,7 +235,7 @@ def train(
             display.note(f"packing: {pack.in_words(prepared.report.packing)}")
         run.log_metrics("start", step=start.step if start else 0, **summary)
         if tried:
-            display.note(tried.in_words())
+            display.note(tried.in_words(planned.option.footprint.peak_bytes))
             run.log_metrics("preflight", **asdict(tried))
         tuned = training.train(
             model, prepared.train, prepared.validation, checked, run, display, start, fingerprints(checked, prepared)
@@ -247,7 +248,7 @@ def train(
             run.write_json("evaluation.json", result.to_json())
         peak_bytes = training.peak_bytes(model.device)
         measured = {"peak_bytes": peak_bytes, **_usual_step(run.read_metrics())}
-        run.write_json("plan.json", {"predicted": planned.to_json(), "measured": measured})
+        run.write_json("plan.json", {**plan_json, "measured": measured})
         run.log_metrics("end", step=summary["total_steps"], peak_bytes=peak_bytes)
         return TrainResult(run.path, summary, choices, result)
     except Exception as error:
