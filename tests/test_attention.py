@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import transformers
-from tiny import FAMILIES
+from tiny import FAMILIES, random_rows
 
 from solotune import attention
+from solotune.batch import PackShape, collate, collate_packs
+from solotune.model import load_model
 
 
 def reason(config, max_length=64, dtype=torch.bfloat16):
@@ -44,3 +48,38 @@ def test_a_window_longer_than_every_row_does_not_matter():
 
 def test_32_bit_models_keep_sdpa():
     assert reason(FAMILIES["llama"](), dtype=torch.float32) == "the flash kernel computes in 16 bits, not in float32"
+
+
+def plain_flash(q_NHD, k_NHD, v_NHD, starts_S, longest, scale):
+    """What the kernel computes, row by row."""
+    groups, starts, rows = q_NHD.shape[1] // k_NHD.shape[1], starts_S.tolist(), []
+    for start, end in itertools.pairwise(starts):
+        if start < end:
+            assert end - start <= longest
+            q, k, v = (x[start:end].transpose(0, 1) for x in (q_NHD, k_NHD, v_NHD))
+            k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
+            future = torch.ones(end - start, end - start).triu(1).bool()
+            scores = (q @ k.transpose(1, 2) * scale).masked_fill(future, -torch.inf)
+            rows.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "phi", "cohere", "neox"])
+def test_a_model_with_it_keeps_packed_rows_apart(family, tiny_config, monkeypatch):
+    """All but the kernel, for which a plain one stands in."""
+    monkeypatch.setattr(attention, "flash", plain_flash)
+    cpu = torch.device("cpu")
+    model = load_model(tiny_config(family), cpu, torch.float32)
+    rows = random_rows(11)
+    packs = [rows[:4], rows[4:7], rows[7:]]
+    batch = collate_packs(packs, cpu, PackShape.of(packs, 4, 96))
+    with torch.no_grad():
+        alone = torch.cat([model.token_losses(collate([row], cpu))[0] for row in rows])
+    attention.install(model.module)
+    model.by_lengths = True
+    together, _ = model.token_losses(batch)
+    torch.testing.assert_close(together.detach(), alone, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():  # evaluation goes by transformers' sdpa
+        torch.testing.assert_close(model.token_losses(batch)[0], alone, rtol=1e-5, atol=1e-5)
+    model.by_lengths = False  # without lengths nothing keeps them apart, which `isolation_error` finds
+    assert (model.token_losses(batch)[0] - alone).abs().mean() > 0.01

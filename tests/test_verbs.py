@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import solotune
 from solotune.config import load_config
 from solotune.errors import DirectoryInUseError, InputError, IntegrityError
+from solotune.record import RunDirectory
 from solotune.terminal import SilentDisplay
 
 
@@ -69,6 +70,7 @@ def test_a_run_leaves_every_file_of_the_design(config, tmp_path):
         "checkpoints",
         "adapter",
         "evaluation.json",
+        "plan.json",
     }
     assert expected <= {path.name for path in run.iterdir()}
     adapter = {"adapter_model.safetensors", "adapter_config.json"}
@@ -88,6 +90,21 @@ def test_a_run_leaves_every_file_of_the_design(config, tmp_path):
     data = json.loads((run / "data.json").read_text())
     assert data["rows"]["read"] == 60 == data["rows"]["kept"] + sum(data["rows"]["dropped"].values())
     assert data["split"]["validation"] == 10
+
+
+def test_a_preflight_stands_beside_the_plan_and_changes_nothing(config, tmp_path):
+    solotune.train(config)
+    tried = solotune.train({**config, "output_dir": "tried", "preflight": True})
+    plain, with_it = (RunDirectory(tmp_path / name).read_metrics() for name in ("run", "tried"))
+    losses = [[e["loss"] for e in events if e["event"] == "step"] for events in (plain, with_it)]
+    assert losses[0] == losses[1]
+    (seen,) = [event for event in with_it if event["event"] == "preflight"]
+    assert seen["step_seconds"] > 0 and seen["rows"] == 4
+    plan = json.loads((tried.run_dir / "plan.json").read_text())
+    assert plan["preflight"]["peak_bytes"] == seen["peak_bytes"]
+    assert plan["measured"]["step_seconds"] > 0 and plan["predicted"]["fits"]
+    assert "preflight: the largest step, 4 rows in " in (tried.run_dir / "log.txt").read_text()
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["preflight"] is None
 
 
 def test_the_adapter_is_pefts_and_gives_the_same_logits_on_the_base_it_was_trained_on(config, tmp_path):

@@ -160,6 +160,8 @@ class RunConfig(BaseModel):
     """Layers that recompute themselves in backward to save memory: true (all), false, the first N, or as few as fit."""
     activation_offload: bool = _in("training", default=False)
     """Keep the inputs of checkpointed layers in the host's memory: for very long rows."""
+    preflight: Literal["auto"] | bool = _in("training", default="auto")
+    """Try the largest step, an evaluation and a save before the run begins (auto: on a GPU)."""
     torch_compile: bool = _in("training", default=True)
     """Compile the decoder layers: the first step takes longer, all others less time and memory (CUDA only)."""
     optim: Literal["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch"] = _in(

@@ -184,7 +184,8 @@ def _in_parts(at_work: float, layer: LayerCost, work: Work, is_checkpointed: boo
     if not is_checkpointed or parts < 2:
         return at_work
     out = layer.output.at(work.rows, work.tokens)
-    rest = min(at_work, 8 * out)  # x, q, k, v, attention's output and gradients of all of them
+    # x, q, k, v, attention's output, gradients of all of them, and the parts put together (one row of 102,400 tokens)
+    rest = min(at_work, 9.3 * out)
     return rest + (at_work - rest) / parts
 
 

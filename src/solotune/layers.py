@@ -70,7 +70,7 @@ def prepare_layers(layers: nn.ModuleList, config: RunConfig) -> None:
     recomputed = num_checkpointed(config, len(layers))
     for number, layer in enumerate(layers):
         plain = layer.forward
-        if recomputed and isinstance(mlp := getattr(layer, "mlp", None), nn.Module):
+        if number < recomputed and isinstance(mlp := getattr(layer, "mlp", None), nn.Module):
             mlp.forward = _in_parts(mlp.forward, config.torch_compile)
         trained = compiled(plain) if config.torch_compile else plain
         if number < recomputed:

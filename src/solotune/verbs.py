@@ -212,7 +212,7 @@ def train(
     display.phase("loading model")
     model = load_base(checked, machine)
     tried = None
-    if model.device.type == "cuda":
+    if checked.preflight is True or (checked.preflight == "auto" and model.device.type == "cuda"):
         display.phase("trying the largest step")
         folder = nearest_folder(checked.output_dir or "runs")
         tried = preflight(model, prepared.train, prepared.validation, checked, folder)

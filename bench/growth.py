@@ -1,0 +1,106 @@
+"""How tokens per second grow with length, micro-batch, rank and model size, beside what matrix products alone allow.
+
+    python -m bench.growth [--only TEXT ...] [--out FOLDER]
+
+Models, random weights and the step are those of `bench.plan_runs`; knobs are the plan's choice for the card. The ceiling
+is the time of the base's products and of the head's, forward and once backward, each size measured alone on random
+numbers: a step that did nothing else would reach it. Attention is not in it, so long rows fall away from it.
+Writes `growth.md` and `growth.jsonl`, a line a case as it is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.plan_runs import ALL, MODELS, Case, make_weights_here, plan_of, run
+
+KEYS = ("gradient_checkpointing", "base_residency", "base_precision", "activation_offload")
+REPEATS = 5
+
+
+def cases() -> Iterator[tuple[str, Case]]:
+    """(what grows, case)"""
+    for length in (512, 1024, 2048, 4096, 8192):
+        yield "length, 8,192 tokens a micro-batch", Case("8B", 8192 // length, length, ())
+    for length in (16384, 32768, 65536):
+        yield "length, one row", Case("8B", 1, length, ())
+    for rows in (1, 2, 8, 16):
+        yield "rows of 2,048", Case("8B", rows, 2048, ())
+    for rank in (8, 64, 256):
+        yield "rank, all linears", Case("8B", 4, 2048, (ALL, f"lora_r={rank}"))
+    for model in MODELS:
+        yield "size", Case(model, 4, 2048, ())
+
+
+def ceiling_tokens_per_second(model: str, tokens: int) -> float:
+    """Of products alone: x W^T and dy W for every linear of the layers, and for the head, in bfloat16."""
+    import torch
+
+    sizes = MODELS[model]
+    head = sizes.get("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
+    hidden, inner, depth = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_hidden_layers"]
+    queries, keys = head * sizes["num_attention_heads"], head * sizes["num_key_value_heads"]
+    shapes = Counter({(queries, hidden): depth, (keys, hidden): 2 * depth, (inner, hidden): 2 * depth})
+    shapes.update({(hidden, inner): depth, (hidden, queries): depth, (sizes["vocab_size"], hidden): 1})
+    total = 0.0
+    for (out, into), count in shapes.items():
+        x, weight = (torch.randn(n, into, device="cuda", dtype=torch.bfloat16) for n in (tokens, out))
+        dy = torch.randn(tokens, out, device="cuda", dtype=torch.bfloat16)
+        for first, second in ((x, weight.t()), (dy, weight)):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.mm(first, second)
+            begin.record()
+            for _ in range(REPEATS):
+                torch.mm(first, second)
+            end.record()
+            torch.cuda.synchronize()
+            total += count * begin.elapsed_time(end) / REPEATS / 1e3
+    return tokens / total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", nargs="*", default=[""], help="cases with one of these texts in what grows or their name"
+    )
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    args = parser.parse_args()
+    make_weights_here()
+    folder = Path(tempfile.mkdtemp(prefix="growth-"))
+    args.out.mkdir(parents=True, exist_ok=True)
+    lines = [
+        "| grows | case | chosen | tokens/s | peak GiB | products alone | share |",
+        "|---|---|---|--:|--:|--:|--:|",
+    ]
+    with open(args.out / "growth.jsonl", "w", encoding="utf-8") as file:
+        for grows, case in cases():
+            if not any(text in f"{grows} {case.name}" for text in args.only):
+                continue
+            plan, _ = plan_of(case, folder)
+            chosen = {key: getattr(plan.settled, key) for key in KEYS}
+            result: dict[str, Any] = {"grows": grows, "case": case.name, "chosen": chosen}
+            result |= run(case, plan.settled, args.steps)
+            result["ceiling"] = ceiling_tokens_per_second(case.model, case.rows * case.tokens)
+            file.write(json.dumps(result) + "\n")
+            file.flush()
+            lines.append(_line(grows, case, plan.settled, result))
+            print(lines[-1], flush=True)
+    (args.out / "growth.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _line(grows: str, case: Case, settled: Any, result: dict[str, Any]) -> str:
+    speed, ceiling = result["tokens_per_second"], result["ceiling"]
+    chosen = f"{settled.base_residency}, {settled.gradient_checkpointing} checkpointed"
+    cells = [grows, case.name, chosen, f"{speed:,.0f}", f"{result['peak_bytes'] / 2**30:.1f}", f"{ceiling:,.0f}"]
+    return "| " + " | ".join([*cells, f"{speed / ceiling:.0%}"]) + " |"
+
+
+if __name__ == "__main__":
+    main()
