@@ -2,9 +2,9 @@
 
     python -m bench.growth [--only TEXT ...] [--out FOLDER]
 
-Models, random weights and the step are those of `bench.plan_runs`; knobs are the plan's choice for the card. The ceiling
-is the time of the base's products and of the head's, forward and once backward, each size measured alone on random
-numbers: a step that did nothing else would reach it. Attention is not in it, so long rows fall away from it.
+Models, random weights and the step are those of `bench.plan_runs`; knobs are the plan's choice for the card. The
+ceiling is the time of the base's products and of the head's, forward and once backward, each size measured alone on
+random numbers: a step that did nothing else would reach it. Attention is not in it, so long rows fall away from it.
 Writes `growth.md` and `growth.jsonl`, a line a case as it is done.
 """
 

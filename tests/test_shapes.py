@@ -9,9 +9,10 @@ from tiny import FAMILIES, random_rows
 from solotune.batch import collate
 from solotune.costs import Growth
 from solotune.linear import FrozenLinear, stored_bytes
+from solotune.looks import growth_through
+from solotune.metering import metered
 from solotune.model import load_model
 from solotune.shapes import estimated, model_shape
-from solotune.tracing import growth_through, metered
 
 CPU = torch.device("cpu")
 ESTIMATED = {"mixtral"}  # which experts a token takes, only data knows

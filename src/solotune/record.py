@@ -17,7 +17,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +259,55 @@ def latest_run_of(config: RunConfig) -> RunDirectory | None:
     """The newest run in `runs/` that was made from a config of this name."""
     named = [run for run in list_runs() if run.path.name.startswith(f"{config.name}-")]
     return named[-1] if named else None
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One line of `solotune runs`; what a run has not got to is None."""
+
+    name: str
+    path: Path
+    status: str  # finished, running or unfinished
+    steps: int
+    total_steps: int | None
+    train_loss: float | None
+    base_loss: float | None
+    tuned_loss: float | None
+    exact_match: float | None
+    tokens_per_second: float | None
+    peak_bytes: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "path": str(self.path)}
+
+
+def summarised(run: RunDirectory) -> RunSummary:
+    """What a run has come to, from its files."""
+    events = run.read_metrics()
+    steps = [event for event in events if event.get("event") == "step"]
+    path = run.path / "evaluation.json"
+    found = read_json(path) if path.is_file() else {}
+    finished = any(event.get("event") == "end" for event in events)
+    return RunSummary(
+        name=run.path.name,
+        path=run.path,
+        status="finished" if finished else "running" if run.is_locked() else "unfinished",
+        steps=steps[-1]["step"] if steps else 0,
+        total_steps=steps[-1]["total_steps"] if steps else None,
+        train_loss=steps[-1]["loss"] if steps else None,
+        base_loss=found["base"]["loss"] if found else None,
+        tuned_loss=found["tuned"]["loss"] if found else None,
+        exact_match=found["scores"]["exact_match"]["tuned"] if found else None,
+        tokens_per_second=usual_step(events)["tokens_per_second"],
+        peak_bytes=max((step["peak_bytes"] for step in steps), default=None),
+    )
+
+
+def usual_step(events: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
+    """The medians over the steps of a run; None before its first."""
+    steps = [event for event in events if event.get("event") == "step"]
+    return {key: _middle([step[key] for step in steps if key in step]) for key in ("step_seconds", "tokens_per_second")}
+
+
+def _middle(values: list[float]) -> float | None:
+    return sorted(values)[len(values) // 2] if values else None

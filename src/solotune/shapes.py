@@ -25,14 +25,16 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from solotune import lora, loss, tracing
+from solotune import lora, loss
 from solotune.config import RunConfig
 from solotune.costs import Growth, LayerCost, Linear, ModelShape, Pass
 from solotune.hub import model_folder
 from solotune.layers import decoder_layers
 from solotune.linear import DenseWeight, Fp8Weight, FrozenLinear
+from solotune.looks import Look, Tally, fit
+from solotune.metering import look_eager, metered
 from solotune.model import _check_positions, _empty_model, _frozen_linears, _NoSuchAttention
-from solotune.tracing import Look, fit, look_compiled, look_eager, metered
+from solotune.tracing import look_compiled
 from solotune.weights import read_architecture
 
 LENGTHS = (512, 1024, 2048)
@@ -289,7 +291,7 @@ def _outside(module: PreTrainedModel, layers: nn.ModuleList, attention: str) -> 
         with _idle(layers, gives_tuple), metered() as meter:
             hidden = module.base_model(input_ids=ids, use_cache=False).last_hidden_state
             kept, forward_peak, work = meter.now, meter.most, meter.work
-            meter.work = tracing._Work()
+            meter.work = Tally()
             dy = torch.ones_like(hidden)
             meter.most = meter.now
             torch.autograd.backward(hidden, dy)

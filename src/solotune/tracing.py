@@ -7,7 +7,7 @@ without a GPU, and whatever architecture transformers has is served: nothing her
   `layers.compiled`), which splits the joint graph into forward and backward: what passes between the two is exactly
   what will be kept. Of the operations in a graph those become memory that the compiler's back end cannot fuse away:
   matmuls, attention, opaque operations, reductions, and what these read (`_Graph`).
-- Layers that are not compiled run as they are, and each tensor is counted from birth to death (`_Meter`).
+- Layers that are not compiled run as they are, and each tensor is counted from birth to death (`metering.py`).
 
 Both are done at several lengths, and a polynomial is put through them. Attention is looked at as the CPU has it, in the
 flash form: like the GPU's it keeps its output and one float32 for each row of each head. What it lacks is the GPU
@@ -19,20 +19,16 @@ What it does not do: predict the order in which the compiler's back end schedule
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from operator import getitem
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from solotune.costs import Growth, LayerCost, Matmul, Pass
 from solotune.layers import LEAN
+from solotune.looks import MATMULS, IsFrozen, Look, Tally, first
 
 aten = torch.ops.aten
 
@@ -45,28 +41,9 @@ FUSED = (
     "arange", "constant_pad_nd", "copy", "full_like", "zeros_like", "ones_like", "empty", "zeros", "ones", "_to_copy",
     "repeat",
 )  # fmt: skip
-MATMULS = ("mm", "addmm", "bmm", "baddbmm", "scaled_matmul", "expanded_matmul")
 
 
-@dataclass
-class Look:
-    """One layer at one length: sums over its forward and its backward; the fields of `LayerCost` before the fit."""
-
-    kept: float = 0
-    output: float = 0
-    forward_peak: float = 0
-    backward_extra: float = 0
-    passes: list[_Work] = field(default_factory=list)
-
-
-@dataclass
-class _Work:
-    matmuls: list[tuple[float, float, bool]] = field(default_factory=list)
-    other_bytes: float = 0
-    num_kernels: int = 0
-
-
-def look_compiled(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_frozen: _IsFrozen) -> Look:
+def look_compiled(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_frozen: IsFrozen) -> Look:
     """The layer as the compiler will split it. Call it within the fake mode of its tensors; args[0] is x."""
     from torch._functorch import config as functorch_config
     from torch._functorch.aot_autograd import aot_function
@@ -99,9 +76,6 @@ def look_compiled(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return _between(_Graph(forward.graph), _Graph(backward.graph), num_outputs, is_frozen)
 
 
-_IsFrozen = Callable[[int, int], bool]
-
-
 def _flat(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Callable[..., Any], list[Any]]:
     """The layer as a function of tensors alone (x first, then the rest, then its parameters), and those tensors."""
     tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
@@ -118,11 +92,6 @@ def _flat(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 
     x = args[0].detach().requires_grad_()
     return function, [x, *(leaves[place] for place in places), *tensors.values()]
-
-
-def first(result: Any) -> torch.Tensor:
-    """A layer's hidden states, which some architectures return with other things behind them."""
-    return result if isinstance(result, torch.Tensor) else result[0]
 
 
 class _Graph:
@@ -237,8 +206,8 @@ class _Graph:
             most = max(most, now)
         return most
 
-    def work(self, is_frozen: _IsFrozen) -> _Work:
-        done = _Work()
+    def work(self, is_frozen: IsFrozen) -> Tally:
+        done = Tally()
         for outputs in self.kernels().values():
             node = outputs[-1]
             if node.target is getitem:
@@ -311,7 +280,7 @@ def _scratch(node: fx.Node) -> int:
     return query.numel() * (4 + 2 * query.element_size())
 
 
-def _flops(node: fx.Node, is_frozen: _IsFrozen) -> tuple[float, bool]:
+def _flops(node: fx.Node, is_frozen: IsFrozen) -> tuple[float, bool]:
     shapes = [tuple(source.meta["val"].shape) for source in node.all_input_nodes if source.meta.get("val") is not None]
     if _name(node) == "scaled_matmul":
         shapes = [shapes[0], shapes[2][::-1]]
@@ -322,7 +291,7 @@ def _flops(node: fx.Node, is_frozen: _IsFrozen) -> tuple[float, bool]:
     return 2.0 * math.prod(left) * right[-1], is_frozen(*right[-2:])
 
 
-def _between(forward: _Graph, backward: _Graph, num_outputs: int, is_frozen: _IsFrozen) -> Look:
+def _between(forward: _Graph, backward: _Graph, num_outputs: int, is_frozen: IsFrozen) -> Look:
     """What passes from forward to backward, and the peaks of both."""
     x = next(iter(forward.placeholders.values()))
     y = forward.outputs[0]
@@ -348,111 +317,3 @@ def _between(forward: _Graph, backward: _Graph, num_outputs: int, is_frozen: _Is
         backward_extra=backward.peak(given) - total,
         passes=[forward.work(is_frozen), backward.work(is_frozen)],
     )
-
-
-class _Meter(TorchDispatchMode):
-    """Counts the bytes of all tensors that are born within it, until they die, and the work of each operation."""
-
-    def __init__(self, is_frozen: _IsFrozen) -> None:
-        super().__init__()
-        self.now = self.most = 0.0
-        self.is_frozen = is_frozen
-        self.work = _Work()
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in pytree.tree_leaves((args, kwargs)):
-            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self._known:
-                self._known.add(key)  # it was there before
-                weakref.finalize(tensor.untyped_storage(), self._known.discard, key)
-        result = func(*args, **(kwargs or {}))
-        fresh = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor) and self._is_new(t)]
-        if fresh:
-            self._count(func.overloadpacket.__name__, args, fresh)
-        return result
-
-    def _is_new(self, tensor: torch.Tensor) -> bool:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return False
-        self._known.add(key)
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._gone, key, size)
-        return True
-
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-    def _count(self, name: str, args: Any, fresh: Sequence[torch.Tensor]) -> None:
-        inputs = [t for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
-        size = sum(t.numel() * t.element_size() for t in (*inputs, *fresh))
-        self.work.num_kernels += 1
-        shapes = [tuple(t.shape) for t in inputs if t.dim() > 1][-2:]
-        if name in MATMULS and len(shapes) == 2:
-            flops = 2.0 * math.prod(shapes[0]) * shapes[1][-1]
-            self.work.matmuls.append((flops, size, self.is_frozen(*shapes[1][-2:])))
-        elif "attention" not in name:
-            self.work.other_bytes += size
-
-
-@contextmanager
-def metered(is_frozen: _IsFrozen = lambda o, i: False) -> Iterator[_Meter]:
-    """Counts tensors that are made within; see `_Meter`."""
-    meter = _Meter(is_frozen)
-    with meter:
-        yield meter
-
-
-def look_eager(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_frozen: _IsFrozen) -> Look:
-    """The layer as autograd runs it, each tensor counted from birth to death. Call it within the fake mode."""
-    x = args[0].detach().requires_grad_()
-    with metered(is_frozen) as meter:
-        y = first(layer(x, *args[1:], **kwargs))
-        kept, forward_peak, forward_work = meter.now, meter.most, meter.work
-        output = y.numel() * y.element_size()
-        meter.work = _Work()
-        dy = torch.ones_like(y)
-        meter.most = meter.now
-        torch.autograd.backward(y, dy)
-    return Look(kept, output, forward_peak, meter.most - kept, [forward_work, meter.work])
-
-
-def fit(looks: Sequence[tuple[int, Look]], rows: int, how: Any) -> LayerCost:
-    """One `LayerCost` through looks at several lengths of `rows` rows."""
-
-    def through(values: Sequence[float]) -> Growth:
-        constant, per_token, squared = growth_through([tokens for tokens, _ in looks], values)
-        return Growth(constant, per_token / rows, squared / rows)
-
-    def one(number: int) -> Pass:
-        works = [look.passes[number] for _, look in looks]
-        same = len({len(work.matmuls) for work in works}) == 1
-        count = len(works[0].matmuls) if same else 0
-        matmuls = tuple(
-            Matmul(
-                through([work.matmuls[i][0] for work in works]),
-                through([work.matmuls[i][1] for work in works]),
-                works[0].matmuls[i][2],
-            )
-            for i in range(count)
-        )
-        return Pass(matmuls, through([work.other_bytes for work in works]), works[0].num_kernels)
-
-    fields = ("kept", "output", "forward_peak", "backward_extra")
-    sizes = {name: through([getattr(look, name) for _, look in looks]) for name in fields}
-    return LayerCost(**sizes, forward=one(0), backward=one(1), how=how)
-
-
-def growth_through(tokens: Sequence[int], values: Sequence[float]) -> Growth:
-    """The polynomial through (tokens, value) pairs: two give a line, three a parabola."""
-    if len(tokens) == 2:
-        slope = (values[1] - values[0]) / (tokens[1] - tokens[0])
-        return Growth(values[0] - slope * tokens[0], slope)
-    (a, b, c), (p, q, r) = tokens, values
-    first_slope, second_slope = (q - p) / (b - a), (r - q) / (c - b)
-    square = (second_slope - first_slope) / (c - a)
-    slope = first_slope - square * (a + b)
-    return Growth(p - slope * a - square * a * a, slope, square)

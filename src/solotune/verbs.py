@@ -17,10 +17,13 @@ from solotune.config import SECTIONS, Choice, RunConfig, allowed_values, field_h
 from solotune.errors import InputError, IntegrityError, SolotuneError
 from solotune.record import (
     RunDirectory,
+    RunSummary,
     list_runs,
     nearest_folder,
     read_json,
     storage_errors,
+    summarised,
+    usual_step,
     whole_folder,
     write_whole,
 )
@@ -28,10 +31,11 @@ from solotune.terminal import Display, PlainDisplay, SilentDisplay, make_console
 
 if TYPE_CHECKING:
     from solotune.dataset import DataReport, Prepared
-    from solotune.environment import DoctorReport
+    from solotune.environment import DoctorReport, Machine
     from solotune.evaluation import Evaluation
     from solotune.model import TrainableModel
     from solotune.planning import Plan
+    from solotune.preflight import Preflight
     from solotune.tuned import ChatSession
 
 ConfigSource = str | Path | Mapping[str, Any] | RunConfig
@@ -187,16 +191,72 @@ def train(
     Raises:
         SolotuneError: see `solotune.errors`; each kind has its exit code.
     """
-    from solotune import checkpoint, dataset, training
-    from solotune.dataset import pack
+    from solotune import checkpoint, training
     from solotune.device_failure import device_failure
+    from solotune.resume import fingerprints, open_run
+
+    display = display or SilentDisplay()
+    ready = _get_ready(load_config(config, overrides), resume, display)
+    checked, prepared, model = ready.config, ready.prepared, ready.model
+    run, start = open_run(checked, prepared, resume)  # nothing is written before all that can be refused was seen
+    log = open(run.path / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed with the run
+    try:
+        display = tee(display, PlainDisplay(checked.logging_steps, make_console(log)))
+        display.note(f"run directory: {run.path}")
+        display.choices(ready.choices)
+        summary = _record_start(run, ready, start.step if start else 0, display)
+        tuned = training.train(
+            model, prepared.train, prepared.validation, checked, run, display, start, fingerprints(checked, prepared)
+        )
+        _write_adapter(run, model, checked, ready.tokenizer)
+        result = None
+        if prepared.validation:
+            display.phase("comparing base and tuned on held-out rows")
+            result = _compare(model, ready.tokenizer, prepared, checked, tuned, display)
+            run.write_json("evaluation.json", result.to_json())
+        peak_bytes = training.peak_bytes(model.device)
+        measured = {"peak_bytes": peak_bytes, **usual_step(run.read_metrics())}
+        run.write_json("plan.json", {**ready.plan_json(), "measured": measured})
+        run.log_metrics("end", step=summary["total_steps"], peak_bytes=peak_bytes)
+        return TrainResult(run.path, summary, ready.choices, result)
+    except Exception as error:
+        error.run_dir = run.path  # type: ignore[attr-defined] - where the command line writes a bug's traceback
+        if failure := device_failure(error, checked, run.path, checkpoint.newest(run.checkpoints)):
+            run.log_metrics("device_failed", problem=failure.problem, seen=failure.seen)
+            raise failure from error
+        raise
+    finally:
+        log.close()
+        run.release()
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A run that nothing speaks against, and of which nothing is written yet."""
+
+    config: RunConfig  # settled for the machine and by the plan
+    machine: Machine
+    choices: list[Choice]
+    tokenizer: Any
+    prepared: Prepared
+    planned: Plan
+    model: TrainableModel
+    tried: Preflight | None
+
+    def plan_json(self) -> dict[str, Any]:
+        return {"predicted": self.planned.to_json(), "preflight": self.tried and asdict(self.tried)}
+
+
+def _get_ready(config: RunConfig, resume: bool, display: Display) -> _Ready:
+    """Settles, reads, plans, loads, tries: everything that may refuse a run, in the order of what it costs to ask."""
+    from solotune import dataset
+    from solotune.device_failure import device_errors
     from solotune.preflight import preflight
-    from solotune.resume import fingerprints, open_run, recorded_day
+    from solotune.resume import recorded_day
     from solotune.survey import plan_for
     from solotune.tuned import load_base, settle
 
-    display = display or SilentDisplay()
-    checked, machine, choices = settle(load_config(config, overrides))
+    checked, machine, choices = settle(config)
     if not resume:
         RunDirectory.refuse_occupied(checked)
     display.phase("reading data")
@@ -208,58 +268,38 @@ def train(
     planned = plan_for(checked, machine, prepared)
     if not planned.fits:
         raise planned.refusal()
-    checked, choices = planned.settled, [*choices, *planned.choices]
+    checked = planned.settled
     display.phase("loading model")
     model = load_base(checked, machine)
     tried = None
     if checked.preflight is True or (checked.preflight == "auto" and model.device.type == "cuda"):
         display.phase("trying the largest step")
         folder = nearest_folder(checked.output_dir or "runs")
-        tried = preflight(model, prepared.train, prepared.validation, checked, folder)
-    run, start = open_run(checked, prepared, resume)  # nothing is written before all that can be refused was seen
-    log = open(run.path / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed with the run
-    try:
-        display = tee(display, PlainDisplay(checked.logging_steps, make_console(log)))
-        display.note(f"run directory: {run.path}")
-        choices += model.choices
-        display.choices(choices)
-        run.write_config(checked)
-        run.write_json("environment.json", {**machine.to_json(), "choices": [c._asdict() for c in choices]})
-        plan_json = {"predicted": planned.to_json(), "preflight": tried and asdict(tried)}
-        run.write_json("plan.json", plan_json)
-        run.write_json("data.json", prepared.report.to_json())
-        write_whole(run.path / "split.json", prepared.manifest.json_lines())
-        summary = _summary(model, checked, prepared)
-        display.note(_in_words(summary))
-        if prepared.report.packing:
-            display.note(f"packing: {pack.in_words(prepared.report.packing)}")
-        run.log_metrics("start", step=start.step if start else 0, **summary)
-        if tried:
-            display.note(tried.in_words(planned.option.footprint.peak_bytes))
-            run.log_metrics("preflight", **asdict(tried))
-        tuned = training.train(
-            model, prepared.train, prepared.validation, checked, run, display, start, fingerprints(checked, prepared)
-        )
-        _write_adapter(run, model, checked, tokenizer)
-        result = None
-        if prepared.validation:
-            display.phase("comparing base and tuned on held-out rows")
-            result = _compare(model, tokenizer, prepared, checked, tuned, display)
-            run.write_json("evaluation.json", result.to_json())
-        peak_bytes = training.peak_bytes(model.device)
-        measured = {"peak_bytes": peak_bytes, **_usual_step(run.read_metrics())}
-        run.write_json("plan.json", {**plan_json, "measured": measured})
-        run.log_metrics("end", step=summary["total_steps"], peak_bytes=peak_bytes)
-        return TrainResult(run.path, summary, choices, result)
-    except Exception as error:
-        error.run_dir = run.path  # type: ignore[attr-defined] - where the command line writes a bug's traceback
-        if failure := device_failure(error, checked, run.path, checkpoint.newest(run.checkpoints)):
-            run.log_metrics("device_failed", problem=failure.problem, seen=failure.seen)
-            raise failure from error
-        raise
-    finally:
-        log.close()
-        run.release()
+        with device_errors(checked):
+            tried = preflight(model, prepared.train, prepared.validation, checked, folder)
+    choices = [*choices, *planned.choices, *model.choices]
+    return _Ready(checked, machine, choices, tokenizer, prepared, planned, model, tried)
+
+
+def _record_start(run: RunDirectory, ready: _Ready, step: int, display: Display) -> dict[str, Any]:
+    """Writes what is known before the first step, and says it; the run's summary."""
+    from solotune.dataset import pack
+
+    report = ready.prepared.report
+    run.write_config(ready.config)
+    run.write_json("environment.json", {**ready.machine.to_json(), "choices": [c._asdict() for c in ready.choices]})
+    run.write_json("plan.json", ready.plan_json())
+    run.write_json("data.json", report.to_json())
+    write_whole(run.path / "split.json", ready.prepared.manifest.json_lines())
+    summary = _summary(ready.model, ready.config, ready.prepared)
+    display.note(_in_words(summary))
+    if report.packing:
+        display.note(f"packing: {pack.in_words(report.packing)}")
+    run.log_metrics("start", step=step, **summary)
+    if ready.tried:
+        display.note(ready.tried.in_words(ready.planned.option.footprint.peak_bytes))
+        run.log_metrics("preflight", **asdict(ready.tried))
+    return summary
 
 
 def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
@@ -306,60 +346,9 @@ def chat(run: str | Path) -> ChatSession:
     return ChatSession(TunedRun.open(run))
 
 
-@dataclass(frozen=True)
-class RunSummary:
-    """One line of `solotune runs`; what a run has not got to is None."""
-
-    name: str
-    path: Path
-    status: str  # finished, running or unfinished
-    steps: int
-    total_steps: int | None
-    train_loss: float | None
-    base_loss: float | None
-    tuned_loss: float | None
-    exact_match: float | None
-    tokens_per_second: float | None
-    peak_bytes: int | None
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "path": str(self.path)}
-
-
 def runs(root: str | Path = "runs") -> list[RunSummary]:
     """The runs below `root`, oldest first."""
-    return [_run_summary(run) for run in list_runs(root)]
-
-
-def _run_summary(run: RunDirectory) -> RunSummary:
-    events = run.read_metrics()
-    steps = [event for event in events if event.get("event") == "step"]
-    path = run.path / "evaluation.json"
-    found = read_json(path) if path.is_file() else {}
-    finished = any(event.get("event") == "end" for event in events)
-    return RunSummary(
-        name=run.path.name,
-        path=run.path,
-        status="finished" if finished else "running" if run.is_locked() else "unfinished",
-        steps=steps[-1]["step"] if steps else 0,
-        total_steps=steps[-1]["total_steps"] if steps else None,
-        train_loss=steps[-1]["loss"] if steps else None,
-        base_loss=found["base"]["loss"] if found else None,
-        tuned_loss=found["tuned"]["loss"] if found else None,
-        exact_match=found["scores"]["exact_match"]["tuned"] if found else None,
-        tokens_per_second=_usual_step(events)["tokens_per_second"],
-        peak_bytes=max((step["peak_bytes"] for step in steps), default=None),
-    )
-
-
-def _usual_step(events: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
-    """The medians over the steps of a run; None before its first."""
-    steps = [event for event in events if event.get("event") == "step"]
-    return {key: _middle([step[key] for step in steps if key in step]) for key in ("step_seconds", "tokens_per_second")}
-
-
-def _middle(values: list[float]) -> float | None:
-    return sorted(values)[len(values) // 2] if values else None
+    return [summarised(run) for run in list_runs(root)]
 
 
 def _summary(model: TrainableModel, config: RunConfig, prepared: Prepared) -> dict[str, Any]:
