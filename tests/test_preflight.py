@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from tiny import random_rows
@@ -101,7 +103,22 @@ def compiled_eagerly(tiny_config, monkeypatch, **keys):
 
 def test_compiled_layers_have_the_gradient_of_their_code(tiny_config, tmp_path, monkeypatch):
     model, config = compiled_eagerly(tiny_config, monkeypatch)
-    assert preflight.preflight(model, ROWS, ROWS[:2], config, tmp_path).peak_bytes > 0
+    report = preflight.preflight(model, ROWS, ROWS[:2], config, tmp_path)
+    assert report.is_gradient_compared
+    assert report.in_words(0).endswith(" s, with the gradient of the uncompiled layers")
+
+
+def test_where_uncompiled_layers_have_no_room_they_are_not_compared(tiny_config, tmp_path, monkeypatch):
+    model, config = compiled_eagerly(tiny_config, monkeypatch)
+
+    @contextmanager
+    def without_room():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+        yield
+
+    monkeypatch.setattr(preflight.layers, "as_written", without_room)
+    assert not preflight.preflight(model, ROWS, ROWS[:2], config, tmp_path).is_gradient_compared
+    assert not model.joined.grad.any()
 
 
 def test_a_compiler_that_loses_a_gradient_is_found(tiny_config, tmp_path, monkeypatch):

@@ -101,7 +101,7 @@ class Plan:
         )  # fmt: skip
 
     def way_out(self) -> str:
-        """`change max_length: 2048 to 1024 (8.1 GiB, 900 tokens/s)`"""
+        """`max_length: 1024 (then 8.1 GiB, 900 tokens/s)`"""
         if self.changed is None:
             least = self.option.footprint.card_bytes * SAFETY
             large = [c for c in CARDS.values() if c.memory_bytes * SHARE_OF_CARD >= least]

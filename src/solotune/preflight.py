@@ -49,12 +49,14 @@ class Preflight:
     first_step_seconds: float  # with compiling
     step_seconds: float
     evaluation_peak_bytes: int
+    is_gradient_compared: bool  # of the compiled layers, with that of their code
     free_bytes: int | None  # of the card, beside what this process has reserved
 
     def in_words(self, planned_bytes: int) -> str:
         text = f"preflight: the largest step, {self.rows} rows in {self.places:,} places, took {_gib(self.peak_bytes)}"
         text += f" ({_gib(planned_bytes)} planned)"
         text += f" and {self.step_seconds:.2f} s, the first time {self.first_step_seconds:.0f} s"
+        text += ", with the gradient of the uncompiled layers" if self.is_gradient_compared else ""
         return text + (f"; {_gib(self.free_bytes)} of the GPU are left" if self.free_bytes is not None else "")
 
 
@@ -82,12 +84,11 @@ def preflight(
         started = time.perf_counter()
         optimizer_bytes = _step(model, batch, config, folder)
         first = time.perf_counter() - started
-        if config.torch_compile:
-            _check_compiler(model, batch)
+        peak = training.peak_bytes(model.device)
+        is_compared = config.torch_compile and _check_compiler(model, batch)
         started = time.perf_counter()
         _step(model, batch, config, None)
         second = time.perf_counter() - started
-        peak = training.peak_bytes(model.device)
         training.reset_peak_bytes(model.device)
         longest = np.argsort(-np.asarray(lengths_of(validation_rows)), kind="stable")[
             : config.per_device_eval_batch_size
@@ -111,6 +112,7 @@ def preflight(
         first_step_seconds=first,
         step_seconds=second,
         evaluation_peak_bytes=evaluation_peak,
+        is_gradient_compared=is_compared,
         free_bytes=free,
     )
 
@@ -140,8 +142,8 @@ def _step(model: TrainableModel, batch: Batch, config: RunConfig, folder: Path |
     return optimizer_bytes
 
 
-def _check_compiler(model: TrainableModel, batch: Batch) -> None:
-    """The compiled layers must have the gradient of their own code, to rounding.
+def _check_compiler(model: TrainableModel, batch: Batch) -> bool:
+    """The compiled layers must have the gradient of their own code, to rounding; False where memory lacks to compare.
 
     Raises:
         CheckError: they have not. torch 2.11 gave an fp8 base's inputs a gradient of zeros, and the loss still fell.
@@ -150,9 +152,14 @@ def _check_compiler(model: TrainableModel, batch: Batch) -> None:
     for context in (nullcontext, layers.as_written):
         lora.seed_dropout(model.adapted, 0)
         model.zero_gradients()
-        with context():
-            losses_N, _ = model.token_losses(batch)
-            losses_N.mean().backward()
+        try:
+            with context():
+                losses_N, _ = model.token_losses(batch)
+                losses_N.mean().backward()
+        except torch.OutOfMemoryError:
+            if context is nullcontext:
+                raise
+            return False  # uncompiled, a layer takes more while it is at work
         assert model.joined.grad is not None
         gradients.append(model.joined.grad.clone())
     compiled, own = gradients
@@ -164,6 +171,7 @@ def _check_compiler(model: TrainableModel, batch: Batch) -> None:
             allowed=f"less than {LARGEST_GRADIENT_ERROR:.0%}, which is rounding",
             change="torch_compile: false, or another version of torch; and tell us, please",
         )
+    return True
 
 
 def _does_not_fit(error: torch.OutOfMemoryError, batch: Batch, config: RunConfig) -> CheckError:

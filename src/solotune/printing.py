@@ -221,14 +221,16 @@ def print_plan(plan: Plan, console: Console) -> None:
     if plan.choices:
         console.print()
         print_choices(plan.choices, console)
-    for note in plan.notes:
+    if plan.notes:
         console.print()
-        print_columns([("·", note)], ("dim", ""), console)
+        print_columns([("·", note) for note in plan.notes], ("dim", ""), console)
     console.print()
     if plan.fits:
         console.print(Text("fits", "bold green"))
     else:
-        _signed(*SIGNS["fail"], "does not fit:", f"change {plan.way_out()}", None, console)
+        _signed(
+            *SIGNS["fail"], "does not fit:", f"{'change' if plan.changes else 'take'} {plan.way_out()}", None, console
+        )
 
 
 def _size(count: int) -> str:

@@ -23,6 +23,7 @@ FREE_TO_CHANGE = {
     *(key for key in RunConfig.model_fields if section_of(key) in ("run", "evaluation")),
     "gradient_checkpointing",
     "activation_offload",
+    "memory_budget",
     "preflight",
     "base_residency",
 }
