@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny import FAMILIES
+from tiny import FAMILIES, chat_rows, save_tokenizer
 
 from solotune.config import RunConfig, load_config
 
@@ -69,6 +70,42 @@ def tiny_config(model_folder: Callable[[str], Path]) -> Callable[..., RunConfig]
         return load_config({**plain, **keys})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory):
+    """A random Llama with a byte tokenizer and a ChatML template."""
+    folder = tmp_path_factory.mktemp("chat-model")
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"]()).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def chat_config(chat_model, tmp_path, monkeypatch):
+    """Keys of a run in `tmp_path`, which becomes the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat_rows(60)))
+    return {
+        "model_name_or_path": str(chat_model),
+        "dataset": "chats.jsonl",
+        "validation_size": 10,
+        "max_length": 64,
+        "output_dir": "run",
+        "use_cpu": True,
+        "lora_target_modules": "all-linear",
+        "lora_r": 4,
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": False,
+        "learning_rate": 1e-2,
+        "save_steps": 3,
+        "num_samples": 2,
+        "max_new_tokens": 8,
+        "seed": 0,
+    }
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

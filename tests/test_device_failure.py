@@ -6,8 +6,6 @@ import json
 
 import pytest
 import torch
-from tiny import FAMILIES, chat_rows, save_tokenizer
-from transformers import AutoModelForCausalLM
 
 import solotune
 from solotune import checkpoint, cli, device_failure, evaluation, tuned
@@ -41,38 +39,10 @@ def no_room(*_):
     raise fresh(FULL)
 
 
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(FAMILIES["llama"]()).save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
-
-
 @pytest.fixture
-def keys(model_path, tmp_path, monkeypatch):
-    """A run of 6 steps that saves every second one, in `tmp_path`, the working directory."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat_rows(40)))
-    return {
-        "model_name_or_path": str(model_path),
-        "dataset": "chats.jsonl",
-        "validation_size": 8,
-        "max_length": 64,
-        "output_dir": "run",
-        "use_cpu": True,
-        "lora_target_modules": "all-linear",
-        "lora_r": 4,
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 1,
-        "gradient_checkpointing": False,
-        "eval_strategy": "no",
-        "save_steps": 2,
-        "num_samples": 0,
-        "seed": 0,
-    }
+def keys(chat_config):
+    """A run of 6 steps that saves every second one, in the working directory."""
+    return {**chat_config, "eval_strategy": "no", "save_steps": 2, "num_samples": 0}
 
 
 @pytest.fixture

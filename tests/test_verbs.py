@@ -10,7 +10,7 @@ from datetime import date
 
 import pytest
 import torch
-from tiny import CHATML, FAMILIES, chat_rows, save_tokenizer
+from tiny import CHATML, chat_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import solotune
@@ -20,40 +20,9 @@ from solotune.record import RunDirectory
 from solotune.terminal import SilentDisplay
 
 
-@pytest.fixture(scope="session")
-def chat_model(tmp_path_factory):
-    """A random Llama with a byte tokenizer and a ChatML template."""
-    folder = tmp_path_factory.mktemp("chat-model")
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(FAMILIES["llama"]()).save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
-
-
 @pytest.fixture
-def config(chat_model, tmp_path, monkeypatch):
-    """Keys of a run in `tmp_path`, which becomes the working directory."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat_rows(60)))
-    return {
-        "model_name_or_path": str(chat_model),
-        "dataset": "chats.jsonl",
-        "validation_size": 10,
-        "max_length": 64,
-        "output_dir": "run",
-        "use_cpu": True,
-        "lora_target_modules": "all-linear",
-        "lora_r": 4,
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 1,
-        "gradient_checkpointing": False,
-        "learning_rate": 1e-2,
-        "save_steps": 3,
-        "num_samples": 2,
-        "max_new_tokens": 8,
-        "seed": 0,
-    }
+def config(chat_config):
+    return chat_config
 
 
 def test_a_run_leaves_every_file_of_the_design(config, tmp_path):

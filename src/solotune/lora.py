@@ -102,8 +102,9 @@ class LoraLinear(nn.Module):
             h = F.dropout(x, self.dropout, self.training)
         else:
             h = seeded_dropout(x, self.dropout, self.layer_seeds ^ self.pass_seeds)
-        # s where it is r wide: behind B, backward would write s * dy, as wide as the layer, for two products with it
-        return y + F.linear(F.linear(h, self.lora_A.to(x.dtype)) * self.scaling, self.lora_B.to(x.dtype))
+        # s on A, whose cast to 16 bits takes it in: behind B, backward would write s * dy, as wide as the layer
+        A, B = (self.lora_A * self.scaling).to(x.dtype), self.lora_B.to(x.dtype)
+        return y + F.linear(F.linear(h, A), B)
 
 
 def attach(model: nn.Module, config: RunConfig, device: torch.device) -> dict[str, LoraLinear]:
