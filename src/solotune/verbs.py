@@ -27,7 +27,7 @@ from solotune.record import (
     whole_folder,
     write_whole,
 )
-from solotune.terminal import Display, PlainDisplay, SilentDisplay, make_console, tee
+from solotune.terminal import Display, PlainDisplay, SilentDisplay, clock, make_console, tee
 
 if TYPE_CHECKING:
     from solotune.dataset import DataReport, Prepared
@@ -295,6 +295,7 @@ def _record_start(run: RunDirectory, ready: _Ready, step: int, display: Display)
     display.note(_in_words(summary))
     if report.packing:
         display.note(f"packing: {pack.in_words(report.packing)}")
+    display.note(_planned_in_words(ready.planned))
     run.log_metrics("start", step=step, **summary)
     if ready.tried:
         display.note(ready.tried.in_words(ready.planned.option.footprint.peak_bytes))
@@ -379,6 +380,15 @@ def _in_words(summary: dict[str, Any]) -> str:
     own, *others = (f"r={fit['r']} on {', '.join(fit['target_modules'])}" for fit in summary["trainable_fits"])
     text = f"{trainable:,} of {parameters:,} parameters are trained ({trainable / parameters:.2%}): {own}"
     return text + (f" (the count alone would also fit {'; '.join(others)})" if others else "")
+
+
+def _planned_in_words(planned: Plan) -> str:
+    """What is expected of the run, in a line."""
+    from solotune.planning import in_gib
+
+    took, peak = planned.option.seconds, planned.option.footprint.peak_bytes
+    text = f"plan: {in_gib(peak)} at the peak (budget {in_gib(planned.budget.bytes)}), {took.step:.3g} s a step"
+    return text + (f", {clock(took.total)} in all" if took.total is not None else "")
 
 
 def _compare(
