@@ -34,7 +34,9 @@ from solotune.errors import CheckError
 from solotune.model import TrainableModel
 from solotune.record import storage_errors
 
-LARGEST_GRADIENT_ERROR = 0.5  # of its length; rounding in fp8 changes it by 0.2, a lost path by 0.9
+# Of its length. Rounding differs between the two, and grows with depth: 2 layers of fp8 have 0.08; a lost path is 0.9.
+LARGEST_GRADIENT_ERROR = 0.5
+LARGEST_GRADIENT_ERROR_FP8 = 0.8
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,15 @@ class Preflight:
     first_step_seconds: float  # with compiling
     step_seconds: float
     evaluation_peak_bytes: int
-    is_gradient_compared: bool  # of the compiled layers, with that of their code
+    gradient_error: float | None  # of the compiled layers against their code, by its length; None: not compared
     free_bytes: int | None  # of the card, beside what this process has reserved
 
     def in_words(self, planned_bytes: int) -> str:
         text = f"preflight: the largest step, {self.rows} rows in {self.places:,} places, took {_gib(self.peak_bytes)}"
         text += f" ({_gib(planned_bytes)} planned)"
         text += f" and {self.step_seconds:.2f} s, the first time {self.first_step_seconds:.0f} s"
-        text += ", with the gradient of the uncompiled layers" if self.is_gradient_compared else ""
+        if self.gradient_error is not None:
+            text += f", with the gradient of the uncompiled layers to {self.gradient_error:.1%}"
         return text + (f"; {_gib(self.free_bytes)} of the GPU are left" if self.free_bytes is not None else "")
 
 
@@ -85,7 +88,7 @@ def preflight(
         optimizer_bytes = _step(model, batch, config, folder)
         first = time.perf_counter() - started
         peak = training.peak_bytes(model.device)
-        is_compared = config.torch_compile and _check_compiler(model, batch)
+        gradient_error = _check_compiler(model, batch, config) if config.torch_compile else None
         started = time.perf_counter()
         _step(model, batch, config, None)
         second = time.perf_counter() - started
@@ -112,7 +115,7 @@ def preflight(
         first_step_seconds=first,
         step_seconds=second,
         evaluation_peak_bytes=evaluation_peak,
-        is_gradient_compared=is_compared,
+        gradient_error=gradient_error,
         free_bytes=free,
     )
 
@@ -142,8 +145,8 @@ def _step(model: TrainableModel, batch: Batch, config: RunConfig, folder: Path |
     return optimizer_bytes
 
 
-def _check_compiler(model: TrainableModel, batch: Batch) -> bool:
-    """The compiled layers must have the gradient of their own code, to rounding; False where memory lacks to compare.
+def _check_compiler(model: TrainableModel, batch: Batch, config: RunConfig) -> float | None:
+    """The compiled layers must have the gradient of their own code, to rounding; None where memory lacks to compare.
 
     Raises:
         CheckError: they have not. torch 2.11 gave an fp8 base's inputs a gradient of zeros, and the loss still fell.
@@ -159,19 +162,20 @@ def _check_compiler(model: TrainableModel, batch: Batch) -> bool:
         except torch.OutOfMemoryError:
             if context is nullcontext:
                 raise
-            return False  # uncompiled, a layer takes more while it is at work
+            return None  # uncompiled, a layer takes more while it is at work
         assert model.joined.grad is not None
         gradients.append(model.joined.grad.clone())
     compiled, own = gradients
-    error = ((compiled - own).norm() / own.norm()).item()
-    if not error < LARGEST_GRADIENT_ERROR:
+    error = ((compiled - own).norm() / own.norm().clamp(min=torch.finfo(own.dtype).tiny)).item()
+    allowed = LARGEST_GRADIENT_ERROR_FP8 if config.multiplies_in_fp8 else LARGEST_GRADIENT_ERROR
+    if not error < allowed:
         raise CheckError(
             f"preflight: compiled by torch {torch.__version__}, layers have another gradient than as they are written",
             seen=f"it differs by {error:.0%} of its length",
-            allowed=f"less than {LARGEST_GRADIENT_ERROR:.0%}, which is rounding",
+            allowed=f"less than {allowed:.0%}, which is rounding",
             change="torch_compile: false, or another version of torch; and tell us, please",
         )
-    return True
+    return error
 
 
 def _does_not_fit(error: torch.OutOfMemoryError, batch: Batch, config: RunConfig) -> CheckError:
