@@ -69,7 +69,7 @@ def test_inputs_in_the_hosts_memory_change_nothing(tiny_config, monkeypatch):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             pack = self.pack_hook
-            self.pack_hook = lambda tensor: sent.append(tuple(tensor.shape)) or pack(tensor)
+            self.pack_hook = lambda tensor: (tensor.numel() and sent.append(tuple(tensor.shape))) or pack(tensor)
 
     monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Counting)
     plain = load_model(tiny_config(gradient_checkpointing=True), CPU, torch.float32)

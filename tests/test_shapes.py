@@ -147,3 +147,18 @@ def test_looking_at_a_model_leaves_nothing_behind(tiny_config):
     model_shape(config)
     after, _ = load_model(config, CPU, torch.float32).token_losses(batch)
     assert torch.equal(before, after)
+
+
+def test_a_model_that_looks_into_its_data_is_estimated(tiny_config, monkeypatch):
+    """As OPT does in some versions of transformers: a run must not stop because its plan cannot look."""
+    config = tiny_config("llama")
+    looked_at = model_shape(config)
+    monkeypatch.setattr(
+        "transformers.models.llama.modeling_llama.LlamaModel.forward",
+        lambda self, input_ids, **_: input_ids.sum().item(),
+    )
+    shape = model_shape(config)
+    assert {layer.how for layer in (*shape.layers, shape.outside)} == {"estimated"}
+    assert shape.num_trainable == looked_at.num_trainable
+    kept = [sum(layer.kept.at(2, 64) for layer in one.layers) for one in (shape, looked_at)]
+    assert kept[0] == pytest.approx(kept[1], rel=0.5)

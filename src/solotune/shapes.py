@@ -64,7 +64,7 @@ def model_shape(config: RunConfig) -> ModelShape:
         module.train()
         layers = decoder_layers(module)
         costs = _layer_costs(module, layers, config, absent)
-        outside = _outside(module, layers, attention)
+        outside = _outside_or_estimated(module, layers, attention)
         logit_bytes = (2 * dtype.itemsize, 3 * dtype.itemsize) if config.torch_compile else _eager_logits(module, dtype)
     heads = getattr(text, "num_attention_heads", None) or 1
     return ModelShape(
@@ -130,7 +130,11 @@ def _layer_costs(
     module: PreTrainedModel, layers: nn.ModuleList, config: RunConfig, absent: set[object]
 ) -> list[LayerCost]:
     """The cost of each layer; layers of one kind are looked at once."""
-    calls = {tokens: _calls(module, layers, tokens, absent) for tokens in LENGTHS}
+    try:
+        calls = {tokens: _calls(module, layers, tokens, absent) for tokens in LENGTHS}
+    except Exception:  # an architecture that looks into its data before the first layer
+        x = torch.empty(ROWS, LENGTHS[0], module.config.get_text_config().hidden_size, dtype=module.dtype)
+        return [estimated(layer, x, config.torch_compile) for layer in layers]
     known: dict[str, LayerCost] = {}
     costs = []
     for number, layer in enumerate(layers):
@@ -181,7 +185,7 @@ def _absent(module: PreTrainedModel) -> set[object]:
     _replace_tensors(module, zero, lambda buffer: zero(buffer) if buffer.is_meta else buffer)
     try:
         args, kwargs = _calls(module, decoder_layers(module), 16, set())[0]
-    except (RuntimeError, NotImplementedError, ValueError):  # what cannot run so
+    except (RuntimeError, NotImplementedError, ValueError, IndexError):  # what cannot run so
         return {"attention_mask"}
     return {place for place, value in (*enumerate(args), *kwargs.items()) if value is None}
 
@@ -280,6 +284,15 @@ def estimated(layer: nn.Module, x: torch.Tensor, is_compiled: bool) -> LayerCost
         backward=nothing,
         how="estimated",
     )
+
+
+def _outside_or_estimated(module: PreTrainedModel, layers: nn.ModuleList, attention: str) -> LayerCost:
+    try:
+        return _outside(module, layers, attention)
+    except Exception:  # as in `_layer_costs`
+        size = module.config.get_text_config().hidden_size * module.dtype.itemsize
+        kept, nothing = Growth(0, 3 * size), Pass((), Growth(0, 8 * size), 10)
+        return LayerCost(kept, Growth(0, size), kept, kept, nothing, nothing, "estimated")
 
 
 def _outside(module: PreTrainedModel, layers: nn.ModuleList, attention: str) -> LayerCost:
