@@ -79,6 +79,15 @@ def test_a_preflight_stands_beside_the_plan_and_changes_nothing(config, tmp_path
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["preflight"] is None
 
 
+def test_a_run_is_read_with_memory_for_its_weights_settled_anew(config, tmp_path):
+    """A card with room for expanded weights may have trained what a laptop now evaluates."""
+    from solotune.tuned import TunedRun
+
+    solotune.train({**config, "max_steps": 1, "save_steps": 1})
+    assert load_config(tmp_path / "run" / "config.yaml").base_residency == "dequantized"  # by the plan
+    assert TunedRun.open(tmp_path / "run").config.base_residency == "auto"
+
+
 def test_the_adapter_is_pefts_and_gives_the_same_logits_on_the_base_it_was_trained_on(config, tmp_path):
     from peft import PeftModel
     from transformers import BitsAndBytesConfig

@@ -11,6 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+MLP_CHUNK_TOKENS = 16_384
+"""Longer rows go through a checkpointed MLP in parts (`layers.py`), whose inner width is its largest by far."""
+
 
 class Growth(NamedTuple):
     """a + b B T + c B T^2: the last is there where an attention keeps its whole matrix."""

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from solotune import calibration as known
 from solotune.cards import Card
-from solotune.costs import Knobs, LayerCost, ModelShape, Work
+from solotune.costs import MLP_CHUNK_TOKENS, Knobs, LayerCost, ModelShape, Work
 
 CATEGORIES = (
     "weights",
@@ -34,7 +34,6 @@ CATEGORIES = (
 NF4_BLOCK, NESTED_BLOCK, OPTIMIZER_BLOCK = 64, 256, 256
 MIN_8BIT_WEIGHTS = 4096  # bitsandbytes keeps smaller tensors' moments in 32 bits
 MIN_PAGED_WEIGHTS = 100_000  # and pages larger ones alone
-MLP_CHUNK_TOKENS = 16_384  # layers.MLP_CHUNK_TOKENS: longer rows go through a checkpointed MLP in parts
 
 
 @dataclass(frozen=True)

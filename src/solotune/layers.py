@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from solotune.config import RunConfig
+from solotune.costs import MLP_CHUNK_TOKENS
 from solotune.errors import InputError
 
 LEAN: dict[str, Any] = {
@@ -38,7 +39,6 @@ LEAN: dict[str, Any] = {
     "ban_recompute_materialized_backward": False,
 }
 """The partitioner's options of compiled layers."""
-MLP_CHUNK_TOKENS = 16_384  # of one row: more go through the MLP in parts, whose inner width is its largest by far
 
 
 def decoder_layers(module: PreTrainedModel) -> nn.ModuleList:
@@ -140,7 +140,7 @@ def _in_parts(forward: Callable[..., Any], is_compiled: bool) -> Callable[..., A
     """An MLP (x_BTD -> y_BTD, each token for itself) that takes long rows a part at a time, each recomputed alone."""
     part = compiled(forward) if is_compiled else forward
 
-    @torch._dynamo.disable(recursive=False)
+    @torch.compiler.disable(recursive=False)
     def in_parts(x_BTD: torch.Tensor, parts: int) -> torch.Tensor:
         return torch.cat(
             [

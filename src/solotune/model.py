@@ -119,22 +119,15 @@ def load_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> T
             of decoder layers, or a target module that matches nothing.
     """
     folder = model_folder(config)
-    architecture = read_architecture(folder)
-    _check_positions(architecture, config)
-    choices: list[Choice] = []
-    attention_name = config.attn_implementation
-    try:
-        module = _empty_model(architecture, folder, attention_name, dtype, device)
-    except _NoSuchAttention:
-        choices.append(
-            Choice("attn_implementation", "eager", f"{architecture.model_type} has no {attention_name} attention")
-        )
-        attention_name = "eager"
-        module = _empty_model(architecture, folder, attention_name, dtype, device)
+    module, attention_name = empty_model(config, folder, dtype, device)
+    family, choices = module.config.model_type, list[Choice]()
+    if attention_name != config.attn_implementation:
+        because = f"{family} has no {config.attn_implementation} attention"
+        choices.append(Choice("attn_implementation", attention_name, because))
     files = weight_files(folder)
     names = match_names(module, files)
     if names is None:
-        because = f"transformers renames or merges {architecture.model_type} tensors while loading"
+        because = f"transformers renames or merges {family} tensors while loading"
         choices.append(Choice("loader", "transformers, on the CPU first", because))
         module = load_with_transformers(folder, attention_name, dtype)
     _fill(module, read_tensors(files, names) if names is not None else _own_tensors(module), config, dtype, device)
@@ -175,11 +168,27 @@ def _check_positions(architecture: PreTrainedConfig, config: RunConfig) -> None:
         )
 
 
+def empty_model(
+    config: RunConfig, folder: Path, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, str]:
+    """The architecture of a model folder without its weights, and the attention it has: the config's, or eager.
+
+    Raises:
+        InputError: transformers has no such architecture, or rows would be longer than its positions.
+    """
+    architecture = read_architecture(folder)
+    _check_positions(architecture, config)
+    try:
+        return _built_empty(architecture, folder, config.attn_implementation, dtype, device), config.attn_implementation
+    except _NoSuchAttention:
+        return _built_empty(architecture, folder, "eager", dtype, device), "eager"
+
+
 class _NoSuchAttention(Exception):
     """The architecture lacks the attention implementation that was asked for."""
 
 
-def _empty_model(
+def _built_empty(
     architecture: PreTrainedConfig, folder: Path, attention: str, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """The architecture with its parameters on the meta device and its computed buffers (rotary tables) real."""
@@ -219,7 +228,7 @@ def _fill(
     device: torch.device,
 ) -> None:
     """Sets every tensor where it belongs; linears become `FrozenLinear` once their weight has come."""
-    frozen = _frozen_linears(module)
+    frozen = frozen_linears(module)
     biases: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:
         owner, _, leaf = name.rpartition(".")
@@ -253,7 +262,7 @@ def _fill(
                 part._buffers[name] = buffer.to(device)
 
 
-def _frozen_linears(module: PreTrainedModel) -> dict[str, nn.Module]:
+def frozen_linears(module: PreTrainedModel) -> dict[str, nn.Module]:
     """Every linear but the output head."""
     head = module.get_output_embeddings()
     return {

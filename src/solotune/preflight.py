@@ -32,6 +32,7 @@ from solotune.dataset.example import lengths_of
 from solotune.device_failure import device_memory, smaller
 from solotune.errors import CheckError
 from solotune.model import TrainableModel
+from solotune.planning import in_gib
 from solotune.record import storage_errors
 
 # Of its length. Rounding differs between the two, and grows with depth: 2 layers of fp8 have 0.08; a lost path is 0.9.
@@ -55,12 +56,14 @@ class Preflight:
     free_bytes: int | None  # of the card, beside what this process has reserved
 
     def in_words(self, planned_bytes: int) -> str:
-        text = f"preflight: the largest step, {self.rows} rows in {self.places:,} places, took {_gib(self.peak_bytes)}"
-        text += f" ({_gib(planned_bytes)} planned)"
+        text = (
+            f"preflight: the largest step, {self.rows} rows in {self.places:,} places, took {in_gib(self.peak_bytes)}"
+        )
+        text += f" ({in_gib(planned_bytes)} planned)"
         text += f" and {self.step_seconds:.2f} s, the first time {self.first_step_seconds:.0f} s"
         if self.gradient_error is not None:
             text += f", with the gradient of the uncompiled layers to {self.gradient_error:.1%}"
-        return text + (f"; {_gib(self.free_bytes)} of the GPU are left" if self.free_bytes is not None else "")
+        return text + (f"; {in_gib(self.free_bytes)} of the GPU are left" if self.free_bytes is not None else "")
 
 
 def preflight(
@@ -181,13 +184,9 @@ def _check_compiler(model: TrainableModel, batch: Batch, config: RunConfig) -> f
 def _does_not_fit(error: torch.OutOfMemoryError, batch: Batch, config: RunConfig) -> CheckError:
     memory = device_memory()
     longest = batch.input_ids_BT.shape[1]
-    held = f"; {_gib(memory.outside)} of the card are outside this process" if memory else ""
+    held = f"; {in_gib(memory.outside)} of the card are outside this process" if memory else ""
     return CheckError(
         "preflight: the largest step of this run does not fit into the GPU's memory",
         seen=f"{batch.input_ids_BT.shape[0]} x {longest:,} tokens: {str(error).strip().split(chr(10))[0]}{held}",
         change=" or ".join(itertools.islice(smaller(config, "training", None), 2)),
     )
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"

@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,9 +32,8 @@ from solotune.layers import decoder_layers
 from solotune.linear import DenseWeight, Fp8Weight, FrozenLinear
 from solotune.looks import Look, Tally, fit
 from solotune.metering import look_eager, metered
-from solotune.model import _check_positions, _empty_model, _frozen_linears, _NoSuchAttention
+from solotune.model import empty_model, frozen_linears
 from solotune.tracing import look_compiled
-from solotune.weights import read_architecture
 
 LENGTHS = (512, 1024, 2048)
 """Tokens at which a layer is looked at: long enough that no weight is as small as an activation."""
@@ -52,9 +50,10 @@ def model_shape(config: RunConfig) -> ModelShape:
     """
     folder = model_folder(config)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    module, attention = _empty(config, folder, dtype)
+    module, attention = empty_model(config, folder, dtype, torch.device("cpu"))
+    module.tie_weights()
     absent = _absent(module)
-    linears = _frozen_linears(module)
+    linears = frozen_linears(module)
     total = sum(parameter.numel() for parameter in module.parameters())
     frozen = sum(p.numel() for part in linears.values() for p in part.parameters(recurse=False))
     text = module.config.get_text_config()
@@ -86,18 +85,6 @@ def model_shape(config: RunConfig) -> ModelShape:
     )
 
 
-def _empty(config: RunConfig, folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, str]:
-    architecture, cpu = read_architecture(folder), torch.device("cpu")
-    _check_positions(architecture, config)
-    try:
-        module, attention = _empty_model(architecture, folder, config.attn_implementation, dtype, cpu), "sdpa"
-        attention = config.attn_implementation
-    except _NoSuchAttention:
-        module, attention = _empty_model(architecture, folder, "eager", dtype, cpu), "eager"
-    module.tie_weights()
-    return module, attention
-
-
 def _fill_with_fakes(module: PreTrainedModel, config: RunConfig, dtype: torch.dtype) -> None:
     """Every tensor fake, every linear frozen as training stores it. Call it within the fake mode."""
 
@@ -105,7 +92,7 @@ def _fill_with_fakes(module: PreTrainedModel, config: RunConfig, dtype: torch.dt
         return torch.empty(tensor.shape, dtype=tensor.dtype)
 
     _replace_tensors(module, fake_of, fake_of)
-    for name, part in list(_frozen_linears(module).items()):
+    for name, part in list(frozen_linears(module).items()):
         weight = part.weight
         assert isinstance(weight, nn.Parameter)
         transposed = isinstance(part, Conv1D)
@@ -184,9 +171,12 @@ def _absent(module: PreTrainedModel) -> set[object]:
 
     _replace_tensors(module, zero, lambda buffer: zero(buffer) if buffer.is_meta else buffer)
     try:
-        args, kwargs = _calls(module, decoder_layers(module), 16, set())[0]
-    except (RuntimeError, NotImplementedError, ValueError, IndexError):  # what cannot run so
+        calls = _calls(module, decoder_layers(module), 16, set())
+    except (RuntimeError, NotImplementedError, ValueError):  # an architecture that needs more than zeros
+        calls = []
+    if not calls:
         return {"attention_mask"}
+    args, kwargs = calls[0]
     return {place for place, value in (*enumerate(args), *kwargs.items()) if value is None}
 
 

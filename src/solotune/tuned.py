@@ -54,7 +54,10 @@ class TunedRun:
         InputError: no run there.
         """
         directory = RunDirectory.open(path)
-        config, machine, choices = settle(load_config(directory.path / "config.yaml"))
+        recorded = load_config(directory.path / "config.yaml")
+        if not recorded.multiplies_in_fp8:  # what the plan chose for the card of the run may not fit here
+            recorded = recorded.replaced("machine", base_residency="auto")
+        config, machine, choices = settle(recorded)
         beside = {"model_name_or_path": str(directory.adapter), "chat_template_path": None}
         named = config.replaced("run", **beside) if directory.adapter.is_dir() else config
         return cls(directory, config, machine, choices, dataset.load_tokenizer(named))

@@ -2,7 +2,7 @@
 
 Each reads like a table of contents of its stage; the work is in the modules, which are nouns (`training`, `evaluation`,
 `dataset`), so that `solotune.train` can be the function. Heavy imports are inside the functions: asking for help or for
-the list of runs loads no torch.
+the list of runs loads no torch. The file is longer than others so that every stage can be read whole in one place.
 """
 
 from __future__ import annotations
