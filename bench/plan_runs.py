@@ -182,6 +182,7 @@ def run(case: Case, config: Any, steps: int) -> dict[str, Any]:
     from solotune import environment, training
     from solotune.batch import collate
     from solotune.model import load_model
+    from solotune.passes import Passes
 
     torch._dynamo.reset()
     gc.collect()
@@ -197,12 +198,12 @@ def run(case: Case, config: Any, steps: int) -> dict[str, Any]:
     model.module.train()
     size, accumulation = case.rows, config.gradient_accumulation_steps
     rows = random_rows(case, size * accumulation)
-    seconds = []
+    passes, seconds = Passes(model, config), []
     for step in range(steps):
         torch.cuda.synchronize()
         started = time.perf_counter()
         batches = [collate(rows[i * size : (i + 1) * size], device) for i in range(accumulation)]
-        training.train_step(model, batches, optimizer, config.max_grad_norm, (0, step))
+        training.train_step(model, batches, optimizer, config.max_grad_norm, (0, step), passes)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     step_seconds = statistics.median(seconds[1:])

@@ -27,6 +27,7 @@ from solotune.batch import Batch, collate, collate_packs
 from solotune.config import RunConfig, load_config
 from solotune.dataset import Example
 from solotune.model import load_model
+from solotune.passes import Passes
 
 RECIPE = Path(__file__).parent.parent / "examples" / "walkthrough.yaml"
 
@@ -95,13 +96,14 @@ def main() -> None:
         batches_of, args.steps = chat_batches(config, device)
     optimizer = training.make_optimizer(config, [model.joined])
     model.module.train()
+    passes = Passes(model, config)
     seconds, speeds, losses = [], [], []
 
     def run(step: int) -> None:
         torch.cuda.synchronize()
         started = time.perf_counter()
         batches = batches_of(step)
-        loss, _, _ = training.train_step(model, batches, optimizer, config.max_grad_norm)
+        loss, _, _ = training.train_step(model, batches, optimizer, config.max_grad_norm, passes=passes)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
         speeds.append(sum(batch.num_tokens for batch in batches) / seconds[-1])

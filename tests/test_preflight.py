@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_a_check_that_says_no(tiny_config, tmp_path, monkey
     config = tiny_config(per_device_train_batch_size=4)
     model = load_model(config, CPU, torch.float32)
 
-    def full(*_):
+    def full(*_, **named):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more.")
 
     monkeypatch.setattr(training, "train_step", full)

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from solotune.dataset import Example
 
@@ -37,6 +38,7 @@ class Batch(NamedTuple):
     starts_S: torch.Tensor | None  # int32, there: where each of S - 1 rows begins in the B * T tokens, and their end
     weights_N: torch.Tensor | None  # float32, of the labels in row order, where one of them is not 1
     rows: Sequence[Example]
+    is_label_N: torch.Tensor | None = None  # bool, where some of the N were added by `padded`
 
     @property
     def num_supervised(self) -> int:
@@ -58,6 +60,20 @@ class Batch(NamedTuple):
     def weighted(self, losses_N: torch.Tensor) -> torch.Tensor:
         """The losses of the labels, each times its weight."""
         return losses_N if self.weights_N is None else losses_N * self.weights_N
+
+    def hits(self, hits_N: torch.Tensor) -> torch.Tensor:
+        """How many of the labels were hit."""
+        return (hits_N if self.is_label_N is None else hits_N & self.is_label_N).sum()
+
+    def padded(self, count: int) -> Batch:
+        """With labels of weight 0 added up to `count`, so that the losses of several batches have one shape."""
+        here, missing = len(self.label_places_N), count - len(self.label_places_N)
+        weights = torch.ones(here, device=self.input_ids_BT.device) if self.weights_N is None else self.weights_N
+        return self._replace(
+            label_places_N=F.pad(self.label_places_N, (0, missing), value=1),
+            weights_N=F.pad(weights, (0, missing)),
+            is_label_N=torch.arange(count, device=self.input_ids_BT.device) < here,
+        )
 
     @property
     def num_tokens(self) -> int:

@@ -37,6 +37,7 @@ BANDWIDTH_SHARE = 1.0  # of fused element-wise kernels
 NF4_EXPANSION_SHARE = 0.457  # of bandwidth, reading 4 and writing 16 bits
 KERNEL_SECONDS = 7e-6  # launching one from Python's wrapper of a compiled graph; the floor of small models
 LAYER_SECONDS = 2.2e-4  # guards, autograd nodes and hooks of one compiled layer, forward and backward
+GRAPH_KERNEL_SECONDS = 2.5e-6  # the least a kernel takes where a CUDA graph launches it
 STEP_SECONDS = 0.012  # reading rows, the optimizer's launches, the loss's transfer to the host
 
 OFFLOAD_BYTES_PER_SECOND = 20e9  # to pinned host memory and back, over PCIe

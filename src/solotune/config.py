@@ -164,6 +164,8 @@ class RunConfig(BaseModel):
     """Try the largest step, an evaluation and a save before the run begins (auto: on a GPU)."""
     torch_compile: bool = _in("training", default=True)
     """Compile the decoder layers: the first step takes longer, all others less time and memory (CUDA only)."""
+    cuda_graphs: bool = _in("training", default=True)
+    """Replay compiled passes of one shape (packed rows) as one launch: up to twice as fast for small models."""
     optim: Literal["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch"] = _in(
         "training", default="paged_adamw_8bit"
     )
@@ -326,6 +328,11 @@ class RunConfig(BaseModel):
     def multiplies_in_fp8(self) -> bool:
         """Whether the frozen linears are `Fp8Weight`s: 16 bits a weight, whatever precision their values come from."""
         return "fp8" in (self.base_precision, self.matmul_precision)
+
+    @property
+    def takes_graphs(self) -> bool:
+        """Whether passes whose shapes repeat become CUDA graphs, where there is CUDA."""
+        return self.cuda_graphs and self.torch_compile and not self.activation_offload
 
     def every(self, what: Literal["eval", "save"], steps_per_epoch: int) -> int | None:
         """Steps between two evaluations or saves; None for never."""

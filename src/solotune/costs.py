@@ -128,6 +128,7 @@ class Work:
     num_evals: int = 0
     eval_batch: tuple[int, int] = (0, 0)  # rows and tokens of the largest evaluation pass
     generated_tokens: int = 0
+    has_one_shape: bool = False  # its micro-batches: compiled passes then become CUDA graphs
     is_measured: bool = False  # from the rows of the run, and not full rows by assumption
 
     @property

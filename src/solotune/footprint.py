@@ -198,10 +198,12 @@ def _supervised(work: Work) -> float:
 
 
 def logit_bytes(shape: ModelShape, work: Work) -> float:
-    """A chunk of logits in work; while there are several, the one before is still there."""
+    """A chunk of logits in work: the first, or the second, during which parts of the one before are still there."""
     chunk = max(1, shape.max_chunk_logits // shape.vocab_size)
-    tokens = _supervised(work)
-    return min(tokens, chunk) * shape.vocab_size * shape.logit_bytes[tokens > chunk]
+    alone, among_others = shape.logit_bytes
+    first = min(_supervised(work), chunk)
+    second = min(_supervised(work) - first, chunk)
+    return max(first * alone, (first * (among_others - alone) + second * alone) if second else 0) * shape.vocab_size
 
 
 def _evaluation_bytes(shape: ModelShape, work: Work) -> float:

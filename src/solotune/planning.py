@@ -380,6 +380,7 @@ def full_rows(config: RunConfig, max_positions: int | None = None) -> Work:
         supervised_share=1.0,
         accumulation=config.gradient_accumulation_steps,
         steps=config.max_steps if config.max_steps > 0 else None,
+        has_one_shape=config.takes_graphs,
     )
 
 

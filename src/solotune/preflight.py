@@ -32,6 +32,7 @@ from solotune.dataset.example import lengths_of
 from solotune.device_failure import device_memory, smaller
 from solotune.errors import CheckError
 from solotune.model import TrainableModel
+from solotune.passes import Passes
 from solotune.planning import in_gib
 from solotune.record import storage_errors
 
@@ -88,13 +89,17 @@ def preflight(
         training.reset_peak_bytes(model.device)
         loaded = training.allocated_bytes(model.device)
         started = time.perf_counter()
-        optimizer_bytes = _step(model, batch, config, folder)
+        passes = Passes(model, config)
+        optimizer_bytes = _step(passes, batch, config, folder)
         first = time.perf_counter() - started
         peak = training.peak_bytes(model.device)
         gradient_error = _check_compiler(model, batch, config) if config.torch_compile else None
+        if passes.can_record:
+            _step(passes, batch, config, None)
         started = time.perf_counter()
-        _step(model, batch, config, None)
+        _step(passes, batch, config, None)
         second = time.perf_counter() - started
+        passes.release()
         training.reset_peak_bytes(model.device)
         longest = np.argsort(-np.asarray(lengths_of(validation_rows)), kind="stable")[
             : config.per_device_eval_batch_size
@@ -133,14 +138,15 @@ def largest_micro_batch(model: TrainableModel, train_rows: Sequence[Example], co
     return collate_packs([[train_rows[row] for row in packs[i]] for i in longest], model.device, shape)
 
 
-def _step(model: TrainableModel, batch: Batch, config: RunConfig, folder: Path | None) -> int:
+def _step(passes: Passes, batch: Batch, config: RunConfig, folder: Path | None) -> int:
     """One optimizer step that changes nothing, and a checkpoint of it; the bytes of the optimizer's state."""
+    model = passes.model
     before = training.allocated_bytes(model.device)
     spare = training.make_optimizer(config, [model.joined])
     for group in spare.param_groups:
         group["lr"] = 0.0  # and with it AdamW's weight decay
     model.module.train()
-    training.train_step(model, [batch], spare, config.max_grad_norm)
+    training.train_step(model, [batch], spare, config.max_grad_norm, passes=passes)
     optimizer_bytes = training.allocated_bytes(model.device) - before
     if folder is not None:
         with storage_errors(folder), tempfile.TemporaryDirectory(prefix=".preflight-", dir=folder) as scratch:

@@ -5,7 +5,7 @@
 Each layer's products of matrices take their operations divided by the rate of the card, times the share of it that
 products of their size reach, or the time to read and write their operands, whichever is longer. Everything else is
 bound by memory and takes its bytes. Under all of it is a floor, the time to launch the kernels: it is what small models
-wait for. Rates are the card's (`cards`), shares were measured (`calibration`).
+wait for, less where a CUDA graph launches them. Rates are the card's (`cards`), shares were measured (`calibration`).
 
 Shape legend: B rows, T tokens of the longest row.
 """
@@ -37,7 +37,9 @@ def seconds(shape: ModelShape, knobs: Knobs, work: Work, card: Card) -> Seconds:
     """How long it takes on `card`."""
     pace = _CpuPace(card) if card.is_cpu else _GpuPace(card, knobs)
     tokens = max(1.0, work.mean_tokens)
-    micro_batch = _micro_batch(shape, knobs, work.rows, tokens, work.real_share * work.supervised_share, pace)
+    supervised = work.real_share * work.supervised_share
+    has_graphs = work.has_one_shape and not knobs.is_offloaded
+    micro_batch = _micro_batch(shape, knobs, work.rows, tokens, supervised, has_graphs, pace)
     step = work.accumulation * micro_batch + pace.optimizer(shape)
     load = pace.load(shape, knobs)
     first = step + pace.compile(shape, knobs)
@@ -47,13 +49,15 @@ def seconds(shape: ModelShape, knobs: Knobs, work: Work, card: Card) -> Seconds:
     return Seconds(load, first, step, total, work.tokens_per_step / step)
 
 
-def _micro_batch(shape: ModelShape, knobs: Knobs, rows: int, tokens: float, supervised: float, pace: _Pace) -> float:
+def _micro_batch(
+    shape: ModelShape, knobs: Knobs, rows: int, tokens: float, supervised: float, has_graphs: bool, pace: _Pace
+) -> float:
     total = 0.0
     for number, layer in enumerate(shape.layers):
         forward = _forward(shape, layer, rows, tokens, pace)
         backward = _passing(layer.backward, rows, tokens, pace) + _attention(shape, rows, tokens, pace, True)
         one = forward * (2 if number < knobs.num_checkpointed else 1) + backward
-        total += max(one, pace.layer_floor(layer, number < knobs.num_checkpointed))
+        total += max(one, pace.layer_floor(layer, number < knobs.num_checkpointed, has_graphs))
     if knobs.is_offloaded:  # out in forward, back in backward; nothing hides it
         moved = sum(layer.output.per_token for layer in shape.layers[: knobs.num_checkpointed]) * rows * tokens
         total += 2 * moved / known.OFFLOAD_BYTES_PER_SECOND
@@ -123,8 +127,10 @@ class _GpuPace:
     def calls(self, part: Pass) -> float:
         return 0.0  # overlaps with the work; `layer_floor` is where it shows
 
-    def layer_floor(self, layer: LayerCost, is_checkpointed: bool) -> float:
+    def layer_floor(self, layer: LayerCost, is_checkpointed: bool, has_graphs: bool) -> float:
         kernels = layer.forward.num_kernels * (1 + is_checkpointed) + layer.backward.num_kernels
+        if has_graphs:
+            return kernels * known.GRAPH_KERNEL_SECONDS
         return known.LAYER_SECONDS * (1 + 0.5 * is_checkpointed) + kernels * known.KERNEL_SECONDS
 
     def attention(self, flops: float, tokens: float, is_backward: bool) -> float:
@@ -169,7 +175,7 @@ class _CpuPace:
     def calls(self, part: Pass) -> float:
         return part.num_kernels * known.CPU_OPERATION_SECONDS
 
-    def layer_floor(self, layer: LayerCost, is_checkpointed: bool) -> float:
+    def layer_floor(self, layer: LayerCost, is_checkpointed: bool, has_graphs: bool) -> float:
         return 0.0
 
     def attention(self, flops: float, tokens: float, is_backward: bool) -> float:

@@ -120,5 +120,6 @@ def work_of(config: RunConfig, prepared: Prepared) -> Work:
         ),
         eval_batch=(min(config.per_device_eval_batch_size, len(held_out)), max(held_out, default=0)),
         generated_tokens=round(min(config.num_samples, len(held_out)) * (config.max_new_tokens + answer)),
+        has_one_shape=config.packing and config.takes_graphs,
         is_measured=True,
     )

@@ -35,6 +35,7 @@ from solotune.dataset.example import lengths_of
 from solotune.dataset.pack import pack
 from solotune.errors import InterruptedRunError, NonFiniteError
 from solotune.model import TrainableModel
+from solotune.passes import Passes
 from solotune.record import RunDirectory
 from solotune.signals import StopSignal
 from solotune.terminal import Display
@@ -159,6 +160,7 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     max_grad_norm: float,
     dropout_seed: tuple[int, ...] = (0,),
+    passes: Passes | None = None,
 ) -> tuple[float, float, float]:
     """One optimizer step over the whole accumulated batch: (loss, token accuracy, gradient norm before clipping).
 
@@ -166,21 +168,19 @@ def train_step(
 
     Args:
         dropout_seed: tells this step's dropout from that of others.
+        passes: of this model; kept from step to step, they become CUDA graphs where shapes repeat.
 
     Raises:
         NonFiniteError: loss or gradient is NaN or infinite; nothing has been changed.
     """
     num_supervised = sum(batch.num_supervised for batch in micro_batches)
     total_weight = sum(batch.total_weight for batch in micro_batches)
-    loss_sum = torch.zeros((), device=model.device)
-    hits = torch.zeros((), device=model.device)
+    passes = passes or Passes(model)
+    passes.sums_2.zero_()
     for number, batch in enumerate(micro_batches):
         lora.seed_dropout(model.adapted, *dropout_seed, number)
-        losses_N, hits_N = model.token_losses(batch)
-        weighted_sum = batch.weighted(losses_N).sum()
-        (weighted_sum / total_weight).backward()
-        loss_sum += weighted_sum.detach()
-        hits += hits_N.sum()
+        passes.run(batch, total_weight)  # forward and backward: see `passes.accumulate`
+    loss_sum, hits = passes.sums_2
     grad_norm = clip_grad_norm_(model.trainable, max_grad_norm)
     loss, accuracy, norm = torch.stack([loss_sum / total_weight, hits / num_supervised, grad_norm]).tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -240,6 +240,7 @@ def train(
     save_every = config.every("save", schedule.steps_per_epoch)
     peft_config = lora.peft_config(config, model.adapted, model.module)
     score = None
+    passes = Passes(model, config)
     model.module.train()
     display.begin(schedule.total_steps, done)
     with StopSignal() as stop:
@@ -252,7 +253,7 @@ def train(
                 group["lr"] = learning_rate
             try:
                 loss, accuracy, grad_norm = train_step(
-                    model, batches, optimizer, config.max_grad_norm, (config.seed, step)
+                    model, batches, optimizer, config.max_grad_norm, (config.seed, step), passes
                 )
             except NonFiniteError as error:
                 run.log_metrics(
@@ -280,6 +281,7 @@ def train(
             display.step(metrics)
             last = step == schedule.total_steps
             if validation_rows and (last or (eval_every and step % eval_every == 0)):
+                passes.release()
                 score = evaluation.score(model, validation_rows, config.per_device_eval_batch_size)
                 run.log_metrics("eval", step=step, exact_match=score.exact_match, **score.to_json())
                 display.evaluated(step, score)
@@ -294,6 +296,8 @@ def train(
                 display.finish()
                 raise InterruptedRunError(stop.received, f"stopped after step {step}; checkpoint saved", run.path)
     display.finish()
+    if passes.why_not:
+        display.note(f"passes were launched one kernel after the other, without a CUDA graph: {passes.why_not}")
     return score
 
 

@@ -1,0 +1,96 @@
+"""CUDA graphs of passes on one GPU: the numbers of passes without them, and memory given back.
+
+sh scripts/test -m gpu tests/gpu/test_graphs.py
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import random_rows
+
+from solotune import training
+from solotune.batch import PackShape, collate, collate_packs
+from solotune.model import load_model
+from solotune.passes import Passes
+
+pytestmark = pytest.mark.gpu
+GPU = torch.device("cuda")
+
+
+def config_of(tiny_config, **more):
+    options = {"use_cpu": False, "bf16": True, "torch_compile": True, "packing": True, "lora_dropout": 0.1, **more}
+    return tiny_config(options.pop("family", "llama"), **options)
+
+
+def steps_of(config, batches, with_graphs):
+    """Loss, accuracy and gradient norm of each step (two micro-batches), the adapters after them, and the passes."""
+    model = load_model(config, GPU, torch.bfloat16)
+    passes = Passes(model, config if with_graphs else None)
+    optimizer = training.make_optimizer(config, [model.joined])
+    model.module.train()
+    numbers = []
+    for step, pair in enumerate(zip(batches[::2], batches[1::2], strict=True)):
+        numbers.append(training.train_step(model, pair, optimizer, 1.0, (0, step), passes))
+    return numbers, model.joined.detach().clone(), passes
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"base_precision": "nf4"},
+        {"base_precision": "fp8"},
+        {"base_precision": "bf16", "gradient_checkpointing": 1},
+        {"family": "qwen3", "base_precision": "nf4", "optim": "paged_adamw_8bit"},
+    ],
+    ids=str,
+)
+def test_the_numbers_are_those_of_launched_passes(more, tiny_config):
+    config = config_of(tiny_config, **more)
+    rows = random_rows(48)
+    shape = PackShape.of([range(4)] * 2, 2, 96)
+    packs = [collate_packs([rows[i : i + 2], rows[i + 2 : i + 4]], GPU, shape) for i in range(0, 48, 4)]
+    assert len({len(batch.label_places_N) for batch in packs}) > 3
+    launched, adapters, _ = steps_of(config, packs, with_graphs=False)
+    replayed, same_adapters, passes = steps_of(config, packs, with_graphs=True)
+    assert passes.why_not is None and len(passes._graphs) >= 1
+    for one, other in zip(launched, replayed, strict=True):
+        assert one == pytest.approx(other, rel=2e-3)
+    assert (adapters - same_adapters).norm() < 0.02 * adapters.norm()
+    assert launched[0] != pytest.approx(launched[-1], rel=2e-3)  # it learned, so equal is not trivial
+
+
+def test_another_shape_and_release_give_the_memory_back(tiny_config):
+    config = config_of(tiny_config, base_precision="bf16")
+    long = [collate(random_rows(8, longest=100, seed=1), GPU) for _ in range(8)]
+    _, _, passes = steps_of(config, long, with_graphs=True)
+    model = passes.model
+    assert passes._graphs
+    reserved = torch.cuda.memory_reserved()
+    passes.run(collate(random_rows(2), GPU), 1.0)
+    assert not passes._graphs  # one of its own needs the shape to come again
+    passes.run(long[0], 1.0)
+    passes.run(long[0], 1.0)
+    passes.run(long[0], 1.0)
+    assert passes._graphs and torch.cuda.memory_reserved() <= 1.2 * reserved
+    passes.release()
+    assert not passes._graphs and torch.cuda.memory_reserved() < reserved
+    model.zero_gradients()
+
+
+def test_a_model_that_looks_into_its_data_is_launched_as_before(tiny_config):
+    config = config_of(tiny_config, base_precision="bf16", lora_dropout=0.0)
+    batches = [collate(random_rows(4), GPU) for _ in range(8)]
+    expected, _, _ = steps_of(config, batches, with_graphs=False)
+    model = load_model(config, GPU, torch.bfloat16)
+    model.module.base_model.norm.register_forward_hook(lambda module, given, y: y * bool(y.sum().item()))
+    passes = Passes(model, config)
+    optimizer = training.make_optimizer(config, [model.joined])
+    model.module.train()
+    found = [
+        training.train_step(model, pair, optimizer, 1.0, (0, step), passes)
+        for step, pair in enumerate(zip(batches[::2], batches[1::2], strict=True))
+    ]
+    assert passes.why_not and not passes._graphs
+    for one, other in zip(expected, found, strict=True):
+        assert one == pytest.approx(other, rel=2e-3)
