@@ -92,13 +92,16 @@ def test_bytes_of_the_base_by_precision():
 
 
 def test_workspace_is_the_librarys_and_the_largest_weight_expanded():
-    def workspace(card, **knobs):
-        return footprint(llama_8b(), replace(KNOBS, **knobs), WORK, CARDS[card]).by_category["workspace"]
+    def workspace(card, work=WORK, **knobs):
+        return footprint(llama_8b(), replace(KNOBS, **knobs), work, CARDS[card]).by_category["workspace"]
 
     widest = 14336 * 4096
-    assert workspace("h100") == (32 << 20) + widest * 2 + widest // 16
-    assert workspace("h100", is_mirrored=True) == workspace("h100", base_precision="fp8") == 32 << 20
-    assert workspace("a100-80", base_precision="bf16") == (8 << 20) + (128 << 10)
+    assert workspace("h100") == (64 << 20) + widest * 2 + widest // 16  # one for forward's thread, one for backward's
+    assert workspace("h100", is_mirrored=True) == workspace("h100", base_precision="fp8") == 64 << 20
+    assert workspace("a100-80", base_precision="bf16") == (16 << 20) + (256 << 10)
+    packed = replace(WORK, has_one_shape=True)  # and one for the stream that is recorded
+    assert workspace("h100", packed, is_mirrored=True) == 96 << 20
+    assert workspace("h100", packed, is_mirrored=True, is_offloaded=True) == 64 << 20
 
 
 def test_logits_are_a_chunk_of_the_supervised_ones():

@@ -2,8 +2,9 @@
 
 Bytes come from shapes nearly alone; what is here are the parts of libraries that no shape tells. Seconds are operations
 divided by the card's rate and by how much of that rate is reached. The shares below were fitted to 18 of the configs of
-`bench/plan_runs.py` on one H100 80GB HBM3 (torch 2.11; 1.7B to 8B, NF4, fp8 and bf16, `bench/results/plan.md`) and to
-the demo on two cores of an AMD EPYC. Other cards are predicted with the same shares, which is a guess.
+`bench/plan_runs.py` on one H100 80GB HBM3 (torch 2.11; 1.7B to 8B, NF4, fp8 and bf16, `bench/results/plan.md`), what
+launches cost to those of 135M, and the CPU's to the demo on two cores of an AMD EPYC. Other cards are predicted with
+the same shares, which is a guess.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ MIB = 1 << 20
 ALLOCATOR_ROUNDING = 512
 """The CUDA allocator hands out multiples of this."""
 WORKSPACE_BYTES = {9: 32 * MIB, 10: 32 * MIB, 12: 32 * MIB}
-"""cuBLAS's workspace by major compute capability (PyTorch's default CUBLAS_WORKSPACE_CONFIG), out of the allocator."""
+"""One of cuBLAS's workspaces by major compute capability (PyTorch's default), out of the allocator."""
 WORKSPACE_BYTES_OLDER = 8 * MIB + 128 * 1024
 CONTEXT_BYTES = 520 * MIB
 """CUDA context, loaded kernels and what the allocator has cut up: counts against the card, not in torch's peak."""
@@ -35,10 +36,11 @@ ATTENTION_FORWARD, ATTENTION_BACKWARD = (0.61, 750), (0.56, 1400)
 """cuDNN's, causal: the share for long rows, and the length that reaches half of it (4 x 2,048 and 32,768 tokens)."""
 BANDWIDTH_SHARE = 1.0  # of fused element-wise kernels
 NF4_EXPANSION_SHARE = 0.457  # of bandwidth, reading 4 and writing 16 bits
+EAGER_KERNEL_SECONDS = 2.7e-5  # dispatching one uncompiled operation, with its autograd node
 KERNEL_SECONDS = 7e-6  # launching one from Python's wrapper of a compiled graph; the floor of small models
 LAYER_SECONDS = 2.2e-4  # guards, autograd nodes and hooks of one compiled layer, forward and backward
-GRAPH_KERNEL_SECONDS = 2.5e-6  # the least a kernel takes where a CUDA graph launches it
-STEP_SECONDS = 0.012  # reading rows, the optimizer's launches, the loss's transfer to the host
+GRAPH_KERNEL_SECONDS = 1.2e-6  # the least a kernel takes where a CUDA graph launches it
+STEP_SECONDS = 0.003  # reading rows, the optimizer's launches, the loss's transfer to the host
 
 OFFLOAD_BYTES_PER_SECOND = 20e9  # to pinned host memory and back, over PCIe
 

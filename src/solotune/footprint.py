@@ -69,7 +69,9 @@ def footprint(shape: ModelShape, knobs: Knobs, work: Work, card: Card) -> Footpr
     peak = max(_moments(shape, knobs, work), key=lambda m: m.activations + m.logits)
     moment, activations, logits = peak.name, peak.activations, peak.logits
     is_cpu = card.is_cpu
-    workspace = _expansion_bytes(shape, knobs) + (0 if is_cpu else _library_bytes(card))
+    workspace = _expansion_bytes(shape, knobs) + (
+        0 if is_cpu else _library_bytes(card, work.has_one_shape and not knobs.is_offloaded)
+    )
     sizes = {**fixed, "activations": activations, "logits": logits, "workspace": workspace}
     paged = optimizer[1]
     if is_cpu:
@@ -198,12 +200,18 @@ def _supervised(work: Work) -> float:
 
 
 def logit_bytes(shape: ModelShape, work: Work) -> float:
-    """A chunk of logits in work: the first, or the second, during which parts of the one before are still there."""
+    """A chunk of logits in work; while there are several, the one before is still there.
+
+    What the uncompiled loss makes of a chunk is more than what it leaves of the one before, so there a short second
+    chunk adds nothing.
+    """
     chunk = max(1, shape.max_chunk_logits // shape.vocab_size)
     alone, among_others = shape.logit_bytes
     first = min(_supervised(work), chunk)
     second = min(_supervised(work) - first, chunk)
-    return max(first * alone, (first * (among_others - alone) + second * alone) if second else 0) * shape.vocab_size
+    if shape.is_compiled:
+        return first * (among_others if second else alone) * shape.vocab_size
+    return max(first * alone, first * (among_others - alone) + second * alone) * shape.vocab_size
 
 
 def _evaluation_bytes(shape: ModelShape, work: Work) -> float:
@@ -223,9 +231,10 @@ def _expansion_bytes(shape: ModelShape, knobs: Knobs) -> float:
     return widest * (shape.dtype_bytes + 4 / NF4_BLOCK)
 
 
-def _library_bytes(card: Card) -> int:
+def _library_bytes(card: Card, has_graphs: bool) -> int:
+    """cuBLAS's workspaces: of the thread that runs forward, of that of backward, and of the stream that is recorded."""
     major = (card.compute_capability or (0, 0))[0]
-    return known.WORKSPACE_BYTES.get(major, known.WORKSPACE_BYTES_OLDER)
+    return (2 + has_graphs) * known.WORKSPACE_BYTES.get(major, known.WORKSPACE_BYTES_OLDER)
 
 
 def _rounded(size: float) -> int:

@@ -35,7 +35,7 @@ class Seconds:
 
 def seconds(shape: ModelShape, knobs: Knobs, work: Work, card: Card) -> Seconds:
     """How long it takes on `card`."""
-    pace = _CpuPace(card) if card.is_cpu else _GpuPace(card, knobs)
+    pace = _CpuPace(card) if card.is_cpu else _GpuPace(card, knobs, shape.is_compiled)
     tokens = max(1.0, work.mean_tokens)
     supervised = work.real_share * work.supervised_share
     has_graphs = work.has_one_shape and not knobs.is_offloaded
@@ -106,8 +106,8 @@ def _evaluations(shape: ModelShape, knobs: Knobs, work: Work, pace: _Pace) -> fl
 class _GpuPace:
     """Times on a GPU."""
 
-    def __init__(self, card: Card, knobs: Knobs) -> None:
-        self.card = card
+    def __init__(self, card: Card, knobs: Knobs, is_compiled: bool) -> None:
+        self.card, self.is_compiled = card, is_compiled
         self.flops = card.bf16_tflops * 1e12
         self.frozen_flops = self.flops
         self.frozen_share = known.GEMM_SHARE
@@ -129,6 +129,8 @@ class _GpuPace:
 
     def layer_floor(self, layer: LayerCost, is_checkpointed: bool, has_graphs: bool) -> float:
         kernels = layer.forward.num_kernels * (1 + is_checkpointed) + layer.backward.num_kernels
+        if not self.is_compiled:
+            return kernels * known.EAGER_KERNEL_SECONDS
         if has_graphs:
             return kernels * known.GRAPH_KERNEL_SECONDS
         return known.LAYER_SECONDS * (1 + 0.5 * is_checkpointed) + kernels * known.KERNEL_SECONDS
