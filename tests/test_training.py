@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import random_rows
 
-from solotune import checkpoint, lora, training
+from solotune import checkpoint, lora, signals, training
 from solotune.batch import collate
 from solotune.errors import InterruptedRunError, NonFiniteError
 from solotune.model import load_model
@@ -166,8 +166,10 @@ def test_a_bad_row_stops_before_the_update_and_is_named(tiny_config, tmp_path):
     with pytest.raises(NonFiniteError) as caught:
         training.train(model, rows, [], config, run, SilentDisplay())
     assert str(caught.value) == (
-        "step 1: the loss or its gradient is not finite; stopped before the update, the weights are as they were\n"
-        "  seen:    loss nan, gradient norm nan\n"
+        "step 1: the loss, its gradient or the weights are not finite; stopped before the update, the weights are as "
+        "they were\n"
+        "  seen:    loss nan, gradient norm nan; frozen model.embed_tokens.weight; the same when run again "
+        "(reproducible)\n"
         "  change:  look at random:6"
     )
     assert caught.value.exit_code == 6
@@ -201,7 +203,7 @@ def test_a_stop_signal_finishes_the_step_saves_and_leaves(tiny_config, tmp_path,
                 os.kill(os.getpid(), number)
 
     handler = signal.getsignal(number)
-    with pytest.raises(InterruptedRunError) as caught:
+    with signals.heeded(), pytest.raises(InterruptedRunError) as caught:
         training.train(model, random_rows(8), [], config, run, StopAtThree())
     assert caught.value.exit_code == 128 + number
     assert "stopped after step 3; checkpoint saved" in str(caught.value)
