@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -80,12 +81,20 @@ def heeded(is_ours: bool = False) -> Iterator[None]:
         return
     _requests.is_ours, _requests.received, _requests.is_taken = is_ours, 0, False
     _requests.before = {number: signal.signal(number, _requests.receive) for number in STOPPING}
+    hook, sys.unraisablehook = sys.unraisablehook, _pass_over
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in _requests.before.items():
             signal.signal(number, signal.SIG_DFL if is_ours else handler)
         _requests.before = {}
+
+
+def _pass_over(unraisable: sys.UnraisableHookArgs) -> None:
+    """An interruption that came in a destructor is lost there; the next poll raises it again."""
+    if not isinstance(unraisable.exc_value, StopRequested):
+        sys.__unraisablehook__(unraisable)
 
 
 @contextlib.contextmanager

@@ -95,7 +95,10 @@ def watched() -> Iterator[None]:
         return
     faulthandler.register(DUMP_SIGNAL, sys.__stderr__ or 2, all_threads=True)
     try:
-        _guard = _Guard()
+        with contextlib.suppress(
+            OSError
+        ):  # no second process to be had: the run is not watched, and works all the same
+            _guard = _Guard()
         yield
     finally:
         guard, _guard = _guard, None
