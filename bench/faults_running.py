@@ -64,6 +64,7 @@ class Workload:
         import torch
         import transformers
 
+        import solotune.cli
         import solotune.preflight
         import solotune.verbs
         from solotune.config import load_config
@@ -153,16 +154,17 @@ class Child:
         self.started = time.monotonic()
         sys.stdout.flush()
         sys.stderr.flush()
+        usual = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
         self.pid = os.fork()
         if self.pid == 0:  # stays in here
             self._be(arguments, before, stdout)
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
     def _be(self, arguments: list[str], before: Callable[[], None] | None, stdout: int | None) -> None:
         code = 99
         try:
             os.setsid()
-            for number in SIGNALS:
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             for path, number in ((self.out, 1), (self.err, 2)):
                 handle = os.open(path, os.O_WRONLY | os.O_APPEND)
                 os.dup2(handle if number == 2 or stdout is None else stdout, number)
@@ -187,6 +189,11 @@ class Child:
         self.signalled = self.signalled or time.monotonic()
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
+
+    def await_stage(self, number: int) -> None:
+        """Waits until the stage of that number has begun; 0 is what is before the first."""
+        while number and not re.search(rf"^{STAGES[number - 1]}", self.out.read_text(), re.MULTILINE):
+            time.sleep(0.001)
 
     def wait(self, seconds: float = CHILD_SECONDS) -> Ended:
         end = time.monotonic() + seconds
@@ -221,20 +228,26 @@ def stop_signals(work: Workload, count: int, seed: int) -> list[Row]:
     for _ in range(count):
         number, stage = rng.choice(list(SIGNALS)), rng.randrange(len(begins) - 1)
         child = work.start(["train", str(work.config)])
-        time.sleep(rng.uniform(begins[stage], begins[stage + 1]))
+        child.await_stage(stage)
+        time.sleep(rng.uniform(0.0, begins[stage + 1] - begins[stage]))
         child.send(number)
         ended = child.wait()
         stages[ended.stage] = stages.get(ended.stage, 0) + 1
         if problem := _not_stopped_well(work, ended, number):
             bad.append(f"{ended.stage}, {signal.Signals(number).name}: {problem}\n{ended.err[-3000:]}")
-        elif ended.code:
-            late.append(ended.late)
-    late.sort()
-    middle, worst = (late[int(len(late) * share)] * 1e3 for share in (0.5, 0.99)) if late else (0.0, 0.0)
-    note = f"stop signals by stage: {stages}; latency p50 {middle:.0f} ms, p99 {worst:.0f} ms"
+        elif ended.code > 0:
+            late.append((ended.late, ended.stage))
+    note = f"stop signals by stage: {stages}; latency in all stages {_spread([t for t, _ in late])}, "
+    note += f"in training {_spread([t for t, stage in late if stage == 'training'])}"
     note += f" (a micro-batch {micro_batch * 1e3:.0f} ms, a save {save * 1e3:.0f} ms)"
     print("\n".join([note, *bad]), file=sys.stderr)
     return [Row("stop signals", count, len(bad), time.monotonic() - began, seed)]
+
+
+def _spread(seconds: list[float]) -> str:
+    ordered = sorted(seconds) or [0.0]
+    middle, worst = (ordered[int(len(ordered) * share)] * 1e3 for share in (0.5, 0.99))
+    return f"p50 {middle:.0f} ms, p99 {worst:.0f} ms"
 
 
 def _stage_times(work: Workload) -> list[float]:
@@ -432,7 +445,7 @@ def stopped_processes(work: Workload, count: int, seed: int) -> list[Row]:
 
 def outputs(work: Workload, count: int, seed: int) -> list[Row]:
     """Nobody reads, nothing can be written, the clock jumps: the run goes on or exits 8, and no line is half."""
-    began, bad, done = time.monotonic(), [], _some(tuple(OUTPUTS), count)
+    began, bad, done, codes = time.monotonic(), [], _some(tuple(OUTPUTS), count), []
     for case in done:
         arguments = ["train", str(work.config), *(["--json"] if "json" in case else [])]
         before, stdout = OUTPUTS[case]
@@ -450,6 +463,7 @@ def outputs(work: Workload, count: int, seed: int) -> list[Row]:
         os.close(read_fd)
         os.close(full)
         ended = child.wait()
+        codes.append(ended.code)
         problem = work.checkpoint_problem() or work.metrics_problem() or _durations_problem(work)
         if ended.code not in (0, 8) or "Traceback" in ended.err:
             problem = f"exit code {ended.code}"
@@ -457,7 +471,7 @@ def outputs(work: Workload, count: int, seed: int) -> list[Row]:
             problem = "no adapter, and nothing said"
         if problem:
             bad.append(f"output, {case}: {problem}\n{ended.err[-1500:]}")
-    print("\n".join(bad), file=sys.stderr)
+    print("\n".join([f"outputs: {dict(zip(done, codes, strict=True))}", *bad]), file=sys.stderr)
     return [Row("clock and output", len(done), len(bad), time.monotonic() - began, seed)]
 
 
@@ -485,13 +499,22 @@ def _at_step(number: int, do: Callable[[Path], None]) -> Callable[[Workload], No
     return before
 
 
-def _unprivileged_read_only(work: Workload) -> None:
-    """root may write what is read-only, so the run is somebody else's."""
-    for path in [work.folder, *work.folder.rglob("*")]:
-        os.chown(path, 65534, 65534)
-    os.setgid(65534)
-    os.setuid(65534)
-    _at_step(4, lambda path: path.chmod(0o444))(work)
+def _read_only(work: Workload) -> None:
+    """root may write what is read-only, so this child gives that right up."""
+    import ctypes
+
+    class Capabilities(ctypes.Structure):
+        _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+
+    def take_away(path: Path) -> None:
+        path.chmod(0o444)
+        libc = ctypes.CDLL(None)
+        header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (Capabilities * 2)()
+        libc.capget(header, sets)
+        sets[0].effective &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        libc.capset(header, sets)
+
+    _at_step(4, take_away)(work)
 
 
 def _clock_jumps(seconds: float) -> Callable[[Workload], None]:
@@ -519,7 +542,7 @@ OUTPUTS: dict[str, tuple[Callable[[Workload], None], str | None]] = {
     "stdout is full, json": (_nothing, "full"),
     "metrics renamed": (_at_step(4, lambda path: path.rename(path.with_name("old.jsonl"))), None),
     "metrics deleted": (_at_step(4, Path.unlink), None),
-    "metrics read-only": (_unprivileged_read_only, None),
+    "metrics read-only": (_read_only, None),
     "clock -1 h": (_clock_jumps(-3600), None),
     "clock +1 d": (_clock_jumps(86400), None),
     "terminal goes away": (_nothing, "terminal"),

@@ -250,7 +250,10 @@ def _cost(layer: nn.Module, calls: dict[int, _Call], config: RunConfig) -> Layer
 
     look = look_compiled if config.torch_compile else look_eager
     try:
-        looks = [(tokens, look(layer, *calls[tokens], is_frozen)) for tokens in LENGTHS]
+        looks = []
+        for tokens in LENGTHS:
+            signals.poll()
+            looks.append((tokens, look(layer, *calls[tokens], is_frozen)))
     except Exception:  # whatever an architecture does that tensors without contents cannot
         return estimated(layer, calls[LENGTHS[0]][0][0], config.torch_compile)
     return fit(looks, ROWS, "compiled" if config.torch_compile else "eager")

@@ -78,6 +78,7 @@ class _Guard:
     def leave(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
+        self.process.kill()
         self.process.wait()
         if self.stacks is not None:
             self.stacks.close()
