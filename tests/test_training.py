@@ -212,6 +212,65 @@ def test_a_stop_signal_finishes_the_step_saves_and_leaves(tiny_config, tmp_path,
     assert signal.getsignal(number) == handler
 
 
+class Polls:
+    """Within it the n-th safe place raises a stop, as after a signal that came just before it."""
+
+    def __init__(self, monkeypatch, number):
+        self.left, self.monkeypatch = number, monkeypatch
+
+    def __enter__(self):
+        self.monkeypatch.setattr(signals, "poll", self)
+
+    def __exit__(self, *_):
+        self.monkeypatch.undo()
+
+    def __call__(self):
+        self.left -= 1
+        if self.left == 0:
+            raise signals.StopRequested(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("polls", [1, 2, 4, 5, 6, 7])
+def test_a_stop_mid_step_leaves_its_step_out_and_resumes_bit_equal(tiny_config, tmp_path, monkeypatch, polls):
+    """Three micro-batches a step, with dropout: gradients and random numbers of the half step must be gone."""
+    config = tiny_config(
+        max_steps=4, save_strategy="no", per_device_train_batch_size=2, gradient_accumulation_steps=3, lora_dropout=0.2
+    )
+    rows = random_rows(24)
+    model, run = start(config, tmp_path)
+    training.train(model, rows, [], config, run, SilentDisplay())
+    stopped, second = start(config, tmp_path, "second")
+    with Polls(monkeypatch, polls), pytest.raises(InterruptedRunError) as caught:
+        training.train(stopped, rows, [], config, second, SilentDisplay())
+    done = (polls - 1) // 3
+    assert not stopped.joined.grad.any()
+    newest = checkpoint.newest(second.checkpoints)
+    if not done:
+        assert newest is None and "nothing to save yet" in str(caught.value)
+        return
+    assert newest.name == f"step-{done:06d}" and f"stopped after step {done}; checkpoint saved" in str(caught.value)
+    training.train(stopped, rows, [], config, second, SilentDisplay(), resume_from=checkpoint.load(newest))
+    assert_equal(adapter_of(model), adapter_of(stopped))
+
+
+def test_an_evaluation_that_was_stopped_is_made_when_the_run_goes_on(tiny_config, tmp_path, monkeypatch):
+    config = tiny_config(
+        max_steps=4, save_strategy="no", eval_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=1,
+        per_device_eval_batch_size=2,
+    )  # fmt: skip
+    rows = random_rows(24)
+    model, run = start(config, tmp_path)
+    # two micro-batches, then the second batch of the evaluation
+    with Polls(monkeypatch, 4), pytest.raises(InterruptedRunError, match="stopped after step 2"):
+        training.train(model, rows, rows[:6], config, run, SilentDisplay())
+    assert [e["event"] for e in run.read_metrics()] == ["step", "step", "save"]
+    point = checkpoint.load(checkpoint.newest(run.checkpoints))
+    training.train(model, rows, rows[:6], config, run, SilentDisplay(), resume_from=point)
+    assert [(e["event"], e["step"]) for e in run.read_metrics() if e["event"] != "save"] == [
+        ("step", 1), ("step", 2), ("eval", 2), ("step", 3), ("step", 4), ("eval", 4)
+    ]  # fmt: skip
+
+
 # --- numerics are a contract
 
 
