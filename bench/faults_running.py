@@ -301,6 +301,29 @@ def _not_stopped_well(work: Workload, ended: Ended, number: int) -> str | None:
     return None
 
 
+def other_verbs(work: Workload, count: int, seed: int) -> list[Row]:
+    """The same for verbs that only read: they end without a traceback, and leave the run as it was."""
+    rng = random.Random(seed)
+    work.start(["train", str(work.config)]).wait()
+    run, config = str(work.run), str(work.config)
+    commands = (["data", config], ["plan", config], ["evaluate", run], ["chat", run, "--prompt", "twice 3"])
+    whole = [work.start(command).wait().seconds for command in commands]
+    began, bad = time.monotonic(), []
+    for turn in range(count):
+        number, which = rng.choice(list(SIGNALS)), turn % len(commands)
+        child = work.start(commands[which])
+        time.sleep(rng.uniform(0.0, whole[which]))
+        child.send(number)
+        ended = child.wait()
+        problem = "a traceback" if "Traceback" in ended.err else work.checkpoint_problem()
+        if problem or ended.code not in (0, -number, SIGNALS[number]):
+            bad.append(
+                f"{commands[which][0]}, {signal.Signals(number).name}: {ended.code} {problem}\n{ended.err[-900:]}"
+            )
+    print("\n".join(bad), file=sys.stderr)
+    return [Row("stop signals to other verbs", count, len(bad), time.monotonic() - began, seed)]
+
+
 def _events(work: Workload) -> list[dict[str, Any]]:
     path = work.run / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
@@ -579,6 +602,7 @@ def _some(cases: tuple[str, ...], count: int) -> tuple[str, ...]:
 
 CAMPAIGNS: dict[str, tuple[Callable[[Workload, int, int], list[Row]], int]] = {
     "stop": (stop_signals, 200),
+    "verbs": (other_verbs, 40),
     "second": (second_signals, 50),
     "resume": (stopped_and_resumed, 20),
     "hang": (hangs, len(HANGS)),

@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "solotune"
 FINITE, BEFORE = "tests/faults/test_running_finite.py", "tests/faults/test_running_before.py"
+SIGNALS = "tests/faults/test_running_signals.py"
 CAMPAIGN = "tests/faults/test_running_campaign.py"
 TRAINING = "tests/test_training.py"
 
@@ -42,16 +43,16 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         "finite.py",
         "    checkpoint.restore_random(random)\n    total_weight",
         "    total_weight",
-        f"{FINITE} -k transient",
+        f"{FINITE} -k chance",
     ),
     ("finite.py", '"transient" if is_sound and not broken', '"transient" if is_sound', f"{FINITE} -k site"),
     ("finite.py", "    broken = why_not_to_save(model, optimizer)\n", "    broken = []\n", f"{FINITE} -k site"),
-    ("signals.py", "        if not self.is_held_back:\n", "        if False:\n", f"{CAMPAIGN}"),
+    ("signals.py", "        if not self.is_held_back:\n", "        if False:\n", f"{SIGNALS} -k at_once"),
     (
         "signals.py",
         "            signal.signal(each, signal.SIG_DFL if self.is_ours else handler)",
         "            pass",
-        CAMPAIGN,
+        f"{SIGNALS} -k second",
     ),
     ("watchdog.py", "        self.set_limit(LIMIT_SECONDS)\n", "", CAMPAIGN),
     ("watchdog.py", "    aio_read(ctypes.byref(request))\n", "", CAMPAIGN),
