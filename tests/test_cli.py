@@ -55,12 +55,13 @@ Exit codes:
   3    a check said no
   4    the run directory is in use
   5    a file is not what the run recorded
-  6    loss or gradient is not finite
+  6    loss, gradient or weights are not finite
   7    the device failed
   8    a write failed
-  129  hung up (SIGHUP), checkpoint saved
-  130  interrupted (Ctrl-C), checkpoint saved
-  143  terminated (SIGTERM), checkpoint saved
+  9    the run hung, and was ended
+  129  hung up (SIGHUP); what was done is saved
+  130  interrupted (Ctrl-C); what was done is saved
+  143  terminated (SIGTERM); what was done is saved
 """
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import random_rows
 
-from solotune import checkpoint, lora, training
+from solotune import checkpoint, lora, signals, training
 from solotune.batch import collate
 from solotune.errors import InterruptedRunError, NonFiniteError
 from solotune.model import load_model
@@ -166,8 +166,10 @@ def test_a_bad_row_stops_before_the_update_and_is_named(tiny_config, tmp_path):
     with pytest.raises(NonFiniteError) as caught:
         training.train(model, rows, [], config, run, SilentDisplay())
     assert str(caught.value) == (
-        "step 1: the loss or its gradient is not finite; stopped before the update, the weights are as they were\n"
-        "  seen:    loss nan, gradient norm nan\n"
+        "step 1: the loss, its gradient or the weights are not finite; stopped before the update, the weights are as "
+        "they were\n"
+        "  seen:    loss nan, gradient norm nan; frozen model.embed_tokens.weight; the same when run again "
+        "(reproducible)\n"
         "  change:  look at random:6"
     )
     assert caught.value.exit_code == 6
@@ -201,13 +203,72 @@ def test_a_stop_signal_finishes_the_step_saves_and_leaves(tiny_config, tmp_path,
                 os.kill(os.getpid(), number)
 
     handler = signal.getsignal(number)
-    with pytest.raises(InterruptedRunError) as caught:
+    with signals.heeded(), pytest.raises(InterruptedRunError) as caught:
         training.train(model, random_rows(8), [], config, run, StopAtThree())
     assert caught.value.exit_code == 128 + number
     assert "stopped after step 3; checkpoint saved" in str(caught.value)
     assert "--resume" in str(caught.value)
     assert checkpoint.newest(run.checkpoints).name == "step-000003"
     assert signal.getsignal(number) == handler
+
+
+class Polls:
+    """Within it the n-th safe place raises a stop, as after a signal that came just before it."""
+
+    def __init__(self, monkeypatch, number):
+        self.left, self.monkeypatch = number, monkeypatch
+
+    def __enter__(self):
+        self.monkeypatch.setattr(signals, "poll", self)
+
+    def __exit__(self, *_):
+        self.monkeypatch.undo()
+
+    def __call__(self):
+        self.left -= 1
+        if self.left == 0:
+            raise signals.StopRequested(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("polls", [1, 2, 4, 5, 6, 7])
+def test_a_stop_mid_step_leaves_its_step_out_and_resumes_bit_equal(tiny_config, tmp_path, monkeypatch, polls):
+    """Three micro-batches a step, with dropout: gradients and random numbers of the half step must be gone."""
+    config = tiny_config(
+        max_steps=4, save_strategy="no", per_device_train_batch_size=2, gradient_accumulation_steps=3, lora_dropout=0.2
+    )
+    rows = random_rows(24)
+    model, run = start(config, tmp_path)
+    training.train(model, rows, [], config, run, SilentDisplay())
+    stopped, second = start(config, tmp_path, "second")
+    with Polls(monkeypatch, polls), pytest.raises(InterruptedRunError) as caught:
+        training.train(stopped, rows, [], config, second, SilentDisplay())
+    done = (polls - 1) // 3
+    assert not stopped.joined.grad.any()
+    newest = checkpoint.newest(second.checkpoints)
+    if not done:
+        assert newest is None and "nothing to save yet" in str(caught.value)
+        return
+    assert newest.name == f"step-{done:06d}" and f"stopped after step {done}; checkpoint saved" in str(caught.value)
+    training.train(stopped, rows, [], config, second, SilentDisplay(), resume_from=checkpoint.load(newest))
+    assert_equal(adapter_of(model), adapter_of(stopped))
+
+
+def test_an_evaluation_that_was_stopped_is_made_when_the_run_goes_on(tiny_config, tmp_path, monkeypatch):
+    config = tiny_config(
+        max_steps=4, save_strategy="no", eval_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=1,
+        per_device_eval_batch_size=2,
+    )  # fmt: skip
+    rows = random_rows(24)
+    model, run = start(config, tmp_path)
+    # two micro-batches, then the second batch of the evaluation
+    with Polls(monkeypatch, 4), pytest.raises(InterruptedRunError, match="stopped after step 2"):
+        training.train(model, rows, rows[:6], config, run, SilentDisplay())
+    assert [e["event"] for e in run.read_metrics()] == ["step", "step", "save"]
+    point = checkpoint.load(checkpoint.newest(run.checkpoints))
+    training.train(model, rows, rows[:6], config, run, SilentDisplay(), resume_from=point)
+    assert [(e["event"], e["step"]) for e in run.read_metrics() if e["event"] != "save"] == [
+        ("step", 1), ("step", 2), ("eval", 2), ("step", 3), ("step", 4), ("eval", 4)
+    ]  # fmt: skip
 
 
 # --- numerics are a contract

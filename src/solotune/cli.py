@@ -13,6 +13,7 @@ verb that needs them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -24,12 +25,13 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from signal import Signals
 from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from solotune import __version__
-from solotune.errors import EXIT_CODES, SolotuneError, StorageError
+from solotune import __version__, signals, watchdog
+from solotune.errors import EXIT_CODES, CheckError, SolotuneError, StorageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,6 +47,9 @@ NOISY = (
     "urllib3",
     "httpx",
 )
+
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)  # of a stream; a file's error has its name
 
 
 class Verbs(click.Group):
@@ -318,7 +323,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code; nothing but SystemExit leaves this function."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in given
-    quieten()
+    is_ours = arguments is None  # the process; else a caller's, whose signals and life are not ours
+    watched = watchdog.watched() if is_ours and given[:1] == ["train"] else contextlib.nullcontext()
+    try:
+        with signals.heeded(is_ours), watched:
+            _open_closed_streams()
+            quieten()
+            code = _run(given, as_json)
+            return StorageError.exit_code if _loses_output() and code == 0 else code
+    except signals.StopRequested as stop:  # on the way in or out
+        return 128 + stop.number
+
+
+def _run(given: list[str], as_json: bool) -> int:
     try:
         door = _stdout_for_json_only() if as_json else contextlib.nullcontext()
         with door, solotune.make_context("solotune", given) as ctx:
@@ -334,26 +351,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(2, error.format_message(), as_json, after=usage)
     except SolotuneError as error:
         return _fail(error.exit_code, str(error), as_json, error.to_json())
+    except signals.StopRequested as stop:
+        return _fail(128 + stop.number, f"stopped by {stop}", as_json)
     except KeyboardInterrupt as error:
         return _fail(130, f"interrupted{f': {error}' if str(error) else ''}", as_json)
-    except BrokenPipeError:
-        # The reader has gone. Python would complain once more when it flushes stdout on its way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except (BrokenPipeError, SystemExit):  # rich makes the latter of the former
         return StorageError.exit_code
+    except MemoryError:
+        change = "close other programs, use a larger machine, or raise the limit of this process (ulimit -v)"
+        return _fail(CheckError.exit_code, f"this machine's memory does not suffice\n  change:  {change}", as_json)
     except Exception as error:
-        problem = (
-            f"this is a bug of solotune: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        )
-        return _fail(1, f"{problem}\n  {'log:':9}{_write_crash(error, given)}", as_json)
+        if isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename is None:
+            _loses_output()
+            return _fail(StorageError.exit_code, f"output cannot be written: {error.strerror}", as_json)
+        if number := signals.received():  # a library made something else of the interruption
+            return _fail(128 + number, f"stopped by {Signals(number).name}", as_json)
+        return _bug(error, given, as_json)
+
+
+def _bug(error: Exception, given: Sequence[str], as_json: bool) -> int:
+    said = str(error).splitlines()[0] if str(error) else ""
+    problem = f"this is a bug of solotune: {type(error).__name__}: {said}"
+    return _fail(1, f"{problem}\n  {'log:':9}{_write_crash(error, given)}", as_json)
+
+
+def _open_closed_streams() -> None:
+    """`solotune ... >&-`: what is written goes nowhere, and not into the next file that is opened as number 1."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(handle, number)
+            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def _loses_output() -> bool:
+    """Whether stdout takes nothing any more: its reader has gone, or its disk is full, which is said.
+
+    It is then sent nowhere, for Python would complain once more when it flushes stdout on its way out.
+    """
+    try:
+        sys.stdout.flush()
+        return False
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            _fail(StorageError.exit_code, f"stdout cannot be written: {error.strerror}", False)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return True
 
 
 def _fail(code: int, message: str, as_json: bool, content: dict[str, object] | None = None, after: str = "") -> int:
-    click.echo(
-        f"{click.style('error:', fg='red', bold=True)} {_inert(message)}" + (f"\n{after}" if after else ""), err=True
-    )
+    text = f"{click.style('error:', fg='red', bold=True)} {_inert(message)}" + (f"\n{after}" if after else "")
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        click.echo(text, err=True)
     if as_json:
         unknown = {"exit_code": code, "meaning": EXIT_CODES[code], "problem": message}
-        print_json(content or {"error": unknown})
+        with contextlib.suppress(StorageError, BrokenPipeError):
+            print_json(content or {"error": unknown})
     return code
 
 
@@ -388,7 +441,8 @@ def _stdout_for_json_only() -> Iterator[None]:
     try:
         yield
     finally:
-        stream.flush()
+        with contextlib.suppress(OSError):
+            stream.flush()
         _json_stream, sys.stdout = None, before
         if saved_fd is not None:
             os.dup2(saved_fd, 1)
@@ -398,8 +452,13 @@ def _stdout_for_json_only() -> Iterator[None]:
 def print_json(content: Any) -> None:
     """The one JSON object; NaN and infinities, which JSON lacks, become null."""
     stream = _json_stream or sys.stdout
-    stream.write(json.dumps(_finite(content), indent=2, ensure_ascii=False, default=str) + "\n")
-    stream.flush()
+    try:
+        stream.write(json.dumps(_finite(content), indent=2, ensure_ascii=False, default=str) + "\n")
+        stream.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise StorageError("stdout cannot be written", seen=error.strerror) from error
 
 
 def _finite(value: Any) -> Any:

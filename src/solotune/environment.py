@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from solotune.config import Choice, RunConfig
-from solotune.errors import DeviceError, InputError
+from solotune.errors import CheckError, DeviceError, InputError
 
 RECORDED = (
     "torch", "transformers", "bitsandbytes", "peft", "datasets", "tokenizers", "safetensors", "numpy", "triton"
@@ -171,6 +172,51 @@ def settle(config: RunConfig, machine: Machine) -> tuple[RunConfig, list[Choice]
     if not choices:
         return config, choices
     return config.replaced("machine", **{choice.key: choice.value for choice in choices}), choices
+
+
+def require_torch() -> None:
+    """Raises:
+    CheckError: torch cannot be imported, and without it there is nothing to do.
+    """
+    try:
+        import torch  # noqa: F401
+    except Exception as error:
+        raise _torch_missing(_first_line(error)) from error
+
+
+def require_fit(config: RunConfig, machine: Machine) -> None:
+    """What would fail only after the weights were loaded is refused before.
+
+    Raises:
+        CheckError: bitsandbytes is needed and does not work, or a GPU is there and hidden from this process.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if (
+        machine.nvidia_gpu
+        and machine.cuda_runtime
+        and not machine.num_gpus
+        and hidden is not None
+        and not config.use_cpu
+    ):
+        raise CheckError(
+            f"this machine has a GPU ({machine.nvidia_gpu}), but it is hidden from this process",
+            seen=f"CUDA_VISIBLE_DEVICES={hidden!r}",
+            change="unset CUDA_VISIBLE_DEVICES or set it to 0, or use_cpu: true to train on the CPU",
+        )
+    if config.base_precision in ("nf4", "auto") or config.optim != "adamw_torch":
+        check = _check_bitsandbytes(machine)
+        if check.status == "fail":
+            other = "base_precision: bf16 with optim: adamw_torch, which do without it"
+            raise CheckError(f"bitsandbytes: {check.found}", change=f"{check.fix}, or {other}")
+
+
+def _torch_missing(said: str) -> CheckError:
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    change = "pip install --force-reinstall torch"
+    if limit != resource.RLIM_INFINITY:
+        said += f"; this process may have {limit / 2**30:.1f} GiB of address space"
+        change = f"raise that limit (ulimit -v unlimited), or {change}"
+    return CheckError("torch cannot be imported", seen=said, change=change)
 
 
 def _settle_fp8(config: RunConfig, machine: Machine, on_cpu: bool) -> list[Choice]:

@@ -7,6 +7,8 @@ is allowed, and what to change. Anything that is not a `SolotuneError` is a bug 
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class SolotuneError(Exception):
     """An expected failure: the message is for the user and no traceback is shown.
@@ -66,10 +68,23 @@ class IntegrityError(SolotuneError):
 
 
 class NonFiniteError(SolotuneError):
-    """The loss or a gradient is NaN or infinite; raised before the optimizer step, so the weights are still good."""
+    """Something is NaN or infinite; raised before the optimizer step, so the weights are still good.
+
+    Args:
+        facts: of the finding, for metrics.jsonl.
+    """
 
     exit_code = 6
-    meaning = "loss or gradient is not finite"
+    meaning = "loss, gradient or weights are not finite"
+
+    def __init__(self, problem: str, *, facts: dict[str, object] | None = None, **parts: Any) -> None:
+        super().__init__(problem, **parts)
+        self.facts = facts or {}
+
+    def at(self, where: str) -> NonFiniteError:
+        """The same, with its place."""
+        parts = {"seen": self.seen, "allowed": self.allowed, "change": self.change}
+        return NonFiniteError(f"{where}: {self.problem}", facts=self.facts, **parts)
 
 
 class DeviceError(SolotuneError):
@@ -86,13 +101,20 @@ class StorageError(SolotuneError):
     meaning = "a write failed"
 
 
+class HangError(SolotuneError):
+    """The run gave no sign of life; its guard ended the process (`watchdog.py`), so this is never raised."""
+
+    exit_code = 9
+    meaning = "the run hung, and was ended"
+
+
 class InterruptedRunError(SolotuneError):
-    """Ctrl-C or a scheduler's SIGTERM: the step in hand was finished and saved."""
+    """Ctrl-C or a scheduler's SIGTERM: what was done is saved."""
 
-    meaning = "interrupted, checkpoint saved"
+    meaning = "interrupted; what was done is saved"
 
-    def __init__(self, signal_number: int, problem: str, run: object) -> None:
-        super().__init__(problem, change=f"continue with: {resume_command(run)}")
+    def __init__(self, signal_number: int, problem: str, change: str) -> None:
+        super().__init__(problem, change=change)
         self.exit_code = 128 + signal_number
 
 
@@ -114,9 +136,10 @@ EXIT_CODES: dict[int, str] = {
             NonFiniteError,
             DeviceError,
             StorageError,
+            HangError,
         )
     },
-    129: "hung up (SIGHUP), checkpoint saved",
-    130: "interrupted (Ctrl-C), checkpoint saved",
-    143: "terminated (SIGTERM), checkpoint saved",
+    129: "hung up (SIGHUP); what was done is saved",
+    130: "interrupted (Ctrl-C); what was done is saved",
+    143: "terminated (SIGTERM); what was done is saved",
 }

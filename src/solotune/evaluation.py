@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from solotune import signals
 from solotune.batch import collate, num_labels
 from solotune.dataset import Example, render_prompt
 from solotune.dataset.example import lengths_of
@@ -123,6 +124,7 @@ def score(
         sizes = [counts[i] for i in chosen]
         for i, row_losses, row_hits in zip(chosen, weighted_N.split(sizes), hits_N.split(sizes), strict=True):
             losses[i], exact[i] = row_losses.double().sum().item(), bool(row_hits.all())
+        signals.poll()
         progress(min(start + batch_size, len(rows)), len(rows))
     model.module.train(was_training)
     weights = [row.total_weight for row in rows]
@@ -193,6 +195,7 @@ def samples(
     stops = stop_ids(model, tokenizer, rows)
     shown = []
     for row in chosen:
+        signals.poll()
         prompt = render_prompt(tokenizer, row.messages[:-1], row.tools, rendered_on=rendered_on)
         tuned = generate(model, prompt, max_new_tokens, stops)
         with adapters_off(model.module):

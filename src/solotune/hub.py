@@ -10,6 +10,7 @@ import os
 from functools import cache
 from pathlib import Path
 
+from solotune import watchdog
 from solotune.config import RunConfig
 from solotune.errors import InputError
 
@@ -62,9 +63,10 @@ def model_folder(config: RunConfig) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(name, revision=config.model_revision, allow_patterns=FILES, ignore_patterns=NOT_FILES)
-        )
+        with watchdog.paused():
+            return Path(
+                snapshot_download(name, revision=config.model_revision, allow_patterns=FILES, ignore_patterns=NOT_FILES)
+            )
     except GatedRepoError:
         change = "ask for access on the model's page, then `hf auth login` or set HF_TOKEN"
         raise InputError(f"{where}: access to this model must be granted first", seen=name, change=change) from None

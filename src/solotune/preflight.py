@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from solotune import checkpoint, evaluation, layers, lora, training
+from solotune import checkpoint, evaluation, layers, lora, signals, training
 from solotune.batch import Batch, collate_packs
 from solotune.config import RunConfig
 from solotune.dataset import Example
@@ -67,6 +67,7 @@ class Preflight:
         return text + (f"; {in_gib(self.free_bytes)} of the GPU are left" if self.free_bytes is not None else "")
 
 
+@signals.held_back()  # compiling does not bear an exception out of nowhere
 def preflight(
     model: TrainableModel,
     train_rows: Sequence[Example],

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from solotune import lora, loss
+from solotune import lora, loss, signals
 from solotune.config import RunConfig
 from solotune.costs import Growth, LayerCost, Linear, ModelShape, Pass
 from solotune.hub import model_folder
@@ -57,7 +57,8 @@ def model_shape(config: RunConfig) -> ModelShape:
     total = sum(parameter.numel() for parameter in module.parameters())
     frozen = sum(p.numel() for part in linears.values() for p in part.parameters(recurse=False))
     text = module.config.get_text_config()
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    # held back: where torch calls Python from C++, an exception out of nowhere ends the process
+    with signals.held_back(), FakeTensorMode(allow_non_fake_inputs=True):
         _fill_with_fakes(module, config, dtype)
         adapted = lora.attach(module, config, torch.device("cpu"))
         module.train()
@@ -125,6 +126,7 @@ def _layer_costs(
     known: dict[str, LayerCost] = {}
     costs = []
     for number, layer in enumerate(layers):
+        signals.poll()
         kind = f"{type(layer).__name__} {getattr(layer, 'attention_type', '')} " + ",".join(
             f"{name}{tuple(p.shape)}" for name, p in (*layer.named_parameters(), *layer.named_buffers())
         )
@@ -248,7 +250,10 @@ def _cost(layer: nn.Module, calls: dict[int, _Call], config: RunConfig) -> Layer
 
     look = look_compiled if config.torch_compile else look_eager
     try:
-        looks = [(tokens, look(layer, *calls[tokens], is_frozen)) for tokens in LENGTHS]
+        looks = []
+        for tokens in LENGTHS:
+            signals.poll()
+            looks.append((tokens, look(layer, *calls[tokens], is_frozen)))
     except Exception:  # whatever an architecture does that tensors without contents cannot
         return estimated(layer, calls[LENGTHS[0]][0][0], config.torch_compile)
     return fit(looks, ROWS, "compiled" if config.torch_compile else "eager")

@@ -10,9 +10,10 @@ adds its part of the upper sum divided by the lower sum of the whole step, so 1 
 step, and a row of weight 2 is the same as that row given twice. The mean of the passes' means, the other common way,
 weights a token by how short its neighbours are.
 
-Before the optimizer moves, loss and gradient norm must be finite; if not, the run stops with its weights still good and
-names the rows. The learning rate is Hugging Face's schedule of the same name, step for step; row order is a permutation
-drawn from (seed, epoch), so a run can be resumed knowing only its step.
+Before the optimizer moves, loss, gradient, adapters and moments must be finite (`finite.py`); if not, the run stops,
+its weights as they were, and says what was not. A stop signal ends the run after the micro-batch in hand: its step is
+left out, and what was done before is saved. The learning rate is Hugging Face's schedule of the same name, step for
+step; row order is a permutation drawn from (seed, epoch), so a run can be resumed knowing only its step.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from solotune import checkpoint, evaluation, lora
-from solotune.batch import Batch, PackShape, collate, collate_packs
+from solotune import checkpoint, evaluation, finite, lora, signals
+from solotune.batch import Batch, PackShape, collate_packs
 from solotune.config import RunConfig
 from solotune.dataset import Example
 from solotune.dataset.example import lengths_of
 from solotune.dataset.pack import pack
-from solotune.errors import InterruptedRunError, NonFiniteError
+from solotune.errors import InterruptedRunError, NonFiniteError, resume_command
 from solotune.model import TrainableModel
 from solotune.passes import Passes
 from solotune.record import RunDirectory
-from solotune.signals import StopSignal
+from solotune.signals import StopRequested
 from solotune.terminal import Display
 
 
@@ -171,8 +172,10 @@ def train_step(
         passes: of this model; kept from step to step, they become CUDA graphs where shapes repeat.
 
     Raises:
-        NonFiniteError: loss or gradient is NaN or infinite; nothing has been changed.
+        NonFiniteError: something is NaN or infinite; nothing has been changed.
+        StopRequested: by a signal, between two micro-batches; nothing has been changed.
     """
+    random = checkpoint.random_state()
     num_supervised = sum(batch.num_supervised for batch in micro_batches)
     total_weight = sum(batch.total_weight for batch in micro_batches)
     passes = passes or Passes(model)
@@ -180,32 +183,27 @@ def train_step(
     for number, batch in enumerate(micro_batches):
         lora.seed_dropout(model.adapted, *dropout_seed, number)
         passes.run(batch, total_weight)  # forward and backward: see `passes.accumulate`
+        try:
+            signals.poll()
+        except StopRequested:
+            model.zero_gradients()
+            checkpoint.restore_random(random)
+            raise
     loss_sum, hits = passes.sums_2
     grad_norm = clip_grad_norm_(model.trainable, max_grad_norm)
-    loss, accuracy, norm = torch.stack([loss_sum / total_weight, hits / num_supervised, grad_norm]).tolist()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        optimizer.zero_grad(set_to_none=False)
-        raise NonFiniteError(
-            "the loss or its gradient is not finite; stopped before the update, the weights are as they were",
-            seen=f"loss {loss}, gradient norm {norm}",
-            change=f"look at {', '.join(bad_rows(model, micro_batches)) or 'the learning rate: no single row does it'}",
+    figures = [loss_sum / total_weight, hits / num_supervised, grad_norm, *finite.norms(model, optimizer)]
+    loss, accuracy, norm, *state = torch.stack(figures).tolist()
+    if not finite.all_sound([loss, norm, *state]):
+        passes.release()
+        raise finite.stopped(
+            finite.examine(model, optimizer, micro_batches, dropout_seed, random), f"loss {loss}, gradient norm {norm}"
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)  # gradients are views of one vector
     return loss, accuracy, norm
 
 
-def bad_rows(model: TrainableModel, micro_batches: Sequence[Batch]) -> list[str]:
-    """The rows whose own loss or gradient is not finite, each run alone."""
-    found = []
-    for row in (row for batch in micro_batches for row in batch.rows):
-        losses_N, _ = model.token_losses(collate([row], model.device))
-        grads = torch.autograd.grad(losses_N.sum(), model.trainable, allow_unused=True)
-        if not all(t.isfinite().all() for t in (losses_N, *grads) if t is not None):
-            found.append(row.where)
-    return found
-
-
+@signals.held_back()
 def train(
     model: TrainableModel,
     train_rows: Sequence[Example],
@@ -225,6 +223,7 @@ def train(
     Returns: the held-out score after the last step, where there are validation rows.
     Raises:
         NonFiniteError: see `train_step`; raised with the step's number.
+        InterruptedRunError: a stop signal came; what was done is saved.
     """
     packs, shape = packs_of(config, train_rows)
     schedule = Schedule.of(config, len(packs))
@@ -239,11 +238,39 @@ def train(
     eval_every = config.every("eval", schedule.steps_per_epoch)
     save_every = config.every("save", schedule.steps_per_epoch)
     peft_config = lora.peft_config(config, model.adapted, model.module)
-    score = None
+    score, saved = None, done
     passes = Passes(model, config)
+
+    def save(step: int) -> None:
+        nonlocal saved
+        if problem := finite.why_not_to_save(model, optimizer):
+            run.log_metrics("non_finite", step=step, tensors=problem)
+            raise NonFiniteError(f"step {step}: not finite after the update, and not saved", seen=", ".join(problem))
+        adapter = lora.state_dict(model.adapted)
+        state = {"fingerprints": fingerprints or {}, "total_steps": schedule.total_steps}
+        path = checkpoint.save(run.checkpoints, step, adapter, peft_config, optimizer, state)
+        checkpoint.keep_newest(run.checkpoints, config.save_total_limit)
+        saved = step
+        run.log_metrics("save", step=step, path=path.name)
+        display.saved(step, path)
+
+    def evaluate(step: int) -> evaluation.Score:
+        passes.release()
+        score = evaluation.score(model, validation_rows, config.per_device_eval_batch_size)
+        run.log_metrics("eval", step=step, exact_match=score.exact_match, **score.to_json())
+        display.evaluated(step, score)
+        return score
+
+    def evaluates_at(step: int) -> bool:
+        last = step == schedule.total_steps
+        return bool(validation_rows) and (last or bool(eval_every and step % eval_every == 0))
+
     model.module.train()
-    display.begin(schedule.total_steps, done)
-    with StopSignal() as stop:
+    try:
+        display.begin(schedule.total_steps, done)
+        recorded = {event["event"] for event in run.read_metrics() if event.get("step") == done}
+        if "step" in recorded and "eval" not in recorded and evaluates_at(done):  # the run was stopped in it
+            score = evaluate(done)
         for step, micro_batches in enumerate(schedule.steps(done), start=done + 1):
             started = time.perf_counter()
             chosen = [[[train_rows[row] for row in packs[i]] for i in micro_batch] for micro_batch in micro_batches]
@@ -256,10 +283,9 @@ def train(
                     model, batches, optimizer, config.max_grad_norm, (config.seed, step), passes
                 )
             except NonFiniteError as error:
-                run.log_metrics(
-                    "non_finite", step=step, seen=error.seen, rows=[r.where for b in batches for r in b.rows]
-                )
-                raise NonFiniteError(f"step {step}: {error.problem}", seen=error.seen, change=error.change) from None
+                run.log_metrics("non_finite", step=step, rows=[r.where for b in batches for r in b.rows], **error.facts)
+                raise error.at(f"step {step}") from None
+            done = step
             seconds = time.perf_counter() - started
             tokens = sum(batch.num_tokens for batch in batches)
             metrics = StepMetrics(
@@ -279,22 +305,18 @@ def train(
             )
             run.log_metrics("step", **asdict(metrics))
             display.step(metrics)
-            last = step == schedule.total_steps
-            if validation_rows and (last or (eval_every and step % eval_every == 0)):
-                passes.release()
-                score = evaluation.score(model, validation_rows, config.per_device_eval_batch_size)
-                run.log_metrics("eval", step=step, exact_match=score.exact_match, **score.to_json())
-                display.evaluated(step, score)
-            if stop.received or (save_every and (last or step % save_every == 0)):
-                adapter = lora.state_dict(model.adapted)
-                state = {"fingerprints": fingerprints or {}, "total_steps": schedule.total_steps}
-                path = checkpoint.save(run.checkpoints, step, adapter, peft_config, optimizer, state)
-                checkpoint.keep_newest(run.checkpoints, config.save_total_limit)
-                run.log_metrics("save", step=step, path=path.name)
-                display.saved(step, path)
-            if stop.received and not last:
-                display.finish()
-                raise InterruptedRunError(stop.received, f"stopped after step {step}; checkpoint saved", run.path)
+            if evaluates_at(step):
+                score = evaluate(step)
+            if save_every and (step == schedule.total_steps or step % save_every == 0):
+                save(step)
+    except StopRequested as stop:
+        if done > saved:
+            save(done)
+        display.finish()
+        what = (
+            f"stopped after step {done}; checkpoint saved" if done else "stopped in the first step; nothing to save yet"
+        )
+        raise InterruptedRunError(stop.number, what, f"continue with: {resume_command(run.path)}") from None
     display.finish()
     if passes.why_not:
         display.note(f"passes were launched one kernel after the other, without a CUDA graph: {passes.why_not}")

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from solotune.config import SECTIONS, Choice, RunConfig, allowed_values, field_help, load_config, section_of, to_yaml
-from solotune.errors import InputError, IntegrityError, SolotuneError
+from solotune.errors import InputError, IntegrityError, InterruptedRunError, SolotuneError
+from solotune.outlet import outlet, stage_of
 from solotune.record import (
     RunDirectory,
     RunSummary,
@@ -191,24 +192,46 @@ def train(
     Raises:
         SolotuneError: see `solotune.errors`; each kind has its exit code.
     """
-    from solotune import checkpoint, training
+    from solotune import environment, signals
+
+    checked = load_config(config, overrides)
+    environment.require_torch()
+    heard = outlet(display or SilentDisplay())
+    with signals.heeded():
+        try:
+            return _train(checked, resume, heard)
+        except signals.StopRequested as stop:
+            problem = f"stopped while {stage_of(heard)}; nothing to save yet"
+            raise InterruptedRunError(stop.number, problem, "start it again") from None
+
+
+def _train(config: RunConfig, resume: bool, heard: Display) -> TrainResult:
+    from solotune import checkpoint, signals, training, watchdog
     from solotune.device_failure import device_failure
     from solotune.resume import fingerprints, open_run
 
-    display = display or SilentDisplay()
-    ready = _get_ready(load_config(config, overrides), resume, display)
+    ready = _get_ready(config, resume, heard)
     checked, prepared, model = ready.config, ready.prepared, ready.model
     run, start = open_run(checked, prepared, resume)  # nothing is written before all that can be refused was seen
     log = open(run.path / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed with the run
+    watchdog.stacks_into(run.path / "stacks.txt")
     try:
-        display = tee(display, PlainDisplay(checked.logging_steps, make_console(log)))
+        display = tee(heard, PlainDisplay(checked.logging_steps, make_console(log)))
         display.note(f"run directory: {run.path}")
         display.choices(ready.choices)
         summary = _record_start(run, ready, start.step if start else 0, display)
-        tuned = training.train(
-            model, prepared.train, prepared.validation, checked, run, display, start, fingerprints(checked, prepared)
-        )
-        _write_adapter(run, model, checked, ready.tokenizer)
+        with signals.held_back():
+            tuned = training.train(
+                model,
+                prepared.train,
+                prepared.validation,
+                checked,
+                run,
+                display,
+                start,
+                fingerprints(checked, prepared),
+            )
+            _write_adapter(run, model, checked, ready.tokenizer)
         result = None
         if prepared.validation:
             display.phase("comparing base and tuned on held-out rows")
@@ -219,6 +242,13 @@ def train(
         run.write_json("plan.json", {**ready.plan_json(), "measured": measured})
         run.log_metrics("end", step=summary["total_steps"], peak_bytes=peak_bytes)
         return TrainResult(run.path, summary, ready.choices, result)
+    except signals.StopRequested as stop:
+        if not run.adapter.is_dir():
+            raise
+        problem = f"stopped while {stage_of(heard)}; the adapter is saved"
+        raise InterruptedRunError(
+            stop.number, problem, f"compare it with its base: solotune evaluate {run.path}"
+        ) from None
     except Exception as error:
         error.run_dir = run.path  # type: ignore[attr-defined] - where the command line writes a bug's traceback
         if failure := device_failure(error, checked, run.path, checkpoint.newest(run.checkpoints)):
@@ -249,7 +279,7 @@ class _Ready:
 
 def _get_ready(config: RunConfig, resume: bool, display: Display) -> _Ready:
     """Settles, reads, plans, loads, tries: everything that may refuse a run, in the order of what it costs to ask."""
-    from solotune import dataset
+    from solotune import dataset, disk, environment, watchdog
     from solotune.device_failure import device_errors
     from solotune.preflight import preflight
     from solotune.resume import recorded_day
@@ -257,8 +287,11 @@ def _get_ready(config: RunConfig, resume: bool, display: Display) -> _Ready:
     from solotune.tuned import load_base, settle
 
     checked, machine, choices = settle(config)
+    environment.require_fit(checked, machine)
     if not resume:
         RunDirectory.refuse_occupied(checked)
+    folder = nearest_folder(checked.output_dir or "runs")
+    disk.require_writable(folder)
     display.phase("reading data")
     tokenizer = dataset.load_tokenizer(checked)
     prepared = _prepare(checked, tokenizer, display, recorded_day(checked, resume))
@@ -269,12 +302,14 @@ def _get_ready(config: RunConfig, resume: bool, display: Display) -> _Ready:
     if not planned.fits:
         raise planned.refusal()
     checked = planned.settled
+    watchdog.expect(planned.option.seconds.first_step)
     display.phase("loading model")
     model = load_base(checked, machine)
+    existing = len(list(folder.glob("checkpoints/step-*"))) if resume else 0
+    disk.require_room(disk.need_of(checked, model, prepared, tokenizer, existing, disk.block_bytes(folder)), folder)
     tried = None
     if checked.preflight is True or (checked.preflight == "auto" and model.device.type == "cuda"):
         display.phase("trying the largest step")
-        folder = nearest_folder(checked.output_dir or "runs")
         with device_errors(checked):
             tried = preflight(model, prepared.train, prepared.validation, checked, folder)
     choices = [*choices, *planned.choices, *model.choices]

@@ -26,6 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from solotune import watchdog
 from solotune.dataset.files import FORMATS, format_of, read_file
 from solotune.dataset.row import Row
 from solotune.errors import InputError
@@ -316,7 +317,8 @@ def _load_from_hub(
 
     datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE  # it may have been imported before we asked
     try:
-        loaded: Any = datasets.load_dataset(name, config_name, split=split.written, revision=revision)
+        with watchdog.paused():
+            loaded: Any = datasets.load_dataset(name, config_name, split=split.written, revision=revision)
     # Whatever fails inside (no such dataset, gated, offline, unknown split, broken file) is about the user's input;
     # the library raises some twenty kinds of exceptions for it.
     except Exception as error:

@@ -1,0 +1,76 @@
+"""Stop requests by themselves: at once, held back, lost in a destructor, twice."""
+
+# ruff: noqa: PT012 - what is raised comes out of several statements here
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from solotune import signals
+from solotune.signals import StopRequested
+
+
+def send(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", signals.STOPPING)
+def test_a_signal_is_raised_at_once_where_nothing_holds_it_back(number):
+    before = signal.getsignal(number)
+    with signals.heeded(), pytest.raises(StopRequested) as caught:
+        send(number)
+        time.sleep(5)
+        pytest.fail("went on")
+    assert caught.value.number == number
+    assert signal.getsignal(number) == before
+
+
+def test_held_back_it_waits_for_a_poll_and_is_raised_once():
+    done = []
+    with signals.heeded(), pytest.raises(StopRequested), signals.held_back():
+        send()
+        done.append("went on")
+        with signals.held_back():
+            done.append("inner")
+        signals.poll()
+        done.append("too far")
+    assert done == ["went on", "inner"]
+    signals.poll()  # outside, nobody is asked
+
+
+def test_what_nobody_polled_for_is_raised_at_the_end():
+    with signals.heeded(), pytest.raises(StopRequested):
+        with signals.held_back():
+            send()
+        pytest.fail("went on")
+
+
+def test_an_interruption_lost_in_a_destructor_is_raised_by_the_next_poll(capsys):
+    class Deaf:
+        def __del__(self):
+            send()
+            time.sleep(0.01)
+
+    with signals.heeded(), pytest.raises(StopRequested):
+        deaf = Deaf()
+        del deaf
+        signals.poll()
+        pytest.fail("went on")
+    assert capsys.readouterr().err == ""
+
+
+def test_the_second_is_the_callers_own():
+    seen, before = [], signal.signal(signal.SIGTERM, lambda *_: seen.append("caller"))
+    try:
+        with signals.heeded(), signals.held_back():
+            send()
+            send()
+            assert seen == ["caller"]
+            with pytest.raises(StopRequested):
+                signals.poll()
+    finally:
+        signal.signal(signal.SIGTERM, before)
