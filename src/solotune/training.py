@@ -285,9 +285,9 @@ def train(
                 display.evaluated(step, score)
             if stop.received or (save_every and (last or step % save_every == 0)):
                 adapter = lora.state_dict(model.adapted)
-                state = {"fingerprints": fingerprints or {}, "total_steps": schedule.total_steps}
+                state = {"fingerprints": fingerprints or {}, "metrics": run.mark()}
                 path = checkpoint.save(run.checkpoints, step, adapter, peft_config, optimizer, state)
-                checkpoint.keep_newest(run.checkpoints, config.save_total_limit)
+                checkpoint.keep_newest(run.checkpoints, config.save_total_limit, step)
                 run.log_metrics("save", step=step, path=path.name)
                 display.saved(step, path)
             if stop.received and not last:
