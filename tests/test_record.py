@@ -10,7 +10,8 @@ import pytest
 
 from solotune.config import load_config
 from solotune.errors import DirectoryInUseError, InputError, StorageError
-from solotune.record import RunDirectory, latest_run_of, list_runs, read_json, whole_folder, write_whole
+from solotune.record import RunDirectory, latest_run_of, list_runs, read_json
+from solotune.storage import whole_folder, write_whole
 
 KEYS = {"model_name_or_path": "m", "dataset": "d.jsonl"}
 
@@ -40,14 +41,14 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
     def fail_half_way():
         with whole_folder(target) as folder:
-            (folder / "one").write_text("1")
+            folder.write("one", "1")
             raise RuntimeError("half way")
 
     with pytest.raises(RuntimeError, match="half way"):
         fail_half_way()
     assert list(tmp_path.iterdir()) == []
     with whole_folder(target) as folder:
-        (folder / "one").write_text("1")
+        folder.write("one", "1")
         assert not target.exists()
     assert (target / "one").read_text() == "1"
 
@@ -87,12 +88,22 @@ def test_a_torn_last_line_is_passed_over(tmp_path):
     assert run.read_metrics() == [{"event": "step", "step": 1, "loss": 2.0}]
 
 
-def test_metrics_are_cut_back_before_a_resume(tmp_path):
+def test_metrics_are_cut_back_to_a_mark_and_another_file_is_not(tmp_path):
     run = RunDirectory.create(config_in(tmp_path / "r"))
     for step in range(1, 6):
         run.log_metrics("step", step=step)
-    run.forget_after(3)
+        if step == 3:
+            mark = run.mark()
+    assert run.why_not_after(mark) is None
+    run.go_back(mark)
     assert [event["step"] for event in run.read_metrics()] == [1, 2, 3]
+    lines = (run.path / "metrics.jsonl").read_text()
+    (run.path / "metrics.jsonl").write_text(lines.replace("2", "7"))
+    assert "is not the one that the checkpoint was saved beside" in run.why_not_after(mark)
+    (run.path / "metrics.jsonl").write_text(lines[:-1])
+    assert "bytes" in run.why_not_after(mark)
+    run.go_back(None)
+    assert run.read_metrics() == []
 
 
 def test_opening_what_is_no_run(tmp_path):

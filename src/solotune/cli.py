@@ -297,8 +297,8 @@ def chat(run: str, base: bool, prompt: str | None, as_json: bool) -> None:
 def verify(ctx: click.Context, run: str, as_json: bool) -> None:
     """Check that a RUN's files are what it wrote.
 
-    Every file against the sha256 that was recorded, nothing missing and nothing added, the adapter and the checkpoints of
-    this config and finite. What is wrong is named, and makes the exit code 5.
+    Every file against the sha256 that was recorded, nothing missing and nothing added; adapter and checkpoints of this
+    config, and finite. What is wrong is named, and makes the exit code 5.
 
     \b
     Example:

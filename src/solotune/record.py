@@ -7,9 +7,9 @@ Every file is written whole or not at all (`storage.py`), so whoever reads the d
 or on another machine, sees only finished files. `metrics.jsonl` alone grows: one JSON object a line, and a torn last
 line is passed over. A lock that the kernel drops with its owner keeps a second process out.
 
-Each checkpoint has a mark of `metrics.jsonl`: its length and its sha256. Going on from the checkpoint cuts the file back
-to the mark; a file that is another one, or shorter, belongs to another run than the checkpoint does. At its end a
-run is sealed: `manifest.json` has the hash of every file that has no manifest beside it (adapter and checkpoints do).
+Each checkpoint has a mark of `metrics.jsonl`: its length and its sha256. Going on from the checkpoint cuts the file
+back to the mark; a file that is another one, or shorter, is of another run than the checkpoint. At its end a run is
+sealed: `manifest.json` has the hash of every file that has no manifest beside it (adapter and checkpoints do).
 """
 
 from __future__ import annotations

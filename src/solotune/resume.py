@@ -109,6 +109,8 @@ def open_run(config: RunConfig, now: dict[str, Any], resume: bool) -> tuple[RunD
             start = Start(point, compare(point.state["fingerprints"], now, where), passed_over)
         if resume:
             _take_over(run, point)
+            if point is not None:  # a killed run may not have got to it
+                checkpoint.keep_newest(run.checkpoints, config.save_total_limit, point.step)
     except BaseException:
         run.release()
         raise

@@ -393,8 +393,10 @@ def _removed(path: Path) -> Path:
 
 
 def _set_aside(path: Path) -> None:
+    """Renames a folder away, durably: else it could be back after a power cut with half of its files gone."""
     _remove_tree(_removed(path))
     _rename(path, _removed(path))
+    _sync_folder(path.parent)
 
 
 def _remove_tree(path: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from solotune.config import SECTIONS, Choice, RunConfig, allowed_values, field_help, load_config, section_of, to_yaml
 from solotune.errors import InputError, IntegrityError, SolotuneError
@@ -204,7 +204,7 @@ def train(
     run, start = open_run(checked, marks, resume)  # nothing is written before all that can be refused was seen
     log = LogFile(run.path / LOG)
     try:
-        display = tee(display, PlainDisplay(checked.logging_steps, make_console(log)))
+        display = tee(display, PlainDisplay(checked.logging_steps, make_console(cast(TextIO, log))))
         display.note(f"run directory: {run.path}")
         display.choices(ready.choices)
         summary = _record_start(run, ready, marks, start, display)

@@ -1,0 +1,373 @@
+"""The fault campaign: a run is killed, torn, cut from power, refused by the disk and contended for, then resumed.
+
+    python -m bench.faults                       a sample, about a minute
+    python -m bench.faults --size full --write   all of it, and bench/results/faults.json
+    python -m bench.faults --only kills,power    some of it: kills, resumes, instants, power, errors, starts, verify
+
+Each part counts injections and failures. A failure is: a resume that does not come to what an undisturbed run
+comes to, to the last bit (losses, gradient norms, adapter, moments, random states, evaluation, lines of metrics.jsonl
+without times); a checkpoint that is visible and not whole; a step that was said to be saved and was not there after; a
+file that `solotune verify` calls wrong and is not, or the other way round. Exit code 1 if there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from bench.faults_power import Disk, states
+from bench.faults_run import KILLED, Operation, Workload, snapshot
+from bench.faults_starts import contend
+from bench.faults_verify import clean_copies, mutations
+from bench.machine import machine, table, write_result
+from solotune.terminal import SilentDisplay
+
+ERRNOS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+NEEDS_ROOM = ("open", "write", "mkdir", "fsync")  # what a full disk refuses
+STORAGE_ERROR = 8
+SEED = 0
+
+
+@dataclass
+class Result:
+    """One line of the table."""
+
+    part: str
+    injected: int = 0
+    failures: list[str] = field(default_factory=list)
+    num_states: int = 0  # different ones on disk that were resumed
+    seconds: float = 0.0
+    note: str = ""
+
+    def take(self, name: str, problem: str | None) -> None:
+        """Counts an injection."""
+        self.injected += 1
+        if problem:
+            self.failures.append(f"{name}: {problem}")
+
+
+def kills(work: Workload, every: int = 1, resume: bool = False, put_back: Callable[[], None] | None = None) -> Result:
+    """SIGKILL before each operation, and in the middle of each write."""
+    result = Result("kill in a resume" if resume else "kill at an operation")
+    put_back = put_back or work.clear
+    put_back()
+    claimed_before = work.claimed_on_disk()
+    trace, outcome = work.traced(resume)
+    assert outcome.code == 0, outcome.said
+    for number in range(0, len(trace), every):
+        for torn in (False, True) if trace[number].kind == "write" else (False,):
+            put_back()
+
+            def kill(kind: str, path: Path, content: bytes, torn: bool = torn) -> None:
+                if torn:
+                    with path.open("ab") as file:
+                        file.write(content[: len(content) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            ended = work.once(resume, work.at(number, kill))
+            name = f"operation {number} ({trace[number].kind} {trace[number].path}){', torn' if torn else ''}"
+            claimed = max(claimed_before, work.claimed(trace[:number]))
+            result.take(name, _after_kill(work, ended.code, claimed))
+    return result
+
+
+def _after_kill(work: Workload, code: int, claimed: int) -> str | None:
+    if code != KILLED:
+        return f"ended with {code} before it could be killed"
+    if damaged := work.damaged_checkpoints():
+        return f"damaged checkpoints: {', '.join(damaged)}"
+    return work.what_is_wrong(claimed)
+
+
+def resumes(work: Workload, every: int = 1) -> Result:
+    """The same in a resumed run: one that was killed after its second checkpoint."""
+    work.clear()
+    trace, _ = work.traced()
+    saves = [n for n, done in enumerate(trace) if done.kind == "rename" and done.path.endswith("step-000004.partial")]
+    work.clear()
+    work.once(False, work.at(saves[0] + 12, lambda *_: os.kill(os.getpid(), signal.SIGKILL)))
+    with snapshot(work.run) as put_back:
+        return kills(work, every, resume=True, put_back=put_back)
+
+
+class Marks(SilentDisplay):
+    """Tells the parent through a pipe what a run is doing."""
+
+    def __init__(self, pipe: int, eval_steps: int) -> None:
+        self.pipe, self.eval_steps = pipe, eval_steps
+
+    def say(self, name: str) -> None:
+        os.write(self.pipe, f"{name}\n".encode())
+
+    def phase(self, name: str) -> None:
+        self.say(name)
+
+    def begin(self, total_steps: int, done: int = 0) -> None:
+        self.say("training")
+
+    def step(self, metrics: object) -> None:
+        if metrics.step % self.eval_steps == 0:  # type: ignore[attr-defined]
+            self.say("evaluating")
+
+    def operation(self, kind: str, path: Path, content: bytes) -> None:
+        if kind == "mkdir" and path.name.startswith(".step-"):
+            self.say("saving")
+        if kind == "rename" and path.name == ".evaluation.json.partial":
+            self.say("sealing")
+        if kind == "lock":
+            self.say("taking the directory")
+
+
+# phase -> whether it lies before the run directory is made, so that a fork has to do all of the work
+PHASES = {
+    "reading data": True,
+    "planning": True,
+    "loading model": True,
+    "taking the directory": False,
+    "evaluating": False,
+    "saving": False,
+    "comparing base and tuned on held-out rows": False,
+    "sealing": False,
+}
+
+
+def instants(work: Workload, in_training: int, in_each: int, seed: int = SEED) -> Result:
+    """SIGKILL at random moments of a phase."""
+    result = Result("kill at a random instant")
+    rng = random.Random(seed)
+    counts = {"training": in_training, **dict.fromkeys(PHASES, in_each)}
+    for phase, wanted in counts.items():
+        full = PHASES.get(phase, False)
+        length = _length(work, phase, full)
+        done = 0
+        while done < wanted:
+            work.clear()
+            code = _kill_in(work, phase, full, rng.random() * length, rng.random())
+            if code == 0:
+                continue  # it had ended before
+            done += 1
+            name = f"{phase}, instant {done}"
+            result.take(name, _after_kill(work, code, work.claimed_on_disk()))
+    result.note = ", ".join(f"{phase} {count}" for phase, count in counts.items())
+    return result
+
+
+def _started(work: Workload, full: bool) -> tuple[int, int]:
+    """(process, pipe of its marks) of a run."""
+    reading, writing = os.pipe()
+    pid = work.child(lambda: _run_marked(work, writing, full))
+    os.close(writing)
+    return pid, reading
+
+
+def _run_marked(work: Workload, pipe: int, full: bool) -> None:
+    marks = Marks(pipe, work.keys["eval_steps"])
+    if full:
+        import shutil
+
+        shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)  # so that rows are rendered, not remembered
+    work.train(False, marks.operation, full, marks)
+
+
+def _lines(pipe: int) -> Iterator[str]:
+    with os.fdopen(pipe) as stream:
+        for line in stream:
+            yield line.strip()
+
+
+def _length(work: Workload, phase: str, full: bool) -> float:
+    """Seconds from a phase's first mark to the next phase's, at most; of training, to the comparison after it."""
+    work.clear()
+    pid, pipe = _started(work, full)
+    times = [(name, time.monotonic()) for name in _lines(pipe)]
+    end = time.monotonic()
+    work.wait(pid)
+    last = {"training": "comparing base and tuned on held-out rows"}.get(phase)
+    lengths = []
+    for number, (name, at) in enumerate(times):
+        if name == phase:
+            after = [t for other, t in times[number + 1 :] if last is None or other == last]
+            lengths.append((after[0] if after else end) - at)
+    return max(lengths)
+
+
+def _kill_in(work: Workload, phase: str, full: bool, delay: float, which: float) -> int:
+    pid, pipe = _started(work, full)
+    with os.fdopen(pipe) as stream:
+        seen = 0
+        often = {"saving": 4, "evaluating": 2}.get(phase, 1)
+        for line in stream:
+            seen += line.strip() == phase
+            if seen > which * often:
+                break
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)
+    return work.wait(pid).code
+
+
+def power(work: Workload, every: int = 1, seed: int = SEED, resume: bool = False) -> Result:
+    """Power cut at each operation: four states of the disk."""
+    result = Result("power cut in a resume" if resume else "power cut")
+    work.clear()
+    if resume:
+        work.once(False, work.at(_operation_of_step(work, 5), lambda *_: os.kill(os.getpid(), signal.SIGKILL)))
+    disk, before = Disk.of(work.folder, work.run.name), work.claimed_on_disk()
+    trace, outcome = work.traced(resume)
+    assert outcome.code == 0, outcome.said
+    for done, which in states(trace, disk, work.folder, work.run.name, seed):
+        if done % every == 0 or done == len(trace):
+            claimed = max(before, work.claimed(trace[:done]))
+            result.take(f"after {done} operations, {which} of the rest", work.what_is_wrong(claimed))
+    return result
+
+
+def _operation_of_step(work: Workload, step: int) -> int:
+    """The number of the operation that logs a step."""
+    trace, _ = work.traced()
+    work.clear()
+    return next(
+        n for n, done in enumerate(trace) if done.kind == "write" and f'"step": {step},'.encode() in done.content
+    )
+
+
+def errors(work: Workload, every: int = 1, errnos: tuple[int, ...] = ERRNOS) -> Result:
+    """The disk refuses an operation once, or from it on."""
+    result = Result("storage error")
+    work.clear()
+    trace, _ = work.traced()
+    for number in range(0, len(trace), every):
+        for number_of_error in errnos:
+            for forever in (False, True):
+                work.clear()
+                ended = work.once(False, _refusing(work, trace[number], number, number_of_error, forever))
+                kind = f"{errno.errorcode[number_of_error]} {'from' if forever else 'at'}"
+                name = f"{kind} operation {number} ({trace[number].kind} {trace[number].path})"
+                result.take(name, _after_error(work, ended.code, ended.said, work.claimed(trace[:number])))
+    return result
+
+
+def _refusing(work: Workload, operation: Operation, number: int, code: int, forever: bool):
+    """A hook that refuses the operation of this number; a full disk takes half of a write, and what needs no room."""
+    refused = []
+
+    def refuse(kind: str, path: Path, content: bytes) -> None:
+        if refused and (not forever or (code in FULL_DISK and kind not in NEEDS_ROOM)):
+            return
+        refused.append(kind)
+        if code in FULL_DISK and kind == "write" and path.exists():
+            with path.open("ab") as file:
+                file.write(content[: len(content) // 2])
+        raise OSError(code, os.strerror(code))
+
+    return work.at(number, refuse)
+
+
+def _after_error(work: Workload, code: int, said: str, claimed: int) -> str | None:
+    if code not in (0, STORAGE_ERROR):
+        return f"exit code {code}: {said}"
+    if damaged := work.damaged_checkpoints():
+        return f"damaged checkpoints: {', '.join(damaged)}"
+    metrics = work.run / "metrics.jsonl"
+    if metrics.exists() and metrics.read_bytes()[-1:] not in (b"", b"\n"):
+        return "metrics.jsonl ends within a line"
+    if code == 0 and work.state() != work.reference:
+        return "it ended well with another result"
+    return work.what_is_wrong(claimed)
+
+
+def starts(work: Workload, rounds: int, at_once: int = 20) -> Result:
+    """Many starts in one directory: exactly one wins, and its death frees the directory."""
+    result = Result(f"{at_once} starts in one directory")
+    for number in range(rounds):
+        work.clear()
+        result.take(f"round {number}", contend(work, at_once))
+    return result
+
+
+def damage(work: Workload, count: int, copies: int, seed: int = SEED) -> list[Result]:
+    """Random damage to a finished run, and clean copies of it."""
+    work.clear()
+    assert work.once(False).code == 0
+    results = []
+    for part, found in (
+        ("verify: a damaged file", mutations(work.run, count, seed)),
+        ("verify: a clean copy", clean_copies(work.run, copies, work.folder / "copy")),
+    ):
+        result = Result(part)
+        for name, problem in found:
+            result.take(name, problem)
+        results.append(result)
+    return results
+
+
+def campaign(work: Workload, size: str, only: set[str], say: Callable[[str], None]) -> list[Result]:
+    """All parts, or those named in `only`."""
+    full = size == "full"
+    every = 1 if full else 9
+    parts: dict[str, list[Callable[[], Result | list[Result]]]] = {
+        "kills": [lambda: kills(work, every)],
+        "resumes": [lambda: resumes(work, every)],
+        "instants": [lambda: instants(work, 1000 if full else 10, 50 if full else 1)],
+        "power": [lambda: power(work, every), lambda: power(work, every, resume=True)],
+        "errors": [lambda: errors(work, 1 if full else 25)],
+        "starts": [lambda: starts(work, 100 if full else 2)],
+        "verify": [lambda: damage(work, 10_000 if full else 300, 1000 if full else 10)],
+    }
+    if unknown := only - set(parts):
+        raise SystemExit(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+    results: list[Result] = []
+    for name in parts:
+        for part in parts[name] if not only or name in only else ():
+            began, before = time.monotonic(), work.num_states
+            found = part()
+            for result in found if isinstance(found, list) else [found]:
+                result.seconds = round(time.monotonic() - began, 1)
+                result.num_states = work.num_states - before
+                results.append(result)
+                say(f"{result.part}: {result.injected} injected, {len(result.failures)} bad, {result.seconds} s")
+                for failure in result.failures[:5]:
+                    say(f"  {failure}")
+    return results
+
+
+def in_words(results: list[Result]) -> str:
+    """The table."""
+    head = ["part", "injected", "states resumed", "bad", "s"]
+    return table(head, [[r.part, r.injected, r.num_states, len(r.failures), r.seconds] for r in results])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--size", choices=("small", "full"), default="small")
+    parser.add_argument("--only", default="", help="parts, with commas between them")
+    parser.add_argument("--write", action="store_true", help="write bench/results/faults.json")
+    parser.add_argument("--folder", type=Path, help="where to run (default: a temporary folder)")
+    arguments = parser.parse_args()
+    only = {part for part in arguments.only.split(",") if part}
+    place = nullcontext(arguments.folder) if arguments.folder else tempfile.TemporaryDirectory(prefix="faults-")
+    with place as folder:
+        work = Workload(Path(folder).resolve())
+        work.measure()
+        print(f"a run of {work.keys['max_steps']} steps, {len(work.trace)} operations; seed {SEED}", flush=True)
+        results = campaign(work, arguments.size, only, lambda text: print(text, flush=True))
+    print("\n" + in_words(results))
+    if arguments.write:
+        packages = ("torch", "transformers", "safetensors", "peft", "bitsandbytes")
+        found = {"machine": machine(*packages), "size": arguments.size, "seed": SEED, "operations": len(work.trace)}
+        write_result("faults", {**found, "results": [asdict(result) for result in results]})
+    return 1 if any(result.failures for result in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
