@@ -2,7 +2,7 @@
 
     python -m bench.faults                       a sample, about a minute
     python -m bench.faults --size full --write   all of it, and bench/results/faults.json
-    python -m bench.faults --only kills,power    some of it: kills, resumes, instants, power, errors, starts, verify
+    python -m bench.faults --only kills,power    some of it; wrong names list them
 
 Each part counts injections and failures. A failure is: a resume that does not come to what an undisturbed run
 comes to, to the last bit (losses, gradient norms, adapter, moments, random states, evaluation, lines of metrics.jsonl
@@ -28,8 +28,9 @@ from pathlib import Path
 from bench.faults_power import Disk, states
 from bench.faults_run import KILLED, Operation, Workload, snapshot
 from bench.faults_starts import contend
-from bench.faults_verify import clean_copies, mutations
+from bench.faults_verify import clean_copies, delete, flip, mutations, truncate, zero
 from bench.machine import machine, table, write_result
+from solotune.record import RunDirectory
 from solotune.terminal import SilentDisplay
 
 ERRNOS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS)
@@ -92,13 +93,52 @@ def _after_kill(work: Workload, code: int, claimed: int) -> str | None:
 
 def resumes(work: Workload, every: int = 1) -> Result:
     """The same in a resumed run: one that was killed after its second checkpoint."""
-    work.clear()
-    trace, _ = work.traced()
-    saves = [n for n, done in enumerate(trace) if done.kind == "rename" and done.path.endswith("step-000004.partial")]
-    work.clear()
-    work.once(False, work.at(saves[0] + 12, lambda *_: os.kill(os.getpid(), signal.SIGKILL)))
+    _until_step(work, 6)
     with snapshot(work.run) as put_back:
         return kills(work, every, resume=True, put_back=put_back)
+
+
+def rot(work: Workload, seed: int = SEED) -> Result:
+    """The newest checkpoint, or metrics.jsonl beside it, is damaged while nothing runs: an older one is continued."""
+    result = Result("damaged checkpoint")
+    rng = random.Random(seed)
+    _until_step(work, 6)
+    newest = work.run / "checkpoints" / "step-000004"
+    with snapshot(work.run) as put_back:
+        damages = [(kind, file) for file in sorted(newest.iterdir()) for kind in (flip, truncate, zero, delete)]
+        damages += [(cut_below_mark, work.run / "metrics.jsonl")]
+        for kind, file in damages:
+            put_back()
+            kind(rng, file)
+            problem = work.what_is_wrong(claimed=2)
+            passed = [e for e in RunDirectory(work.run).read_metrics() if e["event"] == "resume" and e["passed_over"]]
+            if problem is None and not passed:
+                problem = "the damaged checkpoint was continued, or nothing was said of it"
+            result.take(f"{kind.__name__} {file.name}", problem)
+    return result
+
+
+def cut_below_mark(rng: random.Random, metrics: Path) -> None:
+    """Takes the last lines of metrics.jsonl, so that the newest checkpoint is ahead of it."""
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(b"".join(lines[:-3]))
+
+
+def lies(work: Workload) -> Result:
+    """The disk reports success and keeps another byte: seen when a checkpoint is read back, before others go."""
+    result = Result("disk that lies")
+    for name in ("adapter_model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"):
+        for step in (2, 6, 8):
+            work.clear()
+
+            def lie(kind: str, path: Path, content: bytes, name: str = name, step: int = step) -> None:
+                if kind == "fsync" and path.name == name and path.parent.name == f".step-{step:06d}.partial":
+                    flip(random.Random(step), path)
+
+            ended = work.once(False, lie)
+            problem = None if ended.code == STORAGE_ERROR else f"exit code {ended.code}: {ended.said}"
+            result.take(f"{name} of step {step}", problem or work.what_is_wrong(work.claimed_on_disk()))
+    return result
 
 
 class Marks(SilentDisplay):
@@ -221,7 +261,7 @@ def power(work: Workload, every: int = 1, seed: int = SEED, resume: bool = False
     result = Result("power cut in a resume" if resume else "power cut")
     work.clear()
     if resume:
-        work.once(False, work.at(_operation_of_step(work, 5), lambda *_: os.kill(os.getpid(), signal.SIGKILL)))
+        _until_step(work, 6)
     disk, before = Disk.of(work.folder, work.run.name), work.claimed_on_disk()
     trace, outcome = work.traced(resume)
     assert outcome.code == 0, outcome.said
@@ -232,13 +272,16 @@ def power(work: Workload, every: int = 1, seed: int = SEED, resume: bool = False
     return result
 
 
-def _operation_of_step(work: Workload, step: int) -> int:
-    """The number of the operation that logs a step."""
-    trace, _ = work.traced()
+def _until_step(work: Workload, step: int) -> None:
+    """Leaves a run that was killed when it was about to log a step."""
+    line = f'"event": "step", "step": {step},'.encode()
     work.clear()
-    return next(
-        n for n, done in enumerate(trace) if done.kind == "write" and f'"step": {step},'.encode() in done.content
-    )
+
+    def kill(kind: str, path: Path, content: bytes) -> None:
+        if kind == "write" and line in content:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert work.once(False, kill).code == KILLED
 
 
 def errors(work: Workload, every: int = 1, errnos: tuple[int, ...] = ERRNOS) -> Result:
@@ -318,6 +361,7 @@ def campaign(work: Workload, size: str, only: set[str], say: Callable[[str], Non
     parts: dict[str, list[Callable[[], Result | list[Result]]]] = {
         "kills": [lambda: kills(work, every)],
         "resumes": [lambda: resumes(work, every)],
+        "rot": [lambda: rot(work), lambda: lies(work)],
         "instants": [lambda: instants(work, 1000 if full else 10, 50 if full else 1)],
         "power": [lambda: power(work, every), lambda: power(work, every, resume=True)],
         "errors": [lambda: errors(work, 1 if full else 25)],

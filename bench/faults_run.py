@@ -4,9 +4,9 @@ The server process imports torch and transformers once, trains once so that all 
 each run of the campaign is then a fork of it that goes through `solotune.verbs.train` from where the run directory is
 made: every write of a run comes after that. `full=True` reads, plans and loads in the fork as well.
 
-In these forks the clock of a step is a counter and the peak of memory a constant, so two runs that do the same write the
-same bytes. That makes states on disk comparable: what a resume from one state gives is remembered by the state's hash,
-and many kills leave the same state.
+In these forks the clock of a step is a counter and the peak of memory a constant, so two runs that do the same write
+the same bytes. That makes states on disk comparable: what a resume from one state gives is remembered by the state's
+hash, and many kills leave the same state.
 """
 
 from __future__ import annotations

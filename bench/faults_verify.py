@@ -1,4 +1,4 @@
-"""Random damage to a finished run, which `solotune verify` has to find and name, and clean copies, which it must not."""
+"""Random damage to a finished run, which `solotune verify` has to find and name; clean copies, which it must not."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def mutations(run: Path, count: int, seed: int) -> Iterator[tuple[str, str | Non
 
 
 def clean_copies(run: Path, count: int, place: Path) -> Iterator[tuple[str, str | None]]:
-    """(which, what went wrong) for copies of a run that nothing is wrong with: other place, other times, other modes."""
+    """(which, what went wrong) for whole copies of a run, in another place, of other times and modes."""
     rng = random.Random(count)
     for number in range(count):
         copy = place / f"copy-{number}"

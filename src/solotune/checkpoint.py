@@ -9,8 +9,8 @@
 
 No pickle is written or read. A checkpoint folder appears complete or not at all (`storage.whole_folder`), and is
 believed only if every file is as its manifest says: the newest valid one wins, and the others are named with what is
-wrong with them. An older one is removed only after the new one was read back. The row order is not stored: it is a
-function of seed and epoch.
+wrong with them. It is read back before it appears, and older ones are removed after that. The row order is not stored:
+it is a function of seed and epoch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from solotune.errors import InputError, IntegrityError, StorageError
+from solotune.errors import InputError, IntegrityError
 from solotune.manifest import check_folder
 from solotune.record import read_json
 from solotune.storage import Folder, remove_folder, whole_folder
@@ -65,13 +65,13 @@ def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 def save(folder: Path, step: int, adapter: Mapping[str, torch.Tensor], peft_config: str,
          optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Path:  # fmt: skip
-    """Writes checkpoints/step-<step> below `folder`, reads it back, and returns its path.
+    """Writes checkpoints/step-<step> below `folder` and returns its path.
 
     Args:
         state: what the caller wants back, as JSON.
 
     Raises:
-        StorageError: it could not be written, or is not on the disk as it was written.
+        StorageError: it could not be written, or read back it was not what was written.
     """
     tensors, scalars = _split_optimizer(optimizer)
     target = folder / f"step-{step:06d}"
@@ -81,8 +81,6 @@ def save(folder: Path, step: int, adapter: Mapping[str, torch.Tensor], peft_conf
         partial.write("random.safetensors", save_tensors(random_state()))
         content = {"step": step, "optimizer": scalars, **state}
         partial.write("state.json", json.dumps(content, indent=2) + "\n")
-    if problem := why_invalid(target):
-        raise StorageError(f"{target}: read back, it is not what was written", seen=problem, change="check the disk")
     return target
 
 

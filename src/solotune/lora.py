@@ -23,8 +23,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -248,7 +250,7 @@ def peft_config(config: RunConfig, adapted: Mapping[str, LoraLinear], model: nn.
     fields: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.model_name_or_path,
+        "base_model_name_or_path": public_name(config.model_name_or_path),
         "revision": config.model_revision,
         "r": config.lora_r,
         "lora_alpha": config.lora_alpha,
@@ -261,6 +263,12 @@ def peft_config(config: RunConfig, adapted: Mapping[str, LoraLinear], model: nn.
         "inference_mode": True,
     }
     return json.dumps(fields, indent=2) + "\n"
+
+
+def public_name(model: str) -> str:
+    """What an adapter, which is passed on, says of its base: a hub id, or of a path the folder's name alone."""
+    path = Path(os.path.expanduser(model))
+    return path.resolve().name if model.startswith(("/", "~", ".")) or path.is_dir() else model
 
 
 def trainable_count(shapes: Mapping[str, tuple[int, int]], r: int) -> int:

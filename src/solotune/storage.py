@@ -19,6 +19,7 @@ Modes follow the umask. Files are made anew with O_EXCL and never through a symb
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import io
 import os
@@ -26,7 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from solotune.errors import StorageError
-from solotune.manifest import MANIFEST, Entry, entry_of, manifest_text
+from solotune.manifest import MANIFEST, Entry, check_folder, entry_of, manifest_text
 
 PARTIAL, REMOVED = ".partial", ".removed"  # names of what is not yet, or no longer, there: `.<name>.partial`
 PREFLIGHT = ".preflight-"
@@ -107,6 +108,8 @@ class Folder:
 def whole_folder(target: Path) -> Iterator[Folder]:
     """A folder to fill that appears under `target` only when the block ends well; an old `target` is replaced.
 
+    It is read back before it appears, so nothing old is given up for what the disk has not kept.
+
     Raises:
         StorageError: disk full, read-only, quota.
     """
@@ -120,6 +123,8 @@ def whole_folder(target: Path) -> Iterator[Folder]:
             yield folder
             _write_new(partial / MANIFEST, manifest_text(folder.entries))
             _sync_folder(partial)
+            for file, problem in check_folder(partial):
+                raise OSError(errno.EIO, f"read back, {file}: {problem}")
             if target.exists():
                 _set_aside(target)
             _rename(partial, target)
