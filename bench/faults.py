@@ -26,11 +26,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from bench.faults_power import Disk, states
-from bench.faults_run import KILLED, Operation, Workload, snapshot
+from bench.faults_run import KILLED, Workload, snapshot
 from bench.faults_starts import contend
 from bench.faults_verify import clean_copies, delete, flip, mutations, truncate, zero
 from bench.machine import machine, table, write_result
 from solotune.record import RunDirectory
+from solotune.storage import Hook
 from solotune.terminal import SilentDisplay
 
 ERRNOS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS)
@@ -93,7 +94,7 @@ def _after_kill(work: Workload, code: int, claimed: int) -> str | None:
 
 def resumes(work: Workload, every: int = 1) -> Result:
     """The same in a resumed run: one that was killed after its second checkpoint."""
-    _until_step(work, 6)
+    until_step(work, 6)
     with snapshot(work.run) as put_back:
         return kills(work, every, resume=True, put_back=put_back)
 
@@ -102,7 +103,7 @@ def rot(work: Workload, seed: int = SEED) -> Result:
     """The newest checkpoint, or metrics.jsonl beside it, is damaged while nothing runs: an older one is continued."""
     result = Result("damaged checkpoint")
     rng = random.Random(seed)
-    _until_step(work, 6)
+    until_step(work, 6)
     newest = work.run / "checkpoints" / "step-000004"
     with snapshot(work.run) as put_back:
         damages = [(kind, file) for file in sorted(newest.iterdir()) for kind in (flip, truncate, zero, delete)]
@@ -261,18 +262,24 @@ def power(work: Workload, every: int = 1, seed: int = SEED, resume: bool = False
     result = Result("power cut in a resume" if resume else "power cut")
     work.clear()
     if resume:
-        _until_step(work, 6)
+        until_step(work, 6)
     disk, before = Disk.of(work.folder, work.run.name), work.claimed_on_disk()
     trace, outcome = work.traced(resume)
     assert outcome.code == 0, outcome.said
-    for done, which in states(trace, disk, work.folder, work.run.name, seed):
-        if done % every == 0 or done == len(trace):
-            claimed = max(before, work.claimed(trace[:done]))
-            result.take(f"after {done} operations, {which} of the rest", work.what_is_wrong(claimed))
+    for done, which in states(trace, disk, work.folder, work.run.name, seed, every):
+        claimed = max(before, work.claimed(trace[:done]))
+        result.take(f"after {done} operations, {which} of the rest", after_power(work, claimed))
     return result
 
 
-def _until_step(work: Workload, step: int) -> None:
+def after_power(work: Workload, claimed: int) -> str | None:
+    """What is wrong with a disk after a power cut."""
+    if damaged := work.damaged_checkpoints():
+        return f"damaged checkpoints: {', '.join(damaged)}"
+    return work.what_is_wrong(claimed)
+
+
+def until_step(work: Workload, step: int) -> None:
     """Leaves a run that was killed when it was about to log a step."""
     line = f'"event": "step", "step": {step},'.encode()
     work.clear()
@@ -293,14 +300,14 @@ def errors(work: Workload, every: int = 1, errnos: tuple[int, ...] = ERRNOS) -> 
         for number_of_error in errnos:
             for forever in (False, True):
                 work.clear()
-                ended = work.once(False, _refusing(work, trace[number], number, number_of_error, forever))
+                ended = work.once(False, refusing(work, number, number_of_error, forever))
                 kind = f"{errno.errorcode[number_of_error]} {'from' if forever else 'at'}"
                 name = f"{kind} operation {number} ({trace[number].kind} {trace[number].path})"
-                result.take(name, _after_error(work, ended.code, ended.said, work.claimed(trace[:number])))
+                result.take(name, after_error(work, ended.code, ended.said, work.claimed(trace[:number])))
     return result
 
 
-def _refusing(work: Workload, operation: Operation, number: int, code: int, forever: bool):
+def refusing(work: Workload, number: int, code: int, forever: bool) -> Hook:
     """A hook that refuses the operation of this number; a full disk takes half of a write, and what needs no room."""
     refused = []
 
@@ -316,7 +323,7 @@ def _refusing(work: Workload, operation: Operation, number: int, code: int, fore
     return work.at(number, refuse)
 
 
-def _after_error(work: Workload, code: int, said: str, claimed: int) -> str | None:
+def after_error(work: Workload, code: int, said: str, claimed: int) -> str | None:
     if code not in (0, STORAGE_ERROR):
         return f"exit code {code}: {said}"
     if damaged := work.damaged_checkpoints():

@@ -16,12 +16,13 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from bench.faults_run import Operation
 
+Moments = Iterator[tuple[int, str]]  # (operations done, which of STATES)
 STATES = ("nothing", "all", "some", "some others")
 
 
@@ -162,18 +163,17 @@ def _write(what: File | Folder, pick: Callable[[], str], path: Path) -> None:
         _write(inner, pick, path / name)
 
 
-def states(
-    operations: Iterable[Operation], disk: Disk, folder: Path, name: str, seed: int
-) -> Iterator[tuple[int, str]]:
+def states(operations: Sequence[Operation], disk: Disk, folder: Path, name: str, seed: int, every: int = 1) -> Moments:
     """Makes `folder`/`name` each state that a power cut may leave; (operations done, which state)."""
-    done = 0
-    for done, operation in enumerate(operations):
-        yield from _each(done, disk, folder, name, seed)
-        disk.do(operation)
-    yield from _each(done + 1, disk, folder, name, seed)
+    for done in range(len(operations) + 1):
+        if done % every == 0 or done == len(operations):
+            yield from states_now(done, disk, folder, name, seed)
+        if done < len(operations):
+            disk.do(operations[done])
 
 
-def _each(done: int, disk: Disk, folder: Path, name: str, seed: int) -> Iterator[tuple[int, str]]:
+def states_now(done: int, disk: Disk, folder: Path, name: str, seed: int) -> Moments:
+    """The states of one moment."""
     for which in STATES:
         rng = random.Random(f"{seed} {done} {which}")
         fates = {"nothing": ["lost"], "all": ["whole"]}.get(which, ["lost", "lost", "whole", "whole", "torn", "zeros"])

@@ -36,7 +36,7 @@ from solotune.resume import recorded_day
 from solotune.terminal import Display, SilentDisplay
 from solotune.verification import verify
 
-KILLED = -signal.SIGKILL
+KILLED, HUNG = -signal.SIGKILL, 9
 TIMES = ("step_seconds", "tokens_per_second", "peak_bytes")
 NOT_COMPARED = ("resume",)  # lines of metrics.jsonl that only a resumed run has
 CHILD_SECONDS = 120.0
@@ -166,17 +166,21 @@ class Workload:
         return self.folder / f"said-{os.getpid()}"
 
     def wait(self, pid: int, seconds: float = CHILD_SECONDS) -> Outcome:
-        """Its end; a child that does not end is killed and counted as hung (code 9)."""
+        """Its end; a child that does not end is killed and counted as hung."""
         deadline = time.monotonic() + seconds
-        while True:
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                break
+        while (outcome := self.ended(pid)) is None:
             if time.monotonic() > deadline:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-                return Outcome(9, "hung")
+                return Outcome(HUNG, "hung")
             time.sleep(0.002)
+        return outcome
+
+    def ended(self, pid: int) -> Outcome | None:
+        """How a child has ended, if it has."""
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if not done:
+            return None
         file = self.folder / f"said-{pid}"
         said = file.read_text() if file.exists() else ""
         file.unlink(missing_ok=True)
@@ -261,6 +265,10 @@ class Workload:
             resumed = [e["step"] for e in RunDirectory(self.run).read_metrics() if e["event"] == "resume"]
             self._results[key] = (state, outcome, resumed[-1] if resumed else 0)
         return self._results[key]
+
+    def forget(self) -> None:
+        """Forgets what resumes came to: the code has changed."""
+        self._results.clear()
 
     @property
     def num_states(self) -> int:

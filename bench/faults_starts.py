@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import time
 
@@ -11,7 +12,7 @@ from solotune.config import load_config
 from solotune.record import RunDirectory
 
 IN_USE = 4
-WAIT_SECONDS = 30.0
+HOLD_SECONDS = 600.0  # longer than any other takes to see that it has lost
 
 
 def contend(work: Workload, at_once: int) -> str | None:
@@ -24,20 +25,27 @@ def contend(work: Workload, at_once: int) -> str | None:
         os.read(gate_read, 1)  # until the parent lets go
         RunDirectory.create(load_config(work.keys))
         os.write(won_write, b"%d\n" % os.getpid())
-        time.sleep(WAIT_SECONDS)
+        time.sleep(HOLD_SECONDS)
 
     children = [work.child(start) for _ in range(at_once)]
-    os.close(gate_read)
-    os.close(gate_write)
-    os.close(won_write)
+    for pipe in (gate_read, gate_write, won_write):
+        os.close(pipe)
     winner = int(os.read(won_read, 64).split()[0])
-    losers = [work.wait(pid) for pid in children if pid != winner]
-    os.kill(winner, signal.SIGKILL)
-    killed = work.wait(winner)
-    others = os.read(won_read, 64)
+    waiting, losers, second = set(children) - {winner}, [], b""
+    while waiting and not second:
+        if select.select([won_read], [], [], 0.005)[0]:
+            second = os.read(won_read, 64)
+        ended = {pid: outcome for pid in waiting if (outcome := work.ended(pid))}
+        losers += ended.values()
+        waiting -= set(ended)
+    for pid in (winner, *waiting):
+        os.kill(pid, signal.SIGKILL)
+        killed = work.wait(pid)
     os.close(won_read)
-    if others or killed.code != KILLED:
-        return f"more than one got it: {others!r}, the first ended with {killed.code}"
+    if second:
+        return f"{second.decode().strip()} got it as well as {winner}"
+    if killed.code != KILLED:
+        return f"the winner ended with {killed.code}: {killed.said}"
     for loser in losers:
         if loser.code != IN_USE or f"process {winner} on " not in loser.said or " since " not in loser.said:
             return f"a loser ended with {loser.code}: {loser.said}"
