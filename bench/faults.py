@@ -1,8 +1,8 @@
 """The fault campaign: a run is killed, torn, cut from power, refused by the disk and contended for, then resumed.
 
     python -m bench.faults                       a sample, about a minute
-    python -m bench.faults --size full --write   all of it, and bench/results/faults.json
-    python -m bench.faults --only kills,power    some of it; wrong names list them
+    python -m bench.faults --size full           all of it, about half an hour
+    python -m bench.faults --only kills,power    some of it; a wrong name lists them
 
 Each part counts injections and failures. A failure is: a resume that does not come to what an undisturbed run
 comes to, to the last bit (losses, gradient norms, adapter, moments, random states, evaluation, lines of metrics.jsonl
@@ -22,14 +22,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.faults_power import Disk, states
 from bench.faults_run import KILLED, Workload, snapshot
 from bench.faults_starts import contend
 from bench.faults_verify import clean_copies, delete, flip, mutations, truncate, zero
-from bench.machine import machine, table, write_result
+from bench.machine import machine, table
 from solotune.record import RunDirectory
 from solotune.storage import Hook
 from solotune.terminal import SilentDisplay
@@ -402,7 +402,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--size", choices=("small", "full"), default="small")
     parser.add_argument("--only", default="", help="parts, with commas between them")
-    parser.add_argument("--write", action="store_true", help="write bench/results/faults.json")
     parser.add_argument("--folder", type=Path, help="where to run (default: a temporary folder)")
     arguments = parser.parse_args()
     only = {part for part in arguments.only.split(",") if part}
@@ -413,10 +412,9 @@ def main() -> int:
         print(f"a run of {work.keys['max_steps']} steps, {len(work.trace)} operations; seed {SEED}", flush=True)
         results = campaign(work, arguments.size, only, lambda text: print(text, flush=True))
     print("\n" + in_words(results))
-    if arguments.write:
-        packages = ("torch", "transformers", "safetensors", "peft", "bitsandbytes")
-        found = {"machine": machine(*packages), "size": arguments.size, "seed": SEED, "operations": len(work.trace)}
-        write_result("faults", {**found, "results": [asdict(result) for result in results]})
+    print(
+        "\n" + ", ".join(f"{name} {value}" for name, value in machine("torch", "transformers", "safetensors").items())
+    )
     return 1 if any(result.failures for result in results) else 0
 
 

@@ -254,7 +254,7 @@ def print_verification(found: Verification, console: Console) -> None:
         _signed(*SIGNS["fail"], file, problem, None, console)
     for note in found.notes:
         _signed(*SIGNS["warn"], "note", note, None, console)
-    looked = f"{_count(found.num_files, 'file')}, {bytes_in_words(found.num_bytes)}"
+    looked = f"{_count(found.num_files, 'file')}, {found.num_bytes:,} bytes"
     looked += f", {_count(found.num_checkpoints, 'checkpoint')}"
     verdict = f"{_count(len(found.problems), 'problem')} in {looked}" if found.problems else f"whole: {looked}"
     console.print(Text(verdict, "bold red" if found.problems else "bold green"))

@@ -74,8 +74,8 @@ class Start:
     def in_words(self) -> list[str]:
         """For the log."""
         lines = [f"passed over {line}" for line in self.passed_over]
-        exact = f"not exact: {'; '.join(self.inexact)}" if self.inexact else "exact"
-        return [*lines, f"going on after step {self.point.step}, {exact}"]
+        how = f"not exactly: {'; '.join(self.inexact)}" if self.inexact else "with nothing changed"
+        return [*lines, f"going on after step {self.point.step}, {how}"]
 
 
 def open_run(config: RunConfig, now: dict[str, Any], resume: bool) -> tuple[RunDirectory, Start | None]:
@@ -207,7 +207,7 @@ def fingerprints(config: RunConfig, prepared: Prepared, machine: Machine) -> dic
         "train_rows": rows["train"],
         "validation_rows": rows["validation"],
         "software": {name: _version(name) for name in ("torch", "transformers", "bitsandbytes")},
-        "device": machine.gpu if on_gpu else f"{machine.cpu}, {torch.backends.cpu.get_cpu_capability()}",
+        "device": f"{machine.gpu}, driver {machine.driver}" if on_gpu else _cpu(machine),
     }
 
 
@@ -250,6 +250,11 @@ def compare(then: dict[str, Any], now: dict[str, Any], where: str) -> list[str]:
     if then["validation_rows"] != now["validation_rows"]:
         reasons.append("the held-out rows have changed, which held-out losses show")
     return reasons
+
+
+def _cpu(machine: Machine) -> str:
+    """What the rounding of a sum follows from."""
+    return f"{machine.cpu}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def _version(package: str) -> str | None:
