@@ -189,6 +189,8 @@ def instants(work: Workload, in_training: int, in_each: int, seed: int = SEED) -
     rng = random.Random(seed)
     counts = {"training": in_training, **dict.fromkeys(PHASES, in_each)}
     for phase, wanted in counts.items():
+        if not wanted:
+            continue
         full = PHASES.get(phase, False)
         length = _length(work, phase, full)
         done = 0

@@ -74,7 +74,7 @@ def test_rows_come_in_the_same_order(work):
     whole = list(order.steps(0))
     for done in range(len(whole)):
         assert list(order.steps(done)) == whole[done:]
-    assert sorted(sum((rows for step in whole[:5] for rows in step), [])) == list(range(20))
+    assert sorted(row for step in whole[:5] for rows in step for row in rows) == list(range(20))
 
 
 @pytest.mark.parametrize("keys", [{"save_steps": 1, "eval_steps": 1}, {"save_strategy": "no", "eval_strategy": "no"}])
@@ -202,8 +202,13 @@ def test_every_key_has_its_class():
         "base_precision",
     }
     assert {key for key, kind in CLASSES.items() if kind == "inexact"} == {
-        "gradient_checkpointing", "activation_offload", "base_residency", "torch_compile", "attn_implementation", "use_cpu",
-    }  # fmt: skip
+        "gradient_checkpointing",
+        "activation_offload",
+        "base_residency",
+        "torch_compile",
+        "attn_implementation",
+        "use_cpu",
+    }
     assert CLASSES["output_dir"] == CLASSES["eval_steps"] == CLASSES["model_name_or_path"] == "free"
 
 
