@@ -22,12 +22,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from solotune import checkpoint, storage, training, verbs
+from solotune import checkpoint, operations, training, verbs
 from solotune.config import load_config
 from solotune.errors import SolotuneError
 from solotune.manifest import check_folder
@@ -120,7 +121,7 @@ class Workload:
     def train(
         self,
         resume: bool,
-        hook: storage.Hook | None = None,
+        hook: operations.Hook | None = None,
         full: bool = False,
         display: Display | None = None,
     ) -> None:
@@ -138,7 +139,7 @@ class Workload:
                 return ready
 
             verbs._get_ready = prepared
-        with storage.watched(hook) if hook else contextlib.nullcontext():
+        with operations.watched(hook) if hook else contextlib.nullcontext():
             verbs.train(load_config(self.keys), resume=resume, display=display)
 
     def child(self, work: Callable[[], None]) -> int:
@@ -186,7 +187,7 @@ class Workload:
         file.unlink(missing_ok=True)
         return Outcome(os.waitstatus_to_exitcode(status), said)
 
-    def once(self, resume: bool, hook: storage.Hook | None = None, full: bool = False) -> Outcome:
+    def once(self, resume: bool, hook: operations.Hook | None = None, full: bool = False) -> Outcome:
         """One run in a child, to its end."""
         return self.wait(self.child(lambda: self.train(resume, hook, full)))
 
@@ -214,7 +215,7 @@ class Workload:
         """Whether an operation is on the run directory, on what is in it, or on the folder above it."""
         return path == self.folder or path == self.run or self.run in path.parents
 
-    def at(self, number: int, act: Callable[[str, Path, bytes], None]) -> storage.Hook:
+    def at(self, number: int, act: Callable[[str, Path, bytes], None]) -> operations.Hook:
         """A hook that acts at the operation of this number, counted from 0, and at all after it."""
         count = itertools.count()
 
@@ -331,3 +332,30 @@ def snapshot(folder: Path) -> Iterator[Callable[[], None]]:
         yield put_back
     finally:
         shutil.rmtree(kept)
+
+
+def after_kill(work: Workload, code: int, claimed: int) -> str | None:
+    """What is wrong after a kill: how the child ended, what is visible, what a resume comes to."""
+    if code != KILLED:
+        return f"ended with {code} before it could be killed"
+    if damaged := work.damaged_checkpoints():
+        return f"damaged checkpoints: {', '.join(damaged)}"
+    return work.what_is_wrong(claimed)
+
+
+@dataclass
+class Result:
+    """One line of the table."""
+
+    part: str
+    injected: int = 0
+    failures: list[str] = field(default_factory=list)
+    num_states: int = 0  # different ones on disk that were resumed
+    seconds: float = 0.0
+    note: str = ""
+
+    def take(self, name: str, problem: str | None) -> None:
+        """Counts an injection."""
+        self.injected += 1
+        if problem:
+            self.failures.append(f"{name}: {problem}")

@@ -16,7 +16,7 @@ from solotune.resume import BATCH, CLASSES
 HERE = Path(__file__).parent
 RESUMED = {
     "frozen": f"refused (exit code 5), but `{BATCH[0]}` and `{BATCH[1]}` may change if their product stays",
-    "inexact": "goes on, and says in log and metrics.jsonl that it is not exact; so with other versions or another device",
+    "inexact": "goes on, and says in log and metrics.jsonl that it is not exact; other versions, another device too",
     "free": "free; base and rows are compared by their content, wherever they come from",
 }
 

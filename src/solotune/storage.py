@@ -8,10 +8,8 @@
 A rename is on disk only once its folder has been synced, and a file's bytes only once the file has; what was not synced
 may be lost in a power cut in any order. So every function here syncs what a reader may rely on before it returns.
 
-All of them end in the few operations at the bottom, and each of these says first what it is about to do, to whoever
-listens (`watched`). That is how `bench.faults` counts the operations of a run and kills it at the k-th, tears a write
-in two, fails it, or records all of them to replay a power cut. safetensors' own writer would pass by this door (and
-makes files of mode 0600), so tensors are turned into bytes first.
+All of them are made of `operations.py`, where they can be counted, failed and recorded. safetensors' own writer would
+pass by this door (and makes files of mode 0600), so tensors are turned into bytes first.
 
 Modes follow the umask. Files are made anew with O_EXCL and never through a symbolic link.
 """
@@ -23,32 +21,16 @@ import errno
 import fcntl
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+from solotune import operations
 from solotune.errors import StorageError
 from solotune.manifest import MANIFEST, Entry, check_folder, entry_of, manifest_text
 
 PARTIAL, REMOVED = ".partial", ".removed"  # names of what is not yet, or no longer, there: `.<name>.partial`
 PREFLIGHT = ".preflight-"
 WRITE_BYTES = 16 << 20  # one write; a text that comes in pieces is gathered up to this
-
-Hook = Callable[[str, Path, bytes], None]
-_hooks: list[Hook] = []
-
-
-@contextlib.contextmanager
-def watched(hook: Hook) -> Iterator[None]:
-    """Calls `hook(operation, path, content)` before each operation of the block.
-
-    `content` is what is about to be written, the new name of a rename, the length of a truncation, else nothing. What
-    the hook raises comes out of the operation, as the kernel's refusal would.
-    """
-    _hooks.append(hook)
-    try:
-        yield
-    finally:
-        _hooks.remove(hook)
 
 
 @contextlib.contextmanager
@@ -76,12 +58,12 @@ def write_whole(path: Path, content: bytes | str | Iterator[str]) -> None:
     with storage_errors(path):
         try:
             _write_new(temporary, content)
-            _rename(temporary, path)
+            operations.rename(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
-                _unlink(temporary)
+                operations.unlink(temporary)
             raise
-        _sync_folder(path.parent)
+        operations.sync_folder(path.parent)
 
 
 class Folder:
@@ -96,11 +78,11 @@ class Folder:
         data = content.encode() if isinstance(content, str) else content
         path = self.path / name
         if not path.parent.is_dir():
-            _mkdir(path.parent)
-            _sync_folder(path.parent.parent)
+            operations.mkdir(path.parent)
+            operations.sync_folder(path.parent.parent)
         _write_new(path, data)
         if path.parent != self.path:
-            _sync_folder(path.parent)
+            operations.sync_folder(path.parent)
         self.entries[name] = entry_of(data)
 
 
@@ -118,17 +100,17 @@ def whole_folder(target: Path) -> Iterator[Folder]:
         try:
             make_folder(target.parent)
             _remove_tree(partial)
-            _mkdir(partial)
+            operations.mkdir(partial)
             folder = Folder(partial)
             yield folder
             _write_new(partial / MANIFEST, manifest_text(folder.entries))
-            _sync_folder(partial)
+            operations.sync_folder(partial)
             for file, problem in check_folder(partial):
                 raise OSError(errno.EIO, f"read back, {file}: {problem}")
             if target.exists():
                 _set_aside(target)
-            _rename(partial, target)
-            _sync_folder(target.parent)
+            operations.rename(partial, target)
+            operations.sync_folder(target.parent)
             _remove_tree(_removed(target))
         except BaseException:
             with contextlib.suppress(OSError):
@@ -145,12 +127,12 @@ def make_folder(path: Path) -> None:
     with storage_errors(path):
         if path.is_dir():
             with contextlib.suppress(PermissionError):  # of a folder above that is another's
-                _sync_folder(path.parent)  # whoever made it may have been killed before it was durable
+                operations.sync_folder(path.parent)  # whoever made it may have been killed before it was durable
             return
         make_folder(path.parent)
         with contextlib.suppress(FileExistsError):
-            _mkdir(path)
-        _sync_folder(path.parent)
+            operations.mkdir(path)
+        operations.sync_folder(path.parent)
 
 
 def remove_folder(path: Path) -> None:
@@ -163,16 +145,16 @@ def remove_folder(path: Path) -> None:
 def rename(path: Path, name: str) -> None:
     """Gives a file or folder another name in its folder, durably."""
     with storage_errors(path):
-        _rename(path, path.with_name(name))
-        _sync_folder(path.parent)
+        operations.rename(path, path.with_name(name))
+        operations.sync_folder(path.parent)
 
 
 def remove(path: Path) -> None:
     """Removes a file, durably; nothing where there is none."""
     with storage_errors(path):
         if path.exists():
-            _unlink(path)
-            _sync_folder(path.parent)
+            operations.unlink(path)
+            operations.sync_folder(path.parent)
 
 
 def sweep(folder: Path) -> None:
@@ -195,14 +177,14 @@ def append_line(path: Path, line: str) -> None:
         StorageError: disk full, read-only, quota.
     """
     with storage_errors(path):
-        handle = _open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        handle = operations.open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         try:
             size = os.fstat(handle).st_size
             try:
-                _write(handle, path, line.encode())
+                operations.write(handle, path, line.encode())
             except BaseException:
                 with contextlib.suppress(OSError):
-                    _truncate(handle, path, size)
+                    operations.truncate(handle, path, size)
                 raise
         finally:
             os.close(handle)
@@ -211,12 +193,12 @@ def append_line(path: Path, line: str) -> None:
 def sync(path: Path) -> None:
     """Makes a file that was appended to durable, and its name."""
     with storage_errors(path):
-        handle = _open(path, os.O_RDWR | os.O_CREAT)
+        handle = operations.open_file(path, os.O_RDWR | os.O_CREAT)
         try:
-            _fsync(handle, path)
+            operations.fsync(handle, path)
         finally:
             os.close(handle)
-        _sync_folder(path.parent)
+        operations.sync_folder(path.parent)
 
 
 def cut_back(path: Path, length: int) -> None:
@@ -224,10 +206,10 @@ def cut_back(path: Path, length: int) -> None:
     with storage_errors(path):
         if not path.exists():
             return
-        handle = _open(path, os.O_RDWR)
+        handle = operations.open_file(path, os.O_RDWR)
         try:
-            _truncate(handle, path, length)
-            _fsync(handle, path)
+            operations.truncate(handle, path, length)
+            operations.fsync(handle, path)
         finally:
             os.close(handle)
 
@@ -239,7 +221,7 @@ class LogFile(io.TextIOBase):
         self._path = path
         self._handle: int | None = None
         with contextlib.suppress(OSError):
-            self._handle = _open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            self._handle = operations.open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def writable(self) -> bool:
         return True
@@ -247,7 +229,7 @@ class LogFile(io.TextIOBase):
     def write(self, text: str) -> int:
         if self._handle is not None and text:
             with contextlib.suppress(OSError):
-                _write(self._handle, self._path, text.encode(errors="replace"))
+                operations.write(self._handle, self._path, text.encode(errors="replace"))
         return len(text)
 
     def close(self) -> None:
@@ -268,13 +250,13 @@ def take_lock(path: Path, owner: str) -> int | None:
     """
     with storage_errors(path):
         while True:
-            handle = _open(path, os.O_RDWR | os.O_CREAT)
+            handle = operations.open_file(path, os.O_RDWR | os.O_CREAT)
             try:
-                _say("lock", path)
+                operations.say("lock", path)
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if path.exists() and os.path.samestat(os.fstat(handle), os.stat(path)):
-                    _truncate(handle, path, 0)
-                    _write(handle, path, owner.encode())
+                    operations.truncate(handle, path, 0)
+                    operations.write(handle, path, owner.encode())
                     return handle
                 os.close(handle)
             except BlockingIOError:
@@ -303,30 +285,17 @@ def is_locked(path: Path) -> bool:
 def drop_lock(path: Path, handle: int) -> None:
     """Lets go of it, and of the owner's name."""
     with contextlib.suppress(OSError):
-        _truncate(handle, path, 0)
+        operations.truncate(handle, path, 0)
     os.close(handle)
-
-
-# --- the operations
-
-
-def _say(operation: str, path: Path, content: bytes = b"") -> None:
-    for hook in _hooks:
-        hook(operation, path, content)
-
-
-def _open(path: Path, flags: int) -> int:
-    _say("open", path)
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def _write_new(path: Path, content: bytes | str | Iterator[str]) -> None:
     """A new file with this content, synced; its folder is not."""
-    handle = _open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    handle = operations.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
         for piece in _pieces(content):
-            _write(handle, path, piece)
-        _fsync(handle, path)
+            operations.write(handle, path, piece)
+        operations.fsync(handle, path)
     finally:
         os.close(handle)
 
@@ -347,55 +316,6 @@ def _pieces(content: bytes | str | Iterator[str]) -> Iterator[bytes]:
     yield bytes(gathered)
 
 
-def _write(handle: int, path: Path, content: bytes) -> None:
-    _say("write", path, content)
-    rest = memoryview(content)
-    while rest:  # the kernel may take less than it was given
-        rest = rest[os.write(handle, rest) :]
-
-
-def _fsync(handle: int, path: Path) -> None:
-    _say("fsync", path)
-    os.fsync(handle)
-
-
-def _truncate(handle: int, path: Path, length: int) -> None:
-    _say("truncate", path, str(length).encode())
-    os.ftruncate(handle, length)
-
-
-def _sync_folder(folder: Path) -> None:
-    _say("sync_folder", folder)
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems have no such thing
-            raise
-    finally:
-        os.close(handle)
-
-
-def _mkdir(path: Path) -> None:
-    _say("mkdir", path)
-    os.mkdir(path)
-
-
-def _rename(path: Path, to: Path) -> None:
-    _say("rename", path, os.fsencode(to))
-    os.replace(path, to)
-
-
-def _unlink(path: Path) -> None:
-    _say("unlink", path)
-    path.unlink(missing_ok=True)
-
-
-def _rmdir(path: Path) -> None:
-    _say("rmdir", path)
-    path.rmdir()
-
-
 def _removed(path: Path) -> Path:
     return path.with_name(f".{path.name}{REMOVED}")
 
@@ -403,8 +323,8 @@ def _removed(path: Path) -> Path:
 def _set_aside(path: Path) -> None:
     """Renames a folder away, durably: else it could be back after a power cut with half of its files gone."""
     _remove_tree(_removed(path))
-    _rename(path, _removed(path))
-    _sync_folder(path.parent)
+    operations.rename(path, _removed(path))
+    operations.sync_folder(path.parent)
 
 
 def _remove_tree(path: Path) -> None:
@@ -412,6 +332,6 @@ def _remove_tree(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         for inner in sorted(path.iterdir()):
             _remove_tree(inner)
-        _rmdir(path)
+        operations.rmdir(path)
     elif path.exists() or path.is_symlink():
-        _unlink(path)
+        operations.unlink(path)

@@ -31,22 +31,22 @@ class Mutant(NamedTuple):
 MUTANTS = [
     # --- writing
     Mutant("folders are not synced", "cut_from_power", [
-        Edit("storage:_sync_folder", '_say("sync_folder", folder)', "return")]),
-    Mutant("files are not synced", "cut_from_power", [Edit("storage:_fsync", '_say("fsync", path)', "return")]),
+        Edit("operations:sync_folder", 'say("sync_folder", folder)', "return")]),
+    Mutant("files are not synced", "cut_from_power", [Edit("operations:fsync", 'say("fsync", path)', "return")]),
     Mutant("a file is renamed before it is synced", "cut_from_power_at_data_json", [
-        Edit("storage:_write_new", "_fsync(handle, path)", "path.name.endswith(PARTIAL) or _fsync(handle, path)"),
-        Edit("storage:write_whole", "_rename(temporary, path)", "_rename(temporary, path); sync(path)")]),
+        Edit("storage:_write_new", "operations.fsync(", "path.name.endswith(PARTIAL) or operations.fsync("),
+        Edit("storage:write_whole", "rename(temporary, path)", "rename(temporary, path); sync(path)")]),
     Mutant("a file is written in its place", "killed_at_data_json", [
-        Edit("storage:write_whole", "_write_new(temporary, content)", "_unlink(path); _write_new(path, content)"),
-        Edit("storage:write_whole", "_rename(temporary, path)", "pass")]),
+        Edit("storage:write_whole", "_write_new(temporary, ", "operations.unlink(path); _write_new(path, "),
+        Edit("storage:write_whole", "operations.rename(temporary, path)", "pass")]),
     Mutant("a checkpoint is written in its place", "killed_in_a_save", [
         Edit("storage:whole_folder", 'target.with_name(f".{target.name}{PARTIAL}")', "target"),
         Edit("storage:whole_folder", "if target.exists():", "if False:"),
-        Edit("storage:whole_folder", "_rename(partial, target)", "pass")]),
+        Edit("storage:whole_folder", "operations.rename(partial, target)", "pass")]),
     Mutant("a checkpoint's rename is not synced", "cut_from_power", [
-        Edit("storage:whole_folder", "_sync_folder(target.parent)", "pass")]),
+        Edit("storage:whole_folder", "operations.sync_folder(target.parent)", "pass")]),
     Mutant("a removed checkpoint may come back in part", "cut_from_power_in_retention", [
-        Edit("storage:_set_aside", "_sync_folder(path.parent)", "pass")]),
+        Edit("storage:_set_aside", "operations.sync_folder(path.parent)", "pass")]),
     Mutant("a checkpoint is not read back", "lied_to", [
         Edit("storage:whole_folder", "for file, problem in check_folder(partial):", "for file, problem in ():")]),
     Mutant("retention keeps the oldest", "killed_in_a_save", [
@@ -54,7 +54,7 @@ MUTANTS = [
     Mutant("metrics are not synced before a checkpoint counts them", "cut_from_power", [
         Edit("record:RunDirectory.mark", "storage.sync(self.path / METRICS)", "pass")]),
     Mutant("half a line stays when the disk is full", "out_of_room", [
-        Edit("storage:append_line", "_truncate(handle, path, size)", "pass")]),
+        Edit("storage:append_line", "operations.truncate(handle, path, size)", "pass")]),
     Mutant("the half made is not swept away", "killed_at_data_json", [
         Edit("storage:sweep", "with storage_errors", "return\n    with storage_errors")]),
     Mutant("the lock is not taken", "contended_for", [

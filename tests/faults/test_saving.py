@@ -11,7 +11,7 @@ import pytest
 from bench import faults
 from bench.faults_run import Workload
 from bench.faults_starts import contend
-from solotune import storage
+from solotune import operations, storage
 from solotune.errors import StorageError
 
 
@@ -129,7 +129,7 @@ def test_a_hook_hears_each_operation_before_it_is_done(tmp_path):
     def hear(kind, path, content):
         heard.append((kind, path.name, content if kind == "write" else b"", (tmp_path / "a").exists()))
 
-    with storage.watched(hear):
+    with operations.watched(hear):
         storage.write_whole(tmp_path / "a", "text")
     assert heard == [
         ("open", ".a.partial", b"", False),
