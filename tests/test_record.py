@@ -64,6 +64,22 @@ def test_a_directory_with_a_run_is_not_overwritten(tmp_path):
     RunDirectory.create(config_in(tmp_path / "r"), resume=True).release()
 
 
+def test_a_run_that_came_and_went_while_the_lock_was_waited_for_is_not_overwritten(tmp_path, monkeypatch):
+    config, take = config_in(tmp_path / "r"), RunDirectory._take_lock
+
+    def late(run):
+        monkeypatch.undo()
+        other = RunDirectory.create(config)
+        other.write_config(config)
+        other.release()
+        take(run)
+
+    monkeypatch.setattr(RunDirectory, "_take_lock", late)
+    with pytest.raises(DirectoryInUseError, match="already holds a run"):
+        RunDirectory.create(config)
+    assert not RunDirectory(tmp_path / "r").is_locked()
+
+
 def test_two_processes_cannot_hold_one_directory_and_a_dead_owner_does_not_block(tmp_path):
     run = RunDirectory.create(config_in(tmp_path / "r"))
     code = (

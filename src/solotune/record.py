@@ -28,7 +28,7 @@ from typing import Any
 from solotune import storage
 from solotune.config import RunConfig, to_yaml
 from solotune.errors import DirectoryInUseError, InputError
-from solotune.manifest import MANIFEST, Entry, entry_at, manifest_text
+from solotune.manifest import MANIFEST, Entry, entry_at, manifest_text, read_manifest
 
 LOCK = ".lock"
 LOCK_TRIES = 20
@@ -70,8 +70,14 @@ class RunDirectory:
         run = cls(Path(os.path.expanduser(config.output_dir)) if config.output_dir else _fresh_path(config))
         storage.make_folder(run.path)
         run._take_lock()
-        for folder in (run.path, run.checkpoints):
-            storage.sweep(folder)
+        try:
+            if not resume:
+                cls.refuse_occupied(config)  # another may have run here from its start to its end since
+            for folder in (run.path, run.checkpoints):
+                storage.sweep(folder)
+        except BaseException:
+            run.release()
+            raise
         return run
 
     @staticmethod
@@ -179,7 +185,7 @@ class RunDirectory:
         storage.cut_back(self.path / METRICS, mark["bytes"] if mark else 0)
 
     def seal(self) -> None:
-        """Writes manifest.json, by which `solotune verify` knows every file; after later writes it is due again."""
+        """Writes manifest.json, by which `solotune verify` knows every file."""
         entries = {}
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path).as_posix()
@@ -188,10 +194,14 @@ class RunDirectory:
                 entries[name] = entry_at(path)
         storage.write_whole(self.path / MANIFEST, manifest_text(entries))
 
-    def seal_again(self) -> None:
-        """After a file of a finished run was written anew; a run that has no seal gets none."""
-        if (self.path / MANIFEST).is_file():
-            self.seal()
+    def seal_again(self, name: str) -> None:
+        """After a file of a finished run was written anew: the seal knows it, and of the others what it knew before.
+
+        A run without a seal, or with a damaged one, gets none.
+        """
+        with contextlib.suppress(ValueError):
+            entries = read_manifest(self.path / MANIFEST)
+            storage.write_whole(self.path / MANIFEST, manifest_text({**entries, name: entry_at(self.path / name)}))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All whole lines of metrics.jsonl; none where there is no such file."""

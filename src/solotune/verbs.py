@@ -346,7 +346,7 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
     with device_errors(found.config):
         result = _compare(found.load(), found.tokenizer, prepared, found.config, None, display)
     found.directory.write_json("evaluation.json", result.to_json())
-    found.directory.seal_again()
+    found.directory.seal_again("evaluation.json")
     return result
 
 

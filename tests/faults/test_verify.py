@@ -104,9 +104,10 @@ def test_evaluating_again_seals_again(finished, run, monkeypatch):
     monkeypatch.setattr("solotune.training.peak_bytes", lambda device: 1)
     before = (run / "manifest.json").read_bytes()
     (run / "evaluation.json").write_text("{}")
+    (run / "split.json").write_text("{}")
     solotune.evaluate(run)
-    assert verify(run).ok
     assert (run / "manifest.json").read_bytes() == before  # the same figures again
+    assert [problem.file for problem in verify(run).problems] == ["split.json"]  # still
 
 
 def test_a_damaged_adapter_and_another_base_are_refused_where_they_are_used(run, workload):
