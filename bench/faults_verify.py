@@ -99,16 +99,21 @@ def mutations(run: Path, count: int, seed: int) -> Iterator[tuple[str, str | Non
         changed = {name for name, _ in _content(run) ^ clean}
         if changed:
             done += 1
-            found = verify(run)
-            named = {problem.file for problem in found.problems}
-            seen = any(name == other or other.startswith(f"{name}/") for name in named for other in changed)
-            where = file.relative_to(run)
-            if found.ok:
-                yield f"{kind.__name__} {where}", "not found"
-            else:
-                yield f"{kind.__name__} {where}", None if seen else f"another file is named: {sorted(named)}"
+            yield f"{kind.__name__} {file.relative_to(run)}", _missed(run, changed)
         undo()
     assert _content(run) == clean, "a change was not undone"
+
+
+def _missed(run: Path, changed: set[str]) -> str | None:
+    """What `verify` has to answer for; None where it names a file that was changed."""
+    try:
+        named = {problem.file for problem in verify(run).problems}
+    except Exception as error:
+        return f"it crashed: {type(error).__name__}: {error}"
+    if not named:
+        return "not found"
+    seen = any(name == other or other.startswith(f"{name}/") for name in named for other in changed)
+    return None if seen else f"another file is named: {sorted(named)}"
 
 
 def clean_copies(run: Path, count: int, place: Path) -> Iterator[tuple[str, str | None]]:

@@ -104,6 +104,14 @@ def test_a_torn_last_line_is_passed_over(tmp_path):
     assert run.read_metrics() == [{"event": "step", "step": 1, "loss": 2.0}]
 
 
+def test_a_line_may_hold_any_character_and_be_torn_within_one(tmp_path):
+    run = RunDirectory.create(config_in(tmp_path / "r"))
+    run.log_metrics("non_finite", rows=["a\u2028b é"])
+    with open(run.path / "metrics.jsonl", "ab") as file:
+        file.write(b'7\n{"event": "\xc3')
+    assert run.read_metrics() == [{"event": "non_finite", "rows": ["a\u2028b é"]}]
+
+
 def test_metrics_are_cut_back_to_a_mark_and_another_file_is_not(tmp_path):
     run = RunDirectory.create(config_in(tmp_path / "r"))
     for step in range(1, 6):

@@ -205,11 +205,12 @@ class RunDirectory:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All whole lines of metrics.jsonl; none where there is no such file."""
-        path = self.path / "metrics.jsonl"
+        path = self.path / METRICS
         events = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-            with contextlib.suppress(json.JSONDecodeError):
-                events.append(json.loads(line))
+        for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+            with contextlib.suppress(ValueError):  # torn, perhaps within a character
+                if isinstance(event := json.loads(line.decode()), dict):
+                    events.append(event)
         return events
 
     @property

@@ -155,7 +155,7 @@ def _tensors(run: RunDirectory) -> Iterator[Problem]:
             where = path.relative_to(run.path).as_posix()
             try:
                 tensors = load_tensors(path.read_bytes())
-            except (OSError, SafetensorError) as error:
+            except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
                 yield Problem(where, f"is no readable safetensors file: {error}")
                 continue
             for name, tensor in tensors.items():
