@@ -11,8 +11,14 @@ from pathlib import Path
 from solotune.config import SECTIONS, RunConfig, allowed_values, field_help, section_of
 from solotune.errors import EXIT_CODES
 from solotune.foreign_keys import FOREIGN_KEYS
+from solotune.resume import BATCH, CLASSES
 
 HERE = Path(__file__).parent
+RESUMED = {
+    "frozen": f"refused (exit code 5), but `{BATCH[0]}` and `{BATCH[1]}` may change if their product stays",
+    "inexact": "goes on, and says in log and metrics.jsonl that it is not exact; other versions, another device too",
+    "free": "free; base and rows are compared by their content, wherever they come from",
+}
 
 
 def config_page() -> str:
@@ -34,6 +40,10 @@ def config_page() -> str:
     for ours in dict.fromkeys(FOREIGN_KEYS.values()):
         theirs = ", ".join(f"`{foreign}`" for foreign, key in FOREIGN_KEYS.items() if key == ours)
         lines.append(f"- `{ours}`: {theirs}")
+    lines += ["", "## What may change before `--resume`", "", "A resumed run must be the run it would have been.", ""]
+    for kind, words in RESUMED.items():
+        keys = ", ".join(f"`{key}`" for key in RunConfig.model_fields if CLASSES[key] == kind)
+        lines.append(f"- {words}: {keys}")
     lines += ["", "## Exit codes", "", "| code | meaning |", "|---|---|"]
     lines += [f"| {code} | {meaning} |" for code, meaning in EXIT_CODES.items()]
     return "\n".join(lines) + "\n"

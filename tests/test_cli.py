@@ -46,6 +46,7 @@ Verbs:
   train     Train, save the adapter, compare it with its base.
   evaluate  Compare a RUN's model with its base on the held-out rows.
   chat      Talk to a RUN's model.
+  verify    Check that a RUN's files are what it wrote.
   runs      List the runs, oldest first.
 
 Exit codes:

@@ -14,6 +14,7 @@ from solotune import checkpoint, lora
 from solotune.batch import collate
 from solotune.errors import InputError
 from solotune.model import load_model
+from solotune.storage import Folder
 
 CPU = torch.device("cpu")
 
@@ -52,9 +53,8 @@ def test_saved_adapter_loads_in_peft_and_gives_the_same_logits(family, targets, 
     config = tiny_config(family, lora_target_modules=targets if targets == "all-linear" else names, use_rslora=True)
     model = load(config)
     shake(model)
-    checkpoint.write_adapter(
-        tmp_path, lora.state_dict(model.adapted), lora.peft_config(config, model.adapted, model.module)
-    )
+    peft_config = lora.peft_config(config, model.adapted, model.module)
+    checkpoint.write_adapter(Folder(tmp_path), lora.state_dict(model.adapted), peft_config)
     base = AutoModelForCausalLM.from_pretrained(model_folder(family), dtype=torch.float32)
     theirs = PeftModel.from_pretrained(base, tmp_path).eval()
     model.module.eval()
@@ -68,6 +68,17 @@ def test_saved_adapter_loads_in_peft_and_gives_the_same_logits(family, targets, 
     )  # the adapter matters, so equality above means something
     adapted = {n for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
     assert {name.removeprefix("base_model.model.") for name in adapted} == set(model.adapted)
+
+
+def test_a_base_in_a_folder_is_not_named_in_the_adapter(tiny_config, tmp_path, monkeypatch):
+    """PEFT takes a bare name for a hub id, under which another model may lie; an absolute path names the machine."""
+    (tmp_path / "gpt2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert [lora.hub_id(name) for name in ("gpt2", "./gpt2", str(tmp_path / "gpt2"), "~/gpt2")] == [None] * 4
+    assert lora.hub_id("meta-llama/Llama-3.1-8B") == "meta-llama/Llama-3.1-8B"
+    model = load(config := tiny_config())
+    written = json.loads(lora.peft_config(config, model.adapted, model.module))
+    assert (written["base_model_name_or_path"], written["revision"]) == (None, None)
 
 
 def test_an_untrained_adapter_changes_nothing_and_its_A_has_no_gradient(tiny_config):

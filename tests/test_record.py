@@ -10,7 +10,8 @@ import pytest
 
 from solotune.config import load_config
 from solotune.errors import DirectoryInUseError, InputError, StorageError
-from solotune.record import RunDirectory, latest_run_of, list_runs, read_json, whole_folder, write_whole
+from solotune.record import RunDirectory, latest_run_of, list_runs, read_json
+from solotune.storage import whole_folder, write_whole
 
 KEYS = {"model_name_or_path": "m", "dataset": "d.jsonl"}
 
@@ -40,14 +41,14 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
     def fail_half_way():
         with whole_folder(target) as folder:
-            (folder / "one").write_text("1")
+            folder.write("one", "1")
             raise RuntimeError("half way")
 
     with pytest.raises(RuntimeError, match="half way"):
         fail_half_way()
     assert list(tmp_path.iterdir()) == []
     with whole_folder(target) as folder:
-        (folder / "one").write_text("1")
+        folder.write("one", "1")
         assert not target.exists()
     assert (target / "one").read_text() == "1"
 
@@ -61,6 +62,22 @@ def test_a_directory_with_a_run_is_not_overwritten(tmp_path):
     assert caught.value.exit_code == 4
     assert "--resume" in str(caught.value)
     RunDirectory.create(config_in(tmp_path / "r"), resume=True).release()
+
+
+def test_a_run_that_came_and_went_while_the_lock_was_waited_for_is_not_overwritten(tmp_path, monkeypatch):
+    config, take = config_in(tmp_path / "r"), RunDirectory._take_lock
+
+    def late(run):
+        monkeypatch.undo()
+        other = RunDirectory.create(config)
+        other.write_config(config)
+        other.release()
+        take(run)
+
+    monkeypatch.setattr(RunDirectory, "_take_lock", late)
+    with pytest.raises(DirectoryInUseError, match="already holds a run"):
+        RunDirectory.create(config)
+    assert not RunDirectory(tmp_path / "r").is_locked()
 
 
 def test_two_processes_cannot_hold_one_directory_and_a_dead_owner_does_not_block(tmp_path):
@@ -87,12 +104,30 @@ def test_a_torn_last_line_is_passed_over(tmp_path):
     assert run.read_metrics() == [{"event": "step", "step": 1, "loss": 2.0}]
 
 
-def test_metrics_are_cut_back_before_a_resume(tmp_path):
+def test_a_line_may_hold_any_character_and_be_torn_within_one(tmp_path):
+    run = RunDirectory.create(config_in(tmp_path / "r"))
+    run.log_metrics("non_finite", rows=["a\u2028b é"])
+    with open(run.path / "metrics.jsonl", "ab") as file:
+        file.write(b'7\n{"event": "\xc3')
+    assert run.read_metrics() == [{"event": "non_finite", "rows": ["a\u2028b é"]}]
+
+
+def test_metrics_are_cut_back_to_a_mark_and_another_file_is_not(tmp_path):
     run = RunDirectory.create(config_in(tmp_path / "r"))
     for step in range(1, 6):
         run.log_metrics("step", step=step)
-    run.forget_after(3)
+        if step == 3:
+            mark = run.mark()
+    assert run.why_not_after(mark) is None
+    run.go_back(mark)
     assert [event["step"] for event in run.read_metrics()] == [1, 2, 3]
+    lines = (run.path / "metrics.jsonl").read_text()
+    (run.path / "metrics.jsonl").write_text(lines.replace("2", "7"))
+    assert "is not the one that the checkpoint was saved beside" in run.why_not_after(mark)
+    (run.path / "metrics.jsonl").write_text(lines[:-1])
+    assert "bytes" in run.why_not_after(mark)
+    run.go_back(None)
+    assert run.read_metrics() == []
 
 
 def test_opening_what_is_no_run(tmp_path):

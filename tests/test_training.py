@@ -298,6 +298,7 @@ def test_a_checkpoint_holds_no_pickle_and_reads_back(tiny_config, tmp_path):
     folder = checkpoint.newest(run.checkpoints)
     assert {p.name for p in folder.iterdir()} == {
         "adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "random.safetensors", "state.json",
+        "manifest.json",
     }  # fmt: skip
     again = checkpoint.load(folder)
     assert again.step == 2

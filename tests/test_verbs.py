@@ -89,7 +89,8 @@ def test_a_run_is_read_with_memory_for_its_weights_settled_anew(config, tmp_path
 
 
 def test_the_adapter_is_pefts_and_gives_the_same_logits_on_the_base_it_was_trained_on(config, tmp_path):
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors.torch import load_file
     from transformers import BitsAndBytesConfig
 
     solotune.train(config)
@@ -101,6 +102,10 @@ def test_the_adapter_is_pefts_and_gives_the_same_logits_on_the_base_it_was_train
         if hasattr(module, "support_avx512bf16_for_cpu"):  # layers 64 wide at least
             module.support_avx512bf16_for_cpu = False
     theirs = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    loaded = get_peft_model_state_dict(theirs)
+    written = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert loaded.keys() == written.keys()  # PEFT only warns of keys that are missing, and drops others in silence
+    assert all(torch.equal(loaded[name], written[name]) for name in written)
     session = solotune.chat(tmp_path / "run")
     ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter").encode("twice 7 is")])
     with torch.no_grad():

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from solotune.config import RunConfig, load_config
-    from solotune.verbs import chat, data, doctor, evaluate, init, plan, runs, train
+    from solotune.verbs import chat, data, doctor, evaluate, init, plan, runs, train, verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "plan",
     "runs",
     "train",
+    "verify",
 ]
 
 _FROM_CONFIG = ("RunConfig", "load_config")

@@ -31,7 +31,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from solotune import __version__, signals, watchdog
-from solotune.errors import EXIT_CODES, CheckError, SolotuneError, StorageError
+from solotune.errors import EXIT_CODES, CheckError, IntegrityError, SolotuneError, StorageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -293,6 +293,32 @@ def chat(run: str, base: bool, prompt: str | None, as_json: bool) -> None:
             turns.append(show_answers(session, text, base, None if as_json else _console()))
     if as_json:
         print_json({"model": session.model_name, "turns": turns})
+
+
+@solotune.command()
+@click.argument("run")
+@json_option
+@click.pass_context
+def verify(ctx: click.Context, run: str, as_json: bool) -> None:
+    """Check that a RUN's files are what it wrote.
+
+    Every file against the sha256 that was recorded, nothing missing and nothing added; adapter and checkpoints of this
+    config, and finite. What is wrong is named, and makes the exit code 5.
+
+    \b
+    Example:
+      solotune verify runs/solotune-20260101-120000
+    """
+    from solotune import verbs
+
+    found = verbs.verify(run)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        from solotune.printing import print_verification
+
+        print_verification(found, _console())
+    ctx.exit(0 if found.ok else IntegrityError.exit_code)
 
 
 @solotune.command()

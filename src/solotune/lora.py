@@ -25,6 +25,7 @@ import json
 import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -245,11 +246,12 @@ def peft_config(config: RunConfig, adapted: Mapping[str, LoraLinear], model: nn.
         and name.rpartition(".")[2] in leaves
         and not name.endswith(".base")
     }
+    base = hub_id(config.model_name_or_path)
     fields: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.model_name_or_path,
-        "revision": config.model_revision,
+        "base_model_name_or_path": base,
+        "revision": config.model_revision if base else None,
         "r": config.lora_r,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
@@ -261,6 +263,15 @@ def peft_config(config: RunConfig, adapted: Mapping[str, LoraLinear], model: nn.
         "inference_mode": True,
     }
     return json.dumps(fields, indent=2) + "\n"
+
+
+def hub_id(model: str) -> str | None:
+    """What an adapter, which is passed on, says of its base; None for a folder, which is nobody else's.
+
+    The folder's name alone would be worse than nothing: PEFT takes it for a hub id, and may find another model there.
+    """
+    is_folder = model.startswith(("/", "~", ".")) or Path(model).is_dir()
+    return None if is_folder else model
 
 
 def trainable_count(shapes: Mapping[str, tuple[int, int]], r: int) -> int:

@@ -34,7 +34,7 @@ from solotune.errors import CheckError
 from solotune.model import TrainableModel
 from solotune.passes import Passes
 from solotune.planning import in_gib
-from solotune.record import storage_errors
+from solotune.storage import storage_errors
 
 # Of its length. Rounding differs between the two, and grows with depth: 2 layers of fp8 have 0.08; a lost path is 0.9.
 LARGEST_GRADIENT_ERROR = 0.5

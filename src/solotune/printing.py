@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from solotune.evaluation import Evaluation
     from solotune.planning import Plan
     from solotune.verbs import DataPreview, RunSummary, ShownRow, TrainResult
+    from solotune.verification import Verification
 
 SIGNS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "bold red")}
 SEVERITY_SIGNS = {"error": SIGNS["fail"], "warning": SIGNS["warn"], "info": ("·", "dim")}
@@ -245,6 +246,18 @@ def print_trained(result: TrainResult, console: Console) -> None:
     console.print()
     facts = {"run": str(result.run_dir), "adapter": f"{result.run_dir}/adapter (loads with PEFT)"}
     _print_facts({**facts, "next": f"solotune chat {result.run_dir} --base"}, console)
+
+
+def print_verification(found: Verification, console: Console) -> None:
+    """Each file with what is wrong with it, and a last line that says whether the run is whole."""
+    for file, problem in found.problems:
+        _signed(*SIGNS["fail"], file, problem, None, console)
+    for note in found.notes:
+        _signed(*SIGNS["warn"], "note", note, None, console)
+    looked = f"{_count(found.num_files, 'file')}, {found.num_bytes:,} bytes"
+    looked += f", {_count(found.num_checkpoints, 'checkpoint')}"
+    verdict = f"{_count(len(found.problems), 'problem')} in {looked}" if found.problems else f"whole: {looked}"
+    console.print(Text(verdict, "bold red" if found.problems else "bold green"))
 
 
 def print_runs(runs: Sequence[RunSummary], root: str | Path, console: Console) -> None:

@@ -1,92 +1,40 @@
 """The run directory: the files in which the stages of a run meet.
 
     runs/<name>/  config.yaml  environment.json  data.json  metrics.jsonl  checkpoints/step-000050/
-                  adapter/  evaluation.json  log.txt
+                  adapter/  evaluation.json  log.txt  fingerprints.json  manifest.json
 
-Every file is written whole or not at all (temporary sibling, fsync, rename, fsync of the folder), so whoever reads the
-directory, during the run, after a crash or on another machine, sees only finished files. `metrics.jsonl` alone grows:
-one JSON object a line, and a torn last line is passed over. A lock that the kernel drops with its owner keeps a second
-process out.
+Every file is written whole or not at all (`storage.py`), so whoever reads the directory, during the run, after a crash
+or on another machine, sees only finished files. `metrics.jsonl` alone grows: one JSON object a line, and a torn last
+line is passed over. A lock that the kernel drops with its owner keeps a second process out.
+
+Each checkpoint has a mark of `metrics.jsonl`: its length and its sha256. Going on from the checkpoint cuts the file
+back to the mark; a file that is another one, or shorter, is of another run than the checkpoint. At its end a run is
+sealed: `manifest.json` has the hash of every file that has no manifest beside it (adapter and checkpoints do).
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import platform
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from solotune import storage
 from solotune.config import RunConfig, to_yaml
-from solotune.errors import DirectoryInUseError, InputError, StorageError
+from solotune.errors import DirectoryInUseError, InputError
+from solotune.manifest import MANIFEST, Entry, entry_at, manifest_text, read_manifest
 
 LOCK = ".lock"
+LOCK_TRIES = 20
+METRICS, LOG, FINGERPRINTS, STACKS = "metrics.jsonl", "log.txt", "fingerprints.json", "stacks.txt"
+UNUSED = ".unused"  # ending of a checkpoint that a resumed run passed over
 MARKS = ("config.yaml", "metrics.jsonl", "adapter", "checkpoints")  # any of these: the directory holds a run
-
-
-@contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turns an operating system's refusal to write into an error that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written", seen=error.strerror or str(error)) from error
-
-
-def write_whole(path: Path, content: bytes | str | Iterator[str]) -> None:
-    """Writes a file so that it exists complete or not at all, also across a power loss.
-
-    Args:
-        content: an iterator gives a text in pieces, which need not all be in memory.
-
-    Raises:
-        StorageError: disk full, read-only, quota.
-    """
-    pieces = [content] if isinstance(content, (bytes, str)) else content
-    temporary = path.with_name(f".{path.name}.partial")
-    with storage_errors(path):
-        try:
-            with open(temporary, "wb") as file:
-                for piece in pieces:
-                    file.write(piece.encode() if isinstance(piece, str) else piece)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a folder's entries durable: a rename is only on disk once its folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill that appears under `target` only when the block ends well; an old `target` is replaced."""
-    partial = target.with_name(f".{target.name}.partial")
-    with storage_errors(target):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            sync_folder(partial)
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(partial, target)
-            sync_folder(target.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_json(path: Path) -> Any:
@@ -120,9 +68,16 @@ class RunDirectory:
         if not resume:
             cls.refuse_occupied(config)
         run = cls(Path(os.path.expanduser(config.output_dir)) if config.output_dir else _fresh_path(config))
-        with storage_errors(run.path):
-            run.path.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(run.path)
         run._take_lock()
+        try:
+            if not resume:
+                cls.refuse_occupied(config)  # another may have run here from its start to its end since
+            for folder in (run.path, run.checkpoints):
+                storage.sweep(folder)
+        except BaseException:
+            run.release()
+            raise
         return run
 
     @staticmethod
@@ -162,71 +117,101 @@ class RunDirectory:
         return run
 
     def _take_lock(self) -> None:
-        self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        me = json.dumps({"pid": os.getpid(), "host": platform.node(), "since": now}) + "\n"
+        owner = None
+        for _ in range(LOCK_TRIES):  # it may be held for a moment by who only asks, and its owner's name comes after it
+            self._lock = storage.take_lock(self.path / LOCK, me)
+            if self._lock is not None:
+                return
+            if owner := self._owner():
+                break
+            time.sleep(0.05)
+        raise DirectoryInUseError(
+            f"{self.path} is being written by another process",
+            seen=owner,
+            change="wait for it, or choose another output_dir",
+        )
+
+    def _owner(self) -> str | None:
+        """Who holds the lock, in words."""
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(self._lock, 32).decode(errors="replace").strip()
-            os.close(self._lock)
-            raise DirectoryInUseError(
-                f"{self.path} is being written by another process",
-                seen=f"process {owner}" if owner else None,
-                change="wait for it, or choose another output_dir",
-            ) from None
-        os.ftruncate(self._lock, 0)
-        os.write(self._lock, f"{os.getpid()}\n".encode())
+            owner = json.loads((self.path / LOCK).read_text(encoding="utf-8"))
+            if owner["host"] == platform.node() and not _is_alive(owner["pid"]):
+                return None
+            return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def is_locked(self) -> bool:
         """Whether a live process is writing this run."""
-        try:
-            handle = os.open(self.path / LOCK, os.O_RDONLY)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(handle)
+        return storage.is_locked(self.path / LOCK)
 
     def release(self) -> None:
         """Lets go of the lock."""
         if self._lock is not None:
-            os.close(self._lock)
+            storage.drop_lock(self.path / LOCK, self._lock)
             self._lock = None
 
     def write_config(self, config: RunConfig) -> None:
-        write_whole(self.path / "config.yaml", to_yaml(config))
+        storage.write_whole(self.path / "config.yaml", to_yaml(config))
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """`name` is a file name such as `evaluation.json`."""
-        write_whole(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        storage.write_whole(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def log_metrics(self, event: str, **values: Any) -> None:
         """Appends one line to metrics.jsonl: {"event": ..., ...}."""
-        line = json.dumps({"event": event, **values}, ensure_ascii=False) + "\n"
-        with (
-            storage_errors(self.path / "metrics.jsonl"),
-            open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file,
-        ):
-            file.write(line)
+        storage.append_line(self.path / METRICS, json.dumps({"event": event, **values}, ensure_ascii=False) + "\n")
+
+    def mark(self) -> dict[str, Any]:
+        """Makes metrics.jsonl durable and says what it is: what a checkpoint keeps of it."""
+        storage.sync(self.path / METRICS)
+        return entry_at(self.path / METRICS)._asdict()
+
+    def why_not_after(self, mark: Mapping[str, Any]) -> str | None:
+        """Why metrics.jsonl cannot be cut back to a mark; None where it can."""
+        path = self.path / METRICS
+        there = path.stat().st_size if path.is_file() else 0
+        if there < mark["bytes"]:
+            return f"{METRICS} has {there:,} bytes, {mark['bytes']:,} when the checkpoint was saved"
+        if mark["bytes"] and entry_at(path, mark["bytes"]) != Entry(mark["bytes"], mark["sha256"]):
+            return f"{METRICS} is not the one that the checkpoint was saved beside"
+        return None
+
+    def go_back(self, mark: Mapping[str, Any] | None) -> None:
+        """Takes the seal off and cuts metrics.jsonl back to a mark, or to nothing: the run goes on from there."""
+        storage.remove(self.path / MANIFEST)
+        storage.cut_back(self.path / METRICS, mark["bytes"] if mark else 0)
+
+    def seal(self) -> None:
+        """Writes manifest.json, by which `solotune verify` knows every file."""
+        entries = {}
+        for path in sorted(self.path.rglob("*")):
+            name = path.relative_to(self.path).as_posix()
+            has_own = path.name != MANIFEST and (path.parent / MANIFEST).is_file() and path.parent != self.path
+            if path.is_file() and not has_own and name not in (MANIFEST, LOCK) and UNUSED not in name:
+                entries[name] = entry_at(path)
+        storage.write_whole(self.path / MANIFEST, manifest_text(entries))
+
+    def seal_again(self, name: str) -> None:
+        """After a file of a finished run was written anew: the seal knows it, and of the others what it knew before.
+
+        A run without a seal, or with a damaged one, gets none.
+        """
+        with contextlib.suppress(ValueError):
+            entries = read_manifest(self.path / MANIFEST)
+            storage.write_whole(self.path / MANIFEST, manifest_text({**entries, name: entry_at(self.path / name)}))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All whole lines of metrics.jsonl; none where there is no such file."""
-        path = self.path / "metrics.jsonl"
+        path = self.path / METRICS
         events = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-            with contextlib.suppress(json.JSONDecodeError):
-                events.append(json.loads(line))
+        for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+            with contextlib.suppress(ValueError):  # torn, perhaps within a character
+                if isinstance(event := json.loads(line.decode()), dict):
+                    events.append(event)
         return events
-
-    def forget_after(self, step: int) -> None:
-        """Cuts metrics.jsonl back to what happened up to `step`, before a run is resumed from there."""
-        kept = [event for event in self.read_metrics() if event.get("step", 0) <= step]
-        write_whole(
-            self.path / "metrics.jsonl", "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in kept)
-        )
 
     @property
     def adapter(self) -> Path:
@@ -235,6 +220,16 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True
 
 
 def _fresh_path(config: RunConfig) -> Path:

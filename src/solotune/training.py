@@ -247,9 +247,9 @@ def train(
             run.log_metrics("non_finite", step=step, tensors=problem)
             raise NonFiniteError(f"step {step}: not finite after the update, and not saved", seen=", ".join(problem))
         adapter = lora.state_dict(model.adapted)
-        state = {"fingerprints": fingerprints or {}, "total_steps": schedule.total_steps}
+        state = {"fingerprints": fingerprints or {}, "metrics": run.mark()}
         path = checkpoint.save(run.checkpoints, step, adapter, peft_config, optimizer, state)
-        checkpoint.keep_newest(run.checkpoints, config.save_total_limit)
+        checkpoint.keep_newest(run.checkpoints, config.save_total_limit, step)
         saved = step
         run.log_metrics("save", step=step, path=path.name)
         display.saved(step, path)

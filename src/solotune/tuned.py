@@ -19,9 +19,11 @@ from solotune import checkpoint, dataset, environment, evaluation, lora
 from solotune.config import Choice, RunConfig, load_config
 from solotune.device_failure import device_errors
 from solotune.environment import Machine
-from solotune.errors import InputError
+from solotune.errors import InputError, IntegrityError
+from solotune.fingerprint import base_fingerprint, check_base
+from solotune.manifest import check_folder
 from solotune.model import TrainableModel, load_model
-from solotune.record import RunDirectory
+from solotune.record import FINGERPRINTS, RunDirectory, read_json
 
 
 def settle(config: RunConfig) -> tuple[RunConfig, Machine, list[Choice]]:
@@ -67,6 +69,7 @@ class TunedRun:
 
         Raises:
             InputError: nothing was saved yet.
+            IntegrityError: the adapter is damaged, or the base is another than it was trained on.
         """
         done = self.directory.adapter.is_dir()
         folder = self.directory.adapter if done else checkpoint.newest(self.directory.checkpoints)
@@ -74,7 +77,11 @@ class TunedRun:
             raise InputError(
                 f"{self.directory.path}: nothing was saved yet", change="train it to its end, or --resume it"
             )
+        for file, problem in check_folder(folder):
+            raise IntegrityError(f"{folder / file}: {problem}", change="solotune verify names all that is wrong")
         tensors = checkpoint.read_adapter(folder)
+        recorded = read_json(self.directory.path / FINGERPRINTS)["base"]
+        check_base(recorded, base_fingerprint(self.config), str(self.directory.path))
         model = load_base(self.config, self.machine)
         lora.load_state_dict(model.adapted, tensors, str(folder))
         return model

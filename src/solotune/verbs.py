@@ -7,27 +7,29 @@ the list of runs loads no torch. The file is longer than others so that every st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from solotune.config import SECTIONS, Choice, RunConfig, allowed_values, field_help, load_config, section_of, to_yaml
 from solotune.errors import InputError, IntegrityError, InterruptedRunError, SolotuneError
 from solotune.outlet import outlet, stage_of
 from solotune.record import (
+    FINGERPRINTS,
+    LOG,
+    STACKS,
     RunDirectory,
     RunSummary,
     list_runs,
     nearest_folder,
     read_json,
-    storage_errors,
     summarised,
     usual_step,
-    whole_folder,
-    write_whole,
 )
+from solotune.storage import LogFile, make_folder, whole_folder, write_whole
 from solotune.terminal import Display, PlainDisplay, SilentDisplay, clock, make_console, tee
 
 if TYPE_CHECKING:
@@ -37,7 +39,9 @@ if TYPE_CHECKING:
     from solotune.model import TrainableModel
     from solotune.planning import Plan
     from solotune.preflight import Preflight
+    from solotune.resume import Start
     from solotune.tuned import ChatSession
+    from solotune.verification import Verification
 
 ConfigSource = str | Path | Mapping[str, Any] | RunConfig
 
@@ -71,8 +75,7 @@ def init(model: str, dataset: str, path: str | Path = "solotune.yaml", force: bo
                 f"{'' if given else '# '}{key}: {value}".rstrip(),
                 "",
             ]
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_whole(path, "\n".join(lines))
     return path
 
@@ -212,25 +215,18 @@ def _train(config: RunConfig, resume: bool, heard: Display) -> TrainResult:
 
     ready = _get_ready(config, resume, heard)
     checked, prepared, model = ready.config, ready.prepared, ready.model
-    run, start = open_run(checked, prepared, resume)  # nothing is written before all that can be refused was seen
-    log = open(run.path / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed with the run
-    watchdog.stacks_into(run.path / "stacks.txt")
+    marks = fingerprints(checked, prepared, ready.machine)
+    run, start = open_run(checked, marks, resume)  # nothing is written before all that can be refused was seen
+    log = LogFile(run.path / LOG)
+    watchdog.stacks_into(run.path / STACKS)
     try:
-        display = tee(heard, PlainDisplay(checked.logging_steps, make_console(log)))
+        display = tee(heard, PlainDisplay(checked.logging_steps, make_console(cast(TextIO, log))))
         display.note(f"run directory: {run.path}")
         display.choices(ready.choices)
-        summary = _record_start(run, ready, start.step if start else 0, display)
+        summary = _record_start(run, ready, marks, start, display)
+        point = start.point if start else None
         with signals.held_back():
-            tuned = training.train(
-                model,
-                prepared.train,
-                prepared.validation,
-                checked,
-                run,
-                display,
-                start,
-                fingerprints(checked, prepared),
-            )
+            tuned = training.train(model, prepared.train, prepared.validation, checked, run, display, point, marks)
             _write_adapter(run, model, checked, ready.tokenizer)
         result = None
         if prepared.validation:
@@ -241,6 +237,8 @@ def _train(config: RunConfig, resume: bool, heard: Display) -> TrainResult:
         measured = {"peak_bytes": peak_bytes, **usual_step(run.read_metrics())}
         run.write_json("plan.json", {**ready.plan_json(), "measured": measured})
         run.log_metrics("end", step=summary["total_steps"], peak_bytes=peak_bytes)
+        log.close()
+        run.seal()
         return TrainResult(run.path, summary, ready.choices, result)
     except signals.StopRequested as stop:
         if not run.adapter.is_dir():
@@ -316,13 +314,16 @@ def _get_ready(config: RunConfig, resume: bool, display: Display) -> _Ready:
     return _Ready(checked, machine, choices, tokenizer, prepared, planned, model, tried)
 
 
-def _record_start(run: RunDirectory, ready: _Ready, step: int, display: Display) -> dict[str, Any]:
+def _record_start(
+    run: RunDirectory, ready: _Ready, marks: Mapping[str, Any], start: Start | None, display: Display
+) -> dict[str, Any]:
     """Writes what is known before the first step, and says it; the run's summary."""
     from solotune.dataset import pack
 
     report = ready.prepared.report
     run.write_config(ready.config)
     run.write_json("environment.json", {**ready.machine.to_json(), "choices": [c._asdict() for c in ready.choices]})
+    run.write_json(FINGERPRINTS, marks)
     run.write_json("plan.json", ready.plan_json())
     run.write_json("data.json", report.to_json())
     write_whole(run.path / "split.json", ready.prepared.manifest.json_lines())
@@ -331,7 +332,13 @@ def _record_start(run: RunDirectory, ready: _Ready, step: int, display: Display)
     if report.packing:
         display.note(f"packing: {pack.in_words(report.packing)}")
     display.note(_planned_in_words(ready.planned))
-    run.log_metrics("start", step=step, **summary)
+    if start is None:
+        run.log_metrics("start", step=0, **summary)
+    else:
+        exact = {"exact": not start.inexact, "inexact": start.inexact, "passed_over": start.passed_over}
+        run.log_metrics("resume", step=start.point.step, **exact)
+        for line in start.in_words():
+            display.note(line)
     if ready.tried:
         display.note(ready.tried.in_words(ready.planned.option.footprint.peak_bytes))
         run.log_metrics("preflight", **asdict(ready.tried))
@@ -368,7 +375,19 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
     with device_errors(found.config):
         result = _compare(found.load(), found.tokenizer, prepared, found.config, None, display)
     found.directory.write_json("evaluation.json", result.to_json())
+    found.directory.seal_again("evaluation.json")
     return result
+
+
+def verify(run: str | Path) -> Verification:
+    """Looks whether every file of a run is what the run wrote, and every parameter a number.
+
+    Raises:
+        InputError: no run there.
+    """
+    from solotune import verification
+
+    return verification.verify(run)
 
 
 def chat(run: str | Path) -> ChatSession:
@@ -450,4 +469,13 @@ def _write_adapter(run: RunDirectory, model: TrainableModel, config: RunConfig, 
     with whole_folder(run.adapter) as folder:
         peft_config = lora.peft_config(config, model.adapted, model.module)
         checkpoint.write_adapter(folder, lora.state_dict(model.adapted), peft_config)
-        tokenizer.save_pretrained(folder)
+        for name, content in _tokenizer_files(tokenizer):
+            folder.write(name, content)
+
+
+def _tokenizer_files(tokenizer: Any) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of what transformers writes of a tokenizer; it writes by itself, so elsewhere at first."""
+    with tempfile.TemporaryDirectory(prefix="solotune-") as scratch:
+        tokenizer.save_pretrained(scratch)
+        for path in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
+            yield path.relative_to(scratch).as_posix(), path.read_bytes()

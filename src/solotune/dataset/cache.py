@@ -48,7 +48,7 @@ from solotune.dataset.manifest import Manifest
 from solotune.dataset.report import DataReport
 from solotune.dataset.store import Store, folder
 from solotune.errors import StorageError
-from solotune.record import write_whole
+from solotune.storage import write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

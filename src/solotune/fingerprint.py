@@ -1,0 +1,98 @@
+"""What a base model is, in a few numbers: so that an adapter is never put on another base than its own.
+
+    config    sha256 of config.json, without the keys that name where and with what it was saved
+    tensors   sha256 of every tensor's name, dtype and shape
+    content   sha256 of SAMPLES stretches of SAMPLE_BYTES, evenly spaced, of every tensor
+
+PEFT loads an adapter on any base of the same shapes, without a word. Another revision, a fine-tune of the base, or one
+layer that was changed differ in nearly every byte of a tensor, and so in each stretch. What stays unseen is damage of a
+few bytes between the stretches; all of 16 GB would have to be read to find it. The stretches of an 8B model are 19 MB
+(291 tensors x 4 x 16 KiB), read and hashed in 0.04 s where the disk does not have to be waited for.
+
+The folder's name is no part of it: a base that was moved or downloaded again is the same base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from solotune.config import RunConfig
+from solotune.errors import InputError, IntegrityError
+from solotune.hub import model_folder
+from solotune.weights import weight_files
+
+SAMPLES, SAMPLE_BYTES = 4, 16 << 10
+MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
+NOT_THE_MODEL = ("_name_or_path", "transformers_version")  # keys of config.json
+WORDS = {"config": "its config.json", "tensors": "its tensors' names or shapes", "content": "its weights"}
+
+
+def base_fingerprint(config: RunConfig) -> dict[str, str]:
+    """Of the model that a config names.
+
+    Raises:
+        InputError: there is no such model, or a file of it cannot be read.
+    """
+    return fingerprint_of(model_folder(config))
+
+
+def fingerprint_of(folder: Path) -> dict[str, str]:
+    """Of a model folder."""
+    path = folder / "config.json"
+    try:
+        architecture = json.loads(path.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in architecture.items() if key not in NOT_THE_MODEL}
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: cannot be read as a model's config", seen=str(error)) from None
+    tensors, content = hashlib.sha256(), hashlib.sha256()
+    for file in weight_files(folder):
+        try:
+            _add_file(file, tensors, content)
+        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+            raise InputError(f"{file}: not a readable safetensors file", seen=str(error)) from None
+    said = json.dumps(kept, sort_keys=True).encode()
+    return {
+        "config": hashlib.sha256(said).hexdigest(),
+        "tensors": tensors.hexdigest(),
+        "content": content.hexdigest(),
+    }
+
+
+def _add_file(path: Path, tensors: Any, content: Any) -> None:
+    """Adds the tensors of one safetensors file: 8 bytes of header length, the header, the data."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {length:,} bytes")
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for name in sorted(header):
+            begin, end = header[name]["data_offsets"]
+            tensors.update(f"{name} {header[name]['dtype']} {header[name]['shape']}\n".encode())
+            room = max(0, end - begin - SAMPLE_BYTES)
+            for offset in sorted({room * number // (SAMPLES - 1) for number in range(SAMPLES)}):
+                wanted = min(SAMPLE_BYTES, end - begin)
+                stretch = os.pread(file.fileno(), wanted, 8 + length + begin + offset)
+                if len(stretch) < wanted:
+                    raise ValueError(f"the file ends within {name}")
+                content.update(stretch)
+
+
+def check_base(recorded: Mapping[str, str] | None, found: Mapping[str, str], where: str) -> None:
+    """Raises:
+    IntegrityError: `found` is not the recorded base.
+    """
+    for key, words in WORDS.items():
+        if recorded is not None and recorded[key] != found[key]:
+            raise IntegrityError(
+                f"{where}: the base model is not the one that this adapter was trained on",
+                seen=f"{words} differ: sha256 {found[key][:12]}",
+                allowed=f"{recorded[key][:12]}",
+                change="name the base of this run in model_name_or_path, with its model_revision",
+            )
