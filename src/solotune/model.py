@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.pytorch_utils import Conv1D
 
 from solotune import attention, lora, loss
+from solotune.architecture import read_architecture
 from solotune.batch import Batch, collate, collate_packs
 from solotune.config import Choice, RunConfig
 from solotune.dataset import Example
@@ -40,7 +41,7 @@ from solotune.head import check_head, head_of
 from solotune.hub import model_folder
 from solotune.layers import decoder_layers, prepare_layers
 from solotune.linear import DenseWeight, Fp8Weight, FrozenLinear, NF4Weight, Storage
-from solotune.weights import load_with_transformers, match_names, read_architecture, read_tensors, weight_files
+from solotune.weights import check_finite, load_with_transformers, match_names, read_tensors, weight_files
 
 STORAGE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -244,6 +245,7 @@ def _fill(
                 allowed=f"floating point {expected}",
             )
         tensor = tensor.to(device)
+        check_finite(config.model_name_or_path, name, tensor)
         if owner not in frozen:
             _set(module.get_submodule(owner), leaf, tensor.to(dtype))
         elif leaf == "weight":
