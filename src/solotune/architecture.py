@@ -1,8 +1,8 @@
 """config.json of a model folder, read by ourselves before transformers acts on it.
 
-A config.json is not only numbers. `auto_map` names Python files of the folder; `attn_implementation: owner/kernel` makes
-transformers download and import native code; in 2026 a config could switch `trust_remote_code` on (CVE-2026-5241,
-CVE-2026-4372), and a line break in `model_type` was executed by another trainer (CVE-2026-93348). So:
+A config.json is not only numbers. `auto_map` names Python files of the folder; `attn_implementation: owner/kernel`
+makes transformers download and import native code; in 2026 a config could switch `trust_remote_code` on
+(CVE-2026-5241, CVE-2026-4372), and a line break in `model_type` was executed by another trainer (CVE-2026-93348). So:
 
     keys that can lead to code          refused, at any depth, whatever their value does today
     keys of transformers' insides       (`_name_or_path`, `_attn_implementation_internal`) not handed on
@@ -70,7 +70,7 @@ def read_architecture(folder: Path) -> PreTrainedConfig:
     handed_on = {key: value for key, value in raw.items() if _is_handed_on(path, kind, key, value)}
     try:
         return kind.from_dict(handed_on)
-    # a strict class, its validators and the arithmetic in them raise what they like: ValueError, TypeError, ZeroDivision
+    # a strict class, its validators and the arithmetic in them raise what they like
     except Exception as error:
         raise InputError(f"{path}: transformers cannot read it", seen=_reason(error)) from None
 
@@ -99,7 +99,7 @@ def _refuse_code(path: Path, value: Any, above: str = "") -> None:
 
 
 def _is_harmless(key: str, value: Any) -> bool:
-    """Whether a key that can lead to code does not with this value: switched off, a size, transformers' own attention."""
+    """Whether a key that can lead to code does not with this value: off, a size, an attention of transformers."""
     if value is None or (value is False and key != "auto_map"):
         return True
     if "implementation" in key:

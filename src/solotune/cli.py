@@ -30,6 +30,7 @@ import click
 
 from solotune import __version__
 from solotune.errors import EXIT_CODES, SolotuneError, StorageError
+from solotune.secrets import without_secrets
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -131,7 +132,7 @@ def init(model: str, dataset: str, output: str, force: bool, as_json: bool) -> N
     if as_json:
         print_json({"path": str(path)})
     else:
-        click.echo(f"wrote {path}; next: solotune data {path}")
+        click.echo(_inert(f"wrote {path}; next: solotune data {path}"))
 
 
 @solotune.command()
@@ -348,13 +349,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(code: int, message: str, as_json: bool, content: dict[str, object] | None = None, after: str = "") -> int:
+    message = without_secrets(message)
     click.echo(
-        f"{click.style('error:', fg='red', bold=True)} {_inert(message)}" + (f"\n{after}" if after else ""), err=True
+        f"{click.style('error:', fg='red', bold=True)} {_inert(message)}" + (f"\n{_inert(after)}" if after else ""),
+        err=True,
     )
     if as_json:
         unknown = {"exit_code": code, "meaning": EXIT_CODES[code], "problem": message}
-        print_json(content or {"error": unknown})
+        print_json(_without_secrets(content or {"error": unknown}))
     return code
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_secrets(item) for key, item in value.items()}
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def quieten() -> None:
@@ -413,6 +422,7 @@ def _finite(value: Any) -> Any:
 def _write_crash(error: Exception, arguments: Sequence[str]) -> Path:
     """The traceback, into the log of the run that it concerns, or else into a file of its own."""
     text = f"solotune {__version__}, Python {sys.version.split()[0]}\n" + "".join(traceback.format_exception(error))
+    text = without_secrets(text)
     for folder in (getattr(error, "run_dir", None), *arguments[1:2]):
         with contextlib.suppress(OSError, TypeError, ValueError):
             if (Path(folder) / "config.yaml").is_file():  # type: ignore[arg-type]

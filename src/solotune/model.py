@@ -41,6 +41,7 @@ from solotune.head import check_head, head_of
 from solotune.hub import model_folder
 from solotune.layers import decoder_layers, prepare_layers
 from solotune.linear import DenseWeight, Fp8Weight, FrozenLinear, NF4Weight, Storage
+from solotune.model_files import check_regular, json_object
 from solotune.weights import check_finite, load_with_transformers, match_names, read_tensors, weight_files
 
 STORAGE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -317,13 +318,18 @@ def _check_complete(module: PreTrainedModel, folder: Path) -> None:
 
 
 def _set_generation(module: PreTrainedModel, folder: Path) -> None:
-    if (folder / "generation_config.json").is_file():
-        try:
-            module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{folder / 'generation_config.json'}: not readable", seen=str(error).split("\n")[0]
-            ) from None
+    """Takes from generation_config.json what an answer ends with, and no more: it can name code and caches too."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return
+    check_regular(folder, path)
+    raw = json_object(path)
+    ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(key) is not None}
+    for key, value in ids.items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise InputError(f"{path}: {key} is no token id", seen=repr(value)[:80])
+    module.generation_config = GenerationConfig(**ids)
 
 
 def _take_fast_attention(model: TrainableModel, config: RunConfig) -> list[Choice]:

@@ -172,8 +172,8 @@ def read_tensors(files: list[Path], names: dict[str, str]) -> Iterator[tuple[str
 def check_finite(where: str, name: str, tensor: torch.Tensor) -> None:
     """Looks at a tensor that has just arrived on its device.
 
-    The sum is NaN or infinite where any number is; only then are they looked at one by one, for large finite numbers can
-    add up to an infinity too.
+    The sum is NaN or infinite where any number is; only then are they looked at one by one, for large finite numbers
+    can add up to an infinity too.
 
     Raises:
         InputError: NaN or infinity in it. No output shows that later: sdpa on a CPU hides a NaN.
@@ -193,9 +193,9 @@ def check_finite(where: str, name: str, tensor: torch.Tensor) -> None:
 def fingerprint(folder: Path) -> str:
     """What tells one base from another: config.json, every header, and both ends of every tensor, hashed.
 
-    Training changes nearly every number of a tensor, so another model, revision or layer is told by reading 8 KB of each
-    tensor, some MB instead of 16 GB for an 8B model. A single flipped bit inside a tensor is not: the format has no
-    checksum, and hashing all of it would take longer than loading.
+    Training changes nearly every number of a tensor, so another model, revision or layer is told by reading 8 KB of
+    each tensor, some MB instead of 16 GB for an 8B model. A single flipped bit inside a tensor is not: the format has
+    no checksum, and hashing all of it would take longer than loading.
 
     Raises:
         InputError: as `weight_files` and `read_header`.
