@@ -17,6 +17,7 @@ transformers is then given the object that was checked, not the file, so that wh
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def read_architecture(folder: Path) -> PreTrainedConfig:
         )
     check_regular(folder, path)
     raw = json_object(path, MAX_CONFIG_BYTES)
-    _refuse_code(path, raw)
+    refuse_code(path, raw)
     _refuse_quantised(path, raw)
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in CONFIG_MAPPING:
@@ -81,7 +82,7 @@ def _reason(error: Exception) -> str:
     return " ".join(lines[:2])[:300] or type(error).__name__
 
 
-def _refuse_code(path: Path, value: Any, above: str = "") -> None:
+def refuse_code(path: Path, value: Any, above: str = "") -> None:
     """Raises:
     InputError: a key, here or further in, that can lead to code.
     """
@@ -95,7 +96,7 @@ def _refuse_code(path: Path, value: Any, above: str = "") -> None:
                 allowed="architectures that the installed transformers has itself",
                 change=f"remove {name}, if the model is one of these; otherwise name another model",
             )
-        _refuse_code(path, item, f"{name}.")
+        refuse_code(path, item, f"{name}.")
 
 
 def _is_harmless(key: str, value: Any) -> bool:
@@ -146,7 +147,7 @@ def _is_handed_on(path: Path, kind: Any, key: str, value: Any) -> bool:
     Raises:
         InputError: the key would replace something that the class of the architecture does.
     """
-    fields = set(getattr(kind, "__dataclass_fields__", ())) | set(kind.attribute_map)
+    fields = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
     if key in fields or key in ("model_type", "rope_scaling"):
         return True
     if key.startswith("_") or CODE.fullmatch(key):

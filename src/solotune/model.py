@@ -19,6 +19,7 @@ are already quantised.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,6 +185,18 @@ def empty_model(
         return _built_empty(architecture, folder, config.attn_implementation, dtype, device), config.attn_implementation
     except _NoSuchAttention:
         return _built_empty(architecture, folder, "eager", dtype, device), "eager"
+
+
+def check_folder(config: RunConfig) -> None:
+    """Says what speaks against a local model folder before anything is spent on it; a hub id is not downloaded for it.
+
+    Raises:
+        InputError: as `load_model`, but for numbers that are not finite.
+    """
+    folder = Path(os.path.expanduser(config.model_name_or_path))
+    if folder.is_dir():
+        module, _ = empty_model(config, folder, torch.float32, torch.device("cpu"))
+        match_names(module, weight_files(folder))
 
 
 class _NoSuchAttention(Exception):

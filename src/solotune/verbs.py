@@ -251,6 +251,7 @@ def _get_ready(config: RunConfig, resume: bool, display: Display) -> _Ready:
     """Settles, reads, plans, loads, tries: everything that may refuse a run, in the order of what it costs to ask."""
     from solotune import dataset
     from solotune.device_failure import device_errors
+    from solotune.model import check_folder
     from solotune.preflight import preflight
     from solotune.resume import recorded_day
     from solotune.survey import plan_for
@@ -259,8 +260,9 @@ def _get_ready(config: RunConfig, resume: bool, display: Display) -> _Ready:
     checked, machine, choices = settle(config)
     if not resume:
         RunDirectory.refuse_occupied(checked)
-    display.phase("reading data")
+    check_folder(checked)
     tokenizer = dataset.load_tokenizer(checked)
+    display.phase("reading data")
     prepared = _prepare(checked, tokenizer, display, recorded_day(checked, resume))
     for finding in prepared.report.findings:
         display.note(f"{finding['severity']} {finding['code']} {finding['slug']}: {finding['message']}")
