@@ -51,8 +51,12 @@ def tokenizer_folder(name: str, revision: str) -> Path:
     """
     offline_if_unreachable()
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     wanted = [*(pattern for pattern in FILES if pattern != "*.safetensors"), TEMPLATES]
     unwanted = ["*.safetensors.index.json", "original/*", "consolidated*"]

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateSyntaxError
-
 from solotune.config import RunConfig
+from solotune.dataset.sandbox import TemplateRefusal, TemplateSyntax, sandbox
 from solotune.dataset.tokenizer_files import MAX_TEMPLATE_BYTES, check_tokenizer_files
 from solotune.errors import InputError
 from solotune.hub import tokenizer_folder
@@ -123,8 +122,6 @@ def _check_folder(name: str, folder: Path) -> None:
 
 
 def _read_template(written: str) -> str:
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
     path = Path(os.path.expanduser(written))
     if not path.is_file():
         raise InputError(f"chat_template_path: {written}: no such file", seen=f"looked in {path.parent.resolve()}")
@@ -132,13 +129,15 @@ def _read_template(written: str) -> str:
         raise InputError(f"chat_template_path: {written}: too large for a template", allowed="1 MiB")
     try:
         template = path.read_text(encoding="utf-8-sig")
-        _compile_jinja_template(template)  # the same compiler that will render, so the same syntax is allowed
+        sandbox().check(template)
     except UnicodeDecodeError as error:
         raise InputError(f"chat_template_path: {written}: not UTF-8", seen=f"byte {error.start + 1}") from None
-    except TemplateSyntaxError as error:
+    except TemplateSyntax as error:
         raise InputError(
-            f"chat_template_path: {written}, line {error.lineno}: not a valid Jinja template", seen=error.message
+            f"chat_template_path: {written}, line {error.line}: not a valid Jinja template", seen=str(error)
         ) from None
+    except TemplateRefusal as error:
+        raise InputError(f"chat_template_path: {written}: not a valid Jinja template", seen=str(error)) from None
     if not template.strip():
         raise InputError(f"chat_template_path: {written}: the template is empty")
     return template
