@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from solotune.errors import InputError
-from solotune.model_files import check_regular, json_object
+from solotune.model_files import check_links, check_regular, json_object
 
 MAX_LAYERS = 2_000
 MAX_SIZE = 1 << 25  # of any other whole number: vocabularies have up to 2^18, the longest context 10^7
@@ -54,6 +54,7 @@ def read_architecture(folder: Path) -> PreTrainedConfig:
             f"{folder}: no config.json, so this is not a model folder", allowed="a Hugging Face model folder"
         )
     check_regular(folder, path)
+    check_links(folder)
     raw = json_object(path, MAX_CONFIG_BYTES)
     refuse_code(path, raw)
     _refuse_quantised(path, raw)

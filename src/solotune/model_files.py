@@ -19,6 +19,7 @@ from solotune.errors import InputError
 
 MAX_JSON_BYTES = 8 << 20  # config.json has some KB, an index of 100,000 tensors 8 MB
 MAX_DEPTH = 64
+READ = {".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken"}
 
 
 def contained(folder: Path, name: object) -> Path:
@@ -53,6 +54,17 @@ def check_regular(folder: Path, path: Path) -> None:
             allowed="files in the folder itself, and the links of the hub's cache",
             change="copy the file into the folder",
         )
+
+
+def check_links(folder: Path) -> None:
+    """Looks at every link in a folder that a library might open, whether or not solotune reads that file itself.
+
+    Raises:
+        InputError: one leads out of the folder.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and path.suffix in READ and path.exists():
+            check_regular(folder, path)
 
 
 def json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:

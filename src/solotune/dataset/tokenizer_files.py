@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from solotune.errors import InputError
-from solotune.model_files import check_regular, json_object
+from solotune.model_files import check_links, check_regular, json_object
 
 MAX_TEMPLATE_BYTES = 1 << 20  # the longest template we know of (Llama 4, gpt-oss) is 20 KB
 MAX_BYTES = {
@@ -39,6 +39,7 @@ def check_tokenizer_files(folder: Path) -> None:
     """
     from solotune.architecture import refuse_code  # imports transformers
 
+    check_links(folder)
     templates = [path.relative_to(folder).as_posix() for path in folder.glob("additional_chat_templates/*.jinja")]
     for name, limit in {**MAX_BYTES, **dict.fromkeys(templates, MAX_TEMPLATE_BYTES)}.items():
         path = folder / name
