@@ -27,7 +27,6 @@ BANNED_CALLS = {
 }  # fmt: skip
 ALLOWED_CALLS = {"terminal.py": {"input"}}  # the chat's prompt; nothing else may wait for an answer
 LOADERS = ("from_pretrained", "from_config")
-TRUSTED_LOADERS = {"GenerationConfig.from_pretrained"}  # reads numbers
 WRITTEN_OUT = {"trust_remote_code": False}
 OF_MODELS = {"use_safetensors": True}
 
@@ -57,7 +56,7 @@ def _call(node: ast.Call, name: str) -> Iterator[tuple[int, str]]:
         yield node.lineno, "shell"
     if "trust_remote_code" in given and _literal(given["trust_remote_code"]) is not False:
         yield node.lineno, "trust_remote_code other than a written False"
-    if called.split(".")[-1] in LOADERS and called not in TRUSTED_LOADERS:
+    if called.split(".")[-1] in LOADERS:
         wanted = {**WRITTEN_OUT}
         if "Model" in called:
             wanted |= OF_MODELS if called.endswith("from_pretrained") else {}

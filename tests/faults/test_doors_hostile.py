@@ -150,7 +150,7 @@ SECRET = "../outside/secret.json"
 GENERATE = "def generate(model, **kwargs): pass\n"
 ESCAPE = "{{ cycler.__init__.__globals__.os.system('touch MARKER') }}"
 REACH = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
-JUNK = '{"event": "step", "step": 1, "total_steps": 2, "peak_bytes": 1, "loss": 2.5, "name": "\\u001b]0;x\\u0007", "__reduce__": "os.system"}\n'
+JUNK = '{"event": "step", "step": 1, "total_steps": 2, "peak_bytes": 1, "loss": 2, "x": "\\u001b]", "__reduce__": 1}\n'
 
 TREES: dict[str, tuple[Change, list[str], tuple[int, ...]]] = {
     # --- models
@@ -315,7 +315,7 @@ def test_python_files_in_the_working_directory_are_not_imported(tmp_path: Path, 
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat_rows(3)))
     (tmp_path / "run.yaml").write_text("model_name_or_path: model\ndataset: chats.jsonl\nvalidation_size: 0\n")
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-m", "solotune", "data", "run.yaml"], cwd=tmp_path, env=environment, text=True,
-                          capture_output=True)  # fmt: skip
+    command = [sys.executable, "-m", "solotune", "data", "run.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.rglob("MARKER"))
