@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from solotune.config import SECTIONS, Choice, RunConfig, allowed_values, field_help, load_config, section_of, to_yaml
+from solotune.destination import check_destination
 from solotune.errors import InputError, IntegrityError, SolotuneError
 from solotune.record import (
     RunDirectory,
@@ -258,6 +259,7 @@ def _get_ready(config: RunConfig, resume: bool, display: Display) -> _Ready:
     from solotune.tuned import load_base, settle
 
     checked, machine, choices = settle(config)
+    check_destination(checked)
     if not resume:
         RunDirectory.refuse_occupied(checked)
     check_folder(checked)
