@@ -122,7 +122,7 @@ def _check_adapter_config(folder: Path, expected: dict[str, Any]) -> None:
     for key in (*SAME, *sorted(found.keys() - {*SAME, *FREE})):
         given, wanted = found.get(key), expected.get(key)
         if key == "target_modules" and isinstance(given, list):
-            given, wanted = sorted(map(str, given)), sorted(wanted)
+            given, wanted = sorted(map(str, given)), sorted(expected[key])
         if given != wanted and (key in SAME or given not in (None, False, {}, [], "")):
             raise InputError(
                 f"{path}: {key} is not that of the run",

@@ -112,7 +112,7 @@ class Sandbox:
             import jinja2
             import markupsafe
 
-            places = {str(Path(module.__file__).parents[1]) for module in (jinja2, markupsafe)}
+            places = {str(Path(str(module.__file__)).parents[1]) for module in (jinja2, markupsafe)}
             program = str(Path(__file__).with_name("template_process.py"))
             limits = [str(limit) for limit in (CPU_SECONDS, MAX_BYTES, MAX_CHARACTERS)]
             self._child = subprocess.Popen(
