@@ -19,6 +19,7 @@ ALLOWED_IMPORTS = {  # file -> module, with the reason
     "dataset/sandbox.py": {"marshal"},  # writes it; what comes back is text
     "dataset/template_process.py": {"marshal"},  # reads what its parent wrote
 }
+BNB_IMPORTS = ("bnb.py", "training.py")  # training imports linear, and that bnb.py, before
 BANNED_CALLS = {
     "eval", "exec", "compile", "__import__", "os.system", "os.popen", "os.execv", "os.execvp", "os.execve",
     "torch.load", "torch.hub.load", "torch.jit.load", "torch.package.PackageImporter", "numpy.load", "np.load",
@@ -39,6 +40,8 @@ def problems(source: str, name: str) -> Iterator[tuple[int, str]]:
             for module in {found.split(".")[0] for found in names} & BANNED_IMPORTS:
                 if module not in ALLOWED_IMPORTS.get(name, ()):
                     yield node.lineno, f"import of {module}"
+            if "bitsandbytes.functional" in names or ("bitsandbytes" in names and name not in BNB_IMPORTS):
+                yield node.lineno, "import of bitsandbytes, past bnb.py"
         elif isinstance(node, ast.Call):
             yield from _call(node, name)
 

@@ -108,7 +108,8 @@ def _is_harmless(key: str, value: Any) -> bool:
         return isinstance(value, str) and value in IMPLEMENTATIONS
     if isinstance(value, list):
         return all(_is_harmless(key, item) for item in value)
-    return "kernel" in key and type(value) in (int, float)  # the size of a convolution
+    is_size = type(value) in (int, float) and not key.startswith("use_")
+    return "kernel" in key and is_size  # of a convolution
 
 
 def _refuse_quantised(path: Path, raw: dict[str, Any]) -> None:

@@ -455,7 +455,8 @@ def _cuda_error(torch: Any) -> str:
 def _nf4_error(device: str) -> float:
     """The largest error of one matrix in [-1, 1], quantised to NF4 and expanded again on the device."""
     import torch
-    from bitsandbytes import functional as bnb
+
+    from solotune.bnb import functional as bnb
 
     weight = torch.linspace(-1, 1, 64, device=device).repeat(64, 1)  # each block of 64 has the whole range
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)

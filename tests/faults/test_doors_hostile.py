@@ -319,3 +319,13 @@ def test_python_files_in_the_working_directory_are_not_imported(tmp_path: Path, 
     done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.rglob("MARKER"))
+
+
+def test_bitsandbytes_is_imported_without_fetching_kernels(tmp_path: Path) -> None:
+    """Where the package `kernels` is installed it would be asked for native code from the hub."""
+    python("kernels.py")(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{tmp_path}"}
+    program = "import sys; from solotune import linear; sys.exit('kernels' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "MARKER").exists()

@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, chat_rows, save_tokenizer
 
 from solotune import cli, weights
+from solotune.architecture import read_architecture
+from solotune.errors import InputError
 from tests.dataset.conftest import peak_kib
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -307,6 +309,16 @@ def test_damaged_models_are_refused(case: tuple[int, str, Change, tuple[str, ...
     shown = at_door()
     for word in words:
         assert word in shown, shown
+
+
+@pytest.mark.parametrize(
+    "keys", [{"attn_implementation": "org/k"}, {"auto_map": {}}, {"text_config": {"use_kernels": 1}}]
+)
+def test_88_the_reader_of_config_json_refuses_code_itself(keys: dict[str, Any], at_door: AtDoor) -> None:
+    """The tokenizer's door, through which `train` comes as well, is not the only one."""
+    config(**keys)(Path("model"))
+    with pytest.raises(InputError, match="can make a loader run code"):
+        read_architecture(Path("model"))
 
 
 def test_78_a_flipped_bit_is_told_where_a_fingerprint_reaches(at_door: AtDoor) -> None:
