@@ -321,6 +321,10 @@ def test_88_the_reader_of_config_json_refuses_code_itself(keys: dict[str, Any], 
         read_architecture(Path("model"))
 
 
+def test_60_a_rank_above_the_models_sizes(at_door: AtDoor) -> None:
+    assert "config.yaml line 1, lora_r: above the size of model.layers.0.self_attn.q_proj" in at_door(lora_r=65)
+
+
 def test_78_a_flipped_bit_is_told_where_a_fingerprint_reaches(at_door: AtDoor) -> None:
     """safetensors has no checksum: a bit inside a tensor changes nothing that is known; other weights do."""
     before = weights.fingerprint(Path("model"))
