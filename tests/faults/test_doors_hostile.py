@@ -236,6 +236,18 @@ TREES: dict[str, tuple[Change, list[str], tuple[int, ...]]] = {
 }  # fmt: skip
 
 
+WORDS = {
+    "tokenizer's auto_map": "auto_map can make a loader run code",
+    "adapter's tokenizer": "auto_map can make a loader run code",
+    "tokenizer's class a model": "tokenizer_class is no tokenizer",
+    "tokenizer's class a trainer": "tokenizer_class is no tokenizer",
+    "tokenizer by link": "a link that leads out of the folder",
+    "template by link": "a link that leads out of the folder",
+    "adapter that names code": "adapter_config.json: ",
+    "dataset of pickles": "not a data file",
+}
+
+
 @pytest.fixture(scope="module")
 def trees(tmp_path_factory: pytest.TempPathFactory, sharded: Path) -> dict[str, Any]:  # noqa: F811
     """All trees, run one after the other in one watched process: name -> what it did."""
@@ -283,6 +295,7 @@ def test_hostile_trees_do_nothing(name: str, trees: dict[str, Any]) -> None:
     assert found["code"] in codes, found["shown"]
     assert not found["markers"] and not found["found"], found
     assert "Traceback" not in found["shown"]
+    assert WORDS.get(name, "") in found["shown"], "refused by ourselves, not by luck in a library"
 
 
 def test_there_are_at_least_thirty_and_the_watch_sees_what_it_watches(tmp_path: Path) -> None:

@@ -68,9 +68,9 @@ class AtDoor:
             "num_samples": 0, "lora_target_modules": "all-linear", **keys,
         }  # fmt: skip
         Path("config.yaml").write_text(json.dumps(config))
-        before, started, peak = sorted(Path().rglob("*")), time.monotonic(), peak_kib(reset=True)
+        before, started, peak = sorted(Path().rglob("*")), time.process_time(), peak_kib(reset=True)
         found = cli.main(["train", "config.yaml", "--json"])
-        taken, grown = time.monotonic() - started, peak_kib() - peak
+        taken, grown = time.process_time() - started, peak_kib() - peak
         out, shown = self._capsys.readouterr()
         assert found == code, shown
         assert "Traceback" not in shown
@@ -304,11 +304,13 @@ DAMAGED: list[tuple[int, str, Change, tuple[str, ...]]] = [
 
 @pytest.mark.parametrize("case", DAMAGED, ids=lambda case: f"{case[0]} {case[1]}")
 def test_damaged_models_are_refused(case: tuple[int, str, Change, tuple[str, ...]], at_door: AtDoor) -> None:
-    _, _, change, words = case
+    number, what, change, words = case
     change(Path("model"))
     shown = at_door()
     for word in words:
         assert word in shown, shown
+    if number != 79 and what != "generation config":  # these two are seen as the model loads
+        assert "reading data" not in shown, "refused before anything is spent"
 
 
 @pytest.mark.parametrize(
