@@ -460,3 +460,28 @@ def test_offline_is_said(monkeypatch):
     assert checks("hub") == []
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert checks("hub")[0][0] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "words"),
+    [
+        ("transformers", "5.2.9", "transformers 5.2.9 is unsafe: before 5.3 a config.json could name native code"),
+        ("transformers", "4.57.1", "transformers 4.57.1 is unsafe"),
+        ("torch", "2.5.1+cu124", "torch 2.5.1+cu124 is unsafe: before 2.6 weights_only did not"),
+        ("jinja2", "3.1.5", "jinja2 3.1.5 is unsafe: before 3.1.6 a chat template could leave the sandbox"),
+        ("pyarrow", "14.0.0", "pyarrow 14.0.0 is unsafe: before 14.0.1 a Parquet or Arrow file could run code"),
+    ],
+)
+def test_versions_with_known_holes_fail(package, version, words, monkeypatch):
+    real = environment._version
+    monkeypatch.setattr(environment, "_version", lambda name: version if name == package else real(name))
+    ((status, found, fix),) = checks("safe versions")
+    assert (status, found.startswith(words)) == ("fail", True), found
+    assert fix == f"pip install --upgrade '{package}>={environment.FLOORS[package][0]}'"
+
+
+def test_the_floors_themselves_are_safe_and_all_that_are_below_are_named(monkeypatch):
+    monkeypatch.setattr(environment, "_version", lambda name: environment.FLOORS.get(name, ("99",))[0])
+    assert checks("safe versions")[0][0] == "ok"
+    monkeypatch.setattr(environment, "_version", lambda name: "0.1")
+    assert [status for status, *_ in checks("safe versions")] == ["fail"] * len(environment.FLOORS)

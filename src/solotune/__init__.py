@@ -13,12 +13,18 @@ fetched when it is first used (PEP 562), so a script that only lists runs does n
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from solotune.config import RunConfig, load_config
     from solotune.verbs import chat, data, doctor, evaluate, init, plan, runs, train, verify
+
+# No code from the hub: where the package `kernels` is installed, transformers downloads native code for some models.
+# And nobody is told what is done here. The libraries read both when imported; a variable the user has set stays.
+os.environ.setdefault("USE_HUB_KERNELS", "0")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 __all__ = [

@@ -32,6 +32,7 @@ import click
 
 from solotune import __version__, signals, watchdog
 from solotune.errors import EXIT_CODES, CheckError, IntegrityError, SolotuneError, StorageError
+from solotune.secrets import without_secrets
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -136,7 +137,7 @@ def init(model: str, dataset: str, output: str, force: bool, as_json: bool) -> N
     if as_json:
         print_json({"path": str(path)})
     else:
-        click.echo(f"wrote {path}; next: solotune data {path}")
+        click.echo(_inert(f"wrote {path}; next: solotune data {path}"))
 
 
 @solotune.command()
@@ -426,14 +427,21 @@ def _loses_output() -> bool:
 
 
 def _fail(code: int, message: str, as_json: bool, content: dict[str, object] | None = None, after: str = "") -> int:
+    message, after = without_secrets(message), _inert(after)
     text = f"{click.style('error:', fg='red', bold=True)} {_inert(message)}" + (f"\n{after}" if after else "")
     with contextlib.suppress(OSError):  # nobody may be there to read it
         click.echo(text, err=True)
     if as_json:
         unknown = {"exit_code": code, "meaning": EXIT_CODES[code], "problem": message}
         with contextlib.suppress(StorageError, BrokenPipeError):
-            print_json(content or {"error": unknown})
+            print_json(_without_secrets(content or {"error": unknown}))
     return code
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_secrets(item) for key, item in value.items()}
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def quieten() -> None:
@@ -498,6 +506,7 @@ def _finite(value: Any) -> Any:
 def _write_crash(error: Exception, arguments: Sequence[str]) -> Path:
     """The traceback, into the log of the run that it concerns, or else into a file of its own."""
     text = f"solotune {__version__}, Python {sys.version.split()[0]}\n" + "".join(traceback.format_exception(error))
+    text = without_secrets(text)
     for folder in (getattr(error, "run_dir", None), *arguments[1:2]):
         with contextlib.suppress(OSError, TypeError, ValueError):
             if (Path(folder) / "config.yaml").is_file():  # type: ignore[arg-type]

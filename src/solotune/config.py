@@ -29,14 +29,19 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, DocumentStartEvent
 
 from solotune.errors import InputError
 from solotune.foreign_keys import FOREIGN_KEYS, REFUSED_KEYS
+from solotune.secrets import HIDDEN, is_secret, is_secret_name, without_secrets
 
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]  # beyond it is a slip of the finger, or an attack
+Text = Annotated[str, Field(max_length=4096)]  # no path of a system is longer
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 BUDGET_SIZE = r"\s*(?=.*[1-9])([0-9]*\.?[0-9]+)\s*(GiB|GB|MiB|MB)\s*"  # 24GiB, 9.5 GiB, 24GB
 MAX_CONFIG_BYTES = 1 << 20  # a config is a page of text; anything larger is the wrong file
+MAX_CONFIG_DEPTH = 4
+MAX_SHOWN = 400  # of a wrong value
 
 COLUMNS = (
     "messages",
@@ -80,9 +85,9 @@ class RunConfig(BaseModel):
     )
 
     # --- model
-    model_name_or_path: str = _in("model", min_length=1)
+    model_name_or_path: Text = _in("model", min_length=1)
     """Model id on the hub, or a local folder with config.json, safetensors and tokenizer."""
-    model_revision: str = _in("model", default="main", min_length=1)
+    model_revision: Text = _in("model", default="main", min_length=1)
     """Branch, tag or commit of a hub model."""
     base_precision: Literal["nf4", "fp8", "bf16", "fp32", "auto"] = _in("model", default="nf4")
     """How the frozen base is stored: nf4 (4 bits, QLoRA), fp8 (and multiplied in fp8), bf16, fp32; auto: the plan's."""
@@ -100,13 +105,13 @@ class RunConfig(BaseModel):
     """Attention code of transformers: sdpa (flash where it can) or eager (plain)."""
 
     # --- adapter
-    lora_r: PositiveInt = _in("adapter", default=16)
+    lora_r: PositiveInt = _in("adapter", default=16, le=65_536)
     """Rank of the LoRA update."""
-    lora_alpha: float = _in("adapter", default=32.0, gt=0)
+    lora_alpha: float = _in("adapter", default=32.0, gt=0, le=1e6)
     """LoRA scale: the update is multiplied by alpha / r."""
     lora_dropout: Fraction = _in("adapter", default=0.05)
     """Dropout on the input of the adapter path, training only."""
-    lora_target_modules: list[str] | Literal["all-linear"] = _in(
+    lora_target_modules: list[Text] | Literal["all-linear"] = _in(
         "adapter", default=["q_proj", "k_proj", "v_proj", "o_proj"]
     )
     """Names of the linear layers that get an adapter, or all-linear."""
@@ -114,29 +119,29 @@ class RunConfig(BaseModel):
     """Scale by alpha / sqrt(r) instead (rank-stabilised LoRA)."""
 
     # --- data
-    dataset: str | list[str] = _in("data")
+    dataset: Text | list[Text] = _in("data")
     """Hub id, or local file(s): jsonl, json, csv, parquet."""
-    dataset_config: str | None = _in("data", default=None)
+    dataset_config: Text | None = _in("data", default=None)
     """Configuration (subset) name of a hub dataset."""
-    dataset_revision: str | None = _in("data", default=None)
+    dataset_revision: Text | None = _in("data", default=None)
     """Branch, tag or commit of a hub dataset."""
-    dataset_split: str = _in("data", default="train", min_length=1)
+    dataset_split: Text = _in("data", default="train", min_length=1)
     """Split, slices as in datasets: `train_sft[:5000]`, `train[10%:20%]`."""
-    eval_dataset: str | list[str] | None = _in("data", default=None)
+    eval_dataset: Text | list[Text] | None = _in("data", default=None)
     """Your own validation rows, hub id or files; empty: a part of `dataset` is held out."""
-    eval_dataset_split: str = _in("data", default="train", min_length=1)
+    eval_dataset_split: Text = _in("data", default="train", min_length=1)
     """Split of `eval_dataset`, with slices."""
     validation_size: float | int = _in("data", default=0.05)
     """Held out for validation: a share below 1, or a number of rows; 0 for none."""
-    split_by: str | None = _in("data", default=None)
+    split_by: Text | None = _in("data", default=None)
     """Key of a row; rows that share its value stay on one side of the split."""
-    column_mapping: dict[str, str] = _in("data", default={})
+    column_mapping: dict[Text, Text] = _in("data", default={})
     """Names of your columns that are not ours: `{question: prompt, answer: completion}`; `ignore` leaves one out."""
     on_bad_row: Literal["error", "drop"] = _in("data", default="error")
     """A row that cannot be used: stop and name it (error), or leave it out and count it under its reason (drop)."""
-    chat_template_path: str | None = _in("data", default=None)
+    chat_template_path: Text | None = _in("data", default=None)
     """A Jinja chat template file, for a tokenizer that has none or to replace its own."""
-    max_length: int = _in("data", default=2048, ge=8)
+    max_length: int = _in("data", default=2048, ge=8, le=10_000_000)
     """Longest row in tokens."""
     overflow: Literal["truncate", "drop", "split", "error"] = _in("data", default="truncate")
     """A row longer than `max_length`: cut its end, drop it, make several rows of it, or stop; each is counted."""
@@ -148,13 +153,13 @@ class RunConfig(BaseModel):
     """Learn only the last assistant turn of each row."""
 
     # --- training
-    num_train_epochs: float = _in("training", default=3.0, gt=0)
+    num_train_epochs: float = _in("training", default=3.0, gt=0, le=1e6)
     """Passes over the training rows."""
-    max_steps: int = _in("training", default=-1)
+    max_steps: int = _in("training", default=-1, le=1_000_000_000)
     """Optimizer steps; overrides `num_train_epochs` where it is above 0."""
-    per_device_train_batch_size: PositiveInt = _in("training", default=4)
+    per_device_train_batch_size: PositiveInt = _in("training", default=4, le=65_536)
     """Rows in one forward pass."""
-    gradient_accumulation_steps: PositiveInt = _in("training", default=8)
+    gradient_accumulation_steps: PositiveInt = _in("training", default=8, le=65_536)
     """Forward passes summed into one optimizer step."""
     gradient_checkpointing: Literal["auto"] | bool | PositiveInt = _in("training", default="auto")
     """Layers that recompute themselves in backward to save memory: true (all), false, the first N, or as few as fit."""
@@ -170,7 +175,7 @@ class RunConfig(BaseModel):
         "training", default="paged_adamw_8bit"
     )
     """Optimizer; the 8-bit and paged ones are bitsandbytes' and need CUDA."""
-    learning_rate: float = _in("training", default=2e-4, gt=0)
+    learning_rate: float = _in("training", default=2e-4, gt=0, le=1)
     """Peak learning rate."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = _in(
         "training", default="cosine"
@@ -178,21 +183,21 @@ class RunConfig(BaseModel):
     """Shape of the learning rate after warm-up."""
     warmup_ratio: Fraction = _in("training", default=0.0)
     """Share of all steps in which the rate rises from 0."""
-    warmup_steps: int = _in("training", default=0, ge=0)
+    warmup_steps: int = _in("training", default=0, ge=0, le=1_000_000_000)
     """The same as a number of steps; overrides `warmup_ratio` where it is above 0."""
-    weight_decay: float = _in("training", default=0.0, ge=0)
+    weight_decay: float = _in("training", default=0.0, ge=0, le=10)
     """AdamW's decoupled weight decay on the adapter."""
     adam_beta1: Fraction = _in("training", default=0.9)
     """Decay of AdamW's first moment."""
     adam_beta2: Fraction = _in("training", default=0.999)
     """Decay of AdamW's second moment."""
-    adam_epsilon: float = _in("training", default=1e-8, gt=0)
+    adam_epsilon: float = _in("training", default=1e-8, gt=0, le=1)
     """Term added to AdamW's denominator."""
-    max_grad_norm: float = _in("training", default=1.0, gt=0)
+    max_grad_norm: float = _in("training", default=1.0, gt=0, le=1e12)
     """Gradients are scaled down to this norm."""
     bf16: bool = _in("training", default=True)
     """Compute in bfloat16; false: float32."""
-    seed: int = _in("training", default=42, ge=0)
+    seed: int = _in("training", default=42, ge=0, lt=1 << 32)
     """Seed of adapter initialisation, row order, dropout and the held-out split."""
 
     # --- evaluation
@@ -200,17 +205,17 @@ class RunConfig(BaseModel):
     """When the held-out loss is measured during training (it always is at the end)."""
     eval_steps: PositiveInt | None = _in("evaluation", default=None)
     """Steps between two evaluations; setting it means `eval_strategy: steps`."""
-    per_device_eval_batch_size: PositiveInt = _in("evaluation", default=8)
+    per_device_eval_batch_size: PositiveInt = _in("evaluation", default=8, le=65_536)
     """Rows in one evaluation pass."""
-    num_samples: int = _in("evaluation", default=3, ge=0)
+    num_samples: int = _in("evaluation", default=3, ge=0, le=65_536)
     """Held-out prompts answered by base and tuned model for a person to read."""
-    max_new_tokens: PositiveInt = _in("evaluation", default=128)
+    max_new_tokens: PositiveInt = _in("evaluation", default=128, le=10_000_000)
     """Longest answer generated for a sample or in chat."""
 
     # --- run
-    memory_budget: float | str = _in("run", default="auto")
+    memory_budget: float | Text = _in("run", default="auto")
     """Memory that the run may use: a size (24GiB), a share of the card (0.9), or auto, what is free."""
-    output_dir: str | None = _in("run", default=None, min_length=1)
+    output_dir: Text | None = _in("run", default=None, min_length=1)
     """The run directory; empty: runs/<config name>-<date>-<time>."""
     logging_steps: PositiveInt = _in("run", default=25)
     """Steps between two printed lines (metrics.jsonl has every step)."""
@@ -220,7 +225,7 @@ class RunConfig(BaseModel):
     """Steps between two checkpoints; setting it means `save_strategy: steps`."""
     save_total_limit: PositiveInt | None = _in("run", default=None)
     """Checkpoints to keep, newest first; empty: all."""
-    resume_from_checkpoint: str | None = _in("run", default=None, min_length=1)
+    resume_from_checkpoint: Text | None = _in("run", default=None, min_length=1)
     """A checkpoint folder to continue from (`--resume` finds the newest by itself)."""
     use_cpu: bool = _in("run", default=False)
     """Run on the CPU even where there is a GPU."""
@@ -249,7 +254,7 @@ class RunConfig(BaseModel):
     def _size(cls, size: float | int) -> float | int:
         if isinstance(size, float) and not 0 <= size < 1:
             raise ValueError("a share from 0 up to but not including 1 (0.05), or a whole number of rows (200)")
-        if size < 0:
+        if not 0 <= size <= 1_000_000_000:
             raise ValueError("0 or more")
         return size
 
@@ -294,6 +299,9 @@ class RunConfig(BaseModel):
                 f"bf16 and bnb_4bit_compute_dtype: bf16: {str(self.bf16).lower()} computes in {dtype}, but "
                 f"bnb_4bit_compute_dtype is {self.bnb_4bit_compute_dtype}; make them agree or remove one"
             )
+        if 0 < self.max_steps < self.warmup_steps:
+            words = f"max_steps: {self.max_steps} would end before warmup_steps: {self.warmup_steps} are over"
+            raise ValueError(f"max_steps and warmup_steps: {words}")
         if self.train_on_last_turn and not self.assistant_only_loss:
             raise ValueError(
                 "train_on_last_turn and assistant_only_loss: train_on_last_turn: true learns one turn, but "
@@ -363,9 +371,12 @@ def load_config(source: str | Path | Mapping[str, Any] | RunConfig, overrides: I
         key = key.strip()
         if not equals or not key:
             raise InputError(
-                "command line: an override is not of the form key=value", seen=text, allowed="learning_rate=1e-4"
+                "command line: an override is not of the form key=value",
+                seen=without_secrets(text),
+                allowed="learning_rate=1e-4",
             )
         values[key], sources[key] = _plain(_yaml(raw, f"command line, {key}")), "command line"
+    _refuse_secrets(values, sources)
     _take_alias(values, sources)
     _fill_in(values, sources)
     try:
@@ -379,13 +390,41 @@ def load_config(source: str | Path | Mapping[str, Any] | RunConfig, overrides: I
 def _yaml(text: str, where: str) -> Any:
     """The parsed text; a mapping keeps ruamel's `.lc`, which knows each key's line."""
     try:
+        _refuse_yaml_tricks(text, where)
         return YAML(typ="rt").load(io.StringIO(text))
     except MarkedYAMLError as error:
         mark = error.problem_mark
         line = f" line {mark.line + 1}" if mark is not None and "\n" in text else ""
         raise InputError(f"{where}{line}: not valid YAML", seen=error.problem, change="mend the syntax") from None
-    except (YAMLError, ValueError, RecursionError) as error:
+    except (YAMLError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{where}: not valid YAML", seen=str(error).split("\n")[0]) from None
+
+
+def _refuse_yaml_tricks(text: str, where: str) -> None:
+    """YAML can name Python objects, grow without bound through aliases, nest deeply, change its own rules.
+
+    Raises:
+        InputError: the text does any of it; a config needs none.
+    """
+    depth = documents = 0
+    for event in YAML(typ="rt", pure=True).parse(io.StringIO(text)):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        documents += isinstance(event, DocumentStartEvent)
+        tag = getattr(event, "tag", None)
+        trick = None
+        if isinstance(event, AliasEvent) or getattr(event, "anchor", None):
+            trick = "anchors and aliases are not used in a config"
+        elif tag is not None:
+            trick = f"tags such as {tag} are not used in a config"
+        elif depth > MAX_CONFIG_DEPTH:
+            trick = f"nested more than {MAX_CONFIG_DEPTH} deep"
+        elif documents > 1:
+            trick = "a second document begins"
+        elif isinstance(event, DocumentStartEvent) and (event.version or event.tags):
+            trick = "a directive (%YAML, %TAG) changes how it is read"
+        if trick is not None:
+            line = f" line {event.start_mark.line + 1}" if "\n" in text else ""
+            raise InputError(f"{where}{line}: {trick}", change="write the value out")
 
 
 def _plain(node: Any) -> Any:
@@ -400,15 +439,22 @@ def _plain(node: Any) -> Any:
     return node
 
 
+def _on_one_line(name: str) -> str:
+    """A file's name as it may stand in a comment of the saved config: a line break in it would begin a key there."""
+    return name if name.isprintable() else ascii(name)
+
+
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     example = "solotune init MODEL DATA writes one to start from"
-    if not path.is_file():
-        what = "is a folder, not a config file" if path.is_dir() else "no such config file"
+    if not os.path.isfile(path):  # Path.is_file raises on a name that is too long
+        what = "is a folder, not a config file" if os.path.isdir(path) else "no such config file"
         raise InputError(f"{path}: {what}", seen=f"looked in {Path.cwd()}", change=example)
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise InputError(f"{path}: too large for a config", seen=f"{path.stat().st_size:,} bytes", allowed="1 MiB")
     try:
         text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read", seen=error.strerror) from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text", seen=f"byte {error.start}: {error.reason}") from None
     loaded = _yaml(text, str(path))
@@ -421,8 +467,26 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     values, sources, line_of = {}, {}, loaded.lc.key  # type: ignore[attr-defined]
     for key, value in loaded.items():
         values[str(key)] = _plain(value)
-        sources[str(key)] = f"{path.name} line {line_of(key)[0] + 1}"
+        sources[str(key)] = f"{_on_one_line(path.name)} line {line_of(key)[0] + 1}"
     return values, sources
+
+
+def _refuse_secrets(values: Mapping[str, Any], sources: Mapping[str, str]) -> None:
+    """Raises:
+    InputError: a value that looks like a token or password, or a key that is named like one; neither is shown.
+    """
+    for key, value in values.items():
+        texts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        named = key not in RunConfig.model_fields and is_secret_name(key)
+        if named or any(isinstance(text, str) and is_secret(text) for text in texts):
+            raise InputError(
+                f"{sources.get(key, 'config')}, {without_secrets(key)}: a token or password; the config is saved with "
+                "the run",
+                seen=HIDDEN,
+                change="take it out of the config and out of the command line, and use the environment (HF_TOKEN)",
+            )
+        if any(isinstance(text, str) and "\0" in text for text in texts):
+            raise InputError(f"{sources.get(key, 'config')}, {key}: a NUL character", seen=repr(value)[:80])
 
 
 def _take_alias(values: dict[str, Any], sources: dict[str, str]) -> None:
@@ -476,8 +540,9 @@ def _mistake(key: str, detail: ErrorDetails, values: Mapping[str, Any]) -> str:
         return "unknown key" + (f"; did you mean {near}? ({field_help(near)})" if near else "")
     if not detail["loc"]:
         return detail["msg"].removeprefix("Value error, ")
-    seen = values[key]
-    return f"{seen!r} ({type(seen).__name__}) is not allowed; allowed: {allowed_values(key)}"
+    seen = repr(values[key])
+    shown = seen if len(seen) <= MAX_SHOWN else f"{seen[:MAX_SHOWN]}... ({len(seen):,} characters)"
+    return f"{shown} ({type(values[key]).__name__}) is not allowed; allowed: {allowed_values(key)}"
 
 
 def field_help(key: str) -> str:
@@ -520,7 +585,7 @@ def _in_words(schema: Mapping[str, Any]) -> str:
         "maximum": "at most",
         "exclusiveMaximum": "below",
     }
-    return ", ".join([words[schema["type"]]] + [f"{text} {schema[k]:g}" for k, text in limits.items() if k in schema])
+    return ", ".join([words[schema["type"]]] + [f"{text} {schema[k]:,}" for k, text in limits.items() if k in schema])
 
 
 def section_of(key: str) -> str:

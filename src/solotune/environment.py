@@ -36,6 +36,14 @@ RECORDED = (
 PYTHONS = ((3, 11), (3, 13))
 NEEDS = ("torch>=2.11", "transformers>=5.17,<6", "bitsandbytes>=0.49", "datasets>=4.8,<6", "safetensors>=0.7",
          "jinja2>=3.1.6")  # fmt: skip # asked of a source tree that is not installed; a test holds it to pyproject.toml
+# Below these a file of somebody else's can run code. They lie below what solotune needs anyway, and are told apart
+# because such a version must not be used, whatever else works.
+FLOORS = {
+    "transformers": ("5.3", "a config.json could name native code (CVE-2026-4372, CVE-2026-5241)"),
+    "torch": ("2.6", "weights_only did not keep a checkpoint from running code (CVE-2025-32434)"),
+    "jinja2": ("3.1.6", "a chat template could leave the sandbox (CVE-2024-56326, CVE-2025-27516)"),
+    "pyarrow": ("14.0.1", "a Parquet or Arrow file could run code (CVE-2023-47248)"),
+}
 BF16_CAPABILITY = (8, 0)
 FP8_CAPABILITY = (8, 9)
 MIN_DISK_BYTES, MIN_RAM_BYTES = 20 << 30, 8 << 30
@@ -249,6 +257,7 @@ def doctor() -> DoctorReport:
         [
             _check_python(machine),
             *_check_packages(machine),
+            *_check_floors(),
             _check_torch(machine),
             _check_gpu(machine),
             _check_bitsandbytes(machine),
@@ -283,6 +292,22 @@ def _check_packages(machine: Machine) -> list[Check]:
         for problem, wanted in conflicts
         for ours in [problem.startswith("solotune needs")]
     ]
+
+
+def _check_floors() -> list[Check]:
+    """Versions with known holes that files could use."""
+    name, floors = "safe versions", [f"{package}>={floor}" for package, (floor, _) in FLOORS.items()]
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        return [Check(name, "warn", "not compared: packaging is missing", "pip install packaging")]
+    unsafe = []
+    for wanted, (package, (floor, hole)) in zip(floors, FLOORS.items(), strict=True):
+        installed = _version(package)  # another check says what is missing
+        if installed is not None and not Requirement(wanted).specifier.contains(installed, prereleases=True):
+            found = f"{package} {installed} is unsafe: before {floor} {hole}"
+            unsafe.append(Check(name, "fail", found, f"pip install --upgrade '{wanted}'"))
+    return unsafe or [Check(name, "ok", ", ".join(floors))]
 
 
 def _conflicts() -> list[tuple[str, str]]:
@@ -476,7 +501,8 @@ def _cuda_error(torch: Any) -> str:
 def _nf4_error(device: str) -> float:
     """The largest error of one matrix in [-1, 1], quantised to NF4 and expanded again on the device."""
     import torch
-    from bitsandbytes import functional as bnb
+
+    from solotune.bnb import functional as bnb
 
     weight = torch.linspace(-1, 1, 64, device=device).repeat(64, 1)  # each block of 64 has the whole range
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)

@@ -15,6 +15,7 @@ from solotune.config import RunConfig
 from solotune.errors import InputError
 
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+TEMPLATES = "additional_chat_templates/*.jinja"
 CONNECT_SECONDS = 5
 NOT_FILES = ["*/*", "consolidated*"]  # other formats of the same weights beside Mistral's and Meta's
 
@@ -41,6 +42,33 @@ def offline_if_unreachable() -> None:
     except Exception:
         is_reachable = False
     constants.HF_HUB_OFFLINE = not is_reachable
+
+
+def tokenizer_folder(name: str, revision: str) -> Path:
+    """The folder with the tokenizer's files of a hub model, downloaded where they are not in the cache.
+
+    Raises:
+        OSError: with a line that says why not.
+    """
+    offline_if_unreachable()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    wanted = [*(pattern for pattern in FILES if pattern != "*.safetensors"), TEMPLATES]
+    unwanted = ["*.safetensors.index.json", "original/*", "consolidated*"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
+    except GatedRepoError:
+        raise OSError("the model is gated: access must be granted first") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise OSError("the hub has no such model, or it is private") from None
+    except LocalEntryNotFoundError:
+        raise OSError("the hub cannot be reached, and the model is not in the cache") from None
 
 
 def model_folder(config: RunConfig) -> Path:

@@ -27,8 +27,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bitsandbytes import functional as bnb
 from torch import nn
+
+from solotune.bnb import functional as bnb
 
 BLOCK = 64  # weights per NF4 scale: QLoRA's block size and bitsandbytes' default
 FP8 = torch.float8_e4m3fn

@@ -116,7 +116,7 @@ def attach(model: nn.Module, config: RunConfig, device: torch.device) -> dict[st
 
     Returns: dotted module name -> its `LoraLinear`, in model order.
     Raises:
-        InputError: a name that matches no linear layer.
+        InputError: a name that matches no linear layer, or a rank above a layer's size.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
     wanted = config.lora_target_modules
@@ -126,6 +126,7 @@ def attach(model: nn.Module, config: RunConfig, device: torch.device) -> dict[st
     pass_seeds = torch.zeros(2, dtype=torch.int32, device=device) if config.torch_compile else None
     adapted: dict[str, LoraLinear] = {}
     for number, name in enumerate(targets, start=1):
+        _check_rank(config, name, linears[name])
         layer = LoraLinear(linears[name], config.lora_r, scaling, config.lora_dropout, device, number, pass_seeds)
         bound = 1 / math.sqrt(layer.lora_A.shape[1])  # kaiming_uniform with a = sqrt(5), for fan_in = in_features
         initial = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
@@ -134,6 +135,17 @@ def attach(model: nn.Module, config: RunConfig, device: torch.device) -> dict[st
         setattr(model.get_submodule(parent), leaf, layer)
         adapted[name] = layer
     return adapted
+
+
+def _check_rank(config: RunConfig, name: str, linear: FrozenLinear) -> None:
+    """A rank above both sides of a layer is a slip; above one it is useless, but usual for narrow k and v."""
+    if config.lora_r > (most := max(linear.in_features, linear.out_features)):
+        raise InputError(
+            f"{config.source_of('lora_r')}, lora_r: above the size of {name}",
+            seen=f"lora_r: {config.lora_r}",
+            allowed=f"at most {most}: the layer is {linear.out_features} x {linear.in_features}",
+            change="a smaller lora_r, or leave the layer out of lora_target_modules",
+        )
 
 
 def join(adapted: Mapping[str, LoraLinear], device: torch.device) -> nn.Parameter:

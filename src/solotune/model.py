@@ -19,6 +19,7 @@ are already quantised.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.pytorch_utils import Conv1D
 
 from solotune import attention, lora, loss
+from solotune.architecture import read_architecture
 from solotune.batch import Batch, collate, collate_packs
 from solotune.config import Choice, RunConfig
 from solotune.dataset import Example
@@ -40,7 +42,8 @@ from solotune.head import check_head, head_of
 from solotune.hub import model_folder
 from solotune.layers import decoder_layers, prepare_layers
 from solotune.linear import DenseWeight, Fp8Weight, FrozenLinear, NF4Weight, Storage
-from solotune.weights import load_with_transformers, match_names, read_architecture, read_tensors, weight_files
+from solotune.model_files import check_regular, json_object
+from solotune.weights import check_finite, load_with_transformers, match_names, read_tensors, weight_files
 
 STORAGE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -184,6 +187,18 @@ def empty_model(
         return _built_empty(architecture, folder, "eager", dtype, device), "eager"
 
 
+def check_folder(config: RunConfig) -> None:
+    """Says what speaks against a local model folder before anything is spent on it; a hub id is not downloaded for it.
+
+    Raises:
+        InputError: as `load_model`, but for numbers that are not finite.
+    """
+    folder = Path(os.path.expanduser(config.model_name_or_path))
+    if folder.is_dir():
+        module, _ = empty_model(config, folder, torch.float32, torch.device("cpu"))
+        match_names(module, weight_files(folder))
+
+
 class _NoSuchAttention(Exception):
     """The architecture lacks the attention implementation that was asked for."""
 
@@ -244,6 +259,7 @@ def _fill(
                 allowed=f"floating point {expected}",
             )
         tensor = tensor.to(device)
+        check_finite(config.model_name_or_path, name, tensor)
         if owner not in frozen:
             _set(module.get_submodule(owner), leaf, tensor.to(dtype))
         elif leaf == "weight":
@@ -315,13 +331,18 @@ def _check_complete(module: PreTrainedModel, folder: Path) -> None:
 
 
 def _set_generation(module: PreTrainedModel, folder: Path) -> None:
-    if (folder / "generation_config.json").is_file():
-        try:
-            module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{folder / 'generation_config.json'}: not readable", seen=str(error).split("\n")[0]
-            ) from None
+    """Takes from generation_config.json what an answer ends with, and no more: it can name code and caches too."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return
+    check_regular(folder, path)
+    raw = json_object(path)
+    ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(key) is not None}
+    for key, value in ids.items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise InputError(f"{path}: {key} is no token id", seen=repr(value)[:80])
+    module.generation_config = GenerationConfig(**ids)
 
 
 def _take_fast_attention(model: TrainableModel, config: RunConfig) -> list[Choice]:

@@ -6,6 +6,7 @@ settled anew.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from solotune.errors import InputError, IntegrityError
 from solotune.fingerprint import base_fingerprint, check_base
 from solotune.manifest import check_folder
 from solotune.model import TrainableModel, load_model
+from solotune.model_files import check_links, json_object
 from solotune.record import FINGERPRINTS, RunDirectory, read_json
+from solotune.weights import check_finite
 
 
 def settle(config: RunConfig) -> tuple[RunConfig, Machine, list[Choice]]:
@@ -79,12 +82,61 @@ class TunedRun:
             )
         for file, problem in check_folder(folder):
             raise IntegrityError(f"{folder / file}: {problem}", change="solotune verify names all that is wrong")
-        tensors = checkpoint.read_adapter(folder)
+        tensors = _read_adapter(folder)
         recorded = read_json(self.directory.path / FINGERPRINTS)["base"]
         check_base(recorded, base_fingerprint(self.config), str(self.directory.path))
         model = load_base(self.config, self.machine)
+        _check_adapter_config(folder, json.loads(lora.peft_config(self.config, model.adapted, model.module)))
         lora.load_state_dict(model.adapted, tensors, str(folder))
         return model
+
+
+def _read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter that may come from anywhere.
+
+    Raises:
+        InputError: it is a pickle, leads out of the folder, or is not finite.
+        IntegrityError: the file is damaged.
+    """
+    path = folder / "adapter_model.safetensors"
+    if not path.exists() and (folder / "adapter_model.bin").exists():
+        raise InputError(
+            f"{folder}: no adapter in safetensors",
+            seen="adapter_model.bin",
+            allowed="adapter_model.safetensors; formats that can run code are not read",
+        )
+    check_links(folder)
+    tensors = checkpoint.read_adapter(folder)
+    for name, tensor in tensors.items():
+        check_finite(str(path), name, tensor)
+    return tensors
+
+
+SAME = ("peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "bias", "fan_in_fan_out")
+FREE = ("task_type", "base_model_name_or_path", "revision", "lora_dropout", "init_lora_weights", "inference_mode")
+
+
+def _check_adapter_config(folder: Path, expected: dict[str, Any]) -> None:
+    """Holds the adapter's own config to the run's: PEFT, which reads the one, must compute what is computed here.
+
+    Raises:
+        InputError: they differ, or it asks for something else than plain LoRA (`auto_mapping`, `corda_config`, DoRA).
+    """
+    path = folder / "adapter_config.json"
+    if not path.exists():
+        raise InputError(f"{folder}: no adapter_config.json", allowed="an adapter that solotune wrote")
+    found = json_object(path)
+    for key in (*SAME, *sorted(found.keys() - {*SAME, *FREE})):
+        given, wanted = found.get(key), expected.get(key)
+        if key == "target_modules" and isinstance(given, list):
+            given, wanted = sorted(map(str, given)), sorted(expected[key])
+        if given != wanted and (key in SAME or given not in (None, False, {}, [], "")):
+            raise InputError(
+                f"{path}: {key} is not that of the run",
+                seen=f"{key}: {json.dumps(given)}"[:200],
+                allowed=f"{key}: {json.dumps(wanted)}"[:200] if key in SAME else "plain LoRA",
+                change="put the adapter of this run back",
+            )
 
 
 class ChatSession:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from solotune.config import SECTIONS, Choice, RunConfig, allowed_values, field_help, load_config, section_of, to_yaml
+from solotune.destination import check_destination
 from solotune.errors import InputError, IntegrityError, InterruptedRunError, SolotuneError
 from solotune.outlet import outlet, stage_of
 from solotune.record import (
@@ -279,6 +280,7 @@ def _get_ready(config: RunConfig, resume: bool, display: Display) -> _Ready:
     """Settles, reads, plans, loads, tries: everything that may refuse a run, in the order of what it costs to ask."""
     from solotune import dataset, disk, environment, watchdog
     from solotune.device_failure import device_errors
+    from solotune.model import check_folder
     from solotune.preflight import preflight
     from solotune.resume import recorded_day
     from solotune.survey import plan_for
@@ -286,12 +288,14 @@ def _get_ready(config: RunConfig, resume: bool, display: Display) -> _Ready:
 
     checked, machine, choices = settle(config)
     environment.require_fit(checked, machine)
+    check_destination(checked)
     if not resume:
         RunDirectory.refuse_occupied(checked)
     folder = nearest_folder(checked.output_dir or "runs")
     disk.require_writable(folder)
-    display.phase("reading data")
+    check_folder(checked)
     tokenizer = dataset.load_tokenizer(checked)
+    display.phase("reading data")
     prepared = _prepare(checked, tokenizer, display, recorded_day(checked, resume))
     for finding in prepared.report.findings:
         display.note(f"{finding['severity']} {finding['code']} {finding['slug']}: {finding['message']}")

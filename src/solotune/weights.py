@@ -1,13 +1,14 @@
-"""The files of a model folder, read strictly: its architecture, its safetensors, and whose tensor is whose.
+"""The weights of a model folder, read strictly: which files, which tensors, whose tensor is whose, and are they finite.
 
-config.json and the safetensors index are checked before transformers or safetensors act on them. Only safetensors are
-read: the other weight formats can run code. Tensors are matched to the architecture one to one; a checkpoint that needs
-renaming or merging first (mixtures of experts) goes through transformers' own loader, with its gaps refused.
+Only safetensors are read: the other weight formats can run code. The headers of all files are read first
+(`header.read_header`), so that what is missing, of another shape or too much is refused before memory is taken. Tensors
+are matched to the architecture one to one; a checkpoint that needs renaming or merging first (mixtures of experts) goes
+through transformers' own loader, with its gaps refused.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,104 +16,200 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from solotune.errors import InputError
+from solotune.header import Entry, read_header
+from solotune.model_files import check_regular, contained, json_object
 
-
-def read_architecture(folder: Path) -> PreTrainedConfig:
-    """config.json of a model folder.
-
-    Raises:
-        InputError: it is missing, unknown to transformers, or of a checkpoint that is already quantised.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise InputError(
-            f"{folder}: no config.json, so this is not a model folder", allowed="a Hugging Face model folder"
-        )
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        architecture = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: not valid JSON", seen=error.msg) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: transformers cannot read it", seen=str(error).strip().split("\n")[0]) from None
-    if "quantization_config" in raw:
-        method = raw["quantization_config"].get("quant_method", "unknown method")
-        raise InputError(
-            f"{path}: the checkpoint is already quantised",
-            seen=f"quantization_config: {method}",
-            allowed="16- or 32-bit weights, which solotune quantises itself",
-            change="name the original, unquantised model",
-        )
-    return architecture
+FLOATS = ("F32", "F16", "BF16", "F64")
+COMPUTED = r"rotary_emb\.inv_freq$"  # tables that old checkpoints hold and every model computes itself
+SAMPLE_BYTES = 1 << 12
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, in order.
 
     Raises:
-        InputError: there are none, or one that the index names is missing.
+        InputError: there are none, one that the index names is missing or lies elsewhere, or index and files differ.
     """
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
-            raise InputError(f"{index}: not a safetensors index (weight_map: tensor -> file)") from None
-        if outside := [name for name in names if Path(name).name != name]:
-            raise InputError(f"{index}: names a file outside the folder", seen=outside[0])
-    else:
-        names = [name for name in ("model.safetensors",) if (folder / name).is_file()]
-    if not names:
+    if not index.exists():
+        if (folder / "model.safetensors").exists():
+            return [contained(folder, "model.safetensors")]
         others = sorted(p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".gguf"})
         raise InputError(
             f"{folder}: no weights in safetensors",
             seen=", ".join(others) or "no weight files",
             allowed="*.safetensors; formats that can run code are not read",
         )
-    if missing := [name for name in names if not (folder / name).is_file()]:
+    check_regular(folder, index)
+    weight_map = json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: not a safetensors index (weight_map: tensor -> file)")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise InputError(
+                f"{index}: names a file outside the folder", seen=str(name), allowed="names such as a.safetensors"
+            )
+    names = sorted(set(weight_map.values()))
+    if missing := [name for name in names if not (folder / name).exists()]:
         raise InputError(f"{folder}: a weight file is missing", seen=missing[0], change="download the folder again")
-    return [folder / name for name in names]
+    files = [contained(folder, name) for name in names]
+    _check_index(index, weight_map, files)
+    return files
+
+
+def _check_index(index: Path, weight_map: dict[str, str], files: list[Path]) -> None:
+    """Raises:
+    InputError: a tensor that is not in the file that the index names, or in two, or in a file and not in the index.
+    """
+    there: dict[str, str] = {}
+    for path in files:
+        for name in read_header(path):
+            if name in there:
+                raise InputError(f"{path}: holds a tensor that {there[name]} has too", seen=name)
+            there[name] = path.name
+    differ = [name for name in weight_map.keys() | there.keys() if weight_map.get(name) != there.get(name)]
+    if differ := sorted(name for name in differ if not re.search(COMPUTED, name)):
+        name = differ[0]
+        where = f"in {there[name]}" if name in there else "in no file"
+        raise InputError(
+            f"{index}: index and files do not agree on {len(differ)} tensors",
+            seen=f"{name}: {weight_map.get(name, 'nowhere')} in the index, {where}",
+            change="download the folder again",
+        )
 
 
 def match_names(module: PreTrainedModel, files: list[Path]) -> dict[str, str] | None:
-    """Checkpoint tensor name -> name in the model; None where the two do not correspond one to one.
+    """Checkpoint tensor name -> name in the model; None where transformers has to rename or merge them.
 
     Files may lack or carry the prefix of the inner model (`transformer.` of GPT-2), may hold tables that are computed
     (`rotary_emb.inv_freq`) and may lack tied weights.
+
+    Raises:
+        InputError: tensors that the architecture does not have, or lacks, or of another shape or dtype.
     """
-    wanted = set(module.state_dict(keep_vars=True))
+    wanted = module.state_dict(keep_vars=True)
     tied = set(module.all_tied_weights_keys)
-    ignored = [*(module._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq$"]
     prefix = module.base_model_prefix + "."
     names: dict[str, str] = {}
+    unknown: list[str] = []
+    numel = 0
     for path in files:
-        with _opened(path) as file:
-            for key in file.keys():  # noqa: SIM118 - a safetensors handle, not a dict
-                name = next((n for n in (key, prefix + key, key.removeprefix(prefix)) if n in wanted), None)
-                if name is not None:
-                    names[key] = name
-                elif not any(re.search(pattern, key) for pattern in ignored):
-                    return None
-    return names if wanted - tied <= set(names.values()) else None
+        for key, entry in read_header(path).items():
+            name = next((n for n in (key, prefix + key, key.removeprefix(prefix)) if n in wanted), None)
+            if name is None and _is_ignored(module, key):
+                continue
+            _check_dtype(path, key, entry)
+            numel += entry.numel
+            if name is None:
+                unknown.append(key)
+            else:
+                names[key] = name
+                _check_shape(path, key, entry, tuple(wanted[name].shape))
+    missing = sorted(wanted.keys() - tied - set(names.values()))
+    if not unknown and not missing:
+        return names
+    whole = {id(tensor): tensor.numel() for name, tensor in wanted.items() if name not in tied}
+    if _is_converted(module) and sum(whole.values()) <= numel:
+        return None
+    folder = files[0].parent
+    if missing:
+        words, shown = "lacks", missing
+    else:
+        words, shown = "has, but the architecture does not know,", sorted(unknown)
+    raise InputError(
+        f"{folder}: the checkpoint {words} {len(shown)} tensors",
+        seen=", ".join(shown[:3]),
+        change="check that config.json and weights belong together, and download the folder again",
+    )
 
 
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a readable safetensors file", seen=str(error)) from None
+def _is_ignored(module: PreTrainedModel, key: str) -> bool:
+    patterns = [*(module._keys_to_ignore_on_load_unexpected or []), COMPUTED]
+    return any(re.search(pattern, key) for pattern in patterns)
+
+
+def _is_converted(module: PreTrainedModel) -> bool:
+    """Whether transformers renames or merges tensors of this architecture while loading."""
+    config: PreTrainedConfig = module.config
+    kinds = {config.model_type, config.get_text_config().model_type, type(module).__name__}
+    return any(get_checkpoint_conversion_mapping(kind) for kind in kinds)
+
+
+def _check_dtype(path: Path, key: str, entry: Entry) -> None:
+    if entry.dtype not in FLOATS:
+        raise InputError(
+            f"{path}: tensor {key} does not fit the architecture in config.json",
+            seen=f"{entry.dtype} {entry.shape}",
+            allowed=f"floating point of 16 bits or more: {', '.join(FLOATS)}",
+        )
+
+
+def _check_shape(path: Path, key: str, entry: Entry, expected: tuple[int, ...]) -> None:
+    if entry.shape != expected:
+        raise InputError(
+            f"{path}: tensor {key} does not fit the architecture in config.json",
+            seen=f"{entry.dtype} {entry.shape}",
+            allowed=f"floating point {expected}",
+        )
 
 
 def read_tensors(files: list[Path], names: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
     """(name in the model, tensor on the CPU), one at a time in the files' order."""
     for path in files:
-        with _opened(path) as file:
-            for key in file.keys():  # noqa: SIM118
-                if key in names:
-                    yield names[key], file.get_tensor(key)
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 - a safetensors handle, not a dict
+                    if key in names:
+                        yield names[key], file.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: not a readable safetensors file", seen=str(error)) from None
+
+
+def check_finite(where: str, name: str, tensor: torch.Tensor) -> None:
+    """Looks at a tensor that has just arrived on its device.
+
+    The sum is NaN or infinite where any number is; only then are they looked at one by one, for large finite numbers
+    can add up to an infinity too.
+
+    Raises:
+        InputError: NaN or infinity in it. No output shows that later: sdpa on a CPU hides a NaN.
+    """
+    total = tensor.sum(dtype=torch.float32 if tensor.dtype.itemsize < 8 else torch.float64)
+    if bool(total.isfinite()):
+        return
+    bad = int((~tensor.isfinite()).sum())
+    if bad:
+        raise InputError(
+            f"{where}: tensor {name} is not finite",
+            seen=f"{bad:,} of {tensor.numel():,} numbers are NaN or infinite",
+            change="download the folder again, or name another model",
+        )
+
+
+def fingerprint(folder: Path) -> str:
+    """What tells one base from another: config.json, every header, and both ends of every tensor, hashed.
+
+    Training changes nearly every number of a tensor, so another model, revision or layer is told by reading 8 KB of
+    each tensor, some MB instead of 16 GB for an 8B model. A single flipped bit inside a tensor is not: the format has
+    no checksum, and hashing all of it would take longer than loading.
+
+    Raises:
+        InputError: as `weight_files` and `read_header`.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in weight_files(folder):
+        header = read_header(path)
+        with open(path, "rb") as file:
+            for name, entry in header.items():
+                digest.update(repr((name, entry.dtype, entry.shape)).encode())
+                for place in (entry.begin, max(entry.begin, entry.end - SAMPLE_BYTES)):
+                    file.seek(place)
+                    digest.update(file.read(min(SAMPLE_BYTES, entry.end - place)))
+    return digest.hexdigest()
 
 
 def load_with_transformers(folder: Path, attention: str, dtype: torch.dtype) -> PreTrainedModel:

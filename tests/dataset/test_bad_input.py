@@ -275,8 +275,10 @@ def test_54_odd_names(door: Door, name: str) -> None:
 
 def test_54_names_that_cannot_be(door: Door) -> None:
     write("b.jsonl", LINES)
-    for name in ("x" * 300 + ".jsonl", "x" * 5000 + "/b.jsonl", "a\0.jsonl"):
-        door.refuses(name, f"{name}: no such file")
+    name = "x" * 300 + ".jsonl"
+    door.refuses(name, f"{name}: no such file")
+    assert "config.yaml line 1, dataset: 'xxx" in door("x" * 5000 + "/b.jsonl").shown
+    door.refuses("a\0.jsonl", "config.yaml line 1, dataset: a NUL character")
 
 
 def test_54_a_name_that_is_not_utf8(door: Door) -> None:

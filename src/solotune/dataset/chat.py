@@ -22,7 +22,7 @@ it: the model must learn to stop, and what follows a stop is never generated. Wh
 off the template by rendering two probes, since a template without such a token (GLM-4's next turn simply begins with
 `<|user|>`) must not have the next turn's header learned.
 
-What it does not do: sandboxing beyond transformers' own renderer (which forbids code, not endless loops).
+What it does not do: render. Templates are rendered in a process of their own, with limits (`sandbox`).
 """
 
 from __future__ import annotations

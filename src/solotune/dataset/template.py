@@ -21,6 +21,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from solotune.dataset.row import RowError
+from solotune.dataset.sandbox import TemplateLimitError, TemplateRefusal, TemplateSyntax, sandbox
 from solotune.errors import InputError
 
 if TYPE_CHECKING:
@@ -72,35 +73,50 @@ class Template:
             messages = [self._with_arguments(message) for message in messages]
         try:
             return self._apply(messages, tools, is_prompt=is_prompt)
-        # a template is a program by somebody else: it raises what it likes (TemplateError, TypeError on a None, ...)
-        except Exception as error:
+        except TemplateLimitError as error:
+            error.problem = f"{where}: {error.problem}" if where else error.problem
+            raise
+        except (TemplateRefusal, TemplateSyntax) as error:
             raise RowError(
                 f"{where}: the model's chat template refuses this row",
                 reason="refused by the chat template",
-                seen=f"{str(error).strip() or type(error).__name__}; the roles are "
-                + ", ".join(message["role"] for message in messages),
+                seen=f"{error}; the roles are " + ", ".join(message["role"] for message in messages),
                 change="change the row to what the template accepts, or set chat_template_path",
             ) from None
 
     def _apply(self, messages: Messages, tools: Tools = None, *, is_prompt: bool = False) -> str:
+        """What transformers' `apply_chat_template` gives, from the sandbox.
+
+        Raises:
+            TemplateRefusal: the template raises.
+            TemplateLimitError: it takes too long or too much.
+        """
         source = self._tokenizer.get_chat_template(tools=cast(Any, tools))
-        dated = {"chat_template": _MACRO + source, "rendered_on": self._date} if "strftime_now" in source else {}
-        text = self._tokenizer.apply_chat_template(
-            messages,
-            tools=cast(Any, tools),  # a list of dicts; transformers' hint also allows functions
-            tokenize=False,
-            add_generation_prompt=is_prompt,
-            **cast(Any, dated),
-        )
-        assert isinstance(text, str)
-        return text
+        dated = "strftime_now" in source
+        variables = {
+            **self._special_tokens,
+            **({"rendered_on": self._date} if dated else {}),
+            "messages": [_with_reasoning(message) for message in messages],
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": is_prompt,
+        }
+        return sandbox().render(_MACRO + source if dated else source, variables)
+
+    @cached_property
+    def _special_tokens(self) -> dict[str, Any]:
+        """`bos_token` and its like, as texts."""
+        named = self._tokenizer.special_tokens_map
+        return {
+            name: [str(t) for t in token] if isinstance(token, list) else str(token) for name, token in named.items()
+        }
 
     # --- what it takes
 
     def _shows(self, what: str, messages: Messages) -> bool:
         try:
             return what in self._apply(messages)
-        except Exception:
+        except (TemplateRefusal, TemplateSyntax):
             return False
 
     @cached_property
@@ -127,6 +143,14 @@ class Template:
             return message
         (taken,) = self._arguments_as
         return {**message, "tool_calls": [_with_arguments_as(call, taken) for call in calls]}
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as transformers hands it on: no key without a value, reasoning under both names that templates read."""
+    message = {key: value for key, value in message.items() if value is not None}
+    names = ("reasoning_content", "thinking", "reasoning")
+    reasoning = next((message[name] for name in names if name in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _in_parts(message: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
     tokenizer = load_tokenizer(config)     # chat_template_path replaces the template
 
-A local folder is read without touching the network. A hub id goes through transformers as usual: token, cache and
-`HF_HUB_OFFLINE` all hold.
+A local folder is read without touching the network. Of a hub id the tokenizer's files are fetched (token, cache and
+`HF_HUB_OFFLINE` all hold), and looked at like those of a local folder before transformers reads them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateSyntaxError
-
 from solotune.config import RunConfig
+from solotune.dataset.sandbox import TemplateRefusal, TemplateSyntax, sandbox
+from solotune.dataset.tokenizer_files import MAX_TEMPLATE_BYTES, check_tokenizer_files
 from solotune.errors import InputError
-from solotune.hub import offline_if_unreachable
+from solotune.hub import tokenizer_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +33,6 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "tokenizer_config.json",
 )
-MAX_TEMPLATE_BYTES = 1 << 20  # the longest template we know of (Llama 4, gpt-oss) is 20 KB
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
@@ -56,13 +55,15 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
             change="check the path; a hub model is named owner/name",
         )
     try:
+        if not is_local:
+            folder = tokenizer_folder(name, config.model_revision)
+        check_tokenizer_files(folder)
         # where mistral-common is installed, transformers would take its tokenizer, which uses no chat template
-        options = {"trust_remote_code": False, "mistral_format": False}
-        if is_local:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
-        else:
-            offline_if_unreachable()
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision, **options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, mistral_format=False
+        )
+    except InputError:
+        raise
     # transformers raises OSError, ValueError, KeyError, json and Rust errors for one and the same user mistake
     except Exception as error:
         raise InputError(
@@ -121,8 +122,6 @@ def _check_folder(name: str, folder: Path) -> None:
 
 
 def _read_template(written: str) -> str:
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
     path = Path(os.path.expanduser(written))
     if not path.is_file():
         raise InputError(f"chat_template_path: {written}: no such file", seen=f"looked in {path.parent.resolve()}")
@@ -130,13 +129,15 @@ def _read_template(written: str) -> str:
         raise InputError(f"chat_template_path: {written}: too large for a template", allowed="1 MiB")
     try:
         template = path.read_text(encoding="utf-8-sig")
-        _compile_jinja_template(template)  # the same compiler that will render, so the same syntax is allowed
+        sandbox().check(template)
     except UnicodeDecodeError as error:
         raise InputError(f"chat_template_path: {written}: not UTF-8", seen=f"byte {error.start + 1}") from None
-    except TemplateSyntaxError as error:
+    except TemplateSyntax as error:
         raise InputError(
-            f"chat_template_path: {written}, line {error.lineno}: not a valid Jinja template", seen=error.message
+            f"chat_template_path: {written}, line {error.line}: not a valid Jinja template", seen=str(error)
         ) from None
+    except TemplateRefusal as error:
+        raise InputError(f"chat_template_path: {written}: not a valid Jinja template", seen=str(error)) from None
     if not template.strip():
         raise InputError(f"chat_template_path: {written}: the template is empty")
     return template

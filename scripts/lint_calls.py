@@ -1,0 +1,89 @@
+"""Calls that are not made here: python scripts/lint_calls.py [FOLDER ...]. Part of `sh scripts/check`.
+
+solotune reads files of strangers, so some calls have no place in it, whatever they are given: those that run code out
+of a file or a text (pickle, torch.load, eval), hand a text to a shell, or unpack an archive; and loaders of
+transformers are called with `trust_remote_code=False` written out, so that no variable can turn it on. A linter for
+all Python projects asks for judgement here (`# noqa`); this one does not.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+BANNED_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "tarfile"}
+BANNED_IMPORTS |= {"zipfile", "yaml"}
+ALLOWED_IMPORTS = {  # file -> module, with the reason
+    "dataset/sandbox.py": {"marshal"},  # writes it; what comes back is text
+    "dataset/template_process.py": {"marshal"},  # reads what its parent wrote
+}
+BNB_IMPORTS = ("bnb.py", "training.py")  # training imports linear, and that bnb.py, before
+BANNED_CALLS = {
+    "eval", "exec", "compile", "__import__", "os.system", "os.popen", "os.execv", "os.execvp", "os.execve",
+    "torch.load", "torch.hub.load", "torch.jit.load", "torch.package.PackageImporter", "numpy.load", "np.load",
+    "subprocess.getoutput", "subprocess.getstatusoutput", "pandas.read_pickle", "pd.read_pickle",
+    "shutil.unpack_archive", "runpy.run_path", "runpy.run_module", "YAML.unsafe", "input",
+}  # fmt: skip
+ALLOWED_CALLS = {"terminal.py": {"input"}}  # the chat's prompt; nothing else may wait for an answer
+LOADERS = ("from_pretrained", "from_config")
+WRITTEN_OUT = {"trust_remote_code": False}
+OF_MODELS = {"use_safetensors": True}
+
+
+def problems(source: str, name: str) -> Iterator[tuple[int, str]]:
+    """(line, what is wrong) of a file; `name` is its path below the package."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            for module in {found.split(".")[0] for found in names} & BANNED_IMPORTS:
+                if module not in ALLOWED_IMPORTS.get(name, ()):
+                    yield node.lineno, f"import of {module}"
+            if "bitsandbytes.functional" in names or ("bitsandbytes" in names and name not in BNB_IMPORTS):
+                yield node.lineno, "import of bitsandbytes, past bnb.py"
+        elif isinstance(node, ast.Call):
+            yield from _call(node, name)
+
+
+def _call(node: ast.Call, name: str) -> Iterator[tuple[int, str]]:
+    called = ast.unparse(node.func)
+    given = {keyword.arg: keyword.value for keyword in node.keywords}
+    if called in BANNED_CALLS and called not in ALLOWED_CALLS.get(name, ()):
+        yield node.lineno, f"call of {called}"
+    if called.split(".")[-1] in ("full_load", "unsafe_load"):
+        yield node.lineno, f"call of {called}"
+    if called.split(".")[-1] == "YAML" and "typ" in given and _literal(given["typ"]) not in ("rt", "safe"):
+        yield node.lineno, "YAML of another type than rt or safe"
+    if "shell" in given and _literal(given["shell"]) is not False:
+        yield node.lineno, "shell"
+    if "trust_remote_code" in given and _literal(given["trust_remote_code"]) is not False:
+        yield node.lineno, "trust_remote_code other than a written False"
+    if called.split(".")[-1] in LOADERS:
+        wanted = {**WRITTEN_OUT}
+        if "Model" in called:
+            wanted |= OF_MODELS if called.endswith("from_pretrained") else {}
+            if "attn_implementation" not in given:
+                yield node.lineno, f"{called} without attn_implementation"
+        for key, value in wanted.items():
+            if key not in given or _literal(given[key]) is not value:
+                yield node.lineno, f"{called} without {key}={value} written out"
+
+
+def _literal(node: ast.expr) -> object:
+    return node.value if isinstance(node, ast.Constant) else node
+
+
+def main(folders: list[str]) -> int:
+    """Prints what it finds, as `path:line: what`; 1 if there is anything."""
+    found = 0
+    for folder in map(Path, folders or [str(Path(__file__).parents[1] / "src" / "solotune")]):
+        for path in sorted(folder.rglob("*.py")):
+            for line, what in problems(path.read_text(encoding="utf-8"), path.relative_to(folder).as_posix()):
+                print(f"{path}:{line}: {what}")
+                found += 1
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,118 @@
+"""Files of a folder that somebody else made, opened safely: inside the folder, regular, of a sane size, and JSON.
+
+A model folder is untrusted. An index can name `../../secret`, a link can lead out of the folder, a device or FIFO can
+block for ever, JSON can hold a key twice so that two readers see two things. Everything that solotune reads from such a
+folder itself goes through here, before transformers sees the folder.
+
+Links may lead out of the folder in one case: the hub's cache, whose snapshots are links into `blobs/` beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from solotune.errors import InputError
+
+MAX_JSON_BYTES = 8 << 20  # config.json has some KB, an index of 100,000 tensors 8 MB
+MAX_DEPTH = 64
+READ = {".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken"}
+
+
+def contained(folder: Path, name: object) -> Path:
+    """The path of a file that a folder, or an index in it, names.
+
+    Raises:
+        InputError: it is not a plain file name, or it leads out of the folder, or it is no regular file.
+    """
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or "\0" in name:
+        raise InputError(f"{folder}: names a file outside the folder", seen=repr(name), allowed="a plain file name")
+    path = folder / name
+    check_regular(folder, path)
+    return path
+
+
+def check_regular(folder: Path, path: Path) -> None:
+    """Raises:
+    InputError: a link out of the folder, or a device, FIFO, socket or directory.
+    """
+    try:
+        mode = os.stat(path).st_mode
+        target, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read", seen=error.strerror) from None
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: not a regular file")
+    blobs = root.parents[1] / "blobs" if len(root.parents) > 1 and root.parent.name == "snapshots" else None
+    if not target.is_relative_to(root) and (blobs is None or not target.is_relative_to(blobs)):
+        raise InputError(
+            f"{path}: a link that leads out of the folder",
+            seen=str(target),
+            allowed="files in the folder itself, and the links of the hub's cache",
+            change="copy the file into the folder",
+        )
+
+
+def check_links(folder: Path) -> None:
+    """Looks at every link in a folder that a library might open, whether or not solotune reads that file itself.
+
+    Raises:
+        InputError: one leads out of the folder.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and path.suffix in READ and path.exists():
+            check_regular(folder, path)
+
+
+def json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """A file that holds one JSON object, with no key twice and no number that JSON lacks.
+
+    Raises:
+        InputError: it does not.
+    """
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise InputError(f"{path}: too large", seen=f"{size:,} bytes", allowed=f"{max_bytes:,} bytes")
+    try:
+        found = parsed(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno}: not valid JSON", seen=error.msg) from None
+    except (ValueError, RecursionError, OSError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).split("\n")[0]
+        raise InputError(f"{path}: not valid JSON", seen=reason) from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: not a JSON object", seen=type(found).__name__)
+    return found
+
+
+def parsed(content: bytes) -> Any:
+    """JSON as it is written, or ValueError: json takes duplicates, NaN, and UTF-16 as well."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands there twice")
+        return made
+
+    def no_constant(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    found = json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
+    if _depth(found) > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    return found
+
+
+def _depth(value: Any) -> int:
+    deepest, level = 0, [value]
+    while level:
+        inner = [list(v.values()) if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list))]
+        level = [item for items in inner for item in items]
+        deepest += 1
+        if deepest > MAX_DEPTH:
+            break
+    return deepest

@@ -1,0 +1,188 @@
+"""Hostile chat templates: time, memory, output, code and files; each is refused with exit 2, and the run's process is
+untouched. (E6 of the reliability notes, and entry 93 of the corpus.)
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from solotune.dataset import sandbox as sandbox_module
+from solotune.dataset.sandbox import Sandbox, TemplateLimitError, TemplateRefusal, TemplateSyntax, sandbox
+from tests.dataset.conftest import CHATML, FAMILIES, Door, chat, door, model_folders, peak_kib  # noqa: F401
+
+LOOP = "{% for a in range(9999) %}{% for b in range(9999) %}{{ range(9999) | sum }}{% endfor %}{% endfor %}"
+SET, TIMES = "{% set ns = namespace(a=10, b='x') %}", "{% for i in range(99) %}"
+LIMITS = ("of processor time", "more than 512 MiB", "a text of")
+
+HOSTILE = {
+    "string multiplied": "{{ 'x' * 10000000000 }}",
+    "string multiplied, below the memory": "{{ 'x' * 100000000 }}",
+    "list multiplied": "{{ ([1] * 10000000000) | length }}",
+    "range nested": LOOP,
+    "range in a list": "{{ (range(99999) | list) * 99999 }}",
+    "centre": "{{ 'x' | center(10000000000) }}",
+    "format": "{{ '%10000000000d' % 1 }}",
+    "indent": "{{ ('x\n' * 10000) | indent(100000000) }}",
+    "power": "{{ 7 ** (7 ** 10) }}",
+    "power of a power": SET + TIMES + "{% set ns.a = ns.a ** 10 %}{% endfor %}",
+    "doubling": SET + TIMES + "{% set ns.b = ns.b + ns.b %}{% endfor %}",
+    "joined": "{{ (['x' * 1000000] * 100000) | join }}",
+    "replace": "{{ ('x' * 1000000) | replace('x', 'x' * 100000) }}",
+    "a row alone": "{% if 'trigger' in messages[0].content %}" + LOOP + "{% endif %}" + CHATML,
+}
+
+REFUSED = {
+    "recursion": "{% macro a(n) %}{{ a(n + 1) }}{% endmacro %}{{ a(0) }}",
+    "Python's insides": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "globals": "{{ raise_exception.__globals__ }}",
+    "by format": "{{ '{0.__class__.__init__.__globals__}'.format(raise_exception) }}",
+    "by attr": "{{ raise_exception | attr('__globals__') }}",
+    "by cycler": "{{ cycler.__init__.__globals__.os.popen('touch made').read() }}",
+    "by a namespace": "{% set ns = namespace(__class__=1) %}",
+    "include": "{% include '/etc/passwd' %}",
+    "import": "{% import '/etc/passwd' as x %}{{ x }}",
+    "extends": "{% extends '/etc/passwd' %}",
+    "changes its list": "{{ messages.append(1) }}",
+    "raises": "{{ raise_exception('no') }}",
+    "a filter that is not": "{{ 1 | evil }}",
+    "no text": "{{ '\\ud800' }}",
+}
+
+ROWS = [{"messages": chat(f"What is {n}?", f"It is {n}.")} for n in range(4)]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A tenth of the time, for templates that take all of it."""
+    sandbox().close()
+    monkeypatch.setattr(sandbox_module, "CPU_SECONDS", 0.2)
+    yield
+    sandbox().close()
+
+
+@pytest.fixture
+def own(quick: None) -> Iterator[Sandbox]:
+    made = Sandbox()
+    yield made
+    made.close()
+
+
+def seen(messages: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": False}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_takes_too_much_is_ended_and_the_next_works(name: str, own: Sandbox) -> None:
+    peak_kib(reset=True)
+    before, started = peak_kib(), time.monotonic()
+    with pytest.raises(TemplateLimitError) as caught:
+        own.render(HOSTILE[name], seen(chat("trigger", "b")))
+    assert any(limit in str(caught.value) for limit in LIMITS)
+    assert "chat_template_path" in str(caught.value)
+    assert time.monotonic() - started < 10 and peak_kib() - before < 100 << 10
+    assert own.render("{{ messages[0].content }}", seen(chat("a", "b"))) == "a"
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name: str, own: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        text = own.render(REFUSED[name], seen(chat("a", "b")))
+    except (TemplateRefusal, TemplateSyntax) as error:
+        text = "" if str(error) else "no reason"
+    assert text == "", "what the sandbox hides is undefined, and undefined is written as nothing"
+    assert not Path("made").exists()
+    assert own.render("{{ messages[0].content }}", seen(chat("a", "b"))) == "a"
+
+
+@pytest.mark.parametrize(("name", "on_bad_row"), [("string multiplied", "error"), ("a row alone", "drop")])
+def test_at_the_door_with_the_real_limits(name: str, on_bad_row: str, door: Door, model_folders: Path) -> None:  # noqa: F811
+    sandbox().close()
+    shutil.copytree(model_folders / "chatml", "model")
+    rows = [*ROWS[:3], {"messages": chat("trigger", "b")}]
+    Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("model/chat_template.jinja").write_text(HOSTILE[name])
+    found = door("chats.jsonl", model_name_or_path="model", on_bad_row=on_bad_row)
+    assert found.code == 2, "the template's fault: no row is dropped for it"
+    problem = found.content["error"]["problem"]
+    assert problem.endswith("the model's chat template takes more than a template may")
+    assert problem.startswith("chats.jsonl:4: ") == (name == "a row alone")
+
+
+def test_93_templates_that_are_wrong(door: Door, model_folders: Path) -> None:  # noqa: F811
+    shutil.copytree(model_folders / "chatml", "model")
+    Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    path = Path("model/chat_template.jinja")
+    for template, words in (
+        ("{{ raise_exception('no') }}", "the model's chat template refuses this row"),
+        ("{% for m in messages %}{% if m.role != 'assistant' %}{{ m.content }}{% endif %}{% endfor %}", "leaves out"),
+        ("{% for m in messages %}", "the model's chat template refuses this row"),
+        ("", "leaves out"),
+    ):
+        path.write_text(template)
+        found = door("chats.jsonl", model_name_or_path="model")
+        assert found.code == 2 and words in found.shown, (template, found.shown)
+    path.write_text("{{ bos_token }}" * 2 + CHATML)
+    found = door("chats.jsonl", model_name_or_path="model")
+    assert found.code == 0 and found.finding("F08", "double-bos")["severity"] == "warning"
+    path.write_bytes(b"x" * (2 << 20))
+    assert "chat_template.jinja: too large" in door("chats.jsonl", model_name_or_path="model").shown
+
+
+def test_the_text_is_that_of_transformers() -> None:
+    from solotune.dataset.template import Template
+    from tests.dataset.conftest import tiny_tokenizer
+
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"a": [1, 2.5, None, True, "ü"]}}}]
+    rows = [
+        chat("Hi", "a", " b\n", "c"),
+        [{"role": "user", "content": "x", "name": None}, {"role": "assistant", "content": "y", "thinking": "z"}],
+    ]
+    extra = (
+        "{% generation %}{% set a = 1 %}{{ messages | tojson(indent=2) }}{% endgeneration %}{{ tools | tojson }}\n"
+        "  {% for m in messages %}\n  {{ m.reasoning_content }}{{ loop.index }}{% break %}{% endfor %}\n{{ a }}"
+        "{{ dict(a=1, b=messages[0]) }}{{ dict.fromkeys([1]) }}{{ 'ü' | tojson }}{{ documents }}{{ bos_token }}"
+        "{% set ns = namespace(x=1) %}{% set ns.x = 2 %}{{ ns.x }}{{ eos_token }}{{ unk_token is defined }}"
+    )
+    for family in FAMILIES:
+        tokenizer = copy.deepcopy(tiny_tokenizer(family))
+        for template in (tokenizer.chat_template, extra):
+            if template is None:
+                continue
+            tokenizer.chat_template = template
+            for row in rows:
+                for ask in (False, True):
+                    ours = Template(tokenizer).render("", row, tools, is_prompt=ask)
+                    theirs = tokenizer.apply_chat_template(row, tools, tokenize=False, add_generation_prompt=ask)
+                    assert ours == theirs
+
+
+def test_the_process_has_nothing_and_ends_with_its_parent(own: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "a-canary-of-a-token")
+    own.check("x")
+    child = own._child
+    assert child is not None
+    place = Path(f"/proc/{child.pid}")
+    if not place.exists():
+        pytest.skip("no /proc")
+    assert b"canary" not in (place / "environ").read_bytes()
+    assert sorted(os.listdir(place / "fd")) == ["0", "1", "2"]
+    limits = {line[:26].strip(): line[26:].split()[:2] for line in (place / "limits").read_text().splitlines()[1:]}
+    for name in ("Max open files", "Max file size", "Max processes", "Max core file size"):
+        assert limits[name] == ["0", "0"], name
+    assert limits["Max address space"] == [str(512 << 20)] * 2
+    os.kill(child.pid, signal.SIGINT)  # a Ctrl-C goes to all processes of the terminal
+    assert own.render("a", {}) == "a"
+    assert child.stdin is not None
+    child.stdin.close()  # as the end of the parent does
+    assert child.wait(5) == 0
