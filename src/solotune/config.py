@@ -25,7 +25,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -36,7 +45,16 @@ from solotune.foreign_keys import FOREIGN_KEYS, REFUSED_KEYS
 from solotune.secrets import HIDDEN, is_secret, is_secret_name, without_secrets
 
 PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]  # beyond it is a slip of the finger, or an attack
-Text = Annotated[str, Field(max_length=4096)]  # no path of a system is longer
+
+
+def _short(text: str) -> str:
+    """Not `max_length`, which refuses names that are not UTF-8 before they can be told what is wrong with them."""
+    if len(text) > 4096:  # no path of a system is longer
+        raise ValueError("at most 4,096 characters")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_short)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 BUDGET_SIZE = r"\s*(?=.*[1-9])([0-9]*\.?[0-9]+)\s*(GiB|GB|MiB|MB)\s*"  # 24GiB, 9.5 GiB, 24GB
 MAX_CONFIG_BYTES = 1 << 20  # a config is a page of text; anything larger is the wrong file

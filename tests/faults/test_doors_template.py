@@ -26,7 +26,7 @@ LIMITS = ("of processor time", "more than 512 MiB", "a text of")
 
 HOSTILE = {
     "string multiplied": "{{ 'x' * 10000000000 }}",
-    "string multiplied, below the memory": "{{ 'x' * 100000000 }}",
+    "string multiplied, below the memory": "{{ 'x' * 20000000 }}",
     "list multiplied": "{{ ([1] * 10000000000) | length }}",
     "range nested": LOOP,
     "range in a list": "{{ (range(99999) | list) * 99999 }}",
