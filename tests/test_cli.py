@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 import solotune
-from solotune import cli, errors
+from solotune import cli, door, errors
 from solotune.environment import Check, DoctorReport
 
 ROOT = Path(__file__).parents[1]
@@ -73,13 +73,13 @@ def run(*arguments: str, code: str = "", **options) -> subprocess.CompletedProce
     )
 
 
-quieten = cli.quieten
+quieten = door.quieten
 
 
 @pytest.fixture(autouse=True)
 def libraries_stay_as_they_are(monkeypatch) -> None:
     """What `main` silences would stay silent in the tests that follow."""
-    monkeypatch.setattr(cli, "quieten", lambda: None)
+    monkeypatch.setattr(door, "quieten", lambda: None)
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def test_an_interrupted_run_keeps_its_signal(verbs, capsys):
 
 
 def test_a_bug_names_the_file_with_its_traceback(verbs, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(door.tempfile, "tempdir", str(tmp_path))
     verbs.runs = raising(ZeroDivisionError("oops \x1b[31m"))
     assert cli.main(["runs"]) == 1
     (log,) = tmp_path.glob("solotune-crash-*.log")

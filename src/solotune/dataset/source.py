@@ -217,7 +217,10 @@ def _path(name: str) -> Path:
 
 def _printable(name: str) -> str:
     """A file's name as text; bytes that are not UTF-8 (surrogates in Python) as `\\xff`."""
-    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    try:
+        return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    except UnicodeEncodeError:  # half of a pair, which no file's name holds
+        return name.encode(errors="backslashreplace").decode()
 
 
 def _no_such_file(name: str, path: Path) -> InputError:
