@@ -1,9 +1,10 @@
 """Manifests: the size and the sha256 of each file of a folder, so that damage is found instead of believed.
 
-    manifest.json   {"version": 1, "files": {"state.json": {"bytes": 1234, "sha256": "9f86..."}}}
+    manifest.json   {"version": 1, "sha256": "2c26...", "files": {"state.json": {"bytes": 1234, "sha256": "9f86..."}}}
 
-safetensors has no checksum of its own: a flipped bit loads in silence. The text is written in one way only (sorted,
-indented by 1), and is compared with that way when it is read, so a changed manifest is found too, whatever was changed.
+safetensors has no checksum of its own: a flipped bit loads in silence. The manifest has one, over its list, so that it
+is the manifest which is called damaged if it is. And its text is written in one way only (sorted, indented by 1) and
+compared with that way when it is read, so nothing of it can change unseen.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def entry_at(path: Path, limit: int | None = None) -> Entry:
 def manifest_text(entries: Mapping[str, Entry]) -> str:
     """The file's content."""
     files = {name: entries[name]._asdict() for name in sorted(entries)}
-    return json.dumps({"version": VERSION, "files": files}, indent=1) + "\n"
+    own = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return json.dumps({"version": VERSION, "sha256": own, "files": files}, indent=1) + "\n"
 
 
 def read_manifest(path: Path) -> dict[str, Entry]:

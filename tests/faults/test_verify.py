@@ -86,6 +86,14 @@ def test_without_its_seal_a_finished_run_is_not_whole(run):
     assert [problem.file for problem in verify(run).problems] == ["manifest.json"]
 
 
+def test_a_changed_hash_is_the_manifests_damage_not_the_files(run):
+    text = (run / "manifest.json").read_text()
+    digit = text.index('"sha256": "', text.index("data.json")) + len('"sha256": "')
+    changed = text[:digit] + ("0" if text[digit] != "0" else "1") + text[digit + 1 :]
+    (run / "manifest.json").write_text(changed)
+    assert [problem.file for problem in verify(run).problems] == ["manifest.json"]
+
+
 def test_a_run_that_has_not_finished(work):
     faults.until_step(work, 6)
     found = verify(work.run)
