@@ -13,11 +13,12 @@ from pathlib import Path
 
 from solotune.config import RunConfig
 from solotune.errors import CheckError, DirectoryInUseError, InputError
-from solotune.record import nearest_folder
+from solotune.manifest import MANIFEST
+from solotune.record import FINGERPRINTS, LOG, METRICS, STACKS, nearest_folder
 
 OF_A_RUN = {
-    "config.yaml", "metrics.jsonl", "environment.json", "plan.json", "data.json", "split.json", "evaluation.json",
-    "diagnosis.json", "report.html", "log.txt", "checkpoints", "adapter", "export",
+    "config.yaml", "environment.json", "plan.json", "data.json", "split.json", "evaluation.json", "diagnosis.json",
+    "report.html", "checkpoints", "adapter", "export", METRICS, LOG, FINGERPRINTS, STACKS, MANIFEST,
 }  # fmt: skip
 
 

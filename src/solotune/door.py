@@ -131,8 +131,8 @@ def _loses_output() -> bool:
 
 
 def _fail(code: int, message: str, as_json: bool, content: dict[str, object] | None = None, after: str = "") -> int:
-    message, after = without_secrets(message), inert(after)
-    text = f"{click.style('error:', fg='red', bold=True)} {inert(message)}" + (f"\n{after}" if after else "")
+    message = without_secrets(message)
+    text = f"{click.style('error:', fg='red', bold=True)} {inert(message)}" + (f"\n{inert(after)}" if after else "")
     with contextlib.suppress(OSError):  # nobody may be there to read it
         click.echo(text, err=True)
     if as_json:

@@ -224,20 +224,24 @@ def model(model_folders: Path, tmp_path: Path) -> Callable[..., str]:
 
 NO_TOKENIZER = "model_name_or_path: no tokenizer could be loaded from model"
 RUNS = '{"auto_map": {"AutoTokenizer": ["own.Own", null]}, "tokenizer_class": "Own"}'
-MODELS: dict[str, tuple[dict[str, str | None], str]] = {
-    "no tokenizer.json": ({"tokenizer__json": None}, "backend tokenizer"),
-    "a cut tokenizer.json": ({"tokenizer__json": "{"}, "line 1 column 2"),
-    "another JSON": ({"tokenizer__json": "{}"}, "added_tokens"),
-    "a list as its config": ({"tokenizer_config__json": "[]"}, "list"),
-    "code of its own": ({"tokenizer_config__json": RUNS, "own__py": "open('ran', 'w')"}, "custom code"),
-    "a broken config": ({"config__json": "{"}, "not a valid JSON file"),
+MODELS: dict[str, tuple[dict[str, str | None], str, str]] = {
+    "no tokenizer.json": ({"tokenizer__json": None}, NO_TOKENIZER, "backend tokenizer"),
+    "a cut tokenizer.json": ({"tokenizer__json": "{"}, NO_TOKENIZER, "line 1 column 2"),
+    "another JSON": ({"tokenizer__json": "{}"}, NO_TOKENIZER, "added_tokens"),
+    "a list as its config": ({"tokenizer_config__json": "[]"}, "model/tokenizer_config.json: not a JSON object", ""),
+    "code of its own": (
+        {"tokenizer_config__json": RUNS, "own__py": "open('ran', 'w')"},
+        "model/tokenizer_config.json: auto_map can make a loader run code that comes with the model or from elsewhere",
+        "Own",
+    ),
+    "a broken config": ({"config__json": "{"}, "model/config.json, line 1: not valid JSON", ""),
 }
 
 
 @pytest.mark.parametrize("case", MODELS)
 def test_90_models_without_a_usable_tokenizer(door: Door, model: Callable[..., str], case: str) -> None:
-    files, also = MODELS[case]
-    door.refuses(write(*GOOD), NO_TOKENIZER, also, model_name_or_path=model(**files))
+    files, problem, also = MODELS[case]
+    door.refuses(write(*GOOD), problem, also, model_name_or_path=model(**files))
     assert not Path("ran").exists()
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import chat_rows
 
 from solotune import cli
+from solotune.manifest import MANIFEST, entry_at, manifest_text
 from tests.faults.test_doors_model import sharded  # noqa: F401
 
 ADAPTER = Path("run/adapter")
@@ -43,6 +44,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory, sharded: Path) -> Path:  #
 def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained / "run", "run")
+
+
+def seal() -> None:
+    """As somebody would who wants the change to be believed: `solotune verify` is tested elsewhere."""
+    files = [path for path in ADAPTER.iterdir() if path.name != MANIFEST and path.is_file()]
+    (ADAPTER / MANIFEST).write_text("".join(manifest_text({path.name: entry_at(path) for path in files})))
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[], None]:
@@ -129,6 +136,7 @@ DAMAGED: dict[str, tuple[Callable[[], Any], int, str]] = {
 def test_96_adapters_that_are_refused(name: str, run: None, capsys: pytest.CaptureFixture[str]) -> None:
     change, code, words = DAMAGED[name]
     change()
+    seal()
     capsys.readouterr()
     found = cli.main(["chat", "run", "--prompt", "twice 2"])
     shown = capsys.readouterr().err
@@ -138,4 +146,5 @@ def test_96_adapters_that_are_refused(name: str, run: None, capsys: pytest.Captu
 def test_the_adapter_of_the_run_is_taken(run: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["chat", "run", "--prompt", "twice 2"]) == 0
     config(base_model_name_or_path="elsewhere", lora_dropout=0.0, eva_config=None, layers_pattern=None)()
+    seal()
     assert cli.main(["chat", "run", "--prompt", "twice 2"]) == 0  # what PEFT adds when it saves, and what may differ
