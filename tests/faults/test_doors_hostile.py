@@ -221,10 +221,10 @@ TREES: dict[str, tuple[Change, list[str], tuple[int, ...]]] = {
     "config that trusts": (both(settings(trust_remote_code=True), model(python("evil.py"))), TRAIN, (2,)),
     # --- runs
     "adapter a pickle": (both(a_run, pickled("run/adapter/adapter_model.bin"),
-        lambda f: (f / "run/adapter/adapter_model.safetensors").unlink()), CHAT, (2,)),
+        lambda f: (f / "run/adapter/adapter_model.safetensors").unlink()), CHAT, (5,)),
     "adapter that names code": (both(a_run, python("run/adapter/evil.py"), file("run/adapter/adapter_config.json",
         json.dumps({"peft_type": "LORA", "auto_mapping": {"base_model_class": "Evil", "parent_library": "evil"},
-                    "megatron_core": "evil", "r": 16}))), CHAT, (2,)),
+                    "megatron_core": "evil", "r": 16}))), CHAT, (5,)),
     "adapter's tokenizer": (both(a_run, python("run/adapter/evil.py"), file("run/adapter/tokenizer_config.json",
         json.dumps({"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}))), CHAT, (2,)),
     "adapter by link": (both(a_run, link("run/adapter/adapter_model.safetensors",
@@ -243,7 +243,7 @@ WORDS = {
     "tokenizer's class a trainer": "tokenizer_class is no tokenizer",
     "tokenizer by link": "a link that leads out of the folder",
     "template by link": "a link that leads out of the folder",
-    "adapter that names code": "adapter_config.json: ",
+    "adapter that names code": "no manifest",
     "dataset of pickles": "not a data file",
 }
 

@@ -34,7 +34,7 @@ def hook(event: str, arguments: tuple[Any, ...]) -> None:
         path = arguments[0]
         if isinstance(path, (str, bytes)):
             full = os.path.realpath(os.fsdecode(path))
-            if not full.startswith(ALLOWED):
+            if not f"{full}/".startswith(ALLOWED):  # the folder itself too: a file without a name is made there
                 note("opened", full)
     elif event == "subprocess.Popen":
         command = list(map(str, arguments[1]))

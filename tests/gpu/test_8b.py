@@ -2,7 +2,7 @@
 
 Needs CUDA and SOLOTUNE_8B, a folder with a checkpoint of that shape (random weights do):
 
-    SOLOTUNE_8B=/path/to/model sh scripts/test -m gpu tests/gpu
+    SOLOTUNE_8B=/path/to/model sh scripts/test -n 0 -m gpu tests/gpu
 """
 
 from __future__ import annotations

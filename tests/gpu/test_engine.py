@@ -1,6 +1,6 @@
 """The fast paths on one GPU against the plain ones, with a float32 model as the truth of both.
 
-sh scripts/test -m gpu tests/gpu/test_engine.py
+sh scripts/test -n 0 -m gpu tests/gpu/test_engine.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """CUDA graphs of passes on one GPU: the numbers of passes without them, and memory given back.
 
-sh scripts/test -m gpu tests/gpu/test_graphs.py
+sh scripts/test -n 0 -m gpu tests/gpu/test_graphs.py
 """
 
 from __future__ import annotations
