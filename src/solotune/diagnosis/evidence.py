@@ -11,7 +11,7 @@ A rule returns a `Signal` when it sees its fault. Signals differ in what they ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["invariant", "counterfactual", "measured", "curve"]
@@ -28,6 +28,7 @@ class Signal:
     numbers: dict[str, Any] = field(default_factory=dict)
     against: bool = False
     fix: str = ""  # the exact line of the config to change
+    expect: str = ""  # after it, where this evidence says more than the catalogue does (the range test's gain)
 
 
 @dataclass(frozen=True)
@@ -57,3 +58,10 @@ class Diagnosis:
     skipped: dict[str, str] = field(default_factory=dict)  # probe -> why it was not run
     cost: dict[str, float] = field(default_factory=dict)  # probe -> seconds
     measurements: dict[str, Any] = field(default_factory=dict)  # what a page needs to draw
+
+    @property
+    def is_fault(self) -> bool:
+        return self.verdict == "fault"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
