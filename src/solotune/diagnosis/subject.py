@@ -92,6 +92,8 @@ class Live:
     loss_of: Callable[[torch.nn.Module, Mapping[str, torch.Tensor]], torch.Tensor] | None = None  # else the model's own
     evaluate: Callable[[torch.nn.Module], float] | None = None  # the training's evaluation, in whatever mode it runs
     generate: Callable[[str], str] | None = None  # the deployment's way from a user's text to an answer
+    backward: Callable[[torch.nn.Module, Sequence[Mapping[str, torch.Tensor]]], Any] | None = None
+    """The gradients of one optimizer step from these micro-batches, accumulated as the training does it."""
 
 
 @dataclass(frozen=True)
@@ -110,5 +112,6 @@ class Subject:
     trace: Trace | None = None
     saved: Saved | None = None
     live: Callable[[], Live] | None = None  # loads it; probes call it once
+    batches: Sequence[Mapping[str, torch.Tensor]] = ()  # as `Live.batches`, where no model is needed to make them
     environment: Mapping[str, Any] = field(default_factory=dict)  # versions, card
     missing: Mapping[str, str] = field(default_factory=dict)  # part -> why it is not there
