@@ -29,9 +29,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a training was told, under our names; None where nobody knows. Foreign names are translated (`foreign`)."""
+    """What a training was told, under our names; None where nobody knows. Foreign names are translated (`foreign`).
 
-    values: Mapping[str, Any]  # learning_rate, lora_r, max_length, ...: `RunConfig`'s names and a few that it lacks
+    Names that `RunConfig` lacks are those of the library that has them: `optim` and `lr_scheduler_type` of any kind,
+    `fp16`, `model_dtype` and `adapter_dtype` (float32, bfloat16, float16), `load_in_8bit`, `bnb_4bit_compute_dtype`,
+    `llm_int8_skip_modules`, `init_lora_weights`, `modules_to_save`, `trainable_token_indices`, `inference_mode`,
+    `use_reentrant`, `logging_nan_inf_filter`, `ignore_data_skip`, `neftune_noise_alpha`, `dataloader_num_workers`,
+    `shuffle` (whether the sampler shuffles), `truncation_side` (right keeps the start), `add_generation_prompt` (as
+    deployed), `chat_template` (as trained), `serving_template` and `serving_stop_ids` (as deployed), `serving_alpha`
+    and `serving_r`, `merged_into` (dtype or quantisation of the base that was merged into), `memory_bytes` (of the
+    card).
+    """
+
+    values: Mapping[str, Any]
     asked: Mapping[str, Any] = field(default_factory=dict)  # what the user wrote, where that differs from what held
     sources: Mapping[str, str] = field(default_factory=dict)  # key -> file and line, for the fix
 
@@ -82,6 +92,8 @@ class Live:
     loss_of: Callable[[torch.nn.Module, Mapping[str, torch.Tensor]], torch.Tensor] | None = None  # else the model's own
     evaluate: Callable[[torch.nn.Module], float] | None = None  # the training's evaluation, in whatever mode it runs
     generate: Callable[[str], str] | None = None  # the deployment's way from a user's text to an answer
+    backward: Callable[[torch.nn.Module, Sequence[Mapping[str, torch.Tensor]]], Any] | None = None
+    """The gradients of one optimizer step from these micro-batches, accumulated as the training does it."""
 
 
 @dataclass(frozen=True)
@@ -100,5 +112,6 @@ class Subject:
     trace: Trace | None = None
     saved: Saved | None = None
     live: Callable[[], Live] | None = None  # loads it; probes call it once
+    batches: Sequence[Mapping[str, torch.Tensor]] = ()  # as `Live.batches`, where no model is needed to make them
     environment: Mapping[str, Any] = field(default_factory=dict)  # versions, card
     missing: Mapping[str, str] = field(default_factory=dict)  # part -> why it is not there

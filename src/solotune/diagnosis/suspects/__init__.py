@@ -47,6 +47,11 @@ class Rule:
         """What `solotune explain` prints."""
         return self.ask.__doc__ or ""
 
+    @property
+    def loads(self) -> bool:
+        """Whether it looks at the model and the batches themselves."""
+        return "live" in self.needs
+
     def lacks(self, subject: Subject) -> str | None:
         """Why it cannot be asked of this subject; None where it can."""
         for part in self.needs:
@@ -78,16 +83,20 @@ def rules() -> dict[str, tuple[Rule, ...]]:
     return {code: tuple(known for known in _RULES if known.code == code) for code in codes}
 
 
-def ask_all(subject: Subject) -> tuple[list[Signal], dict[str, str]]:
-    """What all rules say, and (code -> why) those that could not be asked, which the diagnosis leaves open."""
+def ask_all(subject: Subject, loads: bool = False) -> tuple[list[Signal], dict[str, str]]:
+    """What all rules say, and (code -> why) those that could not be asked, which the diagnosis leaves open.
+
+    Args:
+        loads: also ask the rules that need `live`, which loads the model; `subject.live` should keep what it loaded.
+    """
     signals: list[Signal] = []
     unasked: dict[str, str] = {}
     for code, known in rules().items():
-        lacking = [lack for one in known if (lack := one.lacks(subject)) is not None]
-        if len(lacking) == len(known):
-            unasked[code] = lacking[0]
+        lacking = {one: "the model was not loaded" if one.loads and not loads else one.lacks(subject) for one in known}
+        if all(lacking.values()):
+            unasked[code] = lacking[known[0]] or ""
         for one in known:
-            if one.lacks(subject) is None:
+            if lacking[one] is None:
                 signals += signals_of(one.ask(subject))
     return signals, unasked
 
