@@ -139,5 +139,5 @@ def in_words(signal: Signal) -> str:
 
 def _sampled(part: torch.nn.Parameter) -> torch.Tensor:
     """int64: evenly spaced places of the matrix within the vector that all adapters share."""
-    start, size = part.data.storage_offset(), part.numel()
+    start, size = int(part.data.storage_offset()), part.numel()
     return torch.linspace(start, start + size - 1, min(NUM_SAMPLED, size), dtype=torch.float64).long().to(part.device)
