@@ -31,6 +31,9 @@ from solotune.terminal import Display, PlainDisplay, SilentDisplay, clock, make_
 
 if TYPE_CHECKING:
     from solotune.dataset import DataReport, Prepared
+    from solotune.diagnosis.evidence import Diagnosis
+    from solotune.diagnosis.explanation import Explanation
+    from solotune.diagnosis.subject import Subject
     from solotune.environment import DoctorReport, Machine
     from solotune.evaluation import Evaluation
     from solotune.model import TrainableModel
@@ -193,6 +196,7 @@ def train(
     """
     from solotune import checkpoint, training
     from solotune.device_failure import device_failure
+    from solotune.diagnosis.watch import Watch
     from solotune.resume import fingerprints, open_run
 
     display = display or SilentDisplay()
@@ -205,8 +209,10 @@ def train(
         display.note(f"run directory: {run.path}")
         display.choices(ready.choices)
         summary = _record_start(run, ready, start.step if start else 0, display)
+        watch = Watch(model, ready.subject, display, run)
+        marks = fingerprints(checked, prepared)
         tuned = training.train(
-            model, prepared.train, prepared.validation, checked, run, display, start, fingerprints(checked, prepared)
+            model, prepared.train, prepared.validation, checked, run, tee(display, watch), start, marks
         )
         _write_adapter(run, model, checked, ready.tokenizer)
         result = None
@@ -218,6 +224,7 @@ def train(
         measured = {"peak_bytes": peak_bytes, **usual_step(run.read_metrics())}
         run.write_json("plan.json", {**ready.plan_json(), "measured": measured})
         run.log_metrics("end", step=summary["total_steps"], peak_bytes=peak_bytes)
+        run.write_json("diagnosis.json", watch.diagnosis().to_json())
         return TrainResult(run.path, summary, ready.choices, result)
     except Exception as error:
         error.run_dir = run.path  # type: ignore[attr-defined] - where the command line writes a bug's traceback
@@ -242,6 +249,7 @@ class _Ready:
     planned: Plan
     model: TrainableModel
     tried: Preflight | None
+    subject: Subject  # what can be diagnosed before the first step
 
     def plan_json(self) -> dict[str, Any]:
         return {"predicted": self.planned.to_json(), "preflight": self.tried and asdict(self.tried)}
@@ -251,6 +259,7 @@ def _get_ready(config: RunConfig, resume: bool, display: Display) -> _Ready:
     """Settles, reads, plans, loads, tries: everything that may refuse a run, in the order of what it costs to ask."""
     from solotune import dataset
     from solotune.device_failure import device_errors
+    from solotune.diagnosis import own
     from solotune.preflight import preflight
     from solotune.resume import recorded_day
     from solotune.survey import plan_for
@@ -278,7 +287,8 @@ def _get_ready(config: RunConfig, resume: bool, display: Display) -> _Ready:
         with device_errors(checked):
             tried = preflight(model, prepared.train, prepared.validation, checked, folder)
     choices = [*choices, *planned.choices, *model.choices]
-    return _Ready(checked, machine, choices, tokenizer, prepared, planned, model, tried)
+    subject = own.from_prepared(checked, tokenizer, prepared)
+    return _Ready(checked, machine, choices, tokenizer, prepared, planned, model, tried, subject)
 
 
 def _record_start(run: RunDirectory, ready: _Ready, step: int, display: Display) -> dict[str, Any]:
@@ -334,6 +344,49 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
         result = _compare(found.load(), found.tokenizer, prepared, found.config, None, display)
     found.directory.write_json("evaluation.json", result.to_json())
     return result
+
+
+def diagnose(
+    target: ConfigSource,
+    deep: bool = False,
+    budget: float | None = None,
+    dataset: str | None = None,
+    config: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    display: Display | None = None,
+) -> Diagnosis:
+    """Names the culprit, or says healthy, or says undecided and what would decide; written into a run's diagnosis.json.
+
+    Args:
+        target: a config, a run directory, or a folder that another trainer wrote.
+        deep: probe longer, on more batches.
+        budget: seconds for the probes; 0 asks the rules alone.
+        dataset: of a foreign folder: the data that it was trained on.
+        config: of a foreign folder: the file that made it.
+
+    Raises:
+        InputError: the target is none of these.
+    """
+    from solotune.diagnosis import examination
+    from solotune.diagnosis.target import open_run, subject_of
+
+    display = display or SilentDisplay()
+    display.phase("reading what is there")
+    found = examination.examine(subject_of(target, overrides, config, dataset), deep, budget, display.phase)
+    if run := open_run(target):
+        run.write_json("diagnosis.json", found.to_json())
+    return found
+
+
+def explain(code: str) -> Explanation:
+    """What a fault (F17, pad-masks-terminator) or a suspect (S4) is, how it is recognised and how it is mended.
+
+    Raises:
+        InputError: there is no such fault; the nearest are in the message.
+    """
+    from solotune.diagnosis.explanation import explained
+
+    return explained(code)
 
 
 def chat(run: str | Path) -> ChatSession:

@@ -32,6 +32,16 @@ class Signal:
 
 
 @dataclass(frozen=True)
+class Probed:
+    """What the probes that fitted into a budget say; keys are their names, P1 ... P12."""
+
+    signals: list[Signal]
+    measurements: dict[str, Any] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)  # seconds
+    skipped: dict[str, str] = field(default_factory=dict)  # why it was not run
+
+
+@dataclass(frozen=True)
 class Culprit:
     """A fault as the cause, best first; `same_evidence`: codes that this evidence cannot tell from it."""
 
@@ -56,6 +66,7 @@ class Diagnosis:
     ruled_out: list[dict[str, str]]  # fault, and the number that speaks against it
     next_experiment: str | None
     skipped: dict[str, str] = field(default_factory=dict)  # probe -> why it was not run
+    unasked: dict[str, str] = field(default_factory=dict)  # fault -> why none of its rules could be asked
     cost: dict[str, float] = field(default_factory=dict)  # probe -> seconds
     measurements: dict[str, Any] = field(default_factory=dict)  # what a page needs to draw
 
