@@ -61,7 +61,8 @@ def is_untouched(model: nn.Module) -> bool | None:
 
 @contextmanager
 def restored(live: Live, seed: int = 0) -> Iterator[nn.Module]:
-    """Seeds everything; afterwards parameters that can change, gradients, buffers, modes, flags and generators are back.
+    """Seeds everything; afterwards parameters that can change, gradients, buffers, modes, flags and generators are
+    back.
 
     Frozen weights are not copied (that would be the whole model); that nobody wrote to them is checked.
 
