@@ -13,6 +13,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from solotune import __version__
 from solotune.config import SECTIONS, Choice, RunConfig, allowed_values, field_help, load_config, section_of, to_yaml
 from solotune.errors import InputError, IntegrityError, SolotuneError
 from solotune.record import (
@@ -297,7 +298,8 @@ def _record_start(run: RunDirectory, ready: _Ready, step: int, display: Display)
 
     report = ready.prepared.report
     run.write_config(ready.config)
-    run.write_json("environment.json", {**ready.machine.to_json(), "choices": [c._asdict() for c in ready.choices]})
+    made_by = {"solotune": __version__, "choices": [choice._asdict() for choice in ready.choices]}
+    run.write_json("environment.json", {**ready.machine.to_json(), **made_by})
     run.write_json("plan.json", ready.plan_json())
     run.write_json("data.json", report.to_json())
     write_whole(run.path / "split.json", ready.prepared.manifest.json_lines())
