@@ -197,6 +197,7 @@ def train(
     """
     from solotune import checkpoint, training
     from solotune.device_failure import device_failure
+    from solotune.diagnosis import message
     from solotune.diagnosis.watch import Watch
     from solotune.resume import fingerprints, open_run
 
@@ -225,7 +226,9 @@ def train(
         measured = {"peak_bytes": peak_bytes, **usual_step(run.read_metrics())}
         run.write_json("plan.json", {**ready.plan_json(), "measured": measured})
         run.log_metrics("end", step=summary["total_steps"], peak_bytes=peak_bytes)
-        run.write_json("diagnosis.json", watch.diagnosis().to_json())
+        found = watch.diagnosis()
+        run.write_json("diagnosis.json", found.to_json())
+        display.note(f"diagnosis by rules alone: {message.summary(found)}")
         return TrainResult(run.path, summary, ready.choices, result)
     except Exception as error:
         error.run_dir = run.path  # type: ignore[attr-defined] - where the command line writes a bug's traceback
