@@ -9,10 +9,10 @@ The probes run even where the rules have named something: two faults are common,
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from solotune.diagnosis import probes
-from solotune.diagnosis.evidence import Diagnosis, Probed
+from solotune.diagnosis.evidence import Diagnosis, Probed, Signal
 from solotune.diagnosis.subject import Subject
 from solotune.diagnosis.suspects import ask_all
 from solotune.diagnosis.verdict import EXPERIMENTS, decide
@@ -25,7 +25,11 @@ DEEP_SECONDS = 600.0
 
 
 def examine(
-    subject: Subject, deep: bool = False, budget: float | None = None, phase: Callable[[str], None] = lambda name: None
+    subject: Subject,
+    deep: bool = False,
+    budget: float | None = None,
+    phase: Callable[[str], None] = lambda name: None,
+    also: Sequence[Signal] = (),
 ) -> Diagnosis:
     """The diagnosis of a subject.
 
@@ -33,6 +37,7 @@ def examine(
         deep: probes run longer, on more batches.
         budget: seconds for the probes; 0 asks the rules alone.
         phase: told what begins.
+        also: what was seen elsewhere.
     """
     started = time.perf_counter()
     phase("asking the rules")
@@ -41,7 +46,7 @@ def examine(
     probed = _probe(subject, deep, (DEEP_SECONDS if deep else BUDGET_SECONDS) if budget is None else budget, phase)
     return decide(
         subject.name,
-        [*signals, *probed.signals],
+        [*signals, *also, *probed.signals],
         unasked=unasked,
         skipped=probed.skipped,
         cost={**cost, **probed.cost},
