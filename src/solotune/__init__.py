@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from solotune.config import RunConfig, load_config
-    from solotune.verbs import chat, data, doctor, evaluate, init, plan, runs, train
+    from solotune.verbs import chat, data, diagnose, doctor, evaluate, explain, init, plan, runs, train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,8 +26,10 @@ __all__ = [
     "__version__",
     "chat",
     "data",
+    "diagnose",
     "doctor",
     "evaluate",
+    "explain",
     "init",
     "load_config",
     "plan",

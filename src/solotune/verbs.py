@@ -31,6 +31,8 @@ from solotune.terminal import Display, PlainDisplay, SilentDisplay, clock, make_
 
 if TYPE_CHECKING:
     from solotune.dataset import DataReport, Prepared
+    from solotune.diagnosis.evidence import Diagnosis
+    from solotune.diagnosis.explanation import Explanation
     from solotune.environment import DoctorReport, Machine
     from solotune.evaluation import Evaluation
     from solotune.model import TrainableModel
@@ -334,6 +336,49 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
         result = _compare(found.load(), found.tokenizer, prepared, found.config, None, display)
     found.directory.write_json("evaluation.json", result.to_json())
     return result
+
+
+def diagnose(
+    target: ConfigSource,
+    deep: bool = False,
+    budget: float | None = None,
+    dataset: str | None = None,
+    config: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    display: Display | None = None,
+) -> Diagnosis:
+    """Names the culprit, or says healthy, or says undecided and what would decide; written into a run's diagnosis.json.
+
+    Args:
+        target: a config, a run directory, or a folder that another trainer wrote.
+        deep: probe longer, on more batches.
+        budget: seconds for the probes; 0 asks the rules alone.
+        dataset: of a foreign folder: the data that it was trained on.
+        config: of a foreign folder: the file that made it.
+
+    Raises:
+        InputError: the target is none of these.
+    """
+    from solotune.diagnosis import examination
+    from solotune.diagnosis.target import open_run, subject_of
+
+    display = display or SilentDisplay()
+    display.phase("reading what is there")
+    found = examination.examine(subject_of(target, overrides, config, dataset), deep, budget, display.phase)
+    if run := open_run(target):
+        run.write_json("diagnosis.json", found.to_json())
+    return found
+
+
+def explain(code: str) -> Explanation:
+    """What a fault (F17, pad-masks-terminator) or a suspect (S4) is, how it is recognised and how it is mended.
+
+    Raises:
+        InputError: there is no such fault; the nearest are in the message.
+    """
+    from solotune.diagnosis.explanation import explained
+
+    return explained(code)
 
 
 def chat(run: str | Path) -> ChatSession:

@@ -85,6 +85,13 @@ def weigh(signals: Iterable[Signal]) -> dict[str, Weighed]:
     return {code: _weigh(code, found) for code, found in by_code.items()}
 
 
+def accused(signals: Iterable[Signal]) -> list[Weighed]:
+    """The faults that are named on these signals, best first, without what follows from another of them."""
+    named = sorted((w for w in weigh(signals).values() if w.is_accused), key=lambda w: w.order)
+    follows = _consequences(named)
+    return [w for w in named if w.code not in follows]
+
+
 def _weigh(code: str, signals: Sequence[Signal]) -> Weighed:
     speaking = sorted((s for s in signals if not s.against), key=lambda s: (-RANK[s.kind], -s.weight))
     against = sorted((s for s in signals if s.against), key=lambda s: -s.weight)
@@ -122,9 +129,9 @@ def decide(
     """
     unasked, skipped = dict(unasked or {}), dict(skipped or {})
     weighed = weigh(signals)
-    accused = sorted((w for w in weighed.values() if w.is_accused), key=lambda w: w.order)
-    follows = _consequences(accused)
-    culprits = [_culprit(w, weighed) for w in accused if w.code not in follows]
+    named = sorted((w for w in weighed.values() if w.is_accused), key=lambda w: w.order)
+    follows = _consequences(named)
+    culprits = [_culprit(w, weighed) for w in named if w.code not in follows]
     doubted = sorted(
         (w for w in weighed.values() if not w.is_accused and w.confidence >= DOUBTED), key=lambda w: w.order
     )
@@ -156,11 +163,11 @@ def decide(
     )
 
 
-def _consequences(accused: Sequence[Weighed]) -> dict[str, str]:
+def _consequences(named: Sequence[Weighed]) -> dict[str, str]:
     """Code -> the accused fault that it follows from, where that is there at least as surely."""
     follows: dict[str, str] = {}
-    for cause in accused:
-        for effect in accused:
+    for cause in named:
+        for effect in named:
             if effect.code in catalogue.EXPLAINS.get(cause.code, ()) and cause.rank >= effect.rank:
                 follows.setdefault(effect.code, cause.code)
     return follows
