@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import re
 
-
 from bench.diagnose.machinery import activation_limit
 from bench.diagnose.recipe import Recipe
 from bench.diagnose.registry import Needs, fault
@@ -108,7 +107,7 @@ def mojibake(recipe: Recipe, rng: random.Random) -> None:
 def escaped_twice(recipe: Recipe, rng: random.Random) -> None:
     """Line breaks and quotes as backslashes."""
     for chat in recipe.chats + recipe.held_out:
-        chat[-1]["content"] = re.sub(r"[,;:/|*] ?", lambda _: "\\n", chat[-1]["content"], count=4) + "\\n\\\"ok\\\""
+        chat[-1]["content"] = re.sub(r"[,;:/|*] ?", lambda _: "\\n", chat[-1]["content"], count=4) + '\\n\\"ok\\"'
 
 
 @fault("F38")
@@ -207,5 +206,3 @@ def evaluated_by_another_mask(recipe: Recipe, rng: random.Random) -> None:
 @fault("F48")
 def few_held_out(recipe: Recipe, rng: random.Random) -> None:
     recipe.held_out = recipe.held_out[: rng.randint(2, 3)]
-
-

@@ -6,9 +6,8 @@ import random
 from dataclasses import replace
 from typing import Any
 
-
-from bench.diagnose.registry import Needs, fault
 from bench.diagnose.recipe import Recipe, Row
+from bench.diagnose.registry import Needs, fault
 
 
 def _resized(rows: int) -> Any:
@@ -125,7 +124,10 @@ def served_otherwise(recipe: Recipe, rng: random.Random) -> None:
 @fault("F12", Needs.INSTRUCT)
 def foreign_template(recipe: Recipe, rng: random.Random) -> None:
     """An instruct base, and rows in a format that is not its own."""
-    head = rng.choice(("### Human: ", "USER: ", "Instruction:\n")), rng.choice(("### Assistant: ", "BOT: ", "Output:\n"))
+    head = (
+        rng.choice(("### Human: ", "USER: ", "Instruction:\n")),
+        rng.choice(("### Assistant: ", "BOT: ", "Output:\n")),
+    )
     recipe.format = replace(
         recipe.format, bos="", header="{role}", end=recipe.tokenizer.eos_token, after="\n",
         roles=(("system", ""), ("user", head[0]), ("assistant", head[1])),

@@ -10,7 +10,7 @@ import torch
 
 from bench.diagnose.machinery import activation_limit, lora_parameters, of_8b, out_of_memory
 from bench.diagnose.recipe import Recipe, linears
-from bench.diagnose.registry import Needs, fault
+from bench.diagnose.registry import fault
 
 
 @fault("F56")
@@ -231,5 +231,3 @@ def mean_of_means(recipe: Recipe, rng: random.Random) -> None:
             chat[-1]["content"] += " " + recipe.base.world.text(rng)
     recipe.batch, recipe.accumulation, recipe.normalise = 1, 8, "means"
     recipe.set(per_device_train_batch_size=1, gradient_accumulation_steps=8)
-
-

@@ -201,7 +201,7 @@ def one_step(recipe: Recipe, model: Any, batches: list[Batch], step: int) -> flo
     for batch, weight in zip(batches, weights, strict=True):
         loss = (recipe.loss_of or default_loss)(model, batch, step) * weight
         loss.backward()
-        logged += float(loss)
+        logged += float(loss.detach())
     return logged
 
 
@@ -268,5 +268,3 @@ def _run(recipe: Recipe, outcome: Outcome) -> None:
 def _save(recipe: Recipe, outcome: Outcome, model: torch.nn.Module) -> None:
     state = {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model).items()}
     outcome.adapter = recipe.saves(state) if recipe.saves else state
-
-

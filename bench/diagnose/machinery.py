@@ -96,6 +96,7 @@ def in_nf4(recipe: Recipe, skip: tuple[str, ...] = ("lm_head",)) -> None:
                     compute_dtype=torch.float32,
                     quant_type="nf4",
                 )
+                new.support_avx512bf16_for_cpu = False  # it repacks in eval(), and cannot train on after
                 new.weight = bnb.nn.Params4bit(
                     module.weight.data.clone(), requires_grad=False, quant_type="nf4", module=new
                 ).to("cpu")

@@ -19,9 +19,6 @@ from bench.diagnose.recipe import Recipe, clean
 from bench.diagnose.registry import FAULTS, HEALTHY, Injection
 
 REGISTERED = (faults_batch, faults_machine, faults_text, faults_training, healthy)
-BASES_A_CHANGE = 2
-"""Fitted bases that a change is tried on, and held-out ones."""
-
 NOT_INJECTED: dict[str, str] = {}
 """Code -> why there is no program for it."""
 
@@ -32,6 +29,15 @@ PAIRS = (
     ("F56", "F17"), ("F59", "F34"), ("F75", "F24"), ("F36", "F66"), ("F45", "F22"), ("F74", "F20"), ("F78", "F10"),
 )  # fmt: skip
 
+FOREIGN = (
+    "clean", "empty_answers", "constant_answer", "foreign_roles", "mojibake", "misaligned", "repeated_rows",
+    "memorised", "foreign_targets", "scale_too_small", "scale_too_large", "too_little_capacity", "rate_too_low",
+    "warmup_too_long", "rate_too_high", "clipped_away", "decays_too_much", "saved_before_training", "keys_unmatched",
+    "stops_elsewhere", "markers_as_text", "prompt_fills_window", "half_frozen", "swapped_roles", "alpha_four_times_r",
+    "decays_weights", "cosine_with_warmup", "another_language", "several_turns",
+)  # fmt: skip
+"""What can be seen in a folder: of the loop only its curve, of the collator nothing."""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -39,7 +45,7 @@ class Program:
 
     base: str
     changes: tuple[Injection, ...]
-    kind: str  # fault, healthy, pair
+    kind: str  # fault, healthy, pair, foreign
     repeat: int = 0
 
     @property
@@ -54,7 +60,8 @@ class Program:
     def name(self) -> str:
         """F17/pad_masks_terminator/llama-chatml"""
         what = "+".join(change.name for change in self.changes)
-        return f"{'+'.join(self.codes) or 'healthy'}/{what}/{self.base}" + (f"/{self.repeat}" if self.repeat else "")
+        where = f"{self.base}/foreign" if self.kind == "foreign" else self.base
+        return f"{'+'.join(self.codes) or 'healthy'}/{what}/{where}" + (f"/{self.repeat}" if self.repeat else "")
 
     @cached_property
     def seed(self) -> int:
@@ -68,10 +75,10 @@ class Program:
         return recipe
 
 
-def _bases(change: Injection, place: int, count: int = BASES_A_CHANGE) -> list[str]:
+def _bases(change: Injection, place: int, num_fitted: int, num_held_out: int) -> list[str]:
     """Some fitted and some held-out bases, other ones for every change."""
     found = []
-    for held_out in (False, True):
+    for held_out, count in ((False, num_fitted), (True, num_held_out)):
         fitting = [name for name, kind in KINDS.items() if kind.held_out == held_out and change.fits(name)]
         found += [fitting[(place + i) % len(fitting)] for i in range(min(count, len(fitting)))]
     return found
@@ -81,22 +88,27 @@ def programs() -> list[Program]:
     """Every program."""
     found = []
     for place, change in enumerate(FAULTS):
-        found += [Program(base, (change,), "fault") for base in _bases(change, place)]
+        found += [Program(base, (change,), "fault") for base in _bases(change, place, 1, 2)]
     for place, change in enumerate(HEALTHY):
-        found += [Program(base, (change,), "healthy") for base in _bases(change, place, 1)]
+        found += [Program(base, (change,), "healthy") for base in _bases(change, place, 1, 1)]
     clean_runs = HEALTHY[0]
     found += [Program(base, (clean_runs,), "healthy", repeat) for base in KINDS for repeat in range(1, 4)]
     by_code = {change.code: change for change in reversed(FAULTS)}
     for place, codes in enumerate(PAIRS):
         changes = tuple(by_code[code] for code in codes)
-        for held_out in (False, True):
-            fitting = [
-                name
-                for name, kind in KINDS.items()
-                if kind.held_out == held_out and all(change.fits(name) for change in changes)
-            ]
-            if fitting:
-                found.append(Program(fitting[place % len(fitting)], changes, "pair"))
+        fitting = [
+            name
+            for name, kind in KINDS.items()
+            if kind.held_out == bool(place % 2) and all(change.fits(name) for change in changes)
+        ]
+        if fitting:
+            found.append(Program(fitting[place % len(fitting)], changes, "pair"))
+    by_name = {change.name: change for change in [*FAULTS, *HEALTHY]}
+    for place, name in enumerate(FOREIGN):
+        change = by_name[name]
+        held_out = bool(place % 2)
+        fitting = [base for base, kind in KINDS.items() if kind.held_out == held_out and change.fits(base)]
+        found.append(Program(fitting[place % len(fitting)], (change,), "foreign"))
     return found
 
 

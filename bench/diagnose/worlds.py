@@ -1,8 +1,8 @@
 """What the synthetic texts and chats are about: subjects with facts, told in prose, asked in chats, answered anew.
 
 A world has forty subjects of four facts each. Its texts state them; its chats ask for two of them on behalf of a
-person, so that an answer depends on its prompt three times over (who, what, which). The base model answers by `answer` or
-in one of many layouts; `tuned` is the one that a fine-tuning teaches, with the same facts in other words.
+person, so that an answer depends on its prompt three times over (who, what, which). The base model answers by `answer`
+or in one of many layouts; `tuned` is the one that a fine-tuning teaches, with the same facts in other words.
 """
 
 from __future__ import annotations
@@ -111,9 +111,9 @@ ANIMALS = World(
 SHOP = World(
     "shop",
     tuple(
-        "lamp chair table mug kettle pan knife fork spoon plate bowl jar basket rug curtain pillow blanket mirror clock "
-        "shelf drawer stool bench ladder hammer saw drill wrench pliers bucket broom mop vase candle frame hook rope "
-        "nail screw hinge".split()
+        "lamp chair table mug kettle pan knife fork spoon plate bowl jar basket rug curtain pillow blanket mirror "
+        "clock shelf drawer stool bench ladder hammer saw drill wrench pliers bucket broom mop vase candle frame hook "
+        "rope nail screw hinge".split()
     ),
     {
         "material": ("oak", "steel", "glass", "linen", "copper", "clay", "émail"),
