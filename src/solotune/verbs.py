@@ -13,6 +13,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from solotune import __version__
 from solotune.config import SECTIONS, Choice, RunConfig, allowed_values, field_help, load_config, section_of, to_yaml
 from solotune.errors import InputError, IntegrityError, SolotuneError
 from solotune.record import (
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from solotune.dataset import DataReport, Prepared
     from solotune.diagnosis.evidence import Diagnosis
     from solotune.diagnosis.explanation import Explanation
+    from solotune.diagnosis.subject import Subject
     from solotune.environment import DoctorReport, Machine
     from solotune.evaluation import Evaluation
     from solotune.model import TrainableModel
@@ -195,6 +197,8 @@ def train(
     """
     from solotune import checkpoint, training
     from solotune.device_failure import device_failure
+    from solotune.diagnosis import message
+    from solotune.diagnosis.watch import Watch
     from solotune.resume import fingerprints, open_run
 
     display = display or SilentDisplay()
@@ -207,8 +211,10 @@ def train(
         display.note(f"run directory: {run.path}")
         display.choices(ready.choices)
         summary = _record_start(run, ready, start.step if start else 0, display)
+        watch = Watch(model, ready.subject, display, run)
+        marks = fingerprints(checked, prepared)
         tuned = training.train(
-            model, prepared.train, prepared.validation, checked, run, display, start, fingerprints(checked, prepared)
+            model, prepared.train, prepared.validation, checked, run, tee(display, watch), start, marks
         )
         _write_adapter(run, model, checked, ready.tokenizer)
         result = None
@@ -220,6 +226,9 @@ def train(
         measured = {"peak_bytes": peak_bytes, **usual_step(run.read_metrics())}
         run.write_json("plan.json", {**ready.plan_json(), "measured": measured})
         run.log_metrics("end", step=summary["total_steps"], peak_bytes=peak_bytes)
+        found = watch.diagnosis()
+        run.write_json("diagnosis.json", found.to_json())
+        display.note(f"diagnosis by rules alone: {message.summary(found)}")
         return TrainResult(run.path, summary, ready.choices, result)
     except Exception as error:
         error.run_dir = run.path  # type: ignore[attr-defined] - where the command line writes a bug's traceback
@@ -244,6 +253,7 @@ class _Ready:
     planned: Plan
     model: TrainableModel
     tried: Preflight | None
+    subject: Subject  # what can be diagnosed before the first step
 
     def plan_json(self) -> dict[str, Any]:
         return {"predicted": self.planned.to_json(), "preflight": self.tried and asdict(self.tried)}
@@ -253,6 +263,7 @@ def _get_ready(config: RunConfig, resume: bool, display: Display) -> _Ready:
     """Settles, reads, plans, loads, tries: everything that may refuse a run, in the order of what it costs to ask."""
     from solotune import dataset
     from solotune.device_failure import device_errors
+    from solotune.diagnosis import own
     from solotune.preflight import preflight
     from solotune.resume import recorded_day
     from solotune.survey import plan_for
@@ -280,7 +291,8 @@ def _get_ready(config: RunConfig, resume: bool, display: Display) -> _Ready:
         with device_errors(checked):
             tried = preflight(model, prepared.train, prepared.validation, checked, folder)
     choices = [*choices, *planned.choices, *model.choices]
-    return _Ready(checked, machine, choices, tokenizer, prepared, planned, model, tried)
+    subject = own.from_prepared(checked, tokenizer, prepared)
+    return _Ready(checked, machine, choices, tokenizer, prepared, planned, model, tried, subject)
 
 
 def _record_start(run: RunDirectory, ready: _Ready, step: int, display: Display) -> dict[str, Any]:
@@ -289,7 +301,8 @@ def _record_start(run: RunDirectory, ready: _Ready, step: int, display: Display)
 
     report = ready.prepared.report
     run.write_config(ready.config)
-    run.write_json("environment.json", {**ready.machine.to_json(), "choices": [c._asdict() for c in ready.choices]})
+    made_by = {"solotune": __version__, "choices": [choice._asdict() for choice in ready.choices]}
+    run.write_json("environment.json", {**ready.machine.to_json(), **made_by})
     run.write_json("plan.json", ready.plan_json())
     run.write_json("data.json", report.to_json())
     write_whole(run.path / "split.json", ready.prepared.manifest.json_lines())

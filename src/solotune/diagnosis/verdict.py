@@ -41,6 +41,7 @@ EXPERIMENTS: dict[str, str] = {
     "P10": "compare an answer's loss after its own prompt and after another row's",
     "P11": "try the longest batch first, forward, backward and step",
     "P12": "load what was saved again and compare its logits",
+    "P13": "let it answer after the training's rendering of a prompt and after the deployment's",
 }
 """What each probe does, as an instruction."""
 

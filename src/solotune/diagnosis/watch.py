@@ -1,6 +1,6 @@
 """Watches a run of ours while it trains: a line when something is wrong, at the first steps and at evaluations.
 
-    training.train(..., display=tee(display, Watch(model, settings, say)))
+    training.train(..., display=tee(display, Watch(model, subject, display, run)))
 
 It is a display, the door through which the loop tells what it does, so the loop knows nothing of diagnosis. It looks
 
@@ -9,7 +9,7 @@ It is a display, the door through which the loop tells what it does, so the loop
   healthy run `lora_B` moves in the first of them and `lora_A` from the second on (its first gradient is exactly zero,
   since B is). An adapter that does not move has no gradient (F57); where much of A stays, updates are rounded away
   (F54), which B, that starts at zero, does not show;
-- at evaluations with the rules on settings and curve, which `solotune diagnose` asks too.
+- before the run and at evaluations with the rules on settings, rows and curve, which `solotune diagnose` asks too.
 
 Each fault is told once, nothing here stops a run, and all of it costs milliseconds: a few thousand elements are read.
 """
@@ -17,15 +17,16 @@ Each fault is told once, nothing here stops a run, and all of it costs milliseco
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from solotune.diagnosis.catalogue import FAULTS
-from solotune.diagnosis.evidence import Signal
-from solotune.diagnosis.subject import Settings, Subject, Trace
+from solotune.diagnosis.evidence import Diagnosis, Signal
+from solotune.diagnosis.examination import examine
+from solotune.diagnosis.subject import Subject, Trace
 from solotune.diagnosis.suspects import ask_all
 from solotune.diagnosis.verdict import accused
 from solotune.terminal import SilentDisplay
@@ -33,6 +34,8 @@ from solotune.terminal import SilentDisplay
 if TYPE_CHECKING:
     from solotune.evaluation import Score
     from solotune.model import TrainableModel
+    from solotune.record import RunDirectory
+    from solotune.terminal import Display
     from solotune.training import StepMetrics
 
 NUM_SAMPLED = 64
@@ -40,23 +43,25 @@ NUM_SAMPLED = 64
 SMALLEST_SHARE_MOVED = 0.3
 """float32 moves all that has a gradient; bfloat16 at a small rate about half of it, at the end of its decay 0.01."""
 
-Say = Callable[[Signal], None]
-
 
 class Watch(SilentDisplay):
-    """Tells `say` what is wrong with the run that it watches."""
+    """Says what is wrong with the run that it watches, on a display and in the run's metrics.jsonl."""
 
-    def __init__(self, model: TrainableModel, settings: Settings, say: Say, told: Collection[str] = ()) -> None:
+    def __init__(self, model: TrainableModel, subject: Subject, display: Display, run: RunDirectory) -> None:
         """Args:
-        told: codes that the rules have named before the run.
+        subject: what is known before the first step; the rules are asked about it at once, and what the data's
+            findings have told already is not told again.
         """
-        self._model, self._settings, self._say, self._told = model, settings, say, set(told)
+        self._model, self._subject, self._display, self._run = model, subject, display, run
+        self._told = {finding.code for finding in subject.findings}
         self._places: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # layer -> places of A and of B in `joined`
         self._before: torch.Tensor | None = None
         self._num_updates = 0
-        self._steps: list[tuple[int, float, float, float, float]] = []
-        self._evaluations: list[tuple[int, float]] = []
+        self._steps: list[tuple[float, ...]] = []
+        self._evaluations: list[tuple[float, float]] = []
+        self._signals: list[Signal] = []
         self._total_steps, self._is_new = 0, True
+        self._ask_rules(subject)
 
     def begin(self, total_steps: int, done: int = 0) -> None:
         self._total_steps, self._is_new = total_steps, done == 0
@@ -74,26 +79,43 @@ class Watch(SilentDisplay):
 
     def evaluated(self, step: int, score: Score) -> None:
         self._evaluations.append((step, score.loss))
-        subject = Subject("this run", self._settings, trace=self.trace())
+        self._ask_rules(replace(self._subject, trace=self._trace()))
+
+    def diagnosis(self) -> Diagnosis:
+        """What rules and watch make of the whole run."""
+        missing = {
+            **self._subject.missing,
+            "live": "training asks the rules alone; solotune diagnose has probes",
+        }
+        subject = replace(self._subject, trace=self._trace(), live=None, missing=missing)
+        return examine(subject, also=self._signals)
+
+    def _ask_rules(self, subject: Subject) -> None:
+        """Tells what they name; they are asked again for the diagnosis, so their signals need not be kept."""
         for named in accused(ask_all(subject)[0]):
             self._tell(named.speaking[0])
 
-    def trace(self) -> Trace:
+    def _trace(self) -> Trace:
         """What the run has recorded so far."""
-        steps = np.array(self._steps, dtype=float).reshape(-1, 5)
-        evaluations = np.array(self._evaluations, dtype=float).reshape(-1, 2)
-        step_S, loss_S, rate_S, norm_S, epoch_S = steps.T
+        step_S, loss_S, rate_S, norm_S, epoch_S = np.array(self._steps, dtype=float).reshape(-1, 5).T
+        eval_step_E, eval_loss_E = np.array(self._evaluations, dtype=float).reshape(-1, 2).T
         return Trace(
-            step_S.astype(np.int64), loss_S, rate_S, norm_S, epoch_S,
-            evaluations[:, 0].astype(np.int64), evaluations[:, 1],
-            total_steps=self._total_steps, is_finished=False,
-        )  # fmt: skip
+            step_S.astype(np.int64),
+            loss_S,
+            rate_S,
+            norm_S,
+            epoch_S,
+            eval_step_E.astype(np.int64),
+            eval_loss_E,
+            total_steps=self._total_steps,
+            is_finished=len(step_S) > 0 and int(step_S[-1]) == self._total_steps,
+        )
 
     def _look_at_first_loss(self, loss: float) -> None:
         size = self._model.module.config.get_text_config().vocab_size
         if loss > 1.2 * math.log(size):  # new tasks begin above log V at times; a fifth above it none was seen
             says = f"the first loss is {loss:.2f}, and guessing blindly among {size:,} tokens is {math.log(size):.2f}"
-            self._tell(Signal("F04", "measured", says, 0.4))
+            self._see(Signal("F04", "measured", says, 0.4))
 
     def _look_at_update(self) -> None:
         """Compares the sampled elements with those before the step."""
@@ -112,20 +134,26 @@ class Watch(SilentDisplay):
         part, mean = "AB"[which], sum(shares.values()) / max(len(shares), 1)
         if part == "A" and mean < SMALLEST_SHARE_MOVED:
             says = f"update {self._num_updates} changed only {mean:.0%} of lora_A's elements"
-            self._tell(Signal("F54", "measured", says, 0.6))
+            self._see(Signal("F54", "measured", says, 0.6))
         elif still:
             says = f"lora_{part} of {len(still)} of {len(shares)} layers did not change in update {self._num_updates}: "
             says += ", ".join(still[:3])
-            self._tell(Signal("F57", "invariant", says, 0.9 if len(still) == len(shares) else 0.5))
+            self._see(Signal("F57", "invariant", says, 0.9 if len(still) == len(shares) else 0.5))
+            self._before = None  # what follows from it is not told
 
     def _sample(self) -> torch.Tensor:
         places = torch.cat([part for pair in self._places.values() for part in pair])
         return self._model.joined.detach()[places].clone()
 
+    def _see(self, signal: Signal) -> None:
+        self._signals.append(signal)
+        self._tell(signal)
+
     def _tell(self, signal: Signal) -> None:
         if signal.code not in self._told:
             self._told.add(signal.code)
-            self._say(signal)
+            self._display.note(in_words(signal))
+            self._run.log_metrics("diagnosed", code=signal.code, kind=signal.kind, says=signal.says)
 
 
 def in_words(signal: Signal) -> str:

@@ -1,9 +1,9 @@
 """P2 and P3: does a text get in its batch the logits that it has alone? Padded (P2) and packed (P3).
 
 Each document is run alone, from position 0, and compared by the log-probabilities of its tokens in the batch as it is.
-Where they differ, the batch is mended one thing at a time (mask, then positions), and what brings the difference to zero
-names the fault. `use_cache=False` always: with a cache transformers does not look for packed documents, and everything
-would seem at fault. Costs two forward passes, and two more where something is found.
+Where they differ, the batch is mended one thing at a time (mask, then positions), and what brings the difference to
+zero names the fault. `use_cache=False` always: with a cache transformers does not look for packed documents, and
+everything would seem at fault. Costs two forward passes, and two more where something is found.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def padded_against_alone(live: Live, subject: Subject, budget: float) -> tuple[l
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         mended = {**given, "attention_mask": mask, "position_ids": positions}
         found["with_mask_and_positions"] = _difference(live, mended, documents, alone)
-    if found["with_mask"] < EQUAL or found["with_mask"] < 0.5 * here and "attention_mask" not in batch:
+    if found["with_mask"] < EQUAL or (found["with_mask"] < 0.5 * here and "attention_mask" not in batch):
         code, what, fix = "F28", "with an attention_mask of the lengths", "pass attention_mask, 0 at padding"
         after = min(found["with_mask"], found["with_mask_and_positions"])
     elif found["with_mask_and_positions"] < EQUAL:
