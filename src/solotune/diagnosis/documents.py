@@ -132,7 +132,7 @@ class Batches:
     @property
     def left_padded(self) -> int:
         """Sequences with padding before the text."""
-        return sum(line.left_pads > 0 and line.real_T.any() for lines in self.sequences for line in lines)
+        return sum(bool(line.left_pads and line.real_T.any()) for lines in self.sequences for line in lines)
 
     def _sequences_of(self, batch: Batch) -> list[Line]:
         ids_BT = batch["input_ids"].cpu().numpy()

@@ -2,8 +2,13 @@
 model's own rendering, of their texts as plain text, and of that plain text with its ids swapped at random.
 
     as trained / labels right       far from 1: labels are not what the loss takes them for (F22)
+<<<<<<< HEAD
     labels right / own rendering    far above 1, plain text as usual: the rows are in a format foreign to the model
     (F12) plain text / ids swapped        near 1: no text of this tokenizer means anything to the model (F04)
+=======
+    labels right / own rendering    far above 1, plain text as usual: the format is foreign to the model (F12)
+    plain text / ids swapped        near 1: no text of this tokenizer means anything to the model (F04)
+>>>>>>> diagnosis
 
 All of the base model, adapters off, so it does not matter how long was trained. log V alone proves nothing: a clean
 but new task can begin above it. Costs some five forward passes a row.
@@ -179,7 +184,8 @@ def _tokenizer(found: dict[str, Any]) -> Signal | None:
     plain, swapped, log_v = found["plain_text"], found["ids_swapped"], found["log_v"]
     numbers = {"plain_text": plain, "ids_swapped": swapped, "log_v": log_v}
     if plain > NO_TEXT * swapped and plain > 1.05 * log_v:
-        says = f"plain text costs {plain:.1f} nats a token, with its ids swapped at random {swapped:.1f} (log V {log_v:.1f})"
+        says = f"plain text costs {plain:.1f} nats a token, with its ids swapped at random {swapped:.1f}"
+        says += f" (log V {log_v:.1f})"
         return Signal("F04", "measured", says, 0.9, numbers)
     if plain < 0.7 * swapped:
         says = f"plain text costs {plain:.1f} nats a token, with its ids swapped {swapped:.1f}: the ids fit the model"

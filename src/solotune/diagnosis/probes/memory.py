@@ -53,5 +53,5 @@ _BY_PHASE = {"forward": "F72", "backward": "F71", "step": "F70"}
 
 
 def _full(found: dict[str, Any], total: int) -> list[Signal]:
-    says = f"the longest batch ({found['places']:,} places) fills the card's {total / 2**30:.0f} GiB in its {found['phase']}"
+    says = f"the longest batch ({found['places']:,} places) fills {total / 2**30:.0f} GiB in its {found['phase']}"
     return [Signal(_BY_PHASE[found["phase"]], "measured", says, 0.6, found)]

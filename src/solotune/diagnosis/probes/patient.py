@@ -61,8 +61,7 @@ def is_untouched(model: nn.Module) -> bool | None:
 
 @contextmanager
 def restored(live: Live, seed: int = 0) -> Iterator[nn.Module]:
-    """Seeds everything; afterwards parameters that can change, gradients, buffers, modes, flags and generators are
-    back.
+    """Seeds everything; afterwards weights that can change, gradients, buffers, modes, flags and generators are back.
 
     Frozen weights are not copied (that would be the whole model); that nobody wrote to them is checked.
 
@@ -210,7 +209,8 @@ def wider(model: nn.Module, rank: int = 32, scale: float = 2.0) -> Iterator[list
     Hooks add `s B A x` to each layer's output; they are gone afterwards.
     """
     generator = torch.Generator().manual_seed(0)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output_of: Any = getattr(model, "get_output_embeddings", None)
+    head = output_of() if output_of else None
     parameters: list[nn.Parameter] = []
     handles = []
     for name, module in model.named_modules():
