@@ -2,13 +2,8 @@
 model's own rendering, of their texts as plain text, and of that plain text with its ids swapped at random.
 
     as trained / labels right       far from 1: labels are not what the loss takes them for (F22)
-<<<<<<< HEAD
-    labels right / own rendering    far above 1, plain text as usual: the rows are in a format foreign to the model
-    (F12) plain text / ids swapped        near 1: no text of this tokenizer means anything to the model (F04)
-=======
     labels right / own rendering    far above 1, plain text as usual: the format is foreign to the model (F12)
     plain text / ids swapped        near 1: no text of this tokenizer means anything to the model (F04)
->>>>>>> diagnosis
 
 All of the base model, adapters off, so it does not matter how long was trained. log V alone proves nothing: a clean
 but new task can begin above it. Costs some five forward passes a row.

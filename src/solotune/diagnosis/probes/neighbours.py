@@ -2,13 +2,8 @@
 
 Each document is run alone, from position 0, and compared by the log-probabilities of its tokens in the batch as it is.
 Where they differ, the batch is mended one thing at a time (mask, then positions), and what brings the difference to
-<<<<<<< HEAD
-zero names the fault. `use_cache=False` always: with a cache transformers does not look for packed documents, and everything
-would seem at fault. Costs two forward passes, and two more where something is found.
-=======
 zero names the fault. `use_cache=False` always: with a cache transformers does not look for packed documents, and
 everything would seem at fault. Costs two forward passes, and two more where something is found.
->>>>>>> diagnosis
 """
 
 from __future__ import annotations
