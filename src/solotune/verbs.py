@@ -13,6 +13,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from solotune import __version__
 from solotune.config import SECTIONS, Choice, RunConfig, allowed_values, field_help, load_config, section_of, to_yaml
 from solotune.errors import InputError, IntegrityError, SolotuneError
 from solotune.record import (
@@ -196,6 +197,7 @@ def train(
     """
     from solotune import checkpoint, training
     from solotune.device_failure import device_failure
+    from solotune.diagnosis import message
     from solotune.diagnosis.watch import Watch
     from solotune.resume import fingerprints, open_run
 
@@ -224,7 +226,9 @@ def train(
         measured = {"peak_bytes": peak_bytes, **usual_step(run.read_metrics())}
         run.write_json("plan.json", {**ready.plan_json(), "measured": measured})
         run.log_metrics("end", step=summary["total_steps"], peak_bytes=peak_bytes)
-        run.write_json("diagnosis.json", watch.diagnosis().to_json())
+        found = watch.diagnosis()
+        run.write_json("diagnosis.json", found.to_json())
+        display.note(f"diagnosis by rules alone: {message.summary(found)}")
         return TrainResult(run.path, summary, ready.choices, result)
     except Exception as error:
         error.run_dir = run.path  # type: ignore[attr-defined] - where the command line writes a bug's traceback
@@ -297,7 +301,8 @@ def _record_start(run: RunDirectory, ready: _Ready, step: int, display: Display)
 
     report = ready.prepared.report
     run.write_config(ready.config)
-    run.write_json("environment.json", {**ready.machine.to_json(), "choices": [c._asdict() for c in ready.choices]})
+    made_by = {"solotune": __version__, "choices": [choice._asdict() for choice in ready.choices]}
+    run.write_json("environment.json", {**ready.machine.to_json(), **made_by})
     run.write_json("plan.json", ready.plan_json())
     run.write_json("data.json", report.to_json())
     write_whole(run.path / "split.json", ready.prepared.manifest.json_lines())

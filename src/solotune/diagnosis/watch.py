@@ -82,8 +82,13 @@ class Watch(SilentDisplay):
         self._ask_rules(replace(self._subject, trace=self._trace()))
 
     def diagnosis(self) -> Diagnosis:
-        """What rules and watch make of the whole run; `solotune diagnose` has probes for the rest."""
-        return examine(replace(self._subject, trace=self._trace(), live=None), also=self._signals)
+        """What rules and watch make of the whole run."""
+        missing = {
+            **self._subject.missing,
+            "live": "training asks the rules alone; solotune diagnose has probes",
+        }
+        subject = replace(self._subject, trace=self._trace(), live=None, missing=missing)
+        return examine(subject, also=self._signals)
 
     def _ask_rules(self, subject: Subject) -> None:
         """Tells what they name; they are asked again for the diagnosis, so their signals need not be kept."""

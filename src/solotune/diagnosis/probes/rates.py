@@ -45,6 +45,7 @@ FACTORS = (0.1, 1.0, 10.0)
 WIDEST = 1e3  # factor up and down
 LITTLE, MUCH, CLEARLY = 0.35, 0.5, 0.75  # of what the best way gains
 TIMES = 2.0  # the gain at another rate, to be called better
+BETTER = 0.1  # of the most: a difference of gains that is the rate's
 WORTH = 0.1  # nats: gains below it say nothing
 HALF = 0.5  # mean of a rate that decays, against its peak
 USUAL_SCALE = (0.5, 16.0)  # alpha / r
@@ -129,7 +130,7 @@ def _judge(subject: Subject, tried: Tried) -> list[Signal]:
     numbers["gain_wide"] = _rounded(tried.wide)
     if not math.isfinite(most) or most < WORTH:
         return []
-    better = tried.gains[best] - here > 0.15 * most if math.isfinite(here) else True
+    better = tried.gains[best] - here > BETTER * most if math.isfinite(here) else True
     if best < 1 and better and tried.gains[best] > LITTLE * most and here < CLEARLY * most:
         expect = f"one batch falls by {tried.gains[best]:.2f} in {tried.steps} steps"
         return _of_step_size(subject, "F67", tried, tried.says(best), expect, numbers)

@@ -21,6 +21,7 @@ from functools import cache
 from typing import TypeVar
 
 from solotune.diagnosis.evidence import Kind, Signal
+from solotune.diagnosis.rows import findings_of
 from solotune.diagnosis.subject import Subject
 
 Answer = Signal | list[Signal] | None
@@ -113,7 +114,7 @@ _WORTH: dict[str, tuple[Kind, float]] = {"error": ("invariant", 0.9), "warning":
 def taken_over(subject: Subject, code: str) -> list[Signal]:
     """The findings of rows, tokenizer and template with this code, as signals."""
     signals = []
-    for found in subject.findings:
+    for found in findings_of(subject):
         if found.code == code and found.severity in _WORTH:
             kind, weight = _WORTH[found.severity]
             signals.append(Signal(code, kind, found.message, weight, found.evidence, fix=found.fix))
