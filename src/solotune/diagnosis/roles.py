@@ -108,6 +108,8 @@ class Roles:
             while place >= 0:
                 found.append((place, place + len(header), role))
                 place = text.find(header, place + len(header))
+        if not found:
+            return []
         found.sort()
         nexts = [*(begin for begin, _, _ in found[1:]), len(text)]
         return [(end, following, role) for (_, end, role), following in zip(found, nexts, strict=True)]
