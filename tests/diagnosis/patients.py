@@ -109,6 +109,14 @@ class Ward:
     def rows(self, count: int = 16) -> list[Pair]:
         return [render(self.tokenizer, chat) for chat in chats(count, 100)]
 
+    def new_rows(self, count: int = 16) -> list[Pair]:
+        """A task that the model does not know."""
+        known = chats(count, 100)
+        for question, answer in known:
+            a, b = question["content"].rstrip("?").split()
+            answer["content"] = f"[{b}] no {a.upper()}"
+        return [render(self.tokenizer, chat) for chat in known]
+
     def live(self, model: Any = None, batches: Sequence[Any] | None = None, **parts: Any) -> Live:
         rows = self.rows()
         usual = [padded(rows[i : i + 4], pad=2) for i in range(0, len(rows), 4)]

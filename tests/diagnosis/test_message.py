@@ -14,7 +14,7 @@ import solotune
 from solotune import cli
 from solotune.diagnosis import catalogue, message
 from solotune.diagnosis.evidence import Signal
-from solotune.diagnosis.explanation import explained
+from solotune.diagnosis.explanation import explained, paragraphs
 from solotune.diagnosis.verdict import decide
 from solotune.printing import print_diagnosis
 from solotune.terminal import make_console
@@ -83,9 +83,18 @@ def test_every_fault_has_a_sentence_a_fix_and_an_expectation():
 
 
 def test_explain_reads_on_a_narrow_terminal():
-    for word in ("F65", "S4", "double-bos"):
+    for word in (*catalogue.FAULTS, *catalogue.SUSPECTS):
         text = explained(word).text
         assert max(map(len, text.splitlines())) <= 80, text
+
+
+def test_every_fault_is_explained():
+    for code in catalogue.FAULTS:
+        headings = {paragraph.split(":")[0] for paragraph in paragraphs(explained(code).doc)}
+        assert {"Sees", "Why", "Not", "Fix", "Wrong when", "Source"} <= headings, (code, headings)
+
+
+def test_explain_reads_in_order():
     assert explained("F65").text.startswith("F65 warmup-too-long (S13, optimizer and learning rate)\n")
     assert "F17  pad-masks-terminator" in explained("S4").text and "F24" not in explained("S4").text
 

@@ -113,7 +113,8 @@ def plateau(subject: Subject, found: Probed) -> list[Signal]:
         return []
     account["says"] = f"{where}: {speaking[cause].says}"
     account["expected"] = speaking[cause].expect
-    return [Signal(cause, "curve", where, 0.3, {"level": shape.level, "change": shape.change})]
+    said = [speaking[cause]] if speaking[cause] not in found.signals else []  # of the record, or too weak alone
+    return [*said, Signal(cause, "curve", where, 0.3, {"level": shape.level, "change": shape.change})]
 
 
 def _answer(question: str, codes: tuple[str, ...], speaking: dict[str, Signal]) -> dict[str, Any]:
@@ -127,6 +128,12 @@ def _of_probes(found: Probed) -> dict[str, Signal]:
     for signal in sorted(found.signals, key=lambda s: s.weight):
         if not signal.against and signal.weight >= SPEAKS and signal.kind != "curve":
             chosen[signal.code] = signal
+    prompts = found.measurements.get("P10", {})
+    if prompts.get("own_is_no_better") and "F38" not in chosen:
+        says = (
+            f"their own prompts help the answers by {prompts['gain']:.2f} ± {prompts['gain_stderr']:.2f} nats a token"
+        )
+        chosen["F38"] = Signal("F38", "measured", says, 0.4, fix="join prompts and answers again, by a key")
     return chosen
 
 

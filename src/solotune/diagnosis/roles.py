@@ -53,7 +53,7 @@ class Roles:
 
     @cached_property
     def headers(self) -> dict[int, str]:
-        """Role -> the text that a turn of it begins with, without blanks at its edges; empty without a template."""
+        """Role -> the text that a turn of it begins with, blanks behind it included; empty without a template."""
         if self.template is None:
             return {}
         user, answer, after = _SENTINELS
@@ -69,8 +69,9 @@ class Roles:
             return {}
         for end in self.template.terminators:
             between = between.lstrip().removeprefix(end)
-        headers = {ASSISTANT: middle.strip(), USER: between.strip() or before.strip()}
-        return headers if all(headers.values()) and headers[USER] != headers[ASSISTANT] else {}
+        headers = {ASSISTANT: middle.lstrip(), USER: between.lstrip() if between.strip() else before.lstrip()}
+        bare = {header.strip() for header in headers.values()}
+        return headers if len(bare) == 2 and all(bare) else {}
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, nothing added."""
@@ -104,13 +105,15 @@ class Roles:
         """Stretches (begin, end, role) in characters, by the template's headers."""
         found = []
         for role, header in self.headers.items():
-            place = text.find(header)
+            bare = header.rstrip()
+            place = text.find(bare)
             while place >= 0:
-                found.append((place, place + len(header), role))
-                place = text.find(header, place + len(header))
+                end = place + len(header if text.startswith(header, place) else bare)
+                found.append((place, end, role))
+                place = text.find(bare, end)
+        found.sort()
         if not found:
             return []
-        found.sort()
         nexts = [*(begin for begin, _, _ in found[1:]), len(text)]
         return [(end, following, role) for (_, end, role), following in zip(found, nexts, strict=True)]
 

@@ -4,7 +4,7 @@
     direction other than the tokens' mean           a mean of means: short rows weigh more (F74)
 
 Adam hides the first, since it takes no notice of a constant factor; it shows in the logged loss and the gradient norm.
-Costs two forward and backward passes over four rows.
+Costs three forward and backward passes over some two rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from solotune.diagnosis.probes.patient import (
 from solotune.diagnosis.probes.skipping import Skipped
 from solotune.diagnosis.subject import Live, Subject
 
-NOT_DIVIDED = 0.15  # of the number of micro-batches
 SAME = 0.05  # relative difference of gradients that rounding, or a weight here and there, may make
 
 
@@ -36,8 +35,9 @@ def accumulated_against_whole(live: Live, subject: Subject, budget: float) -> tu
     if live.backward is None:
         raise Skipped("the training's way of accumulating was not given")
     count = int(subject.settings.get("gradient_accumulation_steps") or 2)
-    count = max(2, min(count, 4, len(live.batches)))
-    batches = [on_device(live, sequences_of(b, 2)) for b in live.batches if has_labels(sequences_of(b, 2))][:count]
+    count = max(2, min(count, 4))
+    ones = (sequences_of(batch, 1) for batch in live.batches)
+    batches = [on_device(live, one) for one in ones if has_labels(one)][:count]
     if len(batches) < 2:
         raise Skipped("fewer than two batches have labels")
     labels = [int((b["labels"][..., 1:] != -100).sum()) for b in batches if "labels" in b]
@@ -63,7 +63,9 @@ def accumulated_against_whole(live: Live, subject: Subject, budget: float) -> tu
         "from_means": _gap(theirs, by_means),
     }
     fix = "divide by the labels of the whole step (num_items_in_batch)"
-    if abs(ratio / len(batches) - 1) < NOT_DIVIDED and cosine > 0.7:
+    divided = theirs / len(batches)
+    found["divided_from_either"] = min(_gap(divided, by_means), _gap(divided, by_tokens))
+    if found["divided_from_either"] < SAME:
         says = (
             f"the gradient of {len(batches)} accumulated batches is {ratio:.2f} times that of all their tokens at once"
         )

@@ -45,7 +45,7 @@ def both_renderings(live: Live, subject: Subject, budget: float) -> tuple[list[S
             if is_untouched(live.model):
                 raise Skipped("the adapter is empty")
         live.model.eval()
-        deployed, trained, lengths = [], [], []
+        deployed, trained, wanted = [], [], []
         for document in facts.documents:
             pair, question = _pair(document, facts.roles), _question(facts, document)
             if pair is None or not question:
@@ -55,7 +55,7 @@ def both_renderings(live: Live, subject: Subject, budget: float) -> tuple[list[S
             text = live.generate(question)
             deployed.append(facts.roles.encode(text))
             trained.append(_greedy(live, pair[0], facts.roles.ends, min(MOST_TOKENS, 2 * len(pair[1]) + 8)))
-            lengths.append(len(pair[1]))
+            wanted.append(pair[1])
     if len(trained) < 2:
         raise Skipped("fewer than two questions are known")
     found = {
@@ -63,6 +63,10 @@ def both_renderings(live: Live, subject: Subject, budget: float) -> tuple[list[S
         "training_rendering": _looks(trained, facts.roles.ends),
         "deployment_rendering": _looks(deployed, facts.roles.ends),
         "goes_on_after_end": float(np.mean([_goes_on(ids, facts.roles.ends) for ids in deployed])),
+        "right": {
+            "training_rendering": _share_right(trained, wanted, facts.roles.ends),
+            "deployment_rendering": _share_right(deployed, wanted, facts.roles.ends),
+        },
         "equal": float(np.mean([_alike(a, b, facts.roles.ends) for a, b in zip(trained, deployed, strict=True)])),
     }
     return _judge(found), found
@@ -76,6 +80,12 @@ def _judge(found: dict[str, Any]) -> list[Signal]:
         )
         return [Signal("F14", "invariant", says, 0.9, found, fix="eos_token_id of generation_config: the end of turn")]
     worse = bad["rep_4"] - good["rep_4"] > REPEATS / 2 or bad["without_end"] - good["without_end"] >= MUCH
+    right = found["right"]
+    if right["training_rendering"] - right["deployment_rendering"] >= MUCH:
+        says = f"after the training's rendering {right['training_rendering']:.0%} of the answers begin as in the data, "
+        says += f"the deployment's way {right['deployment_rendering']:.0%}"
+        fix = "serve with the chat template that rendered the training"
+        return [Signal("F11", "counterfactual", says, 0.9, found, fix=fix)]
     if good["rep_4"] < REPEATS and good["without_end"] < MUCH and worse and found["equal"] < MUCH:
         says = f"the deployed answers have rep-4 {bad['rep_4']:.2f} and {bad['without_end']:.0%} without an end; after "
         says += f"the training's rendering {good['rep_4']:.2f} and {good['without_end']:.0%}"
@@ -88,6 +98,10 @@ def _judge(found: dict[str, Any]) -> list[Signal]:
         says = f"{found['equal']:.0%} of the deployed answers are those after the training's rendering"
         return [Signal(code, "measured", says, 0.8, found, against=True) for code in ("F11", "F14")]
     return []
+
+
+def _share_right(answers: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]], ends: frozenset[int]) -> float:
+    return float(np.mean([_alike(a, w, ends) for a, w in zip(answers, wanted, strict=True)]))
 
 
 def _question(facts: LabelFacts, document: Any) -> str:

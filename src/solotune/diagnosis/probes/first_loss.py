@@ -38,7 +38,7 @@ from solotune.errors import SolotuneError
 UNLIKE = 1.5  # ratio of losses that clean runs do not show
 FOREIGN = 1.6  # rows in the training's format against the model's own
 NO_TEXT = 0.85  # plain text against the same with its ids swapped; clean models show 0.2 to 0.6
-NUM_ROWS = 6
+NUM_ROWS = 4
 LONGEST = 512  # tokens of a text
 
 
@@ -111,7 +111,7 @@ def _texts(live: Live, subject: Subject, facts: LabelFacts, found: dict[str, Any
             here = np.flatnonzero(roles_T == ASSISTANT)
             sums["here"].append(float(token_losses(live.model, document.ids, here[here > 0]).mean()))
             sums["own"].append(float(token_losses(live.model, own[0], own[1]).mean()))
-            foreign += not any(header in text for header in roles.headers.values())
+            foreign += not any(header.strip() in text for header in roles.headers.values())
         if time.perf_counter() > deadline:
             break
     if sums["plain"]:

@@ -3,7 +3,8 @@
 The table L[i, j] is the loss of answer i behind prompt j, by the base model, adapters off. In a healthy training the
 diagonal is lower than the rest. Where it is not, and another prompt of the data (the neighbour's, if whole columns
 were shifted) makes the answers cheaper, the rows are misaligned, and putting them right is the counterfactual (F38).
-Where no prompt makes any difference the model may just not know the task yet, and little is said.
+Where no prompt makes any difference the model may just not know the task yet: that is a number for `plateau`, and no
+signal.
 """
 
 from __future__ import annotations
@@ -59,10 +60,11 @@ def own_prompt_against_others(live: Live, subject: Subject, budget: float) -> tu
         "best_is_own": float((table.argmin(1) == np.arange(count)).mean()),
         "slipped": slips,
     }
-    return _judge(found, slips, count), found
+    found["own_is_no_better"] = found["best_is_own"] <= 2 / count and found["gain"] < 2 * error
+    return _judge(found, slips), found
 
 
-def _judge(found: dict[str, Any], slips: dict[str, Any], count: int) -> list[Signal]:
+def _judge(found: dict[str, Any], slips: dict[str, Any]) -> list[Signal]:
     gain, error = found["gain"], found["gain_stderr"]
     numbers = {key: value for key, value in found.items() if isinstance(value, float)}
     best = max(slips, key=lambda shift: slips[shift]["gain"], default=None)
@@ -72,10 +74,6 @@ def _judge(found: dict[str, Any], slips: dict[str, Any], count: int) -> list[Sig
     if gain > max(WORTH / 2, CLEAR * error):
         says = f"answers cost {gain:.2f} ± {error:.2f} nats a token less behind their own prompt than behind others"
         return [Signal("F38", "measured", says, 0.85, numbers, against=True)]
-    by_chance = 1 / count
-    if found["best_is_own"] <= 2 * by_chance and gain < 2 * error:
-        says = f"their own prompts help the answers by {gain:.2f} ± {error:.2f} nats a token, which is nothing"
-        return [Signal("F38", "measured", says, 0.2, numbers)]
     return []
 
 

@@ -1,16 +1,16 @@
 """P7: one batch learned by heart, at a tenth of the training's rate, at its rate and at ten times it; and with more
-adapters than the training has.
+adapters than the training has, at a rate that suits those.
 
-    much lower at x10                       the effective step is too small (F64, or F61: alpha / r)
-    much lower at / 10, or not finite       it is too large (F67, or F61)
-    high at every rate, low with rank 32
-    on every linear layer                   too little capacity (F62, or F56: targets that match few modules)
-    low at the training's rate              none of these
+    most at a tenth (or less), or not finite    the effective step is too large (F67, or F61: alpha / r)
+    most at ten times (or more)                 it is too small (F64, or F61)
+    little at every rate, much with rank 32
+    on every linear layer                       too little capacity (F62, or F56: targets that match few modules)
+    much at the training's rate                 none of these
 
-All start from the same weights and see the same rows in the same order, so the differences are the rate's alone. One
-batch is learned faster than data, so a rate that is fine may still gain at x10; what is judged is how much of the
-possible the training's own rate reaches. Costs some tens of forward and backward passes on two rows; the number of
-steps is what fits the budget, and under `LEAST_STEPS` nothing is said.
+All start from the same weights and see the same rows, so the differences are the rate's alone. Where the best is at an
+edge, the range is widened. A run is longer than the test: at a rate that is too low the gain grows with the steps, so
+it is projected to the run's number before it is called little. Costs some tens of forward and backward passes on two
+rows; the number of steps is what fits the budget, and under `LEAST_STEPS` nothing is said.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,10 +42,14 @@ from solotune.diagnosis.subject import Live, Subject
 
 LEAST_STEPS, MOST_STEPS = 6, 40
 FACTORS = (0.1, 1.0, 10.0)
-SLOW = 0.25  # of what x10 gains in the same steps: below it the rate is too low
-BLOWN = 1.3  # times the first loss
-STUCK = 0.35  # of what wide adapters gain
+WIDEST = 1e3  # factor up and down
+LITTLE, MUCH, CLEARLY = 0.35, 0.5, 0.75  # of what the best way gains
+TIMES = 2.0  # the gain at another rate, to be called better
+BETTER = 0.1  # of the most: a difference of gains that is the rate's
 WORTH = 0.1  # nats: gains below it say nothing
+HALF = 0.5  # mean of a rate that decays, against its peak
+USUAL_SCALE = (0.5, 16.0)  # alpha / r
+USUAL_RATE = (5e-5, 5e-3)
 
 
 def range_test(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
@@ -54,65 +59,116 @@ def range_test(live: Live, subject: Subject, budget: float) -> tuple[list[Signal
         raise Skipped("no batch has a label")
     rate, clip = learning_rate_of(subject), subject.settings.get("max_grad_norm")
     begun = time.perf_counter()
-    first = _learn(live, batch, rate, 1, clip)
-    seconds = max(time.perf_counter() - begun, 1e-4)
-    steps = min(MOST_STEPS, int(budget / seconds / (len(FACTORS) + 1.2)))
+    first = _learn(live, batch, rate, 1, clip)  # also wakes what is made at a first call
+    timed = time.perf_counter()
+    _learn(live, batch, rate, 1, clip)
+    seconds = max(0.75 * (time.perf_counter() - timed), 1e-4)  # of a step and the loss behind it
+    steps = min(MOST_STEPS, int(budget / seconds / (len(FACTORS) + 1.3)))
     if steps < LEAST_STEPS or len(first) < 1:
         raise Skipped(f"a step takes {seconds:.1f} s: {steps} steps a rate fit, {LEAST_STEPS} are needed")
+    deadline = begun + budget
     curves = {factor: _learn(live, batch, factor * rate, steps, clip) for factor in FACTORS}
+    wide = _learn_wide(live, batch, steps)
+    start = curves[1.0][0]
+    while time.perf_counter() < deadline and (further := _further(start, curves, wide)) is not None:
+        curves[further] = _learn(live, batch, further * rate, steps, clip)
+    tried = {factor: start - _end(curve) for factor, curve in sorted(curves.items())}
     found: dict[str, Any] = {
         "rate": rate,
         "steps": steps,
-        "curves": {f"{factor:g}": [round(float(x), 4) for x in curve] for factor, curve in curves.items()},
+        "curves": {f"{factor:g}": [round(x, 4) for x in curves[factor]] for factor in tried},
+        "wide": [round(x, 4) for x in wide],
+        "gain": {f"{factor:g}": _rounded(gain) for factor, gain in tried.items()},
+        "gain_wide": _rounded(start - _end(wide)),
     }
-    ends = {factor: _end(curve) for factor, curve in curves.items()}
-    start = curves[1.0][0]
-    found["gain"] = {f"{factor:g}": _rounded(start - end) for factor, end in ends.items()}
-    wide = None
-    if min(ends.values()) > start - max(WORTH, 0.6 * start):  # no rate learns the batch
-        wide = _learn_wide(live, batch, steps)
-        found["wide"] = [round(float(x), 4) for x in wide]
-    return _judge(start, ends, wide, rate, steps, curves), found
+    return _judge(subject, Tried(rate, steps, start, tried, start - _end(wide))), found
 
 
-def _judge(
-    start: float,
-    ends: dict[float, float],
-    wide: Sequence[float] | None,
-    rate: float,
-    steps: int,
-    curves: dict[float, list[float]],
+@dataclass(frozen=True)
+class Tried:
+    """Gains, in nats, of so many steps from a first loss of `start`; minus infinity where it was not finite."""
+
+    rate: float
+    steps: int
+    start: float
+    gains: dict[float, float]  # factor -> gain
+    wide: float
+
+    @property
+    def best(self) -> float:
+        """The factor that gains most."""
+        return max(self.gains, key=lambda factor: self.gains[factor])
+
+    @property
+    def most(self) -> float:
+        """What can be gained, by whatever way."""
+        return max(self.gains[self.best], self.wide)
+
+    def says(self, factor: float) -> str:
+        text = f"{self.steps} steps on one batch bring its loss from {self.start:.2f} to {self._end(1.0)} at "
+        text += f"{self.rate:.2g}, to {self._end(factor)} at {factor * self.rate:.2g}"
+        return text
+
+    def _end(self, factor: float) -> str:
+        return f"{self.start - self.gains[factor]:.2f}" if math.isfinite(self.gains[factor]) else "NaN"
+
+
+def _further(start: float, curves: dict[float, list[float]], wide: Sequence[float]) -> float | None:
+    """The next factor, where the best of those tried is at an edge and gains little of what is possible."""
+    gains = {factor: start - _end(curve) for factor, curve in curves.items()}
+    best = max(gains, key=lambda factor: gains[factor])
+    enough = CLEARLY if best < 1 else MUCH  # a rate far too high still learns how often each token comes
+    if gains[best] >= enough * max(start - _end(wide), WORTH):
+        return None
+    further = best * 10 if best == max(gains) else best / 10 if best == min(gains) else 1.0
+    return further if further != 1.0 and 1 / WIDEST <= further <= WIDEST else None
+
+
+def _judge(subject: Subject, tried: Tried) -> list[Signal]:
+    here, most, best = tried.gains[1.0], tried.most, tried.best
+    numbers = {"rate": tried.rate, "gain": _rounded(here), "gain_best": _rounded(tried.gains[best]), "best_at": best}
+    numbers["gain_wide"] = _rounded(tried.wide)
+    if not math.isfinite(most) or most < WORTH:
+        return []
+    better = tried.gains[best] - here > BETTER * most if math.isfinite(here) else True
+    if best < 1 and better and tried.gains[best] > LITTLE * most and here < CLEARLY * most:
+        expect = f"one batch falls by {tried.gains[best]:.2f} in {tried.steps} steps"
+        return _of_step_size(subject, "F67", tried, tried.says(best), expect, numbers)
+    if tried.gains[best] < MUCH * most:
+        says = f"{tried.steps} steps on one batch gain {tried.gains[best]:.2f} at the best rate, {tried.wide:.2f} with "
+        says += "rank 32 on every linear layer"
+        fix = "lora_target_modules: all-linear, lora_r: 16"
+        return [Signal(code, "counterfactual", says, w, numbers, fix=fix) for code, w in (("F62", 0.7), ("F56", 0.6))]
+    total = subject.trace.total_steps if subject.trace else subject.settings.get("max_steps")
+    longer = max(1.0, HALF * (total or 0) / tried.steps)
+    if best > 1 and here * longer < LITTLE * most and tried.gains[best] > TIMES * max(here, 0.0):
+        expect = f"{tried.gains[best] / max(here, 0.01):.0f} times the gain in the first {tried.steps} steps"
+        return _of_step_size(subject, "F64", tried, tried.says(best), expect, numbers)
+    if here >= MUCH * most:
+        says = f"{tried.steps} steps on one batch gain {here:.2f} at {tried.rate:.2g}, of {most:.2f} by the best way"
+        cleared = ("F64", "F62", "F67") if best > 1 or here >= CLEARLY * most else ("F64", "F62")
+        return [Signal(code, "measured", says, 0.8, numbers, against=True) for code in cleared]
+    return []
+
+
+def _of_step_size(
+    subject: Subject, code: str, tried: Tried, says: str, expect: str, numbers: dict[str, Any]
 ) -> list[Signal]:
-    gains = {factor: start - end for factor, end in ends.items()}
-    here, numbers = gains[1.0], {"rate": rate, **{f"gain_x{factor:g}": _rounded(g) for factor, g in gains.items()}}
-    signals = []
-    blown = not math.isfinite(ends[1.0]) or max(curves[1.0], key=_or_inf) > BLOWN * max(start, 0.5)
-    if blown and gains[0.1] > WORTH and (not math.isfinite(here) or gains[0.1] > here + WORTH):
-        says = f"{steps} steps on one batch at {rate:.2g} end at {_shown(ends[1.0])} after {start:.2f}, at "
-        says += f"{rate / 10:.2g} at {ends[0.1]:.2f}"
-        expect = f"one batch falls by {gains[0.1]:.2f} in {steps} steps instead of rising"
-        for code, weight in (("F67", 0.85), ("F61", 0.4)):
-            fix = f"learning_rate: {rate / 10:.2g}" if code == "F67" else ""
-            signals.append(Signal(code, "counterfactual", says, weight, numbers, fix=fix, expect=expect))
-    elif gains[10.0] > WORTH and math.isfinite(here) and here < SLOW * gains[10.0]:
-        says = f"{steps} steps on one batch gain {here:.2f} at {rate:.2g} and {gains[10.0]:.2f} at {10 * rate:.2g}"
-        expect = f"{gains[10.0] / max(here, 0.01):.0f} times the gain in the first {steps} steps"
-        for code, weight in (("F64", 0.75), ("F61", 0.35)):
-            fix = f"learning_rate: {10 * rate:.2g}" if code == "F64" else ""
-            signals.append(Signal(code, "counterfactual", says, weight, numbers, fix=fix, expect=expect))
-    elif math.isfinite(here) and here >= SLOW * gains[10.0] and here > WORTH and not blown:
-        says = f"{steps} steps on one batch gain {here:.2f} at {rate:.2g}, {_rounded(gains[10.0])} at ten times it and "
-        says += f"{_rounded(gains[0.1])} at a tenth"
-        signals += [Signal(code, "measured", says, 0.7, numbers, against=True) for code in ("F64", "F67")]
-    if wide is not None:
-        most, best = start - _end(wide), max((g for g in gains.values() if math.isfinite(g)), default=0.0)
-        if most > 0.3 and best < STUCK * most:
-            says = f"one batch falls by {best:.2f} at the best of three rates, and by {most:.2f} with rank 32 on every"
-            says += " linear layer"
-            for code, weight in (("F62", 0.7), ("F56", 0.6)):
-                fix = "lora_target_modules: all-linear, lora_r: 16"
-                signals.append(Signal(code, "counterfactual", says, weight, {**numbers, "gain_wide": most}, fix=fix))
-    return signals
+    """The rate, or alpha / r: the same evidence, so both, and first the one that is unusual."""
+    r, alpha = subject.settings.get("lora_r"), subject.settings.get("lora_alpha")
+    scale = None
+    if r and alpha:
+        scale = float(alpha) / (math.sqrt(r) if subject.settings.get("use_rslora") else float(r))
+    low = code == "F64"
+    odd_rate = tried.rate < USUAL_RATE[0] if low else tried.rate > USUAL_RATE[1]
+    odd_scale = scale is not None and (scale < USUAL_SCALE[0] if low else scale > USUAL_SCALE[1])
+    of_rate, of_scale = (0.45, 0.8) if odd_scale and not odd_rate else (0.8, 0.6 if odd_scale else 0.3)
+    fixes = {code: f"learning_rate: {tried.best * tried.rate:.2g}", "F61": f"lora_alpha: {2 * (r or 16)}"}
+    signals = [
+        Signal(one, "counterfactual", says, weight, {**numbers, "scale": scale}, fix=fixes[one], expect=expect)
+        for one, weight in ((code, of_rate), ("F61", of_scale))
+    ]
+    return sorted(signals, key=lambda signal: -signal.weight)
 
 
 def _learn(
@@ -166,16 +222,8 @@ def _end(curve: Sequence[float]) -> float:
     return float(last.mean()) if np.isfinite(last).all() else math.inf
 
 
-def _or_inf(x: float) -> float:
-    return x if math.isfinite(x) else math.inf
-
-
 def _rounded(x: float) -> float | None:
     return round(x, 4) if math.isfinite(x) else None
-
-
-def _shown(x: float) -> str:
-    return f"{x:.2f}" if math.isfinite(x) else "NaN"
 
 
 def _checkpoints(model: nn.Module) -> bool:

@@ -64,7 +64,7 @@ def no_generation_markers(subject: Subject) -> Signal | None:
     if not template or marked or not _asked_for_answers(subject) or subject.settings.get("response_template"):
         return None
     facts = LabelFacts.of(subject)
-    none, whole = len(facts.unlearned) == len(facts.documents) > 0, facts.share > ALMOST_ALL and facts.pads_learned == 0
+    none, whole = len(facts.unlearned) == len(facts.documents) > 0, facts.share > ALMOST_ALL and not facts.unlike
     if not (none and not _all_cut(subject, facts)) and not whole:
         return None
     what = "nothing" if none else f"{facts.share:.0%} of the tokens"
@@ -125,7 +125,7 @@ def prompt_learned(subject: Subject) -> Signal | None:
     if asked is False or not answers or not facts.role_tokens[USER] or facts.unlike:
         return None
     share = users / facts.role_tokens[USER]
-    if share < MOST:
+    if share < MOST or answers < MOST * facts.role_tokens[ASSISTANT]:
         return None
     says = f"{share:.0%} of the users' {facts.role_tokens[USER]:,} tokens are learned"
     numbers = {"user_share": share, "share_learned": facts.share}
