@@ -255,7 +255,7 @@ def _with_base_and_rows(subject: Subject, places: list[Path], missing: dict[str,
     if why is not None:
         missing["live"] = why
         return subject
-    return replace(subject, live=own.live_of(_loadable(config, subject), prepared, _adapter_folder(places)))
+    return replace(subject, live=own.live_of(_loadable(config, subject), tokenizer, prepared, _adapter_folder(places)))
 
 
 def _base_of(subject: Subject) -> str | None:

@@ -14,7 +14,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import islice
@@ -23,20 +23,18 @@ from typing import Any
 
 import numpy as np
 
+from solotune import __version__
 from solotune.config import RunConfig, load_config
-from solotune.dataset import Example, Prepared, load_tokenizer, prepare
+from solotune.dataset import Prepared, load_tokenizer, prepare
 from solotune.dataset import findings as row_findings
 from solotune.dataset.findings_facts import Facts, Finding
 from solotune.dataset.report import DataReport
 from solotune.diagnosis import arithmetic
+from solotune.diagnosis.own_live import batches_of, own_live
 from solotune.diagnosis.subject import Live, Saved, Settings, Subject, Trace
 from solotune.environment import ram
 from solotune.errors import InputError, SolotuneError
 from solotune.record import RunDirectory
-
-NUM_BATCHES = 4
-"""Micro-batches that probes see: they use one or two, and look for a longer one."""
-EMPTY = np.zeros(0)
 
 
 def settings_of(config: RunConfig) -> Settings:
@@ -63,6 +61,7 @@ def from_prepared(config: RunConfig, tokenizer: Any, prepared: Prepared) -> Subj
         train=prepared.train,
         validation=prepared.validation,
         findings=[Finding(**found) for found in prepared.report.findings],
+        batches=batches_of(config, tokenizer, prepared.train),
     )
 
 
@@ -104,7 +103,7 @@ def _with_rows(config: RunConfig, settled: RunConfig, adapter: Path | None, rend
         return replace(plain, tokenizer=tokenizer, missing=why, conversations=chats, **configs)
     if (why := too_large(subject)) is not None:
         return replace(subject, missing={"live": why})
-    return replace(subject, live=live_of(settled, prepared, adapter))
+    return replace(subject, live=live_of(settled, tokenizer, prepared, adapter))
 
 
 def _conversations(config: RunConfig) -> list[list[dict[str, Any]]]:
@@ -144,60 +143,19 @@ def _free_bytes() -> int:
     return int(torch.cuda.mem_get_info(0)[0]) if torch.cuda.is_available() else ram()[1]
 
 
-def live_of(config: RunConfig, prepared: Prepared, adapter: Path | None) -> Callable[[], Live]:
-    """Loads the base with its adapters, fresh or those of a folder, and makes the first batches, once."""
+def live_of(config: RunConfig, tokenizer: Any, prepared: Prepared, adapter: Path | None) -> Callable[[], Live]:
+    """Loads the base with its adapters, fresh or those of a folder, once."""
 
     @cache
     def load() -> Live:
-        from solotune import checkpoint, evaluation, lora, training
-        from solotune.tuned import load_base, settle
+        from solotune import checkpoint
+        from solotune.tuned import settle
 
         settled, machine, _ = settle(config.replaced("diagnosis", torch_compile=False))
-        model = load_base(settled, machine)
-        if adapter is not None:
-            lora.load_state_dict(model.adapted, checkpoint.read_adapter(adapter), str(adapter))
-        rows = list(islice(prepared.validation, 64))
-        size = settled.per_device_eval_batch_size
-        return Live(
-            model=model.module,
-            batches=batches_of(settled, prepared.train),
-            make_optimizer=lambda parameters: training.make_optimizer(settled, list(parameters)),
-            evaluate=(lambda _: evaluation.score(model, rows, size).loss) if rows else None,
-        )
+        tensors = checkpoint.read_adapter(adapter) if adapter is not None else None
+        return own_live(settled, machine, tokenizer, prepared.train, prepared.validation, tensors)
 
     return load
-
-
-def batches_of(config: RunConfig, rows: Any) -> list[dict[str, Any]]:
-    """The first micro-batches of a run, as transformers' models take them."""
-    from solotune import training
-
-    packs = training.sequences(config, rows)
-    order = training.Schedule.of(config, len(packs)).steps(0)
-    micro_batches = islice((part for step in order for part in step), NUM_BATCHES)
-    return [collated([[rows[row] for row in packs[i]] for i in part], config.packing) for part in micro_batches]
-
-
-def collated(packs: list[list[Example]], is_packed: bool) -> dict[str, Any]:
-    """int64 (B, T) each: ids, labels, and a mask, or positions that restart with each row of a pack."""
-    import torch
-
-    size = (len(packs), max(sum(len(row.input_ids) for row in pack) for pack in packs))
-    ids_BT, labels_BT, mask_BT = np.zeros(size, np.int64), np.full(size, -100), np.zeros(size, np.int64)
-    positions_BT = np.tile(np.arange(size[1]), (size[0], 1))
-    for b, pack in enumerate(packs):
-        at = 0
-        for row in pack:
-            end = at + len(row.input_ids)
-            ids_BT[b, at:end], mask_BT[b, at:end] = row.input_ids, 1
-            labels_BT[b, at:end] = np.where(row.supervised, row.input_ids, -100)
-            labels_BT[b, at] = -100  # nothing predicts a row's first token
-            positions_BT[b, at:] = np.arange(size[1] - at)
-            at = end
-        positions_BT[b, at:] = np.arange(size[1] - at)
-    found = {"input_ids": ids_BT, "labels": labels_BT}
-    found |= {"position_ids": positions_BT} if is_packed else {"attention_mask": mask_BT}
-    return {name: torch.from_numpy(values) for name, values in found.items()}
 
 
 # --- a run
@@ -235,16 +193,11 @@ def _recorded(run: RunDirectory) -> RunConfig:
     try:
         return load_config(path)
     except InputError as error:
-        from importlib import metadata
-
-        versions = _json(run.path / "environment.json").get("versions")
-        made_by = versions.get("solotune") if isinstance(versions, Mapping) else None
+        made_by = _json(run.path / "environment.json").get("solotune")
         raise InputError(
-            f"{path}: cannot be read by solotune {metadata.version('solotune')}",
+            f"{path}: solotune {__version__} cannot read the config of this run",
             seen=error.problem,
-            change=f"it was written by solotune {made_by}; use that version"
-            if made_by
-            else "use the version that ran it",
+            change=f"solotune {made_by} wrote it; use that version" if made_by else "use the version that ran it",
         ) from None
 
 
