@@ -14,6 +14,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
+from solotune import __version__
 from solotune.config import SECTIONS, Choice, RunConfig, allowed_values, field_help, load_config, section_of, to_yaml
 from solotune.destination import check_destination
 from solotune.errors import InputError, IntegrityError, InterruptedRunError, SolotuneError
@@ -35,6 +36,9 @@ from solotune.terminal import Display, PlainDisplay, SilentDisplay, clock, make_
 
 if TYPE_CHECKING:
     from solotune.dataset import DataReport, Prepared
+    from solotune.diagnosis.evidence import Diagnosis
+    from solotune.diagnosis.explanation import Explanation
+    from solotune.diagnosis.subject import Subject
     from solotune.environment import DoctorReport, Machine
     from solotune.evaluation import Evaluation
     from solotune.model import TrainableModel
@@ -212,6 +216,8 @@ def train(
 def _train(config: RunConfig, resume: bool, heard: Display) -> TrainResult:
     from solotune import checkpoint, signals, training, watchdog
     from solotune.device_failure import device_failure
+    from solotune.diagnosis import message
+    from solotune.diagnosis.watch import Watch
     from solotune.resume import fingerprints, open_run
 
     ready = _get_ready(config, resume, heard)
@@ -225,9 +231,12 @@ def _train(config: RunConfig, resume: bool, heard: Display) -> TrainResult:
         display.note(f"run directory: {run.path}")
         display.choices(ready.choices)
         summary = _record_start(run, ready, marks, start, display)
+        watch = Watch(model, ready.subject, display, run)
         point = start.point if start else None
         with signals.held_back():
-            tuned = training.train(model, prepared.train, prepared.validation, checked, run, display, point, marks)
+            tuned = training.train(
+                model, prepared.train, prepared.validation, checked, run, tee(display, watch), point, marks
+            )
             _write_adapter(run, model, checked, ready.tokenizer)
         result = None
         if prepared.validation:
@@ -238,6 +247,9 @@ def _train(config: RunConfig, resume: bool, heard: Display) -> TrainResult:
         measured = {"peak_bytes": peak_bytes, **usual_step(run.read_metrics())}
         run.write_json("plan.json", {**ready.plan_json(), "measured": measured})
         run.log_metrics("end", step=summary["total_steps"], peak_bytes=peak_bytes)
+        found = watch.diagnosis()
+        run.write_json("diagnosis.json", found.to_json())
+        display.note(f"diagnosis by rules alone: {message.summary(found)}")
         log.close()
         run.seal()
         return TrainResult(run.path, summary, ready.choices, result)
@@ -271,6 +283,7 @@ class _Ready:
     planned: Plan
     model: TrainableModel
     tried: Preflight | None
+    subject: Subject  # what can be diagnosed before the first step
 
     def plan_json(self) -> dict[str, Any]:
         return {"predicted": self.planned.to_json(), "preflight": self.tried and asdict(self.tried)}
@@ -280,6 +293,7 @@ def _get_ready(config: RunConfig, resume: bool, display: Display) -> _Ready:
     """Settles, reads, plans, loads, tries: everything that may refuse a run, in the order of what it costs to ask."""
     from solotune import dataset, disk, environment, watchdog
     from solotune.device_failure import device_errors
+    from solotune.diagnosis import own
     from solotune.model import check_folder
     from solotune.preflight import preflight
     from solotune.resume import recorded_day
@@ -315,7 +329,8 @@ def _get_ready(config: RunConfig, resume: bool, display: Display) -> _Ready:
         with device_errors(checked):
             tried = preflight(model, prepared.train, prepared.validation, checked, folder)
     choices = [*choices, *planned.choices, *model.choices]
-    return _Ready(checked, machine, choices, tokenizer, prepared, planned, model, tried)
+    subject = own.from_prepared(checked, tokenizer, prepared)
+    return _Ready(checked, machine, choices, tokenizer, prepared, planned, model, tried, subject)
 
 
 def _record_start(
@@ -326,7 +341,8 @@ def _record_start(
 
     report = ready.prepared.report
     run.write_config(ready.config)
-    run.write_json("environment.json", {**ready.machine.to_json(), "choices": [c._asdict() for c in ready.choices]})
+    made_by = {"solotune": __version__, "choices": [choice._asdict() for choice in ready.choices]}
+    run.write_json("environment.json", {**ready.machine.to_json(), **made_by})
     run.write_json(FINGERPRINTS, marks)
     run.write_json("plan.json", ready.plan_json())
     run.write_json("data.json", report.to_json())
@@ -392,6 +408,50 @@ def verify(run: str | Path) -> Verification:
     from solotune import verification
 
     return verification.verify(run)
+
+
+def diagnose(
+    target: ConfigSource,
+    deep: bool = False,
+    budget: float | None = None,
+    dataset: str | None = None,
+    config: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    display: Display | None = None,
+) -> Diagnosis:
+    """Names the culprit, or says healthy, or says undecided and what would decide; written into a run's diagnosis.json.
+
+    Args:
+        target: a config, a run directory, or a folder that another trainer wrote.
+        deep: probe longer, on more batches.
+        budget: seconds for the probes; 0 asks the rules alone.
+        dataset: of a foreign folder: the data that it was trained on.
+        config: of a foreign folder: the file that made it.
+
+    Raises:
+        InputError: the target is none of these.
+    """
+    from solotune.diagnosis import examination
+    from solotune.diagnosis.target import open_run, subject_of
+
+    display = display or SilentDisplay()
+    display.phase("reading what is there")
+    found = examination.examine(subject_of(target, overrides, config, dataset), deep, budget, display.phase)
+    if run := open_run(target):
+        run.write_json("diagnosis.json", found.to_json())
+        run.seal_again("diagnosis.json")
+    return found
+
+
+def explain(code: str) -> Explanation:
+    """What a fault (F17, pad-masks-terminator) or a suspect (S4) is, how it is recognised and how it is mended.
+
+    Raises:
+        InputError: there is no such fault; the nearest are in the message.
+    """
+    from solotune.diagnosis.explanation import explained
+
+    return explained(code)
 
 
 def chat(run: str | Path) -> ChatSession:

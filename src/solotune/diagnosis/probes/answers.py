@@ -1,0 +1,142 @@
+"""P13: the same questions answered the deployment's way and after the rendering of the training.
+
+    good after the training's rendering, bad the deployment's way       F11
+    the end of turn is written, and writing goes on                     F14
+    no end in either                                                    F10, F17, F19 or F24: the labels tell which
+
+Repetition after training is as often a fault of the deployment's format as of the training, so both are always looked
+at. Bad means without an end, or repeating itself: rep-4 is the share of 4-grams that came before. The adapter is the
+saved one, where the model has none that was trained. Costs some dozens of tokens, generated one by one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.labels import LabelFacts
+from solotune.diagnosis.probes.patient import device_of, is_untouched, logits_of, restored
+from solotune.diagnosis.probes.prompts import _pair
+from solotune.diagnosis.probes.reload import _put_in
+from solotune.diagnosis.probes.skipping import Skipped
+from solotune.diagnosis.subject import Live, Subject
+
+NUM_PROMPTS = 4
+MOST_TOKENS = 48
+REPEATS = 0.25  # rep-4
+MUCH = 0.5  # of the prompts; also the gap of losses, in nats
+
+
+def both_renderings(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
+    """P13."""
+    deadline = time.perf_counter() + budget
+    facts = LabelFacts.of(subject)
+    if live.generate is None or subject.tokenizer is None:
+        raise Skipped("the deployment's way of answering was not given")
+    with restored(live), torch.no_grad():
+        if is_untouched(live.model):
+            if subject.saved is None or not _put_in(live.model, subject.saved)[0]:
+                raise Skipped("nothing was trained yet")
+            if is_untouched(live.model):
+                raise Skipped("the adapter is empty")
+        live.model.eval()
+        deployed, trained, wanted = [], [], []
+        for document in facts.documents:
+            pair, question = _pair(document, facts.roles), _question(facts, document)
+            if pair is None or not question:
+                continue
+            if len(trained) == NUM_PROMPTS or time.perf_counter() > deadline:
+                break
+            text = live.generate(question)
+            deployed.append(facts.roles.encode(text))
+            trained.append(_greedy(live, pair[0], facts.roles.ends, min(MOST_TOKENS, 2 * len(pair[1]) + 8)))
+            wanted.append(pair[1])
+    if len(trained) < 2:
+        raise Skipped("fewer than two questions are known")
+    found = {
+        "prompts": len(trained),
+        "training_rendering": _looks(trained, facts.roles.ends),
+        "deployment_rendering": _looks(deployed, facts.roles.ends),
+        "goes_on_after_end": float(np.mean([_goes_on(ids, facts.roles.ends) for ids in deployed])),
+        "right": {
+            "training_rendering": _share_right(trained, wanted, facts.roles.ends),
+            "deployment_rendering": _share_right(deployed, wanted, facts.roles.ends),
+        },
+        "equal": float(np.mean([_alike(a, b, facts.roles.ends) for a, b in zip(trained, deployed, strict=True)])),
+    }
+    return _judge(found), found
+
+
+def _judge(found: dict[str, Any]) -> list[Signal]:
+    good, bad = found["training_rendering"], found["deployment_rendering"]
+    if found["goes_on_after_end"] >= MUCH:
+        says = (
+            f"in {found['goes_on_after_end']:.0%} of the deployed answers the end of turn is written and more follows"
+        )
+        return [Signal("F14", "invariant", says, 0.9, found, fix="eos_token_id of generation_config: the end of turn")]
+    worse = bad["rep_4"] - good["rep_4"] > REPEATS / 2 or bad["without_end"] - good["without_end"] >= MUCH
+    right = found["right"]
+    if right["training_rendering"] - right["deployment_rendering"] >= MUCH:
+        says = f"after the training's rendering {right['training_rendering']:.0%} of the answers begin as in the data, "
+        says += f"the deployment's way {right['deployment_rendering']:.0%}"
+        fix = "serve with the chat template that rendered the training"
+        return [Signal("F11", "counterfactual", says, 0.9, found, fix=fix)]
+    if good["rep_4"] < REPEATS and good["without_end"] < MUCH and worse and found["equal"] < MUCH:
+        says = f"the deployed answers have rep-4 {bad['rep_4']:.2f} and {bad['without_end']:.0%} without an end; after "
+        says += f"the training's rendering {good['rep_4']:.2f} and {good['without_end']:.0%}"
+        fix = "serve with the chat template that rendered the training"
+        return [Signal("F11", "counterfactual", says, 0.9, found, fix=fix)]
+    if good["without_end"] == 1.0:
+        says = f"none of {found['prompts']} answers ends by itself"
+        return [Signal(code, "measured", says, 0.4, found) for code in ("F10", "F17", "F19")]
+    if found["equal"] >= MUCH:
+        says = f"{found['equal']:.0%} of the deployed answers are those after the training's rendering"
+        return [Signal(code, "measured", says, 0.8, found, against=True) for code in ("F11", "F14")]
+    return []
+
+
+def _share_right(answers: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]], ends: frozenset[int]) -> float:
+    return float(np.mean([_alike(a, w, ends) for a, w in zip(answers, wanted, strict=True)]))
+
+
+def _question(facts: LabelFacts, document: Any) -> str:
+    conversation = facts.roles.conversation_in(facts.roles.text_of(document)[0])
+    users = [str(m.get("content") or "") for m in conversation or () if m.get("role") == "user"]
+    return users[-1] if len(users) == 1 else ""
+
+
+def _greedy(live: Live, prompt: Sequence[int], ends: frozenset[int], count: int) -> list[int]:
+    ids = list(prompt)
+    while len(ids) < len(prompt) + count and not (len(ids) > len(prompt) and ids[-1] in ends):
+        inputs = torch.tensor([ids], device=device_of(live.model))
+        ids.append(int(logits_of(live.model, {"input_ids": inputs})[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def _looks(answers: Sequence[Sequence[int]], ends: frozenset[int]) -> dict[str, float]:
+    return {
+        "without_end": float(np.mean([not any(i in ends for i in ids) for ids in answers])),
+        "rep_4": float(np.mean([_repeats([i for i in ids if i not in ends]) for ids in answers])),
+    }
+
+
+def _repeats(ids: Sequence[int]) -> float:
+    grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _goes_on(ids: Sequence[int], ends: frozenset[int]) -> bool:
+    first = next((n for n, i in enumerate(ids) if i in ends), len(ids))
+    return len(ids) - first > 4
+
+
+def _alike(a: Sequence[int], b: Sequence[int], ends: frozenset[int]) -> bool:
+    """Equal for the first tokens of both, ends aside: a deployment may cut blanks and hide its ends."""
+    a, b = [i for i in a if i not in ends], [i for i in b if i not in ends]
+    size = min(len(a), len(b), 8)
+    return a[:size] == b[:size] and bool(size or not (a or b))

@@ -1,0 +1,188 @@
+"""P1: the first loss of the batches beside that of the same rows with labels built right, of the same chats in the
+model's own rendering, of their texts as plain text, and of that plain text with its ids swapped at random.
+
+    as trained / labels right       far from 1: labels are not what the loss takes them for (F22)
+    labels right / own rendering    far above 1, plain text as usual: the format is foreign to the model (F12)
+    plain text / ids swapped        near 1: no text of this tokenizer means anything to the model (F04)
+
+All of the base model, adapters off, so it does not matter how long was trained. log V alone proves nothing: a clean
+but new task can begin above it. Costs some five forward passes a row.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from solotune.dataset.encode import Encoder
+from solotune.dataset.row import RowError
+from solotune.diagnosis.documents import Batches, Document
+from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.labels import LabelFacts
+from solotune.diagnosis.probes.patient import (
+    adapters_off,
+    restored,
+    sequences_of,
+    token_losses,
+    training_loss,
+)
+from solotune.diagnosis.roles import ASSISTANT, Roles
+from solotune.diagnosis.subject import Live, Subject
+from solotune.errors import SolotuneError
+
+UNLIKE = 1.5  # ratio of losses that clean runs do not show
+FOREIGN = 1.6  # rows in the training's format against the model's own
+NO_TEXT = 0.85  # plain text against the same with its ids swapped; clean models show 0.2 to 0.6
+NUM_ROWS = 4
+LONGEST = 512  # tokens of a text
+
+
+def first_loss(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
+    """P1. Raises nothing; what could not be compared is missing from the measurements."""
+    deadline = time.perf_counter() + budget
+    facts = LabelFacts.of(subject)
+    found: dict[str, Any] = {}
+    with restored(live), torch.no_grad():
+        live.model.eval()
+        with adapters_off(live.model):
+            _labels(live, subject, facts, found, deadline)
+            _texts(live, subject, facts, found, deadline)
+    return [s for s in (_shifted(facts, found), *_format(found), _tokenizer(found)) if s], found
+
+
+def _labels(live: Live, subject: Subject, facts: LabelFacts, found: dict[str, Any], deadline: float) -> None:
+    """Loss as trained, and of the same rows one by one with labels that are their tokens."""
+    as_trained: list[float] = []
+    right: list[float] = []
+    rows = 0
+    for batch in live.batches:
+        part = sequences_of(batch, 2)
+        documents = [d for d in Batches.of(subject, [part]).documents if d.learned.any()]
+        if not documents:
+            continue
+        loss = float(training_loss(live, part))
+        losses = [_right(live, document, facts.shift) for document in documents]
+        counts = sum(map(len, losses))
+        if counts and math.isfinite(loss):
+            as_trained.append(loss * counts)
+            right.append(float(sum(part.sum() for part in losses)))
+            rows += len(documents)
+            found["labels_compared"] = found.get("labels_compared", 0) + counts
+        elif not math.isfinite(loss):
+            found["as_trained_not_finite"] = loss
+        if rows >= NUM_ROWS or time.perf_counter() > deadline:
+            break
+    if found.get("labels_compared"):
+        found["as_trained"] = sum(as_trained) / found["labels_compared"]
+        found["labels_right"] = sum(right) / found["labels_compared"]
+
+
+def _right(live: Live, document: Document, shift: int | None) -> np.ndarray:
+    places = np.flatnonzero(document.learned) + (shift or 0)
+    return token_losses(live.model, document.ids, places[(places > 0) & (places < len(document.ids))])
+
+
+def _texts(live: Live, subject: Subject, facts: LabelFacts, found: dict[str, Any], deadline: float) -> None:
+    """Answers in the training's format and in the model's own; their texts as plain text; ids swapped at random."""
+    if subject.tokenizer is None:
+        return
+    roles = facts.roles
+    swapped = np.random.default_rng(0).permutation(_vocabulary(live, subject))
+    sums: dict[str, list[float]] = {key: [] for key in ("here", "own", "plain", "swapped", "log_v")}
+    foreign = 0
+    chosen = [document for document in facts.documents if len(document.ids) > 2]
+    for document in chosen[:NUM_ROWS]:
+        text, _ = roles.text_of(document)
+        conversation = roles.conversation_in(text)
+        contents = [str(m.get("content") or "") for m in conversation or ()]
+        plain = roles.encode(" ".join(contents) if contents else text)[:LONGEST]
+        if len(plain) > 2 and max(plain) < len(swapped):
+            places = np.arange(1, len(plain))
+            sums["plain"].append(float(token_losses(live.model, plain, places).mean()))
+            sums["swapped"].append(float(token_losses(live.model, swapped[plain], places).mean()))
+        own = _own_rendering(roles, conversation) if conversation else None
+        roles_T = roles.of(document)
+        if own is not None and roles_T is not None and (roles_T == ASSISTANT).any() and len(document.ids) <= LONGEST:
+            here = np.flatnonzero(roles_T == ASSISTANT)
+            sums["here"].append(float(token_losses(live.model, document.ids, here[here > 0]).mean()))
+            sums["own"].append(float(token_losses(live.model, own[0], own[1]).mean()))
+            foreign += not any(header.strip() in text for header in roles.headers.values())
+        if time.perf_counter() > deadline:
+            break
+    if sums["plain"]:
+        found |= {"plain_text": float(np.mean(sums["plain"])), "ids_swapped": float(np.mean(sums["swapped"]))}
+        found["log_v"] = math.log(len(swapped))
+    if sums["own"]:
+        found |= {"answers_as_trained": float(np.mean(sums["here"])), "answers_own_format": float(np.mean(sums["own"]))}
+        found["rows_without_own_markers"] = foreign / len(sums["own"])
+
+
+def _vocabulary(live: Live, subject: Subject) -> int:
+    """Ids that are swapped among each other: those that both model and tokenizer have."""
+    config: Any = live.model.config
+    size = int(config.get_text_config().vocab_size)
+    return min(size, len(subject.tokenizer)) if subject.tokenizer is not None else size
+
+
+def _own_rendering(roles: Roles, conversation: Sequence[Any]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Ids of a conversation by the tokenizer's template, and the places of its answers without their ends."""
+    if roles.template is None:
+        return None
+    try:
+        rendered = roles.template.render("", [dict(message) for message in conversation])
+        (encoded,) = Encoder(roles.tokenizer).encode([rendered], [""])  # type: ignore[arg-type]
+    except (SolotuneError, RowError, ValueError, KeyError):
+        return None
+    places = [t for begin, end in encoded.spans for t in range(max(begin, 1), end) if encoded.ids[t] not in roles.ends]
+    return (encoded.ids, np.array(places)) if places and len(encoded.ids) <= LONGEST else None
+
+
+def _shifted(facts: LabelFacts, found: dict[str, Any]) -> Signal | None:
+    if "as_trained" not in found or facts.shift is None:
+        return None
+    ratio = found["as_trained"] / max(found["labels_right"], 1e-6)
+    numbers = {"as_trained": found["as_trained"], "labels_right": found["labels_right"]}
+    if ratio >= UNLIKE:
+        says = f"with labels at their tokens the first loss falls from {found['as_trained']:.2f} to "
+        says += f"{found['labels_right']:.2f}"
+        return Signal("F22", "counterfactual", says, 0.95, numbers)
+    says = f"the loss takes the labels as they are: {found['as_trained']:.2f}, and {found['labels_right']:.2f} by hand"
+    return Signal("F22", "measured", says, 0.95, numbers, against=True)
+
+
+def _format(found: dict[str, Any]) -> list[Signal]:
+    if "answers_own_format" not in found:
+        return []
+    here, own = found["answers_as_trained"], found["answers_own_format"]
+    ratio, is_text = here / max(own, 1e-6), found.get("plain_text", 0) < NO_TEXT * found.get("ids_swapped", 1)
+    numbers = {"as_trained": here, "own_format": own, "ratio": ratio}
+    if found["rows_without_own_markers"] < 0.5:
+        return []
+    if ratio >= FOREIGN and is_text and here - own > 0.2:
+        says = f"rendered by the model's own template the answers cost {own:.2f} a token instead of {here:.2f}"
+        weight = min(0.95, 0.6 + 0.1 * ratio)
+        return [Signal("F12", "counterfactual", says, weight, numbers)]
+    if ratio < 1.15:
+        says = f"the model's own template makes the answers no easier ({own:.2f} against {here:.2f} a token)"
+        return [Signal("F12", "measured", says, 0.6, numbers, against=True)]
+    return []
+
+
+def _tokenizer(found: dict[str, Any]) -> Signal | None:
+    if "plain_text" not in found:
+        return None
+    plain, swapped, log_v = found["plain_text"], found["ids_swapped"], found["log_v"]
+    numbers = {"plain_text": plain, "ids_swapped": swapped, "log_v": log_v}
+    if plain > NO_TEXT * swapped and plain > 1.05 * log_v:
+        says = f"plain text costs {plain:.1f} nats a token, with its ids swapped at random {swapped:.1f}"
+        says += f" (log V {log_v:.1f})"
+        return Signal("F04", "measured", says, 0.9, numbers)
+    if plain < 0.7 * swapped:
+        says = f"plain text costs {plain:.1f} nats a token, with its ids swapped {swapped:.1f}: the ids fit the model"
+        return Signal("F04", "measured", says, 0.8, numbers, against=True)
+    return None
