@@ -120,7 +120,7 @@ KINDS = {
              {"hidden_size": 96, "ffn_dim": 192, "num_hidden_layers": 3, "num_attention_heads": 4, "dropout": 0.0,
               "max_position_embeddings": 512, "word_embed_proj_dim": 96}, 520,
              ("<pad>", "</s>", "[INST]", "[/INST]", "[ANS]", "[SYS]"), None, "</s>", "<pad>",
-             Format("", "{role} ", "</s>", "\n",
+             Format("", "{role}", "</s>", "\n",
                     (("system", "[SYS]"), ("user", "[INST]"), ("assistant", "[/INST][ANS]"))), seed=4, held_out=True),
     )
 }  # fmt: skip
