@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -246,7 +247,9 @@ def _make(kind: Kind, folder: Path) -> None:
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     (partial / "base.json").write_text(json.dumps(known))
-    if not folder.exists():
+    if folder.exists():  # another process was first
+        shutil.rmtree(partial)
+    else:
         partial.rename(folder)
     print(f"{kind.name}: {known}, {time.perf_counter() - started:.0f} s")
 
