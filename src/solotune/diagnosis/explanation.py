@@ -40,7 +40,12 @@ class Explanation:
             lines = [f"{fault['code']}  {fault['slug']:28}{fault['title']}" for fault in self.faults]
             wrapped = [textwrap.fill(line, WIDTH, subsequent_indent=" " * 33) for line in lines]
             return "\n".join([f"{self.code} {self.title}", "", *wrapped])
-        parts = [f"{self.code} {self.slug} ({self.suspect}, {SUSPECTS[self.suspect]})", "", textwrap.fill(self.title, WIDTH), ""]
+        parts = [
+            f"{self.code} {self.slug} ({self.suspect}, {SUSPECTS[self.suspect]})",
+            "",
+            textwrap.fill(self.title, WIDTH),
+            "",
+        ]
         parts += [_hanging(paragraph) for paragraph in paragraphs(self.doc)]
         parts += [] if "\nFix: " in self.doc else [_hanging(f"Fix: {self.fix}.")]
         parts.append(_hanging(f"Then: {self.expect}."))

@@ -43,7 +43,7 @@ from solotune.diagnosis.subject import Live, Subject
 LEAST_STEPS, MOST_STEPS = 6, 40
 FACTORS = (0.1, 1.0, 10.0)
 WIDEST = 1e3  # factor up and down
-LITTLE, MUCH, CLEARLY = 0.35, 0.5, 0.75  # of what the best way gains
+NOTHING, LITTLE, MUCH, CLEARLY = 0.02, 0.35, 0.5, 0.75  # of what the best way gains
 TIMES = 2.0  # the gain at another rate, to be called better
 BETTER = 0.1  # of the most: a difference of gains that is the rate's
 WORTH = 0.1  # nats: gains below it say nothing
@@ -66,12 +66,15 @@ def range_test(live: Live, subject: Subject, budget: float) -> tuple[list[Signal
     steps = min(MOST_STEPS, int(budget / seconds / (len(FACTORS) + 1.3)))
     if steps < LEAST_STEPS or len(first) < 1:
         raise Skipped(f"a step takes {seconds:.1f} s: {steps} steps a rate fit, {LEAST_STEPS} are needed")
-    deadline = begun + budget
+    deadline = begun + 1.5 * budget  # a widened range may take half as long again
     curves = {factor: _learn(live, batch, factor * rate, steps, clip) for factor in FACTORS}
     wide = _learn_wide(live, batch, steps)
     start = curves[1.0][0]
     while time.perf_counter() < deadline and (further := _further(start, curves, wide)) is not None:
         curves[further] = _learn(live, batch, further * rate, steps, clip)
+    alike = None  # rank 32 at the training's own rate
+    if start - _end(curves[1.0]) < MUCH * (start - _end(wide)):
+        alike = start - _end(_learn_wide(live, batch, steps, rate))
     tried = {factor: start - _end(curve) for factor, curve in sorted(curves.items())}
     found: dict[str, Any] = {
         "rate": rate,
@@ -80,8 +83,9 @@ def range_test(live: Live, subject: Subject, budget: float) -> tuple[list[Signal
         "wide": [round(x, 4) for x in wide],
         "gain": {f"{factor:g}": _rounded(gain) for factor, gain in tried.items()},
         "gain_wide": _rounded(start - _end(wide)),
+        "gain_wide_at_rate": None if alike is None else _rounded(alike),
     }
-    return _judge(subject, Tried(rate, steps, start, tried, start - _end(wide))), found
+    return _judge(subject, Tried(rate, steps, start, tried, start - _end(wide), alike)), found
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ class Tried:
     start: float
     gains: dict[float, float]  # factor -> gain
     wide: float
+    alike: float | None  # gain of wide adapters at the training's own rate, where that was tried
 
     @property
     def best(self) -> float:
@@ -134,11 +139,24 @@ def _judge(subject: Subject, tried: Tried) -> list[Signal]:
     if best < 1 and better and tried.gains[best] > LITTLE * most and here < CLEARLY * most:
         expect = f"one batch falls by {tried.gains[best]:.2f} in {tried.steps} steps"
         return _of_step_size(subject, "F67", tried, tried.says(best), expect, numbers)
-    if tried.gains[best] < MUCH * most:
-        says = f"{tried.steps} steps on one batch gain {tried.gains[best]:.2f} at the best rate, {tried.wide:.2f} with "
-        says += "rank 32 on every linear layer"
+    if tried.gains[best] < NOTHING * most:
+        return []  # nothing is learned at any rate: gradients, not capacity
+    is_narrow = tried.alike is not None and tried.alike > max(TIMES * here, MUCH * most)
+    if (
+        best in (max(tried.gains), min(tried.gains))
+        and best != 1.0
+        and tried.gains[best] < MUCH * most
+        and not is_narrow
+    ):
+        return []  # the range was not widened far enough to tell
+    if tried.gains[best] < MUCH * most or is_narrow:
+        wide = tried.alike if is_narrow and tried.alike is not None else tried.wide
+        says = f"{tried.steps} steps on one batch gain {here if is_narrow else tried.gains[best]:.2f} at "
+        says += (
+            f"{'the rate as it is' if is_narrow else 'the best rate'}, {wide:.2f} with rank 32 on every linear layer"
+        )
         fix = "lora_target_modules: all-linear, lora_r: 16"
-        return [Signal(code, "counterfactual", says, w, numbers, fix=fix) for code, w in (("F62", 0.7), ("F56", 0.6))]
+        return [Signal(code, "counterfactual", says, w, numbers, fix=fix) for code, w in (("F62", 0.75), ("F56", 0.45))]
     total = subject.trace.total_steps if subject.trace else subject.settings.get("max_steps")
     longer = max(1.0, HALF * (total or 0) / tried.steps)
     if best > 1 and here * longer < LITTLE * most and tried.gains[best] > TIMES * max(here, 0.0):
@@ -179,10 +197,10 @@ def _learn(
         return _descend(live, batch, trainable_of(live.model), rate, steps, clip, live)
 
 
-def _learn_wide(live: Live, batch: dict[str, Any], steps: int) -> list[float]:
-    """The same by adapters of rank 32 on every linear layer, at a rate that suits these."""
+def _learn_wide(live: Live, batch: dict[str, Any], steps: int, rate: float = 2e-3) -> list[float]:
+    """The same by adapters of rank 32 on every linear layer, by AdamW, at a rate that suits these."""
     with restored(live), wider(live.model) as parameters:
-        return _descend(live, batch, parameters, 2e-3, steps, 1.0, None)
+        return _descend(live, batch, parameters, rate, steps, 1.0, None)
 
 
 def _descend(
@@ -206,6 +224,8 @@ def _descend(
         losses.append(loss.item())
         if not math.isfinite(losses[-1]) or not loss.requires_grad:
             return losses
+        if len(losses) > LEAST_STEPS and min(losses[-3:]) > 2 * losses[0] + 1:
+            return losses  # blown up: the rest would say the same
         loss.backward()
         if clip:
             nn.utils.clip_grad_norm_(parameters, clip)
