@@ -254,9 +254,8 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
         if told.also:
             console.print(Text(inert(f"  the same evidence fits {told.also}"), "dim"), soft_wrap=True)
         console.print()
-    if diagnosis.ruled_out:
-        names = ", ".join(f"{ruled['fault']} {ruled['slug']} ({ruled['because']})" for ruled in diagnosis.ruled_out)
-        _print_facts({"ruled out": names}, console)
+    if near := message.ruled_out_nearby(diagnosis):
+        _print_facts({"ruled out": near}, console)
     if open_lines := message.left_open(diagnosis):
         print_columns(
             [("not looked at" if i == 0 else "", line) for i, line in enumerate(open_lines)], ("bold", ""), console

@@ -525,6 +525,7 @@ EXPLAINS: dict[str, frozenset[str]] = {
     "F31": frozenset({"F32"}),
     "F35": frozenset({"F38", "F39"}),  # one answer belongs to every prompt alike
     "F43": frozenset({"F44", "F46"}),  # a part of all
+    "F37": frozenset({"F04", "F12"}),  # garbled text is unlikely to every model
     "F39": frozenset({"F46"}),
     "F51": frozenset({"F50"}),
     "F53": frozenset({"F55", "F67"}),

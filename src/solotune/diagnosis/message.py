@@ -57,6 +57,19 @@ def summary(diagnosis: Diagnosis) -> str:
     return f"fault: {first.fault} {first.slug}{more}"
 
 
+def ruled_out_nearby(diagnosis: Diagnosis) -> str:
+    """What was ruled out of the first culprit's suspect, or as its consequence or equivalent, with why; of the others
+    how many."""
+    if not diagnosis.culprits:
+        return f"{len(diagnosis.ruled_out)} faults, by number (--json)" if diagnosis.ruled_out else ""
+    first = diagnosis.culprits[0]
+    family = {first.fault, *catalogue.equivalents(first.fault), *catalogue.EXPLAINS.get(first.fault, ())}
+    family |= {fault.code for fault in catalogue.FAULTS.values() if fault.suspect == first.suspect}
+    near = [f"{r['fault']} {r['slug']} ({r['because']})" for r in diagnosis.ruled_out if r["fault"] in family]
+    others = len(diagnosis.ruled_out) - len(near)
+    return "; ".join([*near, *([f"{others} more (--json)"] if others else [])])
+
+
 def left_open(diagnosis: Diagnosis) -> list[str]:
     """What was not looked at, why, and which faults that leaves open; one line a reason."""
     lines = [f"probes {_listed(names)}: {why}" for why, names in _by_reason(diagnosis.skipped).items()]

@@ -8,17 +8,15 @@ output/, output/checkpoint-50   what Hugging Face's Trainer, PEFT and the tools 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from solotune import __version__
 from solotune.config import RunConfig, load_config
 from solotune.diagnosis import foreign, own
 from solotune.diagnosis.subject import Subject
 from solotune.errors import InputError
-from solotune.record import RunDirectory, list_runs, read_json
+from solotune.record import RunDirectory, list_runs
 
 FOREIGN_MARKS = ("trainer_state.json", "training_args.bin", "adapter_config.json", "adapter_model.safetensors")
 
@@ -47,7 +45,7 @@ def subject_of(
     folder = Path(os.path.expanduser(target))
     if is_run(folder):
         _refuse(config, dataset, "a run of solotune")
-        return _of_this_version(folder)
+        return own.from_run(folder)
     if any(next(folder.glob(pattern), None) for mark in FOREIGN_MARKS for pattern in (mark, f"checkpoint-*/{mark}")):
         return foreign.from_folder(folder, config=config, dataset=dataset)
     inner = list_runs(folder)
@@ -57,31 +55,6 @@ def subject_of(
         allowed=f"a config file, a run directory (config.yaml), or a trainer's folder ({', '.join(FOREIGN_MARKS)})",
         change=f"solotune diagnose {inner[-1].path}" if inner else None,
     )
-
-
-def _of_this_version(folder: Path) -> Subject:
-    """A run's subject.
-
-    Raises:
-        InputError: a newer solotune wrote it, and this one cannot read it.
-    """
-    try:
-        return own.from_run(folder)
-    except InputError as error:
-        path = folder / "environment.json"
-        made_by = read_json(path).get("solotune", "") if path.is_file() else ""
-        if version(made_by) > version(__version__):
-            raise InputError(
-                f"{folder}: solotune {made_by} wrote this run, and this is {__version__}",
-                seen=error.problem,
-                change="update solotune",
-            ) from None
-        raise
-
-
-def version(text: str) -> tuple[int, ...]:
-    """The numbers of a version, to be compared; none where there are none."""
-    return tuple(int(number) for number in re.findall(r"\d+", text))
 
 
 def is_run(folder: Path) -> bool:

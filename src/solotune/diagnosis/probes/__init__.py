@@ -86,7 +86,8 @@ def run_all(live: Live, subject: Subject, budget: float = 60.0, deep: bool = Fal
     found = Probed([])
     if not subject.batches:
         subject = replace(subject, batches=live.batches)
-        found.signals.extend(_rules_on_batches(subject))
+        found.signals.extend(_rules_that_need(subject, "batches"))
+    found.signals.extend(_rules_that_need(replace(subject, live=lambda: live), "live"))
     begun = time.perf_counter()
     facts = LabelFacts.of(subject)
     found.measurements["labels"] = facts.measurements()
@@ -115,7 +116,7 @@ def run_all(live: Live, subject: Subject, budget: float = 60.0, deep: bool = Fal
     return found
 
 
-def _rules_on_batches(subject: Subject) -> list[Signal]:
-    """Of the rules, those that ask for batches, which before the model was there nobody had."""
-    asked = [known for group in rules().values() for known in group if "batches" in known.needs]
+def _rules_that_need(subject: Subject, part: str) -> list[Signal]:
+    """Of the rules, those that ask for batches or the model, which nobody had before."""
+    asked = [known for group in rules().values() for known in group if part in known.needs]
     return [s for known in asked if known.lacks(subject) is None for s in signals_of(known.ask(subject))]

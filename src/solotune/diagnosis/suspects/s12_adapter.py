@@ -133,7 +133,7 @@ def adapters_frozen(subject: Subject) -> list[Signal]:
         signals.append(Signal("F58", "measured", f"the run ended with: {line}", 0.5, {}, fix=fix))
     trace = subject.trace
     norms = trace.grad_norm_S[np.isfinite(trace.grad_norm_S)] if trace is not None else np.zeros(0)
-    if len(norms) >= 2 and not norms.any() and not is_all_zero(subject):
+    if len(norms) >= 2 and not norms.any() and not is_all_zero(subject) and not is_ours(subject):
         says = f"the gradient norm is exactly zero in all {len(norms):,} logged steps"
         signals.append(Signal("F58", "invariant", says, 0.75, {"steps": len(norms)}, fix=fix))
     return signals
