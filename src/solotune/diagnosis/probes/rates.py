@@ -28,6 +28,7 @@ from torch import nn
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.probes.adapters import learning_rate_of
 from solotune.diagnosis.probes.patient import (
+    adapters_of,
     has_labels,
     on_device,
     optimizer_of,
@@ -45,6 +46,10 @@ FACTORS = (0.1, 1.0, 10.0)
 WIDEST = 1e3  # factor up and down
 NOTHING, LITTLE, MUCH, CLEARLY = 0.02, 0.35, 0.5, 0.75  # of what the best way gains
 TIMES = 2.0  # the gain at another rate, to be called better
+SMALLEST, SMALL = (
+    1.0,
+    4.0,
+)  # rank times the share of adapted layers: q_proj alone with rank 4 has 0.6, q and v with 8 2.3
 BETTER = 0.1  # of the most: a difference of gains that is the rate's
 WORTH = 0.1  # nats: gains below it say nothing
 HALF = 0.5  # mean of a rate that decays, against its peak
@@ -70,7 +75,7 @@ def range_test(live: Live, subject: Subject, budget: float) -> tuple[list[Signal
     curves = {factor: _learn(live, batch, factor * rate, steps, clip) for factor in FACTORS}
     wide = _learn_wide(live, batch, steps)
     start = curves[1.0][0]
-    while time.perf_counter() < deadline and (further := _further(start, curves, wide)) is not None:
+    while time.perf_counter() < deadline and (further := _further(start, curves, wide, rate)) is not None:
         curves[further] = _learn(live, batch, further * rate, steps, clip)
     alike = None  # rank 32 at the training's own rate
     if start - _end(curves[1.0]) < MUCH * (start - _end(wide)):
@@ -85,7 +90,7 @@ def range_test(live: Live, subject: Subject, budget: float) -> tuple[list[Signal
         "gain_wide": _rounded(start - _end(wide)),
         "gain_wide_at_rate": None if alike is None else _rounded(alike),
     }
-    return _judge(subject, Tried(rate, steps, start, tried, start - _end(wide), alike)), found
+    return _judge(subject, Tried(rate, steps, start, tried, start - _end(wide), alike, _capacity(live.model))), found
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,7 @@ class Tried:
     gains: dict[float, float]  # factor -> gain
     wide: float
     alike: float | None  # gain of wide adapters at the training's own rate, where that was tried
+    capacity: float  # rank times the share of linear layers that have an adapter
 
     @property
     def best(self) -> float:
@@ -118,15 +124,17 @@ class Tried:
         return f"{self.start - self.gains[factor]:.2f}" if math.isfinite(self.gains[factor]) else "NaN"
 
 
-def _further(start: float, curves: dict[float, list[float]], wide: Sequence[float]) -> float | None:
+def _further(start: float, curves: dict[float, list[float]], wide: Sequence[float], rate: float) -> float | None:
     """The next factor, where the best of those tried is at an edge and gains little of what is possible."""
     gains = {factor: start - _end(curve) for factor, curve in curves.items()}
-    best = max(gains, key=lambda factor: gains[factor])
-    enough = CLEARLY if best < 1 else MUCH  # a rate far too high still learns how often each token comes
-    if gains[best] >= enough * max(start - _end(wide), WORTH):
-        return None
-    further = best * 10 if best == max(gains) else best / 10 if best == min(gains) else 1.0
-    return further if further != 1.0 and 1 / WIDEST <= further <= WIDEST else None
+    best, lowest, highest = max(gains, key=lambda factor: gains[factor]), min(gains), max(gains)
+    possible = max(start - _end(wide), WORTH)
+    too_high = lowest * rate > USUAL_RATE[0]
+    if too_high and gains[best] < CLEARLY * possible and (best == lowest or lowest * rate > USUAL_RATE[1]):
+        return lowest / 10 if lowest > 1 / WIDEST else None  # far too high a rate still learns how frequent tokens are
+    if best == highest and gains[best] < MUCH * possible and highest < WIDEST:
+        return highest * 10
+    return None
 
 
 def _judge(subject: Subject, tried: Tried) -> list[Signal]:
@@ -141,7 +149,7 @@ def _judge(subject: Subject, tried: Tried) -> list[Signal]:
         return _of_step_size(subject, "F67", tried, tried.says(best), expect, numbers)
     if tried.gains[best] < NOTHING * most:
         return []  # nothing is learned at any rate: gradients, not capacity
-    is_narrow = tried.alike is not None and tried.alike > max(TIMES * here, MUCH * most)
+    is_narrow = tried.alike is not None and tried.alike > max(TIMES * here, MUCH * most) and tried.capacity < SMALLEST
     if (
         best in (max(tried.gains), min(tried.gains))
         and best != 1.0
@@ -149,7 +157,7 @@ def _judge(subject: Subject, tried: Tried) -> list[Signal]:
         and not is_narrow
     ):
         return []  # the range was not widened far enough to tell
-    if tried.gains[best] < MUCH * most or is_narrow:
+    if (tried.gains[best] < MUCH * most and tried.capacity < SMALL) or is_narrow:
         wide = tried.alike if is_narrow and tried.alike is not None else tried.wide
         says = f"{tried.steps} steps on one batch gain {here if is_narrow else tried.gains[best]:.2f} at "
         says += (
@@ -187,6 +195,14 @@ def _of_step_size(
         for one, weight in ((code, of_rate), ("F61", of_scale))
     ]
     return sorted(signals, key=lambda signal: -signal.weight)
+
+
+def _capacity(model: nn.Module) -> float:
+    """Rank of the adapters times the share of the linear layers that have one; infinite without adapters."""
+    adapters = adapters_of(model)
+    with wider(model, rank=1) as pairs:
+        linears = len(pairs) // 2
+    return sum(min(a.A.shape) for a in adapters) / max(linears, 1) if adapters else math.inf
 
 
 def _learn(
