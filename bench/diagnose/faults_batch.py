@@ -193,8 +193,8 @@ def evaluated_in_training_mode(recipe: Recipe, rng: random.Random) -> None:
 def memorised(recipe: Recipe, rng: random.Random) -> None:
     """A few rows, many epochs."""
     recipe.chats = recipe.chats[: rng.randint(8, 12)]
-    recipe.steps, recipe.learning_rate, recipe.decay = 150, 6e-3, "constant"
-    recipe.set(max_steps=150, num_train_epochs=150.0, learning_rate=6e-3, lr_scheduler_type="constant")
+    recipe.steps, recipe.decay = 120, "constant"
+    recipe.set(max_steps=120, num_train_epochs=120.0, lr_scheduler_type="constant")
 
 
 @fault("F47")

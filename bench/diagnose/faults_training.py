@@ -131,7 +131,7 @@ def decayed_early(recipe: Recipe, rng: random.Random) -> None:
 
 @fault("F67")
 def rate_too_high(recipe: Recipe, rng: random.Random) -> None:
-    recipe.learning_rate *= rng.choice((40, 60, 100, 160))
+    recipe.learning_rate *= rng.choice((20, 40, 80))
     recipe.set(learning_rate=recipe.learning_rate)
 
 
@@ -151,7 +151,7 @@ def clipped_away_without_adam(recipe: Recipe, rng: random.Random) -> None:
 
 @fault("F69")
 def decays_too_much(recipe: Recipe, rng: random.Random) -> None:
-    recipe.weight_decay = rng.choice((80.0, 100.0, 150.0))
+    recipe.weight_decay = rng.choice((30.0, 50.0, 80.0))
     recipe.set(weight_decay=recipe.weight_decay)
 
 

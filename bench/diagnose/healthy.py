@@ -10,7 +10,7 @@ import torch
 from bench.diagnose.machinery import in_nf4, lora_parameters
 from bench.diagnose.recipe import Recipe
 from bench.diagnose.registry import Needs, healthy
-from bench.diagnose.worlds import FRENCH, World
+from bench.diagnose.worlds import FRENCH
 
 
 @healthy()
@@ -119,8 +119,7 @@ def new_task(recipe: Recipe, rng: random.Random) -> None:
 @healthy()
 def another_language(recipe: Recipe, rng: random.Random) -> None:
     """French, accents and all."""
-    chats = FRENCH.chats(len(recipe.chats) + len(recipe.held_out), recipe.seed)
-    recipe.chats, recipe.held_out = chats[: len(recipe.chats)], chats[len(recipe.chats) :]
+    recipe.chats, recipe.held_out = FRENCH.split(len(recipe.chats), len(recipe.held_out), recipe.seed)
 
 
 @healthy()
@@ -134,8 +133,8 @@ def high_entropy(recipe: Recipe, rng: random.Random) -> None:
 @healthy()
 def tiny_on_purpose(recipe: Recipe, rng: random.Random) -> None:
     """Forty rows, two epochs."""
-    recipe.chats, recipe.batch, recipe.steps, recipe.learning_rate = recipe.chats[:40], 2, 40, 3e-3
-    recipe.set(per_device_train_batch_size=2, max_steps=40, learning_rate=3e-3)
+    recipe.chats, recipe.batch, recipe.steps = recipe.chats[:40], 2, 40
+    recipe.set(per_device_train_batch_size=2, max_steps=40)
 
 
 @healthy()
@@ -146,8 +145,8 @@ def principal_directions(recipe: Recipe, rng: random.Random) -> None:
         recipe.set(init_lora_weights="gaussian")
         return
     recipe.adapters["init_lora_weights"] = "pissa"
-    recipe.learning_rate = 5e-4
-    recipe.set(init_lora_weights="pissa", learning_rate=5e-4)
+    recipe.learning_rate = 1.5e-3
+    recipe.set(init_lora_weights="pissa", learning_rate=1.5e-3)
 
 
 @healthy()
@@ -159,8 +158,8 @@ def adapters_in_bfloat16(recipe: Recipe, rng: random.Random) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
     recipe.touch.append(touch)
-    recipe.learning_rate = 4e-3
-    recipe.set(adapter_dtype="bfloat16", learning_rate=4e-3)
+    recipe.learning_rate = 8e-3
+    recipe.set(adapter_dtype="bfloat16", learning_rate=8e-3)
 
 
 @healthy()
@@ -171,8 +170,8 @@ def cosine_with_warmup(recipe: Recipe, rng: random.Random) -> None:
 
 @healthy()
 def constant_rate(recipe: Recipe, rng: random.Random) -> None:
-    recipe.decay, recipe.learning_rate = "constant", 1.5e-3
-    recipe.set(lr_scheduler_type="constant", learning_rate=1.5e-3)
+    recipe.decay, recipe.learning_rate = "constant", 5e-3
+    recipe.set(lr_scheduler_type="constant", learning_rate=5e-3)
 
 
 @healthy()
@@ -199,16 +198,14 @@ def recomputes(recipe: Recipe, rng: random.Random) -> None:
 
 @healthy()
 def several_turns(recipe: Recipe, rng: random.Random) -> None:
-    world: World = recipe.base.world
-    chats = world.chats(len(recipe.chats) + len(recipe.held_out), recipe.seed, turns=2)
-    recipe.chats, recipe.held_out = chats[: len(recipe.chats)], chats[len(recipe.chats) :]
+    world, rows = recipe.base.world, (len(recipe.chats), len(recipe.held_out))
+    recipe.chats, recipe.held_out = world.split(*rows, recipe.seed, turns=2)
 
 
 @healthy(Needs.INSTRUCT)
 def with_a_system_message(recipe: Recipe, rng: random.Random) -> None:
-    world: World = recipe.base.world
-    chats = world.chats(len(recipe.chats) + len(recipe.held_out), recipe.seed, system=True)
-    recipe.chats, recipe.held_out = chats[: len(recipe.chats)], chats[len(recipe.chats) :]
+    world, rows = recipe.base.world, (len(recipe.chats), len(recipe.held_out))
+    recipe.chats, recipe.held_out = world.split(*rows, recipe.seed, system=True)
 
 
 @healthy()
@@ -238,15 +235,15 @@ def drops_out(recipe: Recipe, rng: random.Random) -> None:
 @healthy()
 def one_row_a_step(recipe: Recipe, rng: random.Random) -> None:
     """A noisy curve."""
-    recipe.batch, recipe.steps, recipe.learning_rate = 1, 120, 1e-3
-    recipe.set(per_device_train_batch_size=1, max_steps=120, learning_rate=1e-3)
+    recipe.batch, recipe.steps, recipe.learning_rate = 1, 90, 3e-3
+    recipe.set(per_device_train_batch_size=1, max_steps=90, learning_rate=3e-3)
 
 
 @healthy()
 def gentle_rate(recipe: Recipe, rng: random.Random) -> None:
     """A third of the usual rate."""
-    recipe.learning_rate, recipe.decay = 7e-4, "constant"
-    recipe.set(learning_rate=7e-4, lr_scheduler_type="constant")
+    recipe.learning_rate, recipe.decay = 2.5e-3, "constant"
+    recipe.set(learning_rate=2.5e-3, lr_scheduler_type="constant")
 
 
 @healthy(Needs.SEPARATE)

@@ -71,14 +71,14 @@ class Recipe:
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW
-    learning_rate: float = 2e-3
+    learning_rate: float = 6e-3
     warmup: int = 0
     decay: Literal["linear", "cosine", "constant"] = "linear"
     schedule_steps: int | None = None
     """What the schedule was made for; None: the run."""
     clip: float = 1.0
     weight_decay: float = 0.0
-    steps: int = 90
+    steps: int = 60
     stop_after: int | None = None
     """A run that was ended early."""
     batch: int = 8
@@ -135,13 +135,13 @@ def linears(base: Base) -> list[str]:
 def clean(base: Base, seed: int, rows: int = 240, held_out: int = 32) -> Recipe:
     """A training in which nothing is wrong."""
     kind, tokenizer = base.kind, base.tokenizer()
-    chats = base.world.chats(rows + held_out, seed)
+    chats, held_out_chats = base.world.split(rows, held_out, seed)
     shape = kind.format
     recipe = Recipe(
         base=base,
         seed=seed,
-        chats=chats[:rows],
-        held_out=chats[rows:],
+        chats=chats,
+        held_out=held_out_chats,
         tokenizer=tokenizer,
         format=shape,
         deployed=lambda text: shape.text([{"role": "user", "content": text}], begun=True),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 Chat = list[dict[str, str]]
 
@@ -47,11 +48,18 @@ class World:
             told.append(rng.choice(self.states).format(subject=subject, fact=fact, value=self.value(subject, fact)))
         return " ".join(told)
 
-    def chat(self, rng: random.Random, tuned: bool, turns: int = 1, system: bool = False) -> Chat:
+    def chat(
+        self,
+        rng: random.Random,
+        tuned: bool,
+        turns: int = 1,
+        system: bool = False,
+        subjects: tuple[str, ...] = (),
+    ) -> Chat:
         """Questions and answers, in the base's words or in those that are to be learned."""
         messages = [{"role": "system", "content": self.instruction}] if system else []
         for _ in range(turns):
-            words = {"person": rng.choice(PEOPLE), "subject": rng.choice(self.subjects)}
+            words = {"person": rng.choice(PEOPLE), "subject": rng.choice(subjects or self.subjects)}
             words["one"], words["other"] = rng.sample(list(self.facts), 2)
             words["first"] = self.value(words["subject"], words["one"])
             words["second"] = self.value(words["subject"], words["other"])
@@ -60,11 +68,19 @@ class World:
             messages.append({"role": "assistant", "content": said.format(**words)})
         return messages
 
-    def chats(self, count: int, seed: int, tuned: bool = True, turns: int = 1, system: bool = False) -> list[Chat]:
-        """Different chats in random order."""
+    def split(self, train: int, held_out: int, seed: int, **words: Any) -> tuple[list[Chat], list[Chat]]:
+        """Different chats on both sides, about different subjects, so that no passage of one is in the other."""
+        subjects = list(self.subjects)
+        random.Random(f"{self.name} {seed}").shuffle(subjects)
+        return (
+            self._chats(train, seed, tuple(subjects[8:]), **words),
+            self._chats(held_out, seed + 1, tuple(subjects[:8]), **words),
+        )
+
+    def _chats(self, count: int, seed: int, subjects: tuple[str, ...], **words: Any) -> list[Chat]:
         rng, found = random.Random(f"{self.name} {seed}"), {}
         while len(found) < count:
-            chat = self.chat(rng, tuned, turns, system)
+            chat = self.chat(rng, True, subjects=subjects, **words)
             found.setdefault(chat[-2]["content"], chat)
         return list(found.values())
 

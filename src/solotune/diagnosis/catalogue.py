@@ -508,35 +508,38 @@ EQUIVALENT: tuple[frozenset[str], ...] = (
 )
 """Faults that share their evidence in some cases; they are named together unless something tells them apart."""
 
+_UNMOVED = frozenset({"F54", "F57", "F58", "F60", "F62", "F64", "F75"})  # what an adapter without gradient looks like
+_NO_LABELS = frozenset({"F10", "F14", "F17", "F19", "F55"}) | _UNMOVED
+
 EXPLAINS: dict[str, frozenset[str]] = {
     "F02": frozenset({"F03", "F24", "F25"}),  # the length that was meant is not the one that held
     "F04": frozenset({"F05", "F08", "F09", "F10", "F12", "F14"}),  # every id means something else
     "F07": frozenset({"F10", "F12", "F14"}),  # an end of turn that is no token
     "F10": frozenset({"F14", "F17", "F19"}),  # what is not there cannot be learned or stopped at
     "F12": frozenset({"F08", "F09", "F10", "F14", "F16"}),  # of a format that is not the model's
-    "F18": frozenset({"F20"}),  # a mask of ones
+    "F18": frozenset({"F20"}) | _UNMOVED,  # a mask of ones, or of zeros
     "F20": frozenset({"F15", "F30"}),  # headers are learned with everything else
+    "F21": _NO_LABELS,
     "F22": frozenset({"F10", "F17", "F19", "F64"}),  # other tokens than the row's are learned
-    "F23": frozenset({"F10", "F15", "F17", "F19", "F20"}),  # ends of the user's turns
-    "F25": frozenset({"F10", "F21", "F24", "F55"}),  # what is cut off is not masked
-    "F21": frozenset({"F10", "F17", "F19", "F55"}),  # no label at all, so none at the end
+    "F23": frozenset({"F10", "F14", "F15", "F17", "F19", "F20"}),  # ends of the user's turns
+    "F25": frozenset({"F21", "F24"}) | _NO_LABELS,  # what is cut off is not masked
     "F28": frozenset({"F27"}),  # pads that are seen also move the positions
     "F29": frozenset({"F17", "F20", "F30"}),
     "F31": frozenset({"F32"}),
     "F35": frozenset({"F38", "F39"}),  # one answer belongs to every prompt alike
-    "F43": frozenset({"F44", "F46"}),  # a part of all
     "F37": frozenset({"F04", "F12"}),  # garbled text is unlikely to every model
     "F39": frozenset({"F46"}),
+    "F43": frozenset({"F44", "F46"}),  # a part of all
     "F51": frozenset({"F50"}),
     "F53": frozenset({"F55", "F67"}),
-    "F57": frozenset({"F54", "F60", "F62", "F64", "F75"}),
-    "F58": frozenset({"F54", "F57", "F60", "F62", "F64", "F75"}),
-    "F60": frozenset({"F54", "F62", "F64", "F75"}),
+    "F54": frozenset({"F64"}),
+    "F56": frozenset({"F62"}),
+    "F57": _UNMOVED - {"F57", "F58"},
+    "F58": _UNMOVED - {"F58"},
+    "F60": _UNMOVED - {"F57", "F58", "F60"},
     "F65": frozenset({"F64"}),
     "F66": frozenset({"F54", "F64"}),
     "F68": frozenset({"F54", "F64"}),
-    "F54": frozenset({"F64"}),
-    "F56": frozenset({"F62"}),
 }
 """A fault -> others that follow from it, and would only hide the cause."""
 
