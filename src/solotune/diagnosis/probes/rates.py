@@ -52,6 +52,7 @@ SMALLEST, SMALL = (
 )  # rank times the share of adapted layers: q_proj alone with rank 4 has 0.6, q and v with 8 2.3
 BETTER = 0.1  # of the most: a difference of gains that is the rate's
 WORTH = 0.1  # nats: gains below it say nothing
+USUAL_STEPS = 100  # of a run whose length nobody knows; shorter ones are rare
 HALF = 0.5  # mean of a rate that decays, against its peak
 USUAL_SCALE = (0.5, 16.0)  # alpha / r
 USUAL_RATE = (5e-5, 5e-3)
@@ -165,8 +166,9 @@ def _judge(subject: Subject, tried: Tried) -> list[Signal]:
         )
         fix = "lora_target_modules: all-linear, lora_r: 16"
         return [Signal(code, "counterfactual", says, w, numbers, fix=fix) for code, w in (("F62", 0.75), ("F56", 0.45))]
-    total = subject.trace.total_steps if subject.trace else subject.settings.get("max_steps")
-    longer = max(1.0, HALF * (total or 0) / tried.steps)
+    planned = subject.trace.total_steps if subject.trace else subject.settings.get("max_steps")
+    total = planned if planned and planned > 0 else USUAL_STEPS
+    longer = max(1.0, HALF * total / tried.steps)
     if best > 1 and here * longer < LITTLE * most and tried.gains[best] > TIMES * max(here, 0.0):
         expect = f"{tried.gains[best] / max(here, 0.01):.0f} times the gain in the first {tried.steps} steps"
         return _of_step_size(subject, "F64", tried, tried.says(best), expect, numbers)
