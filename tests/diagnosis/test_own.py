@@ -133,7 +133,7 @@ def test_a_run_of_a_version_with_other_keys_is_bad_input_that_names_it(run):
 
 def test_without_the_base_the_static_rules_still_answer(run, tmp_path):
     config = load_config(run / "config.yaml", ["lora_alpha=4096", f"model_name_or_path={tmp_path}/gone"])
-    subject = own.from_config(config)
+    subject = own.of_config(config)
     assert subject.live is None and "gone" in subject.missing["live"] and len(subject.conversations) == 60
     assert sure(subject) == {"F61"}
 
@@ -152,6 +152,6 @@ def test_without_the_data_settings_and_findings_of_the_run_still_answer(run):
 
 def test_a_model_that_does_not_fit_is_not_loaded(run, monkeypatch):
     monkeypatch.setattr(own, "_free_bytes", lambda: 1 << 10)
-    subject = own.from_config(load_config(run / "config.yaml"))
+    subject = own.of_config(load_config(run / "config.yaml"))
     assert subject.live is None and "free on this machine" in subject.missing["live"]
     assert replace(subject, missing={}).train

@@ -10,10 +10,12 @@ import math
 import re
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from solotune.architecture import refuse_code
 from solotune.dataset.example import lengths_of
 from solotune.diagnosis.subject import Subject
 
@@ -182,8 +184,10 @@ def _linears(config: str) -> dict[str, tuple[int, int]] | None:
 
     try:
         values = json.loads(config)
+        refuse_code(Path("config.json"), values)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), trust_remote_code=False)
+            architecture = AutoConfig.for_model(**values)
+            model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=False, attn_implementation="eager")
     except Exception:  # whatever a foreign config.json does to its class, the base's modules are then not known
         return None
     return {

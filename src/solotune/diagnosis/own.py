@@ -1,7 +1,7 @@
 """A subject out of what is ours: rows that are prepared, a config, a run directory.
 
     from_prepared(config, tokenizer, prepared)     what the verb train has in hand
-    from_config(config)                            before a run
+    of_config(config)                              before a run
     from_run("runs/demo")                          during or after it: finished, crashed, unfinished, resumed
 
 Whatever is not there (the base model, the data, a file of the run) is named in `missing` with its reason, and the rest
@@ -65,7 +65,7 @@ def from_prepared(config: RunConfig, tokenizer: Any, prepared: Prepared) -> Subj
     )
 
 
-def from_config(config: RunConfig) -> Subject:
+def of_config(config: RunConfig) -> Subject:
     """A config, before it is run; nothing is written.
 
     What cannot be read (the base, the data) is missing from the subject, and said.

@@ -1,6 +1,6 @@
 """What is diagnosed: whatever is known of a training, by whomever it was run.
 
-A `Subject` is filled from a config before a run (`from_config`), from a run directory of ours (`from_run`), from a
+A `Subject` is filled from a config before a run (`of_config`), from a run directory of ours (`from_run`), from a
 folder that Hugging Face's Trainer wrote (`foreign`), or by the caller, who hands over the very objects of a training
 loop. Every part may be missing; a rule asks only for what it needs, and a rule that cannot ask is listed as such in the
 diagnosis, since it leaves something open.

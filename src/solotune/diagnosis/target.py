@@ -41,7 +41,7 @@ def subject_of(
         _refuse(config, dataset, "a config")
         if isinstance(target, (str, Path)) and not Path(os.path.expanduser(target)).exists():
             raise _unknown(target)
-        return own.from_config(load_config(target, overrides))
+        return own.of_config(load_config(target, overrides))
     folder = Path(os.path.expanduser(target))
     if is_run(folder):
         _refuse(config, dataset, "a run of solotune")
