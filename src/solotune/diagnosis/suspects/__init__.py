@@ -98,7 +98,10 @@ def ask_all(subject: Subject, loads: bool = False) -> tuple[list[Signal], dict[s
             unasked[code] = lacking[known[0]] or ""
         for one in known:
             if lacking[one] is None:
-                signals += signals_of(one.ask(subject))
+                try:
+                    signals += signals_of(one.ask(subject))
+                except Exception as error:  # over what a foreign file may hold; the other rules' answers stand
+                    unasked[code] = f"its rule failed: {type(error).__name__}: {error}"[:200]
     return signals, unasked
 
 

@@ -1,0 +1,157 @@
+"""Subjects out of configs and run directories in every state: what is read, and what is said to be missing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import solotune
+from solotune.config import load_config
+from solotune.diagnosis import own
+from solotune.diagnosis.suspects import ask_all
+from solotune.errors import InputError
+
+METRICS = "metrics.jsonl"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, chat_model):
+    """A finished run; tests copy it."""
+    from tiny import chat_rows
+
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat_rows(60)))
+    solotune.train({
+        "model_name_or_path": str(chat_model), "dataset": str(folder / "chats.jsonl"), "validation_size": 10,
+        "max_length": 64, "output_dir": str(folder / "run"), "use_cpu": True, "lora_target_modules": "all-linear",
+        "lora_r": 4, "lora_alpha": 8.0, "max_steps": 6, "per_device_train_batch_size": 4, "num_samples": 0,
+        "gradient_accumulation_steps": 1, "learning_rate": 1e-3, "save_steps": 3, "eval_steps": 3, "seed": 0,
+    })  # fmt: skip
+    return folder / "run"
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def sure(subject) -> set[str]:
+    signals, unasked = ask_all(subject)
+    assert not [why for why in unasked.values() if "failed" in why], "no rule stumbles"
+    return {signal.code for signal in signals if signal.weight >= 0.5 and not signal.against}
+
+
+def test_a_finished_run_is_read_whole(run):
+    subject = own.from_run(run)
+    trace, saved = subject.trace, subject.saved
+    assert trace is not None and trace.is_finished and trace.step_S.tolist() == [1, 2, 3, 4, 5, 6]
+    assert trace.total_steps == 6 and trace.eval_step_E.tolist() == [3, 6] and np.isfinite(trace.loss_S).all()
+    assert saved is not None and saved.adapter_config["r"] == 4 and len(saved.adapter) == 28
+    assert len(subject.train) == 50 and len(subject.validation) == 10 and subject.environment["versions"]
+    assert subject.settings.get("train_rows") == 50 and not subject.missing
+    assert sure(subject) == set()
+
+
+def test_probes_get_the_batches_that_the_run_saw_and_its_adapter(run):
+    live = own.from_run(run).live()
+    batch = live.batches[0]
+    assert [tuple(batch[key].shape) for key in ("input_ids", "labels", "attention_mask")] == [
+        tuple(batch["labels"].shape)
+    ] * 3
+    first = json.loads(
+        next(line for line in (run / METRICS).read_text().splitlines() if '"step"' in line and "loss" in line)
+    )
+    fresh = own.live_of(load_config(run / "config.yaml"), *prepared_of(run), None)()
+    fresh.model.eval()
+    assert float(fresh.model(**batch).loss.detach()) == pytest.approx(first["loss"], rel=0.05), "dropout apart"
+    assert any(p.abs().max() > 0 for n, p in live.model.named_parameters() if n.endswith("lora_B"))
+    assert live.evaluate(live.model) == pytest.approx(own.from_run(run).trace.eval_loss_E[-1], rel=1e-4)
+
+
+def prepared_of(run):
+    from solotune.dataset import load_tokenizer, prepare
+
+    config = load_config(run / "config.yaml")
+    return (prepare(config, load_tokenizer(config)),)
+
+
+def test_packed_batches_say_where_rows_begin(run):
+    config = load_config(run / "config.yaml", ["packing=true"])
+    batch = own.batches_of(config, prepared_of(run)[0].train)[0]
+    starts = (batch["position_ids"] == 0).sum(1)
+    assert "attention_mask" not in batch and (starts > 1).any()
+    assert (batch["labels"][batch["position_ids"] == 0] == -100).all()
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", '{"event": "st', "[1]\n3\n", '{"event": "step", "step": "x"}\n'])
+def test_metrics_that_hold_nothing_are_an_empty_trace(run, content):
+    (run / METRICS).write_text(content)
+    subject = own.from_run(run)
+    assert subject.trace is not None and not len(subject.trace.step_S) and not subject.trace.is_finished
+    assert sure(subject) == set()
+
+
+def test_an_unfinished_run_has_a_torn_line_and_its_newest_checkpoint(run):
+    lines = (run / METRICS).read_text().splitlines()
+    kept = [line for line in lines if '"end"' not in line and json.loads(line).get("step", 0) <= 4]
+    (run / METRICS).write_text("\n".join([*kept, '{"event": "step", "st']))
+    shutil.rmtree(run / "adapter")
+    subject = own.from_run(run)
+    assert subject.trace is not None and not subject.trace.is_finished and subject.trace.step_S[-1] == 4
+    assert subject.saved is not None and subject.saved.optimizer_present is True
+    shutil.rmtree(run / "checkpoints")
+    assert own.from_run(run).missing["saved"] == "nothing was saved yet"
+
+
+def test_a_crash_and_a_resumption_are_in_the_trace(run):
+    with open(run / METRICS, "a") as file:
+        file.write(json.dumps({"event": "non_finite", "step": 7, "seen": "loss NaN", "rows": []}) + "\n")
+        file.write(json.dumps({"event": "start", "step": 3}) + "\n")
+        file.write('{"event": "step", "step": 7, "total_steps": 9, "loss": NaN, "learning_rate": null}\n')
+    trace = own.from_run(run).trace
+    assert trace is not None and trace.seams == (3,) and "loss NaN" in trace.errors[0] and np.isnan(trace.loss_S[-1])
+
+
+def test_a_damaged_adapter_is_missing_and_no_more(run):
+    (run / "adapter" / "adapter_model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00nothing!")
+    subject = own.from_run(run)
+    assert subject.saved is None and subject.missing["saved"]
+    assert sure(subject) == set()
+
+
+def test_a_run_of_a_version_with_other_keys_is_bad_input_that_names_it(run):
+    (run / "config.yaml").write_text((run / "config.yaml").read_text() + "\nadapter_kind: dora\n")
+    with pytest.raises(InputError) as error:
+        own.from_run(run)
+    assert "cannot be read by solotune" in error.value.problem and "adapter_kind" in str(error.value.seen)
+
+
+def test_without_the_base_the_static_rules_still_answer(run, tmp_path):
+    config = load_config(run / "config.yaml", ["lora_alpha=4096", f"model_name_or_path={tmp_path}/gone"])
+    subject = own.from_config(config)
+    assert subject.live is None and "gone" in subject.missing["live"] and len(subject.conversations) == 60
+    assert sure(subject) == {"F61"}
+
+
+def test_without_the_data_settings_and_findings_of_the_run_still_answer(run):
+    data = json.loads((run / "data.json").read_text())
+    finding = {"code": "F39", "slug": "duplicates", "suspect": "S8", "severity": "warning", "message": "copies",
+               "evidence": {}, "fix": "remove them"}  # fmt: skip
+    (run / "data.json").write_text(json.dumps({**data, "findings": [finding]}))
+    text = (run / "config.yaml").read_text().replace("chats.jsonl", "gone.jsonl")
+    (run / "config.yaml").write_text(text)
+    subject = own.from_run(run)
+    assert "gone.jsonl" in subject.missing["train"] and subject.live is None
+    assert sure(subject) == {"F39"}
+
+
+def test_a_model_that_does_not_fit_is_not_loaded(run, monkeypatch):
+    monkeypatch.setattr(own, "_free_bytes", lambda: 1 << 10)
+    subject = own.from_config(load_config(run / "config.yaml"))
+    assert subject.live is None and "free on this machine" in subject.missing["live"]
+    assert replace(subject, missing={}).train
