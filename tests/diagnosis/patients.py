@@ -80,7 +80,7 @@ def _pretrained(family: str, folder: Path) -> transformers.PreTrainedModel:
     bare = [tokenizer.encode(" ".join(m["content"] for m in chat), add_special_tokens=False) for chat in known]
     rows = [render(tokenizer, chat)[0] for chat in known] + bare
     generator = torch.Generator().manual_seed(0)
-    for _ in range(250):
+    for _ in range(180):
         chosen = [rows[i] for i in torch.randint(len(rows), (12,), generator=generator).tolist()]
         batch = padded([(ids, ids) for ids in chosen], pad=0)
         model(**batch).loss.backward()

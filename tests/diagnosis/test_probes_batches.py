@@ -23,7 +23,7 @@ ABOUT_BATCHES = [f"F{n}" for n in (17, 18, 19, 20, 21, 22, 23, 27, 28, 29, 30, 3
 
 @pytest.fixture(scope="module")
 def ward(tmp_path_factory):
-    return Ward(tmp_path_factory.mktemp("ward"))
+    return Ward(tmp_path_factory.getbasetemp() / "ward")  # one for both files: it is pretrained for seconds
 
 
 def told(subject) -> set[str]:
@@ -57,20 +57,9 @@ LABELS = {
 def test_a_fault_of_labels_is_told_by_its_own_rule_alone(ward, code):
     rows = relabelled(ward.rows(), LABELS[code])
     subject = ward.subject(batches_of(rows))
-    if code == "F20":  # all is learned: with a template without markers that is F18's way
-        marked = "{% generation %}" + ward.tokenizer.chat_template
-        subject = replace(subject, tokenizer=_with_template(ward, marked))
     if code == "F21":
         subject = ward.subject(batches_of(rows), settings={"response_template": "### Answer: "})
     assert told(subject) == {code}
-
-
-def _with_template(ward, template):
-    import copy
-
-    tokenizer = copy.deepcopy(ward.tokenizer)
-    tokenizer.chat_template = template.replace("{% generation %}", "{# {% generation %} #}")
-    return tokenizer
 
 
 def test_a_template_without_markers_that_leaves_no_label(ward):

@@ -28,7 +28,7 @@ END = 2
 
 @pytest.fixture(scope="module")
 def ward(tmp_path_factory):
-    return Ward(tmp_path_factory.mktemp("ward"))
+    return Ward(tmp_path_factory.getbasetemp() / "ward")  # one for both files: it is pretrained for seconds
 
 
 def subject_of(ward, live, **parts):
@@ -63,11 +63,9 @@ def test_a_healthy_training_is_cleared_and_left_as_it_was(ward):
         backward=lambda m, batches: _accumulate(m, batches, by_tokens=True),
         evaluate=lambda m: _evaluate(m.eval(), live),
     )
-    found = probes.run_all(live, ward.subject(), 6.0)
+    found = probes.run_all(live, ward.subject(), 4.0)
     assert spoken(found.signals) == [], [s for s in found.signals if not s.against]
-    assert {"F59", "F57", "F58", "F60", "F54", "F04", "F27", "F28", "F74", "F45", "F64", "F67"} <= cleared(
-        found.signals
-    )
+    assert {"F59", "F57", "F58", "F60", "F54", "F04", "F27", "F28", "F74", "F45"} <= cleared(found.signals)
     assert set(found.skipped) == {"P3", "P11", "P12", "P13"}
     for name, p in model.named_parameters():
         same, values, flag, _ = state[name]
@@ -273,9 +271,9 @@ def test_prompts_and_answers_that_slipped(ward):
     assert max(found["slipped"], key=lambda s: found["slipped"][s]["gain"]) == "-1" or found["slipped"]
 
 
-def _trained(ward, steps=40):
+def _trained(ward, rows, steps=40):
     model = ward.model()
-    live = ward.live(model)
+    live = ward.live(model, batches_of(rows))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     for step in range(steps):
         training_loss(live, live.batches[step % 4]).backward()
@@ -285,7 +283,7 @@ def _trained(ward, steps=40):
 
 
 def test_what_was_saved(ward):
-    model = _trained(ward, 10)
+    model = _trained(ward, ward.new_rows())
     saved = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
     merged = copy.deepcopy(model).merge_and_unload()
     base = ward.model().unload()
@@ -304,7 +302,7 @@ def test_what_was_saved(ward):
 
 
 def test_the_deployment_asks_in_another_format(ward):
-    model = _trained(ward)
+    model = _trained(ward, ward.rows())
 
     def answer(text: str, render) -> str:
         ids = list(render(text))

@@ -38,6 +38,7 @@ from solotune.errors import SolotuneError
 UNLIKE = 1.5  # ratio of losses that clean runs do not show
 FOREIGN = 1.6  # rows in the training's format against the model's own
 NO_TEXT = 0.85  # plain text against the same with its ids swapped; clean models show 0.2 to 0.6
+EXPECTED = 1.0  # nats a token of its own headers, for a model that was taught its template
 NUM_ROWS = 4
 LONGEST = 512  # tokens of a text
 
@@ -93,7 +94,7 @@ def _texts(live: Live, subject: Subject, facts: LabelFacts, found: dict[str, Any
         return
     roles = facts.roles
     swapped = np.random.default_rng(0).permutation(_vocabulary(live, subject))
-    sums: dict[str, list[float]] = {key: [] for key in ("here", "own", "plain", "swapped", "log_v")}
+    sums: dict[str, list[float]] = {key: [] for key in ("here", "own", "markers", "plain", "swapped")}
     foreign = 0
     chosen = [document for document in facts.documents if len(document.ids) > 2]
     for document in chosen[:NUM_ROWS]:
@@ -111,6 +112,12 @@ def _texts(live: Live, subject: Subject, facts: LabelFacts, found: dict[str, Any
             here = np.flatnonzero(roles_T == ASSISTANT)
             sums["here"].append(float(token_losses(live.model, document.ids, here[here > 0]).mean()))
             sums["own"].append(float(token_losses(live.model, own[0], own[1]).mean()))
+            marks = len(roles.encode(roles.headers.get(ASSISTANT, "").strip()))
+            first = int(own[1][0])
+            if marks > 1 and first > marks:
+                sums["markers"].append(
+                    float(token_losses(live.model, own[0][:first], range(first - marks, first)).mean())
+                )
             foreign += not any(header.strip() in text for header in roles.headers.values())
         if time.perf_counter() > deadline:
             break
@@ -119,6 +126,8 @@ def _texts(live: Live, subject: Subject, facts: LabelFacts, found: dict[str, Any
         found["log_v"] = math.log(len(swapped))
     if sums["own"]:
         found |= {"answers_as_trained": float(np.mean(sums["here"])), "answers_own_format": float(np.mean(sums["own"]))}
+        if sums["markers"]:
+            found["own_markers"] = float(np.mean(sums["markers"]))
         found["rows_without_own_markers"] = foreign / len(sums["own"])
 
 
@@ -167,7 +176,12 @@ def _format(found: dict[str, Any]) -> list[Signal]:
         says = f"rendered by the model's own template the answers cost {own:.2f} a token instead of {here:.2f}"
         weight = min(0.95, 0.6 + 0.1 * ratio)
         return [Signal("F12", "counterfactual", says, weight, numbers)]
-    if ratio < 1.15:
+    markers = found.get("own_markers")
+    if markers is not None and markers < EXPECTED:
+        says = "no row holds the chat template's markers, which this model expects behind a question "
+        says += f"({markers:.2f} nats a token)"
+        return [Signal("F12", "measured", says, 0.8, {**numbers, "own_markers": markers})]
+    if ratio < 1.15 and (markers is None or markers > 2 * EXPECTED):
         says = f"the model's own template makes the answers no easier ({own:.2f} against {here:.2f} a token)"
         return [Signal("F12", "measured", says, 0.6, numbers, against=True)]
     return []

@@ -28,6 +28,7 @@ from torch import nn
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.probes.adapters import learning_rate_of
 from solotune.diagnosis.probes.patient import (
+    adapters_of,
     has_labels,
     on_device,
     optimizer_of,
@@ -43,10 +44,15 @@ from solotune.diagnosis.subject import Live, Subject
 LEAST_STEPS, MOST_STEPS = 6, 40
 FACTORS = (0.1, 1.0, 10.0)
 WIDEST = 1e3  # factor up and down
-LITTLE, MUCH, CLEARLY = 0.35, 0.5, 0.75  # of what the best way gains
+NOTHING, LITTLE, MUCH, CLEARLY = 0.02, 0.35, 0.5, 0.75  # of what the best way gains
 TIMES = 2.0  # the gain at another rate, to be called better
+SMALLEST, SMALL = (
+    1.0,
+    4.0,
+)  # rank times the share of adapted layers: q_proj alone with rank 4 has 0.6, q and v with 8 2.3
 BETTER = 0.1  # of the most: a difference of gains that is the rate's
 WORTH = 0.1  # nats: gains below it say nothing
+USUAL_STEPS = 100  # of a run whose length nobody knows; shorter ones are rare
 HALF = 0.5  # mean of a rate that decays, against its peak
 USUAL_SCALE = (0.5, 16.0)  # alpha / r
 USUAL_RATE = (5e-5, 5e-3)
@@ -66,12 +72,15 @@ def range_test(live: Live, subject: Subject, budget: float) -> tuple[list[Signal
     steps = min(MOST_STEPS, int(budget / seconds / (len(FACTORS) + 1.3)))
     if steps < LEAST_STEPS or len(first) < 1:
         raise Skipped(f"a step takes {seconds:.1f} s: {steps} steps a rate fit, {LEAST_STEPS} are needed")
-    deadline = begun + budget
+    deadline = begun + 1.5 * budget  # a widened range may take half as long again
     curves = {factor: _learn(live, batch, factor * rate, steps, clip) for factor in FACTORS}
     wide = _learn_wide(live, batch, steps)
     start = curves[1.0][0]
-    while time.perf_counter() < deadline and (further := _further(start, curves, wide)) is not None:
+    while time.perf_counter() < deadline and (further := _further(start, curves, wide, rate)) is not None:
         curves[further] = _learn(live, batch, further * rate, steps, clip)
+    alike = None  # rank 32 at the training's own rate
+    if start - _end(curves[1.0]) < MUCH * (start - _end(wide)):
+        alike = start - _end(_learn_wide(live, batch, steps, rate))
     tried = {factor: start - _end(curve) for factor, curve in sorted(curves.items())}
     found: dict[str, Any] = {
         "rate": rate,
@@ -80,8 +89,9 @@ def range_test(live: Live, subject: Subject, budget: float) -> tuple[list[Signal
         "wide": [round(x, 4) for x in wide],
         "gain": {f"{factor:g}": _rounded(gain) for factor, gain in tried.items()},
         "gain_wide": _rounded(start - _end(wide)),
+        "gain_wide_at_rate": None if alike is None else _rounded(alike),
     }
-    return _judge(subject, Tried(rate, steps, start, tried, start - _end(wide))), found
+    return _judge(subject, Tried(rate, steps, start, tried, start - _end(wide), alike, _capacity(live.model))), found
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,8 @@ class Tried:
     start: float
     gains: dict[float, float]  # factor -> gain
     wide: float
+    alike: float | None  # gain of wide adapters at the training's own rate, where that was tried
+    capacity: float  # rank times the share of linear layers that have an adapter
 
     @property
     def best(self) -> float:
@@ -113,15 +125,17 @@ class Tried:
         return f"{self.start - self.gains[factor]:.2f}" if math.isfinite(self.gains[factor]) else "NaN"
 
 
-def _further(start: float, curves: dict[float, list[float]], wide: Sequence[float]) -> float | None:
+def _further(start: float, curves: dict[float, list[float]], wide: Sequence[float], rate: float) -> float | None:
     """The next factor, where the best of those tried is at an edge and gains little of what is possible."""
     gains = {factor: start - _end(curve) for factor, curve in curves.items()}
-    best = max(gains, key=lambda factor: gains[factor])
-    enough = CLEARLY if best < 1 else MUCH  # a rate far too high still learns how often each token comes
-    if gains[best] >= enough * max(start - _end(wide), WORTH):
-        return None
-    further = best * 10 if best == max(gains) else best / 10 if best == min(gains) else 1.0
-    return further if further != 1.0 and 1 / WIDEST <= further <= WIDEST else None
+    best, lowest, highest = max(gains, key=lambda factor: gains[factor]), min(gains), max(gains)
+    possible = max(start - _end(wide), WORTH)
+    too_high = lowest * rate > USUAL_RATE[0]
+    if too_high and gains[best] < CLEARLY * possible and (best == lowest or lowest * rate > USUAL_RATE[1]):
+        return lowest / 10 if lowest > 1 / WIDEST else None  # far too high a rate still learns how frequent tokens are
+    if best == highest and gains[best] < MUCH * possible and highest < WIDEST:
+        return highest * 10
+    return None
 
 
 def _judge(subject: Subject, tried: Tried) -> list[Signal]:
@@ -134,13 +148,27 @@ def _judge(subject: Subject, tried: Tried) -> list[Signal]:
     if best < 1 and better and tried.gains[best] > LITTLE * most and here < CLEARLY * most:
         expect = f"one batch falls by {tried.gains[best]:.2f} in {tried.steps} steps"
         return _of_step_size(subject, "F67", tried, tried.says(best), expect, numbers)
-    if tried.gains[best] < MUCH * most:
-        says = f"{tried.steps} steps on one batch gain {tried.gains[best]:.2f} at the best rate, {tried.wide:.2f} with "
-        says += "rank 32 on every linear layer"
+    if tried.gains[best] < NOTHING * most:
+        return []  # nothing is learned at any rate: gradients, not capacity
+    is_narrow = tried.alike is not None and tried.alike > max(TIMES * here, MUCH * most) and tried.capacity < SMALLEST
+    if (
+        best in (max(tried.gains), min(tried.gains))
+        and best != 1.0
+        and tried.gains[best] < MUCH * most
+        and not is_narrow
+    ):
+        return []  # the range was not widened far enough to tell
+    if (tried.gains[best] < MUCH * most and tried.capacity < SMALL) or is_narrow:
+        wide = tried.alike if is_narrow and tried.alike is not None else tried.wide
+        says = f"{tried.steps} steps on one batch gain {here if is_narrow else tried.gains[best]:.2f} at "
+        says += (
+            f"{'the rate as it is' if is_narrow else 'the best rate'}, {wide:.2f} with rank 32 on every linear layer"
+        )
         fix = "lora_target_modules: all-linear, lora_r: 16"
-        return [Signal(code, "counterfactual", says, w, numbers, fix=fix) for code, w in (("F62", 0.7), ("F56", 0.6))]
-    total = subject.trace.total_steps if subject.trace else subject.settings.get("max_steps")
-    longer = max(1.0, HALF * (total or 0) / tried.steps)
+        return [Signal(code, "counterfactual", says, w, numbers, fix=fix) for code, w in (("F62", 0.75), ("F56", 0.45))]
+    planned = subject.trace.total_steps if subject.trace else subject.settings.get("max_steps")
+    total = planned if planned and planned > 0 else USUAL_STEPS
+    longer = max(1.0, HALF * total / tried.steps)
     if best > 1 and here * longer < LITTLE * most and tried.gains[best] > TIMES * max(here, 0.0):
         expect = f"{tried.gains[best] / max(here, 0.01):.0f} times the gain in the first {tried.steps} steps"
         return _of_step_size(subject, "F64", tried, tried.says(best), expect, numbers)
@@ -171,6 +199,14 @@ def _of_step_size(
     return sorted(signals, key=lambda signal: -signal.weight)
 
 
+def _capacity(model: nn.Module) -> float:
+    """Rank of the adapters times the share of the linear layers that have one; infinite without adapters."""
+    adapters = adapters_of(model)
+    with wider(model, rank=1) as pairs:
+        linears = len(pairs) // 2
+    return sum(min(a.A.shape) for a in adapters) / max(linears, 1) if adapters else math.inf
+
+
 def _learn(
     live: Live, batch: dict[str, Any], rate: float, steps: int, clip: float | None, seed: int = 0
 ) -> list[float]:
@@ -179,10 +215,10 @@ def _learn(
         return _descend(live, batch, trainable_of(live.model), rate, steps, clip, live)
 
 
-def _learn_wide(live: Live, batch: dict[str, Any], steps: int) -> list[float]:
-    """The same by adapters of rank 32 on every linear layer, at a rate that suits these."""
+def _learn_wide(live: Live, batch: dict[str, Any], steps: int, rate: float = 2e-3) -> list[float]:
+    """The same by adapters of rank 32 on every linear layer, by AdamW, at a rate that suits these."""
     with restored(live), wider(live.model) as parameters:
-        return _descend(live, batch, parameters, 2e-3, steps, 1.0, None)
+        return _descend(live, batch, parameters, rate, steps, 1.0, None)
 
 
 def _descend(
@@ -206,6 +242,8 @@ def _descend(
         losses.append(loss.item())
         if not math.isfinite(losses[-1]) or not loss.requires_grad:
             return losses
+        if len(losses) > LEAST_STEPS and min(losses[-3:]) > 2 * losses[0] + 1:
+            return losses  # blown up: the rest would say the same
         loss.backward()
         if clip:
             nn.utils.clip_grad_norm_(parameters, clip)

@@ -2,8 +2,7 @@
 
     keys that match no adapter of this model, or many that are missing      F78
     B zero in every layer after a training                                  F75
-    merged model further from (base + adapter) than a third of what the
-    adapter does                                                            F76
+    merged model further from base and adapter than rounding takes it       F76
 
 Costs three forward passes on one small batch.
 """
@@ -22,7 +21,8 @@ from solotune.diagnosis.probes.patient import adapters_of, adapters_off, logits_
 from solotune.diagnosis.probes.skipping import Skipped
 from solotune.diagnosis.subject import Live, Saved, Subject
 
-LOST = 0.34  # of what the adapter does to the distribution
+LOST, MOST_LOST = 0.04, 0.34  # of what the adapter does to the distribution; a merge in 16 bits loses under 0.01
+WORTH = 0.01  # nats a token
 _KEY = re.compile(r"^(?:base_model\.)?(?:model\.)?(.*?)\.?lora_(?:embedding_)?([AB])(?:\.|$)")
 
 
@@ -79,9 +79,10 @@ def _file(found: dict[str, Any], strange: list[str], num_B: int, does: float) ->
 def _merged(found: dict[str, Any], does: float) -> list[Signal]:
     differs = found["merged_differs"]
     says = f"the merged model differs from base and adapter by {differs:.3g} nats a token; the adapter makes {does:.3g}"
-    if differs > LOST * does:
+    if differs > max(LOST * does, WORTH):
         fix = "merge into the 16-bit base that the adapter was trained on, and do not quantise afterwards"
-        return [Signal("F76", "invariant", says, 0.9, found, fix=fix)]
+        kind, weight = ("invariant", 0.9) if differs > MOST_LOST * does else ("measured", 0.75)
+        return [Signal("F76", kind, says, weight, found, fix=fix)]
     return [Signal("F76", "measured", says, 0.8, found, against=True)]
 
 

@@ -51,9 +51,9 @@ def pad_masks_terminator(subject: Subject) -> Signal | None:
 def no_generation_markers(subject: Subject) -> Signal | None:
     """F18: answers alone were to be learned, and the template does not mark them.
 
-    Sees: a chat template without `{% generation %}`, `assistant_only_loss` asked for, and labels on nothing or on
-    everything.
-    Why: transformers then returns a mask of zeros; one framework raises, another learns every token without a word.
+    Sees: a chat template without `{% generation %}`, `assistant_only_loss` asked for, and labels on nothing.
+    Why: transformers then returns a mask of zeros; one framework raises, another learns every token without a word,
+    which is told as F20.
     Not: F25, whose labels come back with a longer max_length; F21, whose mask looks for a marker of its own.
     Fix: a training template with `{% generation %}` and `{% endgeneration %}` around the assistant's part.
     Wrong when: the mask is made from outside of the template (as solotune does) and is at fault for another reason.
@@ -64,15 +64,17 @@ def no_generation_markers(subject: Subject) -> Signal | None:
     if not template or marked or not _asked_for_answers(subject) or subject.settings.get("response_template"):
         return None
     facts = LabelFacts.of(subject)
-    none, whole = len(facts.unlearned) == len(facts.documents) > 0, facts.share > ALMOST_ALL and not facts.unlike
-    if not (none and not _all_cut(subject, facts)) and not whole:
+    if not facts.documents or len(facts.unlearned) < len(facts.documents) or _all_cut(subject, facts):
         return None
-    what = "nothing" if none else f"{facts.share:.0%} of the tokens"
-    says = f"the chat template has no {{% generation %}} marker, and {what} is learned though answers were asked for"
+    says = "the chat template has no {% generation %} marker, and nothing is learned though answers were asked for"
     return Signal(
-        "F18", "invariant", says, 0.9, {"share_learned": facts.share},
+        "F18",
+        "invariant",
+        says,
+        0.9,
+        {"share_learned": facts.share},
         fix="a chat template with {% generation %} ... {% endgeneration %} around the answer",
-    )  # fmt: skip
+    )
 
 
 @rule("F19", needs=("batches",), probes=("P13",))
@@ -133,7 +135,7 @@ def prompt_learned(subject: Subject) -> Signal | None:
         weak = Signal("F20", "measured", says + "; whether that was asked is not known", 0.3, numbers)
         return weak
     if _template_lacks_marker(subject) and facts.share > ALMOST_ALL:
-        return None  # F18
+        says += "; the chat template has no {% generation %} marker that would tell answers (F18)"
     fix = "assistant_only_loss: true, and check that the collator keeps the mask"
     return Signal("F20", "invariant", says + ", though answers alone were asked for", 0.9, numbers, fix=fix)
 
