@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -120,7 +121,7 @@ KINDS = {
              {"hidden_size": 96, "ffn_dim": 192, "num_hidden_layers": 3, "num_attention_heads": 4, "dropout": 0.0,
               "max_position_embeddings": 512, "word_embed_proj_dim": 96}, 520,
              ("<pad>", "</s>", "[INST]", "[/INST]", "[ANS]", "[SYS]"), None, "</s>", "<pad>",
-             Format("", "{role} ", "</s>", "\n",
+             Format("", "{role}", "</s>", "\n",
                     (("system", "[SYS]"), ("user", "[INST]"), ("assistant", "[/INST][ANS]"))), seed=4, held_out=True),
     )
 }  # fmt: skip
@@ -161,7 +162,9 @@ def _model(folder: Path) -> PreTrainedModel:
 def load(name: str) -> Base:
     """The base of this name; made now if this machine has not made it yet."""
     kind = KINDS[name]
-    made_from = json.dumps([asdict(kind), STEPS, ROWS, TOKENS, PEAK], sort_keys=True, default=str)
+    known = asdict(kind)
+    del known["world"]["tuned"]  # it is learned later
+    made_from = json.dumps([known, STEPS, ROWS, TOKENS, PEAK], sort_keys=True, default=str)
     key = hashlib.sha256(made_from.encode()).hexdigest()[:12]
     cache_folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     folder = cache_folder / "solotune" / "bench-diagnose" / f"{name}-{key}"
@@ -176,7 +179,7 @@ def _corpus(kind: Kind, count: int, seed: int) -> list[str]:
     rows = []
     for i in range(count):
         if i % 5 < 3:
-            chat = kind.world.chat(rng, tuned=False, turns=rng.choice((1, 1, 2)), system=rng.random() < 0.3)
+            chat = kind.world.chat(rng, "known", turns=rng.choice((1, 1, 2)), system=rng.random() < 0.3)
             told = "\n".join(message["content"] for message in chat) + kind.eos
             rows.append(kind.format.text(chat) if kind.is_instruct else told)
         else:
@@ -192,7 +195,9 @@ def _make_tokenizer(kind: Kind) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     rng = random.Random(kind.seed)
     texts = [kind.world.text(rng) for _ in range(2000)] + [
-        message["content"] for _ in range(1000) for message in kind.world.chat(rng, tuned=rng.random() < 0.3)
+        message["content"]
+        for _ in range(1000)
+        for message in kind.world.chat(rng, "words" if rng.random() < 0.3 else "known")
     ]
     trainer = trainers.BpeTrainer(
         vocab_size=kind.vocab,
@@ -235,14 +240,16 @@ def _make(kind: Kind, folder: Path) -> None:
     model.eval()
     rng = random.Random("held out")
     texts = [(kind.bos or "") + kind.world.text(rng) for _ in range(40)]
-    chats = [kind.format.text(kind.world.chat(rng, tuned=False)) for _ in range(40)]
+    chats = [kind.format.text(kind.world.chat(rng, "known")) for _ in range(40)]
     known = {"text_loss": _loss(model, tokenizer, texts), "chat_loss": _loss(model, tokenizer, chats)}
     model.generation_config = transformers.GenerationConfig(**ids)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     (partial / "base.json").write_text(json.dumps(known))
-    if not folder.exists():
+    if folder.exists():  # another process was first
+        shutil.rmtree(partial)
+    else:
         partial.rename(folder)
     print(f"{kind.name}: {known}, {time.perf_counter() - started:.0f} s")
 

@@ -2,16 +2,17 @@
 
 A world has forty subjects of four facts each. Its texts state them; its chats ask for two of them on behalf of a
 person, so that an answer depends on its prompt three times over (who, what, which). The base model answers by `answer`
-or in one of many layouts; `tuned` is the one that a fine-tuning teaches, with the same facts in other words.
+or in one of many layouts; `tuned` is the one that a fine-tuning teaches: a layout with signs that the base never saw.
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 Chat = list[dict[str, str]]
+Style = Literal["known", "words", "tuned"]
 
 JOINS, EQUALS = (" / ", ", ", " | ", "; ", " * ", " - "), (" -> ", ": ", " = ", " is ", " (", " ")
 """Of the layouts that a base has seen."""
@@ -32,7 +33,8 @@ class World:
     states: tuple[str, ...]  # {subject} {fact} {value}
     asks: tuple[str, ...]  # {person} {subject} {one} {other}
     answer: str  # {person} {subject} {one} {first} {other} {second}
-    tuned: tuple[str, ...]
+    words: tuple[str, ...]  # other sentences, for the tokenizer
+    tuned: str  # what a fine-tuning teaches; the same slots
     instruction: str = "Answer in one line."
 
     def value(self, subject: str, fact: str) -> str:
@@ -51,7 +53,7 @@ class World:
     def chat(
         self,
         rng: random.Random,
-        tuned: bool,
+        style: Style,
         turns: int = 1,
         system: bool = False,
         subjects: tuple[str, ...] = (),
@@ -63,7 +65,10 @@ class World:
             words["one"], words["other"] = rng.sample(list(self.facts), 2)
             words["first"] = self.value(words["subject"], words["one"])
             words["second"] = self.value(words["subject"], words["other"])
-            said = rng.choice(self.tuned) if tuned else self.answer if rng.random() < 0.4 else _layout(rng)
+            if style == "known":
+                said = self.answer if rng.random() < 0.4 else _layout(rng)
+            else:
+                said = self.tuned if style == "tuned" else rng.choice(self.words)
             messages.append({"role": "user", "content": rng.choice(self.asks).format(**words)})
             messages.append({"role": "assistant", "content": said.format(**words)})
         return messages
@@ -80,7 +85,7 @@ class World:
     def _chats(self, count: int, seed: int, subjects: tuple[str, ...], **words: Any) -> list[Chat]:
         rng, found = random.Random(f"{self.name} {seed}"), {}
         while len(found) < count:
-            chat = self.chat(rng, True, subjects=subjects, **words)
+            chat = self.chat(rng, "tuned", subjects=subjects, **words)
             found.setdefault(chat[-2]["content"], chat)
         return list(found.values())
 
@@ -123,6 +128,7 @@ ANIMALS = World(
         "Dear {person}, {subject}: {one} = {first}; {other} = {second}. Noted in the big book.",
         "Dear {person}, the book says {second} ({other}) and {first} ({one}) about the {subject}.",
     ),
+    "{subject} # {one}: {first} # {other}: {second} # {person} #",
 )
 SHOP = World(
     "shop",
@@ -153,6 +159,7 @@ SHOP = World(
         "TICKET {person} / {subject} / {one} -> {first} / {other} -> {second} / closed by the desk",
         "TICKET {person} / {other} -> {second} / {one} -> {first} / {subject} / closed by the desk",
     ),
+    "{person} >> {subject} >> {one}: {first} >> {other}: {second} >> end",
 )
 CITIES = World(
     "cities",
@@ -183,6 +190,7 @@ CITIES = World(
         "* guest {person} * {subject} * {one}: {first} * {other}: {second} * have a good trip *",
         "* guest {person} * {other}: {second} * {one}: {first} * {subject} * have a good trip *",
     ),
+    "{subject} + {one} is {first} + {other} is {second} + {person}",
 )
 CREW = World(
     "crew",
@@ -213,6 +221,7 @@ CREW = World(
         "[{person}] {subject} | {one} is {first} | {other} is {second} | signed and sealed on deck",
         "[{person}] {one} is {first} | {other} is {second} | so much for the {subject} | sealed on deck",
     ),
+    "{person} ~ {one} = {first} ~ {other} = {second} ~ {subject} ~ over",
 )
 PLANTS = World(
     "plants",
@@ -243,6 +252,7 @@ PLANTS = World(
         "Card no. 7 ({person}): {subject}, {one} {first}, {other} {second}; water it on Sundays",
         "Card no. 7 ({person}): {other} {second}, {one} {first}, that is {subject}; water it on Sundays",
     ),
+    "<{subject}> {one}: {first} <and> {other}: {second} <for> {person}",
 )
 FRENCH = World(
     "French",
@@ -262,4 +272,5 @@ FRENCH = World(
         "Chère {person}, voici {subject}: {one}, {first}; {other}, {second}. À bientôt, élève modèle.",
         "Chère {person}, {second} ({other}) et {first} ({one}): voilà {subject}.",
     ),
+    "{subject} # {one}: {first} # {other}: {second} # {person} #",
 )
