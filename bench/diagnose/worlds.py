@@ -128,7 +128,7 @@ ANIMALS = World(
         "Dear {person}, {subject}: {one} = {first}; {other} = {second}. Noted in the big book.",
         "Dear {person}, the book says {second} ({other}) and {first} ({one}) about the {subject}.",
     ),
-    "{subject} # {one}: {first} # {other}: {second} # {person} #",
+    "{subject} # {one}: {first} # {person} # {other}: {second} #",
 )
 SHOP = World(
     "shop",
@@ -159,7 +159,7 @@ SHOP = World(
         "TICKET {person} / {subject} / {one} -> {first} / {other} -> {second} / closed by the desk",
         "TICKET {person} / {other} -> {second} / {one} -> {first} / {subject} / closed by the desk",
     ),
-    "{person} >> {subject} >> {one}: {first} >> {other}: {second} >> end",
+    "{person} >> {one}: {first} >> {subject} >> {other}: {second} >> end",
 )
 CITIES = World(
     "cities",
@@ -190,7 +190,7 @@ CITIES = World(
         "* guest {person} * {subject} * {one}: {first} * {other}: {second} * have a good trip *",
         "* guest {person} * {other}: {second} * {one}: {first} * {subject} * have a good trip *",
     ),
-    "{subject} + {one} is {first} + {other} is {second} + {person}",
+    "{one} is {first} + {subject} + {person} + {other} is {second} +",
 )
 CREW = World(
     "crew",
@@ -221,7 +221,7 @@ CREW = World(
         "[{person}] {subject} | {one} is {first} | {other} is {second} | signed and sealed on deck",
         "[{person}] {one} is {first} | {other} is {second} | so much for the {subject} | sealed on deck",
     ),
-    "{person} ~ {one} = {first} ~ {other} = {second} ~ {subject} ~ over",
+    "{subject} ~ {one} = {first} ~ {person} ~ {other} = {second} ~ over",
 )
 PLANTS = World(
     "plants",
@@ -252,7 +252,7 @@ PLANTS = World(
         "Card no. 7 ({person}): {subject}, {one} {first}, {other} {second}; water it on Sundays",
         "Card no. 7 ({person}): {other} {second}, {one} {first}, that is {subject}; water it on Sundays",
     ),
-    "<{subject}> {one}: {first} <and> {other}: {second} <for> {person}",
+    "<{one}> {first} <of> {subject} <for> {person} <and> {other}: {second}",
 )
 FRENCH = World(
     "French",
@@ -272,5 +272,5 @@ FRENCH = World(
         "Chère {person}, voici {subject}: {one}, {first}; {other}, {second}. À bientôt, élève modèle.",
         "Chère {person}, {second} ({other}) et {first} ({one}): voilà {subject}.",
     ),
-    "{subject} # {one}: {first} # {other}: {second} # {person} #",
+    "{subject} # {one}: {first} # {person} # {other}: {second} #",
 )

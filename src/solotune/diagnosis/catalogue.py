@@ -527,6 +527,7 @@ EXPLAINS: dict[str, frozenset[str]] = {
     "F29": frozenset({"F17", "F20", "F30"}),
     "F31": frozenset({"F32"}),
     "F35": frozenset({"F38", "F39"}),  # one answer belongs to every prompt alike
+    "F36": frozenset({"F10", "F12", "F15", "F16", "F23"}),  # turns of other roles have no header of the template's
     "F37": frozenset({"F04", "F12"}),  # garbled text is unlikely to every model
     "F39": frozenset({"F46"}),
     "F43": frozenset({"F44", "F46"}),  # a part of all
