@@ -148,7 +148,7 @@ FAULTY: list[tuple[str, Subject]] = [
     ("F65", subject(trace=trace(learning_rate_S=UPWARDS))),
     ("F66", subject(trace=trace(learning_rate_S=ZERO))),
     ("F66", subject(trace=trace(learning_rate_S=2e-4 * (1 - np.arange(STEPS) / 1000)))),
-    ("F67", subject({"learning_rate": 0.1})),
+    ("F67", subject({"learning_rate": 0.1}, model_config={**LLAMA, "hidden_size": 2048})),
     ("F67", subject(trace=trace(loss_S=JUMPED, grad_norm_S=SPIKED))),
     ("F68", subject({"max_grad_norm": 1e-8})),
     ("F68", subject({"max_grad_norm": 1e-4, "optim": "sgd"}, trace=trace())),
@@ -176,6 +176,7 @@ def test_a_fault_is_seen(code, faulty):
 HEALTHY: dict[str, Subject] = {
     "usual": subject(train=rows([20, 30, 40] * 20), conversations=CHATS, model_config=LLAMA, trace=trace(),
                      saved=Saved(adapter(), {"r": 8, "lora_alpha": 16})),
+    "a high rate of a narrow model": subject({"learning_rate": 6e-3}, model_config=LLAMA),
     "clip 1e-4 with AdamW": subject({"max_grad_norm": 1e-4}, trace=trace()),
     "weight decay 0.1": subject({"weight_decay": 0.1}, trace=trace()),
     "alpha/r 4": subject({"lora_alpha": 32}),
