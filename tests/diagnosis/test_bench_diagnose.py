@@ -23,6 +23,7 @@ def quick_bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     patch.setattr(bases, "STEPS", 12)
+    patch.setattr(bases, "TEXTS", 300)
     bases.load.cache_clear()
     yield
     patch.undo()
