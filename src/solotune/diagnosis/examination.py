@@ -65,7 +65,7 @@ def examine(
         skipped=probed.skipped,
         cost=cost,
         measurements=probed.measurements,
-        unseen=_unseen(subject, is_probed=live is not None, why=why),
+        unseen=_unseen(subject, probed),
     )
 
 
@@ -90,11 +90,13 @@ def _load(subject: Subject, budget: float | None, phase: Callable[[str], None]) 
     return live, "", time.perf_counter() - started
 
 
-def _unseen(subject: Subject, is_probed: bool, why: str) -> list[str]:
+def _unseen(subject: Subject, probed: Probed) -> list[str]:
     """What has to be looked at before a run may be called healthy: what is learned, and how it learns."""
     unseen = []
-    if not len(subject.train) and not is_probed:
+    if not len(subject.train) and not len(subject.batches):
         unseen.append("give the data that it was trained on (--dataset), so that its labels can be looked at")
-    if (subject.trace is None or not len(subject.trace.step_S)) and not is_probed:
-        unseen.append(f"probe the model where it can be loaded ({why}), or train some steps and diagnose the run")
+    has_curve = subject.trace is not None and len(subject.trace.step_S) > 0
+    if not has_curve and all(probe in probed.skipped for probe in ("P5", "P6", "P7")):
+        why = probed.skipped["P5"]
+        unseen.append(f"probe the model where it can be run ({why}), or train some steps and diagnose the run")
     return unseen
