@@ -101,7 +101,7 @@ def _trace(recipe: Recipe, outcome: Outcome) -> Trace:
 
 
 def _saved(recipe: Recipe, outcome: Outcome) -> Saved | None:
-    if recipe.is_static or not (outcome.finished or outcome.log):
+    if outcome.adapter is None:
         return None
     told = {key: value for key, value in recipe.adapters.items() if key != "task_type"}
     config = {
