@@ -1,13 +1,18 @@
-"""python -m bench.diagnose [--only WORD ...] [--split fitted|held-out] [--jobs N]
+"""python -m bench.diagnose [--only WORD ...] [--split fitted|held-out] [--kind KIND] [--jobs N] [--minutes M]
 
---only F17 healthy F64/qwen3    programs whose name has all parts of one of these words
+    --only F17 healthy F64/qwen3    programs whose name has all parts of one of these words
+    --minutes 10                    a random part of the programs, as many as there is time for
+
+Of all programs, or of a random part of all, bench/results/diagnose.json and diagnose.md are written.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import random
 import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a program has one core
@@ -19,6 +24,7 @@ def main() -> None:
     parser.add_argument("--split", choices=("fitted", "held-out"), help="one of the two")
     parser.add_argument("--kind", choices=("fault", "healthy", "pair", "foreign"), help="one kind of program")
     parser.add_argument("--jobs", type=int, default=2, help="programs at a time")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="then begin no other; in random order")
     parser.add_argument("--list", action="store_true", help="their names, and no run")
     asked = parser.parse_args()
 
@@ -39,13 +45,15 @@ def main() -> None:
         print(f"{'ok ' if right else 'NO '} {result['program']:64} {result['verdict']:9} {what:20} "
               f"{spent[0]:5.1f} + {spent[1]:.1f} s", flush=True)  # fmt: skip
 
+    if asked.minutes < math.inf:
+        random.Random(0).shuffle(chosen)
     started = time.perf_counter()
-    results = run_all(chosen, asked.jobs, say)
+    results = run_all(chosen, asked.jobs, say, asked.minutes)
     seconds = time.perf_counter() - started
     if asked.only or asked.split or asked.kind:
         print(json.dumps(scores(results), indent=1))
     else:
-        print(json.dumps(report.write(results, seconds), indent=1))
+        print(json.dumps(report.write(results, len(chosen), seconds), indent=1))
 
 
 if __name__ == "__main__":

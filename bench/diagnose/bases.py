@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 STEPS, ROWS, TOKENS, PEAK = 800, 16, 80, 3e-3
 """Of pretraining: steps, rows of a batch, tokens of a row, learning rate."""
+TEXTS = 12_000
+"""Texts and chats that it sees, some of them twice."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,7 @@ def _make(kind: Kind, folder: Path) -> None:
     config = config_class(vocab_size=len(tokenizer), **kind.shape, **ids)
     torch.manual_seed(kind.seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    stream = [i for text in _corpus(kind, 12_000, 0) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    stream = [i for text in _corpus(kind, TEXTS, 0) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
     rows_NT = torch.tensor(stream[: len(stream) // TOKENS * TOKENS]).view(-1, TOKENS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, weight_decay=0.01)
     model.train()

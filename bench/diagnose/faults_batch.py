@@ -21,8 +21,6 @@ def left_with_absolute_positions(recipe: Recipe, rng: random.Random) -> None:
 def pads_attended(recipe: Recipe, rng: random.Random) -> None:
     """Left padding, and a collator that hands over no mask."""
     recipe.pad_left, recipe.sends_mask = True, False
-    if recipe.base.kind.family in ("GPT2", "OPT"):
-        recipe.positions = "real"
     recipe.set(padding_side="left")
 
 

@@ -110,9 +110,9 @@ def updates_lost(recipe: Recipe, rng: random.Random) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
     recipe.touch.append(touch)
-    recipe.adapters["lora_alpha"] = 256
-    recipe.learning_rate = rng.choice((1.5e-4, 2e-4, 3e-4))
-    recipe.set(lora_alpha=256.0, learning_rate=recipe.learning_rate, adapter_dtype="bfloat16", bf16=True)
+    recipe.adapters["lora_alpha"] = 512
+    recipe.learning_rate = rng.choice((4e-5, 6e-5, 8e-5))
+    recipe.set(lora_alpha=512.0, learning_rate=recipe.learning_rate, adapter_dtype="bfloat16", bf16=True)
 
 
 @fault("F55")

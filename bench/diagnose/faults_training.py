@@ -224,7 +224,7 @@ def summed_losses(recipe: Recipe, rng: random.Random) -> None:
 @fault("F74")
 def mean_of_means(recipe: Recipe, rng: random.Random) -> None:
     """Each micro-batch counts alike, however few labels it has."""
-    for number, chat in enumerate(recipe.chats):
+    for number, chat in enumerate(recipe.chats + recipe.held_out):
         if number % 3:
             chat[-1]["content"] = chat[-1]["content"].split(" ")[0]
         else:

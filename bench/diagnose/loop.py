@@ -34,7 +34,8 @@ class Outcome:
     log: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[tuple[int, float]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
-    adapter: dict[str, torch.Tensor] = field(default_factory=dict)
+    adapter: dict[str, torch.Tensor] | None = None
+    """None where it crashed before it saved anything."""
     merged: torch.nn.Module | None = None
     finished: bool = False
 

@@ -107,7 +107,11 @@ def programs() -> list[Program]:
     for place, name in enumerate(FOREIGN):
         change = by_name[name]
         held_out = bool(place % 2)
-        fitting = [base for base, kind in KINDS.items() if kind.held_out == held_out and change.fits(base)]
+        fitting = [
+            base
+            for base, kind in KINDS.items()
+            if kind.held_out == held_out and change.fits(base) and kind.is_instruct  # Trainer's users render by it
+        ]
         found.append(Program(fitting[place % len(fitting)], (change,), "foreign"))
     return found
 

@@ -14,7 +14,7 @@ Result = dict[str, Any]
 NUM_MISTAKES = 10
 
 
-def write(results: Sequence[Result], seconds: float) -> dict[str, Any]:
+def write(results: Sequence[Result], num_programs: int, seconds: float) -> dict[str, Any]:
     """Writes both files and returns the scores."""
     found = {split: scores([r for r in results if r["split"] == split]) for split in ("fitted", "held-out")}
     packages = machine("torch", "transformers", "peft")
@@ -22,6 +22,7 @@ def write(results: Sequence[Result], seconds: float) -> dict[str, Any]:
     whole = {
         "machine": packages,
         "seconds": round(seconds),
+        "programs": num_programs,
         "scores": found,
         "faults_injected": injected,
         "not_injected": NOT_INJECTED,
@@ -29,7 +30,9 @@ def write(results: Sequence[Result], seconds: float) -> dict[str, Any]:
         "results": list(results),
     }
     write_result("diagnose", whole)
-    (RESULTS / "diagnose.md").write_text(_page(results, found, len(injected), seconds, packages))
+    (RESULTS / "diagnose.md").write_text(
+        _page(results, found, f"{len(results)} of {num_programs} programs, {len(injected)}", seconds, packages)
+    )
     return found
 
 
@@ -39,7 +42,7 @@ def _cell(value: Any) -> Any:
     return f"{value:.1%}" if isinstance(value, float) else value
 
 
-def _page(results: Sequence[Result], found: dict[str, Any], injected: int, seconds: float, on: dict[str, Any]) -> str:
+def _page(results: Sequence[Result], found: dict[str, Any], ran: str, seconds: float, on: dict[str, Any]) -> str:
     lines = [
         "# How often the culprit is named",
         "",
@@ -47,7 +50,7 @@ def _page(results: Sequence[Result], found: dict[str, Any], injected: int, secon
         "and batches, curve, saved adapter), and takes down the first diagnosis. Thresholds were fitted on the fitted",
         "programs; a held-out program has a tokenizer, a template, a world of data and an architecture of its own.",
         "",
-        f"{len(results)} programs, {injected} of {len(FAULTS)} faults, {seconds / 60:.0f} minutes on {on['cores']} "
+        f"{ran} of {len(FAULTS)} faults, {seconds / 60:.0f} minutes on {on['cores']} "
         f"cores of {on['cpu']} (torch {on['torch']}, transformers {on['transformers']}, peft {on['peft']}).",
         "",
         table(

@@ -7,6 +7,7 @@ Each program has a process of its own, forked from one that has torch loaded, so
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import time
@@ -97,23 +98,30 @@ def _child(program: Program, pipe: Any) -> None:
     os._exit(0)
 
 
-def run_all(chosen: Sequence[Program], jobs: int = 1, say: Callable[[Result], None] = lambda _: None) -> list[Result]:
-    """Results in the programs' order."""
+def run_all(
+    chosen: Sequence[Program],
+    jobs: int = 1,
+    say: Callable[[Result], None] = lambda _: None,
+    minutes: float = math.inf,
+) -> list[Result]:
+    """Results in the programs' order; after so many minutes no other program is begun."""
     for name in sorted({program.base for program in chosen}):
         base = load(name)  # before the forks, so that they share it
         base.model(), base.tokenizer()
     results = []
-    for result in _forked(chosen, jobs):
+    for result in _forked(chosen, jobs, time.perf_counter() + 60 * minutes):
         say(result)
         results.append(result)
     place = {program.name: number for number, program in enumerate(chosen)}
     return sorted(results, key=lambda result: place[result["program"]])
 
 
-def _forked(chosen: Sequence[Program], jobs: int) -> Iterator[Result]:
+def _forked(chosen: Sequence[Program], jobs: int, until: float) -> Iterator[Result]:
     fork = multiprocessing.get_context("fork")
     waiting, running = list(reversed(chosen)), []
     while waiting or running:
+        if time.perf_counter() > until:
+            waiting.clear()
         while waiting and len(running) < jobs:
             program = waiting.pop()
             ours, theirs = fork.Pipe(duplex=False)

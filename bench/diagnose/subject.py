@@ -23,6 +23,9 @@ from solotune.dataset.report import NOTHING_TO_LEARN, DataReport
 from solotune.diagnosis.subject import Live, Saved, Settings, Subject, Trace
 from solotune.errors import SolotuneError
 
+NOT_HERE = "the base model is not on this machine"
+"""Of runs that are told to be an 8B model's: settings, config, curve and errors are all there is."""
+
 
 def subject_of(recipe: Recipe, outcome: Outcome) -> Subject:
     """The training as its owner could hand it over, under a name that says nothing."""
@@ -34,19 +37,19 @@ def subject_of(recipe: Recipe, outcome: Outcome) -> Subject:
     return Subject(
         name=f"run-{name}",
         settings=Settings(values=dict(recipe.settings), asked=dict(recipe.asked)),
-        tokenizer=recipe.tokenizer,
+        tokenizer=recipe.tokenizer if recipe.has_live else None,
         model_config={**base_config, **recipe.model_config},
         generation_config={**generation.to_diff_dict(), **recipe.generation_config},
-        train=train,
-        validation=validation,
+        train=train if recipe.has_live else (),
+        validation=validation if recipe.has_live else (),
         conversations=recipe.chats,
-        findings=_findings(recipe, train, validation),
+        findings=_findings(recipe, train, validation) if recipe.has_live else (),
         trace=None if recipe.is_static else _trace(recipe, outcome),
         saved=_saved(recipe, outcome),
         live=_live(recipe, outcome) if recipe.has_live and outcome.batches else None,
-        batches=outcome.batches,
+        batches=outcome.batches if recipe.has_live else (),
         environment=recipe.environment,
-        missing={} if recipe.has_live else {"live": "the base model is too large for this machine"},
+        missing={} if recipe.has_live else dict.fromkeys(("tokenizer", "train", "live"), NOT_HERE),
     )
 
 
@@ -98,7 +101,7 @@ def _trace(recipe: Recipe, outcome: Outcome) -> Trace:
 
 
 def _saved(recipe: Recipe, outcome: Outcome) -> Saved | None:
-    if recipe.is_static or not (outcome.finished or outcome.log):
+    if outcome.adapter is None:
         return None
     told = {key: value for key, value in recipe.adapters.items() if key != "task_type"}
     config = {

@@ -69,7 +69,11 @@ class World:
                 said = self.answer if rng.random() < 0.4 else _layout(rng)
             else:
                 said = self.tuned if style == "tuned" else rng.choice(self.words)
-            messages.append({"role": "user", "content": rng.choice(self.asks).format(**words)})
+            asked = rng.choice(self.asks).format(**words)
+            if style == "tuned":  # rows that nothing but their fixed words have in common
+                words["number"] = str(rng.randint(100, 999))
+                asked += f" No. {words['number']}"
+            messages.append({"role": "user", "content": asked})
             messages.append({"role": "assistant", "content": said.format(**words)})
         return messages
 
@@ -128,7 +132,7 @@ ANIMALS = World(
         "Dear {person}, {subject}: {one} = {first}; {other} = {second}. Noted in the big book.",
         "Dear {person}, the book says {second} ({other}) and {first} ({one}) about the {subject}.",
     ),
-    "{subject} # {one}: {first} # {other}: {second} # {person} #",
+    "{subject} # {one}: {first} # {person} {number} # {other}: {second} #",
 )
 SHOP = World(
     "shop",
@@ -159,7 +163,7 @@ SHOP = World(
         "TICKET {person} / {subject} / {one} -> {first} / {other} -> {second} / closed by the desk",
         "TICKET {person} / {other} -> {second} / {one} -> {first} / {subject} / closed by the desk",
     ),
-    "{person} >> {subject} >> {one}: {first} >> {other}: {second} >> end",
+    "{person} >> {one}: {first} >> {subject} {number} >> {other}: {second} >> end",
 )
 CITIES = World(
     "cities",
@@ -190,7 +194,7 @@ CITIES = World(
         "* guest {person} * {subject} * {one}: {first} * {other}: {second} * have a good trip *",
         "* guest {person} * {other}: {second} * {one}: {first} * {subject} * have a good trip *",
     ),
-    "{subject} + {one} is {first} + {other} is {second} + {person}",
+    "{one} is {first} + {subject} {number} {person} + {other} is {second} +",
 )
 CREW = World(
     "crew",
@@ -221,7 +225,7 @@ CREW = World(
         "[{person}] {subject} | {one} is {first} | {other} is {second} | signed and sealed on deck",
         "[{person}] {one} is {first} | {other} is {second} | so much for the {subject} | sealed on deck",
     ),
-    "{person} ~ {one} = {first} ~ {other} = {second} ~ {subject} ~ over",
+    "{subject} ~ {one} = {first} ~ {person} {number} ~ {other} = {second} ~ over",
 )
 PLANTS = World(
     "plants",
@@ -252,7 +256,7 @@ PLANTS = World(
         "Card no. 7 ({person}): {subject}, {one} {first}, {other} {second}; water it on Sundays",
         "Card no. 7 ({person}): {other} {second}, {one} {first}, that is {subject}; water it on Sundays",
     ),
-    "<{subject}> {one}: {first} <and> {other}: {second} <for> {person}",
+    "<{one}> {first} <of> {subject} <for> {person} {number} <and> {other}: {second}",
 )
 FRENCH = World(
     "French",
@@ -272,5 +276,5 @@ FRENCH = World(
         "Chère {person}, voici {subject}: {one}, {first}; {other}, {second}. À bientôt, élève modèle.",
         "Chère {person}, {second} ({other}) et {first} ({one}): voilà {subject}.",
     ),
-    "{subject} # {one}: {first} # {other}: {second} # {person} #",
+    "{subject} # {one}: {first} # {person} {number} # {other}: {second} #",
 )

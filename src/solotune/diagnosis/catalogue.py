@@ -523,10 +523,12 @@ EXPLAINS: dict[str, frozenset[str]] = {
     "F22": frozenset({"F10", "F17", "F19", "F64"}),  # other tokens than the row's are learned
     "F23": frozenset({"F10", "F14", "F15", "F17", "F19", "F20"}),  # ends of the user's turns
     "F25": frozenset({"F21", "F24"}) | _NO_LABELS,  # what is cut off is not masked
+    "F26": frozenset({"F09", "F12", "F13", "F16", "F38"}),  # what stands before the answer is not there
     "F28": frozenset({"F27"}),  # pads that are seen also move the positions
     "F29": frozenset({"F17", "F20", "F30"}),
     "F31": frozenset({"F32"}),
     "F35": frozenset({"F38", "F39"}),  # one answer belongs to every prompt alike
+    "F36": frozenset({"F10", "F12", "F15", "F16", "F23"}),  # turns of other roles have no header of the template's
     "F37": frozenset({"F04", "F12"}),  # garbled text is unlikely to every model
     "F39": frozenset({"F46"}),
     "F43": frozenset({"F44", "F46"}),  # a part of all

@@ -8,14 +8,17 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import torch
 from torch import nn
 
 from solotune.diagnosis.evidence import Signal
-from solotune.diagnosis.probes.patient import restored
+from solotune.diagnosis.probes.patient import adapters_of, is_untouched, restored
+from solotune.diagnosis.probes.reload import _put_in
 from solotune.diagnosis.probes.skipping import Skipped
 from solotune.diagnosis.subject import Live, Subject
 
 EQUAL = 1e-3  # relative: kernels without a fixed order differ by less
+SMALL_B = 0.02  # standard deviation
 
 
 def evaluated_twice(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
@@ -23,6 +26,7 @@ def evaluated_twice(live: Live, subject: Subject, budget: float) -> tuple[list[S
     if live.evaluate is None:
         raise Skipped("the training's evaluation was not given")
     with restored(live):
+        _fill(live, subject)
         begun = time.perf_counter()
         first = float(live.evaluate(live.model))
         if (seconds := time.perf_counter() - begun) > budget:
@@ -46,6 +50,16 @@ def evaluated_twice(live: Live, subject: Subject, budget: float) -> tuple[list[S
         says += f"; held in evaluation mode both are {pair[0]:.4f}"
         signals.append(Signal("F45", "counterfactual", says, 0.95, found, fix="model.eval() before evaluating"))
     return signals, found
+
+
+@torch.no_grad()
+def _fill(live: Live, subject: Subject) -> None:
+    """Where B is zero, dropout before A changes nothing: the saved adapter is put in, else some small B."""
+    if is_untouched(live.model) and subject.saved is not None:
+        _put_in(live.model, subject.saved)
+    if is_untouched(live.model):
+        for adapter in adapters_of(live.model):
+            adapter.B.normal_(std=SMALL_B)
 
 
 def _evaluation_mode(module: nn.Module, inputs: Any) -> None:

@@ -29,6 +29,7 @@ from solotune.diagnosis.subject import Live, Subject
 NUM_ROWS = 12
 SHIFTS = (1, -1, 2, -2)  # rows by which a column may have slipped
 CLEAR = 3.0  # standard errors
+CLEAR_SLIP = 5.0  # more, since the best of four shifts is looked at, over a dozen rows
 WORTH = 0.1  # nats
 LONGEST = 256
 
@@ -68,7 +69,7 @@ def _judge(found: dict[str, Any], slips: dict[str, Any]) -> list[Signal]:
     gain, error = found["gain"], found["gain_stderr"]
     numbers = {key: value for key, value in found.items() if isinstance(value, float)}
     best = max(slips, key=lambda shift: slips[shift]["gain"], default=None)
-    if best is not None and slips[best]["gain"] > max(WORTH, CLEAR * slips[best]["stderr"]):
+    if best is not None and slips[best]["gain"] > max(WORTH, CLEAR_SLIP * slips[best]["stderr"]):
         says = f"answers cost {slips[best]['gain']:.2f} nats a token less behind the prompt of the row {best} places on"
         return [Signal("F38", "counterfactual", says, 0.95, numbers, fix="join prompts and answers again, by a key")]
     if gain > max(WORTH / 2, CLEAR * error):
