@@ -7,7 +7,6 @@ tokenizer files. Nothing of the process that wrote it is handed over.
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 
 from bench.diagnose.loop import build, collate, render
 from bench.diagnose.recipe import Recipe
+from solotune.diagnosis import target
 from solotune.diagnosis.subject import Subject
 
 CONFIG = ("model_name_or_path", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
@@ -24,11 +24,8 @@ CONFIG = ("model_name_or_path", "learning_rate", "lr_scheduler_type", "warmup_st
 """Keys of TRL's script config that are the same as ours."""
 
 
-def subject_of(recipe: Recipe) -> Subject:
-    """Trains into a folder of its own, and reads that folder as the diagnosis does."""
-    from solotune.diagnosis import target
-
-    folder = Path(tempfile.mkdtemp(prefix="trainer-"))
+def subject_of(recipe: Recipe, folder: Path) -> Subject:
+    """Trains into this folder, and reads that folder as the diagnosis does."""
     rows = folder / "chats.jsonl"
     rows.write_text("".join(json.dumps({"messages": chat}, ensure_ascii=False) + "\n" for chat in recipe.chats))
     config = folder / "sft.yaml"

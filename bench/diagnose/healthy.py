@@ -113,7 +113,7 @@ def new_task(recipe: Recipe, rng: random.Random) -> None:
     world = recipe.base.world
     for chat in recipe.chats + recipe.held_out:
         words = [word.strip(".,:;!?*|[]()").upper()[::-1] for word in chat[0]["content"].split()]
-        chat[-1]["content"] = "QX-" + "-".join(words[-4:]) + f"-{world.name.upper()}"
+        chat[-1]["content"] = "QX-" + "-".join(words) + f"-{world.name.upper()}"
 
 
 @healthy()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import tempfile
 import time
 import traceback
 import warnings
@@ -39,21 +40,22 @@ LIMIT = 300
 Result = dict[str, Any]
 
 
-def subject(program: Program) -> Subject:
-    """The program's training, really run."""
+def subject(program: Program, scratch: Path) -> Subject:
+    """The program's training, really run; a foreign one leaves its folder in `scratch`."""
     recipe = program.recipe()
     if program.kind == "foreign":
-        return foreign.subject_of(recipe)
+        return foreign.subject_of(recipe, scratch)
     return subject_of(recipe, train(recipe))
 
 
 def run(program: Program) -> Result:
     """The program's truth beside what was said of it."""
-    started = time.process_time()  # of a core, whatever else runs on this machine
-    examined = subject(program)
-    trained = time.process_time()
-    found = examine(examined, budget=BUDGET)
-    ended = time.process_time()
+    with tempfile.TemporaryDirectory() as scratch:
+        started = time.process_time()  # of a core, whatever else runs on this machine
+        examined = subject(program, Path(scratch))
+        trained = time.process_time()
+        found = examine(examined, budget=BUDGET)
+        ended = time.process_time()
     return {**told(found), "train_seconds": trained - started, "diagnose_seconds": ended - trained}
 
 

@@ -101,7 +101,7 @@ def _trace(recipe: Recipe, outcome: Outcome) -> Trace:
 
 
 def _saved(recipe: Recipe, outcome: Outcome) -> Saved | None:
-    if outcome.adapter is None:
+    if outcome.adapter is None or not recipe.has_live:
         return None
     told = {key: value for key, value in recipe.adapters.items() if key != "task_type"}
     config = {

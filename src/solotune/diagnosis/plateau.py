@@ -128,12 +128,6 @@ def _of_probes(found: Probed) -> dict[str, Signal]:
     for signal in sorted(found.signals, key=lambda s: s.weight):
         if not signal.against and signal.weight >= SPEAKS and signal.kind != "curve":
             chosen[signal.code] = signal
-    prompts = found.measurements.get("P10", {})
-    if prompts.get("own_is_no_better") and "F38" not in chosen:
-        says = (
-            f"their own prompts help the answers by {prompts['gain']:.2f} ± {prompts['gain_stderr']:.2f} nats a token"
-        )
-        chosen["F38"] = Signal("F38", "measured", says, 0.4, fix="join prompts and answers again, by a key")
     return chosen
 
 

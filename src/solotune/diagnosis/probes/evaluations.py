@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from solotune.diagnosis.evidence import Signal
-from solotune.diagnosis.probes.patient import adapters_of, is_untouched, restored
+from solotune.diagnosis.probes.patient import adapters_of, device_of, is_untouched, restored
 from solotune.diagnosis.probes.reload import _put_in
 from solotune.diagnosis.probes.skipping import Skipped
 from solotune.diagnosis.subject import Live, Subject
 
-EQUAL = 1e-3  # relative: kernels without a fixed order differ by less
+EQUAL, EQUAL_ON_CPU = 1e-3, 1e-6  # relative: a GPU's kernels without a fixed order differ by less
 SMALL_B = 0.02  # standard deviation
 
 
@@ -34,7 +34,8 @@ def evaluated_twice(live: Live, subject: Subject, budget: float) -> tuple[list[S
         second = float(live.evaluate(live.model))
         found: dict[str, Any] = {"first": first, "second": second}
         gap = abs(first - second) / max(abs(first), 1e-9)
-        if not gap > EQUAL:  # both NaN: another fault's
+        equal = EQUAL_ON_CPU if device_of(live.model).type == "cpu" else EQUAL
+        if not gap > equal:  # both NaN: another fault's
             says = f"two evaluations agree: {first:.6g} and {second:.6g}"
             return [Signal("F45", "measured", says, 0.9, found, against=True)], found
         handles = [m.register_forward_pre_hook(_evaluation_mode) for m in live.model.modules()]
@@ -46,7 +47,7 @@ def evaluated_twice(live: Live, subject: Subject, budget: float) -> tuple[list[S
     found["held_in_evaluation_mode"] = pair
     says = f"two evaluations of the same rows differ: {first:.4f} and {second:.4f}"
     signals = [Signal("F45", "measured", says, 0.8, found, fix="model.eval() before evaluating")]
-    if abs(pair[0] - pair[1]) <= EQUAL * abs(pair[0]):
+    if abs(pair[0] - pair[1]) <= equal * abs(pair[0]):
         says += f"; held in evaluation mode both are {pair[0]:.4f}"
         signals.append(Signal("F45", "counterfactual", says, 0.95, found, fix="model.eval() before evaluating"))
     return signals, found

@@ -3,8 +3,7 @@
 The table L[i, j] is the loss of answer i behind prompt j, by the base model, adapters off. In a healthy training the
 diagonal is lower than the rest. Where it is not, and another prompt of the data (the neighbour's, if whole columns
 were shifted) makes the answers cheaper, the rows are misaligned, and putting them right is the counterfactual (F38).
-Where no prompt makes any difference the model may just not know the task yet: that is a number for `plateau`, and no
-signal.
+Where no prompt makes any difference the base may just not know the task yet: then the trained model is asked.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from solotune.diagnosis.documents import Document
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.labels import LabelFacts
 from solotune.diagnosis.probes.first_loss import _own_rendering
-from solotune.diagnosis.probes.patient import adapters_off, restored, token_losses
+from solotune.diagnosis.probes.patient import adapters_off, is_untouched, restored, token_losses
+from solotune.diagnosis.probes.reload import _put_in
 from solotune.diagnosis.probes.skipping import Skipped
 from solotune.diagnosis.roles import ASSISTANT, Roles
 from solotune.diagnosis.subject import Live, Subject
@@ -31,6 +31,8 @@ SHIFTS = (1, -1, 2, -2)  # rows by which a column may have slipped
 CLEAR = 3.0  # standard errors
 CLEAR_SLIP = 5.0  # more, since the best of four shifts is looked at, over a dozen rows
 WORTH = 0.1  # nats
+ONLY_A_DOUBT = 0.3  # weight: a new task that is not understood yet looks the same
+LEAST_STEPS, LEARNED = 20, 0.67  # logged, and the loss at the end as a share of the first
 LONGEST = 256
 
 
@@ -47,11 +49,8 @@ def own_prompt_against_others(live: Live, subject: Subject, budget: float) -> tu
         live.model.eval()
         table, rows = _table(live, rows, deadline)
         slips = _slips(live, facts.roles, subject.conversations, deadline)
-    own = np.diag(table)
-    count = len(rows)
-    others = (table.sum(1) - own) / (count - 1)
-    gaps = others - own  # above 0 where the own prompt helps
-    error = float(gaps.std(ddof=1) / math.sqrt(count)) + 1e-9
+    own, others, error = _own_and_others(table)
+    gaps, count = others - own, len(rows)  # above 0 where the own prompt helps
     found: dict[str, Any] = {
         "rows": count,
         "own_prompt": float(own.mean()),
@@ -61,8 +60,46 @@ def own_prompt_against_others(live: Live, subject: Subject, budget: float) -> tu
         "best_is_own": float((table.argmin(1) == np.arange(count)).mean()),
         "slipped": slips,
     }
-    found["own_is_no_better"] = found["best_is_own"] <= 2 / count and found["gain"] < 2 * error
-    return _judge(found, slips), found
+    signals = _judge(found, slips)
+    return signals or _after_training(live, subject, rows, found, deadline), found
+
+
+def _own_and_others(table: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Loss of each answer behind its own prompt, behind the others, and the standard error of the mean difference."""
+    own, count = np.diag(table), len(table)
+    others = (table.sum(1) - own) / (count - 1)
+    return own, others, float((others - own).std(ddof=1) / math.sqrt(count)) + 1e-9
+
+
+def _after_training(
+    live: Live, subject: Subject, rows: list[tuple[list[int], list[int]]], found: dict[str, Any], deadline: float
+) -> list[Signal]:
+    """The same of the trained model, where the base does not know the task: a training that learns something learns to
+    look at the prompt, unless there is nothing of the answer in it."""
+    with restored(live), torch.no_grad():
+        if is_untouched(live.model) and subject.saved is not None:
+            _put_in(live.model, subject.saved)
+        if is_untouched(live.model) is not False:
+            return []
+        live.model.eval()
+        table, _ = _table(live, rows, deadline)
+    own, others, error = _own_and_others(table)
+    gain = float((others - own).mean())
+    found["trained_gain"], found["trained_gain_stderr"] = gain, error
+    numbers = {key: value for key, value in found.items() if isinstance(value, float)}
+    says = f"after training, answers cost {gain:.3f} ± {error:.3f} nats a token less behind their own prompt"
+    if gain > max(WORTH / 5, CLEAR * error):
+        return [Signal("F38", "measured", says, 0.85, numbers, against=True)]
+    are_sentences = len({tuple(answer) for _, answer in rows}) >= 0.9 * len(rows)  # labels are learned late
+    if gain < min(WORTH / 5, 2 * error) and are_sentences and _has_learned(subject):
+        return [Signal("F38", "measured", says, ONLY_A_DOUBT, numbers, fix="join prompts and answers again, by a key")]
+    return []
+
+
+def _has_learned(subject: Subject) -> bool:
+    """The curve fell by a third: what can be learned without the prompt was."""
+    loss_S = subject.trace.loss_S[np.isfinite(subject.trace.loss_S)] if subject.trace is not None else np.zeros(0)
+    return len(loss_S) >= LEAST_STEPS and float(loss_S[-5:].mean()) < LEARNED * float(loss_S[0])
 
 
 def _judge(found: dict[str, Any], slips: dict[str, Any]) -> list[Signal]:
