@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import tomllib
 import types
 from pathlib import Path
@@ -113,10 +112,11 @@ def test_no_arguments_show_the_help(capsys):
 
 
 def test_help_answers_in_half_a_second():
-    def seconds() -> float:
-        started = time.perf_counter()
+    def seconds() -> float:  # of the processor: another test may have the other half of it
+        before = os.times()
         run("--help")
-        return time.perf_counter() - started
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
 
     assert min(seconds() for _ in range(3)) < 0.5
 
