@@ -21,8 +21,8 @@ from solotune.dataset.pack import in_words
 from solotune.terminal import bytes_in_words, clock, inert, plus_minus, print_choices, print_columns
 
 if TYPE_CHECKING:
-    from solotune.environment import DoctorReport
     from solotune.evaluation import Evaluation
+    from solotune.fitness import DoctorReport
     from solotune.planning import Plan
     from solotune.verbs import DataPreview, RunSummary, ShownRow, TrainResult
     from solotune.verification import Verification
