@@ -1,4 +1,4 @@
-"""The fault campaign: a run is killed, torn, cut from power, refused by the disk and contended for, then resumed.
+"""The fault campaign: a run is killed, torn, cut from power, refused by the disk, contended for, stopped and hung.
 
     python -m bench.faults                       a sample, about a minute
     python -m bench.faults --size full           all of it, about half an hour
@@ -24,10 +24,13 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+from bench.faults_command import Commands, commands
+from bench.faults_hangs import HANGS, OUTPUTS, hangs, outputs, stopped_processes
 from bench.faults_instants import instants
 from bench.faults_power import Disk, states
 from bench.faults_run import KILLED, Result, Workload, after_kill, snapshot
 from bench.faults_starts import contend
+from bench.faults_stops import other_verbs, second_signals, stop_signals, stopped_and_resumed
 from bench.faults_verify import clean_copies, delete, flip, mutations, truncate, zero
 from bench.machine import machine, table
 from solotune.operations import Hook
@@ -38,6 +41,9 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 NEEDS_ROOM = ("open", "write", "mkdir", "fsync")  # what a full disk refuses
 STORAGE_ERROR = 8
 SEED = 0
+DISK = ("kills", "resumes", "rot", "instants", "power", "errors", "starts", "verify")
+PROCESS = ("stop", "verbs", "second", "stopped", "hang", "sigstop", "output")
+Parts = dict[str, list[Callable[[], Result | list[Result]]]]
 
 
 def kills(work: Workload, every: int = 1, resume: bool = False, put_back: Callable[[], None] | None = None) -> Result:
@@ -219,11 +225,10 @@ def damage(work: Workload, count: int, copies: int, seed: int = SEED) -> list[Re
     return results
 
 
-def campaign(work: Workload, size: str, only: set[str], say: Callable[[str], None]) -> list[Result]:
-    """All parts, or those named in `only`."""
-    full = size == "full"
+def disk_parts(work: Workload, full: bool) -> Parts:
+    """What befalls the files of a run."""
     every = 1 if full else 9
-    parts: dict[str, list[Callable[[], Result | list[Result]]]] = {
+    return {
         "kills": [lambda: kills(work, every)],
         "resumes": [lambda: resumes(work, every)],
         "rot": [lambda: rot(work), lambda: lies(work)],
@@ -233,20 +238,37 @@ def campaign(work: Workload, size: str, only: set[str], say: Callable[[str], Non
         "starts": [lambda: starts(work, 100 if full else 2)],
         "verify": [lambda: damage(work, 10_000 if full else 300, 1000 if full else 10)],
     }
-    if unknown := only - set(parts):
-        raise SystemExit(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+
+
+def process_parts(work: Commands, full: bool) -> Parts:
+    """What befalls its process."""
+    return {
+        "stop": [lambda: stop_signals(work, 200 if full else 6, SEED)],
+        "verbs": [lambda: other_verbs(work, 40 if full else 4, SEED)],
+        "second": [lambda: second_signals(work, 50 if full else 1, SEED)],
+        "stopped": [lambda: stopped_and_resumed(work, 20 if full else 1, SEED)],
+        "hang": [lambda: hangs(work, len(HANGS) if full else 1, SEED)],
+        "sigstop": [lambda: stopped_processes(work, 5 if full else 1, SEED)],
+        "output": [lambda: outputs(work, len(OUTPUTS) if full else 1, SEED)],
+    }
+
+
+def campaign(parts: Parts, only: set[str], num_states: Callable[[], int] = lambda: 0) -> list[Result]:
+    """All parts, or those named in `only`; each is said as it ends."""
     results: list[Result] = []
     for name in parts:
         for part in parts[name] if not only or name in only else ():
-            began, before = time.monotonic(), work.num_states
+            began, before = time.monotonic(), num_states()
             found = part()
             for result in found if isinstance(found, list) else [found]:
                 result.seconds = round(time.monotonic() - began, 1)
-                result.num_states = work.num_states - before
+                result.num_states = num_states() - before
                 results.append(result)
-                say(f"{result.part}: {result.injected} injected, {len(result.failures)} bad, {result.seconds} s")
-                for failure in result.failures[:5]:
-                    say(f"  {failure}")
+                note = f"; {result.note}" if result.note else ""
+                text = (
+                    f"{result.part}: {result.injected} injected, {len(result.failures)} bad, {result.seconds} s{note}"
+                )
+                print("\n  ".join([text, *result.failures[:5]]), flush=True)
     return results
 
 
@@ -262,13 +284,20 @@ def main() -> int:
     parser.add_argument("--only", default="", help="parts, with commas between them")
     parser.add_argument("--folder", type=Path, help="where to run (default: a temporary folder)")
     arguments = parser.parse_args()
-    only = {part for part in arguments.only.split(",") if part}
-    place = nullcontext(arguments.folder) if arguments.folder else tempfile.TemporaryDirectory(prefix="faults-")
-    with place as folder:
-        work = Workload(Path(folder).resolve())
-        work.measure()
-        print(f"a run of {work.keys['max_steps']} steps, {len(work.trace)} operations; seed {SEED}", flush=True)
-        results = campaign(work, arguments.size, only, lambda text: print(text, flush=True))
+    only, full = {part for part in arguments.only.split(",") if part}, arguments.size == "full"
+    if unknown := only - {*DISK, *PROCESS}:
+        raise SystemExit(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join((*DISK, *PROCESS))}")
+    results: list[Result] = []
+    if not only or only & set(DISK):
+        place = nullcontext(arguments.folder) if arguments.folder else tempfile.TemporaryDirectory(prefix="faults-")
+        with place as folder:
+            work = Workload(Path(folder).resolve())
+            work.measure()
+            print(f"a run of {work.keys['max_steps']} steps, {len(work.trace)} operations; seed {SEED}", flush=True)
+            results += campaign(disk_parts(work, full), only, lambda: work.num_states)
+    if not only or only & set(PROCESS):
+        with commands() as work:
+            results += campaign(process_parts(work, full), only)
     print("\n" + in_words(results))
     print(
         "\n" + ", ".join(f"{name} {value}" for name, value in machine("torch", "transformers", "safetensors").items())

@@ -15,7 +15,7 @@ import pytest
 
 import solotune
 from solotune import cli, door, errors
-from solotune.environment import Check, DoctorReport
+from solotune.fitness import Check, DoctorReport
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(solotune.__file__).parents[1]), "COLUMNS": "80"}

@@ -15,10 +15,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from solotune import environment
+from solotune import environment, fitness
 from solotune.config import load_config
-from solotune.environment import Machine, device_of, doctor, dtype_of, probe, settle
+from solotune.environment import Machine, device_of, dtype_of, probe, settle
 from solotune.errors import DeviceError, InputError
+from solotune.fitness import doctor
 
 ROOT = Path(__file__).parents[1]
 GIB = 1 << 30
@@ -46,7 +47,7 @@ def gpu(capability: tuple[int, int], name: str = "H100", **changes) -> Machine:
 @pytest.fixture
 def with_compiler(monkeypatch):
     """Whether this machine has a C compiler must not matter."""
-    monkeypatch.setattr(environment, "_check_compiler", lambda: environment.Check("compiler", "ok", "cc, Python.h"))
+    monkeypatch.setattr(environment, "check_compiler", lambda: environment.Check("compiler", "ok", "cc, Python.h"))
 
 
 def config(**values):
@@ -354,7 +355,7 @@ def test_gpu_with_and_without_bfloat16(facts, monkeypatch):
 def test_what_triton_needs(facts, monkeypatch, tmp_path):
     facts.update(H100)
     versions = {"triton": "3.5.0"}
-    monkeypatch.setattr(environment, "_version", versions.get)
+    monkeypatch.setattr(environment, "installed_version", versions.get)
     monkeypatch.setenv("CC", "none")
     monkeypatch.setattr(environment.shutil, "which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
     monkeypatch.setattr(environment.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
@@ -393,12 +394,12 @@ def test_bitsandbytes_that_computes_nonsense(monkeypatch):
 
 
 def test_nf4_is_as_exact_as_it_can_be():
-    assert 0.14 < environment._nf4_error("cpu") <= environment.NF4_MAX_ERROR
+    assert 0.14 < fitness._nf4_error("cpu") <= fitness.NF4_MAX_ERROR
 
 
 def installed(monkeypatch, versions: dict[str, str], requires: dict[str, list[str]]) -> None:
-    monkeypatch.setattr(environment, "_version", versions.get)
-    monkeypatch.setattr(environment, "_requires", lambda name: requires.get(name, []))
+    monkeypatch.setattr(environment, "installed_version", versions.get)
+    monkeypatch.setattr(fitness, "_requires", lambda name: requires.get(name, []))
 
 
 def test_a_clash_two_levels_down_is_named(monkeypatch):
@@ -428,8 +429,8 @@ def test_old_and_missing_packages_each_have_a_line(monkeypatch):
 
 def test_floors_are_those_of_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(environment.NEEDS) <= set(project["dependencies"])
-    low, high = environment.PYTHONS
+    assert set(fitness.NEEDS) <= set(project["dependencies"])
+    low, high = fitness.PYTHONS
     assert project["requires-python"] == f">={low[0]}.{low[1]},<{high[0]}.{high[1] + 1}"
 
 
@@ -473,15 +474,15 @@ def test_offline_is_said(monkeypatch):
     ],
 )
 def test_versions_with_known_holes_fail(package, version, words, monkeypatch):
-    real = environment._version
-    monkeypatch.setattr(environment, "_version", lambda name: version if name == package else real(name))
+    real = environment.installed_version
+    monkeypatch.setattr(environment, "installed_version", lambda name: version if name == package else real(name))
     ((status, found, fix),) = checks("safe versions")
     assert (status, found.startswith(words)) == ("fail", True), found
-    assert fix == f"pip install --upgrade '{package}>={environment.FLOORS[package][0]}'"
+    assert fix == f"pip install --upgrade '{package}>={fitness.FLOORS[package][0]}'"
 
 
 def test_the_floors_themselves_are_safe_and_all_that_are_below_are_named(monkeypatch):
-    monkeypatch.setattr(environment, "_version", lambda name: environment.FLOORS.get(name, ("99",))[0])
+    monkeypatch.setattr(environment, "installed_version", lambda name: fitness.FLOORS.get(name, ("99",))[0])
     assert checks("safe versions")[0][0] == "ok"
-    monkeypatch.setattr(environment, "_version", lambda name: "0.1")
-    assert [status for status, *_ in checks("safe versions")] == ["fail"] * len(environment.FLOORS)
+    monkeypatch.setattr(environment, "installed_version", lambda name: "0.1")
+    assert [status for status, *_ in checks("safe versions")] == ["fail"] * len(fitness.FLOORS)

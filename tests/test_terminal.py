@@ -14,8 +14,8 @@ from rich.console import Console
 from solotune import printing, terminal
 from solotune.config import Choice
 from solotune.dataset.pack import account
-from solotune.environment import Check, DoctorReport
 from solotune.evaluation import Evaluation, Sample, Score
+from solotune.fitness import Check, DoctorReport
 from solotune.terminal import LiveDisplay, Meter, PlainDisplay, SilentDisplay, make_console, make_display
 from solotune.training import StepMetrics
 from solotune.verbs import RunSummary, ShownRow

@@ -11,8 +11,6 @@ Behind this door the values are trusted. What it does not do: look at the machin
 (`optim` without CUDA, bf16 on an old CPU) are settled in `environment.settle`, each with its reason.
 
 (The file is long because a key's type, default, help, section and the words for its mistakes belong together.)
-
-YAML is read as version 1.2 (`2e-4` is a number, `on` is a word), duplicate keys are refused.
 """
 
 from __future__ import annotations
@@ -37,12 +35,11 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, DocumentStartEvent
 
 from solotune.errors import InputError
 from solotune.foreign_keys import FOREIGN_KEYS, REFUSED_KEYS
 from solotune.secrets import HIDDEN, is_secret, is_secret_name, without_secrets
+from solotune.yaml_text import parse, plain, read_mapping
 
 PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]  # beyond it is a slip of the finger, or an attack
 
@@ -57,8 +54,6 @@ def _short(text: str) -> str:
 Text = Annotated[str, AfterValidator(_short)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 BUDGET_SIZE = r"\s*(?=.*[1-9])([0-9]*\.?[0-9]+)\s*(GiB|GB|MiB|MB)\s*"  # 24GiB, 9.5 GiB, 24GB
-MAX_CONFIG_BYTES = 1 << 20  # a config is a page of text; anything larger is the wrong file
-MAX_CONFIG_DEPTH = 4
 MAX_SHOWN = 400  # of a wrong value
 
 COLUMNS = (
@@ -382,7 +377,7 @@ def load_config(source: str | Path | Mapping[str, Any] | RunConfig, overrides: I
         values, sources, name = dict(source), dict.fromkeys(source, "python"), "run"
     else:
         path = Path(os.path.expanduser(source))
-        values, sources = _read_file(path)
+        values, sources = read_mapping(path)
         name = path.stem
     for text in overrides:
         key, equals, raw = text.partition("=")
@@ -393,7 +388,7 @@ def load_config(source: str | Path | Mapping[str, Any] | RunConfig, overrides: I
                 seen=without_secrets(text),
                 allowed="learning_rate=1e-4",
             )
-        values[key], sources[key] = _plain(_yaml(raw, f"command line, {key}")), "command line"
+        values[key], sources[key] = plain(parse(raw, f"command line, {key}")), "command line"
     _refuse_secrets(values, sources)
     _take_alias(values, sources)
     _fill_in(values, sources)
@@ -403,90 +398,6 @@ def load_config(source: str | Path | Mapping[str, Any] | RunConfig, overrides: I
         raise _explained(error, values, sources) from None
     config._sources, config._name = sources, name
     return config
-
-
-def _yaml(text: str, where: str) -> Any:
-    """The parsed text; a mapping keeps ruamel's `.lc`, which knows each key's line."""
-    try:
-        _refuse_yaml_tricks(text, where)
-        return YAML(typ="rt").load(io.StringIO(text))
-    except MarkedYAMLError as error:
-        mark = error.problem_mark
-        line = f" line {mark.line + 1}" if mark is not None and "\n" in text else ""
-        raise InputError(f"{where}{line}: not valid YAML", seen=error.problem, change="mend the syntax") from None
-    except (YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{where}: not valid YAML", seen=str(error).split("\n")[0]) from None
-
-
-def _refuse_yaml_tricks(text: str, where: str) -> None:
-    """YAML can name Python objects, grow without bound through aliases, nest deeply, change its own rules.
-
-    Raises:
-        InputError: the text does any of it; a config needs none.
-    """
-    depth = documents = 0
-    for event in YAML(typ="rt", pure=True).parse(io.StringIO(text)):
-        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
-        documents += isinstance(event, DocumentStartEvent)
-        tag = getattr(event, "tag", None)
-        trick = None
-        if isinstance(event, AliasEvent) or getattr(event, "anchor", None):
-            trick = "anchors and aliases are not used in a config"
-        elif tag is not None:
-            trick = f"tags such as {tag} are not used in a config"
-        elif depth > MAX_CONFIG_DEPTH:
-            trick = f"nested more than {MAX_CONFIG_DEPTH} deep"
-        elif documents > 1:
-            trick = "a second document begins"
-        elif isinstance(event, DocumentStartEvent) and (event.version or event.tags):
-            trick = "a directive (%YAML, %TAG) changes how it is read"
-        if trick is not None:
-            line = f" line {event.start_mark.line + 1}" if "\n" in text else ""
-            raise InputError(f"{where}{line}: {trick}", change="write the value out")
-
-
-def _plain(node: Any) -> Any:
-    """ruamel's annotated containers and scalars as plain Python values."""
-    if isinstance(node, Mapping):
-        return {key: _plain(value) for key, value in node.items()}
-    if isinstance(node, (list, tuple)):
-        return [_plain(item) for item in node]
-    for kind in (bool, int, float, str):
-        if isinstance(node, kind):
-            return kind(node)
-    return node
-
-
-def _on_one_line(name: str) -> str:
-    """A file's name as it may stand in a comment of the saved config: a line break in it would begin a key there."""
-    return name if name.isprintable() else ascii(name)
-
-
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    example = "solotune init MODEL DATA writes one to start from"
-    if not os.path.isfile(path):  # Path.is_file raises on a name that is too long
-        what = "is a folder, not a config file" if os.path.isdir(path) else "no such config file"
-        raise InputError(f"{path}: {what}", seen=f"looked in {Path.cwd()}", change=example)
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise InputError(f"{path}: too large for a config", seen=f"{path.stat().st_size:,} bytes", allowed="1 MiB")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read", seen=error.strerror) from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text", seen=f"byte {error.start}: {error.reason}") from None
-    loaded = _yaml(text, str(path))
-    if not isinstance(loaded, Mapping):
-        raise InputError(
-            f"{path}: a config is lines of `key: value`",
-            seen="a list" if isinstance(loaded, list) else loaded if loaded else "empty",
-            change=example,
-        )
-    values, sources, line_of = {}, {}, loaded.lc.key  # type: ignore[attr-defined]
-    for key, value in loaded.items():
-        values[str(key)] = _plain(value)
-        sources[str(key)] = f"{_on_one_line(path.name)} line {line_of(key)[0] + 1}"
-    return values, sources
 
 
 def _refuse_secrets(values: Mapping[str, Any], sources: Mapping[str, str]) -> None:

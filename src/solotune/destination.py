@@ -1,4 +1,4 @@
-"""May a run be written there? Asked before anything is spent on it; nothing is made or changed for the answer.
+"""Is this a place for a run? Asked before anything is spent on it; nothing is made or changed for the answer.
 
 A run directory is new, empty, or a run's own. Not a link, for whoever planted it decides what is overwritten; not a
 folder with other things in it, nor the base model; and in a run that is resumed no link stands where a file will be
@@ -12,9 +12,9 @@ import stat
 from pathlib import Path
 
 from solotune.config import RunConfig
-from solotune.errors import CheckError, DirectoryInUseError, InputError
+from solotune.errors import DirectoryInUseError, InputError
 from solotune.manifest import MANIFEST
-from solotune.record import FINGERPRINTS, LOG, METRICS, STACKS, nearest_folder
+from solotune.record import FINGERPRINTS, LOG, METRICS, STACKS
 
 OF_A_RUN = {
     "config.yaml", "environment.json", "plan.json", "data.json", "split.json", "evaluation.json", "diagnosis.json",
@@ -28,7 +28,6 @@ def check_destination(config: RunConfig) -> None:
     Raises:
         InputError: no path that can be, a link, or the base model's folder.
         DirectoryInUseError: a folder with other things than a run in it.
-        CheckError: it cannot be written.
     """
     path = Path(os.path.expanduser(config.output_dir or "runs"))
     where = f"{config.source_of('output_dir')}, output_dir"
@@ -43,11 +42,6 @@ def check_destination(config: RunConfig) -> None:
     real, model = Path(os.path.realpath(path)), os.path.realpath(os.path.expanduser(config.model_name_or_path))
     if os.path.isdir(model) and real.is_relative_to(model):
         raise InputError(f"{where}: inside the base model's folder", seen=str(path), change="another output_dir")
-    folder = nearest_folder(path)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise CheckError(
-            f"{where}: cannot be written", seen=str(folder), change="another output_dir, or its permissions"
-        )
 
 
 def _check_present(where: str, path: Path, mode: int) -> None:

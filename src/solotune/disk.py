@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from solotune import checkpoint
+from solotune import checkpoint, lora
 from solotune.config import RunConfig
 from solotune.dataset import Prepared
 from solotune.errors import CheckError
@@ -58,7 +58,10 @@ def need_of(config: RunConfig, model: TrainableModel, prepared: Prepared, tokeni
     every = config.every("save", schedule.steps_per_epoch)
     saves = math.ceil(schedule.total_steps / every) if every else 0
     most = saves if config.save_total_limit is None else min(saves, config.save_total_limit + 1)
-    adapter = [_tensor_file_bytes(_adapter_sizes(model)), 2048]
+    adapter = [
+        _tensor_file_bytes({key: 4 * part.numel() for key, part in lora.parameters(model.adapted).items()}),
+        2048,
+    ]
     state = 2048 + len(json.dumps(config.model_dump(), indent=2))
     files = [*adapter, _tensor_file_bytes(_optimizer_sizes(config, model)), _random_bytes(), state]
     rows = len(prepared.train) + len(prepared.validation)
@@ -111,14 +114,6 @@ def free_bytes(folder: Path) -> int:
 
 def block_bytes(folder: Path) -> int:
     return os.statvfs(folder).f_frsize
-
-
-def _adapter_sizes(model: TrainableModel) -> dict[str, int]:
-    return {
-        f"base_model.model.{name}.{part}.weight": 4 * getattr(layer, part).numel()
-        for name, layer in model.adapted.items()
-        for part in ("lora_A", "lora_B")
-    }
 
 
 def _optimizer_sizes(config: RunConfig, model: TrainableModel) -> dict[str, int]:

@@ -30,6 +30,7 @@ import click
 from solotune import __version__, signals, watchdog
 from solotune.errors import EXIT_CODES, CheckError, SolotuneError, StorageError
 from solotune.secrets import without_secrets
+from solotune.storage import append_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -212,11 +213,10 @@ def _write_crash(error: Exception, arguments: Sequence[str]) -> Path:
     text = f"solotune {__version__}, Python {sys.version.split()[0]}\n" + "".join(traceback.format_exception(error))
     text = without_secrets(text)
     for folder in (getattr(error, "run_dir", None), *arguments[1:2]):
-        with contextlib.suppress(OSError, TypeError, ValueError):
+        with contextlib.suppress(StorageError, OSError, TypeError, ValueError):
             if (Path(folder) / "config.yaml").is_file():  # type: ignore[arg-type]
-                with open(Path(folder) / "log.txt", "a", encoding="utf-8") as file:  # type: ignore[arg-type]
-                    file.write(text)
-                return Path(file.name)
+                append_line(log := Path(folder) / "log.txt", text)  # type: ignore[arg-type]
+                return log
     stamp = time.strftime("%Y%m%d-%H%M%S")
     handle, name = tempfile.mkstemp(prefix=f"solotune-crash-{stamp}-", suffix=".log")
     with os.fdopen(handle, "w", encoding="utf-8") as file:

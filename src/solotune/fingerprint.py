@@ -17,18 +17,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from solotune.config import RunConfig
-from solotune.errors import InputError, IntegrityError
+from solotune.errors import IntegrityError
+from solotune.header import read_header
 from solotune.hub import model_folder
+from solotune.model_files import contained, json_object
 from solotune.weights import weight_files
 
 SAMPLES, SAMPLE_BYTES = 4, 16 << 10
-MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
 NOT_THE_MODEL = ("_name_or_path", "transformers_version")  # keys of config.json
 WORDS = {"config": "its config.json", "tensors": "its tensors' names or shapes", "content": "its weights"}
 
@@ -44,44 +43,25 @@ def base_fingerprint(config: RunConfig) -> dict[str, str]:
 
 def fingerprint_of(folder: Path) -> dict[str, str]:
     """Of a model folder."""
-    path = folder / "config.json"
-    try:
-        architecture = json.loads(path.read_text(encoding="utf-8"))
-        kept = {key: value for key, value in architecture.items() if key not in NOT_THE_MODEL}
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: cannot be read as a model's config", seen=str(error)) from None
+    architecture = json_object(contained(folder, "config.json"))
+    kept = {key: value for key, value in architecture.items() if key not in NOT_THE_MODEL}
     tensors, content = hashlib.sha256(), hashlib.sha256()
-    for file in weight_files(folder):
-        try:
-            _add_file(file, tensors, content)
-        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-            raise InputError(f"{file}: not a readable safetensors file", seen=str(error)) from None
+    for path in weight_files(folder):
+        entries = read_header(path)
+        with path.open("rb") as file:
+            for name in sorted(entries):
+                entry = entries[name]
+                tensors.update(f"{name} {entry.dtype} {entry.shape}\n".encode())
+                room = max(0, entry.end - entry.begin - SAMPLE_BYTES)
+                for offset in sorted({room * number // (SAMPLES - 1) for number in range(SAMPLES)}):
+                    wanted = min(SAMPLE_BYTES, entry.end - entry.begin)
+                    content.update(os.pread(file.fileno(), wanted, entry.begin + offset))
     said = json.dumps(kept, sort_keys=True).encode()
     return {
         "config": hashlib.sha256(said).hexdigest(),
         "tensors": tensors.hexdigest(),
         "content": content.hexdigest(),
     }
-
-
-def _add_file(path: Path, tensors: Any, content: Any) -> None:
-    """Adds the tensors of one safetensors file: 8 bytes of header length, the header, the data."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > MAX_HEADER_BYTES:
-            raise ValueError(f"a header of {length:,} bytes")
-        header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        for name in sorted(header):
-            begin, end = header[name]["data_offsets"]
-            tensors.update(f"{name} {header[name]['dtype']} {header[name]['shape']}\n".encode())
-            room = max(0, end - begin - SAMPLE_BYTES)
-            for offset in sorted({room * number // (SAMPLES - 1) for number in range(SAMPLES)}):
-                wanted = min(SAMPLE_BYTES, end - begin)
-                stretch = os.pread(file.fileno(), wanted, 8 + length + begin + offset)
-                if len(stretch) < wanted:
-                    raise ValueError(f"the file ends within {name}")
-                content.update(stretch)
 
 
 def check_base(recorded: Mapping[str, str] | None, found: Mapping[str, str], where: str) -> None:

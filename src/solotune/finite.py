@@ -30,6 +30,7 @@ from solotune import checkpoint, lora
 from solotune.batch import Batch, collate
 from solotune.errors import NonFiniteError
 from solotune.model import TrainableModel
+from solotune.passes import accumulate
 
 LARGEST = 1e30  # a loss or a norm beyond it is an overflow on its way
 NUM_NAMED = 3
@@ -135,16 +136,13 @@ def _run_again(
     """Whether the step is sound this time, and else the adapters whose gradients are not."""
     checkpoint.restore_random(random)
     total_weight = sum(batch.total_weight for batch in micro_batches)
-    losses = []
+    sums_2 = torch.zeros(2, device=model.device)
     for number, batch in enumerate(micro_batches):
         lora.seed_dropout(model.adapted, *dropout_seed, number)
-        losses_N, _ = model.token_losses(batch)
-        loss = batch.weighted(losses_N).sum() / total_weight
-        loss.backward()
-        losses.append(loss.detach())
+        accumulate(model, batch, total_weight, sums_2)
     assert model.joined.grad is not None
     in_gradients = [name for name, part in _adapters(model) if part.grad is not None and not _is_sound(part.grad)]
-    figures = torch.stack([*losses, torch.linalg.vector_norm(model.joined.grad)]).tolist()
+    figures = torch.stack([sums_2[0] / total_weight, torch.linalg.vector_norm(model.joined.grad)]).tolist()
     return all_sound(figures), [f"gradient of {name}" for name in in_gradients]
 
 

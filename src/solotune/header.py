@@ -6,7 +6,7 @@
 
 Why not the library's own checks: they come one file at a time, without the name of the tensor, when the file is mapped.
 Read here, all files of a model are known in milliseconds, so that a damaged one is refused before memory is taken, and
-in the user's words. The format has no checksum: see `weights.fingerprint` for what can be compared instead.
+in the user's words. The format has no checksum: see `fingerprint.py` for what can be compared instead.
 """
 
 from __future__ import annotations

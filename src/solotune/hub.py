@@ -62,7 +62,8 @@ def tokenizer_folder(name: str, revision: str) -> Path:
     wanted = [*(pattern for pattern in FILES if pattern != "*.safetensors"), TEMPLATES]
     unwanted = ["*.safetensors.index.json", "original/*", "consolidated*"]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
+        with watchdog.paused():
+            return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
     except GatedRepoError:
         raise OSError("the model is gated: access must be granted first") from None
     except (RepositoryNotFoundError, HFValidationError):

@@ -211,13 +211,18 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer.enabled = True
 
 
-def state_dict(adapted: Mapping[str, LoraLinear]) -> dict[str, torch.Tensor]:
-    """The adapter under PEFT's key names, float32 on the CPU."""
+def parameters(adapted: Mapping[str, LoraLinear]) -> dict[str, nn.Parameter]:
+    """PEFT's key name -> the parameter."""
     return {
-        f"base_model.model.{name}.{part}.weight": getattr(layer, part).detach().cpu().contiguous()
+        f"base_model.model.{name}.{part}.weight": getattr(layer, part)
         for name, layer in adapted.items()
         for part in ("lora_A", "lora_B")
     }
+
+
+def state_dict(adapted: Mapping[str, LoraLinear]) -> dict[str, torch.Tensor]:
+    """The adapter under PEFT's key names, float32 on the CPU."""
+    return {key: part.detach().cpu().contiguous() for key, part in parameters(adapted).items()}
 
 
 def load_state_dict(adapted: Mapping[str, LoraLinear], tensors: Mapping[str, torch.Tensor], where: str) -> None:
@@ -226,23 +231,21 @@ def load_state_dict(adapted: Mapping[str, LoraLinear], tensors: Mapping[str, tor
     Raises:
         InputError: a missing or extra key, or another shape: the file belongs to another model or config.
     """
-    expected = {key: tensor.shape for key, tensor in state_dict(adapted).items()}
+    expected = parameters(adapted)
     for key in sorted(expected.keys() ^ tensors.keys()):
         raise InputError(
             f"{where}: the adapter does not fit this model and config",
             seen=f"{key} is {'missing' if key in expected else 'unknown'}",
             allowed=f"{len(expected)} tensors such as {next(iter(expected), 'none')}",
         )
-    for name, layer in adapted.items():
-        for part in ("lora_A", "lora_B"):
-            key = f"base_model.model.{name}.{part}.weight"
-            if tensors[key].shape != expected[key]:
-                raise InputError(
-                    f"{where}: the adapter does not fit this model and config",
-                    seen=f"{key} has shape {tuple(tensors[key].shape)}",
-                    allowed=f"shape {tuple(expected[key])}",
-                )
-            getattr(layer, part).data.copy_(tensors[key])
+    for key, part in expected.items():
+        if tensors[key].shape != part.shape:
+            raise InputError(
+                f"{where}: the adapter does not fit this model and config",
+                seen=f"{key} has shape {tuple(tensors[key].shape)}",
+                allowed=f"shape {tuple(part.shape)}",
+            )
+        part.data.copy_(tensors[key])
 
 
 def peft_config(config: RunConfig, adapted: Mapping[str, LoraLinear], model: nn.Module) -> str:

@@ -187,7 +187,7 @@ def empty_model(
         return _built_empty(architecture, folder, "eager", dtype, device), "eager"
 
 
-def check_folder(config: RunConfig) -> None:
+def check_model(config: RunConfig) -> None:
     """Says what speaks against a local model folder before anything is spent on it; a hub id is not downloaded for it.
 
     Raises:

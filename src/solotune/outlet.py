@@ -58,8 +58,3 @@ def outlet(display: Display) -> Display:
 def stage_of(display: Display) -> str:
     """What a run was at, by what its outlet showed last."""
     return cast(_Outlet, display).stage
-
-
-def failure_of(display: Display) -> str | None:
-    """Why an outlet fell silent."""
-    return cast(_Outlet, display).failure

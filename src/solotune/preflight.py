@@ -34,7 +34,7 @@ from solotune.errors import CheckError
 from solotune.model import TrainableModel
 from solotune.passes import Passes
 from solotune.planning import in_gib
-from solotune.storage import storage_errors
+from solotune.storage import PREFLIGHT, storage_errors
 
 # Of its length. Rounding differs between the two, and grows with depth: 2 layers of fp8 have 0.08; a lost path is 0.9.
 LARGEST_GRADIENT_ERROR = 0.5
@@ -150,7 +150,7 @@ def _step(passes: Passes, batch: Batch, config: RunConfig, folder: Path | None) 
     training.train_step(model, [batch], spare, config.max_grad_norm, passes=passes)
     optimizer_bytes = training.allocated_bytes(model.device) - before
     if folder is not None:
-        with storage_errors(folder), tempfile.TemporaryDirectory(prefix=".preflight-", dir=folder) as scratch:
+        with storage_errors(folder), tempfile.TemporaryDirectory(prefix=PREFLIGHT, dir=folder) as scratch:
             checkpoint.save(Path(scratch), 0, lora.state_dict(model.adapted), "{}", spare, {})
     return optimizer_bytes
 

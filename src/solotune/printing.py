@@ -23,8 +23,8 @@ from solotune.terminal import bytes_in_words, clock, inert, plus_minus, print_ch
 
 if TYPE_CHECKING:
     from solotune.diagnosis.evidence import Diagnosis
-    from solotune.environment import DoctorReport
     from solotune.evaluation import Evaluation
+    from solotune.fitness import DoctorReport
     from solotune.planning import Plan
     from solotune.verbs import DataPreview, RunSummary, ShownRow, TrainResult
     from solotune.verification import Verification

@@ -288,13 +288,13 @@ def summarised(run: RunDirectory) -> RunSummary:
         path=run.path,
         status="finished" if finished else "running" if run.is_locked() else "unfinished",
         steps=steps[-1]["step"] if steps else 0,
-        total_steps=steps[-1]["total_steps"] if steps else None,
-        train_loss=steps[-1]["loss"] if steps else None,
+        total_steps=steps[-1].get("total_steps") if steps else None,
+        train_loss=steps[-1].get("loss") if steps else None,
         base_loss=found["base"]["loss"] if found else None,
         tuned_loss=found["tuned"]["loss"] if found else None,
         exact_match=found["scores"]["exact_match"]["tuned"] if found else None,
         tokens_per_second=usual_step(events)["tokens_per_second"],
-        peak_bytes=max((step["peak_bytes"] for step in steps), default=None),
+        peak_bytes=max((step["peak_bytes"] for step in steps if "peak_bytes" in step), default=None),
     )
 
 

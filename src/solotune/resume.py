@@ -44,7 +44,8 @@ _COMPARED_BY_CONTENT = {
     "chat_template_path", "overflow", "assistant_only_loss", "train_on_last_turn",
 }  # fmt: skip
 _INEXACT = {
-    "gradient_checkpointing", "activation_offload", "base_residency", "torch_compile", "attn_implementation", "use_cpu",
+    "gradient_checkpointing", "activation_offload", "base_residency", "torch_compile", "cuda_graphs",
+    "attn_implementation", "use_cpu",
 }  # fmt: skip
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")  # frozen in their product, else inexact
 
@@ -176,10 +177,13 @@ def recorded_day(config: RunConfig, resume: bool) -> date | None:
     """The date that the run to continue was rendered on; None where none is continued."""
     if config.resume_from_checkpoint:
         return day_of(Path(config.resume_from_checkpoint).expanduser().parents[1])  # RUN/checkpoints/step-000050
-    if not resume:
-        return None
-    run = RunDirectory(Path(config.output_dir).expanduser()) if config.output_dir else latest_run_of(config)
+    run = continued(config) if resume else None
     return day_of(run.path) if run else None
+
+
+def continued(config: RunConfig) -> RunDirectory | None:
+    """The run that `--resume` goes on with: that of `output_dir`, or else the newest of this config."""
+    return RunDirectory(Path(config.output_dir).expanduser()) if config.output_dir else latest_run_of(config)
 
 
 def day_of(run: Path) -> date | None:

@@ -39,8 +39,9 @@ if TYPE_CHECKING:
     from solotune.diagnosis.evidence import Diagnosis
     from solotune.diagnosis.explanation import Explanation
     from solotune.diagnosis.subject import Subject
-    from solotune.environment import DoctorReport, Machine
+    from solotune.environment import Machine
     from solotune.evaluation import Evaluation
+    from solotune.fitness import DoctorReport
     from solotune.model import TrainableModel
     from solotune.planning import Plan
     from solotune.preflight import Preflight
@@ -53,9 +54,9 @@ ConfigSource = str | Path | Mapping[str, Any] | RunConfig
 
 def doctor() -> DoctorReport:
     """Checks the machine: versions, CUDA, bitsandbytes, memory, disk; each finding with its fix."""
-    from solotune import environment
+    from solotune import fitness
 
-    return environment.doctor()
+    return fitness.doctor()
 
 
 def init(model: str, dataset: str, path: str | Path = "solotune.yaml", force: bool = False) -> Path:
@@ -200,10 +201,10 @@ def train(
     Raises:
         SolotuneError: see `solotune.errors`; each kind has its exit code.
     """
-    from solotune import environment, signals
+    from solotune import fitness, signals
 
     checked = load_config(config, overrides)
-    environment.require_torch()
+    fitness.require_torch()
     heard = outlet(display or SilentDisplay())
     with signals.heeded():
         try:
@@ -291,23 +292,23 @@ class _Ready:
 
 def _get_ready(config: RunConfig, resume: bool, display: Display) -> _Ready:
     """Settles, reads, plans, loads, tries: everything that may refuse a run, in the order of what it costs to ask."""
-    from solotune import dataset, disk, environment, watchdog
+    from solotune import checkpoint, dataset, disk, fitness, watchdog
     from solotune.device_failure import device_errors
     from solotune.diagnosis import own
-    from solotune.model import check_folder
+    from solotune.model import check_model
     from solotune.preflight import preflight
-    from solotune.resume import recorded_day
+    from solotune.resume import continued, recorded_day
     from solotune.survey import plan_for
     from solotune.tuned import load_base, settle
 
     checked, machine, choices = settle(config)
-    environment.require_fit(checked, machine)
+    fitness.require_fit(checked, machine)
     check_destination(checked)
     if not resume:
         RunDirectory.refuse_occupied(checked)
     folder = nearest_folder(checked.output_dir or "runs")
     disk.require_writable(folder)
-    check_folder(checked)
+    check_model(checked)
     tokenizer = dataset.load_tokenizer(checked)
     display.phase("reading data")
     prepared = _prepare(checked, tokenizer, display, recorded_day(checked, resume))
@@ -321,7 +322,8 @@ def _get_ready(config: RunConfig, resume: bool, display: Display) -> _Ready:
     watchdog.expect(planned.option.seconds.first_step)
     display.phase("loading model")
     model = load_base(checked, machine)
-    existing = len(list(folder.glob("checkpoints/step-*"))) if resume else 0
+    before = continued(checked) if resume else None
+    existing = len(checkpoint.numbered(before.checkpoints)) if before else 0
     disk.require_room(disk.need_of(checked, model, prepared, tokenizer, existing, disk.block_bytes(folder)), folder)
     tried = None
     if checked.preflight is True or (checked.preflight == "auto" and model.device.type == "cuda"):

@@ -110,12 +110,8 @@ def _sealed(run: RunDirectory) -> Iterator[Problem]:
             yield from _within(folder, check_folder(run.path / folder))
     for name in unknown(run.path, entries):
         inside = any(name.startswith(f"{folder}/") for folder in folders)
-        if not inside and name != LOCK and UNUSED not in name and not _leads(name, entries):
+        if not inside and name != LOCK and UNUSED not in name:
             yield Problem(name, "does not belong here: no manifest names it")
-
-
-def _leads(name: str, entries: dict[str, Any]) -> bool:
-    return any(entry.startswith(f"{name}/") for entry in entries)
 
 
 def _unsealed(run: RunDirectory) -> Iterator[Problem]:

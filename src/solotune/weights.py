@@ -8,7 +8,6 @@ through transformers' own loader, with its gaps refused.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,6 @@ from solotune.model_files import check_regular, contained, json_object
 
 FLOATS = ("F32", "F16", "BF16", "F64")
 COMPUTED = r"rotary_emb\.inv_freq$"  # tables that old checkpoints hold and every model computes itself
-SAMPLE_BYTES = 1 << 12
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -188,28 +186,6 @@ def check_finite(where: str, name: str, tensor: torch.Tensor) -> None:
             seen=f"{bad:,} of {tensor.numel():,} numbers are NaN or infinite",
             change="download the folder again, or name another model",
         )
-
-
-def fingerprint(folder: Path) -> str:
-    """What tells one base from another: config.json, every header, and both ends of every tensor, hashed.
-
-    Training changes nearly every number of a tensor, so another model, revision or layer is told by reading 8 KB of
-    each tensor, some MB instead of 16 GB for an 8B model. A single flipped bit inside a tensor is not: the format has
-    no checksum, and hashing all of it would take longer than loading.
-
-    Raises:
-        InputError: as `weight_files` and `read_header`.
-    """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in weight_files(folder):
-        header = read_header(path)
-        with open(path, "rb") as file:
-            for name, entry in header.items():
-                digest.update(repr((name, entry.dtype, entry.shape)).encode())
-                for place in (entry.begin, max(entry.begin, entry.end - SAMPLE_BYTES)):
-                    file.seek(place)
-                    digest.update(file.read(min(SAMPLE_BYTES, entry.end - place)))
-    return digest.hexdigest()
 
 
 def load_with_transformers(folder: Path, attention: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -67,7 +67,7 @@ MUTANTS = [
     Mutant("metrics are not cut back", "killed_after_a_save", [
         Edit("record:RunDirectory.go_back", "storage.cut_back(", "(lambda *_: None)(")]),
     Mutant("the adapter is not restored", "killed_after_a_save", [
-        Edit("lora:load_state_dict", "getattr(layer, part).data.copy_(tensors[key])", "pass")]),
+        Edit("lora:load_state_dict", "part.data.copy_(tensors[key])", "pass")]),
     Mutant("the optimizer is not restored", "killed_after_a_save", [
         Edit("checkpoint:restore_optimizer", "state: dict[int, dict[str, Any]] = {}", "return\n    state = {}")]),
     Mutant("the optimizer's step is not restored", "killed_after_a_save", [

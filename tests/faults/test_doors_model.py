@@ -24,6 +24,7 @@ from tiny import FAMILIES, chat_rows, save_tokenizer
 from solotune import cli, weights
 from solotune.architecture import read_architecture
 from solotune.errors import InputError
+from solotune.fingerprint import fingerprint_of
 from tests.dataset.conftest import peak_kib
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -329,12 +330,12 @@ def test_60_a_rank_above_the_models_sizes(at_door: AtDoor) -> None:
 
 def test_78_a_flipped_bit_is_told_where_a_fingerprint_reaches(at_door: AtDoor) -> None:
     """safetensors has no checksum: a bit inside a tensor changes nothing that is known; other weights do."""
-    before = weights.fingerprint(Path("model"))
-    assert before == weights.fingerprint(Path("model"))
+    before = fingerprint_of(Path("model"))
+    assert before == fingerprint_of(Path("model"))
     for change in (config(rms_norm_eps=1e-3), tensors(lambda h: h.update({Q: h[Q] * 1.001}))):
         shutil.copytree("model", "other")
         change(Path("other"))
-        assert weights.fingerprint(Path("other")) != before
+        assert fingerprint_of(Path("other")) != before
         shutil.rmtree("other")
 
 

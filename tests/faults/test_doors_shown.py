@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from solotune import cli, environment, verbs
+from solotune import cli, environment, fitness, verbs
 from solotune.secrets import is_secret, without_secrets
 from solotune.terminal import inert, make_console
 from tests.dataset.conftest import door, model_folders  # noqa: F401
@@ -168,4 +168,4 @@ def test_local_files_need_no_network(door: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     Path("a.jsonl").write_text('{"text": "abc"}\n{"text": "abd"}\n')
     assert door("a.jsonl").code in (0, 3)
-    assert environment.doctor().checks
+    assert fitness.doctor().checks

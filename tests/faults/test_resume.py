@@ -206,6 +206,7 @@ def test_every_key_has_its_class():
         "activation_offload",
         "base_residency",
         "torch_compile",
+        "cuda_graphs",
         "attn_implementation",
         "use_cpu",
     }

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny import chat_rows
 
 import solotune
-from solotune import checkpoint, disk, environment, verbs
+from solotune import checkpoint, disk, environment, fitness, verbs
 from solotune.config import load_config
 from solotune.errors import CheckError
 from solotune.terminal import SilentDisplay
@@ -118,7 +118,7 @@ def test_bitsandbytes_that_does_not_work_is_told_before_anything_is_read(chat_co
     def broken(device):
         raise ImportError("libcudart.so.12: cannot open shared object file")
 
-    monkeypatch.setattr(environment, "_nf4_error", broken)
+    monkeypatch.setattr(fitness, "_nf4_error", broken)
     (tmp_path / "chats.jsonl").unlink()
     with pytest.raises(CheckError, match=r"bitsandbytes: NF4 does not work on cpu: ImportError: libcudart") as caught:
         solotune.train(chat_config)
@@ -126,9 +126,9 @@ def test_bitsandbytes_that_does_not_work_is_told_before_anything_is_read(chat_co
 
 
 def test_a_run_that_needs_no_bitsandbytes_does_not_ask_for_it(chat_config, monkeypatch):
-    monkeypatch.setattr(environment, "_nf4_error", lambda device: pytest.fail("asked"))
+    monkeypatch.setattr(fitness, "_nf4_error", lambda device: pytest.fail("asked"))
     config = load_config({**chat_config, "base_precision": "bf16", "optim": "adamw_torch"})
-    environment.require_fit(config, environment.probe())
+    fitness.require_fit(config, environment.probe())
 
 
 @pytest.mark.parametrize(("value", "use_cpu", "refused"), [("", False, True), ("", True, False), (None, False, False)])
@@ -142,10 +142,10 @@ def test_a_hidden_gpu_is_not_passed_over(chat_config, monkeypatch, value, use_cp
     config = load_config({**chat_config, "use_cpu": use_cpu, "base_precision": "bf16", "optim": "adamw_torch"})
     machine = environment.probe()
     if not refused:
-        environment.require_fit(config, machine)
+        fitness.require_fit(config, machine)
         return
     with pytest.raises(CheckError, match="hidden from this process") as caught:
-        environment.require_fit(config, machine)
+        fitness.require_fit(config, machine)
     assert "unset CUDA_VISIBLE_DEVICES" in caught.value.change and "use_cpu: true" in caught.value.change
 
 

@@ -15,12 +15,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from solotune.config import MAX_CONFIG_BYTES, RunConfig
+from solotune.config import RunConfig
 from solotune.diagnosis.arithmetic import number
 from solotune.diagnosis.subject import Settings
 from solotune.errors import InputError
 from solotune.foreign_keys import FOREIGN_KEYS
+from solotune.yaml_text import MAX_CONFIG_BYTES, parse, plain
 
+MAX_DEPTH = 8  # of any YAML; sections of ours are at most three deep
 MAX_NESTED = 3
 _SECTIONS = ("peft_config", "lora_config", "lora", "training_arguments", "training_args", "training", "trainer", "args",
              "sft", "sft_config", "model", "data", "quantization_config", "bnb_config", "optimizer_args", "config",
@@ -35,9 +37,6 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     Raises:
         InputError: it is not there, not YAML or JSON, or no mapping.
     """
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
     file = Path(path).expanduser()
     if not file.is_file() or file.stat().st_size > MAX_CONFIG_BYTES:
         raise InputError(f"{file}: no such config file", allowed="a YAML or JSON file of at most 1 MiB")
@@ -46,10 +45,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
-        try:
-            found = YAML(typ="rt").load(text)
-        except (YAMLError, ValueError, RecursionError) as error:
-            raise InputError(f"{file}: neither YAML nor JSON", seen=str(error).split("\n")[0]) from None
+        found = parse(text, str(file), MAX_DEPTH)
     if not isinstance(found, Mapping):
         raise InputError(f"{file}: a config is lines of `key: value`", seen=type(found).__name__)
     lines: dict[str, str] = {}
@@ -70,15 +66,6 @@ def _flatten(found: Mapping[Any, Any], asked: dict[str, Any], lines: dict[str, s
         with contextlib.suppress(KeyError, TypeError):
             line = f"{name} line {place(key)[0] + 1}" if place else name
             lines.update(dict.fromkeys(translated({str(key): asked[str(key)]}), line))
-
-
-def plain(node: Any) -> Any:
-    """ruamel's annotated values as plain ones."""
-    if isinstance(node, Mapping):
-        return {str(key): plain(value) for key, value in node.items()}
-    if isinstance(node, (list, tuple)):
-        return [plain(item) for item in node]
-    return next((kind(node) for kind in (bool, int, float, str) if isinstance(node, kind)), None)
 
 
 def _inverted(value: Any) -> Any:

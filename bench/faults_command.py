@@ -1,0 +1,248 @@
+"""The command line of a tiny run in processes that can be stopped, hung and left unheard: what those campaigns share.
+
+Each is forked from one that has imported torch once, so that a run takes a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+STAGES = ("reading data", "planning", "loading model", "trying the largest step", "training", "comparing base")
+SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
+CHILD_SECONDS = 120.0
+
+
+@dataclass
+class Ended:
+    """How a child ended."""
+
+    code: int  # negative: by a signal
+    seconds: float
+    late: float  # seconds from the signal to the end
+    out: str
+    err: str
+    stage: str = ""
+
+
+@dataclass
+class Commands:
+    """A tiny chat run in a folder of its own: what every campaign starts, stops and looks at."""
+
+    folder: Path
+    keys: dict[str, Any] = field(default_factory=dict)
+    look: Any = None
+
+    def prepare(self) -> None:
+        """Makes model and data, and imports and warms what every child will use."""
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        os.environ["XDG_CACHE_HOME"] = str(self.folder / "cache")
+        import torch
+        import transformers
+
+        import solotune.cli
+        import solotune.preflight
+        import solotune.verbs
+        from solotune.config import load_config
+        from solotune.terminal import SilentDisplay
+        from tests import tiny
+
+        torch.set_num_threads(1)  # a fork has no other threads
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(tiny.FAMILIES["llama"]()).save_pretrained(self.folder / "model")
+        tiny.save_tokenizer(self.folder / "model")
+        (self.folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.chat_rows(60)))
+        self.keys = {
+            "model_name_or_path": str(self.folder / "model"),
+            "dataset": str(self.folder / "chats.jsonl"),
+            "output_dir": str(self.folder / "run"),
+            "validation_size": 10,
+            "max_length": 64,
+            "use_cpu": True,
+            "lora_target_modules": "all-linear",
+            "lora_r": 4,
+            "max_steps": 8,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 3,
+            "gradient_checkpointing": False,
+            "preflight": True,
+            "learning_rate": 1e-2,
+            "save_steps": 3,
+            "eval_steps": 2,
+            "num_samples": 2,
+            "max_new_tokens": 8,
+            "seed": 0,
+            **self.keys,
+        }
+        self.config = self.folder / "run.yaml"
+        self.config.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in self.keys.items()))
+        self._remember_shapes()
+        solotune.verbs._get_ready(load_config(self.keys), False, SilentDisplay())  # so that no child imports anything
+        code = self.start(["train", str(self.config)]).wait().code
+        assert code == 0, "the run does not work undisturbed"
+
+    def _remember_shapes(self) -> None:
+        """Has the model looked at once for all children but those that `stop_signals` stops: a second each."""
+        from solotune import survey
+
+        self.look, known = survey.model_shape, {}
+
+        def remembered(config: Any) -> Any:
+            key = (config.base_precision, config.multiplies_in_fp8)
+            if key not in known:
+                known[key] = self.look(config)
+            return known[key]
+
+        survey.model_shape = remembered
+
+    def look_again(self) -> None:
+        """In a child: planning is what it is for users."""
+        from solotune import survey
+
+        survey.model_shape = self.look
+
+    @property
+    def run(self) -> Path:
+        return Path(self.keys["output_dir"])
+
+    def start(self, arguments: list[str], before: Callable[[], None] | None = None, stdout: int | None = None) -> Child:
+        """Forks a child that is `solotune ARGUMENTS`; its run directory is a new one unless it resumes."""
+        if "--resume" not in arguments and arguments[0] == "train":
+            shutil.rmtree(self.run, ignore_errors=True)
+        return Child(self.folder, arguments, before, stdout)
+
+    def events(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        path = self.run / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    def checkpoint_problem(self) -> str | None:
+        """What is wrong with the run's newest checkpoint, read as a resume reads it."""
+        from solotune import checkpoint
+
+        newest = checkpoint.newest(self.run / "checkpoints")
+        if newest is None:
+            return None
+        try:
+            return None if checkpoint.load(newest).step == int(newest.name[5:]) else "another step"
+        except Exception as error:
+            return repr(error)
+
+    def metrics_problem(self) -> str | None:
+        """What is wrong with metrics.jsonl: a line that does not parse, or a half one at its end."""
+        path = self.run / "metrics.jsonl"
+        text = path.read_text() if path.is_file() else ""
+        if text and not text.endswith("\n"):
+            return "half a line"
+        try:
+            for line in text.splitlines():
+                json.loads(line)
+        except json.JSONDecodeError as error:
+            return str(error)
+        return None
+
+
+class Child:
+    """A forked `solotune`."""
+
+    def __init__(
+        self, folder: Path, arguments: list[str], before: Callable[[], None] | None, stdout: int | None
+    ) -> None:
+        self.out, self.err = folder / "out.txt", folder / "err.txt"
+        for path in (self.out, self.err):
+            path.unlink(missing_ok=True)
+            path.touch()
+        self.signalled = 0.0
+        self.started = time.monotonic()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        usual = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+        self.pid = os.fork()
+        if self.pid == 0:  # stays in here
+            self._be(arguments, before, stdout)
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+    def _be(self, arguments: list[str], before: Callable[[], None] | None, stdout: int | None) -> None:
+        code = 99
+        try:
+            os.setsid()
+            for path, number in ((self.out, 1), (self.err, 2)):
+                handle = os.open(path, os.O_WRONLY | os.O_APPEND)
+                os.dup2(handle if number == 2 or stdout is None else stdout, number)
+            sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+            sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # type: ignore[misc] # noqa: SIM115
+            sys.argv = ["solotune", *arguments]
+            if before is not None:
+                before()
+            from solotune.cli import main
+
+            code = main()
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def send(self, number: int) -> None:
+        self.signalled = self.signalled or time.monotonic()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def await_stage(self, number: int) -> None:
+        """Waits until the stage of that number has begun; 0 is what is before the first."""
+        while number and not re.search(rf"^{STAGES[number - 1]}", self.out.read_text(), re.MULTILINE):
+            time.sleep(0.001)
+
+    def wait(self, seconds: float = CHILD_SECONDS) -> Ended:
+        end = time.monotonic() + seconds
+        while True:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            now = time.monotonic()
+            if pid:
+                break
+            if now > end:
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                return Ended(98, now - self.started, now - self.signalled, *self._said())
+            time.sleep(0.002)
+        late = now - self.signalled if self.signalled else 0.0
+        return Ended(os.waitstatus_to_exitcode(status), now - self.started, late, *self._said())
+
+    def _said(self) -> tuple[str, str, str]:
+        out, err = (path.read_text(errors="replace") if path.is_file() else "" for path in (self.out, self.err))
+        seen = [stage for stage in STAGES if re.search(rf"^{stage}", out, re.MULTILINE)]
+        return out, err, seen[-1] if seen else "starting"
+
+
+def stage_times(work: Commands) -> list[float]:
+    """Seconds from the start of an undisturbed run to where each of its stages begins, and to its end."""
+    child, begins = work.start(["train", str(work.config)], work.look_again), [0.0]
+    while not os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        seen = sum(bool(re.search(rf"^{stage}", child.out.read_text(), re.MULTILINE)) for stage in STAGES)
+        if seen >= len(begins):
+            begins.append(time.monotonic() - child.started)
+        time.sleep(0.001)
+    return [*begins, child.wait().seconds]
+
+
+@contextlib.contextmanager
+def commands(**keys: Any) -> Iterator[Commands]:
+    with tempfile.TemporaryDirectory(prefix="solotune-faults-") as folder:
+        work = Commands(Path(folder), dict(keys))
+        work.prepare()
+        yield work
