@@ -1,7 +1,10 @@
-"""diagnose.json and diagnose.md: the scores, who was taken for whom, the worst mistakes, what each probe costs."""
+"""diagnose.md: the scores, who was taken for whom, the worst mistakes, what each probe costs. diagnose.json: the same as
+numbers. diagnose.jsonl: what was said of each program, a line each.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,10 +16,11 @@ from solotune.diagnosis.catalogue import FAULTS, SUSPECTS
 
 Result = dict[str, Any]
 NUM_MISTAKES = 10
+SHOWN = ("program", "split", "truth", "verdict", "named", "confidence", "evidence", "confirmed", "error")
 
 
 def write(results: Sequence[Result], num_programs: int, seconds: float) -> dict[str, Any]:
-    """Writes both files and returns the scores."""
+    """Writes the three files and returns the scores."""
     found = {split: scores([r for r in results if r["split"] == split]) for split in ("fitted", "held-out")}
     packages = machine("torch", "transformers", "peft")
     injected = sorted({code for result in results if result["kind"] == "fault" for code in result["truth"]})
@@ -28,9 +32,10 @@ def write(results: Sequence[Result], num_programs: int, seconds: float) -> dict[
         "faults_injected": injected,
         "not_injected": NOT_INJECTED,
         "cost": cost(results),
-        "results": list(results),
     }
     write_result("diagnose", whole)
+    lines = (json.dumps({key: result[key] for key in SHOWN if key in result}, ensure_ascii=False) for result in results)
+    (RESULTS / "diagnose.jsonl").write_text("".join(f"{line}\n" for line in lines))
     (RESULTS / "diagnose.md").write_text(
         _page(results, found, f"{len(results)} of {num_programs} programs, {len(injected)}", seconds, packages)
     )
