@@ -134,7 +134,7 @@ MUTANTS = [
            at("hostile", "test_python_files_in_the_working_directory_are_not_imported")),
     Mutant("kernels of bitsandbytes", "bnb.py", '    sys.modules["kernels"] = None', "    pass",
            at("hostile", "test_bitsandbytes_is_imported_without_fetching_kernels")),
-    Mutant("versions with holes", "environment.py", "            *_check_floors(),\n", "",
+    Mutant("versions with holes", "fitness.py", "            *_check_floors(),\n", "",
            "tests/test_environment.py::test_versions_with_known_holes_fail"),
 ]  # fmt: skip
 
