@@ -24,6 +24,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+from bench.faults_clean import clean_runs
 from bench.faults_command import Commands, commands
 from bench.faults_hangs import HANGS, OUTPUTS, hangs, outputs, stopped_processes
 from bench.faults_instants import instants
@@ -42,6 +43,7 @@ NEEDS_ROOM = ("open", "write", "mkdir", "fsync")  # what a full disk refuses
 STORAGE_ERROR = 8
 SEED = 0
 DISK = ("kills", "resumes", "rot", "instants", "power", "errors", "starts", "verify")
+CLEAN = ("clean",)
 PROCESS = ("stop", "verbs", "second", "stopped", "hang", "sigstop", "output")
 Parts = dict[str, list[Callable[[], Result | list[Result]]]]
 
@@ -285,9 +287,13 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where to run (default: a temporary folder)")
     arguments = parser.parse_args()
     only, full = {part for part in arguments.only.split(",") if part}, arguments.size == "full"
-    if unknown := only - {*DISK, *PROCESS}:
-        raise SystemExit(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join((*DISK, *PROCESS))}")
+    if unknown := only - {*DISK, *CLEAN, *PROCESS}:
+        raise SystemExit(
+            f"no such part: {', '.join(sorted(unknown))}; there are {', '.join((*DISK, *CLEAN, *PROCESS))}"
+        )
     results: list[Result] = []
+    if not only or only & set(CLEAN):
+        results += campaign({"clean": [lambda: clean_runs(50 if full else 3, SEED)]}, only)
     if not only or only & set(DISK):
         place = nullcontext(arguments.folder) if arguments.folder else tempfile.TemporaryDirectory(prefix="faults-")
         with place as folder:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from tiny import FAMILIES, random_rows
@@ -53,6 +55,18 @@ def kept_by_autograd(model, layer, rows: int, tokens: int) -> int:
     y = outputs[0].untyped_storage()
     found[y.data_ptr()] = y.nbytes()
     return sum(size for key, size in found.items() if key not in own)
+
+
+def test_what_cannot_be_traced_leaves_no_traceback_on_the_screen(tiny_config):
+    heard, handler = [], logging.Handler()
+    handler.emit = heard.append
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addHandler(handler)
+    try:
+        model_shape(tiny_config("mixtral"))
+    finally:
+        logger.removeHandler(handler)
+    assert not heard and not logger.disabled
 
 
 @pytest.mark.parametrize("family", FAMILIES)

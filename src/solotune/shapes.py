@@ -11,6 +11,7 @@ that are chosen by the data) is estimated from its linears, and the plan says it
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -58,7 +59,7 @@ def model_shape(config: RunConfig) -> ModelShape:
     frozen = sum(p.numel() for part in linears.values() for p in part.parameters(recurse=False))
     text = module.config.get_text_config()
     # held back: where torch calls Python from C++, an exception out of nowhere ends the process
-    with signals.held_back(), FakeTensorMode(allow_non_fake_inputs=True):
+    with signals.held_back(), _unlogged(), FakeTensorMode(allow_non_fake_inputs=True):
         _fill_with_fakes(module, config, dtype)
         adapted = lora.attach(module, config, torch.device("cpu"))
         module.train()
@@ -84,6 +85,17 @@ def model_shape(config: RunConfig) -> ModelShape:
         dtype_bytes=dtype.itemsize,
         is_compiled=config.torch_compile,
     )
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """torch logs a traceback for an operation that refuses tensors without contents, and raises too."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
 
 
 def _fill_with_fakes(module: PreTrainedModel, config: RunConfig, dtype: torch.dtype) -> None:

@@ -132,9 +132,9 @@ MUTANTS = [
            "if False:", at("output", "test_places_that_are_refused[72 below the base model]")),
     Mutant("the working directory's modules", "__main__.py", "        del sys.path[0]\n", "        pass\n",
            at("hostile", "test_python_files_in_the_working_directory_are_not_imported")),
-    Mutant("kernels of bitsandbytes", "bnb.py", '    sys.modules["kernels"] = None', "    pass",
+    Mutant("kernels of bitsandbytes", "bnb.py", '_absent = "kernels" not in sys.modules', "_absent = False",
            at("hostile", "test_bitsandbytes_is_imported_without_fetching_kernels")),
-    Mutant("versions with holes", "environment.py", "            *_check_floors(),\n", "",
+    Mutant("versions with holes", "fitness.py", "            *_check_floors(),\n", "",
            "tests/test_environment.py::test_versions_with_known_holes_fail"),
 ]  # fmt: skip
 
@@ -146,7 +146,7 @@ def survives(mutant: Mutant) -> bool:
     """
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for part in ("src", "tests", "examples", "pyproject.toml"):
+        for part in ("src", "tests", "bench", "examples", "pyproject.toml"):
             (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, copy / part)
         path = copy / "src" / "solotune" / mutant.file
         source = path.read_text(encoding="utf-8")
