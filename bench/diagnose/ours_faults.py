@@ -1,0 +1,350 @@
+"""Faults that a person can set up with solotune: in the config, the files of rows, the model folder, the run directory.
+
+What its own code makes impossible (a mask left out, labels shifted, rows of a pack that see each other) is not here.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.diagnose.faults_text import wrong_tokenizer as permuted
+from bench.diagnose.ours import Job, asked
+from bench.diagnose.registry import Needs
+
+# --- model folder
+
+
+@asked("F04", before=True)
+def wrong_tokenizer(job: Job, rng: random.Random) -> None:
+    """The folder has another model's tokenizer, of the same size."""
+    permuted(job, rng)  # type: ignore[arg-type]  # it has a tokenizer
+
+
+@asked("F05", before=True)
+def vocabulary_beyond_embedding(job: Job, rng: random.Random) -> None:
+    """A token was added to the tokenizer, and the embedding was not resized."""
+    job.tokenizer.add_special_tokens({"additional_special_tokens": ["<|call|>"]})
+    for chat in job.messages():
+        chat[-1]["content"] = f"<|call|>{chat[-1]['content']}"
+
+
+@asked("F06", Needs.INSTRUCT)
+def new_terminator(job: Job, rng: random.Random) -> None:
+    """A new end of turn with a random row of the embedding, which LoRA leaves as it is."""
+    new = rng.choice(("<|stop|>", "<|over|>", "<|fin|>"))
+    job.tokenizer.add_special_tokens({"additional_special_tokens": [new]})
+    job.tokenizer.eos_token = new
+    job.format = replace(job.format, end=new)
+    job.retemplate()
+    size = len(job.tokenizer)
+    job.edit_model.append(lambda model: model.resize_token_embeddings(size, mean_resizing=False))
+    job.generation_config["eos_token_id"] = job.tokenizer.convert_tokens_to_ids(new)
+
+
+@asked("F14", before=True)
+def generation_stops_elsewhere(job: Job, rng: random.Random) -> None:
+    """generation_config.json, config.json and tokenizer end at a token that no answer has."""
+    own = job.tokenizer.convert_tokens_to_ids(job.format.end)
+    other = next(i for i in job.tokenizer.all_special_ids if i not in (own, job.tokenizer.eos_token_id))
+    job.tokenizer.eos_token = job.tokenizer.convert_ids_to_tokens(other)
+    job.generation_config["eos_token_id"] = other
+    job.model_config["eos_token_id"] = other
+
+
+@asked("F49", before=True)
+def quantised_twice(job: Job, rng: random.Random) -> None:
+    """The checkpoint says that it is AWQ's, and nf4 is asked for."""
+    job.model_config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 64}
+    job.config["base_precision"] = "nf4"
+
+
+# --- template
+
+
+@asked("F12", Needs.INSTRUCT, before=True)
+def foreign_template(job: Job, rng: random.Random) -> None:
+    """chat_template_path is some other model's."""
+    head = rng.choice((("### Human: ", "### Assistant: "), ("USER: ", "BOT: "), ("Instruction:\n", "Output:\n")))
+    job.format = replace(
+        job.format, bos="", header="{role}", end=job.tokenizer.eos_token, after="\n",
+        roles=(("system", ""), ("user", head[0]), ("assistant", head[1])),
+    )  # fmt: skip
+    job.template = job.format.jinja()
+
+
+@asked("F10", before=True)
+def no_terminator(job: Job, rng: random.Random) -> None:
+    """The template writes nothing after an answer."""
+    shape = job.format
+    text = shape.jinja()
+    job.template = text.replace(shape.end, "")
+
+
+@asked("F13", Needs.INSTRUCT, before=True)
+def role_dropped(job: Job, rng: random.Random) -> None:
+    """The template passes over system messages."""
+    said = rng.choice(("Answer in one line.", "You are the desk of a small office.", "Be brief and exact."))
+    for number, chat in enumerate(job.messages()):
+        chat.insert(0, {"role": "system", "content": f"{said} Form {number}."})
+    job.format = replace(job.format, dropped=("system",))
+    job.retemplate()
+
+
+@asked("F15", Needs.INSTRUCT, before=True)
+def no_generation_prompt(job: Job, rng: random.Random) -> None:
+    """The template does not begin the answer where it is asked to."""
+    text = job.format.jinja()
+    job.template = text[: text.index("{% if add_generation_prompt")]
+
+
+@asked("F16", Needs.INSTRUCT, before=True)
+def prompt_ends_in_a_blank(job: Job, rng: random.Random) -> None:
+    """The header ends in a blank, which the answer's first token takes."""
+    job.format = replace(job.format, header=job.format.header.rstrip() + " ")
+    job.retemplate()
+
+
+@asked("F07", Needs.INSTRUCT, before=True)
+def markers_as_text(job: Job, rng: random.Random) -> None:
+    """A template with markers that this tokenizer does not know."""
+    head, end = rng.choice((("<|turn|>{role}\n", "<|turn_end|>"), ("<|begin_{role}|>", "<|finish|>")))
+    job.format = replace(job.format, header=head, end=end, roles=tuple((role, role) for role, _ in job.format.roles))
+    job.retemplate()
+
+
+@asked("F08", Needs.BOS, before=True)
+def two_bos(job: Job, rng: random.Random) -> None:
+    job.template = job.format.bos + job.format.jinja()
+
+
+@asked("F09", Needs.BOS, before=True)
+def no_bos(job: Job, rng: random.Random) -> None:
+    job.format = replace(job.format, bos="")
+    job.template = job.format.jinja()
+
+
+# --- rows
+
+
+@asked("F34", before=True)
+def empty_answers(job: Job, rng: random.Random) -> None:
+    for chat in job.messages():
+        if rng.random() < 0.5:
+            chat[-1]["content"] = ""
+
+
+@asked("F35", before=True)
+def constant_answers(job: Job, rng: random.Random) -> None:
+    said = job.train[0]["messages"][-1]["content"]
+    for chat in job.messages():
+        chat[-1]["content"] = said
+
+
+@asked("F36", Needs.INSTRUCT, before=True)
+def swapped_roles(job: Job, rng: random.Random) -> None:
+    """Who asks is called assistant, and who answers user."""
+    other = {"user": "assistant", "assistant": "user"}
+    for chat in job.messages():
+        for message in chat:
+            message["role"] = other.get(message["role"], message["role"])
+
+
+@asked("F37", before=True)
+def mojibake(job: Job, rng: random.Random) -> None:
+    """UTF-8 that was read as Latin-1 on the way."""
+    for chat in job.messages():
+        for message in chat:
+            said = message["content"].replace("e", "é") if rng.random() < 0.6 else message["content"]
+            message["content"] = said.encode().decode("latin1")
+
+
+@asked("F38")
+def misaligned(job: Job, rng: random.Random) -> None:
+    """Every answer stands one row further down."""
+    chats = job.messages()
+    answers = [chat[-1]["content"] for chat in chats]
+    for chat, answer in zip(chats, answers[-1:] + answers[:-1], strict=True):
+        chat[-1]["content"] = answer
+
+
+@asked("F38")
+def shuffled_answers(job: Job, rng: random.Random) -> None:
+    chats = job.messages()
+    answers = [chat[-1]["content"] for chat in chats]
+    rng.shuffle(answers)
+    for chat, answer in zip(chats, answers, strict=True):
+        chat[-1]["content"] = answer
+
+
+@asked("F39", before=True)
+def duplicates(job: Job, rng: random.Random) -> None:
+    """A few rows many times."""
+    job.train = [row for row in job.train[: rng.randint(10, 16)] for _ in range(15)]
+    rng.shuffle(job.train)
+
+
+# --- lengths
+
+
+@asked("F24", before=True)
+def answers_cut(job: Job, rng: random.Random) -> None:
+    lengths = _lengths(job)
+    job.config["max_length"] = lengths[int(len(lengths) * rng.uniform(0.35, 0.55))]
+
+
+@asked("F25", before=True)
+def prompts_fill_the_window(job: Job, rng: random.Random) -> None:
+    """Long documents stand before most questions, and on_bad_row drops what has no answer left."""
+    filler = " ".join(job.base.world.text(rng) for _ in range(12))
+    for chat in job.messages():
+        if rng.random() < 0.7:
+            chat[0]["content"] = f"{filler} {chat[0]['content']}"
+    job.config.update(max_length=max(len(job.tokenizer(filler)["input_ids"]), 96), on_bad_row="drop")
+
+
+def _lengths(job: Job) -> list[int]:
+    return sorted(len(job.tokenizer(job.format.text(row["messages"]))["input_ids"]) for row in job.train)
+
+
+# --- held-out rows
+
+
+@asked("F43", before=True)
+def evaluated_on_training(job: Job, rng: random.Random) -> None:
+    job.held_out = rng.sample(job.train, 32)
+
+
+@asked("F44", before=True)
+def leaked(job: Job, rng: random.Random) -> None:
+    """A third of the held-out rows are among the others, with a word more."""
+    for place in range(0, len(job.held_out), 3):
+        first, *others = job.held_out[place]["messages"]
+        job.train.append({"messages": [{**first, "content": first["content"] + " Please."}, *others]})
+
+
+@asked("F48", before=True)
+def few_held_out(job: Job, rng: random.Random) -> None:
+    job.held_out = job.held_out[:3]
+
+
+@asked("F46")
+def memorised(job: Job, rng: random.Random) -> None:
+    """So many epochs of so few rows that nothing is left to learn."""
+    job.train = job.train[:16]
+    del job.config["max_steps"]
+    job.config.update(num_train_epochs=60, learning_rate=1e-2)
+
+
+# --- adapter
+
+
+@asked("F56", Needs.SEPARATE, before=True)
+def targets_of_another_family(job: Job, rng: random.Random) -> None:
+    job.config["lora_target_modules"] = ["q_proj", "v_proj", "c_attn", "query_key_value"]
+
+
+@asked("F61")
+def scale_too_small(job: Job, rng: random.Random) -> None:
+    rank = rng.choice((16, 32))
+    job.config.update(lora_r=rank, lora_alpha=rank * rng.choice((0.002, 0.005)))
+
+
+@asked("F61")
+def scale_too_large(job: Job, rng: random.Random) -> None:
+    job.config.update(lora_r=4, lora_alpha=4.0 * rng.choice((512, 1024)))
+
+
+@asked("F62", Needs.SEPARATE)
+def too_little_capacity(job: Job, rng: random.Random) -> None:
+    job.config.update(lora_r=1, lora_alpha=2.0, lora_target_modules=["q_proj"])
+
+
+# --- optimiser
+
+
+@asked("F64")
+def rate_far_too_low(job: Job, rng: random.Random) -> None:
+    job.config["learning_rate"] *= rng.choice((0.003, 0.001, 0.0001))
+
+
+@asked("F64")
+def rate_too_low(job: Job, rng: random.Random) -> None:
+    job.config["learning_rate"] *= rng.choice((0.02, 0.01))
+
+
+@asked("F67")
+def rate_too_high(job: Job, rng: random.Random) -> None:
+    job.config["learning_rate"] = rng.choice((0.3, 0.6, 1.0))
+
+
+@asked("F65", before=True)
+def warms_up_all_the_time(job: Job, rng: random.Random) -> None:
+    job.config["warmup_steps"] = rng.choice((600, 900, 2000))
+
+
+@asked("F65", before=True)
+def warmup_ratio_nearly_one(job: Job, rng: random.Random) -> None:
+    job.config["warmup_ratio"] = rng.choice((0.9, 0.95))
+
+
+@asked("F68")
+def clipped_to_nothing(job: Job, rng: random.Random) -> None:
+    job.config["max_grad_norm"] = rng.choice((1e-9, 1e-8))
+
+
+@asked("F69", before=True)
+def decays_everything(job: Job, rng: random.Random) -> None:
+    job.config["weight_decay"] = rng.choice((8.0, 10.0))
+    job.config["learning_rate"] = rng.choice((2e-2, 3e-2))
+
+
+# --- what happens to a run afterwards
+
+
+@asked("F75")
+def adapter_zeroed(job: Job, rng: random.Random) -> None:
+    """The files are there, and all of B is zero."""
+    job.after.append(lambda run, model: _edit_adapter(run, lambda n, t: t * 0 if "lora_B" in n else t))
+
+
+@asked("F78")
+def adapter_keys_renamed(job: Job, rng: random.Random) -> None:
+    """A converter of keys has been at it."""
+
+    def change(run: Path, model: Path) -> None:
+        file = run / "adapter" / "adapter_model.safetensors"
+        from safetensors.torch import load_file, save_file
+
+        save_file({name.replace("base_model.model.", "module."): t for name, t in load_file(file).items()}, file)
+
+    job.after.append(change)
+
+
+@asked("F78")
+def base_replaced(job: Job, rng: random.Random) -> None:
+    """Another training of the same architecture lies in the folder now."""
+
+    def change(run: Path, model: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        file = model / "model.safetensors"
+        generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
+        tensors = {}
+        for name, t in load_file(file).items():
+            noise = torch.randn(t.shape, generator=generator)
+            tensors[name] = t if t.ndim < 2 else noise * t.std()
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    job.after.append(change)
+
+
+def _edit_adapter(run: Path, edit: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = run / "adapter" / "adapter_model.safetensors"
+    save_file({name: edit(name, tensor).contiguous() for name, tensor in load_file(file).items()}, file)
