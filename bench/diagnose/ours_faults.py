@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench.diagnose.faults_text import wrong_tokenizer as permuted
-from bench.diagnose.ours import Job, asked
+from bench.diagnose.ours import Job, Row, asked
 from bench.diagnose.registry import Needs
 
 # --- model folder
@@ -27,10 +27,11 @@ def wrong_tokenizer(job: Job, rng: random.Random) -> None:
 
 @asked("F05", before=True)
 def vocabulary_beyond_embedding(job: Job, rng: random.Random) -> None:
-    """A token was added to the tokenizer, and the embedding was not resized."""
-    job.tokenizer.add_special_tokens({"additional_special_tokens": ["<|call|>"]})
-    for chat in job.messages():
-        chat[-1]["content"] = f"<|call|>{chat[-1]['content']}"
+    """A new end of turn in tokenizer and template, and the embedding was not resized."""
+    new = rng.choice(("<|stop|>", "<|over|>", "<|fin|>"))
+    job.tokenizer.add_special_tokens({"additional_special_tokens": [new]})
+    job.format = replace(job.format, end=new)
+    job.retemplate()
 
 
 @asked("F06", Needs.INSTRUCT)
@@ -128,6 +129,28 @@ def no_bos(job: Job, rng: random.Random) -> None:
     job.template = job.format.jinja()
 
 
+@asked("F12", Needs.INSTRUCT, before=True)
+def prompt_and_completion(job: Job, rng: random.Random) -> None:
+    """Rows for which no template is asked, of a chat model."""
+    job.train, job.held_out = map(as_pairs, (job.train, job.held_out))
+
+
+@asked("F12", Needs.INSTRUCT, before=True)
+def rendered_by_hand(job: Job, rng: random.Random) -> None:
+    """Rows of text with a format of one's own, of a chat model."""
+    head = rng.choice((("### Human: ", "### Assistant: "), ("USER: ", "ASSISTANT: ")))
+
+    def text(row: Row) -> Row:
+        question, answer = row["messages"][-2:]
+        return {"text": f"{head[0]}{question['content']}\n{head[1]}{answer['content']}"}
+
+    job.train, job.held_out = ([text(row) for row in rows] for rows in (job.train, job.held_out))
+
+
+def as_pairs(rows: list[Row]) -> list[Row]:
+    return [{"prompt": row["messages"][0]["content"], "completion": row["messages"][1]["content"]} for row in rows]
+
+
 # --- rows
 
 
@@ -174,11 +197,11 @@ def misaligned(job: Job, rng: random.Random) -> None:
 
 @asked("F38")
 def shuffled_answers(job: Job, rng: random.Random) -> None:
-    chats = job.messages()
-    answers = [chat[-1]["content"] for chat in chats]
-    rng.shuffle(answers)
-    for chat, answer in zip(chats, answers, strict=True):
-        chat[-1]["content"] = answer
+    for rows in (job.train, job.held_out):
+        answers = [row["messages"][-1]["content"] for row in rows]
+        rng.shuffle(answers)
+        for row, answer in zip(rows, answers, strict=True):
+            row["messages"][-1]["content"] = answer
 
 
 @asked("F39", before=True)
@@ -199,12 +222,17 @@ def answers_cut(job: Job, rng: random.Random) -> None:
 
 @asked("F25", before=True)
 def prompts_fill_the_window(job: Job, rng: random.Random) -> None:
-    """Long documents stand before most questions, and on_bad_row drops what has no answer left."""
-    filler = " ".join(job.base.world.text(rng) for _ in range(12))
+    """Documents stand before most questions, and no place is left for the answers to them."""
     for chat in job.messages():
         if rng.random() < 0.7:
-            chat[0]["content"] = f"{filler} {chat[0]['content']}"
-    job.config.update(max_length=max(len(job.tokenizer(filler)["input_ids"]), 96), on_bad_row="drop")
+            chat[0]["content"] = " ".join([*(job.base.world.text(rng) for _ in range(12)), chat[0]["content"]])
+    job.config["max_length"] = 160
+
+
+@asked("F25", before=True)
+def no_answer_fits(job: Job, rng: random.Random) -> None:
+    """Nothing of any answer."""
+    job.config["max_length"] = rng.randint(8, 12)
 
 
 def _lengths(job: Job) -> list[int]:
@@ -284,7 +312,9 @@ def rate_too_high(job: Job, rng: random.Random) -> None:
 
 @asked("F65", before=True)
 def warms_up_all_the_time(job: Job, rng: random.Random) -> None:
-    job.config["warmup_steps"] = rng.choice((600, 900, 2000))
+    """In steps, of a run that is given in epochs."""
+    del job.config["max_steps"]
+    job.config.update(num_train_epochs=2, warmup_steps=rng.choice((600, 900, 2000)))
 
 
 @asked("F65", before=True)
@@ -299,8 +329,14 @@ def clipped_to_nothing(job: Job, rng: random.Random) -> None:
 
 @asked("F69", before=True)
 def decays_everything(job: Job, rng: random.Random) -> None:
-    job.config["weight_decay"] = rng.choice((8.0, 10.0))
-    job.config["learning_rate"] = rng.choice((2e-2, 3e-2))
+    job.config.update(weight_decay=rng.choice((8.0, 10.0)), max_steps=200, eval_steps=50)
+
+
+@asked("F65")
+def warms_up_and_base_is_gone(job: Job, rng: random.Random) -> None:
+    """The model's folder was moved since: what is written in the run directory has to do."""
+    job.config["warmup_ratio"] = rng.choice((0.9, 0.95))
+    job.after.append(lambda run, model: model.rename(model.with_name("elsewhere")) and None)
 
 
 # --- what happens to a run afterwards
@@ -327,7 +363,7 @@ def adapter_keys_renamed(job: Job, rng: random.Random) -> None:
 
 @asked("F78")
 def base_replaced(job: Job, rng: random.Random) -> None:
-    """Another training of the same architecture lies in the folder now."""
+    """Another model of the same architecture lies in the folder now."""
 
     def change(run: Path, model: Path) -> None:
         from safetensors.torch import load_file, save_file
@@ -337,7 +373,7 @@ def base_replaced(job: Job, rng: random.Random) -> None:
         tensors = {}
         for name, t in load_file(file).items():
             noise = torch.randn(t.shape, generator=generator)
-            tensors[name] = t if t.ndim < 2 else noise * t.std()
+            tensors[name] = t if t.ndim < 2 else t + 0.1 * t.std() * noise
         save_file(tensors, file, metadata={"format": "pt"})
 
     job.after.append(change)

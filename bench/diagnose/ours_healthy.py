@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 from bench.diagnose.ours import Job, asked
+from bench.diagnose.ours_faults import as_pairs
 from bench.diagnose.registry import Needs
 from bench.diagnose.worlds import FRENCH
 
@@ -95,16 +96,16 @@ def accumulated(job: Job, rng: random.Random) -> None:
 
 @asked()
 def plain_text(job: Job, rng: random.Random) -> None:
-    """Rows of text, of which every token is learned."""
-    job.train = [{"text": job.base.world.text(rng)} for _ in range(200)]
-    job.held_out = [{"text": f"{job.base.world.text(rng)} {number}"} for number in range(32)]
+    """Documents, of which every token is learned; others than the base has read."""
+    rows = [{"text": FRENCH.text(rng, FRENCH.subjects[8:])} for _ in range(200)]
+    job.train, job.held_out = rows, [{"text": FRENCH.text(rng, FRENCH.subjects[:8])} for _ in range(32)]
     job.template = None
 
 
-@asked()
+@asked(needs=Needs.NO_TEMPLATE)
 def prompt_and_completion(job: Job, rng: random.Random) -> None:
-    for rows in (job.train, job.held_out):
-        rows[:] = [{"prompt": row["messages"][0]["content"], "completion": row["messages"][1]["content"]} for row in rows]
+    """Of a base model, which knows no chats."""
+    job.train, job.held_out, job.template = as_pairs(job.train), as_pairs(job.held_out), None
 
 
 @asked()
@@ -114,9 +115,12 @@ def learns_all_as_asked(job: Job, rng: random.Random) -> None:
 
 @asked()
 def held_out_of_the_rows(job: Job, rng: random.Random) -> None:
-    """No eval_dataset: a share is held out."""
+    """No eval_dataset: some subjects are held out."""
+    subjects = sorted(job.base.world.subjects, key=len, reverse=True)
+    for row in job.train:
+        row["subject"] = next(one for one in subjects if one in row["messages"][0]["content"])
     job.held_out = []
-    job.config["validation_size"] = 0.15
+    job.config.update(validation_size=0.15, split_by="subject")
 
 
 @asked()
@@ -163,13 +167,3 @@ def torn_metrics(job: Job, rng: random.Random) -> None:
         file.write_text("\n".join([*kept[:-8], kept[-8][: len(kept[-8]) // 2]]))
 
     job.after.append(tear)
-
-
-@asked()
-def base_is_gone(job: Job, rng: random.Random) -> None:
-    """A finished run whose model folder was moved; what is left shows nothing wrong."""
-
-    def move(run: Path, model: Path) -> None:
-        model.rename(model.with_name("elsewhere"))
-
-    job.after.append(move)

@@ -15,6 +15,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from solotune.errors import SolotuneError
+
 Kind = Literal["invariant", "counterfactual", "measured", "curve"]
 
 
@@ -30,6 +32,14 @@ class Signal:
     against: bool = False
     fix: str = ""  # the exact line of the config to change
     expect: str = ""  # after it, where this evidence says more than the catalogue does (the range test's gain)
+
+
+def of_refusal(error: SolotuneError) -> list[Signal]:
+    """What a door of ours says by refusing, where that is a fault of the catalogue."""
+    if error.fault is None:
+        return []
+    says = error.problem + (f" ({error.seen})" if error.seen is not None else "")
+    return [Signal(error.fault, "invariant", says, 0.95, fix=error.change or "")]
 
 
 @dataclass(frozen=True)
