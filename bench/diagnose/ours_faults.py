@@ -36,14 +36,14 @@ def vocabulary_beyond_embedding(job: Job, rng: random.Random) -> None:
 
 @asked("F06", Needs.INSTRUCT)
 def new_terminator(job: Job, rng: random.Random) -> None:
-    """A new end of turn with a random row of the embedding, which LoRA leaves as it is."""
+    """A new end of turn, with the row of the embedding that transformers gives it and LoRA leaves as it is."""
     new = rng.choice(("<|stop|>", "<|over|>", "<|fin|>"))
     job.tokenizer.add_special_tokens({"additional_special_tokens": [new]})
     job.tokenizer.eos_token = new
     job.format = replace(job.format, end=new)
     job.retemplate()
     size = len(job.tokenizer)
-    job.edit_model.append(lambda model: model.resize_token_embeddings(size, mean_resizing=False))
+    job.edit_model.append(lambda model: model.resize_token_embeddings(size))
     job.generation_config["eos_token_id"] = job.tokenizer.convert_tokens_to_ids(new)
 
 
@@ -329,7 +329,7 @@ def clipped_to_nothing(job: Job, rng: random.Random) -> None:
 
 @asked("F69", before=True)
 def decays_everything(job: Job, rng: random.Random) -> None:
-    job.config.update(weight_decay=rng.choice((8.0, 10.0)), max_steps=200, eval_steps=50)
+    job.config.update(weight_decay=10.0, max_steps=rng.choice((400, 500)), eval_steps=100)
 
 
 @asked("F65")

@@ -58,9 +58,12 @@ def examine(
         phase("probing")
         probed = probes.run_all(live, subject, _seconds(deep, budget), deep)
         cost |= {"loading": loading, **probed.cost}
+    refusals = [*subject.refusals, *refusals]
+    refused = {signal.code for signal in refusals}  # facts, which no number speaks against
+    seen = [s for s in (*signals, *also, *probed.signals) if not (s.against and s.code in refused)]
     return decide(
         subject.name,
-        [*signals, *also, *subject.refusals, *refusals, *probed.signals],
+        [*refusals, *seen],
         unasked=unasked,
         skipped=probed.skipped,
         cost=cost,

@@ -8,10 +8,10 @@ adapters than the training has, at a rate that suits those.
     much at the training's rate                 none of these
 
 All start from the same weights and see the same rows, so the differences are the rate's alone. Of a run that has
-trained, these are adapters as at its beginning: what has converged is only disturbed by a rate that was right for it. Where the best is at an
-edge, the range is widened. A run is longer than the test: at a rate that is too low the gain grows with the steps, so
-it is projected to the run's number before it is called little. Costs some tens of forward and backward passes on two
-rows; the number of steps is what fits the budget, and under `LEAST_STEPS` nothing is said.
+trained, these are adapters as at its beginning: what has converged is only disturbed by a rate that was right for it.
+Where the best is at an edge, the range is widened. A run is longer than the test: at a rate that is too low the gain
+grows with the steps, so it is projected to the run's number before it is called little. Costs some tens of forward and
+backward passes on two rows; the number of steps is what fits the budget, and under `LEAST_STEPS` nothing is said.
 """
 
 from __future__ import annotations
@@ -216,9 +216,7 @@ def _learn(
         return _descend(live, batch, trainable_of(live.model), rate, steps, clip, live)
 
 
-def _learn_wide(
-    live: Live, subject: Subject, batch: dict[str, Any], steps: int, rate: float = 2e-3
-) -> list[float]:
+def _learn_wide(live: Live, subject: Subject, batch: dict[str, Any], steps: int, rate: float = 2e-3) -> list[float]:
     """The same by adapters of rank 32 on every linear layer, by AdamW, at a rate that suits these."""
     with begun(live, subject), wider(live.model) as parameters:
         return _descend(live, batch, parameters, rate, steps, 1.0, None)
