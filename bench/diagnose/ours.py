@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import solotune
-from bench.diagnose.bases import Base, Format
+from bench.diagnose.bases import KINDS, Base, Format
 from bench.diagnose.registry import Needs
 from solotune.errors import SolotuneError
 from solotune.terminal import SilentDisplay
@@ -82,6 +82,9 @@ class Asked:
     change: Change
     is_seen_before: bool = False
     """Whether the config and its files already show it."""
+
+    def fits(self, base: str) -> bool:
+        return self.needs.met_by(KINDS[base])
 
 
 FAULTS: list[Asked] = []

@@ -8,14 +8,14 @@ import shutil
 import pytest
 
 import solotune
-from solotune import cli
+from solotune import cli, door
 from solotune.config import load_config
 from solotune.errors import InputError
 
 
 @pytest.fixture(autouse=True)
 def libraries_stay_as_they_are(monkeypatch) -> None:
-    monkeypatch.setattr(cli, "quieten", lambda: None)
+    monkeypatch.setattr(door, "quieten", lambda: None)
 
 
 # --- what is none of these
@@ -134,7 +134,7 @@ def test_a_config_is_diagnosed_before_it_runs(chat_config):
     assert found.subject and found.skipped
     probed = solotune.diagnose(chat_config, budget=5)
     assert "loading" in probed.cost
-    bad = solotune.diagnose(chat_config, budget=0, overrides=["warmup_steps=100000"])
+    bad = solotune.diagnose(chat_config, budget=0, overrides=["warmup_ratio=0.95"])
     assert bad.verdict == "fault" and "F65" in [culprit.fault for culprit in bad.culprits]
 
 

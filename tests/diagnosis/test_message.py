@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import solotune
-from solotune import cli
+from solotune import cli, door
 from solotune.diagnosis import catalogue, message
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.explanation import explained, paragraphs
@@ -109,7 +109,7 @@ def stub(monkeypatch) -> types.ModuleType:
     module = types.ModuleType("solotune.verbs")
     monkeypatch.setitem(sys.modules, "solotune.verbs", module)
     monkeypatch.setattr(solotune, "verbs", module, raising=False)
-    monkeypatch.setattr(cli, "quieten", lambda: None)
+    monkeypatch.setattr(door, "quieten", lambda: None)
     return module
 
 
@@ -150,7 +150,7 @@ def test_options_reach_the_verb(stub):
 
 
 def test_explain_on_the_command_line(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "quieten", lambda: None)
+    monkeypatch.setattr(door, "quieten", lambda: None)
     assert cli.main(["explain", "pad-masks-terminator"]) == 0
     assert capsys.readouterr().out.startswith("F17 pad-masks-terminator (S4, loss mask)\n")
     assert cli.main(["explain", "f17", "--json"]) == 0

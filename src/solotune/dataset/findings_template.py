@@ -63,25 +63,31 @@ def double_bos(facts: Facts) -> Finding | None:
 
 
 def missing_bos(facts: Facts) -> Finding | None:
-    """F09: a template of your own leaves out the begin-of-text token that the tokenizer starts every text with.
+    """F09: a template of your own leaves out the begin-of-text token that the model's texts start with.
 
-    Sees: what the tokenizer puts before a plain text, against the first id of the rows.
+    Sees: what the tokenizer puts before a plain text, or the model's own template before a chat, against the first id
+    of the rows.
     Why: every text the base was trained on began with it; some families (Gemma) degrade badly without.
     Not: ChatML models that define a bos and never write it (Qwen, SmolLM2: their tokenizer adds none); a model's own
     template without it (Zephyr), which is then served without it too; later pieces of a row that was split.
     Fix: `{{ bos_token }}` at the template's beginning.
     Wrong when: the template file is the model's own, copied.
     """
-    side, before = facts.train, facts.encoder.affixes[0]
-    if not before or not facts.is_chat or not facts.config.chat_template_path:
+    side = facts.train
+    if not facts.is_chat or not facts.config.chat_template_path:
         return None
-    if (side.ids[side.starts[:-1]] == before[0]).any():
+    before, who = list(facts.encoder.affixes[0]), "this tokenizer starts every text with"
+    pieces = pieces_of(facts.own_template) if not before and facts.own_template else None
+    if pieces is not None:
+        before, who = facts.encode(pieces[0])[:1], "the model's own template begins with"
+        before = before if before == [facts.named_id("bos")] else []
+    if not before or (side.ids[side.starts[:-1]] == before[0]).any():
         return None
     return _S3(
         "F09",
         "missing-bos",
         severity="warning",
-        message=f"No row begins with {facts.spelled(before[0])}, which this tokenizer starts every text with.",
+        message=f"No row begins with {facts.spelled(before[0])}, which {who}.",
         evidence={"rows_with": 0, "rows_without": len(side.rows), "rows": side.places(range(len(side.rows)))},
         fix=f"begin {facts.config.chat_template_path} with {{{{ bos_token }}}}",
     )

@@ -16,10 +16,10 @@ from dataclasses import replace
 import torch
 
 from solotune.diagnosis import probes
-from solotune.diagnosis.evidence import Diagnosis, Probed, Signal, of_refusal
+from solotune.diagnosis.evidence import EXPERIMENTS, Diagnosis, Probed, Signal, of_refusal
 from solotune.diagnosis.subject import Live, Subject
 from solotune.diagnosis.suspects import ask_all
-from solotune.diagnosis.verdict import EXPERIMENTS, decide
+from solotune.diagnosis.verdict import decide
 from solotune.errors import SolotuneError
 
 BUDGET_SECONDS = 60.0
@@ -102,7 +102,7 @@ def _unseen(subject: Subject, probed: Probed) -> list[str]:
     if not len(subject.train) and not len(subject.batches):
         why = subject.missing.get("train")
         unseen.append(
-            f"make its rows readable, so that its labels can be looked at ({why})"
+            f"mend what keeps its rows from being looked at: {why}"
             if why
             else "give the data that it was trained on (--dataset), so that its labels can be looked at"
         )

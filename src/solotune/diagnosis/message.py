@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from solotune.diagnosis import catalogue
-from solotune.diagnosis.evidence import Culprit, Diagnosis
+from solotune.diagnosis.evidence import EXPERIMENTS, Culprit, Diagnosis
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,14 @@ def ruled_out_nearby(diagnosis: Diagnosis) -> str:
 
 def left_open(diagnosis: Diagnosis) -> list[str]:
     """What was not looked at, why, and which faults that leaves open; one line a reason."""
-    lines = [f"probes {_listed(names)}: {why}" for why, names in _by_reason(diagnosis.skipped).items()]
+    lines = []
+    for why, names in _by_reason(diagnosis.skipped).items():
+        which = "all probes" if set(names) == set(EXPERIMENTS) else f"probe{'s' * (len(names) > 1)} {_listed(names)}"
+        lines.append(f"{which}: {why}")
     for why, codes in _by_reason(diagnosis.unasked).items():
         suspects = Counter(catalogue.FAULTS[code].suspect for code in codes)
         where = ", ".join(f"{catalogue.SUSPECTS[suspect]} ({count})" for suspect, count in suspects.most_common())
-        lines.append(f"{len(codes)} faults, of {where}: {why}")
+        lines.append(f"{len(codes)} fault{'s' * (len(codes) > 1)}, of {where}: {why}")
     return lines
 
 
