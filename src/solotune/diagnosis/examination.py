@@ -106,6 +106,8 @@ def _unseen(subject: Subject, probed: Probed) -> list[str]:
             if why
             else "give the data that it was trained on (--dataset), so that its labels can be looked at"
         )
+    if subject.saved is None and (why := subject.missing.get("adapter")):
+        unseen.append(f"bring back what is damaged ({why}); solotune verify names all of it")
     has_curve = subject.trace is not None and len(subject.trace.step_S) > 0
     if not has_curve and all(probe in probed.skipped for probe in ("P5", "P6", "P7")):
         why = probed.skipped["P5"]

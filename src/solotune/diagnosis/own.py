@@ -177,7 +177,9 @@ def from_run(path: str | Path) -> Subject:
     saved = saved_of(adapter) if adapter is not None else None
     missing = dict(subject.missing)
     if saved is None:
-        missing["saved"] = "nothing was saved yet"
+        missing["saved"] = "nothing was saved yet" if adapter is None else f"{adapter}: the adapter cannot be read"
+        if adapter is not None:
+            missing["adapter"] = missing["saved"]
     environment = _json(run.path / "environment.json")
     refusals = [*subject.refusals, *_other_base(run, config)]
     return replace(
@@ -202,7 +204,9 @@ def _recorded(run: RunDirectory) -> RunConfig:
         raise InputError(
             f"{path}: solotune {__version__} cannot read the config of this run",
             seen=error.problem,
-            change=f"solotune {made_by} wrote it; use that version" if made_by else "use the version that ran it",
+            change=f"solotune {made_by} wrote it; use that version"
+            if made_by not in (None, __version__)
+            else "the file was changed since its run, or another version wrote it; solotune verify tells",
         ) from None
 
 
