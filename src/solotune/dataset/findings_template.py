@@ -97,8 +97,8 @@ def not_through_template(facts: Facts) -> Finding | None:
     """F12: rows for a chat model are not in its chat format, or are in another's.
 
     Sees: of chats: that most messages hold control tokens or role labels, so that they were rendered already; that
-    `chat_template_path` writes another text between question and answer than the model's own template. Of rows of text:
-    that this text occurs in none, and that they are prompt + completion, or carry two role labels of another format
+    `chat_template_path` writes another text before an answer than the model's own template. Of rows of text: that the
+    template's text between question and answer occurs in none, and that they are prompt + completion, or carry two role labels of another format
     (`### Human:`).
     Why: the model learns a second format beside its own (first loss 10 times as high) and is then asked in the first.
     Not: a base model, where any format is legitimate: told by eos, which ends the template's turns only in a chat
@@ -152,17 +152,22 @@ def _template_replaced(facts: Facts) -> Finding | None:
     if own is None or not facts.train.rows or not _is_taught(facts, own):
         return None
     pieces = pieces_of(own)
-    if pieces is None or not squeezed(pieces[1]):
+    if pieces is None:
+        return None
+    header = pieces[1].strip()
+    for end in own.terminators:  # of the question, whose absence is another fault (F10)
+        header = header.removeprefix(end).strip()
+    if not squeezed(header):
         return None
     rows = evenly(range(len(facts.train.rows)), NUM_RENDERED)
-    if any(squeezed(pieces[1]) in squeezed(facts.decode(facts.train.rows[r].input_ids)) for r in rows):
+    if any(squeezed(header) in squeezed(facts.decode(facts.train.rows[r].input_ids)) for r in rows):
         return None
     return _S3(
         "F12",
         "not-through-chat-template",
         severity="warning",
         message=f"{facts.config.chat_template_path} renders another format than the model was taught: "
-        f"{pieces[1].strip()!r}, which its own template writes between question and answer, is in no row.",
+        f"{header!r}, which its own template writes before an answer, is in no row.",
         evidence={"rows_read": len(rows), "with_the_template": 0, "rows": facts.train.places(rows)},
         fix="remove chat_template_path, so that the model's own template renders the rows",
     )
