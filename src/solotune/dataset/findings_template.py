@@ -98,8 +98,8 @@ def not_through_template(facts: Facts) -> Finding | None:
 
     Sees: of chats: that most messages hold control tokens or role labels, so that they were rendered already; that
     `chat_template_path` writes another text before an answer than the model's own template. Of rows of text: that the
-    template's text between question and answer occurs in none, and that they are prompt + completion, or carry two role labels of another format
-    (`### Human:`).
+    template's text between question and answer occurs in none, and that they are prompt + completion, or carry two role
+    labels of another format (`### Human:`).
     Why: the model learns a second format beside its own (first loss 10 times as high) and is then asked in the first.
     Not: a base model, where any format is legitimate: told by eos, which ends the template's turns only in a chat
     model; continued training on documents (no role labels); a few rows that talk about chat formats.
