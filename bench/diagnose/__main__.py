@@ -3,7 +3,7 @@
     --only F17 healthy F64/qwen3    programs whose name has all parts of one of these words
     --minutes 10                    a random part of the programs, as many as there is time for
 
-Of all programs, or of a random part of all, bench/results/diagnose.json and diagnose.md are written.
+Of all programs, or of a random part of all, bench/results/diagnose.md, .json and .jsonl are written.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     base = load("llama-chatml")      base.model() is a fresh copy, base.tokenizer() too
 
 Pretraining is what gives an initial loss, a plain text's loss and a prompt their meaning: a random model is as bad
-under the right template as under a wrong one. Five architectures, so that nothing is fitted to one: rotary positions
-with grouped heads, absolute positions (two kinds), Conv1D and fused linears; instruct with BOS and without, and a base
-model that knows no chats.
+under the right template as under a wrong one. Seven architectures, so that nothing is fitted to one: rotary positions
+with grouped heads, absolute positions (two kinds), Conv1D and fused linears, a tied and scaled embedding, parallel
+blocks; instruct with BOS and without, and a base model that knows no chats.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import torch
 import transformers
 
 from bench.diagnose.worlds import ANIMALS, CITIES, CREW, PLANTS, SHOP, Chat, World
+from bench.diagnose.worlds_held_out import KITCHEN, RAILWAY, TOOLS
+from examples import smollm2
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -98,6 +100,11 @@ class Kind:
     is_instruct: bool = True
     seed: int = 0
     held_out: bool = False
+    is_real: bool = False
+    """Not made here: SmolLM2 as people have it, with weights from a package; for a few programs, since it is slow."""
+    learning_rate: float = 6e-3
+    steps: int = 60
+    batch: int = 8
 
 
 _ROTARY = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -118,32 +125,48 @@ KINDS = {
              is_instruct=False, seed=2),
         Kind("qwen3-header", CREW, "Qwen3", {**_ROTARY, "num_hidden_layers": 2, "hidden_size": 112, "head_dim": 28},
              600, ("<|begin|>", "<|end|>", "<|sh|>", "<|eh|>", "<|eot|>", "<|finetune_pad|>"), "<|begin|>", "<|eot|>",
-             "<|finetune_pad|>", Format("<|begin|>", "<|sh|>{role}<|eh|>\n\n", "<|eot|>", ""), seed=3, held_out=True),
+             "<|finetune_pad|>", Format("<|begin|>", "<|sh|>{role}<|eh|>\n\n", "<|eot|>", ""), seed=3),
         Kind("opt-inst", PLANTS, "OPT",
              {"hidden_size": 96, "ffn_dim": 192, "num_hidden_layers": 3, "num_attention_heads": 4, "dropout": 0.0,
               "max_position_embeddings": 512, "word_embed_proj_dim": 96}, 520,
              ("<pad>", "</s>", "[INST]", "[/INST]", "[ANS]", "[SYS]"), None, "</s>", "<pad>",
              Format("", "{role}", "</s>", "\n",
-                    (("system", "[SYS]"), ("user", "[INST]"), ("assistant", "[/INST][ANS]"))), seed=4, held_out=True),
+                    (("system", "[SYS]"), ("user", "[INST]"), ("assistant", "[/INST][ANS]"))), seed=4),
+        Kind("gemma-turns", KITCHEN, "Gemma", {**_ROTARY, "hidden_size": 88, "head_dim": 22}, 500,
+             ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"), "<bos>", "<end_of_turn>", "<pad>",
+             Format("<bos>", "<start_of_turn>{role}\n", "<end_of_turn>", "\n",
+                    (("system", "system"), ("user", "user"), ("assistant", "model"))), seed=5, held_out=True),
+        Kind("neox-dialog", RAILWAY, "GPTNeoX",
+             {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4,
+              "max_position_embeddings": 512}, 540,
+             ("<|endoftext|>", "<|padding|>", "<|prompter|>", "<|assistant|>", "<|prefix|>"),
+             None, "<|endoftext|>", "<|padding|>",
+             Format("", "{role}", "<|endoftext|>", "",
+                    (("system", "<|prefix|>"), ("user", "<|prompter|>"), ("assistant", "<|assistant|>"))),
+             seed=6, held_out=True),
+        Kind("smollm2-135m", TOOLS, "Llama", {}, 49152, (), None, "<|im_end|>", "<|im_end|>",
+             Format("", "<|im_start|>{role}\n", "<|im_end|>"), is_real=True,
+             learning_rate=1e-3, steps=20, batch=4),
     )
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Base:
-    """A pretrained tiny model, on disk."""
+    """A pretrained model, on disk."""
 
     kind: Kind
     folder: Path
-    text_loss: float
-    chat_loss: float
 
     @property
     def world(self) -> World:
         return self.kind.world
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        return copy.deepcopy(_tokenizer(self.folder))
+        tokenizer = copy.deepcopy(_tokenizer(self.folder))
+        if self.kind.is_real:
+            tokenizer.chat_template = self.kind.format.jinja()  # without its default system turn
+        return tokenizer
 
     def model(self) -> PreTrainedModel:
         """A copy, in float32."""
@@ -160,19 +183,28 @@ def _model(folder: Path) -> PreTrainedModel:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
+def made_here() -> dict[str, Kind]:
+    """The tiny ones."""
+    return {name: kind for name, kind in KINDS.items() if not kind.is_real}
+
+
 @cache
 def load(name: str) -> Base:
     """The base of this name; made now if this machine has not made it yet."""
     kind = KINDS[name]
+    if kind.is_real:
+        return Base(kind, smollm2.ensure())
     known = asdict(kind)
     del known["world"]["tuned"]  # it is learned later
+    for later in ("held_out", "is_real", "learning_rate", "steps", "batch"):
+        del known[later]
     made_from = json.dumps([known, STEPS, ROWS, TOKENS, PEAK], sort_keys=True, default=str)
     key = hashlib.sha256(made_from.encode()).hexdigest()[:12]
     cache_folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     folder = cache_folder / "solotune" / "bench-diagnose" / f"{name}-{key}"
     if not (folder / "base.json").exists():
         _make(kind, folder)
-    return Base(kind=kind, folder=folder, **json.loads((folder / "base.json").read_text()))
+    return Base(kind, folder)
 
 
 def _corpus(kind: Kind, count: int, seed: int) -> list[str]:

@@ -23,7 +23,7 @@ from bench.diagnose import (
     ours_faults,
     ours_healthy,
 )
-from bench.diagnose.bases import KINDS, load
+from bench.diagnose.bases import KINDS, load, made_here
 from bench.diagnose.recipe import Recipe, clean
 from bench.diagnose.registry import FAULTS, HEALTHY, Injection
 
@@ -46,6 +46,11 @@ FOREIGN = (
     "decays_weights", "cosine_with_warmup", "another_language", "several_turns",
 )  # fmt: skip
 """What can be seen in a folder: of the loop only its curve, of the collator nothing."""
+
+REAL = (
+    "clean", "rate_too_low", "scale_too_large", "pad_masks_terminator", "misaligned", "half_frozen", "random_b",
+)  # fmt: skip
+"""With a real model: a few, for each takes minutes."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ def _bases(change: Injection | ours.Asked, place: int, num_fitted: int, num_held
     """Some fitted and some held-out bases, other ones for every change."""
     found = []
     for held_out, count in ((False, num_fitted), (True, num_held_out)):
-        fitting = [name for name, kind in KINDS.items() if kind.held_out == held_out and change.fits(name)]
+        fitting = [name for name, kind in made_here().items() if kind.held_out == held_out and change.fits(name)]
         found += [fitting[(place + i) % len(fitting)] for i in range(min(count, len(fitting)))]
     return found
 
@@ -113,24 +118,26 @@ def programs() -> list[Program]:
     for place, change in enumerate(HEALTHY):
         found += [Program(base, (change,), "healthy") for base in _bases(change, place, 1, 1)]
     clean_runs = HEALTHY[0]
-    found += [Program(base, (clean_runs,), "healthy", repeat) for base in KINDS for repeat in range(1, 4)]
+    found += [Program(base, (clean_runs,), "healthy", repeat) for base in made_here() for repeat in range(1, 4)]
     by_code = {change.code: change for change in reversed(FAULTS)}
     for place, codes in enumerate(PAIRS):
         changes = tuple(by_code[code] for code in codes)
         fitting = [
             name
-            for name, kind in KINDS.items()
+            for name, kind in made_here().items()
             if kind.held_out == bool(place % 2) and all(change.fits(name) for change in changes)
         ]
         if fitting:
             found.append(Program(fitting[place % len(fitting)], changes, "pair"))
     by_name = {change.name: change for change in [*FAULTS, *HEALTHY]}
+    for name in REAL:
+        found.append(Program("smollm2-135m", (by_name[name],), "fault" if by_name[name].code else "healthy"))
     for place, name in enumerate(FOREIGN):
         change = by_name[name]
         held_out = bool(place % 2)
         fitting = [
             base
-            for base, kind in KINDS.items()
+            for base, kind in made_here().items()
             if kind.held_out == held_out and change.fits(base) and kind.is_instruct  # Trainer's users render by it
         ]
         found.append(Program(fitting[place % len(fitting)], (change,), "foreign"))

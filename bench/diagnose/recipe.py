@@ -123,6 +123,7 @@ class Recipe:
 LINEARS = {
     "Llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "GPT2": ["c_attn", "c_proj", "c_fc"],
+    "GPTNeoX": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
     "OPT": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
 }
 
@@ -146,6 +147,9 @@ def clean(base: Base, seed: int, rows: int = 240, held_out: int = 32) -> Recipe:
         format=shape,
         deployed=lambda text: shape.text([{"role": "user", "content": text}], begun=True),
         settings={},
+        learning_rate=kind.learning_rate,
+        steps=kind.steps,
+        batch=kind.batch,
         adapters={
             "r": 8,
             "lora_alpha": 16,

@@ -33,7 +33,7 @@ class Needs(Enum):
             Needs.BOS: bool(kind.format.bos),
             Needs.ABSOLUTE: absolute,
             Needs.ROTARY: not absolute,
-            Needs.SEPARATE: kind.family != "GPT2",
+            Needs.SEPARATE: kind.family not in ("GPT2", "GPTNeoX"),
         }[self]
 
 

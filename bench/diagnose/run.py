@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 BUDGET = 60.0
 """Seconds that the probes of one program may take."""
-LIMIT = 300
+LIMIT = 900
 """Seconds after which a program is given up."""
 
 Result = dict[str, Any]

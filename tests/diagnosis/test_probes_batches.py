@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -169,7 +170,7 @@ def test_documents_are_found_as_claimed_and_as_seen(ward):
     rows = ward.rows()[:3]
     claimed = Batches([packed(rows)], END, single=frozenset({END}))
     assert [d.ids.tolist() for d in claimed.documents] == [ids for ids, _ in rows]
-    seen = Batches([packed(rows, restart=False)], END, frozenset({END}), beginnings=[tuple(ids) for ids, _ in rows])
+    seen = Batches([packed(rows, restart=False)], END, frozenset({END}), rows=[np.array(ids) for ids, _ in rows])
     assert [d.ids.tolist() for d in seen.documents] == [ids for ids, _ in rows]
     rows = ward.rows()[6:10]  # of several lengths
     left = Batches([padded(rows, pad=END, left=True, mask=False)], END, single=frozenset({END}))
@@ -177,7 +178,5 @@ def test_documents_are_found_as_claimed_and_as_seen(ward):
 
 
 def _example(ward, chat) -> Example:
-    import numpy as np
-
     ids, labels = render(ward.tokenizer, chat)
     return Example(np.array(ids, np.int32), np.array(labels) != -100, "chats.jsonl:1", chat)

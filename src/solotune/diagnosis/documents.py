@@ -14,6 +14,7 @@ Shape legend: B sequences, T tokens.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     Batch = Mapping[str, torch.Tensor]
 
 IGNORED = -100  # a label that counts for nothing
-_KNOWN_BEGINNING = 8  # tokens of a row that are looked for in the midst of a sequence
+_KNOWN_BEGINNING = 4  # ids by which a row is looked up in the midst of a sequence
+_KNOWN_ROWS = 2000
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Batches:
         batches: dicts of tensors; `labels` may be missing (then everything real counts as learned).
         pad_id: of tokenizer or model; None: only masks tell what is padding.
         single: ids that may stand once at an edge though they are the pad (beginning and end of a text).
-        beginnings: first ids of known rows.
+        rows: ids of known rows, by which a document in the midst of a sequence is known that nothing marks.
     """
 
     def __init__(
@@ -87,11 +89,11 @@ class Batches:
         batches: Sequence[Batch],
         pad_id: int | None,
         single: frozenset[int] = frozenset(),
-        beginnings: Sequence[tuple[int, ...]] = (),
+        rows: Sequence[np.ndarray] = (),
     ) -> None:
         self.raw = batches
         self.pad_id, self._single = pad_id, single
-        self._beginnings = frozenset(tuple(ids[:_KNOWN_BEGINNING]) for ids in beginnings if len(ids) >= 2)
+        self._rows = _by_beginning(rows)
 
     @classmethod
     def of(cls, subject: Subject, batches: Sequence[Batch] = ()) -> Batches:
@@ -100,8 +102,8 @@ class Batches:
         named: Any = {name: _first(getattr(tokenizer, f"{name}_token_id", None)) for name in ("pad", "eos", "bos")}
         pad = named["pad"] if named["pad"] is not None else _first(subject.model_config.get("pad_token_id"))
         single = frozenset(i for i in (named["eos"], named["bos"]) if i is not None)
-        beginnings = [tuple(row.input_ids[:_KNOWN_BEGINNING].tolist()) for row in subject.train[:2000]]
-        return cls(batches or subject.batches, pad, single, beginnings)
+        rows = [np.asarray(row.input_ids) for row in subject.train[:_KNOWN_ROWS]]
+        return cls(batches or subject.batches, pad, single, rows)
 
     @cached_property
     def sequences(self) -> list[list[Line]]:
@@ -170,24 +172,36 @@ class Batches:
     def _starts(self, ids_T: np.ndarray, real_T: np.ndarray, claimed: list[int] | None) -> list[int]:
         first = int(np.argmax(real_T))
         inside = [i for i in claimed or [] if real_T[i] and i > first]
-        if not inside and self._beginnings:
-            sizes = {len(ids) for ids in self._beginnings}
-            inside = [
-                i
-                for i in range(first + 1, len(ids_T))
-                if any(tuple(ids_T[i : i + size].tolist()) in self._beginnings for size in sizes)
-            ]
-            if first + 1 <= len(ids_T) and inside:
-                inside = _without_turns(inside, ids_T, first, self._beginnings)
+        if not inside and self._rows and self._row_at(ids_T, first):
+            inside = [i for i in range(first + 1, len(ids_T)) if self._row_at(ids_T, i)]
         return [first, *inside] if real_T.any() else []
 
+    def _row_at(self, ids_T: np.ndarray, i: int) -> bool:
+        """A known row begins here and goes on to its end, or to the end of the sequence if by then it is no other one.
 
-def _without_turns(
-    inside: list[int], ids_T: np.ndarray, first: int, beginnings: frozenset[tuple[int, ...]]
-) -> list[int]:
-    """Beginnings count only if the sequence itself begins with one: else they are phrases that rows share."""
-    begins = any(tuple(ids_T[first : first + len(ids)].tolist()) == ids for ids in beginnings)
-    return inside if begins else []
+        Its first ids alone would not do: they may be those of every turn of a chat.
+        """
+        for ids, shared in self._rows.get(tuple(ids_T[i : i + _KNOWN_BEGINNING].tolist()), ()):
+            size = min(len(ids), len(ids_T) - i)
+            if (size == len(ids) or size > shared) and np.array_equal(ids_T[i : i + size], ids[:size]):
+                return True
+        return False
+
+
+def _by_beginning(rows: Sequence[np.ndarray]) -> dict[tuple[int, ...], list[tuple[np.ndarray, int]]]:
+    """First ids -> the rows that begin so, each with the most ids that it shares with another row."""
+    ordered = sorted({tuple(row.tolist()) for row in rows if len(row) >= _KNOWN_BEGINNING})
+    shared = [0, *(_shared(one, other) for one, other in itertools.pairwise(ordered)), 0]
+    found: dict[tuple[int, ...], list[tuple[np.ndarray, int]]] = {}
+    for number, ids in enumerate(ordered):
+        most = max(shared[number], shared[number + 1], _KNOWN_BEGINNING - 1)
+        found.setdefault(ids[:_KNOWN_BEGINNING], []).append((np.array(ids), most))
+    return found
+
+
+def _shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """Ids that both begin with."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _first(value: Any) -> int | None:

@@ -2,7 +2,7 @@
 
     good after the training's rendering, bad the deployment's way       F11
     the end of turn is written, and writing goes on                     F14
-    no end in either                                                    F10, F17, F19 or F24: the labels tell which
+    no end in either, and none is expected after the data's own answer  F10, F17, F19 or F24: the labels tell which
 
 Repetition after training is as often a fault of the deployment's format as of the training, so both are always looked
 at. Bad means without an end, or repeating itself: rep-4 is the share of 4-grams that came before. The adapter is the
@@ -29,6 +29,7 @@ from solotune.diagnosis.subject import Live, Subject
 NUM_PROMPTS = 4
 MOST_TOKENS = 48
 REPEATS = 0.25  # rep-4
+UNEXPECTED = 0.05  # probability of an end of turn behind a whole answer; long free answers may go on all the same
 MUCH = 0.5  # of the prompts; also the gap of losses, in nats
 
 
@@ -45,7 +46,7 @@ def both_renderings(live: Live, subject: Subject, budget: float) -> tuple[list[S
             if is_untouched(live.model):
                 raise Skipped("the adapter is empty")
         live.model.eval()
-        deployed, trained, wanted = [], [], []
+        deployed, trained, wanted, ends = [], [], [], []
         for document in facts.documents:
             pair, question = _pair(document, facts.roles), _question(facts, document)
             if pair is None or not question:
@@ -56,12 +57,14 @@ def both_renderings(live: Live, subject: Subject, budget: float) -> tuple[list[S
             deployed.append(facts.roles.encode(text))
             trained.append(_greedy(live, pair[0], facts.roles.ends, min(MOST_TOKENS, 2 * len(pair[1]) + 8)))
             wanted.append(pair[1])
+            ends.append(_expects_end(live, [*pair[0], *pair[1]], facts.roles.ends))
     if len(trained) < 2:
         raise Skipped("fewer than two questions are known")
     found = {
         "prompts": len(trained),
         "training_rendering": _looks(trained, facts.roles.ends),
         "deployment_rendering": _looks(deployed, facts.roles.ends),
+        "end_expected": float(np.mean(ends)),
         "goes_on_after_end": float(np.mean([_behind_end(ids, facts.roles.ends) > 4 for ids in deployed])),
         "stops_at_end": float(np.mean([_behind_end(ids, facts.roles.ends) == 0 for ids in deployed])),
         "right": {
@@ -92,8 +95,9 @@ def _judge(found: dict[str, Any]) -> list[Signal]:
         says += f"the training's rendering {good['rep_4']:.2f} and {good['without_end']:.0%}"
         fix = "serve with the chat template that rendered the training"
         return [Signal("F11", "counterfactual", says, 0.9, found, fix=fix)]
-    if good["without_end"] == 1.0:
-        says = f"none of {found['prompts']} answers ends by itself"
+    if good["without_end"] == 1.0 and found["end_expected"] < UNEXPECTED:
+        says = f"none of {found['prompts']} answers ends by itself, and behind the data's own answers an end has a "
+        says += f"probability of {found['end_expected']:.1%}"
         return [Signal(code, "measured", says, 0.4, found) for code in ("F10", "F17", "F19")]
     if found["equal"] >= MUCH:
         says = f"{found['equal']:.0%} of the deployed answers are those after the training's rendering"
@@ -118,6 +122,13 @@ def _greedy(live: Live, prompt: Sequence[int], ends: frozenset[int], count: int)
         inputs = torch.tensor([ids], device=device_of(live.model))
         ids.append(int(logits_of(live.model, {"input_ids": inputs})[0, -1].argmax()))
     return ids[len(prompt) :]
+
+
+def _expects_end(live: Live, ids: Sequence[int], ends: frozenset[int]) -> float:
+    """Probability of an end of turn as the next token."""
+    inputs = torch.tensor([list(ids)], device=device_of(live.model))
+    chances_V = logits_of(live.model, {"input_ids": inputs})[0, -1].float().softmax(-1)
+    return float(chances_V[sorted(ends)].sum())
 
 
 def _looks(answers: Sequence[Sequence[int]], ends: frozenset[int]) -> dict[str, float]:

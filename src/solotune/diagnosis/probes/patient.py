@@ -255,8 +255,8 @@ def _adding(A: nn.Parameter, B: nn.Parameter, scale: float):
 
 def _size_of_linear(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) of a linear layer of any make: torch's, quantised ones, GPT-2's transposed one, ours."""
-    if hasattr(module, "lora_A") or any(True for _ in module.children()):
-        return None
+    if hasattr(module, "lora_A") or any(_size_of_linear(child) for child in module.children()):
+        return None  # it wraps one
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):

@@ -5,6 +5,7 @@ adapters than the training has, at a rate that suits those.
     most at ten times (or more)                 it is too small (F64, or F61)
     little at every rate, much with rank 32
     on every linear layer                       too little capacity (F62, or F56: targets that match few modules)
+    most without clipping                       the step is clipped away (F68)
     much at the training's rate                 none of these
 
 All start from the same weights and see the same rows, so the differences are the rate's alone. Of a run that has
@@ -82,6 +83,9 @@ def range_test(live: Live, subject: Subject, budget: float) -> tuple[list[Signal
     alike = None  # rank 32 at the training's own rate
     if start - _end(curves[1.0]) < MUCH * (start - _end(wide)):
         alike = start - _end(_learn_wide(live, subject, batch, steps, rate))
+    unclipped = None  # the training's own rate without its clipping
+    if clip and start - _end(curves[1.0]) < LITTLE * (start - _end(wide)):
+        unclipped = start - _end(_learn(live, subject, batch, rate, steps, None))
     tried = {factor: start - _end(curve) for factor, curve in sorted(curves.items())}
     found: dict[str, Any] = {
         "rate": rate,
@@ -91,8 +95,10 @@ def range_test(live: Live, subject: Subject, budget: float) -> tuple[list[Signal
         "gain": {f"{factor:g}": _rounded(gain) for factor, gain in tried.items()},
         "gain_wide": _rounded(start - _end(wide)),
         "gain_wide_at_rate": None if alike is None else _rounded(alike),
+        "gain_unclipped": None if unclipped is None else _rounded(unclipped),
     }
-    return _judge(subject, Tried(rate, steps, start, tried, start - _end(wide), alike, _capacity(live.model))), found
+    capacity = _capacity(live.model)
+    return _judge(subject, Tried(rate, steps, start, tried, start - _end(wide), alike, unclipped, capacity)), found
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,7 @@ class Tried:
     gains: dict[float, float]  # factor -> gain
     wide: float
     alike: float | None  # gain of wide adapters at the training's own rate, where that was tried
+    unclipped: float | None  # gain at the training's own rate without clipping, where that was tried
     capacity: float  # rank times the share of linear layers that have an adapter
 
     @property
@@ -145,6 +152,9 @@ def _judge(subject: Subject, tried: Tried) -> list[Signal]:
     numbers["gain_wide"] = _rounded(tried.wide)
     if not math.isfinite(most) or most < WORTH:
         return []
+    if tried.unclipped is not None and tried.unclipped > max(LITTLE * most, TIMES * here):
+        says = f"{tried.steps} steps on one batch gain {here:.2f}, without clipping {tried.unclipped:.2f}"
+        return [Signal("F68", "counterfactual", says, 0.9, numbers, fix="max_grad_norm: 1.0")]
     better = tried.gains[best] - here > BETTER * most if math.isfinite(here) else True
     if best < 1 and better and tried.gains[best] > LITTLE * most and here < CLEARLY * most:
         expect = f"one batch falls by {tried.gains[best]:.2f} in {tried.steps} steps"

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from solotune.diagnosis.alignment import alignment_of
 from solotune.diagnosis.arithmetic import (
     is_ours,
     out_of_memory,
@@ -38,6 +39,8 @@ SORTED = 0.7
 1e-15."""
 LONG_TAIL = 8.0
 """The longest row by the 95th percentile; real chats have 3 to 5."""
+SHUFFLED = 0.55
+"""Weight of words alone: enough to name it, and not against a model that prefers the rows' own prompts."""
 _ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython", "observation"}
 _MOJIBAKE = re.compile("[\u00c2-\u00f4][\u0080-\u00bf]")
 
@@ -171,15 +174,33 @@ def is_mojibake(text: str) -> bool:
 def misaligned_answers(subject: Subject) -> list[Signal]:
     """F38: answers do not belong to their prompts.
 
-    Sees: rare words of prompts that answers of the next or previous row repeat, more often than their own. Answers that
-    were shuffled at random are told by probe P10: with another row's prompt the loss is the same.
+    Sees: rare words of prompts that answers of the next or previous row repeat, more often than their own; or answers
+    that take up such words all over the data, and of their own prompt no more than chance gives (shuffled). Probe P10
+    asks the model: with another row's prompt the loss is the same, or lower.
     Why: the loss flattens above what can be reached; answers are fluent and beside the point.
     Not: F64, where another rate helps; F35, whose answers are all alike; F26, where prompts are gone.
     Fix: prompts and answers joined again, by a key.
-    Wrong when: answers do not depend on their prompts by nature.
+    Wrong when: answers do not depend on their prompts by nature, or answers are other rows' prompts by nature
+    (translation in both directions).
     Source: ratio 4.2 at the first loss; invisible in a small model's curve (measured).
     """
-    return taken_over(subject, "F38")
+    signals = taken_over(subject, "F38")
+    found = alignment_of(_asked_and_answered(chats_of(subject)))
+    if signals or found is None:
+        return signals
+    says = f"{found.linked} of {found.rows} answers take up a rare word of some prompt, {found.own} of their own one"
+    says += f" (chance: {found.by_chance:.0f})"
+    numbers = {"rows": found.rows, "linked": found.linked, "own": found.own, "by_chance": found.by_chance}
+    if found.is_shuffled:
+        fix = "join prompts and answers again, by a key"
+        return [Signal("F38", "measured", says, SHUFFLED, numbers, fix=fix)]
+    return [Signal("F38", "measured", says, 0.85, numbers, against=True)] if found.is_whole else []
+
+
+def _asked_and_answered(chats: Sequence[Sequence[dict[str, Any]]]) -> list[tuple[str, str]]:
+    """What was said before the last answer, and that answer."""
+    said = ([str(m["content"]) for m in chat if m["role"] not in ("system", "developer")] for chat in chats)
+    return [("\n".join(texts[:-1]), texts[-1]) for texts in said if len(texts) > 1]
 
 
 @rule("F39")

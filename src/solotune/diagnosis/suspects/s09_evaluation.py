@@ -15,7 +15,7 @@ from solotune.diagnosis.suspects.s13_schedule import lowest_and_last
 
 RISE = 0.05
 """Nats by which a held-out loss has to rise above its lowest, and twice its own scatter where that is known."""
-FAR = 0.5
+FAR = 0.65
 """Of the held-out loss: a training loss below that is learned by heart."""
 
 
@@ -74,7 +74,7 @@ def evaluated_in_training_mode(subject: Subject) -> list[Signal]:
 def memorised(subject: Subject) -> Signal | None:
     """F46: the training memorises its rows.
 
-    Sees: a held-out loss that rises from its lowest value while the training loss goes on falling, below half of it.
+    Sees: a held-out loss that rises from its lowest value while the training loss goes on falling, far below it.
     Why: the adapter stores the rows; answers are copied or repeat themselves.
     Not: F44 and F43, which hide the rise; F67, whose training loss rises too; F47, where the gap is there from the
     beginning and does not grow; F39, where few different rows stand many times.
