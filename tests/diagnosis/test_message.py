@@ -48,7 +48,7 @@ def test_the_culprit_is_a_sentence_with_its_numbers_the_line_to_change_and_what_
     assert "  →  learning_rate: 2e-4" in text
     assert "the same evidence fits F61 scale-wrong" in printed(decide("run", RATE[:1]))
     assert text.splitlines()[-1] == "fault: F17 pad-masks-terminator, and F64 rate-too-low"
-    assert "ruled out  1 more (--json)" in text  # F54 is nobody's look-alike here
+    assert "ruled out  1 fault, each with the number that says so (--json)" in text  # F54 is nobody's look-alike here
     rate = printed(decide("run", [RATE[0], Signal("F67", "measured", "a tenth of it is worse", 0.9, against=True)]))
     assert "ruled out  F67 rate-too-high (a tenth of it is worse)" in rate
 

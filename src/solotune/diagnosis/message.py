@@ -61,13 +61,19 @@ def ruled_out_nearby(diagnosis: Diagnosis) -> str:
     """What was ruled out of the first culprit's suspect, or as its consequence or equivalent, with why; of the others
     how many."""
     if not diagnosis.culprits:
-        return f"{len(diagnosis.ruled_out)} faults, by number (--json)" if diagnosis.ruled_out else ""
+        return _counted(len(diagnosis.ruled_out))
     first = diagnosis.culprits[0]
     family = {first.fault, *catalogue.equivalents(first.fault), *catalogue.EXPLAINS.get(first.fault, ())}
     family |= {fault.code for fault in catalogue.FAULTS.values() if fault.suspect == first.suspect}
     near = [f"{r['fault']} {r['slug']} ({r['because']})" for r in diagnosis.ruled_out if r["fault"] in family]
     others = len(diagnosis.ruled_out) - len(near)
+    if not near:
+        return _counted(others)
     return "; ".join([*near, *([f"{others} more (--json)"] if others else [])])
+
+
+def _counted(ruled_out: int) -> str:
+    return f"{ruled_out} fault{'s' * (ruled_out > 1)}, each with the number that says so (--json)" if ruled_out else ""
 
 
 def left_open(diagnosis: Diagnosis) -> list[str]:
