@@ -1,5 +1,5 @@
-"""diagnose.md: the scores, who was taken for whom, the worst mistakes, what each probe costs. diagnose.json: the same
-in numbers. diagnose.jsonl: what was said of each program, a line each.
+"""diagnose.md: the scores, who was taken for whom, the worst mistakes, what each probe costs. diagnose.json: the
+same as numbers. diagnose.jsonl: what was said of each program, a line each.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import pytest
 import solotune
 from solotune.config import load_config
 from solotune.diagnosis import own, own_live
+from solotune.diagnosis.probes.patient import wider
 from solotune.diagnosis.suspects import ask_all
 from solotune.errors import InputError
 
@@ -55,6 +56,12 @@ def test_a_finished_run_is_read_whole(run):
     assert len(subject.train) == 50 and len(subject.validation) == 10 and subject.environment["versions"]
     assert subject.settings.get("train_rows") == 50 and not subject.missing
     assert sure(subject) == set()
+
+
+def test_wider_adapters_reach_every_linear_of_ours(run):
+    live = own.from_run(run).live()
+    with wider(live.model) as parameters:
+        assert len(parameters) == 2 * 14  # seven linears in each of two layers
 
 
 def test_probes_get_the_batches_that_the_run_saw_and_its_adapter(run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -172,6 +173,10 @@ def test_documents_are_found_as_claimed_and_as_seen(ward):
     assert [d.ids.tolist() for d in claimed.documents] == [ids for ids, _ in rows]
     seen = Batches([packed(rows, restart=False)], END, frozenset({END}), rows=[np.array(ids) for ids, _ in rows])
     assert [d.ids.tolist() for d in seen.documents] == [ids for ids, _ in rows]
+    turns = [[*one, *other] for one, other in itertools.pairwise(chats(20, 100)[:4])]  # begin as single ones do
+    known = [np.array(render(ward.tokenizer, chat)[0]) for chat in turns]
+    whole = Batches([padded([render(ward.tokenizer, chat) for chat in turns], pad=PAD)], PAD, rows=known)
+    assert [d.ids.tolist() for d in whole.documents] == [ids.tolist() for ids in known], "turns are no documents"
     rows = ward.rows()[6:10]  # of several lengths
     left = Batches([padded(rows, pad=END, left=True, mask=False)], END, single=frozenset({END}))
     assert [d.ids.tolist() for d in left.documents] == [ids for ids, _ in rows]

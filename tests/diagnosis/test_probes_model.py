@@ -224,6 +224,15 @@ def test_rates_too_low_and_too_high(ward):
         assert first.code == code and first.fix.startswith("learning_rate") and first.expect
 
 
+def test_a_step_that_is_clipped_away(ward):
+    live = ward.live(ward.model(), batches_of(ward.new_rows()),
+                     make_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5))  # fmt: skip
+    subject = subject_of(ward, live, settings={"learning_rate": 0.5, "max_grad_norm": 1e-4, "optim": "sgd"})
+    assert spoken(range_test(live, subject, 10.0)[0]) == [("F68", "counterfactual")]
+    subject = subject_of(ward, live, settings={"learning_rate": 0.5, "max_grad_norm": 1.0, "optim": "sgd"})
+    assert ("F68", "counterfactual") not in spoken(range_test(live, subject, 10.0)[0])
+
+
 def test_too_little_capacity(ward):
     live = ward.live(ward.model(r=1, target_modules=r".*layers\.0.*k_proj"), batches_of(ward.new_rows()))
     signals, found = range_test(live, subject_of(ward, live, settings={"learning_rate": 2e-3}), 8.0)

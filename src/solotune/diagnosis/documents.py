@@ -172,20 +172,34 @@ class Batches:
     def _starts(self, ids_T: np.ndarray, real_T: np.ndarray, claimed: list[int] | None) -> list[int]:
         first = int(np.argmax(real_T))
         inside = [i for i in claimed or [] if real_T[i] and i > first]
-        if not inside and self._rows and self._row_at(ids_T, first):
-            inside = [i for i in range(first + 1, len(ids_T)) if self._row_at(ids_T, i)]
-        return [first, *inside] if real_T.any() else []
+        return [first, *(inside or self._rows_behind(ids_T, first))] if real_T.any() else []
 
-    def _row_at(self, ids_T: np.ndarray, i: int) -> bool:
-        """A known row begins here and goes on to its end, or to the end of the sequence if by then it is no other one.
+    def _rows_behind(self, ids_T: np.ndarray, first: int) -> list[int]:
+        """Where known rows begin behind a whole one, the last of which may be cut.
 
-        Its first ids alone would not do: they may be those of every turn of a chat.
+        Rows are followed, not searched for: the turns of a chat begin as rows do, and may be rows elsewhere.
         """
-        for ids, shared in self._rows.get(tuple(ids_T[i : i + _KNOWN_BEGINNING].tolist()), ()):
-            size = min(len(ids), len(ids_T) - i)
-            if (size == len(ids) or size > shared) and np.array_equal(ids_T[i : i + size], ids[:size]):
-                return True
-        return False
+        found, at = [], first
+        while size := self._size_of_row(ids_T, at):
+            at += size
+            if not self._size_of_row(ids_T, at) and not self._is_cut_row(ids_T, at):
+                break
+            found.append(at)
+        return found
+
+    def _size_of_row(self, ids_T: np.ndarray, at: int) -> int:
+        """Of the longest known row that stands here; 0: none does."""
+        fits = (ids for ids, _ in self._known(ids_T, at) if np.array_equal(ids_T[at : at + len(ids)], ids))
+        return max(map(len, fits), default=0)
+
+    def _is_cut_row(self, ids_T: np.ndarray, at: int) -> bool:
+        """What is left of the sequence begins a known row, and no other one."""
+        left = len(ids_T) - at
+        return any(shared < left < len(ids) and np.array_equal(ids_T[at:], ids[:left])
+                   for ids, shared in self._known(ids_T, at))  # fmt: skip
+
+    def _known(self, ids_T: np.ndarray, at: int) -> list[tuple[np.ndarray, int]]:
+        return self._rows.get(tuple(ids_T[at : at + _KNOWN_BEGINNING].tolist()), [])
 
 
 def _by_beginning(rows: Sequence[np.ndarray]) -> dict[tuple[int, ...], list[tuple[np.ndarray, int]]]:
