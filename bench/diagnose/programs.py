@@ -21,13 +21,23 @@ from bench.diagnose import (
     healthy,
     ours,
     ours_faults,
+    ours_faults_run,
     ours_healthy,
 )
 from bench.diagnose.bases import KINDS, load, made_here
 from bench.diagnose.recipe import Recipe, clean
 from bench.diagnose.registry import FAULTS, HEALTHY, Injection
 
-REGISTERED = (faults_batch, faults_machine, faults_text, faults_training, healthy, ours_faults, ours_healthy)
+REGISTERED = (
+    faults_batch,
+    faults_machine,
+    faults_text,
+    faults_training,
+    healthy,
+    ours_faults,
+    ours_faults_run,
+    ours_healthy,
+)
 NOT_INJECTED: dict[str, str] = {}
 """Code -> why there is no program for it."""
 
