@@ -5,7 +5,8 @@ bases.py      tiny models that are pretrained on them for a minute and kept
 recipe.py     everything that one training does, as plain fields that a fault changes
 loop.py       that training, with plain transformers and PEFT
 subject.py    what a diagnosis is given of it
-programs.py   all programs: faults_*.py, healthy.py, pairs.py, foreign.py, fitted and held out
+ours.py       runs of solotune's own instead, from a config to its run directory: ours_faults.py, ours_healthy.py
+programs.py   all programs: faults_*.py, healthy.py, foreign.py, ours_*.py, fitted and held out
 run.py        one program: train, diagnose
 score.py      how often it was right
 """

@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.diagnose", description="Scores the diagnosis.")
     parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="programs: code, change, base; F17/qwen3")
     parser.add_argument("--split", choices=("fitted", "held-out"), help="one of the two")
-    parser.add_argument("--kind", choices=("fault", "healthy", "pair", "foreign"), help="one kind of program")
+    parser.add_argument("--kind", choices=("fault", "healthy", "pair", "foreign", "own"), help="one kind of program")
     parser.add_argument("--jobs", type=int, default=2, help="programs at a time")
     parser.add_argument("--minutes", type=float, default=math.inf, help="then begin no other; in random order")
     parser.add_argument("--list", action="store_true", help="their names, and no run")

@@ -13,12 +13,31 @@ import random
 from dataclasses import dataclass
 from functools import cached_property
 
-from bench.diagnose import faults_batch, faults_machine, faults_text, faults_training, healthy
+from bench.diagnose import (
+    faults_batch,
+    faults_machine,
+    faults_text,
+    faults_training,
+    healthy,
+    ours,
+    ours_faults,
+    ours_faults_run,
+    ours_healthy,
+)
 from bench.diagnose.bases import KINDS, load, made_here
 from bench.diagnose.recipe import Recipe, clean
 from bench.diagnose.registry import FAULTS, HEALTHY, Injection
 
-REGISTERED = (faults_batch, faults_machine, faults_text, faults_training, healthy)
+REGISTERED = (
+    faults_batch,
+    faults_machine,
+    faults_text,
+    faults_training,
+    healthy,
+    ours_faults,
+    ours_faults_run,
+    ours_healthy,
+)
 NOT_INJECTED: dict[str, str] = {}
 """Code -> why there is no program for it."""
 
@@ -49,9 +68,10 @@ class Program:
     """One run of the benchmark."""
 
     base: str
-    changes: tuple[Injection, ...]
-    kind: str  # fault, healthy, pair, foreign
+    changes: tuple[Injection, ...] | tuple[ours.Asked, ...]
+    kind: str  # fault, healthy, pair, foreign, own
     repeat: int = 0
+    is_before: bool = False  # of our own: the config is diagnosed, and nothing trained
 
     @property
     def codes(self) -> tuple[str, ...]:
@@ -65,7 +85,8 @@ class Program:
     def name(self) -> str:
         """F17/pad_masks_terminator/llama-chatml"""
         what = "+".join(change.name for change in self.changes)
-        where = f"{self.base}/foreign" if self.kind == "foreign" else self.base
+        where = f"{self.base}/{self.kind}" if self.kind in ("foreign", "own") else self.base
+        where += "/before" if self.is_before else ""
         return f"{'+'.join(self.codes) or 'healthy'}/{what}/{where}" + (f"/{self.repeat}" if self.repeat else "")
 
     @cached_property
@@ -76,11 +97,21 @@ class Program:
         """The training, changed; data first, since other changes look at it."""
         recipe = clean(load(self.base), self.seed)
         for change in self.changes:
+            assert isinstance(change, Injection)
             change.change(recipe, random.Random(self.seed))
         return recipe
 
+    def job(self) -> ours.Job:
+        """What is asked of solotune, changed."""
+        job = ours.clean(load(self.base), self.seed)
+        for change in self.changes:
+            assert isinstance(change, ours.Asked)
+            change.change(job, random.Random(self.seed))
+        job.is_before = self.is_before
+        return job
 
-def _bases(change: Injection, place: int, num_fitted: int, num_held_out: int) -> list[str]:
+
+def _bases(change: Injection | ours.Asked, place: int, num_fitted: int, num_held_out: int) -> list[str]:
     """Some fitted and some held-out bases, other ones for every change."""
     found = []
     for held_out, count in ((False, num_fitted), (True, num_held_out)):
@@ -120,6 +151,10 @@ def programs() -> list[Program]:
             if kind.held_out == held_out and change.fits(base) and kind.is_instruct  # Trainer's users render by it
         ]
         found.append(Program(fitting[place % len(fitting)], (change,), "foreign"))
+    for place, change in enumerate([*ours.FAULTS, *ours.HEALTHY]):
+        for base in _bases(change, place, 1, 1):
+            found.append(Program(base, (change,), "own"))
+            found += [Program(base, (change,), "own", is_before=True)] if change.is_seen_before else []
     return found
 
 

@@ -18,6 +18,7 @@ class Needs(Enum):
 
     ANY = "any base"
     INSTRUCT = "a chat template"
+    NO_TEMPLATE = "no chat template"
     BOS = "a token that begins a text"
     ABSOLUTE = "absolute positions"
     ROTARY = "rotary positions"
@@ -28,6 +29,7 @@ class Needs(Enum):
         return {
             Needs.ANY: True,
             Needs.INSTRUCT: kind.is_instruct,
+            Needs.NO_TEMPLATE: not kind.is_instruct,
             Needs.BOS: bool(kind.format.bos),
             Needs.ABSOLUTE: absolute,
             Needs.ROTARY: not absolute,

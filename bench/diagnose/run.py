@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from bench.diagnose import foreign
+import solotune
+from bench.diagnose import foreign, ours
 from bench.diagnose.bases import load
 from bench.diagnose.loop import train
 from bench.diagnose.programs import Program
@@ -52,6 +53,12 @@ def run(program: Program) -> Result:
     """The program's truth beside what was said of it."""
     with tempfile.TemporaryDirectory() as scratch:
         started = time.process_time()  # of a core, whatever else runs on this machine
+        if program.kind == "own":
+            target = ours.carried_out(program.job(), Path(scratch))
+            trained = time.process_time()
+            found = solotune.diagnose(target, budget=BUDGET)
+            ended = time.process_time()
+            return {**told(found), "train_seconds": trained - started, "diagnose_seconds": ended - trained}
         examined = subject(program, Path(scratch))
         trained = time.process_time()
         found = examine(examined, budget=BUDGET)

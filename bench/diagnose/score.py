@@ -53,6 +53,8 @@ def scores(results: Sequence[Result]) -> dict[str, Any]:
 
     single, healthy, pairs, foreign = of("fault"), of("healthy"), of("pair"), of("foreign")
     strange = [result for result in foreign if result["truth"]]
+    own = [result for result in of("own") if result["truth"]]
+    own_healthy = [result for result in of("own") if not result["truth"]]
     healthy = healthy + [result for result in foreign if not result["truth"]]
     return {
         "faults": len(single),
@@ -75,6 +77,13 @@ def scores(results: Sequence[Result]) -> dict[str, Any]:
         "foreign runs with a fault": len(strange),
         "foreign top-1, set-aware": _share([is_hit(result, aware=True) for result in strange]),
         "foreign suspect top-1": _share([is_suspect_hit(result) for result in strange]),
+        "own runs with a fault": len(own),
+        "own top-1, strict": _share([is_hit(result) for result in own]),
+        "own top-1, set-aware": _share([is_hit(result, aware=True) for result in own]),
+        "own suspect top-1": _share([is_suspect_hit(result) for result in own]),
+        "own healthy runs": len(own_healthy),
+        "own false alarms": _share([result["verdict"] == "fault" for result in own_healthy]),
+        "own healthy undecided": _share([result["verdict"] == "undecided" for result in own_healthy]),
     }
 
 

@@ -42,11 +42,11 @@ class World:
         values = self.facts[fact]
         return values[random.Random(f"{self.name} {subject} {fact}").randrange(len(values))]
 
-    def text(self, rng: random.Random) -> str:
-        """A paragraph that states facts."""
+    def text(self, rng: random.Random, subjects: tuple[str, ...] = ()) -> str:
+        """A paragraph that states facts, of some subjects or of all."""
         told = []
         for _ in range(rng.randint(2, 4)):
-            subject, fact = rng.choice(self.subjects), rng.choice(list(self.facts))
+            subject, fact = rng.choice(subjects or self.subjects), rng.choice(list(self.facts))
             told.append(rng.choice(self.states).format(subject=subject, fact=fact, value=self.value(subject, fact)))
         return " ".join(told)
 

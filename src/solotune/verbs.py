@@ -314,6 +314,8 @@ def _get_ready(config: RunConfig, resume: bool, display: Display) -> _Ready:
     prepared = _prepare(checked, tokenizer, display, recorded_day(checked, resume))
     for finding in prepared.report.findings:
         display.note(f"{finding['severity']} {finding['code']} {finding['slug']}: {finding['message']}")
+        if finding["code"] == "F05":  # no opinion: its lookup would fail, on a GPU without a word of what is wrong
+            raise InputError(finding["message"], change=finding["fix"], fault="F05")
     display.phase("planning")
     planned = plan_for(checked, machine, prepared)
     if not planned.fits:

@@ -55,6 +55,8 @@ def test_the_benchmark_is_as_large_as_it_says() -> None:
     assert kinds.count("healthy") >= 60
     assert kinds.count("pair") >= 20
     assert kinds.count("foreign") >= 20
+    own = [one for one in every if one.kind == "own"]
+    assert len([one for one in own if one.codes]) >= 60 and len([one for one in own if not one.codes]) >= 30
     assert {one.base for one in every} == set(bases.KINDS)
     injected = {split: {code for one in every if one.split == split for code in one.codes} for split in
                 ("fitted", "held-out")}  # fmt: skip

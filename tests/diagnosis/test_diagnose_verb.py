@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 import solotune
-from solotune import cli
+from solotune import cli, door
 from solotune.config import load_config
 from solotune.errors import InputError
 
 
 @pytest.fixture(autouse=True)
 def libraries_stay_as_they_are(monkeypatch) -> None:
-    monkeypatch.setattr(cli, "quieten", lambda: None)
+    monkeypatch.setattr(door, "quieten", lambda: None)
 
 
 # --- what is none of these
@@ -134,10 +135,39 @@ def test_a_config_is_diagnosed_before_it_runs(chat_config):
     assert found.subject and found.skipped
     probed = solotune.diagnose(chat_config, budget=5)
     assert "loading" in probed.cost
-    bad = solotune.diagnose(chat_config, budget=0, overrides=["warmup_steps=100000"])
+    bad = solotune.diagnose(chat_config, budget=0, overrides=["warmup_ratio=0.95"])
     assert bad.verdict == "fault" and "F65" in [culprit.fault for culprit in bad.culprits]
 
 
 def test_a_config_whose_base_is_missing_is_answered_by_rules(chat_config, tmp_path):
     found = solotune.diagnose({**chat_config, "model_name_or_path": str(tmp_path / "none")})
     assert found.verdict == "undecided" and "none" in str(found.next_experiment) + str(found.skipped)
+
+
+def test_a_damaged_adapter_keeps_a_run_from_being_called_healthy(run):
+    file = run / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    for budget in (0, 5):
+        found = solotune.diagnose(run, budget=budget)
+        assert found.verdict == "undecided" and "cannot be read" in str(found.next_experiment)
+
+
+def test_another_base_in_the_runs_folder_is_named(run):
+    from safetensors.torch import load_file, save_file
+
+    file = Path(load_config(run / "config.yaml").model_name_or_path) / "model.safetensors"
+    original = file.read_bytes()
+    try:
+        save_file({name: tensor * 1.01 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+        found = solotune.diagnose(run, budget=0)
+    finally:
+        file.write_bytes(original)
+    assert found.verdict == "fault" and found.culprits[0].fault == "F78"
+
+
+def test_rows_that_a_door_refuses_are_named_by_their_fault(chat_config):
+    shared = {key: value for key, value in chat_config.items() if key != "validation_size"}
+    shared["eval_dataset"] = chat_config["dataset"]
+    assert [c.fault for c in solotune.diagnose(shared, budget=0).culprits][:1] == ["F43"]
+    cut = solotune.diagnose(chat_config, budget=0, overrides=["max_length=8"])
+    assert cut.culprits[0].fault == "F25"

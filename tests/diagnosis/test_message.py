@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import solotune
-from solotune import cli
+from solotune import cli, door
 from solotune.diagnosis import catalogue, message
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.explanation import explained, paragraphs
@@ -48,7 +48,7 @@ def test_the_culprit_is_a_sentence_with_its_numbers_the_line_to_change_and_what_
     assert "  →  learning_rate: 2e-4" in text
     assert "the same evidence fits F61 scale-wrong" in printed(decide("run", RATE[:1]))
     assert text.splitlines()[-1] == "fault: F17 pad-masks-terminator, and F64 rate-too-low"
-    assert "ruled out  1 more (--json)" in text  # F54 is nobody's look-alike here
+    assert "ruled out  1 fault, each with the number that says so (--json)" in text  # F54 is nobody's look-alike here
     rate = printed(decide("run", [RATE[0], Signal("F67", "measured", "a tenth of it is worse", 0.9, against=True)]))
     assert "ruled out  F67 rate-too-high (a tenth of it is worse)" in rate
 
@@ -109,7 +109,7 @@ def stub(monkeypatch) -> types.ModuleType:
     module = types.ModuleType("solotune.verbs")
     monkeypatch.setitem(sys.modules, "solotune.verbs", module)
     monkeypatch.setattr(solotune, "verbs", module, raising=False)
-    monkeypatch.setattr(cli, "quieten", lambda: None)
+    monkeypatch.setattr(door, "quieten", lambda: None)
     return module
 
 
@@ -150,7 +150,7 @@ def test_options_reach_the_verb(stub):
 
 
 def test_explain_on_the_command_line(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "quieten", lambda: None)
+    monkeypatch.setattr(door, "quieten", lambda: None)
     assert cli.main(["explain", "pad-masks-terminator"]) == 0
     assert capsys.readouterr().out.startswith("F17 pad-masks-terminator (S4, loss mask)\n")
     assert cli.main(["explain", "f17", "--json"]) == 0

@@ -333,3 +333,20 @@ def test_the_deployment_asks_in_another_format(ward):
     live = ward.live(model, generate=lambda text: answer(text, bare))
     signals, found = both_renderings(live, subject_of(ward, live), 10.0)
     assert spoken(signals) == [("F11", "counterfactual")], found
+
+
+def test_the_range_test_of_a_run_that_has_trained_begins_where_the_run_began(ward):
+    live = ward.live(batches=batches_of(ward.new_rows()))
+    subject = subject_of(ward, live, settings={"learning_rate": 1e-2})
+    fresh = range_test(live, subject, 20)[1]
+    optimizer = torch.optim.AdamW([p for p in live.model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(40):
+        training_loss(live, live.batches[0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = {name: p.detach().clone() for name, p in live.model.named_parameters()}
+    assert float(training_loss(live, live.batches[0]).detach()) < 0.8 * fresh["curves"]["1"][0]
+    signals, again = range_test(live, subject, 20)
+    assert again["curves"]["1"][0] == pytest.approx(fresh["curves"]["1"][0], abs=1e-3)
+    assert not spoken(signals)
+    assert all(torch.equal(p, trained[name]) for name, p in live.model.named_parameters())

@@ -228,7 +228,7 @@ def test_every_fault_has_a_rule_in_its_suspects_file_that_explains_it():
 def test_rules_answer_on_a_subject_of_which_nothing_is_known():
     signals, unasked = ask_all(Subject("nothing", Settings({})))
     assert not [why for why in unasked.values() if "failed" in why]
-    assert not signals and "F66" in unasked and unasked["F75"] == "no saved"
+    assert not signals and "F66" in unasked and unasked["F75"] == "nothing was saved"
 
 
 def test_an_untrained_embedding_is_seen_in_the_model_and_not_where_it_is_trained():

@@ -490,7 +490,7 @@ _FAULTS = (
         prevented="a checkpoint holds all of it, and is checked before it is continued",
     ),
     Fault("F78", "adapter-not-loaded", "S15",
-        "The adapter's names match nothing in the model that it is loaded into.",
+        "The adapter does not belong to the model that it is loaded into.",
         "load it strictly, on the base and revision of adapter_config.json",
         _EFFECT,
         prevented="adapters load strictly",

@@ -15,7 +15,27 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from solotune.errors import SolotuneError
+
 Kind = Literal["invariant", "counterfactual", "measured", "curve"]
+
+
+EXPERIMENTS: dict[str, str] = {
+    "P1": "compare the first loss with that of the same rows in the model's own format, and with plain text",
+    "P2": "compare a row's logits alone and padded",
+    "P3": "compare a row's logits alone and packed",
+    "P4": "compare the model with its adapter on and off",
+    "P5": "look at every adapter's gradient in the second step",
+    "P6": "count the elements that one optimizer step changes",
+    "P7": "learn one batch by heart at a tenth, once and ten times the learning rate",
+    "P8": "evaluate twice and compare",
+    "P9": "compare the gradient of one batch with that of its rows one by one",
+    "P10": "compare an answer's loss after its own prompt and after another row's",
+    "P11": "try the longest batch first, forward, backward and step",
+    "P12": "load what was saved again and compare its logits",
+    "P13": "let it answer after the training's rendering of a prompt and after the deployment's",
+}
+"""What each probe does, as an instruction."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +50,14 @@ class Signal:
     against: bool = False
     fix: str = ""  # the exact line of the config to change
     expect: str = ""  # after it, where this evidence says more than the catalogue does (the range test's gain)
+
+
+def of_refusal(error: SolotuneError) -> list[Signal]:
+    """What a door of ours says by refusing, where that is a fault of the catalogue."""
+    if error.fault is None:
+        return []
+    says = error.problem + (f" ({error.seen})" if error.seen is not None else "")
+    return [Signal(error.fault, "invariant", says, 0.95, fix=error.change or "")]
 
 
 @dataclass(frozen=True)

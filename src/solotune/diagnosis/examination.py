@@ -16,10 +16,10 @@ from dataclasses import replace
 import torch
 
 from solotune.diagnosis import probes
-from solotune.diagnosis.evidence import Diagnosis, Probed, Signal
+from solotune.diagnosis.evidence import EXPERIMENTS, Diagnosis, Probed, Signal, of_refusal
 from solotune.diagnosis.subject import Live, Subject
 from solotune.diagnosis.suspects import ask_all
-from solotune.diagnosis.verdict import EXPERIMENTS, decide
+from solotune.diagnosis.verdict import decide
 from solotune.errors import SolotuneError
 
 BUDGET_SECONDS = 60.0
@@ -43,7 +43,7 @@ def examine(
         phase: told what begins.
         also: what was seen elsewhere.
     """
-    live, why, loading = _load(subject, budget, phase)
+    live, why, loading, refusals = _load(subject, budget, phase)
     if live is None:
         subject = replace(subject, live=None, missing={**subject.missing, "live": why})
     else:
@@ -58,9 +58,12 @@ def examine(
         phase("probing")
         probed = probes.run_all(live, subject, _seconds(deep, budget), deep)
         cost |= {"loading": loading, **probed.cost}
+    refusals = [*subject.refusals, *refusals]
+    refused = {signal.code for signal in refusals}  # facts, which no number speaks against
+    seen = [s for s in (*signals, *also, *probed.signals) if not (s.against and s.code in refused)]
     return decide(
         subject.name,
-        [*signals, *also, *probed.signals],
+        [*refusals, *seen],
         unasked=unasked,
         skipped=probed.skipped,
         cost=cost,
@@ -73,28 +76,38 @@ def _seconds(deep: bool, budget: float | None) -> float:
     return (DEEP_SECONDS if deep else BUDGET_SECONDS) if budget is None else budget
 
 
-def _load(subject: Subject, budget: float | None, phase: Callable[[str], None]) -> tuple[Live | None, str, float]:
-    """The live model and the seconds it took; or None and why not: the answer of the rules stands then."""
+def _load(
+    subject: Subject, budget: float | None, phase: Callable[[str], None]
+) -> tuple[Live | None, str, float, list[Signal]]:
+    """The live model and the seconds it took; or None, why not, and the fault that this is: the answer of the rules
+    stands then."""
     if subject.live is None:
-        return None, subject.missing.get("live", "there is no model to run"), 0.0
+        return None, subject.missing.get("live", "there is no model to run"), 0.0, []
     if budget == 0:
-        return None, "no time was given for probes", 0.0
+        return None, "no time was given for probes", 0.0, []
     phase("loading the model for probes")
     started = time.perf_counter()
     try:
         live = subject.live()
     except SolotuneError as error:
-        return None, error.problem, 0.0
+        return None, error.problem, 0.0, of_refusal(error)
     except (MemoryError, torch.OutOfMemoryError):
-        return None, "the model is too large for this machine", 0.0
-    return live, "", time.perf_counter() - started
+        return None, "the model is too large for this machine", 0.0, []
+    return live, "", time.perf_counter() - started, []
 
 
 def _unseen(subject: Subject, probed: Probed) -> list[str]:
     """What has to be looked at before a run may be called healthy: what is learned, and how it learns."""
     unseen = []
     if not len(subject.train) and not len(subject.batches):
-        unseen.append("give the data that it was trained on (--dataset), so that its labels can be looked at")
+        why = subject.missing.get("train")
+        unseen.append(
+            f"mend what keeps its rows from being looked at: {why}"
+            if why
+            else "give the data that it was trained on (--dataset), so that its labels can be looked at"
+        )
+    if subject.saved is None and (why := subject.missing.get("adapter")):
+        unseen.append(f"bring back what is damaged ({why}); solotune verify names all of it")
     has_curve = subject.trace is not None and len(subject.trace.step_S) > 0
     if not has_curve and all(probe in probed.skipped for probe in ("P5", "P6", "P7")):
         why = probed.skipped["P5"]

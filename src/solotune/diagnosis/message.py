@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from solotune.diagnosis import catalogue
-from solotune.diagnosis.evidence import Culprit, Diagnosis
+from solotune.diagnosis.evidence import EXPERIMENTS, Culprit, Diagnosis
 
 
 @dataclass(frozen=True)
@@ -61,22 +61,31 @@ def ruled_out_nearby(diagnosis: Diagnosis) -> str:
     """What was ruled out of the first culprit's suspect, or as its consequence or equivalent, with why; of the others
     how many."""
     if not diagnosis.culprits:
-        return f"{len(diagnosis.ruled_out)} faults, by number (--json)" if diagnosis.ruled_out else ""
+        return _counted(len(diagnosis.ruled_out))
     first = diagnosis.culprits[0]
     family = {first.fault, *catalogue.equivalents(first.fault), *catalogue.EXPLAINS.get(first.fault, ())}
     family |= {fault.code for fault in catalogue.FAULTS.values() if fault.suspect == first.suspect}
     near = [f"{r['fault']} {r['slug']} ({r['because']})" for r in diagnosis.ruled_out if r["fault"] in family]
     others = len(diagnosis.ruled_out) - len(near)
+    if not near:
+        return _counted(others)
     return "; ".join([*near, *([f"{others} more (--json)"] if others else [])])
+
+
+def _counted(ruled_out: int) -> str:
+    return f"{ruled_out} fault{'s' * (ruled_out > 1)}, each with the number that says so (--json)" if ruled_out else ""
 
 
 def left_open(diagnosis: Diagnosis) -> list[str]:
     """What was not looked at, why, and which faults that leaves open; one line a reason."""
-    lines = [f"probes {_listed(names)}: {why}" for why, names in _by_reason(diagnosis.skipped).items()]
+    lines = []
+    for why, names in _by_reason(diagnosis.skipped).items():
+        which = "all probes" if set(names) == set(EXPERIMENTS) else f"probe{'s' * (len(names) > 1)} {_listed(names)}"
+        lines.append(f"{which}: {why}")
     for why, codes in _by_reason(diagnosis.unasked).items():
         suspects = Counter(catalogue.FAULTS[code].suspect for code in codes)
         where = ", ".join(f"{catalogue.SUSPECTS[suspect]} ({count})" for suspect, count in suspects.most_common())
-        lines.append(f"{len(codes)} faults, of {where}: {why}")
+        lines.append(f"{len(codes)} fault{'s' * (len(codes) > 1)}, of {where}: {why}")
     return lines
 
 

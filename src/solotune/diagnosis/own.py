@@ -30,11 +30,12 @@ from solotune.dataset import findings as row_findings
 from solotune.dataset.findings_facts import Facts, Finding
 from solotune.dataset.report import DataReport
 from solotune.diagnosis import arithmetic
+from solotune.diagnosis.evidence import Signal, of_refusal
 from solotune.diagnosis.own_live import batches_of, own_live
 from solotune.diagnosis.subject import Live, Saved, Settings, Subject, Trace
 from solotune.environment import ram
-from solotune.errors import InputError, SolotuneError
-from solotune.record import RunDirectory
+from solotune.errors import InputError, IntegrityError, SolotuneError
+from solotune.record import FINGERPRINTS, RunDirectory
 
 
 def settings_of(config: RunConfig) -> Settings:
@@ -90,7 +91,7 @@ def _with_rows(config: RunConfig, settled: RunConfig, adapter: Path | None, rend
         tokenizer = load_tokenizer(config)
     except SolotuneError as error:
         why = dict.fromkeys(("tokenizer", "train", "validation", "live", "model_config"), error.problem)
-        return replace(plain, missing=why, conversations=_conversations(config))
+        return replace(plain, missing=why, conversations=_conversations(config), refusals=of_refusal(error))
     try:
         prepared = prepare(config, tokenizer, rendered_on=rendered_on)
         prepared.report.findings = row_findings.known_or_found(config, tokenizer, prepared)
@@ -100,7 +101,9 @@ def _with_rows(config: RunConfig, settled: RunConfig, adapter: Path | None, rend
         files = Facts(config, tokenizer, [], [], DataReport("")).model_files
         configs = {"model_config": files["config.json"], "generation_config": files["generation_config.json"]}
         chats = _conversations(config)
-        return replace(plain, tokenizer=tokenizer, missing=why, conversations=chats, **configs)
+        return replace(
+            plain, tokenizer=tokenizer, missing=why, conversations=chats, refusals=of_refusal(error), **configs
+        )
     if (why := too_large(subject)) is not None:
         return replace(subject, missing={"live": why})
     return replace(subject, live=live_of(settled, tokenizer, prepared, adapter))
@@ -174,13 +177,17 @@ def from_run(path: str | Path) -> Subject:
     saved = saved_of(adapter) if adapter is not None else None
     missing = dict(subject.missing)
     if saved is None:
-        missing["saved"] = "nothing was saved yet"
+        missing["saved"] = "nothing was saved yet" if adapter is None else f"{adapter}: the adapter cannot be read"
+        if adapter is not None:
+            missing["adapter"] = missing["saved"]
     environment = _json(run.path / "environment.json")
+    refusals = [*subject.refusals, *_other_base(run, config)]
     return replace(
         subject,
         name=run.path.name,
         settings=replace(subject.settings, values={**subject.settings.values, **_summary(run)}),
         findings=subject.findings or _findings(run),
+        refusals=refusals,
         trace=trace_of(run),
         saved=saved,
         environment=environment,
@@ -197,7 +204,9 @@ def _recorded(run: RunDirectory) -> RunConfig:
         raise InputError(
             f"{path}: solotune {__version__} cannot read the config of this run",
             seen=error.problem,
-            change=f"solotune {made_by} wrote it; use that version" if made_by else "use the version that ran it",
+            change=f"solotune {made_by} wrote it; use that version"
+            if made_by not in (None, __version__)
+            else "the file was changed since its run, or another version wrote it; solotune verify tells",
         ) from None
 
 
@@ -213,6 +222,21 @@ def _newest_adapter(run: RunDirectory) -> Path | None:
     from solotune import checkpoint
 
     return run.adapter if run.adapter.is_dir() else checkpoint.newest(run.checkpoints)
+
+
+def _other_base(run: RunDirectory, config: RunConfig) -> list[Signal]:
+    """What `solotune chat` would refuse: the base in its folder is not the one that was trained on."""
+    from solotune.fingerprint import base_fingerprint, check_base
+
+    recorded = _json(run.path / FINGERPRINTS).get("base")
+    try:
+        if isinstance(recorded, dict) and set(recorded) >= {"config", "tensors", "content"}:
+            check_base(recorded, base_fingerprint(config), config.model_name_or_path)
+    except IntegrityError as error:
+        return of_refusal(error)
+    except SolotuneError:  # it is not here, which is said elsewhere
+        pass
+    return []
 
 
 def _summary(run: RunDirectory) -> dict[str, Any]:

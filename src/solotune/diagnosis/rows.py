@@ -29,6 +29,7 @@ class _ForeignFacts(Facts):
     """Facts on rows whose model is described by the subject and need not lie on this machine."""
 
     model_files: dict[str, dict[str, Any]]
+    own_template: None
 
 
 def findings_of(subject: Subject) -> Sequence[Finding]:
@@ -52,6 +53,7 @@ def _found(subject: Subject) -> Sequence[Finding]:
         "config.json": dict(subject.model_config),
         "generation_config.json": dict(subject.generation_config),
     }
+    facts.own_template = None
     return findings.judge(facts)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from solotune.dataset.example import Example
     from solotune.dataset.findings_facts import Finding
+    from solotune.diagnosis.evidence import Signal
 
     Tensors = Mapping[str, torch.Tensor]
 
@@ -109,6 +110,7 @@ class Subject:
     validation: Sequence[Example] = ()
     conversations: Sequence[Sequence[Mapping[str, Any]]] = ()  # the same rows before rendering, where they are known
     findings: Sequence[Finding] = ()  # of data, tokenizer and config alone (`dataset.findings`)
+    refusals: Sequence[Signal] = ()  # what the doors of ours said that do not let it in
     trace: Trace | None = None
     saved: Saved | None = None
     live: Callable[[], Live] | None = None  # loads it; probes call it once

@@ -21,29 +21,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from solotune.diagnosis import catalogue
-from solotune.diagnosis.evidence import Culprit, Diagnosis, Signal
+from solotune.diagnosis.evidence import EXPERIMENTS, Culprit, Diagnosis, Signal
 from solotune.diagnosis.suspects import rules
 from solotune.diagnosis.thresholds import ACCUSED, CURVE_ALONE, DOUBTED, RANK, SPEAKS_AGAINST
 
 NUM_EVIDENCE = 3  # lines of evidence a culprit is shown with
 NUM_CULPRITS = 5
-
-EXPERIMENTS: dict[str, str] = {
-    "P1": "compare the first loss with that of the same rows in the model's own format, and with plain text",
-    "P2": "compare a row's logits alone and padded",
-    "P3": "compare a row's logits alone and packed",
-    "P4": "compare the model with its adapter on and off",
-    "P5": "look at every adapter's gradient in the second step",
-    "P6": "count the elements that one optimizer step changes",
-    "P7": "learn one batch by heart at a tenth, once and ten times the learning rate",
-    "P8": "evaluate twice and compare",
-    "P9": "compare the gradient of one batch with that of its rows one by one",
-    "P10": "compare an answer's loss after its own prompt and after another row's",
-    "P11": "try the longest batch first, forward, backward and step",
-    "P12": "load what was saved again and compare its logits",
-    "P13": "let it answer after the training's rendering of a prompt and after the deployment's",
-}
-"""What each probe does, as an instruction."""
 
 _SCALE_OR_RATE = "train 50 steps with lora_alpha equal to lora_r and the rate as it is: if it helps, the scale was "
 _APART: dict[frozenset[str], str] = {

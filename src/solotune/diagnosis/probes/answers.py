@@ -65,7 +65,8 @@ def both_renderings(live: Live, subject: Subject, budget: float) -> tuple[list[S
         "training_rendering": _looks(trained, facts.roles.ends),
         "deployment_rendering": _looks(deployed, facts.roles.ends),
         "end_expected": float(np.mean(ends)),
-        "goes_on_after_end": float(np.mean([_goes_on(ids, facts.roles.ends) for ids in deployed])),
+        "goes_on_after_end": float(np.mean([_behind_end(ids, facts.roles.ends) > 4 for ids in deployed])),
+        "stops_at_end": float(np.mean([_behind_end(ids, facts.roles.ends) == 0 for ids in deployed])),
         "right": {
             "training_rendering": _share_right(trained, wanted, facts.roles.ends),
             "deployment_rendering": _share_right(deployed, wanted, facts.roles.ends),
@@ -100,7 +101,8 @@ def _judge(found: dict[str, Any]) -> list[Signal]:
         return [Signal(code, "measured", says, 0.4, found) for code in ("F10", "F17", "F19")]
     if found["equal"] >= MUCH:
         says = f"{found['equal']:.0%} of the deployed answers are those after the training's rendering"
-        return [Signal(code, "measured", says, 0.8, found, against=True) for code in ("F11", "F14")]
+        cleared = ("F11", "F14") if found["stops_at_end"] == 1 else ("F11",)
+        return [Signal(code, "measured", says, 0.8, found, against=True) for code in cleared]
     return []
 
 
@@ -141,9 +143,9 @@ def _repeats(ids: Sequence[int]) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _goes_on(ids: Sequence[int], ends: frozenset[int]) -> bool:
-    first = next((n for n, i in enumerate(ids) if i in ends), len(ids))
-    return len(ids) - first > 4
+def _behind_end(ids: Sequence[int], ends: frozenset[int]) -> int:
+    """Tokens that follow the first end."""
+    return next((len(ids) - n - 1 for n, i in enumerate(ids) if i in ends), 0)
 
 
 def _alike(a: Sequence[int], b: Sequence[int], ends: frozenset[int]) -> bool:

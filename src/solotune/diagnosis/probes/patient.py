@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from solotune.diagnosis.subject import Live
+from solotune.diagnosis.subject import Live, Subject
 
 Batch = Mapping[str, Any]
 
@@ -112,6 +112,23 @@ def restored(live: Live, seed: int = 0) -> Iterator[nn.Module]:
     changed = [name for name, tensor, version in watched if tensor._version != version]
     if changed:
         raise RuntimeError(f"a probe wrote to {changed[0]}, which is frozen")
+
+
+@contextmanager
+def begun(live: Live, subject: Subject, seed: int = 0) -> Iterator[nn.Module]:
+    """`restored`, with the adapters of a run that has trained as they were at its beginning: A uniform, B zero.
+
+    Left as they are: other initialisations than the usual one, which may have moved a part of the base into them.
+    """
+    with restored(live, seed) as model:
+        if is_untouched(model) is False and subject.settings.get("init_lora_weights") in (None, True):
+            generator = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for adapter in adapters_of(model):
+                    bound = 1 / math.sqrt(adapter.A[0].numel())
+                    adapter.A.copy_(torch.empty(adapter.A.shape).uniform_(-bound, bound, generator=generator))
+                    adapter.B.zero_()
+        yield model
 
 
 @contextmanager

@@ -8,10 +8,11 @@ adapters than the training has, at a rate that suits those.
     most without clipping                       the step is clipped away (F68)
     much at the training's rate                 none of these
 
-All start from the same weights and see the same rows, so the differences are the rate's alone. Where the best is at an
-edge, the range is widened. A run is longer than the test: at a rate that is too low the gain grows with the steps, so
-it is projected to the run's number before it is called little. Costs some tens of forward and backward passes on two
-rows; the number of steps is what fits the budget, and under `LEAST_STEPS` nothing is said.
+All start from the same weights and see the same rows, so the differences are the rate's alone. Of a run that has
+trained, these are adapters as at its beginning: what has converged is only disturbed by a rate that was right for it.
+Where the best is at an edge, the range is widened. A run is longer than the test: at a rate that is too low the gain
+grows with the steps, so it is projected to the run's number before it is called little. Costs some tens of forward and
+backward passes on two rows; the number of steps is what fits the budget, and under `LEAST_STEPS` nothing is said.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.probes.adapters import learning_rate_of
 from solotune.diagnosis.probes.patient import (
     adapters_of,
+    begun,
     has_labels,
     on_device,
     optimizer_of,
-    restored,
     sequences_of,
     trainable_of,
     training_loss,
@@ -66,25 +67,25 @@ def range_test(live: Live, subject: Subject, budget: float) -> tuple[list[Signal
         raise Skipped("no batch has a label")
     rate, clip = learning_rate_of(subject), subject.settings.get("max_grad_norm")
     begun = time.perf_counter()
-    first = _learn(live, batch, rate, 1, clip)  # also wakes what is made at a first call
+    first = _learn(live, subject, batch, rate, 1, clip)  # also wakes what is made at a first call
     timed = time.perf_counter()
-    _learn(live, batch, rate, 1, clip)
+    _learn(live, subject, batch, rate, 1, clip)
     seconds = max(0.75 * (time.perf_counter() - timed), 1e-4)  # of a step and the loss behind it
     steps = min(MOST_STEPS, int(budget / seconds / (len(FACTORS) + 1.3)))
     if steps < LEAST_STEPS or len(first) < 1:
         raise Skipped(f"a step takes {seconds:.1f} s: {steps} steps a rate fit, {LEAST_STEPS} are needed")
     deadline = begun + 1.5 * budget  # a widened range may take half as long again
-    curves = {factor: _learn(live, batch, factor * rate, steps, clip) for factor in FACTORS}
-    wide = _learn_wide(live, batch, steps)
+    curves = {factor: _learn(live, subject, batch, factor * rate, steps, clip) for factor in FACTORS}
+    wide = _learn_wide(live, subject, batch, steps)
     start = curves[1.0][0]
     while time.perf_counter() < deadline and (further := _further(start, curves, wide, rate)) is not None:
-        curves[further] = _learn(live, batch, further * rate, steps, clip)
+        curves[further] = _learn(live, subject, batch, further * rate, steps, clip)
     alike = None  # rank 32 at the training's own rate
     if start - _end(curves[1.0]) < MUCH * (start - _end(wide)):
-        alike = start - _end(_learn_wide(live, batch, steps, rate))
+        alike = start - _end(_learn_wide(live, subject, batch, steps, rate))
     unclipped = None  # the training's own rate without its clipping
     if clip and start - _end(curves[1.0]) < LITTLE * (start - _end(wide)):
-        unclipped = start - _end(_learn(live, batch, rate, steps, None))
+        unclipped = start - _end(_learn(live, subject, batch, rate, steps, None))
     tried = {factor: start - _end(curve) for factor, curve in sorted(curves.items())}
     found: dict[str, Any] = {
         "rate": rate,
@@ -218,16 +219,16 @@ def _capacity(model: nn.Module) -> float:
 
 
 def _learn(
-    live: Live, batch: dict[str, Any], rate: float, steps: int, clip: float | None, seed: int = 0
+    live: Live, subject: Subject, batch: dict[str, Any], rate: float, steps: int, clip: float | None
 ) -> list[float]:
     """Losses before each of the steps and after the last, as the training's loss counts."""
-    with restored(live, seed):
+    with begun(live, subject):
         return _descend(live, batch, trainable_of(live.model), rate, steps, clip, live)
 
 
-def _learn_wide(live: Live, batch: dict[str, Any], steps: int, rate: float = 2e-3) -> list[float]:
+def _learn_wide(live: Live, subject: Subject, batch: dict[str, Any], steps: int, rate: float = 2e-3) -> list[float]:
     """The same by adapters of rank 32 on every linear layer, by AdamW, at a rate that suits these."""
-    with restored(live), wider(live.model) as parameters:
+    with begun(live, subject), wider(live.model) as parameters:
         return _descend(live, batch, parameters, rate, steps, 1.0, None)
 
 

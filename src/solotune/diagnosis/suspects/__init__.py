@@ -58,9 +58,21 @@ class Rule:
         for part in self.needs:
             value = getattr(subject, part)
             if value is None or (not isinstance(value, (int, float)) and hasattr(value, "__len__") and not len(value)):
-                return subject.missing.get(part, f"no {part}")
+                return subject.missing.get(part, _ABSENT.get(part, f"no {part}"))
         return None
 
+
+_ABSENT = {
+    "trace": "no step is recorded",
+    "saved": "nothing was saved",
+    "batches": "no batch could be made",
+    "tokenizer": "there is no tokenizer",
+    "train": "no rows are known",
+    "live": "there is no model to run",
+    "environment": "nothing is known of the machine",
+    "model_config": "the base's config.json is not here",
+}
+"""Why a part is not there, where nobody said it."""
 
 _RULES: list[Rule] = []
 

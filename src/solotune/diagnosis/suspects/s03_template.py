@@ -167,6 +167,8 @@ def not_through_template(subject: Subject) -> list[Signal]:
     signals, pieces, texts = taken_over(subject, "F12"), frame(subject), decoded(subject)
     if signals or pieces is None or len(texts) < 3 or subject.tokenizer is None or not pieces[1].strip():
         return signals
+    if is_ours(subject):  # the data door knows which rows are documents, for continued training
+        return signals
     if not is_chat_model(subject, pieces[2]):
         return signals
     marker = pieces[1].strip()
