@@ -1,6 +1,7 @@
 """P13: the same questions answered the deployment's way and after the rendering of the training.
 
     good after the training's rendering, bad the deployment's way       F11
+    always the same, and another one than after the training's          F11
     the end of turn is written, and writing goes on                     F14
     no end in either, and none is expected after the data's own answer  F10, F17, F19 or F24: the labels tell which
 
@@ -46,7 +47,7 @@ def both_renderings(live: Live, subject: Subject, budget: float) -> tuple[list[S
             if is_untouched(live.model):
                 raise Skipped("the adapter is empty")
         live.model.eval()
-        deployed, trained, wanted, ends = [], [], [], []
+        deployed, trained, wanted, ends, again = [], [], [], [], None
         for document in facts.documents:
             pair, question = _pair(document, facts.roles), _question(facts, document)
             if pair is None or not question:
@@ -54,6 +55,8 @@ def both_renderings(live: Live, subject: Subject, budget: float) -> tuple[list[S
             if len(trained) == NUM_PROMPTS or time.perf_counter() > deadline:
                 break
             text = live.generate(question)
+            if again is None and _is_whole(facts, document):
+                again = live.generate(question) == text
             deployed.append(facts.roles.encode(text))
             trained.append(_greedy(live, pair[0], facts.roles.ends, min(MOST_TOKENS, 2 * len(pair[1]) + 8)))
             wanted.append(pair[1])
@@ -71,6 +74,7 @@ def both_renderings(live: Live, subject: Subject, budget: float) -> tuple[list[S
             "training_rendering": _share_right(trained, wanted, facts.roles.ends),
             "deployment_rendering": _share_right(deployed, wanted, facts.roles.ends),
         },
+        "same_again": bool(again),  # nothing is drawn at random, and nothing but the question is asked
         "equal": float(np.mean([_alike(a, b, facts.roles.ends) for a, b in zip(trained, deployed, strict=True)])),
     }
     return _judge(found), found
@@ -99,6 +103,10 @@ def _judge(found: dict[str, Any]) -> list[Signal]:
         says = f"none of {found['prompts']} answers ends by itself, and behind the data's own answers an end has a "
         says += f"probability of {found['end_expected']:.1%}"
         return [Signal(code, "measured", says, 0.4, found) for code in ("F10", "F17", "F19")]
+    if found["same_again"] and found["equal"] <= MUCH / 2:
+        says = f"{found['equal']:.0%} of the deployed answers, which are the same each time, begin as after the "
+        says += "training's rendering"
+        return [Signal("F11", "measured", says, 0.6, found, fix="serve with the chat template of the training")]
     if found["equal"] >= MUCH:
         says = f"{found['equal']:.0%} of the deployed answers are those after the training's rendering"
         cleared = ("F11", "F14") if found["stops_at_end"] == 1 else ("F11",)
@@ -114,6 +122,12 @@ def _question(facts: LabelFacts, document: Any) -> str:
     conversation = facts.roles.conversation_in(facts.roles.text_of(document)[0])
     users = [str(m.get("content") or "") for m in conversation or () if m.get("role") == "user"]
     return users[-1] if len(users) == 1 else ""
+
+
+def _is_whole(facts: LabelFacts, document: Any) -> bool:
+    """The question is all of the prompt: no instruction stands before it, which a deployment may leave out."""
+    conversation = facts.roles.conversation_in(facts.roles.text_of(document)[0]) or ()
+    return all(message.get("role") in ("user", "assistant") for message in conversation)
 
 
 def _greedy(live: Live, prompt: Sequence[int], ends: frozenset[int], count: int) -> list[int]:
