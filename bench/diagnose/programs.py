@@ -13,12 +13,13 @@ import random
 from dataclasses import dataclass
 from functools import cached_property
 
-from bench.diagnose import faults_batch, faults_machine, faults_text, faults_training, healthy
+from bench.diagnose import faults_batch, faults_machine, faults_text, faults_training, healthy, trl_faults, trl_healthy
+from bench.diagnose import trl_run as trl
 from bench.diagnose.bases import KINDS, load
 from bench.diagnose.recipe import Recipe, clean
 from bench.diagnose.registry import FAULTS, HEALTHY, Injection
 
-REGISTERED = (faults_batch, faults_machine, faults_text, faults_training, healthy)
+REGISTERED = (faults_batch, faults_machine, faults_text, faults_training, healthy, trl_faults, trl_healthy)
 NOT_INJECTED: dict[str, str] = {}
 """Code -> why there is no program for it."""
 
@@ -63,6 +64,10 @@ class Program:
         where = f"{self.base}/foreign" if self.kind == "foreign" else self.base
         return f"{'+'.join(self.codes) or 'healthy'}/{what}/{where}" + (f"/{self.repeat}" if self.repeat else "")
 
+    def trl_run(self) -> trl.Run | None:
+        """The script with TRL, changed; None where TRL is not what trains."""
+        return None
+
     @cached_property
     def seed(self) -> int:
         return int(hashlib.sha256(self.name.encode()).hexdigest()[:6], 16)
@@ -73,6 +78,27 @@ class Program:
         for change in self.changes:
             change.change(recipe, random.Random(self.seed))
         return recipe
+
+
+@dataclass(frozen=True)
+class TrlProgram(Program):
+    """One run of a script with TRL's SFTTrainer."""
+
+    trl_change: trl.TrlChange = trl.CHANGES[0]
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        return self.trl_change.codes
+
+    @property
+    def name(self) -> str:
+        """F64+F03/rate_left_out/opt-inst/trl"""
+        return f"{'+'.join(self.codes) or 'healthy'}/{self.trl_change.name}/{self.base}/trl"
+
+    def trl_run(self) -> trl.Run:
+        run = trl.clean(load(self.base), self.seed)
+        self.trl_change.change(run, random.Random(self.seed))
+        return run
 
 
 def _bases(change: Injection, place: int, num_fitted: int, num_held_out: int) -> list[str]:
@@ -113,6 +139,16 @@ def programs() -> list[Program]:
             if kind.held_out == held_out and change.fits(base) and kind.is_instruct  # Trainer's users render by it
         ]
         found.append(Program(fitting[place % len(fitting)], (change,), "foreign"))
+    return found + (_trl_programs() if trl.is_installed() else [])
+
+
+def _trl_programs() -> list[Program]:
+    """Each change on a fitted base and on one that is held out."""
+    found: list[Program] = []
+    for place, change in enumerate(trl.CHANGES):
+        for held_out in (False, True):
+            fitting = [n for n, kind in KINDS.items() if kind.held_out == held_out and change.needs.met_by(kind)]
+            found.append(TrlProgram(fitting[place % len(fitting)], (), "foreign", trl_change=change))
     return found
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from bench.diagnose import foreign
+from bench.diagnose import foreign, trl_run
 from bench.diagnose.bases import load
 from bench.diagnose.loop import train
 from bench.diagnose.programs import Program
@@ -42,6 +42,8 @@ Result = dict[str, Any]
 
 def subject(program: Program, scratch: Path) -> Subject:
     """The program's training, really run; a foreign one leaves its folder in `scratch`."""
+    if (script := program.trl_run()) is not None:
+        return trl_run.subject_of(script, scratch)
     recipe = program.recipe()
     if program.kind == "foreign":
         return foreign.subject_of(recipe, scratch)

@@ -1,0 +1,346 @@
+"""What goes wrong in scripts with TRL and PEFT: numbers, rows, template, collator, adapter, and what was saved.
+
+Each function does to a run what its owner did; the reader has the folder alone, and the rows and the config where they
+were handed over.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.diagnose.bases import KINDS, load, with_format
+from bench.diagnose.recipe import linears
+from bench.diagnose.trl_run import Run, as_messages, change
+
+
+def _answers(run: Run, edit: Callable[[int, str], str]) -> None:
+    """Every answer, by its place and its text."""
+    for place, row in enumerate(run.rows):
+        row["completion"] = [{"role": "assistant", "content": edit(place, row["completion"][0]["content"])}]
+
+
+# --- optimizer and schedule
+
+
+@change("F64")
+def rate_of_full_training(run: Run, rng: random.Random) -> None:
+    run.sft["learning_rate"] = 4e-5
+
+
+@change("F03", "F64")
+def rate_left_out(run: Run, rng: random.Random) -> None:
+    del run.sft["learning_rate"]
+
+
+@change("F64")
+def rate_too_low_and_no_config(run: Run, rng: random.Random) -> None:
+    run.sft["learning_rate"] = 1e-4
+    run.told = False
+
+
+@change("F67")
+def rate_too_high(run: Run, rng: random.Random) -> None:
+    run.sft["learning_rate"] = 0.4
+
+
+@change("F61")
+def alpha_one_of_rank_64(run: Run, rng: random.Random) -> None:
+    run.lora |= {"r": 64, "lora_alpha": 1}
+
+
+@change("F61", "F67")
+def alpha_far_above_rank(run: Run, rng: random.Random) -> None:
+    run.lora |= {"r": 4, "lora_alpha": 2048}
+
+
+@change("F65")
+def warmup_longer_than_run(run: Run, rng: random.Random) -> None:
+    run.sft["warmup_steps"] = 900
+
+
+@change("F65")
+def warmup_seen_in_curve_alone(run: Run, rng: random.Random) -> None:
+    run.sft["warmup_steps"] = 250
+    run.told = run.gives_rows = False
+
+
+@change("F66")
+def schedule_of_a_third(run: Run, rng: random.Random) -> None:
+    import transformers
+
+    def made(trainer: Any) -> None:
+        trainer.create_optimizer()
+        schedule = transformers.get_cosine_schedule_with_warmup
+        trainer.lr_scheduler = schedule(trainer.optimizer, 0, run.sft["max_steps"] // 3)
+
+    run.touch.append(made)
+
+
+@change("F68")
+def clipped_with_sgd(run: Run, rng: random.Random) -> None:
+    run.sft |= {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 1e-4}
+
+
+@change("F68")
+def clipped_below_epsilon(run: Run, rng: random.Random) -> None:
+    run.sft["max_grad_norm"] = 1e-9
+
+
+@change("F69")
+def decay_of_another_optimizer(run: Run, rng: random.Random) -> None:
+    run.sft["weight_decay"] = 60.0
+
+
+@change("F46")
+def eight_rows_by_heart(run: Run, rng: random.Random) -> None:
+    run.rows = run.rows[:8]
+    run.sft |= {"max_steps": -1, "num_train_epochs": 90, "eval_strategy": "steps", "eval_steps": 10}
+
+
+# --- rows
+
+
+@change("F35")
+def one_answer_for_all(run: Run, rng: random.Random) -> None:
+    said = run.rows[0]["completion"][0]["content"]
+    _answers(run, lambda place, text: said if place % 10 else text)
+
+
+@change("F38")
+def answers_moved_by_one(run: Run, rng: random.Random) -> None:
+    texts = [row["completion"][0]["content"] for row in run.rows]
+    _answers(run, lambda place, text: texts[place - 1])
+
+
+@change("F39")
+def merged_twenty_times(run: Run, rng: random.Random) -> None:
+    run.rows = run.rows[:30] * 8
+    rng.shuffle(run.rows)
+
+
+@change("F34")
+def empty_answers(run: Run, rng: random.Random) -> None:
+    _answers(run, lambda place, text: "" if place % 3 == 0 else text)
+
+
+@change("F37")
+def read_as_latin_1(run: Run, rng: random.Random) -> None:
+    _answers(run, lambda place, text: ("«" + text + "» é").encode().decode("latin-1"))
+
+
+@change("F36")
+def users_in_a_row(run: Run, rng: random.Random) -> None:
+    run.rows = as_messages(run.rows)
+    for row in run.rows:
+        for message in row["messages"]:
+            message["role"] = {"user": "human", "assistant": "bot"}.get(message["role"], message["role"])
+
+
+@change("F44")
+def held_out_rows_in_train(run: Run, rng: random.Random) -> None:
+    run.held_out = run.held_out[:20] + run.rows[5:17]
+    run.sft |= {"eval_strategy": "steps", "eval_steps": 10}
+    run.tells_held_out = True
+
+
+@change("F48")
+def three_held_out_rows(run: Run, rng: random.Random) -> None:
+    run.held_out = run.held_out[:3]
+    run.sft |= {"eval_strategy": "steps", "eval_steps": 10}
+    run.tells_held_out = True
+
+
+# --- what is learned, and how long
+
+
+@change("F20")
+def completion_only_of_messages(run: Run, rng: random.Random) -> None:
+    """TRL has no completion in such rows, and learns every token without a word."""
+    run.rows = as_messages(run.rows)
+    run.sft["completion_only_loss"] = True
+
+
+@change("F20")
+def answers_asked_and_not_passed(run: Run, rng: random.Random) -> None:
+    run.rows = as_messages(run.rows)
+    run.wrote["assistant_only_loss"] = True
+
+
+@change("F24")
+def half_of_the_answers_cut(run: Run, rng: random.Random) -> None:
+    lengths = sorted(len(_ids(run, row)) for row in run.rows)
+    run.sft["max_length"] = lengths[len(lengths) // 3] - 6
+
+
+@change("F25")
+def prompts_fill_the_window(run: Run, rng: random.Random) -> None:
+    prompts = sorted(len(_ids(run, {**row, "completion": []})) for row in run.rows)
+    run.sft["max_length"] = prompts[len(prompts) // 2]
+
+
+@change("F26")
+def beginnings_cut(run: Run, rng: random.Random) -> None:
+    lengths = sorted(len(_ids(run, row)) for row in run.rows)
+    run.sft |= {"max_length": lengths[0] * 2 // 3, "truncation_mode": "keep_end"}
+
+
+@change("F31", "F33")
+def packed_by_wrapping(run: Run, rng: random.Random) -> None:
+    run.sft |= {"packing": True, "packing_strategy": "wrapped", "max_length": 160}
+
+
+@change("F33")
+def packs_shorter_than_rows(run: Run, rng: random.Random) -> None:
+    lengths = sorted(len(_ids(run, row)) for row in run.rows)
+    run.sft |= {"packing": True, "max_length": lengths[len(lengths) // 3] - 6}
+
+
+def _ids(run: Run, row: dict[str, Any]) -> list[int]:
+    text = run.base.kind.format.text(row["prompt"] + row["completion"])
+    return run.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+# --- template and tokenizer
+
+
+@change("F10")
+def template_without_end(run: Run, rng: random.Random) -> None:
+    run.tokenizer.chat_template = with_format(run.base, end="").jinja()
+
+
+@change("F12")
+def template_of_another_family(run: Run, rng: random.Random) -> None:
+    shape = with_format(run.base, header="### {role}: ", bos="", roles=(("system", "S"), ("user", "U"), ("assistant", "A")))  # fmt: skip
+    run.tokenizer.chat_template = shape.jinja()
+
+
+@change("F08")
+def template_begins_twice(run: Run, rng: random.Random) -> None:
+    begin = run.tokenizer.bos_token or run.tokenizer.eos_token
+    run.tokenizer.chat_template = begin * 2 + run.tokenizer.chat_template.removeprefix(begin)
+
+
+@change("F17")
+def ends_masked_by_id(run: Run, rng: random.Random) -> None:
+    """transformers' collator masks by id, and the pad is the end."""
+    from transformers import DataCollatorForLanguageModeling
+
+    run.tokenizer.pad_token = run.tokenizer.eos_token
+    run.rows = as_messages(run.rows)
+    run.collator = lambda run: DataCollatorForLanguageModeling(run.tokenizer, mlm=False)
+
+
+# --- adapter and precision
+
+
+@change("F56")
+def names_of_another_model(run: Run, rng: random.Random) -> None:
+    run.lora["target_modules"] = [linears(run.base)[0], "query_key_value", "dense_h_to_4h", "wo"]
+
+
+@change("F62")
+def rank_one_on_one_module(run: Run, rng: random.Random) -> None:
+    run.lora |= {"r": 1, "lora_alpha": 2, "target_modules": [linears(run.base)[0]], "layers_to_transform": [0]}
+
+
+@change("F59")
+def both_matrices_random(run: Run, rng: random.Random) -> None:
+    run.lora["init_lora_weights"] = False
+
+
+@change("F60", "F75")
+def both_matrices_zero(run: Run, rng: random.Random) -> None:
+    run.touch.append(lambda trainer: _each(trainer.model, "lora_", lambda p: p.data.zero_()))
+
+
+@change("F58", "F57")
+def adapters_frozen_head_trained(run: Run, rng: random.Random) -> None:
+    run.lora["modules_to_save"] = ["lm_head"]
+    run.touch.append(lambda trainer: _each(trainer.model, "lora_", lambda p: p.requires_grad_(False)))
+
+
+@change("F54")
+def adapters_in_bfloat16(run: Run, rng: random.Random) -> None:
+    run.sft["learning_rate"] = 3e-4
+    run.touch.append(lambda trainer: _each(trainer.model, "lora_", _halve))
+
+
+def _halve(parameter: torch.nn.Parameter) -> None:
+    parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def _each(model: Any, part: str, edit: Callable[[Any], Any]) -> None:
+    for name, parameter in model.named_parameters():
+        if part in name:
+            edit(parameter)
+
+
+# --- saved and resumed
+
+
+@change("F75")
+def saved_before_training(run: Run, rng: random.Random) -> None:
+    run.saved_at_start = run.saves_state = True
+
+
+@change("F75")
+def saved_without_tensors(run: Run, rng: random.Random) -> None:
+    run.left.append(lambda run, output: _rewrite(output, lambda tensors: {}))
+
+
+@change("F75", "F60")
+def zeroed_afterwards(run: Run, rng: random.Random) -> None:
+    run.left.append(
+        lambda run, output: _rewrite(output, lambda tensors: {k: torch.zeros_like(v) for k, v in tensors.items()})
+    )
+
+
+def _rewrite(output: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = output / "adapter_model.safetensors"
+    save_file(edit(load_file(file)), file, {"format": "pt"})
+
+
+@change("F78")
+def base_of_another_shape(run: Run, rng: random.Random) -> None:
+    other = next(name for name, kind in KINDS.items() if kind.family != run.base.kind.family and kind.held_out == run.base.kind.held_out)  # fmt: skip
+
+    def renamed(run: Run, output: Path) -> None:
+        file = output / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(load(other).folder)}))
+
+    run.left.append(renamed)
+    run.told = False
+
+
+@change("F77")
+def resumed_without_optimizer(run: Run, rng: random.Random) -> None:
+    def lost(checkpoint: Path) -> None:
+        for name in ("optimizer.pt", "scheduler.pt"):
+            (checkpoint / name).unlink()
+
+    run.resumed = lost
+
+
+@change("F74")
+def loss_summed_over_micro_batches(run: Run, rng: random.Random) -> None:
+    run.sft |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8, "logging_steps": 1}
+
+    def scaled(trainer: Any) -> None:
+        plain = trainer.compute_loss
+        times = run.sft["gradient_accumulation_steps"]
+
+        def compute_loss(*args: Any, **kwargs: Any) -> Any:
+            found = plain(*args, **kwargs)
+            return (found[0] * times, *found[1:]) if isinstance(found, tuple) else found * times
+
+        trainer.compute_loss = compute_loss
+
+    run.touch.append(scaled)
