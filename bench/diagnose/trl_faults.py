@@ -16,6 +16,7 @@ import torch
 
 from bench.diagnose.bases import KINDS, load, with_format
 from bench.diagnose.recipe import linears
+from bench.diagnose.registry import Needs
 from bench.diagnose.trl_run import Run, as_messages, change
 
 
@@ -180,7 +181,8 @@ def half_of_the_answers_cut(run: Run, rng: random.Random) -> None:
 
 @change("F25")
 def prompts_fill_the_window(run: Run, rng: random.Random) -> None:
-    prompts = sorted(len(_ids(run, {**row, "completion": []})) for row in run.rows)
+    text = run.base.kind.format.text
+    prompts = sorted(len(_tokens(run, text(row["prompt"], begun=True))) for row in run.rows)
     run.sft["max_length"] = prompts[len(prompts) // 2]
 
 
@@ -202,7 +204,10 @@ def packs_shorter_than_rows(run: Run, rng: random.Random) -> None:
 
 
 def _ids(run: Run, row: dict[str, Any]) -> list[int]:
-    text = run.base.kind.format.text(row["prompt"] + row["completion"])
+    return _tokens(run, run.base.kind.format.text(row["prompt"] + row["completion"]))
+
+
+def _tokens(run: Run, text: str) -> list[int]:
     return run.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -216,14 +221,24 @@ def template_without_end(run: Run, rng: random.Random) -> None:
 
 @change("F12")
 def template_of_another_family(run: Run, rng: random.Random) -> None:
-    shape = with_format(run.base, header="### {role}: ", bos="", roles=(("system", "S"), ("user", "U"), ("assistant", "A")))  # fmt: skip
-    run.tokenizer.chat_template = shape.jinja()
+    roles = (("system", "S"), ("user", "U"), ("assistant", "A"))
+    run.tokenizer.chat_template = with_format(run.base, header="### {role}:\n", bos="", roles=roles).jinja()
 
 
-@change("F08")
+@change("F08", needs=Needs.BOS)
 def template_begins_twice(run: Run, rng: random.Random) -> None:
-    begin = run.tokenizer.bos_token or run.tokenizer.eos_token
-    run.tokenizer.chat_template = begin * 2 + run.tokenizer.chat_template.removeprefix(begin)
+    run.tokenizer.chat_template = f"{run.tokenizer.bos_token}{run.tokenizer.chat_template}"
+
+
+@change("F08", needs=Needs.BOS)
+def rendered_texts_begin_twice(run: Run, rng: random.Random) -> None:
+    """A text column that was rendered before, and a tokenizer that begins every text itself."""
+    from tokenizers.processors import TemplateProcessing
+
+    begin, number = run.tokenizer.bos_token, run.tokenizer.bos_token_id
+    run.rows = [{"text": run.base.kind.format.text(row["prompt"] + row["completion"])} for row in run.rows]
+    begins = TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, number)])
+    run.tokenizer.backend_tokenizer.post_processor = begins
 
 
 @change("F17")
@@ -233,7 +248,8 @@ def ends_masked_by_id(run: Run, rng: random.Random) -> None:
 
     run.tokenizer.pad_token = run.tokenizer.eos_token
     run.rows = as_messages(run.rows)
-    run.collator = lambda run: DataCollatorForLanguageModeling(run.tokenizer, mlm=False)
+    by_id = DataCollatorForLanguageModeling(run.tokenizer, mlm=False)
+    run.collator = lambda run: lambda rows: by_id([{"input_ids": row["input_ids"]} for row in rows])
 
 
 # --- adapter and precision
@@ -265,9 +281,9 @@ def adapters_frozen_head_trained(run: Run, rng: random.Random) -> None:
     run.touch.append(lambda trainer: _each(trainer.model, "lora_", lambda p: p.requires_grad_(False)))
 
 
-@change("F54")
+@change("F54", "F64")
 def adapters_in_bfloat16(run: Run, rng: random.Random) -> None:
-    run.sft["learning_rate"] = 3e-4
+    run.sft["learning_rate"] = 3e-5
     run.touch.append(lambda trainer: _each(trainer.model, "lora_", _halve))
 
 
@@ -310,7 +326,8 @@ def _rewrite(output: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> 
 
 @change("F78")
 def base_of_another_shape(run: Run, rng: random.Random) -> None:
-    other = next(name for name, kind in KINDS.items() if kind.family != run.base.kind.family and kind.held_out == run.base.kind.held_out)  # fmt: skip
+    mine = run.base.kind
+    other = next(n for n, kind in KINDS.items() if kind.family != mine.family and kind.held_out == mine.held_out)
 
     def renamed(run: Run, output: Path) -> None:
         file = output / "adapter_config.json"

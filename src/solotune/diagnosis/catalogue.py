@@ -542,6 +542,7 @@ EXPLAINS: dict[str, frozenset[str]] = {
     "F65": frozenset({"F64"}),
     "F66": frozenset({"F54", "F64"}),
     "F68": frozenset({"F54", "F64"}),
+    "F78": frozenset({"F04", "F05"}),  # the tokenizer beside the adapter is that of its own base
 }
 """A fault -> others that follow from it, and would only hide the cause."""
 

@@ -75,6 +75,8 @@ class Saved:
     optimizer_present: bool | None = None
     scheduler_present: bool | None = None
     merged: Callable[[], torch.nn.Module] | None = None
+    in_checkpoint: Tensors | None = None
+    """The adapter that a checkpoint of the same training holds, where this one changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class Subject:
     findings: Sequence[Finding] = ()  # of data, tokenizer and config alone (`dataset.findings`)
     trace: Trace | None = None
     saved: Saved | None = None
+    base_template: str = ""  # the chat template that came with the base, where it was trained with another one
     live: Callable[[], Live] | None = None  # loads it; probes call it once
     batches: Sequence[Mapping[str, torch.Tensor]] = ()  # as `Live.batches`, where no model is needed to make them
     environment: Mapping[str, Any] = field(default_factory=dict)  # versions, card
