@@ -22,6 +22,7 @@ from solotune.dataset import findings as row_findings
 from solotune.dataset.findings_facts import Facts
 from solotune.dataset.report import DataReport
 from solotune.diagnosis import foreign_config, own, sft_rows
+from solotune.diagnosis.arithmetic import setting
 from solotune.diagnosis.raw_rows import raw_chats
 from solotune.diagnosis.subject import Live, Subject
 from solotune.errors import SolotuneError
@@ -93,7 +94,10 @@ def _with_live(
 
 
 def _as_saved(load: Callable[[], Live], subject: Subject) -> Callable[[], Live]:
-    """The live model with its adapters in the precision that they were trained in, and the training's own batches."""
+    """The live model as that training had it: the precision of its adapters, its batches, its optimizer.
+
+    How it accumulated and evaluated is not known, and solotune's own ways would clear a fault of it.
+    """
     parts = subject.saved.adapter.values() if subject.saved else ()
     is_narrow = {tensor.dtype for tensor in parts if tensor.is_floating_point()} == {torch.bfloat16}
 
@@ -103,9 +107,23 @@ def _as_saved(load: Callable[[], Live], subject: Subject) -> Callable[[], Live]:
             for name, parameter in live.model.named_parameters():
                 if "lora_" in name:
                     parameter.data = parameter.data.to(torch.bfloat16)
-        return replace(live, batches=subject.batches) if subject.batches else live
+        return replace(
+            live,
+            batches=subject.batches or live.batches,
+            make_optimizer=lambda parameters: _optimizer(subject, list(parameters)),
+            backward=None,
+            evaluate=None,
+        )
 
     return loaded
+
+
+def _optimizer(subject: Subject, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """SGD where that was trained with, whose rates are of another size; else AdamW, in place of all its kin."""
+    optim, decay = str(subject.settings.get("optim") or ""), setting(subject, "weight_decay") or 0.0
+    if "sgd" in optim.lower():
+        return torch.optim.SGD(parameters, weight_decay=decay)
+    return torch.optim.AdamW(parameters, eps=setting(subject, "adam_epsilon") or 1e-8, weight_decay=decay)
 
 
 # --- as TRL made them

@@ -238,8 +238,9 @@ def _adding(A: nn.Parameter, B: nn.Parameter, scale: float):
 
 def _size_of_linear(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) of a linear layer of any make: torch's, quantised ones, GPT-2's transposed one, ours."""
-    if hasattr(module, "lora_A") or any(True for _ in module.children()):
-        return None
+    inner = (part for part in module.modules() if part is not module)
+    if hasattr(module, "lora_A") or any(hasattr(part, "in_features") or hasattr(part, "nf") for part in inner):
+        return None  # an adapted layer, whose base is found by itself; ours keep their weight in a module
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):

@@ -12,6 +12,8 @@ from solotune.diagnosis.suspects import rule, taken_over
 
 SOME = 0.05
 """One row in twenty."""
+MUCH = 0.25
+"""Of the rows: without these it is another training."""
 SAME = 0.95
 """Share of uncut rows that begin with the same token, from which the beginning belongs to the format."""
 
@@ -49,7 +51,8 @@ def prompt_fills_window(subject: Subject) -> list[Signal]:
     read, left = setting(subject, "rows_in"), setting(subject, "rows_out")
     if not signals and read and left is not None and left < (1 - SOME) * read:
         says = f"of {read:,.0f} rows {left:,.0f} are left after truncation"
-        signals.append(Signal("F25", "measured", says, 0.6, {"in": read, "out": left}, fix="a larger max_length"))
+        kind, weight = ("invariant", 0.9) if left < (1 - MUCH) * read else ("measured", 0.6)
+        signals.append(Signal("F25", kind, says, weight, {"in": read, "out": left}, fix="a larger max_length"))
     return signals
 
 

@@ -143,13 +143,18 @@ def mirrored_from(step: np.ndarray, rate: np.ndarray) -> int | None:
 
     A resumption or a restart jumps; this one passes its lowest point at the speed that it came with.
     """
-    top = int(np.argmax(rate))
-    low = top + int(np.argmin(rate[top:]))
+    change = np.diff(rate)
+    fell = np.flatnonzero(change < 0)
+    if not len(fell):
+        return None
+    top = int(fell[0])  # the end of the warm-up
+    rises = np.flatnonzero(change[top:] > 0)
+    low = top + int(rises[0]) if len(rises) else top
     after = step > step[low]
     if low - top < 2 or after.sum() < 2 or rate[low] > 0.05 * rate[top]:
         return None
     for turn in np.linspace(step[low - 1], step[low + 1], 41):  # it may lie between two logged steps
-        seen = after & (2 * turn - step >= step[top])
+        seen = after & (2 * turn - step >= step[top])  # farther on there was the warm-up
         before = np.interp(2 * turn - step[seen], step[top : low + 1], rate[top : low + 1])
         if seen.sum() >= 2 and np.abs(before - rate[seen]).max() < 0.03 * rate[top]:
             return round(float(turn))
