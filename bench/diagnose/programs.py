@@ -13,13 +13,23 @@ import random
 from dataclasses import dataclass
 from functools import cached_property
 
-from bench.diagnose import faults_batch, faults_machine, faults_text, faults_training, healthy, trl_faults, trl_healthy
+from bench.diagnose import (
+    faults_batch,
+    faults_machine,
+    faults_text,
+    faults_training,
+    healthy,
+    trl_faults,
+    trl_faults_saved,
+    trl_healthy,
+)
 from bench.diagnose import trl_run as trl
 from bench.diagnose.bases import KINDS, load
 from bench.diagnose.recipe import Recipe, clean
 from bench.diagnose.registry import FAULTS, HEALTHY, Injection
 
-REGISTERED = (faults_batch, faults_machine, faults_text, faults_training, healthy, trl_faults, trl_healthy)
+REGISTERED = (faults_batch, faults_machine, faults_text, faults_training, healthy, trl_faults, trl_faults_saved,
+              trl_healthy)  # fmt: skip
 NOT_INJECTED: dict[str, str] = {}
 """Code -> why there is no program for it."""
 

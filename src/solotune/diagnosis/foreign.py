@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from solotune.diagnosis import foreign_config, own, pickled, sft_rows
+from solotune.diagnosis import foreign_config, foreign_defaults, own, pickled, sft_rows
 from solotune.diagnosis.arithmetic import is_zero
 from solotune.diagnosis.foreign_rows import first_with, json_of, with_base_and_rows
 from solotune.diagnosis.subject import Saved, Settings, Subject, Trace
@@ -88,21 +88,24 @@ def _settings(places: list[Path], config: str | Path | None, dataset: str | None
     adapter = json_of(first_with(places, "adapter_config.json"))
     held |= foreign_config.of_adapter(adapter)
     asked: dict[str, Any] = {}
+    readme = first_with(places, "README.md")
+    text = made_by + (readme.read_text(encoding="utf-8", errors="replace")[:LOG_BYTES] if readme else "")
+    tool = next((tool for tool in _TOOLS if re.search(rf"\b{tool}\b", text, re.IGNORECASE)), None)
     if config is not None:
         asked, lines = foreign_config.read(config)
         ours = foreign_config.translated(asked)
         if ours.get("assistant_only_loss") is True:
             held["assistant_only_loss"] = True  # what was asked; what came of it, labels tell
+        tool = tool or (foreign_defaults.tool_of(asked) if not made_by else None)
+        if not made_by:
+            ours = {**foreign_defaults.unstated(tool), **ours}
+            held |= {"sft": sft_rows.arguments(asked)} if tool == "trl" else {}
         held = {**ours, **{key: value for key, value in held.items() if value is not None}}
         sources |= {key: lines[key] for key in ours if key in lines}
-        if file is not None:
-            unwritten = {"learning_rate", "max_length", "num_train_epochs"} & set(held) - set(ours)
-            sources |= dict.fromkeys(unwritten, "default: the config does not name it")
+        unwritten = {"learning_rate", "max_length", "num_train_epochs"} & set(held) - set(lines)
+        sources |= dict.fromkeys(unwritten, "default: the config does not name it")
     if dataset is not None:
         held["dataset"] = dataset
-    readme = first_with(places, "README.md")
-    text = made_by + (readme.read_text(encoding="utf-8", errors="replace")[:LOG_BYTES] if readme else "")
-    tool = next((tool for tool in _TOOLS if re.search(rf"\b{tool}\b", text, re.IGNORECASE)), None)
     held.setdefault("tool", tool or ("transformers" if made_by else None))
     return Settings(held, asked, sources)
 
