@@ -47,8 +47,8 @@ def texts_learned_whole(run: Run, rng: random.Random) -> None:
 
 @change()
 def texts_under_another_name(run: Run, rng: random.Random) -> None:
-    run.rows = [{"passage": run.base.world.text(rng)} for _ in run.rows]
-    run.sft |= {"dataset_text_field": "passage", "learning_rate": 2e-3}
+    run.rows = [{"passage": run.base.kind.format.text(row["prompt"] + row["completion"])} for row in run.rows]
+    run.sft["dataset_text_field"] = "passage"
 
 
 @change(needs=Needs.ANY)

@@ -299,10 +299,7 @@ def prompt_is_no_prefix(facts: Facts) -> Finding | None:
     other, merged, read = [], [], 0
     for row in evenly(facts.sample(facts.train), NUM_RENDERED):
         example = facts.train.rows[row]
-        turns = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
-        if not turns:  # roles of other names: F36
-            continue
-        turn = turns[-1]
+        turn = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
         prompt = rendered_prompt(facts, example.messages[:turn], example.tools)
         if prompt is None:
             continue

@@ -29,6 +29,7 @@ from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.probes.adapters import learning_rate_of
 from solotune.diagnosis.probes.patient import (
     adapters_of,
+    adapters_off,
     has_labels,
     on_device,
     optimizer_of,
@@ -44,6 +45,7 @@ from solotune.diagnosis.subject import Live, Subject
 LEAST_STEPS, MOST_STEPS = 6, 40
 FACTORS = (0.1, 1.0, 10.0)
 WIDEST = 1e3  # factor up and down
+LEARNED = 0.85  # of the way from the base's loss to what can be reached from there
 NOTHING, LITTLE, MUCH, CLEARLY = 0.02, 0.35, 0.5, 0.75  # of what the best way gains
 TIMES = 2.0  # the gain at another rate, to be called better
 SMALLEST, SMALL = (
@@ -82,8 +84,10 @@ def range_test(live: Live, subject: Subject, budget: float) -> tuple[list[Signal
     if start - _end(curves[1.0]) < MUCH * (start - _end(wide)):
         alike = start - _end(_learn_wide(live, batch, steps, rate))
     tried = {factor: start - _end(curve) for factor, curve in sorted(curves.items())}
+    learned = _way_learned(live, batch, start, steps) if max(tried, key=lambda factor: tried[factor]) < 1 else 0.0
     found: dict[str, Any] = {
         "rate": rate,
+        "learned": round(learned, 3),
         "steps": steps,
         "curves": {f"{factor:g}": [round(x, 4) for x in curves[factor]] for factor in tried},
         "wide": [round(x, 4) for x in wide],
@@ -91,7 +95,8 @@ def range_test(live: Live, subject: Subject, budget: float) -> tuple[list[Signal
         "gain_wide": _rounded(start - _end(wide)),
         "gain_wide_at_rate": None if alike is None else _rounded(alike),
     }
-    return _judge(subject, Tried(rate, steps, start, tried, start - _end(wide), alike, _capacity(live.model))), found
+    all_tried = Tried(rate, steps, start, tried, start - _end(wide), alike, _capacity(live.model), learned)
+    return _judge(subject, all_tried), found
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ class Tried:
     wide: float
     alike: float | None  # gain of wide adapters at the training's own rate, where that was tried
     capacity: float  # rank times the share of linear layers that have an adapter
+    learned: float = 0.0  # share of the way from the base's loss to what wide adapters reach from there
 
     @property
     def best(self) -> float:
@@ -115,6 +121,12 @@ class Tried:
     def most(self) -> float:
         """What can be gained, by whatever way."""
         return max(self.gains[self.best], self.wide)
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether the training had come by most of the way from its base: then its rate was not too high, though at
+        that point, with an optimizer that begins anew, a lower one goes on better."""
+        return self.learned >= LEARNED
 
     def says(self, factor: float) -> str:
         text = f"{self.steps} steps on one batch bring its loss from {self.start:.2f} to {self._end(1.0)} at "
@@ -145,7 +157,7 @@ def _judge(subject: Subject, tried: Tried) -> list[Signal]:
     if not math.isfinite(most) or most < WORTH:
         return []
     better = tried.gains[best] - here > BETTER * most if math.isfinite(here) else True
-    if best < 1 and better and tried.gains[best] > LITTLE * most and here < CLEARLY * most:
+    if best < 1 and better and not tried.has_learned and tried.gains[best] > LITTLE * most and here < CLEARLY * most:
         expect = f"one batch falls by {tried.gains[best]:.2f} in {tried.steps} steps"
         return _of_step_size(subject, "F67", tried, tried.says(best), expect, numbers)
     if tried.gains[best] < NOTHING * most:
@@ -213,6 +225,14 @@ def _learn(
     """Losses before each of the steps and after the last, as the training's loss counts."""
     with restored(live, seed):
         return _descend(live, batch, trainable_of(live.model), rate, steps, clip, live)
+
+
+def _way_learned(live: Live, batch: dict[str, Any], start: float, steps: int) -> float:
+    """Of the way that wide adapters go on the bare base, from its loss to theirs: what the training had come by."""
+    with restored(live), adapters_off(live.model), wider(live.model) as parameters:
+        curve = _descend(live, batch, parameters, 2e-3, steps, 1.0, None)
+    way = curve[0] - _end(curve)
+    return (curve[0] - start) / way if math.isfinite(way) and way > WORTH else 0.0
 
 
 def _learn_wide(live: Live, batch: dict[str, Any], steps: int, rate: float = 2e-3) -> list[float]:
