@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.diagnose.programs import NOT_INJECTED
 from bench.diagnose.score import by_fault, confusion, cost, mistakes, named, scores
+from bench.diagnose.trl_run import is_installed
 from bench.machine import RESULTS, machine, table, write_result
 from solotune.diagnosis.catalogue import FAULTS, SUSPECTS
 
@@ -51,6 +52,13 @@ def _page(results: Sequence[Result], found: dict[str, Any], ran: str, seconds: f
         "template, a world of data and an architecture that no fitted one has. While rules were written, mistakes on",
         "held-out programs were read too, and rules mended after them (P2's equality in float32, P8, P10, what F26 and",
         "F36 explain): a clean figure needs programs that nobody has seen.",
+        "",
+        "Foreign runs are folders that transformers' Trainer left"
+        + (
+            " and folders of TRL's SFTTrainer."
+            if is_installed()
+            else "; TRL was not installed, its scripts were left out."
+        ),
         "",
         f"{ran} of {len(FAULTS)} faults, {seconds / 60:.0f} minutes on {on['cores']} "
         f"cores of {on['cpu']} (torch {on['torch']}, transformers {on['transformers']}, peft {on['peft']}).",

@@ -190,7 +190,7 @@ def _trainer(run: Run, output: Path) -> Any:
     import datasets
     import peft
     import transformers
-    import trl
+    import trl  # pyright: ignore[reportMissingImports]
 
     class Stop(transformers.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
