@@ -23,21 +23,17 @@ from bench.diagnose import (
     ours_faults,
     ours_faults_run,
     ours_healthy,
+    trl_faults,
+    trl_faults_saved,
+    trl_healthy,
 )
+from bench.diagnose import trl_run as trl
 from bench.diagnose.bases import KINDS, load, made_here
 from bench.diagnose.recipe import Recipe, clean
 from bench.diagnose.registry import FAULTS, HEALTHY, Injection
 
-REGISTERED = (
-    faults_batch,
-    faults_machine,
-    faults_text,
-    faults_training,
-    healthy,
-    ours_faults,
-    ours_faults_run,
-    ours_healthy,
-)
+REGISTERED = (faults_batch, faults_machine, faults_text, faults_training, healthy, ours_faults, ours_faults_run,
+              ours_healthy, trl_faults, trl_faults_saved, trl_healthy)  # fmt: skip
 NOT_INJECTED: dict[str, str] = {}
 """Code -> why there is no program for it."""
 
@@ -89,6 +85,10 @@ class Program:
         where += "/before" if self.is_before else ""
         return f"{'+'.join(self.codes) or 'healthy'}/{what}/{where}" + (f"/{self.repeat}" if self.repeat else "")
 
+    def trl_run(self) -> trl.Run | None:
+        """The script with TRL, changed; None where TRL is not what trains."""
+        return None
+
     @cached_property
     def seed(self) -> int:
         return int(hashlib.sha256(self.name.encode()).hexdigest()[:6], 16)
@@ -109,6 +109,27 @@ class Program:
             change.change(job, random.Random(self.seed))
         job.is_before = self.is_before
         return job
+
+
+@dataclass(frozen=True)
+class TrlProgram(Program):
+    """One run of a script with TRL's SFTTrainer."""
+
+    trl_change: trl.TrlChange = trl.CHANGES[0]
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        return self.trl_change.codes
+
+    @property
+    def name(self) -> str:
+        """F64+F03/rate_left_out/opt-inst/trl"""
+        return f"{'+'.join(self.codes) or 'healthy'}/{self.trl_change.name}/{self.base}/trl"
+
+    def trl_run(self) -> trl.Run:
+        run = trl.clean(load(self.base), self.seed)
+        self.trl_change.change(run, random.Random(self.seed))
+        return run
 
 
 def _bases(change: Injection | ours.Asked, place: int, num_fitted: int, num_held_out: int) -> list[str]:
@@ -155,6 +176,16 @@ def programs() -> list[Program]:
         for base in _bases(change, place, 1, 1):
             found.append(Program(base, (change,), "own"))
             found += [Program(base, (change,), "own", is_before=True)] if change.is_seen_before else []
+    return found + (_trl_programs() if trl.is_installed() else [])
+
+
+def _trl_programs() -> list[Program]:
+    """Each change on a fitted base and on one that is held out."""
+    found: list[Program] = []
+    for place, change in enumerate(trl.CHANGES):
+        for held_out in (False, True):
+            fitting = [n for n, kind in made_here().items() if kind.held_out == held_out and change.needs.met_by(kind)]
+            found.append(TrlProgram(fitting[place % len(fitting)], (), "foreign", trl_change=change))
     return found
 
 

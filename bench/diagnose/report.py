@@ -11,6 +11,7 @@ from typing import Any
 from bench.diagnose.bases import KINDS
 from bench.diagnose.programs import NOT_INJECTED
 from bench.diagnose.score import by_fault, confusion, cost, mistakes, named, scores
+from bench.diagnose.trl_run import is_installed
 from bench.machine import RESULTS, machine, table, write_result
 from solotune.diagnosis.catalogue import FAULTS, SUSPECTS
 
@@ -56,6 +57,13 @@ def _page(results: Sequence[Result], found: dict[str, Any], ran: str, seconds: f
         "and batches, curve, saved adapter), and takes down the first diagnosis. A held-out program has a tokenizer, a",
         "template, a world of data and an architecture that no fitted one has. Rules and thresholds were written and",
         "mended with the fitted ones in sight; the held-out bases were made when that was done.",
+        "",
+        "Foreign runs are folders that transformers' Trainer left"
+        + (
+            " and folders of TRL's SFTTrainer."
+            if is_installed()
+            else "; TRL was not installed, its scripts were left out."
+        ),
         "",
         f"{ran} of {len(FAULTS)} faults, {seconds / 60:.0f} minutes on {on['cores']} "
         f"cores of {on['cpu']} (torch {on['torch']}, transformers {on['transformers']}, peft {on['peft']}).",

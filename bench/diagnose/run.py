@@ -22,7 +22,7 @@ import torch
 import transformers
 
 import solotune
-from bench.diagnose import foreign, ours
+from bench.diagnose import foreign, ours, trl_run
 from bench.diagnose.bases import load
 from bench.diagnose.loop import train
 from bench.diagnose.programs import Program
@@ -43,6 +43,8 @@ Result = dict[str, Any]
 
 def subject(program: Program, scratch: Path) -> Subject:
     """The program's training, really run; a foreign one leaves its folder in `scratch`."""
+    if (script := program.trl_run()) is not None:
+        return trl_run.subject_of(script, scratch)
     recipe = program.recipe()
     if program.kind == "foreign":
         return foreign.subject_of(recipe, scratch)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
 import transformers
 from tiny import chat_rows
 
-from solotune.diagnosis import foreign, foreign_config, pickled
+from solotune.diagnosis import foreign, foreign_config, pickled, sft_rows
 from solotune.diagnosis.suspects import ask_all
 from solotune.errors import InputError
 
@@ -178,3 +180,72 @@ def test_pickles_that_are_damaged_endless_or_large_are_refused(tmp_path):
         archive.writestr("archive/data.pkl", b"0" * (pickled.MAX_BYTES + 1))
     with pytest.raises(pickled.UnreadableError):
         pickled.attributes(tmp_path / "bomb.bin")
+
+
+# --- what TRL makes of rows, and what its config leaves out (trl itself is not needed)
+
+ROWS = [
+    {"prompt": [{"role": "user", "content": f"ask {i}"}],
+     "completion": [{"role": "assistant", "content": f"say {i} now"}]}
+    for i in range(12)
+]  # fmt: skip
+
+
+def made(tmp_path, chat_model, rows, **told):
+    """The rows as SFTTrainer makes them, with the chat model's tokenizer."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(chat_model)
+    found = sft_rows.prepare(str(file), "train", tokenizer, sft_rows.arguments(told))
+    assert found is not None
+    return tokenizer, found
+
+
+def test_completions_are_learned_of_rows_that_have_them_and_of_no_others(tmp_path, chat_model):
+    tokenizer, by_default = made(tmp_path, chat_model, ROWS)
+    row = by_default.examples[3]
+    assert tokenizer.decode(row.input_ids[row.supervised]).startswith("say 3 now") and by_default.learns_answers
+    _, whole = made(tmp_path, chat_model, ROWS, completion_only_loss=False)
+    assert whole.examples[3].supervised.all() and not whole.learns_answers
+    chats = [{"messages": row["prompt"] + row["completion"]} for row in ROWS]
+    _, asked = made(tmp_path, chat_model, chats, completion_only_loss=True)
+    assert asked.examples[3].supervised.all() and asked.learns_answers, "TRL finds no completion there, without a word"
+
+
+def test_rows_are_cut_dropped_and_packed_as_trl_does(tmp_path, chat_model):
+    tokenizer, whole = made(tmp_path, chat_model, ROWS)
+    lengths = [len(row.input_ids) for row in whole.examples]
+    begins = [int(row.supervised.argmax()) for row in whole.examples]
+    _, none = made(tmp_path, chat_model, ROWS, max_length=min(begins) + 1)
+    assert none.rows_in == 12 and all(row.supervised.any() for row in none.examples)
+    _, ends = made(tmp_path, chat_model, ROWS, max_length=6, truncation_mode="keep_end")
+    assert (ends.examples[0].input_ids == whole.examples[0].input_ids[-6:]).all()
+    told = sft_rows.arguments({"packing": True, "max_length": 2 * max(lengths)})
+    fitted = sft_rows.batches_of(whole.examples, tokenizer, told, 2)
+    starts = (fitted[0]["position_ids"][0] == 0).nonzero().flatten()
+    assert len(starts) >= 4 and (fitted[0]["labels"][0][starts] == -100).all() and "attention_mask" not in fitted[0]
+    wrapped = sft_rows.batches_of(whole.examples, tokenizer, {**told, "packing_strategy": "wrapped"}, 2)
+    assert "position_ids" not in wrapped[0] and wrapped[0]["input_ids"].shape == (2, 2 * max(lengths))
+
+
+def test_what_a_config_leaves_out_is_what_its_trainer_takes(output, tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes((output / name).read_bytes())
+    (tmp_path / "axolotl.yaml").write_text("sequence_len: 64\nmicro_batch_size: 2\nlearning_rate: 2e-4\n")
+    get = foreign.from_folder(tmp_path, tmp_path / "axolotl.yaml").settings.get
+    assert (get("lr_scheduler_type"), get("assistant_only_loss"), get("max_length")) == ("cosine", True, 64)
+    (tmp_path / "trl.yaml").write_text("use_peft: true\nmax_length: 64\npacking: false\n")
+    settings = foreign.from_folder(tmp_path, tmp_path / "trl.yaml").settings
+    assert settings.get("learning_rate") == 2e-5 and settings.sources["learning_rate"].startswith("default")
+    assert settings.get("lora_r") == 4, "the adapter's own config outranks a default"
+
+
+def test_a_cosine_past_its_end_is_a_schedule_of_another_length(output):
+    subject, step = foreign.from_folder(output), np.arange(1, 61)
+    assert subject.trace is not None
+    ones = dict.fromkeys(("loss_S", "grad_norm_S", "epoch_S"), np.ones(60))
+    past_end = 1e-3 * 0.5 * (1 + np.cos(np.pi * step / 20))
+    begun_anew = np.where(step <= 20, 1e-3 * (1 - step / 25), 1e-3 * (1 - (step - 20) / 41))
+    for rate, code in ((past_end, "F66"), (begun_anew, "F77")):
+        trace = replace(subject.trace, step_S=step, learning_rate_S=rate, total_steps=60, **ones)
+        assert {"F66", "F77"} & named(replace(subject, trace=trace)) == {code}

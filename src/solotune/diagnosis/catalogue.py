@@ -523,7 +523,8 @@ EXPLAINS: dict[str, frozenset[str]] = {
     "F22": frozenset({"F10", "F17", "F19", "F64"}),  # other tokens than the row's are learned
     "F23": frozenset({"F10", "F14", "F15", "F17", "F19", "F20"}),  # ends of the user's turns
     "F25": frozenset({"F21", "F24"}) | _NO_LABELS,  # what is cut off is not masked
-    "F26": frozenset({"F09", "F12", "F13", "F16", "F38"}),  # what stands before the answer is not there
+    # what stands before the answer is not there; and rows that begin anywhere are found in the midst of others
+    "F26": frozenset({"F09", "F12", "F13", "F16", "F21", "F31", "F38"}),
     "F28": frozenset({"F27"}),  # pads that are seen also move the positions
     "F29": frozenset({"F17", "F20", "F30"}),
     "F31": frozenset({"F32"}),
@@ -542,6 +543,7 @@ EXPLAINS: dict[str, frozenset[str]] = {
     "F65": frozenset({"F64"}),
     "F66": frozenset({"F54", "F64"}),
     "F68": frozenset({"F54", "F64"}),
+    "F78": frozenset({"F04", "F05"}),  # the tokenizer beside the adapter is that of its own base
 }
 """A fault -> others that follow from it, and would only hide the cause."""
 

@@ -14,26 +14,19 @@ and masks them; what the training's own collator did to them stays open, and is 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from solotune.config import RunConfig
-from solotune.dataset import findings as row_findings
-from solotune.dataset import load_tokenizer, prepare
-from solotune.dataset.findings_facts import Facts
-from solotune.dataset.report import DataReport
-from solotune.diagnosis import foreign_config, own, pickled
-from solotune.diagnosis.raw_rows import raw_chats
+from solotune.diagnosis import foreign_config, foreign_defaults, own, pickled, sft_rows
+from solotune.diagnosis.arithmetic import is_zero
+from solotune.diagnosis.foreign_rows import first_with, json_of, with_base_and_rows
 from solotune.diagnosis.subject import Saved, Settings, Subject, Trace
 from solotune.errors import InputError, SolotuneError
 
-MAX_JSON_BYTES = 256 << 20
 LOG_BYTES = 64 << 10
 """The end of a log, where its error stands."""
 NUM_FILES = 200
@@ -66,28 +59,13 @@ def from_folder(folder: str | Path, config: str | Path | None = None, dataset: s
         environment=_environment(places),
         missing=missing,
     )
-    return _with_base_and_rows(subject, places, missing)
+    return with_base_and_rows(subject, places, missing)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """checkpoint-N with the highest N."""
     found = [(int(m[1]), path) for path in folder.glob("checkpoint-*") if (m := re.search(r"-(\d+)$", path.name))]
     return max(found)[1] if found else None
-
-
-def _first(places: list[Path], name: str) -> Path | None:
-    return next((place / name for place in places if (place / name).is_file()), None)
-
-
-def _json(path: Path | None) -> dict[str, Any]:
-    """A JSON object; empty where there is none that can be read."""
-    try:
-        if path is None or path.stat().st_size > MAX_JSON_BYTES:
-            return {}
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 # --- settings
@@ -97,37 +75,44 @@ def _settings(places: list[Path], config: str | Path | None, dataset: str | None
     """What held: arguments and adapter; what was asked: the config file."""
     held: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    made_by, file = "", _first(places, "training_args.bin")
+    made_by, file = "", first_with(places, "training_args.bin")
     if file is not None:
         try:
             made_by, found = pickled.attributes(file)
             held |= foreign_config.translated(found)
+            if "completion_only_loss" in found and "packing_strategy" in found:
+                held["sft"] = sft_rows.arguments(found)
             sources |= dict.fromkeys(held, "training_args.bin")
         except pickled.UnreadableError as error:
             missing["training_args"] = f"cannot be read: {error}"
-    adapter = _json(_first(places, "adapter_config.json"))
+    adapter = json_of(first_with(places, "adapter_config.json"))
     held |= foreign_config.of_adapter(adapter)
     asked: dict[str, Any] = {}
+    readme = first_with(places, "README.md")
+    text = made_by + (readme.read_text(encoding="utf-8", errors="replace")[:LOG_BYTES] if readme else "")
+    tool = next((tool for tool in _TOOLS if re.search(rf"\b{tool}\b", text, re.IGNORECASE)), None)
     if config is not None:
         asked, lines = foreign_config.read(config)
         ours = foreign_config.translated(asked)
+        if ours.get("assistant_only_loss") is True:
+            held["assistant_only_loss"] = True  # what was asked; what came of it, labels tell
+        tool = tool or (foreign_defaults.tool_of(asked) if not made_by else None)
+        if not made_by:
+            ours = {**foreign_defaults.unstated(tool), **ours}
+            held |= {"sft": sft_rows.arguments(asked)} if tool == "trl" else {}
         held = {**ours, **{key: value for key, value in held.items() if value is not None}}
         sources |= {key: lines[key] for key in ours if key in lines}
-        if file is not None:
-            unwritten = {"learning_rate", "max_length", "num_train_epochs"} & set(held) - set(ours)
-            sources |= dict.fromkeys(unwritten, "default: the config does not name it")
+        unwritten = {"learning_rate", "max_length", "num_train_epochs"} & set(held) - set(lines)
+        sources |= dict.fromkeys(unwritten, "default: the config does not name it")
     if dataset is not None:
         held["dataset"] = dataset
-    readme = _first(places, "README.md")
-    text = made_by + (readme.read_text(encoding="utf-8", errors="replace")[:LOG_BYTES] if readme else "")
-    tool = next((tool for tool in _TOOLS if re.search(rf"\b{tool}\b", text, re.IGNORECASE)), None)
     held.setdefault("tool", tool or ("transformers" if made_by else None))
     return Settings(held, asked, sources)
 
 
 def _environment(places: list[Path]) -> dict[str, Any]:
     """The versions that the model card names."""
-    readme = _first(places, "README.md")
+    readme = first_with(places, "README.md")
     text = readme.read_text(encoding="utf-8", errors="replace")[:LOG_BYTES] if readme else ""
     names = "TRL|Transformers|Pytorch|Datasets|Tokenizers|PEFT|Unsloth|Axolotl"
     found = re.findall(rf"^\s*-\s*({names})\s*:?\s*v?(\d[\w.+]*)", text, re.MULTILINE | re.IGNORECASE)
@@ -138,8 +123,8 @@ def _environment(places: list[Path]) -> dict[str, Any]:
 
 
 def _trace(folder: Path, places: list[Path], missing: dict[str, str]) -> Trace | None:
-    file = _first(places, "trainer_state.json")
-    state = _json(file)
+    file = first_with(places, "trainer_state.json")
+    state = json_of(file)
     errors = _errors(folder)
     history = [entry for entry in state.get("log_history") or () if isinstance(entry, Mapping)]
     if not history and not errors:
@@ -185,9 +170,9 @@ def _errors(folder: Path) -> tuple[str, ...]:
 
 
 def _saved(folder: Path, places: list[Path], settings: Settings, missing: dict[str, str]) -> Saved | None:
-    config, file = _json(_first(places, "adapter_config.json")), _first(places, "adapter_model.safetensors")
+    config, file = json_of(first_with(places, "adapter_config.json")), first_with(places, "adapter_model.safetensors")
     if file is None:
-        other = _first(places, "adapter_model.bin")
+        other = first_with(places, "adapter_model.bin")
         missing["saved"] = (
             "adapter_model.bin is a pickle, which is never loaded; save the adapter as safetensors"
             if other
@@ -205,7 +190,24 @@ def _saved(folder: Path, places: list[Path], settings: Settings, missing: dict[s
     state = _resumed_from(folder, resumed) if resumed else None
     has = [None if state is None else any((state / f"{name}{end}").is_file() for end in (".pt", ".bin", ".safetensors"))
            for name in ("optimizer", "scheduler")]  # fmt: skip
-    return Saved(tensors, config, optimizer_present=has[0], scheduler_present=has[1])
+    return Saved(tensors, config, has[0], has[1], in_checkpoint=_in_checkpoint(file, tensors))
+
+
+def _in_checkpoint(file: Path, tensors: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The adapter of the newest checkpoint, where the folder's own changes nothing; the same where this is one."""
+    if not all(is_zero(tensor) for name, tensor in tensors.items() if "lora_B" in name):
+        return None
+    if file.parent.name.startswith("checkpoint-"):
+        return tensors
+    newest = newest_checkpoint(file.parent)
+    if newest is None or not (newest / file.name).is_file():
+        return None
+    from solotune import checkpoint
+
+    try:
+        return checkpoint.read_adapter(newest)
+    except SolotuneError:
+        return None
 
 
 def _resumed_from(folder: Path, resumed: Any) -> Path | None:
@@ -215,89 +217,3 @@ def _resumed_from(folder: Path, resumed: Any) -> Path | None:
             if place.is_dir():
                 return place
     return None
-
-
-# --- base, tokenizer and rows
-
-
-def _with_base_and_rows(subject: Subject, places: list[Path], missing: dict[str, str]) -> Subject:
-    get = subject.settings.get
-    base = _base_of(subject)
-    rows, chats = get("dataset"), []
-    if rows:
-        chats = raw_chats(rows, str(get("dataset_split") or "train"))
-    config = foreign_config.as_run_config(subject.settings, base or str(places[0]), rows or "unknown.jsonl")
-    files = Facts(config, None, [], [], DataReport("")).model_files  # type: ignore[arg-type] - only files are asked for
-    generation = _json(_first(places, "generation_config.json")) or files["generation_config.json"]
-    subject = replace(subject, model_config=files["config.json"], generation_config=generation, conversations=chats)
-    if not files["config.json"]:
-        missing["model_config"] = f"the base {base or '(no name of it is known)'} is not on this machine"
-        missing["live"] = missing["model_config"]
-    tokenizer = _tokenizer(config, places, missing)
-    subject = replace(subject, tokenizer=tokenizer)
-    if tokenizer is None or not rows:
-        why = "--dataset names the data that it was trained on" if not rows else missing["tokenizer"]
-        missing |= {part: why for part in ("train", "validation", "live") if part not in missing}
-        return subject
-    try:
-        prepared = prepare(config, tokenizer)
-    except SolotuneError as error:
-        missing |= dict.fromkeys(("train", "validation"), error.problem)
-        missing.setdefault("live", error.problem)
-        return subject
-    prepared.report.findings = row_findings.known_or_found(config, tokenizer, prepared)
-    rest = own.from_prepared(config, tokenizer, prepared)
-    missing["batches"] = "no file holds them; probes see the rows as solotune renders and masks them"
-    subject = replace(subject, train=rest.train, validation=rest.validation, findings=rest.findings)
-    if "live" in missing:
-        return subject
-    why = own.too_large(subject) or _not_here(config)
-    if why is not None:
-        missing["live"] = why
-        return subject
-    return replace(subject, live=own.live_of(_loadable(config, subject), tokenizer, prepared, _adapter_folder(places)))
-
-
-def _base_of(subject: Subject) -> str | None:
-    saved = subject.saved.adapter_config if subject.saved else {}
-    found = saved.get("base_model_name_or_path") or subject.settings.get("model_name_or_path")
-    return str(found) if found else None
-
-
-def _tokenizer(config: RunConfig, places: list[Path], missing: dict[str, str]) -> Any:
-    """That of the folder, which was saved with the training's template, else the base's."""
-    for name in [*(str(place) for place in places if (place / "tokenizer_config.json").is_file()), None]:
-        try:
-            return load_tokenizer(config if name is None else config.replaced("folder", model_name_or_path=name))
-        except SolotuneError as error:
-            missing["tokenizer"] = error.problem
-    return None
-
-
-def _not_here(config: RunConfig) -> str | None:
-    """Why the base's weights cannot be loaded without asking a network; None where they can."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    if own.expanded(config.model_name_or_path).is_dir():
-        return None
-    try:
-        for name in ("model.safetensors", "model.safetensors.index.json"):
-            if isinstance(try_to_load_from_cache(config.model_name_or_path, name, revision=config.model_revision), str):
-                return None
-    except HFValidationError:
-        pass
-    return f"the weights of {config.model_name_or_path} are not on this machine"
-
-
-def _loadable(config: RunConfig, subject: Subject) -> RunConfig:
-    """The config with the adapter's own targets, by the modules in its file."""
-    from solotune.diagnosis.arithmetic import adapted
-
-    leaves = sorted({path.rpartition(".")[2] for path in adapted(subject)})
-    return config.replaced("adapter", lora_target_modules=leaves) if leaves else config
-
-
-def _adapter_folder(places: list[Path]) -> Path | None:
-    file = _first(places, "adapter_model.safetensors")
-    return file.parent if file else None

@@ -29,6 +29,10 @@ def chat_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         found = row.get(key)
         if isinstance(found, list) and found and all(isinstance(one, Mapping) for one in found):
             return [_message(one) for one in found]
+    for asks, answers in (("prompt", "completion"),):
+        found = row.get(asks), row.get(answers)
+        if all(isinstance(side, list) and side and all(isinstance(one, Mapping) for one in side) for side in found):
+            return [_message(one) for side in found for one in side]  # type: ignore[union-attr]
     for asks, answers in (("prompt", "completion"), ("instruction", "output"), ("question", "answer")):
         if isinstance(row.get(asks), str) and isinstance(row.get(answers), str):
             asked = "\n".join(text for text in (row[asks], row.get("input")) if isinstance(text, str) and text)

@@ -42,7 +42,7 @@ def findings_of(subject: Subject) -> Sequence[Finding]:
 
 
 def _found(subject: Subject) -> Sequence[Finding]:
-    train, validation = examples_of(subject), list(subject.validation)
+    train, validation = (_answered(rows) for rows in (examples_of(subject), subject.validation))
     if subject.tokenizer is None or not train:
         return ()
     report = DataReport("messages" if train[0].messages else "text")
@@ -55,6 +55,13 @@ def _found(subject: Subject) -> Sequence[Finding]:
     }
     facts.own_template = None
     return findings.judge(facts)
+
+
+def _answered(rows: Sequence[Example]) -> list[Example]:
+    """Rows as the rules on data expect them: a chat has an answer. One whose roles have other names (F36) is a text."""
+    return [
+        row if any(m.get("role") == "assistant" for m in row.messages) else replace(row, messages=[]) for row in rows
+    ]
 
 
 def _config(subject: Subject, longest: int) -> RunConfig:

@@ -76,6 +76,8 @@ class Saved:
     optimizer_present: bool | None = None
     scheduler_present: bool | None = None
     merged: Callable[[], torch.nn.Module] | None = None
+    in_checkpoint: Tensors | None = None
+    """The adapter that a checkpoint of the same training holds, where this one changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class Subject:
     refusals: Sequence[Signal] = ()  # what the doors of ours said that do not let it in
     trace: Trace | None = None
     saved: Saved | None = None
+    base_template: str = ""  # the chat template that came with the base, where it was trained with another one
     live: Callable[[], Live] | None = None  # loads it; probes call it once
     batches: Sequence[Mapping[str, torch.Tensor]] = ()  # as `Live.batches`, where no model is needed to make them
     environment: Mapping[str, Any] = field(default_factory=dict)  # versions, card

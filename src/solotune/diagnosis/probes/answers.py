@@ -3,7 +3,9 @@
     good after the training's rendering, bad the deployment's way       F11
     always the same, and another one than after the training's          F11
     the end of turn is written, and writing goes on                     F14
-    no end in either, and none is expected after the data's own answer  F10, F17, F19 or F24: the labels tell which
+    no end in either, and none is expected after the data's own answer  F10, F17, F19 or F24: the labels tell which;
+                                                                        where those let ends be learned, F17 if the pad
+                                                                        is one and the base did end
 
 Repetition after training is as often a fault of the deployment's format as of the training, so both are always looked
 at. Bad means without an end, or repeating itself: rep-4 is the share of 4-grams that came before. The adapter is the
@@ -21,7 +23,7 @@ import torch
 
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.labels import LabelFacts
-from solotune.diagnosis.probes.patient import device_of, is_untouched, logits_of, restored
+from solotune.diagnosis.probes.patient import adapters_off, device_of, is_untouched, logits_of, restored
 from solotune.diagnosis.probes.prompts import _pair
 from solotune.diagnosis.probes.reload import _put_in
 from solotune.diagnosis.probes.skipping import Skipped
@@ -47,7 +49,7 @@ def both_renderings(live: Live, subject: Subject, budget: float) -> tuple[list[S
             if is_untouched(live.model):
                 raise Skipped("the adapter is empty")
         live.model.eval()
-        deployed, trained, wanted, ends, again = [], [], [], [], None
+        deployed, trained, wanted, asked, ends, again = [], [], [], [], [], None
         for document in facts.documents:
             pair, question = _pair(document, facts.roles), _question(facts, document)
             if pair is None or not question:
@@ -61,6 +63,7 @@ def both_renderings(live: Live, subject: Subject, budget: float) -> tuple[list[S
             trained.append(_greedy(live, pair[0], facts.roles.ends, min(MOST_TOKENS, 2 * len(pair[1]) + 8)))
             wanted.append(pair[1])
             ends.append(_expects_end(live, [*pair[0], *pair[1]], facts.roles.ends))
+            asked.append(pair[0])
     if len(trained) < 2:
         raise Skipped("fewer than two questions are known")
     found = {
@@ -77,7 +80,38 @@ def both_renderings(live: Live, subject: Subject, budget: float) -> tuple[list[S
         "same_again": bool(again),  # nothing is drawn at random, and nothing but the question is asked
         "equal": float(np.mean([_alike(a, b, facts.roles.ends) for a, b in zip(trained, deployed, strict=True)])),
     }
+    if _never_ended(found) and facts.ends_learned >= MUCH * max(facts.answers, 1):
+        return _never_ends(live, subject, facts, asked, found), found
     return _judge(found), found
+
+
+def _never_ended(found: dict[str, Any]) -> bool:
+    return found["training_rendering"]["without_end"] == 1.0 and found["end_expected"] < UNEXPECTED
+
+
+def _never_ends(
+    live: Live, subject: Subject, facts: LabelFacts, asked: Sequence[Sequence[int]], found: dict[str, Any]
+) -> list[Signal]:
+    """The rows have ends that their labels, as they were made here, let it learn, and it writes none.
+
+    So the ids are not at fault (F10). Where the pad is an end, a collator that masks by id explains it, of a model that
+    ended before it was tuned; else it has not learned that far.
+    """
+    tokenizer = subject.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer is not None else None
+    if pad not in facts.roles.ends:
+        if "batches" not in subject.missing:
+            return []
+        says = f"none of {found['prompts']} answers ends by itself"
+        return [Signal(code, "measured", says, 0.4, found) for code in ("F17", "F19")]
+    with restored(live), torch.no_grad(), adapters_off(live.model):
+        live.model.eval()
+        before = [_greedy(live, prompt, facts.roles.ends, MOST_TOKENS) for prompt in asked]
+    found["base_without_end"] = _looks(before, facts.roles.ends)["without_end"]
+    says = f"none of {found['prompts']} answers ends by itself, and {1 - found['base_without_end']:.0%} of the base's "
+    says += "do; the end of turn is the padding token too"
+    fix = "mask labels where attention_mask is 0, not where the id is the pad's; or a pad_token of its own"
+    return [Signal("F17", "measured", says, 0.65 if found["base_without_end"] < MUCH else 0.4, found, fix=fix)]
 
 
 def _judge(found: dict[str, Any]) -> list[Signal]:
@@ -99,7 +133,7 @@ def _judge(found: dict[str, Any]) -> list[Signal]:
         says += f"the training's rendering {good['rep_4']:.2f} and {good['without_end']:.0%}"
         fix = "serve with the chat template that rendered the training"
         return [Signal("F11", "counterfactual", says, 0.9, found, fix=fix)]
-    if good["without_end"] == 1.0 and found["end_expected"] < UNEXPECTED:
+    if _never_ended(found):
         says = f"none of {found['prompts']} answers ends by itself, and behind the data's own answers an end has a "
         says += f"probability of {found['end_expected']:.1%}"
         return [Signal(code, "measured", says, 0.4, found) for code in ("F10", "F17", "F19")]

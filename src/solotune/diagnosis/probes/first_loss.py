@@ -2,6 +2,7 @@
 model's own rendering, of their texts as plain text, and of that plain text with its ids swapped at random.
 
     as trained / labels right       far from 1: labels are not what the loss takes them for (F22)
+    as logged / as trained          near the number of micro-batches: their losses are not divided (F74)
     labels right / own rendering    far above 1, plain text as usual: the format is foreign to the model (F12)
     plain text / ids swapped        near 1: no text of this tokenizer means anything to the model (F04)
 
@@ -11,9 +12,11 @@ but new task can begin above it. Costs some five forward passes a row.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,7 @@ import torch
 
 from solotune.dataset.encode import Encoder
 from solotune.dataset.row import RowError
+from solotune.diagnosis.arithmetic import setting
 from solotune.diagnosis.documents import Batches, Document
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.labels import LabelFacts
@@ -40,6 +44,7 @@ FOREIGN = 1.6  # rows in the training's format against the model's own
 NO_TEXT = 0.85  # plain text against the same with its ids swapped; clean models show 0.2 to 0.6
 EXPECTED = 1.0  # nats a token of its own headers, for a model that was taught its template
 NUM_ROWS = 4
+FIRST_STEPS = 3  # a log that begins later shows what was learned by then
 LONGEST = 512  # tokens of a text
 
 
@@ -53,7 +58,8 @@ def first_loss(live: Live, subject: Subject, budget: float) -> tuple[list[Signal
         with adapters_off(live.model):
             _labels(live, subject, facts, found, deadline)
             _texts(live, subject, facts, found, deadline)
-    return [s for s in (_shifted(facts, found), *_format(found), _tokenizer(found)) if s], found
+    found_all = (_shifted(facts, found), *_format(found), _tokenizer(found), _logged(subject, found))
+    return [signal for signal in found_all if signal], found
 
 
 def _labels(live: Live, subject: Subject, facts: LabelFacts, found: dict[str, Any], deadline: float) -> None:
@@ -92,7 +98,7 @@ def _texts(live: Live, subject: Subject, facts: LabelFacts, found: dict[str, Any
     """Answers in the training's format and in the model's own; their texts as plain text; ids swapped at random."""
     if subject.tokenizer is None:
         return
-    roles = facts.roles
+    roles, own_roles = facts.roles, _own_roles(subject, facts.roles)
     swapped = np.random.default_rng(0).permutation(_vocabulary(live, subject))
     sums: dict[str, list[float]] = {key: [] for key in ("here", "own", "markers", "plain", "swapped")}
     foreign = 0
@@ -106,19 +112,19 @@ def _texts(live: Live, subject: Subject, facts: LabelFacts, found: dict[str, Any
             places = np.arange(1, len(plain))
             sums["plain"].append(float(token_losses(live.model, plain, places).mean()))
             sums["swapped"].append(float(token_losses(live.model, swapped[plain], places).mean()))
-        own = _own_rendering(roles, conversation) if conversation else None
+        own = _own_rendering(own_roles, conversation) if conversation else None
         roles_T = roles.of(document)
         if own is not None and roles_T is not None and (roles_T == ASSISTANT).any() and len(document.ids) <= LONGEST:
             here = np.flatnonzero(roles_T == ASSISTANT)
             sums["here"].append(float(token_losses(live.model, document.ids, here[here > 0]).mean()))
             sums["own"].append(float(token_losses(live.model, own[0], own[1]).mean()))
-            marks = len(roles.encode(roles.headers.get(ASSISTANT, "").strip()))
+            marks = len(roles.encode(own_roles.headers.get(ASSISTANT, "").strip()))
             first = int(own[1][0])
             if marks > 1 and first > marks:
                 sums["markers"].append(
                     float(token_losses(live.model, own[0][:first], range(first - marks, first)).mean())
                 )
-            foreign += not any(header.strip() in text for header in roles.headers.values())
+            foreign += not any(header.strip() in text for header in own_roles.headers.values())
         if time.perf_counter() > deadline:
             break
     if sums["plain"]:
@@ -129,6 +135,15 @@ def _texts(live: Live, subject: Subject, facts: LabelFacts, found: dict[str, Any
         if sums["markers"]:
             found["own_markers"] = float(np.mean(sums["markers"]))
         found["rows_without_own_markers"] = foreign / len(sums["own"])
+
+
+def _own_roles(subject: Subject, roles: Roles) -> Roles:
+    """Of the template that the model was taught: the base's, where the training brought another one."""
+    if not subject.base_template or subject.tokenizer is None:
+        return roles
+    tokenizer = copy.copy(subject.tokenizer)
+    tokenizer.chat_template = subject.base_template
+    return Roles(replace(subject, tokenizer=tokenizer))
 
 
 def _vocabulary(live: Live, subject: Subject) -> int:
@@ -185,6 +200,20 @@ def _format(found: dict[str, Any]) -> list[Signal]:
         says = f"the model's own template makes the answers no easier ({own:.2f} against {here:.2f} a token)"
         return [Signal("F12", "measured", says, 0.6, numbers, against=True)]
     return []
+
+
+def _logged(subject: Subject, found: dict[str, Any]) -> Signal | None:
+    """The first loss that the training logged, beside that of its batches here: N times as high, of N micro-batches."""
+    count, trace = setting(subject, "gradient_accumulation_steps"), subject.trace
+    if not subject.batches or not count or count < 3 or trace is None or not len(trace.loss_S):
+        return None
+    first, here = float(trace.loss_S[0]), found.get("as_trained", 0.0)
+    if trace.step_S[0] > FIRST_STEPS or here < 0.1 or not math.isfinite(first) or abs(first / here / count - 1) > 0.2:
+        return None
+    found["logged_times"] = first / here
+    says = f"the first logged loss is {first:.1f}, {first / here:.1f} times the {here:.2f} that these rows have here, "
+    says += f"with {count:.0f} micro-batches a step"
+    return Signal("F74", "measured", says, 0.8, {"logged": first, "here": here, "micro_batches": count})
 
 
 def _tokenizer(found: dict[str, Any]) -> Signal | None:

@@ -121,7 +121,7 @@ def begun(live: Live, subject: Subject, seed: int = 0) -> Iterator[nn.Module]:
     Left as they are: other initialisations than the usual one, which may have moved a part of the base into them.
     """
     with restored(live, seed) as model:
-        if is_untouched(model) is False and subject.settings.get("init_lora_weights") in (None, True):
+        if is_untouched(model) is False and subject.settings.get("init_lora_weights") in (None, True, "gaussian"):
             generator = torch.Generator().manual_seed(seed)
             with torch.no_grad():
                 for adapter in adapters_of(model):

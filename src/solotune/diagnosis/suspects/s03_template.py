@@ -20,21 +20,28 @@ NUM_ROWS = 100
 _SENTINEL = "zqxjkv"
 
 
-def rendered(subject: Subject, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str | None:
-    """Messages by the tokenizer's own template, as they would be served; None where it has none or refuses."""
+def rendered(
+    subject: Subject, messages: Sequence[dict[str, Any]], prompt: bool = False, template: str | None = None
+) -> str | None:
+    """Messages by the tokenizer's own template (or this one), as they would be served; None where it has none or
+    refuses."""
     tokenizer = subject.tokenizer
     if tokenizer is None or not tokenizer.chat_template:
         return None
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=prompt, chat_template=template
+            )
+        )
     except Exception:  # templates refuse in their own words, and not only with Jinja's errors
         return None
 
 
-def frame(subject: Subject) -> tuple[str, str, str] | None:
+def frame(subject: Subject, template: str | None = None) -> tuple[str, str, str] | None:
     """The template's own text before a question, between question and answer, and behind the answer."""
     chat = [{"role": "user", "content": "quvwxq"}, {"role": "assistant", "content": "zwvuyz"}]
-    text = rendered(subject, chat)
+    text = rendered(subject, chat, template=template)
     match = re.fullmatch(r"(.*)quvwxq(.*)zwvuyz(.*)", text, re.DOTALL) if text else None
     return (match[1], match[2], match[3]) if match else None
 
@@ -164,7 +171,8 @@ def not_through_template(subject: Subject) -> list[Signal]:
     Wrong when: it is served in the same format on purpose.
     Source: the walkthrough's article, trl#1400; ratio 9.8 raw, 9.6 with "### Human" (measured).
     """
-    signals, pieces, texts = taken_over(subject, "F12"), frame(subject), decoded(subject)
+    signals, texts = taken_over(subject, "F12"), decoded(subject)
+    pieces = frame(subject, subject.base_template or None)  # that of the training may be the fault
     if signals or pieces is None or len(texts) < 3 or subject.tokenizer is None or not pieces[1].strip():
         return signals
     if is_ours(subject):  # the data door knows which rows are documents, for continued training

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from solotune.diagnosis.arithmetic import setting
+from solotune.diagnosis.arithmetic import mapping, setting
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.rows import examples_of
 from solotune.diagnosis.subject import Subject
@@ -12,6 +12,8 @@ from solotune.diagnosis.suspects import rule, taken_over
 
 SOME = 0.05
 """One row in twenty."""
+MUCH = 0.25
+"""Of the rows: without these it is another training."""
 SAME = 0.95
 """Share of uncut rows that begin with the same token, from which the beginning belongs to the format."""
 
@@ -23,11 +25,13 @@ def answers_cut(subject: Subject) -> list[Signal]:
     Sees: rows that fill `max_length` and whose last learned token is no end of turn; rows dropped for their length.
     Why: what is cut is not learned, nor the end of turn; beyond a few rows the model learns to ramble or to break off.
     Not: F10, which is in all rows, whatever their length (where every row is cut, the same evidence: both are named); a
-    few long rows; `overflow: split`, where the next part goes on.
+    few long rows; `overflow: split`, where the next part goes on; F33, where TRL's packing cuts.
     Fix: a `max_length` with room for 95 % of the long rows, or `overflow: drop`.
     Wrong when: long answers are meant to be learned in part.
     Source: the total form is F25.
     """
+    if mapping(subject.settings.get("sft")).get("packing"):
+        return []  # F33: it is TRL's packing that cuts
     return taken_over(subject, "F24")
 
 
@@ -47,7 +51,8 @@ def prompt_fills_window(subject: Subject) -> list[Signal]:
     read, left = setting(subject, "rows_in"), setting(subject, "rows_out")
     if not signals and read and left is not None and left < (1 - SOME) * read:
         says = f"of {read:,.0f} rows {left:,.0f} are left after truncation"
-        signals.append(Signal("F25", "measured", says, 0.6, {"in": read, "out": left}, fix="a larger max_length"))
+        kind, weight = ("invariant", 0.9) if left < (1 - MUCH) * read else ("measured", 0.6)
+        signals.append(Signal("F25", kind, says, weight, {"in": read, "out": left}, fix="a larger max_length"))
     return signals
 
 

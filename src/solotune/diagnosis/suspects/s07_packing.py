@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
+from solotune.diagnosis.arithmetic import mapping
 from solotune.diagnosis.documents import Batches, Line
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.labels import LabelFacts
 from solotune.diagnosis.subject import Subject
-from solotune.diagnosis.suspects import rule
+from solotune.diagnosis.suspects import rule, taken_over
 
 SOME = 0.1  # of the documents
 
@@ -99,6 +102,16 @@ def packing_cuts_rows(subject: Subject) -> Signal | None:
         "F33", "measured", says, 0.8, {"open": open_, "sequences": len(lasts)},
         fix="a packing that keeps rows whole, or a max_length above the longest row",
     )  # fmt: skip
+
+
+@rule("F33", needs=("settings",))
+def cut_before_packing(subject: Subject) -> list[Signal]:
+    """F33, of TRL's best-fit packing: it truncates rows that are longer than a pack, and `max_length` is the pack's."""
+    told = mapping(subject.settings.get("sft"))
+    if not told.get("packing") or told.get("packing_strategy") != "bfd":
+        return []
+    fix = "packing_strategy: bfd_split, or a max_length above the longest row"
+    return [replace(signal, code="F33", fix=fix) for signal in taken_over(subject, "F24")]
 
 
 def _claims_by_mask(raw) -> bool:

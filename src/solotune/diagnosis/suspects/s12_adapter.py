@@ -105,6 +105,13 @@ def zero_products(subject: Subject) -> tuple[int, int]:
     return sum(map(is_zero, second)), len(second)
 
 
+def stayed_zero(subject: Subject) -> bool:
+    """Whether steps were taken, and a checkpoint that was written behind them has every `lora_B` at zero still."""
+    held = subject.saved.in_checkpoint if subject.saved else None
+    second = [tensor for name, tensor in (held or {}).items() if "lora_B" in name]
+    return bool(second) and all(map(is_zero, second)) and took_steps(subject)
+
+
 def took_steps(subject: Subject) -> bool:
     """Whether at least one step was recorded with a rate above zero (or one that is not known)."""
     trace = subject.trace
@@ -116,7 +123,8 @@ def adapters_frozen(subject: Subject) -> list[Signal]:
     """F58: the adapters are frozen.
 
     Sees: no trainable parameter in them (probe P5), or the setting that freezes them: `is_trainable: false` where an
-    adapter is loaded to go on with; a gradient norm of exactly zero in the whole trace.
+    adapter is loaded to go on with; a gradient norm of exactly zero in the whole trace; `lora_B` exactly zero in a
+    checkpoint that was written after steps.
     Why: nothing changes, or only what else is trained does. The loss is flat, bit by bit on the same rows.
     Not: F64, where the loss moves a little; F57, whose parameters would train but get no gradient; `inference_mode:
     true` in a saved adapter_config.json, which PEFT always writes there.
@@ -131,6 +139,9 @@ def adapters_frozen(subject: Subject) -> list[Signal]:
         signals.append(Signal("F58", "invariant", f"{key}: {get(key)}, so no adapter is trained", 0.9, {}, fix=fix))
     if line := has_error(subject, r"does not require grad and does not have a grad_fn"):
         signals.append(Signal("F58", "measured", f"the run ended with: {line}", 0.5, {}, fix=fix))
+    if stayed_zero(subject) and not is_all_zero(subject):
+        says = "every lora_B is exactly zero in a checkpoint that was written after steps at a rate above zero"
+        signals.append(Signal("F58", "invariant", says, 0.85, {}, fix=fix))
     trace = subject.trace
     norms = trace.grad_norm_S[np.isfinite(trace.grad_norm_S)] if trace is not None else np.zeros(0)
     if len(norms) >= 2 and not norms.any() and not is_all_zero(subject) and not is_ours(subject):
@@ -186,7 +197,7 @@ def adapter_all_zero(subject: Subject) -> Signal | None:
     Wrong when: never.
     Source: measured (both shares of zero gradients 1.0 at step 1).
     """
-    if not is_all_zero(subject):
+    if not is_all_zero(subject) or (subject.saved and subject.saved.in_checkpoint and not stayed_zero(subject)):
         return None
     count = len(adapted(subject))
     says = f"A and B of all {count} adapted modules are exactly zero"

@@ -105,7 +105,8 @@ def schedule_of_another_length(subject: Subject) -> Signal | None:
     """F66: the schedule is made for another number of steps than the run has.
 
     Sees: a logged rate of zero (below 1/10,000 of its peak) for more than a twentieth of the run, behind the peak; or a
-    schedule that should decay to zero and is above half of its peak at the last of all steps.
+    schedule that should decay to zero and is above half of its peak at the last of all steps; a rate that rises again
+    behind its end as it fell before it, which is what a cosine does.
     Why: with a rate of zero nothing is learned any more; without the decay the end of the run stays noisy.
     Not: F54, whose rate is above zero; F65, whose rate still rises; a run that was stopped early; schedules with a
     floor or without decay.
@@ -125,11 +126,38 @@ def schedule_of_another_length(subject: Subject) -> Signal | None:
         return Signal(
             "F66", "invariant", says, 0.95, {**numbers, "zero_from": int(step[dead[0]])}, fix=_length_fix(total)
         )
+    if (turn := mirrored_from(step, rate)) is not None:
+        says = f"the logged rate is down at step {turn:,} and rises again as it fell: the schedule is for {turn:,} "
+        says += f"steps, and the run has {total:,}"
+        return Signal("F66", "invariant", says, 0.95, {**numbers, "zero_from": turn}, fix=_length_fix(total))
     decays = str(subject.settings.get("lr_scheduler_type")) in ("cosine", "linear")
     is_over = step[-1] >= 0.98 * total and len(rate) >= 4 and top < len(rate) - 2
     if decays and is_over and rate[-1] > 0.5 * rate[top]:
         says = f"the run ends at {rate[-1] / rate[top]:.0%} of the peak rate, of a schedule that should end at zero"
         return Signal("F66", "measured", says, 0.7, numbers, fix=_length_fix(total))
+    return None
+
+
+def mirrored_from(step: np.ndarray, rate: np.ndarray) -> int | None:
+    """The step from which on the rate is the mirror image of what it was before: a cosine that ran past its end.
+
+    A resumption or a restart jumps; this one passes its lowest point at the speed that it came with.
+    """
+    change = np.diff(rate)
+    fell = np.flatnonzero(change < 0)
+    if not len(fell):
+        return None
+    top = int(fell[0])  # the end of the warm-up
+    rises = np.flatnonzero(change[top:] > 0)
+    low = top + int(rises[0]) if len(rises) else top
+    after = step > step[low]
+    if low - top < 2 or after.sum() < 2 or rate[low] > 0.05 * rate[top]:
+        return None
+    for turn in np.linspace(step[low - 1], step[low + 1], 41):  # it may lie between two logged steps
+        seen = after & (2 * turn - step >= step[top])  # farther on there was the warm-up
+        before = np.interp(2 * turn - step[seen], step[top : low + 1], rate[top : low + 1])
+        if seen.sum() >= 2 and np.abs(before - rate[seen]).max() < 0.03 * rate[top]:
+            return round(float(turn))
     return None
 
 

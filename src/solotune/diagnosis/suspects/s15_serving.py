@@ -11,7 +11,8 @@ from solotune.diagnosis.arithmetic import adapted, in_4bit, is_ours, linears, se
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.subject import Subject, Trace
 from solotune.diagnosis.suspects import rule
-from solotune.diagnosis.suspects.s12_adapter import is_all_zero, zero_products
+from solotune.diagnosis.suspects.s12_adapter import is_all_zero, stayed_zero, zero_products
+from solotune.diagnosis.suspects.s13_schedule import mirrored_from
 
 JUMP = 1.5
 """Of the rate from one logged step to the next: no schedule rises so behind its warm-up."""
@@ -25,15 +26,15 @@ def empty_adapter(subject: Subject) -> Signal | None:
 
     Sees: a file without adapter tensors, or one whose every `lora_B` is exactly zero.
     Why: the tuned model is the base, bit for bit. A file of normal size with B = 0 is the nasty form.
-    Not: F57 and F58, where training ran and nothing was learned (the trace tells); F78, whose file is good and whose
-    names do not match.
+    Not: F57 and F58, where training ran and nothing was learned (the checkpoints are zero too); F60, which never had
+    a gradient; F78, whose file is good and whose names do not match.
     Fix: save after the training.
     Wrong when: it is the checkpoint of step 0 on purpose.
     Source: alpaca-lora#446, alpaca-lora#293, transformers#24551.
     """
     saved = subject.saved
-    if saved is None or is_all_zero(subject):  # both zero: F60
-        return None
+    if saved is None or (is_all_zero(subject) and (not saved.in_checkpoint or stayed_zero(subject))):
+        return None  # both zero: F60
     fix = "save the adapter after training: trainer.train(), then trainer.save_model()"
     others = [name for name in saved.adapter if re.search(r"lora|magnitude|ia3|hada|oft|boft|vera|randlora", name)]
     if not others and not (saved.adapter and saved.adapter_config.get("modules_to_save")):
@@ -42,7 +43,10 @@ def empty_adapter(subject: Subject) -> Signal | None:
     zero, whole = zero_products(subject)
     if not whole or zero < whole:
         return None
+    if stayed_zero(subject):
+        return None
     says = f"all {whole} saved lora_B are exactly zero, so the adapter changes nothing"
+    says += ", and those of its checkpoint are not" if saved.in_checkpoint else ""
     return Signal("F75", "invariant", says, 0.9, {"zero": zero}, fix=fix)
 
 
@@ -117,7 +121,7 @@ def _rate_jump(subject: Subject, trace: Trace) -> tuple[int, float, float] | Non
         return None
     has = np.isfinite(trace.learning_rate_S)
     step, rate = trace.step_S[has], trace.learning_rate_S[has]
-    if len(rate) < 5:
+    if len(rate) < 5 or mirrored_from(step, rate) is not None:
         return None
     fell = np.flatnonzero(np.diff(rate) < 0)  # the first fall ends the warm-up
     for i in range(int(fell[0]) + 1 if len(fell) else len(rate), len(rate)):
