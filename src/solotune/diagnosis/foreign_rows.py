@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from solotune.config import RunConfig
-from solotune.dataset import Example, Prepared, load_tokenizer, prepare
-from solotune.dataset import findings as row_findings
+from solotune.dataset import Example, Prepared, load_tokenizer
+from solotune.dataset.examined import examined
 from solotune.dataset.findings_facts import Facts
 from solotune.dataset.report import DataReport
 from solotune.diagnosis import foreign_config, own, sft_rows
@@ -69,12 +69,11 @@ def with_base_and_rows(subject: Subject, places: list[Path], missing: dict[str, 
     if (made := _as_trl_made_them(subject, tokenizer)) is not None:
         return _with_rows_of_trl(subject, made, config, places, missing)
     try:
-        prepared = prepare(config, tokenizer)
+        prepared = examined(config, tokenizer)
     except SolotuneError as error:
         missing |= dict.fromkeys(("train", "validation"), error.problem)
         missing.setdefault("live", error.problem)
         return subject
-    prepared.report.findings = row_findings.known_or_found(config, tokenizer, prepared)
     rest = own.from_prepared(config, tokenizer, prepared)
     missing["batches"] = "no file holds them; probes see the rows as solotune renders and masks them"
     subject = replace(subject, train=rest.train, validation=rest.validation, findings=rest.findings)

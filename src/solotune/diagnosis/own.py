@@ -25,8 +25,8 @@ import numpy as np
 
 from solotune import __version__
 from solotune.config import RunConfig, load_config
-from solotune.dataset import Prepared, load_tokenizer, prepare
-from solotune.dataset import findings as row_findings
+from solotune.dataset import Prepared, load_tokenizer
+from solotune.dataset.examined import examined
 from solotune.dataset.findings_facts import Facts, Finding
 from solotune.dataset.report import DataReport
 from solotune.diagnosis import arithmetic
@@ -93,8 +93,7 @@ def _with_rows(config: RunConfig, settled: RunConfig, adapter: Path | None, rend
         why = dict.fromkeys(("tokenizer", "train", "validation", "live", "model_config"), error.problem)
         return replace(plain, missing=why, conversations=_conversations(config), refusals=of_refusal(error))
     try:
-        prepared = prepare(config, tokenizer, rendered_on=rendered_on)
-        prepared.report.findings = row_findings.known_or_found(config, tokenizer, prepared)
+        prepared = examined(config, tokenizer, rendered_on=rendered_on)
         subject = replace(from_prepared(settled, tokenizer, prepared), name=config.name)
     except SolotuneError as error:
         why = dict.fromkeys(("train", "validation", "live"), error.problem)
