@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from solotune.diagnosis.arithmetic import is_ours
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.labels import LabelFacts
 from solotune.diagnosis.probes.patient import adapters_off, device_of, is_untouched, logits_of, restored
@@ -82,7 +83,7 @@ def both_renderings(live: Live, subject: Subject, budget: float) -> tuple[list[S
     }
     if _never_ended(found) and facts.ends_learned >= MUCH * max(facts.answers, 1):
         return _never_ends(live, subject, facts, asked, found), found
-    return _judge(found), found
+    return _judge(subject, found), found
 
 
 def _never_ended(found: dict[str, Any]) -> bool:
@@ -114,7 +115,7 @@ def _never_ends(
     return [Signal("F17", "measured", says, 0.65 if found["base_without_end"] < MUCH else 0.4, found, fix=fix)]
 
 
-def _judge(found: dict[str, Any]) -> list[Signal]:
+def _judge(subject: Subject, found: dict[str, Any]) -> list[Signal]:
     good, bad = found["training_rendering"], found["deployment_rendering"]
     if found["goes_on_after_end"] >= MUCH:
         says = (
@@ -137,7 +138,7 @@ def _judge(found: dict[str, Any]) -> list[Signal]:
         says = f"none of {found['prompts']} answers ends by itself, and behind the data's own answers an end has a "
         says += f"probability of {found['end_expected']:.1%}"
         return [Signal(code, "measured", says, 0.4, found) for code in ("F10", "F17", "F19")]
-    if found["same_again"] and found["equal"] <= MUCH / 2:
+    if found["same_again"] and found["equal"] <= MUCH / 2 and not is_ours(subject):
         says = f"{found['equal']:.0%} of the deployed answers, which are the same each time, begin as after the "
         says += "training's rendering"
         return [Signal("F11", "measured", says, 0.6, found, fix="serve with the chat template of the training")]

@@ -221,6 +221,10 @@ def _tokenizer(found: dict[str, Any]) -> Signal | None:
         return None
     plain, swapped, log_v = found["plain_text"], found["ids_swapped"], found["log_v"]
     numbers = {"plain_text": plain, "ids_swapped": swapped, "log_v": log_v}
+    markers = found.get("own_markers")
+    if markers is not None and markers < EXPECTED:
+        says = f"the model expects the markers of the tokenizer's own template: {markers:.2f} nats a token"
+        return Signal("F04", "measured", says, 0.8, {**numbers, "own_markers": markers}, against=True)
     if plain > NO_TEXT * swapped and plain > 1.05 * log_v:
         says = f"plain text costs {plain:.1f} nats a token, with its ids swapped at random {swapped:.1f}"
         says += f" (log V {log_v:.1f})"

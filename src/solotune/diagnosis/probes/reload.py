@@ -23,6 +23,7 @@ from solotune.diagnosis.subject import Live, Saved, Subject
 
 LOST, MOST_LOST = 0.04, 0.34  # of what the adapter does to the distribution; a merge in 16 bits loses under 0.01
 WORTH = 0.01  # nats a token
+_ROOT = "base_model.model."
 _KEY = re.compile(r"^(?:base_model\.)?(?:model\.)?(.*?)\.?lora_(?:embedding_)?([AB])(?:\.|$)")
 
 
@@ -48,6 +49,7 @@ def reloaded(live: Live, subject: Subject, budget: float) -> tuple[list[Signal],
             "fitted": fitted,
             "of": 2 * len(adapters),
             "strange": strange[:5],
+            "named_as_peft": all(name.startswith(_ROOT) for name in saved.adapter),
             "B_zero": sum(not b.any() for b in B),
             "B": len(B),
             "does": does,
@@ -72,7 +74,8 @@ def _file(found: dict[str, Any], strange: list[str], num_B: int, does: float) ->
         return [Signal("F75", "invariant", says, 0.9, found, fix="save after training")]
     if found["fitted"] == found["of"] and does > 1e-6:
         says = f"the saved adapter fits, and changes the model's distribution by {does:.3g} nats a token"
-        return [Signal(code, "measured", says, 0.8, found, against=True) for code in ("F75", "F78")]
+        cleared = ("F75", "F78") if found["named_as_peft"] else ("F75",)  # here names are matched freely, there not
+        return [Signal(code, "measured", says, 0.8, found, against=True) for code in cleared]
     return []
 
 

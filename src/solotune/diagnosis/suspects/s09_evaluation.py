@@ -13,7 +13,7 @@ from solotune.diagnosis.subject import Subject, Trace
 from solotune.diagnosis.suspects import rule, taken_over
 from solotune.diagnosis.suspects.s13_schedule import lowest_and_last
 
-RISE = 0.05
+RISE = 0.03
 """Nats by which a held-out loss has to rise above its lowest, and twice its own scatter where that is known."""
 FAR = 0.65
 """Of the held-out loss: a training loss below that is learned by heart."""
@@ -89,7 +89,7 @@ def memorised(subject: Subject) -> Signal | None:
     low, last = float(held.min()), float(held[-1])
     scatter = float(np.abs(np.diff(np.diff(held))).mean() / math.sqrt(6)) if len(held) >= 4 else 0.0
     _, end = lowest_and_last(trace)
-    if last - low < max(RISE, 0.03 * low, 2 * scatter) or end > FAR * last or end <= 0:
+    if last - low < max(RISE, 0.02 * low, 2 * scatter) or end > FAR * last or end <= 0:
         return None
     step = int(trace.eval_step_E[np.isfinite(trace.eval_loss_E)][held.argmin()])
     epochs = setting(subject, "num_train_epochs") or (float(trace.epoch_S[-1]) if len(trace.epoch_S) else None)
