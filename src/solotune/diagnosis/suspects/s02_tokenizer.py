@@ -46,12 +46,14 @@ def ids_beyond_embedding(subject: Subject) -> list[Signal]:
     fewer rows than the base; an index error in the log.
     Why: a device-side assert; or, where a padded matrix was resized down to the tokenizer, rows that are lost in
     silence.
-    Not: an embedding with more rows than the tokenizer has tokens, which is padding.
+    Not: an embedding with more rows than the tokenizer has tokens, which is padding; a training that took steps, so
+    that its embedding was resized: F06.
     Fix: `resize_token_embeddings(max(old, new))`, or the tokenizer as it came.
     Wrong when: config.json has another `vocab_size` than the checkpoint.
     Source: transformers#24698, unsloth-zoo#923.
     """
-    signals = taken_over(subject, "F05")
+    ran = subject.trace is not None and bool(np.isfinite(subject.trace.loss_S).any())  # so every id had its row
+    signals = [] if ran else taken_over(subject, "F05")
     fix = "model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))"
     rows, shape = saved_embedding_rows(subject), shape_of(subject)
     if rows is not None and shape is not None and rows < shape["vocabulary"]:
@@ -59,7 +61,7 @@ def ids_beyond_embedding(subject: Subject) -> list[Signal]:
         signals.append(Signal("F05", "invariant", says, 0.85, {"rows": rows, "base": shape["vocabulary"]}, fix=fix))
     if line := has_error(subject, r"index out of range in self|device-side assert|srcIndex < srcSelectDimSize"):
         signals.append(Signal("F05", "measured", f"the run ended with: {line}", 0.6, {}, fix=fix))
-    if not signals and (beyond := ids_beyond(subject)) is not None:
+    if not signals and not ran and (beyond := ids_beyond(subject)) is not None:
         size = shape["vocabulary"] if shape else 0
         says = f"the rows have id {beyond:,}, and the embedding has {size:,} rows"
         signals.append(Signal("F05", "invariant", says, 0.9, {"largest": beyond, "rows": size}, fix=fix))

@@ -14,7 +14,7 @@ from solotune.diagnosis.suspects import rule, taken_over
 from solotune.diagnosis.suspects.s13_schedule import lowest_and_last
 
 RISE = 0.03
-"""Nats by which a held-out loss has to rise above its lowest, and twice its own scatter where that is known."""
+"""Nats by which held-out losses behind the lowest are above it, and twice their own scatter where that is known."""
 FAR = 0.65
 """Of the held-out loss: a training loss below that is learned by heart."""
 
@@ -74,7 +74,7 @@ def evaluated_in_training_mode(subject: Subject) -> list[Signal]:
 def memorised(subject: Subject) -> Signal | None:
     """F46: the training memorises its rows.
 
-    Sees: a held-out loss that rises from its lowest value while the training loss goes on falling, far below it.
+    Sees: a held-out loss that is higher after its lowest value, while the training loss goes on falling, far below it.
     Why: the adapter stores the rows; answers are copied or repeat themselves.
     Not: F44 and F43, which hide the rise; F67, whose training loss rises too; F47, where the gap is there from the
     beginning and does not grow; F39, where few different rows stand many times.
@@ -86,15 +86,18 @@ def memorised(subject: Subject) -> Signal | None:
     held = trace.eval_loss_E[np.isfinite(trace.eval_loss_E)] if trace is not None else np.zeros(0)
     if trace is None or len(held) < 3 or not len(trace.loss_S):
         return None
-    low, last = float(held.min()), float(held[-1])
+    low, last, after = float(held.min()), float(held[-1]), held[int(held.argmin()) + 1 :]
+    if not len(after):
+        return None
     scatter = float(np.abs(np.diff(np.diff(held))).mean() / math.sqrt(6)) if len(held) >= 4 else 0.0
     _, end = lowest_and_last(trace)
-    if last - low < max(RISE, 0.02 * low, 2 * scatter) or end > FAR * last or end <= 0:
+    rise = float(after.mean()) - low
+    if rise < max(RISE, 0.02 * low, 2 * scatter) or end > FAR * last or end <= 0:
         return None
     step = int(trace.eval_step_E[np.isfinite(trace.eval_loss_E)][held.argmin()])
     epochs = setting(subject, "num_train_epochs") or (float(trace.epoch_S[-1]) if len(trace.epoch_S) else None)
     says = f"the held-out loss was lowest at step {step:,} ({low:.3f}) and is {last:.3f} now; training is at {end:.3f}"
-    weight = min(0.9, 0.65 + 0.5 * (last - low) / max(low, 0.1))
+    weight = min(0.9, 0.65 + 0.5 * rise / max(low, 0.1))
     fix = f"num_train_epochs: {max(1, round(epochs * step / max(trace.step_S[-1], 1)))}" if epochs else "fewer epochs"
     return Signal("F46", "measured", says, weight, {"lowest": low, "last": last, "training": end}, fix=fix)
 
