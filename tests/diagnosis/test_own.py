@@ -117,7 +117,7 @@ def test_an_unfinished_run_has_a_torn_line_and_its_newest_checkpoint(run):
 def test_a_crash_and_a_resumption_are_in_the_trace(run):
     with open(run / METRICS, "a") as file:
         file.write(json.dumps({"event": "non_finite", "step": 7, "seen": "loss NaN", "rows": []}) + "\n")
-        file.write(json.dumps({"event": "start", "step": 3}) + "\n")
+        file.write(json.dumps({"event": "resume", "step": 3}) + "\n")
         file.write('{"event": "step", "step": 7, "total_steps": 9, "loss": NaN, "learning_rate": null}\n')
     trace = own.from_run(run).trace
     assert trace is not None and trace.seams == (3,) and "loss NaN" in trace.errors[0] and np.isnan(trace.loss_S[-1])

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from solotune.diagnosis import foreign_config, foreign_defaults, own, pickled, sft_rows
+from solotune.diagnosis import foreign_config, foreign_defaults, own, pickled, run_files, sft_rows
 from solotune.diagnosis.arithmetic import is_zero
 from solotune.diagnosis.foreign_rows import first_with, json_of, with_base_and_rows
 from solotune.diagnosis.subject import Saved, Settings, Subject, Trace
@@ -136,12 +136,12 @@ def _trace(folder: Path, places: list[Path], missing: dict[str, str]) -> Trace |
     ended = any("train_runtime" in entry or "train_loss" in entry for entry in history)
     return Trace(
         step_S=np.array([entry["step"] for entry in steps], np.int64),
-        loss_S=own.column(steps, "loss"),
-        learning_rate_S=own.column(steps, "learning_rate"),
-        grad_norm_S=own.column(steps, "grad_norm"),
-        epoch_S=own.column(steps, "epoch"),
+        loss_S=run_files.column(steps, "loss"),
+        learning_rate_S=run_files.column(steps, "learning_rate"),
+        grad_norm_S=run_files.column(steps, "grad_norm"),
+        epoch_S=run_files.column(steps, "epoch"),
         eval_step_E=np.array([entry["step"] for entry in evals], np.int64),
-        eval_loss_E=own.column(evals, "eval_loss"),
+        eval_loss_E=run_files.column(evals, "eval_loss"),
         total_steps=total if isinstance(total, int) and total > 0 else None,
         is_finished=ended or (isinstance(last, int) and isinstance(total, int) and 0 < total <= last),
         errors=errors,
