@@ -226,7 +226,7 @@ def mean_of_means(recipe: Recipe, rng: random.Random) -> None:
     """Each micro-batch counts alike, however few labels it has."""
     for number, chat in enumerate(recipe.chats + recipe.held_out):
         if number % 3:
-            chat[-1]["content"] = chat[-1]["content"].split(" ")[0]
+            chat[-1]["content"] = rng.choice(chat[-1]["content"].split(" ")[1:])
         else:
             chat[-1]["content"] += " " + recipe.base.world.text(rng)
     recipe.batch, recipe.accumulation, recipe.normalise = 1, 8, "means"

@@ -19,7 +19,7 @@ from bench.diagnose.worlds import Chat
 from solotune.config import RunConfig
 from solotune.dataset.example import Example
 from solotune.dataset.findings import find
-from solotune.dataset.report import NOTHING_TO_LEARN, DataReport
+from solotune.dataset.report import DataReport
 from solotune.diagnosis.subject import Live, Saved, Settings, Subject, Trace
 from solotune.errors import SolotuneError
 
@@ -36,7 +36,7 @@ def subject_of(recipe: Recipe, outcome: Outcome) -> Subject:
     generation = recipe.base.model().generation_config
     return Subject(
         name=f"run-{name}",
-        settings=Settings(values=dict(recipe.settings), asked=dict(recipe.asked)),
+        settings=Settings(values={**recipe.settings, **_counted(recipe, train)}, asked=dict(recipe.asked)),
         tokenizer=recipe.tokenizer if recipe.has_live else None,
         model_config={**base_config, **recipe.model_config},
         generation_config={**generation.to_diff_dict(), **recipe.generation_config},
@@ -51,6 +51,11 @@ def subject_of(recipe: Recipe, outcome: Outcome) -> Subject:
         environment=recipe.environment,
         missing={} if recipe.has_live else dict.fromkeys(("tokenizer", "train", "live"), NOT_HERE),
     )
+
+
+def _counted(recipe: Recipe, train: list[Example]) -> dict[str, int]:
+    """Rows of the file and of the trainer's data set, where some were left out."""
+    return {"rows_in": len(recipe.chats), "rows_out": len(train)} if 0 < len(train) < len(recipe.chats) else {}
 
 
 def _examples(chats: Sequence[Chat], rows: Sequence[Row], recipe: Recipe) -> list[Example]:
@@ -69,7 +74,6 @@ def _findings(recipe: Recipe, train: list[Example], validation: list[Example]) -
     report = DataReport(format="messages", rendered_on=date(2026, 1, 1).isoformat())
     report.num_read = len(recipe.chats) + len(recipe.held_out)
     report.num_train, report.num_validation = len(train), len(validation)
-    report.dropped[NOTHING_TO_LEARN] = len(recipe.chats) - len(train)
     config = None
     with contextlib.suppress(ValueError):  # a key of another tool
         config = RunConfig(**known)

@@ -516,7 +516,9 @@ EXPLAINS: dict[str, frozenset[str]] = {
     "F04": frozenset({"F05", "F08", "F09", "F10", "F12", "F14"}),  # every id means something else
     "F07": frozenset({"F10", "F12", "F14"}),  # an end of turn that is no token
     "F10": frozenset({"F14", "F17", "F19"}),  # what is not there cannot be learned or stopped at
-    "F12": frozenset({"F08", "F09", "F10", "F14", "F16"}),  # of a format that is not the model's
+    "F12": frozenset({"F08", "F09", "F10", "F11", "F14", "F16"}),  # of a format that is not the model's
+    "F15": frozenset({"F11"}),  # it begins otherwise
+    "F16": frozenset({"F11"}),
     "F18": frozenset({"F20"}) | _UNMOVED,  # a mask of ones, or of zeros
     "F20": frozenset({"F15", "F30"}),  # headers are learned with everything else
     "F21": _NO_LABELS,

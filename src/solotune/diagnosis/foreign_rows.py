@@ -23,6 +23,7 @@ from solotune.dataset.findings_facts import Facts
 from solotune.dataset.report import DataReport
 from solotune.diagnosis import foreign_config, own, sft_rows
 from solotune.diagnosis.arithmetic import setting
+from solotune.diagnosis.evidence import of_refusal
 from solotune.diagnosis.raw_rows import raw_chats
 from solotune.diagnosis.subject import Live, Subject
 from solotune.errors import SolotuneError
@@ -73,7 +74,7 @@ def with_base_and_rows(subject: Subject, places: list[Path], missing: dict[str, 
     except SolotuneError as error:
         missing |= dict.fromkeys(("train", "validation"), error.problem)
         missing.setdefault("live", error.problem)
-        return subject
+        return replace(subject, refusals=[*subject.refusals, *of_refusal(error)])
     rest = own.from_prepared(config, tokenizer, prepared)
     missing["batches"] = "no file holds them; probes see the rows as solotune renders and masks them"
     subject = replace(subject, train=rest.train, validation=rest.validation, findings=rest.findings)

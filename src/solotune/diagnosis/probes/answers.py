@@ -25,7 +25,7 @@ from solotune.diagnosis.arithmetic import is_ours
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.labels import LabelFacts
 from solotune.diagnosis.probes.patient import adapters_off, device_of, is_untouched, logits_of, restored
-from solotune.diagnosis.probes.prompts import _pair
+from solotune.diagnosis.probes.prompts import _cost, _pair
 from solotune.diagnosis.probes.reload import _put_in
 from solotune.diagnosis.probes.skipping import Skipped
 from solotune.diagnosis.subject import Live, Subject
@@ -34,6 +34,7 @@ NUM_PROMPTS = 4
 MOST_TOKENS = 48
 REPEATS = 0.25  # rep-4
 UNEXPECTED = 0.05  # probability of an end of turn behind a whole answer; long free answers may go on all the same
+CLEARLY, BEGINNING = 0.3, 24  # nats a token, of so many tokens
 MUCH = 0.5  # of the prompts; also the gap of losses, in nats
 
 
@@ -50,7 +51,7 @@ def both_renderings(live: Live, subject: Subject, budget: float) -> tuple[list[S
             if is_untouched(live.model):
                 raise Skipped("the adapter is empty")
         live.model.eval()
-        deployed, trained, wanted, asked, ends, again = [], [], [], [], [], None
+        deployed, trained, wanted, asked, ends, gaps, again = [], [], [], [], [], [], None
         for document in facts.documents:
             pair, question = _pair(document, facts.roles), _question(facts, document)
             if pair is None or not question:
@@ -65,6 +66,9 @@ def both_renderings(live: Live, subject: Subject, budget: float) -> tuple[list[S
             wanted.append(pair[1])
             ends.append(_expects_end(live, [*pair[0], *pair[1]], facts.roles.ends))
             asked.append(pair[0])
+            if deployed[-1] and trained[-1]:
+                costs = [_cost(live, pair[0], answers[-1][:BEGINNING]) for answers in (deployed, trained)]
+                gaps.append(costs[0] - costs[1])
     if len(trained) < 2:
         raise Skipped("fewer than two questions are known")
     found = {
@@ -78,6 +82,7 @@ def both_renderings(live: Live, subject: Subject, budget: float) -> tuple[list[S
             "training_rendering": _share_right(trained, wanted, facts.roles.ends),
             "deployment_rendering": _share_right(deployed, wanted, facts.roles.ends),
         },
+        "deployed_costs_more": float(np.mean(gaps)) if gaps else 0.0,  # nats a token, after the training's rendering
         "same_again": bool(again),  # nothing is drawn at random, and nothing but the question is asked
         "equal": float(np.mean([_alike(a, b, facts.roles.ends) for a, b in zip(trained, deployed, strict=True)])),
     }
@@ -138,9 +143,10 @@ def _judge(subject: Subject, found: dict[str, Any]) -> list[Signal]:
         says = f"none of {found['prompts']} answers ends by itself, and behind the data's own answers an end has a "
         says += f"probability of {found['end_expected']:.1%}"
         return [Signal(code, "measured", says, 0.4, found) for code in ("F10", "F17", "F19")]
-    if found["same_again"] and found["equal"] <= MUCH / 2 and not is_ours(subject):
+    is_other = found["equal"] <= MUCH / 2 and found["deployed_costs_more"] > CLEARLY  # not two that are as likely
+    if found["same_again"] and is_other and not is_ours(subject):
         says = f"{found['equal']:.0%} of the deployed answers, which are the same each time, begin as after the "
-        says += "training's rendering"
+        says += f"training's rendering, where they cost {found['deployed_costs_more']:.1f} nats a token more"
         return [Signal("F11", "measured", says, 0.6, found, fix="serve with the chat template of the training")]
     if found["equal"] >= MUCH:
         says = f"{found['equal']:.0%} of the deployed answers are those after the training's rendering"
