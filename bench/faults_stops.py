@@ -14,6 +14,7 @@ from typing import Any
 
 from bench.faults_command import SIGNALS, Commands, Ended, stage_times
 from bench.faults_run import Result
+from solotune import checkpoint
 
 
 def stop_signals(work: Commands, count: int, seed: int) -> Result:
@@ -21,21 +22,25 @@ def stop_signals(work: Commands, count: int, seed: int) -> Result:
     rng = random.Random(seed)
     begins = stage_times(work)
     micro_batch, save = _usual_times(work)
-    bad, late, stages = [], [], dict[str, int]()
+    bad, late, saved, stages = [], [], [], dict[str, int]()
     for _ in range(count):
         number, stage = rng.choice(list(SIGNALS)), rng.randrange(len(begins) - 1)
         child = work.start(["train", str(work.config)], work.look_again)
         child.await_stage(stage)
         time.sleep(rng.uniform(0.0, begins[stage + 1] - begins[stage]))
+        sent = time.time()
         child.send(number)
         ended = child.wait()
         stages[ended.stage] = stages.get(ended.stage, 0) + 1
+        if ended.stage == "training" and (newest := checkpoint.newest(work.run / "checkpoints")):
+            saved += [after for after in [newest.stat().st_ctime - sent] if after > 0]
         if problem := _not_stopped_well(work, ended, number):
             bad.append(f"{ended.stage}, {signal.Signals(number).name}: {problem}\n{ended.err[-3000:]}")
         elif ended.code > 0:
             late.append((ended.late, ended.stage))
     note = f"by stage: {stages}; latency in all stages {_spread([t for t, _ in late])}, "
     note += f"in training {_spread([t for t, stage in late if stage == 'training'])}"
+    note += f", there until the checkpoint had its name {_spread(saved)}, {len(saved)} times"
     note += f" (a micro-batch {micro_batch * 1e3:.0f} ms, a save {save * 1e3:.0f} ms)"
     return Result("stop signals", count, bad, note=note)
 
@@ -88,8 +93,6 @@ def other_verbs(work: Commands, count: int, seed: int) -> Result:
 
 def _usual_times(work: Commands) -> tuple[float, float]:
     """Seconds of a micro-batch, and of a save, in the run that was just done."""
-    from solotune import checkpoint
-
     steps = sorted(e["step_seconds"] for e in work.events() if e["event"] == "step")
     loaded = checkpoint.load(checkpoint.newest(work.run / "checkpoints"))  # type: ignore[arg-type]
     import torch
