@@ -4,7 +4,8 @@ model's own rendering, of their texts as plain text, and of that plain text with
     as trained / labels right       far from 1: labels are not what the loss takes them for (F22)
     as logged / as trained          near the number of micro-batches: their losses are not divided (F74)
     labels right / own rendering    far above 1, plain text as usual: the format is foreign to the model (F12)
-    plain text / ids swapped        near 1: no text of this tokenizer means anything to the model (F04)
+    plain text / ids swapped        near 1: no text of this tokenizer means anything to the model (F04); unless what it
+                                    writes by itself is made of this tokenizer's tokens: then the rows are new to it
 
 All of the base model, adapters off, so it does not matter how long was trained. log V alone proves nothing: a clean
 but new task can begin above it. Costs some five forward passes a row.
@@ -17,6 +18,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from difflib import SequenceMatcher
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,8 @@ from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.labels import LabelFacts
 from solotune.diagnosis.probes.patient import (
     adapters_off,
+    device_of,
+    logits_of,
     restored,
     sequences_of,
     token_losses,
@@ -41,6 +45,7 @@ from solotune.errors import SolotuneError
 
 UNLIKE = 1.5  # ratio of losses that clean runs do not show
 FOREIGN = 1.6  # rows in the training's format against the model's own
+NUM_SAMPLES, NUM_DRAWN, KEPT = 4, 32, 0.9  # clean models keep all, a wrong tokenizer 0.7
 NO_TEXT = 0.85  # plain text against the same with its ids swapped; clean models show 0.2 to 0.6
 EXPECTED = 1.0  # nats a token of its own headers, for a model that was taught its template
 NUM_ROWS = 4
@@ -130,6 +135,8 @@ def _texts(live: Live, subject: Subject, facts: LabelFacts, found: dict[str, Any
     if sums["plain"]:
         found |= {"plain_text": float(np.mean(sums["plain"])), "ids_swapped": float(np.mean(sums["swapped"]))}
         found["log_v"] = math.log(len(swapped))
+        if _is_no_text(found):
+            found["own_text_kept"] = _own_text_kept(live, roles, [document.ids[0] for document in chosen[:NUM_SAMPLES]])
     if sums["own"]:
         found |= {"answers_as_trained": float(np.mean(sums["here"])), "answers_own_format": float(np.mean(sums["own"]))}
         if sums["markers"]:
@@ -216,6 +223,28 @@ def _logged(subject: Subject, found: dict[str, Any]) -> Signal | None:
     return Signal("F74", "measured", says, 0.8, {"logged": first, "here": here, "micro_batches": count})
 
 
+def _is_no_text(found: dict[str, Any]) -> bool:
+    plain, swapped = found["plain_text"], found["ids_swapped"]
+    return plain > NO_TEXT * swapped and plain > 1.05 * found["log_v"]
+
+
+def _own_text_kept(live: Live, roles: Roles, first: Sequence[int]) -> float:
+    """Share of the tokens that the base writes by itself, drawn at random, which decoding and encoding again brings
+    back: nearly all where the tokenizer is the model's, since it splits a text in one way."""
+    assert roles.tokenizer is not None
+    ids_BT = torch.tensor([[int(i)] for i in first], device=device_of(live.model))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(NUM_DRAWN):
+        chances_BV = logits_of(live.model, {"input_ids": ids_BT})[:, -1].float().softmax(-1).cpu()
+        drawn_B1 = torch.multinomial(chances_BV, 1, generator=generator).to(ids_BT.device)
+        ids_BT = torch.cat([ids_BT, drawn_B1], dim=1)
+    kept = []
+    for ids in ids_BT[:, 1:].tolist():
+        again = roles.encode(roles.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        kept.append(SequenceMatcher(None, ids, again, autojunk=False).ratio())
+    return float(np.mean(kept))
+
+
 def _tokenizer(found: dict[str, Any]) -> Signal | None:
     if "plain_text" not in found:
         return None
@@ -225,7 +254,11 @@ def _tokenizer(found: dict[str, Any]) -> Signal | None:
     if markers is not None and markers < EXPECTED:
         says = f"the model expects the markers of the tokenizer's own template: {markers:.2f} nats a token"
         return Signal("F04", "measured", says, 0.8, {**numbers, "own_markers": markers}, against=True)
-    if plain > NO_TEXT * swapped and plain > 1.05 * log_v:
+    kept = found.get("own_text_kept", 0.0)
+    if _is_no_text(found) and kept > KEPT:
+        says = f"what the model writes by itself is this tokenizer's: {kept:.0%} of it comes back from its text"
+        return Signal("F04", "measured", says, 0.8, {**numbers, "own_text_kept": kept}, against=True)
+    if _is_no_text(found):
         says = f"plain text costs {plain:.1f} nats a token, with its ids swapped at random {swapped:.1f}"
         says += f" (log V {log_v:.1f})"
         return Signal("F04", "measured", says, 0.9, numbers)
