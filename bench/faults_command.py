@@ -51,9 +51,7 @@ class Commands:
         import torch
         import transformers
 
-        import solotune.cli
-        import solotune.preflight
-        import solotune.verbs
+        from solotune import beginning
         from solotune.config import load_config
         from solotune.terminal import SilentDisplay
         from tests import tiny
@@ -88,7 +86,7 @@ class Commands:
         self.config = self.folder / "run.yaml"
         self.config.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in self.keys.items()))
         self._remember_shapes()
-        solotune.verbs._get_ready(load_config(self.keys), False, SilentDisplay())  # so that no child imports anything
+        beginning.get_ready(load_config(self.keys), False, SilentDisplay())  # so that no child imports anything
         code = self.start(["train", str(self.config)]).wait().code
         assert code == 0, "the run does not work undisturbed"
 

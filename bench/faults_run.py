@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from solotune import checkpoint, operations, training, verbs
+from solotune import beginning, checkpoint, operations, training, verbs
 from solotune.config import load_config
 from solotune.errors import SolotuneError
 from solotune.manifest import check_folder
@@ -99,7 +99,7 @@ class Workload:
         }
         config = load_config(self.keys)
         verbs.train(config, ["max_steps=2", f"output_dir={folder / 'warm'}"])
-        self.ready = verbs._get_ready(config, False, SilentDisplay())
+        self.ready = beginning.get_ready(config, False, SilentDisplay())
         self._results: dict[str, tuple[str, Outcome, int]] = {}
         self.trace: list[Operation] = []
         self.reference = ""
@@ -138,7 +138,7 @@ class Workload:
                 recorded_day(config, resume)  # read as the real one reads it
                 return ready
 
-            verbs._get_ready = prepared
+            beginning.get_ready = prepared
         with operations.watched(hook) if hook else contextlib.nullcontext():
             verbs.train(load_config(self.keys), resume=resume, display=display)
 

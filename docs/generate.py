@@ -1,4 +1,4 @@
-"""Writes the pages that come from the code: docs/config.md and docs/config.schema.json. A test holds them equal.
+"""Writes the pages that come from the code: config.md, config.schema.json and faults.md. A test holds them equal.
 
 python docs/generate.py
 """
@@ -9,6 +9,9 @@ import json
 from pathlib import Path
 
 from solotune.config import SECTIONS, RunConfig, allowed_values, field_help, section_of
+from solotune.diagnosis.catalogue import EQUIVALENT, EXPLAINS, FAULTS, SUSPECTS
+from solotune.diagnosis.explanation import doc_of, faults_of, paragraphs
+from solotune.diagnosis.suspects import rules
 from solotune.errors import EXIT_CODES
 from solotune.foreign_keys import FOREIGN_KEYS
 from solotune.resume import BATCH, CLASSES
@@ -55,7 +58,44 @@ def config_schema() -> str:
     return json.dumps({**schema, "title": "solotune run config", "description": "A run of solotune."}, indent=2) + "\n"
 
 
-PAGES = {"config.md": config_page, "config.schema.json": config_schema}
+def faults_page() -> str:
+    """Every suspect, its faults, and what the rule of each says of itself."""
+    lines = [
+        "# Faults",
+        "",
+        f"The {len(SUSPECTS)} things that whoever fine-tunes sets up, and {len(FAULTS)} ways in which they are wrong. "
+        "`solotune diagnose` names them, `solotune explain F17` prints an entry. Generated from "
+        "`src/solotune/diagnosis/`.",
+        "",
+        "| suspect | faults |",
+        "|---|---|",
+    ]
+    for suspect, name in SUSPECTS.items():
+        linked = ", ".join(f"[{f.code} {f.slug}](#{f.code.lower()}-{f.slug})" for f in faults_of(suspect))
+        lines.append(f"| {suspect} {name} | {linked} |")
+    for suspect, name in SUSPECTS.items():
+        lines += ["", f"## {suspect}: {name}"]
+        for fault in faults_of(suspect):
+            lines += ["", f"### {fault.code} {fault.slug}", "", fault.title, ""]
+            lines += [f"- {paragraph}" for paragraph in paragraphs(doc_of(fault.code))]
+            lines += [] if "\nFix: " in doc_of(fault.code) else [f"- Fix: {fault.fix}."]
+            lines += [f"- Then: {fault.expect}."]
+            lines += [f"- Trained by solotune it cannot happen: {fault.prevented}."] if fault.prevented else []
+    lines += ["", "## Named together", "", "The same evidence can mean either; a diagnosis says what tells them apart:"]
+    lines += ["", *(f"- {' or '.join(sorted(group))}" for group in EQUIVALENT)]
+    lines += [
+        "",
+        "## What follows from what",
+        "",
+        "Where the left one is seen, the others are not blamed:",
+    ]
+    lines += ["", *(f"- {cause}: {', '.join(sorted(effects))}" for cause, effects in sorted(EXPLAINS.items()))]
+    unruled = sorted(set(FAULTS) - set(rules()))
+    lines += ["", f"Without a rule: {', '.join(unruled) or 'none'}."]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"config.md": config_page, "config.schema.json": config_schema, "faults.md": faults_page}
 
 if __name__ == "__main__":
     for name, make in PAGES.items():

@@ -31,6 +31,7 @@ Usage: solotune [OPTIONS] VERB ...
     solotune data solotune.yaml           what will be learned, token by token
     solotune plan solotune.yaml           does it fit, and how long will it take?
     solotune train solotune.yaml          trains, then compares with the base
+    solotune diagnose runs/RUN            is something wrong, and what?
     solotune chat runs/RUN --base         talk to both
 
 Options:
@@ -44,6 +45,8 @@ Verbs:
   plan      Say what a run will need and take, before it runs.
   train     Train, save the adapter, compare it with its base.
   evaluate  Compare a RUN's model with its base on the held-out rows.
+  diagnose  Name what is wrong with a training, or say that nothing is.
+  explain   Explain a fault: how it shows, why it matters, its fix.
   chat      Talk to a RUN's model.
   verify    Check that a RUN's files are what it wrote.
   runs      List the runs, oldest first.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from solotune.config import RunConfig, load_config
-    from solotune.verbs import chat, data, doctor, evaluate, init, plan, runs, train, verify
+    from solotune.verbs import chat, data, diagnose, doctor, evaluate, explain, init, plan, runs, train, verify
 
 # No code from the hub: where the package `kernels` is installed, transformers downloads native code for some models.
 # And nobody is told what is done here. The libraries read both when imported; a variable the user has set stays.
@@ -32,8 +32,10 @@ __all__ = [
     "__version__",
     "chat",
     "data",
+    "diagnose",
     "doctor",
     "evaluate",
+    "explain",
     "init",
     "load_config",
     "plan",

@@ -55,6 +55,7 @@ def solotune() -> None:
       solotune data solotune.yaml           what will be learned, token by token
       solotune plan solotune.yaml           does it fit, and how long will it take?
       solotune train solotune.yaml          trains, then compares with the base
+      solotune diagnose runs/RUN            is something wrong, and what?
       solotune chat runs/RUN --base         talk to both
     """
 
@@ -233,6 +234,73 @@ def evaluate(run: str, as_json: bool) -> None:
         from solotune.printing import print_evaluation
 
         print_evaluation(evaluation, console())
+
+
+@solotune.command()
+@click.argument("target")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--deep", is_flag=True, help="Probe longer, on more batches.")
+@click.option("--budget", type=click.FloatRange(min=0), metavar="SECONDS", help="For the probes; 0: rules alone.")
+@click.option("--config", metavar="FILE", help="Of a foreign folder: the config that made it.")
+@click.option("--dataset", metavar="DATA", help="Of a foreign folder: what it was trained on.")
+@json_option
+@click.pass_context
+def diagnose(
+    ctx: click.Context,
+    target: str,
+    overrides: tuple[str, ...],
+    deep: bool,
+    budget: float | None,
+    config: str | None,
+    dataset: str | None,
+    as_json: bool,
+) -> None:
+    """Name what is wrong with a training, or say that nothing is.
+
+    TARGET is a config (before the run), a run directory (during or after it), or the output folder of TRL, PEFT or
+    another trainer. Rules look at settings, rows, curves and files; then probes experiment on the model. A fault makes
+    the exit code 3; the answer is also in the run's diagnosis.json.
+
+    \b
+    Example:
+      solotune diagnose runs/solotune-20260101-120000
+    """
+    from solotune import verbs
+    from solotune.terminal import make_display
+
+    display = make_display(1, sys.stdout)
+    try:
+        found = verbs.diagnose(target, deep, budget, dataset, config, overrides, display=display)
+    finally:
+        display.finish()
+    if as_json:
+        print_json(found.to_json())
+    else:
+        from solotune.printing import print_diagnosis
+
+        print_diagnosis(found, console())
+    ctx.exit(3 if found.is_fault else 0)
+
+
+@solotune.command()
+@click.argument("code")
+@json_option
+def explain(code: str, as_json: bool) -> None:
+    """Explain a fault: how it shows, why it matters, its fix.
+
+    CODE is a fault (F17, or its name pad-masks-terminator) or one of the fifteen suspects (S4).
+
+    \b
+    Example:
+      solotune explain F17
+    """
+    from solotune import verbs
+
+    found = verbs.explain(code)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        click.echo(inert(found.text))
 
 
 @solotune.command()

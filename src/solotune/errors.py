@@ -18,15 +18,22 @@ class SolotuneError(Exception):
         seen: the offending value, as the user wrote it.
         allowed: what would have been accepted.
         change: the one thing to do about it.
+        fault: the code of the diagnosis's catalogue, where what is refused is one of its faults (`solotune explain`).
     """
 
     exit_code = 1
     meaning = "a bug of solotune"
 
     def __init__(
-        self, problem: str, *, seen: object = None, allowed: str | None = None, change: str | None = None
+        self,
+        problem: str,
+        *,
+        seen: object = None,
+        allowed: str | None = None,
+        change: str | None = None,
+        fault: str | None = None,
     ) -> None:
-        self.problem, self.seen, self.allowed, self.change = problem, seen, allowed, change
+        self.problem, self.seen, self.allowed, self.change, self.fault = problem, seen, allowed, change, fault
         super().__init__(problem)
 
     def __str__(self) -> str:

@@ -75,4 +75,5 @@ def check_base(recorded: Mapping[str, str] | None, found: Mapping[str, str], whe
                 seen=f"{words} differ: sha256 {found[key][:12]}",
                 allowed=f"{recorded[key][:12]}",
                 change="name the base of this run in model_name_or_path, with its model_revision",
+                fault="F78",
             )

@@ -18,9 +18,11 @@ from rich.table import Table
 from rich.text import Text
 
 from solotune.dataset.pack import in_words
+from solotune.diagnosis import message
 from solotune.terminal import bytes_in_words, clock, inert, plus_minus, print_choices, print_columns
 
 if TYPE_CHECKING:
+    from solotune.diagnosis.evidence import Diagnosis
     from solotune.evaluation import Evaluation
     from solotune.fitness import DoctorReport
     from solotune.planning import Plan
@@ -237,6 +239,31 @@ def print_plan(plan: Plan, console: Console) -> None:
 def _size(count: int) -> str:
     """A plan's bytes, to a hundredth."""
     return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
+
+
+def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
+    """The culprits, the first whole and the others in short, what was ruled out and what was not looked at."""
+    sign, style = {"fault": SIGNS["fail"], "undecided": SIGNS["warn"], "healthy": SIGNS["ok"]}[diagnosis.verdict]
+    for place, culprit in enumerate(diagnosis.culprits):
+        told = message.told(culprit)
+        doubt = "perhaps: " if diagnosis.verdict == "undecided" else ""
+        console.print(Text(inert(f"{sign} {doubt}{told.headline}"), style))
+        console.print(Text(inert(f"  {told.where}; {culprit.confidence:.0%} sure"), "dim"), soft_wrap=True)
+        rows = [("  ·", line) for line in told.evidence[: None if place == 0 else 1]]
+        rows += [("  →", told.change), *([("", f"then {told.expect}")] if place == 0 else [])]
+        print_columns(rows, ("dim", ""), console)
+        if told.also:
+            console.print(Text(inert(f"  the same evidence fits {told.also}"), "dim"), soft_wrap=True)
+        console.print()
+    if near := message.ruled_out_nearby(diagnosis):
+        _print_facts({"ruled out": near}, console)
+    if open_lines := message.left_open(diagnosis):
+        print_columns(
+            [("not looked at" if i == 0 else "", line) for i, line in enumerate(open_lines)], ("bold", ""), console
+        )
+    if diagnosis.next_experiment:
+        _print_facts({"next": diagnosis.next_experiment}, console)
+    console.print(Text(inert(message.summary(diagnosis)), f"bold {style.removeprefix('bold ')}"), soft_wrap=True)
 
 
 def print_trained(result: TrainResult, console: Console) -> None:

@@ -1,7 +1,7 @@
 """The run directory: the files in which the stages of a run meet.
 
     runs/<name>/  config.yaml  environment.json  data.json  metrics.jsonl  checkpoints/step-000050/
-                  adapter/  evaluation.json  log.txt  fingerprints.json  manifest.json
+                  adapter/  evaluation.json  diagnosis.json  log.txt  fingerprints.json  manifest.json
 
 Every file is written whole or not at all (`storage.py`), so whoever reads the directory, during the run, after a crash
 or on another machine, sees only finished files. `metrics.jsonl` alone grows: one JSON object a line, and a torn last

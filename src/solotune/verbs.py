@@ -10,38 +10,33 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from solotune.config import SECTIONS, Choice, RunConfig, allowed_values, field_help, load_config, section_of, to_yaml
-from solotune.destination import check_destination
 from solotune.errors import InputError, IntegrityError, InterruptedRunError, SolotuneError
 from solotune.outlet import outlet, stage_of
 from solotune.record import (
-    FINGERPRINTS,
     LOG,
     STACKS,
     RunDirectory,
     RunSummary,
     list_runs,
-    nearest_folder,
     read_json,
     summarised,
     usual_step,
 )
 from solotune.storage import LogFile, make_folder, whole_folder, write_whole
-from solotune.terminal import Display, PlainDisplay, SilentDisplay, clock, make_console, tee
+from solotune.terminal import Display, PlainDisplay, SilentDisplay, make_console, tee
 
 if TYPE_CHECKING:
     from solotune.dataset import DataReport, Prepared
-    from solotune.environment import Machine
+    from solotune.diagnosis.evidence import Diagnosis
+    from solotune.diagnosis.explanation import Explanation
     from solotune.evaluation import Evaluation
     from solotune.fitness import DoctorReport
     from solotune.model import TrainableModel
     from solotune.planning import Plan
-    from solotune.preflight import Preflight
-    from solotune.resume import Start
     from solotune.tuned import ChatSession
     from solotune.verification import Verification
 
@@ -111,10 +106,11 @@ def data(
 ) -> DataPreview:
     """Reads, splits, renders and masks the data as training would; says what is wrong with it and shows some rows."""
     from solotune import dataset
+    from solotune.dataset.examined import examined
 
     checked = load_config(config, overrides)
     tokenizer = dataset.load_tokenizer(checked)
-    prepared = _prepare(checked, tokenizer, display or SilentDisplay())
+    prepared = examined(checked, tokenizer, (display or SilentDisplay()).progress)
     shown = [
         ShownRow(
             row.where,
@@ -154,19 +150,6 @@ def plan(
     display.phase("planning")
     found = plan_for(checked, machine, prepared, gpu)
     return replace(found, choices=[*choices, *found.choices], notes=[*notes, *found.notes])
-
-
-def _prepare(config: RunConfig, tokenizer: Any, display: Display, rendered_on: date | None = None) -> Prepared:
-    """The rows of a config, and in their report what is wrong with them and how they are packed."""
-    from solotune import dataset
-    from solotune.dataset import findings, pack
-    from solotune.dataset.example import lengths_of
-
-    prepared = dataset.prepare(config, tokenizer, progress=display.progress, rendered_on=rendered_on)
-    if config.packing:
-        prepared.report.packing = pack.account(lengths_of(prepared.train), config.max_length)
-    prepared.report.findings = findings.known_or_found(config, tokenizer, prepared)
-    return prepared
 
 
 @dataclass(frozen=True)
@@ -211,11 +194,13 @@ def train(
 
 
 def _train(config: RunConfig, resume: bool, heard: Display) -> TrainResult:
-    from solotune import checkpoint, signals, training, watchdog
+    from solotune import beginning, checkpoint, signals, training, watchdog
     from solotune.device_failure import device_failure
+    from solotune.diagnosis import message
+    from solotune.diagnosis.watch import Watch
     from solotune.resume import fingerprints, open_run
 
-    ready = _get_ready(config, resume, heard)
+    ready = beginning.get_ready(config, resume, heard)
     checked, prepared, model = ready.config, ready.prepared, ready.model
     marks = fingerprints(checked, prepared, ready.machine)
     run, start = open_run(checked, marks, resume)  # nothing is written before all that can be refused was seen
@@ -225,10 +210,13 @@ def _train(config: RunConfig, resume: bool, heard: Display) -> TrainResult:
         display = tee(heard, PlainDisplay(checked.logging_steps, make_console(cast(TextIO, log))))
         display.note(f"run directory: {run.path}")
         display.choices(ready.choices)
-        summary = _record_start(run, ready, marks, start, display)
+        summary = beginning.recorded(run, ready, marks, start, display)
+        watch = Watch(model, ready.subject, display, run)
         point = start.point if start else None
         with signals.held_back():
-            tuned = training.train(model, prepared.train, prepared.validation, checked, run, display, point, marks)
+            tuned = training.train(
+                model, prepared.train, prepared.validation, checked, run, tee(display, watch), point, marks
+            )
             _write_adapter(run, model, checked, ready.tokenizer)
         result = None
         if prepared.validation:
@@ -239,6 +227,9 @@ def _train(config: RunConfig, resume: bool, heard: Display) -> TrainResult:
         measured = {"peak_bytes": peak_bytes, **usual_step(run.read_metrics())}
         run.write_json("plan.json", {**ready.plan_json(), "measured": measured})
         run.log_metrics("end", step=summary["total_steps"], peak_bytes=peak_bytes)
+        found = watch.diagnosis()
+        run.write_json("diagnosis.json", found.to_json())
+        display.note(f"diagnosis by rules alone: {message.summary(found)}")
         log.close()
         run.seal()
         return TrainResult(run.path, summary, ready.choices, result)
@@ -258,97 +249,6 @@ def _train(config: RunConfig, resume: bool, heard: Display) -> TrainResult:
     finally:
         log.close()
         run.release()
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """A run that nothing speaks against, and of which nothing is written yet."""
-
-    config: RunConfig  # settled for the machine and by the plan
-    machine: Machine
-    choices: list[Choice]
-    tokenizer: Any
-    prepared: Prepared
-    planned: Plan
-    model: TrainableModel
-    tried: Preflight | None
-
-    def plan_json(self) -> dict[str, Any]:
-        return {"predicted": self.planned.to_json(), "preflight": self.tried and asdict(self.tried)}
-
-
-def _get_ready(config: RunConfig, resume: bool, display: Display) -> _Ready:
-    """Settles, reads, plans, loads, tries: everything that may refuse a run, in the order of what it costs to ask."""
-    from solotune import checkpoint, dataset, disk, fitness, watchdog
-    from solotune.device_failure import device_errors
-    from solotune.model import check_model
-    from solotune.preflight import preflight
-    from solotune.resume import continued, recorded_day
-    from solotune.survey import plan_for
-    from solotune.tuned import load_base, settle
-
-    checked, machine, choices = settle(config)
-    fitness.require_fit(checked, machine)
-    check_destination(checked)
-    if not resume:
-        RunDirectory.refuse_occupied(checked)
-    folder = nearest_folder(checked.output_dir or "runs")
-    disk.require_writable(folder)
-    check_model(checked)
-    tokenizer = dataset.load_tokenizer(checked)
-    display.phase("reading data")
-    prepared = _prepare(checked, tokenizer, display, recorded_day(checked, resume))
-    for finding in prepared.report.findings:
-        display.note(f"{finding['severity']} {finding['code']} {finding['slug']}: {finding['message']}")
-    display.phase("planning")
-    planned = plan_for(checked, machine, prepared)
-    if not planned.fits:
-        raise planned.refusal()
-    checked = planned.settled
-    watchdog.expect(planned.option.seconds.first_step)
-    display.phase("loading model")
-    model = load_base(checked, machine)
-    before = continued(checked) if resume else None
-    existing = len(checkpoint.numbered(before.checkpoints)) if before else 0
-    disk.require_room(disk.need_of(checked, model, prepared, tokenizer, existing, disk.block_bytes(folder)), folder)
-    tried = None
-    if checked.preflight is True or (checked.preflight == "auto" and model.device.type == "cuda"):
-        display.phase("trying the largest step")
-        with device_errors(checked):
-            tried = preflight(model, prepared.train, prepared.validation, checked, folder)
-    choices = [*choices, *planned.choices, *model.choices]
-    return _Ready(checked, machine, choices, tokenizer, prepared, planned, model, tried)
-
-
-def _record_start(
-    run: RunDirectory, ready: _Ready, marks: Mapping[str, Any], start: Start | None, display: Display
-) -> dict[str, Any]:
-    """Writes what is known before the first step, and says it; the run's summary."""
-    from solotune.dataset import pack
-
-    report = ready.prepared.report
-    run.write_config(ready.config)
-    run.write_json("environment.json", {**ready.machine.to_json(), "choices": [c._asdict() for c in ready.choices]})
-    run.write_json(FINGERPRINTS, marks)
-    run.write_json("plan.json", ready.plan_json())
-    run.write_json("data.json", report.to_json())
-    write_whole(run.path / "split.json", ready.prepared.manifest.json_lines())
-    summary = _summary(ready.model, ready.config, ready.prepared)
-    display.note(_in_words(summary))
-    if report.packing:
-        display.note(f"packing: {pack.in_words(report.packing)}")
-    display.note(_planned_in_words(ready.planned))
-    if start is None:
-        run.log_metrics("start", step=0, **summary)
-    else:
-        exact = {"exact": not start.inexact, "inexact": start.inexact, "passed_over": start.passed_over}
-        run.log_metrics("resume", step=start.point.step, **exact)
-        for line in start.in_words():
-            display.note(line)
-    if ready.tried:
-        display.note(ready.tried.in_words(ready.planned.option.footprint.peak_bytes))
-        run.log_metrics("preflight", **asdict(ready.tried))
-    return summary
 
 
 def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
@@ -396,6 +296,50 @@ def verify(run: str | Path) -> Verification:
     return verification.verify(run)
 
 
+def diagnose(
+    target: ConfigSource,
+    deep: bool = False,
+    budget: float | None = None,
+    dataset: str | None = None,
+    config: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    display: Display | None = None,
+) -> Diagnosis:
+    """Names the culprit, or says healthy, or says undecided and what would decide; written into a run's diagnosis.json.
+
+    Args:
+        target: a config, a run directory, or a folder that another trainer wrote.
+        deep: probe longer, on more batches.
+        budget: seconds for the probes; 0 asks the rules alone.
+        dataset: of a foreign folder: the data that it was trained on.
+        config: of a foreign folder: the file that made it.
+
+    Raises:
+        InputError: the target is none of these.
+    """
+    from solotune.diagnosis import examination
+    from solotune.diagnosis.target import open_run, subject_of
+
+    display = display or SilentDisplay()
+    display.phase("reading what is there")
+    found = examination.examine(subject_of(target, overrides, config, dataset), deep, budget, display.phase)
+    if run := open_run(target):
+        run.write_json("diagnosis.json", found.to_json())
+        run.seal_again("diagnosis.json")
+    return found
+
+
+def explain(code: str) -> Explanation:
+    """What a fault (F17, pad-masks-terminator) or a suspect (S4) is, how it is recognised and how it is mended.
+
+    Raises:
+        InputError: there is no such fault; the nearest are in the message.
+    """
+    from solotune.diagnosis.explanation import explained
+
+    return explained(code)
+
+
 def chat(run: str | Path) -> ChatSession:
     """Loads a run's model to talk to.
 
@@ -410,45 +354,6 @@ def chat(run: str | Path) -> ChatSession:
 def runs(root: str | Path = "runs") -> list[RunSummary]:
     """The runs below `root`, oldest first."""
     return [summarised(run) for run in list_runs(root)]
-
-
-def _summary(model: TrainableModel, config: RunConfig, prepared: Prepared) -> dict[str, Any]:
-    from solotune import linear, lora, training
-
-    trainable, parameters = model.num_trainable, model.num_parameters
-    own = (config.lora_r, lora.leaf_names(model.adapted))
-    others = lora.explain_count(trainable, model.linear_shapes(), {*lora.USUAL_RANKS, config.lora_r})
-    fits = [own, *(fit for fit in others if fit != own)]
-    sequences = training.sequences(config, prepared.train)
-    return {
-        "total_steps": training.Schedule.of(config, len(sequences)).total_steps,
-        "train_rows": len(prepared.train),
-        "train_sequences": len(sequences),
-        "packing_fill": prepared.report.packing["fill"] if prepared.report.packing else None,
-        "validation_rows": len(prepared.validation),
-        "trainable_parameters": trainable,
-        "parameters": parameters,
-        "trainable_fits": [{"r": r, "target_modules": names} for r, names in fits],
-        "base_bytes": linear.stored_bytes(model.module),
-        "device": model.device.type,
-    }
-
-
-def _in_words(summary: dict[str, Any]) -> str:
-    """The parameter count, and what else would print the same count."""
-    trainable, parameters = summary["trainable_parameters"], summary["parameters"]
-    own, *others = (f"r={fit['r']} on {', '.join(fit['target_modules'])}" for fit in summary["trainable_fits"])
-    text = f"{trainable:,} of {parameters:,} parameters are trained ({trainable / parameters:.2%}): {own}"
-    return text + (f" (the count alone would also fit {'; '.join(others)})" if others else "")
-
-
-def _planned_in_words(planned: Plan) -> str:
-    """What is expected of the run, in a line."""
-    from solotune.planning import in_gib
-
-    took, peak = planned.option.seconds, planned.option.footprint.peak_bytes
-    text = f"plan: {in_gib(peak)} at the peak (budget {in_gib(planned.budget.bytes)}), {took.step:.3g} s a step"
-    return text + (f", {clock(took.total)} in all" if took.total is not None else "")
 
 
 def _compare(

@@ -22,10 +22,10 @@ MAX_CONFIG_BYTES = 1 << 20  # a config is a page of text; anything larger is the
 MAX_CONFIG_DEPTH = 4
 
 
-def parse(text: str, where: str) -> Any:
+def parse(text: str, where: str, max_depth: int = MAX_CONFIG_DEPTH) -> Any:
     """The parsed text; a mapping keeps ruamel's `.lc`, which knows each key's line."""
     try:
-        _refuse_yaml_tricks(text, where)
+        _refuse_yaml_tricks(text, where, max_depth)
         return YAML(typ="rt").load(io.StringIO(text))
     except MarkedYAMLError as error:
         mark = error.problem_mark
@@ -35,7 +35,7 @@ def parse(text: str, where: str) -> Any:
         raise InputError(f"{where}: not valid YAML", seen=str(error).split("\n")[0]) from None
 
 
-def _refuse_yaml_tricks(text: str, where: str) -> None:
+def _refuse_yaml_tricks(text: str, where: str, max_depth: int) -> None:
     """YAML can name Python objects, grow without bound through aliases, nest deeply, change its own rules.
 
     Raises:
@@ -51,8 +51,8 @@ def _refuse_yaml_tricks(text: str, where: str) -> None:
             trick = "anchors and aliases are not used in a config"
         elif tag is not None:
             trick = f"tags such as {tag} are not used in a config"
-        elif depth > MAX_CONFIG_DEPTH:
-            trick = f"nested more than {MAX_CONFIG_DEPTH} deep"
+        elif depth > max_depth:
+            trick = f"nested more than {max_depth} deep"
         elif documents > 1:
             trick = "a second document begins"
         elif isinstance(event, DocumentStartEvent) and (event.version or event.tags):

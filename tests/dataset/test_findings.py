@@ -288,6 +288,36 @@ def test_f12_messages_that_were_rendered_before(bench: Bench) -> None:
     assert bench.only("F12", rows, "llama3")
 
 
+def with_own_template(bench: Bench, own: PreTrainedTokenizerBase, eos: str) -> str:
+    """A model's folder whose tokenizer has a template of its own, and whose generation ends at `eos`."""
+    folder = bench.model(generation_config={"eos_token_id": own.convert_tokens_to_ids(eos)})
+    own.save_pretrained(folder)
+    return folder
+
+
+def test_f12_a_template_file_that_is_another_models(bench: Bench) -> None:
+    model = with_own_template(bench, copy.deepcopy(tiny_tokenizer("chatml")), "<|im_end|>")
+    foreign = "{% for m in messages %}{{ '### ' + m.role + ':\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    foreign += "{% if add_generation_prompt %}### assistant:\n{% endif %}"
+    keys = {"model_name_or_path": model, "chat_template_path": "my.jinja"}
+    found = bench.only("F12", talk(), with_template("chatml", foreign), **keys)
+    assert "my.jinja" in found.message and found.evidence["with_the_template"] == 0
+    assert bench.codes(talk(), "chatml", **keys) == []  # the model's own, copied
+    base = copy.deepcopy(tiny_tokenizer("chatml"))
+    base.eos_token = "<|endoftext|>"  # a base model that carries a template
+    with_own_template(bench, base, "<|endoftext|>")
+    base.chat_template = foreign
+    assert "F12" not in bench.codes(talk(), base, **keys)
+
+
+def test_f09_a_template_file_without_what_the_models_own_begins_with(bench: Bench) -> None:
+    model = with_own_template(bench, copy.deepcopy(tiny_tokenizer("llama3")), "<|eot_id|>")
+    without = with_template("llama3", str(FAMILIES["llama3"][0]).replace("{{ bos_token }}", ""))
+    keys = {"model_name_or_path": model, "chat_template_path": "my.jinja"}
+    assert "the model's own template begins with" in bench.only("F09", talk(), without, **keys).message
+    assert bench.codes(talk(), "llama3", **keys) == []
+
+
 @pytest.mark.parametrize("role", ["system", "tool"])
 def test_f13_a_role_is_dropped(bench: Bench, role: str) -> None:
     def change(n: int, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

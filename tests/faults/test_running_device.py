@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import solotune
-from solotune import checkpoint, training, verbs
+from solotune import beginning, checkpoint, training
 from solotune.errors import DeviceError
 from solotune.record import RunDirectory
 
@@ -30,7 +30,7 @@ class Calls(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def ready():
-    """What `_get_ready` gives, once: 20 plans and models would take a minute."""
+    """What `get_ready` gives, once: 20 plans and models would take a minute."""
     return {}
 
 
@@ -40,7 +40,7 @@ def test_at_each_of_20_steps(step, ready, chat_config, monkeypatch, tmp_path):
     error = (FULL, LOST)[step % 2]
     keys = {**chat_config, "validation_size": 12, "max_steps": 20, "save_steps": 3, "eval_strategy": "no"}
     calls, rows, handles = Calls(), [], []
-    get_ready, plain = verbs._get_ready, training.train_step
+    get_ready, plain = beginning.get_ready, training.train_step
 
     def once(*args):
         if not ready:
@@ -58,7 +58,7 @@ def test_at_each_of_20_steps(step, ready, chat_config, monkeypatch, tmp_path):
             handles.append(model.trainable[1].register_hook(fail))
         return plain(model, micro_batches, *args, **kwargs)
 
-    monkeypatch.setattr(verbs, "_get_ready", once)
+    monkeypatch.setattr(beginning, "get_ready", once)
     monkeypatch.setattr(training, "train_step", failing)
     with calls, pytest.raises(DeviceError) as caught:
         solotune.train(keys)

@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     from solotune.dataset.example import Example, Prepared
     from solotune.dataset.report import DataReport
 
-__all__ = ["RULES", "Finding", "Severity", "find", "known_or_found"]
+__all__ = ["RULES", "Finding", "Severity", "find", "judge", "known_or_found"]
 
 RULES = tuple(
     rule
@@ -104,10 +104,14 @@ def find(
         validation: held-out rows, or none.
         report: the account of both, for rows that were dropped on the way.
     """
-    facts = Facts(config, tokenizer, train, validation, report)
+    return judge(Facts(config, tokenizer, train, validation, report))
+
+
+def judge(facts: Facts) -> list[Finding]:
+    """`find`, of facts that are at hand."""
     found = [finding for rule in RULES if (finding := rule(facts)) is not None]
     if facts.is_sample:
-        sample = {"rows_judged": len(facts.train.rows), "training_rows": len(train)}
+        sample = {"rows_judged": len(facts.train.rows), "training_rows": len(facts.whole[0].rows)}
         found = [replace(finding, evidence={**finding.evidence, **sample}) for finding in found]
     explained = set().union(*(_EXPLAINS.get(finding.code, set()) for finding in found))
     found = [finding for finding in found if finding.code not in explained]

@@ -32,6 +32,7 @@ from solotune.dataset.chat import ChatTemplate
 from solotune.dataset.control import ControlTokens
 from solotune.dataset.encode import Encoder
 from solotune.dataset.example import ids_of, lengths_of
+from solotune.dataset.tokenizer import load_tokenizer
 from solotune.errors import InputError
 
 if TYPE_CHECKING:
@@ -210,6 +211,17 @@ class Facts:
     def template(self) -> ChatTemplate | None:
         """The chat template in use; None for a tokenizer without one."""
         return ChatTemplate(self.tokenizer, self.report.day) if self.tokenizer.chat_template is not None else None
+
+    @cached_property
+    def own_template(self) -> ChatTemplate | None:
+        """The model's, where a file of the user's (`chat_template_path`) takes its place."""
+        if self.config.chat_template_path is None:
+            return None
+        try:
+            tokenizer = load_tokenizer(self.config.replaced("findings", chat_template_path=None))
+            return ChatTemplate(tokenizer, self.report.day) if tokenizer.chat_template is not None else None
+        except InputError:  # it is not here
+            return None
 
     @cached_property
     def special_ids(self) -> frozenset[int]:

@@ -182,14 +182,17 @@ def bad_encoding(facts: Facts) -> Finding | None:
     Wrong when: the data teaches about such text.
     """
     kinds: dict[str, list[int]] = {"read_as_latin1": [], "replacement_characters": [], "escaped_twice": []}
+    once: list[int] = []
     for row, text in _texts(facts):
         if "\ufffd" in text:
             kinds["replacement_characters"].append(row)
         if _SUSPICIOUS.search(text) and any(_reads_back(line) for line in text.splitlines()):
             kinds["read_as_latin1"].append(row)
-        if "\\n" in text and "\n" not in text and len(re.findall(r"\\n", _QUOTED.sub("", text))) >= 2:
-            kinds["escaped_twice"].append(row)
+        if "\\n" in text and "\n" not in text and (count := len(re.findall(r"\\n", _QUOTED.sub("", text)))):
+            (kinds["escaped_twice"] if count >= 2 else once).append(row)
     total = len(facts.train.rows)
+    if len({*once, *kinds["escaped_twice"]}) >= MOST * total:  # one may be meant, not one in every row
+        kinds["escaped_twice"] += once
     limits = {"escaped_twice": SOME}  # one-line code has them
     found = {k: rows for k, r in kinds.items() if is_pattern(len(rows := sorted(set(r))), total, limits.get(k, FEW))}
     if not found:

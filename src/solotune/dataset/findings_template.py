@@ -12,8 +12,9 @@ from functools import partial
 
 import numpy as np
 
+from solotune.dataset.chat import ChatTemplate
 from solotune.dataset.findings_facts import Facts, Finding, evenly, is_pattern, percent, rendered_prompt, squeezed
-from solotune.dataset.findings_tokenizer import template_pieces
+from solotune.dataset.findings_tokenizer import pieces_of, template_pieces
 
 MOST = 0.5
 """A property of the template or the tokenizer shows in all rows; half leaves room for rows that hide it."""
@@ -62,25 +63,31 @@ def double_bos(facts: Facts) -> Finding | None:
 
 
 def missing_bos(facts: Facts) -> Finding | None:
-    """F09: a template of your own leaves out the begin-of-text token that the tokenizer starts every text with.
+    """F09: a template of your own leaves out the begin-of-text token that the model's texts start with.
 
-    Sees: what the tokenizer puts before a plain text, against the first id of the rows.
+    Sees: what the tokenizer puts before a plain text, or the model's own template before a chat, against the first id
+    of the rows.
     Why: every text the base was trained on began with it; some families (Gemma) degrade badly without.
     Not: ChatML models that define a bos and never write it (Qwen, SmolLM2: their tokenizer adds none); a model's own
     template without it (Zephyr), which is then served without it too; later pieces of a row that was split.
     Fix: `{{ bos_token }}` at the template's beginning.
     Wrong when: the template file is the model's own, copied.
     """
-    side, before = facts.train, facts.encoder.affixes[0]
-    if not before or not facts.is_chat or not facts.config.chat_template_path:
+    side = facts.train
+    if not facts.is_chat or not facts.config.chat_template_path:
         return None
-    if (side.ids[side.starts[:-1]] == before[0]).any():
+    before, who = list(facts.encoder.affixes[0]), "this tokenizer starts every text with"
+    pieces = pieces_of(facts.own_template) if not before and facts.own_template else None
+    if pieces is not None:
+        before, who = facts.encode(pieces[0])[:1], "the model's own template begins with"
+        before = before if before == [facts.named_id("bos")] else []
+    if not before or (side.ids[side.starts[:-1]] == before[0]).any():
         return None
     return _S3(
         "F09",
         "missing-bos",
         severity="warning",
-        message=f"No row begins with {facts.spelled(before[0])}, which this tokenizer starts every text with.",
+        message=f"No row begins with {facts.spelled(before[0])}, which {who}.",
         evidence={"rows_with": 0, "rows_without": len(side.rows), "rows": side.places(range(len(side.rows)))},
         fix=f"begin {facts.config.chat_template_path} with {{{{ bos_token }}}}",
     )
@@ -89,9 +96,10 @@ def missing_bos(facts: Facts) -> Finding | None:
 def not_through_template(facts: Facts) -> Finding | None:
     """F12: rows for a chat model are not in its chat format, or are in another's.
 
-    Sees: of rows of text: that the template's text between question and answer occurs in none, and that they are
-    prompt + completion, or carry two role labels of another format (`### Human:`). Of chats: that most messages hold
-    control tokens or role labels, so that they were rendered already.
+    Sees: of chats: that most messages hold control tokens or role labels, so that they were rendered already; that
+    `chat_template_path` writes another text before an answer than the model's own template. Of rows of text: that the
+    template's text between question and answer occurs in none, and that they are prompt + completion, or carry two role
+    labels of another format (`### Human:`).
     Why: the model learns a second format beside its own (first loss 10 times as high) and is then asked in the first.
     Not: a base model, where any format is legitimate: told by eos, which ends the template's turns only in a chat
     model; continued training on documents (no role labels); a few rows that talk about chat formats.
@@ -100,12 +108,11 @@ def not_through_template(facts: Facts) -> Finding | None:
     """
     side = facts.train
     if facts.is_chat:
-        return _rendered_twice(facts)
+        return _rendered_twice(facts) or _template_replaced(facts)
     pieces = template_pieces(facts)
     if pieces is None or not facts.template or not side.rows or not squeezed(pieces[1]):
         return None
-    ends = {facts.encode(text)[-1] for text in facts.template.terminators}
-    if not ends & (facts.model_ids("eos_token_id") | {facts.eos_id}):
+    if not _is_taught(facts, facts.template):
         return None
     rows = evenly(range(len(side.rows)), NUM_RENDERED)
     texts = [facts.decode(side.rows[r].input_ids) for r in rows]
@@ -131,6 +138,38 @@ def not_through_template(facts: Facts) -> Finding | None:
         },
         fix='give each row as {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}: the chat template is '
         "then applied for you",
+    )
+
+
+def _is_taught(facts: Facts, template: ChatTemplate) -> bool:
+    """Whether the model's files end generation with what the template ends its turns with."""
+    ends = {facts.encode(text)[-1] for text in template.terminators}
+    return bool(ends & (facts.model_ids("eos_token_id") | {facts.eos_id}))
+
+
+def _template_replaced(facts: Facts) -> Finding | None:
+    own = facts.own_template
+    if own is None or not facts.train.rows or not _is_taught(facts, own):
+        return None
+    pieces = pieces_of(own)
+    if pieces is None:
+        return None
+    header = pieces[1].strip()
+    for end in own.terminators:  # of the question, whose absence is another fault (F10)
+        header = header.removeprefix(end).strip()
+    if not squeezed(header):
+        return None
+    rows = evenly(range(len(facts.train.rows)), NUM_RENDERED)
+    if any(squeezed(header) in squeezed(facts.decode(facts.train.rows[r].input_ids)) for r in rows):
+        return None
+    return _S3(
+        "F12",
+        "not-through-chat-template",
+        severity="warning",
+        message=f"{facts.config.chat_template_path} renders another format than the model was taught: "
+        f"{header!r}, which its own template writes before an answer, is in no row.",
+        evidence={"rows_read": len(rows), "with_the_template": 0, "rows": facts.train.places(rows)},
+        fix="remove chat_template_path, so that the model's own template renders the rows",
     )
 
 

@@ -11,6 +11,7 @@ from functools import partial
 
 import numpy as np
 
+from solotune.dataset.chat import ChatTemplate
 from solotune.dataset.findings_facts import NUM_DECODED, Facts, Finding, percent
 from solotune.errors import InputError
 
@@ -104,11 +105,14 @@ def ids_beyond_embedding(facts: Facts) -> Finding | None:
 
 def template_pieces(facts: Facts) -> tuple[str, str, str] | None:
     """The template's own text before a question, between it and the answer, and after; None if it refuses."""
-    if facts.template is None:
-        return None
+    return None if facts.template is None else pieces_of(facts.template)
+
+
+def pieces_of(template: ChatTemplate) -> tuple[str, str, str] | None:
+    """The same of a template."""
     chat = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}]
     try:
-        text = facts.template.raw("the probe", chat, None, is_prompt=False)
+        text = template.raw("the probe", chat, None, is_prompt=False)
     except InputError:
         return None
     header, _, rest = text.partition(_USER)

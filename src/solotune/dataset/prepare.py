@@ -39,7 +39,13 @@ from solotune.dataset.kinship import Kinship
 from solotune.dataset.manifest import Manifest
 from solotune.dataset.records import Records, packed, row_hash
 from solotune.dataset.render import Renderer
-from solotune.dataset.report import ANSWER_PAST_MAX_LENGTH, EXACT_DUPLICATE, NOTHING_TO_LEARN, DataReport
+from solotune.dataset.report import (
+    ANSWER_PAST_MAX_LENGTH,
+    EXACT_DUPLICATE,
+    LONGER_THAN_MAX_LENGTH,
+    NOTHING_TO_LEARN,
+    DataReport,
+)
 from solotune.dataset.row import RowError
 from solotune.dataset.source import Source
 from solotune.dataset.split import check_leaks, hold_out, without_copies
@@ -223,9 +229,12 @@ def _records(config: RunConfig, report: DataReport, source: Source, progress: Pr
 
 
 def _nothing_left(name: str, num_rows: int, config: RunConfig, report: DataReport) -> InputError:
+    most = report.dropped.most_common(1)
+    fault = {ANSWER_PAST_MAX_LENGTH: "F25", LONGER_THAN_MAX_LENGTH: "F25", NOTHING_TO_LEARN: "F21"}
     return InputError(
         f"no {name} row is left of {num_rows}",
         seen=report.reasons(),
         allowed=f"at least one row whose answer begins within max_length: {config.max_length} tokens",
         change="raise max_length, or shorten the prompts",
+        fault=fault.get(most[0][0]) if most else None,
     )

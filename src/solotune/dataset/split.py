@@ -186,6 +186,7 @@ def check_leaks(train: Records, validation: Records, *, key: str) -> None:
             seen="; ".join(told) + ("; ..." if len(rows) > 3 else ""),
             allowed="no row on both sides: a loss on known rows says nothing about new ones",
             change=f"remove these rows from dataset or from {key}, or leave {key} out and let a part be held out",
+            fault="F43" if 2 * len(rows) >= len(validation) else "F44",
         )
 
 

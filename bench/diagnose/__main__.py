@@ -1,0 +1,60 @@
+"""python -m bench.diagnose [--only WORD ...] [--split fitted|held-out] [--kind KIND] [--jobs N] [--minutes M]
+
+    --only F17 healthy F64/qwen3    programs whose name has all parts of one of these words
+    --minutes 10                    a random part of the programs, as many as there is time for
+
+Of all programs, or of a random part of all, bench/results/diagnose.md, .json and .jsonl are written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a program has one core
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.diagnose", description="Scores the diagnosis.")
+    parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="programs: code, change, base; F17/qwen3")
+    parser.add_argument("--split", choices=("fitted", "held-out"), help="one of the two")
+    parser.add_argument("--kind", choices=("fault", "healthy", "pair", "foreign", "own"), help="one kind of program")
+    parser.add_argument("--jobs", type=int, default=2, help="programs at a time")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="then begin no other; in random order")
+    parser.add_argument("--list", action="store_true", help="their names, and no run")
+    asked = parser.parse_args()
+
+    from bench.diagnose import report
+    from bench.diagnose.programs import matching
+    from bench.diagnose.run import Result, run_all
+    from bench.diagnose.score import is_hit, scores
+
+    chosen = [p for p in matching(asked.only, asked.split) if asked.kind in (None, p.kind)]
+    if asked.list:
+        print("\n".join(program.name for program in chosen))
+        return
+
+    def say(result: Result) -> None:
+        right = is_hit(result, aware=True) if result["truth"] else result["verdict"] == "healthy"
+        what = ", ".join(result["named"][:3]) or (result.get("error") or "").strip().split("\n")[-1]
+        spent = result.get("train_seconds", 0), result.get("diagnose_seconds", 0)
+        print(f"{'ok ' if right else 'NO '} {result['program']:64} {result['verdict']:9} {what:20} "
+              f"{spent[0]:5.1f} + {spent[1]:.1f} s", flush=True)  # fmt: skip
+
+    if asked.minutes < math.inf:
+        random.Random(0).shuffle(chosen)
+    started = time.perf_counter()
+    results = run_all(chosen, asked.jobs, say, asked.minutes)
+    seconds = time.perf_counter() - started
+    if asked.only or asked.split or asked.kind:
+        print(json.dumps(scores(results), indent=1))
+    else:
+        print(json.dumps(report.write(results, len(chosen), seconds), indent=1))
+
+
+if __name__ == "__main__":
+    main()

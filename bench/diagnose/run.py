@@ -1,0 +1,162 @@
+"""One program: train it, hand over what its owner would have, and take down the diagnosis.
+
+    results = run_all(programs(), jobs=2)
+
+Each program has a process of its own, forked from one that has torch loaded, so that none sees what another left.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+import solotune
+from bench.diagnose import foreign, ours, trl_run
+from bench.diagnose.bases import load
+from bench.diagnose.loop import train
+from bench.diagnose.programs import Program
+from bench.diagnose.subject import plain, subject_of
+from solotune.diagnosis.examination import examine
+from solotune.diagnosis.subject import Subject
+
+if TYPE_CHECKING:
+    from solotune.diagnosis.evidence import Diagnosis
+
+BUDGET = 60.0
+"""Seconds that the probes of one program may take."""
+LIMIT = 900
+"""Seconds after which a program is given up."""
+
+Result = dict[str, Any]
+
+
+def subject(program: Program, scratch: Path) -> Subject:
+    """The program's training, really run; a foreign one leaves its folder in `scratch`."""
+    if (script := program.trl_run()) is not None:
+        return trl_run.subject_of(script, scratch)
+    recipe = program.recipe()
+    if program.kind == "foreign":
+        return foreign.subject_of(recipe, scratch)
+    return subject_of(recipe, train(recipe))
+
+
+def run(program: Program) -> Result:
+    """The program's truth beside what was said of it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        started = time.process_time()  # of a core, whatever else runs on this machine
+        if program.kind == "own":
+            target = ours.carried_out(program.job(), Path(scratch))
+            trained = time.process_time()
+            found = solotune.diagnose(target, budget=BUDGET)
+            ended = time.process_time()
+            return {**told(found), "train_seconds": trained - started, "diagnose_seconds": ended - trained}
+        examined = subject(program, Path(scratch))
+        trained = time.process_time()
+        found = examine(examined, budget=BUDGET)
+        ended = time.process_time()
+    return {**told(found), "train_seconds": trained - started, "diagnose_seconds": ended - trained}
+
+
+def told(found: Diagnosis) -> Result:
+    """A diagnosis in short."""
+    return {
+        "verdict": found.verdict,
+        "named": [culprit.fault for culprit in found.culprits],
+        "confidence": [culprit.confidence for culprit in found.culprits],
+        "same_evidence": [list(culprit.same_evidence) for culprit in found.culprits],
+        "evidence": [culprit.evidence[:1] for culprit in found.culprits],
+        "confirmed": [culprit.confirmed_by for culprit in found.culprits],
+        "next_experiment": found.next_experiment,
+        "cost": plain(found.cost),
+        "skipped": dict(found.skipped),
+    }
+
+
+def _one(program: Program) -> Result:
+    """`run`, in a child."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    known = {
+        "program": program.name,
+        "kind": program.kind,
+        "split": program.split,
+        "base": program.base,
+        "truth": list(program.codes),
+    }
+    try:
+        return {**known, **run(program)}
+    except Exception as error:  # a diagnosis that fails is a mistake, and the campaign goes on
+        return {**known, "verdict": "failed", "named": [], "error": f"{error!r}\n{traceback.format_exc()[-1500:]}"}
+
+
+def _child(program: Program, pipe: Any) -> None:
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+        pipe.send(_one(program))
+    os._exit(0)
+
+
+def run_all(
+    chosen: Sequence[Program],
+    jobs: int = 1,
+    say: Callable[[Result], None] = lambda _: None,
+    minutes: float = math.inf,
+) -> list[Result]:
+    """Results in the programs' order; after so many minutes no other program is begun."""
+    for name in sorted({program.base for program in chosen}):
+        base = load(name)  # before the forks, so that they share it
+        base.model(), base.tokenizer()
+    results = []
+    for result in _forked(chosen, jobs, time.perf_counter() + 60 * minutes):
+        say(result)
+        results.append(result)
+    place = {program.name: number for number, program in enumerate(chosen)}
+    return sorted(results, key=lambda result: place[result["program"]])
+
+
+def _forked(chosen: Sequence[Program], jobs: int, until: float) -> Iterator[Result]:
+    fork = multiprocessing.get_context("fork")
+    waiting, running = list(reversed(chosen)), []
+    while waiting or running:
+        if time.perf_counter() > until:
+            waiting.clear()
+        while waiting and len(running) < jobs:
+            program = waiting.pop()
+            ours, theirs = fork.Pipe(duplex=False)
+            process = fork.Process(target=_child, args=(program, theirs))
+            process.start()
+            theirs.close()
+            running.append((program, process, ours, time.perf_counter()))
+        for entry in list(running):
+            program, process, pipe, started = entry
+            late = time.perf_counter() - started > LIMIT
+            if pipe.poll(0.05) or late or not process.is_alive():
+                yield _received(program, pipe, late)
+                if late:
+                    process.kill()
+                process.join()
+                running.remove(entry)
+
+
+def _received(program: Program, pipe: Any, late: bool) -> Result:
+    try:
+        if pipe.poll(0):
+            return pipe.recv()
+    except EOFError:  # it ended without an answer
+        pass
+    known = {"program": program.name, "kind": program.kind, "split": program.split, "base": program.base}
+    return {**known, "truth": list(program.codes), "verdict": "failed", "named": [],
+            "error": "took too long" if late else "the process ended"}  # fmt: skip

@@ -1,0 +1,261 @@
+"""Batches as the model gets them, taken apart into documents: which places are real, where each text begins and ends.
+
+A batch says this in several ways, and may say it wrongly, so what it claims and what its ids show are kept apart:
+
+    padding     claimed by `attention_mask`; seen as the runs of the pad id at the edges of a sequence
+    documents   claimed by positions that restart, `seq_idx`, `cu_seq_lens_q`, a mask that numbers the texts (1 1 2 2 2)
+                or one of blocks; seen as the beginnings of known rows in the midst of a sequence
+
+A tokenizer whose pad is its end of turn leaves a doubt: of a run of that id at the right edge the first is taken as an
+end, and one alone at the left edge as a beginning, unless the mask says otherwise.
+
+Shape legend: B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from solotune.diagnosis.subject import Subject
+
+if TYPE_CHECKING:
+    import torch
+
+    Batch = Mapping[str, torch.Tensor]
+
+IGNORED = -100  # a label that counts for nothing
+_KNOWN_BEGINNING = 4  # ids by which a row is looked up in the midst of a sequence
+_KNOWN_ROWS = 2000
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text in a batch, from `start` to `end` of its sequence; all arrays are of its tokens alone."""
+
+    batch: int
+    sequence: int
+    start: int
+    end: int
+    ids: np.ndarray  # int64 (T,)
+    labels: np.ndarray  # int64 (T,), -100 where nothing is learned
+    positions: np.ndarray | None  # as the batch gives them
+
+    @property
+    def learned(self) -> np.ndarray:
+        """bool (T,): the token has a label."""
+        return self.labels != IGNORED
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Stretches of labels: (first, one past the last)."""
+        edges = np.flatnonzero(np.diff(np.concatenate(([False], self.learned, [False])).astype(np.int8)))
+        return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a batch: ids, labels, and what is known of its places."""
+
+    ids_T: np.ndarray
+    labels_T: np.ndarray
+    attended_T: np.ndarray | None  # bool: what `attention_mask` says
+    real_T: np.ndarray  # bool: neither masked nor a run of pads at an edge
+    positions_T: np.ndarray | None
+    starts: list[int]  # where documents begin, as far as claimed or seen
+    claimed: list[int] | None  # where the batch itself says that they begin; None: it says nothing
+
+    @property
+    def left_pads(self) -> int:
+        return int(np.argmax(self.real_T)) if self.real_T.any() else len(self.real_T)
+
+
+class Batches:
+    """The batches of a training, read once.
+
+    Args:
+        batches: dicts of tensors; `labels` may be missing (then everything real counts as learned).
+        pad_id: of tokenizer or model; None: only masks tell what is padding.
+        single: ids that may stand once at an edge though they are the pad (beginning and end of a text).
+        rows: ids of known rows, by which a document in the midst of a sequence is known that nothing marks.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[Batch],
+        pad_id: int | None,
+        single: frozenset[int] = frozenset(),
+        rows: Sequence[np.ndarray] = (),
+    ) -> None:
+        self.raw = batches
+        self.pad_id, self._single = pad_id, single
+        self._rows = _by_beginning(rows)
+
+    @classmethod
+    def of(cls, subject: Subject, batches: Sequence[Batch] = ()) -> Batches:
+        """Those of a subject, or others of the same training."""
+        tokenizer = subject.tokenizer
+        named: Any = {name: _first(getattr(tokenizer, f"{name}_token_id", None)) for name in ("pad", "eos", "bos")}
+        pad = named["pad"] if named["pad"] is not None else _first(subject.model_config.get("pad_token_id"))
+        single = frozenset(i for i in (named["eos"], named["bos"]) if i is not None)
+        rows = [np.asarray(row.input_ids) for row in subject.train[:_KNOWN_ROWS]]
+        return cls(batches or subject.batches, pad, single, rows)
+
+    @cached_property
+    def sequences(self) -> list[list[Line]]:
+        """Of each batch."""
+        return [self._sequences_of(batch) for batch in self.raw]
+
+    @cached_property
+    def documents(self) -> list[Document]:
+        """All documents of all batches, in order."""
+        found = [
+            document
+            for b, lines in enumerate(self.sequences)
+            for s, line in enumerate(lines)
+            for document in _documents_of(line, b, s)
+        ]
+        return [d for d in found if d.learned.any() or not (d.ids == self.pad_id).all()]  # the last: left-over places
+
+    @property
+    def is_packed(self) -> bool:
+        """Some sequence holds more than one document."""
+        return any(len(line.starts) > 1 for lines in self.sequences for line in lines)
+
+    @property
+    def is_padded(self) -> bool:
+        """Some place is not real."""
+        return any(not line.real_T.all() for lines in self.sequences for line in lines)
+
+    @property
+    def left_padded(self) -> int:
+        """Sequences with padding before the text."""
+        return sum(bool(line.left_pads and line.real_T.any()) for lines in self.sequences for line in lines)
+
+    def _sequences_of(self, batch: Batch) -> list[Line]:
+        ids_BT = batch["input_ids"].cpu().numpy()
+        mask = batch.get("attention_mask")
+        attended_BT = mask.cpu().numpy() if mask is not None and mask.dim() == 2 else None
+        labels = batch.get("labels")
+        labels_BT = labels.cpu().numpy() if labels is not None else None
+        positions = batch.get("position_ids")
+        positions_BT = positions.expand(ids_BT.shape).cpu().numpy() if positions is not None else None
+        found = []
+        for b, ids_T in enumerate(ids_BT):
+            attended_T = attended_BT[b] > 0 if attended_BT is not None else None
+            real_T = ~self._pads(ids_T, attended_T) if attended_T is None or attended_T.all() else attended_T
+            labels_T = labels_BT[b] if labels_BT is not None else np.where(real_T, ids_T, IGNORED)
+            positions_T = positions_BT[b] if positions_BT is not None else None
+            claimed = _claimed_starts(batch, b, len(ids_T), positions_T, attended_BT, real_T)
+            starts = self._starts(ids_T, real_T, claimed)
+            found.append(Line(ids_T, labels_T, attended_T, real_T, positions_T, starts, claimed))
+        return found
+
+    def _pads(self, ids_T: np.ndarray, attended_T: np.ndarray | None) -> np.ndarray:
+        """bool (T,): runs of the pad id at the edges."""
+        pads_T = np.zeros(len(ids_T), bool)
+        if self.pad_id is None or (ids_T == self.pad_id).all():
+            return pads_T
+        is_pad = ids_T == self.pad_id
+        left, right = int(np.argmin(is_pad)), int(np.argmin(is_pad[::-1]))
+        keeps = self.pad_id in self._single
+        left -= keeps and left == 1  # a beginning
+        right -= keeps and right > 0  # an end
+        pads_T[:left] = True
+        pads_T[len(ids_T) - right :] = right > 0
+        return pads_T
+
+    def _starts(self, ids_T: np.ndarray, real_T: np.ndarray, claimed: list[int] | None) -> list[int]:
+        first = int(np.argmax(real_T))
+        inside = [i for i in claimed or [] if real_T[i] and i > first]
+        return [first, *(inside or self._rows_behind(ids_T, first))] if real_T.any() else []
+
+    def _rows_behind(self, ids_T: np.ndarray, first: int) -> list[int]:
+        """Where known rows begin behind a whole one, the last of which may be cut.
+
+        Rows are followed, not searched for: the turns of a chat begin as rows do, and may be rows elsewhere.
+        """
+        found, at = [], first
+        while size := self._size_of_row(ids_T, at):
+            at += size
+            if not self._size_of_row(ids_T, at) and not self._is_cut_row(ids_T, at):
+                break
+            found.append(at)
+        return found
+
+    def _size_of_row(self, ids_T: np.ndarray, at: int) -> int:
+        """Of the longest known row that stands here; 0: none does."""
+        fits = (ids for ids, _ in self._known(ids_T, at) if np.array_equal(ids_T[at : at + len(ids)], ids))
+        return max(map(len, fits), default=0)
+
+    def _is_cut_row(self, ids_T: np.ndarray, at: int) -> bool:
+        """What is left of the sequence begins a known row, and no other one."""
+        left = len(ids_T) - at
+        return any(shared < left < len(ids) and np.array_equal(ids_T[at:], ids[:left])
+                   for ids, shared in self._known(ids_T, at))  # fmt: skip
+
+    def _known(self, ids_T: np.ndarray, at: int) -> list[tuple[np.ndarray, int]]:
+        return self._rows.get(tuple(ids_T[at : at + _KNOWN_BEGINNING].tolist()), [])
+
+
+def _by_beginning(rows: Sequence[np.ndarray]) -> dict[tuple[int, ...], list[tuple[np.ndarray, int]]]:
+    """First ids -> the rows that begin so, each with the most ids that it shares with another row."""
+    ordered = sorted({tuple(row.tolist()) for row in rows if len(row) >= _KNOWN_BEGINNING})
+    shared = [0, *(_shared(one, other) for one, other in itertools.pairwise(ordered)), 0]
+    found: dict[tuple[int, ...], list[tuple[np.ndarray, int]]] = {}
+    for number, ids in enumerate(ordered):
+        most = max(shared[number], shared[number + 1], _KNOWN_BEGINNING - 1)
+        found.setdefault(ids[:_KNOWN_BEGINNING], []).append((np.array(ids), most))
+    return found
+
+
+def _shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """Ids that both begin with."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _first(value: Any) -> int | None:
+    return (value[0] if value else None) if isinstance(value, (list, tuple)) else value
+
+
+def _claimed_starts(
+    batch: Batch,
+    b: int,
+    length: int,
+    positions_T: np.ndarray | None,
+    attended_BT: np.ndarray | None,
+    real_T: np.ndarray,
+) -> list[int] | None:
+    """Where the batch says that documents begin; None where it says nothing of it."""
+    for key in ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens"):
+        if (ends := batch.get(key)) is not None:  # over all sequences, one after the other
+            ends_S = ends.cpu().numpy().ravel() - b * length
+            return [int(i) for i in ends_S if 0 <= i < length]
+    if (numbers := batch.get("seq_idx")) is not None:
+        return [0, *(np.flatnonzero(np.diff(numbers.cpu().numpy()[b])) + 1).tolist()]
+    if attended_BT is not None and attended_BT[b].max(initial=0) > 1:
+        return [0, *(np.flatnonzero(np.diff(attended_BT[b])) + 1).tolist()]
+    if positions_T is not None and (restarts := np.flatnonzero(np.diff(positions_T) < 0) + 1).size:
+        return [0, *(i for i in restarts.tolist() if real_T[i])]
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.dim() == 4:
+        sees_TT = mask[b, 0].cpu()
+        sees = (sees_TT if sees_TT.dtype.is_floating_point is False else sees_TT == 0).bool().numpy()
+        return [0, *(i for i in range(1, length) if real_T[i] and not sees[i, i - 1])]
+    return None
+
+
+def _documents_of(line: Line, b: int, s: int) -> list[Document]:
+    if not line.starts:
+        return []
+    last = len(line.real_T) - int(np.argmax(line.real_T[::-1]))
+    documents = []
+    for start, end in zip(line.starts, [*line.starts[1:], last], strict=True):
+        places = slice(start, end)
+        positions = None if line.positions_T is None else line.positions_T[places]
+        documents.append(Document(b, s, start, end, line.ids_T[places], line.labels_T[places], positions))
+    return documents

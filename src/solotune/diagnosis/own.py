@@ -1,0 +1,209 @@
+"""A subject out of what is ours: rows that are prepared, a config, a run directory.
+
+    from_prepared(config, tokenizer, prepared)     what the verb train has in hand
+    of_config(config)                              before a run
+    from_run("runs/demo")                          during or after it: finished, crashed, unfinished, resumed
+
+Whatever is not there (the base model, the data, a file of the run) is named in `missing` with its reason, and the rest
+is judged without it. A run's files are read as they are: metrics with a torn last line, with NaN, empty or absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from solotune.config import RunConfig
+from solotune.dataset import Prepared, load_tokenizer
+from solotune.dataset.examined import examined
+from solotune.dataset.findings_facts import Facts, Finding
+from solotune.dataset.report import DataReport
+from solotune.diagnosis import arithmetic, run_files
+from solotune.diagnosis.evidence import Signal, of_refusal
+from solotune.diagnosis.own_live import batches_of, own_live
+from solotune.diagnosis.subject import Live, Settings, Subject
+from solotune.environment import ram
+from solotune.errors import IntegrityError, SolotuneError
+from solotune.record import FINGERPRINTS, RunDirectory
+
+
+def settings_of(config: RunConfig) -> Settings:
+    """All keys of a config, each with where it was set, and what solotune does without a key for it."""
+    fixed = {
+        "tool": "solotune",
+        "adapter_dtype": "float32",
+        "load_in_4bit": config.base_precision == "nf4",
+        "bnb_4bit_compute_dtype": config.bnb_4bit_compute_dtype or ("bfloat16" if config.bf16 else "float32"),
+    }
+    sources = {key: config.source_of(key) for key in RunConfig.model_fields}
+    return Settings({**config.model_dump(), **fixed}, sources=sources)
+
+
+def from_prepared(config: RunConfig, tokenizer: Any, prepared: Prepared) -> Subject:
+    """A training that is about to begin: its settings and its rows, of which nothing has run yet."""
+    files = Facts(config, tokenizer, prepared.train, prepared.validation, prepared.report).model_files
+    return Subject(
+        name=config.name,
+        settings=settings_of(config),
+        tokenizer=tokenizer,
+        model_config=files["config.json"],
+        generation_config=files["generation_config.json"],
+        train=prepared.train,
+        validation=prepared.validation,
+        findings=[Finding(**found) for found in prepared.report.findings],
+        batches=batches_of(config, tokenizer, prepared.train),
+    )
+
+
+def of_config(config: RunConfig) -> Subject:
+    """A config, before it is run; nothing is written.
+
+    What cannot be read (the base, the data) is missing from the subject, and said.
+    """
+    return _with_rows(config, load_settled(config), None)
+
+
+def load_settled(config: RunConfig) -> RunConfig:
+    """The config as this machine would run it; as it is where the machine refuses."""
+    from solotune.tuned import settle
+
+    try:
+        return settle(config)[0]
+    except SolotuneError:
+        return config
+
+
+def _with_rows(config: RunConfig, settled: RunConfig, adapter: Path | None, rendered_on: Any = None) -> Subject:
+    """Settings, tokenizer, rows and the way to a live model, as far as they can be had."""
+    plain = Subject(config.name, settings_of(settled))
+    try:
+        tokenizer = load_tokenizer(config)
+    except SolotuneError as error:
+        why = dict.fromkeys(("tokenizer", "train", "validation", "live", "model_config"), error.problem)
+        return replace(plain, missing=why, conversations=_conversations(config), refusals=of_refusal(error))
+    try:
+        prepared = examined(config, tokenizer, rendered_on=rendered_on)
+        subject = replace(from_prepared(settled, tokenizer, prepared), name=config.name)
+    except SolotuneError as error:
+        why = dict.fromkeys(("train", "validation", "live"), error.problem)
+        files = Facts(config, tokenizer, [], [], DataReport("")).model_files
+        configs = {"model_config": files["config.json"], "generation_config": files["generation_config.json"]}
+        chats = _conversations(config)
+        return replace(
+            plain, tokenizer=tokenizer, missing=why, conversations=chats, refusals=of_refusal(error), **configs
+        )
+    if (why := too_large(subject)) is not None:
+        return replace(subject, missing={"live": why})
+    return replace(subject, live=live_of(settled, tokenizer, prepared, adapter))
+
+
+def _conversations(config: RunConfig) -> list[list[dict[str, Any]]]:
+    """The rows as chats, where no tokenizer is there to render them; none where they cannot be read."""
+    from solotune.dataset.columns import mapped
+    from solotune.dataset.formats import convert, recognise
+    from solotune.dataset.source import Source
+
+    with contextlib.suppress(SolotuneError, OSError):
+        source = Source.of("dataset", config.dataset, config.dataset_split, config_name=config.dataset_config,
+                           revision=config.dataset_revision)  # fmt: skip
+        found, _ = recognise((mapped(row, config.column_mapping) for row in source), is_strict=True)
+        chats = []
+        for row in islice(source, 5000):
+            with contextlib.suppress(SolotuneError):
+                record = convert(mapped(row, config.column_mapping), found)
+                if not isinstance(record, str):
+                    chats.append(list(record.messages))
+        return chats
+    return []
+
+
+# --- the model, and the batches that its training sees
+
+
+def too_large(subject: Subject) -> str | None:
+    """Why the model cannot be loaded here; None where it should fit."""
+    needs, free = arithmetic.weight_bytes(subject), _free_bytes()
+    if needs is None or 1.2 * needs < free:
+        return None
+    return f"the base takes about {needs / 2**30:.1f} GiB, and {free / 2**30:.1f} are free on this machine"
+
+
+def _free_bytes() -> int:
+    import torch
+
+    return int(torch.cuda.mem_get_info(0)[0]) if torch.cuda.is_available() else ram()[1]
+
+
+def live_of(config: RunConfig, tokenizer: Any, prepared: Prepared, adapter: Path | None) -> Callable[[], Live]:
+    """Loads the base with its adapters, fresh or those of a folder, once."""
+
+    @cache
+    def load() -> Live:
+        from solotune import checkpoint
+        from solotune.tuned import settle
+
+        settled, machine, _ = settle(config.replaced("diagnosis", torch_compile=False))
+        tensors = checkpoint.read_adapter(adapter) if adapter is not None else None
+        return own_live(settled, machine, tokenizer, prepared.train, prepared.validation, tensors)
+
+    return load
+
+
+# --- a run
+
+
+def from_run(path: str | Path) -> Subject:
+    """A run directory, in whatever state it is.
+
+    Raises:
+        InputError: there is no run, or its config is of a version that has other keys.
+    """
+    run = RunDirectory.open(path)
+    config = run_files.recorded(run)
+    adapter = run_files.newest_adapter(run)
+    subject = _with_rows(config, load_settled(config), adapter, run_files.day(run))
+    saved = run_files.saved_of(adapter) if adapter is not None else None
+    missing = dict(subject.missing)
+    if saved is None:
+        missing["saved"] = "nothing was saved yet" if adapter is None else f"{adapter}: the adapter cannot be read"
+        if adapter is not None:
+            missing["adapter"] = missing["saved"]
+    environment = run_files.json_of(run.path / "environment.json")
+    refusals = [*subject.refusals, *_other_base(run, config)]
+    return replace(
+        subject,
+        name=run.path.name,
+        settings=replace(subject.settings, values={**subject.settings.values, **run_files.summary(run)}),
+        findings=subject.findings or run_files.findings(run),
+        refusals=refusals,
+        trace=run_files.trace_of(run),
+        saved=saved,
+        environment=environment,
+        missing=missing,
+    )
+
+
+def _other_base(run: RunDirectory, config: RunConfig) -> list[Signal]:
+    """What `solotune chat` would refuse: the base in its folder is not the one that was trained on."""
+    from solotune.fingerprint import base_fingerprint, check_base
+
+    recorded = run_files.json_of(run.path / FINGERPRINTS).get("base")
+    try:
+        if isinstance(recorded, dict) and set(recorded) >= {"config", "tensors", "content"}:
+            check_base(recorded, base_fingerprint(config), config.model_name_or_path)
+    except IntegrityError as error:
+        return of_refusal(error)
+    except SolotuneError:  # it is not here, which is said elsewhere
+        pass
+    return []
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with `~` written out."""
+    return Path(os.path.expanduser(path))

@@ -1,0 +1,181 @@
+"""Why a run is flat. The curve says that it is; why is asked of the probes, the cheapest and most decisive first.
+
+    1  are the labels, the rows and the tokenizer right?      F22 F12 F04 F38, and whatever else of S4
+    2  does the adapter get gradients?                        F58 F60 F57
+    3  did the rate ever come, and did it stay?               F65 F66
+    4  do steps arrive?                                       F54
+    5  would another rate learn?                              F64 F61 F67
+    6  would more adapters learn?                             F62 F56
+    7  is the step clipped or decayed away?                   F68 F69
+    8  is it flat, or is the noise larger than the slope?     noise: go on longer, or evaluate on more rows
+    9  nothing of these                                       the task's own floor: healthy
+
+The first question with an answer is the cause. All answers stand in the measurements, so that what was ruled out can be
+shown too, with the gain that the range test promises.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from solotune.diagnosis.evidence import Probed, Signal
+from solotune.diagnosis.subject import Settings, Subject, Trace
+
+LEAST_POINTS = 10  # logged losses, else no curve
+FLAT = 0.03  # of the level: what the second half of the run may still gain
+CLEAR = 2.0  # standard errors of the slope
+SPEAKS = 0.5  # weight from which a signal is an answer
+NO_RATE = 0.02  # of the peak: a rate that moves nothing
+LATE, EARLY = 0.5, 0.6  # of the run: a warm-up that ends later, a schedule that ended earlier
+ADAM_EPSILON = 1e-8
+DECAYED = 5.0  # sum of rate x weight_decay over a run, from which adapters are pulled back to zero
+
+QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("labels, rows and tokenizer", ("F22", "F23", "F21", "F18", "F29", "F12", "F04", "F38")),
+    ("gradients of the adapter", ("F58", "F60", "F57")),
+    ("the schedule of the rate", ("F65", "F66")),
+    ("steps that arrive", ("F54",)),
+    ("another rate", ("F64", "F67", "F61")),
+    ("more adapters", ("F62", "F56")),
+    ("clipping and decay", ("F68", "F69")),
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The second half of a loss curve."""
+
+    level: float  # mean of the last quarter
+    first: float  # mean of the first tenth
+    change: float  # over the second half, by its straight line; below 0 where it still falls
+    stderr: float  # of the change
+    from_step: int
+    to_step: int
+
+    @property
+    def is_flat(self) -> bool:
+        """It changes by little, and what it changes by is small or not to be told from noise."""
+        return -self.change < max(FLAT * self.level, 0.0) and self.change < CLEAR * self.stderr + FLAT * self.level
+
+    @property
+    def is_noisy(self) -> bool:
+        """A change that would be worth having could hide in the noise."""
+        return CLEAR * self.stderr > 2 * FLAT * max(self.level, 1e-9)
+
+
+def shape_of(trace: Trace | None) -> Shape | None:
+    """None where too little was logged."""
+    if trace is None:
+        return None
+    known = np.isfinite(trace.loss_S)
+    step, loss = np.asarray(trace.step_S, float)[known], np.asarray(trace.loss_S, float)[known]
+    if len(loss) < LEAST_POINTS:
+        return None
+    half = len(loss) // 2
+    x, y = step[half:], loss[half:]
+    centred = x - x.mean()
+    spread = float((centred**2).sum())
+    if spread == 0:
+        return None
+    slope = float((centred * y).sum() / spread)
+    residual = y - y.mean() - slope * centred
+    span = float(x[-1] - x[0])
+    stderr = math.sqrt(float((residual**2).sum()) / max(len(y) - 2, 1) / spread) * span
+    tenth, quarter = max(1, len(loss) // 10), max(1, len(loss) // 4)
+    return Shape(float(loss[-quarter:].mean()), float(loss[:tenth].mean()), slope * span, stderr, int(x[0]), int(x[-1]))
+
+
+def plateau(subject: Subject, found: Probed) -> list[Signal]:
+    """Adds the account to `found.measurements`; the curve's signal for the cause, if there is one."""
+    shape = shape_of(subject.trace)
+    if shape is None:
+        return []
+    account: dict[str, Any] = {**asdict(shape), "is_flat": shape.is_flat}
+    found.measurements["plateau"] = account
+    if not shape.is_flat:
+        return []
+    speaking = {**_of_probes(found), **_of_the_record(subject)}
+    account["answers"] = [_answer(question, codes, speaking) for question, codes in QUESTIONS]
+    cause = next((code for _, codes in QUESTIONS for code in codes if code in speaking), None)
+    account["cause"] = cause or ("noise" if shape.is_noisy else "floor")
+    where = f"the loss stays at {shape.level:.2f} from step {shape.from_step:,} to {shape.to_step:,} "
+    where += f"({shape.change:+.3f} ± {shape.stderr:.3f})"
+    if cause is None:
+        account["says"] = where + (
+            ": more of it, or more rows to evaluate on, would tell a slope from noise"
+            if shape.is_noisy
+            else ": nothing that was looked at would lower it; it may be what this task can reach"
+        )
+        return []
+    account["says"] = f"{where}: {speaking[cause].says}"
+    account["expected"] = speaking[cause].expect
+    said = [speaking[cause]] if speaking[cause] not in found.signals else []  # of the record, or too weak alone
+    return [*said, Signal(cause, "curve", where, 0.3, {"level": shape.level, "change": shape.change})]
+
+
+def _answer(question: str, codes: tuple[str, ...], speaking: dict[str, Signal]) -> dict[str, Any]:
+    found = [code for code in codes if code in speaking]
+    return {"question": question, "found": found, "says": speaking[found[0]].says if found else ""}
+
+
+def _of_probes(found: Probed) -> dict[str, Signal]:
+    """The strongest signal for each code."""
+    chosen: dict[str, Signal] = {}
+    for signal in sorted(found.signals, key=lambda s: s.weight):
+        if not signal.against and signal.weight >= SPEAKS and signal.kind != "curve":
+            chosen[signal.code] = signal
+    return chosen
+
+
+def _of_the_record(subject: Subject) -> dict[str, Signal]:
+    """What rates, norms and settings tell: F65, F66, F68, F69."""
+    assert subject.trace is not None
+    found = [*_schedule(subject.trace, subject.settings), *_clip(subject.trace, subject.settings)]
+    return {signal.code: signal for signal in found}
+
+
+def _schedule(trace: Trace, settings: Settings) -> list[Signal]:
+    rates, steps = np.asarray(trace.learning_rate_S, float), np.asarray(trace.step_S, float)
+    known = np.isfinite(rates)
+    if known.sum() < LEAST_POINTS or not rates[known].max():
+        return []
+    rates, steps = rates[known], steps[known]
+    asked, peak = settings.get("learning_rate") or rates.max(), rates.max()
+    total = max(float(trace.total_steps or 0), steps[-1])
+    found = []
+    first_peak = steps[int(np.argmax(rates >= 0.99 * peak))]
+    if first_peak > LATE * total and rates[-1] >= 0.9 * peak:
+        says = f"the rate is still rising at step {first_peak:.0f} of {total:.0f}, at {peak:.2g} of {float(asked):.2g}"
+        found.append(Signal("F65", "measured", says, 0.9, fix="warmup_ratio: 0.03", expect=""))
+    dead = np.flatnonzero(rates < NO_RATE * peak)
+    after = dead[steps[dead] > first_peak]
+    if len(after) and steps[after[0]] < EARLY * total and (rates[after[0] :] < NO_RATE * peak).all():
+        says = f"from step {steps[after[0]]:.0f} of {total:.0f} on the rate is below {NO_RATE:.0%} of its peak"
+        found.append(Signal("F66", "measured", says, 0.9))
+    return found
+
+
+def _clip(trace: Trace, settings: Settings) -> list[Signal]:
+    """Adam takes no notice of a constant factor, so a tight clip matters near its epsilon, or under SGD."""
+    found = []
+    clip = settings.get("max_grad_norm")
+    norms = np.asarray(trace.grad_norm_S, float)
+    norms = norms[np.isfinite(norms)]
+    if clip and len(norms):
+        is_sgd = "sgd" in str(settings.get("optim") or "").lower()
+        if float(clip) < 0.1 * float(np.median(norms)) and (is_sgd or float(clip) <= 100 * ADAM_EPSILON):
+            says = f"gradients of norm {np.median(norms):.2g} are clipped to {float(clip):.2g}"
+            found.append(Signal("F68", "measured", says, 0.8, fix="max_grad_norm: 1.0"))
+    decay = settings.get("weight_decay") or 0.0
+    rates = np.asarray(trace.learning_rate_S, float)
+    rates = rates[np.isfinite(rates)]
+    if decay and len(rates) and trace.step_S[-1]:
+        pulled = float(decay) * float(rates.mean()) * float(trace.step_S[-1])
+        if pulled > DECAYED:
+            says = f"rate times weight_decay sums to {pulled:.1f} over the run: what is learned is pulled back to zero"
+            found.append(Signal("F69", "measured", says, 0.8, fix="weight_decay: 0.0"))
+    return found

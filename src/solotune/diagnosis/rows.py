@@ -1,0 +1,118 @@
+"""The rows of a subject, asked for what data alone shows: the findings of `dataset.findings`, whoever made the rows.
+
+    findings_of(subject)     those that came with it, or else those of its own rows, asked once
+
+A foreign training brings rows as its collator made them, and settings of which most are unknown. What is unknown is set
+so that a rule which depends on it says nothing: without a known `max_length` no row counts as cut, and without a known
+mask every token may be learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from solotune.config import RunConfig
+from solotune.dataset import findings
+from solotune.dataset.example import Example, lengths_of
+from solotune.dataset.findings_facts import Facts, Finding
+from solotune.dataset.report import DataReport
+from solotune.diagnosis.subject import Subject
+
+_last: list[tuple[Subject, Sequence[Finding]]] = []  # of the subject that was asked about last
+
+
+class _ForeignFacts(Facts):
+    """Facts on rows whose model is described by the subject and need not lie on this machine."""
+
+    model_files: dict[str, dict[str, Any]]
+    own_template: None
+
+
+def findings_of(subject: Subject) -> Sequence[Finding]:
+    """What is wrong with the rows, tokenizer and template; none where there are no rows."""
+    if subject.findings:
+        return subject.findings
+    if not _last or _last[0][0] is not subject:
+        _last[:] = [(subject, _found(subject))]
+    return _last[0][1]
+
+
+def _found(subject: Subject) -> Sequence[Finding]:
+    train, validation = (_answered(rows) for rows in (examples_of(subject), subject.validation))
+    if subject.tokenizer is None or not train:
+        return ()
+    report = DataReport("messages" if train[0].messages else "text")
+    report.num_train, report.num_validation = len(train), len(validation)
+    report.labels.row_tokens.extend(lengths_of(train))
+    facts = _ForeignFacts(_config(subject, max(lengths_of(train))), subject.tokenizer, train, validation, report)
+    facts.model_files = {
+        "config.json": dict(subject.model_config),
+        "generation_config.json": dict(subject.generation_config),
+    }
+    facts.own_template = None
+    return findings.judge(facts)
+
+
+def _answered(rows: Sequence[Example]) -> list[Example]:
+    """Rows as the rules on data expect them: a chat has an answer. One whose roles have other names (F36) is a text."""
+    return [
+        row if any(m.get("role") == "assistant" for m in row.messages) else replace(row, messages=[]) for row in rows
+    ]
+
+
+def _config(subject: Subject, longest: int) -> RunConfig:
+    """What the rules ask of a config; see the module for what is unknown."""
+    get = subject.settings.get
+    limit, overflow = get("max_length"), get("overflow")
+    return RunConfig.model_validate(
+        {
+            "model_name_or_path": str(get("model_name_or_path") or "the base"),
+            "dataset": "the rows",
+            "max_length": limit if isinstance(limit, int) and limit >= 8 else max(longest + 1, 8),
+            "overflow": overflow if overflow in ("truncate", "drop", "split", "error") else "truncate",
+            "assistant_only_loss": get("assistant_only_loss") is True,
+            "chat_template_path": get("chat_template_path"),
+        }
+    )
+
+
+def examples_of(subject: Subject) -> list[Example]:
+    """The training rows, with their conversations where those are known; of batches, where there is nothing else."""
+    rows = list(subject.train) or [row for batch in subject.batches for row in rows_of(batch)]
+    chats = subject.conversations
+    if len(chats) == len(rows) and not any(row.messages for row in rows):
+        rows = [replace(row, messages=plain_messages(chat)) for row, chat in zip(rows, chats, strict=True)]
+    return rows
+
+
+def rows_of(batch: Mapping[str, Any]) -> list[Example]:
+    """The rows of a padded batch, without their padding; a label counts wherever it is not -100."""
+    ids_BT = np.asarray(batch["input_ids"].cpu(), np.int32)
+    labels = batch.get("labels")
+    learned_BT = np.asarray(labels.cpu()) != -100 if labels is not None else np.zeros(ids_BT.shape, bool)
+    mask = batch.get("attention_mask")
+    real_BT = np.asarray(mask.cpu()).astype(bool) if mask is not None and mask.dim() == 2 else np.ones_like(learned_BT)
+    return [
+        Example(ids[real], learned[real], f"row {number + 1} of a batch", [])
+        for number, (ids, learned, real) in enumerate(zip(ids_BT, learned_BT, real_BT, strict=True))
+        if real.any()
+    ]
+
+
+def plain_messages(chat: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as rules read them: a role and a text, whatever else is there."""
+    return [
+        {**message, "role": str(message.get("role", "")), "content": text_of(message.get("content"))}
+        for message in chat
+    ]
+
+
+def text_of(content: Any) -> str:
+    """The text of a content: a string, parts of which some are texts, or nothing."""
+    if isinstance(content, list):
+        return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
+    return content if isinstance(content, str) else ""

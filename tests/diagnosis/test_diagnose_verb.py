@@ -1,0 +1,173 @@
+"""`solotune diagnose` from its door to diagnosis.json: configs, runs in every state, and what is none of these."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import solotune
+from solotune import cli, door
+from solotune.config import load_config
+from solotune.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def libraries_stay_as_they_are(monkeypatch) -> None:
+    monkeypatch.setattr(door, "quieten", lambda: None)
+
+
+# --- what is none of these
+
+
+def test_a_folder_that_is_no_run_is_exit_2_and_says_what_would_do(tmp_path, capsys):
+    (tmp_path / "notes.txt").touch()
+    assert cli.main(["diagnose", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert "nothing here that can be diagnosed" in err and "notes.txt" in err and "adapter_config.json" in err
+
+
+def test_a_folder_of_runs_names_the_newest(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
+    with pytest.raises(InputError) as refused:
+        solotune.diagnose(tmp_path)
+    assert str(refused.value.change).startswith(f"solotune diagnose {tmp_path}")
+
+
+def test_a_name_that_is_nowhere_is_exit_2(capsys):
+    assert cli.main(["diagnose", "runs/nowhere", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["problem"] == "runs/nowhere: no such file or folder"
+
+
+@pytest.mark.parametrize("option", ["--config", "--dataset"])
+def test_options_of_foreign_folders_are_refused_for_ours(option, tmp_path, capsys):
+    path = tmp_path / "a.yaml"
+    path.write_text("model_name_or_path: m\ndataset: d\n")
+    assert cli.main(["diagnose", str(path), option, "x"]) == 2
+    assert f"{option} goes with a folder of another trainer" in capsys.readouterr().err
+
+
+# --- a run of ours
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One finished run, copied by each test that changes it."""
+    return tmp_path_factory.mktemp("trained") / "run"
+
+
+@pytest.fixture
+def run(trained, chat_config, tmp_path):
+    if not trained.exists():
+        solotune.train({**chat_config, "output_dir": str(trained)})
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_training_leaves_a_diagnosis_and_the_verb_replaces_it(run, capsys):
+    left = json.loads((run / "diagnosis.json").read_text())
+    assert left["verdict"] in ("healthy", "undecided", "fault") and left["skipped"]
+    code = cli.main(["diagnose", str(run), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert code == (3 if found["verdict"] == "fault" else 0)
+    assert json.loads((run / "diagnosis.json").read_text()) == found
+    assert {"verdict", "culprits", "ruled_out", "next_experiment", "skipped", "unasked", "cost"} <= set(found)
+    assert found["cost"]["rules"] < 10
+
+
+def events(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def write(run, events):
+    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def test_metrics_that_are_empty_torn_or_not_numbers_do_not_stop_it(run):
+    whole = events(run)
+    lines = "".join(json.dumps(event) + "\n" for event in whole)
+    nan = [{**event, "loss": float("nan")} if event["event"] == "step" else event for event in whole]
+    for text in ("", lines[: len(lines) // 2], "".join(json.dumps(event) + "\n" for event in nan), "not json\n[1]\n"):
+        (run / "metrics.jsonl").write_text(text)
+        found = solotune.diagnose(run, budget=0)
+        assert found.verdict in ("healthy", "undecided", "fault")
+    (run / "metrics.jsonl").unlink()
+    assert solotune.diagnose(run, budget=0).verdict != "healthy" or found.unasked
+
+
+def test_an_unfinished_run_is_diagnosed(run):
+    write(run, [event for event in events(run) if event["event"] != "end"][:4])
+    for name in ("adapter", "checkpoints"):
+        shutil.rmtree(run / name)
+    (run / "evaluation.json").unlink()
+    found = solotune.diagnose(run, budget=0)
+    assert found.skipped and found.verdict in ("healthy", "undecided", "fault")
+
+
+def test_a_base_that_is_gone_leaves_the_rules_answer_and_says_so(run):
+    text = (run / "config.yaml").read_text()
+    base = load_config(run / "config.yaml").model_name_or_path
+    (run / "config.yaml").write_text(text.replace(base, str(run / "gone")))
+    found = solotune.diagnose(run)
+    assert found.skipped and "gone" in next(iter(found.skipped.values()))
+    assert "loading" not in found.cost
+
+
+def test_a_run_of_a_newer_version_says_so(run):
+    with open(run / "config.yaml", "a") as file:
+        file.write("key_of_tomorrow: 1\n")
+    environment = json.loads((run / "environment.json").read_text())
+    environment["solotune"] = "99.0"
+    (run / "environment.json").write_text(json.dumps(environment))
+    with pytest.raises(InputError, match=r"99\.0"):
+        solotune.diagnose(run)
+
+
+# --- a config
+
+
+def test_a_config_is_diagnosed_before_it_runs(chat_config):
+    found = solotune.diagnose(chat_config, budget=0)
+    assert found.subject and found.skipped
+    probed = solotune.diagnose(chat_config, budget=5)
+    assert "loading" in probed.cost
+    bad = solotune.diagnose(chat_config, budget=0, overrides=["warmup_ratio=0.95"])
+    assert bad.verdict == "fault" and "F65" in [culprit.fault for culprit in bad.culprits]
+
+
+def test_a_config_whose_base_is_missing_is_answered_by_rules(chat_config, tmp_path):
+    found = solotune.diagnose({**chat_config, "model_name_or_path": str(tmp_path / "none")})
+    assert found.verdict == "undecided" and "none" in str(found.next_experiment) + str(found.skipped)
+
+
+def test_a_damaged_adapter_keeps_a_run_from_being_called_healthy(run):
+    file = run / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    for budget in (0, 5):
+        found = solotune.diagnose(run, budget=budget)
+        assert found.verdict == "undecided" and "cannot be read" in str(found.next_experiment)
+
+
+def test_another_base_in_the_runs_folder_is_named(run):
+    from safetensors.torch import load_file, save_file
+
+    file = Path(load_config(run / "config.yaml").model_name_or_path) / "model.safetensors"
+    original = file.read_bytes()
+    try:
+        save_file({name: tensor * 1.01 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+        found = solotune.diagnose(run, budget=0)
+    finally:
+        file.write_bytes(original)
+    assert found.verdict == "fault" and found.culprits[0].fault == "F78"
+
+
+def test_rows_that_a_door_refuses_are_named_by_their_fault(chat_config):
+    shared = {key: value for key, value in chat_config.items() if key != "validation_size"}
+    shared["eval_dataset"] = chat_config["dataset"]
+    assert [c.fault for c in solotune.diagnose(shared, budget=0).culprits][:1] == ["F43"]
+    cut = solotune.diagnose(chat_config, budget=0, overrides=["max_length=8"])
+    assert cut.culprits[0].fault == "F25"

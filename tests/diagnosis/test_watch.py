@@ -1,0 +1,129 @@
+"""The watch over a run of ours: silent over healthy ones, and one line for each thing that is wrong."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from tiny import random_rows
+
+from solotune import training
+from solotune.dataset.findings import Finding
+from solotune.diagnosis import own
+from solotune.diagnosis import watch as watching
+from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.subject import Settings, Subject
+from solotune.diagnosis.watch import Watch
+from solotune.model import load_model
+from solotune.record import RunDirectory
+from solotune.terminal import SilentDisplay
+
+CPU = torch.device("cpu")
+
+
+class Notes(SilentDisplay):
+    def __init__(self):
+        self.lines = []
+
+    def note(self, text):
+        self.lines.append(text)
+
+
+def watched(config, tmp_path, before=lambda model: None, findings=()):
+    """The lines that the watch wrote over a whole training, and the watch."""
+    run = RunDirectory.create(config.replaced("test", output_dir=str(tmp_path / "run")))
+    model = load_model(config, CPU, torch.float32)
+    before(model)
+    rows, notes = random_rows(12), Notes()
+    watch = Watch(model, Subject("test", own.settings_of(config), findings=findings), notes, run)
+    training.train(model, rows[:8], rows[8:], config, run, watch)
+    logged = [event["code"] for event in run.read_metrics() if event["event"] == "diagnosed"]
+    assert len(logged) == len(notes.lines)
+    return notes.lines, watch
+
+
+@pytest.mark.parametrize("keys", [{}, {"warmup_steps": 1}, {"optim": "adamw_8bit"}], ids=str)
+def test_a_healthy_run_is_left_alone(keys, tiny_config, tmp_path):
+    said, watch = watched(tiny_config(max_steps=4, learning_rate=1e-3, **keys), tmp_path)
+    assert said == []
+    assert watch._num_updates == 2  # so it did look
+
+
+def test_adapters_without_gradient_are_named_at_the_first_update(tiny_config, tmp_path):
+    def cut_off(model):
+        model.joined.data.zero_()  # A = B = 0: no gradient reaches either
+
+    said, _ = watched(tiny_config(max_steps=3, learning_rate=1e-3), tmp_path, cut_off)
+    assert len(said) == 1
+    assert said[0].startswith("F57 no-gradient: lora_B of 14 of 14 layers did not change in update 1")
+
+
+def test_one_layer_that_is_cut_off_is_named(tiny_config, tmp_path):
+    def cut_off(model):
+        layer = model.adapted["model.layers.0.self_attn.q_proj"]
+        layer.lora_A.register_hook(torch.zeros_like)
+        layer.lora_B.register_hook(torch.zeros_like)
+
+    said, _ = watched(tiny_config(max_steps=3, learning_rate=1e-3), tmp_path, cut_off)
+    assert "F57" in said[0] and "1 of 14 layers" in said[0] and "layers.0.self_attn.q_proj" in said[0]
+
+
+def test_updates_that_are_rounded_away_are_named(tiny_config, tmp_path, monkeypatch):
+    class Rounding(torch.optim.AdamW):
+        def step(self, closure=None):
+            super().step(closure)
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data.copy_(parameter.data.bfloat16())
+
+    def in_16_bits(model):
+        model.joined.data.copy_(model.joined.data.bfloat16())
+
+    monkeypatch.setattr(training, "make_optimizer", lambda config, ps: Rounding(ps, lr=config.learning_rate))
+    said, _ = watched(tiny_config(max_steps=3, learning_rate=1e-5), tmp_path, in_16_bits)
+    assert len(said) == 1 and said[0].startswith("F54 updates-lost")
+    said, _ = watched(tiny_config(max_steps=3, learning_rate=1e-2), tmp_path / "high", in_16_bits)
+    assert said == []
+
+
+def test_a_first_loss_above_guessing_is_a_doubt(tiny_config, tmp_path):
+    def confuse(model):
+        model.module.lm_head.weight.data.mul_(40)
+
+    said, _ = watched(tiny_config(max_steps=1), tmp_path, confuse)
+    assert said[0].startswith("perhaps F04 wrong-tokenizer") and "4.85" in said[0]
+
+
+def test_evaluations_ask_the_rules_on_the_curve_and_each_fault_is_told_once(tiny_config, tmp_path, monkeypatch):
+    asked = []
+
+    def ask_all(subject):
+        if subject.trace is None:  # before the run
+            return [], {}
+        asked.append(len(subject.trace.step_S))
+        assert subject.trace.eval_step_E[-1] == asked[-1] and np.isfinite(subject.trace.loss_S).all()
+        return [Signal("F65", "invariant", "the rate rises for 9 steps", 0.9, fix="warmup_ratio: 0.03")], {}
+
+    monkeypatch.setattr(watching, "ask_all", ask_all)
+    config = tiny_config(max_steps=4, eval_steps=2, learning_rate=1e-3)
+    said, _ = watched(config, tmp_path)
+    assert asked == [2, 4]
+    assert said == ["F65 warmup-too-long: the rate rises for 9 steps → warmup_ratio: 0.03 (solotune explain F65)"]
+    known = Finding("F65", "warmup-too-long", "S13", "warning", "", {}, "")
+    said, _ = watched(config, tmp_path / "again", findings=[known])
+    assert said == []
+
+
+def test_it_costs_less_than_a_hundredth_of_a_step(tiny_config, tmp_path):
+    config = tiny_config(max_steps=200)
+    model = load_model(config, CPU, torch.float32)
+    watch = Watch(model, Subject("test", Settings({})), Notes(), RunDirectory(tmp_path))
+    watch.begin(200)
+    figures = training.StepMetrics(1, 200, 0.1, 2.0, 0.1, 1e-3, 1.0, 99, 9, 9.0, 0.1, 990.0, 0)
+    model.joined.data.add_(1.0)
+    started = time.perf_counter()
+    for _ in range(200):
+        watch.step(figures)
+    assert (time.perf_counter() - started) / 200 < 0.01 * 0.1  # of steps of a tenth of a second
