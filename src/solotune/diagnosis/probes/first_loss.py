@@ -240,7 +240,7 @@ def _own_text_kept(live: Live, roles: Roles, first: Sequence[int]) -> float:
         ids_BT = torch.cat([ids_BT, drawn_B1], dim=1)
     kept = []
     for ids in ids_BT[:, 1:].tolist():
-        again = roles.encode(roles.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        again = roles.encode(str(roles.tokenizer.decode(ids, clean_up_tokenization_spaces=False)))
         kept.append(SequenceMatcher(None, ids, again, autojunk=False).ratio())
     return float(np.mean(kept))
 
