@@ -105,7 +105,7 @@ MUTANTS = [
     Mutant("YAML's aliases", "yaml_text.py",
            'if isinstance(event, AliasEvent) or getattr(event, "anchor", None):', "if False:",
            at("config", "test_configs_that_are_refused[66 alias]")),
-    Mutant("YAML's depth", "yaml_text.py", "elif depth > MAX_CONFIG_DEPTH:", "elif False:",
+    Mutant("YAML's depth", "yaml_text.py", "elif depth > max_depth:", "elif False:",
            at("config", "test_configs_that_are_refused[67 deep flow]")),
     Mutant("secrets in a config", "config.py", "    _refuse_secrets(values, sources)\n", "",
            at("config", "test_configs_that_are_refused[69 hub token]")),

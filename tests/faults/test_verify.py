@@ -45,7 +45,7 @@ def test_clean_copies_are_whole(finished, tmp_path):
 def test_a_whole_run(run):
     code, said = called(run)
     assert code == 0
-    assert said.startswith("whole: 28 files, ") and "2 checkpoints" in said
+    assert said.startswith("whole: 29 files, ") and "2 checkpoints" in said
 
 
 def test_damage_is_named_and_exit_5(run):

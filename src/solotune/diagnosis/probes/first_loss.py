@@ -136,7 +136,10 @@ def _texts(live: Live, subject: Subject, facts: LabelFacts, found: dict[str, Any
         found |= {"plain_text": float(np.mean(sums["plain"])), "ids_swapped": float(np.mean(sums["swapped"]))}
         found["log_v"] = math.log(len(swapped))
         if _is_no_text(found):
-            found["own_text_kept"] = _own_text_kept(live, roles, [document.ids[0] for document in chosen[:NUM_SAMPLES]])
+            written = _written(live, [document.ids[0] for document in chosen[:NUM_SAMPLES]])
+            found["own_text_kept"] = _kept(roles, written)
+            known = [[int(swapped[i]) for i in ids if i < len(swapped)] for ids in written]
+            found["any_text_kept"] = _kept(roles, known)
     if sums["own"]:
         found |= {"answers_as_trained": float(np.mean(sums["here"])), "answers_own_format": float(np.mean(sums["own"]))}
         if sums["markers"]:
@@ -228,21 +231,24 @@ def _is_no_text(found: dict[str, Any]) -> bool:
     return plain > NO_TEXT * swapped and plain > 1.05 * found["log_v"]
 
 
-def _own_text_kept(live: Live, roles: Roles, first: Sequence[int]) -> float:
-    """Share of the tokens that the base writes by itself, drawn at random, which decoding and encoding again brings
-    back: nearly all where the tokenizer is the model's, since it splits a text in one way."""
-    assert roles.tokenizer is not None
+def _written(live: Live, first: Sequence[int]) -> list[list[int]]:
+    """Tokens that the base writes by itself behind these, drawn at random."""
     ids_BT = torch.tensor([[int(i)] for i in first], device=device_of(live.model))
     generator = torch.Generator().manual_seed(0)
     for _ in range(NUM_DRAWN):
         chances_BV = logits_of(live.model, {"input_ids": ids_BT})[:, -1].float().softmax(-1).cpu()
         drawn_B1 = torch.multinomial(chances_BV, 1, generator=generator).to(ids_BT.device)
         ids_BT = torch.cat([ids_BT, drawn_B1], dim=1)
-    kept = []
-    for ids in ids_BT[:, 1:].tolist():
-        again = roles.encode(str(roles.tokenizer.decode(ids, clean_up_tokenization_spaces=False)))
-        kept.append(SequenceMatcher(None, ids, again, autojunk=False).ratio())
-    return float(np.mean(kept))
+    return ids_BT[:, 1:].tolist()
+
+
+def _kept(roles: Roles, texts: Sequence[list[int]]) -> float:
+    """Share of the tokens that decoding and encoding again brings back: nearly all where a model wrote them whose
+    tokenizer this is, since it splits a text in one way."""
+    assert roles.tokenizer is not None
+    texts_again = [roles.encode(str(roles.tokenizer.decode(ids, clean_up_tokenization_spaces=False))) for ids in texts]
+    pairs = zip(texts, texts_again, strict=True)
+    return float(np.mean([SequenceMatcher(None, ids, again, autojunk=False).ratio() for ids, again in pairs]))
 
 
 def _tokenizer(found: dict[str, Any]) -> Signal | None:
@@ -254,9 +260,12 @@ def _tokenizer(found: dict[str, Any]) -> Signal | None:
     if markers is not None and markers < EXPECTED:
         says = f"the model expects the markers of the tokenizer's own template: {markers:.2f} nats a token"
         return Signal("F04", "measured", says, 0.8, {**numbers, "own_markers": markers}, against=True)
-    kept = found.get("own_text_kept", 0.0)
-    if _is_no_text(found) and kept > KEPT:
-        says = f"what the model writes by itself is this tokenizer's: {kept:.0%} of it comes back from its text"
+    kept, by_chance = found.get("own_text_kept", 0.0), found.get("any_text_kept", 1.0)
+    if _is_no_text(found) and kept > KEPT > by_chance:
+        says = (
+            f"what the model writes by itself is this tokenizer's: {kept:.0%} of it comes back from its text, "
+        )
+        says += f"of random ones {by_chance:.0%}"
         return Signal("F04", "measured", says, 0.8, {**numbers, "own_text_kept": kept}, against=True)
     if _is_no_text(found):
         says = f"plain text costs {plain:.1f} nats a token, with its ids swapped at random {swapped:.1f}"
