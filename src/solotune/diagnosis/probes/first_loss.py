@@ -262,9 +262,7 @@ def _tokenizer(found: dict[str, Any]) -> Signal | None:
         return Signal("F04", "measured", says, 0.8, {**numbers, "own_markers": markers}, against=True)
     kept, by_chance = found.get("own_text_kept", 0.0), found.get("any_text_kept", 1.0)
     if _is_no_text(found) and kept > KEPT > by_chance:
-        says = (
-            f"what the model writes by itself is this tokenizer's: {kept:.0%} of it comes back from its text, "
-        )
+        says = f"what the model writes by itself is this tokenizer's: {kept:.0%} of it comes back from its text, "
         says += f"of random ones {by_chance:.0%}"
         return Signal("F04", "measured", says, 0.8, {**numbers, "own_text_kept": kept}, against=True)
     if _is_no_text(found):

@@ -62,16 +62,19 @@ USUAL_RATE = (5e-5, 5e-3)
 
 def range_test(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
     """P7."""
-    batch = next((sequences_of(b, 2) for b in live.batches if has_labels(sequences_of(b, 2))), None)
-    if batch is None:
-        raise Skipped("no batch has a label")
     rate, clip = learning_rate_of(subject), subject.settings.get("max_grad_norm")
-    begun = time.perf_counter()
-    first = _learn(live, subject, batch, rate, 1, clip)  # also wakes what is made at a first call
-    timed = time.perf_counter()
-    _learn(live, subject, batch, rate, 1, clip)
-    seconds = max(0.75 * (time.perf_counter() - timed), 1e-4)  # of a step and the loss behind it
-    steps = min(MOST_STEPS, int(budget / seconds / (len(FACTORS) + 1.3)))
+    begun, seconds, steps = time.perf_counter(), math.inf, 0
+    for rows in (2, 1):  # one, where two are too slow
+        batch = next((sequences_of(b, rows) for b in live.batches if has_labels(sequences_of(b, rows))), None)
+        if batch is None:
+            raise Skipped("no batch has a label")
+        first = _learn(live, subject, batch, rate, 1, clip)  # also wakes what is made at a first call
+        timed = time.perf_counter()
+        _learn(live, subject, batch, rate, 1, clip)
+        seconds = max(0.75 * (time.perf_counter() - timed), 1e-4)  # of a step and the loss behind it
+        steps = min(MOST_STEPS, int(budget / seconds / (len(FACTORS) + 1.3)))
+        if steps >= LEAST_STEPS or batch["input_ids"].shape[0] == 1:
+            break
     if steps < LEAST_STEPS or len(first) < 1:
         raise Skipped(f"a step takes {seconds:.1f} s: {steps} steps a rate fit, {LEAST_STEPS} are needed")
     deadline = begun + 1.5 * budget  # a widened range may take half as long again
