@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
-import math
 import os
 import sys
 import tempfile
@@ -30,7 +28,7 @@ import click
 from solotune import __version__, signals, watchdog
 from solotune.errors import EXIT_CODES, CheckError, SolotuneError, StorageError
 from solotune.secrets import without_secrets
-from solotune.storage import append_line
+from solotune.storage import append_line, json_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -192,20 +190,12 @@ def print_json(content: Any) -> None:
     """The one JSON object; NaN and infinities, which JSON lacks, become null."""
     stream = _json_stream or sys.stdout
     try:
-        stream.write(json.dumps(_finite(content), indent=2, ensure_ascii=False, default=str) + "\n")
+        stream.write(json_text(content, default=str))
         stream.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
         raise StorageError("stdout cannot be written", seen=error.strerror) from error
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_crash(error: Exception, arguments: Sequence[str]) -> Path:

@@ -158,7 +158,7 @@ class RunDirectory:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """`name` is a file name such as `evaluation.json`."""
-        storage.write_whole(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        storage.write_whole(self.path / name, storage.json_text(content))
 
     def log_metrics(self, event: str, **values: Any) -> None:
         """Appends one line to metrics.jsonl: {"event": ..., ...}."""

@@ -20,9 +20,12 @@ import contextlib
 import errno
 import fcntl
 import io
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from solotune import operations
 from solotune.errors import StorageError
@@ -43,6 +46,19 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 # --- whole files and folders
+
+
+def json_text(content: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """Indented JSON and a line break; NaN and infinities, which JSON lacks, are null."""
+    return json.dumps(_finite(content), indent=2, ensure_ascii=False, default=default) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_whole(path: Path, content: bytes | str | Iterator[str]) -> None:

@@ -22,6 +22,9 @@ from solotune.diagnosis.subject import Subject
 SCALE_FREE = ("adam", "lion", "lamb", "adafactor", "rmsprop", "adagrad", "sophia", "muon", "apollo", "galore")
 """Optimizers whose step does not change with the gradient's size, by a part of their name: clipping hardly matters."""
 
+BY_DESIGN = ("pissa", "olora", "loftq", "eva", "corda", "lora_ga", "orthogonal", "mica")
+"""Values of `init_lora_weights`, by their beginning."""
+
 
 def number(value: Any) -> float | None:
     """A value as a number, also where a YAML file has it as a text (`2e-4` is one there); None for anything else."""
@@ -37,6 +40,17 @@ def number(value: Any) -> float | None:
 def setting(subject: Subject, key: str) -> float | None:
     """A setting as a number."""
     return number(subject.settings.get(key))
+
+
+def initialisation(subject: Subject) -> Any:
+    """`init_lora_weights`, of the settings or else of the saved adapter; None where nobody says."""
+    found = subject.settings.get("init_lora_weights")
+    return subject.saved.adapter_config.get("init_lora_weights") if found is None and subject.saved else found
+
+
+def begins_by_design(subject: Subject) -> bool:
+    """The initialisation is one whose adapter is not zero, for which the base is changed to fit."""
+    return str(initialisation(subject)).lower().startswith(BY_DESIGN)
 
 
 def planned_steps(subject: Subject) -> int | None:

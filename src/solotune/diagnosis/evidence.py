@@ -11,7 +11,6 @@ A rule returns a `Signal` when it sees its fault. Signals differ in what they ar
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -104,13 +103,4 @@ class Diagnosis:
         return self.verdict == "fault"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; numbers that are not finite, which JSON lacks, are None."""
-        return _finite(asdict(self))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return asdict(self)

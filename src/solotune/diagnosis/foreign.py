@@ -23,7 +23,8 @@ import numpy as np
 
 from solotune.diagnosis import foreign_config, foreign_defaults, own, pickled, run_files, sft_rows
 from solotune.diagnosis.arithmetic import is_zero
-from solotune.diagnosis.foreign_rows import first_with, json_of, with_base_and_rows
+from solotune.diagnosis.foreign_rows import first_with, with_base_and_rows
+from solotune.diagnosis.run_files import json_of
 from solotune.diagnosis.subject import Saved, Settings, Subject, Trace
 from solotune.errors import InputError, SolotuneError
 

@@ -8,7 +8,6 @@ in no file: probes see the rows as solotune renders and masks them, which `missi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,26 +24,14 @@ from solotune.diagnosis import foreign_config, own, sft_rows
 from solotune.diagnosis.arithmetic import setting
 from solotune.diagnosis.evidence import of_refusal
 from solotune.diagnosis.raw_rows import raw_chats
+from solotune.diagnosis.run_files import json_of
 from solotune.diagnosis.subject import Live, Subject
 from solotune.errors import SolotuneError
-
-MAX_JSON_BYTES = 256 << 20
 
 
 def first_with(places: Sequence[Path], name: str) -> Path | None:
     """The first of these folders' files of this name."""
     return next((place / name for place in places if (place / name).is_file()), None)
-
-
-def json_of(path: Path | None) -> dict[str, Any]:
-    """A JSON object; empty where there is none that can be read."""
-    try:
-        if path is None or path.stat().st_size > MAX_JSON_BYTES:
-            return {}
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def with_base_and_rows(subject: Subject, places: list[Path], missing: dict[str, str]) -> Subject:

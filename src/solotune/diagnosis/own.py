@@ -174,15 +174,16 @@ def from_run(path: str | Path) -> Subject:
         missing["saved"] = "nothing was saved yet" if adapter is None else f"{adapter}: the adapter cannot be read"
         if adapter is not None:
             missing["adapter"] = missing["saved"]
+    events = run.read_metrics()
     environment = run_files.json_of(run.path / "environment.json")
     refusals = [*subject.refusals, *_other_base(run, config)]
     return replace(
         subject,
         name=run.path.name,
-        settings=replace(subject.settings, values={**subject.settings.values, **run_files.summary(run)}),
+        settings=replace(subject.settings, values={**subject.settings.values, **run_files.summary(events)}),
         findings=subject.findings or run_files.findings(run),
         refusals=refusals,
-        trace=run_files.trace_of(run),
+        trace=run_files.trace_of(events),
         saved=saved,
         environment=environment,
         missing=missing,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from solotune.diagnosis.subject import Saved, Trace
 from solotune.errors import InputError, SolotuneError
 from solotune.record import RunDirectory
 from solotune.resume import day_of
+
+MAX_JSON_BYTES = 256 << 20  # the state of a long training by Trainer has some megabytes
+Events = Sequence[Mapping[str, Any]]
 
 
 def recorded(run: RunDirectory) -> RunConfig:
@@ -44,9 +48,9 @@ def newest_adapter(run: RunDirectory) -> Path | None:
     return run.adapter if run.adapter.is_dir() else checkpoint.newest(run.checkpoints)
 
 
-def summary(run: RunDirectory) -> dict[str, Any]:
+def summary(events: Events) -> dict[str, Any]:
     """What the run counted when it began."""
-    start = [event for event in run.read_metrics() if isinstance(event, dict) and event.get("event") == "start"]
+    start = [event for event in events if event.get("event") == "start"]
     keys = ("train_rows", "validation_rows", "trainable_parameters")
     return {key: start[-1][key] for key in keys if start and isinstance(start[-1].get(key), int)}
 
@@ -58,10 +62,13 @@ def findings(run: RunDirectory) -> list[Finding]:
     return [Finding(**one) for one in found or () if isinstance(one, dict) and set(one) == names]
 
 
-def json_of(path: Path) -> dict[str, Any]:
+def json_of(path: Path | None) -> dict[str, Any]:
+    """A JSON object; empty where there is none that can be read."""
     try:
+        if path is None or path.stat().st_size > MAX_JSON_BYTES:
+            return {}
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -77,9 +84,8 @@ def saved_of(folder: Path) -> Saved | None:
     return Saved(tensors, json_of(folder / "adapter_config.json"), optimizer, optimizer)
 
 
-def trace_of(run: RunDirectory) -> Trace:
-    """metrics.jsonl as arrays; its log's errors, and the steps after which it was resumed."""
-    events = [event for event in run.read_metrics() if isinstance(event, dict)]
+def trace_of(events: Events) -> Trace:
+    """The events of metrics.jsonl as arrays; its log's errors, and the steps after which it was resumed."""
     steps = [event for event in events if event.get("event") == "step" and isinstance(event.get("step"), int)]
     evals = [event for event in events if event.get("event") == "eval" and isinstance(event.get("step"), int)]
     resumed = [event.get("step") for event in events if event.get("event") == "resume"]
@@ -99,7 +105,7 @@ def trace_of(run: RunDirectory) -> Trace:
     )
 
 
-def column(entries: list[dict[str, Any]], key: str) -> np.ndarray:
+def column(entries: Events, key: str) -> np.ndarray:
     """float64, NaN where an entry has no number under this key."""
     return np.array([_float(entry.get(key)) for entry in entries], float)
 
@@ -111,7 +117,7 @@ def _float(value: Any) -> float:
         return math.nan
 
 
-def _errors(events: list[dict[str, Any]]) -> tuple[str, ...]:
+def _errors(events: Events) -> tuple[str, ...]:
     """What ended the run, as it is recorded: a device that failed, a step that was not finite."""
     found = []
     for event in events:

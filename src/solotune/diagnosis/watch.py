@@ -58,13 +58,14 @@ class Watch(SilentDisplay):
         self._places: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # layer -> places of A and of B in `joined`
         self._before: torch.Tensor | None = None
         self._num_updates = 0
-        before = run_files.trace_of(run)  # of a resumed run: what was seen and told stays so
+        events = run.read_metrics()
+        before = run_files.trace_of(events)  # of a resumed run: what was seen and told stays so
         curves = (before.step_S, before.loss_S, before.learning_rate_S, before.grad_norm_S, before.epoch_S)
         self._steps: list[tuple[float, ...]] = list(zip(*(curve.tolist() for curve in curves), strict=True))
         self._evaluations: list[tuple[float, float]] = list(
             zip(before.eval_step_E.tolist(), before.eval_loss_E.tolist(), strict=True)
         )
-        self._told |= {event["code"] for event in run.read_metrics() if event.get("event") == "diagnosed"}
+        self._told |= {event["code"] for event in events if event.get("event") == "diagnosed"}
         self._signals: list[Signal] = []
         self._total_steps, self._is_new = 0, True
         self._ask_rules(subject)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from solotune.diagnosis.arithmetic import begins_by_design
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.probes.patient import (
     Adapter,
@@ -35,7 +36,6 @@ from solotune.diagnosis.subject import Live, Subject
 
 ARRIVES = 0.6  # of the elements: below it most of a step is lost to rounding
 NOT_THE_BASE = 1e-3  # largest difference of log-probabilities that an untouched adapter may make (rounding)
-SPECIAL_STARTS = ("pissa", "loftq", "olora", "eva", "corda", "lora_ga")  # differ from the base by design
 MOST = 0.9  # of the adapters
 
 
@@ -54,8 +54,7 @@ def on_and_off(live: Live, subject: Subject, budget: float) -> tuple[list[Signal
     untouched = is_untouched(live.model)
     found = {"largest_difference": difference, "divergence": divergence, "B_all_zero": untouched}
     steps = _steps_done(subject)
-    start = str(subject.settings.get("init_lora_weights", "")).lower()
-    if not untouched and steps == 0 and difference > NOT_THE_BASE and not start.startswith(SPECIAL_STARTS):
+    if not untouched and steps == 0 and difference > NOT_THE_BASE and not begins_by_design(subject):
         says = f"before the first step the adapter changes log-probabilities by up to {difference:.2g}; with B = 0 by 0"
         fix = "init_lora_weights: true"
         return [Signal("F59", "invariant", says, 0.9, found, fix=fix)], found

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from solotune.diagnosis.arithmetic import initialisation
 from solotune.diagnosis.subject import Live, Subject
 
 Batch = Mapping[str, Any]
@@ -121,7 +122,7 @@ def begun(live: Live, subject: Subject, seed: int = 0) -> Iterator[nn.Module]:
     Left as they are: other initialisations than the usual one, which may have moved a part of the base into them.
     """
     with restored(live, seed) as model:
-        if is_untouched(model) is False and subject.settings.get("init_lora_weights") in (None, True, "gaussian"):
+        if is_untouched(model) is False and initialisation(subject) in (None, True, "gaussian"):
             generator = torch.Generator().manual_seed(seed)
             with torch.no_grad():
                 for adapter in adapters_of(model):

@@ -10,6 +10,7 @@ import numpy as np
 from solotune.diagnosis.arithmetic import (
     adapted,
     has_error,
+    initialisation,
     is_ours,
     is_zero,
     linears,
@@ -24,8 +25,6 @@ from solotune.diagnosis.suspects import rule
 WEAK, STRONG = 0.25, 32.0
 """alpha / r beyond which nobody sets it on purpose; 2 to 4 are usual, and 32 still trained well at a fitting rate."""
 _HEADS = ("lm_head", "embed_out", "output", "output_layer")
-_BY_DESIGN = ("pissa", "olora", "loftq", "eva", "corda", "orthogonal", "mica", "gaussian")
-"""Initialisations in which the adapter is not zero, or not as usual, and the base is changed to fit."""
 
 
 @rule("F56", needs=("settings",))
@@ -163,21 +162,10 @@ def adapter_not_neutral(subject: Subject) -> Signal | None:
     Wrong when: the adapter continues an earlier training on the same base.
     Source: peft's option; on against off differed by 13 in the logits (measured).
     """
-    found = subject.settings.get("init_lora_weights")
-    if found is None and subject.saved is not None:
-        found = subject.saved.adapter_config.get("init_lora_weights")
-    if found is not False or is_ours(subject):
+    if initialisation(subject) is not False or is_ours(subject):
         return None
     says = "init_lora_weights is false, so both A and B begin at random"
     return Signal("F59", "invariant", says, 0.9, {}, fix="init_lora_weights: true")
-
-
-def begins_by_design(subject: Subject) -> bool:
-    """Whether the initialisation is one whose adapter is not zero on purpose, so that P4 says nothing."""
-    found = subject.settings.get("init_lora_weights")
-    if found is None and subject.saved is not None:
-        found = subject.saved.adapter_config.get("init_lora_weights")
-    return isinstance(found, str) and found.lower().startswith(_BY_DESIGN)
 
 
 def is_all_zero(subject: Subject) -> bool:
