@@ -43,6 +43,7 @@ class Commands:
     folder: Path
     keys: dict[str, Any] = field(default_factory=dict)
     look: Any = None
+    usual_seconds: float = 0.0  # of a run that nothing disturbs, on this machine with what else runs on it
 
     def prepare(self) -> None:
         """Makes model and data, and imports and warms what every child will use."""
@@ -87,8 +88,9 @@ class Commands:
         self.config.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in self.keys.items()))
         self._remember_shapes()
         beginning.get_ready(load_config(self.keys), False, SilentDisplay())  # so that no child imports anything
-        code = self.start(["train", str(self.config)]).wait().code
-        assert code == 0, "the run does not work undisturbed"
+        ended = self.start(["train", str(self.config)]).wait()
+        assert ended.code == 0, f"the run does not work undisturbed: {ended.code}\n{ended.err[-3000:]}"
+        self.usual_seconds = ended.seconds
 
     def _remember_shapes(self) -> None:
         """Has the model looked at once for all children but those that `stop_signals` stops: a second each."""
@@ -123,7 +125,7 @@ class Commands:
     def events(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
         path = self.run / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        return [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
 
     def checkpoint_problem(self) -> str | None:
         """What is wrong with the run's newest checkpoint, read as a resume reads it."""
@@ -140,13 +142,13 @@ class Commands:
     def metrics_problem(self) -> str | None:
         """What is wrong with metrics.jsonl: a line that does not parse, or a half one at its end."""
         path = self.run / "metrics.jsonl"
-        text = path.read_text() if path.is_file() else ""
-        if text and not text.endswith("\n"):
+        content = path.read_bytes() if path.is_file() else b""
+        if content and not content.endswith(b"\n"):
             return "half a line"
         try:
-            for line in text.splitlines():
+            for line in content.splitlines():
                 json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no JSON, or no UTF-8
             return str(error)
         return None
 
@@ -202,9 +204,13 @@ class Child:
             os.kill(self.pid, number)
 
     def await_stage(self, number: int) -> None:
-        """Waits until the stage of that number has begun; 0 is what is before the first."""
-        while number and not re.search(rf"^{STAGES[number - 1]}", self.out.read_text(), re.MULTILINE):
+        """Waits until the stage of that number has begun, or the child has ended; 0 is what is before the first."""
+        while number and STAGES[number - 1] not in stages_in(self.out.read_bytes()) and not self.has_ended():
             time.sleep(0.001)
+
+    def has_ended(self) -> bool:
+        """Whether there is nothing to wait for; its exit code is left for `wait`."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def wait(self, seconds: float = CHILD_SECONDS) -> Ended:
         end = time.monotonic() + seconds
@@ -222,18 +228,23 @@ class Child:
         return Ended(os.waitstatus_to_exitcode(status), now - self.started, late, *self._said())
 
     def _said(self) -> tuple[str, str, str]:
-        out, err = (path.read_text(errors="replace") if path.is_file() else "" for path in (self.out, self.err))
-        seen = [stage for stage in STAGES if re.search(rf"^{stage}", out, re.MULTILINE)]
-        return out, err, seen[-1] if seen else "starting"
+        out, err = (path.read_bytes() if path.is_file() else b"" for path in (self.out, self.err))
+        seen = stages_in(out)
+        return out.decode(errors="replace"), err.decode(errors="replace"), seen[-1] if seen else "starting"
+
+
+def stages_in(out: bytes) -> list[str]:
+    """The stages that a run's output says to have begun; bytes, since it may end within a character."""
+    return [stage for stage in STAGES if re.search(rf"^{stage}".encode(), out, re.MULTILINE)]
 
 
 def stage_times(work: Commands) -> list[float]:
     """Seconds from the start of an undisturbed run to where each of its stages begins, and to its end."""
-    child, begins = work.start(["train", str(work.config)], work.look_again), [0.0]
-    while not os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-        seen = sum(bool(re.search(rf"^{stage}", child.out.read_text(), re.MULTILINE)) for stage in STAGES)
-        if seen >= len(begins):
-            begins.append(time.monotonic() - child.started)
+    child, begins, is_over = work.start(["train", str(work.config)], work.look_again), [0.0], False
+    while not is_over:
+        is_over = child.has_ended()  # asked before its output is read, so that none of that is missed
+        seen, now = len(stages_in(child.out.read_bytes())), time.monotonic() - child.started
+        begins += [now] * (1 + seen - len(begins))
         time.sleep(0.001)
     return [*begins, child.wait().seconds]
 

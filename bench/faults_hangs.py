@@ -14,20 +14,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.faults_command import Commands, stage_times
+from bench.faults_command import CHILD_SECONDS, Commands, stage_times
 from bench.faults_run import Result
 
 
 def hangs(work: Commands, count: int, seed: int) -> Result:
     """Calls that never come back, in several phases: exit 9 within the limit and 5 s, the stacks written down."""
-    bad, delays = [], []
+    bad, delays, limit, mark = [], [], _limit(work), work.folder / "hung_at"
     for case in _some(HANGS, count):
-        child = work.start(["train", str(work.config)], lambda case=case: _hang(work, case))
-        ended = child.wait(HANG_SECONDS + 30)
+        mark.unlink(missing_ok=True)
+        child = work.start(["train", str(work.config)], lambda case=case: _hang(work, case, limit))
+        ended = child.wait(limit + CHILD_SECONDS)
         stacks = work.run / "stacks.txt"
-        where = ended.err + (stacks.read_text() if stacks.is_file() else "")
-        hung_at = float((work.folder / "hung_at").read_text())
-        late = child.started + ended.seconds - hung_at - HANG_SECONDS
+        where = ended.err + (stacks.read_text(errors="replace") if stacks.is_file() else "")
+        hung_at = float(mark.read_text()) if mark.is_file() else child.started
+        late = child.started + ended.seconds - hung_at - limit
         delays.append(late)
         if ended.code != 9 or not late < 5 or "_hang_now" not in where or "no sign of life for" not in ended.err:
             bad.append(f"hang, {case}: {ended.code} after {late:.1f} s\n{where[-1500:]}")
@@ -36,16 +37,21 @@ def hangs(work: Commands, count: int, seed: int) -> Result:
     return Result("hangs", len(delays), bad, note=f"ended {max(delays):.1f} s after the limit at most")
 
 
-HANG_SECONDS = 3.0  # the limit in these runs
+HANG_SECONDS = 3.0  # the limit in these runs, at least
 HANGS = ("step holds Python's lock", "step reads from a FIFO", "tokenizer sleeps", "generation sleeps")
 
 
-def _hang(work: Commands, case: str) -> None:
+def _limit(work: Commands) -> float:
+    """Seconds of silence that are a hang; a slow machine is none, so no less than all of a run takes there."""
+    return max(HANG_SECONDS, work.usual_seconds)
+
+
+def _hang(work: Commands, case: str, limit: float) -> None:
     """In the child: sets the limit, and has one function hang."""
     from solotune import evaluation, training, watchdog
     from solotune.dataset.encode import Encoder
 
-    _short_limit(watchdog)
+    _short_limit(watchdog, limit)
 
     def _hang_now(*_: Any, **__: Any) -> Any:
         (work.folder / "hung_at").write_text(str(time.monotonic()))
@@ -77,8 +83,8 @@ def _hang(work: Commands, case: str) -> None:
         training.train_step = step
 
 
-def _short_limit(watchdog: Any) -> None:
-    watchdog.LIMIT_SECONDS = HANG_SECONDS
+def _short_limit(watchdog: Any, seconds: float) -> None:
+    watchdog.LIMIT_SECONDS = seconds
     watchdog.TIMES_LONGEST = watchdog.TIMES_EXPECTED = 0
 
 
@@ -86,14 +92,14 @@ def stopped_processes(work: Commands, count: int, seed: int) -> Result:
     """SIGSTOP for longer than the limit, then SIGCONT: no alarm, and the run ends well."""
     rng = random.Random(seed)
     begins = stage_times(work)
-    bad = []
+    bad, limit = [], _limit(work)
     for _ in range(count):
         from solotune import watchdog
 
-        child = work.start(["train", str(work.config)], lambda: _short_limit(watchdog))
+        child = work.start(["train", str(work.config)], lambda: _short_limit(watchdog, limit))
         time.sleep(rng.uniform(0.3, 0.9) * begins[-1])
         os.kill(child.pid, signal.SIGSTOP)
-        time.sleep(2 * HANG_SECONDS)
+        time.sleep(2 * limit)
         os.kill(child.pid, signal.SIGCONT)
         ended = child.wait()
         if ended.code != 0:

@@ -30,20 +30,22 @@ def contend(work: Workload, at_once: int) -> str | None:
     children = [work.child(start) for _ in range(at_once)]
     for pipe in (gate_read, gate_write, won_write):
         os.close(pipe)
-    winner = int(os.read(won_read, 64).split()[0])
-    waiting, losers, second = set(children) - {winner}, [], b""
-    while waiting and not second:
+    winner, *second = map(int, os.read(won_read, 4096).split() or [0])  # two may have written before the first read
+    waiting, losers = set(children) - {winner}, []
+    while waiting and not second and winner:
         if select.select([won_read], [], [], 0.005)[0]:
-            second = os.read(won_read, 64)
+            second = [*map(int, os.read(won_read, 4096).split())]
         ended = {pid: outcome for pid in waiting if (outcome := work.ended(pid))}
         losers += ended.values()
         waiting -= set(ended)
+    os.close(won_read)
+    if not winner:
+        return f"nobody got it: {[work.wait(pid) for pid in children]}"
     for pid in (winner, *waiting):
         os.kill(pid, signal.SIGKILL)
         killed = work.wait(pid)
-    os.close(won_read)
     if second:
-        return f"{second.decode().strip()} got it as well as {winner}"
+        return f"{second[0]} got it as well as {winner}"
     if killed.code != KILLED:
         return f"the winner ended with {killed.code}: {killed.said}"
     for loser in losers:

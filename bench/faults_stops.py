@@ -111,7 +111,10 @@ def _usual_times(work: Commands) -> tuple[float, float]:
 
 
 def second_signals(work: Commands, count: int, seed: int) -> Result:
-    """A second signal soon after the first: the process is gone at once, and the newest checkpoint is whole."""
+    """A second signal soon after the first: the process is gone at once, and the newest checkpoint is whole.
+
+    At once is 2 s, or half of what a whole run takes where this machine has so much else to do that that is more.
+    """
     rng = random.Random(seed)
     whole = work.start(["train", str(work.config)]).wait()
     bad = []
@@ -125,7 +128,7 @@ def second_signals(work: Commands, count: int, seed: int) -> Result:
         ended = child.wait()
         is_ended = ended.code in (0, -first, -second, SIGNALS[first], SIGNALS[second])
         problem = work.checkpoint_problem() or ("a traceback" if "Traceback" in ended.err else None)
-        if not is_ended or problem or ended.late > 2:
+        if not is_ended or problem or ended.late > max(2.0, whole.seconds / 2):
             bad.append(f"second signal: {ended.code} {problem} {ended.late:.2f} s\n{ended.err[-600:]}")
     return Result("second signals", count, bad)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import tempfile
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+CACHE = tempfile.mkdtemp(prefix="solotune-test-cache-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("XDG_CACHE_HOME", tempfile.mkdtemp(prefix="solotune-test-cache-"))
+os.environ["XDG_CACHE_HOME"] = CACHE  # this process's own: not the user's, nor that of the worker beside it
 
 from collections.abc import Callable
 from pathlib import Path

@@ -71,7 +71,7 @@ Exit codes:
 def run(*arguments: str, code: str = "", **options) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code] if code else [sys.executable, "-m", "solotune"]
     return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False, **options
+        [*command, *arguments], capture_output=True, text=True, env=ENVIRONMENT, check=False, **options
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -233,9 +234,11 @@ def test_live_line_fits_the_terminal_and_goes_away(columns, monkeypatch):
     assert "step  1,204/12,000  loss 2.0000  lr 2.0e-04" in stream.getvalue()
 
 
-def test_live_display_leaves_a_line_with_its_seconds_for_each_phase():
+def test_live_display_leaves_a_line_with_its_seconds_for_each_phase(monkeypatch):
+    ticks = itertools.count(step=1.5)
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     text = "\n".join(shown_on(80, lambda console: a_run(LiveDisplay(2, console))))
-    assert "loading model  0.0 s" in text
+    assert "loading model  1.5 s" in text
     assert "3/9 tensors" in text
 
 

@@ -158,8 +158,16 @@ def test_resume_needs_no_hands_and_ends_bit_equal(config, tmp_path, killed_at):
     assert losses[0] == losses[1]
 
 
+class Then(date):
+    """The day of a run."""
+
+    @classmethod
+    def today(cls):
+        return cls(2026, 2, 3)
+
+
 class Later(date):
-    """A day long after the test."""
+    """A day long after it."""
 
     @classmethod
     def today(cls):
@@ -171,11 +179,12 @@ def test_a_run_keeps_its_date(config, chat_model, tmp_path, monkeypatch):
     written = CHATML.replace("{% for", "<|im_start|>system\n{{ strftime_now('%d %b %Y') }}<|im_end|>\n{% for", 1)
     (tmp_path / "dated.jinja").write_text(written)
     config["chat_template_path"] = "dated.jinja"
+    monkeypatch.setattr(sys.modules["solotune.dataset.prepare"], "date", Then)
     solotune.train({**config, "output_dir": "whole"})
     with pytest.raises(RuntimeError, match="killed"):
         solotune.train(config, display=KilledAt(5))
     recorded = json.loads((tmp_path / "run" / "data.json").read_text())["rendered_on"]
-    assert recorded == date.today().isoformat()
+    assert recorded == "2026-02-03"
     monkeypatch.setattr(sys.modules["solotune.dataset.prepare"], "date", Later)
     solotune.train(config, resume=True)
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
@@ -284,7 +293,6 @@ def command(*arguments):
         [sys.executable, "-m", "solotune", *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
         stdin=subprocess.DEVNULL,
     )
 

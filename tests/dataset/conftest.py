@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import time
+import os
 from collections.abc import Callable, Iterator
 from functools import cache as cached
 from pathlib import Path
@@ -243,9 +243,9 @@ class Door:
         if "eval_dataset" in keys:
             del config["validation_size"]
         Path("config.yaml").write_text(json.dumps(config))
-        before, started, peak = sorted(Path().rglob("*")), time.monotonic(), peak_kib(reset=True)
+        before, started, peak = sorted(Path().rglob("*")), processor_seconds(), peak_kib(reset=True)
         code = cli.main(["data", "config.yaml", "--json"])
-        taken, grown = time.monotonic() - started, peak_kib() - peak
+        taken, grown = processor_seconds() - started, peak_kib() - peak
         out, shown = self._capsys.readouterr()
         assert code != 1, shown
         assert "Traceback" not in shown
@@ -264,6 +264,11 @@ class Door:
         assert (found.code, found.content["error"]["problem"]) == (code, problem)
         for text in also:
             assert text in found.shown
+
+
+def processor_seconds() -> float:
+    """Of this process and of children that have ended: what else runs on the machine does not count."""
+    return sum(os.times()[:4])
 
 
 def peak_kib(*, reset: bool = False) -> int:

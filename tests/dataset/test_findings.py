@@ -840,9 +840,9 @@ def test_five_thousand_rows_in_seconds(bench: Bench) -> None:
     rows = talk(50, turns=4)
     config, result = bench.prepared(rows, tiny_tokenizer("chatml"))
     many = [replace(row, where=f"a.jsonl:{n}") for n, row in enumerate([*result.train] * 135)]
-    started = time.monotonic()
+    started = time.process_time()
     find(config, tiny_tokenizer("chatml"), many[:5000], result.validation, result.report)
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
 
 
 # --- large data: a sample

@@ -59,8 +59,10 @@ def test_report(write: Writer) -> None:
         {"messages": chat(long, "the answer is beyond")},
         {"messages": chat("cut", long)},
     )
+    days = {date.today().isoformat()}
     result = prepared(path, max_length=100, validation_size=0.2, seed=1)
     report = result.report.to_json()
+    assert report.pop("rendered_on") in days | {date.today().isoformat()}  # midnight may come in between
     everything = [*result.train, *result.validation]
     total, supervised = (
         sum(int(v) for v in values)
@@ -103,7 +105,6 @@ def test_report(write: Writer) -> None:
             "near_duplicates": 0,
             "leaks": 0,
         },
-        "rendered_on": date.today().isoformat(),
         "sha256": {"train": result.report.train_sha256, "validation": result.report.validation_sha256},
         "findings": [],
     }

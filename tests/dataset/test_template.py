@@ -91,7 +91,9 @@ def test_the_date_is_the_runs() -> None:
 def test_without_a_date_it_is_todays_and_the_text_is_that_of_transformers() -> None:
     tokenizer = with_template(DATED.replace(", %H:%M", ""))
     for rows in (chat("Hi", "a"), chat("Hi", "a\n\n", system="  x")):
-        assert Template(tokenizer).render("row", rows) == tokenizer.apply_chat_template(rows, tokenize=False)
+        found = [(Template(tokenizer).render("row", rows), tokenizer.apply_chat_template(rows, tokenize=False))
+                 for _ in range(2)]  # fmt: skip
+        assert any(ours == theirs for ours, theirs in found)  # midnight comes within one pair at most
 
 
 def test_named_templates_are_found_by_transformers_rule() -> None:

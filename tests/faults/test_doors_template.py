@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,16 @@ import pytest
 
 from solotune.dataset import sandbox as sandbox_module
 from solotune.dataset.sandbox import Sandbox, TemplateLimitError, TemplateRefusal, TemplateSyntax, sandbox
-from tests.dataset.conftest import CHATML, FAMILIES, Door, chat, door, model_folders, peak_kib  # noqa: F401
+from tests.dataset.conftest import (  # noqa: F401
+    CHATML,
+    FAMILIES,
+    Door,
+    chat,
+    door,
+    model_folders,
+    peak_kib,
+    processor_seconds,
+)
 
 LOOP = "{% for a in range(9999) %}{% for b in range(9999) %}{{ range(9999) | sum }}{% endfor %}{% endfor %}"
 SET, TIMES = "{% set ns = namespace(a=10, b='x') %}", "{% for i in range(99) %}"
@@ -84,12 +92,12 @@ def seen(messages: list[dict[str, Any]]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_what_takes_too_much_is_ended_and_the_next_works(name: str, own: Sandbox) -> None:
     peak_kib(reset=True)
-    before, started = peak_kib(), time.monotonic()
+    before, started = peak_kib(), processor_seconds()
     with pytest.raises(TemplateLimitError) as caught:
         own.render(HOSTILE[name], seen(chat("trigger", "b")))
     assert any(limit in str(caught.value) for limit in LIMITS)
     assert "chat_template_path" in str(caught.value)
-    assert time.monotonic() - started < 10 and peak_kib() - before < 100 << 10
+    assert processor_seconds() - started < 10 and peak_kib() - before < 100 << 10
     assert own.render("{{ messages[0].content }}", seen(chat("a", "b"))) == "a"
 
 
@@ -185,4 +193,4 @@ def test_the_process_has_nothing_and_ends_with_its_parent(own: Sandbox, monkeypa
     assert own.render("a", {}) == "a"
     assert child.stdin is not None
     child.stdin.close()  # as the end of the parent does
-    assert child.wait(5) == 0
+    assert child.wait() == 0

@@ -107,16 +107,17 @@ def test_modes_follow_the_umask(work, mask, file, folder):
         assert not path.is_symlink()
 
 
-def test_what_people_pass_on_names_neither_machine_nor_user(work):
-    import getpass
+def test_what_people_pass_on_names_neither_machine_nor_user(work, monkeypatch):
     import platform
 
+    for name in ("LOGNAME", "USER"):  # which a container may not have
+        monkeypatch.setenv(name, "user-of-this-test")
     assert work.once(False).code == 0
     for path in (work.run / "adapter").rglob("*"):
         content = path.read_bytes()
         for word in (str(work.folder), str(work.folder.parent), os.path.expanduser("~"), platform.node()):
-            assert word.encode() not in content, (path.name, word)
-        assert f"/{getpass.getuser()}/".encode() not in content
+            assert len(word) < 5 or word.encode() not in content, (path.name, word)  # `/`, `gpu` are in any file
+        assert b"user-of-this-test" not in content
     assert (work.run / ".lock").read_bytes() == b""  # which names host and process while they hold it
 
 
