@@ -34,8 +34,9 @@ from bench.faults_starts import contend
 from bench.faults_stops import other_verbs, second_signals, stop_signals, stopped_and_resumed
 from bench.faults_verify import clean_copies, delete, flip, mutations, truncate, zero
 from bench.machine import machine, table
+from solotune.events import ResumeEvent
 from solotune.operations import Hook
-from solotune.record import RunDirectory
+from solotune.run_record import RunRecord
 
 ERRNOS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -93,7 +94,7 @@ def rot(work: Workload, seed: int = SEED) -> Result:
             put_back()
             kind(rng, file)
             problem = work.what_is_wrong(claimed=2)
-            passed = [e for e in RunDirectory(work.run).read_metrics() if e["event"] == "resume" and e["passed_over"]]
+            passed = [e for e in RunRecord.read(work.run).of(ResumeEvent) if e.passed_over]
             if problem is None and not passed:
                 problem = "the damaged checkpoint was continued, or nothing was said of it"
             result.take(f"{kind.__name__} {file.name}", problem)

@@ -31,15 +31,16 @@ import torch
 from solotune import beginning, checkpoint, operations, training, verbs
 from solotune.config import load_config
 from solotune.errors import SolotuneError
+from solotune.events import ResumeEvent, SaveEvent, from_line, to_line
 from solotune.manifest import check_folder
 from solotune.record import LOCK, LOG, RunDirectory
 from solotune.resume import recorded_day
+from solotune.run_record import RunRecord
 from solotune.terminal import Display, SilentDisplay
 from solotune.verification import verify
 
 KILLED, HUNG = -signal.SIGKILL, 9
 TIMES = ("step_seconds", "tokens_per_second", "peak_bytes")
-NOT_COMPARED = ("resume",)  # lines of metrics.jsonl that only a resumed run has
 CHILD_SECONDS = 120.0
 
 
@@ -240,7 +241,7 @@ class Workload:
     def state(self) -> str:
         """What a finished run has come to, without times, as text; and that nothing is wrong with it."""
         found = verify(self.run)
-        events = [event for event in RunDirectory(self.run).read_metrics() if event["event"] not in NOT_COMPARED]
+        events = [json.loads(to_line(e)) for e in RunRecord.read(self.run).events if not isinstance(e, ResumeEvent)]
         lines = [{key: value for key, value in event.items() if key not in TIMES} for event in events]
         last = checkpoint.newest(RunDirectory(self.run).checkpoints)
         files = [self.run / "evaluation.json", self.run / "adapter" / "adapter_model.safetensors"]
@@ -263,7 +264,7 @@ class Workload:
         if key not in self._results:
             outcome = self.once(resume=True)
             state = self.state() if outcome.code == 0 else ""
-            resumed = [e["step"] for e in RunDirectory(self.run).read_metrics() if e["event"] == "resume"]
+            resumed = RunRecord.read(self.run).resumed_steps
             self._results[key] = (state, outcome, resumed[-1] if resumed else 0)
         return self._results[key]
 
@@ -300,15 +301,14 @@ class Workload:
         steps = [0]
         for operation in operations:
             if operation.kind == "write" and operation.path.endswith("metrics.jsonl"):
-                event = json.loads(operation.content)
-                if event["event"] == "save":
-                    steps.append(event["step"])
+                event = from_line(operation.content)
+                if isinstance(event, SaveEvent):
+                    steps.append(event.step)
         return max(steps)
 
     def claimed_on_disk(self) -> int:
         """The same of what lies there."""
-        events = RunDirectory(self.run).read_metrics()
-        return max((event["step"] for event in events if event["event"] == "save"), default=0)
+        return max((event.step for event in RunRecord.read(self.run).of(SaveEvent)), default=0)
 
 
 def first_difference(one: str, other: str) -> str:

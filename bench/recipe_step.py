@@ -103,7 +103,7 @@ def main() -> None:
         torch.cuda.synchronize()
         started = time.perf_counter()
         batches = batches_of(step)
-        loss, _, _ = training.train_step(model, batches, optimizer, config.max_grad_norm, passes=passes)
+        loss = training.train_step(model, batches, optimizer, config.max_grad_norm, passes=passes).loss
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
         speeds.append(sum(batch.num_tokens for batch in batches) / seconds[-1])

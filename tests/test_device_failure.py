@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from tiny import metrics_of
 
 import solotune
 from solotune import checkpoint, cli, device_failure, evaluation, tuned
@@ -120,7 +121,7 @@ def test_nothing_is_half_written_and_the_run_resumes_to_the_same_end(keys, fail_
     assert {path.name for path in run.checkpoints.iterdir()} == {"step-000002", "step-000004"}
     assert checkpoint.load(run.checkpoints / "step-000004").step == 4
     assert not run.adapter.exists() and not (run.path / "evaluation.json").exists()
-    assert [e["event"] for e in run.read_metrics()][-1] == "device_failed"
+    assert [e["event"] for e in metrics_of(run)][-1] == "device_failed"
     fail_at(NEVER, error)
     assert cli.main(RESUME.split()[1:]) == 0
     whole, resumed = (checkpoint.read_adapter(RunDirectory.open(name).adapter) for name in ("whole", "run"))

@@ -67,8 +67,8 @@ def run_ours(config, rows):
         order.append([i for chosen in micro_batches for i in chosen])
         history.append([])
         optimizer.param_groups[0]["lr"] = training.learning_rate_at(config, step, schedule.total_steps)
-        loss, _, norm = training.train_step(model, batches, optimizer, config.max_grad_norm)
-        history[-1][:0] = [loss, norm]
+        result = training.train_step(model, batches, optimizer, config.max_grad_norm)
+        history[-1][:0] = [result.loss, result.grad_norm]
     return model, history, order
 
 

@@ -11,7 +11,7 @@ from tiny import random_rows
 
 from solotune.batch import collate_packs
 from solotune.model import load_model
-from solotune.passes import Passes
+from solotune.passes import Passes, accumulate
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,7 @@ def test_labels_added_to_reach_a_number_change_nothing(weight, tiny_config):
     for given in (batch, batch.padded(len(batch.label_places_N) + 7)):
         model.zero_gradients()
         passes.sums_2.zero_()
-        passes.run(given, batch.total_weight)
+        passes.run(accumulate, given, batch.total_weight)
         results.append((passes.sums_2.clone(), model.joined.grad.clone()))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
     assert results[0][1].norm() > 0.01
@@ -42,12 +42,12 @@ def test_gradients_and_sums_add_up_over_micro_batches(tiny_config):
     for batch in (one, other):
         model.zero_gradients()
         passes.sums_2.zero_()
-        passes.run(batch, 10.0)
+        passes.run(accumulate, batch, 10.0)
         alone.append((passes.sums_2.clone(), model.joined.grad.clone()))
     model.zero_gradients()
     passes.sums_2.zero_()
     for batch in (one, other):
-        passes.run(batch, 10.0)
+        passes.run(accumulate, batch, 10.0)
     together = (passes.sums_2, model.joined.grad)
     for whole, first, second in zip(together, *alone, strict=True):
         torch.testing.assert_close(whole, first + second, rtol=1e-5, atol=1e-7)

@@ -10,7 +10,9 @@ import pytest
 
 from solotune.config import load_config
 from solotune.errors import DirectoryInUseError, InputError, StorageError
+from solotune.events import NonFiniteEvent, SaveEvent
 from solotune.record import RunDirectory, latest_run_of, list_runs, read_json
+from solotune.run_record import RunRecord
 from solotune.storage import whole_folder, write_whole
 
 KEYS = {"model_name_or_path": "m", "dataset": "d.jsonl"}
@@ -98,36 +100,37 @@ def test_two_processes_cannot_hold_one_directory_and_a_dead_owner_does_not_block
 
 def test_a_torn_last_line_is_passed_over(tmp_path):
     run = RunDirectory.create(config_in(tmp_path / "r"))
-    run.log_metrics("step", step=1, loss=2.0)
+    run.log(SaveEvent(1, "step-000001"))
     with open(run.path / "metrics.jsonl", "a") as file:
-        file.write('{"event": "step", "st')
-    assert run.read_metrics() == [{"event": "step", "step": 1, "loss": 2.0}]
+        file.write('{"event": "save", "st')
+    assert RunRecord.read(run.path).events == (SaveEvent(1, "step-000001"),)
 
 
 def test_a_line_may_hold_any_character_and_be_torn_within_one(tmp_path):
     run = RunDirectory.create(config_in(tmp_path / "r"))
-    run.log_metrics("non_finite", rows=["a\u2028b é"])
+    event = NonFiniteEvent(1, rows=["a\u2028b é"])
+    run.log(event)
     with open(run.path / "metrics.jsonl", "ab") as file:
         file.write(b'7\n{"event": "\xc3')
-    assert run.read_metrics() == [{"event": "non_finite", "rows": ["a\u2028b é"]}]
+    assert RunRecord.read(run.path).events == (event,)
 
 
 def test_metrics_are_cut_back_to_a_mark_and_another_file_is_not(tmp_path):
     run = RunDirectory.create(config_in(tmp_path / "r"))
     for step in range(1, 6):
-        run.log_metrics("step", step=step)
+        run.log(SaveEvent(step, "x"))
         if step == 3:
             mark = run.mark()
     assert run.why_not_after(mark) is None
     run.go_back(mark)
-    assert [event["step"] for event in run.read_metrics()] == [1, 2, 3]
+    assert RunRecord.read(run.path).events == tuple(SaveEvent(step, "x") for step in (1, 2, 3))
     lines = (run.path / "metrics.jsonl").read_text()
     (run.path / "metrics.jsonl").write_text(lines.replace("2", "7"))
     assert "is not the one that the checkpoint was saved beside" in run.why_not_after(mark)
     (run.path / "metrics.jsonl").write_text(lines[:-1])
     assert "bytes" in run.why_not_after(mark)
     run.go_back(None)
-    assert run.read_metrics() == []
+    assert RunRecord.read(run.path).events == ()
 
 
 def test_opening_what_is_no_run(tmp_path):

@@ -16,15 +16,15 @@ from solotune import printing, terminal
 from solotune.config import Choice
 from solotune.dataset.pack import account
 from solotune.evaluation import Evaluation, Sample, Score
+from solotune.events import DiagnosedEvent, EvalEvent, SaveEvent, StepEvent
 from solotune.fitness import Check, DoctorReport
 from solotune.terminal import LiveDisplay, Meter, PlainDisplay, SilentDisplay, make_console, make_display
-from solotune.training import StepMetrics
 from solotune.verbs import RunSummary, ShownRow
 
 HOSTILE = "[bold]x[/nope] \x1b[31mred\x1b]8;;http://a\x07link \x9b2J \u202egnp\r\x7f\ud800"
 
 
-def metrics(step: int, total: int = 100, **changes) -> StepMetrics:
+def metrics(step: int, total: int = 100, **changes) -> StepEvent:
     values = {
         "epoch": step / 50,
         "loss": 2.0,
@@ -38,7 +38,7 @@ def metrics(step: int, total: int = 100, **changes) -> StepMetrics:
         "tokens_per_second": 500.0,
         "peak_bytes": 3 << 30,
     }
-    return StepMetrics(step=step, total_steps=total, **{**values, **changes})
+    return StepEvent(step=step, total_steps=total, **{**values, **changes})
 
 
 def score(loss: float = 1.25, stderr: float = 0.01, exact: float = 0.5) -> Score:
@@ -106,7 +106,8 @@ def test_hostile_text_everywhere():
         display = PlainDisplay(1, console)
         display.note(HOSTILE)
         display.phase(HOSTILE)
-        display.saved(1, Path(HOSTILE))
+        display.saved(SaveEvent(1, "x"), Path(HOSTILE))
+        display.diagnosed(DiagnosedEvent("F54", "measured", HOSTILE), HOSTILE)
         session = SimpleNamespace(reply=lambda text, base, on_text: on_text(HOSTILE) or HOSTILE)
         terminal.show_answers(session, "hi", True, console)  # type: ignore[arg-type]
 
@@ -174,8 +175,8 @@ def a_run(display: PlainDisplay, steps: int = 5) -> None:
     display.begin(5)
     for step in range(1, steps + 1):
         display.step(metrics(step, total=5, step_seconds=90.0 if step == 1 else 2.0))
-    display.evaluated(5, score())
-    display.saved(5, Path("runs/a/checkpoints/step-000005"))
+    display.evaluated(EvalEvent(5, exact_match=0.5, loss=1.25, stderr=0.01, tokens=4000), 60)
+    display.saved(SaveEvent(5, "step-000005"), Path("runs/a/checkpoints/step-000005"))
 
 
 PLAIN = """\

@@ -9,7 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from tiny import random_rows
+from tiny import metrics_of, random_rows
 
 from solotune import checkpoint, lora, signals, training
 from solotune.batch import collate
@@ -94,7 +94,7 @@ def test_a_run_learns_and_records_every_step(tiny_config, tmp_path):
     model, run = start(config, tmp_path)
     rows = random_rows(16)
     score = training.train(model, rows, rows[:6], config, run, SilentDisplay())
-    events = run.read_metrics()
+    events = metrics_of(run)
     steps = [e for e in events if e["event"] == "step"]
     assert [e["step"] for e in steps] == list(range(1, 13))
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.2
@@ -134,8 +134,8 @@ def test_resumed_is_bit_equal_to_uninterrupted(tiny_config, tmp_path, dropout, o
     point = checkpoint.load(run.checkpoints / "step-000004")
     training.train(resumed, rows, [], config, second, SilentDisplay(), resume_from=point)
     assert_equal(adapter_of(model), adapter_of(resumed))
-    whole = [e["loss"] for e in run.read_metrics() if e["event"] == "step"]
-    assert [e["loss"] for e in second.read_metrics() if e["event"] == "step"] == whole[4:]
+    whole = [e["loss"] for e in metrics_of(run) if e["event"] == "step"]
+    assert [e["loss"] for e in metrics_of(second) if e["event"] == "step"] == whole[4:]
 
 
 def test_two_runs_of_one_seed_are_bit_equal_and_another_seed_differs(tiny_config, tmp_path):
@@ -175,7 +175,7 @@ def test_a_bad_row_stops_before_the_update_and_is_named(tiny_config, tmp_path):
     assert caught.value.exit_code == 6
     assert_equal(before, adapter_of(model))
     assert all(not p.grad.any() for p in model.trainable)
-    assert run.read_metrics()[-1]["event"] == "non_finite"
+    assert metrics_of(run)[-1]["event"] == "non_finite"
 
 
 def test_an_infinite_gradient_under_a_finite_loss_stops_too(tiny_config):
@@ -263,10 +263,10 @@ def test_an_evaluation_that_was_stopped_is_made_when_the_run_goes_on(tiny_config
     # two micro-batches, then the second batch of the evaluation
     with Polls(monkeypatch, 4), pytest.raises(InterruptedRunError, match="stopped after step 2"):
         training.train(model, rows, rows[:6], config, run, SilentDisplay())
-    assert [e["event"] for e in run.read_metrics()] == ["step", "step", "save"]
+    assert [e["event"] for e in metrics_of(run)] == ["step", "step", "save"]
     point = checkpoint.load(checkpoint.newest(run.checkpoints))
     training.train(model, rows, rows[:6], config, run, SilentDisplay(), resume_from=point)
-    assert [(e["event"], e["step"]) for e in run.read_metrics() if e["event"] != "save"] == [
+    assert [(e["event"], e["step"]) for e in metrics_of(run) if e["event"] != "save"] == [
         ("step", 1), ("step", 2), ("eval", 2), ("step", 3), ("step", 4), ("eval", 4)
     ]  # fmt: skip
 
@@ -284,7 +284,7 @@ def test_golden_losses(tiny_config, tmp_path):
     )
     model, run = start(config, tmp_path)
     training.train(model, random_rows(24), [], config, run, SilentDisplay())
-    losses = [e["loss"] for e in run.read_metrics() if e["event"] == "step"]
+    losses = [e["loss"] for e in metrics_of(run) if e["event"] == "step"]
     np.testing.assert_allclose(losses, GOLDEN, atol=2e-4)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import random_rows
+from tiny import metrics_of, random_rows
 
 from solotune import evaluation, training
 from solotune.batch import collate, collate_packs
@@ -56,7 +56,7 @@ def step(model, batches) -> tuple[float, list[torch.Tensor]]:
     grads: list[torch.Tensor] = []
     optimizer = torch.optim.SGD(model.trainable, lr=0.0)
     optimizer.register_step_pre_hook(lambda *_: grads.extend(p.grad.clone() for p in model.trainable))
-    loss, _, _ = training.train_step(model, batches, optimizer, math.inf)
+    loss = training.train_step(model, batches, optimizer, math.inf).loss
     return loss, grads
 
 
@@ -115,7 +115,7 @@ def test_a_run_records_the_sum_of_the_weights(tiny_config, tmp_path) -> None:
     config = config.replaced("test", output_dir=str(tmp_path / "run"))
     model, run, rows = load_model(config, CPU, torch.float32), RunDirectory.create(config), weighted_rows(8)
     score = training.train(model, rows, rows, config, run, SilentDisplay())
-    (recorded,) = [e for e in run.read_metrics() if e["event"] == "step"]
+    (recorded,) = [e for e in metrics_of(run) if e["event"] == "step"]
     assert recorded["total_weight"] == pytest.approx(sum(row.total_weight for row in rows))
     assert recorded["total_weight"] != recorded["num_supervised"] == sum(evaluation.num_labels(row) for row in rows)
     assert score is not None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import transformers
 
 from solotune.dataset import Example
+from solotune.record import RunDirectory
 
 VOCAB = 128
 _SHAPE = {
@@ -95,3 +99,12 @@ def chat_rows(count: int) -> list[dict[str, object]]:
         {"messages": [{"role": "user", "content": f"twice {i}"}, {"role": "assistant", "content": f"it is {2 * i}"}]}
         for i in range(count)
     ]
+
+
+def metrics_of(run: RunDirectory) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl as they stand there."""
+    path, found = run.path / "metrics.jsonl", []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):  # torn
+            found.append(json.loads(line))
+    return found

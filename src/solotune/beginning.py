@@ -35,6 +35,7 @@ from solotune.destination import check_destination
 from solotune.device_failure import device_errors
 from solotune.diagnosis import own
 from solotune.errors import InputError
+from solotune.events import PreflightEvent, ResumeEvent, StartEvent
 from solotune.planning import in_gib
 from solotune.record import FINGERPRINTS, RunDirectory, nearest_folder
 from solotune.storage import write_whole
@@ -45,10 +46,10 @@ if TYPE_CHECKING:
     from solotune.diagnosis.subject import Subject
     from solotune.environment import Machine
     from solotune.model import TrainableModel
+    from solotune.observer import RunObserver
     from solotune.planning import Plan
     from solotune.preflight import Preflight
     from solotune.resume import Start
-    from solotune.terminal import Display
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Ready:
         return {"predicted": self.planned.to_json(), "preflight": self.tried and asdict(self.tried)}
 
 
-def get_ready(config: RunConfig, resume: bool, display: Display) -> Ready:
+def get_ready(config: RunConfig, resume: bool, display: RunObserver) -> Ready:
     """Settles, reads, plans, loads, tries: everything that may refuse a run, in the order of what it costs to ask."""
     checked, machine, choices = tuned.settle(config)
     fitness.require_fit(checked, machine)
@@ -108,7 +109,7 @@ def get_ready(config: RunConfig, resume: bool, display: Display) -> Ready:
 
 
 def recorded(
-    run: RunDirectory, ready: Ready, marks: Mapping[str, Any], start: Start | None, display: Display
+    run: RunDirectory, ready: Ready, marks: Mapping[str, Any], start: Start | None, display: RunObserver
 ) -> dict[str, Any]:
     """Writes what is known before the first step, and says it; the run's summary."""
     report = ready.prepared.report
@@ -125,15 +126,14 @@ def recorded(
         display.note(f"packing: {pack.in_words(report.packing)}")
     display.note(_planned_in_words(ready.planned))
     if start is None:
-        run.log_metrics("start", step=0, **summary)
+        run.log(StartEvent(step=0, **summary))
     else:
-        exact = {"exact": not start.inexact, "inexact": start.inexact, "passed_over": start.passed_over}
-        run.log_metrics("resume", step=start.point.step, **exact)
+        run.log(ResumeEvent(start.point.step, not start.inexact, start.inexact, start.passed_over))
         for line in start.in_words():
             display.note(line)
     if ready.tried:
         display.note(ready.tried.in_words(ready.planned.option.footprint.peak_bytes))
-        run.log_metrics("preflight", **asdict(ready.tried))
+        run.log(PreflightEvent(**asdict(ready.tried)))
     return summary
 
 

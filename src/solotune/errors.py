@@ -78,13 +78,13 @@ class NonFiniteError(SolotuneError):
     """Something is NaN or infinite; raised before the optimizer step, so the weights are still good.
 
     Args:
-        facts: of the finding, for metrics.jsonl.
+        facts: of the finding, for its line in metrics.jsonl (`events.NonFiniteEvent`).
     """
 
     exit_code = 6
     meaning = "loss, gradient or weights are not finite"
 
-    def __init__(self, problem: str, *, facts: dict[str, object] | None = None, **parts: Any) -> None:
+    def __init__(self, problem: str, *, facts: dict[str, Any] | None = None, **parts: Any) -> None:
         super().__init__(problem, **parts)
         self.facts = facts or {}
 

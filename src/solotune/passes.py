@@ -20,6 +20,7 @@ from generators) or that move activations to the host.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from solotune.model import TrainableModel
 
 LABEL_PARTS = 16  # label numbers are rounded up to such a part of all tokens, which costs a third of that in the head
 MOST_PATIENCE = 64  # passes of one shape in a row, before one is recorded
+
+ForwardBackward = Callable[[TrainableModel, Batch, torch.Tensor | float, torch.Tensor], None]  # as `accumulate`
 
 
 def accumulate(model: TrainableModel, batch: Batch, total_weight: torch.Tensor | float, sums_2: torch.Tensor) -> None:
@@ -64,10 +67,10 @@ class Passes:
         self._shape: tuple[Any, ...] = ()  # of the last pass
         self._times_seen, self._patience = 0, 1
 
-    def run(self, batch: Batch, total_weight: float) -> None:
-        """One micro-batch: see `accumulate`."""
+    def run(self, forward_backward: ForwardBackward, batch: Batch, total_weight: float) -> None:
+        """One micro-batch through `accumulate`, or through the graph that was recorded of it."""
         if not self.can_record:
-            accumulate(self.model, batch, total_weight, self.sums_2)
+            forward_backward(self.model, batch, total_weight, self.sums_2)
             return
         shape = tuple(t is not None and t.shape for t in (batch.input_ids_BT, batch.positions_BT, batch.starts_S))
         if shape != self._shape:
@@ -79,9 +82,9 @@ class Passes:
         count = _rounded_up(len(batch.label_places_N), math.ceil(batch.input_ids_BT.numel() / LABEL_PARTS))
         graph = self._graphs.get(count)
         if graph is None and self._times_seen > self._patience:
-            graph = self._record(batch.padded(count), total_weight)
+            graph = self._record(forward_backward, batch.padded(count), total_weight)
         if graph is None:
-            accumulate(self.model, batch, total_weight, self.sums_2)
+            forward_backward(self.model, batch, total_weight, self.sums_2)
         else:
             graph.replay(batch.padded(count), total_weight)
 
@@ -92,10 +95,10 @@ class Passes:
             self._pool = None
             torch.cuda.empty_cache()
 
-    def _record(self, batch: Batch, total_weight: float) -> _Graph | None:
+    def _record(self, forward_backward: ForwardBackward, batch: Batch, total_weight: float) -> _Graph | None:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
-            graph = _Graph(self, batch, total_weight, self._pool)
+            graph = _Graph(self, forward_backward, batch, total_weight, self._pool)
         except RuntimeError as error:  # a model that looks into its data, or no memory for it: launched as before
             self.why_not, self.can_record = str(error).strip().split("\n")[0], False
             self.release()
@@ -107,12 +110,14 @@ class Passes:
 class _Graph:
     """A recorded pass and the tensors that it reads."""
 
-    def __init__(self, passes: Passes, batch: Batch, total_weight: float, pool: Any) -> None:
+    def __init__(
+        self, passes: Passes, forward_backward: ForwardBackward, batch: Batch, total_weight: float, pool: Any
+    ) -> None:
         self._batch = batch
         self._total_weight = torch.tensor(float(total_weight), device=passes.model.device)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
-            accumulate(passes.model, batch, self._total_weight, passes.sums_2)
+            forward_backward(passes.model, batch, self._total_weight, passes.sums_2)
 
     def replay(self, batch: Batch, total_weight: float) -> None:
         for mine, given in zip(self._batch, batch, strict=True):

@@ -17,10 +17,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,15 @@ from typing import Any
 from solotune import storage
 from solotune.config import RunConfig, to_yaml
 from solotune.errors import DirectoryInUseError, InputError
+from solotune.events import Event, to_line
 from solotune.manifest import MANIFEST, Entry, entry_at, manifest_text, read_manifest
+from solotune.run_record import METRICS, RunRecord, number_in
 
 LOCK = ".lock"
 LOCK_TRIES = 20
-METRICS, LOG, FINGERPRINTS, STACKS = "metrics.jsonl", "log.txt", "fingerprints.json", "stacks.txt"
+LOG, FINGERPRINTS, STACKS = "log.txt", "fingerprints.json", "stacks.txt"
 UNUSED = ".unused"  # ending of a checkpoint that a resumed run passed over
-MARKS = ("config.yaml", "metrics.jsonl", "adapter", "checkpoints")  # any of these: the directory holds a run
+MARKS = ("config.yaml", METRICS, "adapter", "checkpoints")  # any of these: the directory holds a run
 
 
 def read_json(path: Path) -> Any:
@@ -160,9 +163,13 @@ class RunDirectory:
         """`name` is a file name such as `evaluation.json`."""
         storage.write_whole(self.path / name, storage.json_text(content))
 
-    def log_metrics(self, event: str, **values: Any) -> None:
-        """Appends one line to metrics.jsonl: {"event": ..., ...}."""
-        storage.append_line(self.path / METRICS, json.dumps({"event": event, **values}, ensure_ascii=False) + "\n")
+    def log(self, event: Event) -> None:
+        """Appends the event's line to metrics.jsonl.
+
+        Raises:
+            StorageError: disk full, read-only, quota.
+        """
+        storage.append_line(self.path / METRICS, to_line(event))
 
     def mark(self) -> dict[str, Any]:
         """Makes metrics.jsonl durable and says what it is: what a checkpoint keeps of it."""
@@ -202,16 +209,6 @@ class RunDirectory:
         with contextlib.suppress(ValueError):
             entries = read_manifest(self.path / MANIFEST)
             storage.write_whole(self.path / MANIFEST, manifest_text({**entries, name: entry_at(self.path / name)}))
-
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """All whole lines of metrics.jsonl; none where there is no such file."""
-        path = self.path / METRICS
-        events = []
-        for line in path.read_bytes().split(b"\n") if path.is_file() else []:
-            with contextlib.suppress(ValueError):  # torn, perhaps within a character
-                if isinstance(event := json.loads(line.decode()), dict):
-                    events.append(event)
-        return events
 
     @property
     def adapter(self) -> Path:
@@ -277,32 +274,19 @@ class RunSummary:
 
 
 def summarised(run: RunDirectory) -> RunSummary:
-    """What a run has come to, from its files."""
-    events = run.read_metrics()
-    steps = [event for event in events if event.get("event") == "step"]
-    path = run.path / "evaluation.json"
-    found = read_json(path) if path.is_file() else {}
-    finished = any(event.get("event") == "end" for event in events)
+    """What a run has come to, from its files; a damaged one has fewer figures."""
+    record = RunRecord.read(run.path)
+    last = record.steps[-1] if record.steps else None
     return RunSummary(
         name=run.path.name,
         path=run.path,
-        status="finished" if finished else "running" if run.is_locked() else "unfinished",
-        steps=steps[-1]["step"] if steps else 0,
-        total_steps=steps[-1].get("total_steps") if steps else None,
-        train_loss=steps[-1].get("loss") if steps else None,
-        base_loss=found["base"]["loss"] if found else None,
-        tuned_loss=found["tuned"]["loss"] if found else None,
-        exact_match=found["scores"]["exact_match"]["tuned"] if found else None,
-        tokens_per_second=usual_step(events)["tokens_per_second"],
-        peak_bytes=max((step["peak_bytes"] for step in steps if "peak_bytes" in step), default=None),
+        status="finished" if record.is_finished else "running" if run.is_locked() else "unfinished",
+        steps=record.last_step,
+        total_steps=record.total_steps,
+        train_loss=last.loss if last and math.isfinite(last.loss) else None,
+        base_loss=number_in(record.evaluation, "base", "loss"),
+        tuned_loss=number_in(record.evaluation, "tuned", "loss"),
+        exact_match=number_in(record.evaluation, "scores", "exact_match", "tuned"),
+        tokens_per_second=record.medians()["tokens_per_second"],
+        peak_bytes=record.peak_bytes,
     )
-
-
-def usual_step(events: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
-    """The medians over the steps of a run; None before its first."""
-    steps = [event for event in events if event.get("event") == "step"]
-    return {key: _middle([step[key] for step in steps if key in step]) for key in ("step_seconds", "tokens_per_second")}
-
-
-def _middle(values: list[float]) -> float | None:
-    return sorted(values)[len(values) // 2] if values else None

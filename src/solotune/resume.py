@@ -30,9 +30,11 @@ from solotune.config import RunConfig, section_of
 from solotune.dataset import Prepared
 from solotune.environment import Machine, device_of
 from solotune.errors import InputError, IntegrityError
+from solotune.events import SaveEvent
 from solotune.fingerprint import base_fingerprint, check_base
 from solotune.manifest import check_folder
-from solotune.record import FINGERPRINTS, METRICS, UNUSED, RunDirectory, latest_run_of, read_json
+from solotune.record import FINGERPRINTS, UNUSED, RunDirectory, latest_run_of, read_json
+from solotune.run_record import RunRecord
 from solotune.storage import remove_folder, rename
 
 Class = Literal["frozen", "inexact", "free"]
@@ -148,13 +150,12 @@ def _newest(run: RunDirectory) -> tuple[Checkpoint | None, list[str]]:
 
 def _finished(run: RunDirectory) -> Checkpoint | None:
     """A run that came to its end without a checkpoint (`save_strategy: no`) goes on from its adapter: by no step."""
-    ends = [event for event in run.read_metrics() if event.get("event") == "end"]
-    if not ends or check_folder(run.adapter):
+    end = RunRecord.read(run.path).end
+    if end is None or check_folder(run.adapter):
         return None
-    written = (run.path / METRICS).read_bytes()
-    before = {"bytes": written.rindex(b'{"event": "end"')}
+    before = {"bytes": end.offset}
     state = {"fingerprints": read_json(run.path / FINGERPRINTS), "optimizer": {}, "metrics": before}
-    return Checkpoint(ends[-1]["step"], checkpoint.read_adapter(run.adapter), {}, {}, state)
+    return Checkpoint(end.event.step, checkpoint.read_adapter(run.adapter), {}, {}, state)
 
 
 def _take_over(run: RunDirectory, point: Checkpoint | None) -> None:
@@ -170,7 +171,7 @@ def _take_over(run: RunDirectory, point: Checkpoint | None) -> None:
             rename(path, unused.name)
     run.go_back(point.state["metrics"] if point else None)
     if kept is not None and point is not None:
-        run.log_metrics("save", step=point.step, path=kept.name)  # it was written after the mark was taken
+        run.log(SaveEvent(point.step, kept.name))  # it was written after the mark was taken
 
 
 def recorded_day(config: RunConfig, resume: bool) -> date | None:

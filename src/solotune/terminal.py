@@ -1,6 +1,6 @@
 """What a person sees while a run works. (What they see at its end is in `printing`.)
 
-The trainer talks to a `Display` and knows nothing of terminals. `make_display` picks one: on a terminal a single live
+A run talks to a `RunObserver` and knows nothing of terminals. `make_display` picks one: on a terminal a single live
 line (bar, loss, tokens/s, memory, time left) below permanent lines, one each `logging_steps`; into a pipe or a file the
 permanent lines alone, whole, so that a log can be grepped; `SilentDisplay` for Python callers.
 
@@ -25,18 +25,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol, cast
+from typing import IO, TYPE_CHECKING, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID
 from rich.table import Column, Table
 from rich.text import Text
 
+from solotune.observer import RunObserver, SilentObserver
+
 if TYPE_CHECKING:
     from solotune.config import Choice
-    from solotune.evaluation import Score
-    from solotune.training import StepMetrics
-    from solotune.verbs import ChatSession
+    from solotune.events import DiagnosedEvent, EvalEvent, SaveEvent, StepEvent
 
 PIPE_COLUMNS = 120  # where there is no terminal to ask
 WINDOW = 20  # steps that speed and time left are taken from
@@ -61,77 +61,30 @@ def make_console(stream: IO[str]) -> Console:
     return Console(file=stream, width=width, markup=False, highlight=False, emoji=False, soft_wrap=False)
 
 
-class Display(Protocol):
-    """What the trainer tells while it works. `finish` may be called twice; the live line is gone after it."""
-
-    def phase(self, name: str) -> None:
-        """A stage begins: `loading model`."""
-        ...
-
-    def note(self, text: str) -> None:
-        """A fact to keep on the screen."""
-        ...
-
-    def choices(self, choices: Sequence[Choice]) -> None:
-        """What was decided for the user, and why."""
-        ...
-
-    def progress(self, done: int, total: int, what: str) -> None:
-        """How far the stage has come."""
-        ...
-
-    def begin(self, total_steps: int, done: int = 0) -> None:
-        """Training begins, at step `done` of `total_steps`."""
-        ...
-
-    def step(self, metrics: StepMetrics) -> None: ...
-
-    def evaluated(self, step: int, score: Score) -> None: ...
-
-    def saved(self, step: int, path: Path) -> None: ...
-
-    def finish(self) -> None: ...
+Display = RunObserver  # what a verb shows its progress on
 
 
-class SilentDisplay:
-    """Shows nothing."""
-
-    def phase(self, name: str) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def choices(self, choices: Sequence[Choice]) -> None: ...
-
-    def progress(self, done: int, total: int, what: str) -> None: ...
-
-    def begin(self, total_steps: int, done: int = 0) -> None: ...
-
-    def step(self, metrics: StepMetrics) -> None: ...
-
-    def evaluated(self, step: int, score: Score) -> None: ...
-
-    def saved(self, step: int, path: Path) -> None: ...
-
-    def finish(self) -> None: ...
+class SilentDisplay(SilentObserver):
+    """Shows nothing, for callers without a screen."""
 
 
 class Meter:
     """Turns single steps into figures worth reading."""
 
     def __init__(self) -> None:
-        self.last: StepMetrics | None = None
+        self.last: StepEvent | None = None
         self.smooth_loss = 0.0
         self._weight = 0.0
         self._since_line: list[tuple[float, float]] = []
-        self._recent: deque[StepMetrics] = deque(maxlen=WINDOW)
+        self._recent: deque[StepEvent] = deque(maxlen=WINDOW)
 
-    def add(self, metrics: StepMetrics) -> None:
+    def add(self, event: StepEvent) -> None:
         if self.last is not None:  # the first step compiles and allocates: it says nothing about the others
-            self._recent.append(metrics)
-        self.last = metrics
+            self._recent.append(event)
+        self.last = event
         self._weight = SMOOTHING * self._weight + 1 - SMOOTHING
-        self.smooth_loss += (metrics.loss - self.smooth_loss) * (1 - SMOOTHING) / self._weight
-        self._since_line.append((metrics.loss, metrics.total_weight))
+        self.smooth_loss += (event.loss - self.smooth_loss) * (1 - SMOOTHING) / self._weight
+        self._since_line.append((event.loss, event.total_weight))
 
     def take_loss(self) -> float:
         """The mean loss per supervised token since this was last asked."""
@@ -142,15 +95,15 @@ class Meter:
 
     @property
     def tokens_per_second(self) -> float | None:
-        seconds = sum(metrics.step_seconds for metrics in self._recent)
-        return sum(metrics.num_tokens for metrics in self._recent) / seconds if seconds else None
+        seconds = sum(event.step_seconds for event in self._recent)
+        return sum(event.num_tokens for event in self._recent) / seconds if seconds else None
 
     @property
     def seconds_left(self) -> float | None:
         """None until a second step has been seen."""
         if self.last is None or not self._recent:
             return None
-        step_seconds = statistics.median(metrics.step_seconds for metrics in self._recent)
+        step_seconds = statistics.median(event.step_seconds for event in self._recent)
         return step_seconds * (self.last.total_steps - self.last.step)
 
     def figures(self) -> list[str]:
@@ -163,7 +116,7 @@ class Meter:
         ]
 
 
-class PlainDisplay:
+class PlainDisplay(SilentObserver):
     """One plain line for each event and each `logging_steps` steps; no line is ever taken back."""
 
     def __init__(self, logging_steps: int, console: Console) -> None:
@@ -181,31 +134,30 @@ class PlainDisplay:
     def choices(self, choices: Sequence[Choice]) -> None:
         print_choices(choices, self.console)
 
-    def progress(self, done: int, total: int, what: str) -> None: ...
-
     def begin(self, total_steps: int, done: int = 0) -> None:
         self._total_steps = total_steps
         self._line(f"training for {total_steps - done:,} steps" + (f", from step {done + 1:,} on" if done else ""))
 
-    def step(self, metrics: StepMetrics) -> None:
-        self.meter.add(metrics)
-        if metrics.step % self._logging_steps == 0 or metrics.step == metrics.total_steps:
+    def step(self, event: StepEvent) -> None:
+        self.meter.add(event)
+        if event.step % self._logging_steps == 0 or event.step == event.total_steps:
             figures = [
                 f"loss {self.meter.take_loss():.4f}",
-                f"lr {metrics.learning_rate:.1e}",
-                f"grad norm {metrics.grad_norm:.2f}",
-                f"epoch {metrics.epoch:.2f}",
+                f"lr {event.learning_rate:.1e}",
+                f"grad norm {event.grad_norm:.2f}",
+                f"epoch {event.epoch:.2f}",
             ]
-            self._line(self._at(metrics.step) + "  ".join(figures + self._more_figures()))
+            self._line(self._at(event.step) + "  ".join(figures + self._more_figures()))
 
-    def evaluated(self, step: int, score: Score) -> None:
-        exact = f"  exact match {score.exact_match:.1%} of {score.rows:,} rows" if score.exact_match is not None else ""
-        self._line(f"{self._at(step)}held-out loss {plus_minus(score.loss, score.stderr)}{exact}", "cyan")
+    def evaluated(self, event: EvalEvent, num_rows: int) -> None:
+        exact = f"  exact match {event.exact_match:.1%} of {num_rows:,} rows"
+        self._line(f"{self._at(event.step)}held-out loss {plus_minus(event.loss, event.stderr)}{exact}", "cyan")
 
-    def saved(self, step: int, path: Path) -> None:
-        self._line(f"{self._at(step)}saved {path}", "dim")
+    def saved(self, event: SaveEvent, path: Path) -> None:
+        self._line(f"{self._at(event.step)}saved {path}", "dim")
 
-    def finish(self) -> None: ...
+    def diagnosed(self, event: DiagnosedEvent, text: str) -> None:
+        self._line(text)
 
     def _at(self, step: int) -> str:
         total = f"{self._total_steps:,}"
@@ -247,12 +199,12 @@ class LiveDisplay(PlainDisplay):
         super().begin(total_steps, done)
         self._show("", total_steps, completed=done, figures="first step, which takes longer than the others")
 
-    def step(self, metrics: StepMetrics) -> None:
-        super().step(metrics)
-        figures = [f"{metrics.step:,}/{metrics.total_steps:,}", f"loss {self.meter.smooth_loss:.3f}"]
+    def step(self, event: StepEvent) -> None:
+        super().step(event)
+        figures = [f"{event.step:,}/{event.total_steps:,}", f"loss {self.meter.smooth_loss:.3f}"]
         if self._task is not None:
             text = "  ".join(figures + self.meter.figures())
-            self._progress.update(self._task, completed=metrics.step, figures=text)
+            self._progress.update(self._task, completed=event.step, figures=text)
 
     def finish(self) -> None:
         self._end_phase()
@@ -282,23 +234,6 @@ class LiveDisplay(PlainDisplay):
 class _Figures(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(task.fields["figures"] or f"{task.description}  {task.elapsed or 0:.0f} s")
-
-
-class _Tee:
-    def __init__(self, displays: Sequence[Display]) -> None:
-        self._displays = displays
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        def tell(*args: Any, **kwargs: Any) -> None:
-            for display in self._displays:
-                getattr(display, name)(*args, **kwargs)
-
-        return tell
-
-
-def tee(*displays: Display) -> Display:
-    """One display that tells all of them."""
-    return cast(Display, _Tee(displays))
 
 
 def make_display(logging_steps: int, stream: IO[str]) -> PlainDisplay:
@@ -358,7 +293,13 @@ def read_messages(model_name: str) -> Generator[str]:
             yield text
 
 
-def show_answers(session: ChatSession, text: str, base: bool, console: Console | None) -> dict[str, str]:
+class Replying(Protocol):
+    """What talks: `tuned.ChatSession`."""
+
+    def reply(self, text: str, base: bool = False, on_text: Callable[[str], None] | None = None) -> str: ...
+
+
+def show_answers(session: Replying, text: str, base: bool, console: Console | None) -> dict[str, str]:
     """Puts `text` to the model, and first to its base if that is wanted; streams the answers to the console."""
     turn = {"prompt": text}
     for name in ("base", "tuned") if base else ("tuned",):

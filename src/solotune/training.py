@@ -21,8 +21,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,30 +35,22 @@ from solotune.dataset import Example
 from solotune.dataset.example import lengths_of
 from solotune.dataset.pack import pack
 from solotune.errors import InterruptedRunError, NonFiniteError, resume_command
+from solotune.events import EvalEvent, NonFiniteEvent, SaveEvent, StepEvent
 from solotune.model import TrainableModel
-from solotune.passes import Passes
+from solotune.observer import Observers, RunObserver
+from solotune.passes import Passes, accumulate
 from solotune.record import RunDirectory
+from solotune.run_log import RunLog
+from solotune.run_record import RunRecord
 from solotune.signals import StopRequested
-from solotune.terminal import Display
 
 
-@dataclass(frozen=True)
-class StepMetrics:
-    """One line of metrics.jsonl. `loss` is nats per supervised token over the whole step, by weight."""
+class StepResult(NamedTuple):
+    """What one optimizer step measured; `loss` is nats per supervised token over the whole step, by weight."""
 
-    step: int
-    total_steps: int
-    epoch: float
     loss: float
-    token_accuracy: float
-    learning_rate: float
-    grad_norm: float
-    num_tokens: int  # without padding
-    num_supervised: int
-    total_weight: float  # of the supervised tokens: their number, unless the data has weights
-    step_seconds: float
-    tokens_per_second: float
-    peak_bytes: int
+    token_accuracy: float  # the plain share of the supervised tokens
+    grad_norm: float  # before clipping
 
 
 @dataclass(frozen=True)
@@ -162,10 +154,8 @@ def train_step(
     max_grad_norm: float,
     dropout_seed: tuple[int, ...] = (0,),
     passes: Passes | None = None,
-) -> tuple[float, float, float]:
-    """One optimizer step over the whole accumulated batch: (loss, token accuracy, gradient norm before clipping).
-
-    The loss is the mean by weight, the accuracy the plain share of the supervised tokens.
+) -> StepResult:
+    """One optimizer step over the whole accumulated batch.
 
     Args:
         dropout_seed: tells this step's dropout from that of others.
@@ -182,7 +172,7 @@ def train_step(
     passes.sums_2.zero_()
     for number, batch in enumerate(micro_batches):
         lora.seed_dropout(model.adapted, *dropout_seed, number)
-        passes.run(batch, total_weight)  # forward and backward: see `passes.accumulate`
+        passes.run(accumulate, batch, total_weight)  # forward and backward, or the CUDA graph of both
         try:
             signals.poll()
         except StopRequested:
@@ -200,7 +190,7 @@ def train_step(
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)  # gradients are views of one vector
-    return loss, accuracy, norm
+    return StepResult(loss, accuracy, norm)
 
 
 @signals.held_back()
@@ -210,13 +200,14 @@ def train(
     validation_rows: Sequence[Example],
     config: RunConfig,
     run: RunDirectory,
-    display: Display,
+    observer: RunObserver,
     resume_from: checkpoint.Checkpoint | None = None,
     fingerprints: dict[str, Any] | None = None,
 ) -> evaluation.Score | None:
-    """Trains the adapters of `model` and writes metrics, checkpoints and the adapter into `run`.
+    """Trains the adapters of `model` and writes metrics and checkpoints into `run`.
 
     Args:
+        observer: told of each step, evaluation and checkpoint, after the run's own log has it.
         resume_from: go on after this checkpoint's step.
         fingerprints: of config and data, kept in each checkpoint.
 
@@ -224,103 +215,167 @@ def train(
     Raises:
         NonFiniteError: see `train_step`; raised with the step's number.
         InterruptedRunError: a stop signal came; what was done is saved.
+        StorageError: metrics or a checkpoint cannot be written.
     """
+    observer = Observers(RunLog(run), observer)
     packs, shape = packs_of(config, train_rows)
     schedule = Schedule.of(config, len(packs))
     optimizer = make_optimizer(config, [model.joined])
-    torch.manual_seed(config.seed)
-    done = 0
-    if resume_from is not None:
-        done = resume_from.step
-        lora.load_state_dict(model.adapted, resume_from.adapter, f"step {done}")
-        checkpoint.restore_optimizer(optimizer, resume_from, [model.joined])
-        checkpoint.restore_random(resume_from.random)
-    eval_every = config.every("eval", schedule.steps_per_epoch)
-    save_every = config.every("save", schedule.steps_per_epoch)
-    peft_config = lora.peft_config(config, model.adapted, model.module)
-    score, saved = None, done
+    done = _set_up(model, optimizer, config.seed, resume_from)
     passes = Passes(model, config)
-
-    def save(step: int) -> None:
-        nonlocal saved
-        if problem := finite.why_not_to_save(model, optimizer):
-            run.log_metrics("non_finite", step=step, tensors=problem)
-            raise NonFiniteError(f"step {step}: not finite after the update, and not saved", seen=", ".join(problem))
-        adapter = lora.state_dict(model.adapted)
-        state = {"fingerprints": fingerprints or {}, "metrics": run.mark()}
-        path = checkpoint.save(run.checkpoints, step, adapter, peft_config, optimizer, state)
-        checkpoint.keep_newest(run.checkpoints, config.save_total_limit, step)
-        saved = step
-        run.log_metrics("save", step=step, path=path.name)
-        display.saved(step, path)
-
-    def evaluate(step: int) -> evaluation.Score:
-        passes.release()
-        score = evaluation.score(model, validation_rows, config.per_device_eval_batch_size)
-        run.log_metrics("eval", step=step, exact_match=score.exact_match, **score.to_json())
-        display.evaluated(step, score)
-        return score
-
-    def evaluates_at(step: int) -> bool:
-        last = step == schedule.total_steps
-        return bool(validation_rows) and (last or bool(eval_every and step % eval_every == 0))
-
-    model.module.train()
+    evals = _Evaluations(passes, validation_rows, config, schedule, observer)
+    saves = _Saves(model, optimizer, config, schedule, run, observer, fingerprints or {}, done)
+    score = None
     try:
-        display.begin(schedule.total_steps, done)
-        recorded = {event["event"] for event in run.read_metrics() if event.get("step") == done}
-        if "step" in recorded and "eval" not in recorded and evaluates_at(done):  # the run was stopped in it
-            score = evaluate(done)
+        observer.begin(schedule.total_steps, done)
+        if evals.is_due(done) and _lacks_evaluation(run, done):  # the run was stopped in it
+            score = evals.make(done)
         for step, micro_batches in enumerate(schedule.steps(done), start=done + 1):
             started = time.perf_counter()
-            chosen = [[[train_rows[row] for row in packs[i]] for i in micro_batch] for micro_batch in micro_batches]
+            chosen = [[[train_rows[row] for row in packs[i]] for i in numbers] for numbers in micro_batches]
             batches = [collate_packs(part, model.device, shape) for part in chosen]
-            learning_rate = learning_rate_at(config, step - 1, schedule.total_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+            learning_rate = _set_learning_rate(optimizer, learning_rate_at(config, step - 1, schedule.total_steps))
             try:
-                loss, accuracy, grad_norm = train_step(
-                    model, batches, optimizer, config.max_grad_norm, (config.seed, step), passes
-                )
+                result = train_step(model, batches, optimizer, config.max_grad_norm, (config.seed, step), passes)
             except NonFiniteError as error:
-                run.log_metrics("non_finite", step=step, rows=[r.where for b in batches for r in b.rows], **error.facts)
-                raise error.at(f"step {step}") from None
+                raise _not_finite(error, step, batches, observer) from None
             done = step
-            seconds = time.perf_counter() - started
-            tokens = sum(batch.num_tokens for batch in batches)
-            metrics = StepMetrics(
-                step=step,
-                total_steps=schedule.total_steps,
-                epoch=schedule.epoch_at(step),
-                loss=loss,
-                token_accuracy=accuracy,
-                learning_rate=learning_rate,
-                grad_norm=grad_norm,
-                num_tokens=tokens,
-                num_supervised=sum(batch.num_supervised for batch in batches),
-                total_weight=sum(batch.total_weight for batch in batches),
-                step_seconds=seconds,
-                tokens_per_second=tokens / seconds,
-                peak_bytes=peak_bytes(model.device),
-            )
-            run.log_metrics("step", **asdict(metrics))
-            display.step(metrics)
-            if evaluates_at(step):
-                score = evaluate(step)
-            if save_every and (step == schedule.total_steps or step % save_every == 0):
-                save(step)
+            observer.step(_step_event(step, schedule, result, learning_rate, batches, started, model.device))
+            if evals.is_due(step):
+                score = evals.make(step)
+            if saves.is_due(step):
+                saves.make(step)
     except StopRequested as stop:
-        if done > saved:
-            save(done)
-        display.finish()
-        what = (
-            f"stopped after step {done}; checkpoint saved" if done else "stopped in the first step; nothing to save yet"
-        )
-        raise InterruptedRunError(stop.number, what, f"continue with: {resume_command(run.path)}") from None
-    display.finish()
+        if done > saves.newest:
+            saves.make(done)
+        observer.finish()
+        raise _interrupted(stop, done, run) from None
+    observer.finish()
     if passes.why_not:
-        display.note(f"passes were launched one kernel after the other, without a CUDA graph: {passes.why_not}")
+        observer.note(f"passes were launched one kernel after the other, without a CUDA graph: {passes.why_not}")
     return score
+
+
+def _set_up(
+    model: TrainableModel, optimizer: torch.optim.Optimizer, seed: int, point: checkpoint.Checkpoint | None
+) -> int:
+    """Seeds the random generators, or puts them, adapters and moments to where they were; the step that is done."""
+    model.module.train()
+    torch.manual_seed(seed)
+    if point is None:
+        return 0
+    lora.load_state_dict(model.adapted, point.adapter, f"step {point.step}")
+    checkpoint.restore_optimizer(optimizer, point, [model.joined])
+    checkpoint.restore_random(point.random)
+    return point.step
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> float:
+    """The rate, which the optimizer has now."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    return learning_rate
+
+
+def _not_finite(error: NonFiniteError, step: int, batches: Sequence[Batch], observer: RunObserver) -> NonFiniteError:
+    """The error with its step, which the observer has been told."""
+    observer.failed(NonFiniteEvent(step, [row.where for batch in batches for row in batch.rows], **error.facts))
+    return error.at(f"step {step}")
+
+
+def _lacks_evaluation(run: RunDirectory, step: int) -> bool:
+    """Whether the step was recorded, and no evaluation after it."""
+    record = RunRecord.read(run.path)
+    return any(e.step == step for e in record.steps) and not any(e.step == step for e in record.evals)
+
+
+def _step_event(
+    step: int,
+    schedule: Schedule,
+    result: StepResult,
+    learning_rate: float,
+    batches: Sequence[Batch],
+    started: float,
+    device: torch.device,
+) -> StepEvent:
+    """What is recorded of a step that began at `started` (of `time.perf_counter`) and ends now."""
+    seconds = time.perf_counter() - started
+    tokens = sum(batch.num_tokens for batch in batches)
+    return StepEvent(
+        step=step,
+        total_steps=schedule.total_steps,
+        epoch=schedule.epoch_at(step),
+        loss=result.loss,
+        token_accuracy=result.token_accuracy,
+        learning_rate=learning_rate,
+        grad_norm=result.grad_norm,
+        num_tokens=tokens,
+        num_supervised=sum(batch.num_supervised for batch in batches),
+        total_weight=sum(batch.total_weight for batch in batches),
+        step_seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        peak_bytes=peak_bytes(device),
+    )
+
+
+def _interrupted(stop: StopRequested, done: int, run: RunDirectory) -> InterruptedRunError:
+    what = f"stopped after step {done}; checkpoint saved" if done else "stopped in the first step; nothing to save yet"
+    return InterruptedRunError(stop.number, what, f"continue with: {resume_command(run.path)}")
+
+
+@dataclass
+class _Evaluations:
+    """When the held-out rows are evaluated, and how."""
+
+    passes: Passes
+    rows: Sequence[Example]
+    config: RunConfig
+    schedule: Schedule
+    observer: RunObserver
+
+    def is_due(self, step: int) -> bool:
+        """Every `eval_steps`, and after the last step in any case."""
+        every = self.config.every("eval", self.schedule.steps_per_epoch)
+        last = step == self.schedule.total_steps
+        return bool(self.rows) and (last or bool(every and step % every == 0))
+
+    def make(self, step: int) -> evaluation.Score:
+        self.passes.release()  # its batches have other shapes and need the graphs' memory
+        score = evaluation.score(self.passes.model, self.rows, self.config.per_device_eval_batch_size)
+        self.observer.evaluated(EvalEvent(step, score.exact_match, **score.to_json()), score.rows)
+        return score
+
+
+@dataclass
+class _Saves:
+    """When checkpoints are written, and how."""
+
+    model: TrainableModel
+    optimizer: torch.optim.Optimizer
+    config: RunConfig
+    schedule: Schedule
+    run: RunDirectory
+    observer: RunObserver
+    fingerprints: dict[str, Any]
+    newest: int  # step that is saved
+
+    def is_due(self, step: int) -> bool:
+        """Every `save_steps` and after the last step; never with `save_strategy: no`."""
+        every = self.config.every("save", self.schedule.steps_per_epoch)
+        return bool(every) and (step == self.schedule.total_steps or step % every == 0)
+
+    def make(self, step: int) -> None:
+        """Raises NonFiniteError where what would be saved is not finite."""
+        if problem := finite.why_not_to_save(self.model, self.optimizer):
+            self.observer.failed(NonFiniteEvent(step, tensors=problem))
+            raise NonFiniteError(f"step {step}: not finite after the update, and not saved", seen=", ".join(problem))
+        adapter = lora.state_dict(self.model.adapted)
+        peft_config = lora.peft_config(self.config, self.model.adapted, self.model.module)
+        state = {"fingerprints": self.fingerprints, "metrics": self.run.mark()}
+        path = checkpoint.save(self.run.checkpoints, step, adapter, peft_config, self.optimizer, state)
+        checkpoint.keep_newest(self.run.checkpoints, self.config.save_total_limit, step)
+        self.newest = step
+        self.observer.saved(SaveEvent(step, path.name), path)
 
 
 def reset_peak_bytes(device: torch.device) -> None:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from solotune.config import SECTIONS, Choice, RunConfig, allowed_values, field_help, load_config, section_of, to_yaml
 from solotune.errors import InputError, IntegrityError, InterruptedRunError, SolotuneError
-from solotune.outlet import outlet, stage_of
+from solotune.events import DeviceFailedEvent, EndEvent
+from solotune.observer import Observers, Resilient
 from solotune.record import (
     LOG,
     STACKS,
@@ -24,10 +25,11 @@ from solotune.record import (
     list_runs,
     read_json,
     summarised,
-    usual_step,
 )
+from solotune.run_log import RunLog
+from solotune.run_record import RunRecord
 from solotune.storage import LogFile, make_folder, whole_folder, write_whole
-from solotune.terminal import Display, PlainDisplay, SilentDisplay, make_console, tee
+from solotune.terminal import Display, PlainDisplay, SilentDisplay, make_console
 
 if TYPE_CHECKING:
     from solotune.dataset import DataReport, Prepared
@@ -184,16 +186,16 @@ def train(
 
     checked = load_config(config, overrides)
     fitness.require_torch()
-    heard = outlet(display or SilentDisplay())
+    heard = Resilient(display or SilentDisplay())
     with signals.heeded():
         try:
             return _train(checked, resume, heard)
         except signals.StopRequested as stop:
-            problem = f"stopped while {stage_of(heard)}; nothing to save yet"
+            problem = f"stopped while {heard.stage}; nothing to save yet"
             raise InterruptedRunError(stop.number, problem, "start it again") from None
 
 
-def _train(config: RunConfig, resume: bool, heard: Display) -> TrainResult:
+def _train(config: RunConfig, resume: bool, heard: Resilient) -> TrainResult:
     from solotune import beginning, checkpoint, signals, training, watchdog
     from solotune.device_failure import device_failure
     from solotune.diagnosis import message
@@ -207,16 +209,16 @@ def _train(config: RunConfig, resume: bool, heard: Display) -> TrainResult:
     log = LogFile(run.path / LOG)
     watchdog.stacks_into(run.path / STACKS)
     try:
-        display = tee(heard, PlainDisplay(checked.logging_steps, make_console(cast(TextIO, log))))
+        written = PlainDisplay(checked.logging_steps, make_console(cast(TextIO, log)))
+        display = Observers(heard, Resilient(written))
         display.note(f"run directory: {run.path}")
         display.choices(ready.choices)
         summary = beginning.recorded(run, ready, marks, start, display)
-        watch = Watch(model, ready.subject, display, run)
+        monitor = Watch(model, ready.subject, Observers(RunLog(run), display), RunRecord.read(run.path))
+        observer = Observers(display, Resilient(monitor))
         point = start.point if start else None
         with signals.held_back():
-            tuned = training.train(
-                model, prepared.train, prepared.validation, checked, run, tee(display, watch), point, marks
-            )
+            tuned = training.train(model, prepared.train, prepared.validation, checked, run, observer, point, marks)
             _write_adapter(run, model, checked, ready.tokenizer)
         result = None
         if prepared.validation:
@@ -224,10 +226,10 @@ def _train(config: RunConfig, resume: bool, heard: Display) -> TrainResult:
             result = _compare(model, ready.tokenizer, prepared, checked, tuned, display)
             run.write_json("evaluation.json", result.to_json())
         peak_bytes = training.peak_bytes(model.device)
-        measured = {"peak_bytes": peak_bytes, **usual_step(run.read_metrics())}
+        measured = {"peak_bytes": peak_bytes, **RunRecord.read(run.path).medians()}
         run.write_json("plan.json", {**ready.plan_json(), "measured": measured})
-        run.log_metrics("end", step=summary["total_steps"], peak_bytes=peak_bytes)
-        found = watch.diagnosis()
+        run.log(EndEvent(summary["total_steps"], peak_bytes))
+        found = monitor.diagnosis()
         run.write_json("diagnosis.json", found.to_json())
         display.note(f"diagnosis by rules alone: {message.summary(found)}")
         log.close()
@@ -236,14 +238,14 @@ def _train(config: RunConfig, resume: bool, heard: Display) -> TrainResult:
     except signals.StopRequested as stop:
         if not run.adapter.is_dir():
             raise
-        problem = f"stopped while {stage_of(heard)}; the adapter is saved"
+        problem = f"stopped while {heard.stage}; the adapter is saved"
         raise InterruptedRunError(
             stop.number, problem, f"compare it with its base: solotune evaluate {run.path}"
         ) from None
     except Exception as error:
         error.run_dir = run.path  # type: ignore[attr-defined] - where the command line writes a bug's traceback
         if failure := device_failure(error, checked, run.path, checkpoint.newest(run.checkpoints)):
-            run.log_metrics("device_failed", problem=failure.problem, seen=failure.seen)
+            Observers(RunLog(run), heard).failed(DeviceFailedEvent(failure.problem, failure.seen))
             raise failure from error
         raise
     finally:

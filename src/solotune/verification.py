@@ -27,6 +27,7 @@ from solotune.config import RunConfig, load_config
 from solotune.errors import InputError, SolotuneError
 from solotune.manifest import MANIFEST, Problem, check_folder, differences, read_manifest, unknown
 from solotune.record import LOCK, LOG, MARKS, METRICS, UNUSED, RunDirectory, read_json
+from solotune.run_record import RunRecord
 
 OWN_JSON = ("environment.json", "data.json", "plan.json", "fingerprints.json", "split.json", "evaluation.json")
 SHAPED = ("lora_A", "lora_B")
@@ -70,7 +71,7 @@ def verify(path: str | Path) -> Verification:
     run = RunDirectory(Path(os.path.expanduser(path)))
     if not any((run.path / mark).exists() for mark in (*MARKS, MANIFEST)):
         raise InputError(f"{path}: no run here", allowed="a run directory of `solotune train`")
-    finished = any(event.get("event") == "end" for event in _events(run)) or (run.path / MANIFEST).exists()
+    finished = RunRecord.read(run.path).is_finished or (run.path / MANIFEST).exists()
     problems = [*(_sealed(run) if finished else _unsealed(run)), *_tensors(run)]
     unused = sorted(path.name for path in run.checkpoints.glob(f"*{UNUSED}"))
     notes = [] if finished else ["the run has not finished: only its checkpoints can be compared with anything"]
@@ -86,13 +87,6 @@ def verify(path: str | Path) -> Verification:
         problems=list(dict.fromkeys(problems)),
         notes=notes,
     )
-
-
-def _events(run: RunDirectory) -> list[dict[str, Any]]:
-    try:
-        return run.read_metrics()
-    except (OSError, ValueError):  # what is wrong with the file is said by its hash
-        return []
 
 
 def _sealed(run: RunDirectory) -> Iterator[Problem]:

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from tiny import random_rows
+from tiny import metrics_of, random_rows
 
 from solotune import training
 from solotune.dataset.findings import Finding
@@ -16,18 +16,21 @@ from solotune.diagnosis import watch as watching
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.subject import Settings, Subject
 from solotune.diagnosis.watch import Watch
+from solotune.events import StepEvent
 from solotune.model import load_model
+from solotune.observer import Observers, SilentObserver
 from solotune.record import RunDirectory
-from solotune.terminal import SilentDisplay
+from solotune.run_log import RunLog
+from solotune.run_record import RunRecord
 
 CPU = torch.device("cpu")
 
 
-class Notes(SilentDisplay):
+class Told(SilentObserver):
     def __init__(self):
         self.lines = []
 
-    def note(self, text):
+    def diagnosed(self, event, text):
         self.lines.append(text)
 
 
@@ -36,12 +39,13 @@ def watched(config, tmp_path, before=lambda model: None, findings=()):
     run = RunDirectory.create(config.replaced("test", output_dir=str(tmp_path / "run")))
     model = load_model(config, CPU, torch.float32)
     before(model)
-    rows, notes = random_rows(12), Notes()
-    watch = Watch(model, Subject("test", own.settings_of(config), findings=findings), notes, run)
+    rows, told = random_rows(12), Told()
+    subject = Subject("test", own.settings_of(config), findings=findings)
+    watch = Watch(model, subject, Observers(RunLog(run), told), RunRecord.read(run.path))
     training.train(model, rows[:8], rows[8:], config, run, watch)
-    logged = [event["code"] for event in run.read_metrics() if event["event"] == "diagnosed"]
-    assert len(logged) == len(notes.lines)
-    return notes.lines, watch
+    logged = [event["code"] for event in metrics_of(run) if event["event"] == "diagnosed"]
+    assert len(logged) == len(told.lines)
+    return told.lines, watch
 
 
 @pytest.mark.parametrize("keys", [{}, {"warmup_steps": 1}, {"optim": "adamw_8bit"}], ids=str)
@@ -119,9 +123,9 @@ def test_evaluations_ask_the_rules_on_the_curve_and_each_fault_is_told_once(tiny
 def test_it_costs_less_than_a_hundredth_of_a_step(tiny_config, tmp_path):
     config = tiny_config(max_steps=200)
     model = load_model(config, CPU, torch.float32)
-    watch = Watch(model, Subject("test", Settings({})), Notes(), RunDirectory(tmp_path))
+    watch = Watch(model, Subject("test", Settings({})), Told(), RunRecord.read(tmp_path))
     watch.begin(200)
-    figures = training.StepMetrics(1, 200, 0.1, 2.0, 0.1, 1e-3, 1.0, 99, 9, 9.0, 0.1, 990.0, 0)
+    figures = StepEvent(1, 200, 0.1, 2.0, 0.1, 1e-3, 1.0, 99, 9, 9.0, 0.1, 990.0, 0)
     model.joined.data.add_(1.0)
     started = time.process_time()  # what else runs on the machine does not count
     for _ in range(200):

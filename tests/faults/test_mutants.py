@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save
+from tiny import metrics_of
 
 from bench import faults
 from bench.faults_power import Disk, states_now
@@ -113,7 +114,7 @@ def rotten(work):
     faults.until_step(work, 6)
     flip(random.Random(0), work.run / "checkpoints" / "step-000004" / "optimizer.safetensors")
     problem = work.what_is_wrong(2)
-    resumed = [event["step"] for event in RunDirectory(work.run).read_metrics() if event["event"] == "resume"]
+    resumed = [event["step"] for event in metrics_of(RunDirectory(work.run)) if event["event"] == "resume"]
     return listed(problem, None if resumed == [2] else f"went on from {resumed}")
 
 

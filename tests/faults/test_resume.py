@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny import metrics_of
 
 from bench import faults
 from solotune import checkpoint, training
@@ -19,7 +20,7 @@ from solotune.resume import BATCH, CLASSES, compare, fingerprints
 
 
 def events(work, kind):
-    return [event for event in RunDirectory(work.run).read_metrics() if event["event"] == kind]
+    return [event for event in metrics_of(RunDirectory(work.run)) if event["event"] == kind]
 
 
 # --- exactly

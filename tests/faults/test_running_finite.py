@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import random_rows
+from tiny import metrics_of, random_rows
 
 from solotune import checkpoint, finite, lora, training
 from solotune.errors import NonFiniteError
@@ -28,8 +28,8 @@ class At(SilentDisplay):
         if self.when == 0:
             do()
 
-    def saved(self, step, path):
-        if step == self.when:
+    def saved(self, event, path):
+        if event.step == self.when:
             self.do()
 
 
@@ -151,10 +151,10 @@ def test_each_site_at_each_step_is_found_before_the_update(site, step, start, mo
     if before:
         assert_same(before, state_of(model))
     assert not model.joined.grad.any()
-    event = run.read_metrics()[-1]
+    event = metrics_of(run)[-1]
     assert (event["event"], event["step"], event["verdict"]) == ("non_finite", step, "reproducible")
     assert len(event["rows"]) == 4 and event["tensors"][0].startswith(named)
-    assert [e["step"] for e in run.read_metrics() if e["event"] == "step"] == list(range(1, step))
+    assert [e["step"] for e in metrics_of(run) if e["event"] == "step"] == list(range(1, step))
     assert len(list(run.checkpoints.glob("step-*"))) == step - 1
     assert_no_file_is_broken(run)
 
@@ -172,7 +172,7 @@ def test_what_is_sound_when_run_again_is_called_transient_and_changes_nothing(st
     with pytest.raises(NonFiniteError, match=r"sound when run again \(transient\)") as caught:
         training.train(model, random_rows(24), [], config, run, SilentDisplay())
     assert caught.value.change.startswith("continue with --resume")
-    assert run.read_metrics()[-1]["verdict"] == "transient"
+    assert metrics_of(run)[-1]["verdict"] == "transient"
     point = checkpoint.load(checkpoint.newest(run.checkpoints))
     assert point.step == 2
     training.train(model, random_rows(24), [], config, run, SilentDisplay(), resume_from=point)
@@ -196,7 +196,7 @@ def test_what_depends_on_chance_is_run_again_with_the_same_chance(start):
     layer.forward = unlucky
     with pytest.raises(NonFiniteError, match="step 3: the loss"):
         training.train(model, random_rows(24), [], config, run, SilentDisplay())
-    assert run.read_metrics()[-1]["verdict"] == "reproducible"
+    assert metrics_of(run)[-1]["verdict"] == "reproducible"
 
 
 def test_weights_that_an_update_broke_are_not_saved(start, monkeypatch):
@@ -216,7 +216,7 @@ def test_weights_that_an_update_broke_are_not_saved(start, monkeypatch):
         training.train(model, random_rows(24), [], config, run, SilentDisplay())
     assert checkpoint.newest(run.checkpoints).name == "step-000003"
     assert_no_file_is_broken(run)
-    assert run.read_metrics()[-1]["event"] == "non_finite"
+    assert metrics_of(run)[-1]["event"] == "non_finite"
 
 
 def test_one_row_without_labels_among_others_is_no_fault(start):

@@ -12,7 +12,7 @@ from tiny import random_rows
 from solotune import training
 from solotune.batch import PackShape, collate, collate_packs
 from solotune.model import load_model
-from solotune.passes import Passes
+from solotune.passes import Passes, accumulate
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
@@ -67,11 +67,11 @@ def test_another_shape_and_release_give_the_memory_back(tiny_config):
     model = passes.model
     assert passes._graphs
     reserved = torch.cuda.memory_reserved()
-    passes.run(collate(random_rows(2), GPU), 1.0)
+    passes.run(accumulate, collate(random_rows(2), GPU), 1.0)
     assert not passes._graphs  # one of its own needs the shape to come again
-    passes.run(long[0], 1.0)
-    passes.run(long[0], 1.0)
-    passes.run(long[0], 1.0)
+    passes.run(accumulate, long[0], 1.0)
+    passes.run(accumulate, long[0], 1.0)
+    passes.run(accumulate, long[0], 1.0)
     assert passes._graphs and torch.cuda.memory_reserved() <= 1.2 * reserved
     passes.release()
     assert not passes._graphs and torch.cuda.memory_reserved() < reserved

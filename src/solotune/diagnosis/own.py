@@ -30,7 +30,8 @@ from solotune.diagnosis.own_live import batches_of, own_live
 from solotune.diagnosis.subject import Live, Settings, Subject
 from solotune.environment import ram
 from solotune.errors import IntegrityError, SolotuneError
-from solotune.record import FINGERPRINTS, RunDirectory
+from solotune.record import RunDirectory
+from solotune.run_record import RunRecord
 
 
 def settings_of(config: RunConfig) -> Settings:
@@ -174,27 +175,26 @@ def from_run(path: str | Path) -> Subject:
         missing["saved"] = "nothing was saved yet" if adapter is None else f"{adapter}: the adapter cannot be read"
         if adapter is not None:
             missing["adapter"] = missing["saved"]
-    events = run.read_metrics()
-    environment = run_files.json_of(run.path / "environment.json")
-    refusals = [*subject.refusals, *_other_base(run, config)]
+    record = RunRecord.read(run.path)
+    refusals = [*subject.refusals, *_other_base(record, config)]
     return replace(
         subject,
         name=run.path.name,
-        settings=replace(subject.settings, values={**subject.settings.values, **run_files.summary(events)}),
-        findings=subject.findings or run_files.findings(run),
+        settings=replace(subject.settings, values={**subject.settings.values, **run_files.summary(record)}),
+        findings=subject.findings or run_files.findings(record),
         refusals=refusals,
-        trace=run_files.trace_of(events),
+        trace=run_files.trace_of(record),
         saved=saved,
-        environment=environment,
+        environment=record.environment or {},
         missing=missing,
     )
 
 
-def _other_base(run: RunDirectory, config: RunConfig) -> list[Signal]:
+def _other_base(record: RunRecord, config: RunConfig) -> list[Signal]:
     """What `solotune chat` would refuse: the base in its folder is not the one that was trained on."""
     from solotune.fingerprint import base_fingerprint, check_base
 
-    recorded = run_files.json_of(run.path / FINGERPRINTS).get("base")
+    recorded = (record.fingerprints or {}).get("base")
     try:
         if isinstance(recorded, dict) and set(recorded) >= {"config", "tensors", "content"}:
             check_base(recorded, base_fingerprint(config), config.model_name_or_path)

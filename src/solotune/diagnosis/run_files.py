@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,10 @@ from solotune.config import RunConfig, load_config
 from solotune.dataset.findings_facts import Finding
 from solotune.diagnosis.subject import Saved, Trace
 from solotune.errors import InputError, SolotuneError
+from solotune.events import DeviceFailedEvent, EvalEvent, NonFiniteEvent, StepEvent
 from solotune.record import RunDirectory
 from solotune.resume import day_of
-
-MAX_JSON_BYTES = 256 << 20  # the state of a long training by Trainer has some megabytes
-Events = Sequence[Mapping[str, Any]]
+from solotune.run_record import RunRecord, json_object
 
 
 def recorded(run: RunDirectory) -> RunConfig:
@@ -48,29 +47,24 @@ def newest_adapter(run: RunDirectory) -> Path | None:
     return run.adapter if run.adapter.is_dir() else checkpoint.newest(run.checkpoints)
 
 
-def summary(events: Events) -> dict[str, Any]:
+def summary(record: RunRecord) -> dict[str, Any]:
     """What the run counted when it began."""
-    start = [event for event in events if event.get("event") == "start"]
     keys = ("train_rows", "validation_rows", "trainable_parameters")
-    return {key: start[-1][key] for key in keys if start and isinstance(start[-1].get(key), int)}
+    counts = {key: getattr(record.start, key, None) for key in keys}
+    return {key: count for key, count in counts.items() if count is not None}
 
 
-def findings(run: RunDirectory) -> list[Finding]:
+def findings(record: RunRecord) -> list[Finding]:
     """What the data door said when the run began, where the rows are not here any more."""
-    found = json_of(run.path / "data.json").get("findings")
+    found = (record.data or {}).get("findings")
     names = set(Finding.__dataclass_fields__)
-    return [Finding(**one) for one in found or () if isinstance(one, dict) and set(one) == names]
+    entries = found if isinstance(found, list) else []
+    return [Finding(**one) for one in entries if isinstance(one, dict) and set(one) == names]
 
 
 def json_of(path: Path | None) -> dict[str, Any]:
     """A JSON object; empty where there is none that can be read."""
-    try:
-        if path is None or path.stat().st_size > MAX_JSON_BYTES:
-            return {}
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return (json_object(path) if path is not None else None) or {}
 
 
 def saved_of(folder: Path) -> Saved | None:
@@ -84,28 +78,40 @@ def saved_of(folder: Path) -> Saved | None:
     return Saved(tensors, json_of(folder / "adapter_config.json"), optimizer, optimizer)
 
 
-def trace_of(events: Events) -> Trace:
-    """The events of metrics.jsonl as arrays; its log's errors, and the steps after which it was resumed."""
-    steps = [event for event in events if event.get("event") == "step" and isinstance(event.get("step"), int)]
-    evals = [event for event in events if event.get("event") == "eval" and isinstance(event.get("step"), int)]
-    resumed = [event.get("step") for event in events if event.get("event") == "resume"]
-    totals = [event["total_steps"] for event in steps if isinstance(event.get("total_steps"), int)]
-    return Trace(
-        step_S=np.array([event["step"] for event in steps], np.int64),
-        loss_S=column(steps, "loss"),
-        learning_rate_S=column(steps, "learning_rate"),
-        grad_norm_S=column(steps, "grad_norm"),
-        epoch_S=column(steps, "epoch"),
-        eval_step_E=np.array([event["step"] for event in evals], np.int64),
-        eval_loss_E=column(evals, "loss"),
-        total_steps=totals[-1] if totals else None,
-        is_finished=any(event.get("event") == "end" for event in events),
-        errors=_errors(events),
-        seams=tuple(step for step in resumed if isinstance(step, int)),
+def trace_of(record: RunRecord) -> Trace:
+    """The events of a run as arrays; its log's errors, and the steps after which it was resumed."""
+    return replace(
+        curves(record.steps, record.evals),
+        total_steps=record.total_steps,
+        is_finished=record.is_finished,
+        errors=tuple(_in_words(failure) for failure in record.failures),
+        seams=record.resumed_steps,
     )
 
 
-def column(entries: Events, key: str) -> np.ndarray:
+def curves(steps: Sequence[StepEvent], evals: Sequence[EvalEvent]) -> Trace:
+    """Steps and evaluations as arrays, and nothing else of the run."""
+    return Trace(
+        step_S=np.array([event.step for event in steps], np.int64),
+        loss_S=np.array([event.loss for event in steps], float),
+        learning_rate_S=np.array([event.learning_rate for event in steps], float),
+        grad_norm_S=np.array([event.grad_norm for event in steps], float),
+        epoch_S=np.array([event.epoch for event in steps], float),
+        eval_step_E=np.array([event.step for event in evals], np.int64),
+        eval_loss_E=np.array([event.loss for event in evals], float),
+        total_steps=None,
+        is_finished=False,
+    )
+
+
+def _in_words(failure: NonFiniteEvent | DeviceFailedEvent) -> str:
+    """What ended the run."""
+    if isinstance(failure, DeviceFailedEvent):
+        return f"{failure.problem}: {failure.seen}"
+    return f"step {failure.step}: not finite: {failure.seen}"
+
+
+def column(entries: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     """float64, NaN where an entry has no number under this key."""
     return np.array([_float(entry.get(key)) for entry in entries], float)
 
@@ -115,14 +121,3 @@ def _float(value: Any) -> float:
         return math.nan if isinstance(value, bool) or value is None else float(value)
     except (TypeError, ValueError):
         return math.nan
-
-
-def _errors(events: Events) -> tuple[str, ...]:
-    """What ended the run, as it is recorded: a device that failed, a step that was not finite."""
-    found = []
-    for event in events:
-        if event.get("event") == "device_failed":
-            found.append(f"{event.get('problem')}: {event.get('seen')}")
-        if event.get("event") == "non_finite":
-            found.append(f"step {event.get('step')}: not finite: {event.get('seen')}")
-    return tuple(found)

@@ -1,8 +1,9 @@
 """Watches a run of ours while it trains: a line when something is wrong, at the first steps and at evaluations.
 
-    training.train(..., display=tee(display, Watch(model, subject, display, run)))
+    monitor = Watch(model, subject, observer, RunRecord.read(run.path))
+    training.train(..., observer=Observers(display, Resilient(monitor)))
 
-It is a display, the door through which the loop tells what it does, so the loop knows nothing of diagnosis. It looks
+It is an observer like others, so the loop knows nothing of diagnosis. It looks
 
 - at the first loss: above log V the model guesses worse than blindly;
 - in the first two steps whose rate is above 0 at a sample of every adapter's elements, before and after. In every
@@ -20,7 +21,6 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from solotune.diagnosis import run_files
@@ -30,14 +30,13 @@ from solotune.diagnosis.examination import examine
 from solotune.diagnosis.subject import Subject, Trace
 from solotune.diagnosis.suspects import ask_all
 from solotune.diagnosis.verdict import accused
-from solotune.terminal import SilentDisplay
+from solotune.events import DiagnosedEvent, EvalEvent, StepEvent
+from solotune.observer import SilentObserver
 
 if TYPE_CHECKING:
-    from solotune.evaluation import Score
     from solotune.model import TrainableModel
-    from solotune.record import RunDirectory
-    from solotune.terminal import Display
-    from solotune.training import StepMetrics
+    from solotune.observer import RunObserver
+    from solotune.run_record import RunRecord
 
 NUM_SAMPLED = 64
 """Elements of each matrix that are compared: 28,672 of 224 adapted layers, one small copy."""
@@ -45,27 +44,22 @@ SMALLEST_SHARE_MOVED = 0.3
 """float32 moves all that has a gradient; bfloat16 at a small rate about half of it, at the end of its decay 0.01."""
 
 
-class Watch(SilentDisplay):
-    """Says what is wrong with the run that it watches, on a display and in the run's metrics.jsonl."""
+class Watch(SilentObserver):
+    """Says what is wrong with the run that it watches, to another observer: the run's log and what people see."""
 
-    def __init__(self, model: TrainableModel, subject: Subject, display: Display, run: RunDirectory) -> None:
+    def __init__(self, model: TrainableModel, subject: Subject, observer: RunObserver, before: RunRecord) -> None:
         """Args:
         subject: what is known before the first step; the rules are asked about it at once, and what the data's
             findings have told already is not told again.
+        before: of a resumed run, what was recorded until then: it was seen and told.
         """
-        self._model, self._subject, self._display, self._run = model, subject, display, run
+        self._model, self._subject, self._observer = model, subject, observer
         self._told = {finding.code for finding in subject.findings}
         self._places: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # layer -> places of A and of B in `joined`
         self._before: torch.Tensor | None = None
         self._num_updates = 0
-        events = run.read_metrics()
-        before = run_files.trace_of(events)  # of a resumed run: what was seen and told stays so
-        curves = (before.step_S, before.loss_S, before.learning_rate_S, before.grad_norm_S, before.epoch_S)
-        self._steps: list[tuple[float, ...]] = list(zip(*(curve.tolist() for curve in curves), strict=True))
-        self._evaluations: list[tuple[float, float]] = list(
-            zip(before.eval_step_E.tolist(), before.eval_loss_E.tolist(), strict=True)
-        )
-        self._told |= {event["code"] for event in events if event.get("event") == "diagnosed"}
+        self._steps, self._evaluations = list(before.steps), list(before.evals)
+        self._told |= before.diagnosed_codes
         self._signals: list[Signal] = []
         self._total_steps, self._is_new = 0, True
         self._ask_rules(subject)
@@ -76,16 +70,16 @@ class Watch(SilentDisplay):
             self._places[name] = (_sampled(layer.lora_A), _sampled(layer.lora_B))
         self._before = self._sample()
 
-    def step(self, metrics: StepMetrics) -> None:
-        self._steps.append((metrics.step, metrics.loss, metrics.learning_rate, metrics.grad_norm, metrics.epoch))
+    def step(self, event: StepEvent) -> None:
+        self._steps.append(event)
         if len(self._steps) == 1 and self._is_new:
-            self._look_at_first_loss(metrics.loss)
-        if self._before is not None and metrics.learning_rate > 0:
+            self._look_at_first_loss(event.loss)
+        if self._before is not None and event.learning_rate > 0:
             self._num_updates += 1
             self._look_at_update()
 
-    def evaluated(self, step: int, score: Score) -> None:
-        self._evaluations.append((step, score.loss))
+    def evaluated(self, event: EvalEvent, num_rows: int) -> None:
+        self._evaluations.append(event)
         self._ask_rules(replace(self._subject, trace=self._trace()))
 
     def diagnosis(self) -> Diagnosis:
@@ -104,18 +98,11 @@ class Watch(SilentDisplay):
 
     def _trace(self) -> Trace:
         """What the run has recorded so far."""
-        step_S, loss_S, rate_S, norm_S, epoch_S = np.array(self._steps, dtype=float).reshape(-1, 5).T
-        eval_step_E, eval_loss_E = np.array(self._evaluations, dtype=float).reshape(-1, 2).T
-        return Trace(
-            step_S.astype(np.int64),
-            loss_S,
-            rate_S,
-            norm_S,
-            epoch_S,
-            eval_step_E.astype(np.int64),
-            eval_loss_E,
+        last = self._steps[-1].step if self._steps else 0
+        return replace(
+            run_files.curves(self._steps, self._evaluations),
             total_steps=self._total_steps,
-            is_finished=len(step_S) > 0 and int(step_S[-1]) == self._total_steps,
+            is_finished=last == self._total_steps > 0,
         )
 
     def _look_at_first_loss(self, loss: float) -> None:
@@ -159,8 +146,7 @@ class Watch(SilentDisplay):
     def _tell(self, signal: Signal) -> None:
         if signal.code not in self._told:
             self._told.add(signal.code)
-            self._display.note(in_words(signal))
-            self._run.log_metrics("diagnosed", code=signal.code, kind=signal.kind, says=signal.says)
+            self._observer.diagnosed(DiagnosedEvent(signal.code, signal.kind, signal.says), in_words(signal))
 
 
 def in_words(signal: Signal) -> str:
