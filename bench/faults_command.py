@@ -51,7 +51,7 @@ class Commands:
         import torch
         import transformers
 
-        from solotune import beginning
+        from solotune.api.train import get_ready
         from solotune.config import load_config
         from solotune.terminal import SilentDisplay
         from tests import tiny
@@ -86,7 +86,7 @@ class Commands:
         self.config = self.folder / "run.yaml"
         self.config.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in self.keys.items()))
         self._remember_shapes()
-        beginning.get_ready(load_config(self.keys), False, SilentDisplay())  # so that no child imports anything
+        get_ready(load_config(self.keys), False, SilentDisplay())  # so that no child imports anything
         code = self.start(["train", str(self.config)]).wait().code
         assert code == 0, "the run does not work undisturbed"
 
