@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -229,6 +230,12 @@ def test_every_error_has_its_exit_code_and_no_traceback(kind, verbs, capsys):
     verbs.runs = raising(kind("the place: the problem", seen="5", change="do this"))
     assert cli.main(["runs"]) == kind.exit_code
     assert capsys.readouterr().err == "error: the place: the problem\n  seen:    5\n  change:  do this\n"
+
+
+def test_the_tree_in_the_docs_of_errors_is_the_one_that_there_is():
+    named = dict(re.findall(r"[├└]── (\w+) +(\d+(?= )|\d+$|128 \+ signal)", errors.__doc__ or "", flags=re.MULTILINE))
+    there = {kind.__name__: str(kind.exit_code) for kind in errors.SolotuneError.__subclasses__()}
+    assert named == {**there, "InterruptedRunError": "128 + signal"}
 
 
 def test_ctrl_c_is_130_with_a_line(verbs, capsys):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import solotune
 from solotune.config import load_config, to_yaml
 from solotune.errors import InputError
+from solotune.yaml_text import parse, plain, yaml_value
 
 YAML_WORDS = ["a  # b.jsonl", "a: b", "true", "1e5", "12:30", "null", "~", "- a", "'", '"', "\\", "{a: b}", "[a]", "&a",
               "*a", "!!int 1", "%d", "---", "...", "? a", "@a", "`a", "a\nb: c", " a ", "a\n\n  b\n", "\ufeffa", "\x85",
@@ -28,7 +29,7 @@ def test_the_text_of_an_ordinary_config_is_what_it_was(tmp_path: Path, monkeypat
     assert "\n# dataset_config:\n" in written
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts, texts)
 @example("org/m", "a  # b.jsonl")
 @example("a\nb: c", "'\n\n x")
@@ -50,3 +51,12 @@ def test_every_text_survives(tmp_path: Path, model: str, dataset: str) -> None:
 def test_a_files_name_writes_no_keys(tmp_path: Path) -> None:
     path = solotune.init("m", "d", tmp_path / "a\nlora_r: 3\n.yaml")
     assert load_config(path).lora_r == 16
+
+
+@settings(deadline=None, max_examples=200)
+@given(texts)
+@example("\x85")  # in single quotes a blank
+@example("?a")  # in a list a key
+def test_every_value_is_read_back(text: str) -> None:
+    written = f"a: {yaml_value(text)}\nb: {yaml_value([text, text])}  # a note\n"
+    assert plain(parse(written, "here")) == {"a": text, "b": [text, text]}
