@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.faults_run import Result
-from solotune import verbs
+from solotune.api.train import train
 from solotune.errors import SolotuneError
 
 STEPS = 30
@@ -34,7 +34,7 @@ def clean_runs(count: int, seed: int) -> Result:
                 tiny.save_tokenizer(model)
             keys = _odd(rng)
             try:
-                verbs.train({
+                train({
                     "model_name_or_path": str(model), "dataset": str(folder / "chats.jsonl"), "validation_size": 6,
                     "output_dir": str(folder / f"run-{number}"), "use_cpu": True, "max_length": 64, "seed": number,
                     "lora_target_modules": "all-linear", "max_steps": STEPS, "num_samples": 0, "save_strategy": "no",

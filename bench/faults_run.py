@@ -1,7 +1,7 @@
 """A small real run that can be started, killed and compared thousands of times.
 
 The server process imports torch and transformers once, trains once so that all is warm, and reads data, plan and model;
-each run of the campaign is then a fork of it that goes through `solotune.verbs.train` from where the run directory is
+each run of the campaign is then a fork of it that goes through `solotune.train` from where the run directory is
 made: every write of a run comes after that. `full=True` reads, plans and loads in the fork as well.
 
 In these forks the clock of a step is a counter and the peak of memory a constant, so two runs that do the same write
@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from solotune import beginning, checkpoint, operations, training, verbs
+from solotune import checkpoint, operations, training
+from solotune.api import train as train_verb
 from solotune.config import load_config
 from solotune.errors import SolotuneError
 from solotune.events import ResumeEvent, SaveEvent, from_line, to_line
@@ -99,8 +100,8 @@ class Workload:
             **keys,
         }
         config = load_config(self.keys)
-        verbs.train(config, ["max_steps=2", f"output_dir={folder / 'warm'}"])
-        self.ready = beginning.get_ready(config, False, SilentDisplay())
+        train_verb.train(config, ["max_steps=2", f"output_dir={folder / 'warm'}"])
+        self.ready = train_verb.get_ready(config, False, SilentDisplay())
         self._results: dict[str, tuple[str, Outcome, int]] = {}
         self.trace: list[Operation] = []
         self.reference = ""
@@ -139,9 +140,9 @@ class Workload:
                 recorded_day(config, resume)  # read as the real one reads it
                 return ready
 
-            beginning.get_ready = prepared
+            train_verb.get_ready = prepared
         with operations.watched(hook) if hook else contextlib.nullcontext():
-            verbs.train(load_config(self.keys), resume=resume, display=display)
+            train_verb.train(load_config(self.keys), resume=resume, display=display)
 
     def child(self, work: Callable[[], None]) -> int:
         """Forks and works there; the process's id. What it says of a failure goes to a file."""

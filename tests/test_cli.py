@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import tomllib
-import types
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import solotune
-from solotune import cli, door, errors
+from solotune import cli, errors
+from solotune.cli import commands
+from solotune.dataset import DataReport
 from solotune.fitness import Check, DoctorReport
 
+main_module = importlib.import_module("solotune.cli.main")  # `cli.main` is the function
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(solotune.__file__).parents[1]), "COLUMNS": "80"}
 
@@ -75,22 +81,24 @@ def run(*arguments: str, code: str = "", **options) -> subprocess.CompletedProce
     )
 
 
-quieten = door.quieten
+quieten = main_module.quieten
 
 
 @pytest.fixture(autouse=True)
 def libraries_stay_as_they_are(monkeypatch) -> None:
     """What `main` silences would stay silent in the tests that follow."""
-    monkeypatch.setattr(door, "quieten", lambda: None)
+    monkeypatch.setattr(main_module, "quieten", lambda: None)
 
 
 @pytest.fixture
-def verbs(monkeypatch) -> types.ModuleType:
-    """A stub in the place of solotune.verbs: each test gives it the one function it needs."""
-    stub = types.ModuleType("solotune.verbs")
-    monkeypatch.setitem(sys.modules, "solotune.verbs", stub)
-    monkeypatch.setattr(solotune, "verbs", stub, raising=False)
-    return stub
+def verbs(monkeypatch) -> Any:
+    """Each test gives it the functions to be called in the place of verbs: `verbs.runs = ...`."""
+
+    class Stubs:
+        def __setattr__(self, name: str, function: object) -> None:
+            monkeypatch.setitem(sys.modules, f"solotune.api.{name}", SimpleNamespace(**{name: function}))
+
+    return Stubs()
 
 
 def raising(error: BaseException):
@@ -136,7 +144,7 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("verb", list(cli.solotune.commands))
+@pytest.mark.parametrize("verb", list(commands.solotune.commands))
 def test_each_verb_teaches_with_one_example(verb, capsys):
     assert cli.main([verb, "--help"]) == 0
     text = capsys.readouterr().out
@@ -147,7 +155,7 @@ def test_each_verb_teaches_with_one_example(verb, capsys):
 
 
 def test_public_names_are_exact_and_lazy():
-    assert sorted(solotune.__all__) == sorted({*cli.solotune.commands, "RunConfig", "load_config", "__version__"})
+    assert sorted(solotune.__all__) == sorted({*commands.solotune.commands, "RunConfig", "load_config", "__version__"})
     assert all(hasattr(solotune, name) for name in solotune.__all__)
     assert set(solotune.__all__) <= set(dir(solotune))
     with pytest.raises(AttributeError, match="module 'solotune' has no attribute 'trian'"):
@@ -224,6 +232,12 @@ def test_every_error_has_its_exit_code_and_no_traceback(kind, verbs, capsys):
     assert capsys.readouterr().err == "error: the place: the problem\n  seen:    5\n  change:  do this\n"
 
 
+def test_the_tree_in_the_docs_of_errors_is_the_one_that_there_is():
+    named = dict(re.findall(r"[├└]── (\w+) +(\d+(?= )|\d+$|128 \+ signal)", errors.__doc__ or "", flags=re.MULTILINE))
+    there = {kind.__name__: str(kind.exit_code) for kind in errors.SolotuneError.__subclasses__()}
+    assert named == {**there, "InterruptedRunError": "128 + signal"}
+
+
 def test_ctrl_c_is_130_with_a_line(verbs, capsys):
     verbs.runs = raising(KeyboardInterrupt())
     assert cli.main(["runs"]) == 130
@@ -237,7 +251,7 @@ def test_an_interrupted_run_keeps_its_signal(verbs, capsys):
 
 
 def test_a_bug_names_the_file_with_its_traceback(verbs, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(door.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     verbs.runs = raising(ZeroDivisionError("oops \x1b[31m"))
     assert cli.main(["runs"]) == 1
     (log,) = tmp_path.glob("solotune-crash-*.log")
@@ -247,12 +261,12 @@ def test_a_bug_names_the_file_with_its_traceback(verbs, capsys, tmp_path, monkey
     assert "Traceback (most recent call last)" in log.read_text()
 
 
-@pytest.mark.parametrize("known_by", ["argument", "attribute"])
+@pytest.mark.parametrize("known_by", ["argument", "note"])
 def test_a_bug_in_a_run_goes_to_the_runs_own_log(known_by, verbs, capsys, tmp_path):
     (tmp_path / "config.yaml").touch()
     error = ZeroDivisionError("oops")
-    if known_by == "attribute":
-        error.run_dir = tmp_path  # type: ignore[attr-defined]
+    if known_by == "note":
+        error.add_note(errors.RunNote(tmp_path))
     verbs.runs = verbs.evaluate = raising(error)
     arguments = ["evaluate", str(tmp_path)] if known_by == "argument" else ["runs"]
     assert cli.main(arguments) == 1
@@ -269,7 +283,8 @@ def test_failed_check_of_doctor_is_exit_3(verbs, capsys):
 
 
 def test_a_reader_that_leaves_is_no_traceback():
-    code = "import sys; from solotune import cli, verbs\nverbs.runs = lambda root: [Run() for _ in range(9999)]\n"
+    code = "import sys; from solotune import cli\nfrom solotune.api import runs\n"
+    code += "runs.runs = lambda root: [Run() for _ in range(9999)]\n"
     code += "class Run:\n def to_json(self): return {'name': 'x' * 99}\n"
     code += "sys.exit(cli.main(['runs', '--json']))"
     with subprocess.Popen(
@@ -288,11 +303,12 @@ def test_a_reader_that_leaves_is_no_traceback():
 def test_whatever_a_library_prints_goes_to_stderr():
     code = """
 import os, sys
-from solotune import cli, verbs
+from solotune import cli
+from solotune.api import runs
 def noisy(root):
     print("python"); os.write(1, b"native\\n"); os.system("echo child")
     return []
-verbs.runs = noisy
+runs.runs = noisy
 sys.exit(cli.main(["runs", "--json"]))
 """
     done = run(code=code)
@@ -366,16 +382,11 @@ def test_help_of_data_is_frozen():
 
 
 def test_data_shows_each_token_with_its_id_when_asked(verbs, capsys):
-    report = {
-        "format": "text",
-        "rows": {"read": 1, "kept": 1, "dropped": {}},
-        "tokens": {"total": 2, "supervised": 1},
-        "split": {"train": 1, "validation": 0},
-    }
+    report = DataReport("text", num_read=1, num_train=1, num_tokens=2, num_supervised=1)
     row = SimpleNamespace(
         where="a.jsonl:1", pieces=[("hi", False, [7]), (" you", True, [12])], tokens=["hi", " you"], weights=[]
     )
-    preview = SimpleNamespace(report=SimpleNamespace(findings=[], to_json=lambda: report), shown=[row])
+    preview = SimpleNamespace(report=report, shown=[row])
     verbs.data = lambda *_, **__: preview
     assert cli.main(["data", "a.yaml"]) == 0
     assert "hi⟦ you⟧" in capsys.readouterr().out

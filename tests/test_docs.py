@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from solotune import cli
+from solotune.cli import commands
 from solotune.config import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -39,8 +39,8 @@ def test_every_file_of_the_package_is_in_the_readmes_tree_and_the_other_way_roun
 def test_every_solotune_command_of_the_readme_is_one(command):
     """Each is parsed by the real command line; those that need a GPU or a model stop at its help."""
     verb, *arguments = shlex.split(command)[1:]
-    assert verb in cli.solotune.commands
-    params = cli.solotune.commands[verb].make_context(verb, arguments).params
+    assert verb in commands.solotune.commands
+    params = commands.solotune.commands[verb].make_context(verb, arguments).params
     for override in params.get("overrides", ()):
         load_config({"model_name_or_path": "m", "dataset": "d"}, [override])
 
@@ -70,7 +70,7 @@ def test_generated_pages_are_up_to_date():
 
 def test_verbs_of_the_readme_are_the_command_lines():
     table = README.split("## The verbs")[1].split("Every verb")[0]
-    assert set(re.findall(r"\| `solotune (\w+)", table)) == set(cli.solotune.commands)
+    assert set(re.findall(r"\| `solotune (\w+)", table)) == set(commands.solotune.commands)
 
 
 def test_python_api_of_the_readme():

@@ -6,20 +6,26 @@ import io
 import itertools
 import math
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from solotune import printing, terminal
+from solotune import terminal
+from solotune.api.data import DataPreview, ShownRow
+from solotune.cli import results
 from solotune.config import Choice
+from solotune.dataset import DataReport
 from solotune.dataset.pack import account
 from solotune.evaluation import Evaluation, Sample, Score
 from solotune.events import DiagnosedEvent, EvalEvent, SaveEvent, StepEvent
 from solotune.fitness import Check, DoctorReport
+from solotune.record import RunSummary
 from solotune.terminal import LiveDisplay, Meter, PlainDisplay, SilentDisplay, make_console, make_display
-from solotune.verbs import RunSummary, ShownRow
 
 HOSTILE = "[bold]x[/nope] \x1b[31mred\x1b]8;;http://a\x07link \x9b2J \u202egnp\r\x7f\ud800"
 
@@ -82,26 +88,18 @@ def test_inert_text_can_be_encoded_and_steers_nothing():
 def test_hostile_text_everywhere():
     ev = Evaluation(score(), score(), [Sample(HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE)])
     machine = SimpleNamespace()
-    report = {
-        "format": HOSTILE,
-        "rows": {"read": 1, "kept": 0, "dropped": {HOSTILE: 1}},
-        "tokens": {"total": 0, "supervised": 0},
-        "split": {"train": 0, "validation": 0},
-        "findings": [{"code": "F1", "slug": HOSTILE, "severity": "error", "message": HOSTILE, "fix": HOSTILE}],
-    }
-    preview = SimpleNamespace(
-        report=SimpleNamespace(to_json=lambda: report),
-        shown=[ShownRow(HOSTILE, [(HOSTILE, True, [1]), (HOSTILE, False, [2])], [HOSTILE, HOSTILE])],
-    )
+    finding = {"code": "F1", "slug": HOSTILE, "severity": "error", "message": HOSTILE, "fix": HOSTILE}
+    report = DataReport(HOSTILE, num_read=1, dropped=Counter({HOSTILE: 1}), findings=[finding])
+    preview = DataPreview(report, [ShownRow(HOSTILE, [(HOSTILE, True, [1]), (HOSTILE, False, [2])], [HOSTILE] * 2)])
     run = RunSummary(HOSTILE, Path("a"), "finished", 1, 1, 1.0, 1.0, 1.0, 1.0, 1.0, 1)
 
     def show(console):
-        printing.print_evaluation(ev, console)
-        printing.print_doctor(DoctorReport(machine, [Check("a", "fail", HOSTILE, HOSTILE)]), console)  # type: ignore[arg-type]
-        printing.print_data(preview, console)  # type: ignore[arg-type]
-        printing.print_data(preview, console, with_ids=True)  # type: ignore[arg-type]
-        printing.print_runs([run], HOSTILE, console)
-        printing.print_runs([], HOSTILE, console)
+        results.print_evaluation(ev, console)
+        results.print_doctor(DoctorReport(machine, [Check("a", "fail", HOSTILE, HOSTILE)]), console)  # type: ignore[arg-type]
+        results.print_data(preview, console)
+        results.print_data(preview, console, with_ids=True)
+        results.print_runs([run], HOSTILE, console)
+        results.print_runs([], HOSTILE, console)
         terminal.print_choices([Choice("a", HOSTILE, HOSTILE)], console)
         display = PlainDisplay(1, console)
         display.note(HOSTILE)
@@ -153,11 +151,6 @@ def test_smoothed_loss_starts_at_the_first_loss_and_follows():
     for step in range(2, 60):
         meter.add(metrics(step, loss=1.0))
     assert meter.smooth_loss == pytest.approx(1.0, abs=0.02)
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (151, "2:31"), (11045, "3:04:05")])
-def test_clock(seconds, text):
-    assert terminal.clock(seconds) == text
 
 
 def test_a_single_rows_unknown_error_is_left_out():
@@ -276,49 +269,35 @@ def evaluation() -> Evaluation:
 
 
 def test_evaluation_at_80_columns():
-    lines = shown_on(80, lambda console: printing.print_evaluation(evaluation(), console))
+    lines = shown_on(80, lambda console: results.print_evaluation(evaluation(), console))
     assert [line.rstrip() for line in lines] == EVALUATION.splitlines()
 
 
 def test_on_a_narrow_terminal_answers_stand_below_one_another():
-    lines = shown_on(60, lambda console: printing.print_evaluation(evaluation(), console))
+    lines = shown_on(60, lambda console: results.print_evaluation(evaluation(), console))
     assert max(map(len, lines)) <= 60
     assert "tuned, equal to the reference" in [line.rstrip() for line in lines]
 
 
-def preview() -> SimpleNamespace:
-    report = {
-        "format": "messages",
-        "rows": {
-            "read": 1200,
-            "kept": 1195,
-            "dropped": {"exact duplicate": 2, "no assistant turn": 3},
-            "truncated": 7,
-            "answers_cut": 6,
-            "split": 0,
-            "added_by_split": 0,
-        },
-        "tokens": {"total": 1000, "supervised": 250},
-        "split": {
-            "train": 1135,
-            "validation": 60,
-            "groups": 900,
-            "exact_duplicates": 2,
-            "near_duplicates": 1,
-            "leaks": 0,
-        },
-        "findings": [
-            {
-                "code": "F17",
-                "slug": "truncated",
-                "severity": "warning",
-                "message": "2 rows were cut",
-                "fix": "max_length=4096",
-            }
-        ],
-    }
+def preview(**changes: Any) -> DataPreview:
+    finding = {"code": "F17", "slug": "truncated", "severity": "warning", "message": "2 rows were cut"}
+    report = DataReport(
+        "messages",
+        num_read=1200,
+        dropped=Counter({"no assistant turn": 3, "exact duplicate": 2, "nothing": 0}),
+        num_train=1135,
+        num_validation=60,
+        num_tokens=1000,
+        num_supervised=250,
+        num_groups=900,
+        num_exact_duplicates=2,
+        num_near_duplicates=1,
+        num_truncated=7,
+        num_answers_cut=6,
+        findings=[{**finding, "fix": "max_length=4096"}],
+    )
     row = ShownRow("a.jsonl:1", [("user: hi\n", False, [1, 2, 3]), ("hello", True, [40, 5])], TOKENS)
-    return SimpleNamespace(report=SimpleNamespace(to_json=lambda: report), shown=[row])
+    return DataPreview(replace(report, **changes), [row])
 
 
 TOKENS = ["user:", " hi", "\n", "hel", "lo"]
@@ -338,30 +317,29 @@ split     1,135 to train on, 60 held out; 900 groups, 1 near-duplicate, 0 leaks
 
 
 def test_data_without_colour_brackets_what_is_learned():
-    text = piped(lambda console: printing.print_data(preview(), console))  # type: ignore[arg-type]
+    text = piped(lambda console: results.print_data(preview(), console))
     assert text.replace("─", "").replace("⟧ \n", "⟧\n") == HEAD + ROW + FOUND
 
 
 def test_tokens_with_their_ids_stand_in_cells():
-    text = piped(lambda console: printing.print_data(preview(), console, with_ids=True))  # type: ignore[arg-type]
+    text = piped(lambda console: results.print_data(preview(), console, with_ids=True))
     line = " 1 user:             2 ␣hi               3 ↵                40 ⟦hel⟧             5 ⟦lo⟧             \n"
     assert text.replace("─", "").replace("⟧ \n", "⟧\n", 1) == HEAD + line + FOUND
 
 
 def test_a_long_token_takes_several_cells_and_no_line_is_too_long():
     row = ShownRow("a", [("x", True, list(range(40)))], ["x" * number for number in range(40)])
-    shown = SimpleNamespace(report=preview().report, shown=[row])
-    lines = shown_on(80, lambda console: printing.print_data(shown, console, with_ids=True))  # type: ignore[arg-type]
+    shown = DataPreview(preview().report, [row])
+    lines = shown_on(80, lambda console: results.print_data(shown, console, with_ids=True))
     assert max(map(len, lines)) <= 80
     assert [len(word) - 2 for line in lines for word in line.split() if word.startswith("⟦x")] == list(range(1, 40))
 
 
 def test_weights_are_told_in_a_line_and_shown_behind_what_has_one():
-    weights = {"weights": {"rows": 1, "answers": 7, "sum": 1234567.25}}
     pieces = [("user: hi", False, [1]), ("one", True, [2]), ("half", True, [3])]
     row = ShownRow("a", pieces, ["user: hi", "one", "half"], [0.0, 1.0, 0.5])
-    report = SimpleNamespace(to_json=lambda: {**preview().report.to_json(), **weights})
-    text = piped(lambda console: printing.print_data(SimpleNamespace(report=report, shown=[row]), console))  # type: ignore[arg-type]
+    report = preview(num_weighted_rows=1, num_weighted_answers=7, total_weight=1234567.25).report
+    text = piped(lambda console: results.print_data(DataPreview(report, [row]), console))
     assert "user: hi⟦one⟧⟦half⟧×0.5\n" in text
     assert (
         "weights   7 answers of 1 row have another than 1; their sum over the learned tokens is 1,234,567.25\n" in text
@@ -369,15 +347,14 @@ def test_weights_are_told_in_a_line_and_shown_behind_what_has_one():
 
 
 def test_packing_is_told_in_a_line():
-    report = {**preview().report.to_json(), "packing": account([600, 500, 1000], 1024)}
-    shown = SimpleNamespace(report=SimpleNamespace(to_json=lambda: report), shown=[])
-    text = piped(lambda console: printing.print_data(shown, console))  # type: ignore[arg-type]
+    shown = preview(packing=account([600, 500, 1000], 1024))
+    text = piped(lambda console: results.print_data(shown, console))
     line = "packing   3 rows in 3 sequences of 1,024 tokens, 68.4% full (972 places empty); it cuts no row\n"
     assert line in text
 
 
 def test_data_in_colour_makes_what_is_learned_green():
-    text = "\n".join(shown_on(80, lambda console: printing.print_data(preview(), console), colour=True))
+    text = "\n".join(shown_on(80, lambda console: results.print_data(preview(), console), colour=True))
     assert "\x1b[1;32mhello\x1b[0m" in text
     assert "\x1b[2muser: hi↵" in text
     assert "⟦" not in text
@@ -385,7 +362,7 @@ def test_data_in_colour_makes_what_is_learned_green():
 
 def test_doctor_says_what_mends_it():
     checks = [Check("python", "ok", "3.12"), Check("gpu", "fail", "torch has no CUDA", "install one that has")]
-    text = piped(lambda console: printing.print_doctor(DoctorReport(None, checks), console))  # type: ignore[arg-type]
+    text = piped(lambda console: results.print_doctor(DoctorReport(None, checks), console))  # type: ignore[arg-type]
     assert text == (
         "✓  python  3.12\n✗  gpu     torch has no CUDA\n           → install one that has\n\n1 check failed\n"
     )
@@ -397,7 +374,7 @@ def test_runs_fit(columns):
         "demo-20260101-120000", Path("a"), "finished", 120, 120, 0.4, 2.3412, 0.1234, 0.95, 1204.0, 2 << 30
     )
     begun = RunSummary("b", Path("b"), "running", 0, None, None, None, None, None, None, None)
-    lines = shown_on(columns, lambda console: printing.print_runs([done, begun], "runs", console))
+    lines = shown_on(columns, lambda console: results.print_runs([done, begun], "runs", console))
     assert max(map(len, lines)) <= columns
     rows = [" ".join(line.split()) for line in lines]
     assert any(row.startswith("demo-20260101-120000 finished 120/120 2.341 → 0.123 95%") for row in rows)

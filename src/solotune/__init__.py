@@ -6,9 +6,10 @@
     print(result.run_dir, result.evaluation.to_json()["tuned"])
     print(solotune.chat(result.run_dir).reply("Hello"))
 
-One function a verb, the same that the `solotune` command calls. Verbs are functions, modules are nouns:
-`solotune.train` runs, `solotune.training` is the code of the loop. `import solotune` loads nothing else; each name is
-fetched when it is first used (PEP 562), so a script that only lists runs does not wait for torch.
+One function a verb, the same that the `solotune` command calls, each in its file: `solotune.train` is the function in
+`solotune/api/train.py`. No module directly below `solotune` bears a verb's name, since importing it would replace the
+function. `import solotune` loads nothing else; each name is fetched when it is first used (PEP 562), so a script that
+only lists runs does not wait for torch.
 """
 
 from __future__ import annotations
@@ -18,8 +19,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from solotune.api.chat import chat
+    from solotune.api.data import data
+    from solotune.api.diagnose import diagnose
+    from solotune.api.doctor import doctor
+    from solotune.api.evaluate import evaluate
+    from solotune.api.explain import explain
+    from solotune.api.init import init
+    from solotune.api.plan import plan
+    from solotune.api.runs import runs
+    from solotune.api.train import train
+    from solotune.api.verify import verify
     from solotune.config import RunConfig, load_config
-    from solotune.verbs import chat, data, diagnose, doctor, evaluate, explain, init, plan, runs, train, verify
 
 # No code from the hub: where the package `kernels` is installed, transformers downloads native code for some models.
 # And nobody is told what is done here. The libraries read both when imported; a variable the user has set stays.
@@ -50,7 +61,7 @@ _FROM_CONFIG = ("RunConfig", "load_config")
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'solotune' has no attribute {name!r}")
-    return getattr(import_module("solotune.config" if name in _FROM_CONFIG else "solotune.verbs"), name)
+    return getattr(import_module("solotune.config" if name in _FROM_CONFIG else f"solotune.api.{name}"), name)
 
 
 def __dir__() -> list[str]:

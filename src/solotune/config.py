@@ -16,10 +16,10 @@ Behind this door the values are trusted. What it does not do: look at the machin
 from __future__ import annotations
 
 import difflib
-import io
 import os
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -34,12 +34,11 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import ErrorDetails
-from ruamel.yaml import YAML
 
 from solotune.errors import InputError
 from solotune.foreign_keys import FOREIGN_KEYS, REFUSED_KEYS
 from solotune.secrets import HIDDEN, is_secret, is_secret_name, without_secrets
-from solotune.yaml_text import parse, plain, read_mapping
+from solotune.yaml_text import parse, plain, read_mapping, yaml_value
 
 PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]  # beyond it is a slip of the finger, or an attack
 
@@ -489,7 +488,13 @@ def allowed_values(key: str) -> str:
     }
     if key in special:
         return special[key]
-    return _in_words(RunConfig.model_json_schema()["properties"][key])
+    return _in_words(_schemas()[key])
+
+
+@cache
+def _schemas() -> dict[str, Any]:
+    """The JSON schema of each key; pydantic takes milliseconds for it, and `init` asks for every key."""
+    return RunConfig.model_json_schema()["properties"]
 
 
 def _in_words(schema: Mapping[str, Any]) -> str:
@@ -527,16 +532,10 @@ def section_of(key: str) -> str:
 def to_yaml(config: RunConfig) -> str:
     """The whole config as YAML, each value with where it came from: loads again as the same config."""
     lines: list[str] = []
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = True
-    yaml.width = 10_000
     for section in SECTIONS:
         lines.append(f"{'' if not lines else chr(10)}# {section}")
         for key in RunConfig.model_fields:
             if section_of(key) != section:
                 continue
-            buffer = io.StringIO()
-            yaml.dump({key: getattr(config, key)}, buffer)
-            text = buffer.getvalue().strip().removeprefix("{").removesuffix("}")
-            lines.append(f"{text}  # {config.source_of(key)}")
+            lines.append(f"{key}: {yaml_value(getattr(config, key))}  # {config.source_of(key)}")
     return "\n".join(lines) + "\n"

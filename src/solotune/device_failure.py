@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from solotune.config import RunConfig
 from solotune.errors import DeviceError, SolotuneError, resume_command
+from solotune.units import first_line, gib
 
 MEMORY_WORDS = re.compile(r"(CUDA|CUDA driver) error: out of memory|\[CUDA\]: out of memory|CUBLAS_STATUS_ALLOC_FAILED")
 LOST_WORDS = re.compile(r"(CUDA|CUDA driver|cuDNN) error|Triton Error \[CUDA\]|CUBLAS_STATUS_|CUDNN_STATUS_")
@@ -124,7 +125,7 @@ def _stage(error: BaseException) -> str | None:
 
 
 def _lost(cause: BaseException, run: Path | None, checkpoint: Path | None) -> DeviceError:
-    said = str(cause).strip().split("\n")[0]
+    said = first_line(cause)
     known = next((cause for cause in CAUSES if cause.words in said), UNKNOWN)
     if run is None:
         return DeviceError(known.problem, seen=said, change=known.first + ", then start again" * known.goes_on)
@@ -139,14 +140,14 @@ def _out_of_memory(cause: BaseException, stage: str | None, config: RunConfig, r
     memory = device_memory()
     crowded = memory is not None and memory.outside > OTHERS_MATTER_BYTES
     if memory is not None:
-        held = [f"{_gib(memory.reserved)} GiB held by this run", f"{_gib(memory.outside)} by other processes"]
+        held = [f"{gib(memory.reserved)} GiB held by this run", f"{gib(memory.outside)} by other processes"]
         held[1] += " and the driver, which takes about 0.5"
-        parts.append(f"of {_gib(memory.total)} GiB on the card {', '.join(held)}; {_gib(memory.free)} free")
+        parts.append(f"of {gib(memory.total)} GiB on the card {', '.join(held)}; {gib(memory.free)} free")
     steps = [f"end the other processes on the card (nvidia-smi lists them){_then(run)}"] if crowded else []
     steps += smaller(config, stage, run)
     return DeviceError(
         "the GPU's memory is full" + (f" (while {stage})" if stage else ""),
-        seen="; ".join(parts) or str(cause).strip().split("\n")[0],
+        seen="; ".join(parts) or first_line(cause),
         change=", or ".join(steps) or "a GPU with more memory",
     )
 
@@ -175,10 +176,6 @@ def smaller(config: RunConfig, stage: str | None, run: Path | None) -> list[str]
 
 def _then(run: Path | None) -> str:
     return f" and continue with: {resume_command(run)}" if run is not None else ""
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.1f}"
 
 
 def device_memory() -> DeviceMemory | None:

@@ -26,6 +26,7 @@ from solotune.errors import CheckError
 from solotune.footprint import MIN_8BIT_WEIGHTS, OPTIMIZER_BLOCK
 from solotune.model import TrainableModel
 from solotune.training import Schedule, sequences
+from solotune.units import mib
 
 CODE_BOOK_BYTES = 2 * 256 * 4  # of the two 8-bit moments
 STEP_BYTES, ROW_BYTES = 480, 48  # a line of metrics.jsonl, of split.json
@@ -81,12 +82,12 @@ def require_room(need: Need, folder: Path) -> None:
     free = free_bytes(folder)
     if free >= need.total:
         return
-    parts = f"{need.checkpoints} checkpoints of {_mib(need.checkpoint)}, adapter and records {_mib(need.adapter)}"
+    parts = f"{need.checkpoints} checkpoints of {mib(need.checkpoint)} MiB, adapter and records {mib(need.adapter)} MiB"
     fewer = "save_total_limit: 1 keeps fewer checkpoints, " * (need.checkpoints > 2)
     raise CheckError(
         "the files of this run do not fit on the disk",
-        seen=f"{_mib(free)} free in {folder}, {_mib(need.total)} needed: {parts}",
-        change=f"{fewer}free {_mib(need.total - free)}, or an output_dir on another disk",
+        seen=f"{mib(free)} MiB free in {folder}, {mib(need.total)} MiB needed: {parts}",
+        change=f"{fewer}free {mib(need.total - free)} MiB, or an output_dir on another disk",
     )
 
 
@@ -147,7 +148,3 @@ def _tokenizer_bytes(tokenizer: Any) -> list[int]:
 
 def _on_disk(sizes: Sequence[int], block: int) -> int:
     return sum(-(-size // block) * block for size in sizes)
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from solotune.config import Choice, RunConfig
 from solotune.errors import DeviceError, InputError
+from solotune.units import first_line
 
 RECORDED = (
     "torch", "transformers", "bitsandbytes", "peft", "datasets", "tokenizers", "safetensors", "numpy", "triton"
@@ -221,7 +222,7 @@ def _torch_facts() -> dict[str, Any]:
     try:
         import torch
     except Exception as error:  # ImportError, and OSError for a native library that is not there
-        return {"torch_error": first_line(error)}
+        return {"torch_error": first_line(error, with_type=True)}
     facts: dict[str, Any] = {"cuda_runtime": torch.version.cuda}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -232,7 +233,7 @@ def _torch_facts() -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         free, total = torch.cuda.mem_get_info(0)  # makes the context, for which a full card has no room
     except RuntimeError as error:
-        return facts | {"cuda_error": first_line(error)}
+        return facts | {"cuda_error": first_line(error, with_type=True)}
     return facts | {
         "gpu": properties.name,
         "compute_capability": (properties.major, properties.minor),
@@ -245,7 +246,7 @@ def _cuda_error(torch: Any) -> str:
     try:
         torch.cuda.init()
     except Exception as error:
-        return first_line(error)
+        return first_line(error, with_type=True)
     return "torch finds no device"
 
 
@@ -286,8 +287,3 @@ def _text(path: str) -> str:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-
-
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,5 +1,16 @@
 """Every way a command can fail, with its exit code.
 
+    SolotuneError               1  never raised itself; what is no SolotuneError is a bug of ours and exits with 1
+    ├── InputError              2  config, data or model
+    ├── CheckError              3  doctor, a plan that does not fit, a leak
+    ├── DirectoryInUseError     4
+    ├── IntegrityError          5  changed data, damaged checkpoint, wrong base
+    ├── NonFiniteError          6  loss, gradient or weights
+    ├── DeviceError             7  out of memory, lost
+    ├── StorageError            8  disk full, read-only, quota
+    ├── HangError               9  never raised: the run's guard ends the process
+    └── InterruptedRunError     128 + signal: 129 SIGHUP, 130 Ctrl-C, 143 SIGTERM
+
 One table, printed in the docs and tested: a shell script or a scheduler may branch on these numbers, so a code never
 changes its meaning. An error a user can mend says four things: what is wrong and where, the value that was seen, what
 is allowed, and what to change. Anything that is not a `SolotuneError` is a bug of ours and exits with 1.
@@ -7,6 +18,7 @@ is allowed, and what to change. Anything that is not a `SolotuneError` is a bug 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 
@@ -44,6 +56,22 @@ class SolotuneError(Exception):
         """The same four parts for `--json`."""
         parts = {"problem": self.problem, "seen": self.seen, "allowed": self.allowed, "change": self.change}
         return {"error": {"exit_code": self.exit_code, "meaning": self.meaning, **parts}}
+
+
+class RunNote(str):
+    """A note on an exception of any kind (`add_note`): the run directory that it came out of, also as a `Path`."""
+
+    def __new__(cls, run_dir: Path) -> RunNote:
+        note = super().__new__(cls, f"in the run {run_dir}")
+        note.run_dir = run_dir
+        return note
+
+    run_dir: Path
+
+
+def run_dir_of(error: BaseException) -> Path | None:
+    """The run directory that an exception came out of, where a note says so."""
+    return next((note.run_dir for note in getattr(error, "__notes__", ()) if isinstance(note, RunNote)), None)
 
 
 class InputError(SolotuneError):

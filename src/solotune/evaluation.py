@@ -71,9 +71,14 @@ class Evaluation:
     tuned: Score
     samples: list[Sample]
 
+    @property
+    def difference(self) -> tuple[float, float]:
+        """Tuned loss minus base loss and its standard error, paired by row."""
+        return loss_difference(self.base, self.tuned)
+
     def to_json(self) -> dict[str, Any]:
         """The design's shape; `scores` may grow."""
-        difference, stderr = loss_difference(self.base, self.tuned)
+        difference, stderr = self.difference
         exact = {
             "base": self.base.exact_match,
             "tuned": self.tuned.exact_match,

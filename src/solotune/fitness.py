@@ -20,8 +20,9 @@ from typing import Any
 
 from solotune import environment
 from solotune.config import RunConfig
-from solotune.environment import BUSY_GPU, Check, Machine, first_line
+from solotune.environment import BUSY_GPU, Check, Machine
 from solotune.errors import CheckError
+from solotune.units import first_line, gib
 
 PYTHONS = ((3, 11), (3, 13))
 NEEDS = ("torch>=2.11", "transformers>=5.17,<6", "bitsandbytes>=0.49", "datasets>=4.8,<6", "safetensors>=0.7",
@@ -80,7 +81,7 @@ def require_torch() -> None:
     try:
         import torch  # noqa: F401
     except Exception as error:
-        raise _torch_missing(first_line(error)) from error
+        raise _torch_missing(first_line(error, with_type=True)) from error
 
 
 def require_fit(config: RunConfig, machine: Machine) -> None:
@@ -113,7 +114,7 @@ def _torch_missing(said: str) -> CheckError:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     change = "pip install --force-reinstall torch"
     if limit != resource.RLIM_INFINITY:
-        said += f"; this process may have {limit / 2**30:.1f} GiB of address space"
+        said += f"; this process may have {gib(limit)} GiB of address space"
         change = f"raise that limit (ulimit -v unlimited), or {change}"
     return CheckError("torch cannot be imported", seen=said, change=change)
 
@@ -170,7 +171,7 @@ def _check_torch(machine: Machine) -> Check:
 def _check_gpu(machine: Machine) -> Check:
     if machine.has_cuda:
         capability = ".".join(map(str, machine.compute_capability or ()))
-        free, total = (f"{(number or 0) / 2**30:.1f}" for number in (machine.gpu_free_bytes, machine.gpu_bytes))
+        free, total = (gib(number or 0) for number in (machine.gpu_free_bytes, machine.gpu_bytes))
         found = f"{machine.gpu}, {free} of {total} GiB free, compute capability {capability}, driver {machine.driver}"
         if not machine.bf16:
             return Check("gpu", "warn", found, "nothing to mend: it has no bfloat16, so training is in float32, slower")
@@ -199,7 +200,7 @@ def _check_bitsandbytes(machine: Machine) -> Check:
     try:
         error = _nf4_error(device)
     except Exception as raised:  # whatever a missing or broken native library does, it is a finding
-        found = f"NF4 does not work on {device}: {first_line(raised)}"
+        found = f"NF4 does not work on {device}: {first_line(raised, with_type=True)}"
         return Check("bitsandbytes", "fail", found, "pip install --force-reinstall --no-deps bitsandbytes")
     if not error <= NF4_MAX_ERROR:
         found = f"NF4 on {device} is off by {error:.3g} where {NF4_MAX_ERROR} is the most it can be"
@@ -208,8 +209,8 @@ def _check_bitsandbytes(machine: Machine) -> Check:
 
 
 def _check_room(name: str, total: int | None, free: int, wanted: int) -> Check:
-    of_total = f" of {total / 2**30:.1f}" if total else ""
-    found = f"{free / 2**30:.1f}{of_total} GiB free"
+    of_total = f" of {gib(total)}" if total else ""
+    found = f"{gib(free)}{of_total} GiB free"
     if (total or free) >= wanted:
         return Check(name, "ok", found)
     fix = {

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from solotune.errors import InputError
 from solotune.model_files import parsed
+from solotune.units import first_line
 
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16}
@@ -61,7 +62,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read", seen=error.strerror) from None
     except (ValueError, RecursionError) as error:
-        raise damaged(f"its header is not valid JSON: {str(error).splitlines()[0]}") from None
+        raise damaged(f"its header is not valid JSON: {first_line(error)}") from None
     if not isinstance(header, dict):
         raise damaged("its header is no JSON object")
     header.pop("__metadata__", None)

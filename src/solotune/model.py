@@ -43,6 +43,7 @@ from solotune.hub import model_folder
 from solotune.layers import decoder_layers, prepare_layers
 from solotune.linear import DenseWeight, Fp8Weight, FrozenLinear, NF4Weight, Storage
 from solotune.model_files import check_regular, json_object
+from solotune.units import first_line, gib, mib
 from solotune.weights import check_finite, load_with_transformers, match_names, read_tensors, weight_files
 
 STORAGE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -213,7 +214,7 @@ def _built_empty(
                 architecture, dtype=dtype, attn_implementation=attention, trust_remote_code=False
             )
     except (ValueError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         if "does not support an attention implementation" in reason:
             raise _NoSuchAttention from None
         raise InputError(
@@ -308,7 +309,7 @@ def _settle_residency(
     if residency == "auto":
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else ram()[1]
         residency = "dequantized" if mirror_bytes < free / 4 else "quantized"
-        why = f"expanded once, the weights take {mirror_bytes / 2**20:,.0f} MiB of {free / 2**30:.0f} GiB free"
+        why = f"expanded once, the weights take {mib(mirror_bytes, 0)} MiB of {gib(free, 0)} GiB free"
         why += ", which saves expanding them in every pass" if residency == "dequantized" else ", over a quarter"
         choices = [Choice("base_residency", residency, why)]
     if residency == "dequantized":
@@ -357,7 +358,7 @@ def _take_fast_attention(model: TrainableModel, config: RunConfig) -> list[Choic
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError) as error:
-            why = str(error).strip().split("\n")[0]
+            why = first_line(error)
     if why is None:
         return []
     model.by_lengths = False

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from solotune.errors import InputError
+from solotune.units import first_line
 
 MAX_JSON_BYTES = 8 << 20  # config.json has some KB, an index of 100,000 tensors 8 MB
 MAX_DEPTH = 64
@@ -81,7 +82,7 @@ def json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not valid JSON", seen=error.msg) from None
     except (ValueError, RecursionError, OSError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).split("\n")[0]
+        reason = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
         raise InputError(f"{path}: not valid JSON", seen=reason) from None
     if not isinstance(found, dict):
         raise InputError(f"{path}: not a JSON object", seen=type(found).__name__)

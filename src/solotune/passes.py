@@ -28,6 +28,7 @@ import torch
 from solotune.batch import Batch
 from solotune.config import RunConfig
 from solotune.model import TrainableModel
+from solotune.units import first_line
 
 LABEL_PARTS = 16  # label numbers are rounded up to such a part of all tokens, which costs a third of that in the head
 MOST_PATIENCE = 64  # passes of one shape in a row, before one is recorded
@@ -100,7 +101,7 @@ class Passes:
         try:
             graph = _Graph(self, forward_backward, batch, total_weight, self._pool)
         except RuntimeError as error:  # a model that looks into its data, or no memory for it: launched as before
-            self.why_not, self.can_record = str(error).strip().split("\n")[0], False
+            self.why_not, self.can_record = first_line(error), False
             self.release()
             return None
         self._graphs[len(batch.label_places_N)] = graph

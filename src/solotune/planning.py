@@ -26,6 +26,7 @@ from solotune.costs import Knobs, ModelShape, Precision, Work
 from solotune.errors import CheckError, InputError
 from solotune.footprint import Footprint, footprint
 from solotune.speed import Seconds, seconds
+from solotune.units import gib
 
 SAFETY = 1.02
 """A plan is believed to err by at most this; nothing is planned into it."""
@@ -93,10 +94,10 @@ class Plan:
     def refusal(self) -> CheckError:
         """What is said where nothing fits."""
         used = self.option.footprint
-        seen = f"{in_gib(used.peak_bytes)} at the peak ({used.moment}), {in_gib(used.card_bytes)} with what the "
+        seen = f"{gib(used.peak_bytes)} GiB at the peak ({used.moment}), {gib(used.card_bytes)} GiB with what the "
         seen += f"driver and the allocator take, on {self.card.name}"
         return CheckError(
-            "does not fit in memory", seen=seen, allowed=f"{in_gib(self.budget.bytes)}: {self.budget.because}",
+            "does not fit in memory", seen=seen, allowed=f"{gib(self.budget.bytes)} GiB: {self.budget.because}",
             change=self.way_out(),
         )  # fmt: skip
 
@@ -106,11 +107,11 @@ class Plan:
             least = self.option.footprint.card_bytes * SAFETY
             large = [c for c in CARDS.values() if c.memory_bytes * SHARE_OF_CARD >= least]
             cards = ", ".join(c.name for c in sorted(large, key=lambda c: c.memory_bytes)[:3])
-            return f"a smaller model, or a card with {in_gib(round(least / SHARE_OF_CARD))} ({cards or 'none known'})"
+            return f"a smaller model, or a card with {gib(round(least / SHARE_OF_CARD))} GiB ({cards or 'none known'})"
         words = [f"{key}: {value_in_words(value)}" for key, value in self.changes]
         after = self.changed.option
         speed = f"{after.seconds.tokens_per_second:,.0f} tokens/s"
-        return f"{', '.join(words)} (then {in_gib(after.footprint.peak_bytes)}, {speed})"
+        return f"{', '.join(words)} (then {gib(after.footprint.peak_bytes)} GiB, {speed})"
 
 
 def make_plan(
@@ -151,16 +152,16 @@ def budget_of(config: RunConfig, card: Card, free_bytes: int | None) -> Budget:
     if wanted == "auto":
         if free_bytes is not None:
             room = int(0.9 * free_bytes) if card.is_cpu else free_bytes - FREE_MARGIN_BYTES
-            because = f"{in_gib(free_bytes)} of {in_gib(total)} are free, less a margin"
+            because = f"{gib(free_bytes)} GiB of {gib(total)} GiB are free, less a margin"
             return Budget(room, available - (free_bytes - room), because)
         room = int(SHARE_OF_CARD * total)
-        return Budget(room, room, f"{SHARE_OF_CARD:.0%} of the card's {in_gib(total)}")
+        return Budget(room, room, f"{SHARE_OF_CARD:.0%} of the card's {gib(total)} GiB")
     size = int(wanted * total) if isinstance(wanted, float) else bytes_of(str(wanted))
     if size > total:
         raise InputError(
             f"{config.source_of('memory_budget')}, memory_budget: more than the card has",
             seen=f"memory_budget: {wanted}",
-            allowed=f"at most {in_gib(total)}, the memory of {card.name}",
+            allowed=f"at most {gib(total)} GiB, the memory of {card.name}",
             change="memory_budget: auto",
         )
     return Budget(size, available, f"memory_budget: {wanted}")
@@ -279,7 +280,7 @@ def _choices(config: RunConfig, option: Option, card: Card, shape: ModelShape, f
             why = f"{depth - n} of {depth} layers' activations fit" if fits else "the least memory"
         choices.append(Choice("gradient_checkpointing", _checkpointing(n, depth), why))
     if config.base_residency == "auto" and knobs.base_precision == "nf4":
-        mirror = in_gib(shape.num_frozen * shape.dtype_bytes)
+        mirror = f"{gib(shape.num_frozen * shape.dtype_bytes)} GiB"
         why = f"expanded once, the weights take {mirror}; " + (
             "that fits, and saves expanding them in every pass"
             if knobs.is_mirrored
@@ -287,7 +288,7 @@ def _choices(config: RunConfig, option: Option, card: Card, shape: ModelShape, f
         )
         choices.append(Choice("base_residency", "dequantized" if knobs.is_mirrored else "quantized", why))
     if knobs.is_offloaded and is_open(config, "activation_offload"):
-        host = in_gib(option.footprint.host_bytes)
+        host = f"{gib(option.footprint.host_bytes)} GiB"
         choices.append(Choice("activation_offload", True, f"it fits in no other way; {host} of pinned host memory"))
     return choices
 
@@ -386,7 +387,3 @@ def full_rows(config: RunConfig, max_positions: int | None = None) -> Work:
 
 def value_in_words(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def in_gib(size: float) -> str:
-    return f"{size / GIB:,.1f} GiB"

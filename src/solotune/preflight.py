@@ -33,8 +33,8 @@ from solotune.device_failure import device_memory, smaller
 from solotune.errors import CheckError
 from solotune.model import TrainableModel
 from solotune.passes import Passes
-from solotune.planning import in_gib
 from solotune.storage import PREFLIGHT, storage_errors
+from solotune.units import gib
 
 # Of its length. Rounding differs between the two, and grows with depth: 2 layers of fp8 have 0.08; a lost path is 0.9.
 LARGEST_GRADIENT_ERROR = 0.5
@@ -58,13 +58,13 @@ class Preflight:
 
     def in_words(self, planned_bytes: int) -> str:
         text = (
-            f"preflight: the largest step, {self.rows} rows in {self.places:,} places, took {in_gib(self.peak_bytes)}"
+            f"preflight: the largest step, {self.rows} rows in {self.places:,} places, took {gib(self.peak_bytes)} GiB"
         )
-        text += f" ({in_gib(planned_bytes)} planned)"
+        text += f" ({gib(planned_bytes)} GiB planned)"
         text += f" and {self.step_seconds:.2f} s, the first time {self.first_step_seconds:.0f} s"
         if self.gradient_error is not None:
             text += f", with the gradient of the uncompiled layers to {self.gradient_error:.1%}"
-        return text + (f"; {in_gib(self.free_bytes)} of the GPU are left" if self.free_bytes is not None else "")
+        return text + (f"; {gib(self.free_bytes)} GiB of the GPU are left" if self.free_bytes is not None else "")
 
 
 @signals.held_back()  # compiling does not bear an exception out of nowhere
@@ -191,7 +191,7 @@ def _check_compiler(model: TrainableModel, batch: Batch, config: RunConfig) -> f
 def _does_not_fit(error: torch.OutOfMemoryError, batch: Batch, config: RunConfig) -> CheckError:
     memory = device_memory()
     longest = batch.input_ids_BT.shape[1]
-    held = f"; {in_gib(memory.outside)} of the card are outside this process" if memory else ""
+    held = f"; {gib(memory.outside)} GiB of the card are outside this process" if memory else ""
     return CheckError(
         "preflight: the largest step of this run does not fit into the GPU's memory",
         seen=f"{batch.input_ids_BT.shape[0]} x {longest:,} tokens: {str(error).strip().split(chr(10))[0]}{held}",

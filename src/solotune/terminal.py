@@ -1,4 +1,4 @@
-"""What a person sees while a run works. (What they see at its end is in `printing`.)
+"""What a person sees while a run works. (What they see at its end is in `cli.results`.)
 
 A run talks to a `RunObserver` and knows nothing of terminals. `make_display` picks one: on a terminal a single live
 line (bar, loss, tokens/s, memory, time left) below permanent lines, one each `logging_steps`; into a pipe or a file the
@@ -33,6 +33,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from solotune.observer import RunObserver, SilentObserver
+from solotune.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
     from solotune.config import Choice
@@ -111,8 +112,8 @@ class Meter:
         speed, left, peak = self.tokens_per_second, self.seconds_left, self.last.peak_bytes if self.last else 0
         return [
             *([f"{speed:,.0f} tok/s"] if speed else []),
-            *([bytes_in_words(peak)] if peak else []),
-            *([f"{clock(left)} left"] if left is not None else []),
+            *([format_bytes(peak)] if peak else []),
+            *([f"{format_duration(left)} left"] if left is not None else []),
         ]
 
 
@@ -318,16 +319,6 @@ def show_answers(session: Replying, text: str, base: bool, console: Console | No
 
 
 # --- figures in words
-
-
-def clock(seconds: float) -> str:
-    """`0:07`, `12:31`, `3:04:05`."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
-
-
-def bytes_in_words(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def plus_minus(value: float, stderr: float | None) -> str:

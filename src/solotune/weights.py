@@ -21,6 +21,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from solotune.errors import InputError
 from solotune.header import Entry, read_header
 from solotune.model_files import check_regular, contained, json_object
+from solotune.units import first_line
 
 FLOATS = ("F32", "F16", "BF16", "F64")
 COMPUTED = r"rotary_emb\.inv_freq$"  # tables that old checkpoints hold and every model computes itself
@@ -201,7 +202,7 @@ def load_with_transformers(folder: Path, attention: str, dtype: torch.dtype) -> 
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}: the checkpoint does not load", seen=str(error).strip().split("\n")[0]) from None
+        raise InputError(f"{folder}: the checkpoint does not load", seen=first_line(error)) from None
     module, found = loaded
     for kind, words in (("missing_keys", "lacks"), ("unexpected_keys", "has, but the architecture does not know,")):
         if names := sorted(found[kind]):

@@ -15,8 +15,11 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, DocumentStartEvent
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import SafeRepresenter
 
 from solotune.errors import InputError
+from solotune.units import first_line
 
 MAX_CONFIG_BYTES = 1 << 20  # a config is a page of text; anything larger is the wrong file
 MAX_CONFIG_DEPTH = 4
@@ -32,7 +35,7 @@ def parse(text: str, where: str, max_depth: int = MAX_CONFIG_DEPTH) -> Any:
         line = f" line {mark.line + 1}" if mark is not None and "\n" in text else ""
         raise InputError(f"{where}{line}: not valid YAML", seen=error.problem, change="mend the syntax") from None
     except (YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{where}: not valid YAML", seen=str(error).split("\n")[0]) from None
+        raise InputError(f"{where}: not valid YAML", seen=first_line(error)) from None
 
 
 def _refuse_yaml_tricks(text: str, where: str, max_depth: int) -> None:
@@ -74,7 +77,29 @@ def plain(node: Any) -> Any:
     return node
 
 
-def _on_one_line(name: str) -> str:
+class _Representer(SafeRepresenter):
+    """ruamel's, but double quotes where its own choice is read back as something else: U+0085 in single quotes as a
+    blank, and `?a` in a list as a key."""
+
+    def represent_text(self, text: str) -> ScalarNode:
+        quoted = not text.isprintable() or text.startswith("?")
+        return self.represent_scalar("tag:yaml.org,2002:str", text, '"' if quoted else None)
+
+
+_Representer.add_representer(str, _Representer.represent_text)
+
+
+def yaml_value(value: Any) -> str:
+    """A key's value in flow style, which `parse` reads back as the same."""
+    yaml, buffer = YAML(typ="safe", pure=True), io.StringIO()
+    yaml.Representer = _Representer
+    yaml.default_flow_style = True
+    yaml.width = 10_000
+    yaml.dump({"key": value}, buffer)
+    return buffer.getvalue().strip().removeprefix("{key: ").removesuffix("}")
+
+
+def on_one_line(name: str) -> str:
     """A file's name as it may stand in a comment of the saved config: a line break in it would begin a key there."""
     return name if name.isprintable() else ascii(name)
 
@@ -107,5 +132,5 @@ def read_mapping(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     values, sources, line_of = {}, {}, loaded.lc.key  # type: ignore[attr-defined]
     for key, value in loaded.items():
         values[str(key)] = plain(value)
-        sources[str(key)] = f"{_on_one_line(path.name)} line {line_of(key)[0] + 1}"
+        sources[str(key)] = f"{on_one_line(path.name)} line {line_of(key)[0] + 1}"
     return values, sources

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -9,14 +10,14 @@ from pathlib import Path
 import pytest
 
 import solotune
-from solotune import cli, door
+from solotune import cli
 from solotune.config import load_config
 from solotune.errors import InputError
 
 
 @pytest.fixture(autouse=True)
 def libraries_stay_as_they_are(monkeypatch) -> None:
-    monkeypatch.setattr(door, "quieten", lambda: None)
+    monkeypatch.setattr(importlib.import_module("solotune.cli.main"), "quieten", lambda: None)
 
 
 # --- what is none of these

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import sys
-import types
 from types import SimpleNamespace
 
 import pytest
 
-import solotune
-from solotune import cli, door
+from solotune import cli
+from solotune.cli.results import print_diagnosis
 from solotune.diagnosis import catalogue, message
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.explanation import explained, paragraphs
 from solotune.diagnosis.verdict import decide
-from solotune.printing import print_diagnosis
 from solotune.terminal import make_console
 
 RATE = [
@@ -105,11 +104,10 @@ def test_explain_reads_in_order():
 
 
 @pytest.fixture
-def stub(monkeypatch) -> types.ModuleType:
-    module = types.ModuleType("solotune.verbs")
-    monkeypatch.setitem(sys.modules, "solotune.verbs", module)
-    monkeypatch.setattr(solotune, "verbs", module, raising=False)
-    monkeypatch.setattr(door, "quieten", lambda: None)
+def stub(monkeypatch) -> SimpleNamespace:
+    module = SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "solotune.api.diagnose", module)
+    monkeypatch.setattr(importlib.import_module("solotune.cli.main"), "quieten", lambda: None)
     return module
 
 
@@ -150,7 +148,7 @@ def test_options_reach_the_verb(stub):
 
 
 def test_explain_on_the_command_line(monkeypatch, capsys):
-    monkeypatch.setattr(door, "quieten", lambda: None)
+    monkeypatch.setattr(importlib.import_module("solotune.cli.main"), "quieten", lambda: None)
     assert cli.main(["explain", "pad-masks-terminator"]) == 0
     assert capsys.readouterr().out.startswith("F17 pad-masks-terminator (S4, loss mask)\n")
     assert cli.main(["explain", "f17", "--json"]) == 0

@@ -60,9 +60,9 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("disk.py", "    if free >= need.total:\n", "    if True:\n", f"{BEFORE} -k too_small"),
     ("disk.py", "config.save_total_limit + 1)", "config.save_total_limit)", f"{BEFORE} -k said_to_take"),
     ("disk.py", "max(most - existing,", "max(most,", f"{BEFORE} -k resumed"),
-    ("beginning.py", "    disk.require_writable(folder)\n", "", f"{BEFORE} -k takes_no_files"),
-    ("beginning.py", "    fitness.require_fit(checked, machine)\n", "", f"{BEFORE} -k bitsandbytes_that"),
-    ("verbs.py", "    fitness.require_torch()\n", "", f"{BEFORE} -k address_space"),
+    ("api/setup.py", "    disk.require_writable(_folder_of(checked))\n", "", f"{BEFORE} -k takes_no_files"),
+    ("api/setup.py", "    fitness.require_fit(checked, machine)\n", "", f"{BEFORE} -k bitsandbytes_that"),
+    ("api/train.py", "    fitness.require_torch()\n", "", f"{BEFORE} -k address_space"),
 ]
 
 

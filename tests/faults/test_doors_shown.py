@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from solotune import cli, environment, fitness, verbs
+from solotune import cli, environment, fitness
+from solotune.api import runs
 from solotune.secrets import is_secret, without_secrets
 from solotune.terminal import inert, make_console
 from tests.dataset.conftest import door, model_folders  # noqa: F401
@@ -144,7 +145,7 @@ def test_no_secret_of_the_environment_is_in_a_crash_file_an_error_or_the_machine
         local = dict(os.environ)
         raise RuntimeError(f"failed with {local['HF_TOKEN']} and {SECRETS['hf']} at {SECRETS['userinfo']}")
 
-    monkeypatch.setattr(verbs, "runs", crash)
+    monkeypatch.setattr(runs, "runs", crash)
     assert cli.main(["runs", "--json"]) == 1
     out, err = capsys.readouterr()
     (path,) = tmp_path.glob("solotune-crash-*.log")

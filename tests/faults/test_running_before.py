@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tiny import chat_rows
 
 import solotune
-from solotune import beginning, checkpoint, disk, environment, fitness
+from solotune import checkpoint, disk, environment, fitness
+from solotune.api.train import get_ready
 from solotune.config import load_config
 from solotune.errors import CheckError
 from solotune.terminal import SilentDisplay
@@ -101,7 +102,7 @@ def test_on_a_real_small_disk_it_is_refused_and_would_have_failed(chat_config, t
     script.write_text(SMALL_DISK)
     keys = {**chat_config, "output_dir": str(small / "run"), "save_steps": 1, "lora_r": 64}
     config = load_config(keys)
-    ready = beginning.get_ready(config, False, SilentDisplay())
+    ready = get_ready(config, False, SilentDisplay())
     need = disk.need_of(ready.config, ready.model, ready.prepared, ready.tokenizer)
     (tmp_path / "run.yaml").write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in keys.items()))
     mount = f"mount -t tmpfs -o size={int(need.total * 0.9)} none {small}"

@@ -9,7 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import solotune
-from solotune import beginning, checkpoint, training
+from solotune import checkpoint, training
+from solotune.api import train as train_verb
 from solotune.errors import DeviceError
 from solotune.record import RunDirectory
 
@@ -40,7 +41,7 @@ def test_at_each_of_20_steps(step, ready, chat_config, monkeypatch, tmp_path):
     error = (FULL, LOST)[step % 2]
     keys = {**chat_config, "validation_size": 12, "max_steps": 20, "save_steps": 3, "eval_strategy": "no"}
     calls, rows, handles = Calls(), [], []
-    get_ready, plain = beginning.get_ready, training.train_step
+    get_ready, plain = train_verb.get_ready, training.train_step
 
     def once(*args):
         if not ready:
@@ -58,7 +59,7 @@ def test_at_each_of_20_steps(step, ready, chat_config, monkeypatch, tmp_path):
             handles.append(model.trainable[1].register_hook(fail))
         return plain(model, micro_batches, *args, **kwargs)
 
-    monkeypatch.setattr(beginning, "get_ready", once)
+    monkeypatch.setattr(train_verb, "get_ready", once)
     monkeypatch.setattr(training, "train_step", failing)
     with calls, pytest.raises(DeviceError) as caught:
         solotune.train(keys)

@@ -12,6 +12,7 @@ import solotune
 from bench import faults
 from bench.faults_verify import clean_copies
 from solotune import cli
+from solotune.cli import commands
 from solotune.errors import InputError, IntegrityError
 from solotune.tuned import TunedRun
 from solotune.verification import verify
@@ -34,7 +35,7 @@ def run(finished, tmp_path):
 
 
 def called(*arguments):
-    result = CliRunner().invoke(cli.solotune, ["verify", *map(str, arguments)])
+    result = CliRunner().invoke(commands.solotune, ["verify", *map(str, arguments)])
     return result.exit_code, result.output
 
 

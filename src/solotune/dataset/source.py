@@ -31,6 +31,7 @@ from solotune.dataset.files import FORMATS, format_of, read_file
 from solotune.dataset.row import Row
 from solotune.errors import InputError
 from solotune.hub import offline_if_unreachable
+from solotune.units import first_line
 
 _SLICE = re.compile(r"(?P<name>[^\[\]+]*)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -325,7 +326,7 @@ def _load_from_hub(
     # Whatever fails inside (no such dataset, gated, offline, unknown split, broken file) is about the user's input;
     # the library raises some twenty kinds of exceptions for it.
     except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise InputError(
             f"{key}: the hub dataset {name} could not be loaded",
             seen=f"split {split.written}" + (f", configuration {config_name}" if config_name else "") + f": {reason}",

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any, overload
 
 from solotune.errors import StorageError
+from solotune.units import gib
 
 TAIL_BYTES = 32 << 20
 _PIECE_BYTES = 1 << 20
@@ -82,7 +83,7 @@ class Store(Sequence[bytes]):
         except OSError as error:
             raise StorageError(
                 f"{folder()}: rows that are kept there while the program runs cannot be written",
-                seen=f"{error.strerror or error}, after {self._num_written / 2**30:.1f} GiB",
+                seen=f"{error.strerror or error}, after {gib(self._num_written)} GiB",
                 change="make room, or set XDG_CACHE_HOME to a folder on a disk that has some",
             ) from error
         self._num_written += len(self._tail)

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from solotune.dataset.row import CHUNK_BYTES, MAX_ROW_BYTES, Row, lines
 from solotune.errors import InputError
+from solotune.units import first_line
 
 _BATCH_ROWS = 128
 
@@ -91,7 +92,7 @@ def read_columnar(path: Path, label: str, kind: str) -> Iterator[Row]:
     except Exception as error:
         raise InputError(
             f"{label}: not a readable {kind} file" + (f" beyond row {index - 1}" if index else ""),
-            seen=str(error).split("\n")[0] or type(error).__name__,
+            seen=first_line(error),
         ) from None
 
 

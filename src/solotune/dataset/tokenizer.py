@@ -18,6 +18,7 @@ from solotune.dataset.sandbox import TemplateRefusal, TemplateSyntax, sandbox
 from solotune.dataset.tokenizer_files import MAX_TEMPLATE_BYTES, check_tokenizer_files
 from solotune.errors import InputError
 from solotune.hub import tokenizer_folder
+from solotune.units import first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,7 +69,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     except Exception as error:
         raise InputError(
             f"model_name_or_path: no tokenizer could be loaded from {name}",
-            seen=str(error).strip().split("\n")[0] or type(error).__name__,
+            seen=first_line(error),
             allowed="a folder with tokenizer files, or a hub model that this machine can reach or has in its cache",
             change=_what_to_change(str(error), is_local=is_local),
         ) from None

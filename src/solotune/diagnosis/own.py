@@ -32,6 +32,7 @@ from solotune.environment import ram
 from solotune.errors import IntegrityError, SolotuneError
 from solotune.record import RunDirectory
 from solotune.run_record import RunRecord
+from solotune.units import gib
 
 
 def settings_of(config: RunConfig) -> Settings:
@@ -132,7 +133,7 @@ def too_large(subject: Subject) -> str | None:
     needs, free = arithmetic.weight_bytes(subject), _free_bytes()
     if needs is None or 1.2 * needs < free:
         return None
-    return f"the base takes about {needs / 2**30:.1f} GiB, and {free / 2**30:.1f} are free on this machine"
+    return f"the base takes about {gib(needs)} GiB, and {gib(free)} are free on this machine"
 
 
 def _free_bytes() -> int:

@@ -16,6 +16,7 @@ from solotune.diagnosis.probes.adapters import learning_rate_of
 from solotune.diagnosis.probes.patient import device_of, on_device, optimizer_of, restored, trainable_of, training_loss
 from solotune.diagnosis.probes.skipping import Skipped
 from solotune.diagnosis.subject import Live, Subject
+from solotune.units import gib
 
 
 def longest_first(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
@@ -53,5 +54,5 @@ _BY_PHASE = {"forward": "F72", "backward": "F71", "step": "F70"}
 
 
 def _full(found: dict[str, Any], total: int) -> list[Signal]:
-    says = f"the longest batch ({found['places']:,} places) fills {total / 2**30:.0f} GiB in its {found['phase']}"
+    says = f"the longest batch ({found['places']:,} places) fills {gib(total, 0)} GiB in its {found['phase']}"
     return [Signal(_BY_PHASE[found["phase"]], "measured", says, 0.6, found)]

@@ -1,8 +1,8 @@
-"""The `solotune` command: parse, call the verb's function, print what it returns. No logic is here.
+"""The commands: parse, call the verb's function, print what it returns. No logic is here.
 
-    main -> click parses -> solotune.verbs.VERB(...) -> print_..., or one JSON object
+    main.main -> click parses -> solotune.api.VERB -> results.print_..., or one JSON object
 
-How a command ends, with which exit code, and that `--json` prints one object alone, is `door.py`'s.
+How a command ends and with which exit code is in `main`, how `--json` prints one object alone in `output`.
 
 Nothing heavy is imported here, so that `solotune --help` answers at once: torch, pydantic and rich come in with the
 verb that needs them.
@@ -11,14 +11,28 @@ verb that needs them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
-from solotune import __version__, door
-from solotune.door import console, inert, print_json
+from solotune import __version__
+from solotune.cli.output import console, inert, print_json
 from solotune.errors import EXIT_CODES, IntegrityError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from solotune.terminal import Display
+
+
+class Result(Protocol):
+    """What a verb returns."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+ResultT = TypeVar("ResultT", bound=Result)
 
 
 class Verbs(click.Group):
@@ -41,6 +55,32 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def config_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
     command = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(command)
     return click.argument("config", metavar="CONFIG")(command)
+
+
+def print_result(result: ResultT, printer: Callable[[ResultT, Console], None], as_json: bool) -> ResultT:
+    """Prints what a verb returned, for people or as one JSON object."""
+    if as_json:
+        print_json(result.to_json())
+    else:
+        printer(result, console())
+    return result
+
+
+def run_shown(
+    verb: Callable[[Display], ResultT],
+    printer: Callable[[ResultT, Console], None],
+    as_json: bool,
+    logging_steps: int = 1,
+) -> ResultT:
+    """Calls a verb with a display, whose live line is gone however it ends, and prints its result."""
+    from solotune.terminal import make_display
+
+    display = make_display(logging_steps, sys.stdout)
+    try:
+        result = verb(display)
+    finally:
+        display.finish()
+    return print_result(result, printer, as_json)
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]}, subcommand_metavar="VERB ...")
@@ -72,15 +112,10 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     Example:
       solotune doctor
     """
-    from solotune import verbs
+    from solotune.api.doctor import doctor
+    from solotune.cli.results import print_doctor
 
-    report = verbs.doctor()
-    if as_json:
-        print_json(report.to_json())
-    else:
-        from solotune.printing import print_doctor
-
-        print_doctor(report, console())
+    report = print_result(doctor(), print_doctor, as_json)
     ctx.exit(0 if report.ok else 3)
 
 
@@ -100,9 +135,9 @@ def init(model: str, dataset: str, output: str, force: bool, as_json: bool) -> N
     Example:
       solotune init HuggingFaceTB/SmolLM2-135M-Instruct chats.jsonl
     """
-    from solotune import verbs
+    from solotune.api.init import init
 
-    path = verbs.init(model, dataset, output, force)
+    path = init(model, dataset, output, force)
     if as_json:
         print_json({"path": str(path)})
     else:
@@ -125,20 +160,14 @@ def data(ctx: click.Context, config: str, overrides: tuple[str, ...], show: int,
     Example:
       solotune data solotune.yaml --show 3 max_length=1024
     """
-    from solotune import verbs
-    from solotune.terminal import make_display
+    from solotune.api.data import data
+    from solotune.cli.results import print_data
 
-    display = make_display(1, sys.stdout)
-    try:
-        preview = verbs.data(config, overrides, show=show, display=display)
-    finally:
-        display.finish()
-    if as_json:
-        print_json(preview.to_json())
-    else:
-        from solotune.printing import print_data
-
-        print_data(preview, console(), with_ids)
+    preview = run_shown(
+        lambda display: data(config, overrides, show=show, display=display),
+        lambda preview, console: print_data(preview, console, with_ids),
+        as_json,
+    )
     ctx.exit(3 if any(finding["severity"] == "error" for finding in preview.report.findings) else 0)
 
 
@@ -159,20 +188,10 @@ def plan(ctx: click.Context, config: str, overrides: tuple[str, ...], gpu: str |
     Example:
       solotune plan solotune.yaml --gpu 4090 max_length=4096
     """
-    from solotune import verbs
-    from solotune.terminal import make_display
+    from solotune.api.plan import plan
+    from solotune.cli.results import print_plan
 
-    display = make_display(1, sys.stdout)
-    try:
-        found = verbs.plan(config, overrides, gpu, display=display)
-    finally:
-        display.finish()
-    if as_json:
-        print_json(found.to_json())
-    else:
-        from solotune.printing import print_plan
-
-        print_plan(found, console())
+    found = run_shown(lambda display: plan(config, overrides, gpu, display=display), print_plan, as_json)
     ctx.exit(0 if found.fits else 3)
 
 
@@ -190,22 +209,14 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, as_json: bool) 
     Example:
       solotune train solotune.yaml learning_rate=1e-4 output_dir=runs/low
     """
-    from solotune import verbs
+    from solotune.api.train import train
+    from solotune.cli.results import print_trained
     from solotune.config import load_config
-    from solotune.terminal import make_display
 
     checked = load_config(config, overrides)
-    display = make_display(checked.logging_steps, sys.stdout)
-    try:
-        result = verbs.train(checked, resume=resume, display=display)
-    finally:
-        display.finish()
-    if as_json:
-        print_json(result.to_json())
-    else:
-        from solotune.printing import print_trained
-
-        print_trained(result, console())
+    run_shown(
+        lambda display: train(checked, resume=resume, display=display), print_trained, as_json, checked.logging_steps
+    )
 
 
 @solotune.command()
@@ -220,20 +231,10 @@ def evaluate(run: str, as_json: bool) -> None:
     Example:
       solotune evaluate runs/solotune-20260101-120000
     """
-    from solotune import verbs
-    from solotune.terminal import make_display
+    from solotune.api.evaluate import evaluate
+    from solotune.cli.results import print_evaluation
 
-    display = make_display(1, sys.stdout)
-    try:
-        evaluation = verbs.evaluate(run, display=display)
-    finally:
-        display.finish()
-    if as_json:
-        print_json(evaluation.to_json())
-    else:
-        from solotune.printing import print_evaluation
-
-        print_evaluation(evaluation, console())
+    run_shown(lambda display: evaluate(run, display=display), print_evaluation, as_json)
 
 
 @solotune.command()
@@ -265,20 +266,14 @@ def diagnose(
     Example:
       solotune diagnose runs/solotune-20260101-120000
     """
-    from solotune import verbs
-    from solotune.terminal import make_display
+    from solotune.api.diagnose import diagnose
+    from solotune.cli.results import print_diagnosis
 
-    display = make_display(1, sys.stdout)
-    try:
-        found = verbs.diagnose(target, deep, budget, dataset, config, overrides, display=display)
-    finally:
-        display.finish()
-    if as_json:
-        print_json(found.to_json())
-    else:
-        from solotune.printing import print_diagnosis
-
-        print_diagnosis(found, console())
+    found = run_shown(
+        lambda display: diagnose(target, deep, budget, dataset, config, overrides, display=display),
+        print_diagnosis,
+        as_json,
+    )
     ctx.exit(3 if found.is_fault else 0)
 
 
@@ -294,13 +289,9 @@ def explain(code: str, as_json: bool) -> None:
     Example:
       solotune explain F17
     """
-    from solotune import verbs
+    from solotune.api.explain import explain
 
-    found = verbs.explain(code)
-    if as_json:
-        print_json(found.to_json())
-    else:
-        click.echo(inert(found.text))
+    print_result(explain(code), lambda found, _: click.echo(inert(found.text)), as_json)
 
 
 @solotune.command()
@@ -317,10 +308,10 @@ def chat(run: str, base: bool, prompt: str | None, as_json: bool) -> None:
     Example:
       solotune chat runs/solotune-20260101-120000 --base --prompt "Hello"
     """
-    from solotune import verbs
+    from solotune.api.chat import chat
     from solotune.terminal import read_messages, show_answers
 
-    session = verbs.chat(run)
+    session = chat(run)
     turns = []
     for text in read_messages(session.model_name) if prompt is None else [prompt]:
         if text == "/reset":
@@ -346,15 +337,10 @@ def verify(ctx: click.Context, run: str, as_json: bool) -> None:
     Example:
       solotune verify runs/solotune-20260101-120000
     """
-    from solotune import verbs
+    from solotune.api.verify import verify
+    from solotune.cli.results import print_verification
 
-    found = verbs.verify(run)
-    if as_json:
-        print_json(found.to_json())
-    else:
-        from solotune.printing import print_verification
-
-        print_verification(found, console())
+    found = print_result(verify(run), print_verification, as_json)
     ctx.exit(0 if found.ok else IntegrityError.exit_code)
 
 
@@ -368,21 +354,12 @@ def runs(root: str, as_json: bool) -> None:
     Example:
       solotune runs --root experiments
     """
-    from solotune import verbs
+    from solotune.api.runs import runs
 
-    found = verbs.runs(root)
+    found = runs(root)
     if as_json:
         print_json({"runs": [run.to_json() for run in found]})
     else:
-        from solotune.printing import print_runs
+        from solotune.cli.results import print_runs
 
         print_runs(found, root, console())
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns its exit code; nothing but SystemExit leaves this function."""
-    return door.pass_through(solotune, arguments)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,13 +1,14 @@
-"""A run that nothing speaks against: what has to be asked before, and what is written before the first step.
+"""What precedes the first step of a run: the stages that may refuse it, and what is recorded of it.
 
-ready = get_ready(config, resume=False, display=display)       nothing was written yet
-summary = recorded(run, ready, marks, start, display)          config, machine, plan, rows, split
+check, read_data, plan, load_model, try_largest_step     called by `train.get_ready`, which writes nothing
+recorded                                                 config, machine, plan, rows, split, into the run directory
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from solotune import (
@@ -33,13 +34,11 @@ from solotune.dataset import pack
 from solotune.dataset.examined import examined
 from solotune.destination import check_destination
 from solotune.device_failure import device_errors
-from solotune.diagnosis import own
 from solotune.errors import InputError
 from solotune.events import PreflightEvent, ResumeEvent, StartEvent
-from solotune.planning import in_gib
 from solotune.record import FINGERPRINTS, RunDirectory, nearest_folder
 from solotune.storage import write_whole
-from solotune.terminal import clock
+from solotune.units import format_duration, gib
 
 if TYPE_CHECKING:
     from solotune.dataset import Prepared
@@ -54,7 +53,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ready:
-    """A run that nothing speaks against, and of which nothing is written yet."""
+    """A run that passed every check, and of which nothing is written yet."""
 
     config: RunConfig  # settled for the machine and by the plan
     machine: Machine
@@ -70,16 +69,26 @@ class Ready:
         return {"predicted": self.planned.to_json(), "preflight": self.tried and asdict(self.tried)}
 
 
-def get_ready(config: RunConfig, resume: bool, display: RunObserver) -> Ready:
-    """Settles, reads, plans, loads, tries: everything that may refuse a run, in the order of what it costs to ask."""
-    checked, machine, choices = tuned.settle(config)
+def check(checked: RunConfig, machine: Machine, resume: bool) -> None:
+    """Asks all that needs no data: the machine, the run directory, the disk below it, the model folder.
+
+    Raises:
+        SolotuneError: one of them refuses the run.
+    """
     fitness.require_fit(checked, machine)
     check_destination(checked)
     if not resume:
         RunDirectory.refuse_occupied(checked)
-    folder = nearest_folder(checked.output_dir or "runs")
-    disk.require_writable(folder)
+    disk.require_writable(_folder_of(checked))
     models.check_model(checked)
+
+
+def read_data(checked: RunConfig, resume: bool, display: RunObserver) -> tuple[Any, Prepared]:
+    """The tokenizer and the rows as examples, with the findings told.
+
+    Raises:
+        InputError: no tokenizer, rows that cannot be used, or ids beyond the embedding (F05).
+    """
     tokenizer = dataset.load_tokenizer(checked)
     display.phase("reading data")
     prepared = examined(checked, tokenizer, display.progress, resuming.recorded_day(checked, resume))
@@ -87,25 +96,57 @@ def get_ready(config: RunConfig, resume: bool, display: RunObserver) -> Ready:
         display.note(f"{finding['severity']} {finding['code']} {finding['slug']}: {finding['message']}")
         if finding["code"] == "F05":  # no opinion: its lookup would fail, on a GPU without a word of what is wrong
             raise InputError(finding["message"], change=finding["fix"], fault="F05")
+    return tokenizer, prepared
+
+
+def plan(checked: RunConfig, machine: Machine, prepared: Prepared, display: RunObserver) -> Plan:
+    """The plan of a run that fits; `settled` is the config with what it chose.
+
+    Raises:
+        CheckError: it does not fit.
+    """
     display.phase("planning")
     planned = survey.plan_for(checked, machine, prepared)
     if not planned.fits:
         raise planned.refusal()
-    checked = planned.settled
     watchdog.expect(planned.option.seconds.first_step)
+    return planned
+
+
+def load_model(
+    checked: RunConfig, machine: Machine, tokenizer: Any, prepared: Prepared, resume: bool, display: RunObserver
+) -> TrainableModel:
+    """The base with fresh adapters, where the disk has room for what the run will write.
+
+    Raises:
+        SolotuneError: the model does not load, or there is no room.
+    """
     display.phase("loading model")
-    model = tuned.load_base(checked, machine)
+    model, folder = tuned.load_base(checked, machine), _folder_of(checked)
     before = resuming.continued(checked) if resume else None
     existing = len(checkpoint.numbered(before.checkpoints)) if before else 0
     disk.require_room(disk.need_of(checked, model, prepared, tokenizer, existing, disk.block_bytes(folder)), folder)
-    tried = None
+    return model
+
+
+def try_largest_step(
+    checked: RunConfig, model: TrainableModel, prepared: Prepared, display: RunObserver
+) -> Preflight | None:
+    """What the largest step took; None where it is not tried.
+
+    Raises:
+        SolotuneError: it fails.
+    """
     if checked.preflight is True or (checked.preflight == "auto" and model.device.type == "cuda"):
         display.phase("trying the largest step")
         with device_errors(checked):
-            tried = preflight.preflight(model, prepared.train, prepared.validation, checked, folder)
-    choices = [*choices, *planned.choices, *model.choices]
-    subject = own.from_prepared(checked, tokenizer, prepared)
-    return Ready(checked, machine, choices, tokenizer, prepared, planned, model, tried, subject)
+            return preflight.preflight(model, prepared.train, prepared.validation, checked, _folder_of(checked))
+    return None
+
+
+def _folder_of(config: RunConfig) -> Path:
+    """The nearest folder above the run directory that is there."""
+    return nearest_folder(config.output_dir or "runs")
 
 
 def recorded(
@@ -168,5 +209,5 @@ def _in_words(summary: dict[str, Any]) -> str:
 def _planned_in_words(planned: Plan) -> str:
     """What is expected of the run, in a line."""
     took, peak = planned.option.seconds, planned.option.footprint.peak_bytes
-    text = f"plan: {in_gib(peak)} at the peak (budget {in_gib(planned.budget.bytes)}), {took.step:.3g} s a step"
-    return text + (f", {clock(took.total)} in all" if took.total is not None else "")
+    text = f"plan: {gib(peak)} GiB at the peak (budget {gib(planned.budget.bytes)} GiB), {took.step:.3g} s a step"
+    return text + (f", {format_duration(took.total)} in all" if took.total is not None else "")

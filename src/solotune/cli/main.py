@@ -1,10 +1,7 @@
-"""The command's door: every way out has its exit code, and stdout carries what was promised.
+"""How a command ends: `main` runs a command line and returns its exit code.
 
-    pass_through(group, arguments) -> exit code
-
-With `--json`, stdout carries exactly one JSON object, also for an error, and whatever a library prints goes to stderr.
-Every way out has its code (`solotune.errors`): an expected error is a message without a traceback; anything else is a
-bug, whose traceback goes to a file that the message names.
+Every end has its code (`solotune.errors`): an expected error is a message without a traceback; anything else is a bug,
+whose traceback goes to a file that the message names.
 """
 
 from __future__ import annotations
@@ -18,20 +15,20 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from signal import Signals
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from solotune import __version__, signals, watchdog
-from solotune.errors import EXIT_CODES, CheckError, SolotuneError, StorageError
+from solotune.cli.commands import solotune
+from solotune.cli.output import inert, open_closed_streams, print_json, stdout_for_json_only
+from solotune.errors import EXIT_CODES, CheckError, SolotuneError, StorageError, run_dir_of
 from solotune.secrets import without_secrets
-from solotune.storage import append_line, json_text
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from solotune.storage import append_line
+from solotune.units import first_line
 
 NOISY = (
     "transformers",
@@ -49,27 +46,27 @@ NOISY = (
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)  # of a stream; a file's error has its name
 
 
-def pass_through(command: click.Group, arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line, the process's own where none is given, and returns its exit code; nothing is raised."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line, the process's own where none is given; nothing but SystemExit leaves this function."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in given
     is_ours = arguments is None  # the process; else a caller's, whose signals and life are not ours
     watched = watchdog.watched() if is_ours and given[:1] == ["train"] else contextlib.nullcontext()
     try:
         with signals.heeded(is_ours), watched:
-            _open_closed_streams()
+            open_closed_streams()
             quieten()
-            code = _run(command, given, as_json)
+            code = _run(given, as_json)
             return StorageError.exit_code if _loses_output() and code == 0 else code
     except signals.StopRequested as stop:  # on the way in or out
         return 128 + stop.number
 
 
-def _run(command: click.Group, given: list[str], as_json: bool) -> int:
+def _run(given: list[str], as_json: bool) -> int:
     try:
-        door = _stdout_for_json_only() if as_json else contextlib.nullcontext()
-        with door, command.make_context("solotune", given) as ctx:
-            command.invoke(ctx)
+        stdout = stdout_for_json_only() if as_json else contextlib.nullcontext()
+        with stdout, solotune.make_context("solotune", given) as ctx:
+            solotune.invoke(ctx)
         return 0
     except click.exceptions.Exit as end:
         return end.exit_code
@@ -100,18 +97,8 @@ def _run(command: click.Group, given: list[str], as_json: bool) -> int:
 
 
 def _bug(error: Exception, given: Sequence[str], as_json: bool) -> int:
-    said = str(error).splitlines()[0] if str(error) else ""
-    problem = f"this is a bug of solotune: {type(error).__name__}: {said}"
+    problem = f"this is a bug of solotune: {first_line(error, with_type=True)}"
     return _fail(1, f"{problem}\n  {'log:':9}{_write_crash(error, given)}", as_json)
-
-
-def _open_closed_streams() -> None:
-    """`solotune ... >&-`: what is written goes nowhere, and not into the next file that is opened as number 1."""
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        if getattr(sys, name) is None:
-            handle = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(handle, number)
-            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def _loses_output() -> bool:
@@ -159,50 +146,11 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-_json_stream: IO[str] | None = None
-
-
-@contextlib.contextmanager
-def _stdout_for_json_only() -> Iterator[None]:
-    """Sends all that is written to stdout to stderr, native code's output too; `print_json` alone gets through."""
-    global _json_stream
-    before, saved_fd = sys.stdout, None
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        if before.fileno() == 1:
-            before.flush()
-            saved_fd = os.dup(1)
-            os.dup2(2, 1)
-    stream = before if saved_fd is None else os.fdopen(saved_fd, "w", encoding="utf-8", closefd=False)
-    _json_stream = stream
-    sys.stdout = sys.stderr
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            stream.flush()
-        _json_stream, sys.stdout = None, before
-        if saved_fd is not None:
-            os.dup2(saved_fd, 1)
-            os.close(saved_fd)
-
-
-def print_json(content: Any) -> None:
-    """The one JSON object; NaN and infinities, which JSON lacks, become null."""
-    stream = _json_stream or sys.stdout
-    try:
-        stream.write(json_text(content, default=str))
-        stream.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise StorageError("stdout cannot be written", seen=error.strerror) from error
-
-
 def _write_crash(error: Exception, arguments: Sequence[str]) -> Path:
     """The traceback, into the log of the run that it concerns, or else into a file of its own."""
     text = f"solotune {__version__}, Python {sys.version.split()[0]}\n" + "".join(traceback.format_exception(error))
     text = without_secrets(text)
-    for folder in (getattr(error, "run_dir", None), *arguments[1:2]):
+    for folder in (run_dir_of(error), *arguments[1:2]):
         with contextlib.suppress(StorageError, OSError, TypeError, ValueError):
             if (Path(folder) / "config.yaml").is_file():  # type: ignore[arg-type]
                 append_line(log := Path(folder) / "log.txt", text)  # type: ignore[arg-type]
@@ -212,15 +160,3 @@ def _write_crash(error: Exception, arguments: Sequence[str]) -> Path:
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(text)
     return Path(name)
-
-
-def console() -> Console:
-    from solotune.terminal import make_console
-
-    return make_console(sys.stdout)
-
-
-def inert(text: str) -> str:
-    from solotune import terminal
-
-    return terminal.inert(text)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -19,14 +19,18 @@ from rich.text import Text
 
 from solotune.dataset.pack import in_words
 from solotune.diagnosis import message
-from solotune.terminal import bytes_in_words, clock, inert, plus_minus, print_choices, print_columns
+from solotune.terminal import inert, plus_minus, print_choices, print_columns
+from solotune.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
+    from solotune.api.data import DataPreview, ShownRow
+    from solotune.api.train import TrainResult
+    from solotune.dataset import DataReport
     from solotune.diagnosis.evidence import Diagnosis
-    from solotune.evaluation import Evaluation
+    from solotune.evaluation import Evaluation, Sample
     from solotune.fitness import DoctorReport
     from solotune.planning import Plan
-    from solotune.verbs import DataPreview, RunSummary, ShownRow, TrainResult
+    from solotune.record import RunSummary
     from solotune.verification import Verification
 
 SIGNS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "bold red")}
@@ -59,41 +63,38 @@ def print_data(preview: DataPreview, console: Console, with_ids: bool = False) -
     """
     for row in preview.shown:
         _print_row(row, console, with_ids)
-    report = preview.report.to_json()
-    facts = {key: value for key, value in _data_facts(report).items() if value}
+    facts = {key: value for key, value in _data_facts(preview.report).items() if value}
     _print_facts(facts, console)
-    for finding in report.get("findings", []):
+    for finding in preview.report.findings:
         sign, style = SEVERITY_SIGNS[finding["severity"]]
         message, fix = f"{finding['code']} {finding['slug']}: {finding['message']}", f"→ {finding['fix']}"
         console.print()
         print_columns([(sign, message), ("", fix)], (style, ""), console)
 
 
-def _data_facts(report: Mapping[str, Any]) -> dict[str, str]:
-    rows, tokens, split = report["rows"], report["tokens"], report["split"]
-    share = tokens["supervised"] / tokens["total"] if tokens["total"] else 0.0
-    too_long = []
-    if rows.get("truncated"):
-        too_long.append(f"{rows['truncated']:,} cut to max_length; {rows['answers_cut']:,} of them lose learned tokens")
-    if rows.get("split"):
-        too_long.append(f"{rows['split']:,} split, which adds {rows['added_by_split']:,}")
-    words = {"groups": "group", "near_duplicates": "near-duplicate", "leaks": "leak"}
-    alike = [_count(split[key], word) for key, word in words.items() if key in split]
-    weights = report.get("weights", {})
+def _data_facts(report: DataReport) -> dict[str, str]:
+    share = report.num_supervised / report.num_tokens if report.num_tokens else 0.0
+    cut, split = f"{report.num_truncated:,} cut to max_length", f"{report.num_split:,} split"
+    too_long = [
+        *([f"{cut}; {report.num_answers_cut:,} of them lose learned tokens"] if report.num_truncated else []),
+        *([f"{split}, which adds {report.num_added_by_split:,}"] if report.num_split else []),
+    ]
+    alike = {"group": report.num_groups, "near-duplicate": report.num_near_duplicates, "leak": report.num_leaks}
     weighted = ""
-    if weights.get("answers"):
-        weighted = f"{_count(weights['answers'], 'answer')} of {_count(weights['rows'], 'row')} have another than 1"
-        weighted += f"; their sum over the learned tokens is {weights['sum']:,}"
+    if report.num_weighted_answers:
+        answers, rows = _count(report.num_weighted_answers, "answer"), _count(report.num_weighted_rows, "row")
+        weighted = f"{answers} of {rows} have another than 1"
+        weighted += f"; their sum over the learned tokens is {round(report.total_weight, 6):,}"
     return {
-        "format": str(report["format"]),
-        "rows": f"{rows['read']:,} read, {rows['kept']:,} kept",
-        "dropped": ", ".join(f"{number:,} {reason}" for reason, number in rows["dropped"].items()),
+        "format": report.format,
+        "rows": f"{report.num_read:,} read, {report.num_kept:,} kept",
+        "dropped": ", ".join(f"{number:,} {reason}" for reason, number in sorted(report.dropped.items()) if number),
         "too long": "; ".join(too_long),
-        "tokens": f"{tokens['total']:,}, of which {tokens['supervised']:,} ({share:.1%}) are learned",
+        "tokens": f"{report.num_tokens:,}, of which {report.num_supervised:,} ({share:.1%}) are learned",
         "weights": weighted,
-        "split": f"{split['train']:,} to train on, {split['validation']:,} held out"
-        + (f"; {', '.join(alike)}" if alike else ""),
-        "packing": in_words(report["packing"]) if report.get("packing") else "",
+        "split": f"{report.num_train:,} to train on, {report.num_validation:,} held out; "
+        + ", ".join(_count(number, word) for word, number in alike.items()),
+        "packing": in_words(report.packing) if report.packing else "",
     }
 
 
@@ -140,51 +141,41 @@ def _marked(text: str, supervised: bool, console: Console) -> Text:
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     """Base against tuned: the figures in a table, then each sample's two answers side by side."""
-    found = evaluation.to_json()
-    base, tuned = found["base"], found["tuned"]
+    base, tuned = evaluation.base, evaluation.tuned
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for name in ("held-out rows", "base", "tuned", "change"):
         table.add_column(name, justify="left" if name == "held-out rows" else "right", no_wrap=True)
-    change = _change(tuned["loss"] - base["loss"], found.get("difference", {}).get("stderr"), lower_is_better=True)
-    losses = [plus_minus(score["loss"], score.get("stderr")) for score in (base, tuned)]
-    table.add_row("loss per learned token", *losses, change)
-    for name, score in found.get("scores", {}).items():
-        table.add_row(inert(name.replace("_", " ")), *_percents(score))
+    change = _change(tuned.loss - base.loss, evaluation.difference[1], lower_is_better=True)
+    table.add_row("loss per learned token", *(plus_minus(score.loss, score.stderr) for score in (base, tuned)), change)
+    points = 100 * (tuned.exact_match - base.exact_match)
+    table.add_row(
+        "exact match",
+        *(f"{score.exact_match:.1%} ± {100 * score.exact_match_stderr:.1f}" for score in (base, tuned)),
+        Text(f"{points:+.1f} points", "green" if points > 0 else "red" if points < 0 else ""),
+    )
     console.print(table)
-    rows = f"{found['rows']:,} held-out rows, " if "rows" in found else ""
-    console.print(Text(f"{rows}{tuned['tokens']:,} learned tokens; ± is one standard error", "dim"))
-    for number, sample in enumerate(found.get("samples", []), start=1):
+    rows = f"{base.rows:,} held-out rows, {tuned.tokens:,} learned tokens; ± is one standard error"
+    console.print(Text(rows, "dim"))
+    for number, sample in enumerate(evaluation.samples, start=1):
         _print_sample(number, sample, console)
 
 
-def _percents(score: Mapping[str, Any]) -> list[str | Text]:
-    """Base, tuned and change of a score between 0 and 1; its error is one number or one for each."""
-    stderr = score.get("stderr")
-    errors = stderr if isinstance(stderr, Mapping) else {"base": stderr, "tuned": stderr}
-    cells: list[str | Text] = []
-    for who in ("base", "tuned"):
-        error = errors.get(who)
-        cells.append(f"{score[who]:.1%}" + (f" ± {100 * error:.1f}" if error is not None else ""))
-    points = 100 * (score["tuned"] - score["base"])
-    return [*cells, Text(f"{points:+.1f} points", "green" if points > 0 else "red" if points < 0 else "")]
-
-
-def _change(difference: float, stderr: float | None, lower_is_better: bool) -> Text:
+def _change(difference: float, stderr: float, lower_is_better: bool) -> Text:
     """A difference, coloured only where it is larger than two of its standard errors."""
-    sure = stderr is not None and abs(difference) > 2 * stderr
+    sure = abs(difference) > 2 * stderr
     better = (difference < 0) == lower_is_better
     return Text(f"{difference:+.4f}", ("green" if better else "red") if sure else "")
 
 
-def _print_sample(number: int, sample: Mapping[str, str], console: Console) -> None:
+def _print_sample(number: int, sample: Sample, console: Console) -> None:
     console.print()
-    _print_rule(f"sample {number} · {sample['where']}", console)
-    _print_facts({"prompt": sample["prompt"], "reference": sample["reference"]}, console)
-    right = sample["tuned"].strip() == sample["reference"].strip()
+    _print_rule(f"sample {number} · {sample.where}", console)
+    _print_facts({"prompt": sample.prompt, "reference": sample.reference}, console)
+    right = sample.tuned.strip() == sample.reference.strip()
     answers = {
-        "base": Text(inert(sample["base"]) or "(nothing)"),
+        "base": Text(inert(sample.base) or "(nothing)"),
         "tuned, equal to the reference" if right else "tuned": Text(
-            inert(sample["tuned"]) or "(nothing)", "green" if right else ""
+            inert(sample.tuned) or "(nothing)", "green" if right else ""
         ),
     }
     width = min(console.width, MAX_COLUMNS)
@@ -207,18 +198,18 @@ def print_plan(plan: Plan, console: Console) -> None:
     table.add_column(f"peak memory on {plan.card.name}", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
     for name, size in used.by_category.items():
-        table.add_row(name.replace("_", " "), _size(size))
+        table.add_row(name.replace("_", " "), format_bytes(size, digits=2))
     if used.paged_bytes:
-        table.add_row("of these paged, outside the allocator", f"-{_size(used.paged_bytes)}")
+        table.add_row("of these paged, outside the allocator", f"-{format_bytes(used.paged_bytes, digits=2)}")
     table.add_section()
-    table.add_row(Text(f"peak ({used.moment})", "bold"), Text(_size(used.peak_bytes), "bold"))
-    table.add_row("budget", _size(plan.budget.bytes))
+    table.add_row(Text(f"peak ({used.moment})", "bold"), Text(format_bytes(used.peak_bytes, digits=2), "bold"))
+    table.add_row("budget", format_bytes(plan.budget.bytes, digits=2))
     console.print(table)
     facts = {
-        "load": clock(took.load),
-        "first step": clock(took.first_step),
+        "load": format_duration(took.load),
+        "first step": format_duration(took.first_step),
         "step": f"{took.step:,.3g} s, {took.tokens_per_second:,.0f} tokens/s",
-        "in all": clock(took.total) if took.total is not None else "",
+        "in all": format_duration(took.total) if took.total is not None else "",
     }
     _print_facts({key: value for key, value in facts.items() if value}, console)
     if plan.choices:
@@ -234,11 +225,6 @@ def print_plan(plan: Plan, console: Console) -> None:
         _signed(
             *SIGNS["fail"], "does not fit:", f"{'change' if plan.changes else 'take'} {plan.way_out()}", None, console
         )
-
-
-def _size(count: int) -> str:
-    """A plan's bytes, to a hundredth."""
-    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
 
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
@@ -311,7 +297,7 @@ def print_runs(runs: Sequence[RunSummary], root: str | Path, console: Console) -
             "" if run.exact_match is None else f"{run.exact_match:.0%}",
             "" if run.train_loss is None else f"{run.train_loss:.3f}",
             "" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}",
-            bytes_in_words(run.peak_bytes) if run.peak_bytes else "",
+            format_bytes(run.peak_bytes) if run.peak_bytes else "",
         ]
         table.add_row(Text(inert(run.name)), Text(run.status, style), *figures[: None if wide else 3])
     console.print(table)

@@ -1,0 +1,4 @@
+"""The verbs, one file each: `solotune.api.train` is the file, `solotune.train` the function in it.
+
+Heavy imports are inside the functions, so that a list of runs needs no torch.
+"""

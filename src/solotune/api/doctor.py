@@ -1,0 +1,15 @@
+"""`solotune doctor`: is this machine fit for training?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from solotune.fitness import DoctorReport
+
+
+def doctor() -> DoctorReport:
+    """Checks the machine: versions, CUDA, bitsandbytes, memory, disk; each finding with its fix."""
+    from solotune import fitness
+
+    return fitness.doctor()

@@ -1,0 +1,69 @@
+"""`solotune evaluate`: base against tuned on the held-out rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from solotune.config import RunConfig
+from solotune.errors import InputError, IntegrityError
+from solotune.record import read_json
+from solotune.terminal import Display, SilentDisplay
+
+if TYPE_CHECKING:
+    from solotune.dataset import Prepared
+    from solotune.evaluation import Evaluation, Score
+    from solotune.model import TrainableModel
+
+
+def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
+    """Base against tuned on the run's held-out rows; writes evaluation.json anew.
+
+    Raises:
+        IntegrityError: the data is no longer what the run held out.
+    """
+    from solotune import dataset
+    from solotune.device_failure import device_errors
+    from solotune.resume import day_of
+    from solotune.tuned import TunedRun
+
+    display = display or SilentDisplay()
+    found = TunedRun.open(run)
+    path = found.directory.path
+    display.choices(found.choices)
+    display.phase("reading data")
+    prepared = dataset.prepare(found.config, found.tokenizer, rendered_on=day_of(path))
+    recorded = read_json(path / "data.json").get("sha256", {}).get("validation")
+    if recorded != prepared.report.validation_sha256:
+        raise IntegrityError(
+            f"{path}: the held-out rows are not those of the run",
+            seen="the data file, its split or the tokenizer has changed since",
+            change="put the data back, or train again",
+        )
+    if not prepared.validation:
+        raise InputError(f"{path}: the run held out no rows", change="train with validation_size above 0")
+    display.phase("loading model")
+    with device_errors(found.config):
+        result = compare(found.load(), found.tokenizer, prepared, found.config, None, display)
+    found.directory.write_json("evaluation.json", result.to_json())
+    found.directory.seal_again("evaluation.json")
+    return result
+
+
+def compare(
+    model: TrainableModel, tokenizer: Any, prepared: Prepared, config: RunConfig, tuned: Score | None, display: Display
+) -> Evaluation:
+    """Base against tuned on the held-out rows; `tuned` is the score that training ended with, where there is one."""
+    from solotune import evaluation
+
+    return evaluation.compare(
+        model,
+        tokenizer,
+        prepared.validation,
+        rendered_on=prepared.report.day,
+        batch_size=config.per_device_eval_batch_size,
+        num_samples=config.num_samples,
+        max_new_tokens=config.max_new_tokens,
+        tuned=tuned,
+        progress=lambda done, total: display.progress(done, total, "rows"),
+    )

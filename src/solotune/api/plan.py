@@ -1,0 +1,44 @@
+"""`solotune plan`: bytes and seconds of a run before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from solotune.api.types import ConfigSource
+from solotune.config import load_config
+from solotune.errors import SolotuneError
+from solotune.terminal import Display, SilentDisplay
+
+if TYPE_CHECKING:
+    from solotune.planning import Plan
+
+
+def plan(
+    config: ConfigSource, overrides: Iterable[str] = (), gpu: str | None = None, display: Display | None = None
+) -> Plan:
+    """Bytes and seconds of a run before it runs, and the knobs that are turned for it; needs no GPU and no weights.
+
+    Args:
+        gpu: a card by name (h100, 4090, ...) in the place of this machine's.
+
+    Raises:
+        InputError: no such card, or a budget that it does not have.
+    """
+    from solotune import dataset, environment
+    from solotune.survey import for_card, plan_for
+
+    display = display or SilentDisplay()
+    checked = load_config(config, overrides)
+    machine = environment.probe()
+    checked, choices = environment.settle(checked, machine if gpu is None else for_card(gpu, machine))
+    prepared, notes = None, []
+    try:
+        display.phase("reading data")
+        prepared = dataset.prepare(checked, dataset.load_tokenizer(checked), progress=display.progress)
+    except SolotuneError as error:
+        notes = [f"the data cannot be read: {error.problem}"]
+    display.phase("planning")
+    found = plan_for(checked, machine, prepared, gpu)
+    return replace(found, choices=[*choices, *found.choices], notes=[*notes, *found.notes])

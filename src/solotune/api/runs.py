@@ -1,0 +1,12 @@
+"""`solotune runs`: the runs with their figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from solotune.record import RunSummary, list_runs, summarised
+
+
+def runs(root: str | Path = "runs") -> list[RunSummary]:
+    """The runs below `root`, oldest first."""
+    return [summarised(run) for run in list_runs(root)]

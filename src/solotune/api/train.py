@@ -1,0 +1,168 @@
+"""`solotune train`: the whole run, in order.
+
+    get_ready   settle, check, read the data, plan, load the model, try the largest step: nothing is written yet
+    _train      record what is known, train, save the adapter, evaluate, diagnose, seal
+
+The stages of `get_ready` and what is recorded before the first step are in `setup`; the loop is in `training`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO, cast
+
+from solotune.api.evaluate import compare
+from solotune.api.types import ConfigSource
+from solotune.config import Choice, RunConfig, load_config
+from solotune.errors import InterruptedRunError, RunNote
+from solotune.events import DeviceFailedEvent, EndEvent
+from solotune.observer import Observers, Resilient, RunObserver
+from solotune.record import LOG, STACKS, RunDirectory
+from solotune.run_log import RunLog
+from solotune.run_record import RunRecord
+from solotune.storage import LogFile, whole_folder
+from solotune.terminal import Display, PlainDisplay, SilentDisplay, make_console
+
+if TYPE_CHECKING:
+    from solotune.api.setup import Ready
+    from solotune.evaluation import Evaluation
+    from solotune.model import TrainableModel
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    run_dir: Path
+    summary: dict[str, Any]
+    choices: list[Choice]
+    evaluation: Evaluation | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run": str(self.run_dir),
+            **self.summary,
+            "choices": [choice._asdict() for choice in self.choices],
+            "evaluation": self.evaluation.to_json() if self.evaluation else None,
+        }
+
+
+def train(
+    config: ConfigSource, overrides: Iterable[str] = (), resume: bool = False, display: Display | None = None
+) -> TrainResult:
+    """The whole run: settle the config, prepare the data, load, train, save the adapter, evaluate base against tuned.
+
+    Args:
+        resume: continue the run in `output_dir`, or else the newest run of this config; one that was killed before its
+            first checkpoint starts anew.
+
+    Raises:
+        SolotuneError: see `solotune.errors`; each kind has its exit code.
+    """
+    from solotune import fitness, signals
+
+    checked = load_config(config, overrides)
+    fitness.require_torch()
+    heard = Resilient(display or SilentDisplay())
+    with signals.heeded():
+        try:
+            return _train(checked, resume, heard)
+        except signals.StopRequested as stop:
+            problem = f"stopped while {heard.stage}; nothing to save yet"
+            raise InterruptedRunError(stop.number, problem, "start it again") from None
+
+
+def get_ready(config: RunConfig, resume: bool, display: RunObserver) -> Ready:
+    """Everything that may refuse a run, in the order of what it costs to ask; nothing is written yet."""
+    from solotune import tuned
+    from solotune.api import setup
+    from solotune.diagnosis import own
+
+    checked, machine, choices = tuned.settle(config)
+    setup.check(checked, machine, resume)
+    tokenizer, prepared = setup.read_data(checked, resume, display)
+    planned = setup.plan(checked, machine, prepared, display)
+    checked = planned.settled
+    model = setup.load_model(checked, machine, tokenizer, prepared, resume, display)
+    tried = setup.try_largest_step(checked, model, prepared, display)
+    choices = [*choices, *planned.choices, *model.choices]
+    subject = own.from_prepared(checked, tokenizer, prepared)
+    return setup.Ready(checked, machine, choices, tokenizer, prepared, planned, model, tried, subject)
+
+
+def _train(config: RunConfig, resume: bool, heard: Resilient) -> TrainResult:
+    from solotune import checkpoint, signals, training, watchdog
+    from solotune.api import setup
+    from solotune.device_failure import device_failure
+    from solotune.diagnosis import message
+    from solotune.diagnosis.watch import Watch
+    from solotune.resume import fingerprints, open_run
+
+    ready = get_ready(config, resume, heard)
+    checked, prepared, model = ready.config, ready.prepared, ready.model
+    marks = fingerprints(checked, prepared, ready.machine)
+    run, start = open_run(checked, marks, resume)  # nothing is written before all that can be refused was seen
+    log = LogFile(run.path / LOG)
+    watchdog.stacks_into(run.path / STACKS)
+    try:
+        written = PlainDisplay(checked.logging_steps, make_console(cast(TextIO, log)))
+        display = Observers(heard, Resilient(written))
+        display.note(f"run directory: {run.path}")
+        display.choices(ready.choices)
+        summary = setup.recorded(run, ready, marks, start, display)
+        monitor = Watch(model, ready.subject, Observers(RunLog(run), display), RunRecord.read(run.path))
+        observer = Observers(display, Resilient(monitor))
+        point = start.point if start else None
+        with signals.held_back():
+            tuned = training.train(model, prepared.train, prepared.validation, checked, run, observer, point, marks)
+            _write_adapter(run, model, checked, ready.tokenizer)
+        result = None
+        if prepared.validation:
+            display.phase("comparing base and tuned on held-out rows")
+            result = compare(model, ready.tokenizer, prepared, checked, tuned, display)
+            run.write_json("evaluation.json", result.to_json())
+        peak_bytes = training.peak_bytes(model.device)
+        measured = {"peak_bytes": peak_bytes, **RunRecord.read(run.path).medians()}
+        run.write_json("plan.json", {**ready.plan_json(), "measured": measured})
+        run.log(EndEvent(summary["total_steps"], peak_bytes))
+        found = monitor.diagnosis()
+        run.write_json("diagnosis.json", found.to_json())
+        display.note(f"diagnosis by rules alone: {message.summary(found)}")
+        log.close()
+        run.seal()
+        return TrainResult(run.path, summary, ready.choices, result)
+    except signals.StopRequested as stop:
+        if not run.adapter.is_dir():
+            raise
+        problem = f"stopped while {heard.stage}; the adapter is saved"
+        raise InterruptedRunError(
+            stop.number, problem, f"compare it with its base: solotune evaluate {run.path}"
+        ) from None
+    except Exception as error:
+        error.add_note(RunNote(run.path))  # where the command line writes a bug's traceback
+        if failure := device_failure(error, checked, run.path, checkpoint.newest(run.checkpoints)):
+            Observers(RunLog(run), heard).failed(DeviceFailedEvent(failure.problem, failure.seen))
+            raise failure from error
+        raise
+    finally:
+        log.close()
+        run.release()
+
+
+def _write_adapter(run: RunDirectory, model: TrainableModel, config: RunConfig, tokenizer: Any) -> None:
+    from solotune import checkpoint, lora
+
+    with whole_folder(run.adapter) as folder:
+        peft_config = lora.peft_config(config, model.adapted, model.module)
+        checkpoint.write_adapter(folder, lora.state_dict(model.adapted), peft_config)
+        for name, content in _tokenizer_files(tokenizer):
+            folder.write(name, content)
+
+
+def _tokenizer_files(tokenizer: Any) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of what transformers writes of a tokenizer; it writes by itself, so elsewhere at first."""
+    with tempfile.TemporaryDirectory(prefix="solotune-") as scratch:
+        tokenizer.save_pretrained(scratch)
+        for path in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
+            yield path.relative_to(scratch).as_posix(), path.read_bytes()

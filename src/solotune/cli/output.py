@@ -1,0 +1,77 @@
+"""What the command writes: one JSON object alone on stdout, text that steers no terminal, and streams that fail.
+
+With `--json`, stdout carries exactly one JSON object, also for an error, and whatever a library prints goes to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import IO, TYPE_CHECKING, Any
+
+from solotune.errors import StorageError
+from solotune.storage import json_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_json_stream: IO[str] | None = None
+
+
+@contextlib.contextmanager
+def stdout_for_json_only() -> Iterator[None]:
+    """Sends all that is written to stdout to stderr, native code's output too; `print_json` alone gets through."""
+    global _json_stream
+    before, saved_fd = sys.stdout, None
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if before.fileno() == 1:
+            before.flush()
+            saved_fd = os.dup(1)
+            os.dup2(2, 1)
+    stream = before if saved_fd is None else os.fdopen(saved_fd, "w", encoding="utf-8", closefd=False)
+    _json_stream = stream
+    sys.stdout = sys.stderr
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            stream.flush()
+        _json_stream, sys.stdout = None, before
+        if saved_fd is not None:
+            os.dup2(saved_fd, 1)
+            os.close(saved_fd)
+
+
+def print_json(content: Any) -> None:
+    """The one JSON object; NaN and infinities, which JSON lacks, become null."""
+    stream = _json_stream or sys.stdout
+    try:
+        stream.write(json_text(content, default=str))
+        stream.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise StorageError("stdout cannot be written", seen=error.strerror) from error
+
+
+def open_closed_streams() -> None:
+    """`solotune ... >&-`: what is written goes nowhere, and not into the next file that is opened as number 1."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(handle, number)
+            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def console() -> Console:
+    from solotune.terminal import make_console
+
+    return make_console(sys.stdout)
+
+
+def inert(text: str) -> str:
+    from solotune import terminal
+
+    return terminal.inert(text)

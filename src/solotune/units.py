@@ -1,0 +1,35 @@
+"""Bytes, seconds and errors in words: one place, so that a figure reads the same wherever it is printed."""
+
+from __future__ import annotations
+
+
+def gib(count: float, digits: int = 1) -> str:
+    """Bytes as a number of GiB: `79.0`, for `79.0 of 80.0 GiB`."""
+    return f"{count / 2**30:,.{digits}f}"
+
+
+def mib(count: float, digits: int = 1) -> str:
+    """Bytes as a number of MiB."""
+    return f"{count / 2**20:,.{digits}f}"
+
+
+def format_bytes(count: float, digits: int = 1) -> str:
+    """`23.4 GiB`, or below 1 GiB in whole MiB: `512 MiB`."""
+    return f"{gib(count, digits)} GiB" if count >= 2**30 else f"{mib(count, 0)} MiB"
+
+
+def format_duration(seconds: float) -> str:
+    """`0:07`, `12:31`, `3:04:05`."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+def first_line(error: BaseException, with_type: bool = False) -> str:
+    """The first line of an error that is not blank; the name of its type where it says nothing.
+
+    Args:
+        with_type: `ValueError: what it says`, as in the last line of a traceback.
+    """
+    name = type(error).__name__
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return (f"{name}: {line}" if with_type else line) if line else name

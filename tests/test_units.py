@@ -1,0 +1,46 @@
+"""Bytes, seconds and errors in words."""
+
+from __future__ import annotations
+
+import pytest
+
+from solotune.units import first_line, format_bytes, format_duration, gib, mib
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (151, "2:31"), (11045, "3:04:05")])
+def test_durations(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "digits", "text"),
+    [
+        (0, 1, "0 MiB"),
+        (2**30 - 1, 2, "1,024 MiB"),
+        (2**30, 1, "1.0 GiB"),
+        (int(23.46 * 2**30), 1, "23.5 GiB"),
+        (int(23.46 * 2**30), 2, "23.46 GiB"),
+        (1500 * 2**30, 1, "1,500.0 GiB"),
+    ],
+)
+def test_bytes(count: int, digits: int, text: str) -> None:
+    assert format_bytes(count, digits) == text
+
+
+def test_numbers_of_one_unit() -> None:
+    assert (gib(80 * 2**30), gib(2**29, 0), gib(10**12)) == ("80.0", "0", "931.3")
+    assert (mib(2**19), mib(3 * 2**30, 0)) == ("0.5", "3,072")
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "with_type"),
+    [
+        (ValueError("one\ntwo"), "one", "ValueError: one"),
+        (ValueError("\n  one  \r\ntwo"), "one", "ValueError: one"),
+        (ValueError(" \n"), "ValueError", "ValueError"),
+        (KeyError("a"), "'a'", "KeyError: 'a'"),
+    ],
+)
+def test_first_lines(error: Exception, line: str, with_type: str) -> None:
+    assert first_line(error) == line
+    assert first_line(error, with_type=True) == with_type
