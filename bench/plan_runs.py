@@ -3,8 +3,8 @@
     python -m bench.plan_runs [--only TEXT ...] [--workers 8] [--out FOLDER] [--steps 4]
 
 Each case is a model's shape, the walkthrough's config with overrides, and full rows of random tokens. Settling, plan,
-model, optimizer and step are the product's own; only the weights are made on the GPU instead of being read, and rows
-are not read from a file: 36 models would be 100 GB on disk. `bench.recipe_step` is a whole run. Two passes:
+model, optimizer and step are the product's own; only the weights are made on the GPU and the rows in memory, instead of
+being read from files (`bench.recipe_step` measures a whole run). Two passes:
 
 1. in parallel: the plan of each case, and two steps of the same model with one layer, which fills the compiler's cache;
 2. one process a model, one case after another, alone on the GPU: load, `--steps` steps, peak and median.
