@@ -2,8 +2,9 @@
 
     python -m bench.plan_runs [--only TEXT ...] [--workers 8] [--out FOLDER] [--steps 4]
 
-Each case is a model's shape, the walkthrough's config with overrides, and full rows of random tokens. Model, plan,
-optimizer and step are the product's own; only the weights are made on the GPU instead of being read. Two passes:
+Each case is a model's shape, the walkthrough's config with overrides, and full rows of random tokens. Settling, plan,
+model, optimizer and step are the product's own; only the weights are made on the GPU and the rows in memory, instead of
+being read from files (`bench.recipe_step` measures a whole run). Two passes:
 
 1. in parallel: the plan of each case, and two steps of the same model with one layer, which fills the compiler's cache;
 2. one process a model, one case after another, alone on the GPU: load, `--steps` steps, peak and median.
@@ -140,6 +141,14 @@ def plan_of(case: Case, folder: Path) -> tuple[Any, Any]:
     return planning.make_plan(config, survey.shapes_of(), card, work, free), config
 
 
+def settled_config(case: Case, folder: Path, knobs: dict[str, Any], layers: int | None = None) -> Any:
+    """The case's config as a run would have it: settled for this machine, with what the plan chose."""
+    from solotune import environment
+
+    config, _ = environment.settle(config_of(case, folder, layers), environment.probe())
+    return config.replaced("plan", **knobs)
+
+
 def random_rows(case: Case, count: int) -> list[Any]:
     from solotune.dataset import Example
 
@@ -230,8 +239,8 @@ def predict(case: Case, folder: Path) -> dict[str, Any]:
         wanted = plan.settled.gradient_checkpointing
         kinds = [True, False] if not isinstance(wanted, bool) and 0 < wanted < depth else [bool(wanted)]
         for is_checkpointed in kinds:
-            one = config_of(case, folder, layers=1).replaced("bench", **found["settled"])
-            run(case, one.replaced("bench", gradient_checkpointing=is_checkpointed), 2)
+            knobs = {**found["settled"], "gradient_checkpointing": is_checkpointed}
+            run(case, settled_config(case, folder, knobs, layers=1), 2)
     return found
 
 
@@ -242,7 +251,7 @@ def measure(cases: Iterable[Case], folder: Path, steps: int) -> Iterator[dict[st
     make_weights_here()
     for case in cases:
         before = json.loads((folder / f"{CASES.index(case)}.json").read_text())
-        config = config_of(case, folder).replaced("bench", **before["settled"])
+        config = settled_config(case, folder, before["settled"])
         try:
             yield {**before, "measured": run(case, config, steps)}
         except torch.OutOfMemoryError as error:

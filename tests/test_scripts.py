@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ["scripts/demo", "scripts/test", "scripts/check", ".ci/run"]
+SCRIPTS = ["scripts/demo", "scripts/test", "scripts/check", "scripts/check_sdist", ".ci/run"]
 
 
 def canonical(name: str) -> str:
@@ -52,3 +54,28 @@ def test_every_requirement_is_pinned(requirement: str) -> None:
     name = re.match(r"[\w.-]+", requirement)
     assert name
     assert canonical(name[0]) in {canonical(line.split("==")[0]) for line in constraints()}
+
+
+def test_what_is_wrong_with_a_wheel_is_named(tmp_path: Path) -> None:
+    problems = runpy.run_path(str(ROOT / "scripts" / "check_wheel.py"))["problems"]
+    path, info = tmp_path / "solotune-0.1.0-py3-none-any.whl", "solotune-0.1.0.dist-info"
+    readme = (
+        "Description-Content-Type: text/markdown\n\n# solotune\nsee docs/config.md, [a page](https://example.org)\n"
+    )
+
+    def found(metadata: str, *left_out: str, **more: str) -> list[str]:
+        with zipfile.ZipFile(path, "w") as wheel:
+            for file in (ROOT / "src").rglob("*"):
+                if file.is_file() and "__pycache__" not in file.parts and file.name not in left_out:
+                    wheel.write(file, file.relative_to(ROOT / "src"))
+            for name, text in {f"{info}/METADATA": metadata, f"{info}/licenses/LICENSE": "", **more}.items():
+                if Path(name).name not in left_out:
+                    wheel.writestr(name, text)
+        return list(problems(path))
+
+    assert found(readme) == []
+    assert found(readme, "errors.py") == ["not in the wheel: solotune/errors.py"]
+    assert found(readme, **{"tests/tiny.py": ""}) == ["in the wheel, and not of the package: tests/tiny.py"]
+    assert found(readme, "LICENSE") == ["no LICENSE"]
+    assert found("Name: solotune\n\n") == ["the long description is not README.md"]
+    assert found(readme + "[keys](docs/config.md)\n") == ["a link that leads nowhere: docs/config.md"]

@@ -11,13 +11,14 @@ import gc
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from bench.recipe_step import random_tokens
 from solotune import training
 from solotune.batch import collate
 from solotune.config import load_config
+from solotune.dataset import Example
 from solotune.linear import FrozenLinear
 from solotune.model import load_model
 
@@ -34,6 +35,13 @@ def config():
         pytest.skip("SOLOTUNE_8B names no folder")
     # dropout 0: two dropout masks from different generators would be compared with each other, not the losses
     return load_config(RECIPE, [f"model_name_or_path={FOLDER}", "lora_dropout=0.0"])
+
+
+def random_tokens(count: int, length: int) -> list[Example]:
+    """Full rows of ids from 1,000 to 120,000, the same on every call."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, 120000, (count, length), generator=generator).numpy().astype(np.int32)
+    return [Example(row, np.ones(length, dtype=bool), f"random:{i}", []) for i, row in enumerate(ids)]
 
 
 def peft_losses(config, initial, rows, upcast):

@@ -1,0 +1,22 @@
+"""README.md as the package's long description, a hook of hatchling.
+
+A package index shows the text alone: a link to a file beside it would lead nowhere there. So such a link becomes its
+own text; the files are in the source distribution.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from hatchling.metadata.plugin.interface import MetadataHookInterface
+
+RELATIVE_LINK = re.compile(r"\[([^\]]+)\]\((?!\w+:|#)[^)]+\)")
+
+
+class LongDescription(MetadataHookInterface):
+    def update(self, metadata: dict[str, Any]) -> None:
+        readme = (Path(self.root) / "README.md").read_text(encoding="utf-8")
+        text = RELATIVE_LINK.sub(r"\1", readme)
+        metadata["readme"] = {"content-type": "text/markdown", "text": text}
