@@ -21,10 +21,16 @@ import transformers
 from tiny import FAMILIES, chat_rows, save_tokenizer
 
 from solotune.config import RunConfig, load_config
+from tests import messages
 
 CACHE = os.environ["XDG_CACHE_HOME"]
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 torch.set_num_threads(1)  # for models this small a second thread costs more than it computes
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _temporary_folders_have_one_name(tmp_path_factory: pytest.TempPathFactory) -> None:
+    messages.temporary = str(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")

@@ -15,18 +15,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from inline_snapshot import snapshot
 
 import solotune
 from solotune import cli, errors
 from solotune.cli import commands
 from solotune.dataset import DataReport
 from solotune.fitness import Check, DoctorReport
+from tests.messages import error_in, stable
 
 main_module = importlib.import_module("solotune.cli.main")  # `cli.main` is the function
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(solotune.__file__).parents[1]), "COLUMNS": "80"}
 
-HELP = """\
+HELP = snapshot("""\
 Usage: solotune [OPTIONS] VERB ...
 
   Fine-tune an LLM on one GPU, and see what was learned.
@@ -71,7 +73,7 @@ Exit codes:
   129  hung up (SIGHUP); what was done is saved
   130  interrupted (Ctrl-C); what was done is saved
   143  terminated (SIGTERM); what was done is saved
-"""
+""")
 
 
 def run(*arguments: str, code: str = "", **options) -> subprocess.CompletedProcess[str]:
@@ -119,7 +121,7 @@ def test_help_is_frozen():
 
 def test_no_arguments_show_the_help(capsys):
     assert cli.main([]) == 0
-    assert "Exit codes:" in capsys.readouterr().out
+    assert capsys.readouterr().out == HELP
 
 
 def test_help_answers_in_half_a_second():
@@ -176,23 +178,28 @@ def test_misspelt_verb_is_exit_2_with_a_suggestion(capsys):
     assert cli.main(["trian", "a.yaml"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("error: No such command 'trian'. Did you mean 'train'?\n")
+    assert error_in(err) == snapshot("""\
+No such command 'trian'. Did you mean 'train'?
+Usage: solotune [OPTIONS] VERB ...\
+""")
 
 
 def test_missing_argument_says_how_it_is_used(capsys):
     assert cli.main(["train"]) == 2
-    assert capsys.readouterr().err == (
-        "error: Missing argument 'CONFIG'.\nUsage: solotune train [OPTIONS] CONFIG [KEY=VALUE]...\n"
-    )
+    assert error_in(capsys.readouterr().err) == snapshot("""\
+Missing argument 'CONFIG'.
+Usage: solotune train [OPTIONS] CONFIG [KEY=VALUE]...\
+""")
 
 
-def test_missing_config(capsys, tmp_path):
-    path = tmp_path / "none.yaml"
-    assert cli.main(["train", str(path)]) == 2
-    assert capsys.readouterr().err == (
-        f"error: {path}: no such config file\n  seen:    looked in {Path.cwd()}\n"
-        "  change:  solotune init MODEL DATA writes one to start from\n"
-    )
+def test_missing_config(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", str(tmp_path / "none.yaml")]) == 2
+    assert error_in(capsys.readouterr().err) == snapshot("""\
+<tmp>/none.yaml: no such config file
+  seen:    looked in <tmp>
+  change:  solotune init MODEL DATA writes one to start from\
+""")
 
 
 def test_unknown_key_as_json_is_one_object_on_stdout(capsys, tmp_path):
@@ -202,8 +209,10 @@ def test_unknown_key_as_json_is_one_object_on_stdout(capsys, tmp_path):
     error = json.loads(out)["error"]
     assert error.keys() == {"exit_code", "meaning", "problem", "seen", "allowed", "change"}
     assert error["exit_code"] == 2
-    assert error["problem"].startswith("a.yaml line 3, lora_rank: unknown key; did you mean lora_r?")
-    assert err.startswith("error: a.yaml line 3")
+    assert error["problem"] == snapshot(
+        "a.yaml line 3, lora_rank: unknown key; did you mean lora_r? (Rank of the LoRA update.)"
+    )
+    assert error_in(err).startswith(error["problem"])
 
 
 @pytest.mark.parametrize("arguments", [["trian", "--json"], ["data", "--json"], ["data", "x", "--shwo", "--json"]])
@@ -229,7 +238,11 @@ KINDS = [
 def test_every_error_has_its_exit_code_and_no_traceback(kind, verbs, capsys):
     verbs.runs = raising(kind("the place: the problem", seen="5", change="do this"))
     assert cli.main(["runs"]) == kind.exit_code
-    assert capsys.readouterr().err == "error: the place: the problem\n  seen:    5\n  change:  do this\n"
+    assert capsys.readouterr().err == snapshot("""\
+error: the place: the problem
+  seen:    5
+  change:  do this
+""")
 
 
 def test_the_tree_in_the_docs_of_errors_is_the_one_that_there_is():
@@ -241,7 +254,7 @@ def test_the_tree_in_the_docs_of_errors_is_the_one_that_there_is():
 def test_ctrl_c_is_130_with_a_line(verbs, capsys):
     verbs.runs = raising(KeyboardInterrupt())
     assert cli.main(["runs"]) == 130
-    assert capsys.readouterr().err == "error: interrupted\n"
+    assert capsys.readouterr().err == snapshot("error: interrupted\n")
 
 
 def test_an_interrupted_run_keeps_its_signal(verbs, capsys):
@@ -255,9 +268,10 @@ def test_a_bug_names_the_file_with_its_traceback(verbs, capsys, tmp_path, monkey
     verbs.runs = raising(ZeroDivisionError("oops \x1b[31m"))
     assert cli.main(["runs"]) == 1
     (log,) = tmp_path.glob("solotune-crash-*.log")
-    assert capsys.readouterr().err == (
-        f"error: this is a bug of solotune: ZeroDivisionError: oops ␛[31m\n  log:     {log}\n"
-    )
+    assert error_in(capsys.readouterr().err.replace(log.name, "<log>")) == snapshot("""\
+this is a bug of solotune: ZeroDivisionError: oops ␛[31m
+  log:     <tmp>/<log>\
+""")
     assert "Traceback (most recent call last)" in log.read_text()
 
 
@@ -351,13 +365,19 @@ def test_train_passes_config_overrides_and_resume(verbs, capsys, tmp_path):
     assert cli.main(["train", str(path), "learning_rate=3e-5", "logging_steps=7", "--resume", "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out) == {"run": "runs/a"}
-    assert err == "loading model ...\n"
+    assert err == snapshot("loading model ...\n")
     assert seen == {"rate": 3e-5, "resume": True, "every": 7}
     assert cli.main(["train", str(path)]) == 0
-    assert "solotune chat runs/a --base" in capsys.readouterr().out
+    assert capsys.readouterr().out == snapshot("""\
+loading model ...
+
+run      runs/a
+adapter  runs/a/adapter (loads with PEFT)
+next     solotune chat runs/a --base
+""")
 
 
-DATA_HELP = """\
+DATA_HELP = snapshot("""\
 Usage: solotune data [OPTIONS] CONFIG [KEY=VALUE]...
 
   Show what training would learn: rows, split, tokens, mask.
@@ -374,7 +394,7 @@ Options:
   --ids                 Show each token of these rows by itself, with its id.
   --json                Print one JSON object on stdout, all else on stderr.
   -h, --help            Show this message and exit.
-"""
+""")
 
 
 def test_help_of_data_is_frozen():
@@ -464,7 +484,7 @@ def test_chat_with_one_prompt_as_json(capsys):
 def test_init_writes_a_config_that_loads(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["init", "some/model", "chats.jsonl"]) == 0
-    assert capsys.readouterr().out == "wrote solotune.yaml; next: solotune data solotune.yaml\n"
+    assert capsys.readouterr().out == snapshot("wrote solotune.yaml; next: solotune data solotune.yaml\n")
     config = solotune.load_config("solotune.yaml")
     assert (config.model_name_or_path, config.dataset) == ("some/model", "chats.jsonl")
     assert cli.main(["init", "some/model", "chats.jsonl"]) == 2
@@ -475,7 +495,7 @@ def test_init_writes_a_config_that_loads(tmp_path, monkeypatch, capsys):
 
 def test_runs_of_an_empty_folder(tmp_path, capsys):
     assert cli.main(["runs", "--root", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"no runs in {tmp_path}; solotune train CONFIG makes one\n"
+    assert stable(capsys.readouterr().out) == snapshot("no runs in <tmp>; solotune train CONFIG makes one")
     assert cli.main(["runs", "--root", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"runs": []}
 
@@ -500,4 +520,7 @@ def test_runs_lists_what_is_there(tmp_path, capsys):
 
 def test_evaluate_of_no_run_is_exit_2(tmp_path, capsys):
     assert cli.main(["evaluate", str(tmp_path / "none")]) == 2
-    assert "no such run" in capsys.readouterr().err
+    assert error_in(capsys.readouterr().err) == snapshot("""\
+<tmp>/none: no such run
+  allowed: a run directory\
+""")

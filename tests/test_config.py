@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from inline_snapshot import snapshot
 
 from solotune.config import RunConfig, allowed_values, field_help, load_config, section_of, to_yaml
 from solotune.errors import InputError
 from solotune.foreign_keys import FOREIGN_KEYS
+from tests.messages import stable
 
 MINIMAL = {"model_name_or_path": "m", "dataset": "d.jsonl"}
 
@@ -16,7 +18,7 @@ MINIMAL = {"model_name_or_path": "m", "dataset": "d.jsonl"}
 def message(source, overrides=()):
     with pytest.raises(InputError) as caught:
         load_config(source, overrides)
-    return str(caught.value)
+    return stable(caught.value)
 
 
 @pytest.fixture
@@ -67,80 +69,198 @@ def test_numbers_are_yaml_1_2(written):
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "said"),
     [
-        ("lora_r: 0", "run.yaml line 3, lora_r: 0 (int) is not allowed; allowed: a whole number, at least 1"),
-        ("lora_r: true", "run.yaml line 3, lora_r: True (bool) is not allowed; allowed: a whole number, at least 1"),
-        ("lora_r: '16'", "run.yaml line 3, lora_r: '16' (str) is not allowed; allowed: a whole number, at least 1"),
+        (
+            "lora_r: 0",
+            snapshot(
+                "run.yaml line 3, lora_r: 0 (int) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000"
+            ),
+        ),
+        (
+            "lora_r: true",
+            snapshot(
+                "run.yaml line 3, lora_r: True (bool) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000"
+            ),
+        ),
+        (
+            "lora_r: '16'",
+            snapshot(
+                "run.yaml line 3, lora_r: '16' (str) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000"
+            ),
+        ),
         (
             "learning_rate: .nan",
-            "run.yaml line 3, learning_rate: nan (float) is not allowed; allowed: a number, above 0",
+            snapshot(
+                "run.yaml line 3, learning_rate: nan (float) is not allowed; allowed: a number, above 0, at most 1"
+            ),
         ),
-        ("bf16: yes", "run.yaml line 3, bf16: 'yes' (str) is not allowed; allowed: true or false"),
-        ("optim: sgd", "run.yaml line 3, optim: 'sgd' (str) is not allowed; allowed: paged_adamw_8bit, adamw_8bit,"),
+        ("bf16: yes", snapshot("run.yaml line 3, bf16: 'yes' (str) is not allowed; allowed: true or false")),
+        (
+            "optim: sgd",
+            snapshot(
+                "run.yaml line 3, optim: 'sgd' (str) is not allowed; allowed: paged_adamw_8bit, adamw_8bit, paged_adamw_32bit, adamw_torch"
+            ),
+        ),
         (
             "lora_target_modules: 7",
-            "lora_target_modules: 7 (int) is not allowed; allowed: a list of names, or all-linear",
+            snapshot(
+                "run.yaml line 3, lora_target_modules: 7 (int) is not allowed; allowed: a list of names, or all-linear"
+            ),
         ),
         (
             "lora_target_modules: []",
-            "lora_target_modules: [] (list) is not allowed; allowed: a list of names, or all-linear",
+            snapshot(
+                "run.yaml line 3, lora_target_modules: [] (list) is not allowed; allowed: a list of names, or all-linear"
+            ),
         ),
         (
             "validation_size: 1.5",
-            "allowed: a share from 0 up to but not including 1 (0.05), or a whole number of rows (200)",
+            snapshot(
+                "run.yaml line 3, validation_size: 1.5 (float) is not allowed; allowed: a share from 0 up to but not including 1 (0.05), or a whole number of rows (200)"
+            ),
         ),
-        ("overflow: cut", "overflow: 'cut' (str) is not allowed; allowed: truncate, drop, split, error"),
+        (
+            "overflow: cut",
+            snapshot("run.yaml line 3, overflow: 'cut' (str) is not allowed; allowed: truncate, drop, split, error"),
+        ),
         (
             "column_mapping: {question: promt}",
-            "column_mapping: {'question': 'promt'} (dict) is not allowed; allowed: your column: ours, "
-            "each of ours once: messages, conversations, instruction, input, output, prompt, completion, text, ",
+            snapshot(
+                "run.yaml line 3, column_mapping: {'question': 'promt'} (dict) is not allowed; allowed: your column: ours, each of ours once: messages, conversations, instruction, input, output, prompt, completion, text, system, tools, id, conversation_id, parent_id, weight, ignore"
+            ),
         ),
-        ("column_mapping: {a: prompt, b: prompt}", "is not allowed; allowed: your column: ours, each of ours once"),
-        ("column_mapping: {a: 3}", "column_mapping: {'a': 3} (dict) is not allowed; allowed: your column: ours"),
-        ("mask_history: true", "line 3, mask_history: unknown key; did you mean train_on_last_turn?"),
-        ("max_steps: 0", "allowed: -1 (use num_train_epochs) or a whole number, at least 1"),
+        (
+            "column_mapping: {a: prompt, b: prompt}",
+            snapshot(
+                "run.yaml line 3, column_mapping: {'a': 'prompt', 'b': 'prompt'} (dict) is not allowed; allowed: your column: ours, each of ours once: messages, conversations, instruction, input, output, prompt, completion, text, system, tools, id, conversation_id, parent_id, weight, ignore"
+            ),
+        ),
+        (
+            "column_mapping: {a: 3}",
+            snapshot(
+                "run.yaml line 3, column_mapping: {'a': 3} (dict) is not allowed; allowed: your column: ours, each of ours once: messages, conversations, instruction, input, output, prompt, completion, text, system, tools, id, conversation_id, parent_id, weight, ignore"
+            ),
+        ),
+        (
+            "mask_history: true",
+            snapshot(
+                "run.yaml line 3, mask_history: unknown key; did you mean train_on_last_turn? (Learn only the last assistant turn of each row.)"
+            ),
+        ),
+        (
+            "max_steps: 0",
+            snapshot(
+                "run.yaml line 3, max_steps: 0 (int) is not allowed; allowed: -1 (use num_train_epochs) or a whole number, at least 1"
+            ),
+        ),
         (
             "learning_rte: 1",
-            "run.yaml line 3, learning_rte: unknown key; did you mean learning_rate? (Peak learning rate.)",
+            snapshot("run.yaml line 3, learning_rte: unknown key; did you mean learning_rate? (Peak learning rate.)"),
         ),
-        ("zzz: 1", "run.yaml line 3, zzz: unknown key"),
-        ("trust_remote_code: true", "line 3, trust_remote_code: solotune never runs code that comes with a model"),
-        ("save_strategy: steps", "save_strategy: steps needs save_steps"),
-        ("load_in_4bit: false", "run.yaml line 3: load_in_4bit is only an alias for base_precision: nf4"),
-        ("seed: 1\nseed: 2", 'run.yaml line 4: not valid YAML\n  seen:    found duplicate key "seed"'),
-        ("seed: [1", "run.yaml line 4: not valid YAML"),
+        ("zzz: 1", snapshot("run.yaml line 3, zzz: unknown key")),
+        (
+            "trust_remote_code: true",
+            snapshot(
+                "run.yaml line 3, trust_remote_code: solotune never runs code that comes with a model or a dataset; remove the line"
+            ),
+        ),
+        ("save_strategy: steps", snapshot("save_strategy: steps needs save_steps")),
+        (
+            "load_in_4bit: false",
+            snapshot("""\
+run.yaml line 3: load_in_4bit is only an alias for base_precision: nf4
+  seen:    load_in_4bit: False
+  allowed: load_in_4bit: true, alone
+  change:  use base_precision: nf4, bf16 or fp32\
+"""),
+        ),
+        (
+            "seed: 1\nseed: 2",
+            snapshot("""\
+run.yaml line 4: not valid YAML
+  seen:    found duplicate key "seed" with value "2" (original value: "1")
+  change:  mend the syntax\
+"""),
+        ),
+        (
+            "seed: [1",
+            snapshot("""\
+run.yaml line 4: not valid YAML
+  seen:    expected ',' or ']', but got '<stream end>'
+  change:  mend the syntax\
+"""),
+        ),
     ],
 )
-def test_a_mistake_names_file_line_key_and_what_is_allowed(written, line, words):
-    assert words in message(written(f"model_name_or_path: m\ndataset: d.jsonl\n{line}\n"))
+def test_a_mistake_names_file_line_key_and_what_is_allowed(written, line, said):
+    assert message(written(f"model_name_or_path: m\ndataset: d.jsonl\n{line}\n")) == said
 
 
 def test_all_mistakes_are_reported_together(written):
-    text = message(written("lora_r: 0\nepochs: 3\n"))
-    assert text.startswith("the config has 4 mistakes:\n")
-    assert "epochs: unknown key; did you mean num_train_epochs? (Passes over the training rows.)" in text
-    assert "model_name_or_path: missing; Model id on the hub" in text
+    assert message(written("lora_r: 0\nepochs: 3\n")) == snapshot("""\
+the config has 4 mistakes:
+  model_name_or_path: missing; Model id on the hub, or a local folder with config.json, safetensors and tokenizer.
+  run.yaml line 1, lora_r: 0 (int) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000
+  dataset: missing; Hub id, or local file(s): jsonl, json, csv, parquet.
+  run.yaml line 2, epochs: unknown key; did you mean num_train_epochs? (Passes over the training rows.)\
+""")
 
 
 @pytest.mark.parametrize(
-    ("keys", "words"),
+    ("keys", "said"),
     [
-        ({"bf16": False, "bnb_4bit_compute_dtype": "bfloat16"}, "bf16: false computes in float32"),
-        ({"eval_dataset": "e.jsonl", "validation_size": 0.1}, "eval_dataset and validation_size: both are set"),
-        ({"save_strategy": "epoch", "save_steps": 5}, "save_steps: 5 needs save_strategy: steps, not epoch"),
-        ({"train_on_last_turn": True, "assistant_only_loss": False}, "train_on_last_turn: true learns one turn, but"),
-        ({"load_in_4bit": True, "base_precision": "bf16"}, "load_in_4bit is only an alias"),
+        (
+            {"bf16": False, "bnb_4bit_compute_dtype": "bfloat16"},
+            snapshot(
+                "bf16 and bnb_4bit_compute_dtype: bf16: false computes in float32, but bnb_4bit_compute_dtype is bfloat16; make them agree or remove one"
+            ),
+        ),
+        (
+            {"eval_dataset": "e.jsonl", "validation_size": 0.1},
+            snapshot("eval_dataset and validation_size: both are set; remove one"),
+        ),
+        (
+            {"save_strategy": "epoch", "save_steps": 5},
+            snapshot("save_strategy and save_steps: save_steps: 5 needs save_strategy: steps, not epoch"),
+        ),
+        (
+            {"train_on_last_turn": True, "assistant_only_loss": False},
+            snapshot(
+                "train_on_last_turn and assistant_only_loss: train_on_last_turn: true learns one turn, but assistant_only_loss: false learns every token; remove one"
+            ),
+        ),
+        (
+            {"load_in_4bit": True, "base_precision": "bf16"},
+            snapshot("""\
+python: load_in_4bit is only an alias for base_precision: nf4
+  seen:    load_in_4bit: True, base_precision: bf16
+  allowed: load_in_4bit: true, alone
+  change:  use base_precision: nf4, bf16 or fp32\
+"""),
+        ),
         (
             {"base_precision": "fp8", "matmul_precision": "bf16"},
-            "base_precision: fp8 with matmul_precision: bf16; an fp8 base is stored to be multiplied in fp8; leave",
+            snapshot(
+                "base_precision and matmul_precision: base_precision: fp8 with matmul_precision: bf16; an fp8 base is stored to be multiplied in fp8; leave matmul_precision out, or use base_precision: bf16"
+            ),
         ),
-        ({"base_precision": "bf16", "matmul_precision": "fp8"}, "are stored in fp8 as well: base_precision: fp8"),
-        ({"matmul_precision": "fp8", "base_residency": "quantized"}, "remove base_residency: quantized"),
+        (
+            {"base_precision": "bf16", "matmul_precision": "fp8"},
+            snapshot(
+                "base_precision and matmul_precision: base_precision: bf16 with matmul_precision: fp8; weights multiplied in fp8 are stored in fp8 as well: base_precision: fp8"
+            ),
+        ),
+        (
+            {"matmul_precision": "fp8", "base_residency": "quantized"},
+            snapshot(
+                "base_precision and matmul_precision: base_precision: nf4 with matmul_precision: fp8; fp8 matmuls keep the weights in fp8 alone; remove base_residency: quantized"
+            ),
+        ),
     ],
 )
-def test_contradictions_are_refused(keys, words):
-    assert words in message({**MINIMAL, **keys})
+def test_contradictions_are_refused(keys, said):
+    assert message({**MINIMAL, **keys}) == said
 
 
 @pytest.mark.parametrize(
@@ -173,31 +293,65 @@ def test_what_one_key_implies_for_another():
 
 
 def test_overrides_must_be_key_value():
-    assert "an override is not of the form key=value\n  seen:    bf16" in message(MINIMAL, ["bf16"])
-    assert "command line, lora_r: 'x' (str) is not allowed" in message(MINIMAL, ["lora_r=x"])
+    assert message(MINIMAL, ["bf16"]) == snapshot("""\
+command line: an override is not of the form key=value
+  seen:    bf16
+  allowed: learning_rate=1e-4\
+""")
+    assert message(MINIMAL, ["lora_r=x"]) == snapshot(
+        "command line, lora_r: 'x' (str) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000"
+    )
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "said"),
     [
-        (b"", "run.yaml: a config is lines of `key: value`\n  seen:    empty"),
-        (b"- a\n- b\n", "run.yaml: a config is lines of `key: value`\n  seen:    a list"),
-        (b"\xff\xfe\x00", "run.yaml: not UTF-8 text"),
-        (b"a" * (1 << 20) + b"a", "run.yaml: too large for a config"),
+        (
+            b"",
+            snapshot("""\
+run.yaml: a config is lines of `key: value`
+  seen:    empty
+  change:  solotune init MODEL DATA writes one to start from\
+"""),
+        ),
+        (
+            b"- a\n- b\n",
+            snapshot("""\
+run.yaml: a config is lines of `key: value`
+  seen:    a list
+  change:  solotune init MODEL DATA writes one to start from\
+"""),
+        ),
+        (
+            b"\xff\xfe\x00",
+            snapshot("""\
+run.yaml: not UTF-8 text
+  seen:    byte 0: invalid start byte\
+"""),
+        ),
+        (
+            b"a" * (1 << 20) + b"a",
+            snapshot("""\
+run.yaml: too large for a config
+  seen:    1,048,577 bytes
+  allowed: 1 MiB\
+"""),
+        ),
     ],
 )
-def test_files_that_are_no_config(written, content, words):
+def test_files_that_are_no_config(written, content, said):
     path = Path(written(""))
     path.write_bytes(content)
-    assert words in message(path)
+    assert message(path) == said
 
 
-def test_an_absent_file_says_where_it_looked(written, tmp_path):
+def test_an_absent_file_says_where_it_looked(written):
     written("")
-    assert message("nope.yaml") == (
-        f"nope.yaml: no such config file\n  seen:    looked in {tmp_path}\n"
-        "  change:  solotune init MODEL DATA writes one to start from"
-    )
+    assert message("nope.yaml") == snapshot("""\
+nope.yaml: no such config file
+  seen:    looked in <tmp>
+  change:  solotune init MODEL DATA writes one to start from\
+""")
 
 
 def test_every_key_has_help_a_section_and_words_for_what_it_allows():

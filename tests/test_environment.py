@@ -13,12 +13,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from inline_snapshot import snapshot
 
 from solotune import environment, fitness
 from solotune.config import load_config
 from solotune.environment import Machine, device_of, dtype_of, probe, settle
 from solotune.errors import DeviceError, InputError
 from solotune.fitness import doctor
+from tests.messages import stable
 
 ROOT = Path(__file__).parents[1]
 GIB = 1 << 30
@@ -155,10 +157,11 @@ def refusing() -> Machine:
 def test_a_gpu_that_another_process_has_filled_is_no_reason_to_train_on_the_cpu():
     with pytest.raises(DeviceError) as caught:
         settle(config(), refusing())
-    assert str(caught.value) == (
-        "the GPU is there, but cannot be used\n  seen:    AcceleratorError: CUDA error: out of memory\n"
-        "  change:  end the processes that hold it (nvidia-smi lists them), or use_cpu: true"
-    )
+    assert stable(caught.value) == snapshot("""\
+the GPU is there, but cannot be used
+  seen:    AcceleratorError: CUDA error: out of memory
+  change:  end the processes that hold it (nvidia-smi lists them), or use_cpu: true\
+""")
     assert caught.value.exit_code == 7
     assert settle(config(use_cpu=True), refusing())[0].optim == "adamw_torch"
 

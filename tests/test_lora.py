@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from inline_snapshot import snapshot
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import random_rows
 from transformers import AutoModelForCausalLM
@@ -15,6 +16,7 @@ from solotune.batch import collate
 from solotune.errors import InputError
 from solotune.model import load_model
 from solotune.storage import Folder
+from tests.messages import stable
 
 CPU = torch.device("cpu")
 
@@ -120,22 +122,32 @@ def test_dropout_falls_on_the_adapter_path_only_and_keeps_the_mean(tiny_config):
 def test_a_target_that_matches_nothing_is_refused_with_what_there_is(tiny_config):
     with pytest.raises(InputError) as caught:
         load(tiny_config("gpt2", lora_target_modules=["q_proj", "c_fc"]))
-    assert str(caught.value) == (
-        "python, lora_target_modules: q_proj matches no linear layer of this model\n"
-        "  seen:    q_proj, c_fc\n"
-        "  allowed: c_attn, c_proj, c_fc, or all-linear\n"
-        "  change:  lora_target_modules: [c_attn, c_proj, c_fc]"
-    )
+    assert stable(caught.value) == snapshot("""\
+python, lora_target_modules: q_proj matches no linear layer of this model
+  seen:    q_proj, c_fc
+  allowed: c_attn, c_proj, c_fc, or all-linear
+  change:  lora_target_modules: [c_attn, c_proj, c_fc]\
+""")
 
 
 def test_a_foreign_adapter_is_refused(tiny_config):
     model, other = load(tiny_config()), load(tiny_config(lora_r=8))
-    with pytest.raises(InputError, match="shape"):
+    with pytest.raises(InputError) as caught:
         lora.load_state_dict(model.adapted, lora.state_dict(other.adapted), "adapter")
+    assert stable(caught.value) == snapshot("""\
+adapter: the adapter does not fit this model and config
+  seen:    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight has shape (8, 64)
+  allowed: shape (4, 64)\
+""")
     tensors = lora.state_dict(model.adapted)
     tensors.pop(next(iter(tensors)))
-    with pytest.raises(InputError, match="is missing"):
+    with pytest.raises(InputError) as caught:
         lora.load_state_dict(model.adapted, tensors, "adapter")
+    assert stable(caught.value) == snapshot("""\
+adapter: the adapter does not fit this model and config
+  seen:    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight is missing
+  allowed: 28 tensors such as base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight\
+""")
 
 
 def test_adapter_config_names_whole_modules_where_last_names_would_select_too_much(tiny_config):

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from inline_snapshot import snapshot
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, random_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 - AutoTokenizer: import cost paid once
@@ -16,6 +17,7 @@ from solotune.errors import InputError
 from solotune.linear import Fp8Weight, FrozenLinear
 from solotune.loss import token_losses_reference
 from solotune.model import load_model
+from tests.messages import stable
 
 CPU = torch.device("cpu")
 
@@ -168,27 +170,87 @@ def edit_weights(edit):
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 REFUSED = {
-    "no config": (lambda f: (f / "config.json").unlink(), "no config.json, so this is not a model folder"),
-    "config is not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json, line 1: not valid JSON"),
-    "unknown architecture": (edit_config(model_type="nonesuch"), "transformers cannot read it"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights in safetensors"),
+    "no config": (
+        lambda f: (f / "config.json").unlink(),
+        snapshot("""\
+<tmp>/model: no config.json, so this is not a model folder
+  allowed: a Hugging Face model folder\
+"""),
+    ),
+    "config is not JSON": (
+        lambda f: (f / "config.json").write_text("{"),
+        snapshot("""\
+<tmp>/model/config.json, line 1: not valid JSON
+  seen:    Expecting property name enclosed in double quotes\
+"""),
+    ),
+    "unknown architecture": (
+        edit_config(model_type="nonesuch"),
+        snapshot("""\
+<tmp>/model/config.json: transformers cannot read it
+  seen:    model_type: 'nonesuch'
+  allowed: an architecture that the installed transformers knows; code that comes with a model never runs\
+"""),
+    ),
+    "no weights": (
+        lambda f: (f / "model.safetensors").unlink(),
+        snapshot("""\
+<tmp>/model: no weights in safetensors
+  seen:    no weight files
+  allowed: *.safetensors; formats that can run code are not read\
+"""),
+    ),
     "weights cut off": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:1000]),
-        "not a readable safetensors file",
+        snapshot("""\
+<tmp>/model/model.safetensors: not a readable safetensors file
+  seen:    a header of 2,128 bytes in a file of 1,000
+  change:  download the file again\
+"""),
     ),
-    "a tensor is missing": (edit_weights(lambda t: t.pop(Q)), "lacks"),
-    "another shape": (edit_weights(lambda t: t.update({Q: torch.zeros(3, 64)})), f"tensor {Q} does not fit"),
-    "integers for floats": (edit_weights(lambda t: t.update({Q: t[Q].to(torch.int8)})), f"tensor {Q} does not fit"),
-    "already quantised": (edit_config(quantization_config={"quant_method": "gptq"}), "already quantised"),
+    "a tensor is missing": (
+        edit_weights(lambda t: t.pop(Q)),
+        snapshot("""\
+<tmp>/model: the checkpoint lacks 1 tensors
+  seen:    model.layers.0.self_attn.q_proj.weight
+  change:  check that config.json and weights belong together, and download the folder again\
+"""),
+    ),
+    "another shape": (
+        edit_weights(lambda t: t.update({Q: torch.zeros(3, 64)})),
+        snapshot("""\
+<tmp>/model/model.safetensors: tensor model.layers.0.self_attn.q_proj.weight does not fit the architecture in config.json
+  seen:    F32 (3, 64)
+  allowed: floating point (64, 64)\
+"""),
+    ),
+    "integers for floats": (
+        edit_weights(lambda t: t.update({Q: t[Q].to(torch.int8)})),
+        snapshot("""\
+<tmp>/model/model.safetensors: tensor model.layers.0.self_attn.q_proj.weight does not fit the architecture in config.json
+  seen:    I8 (64, 64)
+  allowed: floating point of 16 bits or more: F32, F16, BF16, F64\
+"""),
+    ),
+    "already quantised": (
+        edit_config(quantization_config={"quant_method": "gptq"}),
+        snapshot("""\
+<tmp>/model/config.json: the checkpoint is already quantised
+  seen:    quantization_config: gptq
+  allowed: 16- or 32-bit weights, which solotune quantises itself
+  change:  name the original, unquantised model\
+"""),
+    ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_unusable_model_folders_are_refused(case, tiny_config, model_folder, tmp_path):
-    change, words = REFUSED[case]
+    change, message = REFUSED[case]
     folder = damaged(tmp_path, model_folder("llama"), change)
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError) as caught:
         load(tiny_config("llama", model_name_or_path=str(folder)))
+    assert stable(caught.value) == message
 
 
 def test_a_pickle_is_named_and_not_read(tiny_config, model_folder, tmp_path):
@@ -198,26 +260,43 @@ def test_a_pickle_is_named_and_not_read(tiny_config, model_folder, tmp_path):
     folder = damaged(tmp_path, model_folder("llama"), to_bin)
     with pytest.raises(InputError) as caught:
         load(tiny_config("llama", model_name_or_path=str(folder)))
-    assert "seen:    pytorch_model.bin" in str(caught.value)
-    assert "formats that can run code are not read" in str(caught.value)
+    assert stable(caught.value) == snapshot("""\
+<tmp>/model: no weights in safetensors
+  seen:    pytorch_model.bin
+  allowed: *.safetensors; formats that can run code are not read\
+""")
 
 
 def test_rows_longer_than_the_models_positions_are_refused(tiny_config):
     with pytest.raises(InputError) as caught:
         load(tiny_config("gpt2", max_length=129))
-    assert str(caught.value) == (
-        "python, max_length: longer than this model's positions\n  seen:    max_length: 129\n"
-        "  allowed: at most 128 (max_position_embeddings in config.json)\n  change:  max_length: 128"
-    )
+    assert stable(caught.value) == snapshot("""\
+python, max_length: longer than this model's positions
+  seen:    max_length: 129
+  allowed: at most 128 (max_position_embeddings in config.json)
+  change:  max_length: 128\
+""")
 
 
-def test_no_such_folder_says_where_it_was_named(tiny_config):
-    with pytest.raises(InputError, match="python, model_name_or_path: no such folder"):
+def test_no_such_folder_says_where_it_was_named(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as caught:
         load(tiny_config(model_name_or_path="./nowhere/model"))
+    assert stable(caught.value) == snapshot("""\
+python, model_name_or_path: no such folder
+  seen:    ./nowhere/model (from <tmp>)
+  change:  check the path\
+""")
 
 
 def test_hub_id_without_connection_is_a_clear_error(tiny_config):
     with pytest.raises(InputError) as caught:
         load(tiny_config(model_name_or_path="nobody/no-such-model"))
-    assert "not in the cache and cannot be downloaded" in str(caught.value)
-    assert "HF_HUB_OFFLINE" in str(caught.value)
+    problem, seen, change = stable(caught.value).split("\n")  # what is seen are the words of huggingface_hub
+    assert (problem, change) == snapshot(
+        (
+            "python, model_name_or_path: the model is not in the cache and cannot be downloaded",
+            "  change:  check the connection (HF_HUB_OFFLINE is off?), or name a local folder",
+        )
+    )
+    assert "HF_HUB_OFFLINE" in seen

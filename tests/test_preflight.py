@@ -6,12 +6,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from inline_snapshot import snapshot
 from tiny import random_rows
 
 from solotune import lora, preflight, training
 from solotune.batch import collate
 from solotune.errors import CheckError, StorageError
 from solotune.model import load_model
+from tests.messages import stable
 
 CPU = torch.device("cpu")
 ROWS = random_rows(40)
@@ -74,13 +76,11 @@ def test_what_does_not_fit_is_a_check_that_says_no(tiny_config, tmp_path, monkey
     monkeypatch.setattr(training, "train_step", full)
     with pytest.raises(CheckError) as caught:
         preflight.preflight(model, ROWS, ROWS[:2], config, tmp_path)
-    longest = max(len(row.input_ids) for row in ROWS)
-    assert str(caught.value) == (
-        "preflight: the largest step of this run does not fit into the GPU's memory\n"
-        f"  seen:    4 x {longest} tokens: CUDA out of memory. Tried to allocate 2.00 GiB.\n"
-        "  change:  per_device_train_batch_size: 2 with gradient_accumulation_steps: 16 (the same step) or "
-        "gradient_checkpointing: true"
-    )
+    assert stable(caught.value) == snapshot("""\
+preflight: the largest step of this run does not fit into the GPU's memory
+  seen:    4 x 24 tokens: CUDA out of memory. Tried to allocate 2.00 GiB.
+  change:  per_device_train_batch_size: 2 with gradient_accumulation_steps: 16 (the same step) or gradient_checkpointing: true\
+""")
     assert caught.value.exit_code == 3
 
 

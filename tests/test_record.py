@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from inline_snapshot import snapshot
 
 from solotune.config import load_config
 from solotune.errors import DirectoryInUseError, InputError, StorageError
@@ -14,6 +15,7 @@ from solotune.events import NonFiniteEvent, SaveEvent
 from solotune.record import RunDirectory, latest_run_of, list_runs, read_json
 from solotune.run_record import RunRecord
 from solotune.storage import whole_folder, write_whole
+from tests.messages import stable
 
 KEYS = {"model_name_or_path": "m", "dataset": "d.jsonl"}
 
@@ -32,7 +34,10 @@ def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(StorageError) as caught:
         write_whole(path, "new")
-    assert str(caught.value) == f"{path}: cannot be written\n  seen:    No space left on device"
+    assert stable(caught.value) == snapshot("""\
+<tmp>/a.json: cannot be written
+  seen:    No space left on device\
+""")
     assert caught.value.exit_code == 8
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
@@ -59,10 +64,14 @@ def test_a_directory_with_a_run_is_not_overwritten(tmp_path):
     run = RunDirectory.create(config_in(tmp_path / "r"))
     run.write_config(config_in(tmp_path / "r"))
     run.release()
-    with pytest.raises(DirectoryInUseError, match="already holds a run") as caught:
+    with pytest.raises(DirectoryInUseError) as caught:
         RunDirectory.create(config_in(tmp_path / "r"))
+    assert stable(caught.value) == snapshot("""\
+<tmp>/r already holds a run
+  seen:    config.yaml
+  change:  --resume to continue it, another output_dir to start afresh, or remove the folder\
+""")
     assert caught.value.exit_code == 4
-    assert "--resume" in str(caught.value)
     RunDirectory.create(config_in(tmp_path / "r"), resume=True).release()
 
 
@@ -77,8 +86,13 @@ def test_a_run_that_came_and_went_while_the_lock_was_waited_for_is_not_overwritt
         take(run)
 
     monkeypatch.setattr(RunDirectory, "_take_lock", late)
-    with pytest.raises(DirectoryInUseError, match="already holds a run"):
+    with pytest.raises(DirectoryInUseError) as caught:
         RunDirectory.create(config)
+    assert stable(caught.value) == snapshot("""\
+<tmp>/r already holds a run
+  seen:    config.yaml
+  change:  --resume to continue it, another output_dir to start afresh, or remove the folder\
+""")
     assert not RunDirectory(tmp_path / "r").is_locked()
 
 
@@ -134,13 +148,26 @@ def test_metrics_are_cut_back_to_a_mark_and_another_file_is_not(tmp_path):
 
 
 def test_opening_what_is_no_run(tmp_path):
-    with pytest.raises(InputError, match="no such run"):
+    with pytest.raises(InputError) as caught:
         RunDirectory.open(tmp_path / "nothing")
-    with pytest.raises(InputError, match="not a run directory"):
+    assert stable(caught.value) == snapshot("""\
+<tmp>/nothing: no such run
+  allowed: a run directory\
+""")
+    with pytest.raises(InputError) as caught:
         RunDirectory.open(tmp_path)
+    assert stable(caught.value) == snapshot("""\
+<tmp>: not a run directory
+  seen:    no config.yaml in it
+  allowed: a folder of `solotune train`\
+""")
     (tmp_path / "x.json").write_text("{")
-    with pytest.raises(InputError, match="not valid JSON"):
+    with pytest.raises(InputError) as caught:
         read_json(tmp_path / "x.json")
+    assert stable(caught.value) == snapshot("""\
+<tmp>/x.json: not valid JSON
+  seen:    Expecting property name enclosed in double quotes: line 1 column 2 (char 1)\
+""")
 
 
 def test_runs_are_named_after_their_config_and_listed_oldest_first(tmp_path, monkeypatch):

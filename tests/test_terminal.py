@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from inline_snapshot import snapshot
 from rich.console import Console
 
 from solotune import terminal
@@ -172,7 +173,7 @@ def a_run(display: PlainDisplay, steps: int = 5) -> None:
     display.saved(SaveEvent(5, "step-000005"), Path("runs/a/checkpoints/step-000005"))
 
 
-PLAIN = """\
+PLAIN = snapshot("""\
 loading model ...
 decided for you:
 bf16: false  because there is no GPU
@@ -182,7 +183,7 @@ step 4/5  loss 2.0000  lr 2.0e-04  grad norm 0.50  epoch 0.08  500 tok/s  3.0 Gi
 step 5/5  loss 2.0000  lr 2.0e-04  grad norm 0.50  epoch 0.10  500 tok/s  3.0 GiB  0:00 left
 step 5/5  held-out loss 1.2500 ± 0.0100  exact match 50.0% of 60 rows
 step 5/5  saved runs/a/checkpoints/step-000005
-"""
+""")
 
 
 def test_plain_display_prints_whole_lines_and_nothing_else():
@@ -221,7 +222,7 @@ def test_live_line_fits_the_terminal_and_goes_away(columns, monkeypatch):
     live = stream.getvalue().splitlines()[-1].split("\r")[-1].removeprefix("\x1b[2K")
     assert len(live) == columns
     assert live.startswith("━")
-    assert live.endswith(" 1,204/12,000  loss 2.000  25,000 tok/s  42.0 GiB  5:59:52 left")
+    assert live.lstrip("━╸╺ ") == snapshot("1,204/12,000  loss 2.000  25,000 tok/s  42.0 GiB  5:59:52 left")
     display.finish()
     display.finish()
     assert stream.getvalue().endswith("\x1b[?25h\r\x1b[1A\x1b[2K")  # cursor back, line erased
@@ -244,7 +245,7 @@ def test_no_live_line_on_a_terminal_that_cannot_move_its_cursor(term, monkeypatc
 
 # --- results
 
-EVALUATION = """
+EVALUATION = snapshot("""
  held-out rows                       base             tuned         change
  ─────────────────────────────────────────────────────────────────────────
  loss per learned token   2.5000 ± 0.0200   0.2500 ± 0.0100        -2.2500
@@ -259,7 +260,7 @@ base                                    │ tuned, equal to the reference
 ────────────────────────────────────────┼───────────────────────────────────────
 Sure! I would be glad to help you with  │ {"pears": 4}
 that order of pears.                    │
-"""
+""")
 
 
 def evaluation() -> Evaluation:
@@ -270,7 +271,7 @@ def evaluation() -> Evaluation:
 
 def test_evaluation_at_80_columns():
     lines = shown_on(80, lambda console: results.print_evaluation(evaluation(), console))
-    assert [line.rstrip() for line in lines] == EVALUATION.splitlines()
+    assert "".join(line.rstrip() + "\n" for line in lines) == EVALUATION
 
 
 def test_on_a_narrow_terminal_answers_stand_below_one_another():
@@ -301,9 +302,9 @@ def preview(**changes: Any) -> DataPreview:
 
 
 TOKENS = ["user:", " hi", "\n", "hel", "lo"]
-HEAD = "a.jsonl:1 · 5 tokens, 2 learned: learned is in ⟦ ⟧\n"
+HEAD = snapshot("a.jsonl:1 · 5 tokens, 2 learned: learned is in ⟦ ⟧")
 ROW = "user: hi↵\n⟦hello⟧\n"
-FOUND = """
+FOUND = snapshot("""
 format    messages
 rows      1,200 read, 1,195 kept
 dropped   2 exact duplicate, 3 no assistant turn
@@ -313,18 +314,22 @@ split     1,135 to train on, 60 held out; 900 groups, 1 near-duplicate, 0 leaks
 
 !  F17 truncated: 2 rows were cut
    → max_length=4096
-"""
+""")
 
 
 def test_data_without_colour_brackets_what_is_learned():
     text = piped(lambda console: results.print_data(preview(), console))
-    assert text.replace("─", "").replace("⟧ \n", "⟧\n") == HEAD + ROW + FOUND
+    head, rest = text.replace("─", "").replace("⟧ \n", "⟧\n").split("\n", 1)
+    assert head == HEAD
+    assert rest.removeprefix(ROW) == FOUND
 
 
 def test_tokens_with_their_ids_stand_in_cells():
     text = piped(lambda console: results.print_data(preview(), console, with_ids=True))
     line = " 1 user:             2 ␣hi               3 ↵                40 ⟦hel⟧             5 ⟦lo⟧             \n"
-    assert text.replace("─", "").replace("⟧ \n", "⟧\n", 1) == HEAD + line + FOUND
+    head, rest = text.replace("─", "").replace("⟧ \n", "⟧\n", 1).split("\n", 1)
+    assert head == HEAD
+    assert rest.removeprefix(line) == FOUND
 
 
 def test_a_long_token_takes_several_cells_and_no_line_is_too_long():
@@ -341,16 +346,17 @@ def test_weights_are_told_in_a_line_and_shown_behind_what_has_one():
     report = preview(num_weighted_rows=1, num_weighted_answers=7, total_weight=1234567.25).report
     text = piped(lambda console: results.print_data(DataPreview(report, [row]), console))
     assert "user: hi⟦one⟧⟦half⟧×0.5\n" in text
-    assert (
-        "weights   7 answers of 1 row have another than 1; their sum over the learned tokens is 1,234,567.25\n" in text
+    assert [line for line in text.splitlines() if line.startswith("weights")] == snapshot(
+        ["weights   7 answers of 1 row have another than 1; their sum over the learned tokens is 1,234,567.25"]
     )
 
 
 def test_packing_is_told_in_a_line():
     shown = preview(packing=account([600, 500, 1000], 1024))
     text = piped(lambda console: results.print_data(shown, console))
-    line = "packing   3 rows in 3 sequences of 1,024 tokens, 68.4% full (972 places empty); it cuts no row\n"
-    assert line in text
+    assert [line for line in text.splitlines() if line.startswith("packing")] == snapshot(
+        ["packing   3 rows in 3 sequences of 1,024 tokens, 68.4% full (972 places empty); it cuts no row"]
+    )
 
 
 def test_data_in_colour_makes_what_is_learned_green():
@@ -363,9 +369,13 @@ def test_data_in_colour_makes_what_is_learned_green():
 def test_doctor_says_what_mends_it():
     checks = [Check("python", "ok", "3.12"), Check("gpu", "fail", "torch has no CUDA", "install one that has")]
     text = piped(lambda console: results.print_doctor(DoctorReport(None, checks), console))  # type: ignore[arg-type]
-    assert text == (
-        "✓  python  3.12\n✗  gpu     torch has no CUDA\n           → install one that has\n\n1 check failed\n"
-    )
+    assert text == snapshot("""\
+✓  python  3.12
+✗  gpu     torch has no CUDA
+           → install one that has
+
+1 check failed
+""")
 
 
 @pytest.mark.parametrize("columns", [80, 120])
@@ -390,7 +400,7 @@ def test_on_a_terminal_one_types_until_quit(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", Terminal())
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     assert list(terminal.read_messages("m + run")) == ["hi"]
-    assert capsys.readouterr().err == "m + run   /reset forgets, /quit leaves\n"
+    assert capsys.readouterr().err == snapshot("m + run   /reset forgets, /quit leaves\n")
 
 
 def test_answers_stream_as_they_come():
@@ -408,4 +418,7 @@ def test_answers_stream_as_they_come():
     assert seen == ["tuned    one", "tuned    one two\n", "tuned    one two\nthree"]
     silent = SimpleNamespace(reply=lambda text, base, on_text: "")
     terminal.show_answers(silent, "hi", False, make_console(stream))  # type: ignore[arg-type]
-    assert stream.getvalue().endswith("three\ntuned  (nothing)\n")
+    assert stream.getvalue().removeprefix(seen[-1]) == snapshot("""\
+
+tuned  (nothing)
+""")

@@ -9,6 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from inline_snapshot import snapshot
 from tiny import metrics_of, random_rows
 
 from solotune import checkpoint, lora, signals, training
@@ -17,6 +18,7 @@ from solotune.errors import InterruptedRunError, NonFiniteError
 from solotune.model import load_model
 from solotune.record import RunDirectory
 from solotune.terminal import SilentDisplay
+from tests.messages import stable
 
 CPU = torch.device("cpu")
 
@@ -165,7 +167,7 @@ def test_a_bad_row_stops_before_the_update_and_is_named(tiny_config, tmp_path):
     before = adapter_of(model)
     with pytest.raises(NonFiniteError) as caught:
         training.train(model, rows, [], config, run, SilentDisplay())
-    assert str(caught.value) == (
+    assert stable(caught.value) == snapshot(
         "step 1: the loss, its gradient or the weights are not finite; stopped before the update, the weights are as "
         "they were\n"
         "  seen:    loss nan, gradient norm nan; frozen model.embed_tokens.weight; the same when run again "

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from solotune import cli
 from solotune.config import RunConfig, load_config
 from solotune.dataset import cache
+from tests.messages import error_in
 
 ROOT = Path(__file__).parents[2]
 
@@ -258,12 +259,11 @@ class Door:
         cli.main(["data", "config.yaml", f"dataset={dataset}"])
         return self._capsys.readouterr().out
 
-    def refuses(self, dataset: str | list[str], problem: str, *also: str, code: int = 2, **keys: Any) -> None:
-        """The problem, which names the place, and what else the message has to say."""
+    def refuses(self, dataset: str | list[str], message: str, *, code: int = 2, **keys: Any) -> None:
+        """With the whole message (`messages.stable`)."""
         found = self(dataset, **keys)
-        assert (found.code, found.content["error"]["problem"]) == (code, problem)
-        for text in also:
-            assert text in found.shown
+        assert error_in(found.shown) == message
+        assert found.code == code
 
 
 def processor_seconds() -> float:

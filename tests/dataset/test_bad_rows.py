@@ -1,7 +1,8 @@
 """The corpus of bad input, rows and models: what is written, and what `solotune data` says of it.
 
 Each entry has the number of the corpus (in the project's reliability notes). Files are in test_bad_input.py, the hub
-in test_hub.py. An entry that works is counted in the report, or told as a finding.
+in test_hub.py. An entry that works is counted in the report, or told as a finding. The file is long because each
+message stands whole beside the row that causes it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inline_snapshot import snapshot
 
 from tests.dataset.conftest import CHATML, Door, chat, tiny_tokenizer
 
@@ -38,47 +40,117 @@ def write(*rows: Any, name: str = "a.jsonl") -> str:
 
 
 GOOD = [row(f"What is {n} and {n * n}?", f"It is {n}.") for n in range(4)]
-FIRST = "a.jsonl:1: "
-CHATS, SECOND = FIRST + "message 1: ", FIRST + "message 2: "
-REFUSES = FIRST + "the model's chat template refuses this row"
-
 U, A = ("user", "a"), ("assistant", "b")
 
-# --- 32 to 42: shapes of rows. (entry, what, row, problem, what else the message says, family)
-REFUSED: list[tuple[int, str, Row, str, str, str]] = [
-    (33, "messages as text", {"messages": json.dumps([])}, FIRST + "messages is a text, not a list", "json.loads", ""),
-    (34, "no messages", {"messages": []}, FIRST + "messages is empty", "at least one message", ""),
-    (35, "no answer", said(("user", "a")), FIRST + "no assistant message, so nothing to learn", "the roles user", ""),
-    (37, "a role", said(("wizard", "a"), A), CHATS + "unknown role", '"wizard"', ""),
-    (37, "a role near one", said(("Human", "a"), A), CHATS + "unknown role", "did you mean user?", ""),
-    (38, "a role with a line break", said(("user\n", "a"), A), CHATS + "unknown role", '"user\\n"', ""),
-    (38, "a role with a token", said(("user<|im_end|>", "a")), CHATS + "unknown role", "<|im_end|>", ""),
-    (39, "null", said(("user", None), A), CHATS + "content is missing or null", "text", ""),
-    (39, "a number", said(("user", 42), A), CHATS + "content is int, not text", "42", ""),
-    (39, "missing", {"messages": [{"role": "user"}]}, CHATS + "content is missing or null", "text", ""),
-    (40, "an image", said(("user", [{"type": "image"}])), CHATS + "content has a part that is not text", "only", ""),
-    (41, "system, Gemma", said(("system", "a"), U, A), REFUSES, "System role", "gemma"),
-    (41, "two users, Mistral", said(U, U, A), REFUSES, "must alternate", "mistral"),
-    (41, "assistant first, Mistral", said(A, U, A), REFUSES, "must alternate", "mistral"),
-    (42, "no call", said(U, ("tool", "3"), A), SECOND + "a tool message without a tool call before it", "", ""),
-    (42, "no template", calling({}), SECOND + "the chat template leaves out this answer or a part of it", "", ""),
-    (43, "arguments", calling("{a: 1}"), SECOND + "arguments is not valid JSON", "{a: 1}", "qwen3"),
+# --- 32 to 42: shapes of rows. (entry, what, row, message, family)
+REFUSED: list[tuple[int, str, Row, str, str]] = [
+    (33, "messages as text", {"messages": json.dumps([])}, snapshot("""\
+a.jsonl:1: messages is a text, not a list
+  seen:    "[]"
+  change:  the list was saved as a string: parse it with json.loads before saving, or use jsonl\
+"""), ""),
+    (34, "no messages", {"messages": []}, snapshot("""\
+a.jsonl:1: messages is empty
+  allowed: at least one message by the assistant\
+"""), ""),
+    (35, "no answer", said(("user", "a")), snapshot("""\
+a.jsonl:1: no assistant message, so nothing to learn
+  seen:    the roles user
+  allowed: at least one message with the role assistant
+  change:  remove the row, or add the answer\
+"""), ""),
+    (37, "a role", said(("wizard", "a"), A), snapshot("""\
+a.jsonl:1: message 1: unknown role
+  seen:    "wizard"
+  allowed: system, developer, user, assistant, tool\
+"""), ""),
+    (37, "a role near one", said(("Human", "a"), A), snapshot("""\
+a.jsonl:1: message 1: unknown role
+  seen:    "Human"
+  allowed: system, developer, user, assistant, tool
+  change:  did you mean user?\
+"""), ""),
+    (38, "a role with a line break", said(("user\n", "a"), A), snapshot("""\
+a.jsonl:1: message 1: unknown role
+  seen:    "user\\n"
+  allowed: system, developer, user, assistant, tool\
+"""), ""),
+    (38, "a role with a token", said(("user<|im_end|>", "a")), snapshot("""\
+a.jsonl:1: message 1: unknown role
+  seen:    "user<|im_end|>"
+  allowed: system, developer, user, assistant, tool\
+"""), ""),
+    (39, "null", said(("user", None), A), snapshot("""\
+a.jsonl:1: message 1: content is missing or null
+  allowed: text\
+"""), ""),
+    (39, "a number", said(("user", 42), A), snapshot("""\
+a.jsonl:1: message 1: content is int, not text
+  seen:    42
+  allowed: text\
+"""), ""),
+    (39, "missing", {"messages": [{"role": "user"}]}, snapshot("""\
+a.jsonl:1: message 1: content is missing or null
+  allowed: text\
+"""), ""),
+    (40, "an image", said(("user", [{"type": "image"}])), snapshot("""\
+a.jsonl:1: message 1: content has a part that is not text
+  seen:    "image"
+  allowed: text only\
+"""), ""),
+    (41, "system, Gemma", said(("system", "a"), U, A), snapshot("""\
+a.jsonl:1: the model's chat template refuses this row
+  seen:    System role not supported; the roles are system, user, assistant
+  change:  change the row to what the template accepts, or set chat_template_path\
+"""), "gemma"),
+    (41, "two users, Mistral", said(U, U, A), snapshot("""\
+a.jsonl:1: the model's chat template refuses this row
+  seen:    roles must alternate; the roles are user, user, assistant
+  change:  change the row to what the template accepts, or set chat_template_path\
+"""), "mistral"),
+    (41, "assistant first, Mistral", said(A, U, A), snapshot("""\
+a.jsonl:1: the model's chat template refuses this row
+  seen:    roles must alternate; the roles are assistant, user, assistant
+  change:  change the row to what the template accepts, or set chat_template_path\
+"""), "mistral"),
+    (42, "no call", said(U, ("tool", "3"), A), snapshot("""\
+a.jsonl:1: message 2: a tool message without a tool call before it
+  allowed: tool messages right after the assistant message with their tool_calls
+  change:  add tool_calls to that assistant message, or remove the row\
+"""), ""),
+    (42, "no template", calling({}), snapshot("""\
+a.jsonl:1: message 2: the chat template leaves out this answer or a part of it
+  seen:    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "functi
+  allowed: a template that renders every assistant message, with its tool calls
+  change:  set chat_template_path to a template that does, or remove the row\
+"""), ""),
+    (43, "arguments", calling("{a: 1}"), snapshot('''\
+a.jsonl:1: message 2: arguments is not valid JSON
+  seen:    Expecting property name enclosed in double quotes: line 1 column 2 (char 1), in "{a: 1}"\
+'''), "qwen3"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: f"{case[0]} {case[1]}")
-def test_rows_that_are_refused_or_dropped(door: Door, case: tuple[int, str, Row, str, str, str]) -> None:
-    _, _, bad, problem, also, family = case
+def test_rows_that_are_refused_or_dropped(door: Door, case: tuple[int, str, Row, str, str]) -> None:
+    _, _, bad, message, family = case
     family = family or "chatml"
-    door.refuses(write(bad, *GOOD), problem, also, family=family)
+    door.refuses(write(bad, *GOOD), message, family=family)
     rows = door(write(*GOOD, bad), family=family, on_bad_row="drop").content["rows"]
     assert (rows["read"], rows["kept"], sum(rows["dropped"].values())) == (5, 4, 1)
 
 
 def test_32_mixed_shapes(door: Door) -> None:
     rows = [{"prompt": "a", "completion": "b"}, {"text": "c"}]
-    door.refuses(write(GOOD[0], *rows), "a.jsonl:2: mixed formats: this row is prompt-completion",
-                 "the keys prompt, completion", "messages (messages), as in a.jsonl:1", "make two files")  # fmt: skip
+    door.refuses(
+        write(GOOD[0], *rows),
+        snapshot("""\
+a.jsonl:2: mixed formats: this row is prompt-completion
+  seen:    the keys prompt, completion
+  allowed: messages (messages), as in a.jsonl:1
+  change:  make two files\
+"""),
+    )
     found = door(write(*GOOD, *rows), on_bad_row="drop").content["rows"]["dropped"]
     assert found == {"mixed formats: this row is prompt-completion": 1, "mixed formats: this row is text": 1}
 
@@ -86,7 +158,14 @@ def test_32_mixed_shapes(door: Door) -> None:
 def test_36_blank_answers(door: Door) -> None:
     rows = door(write(*GOOD, row(answer=""), row(answer=" \n\t"))).content["rows"]
     assert (rows["kept"], rows["dropped"]) == (4, {"empty answer": 2})
-    door.refuses(write(row(answer=" ")), "dataset: no row is left", "dropped: empty answer 1")
+    door.refuses(
+        write(row(answer=" ")),
+        snapshot("""\
+dataset: no row is left
+  seen:    dropped: empty answer 1
+  change:  look at the rows of the file\
+"""),
+    )
 
 
 def test_41_orders_that_chatml_takes(door: Door) -> None:
@@ -146,7 +225,6 @@ def test_47_mojibake(door: Door, text: str) -> None:
 # --- 48 to 51: numbers
 
 LONG = [row(f"x{n} " * 60, f"y{n} " * 9) for n in range(5)]
-ERROR = "a.jsonl:1: longer than max_length, and overflow is error"
 
 
 @pytest.mark.parametrize(
@@ -161,7 +239,17 @@ def test_48_longer_than_max_length(door: Door, overflow: str, counts: dict[str, 
     found = door(write(*LONG, *GOOD), max_length=64, overflow=overflow).content
     assert {key: found["rows"][key] for key in counts} == counts
     assert sum(found["histograms"]["row_tokens"]["counts"]) == 9  # lengths before the cut
-    door.refuses("a.jsonl", ERROR, "64 tokens", "set overflow to truncate", max_length=64, overflow="error")
+    door.refuses(
+        "a.jsonl",
+        snapshot("""\
+a.jsonl:1: longer than max_length, and overflow is error
+  seen:    219 tokens
+  allowed: 64 tokens
+  change:  raise max_length, shorten the row, or set overflow to truncate, drop or split\
+"""),
+        max_length=64,
+        overflow="error",
+    )
 
 
 def test_49_whole_answers_cut(door: Door) -> None:
@@ -169,7 +257,14 @@ def test_49_whole_answers_cut(door: Door) -> None:
     assert (found.code, found.finding("F25")["severity"]) == (3, "error")
     assert found.content["rows"]["without_label"] == 5
     door.refuses(
-        write(*LONG), "no training row is left of 5", "answer beyond max_length 5", "raise max_length", max_length=64
+        write(*LONG),
+        snapshot("""\
+no training row is left of 5
+  seen:    dropped: answer beyond max_length 5
+  allowed: at least one row whose answer begins within max_length: 64 tokens
+  change:  raise max_length, or shorten the prompts\
+"""),
+        max_length=64,
     )
 
 
@@ -177,24 +272,71 @@ def test_50_copies(door: Door) -> None:
     found = door(write(*GOOD[:1] * 20))
     assert found.content["rows"]["dropped"] == {"exact duplicate": 19}
     assert found.finding("F39")["severity"] == "warning"
-    cannot = "validation_size: 0.1: the rows cannot be split into training and validation"
-    door.refuses("a.jsonl", cannot, "1 distinct rows (and 19 copies, removed) in 1 groups", validation_size=0.1)
+    door.refuses(
+        "a.jsonl",
+        snapshot("""\
+validation_size: 0.1: the rows cannot be split into training and validation
+  seen:    1 distinct rows (and 19 copies, removed) in 1 groups, the largest of 1; 1 rows are wanted for validation
+  allowed: fewer rows than there are, and at least two groups; rows that share a group or are near-duplicates stay on one side
+  change:  give more varied rows, a smaller validation_size, your own eval_dataset, or validation_size: 0\
+"""),
+        validation_size=0.1,
+    )
     write(*GOOD[2:], row("Other?"), name="b.jsonl")
-    leak = "eval_dataset: 2 of 3 validation rows are known from training"
-    door.refuses(write(*GOOD), leak, "b.jsonl:1 is a.jsonl:3", eval_dataset="b.jsonl", code=3)
+    door.refuses(
+        write(*GOOD),
+        snapshot("""\
+eval_dataset: 2 of 3 validation rows are known from training
+  seen:    b.jsonl:1 is a.jsonl:3; b.jsonl:2 is a.jsonl:4
+  allowed: no row on both sides: a loss on known rows says nothing about new ones
+  change:  remove these rows from dataset or from eval_dataset, or leave eval_dataset out and let a part be held out\
+"""),
+        eval_dataset="b.jsonl",
+        code=3,
+    )
     split = door(write(*GOOD, *GOOD), validation_size=2).content["split"]
     assert (split["train"], split["validation"], split["exact_duplicates"], split["leaks"]) == (2, 2, 4, 0)
 
 
 def test_51_too_few_rows(door: Door) -> None:
-    cannot = "validation_size: {}: the rows cannot be split into training and validation"
     door.refuses(
-        write(row()), cannot.format(0.1), "1 distinct rows in 1 groups", "1 rows are wanted", validation_size=0.1
+        write(row()),
+        snapshot("""\
+validation_size: 0.1: the rows cannot be split into training and validation
+  seen:    1 distinct rows in 1 groups, the largest of 1; 1 rows are wanted for validation
+  allowed: fewer rows than there are, and at least two groups; rows that share a group or are near-duplicates stay on one side
+  change:  give more varied rows, a smaller validation_size, your own eval_dataset, or validation_size: 0\
+"""),
+        validation_size=0.1,
     )
-    door.refuses(write(*GOOD), cannot.format(4), "4 distinct rows in 4 groups", "4 rows are wanted", validation_size=4)
-    door.refuses("a.jsonl", "dataset: 0 rows", "a.jsonl, split train[:1%]", dataset_split="train[:1%]")
+    door.refuses(
+        write(*GOOD),
+        snapshot("""\
+validation_size: 4: the rows cannot be split into training and validation
+  seen:    4 distinct rows in 4 groups, the largest of 1; 4 rows are wanted for validation
+  allowed: fewer rows than there are, and at least two groups; rows that share a group or are near-duplicates stay on one side
+  change:  give more varied rows, a smaller validation_size, your own eval_dataset, or validation_size: 0\
+"""),
+        validation_size=4,
+    )
+    door.refuses(
+        "a.jsonl",
+        snapshot("""\
+dataset: 0 rows
+  seen:    a.jsonl, split train[:1%]
+  change:  give a file that has rows, or another slice\
+"""),
+        dataset_split="train[:1%]",
+    )
     Path("none.jsonl").touch()
-    door.refuses("a.jsonl", "none.jsonl: the file is empty", eval_dataset="none.jsonl")
+    door.refuses(
+        "a.jsonl",
+        snapshot("""\
+none.jsonl: the file is empty
+  seen:    0 bytes\
+"""),
+        eval_dataset="none.jsonl",
+    )
     assert door("a.jsonl", validation_size=0.01).content["split"]["validation"] == 1
     assert (
         door("a.jsonl", per_device_train_batch_size=8).content["split"]["train"] == 4
@@ -222,39 +364,107 @@ def model(model_folders: Path, tmp_path: Path) -> Callable[..., str]:
     return make
 
 
-NO_TOKENIZER = "model_name_or_path: no tokenizer could be loaded from model"
 RUNS = '{"auto_map": {"AutoTokenizer": ["own.Own", null]}, "tokenizer_class": "Own"}'
-MODELS: dict[str, tuple[dict[str, str | None], str, str]] = {
-    "no tokenizer.json": ({"tokenizer__json": None}, NO_TOKENIZER, "backend tokenizer"),
-    "a cut tokenizer.json": ({"tokenizer__json": "{"}, NO_TOKENIZER, "line 1 column 2"),
-    "another JSON": ({"tokenizer__json": "{}"}, NO_TOKENIZER, "added_tokens"),
-    "a list as its config": ({"tokenizer_config__json": "[]"}, "model/tokenizer_config.json: not a JSON object", ""),
+MODELS: dict[str, tuple[dict[str, str | None], str]] = {
+    "no tokenizer.json": (
+        {"tokenizer__json": None},
+        snapshot("""\
+model_name_or_path: no tokenizer could be loaded from model
+  seen:    Couldn't instantiate the backend tokenizer from one of: \n\
+  allowed: a folder with tokenizer files, or a hub model that this machine can reach or has in its cache
+  change:  check the folder's tokenizer files\
+"""),
+    ),
+    "a cut tokenizer.json": (
+        {"tokenizer__json": "{"},
+        snapshot("""\
+model_name_or_path: no tokenizer could be loaded from model
+  seen:    Expecting property name enclosed in double quotes: line 1 column 2 (char 1)
+  allowed: a folder with tokenizer files, or a hub model that this machine can reach or has in its cache
+  change:  check the folder's tokenizer files\
+"""),
+    ),
+    "another JSON": (
+        {"tokenizer__json": "{}"},
+        snapshot("""\
+model_name_or_path: no tokenizer could be loaded from model
+  seen:    'added_tokens'
+  allowed: a folder with tokenizer files, or a hub model that this machine can reach or has in its cache
+  change:  check the folder's tokenizer files\
+"""),
+    ),
+    "a list as its config": (
+        {"tokenizer_config__json": "[]"},
+        snapshot("""\
+model/tokenizer_config.json: not a JSON object
+  seen:    list\
+"""),
+    ),
     "code of its own": (
         {"tokenizer_config__json": RUNS, "own__py": "open('ran', 'w')"},
-        "model/tokenizer_config.json: auto_map can make a loader run code that comes with the model or from elsewhere",
-        "Own",
+        snapshot("""\
+model/tokenizer_config.json: auto_map can make a loader run code that comes with the model or from elsewhere
+  seen:    auto_map: {'AutoTokenizer': ['own.Own', None]}
+  allowed: architectures that the installed transformers has itself
+  change:  remove auto_map, if the model is one of these; otherwise name another model\
+"""),
     ),
-    "a broken config": ({"config__json": "{"}, "model/config.json, line 1: not valid JSON", ""),
+    "a broken config": (
+        {"config__json": "{"},
+        snapshot("""\
+model/config.json, line 1: not valid JSON
+  seen:    Expecting property name enclosed in double quotes\
+"""),
+    ),
 }
 
 
 @pytest.mark.parametrize("case", MODELS)
 def test_90_models_without_a_usable_tokenizer(door: Door, model: Callable[..., str], case: str) -> None:
-    files, problem, also = MODELS[case]
-    door.refuses(write(*GOOD), problem, also, model_name_or_path=model(**files))
+    files, message = MODELS[case]
+    door.refuses(write(*GOOD), message, model_name_or_path=model(**files))
     assert not Path("ran").exists()
 
 
 def test_90_no_tokenizer_no_template(door: Door) -> None:
     Path("nothing").mkdir()
-    door.refuses(write(*GOOD), "model_name_or_path: nothing has no tokenizer files", "tokenizer.json",
-                 model_name_or_path="nothing")  # fmt: skip
-    for name in ("./gone", "~nobody-here/model"):
-        door.refuses(
-            "a.jsonl", f"model_name_or_path: {name}: no such folder", "check the path", model_name_or_path=name
-        )
     door.refuses(
-        "a.jsonl", "the tokenizer has no chat template, but the rows are chats", "chat_template_path", family="gpt2"
+        write(*GOOD),
+        snapshot("""\
+model_name_or_path: nothing has no tokenizer files
+  seen:    an empty folder
+  allowed: tokenizer.json, or what the model's family uses instead (tokenizer.model, tekken.json)
+  change:  copy the tokenizer files of the base model into the folder\
+"""),
+        model_name_or_path="nothing",
+    )
+    door.refuses(
+        "a.jsonl",
+        snapshot("""\
+model_name_or_path: ./gone: no such folder
+  seen:    looked in <tmp>
+  change:  check the path; a hub model is named owner/name\
+"""),
+        model_name_or_path="./gone",
+    )
+    door.refuses(
+        "a.jsonl",
+        snapshot("""\
+model_name_or_path: ~nobody-here/model: no such folder
+  seen:    looked in <tmp>/~nobody-here
+  change:  check the path; a hub model is named owner/name\
+"""),
+        model_name_or_path="~nobody-here/model",
+    )
+    door.refuses(
+        "a.jsonl",
+        snapshot("""\
+the tokenizer has no chat template, but the rows are chats
+  seen:    <tmp>/gpt2 (a base model?)
+  allowed: a model with a chat template, or rows of plain text or prompt + completion texts
+  change:  use the instruct model, or set chat_template_path to a Jinja file such as the instruct model's\
+"""),
+        family="gpt2",
     )
 
 
@@ -283,25 +493,82 @@ def test_92_eos_that_the_template_never_writes(door: Door, model: Callable[..., 
     assert door(write(*GOOD), model_name_or_path=name).finding("F14")["severity"] == "warning"
 
 
-LEFT_OUT = "a.jsonl:1: message 2: the chat template leaves out this answer or a part of it"
 TEMPLATES = {
-    "raises": ("{{ raise_exception('not so') }}", REFUSES, "not so"),
-    "calls what is not there": ("{{ foo() }}", REFUSES, "'foo' is undefined"),
-    "looks around": ("{{ ''.__class__.__mro__ }}", REFUSES, "unsafe"),
-    "reads files": ("{% include '/etc/passwd' %}", REFUSES, "no loader"),
-    "calls itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", REFUSES, "recursion"),
-    "counts far": ("{% for i in range(10000000) %}x{% endfor %}", REFUSES, "Range too big"),
-    "says always the same": ("hello", LEFT_OUT, "chat_template_path"),
-    "drops answers": (CHATML.replace("messages %}", "messages if m.role != 'assistant' %}", 1), LEFT_OUT, "It is 0."),
+    "raises": (
+        "{{ raise_exception('not so') }}",
+        snapshot("""\
+a.jsonl:1: the model's chat template refuses this row
+  seen:    not so; the roles are user, assistant
+  change:  change the row to what the template accepts, or set chat_template_path\
+"""),
+    ),
+    "calls what is not there": (
+        "{{ foo() }}",
+        snapshot("""\
+a.jsonl:1: the model's chat template refuses this row
+  seen:    'foo' is undefined; the roles are user, assistant
+  change:  change the row to what the template accepts, or set chat_template_path\
+"""),
+    ),
+    "looks around": (
+        "{{ ''.__class__.__mro__ }}",
+        snapshot("""\
+a.jsonl:1: the model's chat template refuses this row
+  seen:    access to attribute '__class__' of 'str' object is unsafe.; the roles are user, assistant
+  change:  change the row to what the template accepts, or set chat_template_path\
+"""),
+    ),
+    "reads files": (
+        "{% include '/etc/passwd' %}",
+        snapshot("""\
+a.jsonl:1: the model's chat template refuses this row
+  seen:    no loader for this environment specified; the roles are user, assistant
+  change:  change the row to what the template accepts, or set chat_template_path\
+"""),
+    ),
+    "calls itself": (
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        snapshot("""\
+a.jsonl:1: the model's chat template refuses this row
+  seen:    maximum recursion depth exceeded; the roles are user, assistant
+  change:  change the row to what the template accepts, or set chat_template_path\
+"""),
+    ),
+    "counts far": (
+        "{% for i in range(10000000) %}x{% endfor %}",
+        snapshot("""\
+a.jsonl:1: the model's chat template refuses this row
+  seen:    Range too big. The sandbox blocks ranges larger than MAX_RANGE (100000).; the roles are user, assistant
+  change:  change the row to what the template accepts, or set chat_template_path\
+"""),
+    ),
+    "says always the same": (
+        "hello",
+        snapshot("""\
+a.jsonl:1: message 2: the chat template leaves out this answer or a part of it
+  seen:    {"role": "assistant", "content": "It is 0."}
+  allowed: a template that renders every assistant message, with its tool calls
+  change:  set chat_template_path to a template that does, or remove the row\
+"""),
+    ),
+    "drops answers": (
+        CHATML.replace("messages %}", "messages if m.role != 'assistant' %}", 1),
+        snapshot("""\
+a.jsonl:1: message 2: the chat template leaves out this answer or a part of it
+  seen:    {"role": "assistant", "content": "It is 0."}
+  allowed: a template that renders every assistant message, with its tool calls
+  change:  set chat_template_path to a template that does, or remove the row\
+"""),
+    ),
 }
 
 
 @pytest.mark.parametrize("case", TEMPLATES)
 def test_93_templates(door: Door, model: Callable[..., str], case: str) -> None:
-    template, problem, also = TEMPLATES[case]
-    door.refuses(write(*GOOD), problem, also, model_name_or_path=model(chat_template__jinja=template))
+    template, message = TEMPLATES[case]
+    door.refuses(write(*GOOD), message, model_name_or_path=model(chat_template__jinja=template))
     Path("own.jinja").write_text(template)
-    door.refuses(write(*GOOD), problem, also, chat_template_path="own.jinja")
+    door.refuses(write(*GOOD), message, chat_template_path="own.jinja")
 
 
 def test_93_templates_that_render_something_else(door: Door) -> None:
@@ -311,5 +578,11 @@ def test_93_templates_that_render_something_else(door: Door) -> None:
     Path("own.jinja").write_text("{{ bos_token }}{{ bos_token }}" + CHATML)
     assert door("a.jsonl", chat_template_path="own.jinja").finding("F08")["severity"] == "warning"
     Path("own.jinja").write_text("{% for %}")
-    door.refuses("a.jsonl", "chat_template_path: own.jinja, line 1: not a valid Jinja template", "end of statement",
-                 chat_template_path="own.jinja")  # fmt: skip
+    door.refuses(
+        "a.jsonl",
+        snapshot("""\
+chat_template_path: own.jinja, line 1: not a valid Jinja template
+  seen:    Expected an expression, got 'end of statement block'\
+"""),
+        chat_template_path="own.jinja",
+    )

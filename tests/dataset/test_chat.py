@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inline_snapshot import snapshot
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from solotune.dataset import render_prompt
@@ -16,6 +17,7 @@ from solotune.dataset.chat import ChatTemplate
 from solotune.dataset.encode import Encoder
 from solotune.errors import InputError
 from tests.dataset.conftest import FAMILIES, chat, tiny_tokenizer
+from tests.messages import stable
 
 FAMILY_NAMES = [family for family, (template, *_) in FAMILIES.items() if template]
 
@@ -140,12 +142,12 @@ def test_tool_calls_are_learned_although_later_history_rewrites_them() -> None:
 def test_a_template_that_leaves_out_tool_calls_is_refused() -> None:
     with pytest.raises(InputError) as caught:
         learned(tiny_tokenizer("chatml"), TOOLS)
-    assert str(caught.value) == (
-        "row: message 2: the chat template leaves out this answer or a part of it\n"
-        '  seen:    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "functi\n'
-        "  allowed: a template that renders every assistant message, with its tool calls\n"
-        "  change:  set chat_template_path to a template that does, or remove the row"
-    )
+    assert stable(caught.value) == snapshot("""\
+row: message 2: the chat template leaves out this answer or a part of it
+  seen:    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "functi
+  allowed: a template that renders every assistant message, with its tool calls
+  change:  set chat_template_path to a template that does, or remove the row\
+""")
 
 
 def test_first_and_consecutive_assistant_messages() -> None:
@@ -174,8 +176,14 @@ def with_template(template: str) -> PreTrainedTokenizerFast:
     ],
 )
 def test_a_template_that_does_not_keep_an_answer_is_refused(template: str) -> None:
-    with pytest.raises(InputError, match="row: message 2: the chat template leaves out this answer or a part of it"):
+    with pytest.raises(InputError) as caught:
         learned(with_template(template), chat("Hello", "Hello there, Paris"))
+    assert stable(caught.value) == snapshot("""\
+row: message 2: the chat template leaves out this answer or a part of it
+  seen:    {"role": "assistant", "content": "Hello there, Paris"}
+  allowed: a template that renders every assistant message, with its tool calls
+  change:  set chat_template_path to a template that does, or remove the row\
+""")
 
 
 def test_an_answer_rendered_twice_is_refused_or_learned_whole() -> None:
@@ -187,11 +195,11 @@ def test_an_answer_rendered_twice_is_refused_or_learned_whole() -> None:
 def test_the_templates_own_refusal_names_the_row() -> None:
     with pytest.raises(InputError) as caught:
         learned(tiny_tokenizer("gemma"), chat("a", "b", system="c"))
-    assert str(caught.value) == (
-        "row: the model's chat template refuses this row\n"
-        "  seen:    System role not supported; the roles are system, user, assistant\n"
-        "  change:  change the row to what the template accepts, or set chat_template_path"
-    )
+    assert stable(caught.value) == snapshot("""\
+row: the model's chat template refuses this row
+  seen:    System role not supported; the roles are system, user, assistant
+  change:  change the row to what the template accepts, or set chat_template_path\
+""")
 
 
 def test_no_template() -> None:
@@ -325,9 +333,9 @@ def test_a_result_put_between_calls_and_text_of_an_answer_is_never_learned() -> 
 {{- m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"""
     with pytest.raises(InputError) as caught:
         answers_of(with_template(template), [TOOLS[0], {**TOOLS[1], "content": "I look."}, *TOOLS[2:4]])
-    assert str(caught.value) == (
-        "row: message 2: the chat template puts the tool's result inside this answer\n"
-        "  seen:    get_weather(22)I look.<|im_end|>\n"
-        "  allowed: with this template: an answer that calls tools and has no text\n"
-        "  change:  take its text out, set chat_template_path to another template, or remove the row"
-    )
+    assert stable(caught.value) == snapshot("""\
+row: message 2: the chat template puts the tool's result inside this answer
+  seen:    get_weather(22)I look.<|im_end|>
+  allowed: with this template: an answer that calls tools and has no text
+  change:  take its text out, set chat_template_path to another template, or remove the row\
+""")

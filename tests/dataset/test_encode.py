@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from inline_snapshot import snapshot
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
@@ -11,6 +12,7 @@ from solotune.dataset.chat import Rendered
 from solotune.dataset.encode import Encoder
 from solotune.errors import InputError
 from tests.dataset.conftest import tiny_tokenizer
+from tests.messages import stable
 
 
 def letters() -> PreTrainedTokenizerFast:
@@ -60,11 +62,11 @@ def test_without_offsets_a_token_across_the_edge_is_an_error() -> None:
     assert supervised.tolist() == [False, True, True, True, True, False]
     with pytest.raises(InputError) as caught:
         Encoder(tokenizer).encode([Rendered("b</s>", [], [(3, 5)])], ["row"])
-    assert str(caught.value) == (
-        "row: this tokenizer joins an answer with the text beside it, so they are not told apart\n"
-        "  seen:    'b</s>'\n"
-        "  change:  use the model's fast tokenizer (tokenizer.json)"
-    )
+    assert stable(caught.value) == snapshot("""\
+row: this tokenizer joins an answer with the text beside it, so they are not told apart
+  seen:    'b</s>'
+  change:  use the model's fast tokenizer (tokenizer.json)\
+""")
 
 
 def test_the_tokenizer_is_not_changed() -> None:
@@ -79,8 +81,8 @@ def test_a_control_token_that_ordinary_text_makes_too_cannot_be_told_from_text()
     tokenizer.add_special_tokens({"eos_token": "ab"})  # `a` and `b` merge into the very same id
     with pytest.raises(InputError) as caught:
         Encoder(tokenizer).encode([Rendered("b ab", [(2, 4)], [])], ["row"])
-    assert str(caught.value) == (
-        "row: the text contains a control token, and this tokenizer cannot encode its spelling as text\n"
-        "  seen:    ab\n"
-        "  change:  change the spelling in the row, or remove the row"
-    )
+    assert stable(caught.value) == snapshot("""\
+row: the text contains a control token, and this tokenizer cannot encode its spelling as text
+  seen:    ab
+  change:  change the spelling in the row, or remove the row\
+""")

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inline_snapshot import snapshot
 
 from solotune.dataset import Prepared, prepare
 from solotune.dataset.kinship import Kinship, _link
 from solotune.dataset.row import Row, RowError
 from tests.dataset.conftest import Writer, chat, config_of, tiny_tokenizer
+from tests.messages import stable
 
 
 def prepared(path: Path, **keys: Any) -> Prepared:
@@ -137,8 +139,13 @@ def test_split_by_is_the_group_and_the_conversation_a_link() -> None:
     groups, links = kin_of({"shop": 3, "conversation": "c", "id": 1}, {"shop": 4, "parent": 1}, split_by="shop")
     assert groups == ["shop=3", "shop=4"]
     assert links == [["shop=3", "conversation=c", "id=1"], ["shop=4", "id=1"]]
-    with pytest.raises(RowError, match="f:1: split_by: town is missing"):
+    with pytest.raises(RowError) as caught:
         kin_of({"shop": 3}, split_by="town")
+    assert stable(caught.value) == snapshot("""\
+f:1: split_by: town is missing
+  seen:    the keys shop
+  allowed: a key that every row has, with a text or a number\
+""")
 
 
 @pytest.mark.parametrize("seed", range(5))

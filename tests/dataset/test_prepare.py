@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from inline_snapshot import snapshot
 from transformers import PreTrainedTokenizerBase
 
 from solotune.dataset import Example, Prepared, prepare, render_prompt
 from solotune.errors import CheckError, InputError
 from tests.dataset.conftest import Writer, chat, config_of, tiny_tokenizer
+from tests.messages import stable
 
 CHATML = tiny_tokenizer("chatml")
 
@@ -236,8 +238,14 @@ def test_validation_rows_of_ones_own(write: Writer) -> None:
     report = result.report.to_json()
     assert report["rows"]["read"] == 11
     assert report["rows"]["dropped"] == {"exact duplicate": 1}
-    with pytest.raises(CheckError, match="eval_dataset: 2 of 2 validation rows are known from training"):
+    with pytest.raises(CheckError) as caught:
         prepared(write("b.jsonl", *rows(10)), eval_dataset=str(mine))
+    assert stable(caught.value) == snapshot("""\
+eval_dataset: 2 of 2 validation rows are known from training
+  seen:    mine.jsonl:1 is b.jsonl:9; mine.jsonl:2 is b.jsonl:10
+  allowed: no row on both sides: a loss on known rows says nothing about new ones
+  change:  remove these rows from dataset or from eval_dataset, or leave eval_dataset out and let a part be held out\
+""")
 
 
 # --- nothing left
@@ -260,8 +268,14 @@ def test_nothing_left(write: Writer) -> None:
 
 
 def test_rows_without_a_template(write: Writer) -> None:
-    with pytest.raises(InputError, match="the tokenizer has no chat template, but the rows are chats"):
+    with pytest.raises(InputError) as caught:
         prepare(config_of(write("a.jsonl", *rows(1))), tiny_tokenizer("gpt2"))
+    assert stable(caught.value) == snapshot("""\
+the tokenizer has no chat template, but the rows are chats
+  seen:    TokenizersBackend (a base model?)
+  allowed: a model with a chat template, or rows of plain text or prompt + completion texts
+  change:  use the instruct model, or set chat_template_path to a Jinja file such as the instruct model's\
+""")
 
 
 def test_forged_tokens_are_counted(write: Writer) -> None:

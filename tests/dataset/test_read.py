@@ -15,10 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from inline_snapshot import snapshot
 
 from solotune.dataset.source import Source
 from solotune.errors import InputError
 from tests.dataset.conftest import Writer
+from tests.messages import stable
 
 ROWS = [{"text": f"row {number}"} for number in range(10)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -209,8 +211,13 @@ def test_a_hub_dataset_that_cannot_be_had() -> None:
 
 
 def test_keys_that_only_a_hub_dataset_has(write: Writer) -> None:
-    with pytest.raises(InputError, match="dataset_revision: only for a hub dataset, dataset is local"):
+    with pytest.raises(InputError) as caught:
         Source.of("dataset", str(write("a.jsonl", LINES)), "train", revision="main")
+    assert stable(caught.value) == snapshot("""\
+dataset_revision: only for a hub dataset, dataset is local
+  seen:    main
+  change:  remove it\
+""")
 
 
 def test_a_hub_dataset_names_its_rows_by_index(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,7 +333,7 @@ def test_a_json_file_cut_anywhere_is_an_error(tmp_path: Path, data: st.DataObjec
     )
     size = data.draw(st.integers(min_value=1, max_value=len(whole.encode()) - 1))
     (tmp_path / "a.json").write_bytes(whole.encode()[:size])
-    with pytest.raises(InputError, match=r"a\.json(:\d|: not)"):
+    with pytest.raises(InputError, match=r"^a\.json:"):
         rows_of(tmp_path / "a.json")
 
 

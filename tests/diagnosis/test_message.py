@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from inline_snapshot import snapshot
 
 from solotune import cli
 from solotune.cli.results import print_diagnosis
@@ -17,6 +18,7 @@ from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.explanation import explained, paragraphs
 from solotune.diagnosis.verdict import decide
 from solotune.terminal import make_console
+from tests.messages import error_in
 
 RATE = [
     Signal("F64", "measured", "at 10 times the rate one batch falls to 1.21 in 30 steps, at yours to 4.93", 0.8,
@@ -35,41 +37,91 @@ def printed(diagnosis) -> str:
 
 def test_the_culprit_is_a_sentence_with_its_numbers_the_line_to_change_and_what_to_expect():
     text = printed(decide("run", RATE))
-    assert text.splitlines()[:6] == [
-        "✗ Padding equals the end token, and the mask of pads takes the end of answers along.",
-        "  F17 pad-masks-terminator, loss mask (S4); 95% sure",
-        "  ·  the end of turn is in 0 of 40 answers' labels",
-        "  →  pad_token: <|pad|>",
-        "     then answers end where they should",
-        "",
-    ]
-    assert "✗ The learning rate is too low." in text
-    assert "  →  learning_rate: 2e-4" in text
-    assert "the same evidence fits F61 scale-wrong" in printed(decide("run", RATE[:1]))
-    assert text.splitlines()[-1] == "fault: F17 pad-masks-terminator, and F64 rate-too-low"
-    assert "ruled out  1 fault, each with the number that says so (--json)" in text  # F54 is nobody's look-alike here
+    assert text == snapshot("""\
+✗ Padding equals the end token, and the mask of pads takes the end of answers along.
+  F17 pad-masks-terminator, loss mask (S4); 95% sure
+  ·  the end of turn is in 0 of 40 answers' labels
+  →  pad_token: <|pad|>
+     then answers end where they should
+
+✗ The learning rate is too low.
+  F64 rate-too-low, optimizer and learning rate (S13); 98% sure
+  ·  at 10 times the rate one batch falls to 1.21 in 30 steps, at yours to 4.93
+  →  learning_rate: 2e-4
+  the same evidence fits F61 scale-wrong
+
+ruled out  1 fault, each with the number that says so (--json)
+fault: F17 pad-masks-terminator, and F64 rate-too-low
+""")
+    assert printed(decide("run", RATE[:1])) == snapshot("""\
+✗ The learning rate is too low.
+  F64 rate-too-low, optimizer and learning rate (S13); 80% sure
+  ·  at 10 times the rate one batch falls to 1.21 in 30 steps, at yours to 4.93
+  →  learning_rate: 2e-4
+     then about 3.1 instead of 4.9 after 50 steps
+  the same evidence fits F61 scale-wrong
+
+next  train 50 steps with lora_alpha equal to lora_r and the rate as it is: if it helps, the scale was too small, else the rate
+fault: F64 rate-too-low
+""")
     rate = printed(decide("run", [RATE[0], Signal("F67", "measured", "a tenth of it is worse", 0.9, against=True)]))
-    assert "ruled out  F67 rate-too-high (a tenth of it is worse)" in rate
+    assert rate == snapshot("""\
+✗ The learning rate is too low.
+  F64 rate-too-low, optimizer and learning rate (S13); 80% sure
+  ·  at 10 times the rate one batch falls to 1.21 in 30 steps, at yours to 4.93
+  →  learning_rate: 2e-4
+     then about 3.1 instead of 4.9 after 50 steps
+  the same evidence fits F61 scale-wrong
+
+ruled out  F67 rate-too-high (a tenth of it is worse)
+next  train 50 steps with lora_alpha equal to lora_r and the rate as it is: if it helps, the scale was too small, else the rate
+fault: F64 rate-too-low
+""")
 
 
 def test_what_confirmed_it_is_said():
-    text = printed(decide("run", RATE[:3]))
-    assert "confirmed by experiment: with learning_rate: 2e-4 the same 30 steps end at 1.21" in text
-    assert "then about 3.1 instead of 4.9 after 50 steps" in text
+    assert printed(decide("run", RATE[:3])) == snapshot("""\
+✗ The learning rate is too low.
+  F64 rate-too-low, optimizer and learning rate (S13); 98% sure
+  ·  at 10 times the rate one batch falls to 1.21 in 30 steps, at yours to 4.93
+  ·  confirmed by experiment: with learning_rate: 2e-4 the same 30 steps end at 1.21
+  →  learning_rate: 2e-4
+     then about 3.1 instead of 4.9 after 50 steps
+  the same evidence fits F61 scale-wrong
+
+ruled out  1 fault, each with the number that says so (--json)
+next  train 50 steps with lora_alpha equal to lora_r and the rate as it is: if it helps, the scale was too small, else the rate
+fault: F64 rate-too-low
+""")
 
 
 def test_healthy_and_undecided_are_said_with_what_was_not_looked_at():
     skipped = {"P1": "the base is not on this machine", "P7": "the base is not on this machine"}
     unasked = {"F57": "no live", "F58": "no live", "F75": "no saved"}
-    text = printed(decide("run", [], unasked, skipped))
-    assert text.splitlines()[-1].startswith("healthy")
-    assert "not looked at  probes P1, P7: the base is not on this machine" in text
-    assert "2 faults, of LoRA adapter (2): no live" in text
+    assert printed(decide("run", [], unasked, skipped)) == snapshot("""\
+not looked at  probes P1, P7: the base is not on this machine
+               2 faults, of LoRA adapter (2): no live
+               1 fault, of save, resume, merge, serve (1): no saved
+healthy: nothing that was looked at speaks for a fault
+""")
     doubt = printed(decide("run", [Signal("F64", "curve", "the loss is flat from step 40 on", 0.9)], {}, skipped))
-    assert "! perhaps: The learning rate is too low." in doubt
-    assert "next  " in doubt and doubt.splitlines()[-1] == "undecided: it may be F64 rate-too-low"
+    assert doubt == snapshot("""\
+! perhaps: The learning rate is too low.
+  F64 rate-too-low, optimizer and learning rate (S13); 40% sure
+  ·  the loss is flat from step 40 on
+  →  learning_rate: 2e-4
+     then the loss leaves its plateau within the first tens of steps
+  the same evidence fits F61 scale-wrong
+
+not looked at  probes P1, P7: the base is not on this machine
+next  learn one batch by heart at a tenth, once and ten times the learning rate (P7 was not run: the base is not on this machine)
+undecided: it may be F64 rate-too-low
+""")
     unseen = printed(decide("run", [], unseen=["give the data (--dataset)"]))
-    assert "next  give the data (--dataset)" in unseen and "too little" in unseen
+    assert unseen == snapshot("""\
+next  give the data (--dataset)
+undecided: too little of it can be seen
+""")
 
 
 def test_text_out_of_foreign_files_cannot_steer_the_terminal():
@@ -96,7 +148,7 @@ def test_every_fault_is_explained():
 
 
 def test_explain_reads_in_order():
-    assert explained("F65").text.startswith("F65 warmup-too-long (S13, optimizer and learning rate)\n")
+    assert explained("F65").text.split("\n")[0] == snapshot("F65 warmup-too-long (S13, optimizer and learning rate)")
     assert "F17  pad-masks-terminator" in explained("S4").text and "F24" not in explained("S4").text
 
 
@@ -150,10 +202,15 @@ def test_options_reach_the_verb(stub):
 def test_explain_on_the_command_line(monkeypatch, capsys):
     monkeypatch.setattr(importlib.import_module("solotune.cli.main"), "quieten", lambda: None)
     assert cli.main(["explain", "pad-masks-terminator"]) == 0
-    assert capsys.readouterr().out.startswith("F17 pad-masks-terminator (S4, loss mask)\n")
+    assert capsys.readouterr().out.split("\n")[0] == snapshot("F17 pad-masks-terminator (S4, loss mask)")
     assert cli.main(["explain", "f17", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["slug"] == "pad-masks-terminator"
     assert cli.main(["explain", "S4", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["faults"]) == 7
     assert cli.main(["explain", "pad-masks-terminatr"]) == 2
-    assert "did you mean pad-masks-terminator" in capsys.readouterr().err
+    assert error_in(capsys.readouterr().err) == snapshot("""\
+there is no such fault
+  seen:    pad-masks-terminatr
+  allowed: F01 to F78, S1 to S15, or a fault's name
+  change:  did you mean pad-masks-terminator, head-adapter-ignored, terminator-masked?\
+""")

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inline_snapshot import snapshot
 
 from solotune import cli
 from solotune.config import RunConfig, load_config
 from solotune.errors import InputError
+from tests.messages import error_in
 
 MINIMAL = {"model_name_or_path": "m", "dataset": "d.jsonl"}
 HEAD = "model_name_or_path: m\ndataset: d.jsonl\n"
@@ -92,50 +94,106 @@ def typo(key: str) -> str:
 # --- entries 55 to 73
 
 TEXTS = [
-    (55, "unknown key", "lerning_rate: 1e-4", "learning_rate"),
-    (56, "key in a section", "training:\n  learning_rate: 1e-4", "line 3, training: unknown key"),
-    (57, "key twice", "seed: 1\nseed: 2", "line 4: not valid YAML"),
-    (59, "no for false", "bf16: no", "line 3, bf16: 'no' (str)"),
-    (59, "a clock for a number", "lora_r: 12:30", "line 3, lora_r: '12:30' (str)"),
-    (59, "YAML 1.1 asked for", "", "a directive (%YAML, %TAG)"),
-    (60, "rate below 0", "learning_rate: -1e-4", "line 3, learning_rate: -0.0001"),
-    (60, "rate 0", "learning_rate: 0", "line 3, learning_rate: 0"),
-    (60, "rate NaN", "learning_rate: .nan", "line 3, learning_rate: nan"),
-    (60, "rate infinite", "learning_rate: .inf", "line 3, learning_rate: inf"),
-    (60, "rate above 1", "learning_rate: 20", "line 3, learning_rate: 20"),
-    (60, "warm-up longer than the run", "max_steps: 10\nwarmup_steps: 11", "max_steps: 10 would end before warmup_st"),
-    (60, "warm-up 1", "warmup_ratio: 1.0", "line 3, warmup_ratio: 1.0"),
-    (60, "alpha 0", "lora_alpha: 0", "line 3, lora_alpha: 0"),
-    (60, "r 0", "lora_r: 0", "line 3, lora_r: 0"),
-    (60, "dropout 1", "lora_dropout: 1.0", "line 3, lora_dropout: 1.0"),
-    (61, "true for 1", "lora_r: true", "line 3, lora_r: True (bool)"),
-    (61, "'8' for 8", "lora_r: '8'", "line 3, lora_r: '8' (str)"),
-    (61, "3.0 for 3", "lora_r: 3.0", "line 3, lora_r: 3.0 (float)"),
-    (62, "null", "learning_rate:", "line 3, learning_rate: None (NoneType)"),
-    (62, "null as a sign", "learning_rate: ~", "line 3, learning_rate: None (NoneType)"),
-    (63, "batch of 10^12", "per_device_train_batch_size: 1000000000000", "line 3, per_device_train_batch_size: 1000"),
-    (63, "rows of 10^12 tokens", "max_length: 1000000000000", "line 3, max_length: 1000000000000"),
-    (64, "two documents", "---\nlora_r: 8", "line 3: a second document begins"),
-    (64, "tab as indent", "column_mapping:\n\ta: prompt", "line 4: not valid YAML"),
-    (65, "Python object", "seed: !!python/object/apply:os.system ['touch made']", "line 3: tags such as"),
-    (65, "Python name", "seed: !!python/name:os.system ''", "line 3: tags such as"),
-    (65, "unknown tag", "seed: !mine 3", "line 3: tags such as !mine"),
-    (66, "alias", "seed: &a 3\nlora_r: *a", "line 3: anchors and aliases"),
+    (55, "unknown key", "lerning_rate: 1e-4", snapshot('run.yaml line 3, lerning_rate: unknown key; did you mean learning_rate? (Peak learning rate.)')),
+    (56, "key in a section", "training:\n  learning_rate: 1e-4", snapshot('run.yaml line 3, training: unknown key')),
+    (57, "key twice", "seed: 1\nseed: 2", snapshot("""\
+run.yaml line 4: not valid YAML
+  seen:    found duplicate key "seed" with value "2" (original value: "1")
+  change:  mend the syntax\
+""")),
+    (59, "no for false", "bf16: no", snapshot("run.yaml line 3, bf16: 'no' (str) is not allowed; allowed: true or false")),
+    (59, "a clock for a number", "lora_r: 12:30", snapshot("run.yaml line 3, lora_r: '12:30' (str) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000")),
+    (59, "YAML 1.1 asked for", "", snapshot("""\
+run.yaml line 2: a directive (%YAML, %TAG) changes how it is read
+  change:  write the value out\
+""")),
+    (60, "rate below 0", "learning_rate: -1e-4", snapshot('run.yaml line 3, learning_rate: -0.0001 (float) is not allowed; allowed: a number, above 0, at most 1')),
+    (60, "rate 0", "learning_rate: 0", snapshot('run.yaml line 3, learning_rate: 0 (int) is not allowed; allowed: a number, above 0, at most 1')),
+    (60, "rate NaN", "learning_rate: .nan", snapshot('run.yaml line 3, learning_rate: nan (float) is not allowed; allowed: a number, above 0, at most 1')),
+    (60, "rate infinite", "learning_rate: .inf", snapshot('run.yaml line 3, learning_rate: inf (float) is not allowed; allowed: a number, above 0, at most 1')),
+    (60, "rate above 1", "learning_rate: 20", snapshot('run.yaml line 3, learning_rate: 20 (int) is not allowed; allowed: a number, above 0, at most 1')),
+    (60, "warm-up longer than the run", "max_steps: 10\nwarmup_steps: 11", snapshot('max_steps and warmup_steps: max_steps: 10 would end before warmup_steps: 11 are over')),
+    (60, "warm-up 1", "warmup_ratio: 1.0", snapshot('run.yaml line 3, warmup_ratio: 1.0 (float) is not allowed; allowed: a number, at least 0, below 1')),
+    (60, "alpha 0", "lora_alpha: 0", snapshot('run.yaml line 3, lora_alpha: 0 (int) is not allowed; allowed: a number, above 0, at most 1,000,000.0')),
+    (60, "r 0", "lora_r: 0", snapshot('run.yaml line 3, lora_r: 0 (int) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000')),
+    (60, "dropout 1", "lora_dropout: 1.0", snapshot('run.yaml line 3, lora_dropout: 1.0 (float) is not allowed; allowed: a number, at least 0, below 1')),
+    (61, "true for 1", "lora_r: true", snapshot('run.yaml line 3, lora_r: True (bool) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000')),
+    (61, "'8' for 8", "lora_r: '8'", snapshot("run.yaml line 3, lora_r: '8' (str) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000")),
+    (61, "3.0 for 3", "lora_r: 3.0", snapshot('run.yaml line 3, lora_r: 3.0 (float) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000')),
+    (62, "null", "learning_rate:", snapshot('run.yaml line 3, learning_rate: None (NoneType) is not allowed; allowed: a number, above 0, at most 1')),
+    (62, "null as a sign", "learning_rate: ~", snapshot('run.yaml line 3, learning_rate: None (NoneType) is not allowed; allowed: a number, above 0, at most 1')),
+    (63, "batch of 10^12", "per_device_train_batch_size: 1000000000000", snapshot('run.yaml line 3, per_device_train_batch_size: 1000000000000 (int) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000')),
+    (63, "rows of 10^12 tokens", "max_length: 1000000000000", snapshot('run.yaml line 3, max_length: 1000000000000 (int) is not allowed; allowed: a whole number, at least 8, at most 10,000,000')),
+    (64, "two documents", "---\nlora_r: 8", snapshot("""\
+run.yaml line 3: a second document begins
+  change:  write the value out\
+""")),
+    (64, "tab as indent", "column_mapping:\n\ta: prompt", snapshot("""\
+run.yaml line 4: not valid YAML
+  seen:    found character '\\t' that cannot start any token
+  change:  mend the syntax\
+""")),
+    (65, "Python object", "seed: !!python/object/apply:os.system ['touch made']", snapshot("""\
+run.yaml line 3: tags such as tag:yaml.org,2002:python/object/apply:os.system are not used in a config
+  change:  write the value out\
+""")),
+    (65, "Python name", "seed: !!python/name:os.system ''", snapshot("""\
+run.yaml line 3: tags such as tag:yaml.org,2002:python/name:os.system are not used in a config
+  change:  write the value out\
+""")),
+    (65, "unknown tag", "seed: !mine 3", snapshot("""\
+run.yaml line 3: tags such as !mine are not used in a config
+  change:  write the value out\
+""")),
+    (66, "alias", "seed: &a 3\nlora_r: *a", snapshot("""\
+run.yaml line 3: anchors and aliases are not used in a config
+  change:  write the value out\
+""")),
     (66, "alias bomb", "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         f"{c}: &{c} [{','.join(['*' + b] * 9)}]\n" for b, c in zip("abcdefgh", "bcdefghi", strict=True)
-    ), "line 3: anchors and aliases"),
-    (67, "deep flow", "seed: " + "[" * 5000 + "]" * 5000, "nested more than 4 deep"),
-    (67, "deep mappings", "seed: " + "{a: " * 5000 + "}" * 5000, "nested more than 4 deep"),
-    (67, "!!binary", "seed: !!binary aGk=", "line 3: tags such as"),
-    (67, "!!set", "seed: !!set {a, b}", "line 3: tags such as"),
-    (67, "date", "seed: 2026-01-02", "line 3, seed: datetime"),
-    (69, "hub token", "model_revision: hf_abcdefghijklmnopqrstuvwxyz", "line 3, model_revision: a token or password"),
-    (69, "password", "hub_password: swordfish", "line 3, hub_password: a token or password"),
-    (69, "URL with user", "chat_template_path: https://me:swordfish@host/x", "line 3, chat_template_path: a token"),
-    (70, "empty output_dir", "output_dir: ''", "line 3, output_dir: ''"),
-    (70, "NUL in output_dir", 'output_dir: "a\\0b"', "line 3, output_dir: a NUL character"),
-    (73, "schema of tomorrow", "schema_version: 99", "line 3, schema_version: unknown key"),
-    (73, "key of tomorrow", "quantum_annealing: true", "line 3, quantum_annealing: unknown key"),
+    ), snapshot("""\
+run.yaml line 3: anchors and aliases are not used in a config
+  change:  write the value out\
+""")),
+    (67, "deep flow", "seed: " + "[" * 5000 + "]" * 5000, snapshot("""\
+run.yaml line 3: nested more than 4 deep
+  change:  write the value out\
+""")),
+    (67, "deep mappings", "seed: " + "{a: " * 5000 + "}" * 5000, snapshot("""\
+run.yaml line 3: nested more than 4 deep
+  change:  write the value out\
+""")),
+    (67, "!!binary", "seed: !!binary aGk=", snapshot("""\
+run.yaml line 3: tags such as tag:yaml.org,2002:binary are not used in a config
+  change:  write the value out\
+""")),
+    (67, "!!set", "seed: !!set {a, b}", snapshot("""\
+run.yaml line 3: tags such as tag:yaml.org,2002:set are not used in a config
+  change:  write the value out\
+""")),
+    (67, "date", "seed: 2026-01-02", snapshot('run.yaml line 3, seed: datetime.date(2026, 1, 2) (date) is not allowed; allowed: a whole number, at least 0, below 4,294,967,296')),
+    (69, "hub token", "model_revision: hf_abcdefghijklmnopqrstuvwxyz", snapshot("""\
+run.yaml line 3, model_revision: a token or password; the config is saved with the run
+  seen:    ***
+  change:  take it out of the config and out of the command line, and use the environment (HF_TOKEN)\
+""")),
+    (69, "password", "hub_password: swordfish", snapshot("""\
+run.yaml line 3, hub_password: a token or password; the config is saved with the run
+  seen:    ***
+  change:  take it out of the config and out of the command line, and use the environment (HF_TOKEN)\
+""")),
+    (69, "URL with user", "chat_template_path: https://me:swordfish@host/x", snapshot("""\
+run.yaml line 3, chat_template_path: a token or password; the config is saved with the run
+  seen:    ***
+  change:  take it out of the config and out of the command line, and use the environment (HF_TOKEN)\
+""")),
+    (70, "empty output_dir", "output_dir: ''", snapshot("run.yaml line 3, output_dir: '' (str) is not allowed; allowed: text, or empty")),
+    (70, "NUL in output_dir", 'output_dir: "a\\0b"', snapshot("""\
+run.yaml line 3, output_dir: a NUL character
+  seen:    'a\\x00b'\
+""")),
+    (73, "schema of tomorrow", "schema_version: 99", snapshot('run.yaml line 3, schema_version: unknown key')),
+    (73, "key of tomorrow", "quantum_annealing: true", snapshot('run.yaml line 3, quantum_annealing: unknown key')),
 ]  # fmt: skip
 
 
@@ -158,30 +216,70 @@ def at_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 @pytest.mark.parametrize("case", TEXTS, ids=lambda case: f"{case[0]} {case[1]}")
 def test_configs_that_are_refused(case: tuple[int, str, str, str], at_door: Any) -> None:
-    _, what, text, words = case
+    _, what, text, message = case
     content = f"%YAML 1.1\n---\n{HEAD}bf16: no\n".encode() if what == "YAML 1.1 asked for" else text
     shown = at_door(content)
-    assert words in shown
+    assert error_in(shown) == message
     assert "swordfish" not in shown and "hf_abcdef" not in shown
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
-        (b"", "run.yaml: a config is lines of `key: value`"),
-        (b"- a\n", "seen:    a list"),
-        (b"just words\n", "seen:    just words"),
-        (b"\xff\xfea", "run.yaml: not UTF-8"),
-        (b"a: [1\n", "not valid YAML"),
-        (b"seed: " + b"9" * 5_000 + b"\n", "not valid YAML"),
-        (b"? [a, b]\n: 1\n", "unknown key"),
-        (b"1: 2\n", "1: unknown key"),
-        (b"a: b: c\n", "line 1: not valid YAML"),
-        (b"\x00\x01", "not valid YAML"),
+        (b"", snapshot("""\
+run.yaml: a config is lines of `key: value`
+  seen:    empty
+  change:  solotune init MODEL DATA writes one to start from\
+""")),
+        (b"- a\n", snapshot("""\
+run.yaml: a config is lines of `key: value`
+  seen:    a list
+  change:  solotune init MODEL DATA writes one to start from\
+""")),
+        (b"just words\n", snapshot("""\
+run.yaml: a config is lines of `key: value`
+  seen:    just words
+  change:  solotune init MODEL DATA writes one to start from\
+""")),
+        (b"\xff\xfea", snapshot("""\
+run.yaml: not UTF-8 text
+  seen:    byte 0: invalid start byte\
+""")),
+        (b"a: [1\n", snapshot("""\
+run.yaml line 2: not valid YAML
+  seen:    expected ',' or ']', but got '<stream end>'
+  change:  mend the syntax\
+""")),
+        (b"seed: " + b"9" * 5_000 + b"\n", snapshot("""\
+run.yaml: not valid YAML
+  seen:    Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits; use sys.set_int_max_str_digits() to increase the limit\
+""")),
+        (b"? [a, b]\n: 1\n", snapshot("""\
+the config has 3 mistakes:
+  model_name_or_path: missing; Model id on the hub, or a local folder with config.json, safetensors and tokenizer.
+  dataset: missing; Hub id, or local file(s): jsonl, json, csv, parquet.
+  run.yaml line 1, ('a', 'b'): unknown key\
+""")),
+        (b"1: 2\n", snapshot("""\
+the config has 3 mistakes:
+  model_name_or_path: missing; Model id on the hub, or a local folder with config.json, safetensors and tokenizer.
+  dataset: missing; Hub id, or local file(s): jsonl, json, csv, parquet.
+  run.yaml line 1, 1: unknown key\
+""")),
+        (b"a: b: c\n", snapshot("""\
+run.yaml line 1: not valid YAML
+  seen:    mapping values are not allowed here
+  change:  mend the syntax\
+""")),
+        (b"\x00\x01", snapshot("""\
+run.yaml: not valid YAML
+  seen:    unacceptable character #x0000: special characters are not allowed\
+""")),
     ],
-)
-def test_64_files_that_are_no_config(content: bytes, words: str, at_door: Any) -> None:
-    assert words in at_door(content)
+    ids=["empty", "a list", "words", "not UTF-8", "cut", "digits", "a list as key", "1 as key", "colons", "NUL"],
+)  # fmt: skip
+def test_64_files_that_are_no_config(content: bytes, message: str, at_door: Any) -> None:
+    assert error_in(at_door(content)) == message
 
 
 def test_58_and_59_numbers_are_yaml_1_2(tmp_path: Path) -> None:

@@ -22,10 +22,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from inline_snapshot import snapshot
 from safetensors.torch import save_file
 from tiny import FAMILIES, chat_rows, save_tokenizer
 
 from tests.faults.test_doors_model import FIRST, INDEX, Q, config, index, sharded, text_of  # noqa: F401
+from tests.messages import error_in
 
 ROOT = Path(__file__).parents[2]
 EVIL = "import os\nopen(os.path.join({here!r}, 'MARKER'), 'w')\nclass Evil:\n    pass\n"
@@ -236,15 +238,50 @@ TREES: dict[str, tuple[Change, list[str], tuple[int, ...]]] = {
 }  # fmt: skip
 
 
-WORDS = {
-    "tokenizer's auto_map": "auto_map can make a loader run code",
-    "adapter's tokenizer": "auto_map can make a loader run code",
-    "tokenizer's class a model": "tokenizer_class is no tokenizer",
-    "tokenizer's class a trainer": "tokenizer_class is no tokenizer",
-    "tokenizer by link": "a link that leads out of the folder",
-    "template by link": "a link that leads out of the folder",
-    "adapter that names code": "no manifest",
-    "dataset of pickles": "not a data file",
+MESSAGES = {
+    "tokenizer's auto_map": snapshot("""\
+model/tokenizer_config.json: auto_map can make a loader run code that comes with the model or from elsewhere
+  seen:    auto_map: {'AutoTokenizer': ['evil.Evil', None]}
+  allowed: architectures that the installed transformers has itself
+  change:  remove auto_map, if the model is one of these; otherwise name another model\
+"""),
+    "adapter's tokenizer": snapshot("""\
+run/adapter/tokenizer_config.json: auto_map can make a loader run code that comes with the model or from elsewhere
+  seen:    auto_map: {'AutoTokenizer': ['evil.Evil', None]}
+  allowed: architectures that the installed transformers has itself
+  change:  remove auto_map, if the model is one of these; otherwise name another model\
+"""),
+    "tokenizer's class a model": snapshot("""\
+model/tokenizer_config.json: tokenizer_class is no tokenizer
+  seen:    'LlamaForCausalLM'
+  allowed: a class of transformers\
+"""),
+    "tokenizer's class a trainer": snapshot("""\
+model/tokenizer_config.json: tokenizer_class is no tokenizer
+  seen:    'Trainer'
+  allowed: a class of transformers\
+"""),
+    "tokenizer by link": snapshot("""\
+model/tokenizer.json: a link that leads out of the folder
+  seen:    <tmp>/outside/secret.json
+  allowed: files in the folder itself, and the links of the hub's cache
+  change:  copy the file into the folder\
+"""),
+    "template by link": snapshot("""\
+model/chat_template.jinja: a link that leads out of the folder
+  seen:    <tmp>/outside/secret.json
+  allowed: files in the folder itself, and the links of the hub's cache
+  change:  copy the file into the folder\
+"""),
+    "adapter that names code": snapshot("""\
+run/adapter/manifest.json: no manifest to compare with: there is none
+  change:  solotune verify names all that is wrong\
+"""),
+    "dataset of pickles": snapshot("""\
+rows.pkl: not a data file
+  seen:    .pkl
+  allowed: jsonl, json, csv, tsv, parquet, arrow; the text formats also as .gz or .zst\
+"""),
 }
 
 
@@ -295,7 +332,8 @@ def test_hostile_trees_do_nothing(name: str, trees: dict[str, Any]) -> None:
     assert found["code"] in codes, found["shown"]
     assert not found["markers"] and not found["found"], found
     assert "Traceback" not in found["shown"]
-    assert WORDS.get(name, "") in found["shown"], "refused by ourselves, not by luck in a library"
+    if name in MESSAGES:  # refused by ourselves, not by luck in a library
+        assert error_in(found["shown"]) == MESSAGES[name]
 
 
 def test_there_are_at_least_thirty_and_the_watch_sees_what_it_watches(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inline_snapshot import snapshot
 
 from solotune.dataset import sandbox as sandbox_module
 from solotune.dataset.sandbox import Sandbox, TemplateLimitError, TemplateRefusal, TemplateSyntax, sandbox
@@ -113,38 +114,91 @@ def test_what_is_refused(name: str, own: Sandbox, tmp_path: Path, monkeypatch: p
     assert own.render("{{ messages[0].content }}", seen(chat("a", "b"))) == "a"
 
 
-@pytest.mark.parametrize(("name", "on_bad_row"), [("string multiplied", "error"), ("a row alone", "drop")])
-def test_at_the_door_with_the_real_limits(name: str, on_bad_row: str, door: Door, model_folders: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize(
+    ("name", "on_bad_row", "message"),
+    [
+        (
+            "string multiplied",
+            "error",
+            snapshot("""\
+the model's chat template takes more than a template may
+  seen:    more than 512 MiB
+  allowed: 2 s of processor time a row, 512 MiB, 8,388,608 characters
+  change:  set chat_template_path to another template, or name another model\
+"""),
+        ),
+        (
+            "a row alone",
+            "drop",
+            snapshot("""\
+chats.jsonl:4: the model's chat template takes more than a template may
+  seen:    more than 2 s of processor time
+  allowed: 2 s of processor time a row, 512 MiB, 8,388,608 characters
+  change:  set chat_template_path to another template, or name another model\
+"""),
+        ),
+    ],
+    ids=["all rows", "a row alone"],
+)
+def test_at_the_door_with_the_real_limits(
+    name: str,
+    on_bad_row: str,
+    message: str,
+    door: Door,  # noqa: F811
+    model_folders: Path,  # noqa: F811
+) -> None:
     sandbox().close()
     shutil.copytree(model_folders / "chatml", "model")
     rows = [*ROWS[:3], {"messages": chat("trigger", "b")}]
     Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("model/chat_template.jinja").write_text(HOSTILE[name])
-    found = door("chats.jsonl", model_name_or_path="model", on_bad_row=on_bad_row)
-    assert found.code == 2, "the template's fault: no row is dropped for it"
-    problem = found.content["error"]["problem"]
-    assert problem.endswith("the model's chat template takes more than a template may")
-    assert problem.startswith("chats.jsonl:4: ") == (name == "a row alone")
+    door.refuses("chats.jsonl", message, model_name_or_path="model", on_bad_row=on_bad_row)  # no row is dropped for it
 
 
 def test_93_templates_that_are_wrong(door: Door, model_folders: Path) -> None:  # noqa: F811
     shutil.copytree(model_folders / "chatml", "model")
     Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     path = Path("model/chat_template.jinja")
-    for template, words in (
-        ("{{ raise_exception('no') }}", "the model's chat template refuses this row"),
-        ("{% for m in messages %}{% if m.role != 'assistant' %}{{ m.content }}{% endif %}{% endfor %}", "leaves out"),
-        ("{% for m in messages %}", "the model's chat template refuses this row"),
-        ("", "leaves out"),
-    ):
+    no_answers = "{% for m in messages %}{% if m.role != 'assistant' %}{{ m.content }}{% endif %}{% endfor %}"
+    for template, message in (
+        ("{{ raise_exception('no') }}", snapshot("""\
+chats.jsonl:1: the model's chat template refuses this row
+  seen:    no; the roles are user, assistant
+  change:  change the row to what the template accepts, or set chat_template_path\
+""")),
+        (no_answers, snapshot("""\
+chats.jsonl:1: message 2: the chat template leaves out this answer or a part of it
+  seen:    {"role": "assistant", "content": "It is 0."}
+  allowed: a template that renders every assistant message, with its tool calls
+  change:  set chat_template_path to a template that does, or remove the row\
+""")),
+        ("{% for m in messages %}", snapshot("""\
+chats.jsonl:1: the model's chat template refuses this row
+  seen:    Unexpected end of template. Jinja was looking for the following tags: 'endfor' or 'else'. The innermost block that needs to be closed is 'for'.; the roles are user, assistant
+  change:  change the row to what the template accepts, or set chat_template_path\
+""")),
+        ("", snapshot("""\
+chats.jsonl:1: message 2: the chat template leaves out this answer or a part of it
+  seen:    {"role": "assistant", "content": "It is 0."}
+  allowed: a template that renders every assistant message, with its tool calls
+  change:  set chat_template_path to a template that does, or remove the row\
+""")),
+    ):  # fmt: skip
         path.write_text(template)
-        found = door("chats.jsonl", model_name_or_path="model")
-        assert found.code == 2 and words in found.shown, (template, found.shown)
+        door.refuses("chats.jsonl", message, model_name_or_path="model")
     path.write_text("{{ bos_token }}" * 2 + CHATML)
     found = door("chats.jsonl", model_name_or_path="model")
     assert found.code == 0 and found.finding("F08", "double-bos")["severity"] == "warning"
     path.write_bytes(b"x" * (2 << 20))
-    assert "chat_template.jinja: too large" in door("chats.jsonl", model_name_or_path="model").shown
+    door.refuses(
+        "chats.jsonl",
+        snapshot("""\
+model/chat_template.jinja: too large
+  seen:    2,097,152 bytes
+  allowed: 1,048,576 bytes\
+"""),
+        model_name_or_path="model",
+    )
 
 
 def test_the_text_is_that_of_transformers() -> None:

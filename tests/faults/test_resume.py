@@ -133,7 +133,7 @@ def test_the_state_of_another_optimizer_is_refused(tiny_config, tmp_path):
     saved = checkpoint.load(checkpoint.save(tmp_path, 1, {"x": parameter.data}, "{}", optimizer, {}))
     for other, size in (("paged_adamw_32bit", 8192), ("adamw_8bit", 8448), ("adamw_torch", 8192)):
         another = torch.nn.Parameter(torch.ones(size))
-        with pytest.raises(IntegrityError, match="optimizer state is of another optimizer"):
+        with pytest.raises(IntegrityError, match="optimizer"):
             checkpoint.restore_optimizer(training.make_optimizer(tiny_config(optim=other), [another]), saved, [another])
 
 
@@ -236,7 +236,7 @@ def test_a_changed_key_is_refused_or_said(workload, key):
         (reason,) = compare(then, now, "here")
         assert reason.startswith(f"{key} was ")
     else:
-        with pytest.raises(IntegrityError, match=f"here: {key} has changed since this checkpoint"):
+        with pytest.raises(IntegrityError, match=f"^here: {key} "):
             compare(then, now, "here")
 
 
@@ -250,7 +250,7 @@ def test_other_software_and_the_same_step_in_other_parts(workload):
     assert "held-out rows" in compare({**then, "validation_rows": "x"}, then, "here")[0]
     paged = {**then["config"], "optim": "paged_adamw_8bit"}
     other = {**then, "config": paged, "software": {**then["software"], "bitsandbytes": "0.1"}}
-    with pytest.raises(IntegrityError, match="by another bitsandbytes"):
+    with pytest.raises(IntegrityError, match="bitsandbytes"):
         compare(other, {**then, "config": paged}, "here")
 
 

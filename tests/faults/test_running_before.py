@@ -62,8 +62,7 @@ def test_a_disk_too_small_is_refused_before_the_first_step(chat_config, monkeypa
         solotune.train({**chat_config, "save_steps": 1})
     assert caught.value.exit_code == 3
     text = str(caught.value)
-    assert text.startswith("the files of this run do not fit on the disk\n  seen:    0.1 MiB free in ")
-    assert "6 checkpoints of " in text and "  change:  save_total_limit: 1 keeps fewer checkpoints, free " in text
+    assert "0.1 MiB" in text and "6 checkpoints" in text and "save_total_limit: 1" in text
     assert not (tmp_path / "run").exists()
 
 
@@ -125,7 +124,7 @@ def test_bitsandbytes_that_does_not_work_is_told_before_anything_is_read(chat_co
 
     monkeypatch.setattr(fitness, "_nf4_error", broken)
     (tmp_path / "chats.jsonl").unlink()
-    with pytest.raises(CheckError, match=r"bitsandbytes: NF4 does not work on cpu: ImportError: libcudart") as caught:
+    with pytest.raises(CheckError, match="libcudart") as caught:
         solotune.train(chat_config)
     assert "pip install" in caught.value.change and "base_precision: bf16" in caught.value.change
 
@@ -149,14 +148,14 @@ def test_a_hidden_gpu_is_not_passed_over(chat_config, monkeypatch, value, use_cp
     if not refused:
         fitness.require_fit(config, machine)
         return
-    with pytest.raises(CheckError, match="hidden from this process") as caught:
+    with pytest.raises(CheckError, match="CUDA_VISIBLE_DEVICES") as caught:
         fitness.require_fit(config, machine)
-    assert "unset CUDA_VISIBLE_DEVICES" in caught.value.change and "use_cpu: true" in caught.value.change
+    assert "CUDA_VISIBLE_DEVICES" in caught.value.change and "use_cpu: true" in caught.value.change
 
 
 def test_a_place_that_takes_no_files_is_told_before_anything_is_read(chat_config, tmp_path):
     (tmp_path / "chats.jsonl").unlink()
-    with pytest.raises(CheckError, match="/proc: the run directory cannot be made there"):
+    with pytest.raises(CheckError, match="/proc"):
         solotune.train({**chat_config, "output_dir": "/proc/solotune-run"})
 
 

