@@ -19,6 +19,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from signal import Signals
 from typing import IO, TYPE_CHECKING, Any
@@ -159,13 +160,12 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-_json_stream: IO[str] | None = None
+_json_stream: ContextVar[IO[str] | None] = ContextVar("json_stream", default=None)  # stdout, kept for `print_json`
 
 
 @contextlib.contextmanager
 def _stdout_for_json_only() -> Iterator[None]:
     """Sends all that is written to stdout to stderr, native code's output too; `print_json` alone gets through."""
-    global _json_stream
     before, saved_fd = sys.stdout, None
     with contextlib.suppress(OSError, ValueError, AttributeError):
         if before.fileno() == 1:
@@ -173,14 +173,15 @@ def _stdout_for_json_only() -> Iterator[None]:
             saved_fd = os.dup(1)
             os.dup2(2, 1)
     stream = before if saved_fd is None else os.fdopen(saved_fd, "w", encoding="utf-8", closefd=False)
-    _json_stream = stream
+    token = _json_stream.set(stream)
     sys.stdout = sys.stderr
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
             stream.flush()
-        _json_stream, sys.stdout = None, before
+        _json_stream.reset(token)
+        sys.stdout = before
         if saved_fd is not None:
             os.dup2(saved_fd, 1)
             os.close(saved_fd)
@@ -188,7 +189,7 @@ def _stdout_for_json_only() -> Iterator[None]:
 
 def print_json(content: Any) -> None:
     """The one JSON object; NaN and infinities, which JSON lacks, become null."""
-    stream = _json_stream or sys.stdout
+    stream = _json_stream.get() or sys.stdout
     try:
         stream.write(json_text(content, default=str))
         stream.flush()
