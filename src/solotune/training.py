@@ -34,6 +34,7 @@ from solotune.config import RunConfig
 from solotune.dataset import Example
 from solotune.dataset.example import lengths_of
 from solotune.dataset.pack import pack
+from solotune.device_failure import stage
 from solotune.errors import InterruptedRunError, NonFiniteError, resume_command
 from solotune.model import TrainableModel
 from solotune.passes import Passes
@@ -203,6 +204,7 @@ def train_step(
     return loss, accuracy, norm
 
 
+@stage("training")
 @signals.held_back()
 def train(
     model: TrainableModel,
