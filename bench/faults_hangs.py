@@ -19,7 +19,10 @@ from bench.faults_run import Result
 
 
 def hangs(work: Commands, count: int, seed: int) -> Result:
-    """Calls that never come back, in several phases: exit 9 within the limit and 5 s, the stacks written down."""
+    """Calls that never come back, in several phases: ended within the limit and 5 s, the stacks written down.
+
+    Exit code 9; where the call holds Python's lock the process is killed.
+    """
     bad, delays, limit, mark = [], [], _limit(work), work.folder / "hung_at"
     for case in _some(HANGS, count):
         mark.unlink(missing_ok=True)
@@ -30,7 +33,8 @@ def hangs(work: Commands, count: int, seed: int) -> Result:
         hung_at = float(mark.read_text()) if mark.is_file() else child.started
         late = child.started + ended.seconds - hung_at - limit
         delays.append(late)
-        if ended.code != 9 or not late < 5 or "_hang_now" not in where or "no sign of life for" not in ended.err:
+        expected = -signal.SIGKILL if "lock" in case else 9
+        if ended.code != expected or not late < 5 or "_hang_now" not in where or "no sign of life for" not in ended.err:
             bad.append(f"hang, {case}: {ended.code} after {late:.1f} s\n{where[-1500:]}")
         elif problem := work.checkpoint_problem() or work.metrics_problem():
             bad.append(f"hang, {case}: {problem}")

@@ -72,6 +72,7 @@ Exit codes:
   9    the run hung, and was ended
   129  hung up (SIGHUP); what was done is saved
   130  interrupted (Ctrl-C); what was done is saved
+  137  killed (SIGKILL), also where a hung run cannot end with 9
   143  terminated (SIGTERM); what was done is saved
 """)
 

@@ -171,6 +171,35 @@ def test_what_the_compiler_wraps_is_found(keys, fail_at, memory):
     assert failure_of(keys).startswith("the GPU's memory is full (while training)\n  seen:    2.00 GiB more wanted;")
 
 
+def test_the_innermost_stage_is_said_and_none_that_was_left_before(memory):
+    memory(24 * GIB, GIB, 22 * GIB)
+    config = load_config({"model_name_or_path": "m", "dataset": "d"})
+
+    def problem_of(run, *args):
+        with pytest.raises((torch.OutOfMemoryError, RuntimeError)) as caught:
+            run(*args)
+        failure = device_failure.device_failure(caught.value, config)
+        assert failure is not None
+        return failure.problem
+
+    @device_failure.stage("training")
+    def train(evaluate):
+        with device_failure.stage("loading the model"):
+            pass
+        evaluate()
+
+    def wrapped():
+        try:
+            train(no_room)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError("backend='inductor' raised") from error
+
+    assert problem_of(train, device_failure.stage("evaluating")(no_room)).endswith(" is full (while evaluating)")
+    assert problem_of(train, no_room).endswith(" is full (while training)")
+    assert problem_of(wrapped).endswith(" is full (while training)")
+    assert problem_of(no_room).endswith(" is full")
+
+
 def test_no_room_for_the_weights_leaves_no_run_behind(keys, monkeypatch, memory, tmp_path):
     monkeypatch.setattr("solotune.model._store", no_room)
     memory(24 * GIB, 0, 23 * GIB)

@@ -116,7 +116,7 @@ def test_where_uncompiled_layers_have_no_room_they_are_not_compared(tiny_config,
         raise torch.OutOfMemoryError("CUDA out of memory.")
         yield
 
-    monkeypatch.setattr(preflight.layers, "as_written", without_room)
+    monkeypatch.setattr(preflight.layers, "eager_layers", without_room)
     assert preflight.preflight(model, ROWS, ROWS[:2], config, tmp_path).gradient_error is None
     assert not model.joined.grad.any()
 

@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import re
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from solotune.config import RunConfig
 from solotune.errors import DeviceError, SolotuneError, resume_command
@@ -54,11 +53,8 @@ CAUSES = (
     Cause("no kernel image", "this build of torch has no kernels for this GPU", "solotune doctor", goes_on=False),
     Cause("busy or unavailable", "another process holds the GPU for itself", "end it (nvidia-smi lists it)"),
 )
-STAGES = (
-    ("solotune.evaluation", "score", "evaluating"),
-    ("solotune.training", "train", "training"),
-    ("solotune.model", "load_model", "loading the model"),
-)
+Stage = Literal["loading the model", "training", "evaluating"]
+STAGE = "stage"  # the attribute of an exception that has come out of a stage
 
 
 class DeviceMemory(NamedTuple):
@@ -71,6 +67,20 @@ class DeviceMemory(NamedTuple):
     @property
     def outside(self) -> int:
         return max(0, self.total - self.free - self.reserved)
+
+
+@contextmanager
+def stage(name: Stage) -> Iterator[None]:
+    """What the run does within the block, or in the function that this decorates: said with errors that come out of it.
+
+    By it a full card is advised: fewer rows in training do not help an evaluation. It is kept on the exception, since
+    the block has been left when somebody answers it; of stages within one another the innermost counts.
+    """
+    try:
+        yield
+    except Exception as error:
+        vars(error).setdefault(STAGE, name)
+        raise
 
 
 @contextmanager
@@ -100,7 +110,7 @@ def device_failure(
     for cause in _causes(error):
         full = torch is not None and isinstance(cause, torch.OutOfMemoryError)
         if full or (isinstance(cause, RuntimeError) and MEMORY_WORDS.search(str(cause))):
-            return _out_of_memory(cause, _stage(error), config, run)
+            return _out_of_memory(cause, _stage_of(error), config, run)
         lost = torch is not None and isinstance(cause, torch.AcceleratorError)
         if lost or (isinstance(cause, RuntimeError) and LOST_WORDS.search(str(cause))):
             return _lost(cause, run, checkpoint)
@@ -117,11 +127,9 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
 
 
-def _stage(error: BaseException) -> str | None:
-    """What the run was doing, from the functions that the error came through."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    came_through = {(frame.f_globals.get("__name__"), frame.f_code.co_name) for frame in frames}
-    return next((stage for module, function, stage in STAGES if (module, function) in came_through), None)
+def _stage_of(error: BaseException) -> Stage | None:
+    """The stage that the error, or what it was raised from, has come out of."""
+    return next((vars(cause)[STAGE] for cause in _causes(error) if STAGE in vars(cause)), None)
 
 
 def _lost(cause: BaseException, run: Path | None, checkpoint: Path | None) -> DeviceError:
@@ -134,7 +142,7 @@ def _lost(cause: BaseException, run: Path | None, checkpoint: Path | None) -> De
     return DeviceError(f"{known.problem}; {saved}", seen=said, change=known.first + then)
 
 
-def _out_of_memory(cause: BaseException, stage: str | None, config: RunConfig, run: Path | None) -> DeviceError:
+def _out_of_memory(cause: BaseException, stage: Stage | None, config: RunConfig, run: Path | None) -> DeviceError:
     wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(cause))
     parts = [f"{wanted[1]} more wanted"] if wanted else []
     memory = device_memory()
@@ -152,7 +160,7 @@ def _out_of_memory(cause: BaseException, stage: str | None, config: RunConfig, r
     )
 
 
-def smaller(config: RunConfig, stage: str | None, run: Path | None) -> list[str]:
+def smaller(config: RunConfig, stage: Stage | None, run: Path | None) -> list[str]:
     """What would make this run smaller at this stage, what costs least first; resuming allows only some of it."""
     changes: list[str] = []
     rows, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps

@@ -137,7 +137,7 @@ class StorageError(SolotuneError):
 
 
 class HangError(SolotuneError):
-    """The run gave no sign of life; its guard ended the process (`watchdog.py`), so this is never raised."""
+    """The run gave no sign of life; the watchdog ended the process, so this is never raised."""
 
     exit_code = 9
     meaning = "the run hung, and was ended"
@@ -176,5 +176,6 @@ EXIT_CODES: dict[int, str] = {
     },
     129: "hung up (SIGHUP); what was done is saved",
     130: "interrupted (Ctrl-C); what was done is saved",
+    137: "killed (SIGKILL), also where a hung run cannot end with 9",
     143: "terminated (SIGTERM); what was done is saved",
 }

@@ -31,6 +31,7 @@ from solotune import signals
 from solotune.batch import collate, num_labels
 from solotune.dataset import Example, render_prompt
 from solotune.dataset.example import lengths_of
+from solotune.device_failure import stage
 from solotune.lora import adapters_off
 from solotune.model import TrainableModel
 
@@ -109,6 +110,7 @@ def loss_difference(base: Score, tuned: Score) -> tuple[float, float]:
     return ratio_and_stderr(paired, base.row_weights)
 
 
+@stage("evaluating")
 @torch.no_grad()
 def score(
     model: TrainableModel,

@@ -9,6 +9,7 @@ paused container stops both, so only time in which the run could have worked is 
 It imports the standard library alone, to be started in no time.
 """
 
+import contextlib
 import os
 import select
 import signal
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 TICK_SECONDS = 0.5
 DUMP_SECONDS = 1.0  # for all stacks to be written
-LEAVE_SECONDS = 2.0  # for the run's process to be gone
+LEAVE_SECONDS = 2.0  # for the run's process to end with exit code 9 before it is killed
 
 
 class Orders(NamedTuple):
@@ -81,10 +82,23 @@ def end(pid: int, dump_signal: int, exit_fd: int, problem: str, stacks: str) -> 
     time.sleep(DUMP_SECONDS)
     text = f"error: {problem}\n  seen:    where each thread was is {stacks}\n"
     text += "  change:  start it again with --resume; it goes on from its last checkpoint\n"
-    os.write(2, text.encode())
-    os.write(exit_fd, b"x")
-    time.sleep(LEAVE_SECONDS)
+    say(text)
+    with contextlib.suppress(OSError):
+        os.write(exit_fd, b"x")
+    killed_at = time.monotonic() + LEAVE_SECONDS
+    for _, is_over in orders(TICK_SECONDS):
+        if is_over:  # it ended with exit code 9
+            return
+        if time.monotonic() > killed_at:
+            break
+    say("error: the call that hangs holds Python's lock, so the process is killed (SIGKILL, exit code 137)\n")
     os.kill(pid, signal.SIGKILL)
+
+
+def say(text: str) -> None:
+    """To stderr, which may take nothing any more; the run is ended all the same."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
 
 
 if __name__ == "__main__":

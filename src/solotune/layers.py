@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -83,18 +84,17 @@ def prepare_layers(layers: nn.ModuleList, config: RunConfig) -> None:
         layer.forward = _only_with_gradients(trained, plain, wants_gradient=config.torch_compile and number == 0)
 
 
-_as_written = False
+_runs_eager: ContextVar[bool] = ContextVar("runs_eager", default=False)
 
 
 @contextmanager
-def as_written() -> Iterator[None]:
+def eager_layers() -> Iterator[None]:
     """Within it training passes run the layers' own code, uncompiled; each recomputes itself, to need little memory."""
-    global _as_written
-    _as_written = True
+    token = _runs_eager.set(True)
     try:
         yield
     finally:
-        _as_written = False
+        _runs_eager.reset(token)
 
 
 def _only_with_gradients(
@@ -106,7 +106,7 @@ def _only_with_gradients(
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return plain(*args, **kwargs)
-        if _as_written:
+        if _runs_eager.get():  # read outside what is compiled, so nothing is traced again
             return checkpoint(plain, *args, use_reentrant=False, **kwargs)
         if wants_gradient and args and not args[0].requires_grad:
             args[0].requires_grad_()

@@ -36,6 +36,7 @@ from solotune.architecture import read_architecture
 from solotune.batch import Batch, collate, collate_packs
 from solotune.config import Choice, RunConfig
 from solotune.dataset import Example
+from solotune.device_failure import stage
 from solotune.environment import ram
 from solotune.errors import InputError
 from solotune.head import check_head, head_of
@@ -110,6 +111,7 @@ class TrainableModel:
         return loss.token_losses(h_ND, labels_N, self.head, vocab_size, is_compiled=self.is_compiled)
 
 
+@stage("loading the model")
 def load_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> TrainableModel:
     """Loads the base of `config` on `device` and attaches fresh adapters.
 

@@ -162,7 +162,7 @@ def _check_compiler(model: TrainableModel, batch: Batch, config: RunConfig) -> f
         CheckError: they have not. torch 2.11 gave an fp8 base's inputs a gradient of zeros, and the loss still fell.
     """
     gradients = []
-    for context in (nullcontext, layers.as_written):
+    for context in (nullcontext, layers.eager_layers):
         lora.seed_dropout(model.adapted, 0)
         model.zero_gradients()
         try:

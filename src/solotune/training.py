@@ -34,6 +34,7 @@ from solotune.config import RunConfig
 from solotune.dataset import Example
 from solotune.dataset.example import lengths_of
 from solotune.dataset.pack import pack
+from solotune.device_failure import stage
 from solotune.errors import InterruptedRunError, NonFiniteError, resume_command
 from solotune.events import EvalEvent, NonFiniteEvent, SaveEvent, StepEvent
 from solotune.model import TrainableModel
@@ -193,6 +194,7 @@ def train_step(
     return StepResult(loss, accuracy, norm)
 
 
+@stage("training")
 @signals.held_back()
 def train(
     model: TrainableModel,

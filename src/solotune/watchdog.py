@@ -4,11 +4,11 @@
         beat()               a sign of life; every safe place gives one (`signals.poll`)
 
 Too long without one, the guard ends the process. What hangs may hold Python's lock (a native call) or sit in the
-kernel (a dead network drive, a FIFO that nobody writes), so none of it is left to Python code of this process:
+kernel (a dead network drive, a FIFO that nobody writes), so nothing depends on Python code of this process:
 
     stacks    faulthandler's own handler of a signal, in C, writes them: to stderr, or where `stacks_into` said
-    exit      a thread of the C library waits for a byte from the guard (POSIX aio) and then calls _exit(9). Where the
-              C library has no aio, the guard kills the process, which shells see as 137.
+    exit      a thread waits for a byte from the guard and ends the process with 9. It needs Python's lock; where the
+              call that hangs holds it, the guard kills the process some seconds later (SIGKILL; shells see 137).
 
 The limit is generous, for ending a run that only is slow would be worse than a hang: half an hour, or twenty times the
 longest silence so far, or ten times what the plan expects of a step, whichever is most. Downloads say nothing for
@@ -20,37 +20,40 @@ What it does not do: watch a process of somebody else, such as a notebook that c
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import ctypes.util
 import faulthandler
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import IO
+
+from solotune import guard
 
 EXIT_CODE = 9
 LIMIT_SECONDS = 1800.0
 TIMES_LONGEST, TIMES_EXPECTED = 20, 10
 BEAT_SECONDS = 0.2  # the guard need not know more often
 DUMP_SIGNAL = getattr(signal, "SIGRTMIN", signal.SIGUSR1 - 3) + 3  # one that nobody else sends
-SIGEV_THREAD = 2
 
 
 class _Guard:
     """The watching process, and what it has been told."""
 
     def __init__(self) -> None:
-        exit_fd = _exit_pipe()
-        command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("guard.py"))]
-        command += [str(os.getpid()), str(int(DUMP_SIGNAL)), str(exit_fd)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0, pass_fds=[exit_fd], cwd="/"
-        )
+        read_fd, exit_fd = os.pipe()
+        command = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(int(DUMP_SIGNAL)), str(exit_fd)]
+        self.exit_thread = threading.Thread(target=_exit_on_request, args=(read_fd,), name="watchdog", daemon=True)
+        try:
+            self.exit_thread.start()
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0, pass_fds=[exit_fd], cwd="/"
+            )
+        finally:
+            os.close(exit_fd)  # the guard alone holds it, so the thread ends when the guard does
         assert self.process.stdin is not None
         self.pipe = self.process.stdin.fileno()
         os.set_blocking(self.pipe, False)
@@ -80,11 +83,21 @@ class _Guard:
         self.process.stdin.close()
         self.process.kill()
         self.process.wait()
+        self.exit_thread.join()
         if self.stacks is not None:
             self.stacks.close()
 
 
-_guard: _Guard | None = None
+def _exit_on_request(read_fd: int) -> None:
+    """Thread: ends the process with 9 when the guard writes a byte; returns when the guard is gone."""
+    # signals are for the main thread, whose waiting they interrupt
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    if os.read(read_fd, 1):
+        os._exit(EXIT_CODE)
+    os.close(read_fd)
+
+
+_guard: _Guard | None = None  # of the process, as its signals and its exit code are: there is one for all threads
 
 
 @contextlib.contextmanager
@@ -96,9 +109,7 @@ def watched() -> Iterator[None]:
         return
     faulthandler.register(DUMP_SIGNAL, sys.__stderr__ or 2, all_threads=True)
     try:
-        with contextlib.suppress(
-            OSError
-        ):  # no second process to be had: the run is not watched, and works all the same
+        with contextlib.suppress(OSError, RuntimeError):  # no process or thread to be had: the run works, unwatched
             _guard = _Guard()
         yield
     finally:
@@ -146,53 +157,3 @@ def paused() -> Iterator[None]:
         if _guard is not None:
             _guard.last = time.monotonic()
             _guard.tell("go")
-
-
-class _SigEvent(ctypes.Structure):
-    """`struct sigevent` of Linux; padded to its 64 bytes."""
-
-    _fields_ = (
-        ("value", ctypes.c_long),
-        ("signo", ctypes.c_int),
-        ("notify", ctypes.c_int),
-        ("function", ctypes.c_void_p),
-        ("attributes", ctypes.c_void_p),
-        ("padding", ctypes.c_char * 32),
-    )
-
-
-class _Aiocb(ctypes.Structure):
-    """`struct aiocb` of glibc and musl on 64 bits, and room for what they keep behind it."""
-
-    _fields_ = (
-        ("fildes", ctypes.c_int),
-        ("lio_opcode", ctypes.c_int),
-        ("reqprio", ctypes.c_int),
-        ("buf", ctypes.c_void_p),
-        ("nbytes", ctypes.c_size_t),
-        ("sigevent", _SigEvent),
-        ("private", ctypes.c_char * 256),
-    )
-
-
-@cache
-def _exit_pipe() -> int:
-    """The end of a pipe into which a byte is written to have this process call _exit(9), whatever Python does.
-
-    Made once in a process: the thread that reads it cannot be called back.
-    """
-    read_fd, write_fd = os.pipe()  # this process keeps both ends, so a guard that dies does not close the pipe
-    libraries = [ctypes.CDLL(None), *(ctypes.CDLL(name) for name in [ctypes.util.find_library("rt")] if name)]
-    aio_read = next((getattr(library, "aio_read") for library in libraries if hasattr(library, "aio_read")), None)  # noqa: B009
-    if aio_read is None or not sys.platform.startswith("linux") or ctypes.sizeof(ctypes.c_void_p) != 8:
-        return write_fd
-    request, buffer = _Aiocb(), ctypes.create_string_buffer(1)
-    request.fildes, request.buf, request.nbytes = read_fd, ctypes.addressof(buffer), 1
-    request.sigevent.notify, request.sigevent.value = SIGEV_THREAD, EXIT_CODE
-    request.sigevent.function = ctypes.cast(ctypes.CDLL(None)._exit, ctypes.c_void_p).value
-    aio_read(ctypes.byref(request))
-    _kept.extend((request, buffer))
-    return write_fd
-
-
-_kept: list[object] = []  # what the C library's thread reads, for as long as the process lives

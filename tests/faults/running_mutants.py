@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "solotune"
 FINITE, BEFORE = "tests/faults/test_running_finite.py", "tests/faults/test_running_before.py"
 SIGNALS = "tests/faults/test_running_signals.py"
+HANGS = "tests/faults/test_running_hangs.py"
 CAMPAIGN = "tests/faults/test_running_campaign.py"
 TRAINING = "tests/test_training.py"
 
@@ -55,7 +56,8 @@ MUTANTS: list[tuple[str, str, str, str]] = [
         f"{SIGNALS} -k second",
     ),
     ("watchdog.py", "        self.set_limit(LIMIT_SECONDS)\n", "", CAMPAIGN),
-    ("watchdog.py", "    aio_read(ctypes.byref(request))\n", "", CAMPAIGN),
+    ("watchdog.py", "        os._exit(EXIT_CODE)\n", "        pass\n", HANGS),
+    ("guard.py", "    os.kill(pid, signal.SIGKILL)\n", "", HANGS),
     ("observer.py", "        except SystemExit:", "        except ZeroDivisionError:", CAMPAIGN),
     ("disk.py", "    if free >= need.total:\n", "    if True:\n", f"{BEFORE} -k too_small"),
     ("disk.py", "config.save_total_limit + 1)", "config.save_total_limit)", f"{BEFORE} -k said_to_take"),

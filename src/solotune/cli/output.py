@@ -9,6 +9,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import IO, TYPE_CHECKING, Any
 
 from solotune.errors import StorageError
@@ -17,13 +18,12 @@ from solotune.storage import json_text
 if TYPE_CHECKING:
     from rich.console import Console
 
-_json_stream: IO[str] | None = None
+_json_stream: ContextVar[IO[str] | None] = ContextVar("json_stream", default=None)  # stdout, kept for `print_json`
 
 
 @contextlib.contextmanager
 def stdout_for_json_only() -> Iterator[None]:
     """Sends all that is written to stdout to stderr, native code's output too; `print_json` alone gets through."""
-    global _json_stream
     before, saved_fd = sys.stdout, None
     with contextlib.suppress(OSError, ValueError, AttributeError):
         if before.fileno() == 1:
@@ -31,14 +31,15 @@ def stdout_for_json_only() -> Iterator[None]:
             saved_fd = os.dup(1)
             os.dup2(2, 1)
     stream = before if saved_fd is None else os.fdopen(saved_fd, "w", encoding="utf-8", closefd=False)
-    _json_stream = stream
+    token = _json_stream.set(stream)
     sys.stdout = sys.stderr
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
             stream.flush()
-        _json_stream, sys.stdout = None, before
+        _json_stream.reset(token)
+        sys.stdout = before
         if saved_fd is not None:
             os.dup2(saved_fd, 1)
             os.close(saved_fd)
@@ -46,7 +47,7 @@ def stdout_for_json_only() -> Iterator[None]:
 
 def print_json(content: Any) -> None:
     """The one JSON object; NaN and infinities, which JSON lacks, become null."""
-    stream = _json_stream or sys.stdout
+    stream = _json_stream.get() or sys.stdout
     try:
         stream.write(json_text(content, default=str))
         stream.flush()

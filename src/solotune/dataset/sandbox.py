@@ -26,6 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
+from solotune.dataset import template_process
 from solotune.errors import InputError, SolotuneError
 
 CPU_SECONDS = 2.0  # for a row; a long one takes some milliseconds
@@ -113,10 +114,9 @@ class Sandbox:
             import markupsafe
 
             places = {str(Path(str(module.__file__)).parents[1]) for module in (jinja2, markupsafe)}
-            program = str(Path(__file__).with_name("template_process.py"))
             limits = [str(limit) for limit in (CPU_SECONDS, MAX_BYTES, MAX_CHARACTERS)]
             self._child = subprocess.Popen(
-                [sys.executable, "-I", "-S", program, *limits, *sorted(places)],
+                [sys.executable, "-I", "-S", template_process.__file__, *limits, *sorted(places)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -44,15 +45,9 @@ class LabelFacts:
     longest: int = 0
 
     @classmethod
+    @lru_cache(maxsize=1)
     def of(cls, subject: Subject) -> LabelFacts:
-        """Of a subject's batches."""
-        global _last
-        if _last is None or _last[0] is not subject:
-            _last = (subject, cls._read(subject))
-        return _last[1]
-
-    @classmethod
-    def _read(cls, subject: Subject) -> LabelFacts:
+        """Of a subject's batches; read once, as long as no other subject is asked about."""
         batches = Batches.of(subject)
         facts = cls(batches, Roles(subject), batches.documents[:NUM_READ])
         shifts: Counter[int] = Counter()
@@ -164,4 +159,3 @@ class LabelFacts:
 
 
 _NAMES = {"other": OTHER, "user": USER, "assistant": ASSISTANT}
-_last: tuple[Subject, LabelFacts] | None = None

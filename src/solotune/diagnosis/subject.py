@@ -99,9 +99,9 @@ class Live:
     """The gradients of one optimizer step from these micro-batches, accumulated as the training does it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
-    """Everything known of one training."""
+    """Everything known of one training; equal to itself alone, since what it holds is large and is cached by it."""
 
     name: str
     settings: Settings
