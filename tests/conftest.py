@@ -8,11 +8,10 @@ import os
 import shutil
 import tempfile
 
-CACHE = tempfile.mkdtemp(prefix="solotune-test-cache-")
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ["XDG_CACHE_HOME"] = CACHE  # this process's own: not the user's, nor that of the worker beside it
+# this process's own: neither the user's nor that of the worker beside it
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="solotune-test-cache-")
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from tiny import FAMILIES, chat_rows, save_tokenizer
 
 from solotune.config import RunConfig, load_config
 
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 torch.set_num_threads(1)  # for models this small a second thread costs more than it computes
 
 
