@@ -21,7 +21,7 @@ from typing import Any
 
 STAGES = ("reading data", "planning", "loading model", "trying the largest step", "training", "comparing base")
 SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
-CHILD_SECONDS = 120.0
+CHILD_SECONDS = 600.0  # what takes longer hangs, also on a machine with much else to do
 
 
 @dataclass

@@ -10,7 +10,8 @@ import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="solotune-test-cache-")  # this process's own
+# this process's own: neither the user's nor that of the worker beside it
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="solotune-test-cache-")
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +24,7 @@ from tiny import FAMILIES, chat_rows, save_tokenizer
 from solotune.config import RunConfig, load_config
 from tests import messages
 
-CACHE = os.environ["XDG_CACHE_HOME"]
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 torch.set_num_threads(1)  # for models this small a second thread costs more than it computes
 
 
