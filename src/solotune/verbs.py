@@ -245,7 +245,7 @@ def _train(config: RunConfig, resume: bool, heard: Resilient) -> TrainResult:
     except Exception as error:
         error.run_dir = run.path  # type: ignore[attr-defined] - where the command line writes a bug's traceback
         if failure := device_failure(error, checked, run.path, checkpoint.newest(run.checkpoints)):
-            Observers(RunLog(run), heard).failed(DeviceFailedEvent(failure.problem, failure.seen))
+            Observers(RunLog(run), heard).failed(DeviceFailedEvent(failure.problem, str(failure.seen)))
             raise failure from error
         raise
     finally:
