@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.faults_run import Result, Workload, after_kill
+from solotune.events import StepEvent
 from solotune.terminal import SilentDisplay
 
 
@@ -29,8 +30,8 @@ class Marks(SilentDisplay):
     def begin(self, total_steps: int, done: int = 0) -> None:
         self.say("training")
 
-    def step(self, metrics: object) -> None:
-        if metrics.step % self.eval_steps == 0:  # type: ignore[attr-defined]
+    def step(self, event: StepEvent) -> None:
+        if event.step % self.eval_steps == 0:
             self.say("evaluating")
 
     def operation(self, kind: str, path: Path, content: bytes) -> None:

@@ -192,6 +192,6 @@ class _Ends(SilentDisplay):
     def __init__(self, after: int | None) -> None:
         self._after = after
 
-    def step(self, metrics: Any) -> None:
-        if metrics.step == self._after:
+    def step(self, event: Any) -> None:
+        if event.step == self._after:
             os.kill(os.getpid(), signal.SIGTERM)
