@@ -35,6 +35,7 @@ from solotune.destination import check_destination
 from solotune.device_failure import device_errors
 from solotune.diagnosis import own
 from solotune.errors import InputError
+from solotune.model_source import ModelFiles, resolve_model
 from solotune.planning import in_gib
 from solotune.record import FINGERPRINTS, RunDirectory, nearest_folder
 from solotune.storage import write_whole
@@ -58,6 +59,7 @@ class Ready:
     config: RunConfig  # settled for the machine and by the plan
     machine: Machine
     choices: list[Choice]
+    model_files: ModelFiles
     tokenizer: Any
     prepared: Prepared
     planned: Plan
@@ -78,8 +80,9 @@ def get_ready(config: RunConfig, resume: bool, display: Display) -> Ready:
         RunDirectory.refuse_occupied(checked)
     folder = nearest_folder(checked.output_dir or "runs")
     disk.require_writable(folder)
-    models.check_model(checked)
-    tokenizer = dataset.load_tokenizer(checked)
+    model_files = resolve_model(checked)
+    models.check_model(checked, model_files)
+    tokenizer = dataset.load_tokenizer(checked, model_files)
     display.phase("reading data")
     prepared = examined(checked, tokenizer, display.progress, resuming.recorded_day(checked, resume))
     for finding in prepared.report.findings:
@@ -87,13 +90,14 @@ def get_ready(config: RunConfig, resume: bool, display: Display) -> Ready:
         if finding["code"] == "F05":  # no opinion: its lookup would fail, on a GPU without a word of what is wrong
             raise InputError(finding["message"], change=finding["fix"], fault="F05")
     display.phase("planning")
-    planned = survey.plan_for(checked, machine, prepared)
+    planned = survey.plan_for(checked, machine, prepared, model_files=model_files)
     if not planned.fits:
         raise planned.refusal()
     checked = planned.settled
     watchdog.expect(planned.option.seconds.first_step)
     display.phase("loading model")
-    model = tuned.load_base(checked, machine)
+    model_files = model_files.with_weights()
+    model = tuned.load_base(checked, machine, model_files)
     before = resuming.continued(checked) if resume else None
     existing = len(checkpoint.numbered(before.checkpoints)) if before else 0
     disk.require_room(disk.need_of(checked, model, prepared, tokenizer, existing, disk.block_bytes(folder)), folder)
@@ -103,8 +107,8 @@ def get_ready(config: RunConfig, resume: bool, display: Display) -> Ready:
         with device_errors(checked):
             tried = preflight.preflight(model, prepared.train, prepared.validation, checked, folder)
     choices = [*choices, *planned.choices, *model.choices]
-    subject = own.from_prepared(checked, tokenizer, prepared)
-    return Ready(checked, machine, choices, tokenizer, prepared, planned, model, tried, subject)
+    subject = own.from_prepared(checked, tokenizer, prepared, model_files)
+    return Ready(checked, machine, choices, model_files, tokenizer, prepared, planned, model, tried, subject)
 
 
 def recorded(

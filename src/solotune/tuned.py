@@ -25,6 +25,7 @@ from solotune.fingerprint import base_fingerprint, check_base
 from solotune.manifest import check_folder
 from solotune.model import TrainableModel, load_model
 from solotune.model_files import check_links, json_object
+from solotune.model_source import ModelFiles, resolve_model
 from solotune.record import FINGERPRINTS, RunDirectory, read_json
 from solotune.weights import check_finite
 
@@ -36,11 +37,11 @@ def settle(config: RunConfig) -> tuple[RunConfig, Machine, list[Choice]]:
     return settled, machine, choices
 
 
-def load_base(config: RunConfig, machine: Machine) -> TrainableModel:
-    """The base of a settled config with fresh adapters, where this machine computes."""
+def load_base(config: RunConfig, machine: Machine, model_files: ModelFiles | None = None) -> TrainableModel:
+    """The base of a settled config with fresh adapters, where this machine computes: see `load_model`."""
     device = torch.device(environment.device_of(config, machine))
     with device_errors(config):
-        return load_model(config, device, getattr(torch, environment.dtype_of(config)))
+        return load_model(config, device, getattr(torch, environment.dtype_of(config)), model_files)
 
 
 @dataclass
@@ -52,6 +53,7 @@ class TunedRun:
     machine: Machine
     choices: list[Choice]
     tokenizer: Any
+    base: ModelFiles | None = None  # where they had to be found for the tokenizer
 
     @classmethod
     def open(cls, path: str | Path) -> TunedRun:
@@ -63,9 +65,12 @@ class TunedRun:
         if not recorded.multiplies_in_fp8:  # what the plan chose for the card of the run may not fit here
             recorded = recorded.replaced("machine", base_residency="auto")
         config, machine, choices = settle(recorded)
-        beside = {"model_name_or_path": str(directory.adapter), "chat_template_path": None}
-        named = config.replaced("run", **beside) if directory.adapter.is_dir() else config
-        return cls(directory, config, machine, choices, dataset.load_tokenizer(named))
+        if directory.adapter.is_dir():
+            beside = {"model_name_or_path": str(directory.adapter), "chat_template_path": None}
+            tokenizer = dataset.load_tokenizer(config.replaced("run", **beside))
+            return cls(directory, config, machine, choices, tokenizer)
+        base = resolve_model(config)
+        return cls(directory, config, machine, choices, dataset.load_tokenizer(config, base), base)
 
     def load(self) -> TrainableModel:
         """The base with the run's adapter, or with its newest checkpoint's while it has not finished.
@@ -84,8 +89,9 @@ class TunedRun:
             raise IntegrityError(f"{folder / file}: {problem}", change="solotune verify names all that is wrong")
         tensors = _read_adapter(folder)
         recorded = read_json(self.directory.path / FINGERPRINTS)["base"]
-        check_base(recorded, base_fingerprint(self.config), str(self.directory.path))
-        model = load_base(self.config, self.machine)
+        base = (self.base or resolve_model(self.config)).with_weights()
+        check_base(recorded, base_fingerprint(base), str(self.directory.path))
+        model = load_base(self.config, self.machine, base)
         _check_adapter_config(folder, json.loads(lora.peft_config(self.config, model.adapted, model.module)))
         lora.load_state_dict(model.adapted, tensors, str(folder))
         return model

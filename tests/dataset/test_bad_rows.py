@@ -251,7 +251,11 @@ def test_90_no_tokenizer_no_template(door: Door) -> None:
                  model_name_or_path="nothing")  # fmt: skip
     for name in ("./gone", "~nobody-here/model"):
         door.refuses(
-            "a.jsonl", f"model_name_or_path: {name}: no such folder", "check the path", model_name_or_path=name
+            "a.jsonl",
+            "config.yaml line 1, model_name_or_path: no such folder",
+            name,
+            "check the path",
+            model_name_or_path=name,
         )
     door.refuses(
         "a.jsonl", "the tokenizer has no chat template, but the rows are chats", "chat_template_path", family="gpt2"

@@ -227,7 +227,9 @@ def other_value(key, value):
 
 @pytest.mark.parametrize("key", sorted(key for key, kind in CLASSES.items() if kind != "free"))
 def test_a_changed_key_is_refused_or_said(workload, key):
-    then = fingerprints(workload.ready.config, workload.ready.prepared, workload.ready.machine)
+    then = fingerprints(
+        workload.ready.config, workload.ready.prepared, workload.ready.machine, workload.ready.model_files
+    )
     now = {**then, "config": {**then["config"], key: other_value(key, then["config"][key])}}
     assert now["config"][key] != then["config"][key]
     assert compare(then, then, "here") == []
@@ -240,7 +242,9 @@ def test_a_changed_key_is_refused_or_said(workload, key):
 
 
 def test_other_software_and_the_same_step_in_other_parts(workload):
-    then = fingerprints(workload.ready.config, workload.ready.prepared, workload.ready.machine)
+    then = fingerprints(
+        workload.ready.config, workload.ready.prepared, workload.ready.machine, workload.ready.model_files
+    )
     split = {**then["config"], BATCH[0]: then["config"][BATCH[0]] // 2, BATCH[1]: then["config"][BATCH[1]] * 2}
     assert len(compare(then, {**then, "config": split}, "here")) == 2
     torch_before = {**then, "software": {**then["software"], "torch": "2.0"}}

@@ -24,6 +24,7 @@ from solotune.diagnosis.documents import IGNORED
 from solotune.diagnosis.subject import Live
 from solotune.environment import Machine
 from solotune.model import TrainableModel
+from solotune.model_source import ModelFiles
 
 NUM_BATCHES = 8
 NUM_EVALUATED = 8  # held-out rows of the evaluation that a probe repeats
@@ -78,17 +79,19 @@ def own_live(
     train: Sequence[Example],
     validation: Sequence[Example],
     tensors: Mapping[str, torch.Tensor] | None = None,
+    model_files: ModelFiles | None = None,
 ) -> Live:
     """Loads the model on this machine.
 
     Args:
         config: settled for this machine (`tuned.settle`).
         tensors: the adapter of a run; None: fresh ones.
+        model_files: of the config's model; None: they are looked for.
 
     Raises:
         InputError: see `model.load_model`; or the adapter does not fit.
     """
-    model = tuned.load_base(config, machine)
+    model = tuned.load_base(config, machine, model_files)
     if tensors is not None:
         lora.load_state_dict(model.adapted, tensors, "the run's adapter")
     held_out = [validation[i] for i in range(min(NUM_EVALUATED, len(validation)))]
