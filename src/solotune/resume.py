@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 
 from solotune import checkpoint
+from solotune.adapter import adapter_tensors
 from solotune.checkpoint import Checkpoint
 from solotune.config import RunConfig, section_of
 from solotune.dataset import Prepared
@@ -155,7 +156,7 @@ def _finished(run: RunDirectory) -> Checkpoint | None:
     written = (run.path / METRICS).read_bytes()
     before = {"bytes": written.rindex(b'{"event": "end"')}
     state = {"fingerprints": read_json(run.path / FINGERPRINTS), "optimizer": {}, "metrics": before}
-    return Checkpoint(ends[-1]["step"], checkpoint.read_adapter(run.adapter), {}, {}, state)
+    return Checkpoint(ends[-1]["step"], adapter_tensors(run.adapter), {}, {}, state)
 
 
 def _take_over(run: RunDirectory, point: Checkpoint | None) -> None:

@@ -378,11 +378,12 @@ def _compare(
 
 
 def _write_adapter(run: RunDirectory, model: TrainableModel, config: RunConfig, tokenizer: Any) -> None:
-    from solotune import checkpoint, lora
+    from solotune import lora
+    from solotune.adapter import Adapter
 
     with whole_folder(run.adapter) as folder:
         peft_config = lora.peft_config(config, model.adapted, model.module)
-        checkpoint.write_adapter(folder, lora.state_dict(model.adapted), peft_config)
+        Adapter(peft_config, lora.state_dict(model.adapted)).write(folder)
         for name, content in _tokenizer_files(tokenizer):
             folder.write(name, content)
 

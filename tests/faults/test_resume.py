@@ -108,7 +108,7 @@ def test_every_tensor_of_the_optimizer_comes_back(tiny_config, tmp_path, name):
     parameter, optimizer = made()
     for seed in range(10):
         step(parameter, optimizer, seed)
-    folder = checkpoint.save(tmp_path, 10, {"x": parameter.data}, "{}", optimizer, {})
+    folder = checkpoint.save(tmp_path, 10, {"x": parameter.data}, {}, optimizer, {})
     again, restored = made()
     again.data.copy_(parameter.data)
     checkpoint.restore_optimizer(restored, checkpoint.load(folder), [again])
@@ -129,7 +129,7 @@ def test_the_state_of_another_optimizer_is_refused(tiny_config, tmp_path):
     optimizer = training.make_optimizer(tiny_config(optim="adamw_8bit"), [parameter])
     parameter.grad = torch.ones(8192)
     optimizer.step()
-    saved = checkpoint.load(checkpoint.save(tmp_path, 1, {"x": parameter.data}, "{}", optimizer, {}))
+    saved = checkpoint.load(checkpoint.save(tmp_path, 1, {"x": parameter.data}, {}, optimizer, {}))
     for other, size in (("paged_adamw_32bit", 8192), ("adamw_8bit", 8448), ("adamw_torch", 8192)):
         another = torch.nn.Parameter(torch.ones(size))
         with pytest.raises(IntegrityError, match="optimizer state is of another optimizer"):

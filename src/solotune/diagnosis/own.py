@@ -169,11 +169,11 @@ def live_of(
 
     @cache
     def load() -> Live:
-        from solotune import checkpoint
+        from solotune.adapter import adapter_tensors
         from solotune.tuned import settle
 
         settled, machine, _ = settle(config.replaced("diagnosis", torch_compile=False))
-        tensors = checkpoint.read_adapter(adapter) if adapter is not None else None
+        tensors = adapter_tensors(adapter) if adapter is not None else None
         return own_live(settled, machine, tokenizer, prepared.train, prepared.validation, tensors, model_files)
 
     return load

@@ -1,7 +1,7 @@
 """A training of ours as a `Live`: its model, its batches as dicts, its loss, its evaluation, its way of answering.
 
     live = own_live(config, tokenizer, prepared.train, prepared.validation)            before a run: fresh adapters
-    live = own_live(config, ..., tensors=checkpoint.read_adapter(folder))              with a run's adapters
+    live = own_live(config, ..., tensors=adapter_tensors(folder))              with a run's adapters
 
 The batches are those of the first steps, made by `batch.py`; only pads are written as the tokenizer's, where ours are
 any id, so that who looks at ids alone can tell them. Loss and accumulation are those of `training`, through its code.
