@@ -42,15 +42,6 @@ IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
-def read_architecture(folder: Path) -> PreTrainedConfig:
-    """config.json of a model folder, as transformers reads it.
-
-    Raises:
-        InputError: see `read_config` and `architecture_of`.
-    """
-    return architecture_of(folder, read_config(folder))
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder as it is written, once it has been checked.
 

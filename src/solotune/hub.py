@@ -86,10 +86,9 @@ def download(name: str, revision: str, where: str, wanted: Sequence[str], unwant
                 snapshot_download(name, revision=revision, allow_patterns=[*wanted], ignore_patterns=[*unwanted])
             )
     except GatedRepoError:
+        problem = f"{where}: access to this gated model must be granted first"
         change = "ask for access on the model's page, then `hf auth login` or set HF_TOKEN"
-        raise InputError(f"{where}: access to this gated model must be granted first", seen=name, change=change) from (
-            None
-        )
+        raise InputError(problem, seen=name, change=change) from None
     except (RepositoryNotFoundError, HFValidationError):
         allowed = "a model id such as meta-llama/Llama-3.1-8B-Instruct, or a local folder"
         change = "check the spelling; for a private model `hf auth login` or set HF_TOKEN"
