@@ -47,7 +47,7 @@ def saved_by_peft(base: Path, folder: Path, **settings: Any) -> PeftModel:
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(0, 0.1)
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return model
 
 

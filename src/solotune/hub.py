@@ -86,20 +86,19 @@ def download(name: str, revision: str, where: str, wanted: Sequence[str], unwant
                 snapshot_download(name, revision=revision, allow_patterns=[*wanted], ignore_patterns=[*unwanted])
             )
     except GatedRepoError:
-        problem = f"{where}: access to this gated model must be granted first"
         change = "ask for access on the model's page, then `hf auth login` or set HF_TOKEN"
-        raise InputError(problem, seen=name, change=change) from None
+        raise InputError(f"{where}: access to {name} must be granted first: it is gated", change=change) from None
     except (RepositoryNotFoundError, HFValidationError):
         allowed = "a model id such as meta-llama/Llama-3.1-8B-Instruct, or a local folder"
         change = "check the spelling; for a private model `hf auth login` or set HF_TOKEN"
-        raise InputError(f"{where}: no such model or folder", seen=name, allowed=allowed, change=change) from None
+        raise InputError(f"{where}: no such model or folder: {name}", allowed=allowed, change=change) from None
     # the client, its HTTP library and the file system raise errors of many classes for one and the same cause
     except Exception as error:
         unreachable = isinstance(error, LocalEntryNotFoundError)
         reason = "the hub cannot be reached" if unreachable else str(error).strip().split("\n")[0]
         raise InputError(
-            f"{where}: the model is not in the cache and cannot be downloaded",
-            seen=f"{name}: {reason or type(error).__name__}",
+            f"{where}: {name} is not in the cache and cannot be downloaded",
+            seen=reason or type(error).__name__,
             change="check model_revision and the connection (HF_HUB_OFFLINE is off?), or name a local folder",
         ) from None
 

@@ -106,9 +106,10 @@ def resolve_model(config: RunConfig) -> ModelFiles:
     if os.path.isdir(path):  # Path.is_dir raises on a name that is too long
         return ModelFiles(name, revision, path, True, where)
     if os.path.lexists(path):
-        raise InputError(f"{where}: this is a file", seen=name, allowed="a model folder, or a model id on the hub")
-    seen = name if path.is_absolute() else f"{name} (from {Path.cwd()})"
-    raise InputError(f"{where}: no such folder", seen=seen, change="check the path; a hub model is named owner/name")
+        raise InputError(f"{where}: {name} is a file", allowed="a model folder, or a model id on the hub")
+    seen = None if path.is_absolute() else f"looked in {Path.cwd()}"
+    change = "check the path; a hub model is named owner/name"
+    raise InputError(f"{where}: no such folder: {name}", seen=seen, change=change)
 
 
 def model_here(config: RunConfig) -> ModelFiles | None:

@@ -250,13 +250,8 @@ def test_90_no_tokenizer_no_template(door: Door) -> None:
     door.refuses(write(*GOOD), "model_name_or_path: nothing has no tokenizer files", "tokenizer.json",
                  model_name_or_path="nothing")  # fmt: skip
     for name in ("./gone", "~nobody-here/model"):
-        door.refuses(
-            "a.jsonl",
-            "config.yaml line 1, model_name_or_path: no such folder",
-            name,
-            "check the path",
-            model_name_or_path=name,
-        )
+        problem = f"config.yaml line 1, model_name_or_path: no such folder: {name}"
+        door.refuses("a.jsonl", problem, "check the path", model_name_or_path=name)
     door.refuses(
         "a.jsonl", "the tokenizer has no chat template, but the rows are chats", "chat_template_path", family="gpt2"
     )

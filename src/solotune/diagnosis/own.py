@@ -51,17 +51,13 @@ def from_prepared(config: RunConfig, tokenizer: Any, prepared: Prepared, model_f
         name=config.name,
         settings=settings_of(config),
         tokenizer=tokenizer,
-        **_configs_of(model_files),
+        model_config=model_files.json_or_empty("config.json"),
+        generation_config=model_files.json_or_empty("generation_config.json"),
         train=prepared.train,
         validation=prepared.validation,
         findings=[Finding(**found) for found in prepared.report.findings],
         batches=batches_of(config, tokenizer, prepared.train),
     )
-
-
-def _configs_of(model_files: ModelFiles) -> dict[str, dict[str, Any]]:
-    names = {"model_config": "config.json", "generation_config": "generation_config.json"}
-    return {part: model_files.json_or_empty(name) for part, name in names.items()}
 
 
 def of_config(config: RunConfig) -> Subject:
@@ -111,10 +107,14 @@ def _with_rows(
         subject = replace(from_prepared(settled, tokenizer, prepared, model_files), name=config.name)
     except SolotuneError as error:
         why = dict.fromkeys(("train", "validation", "live"), error.problem)
-        configs = _configs_of(model_files)
-        chats = _conversations(config)
         return replace(
-            plain, tokenizer=tokenizer, missing=why, conversations=chats, refusals=of_refusal(error), **configs
+            plain,
+            tokenizer=tokenizer,
+            missing=why,
+            conversations=_conversations(config),
+            refusals=of_refusal(error),
+            model_config=model_files.json_or_empty("config.json"),
+            generation_config=model_files.json_or_empty("generation_config.json"),
         )
     if (why := too_large(subject)) is not None:
         return replace(subject, missing={"live": why})
