@@ -98,10 +98,10 @@ class Commands:
 
         self.look, known = survey.model_shape, {}
 
-        def remembered(config: Any) -> Any:
+        def remembered(config: Any, model_files: Any = None) -> Any:
             key = (config.base_precision, config.multiplies_in_fp8)
             if key not in known:
-                known[key] = self.look(config)
+                known[key] = self.look(config, model_files)
             return known[key]
 
         survey.model_shape = remembered

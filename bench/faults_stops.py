@@ -105,7 +105,7 @@ def _usual_times(work: Commands) -> tuple[float, float]:
     with tempfile.TemporaryDirectory(dir=work.folder) as scratch:
         for number in range(5):
             began = time.monotonic()
-            checkpoint.save(Path(scratch), number, loaded.adapter, "{}", optimizer, {})
+            checkpoint.save(Path(scratch), number, loaded.adapter, {}, optimizer, {})
             times.append(time.monotonic() - began)
     return steps[len(steps) // 2] / work.keys["gradient_accumulation_steps"], sorted(times)[2]
 

@@ -17,6 +17,7 @@ transformers is then given the object that was checked, not the file, so that wh
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from pathlib import Path
@@ -41,8 +42,8 @@ IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
-def read_architecture(folder: Path) -> PreTrainedConfig:
-    """config.json of a model folder.
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder as it is written, once it has been checked.
 
     Raises:
         InputError: it is missing, leads to code, is unknown to transformers, of impossible sizes, or of a checkpoint
@@ -65,11 +66,21 @@ def read_architecture(folder: Path) -> PreTrainedConfig:
             seen=f"model_type: {name!r}"[:200],
             allowed="an architecture that the installed transformers knows; code that comes with a model never runs",
         )
+    _refuse_sizes(path, raw)
+    return raw
+
+
+def architecture_of(folder: Path, raw: dict[str, Any]) -> PreTrainedConfig:
+    """What `read_config` has read of a folder, as transformers' config of this architecture.
+
+    Raises:
+        InputError: a key that would replace what the class does, or values that it refuses.
+    """
+    path, name = folder / "config.json", raw["model_type"]
     if name == "mistral" and "layer_types" in raw:  # as transformers' own AutoConfig does
         name = "ministral"
     kind: Any = CONFIG_MAPPING[name]
-    _refuse_sizes(path, raw)
-    handed_on = {key: value for key, value in raw.items() if _is_handed_on(path, kind, key, value)}
+    handed_on = {key: copy.deepcopy(value) for key, value in raw.items() if _is_handed_on(path, kind, key, value)}
     try:
         return kind.from_dict(handed_on)
     # a strict class, its validators and the arithmetic in them raise what they like

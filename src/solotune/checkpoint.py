@@ -23,15 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
+from solotune.adapter import Adapter, adapter_tensors, read_tensors
 from solotune.errors import InputError, IntegrityError
 from solotune.manifest import check_folder
 from solotune.record import read_json
-from solotune.storage import Folder, remove_folder, whole_folder
+from solotune.storage import remove_folder, whole_folder
 
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
 
@@ -47,23 +46,7 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def write_adapter(folder: Folder, adapter: Mapping[str, torch.Tensor], peft_config: str) -> None:
-    """The two files that PEFT reads."""
-    folder.write("adapter_model.safetensors", save_tensors(dict(adapter), {"format": "pt"}))
-    folder.write("adapter_config.json", peft_config)
-
-
-def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter folder.
-
-    Raises:
-        InputError: there is no adapter.
-        IntegrityError: the file is damaged.
-    """
-    return _read_tensors(folder / "adapter_model.safetensors")
-
-
-def save(folder: Path, step: int, adapter: Mapping[str, torch.Tensor], peft_config: str,
+def save(folder: Path, step: int, adapter: Mapping[str, torch.Tensor], peft_config: Mapping[str, Any],
          optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Path:  # fmt: skip
     """Writes checkpoints/step-<step> below `folder` and returns its path.
 
@@ -76,7 +59,7 @@ def save(folder: Path, step: int, adapter: Mapping[str, torch.Tensor], peft_conf
     tensors, scalars = _split_optimizer(optimizer)
     target = folder / f"step-{step:06d}"
     with whole_folder(target) as partial:
-        write_adapter(partial, adapter, peft_config)
+        Adapter(peft_config, adapter).write(partial)
         partial.write("optimizer.safetensors", save_tensors(tensors))
         partial.write("random.safetensors", save_tensors(random_state()))
         content = {"step": step, "optimizer": scalars, **state}
@@ -94,9 +77,9 @@ def load(folder: Path) -> Checkpoint:
     state = read_json(folder / "state.json")
     return Checkpoint(
         step=state["step"],
-        adapter=read_adapter(folder),
-        optimizer=_read_tensors(folder / "optimizer.safetensors"),
-        random=_read_tensors(folder / "random.safetensors"),
+        adapter=adapter_tensors(folder),
+        optimizer=read_tensors(folder / "optimizer.safetensors"),
+        random=read_tensors(folder / "random.safetensors"),
         state=state,
     )
 
@@ -225,14 +208,3 @@ def _split_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.
     for index, values in optimizer.state_dict()["state"].items():
         walk(str(index), values)
     return tensors, scalars
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_tensors(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file", allowed="a folder that solotune or PEFT wrote") from None
-    except SafetensorError as error:
-        raise IntegrityError(
-            f"{path}: the file is damaged", seen=str(error), change="use an older checkpoint"
-        ) from None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from solotune.config import RunConfig
 from solotune.errors import DirectoryInUseError, InputError
+from solotune.hub import local_path
 from solotune.manifest import MANIFEST
 from solotune.record import FINGERPRINTS, LOG, METRICS, STACKS
 
@@ -39,8 +40,8 @@ def check_destination(config: RunConfig) -> None:
         raise InputError(f"{where}: no such folder can be", seen=_reason(error, path)) from None
     if mode and config.output_dir:
         _check_present(where, path, mode)
-    real, model = Path(os.path.realpath(path)), os.path.realpath(os.path.expanduser(config.model_name_or_path))
-    if os.path.isdir(model) and real.is_relative_to(model):
+    real, model = Path(os.path.realpath(path)), local_path(config.model_name_or_path)
+    if model is not None and os.path.isdir(model) and real.is_relative_to(os.path.realpath(model)):
         raise InputError(f"{where}: inside the base model's folder", seen=str(path), change="another output_dir")
 
 

@@ -20,11 +20,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from solotune.config import RunConfig
 from solotune.errors import IntegrityError
 from solotune.header import read_header
-from solotune.hub import model_folder
 from solotune.model_files import contained, json_object
+from solotune.model_source import ModelFiles
 from solotune.weights import weight_files
 
 SAMPLES, SAMPLE_BYTES = 4, 16 << 10
@@ -32,13 +31,13 @@ NOT_THE_MODEL = ("_name_or_path", "transformers_version")  # keys of config.json
 WORDS = {"config": "its config.json", "tensors": "its tensors' names or shapes", "content": "its weights"}
 
 
-def base_fingerprint(config: RunConfig) -> dict[str, str]:
-    """Of the model that a config names.
+def base_fingerprint(base: ModelFiles) -> dict[str, str]:
+    """Of a model, whose weights are downloaded where they are not here.
 
     Raises:
-        InputError: there is no such model, or a file of it cannot be read.
+        InputError: they cannot be had, or a file cannot be read.
     """
-    return fingerprint_of(model_folder(config))
+    return fingerprint_of(base.with_weights().folder)
 
 
 def fingerprint_of(folder: Path) -> dict[str, str]:

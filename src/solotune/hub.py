@@ -1,4 +1,4 @@
-"""The hub, and where a model's files are: a local folder as it is, a hub id through huggingface_hub's own cache.
+"""Names of models and datasets, and the hub's side of them: is it a path or a hub id, and how its files get here.
 
 Tokens, caches, revisions and the offline switch are huggingface_hub's (`HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE`). Only
 the files that are read are fetched: safetensors, JSON, the tokenizer and its templates; never Python, never pickles.
@@ -7,22 +7,38 @@ the files that are read are fetched: safetensors, JSON, the tokenizer and its te
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 from solotune import watchdog
-from solotune.config import RunConfig
 from solotune.errors import InputError
 
-FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
-TEMPLATES = "additional_chat_templates/*.jinja"
 CONNECT_SECONDS = 5
-NOT_FILES = ["*/*", "consolidated*"]  # other formats of the same weights beside Mistral's and Meta's
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
-def looks_local(name: str) -> bool:
-    """Whether a model or dataset name can only mean a path."""
-    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or os.path.exists(os.path.expanduser(name))
+def is_local_path(name: str) -> bool:
+    """Whether the name of a model or dataset is a path on this machine, there or not, and no name on the hub.
+
+    A path is whatever exists under this name, and whatever cannot be a hub id: those are `name` or `owner/name` of
+    letters, digits, `_`, `-` and `.`, and begin with none of the last two.
+    """
+    return HUB_ID.fullmatch(name) is None or os.path.lexists(name)
+
+
+def local_path(name: str) -> Path | None:
+    """The path that a name is, with `~` written out; None for a hub id."""
+    return Path(os.path.expanduser(name)) if is_local_path(name) else None
+
+
+def hub_id(name: str) -> str | None:
+    """What may be said of a base to others: its id on the hub; None for a path, which only this machine knows.
+
+    A folder's name alone would be worse than nothing: PEFT takes it for a hub id, and may find another model there.
+    """
+    return None if is_local_path(name) else name
 
 
 @cache
@@ -44,11 +60,16 @@ def offline_if_unreachable() -> None:
     constants.HF_HUB_OFFLINE = not is_reachable
 
 
-def tokenizer_folder(name: str, revision: str) -> Path:
-    """The folder with the tokenizer's files of a hub model, downloaded where they are not in the cache.
+def download(name: str, revision: str, where: str, wanted: Sequence[str], unwanted: Sequence[str]) -> Path:
+    """The snapshot folder of a hub model, with those of its files that match `wanted` and not `unwanted`.
+
+    Files that are in the cache are not downloaded again.
+
+    Args:
+        where: where the name was written, for messages.
 
     Raises:
-        OSError: with a line that says why not.
+        InputError: no such model, no access to it, or neither in the cache nor within reach.
     """
     offline_if_unreachable()
     from huggingface_hub import snapshot_download
@@ -59,53 +80,39 @@ def tokenizer_folder(name: str, revision: str) -> Path:
         RepositoryNotFoundError,
     )
 
-    wanted = [*(pattern for pattern in FILES if pattern != "*.safetensors"), TEMPLATES]
-    unwanted = ["*.safetensors.index.json", "original/*", "consolidated*"]
-    try:
-        with watchdog.paused():
-            return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
-    except GatedRepoError:
-        raise OSError("the model is gated: access must be granted first") from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise OSError("the hub has no such model, or it is private") from None
-    except LocalEntryNotFoundError:
-        raise OSError("the hub cannot be reached, and the model is not in the cache") from None
-
-
-def model_folder(config: RunConfig) -> Path:
-    """The folder with the files of `model_name_or_path`, downloaded where it is a hub id.
-
-    Raises:
-        InputError: no such folder or model, no access to it, or no connection.
-    """
-    name = config.model_name_or_path
-    path = Path(os.path.expanduser(name))
-    if path.is_dir():
-        return path
-    where = f"{config.source_of('model_name_or_path')}, model_name_or_path"
-    if path.is_file():
-        raise InputError(f"{where}: this is a file", seen=name, allowed="a model folder, or a model id on the hub")
-    if looks_local(name):
-        raise InputError(f"{where}: no such folder", seen=f"{name} (from {Path.cwd()})", change="check the path")
-    offline_if_unreachable()
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-
     try:
         with watchdog.paused():
             return Path(
-                snapshot_download(name, revision=config.model_revision, allow_patterns=FILES, ignore_patterns=NOT_FILES)
+                snapshot_download(name, revision=revision, allow_patterns=[*wanted], ignore_patterns=[*unwanted])
             )
     except GatedRepoError:
         change = "ask for access on the model's page, then `hf auth login` or set HF_TOKEN"
-        raise InputError(f"{where}: access to this model must be granted first", seen=name, change=change) from None
+        raise InputError(f"{where}: access to {name} must be granted first: it is gated", change=change) from None
     except (RepositoryNotFoundError, HFValidationError):
         allowed = "a model id such as meta-llama/Llama-3.1-8B-Instruct, or a local folder"
-        change = "check the spelling; for a private model set HF_TOKEN"
-        raise InputError(f"{where}: no such model or folder", seen=name, allowed=allowed, change=change) from None
-    except (HfHubHTTPError, OSError) as error:
+        change = "check the spelling; for a private model `hf auth login` or set HF_TOKEN"
+        raise InputError(f"{where}: no such model or folder: {name}", allowed=allowed, change=change) from None
+    # the client, its HTTP library and the file system raise errors of many classes for one and the same cause
+    except Exception as error:
+        unreachable = isinstance(error, LocalEntryNotFoundError)
+        reason = "the hub cannot be reached" if unreachable else str(error).strip().split("\n")[0]
         raise InputError(
-            f"{where}: the model is not in the cache and cannot be downloaded",
-            seen=f"{name}: {str(error).strip().split(chr(10))[0]}",
-            change="check the connection (HF_HUB_OFFLINE is off?), or name a local folder",
+            f"{where}: {name} is not in the cache and cannot be downloaded",
+            seen=reason or type(error).__name__,
+            change="check model_revision and the connection (HF_HUB_OFFLINE is off?), or name a local folder",
         ) from None
+
+
+def cached(name: str, revision: str) -> Path | None:
+    """The snapshot folder of a hub model, with as much of it as is on this machine; None where its config is not.
+
+    Asks no network.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        # a pattern, because a snapshot without its weights would count as incomplete
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["config.json"], local_files_only=True))
+    except (HFValidationError, OSError):  # no id, or LocalEntryNotFoundError
+        return None

@@ -21,11 +21,9 @@ What it does not do: train biases, embeddings or the head; merge.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,8 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from solotune import adapter
 from solotune.config import RunConfig
 from solotune.errors import InputError
+from solotune.hub import hub_id
 from solotune.linear import FrozenLinear
 
 USUAL_RANKS = tuple(2**k for k in range(10))  # 1 to 512
@@ -214,9 +214,9 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 def parameters(adapted: Mapping[str, LoraLinear]) -> dict[str, nn.Parameter]:
     """PEFT's key name -> the parameter."""
     return {
-        f"base_model.model.{name}.{part}.weight": getattr(layer, part)
+        adapter.tensor_key(name, part): getattr(layer, part)
         for name, layer in adapted.items()
-        for part in ("lora_A", "lora_B")
+        for part in adapter.PARTS
     }
 
 
@@ -248,45 +248,21 @@ def load_state_dict(adapted: Mapping[str, LoraLinear], tensors: Mapping[str, tor
         part.data.copy_(tensors[key])
 
 
-def peft_config(config: RunConfig, adapted: Mapping[str, LoraLinear], model: nn.Module) -> str:
-    """`adapter_config.json` as PEFT reads it.
-
-    `target_modules` are last names where those select exactly the adapted layers, else whole dotted names.
-    """
-    leaves = leaf_names(adapted)
-    selected = {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (LoraLinear, FrozenLinear, nn.Linear, nn.Embedding))
-        and name.rpartition(".")[2] in leaves
-        and not name.endswith(".base")
-    }
-    base = hub_id(config.model_name_or_path)
-    fields: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "revision": config.model_revision if base else None,
-        "r": config.lora_r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "use_rslora": config.use_rslora,
-        "target_modules": sorted(leaves if selected == set(adapted) else adapted),
-        "bias": "none",
-        "fan_in_fan_out": any(layer.base.transposed for layer in adapted.values()),
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-    return json.dumps(fields, indent=2) + "\n"
-
-
-def hub_id(model: str) -> str | None:
-    """What an adapter, which is passed on, says of its base; None for a folder, which is nobody else's.
-
-    The folder's name alone would be worse than nothing: PEFT takes it for a hub id, and may find another model there.
-    """
-    is_folder = model.startswith(("/", "~", ".")) or Path(model).is_dir()
-    return None if is_folder else model
+def peft_config(config: RunConfig, adapted: Mapping[str, LoraLinear], model: nn.Module) -> dict[str, Any]:
+    """`adapter_config.json` of the adapters of a live model; `adapter.peft_config` makes it of names alone."""
+    kinds = (LoraLinear, FrozenLinear, nn.Linear, nn.Embedding)
+    named = {name for name, module in model.named_modules() if isinstance(module, kinds)}
+    return adapter.peft_config(
+        adapted,
+        {name for name in named if not name.endswith(".base")},
+        base=hub_id(config.model_name_or_path),
+        revision=config.model_revision,
+        r=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        fan_in_fan_out=any(layer.base.transposed for layer in adapted.values()),
+    )
 
 
 def trainable_count(shapes: Mapping[str, tuple[int, int]], r: int) -> int:

@@ -36,10 +36,6 @@ class Problem(NamedTuple):
     problem: str
 
 
-def entry_of(content: bytes) -> Entry:
-    return Entry(len(content), hashlib.sha256(content).hexdigest())
-
-
 def entry_at(path: Path, limit: int | None = None) -> Entry:
     """Of a file on disk, or of its first `limit` bytes."""
     digest, count = hashlib.sha256(), 0

@@ -19,7 +19,6 @@ are already quantised.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.pytorch_utils import Conv1D
 
 from solotune import attention, lora, loss
-from solotune.architecture import read_architecture
+from solotune.architecture import architecture_of
 from solotune.batch import Batch, collate, collate_packs
 from solotune.config import Choice, RunConfig
 from solotune.dataset import Example
@@ -40,10 +39,9 @@ from solotune.device_failure import stage
 from solotune.environment import ram
 from solotune.errors import InputError
 from solotune.head import check_head, head_of
-from solotune.hub import model_folder
 from solotune.layers import decoder_layers, prepare_layers
 from solotune.linear import DenseWeight, Fp8Weight, FrozenLinear, NF4Weight, Storage
-from solotune.model_files import check_regular, json_object
+from solotune.model_source import ModelFiles, resolve_model
 from solotune.units import first_line, gib, mib
 from solotune.weights import check_finite, load_with_transformers, match_names, read_tensors, weight_files
 
@@ -112,20 +110,24 @@ class TrainableModel:
 
 
 @stage("loading the model")
-def load_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> TrainableModel:
+def load_model(
+    config: RunConfig, device: torch.device, dtype: torch.dtype, model_files: ModelFiles | None = None
+) -> TrainableModel:
     """Loads the base of `config` on `device` and attaches fresh adapters.
 
     Args:
         config: settled for this machine.
         device: where the model will live.
         dtype: of activations, norms, embeddings and head.
+        model_files: of the config's model; None: they are looked for.
 
     Raises:
         InputError: no usable model there, a damaged or already quantised checkpoint, an architecture without a list
             of decoder layers, or a target module that matches nothing.
     """
-    folder = model_folder(config)
-    module, attention_name = empty_model(config, folder, dtype, device)
+    model_files = (model_files or resolve_model(config)).with_weights()
+    folder = model_files.folder
+    module, attention_name = empty_model(config, model_files, dtype, device)
     family, choices = module.config.model_type, list[Choice]()
     if attention_name != config.attn_implementation:
         because = f"{family} has no {config.attn_implementation} attention"
@@ -139,7 +141,7 @@ def load_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> T
     _fill(module, read_tensors(files, names) if names is not None else _own_tensors(module), config, dtype, device)
     _check_complete(module, folder)
     module.requires_grad_(False)
-    _set_generation(module, folder)
+    _set_generation(module, model_files)
     layers = decoder_layers(module)
     if config.base_precision == "nf4" and not config.multiplies_in_fp8:
         choices += _settle_residency(module, config, dtype, device)
@@ -175,14 +177,15 @@ def _check_positions(architecture: PreTrainedConfig, config: RunConfig) -> None:
 
 
 def empty_model(
-    config: RunConfig, folder: Path, dtype: torch.dtype, device: torch.device
+    config: RunConfig, model_files: ModelFiles, dtype: torch.dtype, device: torch.device
 ) -> tuple[PreTrainedModel, str]:
-    """The architecture of a model folder without its weights, and the attention it has: the config's, or eager.
+    """The architecture of a model without its weights, and the attention it has: the config's, or eager.
 
     Raises:
         InputError: transformers has no such architecture, or rows would be longer than its positions.
     """
-    architecture = read_architecture(folder)
+    folder = model_files.folder
+    architecture = architecture_of(folder, model_files.config)
     _check_positions(architecture, config)
     try:
         return _built_empty(architecture, folder, config.attn_implementation, dtype, device), config.attn_implementation
@@ -190,16 +193,15 @@ def empty_model(
         return _built_empty(architecture, folder, "eager", dtype, device), "eager"
 
 
-def check_model(config: RunConfig) -> None:
-    """Says what speaks against a local model folder before anything is spent on it; a hub id is not downloaded for it.
+def check_model(config: RunConfig, model_files: ModelFiles) -> None:
+    """Refuses a local model folder before anything is spent on it; of a hub id no weights are downloaded for a check.
 
     Raises:
         InputError: as `load_model`, but for numbers that are not finite.
     """
-    folder = Path(os.path.expanduser(config.model_name_or_path))
-    if folder.is_dir():
-        module, _ = empty_model(config, folder, torch.float32, torch.device("cpu"))
-        match_names(module, weight_files(folder))
+    if model_files.is_local:
+        module, _ = empty_model(config, model_files, torch.float32, torch.device("cpu"))
+        match_names(module, weight_files(model_files.folder))
 
 
 class _NoSuchAttention(Exception):
@@ -333,17 +335,15 @@ def _check_complete(module: PreTrainedModel, folder: Path) -> None:
         raise InputError(f"{folder}: the checkpoint lacks {len(empty)} tensors", seen=", ".join(empty[:3]))
 
 
-def _set_generation(module: PreTrainedModel, folder: Path) -> None:
+def _set_generation(module: PreTrainedModel, model_files: ModelFiles) -> None:
     """Takes from generation_config.json what an answer ends with, and no more: it can name code and caches too."""
-    path = folder / "generation_config.json"
-    if not path.exists():
+    if not (raw := model_files.generation_config):
         return
-    check_regular(folder, path)
-    raw = json_object(path)
     ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(key) is not None}
     for key, value in ids.items():
         numbers = value if isinstance(value, list) else [value]
         if any(type(number) is not int or number < 0 for number in numbers):
+            path = model_files.folder / "generation_config.json"
             raise InputError(f"{path}: {key} is no token id", seen=repr(value)[:80])
     module.generation_config = GenerationConfig(**ids)
 

@@ -151,7 +151,7 @@ def _step(passes: Passes, batch: Batch, config: RunConfig, folder: Path | None) 
     optimizer_bytes = training.allocated_bytes(model.device) - before
     if folder is not None:
         with storage_errors(folder), tempfile.TemporaryDirectory(prefix=PREFLIGHT, dir=folder) as scratch:
-            checkpoint.save(Path(scratch), 0, lora.state_dict(model.adapted), "{}", spare, {})
+            checkpoint.save(Path(scratch), 0, lora.state_dict(model.adapted), {}, spare, {})
     return optimizer_bytes
 
 

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 
 from solotune import checkpoint
+from solotune.adapter import adapter_tensors
 from solotune.checkpoint import Checkpoint
 from solotune.config import RunConfig, section_of
 from solotune.dataset import Prepared
@@ -33,6 +34,7 @@ from solotune.errors import InputError, IntegrityError
 from solotune.events import SaveEvent
 from solotune.fingerprint import base_fingerprint, check_base
 from solotune.manifest import check_folder
+from solotune.model_source import ModelFiles
 from solotune.record import FINGERPRINTS, UNUSED, RunDirectory, latest_run_of, read_json
 from solotune.run_record import RunRecord
 from solotune.storage import remove_folder, rename
@@ -155,7 +157,7 @@ def _finished(run: RunDirectory) -> Checkpoint | None:
         return None
     before = {"bytes": end.offset}
     state = {"fingerprints": read_json(run.path / FINGERPRINTS), "optimizer": {}, "metrics": before}
-    return Checkpoint(end.event.step, checkpoint.read_adapter(run.adapter), {}, {}, state)
+    return Checkpoint(end.event.step, adapter_tensors(run.adapter), {}, {}, state)
 
 
 def _take_over(run: RunDirectory, point: Checkpoint | None) -> None:
@@ -201,14 +203,14 @@ def day_of(run: Path) -> date | None:
         raise IntegrityError(f"{path}: rendered_on is not a date", seen=written, allowed="2026-01-31") from None
 
 
-def fingerprints(config: RunConfig, prepared: Prepared, machine: Machine) -> dict[str, Any]:
+def fingerprints(config: RunConfig, prepared: Prepared, machine: Machine, model_files: ModelFiles) -> dict[str, Any]:
     """What must be the same for a resumed run to be the same run, and what its rounding follows from."""
     on_gpu = device_of(config, machine) == "cuda"
     rows = prepared.report.to_json()["sha256"]
     kept = {key: value for key, value in config.model_dump().items() if CLASSES[key] != "free"}
     return {
         "config": kept,
-        "base": base_fingerprint(config),
+        "base": base_fingerprint(model_files),
         "train_rows": rows["train"],
         "validation_rows": rows["validation"],
         "software": {name: _version(name) for name in ("torch", "transformers", "bitsandbytes")},

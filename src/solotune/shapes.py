@@ -28,12 +28,12 @@ from transformers.pytorch_utils import Conv1D
 from solotune import lora, loss, signals
 from solotune.config import RunConfig
 from solotune.costs import Growth, LayerCost, Linear, ModelShape, Pass
-from solotune.hub import model_folder
 from solotune.layers import decoder_layers
 from solotune.linear import DenseWeight, Fp8Weight, FrozenLinear
 from solotune.looks import Look, Tally, fit
 from solotune.metering import look_eager, metered
 from solotune.model import empty_model, frozen_linears
+from solotune.model_source import ModelFiles, resolve_model
 from solotune.tracing import look_compiled
 
 LENGTHS = (512, 1024, 2048)
@@ -42,16 +42,18 @@ ROWS = 2
 """Of one row some architectures need no copy that they need of several."""
 
 
-def model_shape(config: RunConfig) -> ModelShape:
-    """The shape of the model of a settled config; its `base_precision` must not be auto.
+def model_shape(config: RunConfig, model_files: ModelFiles | None = None) -> ModelShape:
+    """The shape of the model of a settled config; its `base_precision` must not be auto. Needs no weights.
+
+    Args:
+        model_files: of the config's model; None: they are looked for.
 
     Raises:
         InputError: no model there, an architecture without a list of layers, a target module that matches nothing, rows
             longer than the model's positions.
     """
-    folder = model_folder(config)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    module, attention = empty_model(config, folder, dtype, torch.device("cpu"))
+    module, attention = empty_model(config, model_files or resolve_model(config), dtype, torch.device("cpu"))
     module.tie_weights()
     absent = _absent(module)
     linears = frozen_linears(module)

@@ -19,21 +19,24 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from solotune import operations
 from solotune.errors import StorageError
-from solotune.manifest import MANIFEST, Entry, check_folder, entry_of, manifest_text
+from solotune.manifest import MANIFEST, Entry, check_folder, manifest_text
 
 PARTIAL, REMOVED = ".partial", ".removed"  # names of what is not yet, or no longer, there: `.<name>.partial`
 PREFLIGHT = ".preflight-"
-WRITE_BYTES = 16 << 20  # one write; a text that comes in pieces is gathered up to this
+WRITE_BYTES = 16 << 20  # one write; content that comes in pieces is gathered up to this
+
+Content = bytes | str | Iterable[bytes] | Iterable[str]
 
 
 @contextlib.contextmanager
@@ -61,11 +64,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_whole(path: Path, content: bytes | str | Iterator[str]) -> None:
+def write_whole(path: Path, content: Content) -> None:
     """Writes a file so that it exists complete or not at all, also across a power loss.
 
     Args:
-        content: an iterator gives a text in pieces, which need not all be in memory.
+        content: an iterable gives it in pieces, which need not all be in memory.
 
     Raises:
         StorageError: disk full, read-only, quota.
@@ -73,7 +76,7 @@ def write_whole(path: Path, content: bytes | str | Iterator[str]) -> None:
     temporary = path.with_name(f".{path.name}{PARTIAL}")
     with storage_errors(path):
         try:
-            _write_new(temporary, content)
+            _write_new(temporary, _pieces(content))
             operations.rename(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -89,17 +92,30 @@ class Folder:
         self.path = path
         self.entries: dict[str, Entry] = {}
 
-    def write(self, name: str, content: bytes | str) -> None:
-        """Writes one of its files (`name` may be in a folder: `a/b`), durably, and notes its hash for the manifest."""
-        data = content.encode() if isinstance(content, str) else content
+    def write(self, name: str, content: Content) -> None:
+        """Writes one of its files durably, and notes its hash, taken on the way, for the manifest.
+
+        Args:
+            name: may be in a folder: `a/b`.
+            content: an iterable gives it in pieces, of which two writes' worth (WRITE_BYTES each) is held in memory.
+        """
         path = self.path / name
         if not path.parent.is_dir():
             operations.mkdir(path.parent)
             operations.sync_folder(path.parent.parent)
-        _write_new(path, data)
+        digest, count = hashlib.sha256(), 0
+
+        def hashed() -> Iterator[bytes]:
+            nonlocal count
+            for piece in _pieces(content):
+                digest.update(piece)
+                count += len(piece)
+                yield piece
+
+        _write_new(path, hashed())
         if path.parent != self.path:
             operations.sync_folder(path.parent)
-        self.entries[name] = entry_of(data)
+        self.entries[name] = Entry(count, digest.hexdigest())
 
 
 @contextlib.contextmanager
@@ -119,7 +135,7 @@ def whole_folder(target: Path) -> Iterator[Folder]:
             operations.mkdir(partial)
             folder = Folder(partial)
             yield folder
-            _write_new(partial / MANIFEST, manifest_text(folder.entries))
+            _write_new(partial / MANIFEST, _pieces(manifest_text(folder.entries)))
             operations.sync_folder(partial)
             for file, problem in check_folder(partial):
                 raise OSError(errno.EIO, f"read back, {file}: {problem}")
@@ -305,18 +321,19 @@ def drop_lock(path: Path, handle: int) -> None:
     os.close(handle)
 
 
-def _write_new(path: Path, content: bytes | str | Iterator[str]) -> None:
-    """A new file with this content, synced; its folder is not."""
+def _write_new(path: Path, pieces: Iterable[bytes]) -> None:
+    """A new file of these pieces, synced; its folder is not."""
     handle = operations.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
-        for piece in _pieces(content):
+        for piece in pieces:
             operations.write(handle, path, piece)
         operations.fsync(handle, path)
     finally:
         os.close(handle)
 
 
-def _pieces(content: bytes | str | Iterator[str]) -> Iterator[bytes]:
+def _pieces(content: Content) -> Iterator[bytes]:
+    """The content in writes of at most WRITE_BYTES."""
     if isinstance(content, str):
         content = content.encode()
     if isinstance(content, bytes):
@@ -324,11 +341,15 @@ def _pieces(content: bytes | str | Iterator[str]) -> Iterator[bytes]:
             yield content[begin : begin + WRITE_BYTES]
         return
     gathered = bytearray()
-    for text in content:
-        gathered += text.encode()
-        if len(gathered) >= WRITE_BYTES:
-            yield bytes(gathered)
-            gathered.clear()
+    for piece in content:
+        rest = memoryview(piece.encode() if isinstance(piece, str) else piece)
+        while rest:
+            room = WRITE_BYTES - len(gathered)
+            gathered += rest[:room]
+            rest = rest[room:]
+            if len(gathered) == WRITE_BYTES:
+                yield bytes(gathered)
+                gathered.clear()
     yield bytes(gathered)
 
 

@@ -21,6 +21,7 @@ from solotune.costs import ModelShape, Work
 from solotune.dataset import Prepared
 from solotune.dataset.example import lengths_of
 from solotune.environment import Machine
+from solotune.model_source import ModelFiles
 from solotune.planning import Plan, full_rows
 from solotune.shapes import cpu_gflops, model_shape
 from solotune.training import Schedule, sequences
@@ -28,15 +29,22 @@ from solotune.training import Schedule, sequences
 MAX_COUNTED_MICRO_BATCHES = 20_000
 
 
-def plan_for(config: RunConfig, machine: Machine, prepared: Prepared | None, gpu: str | None = None) -> Plan:
+def plan_for(
+    config: RunConfig,
+    machine: Machine,
+    prepared: Prepared | None,
+    gpu: str | None = None,
+    model_files: ModelFiles | None = None,
+) -> Plan:
     """The plan of a config that is settled for where it would run.
 
     Args:
         prepared: its rows, where they are known.
         gpu: a card of the table, in the place of this machine's.
+        model_files: of the config's model; None: they are looked for.
     """
     card, free = card_here(machine, config) if gpu is None else (card_named(gpu), None)
-    shapes = shapes_of()
+    shapes = shapes_of(model_files)
     positions = shapes(_definite(config, card)).max_positions
     work = full_rows(config, positions) if prepared is None else work_of(config, prepared)
     return planning.make_plan(config, shapes, card, work, free)
@@ -68,12 +76,12 @@ def _definite(config: RunConfig, card: Card) -> RunConfig:
     return config.replaced("plan", base_precision=first)
 
 
-def shapes_of() -> Callable[[RunConfig], ModelShape]:
-    """`model_shape`, looked at once for all configs that differ in nothing that changes it."""
+def shapes_of(model_files: ModelFiles | None = None) -> Callable[[RunConfig], ModelShape]:
+    """`model_shape`, looked at once for all configs of a model that differ in nothing that changes it."""
 
     @cache
     def of(key: str) -> ModelShape:
-        return model_shape(asked[key])
+        return model_shape(asked[key], model_files)
 
     asked: dict[str, RunConfig] = {}
 

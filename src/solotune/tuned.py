@@ -17,6 +17,7 @@ import torch
 from transformers import TextStreamer
 
 from solotune import checkpoint, dataset, environment, evaluation, lora
+from solotune.adapter import CONFIG, read_config, read_finite_tensors
 from solotune.config import Choice, RunConfig, load_config
 from solotune.device_failure import device_errors
 from solotune.environment import Machine
@@ -24,9 +25,8 @@ from solotune.errors import InputError, IntegrityError
 from solotune.fingerprint import base_fingerprint, check_base
 from solotune.manifest import check_folder
 from solotune.model import TrainableModel, load_model
-from solotune.model_files import check_links, json_object
+from solotune.model_source import ModelFiles, resolve_model
 from solotune.record import FINGERPRINTS, RunDirectory, read_json
-from solotune.weights import check_finite
 
 
 def settle(config: RunConfig) -> tuple[RunConfig, Machine, list[Choice]]:
@@ -36,11 +36,11 @@ def settle(config: RunConfig) -> tuple[RunConfig, Machine, list[Choice]]:
     return settled, machine, choices
 
 
-def load_base(config: RunConfig, machine: Machine) -> TrainableModel:
-    """The base of a settled config with fresh adapters, where this machine computes."""
+def load_base(config: RunConfig, machine: Machine, model_files: ModelFiles | None = None) -> TrainableModel:
+    """The base of a settled config with fresh adapters, where this machine computes: see `load_model`."""
     device = torch.device(environment.device_of(config, machine))
     with device_errors(config):
-        return load_model(config, device, getattr(torch, environment.dtype_of(config)))
+        return load_model(config, device, getattr(torch, environment.dtype_of(config)), model_files)
 
 
 @dataclass
@@ -52,6 +52,7 @@ class TunedRun:
     machine: Machine
     choices: list[Choice]
     tokenizer: Any
+    base: ModelFiles | None = None  # where they had to be found for the tokenizer
 
     @classmethod
     def open(cls, path: str | Path) -> TunedRun:
@@ -63,9 +64,12 @@ class TunedRun:
         if not recorded.multiplies_in_fp8:  # what the plan chose for the card of the run may not fit here
             recorded = recorded.replaced("machine", base_residency="auto")
         config, machine, choices = settle(recorded)
-        beside = {"model_name_or_path": str(directory.adapter), "chat_template_path": None}
-        named = config.replaced("run", **beside) if directory.adapter.is_dir() else config
-        return cls(directory, config, machine, choices, dataset.load_tokenizer(named))
+        if directory.adapter.is_dir():
+            beside = {"model_name_or_path": str(directory.adapter), "chat_template_path": None}
+            tokenizer = dataset.load_tokenizer(config.replaced("run", **beside))
+            return cls(directory, config, machine, choices, tokenizer)
+        base = resolve_model(config)
+        return cls(directory, config, machine, choices, dataset.load_tokenizer(config, base), base)
 
     def load(self) -> TrainableModel:
         """The base with the run's adapter, or with its newest checkpoint's while it has not finished.
@@ -82,34 +86,14 @@ class TunedRun:
             )
         for file, problem in check_folder(folder):
             raise IntegrityError(f"{folder / file}: {problem}", change="solotune verify names all that is wrong")
-        tensors = _read_adapter(folder)
+        tensors = read_finite_tensors(folder)
         recorded = read_json(self.directory.path / FINGERPRINTS)["base"]
-        check_base(recorded, base_fingerprint(self.config), str(self.directory.path))
-        model = load_base(self.config, self.machine)
-        _check_adapter_config(folder, json.loads(lora.peft_config(self.config, model.adapted, model.module)))
+        base = (self.base or resolve_model(self.config)).with_weights()
+        check_base(recorded, base_fingerprint(base), str(self.directory.path))
+        model = load_base(self.config, self.machine, base)
+        _check_adapter_config(folder, lora.peft_config(self.config, model.adapted, model.module))
         lora.load_state_dict(model.adapted, tensors, str(folder))
         return model
-
-
-def _read_adapter(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter that may come from anywhere.
-
-    Raises:
-        InputError: it is a pickle, leads out of the folder, or is not finite.
-        IntegrityError: the file is damaged.
-    """
-    path = folder / "adapter_model.safetensors"
-    if not path.exists() and (folder / "adapter_model.bin").exists():
-        raise InputError(
-            f"{folder}: no adapter in safetensors",
-            seen="adapter_model.bin",
-            allowed="adapter_model.safetensors; formats that can run code are not read",
-        )
-    check_links(folder)
-    tensors = checkpoint.read_adapter(folder)
-    for name, tensor in tensors.items():
-        check_finite(str(path), name, tensor)
-    return tensors
 
 
 SAME = ("peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "bias", "fan_in_fan_out")
@@ -122,10 +106,7 @@ def _check_adapter_config(folder: Path, expected: dict[str, Any]) -> None:
     Raises:
         InputError: they differ, or it asks for something else than plain LoRA (`auto_mapping`, `corda_config`, DoRA).
     """
-    path = folder / "adapter_config.json"
-    if not path.exists():
-        raise InputError(f"{folder}: no adapter_config.json", allowed="an adapter that solotune wrote")
-    found = json_object(path)
+    path, found = folder / CONFIG, read_config(folder)
     for key in (*SAME, *sorted(found.keys() - {*SAME, *FREE})):
         given, wanted = found.get(key), expected.get(key)
         if key == "target_modules" and isinstance(given, list):

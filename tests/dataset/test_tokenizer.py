@@ -77,15 +77,15 @@ def test_templates_that_cannot_be(folder: Path, tmp_path: Path) -> None:
 
 def test_no_such_model(tmp_path: Path) -> None:
     assert message_of(tmp_path / "nothing") == (
-        f"model_name_or_path: {tmp_path}/nothing: no such folder\n"
-        f"  seen:    looked in {tmp_path}\n"
+        f"python, model_name_or_path: no such folder: {tmp_path}/nothing\n"
         "  change:  check the path; a hub model is named owner/name"
     )
     message = message_of("owner/no-such-model-here")
     assert message.startswith(
-        "model_name_or_path: no tokenizer could be loaded from owner/no-such-model-here\n  seen: "
+        "python, model_name_or_path: owner/no-such-model-here is not in the cache and cannot be downloaded\n"
+        "  seen:    the hub cannot be reached\n"
     )
-    assert "without a network use a local folder" in message
+    assert "name a local folder" in message
 
 
 def test_folders_that_cannot_be(folder: Path, tmp_path: Path) -> None:
@@ -97,7 +97,9 @@ def test_folders_that_cannot_be(folder: Path, tmp_path: Path) -> None:
         "  allowed: tokenizer.json, or what the model's family uses instead (tokenizer.model, tekken.json)\n"
         "  change:  copy the tokenizer files of the base model into the folder"
     )
-    assert message_of(folder / "tokenizer.json").startswith("model_name_or_path: ")
+    assert message_of(folder / "tokenizer.json").startswith(
+        f"python, model_name_or_path: {folder / 'tokenizer.json'} is a file\n"
+    )
     (folder / "tokenizer.json").write_text("{")
     assert message_of(folder).startswith(f"model_name_or_path: no tokenizer could be loaded from {folder}\n")
 

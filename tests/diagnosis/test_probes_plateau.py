@@ -14,6 +14,7 @@ from solotune.diagnosis.own import from_prepared
 from solotune.diagnosis.own_live import own_live
 from solotune.diagnosis.plateau import plateau, shape_of
 from solotune.diagnosis.subject import Settings, Subject, Trace
+from solotune.model_source import resolve_model
 
 STEPS = np.arange(1, 201)
 FLAT = 2.4 + 2 * np.exp(-STEPS / 10) + 0.03 * np.random.default_rng(0).standard_normal(200)
@@ -60,7 +61,7 @@ def test_our_own_training_as_a_live_one(chat_config):
     prepared = dataset.prepare(config, tokenizer)
     live = own_live(config, machine, tokenizer, prepared.train, prepared.validation)
     before = {name: p.clone() for name, p in live.model.named_parameters()}
-    found = probes.run_all(live, from_prepared(config, tokenizer, prepared), 4.0)
+    found = probes.run_all(live, from_prepared(config, tokenizer, prepared, resolve_model(config)), 4.0)
     assert [s for s in found.signals if not s.against and s.code not in ("F62", "F64")] == []  # rates of a random model
     assert found.measurements["P9"]["from_tokens"] < 1e-4
     assert all(torch.equal(p, before[name]) for name, p in live.model.named_parameters())

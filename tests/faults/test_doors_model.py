@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, chat_rows, save_tokenizer
 
 from solotune import cli, weights
-from solotune.architecture import read_architecture
+from solotune.architecture import read_config
 from solotune.errors import InputError
 from solotune.fingerprint import fingerprint_of
 from tests.dataset.conftest import peak_kib
@@ -707,7 +707,7 @@ def test_88_the_reader_of_config_json_refuses_code_itself(keys: dict[str, Any], 
     """The tokenizer's door, through which `train` comes as well, is not the only one."""
     config(**keys)(Path("model"))
     with pytest.raises(InputError) as caught:
-        read_architecture(Path("model"))
+        read_config(Path("model"))
     assert str(caught.value) == message
 
 

@@ -109,7 +109,7 @@ def test_every_tensor_of_the_optimizer_comes_back(tiny_config, tmp_path, name):
     parameter, optimizer = made()
     for seed in range(10):
         step(parameter, optimizer, seed)
-    folder = checkpoint.save(tmp_path, 10, {"x": parameter.data}, "{}", optimizer, {})
+    folder = checkpoint.save(tmp_path, 10, {"x": parameter.data}, {}, optimizer, {})
     again, restored = made()
     again.data.copy_(parameter.data)
     checkpoint.restore_optimizer(restored, checkpoint.load(folder), [again])
@@ -130,7 +130,7 @@ def test_the_state_of_another_optimizer_is_refused(tiny_config, tmp_path):
     optimizer = training.make_optimizer(tiny_config(optim="adamw_8bit"), [parameter])
     parameter.grad = torch.ones(8192)
     optimizer.step()
-    saved = checkpoint.load(checkpoint.save(tmp_path, 1, {"x": parameter.data}, "{}", optimizer, {}))
+    saved = checkpoint.load(checkpoint.save(tmp_path, 1, {"x": parameter.data}, {}, optimizer, {}))
     for other, size in (("paged_adamw_32bit", 8192), ("adamw_8bit", 8448), ("adamw_torch", 8192)):
         another = torch.nn.Parameter(torch.ones(size))
         with pytest.raises(IntegrityError, match="optimizer"):
@@ -228,7 +228,9 @@ def other_value(key, value):
 
 @pytest.mark.parametrize("key", sorted(key for key, kind in CLASSES.items() if kind != "free"))
 def test_a_changed_key_is_refused_or_said(workload, key):
-    then = fingerprints(workload.ready.config, workload.ready.prepared, workload.ready.machine)
+    then = fingerprints(
+        workload.ready.config, workload.ready.prepared, workload.ready.machine, workload.ready.model_files
+    )
     now = {**then, "config": {**then["config"], key: other_value(key, then["config"][key])}}
     assert now["config"][key] != then["config"][key]
     assert compare(then, then, "here") == []
@@ -241,7 +243,9 @@ def test_a_changed_key_is_refused_or_said(workload, key):
 
 
 def test_other_software_and_the_same_step_in_other_parts(workload):
-    then = fingerprints(workload.ready.config, workload.ready.prepared, workload.ready.machine)
+    then = fingerprints(
+        workload.ready.config, workload.ready.prepared, workload.ready.machine, workload.ready.model_files
+    )
     split = {**then["config"], BATCH[0]: then["config"][BATCH[0]] // 2, BATCH[1]: then["config"][BATCH[1]] * 2}
     assert len(compare(then, {**then, "config": split}, "here")) == 2
     torch_before = {**then, "software": {**then["software"], "torch": "2.0"}}

@@ -27,18 +27,21 @@ def plan(
         InputError: no such card, or a budget that it does not have.
     """
     from solotune import dataset, environment
+    from solotune.model_source import resolve_model
     from solotune.survey import for_card, plan_for
 
     display = display or SilentDisplay()
     checked = load_config(config, overrides)
     machine = environment.probe()
     checked, choices = environment.settle(checked, machine if gpu is None else for_card(gpu, machine))
+    model_files = resolve_model(checked)
     prepared, notes = None, []
     try:
         display.phase("reading data")
-        prepared = dataset.prepare(checked, dataset.load_tokenizer(checked), progress=display.progress)
+        tokenizer = dataset.load_tokenizer(checked, model_files)
+        prepared = dataset.prepare(checked, tokenizer, progress=display.progress)
     except SolotuneError as error:
         notes = [f"the data cannot be read: {error.problem}"]
     display.phase("planning")
-    found = plan_for(checked, machine, prepared, gpu)
+    found = plan_for(checked, machine, prepared, gpu, model_files)
     return replace(found, choices=[*choices, *found.choices], notes=[*notes, *found.notes])

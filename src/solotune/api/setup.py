@@ -36,6 +36,7 @@ from solotune.destination import check_destination
 from solotune.device_failure import device_errors
 from solotune.errors import InputError
 from solotune.events import PreflightEvent, ResumeEvent, StartEvent
+from solotune.model_source import ModelFiles, resolve_model
 from solotune.record import FINGERPRINTS, RunDirectory, nearest_folder
 from solotune.storage import write_whole
 from solotune.units import format_duration, gib
@@ -58,6 +59,7 @@ class Ready:
     config: RunConfig  # settled for the machine and by the plan
     machine: Machine
     choices: list[Choice]
+    model_files: ModelFiles
     tokenizer: Any
     prepared: Prepared
     planned: Plan
@@ -69,8 +71,8 @@ class Ready:
         return {"predicted": self.planned.to_json(), "preflight": self.tried and asdict(self.tried)}
 
 
-def check(checked: RunConfig, machine: Machine, resume: bool) -> None:
-    """Asks all that needs no data: the machine, the run directory, the disk below it, the model folder.
+def check(checked: RunConfig, machine: Machine, resume: bool) -> ModelFiles:
+    """The files of the model, after all checks that need no data: machine, run directory, its disk, model folder.
 
     Raises:
         SolotuneError: one of them refuses the run.
@@ -80,16 +82,18 @@ def check(checked: RunConfig, machine: Machine, resume: bool) -> None:
     if not resume:
         RunDirectory.refuse_occupied(checked)
     disk.require_writable(_folder_of(checked))
-    models.check_model(checked)
+    model_files = resolve_model(checked)
+    models.check_model(checked, model_files)
+    return model_files
 
 
-def read_data(checked: RunConfig, resume: bool, display: RunObserver) -> tuple[Any, Prepared]:
+def read_data(checked: RunConfig, model_files: ModelFiles, resume: bool, display: RunObserver) -> tuple[Any, Prepared]:
     """The tokenizer and the rows as examples, with the findings told.
 
     Raises:
         InputError: no tokenizer, rows that cannot be used, or ids beyond the embedding (F05).
     """
-    tokenizer = dataset.load_tokenizer(checked)
+    tokenizer = dataset.load_tokenizer(checked, model_files)
     display.phase("reading data")
     prepared = examined(checked, tokenizer, display.progress, resuming.recorded_day(checked, resume))
     for finding in prepared.report.findings:
@@ -99,14 +103,16 @@ def read_data(checked: RunConfig, resume: bool, display: RunObserver) -> tuple[A
     return tokenizer, prepared
 
 
-def plan(checked: RunConfig, machine: Machine, prepared: Prepared, display: RunObserver) -> Plan:
+def plan(
+    checked: RunConfig, model_files: ModelFiles, machine: Machine, prepared: Prepared, display: RunObserver
+) -> Plan:
     """The plan of a run that fits; `settled` is the config with what it chose.
 
     Raises:
         CheckError: it does not fit.
     """
     display.phase("planning")
-    planned = survey.plan_for(checked, machine, prepared)
+    planned = survey.plan_for(checked, machine, prepared, model_files=model_files)
     if not planned.fits:
         raise planned.refusal()
     watchdog.expect(planned.option.seconds.first_step)
@@ -114,7 +120,13 @@ def plan(checked: RunConfig, machine: Machine, prepared: Prepared, display: RunO
 
 
 def load_model(
-    checked: RunConfig, machine: Machine, tokenizer: Any, prepared: Prepared, resume: bool, display: RunObserver
+    checked: RunConfig,
+    model_files: ModelFiles,
+    machine: Machine,
+    tokenizer: Any,
+    prepared: Prepared,
+    resume: bool,
+    display: RunObserver,
 ) -> TrainableModel:
     """The base with fresh adapters, where the disk has room for what the run will write.
 
@@ -122,7 +134,7 @@ def load_model(
         SolotuneError: the model does not load, or there is no room.
     """
     display.phase("loading model")
-    model, folder = tuned.load_base(checked, machine), _folder_of(checked)
+    model, folder = tuned.load_base(checked, machine, model_files.with_weights()), _folder_of(checked)
     before = resuming.continued(checked) if resume else None
     existing = len(checkpoint.numbered(before.checkpoints)) if before else 0
     disk.require_room(disk.need_of(checked, model, prepared, tokenizer, existing, disk.block_bytes(folder)), folder)

@@ -80,15 +80,15 @@ def get_ready(config: RunConfig, resume: bool, display: RunObserver) -> Ready:
     from solotune.diagnosis import own
 
     checked, machine, choices = tuned.settle(config)
-    setup.check(checked, machine, resume)
-    tokenizer, prepared = setup.read_data(checked, resume, display)
-    planned = setup.plan(checked, machine, prepared, display)
+    model_files = setup.check(checked, machine, resume)
+    tokenizer, prepared = setup.read_data(checked, model_files, resume, display)
+    planned = setup.plan(checked, model_files, machine, prepared, display)
     checked = planned.settled
-    model = setup.load_model(checked, machine, tokenizer, prepared, resume, display)
+    model = setup.load_model(checked, model_files, machine, tokenizer, prepared, resume, display)
     tried = setup.try_largest_step(checked, model, prepared, display)
     choices = [*choices, *planned.choices, *model.choices]
-    subject = own.from_prepared(checked, tokenizer, prepared)
-    return setup.Ready(checked, machine, choices, tokenizer, prepared, planned, model, tried, subject)
+    subject = own.from_prepared(checked, tokenizer, prepared, model_files)
+    return setup.Ready(checked, machine, choices, model_files, tokenizer, prepared, planned, model, tried, subject)
 
 
 def _train(config: RunConfig, resume: bool, heard: Resilient) -> TrainResult:
@@ -101,7 +101,7 @@ def _train(config: RunConfig, resume: bool, heard: Resilient) -> TrainResult:
 
     ready = get_ready(config, resume, heard)
     checked, prepared, model = ready.config, ready.prepared, ready.model
-    marks = fingerprints(checked, prepared, ready.machine)
+    marks = fingerprints(checked, prepared, ready.machine, ready.model_files)
     run, start = open_run(checked, marks, resume)  # nothing is written before all that can be refused was seen
     log = LogFile(run.path / LOG)
     watchdog.stacks_into(run.path / STACKS)
@@ -151,11 +151,12 @@ def _train(config: RunConfig, resume: bool, heard: Resilient) -> TrainResult:
 
 
 def _write_adapter(run: RunDirectory, model: TrainableModel, config: RunConfig, tokenizer: Any) -> None:
-    from solotune import checkpoint, lora
+    from solotune import lora
+    from solotune.adapter import Adapter
 
     with whole_folder(run.adapter) as folder:
         peft_config = lora.peft_config(config, model.adapted, model.module)
-        checkpoint.write_adapter(folder, lora.state_dict(model.adapted), peft_config)
+        Adapter(peft_config, lora.state_dict(model.adapted)).write(folder)
         for name, content in _tokenizer_files(tokenizer):
             folder.write(name, content)
 

@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import unicodedata
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
@@ -34,6 +32,7 @@ from solotune.dataset.encode import Encoder
 from solotune.dataset.example import ids_of, lengths_of
 from solotune.dataset.tokenizer import load_tokenizer
 from solotune.errors import InputError
+from solotune.model_source import model_here
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -218,7 +217,8 @@ class Facts:
         if self.config.chat_template_path is None:
             return None
         try:
-            tokenizer = load_tokenizer(self.config.replaced("findings", chat_template_path=None))
+            without = self.config.replaced("findings", chat_template_path=None)
+            tokenizer = load_tokenizer(without, model_here(self.config))
             return ChatTemplate(tokenizer, self.report.day) if tokenizer.chat_template is not None else None
         except InputError:  # it is not here
             return None
@@ -334,26 +334,9 @@ class Facts:
     @cached_property
     def model_files(self) -> dict[str, dict[str, Any]]:
         """config.json and generation_config.json of the model, as far as they lie on this machine; else empty."""
-        return {name: self._model_file(name) for name in ("config.json", "generation_config.json")}
-
-    def _model_file(self, name: str) -> dict[str, Any]:
-        folder = Path(os.path.expanduser(self.config.model_name_or_path))
-        path: Any = folder / name
-        if not folder.is_dir():
-            from huggingface_hub import try_to_load_from_cache
-            from huggingface_hub.errors import HFValidationError
-
-            try:
-                path = try_to_load_from_cache(self.config.model_name_or_path, name, revision=self.config.model_revision)
-            except HFValidationError:
-                return {}
-            if not isinstance(path, str):
-                return {}
-        try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}  # the model's loader says what is wrong with it
-        return found if isinstance(found, dict) else {}
+        files = model_here(self.config)
+        names = ("config.json", "generation_config.json")
+        return {name: {} if files is None else files.json_or_empty(name) for name in names}
 
     @cached_property
     def num_embeddings(self) -> int | None:

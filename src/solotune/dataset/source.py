@@ -30,11 +30,10 @@ from solotune import watchdog
 from solotune.dataset.files import FORMATS, format_of, read_file
 from solotune.dataset.row import Row
 from solotune.errors import InputError
-from solotune.hub import offline_if_unreachable
+from solotune.hub import is_local_path, offline_if_unreachable
 from solotune.units import first_line
 
 _SLICE = re.compile(r"(?P<name>[^\[\]+]*)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SPLIT_WORDS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
 
 
@@ -202,10 +201,7 @@ def _is_local(name: str) -> bool:
     if os.path.lexists(path):
         return True
     looks_like_a_path = (
-        format_of(path) is not None
-        or path.suffix in (".txt", ".gz", ".zst", ".xlsx", ".zip")
-        or name.startswith((".", "~", "/", "\\"))
-        or not _HUB_ID.fullmatch(name)
+        format_of(path) is not None or path.suffix in (".txt", ".gz", ".zst", ".xlsx", ".zip") or is_local_path(name)
     )
     if looks_like_a_path:
         raise _no_such_file(name, path)

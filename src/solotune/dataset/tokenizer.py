@@ -2,8 +2,7 @@
 
     tokenizer = load_tokenizer(config)     # chat_template_path replaces the template
 
-A local folder is read without touching the network. Of a hub id the tokenizer's files are fetched (token, cache and
-`HF_HUB_OFFLINE` all hold), and looked at like those of a local folder before transformers reads them.
+Files that were downloaded are looked at like those of a local folder before transformers reads them.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from solotune.config import RunConfig
 from solotune.dataset.sandbox import TemplateRefusal, TemplateSyntax, sandbox
 from solotune.dataset.tokenizer_files import MAX_TEMPLATE_BYTES, check_tokenizer_files
 from solotune.errors import InputError
-from solotune.hub import tokenizer_folder
+from solotune.model_source import ModelFiles, resolve_model
 from solotune.units import first_line
 
 if TYPE_CHECKING:
@@ -36,28 +35,22 @@ _TOKENIZER_FILES = (
 )
 
 
-def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: RunConfig, model_files: ModelFiles | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of `config.model_name_or_path`, with `chat_template_path` in place of its template if given.
+
+    Args:
+        model_files: of the config's model; None: they are looked for.
 
     Raises:
         InputError: no such folder or model, no tokenizer in it, code of its own, or a template that does not parse.
     """
     from transformers import AutoTokenizer
 
-    name = config.model_name_or_path
-    folder = Path(os.path.expanduser(name))
-    is_local = os.path.exists(folder)  # Path.exists raises on a name that is too long
-    if is_local:
-        _check_folder(name, folder)
-    elif name.startswith((".", "~", "/")) or name.count("/") > 1:
-        raise InputError(
-            f"model_name_or_path: {name}: no such folder",
-            seen=f"looked in {folder.parent.resolve()}",
-            change="check the path; a hub model is named owner/name",
-        )
+    model_files = model_files or resolve_model(config)
+    folder = model_files.folder
+    if model_files.is_local:
+        _check_has_tokenizer(model_files)
     try:
-        if not is_local:
-            folder = tokenizer_folder(name, config.model_revision)
         check_tokenizer_files(folder)
         # where mistral-common is installed, transformers would take its tokenizer, which uses no chat template
         tokenizer = AutoTokenizer.from_pretrained(
@@ -68,10 +61,10 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     # transformers raises OSError, ValueError, KeyError, json and Rust errors for one and the same user mistake
     except Exception as error:
         raise InputError(
-            f"model_name_or_path: no tokenizer could be loaded from {name}",
+            f"model_name_or_path: no tokenizer could be loaded from {model_files.name}",
             seen=first_line(error),
-            allowed="a folder with tokenizer files, or a hub model that this machine can reach or has in its cache",
-            change=_what_to_change(str(error), is_local=is_local),
+            allowed="a model folder or a hub model with tokenizer files that transformers can read",
+            change=_what_to_change(str(error), is_local=model_files.is_local),
         ) from None
     _name_ends(tokenizer)
     if config.chat_template_path is not None:
@@ -84,10 +77,7 @@ def _what_to_change(error: str, *, is_local: bool) -> str:
         return "pip install mistral-common, or use a copy of the model with a tokenizer.json"
     if is_local:
         return "check the folder's tokenizer files"
-    return (
-        "check the name and model_revision; without a network use a local folder; "
-        "for a gated model log in with `hf auth login`"
-    )
+    return "check model_revision; without a network use a local folder with all of the tokenizer's files"
 
 
 def _name_ends(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -109,13 +99,12 @@ def spelled(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | np.ndarray)
     return texts
 
 
-def _check_folder(name: str, folder: Path) -> None:
-    if not folder.is_dir():
-        raise InputError(f"model_name_or_path: {name} is a file", allowed="a folder, or a hub id")
+def _check_has_tokenizer(model_files: ModelFiles) -> None:
+    folder = model_files.folder
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         present = sorted(path.name for path in folder.iterdir())
         raise InputError(
-            f"model_name_or_path: {name} has no tokenizer files",
+            f"model_name_or_path: {model_files.name} has no tokenizer files",
             seen=", ".join(present[:8]) or "an empty folder",
             allowed="tokenizer.json, or what the model's family uses instead (tokenizer.model, tekken.json)",
             change="copy the tokenizer files of the base model into the folder",

@@ -180,10 +180,10 @@ def _saved(folder: Path, places: list[Path], settings: Settings, missing: dict[s
             else "there is no adapter_model.safetensors"
         )
         return None
-    from solotune import checkpoint
+    from solotune.adapter import adapter_tensors
 
     try:
-        tensors = checkpoint.read_adapter(file.parent)
+        tensors = adapter_tensors(file.parent)
     except SolotuneError as error:
         missing["saved"] = error.problem
         return None
@@ -203,10 +203,10 @@ def _in_checkpoint(file: Path, tensors: Mapping[str, Any]) -> Mapping[str, Any] 
     newest = newest_checkpoint(file.parent)
     if newest is None or not (newest / file.name).is_file():
         return None
-    from solotune import checkpoint
+    from solotune.adapter import adapter_tensors
 
     try:
-        return checkpoint.read_adapter(newest)
+        return adapter_tensors(newest)
     except SolotuneError:
         return None
 

@@ -18,7 +18,7 @@ import torch
 from solotune.config import RunConfig
 from solotune.dataset import Example, Prepared, load_tokenizer
 from solotune.dataset.examined import examined
-from solotune.dataset.findings_facts import Facts
+from solotune.dataset.findings_facts import Finding
 from solotune.dataset.report import DataReport
 from solotune.diagnosis import foreign_config, own, sft_rows
 from solotune.diagnosis.arithmetic import setting
@@ -27,6 +27,7 @@ from solotune.diagnosis.raw_rows import raw_chats
 from solotune.diagnosis.run_files import json_of
 from solotune.diagnosis.subject import Live, Subject
 from solotune.errors import SolotuneError
+from solotune.model_source import ModelFiles, model_here
 
 
 def first_with(places: Sequence[Path], name: str) -> Path | None:
@@ -42,14 +43,17 @@ def with_base_and_rows(subject: Subject, places: list[Path], missing: dict[str, 
     if rows:
         chats = raw_chats(rows, str(get("dataset_split") or "train"))
     config = foreign_config.as_run_config(subject.settings, base or str(places[0]), rows or "unknown.jsonl")
-    files = Facts(config, None, [], [], DataReport("")).model_files  # type: ignore[arg-type] - only files are asked for
-    generation = json_of(first_with(places, "generation_config.json")) or files["generation_config.json"]
-    subject = replace(subject, model_config=files["config.json"], generation_config=generation, conversations=chats)
-    if not files["config.json"]:
+    base_files = model_here(config)
+    base_config = base_files.json_or_empty("config.json") if base_files else {}
+    generation = json_of(first_with(places, "generation_config.json"))
+    if not generation and base_files:
+        generation = base_files.json_or_empty("generation_config.json")
+    subject = replace(subject, model_config=base_config, generation_config=generation, conversations=chats)
+    if not base_config:
         missing["model_config"] = f"the base {base or '(no name of it is known)'} is not on this machine"
         missing["live"] = missing["model_config"]
     tokenizer = _tokenizer(config, places, missing)
-    subject = replace(subject, tokenizer=tokenizer, base_template=_template_of_base(config, tokenizer))
+    subject = replace(subject, tokenizer=tokenizer, base_template=_template_of_base(config, base_files, tokenizer))
     if tokenizer is None or not rows:
         why = "--dataset names the data that it was trained on" if not rows else missing["tokenizer"]
         missing |= {part: why for part in ("train", "validation", "live") if part not in missing}
@@ -62,9 +66,9 @@ def with_base_and_rows(subject: Subject, places: list[Path], missing: dict[str, 
         missing |= dict.fromkeys(("train", "validation"), error.problem)
         missing.setdefault("live", error.problem)
         return replace(subject, refusals=[*subject.refusals, *of_refusal(error)])
-    rest = own.from_prepared(config, tokenizer, prepared)
+    findings = [Finding(**found) for found in prepared.report.findings]
     missing["batches"] = "no file holds them; probes see the rows as solotune renders and masks them"
-    subject = replace(subject, train=rest.train, validation=rest.validation, findings=rest.findings)
+    subject = replace(subject, train=prepared.train, validation=prepared.validation, findings=findings)
     return _with_live(subject, config, prepared, places, missing)
 
 
@@ -72,11 +76,13 @@ def _with_live(
     subject: Subject, config: RunConfig, prepared: Prepared, places: list[Path], missing: dict[str, str]
 ) -> Subject:
     """Where the base is here and fits: how to load it, with the adapter as it was saved."""
-    why = missing.get("live") or own.too_large(subject) or _not_here(config)
+    base_files = model_here(config)
+    why = missing.get("live") or own.too_large(subject) or _not_here(config, base_files)
     if why is not None:
         missing["live"] = why
         return subject
-    load = own.live_of(_loadable(config, subject), subject.tokenizer, prepared, _adapter_folder(places))
+    folder = _adapter_folder(places)
+    load = own.live_of(_loadable(config, subject), subject.tokenizer, prepared, folder, base_files)
     return replace(subject, live=_as_saved(load, subject))
 
 
@@ -162,31 +168,22 @@ def _tokenizer(config: RunConfig, places: list[Path], missing: dict[str, str]) -
     return None
 
 
-def _template_of_base(config: RunConfig, tokenizer: Any) -> str:
+def _template_of_base(config: RunConfig, base_files: ModelFiles | None, tokenizer: Any) -> str:
     """The base's own chat template, where the folder's tokenizer has another one."""
     try:
-        own_template = (
-            load_tokenizer(config).chat_template if own.expanded(config.model_name_or_path).is_dir() else None
-        )
+        is_folder = base_files is not None and base_files.is_local
+        own_template = load_tokenizer(config, base_files).chat_template if is_folder else None
     except SolotuneError:
         own_template = None
     is_other = isinstance(own_template, str) and own_template != tokenizer.chat_template
     return str(own_template) if is_other else ""
 
 
-def _not_here(config: RunConfig) -> str | None:
+def _not_here(config: RunConfig, base_files: ModelFiles | None) -> str | None:
     """Why the base's weights cannot be loaded without asking a network; None where they can."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    if own.expanded(config.model_name_or_path).is_dir():
+    names = ("model.safetensors", "model.safetensors.index.json")
+    if base_files and (base_files.is_local or any((base_files.folder / name).is_file() for name in names)):
         return None
-    try:
-        for name in ("model.safetensors", "model.safetensors.index.json"):
-            if isinstance(try_to_load_from_cache(config.model_name_or_path, name, revision=config.model_revision), str):
-                return None
-    except HFValidationError:
-        pass
     return f"the weights of {config.model_name_or_path} are not on this machine"
 
 

@@ -22,14 +22,14 @@ from typing import Any
 from solotune.config import RunConfig
 from solotune.dataset import Prepared, load_tokenizer
 from solotune.dataset.examined import examined
-from solotune.dataset.findings_facts import Facts, Finding
-from solotune.dataset.report import DataReport
+from solotune.dataset.findings_facts import Finding
 from solotune.diagnosis import arithmetic, run_files
 from solotune.diagnosis.evidence import Signal, of_refusal
 from solotune.diagnosis.own_live import batches_of, own_live
 from solotune.diagnosis.subject import Live, Settings, Subject
 from solotune.environment import ram
 from solotune.errors import IntegrityError, SolotuneError
+from solotune.model_source import ModelFiles, resolve_model
 from solotune.record import RunDirectory
 from solotune.run_record import RunRecord
 from solotune.units import gib
@@ -47,15 +47,14 @@ def settings_of(config: RunConfig) -> Settings:
     return Settings({**config.model_dump(), **fixed}, sources=sources)
 
 
-def from_prepared(config: RunConfig, tokenizer: Any, prepared: Prepared) -> Subject:
+def from_prepared(config: RunConfig, tokenizer: Any, prepared: Prepared, model_files: ModelFiles) -> Subject:
     """A training that is about to begin: its settings and its rows, of which nothing has run yet."""
-    files = Facts(config, tokenizer, prepared.train, prepared.validation, prepared.report).model_files
     return Subject(
         name=config.name,
         settings=settings_of(config),
         tokenizer=tokenizer,
-        model_config=files["config.json"],
-        generation_config=files["generation_config.json"],
+        model_config=model_files.json_or_empty("config.json"),
+        generation_config=model_files.json_or_empty("generation_config.json"),
         train=prepared.train,
         validation=prepared.validation,
         findings=[Finding(**found) for found in prepared.report.findings],
@@ -68,7 +67,7 @@ def of_config(config: RunConfig) -> Subject:
 
     What cannot be read (the base, the data) is missing from the subject, and said.
     """
-    return _with_rows(config, load_settled(config), None)
+    return _with_rows(config, load_settled(config), None, _found(config))
 
 
 def load_settled(config: RunConfig) -> RunConfig:
@@ -81,28 +80,47 @@ def load_settled(config: RunConfig) -> RunConfig:
         return config
 
 
-def _with_rows(config: RunConfig, settled: RunConfig, adapter: Path | None, rendered_on: Any = None) -> Subject:
+def _found(config: RunConfig) -> ModelFiles | SolotuneError:
+    """The model, or why there is none."""
+    try:
+        return resolve_model(config)
+    except SolotuneError as error:
+        return error
+
+
+def _with_rows(
+    config: RunConfig,
+    settled: RunConfig,
+    adapter: Path | None,
+    model_files: ModelFiles | SolotuneError,
+    rendered_on: Any = None,
+) -> Subject:
     """Settings, tokenizer, rows and the way to a live model, as far as they can be had."""
     plain = Subject(config.name, settings_of(settled))
     try:
-        tokenizer = load_tokenizer(config)
+        if isinstance(model_files, SolotuneError):
+            raise model_files
+        tokenizer = load_tokenizer(config, model_files)
     except SolotuneError as error:
         why = dict.fromkeys(("tokenizer", "train", "validation", "live", "model_config"), error.problem)
         return replace(plain, missing=why, conversations=_conversations(config), refusals=of_refusal(error))
     try:
         prepared = examined(config, tokenizer, rendered_on=rendered_on)
-        subject = replace(from_prepared(settled, tokenizer, prepared), name=config.name)
+        subject = replace(from_prepared(settled, tokenizer, prepared, model_files), name=config.name)
     except SolotuneError as error:
         why = dict.fromkeys(("train", "validation", "live"), error.problem)
-        files = Facts(config, tokenizer, [], [], DataReport("")).model_files
-        configs = {"model_config": files["config.json"], "generation_config": files["generation_config.json"]}
-        chats = _conversations(config)
         return replace(
-            plain, tokenizer=tokenizer, missing=why, conversations=chats, refusals=of_refusal(error), **configs
+            plain,
+            tokenizer=tokenizer,
+            missing=why,
+            conversations=_conversations(config),
+            refusals=of_refusal(error),
+            model_config=model_files.json_or_empty("config.json"),
+            generation_config=model_files.json_or_empty("generation_config.json"),
         )
     if (why := too_large(subject)) is not None:
         return replace(subject, missing={"live": why})
-    return replace(subject, live=live_of(settled, tokenizer, prepared, adapter))
+    return replace(subject, live=live_of(settled, tokenizer, prepared, adapter, model_files))
 
 
 def _conversations(config: RunConfig) -> list[list[dict[str, Any]]]:
@@ -142,17 +160,23 @@ def _free_bytes() -> int:
     return int(torch.cuda.mem_get_info(0)[0]) if torch.cuda.is_available() else ram()[1]
 
 
-def live_of(config: RunConfig, tokenizer: Any, prepared: Prepared, adapter: Path | None) -> Callable[[], Live]:
+def live_of(
+    config: RunConfig,
+    tokenizer: Any,
+    prepared: Prepared,
+    adapter: Path | None,
+    model_files: ModelFiles | None = None,
+) -> Callable[[], Live]:
     """Loads the base with its adapters, fresh or those of a folder, once."""
 
     @cache
     def load() -> Live:
-        from solotune import checkpoint
+        from solotune.adapter import adapter_tensors
         from solotune.tuned import settle
 
         settled, machine, _ = settle(config.replaced("diagnosis", torch_compile=False))
-        tensors = checkpoint.read_adapter(adapter) if adapter is not None else None
-        return own_live(settled, machine, tokenizer, prepared.train, prepared.validation, tensors)
+        tensors = adapter_tensors(adapter) if adapter is not None else None
+        return own_live(settled, machine, tokenizer, prepared.train, prepared.validation, tensors, model_files)
 
     return load
 
@@ -169,7 +193,8 @@ def from_run(path: str | Path) -> Subject:
     run = RunDirectory.open(path)
     config = run_files.recorded(run)
     adapter = run_files.newest_adapter(run)
-    subject = _with_rows(config, load_settled(config), adapter, run_files.day(run))
+    model_files = _found(config)
+    subject = _with_rows(config, load_settled(config), adapter, model_files, run_files.day(run))
     saved = run_files.saved_of(adapter) if adapter is not None else None
     missing = dict(subject.missing)
     if saved is None:
@@ -177,7 +202,7 @@ def from_run(path: str | Path) -> Subject:
         if adapter is not None:
             missing["adapter"] = missing["saved"]
     record = RunRecord.read(run.path)
-    refusals = [*subject.refusals, *_other_base(record, config)]
+    refusals = [*subject.refusals, *_other_base(record, model_files)]
     return replace(
         subject,
         name=run.path.name,
@@ -191,17 +216,19 @@ def from_run(path: str | Path) -> Subject:
     )
 
 
-def _other_base(record: RunRecord, config: RunConfig) -> list[Signal]:
+def _other_base(record: RunRecord, model_files: ModelFiles | SolotuneError) -> list[Signal]:
     """What `solotune chat` would refuse: the base in its folder is not the one that was trained on."""
     from solotune.fingerprint import base_fingerprint, check_base
 
+    if isinstance(model_files, SolotuneError):  # it is not here, which is said elsewhere
+        return []
     recorded = (record.fingerprints or {}).get("base")
     try:
         if isinstance(recorded, dict) and set(recorded) >= {"config", "tensors", "content"}:
-            check_base(recorded, base_fingerprint(config), config.model_name_or_path)
+            check_base(recorded, base_fingerprint(model_files), model_files.name)
     except IntegrityError as error:
         return of_refusal(error)
-    except SolotuneError:  # it is not here, which is said elsewhere
+    except SolotuneError:  # its weights are not here, or damaged, which is said elsewhere
         pass
     return []
 

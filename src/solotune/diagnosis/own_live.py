@@ -1,7 +1,7 @@
 """A training of ours as a `Live`: its model, its batches as dicts, its loss, its evaluation, its way of answering.
 
     live = own_live(config, tokenizer, prepared.train, prepared.validation)            before a run: fresh adapters
-    live = own_live(config, ..., tensors=checkpoint.read_adapter(folder))              with a run's adapters
+    live = own_live(config, ..., tensors=adapter_tensors(folder))              with a run's adapters
 
 The batches are those of the first steps, made by `batch.py`; only pads are written as the tokenizer's, where ours are
 any id, so that who looks at ids alone can tell them. Loss and accumulation are those of `training`, through its code.
@@ -24,6 +24,7 @@ from solotune.diagnosis.documents import IGNORED
 from solotune.diagnosis.subject import Live
 from solotune.environment import Machine
 from solotune.model import TrainableModel
+from solotune.model_source import ModelFiles
 
 NUM_BATCHES = 8
 NUM_EVALUATED = 8  # held-out rows of the evaluation that a probe repeats
@@ -78,17 +79,19 @@ def own_live(
     train: Sequence[Example],
     validation: Sequence[Example],
     tensors: Mapping[str, torch.Tensor] | None = None,
+    model_files: ModelFiles | None = None,
 ) -> Live:
     """Loads the model on this machine.
 
     Args:
         config: settled for this machine (`tuned.settle`).
         tensors: the adapter of a run; None: fresh ones.
+        model_files: of the config's model; None: they are looked for.
 
     Raises:
         InputError: see `model.load_model`; or the adapter does not fit.
     """
-    model = tuned.load_base(config, machine)
+    model = tuned.load_base(config, machine, model_files)
     if tensors is not None:
         lora.load_state_dict(model.adapted, tensors, "the run's adapter")
     held_out = [validation[i] for i in range(min(NUM_EVALUATED, len(validation)))]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from solotune import __version__, checkpoint
+from solotune.adapter import adapter_tensors
 from solotune.config import RunConfig, load_config
 from solotune.dataset.findings_facts import Finding
 from solotune.diagnosis.subject import Saved, Trace
@@ -70,7 +71,7 @@ def json_of(path: Path | None) -> dict[str, Any]:
 def saved_of(folder: Path) -> Saved | None:
     """The adapter of a folder, ours or PEFT's; None where there is none that can be read."""
     try:
-        tensors = checkpoint.read_adapter(folder)
+        tensors = adapter_tensors(folder)
     except SolotuneError:
         return None
     has_state = (folder / "state.json").is_file()

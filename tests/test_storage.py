@@ -1,0 +1,72 @@
+"""Files that are written in pieces: bounded memory, the hash of what was written, and nothing left of a failure."""
+
+from __future__ import annotations
+
+import hashlib
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from solotune import operations, storage
+from solotune.manifest import Entry, check_folder
+
+CHUNK = 1 << 20
+
+
+def chunks(count: int) -> Iterator[bytes]:
+    """Chunks of a MiB that differ from one another."""
+    for number in range(count):
+        yield bytes([number]) * CHUNK
+
+
+def test_a_file_of_many_chunks_is_written_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "WRITE_BYTES", 4 * CHUNK)
+    tracemalloc.start()
+    try:
+        with storage.whole_folder(tmp_path / "made") as folder:
+            folder.write("shard", chunks(64))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    expected = hashlib.sha256(b"".join(chunks(64))).hexdigest()
+    assert hashlib.sha256((tmp_path / "made/shard").read_bytes()).hexdigest() == expected
+    assert folder.entries["shard"] == Entry(64 * CHUNK, expected)
+    assert check_folder(tmp_path / "made") == []
+    assert peak < 16 * CHUNK  # of 64: what is gathered, its copy, and the chunk that comes
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"bytes longer than a write", "text, \u00e9", iter(["text ", "in pieces, longer than one write"]),
+                iter([b"", b"a piece longer than a write", b"!"])],
+)  # fmt: skip
+def test_every_kind_of_content_is_hashed_as_it_is_on_disk(
+    content: storage.Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "WRITE_BYTES", 8)
+    writes: list[bytes] = []
+    with operations.watched(lambda kind, _, written: writes.append(written) if kind == "write" else None):
+        folder = storage.Folder(tmp_path)
+        folder.write("file", content)
+    on_disk = (tmp_path / "file").read_bytes()
+    assert on_disk == b"".join(writes) and max(map(len, writes), default=0) <= 8
+    assert folder.entries["file"] == Entry(len(on_disk), hashlib.sha256(on_disk).hexdigest())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no more"), KeyboardInterrupt()])
+def test_nothing_stays_of_an_iterator_that_fails(error: BaseException, tmp_path: Path) -> None:
+    def failing() -> Iterator[bytes]:
+        yield bytes(storage.WRITE_BYTES)
+        yield b"more"
+        raise error
+
+    with storage.whole_folder(tmp_path / "old") as folder:
+        folder.write("file", b"old")
+    for target in ("new", "old"):
+        with pytest.raises(type(error)), storage.whole_folder(tmp_path / target) as folder:
+            folder.write("file", failing())
+    with pytest.raises(type(error)):
+        storage.write_whole(tmp_path / "whole", failing())
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "manifest.json", "old"]
+    assert (tmp_path / "old/file").read_bytes() == b"old"
