@@ -30,10 +30,10 @@ from solotune import (
 )
 from solotune.config import Choice, RunConfig
 from solotune.dataset import pack
-from solotune.dataset.examined import examined
 from solotune.destination import check_destination
 from solotune.device_failure import device_errors
 from solotune.diagnosis import own
+from solotune.diagnosis.data_checks import check_rows
 from solotune.errors import InputError
 from solotune.planning import in_gib
 from solotune.record import FINGERPRINTS, RunDirectory, nearest_folder
@@ -81,11 +81,14 @@ def get_ready(config: RunConfig, resume: bool, display: Display) -> Ready:
     models.check_model(checked)
     tokenizer = dataset.load_tokenizer(checked)
     display.phase("reading data")
-    prepared = examined(checked, tokenizer, display.progress, resuming.recorded_day(checked, resume))
-    for finding in prepared.report.findings:
-        display.note(f"{finding['severity']} {finding['code']} {finding['slug']}: {finding['message']}")
-        if finding["code"] == "F05":  # no opinion: its lookup would fail, on a GPU without a word of what is wrong
-            raise InputError(finding["message"], change=finding["fix"], fault="F05")
+    day = resuming.recorded_day(checked, resume)
+    prepared = dataset.prepare(checked, tokenizer, progress=display.progress, rendered_on=day)
+    findings = check_rows(checked, tokenizer, prepared)
+    prepared = prepared.with_findings(finding.to_json() for finding in findings)
+    for finding in findings:
+        display.note(f"{finding.severity} {finding.code} {finding.slug}: {finding.message}")
+        if finding.code == "F05":  # no opinion: its lookup would fail, on a GPU without a word of what is wrong
+            raise InputError(finding.message, change=finding.fix, fault="F05")
     display.phase("planning")
     planned = survey.plan_for(checked, machine, prepared)
     if not planned.fits:
@@ -103,7 +106,7 @@ def get_ready(config: RunConfig, resume: bool, display: Display) -> Ready:
         with device_errors(checked):
             tried = preflight.preflight(model, prepared.train, prepared.validation, checked, folder)
     choices = [*choices, *planned.choices, *model.choices]
-    subject = own.from_prepared(checked, tokenizer, prepared)
+    subject = own.from_prepared(checked, tokenizer, prepared, findings)
     return Ready(checked, machine, choices, tokenizer, prepared, planned, model, tried, subject)
 
 

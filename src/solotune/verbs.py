@@ -106,11 +106,13 @@ def data(
 ) -> DataPreview:
     """Reads, splits, renders and masks the data as training would; says what is wrong with it and shows some rows."""
     from solotune import dataset
-    from solotune.dataset.examined import examined
+    from solotune.diagnosis.data_checks import check_rows
 
     checked = load_config(config, overrides)
     tokenizer = dataset.load_tokenizer(checked)
-    prepared = examined(checked, tokenizer, (display or SilentDisplay()).progress)
+    prepared = dataset.prepare(checked, tokenizer, progress=(display or SilentDisplay()).progress)
+    found = check_rows(checked, tokenizer, prepared)
+    prepared = prepared.with_findings(finding.to_json() for finding in found)
     shown = [
         ShownRow(
             row.where,

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 
 from solotune.config import RunConfig
-from solotune.dataset import Example, Prepared, load_tokenizer
-from solotune.dataset.examined import examined
-from solotune.dataset.findings_facts import Facts
-from solotune.dataset.report import DataReport
+from solotune.dataset import DataReport, Example, Prepared, load_tokenizer, prepare
 from solotune.diagnosis import foreign_config, own, sft_rows
 from solotune.diagnosis.arithmetic import setting
+from solotune.diagnosis.data_checks import check_rows
 from solotune.diagnosis.evidence import of_refusal
 from solotune.diagnosis.raw_rows import raw_chats
+from solotune.diagnosis.row_facts import model_files
 from solotune.diagnosis.run_files import json_of
 from solotune.diagnosis.subject import Live, Subject
 from solotune.errors import SolotuneError
@@ -42,7 +41,7 @@ def with_base_and_rows(subject: Subject, places: list[Path], missing: dict[str, 
     if rows:
         chats = raw_chats(rows, str(get("dataset_split") or "train"))
     config = foreign_config.as_run_config(subject.settings, base or str(places[0]), rows or "unknown.jsonl")
-    files = Facts(config, None, [], [], DataReport("")).model_files  # type: ignore[arg-type] - only files are asked for
+    files = model_files(config)
     generation = json_of(first_with(places, "generation_config.json")) or files["generation_config.json"]
     subject = replace(subject, model_config=files["config.json"], generation_config=generation, conversations=chats)
     if not files["config.json"]:
@@ -57,14 +56,14 @@ def with_base_and_rows(subject: Subject, places: list[Path], missing: dict[str, 
     if (made := _as_trl_made_them(subject, tokenizer)) is not None:
         return _with_rows_of_trl(subject, made, config, places, missing)
     try:
-        prepared = examined(config, tokenizer)
+        prepared = prepare(config, tokenizer)
+        findings = check_rows(config, tokenizer, prepared)
     except SolotuneError as error:
         missing |= dict.fromkeys(("train", "validation"), error.problem)
         missing.setdefault("live", error.problem)
         return replace(subject, refusals=[*subject.refusals, *of_refusal(error)])
-    rest = own.from_prepared(config, tokenizer, prepared)
     missing["batches"] = "no file holds them; probes see the rows as solotune renders and masks them"
-    subject = replace(subject, train=rest.train, validation=rest.validation, findings=rest.findings)
+    subject = replace(subject, train=prepared.train, validation=prepared.validation, findings=findings)
     return _with_live(subject, config, prepared, places, missing)
 
 

@@ -1,8 +1,8 @@
 """A subject out of what is ours: rows that are prepared, a config, a run directory.
 
-    from_prepared(config, tokenizer, prepared)     what the verb train has in hand
-    of_config(config)                              before a run
-    from_run("runs/demo")                          during or after it: finished, crashed, unfinished, resumed
+    from_prepared(config, tokenizer, prepared, findings)     what the verb train has in hand
+    of_config(config)                                        before a run
+    from_run("runs/demo")                                    during or after it: finished, crashed, unfinished, resumed
 
 Whatever is not there (the base model, the data, a file of the run) is named in `missing` with its reason, and the rest
 is judged without it. A run's files are read as they are: metrics with a torn last line, with NaN, empty or absent.
@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from solotune.config import RunConfig
-from solotune.dataset import Prepared, load_tokenizer
-from solotune.dataset.examined import examined
-from solotune.dataset.findings_facts import Facts, Finding
-from solotune.dataset.report import DataReport
+from solotune.dataset import Prepared, load_tokenizer, prepare
 from solotune.diagnosis import arithmetic, run_files
+from solotune.diagnosis.data_checks import check_rows
 from solotune.diagnosis.evidence import Signal, of_refusal
+from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.own_live import batches_of, own_live
+from solotune.diagnosis.row_facts import model_files
 from solotune.diagnosis.subject import Live, Settings, Subject
 from solotune.environment import ram
 from solotune.errors import IntegrityError, SolotuneError
@@ -45,9 +45,13 @@ def settings_of(config: RunConfig) -> Settings:
     return Settings({**config.model_dump(), **fixed}, sources=sources)
 
 
-def from_prepared(config: RunConfig, tokenizer: Any, prepared: Prepared) -> Subject:
-    """A training that is about to begin: its settings and its rows, of which nothing has run yet."""
-    files = Facts(config, tokenizer, prepared.train, prepared.validation, prepared.report).model_files
+def from_prepared(config: RunConfig, tokenizer: Any, prepared: Prepared, findings: list[Finding]) -> Subject:
+    """A training that is about to begin: its settings and its rows, of which nothing has run yet.
+
+    Args:
+        findings: what `check_rows` says of the rows.
+    """
+    files = model_files(config)
     return Subject(
         name=config.name,
         settings=settings_of(config),
@@ -56,7 +60,7 @@ def from_prepared(config: RunConfig, tokenizer: Any, prepared: Prepared) -> Subj
         generation_config=files["generation_config.json"],
         train=prepared.train,
         validation=prepared.validation,
-        findings=[Finding(**found) for found in prepared.report.findings],
+        findings=findings,
         batches=batches_of(config, tokenizer, prepared.train),
     )
 
@@ -88,11 +92,12 @@ def _with_rows(config: RunConfig, settled: RunConfig, adapter: Path | None, rend
         why = dict.fromkeys(("tokenizer", "train", "validation", "live", "model_config"), error.problem)
         return replace(plain, missing=why, conversations=_conversations(config), refusals=of_refusal(error))
     try:
-        prepared = examined(config, tokenizer, rendered_on=rendered_on)
-        subject = replace(from_prepared(settled, tokenizer, prepared), name=config.name)
+        prepared = prepare(config, tokenizer, rendered_on=rendered_on)
+        findings = check_rows(config, tokenizer, prepared)
+        subject = replace(from_prepared(settled, tokenizer, prepared, findings), name=config.name)
     except SolotuneError as error:
         why = dict.fromkeys(("train", "validation", "live"), error.problem)
-        files = Facts(config, tokenizer, [], [], DataReport("")).model_files
+        files = model_files(config)
         configs = {"model_config": files["config.json"], "generation_config": files["generation_config.json"]}
         chats = _conversations(config)
         return replace(

@@ -13,7 +13,7 @@ import numpy as np
 
 from solotune import __version__, checkpoint
 from solotune.config import RunConfig, load_config
-from solotune.dataset.findings_facts import Finding
+from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.subject import Saved, Trace
 from solotune.errors import InputError, SolotuneError
 from solotune.record import RunDirectory
@@ -58,8 +58,7 @@ def summary(events: Events) -> dict[str, Any]:
 def findings(run: RunDirectory) -> list[Finding]:
     """What the data door said when the run began, where the rows are not here any more."""
     found = json_of(run.path / "data.json").get("findings")
-    names = set(Finding.__dataclass_fields__)
-    return [Finding(**one) for one in found or () if isinstance(one, dict) and set(one) == names]
+    return [finding for one in found or () if (finding := Finding.from_json(one)) is not None]
 
 
 def json_of(path: Path | None) -> dict[str, Any]:
