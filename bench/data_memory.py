@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 NUM_WORDS = 20_000
@@ -42,7 +43,8 @@ def peak_bytes() -> int:
 
 def prepare_and_judge(model: str, path: str, overrides: list[str]) -> None:
     from solotune.config import load_config
-    from solotune.dataset import findings, load_tokenizer, prepare
+    from solotune.dataset import load_tokenizer, prepare
+    from solotune.diagnosis.data_checks import check_rows
 
     plain = {"model_name_or_path": model, "dataset": path, "validation_size": 0.01, "max_length": 2048}
     config = load_config(plain, overrides)
@@ -50,7 +52,7 @@ def prepare_and_judge(model: str, path: str, overrides: list[str]) -> None:
     before, started = peak_bytes(), time.monotonic()
     prepared = prepare(config, tokenizer)
     seconds, after = time.monotonic() - started, peak_bytes()
-    findings.find(config, tokenizer, prepared.train, prepared.validation, prepared.report)
+    check_rows(config, tokenizer, replace(prepared, key=None))  # asked, whatever the cache knows
     figures = {
         "rows": prepared.report.num_read,
         "tokens": prepared.report.num_tokens,

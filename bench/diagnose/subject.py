@@ -18,9 +18,10 @@ from bench.diagnose.recipe import Recipe, Row
 from bench.diagnose.worlds import Chat
 from solotune.config import RunConfig
 from solotune.dataset.example import Example
-from solotune.dataset.findings import find
 from solotune.dataset.report import DataReport
+from solotune.diagnosis.row_facts import RowFacts
 from solotune.diagnosis.subject import Live, Saved, Settings, Subject, Trace
+from solotune.diagnosis.suspects import judge
 from solotune.errors import SolotuneError
 
 NOT_HERE = "the base model is not on this machine"
@@ -67,7 +68,7 @@ def _examples(chats: Sequence[Chat], rows: Sequence[Row], recipe: Recipe) -> lis
 
 
 def _findings(recipe: Recipe, train: list[Example], validation: list[Example]) -> list:
-    """What `dataset.findings` says of the rows, where the settings make a config of ours."""
+    """What the rules on rows say, where the settings make a config of ours."""
     known = {name: value for name, value in recipe.settings.items() if name in RunConfig.model_fields}
     if not train:
         return []
@@ -80,7 +81,7 @@ def _findings(recipe: Recipe, train: list[Example], validation: list[Example]) -
     if config is None:
         return []
     try:
-        return find(config, recipe.tokenizer, train, validation, report)
+        return judge(RowFacts.of_config(config, recipe.tokenizer, train, validation, report))
     except SolotuneError:
         return []
 

@@ -81,6 +81,15 @@ class Linear(NamedTuple):
 
 
 @dataclass(frozen=True)
+class BaseWeights:
+    """What the bytes of a base follow from; a `ModelShape` has the same and more."""
+
+    linears: tuple[Linear, ...]
+    other_parameters: int  # everything that is no frozen linear; tied ones once
+    dtype_bytes: int
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """A model as its config.json and the run's config describe it."""
 

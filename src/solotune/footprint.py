@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from solotune import calibration as known
 from solotune.cards import Card
-from solotune.costs import MLP_CHUNK_TOKENS, Knobs, LayerCost, ModelShape, Work
+from solotune.costs import MLP_CHUNK_TOKENS, BaseWeights, Knobs, LayerCost, ModelShape, Work
 
 CATEGORIES = (
     "weights",
@@ -89,7 +89,7 @@ def footprint(shape: ModelShape, knobs: Knobs, work: Work, card: Card) -> Footpr
     return Footprint({n: round(sizes[n]) for n in CATEGORIES}, moment, round(paged), round(outside), round(on_host))
 
 
-def weight_bytes(shape: ModelShape, knobs: Knobs) -> int:
+def weight_bytes(shape: ModelShape | BaseWeights, knobs: Knobs) -> int:
     """The base: codes and mirror of its linears, and everything else of it in the dtype of computing."""
     a_weight = {"nf4": 0.5, "fp8": 2.0, "bf16": 2.0, "fp32": 4.0}[knobs.base_precision]
     if knobs.base_precision == "nf4" and knobs.is_mirrored:
@@ -101,7 +101,7 @@ def weight_bytes(shape: ModelShape, knobs: Knobs) -> int:
     return round(total)
 
 
-def quantisation_bytes(shape: ModelShape, knobs: Knobs) -> int:
+def quantisation_bytes(shape: ModelShape | BaseWeights, knobs: Knobs) -> int:
     """Scales: of NF4's blocks, in 8 bits with scales of their own where quantised twice, and of fp8's rows."""
     total = 0
     for linear in shape.linears:

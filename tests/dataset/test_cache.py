@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from solotune.dataset import Prepared, cache, findings, prepare
+from solotune.dataset import Prepared, cache, prepare
 from solotune.dataset.render import Renderer
 from tests.dataset.conftest import Writer, chat, config_of, tiny_tokenizer
 
@@ -225,36 +225,28 @@ def test_progress(write: Writer) -> None:
     assert tokens == [256, 280, 300]
 
 
-def test_findings_of_rows_out_of_the_cache_are_not_asked_again(
-    write: Writer, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_changed_source_file_in_any_folder_of_a_package_changes_the_key(
+    write: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
-    find = findings.find
-    monkeypatch.setattr(findings, "find", lambda *given: asked.append(1) or find(*given))
-    (tmp_path / "model").mkdir()
+    package = tmp_path / "package"
+    (package / "below").mkdir(parents=True)
+    for name in ("cache.py", "below/deep.py"):
+        (package / name).write_text("x = 1\n")
+    monkeypatch.setattr(cache, "__file__", str(package / "cache.py"))
+    config = config_of(write("a.jsonl", *rows(1)))
 
-    def found(**keys: Any) -> list[dict[str, Any]]:
-        config = config_of(path, model_name_or_path=str(tmp_path / "model"), **keys)
-        return findings.known_or_found(config, CHATML, prepare(config, CHATML))
+    def key() -> str | None:
+        cache._code_version.cache_clear()
+        return cache.key_of(config, CHATML, [], date(2031, 2, 3))
 
-    path = write("a.jsonl", *[{"messages": chat(f"What is {n}?", "always this")} for n in range(40)])
-    first = found()
-    assert first
-    assert (found(), len(asked)) == (first, 1)
-    found(learning_rate=1e-5)  # rules read the whole config
-    assert len(asked) == 2
-    (tmp_path / "model" / "config.json").write_text('{"vocab_size": 3}')  # and the model's
-    assert (found() != first, len(asked)) == (True, 3)
-    for file in kept.glob("*.findings.json"):
-        file.write_text('{"findings": []}')
-    assert (found() != [], len(asked)) == (True, 4)
-
-
-def test_findings_of_rows_that_were_not_kept_are_not_kept(
-    write: Writer, kept: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cache, "MIN_SECONDS", 1e9)
-    config = config_of(write("a.jsonl", *rows(9)))
-    kept.mkdir(parents=True)
-    findings.known_or_found(config, CHATML, prepare(config, CHATML))
-    assert not list(kept.iterdir())
+    try:
+        first = key()
+        assert key() == first
+        (package / "below/notes.txt").write_text("no source")
+        assert key() == first
+        (package / "below/deep.py").write_text("x = 2\n")
+        second = key()
+        (package / "below/deep.py").rename(package / "below/other.py")
+        assert len({first, second, key()}) == 3
+    finally:
+        cache._code_version.cache_clear()

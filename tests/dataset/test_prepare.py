@@ -109,6 +109,7 @@ def test_report(write: Writer) -> None:
         },
         "sha256": {"train": result.report.train_sha256, "validation": result.report.validation_sha256},
         "findings": [],
+        "checked": False,
     }
     assert sum(histograms["row_tokens"]["counts"]) == 22
     assert sum(histograms["supervised_share"]["counts"]) == 21

@@ -61,7 +61,7 @@ def test_our_own_training_as_a_live_one(chat_config):
     prepared = dataset.prepare(config, tokenizer)
     live = own_live(config, machine, tokenizer, prepared.train, prepared.validation)
     before = {name: p.clone() for name, p in live.model.named_parameters()}
-    found = probes.run_all(live, from_prepared(config, tokenizer, prepared, resolve_model(config)), 4.0)
+    found = probes.run_all(live, from_prepared(config, tokenizer, prepared, [], resolve_model(config)), 4.0)
     assert [s for s in found.signals if not s.against and s.code not in ("F62", "F64")] == []  # rates of a random model
     assert found.measurements["P9"]["from_tokens"] < 1e-4
     assert all(torch.equal(p, before[name]) for name, p in live.model.named_parameters())

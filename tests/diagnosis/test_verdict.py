@@ -136,17 +136,21 @@ def test_an_unknown_fault_is_told_with_its_nearest(word, near):
     assert near in str(refused.value.change)
 
 
-def test_slugs_are_those_of_the_findings():
+def test_what_data_leaves_out_beside_its_cause_follows_from_it():
+    for cause, effects in catalogue.UNLISTED.items():
+        assert effects and effects <= catalogue.EXPLAINS[cause]
+    assert catalogue.UNLISTED["F23"] == {"F10", "F15", "F17", "F19"}
+
+
+def test_a_second_slug_of_a_finding_is_known_for_its_fault():
     import re
     from pathlib import Path
 
-    import solotune.dataset
+    from solotune.diagnosis import suspects
 
     written = {}
-    for path in Path(solotune.dataset.__file__).parent.glob("findings_*.py"):
-        for code, slug in re.findall(r'"(F\d\d)",\s+"([a-z-]+)"', path.read_text(encoding="utf-8")):
-            written.setdefault(code, set()).add(slug)
-    assert len(written) > 25
-    for code, slugs in written.items():
-        known = {catalogue.FAULTS[code].slug} | {slug for slug, of in catalogue.ALIASES.items() if of == code}
-        assert slugs <= known
+    for path in Path(suspects.__file__).parent.glob("*.py"):
+        for call in path.read_text(encoding="utf-8").split("Finding.of(")[1:]:
+            if slug := re.search(r'slug="([a-z-]+)"', call):
+                written[slug[1]] = re.search(r'"(F\d\d)"', call)[1]
+    assert written == catalogue.ALIASES

@@ -10,10 +10,10 @@ import torch
 from tiny import metrics_of, random_rows
 
 from solotune import training
-from solotune.dataset.findings import Finding
 from solotune.diagnosis import own
 from solotune.diagnosis import watch as watching
 from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.subject import Settings, Subject
 from solotune.diagnosis.watch import Watch
 from solotune.events import StepEvent

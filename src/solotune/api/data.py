@@ -43,11 +43,15 @@ def data(
 ) -> DataPreview:
     """Reads, splits, renders and masks the data as training would; says what is wrong with it and shows some rows."""
     from solotune import dataset
-    from solotune.dataset.examined import examined
+    from solotune.diagnosis.data_checks import check_rows
+    from solotune.model_source import resolve_model
 
     checked = load_config(config, overrides)
-    tokenizer = dataset.load_tokenizer(checked)
-    prepared = examined(checked, tokenizer, (display or SilentDisplay()).progress)
+    model_files = resolve_model(checked)
+    tokenizer = dataset.load_tokenizer(checked, model_files)
+    prepared = dataset.prepare(checked, tokenizer, progress=(display or SilentDisplay()).progress)
+    found = check_rows(checked, tokenizer, prepared, model_files)
+    prepared = prepared.with_findings(finding.to_json() for finding in found)
     shown = [
         ShownRow(
             row.where,

@@ -31,9 +31,9 @@ from solotune import (
 )
 from solotune.config import Choice, RunConfig
 from solotune.dataset import pack
-from solotune.dataset.examined import examined
 from solotune.destination import check_destination
 from solotune.device_failure import device_errors
+from solotune.diagnosis.data_checks import check_rows
 from solotune.errors import InputError
 from solotune.events import PreflightEvent, ResumeEvent, StartEvent
 from solotune.model_source import ModelFiles, resolve_model
@@ -43,6 +43,7 @@ from solotune.units import format_duration, gib
 
 if TYPE_CHECKING:
     from solotune.dataset import Prepared
+    from solotune.diagnosis.findings import Finding
     from solotune.diagnosis.subject import Subject
     from solotune.environment import Machine
     from solotune.model import TrainableModel
@@ -87,20 +88,25 @@ def check(checked: RunConfig, machine: Machine, resume: bool) -> ModelFiles:
     return model_files
 
 
-def read_data(checked: RunConfig, model_files: ModelFiles, resume: bool, display: RunObserver) -> tuple[Any, Prepared]:
-    """The tokenizer and the rows as examples, with the findings told.
+def read_data(
+    checked: RunConfig, model_files: ModelFiles, resume: bool, display: RunObserver
+) -> tuple[Any, Prepared, list[Finding]]:
+    """The tokenizer, the rows as examples, and what the rules find in them, which is shown.
 
     Raises:
         InputError: no tokenizer, rows that cannot be used, or ids beyond the embedding (F05).
     """
     tokenizer = dataset.load_tokenizer(checked, model_files)
     display.phase("reading data")
-    prepared = examined(checked, tokenizer, display.progress, resuming.recorded_day(checked, resume))
-    for finding in prepared.report.findings:
-        display.note(f"{finding['severity']} {finding['code']} {finding['slug']}: {finding['message']}")
-        if finding["code"] == "F05":  # no opinion: its lookup would fail, on a GPU without a word of what is wrong
-            raise InputError(finding["message"], change=finding["fix"], fault="F05")
-    return tokenizer, prepared
+    day = resuming.recorded_day(checked, resume)
+    prepared = dataset.prepare(checked, tokenizer, progress=display.progress, rendered_on=day)
+    findings = check_rows(checked, tokenizer, prepared, model_files)
+    prepared = prepared.with_findings(finding.to_json() for finding in findings)
+    for finding in findings:
+        display.note(f"{finding.severity} {finding.code} {finding.slug}: {finding.message}")
+        if finding.code == "F05":  # no opinion: its lookup would fail, on a GPU without a word of what is wrong
+            raise InputError(finding.message, change=finding.fix, fault="F05")
+    return tokenizer, prepared, findings
 
 
 def plan(

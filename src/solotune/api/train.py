@@ -81,13 +81,13 @@ def get_ready(config: RunConfig, resume: bool, display: RunObserver) -> Ready:
 
     checked, machine, choices = tuned.settle(config)
     model_files = setup.check(checked, machine, resume)
-    tokenizer, prepared = setup.read_data(checked, model_files, resume, display)
+    tokenizer, prepared, findings = setup.read_data(checked, model_files, resume, display)
     planned = setup.plan(checked, model_files, machine, prepared, display)
     checked = planned.settled
     model = setup.load_model(checked, model_files, machine, tokenizer, prepared, resume, display)
     tried = setup.try_largest_step(checked, model, prepared, display)
     choices = [*choices, *planned.choices, *model.choices]
-    subject = own.from_prepared(checked, tokenizer, prepared, model_files)
+    subject = own.from_prepared(checked, tokenizer, prepared, findings, model_files)
     return setup.Ready(checked, machine, choices, model_files, tokenizer, prepared, planned, model, tried, subject)
 
 

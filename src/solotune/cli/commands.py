@@ -168,7 +168,7 @@ def data(ctx: click.Context, config: str, overrides: tuple[str, ...], show: int,
         lambda preview, console: print_data(preview, console, with_ids),
         as_json,
     )
-    ctx.exit(3 if any(finding["severity"] == "error" for finding in preview.report.findings) else 0)
+    ctx.exit(3 if any(finding["severity"] == "error" for finding in preview.report.findings or ()) else 0)
 
 
 @solotune.command()

@@ -16,7 +16,6 @@ budget.py     what is learned, counted                                  report.p
 tokenizer.py  the model's tokenizer and template                        cache.py    the result, for the next start
 store.py      rows that lie on disk and not in memory                   records.py  normalised rows in such a store
 prepare.py    all of it, in order                                       example.py  what training gets
-examined.py   the same, with what is wrong with the rows
 """
 
 from solotune.dataset.example import Example, Prepared

@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -147,3 +147,7 @@ class Prepared:
     """What split.json holds."""
     key: str | None = None
     """The name of the cache's entry, where there is one."""
+
+    def with_findings(self, findings: Iterable[dict[str, Any]]) -> Prepared:
+        """The same rows, whose account also has what the rules on rows say of them."""
+        return replace(self, report=replace(self.report, findings=list(findings)))

@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from solotune.config import RunConfig
-from solotune.dataset import cache
+from solotune.dataset import cache, pack
 from solotune.dataset.chat import ChatTemplate
 from solotune.dataset.columns import check_mapping, mapped
 from solotune.dataset.encode import Encoder
-from solotune.dataset.example import Example, Examples, Prepared
+from solotune.dataset.example import Example, Examples, Prepared, lengths_of
 from solotune.dataset.formats import check_shape, convert, recognise
 from solotune.dataset.kinship import Kinship
 from solotune.dataset.manifest import Manifest
@@ -89,14 +89,21 @@ def prepare(
         else None
     )
     if key is not None and (found := cache.load(key)) is not None:
-        return replace(found, key=key)
+        return _with_packing(replace(found, key=key), config)
     started = time.monotonic()
     prepared = _prepared(config, tokenizer, dataset, own, progress, rendered_on)
     is_unchanged = all(source.is_unchanged() for source in (dataset, own) if source)
     if key is not None and is_unchanged and time.monotonic() - started >= cache.MIN_SECONDS:
         cache.store(key, prepared)
-        return replace(prepared, key=key)
-    return prepared
+        prepared = replace(prepared, key=key)
+    return _with_packing(prepared, config)
+
+
+def _with_packing(prepared: Prepared, config: RunConfig) -> Prepared:
+    if not config.packing:
+        return prepared
+    packing = pack.account(lengths_of(prepared.train), config.max_length)
+    return replace(prepared, report=replace(prepared.report, packing=packing))
 
 
 def _silent(done: int, total: int, what: str) -> None:

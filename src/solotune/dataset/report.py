@@ -53,7 +53,8 @@ class DataReport:
     """A few whole training rows: where, and pieces of text with whether they are supervised."""
     packing: dict[str, Any] | None = None
     """With `packing: true`, what it makes of the training rows, see `pack.account`."""
-    findings: list[dict[str, Any]] = field(default_factory=list)
+    findings: list[dict[str, Any]] | None = None
+    """What the rules on rows say of them; None where they were not asked."""
 
     @property
     def num_kept(self) -> int:
@@ -118,5 +119,6 @@ class DataReport:
             "sha256": {"train": self.train_sha256, "validation": self.validation_sha256},
             "histograms": self.labels.histograms(),
             "examples": self.examples,
-            "findings": self.findings,
+            "findings": self.findings or [],
+            "checked": self.findings is not None,
         }

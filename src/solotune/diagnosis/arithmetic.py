@@ -8,14 +8,17 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from solotune import footprint
 from solotune.architecture import refuse_code
+from solotune.costs import BaseWeights, Knobs, Linear
 from solotune.dataset.example import lengths_of
 from solotune.diagnosis.subject import Subject
 
@@ -166,15 +169,26 @@ def activation_bytes(subject: Subject, tokens: float, checkpointing: bool) -> fl
     return whole + 2.0 * tokens * shape["hidden"] * shape["layers"] if checkpointing else whole * shape["layers"]
 
 
-def weight_bytes(subject: Subject) -> float | None:
-    """The frozen base as it is stored."""
-    shape = shape_of(subject)
-    if shape is None:
+def weight_bytes(subject: Subject) -> int | None:
+    """The frozen base as it is stored, counted as the plan does on the modules that config.json makes."""
+    modules, get = _modules_of(subject), subject.settings.get
+    if modules is None:
         return None
-    layer = 4 * shape["hidden"] ** 2 + 3 * shape["hidden"] * shape["intermediate"]
-    outside = 2 * shape["hidden"] * shape["vocabulary"]
-    wide = 4 if subject.settings.get("model_dtype") == "float32" else 2
-    return shape["layers"] * layer * (0.53 if in_4bit(subject) else wide) + outside * wide
+    is_wide = str(get("model_dtype")) == "float32" or (is_ours(subject) and get("bf16") is False)
+    named = "fp32" if is_wide else "bf16"
+    if is_ours(subject) and get("base_precision") in ("fp8", "bf16", "fp32"):
+        named = get("base_precision")
+    knobs = Knobs(
+        base_precision="nf4" if in_4bit(subject) else named,
+        is_double_quantised=bool(get("bnb_4bit_use_double_quant")),
+        is_mirrored=False,
+        num_checkpointed=0,
+        is_offloaded=False,
+        optim="adamw_torch",
+        device="cpu",
+    )
+    shape = BaseWeights(modules.frozen, modules.other_parameters, 4 if is_wide else 2)
+    return footprint.weight_bytes(shape, knobs) + footprint.quantisation_bytes(shape, knobs)
 
 
 def micro_batch_tokens(subject: Subject) -> tuple[float, float] | None:
@@ -191,10 +205,21 @@ def micro_batch_tokens(subject: Subject) -> tuple[float, float] | None:
 # --- modules of the base
 
 
+class _Modules(NamedTuple):
+    linears: dict[str, tuple[int, int]]
+    """Dotted name -> (in, out)"""
+    frozen: tuple[Linear, ...]
+    """Of those, all but the output head."""
+    other_parameters: int
+    """Of everything else; tied ones once."""
+
+
 @lru_cache(maxsize=4)
-def _linears(config: str) -> dict[str, tuple[int, int]] | None:
+def _modules(config: str) -> _Modules | None:
+    """Those of the architecture, built on no device."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     try:
         values = json.loads(config)
@@ -202,23 +227,33 @@ def _linears(config: str) -> dict[str, tuple[int, int]] | None:
         with torch.device("meta"):
             architecture = AutoConfig.for_model(**values)
             model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=False, attn_implementation="eager")
+            model.tie_weights()
     except Exception:  # whatever a foreign config.json does to its class, the base's modules are then not known
         return None
-    return {
-        name: (module.weight.shape[0], module.weight.shape[1])
-        if type(module).__name__ == "Conv1D"
-        else (module.weight.shape[1], module.weight.shape[0])
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
-    }
+    head, linears, frozen, num_frozen = model.get_output_embeddings(), {}, Counter(), 0
+    for name, module in model.named_modules():
+        if not isinstance(module, (torch.nn.Linear, Conv1D)):
+            continue
+        inside, outside = module.weight.shape if isinstance(module, Conv1D) else reversed(module.weight.shape)
+        linears[name] = (int(inside), int(outside))
+        if module is not head:
+            frozen[Linear(outside, inside, 1, module.bias is not None, False)] += 1
+            num_frozen += sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    others = sum(parameter.numel() for parameter in model.parameters()) - num_frozen
+    return _Modules(linears, tuple(one._replace(count=count) for one, count in frozen.items()), others)
+
+
+def _modules_of(subject: Subject) -> _Modules | None:
+    if not subject.model_config.get("model_type"):
+        return None
+    config = {key: value for key, value in subject.model_config.items() if key != "quantization_config"}
+    return _modules(json.dumps(config, sort_keys=True, default=str))
 
 
 def linears(subject: Subject) -> dict[str, tuple[int, int]] | None:
     """Dotted name of each linear of the base -> (in, out), built on no device from config.json; None if unknown."""
-    if not subject.model_config.get("model_type"):
-        return None
-    config = {key: value for key, value in subject.model_config.items() if key != "quantization_config"}
-    return _linears(json.dumps(config, sort_keys=True, default=str))
+    modules = _modules_of(subject)
+    return None if modules is None else modules.linears
 
 
 def targets(subject: Subject) -> list[str] | str | None:

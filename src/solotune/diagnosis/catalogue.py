@@ -1,7 +1,7 @@
 """The catalogue: fifteen suspects, their 78 faults, and which of them the same evidence cannot tell apart.
 
 A *suspect* is one of the things that whoever fine-tunes sets up; a *fault* is one way in which it is wrong. Codes are
-for machines and never change their meaning; slugs are for people, and are those of `dataset.findings`.
+for machines and never change their meaning; slugs are for people.
 
     FAULTS["F17"].slug, .suspect, .title, .fix, .expect
     find("F17")  find("pad-masks-terminator")  find("S4")
@@ -548,6 +548,17 @@ EXPLAINS: dict[str, frozenset[str]] = {
     "F78": frozenset({"F04", "F05"}),  # the tokenizer beside the adapter is that of its own base
 }
 """A fault -> others that follow from it, and would only hide the cause."""
+
+UNLISTED: dict[str, frozenset[str]] = {
+    cause: EXPLAINS[cause] & effects
+    for cause, effects in {
+        "F07": {"F10"},
+        "F20": {"F15"},
+        "F23": {"F10", "F15", "F17", "F19"},
+        "F43": {"F44"},
+    }.items()
+}
+"""Those of `EXPLAINS` that data.json leaves out beside their cause; the others are listed."""
 
 ALIASES = {"hidden-characters": "F37", "no-held-out-rows": "F43"}
 """Slugs of findings that are a fault's second form."""

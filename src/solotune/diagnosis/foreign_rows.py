@@ -16,12 +16,10 @@ from typing import Any
 import torch
 
 from solotune.config import RunConfig
-from solotune.dataset import Example, Prepared, load_tokenizer
-from solotune.dataset.examined import examined
-from solotune.dataset.findings_facts import Finding
-from solotune.dataset.report import DataReport
+from solotune.dataset import DataReport, Example, Prepared, load_tokenizer, prepare
 from solotune.diagnosis import foreign_config, own, sft_rows
 from solotune.diagnosis.arithmetic import setting
+from solotune.diagnosis.data_checks import check_rows
 from solotune.diagnosis.evidence import of_refusal
 from solotune.diagnosis.raw_rows import raw_chats
 from solotune.diagnosis.run_files import json_of
@@ -61,12 +59,12 @@ def with_base_and_rows(subject: Subject, places: list[Path], missing: dict[str, 
     if (made := _as_trl_made_them(subject, tokenizer)) is not None:
         return _with_rows_of_trl(subject, made, config, places, missing)
     try:
-        prepared = examined(config, tokenizer)
+        prepared = prepare(config, tokenizer)
+        findings = check_rows(config, tokenizer, prepared, base_files)
     except SolotuneError as error:
         missing |= dict.fromkeys(("train", "validation"), error.problem)
         missing.setdefault("live", error.problem)
         return replace(subject, refusals=[*subject.refusals, *of_refusal(error)])
-    findings = [Finding(**found) for found in prepared.report.findings]
     missing["batches"] = "no file holds them; probes see the rows as solotune renders and masks them"
     subject = replace(subject, train=prepared.train, validation=prepared.validation, findings=findings)
     return _with_live(subject, config, prepared, places, missing)

@@ -1,8 +1,8 @@
 """A subject out of what is ours: rows that are prepared, a config, a run directory.
 
-    from_prepared(config, tokenizer, prepared)     what the verb train has in hand
-    of_config(config)                              before a run
-    from_run("runs/demo")                          during or after it: finished, crashed, unfinished, resumed
+    from_prepared(config, tokenizer, prepared, findings)     what the verb train has in hand
+    of_config(config)                                        before a run
+    from_run("runs/demo")                                    during or after it: finished, crashed, unfinished, resumed
 
 Whatever is not there (the base model, the data, a file of the run) is named in `missing` with its reason, and the rest
 is judged without it. A run's files are read as they are: metrics with a torn last line, with NaN, empty or absent.
@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from solotune.config import RunConfig
-from solotune.dataset import Prepared, load_tokenizer
-from solotune.dataset.examined import examined
-from solotune.dataset.findings_facts import Finding
+from solotune.dataset import Prepared, load_tokenizer, prepare
 from solotune.diagnosis import arithmetic, run_files
+from solotune.diagnosis.data_checks import check_rows
 from solotune.diagnosis.evidence import Signal, of_refusal
+from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.own_live import batches_of, own_live
 from solotune.diagnosis.subject import Live, Settings, Subject
 from solotune.environment import ram
@@ -47,8 +47,14 @@ def settings_of(config: RunConfig) -> Settings:
     return Settings({**config.model_dump(), **fixed}, sources=sources)
 
 
-def from_prepared(config: RunConfig, tokenizer: Any, prepared: Prepared, model_files: ModelFiles) -> Subject:
-    """A training that is about to begin: its settings and its rows, of which nothing has run yet."""
+def from_prepared(
+    config: RunConfig, tokenizer: Any, prepared: Prepared, findings: list[Finding], model_files: ModelFiles
+) -> Subject:
+    """A training that is about to begin: its settings and its rows, of which nothing has run yet.
+
+    Args:
+        findings: what `check_rows` says of the rows.
+    """
     return Subject(
         name=config.name,
         settings=settings_of(config),
@@ -57,7 +63,7 @@ def from_prepared(config: RunConfig, tokenizer: Any, prepared: Prepared, model_f
         generation_config=model_files.json_or_empty("generation_config.json"),
         train=prepared.train,
         validation=prepared.validation,
-        findings=[Finding(**found) for found in prepared.report.findings],
+        findings=findings,
         batches=batches_of(config, tokenizer, prepared.train),
     )
 
@@ -105,8 +111,9 @@ def _with_rows(
         why = dict.fromkeys(("tokenizer", "train", "validation", "live", "model_config"), error.problem)
         return replace(plain, missing=why, conversations=_conversations(config), refusals=of_refusal(error))
     try:
-        prepared = examined(config, tokenizer, rendered_on=rendered_on)
-        subject = replace(from_prepared(settled, tokenizer, prepared, model_files), name=config.name)
+        prepared = prepare(config, tokenizer, rendered_on=rendered_on)
+        findings = check_rows(config, tokenizer, prepared, model_files)
+        subject = replace(from_prepared(settled, tokenizer, prepared, findings, model_files), name=config.name)
     except SolotuneError as error:
         why = dict.fromkeys(("train", "validation", "live"), error.problem)
         return replace(

@@ -1,6 +1,4 @@
-"""The rows of a subject, asked for what data alone shows: the findings of `dataset.findings`, whoever made the rows.
-
-    findings_of(subject)     those that came with it, or else those of its own rows, asked once
+"""The rows of a subject as rules on rows look at them, whoever made them.
 
 A foreign training brings rows as its collator made them, and settings of which most are unknown. What is unknown is set
 so that a rule which depends on it says nothing: without a known `max_length` no row counts as cut, and without a known
@@ -15,46 +13,23 @@ from typing import Any
 
 import numpy as np
 
-from solotune.config import RunConfig
-from solotune.dataset import findings
-from solotune.dataset.example import Example, lengths_of
-from solotune.dataset.findings_facts import Facts, Finding
-from solotune.dataset.report import DataReport
+from solotune.dataset import DataReport, Example
+from solotune.dataset.example import lengths_of
+from solotune.diagnosis.row_facts import RowFacts, RowSettings
 from solotune.diagnosis.subject import Subject
 
-_last: list[tuple[Subject, Sequence[Finding]]] = []  # of the subject that was asked about last
 
-
-class _ForeignFacts(Facts):
-    """Facts on rows whose model is described by the subject and need not lie on this machine."""
-
-    model_files: dict[str, dict[str, Any]]
-    own_template: None
-
-
-def findings_of(subject: Subject) -> Sequence[Finding]:
-    """What is wrong with the rows, tokenizer and template; none where there are no rows."""
-    if subject.findings:
-        return subject.findings
-    if not _last or _last[0][0] is not subject:
-        _last[:] = [(subject, _found(subject))]
-    return _last[0][1]
-
-
-def _found(subject: Subject) -> Sequence[Finding]:
+def facts_of(subject: Subject) -> RowFacts | None:
+    """The facts on the rows, tokenizer and template of a subject; None where it has no rows or no tokenizer."""
     train, validation = (_answered(rows) for rows in (examples_of(subject), subject.validation))
     if subject.tokenizer is None or not train:
-        return ()
+        return None
     report = DataReport("messages" if train[0].messages else "text")
     report.num_train, report.num_validation = len(train), len(validation)
     report.labels.row_tokens.extend(lengths_of(train))
-    facts = _ForeignFacts(_config(subject, max(lengths_of(train))), subject.tokenizer, train, validation, report)
-    facts.model_files = {
-        "config.json": dict(subject.model_config),
-        "generation_config.json": dict(subject.generation_config),
-    }
-    facts.own_template = None
-    return findings.judge(facts)
+    files = {"config.json": subject.model_config, "generation_config.json": subject.generation_config}
+    settings = _settings(subject, max(lengths_of(train)))
+    return RowFacts(settings, subject.tokenizer, train, validation, report, files)
 
 
 def _answered(rows: Sequence[Example]) -> list[Example]:
@@ -64,19 +39,15 @@ def _answered(rows: Sequence[Example]) -> list[Example]:
     ]
 
 
-def _config(subject: Subject, longest: int) -> RunConfig:
+def _settings(subject: Subject, longest: int) -> RowSettings:
     """What the rules ask of a config; see the module for what is unknown."""
     get = subject.settings.get
     limit, overflow = get("max_length"), get("overflow")
-    return RunConfig.model_validate(
-        {
-            "model_name_or_path": str(get("model_name_or_path") or "the base"),
-            "dataset": "the rows",
-            "max_length": limit if isinstance(limit, int) and limit >= 8 else max(longest + 1, 8),
-            "overflow": overflow if overflow in ("truncate", "drop", "split", "error") else "truncate",
-            "assistant_only_loss": get("assistant_only_loss") is True,
-            "chat_template_path": get("chat_template_path"),
-        }
+    return RowSettings(
+        max_length=limit if isinstance(limit, int) and limit >= 8 else max(longest + 1, 8),
+        overflow=overflow if overflow in ("truncate", "drop", "split", "error") else "truncate",
+        assistant_only_loss=get("assistant_only_loss") is True,
+        chat_template_path=get("chat_template_path"),
     )
 
 

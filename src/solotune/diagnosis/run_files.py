@@ -14,7 +14,7 @@ import numpy as np
 from solotune import __version__, checkpoint
 from solotune.adapter import adapter_tensors
 from solotune.config import RunConfig, load_config
-from solotune.dataset.findings_facts import Finding
+from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.subject import Saved, Trace
 from solotune.errors import InputError, SolotuneError
 from solotune.events import DeviceFailedEvent, EvalEvent, NonFiniteEvent, StepEvent
@@ -58,9 +58,8 @@ def summary(record: RunRecord) -> dict[str, Any]:
 def findings(record: RunRecord) -> list[Finding]:
     """What the data door said when the run began, where the rows are not here any more."""
     found = (record.data or {}).get("findings")
-    names = set(Finding.__dataclass_fields__)
     entries = found if isinstance(found, list) else []
-    return [Finding(**one) for one in entries if isinstance(one, dict) and set(one) == names]
+    return [finding for one in entries if (finding := Finding.from_json(one)) is not None]
 
 
 def json_of(path: Path | None) -> dict[str, Any]:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from solotune.dataset.example import Example
-    from solotune.dataset.findings_facts import Finding
     from solotune.diagnosis.evidence import Signal
+    from solotune.diagnosis.findings import Finding
 
     Tensors = Mapping[str, torch.Tensor]
 
@@ -111,7 +111,7 @@ class Subject:
     train: Sequence[Example] = ()
     validation: Sequence[Example] = ()
     conversations: Sequence[Sequence[Mapping[str, Any]]] = ()  # the same rows before rendering, where they are known
-    findings: Sequence[Finding] = ()  # of data, tokenizer and config alone (`dataset.findings`)
+    findings: Sequence[Finding] = ()  # of data, tokenizer and config alone (`data_checks`)
     refusals: Sequence[Signal] = ()  # what the doors of ours said that do not let it in
     trace: Trace | None = None
     saved: Saved | None = None

@@ -41,7 +41,7 @@ from solotune.diagnosis.probes.rates import range_test
 from solotune.diagnosis.probes.reload import reloaded
 from solotune.diagnosis.probes.skipping import Skipped
 from solotune.diagnosis.subject import Live, Subject
-from solotune.diagnosis.suspects import rules, signals_of
+from solotune.diagnosis.suspects import rules
 
 __all__ = ["PROBES", "Probe", "Skipped", "run_all"]
 
@@ -119,4 +119,4 @@ def run_all(live: Live, subject: Subject, budget: float = 60.0, deep: bool = Fal
 def _rules_that_need(subject: Subject, part: str) -> list[Signal]:
     """Of the rules, those that ask for batches or the model, which nobody had before."""
     asked = [known for group in rules().values() for known in group if part in known.needs]
-    return [s for known in asked if known.lacks(subject) is None for s in signals_of(known.ask(subject))]
+    return [s for known in asked if known.lacks(subject) is None for s in known.signals(subject)]

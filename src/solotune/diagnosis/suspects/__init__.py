@@ -1,32 +1,41 @@
-"""The rules: one file a suspect, one function a fault, whose docstring is what `solotune explain F65` prints.
+"""The rules: one function a fault, whose docstring is what `solotune explain F65` prints.
 
     @rule("F65", needs=("settings",))
     def warmup_past_the_end(subject: Subject) -> Signal | list[Signal] | None: ...
+
+    @rule("F08", needs=("rows",))
+    def double_bos(facts: RowFacts) -> Finding | list[Finding] | None: ...
 
 A rule sees its fault and says so, or returns nothing: it never speaks for another fault, and never raises. `needs` are
 the parts of a `Subject` without which it cannot be asked, `probes` those that look where it cannot. A fault may have
 several rules; the first one's docstring explains it. Its headings are *Sees*, *Why*, *Not* (look-alikes, and what tells
 them apart), *Fix*, *Wrong when*, *Source*.
 
-The rules on rows (`dataset.findings`) are not written a second time: `taken_over` makes their findings signals.
+A rule that needs `rows` is asked before any GPU is used: by `solotune data` and `train` through `data_checks`, and by a
+diagnosis through `findings_of`. It gets `RowFacts` and returns findings, which a diagnosis weighs as signals. It judges
+labels and tokens, never a config flag alone: pad = eos is a fault exactly if the end of turn is not among the labels.
+It trusts no code that made the rows, so that rules whose fault solotune cannot make (F17, F20, F23, F47) stand guard
+over it, and see it in rows that were made elsewhere.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from solotune.diagnosis.evidence import Kind, Signal
-from solotune.diagnosis.rows import findings_of
+from solotune.diagnosis.catalogue import FAULTS, UNLISTED
+from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.findings import SEVERITIES, Finding
+from solotune.diagnosis.row_facts import RowFacts
+from solotune.diagnosis.rows import facts_of
 from solotune.diagnosis.subject import Subject
 
 Answer = Signal | list[Signal] | None
-Ask = Callable[[Subject], Answer]
-Function = TypeVar("Function", bound=Ask)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -34,14 +43,16 @@ class Rule:
     """One rule as it was registered."""
 
     code: str  # F65
-    ask: Ask
+    ask: Callable[[Any], Any]  # of a Subject; of RowFacts where it needs rows
     needs: tuple[str, ...]  # parts of a Subject
-    probes: tuple[str, ...]  # P1 ... P12
+    probes: tuple[str, ...]  # P1 ... P13
+    otherwise: bool  # asked only where the rules of its fault before it say nothing
+    unless: Callable[[Subject], bool] | None  # not asked where this holds
 
     @property
     def suspect(self) -> str:
-        """S13, from the name of its file."""
-        return f"S{int(self.ask.__module__.rsplit('.', 1)[-1][1:3])}"
+        """S13."""
+        return FAULTS[self.code].suspect
 
     @property
     def doc(self) -> str:
@@ -53,13 +64,29 @@ class Rule:
         """Whether it looks at the model and the batches themselves."""
         return "live" in self.needs
 
+    @property
+    def reads_rows(self) -> bool:
+        """Whether it judges `RowFacts`."""
+        return "rows" in self.needs
+
     def lacks(self, subject: Subject) -> str | None:
         """Why it cannot be asked of this subject; None where it can."""
         for part in self.needs:
+            if part == "rows":  # a subject without rows has no findings, and other rules know other parts of it
+                continue
             value = getattr(subject, part)
             if value is None or (not isinstance(value, (int, float)) and hasattr(value, "__len__") and not len(value)):
                 return subject.missing.get(part, _ABSENT.get(part, f"no {part}"))
         return None
+
+    def signals(self, subject: Subject) -> list[Signal]:
+        """What it says of a subject."""
+        if self.unless is not None and self.unless(subject):
+            return []
+        if self.reads_rows:
+            return signals_of_rows(subject, self.code)
+        answer: Answer = self.ask(subject)
+        return answer if isinstance(answer, list) else [] if answer is None else [answer]
 
 
 _ABSENT = {
@@ -77,11 +104,18 @@ _ABSENT = {
 _RULES: list[Rule] = []
 
 
-def rule(code: str, needs: Iterable[str] = (), probes: Iterable[str] = ()) -> Callable[[Function], Function]:
-    """Registers a function as a rule on the fault `code`."""
+def rule(
+    code: str,
+    needs: Iterable[str] = (),
+    probes: Iterable[str] = (),
+    *,
+    otherwise: bool = False,
+    unless: Callable[[Subject], bool] | None = None,
+) -> Callable[[Function], Function]:
+    """Registers a function as a rule on the fault `code`; see `Rule` for the arguments."""
 
     def registered(function: Function) -> Function:
-        _RULES.append(Rule(code, function, tuple(needs), tuple(probes)))
+        _RULES.append(Rule(code, function, tuple(needs), tuple(probes), otherwise, unless))
         return function
 
     return registered
@@ -108,29 +142,49 @@ def ask_all(subject: Subject, loads: bool = False) -> tuple[list[Signal], dict[s
         lacking = {one: "the model was not loaded" if one.loads and not loads else one.lacks(subject) for one in known}
         if all(lacking.values()):
             unasked[code] = lacking[known[0]] or ""
+        said: list[Signal] = []
         for one in known:
-            if lacking[one] is None:
-                try:
-                    signals += signals_of(one.ask(subject))
-                except Exception as error:  # over what a foreign file may hold; the other rules' answers stand
-                    unasked[code] = f"its rule failed: {type(error).__name__}: {error}"[:200]
+            if lacking[one] is not None or (one.otherwise and said):
+                continue
+            try:
+                said += one.signals(subject)
+            except Exception as error:  # over what a foreign file may hold; the other rules' answers stand
+                unasked[code] = f"its rule failed: {type(error).__name__}: {error}"[:200]
+        signals += said
     return signals, unasked
 
 
-def signals_of(answer: Answer) -> list[Signal]:
-    """A rule's answer as a list."""
-    return answer if isinstance(answer, list) else [] if answer is None else [answer]
+# --- the rules on rows
 
 
-_WORTH: dict[str, tuple[Kind, float]] = {"error": ("invariant", 0.9), "warning": ("measured", 0.6)}
-"""What a finding of rows is worth by its severity; `info` is something to know, and speaks for no fault."""
+def judge(facts: RowFacts) -> list[Finding]:
+    """What the rules on rows say; worst first, empty where nothing is wrong."""
+    found: list[Finding] = []
+    for one in (known for group in rules().values() for known in group if known.reads_rows):
+        answer: Finding | list[Finding] | None = one.ask(facts)
+        found += answer if isinstance(answer, list) else [] if answer is None else [answer]
+    if facts.is_sample:
+        sample = {"rows_judged": len(facts.train.rows), "training_rows": len(facts.whole[0].rows)}
+        found = [replace(finding, evidence={**finding.evidence, **sample}) for finding in found]
+    unlisted = set().union(*(UNLISTED.get(finding.code, ()) for finding in found))
+    found = [finding for finding in found if finding.code not in unlisted]
+    return sorted(found, key=lambda finding: (SEVERITIES.index(finding.severity), finding.code))
 
 
-def taken_over(subject: Subject, code: str) -> list[Signal]:
-    """The findings of rows, tokenizer and template with this code, as signals."""
-    signals = []
-    for found in findings_of(subject):
-        if found.code == code and found.severity in _WORTH:
-            kind, weight = _WORTH[found.severity]
-            signals.append(Signal(code, kind, found.message, weight, found.evidence, fix=found.fix))
-    return signals
+_last: list[tuple[Subject, Sequence[Finding]]] = []  # of the subject that was asked about last
+
+
+def findings_of(subject: Subject) -> Sequence[Finding]:
+    """What is wrong with the rows, tokenizer and template: what came with the subject, else what its own rows show."""
+    if subject.findings:
+        return subject.findings
+    if not _last or _last[0][0] is not subject:
+        facts = facts_of(subject)
+        _last[:] = [(subject, () if facts is None else judge(facts))]
+    return _last[0][1]
+
+
+def signals_of_rows(subject: Subject, code: str) -> list[Signal]:
+    """The findings with this code, as signals."""
+    found = (finding.signal for finding in findings_of(subject) if finding.code == code)
+    return [signal for signal in found if signal is not None]

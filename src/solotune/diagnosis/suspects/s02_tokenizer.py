@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from solotune.diagnosis.arithmetic import has_error, shape_of, targets
 from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.findings import Finding
+from solotune.diagnosis.row_arrays import NUM_DECODED, percent
+from solotune.diagnosis.row_facts import RowFacts, pieces_of_template
 from solotune.diagnosis.rows import examples_of
 from solotune.diagnosis.subject import Subject
-from solotune.diagnosis.suspects import rule, taken_over
+from solotune.diagnosis.suspects import rule
 
 if TYPE_CHECKING:
     import torch
 
+SMALLEST_VOCABULARY_SHARE = 0.5
+"""Embedding matrices are padded, by 2.3 % at most in released models (DeepSeek); half can only be another tokenizer."""
+MOST_UNKNOWN = 0.01
+"""More than one unknown token in a hundred: byte-level and byte-fallback tokenizers have none in any language."""
 MEAN_LIKE = 0.1
 """Distance from the mean embedding, in usual distances: transformers starts new rows at the mean, with 1e-9 of
 scatter."""
 
+_MARKER = re.compile(r"<[|｜][^|｜<>\s]{1,40}[|｜]>|</?(?:start|end)_of_\w{1,20}>")
+_CHAT_WORD = re.compile(r"im_|turn|header|eot|eom|user|assistant|system|role|message|inst", re.IGNORECASE)
+_RESIZE = "model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))"
 
-@rule("F04", probes=("P1",))
-def wrong_tokenizer(subject: Subject) -> list[Signal]:
+
+@rule("F04", needs=("rows",), probes=("P1",))
+def wrong_tokenizer(facts: RowFacts) -> Finding | None:
     """F04: the tokenizer is not the one that the model was trained with.
 
     Sees: the ids that the model's files call begin and end of text, of which none is a special token in this tokenizer;
@@ -35,11 +47,47 @@ def wrong_tokenizer(subject: Subject) -> list[Signal]:
     Wrong when: config.json was edited by hand.
     Source: llama.cpp#7062; permuted ids gave 21 times the reference's first loss (measured).
     """
-    return taken_over(subject, "F04")
+    found = partial(Finding.of, "F04", "error")
+    own = facts.model_ids("eos_token_id") | facts.model_ids("bos_token_id")
+    if own and not own & (facts.special_ids | facts.control.ids):
+        spelled = {str(i): facts.spelled(i) if i < len(facts.tokenizer) else "no such token" for i in sorted(own)}
+        return found(
+            message="The tokenizer is not this model's: what the model's files call begin or end of text are ordinary "
+            "tokens in it.",
+            evidence={"model_special_ids": spelled, "tokenizer_eos_id": facts.eos_id},
+            fix="copy the tokenizer files of the same model and revision into the folder of model_name_or_path",
+        )
+    size = facts.num_embeddings
+    if size and len(facts.tokenizer) < SMALLEST_VOCABULARY_SHARE * size:
+        return found(
+            message=f"The tokenizer has {len(facts.tokenizer):,} tokens for an embedding of {size:,}: it is not this "
+            "model's.",
+            evidence={"tokens": len(facts.tokenizer), "embedding_rows": size},
+            fix="copy the tokenizer files of the same model and revision into the folder of model_name_or_path",
+        )
+    unknown = facts.named_id("unk")
+    if unknown is None or unknown in {facts.named_id("eos"), facts.named_id("bos"), facts.named_id("pad")}:
+        return None  # GPT-2 and its kin name their end of text as unknown, and never produce it for one
+    side = facts.train
+    places = np.flatnonzero(side.ids == unknown)
+    if len(places) < MOST_UNKNOWN * max(len(side.ids), 1) or not len(places):
+        return None
+    rows = np.unique(np.searchsorted(side.starts, places, side="right") - 1)
+    return found(
+        message=f"The tokenizer cannot spell this data: {percent(len(places), len(side.ids))} of its tokens are unknown"
+        " ones.",
+        evidence={"unknown_tokens": len(places), "tokens": len(side.ids), "rows": side.places(rows)},
+        fix="use a model whose tokenizer knows the script of the data, or remove these rows",
+    )
 
 
-@rule("F05")
-def ids_beyond_embedding(subject: Subject) -> list[Signal]:
+def took_steps(subject: Subject) -> bool:
+    """Whether a loss was computed, so that every id had its row."""
+    return subject.trace is not None and bool(np.isfinite(subject.trace.loss_S).any())
+
+
+@rule("F05", needs=("rows",), unless=took_steps)
+def ids_beyond_embedding(facts: RowFacts) -> Finding | None:
     """F05: token ids and rows of the embedding do not match.
 
     Sees: ids in the rows that are as large as the embedding or larger; an embedding saved with the adapter that has
@@ -52,20 +100,48 @@ def ids_beyond_embedding(subject: Subject) -> list[Signal]:
     Wrong when: config.json has another `vocab_size` than the checkpoint.
     Source: transformers#24698, unsloth-zoo#923.
     """
-    ran = subject.trace is not None and bool(np.isfinite(subject.trace.loss_S).any())  # so every id had its row
-    signals = [] if ran else taken_over(subject, "F05")
-    fix = "model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))"
+    size = facts.num_embeddings
+    if not size:
+        return None
+    found = [(whole, np.flatnonzero(whole.largest >= size)) for whole in facts.whole]
+    some = [whole.rows[int(row)].input_ids for whole, rows in found for row in rows[:NUM_DECODED]]
+    if not some:
+        return None
+    beyond = np.concatenate(some)
+    beyond = beyond[beyond >= size]
+    train, rows = found[0]
+    return Finding.of(
+        "F05",
+        "error",
+        message=f"The data contains tokens that the model has no embedding for: {facts.spelled(beyond.min())!r} is id "
+        f"{beyond.min()}, and the embedding has {size:,} rows.",
+        evidence={"largest_id": int(beyond.max()), "embedding_rows": size, "rows": train.places(rows)},
+        fix="use the tokenizer as it came with the model; tokens added to it need a base with a larger embedding",
+    )
+
+
+@rule("F05")
+def embedding_too_small(subject: Subject) -> list[Signal]:
+    """F05, of the saved adapter and the log: an embedding with fewer rows than the base's, and an index error."""
+    signals = []
     rows, shape = saved_embedding_rows(subject), shape_of(subject)
     if rows is not None and shape is not None and rows < shape["vocabulary"]:
         says = f"the embedding was saved with {rows:,} rows, and the base has {shape['vocabulary']:,}"
-        signals.append(Signal("F05", "invariant", says, 0.85, {"rows": rows, "base": shape["vocabulary"]}, fix=fix))
+        signals.append(Signal("F05", "invariant", says, 0.85, {"rows": rows, "base": shape["vocabulary"]}, fix=_RESIZE))
     if line := has_error(subject, r"index out of range in self|device-side assert|srcIndex < srcSelectDimSize"):
-        signals.append(Signal("F05", "measured", f"the run ended with: {line}", 0.6, {}, fix=fix))
-    if not signals and not ran and (beyond := ids_beyond(subject)) is not None:
-        size = shape["vocabulary"] if shape else 0
-        says = f"the rows have id {beyond:,}, and the embedding has {size:,} rows"
-        signals.append(Signal("F05", "invariant", says, 0.9, {"largest": beyond, "rows": size}, fix=fix))
+        signals.append(Signal("F05", "measured", f"the run ended with: {line}", 0.6, {}, fix=_RESIZE))
     return signals
+
+
+@rule("F05", otherwise=True, unless=took_steps)
+def largest_id_beyond_embedding(subject: Subject) -> Signal | None:
+    """F05, of rows whose tokenizer is not known."""
+    beyond, shape = ids_beyond(subject), shape_of(subject)
+    if beyond is None:
+        return None
+    size = shape["vocabulary"] if shape else 0
+    says = f"the rows have id {beyond:,}, and the embedding has {size:,} rows"
+    return Signal("F05", "invariant", says, 0.9, {"largest": beyond, "rows": size}, fix=_RESIZE)
 
 
 def ids_beyond(subject: Subject) -> int | None:
@@ -160,8 +236,8 @@ def untrained_rows(weight_VD: torch.Tensor, ids: np.ndarray) -> list[int]:
     return [int(i) for i in chosen[is_new].tolist()]
 
 
-@rule("F07", probes=("P1",))
-def markers_as_text(subject: Subject) -> list[Signal]:
+@rule("F07", needs=("rows",), probes=("P1",))
+def markers_as_text(facts: RowFacts) -> Finding | None:
     """F07: the template's control tokens are split like ordinary text.
 
     Sees: spellings such as `<|im_start|>` in the template's text that encode to several ids, where an answer is ended
@@ -173,4 +249,32 @@ def markers_as_text(subject: Subject) -> list[Signal]:
     Wrong when: a base model carries chat tokens that it was never trained on, and text is meant.
     Source: dolma#176 (an option that does it on purpose); ratio 6.4 (measured).
     """
-    return taken_over(subject, "F07")
+    pieces = pieces_of_template(facts)
+    if pieces is None or not facts.is_chat:
+        return None
+    text = "".join(pieces)
+    split = {m: len(ids) for m in sorted(set(_MARKER.findall(text))) if len(ids := facts.encode(m)) > 1}
+    named = set(facts.tokenizer.special_tokens_map.values()) if facts.tokenizer.special_tokens_map else set()
+    unused = sorted(
+        s for s in facts.control.spellings - {str(n) for n in named} if _CHAT_WORD.search(s) and s not in text
+    )
+    if not split or not (unused or ends_with_text_marker(facts)):
+        return None
+    path = facts.settings.chat_template_path
+    return Finding.of(
+        "F07",
+        "error" if ends_with_text_marker(facts) else "warning",
+        message=f"The chat template writes {', '.join(split)}, which this tokenizer has no token for and splits like "
+        "any word.",
+        evidence={"ids_per_marker": split, "own_tokens_not_used": unused[:8], "chat_template_path": path},
+        fix=(f"remove `chat_template_path: {path}`" if path else "set chat_template_path to a template")
+        + (f" that uses the tokenizer's own tokens ({', '.join(unused[:4])})" if unused and not path else "")
+        + ("" if unused else ", or end answers with {{ eos_token }}"),
+    )
+
+
+def ends_with_text_marker(facts: RowFacts) -> bool:
+    """Whether the template ends answers with something spelled like a control token that is none."""
+    pieces = pieces_of_template(facts)
+    marker = _MARKER.match(pieces[2].lstrip()) if pieces else None
+    return marker is not None and len(facts.encode(marker[0])) > 1

@@ -1,4 +1,4 @@
-"""S4, the loss mask: F17 to F23, read off the labels as the training's collator made them."""
+"""S4, the loss mask: F17 to F23, read off the labels as the training's collator made them; `labels_of_rows` before."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.labels import LabelFacts
 from solotune.diagnosis.roles import ASSISTANT, USER
 from solotune.diagnosis.subject import Subject
-from solotune.diagnosis.suspects import rule, taken_over
+from solotune.diagnosis.suspects import rule
 
 MOST = 0.5  # of the documents: a fault of the whole data
 ALMOST_ALL = 0.9
@@ -262,16 +262,3 @@ def _template_masks_end(subject: Subject, facts: LabelFacts) -> bool | None:
     if not any(mask):
         return None
     return not any(m and i in facts.roles.ends for i, m in zip(ids, mask, strict=True))
-
-
-def _of_rows(code: str) -> None:
-    """What the rules on rows found, where there are no batches yet."""
-
-    def found(subject: Subject) -> list[Signal]:
-        return taken_over(subject, code)
-
-    rule(code, needs=("findings",))(found)
-
-
-for _code in ("F17", "F19", "F20", "F21", "F23"):
-    _of_rows(_code)

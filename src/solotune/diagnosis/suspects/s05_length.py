@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import numpy as np
 
+from solotune.dataset.report import ANSWER_PAST_MAX_LENGTH, LONGER_THAN_MAX_LENGTH
 from solotune.diagnosis.arithmetic import mapping, setting
 from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.findings import Finding
+from solotune.diagnosis.row_arrays import is_pattern, percent
+from solotune.diagnosis.row_facts import RowFacts
 from solotune.diagnosis.rows import examples_of
 from solotune.diagnosis.subject import Subject
-from solotune.diagnosis.suspects import rule, taken_over
+from solotune.diagnosis.suspects import rule
 
 SOME = 0.05
-"""One row in twenty."""
+"""One row in twenty: a few long rows in a file are normal, and cost less than a twentieth of the labels."""
+FEW = 0.01
+"""One row in a hundred: for what should never happen."""
+MOST = 0.5
+"""From here a fault is of the whole data, not of some rows: severity error."""
 MUCH = 0.25
 """Of the rows: without these it is another training."""
 SAME = 0.95
 """Share of uncut rows that begin with the same token, from which the beginning belongs to the format."""
 
 
-@rule("F24", probes=("P12",))
-def answers_cut(subject: Subject) -> list[Signal]:
+def is_packed_by_trl(subject: Subject) -> bool:
+    """Whether it is TRL's packing that cuts: F33."""
+    return bool(mapping(subject.settings.get("sft")).get("packing"))
+
+
+@rule("F24", needs=("rows",), probes=("P12",), unless=is_packed_by_trl)
+def answers_cut(facts: RowFacts) -> Finding | None:
     """F24: `max_length` cuts the ends off long answers.
 
     Sees: rows that fill `max_length` and whose last learned token is no end of turn; rows dropped for their length.
@@ -30,13 +43,35 @@ def answers_cut(subject: Subject) -> list[Signal]:
     Wrong when: long answers are meant to be learned in part.
     Source: the total form is F25.
     """
-    if mapping(subject.settings.get("sft")).get("packing"):
-        return []  # F33: it is TRL's packing that cuts
-    return taken_over(subject, "F24")
+    side, dropped = facts.train, facts.dropped(LONGER_THAN_MAX_LENGTH)
+    is_split = facts.settings.overflow == "split"
+    rows = np.flatnonzero(facts.is_cut(side) & side.supervised[side.starts[1:] - 1] & (not is_split))
+    total = len(side.rows) + dropped
+    if not is_pattern(len(rows) + dropped, total, SOME):
+        return None
+    limit = facts.settings.max_length
+    tokens = np.asarray(facts.report.labels.row_tokens)
+    long = tokens[tokens > limit]
+    wanted = int(-(-np.quantile(long, 0.95) // 64) * 64) if len(long) else 2 * limit
+    lost = len(rows) + dropped
+    return Finding.of(
+        "F24",
+        "error" if lost >= MOST * total else "warning",
+        message=f"{lost:,} of {total:,} rows ({percent(lost, total)}) are "
+        + (
+            f"longer than max_length {limit} and dropped."
+            if dropped > len(rows)
+            else f"cut at max_length {limit}, in the middle of an answer."
+        ),
+        evidence={"answers_cut": len(rows), "dropped": dropped, "max_length": limit, "rows": side.places(rows)},
+        fix=f"max_length: {wanted}"
+        + (" (room for 95 % of the long rows)" if len(long) else "")
+        + ("" if dropped > len(rows) else ", or overflow: drop to leave them out"),
+    )
 
 
-@rule("F25")
-def prompt_fills_window(subject: Subject) -> list[Signal]:
+@rule("F25", needs=("rows",))
+def prompt_fills_window(facts: RowFacts) -> Finding | None:
     """F25: prompts fill `max_length`, and nothing of the answer is left to learn.
 
     Sees: rows that fill `max_length` without a label; rows that were dropped because their answer begins behind it;
@@ -47,13 +82,36 @@ def prompt_fills_window(subject: Subject) -> list[Signal]:
     Wrong when: very long rows were to be left out.
     Source: trl#6668, trl#6671, unsloth#11333 (which confused it with F21), FederatedScope#625.
     """
-    signals = taken_over(subject, "F25")
+    side, dropped = facts.train, facts.dropped(ANSWER_PAST_MAX_LENGTH)
+    rows = np.flatnonzero((side.num_labels == 0) & facts.is_cut(side))
+    total = len(side.rows) + len(facts.validation.rows) + dropped
+    if not is_pattern(len(rows) + dropped, total, FEW):
+        return None
+    length, lost = facts.settings.max_length, len(rows) + dropped
+    return Finding.of(
+        "F25",
+        "error" if lost >= MOST * total else "warning",
+        message=f"{lost:,} of {total:,} rows ({percent(lost, total)}) teach nothing: their answer begins beyond "
+        f"max_length {length}.",
+        evidence={
+            "dropped": dropped,
+            "rows_without_labels": len(rows),
+            "max_length": length,
+            "rows": side.places(rows),
+        },
+        fix=f"max_length: {2 * length} or more, or shorten the prompts of these rows",
+    )
+
+
+@rule("F25", otherwise=True)
+def rows_gone_in_truncation(subject: Subject) -> Signal | None:
+    """F25, of a trainer that counted its rows: fewer out than in."""
     read, left = setting(subject, "rows_in"), setting(subject, "rows_out")
-    if not signals and read and left is not None and left < (1 - SOME) * read:
-        says = f"of {read:,.0f} rows {left:,.0f} are left after truncation"
-        kind, weight = ("invariant", 0.9) if left < (1 - MUCH) * read else ("measured", 0.6)
-        signals.append(Signal("F25", kind, says, weight, {"in": read, "out": left}, fix="a larger max_length"))
-    return signals
+    if not read or left is None or left >= (1 - SOME) * read:
+        return None
+    says = f"of {read:,.0f} rows {left:,.0f} are left after truncation"
+    kind, weight = ("invariant", 0.9) if left < (1 - MUCH) * read else ("measured", 0.6)
+    return Signal("F25", kind, says, weight, {"in": read, "out": left}, fix="a larger max_length")
 
 
 @rule("F26")

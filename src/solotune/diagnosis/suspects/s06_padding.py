@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from solotune.diagnosis.documents import Batches
 from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.labels import LabelFacts
+from solotune.diagnosis.row_arrays import is_pattern
+from solotune.diagnosis.row_facts import RowFacts
 from solotune.diagnosis.subject import Subject
-from solotune.diagnosis.suspects import rule, taken_over
+from solotune.diagnosis.suspects import rule
 
 ABSOLUTE = frozenset(["gpt2", "gpt_neo", "gpt_bigcode", "openai-gpt", "biogpt", "xglm", "ctrl", "codegen_absolute"])
 """Families whose positions are a table and are counted from the left edge unless they are given."""
+
+FEW = 0.01
+"""One row in a hundred: for what should never happen."""
 
 
 @rule("F27", needs=("batches", "model_config"), probes=("P2",))
@@ -82,6 +90,35 @@ def pads_learned(subject: Subject) -> Signal | None:
     return Signal("F29", "invariant", says, 0.95, numbers, fix="labels[attention_mask == 0] = -100")
 
 
+@rule("F29", needs=("rows", "findings"))
+def padding_learned(facts: RowFacts) -> Finding | None:
+    """F29, of rows: learned pad tokens where the pad is a token of its own, and runs of three or more equal special
+    tokens at the end of a row where it is not (texts that were exported with their padding)."""
+    side, pad = facts.train, facts.named_id("pad")
+    if not len(side.ids):
+        return None
+    others = facts.turn_end_ids | {facts.named_id("bos"), facts.named_id("unk")}
+    found = np.zeros(len(side.ids), bool)
+    if pad is not None and pad not in others:
+        found = side.supervised & (side.ids == pad)
+    last = side.starts[1:][side.lengths >= 3] - 1
+    run = np.isin(side.ids[last], list(facts.special_ids)) & side.supervised[last]
+    run &= (side.ids[last] == side.ids[last - 1]) & (side.ids[last] == side.ids[last - 2])
+    found[last[run]] = True
+    rows = np.unique(np.searchsorted(side.starts, np.flatnonzero(found), side="right") - 1)
+    if not is_pattern(len(rows), len(side.rows), FEW):
+        return None
+    spelled = facts.spelled(side.ids[np.flatnonzero(found)[0]])
+    return Finding.of(
+        "F29",
+        "error",
+        message=f"{len(rows):,} of {len(side.rows):,} rows contain padding ({spelled}) that is learned as if it were "
+        "text.",
+        evidence={"rows_with": len(rows), "padding_tokens": int(found.sum()), "rows": side.places(rows)},
+        fix=f"remove {spelled} from the texts; rows are padded for you, and padding is never learned",
+    )
+
+
 @rule("F30", needs=("batches",))
 def first_token_learned_from_padding(subject: Subject) -> Signal | None:
     """F30: with padding on the left, the first token of a text is learned from the pad before it.
@@ -102,15 +139,3 @@ def first_token_learned_from_padding(subject: Subject) -> Signal | None:
 
 def _has_positions(batches: Batches) -> bool:
     return all(batch.get("position_ids") is not None for batch in batches.raw)
-
-
-def _of_rows(code: str) -> None:
-    """What the rules on rows found, where there are no batches yet."""
-
-    def found(subject: Subject) -> list[Signal]:
-        return taken_over(subject, code)
-
-    rule(code, needs=("findings",))(found)
-
-
-_of_rows("F29")

@@ -11,7 +11,7 @@ from solotune.diagnosis.documents import Batches, Line
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.labels import LabelFacts
 from solotune.diagnosis.subject import Subject
-from solotune.diagnosis.suspects import rule, taken_over
+from solotune.diagnosis.suspects import rule, signals_of_rows
 
 SOME = 0.1  # of the documents
 
@@ -111,7 +111,7 @@ def cut_before_packing(subject: Subject) -> list[Signal]:
     if not told.get("packing") or told.get("packing_strategy") != "bfd":
         return []
     fix = "packing_strategy: bfd_split, or a max_length above the longest row"
-    return [replace(signal, code="F33", fix=fix) for signal in taken_over(subject, "F24")]
+    return [replace(signal, code="F33", fix=fix) for signal in signals_of_rows(subject, "F24")]
 
 
 def _claims_by_mask(raw) -> bool:

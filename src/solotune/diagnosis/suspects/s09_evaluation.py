@@ -9,18 +9,41 @@ import numpy as np
 
 from solotune.diagnosis.arithmetic import is_ours, setting
 from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.findings import Finding
+from solotune.diagnosis.label_rows import said_in_labels, said_in_training
+from solotune.diagnosis.row_arrays import MIN_ROWS, Side, is_pattern, percent
+from solotune.diagnosis.row_facts import RowFacts
 from solotune.diagnosis.subject import Subject, Trace
-from solotune.diagnosis.suspects import rule, taken_over
+from solotune.diagnosis.suspects import rule
 from solotune.diagnosis.suspects.s13_schedule import lowest_and_last
 
+MOST = 0.5
+"""A split is on the training rows if half of it is."""
+SOME = 0.05
+"""6 % of leaked rows lifted a benchmark from 71 to 80 % (cited in the catalogue)."""
+GRAM = 10
+"""Tokens in a row: eight words of English, the length that overlaps are usually judged by."""
+CONTAINED = 0.5
+"""Share of a row's own passages that training has too: half, as for 8-grams elsewhere."""
+LEAST_GRAMS = 16
+"""Passages that a row needs of its own (a sentence or two), or its share says nothing."""
+COMMON = 3
+"""A passage in more training rows than that is the format's or the system prompt's, not a leak of one row."""
+LEAST_VALIDATION = 10
+"""Rows under which an error bar is wider than most effects: per-row losses differ by about 0.5 nats, so 0.5 / sqrt(n)
+is 0.16 at ten rows and 0.3 at three."""
+MANY = 100
+"""Training rows from which ten rows for validation are not too much to ask."""
+DRIFT = 3.0
+"""Ratio of median answer lengths; the two sides of a random split of 20 rows are within a factor of 2."""
 RISE = 0.03
 """Nats by which held-out losses behind the lowest are above it, and twice their own scatter where that is known."""
 FAR = 0.65
 """Of the held-out loss: a training loss below that is learned by heart."""
 
 
-@rule("F43")
-def evaluated_on_training(subject: Subject) -> list[Signal]:
+@rule("F43", needs=("rows",))
+def evaluated_on_training(facts: RowFacts) -> Finding | None:
     """F43: the evaluation's rows are training rows.
 
     Sees: held-out rows with the ids of training rows, half of them or more; the same file and split on both sides;
@@ -31,18 +54,44 @@ def evaluated_on_training(subject: Subject) -> list[Signal]:
     Wrong when: somebody else evaluates on other rows.
     Source: the walkthrough's article.
     """
-    signals, get = taken_over(subject, "F43"), subject.settings.get
+    train, validation = facts.whole
+    rows, same = validation.rows, np.flatnonzero(np.isin(validation.hashes, train.hashes))
+    evidence = {"validation_rows": len(rows), "also_in_training": len(same), "rows": validation.places(same)}
+    if not rows:
+        return Finding.of(
+            "F43",
+            "info",
+            slug="no-held-out-rows",
+            message="No rows are held out, so nothing will tell learning from memorising.",
+            evidence=evidence,
+            fix="validation_size: 0.05, or eval_dataset: a file of your own",
+        )
+    if not is_pattern(len(same), len(rows), MOST):
+        return None
+    return Finding.of(
+        "F43",
+        "error",
+        message=f"{len(same):,} of {len(rows):,} validation rows are training rows.",
+        evidence=evidence,
+        fix="remove eval_dataset and let a part be held out (validation_size: 0.05), or remove its rows from dataset",
+    )
+
+
+@rule("F43", otherwise=True)
+def same_file_on_both_sides(subject: Subject) -> Signal | None:
+    """F43, of the settings: training and evaluation read the same split of the same data."""
+    get = subject.settings.get
     fix = "remove eval_dataset, and validation_size: 0.05"
     ours, theirs = get("dataset"), get("eval_dataset")
     splits = get("dataset_split") or "train", get("eval_dataset_split") or "train"
-    if not signals and ours and ours == theirs and splits[0] == splits[1]:
-        says = f"training and evaluation read the same rows: {ours} {splits[0]}"
-        signals.append(Signal("F43", "invariant", says, 0.9, {}, fix=fix))
-    return signals
+    if not ours or ours != theirs or splits[0] != splits[1]:
+        return None
+    says = f"training and evaluation read the same rows: {ours} {splits[0]}"
+    return Signal("F43", "invariant", says, 0.9, {}, fix=fix)
 
 
-@rule("F44")
-def leaked_passages(subject: Subject) -> list[Signal]:
+@rule("F44", needs=("rows",))
+def leaked_passages(facts: RowFacts) -> Finding | None:
     """F44: held-out rows have copies or near-copies among the training rows.
 
     Sees: held-out answers of which half of the passages of ten tokens stand in one to three training rows.
@@ -52,7 +101,69 @@ def leaked_passages(subject: Subject) -> list[Signal]:
     Wrong when: both sides quote the same source on purpose.
     Source: a report on MinHash decontamination (80.4 to 72 % after removing 6 % of rows; secondary).
     """
-    return taken_over(subject, "F44")
+    rows, asked = _grams(facts.validation)
+    held, _ = _distinct(asked)
+    counts = np.zeros(len(held), np.int64)  # training rows that each is in
+    for side in facts.stretches() if len(held) else ():
+        of, grams = _grams(side)
+        places = np.minimum(np.searchsorted(held, grams), len(held) - 1)
+        is_held = held[places] == grams
+        once, _ = _distinct(of[is_held] * len(held) + places[is_held])  # a row counts once
+        np.add.at(counts, once % len(held), 1)
+    own, common = held[(counts > 0) & (counts <= COMMON)], held[counts > COMMON]
+    leaked = []
+    judged = 0
+    rows, sizes = _distinct(rows)
+    for row, grams in zip(rows, np.split(asked, np.cumsum(sizes)[:-1]), strict=False):  # of none, split makes one
+        grams, _ = _distinct(grams)
+        grams = grams[~_is_in(grams, common)]
+        if len(grams) < LEAST_GRAMS:
+            continue
+        judged += 1
+        if _is_in(grams, own).mean() >= CONTAINED:
+            leaked.append(int(row))
+    total = len(facts.validation.rows)
+    if not is_pattern(len(leaked), total, SOME):
+        return None
+    return Finding.of(
+        "F44",
+        "warning",
+        message=f"{len(leaked):,} of {total:,} validation rows ({percent(len(leaked), total)}) have answers that are "
+        "made of passages of training answers, by half or more.",
+        evidence={"rows_with": len(leaked), "rows_judged": judged, "rows": facts.validation.places(leaked)},
+        fix="split_by: a key that rows of one source share (a document or conversation id)",
+    )
+
+
+def _grams(side: Side) -> tuple[np.ndarray, np.ndarray]:
+    """int64 (G,) rows, ascending, and uint64 (G,) hashes of the runs of GRAM tokens that end in a label of them.
+
+    A polynomial over 64 bits, wrapping: two different runs meet with probability 2**-64 each.
+    """
+    if len(side.ids) < GRAM:
+        return np.zeros(0, np.int64), np.zeros(0, np.uint64)
+    hashes = np.zeros(len(side.ids) - GRAM + 1, np.uint64)
+    with np.errstate(over="ignore"):
+        for offset in range(GRAM):
+            hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + side.ids[offset : offset + len(hashes)].astype(np.uint64)
+            hashes ^= hashes >> np.uint64(29)  # else small ids would cancel out
+    begins = np.flatnonzero(side.supervised[GRAM - 1 :])
+    rows = np.searchsorted(side.starts, begins, side="right") - 1
+    is_inside = begins + GRAM <= side.starts[rows + 1]
+    return rows[is_inside], hashes[begins[is_inside]]
+
+
+def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted, each once, and how often each occurs; `np.unique` hashes, which takes three times as long."""
+    values = np.sort(values)
+    begins = np.flatnonzero(np.concatenate((np.ones(min(len(values), 1), bool), values[1:] != values[:-1])))
+    return values[begins], np.diff(begins, append=len(values))
+
+
+def _is_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    if not len(ordered):
+        return np.zeros(len(values), bool)
+    return ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
 
 
 @rule("F45", probes=("P8",))
@@ -130,8 +241,8 @@ def _drops_at_epochs(trace: Trace) -> list[float] | None:
     return drops
 
 
-@rule("F47", probes=("P1",))
-def different_labels(subject: Subject) -> list[Signal]:
+@rule("F47", needs=("rows",), probes=("P1",))
+def different_labels(facts: RowFacts) -> Finding | None:
     """F47: training and evaluation losses are not over the same kind of tokens.
 
     Sees: prompts that are learned on one side and not scored on the other; packing, length or mask set otherwise for
@@ -142,7 +253,33 @@ def different_labels(subject: Subject) -> list[Signal]:
     Wrong when: only answers are to be scored although all is learned, and the gap is known.
     Source: trl's `eval_packing`.
     """
-    signals, get = taken_over(subject, "F47"), subject.settings.get
+    prompted, _, judged = facts.once(said_in_training)
+    other, _, other_judged = said_in_labels(facts, facts.validation)
+    if min(judged, other_judged) < MIN_ROWS:
+        return None
+    shares = len(prompted) / judged, len(other) / other_judged
+    if abs(shares[0] - shares[1]) < MOST or (facts.settings.assistant_only_loss and shares[0] > shares[1]):
+        return None  # the second: F20 says it
+    return Finding.of(
+        "F47",
+        "error",
+        message="The two losses are not comparable: prompts are learned in "
+        f"{shares[0]:.0%} of the training rows and scored in {shares[1]:.0%} of the validation rows.",
+        evidence={
+            "training_rows_with_prompt": len(prompted),
+            "training_rows_read": judged,
+            "validation_rows_with_prompt": len(other),
+            "validation_rows_read": other_judged,
+            "rows": facts.validation.places(other or range(len(facts.validation.rows))),
+        },
+        fix="mask validation rows as training rows are (`assistant_only_loss` holds for both)",
+    )
+
+
+@rule("F47")
+def evaluated_by_other_settings(subject: Subject) -> list[Signal]:
+    """F47, of the settings: packing, length or mask are others for the evaluation."""
+    signals, get = [], subject.settings.get
     for key in ("packing", "max_length", "assistant_only_loss"):
         mine, theirs = get(key), get(f"eval_{key}")
         if mine is not None and theirs is not None and mine != theirs and not is_ours(subject):
@@ -152,8 +289,8 @@ def different_labels(subject: Subject) -> list[Signal]:
     return signals
 
 
-@rule("F48")
-def weak_validation(subject: Subject) -> list[Signal]:
+@rule("F48", needs=("rows",))
+def weak_validation(facts: RowFacts) -> Finding | None:
     """F48: the held-out rows are too few, or of another kind, to show the difference.
 
     Sees: fewer than ten rows beside a hundred or more; answers three times as long or short as in training.
@@ -163,17 +300,54 @@ def weak_validation(subject: Subject) -> list[Signal]:
     Wrong when: the validation file is another task on purpose.
     Source: unsloth#2771 (a split of 487 to 3).
     """
-    signals, trace = taken_over(subject, "F48"), subject.trace
+    rows, many = (len(whole.rows) for whole in reversed(facts.whole))
+    if 0 < rows < LEAST_VALIDATION and many >= MANY:
+        wanted = max(2 * LEAST_VALIDATION, round(0.05 * (many + rows)))
+        return Finding.of(
+            "F48",
+            "warning",
+            message=f"{rows} validation rows beside {many:,} training rows: the held-out loss will be mostly chance.",
+            evidence={"validation_rows": rows, "training_rows": many},
+            fix=f"validation_size: {wanted}" if facts.settings.eval_dataset is None else "give eval_dataset more rows",
+        )
+    if min(rows, many) < 2 * LEAST_VALIDATION:
+        return None
+    medians = [float(np.median(side.num_labels)) for side in (facts.train, facts.validation)]
+    if min(medians) <= 0 or max(medians) < DRIFT * min(medians):
+        return None
+    return Finding.of(
+        "F48",
+        "warning",
+        message=f"Validation rows are of another kind: half of them have more than {medians[1]:.0f} learned tokens, of "
+        f"the training rows {medians[0]:.0f}.",
+        evidence={"median_training_labels": medians[0], "median_validation_labels": medians[1]},
+        fix="hold out a random part instead (remove eval_dataset, validation_size: 0.05)"
+        if facts.settings.eval_dataset is not None
+        else "validation_size: a larger share; one group may make up most of the held-out rows",
+    )
+
+
+@rule("F48", otherwise=True)
+def few_validation_rows(subject: Subject) -> Signal | None:
+    """F48, of rows that are only counted."""
     rows, many = setting(subject, "validation_rows"), setting(subject, "train_rows")
-    if not signals and rows is not None and many is not None and 0 < rows < 10 and many >= 100:
-        says = f"{rows:.0f} held-out rows beside {many:,.0f} training rows"
-        fix = f"validation_size: {max(20, round(0.05 * many))}"
-        signals.append(Signal("F48", "measured", says, 0.7, {"rows": rows}, fix=fix))
+    if rows is None or many is None or not 0 < rows < LEAST_VALIDATION or many < MANY:
+        return None
+    says = f"{rows:.0f} held-out rows beside {many:,.0f} training rows"
+    fix = f"validation_size: {max(20, round(0.05 * many))}"
+    return Signal("F48", "measured", says, 0.7, {"rows": rows}, fix=fix)
+
+
+@rule("F48", otherwise=True)
+def rough_held_out_loss(subject: Subject) -> Signal | None:
+    """F48, of the curve: the held-out loss goes up and down by more than it changes over the run."""
+    trace = subject.trace
     held = trace.eval_loss_E[np.isfinite(trace.eval_loss_E)] if trace is not None else np.zeros(0)
-    if not signals and len(held) >= 6:
-        turns = np.diff(np.sign(np.diff(held)))
-        rough = float(np.abs(np.diff(held, 2)).mean() / max(abs(held[0] - held[-1]), 1e-3))
-        if (turns != 0).mean() > 0.7 and rough > 1:
-            says = "the held-out loss goes up and down by more than it changes over the whole run"
-            signals.append(Signal("F48", "curve", says, 0.4, {"rough": rough}, fix="a larger validation_size"))
-    return signals
+    if len(held) < 6:
+        return None
+    turns = np.diff(np.sign(np.diff(held)))
+    rough = float(np.abs(np.diff(held, 2)).mean() / max(abs(held[0] - held[-1]), 1e-3))
+    if (turns != 0).mean() <= 0.7 or rough <= 1:
+        return None
+    says = "the held-out loss goes up and down by more than it changes over the whole run"
+    return Signal("F48", "curve", says, 0.4, {"rough": rough}, fix="a larger validation_size")

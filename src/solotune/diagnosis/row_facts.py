@@ -1,11 +1,8 @@
-"""What every rule looks at: the rows as tokens, the answers found in them, the template, the model's own numbers.
+"""What the rules on rows look at: the rows as tokens, the answers in them, the template, the model's own numbers.
 
-    Facts(config, tokenizer, train, validation, report)     each fact is computed once, when a rule first asks
+    RowFacts.of_config(config, tokenizer, train, validation, report)     each fact is computed once, when a rule asks
 
-The ids of the rows that are judged lie in one array and every question about tokens is an array operation: 5,000 chats
-of 1,200 tokens are six million ids. Those are all rows up to 20,000 rows and eight million tokens; of more, evenly
-spaced stretches (`Side`). What one row alone makes wrong, a leak or an id without an embedding, is asked of all
-(`Whole`). Questions that need text decode an evenly spaced sample.
+Questions about tokens are array operations (`row_arrays`); questions that need text decode an evenly spaced sample.
 
 *Answer* below means a run of supervised tokens; `ends` are their last tokens that are not blank (`<|im_end|>` though a
 newline follows it). A *stop* is an id that generation ends at: eos, a special token, what the template ends turns with.
@@ -13,12 +10,9 @@ newline follows it). A *stop* is an id that generation ends at: eos, a special t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import unicodedata
-from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -26,145 +20,100 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from solotune.config import RunConfig
+from solotune.dataset import load_tokenizer
 from solotune.dataset.chat import ChatTemplate
 from solotune.dataset.control import ControlTokens
 from solotune.dataset.encode import Encoder
-from solotune.dataset.example import ids_of, lengths_of
-from solotune.dataset.tokenizer import load_tokenizer
+from solotune.diagnosis import row_arrays
+from solotune.diagnosis.row_arrays import Side, Whole, evenly, judged
 from solotune.errors import InputError
-from solotune.model_source import model_here
+from solotune.model_source import ModelFiles, model_here
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from solotune.dataset.example import Example
-    from solotune.dataset.report import DataReport
-
-_PART = re.compile(r" part (\d+)/(\d+)$")
+    from solotune.dataset import DataReport, Example
 
 Answer = TypeVar("Answer")
-Severity = Literal["error", "warning", "info"]
+ModelJsons = Mapping[str, Mapping[str, Any]]
 
-NUM_DECODED = 300
-"""Rows decoded for a question about text. A share of 5 % is then known to within 2.5 points, and 5,000 rows cost less
-than a second."""
-NUM_READ = 20_000
-"""Rows that are judged: all of most files, and a fifth of a second per rule where there are more."""
-NUM_TOKENS = 8 << 20
-"""Tokens of the rows that are judged: 40 MB, and ten times that while the longest of the rules works."""
-STRETCH = 16
-"""Rows that follow one another in a sample, so that a rule can compare neighbours."""
-MIN_ROWS = 3
-"""One or two odd rows are not a pattern; also what keeps a share of a tiny file from being one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One fault seen in the data, with its evidence and the one change that mends it."""
-
-    code: str
-    slug: str
-    suspect: str
-    severity: Severity
-    message: str
-    evidence: dict[str, Any]
-    fix: str
-
-    def to_json(self) -> dict[str, Any]:
-        """The shape that `data --json`, data.json and the diagnosis share."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+_PART = re.compile(r" part (\d+)/(\d+)$")
+_USER, _ANSWER = "\ufdd0", "\ufdd1"  # what no text has
+_MODEL_FILES = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
-class Side:
-    """One side of the split as arrays. R rows, N tokens in all, A answers (runs of supervised tokens)."""
+class RowSettings:
+    """The keys of a config that decide how rows are cut, masked and rendered."""
 
-    rows: Sequence[Example]
-    ids: np.ndarray
-    """int32 (N,), all rows one after the other"""
-    supervised: np.ndarray
-    """bool (N,)"""
-    starts: np.ndarray
-    """int64 (R + 1,): row r is ids[starts[r] : starts[r + 1]]"""
-    begins: np.ndarray
-    """int64 (A,): position in `ids` of the first token of an answer"""
-    ends: np.ndarray
-    """int64 (A,): position after its last token"""
-    row_of: np.ndarray
-    """int64 (A,): the row that an answer stands in"""
+    max_length: int
+    overflow: str
+    assistant_only_loss: bool
+    chat_template_path: str | None = None
+    eval_dataset: Any = None
 
     @classmethod
-    def of(cls, rows: Sequence[Example]) -> Side:
-        """The arrays of some examples."""
-        lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
-        starts = np.concatenate(([0], np.cumsum(lengths)))
-        ids = np.concatenate([row.input_ids for row in rows]) if rows else np.zeros(0, np.int32)
-        supervised = np.concatenate([row.supervised for row in rows]) if rows else np.zeros(0, bool)
-        before = np.concatenate(([False], supervised[:-1])) if len(ids) else supervised
-        after = np.concatenate((supervised[1:], [False])) if len(ids) else supervised
-        is_first, is_last = np.zeros(len(ids) + 1, bool), np.zeros(len(ids) + 1, bool)
-        is_first[starts[:-1]], is_last[starts[1:] - 1] = True, True
-        begins = np.flatnonzero(supervised & (~before | is_first[:-1]))
-        ends = np.flatnonzero(supervised & (~after | is_last[:-1])) + 1
-        return cls(rows, ids, supervised, starts, begins, ends, np.searchsorted(starts, begins, side="right") - 1)
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """int64 (R,): tokens of each row."""
-        return np.diff(self.starts)
-
-    @cached_property
-    def num_labels(self) -> np.ndarray:
-        """int64 (R,): supervised tokens of each row."""
-        return np.diff(np.concatenate(([0], np.cumsum(self.supervised)))[self.starts])
-
-    def places(self, rows: Sequence[int] | np.ndarray) -> list[str]:
-        """The names of the first three of these rows."""
-        return [self.rows[int(row)].where for row in rows[:3]]
+    def of(cls, config: RunConfig) -> RowSettings:
+        """Those of a config."""
+        return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
 
 
-@dataclass(frozen=True)
-class Whole:
-    """All rows of a side, as 12 bytes each."""
-
-    rows: Sequence[Example]
-    hashes: np.ndarray
-    """uint64 (R,): equal for rows with equal ids"""
-    largest: np.ndarray
-    """int32 (R,): the largest id of each row"""
-
-    @classmethod
-    def of(cls, rows: Sequence[Example]) -> Whole:
-        """Reads the ids of all rows."""
-        hashes, largest = array("Q"), array("i")
-        for ids in ids_of(rows):
-            hashes.append(int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little"))
-            largest.append(int(ids.max(initial=-1)))
-        return cls(rows, np.array(hashes, np.uint64), np.array(largest, np.int32))
-
-    def places(self, rows: Sequence[int] | np.ndarray) -> list[str]:
-        """The names of the first three of these rows."""
-        return [self.rows[int(row)].where for row in rows[:3]]
-
-
-class Facts:
-    """Everything a rule may ask."""
+class RowFacts:
+    """Everything a rule on rows may ask."""
 
     def __init__(
         self,
+        settings: RowSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Sequence[Example],
+        validation: Sequence[Example],
+        report: DataReport,
+        model_jsons: ModelJsons,
+        template_of_model: Callable[[], ChatTemplate | None] = lambda: None,
+    ) -> None:
+        """Args:
+        train: training rows, at least one.
+        validation: held-out rows, or none.
+        report: the account of both, for rows that were dropped on the way.
+        model_jsons: config.json and generation_config.json of the base, empty where they are not known.
+        template_of_model: the base's own template, where `chat_template_path` takes its place.
+        """
+        self.settings, self.tokenizer, self.report = settings, tokenizer, report
+        self._rows, self._model_jsons, self._template_of_model = (train, validation), model_jsons, template_of_model
+        self.train, self.validation = Side.of(judged(train)), Side.of(judged(validation))
+        self._known: dict[Any, Any] = {}
+        self._blank_of: dict[int, bool] = {}
+
+    @classmethod
+    def of_config(
+        cls,
         config: RunConfig,
         tokenizer: PreTrainedTokenizerBase,
         train: Sequence[Example],
         validation: Sequence[Example],
         report: DataReport,
-    ) -> None:
-        self.config, self.tokenizer, self.report = config, tokenizer, report
-        self._rows = train, validation
-        self.train, self.validation = Side.of(judged(train)), Side.of(judged(validation))
-        self._known: dict[Any, Any] = {}
-        self._blank_of: dict[int, bool] = {}
+        base: ModelFiles | None = None,
+    ) -> RowFacts:
+        """The facts on rows that a config made.
 
-    def once(self, question: Callable[[Facts], Answer]) -> Answer:
+        Args:
+            base: files of the base model, where the caller has them already.
+        """
+        base = base or model_here(config)
+
+        def template_of_model() -> ChatTemplate | None:
+            if config.chat_template_path is None:
+                return None
+            try:
+                plain = load_tokenizer(config.replaced("findings", chat_template_path=None), base)
+                return ChatTemplate(plain, report.day) if plain.chat_template is not None else None
+            except InputError:  # it is not here
+                return None
+
+        settings = RowSettings.of(config)
+        return cls(settings, tokenizer, train, validation, report, model_jsons(base), template_of_model)
+
+    def once(self, question: Callable[[RowFacts], Answer]) -> Answer:
         """`question(self)`, asked once however many rules ask."""
         if question not in self._known:
             self._known[question] = question(self)
@@ -214,14 +163,7 @@ class Facts:
     @cached_property
     def own_template(self) -> ChatTemplate | None:
         """The model's, where a file of the user's (`chat_template_path`) takes its place."""
-        if self.config.chat_template_path is None:
-            return None
-        try:
-            without = self.config.replaced("findings", chat_template_path=None)
-            tokenizer = load_tokenizer(without, model_here(self.config))
-            return ChatTemplate(tokenizer, self.report.day) if tokenizer.chat_template is not None else None
-        except InputError:  # it is not here
-            return None
+        return self._template_of_model()
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -285,8 +227,8 @@ class Facts:
     def is_cut(self, side: Side) -> np.ndarray:
         """bool (R,): something was cut off: the row fills `max_length` without ending, or is a part with a next one."""
         last = self._before_blanks(side, side.starts[:-1], side.starts[1:] - 1)
-        cut = (side.lengths >= self.config.max_length) & ~np.isin(side.ids[last], list(self.stop_ids))
-        if self.config.overflow == "split":
+        cut = (side.lengths >= self.settings.max_length) & ~np.isin(side.ids[last], list(self.stop_ids))
+        if self.settings.overflow == "split":
             parts = [_PART.search(row.where) for row in side.rows]
             cut |= np.array([part is not None and part[1] != part[2] for part in parts], dtype=bool)
         return cut
@@ -296,7 +238,7 @@ class Facts:
     @cached_property
     def chats(self) -> list[int]:
         """Training rows that are chats, at most NUM_READ, evenly spaced."""
-        return evenly([r for r, row in enumerate(self.train.rows) if row.messages], NUM_READ)
+        return evenly([r for r, row in enumerate(self.train.rows) if row.messages], row_arrays.NUM_READ)
 
     @cached_property
     def is_chat(self) -> bool:
@@ -311,13 +253,13 @@ class Facts:
         """
         fits = ~self.is_cut(side) if whole else np.ones(len(side.rows), bool)
         if whole and self.report.num_truncated:
-            fits &= side.lengths < self.config.max_length
-        return evenly([r for r, row in enumerate(side.rows) if row.messages and fits[r]], NUM_DECODED)
+            fits &= side.lengths < self.settings.max_length
+        return evenly([r for r, row in enumerate(side.rows) if row.messages and fits[r]], row_arrays.NUM_DECODED)
 
     @cached_property
     def answers(self) -> list[tuple[int, str]]:
         """(row, last answer as text) of the training rows: of a chat its message, else what is supervised."""
-        rows = self.chats or evenly(range(len(self.train.rows)), NUM_READ)
+        rows = self.chats or evenly(range(len(self.train.rows)), row_arrays.NUM_READ)
         return [(row, self._answer_of(row)) for row in rows]
 
     def _answer_of(self, row: int) -> str:
@@ -332,64 +274,40 @@ class Facts:
     # --- the model's own numbers
 
     @cached_property
-    def model_files(self) -> dict[str, dict[str, Any]]:
-        """config.json and generation_config.json of the model, as far as they lie on this machine; else empty."""
-        files = model_here(self.config)
-        names = ("config.json", "generation_config.json")
-        return {name: {} if files is None else files.json_or_empty(name) for name in names}
-
-    @cached_property
     def num_embeddings(self) -> int | None:
         """Rows of the embedding matrix by config.json; None where that is not at hand."""
-        found = self.model_files["config.json"]
+        found = self._model_jsons["config.json"]
         size = (found.get("text_config") or found).get("vocab_size")
         return size if isinstance(size, int) and size > 0 else None
 
     def model_ids(self, key: str) -> set[int]:
         """`eos_token_id` or `bos_token_id` by generation_config.json, else config.json: one id, a list, or none."""
         for name in ("generation_config.json", "config.json"):
-            found = self.model_files[name]
+            found = self._model_jsons[name]
             value = found.get(key, (found.get("text_config") or {}).get(key))
             if value is not None:
                 return {v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)}
         return set()
 
 
-def judged(rows: Sequence[Example]) -> list[Example]:
-    """All of the rows, or evenly spaced stretches of them with about NUM_READ rows or NUM_TOKENS tokens in all."""
-    num_tokens = sum(lengths_of(rows))
-    share = min(NUM_READ / max(len(rows), 1), NUM_TOKENS / max(num_tokens, 1))
-    if share >= 1:
-        return list(rows)
-    num_stretches = max(1, int(share * len(rows) / STRETCH))
-    begins = np.linspace(0, max(len(rows) - STRETCH, 0), num_stretches).astype(int)
-    return [row for begin in begins for row in rows[int(begin) : int(begin) + STRETCH]]
+def pieces_of_template(facts: RowFacts) -> tuple[str, str, str] | None:
+    """The template's own text before a question, between it and the answer, and after; None if it refuses."""
+    return None if facts.template is None else pieces_of(facts.template)
 
 
-def evenly(rows: Sequence[int], count: int) -> list[int]:
-    """At most `count` of the rows, evenly spaced, the first and the last among them."""
-    if len(rows) <= count:
-        return list(rows)
-    return [rows[i] for i in np.linspace(0, len(rows) - 1, count).astype(int)]
+def pieces_of(template: ChatTemplate) -> tuple[str, str, str] | None:
+    """The same of a template."""
+    chat = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = template.raw("the probe", chat, None, is_prompt=False)
+    except InputError:
+        return None
+    header, _, rest = text.partition(_USER)
+    between, found, end = rest.partition(_ANSWER)
+    return (header, between, end) if found else None
 
 
-def squeezed(text: str) -> str:
-    """For finding a text in a rendering: templates trim and indent, tokenizers fold and may change blanks."""
-    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-def percent(part: float, whole: float) -> str:
-    """`12 %`, `0.4 %`."""
-    share = 100 * part / whole if whole else 0.0
-    return f"{share:.1f} %" if share < 10 else f"{share:.0f} %"
-
-
-def is_pattern(count: int, whole: int, share: float) -> bool:
-    """Whether `count` of `whole` rows is at least that share, and more than an odd row or two (or all)."""
-    return count >= share * whole and (count >= MIN_ROWS or count == whole > 0)
-
-
-def rendered_prompt(facts: Facts, messages: list[dict[str, Any]], tools: Any) -> np.ndarray | None:
+def rendered_prompt(facts: RowFacts, messages: list[dict[str, Any]], tools: Any) -> np.ndarray | None:
     """What generation would be given for these messages; None where the template refuses them."""
     if facts.template is None:
         return None
@@ -398,3 +316,8 @@ def rendered_prompt(facts: Facts, messages: list[dict[str, Any]], tools: Any) ->
         return facts.encoder.encode([rendered], ["the prompt"])[0][0]
     except InputError:
         return None
+
+
+def model_jsons(base: ModelFiles | None) -> dict[str, dict[str, Any]]:
+    """config.json and generation_config.json of the base, as far as they are on this machine; else empty."""
+    return {name: {} if base is None else base.json_or_empty(name) for name in _MODEL_FILES}

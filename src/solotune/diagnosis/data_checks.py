@@ -1,0 +1,58 @@
+"""Faults that data, tokenizer and config alone show, in seconds, before any GPU is used.
+
+    for finding in check_rows(config, tokenizer, prepared): ...
+
+It asks the rules that need rows (`suspects.judge`). Of large data most of them judge a sample, and say so in the
+evidence: `rows_judged` of `training_rows`. The answer is cached beside the rows, under a key that holds whatever a rule
+may read: the rows, the config, the model's files, and the source of the rules themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache as once
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from solotune.config import RunConfig
+from solotune.dataset import Prepared, cache
+from solotune.diagnosis.findings import Finding
+from solotune.diagnosis.row_facts import RowFacts, model_jsons
+from solotune.diagnosis.suspects import judge
+from solotune.model_source import ModelFiles, model_here
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def check_rows(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, prepared: Prepared, base: ModelFiles | None = None
+) -> list[Finding]:
+    """What is wrong with the rows as they would be trained on; worst first, empty where nothing is.
+
+    Args:
+        base: files of the base model, where the caller has them already.
+    """
+    base = base or model_here(config)
+    key = _key(config, prepared, base)
+    if key is not None and (known := cache.load_findings(key)) is not None:
+        return [finding for one in known if (finding := Finding.from_json(one)) is not None]
+    found = judge(RowFacts.of_config(config, tokenizer, prepared.train, prepared.validation, prepared.report, base))
+    as_json = json.loads(json.dumps([finding.to_json() for finding in found]))
+    if key is not None:
+        cache.store_findings(key, as_json)
+    return [Finding(**one) for one in as_json]
+
+
+def _key(config: RunConfig, prepared: Prepared, base: ModelFiles | None) -> str | None:
+    """The name of the findings; None for rows that are not cached either."""
+    if prepared.key is None:
+        return None
+    parts = [prepared.key, config.model_dump(), model_jsons(base), _rules_version()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@once
+def _rules_version() -> str:
+    return cache.source_digest(Path(__file__).parent)

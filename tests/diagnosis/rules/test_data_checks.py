@@ -1,0 +1,111 @@
+"""Asking the rules on rows: once for each input, anew for what they read of it, and anew where a rule changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from solotune.dataset import cache, prepare
+from solotune.diagnosis import data_checks
+from solotune.diagnosis.data_checks import check_rows
+from solotune.diagnosis.findings import Finding
+from tests.dataset.conftest import Writer, chat, config_of, tiny_tokenizer
+
+CHATML = tiny_tokenizer("chatml")
+CONSTANT = [{"messages": chat(f"What is {n}?", "always this")} for n in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "MIN_SECONDS", 0.0)
+    return tmp_path / "cache" / "solotune" / "data"
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one each time the rules are asked."""
+    calls: list[int] = []
+    judge = data_checks.judge
+    monkeypatch.setattr(data_checks, "judge", lambda facts: calls.append(1) or judge(facts))
+    return calls
+
+
+def checked(path: Path, **keys: Any) -> list[Finding]:
+    config = config_of(path, **keys)
+    return check_rows(config, CHATML, prepare(config, CHATML))
+
+
+def test_findings_of_rows_out_of_the_cache_are_not_asked_again(
+    write: Writer,
+    kept: Path,
+    tmp_path: Path,
+    asked: list[int],
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    path = write("a.jsonl", *CONSTANT)
+    first = checked(path, model_name_or_path=str(model))
+    assert "F35" in [finding.code for finding in first]
+    assert (checked(path, model_name_or_path=str(model)), len(asked)) == (first, 1)
+    checked(path, model_name_or_path=str(model), learning_rate=1e-5)  # rules may read the whole config
+    assert len(asked) == 2
+    (model / "config.json").write_text('{"vocab_size": 3}')  # and the model's
+    assert (checked(path, model_name_or_path=str(model)) != first, len(asked)) == (True, 3)
+    for file in kept.glob("*.findings.json"):
+        file.write_text('{"findings": []}')
+    assert (checked(path, model_name_or_path=str(model)) != [], len(asked)) == (True, 4)
+
+
+def test_a_changed_rule_is_asked_anew_of_the_same_rows(
+    write: Writer,
+    kept: Path,
+    asked: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    package = tmp_path / "package"
+    (package / "rules").mkdir(parents=True)
+    (package / "rules" / "a_rule.py").write_text("MOST = 0.5\n")
+    monkeypatch.setattr(data_checks, "__file__", str(package / "data_checks.py"))
+    path = write("a.jsonl", *CONSTANT)
+    try:
+        for number, source in enumerate(("MOST = 0.5\n", "MOST = 0.6\n"), 1):
+            (package / "rules" / "a_rule.py").write_text(source)
+            data_checks._rules_version.cache_clear()
+            assert checked(path) == checked(path)
+            assert len(asked) == number
+    finally:
+        data_checks._rules_version.cache_clear()
+    assert len(list(kept.glob("*.safetensors"))) == 1  # the rows are not made again
+
+
+def test_the_rules_lie_where_their_source_is_looked_for() -> None:
+    from solotune.diagnosis.suspects import rules
+
+    package = Path(data_checks.__file__).parent
+    sources = {Path(one.ask.__code__.co_filename) for known in rules().values() for one in known}
+    assert len(sources) > 10 and all(source.is_relative_to(package) for source in sources)
+
+
+def test_findings_of_rows_that_were_not_kept_are_not_kept(
+    write: Writer,
+    kept: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cache, "MIN_SECONDS", 1e9)
+    kept.mkdir(parents=True)
+    assert checked(write("a.jsonl", *CONSTANT))
+    assert not list(kept.iterdir())
+
+
+def test_an_account_says_whether_its_rows_were_checked(write: Writer) -> None:
+    config = config_of(write("a.jsonl", *CONSTANT))
+    prepared = prepare(config, CHATML)
+    found = check_rows(config, CHATML, prepared)
+    after = prepared.with_findings(finding.to_json() for finding in found)
+    assert (prepared.report.to_json()["checked"], prepared.report.to_json()["findings"]) == (False, [])
+    assert after.report.to_json()["checked"] and after.report.to_json()["findings"] == [f.to_json() for f in found]
+    assert prepared.with_findings([]).report.to_json()["checked"]

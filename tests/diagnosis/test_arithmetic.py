@@ -1,0 +1,49 @@
+"""Numbers that follow from settings and config.json alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import FAMILIES
+
+from solotune import costs, footprint
+from solotune.diagnosis import own
+from solotune.diagnosis.arithmetic import weight_bytes
+from solotune.diagnosis.subject import Settings, Subject
+from solotune.shapes import model_shape
+
+LLAMA_3_8B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+}  # fmt: skip
+PARAMETERS = 8_030_261_248
+OUTSIDE = 2 * 128256 * 4096 + (2 * 32 + 1) * 4096  # embedding, head, norms
+
+
+def bytes_of(**settings: object) -> int | None:
+    return weight_bytes(Subject("test", Settings(settings), model_config=LLAMA_3_8B))
+
+
+def test_a_base_with_grouped_heads_has_the_bytes_of_its_parameters():
+    assert bytes_of() == 2 * PARAMETERS
+    assert bytes_of(model_dtype="float32") == 4 * PARAMETERS
+    quantised = bytes_of(load_in_4bit=True, bnb_4bit_use_double_quant=True)
+    assert quantised is not None
+    assert quantised == pytest.approx(4.127 / 8 * (PARAMETERS - OUTSIDE) + 2 * OUTSIDE, rel=1e-3)  # QLoRA, section 3
+
+
+def test_an_unknown_base_has_no_bytes():
+    assert weight_bytes(Subject("test", Settings({}), model_config={"hidden_size": 4096, "vocab_size": 100})) is None
+    assert weight_bytes(Subject("test", Settings({}), model_config={"model_type": "nobody_knows"})) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_the_plans_number(family, tiny_config):
+    config = tiny_config(family, base_precision="nf4")
+    shape = model_shape(config)
+    files = json.loads((Path(config.model_name_or_path) / "config.json").read_text())
+    subject = Subject("test", own.settings_of(config), model_config=files)
+    knobs = costs.Knobs("nf4", config.bnb_4bit_use_double_quant, False, 0, False, "adamw_torch", "cpu")
+    assert weight_bytes(subject) == footprint.weight_bytes(shape, knobs) + footprint.quantisation_bytes(shape, knobs)
