@@ -41,10 +41,8 @@ def test_answers_that_share_no_words_with_prompts_say_nothing():
 def test_the_rule_speaks_for_and_against():
     def signals(rows):
         chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in rows]
-        asked = [
-            one for rule in rules()["F38"] for one in [rule.ask(Subject("a run", Settings({}), conversations=chats))]
-        ]
-        return [signal for found in asked for signal in (found or [])]
+        subject = Subject("a run", Settings({}), conversations=chats)
+        return [signal for rule in rules()["F38"] for signal in rule.signals(subject)]
 
     (speaks,), (against,) = signals(shuffled(pairs())), signals(pairs())
     assert not speaks.against and speaks.weight >= 0.5 and "70 of 70 answers" in speaks.says

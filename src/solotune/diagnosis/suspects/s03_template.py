@@ -73,9 +73,10 @@ def missing_bos(facts: RowFacts) -> Finding | None:
     """F09: rows lack the begin-of-text token that the model is served with.
 
     Sees: a template (or, for plain text, a tokenizer) that begins with it, and rows of which none does.
-    Why: the base has seen it before every text; some families degrade badly without it (first loss 1.08 times).
-    Not: ChatML models that define one and never write it; a template without it, which is then served without it too;
-    F26, where only the long rows lack their beginning; F12, where the whole format is another.
+    Why: the base has seen it before every text; some families (Gemma) degrade badly without it (first loss 1.08 times).
+    Not: ChatML models that define one and never write it (Qwen, SmolLM2); a model's own template without it (Zephyr),
+    which is then served without it too; F26, where only the long rows lack their beginning; F12, where the whole format
+    is another.
     Fix: the template of the base, or `add_special_tokens=True` for plain text.
     Wrong when: it is served without on purpose.
     Source: the mirror case of trl#1400.
@@ -167,7 +168,8 @@ def not_through_template(facts: RowFacts) -> Finding | None:
     """F12: the rows are not in the chat format that the model was taught.
 
     Sees: that the template's text between question and answer stands in none of the rows, of a model whose end of text
-    is the template's end of turn, which it is only in a chat model; chats whose messages were rendered before.
+    is the template's end of turn, which it is only in a chat model; chats whose messages were rendered before: most of
+    them hold control tokens or role labels; a template file that writes another text than the model's own.
     Why: the model learns a second format beside its own (10 times the first loss) and is then asked in the first.
     Not: F04, whose loss on plain text is bad too; F38, whose format is right; a base model, where any format is
     legitimate; F07, whose markers are there and split.

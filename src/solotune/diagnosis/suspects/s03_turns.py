@@ -36,7 +36,7 @@ def terminator_missing(facts: RowFacts) -> Finding | None:
     Not: F17 and F19, where the end is there and not learned; F24, where long rows are cut; F14, which is learned and
     not stopped at; F07, where the end is spelled as text.
     Fix: the end of turn in the template (trl appends it to plain text only).
-    Wrong when: the base ends turns by beginning the next one (GLM).
+    Wrong when: the base ends turns by beginning the next one (GLM), and the adapter leaves that alone.
     Source: unsloth#416, unsloth#419.
     """
     side = facts.train
@@ -254,10 +254,12 @@ def served_without_header(subject: Subject) -> Signal | None:
 def prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
     """F16: the prompt's tokens are not the beginning of the row's tokens.
 
-    Sees: prompts as they are served, tokenized, against the first ids of their rows.
+    Sees: prompts as they are served, tokenized, against the first ids of their rows; prompts of texts whose tokens are
+    others when they stand alone.
     Why: the answer is learned after other tokens than it will be asked after; a mask that is cut by the prompt's length
     is off by a token.
-    Not: F20, whose mask is off by many tokens; templates that rewrite earlier turns, where the last answer counts.
+    Not: F20, whose mask is off by many tokens; templates that rewrite earlier turns (Qwen3's thinking), where the last
+    answer counts.
     Fix: prompts that end at a token boundary (not in a blank), history rendered the same way both times.
     Wrong when: it is served in the other form on purpose.
     Source: trl#1920; trl warns once and cuts at the divergence.

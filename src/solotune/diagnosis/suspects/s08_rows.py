@@ -103,7 +103,7 @@ def constant_answers(facts: RowFacts) -> Finding | None:
     Sees: the share of the most frequent answer.
     Why: the loss falls to almost nothing, and every prompt gets this answer.
     Not: F44 and F46, whose answers differ and are copied; F38, where answers differ and prompts do not matter; few
-    classes of which one is frequent.
+    classes of which one is frequent; a short `unanswerable` in up to half of the rows.
     Fix: the repeated answer removed or rebalanced.
     Wrong when: the data is one class on purpose.
     Source: one answer for all: 1.88 in training, 6.46 held out (measured).
@@ -223,7 +223,8 @@ def misaligned_answers(facts: RowFacts) -> Finding | None:
     that take up such words all over the data, and of their own prompt no more than chance gives (shuffled). Probe P10
     asks the model: with another row's prompt the loss is the same, or lower.
     Why: the loss flattens above what can be reached; answers are fluent and beside the point.
-    Not: F64, where another rate helps; F35, whose answers are all alike; F26, where prompts are gone.
+    Not: F64, where another rate helps; F35, whose answers are all alike; F26, where prompts are gone; sorted rows,
+    whose own answer is still the best; tasks without common words, where no neighbour is better either.
     Fix: prompts and answers joined again, by a key.
     Wrong when: answers do not depend on their prompts by nature, or answers are other rows' prompts by nature
     (translation in both directions).

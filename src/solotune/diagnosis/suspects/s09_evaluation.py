@@ -47,7 +47,8 @@ def evaluated_on_training(facts: RowFacts) -> Finding | None:
     """F43: the evaluation's rows are training rows.
 
     Sees: held-out rows with the ids of training rows, half of them or more; the same file and split on both sides;
-    held- out losses that follow the training loss to a hundredth although many passes were made.
+    held-out losses that follow the training loss to a hundredth although many passes were made. That no row is held
+    out is told, and is no fault.
     Why: the held-out loss is excellent and the answers are hollow: nothing shows memorising.
     Not: F44, a part of the rows; F46, which only a held-out loss can show, and which this hides.
     Fix: `validation_size: 0.05`, in groups.
@@ -96,7 +97,8 @@ def leaked_passages(facts: RowFacts) -> Finding | None:
 
     Sees: held-out answers of which half of the passages of ten tokens stand in one to three training rows.
     Why: the held-out loss is too good by what was memorised: 6 % of leaked rows lifted a score from 72 to 80.
-    Not: F43, where it is all rows; F46, which needs the gap that this hides; boilerplate, which is in many rows.
+    Not: F43, where it is all rows; F46, which needs the gap that this hides; boilerplate, which is in many rows;
+    prompts and documents that rows share, which are not learned.
     Fix: duplicates removed before the split, and `split_by` a key that rows of one source share.
     Wrong when: both sides quote the same source on purpose.
     Source: a report on MinHash decontamination (80.4 to 72 % after removing 6 % of rows; secondary).
