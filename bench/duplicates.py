@@ -37,7 +37,7 @@ TIMEOUT_SECONDS = 900
 
 
 def by_solotune(texts: list[str]) -> Iterator[tuple[int, int]]:
-    from solotune.dataset.similar import near_duplicates
+    from solotune.dataset.split.near_duplicates import near_duplicates
 
     return near_duplicates(texts)
 

@@ -34,9 +34,9 @@ from bench.faults_starts import contend
 from bench.faults_stops import other_verbs, second_signals, stop_signals, stopped_and_resumed
 from bench.faults_verify import clean_copies, delete, flip, mutations, truncate, zero
 from bench.machine import machine, table
-from solotune.events import ResumeEvent
-from solotune.operations import Hook
-from solotune.run_record import RunRecord
+from solotune.run.events import ResumeEvent
+from solotune.run.fs_ops import Hook
+from solotune.run.record import RunRecord
 
 ERRNOS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)

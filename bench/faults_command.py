@@ -53,8 +53,8 @@ class Commands:
         import transformers
 
         from solotune.api.train import get_ready
-        from solotune.config import load_config
-        from solotune.terminal import SilentDisplay
+        from solotune.config.run_config import load_config
+        from solotune.display.progress import SilentDisplay
         from tests import tiny
 
         torch.set_num_threads(1)  # a fork has no other threads
@@ -94,9 +94,9 @@ class Commands:
 
     def _remember_shapes(self) -> None:
         """Has the model looked at once for all children but those that `stop_signals` stops: a second each."""
-        from solotune import survey
+        from solotune.planning import plan_inputs
 
-        self.look, known = survey.model_shape, {}
+        self.look, known = plan_inputs.model_shape, {}
 
         def remembered(config: Any, model_files: Any = None) -> Any:
             key = (config.base_precision, config.multiplies_in_fp8)
@@ -104,13 +104,13 @@ class Commands:
                 known[key] = self.look(config, model_files)
             return known[key]
 
-        survey.model_shape = remembered
+        plan_inputs.model_shape = remembered
 
     def look_again(self) -> None:
         """In a child: planning is what it is for users."""
-        from solotune import survey
+        from solotune.planning import plan_inputs
 
-        survey.model_shape = self.look
+        plan_inputs.model_shape = self.look
 
     @property
     def run(self) -> Path:
@@ -129,7 +129,7 @@ class Commands:
 
     def checkpoint_problem(self) -> str | None:
         """What is wrong with the run's newest checkpoint, read as a resume reads it."""
-        from solotune import checkpoint
+        from solotune.training import checkpoint
 
         newest = checkpoint.newest(self.run / "checkpoints")
         if newest is None:

@@ -52,8 +52,10 @@ def _limit(work: Commands) -> float:
 
 def _hang(work: Commands, case: str, limit: float) -> None:
     """In the child: sets the limit, and has one function hang."""
-    from solotune import evaluation, training, watchdog
-    from solotune.dataset.encode import Encoder
+    from solotune.dataset.chat.encode import Encoder
+    from solotune.evaluation import scores
+    from solotune.runtime import watchdog
+    from solotune.training import loop
 
     _short_limit(watchdog, limit)
 
@@ -76,15 +78,15 @@ def _hang(work: Commands, case: str, limit: float) -> None:
         os.environ["XDG_CACHE_HOME"] = str(work.folder / "no-cache")
         Encoder.encode = _hang_now  # type: ignore[method-assign]
     elif case.startswith("generation"):
-        evaluation.generate = _hang_now
+        scores.generate = _hang_now
     else:
-        plain, calls = training.train_step, []
+        plain, calls = loop.train_step, []
 
         def step(*args: Any, **keys: Any) -> Any:
             calls.append(1)
             return _hang_now() if len(calls) == 6 else plain(*args, **keys)
 
-        training.train_step = step
+        loop.train_step = step
 
 
 def _short_limit(watchdog: Any, seconds: float) -> None:
@@ -98,7 +100,7 @@ def stopped_processes(work: Commands, count: int, seed: int) -> Result:
     begins = stage_times(work)
     bad, limit = [], _limit(work)
     for _ in range(count):
-        from solotune import watchdog
+        from solotune.runtime import watchdog
 
         child = work.start(["train", str(work.config)], lambda: _short_limit(watchdog, limit))
         time.sleep(rng.uniform(0.3, 0.9) * begins[-1])
@@ -154,9 +156,9 @@ def _at_step(number: int, do: Callable[[Path], None]) -> Callable[[Commands], No
     """In the child: has something done to metrics.jsonl within step `number`."""
 
     def before(work: Commands) -> None:
-        from solotune import training
+        from solotune.training import loop
 
-        plain, calls = training.train_step, []
+        plain, calls = loop.train_step, []
 
         def step(*args: Any, **keys: Any) -> Any:
             calls.append(1)
@@ -164,7 +166,7 @@ def _at_step(number: int, do: Callable[[Path], None]) -> Callable[[Commands], No
                 do(work.run / "metrics.jsonl")
             return plain(*args, **keys)
 
-        training.train_step = step
+        loop.train_step = step
 
     return before
 

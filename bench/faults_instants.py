@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.faults_run import Result, Workload, after_kill
-from solotune.events import StepEvent
-from solotune.terminal import SilentDisplay
+from solotune.display.progress import SilentDisplay
+from solotune.run.events import StepEvent
 
 
 class Marks(SilentDisplay):

@@ -28,17 +28,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from solotune import checkpoint, operations, training
 from solotune.api import train as train_verb
-from solotune.config import load_config
+from solotune.config.run_config import load_config
+from solotune.display.progress import Display, SilentDisplay
 from solotune.errors import SolotuneError
-from solotune.events import ResumeEvent, SaveEvent, from_line, to_line
-from solotune.manifest import check_folder
-from solotune.record import LOCK, LOG, RunDirectory
-from solotune.resume import recorded_day
-from solotune.run_record import RunRecord
-from solotune.terminal import Display, SilentDisplay
-from solotune.verification import verify
+from solotune.run import fs_ops
+from solotune.run.events import ResumeEvent, SaveEvent, from_line, to_line
+from solotune.run.manifest import check_folder
+from solotune.run.record import RunRecord
+from solotune.run.run_dir import LOCK, LOG, RunDirectory
+from solotune.training import checkpoint, loop
+from solotune.training.resume import recorded_day
+from solotune.training.verify_run import verify
 
 KILLED, HUNG = -signal.SIGKILL, 9
 TIMES = ("step_seconds", "tokens_per_second", "peak_bytes")
@@ -123,7 +124,7 @@ class Workload:
     def train(
         self,
         resume: bool,
-        hook: operations.Hook | None = None,
+        hook: fs_ops.Hook | None = None,
         full: bool = False,
         display: Display | None = None,
     ) -> None:
@@ -132,7 +133,7 @@ class Workload:
         if not full:
             counter = itertools.count()
             time.perf_counter = lambda: float(next(counter))
-            training.peak_bytes = lambda device: 1  # type: ignore[assignment]
+            loop.peak_bytes = lambda device: 1  # type: ignore[assignment]
 
             def prepared(config: Any, resume: bool, display: Display) -> Any:
                 if not resume:
@@ -141,7 +142,7 @@ class Workload:
                 return ready
 
             train_verb.get_ready = prepared
-        with operations.watched(hook) if hook else contextlib.nullcontext():
+        with fs_ops.watched(hook) if hook else contextlib.nullcontext():
             train_verb.train(load_config(self.keys), resume=resume, display=display)
 
     def child(self, work: Callable[[], None]) -> int:
@@ -189,7 +190,7 @@ class Workload:
         file.unlink(missing_ok=True)
         return Outcome(os.waitstatus_to_exitcode(status), said)
 
-    def once(self, resume: bool, hook: operations.Hook | None = None, full: bool = False) -> Outcome:
+    def once(self, resume: bool, hook: fs_ops.Hook | None = None, full: bool = False) -> Outcome:
         """One run in a child, to its end."""
         return self.wait(self.child(lambda: self.train(resume, hook, full)))
 
@@ -217,7 +218,7 @@ class Workload:
         """Whether an operation is on the run directory, on what is in it, or on the folder above it."""
         return path == self.folder or path == self.run or self.run in path.parents
 
-    def at(self, number: int, act: Callable[[str, Path, bytes], None]) -> operations.Hook:
+    def at(self, number: int, act: Callable[[str, Path, bytes], None]) -> fs_ops.Hook:
         """A hook that acts at the operation of this number, counted from 0, and at all after it."""
         count = itertools.count()
 

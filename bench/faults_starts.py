@@ -8,8 +8,8 @@ import signal
 import time
 
 from bench.faults_run import KILLED, Workload
-from solotune.config import load_config
-from solotune.record import RunDirectory
+from solotune.config.run_config import load_config
+from solotune.run.run_dir import RunDirectory
 
 IN_USE = 4
 HOLD_SECONDS = 600.0  # longer than any other takes to see that it has lost

@@ -14,7 +14,7 @@ from typing import Any
 
 from bench.faults_command import SIGNALS, Commands, Ended, stage_times
 from bench.faults_run import Result
-from solotune import checkpoint
+from solotune.training import checkpoint
 
 
 def stop_signals(work: Commands, count: int, seed: int) -> Result:

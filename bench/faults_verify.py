@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from solotune.record import LOCK
-from solotune.verification import verify
+from solotune.run.run_dir import LOCK
+from solotune.training.verify_run import verify
 
 Undo = Callable[[], object]
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import machine, table, write_result
-from solotune.config import load_config
+from solotune.config.run_config import load_config
 from solotune.dataset import Example, load_tokenizer, prepare
-from solotune.dataset.pack import account
+from solotune.dataset.packing import account
 
 LENGTHS, OVERFLOWS, FILES = (2048, 4096, 8192), ("truncate", "split", "drop"), ("chats.jsonl", "chitchat.jsonl")
 WHOLE = 1 << 20

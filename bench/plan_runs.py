@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from solotune.training.optimizer import make_optimizer
+
 RECIPE = Path(__file__).parent.parent / "examples" / "walkthrough.yaml"
 ALL = "lora_target_modules=all-linear"
 KEEP, REDO = "gradient_checkpointing=false", "gradient_checkpointing=true"
@@ -116,7 +118,7 @@ CASES = list(_cases())
 
 def config_of(case: Case, folder: Path, layers: int | None = None) -> Any:
     """The case's config, on a folder that has config.json alone."""
-    from solotune.config import load_config
+    from solotune.config.run_config import load_config
 
     path = folder / f"{case.model}-{layers or 'all'}"
     path.mkdir(exist_ok=True)
@@ -131,19 +133,20 @@ def plan_of(case: Case, folder: Path) -> tuple[Any, Any]:
     """(the plan, for this machine's card as if it were empty; the config settled for the machine)."""
     from dataclasses import replace
 
-    from solotune import environment, planning, survey
+    from solotune.hardware import machine as environment
+    from solotune.planning import plan_inputs, planner
 
     machine = environment.probe()
     machine = replace(machine, gpu_free_bytes=machine.gpu_bytes)  # the others that warm up are gone by then
     config, _ = environment.settle(config_of(case, folder), machine)
-    card, free = survey.card_here(machine, config)
-    work = replace(planning.full_rows(config), supervised_share=case.learned)
-    return planning.make_plan(config, survey.shapes_of(), card, work, free), config
+    card, free = plan_inputs.card_here(machine, config)
+    work = replace(planner.full_rows(config), supervised_share=case.learned)
+    return planner.make_plan(config, plan_inputs.shapes_of(), card, work, free), config
 
 
 def settled_config(case: Case, folder: Path, knobs: dict[str, Any], layers: int | None = None) -> Any:
     """The case's config as a run would have it: settled for this machine, with what the plan chose."""
-    from solotune import environment
+    from solotune.hardware import machine as environment
 
     config, _ = environment.settle(config_of(case, folder, layers), environment.probe())
     return config.replaced("plan", **knobs)
@@ -164,7 +167,7 @@ def make_weights_here() -> None:
     """Lets `load_model` take random tensors that are made on the GPU for those of a checkpoint."""
     import torch
 
-    from solotune import model
+    from solotune.model import loading
 
     shapes: dict[str, torch.Size] = {}
 
@@ -180,18 +183,19 @@ def make_weights_here() -> None:
             tensor = make(shape, device="cuda", dtype=torch.bfloat16)
             yield name, tensor if len(shape) == 1 else tensor.mul_(0.02)
 
-    model.weight_files = lambda folder: []
-    model.match_names, model.read_tensors = match, read
+    loading.weight_files = lambda folder: []
+    loading.match_names, loading.read_tensors = match, read
 
 
 def run(case: Case, config: Any, steps: int) -> dict[str, Any]:
     """Loads, trains `steps` steps, and says what it took."""
     import torch
 
-    from solotune import environment, training
-    from solotune.batch import collate
-    from solotune.model import load_model
-    from solotune.passes import Passes
+    from solotune.dataset.collate import collate
+    from solotune.hardware import machine as environment
+    from solotune.model.loading import load_model
+    from solotune.training import loop
+    from solotune.training.forward_backward import Passes
 
     torch._dynamo.reset()
     gc.collect()
@@ -203,7 +207,7 @@ def run(case: Case, config: Any, steps: int) -> dict[str, Any]:
     load_seconds = time.perf_counter() - started
     loaded_bytes = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    optimizer = training.make_optimizer(config, [model.joined])
+    optimizer = make_optimizer(config, [model.joined])
     model.module.train()
     size, accumulation = case.rows, config.gradient_accumulation_steps
     rows = random_rows(case, size * accumulation)
@@ -212,7 +216,7 @@ def run(case: Case, config: Any, steps: int) -> dict[str, Any]:
         torch.cuda.synchronize()
         started = time.perf_counter()
         batches = [collate(rows[i * size : (i + 1) * size], device) for i in range(accumulation)]
-        training.train_step(model, batches, optimizer, config.max_grad_norm, (0, step), passes)
+        loop.train_step(model, batches, optimizer, config.max_grad_norm, (0, step), passes)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     step_seconds = statistics.median(seconds[1:])

@@ -38,11 +38,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.machine import table
-from solotune.config import load_config
-from solotune.terminal import SilentDisplay
+from solotune.config.run_config import load_config
+from solotune.display.progress import SilentDisplay
 
 if TYPE_CHECKING:
-    from solotune.events import StepEvent
+    from solotune.run.events import StepEvent
 
 RECIPE = Path(__file__).parent.parent / "examples" / "walkthrough.yaml"
 COMMON = ("gradient_accumulation_steps=2", "validation_size=0", "save_strategy=no")

@@ -36,8 +36,8 @@ import numpy as np
 from bench.template_oracle import PATTERNS, Reference, characters, sources
 from bench.template_rows import Sample, made, real
 from bench.template_tokenizers import family_of, tokenizer_for
-from solotune.dataset.chat import ChatTemplate, Rendered
-from solotune.dataset.encode import Encoded, Encoder
+from solotune.dataset.chat.answer_spans import ChatTemplate, Rendered
+from solotune.dataset.chat.encode import Encoded, Encoder
 from solotune.errors import InputError
 
 RESULTS = Path(__file__).parent / "results"

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from solotune.config import SECTIONS, RunConfig, allowed_values, field_help, section_of
+from solotune.config.key_aliases import FOREIGN_KEYS
+from solotune.config.run_config import SECTIONS, RunConfig, allowed_values, field_help, section_of
 from solotune.diagnosis.catalogue import EQUIVALENT, EXPLAINS, FAULTS, SUSPECTS
 from solotune.diagnosis.explanation import doc_of, faults_of, paragraphs
-from solotune.diagnosis.suspects import rules
+from solotune.diagnosis.rules import rules
 from solotune.errors import EXIT_CODES
-from solotune.foreign_keys import FOREIGN_KEYS
-from solotune.resume import BATCH, CLASSES
+from solotune.training.resume import BATCH, CLASSES
 
 HERE = Path(__file__).parent
 RESUMED = {

@@ -16,18 +16,18 @@ from pathlib import Path
 BANNED_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "tarfile"}
 BANNED_IMPORTS |= {"zipfile", "yaml"}
 ALLOWED_IMPORTS = {  # file -> module, with the reason
-    "dataset/sandbox.py": {"marshal"},  # writes it; what comes back is text
-    "dataset/template_process.py": {"marshal"},  # reads what its parent wrote
-    "diagnosis/pickled.py": {"zipfile"},  # reads one bounded member into memory; nothing is unpacked
+    "dataset/chat/template_sandbox.py": {"marshal"},  # writes it; what comes back is text
+    "dataset/chat/template_process.py": {"marshal"},  # reads what its parent wrote
+    "diagnosis/sources/pickle_reader.py": {"zipfile"},  # reads one bounded member into memory; nothing is unpacked
 }
-BNB_IMPORTS = ("bnb.py", "training.py")  # training imports linear, and that bnb.py, before
+BNB_IMPORTS = ("hardware/bnb.py", "training/loop.py")  # training imports linear, and that hardware/bnb.py, before
 BANNED_CALLS = {
     "eval", "exec", "compile", "__import__", "os.system", "os.popen", "os.execv", "os.execvp", "os.execve",
     "torch.load", "torch.hub.load", "torch.jit.load", "torch.package.PackageImporter", "numpy.load", "np.load",
     "subprocess.getoutput", "subprocess.getstatusoutput", "pandas.read_pickle", "pd.read_pickle",
     "shutil.unpack_archive", "runpy.run_path", "runpy.run_module", "YAML.unsafe", "input",
 }  # fmt: skip
-ALLOWED_CALLS = {"terminal.py": {"input"}}  # the chat's prompt; nothing else may wait for an answer
+ALLOWED_CALLS = {"display/progress.py": {"input"}}  # the chat's prompt; nothing else may wait for an answer
 LOADERS = ("from_pretrained", "from_config")
 WRITTEN_OUT = {"trust_remote_code": False}
 OF_MODELS = {"use_safetensors": True}
@@ -42,7 +42,7 @@ def problems(source: str, name: str) -> Iterator[tuple[int, str]]:
                 if module not in ALLOWED_IMPORTS.get(name, ()):
                     yield node.lineno, f"import of {module}"
             if "bitsandbytes.functional" in names or ("bitsandbytes" in names and name not in BNB_IMPORTS):
-                yield node.lineno, "import of bitsandbytes, past bnb.py"
+                yield node.lineno, "import of bitsandbytes, past hardware/bnb.py"
         elif isinstance(node, ast.Call):
             yield from _call(node, name)
 

@@ -14,9 +14,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from solotune.adapter import CONFIG, TENSORS, Adapter, peft_config, tensor_key
 from solotune.errors import InputError, IntegrityError
-from solotune.storage import Folder
+from solotune.model.adapter import CONFIG, TENSORS, Adapter, peft_config, tensor_key
+from solotune.run.atomic_io import Folder
 
 Q, V, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj", "model.layers.1.mlp.down_proj"
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -9,14 +9,14 @@ import torch
 import transformers
 from tiny import FAMILIES, random_rows
 
-from solotune import attention
-from solotune.batch import PackShape, collate, collate_packs
-from solotune.model import load_model
+from solotune.dataset.collate import PackShape, collate, collate_packs
+from solotune.model import packed_attention
+from solotune.model.loading import load_model
 
 
 def reason(config, max_length=64, dtype=torch.bfloat16):
     with torch.device("meta"):
-        return attention.why_not(transformers.AutoModelForCausalLM.from_config(config), max_length, dtype)
+        return packed_attention.why_not(transformers.AutoModelForCausalLM.from_config(config), max_length, dtype)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def plain_flash(q_NHD, k_NHD, v_NHD, starts_S, longest, scale):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "phi", "cohere", "neox"])
 def test_a_model_with_it_keeps_packed_rows_apart(family, tiny_config, monkeypatch):
     """All but the kernel, for which a plain one stands in."""
-    monkeypatch.setattr(attention, "flash", plain_flash)
+    monkeypatch.setattr(packed_attention, "flash", plain_flash)
     cpu = torch.device("cpu")
     model = load_model(tiny_config(family), cpu, torch.float32)
     rows = random_rows(11)
@@ -75,7 +75,7 @@ def test_a_model_with_it_keeps_packed_rows_apart(family, tiny_config, monkeypatc
     batch = collate_packs(packs, cpu, PackShape.of(packs, 4, 96))
     with torch.no_grad():
         alone = torch.cat([model.token_losses(collate([row], cpu))[0] for row in rows])
-    attention.install(model.module)
+    packed_attention.install(model.module)
     model.by_lengths = True
     together, _ = model.token_losses(batch)
     torch.testing.assert_close(together.detach(), alone, rtol=1e-5, atol=1e-5)

@@ -21,7 +21,7 @@ import solotune
 from solotune import cli, errors
 from solotune.cli import commands
 from solotune.dataset import DataReport
-from solotune.fitness import Check, DoctorReport
+from solotune.hardware.doctor import Check, DoctorReport
 from tests.messages import error_in, stable
 
 main_module = importlib.import_module("solotune.cli.main")  # `cli.main` is the function

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from solotune import lora
-from solotune.linear import DenseWeight, Fp8Weight, FrozenLinear, NF4Weight
+from solotune.model import lora
+from solotune.model.frozen_linear import DenseWeight, Fp8Weight, FrozenLinear, NF4Weight
 
 SEED = lora.hashed(torch.tensor([7, 8], dtype=torch.int32))
 

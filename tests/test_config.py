@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from inline_snapshot import snapshot
 
-from solotune.config import RunConfig, allowed_values, field_help, load_config, section_of, to_yaml
+from solotune.config.key_aliases import FOREIGN_KEYS
+from solotune.config.run_config import RunConfig, allowed_values, field_help, load_config, section_of, to_yaml
 from solotune.errors import InputError
-from solotune.foreign_keys import FOREIGN_KEYS
 from tests.messages import stable
 
 MINIMAL = {"model_name_or_path": "m", "dataset": "d.jsonl"}

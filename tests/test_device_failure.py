@@ -9,12 +9,15 @@ import torch
 from tiny import metrics_of
 
 import solotune
-from solotune import checkpoint, cli, device_failure, evaluation, tuned
-from solotune.adapter import adapter_tensors
-from solotune.config import load_config
-from solotune.device_failure import DeviceMemory, smaller
+from solotune import cli
+from solotune.config.run_config import load_config
 from solotune.errors import DeviceError, InputError
-from solotune.record import RunDirectory
+from solotune.evaluation import scores
+from solotune.hardware import gpu_errors
+from solotune.hardware.gpu_errors import DeviceMemory, smaller
+from solotune.model.adapter import adapter_tensors
+from solotune.run.run_dir import RunDirectory
+from solotune.training import checkpoint, trained_run
 
 GIB = 1 << 30
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB")
@@ -50,7 +53,7 @@ def keys(chat_config):
 @pytest.fixture
 def fail_at(monkeypatch):
     """fail_at(step, error): that step's backward raises one like it, in the middle of the layers; NEVER disarms."""
-    load_base = tuned.load_base
+    load_base = trained_run.load_base
 
     def arm(step, error):
         def load(*args):
@@ -64,7 +67,7 @@ def fail_at(monkeypatch):
             model.trainable[5].register_hook(hook)
             return model
 
-        monkeypatch.setattr(tuned, "load_base", load)
+        monkeypatch.setattr(trained_run, "load_base", load)
 
     return arm
 
@@ -74,7 +77,7 @@ def memory(monkeypatch):
     """What the card answers when it is asked who holds it."""
 
     def say(total, free, reserved):
-        monkeypatch.setattr(device_failure, "device_memory", lambda: DeviceMemory(total, free, reserved))
+        monkeypatch.setattr(gpu_errors, "gpu_memory", lambda: DeviceMemory(total, free, reserved))
 
     return say
 
@@ -133,7 +136,7 @@ def test_nothing_is_half_written_and_the_run_resumes_to_the_same_end(keys, fail_
 @pytest.mark.parametrize("error", LOST, ids=lambda error: str(error)[:30])
 def test_a_lost_card_names_the_last_checkpoint_and_is_not_asked_anything(keys, fail_at, monkeypatch, error):
     fail_at(5, error)
-    monkeypatch.setattr(device_failure, "device_memory", lambda: pytest.fail("the card was asked"))
+    monkeypatch.setattr(gpu_errors, "gpu_memory", lambda: pytest.fail("the card was asked"))
     assert failure_of(keys) == (
         "the GPU failed, and this process cannot use it any more; the last checkpoint is run/checkpoints/step-000004\n"
         f"  seen:    {str(error).splitlines()[0]}\n"
@@ -179,13 +182,13 @@ def test_the_innermost_stage_is_said_and_none_that_was_left_before(memory):
     def problem_of(run, *args):
         with pytest.raises((torch.OutOfMemoryError, RuntimeError)) as caught:
             run(*args)
-        failure = device_failure.device_failure(caught.value, config)
+        failure = gpu_errors.device_failure(caught.value, config)
         assert failure is not None
         return failure.problem
 
-    @device_failure.stage("training")
+    @gpu_errors.stage("training")
     def train(evaluate):
-        with device_failure.stage("loading the model"):
+        with gpu_errors.stage("loading the model"):
             pass
         evaluate()
 
@@ -195,14 +198,14 @@ def test_the_innermost_stage_is_said_and_none_that_was_left_before(memory):
         except torch.OutOfMemoryError as error:
             raise RuntimeError("backend='inductor' raised") from error
 
-    assert problem_of(train, device_failure.stage("evaluating")(no_room)).endswith(" is full (while evaluating)")
+    assert problem_of(train, gpu_errors.stage("evaluating")(no_room)).endswith(" is full (while evaluating)")
     assert problem_of(train, no_room).endswith(" is full (while training)")
     assert problem_of(wrapped).endswith(" is full (while training)")
     assert problem_of(no_room).endswith(" is full")
 
 
 def test_no_room_for_the_weights_leaves_no_run_behind(keys, monkeypatch, memory, tmp_path):
-    monkeypatch.setattr("solotune.model._store", no_room)
+    monkeypatch.setattr("solotune.model.loading._store", no_room)
     memory(24 * GIB, 0, 23 * GIB)
     text = failure_of(keys, base_precision="bf16")
     assert text.startswith("the GPU's memory is full (while loading the model)\n")
@@ -214,7 +217,7 @@ def test_no_room_for_the_weights_leaves_no_run_behind(keys, monkeypatch, memory,
 
 def test_no_room_while_evaluating_asks_for_fewer_rows_there(keys, monkeypatch, memory):
     memory(24 * GIB, GIB, 22 * GIB)
-    monkeypatch.setattr(evaluation, "collate", no_room)
+    monkeypatch.setattr(scores, "collate", no_room)
     text = failure_of(keys)
     assert text.startswith("the GPU's memory is full (while evaluating)")
     assert f"  change:  per_device_eval_batch_size: 4 and continue with: {RESUME}, or" in text

@@ -15,11 +15,12 @@ from types import SimpleNamespace
 import pytest
 from inline_snapshot import snapshot
 
-from solotune import environment, fitness
-from solotune.config import load_config
-from solotune.environment import Machine, device_of, dtype_of, probe, settle
+from solotune.config.run_config import load_config
 from solotune.errors import DeviceError, InputError
-from solotune.fitness import doctor
+from solotune.hardware import doctor as fitness
+from solotune.hardware import machine as environment
+from solotune.hardware.doctor import doctor
+from solotune.hardware.machine import Machine, device_of, dtype_of, probe, settle
 from tests.messages import stable
 
 ROOT = Path(__file__).parents[1]
@@ -212,7 +213,7 @@ def test_the_allocator_grows_its_segments_unless_the_user_has_set_it_up(release,
 
 
 def test_importing_environment_loads_no_torch():
-    code = "import sys, solotune.environment; assert 'torch' not in sys.modules"
+    code = "import sys, solotune.hardware.machine; assert 'torch' not in sys.modules"
     where = {**os.environ, "PYTHONPATH": str(Path(environment.__file__).parents[1])}
     assert subprocess.run([sys.executable, "-c", code], env=where, check=False).returncode == 0
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny import random_rows
 
-from solotune import evaluation
-from solotune.batch import num_labels
-from solotune.lora import adapters_off
-from solotune.model import load_model
+from solotune.dataset.collate import num_labels
+from solotune.evaluation import scores as evaluation
+from solotune.model.loading import load_model
+from solotune.model.lora import adapters_off
 
 CPU = torch.device("cpu")
 

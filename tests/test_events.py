@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from solotune import events
-from solotune.events import (
+from solotune.run import events
+from solotune.run.events import (
     NAMES,
     EndEvent,
     EvalEvent,

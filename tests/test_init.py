@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 import solotune
-from solotune.config import load_config, to_yaml
+from solotune.config.run_config import load_config, to_yaml
+from solotune.config.yaml_reader import parse, plain, yaml_value
 from solotune.errors import InputError
-from solotune.yaml_text import parse, plain, yaml_value
 
 YAML_WORDS = ["a  # b.jsonl", "a: b", "true", "1e5", "12:30", "null", "~", "- a", "'", '"', "\\", "{a: b}", "[a]", "&a",
               "*a", "!!int 1", "%d", "---", "...", "? a", "@a", "`a", "a\nb: c", " a ", "a\n\n  b\n", "\ufeffa", "\x85",

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny import random_rows
 
-from solotune import layers
-from solotune.batch import PackShape, collate, collate_packs
-from solotune.model import load_model
+from solotune.dataset.collate import PackShape, collate, collate_packs
+from solotune.model import layers
+from solotune.model.loading import load_model
 
 CPU = torch.device("cpu")
 

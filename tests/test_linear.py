@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit, Params4bit
 
-from solotune.linear import DenseWeight, Fp8Weight, FrozenLinear, NF4Weight, stored_bytes
+from solotune.model.frozen_linear import DenseWeight, Fp8Weight, FrozenLinear, NF4Weight, stored_bytes
 
 SHAPES = [(64, 64), (96, 128), (5, 63), (3, 100), (1, 7)]  # some whose size is no multiple of a block, or odd
 

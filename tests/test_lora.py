@@ -9,12 +9,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import random_rows
 from transformers import AutoModelForCausalLM
 
-from solotune import lora
-from solotune.adapter import Adapter
-from solotune.batch import collate
+from solotune.dataset.collate import collate
 from solotune.errors import InputError
-from solotune.model import load_model
-from solotune.storage import Folder
+from solotune.model import lora
+from solotune.model.adapter import Adapter
+from solotune.model.loading import load_model
+from solotune.run.atomic_io import Folder
 from tests.messages import stable
 
 CPU = torch.device("cpu")

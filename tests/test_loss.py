@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from solotune import loss
+from solotune.model import loss
 
 
 def setup(tokens: int = 37, hidden: int = 16, vocab: int = 50, dtype: torch.dtype = torch.float64):

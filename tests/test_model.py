@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, random_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 - AutoTokenizer: import cost paid once
 
-from solotune.batch import collate
+from solotune.dataset.collate import collate
 from solotune.errors import InputError
-from solotune.linear import Fp8Weight, FrozenLinear
-from solotune.loss import token_losses_reference
-from solotune.model import load_model
+from solotune.model.frozen_linear import Fp8Weight, FrozenLinear
+from solotune.model.loading import load_model
+from solotune.model.loss import token_losses_reference
 from tests.messages import stable
 
 CPU = torch.device("cpu")

@@ -13,11 +13,11 @@ import pytest
 from huggingface_hub import constants
 
 from solotune import verbs
-from solotune.config import RunConfig, load_config
+from solotune.config.run_config import RunConfig, load_config
 from solotune.errors import InputError
-from solotune.hub import hub_id, is_local_path, local_path
-from solotune.model_source import ModelFiles, model_here, resolve_model
-from solotune.tuned import TunedRun
+from solotune.hub.download import hub_id, is_local_path, local_path
+from solotune.hub.model_files import ModelFiles, model_here, resolve_model
+from solotune.training.trained_run import TunedRun
 
 HUB_ID = "org/tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

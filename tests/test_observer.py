@@ -12,22 +12,16 @@ import pytest
 import torch
 from tiny import metrics_of, random_rows
 
-from solotune import signals, training, watchdog
+from solotune.display.observer import Observers, Resilient, RunObserver, SilentObserver
+from solotune.display.progress import PlainDisplay
 from solotune.errors import StorageError
-from solotune.events import (
-    DeviceFailedEvent,
-    DiagnosedEvent,
-    EvalEvent,
-    NonFiniteEvent,
-    SaveEvent,
-    StepEvent,
-)
-from solotune.model import load_model
-from solotune.observer import Observers, Resilient, RunObserver, SilentObserver
-from solotune.record import RunDirectory
-from solotune.run_log import RunLog
-from solotune.signals import StopRequested
-from solotune.terminal import PlainDisplay
+from solotune.model.loading import load_model
+from solotune.run.events import DeviceFailedEvent, DiagnosedEvent, EvalEvent, NonFiniteEvent, SaveEvent, StepEvent
+from solotune.run.run_dir import RunDirectory
+from solotune.run.run_log import RunLog
+from solotune.runtime import signals, watchdog
+from solotune.runtime.signals import StopRequested
+from solotune.training import loop
 
 STEP = StepEvent(1, 200, 0.1, 2.0, 0.1, 1e-3, 1.0, 99, 9, 9.0, 0.1, 990.0, 0)
 CALLS = {
@@ -188,7 +182,7 @@ def test_each_thing_is_in_the_log_before_anybody_hears_of_it(start):
             assert path == run.checkpoints / event.path and path.is_dir()
 
     rows = random_rows(12)
-    training.train(model, rows[:8], rows[8:], config, run, Look())
+    loop.train(model, rows[:8], rows[8:], config, run, Look())
     assert seen == [("step", 1), ("step", 2), ("save", 2), ("step", 3), ("eval", 3), ("save", 3)]
     assert seen == [(line["event"], line["step"]) for line in metrics_of(run)]
 
@@ -196,7 +190,7 @@ def test_each_thing_is_in_the_log_before_anybody_hears_of_it(start):
 def test_an_observer_that_fails_does_not_stop_a_run(start):
     model, config, run = start
     display = Heard(error=OSError(28, os.strerror(28)))
-    training.train(model, random_rows(8), [], config, run, Resilient(display))
+    loop.train(model, random_rows(8), [], config, run, Resilient(display))
     assert [line["event"] for line in metrics_of(run)] == ["step", "step", "save", "step", "save"]
     assert len(display.calls) == 1
 
@@ -206,5 +200,5 @@ def test_a_run_that_cannot_be_recorded_stops_and_nobody_hears_of_its_step(start)
     (run.path / "metrics.jsonl").mkdir()
     display = Heard()
     with pytest.raises(StorageError, match=r"metrics\.jsonl"):
-        training.train(model, random_rows(8), [], config, run, Resilient(display))
+        loop.train(model, random_rows(8), [], config, run, Resilient(display))
     assert [method for _, method, _ in display.calls] == ["begin"]

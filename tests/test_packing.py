@@ -10,10 +10,10 @@ import transformers
 from inline_snapshot import snapshot
 from tiny import FAMILIES, VOCAB, random_rows
 
-from solotune import training
-from solotune.batch import collate, collate_packs
+from solotune.dataset import sampler
+from solotune.dataset.collate import collate, collate_packs
 from solotune.errors import InputError
-from solotune.model import load_model
+from solotune.model.loading import load_model
 from tests.messages import stable
 
 CPU = torch.device("cpu")
@@ -78,8 +78,8 @@ def test_packs_train_on_every_row_once_an_epoch(tiny_config):
     config = tiny_config(
         packing=True, per_device_train_batch_size=1, gradient_accumulation_steps=2, num_train_epochs=1.0
     )
-    packs = training.sequences(config, rows)
+    packs = sampler.pack_sequences(config, rows)
     assert len(packs) < 20
-    schedule = training.Schedule.of(config, len(packs))
+    schedule = sampler.BatchSampler.of(config, len(packs))
     seen = [row for step in schedule.steps(0) for micro in step for i in micro for row in packs[i]]
     assert sorted(seen) == list(range(50))

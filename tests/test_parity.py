@@ -9,9 +9,11 @@ from tiny import random_rows
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from solotune import training
-from solotune.batch import collate
-from solotune.model import load_model
+from solotune.dataset import sampler
+from solotune.dataset.collate import collate
+from solotune.model.loading import load_model
+from solotune.training import loop
+from solotune.training.optimizer import learning_rate_at, make_optimizer
 
 CPU = torch.device("cpu")
 STEPS = 20
@@ -57,8 +59,8 @@ class Reference:
 def run_ours(config, rows):
     """Losses, norms and clipped gradients of 20 steps through the product's own `train_step`."""
     model = load_model(config, CPU, torch.float32)
-    schedule = training.Schedule.of(config, len(rows))
-    optimizer = training.make_optimizer(config, model.trainable)
+    schedule = sampler.BatchSampler.of(config, len(rows))
+    optimizer = make_optimizer(config, model.trainable)
     history, order = [], []
     optimizer.register_step_pre_hook(lambda *_: history[-1].append([p.grad.clone() for p in model.trainable]))
     model.module.train()
@@ -66,8 +68,8 @@ def run_ours(config, rows):
         batches = [collate([rows[i] for i in chosen], CPU) for chosen in micro_batches]
         order.append([i for chosen in micro_batches for i in chosen])
         history.append([])
-        optimizer.param_groups[0]["lr"] = training.learning_rate_at(config, step, schedule.total_steps)
-        result = training.train_step(model, batches, optimizer, config.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = learning_rate_at(config, step, schedule.total_steps)
+        result = loop.train_step(model, batches, optimizer, config.max_grad_norm)
         history[-1][:0] = [result.loss, result.grad_norm]
     return model, history, order
 

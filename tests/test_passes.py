@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny import random_rows
 
-from solotune.batch import collate_packs
-from solotune.model import load_model
-from solotune.passes import Passes, accumulate
+from solotune.dataset.collate import collate_packs
+from solotune.model.loading import load_model
+from solotune.training.forward_backward import Passes, accumulate
 
 CPU = torch.device("cpu")
 

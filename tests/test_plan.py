@@ -12,11 +12,12 @@ from ruamel.yaml import YAML
 from tiny import FAMILIES, chat_rows, save_tokenizer
 
 import solotune
-from solotune import cli, survey
-from solotune.config import load_config
-from solotune.environment import Machine, probe
+from solotune import cli
+from solotune.config.run_config import load_config
+from solotune.dataset.sampler import BatchSampler
 from solotune.errors import CheckError
-from solotune.training import Schedule
+from solotune.hardware.machine import Machine, probe
+from solotune.planning import plan_inputs
 from tests.messages import error_in
 
 GIB = 1 << 30
@@ -82,8 +83,8 @@ def test_the_work_is_that_of_the_micro_batches_that_will_be_drawn(config):
     checked = load_config(config, ["gradient_accumulation_steps=2", "per_device_train_batch_size=3"])
     prepared = dataset.prepare(checked, dataset.load_tokenizer(checked))
     lengths = [len(row.input_ids) for row in prepared.train]
-    drawn = [m for step in Schedule.of(checked, len(lengths)).steps(0) for m in step]
-    work = survey.work_of(checked, prepared)
+    drawn = [m for step in BatchSampler.of(checked, len(lengths)).steps(0) for m in step]
+    work = plan_inputs.work_of(checked, prepared)
     assert (work.rows, work.accumulation, work.steps) == (3, 2, 6)
     assert work.tokens == max(lengths[row] for micro in drawn for row in micro)
     assert work.tokens_per_step == pytest.approx(2 * sum(lengths[r] for m in drawn for r in m) / len(drawn))
@@ -183,7 +184,7 @@ def test_the_gpu_that_is_here_is_planned_for_with_what_is_free(config, monkeypat
     here = {**vars(probe()), "gpu": "NVIDIA L4", "gpu_bytes": 23 * GIB, "gpu_free_bytes": 9 * GIB, "num_gpus": 1}
     machine = Machine(**{**here, "compute_capability": (8, 9)})
     checked = load_config(config)
-    found = survey.plan_for(checked, machine, None)
+    found = plan_inputs.plan_for(checked, machine, None)
     assert found.card.name == "l4"
     assert 8 * GIB < found.budget.bytes < 9 * GIB
     assert "9.0 GiB of 23.0 GiB are free" in found.budget.because
@@ -232,8 +233,8 @@ def test_packed_passes_are_planned_in_the_shape_they_are_padded_to(config):
 
     checked = load_config(config, ["packing=true", "per_device_train_batch_size=3"])
     prepared = dataset.prepare(checked, dataset.load_tokenizer(checked))
-    work = survey.work_of(checked, prepared)
+    work = plan_inputs.work_of(checked, prepared)
     assert (work.rows, work.tokens, work.mean_tokens) == (3, checked.max_length, checked.max_length)
     assert 0 < work.real_share < 1
-    as_they_are = survey.work_of(checked.replaced("test", torch_compile=False), prepared)
+    as_they_are = plan_inputs.work_of(checked.replaced("test", torch_compile=False), prepared)
     assert as_they_are.mean_tokens < checked.max_length

@@ -7,13 +7,20 @@ from dataclasses import replace
 import pytest
 from inline_snapshot import snapshot
 
-from solotune.cards import CARDS, card_named, card_of, cpu_card
-from solotune.config import RunConfig, load_config
-from solotune.costs import Growth, Knobs, LayerCost, Linear, Matmul, ModelShape, Pass, Work
+from solotune.config.run_config import RunConfig, load_config
 from solotune.errors import InputError
-from solotune.footprint import CATEGORIES, footprint, logit_bytes, optimizer_bytes, quantisation_bytes, weight_bytes
-from solotune.planning import bytes_of, full_rows, make_plan, precisions
-from solotune.speed import seconds
+from solotune.planning.gpus import CARDS, card_named, card_of, cpu_card
+from solotune.planning.layer_profile import Growth, Knobs, LayerCost, Linear, Matmul, ModelShape, Pass, Work
+from solotune.planning.memory import (
+    CATEGORIES,
+    footprint,
+    logit_bytes,
+    optimizer_bytes,
+    quantisation_bytes,
+    weight_bytes,
+)
+from solotune.planning.planner import bytes_of, full_rows, make_plan, precisions
+from solotune.planning.throughput import seconds
 from tests.messages import stable
 
 GIB = 1 << 30

@@ -9,10 +9,13 @@ import torch
 from inline_snapshot import snapshot
 from tiny import random_rows
 
-from solotune import lora, preflight, training
-from solotune.batch import collate
+from solotune.dataset import sampler
+from solotune.dataset.collate import collate
 from solotune.errors import CheckError, StorageError
-from solotune.model import load_model
+from solotune.model import lora
+from solotune.model.loading import load_model
+from solotune.training import loop, preflight
+from solotune.training.optimizer import make_optimizer
 from tests.messages import stable
 
 CPU = torch.device("cpu")
@@ -21,9 +24,9 @@ ROWS = random_rows(40)
 
 def steps(model, config, count=3):
     torch.manual_seed(5)
-    optimizer = training.make_optimizer(config, [model.joined])
+    optimizer = make_optimizer(config, [model.joined])
     model.module.train()
-    return [training.train_step(model, [collate(ROWS[:4], CPU)], optimizer, 1.0) for _ in range(count)]
+    return [loop.train_step(model, [collate(ROWS[:4], CPU)], optimizer, 1.0) for _ in range(count)]
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -59,7 +62,7 @@ def test_packs_have_the_shape_they_have_in_the_run(tiny_config):
     config = tiny_config(packing=True, torch_compile=True, per_device_train_batch_size=2)
     model = load_model(tiny_config(), CPU, torch.float32)
     batch = preflight.largest_micro_batch(model, ROWS, config)
-    packs, shape = training.packs_of(config, ROWS)
+    packs, shape = sampler.pack_and_shape(config, ROWS)
     assert shape is not None
     assert batch.input_ids_BT.shape == (2, 64) and len(batch.starts_S) == shape.num_starts
     fullest = sorted((sum(len(ROWS[row].input_ids) for row in pack) for pack in packs), reverse=True)[:2]
@@ -73,7 +76,7 @@ def test_what_does_not_fit_is_a_check_that_says_no(tiny_config, tmp_path, monkey
     def full(*_, **named):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more.")
 
-    monkeypatch.setattr(training, "train_step", full)
+    monkeypatch.setattr(loop, "train_step", full)
     with pytest.raises(CheckError) as caught:
         preflight.preflight(model, ROWS, ROWS[:2], config, tmp_path)
     assert stable(caught.value) == snapshot("""\
@@ -122,7 +125,7 @@ def test_where_uncompiled_layers_have_no_room_they_are_not_compared(tiny_config,
 
 
 def test_a_compiler_that_loses_a_gradient_is_found(tiny_config, tmp_path, monkeypatch):
-    from solotune import linear
+    from solotune.model import frozen_linear
 
     model, config = compiled_eagerly(tiny_config, monkeypatch, base_precision="fp8")
     preflight.preflight(model, ROWS, ROWS[:2], config, tmp_path)
@@ -131,18 +134,18 @@ def test_a_compiler_that_loses_a_gradient_is_found(tiny_config, tmp_path, monkey
         @staticmethod
         def forward(ctx, x, codes, scales, *_):
             ctx.width = x.shape[1]
-            return linear.fp8_product(x, codes, scales)
+            return frozen_linear.fp8_product(x, codes, scales)
 
         @staticmethod
         def backward(ctx, dy):
             return dy.new_zeros(dy.shape[0], ctx.width), None, None, None, None
 
-    own = linear.fp8_matmul
+    own = frozen_linear.fp8_matmul
 
     def lost_when_compiled(*args):
         return WithoutGradient.apply(*args) if torch.compiler.is_compiling() else own(*args)
 
     torch._dynamo.reset()
-    monkeypatch.setattr(linear, "fp8_matmul", lost_when_compiled)
+    monkeypatch.setattr(frozen_linear, "fp8_matmul", lost_when_compiled)
     with pytest.raises(CheckError, match="layers have another gradient than as they are written"):
         preflight.preflight(model, ROWS, ROWS[:2], config, tmp_path)

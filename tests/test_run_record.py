@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from solotune import verbs
-from solotune.events import DeviceFailedEvent, EndEvent, NonFiniteEvent, SaveEvent
-from solotune.run_record import RunRecord, json_object, number_in
+from solotune.run.events import DeviceFailedEvent, EndEvent, NonFiniteEvent, SaveEvent
+from solotune.run.record import RunRecord, json_object, number_in
 
 SAMPLE = (Path(__file__).parent / "data" / "metrics-0.1.0.jsonl").read_bytes()
 NESTED = b'{"event": "step", "step": 9, "x": ' + b"[" * 100_000
@@ -104,7 +104,7 @@ def test_numbers_in_json_are_finite_or_none():
 def test_a_file_too_large_to_be_of_a_run_is_not_read(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text('{"a": 1}')
     assert json_object(tmp_path / "a.json") == {"a": 1}
-    monkeypatch.setattr("solotune.run_record.MAX_JSON_BYTES", 7)
+    monkeypatch.setattr("solotune.run.record.MAX_JSON_BYTES", 7)
     assert json_object(tmp_path / "a.json") is None
 
 

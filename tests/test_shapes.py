@@ -8,13 +8,13 @@ import pytest
 import torch
 from tiny import FAMILIES, random_rows
 
-from solotune.batch import collate
-from solotune.costs import Growth
-from solotune.linear import FrozenLinear, stored_bytes
-from solotune.looks import growth_through
-from solotune.metering import metered
-from solotune.model import load_model
-from solotune.shapes import estimated, model_shape
+from solotune.dataset.collate import collate
+from solotune.model.frozen_linear import FrozenLinear, stored_bytes
+from solotune.model.loading import load_model
+from solotune.planning.curve_fit import growth_through
+from solotune.planning.layer_profile import Growth
+from solotune.planning.model_shape import estimated, model_shape
+from solotune.planning.profile_eager import metered
 
 CPU = torch.device("cpu")
 ESTIMATED = {"mixtral"}  # which experts a token takes, only data knows

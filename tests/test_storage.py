@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from solotune import operations, storage
-from solotune.manifest import Entry, check_folder
+from solotune.run import atomic_io, fs_ops
+from solotune.run.manifest import Entry, check_folder
 
 CHUNK = 1 << 20
 
@@ -22,10 +22,10 @@ def chunks(count: int) -> Iterator[bytes]:
 
 
 def test_a_file_of_many_chunks_is_written_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "WRITE_BYTES", 4 * CHUNK)
+    monkeypatch.setattr(atomic_io, "WRITE_BYTES", 4 * CHUNK)
     tracemalloc.start()
     try:
-        with storage.whole_folder(tmp_path / "made") as folder:
+        with atomic_io.whole_folder(tmp_path / "made") as folder:
             folder.write("shard", chunks(64))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -42,12 +42,12 @@ def test_a_file_of_many_chunks_is_written_in_bounded_memory(tmp_path: Path, monk
                 iter([b"", b"a piece longer than a write", b"!"])],
 )  # fmt: skip
 def test_every_kind_of_content_is_hashed_as_it_is_on_disk(
-    content: storage.Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    content: atomic_io.Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "WRITE_BYTES", 8)
+    monkeypatch.setattr(atomic_io, "WRITE_BYTES", 8)
     writes: list[bytes] = []
-    with operations.watched(lambda kind, _, written: writes.append(written) if kind == "write" else None):
-        folder = storage.Folder(tmp_path)
+    with fs_ops.watched(lambda kind, _, written: writes.append(written) if kind == "write" else None):
+        folder = atomic_io.Folder(tmp_path)
         folder.write("file", content)
     on_disk = (tmp_path / "file").read_bytes()
     assert on_disk == b"".join(writes) and max(map(len, writes), default=0) <= 8
@@ -57,16 +57,16 @@ def test_every_kind_of_content_is_hashed_as_it_is_on_disk(
 @pytest.mark.parametrize("error", [RuntimeError("no more"), KeyboardInterrupt()])
 def test_nothing_stays_of_an_iterator_that_fails(error: BaseException, tmp_path: Path) -> None:
     def failing() -> Iterator[bytes]:
-        yield bytes(storage.WRITE_BYTES)
+        yield bytes(atomic_io.WRITE_BYTES)
         yield b"more"
         raise error
 
-    with storage.whole_folder(tmp_path / "old") as folder:
+    with atomic_io.whole_folder(tmp_path / "old") as folder:
         folder.write("file", b"old")
     for target in ("new", "old"):
-        with pytest.raises(type(error)), storage.whole_folder(tmp_path / target) as folder:
+        with pytest.raises(type(error)), atomic_io.whole_folder(tmp_path / target) as folder:
             folder.write("file", failing())
     with pytest.raises(type(error)):
-        storage.write_whole(tmp_path / "whole", failing())
+        atomic_io.write_whole(tmp_path / "whole", failing())
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "manifest.json", "old"]
     assert (tmp_path / "old/file").read_bytes() == b"old"

@@ -16,17 +16,17 @@ import pytest
 from inline_snapshot import snapshot
 from rich.console import Console
 
-from solotune import terminal
 from solotune.api.data import DataPreview, ShownRow
 from solotune.cli import results
-from solotune.config import Choice
+from solotune.config.run_config import Choice
 from solotune.dataset import DataReport
-from solotune.dataset.pack import account
-from solotune.evaluation import Evaluation, Sample, Score
-from solotune.events import DiagnosedEvent, EvalEvent, SaveEvent, StepEvent
-from solotune.fitness import Check, DoctorReport
-from solotune.record import RunSummary
-from solotune.terminal import LiveDisplay, Meter, PlainDisplay, SilentDisplay, make_console, make_display
+from solotune.dataset.packing import account
+from solotune.display import progress
+from solotune.display.progress import LiveDisplay, Meter, PlainDisplay, SilentDisplay, make_console, make_display
+from solotune.evaluation.scores import Evaluation, Sample, Score
+from solotune.hardware.doctor import Check, DoctorReport
+from solotune.run.events import DiagnosedEvent, EvalEvent, SaveEvent, StepEvent
+from solotune.run.run_dir import RunSummary
 
 HOSTILE = "[bold]x[/nope] \x1b[31mred\x1b]8;;http://a\x07link \x9b2J \u202egnp\r\x7f\ud800"
 
@@ -76,14 +76,14 @@ def piped(show) -> str:
 
 def test_inert_text_can_be_encoded_and_steers_nothing():
     everything = [chr(code) for code in range(sys.maxunicode + 1)]
-    shown = terminal.inert("".join(everything))
+    shown = progress.inert("".join(everything))
     shown.encode()
     assert len(shown) == len(everything)
     assert not [c for c in shown if (ord(c) < 32 and c not in "\n\t") or 0x7F <= ord(c) < 0xA0]
     directions = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
     assert not set(shown) & set(directions)
     ordinary = "Zoë 日本語 🙂 [bold] {} \n\t\u200d"
-    assert terminal.inert(ordinary) == ordinary
+    assert progress.inert(ordinary) == ordinary
 
 
 def test_hostile_text_everywhere():
@@ -101,14 +101,14 @@ def test_hostile_text_everywhere():
         results.print_data(preview, console, with_ids=True)
         results.print_runs([run], HOSTILE, console)
         results.print_runs([], HOSTILE, console)
-        terminal.print_choices([Choice("a", HOSTILE, HOSTILE)], console)
+        progress.print_choices([Choice("a", HOSTILE, HOSTILE)], console)
         display = PlainDisplay(1, console)
         display.note(HOSTILE)
         display.phase(HOSTILE)
         display.saved(SaveEvent(1, "x"), Path(HOSTILE))
         display.diagnosed(DiagnosedEvent("F54", "measured", HOSTILE), HOSTILE)
         session = SimpleNamespace(reply=lambda text, base, on_text: on_text(HOSTILE) or HOSTILE)
-        terminal.show_answers(session, "hi", True, console)  # type: ignore[arg-type]
+        progress.show_answers(session, "hi", True, console)  # type: ignore[arg-type]
 
     for text in ("\n".join(shown_on(80, show)), piped(show)):
         text.encode()
@@ -155,8 +155,8 @@ def test_smoothed_loss_starts_at_the_first_loss_and_follows():
 
 
 def test_a_single_rows_unknown_error_is_left_out():
-    assert terminal.plus_minus(1.5, 0.25) == "1.5000 ± 0.2500"
-    assert [terminal.plus_minus(1.5, error) for error in (math.inf, math.nan, None)] == ["1.5000"] * 3
+    assert progress.plus_minus(1.5, 0.25) == "1.5000 ± 0.2500"
+    assert [progress.plus_minus(1.5, error) for error in (math.inf, math.nan, None)] == ["1.5000"] * 3
 
 
 # --- displays
@@ -231,7 +231,7 @@ def test_live_line_fits_the_terminal_and_goes_away(columns, monkeypatch):
 
 def test_live_display_leaves_a_line_with_its_seconds_for_each_phase(monkeypatch):
     ticks = itertools.count(step=1.5)
-    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     text = "\n".join(shown_on(80, lambda console: a_run(LiveDisplay(2, console))))
     assert "loading model  1.5 s" in text
     assert "3/9 tensors" in text
@@ -399,7 +399,7 @@ def test_on_a_terminal_one_types_until_quit(monkeypatch, capsys):
     typed = iter(["hi", "", "/quit", "never"])
     monkeypatch.setattr(sys, "stdin", Terminal())
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
-    assert list(terminal.read_messages("m + run")) == ["hi"]
+    assert list(progress.read_messages("m + run")) == ["hi"]
     assert capsys.readouterr().err == snapshot("m + run   /reset forgets, /quit leaves\n")
 
 
@@ -413,11 +413,11 @@ def test_answers_stream_as_they_come():
         return "done"
 
     stream = io.StringIO()
-    turn = terminal.show_answers(SimpleNamespace(reply=reply), "hi", False, make_console(stream))  # type: ignore[arg-type]
+    turn = progress.show_answers(SimpleNamespace(reply=reply), "hi", False, make_console(stream))  # type: ignore[arg-type]
     assert turn == {"prompt": "hi", "tuned": "done"}
     assert seen == ["tuned    one", "tuned    one two\n", "tuned    one two\nthree"]
     silent = SimpleNamespace(reply=lambda text, base, on_text: "")
-    terminal.show_answers(silent, "hi", False, make_console(stream))  # type: ignore[arg-type]
+    progress.show_answers(silent, "hi", False, make_console(stream))  # type: ignore[arg-type]
     assert stream.getvalue().removeprefix(seen[-1]) == snapshot("""\
 
 tuned  (nothing)

@@ -12,12 +12,16 @@ import torch
 from inline_snapshot import snapshot
 from tiny import metrics_of, random_rows
 
-from solotune import checkpoint, lora, signals, training
-from solotune.batch import collate
+from solotune.dataset import sampler
+from solotune.dataset.collate import collate
+from solotune.display.progress import SilentDisplay
 from solotune.errors import InterruptedRunError, NonFiniteError
-from solotune.model import load_model
-from solotune.record import RunDirectory
-from solotune.terminal import SilentDisplay
+from solotune.model import lora
+from solotune.model.loading import load_model
+from solotune.run.run_dir import RunDirectory
+from solotune.runtime import signals
+from solotune.training import checkpoint, loop
+from solotune.training.optimizer import learning_rate_at, make_optimizer
 from tests.messages import stable
 
 CPU = torch.device("cpu")
@@ -43,7 +47,7 @@ def assert_equal(first, second):
 
 def test_epochs_are_permutations_and_the_last_step_of_an_epoch_may_be_short(tiny_config):
     config = tiny_config(per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=2.0)
-    schedule = training.Schedule.of(config, 10)
+    schedule = sampler.BatchSampler.of(config, 10)
     steps = list(schedule.steps(0))
     assert schedule.total_steps == len(steps) == 6
     assert [[len(rows) for rows in step] for step in steps[:3]] == [[2, 2], [2, 2], [2]]
@@ -54,18 +58,18 @@ def test_epochs_are_permutations_and_the_last_step_of_an_epoch_may_be_short(tiny
 
 def test_max_steps_overrides_epochs_and_runs_over_their_end(tiny_config):
     config = tiny_config(per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=7)
-    schedule = training.Schedule.of(config, 8)
+    schedule = sampler.BatchSampler.of(config, 8)
     assert len(list(schedule.steps(0))) == 7
     assert schedule.epoch_at(7) == 3.5
 
 
 def test_a_fraction_of_an_epoch_is_rounded_up_to_whole_steps(tiny_config):
     config = tiny_config(per_device_train_batch_size=2, gradient_accumulation_steps=1, num_train_epochs=0.5)
-    assert training.Schedule.of(config, 10).total_steps == 3
+    assert sampler.BatchSampler.of(config, 10).total_steps == 3
 
 
 def test_resuming_continues_the_same_row_order(tiny_config):
-    schedule = training.Schedule.of(tiny_config(num_train_epochs=3.0, per_device_train_batch_size=3), 30)
+    schedule = sampler.BatchSampler.of(tiny_config(num_train_epochs=3.0, per_device_train_batch_size=3), 30)
     assert list(schedule.steps(0))[2:] == list(schedule.steps(2))
 
 
@@ -79,9 +83,7 @@ def test_the_learning_rate_is_hugging_faces_step_for_step(tiny_config, name, war
     num_warmup = {0: 0, 1: 3 if "warmup_ratio" in warmup else 5}[len(warmup)]  # ceil(0.13 * 20)
     theirs = get_scheduler(name, optimizer, num_warmup, 20)
     for step in range(20):
-        assert training.learning_rate_at(config, step, 20) == pytest.approx(
-            theirs.get_last_lr()[0], rel=1e-12, abs=1e-18
-        )
+        assert learning_rate_at(config, step, 20) == pytest.approx(theirs.get_last_lr()[0], rel=1e-12, abs=1e-18)
         optimizer.step()
         theirs.step()
 
@@ -95,7 +97,7 @@ def test_a_run_learns_and_records_every_step(tiny_config, tmp_path):
     )
     model, run = start(config, tmp_path)
     rows = random_rows(16)
-    score = training.train(model, rows, rows[:6], config, run, SilentDisplay())
+    score = loop.train(model, rows, rows[:6], config, run, SilentDisplay())
     events = metrics_of(run)
     steps = [e for e in events if e["event"] == "step"]
     assert [e["step"] for e in steps] == list(range(1, 13))
@@ -110,7 +112,7 @@ def test_a_run_learns_and_records_every_step(tiny_config, tmp_path):
 def test_old_checkpoints_are_removed(tiny_config, tmp_path):
     config = tiny_config(max_steps=5, save_steps=1, save_total_limit=2, per_device_train_batch_size=1)
     model, run = start(config, tmp_path)
-    training.train(model, random_rows(8), [], config, run, SilentDisplay())
+    loop.train(model, random_rows(8), [], config, run, SilentDisplay())
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step-000004", "step-000005"]
 
 
@@ -131,10 +133,10 @@ def test_resumed_is_bit_equal_to_uninterrupted(tiny_config, tmp_path, dropout, o
     )
     rows = random_rows(20)
     model, run = start(config, tmp_path)
-    training.train(model, rows, [], config, run, SilentDisplay())
+    loop.train(model, rows, [], config, run, SilentDisplay())
     resumed, second = start(config, tmp_path, "second")
     point = checkpoint.load(run.checkpoints / "step-000004")
-    training.train(resumed, rows, [], config, second, SilentDisplay(), resume_from=point)
+    loop.train(resumed, rows, [], config, second, SilentDisplay(), resume_from=point)
     assert_equal(adapter_of(model), adapter_of(resumed))
     whole = [e["loss"] for e in metrics_of(run) if e["event"] == "step"]
     assert [e["loss"] for e in metrics_of(second) if e["event"] == "step"] == whole[4:]
@@ -145,7 +147,7 @@ def test_two_runs_of_one_seed_are_bit_equal_and_another_seed_differs(tiny_config
     for i, seed in enumerate((0, 0, 1)):
         config = tiny_config(max_steps=3, lora_dropout=0.1, seed=seed)
         model, run = start(config, tmp_path, f"run{i}")
-        training.train(model, random_rows(40), [], config, run, SilentDisplay())
+        loop.train(model, random_rows(40), [], config, run, SilentDisplay())
         adapters.append(adapter_of(model))
     assert_equal(adapters[0], adapters[1])
     assert any(not torch.equal(adapters[0][k], adapters[2][k]) for k in adapters[0])
@@ -166,7 +168,7 @@ def test_a_bad_row_stops_before_the_update_and_is_named(tiny_config, tmp_path):
                 row.input_ids[row.input_ids == 7] = 8
     before = adapter_of(model)
     with pytest.raises(NonFiniteError) as caught:
-        training.train(model, rows, [], config, run, SilentDisplay())
+        loop.train(model, rows, [], config, run, SilentDisplay())
     assert stable(caught.value) == snapshot(
         "step 1: the loss, its gradient or the weights are not finite; stopped before the update, the weights are as "
         "they were\n"
@@ -183,11 +185,11 @@ def test_a_bad_row_stops_before_the_update_and_is_named(tiny_config, tmp_path):
 def test_an_infinite_gradient_under_a_finite_loss_stops_too(tiny_config):
     config = tiny_config(per_device_train_batch_size=2)
     model = load_model(config, CPU, torch.float32)
-    optimizer = training.make_optimizer(config, model.trainable)
+    optimizer = make_optimizer(config, model.trainable)
     model.trainable[0].register_hook(lambda grad: grad * float("inf") + 1e38 * 10)
     before = adapter_of(model)
     with pytest.raises(NonFiniteError, match=r"gradient norm (nan|inf)"):
-        training.train_step(model, [collate(random_rows(2), CPU)], optimizer, 1.0)
+        loop.train_step(model, [collate(random_rows(2), CPU)], optimizer, 1.0)
     assert_equal(before, adapter_of(model))
 
 
@@ -206,7 +208,7 @@ def test_a_stop_signal_finishes_the_step_saves_and_leaves(tiny_config, tmp_path,
 
     handler = signal.getsignal(number)
     with signals.heeded(), pytest.raises(InterruptedRunError) as caught:
-        training.train(model, random_rows(8), [], config, run, StopAtThree())
+        loop.train(model, random_rows(8), [], config, run, StopAtThree())
     assert caught.value.exit_code == 128 + number
     assert "stopped after step 3; checkpoint saved" in str(caught.value)
     assert "--resume" in str(caught.value)
@@ -240,10 +242,10 @@ def test_a_stop_mid_step_leaves_its_step_out_and_resumes_bit_equal(tiny_config, 
     )
     rows = random_rows(24)
     model, run = start(config, tmp_path)
-    training.train(model, rows, [], config, run, SilentDisplay())
+    loop.train(model, rows, [], config, run, SilentDisplay())
     stopped, second = start(config, tmp_path, "second")
     with Polls(monkeypatch, polls), pytest.raises(InterruptedRunError) as caught:
-        training.train(stopped, rows, [], config, second, SilentDisplay())
+        loop.train(stopped, rows, [], config, second, SilentDisplay())
     done = (polls - 1) // 3
     assert not stopped.joined.grad.any()
     newest = checkpoint.newest(second.checkpoints)
@@ -251,7 +253,7 @@ def test_a_stop_mid_step_leaves_its_step_out_and_resumes_bit_equal(tiny_config, 
         assert newest is None and "nothing to save yet" in str(caught.value)
         return
     assert newest.name == f"step-{done:06d}" and f"stopped after step {done}; checkpoint saved" in str(caught.value)
-    training.train(stopped, rows, [], config, second, SilentDisplay(), resume_from=checkpoint.load(newest))
+    loop.train(stopped, rows, [], config, second, SilentDisplay(), resume_from=checkpoint.load(newest))
     assert_equal(adapter_of(model), adapter_of(stopped))
 
 
@@ -264,10 +266,10 @@ def test_an_evaluation_that_was_stopped_is_made_when_the_run_goes_on(tiny_config
     model, run = start(config, tmp_path)
     # two micro-batches, then the second batch of the evaluation
     with Polls(monkeypatch, 4), pytest.raises(InterruptedRunError, match="stopped after step 2"):
-        training.train(model, rows, rows[:6], config, run, SilentDisplay())
+        loop.train(model, rows, rows[:6], config, run, SilentDisplay())
     assert [e["event"] for e in metrics_of(run)] == ["step", "step", "save"]
     point = checkpoint.load(checkpoint.newest(run.checkpoints))
-    training.train(model, rows, rows[:6], config, run, SilentDisplay(), resume_from=point)
+    loop.train(model, rows, rows[:6], config, run, SilentDisplay(), resume_from=point)
     assert [(e["event"], e["step"]) for e in metrics_of(run) if e["event"] != "save"] == [
         ("step", 1), ("step", 2), ("eval", 2), ("step", 3), ("step", 4), ("eval", 4)
     ]  # fmt: skip
@@ -285,7 +287,7 @@ def test_golden_losses(tiny_config, tmp_path):
         "llama", max_steps=8, per_device_train_batch_size=4, gradient_accumulation_steps=2, base_precision="nf4"
     )
     model, run = start(config, tmp_path)
-    training.train(model, random_rows(24), [], config, run, SilentDisplay())
+    loop.train(model, random_rows(24), [], config, run, SilentDisplay())
     losses = [e["loss"] for e in metrics_of(run) if e["event"] == "step"]
     np.testing.assert_allclose(losses, GOLDEN, atol=2e-4)
 
@@ -296,7 +298,7 @@ def test_golden_losses(tiny_config, tmp_path):
 def test_a_checkpoint_holds_no_pickle_and_reads_back(tiny_config, tmp_path):
     config = tiny_config(max_steps=2, save_steps=2)
     model, run = start(config, tmp_path)
-    training.train(model, random_rows(40), [], config, run, SilentDisplay(), fingerprints={"config": {}})
+    loop.train(model, random_rows(40), [], config, run, SilentDisplay(), fingerprints={"config": {}})
     folder = checkpoint.newest(run.checkpoints)
     assert {p.name for p in folder.iterdir()} == {
         "adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "random.safetensors", "state.json",

@@ -15,10 +15,10 @@ from tiny import CHATML, chat_rows, metrics_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import solotune
-from solotune.config import load_config
+from solotune.config.run_config import load_config
+from solotune.display.progress import SilentDisplay
 from solotune.errors import DirectoryInUseError, InputError, IntegrityError
-from solotune.record import RunDirectory
-from solotune.terminal import SilentDisplay
+from solotune.run.run_dir import RunDirectory
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_preflight_stands_beside_the_plan_and_changes_nothing(config, tmp_path
 
 def test_a_run_is_read_with_memory_for_its_weights_settled_anew(config, tmp_path):
     """A card with room for expanded weights may have trained what a laptop now evaluates."""
-    from solotune.tuned import TunedRun
+    from solotune.training.trained_run import TunedRun
 
     solotune.train({**config, "max_steps": 1, "save_steps": 1})
     assert load_config(tmp_path / "run" / "config.yaml").base_residency == "dequantized"  # by the plan

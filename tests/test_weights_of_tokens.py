@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from tiny import metrics_of, random_rows
 
-from solotune import evaluation, training
-from solotune.batch import collate, collate_packs
 from solotune.dataset import Example
-from solotune.model import load_model
+from solotune.dataset.collate import collate, collate_packs
+from solotune.evaluation import scores
+from solotune.model.loading import load_model
+from solotune.training import loop
 
 CPU = torch.device("cpu")
 
@@ -56,7 +57,7 @@ def step(model, batches) -> tuple[float, list[torch.Tensor]]:
     grads: list[torch.Tensor] = []
     optimizer = torch.optim.SGD(model.trainable, lr=0.0)
     optimizer.register_step_pre_hook(lambda *_: grads.extend(p.grad.clone() for p in model.trainable))
-    loss = training.train_step(model, batches, optimizer, math.inf).loss
+    loss = loop.train_step(model, batches, optimizer, math.inf).loss
     return loss, grads
 
 
@@ -108,16 +109,16 @@ def test_the_least_and_the_largest_weights_stay_finite(model, scale: float) -> N
 
 
 def test_a_run_records_the_sum_of_the_weights(tiny_config, tmp_path) -> None:
-    from solotune.record import RunDirectory
-    from solotune.terminal import SilentDisplay
+    from solotune.display.progress import SilentDisplay
+    from solotune.run.run_dir import RunDirectory
 
     config = tiny_config(max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     config = config.replaced("test", output_dir=str(tmp_path / "run"))
     model, run, rows = load_model(config, CPU, torch.float32), RunDirectory.create(config), weighted_rows(8)
-    score = training.train(model, rows, rows, config, run, SilentDisplay())
+    score = loop.train(model, rows, rows, config, run, SilentDisplay())
     (recorded,) = [e for e in metrics_of(run) if e["event"] == "step"]
     assert recorded["total_weight"] == pytest.approx(sum(row.total_weight for row in rows))
-    assert recorded["total_weight"] != recorded["num_supervised"] == sum(evaluation.num_labels(row) for row in rows)
+    assert recorded["total_weight"] != recorded["num_supervised"] == sum(scores.num_labels(row) for row in rows)
     assert score is not None
     assert score.tokens == recorded["num_supervised"]
 
@@ -129,9 +130,9 @@ def test_the_held_out_loss_has_the_same_weights(model) -> None:
     rows = weighted_rows(11)
     loss, _ = reference(model, rows)
     for size in (1, 4, 32):
-        score = evaluation.score(model, rows, size)
+        score = scores.score(model, rows, size)
         assert score.loss == pytest.approx(loss, rel=1e-6)
-    plain = evaluation.score(model, [replace(row, weights=None) for row in rows], 4)
+    plain = scores.score(model, [replace(row, weights=None) for row in rows], 4)
     assert (score.tokens, score.exact_match) == (plain.tokens, plain.exact_match)
     assert score.row_weights == tuple(row.total_weight for row in rows)
 
@@ -143,9 +144,9 @@ def test_the_standard_error_is_the_spread_over_repeated_weighted_samples() -> No
     for _ in range(400):
         counts, level = rng.integers(5, 60, 80), rng.normal(2.0, 0.5, 80)
         weight = np.where(rng.random(80) < 0.2, 4.0, 0.5) * np.exp(0.3 * (level - 2))
-        ratio, stderr = evaluation.ratio_and_stderr((weight * counts * level).tolist(), (weight * counts).tolist())
+        ratio, stderr = scores.ratio_and_stderr((weight * counts * level).tolist(), (weight * counts).tolist())
         estimates.append(ratio)
         errors.append(stderr)
-        by_count.append(evaluation.ratio_and_stderr((counts * level).tolist(), counts.tolist())[1])
+        by_count.append(scores.ratio_and_stderr((counts * level).tolist(), counts.tolist())[1])
     assert np.mean(errors) == pytest.approx(np.std(estimates), rel=0.1)
     assert np.mean(by_count) < 0.8 * np.std(estimates)

@@ -12,7 +12,7 @@ import numpy as np
 import transformers
 
 from solotune.dataset import Example
-from solotune.record import RunDirectory
+from solotune.run.run_dir import RunDirectory
 
 VOCAB = 128
 _SHAPE = {

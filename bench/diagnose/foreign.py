@@ -14,7 +14,7 @@ import torch
 
 from bench.diagnose.loop import build, collate, render
 from bench.diagnose.recipe import Recipe
-from solotune.diagnosis import target
+from solotune.diagnosis.sources import detect
 from solotune.diagnosis.subject import Subject
 
 CONFIG = ("model_name_or_path", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
@@ -34,7 +34,7 @@ def subject_of(recipe: Recipe, folder: Path) -> Subject:
     config.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in told.items()))
     output = folder / "output"
     _train(recipe, output)
-    return target.subject_of(output, config=config, dataset=str(rows))
+    return detect.subject_of(output, config=config, dataset=str(rows))
 
 
 def _train(recipe: Recipe, output: Path) -> None:

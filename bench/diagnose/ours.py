@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import solotune
 from bench.diagnose.bases import KINDS, Base, Format
 from bench.diagnose.registry import Needs
+from solotune.display.progress import SilentDisplay
 from solotune.errors import SolotuneError
-from solotune.terminal import SilentDisplay
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

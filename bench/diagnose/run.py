@@ -27,7 +27,7 @@ from bench.diagnose.bases import load
 from bench.diagnose.loop import train
 from bench.diagnose.programs import Program
 from bench.diagnose.subject import plain, subject_of
-from solotune.diagnosis.examination import examine
+from solotune.diagnosis.run_diagnosis import examine
 from solotune.diagnosis.subject import Subject
 
 if TYPE_CHECKING:

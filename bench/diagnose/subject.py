@@ -16,12 +16,12 @@ import torch
 from bench.diagnose.loop import Outcome, build, default_loss, evaluate, make_optimizer, one_step
 from bench.diagnose.recipe import Recipe, Row
 from bench.diagnose.worlds import Chat
-from solotune.config import RunConfig
+from solotune.config.run_config import RunConfig
+from solotune.dataset.data_report import DataReport
 from solotune.dataset.example import Example
-from solotune.dataset.report import DataReport
-from solotune.diagnosis.row_facts import RowFacts
+from solotune.diagnosis.facts.row_facts import RowFacts
+from solotune.diagnosis.rules import judge
 from solotune.diagnosis.subject import Live, Saved, Settings, Subject, Trace
-from solotune.diagnosis.suspects import judge
 from solotune.errors import SolotuneError
 
 NOT_HERE = "the base model is not on this machine"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from bench.diagnose.bases import Base
 from bench.diagnose.recipe import linears
 from bench.diagnose.registry import Needs
-from solotune.diagnosis import target
+from solotune.diagnosis.sources import detect
 from solotune.diagnosis.subject import Subject
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def subject_of(run: Run, folder: Path) -> Subject:
 def read(run: Run, folder: Path) -> Subject:
     """The subject of a folder that `train` has filled, with what its owner hands over."""
     config, rows = folder / "sft.yaml" if run.told else None, str(folder / "chats.jsonl") if run.gives_rows else None
-    return target.subject_of(folder / "output" / run.looks_at, config=config, dataset=rows)
+    return detect.subject_of(folder / "output" / run.looks_at, config=config, dataset=rows)
 
 
 def train(run: Run, folder: Path) -> None:

@@ -18,6 +18,8 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from solotune.version import __version__
+
 if TYPE_CHECKING:
     from solotune.api.chat import chat
     from solotune.api.data import data
@@ -30,14 +32,13 @@ if TYPE_CHECKING:
     from solotune.api.runs import runs
     from solotune.api.train import train
     from solotune.api.verify import verify
-    from solotune.config import RunConfig, load_config
+    from solotune.config.run_config import RunConfig, load_config
 
 # No code from the hub: where the package `kernels` is installed, transformers downloads native code for some models.
 # And nobody is told what is done here. The libraries read both when imported; a variable the user has set stays.
 os.environ.setdefault("USE_HUB_KERNELS", "0")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-__version__ = "0.1.0"
 __all__ = [
     "RunConfig",
     "__version__",
@@ -61,7 +62,8 @@ _FROM_CONFIG = ("RunConfig", "load_config")
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'solotune' has no attribute {name!r}")
-    return getattr(import_module("solotune.config" if name in _FROM_CONFIG else f"solotune.api.{name}"), name)
+    module = "solotune.config.run_config" if name in _FROM_CONFIG else f"solotune.api.{name}"
+    return getattr(import_module(module), name)
 
 
 def __dir__() -> list[str]:

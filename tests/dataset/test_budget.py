@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from solotune.dataset import prepare
-from solotune.dataset.budget import LabelBudget
-from solotune.dataset.chat import Rendered
-from solotune.dataset.encode import Encoder
+from solotune.dataset.chat.answer_spans import Rendered
+from solotune.dataset.chat.encode import Encoder
+from solotune.dataset.token_counts import LabelBudget
 from tests.dataset.conftest import FAMILIES, Writer, chat, config_of, tiny_tokenizer
 
 
@@ -96,7 +96,7 @@ def test_a_prompt_that_is_no_prefix(text: str, begin: int, is_prefix: bool, num_
 @pytest.mark.parametrize("family", [family for family, (template, *_) in FAMILIES.items() if template])
 def test_the_short_way_to_ask_agrees_with_the_long_one(family: str) -> None:
     """Against tokenising the whole prompt, over contents that merge with what stands before them."""
-    from solotune.dataset.chat import ChatTemplate
+    from solotune.dataset.chat.answer_spans import ChatTemplate
 
     tokenizer = tiny_tokenizer(family)
     template, encoder = ChatTemplate(tokenizer), Encoder(tokenizer)

@@ -23,7 +23,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from solotune.dataset.files import read_file
+from solotune.dataset.readers.files import read_file
 from solotune.errors import InputError
 from tests.dataset.conftest import chat
 

@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from solotune.dataset import Prepared, prepare
-from solotune.dataset.formats import Record
+from solotune.dataset.chat.formats import Record
 from tests.dataset.conftest import CHATML, Writer, config_of, tiny_tokenizer
 from tests.dataset.test_formats import A, U, message_of, record_of
 

@@ -13,8 +13,8 @@ from inline_snapshot import snapshot
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from solotune.dataset import render_prompt
-from solotune.dataset.chat import ChatTemplate
-from solotune.dataset.encode import Encoder
+from solotune.dataset.chat.answer_spans import ChatTemplate
+from solotune.dataset.chat.encode import Encoder
 from solotune.errors import InputError
 from tests.dataset.conftest import FAMILIES, chat, tiny_tokenizer
 from tests.messages import stable

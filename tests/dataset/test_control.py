@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from solotune.dataset.chat import ChatTemplate, Rendered
-from solotune.dataset.control import ControlTokens, any_of
-from solotune.dataset.encode import Encoder
+from solotune.dataset.chat.answer_spans import ChatTemplate, Rendered
+from solotune.dataset.chat.control_tokens import ControlTokens, any_of
+from solotune.dataset.chat.encode import Encoder
 from tests.dataset.conftest import FAMILIES, chat, tiny_tokenizer
 
 FAMILY_NAMES = [family for family, (template, *_) in FAMILIES.items() if template]

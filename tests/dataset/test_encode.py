@@ -8,8 +8,8 @@ from inline_snapshot import snapshot
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from solotune.dataset.chat import Rendered
-from solotune.dataset.encode import Encoder
+from solotune.dataset.chat.answer_spans import Rendered
+from solotune.dataset.chat.encode import Encoder
 from solotune.errors import InputError
 from tests.dataset.conftest import tiny_tokenizer
 from tests.messages import stable

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from solotune.dataset.formats import Record, check_shape, convert, recognise
-from solotune.dataset.row import Row
+from solotune.dataset.chat.formats import Record, check_shape, convert, recognise
+from solotune.dataset.readers.row import Row
 from solotune.errors import InputError
 
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

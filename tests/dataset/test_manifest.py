@@ -11,8 +11,8 @@ import pytest
 from inline_snapshot import snapshot
 
 from solotune.dataset import Prepared, prepare
-from solotune.dataset.kinship import Kinship, _link
-from solotune.dataset.row import Row, RowError
+from solotune.dataset.readers.row import Row, RowError
+from solotune.dataset.split.groups import Kinship, _link
 from tests.dataset.conftest import Writer, chat, config_of, tiny_tokenizer
 from tests.messages import stable
 

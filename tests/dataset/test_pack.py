@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from solotune.dataset.pack import account, fill, pack
+from solotune.dataset.packing import account, fill, pack
 
 
 @given(st.lists(st.integers(1, 64), max_size=200))

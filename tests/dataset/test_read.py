@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inline_snapshot import snapshot
 
-from solotune.dataset.source import Source
+from solotune.dataset.readers.source import Source
 from solotune.errors import InputError
 from tests.dataset.conftest import Writer
 from tests.messages import stable
@@ -355,7 +355,7 @@ def test_jsonl_message_whole(write: Writer) -> None:
 
 
 def test_one_endless_line_does_not_fill_the_memory(write: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("solotune.dataset.row.MAX_ROW_BYTES", 1 << 16)
+    monkeypatch.setattr("solotune.dataset.readers.row.MAX_ROW_BYTES", 1 << 16)
     path = write("a.jsonl", b'{"text": "' + b"a" * (20 << 20) + b'"}')
     tracemalloc.start()
     assert message_of(path).startswith("a.jsonl:1: the line is too long")

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from inline_snapshot import snapshot
 
-from solotune.dataset import split as splitting
-from solotune.dataset.formats import Record
-from solotune.dataset.kinship import _link
+from solotune.dataset.chat.formats import Record
 from solotune.dataset.records import Records, packed, row_hash
-from solotune.dataset.similar import _bands, _triples, near_duplicates
-from solotune.dataset.split import Split
-from solotune.dataset.store import Store
+from solotune.dataset.row_store import Store
+from solotune.dataset.split import holdout as splitting
+from solotune.dataset.split.groups import _link
+from solotune.dataset.split.holdout import Split
+from solotune.dataset.split.near_duplicates import _bands, _triples, near_duplicates
 from solotune.errors import CheckError, InputError
 from tests.dataset.conftest import chat
 from tests.messages import stable

@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inline_snapshot import snapshot
 
-from solotune.dataset import prepare, store
+from solotune.dataset import prepare, row_store
+from solotune.dataset.chat.formats import Record
 from solotune.dataset.example import Example, Examples, ids_of, lengths_of
-from solotune.dataset.formats import Record
+from solotune.dataset.readers.row import RowError
 from solotune.dataset.records import packed, unpacked
-from solotune.dataset.row import RowError
-from solotune.dataset.store import Store
+from solotune.dataset.row_store import Store
 from solotune.errors import StorageError
 from tests.dataset.conftest import ROOT, Writer, chat, config_of, tiny_tokenizer
 from tests.messages import stable
@@ -36,7 +36,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @given(items=st.lists(st.binary(max_size=30), max_size=20), tail=st.integers(1, 100))
 def test_what_is_appended_comes_back(monkeypatch: pytest.MonkeyPatch, items: list[bytes], tail: int) -> None:
     """Read between the appends too, whatever part is still in memory."""
-    monkeypatch.setattr(store, "TAIL_BYTES", tail)
+    monkeypatch.setattr(row_store, "TAIL_BYTES", tail)
     held = Store()
     for number, item in enumerate(items, 1):
         held.append(item)
@@ -55,7 +55,7 @@ def test_small_data_touches_no_disk_and_large_data_has_no_name(place: Path, monk
     held = Store()
     held.append(b"x" * 1000)
     assert not place.exists()
-    monkeypatch.setattr(store, "TAIL_BYTES", 1000)
+    monkeypatch.setattr(row_store, "TAIL_BYTES", 1000)
     held.append(b"y" * 1000)
     assert list(place.iterdir()) == []
     assert list(held) == [b"x" * 1000, b"y" * 1000]
@@ -64,7 +64,7 @@ def test_small_data_touches_no_disk_and_large_data_has_no_name(place: Path, monk
 def test_a_folder_that_cannot_be_written_is_passed_over(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place.parent.mkdir()
     place.write_text("a file where the folder should be")
-    monkeypatch.setattr(store, "TAIL_BYTES", 1)
+    monkeypatch.setattr(row_store, "TAIL_BYTES", 1)
     held = Store()
     held.append(b"abc")
     assert held[0] == b"abc"
@@ -147,7 +147,7 @@ a.parquet[0]: tools or tool calls hold what JSON has not
 
 @pytest.mark.parametrize("tail", [1, 1 << 20])
 def test_examples_come_back(monkeypatch: pytest.MonkeyPatch, tail: int) -> None:
-    monkeypatch.setattr(store, "TAIL_BYTES", tail)
+    monkeypatch.setattr(row_store, "TAIL_BYTES", tail)
     wanted = [
         Example(
             np.arange(n, dtype=np.int32),
@@ -180,7 +180,7 @@ import numpy as np
 from solotune.dataset import Example
 from solotune.dataset.example import Examples
 from solotune.dataset.prepare import _both_sides, _silent, _sources
-from solotune.dataset.report import DataReport
+from solotune.dataset.data_report import DataReport
 from tests.dataset.conftest import chat, config_of
 
 def peak_of(num_rows):

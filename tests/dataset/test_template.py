@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from solotune.dataset import render_prompt
-from solotune.dataset.template import Template
+from solotune.dataset.chat.template import Template
 from tests.dataset.conftest import CHATML, chat, tiny_tokenizer
 from tests.dataset.test_chat import learned, with_template
 

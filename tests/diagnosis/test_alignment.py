@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
-from solotune.diagnosis.alignment import alignment_of
+from solotune.diagnosis.facts.prompt_answer_overlap import alignment_of
+from solotune.diagnosis.rules import rules
 from solotune.diagnosis.subject import Settings, Subject
-from solotune.diagnosis.suspects import rules
 
 NAMES = [f"{first}{last}" for first in ("bel", "cor", "dan", "fer", "gil", "har", "jon") for last in
          ("amy", "bert", "cyn", "dor", "eva", "fay", "gus", "hal", "ivo", "kim")]  # fmt: skip

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from tiny import FAMILIES
 
-from solotune import costs, footprint
-from solotune.diagnosis import own
-from solotune.diagnosis.arithmetic import weight_bytes
+from solotune.diagnosis.facts.derived import weight_bytes
+from solotune.diagnosis.sources import solotune_run
 from solotune.diagnosis.subject import Settings, Subject
-from solotune.shapes import model_shape
+from solotune.planning import layer_profile, memory
+from solotune.planning.model_shape import model_shape
 
 LLAMA_3_8B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -44,6 +44,6 @@ def test_it_is_the_plans_number(family, tiny_config):
     config = tiny_config(family, base_precision="nf4")
     shape = model_shape(config)
     files = json.loads((Path(config.model_name_or_path) / "config.json").read_text())
-    subject = Subject("test", own.settings_of(config), model_config=files)
-    knobs = costs.Knobs("nf4", config.bnb_4bit_use_double_quant, False, 0, False, "adamw_torch", "cpu")
-    assert weight_bytes(subject) == footprint.weight_bytes(shape, knobs) + footprint.quantisation_bytes(shape, knobs)
+    subject = Subject("test", solotune_run.settings_of(config), model_config=files)
+    knobs = layer_profile.Knobs("nf4", config.bnb_4bit_use_double_quant, False, 0, False, "adamw_torch", "cpu")
+    assert weight_bytes(subject) == memory.weight_bytes(shape, knobs) + memory.quantisation_bytes(shape, knobs)

@@ -11,7 +11,7 @@ import torch
 from tiny import VOCAB
 from transformers import AutoModelForCausalLM
 
-from solotune.diagnosis.examination import examine
+from solotune.diagnosis.run_diagnosis import examine
 from solotune.diagnosis.subject import Live, Settings, Subject, Trace
 from solotune.errors import InputError
 

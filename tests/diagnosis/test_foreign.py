@@ -15,8 +15,8 @@ import torch
 import transformers
 from tiny import chat_rows
 
-from solotune.diagnosis import foreign, foreign_config, pickled, sft_rows
-from solotune.diagnosis.suspects import ask_all
+from solotune.diagnosis.rules import ask_all
+from solotune.diagnosis.sources import hf_settings, hf_trainer, pickle_reader, trl_preprocessing
 from solotune.errors import InputError
 
 
@@ -60,7 +60,7 @@ def named(subject) -> set[str]:
 
 
 def test_a_good_folder_is_read_whole_and_nothing_speaks_against_it(output):
-    subject = foreign.from_folder(output, output.parent / "sft.yaml", str(output.parent / "chats.jsonl"))
+    subject = hf_trainer.from_folder(output, output.parent / "sft.yaml", str(output.parent / "chats.jsonl"))
     get = subject.settings.get
     assert (get("learning_rate"), get("lora_r"), get("lora_alpha"), get("max_length")) == (1e-3, 4, 8, 64)
     assert get("assistant_only_loss") is True and get("lr_scheduler_type") == "linear"
@@ -76,11 +76,11 @@ def test_a_good_folder_is_read_whole_and_nothing_speaks_against_it(output):
 
 
 def test_a_checkpoint_alone_and_a_folder_with_checkpoints_alone(output, tmp_path):
-    alone = foreign.from_folder(output / "checkpoint-3")
+    alone = hf_trainer.from_folder(output / "checkpoint-3")
     assert alone.trace is not None and alone.trace.step_S[-1] == 3 and alone.saved is not None
     (tmp_path / "checkpoint-6").symlink_to(output / "checkpoint-6")
     (tmp_path / "checkpoint-3").symlink_to(output / "checkpoint-3")
-    inside = foreign.from_folder(tmp_path)
+    inside = hf_trainer.from_folder(tmp_path)
     assert inside.trace is not None and inside.trace.step_S[-1] == 6 and inside.saved is not None
     assert inside.live is None and "--dataset" in inside.missing["train"]
 
@@ -92,15 +92,15 @@ def test_without_its_base_the_static_rules_still_answer(output, tmp_path):
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({**config, "base_model_name_or_path": "/nowhere/base", "lora_alpha": 4096})
     )
-    subject = foreign.from_folder(tmp_path)
+    subject = hf_trainer.from_folder(tmp_path)
     assert subject.live is None and "/nowhere/base" in subject.missing["live"]
     assert named(subject) == {"F61"}
 
 
 def test_a_name_that_the_trainer_does_not_read_is_named(output, tmp_path):
     """Held: 1024, as the arguments say; asked: 256 under the old name."""
-    asked, _ = foreign_config.read(output.parent / "sft.yaml")
-    subject = foreign.from_folder(output)
+    asked, _ = hf_settings.read(output.parent / "sft.yaml")
+    subject = hf_trainer.from_folder(output)
     told = type(subject.settings)({**subject.settings.values, "max_length": 1024}, asked=asked)
     import dataclasses
 
@@ -113,7 +113,7 @@ def test_a_name_that_the_trainer_does_not_read_is_named(output, tmp_path):
 def test_a_torn_state_is_missing_and_no_more(output, tmp_path, content):
     (tmp_path / "adapter_config.json").write_bytes((output / "adapter_config.json").read_bytes())
     (tmp_path / "trainer_state.json").write_bytes(content)
-    subject = foreign.from_folder(tmp_path)
+    subject = hf_trainer.from_folder(tmp_path)
     assert subject.trace is None or not len(subject.trace.step_S)
     ask_all(subject)
 
@@ -122,7 +122,7 @@ def test_a_state_with_nan_keeps_its_places(tmp_path):
     history = [{"step": 1, "loss": 2.0, "grad_norm": 1.0}, {"step": 2, "loss": 1.9, "grad_norm": float("nan")},
                {"step": 3, "loss": 1.9, "grad_norm": float("nan")}, {"step": 3, "eval_loss": float("nan")}]  # fmt: skip
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history, "max_steps": 9, "global_step": 3}))
-    subject = foreign.from_folder(tmp_path)
+    subject = hf_trainer.from_folder(tmp_path)
     assert subject.trace is not None and not subject.trace.is_finished
     assert named(subject) == {"F55"}
 
@@ -132,11 +132,11 @@ def test_a_config_that_is_none_is_bad_input(output, tmp_path):
     (tmp_path / "torn.yaml").write_text("a: [1\n")
     for name in ("list.yaml", "torn.yaml", "nowhere.yaml"):
         with pytest.raises(InputError):
-            foreign.from_folder(output, tmp_path / name)
+            hf_trainer.from_folder(output, tmp_path / name)
 
 
 def test_the_words_of_other_tools_mean_ours(tmp_path):
-    found = foreign_config.translated(
+    found = hf_settings.translated(
         {"sequence_len": 512, "lr": "2e-4", "lora_target_linear": True, "train_on_inputs": True, "torch_dtype": "fp16",
          "quantization_bit": 4, "gradient_checkpointing_kwargs": {"use_reentrant": True}, "bf16": "auto",
          "datasets": [{"path": "a.jsonl", "type": "chat"}]}
@@ -163,7 +163,7 @@ def test_a_pickle_is_read_and_not_run(tmp_path, zipped):
     arguments.extra = Evil(tmp_path / "touched")
     file = tmp_path / "training_args.bin"
     torch.save(arguments, file, _use_new_zipfile_serialization=zipped)
-    name, found = pickled.attributes(file)
+    name, found = pickle_reader.attributes(file)
     assert name.endswith("TrainingArguments") and found["learning_rate"] == 3e-4
     assert found["lr_scheduler_type"] == "linear", "an enum is its value"
     assert "extra" not in found and not (tmp_path / "touched").exists()
@@ -174,12 +174,12 @@ def test_pickles_that_are_damaged_endless_or_large_are_refused(tmp_path):
     again = b"\x80\x02" + b"]q\x00" + b"".join(b"(" + b"h\x00" * 200 + b"e" for _ in range(50)) + b"."
     for content in (b"", whole[:-3], b"\x80\x05.", b"(" * 10_000, b"not a pickle", again):
         (tmp_path / "a.bin").write_bytes(content)
-        with pytest.raises(pickled.UnreadableError):
-            pickled.attributes(tmp_path / "a.bin")
+        with pytest.raises(pickle_reader.UnreadableError):
+            pickle_reader.attributes(tmp_path / "a.bin")
     with zipfile.ZipFile(tmp_path / "bomb.bin", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", b"0" * (pickled.MAX_BYTES + 1))
-    with pytest.raises(pickled.UnreadableError):
-        pickled.attributes(tmp_path / "bomb.bin")
+        archive.writestr("archive/data.pkl", b"0" * (pickle_reader.MAX_BYTES + 1))
+    with pytest.raises(pickle_reader.UnreadableError):
+        pickle_reader.attributes(tmp_path / "bomb.bin")
 
 
 # --- what TRL makes of rows, and what its config leaves out (trl itself is not needed)
@@ -196,7 +196,7 @@ def made(tmp_path, chat_model, rows, **told):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = transformers.AutoTokenizer.from_pretrained(chat_model)
-    found = sft_rows.prepare(str(file), "train", tokenizer, sft_rows.arguments(told))
+    found = trl_preprocessing.prepare(str(file), "train", tokenizer, trl_preprocessing.arguments(told))
     assert found is not None
     return tokenizer, found
 
@@ -220,11 +220,11 @@ def test_rows_are_cut_dropped_and_packed_as_trl_does(tmp_path, chat_model):
     assert none.rows_in == 12 and all(row.supervised.any() for row in none.examples)
     _, ends = made(tmp_path, chat_model, ROWS, max_length=6, truncation_mode="keep_end")
     assert (ends.examples[0].input_ids == whole.examples[0].input_ids[-6:]).all()
-    told = sft_rows.arguments({"packing": True, "max_length": 2 * max(lengths)})
-    fitted = sft_rows.batches_of(whole.examples, tokenizer, told, 2)
+    told = trl_preprocessing.arguments({"packing": True, "max_length": 2 * max(lengths)})
+    fitted = trl_preprocessing.batches_of(whole.examples, tokenizer, told, 2)
     starts = (fitted[0]["position_ids"][0] == 0).nonzero().flatten()
     assert len(starts) >= 4 and (fitted[0]["labels"][0][starts] == -100).all() and "attention_mask" not in fitted[0]
-    wrapped = sft_rows.batches_of(whole.examples, tokenizer, {**told, "packing_strategy": "wrapped"}, 2)
+    wrapped = trl_preprocessing.batches_of(whole.examples, tokenizer, {**told, "packing_strategy": "wrapped"}, 2)
     assert "position_ids" not in wrapped[0] and wrapped[0]["input_ids"].shape == (2, 2 * max(lengths))
 
 
@@ -232,16 +232,16 @@ def test_what_a_config_leaves_out_is_what_its_trainer_takes(output, tmp_path):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_bytes((output / name).read_bytes())
     (tmp_path / "axolotl.yaml").write_text("sequence_len: 64\nmicro_batch_size: 2\nlearning_rate: 2e-4\n")
-    get = foreign.from_folder(tmp_path, tmp_path / "axolotl.yaml").settings.get
+    get = hf_trainer.from_folder(tmp_path, tmp_path / "axolotl.yaml").settings.get
     assert (get("lr_scheduler_type"), get("assistant_only_loss"), get("max_length")) == ("cosine", True, 64)
     (tmp_path / "trl.yaml").write_text("use_peft: true\nmax_length: 64\npacking: false\n")
-    settings = foreign.from_folder(tmp_path, tmp_path / "trl.yaml").settings
+    settings = hf_trainer.from_folder(tmp_path, tmp_path / "trl.yaml").settings
     assert settings.get("learning_rate") == 2e-5 and settings.sources["learning_rate"].startswith("default")
     assert settings.get("lora_r") == 4, "the adapter's own config outranks a default"
 
 
 def test_a_cosine_past_its_end_is_a_schedule_of_another_length(output):
-    subject, step = foreign.from_folder(output), np.arange(1, 61)
+    subject, step = hf_trainer.from_folder(output), np.arange(1, 61)
     assert subject.trace is not None
     ones = dict.fromkeys(("loss_S", "grad_norm_S", "epoch_S"), np.ones(60))
     past_end = 1e-3 * 0.5 * (1 + np.cos(np.pi * step / 20))

@@ -17,7 +17,7 @@ from solotune.diagnosis import catalogue, message
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.explanation import explained, paragraphs
 from solotune.diagnosis.verdict import decide
-from solotune.terminal import make_console
+from solotune.display.progress import make_console
 from tests.messages import error_in
 
 RATE = [

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import solotune
-from solotune.config import load_config
-from solotune.diagnosis import own, own_live
-from solotune.diagnosis.probes.patient import wider
-from solotune.diagnosis.suspects import ask_all
+from solotune.config.run_config import load_config
+from solotune.diagnosis.probes.probed_model import wider
+from solotune.diagnosis.rules import ask_all
+from solotune.diagnosis.sources import live_model, solotune_run
 from solotune.errors import InputError
 
 METRICS = "metrics.jsonl"
@@ -48,7 +48,7 @@ def sure(subject) -> set[str]:
 
 
 def test_a_finished_run_is_read_whole(run):
-    subject = own.from_run(run)
+    subject = solotune_run.from_run(run)
     trace, saved = subject.trace, subject.saved
     assert trace is not None and trace.is_finished and trace.step_S.tolist() == [1, 2, 3, 4, 5, 6]
     assert trace.total_steps == 6 and trace.eval_step_E.tolist() == [3, 6] and np.isfinite(trace.loss_S).all()
@@ -59,18 +59,18 @@ def test_a_finished_run_is_read_whole(run):
 
 
 def test_wider_adapters_reach_every_linear_of_ours(run):
-    live = own.from_run(run).live()
+    live = solotune_run.from_run(run).live()
     with wider(live.model) as parameters:
         assert len(parameters) == 2 * 14  # seven linears in each of two layers
 
 
 def test_probes_get_the_batches_that_the_run_saw_and_its_adapter(run):
-    subject = own.from_run(run)
+    subject = solotune_run.from_run(run)
     live = subject.live()
     events = map(json.loads, (run / METRICS).read_text().splitlines())
     first = next(event["loss"] for event in events if event["event"] == "step")
     config = load_config(run / "config.yaml")
-    fresh = own.live_of(config, *prepared_of(config), None)()
+    fresh = solotune_run.live_of(config, *prepared_of(config), None)()
     fresh.model.eval()
     seen = float(fresh.model(**fresh.batches[0]).loss.detach())
     assert seen == pytest.approx(first, rel=0.05), "dropout apart"
@@ -88,7 +88,7 @@ def prepared_of(config):
 def test_packed_batches_say_where_rows_begin(run):
     config = load_config(run / "config.yaml", ["packing=true", "max_length=128"])
     tokenizer, prepared = prepared_of(config)
-    batch = own_live.batches_of(config, tokenizer, prepared.train)[0]
+    batch = live_model.batches_of(config, tokenizer, prepared.train)[0]
     starts = (batch["position_ids"] == 0).sum(1)
     assert "attention_mask" not in batch and (starts > 1).any()
     assert (batch["labels"][batch["position_ids"] == 0] == -100).all()
@@ -97,7 +97,7 @@ def test_packed_batches_say_where_rows_begin(run):
 @pytest.mark.parametrize("content", ["", "\n\n", '{"event": "st', "[1]\n3\n", '{"event": "step", "step": "x"}\n'])
 def test_metrics_that_hold_nothing_are_an_empty_trace(run, content):
     (run / METRICS).write_text(content)
-    subject = own.from_run(run)
+    subject = solotune_run.from_run(run)
     assert subject.trace is not None and not len(subject.trace.step_S) and not subject.trace.is_finished
     assert sure(subject) == set()
 
@@ -107,11 +107,11 @@ def test_an_unfinished_run_has_a_torn_line_and_its_newest_checkpoint(run):
     kept = [line for line in lines if '"end"' not in line and json.loads(line).get("step", 0) <= 4]
     (run / METRICS).write_text("\n".join([*kept, '{"event": "step", "st']))
     shutil.rmtree(run / "adapter")
-    subject = own.from_run(run)
+    subject = solotune_run.from_run(run)
     assert subject.trace is not None and not subject.trace.is_finished and subject.trace.step_S[-1] == 4
     assert subject.saved is not None and subject.saved.optimizer_present is True
     shutil.rmtree(run / "checkpoints")
-    assert own.from_run(run).missing["saved"] == "nothing was saved yet"
+    assert solotune_run.from_run(run).missing["saved"] == "nothing was saved yet"
 
 
 def test_a_crash_and_a_resumption_are_in_the_trace(run):
@@ -119,13 +119,13 @@ def test_a_crash_and_a_resumption_are_in_the_trace(run):
         file.write(json.dumps({"event": "non_finite", "step": 7, "seen": "loss NaN", "rows": []}) + "\n")
         file.write(json.dumps({"event": "resume", "step": 3}) + "\n")
         file.write('{"event": "step", "step": 7, "total_steps": 9, "loss": NaN, "learning_rate": null}\n')
-    trace = own.from_run(run).trace
+    trace = solotune_run.from_run(run).trace
     assert trace is not None and trace.seams == (3,) and "loss NaN" in trace.errors[0] and np.isnan(trace.loss_S[-1])
 
 
 def test_a_damaged_adapter_is_missing_and_no_more(run):
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00nothing!")
-    subject = own.from_run(run)
+    subject = solotune_run.from_run(run)
     assert subject.saved is None and subject.missing["saved"]
     assert sure(subject) == set()
 
@@ -133,13 +133,13 @@ def test_a_damaged_adapter_is_missing_and_no_more(run):
 def test_a_run_of_a_version_with_other_keys_is_bad_input_that_names_it(run):
     (run / "config.yaml").write_text((run / "config.yaml").read_text() + "\nadapter_kind: dora\n")
     with pytest.raises(InputError) as error:
-        own.from_run(run)
+        solotune_run.from_run(run)
     assert "cannot read the config" in error.value.problem and "adapter_kind" in str(error.value.seen)
 
 
 def test_without_the_base_the_static_rules_still_answer(run, tmp_path):
     config = load_config(run / "config.yaml", ["lora_alpha=4096", f"model_name_or_path={tmp_path}/gone"])
-    subject = own.of_config(config)
+    subject = solotune_run.of_config(config)
     assert subject.live is None and "gone" in subject.missing["live"] and len(subject.conversations) == 60
     assert sure(subject) == {"F61"}
 
@@ -151,13 +151,13 @@ def test_without_the_data_settings_and_findings_of_the_run_still_answer(run):
     (run / "data.json").write_text(json.dumps({**data, "findings": [finding]}))
     text = (run / "config.yaml").read_text().replace("chats.jsonl", "gone.jsonl")
     (run / "config.yaml").write_text(text)
-    subject = own.from_run(run)
+    subject = solotune_run.from_run(run)
     assert "gone.jsonl" in subject.missing["train"] and subject.live is None
     assert sure(subject) == {"F39"}
 
 
 def test_a_model_that_does_not_fit_is_not_loaded(run, monkeypatch):
-    monkeypatch.setattr(own, "_free_bytes", lambda: 1 << 10)
-    subject = own.of_config(load_config(run / "config.yaml"))
+    monkeypatch.setattr(solotune_run, "_free_bytes", lambda: 1 << 10)
+    subject = solotune_run.of_config(load_config(run / "config.yaml"))
     assert subject.live is None and "free on this machine" in subject.missing["live"]
     assert replace(subject, missing={}).train

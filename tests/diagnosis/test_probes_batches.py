@@ -14,10 +14,10 @@ from diagnosis.patients import Ward, chats, packed, padded, render
 from tiny import FAMILIES
 
 from solotune.dataset.example import Example
-from solotune.diagnosis.documents import Batches
-from solotune.diagnosis.probes.neighbours import packed_against_alone, padded_against_alone
-from solotune.diagnosis.probes.skipping import Skipped
-from solotune.diagnosis.suspects import rules
+from solotune.diagnosis.facts.texts import Batches
+from solotune.diagnosis.probes.batch_isolation import packed_against_alone, padded_against_alone
+from solotune.diagnosis.probes.skipped import Skipped
+from solotune.diagnosis.rules import rules
 
 END, PAD = 2, 0  # <|im_end|>, which is also the tokenizer's pad; <|endoftext|>
 ABOUT_BATCHES = [f"F{n}" for n in (17, 18, 19, 20, 21, 22, 23, 27, 28, 29, 30, 31, 32, 33)]

@@ -12,15 +12,15 @@ import torch
 from diagnosis.patients import Ward, chats, padded, render
 
 from solotune.diagnosis import probes
-from solotune.diagnosis.probes.accumulation import accumulated_against_whole
-from solotune.diagnosis.probes.adapters import gradients_and_steps, on_and_off
-from solotune.diagnosis.probes.answers import both_renderings
-from solotune.diagnosis.probes.evaluations import evaluated_twice
-from solotune.diagnosis.probes.first_loss import first_loss
-from solotune.diagnosis.probes.patient import adapters_of, training_loss
-from solotune.diagnosis.probes.prompts import own_prompt_against_others
-from solotune.diagnosis.probes.rates import range_test
-from solotune.diagnosis.probes.reload import reloaded
+from solotune.diagnosis.probes.adapter_gradients import gradients_and_steps, on_and_off
+from solotune.diagnosis.probes.eval_determinism import evaluated_twice
+from solotune.diagnosis.probes.generation import both_renderings
+from solotune.diagnosis.probes.grad_accumulation import accumulated_against_whole
+from solotune.diagnosis.probes.initial_loss import first_loss
+from solotune.diagnosis.probes.lr_range_test import range_test
+from solotune.diagnosis.probes.probed_model import adapters_of, training_loss
+from solotune.diagnosis.probes.prompt_use import own_prompt_against_others
+from solotune.diagnosis.probes.saved_adapter import reloaded
 from solotune.diagnosis.subject import Saved
 
 END = 2

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from solotune import dataset, tuned
-from solotune.config import load_config
+from solotune import dataset
+from solotune.config.run_config import load_config
 from solotune.diagnosis import probes
 from solotune.diagnosis.evidence import Probed, Signal
-from solotune.diagnosis.own import from_prepared
-from solotune.diagnosis.own_live import own_live
 from solotune.diagnosis.plateau import plateau, shape_of
+from solotune.diagnosis.sources.live_model import own_live
+from solotune.diagnosis.sources.solotune_run import from_prepared
 from solotune.diagnosis.subject import Settings, Subject, Trace
-from solotune.model_source import resolve_model
+from solotune.hub.model_files import resolve_model
+from solotune.training import trained_run
 
 STEPS = np.arange(1, 201)
 FLAT = 2.4 + 2 * np.exp(-STEPS / 10) + 0.03 * np.random.default_rng(0).standard_normal(200)
@@ -56,7 +57,7 @@ def test_a_run_that_still_falls_is_not_flat():
 
 
 def test_our_own_training_as_a_live_one(chat_config):
-    config, machine, _ = tuned.settle(load_config({**chat_config, "learning_rate": 2e-3}))
+    config, machine, _ = trained_run.settle(load_config({**chat_config, "learning_rate": 2e-3}))
     tokenizer = dataset.load_tokenizer(config)
     prepared = dataset.prepare(config, tokenizer)
     live = own_live(config, machine, tokenizer, prepared.train, prepared.validation)

@@ -13,8 +13,8 @@ from tiny import FAMILIES
 
 from solotune.dataset import Example
 from solotune.diagnosis.catalogue import FAULTS
+from solotune.diagnosis.rules import ask_all, rules
 from solotune.diagnosis.subject import Saved, Settings, Subject, Trace
-from solotune.diagnosis.suspects import ask_all, rules
 
 LLAMA = FAMILIES["llama"]().to_dict()
 USUAL: dict[str, Any] = {

@@ -146,10 +146,10 @@ def test_a_second_slug_of_a_finding_is_known_for_its_fault():
     import re
     from pathlib import Path
 
-    from solotune.diagnosis import suspects
+    from solotune.diagnosis import rules
 
     written = {}
-    for path in Path(suspects.__file__).parent.glob("*.py"):
+    for path in Path(rules.__file__).parent.glob("*.py"):
         for call in path.read_text(encoding="utf-8").split("Finding.of(")[1:]:
             if slug := re.search(r'slug="([a-z-]+)"', call):
                 written[slug[1]] = re.search(r'"(F\d\d)"', call)[1]

@@ -9,19 +9,19 @@ import pytest
 import torch
 from tiny import metrics_of, random_rows
 
-from solotune import training
-from solotune.diagnosis import own
-from solotune.diagnosis import watch as watching
+from solotune.diagnosis import monitor as watching
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.findings import Finding
+from solotune.diagnosis.monitor import Watch
+from solotune.diagnosis.sources import solotune_run
 from solotune.diagnosis.subject import Settings, Subject
-from solotune.diagnosis.watch import Watch
-from solotune.events import StepEvent
-from solotune.model import load_model
-from solotune.observer import Observers, SilentObserver
-from solotune.record import RunDirectory
-from solotune.run_log import RunLog
-from solotune.run_record import RunRecord
+from solotune.display.observer import Observers, SilentObserver
+from solotune.model.loading import load_model
+from solotune.run.events import StepEvent
+from solotune.run.record import RunRecord
+from solotune.run.run_dir import RunDirectory
+from solotune.run.run_log import RunLog
+from solotune.training import loop
 
 CPU = torch.device("cpu")
 
@@ -40,9 +40,9 @@ def watched(config, tmp_path, before=lambda model: None, findings=()):
     model = load_model(config, CPU, torch.float32)
     before(model)
     rows, told = random_rows(12), Told()
-    subject = Subject("test", own.settings_of(config), findings=findings)
+    subject = Subject("test", solotune_run.settings_of(config), findings=findings)
     watch = Watch(model, subject, Observers(RunLog(run), told), RunRecord.read(run.path))
-    training.train(model, rows[:8], rows[8:], config, run, watch)
+    loop.train(model, rows[:8], rows[8:], config, run, watch)
     logged = [event["code"] for event in metrics_of(run) if event["event"] == "diagnosed"]
     assert len(logged) == len(told.lines)
     return told.lines, watch
@@ -85,7 +85,7 @@ def test_updates_that_are_rounded_away_are_named(tiny_config, tmp_path, monkeypa
     def in_16_bits(model):
         model.joined.data.copy_(model.joined.data.bfloat16())
 
-    monkeypatch.setattr(training, "make_optimizer", lambda config, ps: Rounding(ps, lr=config.learning_rate))
+    monkeypatch.setattr(loop, "make_optimizer", lambda config, ps: Rounding(ps, lr=config.learning_rate))
     said, _ = watched(tiny_config(max_steps=3, learning_rate=1e-5), tmp_path, in_16_bits)
     assert len(said) == 1 and said[0].startswith("F54 updates-lost")
     said, _ = watched(tiny_config(max_steps=3, learning_rate=1e-2), tmp_path / "high", in_16_bits)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import chat_rows
 
 from solotune import cli
-from solotune.manifest import MANIFEST, entry_at, manifest_text
+from solotune.run.manifest import MANIFEST, entry_at, manifest_text
 from tests.faults.test_doors_model import sharded  # noqa: F401
 from tests.messages import error_in
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from solotune import config as config_module
-from solotune.config import RunConfig, load_config, to_yaml
+from solotune.config import run_config as config_module
+from solotune.config.run_config import RunConfig, load_config, to_yaml
 from tests.faults.test_doors_config import MINIMAL, branches
 
 ROOT = Path(__file__).parents[2] / "src" / "solotune"
@@ -19,7 +19,7 @@ def read_attributes() -> set[str]:
     """Names that are read as attributes anywhere in the package but in the config's own file."""
     found: set[str] = set()
     for path in ROOT.rglob("*.py"):
-        if path.name != "config.py":
+        if path.name != "config/run_config.py":
             found |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
     return found
 
@@ -36,7 +36,7 @@ def values_of(key: str) -> set[Any]:
 
 def through_the_config(key: str) -> set[str]:
     """Methods and properties of RunConfig that read a key, also by a name such as `f"{what}_steps"`."""
-    tree = ast.parse((ROOT / "config.py").read_text())
+    tree = ast.parse((ROOT / "config/run_config.py").read_text())
     (body,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "RunConfig")
     found = set()
     for method in body.body:

@@ -23,10 +23,11 @@ from inline_snapshot import snapshot
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, chat_rows, save_tokenizer
 
-from solotune import cli, weights
-from solotune.architecture import read_config
+from solotune import cli
 from solotune.errors import InputError
-from solotune.fingerprint import fingerprint_of
+from solotune.hub.hf_config import read_config
+from solotune.model import weights
+from solotune.model.base_fingerprint import fingerprint_of
 from tests.dataset.conftest import peak_kib
 from tests.messages import error_in
 

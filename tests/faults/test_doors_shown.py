@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from solotune import cli, environment, fitness
+from solotune import cli
 from solotune.api import runs
-from solotune.secrets import is_secret, without_secrets
-from solotune.terminal import inert, make_console
+from solotune.config.secrets import is_secret, without_secrets
+from solotune.display.progress import inert, make_console
+from solotune.hardware import doctor, machine
 from tests.dataset.conftest import door, model_folders  # noqa: F401
 
 PAYLOADS = {
@@ -149,7 +150,7 @@ def test_no_secret_of_the_environment_is_in_a_crash_file_an_error_or_the_machine
     assert cli.main(["runs", "--json"]) == 1
     out, err = capsys.readouterr()
     (path,) = tmp_path.glob("solotune-crash-*.log")
-    record = json.dumps(environment.probe().to_json())
+    record = json.dumps(machine.probe().to_json())
     for text in (out, err, path.read_text(), record):
         for secret in (*canaries.values(), SECRETS["hf"], "swordfish"):
             assert secret not in text
@@ -169,4 +170,4 @@ def test_local_files_need_no_network(door: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     Path("a.jsonl").write_text('{"text": "abc"}\n{"text": "abd"}\n')
     assert door("a.jsonl").code in (0, 3)
-    assert fitness.doctor().checks
+    assert doctor.doctor().checks

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from inline_snapshot import snapshot
 
-from solotune.dataset import sandbox as sandbox_module
-from solotune.dataset.sandbox import Sandbox, TemplateLimitError, TemplateRefusal, TemplateSyntax, sandbox
+from solotune.dataset.chat import template_sandbox as sandbox_module
+from solotune.dataset.chat.template_sandbox import Sandbox, TemplateLimitError, TemplateRefusal, TemplateSyntax, sandbox
 from tests.dataset.conftest import (  # noqa: F401
     CHATML,
     FAMILIES,
@@ -202,7 +202,7 @@ model/chat_template.jinja: too large
 
 
 def test_the_text_is_that_of_transformers() -> None:
-    from solotune.dataset.template import Template
+    from solotune.dataset.chat.template import Template
     from tests.dataset.conftest import tiny_tokenizer
 
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"a": [1, 2.5, None, True, "ü"]}}}]

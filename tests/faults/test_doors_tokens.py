@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from solotune.dataset.chat import ChatTemplate
-from solotune.dataset.control import ControlTokens
-from solotune.dataset.encode import Encoder
+from solotune.dataset.chat.answer_spans import ChatTemplate
+from solotune.dataset.chat.control_tokens import ControlTokens
+from solotune.dataset.chat.encode import Encoder
 from tests.dataset.conftest import FAMILIES, tiny_tokenizer
 
 ALL = (

@@ -20,9 +20,9 @@ from bench.faults_power import Disk, states_now
 from bench.faults_run import KILLED
 from bench.faults_starts import contend
 from bench.faults_verify import flip, mutations
-from solotune.manifest import MANIFEST, entry_at, manifest_text, read_manifest
-from solotune.record import RunDirectory
-from solotune.verification import verify
+from solotune.run.manifest import MANIFEST, entry_at, manifest_text, read_manifest
+from solotune.run.run_dir import RunDirectory
+from solotune.training.verify_run import verify
 from tests.faults.mutants import MUTANTS, applied
 
 

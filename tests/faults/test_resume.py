@@ -11,12 +11,14 @@ import torch
 from tiny import metrics_of
 
 from bench import faults
-from solotune import checkpoint, training
-from solotune.config import RunConfig, load_config
+from solotune.config.run_config import RunConfig, load_config
+from solotune.dataset import sampler
 from solotune.errors import IntegrityError
-from solotune.fingerprint import fingerprint_of
-from solotune.record import RunDirectory
-from solotune.resume import BATCH, CLASSES, compare, fingerprints
+from solotune.model.base_fingerprint import fingerprint_of
+from solotune.run.run_dir import RunDirectory
+from solotune.training import checkpoint
+from solotune.training.optimizer import make_optimizer
+from solotune.training.resume import BATCH, CLASSES, compare, fingerprints
 
 
 def events(work, kind):
@@ -71,7 +73,7 @@ def test_a_finished_run_without_checkpoints_is_resumed_by_no_step(work):
 
 def test_rows_come_in_the_same_order(work):
     """The ids of each micro-step's rows, not their set."""
-    order = training.Schedule.of(work.ready.config, len(work.ready.prepared.train))
+    order = sampler.BatchSampler.of(work.ready.config, len(work.ready.prepared.train))
     whole = list(order.steps(0))
     for done in range(len(whole)):
         assert list(order.steps(done)) == whole[done:]
@@ -100,7 +102,7 @@ def test_every_tensor_of_the_optimizer_comes_back(tiny_config, tmp_path, name):
 
     def made():
         parameter = torch.nn.Parameter(torch.linspace(-1, 1, 8192))
-        return parameter, training.make_optimizer(config, [parameter])
+        return parameter, make_optimizer(config, [parameter])
 
     def step(parameter, optimizer, seed):
         parameter.grad = torch.randn(8192, generator=torch.Generator().manual_seed(seed))
@@ -127,14 +129,14 @@ def test_every_tensor_of_the_optimizer_comes_back(tiny_config, tmp_path, name):
 
 def test_the_state_of_another_optimizer_is_refused(tiny_config, tmp_path):
     parameter = torch.nn.Parameter(torch.ones(8192))
-    optimizer = training.make_optimizer(tiny_config(optim="adamw_8bit"), [parameter])
+    optimizer = make_optimizer(tiny_config(optim="adamw_8bit"), [parameter])
     parameter.grad = torch.ones(8192)
     optimizer.step()
     saved = checkpoint.load(checkpoint.save(tmp_path, 1, {"x": parameter.data}, {}, optimizer, {}))
     for other, size in (("paged_adamw_32bit", 8192), ("adamw_8bit", 8448), ("adamw_torch", 8192)):
         another = torch.nn.Parameter(torch.ones(size))
         with pytest.raises(IntegrityError, match="optimizer"):
-            checkpoint.restore_optimizer(training.make_optimizer(tiny_config(optim=other), [another]), saved, [another])
+            checkpoint.restore_optimizer(make_optimizer(tiny_config(optim=other), [another]), saved, [another])
 
 
 # --- which checkpoint

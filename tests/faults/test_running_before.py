@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from tiny import chat_rows
 
 import solotune
-from solotune import checkpoint, disk, environment, fitness
 from solotune.api.train import get_ready
-from solotune.config import load_config
+from solotune.config.run_config import load_config
+from solotune.display.progress import SilentDisplay
 from solotune.errors import CheckError
-from solotune.terminal import SilentDisplay
+from solotune.hardware import doctor
+from solotune.hardware import machine as environment
+from solotune.training import checkpoint, disk_space
 
 
 def used_bytes(folder, block):
@@ -46,8 +48,8 @@ def test_what_a_run_is_said_to_take_is_what_it_takes(chat_config, monkeypatch, l
     """Predicted by real is between 1.00 and 1.10."""
     keys = {**chat_config, "save_steps": save_steps, "save_total_limit": limit, "lora_r": r, "max_steps": 9}
     seen, block = [], 512
-    monkeypatch.setattr(disk, "block_bytes", lambda folder: block)
-    monkeypatch.setattr(disk, "require_room", lambda need, folder: seen.append(need))
+    monkeypatch.setattr(disk_space, "block_bytes", lambda folder: block)
+    monkeypatch.setattr(disk_space, "require_room", lambda need, folder: seen.append(need))
     watched = AtSaves(monkeypatch, block)
     run = solotune.train(keys, display=watched).run_dir
     (need,) = seen
@@ -57,7 +59,7 @@ def test_what_a_run_is_said_to_take_is_what_it_takes(chat_config, monkeypatch, l
 
 
 def test_a_disk_too_small_is_refused_before_the_first_step(chat_config, monkeypatch, tmp_path):
-    monkeypatch.setattr(disk, "free_bytes", lambda folder: 100_000)
+    monkeypatch.setattr(disk_space, "free_bytes", lambda folder: 100_000)
     with pytest.raises(CheckError) as caught:
         solotune.train({**chat_config, "save_steps": 1})
     assert caught.value.exit_code == 3
@@ -76,7 +78,7 @@ def test_a_resumed_run_needs_no_room_for_what_is_there(chat_config, monkeypatch)
             raise Killed
 
     keys, seen = {**chat_config, "save_steps": 2}, []
-    monkeypatch.setattr(disk, "require_room", lambda need, folder: seen.append(need.checkpoints))
+    monkeypatch.setattr(disk_space, "require_room", lambda need, folder: seen.append(need.checkpoints))
     with pytest.raises(Killed):
         solotune.train(keys, display=Stop())
     solotune.train(keys, resume=True)
@@ -102,7 +104,7 @@ def test_on_a_real_small_disk_it_is_refused_and_would_have_failed(chat_config, t
     keys = {**chat_config, "output_dir": str(small / "run"), "save_steps": 1, "lora_r": 64}
     config = load_config(keys)
     ready = get_ready(config, False, SilentDisplay())
-    need = disk.need_of(ready.config, ready.model, ready.prepared, ready.tokenizer)
+    need = disk_space.need_of(ready.config, ready.model, ready.prepared, ready.tokenizer)
     (tmp_path / "run.yaml").write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in keys.items()))
     mount = f"mount -t tmpfs -o size={int(need.total * 0.9)} none {small}"
     look = f"ls -A {small}/run/checkpoints; tail -c1 {small}/run/metrics.jsonl | od -c | head -1"
@@ -122,7 +124,7 @@ def test_bitsandbytes_that_does_not_work_is_told_before_anything_is_read(chat_co
     def broken(device):
         raise ImportError("libcudart.so.12: cannot open shared object file")
 
-    monkeypatch.setattr(fitness, "_nf4_error", broken)
+    monkeypatch.setattr(doctor, "_nf4_error", broken)
     (tmp_path / "chats.jsonl").unlink()
     with pytest.raises(CheckError, match="libcudart") as caught:
         solotune.train(chat_config)
@@ -130,9 +132,9 @@ def test_bitsandbytes_that_does_not_work_is_told_before_anything_is_read(chat_co
 
 
 def test_a_run_that_needs_no_bitsandbytes_does_not_ask_for_it(chat_config, monkeypatch):
-    monkeypatch.setattr(fitness, "_nf4_error", lambda device: pytest.fail("asked"))
+    monkeypatch.setattr(doctor, "_nf4_error", lambda device: pytest.fail("asked"))
     config = load_config({**chat_config, "base_precision": "bf16", "optim": "adamw_torch"})
-    fitness.require_fit(config, environment.probe())
+    doctor.require_fit(config, environment.probe())
 
 
 @pytest.mark.parametrize(("value", "use_cpu", "refused"), [("", False, True), ("", True, False), (None, False, False)])
@@ -146,10 +148,10 @@ def test_a_hidden_gpu_is_not_passed_over(chat_config, monkeypatch, value, use_cp
     config = load_config({**chat_config, "use_cpu": use_cpu, "base_precision": "bf16", "optim": "adamw_torch"})
     machine = environment.probe()
     if not refused:
-        fitness.require_fit(config, machine)
+        doctor.require_fit(config, machine)
         return
     with pytest.raises(CheckError, match="CUDA_VISIBLE_DEVICES") as caught:
-        fitness.require_fit(config, machine)
+        doctor.require_fit(config, machine)
     assert "CUDA_VISIBLE_DEVICES" in caught.value.change and "use_cpu: true" in caught.value.change
 
 

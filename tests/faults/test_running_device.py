@@ -9,10 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import solotune
-from solotune import checkpoint, training
 from solotune.api import train as train_verb
 from solotune.errors import DeviceError
-from solotune.record import RunDirectory
+from solotune.run.run_dir import RunDirectory
+from solotune.training import checkpoint, loop
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 LOST = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
@@ -41,7 +41,7 @@ def test_at_each_of_20_steps(step, ready, chat_config, monkeypatch, tmp_path):
     error = (FULL, LOST)[step % 2]
     keys = {**chat_config, "validation_size": 12, "max_steps": 20, "save_steps": 3, "eval_strategy": "no"}
     calls, rows, handles = Calls(), [], []
-    get_ready, plain = train_verb.get_ready, training.train_step
+    get_ready, plain = train_verb.get_ready, loop.train_step
 
     def once(*args):
         if not ready:
@@ -60,7 +60,7 @@ def test_at_each_of_20_steps(step, ready, chat_config, monkeypatch, tmp_path):
         return plain(model, micro_batches, *args, **kwargs)
 
     monkeypatch.setattr(train_verb, "get_ready", once)
-    monkeypatch.setattr(training, "train_step", failing)
+    monkeypatch.setattr(loop, "train_step", failing)
     with calls, pytest.raises(DeviceError) as caught:
         solotune.train(keys)
     handles.pop().remove()

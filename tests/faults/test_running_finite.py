@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 from tiny import metrics_of, random_rows
 
-from solotune import checkpoint, finite, lora, training
+from solotune.display.progress import SilentDisplay
 from solotune.errors import NonFiniteError
-from solotune.model import load_model
-from solotune.record import RunDirectory
-from solotune.terminal import SilentDisplay
+from solotune.model import lora
+from solotune.model.loading import load_model
+from solotune.run.run_dir import RunDirectory
+from solotune.training import checkpoint, loop, nonfinite
 
 CPU = torch.device("cpu")
 NAN = float("nan")
@@ -94,13 +95,13 @@ made: list[torch.optim.Optimizer] = []
 def start(tiny_config, tmp_path, monkeypatch):
     """start(**keys) -> model, a new run, config; `made` holds the run's optimizer."""
     runs = []
-    make = training.make_optimizer
+    make = loop.make_optimizer
 
     def keep(*args):
         made[:] = [make(*args)]
         return made[0]
 
-    monkeypatch.setattr(training, "make_optimizer", keep)
+    monkeypatch.setattr(loop, "make_optimizer", keep)
 
     def start(**keys):
         config = tiny_config(
@@ -144,7 +145,7 @@ def test_each_site_at_each_step_is_found_before_the_update(site, step, start, mo
         before.update(state_of(model) if made else {})
 
     with pytest.raises(NonFiniteError) as caught:
-        training.train(model, rows, [], config, run, At(step, do))
+        loop.train(model, rows, [], config, run, At(step, do))
     assert caught.value.exit_code == 6
     assert str(caught.value).startswith(f"step {step}: ")
     assert named in str(caught.value), str(caught.value)
@@ -170,15 +171,15 @@ def test_what_is_sound_when_run_again_is_called_transient_and_changes_nothing(st
 
     model.trainable[3].register_hook(once)
     with pytest.raises(NonFiniteError, match="step 3") as caught:
-        training.train(model, random_rows(24), [], config, run, SilentDisplay())
+        loop.train(model, random_rows(24), [], config, run, SilentDisplay())
     assert "--resume" in caught.value.change
     assert metrics_of(run)[-1]["verdict"] == "transient"
     point = checkpoint.load(checkpoint.newest(run.checkpoints))
     assert point.step == 2
-    training.train(model, random_rows(24), [], config, run, SilentDisplay(), resume_from=point)
+    loop.train(model, random_rows(24), [], config, run, SilentDisplay(), resume_from=point)
     resumed = lora.state_dict(model.adapted)
     other, second, config = start(lora_dropout=0.2)
-    training.train(other, random_rows(24), [], config, second, SilentDisplay())
+    loop.train(other, random_rows(24), [], config, second, SilentDisplay())
     whole = lora.state_dict(other.adapted)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
@@ -195,15 +196,15 @@ def test_what_depends_on_chance_is_run_again_with_the_same_chance(start):
 
     layer.forward = unlucky
     with pytest.raises(NonFiniteError, match="step 3: "):
-        training.train(model, random_rows(24), [], config, run, SilentDisplay())
+        loop.train(model, random_rows(24), [], config, run, SilentDisplay())
     assert metrics_of(run)[-1]["verdict"] == "reproducible"
 
 
 def test_weights_that_an_update_broke_are_not_saved(start, monkeypatch):
     """A learning rate so large that the update overflows: the step before it is the last that is saved."""
     model, run, config = start()
-    plain = training.learning_rate_at
-    monkeypatch.setattr(training, "learning_rate_at", lambda c, step, n: 1e38 if step == 3 else plain(c, step, n))
+    plain = loop.learning_rate_at
+    monkeypatch.setattr(loop, "learning_rate_at", lambda c, step, n: 1e38 if step == 3 else plain(c, step, n))
     made_step = torch.optim.AdamW.step
 
     def overflow(self, *args):
@@ -213,7 +214,7 @@ def test_weights_that_an_update_broke_are_not_saved(start, monkeypatch):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
     with pytest.raises(NonFiniteError, match="step 4: "):
-        training.train(model, random_rows(24), [], config, run, SilentDisplay())
+        loop.train(model, random_rows(24), [], config, run, SilentDisplay())
     assert checkpoint.newest(run.checkpoints).name == "step-000003"
     assert_no_file_is_broken(run)
     assert metrics_of(run)[-1]["event"] == "non_finite"
@@ -223,7 +224,7 @@ def test_one_row_without_labels_among_others_is_no_fault(start):
     model, run, config = start()
     rows = random_rows(24)
     rows[3].supervised[:] = False
-    training.train(model, rows, [], config, run, SilentDisplay())
+    loop.train(model, rows, [], config, run, SilentDisplay())
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral", "phi"])
@@ -231,22 +232,22 @@ def test_clean_runs_raise_no_alarm(family, start, tiny_config, model_folder):
     for seed in range(2):
         config = tiny_config(family, max_steps=4, per_device_train_batch_size=3, seed=seed, lora_dropout=0.1)
         model = load_model(config, CPU, torch.float32)
-        optimizer = training.make_optimizer(config, [model.joined])
+        optimizer = loop.make_optimizer(config, [model.joined])
         model.module.train()
         for step in range(4):
-            batches = [training.collate_packs([[row] for row in random_rows(3, seed=10 * seed + step)], CPU)]
-            training.train_step(model, batches, optimizer, 1.0, (seed, step))
-        assert finite.why_not_to_save(model, optimizer) == []
+            batches = [loop.collate_packs([[row] for row in random_rows(3, seed=10 * seed + step)], CPU)]
+            loop.train_step(model, batches, optimizer, 1.0, (seed, step))
+        assert nonfinite.why_not_to_save(model, optimizer) == []
 
 
 def test_the_scales_of_8_bit_moments_and_of_quantised_weights_are_looked_at(start):
     for keys in ({"base_precision": "nf4", "base_residency": "quantized"}, {"base_precision": "fp8"}):
         model, _, _ = start(optim="adamw_8bit", lora_r=64, **keys)
         optimizer = made_of(model)
-        assert finite.why_not_to_save(model, optimizer) == []
+        assert nonfinite.why_not_to_save(model, optimizer) == []
         optimizer.state[model.joined]["absmax2"][3] = NAN
-        assert finite.why_not_to_save(model, optimizer) == ["optimizer's absmax2"]
-        assert not finite.all_sound([norm.item() for norm in finite.norms(model, optimizer)])
+        assert nonfinite.why_not_to_save(model, optimizer) == ["optimizer's absmax2"]
+        assert not nonfinite.all_sound([norm.item() for norm in nonfinite.norms(model, optimizer)])
         optimizer.state[model.joined]["absmax2"][3] = 0.0
         storage = next(iter(model.adapted.values())).base.storage
         name, scales = next((n, t) for n, t in storage.named_buffers() if t.is_floating_point())
@@ -254,7 +255,7 @@ def test_the_scales_of_8_bit_moments_and_of_quantised_weights_are_looked_at(star
             scales.view(torch.uint8).flatten()[0] = 0x7F
         else:
             scales.flatten()[0] = NAN
-        (found,) = finite.why_not_to_save(model, optimizer)
+        (found,) = nonfinite.why_not_to_save(model, optimizer)
         assert found.startswith("frozen model.layers.0.") and found.endswith(name)
 
 
@@ -269,8 +270,8 @@ def made_of(model):
 
 def test_the_check_is_one_number_a_tensor_and_no_transfer(start):
     model, _, config = start()
-    optimizer = training.make_optimizer(config, [model.joined])
+    optimizer = loop.make_optimizer(config, [model.joined])
     model.joined.grad.fill_(0.1)
     optimizer.step()
-    assert [norm.shape for norm in finite.norms(model, optimizer)] == [torch.Size([])] * 3
-    assert json.dumps(finite.all_sound([0.0, 1.0, 1e31])) == "false"
+    assert [norm.shape for norm in nonfinite.norms(model, optimizer)] == [torch.Size([])] * 3
+    assert json.dumps(nonfinite.all_sound([0.0, 1.0, 1e31])) == "false"

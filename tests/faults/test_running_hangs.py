@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from solotune import guard, watchdog
-from solotune.dataset import template_process
+from solotune.dataset.chat import template_process
+from solotune.runtime import watchdog, watchdog_process
 
 WATCHED = """
 import ctypes, os, time
@@ -79,7 +79,7 @@ def test_signals_interrupt_the_main_thread_not_the_one_that_waits_to_exit() -> N
             assert all(blocked >> (number - 1) & 1 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
 
 
-@pytest.mark.parametrize("module", [guard, template_process], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [watchdog_process, template_process], ids=lambda module: module.__name__)
 def test_a_program_that_is_run_as_a_file_is_there_and_needs_the_standard_library_alone(module: object) -> None:
     """`python -I -S` sees neither solotune nor what is installed; without arguments each ends at its `sys.argv`."""
     path = Path(str(module.__file__))  # type: ignore[attr-defined]

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from solotune import signals
-from solotune.signals import StopRequested
+from solotune.runtime import signals
+from solotune.runtime.signals import StopRequested
 
 
 def send(number=signal.SIGTERM):

@@ -14,9 +14,9 @@ import pytest
 from bench import faults
 from bench.faults_run import Workload
 from bench.faults_starts import contend
-from solotune import operations, storage
 from solotune.errors import StorageError
-from solotune.record import RunDirectory
+from solotune.run import atomic_io, fs_ops
+from solotune.run.run_dir import RunDirectory
 
 
 def assert_all_well(result, at_least):
@@ -148,8 +148,8 @@ def test_a_hook_hears_each_operation_before_it_is_done(tmp_path):
     def hear(kind, path, content):
         heard.append((kind, path.name, content if kind == "write" else b"", (tmp_path / "a").exists()))
 
-    with operations.watched(hear):
-        storage.write_whole(tmp_path / "a", "text")
+    with fs_ops.watched(hear):
+        atomic_io.write_whole(tmp_path / "a", "text")
     assert heard == [
         ("open", ".a.partial", b"", False),
         ("write", ".a.partial", b"text", False),
@@ -157,7 +157,7 @@ def test_a_hook_hears_each_operation_before_it_is_done(tmp_path):
         ("rename", ".a.partial", b"", False),
         ("sync_folder", tmp_path.name, b"", True),
     ]
-    storage.write_whole(tmp_path / "b", "text")
+    atomic_io.write_whole(tmp_path / "b", "text")
     assert len(heard) == 5
 
 
@@ -166,9 +166,9 @@ def test_a_symbolic_link_is_not_followed(tmp_path):
     for name in ("metrics.jsonl", ".a.json.partial"):
         (tmp_path / name).symlink_to("victim")
     with pytest.raises(StorageError):
-        storage.append_line(tmp_path / "metrics.jsonl", "line\n")
+        atomic_io.append_line(tmp_path / "metrics.jsonl", "line\n")
     with pytest.raises(StorageError):
-        storage.write_whole(tmp_path / "a.json", "text")
+        atomic_io.write_whole(tmp_path / "a.json", "text")
     assert (tmp_path / "victim").read_text() == "mine"
 
 
@@ -176,9 +176,9 @@ def test_a_write_of_several_pieces(tmp_path, monkeypatch):
     """The kernel takes less than it is given, and a text comes in pieces larger than one write."""
     take = os.write
     monkeypatch.setattr(os, "write", lambda handle, data: take(handle, data[:3]))
-    monkeypatch.setattr(storage, "WRITE_BYTES", 8)
-    storage.write_whole(tmp_path / "a", iter(["some ", "text that is ", "longer than a write"]))
-    storage.write_whole(tmp_path / "b", b"bytes longer than a write")
+    monkeypatch.setattr(atomic_io, "WRITE_BYTES", 8)
+    atomic_io.write_whole(tmp_path / "a", iter(["some ", "text that is ", "longer than a write"]))
+    atomic_io.write_whole(tmp_path / "b", b"bytes longer than a write")
     assert (tmp_path / "a").read_text() == "some text that is longer than a write"
     assert (tmp_path / "b").read_bytes() == b"bytes longer than a write"
 
@@ -186,7 +186,7 @@ def test_a_write_of_several_pieces(tmp_path, monkeypatch):
 def test_a_lock_that_was_replaced_while_it_was_waited_for(tmp_path, monkeypatch):
     """Locking a file whose name leads elsewhere by then would let two processes in."""
     lock = tmp_path / ".lock"
-    flock, calls = storage.fcntl.flock, []
+    flock, calls = atomic_io.fcntl.flock, []
 
     def replaced(handle, how):
         flock(handle, how)
@@ -194,10 +194,10 @@ def test_a_lock_that_was_replaced_while_it_was_waited_for(tmp_path, monkeypatch)
             lock.unlink()
         calls.append(how)
 
-    monkeypatch.setattr(storage.fcntl, "flock", replaced)
-    handle = storage.take_lock(lock, "me")
+    monkeypatch.setattr(atomic_io.fcntl, "flock", replaced)
+    handle = atomic_io.take_lock(lock, "me")
     assert len(calls) == 2 and lock.read_text() == "me"
-    storage.drop_lock(lock, handle)
+    atomic_io.drop_lock(lock, handle)
 
 
 def test_packing_and_accumulation_resume_bit_equal_too(tmp_path):

@@ -15,8 +15,8 @@ from bench.faults_verify import clean_copies
 from solotune import cli
 from solotune.cli import commands
 from solotune.errors import InputError, IntegrityError
-from solotune.tuned import TunedRun
-from solotune.verification import verify
+from solotune.training.trained_run import TunedRun
+from solotune.training.verify_run import verify
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_no_run_is_bad_input(tmp_path):
 
 
 def test_evaluating_again_seals_again(finished, run, monkeypatch):
-    monkeypatch.setattr("solotune.training.peak_bytes", lambda device: 1)
+    monkeypatch.setattr("solotune.hardware.device_memory.peak_bytes", lambda device: 1)
     before = (run / "manifest.json").read_bytes()
     (run / "evaluation.json").write_text("{}")
     (run / "split.json").write_text("{}")

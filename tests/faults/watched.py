@@ -38,7 +38,7 @@ def hook(event: str, arguments: tuple[Any, ...]) -> None:
                 note("opened", full)
     elif event == "subprocess.Popen":
         command = list(map(str, arguments[1]))
-        is_templates = any(word.endswith("template_process.py") for word in command) and "-I" in command
+        is_templates = any(word.endswith("dataset/chat/template_process.py") for word in command) and "-I" in command
         if not is_templates and os.path.basename(command[0]) != "nvidia-smi":
             note("started", command)
     elif event in WATCHED:

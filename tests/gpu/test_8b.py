@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from solotune import training
-from solotune.batch import collate
-from solotune.config import load_config
+from solotune.config.run_config import load_config
 from solotune.dataset import Example
-from solotune.linear import FrozenLinear
-from solotune.model import load_model
+from solotune.dataset.collate import collate
+from solotune.model.frozen_linear import FrozenLinear
+from solotune.model.loading import load_model
+from solotune.training import loop
+from solotune.training.optimizer import make_optimizer
 
 pytestmark = pytest.mark.gpu
 
@@ -75,7 +76,7 @@ def peft_losses(config, initial, rows, upcast):
         for name, module in model.named_modules()
         if type(module).__name__ == "Linear4bit"
     }
-    optimizer = training.make_optimizer(config, adapter)
+    optimizer = make_optimizer(config, adapter)
     losses = []
     for step in range(STEPS):
         batch = collate(rows[step * ROWS : (step + 1) * ROWS], torch.device("cuda"))
@@ -93,7 +94,7 @@ def peft_losses(config, initial, rows, upcast):
 def test_losses_equal_peft_and_bitsandbytes_within_bfloat16_noise(config, capsys):
     from bitsandbytes.functional import dequantize_4bit
 
-    from solotune import lora
+    from solotune.model import lora
 
     rows = random_tokens(STEPS * ROWS, LENGTH)
     model = load_model(config, torch.device("cuda"), torch.bfloat16)
@@ -112,12 +113,12 @@ def test_losses_equal_peft_and_bitsandbytes_within_bfloat16_noise(config, capsys
     torch.cuda.empty_cache()
     upcast, _ = peft_losses(config, initial, rows, upcast=True)
 
-    optimizer = training.make_optimizer(config, model.trainable)
+    optimizer = make_optimizer(config, model.trainable)
     model.module.train()
     ours = []
     for step in range(STEPS):
         batch = collate(rows[step * ROWS : (step + 1) * ROWS], torch.device("cuda"))
-        ours.append(training.train_step(model, [batch], optimizer, config.max_grad_norm).loss)
+        ours.append(loop.train_step(model, [batch], optimizer, config.max_grad_norm).loss)
     difference = max(abs(a - b) for a, b in zip(ours, plain, strict=True))
     noise = max(
         abs(a - b) for a, b in zip(upcast, plain, strict=True)
@@ -135,7 +136,7 @@ def test_the_other_published_count_is_rank_8_on_all_seven(config):
 
 
 def test_nf4_kernel_on_cuda_equals_its_plain_definition():
-    from solotune.linear import NF4Weight
+    from solotune.model.frozen_linear import NF4Weight
 
     for shape in ((4096, 1024), (5, 63), (3, 100)):
         for double_quant in (False, True):

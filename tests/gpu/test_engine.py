@@ -11,10 +11,10 @@ import pytest
 import torch
 from tiny import random_rows
 
-from solotune import attention
-from solotune.batch import PackShape, collate, collate_packs
-from solotune.linear import DenseWeight, FrozenLinear
-from solotune.model import load_model
+from solotune.dataset.collate import PackShape, collate, collate_packs
+from solotune.model import packed_attention
+from solotune.model.frozen_linear import DenseWeight, FrozenLinear
+from solotune.model.loading import load_model
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
@@ -81,7 +81,7 @@ def test_attention_by_lengths_is_attention_of_each_row_alone():
     )
     starts = [0, 50, 192, 192 + 1, 192 + 100, 384, 384, 384]  # a row of one token, and room that no row takes
     cu = torch.tensor(starts, device=GPU, dtype=torch.int32)
-    y, _ = attention.attention(
+    y, _ = packed_attention.attention(
         torch.nn.Identity(), q, k, v, None, scaling=size**-0.5, cu_seq_lens_q=cu, max_length_q=192
     )
     dy = torch.randn_like(y)
@@ -104,7 +104,7 @@ def test_attention_by_lengths_is_attention_of_each_row_alone():
 
 def test_dropout_of_a_recomputed_layer_has_the_mask_of_its_forward(tiny_config):
     """With another mask in backward the gradient is that of no function; with the same one, of the loss."""
-    from solotune import lora
+    from solotune.model import lora
 
     config = tiny_config("llama", use_cpu=False, torch_compile=True, lora_dropout=0.5, gradient_checkpointing=True)
     kept = load_model(config.replaced("test", gradient_checkpointing=False), GPU, torch.float32)

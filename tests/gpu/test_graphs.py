@@ -9,10 +9,11 @@ import pytest
 import torch
 from tiny import random_rows
 
-from solotune import training
-from solotune.batch import PackShape, collate, collate_packs
-from solotune.model import load_model
-from solotune.passes import Passes, accumulate
+from solotune.dataset.collate import PackShape, collate, collate_packs
+from solotune.model.loading import load_model
+from solotune.training import loop
+from solotune.training.forward_backward import Passes, accumulate
+from solotune.training.optimizer import make_optimizer
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
@@ -27,11 +28,11 @@ def steps_of(config, batches, with_graphs):
     """Loss, accuracy and gradient norm of each step (two micro-batches), the adapters after them, and the passes."""
     model = load_model(config, GPU, torch.bfloat16)
     passes = Passes(model, config if with_graphs else None)
-    optimizer = training.make_optimizer(config, [model.joined])
+    optimizer = make_optimizer(config, [model.joined])
     model.module.train()
     numbers = []
     for step, pair in enumerate(zip(batches[::2], batches[1::2], strict=True)):
-        numbers.append(training.train_step(model, pair, optimizer, 1.0, (0, step), passes))
+        numbers.append(loop.train_step(model, pair, optimizer, 1.0, (0, step), passes))
     return numbers, model.joined.detach().clone(), passes
 
 
@@ -85,10 +86,10 @@ def test_a_model_that_looks_into_its_data_is_launched_as_before(tiny_config):
     model = load_model(config, GPU, torch.bfloat16)
     model.module.base_model.norm.register_forward_hook(lambda module, given, y: y * bool(y.sum().item()))
     passes = Passes(model, config)
-    optimizer = training.make_optimizer(config, [model.joined])
+    optimizer = make_optimizer(config, [model.joined])
     model.module.train()
     found = [
-        training.train_step(model, pair, optimizer, 1.0, (0, step), passes)
+        loop.train_step(model, pair, optimizer, 1.0, (0, step), passes)
         for step, pair in enumerate(zip(batches[::2], batches[1::2], strict=True))
     ]
     assert passes.why_not and not passes._graphs

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from solotune.tuned import ChatSession
+    from solotune.training.trained_run import ChatSession
 
 
 def chat(run: str | Path) -> ChatSession:
@@ -15,6 +15,6 @@ def chat(run: str | Path) -> ChatSession:
     Raises:
         InputError: no run there, or nothing saved in it yet.
     """
-    from solotune.tuned import ChatSession, TunedRun
+    from solotune.training.trained_run import ChatSession, TunedRun
 
     return ChatSession(TunedRun.open(run))

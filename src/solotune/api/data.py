@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from solotune.api.types import ConfigSource
-from solotune.config import load_config
-from solotune.terminal import Display, SilentDisplay
+from solotune.config.run_config import load_config
+from solotune.display.progress import Display, SilentDisplay
 
 if TYPE_CHECKING:
     from solotune.dataset import DataReport
@@ -44,7 +44,7 @@ def data(
     """Reads, splits, renders and masks the data as training would; says what is wrong with it and shows some rows."""
     from solotune import dataset
     from solotune.diagnosis.data_checks import check_rows
-    from solotune.model_source import resolve_model
+    from solotune.hub.model_files import resolve_model
 
     checked = load_config(config, overrides)
     model_files = resolve_model(checked)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from solotune.api.types import ConfigSource
-from solotune.terminal import Display, SilentDisplay
+from solotune.display.progress import Display, SilentDisplay
 
 if TYPE_CHECKING:
     from solotune.diagnosis.evidence import Diagnosis
@@ -34,12 +34,12 @@ def diagnose(
     Raises:
         InputError: the target is none of these.
     """
-    from solotune.diagnosis import examination
-    from solotune.diagnosis.target import open_run, subject_of
+    from solotune.diagnosis import run_diagnosis
+    from solotune.diagnosis.sources.detect import open_run, subject_of
 
     display = display or SilentDisplay()
     display.phase("reading what is there")
-    found = examination.examine(subject_of(target, overrides, config, dataset), deep, budget, display.phase)
+    found = run_diagnosis.examine(subject_of(target, overrides, config, dataset), deep, budget, display.phase)
     if run := open_run(target):
         run.write_json("diagnosis.json", found.to_json())
         run.seal_again("diagnosis.json")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from solotune.fitness import DoctorReport
+    from solotune.hardware.doctor import DoctorReport
 
 
 def doctor() -> DoctorReport:
     """Checks the machine: versions, CUDA, bitsandbytes, memory, disk; each finding with its fix."""
-    from solotune import fitness
+    from solotune.hardware import doctor as fitness
 
     return fitness.doctor()

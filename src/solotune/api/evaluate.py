@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from solotune.config import RunConfig
+from solotune.config.run_config import RunConfig
+from solotune.display.progress import Display, SilentDisplay
 from solotune.errors import InputError, IntegrityError
-from solotune.record import read_json
-from solotune.terminal import Display, SilentDisplay
+from solotune.run.run_dir import read_json
 
 if TYPE_CHECKING:
     from solotune.dataset import Prepared
-    from solotune.evaluation import Evaluation, Score
-    from solotune.model import TrainableModel
+    from solotune.evaluation.scores import Evaluation, Score
+    from solotune.model.loading import TrainableModel
 
 
 def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
@@ -23,9 +23,9 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
         IntegrityError: the data is no longer what the run held out.
     """
     from solotune import dataset
-    from solotune.device_failure import device_errors
-    from solotune.resume import day_of
-    from solotune.tuned import TunedRun
+    from solotune.hardware.gpu_errors import device_errors
+    from solotune.training.resume import day_of
+    from solotune.training.trained_run import TunedRun
 
     display = display or SilentDisplay()
     found = TunedRun.open(run)
@@ -54,9 +54,9 @@ def compare(
     model: TrainableModel, tokenizer: Any, prepared: Prepared, config: RunConfig, tuned: Score | None, display: Display
 ) -> Evaluation:
     """Base against tuned on the held-out rows; `tuned` is the score that training ended with, where there is one."""
-    from solotune import evaluation
+    from solotune.evaluation import scores
 
-    return evaluation.compare(
+    return scores.compare(
         model,
         tokenizer,
         prepared.validation,

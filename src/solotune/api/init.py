@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from solotune.config import SECTIONS, RunConfig, allowed_values, field_help, load_config, section_of
+from solotune.config.run_config import SECTIONS, RunConfig, allowed_values, field_help, load_config, section_of
+from solotune.config.yaml_reader import on_one_line, yaml_value
 from solotune.errors import InputError
-from solotune.storage import make_folder, write_whole
-from solotune.yaml_text import on_one_line, yaml_value
+from solotune.run.atomic_io import make_folder, write_whole
 
 
 def init(model: str, dataset: str, path: str | Path = "solotune.yaml", force: bool = False) -> Path:

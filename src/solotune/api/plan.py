@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from solotune.api.types import ConfigSource
-from solotune.config import load_config
+from solotune.config.run_config import load_config
+from solotune.display.progress import Display, SilentDisplay
 from solotune.errors import SolotuneError
-from solotune.terminal import Display, SilentDisplay
 
 if TYPE_CHECKING:
-    from solotune.planning import Plan
+    from solotune.planning.planner import Plan
 
 
 def plan(
@@ -26,9 +26,10 @@ def plan(
     Raises:
         InputError: no such card, or a budget that it does not have.
     """
-    from solotune import dataset, environment
-    from solotune.model_source import resolve_model
-    from solotune.survey import for_card, plan_for
+    from solotune import dataset
+    from solotune.hardware import machine as environment
+    from solotune.hub.model_files import resolve_model
+    from solotune.planning.plan_inputs import for_card, plan_for
 
     display = display or SilentDisplay()
     checked = load_config(config, overrides)

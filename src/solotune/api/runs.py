@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from solotune.record import RunSummary, list_runs, summarised
+from solotune.run.run_dir import RunSummary, list_runs, summarised
 
 
 def runs(root: str | Path = "runs") -> list[RunSummary]:

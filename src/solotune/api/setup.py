@@ -11,46 +11,37 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from solotune import (
-    __version__,
-    checkpoint,
-    dataset,
-    disk,
-    fitness,
-    linear,
-    lora,
-    preflight,
-    survey,
-    training,
-    tuned,
-    watchdog,
-)
-from solotune import model as models
-from solotune import (
-    resume as resuming,
-)
-from solotune.config import Choice, RunConfig
-from solotune.dataset import pack
-from solotune.destination import check_destination
-from solotune.device_failure import device_errors
+from solotune import dataset
+from solotune.config.run_config import Choice, RunConfig
+from solotune.dataset import packing, sampler
 from solotune.diagnosis.data_checks import check_rows
 from solotune.errors import InputError
-from solotune.events import PreflightEvent, ResumeEvent, StartEvent
-from solotune.model_source import ModelFiles, resolve_model
-from solotune.record import FINGERPRINTS, RunDirectory, nearest_folder
-from solotune.storage import write_whole
+from solotune.hardware import doctor
+from solotune.hardware.gpu_errors import device_errors
+from solotune.hub.model_files import ModelFiles, resolve_model
+from solotune.model import frozen_linear, lora
+from solotune.model import loading as models
+from solotune.planning import plan_inputs
+from solotune.run.atomic_io import write_whole
+from solotune.run.events import PreflightEvent, ResumeEvent, StartEvent
+from solotune.run.output_dir import check_destination
+from solotune.run.run_dir import FINGERPRINTS, RunDirectory, nearest_folder
+from solotune.runtime import watchdog
+from solotune.training import checkpoint, disk_space, preflight, trained_run
+from solotune.training import resume as resuming
 from solotune.units import format_duration, gib
+from solotune.version import __version__
 
 if TYPE_CHECKING:
     from solotune.dataset import Prepared
     from solotune.diagnosis.findings import Finding
     from solotune.diagnosis.subject import Subject
-    from solotune.environment import Machine
-    from solotune.model import TrainableModel
-    from solotune.observer import RunObserver
-    from solotune.planning import Plan
-    from solotune.preflight import Preflight
-    from solotune.resume import Start
+    from solotune.display.observer import RunObserver
+    from solotune.hardware.machine import Machine
+    from solotune.model.loading import TrainableModel
+    from solotune.planning.planner import Plan
+    from solotune.training.preflight import Preflight
+    from solotune.training.resume import Start
 
 
 @dataclass(frozen=True)
@@ -78,11 +69,11 @@ def check(checked: RunConfig, machine: Machine, resume: bool) -> ModelFiles:
     Raises:
         SolotuneError: one of them refuses the run.
     """
-    fitness.require_fit(checked, machine)
+    doctor.require_fit(checked, machine)
     check_destination(checked)
     if not resume:
         RunDirectory.refuse_occupied(checked)
-    disk.require_writable(_folder_of(checked))
+    disk_space.require_writable(_folder_of(checked))
     model_files = resolve_model(checked)
     models.check_model(checked, model_files)
     return model_files
@@ -118,7 +109,7 @@ def plan(
         CheckError: it does not fit.
     """
     display.phase("planning")
-    planned = survey.plan_for(checked, machine, prepared, model_files=model_files)
+    planned = plan_inputs.plan_for(checked, machine, prepared, model_files=model_files)
     if not planned.fits:
         raise planned.refusal()
     watchdog.expect(planned.option.seconds.first_step)
@@ -140,10 +131,12 @@ def load_model(
         SolotuneError: the model does not load, or there is no room.
     """
     display.phase("loading model")
-    model, folder = tuned.load_base(checked, machine, model_files.with_weights()), _folder_of(checked)
+    model, folder = trained_run.load_base(checked, machine, model_files.with_weights()), _folder_of(checked)
     before = resuming.continued(checked) if resume else None
     existing = len(checkpoint.numbered(before.checkpoints)) if before else 0
-    disk.require_room(disk.need_of(checked, model, prepared, tokenizer, existing, disk.block_bytes(folder)), folder)
+    disk_space.require_room(
+        disk_space.need_of(checked, model, prepared, tokenizer, existing, disk_space.block_bytes(folder)), folder
+    )
     return model
 
 
@@ -182,7 +175,7 @@ def recorded(
     summary = _summary(ready.model, ready.config, ready.prepared)
     display.note(_in_words(summary))
     if report.packing:
-        display.note(f"packing: {pack.in_words(report.packing)}")
+        display.note(f"packing: {packing.in_words(report.packing)}")
     display.note(_planned_in_words(ready.planned))
     if start is None:
         run.log(StartEvent(step=0, **summary))
@@ -201,9 +194,9 @@ def _summary(model: TrainableModel, config: RunConfig, prepared: Prepared) -> di
     own = (config.lora_r, lora.leaf_names(model.adapted))
     others = lora.explain_count(trainable, model.linear_shapes(), {*lora.USUAL_RANKS, config.lora_r})
     fits = [own, *(fit for fit in others if fit != own)]
-    sequences = training.sequences(config, prepared.train)
+    sequences = sampler.pack_sequences(config, prepared.train)
     return {
-        "total_steps": training.Schedule.of(config, len(sequences)).total_steps,
+        "total_steps": sampler.BatchSampler.of(config, len(sequences)).total_steps,
         "train_rows": len(prepared.train),
         "train_sequences": len(sequences),
         "packing_fill": prepared.report.packing["fill"] if prepared.report.packing else None,
@@ -211,7 +204,7 @@ def _summary(model: TrainableModel, config: RunConfig, prepared: Prepared) -> di
         "trainable_parameters": trainable,
         "parameters": parameters,
         "trainable_fits": [{"r": r, "target_modules": names} for r, names in fits],
-        "base_bytes": linear.stored_bytes(model.module),
+        "base_bytes": frozen_linear.stored_bytes(model.module),
         "device": model.device.type,
     }
 

@@ -16,20 +16,21 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from solotune.api.evaluate import compare
 from solotune.api.types import ConfigSource
-from solotune.config import Choice, RunConfig, load_config
+from solotune.config.run_config import Choice, RunConfig, load_config
+from solotune.display.observer import Observers, Resilient, RunObserver
+from solotune.display.progress import Display, PlainDisplay, SilentDisplay, make_console
 from solotune.errors import InterruptedRunError, RunNote
-from solotune.events import DeviceFailedEvent, EndEvent
-from solotune.observer import Observers, Resilient, RunObserver
-from solotune.record import LOG, STACKS, RunDirectory
-from solotune.run_log import RunLog
-from solotune.run_record import RunRecord
-from solotune.storage import LogFile, whole_folder
-from solotune.terminal import Display, PlainDisplay, SilentDisplay, make_console
+from solotune.hardware import device_memory
+from solotune.run.atomic_io import LogFile, whole_folder
+from solotune.run.events import DeviceFailedEvent, EndEvent
+from solotune.run.record import RunRecord
+from solotune.run.run_dir import LOG, STACKS, RunDirectory
+from solotune.run.run_log import RunLog
 
 if TYPE_CHECKING:
     from solotune.api.setup import Ready
-    from solotune.evaluation import Evaluation
-    from solotune.model import TrainableModel
+    from solotune.evaluation.scores import Evaluation
+    from solotune.model.loading import TrainableModel
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,11 @@ def train(
     Raises:
         SolotuneError: see `solotune.errors`; each kind has its exit code.
     """
-    from solotune import fitness, signals
+    from solotune.hardware import doctor
+    from solotune.runtime import signals
 
     checked = load_config(config, overrides)
-    fitness.require_torch()
+    doctor.require_torch()
     heard = Resilient(display or SilentDisplay())
     with signals.heeded():
         try:
@@ -75,11 +77,11 @@ def train(
 
 def get_ready(config: RunConfig, resume: bool, display: RunObserver) -> Ready:
     """Everything that may refuse a run, in the order of what it costs to ask; nothing is written yet."""
-    from solotune import tuned
     from solotune.api import setup
-    from solotune.diagnosis import own
+    from solotune.diagnosis.sources import solotune_run
+    from solotune.training import trained_run
 
-    checked, machine, choices = tuned.settle(config)
+    checked, machine, choices = trained_run.settle(config)
     model_files = setup.check(checked, machine, resume)
     tokenizer, prepared, findings = setup.read_data(checked, model_files, resume, display)
     planned = setup.plan(checked, model_files, machine, prepared, display)
@@ -87,17 +89,18 @@ def get_ready(config: RunConfig, resume: bool, display: RunObserver) -> Ready:
     model = setup.load_model(checked, model_files, machine, tokenizer, prepared, resume, display)
     tried = setup.try_largest_step(checked, model, prepared, display)
     choices = [*choices, *planned.choices, *model.choices]
-    subject = own.from_prepared(checked, tokenizer, prepared, findings, model_files)
+    subject = solotune_run.from_prepared(checked, tokenizer, prepared, findings, model_files)
     return setup.Ready(checked, machine, choices, model_files, tokenizer, prepared, planned, model, tried, subject)
 
 
 def _train(config: RunConfig, resume: bool, heard: Resilient) -> TrainResult:
-    from solotune import checkpoint, signals, training, watchdog
     from solotune.api import setup
-    from solotune.device_failure import device_failure
     from solotune.diagnosis import message
-    from solotune.diagnosis.watch import Watch
-    from solotune.resume import fingerprints, open_run
+    from solotune.diagnosis.monitor import Watch
+    from solotune.hardware.gpu_errors import device_failure
+    from solotune.runtime import signals, watchdog
+    from solotune.training import checkpoint, loop
+    from solotune.training.resume import fingerprints, open_run
 
     ready = get_ready(config, resume, heard)
     checked, prepared, model = ready.config, ready.prepared, ready.model
@@ -115,14 +118,14 @@ def _train(config: RunConfig, resume: bool, heard: Resilient) -> TrainResult:
         observer = Observers(display, Resilient(monitor))
         point = start.point if start else None
         with signals.held_back():
-            tuned = training.train(model, prepared.train, prepared.validation, checked, run, observer, point, marks)
+            tuned = loop.train(model, prepared.train, prepared.validation, checked, run, observer, point, marks)
             _write_adapter(run, model, checked, ready.tokenizer)
         result = None
         if prepared.validation:
             display.phase("comparing base and tuned on held-out rows")
             result = compare(model, ready.tokenizer, prepared, checked, tuned, display)
             run.write_json("evaluation.json", result.to_json())
-        peak_bytes = training.peak_bytes(model.device)
+        peak_bytes = device_memory.peak_bytes(model.device)
         measured = {"peak_bytes": peak_bytes, **RunRecord.read(run.path).medians()}
         run.write_json("plan.json", {**ready.plan_json(), "measured": measured})
         run.log(EndEvent(summary["total_steps"], peak_bytes))
@@ -151,8 +154,8 @@ def _train(config: RunConfig, resume: bool, heard: Resilient) -> TrainResult:
 
 
 def _write_adapter(run: RunDirectory, model: TrainableModel, config: RunConfig, tokenizer: Any) -> None:
-    from solotune import lora
-    from solotune.adapter import Adapter
+    from solotune.model import lora
+    from solotune.model.adapter import Adapter
 
     with whole_folder(run.adapter) as folder:
         peft_config = lora.peft_config(config, model.adapted, model.module)

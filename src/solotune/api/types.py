@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from solotune.config import RunConfig
+from solotune.config.run_config import RunConfig
 
 ConfigSource = str | Path | Mapping[str, Any] | RunConfig
 """A config: the path of a YAML file, its keys and values, or one that is checked already."""

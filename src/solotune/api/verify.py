@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from solotune.verification import Verification
+    from solotune.training.verify_run import Verification
 
 
 def verify(run: str | Path) -> Verification:
@@ -15,6 +15,6 @@ def verify(run: str | Path) -> Verification:
     Raises:
         InputError: no run there.
     """
-    from solotune import verification
+    from solotune.training import verify_run
 
-    return verification.verify(run)
+    return verify_run.verify(run)

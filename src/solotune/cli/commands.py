@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
-from solotune import __version__
 from solotune.cli.output import console, inert, print_json
 from solotune.errors import EXIT_CODES, IntegrityError
+from solotune.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from solotune.terminal import Display
+    from solotune.display.progress import Display
 
 
 class Result(Protocol):
@@ -73,7 +73,7 @@ def run_shown(
     logging_steps: int = 1,
 ) -> ResultT:
     """Calls a verb with a display, whose live line is gone however it ends, and prints its result."""
-    from solotune.terminal import make_display
+    from solotune.display.progress import make_display
 
     display = make_display(logging_steps, sys.stdout)
     try:
@@ -211,7 +211,7 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, as_json: bool) 
     """
     from solotune.api.train import train
     from solotune.cli.results import print_trained
-    from solotune.config import load_config
+    from solotune.config.run_config import load_config
 
     checked = load_config(config, overrides)
     run_shown(
@@ -309,7 +309,7 @@ def chat(run: str, base: bool, prompt: str | None, as_json: bool) -> None:
       solotune chat runs/solotune-20260101-120000 --base --prompt "Hello"
     """
     from solotune.api.chat import chat
-    from solotune.terminal import read_messages, show_answers
+    from solotune.display.progress import read_messages, show_answers
 
     session = chat(run)
     turns = []

@@ -22,13 +22,14 @@ from typing import Any
 
 import click
 
-from solotune import __version__, signals, watchdog
 from solotune.cli.commands import solotune
 from solotune.cli.output import inert, open_closed_streams, print_json, stdout_for_json_only
+from solotune.config.secrets import without_secrets
 from solotune.errors import EXIT_CODES, CheckError, SolotuneError, StorageError, run_dir_of
-from solotune.secrets import without_secrets
-from solotune.storage import append_line
+from solotune.run.atomic_io import append_line
+from solotune.runtime import signals, watchdog
 from solotune.units import first_line
+from solotune.version import __version__
 
 NOISY = (
     "transformers",

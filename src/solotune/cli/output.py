@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from typing import IO, TYPE_CHECKING, Any
 
 from solotune.errors import StorageError
-from solotune.storage import json_text
+from solotune.run.atomic_io import json_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,12 +67,12 @@ def open_closed_streams() -> None:
 
 
 def console() -> Console:
-    from solotune.terminal import make_console
+    from solotune.display.progress import make_console
 
     return make_console(sys.stdout)
 
 
 def inert(text: str) -> str:
-    from solotune import terminal
+    from solotune.display import progress
 
-    return terminal.inert(text)
+    return progress.inert(text)

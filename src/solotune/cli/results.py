@@ -17,9 +17,9 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from solotune.dataset.pack import in_words
+from solotune.dataset.packing import in_words
 from solotune.diagnosis import message
-from solotune.terminal import inert, plus_minus, print_choices, print_columns
+from solotune.display.progress import inert, plus_minus, print_choices, print_columns
 from solotune.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from solotune.api.train import TrainResult
     from solotune.dataset import DataReport
     from solotune.diagnosis.evidence import Diagnosis
-    from solotune.evaluation import Evaluation, Sample
-    from solotune.fitness import DoctorReport
-    from solotune.planning import Plan
-    from solotune.record import RunSummary
-    from solotune.verification import Verification
+    from solotune.evaluation.scores import Evaluation, Sample
+    from solotune.hardware.doctor import DoctorReport
+    from solotune.planning.planner import Plan
+    from solotune.run.run_dir import RunSummary
+    from solotune.training.verify_run import Verification
 
 SIGNS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "bold red")}
 SEVERITY_SIGNS = {"error": SIGNS["fail"], "warning": SIGNS["warn"], "info": ("·", "dim")}

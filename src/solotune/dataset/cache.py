@@ -42,13 +42,13 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from solotune.config import RunConfig, section_of
+from solotune.config.run_config import RunConfig, section_of
+from solotune.dataset.data_report import DataReport
 from solotune.dataset.example import Examples, Prepared
-from solotune.dataset.manifest import Manifest
-from solotune.dataset.report import DataReport
-from solotune.dataset.store import Store, folder
+from solotune.dataset.row_store import Store, folder
+from solotune.dataset.split.split_manifest import Manifest
 from solotune.errors import StorageError
-from solotune.storage import write_whole
+from solotune.run.atomic_io import write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from solotune.dataset.manifest import Manifest
-from solotune.dataset.report import DataReport
-from solotune.dataset.store import Store
+from solotune.dataset.data_report import DataReport
+from solotune.dataset.row_store import Store
+from solotune.dataset.split.split_manifest import Manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

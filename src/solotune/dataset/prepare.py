@@ -28,28 +28,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from solotune.config import RunConfig
-from solotune.dataset import cache, pack
-from solotune.dataset.chat import ChatTemplate
-from solotune.dataset.columns import check_mapping, mapped
-from solotune.dataset.encode import Encoder
-from solotune.dataset.example import Example, Examples, Prepared, lengths_of
-from solotune.dataset.formats import check_shape, convert, recognise
-from solotune.dataset.kinship import Kinship
-from solotune.dataset.manifest import Manifest
-from solotune.dataset.records import Records, packed, row_hash
-from solotune.dataset.render import Renderer
-from solotune.dataset.report import (
+from solotune.config.run_config import RunConfig
+from solotune.dataset import cache
+from solotune.dataset import packing as pack
+from solotune.dataset.chat.answer_spans import ChatTemplate
+from solotune.dataset.chat.encode import Encoder
+from solotune.dataset.chat.formats import check_shape, convert, recognise
+from solotune.dataset.data_report import (
     ANSWER_PAST_MAX_LENGTH,
     EXACT_DUPLICATE,
     LONGER_THAN_MAX_LENGTH,
     NOTHING_TO_LEARN,
     DataReport,
 )
-from solotune.dataset.row import RowError
-from solotune.dataset.source import Source
-from solotune.dataset.split import check_leaks, hold_out, without_copies
-from solotune.dataset.store import Store
+from solotune.dataset.example import Example, Examples, Prepared, lengths_of
+from solotune.dataset.readers.column_mapping import check_mapping, mapped
+from solotune.dataset.readers.row import RowError
+from solotune.dataset.readers.source import Source
+from solotune.dataset.records import Records, packed, row_hash
+from solotune.dataset.render import Renderer
+from solotune.dataset.row_store import Store
+from solotune.dataset.split.groups import Kinship
+from solotune.dataset.split.holdout import check_leaks, hold_out, without_copies
+from solotune.dataset.split.split_manifest import Manifest
 from solotune.errors import InputError
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """The normalised rows of a source: on disk what they say, in memory what the split asks of all of them at once.
 
-48 bytes of each row are in memory: what names it (half a sha256 of its text) and whom it belongs with (`kinship.py`).
+48 bytes of each row are in memory: what names it (half a sha256 of its text) and whom it belongs with (`groups.py`).
 Rows lie in a `Store` as JSON, so nothing is run in reading them; a value that JSON does not have is refused.
 """
 
@@ -15,9 +15,9 @@ from typing import Any, NoReturn, overload
 
 import numpy as np
 
-from solotune.dataset.formats import Record
-from solotune.dataset.row import RowError
-from solotune.dataset.store import Store
+from solotune.dataset.chat.formats import Record
+from solotune.dataset.readers.row import RowError
+from solotune.dataset.row_store import Store
 
 _FIELDS = tuple(field.name for field in fields(Record))
 
@@ -32,7 +32,7 @@ class Records(Sequence[Record]):
     hashes: np.ndarray
     """S16 (R,): the first half of `row_hash`'s sha256, equal for rows that say the same"""
     links: np.ndarray
-    """uint64 (R, 4): see `kinship.py`; the first is the group's"""
+    """uint64 (R, 4): see `groups.py`; the first is the group's"""
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from solotune.config import RunConfig
-from solotune.dataset.chat import ChatTemplate, Rendered
-from solotune.dataset.encode import Encoded, Encoder
+from solotune.config.run_config import RunConfig
+from solotune.dataset.chat.answer_spans import ChatTemplate, Rendered
+from solotune.dataset.chat.encode import Encoded, Encoder
+from solotune.dataset.chat.formats import Record
+from solotune.dataset.data_report import ANSWER_PAST_MAX_LENGTH, LONGER_THAN_MAX_LENGTH, NOTHING_TO_LEARN, DataReport
 from solotune.dataset.example import Example
-from solotune.dataset.formats import Record
-from solotune.dataset.report import ANSWER_PAST_MAX_LENGTH, LONGER_THAN_MAX_LENGTH, NOTHING_TO_LEARN, DataReport
-from solotune.dataset.row import RowError
+from solotune.dataset.readers.row import RowError
 from solotune.errors import InputError
 
 if TYPE_CHECKING:

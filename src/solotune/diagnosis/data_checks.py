@@ -15,12 +15,12 @@ from functools import cache as once
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from solotune.config import RunConfig
+from solotune.config.run_config import RunConfig
 from solotune.dataset import Prepared, cache
+from solotune.diagnosis.facts.row_facts import RowFacts, model_jsons
 from solotune.diagnosis.findings import Finding
-from solotune.diagnosis.row_facts import RowFacts, model_jsons
-from solotune.diagnosis.suspects import judge
-from solotune.model_source import ModelFiles, model_here
+from solotune.diagnosis.rules import judge
+from solotune.hub.model_files import ModelFiles, model_here
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,7 +13,7 @@ from typing import Any
 
 from solotune.diagnosis import catalogue
 from solotune.diagnosis.catalogue import FAULTS, SUSPECTS, Fault
-from solotune.diagnosis.suspects import rules
+from solotune.diagnosis.rules import rules
 
 WIDTH = 80
 _HEADING = re.compile(r"[A-Z][a-z ]+: ")

@@ -22,7 +22,7 @@ from typing import Any
 
 from solotune.diagnosis import catalogue
 from solotune.diagnosis.evidence import EXPERIMENTS, Culprit, Diagnosis, Signal
-from solotune.diagnosis.suspects import rules
+from solotune.diagnosis.rules import rules
 from solotune.diagnosis.thresholds import ACCUSED, CURVE_ALONE, DOUBTED, RANK, SPEAKS_AGAINST
 
 NUM_EVIDENCE = 3  # lines of evidence a culprit is shown with

@@ -14,9 +14,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from solotune.dataset import Example, Prepared, prepare
+from solotune.diagnosis.facts.row_facts import RowFacts
 from solotune.diagnosis.findings import Finding
-from solotune.diagnosis.row_facts import RowFacts
-from solotune.diagnosis.suspects import judge
+from solotune.diagnosis.rules import judge
 from tests.dataset.conftest import Writer, chat, config_of, tiny_tokenizer
 
 Rows = list[dict[str, Any]]

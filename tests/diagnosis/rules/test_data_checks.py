@@ -83,7 +83,7 @@ def test_a_changed_rule_is_asked_anew_of_the_same_rows(
 
 
 def test_the_rules_lie_where_their_source_is_looked_for() -> None:
-    from solotune.diagnosis.suspects import rules
+    from solotune.diagnosis.rules import rules
 
     package = Path(data_checks.__file__).parent
     sources = {Path(one.ask.__code__.co_filename) for known in rules().values() for one in known}

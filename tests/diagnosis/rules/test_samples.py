@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from solotune.diagnosis import row_arrays
+from solotune.diagnosis.facts import row_arrays
 from tests.dataset.conftest import chat, tiny_tokenizer
 from tests.diagnosis.rules.rows import Bench, answered, find, sentence, talk
 

@@ -27,21 +27,21 @@ from typing import Any
 import torch
 
 from solotune.diagnosis.evidence import Probed, Signal
-from solotune.diagnosis.labels import LabelFacts
+from solotune.diagnosis.facts.labels import LabelFacts
 from solotune.diagnosis.plateau import plateau
-from solotune.diagnosis.probes.accumulation import accumulated_against_whole
-from solotune.diagnosis.probes.adapters import gradients_and_steps, on_and_off
-from solotune.diagnosis.probes.answers import both_renderings
-from solotune.diagnosis.probes.evaluations import evaluated_twice
-from solotune.diagnosis.probes.first_loss import first_loss
-from solotune.diagnosis.probes.memory import longest_first
-from solotune.diagnosis.probes.neighbours import packed_against_alone, padded_against_alone
-from solotune.diagnosis.probes.prompts import own_prompt_against_others
-from solotune.diagnosis.probes.rates import range_test
-from solotune.diagnosis.probes.reload import reloaded
-from solotune.diagnosis.probes.skipping import Skipped
+from solotune.diagnosis.probes.adapter_gradients import gradients_and_steps, on_and_off
+from solotune.diagnosis.probes.batch_isolation import packed_against_alone, padded_against_alone
+from solotune.diagnosis.probes.eval_determinism import evaluated_twice
+from solotune.diagnosis.probes.generation import both_renderings
+from solotune.diagnosis.probes.grad_accumulation import accumulated_against_whole
+from solotune.diagnosis.probes.initial_loss import first_loss
+from solotune.diagnosis.probes.longest_batch import longest_first
+from solotune.diagnosis.probes.lr_range_test import range_test
+from solotune.diagnosis.probes.prompt_use import own_prompt_against_others
+from solotune.diagnosis.probes.saved_adapter import reloaded
+from solotune.diagnosis.probes.skipped import Skipped
+from solotune.diagnosis.rules import rules
 from solotune.diagnosis.subject import Live, Subject
-from solotune.diagnosis.suspects import rules
 
 __all__ = ["PROBES", "Probe", "Skipped", "run_all"]
 

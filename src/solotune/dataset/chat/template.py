@@ -1,0 +1,180 @@
+"""Calling a tokenizer's Jinja template: in the form that this template takes, on the day that the run is rendered on.
+
+Templates agree on roles and disagree on the rest. What this one takes is asked of it once, with probes:
+
+contents    a text; or, in many templates of multimodal models, only a list of parts: `[{"type": "text", "text": ...}]`
+arguments   of a tool call: an object, as transformers documents it, or its JSON text, as the OpenAI API writes it. A
+            template made for the one raises on the other (DeepSeek V3), or quotes it a second time (Llama 3.1). Where
+            both come out as they are, a row's own form is kept, so the text is exactly that of `apply_chat_template`.
+
+Some templates write today's date into the system turn (Llama 3.2, gpt-oss). Rows must not change overnight, or a run
+could not be resumed the next day; so the date is the run's. transformers puts a `strftime_now` into the template's
+environment and lets no function through from outside, only data: the template gets a macro of that name in front, which
+shadows it and reads the date's parts from an argument.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+from solotune.dataset.chat.template_sandbox import TemplateLimitError, TemplateRefusal, TemplateSyntax, sandbox
+from solotune.dataset.readers.row import RowError
+from solotune.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, Any]]
+Tools = list[dict[str, Any]] | None
+
+# the line break is taken off again by trim_blocks
+_MACRO = """\
+{%- macro strftime_now(format) %}{% set text = namespace(written=format) %}
+{%- for directive, value in rendered_on.items() %}
+{%- set text.written = text.written.replace(directive, value) %}{% endfor %}{{ text.written }}{% endmacro %}
+"""
+_DIRECTIVES = "aAbBcdDeFGhHIjmMnpSTuUVwWxXyYZ%"
+_PADDED = "dHIjmMSUVwWy"
+
+
+class Template:
+    """The chat template of a tokenizer that has one.
+
+    Args:
+        rendered_on: the date that the template writes, today's if not given.
+
+    Raises:
+        InputError: the tokenizer has no template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rendered_on: date | None = None) -> None:
+        if tokenizer.chat_template is None:
+            raise InputError(
+                "the tokenizer has no chat template, but the rows are chats",
+                seen=f"{tokenizer.name_or_path or type(tokenizer).__name__} (a base model?)",
+                allowed="a model with a chat template, or rows of plain text or prompt + completion texts",
+                change="use the instruct model, or set chat_template_path to a Jinja file such as the instruct model's",
+            )
+        self._tokenizer = tokenizer
+        self._date = _directives(rendered_on or date.today())
+
+    def render(self, where: str, messages: Messages, tools: Tools = None, *, is_prompt: bool = False) -> str:
+        """The template's output for these messages; `is_prompt` asks for an answer after them.
+
+        Raises:
+            RowError: the template refuses them, at the place `where`.
+        """
+        if self._takes_parts:
+            messages = [_in_parts(message) for message in messages]
+        if any("tool_calls" in message for message in messages):
+            messages = [self._with_arguments(message) for message in messages]
+        try:
+            return self._apply(messages, tools, is_prompt=is_prompt)
+        except TemplateLimitError as error:
+            error.problem = f"{where}: {error.problem}" if where else error.problem
+            raise
+        except (TemplateRefusal, TemplateSyntax) as error:
+            raise RowError(
+                f"{where}: the model's chat template refuses this row",
+                reason="refused by the chat template",
+                seen=f"{error}; the roles are " + ", ".join(message["role"] for message in messages),
+                change="change the row to what the template accepts, or set chat_template_path",
+            ) from None
+
+    def _apply(self, messages: Messages, tools: Tools = None, *, is_prompt: bool = False) -> str:
+        """What transformers' `apply_chat_template` gives, from the sandbox.
+
+        Raises:
+            TemplateRefusal: the template raises.
+            TemplateLimitError: it takes too long or too much.
+        """
+        source = self._tokenizer.get_chat_template(tools=cast(Any, tools))
+        dated = "strftime_now" in source
+        variables = {
+            **self._special_tokens,
+            **({"rendered_on": self._date} if dated else {}),
+            "messages": [_with_reasoning(message) for message in messages],
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": is_prompt,
+        }
+        return sandbox().render(_MACRO + source if dated else source, variables)
+
+    @cached_property
+    def _special_tokens(self) -> dict[str, Any]:
+        """`bos_token` and its like, as texts."""
+        named = self._tokenizer.special_tokens_map
+        return {
+            name: [str(t) for t in token] if isinstance(token, list) else str(token) for name, token in named.items()
+        }
+
+    # --- what it takes
+
+    def _shows(self, what: str, messages: Messages) -> bool:
+        try:
+            return what in self._apply(messages)
+        except (TemplateRefusal, TemplateSyntax):
+            return False
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether contents have to be lists of parts."""
+        chat = [{"role": "user", "content": "\ufdd0"}, {"role": "assistant", "content": "\ufdd1"}]
+        return not self._shows("\ufdd0", chat) and self._shows("\ufdd0", [_in_parts(message) for message in chat])
+
+    @cached_property
+    def _arguments_as(self) -> frozenset[type]:
+        """The forms of a call's arguments that come out as they are: `dict`, and `str` for their JSON text."""
+        taken = set()
+        for arguments, shown in (({"x": "8z5"}, "8z5"), ('{"x":"8z5"}', '{"x":"8z5"}')):
+            call = {"id": "callnum01", "type": "function", "function": {"name": "f", "arguments": arguments}}
+            chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            if self._shows(shown, [_in_parts(message) for message in chat] if self._takes_parts else chat):
+                taken.add(type(arguments))
+        return frozenset(taken)
+
+    def _with_arguments(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The message with the arguments of its calls in a form that the template takes, if they are not."""
+        calls = message.get("tool_calls")
+        if not isinstance(calls, list) or len(self._arguments_as) != 1:
+            return message
+        (taken,) = self._arguments_as
+        return {**message, "tool_calls": [_with_arguments_as(call, taken) for call in calls]}
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as transformers hands it on: no key without a value, reasoning under both names that templates read."""
+    message = {key: value for key, value in message.items() if value is not None}
+    names = ("reasoning_content", "thinking", "reasoning")
+    reasoning = next((message[name] for name in names if name in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+def _with_arguments_as(call: Any, taken: type) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_arguments_as(call["function"], taken)}
+    arguments = call.get("arguments")
+    if taken is str and isinstance(arguments, dict):
+        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    if taken is dict and isinstance(arguments, str):
+        try:
+            read = json.loads(arguments)
+        except ValueError:
+            return call  # not JSON: the template may say what it thinks of it
+        return {**call, "arguments": read} if isinstance(read, dict) else call
+    return call
+
+
+def _directives(day: date) -> dict[str, str]:
+    """Each directive of `strftime` with its value on this day, at midnight; those without padding (`%-d`) too."""
+    padded = {f"%{letter}": day.strftime(f"%{letter}") for letter in _DIRECTIVES}
+    return {**{f"%-{letter}": padded[f"%{letter}"].lstrip("0") or "0" for letter in _PADDED}, **padded}

@@ -1,0 +1,177 @@
+"""Chat templates in a process of their own, with limits: a template is a program that came with a model.
+
+    sandbox().render(source, variables) -> text
+
+Jinja's sandbox forbids code, not effort: `{{ 'x' * 1000000000 }}` takes 41 s and the memory it asks for, already while
+it is compiled. So templates are compiled and rendered in one child (`template_process`), which may spend CPU_SECONDS on
+a row and has MAX_BYTES in all; what exceeds them ends the child, not the run, and the template is refused at the row
+where it did. All rows go there, not a sample: a template can wait for a row.
+
+One child serves the whole process, for starting one takes 0.1 s. It ends with its parent, whose end closes its pipe.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import marshal
+import os
+import select
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+from solotune.dataset.chat import template_process
+from solotune.errors import InputError, SolotuneError
+
+CPU_SECONDS = 2.0  # for a row; a long one takes some milliseconds
+WALL_SECONDS = 120.0  # on a machine so busy that the child hardly runs
+MAX_BYTES = 512 << 20
+MAX_CHARACTERS = 8 << 20  # or four times what the row itself has
+
+
+class TemplateLimitError(SolotuneError):
+    """A template took more time or memory than any template needs.
+
+    No `InputError`: those say that a row is refused, and are asked about by trying; this ends the run at once.
+    """
+
+    exit_code, meaning = InputError.exit_code, InputError.meaning
+
+
+class TemplateRefusal(Exception):
+    """What a template raised, in its own words."""
+
+
+class TemplateSyntax(Exception):
+    """A template that Jinja cannot parse."""
+
+    def __init__(self, line: int, message: str) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+class Sandbox:
+    """The child, started at the first use and again after a template has ended it."""
+
+    def __init__(self) -> None:
+        self._child: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+        self._numbers: dict[str, int] = {}
+        self._sent: set[int] = set()
+        self._lock = threading.Lock()
+
+    def check(self, source: str) -> None:
+        """Compiles a template.
+
+        Raises:
+            TemplateSyntax: it does not parse.
+            TemplateRefusal: it fails otherwise.
+            TemplateLimitError: parsing it takes too much.
+        """
+        self._ask(source, None)
+
+    def render(self, source: str, variables: dict[str, Any]) -> str:
+        """The text that a template makes of some plain data.
+
+        Raises:
+            TemplateSyntax, TemplateRefusal, TemplateLimitError: as `check`.
+        """
+        return self._ask(source, variables)
+
+    def _ask(self, source: str, variables: dict[str, Any] | None) -> str:
+        with self._lock:
+            child = self._running()
+            number = self._numbers.setdefault(source, len(self._numbers))
+            request = marshal.dumps((number, None if number in self._sent else source, variables))
+            assert child.stdin is not None and child.stdout is not None
+            kind, text = b"", ""
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.write(struct.pack("<I", len(request)) + request)
+                child.stdin.flush()
+                kind, text = _answer(child.stdout)
+            if not kind:
+                raise self._ended(child)
+            if kind in (b"t", b"e", b"l"):
+                self._sent.add(number)
+        if kind == b"t":
+            return text
+        if kind == b"s":
+            line, _, message = text.partition("\n")
+            raise TemplateSyntax(int(line), message)
+        if kind == b"e":
+            raise TemplateRefusal(text)
+        raise _limit(f"more than {MAX_BYTES >> 20} MiB" if kind == b"m" else f"a text of {text} characters")
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
+            import jinja2
+            import markupsafe
+
+            places = {str(Path(str(module.__file__)).parents[1]) for module in (jinja2, markupsafe)}
+            limits = [str(limit) for limit in (CPU_SECONDS, MAX_BYTES, MAX_CHARACTERS)]
+            self._child = subprocess.Popen(
+                [sys.executable, "-I", "-S", template_process.__file__, *limits, *sorted(places)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={name: os.environ[name] for name in ("TZ", "LD_LIBRARY_PATH") if name in os.environ},
+                cwd="/",
+            )
+            self._owner, self._sent = os.getpid(), set()
+        return self._child
+
+    def _ended(self, child: subprocess.Popen[bytes]) -> TemplateLimitError:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(1)
+        code = child.poll()
+        self.close()
+        if code == -signal.SIGPROF:
+            return _limit(f"more than {CPU_SECONDS:g} s of processor time")
+        if code is None:
+            return _limit(f"no answer within {WALL_SECONDS:g} s")
+        return _limit(f"its process ended with {code}")
+
+    def close(self) -> None:
+        """Ends the child."""
+        child, self._child = self._child, None
+        if child is not None and self._owner == os.getpid():
+            child.kill()
+            child.wait()
+            for stream in (child.stdin, child.stdout):
+                with contextlib.suppress(OSError):
+                    if stream is not None:
+                        stream.close()
+
+
+def _answer(stream: IO[bytes]) -> tuple[bytes, str]:
+    """(kind, text); no kind where the child has ended or does not answer."""
+    if not select.select([stream], [], [], WALL_SECONDS)[0]:
+        return b"", ""
+    head = stream.read(5)
+    if len(head) < 5:
+        return b"", ""
+    content = stream.read(*struct.unpack("<I", head[1:]))
+    return head[:1], content.decode(errors="replace")
+
+
+def _limit(seen: str) -> TemplateLimitError:
+    return TemplateLimitError(
+        "the model's chat template takes more than a template may",
+        seen=seen,
+        allowed=f"{CPU_SECONDS:g} s of processor time a row, {MAX_BYTES >> 20} MiB, {MAX_CHARACTERS:,} characters",
+        change="set chat_template_path to another template, or name another model",
+    )
+
+
+@cache
+def sandbox() -> Sandbox:
+    """This process's."""
+    made = Sandbox()
+    atexit.register(made.close)
+    return made

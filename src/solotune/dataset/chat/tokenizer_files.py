@@ -1,0 +1,64 @@
+"""The tokenizer's files of a folder, looked at before transformers reads them.
+
+`tokenizer_class` names a class out of all of transformers, `auto_map` a Python file of the folder, a link leads
+anywhere, and a tokenizer.json of 100 MB or a template of 10 MB takes what memory there is. Templates are programs of
+somebody else's: they are rendered in a process of their own (`sandbox`), and here only measured.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from solotune.errors import InputError
+from solotune.hub.safe_files import check_links, check_regular, json_object
+
+MAX_TEMPLATE_BYTES = 1 << 20  # the longest template we know of (Llama 4, gpt-oss) is 20 KB
+MAX_BYTES = {
+    "tokenizer.json": 64 << 20,  # Gemma's, the largest we know, has 33 MB
+    "tokenizer.model": 64 << 20,
+    "tekken.json": 64 << 20,
+    "spiece.model": 64 << 20,
+    "sentencepiece.bpe.model": 64 << 20,
+    "vocab.json": 64 << 20,
+    "vocab.txt": 64 << 20,
+    "merges.txt": 64 << 20,
+    "tokenizer_config.json": 8 << 20,
+    "special_tokens_map.json": 1 << 20,
+    "added_tokens.json": 8 << 20,
+    "chat_template.json": MAX_TEMPLATE_BYTES,
+    "chat_template.jinja": MAX_TEMPLATE_BYTES,
+    "config.json": 1 << 20,
+}
+_CLASS = re.compile(r"\w*(Tokenizer(Fast)?|Backend)")
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Raises:
+    InputError: a file that is too large, not JSON, leads out of the folder, or names code.
+    """
+    from solotune.hub.hf_config import refuse_code  # imports transformers
+
+    check_links(folder)
+    templates = [path.relative_to(folder).as_posix() for path in folder.glob("additional_chat_templates/*.jinja")]
+    for name, limit in {**MAX_BYTES, **dict.fromkeys(templates, MAX_TEMPLATE_BYTES)}.items():
+        path = folder / name
+        if not path.exists() and not path.is_symlink():
+            continue
+        check_regular(folder, path)
+        if (size := path.stat().st_size) > limit:
+            raise InputError(f"{path}: too large", seen=f"{size:,} bytes", allowed=f"{limit:,} bytes")
+    for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        path = folder / name
+        if not path.exists():
+            continue
+        raw = json_object(path)
+        refuse_code(path, raw)
+        kind = raw.get("tokenizer_class")
+        if kind is not None and not (isinstance(kind, str) and _CLASS.fullmatch(kind)):
+            raise InputError(
+                f"{path}: tokenizer_class is no tokenizer", seen=repr(kind)[:80], allowed="a class of transformers"
+            )
+        template = raw.get("chat_template")
+        if isinstance(template, str) and len(template) > MAX_TEMPLATE_BYTES:
+            raise InputError(f"{path}: chat_template is too large", seen=f"{len(template):,}", allowed="1 MiB")

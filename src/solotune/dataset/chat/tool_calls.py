@@ -1,0 +1,140 @@
+"""Tool calls of an answer, whoever wrote them down, in the one form that chat templates are made for.
+
+    {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Paris"}}}          and "id" if given
+
+OpenAI's API writes `arguments` as JSON text; ShareGPT files have a whole turn of JSON text (`from: function_call`).
+Templates are made for the object: of the 28 in `trl` that render calls, 16 refuse a text, 4 (Llama 3.1 and 3.2, Qwen
+2.5, gpt-oss) put it through `tojson`, so that the model would learn a quoted string full of backslashes, and 4 (Gemma
+4) write it in another form than their own. So a text is read here, strictly; what is no object in it is an error.
+The one that takes text alone (DeepSeek V3) gets it in `template.py`.
+
+`check_order` holds calls and results together: a call without a result, or a result without a call, teaches the model
+to make up what a tool said. A row may end with a call: that is what is learned.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from solotune.dataset.readers.json_records import parse_json
+from solotune.dataset.readers.row import RowError, short
+
+_FORM = '{"name": "...", "arguments": {...}}'
+# a call inside the text of an answer: Hermes' <tool_call>, Llama's <|python_tag|> and <function=f>, Mistral's
+# [TOOL_CALLS], Glaive's <functioncall>, ReAct's "Action:"
+_WRITTEN_OUT = re.compile(r"tool_?calls?\b|function_?call|<function|python_tag|\bAction:", re.IGNORECASE)
+
+
+def from_json(place: str, text: str, key: str) -> Any:
+    """A value that stands as JSON text in a row, read as strictly as the file.
+
+    Raises:
+        RowError: not JSON; a key twice, NaN, a lone surrogate.
+    """
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        what = f"{key} is not valid JSON"
+        raise RowError(f"{place}: {what}", reason=what, seen=f"{error}, in {short(text)}") from None
+
+
+def normal_calls(place: str, value: Any, key: str) -> list[dict[str, Any]]:
+    """One call or a list of them, as objects or as JSON text, in the form above.
+
+    Args:
+        key: what the value stands under, for messages.
+
+    Raises:
+        RowError: no such calls; names the place.
+    """
+    if isinstance(value, str):
+        value = from_json(place, value, key)
+    listed = value if isinstance(value, list) else [value]
+    if not listed:
+        what = f"{key} is empty"
+        raise RowError(f"{place}: {what}", reason=what, allowed=_FORM)
+    return [_normal(place, call, key) for call in listed]
+
+
+def _normal(place: str, call: Any, key: str) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(function, dict) or not isinstance(name, str) or not name:
+        what = f"{key} has no function with a name"
+        raise RowError(f"{place}: {what}", reason=what, seen=short(call), allowed=_FORM)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        arguments = from_json(place, arguments, "arguments")
+    if arguments is None:
+        arguments = {}  # a function without parameters
+    if not isinstance(arguments, dict):
+        what = "arguments is not an object"
+        raise RowError(
+            f"{place}: {what}",
+            reason=what,
+            seen=short(arguments),
+            allowed='an object of names and values, or its JSON text: {"city": "Paris"}',
+            change="encoded twice? Then decode it once" if isinstance(arguments, str) else None,
+        )
+    kept = {"id": call["id"]} if call.get("id") is not None else {}
+    return {"type": "function", **kept, "function": {"name": name, "arguments": arguments}}
+
+
+def check_order(places: Sequence[str], messages: Sequence[dict[str, Any]]) -> None:
+    """Refuses calls without a result before the conversation goes on, and results without a call.
+
+    With ids (`id` of a call, `tool_call_id` of a result) each call needs its own result; without, one message may hold
+    the results of several calls. A result after an answer that writes its call in its text has a call too.
+    """
+    calls: list[dict[str, Any]] = []  # of the answer that the next tool messages belong to
+    results: list[Any] = []  # their tool_call_ids
+    caller, is_written_out = "", False
+    for place, message in zip(places, messages, strict=True):
+        if message["role"] == "tool":
+            results.append(message.get("tool_call_id"))
+            if not calls and not is_written_out:
+                raise _without_call(place)
+            if not _answers(results[-1:], calls):
+                raise _of_no_call(place, results[-1], calls)
+            continue
+        unanswered = [call for call in calls if not _answers(results, [call])]
+        if unanswered:
+            raise _without_result(caller, unanswered[0], message["role"])
+        calls, results, caller = list(message.get("tool_calls", ())), [], place
+        is_written_out = message["role"] == "assistant" and _WRITTEN_OUT.search(message["content"]) is not None
+
+
+def _answers(results: list[Any], calls: list[dict[str, Any]]) -> bool:
+    """Whether one of the results is for one of the calls, as far as ids tell; for a call in a text they never do."""
+    ids = [call.get("id") for call in calls] or [None]
+    return any(result is None or None in ids or result in ids for result in results)
+
+
+def _without_call(place: str) -> RowError:
+    return RowError(
+        f"{place}: a tool message without a tool call before it",
+        reason="tool message without a call",
+        allowed="tool messages right after the assistant message with their tool_calls",
+        change="add tool_calls to that assistant message, or remove the row",
+    )
+
+
+def _of_no_call(place: str, wanted: Any, calls: list[dict[str, Any]]) -> RowError:
+    return RowError(
+        f"{place}: its tool_call_id is that of no call before it",
+        reason="tool_call_id of no call",
+        seen=short(wanted),
+        allowed=", ".join(short(call["id"]) for call in calls),
+    )
+
+
+def _without_result(caller: str, call: dict[str, Any], next_role: str) -> RowError:
+    return RowError(
+        f"{caller}: a tool call without its result",
+        reason="tool call without a result",
+        seen=f"a call of {short(call['function']['name'])}, and then a message by the role {next_role}",
+        allowed="a tool message for it next, or the end of the row",
+        change="add the tool's message, or end the row with the call",
+    )

@@ -1,0 +1,124 @@
+"""The account of the rows: what was read, kept, dropped and cut, and what is learned of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Any
+
+from solotune.dataset.token_counts import LabelBudget
+
+EXACT_DUPLICATE = "exact duplicate"
+NOTHING_TO_LEARN = "no supervised token"
+ANSWER_PAST_MAX_LENGTH = "answer beyond max_length"
+LONGER_THAN_MAX_LENGTH = "longer than max_length"
+
+
+@dataclass(slots=True)
+class DataReport:
+    """What happened to the rows, counted: read = kept + dropped, and examples = kept + added by splitting."""
+
+    format: str
+    num_read: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    num_train: int = 0
+    num_validation: int = 0
+    num_tokens: int = 0
+    num_supervised: int = 0
+    total_weight: float = 0.0
+    """Sum of the weights of the supervised tokens; their number where no weight but 0 and 1 is given."""
+    num_weighted_rows: int = 0
+    """Kept rows in which a supervised token has another weight than 1."""
+    num_weighted_answers: int = 0
+    num_groups: int = 0
+    num_exact_duplicates: int = 0
+    num_near_duplicates: int = 0
+    num_leaks: int = 0
+    num_truncated: int = 0
+    num_answers_cut: int = 0
+    """Rows whose cut took supervised tokens."""
+    num_split: int = 0
+    num_added_by_split: int = 0
+    """Examples beyond one a row."""
+    num_parts_without_label: int = 0
+    """Parts of divided rows that are no example, since nothing in them is learned."""
+    num_with_forged_tokens: int = 0
+    train_sha256: str = ""
+    validation_sha256: str = ""
+    rendered_on: str = ""
+    """The date (ISO 8601) that templates write which write one."""
+    labels: LabelBudget = field(default_factory=LabelBudget)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    """A few whole training rows: where, and pieces of text with whether they are supervised."""
+    packing: dict[str, Any] | None = None
+    """With `packing: true`, what it makes of the training rows, see `pack.account`."""
+    findings: list[dict[str, Any]] | None = None
+    """What the rules on rows say of them; None where they were not asked."""
+
+    @property
+    def num_kept(self) -> int:
+        """Rows of the files that something is learned of."""
+        return self.num_train + self.num_validation - self.num_added_by_split
+
+    @property
+    def day(self) -> date | None:
+        """`rendered_on` as a date."""
+        return date.fromisoformat(self.rendered_on) if self.rendered_on else None
+
+    @classmethod
+    def from_json_fields(cls, values: dict[str, Any]) -> DataReport:
+        """The report again, from its fields after a way through JSON (where keys are texts)."""
+        labels = dict(values["labels"])
+        labels["leading_bos"] = Counter({int(number): rows for number, rows in labels["leading_bos"].items()})
+        return cls(**{**values, "dropped": Counter(values["dropped"]), "labels": LabelBudget(**labels)})
+
+    def reasons(self) -> str:
+        """The dropped rows in words."""
+        return "dropped: " + (", ".join(f"{reason} {n}" for reason, n in sorted(self.dropped.items())) or "none")
+
+    def to_json(self) -> dict[str, Any]:
+        """The shape of `data.json`."""
+        share = self.num_supervised / self.num_tokens if self.num_tokens else 0.0
+        without_label = self.dropped[NOTHING_TO_LEARN] + self.dropped[ANSWER_PAST_MAX_LENGTH]
+        return {
+            "format": self.format,
+            "rows": {
+                "read": self.num_read,
+                "kept": self.num_kept,
+                "dropped": {reason: number for reason, number in sorted(self.dropped.items()) if number},
+                "truncated": self.num_truncated,
+                "answers_cut": self.num_answers_cut,
+                "split": self.num_split,
+                "added_by_split": self.num_added_by_split,
+                "parts_without_label": self.num_parts_without_label,
+                "without_label": without_label,
+                "with_control_tokens_as_text": self.num_with_forged_tokens,
+            },
+            "tokens": {
+                "total": self.num_tokens,
+                "supervised": self.num_supervised,
+                "supervised_share": round(share, 4),
+            },
+            "weights": {
+                "rows": self.num_weighted_rows,
+                "answers": self.num_weighted_answers,
+                "sum": round(self.total_weight, 6),
+            },
+            "labels": self.labels.to_json(),
+            "split": {
+                "train": self.num_train,
+                "validation": self.num_validation,
+                "groups": self.num_groups,
+                "exact_duplicates": self.num_exact_duplicates,
+                "near_duplicates": self.num_near_duplicates,
+                "leaks": self.num_leaks,
+            },
+            "rendered_on": self.rendered_on,
+            **({"packing": self.packing} if self.packing is not None else {}),
+            "sha256": {"train": self.train_sha256, "validation": self.validation_sha256},
+            "histograms": self.labels.histograms(),
+            "examples": self.examples,
+            "findings": self.findings or [],
+            "checked": self.findings is not None,
+        }

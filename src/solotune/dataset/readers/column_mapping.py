@@ -1,0 +1,57 @@
+"""`column_mapping`: the user's names of columns brought to ours, before a row's format is looked at.
+
+    column_mapping: {question: prompt, answer: completion, weight: ignore}
+
+A mapping is about the whole file, so its mistakes are errors whatever `on_bad_row` says: a column that no row has, and
+one of our names that the file already uses for something else. `ignore` leaves a column out, for a file whose
+`weight` is a parcel's.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+from solotune.dataset.readers.row import Row
+from solotune.errors import InputError
+
+IGNORE = "ignore"
+
+
+def check_mapping(rows: Iterable[Row], mapping: Mapping[str, str], *, is_needed: bool = True) -> None:
+    """Refuses a mapping that does not fit the rows.
+
+    Args:
+        is_needed: whether each of the columns has to be there; rows of `eval_dataset` may be in our names already.
+
+    Raises:
+        InputError: naming the column and the columns that there are.
+    """
+    if not mapping:
+        return
+    present = dict.fromkeys(key for row in rows for key in row.values)
+    for theirs, ours in mapping.items():
+        if theirs not in present and not is_needed:
+            continue
+        if theirs not in present:
+            near = difflib.get_close_matches(theirs, present, 1)
+            raise InputError(
+                f"column_mapping: no row has the column {theirs}",
+                seen=", ".join(map(str, present)) or "no columns",
+                change=f"did you mean {near[0]}?" if near else "use a name that stands in the file",
+            )
+        if ours != IGNORE and ours in present and ours not in mapping:
+            raise InputError(
+                f"column_mapping: {theirs} is to be {ours}, but there is a column {ours} already",
+                seen=", ".join(present),
+                allowed="each of our names once",
+                change=f"leave the other out: {ours}: ignore",
+            )
+
+
+def mapped(row: Row, mapping: Mapping[str, str]) -> Row:
+    """The row under our names, in the file's order; the same object where nothing changes."""
+    if not mapping:
+        return row
+    values = {mapping.get(key, key): value for key, value in row.values.items() if mapping.get(key) != IGNORE}
+    return Row(row.where, values)

@@ -1,0 +1,73 @@
+"""Which rows each training step sees: packs of rows, the order of an epoch, micro-batches.
+
+An epoch's order is a permutation drawn from (seed, epoch), so a run can be resumed knowing only its step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from solotune.config.run_config import RunConfig
+from solotune.dataset.collate import PackShape
+from solotune.dataset.example import Example, lengths_of
+from solotune.dataset.packing import pack
+
+
+@dataclass(frozen=True)
+class BatchSampler:
+    """How many steps there are, and which rows (or packs of rows) each of them sees."""
+
+    num_rows: int
+    micro_batch_size: int
+    accumulation: int
+    total_steps: int
+    seed: int
+
+    @classmethod
+    def of(cls, config: RunConfig, num_rows: int) -> BatchSampler:
+        rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        per_epoch = math.ceil(num_rows / rows_per_step)
+        total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
+        return cls(num_rows, config.per_device_train_batch_size, config.gradient_accumulation_steps, total, config.seed)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.num_rows / (self.micro_batch_size * self.accumulation))
+
+    def epoch_at(self, step: int) -> float:
+        """Epochs done after `step` steps."""
+        return step / self.steps_per_epoch
+
+    def row_order(self, epoch: int) -> np.ndarray:
+        """int64 (num_rows,): the permutation of rows in an epoch (counted from 0)."""
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
+
+    def steps(self, done: int) -> Iterator[list[list[int]]]:
+        """The micro-batches (lists of row numbers) of each step after `done`; an epoch's last step may be shorter."""
+        rows_per_step = self.micro_batch_size * self.accumulation
+        order_epoch, order = -1, np.empty(0, np.int64)
+        for step in range(done, self.total_steps):
+            epoch, within = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order_epoch, order = epoch, self.row_order(epoch)
+            rows = order[within * rows_per_step : (within + 1) * rows_per_step].tolist()
+            yield [rows[i : i + self.micro_batch_size] for i in range(0, len(rows), self.micro_batch_size)]
+
+
+def pack_sequences(config: RunConfig, rows: Sequence[Example]) -> list[list[int]] | np.ndarray:
+    """The row numbers of each training sequence: one row each, or packs of them."""
+    if not config.packing:
+        return np.arange(len(rows))[:, None]
+    return pack(lengths_of(rows), config.max_length)
+
+
+def pack_and_shape(config: RunConfig, rows: Sequence[Example]) -> tuple[list[list[int]] | np.ndarray, PackShape | None]:
+    """The training sequences, and what packs of them are padded to: compiled passes should have one shape."""
+    packs = pack_sequences(config, rows)
+    if not (config.packing and config.torch_compile):
+        return packs, None
+    return packs, PackShape.of(packs, config.per_device_train_batch_size, config.max_length)

@@ -1,0 +1,197 @@
+"""Training and validation rows, so that no validation row is known from training.
+
+Rows that belong together stay together: rows with the same value of `split_by`, pieces of one conversation and chains
+of parents (`groups.py`), and near-duplicates. Exact copies are removed first, and counted. What belongs together is a
+*group*, and groups, not rows, are held out:
+
+    order the groups by sha256(seed, key of the group's first row); take from the front until the size is reached
+
+The order depends on a group's content and the seed alone, never on its place in the file or on other rows: appending
+rows to a file moves almost no old row to the other side (only groups next to the border, since the border itself
+moves with the size). Splitting before rendering, because everything later (dropping, truncating) depends on settings
+that one changes, and the split should not change with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from solotune.dataset.records import Records, spoken
+from solotune.dataset.split.near_duplicates import near_duplicates
+from solotune.errors import CheckError, InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """The rows without copies, which of them are held out, and what was found on the way."""
+
+    rows: Records
+    """In file order."""
+    is_validation: np.ndarray
+    """bool (rows,)"""
+    num_groups: int
+    num_exact_duplicates: int
+    num_near_duplicates: int
+
+    @property
+    def train(self) -> Records:
+        """The rows to learn from."""
+        return self.rows.take(~self.is_validation)
+
+    @property
+    def validation(self) -> Records:
+        """The rows that are held out."""
+        return self.rows.take(self.is_validation)
+
+
+def without_copies(records: Records) -> Records:
+    """The first of each set of equal rows, in file order."""
+    _, first = np.unique(records.hashes, return_index=True)
+    return records.take(np.sort(first))
+
+
+def hold_out(records: Records, size: float | int, seed: int, progress: Callable[[int], None] | None = None) -> Split:
+    """Splits the rows.
+
+    Args:
+        records: rows in file order.
+        size: a share below 1 or a number of rows for validation; 0 for none.
+        seed: the config's seed.
+        progress: called with the number of rows that have been looked at.
+
+    Raises:
+        InputError: there are too few rows or groups for a validation part of that size.
+    """
+    unique = without_copies(records)
+    num_copies = len(records) - len(unique)
+    roots, num_near = _roots(unique, progress)
+    groups, group_of, sizes = np.unique(roots, return_inverse=True, return_counts=True)
+    target = round(size * len(unique)) if isinstance(size, float) else size
+    if size and isinstance(size, float):
+        target = max(target, 1)
+    is_chosen = _choose(_in_order(unique, groups, seed), sizes, target) if target else np.zeros(len(groups), bool)
+    if target and (not is_chosen.any() or target >= len(unique)):
+        raise _cannot_hold_out(size, target, len(unique), sizes, num_copies)
+    return Split(unique, is_chosen[group_of], len(groups), num_copies, num_near)
+
+
+class _Spoken(Sequence[str]):
+    """The texts that rows are compared by, read and folded when asked for."""
+
+    def __init__(self, *parts: Records) -> None:
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    def __getitem__(self, row: Any) -> Any:
+        for part in self._parts:
+            if row < len(part):
+                return spoken(part[row])
+            row -= len(part)
+        raise IndexError(row)
+
+
+def _roots(records: Records, progress: Callable[[int], None] | None) -> tuple[np.ndarray, int]:
+    """int64 (R,): the first row of the group that each row is of; and how many rows are like an earlier one."""
+    parent = array("q", range(len(records)))
+
+    def root(row: int) -> int:
+        while parent[row] != row:
+            parent[row] = parent[parent[row]]
+            row = parent[row]
+        return row
+
+    def join(a: int, b: int) -> None:
+        a, b = root(a), root(b)
+        parent[max(a, b)] = min(a, b)
+
+    num_near, last = 0, -1
+    for earlier, later in near_duplicates(_Spoken(records), progress):
+        join(earlier, later)
+        num_near += later != last  # they come in order of the later row
+        last = later
+    rows, columns = np.nonzero(records.links)
+    links = records.links[rows, columns]
+    order = np.argsort(links, kind="stable")
+    for place in np.flatnonzero(links[order[1:]] == links[order[:-1]]):
+        join(int(rows[order[place]]), int(rows[order[place + 1]]))
+    return np.fromiter((root(row) for row in range(len(records))), np.int64, len(records)), num_near
+
+
+def _in_order(records: Records, groups: np.ndarray, seed: int) -> np.ndarray:
+    """int64 (groups,): the groups by the hash of seed and name, of which the first 64 bits are compared.
+
+    A group's name is that of its first row in the file, so rows appended to the file do not rename it.
+    """
+    names = (f"{seed}\0{records.name_of_group(int(row))}" for row in groups)
+    keys = (int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") for name in names)
+    return np.argsort(np.fromiter(keys, np.uint64, len(groups)), kind="stable")
+
+
+def _choose(order: np.ndarray, sizes: np.ndarray, target: int) -> np.ndarray:
+    """bool (groups,): whole groups from the front of the order, as near to the target number of rows as that comes."""
+    is_chosen, num_rows, num_chosen = np.zeros(len(sizes), bool), int(sizes.sum()), 0
+    for group in order:
+        size = int(sizes[group])
+        excess = num_chosen + size - target
+        if excess > target - num_chosen or num_chosen + size == num_rows:
+            continue  # taking it would be further off than leaving it, or leave nothing to train on
+        is_chosen[group] = True
+        num_chosen += size
+        if num_chosen >= target:
+            break
+    return is_chosen
+
+
+def _cannot_hold_out(size: float | int, target: int, num_rows: int, sizes: np.ndarray, num_copies: int) -> InputError:
+    copies = f" (and {num_copies} copies, removed)" if num_copies else ""
+    return InputError(
+        f"validation_size: {size}: the rows cannot be split into training and validation",
+        seen=f"{num_rows} distinct rows{copies} in {len(sizes)} groups, the largest of {sizes.max()}; "
+        f"{target} rows are wanted for validation",
+        allowed="fewer rows than there are, and at least two groups; rows that share a group or are near-duplicates "
+        "stay on one side",
+        change="give more varied rows, a smaller validation_size, your own eval_dataset, or validation_size: 0",
+    )
+
+
+def check_leaks(train: Records, validation: Records, *, key: str) -> None:
+    """Refuses validation rows of one's own that training knows: equal, near-duplicate, or of the same group.
+
+    Raises:
+        CheckError: with their number and the first three.
+    """
+    equal = _last_in(train.hashes, validation.hashes)
+    kin = np.where(validation.links[:, 0] > 0, _last_in(train.links[:, 0], validation.links[:, 0]), -1)
+    near = np.full(len(validation), -1)
+    for a, b in near_duplicates(_Spoken(train, validation)):
+        if a < len(train) <= b and near[b - len(train)] < 0:
+            near[b - len(train)] = a
+    rows = np.flatnonzero((equal >= 0) | (kin >= 0) | (near >= 0))
+    if len(rows):
+        told = []
+        for row in map(int, rows[:3]):
+            which = (("is", equal), ("is of the same group as", kin), ("is nearly", near))
+            what, twin = next((what, int(twins[row])) for what, twins in which if twins[row] >= 0)
+            told.append(f"{validation[row].where} {what} {train[twin].where}")
+        raise CheckError(
+            f"{key}: {len(rows)} of {len(validation)} validation rows are known from training",
+            seen="; ".join(told) + ("; ..." if len(rows) > 3 else ""),
+            allowed="no row on both sides: a loss on known rows says nothing about new ones",
+            change=f"remove these rows from dataset or from {key}, or leave {key} out and let a part be held out",
+            fault="F43" if 2 * len(rows) >= len(validation) else "F44",
+        )
+
+
+def _last_in(known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """int64: the last place of each value among the known, -1 where it is not."""
+    order = np.argsort(known, kind="stable")
+    places = order[np.searchsorted(known, values, side="right", sorter=order) - 1]
+    return np.where(known[places] == values, places, -1)

@@ -1,0 +1,27 @@
+"""A subject's conversations, as they were given or as its rows hold them.
+
+chats_of(subject)   answers_of(chats)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from solotune.diagnosis.facts.rows import plain_messages
+from solotune.diagnosis.subject import Subject
+
+NUM_CHATS = 2000
+
+
+def chats_of(subject: Subject) -> list[list[dict[str, Any]]]:
+    """Conversations as they were given, else those of the training rows."""
+    chats = [plain_messages(chat) for chat in list(subject.conversations)[:NUM_CHATS]]
+    return chats or [row.messages for row in list(subject.train[:NUM_CHATS]) if row.messages]
+
+
+def answers_of(chats: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
+    """The last answer of each chat."""
+    named = ("assistant", "gpt", "model", "bot")
+    last = ([m for m in chat if m["role"] in named] or list(chat[-1:]) for chat in chats)
+    return [str(found[-1]["content"]) for found in last if found]

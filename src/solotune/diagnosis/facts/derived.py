@@ -1,0 +1,282 @@
+"""What follows from settings, trace and config.json: steps, scales, bytes, modules; None where too little is known.
+
+planned_steps(subject)  warmup_steps(subject)  scale(subject)  activation_bytes(subject, ...)  linears(subject)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from solotune.dataset.example import lengths_of
+from solotune.diagnosis.subject import Subject
+from solotune.hub.hf_config import refuse_code
+from solotune.planning import memory
+from solotune.planning.layer_profile import BaseWeights, Knobs, Linear
+
+SCALE_FREE = ("adam", "lion", "lamb", "adafactor", "rmsprop", "adagrad", "sophia", "muon", "apollo", "galore")
+"""Optimizers whose step does not change with the gradient's size, by a part of their name: clipping hardly matters."""
+
+BY_DESIGN = ("pissa", "olora", "loftq", "eva", "corda", "lora_ga", "orthogonal", "mica")
+"""Values of `init_lora_weights`, by their beginning."""
+
+
+def number(value: Any) -> float | None:
+    """A value as a number, also where a YAML file has it as a text (`2e-4` is one there); None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        found = float(value)
+    except ValueError:
+        return None
+    return found if math.isfinite(found) else None
+
+
+def setting(subject: Subject, key: str) -> float | None:
+    """A setting as a number."""
+    return number(subject.settings.get(key))
+
+
+def initialisation(subject: Subject) -> Any:
+    """`init_lora_weights`, of the settings or else of the saved adapter; None where nobody says."""
+    found = subject.settings.get("init_lora_weights")
+    return subject.saved.adapter_config.get("init_lora_weights") if found is None and subject.saved else found
+
+
+def begins_by_design(subject: Subject) -> bool:
+    """The initialisation is one whose adapter is not zero, for which the base is changed to fit."""
+    return str(initialisation(subject)).lower().startswith(BY_DESIGN)
+
+
+def planned_steps(subject: Subject) -> int | None:
+    """Optimizer steps of the whole run: as recorded, as set, or from epochs and rows."""
+    if subject.trace is not None and subject.trace.total_steps:
+        return subject.trace.total_steps
+    steps = setting(subject, "max_steps")
+    if steps is not None and steps > 0:
+        return int(steps)
+    return steps_of_epochs(subject)
+
+
+def steps_of_epochs(subject: Subject) -> int | None:
+    """Optimizer steps that the epochs amount to, by the rows."""
+    epochs, rows = setting(subject, "num_train_epochs"), len(subject.train) or setting(subject, "train_rows")
+    batch = setting(subject, "per_device_train_batch_size")
+    if not epochs or not rows or not batch or subject.settings.get("packing"):
+        return None
+    per_step = batch * (setting(subject, "gradient_accumulation_steps") or 1)
+    return math.ceil(epochs * math.ceil(rows / per_step))
+
+
+def warmup_steps(subject: Subject) -> float | None:
+    """Steps of warm-up: `warmup_steps`, which below 1 is a share in transformers 5, or `warmup_ratio`."""
+    total, steps, ratio = planned_steps(subject), setting(subject, "warmup_steps"), setting(subject, "warmup_ratio")
+    if steps is not None and steps >= 1:
+        return steps
+    share = steps or ratio
+    return math.ceil(share * total) if share and total else 0.0 if share == 0 else None
+
+
+def scale(subject: Subject) -> float | None:
+    """What the adapter's product is multiplied by: alpha / r, or alpha / sqrt(r)."""
+    alpha, rank = setting(subject, "lora_alpha"), setting(subject, "lora_r")
+    if not alpha or not rank:
+        return None
+    return alpha / (math.sqrt(rank) if subject.settings.get("use_rslora") else rank)
+
+
+def is_lora(subject: Subject) -> bool:
+    """Whether adapters are trained, as far as is known."""
+    return setting(subject, "lora_r") is not None or (subject.saved is not None and bool(subject.saved.adapter_config))
+
+
+def is_scale_free(subject: Subject) -> bool:
+    """Whether the optimizer divides the gradient's size out; so it is taken where its name is not known."""
+    name = str(subject.settings.get("optim") or "adamw").lower()
+    return any(part in name for part in SCALE_FREE)
+
+
+def is_ours(subject: Subject) -> bool:
+    """Whether solotune ran it, so that what `training` prevents cannot have happened."""
+    return subject.settings.get("tool") == "solotune"
+
+
+def in_4bit(subject: Subject) -> bool:
+    """Whether a 4-bit base was asked for."""
+    get = subject.settings.get
+    return get("load_in_4bit") is True or get("base_precision") == "nf4"
+
+
+def has_error(subject: Subject, *patterns: str) -> str | None:
+    """The first line of the logs in which one of the patterns stands."""
+    for text in subject.trace.errors if subject.trace else ():
+        for line in text.splitlines() or [text]:
+            if any(re.search(pattern, line, re.IGNORECASE) for pattern in patterns):
+                return line.strip()[:200]
+    return None
+
+
+def out_of_memory(subject: Subject) -> str | None:
+    """The whole text of an out-of-memory error, whose traceback names the phase."""
+    for text in subject.trace.errors if subject.trace else ():
+        if re.search(r"out of memory|OutOfMemory|CUBLAS_STATUS_ALLOC_FAILED", text, re.IGNORECASE):
+            return text
+    return None
+
+
+# --- tokens and bytes
+
+
+def row_lengths(subject: Subject) -> np.ndarray:
+    """int64 (R,): tokens of each training row."""
+    return np.asarray(lengths_of(subject.train), dtype=np.int64)
+
+
+def shape_of(subject: Subject) -> dict[str, int] | None:
+    """hidden, layers, intermediate, vocabulary of the base by config.json, under any of their usual names."""
+    found = subject.model_config.get("text_config") or subject.model_config
+    names = {
+        "hidden": ("hidden_size", "n_embd", "d_model"),
+        "layers": ("num_hidden_layers", "n_layer", "num_layers"),
+        "intermediate": ("intermediate_size", "n_inner", "ffn_dim"),
+        "vocabulary": ("vocab_size",),
+    }
+    shape = {what: next((found[k] for k in keys if isinstance(found.get(k), int)), 0) for what, keys in names.items()}
+    shape["intermediate"] = shape["intermediate"] or 4 * shape["hidden"]
+    return shape if all(shape.values()) else None
+
+
+def logits_bytes(subject: Subject, tokens: float) -> float | None:
+    """Logits of a micro-batch in float32 with their gradient and one copy, where no fused loss is used."""
+    shape = shape_of(subject)
+    return None if shape is None else 3 * 4.0 * tokens * shape["vocabulary"]
+
+
+def activation_bytes(subject: Subject, tokens: float, checkpointing: bool) -> float | None:
+    """What layers keep for backward: all of all, or a state each and all of the one that is recomputed."""
+    shape = shape_of(subject)
+    if shape is None:
+        return None
+    whole = 2.0 * tokens * (10 * shape["hidden"] + 4 * shape["intermediate"])
+    return whole + 2.0 * tokens * shape["hidden"] * shape["layers"] if checkpointing else whole * shape["layers"]
+
+
+def weight_bytes(subject: Subject) -> int | None:
+    """The frozen base as it is stored, counted as the plan does on the modules that config.json makes."""
+    modules, get = _modules_of(subject), subject.settings.get
+    if modules is None:
+        return None
+    is_wide = str(get("model_dtype")) == "float32" or (is_ours(subject) and get("bf16") is False)
+    named = "fp32" if is_wide else "bf16"
+    if is_ours(subject) and get("base_precision") in ("fp8", "bf16", "fp32"):
+        named = get("base_precision")
+    knobs = Knobs(
+        base_precision="nf4" if in_4bit(subject) else named,
+        is_double_quantised=bool(get("bnb_4bit_use_double_quant")),
+        is_mirrored=False,
+        num_checkpointed=0,
+        is_offloaded=False,
+        optim="adamw_torch",
+        device="cpu",
+    )
+    shape = BaseWeights(modules.frozen, modules.other_parameters, 4 if is_wide else 2)
+    return memory.weight_bytes(shape, knobs) + memory.quantisation_bytes(shape, knobs)
+
+
+def micro_batch_tokens(subject: Subject) -> tuple[float, float] | None:
+    """(tokens of the largest micro-batch, of one as most are): the longest row, and the 95th percentile, times rows."""
+    rows, limit = setting(subject, "per_device_train_batch_size"), setting(subject, "max_length")
+    lengths = row_lengths(subject)
+    if not rows or (not len(lengths) and not limit):
+        return None
+    if not len(lengths) or subject.settings.get("packing"):
+        return rows * (limit or lengths.max()), rows * (limit or lengths.max())
+    return rows * float(lengths.max()), rows * float(np.quantile(lengths, 0.95))
+
+
+# --- modules of the base
+
+
+class _Modules(NamedTuple):
+    linears: dict[str, tuple[int, int]]
+    """Dotted name -> (in, out)"""
+    frozen: tuple[Linear, ...]
+    """Of those, all but the output head."""
+    other_parameters: int
+    """Of everything else; tied ones once."""
+
+
+@lru_cache(maxsize=4)
+def _modules(config: str) -> _Modules | None:
+    """Those of the architecture, built on no device."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    try:
+        values = json.loads(config)
+        refuse_code(Path("config.json"), values)
+        with torch.device("meta"):
+            architecture = AutoConfig.for_model(**values)
+            model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=False, attn_implementation="eager")
+            model.tie_weights()
+    except Exception:  # whatever a foreign config.json does to its class, the base's modules are then not known
+        return None
+    head, linears, frozen, num_frozen = model.get_output_embeddings(), {}, Counter(), 0
+    for name, module in model.named_modules():
+        if not isinstance(module, (torch.nn.Linear, Conv1D)):
+            continue
+        inside, outside = module.weight.shape if isinstance(module, Conv1D) else reversed(module.weight.shape)
+        linears[name] = (int(inside), int(outside))
+        if module is not head:
+            frozen[Linear(outside, inside, 1, module.bias is not None, False)] += 1
+            num_frozen += sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    others = sum(parameter.numel() for parameter in model.parameters()) - num_frozen
+    return _Modules(linears, tuple(one._replace(count=count) for one, count in frozen.items()), others)
+
+
+def _modules_of(subject: Subject) -> _Modules | None:
+    if not subject.model_config.get("model_type"):
+        return None
+    config = {key: value for key, value in subject.model_config.items() if key != "quantization_config"}
+    return _modules(json.dumps(config, sort_keys=True, default=str))
+
+
+def linears(subject: Subject) -> dict[str, tuple[int, int]] | None:
+    """Dotted name of each linear of the base -> (in, out), built on no device from config.json; None if unknown."""
+    modules = _modules_of(subject)
+    return None if modules is None else modules.linears
+
+
+def targets(subject: Subject) -> list[str] | str | None:
+    """The modules that adapters were asked for: names, or one text (`all-linear`, an expression)."""
+    found = subject.settings.get("lora_target_modules")
+    if found is None and subject.saved is not None:
+        found = subject.saved.adapter_config.get("target_modules")
+    return found if isinstance(found, str) else sorted(map(str, found)) if found else None
+
+
+def adapted(subject: Subject) -> dict[str, dict[str, Any]]:
+    """Module path in the adapter file -> its tensors by part (`A`, `B`), as PEFT and its kin name them."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, tensor in (subject.saved.adapter if subject.saved else {}).items():
+        if match := re.search(r"^(.*?)\.lora_(?:embedding_)?([AB])(?:\.|$)", name):
+            found.setdefault(match[1], {})[match[2]] = tensor
+    return found
+
+
+def is_zero(tensor: Any) -> bool:
+    return not bool((tensor != 0).any())
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """A value that may be a mapping, as one."""
+    return value if isinstance(value, Mapping) else {}

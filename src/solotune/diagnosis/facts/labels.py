@@ -1,0 +1,161 @@
+"""The labels of the batches, decoded: what is learned, of whom, whether ends are, and whether a label is its token.
+
+`LabelFacts.of(subject)` is what the rules of S4 to S7 ask; it is made once a subject.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from solotune.diagnosis.facts.roles import ASSISTANT, OTHER, USER, Roles
+from solotune.diagnosis.facts.texts import IGNORED, Batches, Document
+from solotune.diagnosis.subject import Subject
+
+SHIFTS = (1, -1, 2, -2)  # tokens that labels may be off by
+NUM_READ = 256  # documents
+_BLANKS = 3  # tokens of white space between an answer and its end
+
+
+@dataclass
+class LabelFacts:
+    """Counts over the documents of some batches."""
+
+    batches: Batches
+    roles: Roles
+    documents: list[Document]
+    tokens: int = 0
+    labels: int = 0
+    unlearned: list[Document] = field(default_factory=list)  # documents without a label
+    unlike: int = 0  # labels that are not the token at their place
+    unlike_values: Counter[int] = field(default_factory=Counter)
+    shift: int | None = None  # label[t] == id[t + shift], where they are unlike
+    role_labels: Counter[int] = field(default_factory=Counter)  # role -> labels
+    role_tokens: Counter[int] = field(default_factory=Counter)
+    ends_learned: int = 0  # answers whose end has a label
+    ends_masked: Counter[int] = field(default_factory=Counter)  # id of an end behind an answer, without a label
+    ends_missing: int = 0  # answers that nothing ends
+    pads: int = 0  # places that are no text
+    pads_learned: int = 0
+    first_learned: int = 0  # first tokens behind left padding that have a label
+    longest: int = 0
+
+    @classmethod
+    @lru_cache(maxsize=1)
+    def of(cls, subject: Subject) -> LabelFacts:
+        """Of a subject's batches; read once, as long as no other subject is asked about."""
+        batches = Batches.of(subject)
+        facts = cls(batches, Roles(subject), batches.documents[:NUM_READ])
+        shifts: Counter[int] = Counter()
+        for document in facts.documents:
+            facts._add(document, shifts)
+        for lines in batches.sequences:
+            for line in lines:
+                pads_T = ~line.real_T
+                facts.pads += int(pads_T.sum())
+                facts.pads_learned += int((line.labels_T[pads_T] != IGNORED).sum())
+        best = max(shifts, key=lambda k: shifts[k], default=None)
+        if best is not None and shifts[best] >= 0.9 * facts.labels:
+            facts.shift = best
+        return facts
+
+    @property
+    def share(self) -> float:
+        """Of the tokens of the documents, those with a label."""
+        return self.labels / max(self.tokens, 1)
+
+    @property
+    def answers(self) -> int:
+        return self.ends_learned + sum(self.ends_masked.values()) + self.ends_missing
+
+    def _add(self, document: Document, shifts: Counter[int]) -> None:
+        learned, ids, labels = document.learned, document.ids, document.labels
+        self.tokens += len(ids)
+        self.longest = max(self.longest, len(ids))
+        self.labels += int(learned.sum())
+        if not learned.any():
+            self.unlearned.append(document)
+            return
+        unlike = learned & (labels != ids)
+        self.unlike += int(unlike.sum())
+        self.unlike_values.update(labels[unlike].tolist())
+        if unlike.any():
+            places = np.flatnonzero(learned)
+            for shift in SHIFTS:
+                inside = places[(places + shift >= 0) & (places + shift < len(ids))]
+                shifts[shift] += int((labels[inside] == ids[inside + shift]).sum()) + len(places) - len(inside)
+        self.first_learned += bool(document.start > 0 and learned[0] and self._is_padded_left(document))
+        roles_T = self.roles.of(document)
+        if roles_T is not None:
+            for role in (OTHER, USER, ASSISTANT):
+                self.role_labels[role] += int((learned & (roles_T == role)).sum())
+                self.role_tokens[role] += int((roles_T == role).sum())
+        self._add_ends(document, roles_T)
+
+    def _is_padded_left(self, document: Document) -> bool:
+        line = self.batches.sequences[document.batch][document.sequence]
+        return not line.real_T[document.start - 1]
+
+    def _add_ends(self, document: Document, roles_T: np.ndarray | None) -> None:
+        """What ends the learned stretches; one that runs to the end of a document at the limit may have been cut."""
+        ids, ends = document.ids, self.roles.ends
+        if not ends:
+            return
+        # labels that stand at another place than their token are judged by value
+        values = document.labels
+        for begin, end in document.spans():
+            if roles_T is not None and not (roles_T[begin:end] == ASSISTANT).any():
+                continue  # of the prompt
+            tail = [int(v) for v in values[max(begin, end - 1 - _BLANKS) : end]]
+            if any(v in ends for v in tail):
+                self.ends_learned += 1
+                continue
+            following = [int(i) for i in ids[end : end + 1 + _BLANKS]]
+            behind = next((i for i in following if i in ends), None)
+            if behind is not None:
+                self.ends_masked[behind] += 1
+            elif end < len(ids) or len(ids) < self.longest:
+                self.ends_missing += 1
+
+    def decoded(self, count: int = 1) -> list[dict[str, Any]]:
+        """The first documents as text, with what is learned of them, for a page."""
+        if self.roles.tokenizer is None:
+            return []
+        shown = []
+        for document in self.documents[:count]:
+            edges = np.flatnonzero(np.diff(document.learned.astype(np.int8))) + 1
+            pieces = np.split(document.ids, edges)
+            flags = [bool(part[0]) for part in np.split(document.learned, edges) if len(part)]
+            texts = [self.roles.tokenizer.decode(piece.tolist()) for piece in pieces if len(piece)]
+            shown.append({"pieces": [{"text": t, "learned": f} for t, f in zip(texts, flags, strict=True)]})
+        return shown
+
+    def measurements(self) -> dict[str, Any]:
+        """As they stand in diagnosis.json."""
+        return {
+            "documents": len(self.documents),
+            "tokens": self.tokens,
+            "labels": self.labels,
+            "share_learned": round(self.share, 4),
+            "documents_without_labels": len(self.unlearned),
+            "labels_unlike_their_token": self.unlike,
+            "labels_by_role": {name: self.role_labels[role] for name, role in _NAMES.items() if self.role_tokens[role]},
+            "tokens_by_role": {name: self.role_tokens[role] for name, role in _NAMES.items() if self.role_tokens[role]},
+            "ends": {
+                "learned": self.ends_learned,
+                "masked": sum(self.ends_masked.values()),
+                "missing": self.ends_missing,
+            },
+            "pads": self.pads,
+            "pads_learned": self.pads_learned,
+            "left_padded_sequences": self.batches.left_padded,
+            "packed": self.batches.is_packed,
+            "shown": self.decoded(),
+        }
+
+
+_NAMES = {"other": OTHER, "user": USER, "assistant": ASSISTANT}

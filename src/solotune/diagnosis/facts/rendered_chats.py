@@ -1,0 +1,53 @@
+"""What a subject's tokenizer makes of chats, as they would be served, and its rows as text.
+
+rendered(subject, messages)   frame(subject)   decoded(subject)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from solotune.diagnosis.facts.rows import examples_of
+from solotune.diagnosis.subject import Subject
+
+NUM_ROWS = 100
+"""Rows that are decoded, evenly spaced."""
+
+
+def rendered(
+    subject: Subject, messages: Sequence[dict[str, Any]], prompt: bool = False, template: str | None = None
+) -> str | None:
+    """Messages by the tokenizer's own template (or this one), as they would be served; None where it has none or
+    refuses."""
+    tokenizer = subject.tokenizer
+    if tokenizer is None or not tokenizer.chat_template:
+        return None
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=prompt, chat_template=template
+            )
+        )
+    except Exception:  # templates refuse in their own words, and not only with Jinja's errors
+        return None
+
+
+def frame(subject: Subject, template: str | None = None) -> tuple[str, str, str] | None:
+    """The template's own text before a question, between question and answer, and behind the answer."""
+    chat = [{"role": "user", "content": "quvwxq"}, {"role": "assistant", "content": "zwvuyz"}]
+    text = rendered(subject, chat, template=template)
+    match = re.fullmatch(r"(.*)quvwxq(.*)zwvuyz(.*)", text, re.DOTALL) if text else None
+    return (match[1], match[2], match[3]) if match else None
+
+
+def decoded(subject: Subject) -> list[str]:
+    """Some training rows as text, special tokens included."""
+    if subject.tokenizer is None:
+        return []
+    rows = examples_of(subject)
+    chosen = [rows[int(i)] for i in np.linspace(0, len(rows) - 1, min(NUM_ROWS, len(rows))).astype(int)]
+    return [str(subject.tokenizer.decode(row.input_ids.tolist(), clean_up_tokenization_spaces=False)) for row in chosen]

@@ -1,0 +1,141 @@
+"""Who speaks where in a document: read off the template's own headers, or found by the contents of the conversations.
+
+A document is decoded token by token, so that each token has its place in the text; then every header (what the template
+writes between a user's text and the answer, and between an answer and the next user's text) begins a stretch. Where
+the tokenizer has no template, the messages of the conversation that the document holds are looked for in its text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+
+from solotune.dataset.chat.answer_spans import ChatTemplate
+from solotune.diagnosis.facts.texts import Document
+from solotune.diagnosis.subject import Subject
+from solotune.errors import SolotuneError
+
+UNKNOWN, OTHER, USER, ASSISTANT = -1, 0, 1, 2
+_SENTINELS = ("\ufdd0", "\ufdd1", "\ufdd2")
+_SHORTEST = 3  # characters of a content that are looked for
+
+
+class Roles:
+    """What a tokenizer's template and the conversations tell of roles and ends."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.tokenizer = subject.tokenizer
+        self._conversations = subject.conversations or [row.messages for row in subject.train[:500] if row.messages]
+        self._generation = subject.generation_config
+
+    @cached_property
+    def template(self) -> ChatTemplate | None:
+        """The chat template, where there is one."""
+        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
+            return None
+        try:
+            return ChatTemplate(self.tokenizer)
+        except SolotuneError:
+            return None
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """Ids that end a turn or a text: what the template ends answers with, and eos."""
+        if self.tokenizer is None:
+            return frozenset()
+        spelled = [] if self.template is None else [self.encode(text) for text in self.template.terminators]
+        eos: Any = self.tokenizer.eos_token_id
+        named = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        return frozenset({ids[-1] for ids in spelled if ids} | set(named))
+
+    @cached_property
+    def headers(self) -> dict[int, str]:
+        """Role -> the text that a turn of it begins with, blanks behind it included; empty without a template."""
+        if self.template is None:
+            return {}
+        user, answer, after = _SENTINELS
+        turns = [("user", user), ("assistant", answer), ("user", after)]
+        try:
+            text = self.template.raw("", [{"role": role, "content": content} for role, content in turns])
+        except (SolotuneError, ValueError):
+            return {}
+        before, _, rest = text.partition(user)
+        middle, _, rest = rest.partition(answer)
+        between, found, _ = rest.partition(after)
+        if not found:
+            return {}
+        for end in self.template.terminators:
+            between = between.lstrip().removeprefix(end)
+        headers = {ASSISTANT: middle.lstrip(), USER: between.lstrip() if between.strip() else before.lstrip()}
+        bare = {header.strip() for header in headers.values()}
+        return headers if len(bare) == 2 and all(bare) else {}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, nothing added."""
+        assert self.tokenizer is not None
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def text_of(self, document: Document) -> tuple[str, np.ndarray]:
+        """The text, and int64 (T,) the place of each token's first character in it."""
+        pieces = [self._piece(int(i)) for i in document.ids]
+        return "".join(pieces), np.concatenate(([0], np.cumsum([len(p) for p in pieces])))[:-1].astype(np.int64)
+
+    @lru_cache(maxsize=1 << 16)  # noqa: B019 (an instance lives as long as a diagnosis)
+    def _piece(self, index: int) -> str:
+        assert self.tokenizer is not None
+        return str(self.tokenizer.decode([index], clean_up_tokenization_spaces=False))
+
+    def of(self, document: Document) -> np.ndarray | None:
+        """int8 (T,): role of each token (its header counts as `OTHER`); None where nothing tells."""
+        if self.tokenizer is None:
+            return None
+        text, begins_T = self.text_of(document)
+        marks = self._marks_by_headers(text) or self._marks_by_contents(text)
+        if not marks:
+            return None
+        roles_T = np.zeros(len(document.ids), np.int8)
+        for begin, end, role in marks:
+            roles_T[(begins_T >= begin) & (begins_T < end)] = role
+        return roles_T
+
+    def _marks_by_headers(self, text: str) -> list[tuple[int, int, int]]:
+        """Stretches (begin, end, role) in characters, by the template's headers."""
+        found = []
+        for role, header in self.headers.items():
+            bare = header.rstrip()
+            place = text.find(bare)
+            while place >= 0:
+                end = place + len(header if text.startswith(header, place) else bare)
+                found.append((place, end, role))
+                place = text.find(bare, end)
+        found.sort()
+        if not found:
+            return []
+        nexts = [*(begin for begin, _, _ in found[1:]), len(text)]
+        return [(end, following, role) for (_, end, role), following in zip(found, nexts, strict=True)]
+
+    def _marks_by_contents(self, text: str) -> list[tuple[int, int, int]]:
+        conversation = self.conversation_in(text)
+        place, marks = 0, []
+        for message in conversation or ():
+            content = str(message.get("content") or "")
+            role = {"user": USER, "assistant": ASSISTANT}.get(str(message.get("role")), OTHER)
+            begin = text.find(content, place)
+            if begin < 0:
+                return []
+            place = begin + len(content)
+            marks.append((begin, place, role))
+        return marks
+
+    def conversation_in(self, text: str) -> Sequence[Mapping[str, Any]] | None:
+        """The conversation all of whose longer contents stand in this text; of several the longest."""
+        best, most = None, 0
+        for conversation in self._conversations:
+            contents = [str(message.get("content") or "").strip() for message in conversation]
+            size = sum(map(len, contents))
+            if size > most and all(c in text for c in contents) and any(len(c) >= _SHORTEST for c in contents):
+                best, most = conversation, size
+        return best

@@ -1,0 +1,323 @@
+"""What the rules on rows look at: the rows as tokens, the answers in them, the template, the model's own numbers.
+
+    RowFacts.of_config(config, tokenizer, train, validation, report)     each fact is computed once, when a rule asks
+
+Questions about tokens are array operations (`row_arrays`); questions that need text decode an evenly spaced sample.
+
+*Answer* below means a run of supervised tokens; `ends` are their last tokens that are not blank (`<|im_end|>` though a
+newline follows it). A *stop* is an id that generation ends at: eos, a special token, what the template ends turns with.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+
+from solotune.config.run_config import RunConfig
+from solotune.dataset import load_tokenizer
+from solotune.dataset.chat.answer_spans import ChatTemplate
+from solotune.dataset.chat.control_tokens import ControlTokens
+from solotune.dataset.chat.encode import Encoder
+from solotune.diagnosis.facts import row_arrays
+from solotune.diagnosis.facts.row_arrays import Side, Whole, evenly, judged
+from solotune.errors import InputError
+from solotune.hub.model_files import ModelFiles, model_here
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from solotune.dataset import DataReport, Example
+
+Answer = TypeVar("Answer")
+ModelJsons = Mapping[str, Mapping[str, Any]]
+
+_PART = re.compile(r" part (\d+)/(\d+)$")
+_USER, _ANSWER = "\ufdd0", "\ufdd1"  # what no text has
+_MODEL_FILES = ("config.json", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """The keys of a config that decide how rows are cut, masked and rendered."""
+
+    max_length: int
+    overflow: str
+    assistant_only_loss: bool
+    chat_template_path: str | None = None
+    eval_dataset: Any = None
+
+    @classmethod
+    def of(cls, config: RunConfig) -> RowSettings:
+        """Those of a config."""
+        return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
+
+
+class RowFacts:
+    """Everything a rule on rows may ask."""
+
+    def __init__(
+        self,
+        settings: RowSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Sequence[Example],
+        validation: Sequence[Example],
+        report: DataReport,
+        model_jsons: ModelJsons,
+        template_of_model: Callable[[], ChatTemplate | None] = lambda: None,
+    ) -> None:
+        """Args:
+        train: training rows, at least one.
+        validation: held-out rows, or none.
+        report: the account of both, for rows that were dropped on the way.
+        model_jsons: config.json and generation_config.json of the base, empty where they are not known.
+        template_of_model: the base's own template, where `chat_template_path` takes its place.
+        """
+        self.settings, self.tokenizer, self.report = settings, tokenizer, report
+        self._rows, self._model_jsons, self._template_of_model = (train, validation), model_jsons, template_of_model
+        self.train, self.validation = Side.of(judged(train)), Side.of(judged(validation))
+        self._known: dict[Any, Any] = {}
+        self._blank_of: dict[int, bool] = {}
+
+    @classmethod
+    def of_config(
+        cls,
+        config: RunConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Sequence[Example],
+        validation: Sequence[Example],
+        report: DataReport,
+        base: ModelFiles | None = None,
+    ) -> RowFacts:
+        """The facts on rows that a config made.
+
+        Args:
+            base: files of the base model, where the caller has them already.
+        """
+        base = base or model_here(config)
+
+        def template_of_model() -> ChatTemplate | None:
+            if config.chat_template_path is None:
+                return None
+            try:
+                plain = load_tokenizer(config.replaced("findings", chat_template_path=None), base)
+                return ChatTemplate(plain, report.day) if plain.chat_template is not None else None
+            except InputError:  # it is not here
+                return None
+
+        settings = RowSettings.of(config)
+        return cls(settings, tokenizer, train, validation, report, model_jsons(base), template_of_model)
+
+    def once(self, question: Callable[[RowFacts], Answer]) -> Answer:
+        """`question(self)`, asked once however many rules ask."""
+        if question not in self._known:
+            self._known[question] = question(self)
+        return self._known[question]
+
+    # --- all rows, and those that are judged
+
+    @cached_property
+    def whole(self) -> tuple[Whole, Whole]:
+        """All rows, of training and of validation."""
+        return Whole.of(self._rows[0]), Whole.of(self._rows[1])
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether there are more training rows than are judged."""
+        return len(self.train.rows) < len(self._rows[0])
+
+    def stretches(self) -> Iterator[Side]:
+        """All training rows, some at a time."""
+        if not self.is_sample:
+            yield self.train
+            return
+        for begin in range(0, len(self._rows[0]), 256):
+            yield Side.of(self._rows[0][begin : begin + 256])
+
+    def dropped(self, reason: str) -> int:
+        """Rows dropped for a reason; where a sample is judged, as many as belong to it."""
+        return round(self.report.dropped[reason] * len(self.train.rows) / max(len(self._rows[0]), 1))
+
+    # --- the tokenizer
+
+    @cached_property
+    def control(self) -> ControlTokens:
+        """The tokenizer's control tokens."""
+        return ControlTokens(self.tokenizer)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Encodes as the data door does."""
+        return Encoder(self.tokenizer)
+
+    @cached_property
+    def template(self) -> ChatTemplate | None:
+        """The chat template in use; None for a tokenizer without one."""
+        return ChatTemplate(self.tokenizer, self.report.day) if self.tokenizer.chat_template is not None else None
+
+    @cached_property
+    def own_template(self) -> ChatTemplate | None:
+        """The model's, where a file of the user's (`chat_template_path`) takes its place."""
+        return self._template_of_model()
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that the tokenizer calls special or names (bos, eos, pad, unk)."""
+        added = self.tokenizer.added_tokens_decoder
+        return frozenset(self.tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+
+    @cached_property
+    def turn_end_ids(self) -> frozenset[int]:
+        """Last ids of what the template ends an assistant turn with, and eos."""
+        spellings = self.template.terminators if self.template else ()
+        eos = {self.eos_id} if self.eos_id is not None else set()
+        return frozenset(self.encode(spelling)[-1] for spelling in spellings) | eos
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that can end generation."""
+        return self.turn_end_ids | self.special_ids
+
+    def named_id(self, name: Literal["bos", "eos", "pad", "unk"]) -> int | None:
+        """The tokenizer's own bos, eos, pad or unk; of several (a list is allowed), the first."""
+        found: Any = getattr(self.tokenizer, f"{name}_token_id")
+        return next(iter(found), None) if isinstance(found, list) else found
+
+    @property
+    def eos_id(self) -> int | None:
+        """The tokenizer's end of text."""
+        return self.named_id("eos")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, nothing added."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of some ids, as it is."""
+        text = self.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+        return text if isinstance(text, str) else "".join(text)
+
+    def spelled(self, index: Any) -> str:
+        """One id as the vocabulary spells it."""
+        return str(self.tokenizer.convert_ids_to_tokens(int(index)))
+
+    def is_blank(self, ids: np.ndarray) -> np.ndarray:
+        """Which of the ids are white space alone."""
+        distinct, inverse = np.unique(ids, return_inverse=True)
+        for index in map(int, distinct):
+            if index not in self._blank_of:
+                text = self.decode(np.array([index]))
+                self._blank_of[index] = bool(text) and not text.strip()
+        return np.array([self._blank_of[int(index)] for index in distinct], dtype=bool)[inverse]
+
+    def last_of_answers(self, side: Side) -> np.ndarray:
+        """int64 (A,): position of the last token of each answer that is not blank (templates end turns with `\\n`)."""
+        return self._before_blanks(side, side.begins, side.ends - 1)
+
+    def _before_blanks(self, side: Side, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+        for _ in range(4 if len(last) else 0):  # more blank tokens than that after an end of turn no template writes
+            last = np.where((last > first) & self.is_blank(side.ids[last]), last - 1, last)
+        return last
+
+    def is_cut(self, side: Side) -> np.ndarray:
+        """bool (R,): something was cut off: the row fills `max_length` without ending, or is a part with a next one."""
+        last = self._before_blanks(side, side.starts[:-1], side.starts[1:] - 1)
+        cut = (side.lengths >= self.settings.max_length) & ~np.isin(side.ids[last], list(self.stop_ids))
+        if self.settings.overflow == "split":
+            parts = [_PART.search(row.where) for row in side.rows]
+            cut |= np.array([part is not None and part[1] != part[2] for part in parts], dtype=bool)
+        return cut
+
+    # --- rows as text
+
+    @cached_property
+    def chats(self) -> list[int]:
+        """Training rows that are chats, at most NUM_READ, evenly spaced."""
+        return evenly([r for r, row in enumerate(self.train.rows) if row.messages], row_arrays.NUM_READ)
+
+    @cached_property
+    def is_chat(self) -> bool:
+        """Whether the rows are chats; a run has one format."""
+        return bool(self.train.rows) and bool(self.train.rows[0].messages)
+
+    def sample(self, side: Side, *, whole: bool = True) -> list[int]:
+        """Rows for decoding, evenly spaced: chats, and unless asked otherwise only those that were not cut.
+
+        Where rows were truncated, one that fills `max_length` is left out even if it ends with a stop: the cut may
+        have fallen between two turns.
+        """
+        fits = ~self.is_cut(side) if whole else np.ones(len(side.rows), bool)
+        if whole and self.report.num_truncated:
+            fits &= side.lengths < self.settings.max_length
+        return evenly([r for r, row in enumerate(side.rows) if row.messages and fits[r]], row_arrays.NUM_DECODED)
+
+    @cached_property
+    def answers(self) -> list[tuple[int, str]]:
+        """(row, last answer as text) of the training rows: of a chat its message, else what is supervised."""
+        rows = self.chats or evenly(range(len(self.train.rows)), row_arrays.NUM_READ)
+        return [(row, self._answer_of(row)) for row in rows]
+
+    def _answer_of(self, row: int) -> str:
+        example = self.train.rows[row]
+        for message in reversed(example.messages):
+            if message["role"] == "assistant":
+                return message["content"] or json.dumps(message.get("tool_calls"), sort_keys=True, default=str)
+        ids = example.input_ids[example.supervised]
+        text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        return text if isinstance(text, str) else "".join(text)
+
+    # --- the model's own numbers
+
+    @cached_property
+    def num_embeddings(self) -> int | None:
+        """Rows of the embedding matrix by config.json; None where that is not at hand."""
+        found = self._model_jsons["config.json"]
+        size = (found.get("text_config") or found).get("vocab_size")
+        return size if isinstance(size, int) and size > 0 else None
+
+    def model_ids(self, key: str) -> set[int]:
+        """`eos_token_id` or `bos_token_id` by generation_config.json, else config.json: one id, a list, or none."""
+        for name in ("generation_config.json", "config.json"):
+            found = self._model_jsons[name]
+            value = found.get(key, (found.get("text_config") or {}).get(key))
+            if value is not None:
+                return {v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)}
+        return set()
+
+
+def pieces_of_template(facts: RowFacts) -> tuple[str, str, str] | None:
+    """The template's own text before a question, between it and the answer, and after; None if it refuses."""
+    return None if facts.template is None else pieces_of(facts.template)
+
+
+def pieces_of(template: ChatTemplate) -> tuple[str, str, str] | None:
+    """The same of a template."""
+    chat = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = template.raw("the probe", chat, None, is_prompt=False)
+    except InputError:
+        return None
+    header, _, rest = text.partition(_USER)
+    between, found, end = rest.partition(_ANSWER)
+    return (header, between, end) if found else None
+
+
+def rendered_prompt(facts: RowFacts, messages: list[dict[str, Any]], tools: Any) -> np.ndarray | None:
+    """What generation would be given for these messages; None where the template refuses them."""
+    if facts.template is None:
+        return None
+    try:
+        rendered = facts.template.render_prompt(messages, tools)
+        return facts.encoder.encode([rendered], ["the prompt"])[0][0]
+    except InputError:
+        return None
+
+
+def model_jsons(base: ModelFiles | None) -> dict[str, dict[str, Any]]:
+    """config.json and generation_config.json of the base, as far as they are on this machine; else empty."""
+    return {name: {} if base is None else base.json_or_empty(name) for name in _MODEL_FILES}

@@ -1,0 +1,89 @@
+"""The rows of a subject as rules on rows look at them, whoever made them.
+
+A foreign training brings rows as its collator made them, and settings of which most are unknown. What is unknown is set
+so that a rule which depends on it says nothing: without a known `max_length` no row counts as cut, and without a known
+mask every token may be learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from solotune.dataset import DataReport, Example
+from solotune.dataset.example import lengths_of
+from solotune.diagnosis.facts.row_facts import RowFacts, RowSettings
+from solotune.diagnosis.subject import Subject
+
+
+def facts_of(subject: Subject) -> RowFacts | None:
+    """The facts on the rows, tokenizer and template of a subject; None where it has no rows or no tokenizer."""
+    train, validation = (_answered(rows) for rows in (examples_of(subject), subject.validation))
+    if subject.tokenizer is None or not train:
+        return None
+    report = DataReport("messages" if train[0].messages else "text")
+    report.num_train, report.num_validation = len(train), len(validation)
+    report.labels.row_tokens.extend(lengths_of(train))
+    files = {"config.json": subject.model_config, "generation_config.json": subject.generation_config}
+    settings = _settings(subject, max(lengths_of(train)))
+    return RowFacts(settings, subject.tokenizer, train, validation, report, files)
+
+
+def _answered(rows: Sequence[Example]) -> list[Example]:
+    """Rows as the rules on data expect them: a chat has an answer. One whose roles have other names (F36) is a text."""
+    return [
+        row if any(m.get("role") == "assistant" for m in row.messages) else replace(row, messages=[]) for row in rows
+    ]
+
+
+def _settings(subject: Subject, longest: int) -> RowSettings:
+    """What the rules ask of a config; see the module for what is unknown."""
+    get = subject.settings.get
+    limit, overflow = get("max_length"), get("overflow")
+    return RowSettings(
+        max_length=limit if isinstance(limit, int) and limit >= 8 else max(longest + 1, 8),
+        overflow=overflow if overflow in ("truncate", "drop", "split", "error") else "truncate",
+        assistant_only_loss=get("assistant_only_loss") is True,
+        chat_template_path=get("chat_template_path"),
+    )
+
+
+def examples_of(subject: Subject) -> list[Example]:
+    """The training rows, with their conversations where those are known; of batches, where there is nothing else."""
+    rows = list(subject.train) or [row for batch in subject.batches for row in rows_of(batch)]
+    chats = subject.conversations
+    if len(chats) == len(rows) and not any(row.messages for row in rows):
+        rows = [replace(row, messages=plain_messages(chat)) for row, chat in zip(rows, chats, strict=True)]
+    return rows
+
+
+def rows_of(batch: Mapping[str, Any]) -> list[Example]:
+    """The rows of a padded batch, without their padding; a label counts wherever it is not -100."""
+    ids_BT = np.asarray(batch["input_ids"].cpu(), np.int32)
+    labels = batch.get("labels")
+    learned_BT = np.asarray(labels.cpu()) != -100 if labels is not None else np.zeros(ids_BT.shape, bool)
+    mask = batch.get("attention_mask")
+    real_BT = np.asarray(mask.cpu()).astype(bool) if mask is not None and mask.dim() == 2 else np.ones_like(learned_BT)
+    return [
+        Example(ids[real], learned[real], f"row {number + 1} of a batch", [])
+        for number, (ids, learned, real) in enumerate(zip(ids_BT, learned_BT, real_BT, strict=True))
+        if real.any()
+    ]
+
+
+def plain_messages(chat: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as rules read them: a role and a text, whatever else is there."""
+    return [
+        {**message, "role": str(message.get("role", "")), "content": text_of(message.get("content"))}
+        for message in chat
+    ]
+
+
+def text_of(content: Any) -> str:
+    """The text of a content: a string, parts of which some are texts, or nothing."""
+    if isinstance(content, list):
+        return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
+    return content if isinstance(content, str) else ""

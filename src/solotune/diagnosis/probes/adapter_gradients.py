@@ -1,0 +1,253 @@
+"""P4, P5 and P6: is the adapter nothing at the start and something afterwards, does it get gradients, do steps arrive?
+
+P4  logits with the adapter on and off
+P5  gradients of every adapter in the second step: in the first all of A are zero in the best of health, since B is 0
+P6  share of the elements whose stored value one optimizer step changes
+
+P5 and P6 share two real steps on one small batch, at the peak of the training's rate: two forward and backward passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.facts.derived import begins_by_design
+from solotune.diagnosis.probes.probed_model import (
+    Adapter,
+    adapters_of,
+    adapters_off,
+    has_labels,
+    is_untouched,
+    logits_of,
+    on_device,
+    optimizer_of,
+    restored,
+    sequences_of,
+    trainable_of,
+    training_loss,
+)
+from solotune.diagnosis.probes.skipped import Skipped
+from solotune.diagnosis.subject import Live, Subject
+
+ARRIVES = 0.6  # of the elements: below it most of a step is lost to rounding
+NOT_THE_BASE = 1e-3  # largest difference of log-probabilities that an untouched adapter may make (rounding)
+MOST = 0.9  # of the adapters
+
+
+def on_and_off(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
+    """P4."""
+    if not adapters_of(live.model):
+        raise Skipped("the model has no adapter")
+    batch = _small(live)
+    with restored(live), torch.no_grad():
+        live.model.eval()
+        on = logits_of(live.model, batch).float().log_softmax(-1)
+        with adapters_off(live.model):
+            off = logits_of(live.model, batch).float().log_softmax(-1)
+    difference = float((on - off).abs().max())
+    divergence = float((on.exp() * (on - off)).sum(-1).mean())
+    untouched = is_untouched(live.model)
+    found = {"largest_difference": difference, "divergence": divergence, "B_all_zero": untouched}
+    steps = _steps_done(subject)
+    if not untouched and steps == 0 and difference > NOT_THE_BASE and not begins_by_design(subject):
+        says = f"before the first step the adapter changes log-probabilities by up to {difference:.2g}; with B = 0 by 0"
+        fix = "init_lora_weights: true"
+        return [Signal("F59", "invariant", says, 0.9, found, fix=fix)], found
+    if difference <= NOT_THE_BASE:
+        says = f"with the adapter on the model is the base, to {difference:.1g}"
+        return [Signal("F59", "measured", says, 0.9, found, against=True)], found
+    return [], found
+
+
+def gradients_and_steps(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
+    """P5 and P6."""
+    adapters = adapters_of(live.model)
+    if not adapters:
+        raise Skipped("the model has no adapter")
+    rate = learning_rate_of(subject)
+    with restored(live):
+        live.model.train()
+        found = _two_steps(live, adapters, rate)
+        signals = _without_gradient(live, adapters, found)
+    with restored(live):
+        live.model.train()
+        signals += _lost(live, subject, adapters, rate, found)
+    return signals, found
+
+
+def learning_rate_of(subject: Subject) -> float:
+    """The peak of the training's rate: as set, else as logged, else a usual one."""
+    given = subject.settings.get("learning_rate")
+    if given:
+        return float(given)
+    rates = [] if subject.trace is None else [float(r) for r in subject.trace.learning_rate_S if r == r]
+    return max(rates, default=0.0) or 2e-4
+
+
+def _small(live: Live, rows: int = 2) -> dict[str, Any]:
+    for batch in live.batches:
+        part = sequences_of(batch, rows)
+        if has_labels(part):
+            return on_device(live, part)
+    raise Skipped("no batch has a label")
+
+
+def _steps_done(subject: Subject) -> int:
+    if subject.trace is None or not len(subject.trace.step_S):
+        return 0
+    return int(subject.trace.step_S[-1])
+
+
+def _two_steps(live: Live, adapters: Sequence[Adapter], rate: float) -> dict[str, Any]:
+    """Gradients after one step, and how much of the second arrives."""
+    batch = _small(live)
+    parameters = trainable_of(live.model)
+    found: dict[str, Any] = {
+        "adapters": len(adapters),
+        "B_trainable": sum(a.B.requires_grad for a in adapters),
+        "rate": rate,
+        "dtype": str(adapters[0].A.dtype).removeprefix("torch."),
+    }
+    if not parameters:
+        return found
+    optimizer = optimizer_of(live, parameters, rate)
+    for step in (1, 2):
+        loss = training_loss(live, batch)
+        if not loss.requires_grad:
+            found["error"] = "the loss depends on nothing that is trained"
+            return found
+        loss.backward()
+        found[f"loss_{step}"] = loss.item()
+        if step == 2:
+            found |= _zeros(adapters)
+            found["without_gradient"] = [a.name for a in adapters if _none(a.A) and _none(a.B)][:5]
+            found["other_gradients"] = any(
+                p.grad is not None and bool(p.grad.any()) for p in parameters if not _is_adapter(p, adapters)
+            )
+        before = [p.detach().clone() for p in parameters]
+        optimizer.step()
+        if step == 2:
+            found["share_changed"] = _share_changed(parameters, before)
+        optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+def _share_changed(parameters: Sequence[nn.Parameter], before: Sequence[torch.Tensor]) -> float | None:
+    """Of the elements that have a gradient, those whose stored value is another one now."""
+    changed = total = 0
+    for p, old in zip(parameters, before, strict=True):
+        if p.grad is not None:
+            moves = p.grad != 0
+            total += int(moves.sum())
+            changed += int(((p.detach() != old) & moves).sum())
+    return changed / total if total else None
+
+
+def _none(p: nn.Parameter) -> bool:
+    return p.grad is None or not bool(p.grad.any())
+
+
+def _is_adapter(p: nn.Parameter, adapters: Sequence[Adapter]) -> bool:
+    return any(p is a.A or p is a.B for a in adapters)
+
+
+def _zeros(adapters: Sequence[Adapter]) -> dict[str, float]:
+    """Shares of the A and of the B without any gradient."""
+    return {
+        "A_without_gradient": sum(_none(a.A) for a in adapters) / len(adapters),
+        "B_without_gradient": sum(_none(a.B) for a in adapters) / len(adapters),
+    }
+
+
+def _without_gradient(live: Live, adapters: Sequence[Adapter], found: dict[str, Any]) -> list[Signal]:
+    """F58, F60 or F57, each confirmed by its fix."""
+    frozen = len(adapters) - found["B_trainable"]  # A alone may be: that is LoRA-FA
+    both = min(found.get("A_without_gradient", 1.0), found.get("B_without_gradient", 1.0))
+    if frozen > 0.5 * len(adapters):
+        says = f"in {frozen} of {len(adapters)} adapters B does not require a gradient"
+        signals = [
+            Signal("F58", "invariant", says, 0.95, _numbers(found), fix="load the adapter with is_trainable=True")
+        ]
+        for a in adapters:
+            a.A.requires_grad_(True)
+            a.B.requires_grad_(True)
+        return signals + _confirmed(live, adapters, "F58", "with requires_grad on", found)
+    if both < MOST and found.get("B_without_gradient", 0.0) < MOST:
+        says = f"in the second step {1 - found['B_without_gradient']:.0%} of the adapters have gradients"
+        return [Signal(code, "measured", says, 0.9, _numbers(found), against=True) for code in ("F57", "F58", "F60")]
+    if not any(bool(a.A.detach().any()) or bool(a.B.detach().any()) for a in adapters):
+        says = "A and B are both zero in every adapter: neither can ever get a gradient"
+        signals = [Signal("F60", "invariant", says, 0.95, _numbers(found), fix="init_lora_weights: true")]
+        with torch.no_grad():
+            for a in adapters:
+                a.A.normal_(std=0.02)
+        return signals + _confirmed(live, adapters, "F60", "with A drawn at random", found)
+    says = f"{found.get('B_without_gradient', 1.0):.0%} of the adapters have no gradient in the second step"
+    says += ", though they require one" + (", while other weights learn" if found.get("other_gradients") else "")
+    fix = "gradient_checkpointing_kwargs: {use_reentrant: false}, or model.enable_input_require_grads()"
+    with _inputs_require_gradients(live.model):
+        confirmed = _confirmed(live, adapters, "F57", "with the inputs requiring gradients", found)
+    if not confirmed:
+        return []
+    return [Signal("F57", "invariant", says, 0.95, _numbers(found), fix=fix), *confirmed]
+
+
+def _numbers(found: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in found.items() if isinstance(value, (int, float))}
+
+
+class _inputs_require_gradients:
+    """What `enable_input_require_grads` does, for a while."""
+
+    def __init__(self, model: nn.Module) -> None:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        self._hook = embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None:
+        self._hook.remove()
+
+
+def _confirmed(live: Live, adapters: Sequence[Adapter], code: str, what: str, found: dict[str, Any]) -> list[Signal]:
+    """A backward pass after the fix: the counterfactual, if gradients are there now."""
+    for p in live.model.parameters():
+        p.grad = None
+    loss = training_loss(live, _small(live))
+    if not loss.requires_grad:
+        return []
+    loss.backward()
+    have = 1 - sum(_none(a.A) and _none(a.B) for a in adapters) / len(adapters)
+    found[f"mended_{code}"] = have
+    if have < MOST:
+        return []
+    says = f"{what}, {have:.0%} of the adapters have a gradient"
+    return [Signal(code, "counterfactual", says, 0.95, {"with_gradient": have})]
+
+
+def _lost(
+    live: Live, subject: Subject, adapters: Sequence[Adapter], rate: float, found: dict[str, Any]
+) -> list[Signal]:
+    """F54: steps that rounding swallows, confirmed with the adapters in float32."""
+    share, dtype = found.get("share_changed"), adapters[0].A.dtype
+    if share is None:
+        return []
+    numbers = {"share_changed": share, "rate": rate, "dtype": found["dtype"]}
+    if dtype == torch.float32 or share >= ARRIVES:
+        says = f"one step at {rate:.3g} changes {share:.0%} of the {found['dtype']} elements"
+        return [Signal("F54", "measured", says, 0.9 if share >= 0.9 else 0.6, numbers, against=True)]
+    for a in adapters:
+        a.A.data, a.B.data = a.A.data.float(), a.B.data.float()
+    again = _two_steps(live, adapters, rate)
+    says = f"one step at {rate:.3g} changes {share:.0%} of the {found['dtype']} elements"
+    signals = [Signal("F54", "measured", says, 0.7, numbers, fix="keep the adapter in float32")]
+    if (after := again.get("share_changed")) is not None and after > 0.9:
+        found["share_changed_in_float32"] = after
+        says += f", in float32 {after:.0%}"
+        signals.append(Signal("F54", "counterfactual", says, 0.8, {**numbers, "float32": after}))
+    return signals

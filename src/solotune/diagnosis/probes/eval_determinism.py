@@ -1,0 +1,67 @@
+"""P8: the training's own evaluation, twice. Without dropout and noise two passes are equal to the last bit.
+
+Where they differ the model is held in evaluation mode and asked twice again. Costs two evaluations, or four.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.probes.probed_model import adapters_of, device_of, is_untouched, restored
+from solotune.diagnosis.probes.saved_adapter import _put_in
+from solotune.diagnosis.probes.skipped import Skipped
+from solotune.diagnosis.subject import Live, Subject
+
+EQUAL, EQUAL_ON_CPU = 1e-3, 1e-6  # relative: a GPU's kernels without a fixed order differ by less
+SMALL_B = 0.02  # standard deviation
+
+
+def evaluated_twice(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
+    """P8."""
+    if live.evaluate is None:
+        raise Skipped("the training's evaluation was not given")
+    with restored(live):
+        _fill(live, subject)
+        begun = time.perf_counter()
+        first = float(live.evaluate(live.model))
+        if (seconds := time.perf_counter() - begun) > budget:
+            raise Skipped(f"an evaluation takes {seconds:.0f} s")
+        second = float(live.evaluate(live.model))
+        found: dict[str, Any] = {"first": first, "second": second}
+        gap = abs(first - second) / max(abs(first), 1e-9)
+        equal = EQUAL_ON_CPU if device_of(live.model).type == "cpu" else EQUAL
+        if not gap > equal:  # both NaN: another fault's
+            says = f"two evaluations agree: {first:.6g} and {second:.6g}"
+            return [Signal("F45", "measured", says, 0.9, found, against=True)], found
+        handles = [m.register_forward_pre_hook(_evaluation_mode) for m in live.model.modules()]
+        try:
+            pair = [float(live.evaluate(live.model)) for _ in range(2)]
+        finally:
+            for handle in handles:
+                handle.remove()
+    found["held_in_evaluation_mode"] = pair
+    says = f"two evaluations of the same rows differ: {first:.4f} and {second:.4f}"
+    signals = [Signal("F45", "measured", says, 0.8, found, fix="model.eval() before evaluating")]
+    if abs(pair[0] - pair[1]) <= equal * abs(pair[0]):
+        says += f"; held in evaluation mode both are {pair[0]:.4f}"
+        signals.append(Signal("F45", "counterfactual", says, 0.95, found, fix="model.eval() before evaluating"))
+    return signals, found
+
+
+@torch.no_grad()
+def _fill(live: Live, subject: Subject) -> None:
+    """Where B is zero, dropout before A changes nothing: the saved adapter is put in, else some small B."""
+    if is_untouched(live.model) and subject.saved is not None:
+        _put_in(live.model, subject.saved)
+    if is_untouched(live.model):
+        for adapter in adapters_of(live.model):
+            adapter.B.normal_(std=SMALL_B)
+
+
+def _evaluation_mode(module: nn.Module, inputs: Any) -> None:
+    module.training = False

@@ -1,0 +1,210 @@
+"""P13: the same questions answered the deployment's way and after the rendering of the training.
+
+    good after the training's rendering, bad the deployment's way       F11
+    always the same, and another one than after the training's          F11
+    the end of turn is written, and writing goes on                     F14
+    no end in either, and none is expected after the data's own answer  F10, F17, F19 or F24: the labels tell which;
+                                                                        where those let ends be learned, F17 if the pad
+                                                                        is one and the base did end
+
+Repetition after training is as often a fault of the deployment's format as of the training, so both are always looked
+at. Bad means without an end, or repeating itself: rep-4 is the share of 4-grams that came before. The adapter is the
+saved one, where the model has none that was trained. Costs some dozens of tokens, generated one by one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.facts.derived import is_ours
+from solotune.diagnosis.facts.labels import LabelFacts
+from solotune.diagnosis.probes.probed_model import adapters_off, device_of, is_untouched, logits_of, restored
+from solotune.diagnosis.probes.prompt_use import _cost, _pair
+from solotune.diagnosis.probes.saved_adapter import _put_in
+from solotune.diagnosis.probes.skipped import Skipped
+from solotune.diagnosis.subject import Live, Subject
+
+NUM_PROMPTS = 4
+MOST_TOKENS = 48
+REPEATS = 0.25  # rep-4
+UNEXPECTED = 0.05  # probability of an end of turn behind a whole answer; long free answers may go on all the same
+CLEARLY, BEGINNING = 0.3, 24  # nats a token, of so many tokens
+MUCH = 0.5  # of the prompts; also the gap of losses, in nats
+
+
+def both_renderings(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
+    """P13."""
+    deadline = time.perf_counter() + budget
+    facts = LabelFacts.of(subject)
+    if live.generate is None or subject.tokenizer is None:
+        raise Skipped("the deployment's way of answering was not given")
+    with restored(live), torch.no_grad():
+        if is_untouched(live.model):
+            if subject.saved is None or not _put_in(live.model, subject.saved)[0]:
+                raise Skipped("nothing was trained yet")
+            if is_untouched(live.model):
+                raise Skipped("the adapter is empty")
+        live.model.eval()
+        deployed, trained, wanted, asked, ends, gaps, again = [], [], [], [], [], [], None
+        for document in facts.documents:
+            pair, question = _pair(document, facts.roles), _question(facts, document)
+            if pair is None or not question:
+                continue
+            if len(trained) == NUM_PROMPTS or time.perf_counter() > deadline:
+                break
+            text = live.generate(question)
+            if again is None and _is_whole(facts, document):
+                again = live.generate(question) == text
+            deployed.append(facts.roles.encode(text))
+            trained.append(_greedy(live, pair[0], facts.roles.ends, min(MOST_TOKENS, 2 * len(pair[1]) + 8)))
+            wanted.append(pair[1])
+            ends.append(_expects_end(live, [*pair[0], *pair[1]], facts.roles.ends))
+            asked.append(pair[0])
+            if deployed[-1] and trained[-1]:
+                costs = [_cost(live, pair[0], answers[-1][:BEGINNING]) for answers in (deployed, trained)]
+                gaps.append(costs[0] - costs[1])
+    if len(trained) < 2:
+        raise Skipped("fewer than two questions are known")
+    found = {
+        "prompts": len(trained),
+        "training_rendering": _looks(trained, facts.roles.ends),
+        "deployment_rendering": _looks(deployed, facts.roles.ends),
+        "end_expected": float(np.mean(ends)),
+        "goes_on_after_end": float(np.mean([_behind_end(ids, facts.roles.ends) > 4 for ids in deployed])),
+        "stops_at_end": float(np.mean([_behind_end(ids, facts.roles.ends) == 0 for ids in deployed])),
+        "right": {
+            "training_rendering": _share_right(trained, wanted, facts.roles.ends),
+            "deployment_rendering": _share_right(deployed, wanted, facts.roles.ends),
+        },
+        "deployed_costs_more": float(np.mean(gaps)) if gaps else 0.0,  # nats a token, after the training's rendering
+        "same_again": bool(again),  # nothing is drawn at random, and nothing but the question is asked
+        "equal": float(np.mean([_alike(a, b, facts.roles.ends) for a, b in zip(trained, deployed, strict=True)])),
+    }
+    if _never_ended(found) and facts.ends_learned >= MUCH * max(facts.answers, 1):
+        return _never_ends(live, subject, facts, asked, found), found
+    return _judge(subject, found), found
+
+
+def _never_ended(found: dict[str, Any]) -> bool:
+    return found["training_rendering"]["without_end"] == 1.0 and found["end_expected"] < UNEXPECTED
+
+
+def _never_ends(
+    live: Live, subject: Subject, facts: LabelFacts, asked: Sequence[Sequence[int]], found: dict[str, Any]
+) -> list[Signal]:
+    """The rows have ends that their labels, as they were made here, let it learn, and it writes none.
+
+    So the ids are not at fault (F10). Where the pad is an end, a collator that masks by id explains it, of a model that
+    ended before it was tuned; else it has not learned that far.
+    """
+    tokenizer = subject.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer is not None else None
+    if pad not in facts.roles.ends:
+        if "batches" not in subject.missing:
+            return []
+        says = f"none of {found['prompts']} answers ends by itself"
+        return [Signal(code, "measured", says, 0.4, found) for code in ("F17", "F19")]
+    with restored(live), torch.no_grad(), adapters_off(live.model):
+        live.model.eval()
+        before = [_greedy(live, prompt, facts.roles.ends, MOST_TOKENS) for prompt in asked]
+    found["base_without_end"] = _looks(before, facts.roles.ends)["without_end"]
+    says = f"none of {found['prompts']} answers ends by itself, and {1 - found['base_without_end']:.0%} of the base's "
+    says += "do; the end of turn is the padding token too"
+    fix = "mask labels where attention_mask is 0, not where the id is the pad's; or a pad_token of its own"
+    return [Signal("F17", "measured", says, 0.65 if found["base_without_end"] < MUCH else 0.4, found, fix=fix)]
+
+
+def _judge(subject: Subject, found: dict[str, Any]) -> list[Signal]:
+    good, bad = found["training_rendering"], found["deployment_rendering"]
+    if found["goes_on_after_end"] >= MUCH:
+        says = (
+            f"in {found['goes_on_after_end']:.0%} of the deployed answers the end of turn is written and more follows"
+        )
+        return [Signal("F14", "invariant", says, 0.9, found, fix="eos_token_id of generation_config: the end of turn")]
+    worse = bad["rep_4"] - good["rep_4"] > REPEATS / 2 or bad["without_end"] - good["without_end"] >= MUCH
+    right = found["right"]
+    if right["training_rendering"] - right["deployment_rendering"] >= MUCH:
+        says = f"after the training's rendering {right['training_rendering']:.0%} of the answers begin as in the data, "
+        says += f"the deployment's way {right['deployment_rendering']:.0%}"
+        fix = "serve with the chat template that rendered the training"
+        return [Signal("F11", "counterfactual", says, 0.9, found, fix=fix)]
+    if good["rep_4"] < REPEATS and good["without_end"] < MUCH and worse and found["equal"] < MUCH:
+        says = f"the deployed answers have rep-4 {bad['rep_4']:.2f} and {bad['without_end']:.0%} without an end; after "
+        says += f"the training's rendering {good['rep_4']:.2f} and {good['without_end']:.0%}"
+        fix = "serve with the chat template that rendered the training"
+        return [Signal("F11", "counterfactual", says, 0.9, found, fix=fix)]
+    if _never_ended(found):
+        says = f"none of {found['prompts']} answers ends by itself, and behind the data's own answers an end has a "
+        says += f"probability of {found['end_expected']:.1%}"
+        return [Signal(code, "measured", says, 0.4, found) for code in ("F10", "F17", "F19")]
+    is_other = found["equal"] <= MUCH / 2 and found["deployed_costs_more"] > CLEARLY  # not two that are as likely
+    if found["same_again"] and is_other and not is_ours(subject):
+        says = f"{found['equal']:.0%} of the deployed answers, which are the same each time, begin as after the "
+        says += f"training's rendering, where they cost {found['deployed_costs_more']:.1f} nats a token more"
+        return [Signal("F11", "measured", says, 0.6, found, fix="serve with the chat template of the training")]
+    if found["equal"] >= MUCH:
+        says = f"{found['equal']:.0%} of the deployed answers are those after the training's rendering"
+        cleared = ("F11", "F14") if found["stops_at_end"] == 1 else ("F11",)
+        return [Signal(code, "measured", says, 0.8, found, against=True) for code in cleared]
+    return []
+
+
+def _share_right(answers: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]], ends: frozenset[int]) -> float:
+    return float(np.mean([_alike(a, w, ends) for a, w in zip(answers, wanted, strict=True)]))
+
+
+def _question(facts: LabelFacts, document: Any) -> str:
+    conversation = facts.roles.conversation_in(facts.roles.text_of(document)[0])
+    users = [str(m.get("content") or "") for m in conversation or () if m.get("role") == "user"]
+    return users[-1] if len(users) == 1 else ""
+
+
+def _is_whole(facts: LabelFacts, document: Any) -> bool:
+    """The question is all of the prompt: no instruction stands before it, which a deployment may leave out."""
+    conversation = facts.roles.conversation_in(facts.roles.text_of(document)[0]) or ()
+    return all(message.get("role") in ("user", "assistant") for message in conversation)
+
+
+def _greedy(live: Live, prompt: Sequence[int], ends: frozenset[int], count: int) -> list[int]:
+    ids = list(prompt)
+    while len(ids) < len(prompt) + count and not (len(ids) > len(prompt) and ids[-1] in ends):
+        inputs = torch.tensor([ids], device=device_of(live.model))
+        ids.append(int(logits_of(live.model, {"input_ids": inputs})[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def _expects_end(live: Live, ids: Sequence[int], ends: frozenset[int]) -> float:
+    """Probability of an end of turn as the next token."""
+    inputs = torch.tensor([list(ids)], device=device_of(live.model))
+    chances_V = logits_of(live.model, {"input_ids": inputs})[0, -1].float().softmax(-1)
+    return float(chances_V[sorted(ends)].sum())
+
+
+def _looks(answers: Sequence[Sequence[int]], ends: frozenset[int]) -> dict[str, float]:
+    return {
+        "without_end": float(np.mean([not any(i in ends for i in ids) for ids in answers])),
+        "rep_4": float(np.mean([_repeats([i for i in ids if i not in ends]) for ids in answers])),
+    }
+
+
+def _repeats(ids: Sequence[int]) -> float:
+    grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _behind_end(ids: Sequence[int], ends: frozenset[int]) -> int:
+    """Tokens that follow the first end."""
+    return next((len(ids) - n - 1 for n, i in enumerate(ids) if i in ends), 0)
+
+
+def _alike(a: Sequence[int], b: Sequence[int], ends: frozenset[int]) -> bool:
+    """Equal for the first tokens of both, ends aside: a deployment may cut blanks and hide its ends."""
+    a, b = [i for i in a if i not in ends], [i for i in b if i not in ends]
+    size = min(len(a), len(b), 8)
+    return a[:size] == b[:size] and bool(size or not (a or b))

@@ -1,0 +1,100 @@
+"""P9: is the gradient of several micro-batches, accumulated as the training does it, that of all their tokens at once?
+
+    norm ratio near the number of micro-batches     the losses are not divided (F74)
+    direction other than the tokens' mean           a mean of means: short rows weigh more (F74)
+
+Adam hides the first, since it takes no notice of a constant factor; it shows in the logged loss and the gradient norm.
+Costs three forward and backward passes over some two rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.probes.probed_model import (
+    has_labels,
+    on_device,
+    restored,
+    sequences_of,
+    trainable_of,
+    training_loss,
+)
+from solotune.diagnosis.probes.skipped import Skipped
+from solotune.diagnosis.subject import Live, Subject
+
+SAME = 0.05  # relative difference of gradients that rounding, or a weight here and there, may make
+
+
+def accumulated_against_whole(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
+    """P9."""
+    if live.backward is None:
+        raise Skipped("the training's way of accumulating was not given")
+    count = int(subject.settings.get("gradient_accumulation_steps") or 2)
+    count = max(2, min(count, 4))
+    ones = (sequences_of(batch, 1) for batch in live.batches)
+    batches = [on_device(live, one) for one in ones if has_labels(one)][:count]
+    if len(batches) < 2:
+        raise Skipped("fewer than two batches have labels")
+    labels = [int((b["labels"][..., 1:] != -100).sum()) for b in batches if "labels" in b]
+    with restored(live) as model:
+        model.eval()
+        parameters = trainable_of(model)
+        if not parameters:
+            raise Skipped("nothing is trained")
+        live.backward(model, batches)
+        theirs = _gradient(parameters)
+        by_tokens = _reference(live, batches, parameters, [n / sum(labels) for n in labels])
+        by_means = _reference(live, batches, parameters, [1 / len(batches)] * len(batches))
+    if not theirs.any() or not by_tokens.any():
+        raise Skipped("there is no gradient")
+    ratio = float(theirs.norm() / by_tokens.norm())
+    cosine = float(torch.nn.functional.cosine_similarity(theirs, by_tokens, dim=0))
+    found = {
+        "micro_batches": len(batches),
+        "labels": labels,
+        "norm_ratio": ratio,
+        "cosine": cosine,
+        "from_tokens": _gap(theirs, by_tokens),
+        "from_means": _gap(theirs, by_means),
+    }
+    fix = "divide by the labels of the whole step (num_items_in_batch)"
+    divided = theirs / len(batches)
+    found["divided_from_either"] = min(_gap(divided, by_means), _gap(divided, by_tokens))
+    if found["divided_from_either"] < SAME:
+        says = (
+            f"the gradient of {len(batches)} accumulated batches is {ratio:.2f} times that of all their tokens at once"
+        )
+        return [Signal("F74", "invariant", says, 0.9, found, fix=fix)], found
+    if found["from_tokens"] > SAME and found["from_means"] < 0.2 * found["from_tokens"]:
+        says = f"the accumulated gradient is the mean of {len(batches)} means to {found['from_means']:.1%}, and "
+        says += f"{found['from_tokens']:.0%} off the mean over tokens ({', '.join(map(str, labels))} labels)"
+        return [Signal("F74", "measured", says, 0.55, found, fix=fix)], found
+    if found["from_tokens"] <= SAME:
+        says = f"the accumulated gradient is that of all tokens at once, to {found['from_tokens']:.1%}"
+        return [Signal("F74", "measured", says, 0.9, found, against=True)], found
+    return [], found
+
+
+def _reference(
+    live: Live, batches: Sequence[Mapping[str, Any]], parameters: Sequence[nn.Parameter], weights: Sequence[float]
+) -> torch.Tensor:
+    for p in parameters:
+        p.grad = None
+    for batch, weight in zip(batches, weights, strict=True):
+        (training_loss(live, batch) * weight).backward()
+    return _gradient(parameters)
+
+
+def _gradient(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    return torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).detach().float().flatten() for p in parameters]
+    )
+
+
+def _gap(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())

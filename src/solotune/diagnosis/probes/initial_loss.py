@@ -1,0 +1,275 @@
+"""P1: the first loss of the batches beside that of the same rows with labels built right, of the same chats in the
+model's own rendering, of their texts as plain text, and of that plain text with its ids swapped at random.
+
+    as trained / labels right       far from 1: labels are not what the loss takes them for (F22)
+    as logged / as trained          near the number of micro-batches: their losses are not divided (F74)
+    labels right / own rendering    far above 1, plain text as usual: the format is foreign to the model (F12)
+    plain text / ids swapped        near 1: no text of this tokenizer means anything to the model (F04); unless what it
+                                    writes by itself is made of this tokenizer's tokens: then the rows are new to it
+
+All of the base model, adapters off, so it does not matter how long was trained. log V alone proves nothing: a clean
+but new task can begin above it. Costs some five forward passes a row.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from difflib import SequenceMatcher
+from typing import Any
+
+import numpy as np
+import torch
+
+from solotune.dataset.chat.encode import Encoder
+from solotune.dataset.readers.row import RowError
+from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.facts.derived import setting
+from solotune.diagnosis.facts.labels import LabelFacts
+from solotune.diagnosis.facts.roles import ASSISTANT, Roles
+from solotune.diagnosis.facts.texts import Batches, Document
+from solotune.diagnosis.probes.probed_model import (
+    adapters_off,
+    device_of,
+    logits_of,
+    restored,
+    sequences_of,
+    token_losses,
+    training_loss,
+)
+from solotune.diagnosis.subject import Live, Subject
+from solotune.errors import SolotuneError
+
+UNLIKE = 1.5  # ratio of losses that clean runs do not show
+FOREIGN = 1.6  # rows in the training's format against the model's own
+NUM_SAMPLES, NUM_DRAWN, KEPT = 4, 32, 0.9  # clean models keep all, a wrong tokenizer 0.7
+NO_TEXT = 0.85  # plain text against the same with its ids swapped; clean models show 0.2 to 0.6
+EXPECTED = 1.0  # nats a token of its own headers, for a model that was taught its template
+NUM_ROWS = 4
+FIRST_STEPS = 3  # a log that begins later shows what was learned by then
+LONGEST = 512  # tokens of a text
+
+
+def first_loss(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
+    """P1. Raises nothing; what could not be compared is missing from the measurements."""
+    deadline = time.perf_counter() + budget
+    facts = LabelFacts.of(subject)
+    found: dict[str, Any] = {}
+    with restored(live), torch.no_grad():
+        live.model.eval()
+        with adapters_off(live.model):
+            _labels(live, subject, facts, found, deadline)
+            _texts(live, subject, facts, found, deadline)
+    found_all = (_shifted(facts, found), *_format(found), _tokenizer(found), _logged(subject, found))
+    return [signal for signal in found_all if signal], found
+
+
+def _labels(live: Live, subject: Subject, facts: LabelFacts, found: dict[str, Any], deadline: float) -> None:
+    """Loss as trained, and of the same rows one by one with labels that are their tokens."""
+    as_trained: list[float] = []
+    right: list[float] = []
+    rows = 0
+    for batch in live.batches:
+        part = sequences_of(batch, 2)
+        documents = [d for d in Batches.of(subject, [part]).documents if d.learned.any()]
+        if not documents:
+            continue
+        loss = float(training_loss(live, part))
+        losses = [_right(live, document, facts.shift) for document in documents]
+        counts = sum(map(len, losses))
+        if counts and math.isfinite(loss):
+            as_trained.append(loss * counts)
+            right.append(float(sum(part.sum() for part in losses)))
+            rows += len(documents)
+            found["labels_compared"] = found.get("labels_compared", 0) + counts
+        elif not math.isfinite(loss):
+            found["as_trained_not_finite"] = loss
+        if rows >= NUM_ROWS or time.perf_counter() > deadline:
+            break
+    if found.get("labels_compared"):
+        found["as_trained"] = sum(as_trained) / found["labels_compared"]
+        found["labels_right"] = sum(right) / found["labels_compared"]
+
+
+def _right(live: Live, document: Document, shift: int | None) -> np.ndarray:
+    places = np.flatnonzero(document.learned) + (shift or 0)
+    return token_losses(live.model, document.ids, places[(places > 0) & (places < len(document.ids))])
+
+
+def _texts(live: Live, subject: Subject, facts: LabelFacts, found: dict[str, Any], deadline: float) -> None:
+    """Answers in the training's format and in the model's own; their texts as plain text; ids swapped at random."""
+    if subject.tokenizer is None:
+        return
+    roles, own_roles = facts.roles, _own_roles(subject, facts.roles)
+    swapped = np.random.default_rng(0).permutation(_vocabulary(live, subject))
+    sums: dict[str, list[float]] = {key: [] for key in ("here", "own", "markers", "plain", "swapped")}
+    foreign = 0
+    chosen = [document for document in facts.documents if len(document.ids) > 2]
+    for document in chosen[:NUM_ROWS]:
+        text, _ = roles.text_of(document)
+        conversation = roles.conversation_in(text)
+        contents = [str(m.get("content") or "") for m in conversation or ()]
+        plain = roles.encode(" ".join(contents) if contents else text)[:LONGEST]
+        if len(plain) > 2 and max(plain) < len(swapped):
+            places = np.arange(1, len(plain))
+            sums["plain"].append(float(token_losses(live.model, plain, places).mean()))
+            sums["swapped"].append(float(token_losses(live.model, swapped[plain], places).mean()))
+        own = _own_rendering(own_roles, conversation) if conversation else None
+        roles_T = roles.of(document)
+        if own is not None and roles_T is not None and (roles_T == ASSISTANT).any() and len(document.ids) <= LONGEST:
+            here = np.flatnonzero(roles_T == ASSISTANT)
+            sums["here"].append(float(token_losses(live.model, document.ids, here[here > 0]).mean()))
+            sums["own"].append(float(token_losses(live.model, own[0], own[1]).mean()))
+            marks = len(roles.encode(own_roles.headers.get(ASSISTANT, "").strip()))
+            first = int(own[1][0])
+            if marks > 1 and first > marks:
+                sums["markers"].append(
+                    float(token_losses(live.model, own[0][:first], range(first - marks, first)).mean())
+                )
+            foreign += not any(header.strip() in text for header in own_roles.headers.values())
+        if time.perf_counter() > deadline:
+            break
+    if sums["plain"]:
+        found |= {"plain_text": float(np.mean(sums["plain"])), "ids_swapped": float(np.mean(sums["swapped"]))}
+        found["log_v"] = math.log(len(swapped))
+        if _is_no_text(found):
+            written = _written(live, [document.ids[0] for document in chosen[:NUM_SAMPLES]])
+            found["own_text_kept"] = _kept(roles, written)
+            known = [[int(swapped[i]) for i in ids if i < len(swapped)] for ids in written]
+            found["any_text_kept"] = _kept(roles, known)
+    if sums["own"]:
+        found |= {"answers_as_trained": float(np.mean(sums["here"])), "answers_own_format": float(np.mean(sums["own"]))}
+        if sums["markers"]:
+            found["own_markers"] = float(np.mean(sums["markers"]))
+        found["rows_without_own_markers"] = foreign / len(sums["own"])
+
+
+def _own_roles(subject: Subject, roles: Roles) -> Roles:
+    """Of the template that the model was taught: the base's, where the training brought another one."""
+    if not subject.base_template or subject.tokenizer is None:
+        return roles
+    tokenizer = copy.copy(subject.tokenizer)
+    tokenizer.chat_template = subject.base_template
+    return Roles(replace(subject, tokenizer=tokenizer))
+
+
+def _vocabulary(live: Live, subject: Subject) -> int:
+    """Ids that are swapped among each other: those that both model and tokenizer have."""
+    config: Any = live.model.config
+    size = int(config.get_text_config().vocab_size)
+    return min(size, len(subject.tokenizer)) if subject.tokenizer is not None else size
+
+
+def _own_rendering(roles: Roles, conversation: Sequence[Any]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Ids of a conversation by the tokenizer's template, and the places of its answers without their ends."""
+    if roles.template is None:
+        return None
+    try:
+        rendered = roles.template.render("", [dict(message) for message in conversation])
+        (encoded,) = Encoder(roles.tokenizer).encode([rendered], [""])  # type: ignore[arg-type]
+    except (SolotuneError, RowError, ValueError, KeyError):
+        return None
+    places = [t for begin, end in encoded.spans for t in range(max(begin, 1), end) if encoded.ids[t] not in roles.ends]
+    return (encoded.ids, np.array(places)) if places and len(encoded.ids) <= LONGEST else None
+
+
+def _shifted(facts: LabelFacts, found: dict[str, Any]) -> Signal | None:
+    if "as_trained" not in found or facts.shift is None:
+        return None
+    ratio = found["as_trained"] / max(found["labels_right"], 1e-6)
+    numbers = {"as_trained": found["as_trained"], "labels_right": found["labels_right"]}
+    if ratio >= UNLIKE:
+        says = f"with labels at their tokens the first loss falls from {found['as_trained']:.2f} to "
+        says += f"{found['labels_right']:.2f}"
+        return Signal("F22", "counterfactual", says, 0.95, numbers)
+    says = f"the loss takes the labels as they are: {found['as_trained']:.2f}, and {found['labels_right']:.2f} by hand"
+    return Signal("F22", "measured", says, 0.95, numbers, against=True)
+
+
+def _format(found: dict[str, Any]) -> list[Signal]:
+    if "answers_own_format" not in found:
+        return []
+    here, own = found["answers_as_trained"], found["answers_own_format"]
+    ratio, is_text = here / max(own, 1e-6), found.get("plain_text", 0) < NO_TEXT * found.get("ids_swapped", 1)
+    numbers = {"as_trained": here, "own_format": own, "ratio": ratio}
+    if found["rows_without_own_markers"] < 0.5:
+        return []
+    if ratio >= FOREIGN and is_text and here - own > 0.2:
+        says = f"rendered by the model's own template the answers cost {own:.2f} a token instead of {here:.2f}"
+        weight = min(0.95, 0.6 + 0.1 * ratio)
+        return [Signal("F12", "counterfactual", says, weight, numbers)]
+    markers = found.get("own_markers")
+    if markers is not None and markers < EXPECTED:
+        says = "no row holds the chat template's markers, which this model expects behind a question "
+        says += f"({markers:.2f} nats a token)"
+        return [Signal("F12", "measured", says, 0.8, {**numbers, "own_markers": markers})]
+    if ratio < 1.15 and (markers is None or markers > 2 * EXPECTED):
+        says = f"the model's own template makes the answers no easier ({own:.2f} against {here:.2f} a token)"
+        return [Signal("F12", "measured", says, 0.6, numbers, against=True)]
+    return []
+
+
+def _logged(subject: Subject, found: dict[str, Any]) -> Signal | None:
+    """The first loss that the training logged, beside that of its batches here: N times as high, of N micro-batches."""
+    count, trace = setting(subject, "gradient_accumulation_steps"), subject.trace
+    if not subject.batches or not count or count < 3 or trace is None or not len(trace.loss_S):
+        return None
+    first, here = float(trace.loss_S[0]), found.get("as_trained", 0.0)
+    if trace.step_S[0] > FIRST_STEPS or here < 0.1 or not math.isfinite(first) or abs(first / here / count - 1) > 0.2:
+        return None
+    found["logged_times"] = first / here
+    says = f"the first logged loss is {first:.1f}, {first / here:.1f} times the {here:.2f} that these rows have here, "
+    says += f"with {count:.0f} micro-batches a step"
+    return Signal("F74", "measured", says, 0.8, {"logged": first, "here": here, "micro_batches": count})
+
+
+def _is_no_text(found: dict[str, Any]) -> bool:
+    plain, swapped = found["plain_text"], found["ids_swapped"]
+    return plain > NO_TEXT * swapped and plain > 1.05 * found["log_v"]
+
+
+def _written(live: Live, first: Sequence[int]) -> list[list[int]]:
+    """Tokens that the base writes by itself behind these, drawn at random."""
+    ids_BT = torch.tensor([[int(i)] for i in first], device=device_of(live.model))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(NUM_DRAWN):
+        chances_BV = logits_of(live.model, {"input_ids": ids_BT})[:, -1].float().softmax(-1).cpu()
+        drawn_B1 = torch.multinomial(chances_BV, 1, generator=generator).to(ids_BT.device)
+        ids_BT = torch.cat([ids_BT, drawn_B1], dim=1)
+    return ids_BT[:, 1:].tolist()
+
+
+def _kept(roles: Roles, texts: Sequence[list[int]]) -> float:
+    """Share of the tokens that decoding and encoding again brings back: nearly all where a model wrote them whose
+    tokenizer this is, since it splits a text in one way."""
+    assert roles.tokenizer is not None
+    texts_again = [roles.encode(str(roles.tokenizer.decode(ids, clean_up_tokenization_spaces=False))) for ids in texts]
+    pairs = zip(texts, texts_again, strict=True)
+    return float(np.mean([SequenceMatcher(None, ids, again, autojunk=False).ratio() for ids, again in pairs]))
+
+
+def _tokenizer(found: dict[str, Any]) -> Signal | None:
+    if "plain_text" not in found:
+        return None
+    plain, swapped, log_v = found["plain_text"], found["ids_swapped"], found["log_v"]
+    numbers = {"plain_text": plain, "ids_swapped": swapped, "log_v": log_v}
+    markers = found.get("own_markers")
+    if markers is not None and markers < EXPECTED:
+        says = f"the model expects the markers of the tokenizer's own template: {markers:.2f} nats a token"
+        return Signal("F04", "measured", says, 0.8, {**numbers, "own_markers": markers}, against=True)
+    kept, by_chance = found.get("own_text_kept", 0.0), found.get("any_text_kept", 1.0)
+    if _is_no_text(found) and kept > KEPT > by_chance:
+        says = f"what the model writes by itself is this tokenizer's: {kept:.0%} of it comes back from its text, "
+        says += f"of random ones {by_chance:.0%}"
+        return Signal("F04", "measured", says, 0.8, {**numbers, "own_text_kept": kept}, against=True)
+    if _is_no_text(found):
+        says = f"plain text costs {plain:.1f} nats a token, with its ids swapped at random {swapped:.1f}"
+        says += f" (log V {log_v:.1f})"
+        return Signal("F04", "measured", says, 0.9, numbers)
+    if plain < 0.7 * swapped:
+        says = f"plain text costs {plain:.1f} nats a token, with its ids swapped {swapped:.1f}: the ids fit the model"
+        return Signal("F04", "measured", says, 0.8, numbers, against=True)
+    return None

@@ -1,0 +1,65 @@
+"""P11: the longest batch first: forward, backward and step, with their peak of memory and their seconds.
+
+On CUDA the peak is compared with the card's memory; on a CPU torch does not count, and only the seconds are told.
+Costs one step on the longest of the batches that are known.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.probes.adapter_gradients import learning_rate_of
+from solotune.diagnosis.probes.probed_model import (
+    device_of,
+    on_device,
+    optimizer_of,
+    restored,
+    trainable_of,
+    training_loss,
+)
+from solotune.diagnosis.probes.skipped import Skipped
+from solotune.diagnosis.subject import Live, Subject
+from solotune.units import gib
+
+
+def longest_first(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
+    """P11."""
+    device = device_of(live.model)
+    if device.type != "cuda":
+        raise Skipped("torch counts memory on CUDA alone; the plan estimates it")
+    if not live.batches:
+        raise Skipped("no batch is known")
+    batch = max(live.batches, key=lambda b: b["input_ids"].numel())
+    found: dict[str, Any] = {"places": batch["input_ids"].numel(), "phase": "forward"}
+    total = torch.cuda.get_device_properties(device).total_memory
+    with restored(live) as model:
+        model.train()
+        parameters = trainable_of(model)
+        optimizer = optimizer_of(live, parameters, learning_rate_of(subject))
+        torch.cuda.reset_peak_memory_stats(device)
+        begun = time.perf_counter()
+        try:
+            loss = training_loss(live, on_device(live, batch))
+            found["forward_bytes"], found["phase"] = torch.cuda.max_memory_allocated(device), "backward"
+            if loss.requires_grad:
+                loss.backward()
+            found["backward_bytes"], found["phase"] = torch.cuda.max_memory_allocated(device), "step"
+            optimizer.step()
+            found["step_bytes"], found["phase"] = torch.cuda.max_memory_allocated(device), "done"
+        except torch.OutOfMemoryError:
+            return _full(found, total), found
+        torch.cuda.synchronize(device)
+        found |= {"seconds": time.perf_counter() - begun, "card_bytes": total}
+    return [], found
+
+
+_BY_PHASE = {"forward": "F72", "backward": "F71", "step": "F70"}
+
+
+def _full(found: dict[str, Any], total: int) -> list[Signal]:
+    says = f"the longest batch ({found['places']:,} places) fills {gib(total, 0)} GiB in its {found['phase']}"
+    return [Signal(_BY_PHASE[found["phase"]], "measured", says, 0.6, found)]

@@ -1,0 +1,283 @@
+"""P7: one batch learned by heart, at a tenth of the training's rate, at its rate and at ten times it; and with more
+adapters than the training has, at a rate that suits those.
+
+    most at a tenth (or less), or not finite    the effective step is too large (F67, or F61: alpha / r)
+    most at ten times (or more)                 it is too small (F64, or F61)
+    little at every rate, much with rank 32
+    on every linear layer                       too little capacity (F62, or F56: targets that match few modules)
+    most without clipping                       the step is clipped away (F68)
+    much at the training's rate                 none of these
+
+All start from the same weights and see the same rows, so the differences are the rate's alone. Of a run that has
+trained, these are adapters as at its beginning: what has converged is only disturbed by a rate that was right for it.
+Where the best is at an edge, the range is widened. A run is longer than the test: at a rate that is too low the gain
+grows with the steps, so it is projected to the run's number before it is called little. Costs some tens of forward and
+backward passes on two rows; the number of steps is what fits the budget, and under `LEAST_STEPS` nothing is said.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.probes.adapter_gradients import learning_rate_of
+from solotune.diagnosis.probes.probed_model import (
+    adapters_of,
+    begun,
+    has_labels,
+    on_device,
+    optimizer_of,
+    sequences_of,
+    trainable_of,
+    training_loss,
+    wider,
+)
+from solotune.diagnosis.probes.skipped import Skipped
+from solotune.diagnosis.subject import Live, Subject
+
+LEAST_STEPS, MOST_STEPS = 6, 40
+FACTORS = (0.1, 1.0, 10.0)
+WIDEST = 1e3  # factor up and down
+NOTHING, LITTLE, MUCH, CLEARLY = 0.02, 0.35, 0.5, 0.75  # of what the best way gains
+TIMES = 2.0  # the gain at another rate, to be called better
+SMALLEST, SMALL = (
+    1.0,
+    4.0,
+)  # rank times the share of adapted layers: q_proj alone with rank 4 has 0.6, q and v with 8 2.3
+BETTER = 0.1  # of the most: a difference of gains that is the rate's
+WORTH = 0.1  # nats: gains below it say nothing
+USUAL_STEPS = 100  # of a run whose length nobody knows; shorter ones are rare
+HALF = 0.5  # mean of a rate that decays, against its peak
+USUAL_SCALE = (0.5, 16.0)  # alpha / r
+USUAL_RATE = (5e-5, 5e-3)
+
+
+def range_test(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
+    """P7."""
+    rate, clip = learning_rate_of(subject), subject.settings.get("max_grad_norm")
+    begun, seconds, steps = time.perf_counter(), math.inf, 0
+    for rows in (2, 1):  # one, where two are too slow
+        batch = next((sequences_of(b, rows) for b in live.batches if has_labels(sequences_of(b, rows))), None)
+        if batch is None:
+            raise Skipped("no batch has a label")
+        first = _learn(live, subject, batch, rate, 1, clip)  # also wakes what is made at a first call
+        timed = time.perf_counter()
+        _learn(live, subject, batch, rate, 1, clip)
+        seconds = max(0.75 * (time.perf_counter() - timed), 1e-4)  # of a step and the loss behind it
+        steps = min(MOST_STEPS, int(budget / seconds / (len(FACTORS) + 1.3)))
+        if steps >= LEAST_STEPS or batch["input_ids"].shape[0] == 1:
+            break
+    if steps < LEAST_STEPS or len(first) < 1:
+        raise Skipped(f"a step takes {seconds:.1f} s: {steps} steps a rate fit, {LEAST_STEPS} are needed")
+    deadline = begun + 1.5 * budget  # a widened range may take half as long again
+    curves = {factor: _learn(live, subject, batch, factor * rate, steps, clip) for factor in FACTORS}
+    wide = _learn_wide(live, subject, batch, steps)
+    start = curves[1.0][0]
+    while time.perf_counter() < deadline and (further := _further(start, curves, wide, rate)) is not None:
+        curves[further] = _learn(live, subject, batch, further * rate, steps, clip)
+    alike = None  # rank 32 at the training's own rate
+    if start - _end(curves[1.0]) < MUCH * (start - _end(wide)):
+        alike = start - _end(_learn_wide(live, subject, batch, steps, rate))
+    unclipped = None  # the training's own rate without its clipping
+    if clip and start - _end(curves[1.0]) < LITTLE * (start - _end(wide)):
+        unclipped = start - _end(_learn(live, subject, batch, rate, steps, None))
+    tried = {factor: start - _end(curve) for factor, curve in sorted(curves.items())}
+    found: dict[str, Any] = {
+        "rate": rate,
+        "steps": steps,
+        "curves": {f"{factor:g}": [round(x, 4) for x in curves[factor]] for factor in tried},
+        "wide": [round(x, 4) for x in wide],
+        "gain": {f"{factor:g}": _rounded(gain) for factor, gain in tried.items()},
+        "gain_wide": _rounded(start - _end(wide)),
+        "gain_wide_at_rate": None if alike is None else _rounded(alike),
+        "gain_unclipped": None if unclipped is None else _rounded(unclipped),
+    }
+    capacity = _capacity(live.model)
+    return _judge(subject, Tried(rate, steps, start, tried, start - _end(wide), alike, unclipped, capacity)), found
+
+
+@dataclass(frozen=True)
+class Tried:
+    """Gains, in nats, of so many steps from a first loss of `start`; minus infinity where it was not finite."""
+
+    rate: float
+    steps: int
+    start: float
+    gains: dict[float, float]  # factor -> gain
+    wide: float
+    alike: float | None  # gain of wide adapters at the training's own rate, where that was tried
+    unclipped: float | None  # gain at the training's own rate without clipping, where that was tried
+    capacity: float  # rank times the share of linear layers that have an adapter
+
+    @property
+    def best(self) -> float:
+        """The factor that gains most."""
+        return max(self.gains, key=lambda factor: self.gains[factor])
+
+    @property
+    def most(self) -> float:
+        """What can be gained, by whatever way."""
+        return max(self.gains[self.best], self.wide)
+
+    def says(self, factor: float) -> str:
+        text = f"{self.steps} steps on one batch bring its loss from {self.start:.2f} to {self._end(1.0)} at "
+        text += f"{self.rate:.2g}, to {self._end(factor)} at {factor * self.rate:.2g}"
+        return text
+
+    def _end(self, factor: float) -> str:
+        return f"{self.start - self.gains[factor]:.2f}" if math.isfinite(self.gains[factor]) else "NaN"
+
+
+def _further(start: float, curves: dict[float, list[float]], wide: Sequence[float], rate: float) -> float | None:
+    """The next factor, where the best of those tried is at an edge and gains little of what is possible."""
+    gains = {factor: start - _end(curve) for factor, curve in curves.items()}
+    best, lowest, highest = max(gains, key=lambda factor: gains[factor]), min(gains), max(gains)
+    possible = max(start - _end(wide), WORTH)
+    too_high = lowest * rate > USUAL_RATE[0]
+    if too_high and gains[best] < CLEARLY * possible and (best == lowest or lowest * rate > USUAL_RATE[1]):
+        return lowest / 10 if lowest > 1 / WIDEST else None  # far too high a rate still learns how frequent tokens are
+    if best == highest and gains[best] < MUCH * possible and highest < WIDEST:
+        return highest * 10
+    return None
+
+
+def _judge(subject: Subject, tried: Tried) -> list[Signal]:
+    here, most, best = tried.gains[1.0], tried.most, tried.best
+    numbers = {"rate": tried.rate, "gain": _rounded(here), "gain_best": _rounded(tried.gains[best]), "best_at": best}
+    numbers["gain_wide"] = _rounded(tried.wide)
+    if not math.isfinite(most) or most < WORTH:
+        return []
+    if tried.unclipped is not None and tried.unclipped > max(LITTLE * most, TIMES * here):
+        says = f"{tried.steps} steps on one batch gain {here:.2f}, without clipping {tried.unclipped:.2f}"
+        return [Signal("F68", "counterfactual", says, 0.9, numbers, fix="max_grad_norm: 1.0")]
+    better = tried.gains[best] - here > BETTER * most if math.isfinite(here) else True
+    if best < 1 and better and tried.gains[best] > LITTLE * most and here < CLEARLY * most:
+        expect = f"one batch falls by {tried.gains[best]:.2f} in {tried.steps} steps"
+        return _of_step_size(subject, "F67", tried, tried.says(best), expect, numbers)
+    if tried.gains[best] < NOTHING * most:
+        return []  # nothing is learned at any rate: gradients, not capacity
+    is_narrow = tried.alike is not None and tried.alike > max(TIMES * here, MUCH * most) and tried.capacity < SMALLEST
+    if (
+        best in (max(tried.gains), min(tried.gains))
+        and best != 1.0
+        and tried.gains[best] < MUCH * most
+        and not is_narrow
+    ):
+        return []  # the range was not widened far enough to tell
+    if (tried.gains[best] < MUCH * most and tried.capacity < SMALL) or is_narrow:
+        wide = tried.alike if is_narrow and tried.alike is not None else tried.wide
+        says = f"{tried.steps} steps on one batch gain {here if is_narrow else tried.gains[best]:.2f} at "
+        says += (
+            f"{'the rate as it is' if is_narrow else 'the best rate'}, {wide:.2f} with rank 32 on every linear layer"
+        )
+        fix = "lora_target_modules: all-linear, lora_r: 16"
+        return [Signal(code, "counterfactual", says, w, numbers, fix=fix) for code, w in (("F62", 0.75), ("F56", 0.45))]
+    planned = subject.trace.total_steps if subject.trace else subject.settings.get("max_steps")
+    total = planned if planned and planned > 0 else USUAL_STEPS
+    longer = max(1.0, HALF * total / tried.steps)
+    if best > 1 and here * longer < LITTLE * most and tried.gains[best] > TIMES * max(here, 0.0):
+        expect = f"{tried.gains[best] / max(here, 0.01):.0f} times the gain in the first {tried.steps} steps"
+        return _of_step_size(subject, "F64", tried, tried.says(best), expect, numbers)
+    if here >= MUCH * most:
+        says = f"{tried.steps} steps on one batch gain {here:.2f} at {tried.rate:.2g}, of {most:.2f} by the best way"
+        cleared = ("F64", "F62", "F67") if best > 1 or here >= CLEARLY * most else ("F64", "F62")
+        return [Signal(code, "measured", says, 0.8, numbers, against=True) for code in cleared]
+    return []
+
+
+def _of_step_size(
+    subject: Subject, code: str, tried: Tried, says: str, expect: str, numbers: dict[str, Any]
+) -> list[Signal]:
+    """The rate, or alpha / r: the same evidence, so both, and first the one that is unusual."""
+    r, alpha = subject.settings.get("lora_r"), subject.settings.get("lora_alpha")
+    scale = None
+    if r and alpha:
+        scale = float(alpha) / (math.sqrt(r) if subject.settings.get("use_rslora") else float(r))
+    low = code == "F64"
+    odd_rate = tried.rate < USUAL_RATE[0] if low else tried.rate > USUAL_RATE[1]
+    odd_scale = scale is not None and (scale < USUAL_SCALE[0] if low else scale > USUAL_SCALE[1])
+    of_rate, of_scale = (0.45, 0.8) if odd_scale and not odd_rate else (0.8, 0.6 if odd_scale else 0.3)
+    fixes = {code: f"learning_rate: {tried.best * tried.rate:.2g}", "F61": f"lora_alpha: {2 * (r or 16)}"}
+    signals = [
+        Signal(one, "counterfactual", says, weight, {**numbers, "scale": scale}, fix=fixes[one], expect=expect)
+        for one, weight in ((code, of_rate), ("F61", of_scale))
+    ]
+    return sorted(signals, key=lambda signal: -signal.weight)
+
+
+def _capacity(model: nn.Module) -> float:
+    """Rank of the adapters times the share of the linear layers that have one; infinite without adapters."""
+    adapters = adapters_of(model)
+    with wider(model, rank=1) as pairs:
+        linears = len(pairs) // 2
+    return sum(min(a.A.shape) for a in adapters) / max(linears, 1) if adapters else math.inf
+
+
+def _learn(
+    live: Live, subject: Subject, batch: dict[str, Any], rate: float, steps: int, clip: float | None
+) -> list[float]:
+    """Losses before each of the steps and after the last, as the training's loss counts."""
+    with begun(live, subject):
+        return _descend(live, batch, trainable_of(live.model), rate, steps, clip, live)
+
+
+def _learn_wide(live: Live, subject: Subject, batch: dict[str, Any], steps: int, rate: float = 2e-3) -> list[float]:
+    """The same by adapters of rank 32 on every linear layer, by AdamW, at a rate that suits these."""
+    with begun(live, subject), wider(live.model) as parameters:
+        return _descend(live, batch, parameters, rate, steps, 1.0, None)
+
+
+def _descend(
+    live: Live,
+    batch: dict[str, Any],
+    parameters: Sequence[nn.Parameter],
+    rate: float,
+    steps: int,
+    clip: float | None,
+    made_by: Live | None,
+) -> list[float]:
+    live.model.eval()  # the same rows without dropout: the differences are the rate's
+    if _checkpoints(live.model):
+        live.model.train()  # transformers checkpoints in training mode alone
+    if not parameters:
+        return [math.nan]
+    optimizer = optimizer_of(live, parameters, rate) if made_by else torch.optim.AdamW(parameters, lr=rate)
+    inputs, losses = on_device(live, batch), []
+    for _ in range(steps):
+        loss = training_loss(live, inputs)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]) or not loss.requires_grad:
+            return losses
+        if len(losses) > LEAST_STEPS and min(losses[-3:]) > 2 * losses[0] + 1:
+            return losses  # blown up: the rest would say the same
+        loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(parameters, clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        losses.append(float(training_loss(live, inputs)))
+    return losses
+
+
+def _end(curve: Sequence[float]) -> float:
+    """The last losses; infinite where they are not finite."""
+    last = np.array(curve[-2:], float)
+    return float(last.mean()) if np.isfinite(last).all() else math.inf
+
+
+def _rounded(x: float) -> float | None:
+    return round(x, 4) if math.isfinite(x) else None
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    """Some of its modules recompute themselves, which transformers lets them do in training mode alone."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

@@ -1,0 +1,181 @@
+"""P10: does an answer cost less behind its own prompt than behind another row's?
+
+The table L[i, j] is the loss of answer i behind prompt j, by the base model, adapters off. In a healthy training the
+diagonal is lower than the rest. Where it is not, and another prompt of the data (the neighbour's, if whole columns
+were shifted) makes the answers cheaper, the rows are misaligned, and putting them right is the counterfactual (F38).
+Where no prompt makes any difference the base may just not know the task yet: then the trained model is asked.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.facts.labels import LabelFacts
+from solotune.diagnosis.facts.roles import ASSISTANT, Roles
+from solotune.diagnosis.facts.texts import Document
+from solotune.diagnosis.probes.initial_loss import _own_rendering
+from solotune.diagnosis.probes.probed_model import adapters_off, is_untouched, restored, token_losses
+from solotune.diagnosis.probes.saved_adapter import _put_in
+from solotune.diagnosis.probes.skipped import Skipped
+from solotune.diagnosis.subject import Live, Subject
+
+NUM_ROWS = 12
+SHIFTS = (1, -1, 2, -2)  # rows by which a column may have slipped
+CLEAR = 3.0  # standard errors
+CLEAR_SLIP = 5.0  # more, since the best of four shifts is looked at, over a dozen rows
+WORTH = 0.1  # nats
+ONLY_A_DOUBT = 0.3  # weight: a new task that is not understood yet looks the same
+LEAST_STEPS, LEARNED = 20, 0.67  # logged, and the loss at the end as a share of the first
+LONGEST = 256
+
+
+def own_prompt_against_others(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
+    """P10."""
+    deadline = time.perf_counter() + budget
+    facts = LabelFacts.of(subject)
+    rows = _rows(facts)
+    if len(rows) < 4:
+        raise Skipped("fewer than four rows with a prompt and an answer are known")
+    if len({tuple(answer) for _, answer in rows}) < 0.5 * len(rows):
+        raise Skipped("most answers are equal")
+    with restored(live), torch.no_grad(), adapters_off(live.model):
+        live.model.eval()
+        table, rows = _table(live, rows, deadline)
+        slips = _slips(live, facts.roles, subject.conversations, deadline)
+    own, others, error = _own_and_others(table)
+    gaps, count = others - own, len(rows)  # above 0 where the own prompt helps
+    found: dict[str, Any] = {
+        "rows": count,
+        "own_prompt": float(own.mean()),
+        "other_prompts": float(others.mean()),
+        "gain": float(gaps.mean()),
+        "gain_stderr": error,
+        "best_is_own": float((table.argmin(1) == np.arange(count)).mean()),
+        "slipped": slips,
+    }
+    signals = _judge(found, slips)
+    return signals or _after_training(live, subject, rows, found, deadline), found
+
+
+def _own_and_others(table: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Loss of each answer behind its own prompt, behind the others, and the standard error of the mean difference."""
+    own, count = np.diag(table), len(table)
+    others = (table.sum(1) - own) / (count - 1)
+    return own, others, float((others - own).std(ddof=1) / math.sqrt(count)) + 1e-9
+
+
+def _after_training(
+    live: Live, subject: Subject, rows: list[tuple[list[int], list[int]]], found: dict[str, Any], deadline: float
+) -> list[Signal]:
+    """The same of the trained model, where the base does not know the task: a training that learns something learns to
+    look at the prompt, unless there is nothing of the answer in it."""
+    with restored(live), torch.no_grad():
+        if is_untouched(live.model) and subject.saved is not None:
+            _put_in(live.model, subject.saved)
+        if is_untouched(live.model) is not False:
+            return []
+        live.model.eval()
+        table, _ = _table(live, rows, deadline)
+    own, others, error = _own_and_others(table)
+    gain = float((others - own).mean())
+    found["trained_gain"], found["trained_gain_stderr"] = gain, error
+    numbers = {key: value for key, value in found.items() if isinstance(value, float)}
+    says = f"after training, answers cost {gain:.3f} ± {error:.3f} nats a token less behind their own prompt"
+    if gain > max(WORTH / 5, CLEAR * error):
+        return [Signal("F38", "measured", says, 0.85, numbers, against=True)]
+    are_sentences = len({tuple(answer) for _, answer in rows}) >= 0.9 * len(rows)  # labels are learned late
+    if gain < min(WORTH / 5, 2 * error) and are_sentences and _has_learned(subject):
+        return [Signal("F38", "measured", says, ONLY_A_DOUBT, numbers, fix="join prompts and answers again, by a key")]
+    return []
+
+
+def _has_learned(subject: Subject) -> bool:
+    """The curve fell by a third: what can be learned without the prompt was."""
+    loss_S = subject.trace.loss_S[np.isfinite(subject.trace.loss_S)] if subject.trace is not None else np.zeros(0)
+    return len(loss_S) >= LEAST_STEPS and float(loss_S[-5:].mean()) < LEARNED * float(loss_S[0])
+
+
+def _judge(found: dict[str, Any], slips: dict[str, Any]) -> list[Signal]:
+    gain, error = found["gain"], found["gain_stderr"]
+    numbers = {key: value for key, value in found.items() if isinstance(value, float)}
+    best = max(slips, key=lambda shift: slips[shift]["gain"], default=None)
+    if best is not None and slips[best]["gain"] > max(WORTH, CLEAR_SLIP * slips[best]["stderr"]):
+        says = f"answers cost {slips[best]['gain']:.2f} nats a token less behind the prompt of the row {best} places on"
+        return [Signal("F38", "counterfactual", says, 0.95, numbers, fix="join prompts and answers again, by a key")]
+    if gain > max(WORTH / 2, CLEAR * error):
+        says = f"answers cost {gain:.2f} ± {error:.2f} nats a token less behind their own prompt than behind others"
+        return [Signal("F38", "measured", says, 0.85, numbers, against=True)]
+    return []
+
+
+def _rows(facts: LabelFacts) -> list[tuple[list[int], list[int]]]:
+    """(prompt, answer) of documents with one answer, distinct and short."""
+    found: list[tuple[list[int], list[int]]] = []
+    for document in facts.documents:
+        pair = _pair(document, facts.roles)
+        if pair and pair not in found and sum(map(len, pair)) <= LONGEST:
+            found.append(pair)
+        if len(found) >= NUM_ROWS:
+            break
+    return found
+
+
+def _pair(document: Document, roles: Roles) -> tuple[list[int], list[int]] | None:
+    roles_T = roles.of(document)
+    if roles_T is None:
+        return None
+    answer = np.flatnonzero(roles_T == ASSISTANT)
+    if not len(answer) or answer[0] < 2 or answer[-1] - answer[0] + 1 != len(answer):
+        return None
+    ids = document.ids.tolist()
+    inside = [i for i in ids[answer[0] : answer[-1] + 1] if i not in roles.ends]
+    return (ids[: answer[0]], inside) if inside else None
+
+
+def _table(
+    live: Live, rows: list[tuple[list[int], list[int]]], deadline: float
+) -> tuple[np.ndarray, list[tuple[list[int], list[int]]]]:
+    """(R, R): loss of answer i behind prompt j; fewer rows where the time is short."""
+    begun = time.perf_counter()
+    _cost(live, *rows[0])
+    each = time.perf_counter() - begun
+    fits = int(math.sqrt(max(deadline - time.perf_counter(), 0) / max(each, 1e-5) / 1.5))
+    rows = rows[: max(4, min(len(rows), fits))]
+    table = np.array([[_cost(live, prompt, answer) for prompt, _ in rows] for _, answer in rows])
+    return table, rows
+
+
+def _cost(live: Live, prompt: Sequence[int], answer: Sequence[int]) -> float:
+    ids = [*prompt, *answer]
+    return float(token_losses(live.model, ids, np.arange(len(prompt), len(ids))).mean())
+
+
+def _slips(
+    live: Live, roles: Roles, conversations: Sequence[Sequence[Mapping[str, Any]]], deadline: float
+) -> dict[str, Any]:
+    """Shift -> by how much answers are cheaper behind the prompt of the row so many places on, in the data's order."""
+    single = [c for c in conversations[:400] if [m.get("role") for m in c][-2:] == ["user", "assistant"]]
+    found: dict[str, Any] = {}
+    chosen = range(2, len(single) - 2, max(1, (len(single) - 4) // NUM_ROWS))
+    for shift in SHIFTS:
+        gaps = []
+        for i in list(chosen)[:NUM_ROWS]:
+            if time.perf_counter() > deadline:
+                break
+            own = _own_rendering(roles, single[i])
+            other = _own_rendering(roles, [*single[i + shift][:-1], single[i][-1]])
+            if own is None or other is None:
+                continue
+            costs = [float(token_losses(live.model, *one).mean()) for one in (own, other)]
+            gaps.append(costs[0] - costs[1])
+        if len(gaps) >= 4:
+            stderr = float(np.std(gaps, ddof=1) / math.sqrt(len(gaps)))
+            found[f"{shift:+d}"] = {"gain": float(np.mean(gaps)), "stderr": stderr}
+    return found

@@ -1,0 +1,146 @@
+"""S1, environment and library versions: F01 to F03."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from solotune.config.key_aliases import FOREIGN_KEYS
+from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.facts.derived import has_error, in_4bit, is_lora, is_ours, number
+from solotune.diagnosis.rules import rule
+from solotune.diagnosis.subject import Subject
+
+_OWN_RULES = {"load_in_4bit", "load_in_8bit", "quantization_config", "base_precision"}
+"""Settings that are lost in a way of their own: F51."""
+_SAME_WORD = {
+    "max_seq_length", "max_seq_len", "sequence_len", "cutoff_len", "lr", "epochs", "num_epochs", "batch_size",
+    "micro_batch_size", "train_batch_size", "grad_accum", "gradient_clipping", "lora_rank", "rank", "r", "alpha",
+    "lora_target", "target_modules", "lr_scheduler", "optimizer", "evaluation_strategy", "activation_checkpointing",
+}  # fmt: skip
+"""Other names of ours that mean the same with the same values; `train_on_inputs`, say, is the opposite."""
+_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "learning_rate": (2e-5, 5e-5), "max_length": (1024, 512), "num_train_epochs": (3.0,), "logging_steps": (10, 500),
+    "per_device_train_batch_size": (8,), "gradient_checkpointing": (True, False), "bf16": (True, False),
+    "model_dtype": ("float32", "auto"), "warmup_steps": (0,), "warmup_ratio": (0.0,), "weight_decay": (0.0,),
+    "lora_r": (8,), "lora_alpha": (8,), "lora_dropout": (0.0,), "max_grad_norm": (1.0,),
+    "lr_scheduler_type": ("linear",),
+    "gradient_accumulation_steps": (1,), "packing": (False,), "optim": ("adamw_torch", "adamw_torch_fused"),
+    "seed": (42,), "dtype": ("float32",), "torch_dtype": ("float32",),
+}  # fmt: skip
+"""What trl, transformers and peft take where nothing is said."""
+
+
+@rule("F01")
+def binary_mismatch(subject: Subject) -> Signal | None:
+    """F01: bitsandbytes has no binary that fits this torch's CUDA.
+
+    Sees: the errors that say so; BNB_CUDA_VERSION set to another CUDA than torch was built for. Our own runs try one
+    4-bit matrix before they begin (`solotune doctor`).
+    Why: a crash at load, or, in old versions, the CPU in silence.
+    Not: F50, which loads, computes and is slow.
+    Fix: a pair that belongs together, the variable unset.
+    Wrong when: the override names a binary that was built for it by hand.
+    Source: bitsandbytes#1559, #1614.
+    """
+    fix = "pip install --upgrade bitsandbytes, and unset BNB_CUDA_VERSION"
+    line = has_error(
+        subject,
+        r"CUDA Setup failed|libbitsandbytes|bitsandbytes.*(not compiled|no kernel|without GPU support|binary)",
+        r"no kernel image is available|undefined symbol.*(cquantize|cdequantize|cgemm)|cextension",
+    )
+    if line is not None:
+        return Signal("F01", "invariant", f"the log says: {line}", 0.9, {}, fix=fix)
+    environment = subject.environment
+    failed = environment.get("bitsandbytes_error")
+    if failed:
+        return Signal("F01", "invariant", f"4-bit layers do not work here: {failed}", 0.95, {}, fix=fix)
+    override = str(environment.get("BNB_CUDA_VERSION") or "")
+    runtime = re.sub(r"\D", "", str(environment.get("cuda_runtime") or ""))
+    if not override or not runtime or re.sub(r"\D", "", override)[:3] == runtime[:3]:
+        return None
+    says = f"BNB_CUDA_VERSION is {override}, and torch is built for CUDA {environment['cuda_runtime']}"
+    return Signal("F01", "measured", says, 0.75 if in_4bit(subject) else 0.55, {"override": override}, fix=fix)
+
+
+@rule("F02")
+def renamed_argument(subject: Subject) -> Signal | None:
+    """F02: a setting was passed under a name that this version does not read, and its default held.
+
+    Sees: a setting that was written under another name than the installed version's, and what held instead; the
+    TypeError that names an unexpected argument.
+    Why: a wrapper that filters unknown keys drops it in silence: `max_seq_length: 256`, and 1024 is used.
+    Not: F03, where nothing was written; F25, whose length is the one that was meant; F51, for quantisation.
+    Fix: the name of the installed version.
+    Wrong when: the value was changed later on purpose.
+    Source: trl#6168, dspy#8762 (`max_seq_length` is `max_length` now, `tokenizer` is `processing_class`).
+    """
+    if line := has_error(subject, r"unexpected keyword argument", r"got an unexpected argument"):
+        fix = "pass it under the name of the installed version"
+        return Signal("F02", "invariant", f"the run ended with: {line}", 0.9, {}, fix=fix)
+    for key, wrote in subject.settings.asked.items():
+        ours = FOREIGN_KEYS.get(key, key) if key in _SAME_WORD or key not in FOREIGN_KEYS else None
+        if ours is None or ours in _OWN_RULES or key in _OWN_RULES or not differs(subject, ours, wrote):
+            continue
+        if key == ours and is_default(ours, subject.settings.get(ours)):
+            continue  # F03: the name is right, so it never reached the trainer
+        says = f"{key}: {wrote} was written, and {ours}: {subject.settings.get(ours)} held"
+        numbers = {"key": key, "wrote": wrote, "held": subject.settings.get(ours)}
+        return Signal("F02", "invariant", says, 0.9 if key != ours else 0.7, numbers, fix=f"{ours}: {wrote}")
+    return None
+
+
+def differs(subject: Subject, key: str, wrote: Any) -> bool:
+    """Whether another value held than was written; no where either is unknown or not comparable."""
+    if key not in subject.settings.values or subject.settings.get(key) is None or wrote is None:
+        return False
+    held = subject.settings.get(key)
+    if isinstance(wrote, bool) or isinstance(held, bool):
+        return isinstance(wrote, bool) and isinstance(held, bool) and wrote != held
+    numbers = number(wrote), number(held)
+    if None not in numbers:
+        return numbers[0] != numbers[1]
+    if isinstance(wrote, (list, tuple)) and isinstance(held, (list, tuple)):
+        return sorted(map(str, wrote)) != sorted(map(str, held))
+    if type(wrote) is not type(held):
+        return False
+    return str(wrote).rpartition(".")[2] != str(held).rpartition(".")[2]
+
+
+def is_default(key: str, value: Any) -> bool:
+    """Whether a library takes this value where nothing is said."""
+    return any(number(value) == number(one) if number(one) is not None else value == one
+               for one in _DEFAULTS.get(key, ()))  # fmt: skip
+
+
+@rule("F03")
+def changed_default(subject: Subject) -> list[Signal]:
+    """F03: a value that was left out is another one in this version than the recipe assumes.
+
+    Sees: what was intended against what held, where what held is a library's default; where the intention is not known,
+    values that nobody wrote, that are defaults, and that are bad for adapters: a rate of 2e-5, a base in float32.
+    Why: trl differs from transformers in rate, checkpointing, dtype and logging, and versions differ from one another:
+    more memory and slower learning than the tutorial promises.
+    Not: F64, whose value the user wrote; F02, whose value was written under another name.
+    Fix: write down every value that matters.
+    Wrong when: the default is what was meant.
+    Source: trl#5138, where several confident explanations were seed noise of one point.
+    """
+    if is_ours(subject):
+        return []
+    signals = []
+    for key, wrote in subject.settings.asked.items():
+        if key in _OWN_RULES or (key in FOREIGN_KEYS and key not in ("dtype", "torch_dtype")):
+            continue
+        ours = "model_dtype" if key in ("dtype", "torch_dtype") else key
+        held = subject.settings.get(ours)
+        if differs(subject, ours, wrote) and is_default(ours, held):
+            says = f"{ours}: {wrote} was intended, and the library's default {held} held"
+            signals.append(Signal("F03", "invariant", says, 0.85, {"key": ours, "held": held}, fix=f"{ours}: {wrote}"))
+    sources = subject.settings.sources
+    if not signals and str(sources.get("learning_rate", "")).startswith("default") and is_lora(subject):
+        rate = number(subject.settings.get("learning_rate"))
+        if rate is not None and rate <= 5e-5:
+            says = f"nobody wrote a learning_rate, so the library's default {rate:g} held, of full fine-tuning"
+            signals.append(Signal("F03", "measured", says, 0.7, {"learning_rate": rate}, fix="learning_rate: 2e-4"))
+    return signals

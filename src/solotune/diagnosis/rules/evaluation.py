@@ -1,0 +1,355 @@
+"""S9, the split and the evaluation: F43 to F48."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+
+from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.facts.derived import is_ours, setting
+from solotune.diagnosis.facts.row_arrays import MIN_ROWS, Side, is_pattern, percent
+from solotune.diagnosis.facts.row_facts import RowFacts
+from solotune.diagnosis.facts.row_labels import said_in_labels, said_in_training
+from solotune.diagnosis.findings import Finding
+from solotune.diagnosis.rules import rule
+from solotune.diagnosis.rules.schedule import lowest_and_last
+from solotune.diagnosis.subject import Subject, Trace
+
+MOST = 0.5
+"""A split is on the training rows if half of it is."""
+SOME = 0.05
+"""6 % of leaked rows lifted a benchmark from 71 to 80 % (cited in the catalogue)."""
+GRAM = 10
+"""Tokens in a row: eight words of English, the length that overlaps are usually judged by."""
+CONTAINED = 0.5
+"""Share of a row's own passages that training has too: half, as for 8-grams elsewhere."""
+LEAST_GRAMS = 16
+"""Passages that a row needs of its own (a sentence or two), or its share says nothing."""
+COMMON = 3
+"""A passage in more training rows than that is the format's or the system prompt's, not a leak of one row."""
+LEAST_VALIDATION = 10
+"""Rows under which an error bar is wider than most effects: per-row losses differ by about 0.5 nats, so 0.5 / sqrt(n)
+is 0.16 at ten rows and 0.3 at three."""
+MANY = 100
+"""Training rows from which ten rows for validation are not too much to ask."""
+DRIFT = 3.0
+"""Ratio of median answer lengths; the two sides of a random split of 20 rows are within a factor of 2."""
+RISE = 0.03
+"""Nats by which held-out losses behind the lowest are above it, and twice their own scatter where that is known."""
+FAR = 0.65
+"""Of the held-out loss: a training loss below that is learned by heart."""
+
+
+@rule("F43", needs=("rows",))
+def evaluated_on_training(facts: RowFacts) -> Finding | None:
+    """F43: the evaluation's rows are training rows.
+
+    Sees: held-out rows with the ids of training rows, half of them or more; the same file and split on both sides;
+    held-out losses that follow the training loss to a hundredth although many passes were made. That no row is held
+    out is told, and is no fault.
+    Why: the held-out loss is excellent and the answers are hollow: nothing shows memorising.
+    Not: F44, a part of the rows; F46, which only a held-out loss can show, and which this hides.
+    Fix: `validation_size: 0.05`, in groups.
+    Wrong when: somebody else evaluates on other rows.
+    Source: the walkthrough's article.
+    """
+    train, validation = facts.whole
+    rows, same = validation.rows, np.flatnonzero(np.isin(validation.hashes, train.hashes))
+    evidence = {"validation_rows": len(rows), "also_in_training": len(same), "rows": validation.places(same)}
+    if not rows:
+        return Finding.of(
+            "F43",
+            "info",
+            slug="no-held-out-rows",
+            message="No rows are held out, so nothing will tell learning from memorising.",
+            evidence=evidence,
+            fix="validation_size: 0.05, or eval_dataset: a file of your own",
+        )
+    if not is_pattern(len(same), len(rows), MOST):
+        return None
+    return Finding.of(
+        "F43",
+        "error",
+        message=f"{len(same):,} of {len(rows):,} validation rows are training rows.",
+        evidence=evidence,
+        fix="remove eval_dataset and let a part be held out (validation_size: 0.05), or remove its rows from dataset",
+    )
+
+
+@rule("F43", otherwise=True)
+def same_file_on_both_sides(subject: Subject) -> Signal | None:
+    """F43, of the settings: training and evaluation read the same split of the same data."""
+    get = subject.settings.get
+    fix = "remove eval_dataset, and validation_size: 0.05"
+    ours, theirs = get("dataset"), get("eval_dataset")
+    splits = get("dataset_split") or "train", get("eval_dataset_split") or "train"
+    if not ours or ours != theirs or splits[0] != splits[1]:
+        return None
+    says = f"training and evaluation read the same rows: {ours} {splits[0]}"
+    return Signal("F43", "invariant", says, 0.9, {}, fix=fix)
+
+
+@rule("F44", needs=("rows",))
+def leaked_passages(facts: RowFacts) -> Finding | None:
+    """F44: held-out rows have copies or near-copies among the training rows.
+
+    Sees: held-out answers of which half of the passages of ten tokens stand in one to three training rows.
+    Why: the held-out loss is too good by what was memorised: 6 % of leaked rows lifted a score from 72 to 80.
+    Not: F43, where it is all rows; F46, which needs the gap that this hides; boilerplate, which is in many rows;
+    prompts and documents that rows share, which are not learned.
+    Fix: duplicates removed before the split, and `split_by` a key that rows of one source share.
+    Wrong when: both sides quote the same source on purpose.
+    Source: a report on MinHash decontamination (80.4 to 72 % after removing 6 % of rows; secondary).
+    """
+    rows, asked = _grams(facts.validation)
+    held, _ = _distinct(asked)
+    counts = np.zeros(len(held), np.int64)  # training rows that each is in
+    for side in facts.stretches() if len(held) else ():
+        of, grams = _grams(side)
+        places = np.minimum(np.searchsorted(held, grams), len(held) - 1)
+        is_held = held[places] == grams
+        once, _ = _distinct(of[is_held] * len(held) + places[is_held])  # a row counts once
+        np.add.at(counts, once % len(held), 1)
+    own, common = held[(counts > 0) & (counts <= COMMON)], held[counts > COMMON]
+    leaked = []
+    judged = 0
+    rows, sizes = _distinct(rows)
+    for row, grams in zip(rows, np.split(asked, np.cumsum(sizes)[:-1]), strict=False):  # of none, split makes one
+        grams, _ = _distinct(grams)
+        grams = grams[~_is_in(grams, common)]
+        if len(grams) < LEAST_GRAMS:
+            continue
+        judged += 1
+        if _is_in(grams, own).mean() >= CONTAINED:
+            leaked.append(int(row))
+    total = len(facts.validation.rows)
+    if not is_pattern(len(leaked), total, SOME):
+        return None
+    return Finding.of(
+        "F44",
+        "warning",
+        message=f"{len(leaked):,} of {total:,} validation rows ({percent(len(leaked), total)}) have answers that are "
+        "made of passages of training answers, by half or more.",
+        evidence={"rows_with": len(leaked), "rows_judged": judged, "rows": facts.validation.places(leaked)},
+        fix="split_by: a key that rows of one source share (a document or conversation id)",
+    )
+
+
+def _grams(side: Side) -> tuple[np.ndarray, np.ndarray]:
+    """int64 (G,) rows, ascending, and uint64 (G,) hashes of the runs of GRAM tokens that end in a label of them.
+
+    A polynomial over 64 bits, wrapping: two different runs meet with probability 2**-64 each.
+    """
+    if len(side.ids) < GRAM:
+        return np.zeros(0, np.int64), np.zeros(0, np.uint64)
+    hashes = np.zeros(len(side.ids) - GRAM + 1, np.uint64)
+    with np.errstate(over="ignore"):
+        for offset in range(GRAM):
+            hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + side.ids[offset : offset + len(hashes)].astype(np.uint64)
+            hashes ^= hashes >> np.uint64(29)  # else small ids would cancel out
+    begins = np.flatnonzero(side.supervised[GRAM - 1 :])
+    rows = np.searchsorted(side.starts, begins, side="right") - 1
+    is_inside = begins + GRAM <= side.starts[rows + 1]
+    return rows[is_inside], hashes[begins[is_inside]]
+
+
+def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted, each once, and how often each occurs; `np.unique` hashes, which takes three times as long."""
+    values = np.sort(values)
+    begins = np.flatnonzero(np.concatenate((np.ones(min(len(values), 1), bool), values[1:] != values[:-1])))
+    return values[begins], np.diff(begins, append=len(values))
+
+
+def _is_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    if not len(ordered):
+        return np.zeros(len(values), bool)
+    return ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
+
+
+@rule("F45", probes=("P8",))
+def evaluated_in_training_mode(subject: Subject) -> list[Signal]:
+    """F45: the evaluation runs in training mode, with dropout or noise.
+
+    Sees: two evaluations of the same rows without a step between them that differ by more than rounding (probe P8).
+    Why: the held-out loss is worse than the model and jumps about; answers at temperature 0 are random.
+    Not: kernels that add in another order, which differ by a thousandth; F48, where other rows make the difference;
+    NEFTune itself, whose hook is inert in `eval()`.
+    Fix: `model.eval()` before it.
+    Wrong when: dropout at evaluation is meant (Monte Carlo dropout).
+    Source: Karpathy's recipe; 5.81 and 5.86 instead of 5.8793 twice (measured).
+    """
+    return []  # nothing but running it twice shows it: the signal is the probe's
+
+
+@rule("F46", needs=("trace",))
+def memorised(subject: Subject) -> Signal | None:
+    """F46: the training memorises its rows.
+
+    Sees: a held-out loss that is higher after its lowest value, while the training loss goes on falling, far below it.
+    Why: the adapter stores the rows; answers are copied or repeat themselves.
+    Not: F44 and F43, which hide the rise; F67, whose training loss rises too; F47, where the gap is there from the
+    beginning and does not grow; F39, where few different rows stand many times.
+    Fix: fewer epochs, or the checkpoint of the lowest held-out loss.
+    Wrong when: the rows are to be learned by heart.
+    Source: "over-memorization": accuracy stays while the held-out perplexity rises.
+    """
+    trace = subject.trace
+    held = trace.eval_loss_E[np.isfinite(trace.eval_loss_E)] if trace is not None else np.zeros(0)
+    if trace is None or len(held) < 3 or not len(trace.loss_S):
+        return None
+    low, last, after = float(held.min()), float(held[-1]), held[int(held.argmin()) + 1 :]
+    if not len(after):
+        return None
+    scatter = float(np.abs(np.diff(np.diff(held))).mean() / math.sqrt(6)) if len(held) >= 4 else 0.0
+    _, end = lowest_and_last(trace)
+    rise = float(after.mean()) - low
+    if rise < max(RISE, 0.02 * low, 2 * scatter) or end > FAR * last or end <= 0:
+        return None
+    step = int(trace.eval_step_E[np.isfinite(trace.eval_loss_E)][held.argmin()])
+    epochs = setting(subject, "num_train_epochs") or (float(trace.epoch_S[-1]) if len(trace.epoch_S) else None)
+    says = f"the held-out loss was lowest at step {step:,} ({low:.3f}) and is {last:.3f} now; training is at {end:.3f}"
+    weight = min(0.9, 0.65 + 0.5 * rise / max(low, 0.1))
+    fix = f"num_train_epochs: {max(1, round(epochs * step / max(trace.step_S[-1], 1)))}" if epochs else "fewer epochs"
+    return Signal("F46", "measured", says, weight, {"lowest": low, "last": last, "training": end}, fix=fix)
+
+
+@rule("F46", needs=("trace",))
+def staircase(subject: Subject) -> Signal | None:
+    """F46, of the training loss alone: it falls in steps where each pass begins."""
+    trace = subject.trace
+    drops = _drops_at_epochs(trace) if trace is not None else None
+    if drops is None or len(drops) < 2 or min(drops) < 0.15:
+        return None
+    says = f"the training loss falls by {', '.join(f'{drop:.0%}' for drop in drops[:3])} where a new pass begins"
+    return Signal("F46", "curve", says, 0.4, {"drops": drops}, fix="fewer epochs")
+
+
+def _drops_at_epochs(trace: Trace) -> list[float] | None:
+    """How much of its loss is gone at each epoch's first steps, beyond what it falls in the epoch's inside."""
+    epoch = np.floor(np.nan_to_num(trace.epoch_S) - 1e-9)
+    has = np.isfinite(trace.loss_S)
+    parts = [trace.loss_S[has & (epoch == number)] for number in range(int(epoch.max()) + 1)] if len(epoch) else []
+    if len(parts) < 3 or min(map(len, parts)) < 6:
+        return None
+    drops = []
+    for before, after in itertools.pairwise(parts):
+        width = max(2, len(before) // 4)
+        inside = abs(before[-2 * width : -width].mean() - before[-width:].mean())
+        drops.append(
+            float((before[-width:].mean() - after[:width].mean() - inside) / max(before[-width:].mean(), 1e-9))
+        )
+    return drops
+
+
+@rule("F47", needs=("rows",), probes=("P1",))
+def different_labels(facts: RowFacts) -> Finding | None:
+    """F47: training and evaluation losses are not over the same kind of tokens.
+
+    Sees: prompts that are learned on one side and not scored on the other; packing, length or mask set otherwise for
+    the evaluation.
+    Why: a gap between the two losses that is there from the first step and that no training closes.
+    Not: F46, whose gap grows; F48, where the rows differ.
+    Fix: one function that builds both.
+    Wrong when: only answers are to be scored although all is learned, and the gap is known.
+    Source: trl's `eval_packing`.
+    """
+    prompted, _, judged = facts.once(said_in_training)
+    other, _, other_judged = said_in_labels(facts, facts.validation)
+    if min(judged, other_judged) < MIN_ROWS:
+        return None
+    shares = len(prompted) / judged, len(other) / other_judged
+    if abs(shares[0] - shares[1]) < MOST or (facts.settings.assistant_only_loss and shares[0] > shares[1]):
+        return None  # the second: F20 says it
+    return Finding.of(
+        "F47",
+        "error",
+        message="The two losses are not comparable: prompts are learned in "
+        f"{shares[0]:.0%} of the training rows and scored in {shares[1]:.0%} of the validation rows.",
+        evidence={
+            "training_rows_with_prompt": len(prompted),
+            "training_rows_read": judged,
+            "validation_rows_with_prompt": len(other),
+            "validation_rows_read": other_judged,
+            "rows": facts.validation.places(other or range(len(facts.validation.rows))),
+        },
+        fix="mask validation rows as training rows are (`assistant_only_loss` holds for both)",
+    )
+
+
+@rule("F47")
+def evaluated_by_other_settings(subject: Subject) -> list[Signal]:
+    """F47, of the settings: packing, length or mask are others for the evaluation."""
+    signals, get = [], subject.settings.get
+    for key in ("packing", "max_length", "assistant_only_loss"):
+        mine, theirs = get(key), get(f"eval_{key}")
+        if mine is not None and theirs is not None and mine != theirs and not is_ours(subject):
+            says = f"{key} is {mine} for training and {theirs} for evaluation"
+            weight = 0.8 if key == "assistant_only_loss" else 0.5
+            signals.append(Signal("F47", "measured", says, weight, {}, fix=f"eval_{key}: {mine}"))
+    return signals
+
+
+@rule("F48", needs=("rows",))
+def weak_validation(facts: RowFacts) -> Finding | None:
+    """F48: the held-out rows are too few, or of another kind, to show the difference.
+
+    Sees: fewer than ten rows beside a hundred or more; answers three times as long or short as in training.
+    Why: a loss per row scatters by half a nat, so three rows know it to 0.3: the held-out loss is chance.
+    Not: F45, where the same rows give another number; a small data set, where more cannot be held out.
+    Fix: a larger `validation_size`.
+    Wrong when: the validation file is another task on purpose.
+    Source: unsloth#2771 (a split of 487 to 3).
+    """
+    rows, many = (len(whole.rows) for whole in reversed(facts.whole))
+    if 0 < rows < LEAST_VALIDATION and many >= MANY:
+        wanted = max(2 * LEAST_VALIDATION, round(0.05 * (many + rows)))
+        return Finding.of(
+            "F48",
+            "warning",
+            message=f"{rows} validation rows beside {many:,} training rows: the held-out loss will be mostly chance.",
+            evidence={"validation_rows": rows, "training_rows": many},
+            fix=f"validation_size: {wanted}" if facts.settings.eval_dataset is None else "give eval_dataset more rows",
+        )
+    if min(rows, many) < 2 * LEAST_VALIDATION:
+        return None
+    medians = [float(np.median(side.num_labels)) for side in (facts.train, facts.validation)]
+    if min(medians) <= 0 or max(medians) < DRIFT * min(medians):
+        return None
+    return Finding.of(
+        "F48",
+        "warning",
+        message=f"Validation rows are of another kind: half of them have more than {medians[1]:.0f} learned tokens, of "
+        f"the training rows {medians[0]:.0f}.",
+        evidence={"median_training_labels": medians[0], "median_validation_labels": medians[1]},
+        fix="hold out a random part instead (remove eval_dataset, validation_size: 0.05)"
+        if facts.settings.eval_dataset is not None
+        else "validation_size: a larger share; one group may make up most of the held-out rows",
+    )
+
+
+@rule("F48", otherwise=True)
+def few_validation_rows(subject: Subject) -> Signal | None:
+    """F48, of rows that are only counted."""
+    rows, many = setting(subject, "validation_rows"), setting(subject, "train_rows")
+    if rows is None or many is None or not 0 < rows < LEAST_VALIDATION or many < MANY:
+        return None
+    says = f"{rows:.0f} held-out rows beside {many:,.0f} training rows"
+    fix = f"validation_size: {max(20, round(0.05 * many))}"
+    return Signal("F48", "measured", says, 0.7, {"rows": rows}, fix=fix)
+
+
+@rule("F48", otherwise=True)
+def rough_held_out_loss(subject: Subject) -> Signal | None:
+    """F48, of the curve: the held-out loss goes up and down by more than it changes over the run."""
+    trace = subject.trace
+    held = trace.eval_loss_E[np.isfinite(trace.eval_loss_E)] if trace is not None else np.zeros(0)
+    if len(held) < 6:
+        return None
+    turns = np.diff(np.sign(np.diff(held)))
+    rough = float(np.abs(np.diff(held, 2)).mean() / max(abs(held[0] - held[-1]), 1e-3))
+    if (turns != 0).mean() <= 0.7 or rough <= 1:
+        return None
+    says = "the held-out loss goes up and down by more than it changes over the whole run"
+    return Signal("F48", "curve", says, 0.4, {"rough": rough}, fix="a larger validation_size")

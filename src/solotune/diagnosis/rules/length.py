@@ -1,0 +1,170 @@
+"""S5, sequence length and truncation: F24 to F26."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from solotune.dataset.data_report import ANSWER_PAST_MAX_LENGTH, LONGER_THAN_MAX_LENGTH
+from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.facts.derived import mapping, setting
+from solotune.diagnosis.facts.row_arrays import is_pattern, percent
+from solotune.diagnosis.facts.row_facts import RowFacts
+from solotune.diagnosis.facts.rows import examples_of
+from solotune.diagnosis.findings import Finding
+from solotune.diagnosis.rules import rule
+from solotune.diagnosis.subject import Subject
+
+SOME = 0.05
+"""One row in twenty: a few long rows in a file are normal, and cost less than a twentieth of the labels."""
+FEW = 0.01
+"""One row in a hundred: for what should never happen."""
+MOST = 0.5
+"""From here a fault is of the whole data, not of some rows: severity error."""
+MUCH = 0.25
+"""Of the rows: without these it is another training."""
+SAME = 0.95
+"""Share of uncut rows that begin with the same token, from which the beginning belongs to the format."""
+
+
+def is_packed_by_trl(subject: Subject) -> bool:
+    """Whether it is TRL's packing that cuts: F33."""
+    return bool(mapping(subject.settings.get("sft")).get("packing"))
+
+
+@rule("F24", needs=("rows",), probes=("P12",), unless=is_packed_by_trl)
+def answers_cut(facts: RowFacts) -> Finding | None:
+    """F24: `max_length` cuts the ends off long answers.
+
+    Sees: rows that fill `max_length` and whose last learned token is no end of turn; rows dropped for their length.
+    Why: what is cut is not learned, nor the end of turn; beyond a few rows the model learns to ramble or to break off.
+    Not: F10, which is in all rows, whatever their length (where every row is cut, the same evidence: both are named); a
+    few long rows; `overflow: split`, where the next part goes on; F33, where TRL's packing cuts.
+    Fix: a `max_length` with room for 95 % of the long rows, or `overflow: drop`.
+    Wrong when: long answers are meant to be learned in part.
+    Source: the total form is F25.
+    """
+    side, dropped = facts.train, facts.dropped(LONGER_THAN_MAX_LENGTH)
+    is_split = facts.settings.overflow == "split"
+    rows = np.flatnonzero(facts.is_cut(side) & side.supervised[side.starts[1:] - 1] & (not is_split))
+    total = len(side.rows) + dropped
+    if not is_pattern(len(rows) + dropped, total, SOME):
+        return None
+    limit = facts.settings.max_length
+    tokens = np.asarray(facts.report.labels.row_tokens)
+    long = tokens[tokens > limit]
+    wanted = int(-(-np.quantile(long, 0.95) // 64) * 64) if len(long) else 2 * limit
+    lost = len(rows) + dropped
+    return Finding.of(
+        "F24",
+        "error" if lost >= MOST * total else "warning",
+        message=f"{lost:,} of {total:,} rows ({percent(lost, total)}) are "
+        + (
+            f"longer than max_length {limit} and dropped."
+            if dropped > len(rows)
+            else f"cut at max_length {limit}, in the middle of an answer."
+        ),
+        evidence={"answers_cut": len(rows), "dropped": dropped, "max_length": limit, "rows": side.places(rows)},
+        fix=f"max_length: {wanted}"
+        + (" (room for 95 % of the long rows)" if len(long) else "")
+        + ("" if dropped > len(rows) else ", or overflow: drop to leave them out"),
+    )
+
+
+@rule("F25", needs=("rows",))
+def prompt_fills_window(facts: RowFacts) -> Finding | None:
+    """F25: prompts fill `max_length`, and nothing of the answer is left to learn.
+
+    Sees: rows that fill `max_length` without a label; rows that were dropped because their answer begins behind it;
+    fewer rows out than in.
+    Why: the loss is 0 or NaN; in trl 1.16 the rows are gone in silence.
+    Not: F21 and F18, whose rows have no label at any length.
+    Fix: a larger `max_length`.
+    Wrong when: very long rows were to be left out.
+    Source: trl#6668, trl#6671, unsloth#11333 (which confused it with F21), FederatedScope#625.
+    """
+    side, dropped = facts.train, facts.dropped(ANSWER_PAST_MAX_LENGTH)
+    rows = np.flatnonzero((side.num_labels == 0) & facts.is_cut(side))
+    total = len(side.rows) + len(facts.validation.rows) + dropped
+    if not is_pattern(len(rows) + dropped, total, FEW):
+        return None
+    length, lost = facts.settings.max_length, len(rows) + dropped
+    return Finding.of(
+        "F25",
+        "error" if lost >= MOST * total else "warning",
+        message=f"{lost:,} of {total:,} rows ({percent(lost, total)}) teach nothing: their answer begins beyond "
+        f"max_length {length}.",
+        evidence={
+            "dropped": dropped,
+            "rows_without_labels": len(rows),
+            "max_length": length,
+            "rows": side.places(rows),
+        },
+        fix=f"max_length: {2 * length} or more, or shorten the prompts of these rows",
+    )
+
+
+@rule("F25", otherwise=True)
+def rows_gone_in_truncation(subject: Subject) -> Signal | None:
+    """F25, of a trainer that counted its rows: fewer out than in."""
+    read, left = setting(subject, "rows_in"), setting(subject, "rows_out")
+    if not read or left is None or left >= (1 - SOME) * read:
+        return None
+    says = f"of {read:,.0f} rows {left:,.0f} are left after truncation"
+    kind, weight = ("invariant", 0.9) if left < (1 - MUCH) * read else ("measured", 0.6)
+    return Signal("F25", kind, says, weight, {"in": read, "out": left}, fix="a larger max_length")
+
+
+@rule("F26")
+def prompt_cut(subject: Subject) -> Signal | None:
+    """F26: long rows lose their beginning, so answers stand without their question.
+
+    Sees: truncation set to the left and rows that are longer than the limit; rows at the limit that do not begin with
+    the token that all shorter rows begin with, and that end as those do.
+    Why: the answer is learned without what it answers: the first loss is 8 times as high.
+    Not: F38, whose prompts are there; F09, where short rows lack the beginning too; F24, whose ends are cut.
+    Fix: `truncation_mode: keep_start`, or rows that are too long dropped.
+    Wrong when: the last turns of long chats are to be learned with what fits before them.
+    Source: trl has deprecated `keep_end`.
+    """
+    get, rows = subject.settings.get, examples_of(subject)
+    fix = "truncation_mode: keep_start (truncation_side: right), or drop the rows that are too long"
+    lengths = np.array([len(row.input_ids) for row in rows])
+    limit = setting(subject, "max_length") or (lengths.max() if len(lengths) else 0)
+    full = lengths >= limit
+    keeps_end = get("truncation_side") == "left" or get("truncation_mode") == "keep_end"
+    if not len(rows) or full.sum() < max(3, SOME * len(rows)):
+        return None
+    first = np.array([row.input_ids[0] if len(row.input_ids) else -1 for row in rows])
+    begins = expected_first(subject, first[~full])
+    if begins is not None:
+        lost = int((first[full] != begins).sum())
+        if lost >= max(3, 0.5 * full.sum()) and _ends_alike(rows, full):
+            says = f"{lost} of {int(full.sum())} rows at the limit of {int(limit)} tokens lack the beginning of a row"
+            return Signal("F26", "invariant", says, 0.85, {"rows": lost, "limit": int(limit)}, fix=fix)
+    if not keeps_end:
+        return None
+    says = f"{int(full.sum())} rows reach the limit of {int(limit)} tokens, and are cut at their beginning"
+    return Signal("F26", "measured", says, 0.8, {"rows": int(full.sum())}, fix=fix)
+
+
+def expected_first(subject: Subject, seen: np.ndarray) -> int | None:
+    """The token that rows begin with: that of the shorter rows, or else the template's own."""
+    if len(seen) >= 3:
+        found, counts = np.unique(seen, return_counts=True)
+        return int(found[counts.argmax()]) if counts.max() >= SAME * len(seen) else None
+    tokenizer = subject.tokenizer
+    if tokenizer is None or not tokenizer.chat_template:
+        return None
+    try:
+        texts = [tokenizer.apply_chat_template([{"role": "user", "content": word}], tokenize=False) for word in "ab"]
+    except Exception:  # a template may refuse anything, in its own words
+        return None
+    first = [tokenizer.encode(str(text), add_special_tokens=False)[:1] for text in texts]
+    return first[0][0] if first[0] and first[0] == first[1] else None
+
+
+def _ends_alike(rows: list, full: np.ndarray) -> bool:
+    """Whether rows at the limit end with tokens that few endings share, as whole rows do."""
+    last = np.array([row.input_ids[-1] for row, is_full in zip(rows, full, strict=True) if is_full])
+    _, counts = np.unique(last, return_counts=True)
+    return bool(counts.max() >= 0.8 * len(last))

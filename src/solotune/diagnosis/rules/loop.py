@@ -1,0 +1,177 @@
+"""S14, batch, memory and the mechanics of the loop: F71 to F74."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+
+from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.facts.derived import (
+    activation_bytes,
+    has_error,
+    is_ours,
+    logits_bytes,
+    micro_batch_tokens,
+    out_of_memory,
+    row_lengths,
+    setting,
+    shape_of,
+    weight_bytes,
+)
+from solotune.diagnosis.rules import rule
+from solotune.diagnosis.subject import Subject
+
+EARLY = 3
+"""Steps by which a run without checkpointing has met its largest activations."""
+_GIB = 2**30
+
+
+def checkpoints(subject: Subject) -> bool | None:
+    """Whether layers are recomputed; None where it is not known."""
+    found = subject.settings.get("gradient_checkpointing")
+    return None if found is None or found == "auto" else bool(found)
+
+
+def last_step(subject: Subject) -> int:
+    """The last step that was logged."""
+    return int(subject.trace.step_S.max()) if subject.trace is not None and len(subject.trace.step_S) else 0
+
+
+@rule("F71", needs=("settings",), probes=("P11",))
+def no_checkpointing(subject: Subject) -> Signal | None:
+    """F71: activations do not fit without gradient checkpointing.
+
+    Sees: checkpointing off, and either an out-of-memory error in forward or backward of the first steps, or activations
+    that, by the model's shape and the longest row, exceed the card's memory and fit with it.
+    Why: without it every layer's inputs are kept until backward: sixteen times as much on an 8B model.
+    Not: F72, which fails at the loss and grows with the vocabulary; F42, where a late, long batch fails; F70, which
+    fails in the optimizer's step; F51, where the base itself is too large.
+    Fix: `gradient_checkpointing: true`.
+    Wrong when: another process took the memory.
+    Source: the walkthrough; trl has it on by default.
+    """
+    if is_ours(subject) or checkpoints(subject) is not False:
+        return None
+    fix = "gradient_checkpointing: true"
+    text, tokens, memory = out_of_memory(subject), micro_batch_tokens(subject), setting(subject, "memory_bytes")
+    if text is not None and last_step(subject) <= EARLY and not re.search(r"logits|cross_entropy|lm_head", text):
+        if re.search(r"optimizer\.step|exp_avg|from_pretrained|load_state_dict", text):
+            return None
+        says = f"the memory ran out at step {last_step(subject) + 1}, with checkpointing off"
+        return Signal("F71", "measured", says, 0.75, {"step": last_step(subject) + 1}, fix=fix)
+    if tokens is None or memory is None:
+        return None
+    needs = [activation_bytes(subject, tokens[0], on) for on in (False, True)]
+    base = weight_bytes(subject)
+    if None in needs or base is None or base + (needs[0] or 0) <= memory or base + (needs[1] or 0) > memory:
+        return None
+    if tail_decides(subject):
+        return None
+    says = f"activations take about {(needs[0] or 0) / _GIB:.1f} GiB beside a base of {base / _GIB:.1f}; the card has "
+    says += f"{memory / _GIB:.1f}"
+    return Signal("F71", "measured", says, 0.75, {"activations": needs[0], "memory": memory}, fix=fix)
+
+
+def tail_decides(subject: Subject) -> bool:
+    """Whether all but the longest rows fit into the card and these do not, so that the lengths are the cause (F42)."""
+    tokens, memory, base = micro_batch_tokens(subject), setting(subject, "memory_bytes"), weight_bytes(subject)
+    if tokens is None or memory is None or base is None:
+        return False
+    longest, usual = (activation_bytes(subject, count, checkpoints(subject) is not False) or 0 for count in tokens)
+    return base + usual <= memory < base + longest
+
+
+@rule("F72", needs=("settings",), probes=("P11",))
+def logits_memory(subject: Subject) -> Signal | None:
+    """F72: the logits of the whole batch do not fit.
+
+    Sees: an out-of-memory error at the loss; or rows x tokens x vocabulary in float32, three times, that take more than
+    a third of the card where no fused loss is used.
+    Why: 8k tokens of a vocabulary of 128k are 4.2 GB a copy.
+    Not: F71, which fails in the layers and does not depend on the vocabulary.
+    Fix: a fused or chunked loss (`use_liger_kernel: true`), or fewer rows a pass.
+    Wrong when: the trainer's own loss is fused (trl 1.16's is, except with custom losses, metrics or label smoothing).
+    Source: Automodel#3907, ms-swift#6966.
+    """
+    if is_ours(subject):
+        return None
+    fix = "use_liger_kernel: true, or a smaller per_device_train_batch_size"
+    text, tokens = out_of_memory(subject), micro_batch_tokens(subject)
+    size = logits_bytes(subject, tokens[0]) if tokens else None
+    if text is not None and re.search(r"logits|cross_entropy|lm_head|compute_loss|log_softmax|\.float\(\)", text):
+        says = "the memory ran out at the loss" + (f", whose logits take about {size / _GIB:.1f} GiB" if size else "")
+        return Signal("F72", "measured", says, 0.8, {"bytes": size}, fix=fix)
+    memory, get = setting(subject, "memory_bytes"), subject.settings.get
+    is_fused = get("use_liger_kernel") or (get("tool") == "trl" and not get("label_smoothing_factor"))
+    if size is None or memory is None or is_fused or size <= memory / 3:
+        return None
+    base, activations = weight_bytes(subject), activation_bytes(subject, tokens[0] if tokens else 0, True)
+    if base is None or activations is None or base + activations + size <= memory:
+        return None
+    shape = shape_of(subject) or {}
+    says = f"logits of {tokens[0] if tokens else 0:,.0f} tokens x {shape.get('vocabulary', 0):,} take about "
+    says += f"{size / _GIB:.1f} GiB of the card's {memory / _GIB:.1f}"
+    return Signal("F72", "measured", says, 0.75, {"bytes": size, "memory": memory}, fix=fix)
+
+
+@rule("F73", needs=("settings",))
+def recompiles(subject: Subject) -> Signal | None:
+    """F73: compiled layers are compiled anew for every length.
+
+    Sees: the message of torch's compiler about its limit; or compiling on, padding to the longest row of each batch,
+    and rows of many lengths.
+    Why: minutes of compiling in place of training; beyond the limit the layer runs uncompiled.
+    Not: F50, which is slow at every shape; rows that are packed or padded to one length.
+    Fix: `pad_to_multiple_of: 256` or `packing: true`; or `torch_compile: false`.
+    Wrong when: shapes are compiled as dynamic.
+    Source: pytorch#188150.
+    """
+    fix = "pad to few lengths (pad_to_multiple_of: 256, packing: true), or torch_compile: false"
+    if line := has_error(subject, r"recompile_limit|cache_size_limit|torch\._dynamo hit config"):
+        return Signal("F73", "invariant", f"the log says: {line}", 0.95, {}, fix=fix)
+    get, lengths = subject.settings.get, row_lengths(subject)
+    is_padded = get("packing") or (setting(subject, "pad_to_multiple_of") or 0) >= 64 or get("padding") == "max_length"
+    if is_ours(subject) or get("torch_compile") is not True or is_padded or get("torch_compile_dynamic"):
+        return None
+    distinct = len(np.unique(lengths))
+    if distinct < 16:
+        return None
+    says = f"layers are compiled, and rows have {distinct:,} different lengths"
+    return Signal("F73", "measured", says, 0.6, {"lengths": distinct}, fix=fix)
+
+
+@rule("F74", needs=("settings", "trace"), probes=("P9",))
+def accumulation_scaled(subject: Subject) -> Signal | None:
+    """F74: the loss of accumulated micro-batches is not divided as it should be.
+
+    Sees: logged training losses that are the number of micro-batches times the held-out losses. What decides is the
+    gradient of one batch of N rows against N batches of one (probe P9): N times as long where the sum is not divided,
+    in another direction where means of unequal rows are averaged.
+    Why: the logged loss is N times too high, and the gradient too, which Adam hides; short rows weigh more than long
+    ones.
+    Not: F67, whose losses follow the rate and not N; F46, whose training loss is the lower one.
+    Fix: one sum over the whole batch, divided by its labels (`num_items_in_batch`).
+    Wrong when: training rows are really that much harder than held-out ones.
+    Source: transformers#34191, #35438, #37197, #37766.
+    """
+    count, trace = setting(subject, "gradient_accumulation_steps"), subject.trace
+    if is_ours(subject) or trace is None or not count or count < 3 or not len(trace.loss_S):
+        return None
+    ratios = []
+    for step, held_out in zip(trace.eval_step_E, trace.eval_loss_E, strict=True):
+        near = trace.loss_S[np.isfinite(trace.loss_S) & (np.abs(trace.step_S - step) <= max(2, 0.1 * step))]
+        if len(near) and math.isfinite(held_out) and held_out > 0.1:
+            ratios.append(float(near.mean() / held_out))
+    shape, first = shape_of(subject), float(trace.loss_S[0])
+    fix = "divide by num_items_in_batch (upgrade transformers, or accept the argument in compute_loss)"
+    if ratios and abs(float(np.median(ratios)) / count - 1) < 0.2:
+        says = f"training losses are {np.median(ratios):.1f} times the held-out ones, with {count:.0f} micro-batches"
+        return Signal(
+            "F74", "measured", says, 0.75, {"ratio": float(np.median(ratios)), "micro_batches": count}, fix=fix
+        )
+    if shape and first > 2 * math.log(shape["vocabulary"]) and first / count < math.log(shape["vocabulary"]):
+        says = f"the first logged loss {first:.1f} is twice that of guessing, and {first / count:.2f} when divided by "
+        return Signal("F74", "measured", says + f"{count:.0f}", 0.5, {"loss": first, "micro_batches": count}, fix=fix)
+    return None

@@ -1,0 +1,158 @@
+"""S8, the order in which rows come and how long they are: F40 to F42."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import numpy as np
+
+from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.facts.conversations import answers_of, chats_of
+from solotune.diagnosis.facts.derived import (
+    is_ours,
+    out_of_memory,
+    planned_steps,
+    row_lengths,
+    setting,
+    steps_of_epochs,
+)
+from solotune.diagnosis.facts.rows import examples_of, rows_of
+from solotune.diagnosis.rules import rule
+from solotune.diagnosis.rules.loop import last_step, tail_decides
+from solotune.diagnosis.subject import Subject
+
+SORTED = 0.7
+"""Rank correlation of place and length (or answer), which a shuffled file of a hundred rows has with probability
+1e-15."""
+LONG_TAIL = 8.0
+"""The longest row by the 95th percentile; real chats have 3 to 5."""
+
+
+@rule("F40", needs=("settings",))
+def sorted_rows(subject: Subject) -> Signal | None:
+    """F40: rows are sorted and are trained on in that order.
+
+    Sees: a sampler that does not shuffle, and rows whose place says how long they are or what they answer; batches
+    whose rows follow the file.
+    Why: a step-like, periodic loss; the model ends biased to the last part of the file.
+    Not: sorted files under a sampler that shuffles, which Trainer does by default: the sampler counts, not the file;
+    F77, which repeats rows after a resumption only.
+    Fix: shuffle.
+    Wrong when: a curriculum is meant.
+    Source: Karpathy's recipe; 1.94 instead of 1.72 (measured).
+    """
+    get = subject.settings.get
+    if is_ours(subject) or get("shuffle") is not False:
+        return None
+    rows = examples_of(subject)
+    if len(rows) < 20:
+        return None
+    what, found = order_of(subject)
+    if found < SORTED:
+        return None
+    says = f"rows are not shuffled, and their place in the file follows {what} (rank correlation {found:.2f})"
+    return Signal("F40", "measured", says, 0.85, {"correlation": found}, fix="shuffle: true")
+
+
+def order_of(subject: Subject) -> tuple[str, float]:
+    """What the order of the rows follows most, and its rank correlation with their place, without sign."""
+    rows, answers = examples_of(subject), answers_of(chats_of(subject))
+    length = np.array([len(row.input_ids) for row in rows], float)
+    learned = np.array([int(row.supervised.sum()) for row in rows], float)
+    first = np.array([int(row.input_ids[row.supervised][0]) if row.supervised.any() else -1 for row in rows], float)
+    keys = {"their length": length, "the length of their answers": learned, "how their answers begin": first}
+    if len(answers) == len(rows):
+        keys["their answers"] = np.unique(answers, return_inverse=True)[1].astype(float)
+    found = {what: abs(_rank_correlation(values)) for what, values in keys.items()}
+    if len(answers) == len(rows):
+        found["their answers"] = max(found["their answers"], _run_share(answers))
+    best = max(found, key=lambda what: found[what])
+    return best, found[best]
+
+
+def _rank_correlation(values: np.ndarray) -> float:
+    _, ranks, counts = np.unique(values, return_inverse=True, return_counts=True)
+    if len(counts) < 3:
+        return 0.0
+    middle = (np.cumsum(counts) - (counts - 1) / 2)[ranks]
+    return float(np.corrcoef(middle, np.arange(len(values)))[0, 1])
+
+
+def _run_share(answers: list[str]) -> float:
+    """How many of the repeated answers stand next to one of their own: near 1 only where the file is grouped by
+    them."""
+    counts = Counter(answers)
+    repeated = sum(count - 1 for count in counts.values())
+    neighbours = sum(a == b for a, b in itertools.pairwise(answers))
+    expected = sum((count / len(answers)) ** 2 for count in counts.values())
+    enough = repeated >= 0.5 * len(answers) and len(counts) >= 2 and expected < 0.5
+    return neighbours / repeated if enough else 0.0
+
+
+@rule("F41", needs=("settings",))
+def repeated_by_workers(subject: Subject) -> Signal | None:
+    """F41: every loader worker reads all of the data.
+
+    Sees: rows that come N times in the batches and once in the data, with N workers; a run of N times the planned
+    steps.
+    Why: an epoch is N times as long, and rows are learned by heart.
+    Not: F39, where the file repeats them; several epochs.
+    Fix: the iterable data set sharded by worker (`get_worker_info`).
+    Wrong when: rows are repeated on purpose.
+    Source: datasets#3423, pytorch#30599.
+    """
+    workers = setting(subject, "dataloader_num_workers") or 0
+    if is_ours(subject) or workers < 2:
+        return None
+    fix = "shard the iterable data set by worker (torch.utils.data.get_worker_info), or dataloader_num_workers: 0"
+    seen = [row.input_ids.tobytes() for batch in subject.batches for row in rows_of(batch)]
+    own = [row.input_ids.tobytes() for row in subject.train]
+    again = 1 - len(set(seen)) / len(seen) if seen else 0.0
+    if len(seen) >= 8 and again >= 0.4 and (not own or len(set(own)) > 0.9 * len(own)):
+        says = f"{again:.0%} of the rows in the batches repeat an earlier one, with {workers:.0f} workers"
+        return Signal("F41", "invariant", says, 0.9, {"again": again, "workers": workers}, fix=fix)
+    is_stream = subject.settings.get("iterable") is True or subject.settings.get("streaming") is True
+    total, planned = planned_steps(subject), steps_of_epochs(subject)
+    if total and planned and abs(total / planned / workers - 1) < 0.1:
+        says = f"the run has {total:,} steps where its rows make {planned:,}, with {workers:.0f} workers"
+        return Signal("F41", "measured", says, 0.8, {"steps": total, "planned": planned}, fix=fix)
+    if is_stream and subject.settings.get("sharded") is False:
+        says = f"an iterable data set is read by {workers:.0f} workers and not sharded"
+        return Signal("F41", "invariant", says, 0.85, {"workers": workers}, fix=fix)
+    return None
+
+
+@rule("F42", probes=("P11",))
+def long_tail(subject: Subject) -> Signal | None:
+    """F42: a few very long rows decide the peak of memory, at a late step.
+
+    Sees: a longest row that is many times the 95th percentile, together with an out-of-memory error after the first
+    steps, or with a card that the other rows fit into and the longest does not.
+    Why: the run crashes at whichever step the row comes.
+    Not: F71 and F72, which crash at once; a leak, which grows at constant length.
+    Fix: `max_length` at the 95th or 99th percentile, and the longest batch tried first.
+    Wrong when: something else took the memory.
+    Source: litgpt#159, LlamaFactory#3668, transformers#11388.
+    """
+    lengths = row_lengths(subject)
+    limit = setting(subject, "max_length")
+    if is_ours(subject) or len(lengths) < 20:
+        return None
+    if limit:
+        lengths = np.minimum(lengths, limit)
+    usual, longest = float(np.quantile(lengths, 0.95)), float(lengths.max())
+    ratio = longest / max(usual, 1)
+    fix, numbers = f"max_length: {int(-(-usual * 1.25 // 64) * 64)}", {"longest": longest, "p95": usual}
+    if out_of_memory(subject) is not None and last_step(subject) > 3 and ratio > 2:
+        says = (
+            f"the memory ran out after step {last_step(subject):,}; the longest row has {longest:,.0f} tokens, 95 % of"
+        )
+        return Signal("F42", "measured", f"{says} them at most {usual:,.0f}", 0.85, numbers, fix=fix)
+    if ratio > 2 and tail_decides(subject):
+        says = f"the longest row has {longest:,.0f} tokens and does not fit; 95 % have at most {usual:,.0f} and do"
+        return Signal("F42", "measured", says, 0.8, numbers, fix=fix)
+    if ratio < LONG_TAIL:
+        return None
+    says = f"the longest row has {longest:,.0f} tokens, {ratio:.0f} times the 95th percentile"
+    return Signal("F42", "measured", says, 0.45, numbers, fix=fix)

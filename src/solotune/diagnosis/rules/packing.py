@@ -1,0 +1,126 @@
+"""S7, packing: F31 to F33, read off the batches; P3 tells whether documents of a pack see one another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.facts.derived import mapping
+from solotune.diagnosis.facts.labels import LabelFacts
+from solotune.diagnosis.facts.texts import Batches, Line
+from solotune.diagnosis.rules import rule, signals_of_rows
+from solotune.diagnosis.subject import Subject
+
+SOME = 0.1  # of the documents
+
+
+@rule("F31", needs=("batches",), probes=("P3",))
+def documents_not_kept_apart(subject: Subject) -> Signal | None:
+    """F31: several documents in a sequence, and nothing in the batch that keeps them apart.
+
+    Sees: rows behind one another without restarting positions or a mask of blocks; or restarting positions beside an
+    attention_mask of ones, with which transformers makes no blocks.
+    Why: a document attends to those before it: slightly worse, cross-talk. It makes no plateau.
+    Not: restarting positions without a mask, which are kept apart (P3 finds 0 with use_cache=False); F32.
+    Fix: positions that restart, no attention_mask, and use_cache=False; or an attention kernel for varying lengths.
+    Wrong when: the collator's marks are read by a model of one's own.
+    Source: trl#805, #3067, #3910 (0.03 to 0.15 of the final loss); logits 0.0 against 14 to 15.
+    """
+    batches = Batches.of(subject)
+    packed = [(raw, line) for raw, lines in zip(batches.raw, batches.sequences, strict=True) for line in lines
+              if len(line.starts) > 1]  # fmt: skip
+    if not packed:
+        return None
+    unmarked = sum(line.claimed is None for _, line in packed)
+    undone = sum(line.claimed is not None and _has_plain_mask(raw, line) for raw, line in packed)
+    if not unmarked and not undone:
+        return None
+    why = "no restarting positions" if unmarked else "an attention_mask of ones beside the restarting positions"
+    says = f"{unmarked + undone} of {len(packed)} sequences hold several documents with {why}"
+    return Signal(
+        "F31", "measured", says, 0.75, {"sequences": unmarked + undone, "packed": len(packed)},
+        fix="position_ids that restart with each document, without attention_mask, use_cache=False",
+    )  # fmt: skip
+
+
+@rule("F32", needs=("batches",), probes=("P3",))
+def positions_not_restarted(subject: Subject) -> Signal | None:
+    """F32: documents of a pack are kept apart by a mask, and their positions go on counting.
+
+    Sees: a mask of blocks, or numbered documents, with positions that do not restart (or none).
+    Why: a document late in a pack is read at positions it never has alone; on a model with a table of positions that
+    is another model, on rotary ones a mild drift.
+    Not: F31, where documents see each other.
+    Fix: positions that restart at 0 with each document.
+    Wrong when: the model makes its positions out of the mask.
+    Source: torchtune#875.
+    """
+    batches = Batches.of(subject)
+    seen = packed = 0
+    for raw, lines in zip(batches.raw, batches.sequences, strict=True):
+        for line in lines:
+            if line.claimed is None or len(line.starts) < 2 or not _claims_by_mask(raw):
+                continue
+            packed += 1
+            positions = line.positions_T
+            seen += positions is None or any(positions[i] != 0 for i in line.starts[1:])
+    if not seen:
+        return None
+    says = f"{seen} of {packed} packed sequences are kept apart by a mask, with positions that go on counting"
+    return Signal("F32", "invariant", says, 0.85, {"sequences": seen}, fix="restart position_ids with each document")
+
+
+@rule("F33", needs=("batches",))
+def packing_cuts_rows(subject: Subject) -> Signal | None:
+    """F33: packing splits rows over sequences, or drops what does not fit.
+
+    Sees: packed sequences that end in the midst of a row: answers that nothing ends at the edge of a full sequence.
+    Why: answers are learned without their beginning or their end.
+    Not: F24, rows cut without packing; F10, ends missing within the sequences too.
+    Fix: packing that keeps rows whole (best fit), and a max_length above the longest row.
+    Wrong when: long plain texts are wrapped on purpose, as in pretraining.
+    Source: TRL's config: `bfd` truncates, `wrapped` cuts.
+    """
+    facts = LabelFacts.of(subject)
+    batches = facts.batches
+    if not (batches.is_packed or subject.settings.get("packing")) or not facts.roles.ends:
+        return None
+    ends = facts.roles.ends
+    lasts, inner = [], []
+    for document in facts.documents:
+        line = batches.sequences[document.batch][document.sequence]
+        ended = bool(np.isin(document.ids[-4:], list(ends)).any())
+        (lasts if document.start == line.starts[-1] else inner).append(ended)
+    full = [lines for lines in batches.sequences for lines in lines if lines.real_T.all()]
+    open_ = lasts.count(False)
+    if not full or inner.count(False) > SOME * len(inner) or open_ < SOME * len(facts.documents):
+        return None
+    says = f"{open_} of {len(lasts)} packed sequences end in the midst of a row"
+    return Signal(
+        "F33", "measured", says, 0.8, {"open": open_, "sequences": len(lasts)},
+        fix="a packing that keeps rows whole, or a max_length above the longest row",
+    )  # fmt: skip
+
+
+@rule("F33", needs=("settings",))
+def cut_before_packing(subject: Subject) -> list[Signal]:
+    """F33, of TRL's best-fit packing: it truncates rows that are longer than a pack, and `max_length` is the pack's."""
+    told = mapping(subject.settings.get("sft"))
+    if not told.get("packing") or told.get("packing_strategy") != "bfd":
+        return []
+    fix = "packing_strategy: bfd_split, or a max_length above the longest row"
+    return [replace(signal, code="F33", fix=fix) for signal in signals_of_rows(subject, "F24")]
+
+
+def _claims_by_mask(raw) -> bool:
+    mask = raw.get("attention_mask")
+    numbered = mask is not None and (mask.dim() == 4 or int(mask.max()) > 1)
+    return numbered or any(key in raw for key in ("seq_idx", "cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens"))
+
+
+def _has_plain_mask(raw, line: Line) -> bool:
+    """A mask of zeros and ones that all of the sequence's documents share, and no other mark than positions."""
+    mask = raw.get("attention_mask")
+    return mask is not None and mask.dim() == 2 and int(mask.max()) <= 1 and not _claims_by_mask(raw)

@@ -1,0 +1,155 @@
+"""S10, quantisation of the base: F49 to F52."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.facts.derived import in_4bit, is_ours, mapping
+from solotune.diagnosis.rules import rule
+from solotune.diagnosis.subject import Subject
+
+_LEVELS = 17
+"""Distinct values of 64 weights in 4 bits, and one more for a zero that rounding made."""
+
+
+def quantises(subject: Subject) -> bool:
+    """Whether a quantised base was asked for, in whatever words."""
+    get = subject.settings.get
+    return in_4bit(subject) or get("load_in_8bit") is True or bool(get("quantization_config"))
+
+
+@rule("F49", needs=("settings", "model_config"))
+def quantised_twice(subject: Subject) -> Signal | None:
+    """F49: a checkpoint that is quantised already is asked to be quantised again.
+
+    Sees: `quantization_config` in the checkpoint's config.json, and another quantisation in the settings.
+    Why: an AttributeError, or one of the two is dropped in silence and the run is not what its config says.
+    Not: F51, where no quantisation takes effect; a bitsandbytes checkpoint loaded in the same number of bits, where
+    asking again changes nothing.
+    Fix: the 16-bit checkpoint, or no quantisation of one's own.
+    Wrong when: the loader expands the checkpoint first.
+    Source: Qwen3-VL#888, unsloth#6087.
+    """
+    has = mapping(subject.model_config.get("quantization_config"))
+    if not has or not quantises(subject):
+        return None
+    method = str(has.get("quant_method") or ("bitsandbytes" if has.get("load_in_4bit") else "unknown")).lower()
+    if method == "bitsandbytes" and bool(has.get("load_in_4bit")) == in_4bit(subject):
+        return None
+    says = f"the checkpoint is quantised already ({method}), and the settings quantise it again"
+    fix = "take the 16-bit checkpoint of this model, or remove load_in_4bit"
+    return Signal("F49", "invariant", says, 0.9, {"method": method}, fix=fix)
+
+
+@rule("F50", needs=("settings",))
+def computes_in_float32(subject: Subject) -> Signal | None:
+    """F50: 4-bit layers compute in float32.
+
+    Sees: a 4-bit base whose `bnb_4bit_compute_dtype` is float32 or left out (float32 is its default), in a training
+    that otherwise computes in 16 bits.
+    Why: every matmul of the base runs in float32, several times slower, without a word.
+    Not: F73, slow only where a shape is new; a run in float32 on purpose (`bf16: false`); solotune, where the compute
+    dtype follows `bf16`.
+    Fix: `bnb_4bit_compute_dtype: bfloat16`.
+    Wrong when: the wrapper sets it (Unsloth does).
+    Source: bitsandbytes#2077; h2ogpt#682 (5 to 16 tokens/s).
+    """
+    get = subject.settings.get
+    dtype = get("bnb_4bit_compute_dtype")
+    is_wide = dtype is None or str(dtype).rpartition(".")[2] in ("float32", "fp32", "float")
+    if is_ours(subject) or not in_4bit(subject) or not is_wide or get("tool") == "unsloth":
+        return None
+    in_16 = get("bf16") is True or get("fp16") is True
+    if not in_16 and (get("bf16") is False or get("fp16") is False):
+        return None
+    says = f"bnb_4bit_compute_dtype is {'left out, which means float32' if dtype is None else dtype}"
+    weight = 0.85 if in_16 else 0.55
+    return Signal("F50", "invariant", says, weight, {"dtype": str(dtype)}, fix="bnb_4bit_compute_dtype: bfloat16")
+
+
+@rule("F51", needs=("settings",))
+def not_quantised(subject: Subject) -> Signal | None:
+    """F51: the quantisation that was asked for did not take place.
+
+    Sees: a setting that asks for 4 or 8 bits, and in what held none; or no module of the model that is quantised.
+    Why: the run is plain LoRA on four times the memory, or ends in an out-of-memory error while loading.
+    Not: F71, whose memory is activations; F49, where the checkpoint has a quantisation of its own; solotune on a CPU,
+    which quantises too.
+    Fix: `quantization_config` passed where the model is loaded, not to the trainer of a loaded model.
+    Wrong when: the modules are of a library that this rule does not know.
+    Source: trl only warns where the model is there already.
+    """
+    asked, held = subject.settings.asked, subject.settings.values
+    fix = "from_pretrained(..., quantization_config=BitsAndBytesConfig(load_in_4bit=True, ...))"
+    for key in ("load_in_4bit", "load_in_8bit", "quantization_config"):
+        if asked.get(key) and key in held and not held[key]:
+            return Signal("F51", "invariant", f"{key} was asked for and did not hold", 0.9, {"key": key}, fix=fix)
+    if quantises(subject) and held.get("num_quantised_modules") == 0:
+        return Signal("F51", "invariant", "no module of the model is quantised", 0.95, {"quantised": 0}, fix=fix)
+    return None
+
+
+@rule("F51", needs=("settings", "live"))
+def none_is_quantised(subject: Subject) -> Signal | None:
+    """F51, of the loaded model: 4 bits were asked for and no parameter is packed."""
+    if is_ours(subject) or not quantises(subject) or subject.live is None:
+        return None
+    model = subject.live().model
+    if any(_is_quantised(module) for module in model.modules()):
+        return None
+    fix = "from_pretrained(..., quantization_config=BitsAndBytesConfig(load_in_4bit=True, ...))"
+    return Signal("F51", "invariant", "no module of the loaded model is quantised", 0.9, {"quantised": 0}, fix=fix)
+
+
+def _is_quantised(module: Any) -> bool:
+    kinds = {type(module).__name__.lower(), type(getattr(module, "weight", None)).__name__.lower()}
+    named = ("4bit", "8bit", "nf4", "int8", "gptq", "awq", "quant", "hqq", "fp8", "bnb")
+    return any(part in kind for kind in kinds for part in named) or hasattr(module, "quant_state")
+
+
+@rule("F52", needs=("settings",))
+def head_left_unprotected(subject: Subject) -> Signal | None:
+    """F52: the output head, or a router, is quantised too.
+
+    Sees: `llm_int8_skip_modules` without the head in it, which clears the default that leaves it out; a head whose
+    weights have only a few distinct values.
+    Why: the head decides between tens of thousands of tokens by small differences; 4 bits round them away, so the
+    base's own loss is worse before anything is trained.
+    Not: F59, where the base's loss is good with the adapter off.
+    Fix: `lm_head` in the list.
+    Wrong when: the head is tied to an embedding that is left as it is.
+    Source: transformers#45674, axolotl#3953.
+    """
+    skipped = subject.settings.get("llm_int8_skip_modules")
+    if not skipped or not quantises(subject) or subject.model_config.get("tie_word_embeddings") is True:
+        return None
+    names = [skipped] if isinstance(skipped, str) else list(map(str, skipped))
+    if any("lm_head" in name or "embed_out" in name or "output" in name for name in names):
+        return None
+    says = f"llm_int8_skip_modules is {names}, so the default that leaves out lm_head no longer holds"
+    fix = f"llm_int8_skip_modules: [{', '.join([*names, 'lm_head'])}]"
+    return Signal("F52", "invariant", says, 0.85, {"skipped": names}, fix=fix)
+
+
+@rule("F52", needs=("live",))
+def head_has_few_values(subject: Subject) -> Signal | None:
+    """F52, of the loaded model: 64 neighbouring weights of the head have no more values than 4 bits can hold."""
+    import torch
+
+    model = subject.live().model if subject.live is not None else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    weight = getattr(head, "weight", None)
+    if weight is None:
+        return None
+    fix = "llm_int8_skip_modules: [lm_head]"
+    if _is_quantised(head):
+        return Signal("F52", "invariant", f"the head is a {type(head).__name__}", 0.95, {}, fix=fix)
+    if weight.dim() != 2 or weight.shape[1] < 64 or not weight.dtype.is_floating_point:
+        return None
+    rows = weight.detach()[:: max(1, weight.shape[0] // 64), :64].float().cpu()
+    counts = [int(torch.unique(row).numel()) for row in rows if row.any()]
+    if not counts or sorted(counts)[len(counts) // 2] > _LEVELS:
+        return None
+    says = f"64 neighbouring weights of the head have {sorted(counts)[len(counts) // 2]} different values"
+    return Signal("F52", "invariant", says, 0.9, {"values": sorted(counts)[len(counts) // 2]}, fix=fix)

@@ -1,0 +1,121 @@
+"""S4, the loss mask, before there are batches: F17, F19, F20, F21 and F23, read off the rows that solotune made.
+
+Of another trainer's rows the batches are what is learned: `labels`, whose docstrings explain these faults.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from solotune.dataset.data_report import NOTHING_TO_LEARN
+from solotune.diagnosis.facts.row_arrays import is_pattern, percent
+from solotune.diagnosis.facts.row_facts import RowFacts
+from solotune.diagnosis.facts.row_labels import open_answers, said_in_training
+from solotune.diagnosis.findings import Finding
+from solotune.diagnosis.rules import rule
+from solotune.diagnosis.rules.labels import MOST  # after it, so that its docstrings stay the first
+
+FEW = 0.01
+"""One row in a hundred: for what should never happen. 177 of dolly's 15,000 rows were reported as a bug elsewhere."""
+SOME = 0.05
+"""One row in twenty."""
+
+
+@rule("F17", needs=("rows", "findings"))
+def pad_masks_terminator(facts: RowFacts) -> Finding | None:
+    """F17, of rows: the end of turn follows the answers, is the padding token, and is nowhere supervised."""
+    return _masked(facts, by_pad=True)
+
+
+@rule("F19", needs=("rows", "findings"))
+def terminator_masked(facts: RowFacts) -> Finding | None:
+    """F19, of rows: what the template ends turns with follows the answers (blanks aside), outside of the mask."""
+    return _masked(facts, by_pad=False)
+
+
+def _masked(facts: RowFacts, *, by_pad: bool) -> Finding | None:
+    side = facts.train
+    masked, follows, _ = facts.once(open_answers)
+    rows = np.unique(side.row_of[masked])
+    pad = facts.named_id("pad")
+    is_pads = pad in facts.turn_end_ids and not np.any(side.supervised & (side.ids == pad))
+    if is_pads is not by_pad or not is_pattern(len(rows), len(side.rows), FEW):
+        return None
+    evidence = {"answers_with": len(masked), "answers": len(side.begins), "rows": side.places(rows)}
+    severity = "error" if len(rows) >= MOST * len(side.rows) else "warning"
+    if by_pad:
+        return Finding.of(
+            "F17",
+            severity,
+            message=f"{facts.spelled(pad)} ends the answers and is never learned: it is the padding token too, and was "
+            "masked by its id.",
+            evidence={**evidence, "pad_id": pad},
+            fix="mask padding by position, or give the tokenizer a pad_token of its own (in tokenizer_config.json)",
+        )
+    return Finding.of(
+        "F19",
+        severity,
+        message=f"{percent(len(rows), len(side.rows))} of the rows have an answer whose end-of-turn token is not "
+        "learned: the model is not taught to stop.",
+        evidence={**evidence, "followed_by": facts.spelled(side.ids[follows[0]])},
+        fix="let the mask of an answer include the end-of-turn token that follows it",
+    )
+
+
+@rule("F20", needs=("rows", "findings"))
+def prompt_learned(facts: RowFacts) -> Finding | None:
+    """F20, of rows: the text of user, system or tool messages, which no answer repeats, in the decoded labels."""
+    prompted, inverted, judged = facts.once(said_in_training)
+    if not facts.settings.assistant_only_loss or not is_pattern(len(prompted), judged, SOME):
+        return None
+    if len(inverted) >= MOST * len(prompted):
+        return None
+    return Finding.of(
+        "F20",
+        "error",
+        message=f"Prompts are learned too: their text stands in the labels of {len(prompted)} of {judged} rows that "
+        "were read back.",
+        evidence={
+            "rows_with": len(prompted),
+            "rows_read": judged,
+            "supervised_share": round(float(facts.train.supervised.mean()), 3),
+            "rows": facts.train.places(prompted),
+        },
+        fix="mask everything outside the answers; or say `assistant_only_loss: false` if all is to be learned",
+    )
+
+
+@rule("F23", needs=("rows", "findings"))
+def mask_inverted(facts: RowFacts) -> Finding | None:
+    """F23, of rows: as F20, and the last answer's text missing from the labels."""
+    prompted, inverted, judged = facts.once(said_in_training)
+    if not is_pattern(len(inverted), judged, SOME) or len(inverted) < MOST * len(prompted):
+        return None
+    return Finding.of(
+        "F23",
+        "error",
+        message=f"The mask is the wrong way round: {len(inverted)} of {judged} rows learn the prompt and not the "
+        "answer.",
+        evidence={"rows_with": len(inverted), "rows_read": judged, "rows": facts.train.places(inverted)},
+        fix="swap the mask, or the roles user and assistant if the data has them swapped",
+    )
+
+
+@rule("F21", needs=("rows", "findings"))
+def nothing_learned(facts: RowFacts) -> Finding | None:
+    """F21, of rows: none of their tokens is supervised although they were not cut; dropped ones among them."""
+    side = facts.train
+    rows = np.flatnonzero((side.num_labels == 0) & ~facts.is_cut(side))
+    dropped = facts.dropped(NOTHING_TO_LEARN)
+    total = len(side.rows) + dropped
+    if not is_pattern(len(rows) + dropped, total, FEW):
+        return None
+    return Finding.of(
+        "F21",
+        "error" if len(rows) + dropped >= MOST * total else "warning",
+        message=f"{len(rows) + dropped:,} of {total:,} rows have no token to learn although they fit into max_length.",
+        evidence={"rows_without_labels": len(rows), "dropped": dropped, "rows": side.places(rows)},
+        fix="start the completion with the blank or newline that now ends the prompt, so that a token begins there"
+        if not facts.is_chat
+        else "give these rows an answer, or remove them",
+    )

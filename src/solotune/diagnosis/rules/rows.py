@@ -1,0 +1,347 @@
+"""S8, what the rows say: F34 to F36, F38 and F39; `text` has F37, `order` F40 to F42.
+
+A fault's second rule judges conversations that could not be rendered (no tokenizer, no model, roles that the data door
+refuses).
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from solotune.dataset.chat.formats import EMPTY_ANSWER
+from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.facts.conversations import answers_of, chats_of
+from solotune.diagnosis.facts.prompt_answer_overlap import alignment_of
+from solotune.diagnosis.facts.row_arrays import is_pattern, percent, squeezed
+from solotune.diagnosis.facts.row_facts import RowFacts
+from solotune.diagnosis.facts.rows import examples_of
+from solotune.diagnosis.findings import Finding
+from solotune.diagnosis.rules import rule
+from solotune.diagnosis.subject import Subject
+
+MOST = 0.5
+"""The whole file, not some rows: severity error."""
+SOME = 0.05
+"""One row in twenty."""
+FEW = 0.01
+"""One row in a hundred: more than somebody's writing about the thing itself (placeholders)."""
+ENOUGH_ROWS = 10
+"""Below that, how often an answer comes says nothing."""
+CONSTANT = 0.98
+"""Of labels: rare classes make 95 : 5 normal; two rows in a hundred that differ teach nothing."""
+CONSTANT_CHATS = 0.9
+"""The same of chats whose tokens are not known."""
+OVERUSED = 0.2
+"""Of sentences among otherwise free text: one answer in five is boilerplate or a refusal."""
+OVERUSED_LABEL = 0.5
+"""The same for an answer of a word or three: `unanswerable` is a third of SQuAD 2."""
+REPEATED = 0.3
+"""Share of (near-)duplicates from which it is told; templated data has many by nature, so it is no warning."""
+SHUFFLED = 0.55
+"""Weight of words alone: enough to name it, and not against a model that prefers the rows' own prompts."""
+
+_ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython", "observation"}
+_WORD = re.compile(r"\w{3,}")
+_NUMBER = re.compile(r"(\d+)\D*$")
+_PLACEHOLDERS = {"nan", "null", "none", "undefined", "n/a", "#n/a", "<na>", "[]", "{}", "todo", "tbd"}
+
+
+@rule("F34", needs=("rows",), probes=("P1",))
+def empty_answers(facts: RowFacts) -> Finding | None:
+    """F34: answers are empty, invisible, or a placeholder of the export.
+
+    Sees: answers without a visible character, `nan` and the like among free texts; rows dropped for it.
+    Why: the model learns to answer with its end of turn at once; a batch of them has a NaN loss.
+    Not: F25, whose text exists before truncation; `none` as one class among few; one or two odd rows.
+    Fix: the export, or these rows dropped.
+    Wrong when: `null` is a real answer.
+    Source: FederatedScope#625 (NaN), trl#1225; ratio 16 (measured).
+    """
+    dropped = facts.dropped(EMPTY_ANSWER)
+    invisible = [row for row, text in facts.answers if not any(c.isprintable() and not c.isspace() for c in text)]
+    folded = [(row, text.strip().casefold()) for row, text in facts.answers]
+    is_free = len({text for _, text in folded}) > MOST * len(folded)
+    filler = [row for row, text in folded if text in _PLACEHOLDERS] if is_free else []
+    found, total = dropped + len(invisible) + len(filler), len(folded) + len(facts.validation.rows) + dropped
+    if not is_pattern(len(invisible) + len(filler), len(folded), FEW) and not is_pattern(dropped, total, SOME):
+        return None
+    return Finding.of(
+        "F34",
+        "warning",
+        message=f"{found:,} of {total:,} rows ({percent(found, total)}) have an empty answer or a placeholder for one.",
+        evidence={
+            "dropped_as_empty": dropped,
+            "invisible": len(invisible),
+            "placeholders": len(filler),
+            "rows": facts.train.places(invisible + filler),
+        },
+        fix="look at the export of the answer column; remove these rows if there is nothing to mend",
+    )
+
+
+@rule("F34", otherwise=True)
+def chats_without_answers(subject: Subject) -> Signal | None:
+    """F34, of conversations that could not be rendered."""
+    answers = answers_of(chats_of(subject))
+    empty = sum(not text.strip() for text in answers)
+    if empty < max(3, 0.01 * len(answers)):
+        return None
+    says = f"{empty:,} of {len(answers):,} answers are empty"
+    return Signal("F34", "invariant", says, 0.9, {"empty": empty}, fix="drop the rows without an answer")
+
+
+@rule("F35", needs=("rows",), probes=("P10",))
+def constant_answers(facts: RowFacts) -> Finding | None:
+    """F35: nearly all answers are the same.
+
+    Sees: the share of the most frequent answer.
+    Why: the loss falls to almost nothing, and every prompt gets this answer.
+    Not: F44 and F46, whose answers differ and are copied; F38, where answers differ and prompts do not matter; few
+    classes of which one is frequent; a short `unanswerable` in up to half of the rows.
+    Fix: the repeated answer removed or rebalanced.
+    Wrong when: the data is one class on purpose.
+    Source: one answer for all: 1.88 in training, 6.46 held out (measured).
+    """
+    answers = [(row, squeezed(text)) for row, text in facts.answers]
+    if len(answers) < ENOUGH_ROWS:
+        return None
+    counts = Counter(text for _, text in answers)
+    top, count = counts.most_common(1)[0]
+    rest = len(answers) - count
+    shown = next(text for (_, key), (_, text) in zip(answers, facts.answers, strict=True) if key == top)
+    is_free = rest > 0 and len(counts) - 1 > MOST * rest
+    limit = OVERUSED_LABEL if len(shown.split()) <= 3 and len(top) <= 20 else OVERUSED
+    if count < CONSTANT * len(answers) and not (is_free and count >= limit * len(answers)):
+        return None
+    return Finding.of(
+        "F35",
+        "error" if count >= CONSTANT * len(answers) else "warning",
+        message=f"{count:,} of {len(answers):,} answers ({percent(count, len(answers))}) are the same: "
+        f"{shown.strip()[:60]!r}.",
+        evidence={
+            "most_frequent": count,
+            "answers": len(answers),
+            "distinct": len(counts),
+            "rows": facts.train.places([row for row, text in answers if text == top]),
+        },
+        fix="check that the answers come from the right column; else keep only some of these rows",
+    )
+
+
+@rule("F35", otherwise=True)
+def chats_with_one_answer(subject: Subject) -> Signal | None:
+    """F35, of conversations that could not be rendered."""
+    answers = [text.strip() for text in answers_of(chats_of(subject))]
+    if len(answers) < 20:
+        return None
+    text, count = Counter(answers).most_common(1)[0]
+    if not text or count < CONSTANT_CHATS * len(answers):
+        return None
+    says = f"{count:,} of {len(answers):,} answers are {text[:40]!r}"
+    return Signal("F35", "measured", says, 0.8, {"count": count}, fix="remove or rebalance the repeated answer")
+
+
+@rule("F36", needs=("rows",))
+def broken_turns(facts: RowFacts) -> Finding | None:
+    """F36: roles have wrong names or do not alternate.
+
+    Sees: names of roles that no template knows (`human`, `gpt`), two turns of one role in a row, chats that end with
+    the user or begin with the assistant.
+    Why: strict templates refuse; permissive ones write a header the model has never seen, or no answer is found. The
+    loss will not tell (ratio 1.3).
+    Not: tool messages, several of which may follow one another; a system message in front.
+    Fix: roles mapped to system, user, assistant.
+    Wrong when: the template is made for these names.
+    Source: Megatron-Bridge#5078, smol-course#260, unsloth#994.
+    """
+    repeated, swapped = [], []
+    for row in facts.chats:
+        messages = [m for m in facts.train.rows[row].messages if m["role"] not in ("system", "developer")]
+        roles = [m["role"] for m in messages]
+        calls = ["tool_calls" in m for m in messages]
+        if any(a == b != "tool" and not call for a, b, call in zip(roles, roles[1:], calls, strict=False)):
+            repeated.append(row)
+        if roles[0] == "assistant" and roles[-1] == "user":
+            swapped.append(row)
+    total = len(facts.chats)
+    if is_pattern(len(swapped), total, MOST):
+        message = f"{len(swapped):,} of {total:,} rows begin with the assistant and end with the user."
+        return Finding.of(
+            "F36",
+            "warning",
+            message=message + " The roles look swapped.",
+            evidence={"rows_with": len(swapped), "rows_read": total, "rows": facts.train.places(swapped)},
+            fix="swap the roles user and assistant (or from: human and gpt) in the data",
+        )
+    if not is_pattern(len(repeated), total, SOME):
+        return None
+    return Finding.of(
+        "F36",
+        "warning",
+        message=f"{len(repeated):,} of {total:,} rows have two turns of the same role in a row.",
+        evidence={"rows_with": len(repeated), "rows_read": total, "rows": facts.train.places(repeated)},
+        fix="join neighbouring messages of the same role into one, or look for a turn that was lost between them",
+    )
+
+
+@rule("F36", otherwise=True)
+def foreign_roles(subject: Subject) -> Signal | None:
+    """F36, of conversations that could not be rendered: their roles are named otherwise, or do not take turns."""
+    chats = chats_of(subject)
+    if not chats:
+        return None
+    fix = "name the roles system, user and assistant, in turns (column_mapping, or the file itself)"
+    named = Counter(m["role"] for chat in chats for m in chat)
+    foreign = {role: count for role, count in named.items() if role not in _ROLES}
+    odd = sum(any(m["role"] in foreign for m in chat) for chat in chats)
+    if foreign and odd >= max(3, SOME * len(chats)):
+        says = f"{odd:,} of {len(chats):,} chats have roles that templates do not know: {', '.join(sorted(foreign))}"
+        return Signal("F36", "invariant", says, 0.85, {"roles": foreign}, fix=fix)
+    broken = sum(_is_broken([m["role"] for m in chat if m["role"] in ("user", "assistant")]) for chat in chats)
+    if broken < max(3, SOME * len(chats)):
+        return None
+    says = f"in {broken:,} of {len(chats):,} chats user and assistant do not take turns"
+    return Signal("F36", "measured", says, 0.75, {"chats": broken}, fix=fix)
+
+
+def _is_broken(roles: list[str]) -> bool:
+    repeats = any(a == b for a, b in itertools.pairwise(roles))
+    return bool(roles) and (repeats or roles[0] == "assistant" or roles[-1] == "user")
+
+
+@rule("F38", needs=("rows",), probes=("P10",))
+def misaligned_answers(facts: RowFacts) -> Finding | None:
+    """F38: answers do not belong to their prompts.
+
+    Sees: rare words of prompts that answers of the next or previous row repeat, more often than their own; or answers
+    that take up such words all over the data, and of their own prompt no more than chance gives (shuffled). Probe P10
+    asks the model: with another row's prompt the loss is the same, or lower.
+    Why: the loss flattens above what can be reached; answers are fluent and beside the point.
+    Not: F64, where another rate helps; F35, whose answers are all alike; F26, where prompts are gone; sorted rows,
+    whose own answer is still the best; tasks without common words, where no neighbour is better either.
+    Fix: prompts and answers joined again, by a key.
+    Wrong when: answers do not depend on their prompts by nature, or answers are other rows' prompts by nature
+    (translation in both directions).
+    Source: ratio 4.2 at the first loss; invisible in a small model's curve (measured).
+    """
+    pairs = []
+    for side in (facts.train, facts.validation):
+        for row in side.rows:
+            spoken = [m for m in row.messages if m["role"] not in ("system", "developer")]
+            if [m["role"] for m in spoken] == ["user", "assistant"]:
+                number = _NUMBER.search(row.where)
+                order = (row.where[: number.start()] if number else "", int(number[1]) if number else len(pairs))
+                pairs.append((order, row.where, *(set(_WORD.findall(m["content"].casefold())) for m in spoken)))
+    if len(pairs) < 2 * ENOUGH_ROWS:
+        return None
+    pairs.sort(key=lambda pair: pair[0])
+    common = Counter(word for *_, prompt, _ in pairs for word in prompt)
+    rare = {word for word, count in common.items() if count <= max(2, FEW * len(pairs))}
+    prompts, answers = [p[2] & rare for p in pairs], [p[3] for p in pairs]
+    hits = {
+        shift: sum(not prompts[i].isdisjoint(answers[i + shift]) for i in range(1, len(pairs) - 1))
+        for shift in (-1, 0, 1)
+    }
+    best = max((-1, 1), key=lambda shift: hits[shift])
+    # a third: far from chance for words this rare, and far from what sorted data shows
+    if hits[best] < 0.2 * len(pairs) or hits[best] < 3 * hits[0]:
+        return None
+    return Finding.of(
+        "F38",
+        "error",
+        message=f"The answers belong to the {'next' if best == -1 else 'previous'} row's prompts: prompts share rare "
+        f"words with {hits[best]:,} answers one row {'before' if best == -1 else 'after'} them and with "
+        f"{hits[0]:,} of their own.",
+        evidence={
+            "rows_compared": len(pairs) - 2,
+            "matches_own": hits[0],
+            "matches_previous": hits[-1],
+            "matches_next": hits[1],
+            "rows": [pair[1] for pair in pairs[:3]],
+        },
+        fix="join prompts and answers again, by an id and not by their order",
+    )
+
+
+@rule("F38", otherwise=True)
+def shuffled_answers(subject: Subject) -> Signal | None:
+    """F38, of answers that take up rare words of prompts all over the data, and not of their own."""
+    found = alignment_of(_asked_and_answered(chats_of(subject)))
+    if found is None:
+        return None
+    says = f"{found.linked} of {found.rows} answers take up a rare word of some prompt, {found.own} of their own one"
+    says += f" (chance: {found.by_chance:.0f})"
+    numbers = {"rows": found.rows, "linked": found.linked, "own": found.own, "by_chance": found.by_chance}
+    if found.is_shuffled:
+        fix = "join prompts and answers again, by a key"
+        return Signal("F38", "measured", says, SHUFFLED, numbers, fix=fix)
+    return Signal("F38", "measured", says, 0.85, numbers, against=True) if found.is_whole else None
+
+
+def _asked_and_answered(chats: Sequence[Sequence[dict[str, Any]]]) -> list[tuple[str, str]]:
+    """What was said before the last answer, and that answer."""
+    said = ([str(m["content"]) for m in chat if m["role"] not in ("system", "developer")] for chat in chats)
+    return [("\n".join(texts[:-1]), texts[-1]) for texts in said if len(texts) > 1]
+
+
+@rule("F39", needs=("rows",))
+def duplicates(facts: RowFacts) -> Finding | None:
+    """F39: the same rows stand in the data many times.
+
+    Sees: rows with equal ids, or equal chats.
+    Why: they are learned by heart, fewer different rows are left than it seems, and held-out rows have twins.
+    Not: F46, many passes over different rows; F41, where loader workers repeat what the file has once; rows made from
+    one pattern, which are alike by nature.
+    Fix: duplicates removed before the split.
+    Wrong when: rows are weighted by repetition.
+    Source: guides on deduplication.
+    """
+    train, report = facts.whole[0], facts.report
+    order = np.argsort(train.hashes, kind="stable")
+    same = np.sort(order[1:][train.hashes[order[1:]] == train.hashes[order[:-1]]])
+    total = len(train.rows)
+    evidence = {
+        "equal_after_truncation": len(same),
+        "copies_removed": report.num_exact_duplicates,
+        "near_duplicates": report.num_near_duplicates,
+        "rows": train.places(same),
+    }
+    if is_pattern(len(same), total, SOME):
+        return Finding.of(
+            "F39",
+            "warning",
+            message=f"{len(same):,} of {total:,} rows have the same tokens as an earlier row.",
+            evidence=evidence,
+            fix=f"a longer max_length than {facts.settings.max_length} if they only begin alike; "
+            "else remove the copies",
+        )
+    whole = report.num_train + report.num_validation + report.num_exact_duplicates
+    alike = report.num_exact_duplicates + report.num_near_duplicates
+    if not is_pattern(alike, whole, REPEATED):
+        return None
+    return Finding.of(
+        "F39",
+        "warning" if report.num_exact_duplicates >= MOST * whole else "info",
+        message=f"{percent(alike, whole)} of the rows repeat an earlier one: {report.num_exact_duplicates:,} exactly "
+        f"(removed), {report.num_near_duplicates:,} nearly (kept, on one side of the split).",
+        evidence=evidence,
+        fix="nothing if the rows are made from a template; else look for a file that was merged twice",
+    )
+
+
+@rule("F39", otherwise=True)
+def repeated_rows(subject: Subject) -> Signal | None:
+    """F39, of rows that another trainer made, or of conversations that could not be rendered."""
+    rows = examples_of(subject) if subject.train else []
+    keys = [row.input_ids.tobytes() for row in rows] or [repr(chat) for chat in chats_of(subject)]
+    again = len(keys) - len(set(keys))
+    if again < max(3, 0.2 * len(keys)):
+        return None
+    says = f"{again:,} of {len(keys):,} rows repeat an earlier one"
+    return Signal("F39", "measured", says, 0.8, {"again": again}, fix="remove duplicates before the split")

@@ -1,0 +1,242 @@
+"""S15, saving, resuming, merging and serving: F75 to F78."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePath
+
+import numpy as np
+
+from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.facts.derived import adapted, in_4bit, is_ours, linears, setting
+from solotune.diagnosis.rules import rule
+from solotune.diagnosis.rules.adapter import is_all_zero, stayed_zero, zero_products
+from solotune.diagnosis.rules.schedule import mirrored_from
+from solotune.diagnosis.subject import Subject, Trace
+
+JUMP = 1.5
+"""Of the rate from one logged step to the next: no schedule rises so behind its warm-up."""
+_ROOT = "base_model.model."
+"""What PEFT writes before the name of every module."""
+
+
+@rule("F75", needs=("saved",), probes=("P4", "P12"))
+def empty_adapter(subject: Subject) -> Signal | None:
+    """F75: the saved adapter is empty or was never trained.
+
+    Sees: a file without adapter tensors, or one whose every `lora_B` is exactly zero.
+    Why: the tuned model is the base, bit for bit. A file of normal size with B = 0 is the nasty form.
+    Not: F57 and F58, where training ran and nothing was learned (the checkpoints are zero too); F60, which never had
+    a gradient; F78, whose file is good and whose names do not match.
+    Fix: save after the training.
+    Wrong when: it is the checkpoint of step 0 on purpose.
+    Source: alpaca-lora#446, alpaca-lora#293, transformers#24551.
+    """
+    saved = subject.saved
+    if saved is None or (is_all_zero(subject) and (not saved.in_checkpoint or stayed_zero(subject))):
+        return None  # both zero: F60
+    fix = "save the adapter after training: trainer.train(), then trainer.save_model()"
+    others = [name for name in saved.adapter if re.search(r"lora|magnitude|ia3|hada|oft|boft|vera|randlora", name)]
+    if not others and not (saved.adapter and saved.adapter_config.get("modules_to_save")):
+        says = f"the adapter file holds {len(saved.adapter)} tensors, none of an adapter"
+        return Signal("F75", "invariant", says, 0.95, {"tensors": len(saved.adapter)}, fix=fix)
+    zero, whole = zero_products(subject)
+    if not whole or zero < whole:
+        return None
+    if stayed_zero(subject):
+        return None
+    says = f"all {whole} saved lora_B are exactly zero, so the adapter changes nothing"
+    says += ", and those of its checkpoint are not" if saved.in_checkpoint else ""
+    return Signal("F75", "invariant", says, 0.9, {"zero": zero}, fix=fix)
+
+
+@rule("F76", needs=("settings",), probes=("P12",))
+def merged_into_other_weights(subject: Subject) -> Signal | None:
+    """F76: the adapter was merged into other weights than it was trained on.
+
+    Sees: a 4-bit base in training and another precision of the base that was merged into, or a merged model that was
+    quantised again. What decides is the merged model's logits against those of base and adapter (probe P12).
+    Why: the adapter has learned to mend the rounding of its own base; rounding after the merge takes a small update
+    away.
+    Not: F11, where the adapter on its own base is bad when served too.
+    Fix: merge into the expanded 4-bit weights in 16 bits, compare the logits, do not quantise small updates again.
+    Wrong when: often: the loss of merging into the 16-bit base is usually small.
+    Source: unsloth-zoo#810 (fatal on Falcon-H1), peft#2321, mlx-lm#1564.
+    """
+    into = subject.settings.get("merged_into")
+    if not into:
+        return None
+    is_narrow = bool(re.search(r"4bit|8bit|nf4|int4|int8|q4|q8|awq|gptq|4-bit|8-bit", str(into), re.IGNORECASE))
+    if is_narrow == in_4bit(subject) and not is_narrow:
+        return None
+    base = "4 bits" if in_4bit(subject) else "16 or 32 bits"
+    says = f"trained on a base in {base}, merged into {into}"
+    weight = 0.7 if is_narrow else 0.5
+    fix = "merge into the expanded weights of the training's own base, in 16 bits, and keep them so"
+    return Signal("F76", "measured", says, weight, {"merged_into": str(into)}, fix=fix)
+
+
+@rule("F77", needs=("trace",))
+def resumed_without_state(subject: Subject) -> list[Signal]:
+    """F77: the run was resumed without its optimizer, schedule or place in the data.
+
+    Sees: a learning rate that rises again behind its warm-up, at the step of a resumption or anywhere; a resumption
+    from a checkpoint without optimizer or scheduler state; `ignore_data_skip: true`; a loss that jumps at the seam.
+    Why: moments and schedule begin anew, rows come twice and others never.
+    Not: F67, whose spikes are not at the seam; schedules with restarts; a folder of the final adapter, which never has
+    an optimizer state.
+    Fix: `resume_from_checkpoint` with the whole checkpoint.
+    Wrong when: the weights were to be continued with a new schedule on purpose.
+    Source: transformers#27749, miles#2661, ms-swift#3396, alpaca-lora#72 (0.82 to 8.7).
+    """
+    trace, saved = subject.trace, subject.saved
+    if trace is None:
+        return []
+    fix = "resume_from_checkpoint: the whole checkpoint, with optimizer.pt, scheduler.pt and rng_state.pth"
+    signals = []
+    resumed = bool(trace.seams) or bool(subject.settings.get("resume_from_checkpoint"))
+    lost = [name for name, has in (("optimizer", saved and saved.optimizer_present),
+                                   ("scheduler", saved and saved.scheduler_present)) if has is False]  # fmt: skip
+    if resumed and lost:
+        says = f"it was resumed from a checkpoint without {' and '.join(lost)} state"
+        signals.append(Signal("F77", "invariant", says, 0.9, {"missing": lost, "seams": trace.seams}, fix=fix))
+    if resumed and subject.settings.get("ignore_data_skip") is True:
+        says = "ignore_data_skip: true, so the resumed run began its epoch again"
+        signals.append(Signal("F77", "invariant", says, 0.85, {}, fix="ignore_data_skip: false"))
+    if jump := _rate_jump(subject, trace):
+        step, before, after = jump
+        says = f"the learning rate goes from {before:.3g} to {after:.3g} at step {step:,}"
+        weight = 0.9 if resumed else 0.75
+        signals.append(Signal("F77", "invariant", says, weight, {"step": step}, fix=fix))
+    for seam in trace.seams:
+        if (found := _loss_jump(trace, seam)) is not None:
+            says = f"the loss goes from {found[0]:.2f} to {found[1]:.2f} where it was resumed, after step {seam:,}"
+            signals.append(Signal("F77", "measured", says, 0.7, {"seam": seam}, fix=fix))
+    return signals
+
+
+def _rate_jump(subject: Subject, trace: Trace) -> tuple[int, float, float] | None:
+    """(step, rate before, after) where the rate rises, or drops to a new warm-up, behind its first peak."""
+    if re.search(r"restart|cyclic|plateau|wsd", str(subject.settings.get("lr_scheduler_type"))):
+        return None
+    has = np.isfinite(trace.learning_rate_S)
+    step, rate = trace.step_S[has], trace.learning_rate_S[has]
+    if len(rate) < 5 or mirrored_from(step, rate) is not None:
+        return None
+    fell = np.flatnonzero(np.diff(rate) < 0)  # the first fall ends the warm-up
+    for i in range(int(fell[0]) + 1 if len(fell) else len(rate), len(rate)):
+        floor = 1e-3 * rate[:i].max()
+        if rate[i] > JUMP * max(rate[i - 1], floor):
+            return int(step[i]), float(rate[i - 1]), float(rate[i])
+    return None
+
+
+def _loss_jump(trace: Trace, seam: int) -> tuple[float, float] | None:
+    """Mean losses before and after a seam, where they differ by more than the losses before it scatter."""
+    has = np.isfinite(trace.loss_S)
+    before = trace.loss_S[has & (trace.step_S <= seam)][-8:]
+    after = trace.loss_S[has & (trace.step_S > seam)][:3]
+    if len(before) < 4 or not len(after):
+        return None
+    rise = after.mean() - before.mean()
+    return (float(before.mean()), float(after.mean())) if rise > max(4 * before.std(), 0.3 * before.mean()) else None
+
+
+@rule("F78", needs=("saved",), probes=("P4", "P12"))
+def adapter_not_loaded(subject: Subject) -> list[Signal]:
+    """F78: the adapter's names match nothing in the model that it is loaded into, or it is another base's.
+
+    Sees: names of modules in the adapter file that the model of config.json does not have, or that do not begin as
+    PEFT's do; matrices that do not fit the modules' shapes; another base in adapter_config.json than was loaded.
+    Why: PEFT passes over names that it does not find, and the output equals the base's.
+    Not: F75, whose file is empty or zero.
+    Fix: load strictly, on the base of adapter_config.json.
+    Wrong when: the tool that wrote the file has names of its own and reads them itself.
+    Source: LlamaFactory#852, alpaca-lora#446 (the names lacked the adapter's name).
+    """
+    saved, found = subject.saved, adapted(subject)
+    if saved is None or not found:
+        return []
+    fix, signals = "rename the tensors as PEFT names them, or load with PeftModel.from_pretrained on its own base", []
+    modules = linears(subject)
+    paths = {path: path.removeprefix(_ROOT) for path in found}
+    if modules is not None and (lost := [path for path, name in paths.items() if name not in modules]):
+        if all(path.rpartition(".")[2] in ("embed_tokens", "wte", "lm_head") for path in lost):
+            lost = []
+        if lost:
+            says = f"{len(lost)} of {len(paths)} names in the adapter file are no module of the model: {lost[0]}"
+            weight = 0.9 if len(lost) == len(paths) else 0.7
+            signals.append(
+                Signal("F78", "invariant", says, weight, {"unmatched": len(lost), "of": len(paths)}, fix=fix)
+            )
+    elif bare := [path for path in paths if not path.startswith(_ROOT)]:
+        says = f"{len(bare)} of {len(paths)} names in the adapter file do not begin with {_ROOT}: {bare[0]}"
+        signals.append(Signal("F78", "invariant", says, 0.85, {"unmatched": len(bare), "of": len(paths)}, fix=fix))
+    named = [name for name in saved.adapter if re.search(r"\.lora_[AB]\.(?!weight$)\w+\.weight$", name)]
+    if named and not is_ours(subject):
+        says = (
+            f"names in the adapter file have the adapter's own name in them, which is put in a second time: {named[0]}"
+        )
+        signals.append(Signal("F78", "invariant", says, 0.8, {"named": len(named)}, fix=fix))
+    if unlike := _misfits(subject, paths):
+        path, has, wants = unlike
+        says = f"{path} in the adapter file maps {has[0]} to {has[1]} numbers, and the model's {wants[0]} to {wants[1]}"
+        signals.append(Signal("F78", "invariant", says, 0.9, {"module": path}, fix=fix))
+    signals += _other_base(subject)
+    return signals
+
+
+def _misfits(subject: Subject, paths: dict[str, str]) -> tuple[str, tuple[int, int], tuple[int, int]] | None:
+    modules, found = linears(subject) or {}, adapted(subject)
+    for path, name in paths.items():
+        parts = found[path]
+        if name in modules and {"A", "B"} <= parts.keys() and parts["A"].dim() == 2:
+            has = (int(parts["A"].shape[1]), int(parts["B"].shape[0]))
+            if has != modules[name]:
+                return path, has, modules[name]
+    return None
+
+
+def _other_base(subject: Subject) -> list[Signal]:
+    saved = subject.saved
+    trained, loaded = (
+        saved and saved.adapter_config.get("base_model_name_or_path"),
+        subject.settings.get("serving_base"),
+    )
+    loaded = loaded or subject.settings.get("model_name_or_path")
+    if not trained or not loaded or is_ours(subject):
+        return []
+    names = [PurePath(str(name)).name.lower() for name in (trained, loaded)]
+    revision = [saved.adapter_config.get("revision") if saved else None, subject.settings.get("model_revision")]
+    if names[0] == names[1] and (None in revision or revision[0] == revision[1]):
+        return []
+    if names[0] == names[1]:
+        says = f"the adapter was trained on revision {revision[0]} of the base, and {revision[1]} is loaded"
+    else:
+        says = f"the adapter was trained on {trained}, and the base that is loaded is {loaded}"
+    fix = f"load it on {trained}"
+    return [Signal("F78", "measured", says, 0.6, {"trained": str(trained), "loaded": str(loaded)}, fix=fix)]
+
+
+def served_scale(subject: Subject) -> float | None:
+    """The adapter's scale by its file's own config, which is what serving reads."""
+    config = subject.saved.adapter_config if subject.saved else {}
+    alpha, rank = config.get("lora_alpha"), config.get("r")
+    if not isinstance(alpha, (int, float)) or not isinstance(rank, int) or not rank:
+        return None
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+@rule("F61", needs=("settings", "saved"))
+def saved_with_another_scale(subject: Subject) -> Signal | None:
+    """F61, of the saved adapter: its config has another scale, or another rank, than the training had."""
+    alpha, rank = setting(subject, "lora_alpha"), setting(subject, "lora_r")
+    served = served_scale(subject)
+    if not alpha or not rank or served is None:
+        return None
+    trained = alpha / (rank**0.5 if subject.settings.get("use_rslora") else rank)
+    if abs(served / trained - 1) < 0.01:
+        return None
+    says = f"trained with a scale of {trained:.3g}, and adapter_config.json says {served:.3g}"
+    fix = f"lora_alpha: {alpha:g}, r: {rank:g} in adapter_config.json"
+    return Signal("F61", "invariant", says, 0.9, {"trained": trained, "served": served}, fix=fix)

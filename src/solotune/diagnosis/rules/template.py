@@ -1,0 +1,294 @@
+"""S3, the chat template and special tokens: F08, F09, F11 and F12, on which format the rows are in.
+
+`turns` has the faults of a turn within it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from solotune.dataset.chat.answer_spans import ChatTemplate
+from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.facts.derived import is_ours
+from solotune.diagnosis.facts.rendered_chats import decoded, frame, rendered
+from solotune.diagnosis.facts.row_arrays import evenly, is_pattern, percent, squeezed
+from solotune.diagnosis.facts.row_facts import RowFacts, pieces_of, pieces_of_template
+from solotune.diagnosis.facts.rows import examples_of
+from solotune.diagnosis.findings import Finding
+from solotune.diagnosis.rules import rule
+from solotune.diagnosis.subject import Subject
+
+MOST = 0.5
+"""A property of the template or the tokenizer shows in all rows; half leaves room for rows that hide it."""
+NEARLY_ALL = 0.95
+"""The same of rows that another trainer made: a twentieth leaves room for rows that were cut or hide it."""
+NUM_RENDERED = 100
+"""Rows that are decoded: a fault of a template shows in a few."""
+
+_FOREIGN = re.compile(
+    r"^\s*(###\s*(?:Human|User|Assistant|Instruction|Response)\b|(?:Human|User|USER|Assistant|ASSISTANT|GPT):"
+    r"|\[/?INST\]|<\|im_start\|>|<\|(?:user|assistant|system)\|>|<start_of_turn>|<\|start_header_id\|>)",
+    re.MULTILINE,
+)
+
+
+@rule("F08", needs=("rows",))
+def double_bos(facts: RowFacts) -> Finding | None:
+    """F08: rows begin with two begin-of-text tokens.
+
+    Sees: the first two ids of the rows.
+    Why: the template writes one and the tokenizer another. Serving writes one, so the two differ a little; it is never
+    the cause of a plateau (first loss 1.03 times the reference's).
+    Not: F09, by count; one begin-of-text and then a header; packed documents.
+    Fix: rendered text tokenized with `add_special_tokens=False`.
+    Wrong when: the base was trained with two.
+    Source: trl#1400, alignment-handbook#127, Soup#781; a rendered `text` column in trl 1.16 gives two (measured).
+    """
+    side, bos = facts.train, facts.named_id("bos")
+    long = np.flatnonzero(side.lengths > 1)
+    if bos is None or not len(long):
+        return None
+    first = side.starts[long]
+    rows = long[(side.ids[first] == bos) & (side.ids[first + 1] == bos)]
+    if not is_pattern(len(rows), len(side.rows), 0.01):
+        return None
+    spelled = facts.spelled(bos)
+    where = facts.settings.chat_template_path or "the chat template (set chat_template_path)"
+    return Finding.of(
+        "F08",
+        "warning",
+        message=f"{len(rows):,} rows ({percent(len(rows), len(side.rows))}) begin with {spelled} twice.",
+        evidence={"rows_with": len(rows), "rows": side.places(rows), "bos_id": bos},
+        fix=f"write {spelled} once in {where}"
+        if facts.is_chat
+        else f"remove {spelled} from the beginning of the texts: it is added for you",
+    )
+
+
+@rule("F09", needs=("rows",))
+def missing_bos(facts: RowFacts) -> Finding | None:
+    """F09: rows lack the begin-of-text token that the model is served with.
+
+    Sees: a template (or, for plain text, a tokenizer) that begins with it, and rows of which none does.
+    Why: the base has seen it before every text; some families (Gemma) degrade badly without it (first loss 1.08 times).
+    Not: ChatML models that define one and never write it (Qwen, SmolLM2); a model's own template without it (Zephyr),
+    which is then served without it too; F26, where only the long rows lack their beginning; F12, where the whole format
+    is another.
+    Fix: the template of the base, or `add_special_tokens=True` for plain text.
+    Wrong when: it is served without on purpose.
+    Source: the mirror case of trl#1400.
+    """
+    side = facts.train
+    if not facts.is_chat or not facts.settings.chat_template_path:
+        return None
+    before, who = list(facts.encoder.affixes[0]), "this tokenizer starts every text with"
+    pieces = pieces_of(facts.own_template) if not before and facts.own_template else None
+    if pieces is not None:
+        before, who = facts.encode(pieces[0])[:1], "the model's own template begins with"
+        before = before if before == [facts.named_id("bos")] else []
+    if not before or (side.ids[side.starts[:-1]] == before[0]).any():
+        return None
+    return Finding.of(
+        "F09",
+        "warning",
+        message=f"No row begins with {facts.spelled(before[0])}, which {who}.",
+        evidence={"rows_with": 0, "rows_without": len(side.rows), "rows": side.places(range(len(side.rows)))},
+        fix=f"begin {facts.settings.chat_template_path} with {{{{ bos_token }}}}",
+    )
+
+
+@rule("F09", otherwise=True)
+def rows_without_served_bos(subject: Subject) -> Signal | None:
+    """F09, of rows that another trainer made: none begins with what its own rendering would begin with."""
+    tokenizer, rows = subject.tokenizer, examples_of(subject)
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if tokenizer is None or not isinstance(bos, int) or len(rows) < 3:
+        return None
+    chat = rendered(subject, [{"role": "user", "content": "a"}])
+    is_text = tokenizer.chat_template is None
+    served = tokenizer.encode(chat, add_special_tokens=False) if chat else tokenizer.encode("a") if is_text else []
+    whole = frame(subject)
+    if served[:1] != [bos] or any(row.input_ids[:1].tolist() == [bos] for row in rows):
+        return None
+    texts = decoded(subject)
+    if not is_text and whole and whole[1].strip() and not any(whole[1].strip() in text for text in texts):
+        return None  # of another format altogether: F12
+    spelled = tokenizer.convert_ids_to_tokens(bos)
+    says = f"none of {len(rows):,} rows begins with {spelled}, with which the model is served"
+    fix = "tokenize with the template's own beginning" if not is_text else "add_special_tokens=True"
+    return Signal("F09", "measured", says, 0.65, {"rows": len(rows)}, fix=fix)
+
+
+@rule("F11", needs=("settings",), probes=("P12",))
+def template_differs(subject: Subject) -> Signal | None:
+    """F11: the model is served with another template than it was trained with.
+
+    Sees: the template of training and the one that is served, each asked to render the same chat. Answers that are bad
+    only in the deployment's rendering (generations, G6) show the same.
+    Why: a good held-out loss and bad or repetitive chat: without its template a well-trained model repeated itself in
+    10 to 48 % of its 4-grams (0 % with it).
+    Not: F46, which repeats in both renderings; F15, which differs at the boundary alone.
+    Fix: the template that was trained with, shipped beside the adapter.
+    Wrong when: both write the same text for the chats that are served.
+    Source: LlamaFactory#6020, ollama#6823.
+    """
+    tokenizer, get = subject.tokenizer, subject.settings.get
+    served, trained = get("serving_template"), get("chat_template")
+    trained = trained or (tokenizer.chat_template if tokenizer is not None else None)
+    if is_ours(subject) or not isinstance(served, str) or not isinstance(trained, str) or served == trained:
+        return None
+    chat = [{"role": "user", "content": "quvwxq"}]
+    texts = [_by(tokenizer, template, chat) for template in (trained, served)]
+    if None in texts or texts[0] == texts[1]:
+        return None
+    says = f"a question is rendered as {texts[0]!r} for training and as {texts[1]!r} for serving"
+    fix = "serve with the chat template that was saved beside the adapter (tokenizer.save_pretrained)"
+    return Signal("F11", "invariant", says, 0.9, {"trained": texts[0], "served": texts[1]}, fix=fix)
+
+
+def _by(tokenizer: Any, template: str, chat: list[dict[str, str]]) -> str | None:
+    """A chat by a template, which may also be a format with {q} or {prompt} in it."""
+    if "{%" not in template and "{{" not in template:
+        return re.sub(r"\{\s*\w*\s*\}", chat[0]["content"], template, count=1)
+    if tokenizer is None:
+        return template
+    try:
+        return str(
+            tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
+        )
+    except Exception:  # as above
+        return None
+
+
+@rule("F12", needs=("rows",), probes=("P1",))
+def not_through_template(facts: RowFacts) -> Finding | None:
+    """F12: the rows are not in the chat format that the model was taught.
+
+    Sees: that the template's text between question and answer stands in none of the rows, of a model whose end of text
+    is the template's end of turn, which it is only in a chat model; chats whose messages were rendered before: most of
+    them hold control tokens or role labels; a template file that writes another text than the model's own.
+    Why: the model learns a second format beside its own (10 times the first loss) and is then asked in the first.
+    Not: F04, whose loss on plain text is bad too; F38, whose format is right; a base model, where any format is
+    legitimate; F07, whose markers are there and split.
+    Fix: a messages column, so that the template is applied.
+    Wrong when: it is served in the same format on purpose.
+    Source: the walkthrough's article, trl#1400; ratio 9.8 raw, 9.6 with "### Human" (measured).
+    """
+    side = facts.train
+    if facts.is_chat:
+        return _rendered_twice(facts) or _template_replaced(facts)
+    pieces = pieces_of_template(facts)
+    if pieces is None or not facts.template or not side.rows or not squeezed(pieces[1]):
+        return None
+    if not _is_taught(facts, facts.template):
+        return None
+    rows = evenly(range(len(side.rows)), NUM_RENDERED)
+    texts = [facts.decode(side.rows[r].input_ids) for r in rows]
+    if any(squeezed(pieces[1]) in squeezed(text) for text in texts):
+        return None
+    foreign = [r for r, text in zip(rows, texts, strict=True) if len(set(_FOREIGN.findall(text))) >= 2]
+    is_pair = facts.report.format == "prompt-completion"
+    if not is_pair and not is_pattern(len(foreign), len(rows), MOST):
+        return None
+    label = next(iter(_FOREIGN.findall(texts[0])), None)
+    return Finding.of(
+        "F12",
+        "warning",
+        message="The rows are not in the model's chat format"
+        + (f": they are marked with `{label.strip()}` instead." if label else ", and this is a chat model."),
+        evidence={
+            "rows_read": len(rows),
+            "with_the_template": 0,
+            "with_another_format": len(foreign),
+            "rows": side.places(rows),
+            "expected": pieces[1].strip(),
+        },
+        fix='give each row as {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}: the chat template is '
+        "then applied for you",
+    )
+
+
+def _is_taught(facts: RowFacts, template: ChatTemplate) -> bool:
+    """Whether the model's files end generation with what the template ends its turns with."""
+    ends = {facts.encode(text)[-1] for text in template.terminators}
+    return bool(ends & (facts.model_ids("eos_token_id") | {facts.eos_id}))
+
+
+def _template_replaced(facts: RowFacts) -> Finding | None:
+    own = facts.own_template
+    if own is None or not facts.train.rows or not _is_taught(facts, own):
+        return None
+    pieces = pieces_of(own)
+    if pieces is None:
+        return None
+    header = pieces[1].strip()
+    for end in own.terminators:  # of the question, whose absence is another fault (F10)
+        header = header.removeprefix(end).strip()
+    if not squeezed(header):
+        return None
+    rows = evenly(range(len(facts.train.rows)), NUM_RENDERED)
+    if any(squeezed(header) in squeezed(facts.decode(facts.train.rows[r].input_ids)) for r in rows):
+        return None
+    return Finding.of(
+        "F12",
+        "warning",
+        message=f"{facts.settings.chat_template_path} renders another format than the model was taught: "
+        f"{header!r}, which its own template writes before an answer, is in no row.",
+        evidence={"rows_read": len(rows), "with_the_template": 0, "rows": facts.train.places(rows)},
+        fix="remove chat_template_path, so that the model's own template renders the rows",
+    )
+
+
+def _rendered_twice(facts: RowFacts) -> Finding | None:
+    total = facts.report.num_train + facts.report.num_validation
+    forged = facts.report.num_with_forged_tokens
+    labelled = [r for r in facts.chats if any(_FOREIGN.match(m["content"]) for m in facts.train.rows[r].messages)]
+    if not is_pattern(forged, total, MOST) and not is_pattern(len(labelled), len(facts.chats), MOST):
+        return None
+    return Finding.of(
+        "F12",
+        "warning",
+        message="The messages were rendered before: their texts contain chat markup, which the chat template then "
+        "wraps once more.",
+        evidence={
+            "rows_with_control_tokens": forged,
+            "rows_with_role_labels": len(labelled),
+            "rows": facts.train.places(labelled),
+        },
+        fix="give the bare texts of the messages, without role labels and control tokens",
+    )
+
+
+@rule("F12", otherwise=True)
+def rows_without_template_text(subject: Subject) -> Signal | None:
+    """F12, of rows that another trainer made; of ours the data door knows which are documents, for continued
+    training."""
+    texts = decoded(subject)
+    pieces = frame(subject, subject.base_template or None)  # that of the training may be the fault
+    if pieces is None or len(texts) < 3 or subject.tokenizer is None or not pieces[1].strip():
+        return None
+    if is_ours(subject) or not is_chat_model(subject, pieces[2]):
+        return None
+    marker = pieces[1].strip()
+    has = sum(marker in text for text in texts)
+    if has > (1 - NEARLY_ALL) * len(texts):
+        return None
+    says = f"{marker[:60]!r}, which the template writes between question and answer, is in {has} of {len(texts)} rows"
+    fix = 'give the data as {"messages": [...]}, so that the model\'s own template renders it'
+    return Signal("F12", "measured", says, 0.65, {"rows": has, "of": len(texts)}, fix=fix)
+
+
+def is_chat_model(subject: Subject, ending: str) -> bool:
+    """Whether the base's files end generation with what the template ends answers with."""
+    tokenizer = subject.tokenizer
+    if tokenizer is None or not ending.strip():
+        return False
+    ends = tokenizer.encode(ending.strip(), add_special_tokens=False)[:1]
+    stops: set[int] = set()
+    for config in (subject.generation_config, subject.model_config):
+        found = config.get("eos_token_id")
+        stops |= {one for one in (found if isinstance(found, list) else [found]) if isinstance(one, int)}
+    return bool(ends) and (ends[0] in stops or ends[0] == tokenizer.eos_token_id)

@@ -1,0 +1,280 @@
+"""S2, the pairing of base model and tokenizer: F04 to F07."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.facts.derived import has_error, shape_of, targets
+from solotune.diagnosis.facts.row_arrays import NUM_DECODED, percent
+from solotune.diagnosis.facts.row_facts import RowFacts, pieces_of_template
+from solotune.diagnosis.facts.rows import examples_of
+from solotune.diagnosis.findings import Finding
+from solotune.diagnosis.rules import rule
+from solotune.diagnosis.subject import Subject
+
+if TYPE_CHECKING:
+    import torch
+
+SMALLEST_VOCABULARY_SHARE = 0.5
+"""Embedding matrices are padded, by 2.3 % at most in released models (DeepSeek); half can only be another tokenizer."""
+MOST_UNKNOWN = 0.01
+"""More than one unknown token in a hundred: byte-level and byte-fallback tokenizers have none in any language."""
+MEAN_LIKE = 0.1
+"""Distance from the mean embedding, in usual distances: transformers starts new rows at the mean, with 1e-9 of
+scatter."""
+
+_MARKER = re.compile(r"<[|｜][^|｜<>\s]{1,40}[|｜]>|</?(?:start|end)_of_\w{1,20}>")
+_CHAT_WORD = re.compile(r"im_|turn|header|eot|eom|user|assistant|system|role|message|inst", re.IGNORECASE)
+_RESIZE = "model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))"
+
+
+@rule("F04", needs=("rows",), probes=("P1",))
+def wrong_tokenizer(facts: RowFacts) -> Finding | None:
+    """F04: the tokenizer is not the one that the model was trained with.
+
+    Sees: the ids that the model's files call begin and end of text, of which none is a special token in this tokenizer;
+    a vocabulary of less than half of the embedding; more than 1 % unknown tokens. Twins that agree on all of these are
+    told by the loss on plain text, which is bad as well (probe P1).
+    Why: the model reads other words than were written: a first loss at or above log V, a high plateau, word salad.
+    Not: F12 and F22, whose loss on plain text is normal; an embedding with more rows than the tokenizer has tokens,
+    which is normal; text in another language.
+    Fix: both from the same place and revision.
+    Wrong when: config.json was edited by hand.
+    Source: llama.cpp#7062; permuted ids gave 21 times the reference's first loss (measured).
+    """
+    found = partial(Finding.of, "F04", "error")
+    own = facts.model_ids("eos_token_id") | facts.model_ids("bos_token_id")
+    if own and not own & (facts.special_ids | facts.control.ids):
+        spelled = {str(i): facts.spelled(i) if i < len(facts.tokenizer) else "no such token" for i in sorted(own)}
+        return found(
+            message="The tokenizer is not this model's: what the model's files call begin or end of text are ordinary "
+            "tokens in it.",
+            evidence={"model_special_ids": spelled, "tokenizer_eos_id": facts.eos_id},
+            fix="copy the tokenizer files of the same model and revision into the folder of model_name_or_path",
+        )
+    size = facts.num_embeddings
+    if size and len(facts.tokenizer) < SMALLEST_VOCABULARY_SHARE * size:
+        return found(
+            message=f"The tokenizer has {len(facts.tokenizer):,} tokens for an embedding of {size:,}: it is not this "
+            "model's.",
+            evidence={"tokens": len(facts.tokenizer), "embedding_rows": size},
+            fix="copy the tokenizer files of the same model and revision into the folder of model_name_or_path",
+        )
+    unknown = facts.named_id("unk")
+    if unknown is None or unknown in {facts.named_id("eos"), facts.named_id("bos"), facts.named_id("pad")}:
+        return None  # GPT-2 and its kin name their end of text as unknown, and never produce it for one
+    side = facts.train
+    places = np.flatnonzero(side.ids == unknown)
+    if len(places) < MOST_UNKNOWN * max(len(side.ids), 1) or not len(places):
+        return None
+    rows = np.unique(np.searchsorted(side.starts, places, side="right") - 1)
+    return found(
+        message=f"The tokenizer cannot spell this data: {percent(len(places), len(side.ids))} of its tokens are unknown"
+        " ones.",
+        evidence={"unknown_tokens": len(places), "tokens": len(side.ids), "rows": side.places(rows)},
+        fix="use a model whose tokenizer knows the script of the data, or remove these rows",
+    )
+
+
+def took_steps(subject: Subject) -> bool:
+    """Whether a loss was computed, so that every id had its row."""
+    return subject.trace is not None and bool(np.isfinite(subject.trace.loss_S).any())
+
+
+@rule("F05", needs=("rows",), unless=took_steps)
+def ids_beyond_embedding(facts: RowFacts) -> Finding | None:
+    """F05: token ids and rows of the embedding do not match.
+
+    Sees: ids in the rows that are as large as the embedding or larger; an embedding saved with the adapter that has
+    fewer rows than the base; an index error in the log.
+    Why: a device-side assert; or, where a padded matrix was resized down to the tokenizer, rows that are lost in
+    silence.
+    Not: an embedding with more rows than the tokenizer has tokens, which is padding; a training that took steps, so
+    that its embedding was resized: F06.
+    Fix: `resize_token_embeddings(max(old, new))`, or the tokenizer as it came.
+    Wrong when: config.json has another `vocab_size` than the checkpoint.
+    Source: transformers#24698, unsloth-zoo#923.
+    """
+    size = facts.num_embeddings
+    if not size:
+        return None
+    found = [(whole, np.flatnonzero(whole.largest >= size)) for whole in facts.whole]
+    some = [whole.rows[int(row)].input_ids for whole, rows in found for row in rows[:NUM_DECODED]]
+    if not some:
+        return None
+    beyond = np.concatenate(some)
+    beyond = beyond[beyond >= size]
+    train, rows = found[0]
+    return Finding.of(
+        "F05",
+        "error",
+        message=f"The data contains tokens that the model has no embedding for: {facts.spelled(beyond.min())!r} is id "
+        f"{beyond.min()}, and the embedding has {size:,} rows.",
+        evidence={"largest_id": int(beyond.max()), "embedding_rows": size, "rows": train.places(rows)},
+        fix="use the tokenizer as it came with the model; tokens added to it need a base with a larger embedding",
+    )
+
+
+@rule("F05")
+def embedding_too_small(subject: Subject) -> list[Signal]:
+    """F05, of the saved adapter and the log: an embedding with fewer rows than the base's, and an index error."""
+    signals = []
+    rows, shape = saved_embedding_rows(subject), shape_of(subject)
+    if rows is not None and shape is not None and rows < shape["vocabulary"]:
+        says = f"the embedding was saved with {rows:,} rows, and the base has {shape['vocabulary']:,}"
+        signals.append(Signal("F05", "invariant", says, 0.85, {"rows": rows, "base": shape["vocabulary"]}, fix=_RESIZE))
+    if line := has_error(subject, r"index out of range in self|device-side assert|srcIndex < srcSelectDimSize"):
+        signals.append(Signal("F05", "measured", f"the run ended with: {line}", 0.6, {}, fix=_RESIZE))
+    return signals
+
+
+@rule("F05", otherwise=True, unless=took_steps)
+def largest_id_beyond_embedding(subject: Subject) -> Signal | None:
+    """F05, of rows whose tokenizer is not known."""
+    beyond, shape = ids_beyond(subject), shape_of(subject)
+    if beyond is None:
+        return None
+    size = shape["vocabulary"] if shape else 0
+    says = f"the rows have id {beyond:,}, and the embedding has {size:,} rows"
+    return Signal("F05", "invariant", says, 0.9, {"largest": beyond, "rows": size}, fix=_RESIZE)
+
+
+def ids_beyond(subject: Subject) -> int | None:
+    """The largest id of the rows, where the embedding of config.json ends below it and no larger one was saved."""
+    shape = shape_of(subject)
+    if shape is None:
+        return None
+    largest = max((int(row.input_ids.max()) for row in examples_of(subject)[:2000] if len(row.input_ids)), default=-1)
+    rows = max(shape["vocabulary"], saved_embedding_rows(subject) or 0)
+    return largest if largest >= rows else None
+
+
+def saved_embedding_rows(subject: Subject) -> int | None:
+    """Rows of an embedding that was saved with the adapter."""
+    for name, tensor in (subject.saved.adapter if subject.saved else {}).items():
+        if re.search(r"(embed_tokens|wte|word_embeddings|embed_in)(\.modules_to_save)?(\.\w+)?\.weight$", name):
+            return int(tensor.shape[0])
+    return None
+
+
+@rule("F06", needs=("settings", "live"))
+def untrained_embedding(subject: Subject) -> Signal | None:
+    """F06: tokens of the data have embedding rows that nothing has ever trained.
+
+    Sees: ids in the rows whose embedding is zero, or lies where new rows are put (at the mean of all rows), while
+    neither `trainable_token_indices` nor `modules_to_save` nor an adapter covers the embedding.
+    Why: LoRA leaves embedding and head as they are, so the model cannot tell the new token from the others, and never
+    writes it.
+    Not: F07, where the marker is several ordinary ids; tokens that the base has and hardly used, which adapters in the
+    layers below can still learn.
+    Fix: `trainable_token_indices: [...]`, or `modules_to_save: [embed_tokens, lm_head]`.
+    Wrong when: the base itself begins with such rows (an untrained model).
+    Source: peft#2376; trl warns when it clones a template.
+    """
+    if subject.live is None or covers_embedding(subject):
+        return None
+    live = subject.live()
+    embedding = getattr(live.model, "get_input_embeddings", lambda: None)()
+    weight = getattr(embedding, "weight", None)
+    rows = [row.input_ids for row in examples_of(subject)[:500]] or [b["input_ids"].cpu().numpy() for b in live.batches]
+    if weight is None or weight.dim() != 2 or weight.requires_grad or not rows:
+        return None
+    used = np.unique(np.concatenate([np.asarray(row).ravel() for row in rows]))
+    untrained = untrained_rows(weight, used[used < weight.shape[0]])
+    if not untrained:
+        return None
+    names = subject.tokenizer.convert_ids_to_tokens(untrained[:3]) if subject.tokenizer is not None else untrained[:3]
+    says = f"the rows use {', '.join(map(str, names))}, whose embedding was never trained, and nothing trains it"
+    fix = f"trainable_token_indices: {untrained[:8]}"
+    return Signal("F06", "measured", says, 0.8, {"ids": untrained[:8]}, fix=fix)
+
+
+@rule("F06", needs=("settings", "model_config"))
+def added_tokens_not_trained(subject: Subject) -> Signal | None:
+    """F06, before the model is there: rows use ids past the base's vocabulary, the embedding grew, and is not
+    trained."""
+    shape, rows = shape_of(subject), saved_embedding_rows(subject)
+    grown = rows or subject.settings.get("embedding_rows")
+    if shape is None or not isinstance(grown, int) or grown <= shape["vocabulary"] or covers_embedding(subject):
+        return None
+    used = {int(i) for row in examples_of(subject)[:2000] for i in row.input_ids[row.input_ids >= shape["vocabulary"]]}
+    if not used:
+        return None
+    says = (
+        f"the rows use {len(used)} ids that were added to the base's {shape['vocabulary']:,}, and nothing trains them"
+    )
+    fix = f"trainable_token_indices: {sorted(used)[:8]}"
+    return Signal("F06", "invariant", says, 0.85, {"ids": sorted(used)[:8]}, fix=fix)
+
+
+def covers_embedding(subject: Subject) -> bool:
+    """Whether the embedding is trained in some way."""
+    get, config = subject.settings.get, subject.saved.adapter_config if subject.saved else {}
+    listed = [get("modules_to_save"), config.get("modules_to_save"), targets(subject)]
+    names = " ".join(str(name) for part in listed if part for name in ([part] if isinstance(part, str) else part))
+    chosen = get("trainable_token_indices") or config.get("trainable_token_indices")
+    return bool(chosen) or bool(re.search(r"embed_tokens|wte|word_embeddings|embed_in", names))
+
+
+def untrained_rows(weight_VD: torch.Tensor, ids: np.ndarray) -> list[int]:
+    """Those of the ids whose embedding is zero or lies at the mean of all, next to which usual rows are far away."""
+    import torch
+
+    whole = weight_VD.detach().float()
+    mean_D = whole.mean(0)
+    away_V = (whole - mean_D).norm(dim=1)
+    usual = float(away_V.median())
+    if usual == 0:
+        return []
+    chosen = torch.as_tensor(ids.astype(np.int64), device=whole.device)
+    is_new = (away_V[chosen] < MEAN_LIKE * usual) | (whole[chosen].norm(dim=1) < 1e-3 * usual)
+    return [int(i) for i in chosen[is_new].tolist()]
+
+
+@rule("F07", needs=("rows",), probes=("P1",))
+def markers_as_text(facts: RowFacts) -> Finding | None:
+    """F07: the template's control tokens are split like ordinary text.
+
+    Sees: spellings such as `<|im_start|>` in the template's text that encode to several ids, where an answer is ended
+    by one or the tokenizer has chat tokens of its own; the same in the decoded rows.
+    Why: an instruct model sees a format that it was never taught (6 times the first loss), rows grow by 10 to 20 %, and
+    answers contain the markup.
+    Not: F12, which has no markup; formats of plain words; Zephyr and TinyLlama, whose `<|user|>` is text by design.
+    Fix: the template that belongs to the tokenizer, or its markers declared as special tokens.
+    Wrong when: a base model carries chat tokens that it was never trained on, and text is meant.
+    Source: dolma#176 (an option that does it on purpose); ratio 6.4 (measured).
+    """
+    pieces = pieces_of_template(facts)
+    if pieces is None or not facts.is_chat:
+        return None
+    text = "".join(pieces)
+    split = {m: len(ids) for m in sorted(set(_MARKER.findall(text))) if len(ids := facts.encode(m)) > 1}
+    named = set(facts.tokenizer.special_tokens_map.values()) if facts.tokenizer.special_tokens_map else set()
+    unused = sorted(
+        s for s in facts.control.spellings - {str(n) for n in named} if _CHAT_WORD.search(s) and s not in text
+    )
+    if not split or not (unused or ends_with_text_marker(facts)):
+        return None
+    path = facts.settings.chat_template_path
+    return Finding.of(
+        "F07",
+        "error" if ends_with_text_marker(facts) else "warning",
+        message=f"The chat template writes {', '.join(split)}, which this tokenizer has no token for and splits like "
+        "any word.",
+        evidence={"ids_per_marker": split, "own_tokens_not_used": unused[:8], "chat_template_path": path},
+        fix=(f"remove `chat_template_path: {path}`" if path else "set chat_template_path to a template")
+        + (f" that uses the tokenizer's own tokens ({', '.join(unused[:4])})" if unused and not path else "")
+        + ("" if unused else ", or end answers with {{ eos_token }}"),
+    )
+
+
+def ends_with_text_marker(facts: RowFacts) -> bool:
+    """Whether the template ends answers with something spelled like a control token that is none."""
+    pieces = pieces_of_template(facts)
+    marker = _MARKER.match(pieces[2].lstrip()) if pieces else None
+    return marker is not None and len(facts.encode(marker[0])) > 1

@@ -1,0 +1,334 @@
+"""S3, the chat template and special tokens, within a turn: F10 and F13 to F16, its end, its header and its roles."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.facts.rendered_chats import NUM_ROWS, rendered
+from solotune.diagnosis.facts.row_arrays import Side, evenly, is_pattern, percent, squeezed
+from solotune.diagnosis.facts.row_facts import RowFacts, pieces_of_template, rendered_prompt
+from solotune.diagnosis.facts.row_labels import open_answers
+from solotune.diagnosis.facts.rows import examples_of, plain_messages
+from solotune.diagnosis.findings import Finding
+from solotune.diagnosis.rules import rule
+from solotune.diagnosis.subject import Subject
+
+MOST = 0.5
+"""A property of the template or the tokenizer shows in all rows; half leaves room for rows that hide it."""
+SOME = 0.05
+"""One row in twenty: what the data door could not be blamed for (a role that only some rows have)."""
+FEW = 0.01
+"""One row in a hundred: for what should never happen."""
+NUM_RENDERED = 100
+"""Prompts rendered anew; a template is a slow program, and a fault of it shows in a few."""
+_SENTINEL = "zqxjkv"
+
+
+@rule("F10", needs=("rows",))
+def terminator_missing(facts: RowFacts) -> Finding | None:
+    """F10: no token ends the assistant's turn in the training rows.
+
+    Sees: the last token of each learned answer, and those behind it: neither is an end of turn.
+    Why: a model that was never shown an end never stops, and writes the user's turns too.
+    Not: F17 and F19, where the end is there and not learned; F24, where long rows are cut; F14, which is learned and
+    not stopped at; F07, where the end is spelled as text.
+    Fix: the end of turn in the template (trl appends it to plain text only).
+    Wrong when: the base ends turns by beginning the next one (GLM), and the adapter leaves that alone.
+    Source: unsloth#416, unsloth#419.
+    """
+    side = facts.train
+    missing = facts.once(open_answers).missing
+    rows = np.unique(side.row_of[missing])
+    if not is_pattern(len(rows), len(side.rows), FEW):
+        return None
+    eos = facts.tokenizer.eos_token or "an end-of-text token (the tokenizer names none)"
+    ends_by_header = facts.is_chat and not facts.settings.chat_template_path and not facts.turn_end_ids - {facts.eos_id}
+    path = facts.settings.chat_template_path
+    return Finding.of(
+        "F10",
+        "error" if len(rows) >= MOST * len(side.rows) and not ends_by_header else "warning",
+        message=f"{percent(len(rows), len(side.rows))} of the rows have an answer that no end-of-turn token ends: the "
+        "model is not taught to stop.",
+        evidence={
+            "answers_without": len(missing),
+            "answers": len(side.begins),
+            "rows_with": len(rows),
+            "rows": side.places(rows),
+            "answer_ends": _tail(facts, side, missing[:1]),
+        },
+        fix=f"write {eos} behind the assistant's content in {path or 'a template of your own (chat_template_path)'}"
+        if facts.is_chat
+        else f"end the texts with {eos}",
+    )
+
+
+def _tail(facts: RowFacts, side: Side, answers: np.ndarray) -> list[str]:
+    return [facts.decode(side.ids[max(side.begins[a], side.ends[a] - 6) : side.ends[a]]) for a in answers]
+
+
+@rule("F13", needs=("rows",))
+def role_dropped(facts: RowFacts) -> Finding | None:
+    """F13: the template leaves a role of the conversations out, without a word.
+
+    Sees: texts of system, user and tool messages that are not in the decoded rows; a word put into each role that the
+    data has, and looked for in what the template renders.
+    Why: the model is taught to answer without the instructions that it will be given. No loss shows it.
+    Not: thinking that is cut out of earlier answers; rows that were truncated; a template that refuses the role aloud.
+    Fix: the text moved into the first user message, in training and serving alike.
+    Wrong when: the template rewrites the text beyond recognition.
+    Source: Automodel#3143 ("indistinguishable from one that trains on them"), node-llama-cpp#624.
+    """
+    seen: dict[str, int] = {}
+    missing: dict[str, list[int]] = {}
+    for row in facts.sample(facts.train):
+        example = facts.train.rows[row]
+        whole = squeezed(facts.decode(example.input_ids))
+        for role, lost in _roles_lost(example.messages, example.tools, whole).items():
+            seen[role] = seen.get(role, 0) + 1
+            if lost:
+                missing.setdefault(role, []).append(row)
+    lost = {role: rows for role, rows in missing.items() if is_pattern(len(rows), seen[role], SOME)}
+    if not lost:
+        return None
+    role, rows = max(lost.items(), key=lambda item: len(item[1]) / seen[item[0]])
+    return Finding.of(
+        "F13",
+        "error" if len(rows) >= MOST * seen[role] else "warning",
+        message=f"The chat template leaves out the {role}{' definitions' if role == 'tools' else ' messages'}: "
+        f"{len(rows)} of {seen[role]} rows that were read back do not contain {'them' if role == 'tools' else 'it'}.",
+        evidence={
+            "rows_read": seen,
+            "rows_without": {name: len(found) for name, found in lost.items()},
+            "rows": facts.train.places(rows),
+        },
+        fix="set chat_template_path to a template that renders "
+        + ("tools" if role == "tools" else f"{role} messages, or put their text into the first user message"),
+    )
+
+
+def _roles_lost(messages: list[dict], tools: list[dict] | None, whole: str) -> dict[str, bool]:
+    """role -> whether some text of it is missing from the row."""
+    lost: dict[str, bool] = {}
+    for message in messages:
+        text = squeezed(message["content"])
+        if message["role"] == "assistant" or len(text) < 4:
+            continue
+        words = {squeezed(word) for word in message["content"].split()}
+        quoted = squeezed(json.dumps(message["content"], ensure_ascii=False)[1:-1])  # Llama 3.1, of a tool's result
+        is_there = text in whole or quoted in whole or sum(word in whole for word in words) >= 0.8 * len(words) > 4
+        lost[message["role"]] = lost.get(message["role"], False) or not is_there
+    names = [str((tool.get("function") or tool).get("name")) for tool in tools or ()]
+    if names:
+        lost["tools"] = not any(squeezed(name) in whole for name in names)
+    return lost
+
+
+@rule("F13", otherwise=True)
+def template_leaves_out_a_role(subject: Subject) -> list[Signal]:
+    """F13, of the template: a word put into each role that the data has is not in what it renders."""
+    signals = []
+    roles = {str(m.get("role")) for chat in list(subject.conversations)[:NUM_ROWS] for m in plain_messages(chat)}
+    for role in sorted(roles & {"system", "tool"}):
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        chat.insert(0 if role == "system" else 2, {"role": role, "content": _SENTINEL})
+        text = rendered(subject, chat)
+        if text is not None and _SENTINEL not in text:
+            says = f"what a {role} message says is not in what the template renders"
+            fix = f"put the text of {role} messages into the user's, or a template that renders them"
+            signals.append(Signal("F13", "invariant", says, 0.9, {"role": role}, fix=fix))
+    return signals
+
+
+@rule("F14", needs=("rows",))
+def stops_elsewhere(facts: RowFacts) -> Finding | None:
+    """F14: generation stops on another token than the one that answers end with.
+
+    Sees: the last token of the answers against the stop ids of generation_config.json, or of the deployment where those
+    are known.
+    Why: the model writes its end of turn and goes on: endless answers although every label is right.
+    Not: F10 and F17, where the end never appears in the output.
+    Fix: the token added to `eos_token_id`.
+    Wrong when: the serving engine has stop tokens of its own.
+    Source: unsloth#416, torchtune#949.
+    """
+    stops = facts.model_ids("eos_token_id")
+    last = facts.train.ids[facts.last_of_answers(facts.train)] if len(facts.train.ends) else facts.train.ids
+    last = last[np.isin(last, list(facts.special_ids))]
+    if not stops or not len(last):
+        return None
+    found, counts = np.unique(last, return_counts=True)
+    end = int(found[counts.argmax()])
+    if end in stops | {facts.eos_id}:
+        return None
+    spelled = facts.spelled(end)
+    return Finding.of(
+        "F14",
+        "warning",
+        message=f"Answers end with {spelled}, but the model's generation stops at "
+        f"{', '.join(facts.spelled(i) for i in sorted(stops))}.",
+        evidence={"answer_end_id": end, "answers": int(counts.max()), "stop_ids": sorted(stops)},
+        fix=f"add {end} to eos_token_id in generation_config.json where the model is served, or end answers with "
+        "{{ eos_token }} in a template of your own (chat_template_path)",
+    )
+
+
+@rule("F14", otherwise=True)
+def deployment_stops_elsewhere(subject: Subject) -> Signal | None:
+    """F14, of a deployment whose stop ids are known."""
+    stops, rows = subject.settings.get("serving_stop_ids"), examples_of(subject)
+    if not isinstance(stops, (list, tuple, set)) or not rows:
+        return None
+    tokenizer = subject.tokenizer
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder) if tokenizer is not None else set()
+    last = [int(row.input_ids[row.supervised][-1]) for row in rows if row.supervised.any()]
+    last = [i for i in last if i in special]
+    if not last:
+        return None
+    found, counts = np.unique(last, return_counts=True)
+    end = int(found[counts.argmax()])
+    if end in stops:
+        return None
+    spelled = tokenizer.convert_ids_to_tokens(end) if tokenizer is not None else end
+    says = f"{counts.max():,} answers end with {spelled} ({end}), and generation stops at {sorted(map(int, stops))}"
+    return Signal("F14", "invariant", says, 0.9, {"end": end}, fix=f"eos_token_id: {sorted({*map(int, stops), end})}")
+
+
+@rule("F15", needs=("rows",))
+def header_learned(facts: RowFacts) -> Finding | None:
+    """F15: the role header before the answer is missing at serving, doubled, or learned as part of the answer.
+
+    Sees: answers that are learned from their role header on; prompts that are served without the generation prompt that
+    the template has.
+    Why: the first tokens of an answer are a header, or the answer is empty.
+    Not: F11, which differs everywhere and not only at the boundary; templates whose generation prompt is empty
+    (Mistral); `assistant_only_loss: false`, where headers are learned on purpose.
+    Fix: one function for both, with `add_generation_prompt=True`.
+    Wrong when: the model is served without a generation prompt, and was trained so.
+    Source: trl#4201.
+    """
+    side = facts.train
+    pieces = pieces_of_template(facts)
+    if pieces is None or not facts.is_chat or not facts.settings.assistant_only_loss or not len(side.begins):
+        return None
+    # the first token of a header: later ones may be the model's to write (`<|message|>` of gpt-oss)
+    header = [i for i in facts.encode(pieces[1]) if i in facts.control.ids and i not in facts.turn_end_ids][:1]
+    with_header = np.flatnonzero(np.isin(side.ids[side.begins], header))
+    calls = {r for r, row in enumerate(side.rows) if any("tool_calls" in m for m in row.messages)}
+    with_header = with_header[~np.isin(side.row_of[with_header], list(calls))]
+    if not is_pattern(len(with_header), len(side.begins), MOST):
+        return None
+    start = int(side.begins[with_header[0]])
+    first = facts.decode(side.ids[start : start + 4])
+    return Finding.of(
+        "F15",
+        "warning",
+        message=f"The answers that are learned begin with the role header ({first.strip()!r}): the template does not "
+        "write it as the generation prompt.",
+        evidence={
+            "answers_with": len(with_header),
+            "answers": len(side.begins),
+            "rows": side.places(np.unique(side.row_of[with_header])),
+        },
+        fix="end the template with {% if add_generation_prompt %}, the header that stands before an answer, "
+        "{% endif %} (set chat_template_path)",
+    )
+
+
+@rule("F15", otherwise=True)
+def served_without_header(subject: Subject) -> Signal | None:
+    """F15, of a deployment that leaves out the generation prompt."""
+    if subject.settings.get("add_generation_prompt") is not False:
+        return None
+    chat = [{"role": "user", "content": "a"}]
+    with_prompt, without = rendered(subject, chat, prompt=True), rendered(subject, chat)
+    if with_prompt is None or with_prompt == without:
+        return None
+    says = f"prompts are served without {with_prompt.removeprefix(without or '')!r}, after which answers were learned"
+    return Signal("F15", "invariant", says, 0.9, {}, fix="add_generation_prompt=True")
+
+
+@rule("F16", needs=("rows",))
+def prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
+    """F16: the prompt's tokens are not the beginning of the row's tokens.
+
+    Sees: prompts as they are served, tokenized, against the first ids of their rows; prompts of texts whose tokens are
+    others when they stand alone.
+    Why: the answer is learned after other tokens than it will be asked after; a mask that is cut by the prompt's length
+    is off by a token.
+    Not: F20, whose mask is off by many tokens; templates that rewrite earlier turns (Qwen3's thinking), where the last
+    answer counts.
+    Fix: prompts that end at a token boundary (not in a blank), history rendered the same way both times.
+    Wrong when: it is served in the other form on purpose.
+    Source: trl#1920; trl warns once and cuts at the divergence.
+    """
+    if not facts.is_chat:
+        return _text_prompt_is_no_prefix(facts)
+    other, merged, read = [], [], 0
+    for row in evenly(facts.sample(facts.train), NUM_RENDERED):
+        example = facts.train.rows[row]
+        turn = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
+        prompt = rendered_prompt(facts, example.messages[:turn], example.tools)
+        if prompt is None:
+            continue
+        read += 1
+        if np.array_equal(prompt, example.input_ids[: len(prompt)]):
+            continue
+        is_same_text = facts.decode(example.input_ids).startswith(facts.decode(prompt))
+        (merged if is_same_text else other).append(row)
+    wrong = sorted(merged + other)
+    if not is_pattern(len(wrong), read, SOME):
+        return None
+    is_merged = len(merged) > len(other)
+    begins = facts.template.generation_prompt if facts.template else ""
+    return Finding.of(
+        "F16",
+        "warning",
+        message=f"{len(wrong)} of {read} rows do not begin with the prompt that the model would be asked with: "
+        + ("its last token joins with" if is_merged else f"it ends with {begins!r}, which is not what stands before")
+        + " the answer.",
+        evidence={
+            "rows_read": read,
+            "token_reaches_across": len(merged),
+            "template_differs": len(other),
+            "rows": facts.train.places(wrong),
+        },
+        fix="end the generation prompt of the template at a token boundary (a newline), not in a blank"
+        if is_merged
+        else "give the answers the block that the generation prompt opens (a thinking block), or set "
+        "chat_template_path to a template without it",
+    )
+
+
+def _text_prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
+    labels = facts.report.labels
+    if not is_pattern(labels.num_not_prefix, len(labels.shares), SOME):
+        return None
+    return Finding.of(
+        "F16",
+        "warning",
+        message=f"{labels.num_not_prefix:,} of {len(labels.shares):,} prompts end inside a token: its other part, the "
+        "beginning of the completion, is not learned.",
+        evidence={
+            "rows_with": labels.num_not_prefix,
+            "rows_read": len(labels.shares),
+            "tokens_reaching_across": labels.num_crossing,
+            "rows": facts.train.places(range(len(facts.train.rows))),
+        },
+        fix="move the blank from the end of the prompts to the beginning of the completions",
+    )
+
+
+@rule("F16", otherwise=True)
+def prompts_end_in_a_blank(subject: Subject) -> Signal | None:
+    """F16, of prompts and completions as they were given."""
+    asked = [chat for chat in list(subject.conversations)[:NUM_ROWS] if chat]
+    if subject.tokenizer is None or not asked:
+        return None
+    blank = [chat for chat in asked if str(chat[0].get("prompt") or "").endswith((" ", "\t"))]
+    if len(blank) < max(3, 0.05 * len(asked)):
+        return None
+    says = f"{len(blank)} of {len(asked)} prompts end in a blank, which joins with the answer's first word"
+    return Signal("F16", "measured", says, 0.6, {}, fix="move the blank from the prompt to the completion")

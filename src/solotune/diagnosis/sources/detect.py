@@ -1,0 +1,91 @@
+"""What `solotune diagnose TARGET` was given: a config, a run of ours, or a folder of another trainer.
+
+solotune.yaml, or a dict        before the run
+runs/demo                       during or after it; crashed, unfinished, resumed
+output/, output/checkpoint-50   what Hugging Face's Trainer, PEFT and the tools on top of them leave behind
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from solotune.config.run_config import RunConfig, load_config
+from solotune.diagnosis.sources import hf_trainer, solotune_run
+from solotune.diagnosis.subject import Subject
+from solotune.errors import InputError
+from solotune.run.run_dir import RunDirectory, list_runs
+
+FOREIGN_MARKS = ("trainer_state.json", "training_args.bin", "adapter_config.json", "adapter_model.safetensors")
+
+
+def subject_of(
+    target: str | Path | Mapping[str, Any] | RunConfig,
+    overrides: Iterable[str] = (),
+    config: str | Path | None = None,
+    dataset: str | None = None,
+) -> Subject:
+    """Everything that is known of the target.
+
+    Args:
+        overrides: `key=value`, for a config.
+        config: of a foreign folder: the file that made it.
+        dataset: of a foreign folder: the data that it was trained on.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    if isinstance(target, (Mapping, RunConfig)) or not Path(os.path.expanduser(target)).is_dir():
+        _refuse(config, dataset, "a config")
+        if isinstance(target, (str, Path)) and not Path(os.path.expanduser(target)).exists():
+            raise _unknown(target)
+        return solotune_run.of_config(load_config(target, overrides))
+    folder = Path(os.path.expanduser(target))
+    if is_run(folder):
+        _refuse(config, dataset, "a run of solotune")
+        return solotune_run.from_run(folder)
+    if any(next(folder.glob(pattern), None) for mark in FOREIGN_MARKS for pattern in (mark, f"checkpoint-*/{mark}")):
+        return hf_trainer.from_folder(folder, config=config, dataset=dataset)
+    inner = list_runs(folder)
+    raise InputError(
+        f"{folder}: nothing here that can be diagnosed",
+        seen=", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "an empty folder",
+        allowed=f"a config file, a run directory (config.yaml), or a trainer's folder ({', '.join(FOREIGN_MARKS)})",
+        change=f"solotune diagnose {inner[-1].path}" if inner else None,
+    )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether solotune trained here, and not some tool whose config happens to have the same name."""
+    return (folder / "config.yaml").is_file() and any(
+        (folder / name).exists() for name in ("metrics.jsonl", "environment.json", "data.json", "plan.json", "log.txt")
+    )
+
+
+def open_run(target: object) -> RunDirectory | None:
+    """The run directory that a diagnosis is written into; None where the target is none of ours."""
+    if not isinstance(target, (str, Path)) or not is_run(Path(os.path.expanduser(target))):
+        return None
+    return RunDirectory.open(target)
+
+
+def _refuse(config: object, dataset: object, what: str) -> None:
+    for option, value in (("--config", config), ("--dataset", dataset)):
+        if value is not None:
+            raise InputError(
+                f"{option} goes with a folder of another trainer; {what} names its own",
+                seen=value,
+                change="leave it out",
+            )
+
+
+def _unknown(target: str | Path) -> InputError:
+    known = ", ".join(str(run.path) for run in list_runs()[-3:])
+    return InputError(
+        f"{target}: no such file or folder",
+        seen=f"looked in {Path.cwd()}",
+        allowed="a config file, a run directory, or a folder of another trainer",
+        change=f"latest runs: {known}" if known else None,
+    )

@@ -1,0 +1,202 @@
+"""The base, the tokenizer and the rows of a folder that another trainer left, and the way to a live model.
+
+    subject = with_base_and_rows(subject, [folder, folder / "checkpoint-50"], missing)
+
+Where TRL trained, its rows and batches are made again as it makes them (`sft_rows`). Of other trainers the collator is
+in no file: probes see the rows as solotune renders and masks them, which `missing` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from solotune.config.run_config import RunConfig
+from solotune.dataset import DataReport, Example, Prepared, load_tokenizer, prepare
+from solotune.diagnosis.data_checks import check_rows
+from solotune.diagnosis.evidence import of_refusal
+from solotune.diagnosis.facts.derived import setting
+from solotune.diagnosis.sources import hf_settings, solotune_run, trl_preprocessing
+from solotune.diagnosis.sources.raw_rows import raw_chats
+from solotune.diagnosis.sources.run_files import json_of
+from solotune.diagnosis.subject import Live, Subject
+from solotune.errors import SolotuneError
+from solotune.hub.model_files import ModelFiles, model_here
+
+
+def first_with(places: Sequence[Path], name: str) -> Path | None:
+    """The first of these folders' files of this name."""
+    return next((place / name for place in places if (place / name).is_file()), None)
+
+
+def with_base_and_rows(subject: Subject, places: list[Path], missing: dict[str, str]) -> Subject:
+    """The subject with whatever of these can be had; why not, in `missing`."""
+    get = subject.settings.get
+    base = _base_of(subject)
+    rows, chats = get("dataset"), []
+    if rows:
+        chats = raw_chats(rows, str(get("dataset_split") or "train"))
+    config = hf_settings.as_run_config(subject.settings, base or str(places[0]), rows or "unknown.jsonl")
+    base_files = model_here(config)
+    base_config = base_files.json_or_empty("config.json") if base_files else {}
+    generation = json_of(first_with(places, "generation_config.json"))
+    if not generation and base_files:
+        generation = base_files.json_or_empty("generation_config.json")
+    subject = replace(subject, model_config=base_config, generation_config=generation, conversations=chats)
+    if not base_config:
+        missing["model_config"] = f"the base {base or '(no name of it is known)'} is not on this machine"
+        missing["live"] = missing["model_config"]
+    tokenizer = _tokenizer(config, places, missing)
+    subject = replace(subject, tokenizer=tokenizer, base_template=_template_of_base(config, base_files, tokenizer))
+    if tokenizer is None or not rows:
+        why = "--dataset names the data that it was trained on" if not rows else missing["tokenizer"]
+        missing |= {part: why for part in ("train", "validation", "live") if part not in missing}
+        return subject
+    if (made := _as_trl_made_them(subject, tokenizer)) is not None:
+        return _with_rows_of_trl(subject, made, config, places, missing)
+    try:
+        prepared = prepare(config, tokenizer)
+        findings = check_rows(config, tokenizer, prepared, base_files)
+    except SolotuneError as error:
+        missing |= dict.fromkeys(("train", "validation"), error.problem)
+        missing.setdefault("live", error.problem)
+        return replace(subject, refusals=[*subject.refusals, *of_refusal(error)])
+    missing["batches"] = "no file holds them; probes see the rows as solotune renders and masks them"
+    subject = replace(subject, train=prepared.train, validation=prepared.validation, findings=findings)
+    return _with_live(subject, config, prepared, places, missing)
+
+
+def _with_live(
+    subject: Subject, config: RunConfig, prepared: Prepared, places: list[Path], missing: dict[str, str]
+) -> Subject:
+    """Where the base is here and fits: how to load it, with the adapter as it was saved."""
+    base_files = model_here(config)
+    why = missing.get("live") or solotune_run.too_large(subject) or _not_here(config, base_files)
+    if why is not None:
+        missing["live"] = why
+        return subject
+    folder = _adapter_folder(places)
+    load = solotune_run.live_of(_loadable(config, subject), subject.tokenizer, prepared, folder, base_files)
+    return replace(subject, live=_as_saved(load, subject))
+
+
+def _as_saved(load: Callable[[], Live], subject: Subject) -> Callable[[], Live]:
+    """The live model as that training had it: the precision of its adapters, its batches, its optimizer.
+
+    How it accumulated and evaluated is not known, and solotune's own ways would clear a fault of it.
+    """
+    parts = subject.saved.adapter.values() if subject.saved else ()
+    is_narrow = {tensor.dtype for tensor in parts if tensor.is_floating_point()} == {torch.bfloat16}
+
+    def loaded() -> Live:
+        live = load()
+        if is_narrow:
+            for name, parameter in live.model.named_parameters():
+                if "lora_" in name:
+                    parameter.data = parameter.data.to(torch.bfloat16)
+        return replace(
+            live,
+            batches=subject.batches or live.batches,
+            make_optimizer=lambda parameters: _optimizer(subject, list(parameters)),
+            backward=None,
+            evaluate=None,
+        )
+
+    return loaded
+
+
+def _optimizer(subject: Subject, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """SGD where that was trained with, whose rates are of another size; else AdamW, in place of all its kin."""
+    optim, decay = str(subject.settings.get("optim") or ""), setting(subject, "weight_decay") or 0.0
+    if "sgd" in optim.lower():
+        return torch.optim.SGD(parameters, weight_decay=decay)
+    return torch.optim.AdamW(parameters, eps=setting(subject, "adam_epsilon") or 1e-8, weight_decay=decay)
+
+
+# --- as TRL made them
+
+
+def _as_trl_made_them(subject: Subject, tokenizer: Any) -> trl_preprocessing.Made | None:
+    """The training rows by TRL's own way; None where another trainer, or a way that is not known, made them."""
+    get = subject.settings.get
+    told = get("sft")
+    return (
+        trl_preprocessing.prepare(get("dataset"), str(get("dataset_split") or "train"), tokenizer, told)
+        if told
+        else None
+    )
+
+
+def _with_rows_of_trl(
+    subject: Subject, made: trl_preprocessing.Made, config: RunConfig, places: list[Path], missing: dict[str, str]
+) -> Subject:
+    """Rows, validation rows, batches, and what TRL took the labels to be."""
+    get, told = subject.settings.get, subject.settings.get("sft")
+    held_out: list[Example] = []
+    if get("eval_dataset"):
+        found = trl_preprocessing.prepare(get("eval_dataset"), "train", subject.tokenizer, told)
+        held_out = found.examples if found else []
+    counted = {"rows_in": made.rows_in, "rows_out": len(made.examples)}
+    asked = {"assistant_only_loss": made.learns_answers or get("assistant_only_loss") is True}
+    size = int(get("per_device_train_batch_size") or 8)
+    subject = replace(
+        subject,
+        settings=replace(subject.settings, values={**subject.settings.values, **counted, **asked}),
+        train=made.examples,
+        validation=held_out,
+        conversations=[row.messages for row in made.examples] if all(row.messages for row in made.examples) else [],
+        batches=trl_preprocessing.batches_of(made.examples, subject.tokenizer, told, size),
+    )
+    return _with_live(subject, config, Prepared(made.examples, held_out, DataReport("")), places, missing)
+
+
+def _base_of(subject: Subject) -> str | None:
+    saved = subject.saved.adapter_config if subject.saved else {}
+    found = saved.get("base_model_name_or_path") or subject.settings.get("model_name_or_path")
+    return str(found) if found else None
+
+
+def _tokenizer(config: RunConfig, places: list[Path], missing: dict[str, str]) -> Any:
+    """That of the folder, which was saved with the training's template, else the base's."""
+    for name in [*(str(place) for place in places if (place / "tokenizer_config.json").is_file()), None]:
+        try:
+            return load_tokenizer(config if name is None else config.replaced("folder", model_name_or_path=name))
+        except SolotuneError as error:
+            missing["tokenizer"] = error.problem
+    return None
+
+
+def _template_of_base(config: RunConfig, base_files: ModelFiles | None, tokenizer: Any) -> str:
+    """The base's own chat template, where the folder's tokenizer has another one."""
+    try:
+        is_folder = base_files is not None and base_files.is_local
+        own_template = load_tokenizer(config, base_files).chat_template if is_folder else None
+    except SolotuneError:
+        own_template = None
+    is_other = isinstance(own_template, str) and own_template != tokenizer.chat_template
+    return str(own_template) if is_other else ""
+
+
+def _not_here(config: RunConfig, base_files: ModelFiles | None) -> str | None:
+    """Why the base's weights cannot be loaded without asking a network; None where they can."""
+    names = ("model.safetensors", "model.safetensors.index.json")
+    if base_files and (base_files.is_local or any((base_files.folder / name).is_file() for name in names)):
+        return None
+    return f"the weights of {config.model_name_or_path} are not on this machine"
+
+
+def _loadable(config: RunConfig, subject: Subject) -> RunConfig:
+    """The config with the adapter's own targets, by the modules in its file."""
+    from solotune.diagnosis.facts.derived import adapted
+
+    leaves = sorted({path.rpartition(".")[2] for path in adapted(subject)})
+    return config.replaced("adapter", lora_target_modules=leaves) if leaves else config
+
+
+def _adapter_folder(places: list[Path]) -> Path | None:
+    file = first_with(places, "adapter_model.safetensors")
+    return file.parent if file else None

@@ -1,0 +1,191 @@
+"""Other tools' words for settings, to ours: config files, training arguments, adapter_config.json.
+
+    asked, lines = read("sft.yaml")          flat, as they were written
+    translated({"max_seq_length": 256})      {"max_length": 256}
+
+A name that is not known is kept as it is. Values that mean the opposite or another unit are turned
+(`train_on_inputs: true` is `assistant_only_loss: false`); what has no counterpart is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from solotune.config.key_aliases import FOREIGN_KEYS
+from solotune.config.run_config import RunConfig
+from solotune.config.yaml_reader import MAX_CONFIG_BYTES, parse, plain
+from solotune.diagnosis.facts.derived import number
+from solotune.diagnosis.subject import Settings
+from solotune.errors import InputError
+
+MAX_DEPTH = 8  # of any YAML; sections of ours are at most three deep
+MAX_NESTED = 3
+_SECTIONS = ("peft_config", "lora_config", "lora", "training_arguments", "training_args", "training", "trainer", "args",
+             "sft", "sft_config", "model", "data", "quantization_config", "bnb_config", "optimizer_args", "config",
+             "adapter", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "model_init_kwargs",
+             "script_args")  # fmt: skip
+"""Sections whose keys are settings themselves, as if they stood outside."""
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """(key -> value as written, our key -> file and line) of a YAML or JSON config of another tool.
+
+    Raises:
+        InputError: it is not there, not YAML or JSON, or no mapping.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file() or file.stat().st_size > MAX_CONFIG_BYTES:
+        raise InputError(f"{file}: no such config file", allowed="a YAML or JSON file of at most 1 MiB")
+    text = file.read_text(encoding="utf-8-sig", errors="replace")
+    found: Any = None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = parse(text, str(file), MAX_DEPTH)
+    if not isinstance(found, Mapping):
+        raise InputError(f"{file}: a config is lines of `key: value`", seen=type(found).__name__)
+    lines: dict[str, str] = {}
+    asked: dict[str, Any] = {}
+    _flatten(found, asked, lines, file.name, 0)
+    return asked, lines
+
+
+def _flatten(found: Mapping[Any, Any], asked: dict[str, Any], lines: dict[str, str], name: str, depth: int) -> None:
+    for key, value in found.items():
+        if isinstance(value, Mapping) and str(key) in _SECTIONS and depth < MAX_NESTED:
+            _flatten(value, asked, lines, name, depth + 1)
+            if str(key) == "quantization_config":
+                asked.setdefault("quantization_config", plain(value))
+            continue
+        asked[str(key)] = plain(value)
+        place = getattr(getattr(found, "lc", None), "key", None)
+        with contextlib.suppress(KeyError, TypeError):
+            line = f"{name} line {place(key)[0] + 1}" if place else name
+            lines.update(dict.fromkeys(translated({str(key): asked[str(key)]}), line))
+
+
+def _inverted(value: Any) -> Any:
+    return not value if isinstance(value, bool) else None
+
+
+def _as_is(value: Any) -> Any:
+    return value
+
+
+def _dtype(value: Any) -> Any:
+    word = str(value).rpartition(".")[2]
+    return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"}.get(word, word)
+
+
+def _names(value: Any) -> Any:
+    if isinstance(value, str) and value in ("all", "all-linear"):
+        return "all-linear"
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) and "," in value else value
+
+
+_TURNED: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "train_on_inputs": ("assistant_only_loss", _inverted),
+    "train_on_prompt": ("assistant_only_loss", _inverted),
+    "train_on_responses_only": ("assistant_only_loss", _as_is),
+    "completion_only_loss": ("assistant_only_loss", _as_is),
+    "torch_dtype": ("model_dtype", _dtype),
+    "dtype": ("model_dtype", _dtype),
+    "bnb_4bit_compute_dtype": ("bnb_4bit_compute_dtype", _dtype),
+    "load_in_8bit": ("load_in_8bit", _as_is),
+    "load_in_4bit": ("load_in_4bit", _as_is),
+    "quantization_bit": ("load_in_4bit", lambda bits: bits == 4),
+    "quant_bits": ("load_in_4bit", lambda bits: bits == 4),
+    "lora_target": ("lora_target_modules", _names),
+    "target_modules": ("lora_target_modules", _names),
+    "lora_target_modules": ("lora_target_modules", _names),
+    "lora_target_linear": ("lora_target_modules", lambda all_linear: "all-linear" if all_linear is True else None),
+    "lora_modules_to_save": ("modules_to_save", _as_is),
+    "activation_checkpointing": ("gradient_checkpointing", _as_is),
+    "gradient_checkpointing_kwargs": ("use_reentrant", lambda words: (words or {}).get("use_reentrant")),
+    "activation_checkpointing_kwargs": ("use_reentrant", lambda words: (words or {}).get("use_reentrant")),
+    "truncation_mode": ("truncation_side", lambda mode: {"keep_end": "left", "keep_start": "right"}.get(str(mode))),
+    "shuffle_dataset": ("shuffle_dataset", _as_is),
+    "chat_template": ("chat_template", _as_is),
+    "datasets": ("dataset", lambda listed: _dataset_of(listed)),
+    "quantization": ("quantization", _as_is),
+}
+
+
+def _dataset_of(listed: Any) -> Any:
+    """axolotl's `datasets: [{path: ..., type: ...}]`."""
+    if isinstance(listed, list) and listed:
+        paths = [one.get("path") if isinstance(one, Mapping) else one for one in listed]
+        return paths if len(paths) > 1 else paths[0]
+    return listed
+
+
+def translated(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings under our names; those of unknown names as they are, None and `auto` left out."""
+    held: dict[str, Any] = {}
+    for key, value in found.items():
+        name, turn = _TURNED.get(key, (FOREIGN_KEYS.get(key, key), _as_is))
+        value = turn(value)
+        if value is None or value == "auto":
+            continue
+        if key == name or name not in found:
+            held[name] = _number_where_meant(name, value)
+    return held
+
+
+_NUMBERS = {
+    "learning_rate", "lora_alpha", "lora_r", "lora_dropout", "weight_decay", "max_grad_norm", "adam_epsilon",
+    "warmup_ratio", "warmup_steps", "num_train_epochs", "max_steps", "max_length", "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+}  # fmt: skip
+
+
+def _number_where_meant(name: str, value: Any) -> Any:
+    """`2e-4` is a text in YAML 1.1."""
+    if name not in _NUMBERS or (found := number(value)) is None:
+        return value
+    return int(found) if found.is_integer() and not isinstance(value, float) else found
+
+
+def of_adapter(config: Mapping[str, Any]) -> dict[str, Any]:
+    """adapter_config.json under our names; `inference_mode`, which PEFT always saves as true, is left out."""
+    names = {
+        "r": "lora_r",
+        "lora_alpha": "lora_alpha",
+        "lora_dropout": "lora_dropout",
+        "target_modules": "lora_target_modules",
+        "use_rslora": "use_rslora",
+        "init_lora_weights": "init_lora_weights",
+        "modules_to_save": "modules_to_save",
+        "trainable_token_indices": "trainable_token_indices",
+    }
+    return {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
+
+
+def as_run_config(settings: Settings, base: str, dataset: Any) -> RunConfig:
+    """A config of ours by which the rows are read and the base is loaded; what ours does not allow has its default."""
+    get = settings.get
+    wanted: dict[str, Any] = {
+        "on_bad_row": "drop",
+        "base_precision": "nf4" if get("load_in_4bit") is True else "fp32" if get("bf16") is not True else "bf16",
+        "bf16": get("bf16") is True,
+        "packing": False,
+        "optim": "adamw_torch",
+        "torch_compile": False,
+        "validation_size": 0,
+        "assistant_only_loss": get("assistant_only_loss") is not False,
+    }
+    same = ("max_length", "lora_r", "lora_alpha", "use_rslora", "lora_target_modules", "learning_rate", "weight_decay",
+            "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "eval_dataset",
+            "dataset_split", "dataset_config", "model_revision", "max_steps", "num_train_epochs")  # fmt: skip
+    config = RunConfig.model_validate({"model_name_or_path": base, "dataset": dataset, "lora_dropout": 0.0, **wanted})
+    for key in same:
+        value = get(key)
+        value = float(value) if isinstance(value, int) and key in ("lora_alpha", "learning_rate") else value
+        if value is not None:
+            with contextlib.suppress(ValueError):  # a value that ours does not allow
+                config = config.replaced("foreign", **{key: value})
+    return config

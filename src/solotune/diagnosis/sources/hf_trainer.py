@@ -1,0 +1,227 @@
+"""A subject out of what another trainer left: Hugging Face's Trainer, trl, PEFT, and the tools on top of them.
+
+    from_folder("output")                                                   a final folder, or checkpoint-50 alone
+    from_folder("output", config="sft.yaml", dataset="chats.jsonl")         with what made it
+
+What is read: trainer_state.json (the curve), training_args.bin (never unpickled: `pickled`), adapter_config.json and
+adapter_model.safetensors, tokenizer files, generation_config.json, README.md (versions), logs; of the newest
+checkpoint, where the folder itself has none. Settings held are those of the arguments and of the adapter; what the
+config file says beside them is `asked`, and where nothing else is known it is taken to have held.
+
+The batches of a foreign training are in no file. Where data and base are here, probes see the rows as solotune renders
+and masks them; what the training's own collator did to them stays open, and is said in `missing`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from solotune.diagnosis.facts.derived import is_zero
+from solotune.diagnosis.sources import (
+    hf_settings,
+    pickle_reader,
+    run_files,
+    solotune_run,
+    trainer_defaults,
+    trl_preprocessing,
+)
+from solotune.diagnosis.sources.hf_rows import first_with, with_base_and_rows
+from solotune.diagnosis.sources.run_files import json_of
+from solotune.diagnosis.subject import Saved, Settings, Subject, Trace
+from solotune.errors import InputError, SolotuneError
+
+LOG_BYTES = 64 << 10
+"""The end of a log, where its error stands."""
+NUM_FILES = 200
+_TOOLS = ("trl", "unsloth", "axolotl", "llama-factory", "llamafactory", "swift")
+
+
+def from_folder(folder: str | Path, config: str | Path | None = None, dataset: str | None = None) -> Subject:
+    """Everything that is known of the training that wrote this folder.
+
+    Args:
+        config: the YAML or JSON that made it, in any of the tools' words.
+        dataset: what it was trained on: files, or a hub id.
+
+    Raises:
+        InputError: no such folder, or a config that is none.
+    """
+    path = solotune_run.expanded(folder)
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder", allowed="a folder that a trainer wrote")
+    newest = newest_checkpoint(path)
+    places = [path, *([newest] if newest else [])]
+    missing: dict[str, str] = {}
+    settings = _settings(places, config, dataset, missing)
+    saved = _saved(path, places, settings, missing)
+    subject = Subject(
+        name=path.name if not path.name.startswith("checkpoint-") else f"{path.parent.name}/{path.name}",
+        settings=settings,
+        trace=_trace(path, places, missing),
+        saved=saved,
+        environment=_environment(places),
+        missing=missing,
+    )
+    return with_base_and_rows(subject, places, missing)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """checkpoint-N with the highest N."""
+    found = [(int(m[1]), path) for path in folder.glob("checkpoint-*") if (m := re.search(r"-(\d+)$", path.name))]
+    return max(found)[1] if found else None
+
+
+# --- settings
+
+
+def _settings(places: list[Path], config: str | Path | None, dataset: str | None, missing: dict[str, str]) -> Settings:
+    """What held: arguments and adapter; what was asked: the config file."""
+    held: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    made_by, file = "", first_with(places, "training_args.bin")
+    if file is not None:
+        try:
+            made_by, found = pickle_reader.attributes(file)
+            held |= hf_settings.translated(found)
+            if "completion_only_loss" in found and "packing_strategy" in found:
+                held["sft"] = trl_preprocessing.arguments(found)
+            sources |= dict.fromkeys(held, "training_args.bin")
+        except pickle_reader.UnreadableError as error:
+            missing["training_args"] = f"cannot be read: {error}"
+    adapter = json_of(first_with(places, "adapter_config.json"))
+    held |= hf_settings.of_adapter(adapter)
+    asked: dict[str, Any] = {}
+    readme = first_with(places, "README.md")
+    text = made_by + (readme.read_text(encoding="utf-8", errors="replace")[:LOG_BYTES] if readme else "")
+    tool = next((tool for tool in _TOOLS if re.search(rf"\b{tool}\b", text, re.IGNORECASE)), None)
+    if config is not None:
+        asked, lines = hf_settings.read(config)
+        ours = hf_settings.translated(asked)
+        if ours.get("assistant_only_loss") is True:
+            held["assistant_only_loss"] = True  # what was asked; what came of it, labels tell
+        tool = tool or (trainer_defaults.tool_of(asked) if not made_by else None)
+        if not made_by:
+            ours = {**trainer_defaults.unstated(tool), **ours}
+            held |= {"sft": trl_preprocessing.arguments(asked)} if tool == "trl" else {}
+        held = {**ours, **{key: value for key, value in held.items() if value is not None}}
+        sources |= {key: lines[key] for key in ours if key in lines}
+        unwritten = {"learning_rate", "max_length", "num_train_epochs"} & set(held) - set(lines)
+        sources |= dict.fromkeys(unwritten, "default: the config does not name it")
+    if dataset is not None:
+        held["dataset"] = dataset
+    held.setdefault("tool", tool or ("transformers" if made_by else None))
+    return Settings(held, asked, sources)
+
+
+def _environment(places: list[Path]) -> dict[str, Any]:
+    """The versions that the model card names."""
+    readme = first_with(places, "README.md")
+    text = readme.read_text(encoding="utf-8", errors="replace")[:LOG_BYTES] if readme else ""
+    names = "TRL|Transformers|Pytorch|Datasets|Tokenizers|PEFT|Unsloth|Axolotl"
+    found = re.findall(rf"^\s*-\s*({names})\s*:?\s*v?(\d[\w.+]*)", text, re.MULTILINE | re.IGNORECASE)
+    return {"versions": {name.lower(): version for name, version in found}} if found else {}
+
+
+# --- the curve
+
+
+def _trace(folder: Path, places: list[Path], missing: dict[str, str]) -> Trace | None:
+    file = first_with(places, "trainer_state.json")
+    state = json_of(file)
+    errors = _errors(folder)
+    history = [entry for entry in state.get("log_history") or () if isinstance(entry, Mapping)]
+    if not history and not errors:
+        missing["trace"] = "no trainer_state.json" if file is None else f"{file.name} has no log that can be read"
+        return None
+    steps = [dict(entry) for entry in history if "loss" in entry and isinstance(entry.get("step"), int)]
+    evals = [dict(entry) for entry in history if "eval_loss" in entry and isinstance(entry.get("step"), int)]
+    total, last = state.get("max_steps"), state.get("global_step")
+    ended = any("train_runtime" in entry or "train_loss" in entry for entry in history)
+    return Trace(
+        step_S=np.array([entry["step"] for entry in steps], np.int64),
+        loss_S=run_files.column(steps, "loss"),
+        learning_rate_S=run_files.column(steps, "learning_rate"),
+        grad_norm_S=run_files.column(steps, "grad_norm"),
+        epoch_S=run_files.column(steps, "epoch"),
+        eval_step_E=np.array([entry["step"] for entry in evals], np.int64),
+        eval_loss_E=run_files.column(evals, "eval_loss"),
+        total_steps=total if isinstance(total, int) and total > 0 else None,
+        is_finished=ended or (isinstance(last, int) and isinstance(total, int) and 0 < total <= last),
+        errors=errors,
+    )
+
+
+def _errors(folder: Path) -> tuple[str, ...]:
+    """Tracebacks, errors and warnings in the logs that lie in the folder or beside it."""
+    names = sorted(path for pattern in ("*.log", "*.out", "*.err", "log*.txt") for path in folder.glob(pattern))
+    found = []
+    for path in names[:NUM_FILES]:
+        try:
+            with open(path, "rb") as file:
+                file.seek(max(0, path.stat().st_size - LOG_BYTES))
+                text = file.read(LOG_BYTES).decode("utf-8", "replace")
+        except OSError:
+            continue
+        place = text.rfind("Traceback (most recent call last)")
+        if place >= 0:
+            found.append(text[place:])
+        found += [line for line in text.splitlines() if re.search(r"error|warning|warn\(", line, re.IGNORECASE)][-50:]
+    return tuple(found)
+
+
+# --- what was saved
+
+
+def _saved(folder: Path, places: list[Path], settings: Settings, missing: dict[str, str]) -> Saved | None:
+    config, file = json_of(first_with(places, "adapter_config.json")), first_with(places, "adapter_model.safetensors")
+    if file is None:
+        other = first_with(places, "adapter_model.bin")
+        missing["saved"] = (
+            "adapter_model.bin is a pickle, which is never loaded; save the adapter as safetensors"
+            if other
+            else "there is no adapter_model.safetensors"
+        )
+        return None
+    from solotune.model.adapter import adapter_tensors
+
+    try:
+        tensors = adapter_tensors(file.parent)
+    except SolotuneError as error:
+        missing["saved"] = error.problem
+        return None
+    resumed = settings.get("resume_from_checkpoint")
+    state = _resumed_from(folder, resumed) if resumed else None
+    has = [None if state is None else any((state / f"{name}{end}").is_file() for end in (".pt", ".bin", ".safetensors"))
+           for name in ("optimizer", "scheduler")]  # fmt: skip
+    return Saved(tensors, config, has[0], has[1], in_checkpoint=_in_checkpoint(file, tensors))
+
+
+def _in_checkpoint(file: Path, tensors: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The adapter of the newest checkpoint, where the folder's own changes nothing; the same where this is one."""
+    if not all(is_zero(tensor) for name, tensor in tensors.items() if "lora_B" in name):
+        return None
+    if file.parent.name.startswith("checkpoint-"):
+        return tensors
+    newest = newest_checkpoint(file.parent)
+    if newest is None or not (newest / file.name).is_file():
+        return None
+    from solotune.model.adapter import adapter_tensors
+
+    try:
+        return adapter_tensors(newest)
+    except SolotuneError:
+        return None
+
+
+def _resumed_from(folder: Path, resumed: Any) -> Path | None:
+    """The checkpoint that the run went on from, where it is still there."""
+    if isinstance(resumed, str):
+        for place in (solotune_run.expanded(resumed), folder / Path(resumed).name, folder.parent / Path(resumed).name):
+            if place.is_dir():
+                return place
+    return None

@@ -1,0 +1,131 @@
+"""A training of ours as a `Live`: its model, its batches as dicts, its loss, its evaluation, its way of answering.
+
+    live = own_live(config, tokenizer, prepared.train, prepared.validation)            before a run: fresh adapters
+    live = own_live(config, ..., tensors=adapter_tensors(folder))              with a run's adapters
+
+The batches are those of the first steps, made by `collate.py`; only pads are written as the tokenizer's, where ours are
+any id, so that who looks at ids alone can tell them. Loss and accumulation are those of `training`, through its code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from solotune import dataset
+from solotune.config.run_config import RunConfig
+from solotune.dataset import Example, sampler
+from solotune.dataset.collate import Batch, collate_packs
+from solotune.diagnosis.facts.texts import IGNORED
+from solotune.diagnosis.subject import Live
+from solotune.evaluation import scores
+from solotune.hardware.machine import Machine
+from solotune.hub.model_files import ModelFiles
+from solotune.model import lora
+from solotune.model.loading import TrainableModel
+from solotune.training import forward_backward, trained_run
+from solotune.training.optimizer import make_optimizer
+
+NUM_BATCHES = 8
+NUM_EVALUATED = 8  # held-out rows of the evaluation that a probe repeats
+NEW_TOKENS = 48
+
+Tensors = dict[str, torch.Tensor]
+
+
+def batches_of(config: RunConfig, tokenizer: Any, rows: Sequence[Example], count: int = NUM_BATCHES) -> list[Tensors]:
+    """The first micro-batches of a run: input_ids, labels and, where rows are packed, position_ids; on the CPU."""
+    packs, shape = sampler.pack_and_shape(config, rows)
+    schedule = sampler.BatchSampler.of(config, len(packs))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    parts = (part for step in schedule.steps(0) for part in step)
+    found = []
+    for part in islice(parts, count):
+        chosen = [[rows[row] for row in packs[i]] for i in part]
+        found.append(_as_dict(collate_packs(chosen, torch.device("cpu"), shape), chosen, pad))
+    return found
+
+
+def _as_dict(batch: Batch, packs: Sequence[Sequence[Example]], pad: int | None) -> Tensors:
+    ids_BT = batch.input_ids_BT
+    labels_BT = torch.full_like(ids_BT, IGNORED)
+    labels_BT.view(-1)[batch.label_places_N] = ids_BT.view(-1)[batch.label_places_N]
+    if pad is not None:
+        ids_BT = ids_BT.clone()
+        for b in range(len(ids_BT)):
+            used = sum(len(row.input_ids) for row in packs[b]) if b < len(packs) else 0
+            ids_BT[b, used:] = pad
+    found = {"input_ids": ids_BT, "labels": labels_BT}
+    return found if batch.positions_BT is None else {**found, "position_ids": batch.positions_BT}
+
+
+def _as_batch(batch: Mapping[str, Any]) -> Batch:
+    """What `TrainableModel.token_losses` takes, without the rows that the labels came from."""
+    ids_BT, labels_BT, positions_BT = batch["input_ids"], batch["labels"], batch.get("position_ids")
+    is_label_BT = labels_BT != IGNORED
+    is_label_BT[:, 0] = False
+    places_N = is_label_BT.flatten().nonzero()[:, 0]
+    starts_S = None
+    if positions_BT is not None:
+        ends = torch.tensor([ids_BT.numel()], device=ids_BT.device)
+        starts_S = torch.cat([(positions_BT.flatten() == 0).nonzero()[:, 0], ends]).to(torch.int32)
+    return Batch(ids_BT, places_N, positions_BT, starts_S, None, ())
+
+
+def own_live(
+    config: RunConfig,
+    machine: Machine,
+    tokenizer: Any,
+    train: Sequence[Example],
+    validation: Sequence[Example],
+    tensors: Mapping[str, torch.Tensor] | None = None,
+    model_files: ModelFiles | None = None,
+) -> Live:
+    """Loads the model on this machine.
+
+    Args:
+        config: settled for this machine (`tuned.settle`).
+        tensors: the adapter of a run; None: fresh ones.
+        model_files: of the config's model; None: they are looked for.
+
+    Raises:
+        InputError: see `model.load_model`; or the adapter does not fit.
+    """
+    model = trained_run.load_base(config, machine, model_files)
+    if tensors is not None:
+        lora.load_state_dict(model.adapted, tensors, "the run's adapter")
+    held_out = [validation[i] for i in range(min(NUM_EVALUATED, len(validation)))]
+    return Live(
+        model=model.module,
+        batches=batches_of(config, tokenizer, train),
+        make_optimizer=lambda parameters: make_optimizer(config, list(parameters)),
+        loss_of=lambda module, batch: model.token_losses(_as_batch(batch))[0].mean(),
+        evaluate=(lambda module: scores.score(model, held_out, len(held_out)).loss) if held_out else None,
+        generate=lambda text: _answer(model, tokenizer, train, text),
+        backward=lambda module, batches: _backward(model, batches),
+    )
+
+
+def _backward(model: TrainableModel, batches: Sequence[Mapping[str, Any]]) -> float:
+    """The gradients of one step as `training.train_step` gets them."""
+    made = [_as_batch(batch) for batch in batches]
+    total = sum(len(batch.label_places_N) for batch in made)
+    for p in model.trainable:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    sums_2 = torch.zeros(2, device=model.device)
+    for batch in made:
+        forward_backward.accumulate(model, batch, total, sums_2)
+    return float(sums_2[0] / total)
+
+
+def _answer(model: TrainableModel, tokenizer: Any, rows: Sequence[Example], text: str) -> str:
+    """As `solotune chat` answers, with the end of turn written out."""
+    stops = scores.stop_ids(model, tokenizer, rows[:1])
+    prompt = dataset.render_prompt(tokenizer, [{"role": "user", "content": text}])
+    ids = scores.generate(model, prompt, NEW_TOKENS, stops)
+    ended = [tokenizer.eos_token_id] if len(ids) < NEW_TOKENS and tokenizer.eos_token_id is not None else []
+    return tokenizer.decode(np.array([*ids, *ended], dtype=np.int64).tolist(), skip_special_tokens=False)

@@ -1,0 +1,47 @@
+"""Rows as they stand in the file, before anything was normalised: what another trainer's template was given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+from solotune.dataset.readers.source import Source
+from solotune.errors import SolotuneError
+
+NUM_ROWS = 5000
+_SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool"}
+"""ShareGPT's own words, which every reader of that format translates; in a `messages` column they are foreign."""
+
+
+def raw_chats(dataset: Any, split: str = "train") -> list[list[dict[str, Any]]]:
+    """Conversations with their roles as written; none where the data cannot be read or holds none."""
+    try:
+        rows = islice(Source.of("dataset", dataset, split), NUM_ROWS)
+        return [chat for row in rows if (chat := chat_of(row.values))]
+    except (SolotuneError, OSError, ValueError):
+        return []
+
+
+def chat_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row's messages: of messages, ShareGPT, prompt and completion, or Alpaca."""
+    for key in ("messages", "conversations", "chat", "dialogue"):
+        found = row.get(key)
+        if isinstance(found, list) and found and all(isinstance(one, Mapping) for one in found):
+            return [_message(one) for one in found]
+    for asks, answers in (("prompt", "completion"),):
+        found = row.get(asks), row.get(answers)
+        if all(isinstance(side, list) and side and all(isinstance(one, Mapping) for one in side) for side in found):
+            return [_message(one) for side in found for one in side]  # type: ignore[union-attr]
+    for asks, answers in (("prompt", "completion"), ("instruction", "output"), ("question", "answer")):
+        if isinstance(row.get(asks), str) and isinstance(row.get(answers), str):
+            asked = "\n".join(text for text in (row[asks], row.get("input")) if isinstance(text, str) and text)
+            return [{"role": "user", "content": asked}, {"role": "assistant", "content": row[answers]}]
+    return []
+
+
+def _message(found: Mapping[str, Any]) -> dict[str, Any]:
+    if "role" not in found and "from" in found:
+        who = str(found["from"])
+        return {"role": _SHAREGPT.get(who, who), "content": found.get("value")}
+    return dict(found)

@@ -1,0 +1,246 @@
+"""A subject out of what is ours: rows that are prepared, a config, a run directory.
+
+    from_prepared(config, tokenizer, prepared, findings)     what the verb train has in hand
+    of_config(config)                                        before a run
+    from_run("runs/demo")                                    during or after it: finished, crashed, unfinished, resumed
+
+Whatever is not there (the base model, the data, a file of the run) is named in `missing` with its reason, and the rest
+is judged without it. A run's files are read as they are: metrics with a torn last line, with NaN, empty or absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from solotune.config.run_config import RunConfig
+from solotune.dataset import Prepared, load_tokenizer, prepare
+from solotune.diagnosis.data_checks import check_rows
+from solotune.diagnosis.evidence import Signal, of_refusal
+from solotune.diagnosis.facts import derived
+from solotune.diagnosis.findings import Finding
+from solotune.diagnosis.sources import run_files
+from solotune.diagnosis.sources.live_model import batches_of, own_live
+from solotune.diagnosis.subject import Live, Settings, Subject
+from solotune.errors import IntegrityError, SolotuneError
+from solotune.hardware.machine import ram
+from solotune.hub.model_files import ModelFiles, resolve_model
+from solotune.run.record import RunRecord
+from solotune.run.run_dir import RunDirectory
+from solotune.units import gib
+
+
+def settings_of(config: RunConfig) -> Settings:
+    """All keys of a config, each with where it was set, and what solotune does without a key for it."""
+    fixed = {
+        "tool": "solotune",
+        "adapter_dtype": "float32",
+        "load_in_4bit": config.base_precision == "nf4",
+        "bnb_4bit_compute_dtype": config.bnb_4bit_compute_dtype or ("bfloat16" if config.bf16 else "float32"),
+    }
+    sources = {key: config.source_of(key) for key in RunConfig.model_fields}
+    return Settings({**config.model_dump(), **fixed}, sources=sources)
+
+
+def from_prepared(
+    config: RunConfig, tokenizer: Any, prepared: Prepared, findings: list[Finding], model_files: ModelFiles
+) -> Subject:
+    """A training that is about to begin: its settings and its rows, of which nothing has run yet.
+
+    Args:
+        findings: what `check_rows` says of the rows.
+    """
+    return Subject(
+        name=config.name,
+        settings=settings_of(config),
+        tokenizer=tokenizer,
+        model_config=model_files.json_or_empty("config.json"),
+        generation_config=model_files.json_or_empty("generation_config.json"),
+        train=prepared.train,
+        validation=prepared.validation,
+        findings=findings,
+        batches=batches_of(config, tokenizer, prepared.train),
+    )
+
+
+def of_config(config: RunConfig) -> Subject:
+    """A config, before it is run; nothing is written.
+
+    What cannot be read (the base, the data) is missing from the subject, and said.
+    """
+    return _with_rows(config, load_settled(config), None, _found(config))
+
+
+def load_settled(config: RunConfig) -> RunConfig:
+    """The config as this machine would run it; as it is where the machine refuses."""
+    from solotune.training.trained_run import settle
+
+    try:
+        return settle(config)[0]
+    except SolotuneError:
+        return config
+
+
+def _found(config: RunConfig) -> ModelFiles | SolotuneError:
+    """The model, or why there is none."""
+    try:
+        return resolve_model(config)
+    except SolotuneError as error:
+        return error
+
+
+def _with_rows(
+    config: RunConfig,
+    settled: RunConfig,
+    adapter: Path | None,
+    model_files: ModelFiles | SolotuneError,
+    rendered_on: Any = None,
+) -> Subject:
+    """Settings, tokenizer, rows and the way to a live model, as far as they can be had."""
+    plain = Subject(config.name, settings_of(settled))
+    try:
+        if isinstance(model_files, SolotuneError):
+            raise model_files
+        tokenizer = load_tokenizer(config, model_files)
+    except SolotuneError as error:
+        why = dict.fromkeys(("tokenizer", "train", "validation", "live", "model_config"), error.problem)
+        return replace(plain, missing=why, conversations=_conversations(config), refusals=of_refusal(error))
+    try:
+        prepared = prepare(config, tokenizer, rendered_on=rendered_on)
+        findings = check_rows(config, tokenizer, prepared, model_files)
+        subject = replace(from_prepared(settled, tokenizer, prepared, findings, model_files), name=config.name)
+    except SolotuneError as error:
+        why = dict.fromkeys(("train", "validation", "live"), error.problem)
+        return replace(
+            plain,
+            tokenizer=tokenizer,
+            missing=why,
+            conversations=_conversations(config),
+            refusals=of_refusal(error),
+            model_config=model_files.json_or_empty("config.json"),
+            generation_config=model_files.json_or_empty("generation_config.json"),
+        )
+    if (why := too_large(subject)) is not None:
+        return replace(subject, missing={"live": why})
+    return replace(subject, live=live_of(settled, tokenizer, prepared, adapter, model_files))
+
+
+def _conversations(config: RunConfig) -> list[list[dict[str, Any]]]:
+    """The rows as chats, where no tokenizer is there to render them; none where they cannot be read."""
+    from solotune.dataset.chat.formats import convert, recognise
+    from solotune.dataset.readers.column_mapping import mapped
+    from solotune.dataset.readers.source import Source
+
+    with contextlib.suppress(SolotuneError, OSError):
+        source = Source.of("dataset", config.dataset, config.dataset_split, config_name=config.dataset_config,
+                           revision=config.dataset_revision)  # fmt: skip
+        found, _ = recognise((mapped(row, config.column_mapping) for row in source), is_strict=True)
+        chats = []
+        for row in islice(source, 5000):
+            with contextlib.suppress(SolotuneError):
+                record = convert(mapped(row, config.column_mapping), found)
+                if not isinstance(record, str):
+                    chats.append(list(record.messages))
+        return chats
+    return []
+
+
+# --- the model, and the batches that its training sees
+
+
+def too_large(subject: Subject) -> str | None:
+    """Why the model cannot be loaded here; None where it should fit."""
+    needs, free = derived.weight_bytes(subject), _free_bytes()
+    if needs is None or 1.2 * needs < free:
+        return None
+    return f"the base takes about {gib(needs)} GiB, and {gib(free)} are free on this machine"
+
+
+def _free_bytes() -> int:
+    import torch
+
+    return int(torch.cuda.mem_get_info(0)[0]) if torch.cuda.is_available() else ram()[1]
+
+
+def live_of(
+    config: RunConfig,
+    tokenizer: Any,
+    prepared: Prepared,
+    adapter: Path | None,
+    model_files: ModelFiles | None = None,
+) -> Callable[[], Live]:
+    """Loads the base with its adapters, fresh or those of a folder, once."""
+
+    @cache
+    def load() -> Live:
+        from solotune.model.adapter import adapter_tensors
+        from solotune.training.trained_run import settle
+
+        settled, machine, _ = settle(config.replaced("diagnosis", torch_compile=False))
+        tensors = adapter_tensors(adapter) if adapter is not None else None
+        return own_live(settled, machine, tokenizer, prepared.train, prepared.validation, tensors, model_files)
+
+    return load
+
+
+# --- a run
+
+
+def from_run(path: str | Path) -> Subject:
+    """A run directory, in whatever state it is.
+
+    Raises:
+        InputError: there is no run, or its config is of a version that has other keys.
+    """
+    run = RunDirectory.open(path)
+    config = run_files.recorded(run)
+    adapter = run_files.newest_adapter(run)
+    model_files = _found(config)
+    subject = _with_rows(config, load_settled(config), adapter, model_files, run_files.day(run))
+    saved = run_files.saved_of(adapter) if adapter is not None else None
+    missing = dict(subject.missing)
+    if saved is None:
+        missing["saved"] = "nothing was saved yet" if adapter is None else f"{adapter}: the adapter cannot be read"
+        if adapter is not None:
+            missing["adapter"] = missing["saved"]
+    record = RunRecord.read(run.path)
+    refusals = [*subject.refusals, *_other_base(record, model_files)]
+    return replace(
+        subject,
+        name=run.path.name,
+        settings=replace(subject.settings, values={**subject.settings.values, **run_files.summary(record)}),
+        findings=subject.findings or run_files.findings(record),
+        refusals=refusals,
+        trace=run_files.trace_of(record),
+        saved=saved,
+        environment=record.environment or {},
+        missing=missing,
+    )
+
+
+def _other_base(record: RunRecord, model_files: ModelFiles | SolotuneError) -> list[Signal]:
+    """What `solotune chat` would refuse: the base in its folder is not the one that was trained on."""
+    from solotune.model.base_fingerprint import base_fingerprint, check_base
+
+    if isinstance(model_files, SolotuneError):  # it is not here, which is said elsewhere
+        return []
+    recorded = (record.fingerprints or {}).get("base")
+    try:
+        if isinstance(recorded, dict) and set(recorded) >= {"config", "tensors", "content"}:
+            check_base(recorded, base_fingerprint(model_files), model_files.name)
+    except IntegrityError as error:
+        return of_refusal(error)
+    except SolotuneError:  # its weights are not here, or damaged, which is said elsewhere
+        pass
+    return []
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with `~` written out."""
+    return Path(os.path.expanduser(path))

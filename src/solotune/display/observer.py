@@ -1,0 +1,226 @@
+"""Who is told what a run does: displays, the run's own log, the diagnosis monitor, trackers.
+
+    observer = Observers(RunLog(run), Resilient(display), Resilient(monitor))
+    observer.step(event)                    told to each of them, in this order
+
+A run and its loop know this protocol and nothing of terminals. A new observer extends `SilentObserver` and overrides
+what it wants to hear.
+
+Hours of work must not hang on a display: `solotune train ... | head -1` closes the pipe, a terminal goes away, a disk
+behind `> out.txt` fills up, a tracker has a bug. `Resilient` then lets it fall silent, and the run goes on. The run's
+own log is not wrapped: a run that cannot be recorded stops.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec, Protocol
+
+from solotune.errors import StorageError
+from solotune.runtime import signals, watchdog
+
+if TYPE_CHECKING:
+    from solotune.config.run_config import Choice
+    from solotune.run.events import DeviceFailedEvent, DiagnosedEvent, EvalEvent, NonFiniteEvent, SaveEvent, StepEvent
+
+P = ParamSpec("P")
+
+
+class RunObserver(Protocol):
+    """What a run tells while it works."""
+
+    def phase(self, name: str) -> None:
+        """A stage begins: `loading model`."""
+        ...
+
+    def note(self, text: str) -> None:
+        """A fact to keep on the screen."""
+        ...
+
+    def choices(self, choices: Sequence[Choice]) -> None:
+        """What was decided for the user, and why."""
+        ...
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        """How far the stage has come."""
+        ...
+
+    def begin(self, total_steps: int, done: int = 0) -> None:
+        """Training begins, at step `done` of `total_steps`."""
+        ...
+
+    def step(self, event: StepEvent) -> None:
+        """An optimizer step was made."""
+        ...
+
+    def evaluated(self, event: EvalEvent, num_rows: int) -> None:
+        """The held-out rows, `num_rows` of them, were evaluated."""
+        ...
+
+    def saved(self, event: SaveEvent, path: Path) -> None:
+        """A checkpoint is on the disk, in the folder `path`."""
+        ...
+
+    def diagnosed(self, event: DiagnosedEvent, text: str) -> None:
+        """The monitor has named a fault; `text` is a line about it for people."""
+        ...
+
+    def failed(self, event: NonFiniteEvent | DeviceFailedEvent) -> None:
+        """The run ends here; its error is raised next."""
+        ...
+
+    def finish(self) -> None:
+        """Nothing more of this stage is shown, and a live line is taken away; may be called twice."""
+        ...
+
+
+class SilentObserver:
+    """Hears everything and does nothing: the base of observers that want some of it."""
+
+    def phase(self, name: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def choices(self, choices: Sequence[Choice]) -> None: ...
+
+    def progress(self, done: int, total: int, what: str) -> None: ...
+
+    def begin(self, total_steps: int, done: int = 0) -> None: ...
+
+    def step(self, event: StepEvent) -> None: ...
+
+    def evaluated(self, event: EvalEvent, num_rows: int) -> None: ...
+
+    def saved(self, event: SaveEvent, path: Path) -> None: ...
+
+    def diagnosed(self, event: DiagnosedEvent, text: str) -> None: ...
+
+    def failed(self, event: NonFiniteEvent | DeviceFailedEvent) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Observers:
+    """Tells each of several observers, in their order; what one raises, those after it do not hear."""
+
+    def __init__(self, *observers: RunObserver) -> None:
+        self._observers = observers
+
+    def phase(self, name: str) -> None:
+        for observer in self._observers:
+            observer.phase(name)
+
+    def note(self, text: str) -> None:
+        for observer in self._observers:
+            observer.note(text)
+
+    def choices(self, choices: Sequence[Choice]) -> None:
+        for observer in self._observers:
+            observer.choices(choices)
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        for observer in self._observers:
+            observer.progress(done, total, what)
+
+    def begin(self, total_steps: int, done: int = 0) -> None:
+        for observer in self._observers:
+            observer.begin(total_steps, done)
+
+    def step(self, event: StepEvent) -> None:
+        for observer in self._observers:
+            observer.step(event)
+
+    def evaluated(self, event: EvalEvent, num_rows: int) -> None:
+        for observer in self._observers:
+            observer.evaluated(event, num_rows)
+
+    def saved(self, event: SaveEvent, path: Path) -> None:
+        for observer in self._observers:
+            observer.saved(event, path)
+
+    def diagnosed(self, event: DiagnosedEvent, text: str) -> None:
+        for observer in self._observers:
+            observer.diagnosed(event, text)
+
+    def failed(self, event: NonFiniteEvent | DeviceFailedEvent) -> None:
+        for observer in self._observers:
+            observer.failed(event)
+
+    def finish(self) -> None:
+        for observer in self._observers:
+            observer.finish()
+
+
+class Resilient:
+    """Passes everything on to an observer until that fails; its failure is not the run's.
+
+    Each call is also a safe place to stop the run at (`signals.poll`, which raises StopRequested) and a sign of life
+    for the watchdog. `stage` is what the run is at, in words. A StorageError passes: the run's own log raises it, to
+    which an observer such as the monitor may write.
+    """
+
+    def __init__(self, observer: RunObserver) -> None:
+        self.stage = "getting ready"
+        self.failure: str | None = None
+        self._observer = observer
+
+    def phase(self, name: str) -> None:
+        self._enter(name)
+        self._tell(self._observer.phase, name)
+
+    def note(self, text: str) -> None:
+        self._tell(self._observer.note, text)
+
+    def choices(self, choices: Sequence[Choice]) -> None:
+        self._tell(self._observer.choices, choices)
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        self._tell(self._observer.progress, done, total, what)
+
+    def begin(self, total_steps: int, done: int = 0) -> None:
+        self._enter("training")
+        self._tell(self._observer.begin, total_steps, done)
+
+    def step(self, event: StepEvent) -> None:
+        self._tell(self._observer.step, event)
+
+    def evaluated(self, event: EvalEvent, num_rows: int) -> None:
+        self._tell(self._observer.evaluated, event, num_rows)
+
+    def saved(self, event: SaveEvent, path: Path) -> None:
+        self._tell(self._observer.saved, event, path)
+
+    def diagnosed(self, event: DiagnosedEvent, text: str) -> None:
+        self._tell(self._observer.diagnosed, event, text)
+
+    def failed(self, event: NonFiniteEvent | DeviceFailedEvent) -> None:
+        self._pass_on(self._observer.failed, event)  # no safe place: the run ends by its error
+
+    def finish(self) -> None:
+        self._tell(self._observer.finish)
+
+    def _enter(self, stage: str) -> None:
+        self.stage = stage
+        watchdog.doing(stage)
+
+    def _tell(self, method: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        signals.poll()
+        self._pass_on(method, *args, **kwargs)
+
+    def _pass_on(self, method: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        if self.failure is not None:
+            return
+        try:
+            method(*args, **kwargs)
+        except StorageError:
+            raise
+        except OSError as error:
+            self.failure = error.strerror or str(error)
+        except SystemExit:  # what rich makes of a closed pipe
+            self.failure = "Broken pipe"
+        except Exception as error:  # a bug of the observer, which its author has to see
+            self.failure = repr(error)
+            name = type(self._observer).__name__
+            warnings.warn(f"{name} has failed, and hears no more of this run: {error!r}", stacklevel=4)

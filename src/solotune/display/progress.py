@@ -1,0 +1,327 @@
+"""What a person sees while a run works. (What they see at its end is in `cli.results`.)
+
+A run talks to a `RunObserver` and knows nothing of terminals. `make_display` picks one: on a terminal a single live
+line (bar, loss, tokens/s, memory, time left) below permanent lines, one each `logging_steps`; into a pipe or a file the
+permanent lines alone, whole, so that a log can be grepped; `SilentDisplay` for Python callers.
+
+    step  25/120  loss 1.8312  lr 1.9e-04  grad norm 0.81  epoch 0.62
+    ━━━━━━━━━╸━━━━━━━━━━━  31/120  loss 1.790  1,204 tok/s  2.1 GiB  2:31 left
+
+Two numbers are not the obvious ones. A printed loss is the mean over all supervised tokens since the last line, not the
+last step's, whose noise hides the trend. Time left comes from the median of recent steps without the first, which
+compiles and allocates and takes up to a hundred times as long as the next.
+
+Text out of data files and models is shown as text: rich's markup is never parsed, and what could steer a terminal
+(escape sequences, C1 codes, direction marks) appears as a visible sign in its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID
+from rich.table import Column, Table
+from rich.text import Text
+
+from solotune.display.observer import RunObserver, SilentObserver
+from solotune.units import format_bytes, format_duration
+
+if TYPE_CHECKING:
+    from solotune.config.run_config import Choice
+    from solotune.run.events import DiagnosedEvent, EvalEvent, SaveEvent, StepEvent
+
+PIPE_COLUMNS = 120  # where there is no terminal to ask
+WINDOW = 20  # steps that speed and time left are taken from
+SMOOTHING = 0.9
+
+# C0 and DEL become their control pictures; what else can steer a terminal, has no width or no encoding, the replacement
+# sign. Joiners stay: emoji and Indic scripts need them.
+_INERT = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+_INERT |= dict.fromkeys([0x180E, 0x200B, *range(0x2060, 0x2065), 0xFEFF, *range(0xE0000, 0xE0080)], 0xFFFD)
+_INERT |= dict.fromkeys([*range(0x80, 0xA0), 0x061C, 0x200E, 0x200F, 0x2028, 0x2029], 0xFFFD)
+_INERT |= dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)], 0xFFFD)
+
+
+def inert(text: str) -> str:
+    """The text with everything that a terminal would obey replaced by a visible sign; line breaks and tabs stay."""
+    return text.translate(_INERT)
+
+
+def make_console(stream: IO[str]) -> Console:
+    """A console on `stream`: colour only on a terminal (and without NO_COLOR), no markup, no emoji codes."""
+    width = None if stream.isatty() else PIPE_COLUMNS
+    return Console(file=stream, width=width, markup=False, highlight=False, emoji=False, soft_wrap=False)
+
+
+Display = RunObserver  # what a verb shows its progress on
+
+
+class SilentDisplay(SilentObserver):
+    """Shows nothing, for callers without a screen."""
+
+
+class Meter:
+    """Turns single steps into figures worth reading."""
+
+    def __init__(self) -> None:
+        self.last: StepEvent | None = None
+        self.smooth_loss = 0.0
+        self._weight = 0.0
+        self._since_line: list[tuple[float, float]] = []
+        self._recent: deque[StepEvent] = deque(maxlen=WINDOW)
+
+    def add(self, event: StepEvent) -> None:
+        if self.last is not None:  # the first step compiles and allocates: it says nothing about the others
+            self._recent.append(event)
+        self.last = event
+        self._weight = SMOOTHING * self._weight + 1 - SMOOTHING
+        self.smooth_loss += (event.loss - self.smooth_loss) * (1 - SMOOTHING) / self._weight
+        self._since_line.append((event.loss, event.total_weight))
+
+    def take_loss(self) -> float:
+        """The mean loss per supervised token since this was last asked."""
+        total = sum(weight for _, weight in self._since_line)
+        mean = sum(loss * weight for loss, weight in self._since_line) / total
+        self._since_line.clear()
+        return mean
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        seconds = sum(event.step_seconds for event in self._recent)
+        return sum(event.num_tokens for event in self._recent) / seconds if seconds else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None until a second step has been seen."""
+        if self.last is None or not self._recent:
+            return None
+        step_seconds = statistics.median(event.step_seconds for event in self._recent)
+        return step_seconds * (self.last.total_steps - self.last.step)
+
+    def figures(self) -> list[str]:
+        """Speed, memory and time left, each where it is known."""
+        speed, left, peak = self.tokens_per_second, self.seconds_left, self.last.peak_bytes if self.last else 0
+        return [
+            *([f"{speed:,.0f} tok/s"] if speed else []),
+            *([format_bytes(peak)] if peak else []),
+            *([f"{format_duration(left)} left"] if left is not None else []),
+        ]
+
+
+class PlainDisplay(SilentObserver):
+    """One plain line for each event and each `logging_steps` steps; no line is ever taken back."""
+
+    def __init__(self, logging_steps: int, console: Console) -> None:
+        self.console = console
+        self.meter = Meter()
+        self._logging_steps = logging_steps
+        self._total_steps = 0
+
+    def phase(self, name: str) -> None:
+        self._line(f"{name} ...")
+
+    def note(self, text: str) -> None:
+        self._line(text)
+
+    def choices(self, choices: Sequence[Choice]) -> None:
+        print_choices(choices, self.console)
+
+    def begin(self, total_steps: int, done: int = 0) -> None:
+        self._total_steps = total_steps
+        self._line(f"training for {total_steps - done:,} steps" + (f", from step {done + 1:,} on" if done else ""))
+
+    def step(self, event: StepEvent) -> None:
+        self.meter.add(event)
+        if event.step % self._logging_steps == 0 or event.step == event.total_steps:
+            figures = [
+                f"loss {self.meter.take_loss():.4f}",
+                f"lr {event.learning_rate:.1e}",
+                f"grad norm {event.grad_norm:.2f}",
+                f"epoch {event.epoch:.2f}",
+            ]
+            self._line(self._at(event.step) + "  ".join(figures + self._more_figures()))
+
+    def evaluated(self, event: EvalEvent, num_rows: int) -> None:
+        exact = f"  exact match {event.exact_match:.1%} of {num_rows:,} rows"
+        self._line(f"{self._at(event.step)}held-out loss {plus_minus(event.loss, event.stderr)}{exact}", "cyan")
+
+    def saved(self, event: SaveEvent, path: Path) -> None:
+        self._line(f"{self._at(event.step)}saved {path}", "dim")
+
+    def diagnosed(self, event: DiagnosedEvent, text: str) -> None:
+        self._line(text)
+
+    def _at(self, step: int) -> str:
+        total = f"{self._total_steps:,}"
+        return f"step {step:>{len(total)},}/{total}  "
+
+    def _more_figures(self) -> list[str]:
+        return self.meter.figures()
+
+    def _line(self, text: str, style: str = "") -> None:
+        self.console.print(Text(inert(text), style), soft_wrap=not self.console.is_terminal)
+
+
+class LiveDisplay(PlainDisplay):
+    """The same lines, and below them one line that lives."""
+
+    def __init__(self, logging_steps: int, console: Console) -> None:
+        super().__init__(logging_steps, console)
+        # The figures are never cut: the bar takes what they leave.
+        bar = BarColumn(None, complete_style="green", finished_style="green")
+        figures = _Figures(table_column=Column(no_wrap=True))
+        self._progress = Progress(bar, figures, console=console, transient=True, expand=True, refresh_per_second=4)
+        self._task: TaskID | None = None
+        self._phase = ("", 0.0)
+
+    def phase(self, name: str) -> None:
+        self._end_phase()
+        self._phase = (name, time.monotonic())
+        self._show(name, None)
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        if self._task is None:
+            self._show(what, total)
+        assert self._task is not None
+        figures = f"{done:,}/{total:,} {inert(what)}" if total else inert(what)
+        self._progress.update(self._task, completed=done, total=total or None, figures=figures)
+
+    def begin(self, total_steps: int, done: int = 0) -> None:
+        self._end_phase()
+        super().begin(total_steps, done)
+        self._show("", total_steps, completed=done, figures="first step, which takes longer than the others")
+
+    def step(self, event: StepEvent) -> None:
+        super().step(event)
+        figures = [f"{event.step:,}/{event.total_steps:,}", f"loss {self.meter.smooth_loss:.3f}"]
+        if self._task is not None:
+            text = "  ".join(figures + self.meter.figures())
+            self._progress.update(self._task, completed=event.step, figures=text)
+
+    def finish(self) -> None:
+        self._end_phase()
+        self._hide()
+
+    def _more_figures(self) -> list[str]:
+        return []  # the live line has them
+
+    def _show(self, words: str, total: int | None, completed: int = 0, figures: str = "") -> None:
+        self._hide()
+        self._task = self._progress.add_task(inert(words), total=total, completed=completed, figures=figures)
+        self._progress.start()
+
+    def _hide(self) -> None:
+        if self._task is not None:
+            self._progress.stop()
+            self._progress.remove_task(self._task)
+            self._task = None
+
+    def _end_phase(self) -> None:
+        name, started = self._phase
+        if name:
+            self._line(f"{name}  {time.monotonic() - started:.1f} s", "dim")
+        self._phase = ("", 0.0)
+
+
+class _Figures(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["figures"] or f"{task.description}  {task.elapsed or 0:.0f} s")
+
+
+def make_display(logging_steps: int, stream: IO[str]) -> PlainDisplay:
+    """A live display on a terminal that can move its cursor, else a plain one."""
+    able = stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
+    return (LiveDisplay if able else PlainDisplay)(logging_steps, make_console(stream))
+
+
+def print_choices(choices: Sequence[Choice], console: Console) -> None:
+    """Each value that was decided for the user, with its reason."""
+    if not choices:
+        return
+    rows = [
+        (f"{c.key}: {str(c.value).lower() if isinstance(c.value, bool) else c.value}", f"because {c.because}")
+        for c in choices
+    ]
+    console.print(Text("decided for you:"))
+    print_columns(rows, ("bold", "dim"), console)
+
+
+def print_columns(rows: Sequence[Sequence[str]], styles: Sequence[str], console: Console) -> None:
+    """Rows of text, the last column wrapped within itself; into a pipe each row is one line, for grep."""
+    if not console.is_terminal:
+        widths = [max(len(row[i]) for row in rows) for i in range(len(styles) - 1)]
+        for row in rows:
+            cells = [inert(cell).ljust(width) for cell, width in zip(row, widths, strict=False)]
+            console.print(Text("  ".join([*cells, inert(row[-1])]).rstrip()), soft_wrap=True)
+        return
+    table = Table.grid(padding=(0, 2))
+    for i, style in enumerate(styles):
+        table.add_column(style=style, no_wrap=i < len(styles) - 1, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(inert(cell)) for cell in row))
+    console.print(table)
+
+
+# --- conversation
+
+
+def read_messages(model_name: str) -> Generator[str]:
+    """What the user says: the lines of a pipe, or on a terminal what is typed until /quit or Ctrl-D."""
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin if line.strip())
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives input() line editing and a history)
+    print(f"{inert(model_name)}   /reset forgets, /quit leaves", file=sys.stderr)
+    while True:
+        try:
+            text = input("\nyou    ").strip()
+        except EOFError:
+            print()
+            return
+        if text == "/quit":
+            return
+        if text:
+            yield text
+
+
+class Replying(Protocol):
+    """What talks: `tuned.ChatSession`."""
+
+    def reply(self, text: str, base: bool = False, on_text: Callable[[str], None] | None = None) -> str: ...
+
+
+def show_answers(session: Replying, text: str, base: bool, console: Console | None) -> dict[str, str]:
+    """Puts `text` to the model, and first to its base if that is wanted; streams the answers to the console."""
+    turn = {"prompt": text}
+    for name in ("base", "tuned") if base else ("tuned",):
+        if console is None:
+            turn[name] = session.reply(text, base=name == "base")
+            continue
+
+        def show(piece: str, console: Console = console) -> None:
+            console.print(Text(inert(piece)), end="", soft_wrap=True)
+            console.file.flush()
+
+        console.print(Text(f"{name:7}", "bold"), end="")
+        turn[name] = session.reply(text, base=name == "base", on_text=show)
+        console.print(Text("" if turn[name] else "(nothing)", "dim"))
+    return turn
+
+
+# --- figures in words
+
+
+def plus_minus(value: float, stderr: float | None) -> str:
+    """`1.2345 ± 0.0123`; without the error where it is not known, as of a single row."""
+    known = stderr is not None and 0 <= stderr < float("inf")
+    return f"{value:.4f} ± {stderr:.4f}" if known else f"{value:.4f}"

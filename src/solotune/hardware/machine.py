@@ -1,0 +1,289 @@
+"""The machine: what it is, and what that decides. Whether it is fit for work: `doctor.py`.
+
+    machine = probe()                          facts, for the record of a run
+    config, choices = settle(config, machine)  what the machine decides, each decision with its reason
+
+`settle` looks at its arguments alone, so a decision can be tested for any machine; `probe` gets every fact through one
+of the small functions at the end of this file.
+
+What it does not do: use the network, write anything, or record who and where you are (no user, host or path names).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import warnings
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from solotune.config.run_config import Choice, RunConfig
+from solotune.errors import DeviceError, InputError
+from solotune.units import first_line
+
+RECORDED = (
+    "torch", "transformers", "bitsandbytes", "peft", "datasets", "tokenizers", "safetensors", "numpy", "triton"
+)  # fmt: skip
+BF16_CAPABILITY = (8, 0)
+FP8_CAPABILITY = (8, 9)
+BUSY_GPU = "end the processes that hold it (nvidia-smi lists them)"
+SLOW_BF16 = "bfloat16 matmuls on a CPU were 12 times slower than float32 (measured with AVX2), and float32 is exact"
+SLOW_FP8 = "emulated on a CPU: rounded to fp8 and multiplied in float32, 1.5 to 2 times slower than a float32 base"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Facts about this machine and process. Versions and GPU facts are None or absent where there are none."""
+
+    os: str
+    python: str
+    cpu: str
+    num_cpus: int  # that this process may use
+    ram_bytes: int  # of the machine or of the container, whichever is less
+    ram_free_bytes: int
+    disk_free_bytes: int  # where the current folder is
+    versions: dict[str, str]
+    nvidia_gpu: str | None = None  # as the driver's own tool names it, whether or not torch can use it
+    driver: str | None = None
+    torch_error: str | None = None
+    cuda_runtime: str | None = None  # that torch was built for
+    cuda_error: str | None = None
+    num_gpus: int = 0
+    gpu: str | None = None
+    compute_capability: tuple[int, int] | None = None
+    gpu_bytes: int | None = None
+    gpu_free_bytes: int | None = None
+
+    @property
+    def has_cuda(self) -> bool:
+        return self.gpu is not None
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the GPU multiplies bfloat16 matrices (Ampere, compute capability 8.0, and newer)."""
+        return self.compute_capability is not None and self.compute_capability >= BF16_CAPABILITY
+
+    @property
+    def fp8(self) -> bool:
+        """Whether the GPU multiplies 8-bit floats (Ada, compute capability 8.9, Hopper and newer)."""
+        return self.compute_capability is not None and self.compute_capability >= FP8_CAPABILITY
+
+    @property
+    def gpu_refuses(self) -> bool:
+        """There is a GPU that torch counts but gets no context on: its memory is full, or another process has it."""
+        return self.num_gpus > 0 and self.gpu is None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "has_cuda": self.has_cuda, "bf16": self.bf16, "fp8": self.fp8}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of `solotune doctor`."""
+
+    name: str
+    status: Literal["ok", "warn", "fail"]
+    found: str
+    fix: str | None = None
+
+
+def probe() -> Machine:
+    """Looks at the machine. Imports torch, and with a GPU makes this process's CUDA context."""
+    ram_bytes, ram_free_bytes = ram()
+    nvidia_gpu, driver = _nvidia_smi()
+    return Machine(
+        os=f"{platform.system()} {platform.release()} {platform.machine()}",
+        python=platform.python_version(),
+        cpu=_cpu_model(),
+        num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        ram_bytes=ram_bytes,
+        ram_free_bytes=ram_free_bytes,
+        disk_free_bytes=shutil.disk_usage(".").free,
+        versions={name: version for name in RECORDED if (version := installed_version(name))},
+        nvidia_gpu=nvidia_gpu,
+        driver=driver,
+        **_torch_facts(),
+    )
+
+
+def device_of(config: RunConfig, machine: Machine) -> str:
+    """`cuda` where there is a GPU and the config does not refuse it, else `cpu`."""
+    return "cuda" if machine.has_cuda and not config.use_cpu else "cpu"
+
+
+def dtype_of(config: RunConfig) -> str:
+    """What a settled config computes in, by its torch name."""
+    return "bfloat16" if config.bf16 else "float32"
+
+
+def settle(config: RunConfig, machine: Machine) -> tuple[RunConfig, list[Choice]]:
+    """The config with what this machine cannot do replaced by what it can, and each replacement with its reason.
+
+    Raises:
+        InputError: fp8 on a GPU without it; no replacement has the same numbers, so the user says which.
+        DeviceError: the GPU is there and cannot be used; a run that was meant for it does not go to the CPU unasked.
+    """
+    if machine.gpu_refuses and not config.use_cpu:
+        raise DeviceError(
+            "the GPU is there, but cannot be used", seen=machine.cuda_error, change=f"{BUSY_GPU}, or use_cpu: true"
+        )
+    on_cpu = device_of(config, machine) == "cpu"
+    choices = _settle_fp8(config, machine, on_cpu) if config.multiplies_in_fp8 else []
+    if on_cpu and config.optim != "adamw_torch":
+        choices.append(
+            Choice("optim", "adamw_torch", f"{config.optim} needs CUDA, as the 8-bit and paged optimizers do")
+        )
+    if config.torch_compile and (why := _why_not_to_compile(machine, on_cpu)):
+        choices.append(Choice("torch_compile", False, why))
+    if config.bf16 and (on_cpu or not machine.bf16):
+        capability = ".".join(map(str, machine.compute_capability or ()))
+        old_gpu = f"{machine.gpu} has compute capability {capability}; bfloat16 came with 8.0"
+        choices.append(Choice("bf16", False, SLOW_BF16 if on_cpu else old_gpu))
+        if config.bnb_4bit_compute_dtype == "bfloat16":
+            choices.append(Choice("bnb_4bit_compute_dtype", "float32", "it follows bf16"))
+    if not choices:
+        return config, choices
+    return config.replaced("machine", **{choice.key: choice.value for choice in choices}), choices
+
+
+def _settle_fp8(config: RunConfig, machine: Machine, on_cpu: bool) -> list[Choice]:
+    if on_cpu:
+        return [Choice("matmul_precision", "fp8", SLOW_FP8)]
+    if machine.fp8:
+        return []
+    key = "base_precision" if config.base_precision == "fp8" else "matmul_precision"
+    fp8_base = "base_precision: bf16 (as large, nearer to the original weights) or nf4 (a quarter)"
+    raise InputError(
+        f"{config.source_of(key)}, {key}: fp8 needs a GPU that multiplies 8-bit floats",
+        seen=f"{machine.gpu}, compute capability {'.'.join(map(str, machine.compute_capability or ()))}",
+        allowed="compute capability 8.9 or more: Ada (L4, 40-series), Hopper (H100) and newer",
+        change=fp8_base if key == "base_precision" else "matmul_precision: auto (the same memory or less, bf16)",
+    )
+
+
+def _why_not_to_compile(machine: Machine, on_cpu: bool) -> str | None:
+    if on_cpu:
+        return "on a CPU compiling takes longer than it saves"
+    failed = [check for check in (check_triton(machine), check_compiler()) if check.status == "fail"]
+    return f"{failed[0].name}: {failed[0].found}" if failed else None
+
+
+def check_triton(machine: Machine) -> Check:
+    if version := machine.versions.get("triton"):
+        return Check("triton", "ok", version)
+    return Check("triton", "fail", "not installed; torch compiles its GPU kernels with it", "pip install triton")
+
+
+def check_compiler() -> Check:
+    """Triton builds its launchers with a C compiler and Python's headers, at the first step of training."""
+    compiler = next(
+        (path for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (path := shutil.which(name))), None
+    )
+    if compiler is None:
+        return Check("compiler", "fail", "no C compiler; triton needs one", "apt install gcc, or the like, or set CC")
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        version = ".".join(map(str, sys.version_info[:2]))
+        return Check(
+            "compiler", "fail", "no Python.h; triton needs it", f"apt install python{version}-dev, or the like"
+        )
+    return Check("compiler", "ok", f"{Path(compiler).name}, Python.h")
+
+
+# --- raw facts: each in one small function, so that tests can put another machine in its place
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _let_segments_grow() -> None:
+    """Has CUDA's allocator grow its segments, unless the user has set it up.
+
+    Layers that recompute themselves ask for buffers of many sizes; in segments of fixed size a step of 8.7 GiB reserved
+    11.6 (measured), which is what the card must have.
+    """
+    is_set = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys()
+    if platform.system() == "Linux" and "microsoft" not in platform.release() and not is_set:  # WSL's driver cannot
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def _torch_facts() -> dict[str, Any]:
+    """What torch says about the GPU, by the names of `Machine`."""
+    _let_segments_grow()
+    try:
+        import torch
+    except Exception as error:  # ImportError, and OSError for a native library that is not there
+        return {"torch_error": first_line(error, with_type=True)}
+    facts: dict[str, Any] = {"cuda_runtime": torch.version.cuda}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if not torch.cuda.is_available():
+            return facts | {"cuda_error": _cuda_error(torch) if torch.version.cuda else None}
+    facts["num_gpus"] = torch.cuda.device_count()
+    try:
+        properties = torch.cuda.get_device_properties(0)
+        free, total = torch.cuda.mem_get_info(0)  # makes the context, for which a full card has no room
+    except RuntimeError as error:
+        return facts | {"cuda_error": first_line(error, with_type=True)}
+    return facts | {
+        "gpu": properties.name,
+        "compute_capability": (properties.major, properties.minor),
+        "gpu_bytes": total,
+        "gpu_free_bytes": free,
+    }
+
+
+def _cuda_error(torch: Any) -> str:
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        return first_line(error, with_type=True)
+    return "torch finds no device"
+
+
+def _nvidia_smi() -> tuple[str | None, str | None]:
+    """(GPU name, driver version) as the driver's own tool says."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        name, driver = done.stdout.splitlines()[0].rsplit(", ", 1)
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return None, None
+    return name, driver
+
+
+def _cpu_model() -> str:
+    names = [line.partition(":")[2].strip() for line in _text("/proc/cpuinfo").splitlines() if "model name" in line]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def ram() -> tuple[int, int]:
+    """(total, free) bytes; a container's limit counts where it is lower than the machine's memory."""
+    rows = (line.split() for line in _text("/proc/meminfo").splitlines())
+    kib = {row[0].rstrip(":"): int(row[1]) for row in rows if len(row) > 1}
+    if "MemTotal" not in kib:  # no Linux
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return total, total
+    total, free = kib["MemTotal"] << 10, kib["MemAvailable"] << 10
+    limit, used = _text("/sys/fs/cgroup/memory.max").strip(), _text("/sys/fs/cgroup/memory.current").strip()
+    if limit.isdigit() and used.isdigit() and int(limit) < total:
+        rows = (line.split() for line in _text("/sys/fs/cgroup/memory.stat").splitlines())
+        cached = dict(row for row in rows if len(row) == 2).get("inactive_file", "0")
+        return int(limit), min(free, int(limit) - int(used) + int(cached))
+    return total, free
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,172 @@
+"""config.json of a model folder, read by ourselves before transformers acts on it.
+
+A config.json is not only numbers. `auto_map` names Python files of the folder; `attn_implementation: owner/kernel`
+makes transformers download and import native code; in 2026 a config could switch `trust_remote_code` on
+(CVE-2026-5241, CVE-2026-4372), and a line break in `model_type` was executed by another trainer (CVE-2026-93348). So:
+
+    keys that can lead to code          refused, at any depth, whatever their value does today
+    keys of transformers' insides       (`_name_or_path`, `_attn_implementation_internal`) not handed on
+    keys that name something the class  (a method, `attribute_map`) refused; its declared fields are free, and typed by
+    does and is not a field of          transformers itself, as all its config classes are strict
+    texts with a slash in unknown keys  not handed on: no model reads a number from them, loaders read names of
+                                        repositories
+    sizes                               bounded, before the architecture is built
+
+transformers is then given the object that was checked, not the file, so that what was checked is what is used.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from solotune.errors import InputError
+from solotune.hub.safe_files import check_links, check_regular, json_object
+
+MAX_LAYERS = 2_000
+MAX_SIZE = 1 << 25  # of any other whole number: vocabularies have up to 2^18, the longest context 10^7
+LAYERS = re.compile(r"layers?$|^depth$")
+MAX_CONFIG_BYTES = 1 << 20
+CODE = re.compile(
+    r"auto_map|auto_class|trust_remote_code|code_revision|\w*_implementation(_internal)?|\w*kernels?(_\w+)?"
+    r"|_target_|custom_\w+|__\w+",
+    re.IGNORECASE,
+)
+IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder as it is written, once it has been checked.
+
+    Raises:
+        InputError: it is missing, leads to code, is unknown to transformers, of impossible sizes, or of a checkpoint
+            that is already quantised.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise InputError(
+            f"{folder}: no config.json, so this is not a model folder", allowed="a Hugging Face model folder"
+        )
+    check_regular(folder, path)
+    check_links(folder)
+    raw = json_object(path, MAX_CONFIG_BYTES)
+    refuse_code(path, raw)
+    _refuse_quantised(path, raw)
+    name = raw.get("model_type")
+    if not isinstance(name, str) or name not in CONFIG_MAPPING:
+        raise InputError(
+            f"{path}: transformers cannot read it",
+            seen=f"model_type: {name!r}"[:200],
+            allowed="an architecture that the installed transformers knows; code that comes with a model never runs",
+        )
+    _refuse_sizes(path, raw)
+    return raw
+
+
+def architecture_of(folder: Path, raw: dict[str, Any]) -> PreTrainedConfig:
+    """What `read_config` has read of a folder, as transformers' config of this architecture.
+
+    Raises:
+        InputError: a key that would replace what the class does, or values that it refuses.
+    """
+    path, name = folder / "config.json", raw["model_type"]
+    if name == "mistral" and "layer_types" in raw:  # as transformers' own AutoConfig does
+        name = "ministral"
+    kind: Any = CONFIG_MAPPING[name]
+    handed_on = {key: copy.deepcopy(value) for key, value in raw.items() if _is_handed_on(path, kind, key, value)}
+    try:
+        return kind.from_dict(handed_on)
+    # a strict class, its validators and the arithmetic in them raise what they like
+    except Exception as error:
+        raise InputError(f"{path}: transformers cannot read it", seen=_reason(error)) from None
+
+
+def _reason(error: Exception) -> str:
+    """What a library said, in a line; of the strict classes the second line names the key."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] or type(error).__name__
+
+
+def refuse_code(path: Path, value: Any, above: str = "") -> None:
+    """Raises:
+    InputError: a key, here or further in, that can lead to code.
+    """
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        name = f"{above}{key}"
+        if isinstance(key, str) and CODE.fullmatch(key) and not _is_harmless(key, item):
+            raise InputError(
+                f"{path}: {name} can make a loader run code that comes with the model or from elsewhere",
+                seen=f"{name}: {item!r}"[:200],
+                allowed="architectures that the installed transformers has itself",
+                change=f"remove {name}, if the model is one of these; otherwise name another model",
+            )
+        refuse_code(path, item, f"{name}.")
+
+
+def _is_harmless(key: str, value: Any) -> bool:
+    """Whether a key that can lead to code does not with this value: off, a size, an attention of transformers."""
+    if value is None or (value is False and key != "auto_map"):
+        return True
+    if "implementation" in key:
+        return isinstance(value, str) and value in IMPLEMENTATIONS
+    if isinstance(value, list):
+        return all(_is_harmless(key, item) for item in value)
+    is_size = type(value) in (int, float) and not key.startswith("use_")
+    return "kernel" in key and is_size  # of a convolution
+
+
+def _refuse_quantised(path: Path, raw: dict[str, Any]) -> None:
+    text = raw.get("text_config")
+    for owner in (raw, text if isinstance(text, dict) else {}):
+        found = owner.get("quantization_config") or owner.get("compression_config")
+        if found is not None:
+            method = found.get("quant_method", "unknown method") if isinstance(found, dict) else found
+            raise InputError(
+                f"{path}: the checkpoint is already quantised",
+                seen=f"quantization_config: {method}"[:200],
+                allowed="16- or 32-bit weights, which solotune quantises itself",
+                change="name the original, unquantised model",
+            )
+
+
+def _refuse_sizes(path: Path, raw: dict[str, Any], above: str = "") -> None:
+    """Raises:
+    InputError: a whole number that no model has, or a dtype that is none.
+    """
+    for key, value in raw.items():
+        name = f"{above}{key}"
+        if isinstance(value, dict):
+            _refuse_sizes(path, value, f"{name}.")
+        limit = MAX_LAYERS if LAYERS.search(key) else MAX_SIZE
+        if type(value) is int and abs(value) > limit and "theta" not in key:
+            allowed = f"at most {limit:,}"
+            raise InputError(f"{path}: {name} is out of all proportion", seen=str(value)[:60], allowed=allowed)
+        if key in ("torch_dtype", "dtype") and value is not None and value not in DTYPES:
+            seen = repr(value)[:60]
+            raise InputError(f"{path}: {name} is no float type", seen=seen, allowed=", ".join(DTYPES))
+
+
+def _is_handed_on(path: Path, kind: Any, key: str, value: Any) -> bool:
+    """Whether transformers gets to see a key.
+
+    Raises:
+        InputError: the key would replace something that the class of the architecture does.
+    """
+    fields = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
+    if key in fields or key in ("model_type", "rope_scaling"):
+        return True
+    if key.startswith("_") or CODE.fullmatch(key):
+        return False
+    if hasattr(kind, key) and (callable(getattr(kind, key)) or isinstance(getattr(kind, key), (dict, tuple, set))):
+        raise InputError(
+            f"{path}: {key} is no setting of this architecture", seen=f"{key}: {value!r}"[:200], change=f"remove {key}"
+        )
+    return not (isinstance(value, str) and "/" in value)

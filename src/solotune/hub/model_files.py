@@ -1,0 +1,120 @@
+"""The model that a run names, found once: where its files are, and what its configs say.
+
+    files = resolve_model(config)      a folder as it is; of a hub id config and tokenizer files are downloaded
+    files.with_weights()               the same with the weights, which are fetched only now
+    files.config["vocab_size"]         config.json, checked
+    model_here(config)                 what is on this machine already; asks no network
+
+What needs the model takes a `ModelFiles`, so that a run looks for it, and asks the hub, once.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from solotune.config.run_config import RunConfig
+from solotune.errors import InputError
+from solotune.hub import download
+from solotune.hub.safe_files import check_regular, contained, json_object
+
+WEIGHTS = "*.safetensors"
+FILES = [WEIGHTS, "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+NOT_FILES = ["*/*", "consolidated*"]  # other formats of the same weights beside Mistral's and Meta's
+SMALL_FILES = [*(pattern for pattern in FILES if pattern != WEIGHTS), "additional_chat_templates/*.jinja"]
+NOT_SMALL_FILES = ["*.safetensors.index.json", "original/*", "consolidated*"]
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model's files on this machine.
+
+    `revision` is the branch, tag or commit that was asked for (of a hub id); `where` the place where the name was
+    written, for messages.
+    """
+
+    name: str
+    revision: str
+    folder: Path
+    is_local: bool
+    where: str = "model_name_or_path"
+    has_weights: bool = False  # whether a hub id's were asked for already
+
+    @property
+    def hub_id(self) -> str | None:
+        """The model's id on the hub; None for a local folder."""
+        return None if self.is_local else self.name
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json, checked: no code, not quantised, known to transformers, of possible sizes.
+
+        Raises:
+            InputError: it is not so, or there is none.
+        """
+        from solotune.hub.hf_config import read_config  # imports transformers
+
+        return read_config(self.folder)
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json; empty where there is none.
+
+        Raises:
+            InputError: no JSON object, or a link out of the folder.
+        """
+        path = self.folder / "generation_config.json"
+        if not path.exists():
+            return {}
+        check_regular(self.folder, path)
+        return json_object(path)
+
+    def json_or_empty(self, name: str) -> dict[str, Any]:
+        """A JSON file of the folder as it is written; empty where none can be read. Loading says what is wrong."""
+        try:
+            return json_object(contained(self.folder, name))
+        except InputError:
+            return {}
+
+    def with_weights(self) -> ModelFiles:
+        """The same model, with its weights on this machine: of a hub id they are downloaded now.
+
+        Raises:
+            InputError: no access to it, or neither in the cache nor within reach.
+        """
+        if self.is_local or self.has_weights:
+            return self
+        folder = download.download(self.name, self.revision, self.where, FILES, NOT_FILES)
+        return replace(self, folder=folder, has_weights=True)
+
+
+def resolve_model(config: RunConfig) -> ModelFiles:
+    """The files of `model_name_or_path`, without the weights where they would have to be downloaded.
+
+    Raises:
+        InputError: no such folder or model, no access to it, or neither in the cache nor within reach.
+    """
+    name, revision = config.model_name_or_path, config.model_revision
+    where = f"{config.source_of('model_name_or_path')}, model_name_or_path"
+    path = download.local_path(name)
+    if path is None:
+        folder = download.download(name, revision, where, SMALL_FILES, NOT_SMALL_FILES)
+        return ModelFiles(name, revision, folder, False, where)
+    if os.path.isdir(path):  # Path.is_dir raises on a name that is too long
+        return ModelFiles(name, revision, path, True, where)
+    if os.path.lexists(path):
+        raise InputError(f"{where}: {name} is a file", allowed="a model folder, or a model id on the hub")
+    seen = None if path.is_absolute() else f"looked in {Path.cwd()}"
+    change = "check the path; a hub model is named owner/name"
+    raise InputError(f"{where}: no such folder: {name}", seen=seen, change=change)
+
+
+def model_here(config: RunConfig) -> ModelFiles | None:
+    """The files of `model_name_or_path` that are on this machine; None where there are none. Asks no network."""
+    name, revision = config.model_name_or_path, config.model_revision
+    path = download.local_path(name)
+    folder = download.cached(name, revision) if path is None else path if os.path.isdir(path) else None
+    return None if folder is None else ModelFiles(name, revision, folder, path is not None)

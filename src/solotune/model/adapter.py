@@ -1,0 +1,286 @@
+"""A LoRA adapter as a value, without a live model: PEFT's file format, its one reader and its one writer.
+
+    adapter_config.json          r, lora_alpha, use_rslora, rank_pattern, alpha_pattern, target_modules, ...
+    adapter_model.safetensors    base_model.model.<module>.lora_A.weight (r, in) and .lora_B.weight (out, r)
+
+    adapter = Adapter.read(folder)         a folder that solotune or PEFT wrote
+    adapter.delta("model.layers.0.self_attn.q_proj")     what it adds to that layer's weight
+
+A folder may come from anywhere: pickles, links out of the folder and numbers that are not finite are refused. So is
+what is more than LoRA (DoRA, trained embeddings or biases, PiSSA, ...): no delta could say what such an adapter does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from solotune.errors import InputError, IntegrityError
+from solotune.hub.safe_files import check_links, contained, json_object
+from solotune.run.atomic_io import Folder
+
+TENSORS, CONFIG, PICKLE = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
+PARTS = ("lora_A", "lora_B")
+_KEY = re.compile(rf"base_model\.model\.(.+)\.({'|'.join(PARTS)})\.weight")
+
+READ = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias")
+CHANGES_NOTHING = (
+    # what it is for, and which modules have an adapter: their tensors say it
+    "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    # of training, and settings that do nothing unless another key (which is refused) asks for them
+    "lora_dropout", "init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config",
+    "runtime_config", "ensure_weight_tying", "qalora_group_size", "megatron_core",
+)  # fmt: skip
+KEEPS_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")  # other ways to begin change the base's weights
+PLAIN = "plain LoRA or rsLoRA"
+_SLOW_PATTERN = re.compile(r"\)[*+?{]")  # a repeated group: matching can take for ever
+
+
+def tensor_key(module: str, part: str) -> str:
+    """PEFT's name of a tensor: `part` is lora_A or lora_B, `module` the layer's dotted name in the base."""
+    return f"base_model.model.{module}.{part}.weight"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """PEFT's config of an adapter, and its tensors under PEFT's names."""
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def read(cls, folder: Path) -> Adapter:
+        """An adapter folder, checked.
+
+        Raises:
+            InputError: no adapter in safetensors, more than LoRA, tensors that do not fit the config, or not finite.
+            IntegrityError: the file is damaged.
+        """
+        adapter = cls(read_config(folder), read_finite_tensors(folder))
+        _check_config(folder / CONFIG, adapter.config)
+        _check_tensors(folder / TENSORS, adapter)
+        return adapter
+
+    def write(self, folder: Folder) -> None:
+        """The two files that PEFT reads."""
+        folder.write(TENSORS, save_tensors(dict(self.tensors), {"format": "pt"}))
+        folder.write(CONFIG, json.dumps(self.config, indent=2) + "\n")
+
+    @property
+    def modules(self) -> list[str]:
+        """Dotted names of the layers that have an adapter, in the order of the file."""
+        found = (_KEY.fullmatch(key) for key in self.tensors)
+        return list(dict.fromkeys(match[1] for match in found if match))
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the base keeps these layers' weights as (in, out), as GPT-2 does: it takes a delta transposed."""
+        return bool(self.config.get("fan_in_fan_out"))
+
+    def rank(self, module: str) -> int:
+        """The rank that the config gives a layer."""
+        return _by_pattern(self.config.get("rank_pattern"), module, self.config["r"])
+
+    def scaling(self, module: str) -> float:
+        """The factor s of B A for a layer: alpha / r, of rsLoRA alpha / sqrt(r)."""
+        alpha, r = _by_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"]), self.rank(module)
+        return alpha / math.sqrt(r) if self.config.get("use_rslora") else alpha / r
+
+    def delta(self, module: str) -> torch.Tensor:
+        """What the adapter adds to a layer's weight: s B A, (out, in), float32.
+
+        Raises:
+            KeyError: the layer has no adapter.
+        """
+        A, B = (self.tensors[tensor_key(module, part)].float() for part in PARTS)
+        return self.scaling(module) * (B @ A)
+
+
+def peft_config(
+    modules: Collection[str],
+    candidates: Collection[str],
+    *,
+    base: str | None,
+    revision: str | None,
+    r: int,
+    alpha: float,
+    dropout: float,
+    use_rslora: bool,
+    fan_in_fan_out: bool,
+) -> dict[str, Any]:
+    """adapter_config.json of an adapter with the same rank everywhere.
+
+    `target_modules` are last names where those select exactly the layers that have an adapter, else whole dotted names.
+
+    Args:
+        modules: dotted names of the layers that have an adapter.
+        candidates: dotted names of all layers of the base that PEFT could adapt: linears and embeddings.
+        base: the base's hub id, if it has one.
+    """
+    leaves = {name.rpartition(".")[2] for name in modules}
+    selected = {name for name in candidates if name.rpartition(".")[2] in leaves}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "revision": revision if base else None,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "use_rslora": use_rslora,
+        "target_modules": sorted(leaves if selected == set(modules) else modules),
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+# --- reading
+
+
+def adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter folder, whatever they are.
+
+    Raises:
+        InputError: there is no adapter.
+        IntegrityError: the file is damaged.
+    """
+    return read_tensors(folder / TENSORS)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file of a checkpoint or an adapter.
+
+    Raises:
+        InputError: there is no such file.
+        IntegrityError: it is damaged.
+    """
+    try:
+        return load_tensors(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file", allowed="a folder that solotune or PEFT wrote") from None
+    except SafetensorError as error:
+        raise IntegrityError(
+            f"{path}: the file is damaged", seen=str(error), change="use an older checkpoint"
+        ) from None
+
+
+def read_finite_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter that may come from anywhere.
+
+    Raises:
+        InputError: it is a pickle, leads out of the folder, or is not finite.
+        IntegrityError: the file is damaged.
+    """
+    from solotune.model.weights import check_finite  # imports transformers, which reading a checkpoint does not need
+
+    path = folder / TENSORS
+    if not path.exists() and (folder / PICKLE).exists():
+        raise InputError(
+            f"{folder}: no adapter in safetensors",
+            seen=PICKLE,
+            allowed=f"{TENSORS}; formats that can run code are not read",
+        )
+    check_links(folder)
+    tensors = read_tensors(path)
+    for name, tensor in tensors.items():
+        check_finite(str(path), name, tensor)
+    return tensors
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of an adapter folder, as it is written.
+
+    Raises:
+        InputError: there is none, it leads out of the folder, or it is no JSON object.
+    """
+    if not (folder / CONFIG).exists():
+        raise InputError(f"{folder}: no {CONFIG}", allowed="an adapter that solotune or PEFT wrote")
+    return json_object(contained(folder, CONFIG))
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
+    """The value of the first pattern that is the module's name or its end after a dot, as PEFT matches."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return otherwise
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Raises:
+    InputError: it is not of plain LoRA, or holds values that cannot be.
+    """
+
+    def refused(key: str, allowed: str) -> InputError:
+        seen = f"{key}: {json.dumps(config.get(key))}"[:200]
+        change = "merge it into its base with PEFT, and use the merged model" if allowed == PLAIN else ""
+        return InputError(f"{path}: {key} cannot be used", seen=seen, allowed=allowed, change=change)
+
+    for key in sorted(config.keys() - {*READ, *CHANGES_NOTHING}):
+        if config[key] not in (None, False, {}, [], ""):
+            raise refused(key, PLAIN)
+    for key, allowed in (("peft_type", ("LORA",)), ("bias", ("none", None)), ("init_lora_weights", KEEPS_THE_BASE)):
+        if not any(config.get(key) is value or config.get(key) == value for value in allowed):
+            raise refused(key, PLAIN)
+    if not _is_rank(config.get("r")):
+        raise refused("r", "a whole number above 0")
+    if not _is_number(config.get("lora_alpha")):
+        raise refused("lora_alpha", "a number")
+    for key, is_valid in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict) or not all(map(is_valid, patterns.values())):
+            raise refused(key, "module name -> number")
+        if not all(map(_is_pattern, patterns)):
+            raise refused(key, "names of modules, or simple patterns of them")
+    for key in ("use_rslora", "fan_in_fan_out"):
+        if config.get(key) not in (None, False, True):
+            raise refused(key, "true or false")
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_pattern(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return _SLOW_PATTERN.search(pattern) is None
+
+
+def _check_tensors(path: Path, adapter: Adapter) -> None:
+    """Raises:
+    InputError: a tensor that is no lora_A or lora_B, without its partner, or of another rank than the config's.
+    """
+    for key, tensor in adapter.tensors.items():
+        if _KEY.fullmatch(key) is None or tensor.dim() != 2 or not tensor.is_floating_point():
+            seen = f"{key}: {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+            raise InputError(f"{path}: holds more than LoRA matrices", seen=seen[:200], allowed=PLAIN)
+    for module in adapter.modules:
+        A, B = (adapter.tensors.get(tensor_key(module, part)) for part in PARTS)
+        if A is None or B is None:
+            raise InputError(f"{path}: half of an adapter", seen=f"{module} has no {PARTS[0 if A is None else 1]}")
+        if not len(A) == B.shape[1] == adapter.rank(module):
+            raise InputError(
+                f"{path}: another rank than adapter_config.json says",
+                seen=f"{module}: A {tuple(A.shape)}, B {tuple(B.shape)}",
+                allowed=f"rank {adapter.rank(module)}",
+            )

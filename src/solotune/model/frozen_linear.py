@@ -1,0 +1,303 @@
+"""Frozen linear layers: y = x W^T + b where W is stored small and never learns.
+
+    forward   y  = x W^T + b
+    backward  dx = dy W            (no dW: W is frozen)
+
+dx needs W but not x, so a frozen layer keeps *nothing* of its input for backward. Where W has to be expanded from its
+storage, that happens when it is used, in forward and again in backward: keeping the expanded copies of an 8B model's
+layers would cost 13 GiB (measured). The obvious other way, `bnb.nn.Linear4bit`, does the same but is a module of
+bitsandbytes with its own state handling, which a compiler cannot see through; here the stored tensors are plain
+buffers, so saving, moving, counting bytes and compiling need no care.
+
+Storages, all with `matmul(x_TI) -> y_TO`:
+- `DenseWeight`: the weight as it is, in 16 or 32 bits.
+- `NF4Weight`: QLoRA's 4-bit NormalFloat (Dettmers et al. 2023, arXiv 2305.14314, section 3): blocks of 64 weights, each
+  weight an index into 16 fixed values, each block scaled by its largest magnitude; with double quantisation those
+  scales are themselves stored in 8 bits, in blocks of 256. 4.127 bits a weight (4.5 without).
+- `Fp8Weight`: 8-bit floats (e4m3) with a scale for each row, multiplied as they are by the tensor cores of Hopper and
+  newer, which do twice the 16-bit products a second.
+
+Shape legend: T tokens (any leading dimensions), I in_features, O out_features, K blocks of 64.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from solotune.hardware.bnb import functional as bnb
+
+BLOCK = 64  # weights per NF4 scale: QLoRA's block size and bitsandbytes' default
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0  # largest finite e4m3
+
+
+@torch.library.custom_op("solotune::expanded_matmul", mutates_args=())
+def expanded_matmul(
+    x_TI: torch.Tensor, stored: list[torch.Tensor], shape: list[int], nested_block: int, transposed: bool
+) -> torch.Tensor:
+    """x W^T (transposed: x W), with W expanded from its storage for this one product.
+
+    One opaque operation, because a compiler that sees the expansion in forward and again in backward takes it for one
+    value and keeps it in between.
+
+    Args:
+        stored: `[W_OI]` in another dtype than x, or `NF4Weight.stored`.
+        shape: (O, I).
+        nested_block: of NF4's double quantisation; 0 for none.
+    """
+    weight_OI = stored[0].to(x_TI.dtype) if len(stored) == 1 else expand_nf4(stored, shape, nested_block, x_TI.dtype)
+    return x_TI @ weight_OI if transposed else F.linear(x_TI, weight_OI)
+
+
+@expanded_matmul.register_fake
+def _(x_TI: torch.Tensor, stored: list[torch.Tensor], shape: list[int], nested_block: int, transposed: bool):
+    return x_TI.new_empty((*x_TI.shape[:-1], shape[1 if transposed else 0]))
+
+
+def _keep_storage(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, ctx.stored, ctx.shape, ctx.nested_block, ctx.transposed = inputs
+
+
+def _through_weight(ctx: Any, dy: torch.Tensor):
+    dx = expanded_matmul(dy, ctx.stored, ctx.shape, ctx.nested_block, not ctx.transposed)
+    return dx, [None] * len(ctx.stored), None, None, None
+
+
+expanded_matmul.register_autograd(_through_weight, setup_context=_keep_storage)
+
+
+def expand_nf4(stored: list[torch.Tensor], shape: list[int], nested_block: int, dtype: torch.dtype) -> torch.Tensor:
+    """W_OI of an `NF4Weight.stored`, by bitsandbytes' kernel."""
+    packed, scales_K = stored[0], stored[1]
+    if nested_block:
+        _, codes_K, nested_absmax, nested_code, offset = stored
+        scales_K = offset + torch.ops.bitsandbytes.dequantize_blockwise(
+            codes_K, nested_absmax, nested_code, nested_block, torch.float32
+        )
+    return torch.ops.bitsandbytes.dequantize_4bit(packed, scales_K, BLOCK, "nf4", shape, dtype).view(shape)
+
+
+class DenseWeight(nn.Module):
+    """W_OI as it came, in the dtype it is stored in."""
+
+    weight_OI: torch.Tensor
+
+    def __init__(self, weight_OI: torch.Tensor) -> None:
+        super().__init__()
+        self.shape = tuple(weight_OI.shape)
+        self.register_buffer("weight_OI", weight_OI, persistent=False)
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """W_OI in `dtype`; no copy where it is stored so."""
+        return self.weight_OI.to(dtype)
+
+    def matmul(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """x W^T"""
+        if self.weight_OI.dtype == x_TI.dtype:
+            return F.linear(x_TI, self.weight_OI)  # autograd keeps W alone, since only x needs a gradient
+        return expanded_matmul(x_TI, [self.weight_OI], self.shape, 0, transposed=False)
+
+
+class NF4Weight(nn.Module):
+    """W_OI in 4 bits, quantised by bitsandbytes and bit-equal to its own `dequantize_4bit`."""
+
+    packed: torch.Tensor
+    code: torch.Tensor
+    absmax: torch.Tensor
+    nested_absmax: torch.Tensor
+    nested_code: torch.Tensor
+    offset: torch.Tensor
+    mirror_OI: torch.Tensor | None
+
+    def __init__(self, weight_OI: torch.Tensor, double_quant: bool) -> None:
+        """Quantises `weight_OI` (float dtype) on the device it lies on.
+
+        Args:
+            weight_OI: the 16- or 32-bit weight; not kept.
+            double_quant: store the per-block scales in 8 bits.
+        """
+        super().__init__()
+        packed, state = bnb.quantize_4bit(
+            weight_OI.contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=double_quant
+        )
+        self.shape = tuple(weight_OI.shape)
+        self.register_buffer("mirror_OI", None, persistent=False)
+        self.nested_block = state.state2.blocksize if state.state2 is not None else 0
+        buffers: dict[str, Any] = {"packed": packed, "code": state.code, "absmax": state.absmax}
+        if state.state2 is not None:
+            buffers |= {
+                "nested_absmax": state.state2.absmax,
+                "nested_code": state.state2.code,
+                "offset": state.offset,
+            }
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def stored(self) -> list[torch.Tensor]:
+        """What `expand_nf4` needs."""
+        nested = [self.nested_absmax, self.nested_code, self.offset] if self.nested_block else []
+        return [self.packed, self.absmax, *nested]
+
+    def keep_mirror(self, dtype: torch.dtype) -> None:
+        """Keeps W_OI expanded from now on: the same numbers, no work per use, 4 to 8 times the memory."""
+        self.mirror_OI = self.dense(dtype)
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """W_OI in `dtype`: the mirror where there is one, else a fresh tensor."""
+        if self.mirror_OI is not None and self.mirror_OI.dtype == dtype:
+            return self.mirror_OI
+        return expand_nf4(self.stored, list(self.shape), self.nested_block, dtype)
+
+    def matmul(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """x W^T"""
+        if self.mirror_OI is not None and self.mirror_OI.dtype == x_TI.dtype:
+            return F.linear(x_TI, self.mirror_OI)
+        return expanded_matmul(x_TI, self.stored, self.shape, self.nested_block, transposed=False)
+
+    def dense_reference(self, dtype: torch.dtype) -> torch.Tensor:
+        """The same in plain PyTorch, slower: the definition that the kernels are tested against."""
+        pairs = self.packed.reshape(-1).to(torch.int32)
+        index = torch.stack([pairs >> 4, pairs & 15], dim=-1).reshape(-1)[: math.prod(self.shape)]
+        if not self.nested_block:
+            scales_K = self.absmax
+        else:
+            nested = self.nested_absmax.repeat_interleave(self.nested_block)[: self.absmax.numel()]
+            scales_K = self.nested_code[self.absmax.to(torch.int32)] * nested + self.offset
+        scales = scales_K.repeat_interleave(BLOCK)[: index.numel()]
+        return (self.code[index] * scales).to(dtype).view(self.shape)
+
+
+def round_to_fp8(x_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (R, K) and scales (R, 1): x is about codes * scales, with each row's largest magnitude at 448."""
+    scales_R1 = x_RK.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / FP8_MAX
+    return (x_RK.float() / scales_R1).to(FP8), scales_R1
+
+
+@torch.library.custom_op("solotune::scaled_matmul", mutates_args=())
+def scaled_matmul(
+    codes_TK: torch.Tensor, scales_T1: torch.Tensor, codes_NK: torch.Tensor, scales_N1: torch.Tensor
+) -> torch.Tensor:
+    """(codes_TK scales_T1) (codes_NK scales_N1)^T in bfloat16, with sums in float32; tensor cores on CUDA."""
+    if codes_TK.is_cuda:
+        scales = {"scale_a": scales_T1, "scale_b": scales_N1.t()}
+        return torch._scaled_mm(codes_TK, codes_NK.t(), **scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return (codes_TK.float() @ codes_NK.float().t() * scales_T1 * scales_N1.t()).bfloat16()
+
+
+@scaled_matmul.register_fake
+def _(codes_TK: torch.Tensor, scales_T1: torch.Tensor, codes_NK: torch.Tensor, scales_N1: torch.Tensor):
+    return codes_TK.new_empty((codes_TK.shape[0], codes_NK.shape[0]), dtype=torch.bfloat16)
+
+
+def fp8_product(x_TK: torch.Tensor, codes_NK: torch.Tensor, scales_N1: torch.Tensor) -> torch.Tensor:
+    """x W^T with both in e4m3: x is rounded by rows here, W is `codes * scales`."""
+    return scaled_matmul(*round_to_fp8(x_TK), codes_NK, scales_N1).to(x_TK.dtype)
+
+
+class _Fp8Matmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TI: torch.Tensor, codes_OI: Any, scales_O1: Any, codes_IO: Any, scales_I1: Any):
+        ctx.save_for_backward(codes_IO, scales_I1)
+        return fp8_product(x_TI, codes_OI, scales_O1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor):
+        codes_IO, scales_I1 = ctx.saved_tensors
+        return fp8_product(grad_outputs[0].contiguous(), codes_IO, scales_I1), None, None, None, None
+
+
+@torch.compiler.allow_in_graph
+def fp8_matmul(
+    x_TI: torch.Tensor,
+    codes_OI: torch.Tensor,
+    scales_O1: torch.Tensor,
+    codes_IO: torch.Tensor,
+    scales_I1: torch.Tensor,
+) -> torch.Tensor:
+    """x W^T forward and dy W backward, each with the weight that is laid out for it.
+
+    In the compiler's graph as it stands: where torch 2.11 looks into the function itself, it sees x rounded to a dtype
+    without gradients, and dx is 0 without a word.
+    """
+    return _Fp8Matmul.apply(x_TI, codes_OI, scales_O1, codes_IO, scales_I1)  # type: ignore[return-value]
+
+
+class Fp8Weight(nn.Module):
+    """W_OI in e4m3 twice: by its rows for y = x W^T and by its columns for dx = dy W.
+
+    A product of tensor cores sums along the last dimension of both, and wants one scale for each such sum; so backward
+    needs the weight laid out and scaled the other way. 16 bits a weight in all.
+    """
+
+    codes_OI: torch.Tensor
+    scales_O1: torch.Tensor
+    codes_IO: torch.Tensor
+    scales_I1: torch.Tensor
+
+    def __init__(self, weight_OI: torch.Tensor) -> None:
+        super().__init__()
+        self.shape = tuple(weight_OI.shape)
+        forward, backward = round_to_fp8(weight_OI), round_to_fp8(weight_OI.t().contiguous())
+        for name, tensor in zip(("codes_OI", "scales_O1", "codes_IO", "scales_I1"), (*forward, *backward), strict=True):
+            self.register_buffer(name, tensor, persistent=False)
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """W_OI as forward multiplies it."""
+        return (self.codes_OI.float() * self.scales_O1).to(dtype)
+
+    def matmul(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """x W^T"""
+        rows = x_TI.reshape(-1, x_TI.shape[-1])
+        y = fp8_matmul(rows, self.codes_OI, self.scales_O1, self.codes_IO, self.scales_I1)
+        return y.view(*x_TI.shape[:-1], self.shape[0])
+
+
+Storage = DenseWeight | NF4Weight | Fp8Weight
+
+
+class FrozenLinear(nn.Module):
+    """Stands where a model had an `nn.Linear` (or GPT-2's `Conv1D`); nothing in it requires a gradient."""
+
+    bias_O: torch.Tensor | None
+
+    def __init__(self, storage: Storage, bias_O: torch.Tensor | None, transposed: bool = False) -> None:
+        """Args:
+        storage: the weight, always as W_OI.
+        bias_O: its bias, or None.
+        transposed: the checkpoint stores W_IO (`Conv1D`); only remembered, for the adapter's `fan_in_fan_out`.
+        """
+        super().__init__()
+        self.storage = storage
+        self.register_buffer("bias_O", bias_O, persistent=False)
+        self.transposed = transposed
+
+    @property
+    def out_features(self) -> int:
+        return self.storage.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.storage.shape[1]
+
+    def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
+        y_TO = self.storage.matmul(x_TI)
+        return y_TO if self.bias_O is None else y_TO + self.bias_O.to(x_TI.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, bias={self.bias_O is not None}"
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes of all buffers of the frozen linears below `module`."""
+    return sum(
+        buffer.numel() * buffer.element_size()
+        for linear in module.modules()
+        if isinstance(linear, FrozenLinear)
+        for buffer in linear.buffers()
+    )

@@ -1,0 +1,160 @@
+"""The decoder layers' training pass: compiled, and what of it is kept for backward.
+
+What a layer keeps between its forward and its backward is most of the memory of a training step. From little to much:
+
+- checkpointed and offloaded: nothing on the GPU; its input lies in the host's memory.
+- checkpointed: its input. Backward runs the layer's forward again (Chen et al. 2016, arXiv 1604.06174).
+- neither: the outputs of its matmuls and of attention, 94 KB a token for each layer of Llama 8B. Everything between
+  them (norms, rotary embedding, SiLU x up, dropout) is computed again, which costs nothing beside reading it.
+
+The compiler decides the last, by a minimum cut through the graph. Three of its rules are switched off, since they keep
+what is cheap to recompute because some consumer is far away or a chain is long: with them 146 KB a token are kept, of
+which a third is dropped copies of the inputs and their masks.
+
+Layers are checkpointed from the first on: backward ends with the first layers, and when those are recomputed, what
+later layers had kept is free already.
+
+What it does not do: compile passes without gradients; their shapes (evaluation, a growing cache) change all the time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from solotune.config.run_config import RunConfig
+from solotune.errors import InputError
+from solotune.model.limits import MLP_CHUNK_TOKENS
+
+LEAN: dict[str, Any] = {
+    "ban_recompute_used_far_apart": False,
+    "ban_recompute_long_fusible_chains": False,
+    "ban_recompute_materialized_backward": False,
+}
+"""The partitioner's options of compiled layers."""
+
+
+def decoder_layers(module: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers.
+
+    Raises:
+        InputError: the architecture has none of the length that its config says.
+    """
+    depth = module.config.get_text_config().num_hidden_layers
+    for part in module.base_model.modules():
+        if isinstance(part, nn.ModuleList) and len(part) == depth:
+            return part
+    raise InputError(
+        f"{module.config.model_type}: no list of {depth} decoder layers in this architecture",
+        allowed="a causal language model with one list of layers",
+    )
+
+
+def num_checkpointed(config: RunConfig, depth: int) -> int:
+    """How many layers, from the first on, recompute themselves in backward."""
+    wanted = config.gradient_checkpointing
+    if isinstance(wanted, bool) or wanted == "auto":
+        return depth if wanted else 0
+    return min(wanted, depth)
+
+
+def prepare_layers(layers: nn.ModuleList, config: RunConfig) -> None:
+    """Gives each layer its training pass; passes without gradients stay the layer's own."""
+    recomputed = num_checkpointed(config, len(layers))
+    for number, layer in enumerate(layers):
+        plain = layer.forward
+        if number < recomputed and isinstance(mlp := getattr(layer, "mlp", None), nn.Module):
+            mlp.forward = _in_parts(mlp.forward, config.torch_compile)
+        trained = compiled(plain) if config.torch_compile else plain
+        if number < recomputed:
+            # compiled, nothing in a layer draws random numbers: dropout hashes its seed
+            trained = functools.partial(
+                checkpoint, trained, use_reentrant=False, preserve_rng_state=not config.torch_compile
+            )
+            if config.activation_offload:
+                trained = _with_input_on_host(trained)
+        layer.forward = _only_with_gradients(trained, plain, wants_gradient=config.torch_compile and number == 0)
+
+
+_runs_eager: ContextVar[bool] = ContextVar("runs_eager", default=False)
+
+
+@contextmanager
+def eager_layers() -> Iterator[None]:
+    """Within it training passes run the layers' own code, uncompiled; each recomputes itself, to need little memory."""
+    token = _runs_eager.set(True)
+    try:
+        yield
+    finally:
+        _runs_eager.reset(token)
+
+
+def _only_with_gradients(
+    trained: Callable[..., Any], plain: Callable[..., Any], wants_gradient: bool
+) -> Callable[..., Any]:
+    """The first layer's input has no gradient; asking for one makes its graph that of the others, compiled once."""
+
+    @functools.wraps(plain)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return plain(*args, **kwargs)
+        if _runs_eager.get():  # read outside what is compiled, so nothing is traced again
+            return checkpoint(plain, *args, use_reentrant=False, **kwargs)
+        if wants_gradient and args and not args[0].requires_grad:
+            args[0].requires_grad_()
+        return trained(*args, **kwargs)
+
+    return run
+
+
+def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` that keeps the outputs of matmuls and attention alone for backward."""
+    return torch.compile(forward, backend=_compile_lean)
+
+
+def _compile_lean(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+    from torch._functorch import config as functorch_config
+    from torch._inductor.compile_fx import compile_fx
+
+    with functorch_config.patch(LEAN):
+        return compile_fx(graph, example_inputs)
+
+
+def _with_input_on_host(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
+            return forward(*args, **kwargs)
+
+    return run
+
+
+def _in_parts(forward: Callable[..., Any], is_compiled: bool) -> Callable[..., Any]:
+    """An MLP (x_BTD -> y_BTD, each token for itself) that takes long rows a part at a time, each recomputed alone."""
+    part = compiled(forward) if is_compiled else forward
+
+    @torch.compiler.disable(recursive=False)
+    def in_parts(x_BTD: torch.Tensor, parts: int) -> torch.Tensor:
+        return torch.cat(
+            [
+                checkpoint(part, some, use_reentrant=False, preserve_rng_state=not is_compiled)  # type: ignore[misc]
+                for some in x_BTD.chunk(parts, dim=1)
+            ],
+            dim=1,
+        )
+
+    @functools.wraps(forward)
+    def run(x_BTD: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        parts = -(-x_BTD.shape[1] // MLP_CHUNK_TOKENS) if x_BTD.dim() == 3 else 1
+        if parts < 2 or args or kwargs or not torch.is_grad_enabled():
+            return forward(x_BTD, *args, **kwargs)
+        return in_parts(x_BTD, parts)
+
+    return run

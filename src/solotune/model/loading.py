@@ -1,0 +1,389 @@
+"""A checkpoint on disk to a model that is ready to train: built empty, filled tensor by tensor, quantised as it
+arrives.
+
+    config.json -> the architecture on the meta device (no memory)
+    each tensor of the safetensors files -> device -> a linear's weight: quantised into a `FrozenLinear`
+                                                    -> anything else: kept in the compute dtype
+    adapters -> on the frozen linears that the config names
+
+So the peak while loading is the finished base plus one tensor. transformers is the model zoo: its modules run
+unchanged, only this instance's linears are replaced, and nothing is patched in the process. Which linears: every one
+but the output head, the same rule as bitsandbytes' integration, so the base is the one that PEFT users know.
+
+Checkpoints whose tensors must be renamed or merged for the architecture (mixtures of experts) are loaded by
+transformers' own loader on the CPU and moved over layer by layer; slower, and said.
+
+What it does not do: run code from a model folder (`trust_remote_code` is never on), read pickles, load checkpoints that
+are already quantised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from solotune.config.run_config import Choice, RunConfig
+from solotune.dataset import Example
+from solotune.dataset.collate import Batch, collate, collate_packs
+from solotune.errors import InputError
+from solotune.hardware.gpu_errors import stage
+from solotune.hardware.machine import ram
+from solotune.hub.hf_config import architecture_of
+from solotune.hub.model_files import ModelFiles, resolve_model
+from solotune.model import lora, loss, packed_attention
+from solotune.model.frozen_linear import DenseWeight, Fp8Weight, FrozenLinear, NF4Weight, Storage
+from solotune.model.layers import decoder_layers, prepare_layers
+from solotune.model.lm_head import check_head, head_of
+from solotune.model.weights import check_finite, load_with_transformers, match_names, read_tensors, weight_files
+from solotune.units import first_line, gib, mib
+
+STORAGE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class TrainableModel:
+    """The model with its adapters, and the one way to get losses out of it."""
+
+    module: PreTrainedModel
+    layers: nn.ModuleList
+    adapted: dict[str, lora.LoraLinear]
+    head: loss.Head
+    dtype: torch.dtype
+    device: torch.device
+    choices: list[Choice]
+    joined: nn.Parameter  # what an optimizer takes: all adapters as one vector, see `lora.join`
+    is_compiled: bool = False
+    by_lengths: bool = False  # attention of packed rows goes by `attention`, not by a mask
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        return [p for layer in self.adapted.values() for p in (layer.lora_A, layer.lora_B)]
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(p.numel() for p in self.trainable)
+
+    def zero_gradients(self) -> None:
+        assert self.joined.grad is not None
+        self.joined.grad.zero_()
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Dotted name -> (out_features, in_features) of every frozen linear."""
+        return {
+            name.removesuffix(".base"): (module.out_features, module.in_features)
+            for name, module in self.module.named_modules()
+            if isinstance(module, FrozenLinear)
+        }
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters: the base as its checkpoint has it, and the adapters."""
+        frozen = sum(o * i for o, i in self.linear_shapes().values())
+        biases = sum(
+            m.bias_O.numel() for m in self.module.modules() if isinstance(m, FrozenLinear) and m.bias_O is not None
+        )
+        return frozen + biases + sum(p.numel() for p in self.module.parameters())
+
+    def token_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(losses_N, hits_N) of the batch's supervised tokens, in row order: see `loss.token_losses`."""
+        places: dict[str, Any] = {}
+        if batch.positions_BT is not None:
+            places["position_ids"] = batch.positions_BT
+            if self.by_lengths and torch.is_grad_enabled():
+                starts, longest = batch.starts_S, batch.input_ids_BT.shape[1]
+                places |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+                places |= {"max_length_q": longest, "max_length_k": longest}
+        # Without a cache: with one, transformers does not look for packed rows and they would see each other.
+        hidden = self.module.base_model(input_ids=batch.input_ids_BT, use_cache=False, **places).last_hidden_state
+        h_ND = hidden.flatten(0, 1).index_select(0, batch.label_places_N - 1)
+        labels_N = batch.input_ids_BT.flatten()[batch.label_places_N]
+        vocab_size = self.module.config.get_text_config().vocab_size
+        return loss.token_losses(h_ND, labels_N, self.head, vocab_size, is_compiled=self.is_compiled)
+
+
+@stage("loading the model")
+def load_model(
+    config: RunConfig, device: torch.device, dtype: torch.dtype, model_files: ModelFiles | None = None
+) -> TrainableModel:
+    """Loads the base of `config` on `device` and attaches fresh adapters.
+
+    Args:
+        config: settled for this machine.
+        device: where the model will live.
+        dtype: of activations, norms, embeddings and head.
+        model_files: of the config's model; None: they are looked for.
+
+    Raises:
+        InputError: no usable model there, a damaged or already quantised checkpoint, an architecture without a list
+            of decoder layers, or a target module that matches nothing.
+    """
+    model_files = (model_files or resolve_model(config)).with_weights()
+    folder = model_files.folder
+    module, attention_name = empty_model(config, model_files, dtype, device)
+    family, choices = module.config.model_type, list[Choice]()
+    if attention_name != config.attn_implementation:
+        because = f"{family} has no {config.attn_implementation} attention"
+        choices.append(Choice("attn_implementation", attention_name, because))
+    files = weight_files(folder)
+    names = match_names(module, files)
+    if names is None:
+        because = f"transformers renames or merges {family} tensors while loading"
+        choices.append(Choice("loader", "transformers, on the CPU first", because))
+        module = load_with_transformers(folder, attention_name, dtype)
+    _fill(module, read_tensors(files, names) if names is not None else _own_tensors(module), config, dtype, device)
+    _check_complete(module, folder)
+    module.requires_grad_(False)
+    _set_generation(module, model_files)
+    layers = decoder_layers(module)
+    if config.base_precision == "nf4" and not config.multiplies_in_fp8:
+        choices += _settle_residency(module, config, dtype, device)
+    adapted = lora.attach(module, config, device)
+    head = head_of(module)
+    check_head(module, head, device)
+    model = TrainableModel(
+        module, layers, adapted, head, dtype, device, choices, lora.join(adapted, device), config.torch_compile
+    )
+    if device.type == "cuda" and attention_name == "sdpa":
+        choices += _take_fast_attention(model, config)
+    if config.packing and (change := isolation_error(model, config)):
+        raise InputError(
+            f"{config.source_of('packing')}, packing: this model does not keep the rows of a pack apart",
+            seen=f"a token's loss changes by {change:.3g} on average when its row is packed with others",
+            allowed="models and attention backends that follow restarting positions",
+            change="packing: false",
+        )
+    prepare_layers(layers, config)
+    return model
+
+
+def _check_positions(architecture: PreTrainedConfig, config: RunConfig) -> None:
+    """A row longer than the positions a model knows fails deep inside it (absolute ones) or is noise to it (RoPE)."""
+    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+    if positions and config.max_length > positions:
+        raise InputError(
+            f"{config.source_of('max_length')}, max_length: longer than this model's positions",
+            seen=f"max_length: {config.max_length}",
+            allowed=f"at most {positions} (max_position_embeddings in config.json)",
+            change=f"max_length: {positions}",
+        )
+
+
+def empty_model(
+    config: RunConfig, model_files: ModelFiles, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, str]:
+    """The architecture of a model without its weights, and the attention it has: the config's, or eager.
+
+    Raises:
+        InputError: transformers has no such architecture, or rows would be longer than its positions.
+    """
+    folder = model_files.folder
+    architecture = architecture_of(folder, model_files.config)
+    _check_positions(architecture, config)
+    try:
+        return _built_empty(architecture, folder, config.attn_implementation, dtype, device), config.attn_implementation
+    except _NoSuchAttention:
+        return _built_empty(architecture, folder, "eager", dtype, device), "eager"
+
+
+def check_model(config: RunConfig, model_files: ModelFiles) -> None:
+    """Refuses a local model folder before anything is spent on it; of a hub id no weights are downloaded for a check.
+
+    Raises:
+        InputError: as `load_model`, but for numbers that are not finite.
+    """
+    if model_files.is_local:
+        module, _ = empty_model(config, model_files, torch.float32, torch.device("cpu"))
+        match_names(module, weight_files(model_files.folder))
+
+
+class _NoSuchAttention(Exception):
+    """The architecture lacks the attention implementation that was asked for."""
+
+
+def _built_empty(
+    architecture: PreTrainedConfig, folder: Path, attention: str, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The architecture with its parameters on the meta device and its computed buffers (rotary tables) real."""
+    try:
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(
+                architecture, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
+    except (ValueError, ImportError) as error:
+        reason = first_line(error)
+        if "does not support an attention implementation" in reason:
+            raise _NoSuchAttention from None
+        raise InputError(
+            f"{folder}: transformers has no causal language model for it",
+            seen=f"model_type {architecture.model_type}: {reason}",
+        ) from None
+    with torch.no_grad():
+        for part in module.modules():
+            computed = part._non_persistent_buffers_set & part._buffers.keys()
+            for name in computed:
+                if (buffer := part._buffers[name]) is not None and buffer.is_meta:
+                    part._buffers[name] = torch.empty_like(buffer, device=device)
+            if computed:
+                module._init_weights(part)  # fills the tables; parameters are still on meta and stay untouched
+    return module
+
+
+def _own_tensors(module: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from list(module.state_dict().items())
+
+
+def _fill(
+    module: PreTrainedModel,
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    config: RunConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Sets every tensor where it belongs; linears become `FrozenLinear` once their weight has come."""
+    frozen = frozen_linears(module)
+    biases: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors:
+        owner, _, leaf = name.rpartition(".")
+        expected = (
+            tuple(module.get_submodule(owner).state_dict(keep_vars=True)[leaf].shape) if owner not in frozen else None
+        )
+        if owner in frozen:
+            expected = tuple(getattr(frozen[owner], leaf).shape)
+        if tuple(tensor.shape) != expected or not tensor.is_floating_point():
+            raise InputError(
+                f"{config.model_name_or_path}: tensor {name} does not fit the architecture in config.json",
+                seen=f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}",
+                allowed=f"floating point {expected}",
+            )
+        tensor = tensor.to(device)
+        check_finite(config.model_name_or_path, name, tensor)
+        if owner not in frozen:
+            _set(module.get_submodule(owner), leaf, tensor.to(dtype))
+        elif leaf == "weight":
+            transposed = isinstance(frozen[owner], Conv1D)
+            storage = _store(tensor.T.contiguous() if transposed else tensor, config, dtype)
+            parent, _, last = owner.rpartition(".")
+            setattr(module.get_submodule(parent), last, FrozenLinear(storage, biases.get(owner), transposed))
+        else:
+            biases[owner] = tensor.to(dtype)
+            if isinstance(done := module.get_submodule(owner), FrozenLinear):
+                done.bias_O = biases[owner]
+    module.tie_weights()
+    for part in module.modules():  # what came with the module and is no parameter: buffers computed at build
+        for name, buffer in part._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                part._buffers[name] = buffer.to(device)
+
+
+def frozen_linears(module: PreTrainedModel) -> dict[str, nn.Module]:
+    """Every linear but the output head."""
+    head = module.get_output_embeddings()
+    return {
+        name: part
+        for name, part in module.named_modules()
+        if isinstance(part, (nn.Linear, Conv1D)) and part is not head
+    }
+
+
+def _store(weight_OI: torch.Tensor, config: RunConfig, dtype: torch.dtype) -> Storage:
+    if config.base_precision == "nf4":
+        # Quantised from the compute dtype, as transformers + bitsandbytes do after loading with dtype=bfloat16.
+        rounded = NF4Weight(weight_OI.to(dtype), config.bnb_4bit_use_double_quant)
+        return Fp8Weight(rounded.dense(dtype)) if config.multiplies_in_fp8 else rounded
+    if config.base_precision == "fp8":
+        return Fp8Weight(weight_OI)
+    return DenseWeight(weight_OI.to(STORAGE_DTYPES[config.base_precision]))
+
+
+def _settle_residency(
+    module: PreTrainedModel, config: RunConfig, dtype: torch.dtype, device: torch.device
+) -> list[Choice]:
+    """Expands the 4-bit weights once where that is asked for, or free: a small model in a CPU's memory."""
+    storages = [part for part in module.modules() if isinstance(part, NF4Weight)]
+    mirror_bytes = sum(part.shape[0] * part.shape[1] for part in storages) * dtype.itemsize
+    residency, choices = config.base_residency, []
+    if residency == "auto":
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else ram()[1]
+        residency = "dequantized" if mirror_bytes < free / 4 else "quantized"
+        why = f"expanded once, the weights take {mib(mirror_bytes, 0)} MiB of {gib(free, 0)} GiB free"
+        why += ", which saves expanding them in every pass" if residency == "dequantized" else ", over a quarter"
+        choices = [Choice("base_residency", residency, why)]
+    if residency == "dequantized":
+        for part in storages:
+            part.keep_mirror(dtype)
+    return choices
+
+
+def _set(owner: nn.Module, leaf: str, tensor: torch.Tensor) -> None:
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+def _check_complete(module: PreTrainedModel, folder: Path) -> None:
+    empty = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise InputError(f"{folder}: the checkpoint lacks {len(empty)} tensors", seen=", ".join(empty[:3]))
+
+
+def _set_generation(module: PreTrainedModel, model_files: ModelFiles) -> None:
+    """Takes from generation_config.json what an answer ends with, and no more: it can name code and caches too."""
+    if not (raw := model_files.generation_config):
+        return
+    ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(key) is not None}
+    for key, value in ids.items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(type(number) is not int or number < 0 for number in numbers):
+            path = model_files.folder / "generation_config.json"
+            raise InputError(f"{path}: {key} is no token id", seen=repr(value)[:80])
+    module.generation_config = GenerationConfig(**ids)
+
+
+def _take_fast_attention(model: TrainableModel, config: RunConfig) -> list[Choice]:
+    """Attention by lengths where this model's own can be replaced, else transformers' sdpa and why."""
+    why = packed_attention.why_not(model.module, config.max_length, model.dtype)
+    if why is None:
+        packed_attention.install(model.module)
+        model.by_lengths = True
+        try:
+            change = isolation_error(model, config)
+            why = f"rows would see each other (a loss changes by {change:.3g})" if change else None
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError) as error:
+            why = first_line(error)
+    if why is None:
+        return []
+    model.by_lengths = False
+    model.module.set_attn_implementation("sdpa")
+    return [Choice("attn_implementation", "sdpa", f"rows of a pack are kept apart by a mask: {why}")]
+
+
+def isolation_error(model: TrainableModel, config: RunConfig) -> float:
+    """By how much a token's loss changes, on average, when its row is packed with others; 0 where it is noise.
+
+    An attention that ignores the restarting positions (ALiBi models, some backends) lets a row read its neighbours; the
+    loss then looks better than it is. So this model and this backend are asked before the first step.
+    """
+    vocab = model.module.config.get_text_config().vocab_size
+    rng = np.random.default_rng(0)
+    lengths = (5, 9, 7)
+    rows = [Example(rng.integers(1, vocab, n).astype(np.int32), np.ones(n, dtype=bool), "probe", []) for n in lengths]
+    model.module.eval()
+    together = model.token_losses(collate_packs([rows], model.device))[0].detach()  # with gradients, as in training
+    with torch.no_grad():
+        alone = torch.cat([model.token_losses(collate([row], model.device))[0] for row in rows])
+    # Means, not worst cases: in bfloat16 single tokens of an 8B model move by 0.2 nats for padding alone. Rounding to
+    # fp8 moves SmolLM2's by 0.3 on average, where rows that do see each other move them by 1.7.
+    tolerance = 0.6 if config.multiplies_in_fp8 else 1e-3 if model.dtype == torch.float32 else 0.1
+    change = (together - alone).abs().mean().item()
+    return change if not change <= tolerance else 0.0

@@ -1,0 +1,297 @@
+"""LoRA, the whole method (Hu et al. 2021, arXiv 2106.09685): learn a low-rank correction of a frozen layer.
+
+    y = W x + s * B A dropout(x)        A (r, in)  B (out, r)  s = alpha / r   (rsLoRA: alpha / sqrt(r))
+
+         x ---------> W (frozen) ---------+--> y
+          \\-> dropout -> A -> B -> * s --/
+
+A starts as PyTorch's linear init (Kaiming uniform, a = sqrt 5) and B as zero, so an untrained adapter changes nothing
+and A's first gradient is exactly zero: both are PEFT's conventions, and so are the file format and the key names,
+which is what lets `adapter/` load in stock PEFT. A and B are float32 whatever the model computes in (a bfloat16
+parameter loses most of a 2e-5 update to rounding) and are cast to the activations' dtype for their matmuls.
+
+In a compiled layer dropout takes its mask from a hash of (seed, layer, place) and no random generator: backward
+computes the mask again instead of keeping dropped copies (27 GiB for all linears of an 8B model at 8,192 tokens), and a
+layer that is recomputed has the same mask by construction. The compiler makes one kernel of the hash; uncompiled it
+would be ten, so there PyTorch's own dropout is used.
+
+What it does not do: train biases, embeddings or the head; merge.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from solotune.config.run_config import RunConfig
+from solotune.errors import InputError
+from solotune.hub.download import hub_id
+from solotune.model import adapter
+from solotune.model.frozen_linear import FrozenLinear
+
+USUAL_RANKS = tuple(2**k for k in range(10))  # 1 to 512
+
+FIRST_FACTOR, SECOND_FACTOR = 0x7FEB352D, 0x846CA68B - (1 << 32)  # of `hashed`, as int32
+
+
+def hashed(x: torch.Tensor) -> torch.Tensor:
+    """A well mixed int32 for each int32: `lowbias32` (C. Wellons 2018, "Prospecting for hash functions")."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * FIRST_FACTOR
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * SECOND_FACTOR
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def seeded_dropout(x: torch.Tensor, p: float, seeds_2: torch.Tensor) -> torch.Tensor:
+    """x with each element zeroed with probability p and the others divided by 1 - p; the mask is a hash of the seeds.
+
+    `hashed` of the element's place, one seed added before and another in its midst, and without its last line, which
+    changes only the low bits: the hash is what a kernel of dropout spends its time on.
+
+    Args:
+        seeds_2: int32; on the device of x.
+    """
+    place = torch.arange(x.numel(), device=x.device, dtype=torch.int32).view(x.shape) + seeds_2[0]
+    place = (place ^ ((place >> 16) & 0xFFFF)) * FIRST_FACTOR
+    place = (place ^ ((place >> 15) & 0x1FFFF) ^ seeds_2[1]) * SECOND_FACTOR
+    return torch.where(place >= int((p - 0.5) * (1 << 32)), x * (1 / (1 - p)), 0)
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear with its adapter: `lora_A` (r, in_features) and `lora_B` (out_features, r), float32."""
+
+    layer_seeds: torch.Tensor
+    pass_seeds: torch.Tensor | None
+
+    def __init__(
+        self,
+        base: FrozenLinear,
+        r: int,
+        scaling: float,
+        dropout: float,
+        device: torch.device,
+        layer_seed: int = 0,
+        pass_seeds: torch.Tensor | None = None,
+    ) -> None:
+        """Args:
+        layer_seed: tells this layer's dropout from the others'.
+        pass_seeds: int32, two numbers, shared by all layers, new ones for each forward pass; None: dropout draws from
+            PyTorch's generator.
+        """
+        super().__init__()
+        self.base = base
+        self.scaling, self.dropout = scaling, dropout
+        self.enabled = True
+        seeds = torch.tensor([2 * layer_seed, 2 * layer_seed + 1], dtype=torch.int32, device=device)
+        self.register_buffer("layer_seeds", hashed(seeds), persistent=False)
+        self.register_buffer("pass_seeds", pass_seeds, persistent=False)
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device, dtype=torch.float32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.base(x)
+        if not self.enabled:
+            return y
+        if self.pass_seeds is None or not self.training or not self.dropout:
+            h = F.dropout(x, self.dropout, self.training)
+        else:
+            h = seeded_dropout(x, self.dropout, self.layer_seeds ^ self.pass_seeds)
+        # s on A, whose cast to 16 bits takes it in: behind B, backward would write s * dy, as wide as the layer
+        A, B = (self.lora_A * self.scaling).to(x.dtype), self.lora_B.to(x.dtype)
+        return y + F.linear(F.linear(h, A), B)
+
+
+def attach(model: nn.Module, config: RunConfig, device: torch.device) -> dict[str, LoraLinear]:
+    """Puts an adapter on every frozen linear that the config names.
+
+    A name matches a module as in PEFT: the whole dotted name, or its end after a dot. Initial values depend only on
+    `config.seed` and the order of the layers.
+
+    Returns: dotted module name -> its `LoraLinear`, in model order.
+    Raises:
+        InputError: a name that matches no linear layer, or a rank above a layer's size.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
+    wanted = config.lora_target_modules
+    targets = list(linears) if wanted == "all-linear" else _matching(linears, wanted, config)
+    scaling = config.lora_alpha / (math.sqrt(config.lora_r) if config.use_rslora else config.lora_r)
+    generator = torch.Generator().manual_seed(config.seed)
+    pass_seeds = torch.zeros(2, dtype=torch.int32, device=device) if config.torch_compile else None
+    adapted: dict[str, LoraLinear] = {}
+    for number, name in enumerate(targets, start=1):
+        _check_rank(config, name, linears[name])
+        layer = LoraLinear(linears[name], config.lora_r, scaling, config.lora_dropout, device, number, pass_seeds)
+        bound = 1 / math.sqrt(layer.lora_A.shape[1])  # kaiming_uniform with a = sqrt(5), for fan_in = in_features
+        initial = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
+        layer.lora_A.data.copy_(initial)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)
+        adapted[name] = layer
+    return adapted
+
+
+def _check_rank(config: RunConfig, name: str, linear: FrozenLinear) -> None:
+    """A rank above both sides of a layer is a slip; above one it is useless, but usual for narrow k and v."""
+    if config.lora_r > (most := max(linear.in_features, linear.out_features)):
+        raise InputError(
+            f"{config.source_of('lora_r')}, lora_r: above the size of {name}",
+            seen=f"lora_r: {config.lora_r}",
+            allowed=f"at most {most}: the layer is {linear.out_features} x {linear.in_features}",
+            change="a smaller lora_r, or leave the layer out of lora_target_modules",
+        )
+
+
+def join(adapted: Mapping[str, LoraLinear], device: torch.device) -> nn.Parameter:
+    """One float32 vector of which every `lora_A` and `lora_B` becomes a view, and its gradient likewise.
+
+    What an optimizer does for each tensor (a launch, a page to fetch) it then does once. Each begins at a multiple of
+    256, the block in which 8-bit optimizers scale their moments, so the result is that of separate tensors.
+    """
+    parts = [getattr(layer, part) for layer in adapted.values() for part in ("lora_A", "lora_B")]
+    starts = list(itertools.accumulate((-(-part.numel() // 256) * 256 for part in parts), initial=0))
+    joined = nn.Parameter(torch.zeros(starts[-1], device=device))
+    joined.grad = torch.zeros_like(joined)
+    for part, start in zip(parts, starts, strict=False):
+        values, gradient = (
+            whole[start : start + part.numel()].view(part.shape) for whole in (joined.data, joined.grad)
+        )
+        part.data = values.copy_(part.data)
+        part.grad = gradient
+    return joined
+
+
+def _matching(linears: Mapping[str, FrozenLinear], wanted: list[str] | str, config: RunConfig) -> list[str]:
+    hits = {target: [n for n in linears if n == target or n.endswith(f".{target}")] for target in wanted}
+    if missing := [target for target, names in hits.items() if not names]:
+        raise InputError(
+            f"{config.source_of('lora_target_modules')}, lora_target_modules: "
+            f"{', '.join(missing)} matches no linear layer of this model",
+            seen=", ".join(wanted),
+            allowed=f"{', '.join(leaf_names(linears))}, or all-linear",
+            change=f"lora_target_modules: [{', '.join(leaf_names(linears))}]",
+        )
+    chosen = set(itertools.chain.from_iterable(hits.values()))
+    return [name for name in linears if name in chosen]
+
+
+def leaf_names(names: Mapping[str, object]) -> list[str]:
+    """The distinct last parts of dotted names, in model order: q_proj, k_proj, ..."""
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def seed_dropout(adapted: Mapping[str, LoraLinear], *numbers: int) -> None:
+    """Gives the next forward pass of compiled layers, and its recomputation in backward, masks of its own.
+
+    Args:
+        numbers: what tells this pass from all others: seed of the run, step, micro-batch.
+    """
+    state = np.random.SeedSequence(numbers).generate_state(2).astype(np.int32)
+    for layer in itertools.islice(adapted.values(), 1):  # one tensor, which all layers share
+        if layer.pass_seeds is not None:
+            layer.pass_seeds.copy_(torch.from_numpy(state), non_blocking=True)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within it the model is its frozen base, bit for bit."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+def parameters(adapted: Mapping[str, LoraLinear]) -> dict[str, nn.Parameter]:
+    """PEFT's key name -> the parameter."""
+    return {
+        adapter.tensor_key(name, part): getattr(layer, part)
+        for name, layer in adapted.items()
+        for part in adapter.PARTS
+    }
+
+
+def state_dict(adapted: Mapping[str, LoraLinear]) -> dict[str, torch.Tensor]:
+    """The adapter under PEFT's key names, float32 on the CPU."""
+    return {key: part.detach().cpu().contiguous() for key, part in parameters(adapted).items()}
+
+
+def load_state_dict(adapted: Mapping[str, LoraLinear], tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Fills the adapter, strictly.
+
+    Raises:
+        InputError: a missing or extra key, or another shape: the file belongs to another model or config.
+    """
+    expected = parameters(adapted)
+    for key in sorted(expected.keys() ^ tensors.keys()):
+        raise InputError(
+            f"{where}: the adapter does not fit this model and config",
+            seen=f"{key} is {'missing' if key in expected else 'unknown'}",
+            allowed=f"{len(expected)} tensors such as {next(iter(expected), 'none')}",
+        )
+    for key, part in expected.items():
+        if tensors[key].shape != part.shape:
+            raise InputError(
+                f"{where}: the adapter does not fit this model and config",
+                seen=f"{key} has shape {tuple(tensors[key].shape)}",
+                allowed=f"shape {tuple(part.shape)}",
+            )
+        part.data.copy_(tensors[key])
+
+
+def peft_config(config: RunConfig, adapted: Mapping[str, LoraLinear], model: nn.Module) -> dict[str, Any]:
+    """`adapter_config.json` of the adapters of a live model; `adapter.peft_config` makes it of names alone."""
+    kinds = (LoraLinear, FrozenLinear, nn.Linear, nn.Embedding)
+    named = {name for name, module in model.named_modules() if isinstance(module, kinds)}
+    return adapter.peft_config(
+        adapted,
+        {name for name in named if not name.endswith(".base")},
+        base=hub_id(config.model_name_or_path),
+        revision=config.model_revision,
+        r=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        fan_in_fan_out=any(layer.base.transposed for layer in adapted.values()),
+    )
+
+
+def trainable_count(shapes: Mapping[str, tuple[int, int]], r: int) -> int:
+    """Parameters of rank-r adapters on layers of these (out, in) shapes: r * (in + out) each."""
+    return sum(r * (i + o) for o, i in shapes.values())
+
+
+def explain_count(
+    count: int, shapes: Mapping[str, tuple[int, int]], ranks: Collection[int] = USUAL_RANKS
+) -> list[tuple[int, list[str]]]:
+    """Which (r, target modules) have exactly `count` trainable parameters on this model.
+
+    A count printed in a tutorial or a log says what was really trained: 20,971,520 on the Llama-3.1-8B shape is not
+    r=16 on q,k,v,o (13,631,488) but r=8 on all seven linears. Considered: all linears, the MLP's, and every combination
+    of attention projections.
+
+    Args:
+        count: the printed number.
+        shapes: dotted module name -> (out_features, in_features) of every linear layer.
+        ranks: the ranks to consider.
+    """
+    leaves = leaf_names(shapes)
+    attention = [leaf for leaf in leaves if any(leaf == n.rpartition(".")[2] and "att" in n for n in shapes)]
+    groups = [leaves, [leaf for leaf in leaves if leaf not in attention]]
+    groups += [list(some) for k in range(1, len(attention) + 1) for some in itertools.combinations(attention, k)]
+    found = []
+    for group in groups:
+        chosen = {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] in group}
+        per_rank = trainable_count(chosen, 1)
+        if per_rank and count % per_rank == 0 and count // per_rank in ranks:
+            found.append((count // per_rank, group))
+    return found

@@ -1,0 +1,242 @@
+"""Bytes at the peak of a training step, by category.
+
+    fixed      weights + quantisation state + adapters + their gradients + optimizer state
+    forward    layer by layer what is kept for backward grows; a checkpointed layer keeps its input alone
+    head       all of that, and a chunk of logits with its gradient
+    backward   layer by layer it shrinks again; a checkpointed layer is first run forward once more
+
+The peak is the largest of these moments, each of which is summed up here from the costs of its layers, in order. It is
+what the allocator has handed out (`torch.cuda.max_memory_allocated`); `card_bytes` adds what lies outside of it.
+
+What it does not do: look at loading, whose peak is the base and one tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from solotune.model.limits import MLP_CHUNK_TOKENS
+from solotune.planning import constants as known
+from solotune.planning.gpus import Card
+from solotune.planning.layer_profile import BaseWeights, Knobs, LayerCost, ModelShape, Work
+
+CATEGORIES = (
+    "weights",
+    "quantization_state",
+    "adapters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits",
+    "workspace",
+)
+NF4_BLOCK, NESTED_BLOCK, OPTIMIZER_BLOCK = 64, 256, 256
+MIN_8BIT_WEIGHTS = 4096  # bitsandbytes keeps smaller tensors' moments in 32 bits
+MIN_PAGED_WEIGHTS = 100_000  # and pages larger ones alone
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes at the peak."""
+
+    by_category: dict[str, int]
+    moment: str  # forward, head or backward: when the peak is
+    paged_bytes: int  # of the optimizer, outside the allocator
+    outside_bytes: int  # context and fragments
+    host_bytes: int  # activations that were offloaded
+
+    @property
+    def peak_bytes(self) -> int:
+        """What `torch.cuda.max_memory_allocated` will say (on the CPU: the largest resident set)."""
+        return sum(self.by_category.values()) - self.paged_bytes
+
+    @property
+    def card_bytes(self) -> int:
+        """What the card has to have."""
+        return sum(self.by_category.values()) + self.outside_bytes
+
+
+def footprint(shape: ModelShape, knobs: Knobs, work: Work, card: Card) -> Footprint:
+    """The peak of a training step of the largest micro-batch."""
+    fixed = {
+        "weights": weight_bytes(shape, knobs),
+        "quantization_state": quantisation_bytes(shape, knobs),
+        "adapters": 4 * joined_weights(shape),
+        "gradients": 4 * joined_weights(shape),
+        "optimizer": (optimizer := optimizer_bytes(shape, knobs))[0],
+    }
+    peak = max(_moments(shape, knobs, work), key=lambda m: m.activations + m.logits)
+    moment, activations, logits = peak.name, peak.activations, peak.logits
+    is_cpu = card.is_cpu
+    workspace = _expansion_bytes(shape, knobs) + (
+        0 if is_cpu else _library_bytes(card, work.has_one_shape and not knobs.is_offloaded)
+    )
+    sizes = {**fixed, "activations": activations, "logits": logits, "workspace": workspace}
+    paged = optimizer[1]
+    if is_cpu:
+        evaluated = _evaluation_bytes(shape, work)
+        if evaluated > activations + logits:
+            sizes["activations"], sizes["logits"], moment = 0, evaluated, "evaluation"
+        alive = sum(sizes[name] for name in ("activations", "logits", "gradients", "optimizer"))
+        sizes["workspace"] += known.CPU_PROCESS_BYTES + (known.CPU_HEAP_SLACK - 1) * alive
+        paged = 0
+    used = sum(sizes.values())
+    outside = 0 if is_cpu else known.CONTEXT_BYTES + (known.FRAGMENTATION - 1) * used
+    on_host = 0.0
+    if knobs.is_offloaded:
+        on_host = sum(c.output.at(work.rows, work.tokens) for c in shape.layers[: knobs.num_checkpointed])
+    return Footprint({n: round(sizes[n]) for n in CATEGORIES}, moment, round(paged), round(outside), round(on_host))
+
+
+def weight_bytes(shape: ModelShape | BaseWeights, knobs: Knobs) -> int:
+    """The base: codes and mirror of its linears, and everything else of it in the dtype of computing."""
+    a_weight = {"nf4": 0.5, "fp8": 2.0, "bf16": 2.0, "fp32": 4.0}[knobs.base_precision]
+    if knobs.base_precision == "nf4" and knobs.is_mirrored:
+        a_weight += shape.dtype_bytes
+    total = shape.dtype_bytes * shape.other_parameters
+    for linear in shape.linears:
+        total += linear.count * _rounded(a_weight * linear.weights)
+        total += linear.count * shape.dtype_bytes * linear.out_features * linear.has_bias
+    return round(total)
+
+
+def quantisation_bytes(shape: ModelShape | BaseWeights, knobs: Knobs) -> int:
+    """Scales: of NF4's blocks, in 8 bits with scales of their own where quantised twice, and of fp8's rows."""
+    total = 0
+    for linear in shape.linears:
+        if knobs.base_precision == "fp8":
+            total += linear.count * 4 * (linear.out_features + linear.in_features)
+        if knobs.base_precision != "nf4":
+            continue
+        blocks = math.ceil(linear.weights / NF4_BLOCK)
+        one = _rounded(4 * blocks)
+        if knobs.is_double_quantised:
+            one = _rounded(blocks) + _rounded(4 * math.ceil(blocks / NESTED_BLOCK)) + _rounded(4 * 256) + _rounded(4)
+        total += linear.count * (one + _rounded(4 * 16))
+    return total
+
+
+def joined_weights(shape: ModelShape) -> int:
+    """Places in the one vector of all adapters: each tensor begins at a multiple of 256 (`lora.join`)."""
+    return sum(
+        linear.count * math.ceil(shape.lora_r * width / OPTIMIZER_BLOCK) * OPTIMIZER_BLOCK
+        for linear in shape.linears
+        if linear.is_adapted
+        for width in (linear.in_features, linear.out_features)
+    )
+
+
+def optimizer_bytes(shape: ModelShape, knobs: Knobs) -> tuple[int, int]:
+    """(all bytes of AdamW's two moments, those of them that are paged)."""
+    weights = joined_weights(shape)
+    moments = scales = 0
+    if "8bit" in knobs.optim and weights >= MIN_8BIT_WEIGHTS:
+        moments, scales = 2 * weights, 2 * 4 * math.ceil(weights / OPTIMIZER_BLOCK)
+    else:
+        moments = 8 * weights
+    is_paged = knobs.optim.startswith("paged") and weights >= MIN_PAGED_WEIGHTS
+    return moments + scales, moments if is_paged else 0
+
+
+class _Moment(NamedTuple):
+    name: str
+    activations: float
+    logits: float
+
+
+def _moments(shape: ModelShape, knobs: Knobs, work: Work) -> list[_Moment]:
+    """Every candidate for the peak of a micro-batch: each layer at work, and the head."""
+    b, t = work.rows, work.tokens
+    first = shape.layers[0].output.at(b, t)  # what the embedding gives, and the size of every layer's input
+    kept = 0.0 if knobs.is_offloaded and knobs.num_checkpointed else first
+    brought_back = first * knobs.is_offloaded
+    moments, below = [], []  # below: what lies there when a layer begins
+    for number, layer in enumerate(shape.layers):
+        below.append(kept)
+        is_checkpointed = number < knobs.num_checkpointed
+        at_work = _in_parts(layer.forward_peak.at(b, t), layer, work, is_checkpointed)
+        moments.append(_Moment("forward", kept + brought_back + at_work, 0.0))
+        if not is_checkpointed:
+            kept += layer.kept.at(b, t)
+        elif not knobs.is_offloaded or number == knobs.num_checkpointed - 1:
+            kept += layer.output.at(b, t)
+    outside = shape.outside
+    with_norm = kept + outside.kept.at(b, t) - first
+    moments += [
+        _Moment("head", kept + outside.forward_peak.at(b, t) - first, 0.0),
+        _Moment("head", with_norm + _head_states(shape, work), logit_bytes(shape, work)),
+        _Moment("backward", with_norm + outside.backward_extra.at(b, t), 0.0),
+        _Moment("step", 4.0 * joined_weights(shape) if knobs.optim == "adamw_torch" else 0.0, 0.0),
+    ]
+    for number, layer in enumerate(shape.layers):
+        is_checkpointed = number < knobs.num_checkpointed
+        at_work = layer.kept.at(b, t) - layer.output.at(b, t) + layer.backward_extra.at(b, t)
+        if is_checkpointed:
+            at_work = brought_back + max(at_work, layer.forward_peak.at(b, t) + layer.output.at(b, t))
+        at_work = below[number] + _in_parts(at_work, layer, work, is_checkpointed)
+        moments.append(_Moment("backward", at_work, 0.0))
+    return moments
+
+
+def _in_parts(at_work: float, layer: LayerCost, work: Work, is_checkpointed: bool) -> float:
+    """What a layer needs while it is at work, less what taking a long row's MLP in parts saves."""
+    parts = math.ceil(work.tokens / MLP_CHUNK_TOKENS)
+    if not is_checkpointed or parts < 2:
+        return at_work
+    out = layer.output.at(work.rows, work.tokens)
+    # x, q, k, v, attention's output, gradients of all of them, and the parts put together (one row of 102,400 tokens)
+    rest = min(at_work, 9.3 * out)
+    return rest + (at_work - rest) / parts
+
+
+def _head_states(shape: ModelShape, work: Work) -> float:
+    """The supervised hidden states, their gradients in parts, and these put together."""
+    return 3 * _supervised(work) * shape.hidden_size * shape.dtype_bytes
+
+
+def _supervised(work: Work) -> float:
+    return min(1.0, work.supervised_share) * work.rows * work.tokens
+
+
+def logit_bytes(shape: ModelShape, work: Work) -> float:
+    """A chunk of logits in work; while there are several, the one before is still there.
+
+    What the uncompiled loss makes of a chunk is more than what it leaves of the one before, so there a short second
+    chunk adds nothing.
+    """
+    chunk = max(1, shape.max_chunk_logits // shape.vocab_size)
+    alone, among_others = shape.logit_bytes
+    first = min(_supervised(work), chunk)
+    second = min(_supervised(work) - first, chunk)
+    if shape.is_compiled:
+        return first * (among_others if second else alone) * shape.vocab_size
+    return max(first * alone, first * (among_others - alone) + second * alone) * shape.vocab_size
+
+
+def _evaluation_bytes(shape: ModelShape, work: Work) -> float:
+    """Logits of an evaluation pass: as they are, in float32, and their softmax."""
+    chunk = max(1, shape.max_chunk_logits // shape.vocab_size)
+    tokens = min(chunk, work.eval_batch[0] * work.eval_batch[1] * work.supervised_share)
+    copies = 3 if shape.dtype_bytes == 4 else 2.5
+    one_layer = shape.layers[0].forward_peak.at(*work.eval_batch)
+    return max(tokens * shape.vocab_size * 4 * copies, one_layer)
+
+
+def _expansion_bytes(shape: ModelShape, knobs: Knobs) -> float:
+    """NF4 expanded for one product: the weight, and its scales in float32."""
+    if knobs.base_precision != "nf4" or knobs.is_mirrored:
+        return 0.0
+    widest = max(linear.weights for linear in shape.linears)
+    return widest * (shape.dtype_bytes + 4 / NF4_BLOCK)
+
+
+def _library_bytes(card: Card, has_graphs: bool) -> int:
+    """cuBLAS's workspaces: of the thread that runs forward, of that of backward, and of the stream that is recorded."""
+    major = (card.compute_capability or (0, 0))[0]
+    return (2 + has_graphs) * known.WORKSPACE_BYTES.get(major, known.WORKSPACE_BYTES_OLDER)
+
+
+def _rounded(size: float) -> int:
+    return math.ceil(size / known.ALLOCATOR_ROUNDING) * known.ALLOCATOR_ROUNDING

@@ -1,0 +1,364 @@
+"""A config to the shape of its model: sizes and costs that a plan needs, from config.json alone.
+
+    config.json -> the architecture without memory -> its linears frozen, adapters on them, as training will have it
+                -> one layer of each kind looked at (`tracing`), embedding and last norm beside -> `ModelShape`
+
+No table of architectures: the sizes are counted on the model that transformers builds, and what a layer keeps is found
+by letting the compiler, or autograd, work on tensors without contents. A layer that cannot be looked at so (experts
+that are chosen by the data) is estimated from its linears, and the plan says it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from solotune.config.run_config import RunConfig
+from solotune.hub.model_files import ModelFiles, resolve_model
+from solotune.model import lora, loss
+from solotune.model.frozen_linear import DenseWeight, Fp8Weight, FrozenLinear
+from solotune.model.layers import decoder_layers
+from solotune.model.loading import empty_model, frozen_linears
+from solotune.planning.curve_fit import Look, Tally, fit
+from solotune.planning.layer_profile import Growth, LayerCost, Linear, ModelShape, Pass
+from solotune.planning.profile_compiled import look_compiled
+from solotune.planning.profile_eager import look_eager, metered
+from solotune.runtime import signals
+
+LENGTHS = (512, 1024, 2048)
+"""Tokens at which a layer is looked at: long enough that no weight is as small as an activation."""
+ROWS = 2
+"""Of one row some architectures need no copy that they need of several."""
+
+
+def model_shape(config: RunConfig, model_files: ModelFiles | None = None) -> ModelShape:
+    """The shape of the model of a settled config; its `base_precision` must not be auto. Needs no weights.
+
+    Args:
+        model_files: of the config's model; None: they are looked for.
+
+    Raises:
+        InputError: no model there, an architecture without a list of layers, a target module that matches nothing, rows
+            longer than the model's positions.
+    """
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    module, attention = empty_model(config, model_files or resolve_model(config), dtype, torch.device("cpu"))
+    module.tie_weights()
+    absent = _absent(module)
+    linears = frozen_linears(module)
+    total = sum(parameter.numel() for parameter in module.parameters())
+    frozen = sum(p.numel() for part in linears.values() for p in part.parameters(recurse=False))
+    text = module.config.get_text_config()
+    # held back: where torch calls Python from C++, an exception out of nowhere ends the process
+    with signals.held_back(), _unlogged(), FakeTensorMode(allow_non_fake_inputs=True):
+        _fill_with_fakes(module, config, dtype)
+        adapted = lora.attach(module, config, torch.device("cpu"))
+        module.train()
+        layers = decoder_layers(module)
+        costs = _layer_costs(module, layers, config, absent)
+        outside = _outside_or_estimated(module, layers, attention)
+        logit_bytes = (2 * dtype.itemsize, 3 * dtype.itemsize) if config.torch_compile else _eager_logits(module, dtype)
+    heads = getattr(text, "num_attention_heads", None) or 1
+    return ModelShape(
+        family=module.config.model_type,
+        linears=_counted(module, set(adapted)),
+        other_parameters=total - frozen,
+        hidden_size=text.hidden_size,
+        vocab_size=text.vocab_size,
+        num_heads=heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        max_positions=getattr(text, "max_position_embeddings", None),
+        layers=tuple(costs),
+        outside=outside,
+        logit_bytes=logit_bytes,
+        max_chunk_logits=loss.MAX_CHUNK_LOGITS,
+        lora_r=config.lora_r,
+        dtype_bytes=dtype.itemsize,
+        is_compiled=config.torch_compile,
+    )
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """torch logs a traceback for an operation that refuses tensors without contents, and raises too."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
+
+
+def _fill_with_fakes(module: PreTrainedModel, config: RunConfig, dtype: torch.dtype) -> None:
+    """Every tensor fake, every linear frozen as training stores it. Call it within the fake mode."""
+
+    def fake_of(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+    _replace_tensors(module, fake_of, fake_of)
+    for name, part in list(frozen_linears(module).items()):
+        weight = part.weight
+        assert isinstance(weight, nn.Parameter)
+        transposed = isinstance(part, Conv1D)
+        out, into = reversed(weight.shape) if transposed else weight.shape
+        fake = torch.empty(out, into, dtype=dtype)
+        storage = (Fp8Weight if config.multiplies_in_fp8 else DenseWeight)(fake)
+        bias = torch.empty(out, dtype=dtype) if isinstance(part.bias, nn.Parameter) else None
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, FrozenLinear(storage, bias, transposed))
+
+
+def _counted(module: PreTrainedModel, adapted: set[str]) -> tuple[Linear, ...]:
+    found: Counter[tuple[int, int, bool, bool]] = Counter()
+    for name, part in module.named_modules():
+        if isinstance(part, FrozenLinear):
+            own = name.removesuffix(".base")
+            found[part.out_features, part.in_features, part.bias_O is not None, own in adapted] += 1
+    return tuple(Linear(o, i, count, bias, is_adapted) for (o, i, bias, is_adapted), count in found.items())
+
+
+def _layer_costs(
+    module: PreTrainedModel, layers: nn.ModuleList, config: RunConfig, absent: set[object]
+) -> list[LayerCost]:
+    """The cost of each layer; layers of one kind are looked at once."""
+    try:
+        calls = {tokens: _calls(module, layers, tokens, absent) for tokens in LENGTHS}
+    except Exception:  # an architecture that looks into its data before the first layer
+        x = torch.empty(ROWS, LENGTHS[0], module.config.get_text_config().hidden_size, dtype=module.dtype)
+        return [estimated(layer, x, config.torch_compile) for layer in layers]
+    known: dict[str, LayerCost] = {}
+    costs = []
+    for number, layer in enumerate(layers):
+        signals.poll()
+        kind = f"{type(layer).__name__} {getattr(layer, 'attention_type', '')} " + ",".join(
+            f"{name}{tuple(p.shape)}" for name, p in (*layer.named_parameters(), *layer.named_buffers())
+        )
+        if kind not in known:
+            inputs = {tokens: calls[tokens][number] for tokens in LENGTHS}
+            known[kind] = _cost(layer, inputs, config)
+        costs.append(known[kind])
+    return costs
+
+
+_Replace = Callable[[torch.Tensor], torch.Tensor]
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _calls(
+    module: PreTrainedModel, layers: nn.ModuleList, tokens: int, absent: set[object], device="cpu"
+) -> list[_Call]:
+    """What the model calls each of its layers with. The layers do nothing meanwhile.
+
+    Args:
+        absent: places of arguments that are None in a real call; see `_absent`.
+    """
+    caught: list[_Call] = []
+
+    def catch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        args = args if args else (kwargs.pop("hidden_states"),)
+        args = tuple(None if place in absent else value for place, value in enumerate(args))
+        caught.append((args, {name: None if name in absent else value for name, value in kwargs.items()}))
+
+    with _idle(layers, _gives_tuple(module, layers), catch), torch.no_grad():
+        module.base_model(input_ids=torch.zeros(ROWS, tokens, dtype=torch.int64), use_cache=False)
+    return caught
+
+
+def _absent(module: PreTrainedModel) -> set[object]:
+    """Which of the arguments of a layer are None in truth: places and names.
+
+    transformers leaves out a mask that is merely causal, but not on fake tensors. So the model is called once on real
+    ones, whose parameters are a single zero each, expanded to their shape: they take no memory.
+    """
+
+    def zero(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+
+    _replace_tensors(module, zero, lambda buffer: zero(buffer) if buffer.is_meta else buffer)
+    try:
+        calls = _calls(module, decoder_layers(module), 16, set())
+    except (RuntimeError, ValueError):  # an architecture that needs more than zeros
+        calls = []
+    if not calls:
+        return {"attention_mask"}
+    args, kwargs = calls[0]
+    return {place for place, value in (*enumerate(args), *kwargs.items()) if value is None}
+
+
+def _replace_tensors(module: nn.Module, parameter: _Replace, buffer: _Replace) -> None:
+    """Other tensors in the place of all parameters and buffers; tied ones stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        for name, old in part._parameters.items():
+            if old is not None:
+                if id(old) not in made:
+                    made[id(old)] = nn.Parameter(parameter(old), requires_grad=False)
+                part._parameters[name] = made[id(old)]
+        for name, old in part._buffers.items():
+            if old is not None:
+                part._buffers[name] = buffer(old)
+
+
+@contextmanager
+def _idle(layers: nn.ModuleList, gives_tuple: bool, seen: Any = None) -> Iterator[None]:
+    """Within it the layers hand their input through; `seen` is told what they were called with.
+
+    The first hands on something that needs a gradient, as adapters in it would.
+    """
+
+    def stub(layer: nn.Module) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            x = args[0] if args else kwargs["hidden_states"]
+            if seen is not None:
+                seen(args, dict(kwargs))
+            elif layer is layers[0]:
+                x = x.detach().requires_grad_()
+            return (x,) if gives_tuple else x
+
+        return run
+
+    for layer in layers:
+        layer.forward = stub(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+class _Enough(Exception):
+    """The first layer has answered."""
+
+
+def _gives_tuple(module: PreTrainedModel, layers: nn.ModuleList) -> bool:
+    """Whether a layer of this architecture returns more than its hidden states."""
+    found: list[bool] = []
+
+    def look(_: nn.Module, __: Any, result: Any) -> None:
+        found.append(isinstance(result, tuple))
+        raise _Enough
+
+    handle = layers[0].register_forward_hook(look)
+    with torch.no_grad(), contextlib.suppress(_Enough, RuntimeError):
+        module.base_model(input_ids=torch.zeros(1, 8, dtype=torch.int64), use_cache=False)
+    handle.remove()
+    return bool(found and found[0])
+
+
+def _cost(layer: nn.Module, calls: dict[int, _Call], config: RunConfig) -> LayerCost:
+    shapes = {m.storage.shape for m in layer.modules() if isinstance(m, FrozenLinear)}
+
+    def is_frozen(a: int, b: int) -> bool:
+        return (a, b) in shapes or (b, a) in shapes
+
+    look = look_compiled if config.torch_compile else look_eager
+    try:
+        looks = []
+        for tokens in LENGTHS:
+            signals.poll()
+            looks.append((tokens, look(layer, *calls[tokens], is_frozen)))
+    except Exception:  # whatever an architecture does that tensors without contents cannot
+        return estimated(layer, calls[LENGTHS[0]][0][0], config.torch_compile)
+    return fit(looks, ROWS, "compiled" if config.torch_compile else "eager")
+
+
+def estimated(layer: nn.Module, x: torch.Tensor, is_compiled: bool) -> LayerCost:
+    """What a layer keeps, from its linears alone: their outputs, and each as often again where it is not compiled."""
+    linears = [part for part in layer.modules() if isinstance(part, FrozenLinear)]
+    size = x.element_size()
+    width = x.shape[-1]
+    outputs = sum(part.out_features for part in linears) * size
+    others = sum(p.numel() for p in layer.parameters() if p.dim() > 2)  # experts
+    kept = (outputs + 3 * width * size) * (1.0 if is_compiled else 1.4)
+    kept += 3 * size * (others / max(1, width)) ** 0.5
+    widest = max((part.out_features for part in linears), default=width) * size
+    nothing = Pass((), Growth(0, 4 * kept), 30)
+    return LayerCost(
+        kept=Growth(0, kept),
+        output=Growth(0, width * size),
+        forward_peak=Growth(0, kept + 2 * widest),
+        backward_extra=Growth(0, 4 * widest),
+        forward=nothing,
+        backward=nothing,
+        how="estimated",
+    )
+
+
+def _outside_or_estimated(module: PreTrainedModel, layers: nn.ModuleList, attention: str) -> LayerCost:
+    try:
+        return _outside(module, layers, attention)
+    except Exception:  # as in `_layer_costs`
+        size = module.config.get_text_config().hidden_size * module.dtype.itemsize
+        kept, nothing = Growth(0, 3 * size), Pass((), Growth(0, 8 * size), 10)
+        return LayerCost(kept, Growth(0, size), kept, kept, nothing, nothing, "estimated")
+
+
+def _outside(module: PreTrainedModel, layers: nn.ModuleList, attention: str) -> LayerCost:
+    """Embedding and last norm: the model with layers that do nothing."""
+    looks = []
+    gives_tuple = _gives_tuple(module, layers)
+    for tokens in LENGTHS:
+        ids = torch.zeros(ROWS, tokens, dtype=torch.int64)
+        with _idle(layers, gives_tuple), metered() as meter:
+            hidden = module.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            kept, forward_peak, work = meter.now, meter.most, meter.work
+            meter.work = Tally()
+            dy = torch.ones_like(hidden)
+            meter.most = meter.now
+            torch.autograd.backward(hidden, dy)
+        output = hidden.numel() * hidden.element_size()
+        looks.append((tokens, Look(kept, output, forward_peak, meter.most - kept, [work, meter.work])))
+        del hidden, dy
+    cost = fit(looks, ROWS, "eager")
+    if attention == "sdpa":  # the causal mask that stands here, real tensors do not get
+
+        def linear(growth: Growth) -> Growth:
+            return growth._replace(per_token_squared=0.0)
+
+        fields = {name: linear(getattr(cost, name)) for name in ("kept", "forward_peak", "backward_extra")}
+        cost = LayerCost(**fields, output=cost.output, forward=cost.forward, backward=cost.backward, how="eager")
+    return cost
+
+
+def _eager_logits(module: PreTrainedModel, dtype: torch.dtype) -> tuple[float, float]:
+    """Bytes for each logit in work, of one chunk and of several, by running the loss on tensors without contents."""
+    vocab, width = module.config.get_text_config().vocab_size, 8
+    weight = torch.empty(vocab, width, dtype=dtype)
+    found = []
+    for chunks in (1, 2):
+        h = torch.empty(64 * chunks, width, dtype=dtype).requires_grad_()
+        labels = torch.zeros(64 * chunks, dtype=torch.int64)
+        with metered() as meter:
+            loss._ChunkedLosses.apply(h, labels, lambda part: F.linear(part, weight), 64, False)
+        found.append(meter.most / (64 * vocab))
+    return found[0], found[1]
+
+
+def cpu_gflops(seconds: float = 0.5) -> float:
+    """What this CPU multiplies in float32, in 10^9 operations a second.
+
+    The best of many tries on one core, times the cores: on all of them a busy neighbour would be measured.
+    """
+    threads = torch.get_num_threads()
+    a, b = torch.ones(512, 768), torch.ones(768, 1024)
+    best, until = float("inf"), time.perf_counter() + seconds
+    torch.set_num_threads(1)
+    try:
+        while (started := time.perf_counter()) < until:
+            torch.mm(a, b)
+            best = min(best, time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
+    return threads * 2 * 512 * 768 * 1024 / best / 1e9

@@ -1,0 +1,133 @@
+"""A config to its plan on a machine: the card, the work of the rows, and the plan applied.
+
+`planner.py` computes; this module asks for what it needs: the model's shape (once for each base precision), the card
+that is here or named, and the lengths of the rows where the data can be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from solotune.config.run_config import RunConfig
+from solotune.dataset import Prepared
+from solotune.dataset.example import lengths_of
+from solotune.dataset.sampler import BatchSampler, pack_sequences
+from solotune.hardware.machine import Machine
+from solotune.hub.model_files import ModelFiles
+from solotune.planning import planner
+from solotune.planning.gpus import Card, card_named, card_of, cpu_card
+from solotune.planning.layer_profile import ModelShape, Work
+from solotune.planning.model_shape import cpu_gflops, model_shape
+from solotune.planning.planner import Plan, full_rows
+
+MAX_COUNTED_MICRO_BATCHES = 20_000
+
+
+def plan_for(
+    config: RunConfig,
+    machine: Machine,
+    prepared: Prepared | None,
+    gpu: str | None = None,
+    model_files: ModelFiles | None = None,
+) -> Plan:
+    """The plan of a config that is settled for where it would run.
+
+    Args:
+        prepared: its rows, where they are known.
+        gpu: a card of the table, in the place of this machine's.
+        model_files: of the config's model; None: they are looked for.
+    """
+    card, free = card_here(machine, config) if gpu is None else (card_named(gpu), None)
+    shapes = shapes_of(model_files)
+    positions = shapes(_definite(config, card)).max_positions
+    work = full_rows(config, positions) if prepared is None else work_of(config, prepared)
+    return planner.make_plan(config, shapes, card, work, free)
+
+
+def card_here(machine: Machine, config: RunConfig) -> tuple[Card, int]:
+    """This machine's card, or its CPU, and the bytes of it that are free."""
+    if machine.has_cuda and not config.use_cpu:
+        assert machine.gpu and machine.gpu_bytes and machine.compute_capability
+        card = card_of(machine.gpu, machine.gpu_bytes, machine.compute_capability)
+        return card, machine.gpu_free_bytes or machine.gpu_bytes
+    return cpu_card(machine.ram_bytes, cpu_gflops()), machine.ram_free_bytes
+
+
+def for_card(name: str, machine: Machine) -> Machine:
+    """This machine as if `name` were in it, to settle a config for it.
+
+    Raises:
+        InputError: no such card in the table.
+    """
+    card = card_named(name)
+    versions = {"triton": "there", **machine.versions}
+    facts = {"compute_capability": card.compute_capability, "gpu_bytes": card.memory_bytes, "versions": versions}
+    return replace(machine, gpu=card.name, num_gpus=1, gpu_free_bytes=card.memory_bytes, **facts)
+
+
+def _definite(config: RunConfig, card: Card) -> RunConfig:
+    first = planner.precisions(config, card)[0]
+    return config.replaced("plan", base_precision=first)
+
+
+def shapes_of(model_files: ModelFiles | None = None) -> Callable[[RunConfig], ModelShape]:
+    """`model_shape`, looked at once for all configs of a model that differ in nothing that changes it."""
+
+    @cache
+    def of(key: str) -> ModelShape:
+        return model_shape(asked[key], model_files)
+
+    asked: dict[str, RunConfig] = {}
+
+    def shape(config: RunConfig) -> ModelShape:
+        kind = "fp8" if config.multiplies_in_fp8 else "dense"
+        adapter = f"{config.lora_r} {config.lora_target_modules} {config.lora_dropout}"
+        key = f"{config.model_name_or_path} {kind} {config.torch_compile} {config.bf16} {adapter}"
+        asked[key] = config
+        return of(key)
+
+    return shape
+
+
+def work_of(config: RunConfig, prepared: Prepared) -> Work:
+    """What the rows make of a step: counted on the very micro-batches that training will draw."""
+    lengths = np.asarray(lengths_of(prepared.train))
+    packs = pack_sequences(config, prepared.train)
+    sizes = np.array([lengths[rows].sum() for rows in packs]) if config.packing else lengths
+    schedule = BatchSampler.of(config, len(sizes))
+    longest, real = [], 0
+    drawn = (micro for step in schedule.steps(0) for micro in step)
+    for micro_batch in islice(drawn, MAX_COUNTED_MICRO_BATCHES):
+        longest.append(int(sizes[micro_batch].max()))
+        real += int(sizes[micro_batch].sum())
+    rows = min(config.per_device_train_batch_size, len(sizes))
+    if config.packing and config.torch_compile:  # every pass is padded to one shape, see `batch.PackShape`
+        rows, longest = config.per_device_train_batch_size, [config.max_length] * len(longest)
+    is_whole = schedule.total_steps * schedule.accumulation <= MAX_COUNTED_MICRO_BATCHES
+    tokens: dict[str, Any] = prepared.report.to_json()["tokens"]
+    held_out = sorted(lengths_of(prepared.validation))
+    every = config.every("eval", schedule.steps_per_epoch)
+    answer = min(config.max_new_tokens, tokens["supervised"] / max(1, len(lengths) + len(held_out)))
+    return Work(
+        rows=rows,
+        tokens=max(longest) if is_whole else max(longest[0] if config.packing else 0, int(sizes.max())),
+        mean_tokens=float(np.mean(longest)),
+        real_share=real / (sum(longest) * rows),
+        supervised_share=tokens["supervised"] / max(1, tokens["total"]),
+        accumulation=config.gradient_accumulation_steps,
+        steps=schedule.total_steps,
+        eval_tokens=sum(held_out),
+        num_evals=len(
+            {*range(every or schedule.total_steps, schedule.total_steps + 1, every or 1)} | {schedule.total_steps}
+        ),
+        eval_batch=(min(config.per_device_eval_batch_size, len(held_out)), max(held_out, default=0)),
+        generated_tokens=round(min(config.num_samples, len(held_out)) * (config.max_new_tokens + answer)),
+        has_one_shape=config.packing and config.takes_graphs,
+        is_measured=True,
+    )

@@ -1,0 +1,389 @@
+"""Which knobs are turned how, within a memory budget: the fastest way that fits, before anything runs.
+
+    budget = the memory that may be used       (`memory_budget`, or what the card has free)
+    for each base precision, best first:       (one, unless `base_precision: auto`)
+        of all (layers checkpointed, mirror kept, offload) that fit: the fastest
+    the first precision with one that fits is taken
+
+A key that the config sets is left as it is; only `auto` is chosen. Where nothing fits, the nearest thing that does is
+named: the smallest change to the config, tried in the order of what it costs the user (`_CHANGES`).
+
+Pure arithmetic on a `ModelShape`: the same code plans for a card that is not here. What it does not do: measure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, NamedTuple, get_args
+
+from solotune.config.run_config import BUDGET_SIZE, Choice, RunConfig
+from solotune.errors import CheckError, InputError
+from solotune.planning.constants import CONTEXT_BYTES
+from solotune.planning.gpus import CARDS, GIB, Card
+from solotune.planning.layer_profile import Knobs, ModelShape, Precision, Work
+from solotune.planning.memory import Footprint, footprint
+from solotune.planning.throughput import Seconds, seconds
+from solotune.units import gib
+
+SAFETY = 1.02
+"""A plan is believed to err by at most this; nothing is planned into it."""
+SHARE_OF_CARD = 0.94
+"""What `memory_budget: auto` takes of a card that is not here: a desktop, another process, the driver get the rest."""
+FREE_MARGIN_BYTES = 256 << 20
+MIN_LENGTH = 128
+
+Shapes = Callable[[RunConfig], ModelShape]
+
+
+class Budget(NamedTuple):
+    """`bytes` limits what torch allocates, `available_bytes` what there is for everything of this process."""
+
+    bytes: int
+    available_bytes: int
+    because: str
+
+    def holds(self, used: Footprint) -> bool:
+        return used.peak_bytes * SAFETY <= self.bytes and used.card_bytes * SAFETY <= self.available_bytes
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run, and what it costs."""
+
+    knobs: Knobs
+    footprint: Footprint
+    seconds: Seconds
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `solotune plan` says; `changes` is the way out where nothing fits."""
+
+    card: Card
+    budget: Budget
+    option: Option
+    fits: bool
+    choices: list[Choice]
+    notes: list[str]
+    changes: list[tuple[str, object]]
+    changed: Plan | None
+    settled: RunConfig
+
+    def to_json(self) -> dict[str, Any]:
+        """The design's shape, and more."""
+        used, took = self.option.footprint, self.option.seconds
+        return {
+            "fits": self.fits,
+            "card": self.card.name,
+            "peak_bytes": used.peak_bytes,
+            "card_bytes": used.card_bytes,
+            "peak_at": used.moment,
+            "by_category": used.by_category,
+            "budget_bytes": self.budget.bytes,
+            "host_bytes": used.host_bytes,
+            "seconds": took.to_json(),
+            "tokens_per_second": took.tokens_per_second,
+            "choices": [choice._asdict() for choice in self.choices],
+            "notes": self.notes,
+            "changes": [{"key": key, "value": value} for key, value in self.changes],
+        }
+
+    def refusal(self) -> CheckError:
+        """What is said where nothing fits."""
+        used = self.option.footprint
+        seen = f"{gib(used.peak_bytes)} GiB at the peak ({used.moment}), {gib(used.card_bytes)} GiB with what the "
+        seen += f"driver and the allocator take, on {self.card.name}"
+        return CheckError(
+            "does not fit in memory", seen=seen, allowed=f"{gib(self.budget.bytes)} GiB: {self.budget.because}",
+            change=self.way_out(),
+        )  # fmt: skip
+
+    def way_out(self) -> str:
+        """`max_length: 1024 (then 8.1 GiB, 900 tokens/s)`"""
+        if self.changed is None:
+            least = self.option.footprint.card_bytes * SAFETY
+            large = [c for c in CARDS.values() if c.memory_bytes * SHARE_OF_CARD >= least]
+            cards = ", ".join(c.name for c in sorted(large, key=lambda c: c.memory_bytes)[:3])
+            return f"a smaller model, or a card with {gib(round(least / SHARE_OF_CARD))} GiB ({cards or 'none known'})"
+        words = [f"{key}: {value_in_words(value)}" for key, value in self.changes]
+        after = self.changed.option
+        speed = f"{after.seconds.tokens_per_second:,.0f} tokens/s"
+        return f"{', '.join(words)} (then {gib(after.footprint.peak_bytes)} GiB, {speed})"
+
+
+def make_plan(
+    config: RunConfig, shapes: Shapes, card: Card, work: Work, free_bytes: int | None, notes: list[str] | None = None
+) -> Plan:
+    """The fastest way to run `config` that fits.
+
+    Args:
+        config: settled for the machine; its keys on `auto` are what is chosen.
+        shapes: the model's shape under a config with a definite `base_precision`.
+        card: where it would run.
+        work: of a step.
+        free_bytes: of this machine's card; None for a card that is not here.
+
+    Raises:
+        InputError: a budget that the card does not have.
+    """
+    budget = budget_of(config, card, free_bytes)
+    option, settled, fits = _best(config, shapes, card, work, budget)
+    notes = [*(notes or []), *_notes(shapes(settled), settled, work)]
+    choices = _choices(config, option, card, shapes(settled), fits)
+    if fits:
+        return Plan(card, budget, option, True, choices, notes, [], None, settled)
+    changes, changed = _way_out(config, shapes, card, work, budget)
+    return Plan(card, budget, option, False, choices, notes, changes, changed, settled)
+
+
+def budget_of(config: RunConfig, card: Card, free_bytes: int | None) -> Budget:
+    """`memory_budget` in bytes.
+
+    Raises:
+        InputError: more than the card has.
+    """
+    total, wanted = card.memory_bytes, config.memory_budget
+    available = total if free_bytes is None else free_bytes
+    if free_bytes is not None and not card.is_cpu:
+        available += CONTEXT_BYTES  # this process has made its context already
+    if wanted == "auto":
+        if free_bytes is not None:
+            room = int(0.9 * free_bytes) if card.is_cpu else free_bytes - FREE_MARGIN_BYTES
+            because = f"{gib(free_bytes)} GiB of {gib(total)} GiB are free, less a margin"
+            return Budget(room, available - (free_bytes - room), because)
+        room = int(SHARE_OF_CARD * total)
+        return Budget(room, room, f"{SHARE_OF_CARD:.0%} of the card's {gib(total)} GiB")
+    size = int(wanted * total) if isinstance(wanted, float) else bytes_of(str(wanted))
+    if size > total:
+        raise InputError(
+            f"{config.source_of('memory_budget')}, memory_budget: more than the card has",
+            seen=f"memory_budget: {wanted}",
+            allowed=f"at most {gib(total)} GiB, the memory of {card.name}",
+            change="memory_budget: auto",
+        )
+    return Budget(size, available, f"memory_budget: {wanted}")
+
+
+def bytes_of(text: str) -> int:
+    """`24GiB`, `9.5 GiB`, `24GB` or `500 MiB` in bytes."""
+    match = re.fullmatch(BUDGET_SIZE, text)
+    assert match is not None, text  # run_config.py has looked
+    units = {"GiB": GIB, "GB": 10**9, "MiB": 1 << 20, "MB": 10**6}
+    return int(float(match[1]) * units[match[2]])
+
+
+def precisions(config: RunConfig, card: Card) -> list[Precision]:
+    """The base precisions to try, best first.
+
+    By the held-out loss after training (`docs/decisions.md`): fp8 from the 16-bit weights is as good as a 16-bit base
+    to 0.7 % and 1.4 times as fast, where the card multiplies it; a 16-bit base is as fast as NF4 and better; NF4 is for
+    where only it fits.
+    """
+    if config.base_precision != "auto":
+        return [config.base_precision]
+    if card.is_cpu:
+        return ["fp32", "nf4"]
+    if not card.has_bf16:
+        return ["fp32", "nf4"]
+    if config.matmul_precision == "fp8":
+        return ["fp8"]
+    return ["fp8", "nf4"] if card.has_fp8 and config.matmul_precision == "auto" else ["bf16", "nf4"]
+
+
+def _best(config: RunConfig, shapes: Shapes, card: Card, work: Work, budget: Budget) -> tuple[Option, RunConfig, bool]:
+    """The fastest option that fits, or the smallest of all."""
+    smallest: tuple[Option, RunConfig] | None = None
+    for precision in precisions(config, card):
+        settled = config if precision == config.base_precision else config.replaced("plan", base_precision=precision)
+        shape = shapes(settled)
+        for offload in _offloads(config, card):  # with it only where nothing fits without
+            options = [
+                Option(knobs, used, seconds(shape, knobs, work, card))
+                for knobs in _knobs(settled, shape, card, offload)
+                for used in [footprint(shape, knobs, work, card)]
+            ]
+            if not options:
+                continue
+            fitting = [option for option in options if budget.holds(option.footprint)]
+            if fitting:
+                best = min(fitting, key=lambda option: (option.seconds.step, option.footprint.peak_bytes))
+                return best, _applied(settled, config, best.knobs, shape), True
+            least = min(options, key=lambda option: option.footprint.peak_bytes)
+            if smallest is None or least.footprint.peak_bytes < smallest[0].footprint.peak_bytes:
+                smallest = least, _applied(settled, config, least.knobs, shape)
+    assert smallest is not None
+    return *smallest, False
+
+
+def is_open(config: RunConfig, key: str) -> bool:
+    """Whether the plan may choose this key."""
+    return getattr(config, key) == "auto" or (key == "activation_offload" and config.source_of(key) == "default")
+
+
+def _offloads(config: RunConfig, card: Card) -> list[bool]:
+    if is_open(config, "activation_offload"):
+        return [False] if card.is_cpu else [False, True]
+    return [bool(config.activation_offload)]
+
+
+def _knobs(config: RunConfig, shape: ModelShape, card: Card, offload: bool) -> Iterator[Knobs]:
+    depth = len(shape.layers)
+    wanted = config.gradient_checkpointing
+    counts = (
+        range(depth + 1) if wanted == "auto" else [depth * wanted if isinstance(wanted, bool) else min(wanted, depth)]
+    )
+    mirrors = {"auto": [False, True], "quantized": [False], "dequantized": [True]}[config.base_residency]
+    precision = "fp8" if config.multiplies_in_fp8 else config.base_precision  # the storage, see `model.load_model`
+    assert precision != "auto" and precision in get_args(Precision)
+    for count, mirrored in product(counts, mirrors if precision == "nf4" else [False]):
+        if offload and not count:
+            continue
+        device = "cpu" if card.is_cpu else "cuda"
+        optim = "adamw_torch" if card.is_cpu else config.optim
+        yield Knobs(precision, config.bnb_4bit_use_double_quant, mirrored, count, offload, optim, device)
+
+
+def _applied(settled: RunConfig, config: RunConfig, knobs: Knobs, shape: ModelShape) -> RunConfig:
+    values: dict[str, object] = {}
+    if config.gradient_checkpointing == "auto":
+        values["gradient_checkpointing"] = _checkpointing(knobs.num_checkpointed, len(shape.layers))
+    if config.base_residency == "auto" and knobs.base_precision == "nf4":
+        values["base_residency"] = "dequantized" if knobs.is_mirrored else "quantized"
+    if is_open(config, "activation_offload"):
+        values["activation_offload"] = knobs.is_offloaded
+    return settled.replaced("plan", **values) if values else settled
+
+
+def _checkpointing(count: int, depth: int) -> bool | int:
+    return bool(count) if count in (0, depth) else count
+
+
+def _choices(config: RunConfig, option: Option, card: Card, shape: ModelShape, fits: bool) -> list[Choice]:
+    """What was chosen, and why."""
+    knobs, depth = option.knobs, len(shape.layers)
+    choices = []
+    if config.base_precision == "auto":
+        why = {
+            "fp8": f"{card.name} multiplies in fp8, it fits, and it costs less quality than 4 bits",
+            "bf16": f"{card.name} has no fp8; 16 bits fit, and are better than 4",
+            "fp32": "there is no bfloat16 here, and it fits",
+            "nf4": "only 4 bits fit" if fits else "the smallest there is",
+        }[knobs.base_precision]
+        choices.append(Choice("base_precision", knobs.base_precision, why))
+    if config.gradient_checkpointing == "auto":
+        n = knobs.num_checkpointed
+        why = "the activations of all layers fit"
+        if n:
+            why = f"{depth - n} of {depth} layers' activations fit" if fits else "the least memory"
+        choices.append(Choice("gradient_checkpointing", _checkpointing(n, depth), why))
+    if config.base_residency == "auto" and knobs.base_precision == "nf4":
+        mirror = f"{gib(shape.num_frozen * shape.dtype_bytes)} GiB"
+        why = f"expanded once, the weights take {mirror}; " + (
+            "that fits, and saves expanding them in every pass"
+            if knobs.is_mirrored
+            else "that does not fit, or memory gains more elsewhere"
+        )
+        choices.append(Choice("base_residency", "dequantized" if knobs.is_mirrored else "quantized", why))
+    if knobs.is_offloaded and is_open(config, "activation_offload"):
+        host = f"{gib(option.footprint.host_bytes)} GiB"
+        choices.append(Choice("activation_offload", True, f"it fits in no other way; {host} of pinned host memory"))
+    return choices
+
+
+def _notes(shape: ModelShape, config: RunConfig, work: Work) -> list[str]:
+    notes = []
+    if any(layer.how == "estimated" for layer in shape.layers):
+        notes.append(f"a layer of {shape.family} cannot be looked at without data: its activations are estimated")
+    if not work.is_measured:
+        notes.append(f"the rows are not known: {work.rows} full ones of {work.tokens:,} tokens are assumed")
+    if work.steps is None:
+        notes.append("the number of steps is not known, nor the whole time")
+    return notes
+
+
+def _way_out(
+    config: RunConfig, shapes: Shapes, card: Card, work: Work, budget: Budget
+) -> tuple[list[tuple[str, object]], Plan | None]:
+    """The nearest config that fits: one change if one does, else the first few together."""
+
+    def tried(values: dict[str, object]) -> Plan | None:
+        changed, other = _with(config, work, values)
+        option, settled, fits = _best(changed, shapes, card, other, budget)
+        if not fits:
+            return None
+        return Plan(card, budget, option, True, [], [], [], None, settled)
+
+    singles = list(_changes(config, work, card))
+    for values in singles:
+        if plan := tried(values):
+            return list(values.items()), plan
+    together: dict[str, object] = {}
+    for values in _less_each(singles):
+        together |= values
+        if plan := tried(together):
+            return list(together.items()), plan
+    length = int(together.get("max_length", work.tokens))  # type: ignore[call-overload]
+    while length >= 2 * MIN_LENGTH:
+        length //= 2
+        if plan := tried(together | {"max_length": length}):
+            return list((together | {"max_length": length}).items()), plan
+    return [], None
+
+
+def _changes(config: RunConfig, work: Work, card: Card) -> Iterator[dict[str, object]]:
+    """Single changes, from what costs the user least: speed, then precision, then the length of rows."""
+    if config.gradient_checkpointing not in (True, "auto"):
+        yield {"gradient_checkpointing": "auto"}
+    if config.base_residency == "dequantized":
+        yield {"base_residency": "auto"}
+    rows = work.rows
+    while rows > 1:
+        rows = max(n for n in range(1, rows) if work.rows % n == 0)
+        factor = work.rows // rows
+        yield {
+            "per_device_train_batch_size": rows,
+            "gradient_accumulation_steps": config.gradient_accumulation_steps * factor,
+        }
+    if config.base_precision not in ("nf4", "auto"):
+        yield {"base_precision": "nf4"}
+    length = work.tokens
+    while length >= 2 * MIN_LENGTH:
+        length -= max(MIN_LENGTH, length // 8 // MIN_LENGTH * MIN_LENGTH)
+        yield {"max_length": length}
+
+
+def _less_each(singles: list[dict[str, object]]) -> list[dict[str, object]]:
+    """The furthest of each key's changes, one behind the other; lengths are left for the end."""
+    last = {next(iter(values)): values for values in singles if "max_length" not in values}
+    return list(last.values())
+
+
+def _with(config: RunConfig, work: Work, values: dict[str, object]) -> tuple[RunConfig, Work]:
+    changed = config.replaced("change", **values)
+    if "per_device_train_batch_size" in values:
+        work = replace(work, rows=changed.per_device_train_batch_size, accumulation=changed.gradient_accumulation_steps)
+    if "max_length" in values:
+        work = replace(work, tokens=changed.max_length, mean_tokens=min(work.mean_tokens, changed.max_length))
+    return changed, work
+
+
+def full_rows(config: RunConfig, max_positions: int | None = None) -> Work:
+    """The work of a step where the data is not known: rows as long as they may be, all of them learned."""
+    tokens = min(config.max_length, max_positions or config.max_length)
+    return Work(
+        rows=config.per_device_train_batch_size,
+        tokens=tokens,
+        mean_tokens=tokens,
+        real_share=1.0,
+        supervised_share=1.0,
+        accumulation=config.gradient_accumulation_steps,
+        steps=config.max_steps if config.max_steps > 0 else None,
+        has_one_shape=config.takes_graphs,
+    )
+
+
+def value_in_words(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

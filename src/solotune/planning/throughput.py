@@ -1,0 +1,205 @@
+"""Seconds of a training step, of the first one, and of the whole run.
+
+    step = sum over micro-batches of (forward + backward + recomputed forward + head) + optimizer
+
+Each layer's products of matrices take their operations divided by the rate of the card, times the share of it that
+products of their size reach, or the time to read and write their operands, whichever is longer. Everything else is
+bound by memory and takes its bytes. Under all of it is a floor, the time to launch the kernels: it is what small models
+wait for, less where a CUDA graph launches them. Rates are the card's (`cards`), shares were measured (`calibration`).
+
+Shape legend: B rows, T tokens of the longest row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from solotune.planning import constants as known
+from solotune.planning.gpus import Card
+from solotune.planning.layer_profile import Knobs, LayerCost, Matmul, ModelShape, Pass, Work
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """None where the data would have to be known."""
+
+    load: float
+    first_step: float
+    step: float
+    total: float | None
+    tokens_per_second: float
+
+    def to_json(self) -> dict[str, float | None]:
+        return {"load": self.load, "first_step": self.first_step, "step": self.step, "total": self.total}
+
+
+def seconds(shape: ModelShape, knobs: Knobs, work: Work, card: Card) -> Seconds:
+    """How long it takes on `card`."""
+    pace = _CpuPace(card) if card.is_cpu else _GpuPace(card, knobs, shape.is_compiled)
+    tokens = max(1.0, work.mean_tokens)
+    supervised = work.real_share * work.supervised_share
+    has_graphs = work.has_one_shape and not knobs.is_offloaded
+    micro_batch = _micro_batch(shape, knobs, work.rows, tokens, supervised, has_graphs, pace)
+    step = work.accumulation * micro_batch + pace.optimizer(shape)
+    load = pace.load(shape, knobs)
+    first = step + pace.compile(shape, knobs)
+    total = None
+    if work.steps is not None:
+        total = load + first + step * max(0, work.steps - 1) + _evaluations(shape, knobs, work, pace)
+    return Seconds(load, first, step, total, work.tokens_per_step / step)
+
+
+def _micro_batch(
+    shape: ModelShape, knobs: Knobs, rows: int, tokens: float, supervised: float, has_graphs: bool, pace: _Pace
+) -> float:
+    total = 0.0
+    for number, layer in enumerate(shape.layers):
+        forward = _forward(shape, layer, rows, tokens, pace)
+        backward = _passing(layer.backward, rows, tokens, pace) + _attention(shape, rows, tokens, pace, True)
+        one = forward * (2 if number < knobs.num_checkpointed else 1) + backward
+        total += max(one, pace.layer_floor(layer, number < knobs.num_checkpointed, has_graphs))
+    if knobs.is_offloaded:  # out in forward, back in backward; nothing hides it
+        moved = sum(layer.output.per_token for layer in shape.layers[: knobs.num_checkpointed]) * rows * tokens
+        total += 2 * moved / known.OFFLOAD_BYTES_PER_SECOND
+    expansions = 2 + knobs.num_checkpointed / max(1, len(shape.layers))
+    total += expansions * pace.expansion(shape, knobs)
+    outside = shape.outside
+    total += _passing(outside.forward, rows, tokens, pace) + _passing(outside.backward, rows, tokens, pace)
+    positions = rows * tokens * supervised
+    total += 2 * pace.product(2 * positions * shape.hidden_size * shape.vocab_size, 0.0, False)
+    return total + pace.reading(positions * shape.vocab_size * shape.logit_bytes[0] * 2)
+
+
+def _forward(shape: ModelShape, layer: LayerCost, rows: int, tokens: float, pace: _Pace) -> float:
+    return _passing(layer.forward, rows, tokens, pace) + _attention(shape, rows, tokens, pace, False)
+
+
+def _passing(part: Pass, rows: int, tokens: float, pace: _Pace) -> float:
+    def at(growth: tuple[float, float, float]) -> float:
+        return growth[0] + rows * tokens * (growth[1] + tokens * growth[2])
+
+    def one(matmul: Matmul) -> float:
+        return pace.product(at(matmul.flops), at(matmul.bytes), matmul.frozen)
+
+    return sum(one(matmul) for matmul in part.matmuls) + pace.reading(at(part.other_bytes)) + pace.calls(part)
+
+
+def _attention(shape: ModelShape, rows: int, tokens: float, pace: _Pace, is_backward: bool) -> float:
+    """Two products of T x T/2 (causal) for each head forward, five backward."""
+    flops = rows * tokens * tokens * shape.num_heads * shape.head_dim * (5 if is_backward else 2)
+    return pace.attention(flops, tokens, is_backward)
+
+
+def _evaluations(shape: ModelShape, knobs: Knobs, work: Work, pace: _Pace) -> float:
+    """Held-out passes during the run, base and tuned at its end, and the answers that are written."""
+    if not work.eval_tokens:
+        return 0.0
+    tokens = max(1, work.eval_batch[1])
+    batches = work.eval_tokens / max(1, work.eval_batch[0] * tokens)
+    forward = sum(_forward(shape, layer, work.eval_batch[0], tokens, pace) for layer in shape.layers)
+    forward += pace.expansion(shape, knobs)
+    positions = work.eval_batch[0] * tokens * work.supervised_share
+    forward += pace.product(2 * positions * shape.hidden_size * shape.vocab_size, 0.0, False)
+    return batches * forward * (work.num_evals + 1) + work.generated_tokens * pace.generated(shape)
+
+
+class _GpuPace:
+    """Times on a GPU."""
+
+    def __init__(self, card: Card, knobs: Knobs, is_compiled: bool) -> None:
+        self.card, self.is_compiled = card, is_compiled
+        self.flops = card.bf16_tflops * 1e12
+        self.frozen_flops = self.flops
+        self.frozen_share = known.GEMM_SHARE
+        if knobs.base_precision == "fp8" and card.fp8_tflops:
+            self.frozen_flops, self.frozen_share = card.fp8_tflops * 1e12, known.FP8_GEMM_SHARE
+        self.bandwidth = card.bandwidth_bytes
+
+    def product(self, flops: float, size: float, frozen: bool) -> float:
+        rate, share = (self.frozen_flops, self.frozen_share) if frozen else (self.flops, known.GEMM_SHARE)
+        ramp = known.GEMM_HALF_FLOPS * self.card.bf16_tflops / 989
+        multiplying = (flops + ramp) / (rate * share) if flops else 0.0
+        return max(multiplying, size / (self.bandwidth * known.SMALL_GEMM_SHARE_OF_BANDWIDTH))
+
+    def reading(self, size: float) -> float:
+        return size / (self.bandwidth * known.BANDWIDTH_SHARE)
+
+    def calls(self, part: Pass) -> float:
+        return 0.0  # overlaps with the work; `layer_floor` is where it shows
+
+    def layer_floor(self, layer: LayerCost, is_checkpointed: bool, has_graphs: bool) -> float:
+        kernels = layer.forward.num_kernels * (1 + is_checkpointed) + layer.backward.num_kernels
+        if not self.is_compiled:
+            return kernels * known.EAGER_KERNEL_SECONDS
+        if has_graphs:
+            return kernels * known.GRAPH_KERNEL_SECONDS
+        return known.LAYER_SECONDS * (1 + 0.5 * is_checkpointed) + kernels * known.KERNEL_SECONDS
+
+    def attention(self, flops: float, tokens: float, is_backward: bool) -> float:
+        share, half = known.ATTENTION_BACKWARD if is_backward else known.ATTENTION_FORWARD
+        return flops / (self.flops * share * tokens / (tokens + half))
+
+    def expansion(self, shape: ModelShape, knobs: Knobs) -> float:
+        if knobs.base_precision != "nf4" or knobs.is_mirrored:
+            return 0.0
+        return shape.num_frozen * (0.5 + shape.dtype_bytes) / (self.bandwidth * known.NF4_EXPANSION_SHARE)
+
+    def optimizer(self, shape: ModelShape) -> float:
+        return known.STEP_SECONDS + shape.num_trainable * 40 / self.bandwidth
+
+    def load(self, shape: ModelShape, knobs: Knobs) -> float:
+        return known.CUDA_IMPORT_SECONDS + 2 * (shape.num_frozen + shape.other_parameters) / known.READ_BYTES_PER_SECOND
+
+    def compile(self, shape: ModelShape, knobs: Knobs) -> float:
+        if not shape.is_compiled:
+            return 1.0
+        kinds = len({id(layer) for layer in shape.layers})
+        extra = known.COMPILE_SECONDS_CHECKPOINTED if knobs.num_checkpointed else 0.0
+        return kinds * known.COMPILE_SECONDS + extra
+
+    def generated(self, shape: ModelShape) -> float:
+        return len(shape.layers) * 1.2e-3
+
+
+class _CpuPace:
+    """Times on this machine's CPU, whose speed the card holds as it was measured just now."""
+
+    def __init__(self, card: Card) -> None:
+        self.flops = card.bf16_tflops * 1e12 * known.CPU_GEMM_SHARE
+        self.bandwidth = card.bandwidth_bytes
+
+    def product(self, flops: float, size: float, frozen: bool) -> float:
+        return flops / self.flops
+
+    def reading(self, size: float) -> float:
+        return size / self.bandwidth
+
+    def calls(self, part: Pass) -> float:
+        return part.num_kernels * known.CPU_OPERATION_SECONDS
+
+    def layer_floor(self, layer: LayerCost, is_checkpointed: bool, has_graphs: bool) -> float:
+        return 0.0
+
+    def attention(self, flops: float, tokens: float, is_backward: bool) -> float:
+        return 2 * flops / self.flops
+
+    def expansion(self, shape: ModelShape, knobs: Knobs) -> float:
+        if knobs.base_precision != "nf4" or knobs.is_mirrored:
+            return 0.0
+        return shape.num_frozen / known.CPU_EXPANDED_WEIGHTS_PER_SECOND
+
+    def optimizer(self, shape: ModelShape) -> float:
+        return shape.num_trainable * 64 / self.bandwidth
+
+    def load(self, shape: ModelShape, knobs: Knobs) -> float:
+        return known.CPU_IMPORT_SECONDS + shape.num_frozen / known.CPU_QUANTISED_WEIGHTS_PER_SECOND
+
+    def compile(self, shape: ModelShape, knobs: Knobs) -> float:
+        return 0.0
+
+    def generated(self, shape: ModelShape) -> float:
+        weights = shape.num_frozen + shape.hidden_size * shape.vocab_size
+        return weights * shape.dtype_bytes / self.bandwidth + len(shape.layers) * known.CPU_GENERATED_LAYER_SECONDS
+
+
+_Pace = _GpuPace | _CpuPace

@@ -1,0 +1,89 @@
+"""What a run does to a disk: the few operations that `atomic_io.py` is made of, each announced before it is done.
+
+`watched` listens. That is how `bench.faults` counts the operations of a run and kills it at the k-th, tears a write in
+two, fails it, or records all of them to replay a power cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+Hook = Callable[[str, Path, bytes], None]
+_hooks: list[Hook] = []
+
+
+@contextlib.contextmanager
+def watched(hook: Hook) -> Iterator[None]:
+    """Calls `hook(operation, path, content)` before each operation of the block.
+
+    `content` is what is about to be written, the new name of a rename, the length of a truncation, else nothing. What
+    the hook raises comes out of the operation, as the kernel's refusal would.
+    """
+    _hooks.append(hook)
+    try:
+        yield
+    finally:
+        _hooks.remove(hook)
+
+
+def say(operation: str, path: Path, content: bytes = b"") -> None:
+    for hook in _hooks:
+        hook(operation, path, content)
+
+
+def open_file(path: Path, flags: int) -> int:
+    say("open", path)
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def write(handle: int, path: Path, content: bytes) -> None:
+    say("write", path, content)
+    rest = memoryview(content)
+    while rest:  # the kernel may take less than it was given
+        rest = rest[os.write(handle, rest) :]
+
+
+def fsync(handle: int, path: Path) -> None:
+    say("fsync", path)
+    os.fsync(handle)
+
+
+def truncate(handle: int, path: Path, length: int) -> None:
+    say("truncate", path, str(length).encode())
+    os.ftruncate(handle, length)
+
+
+def sync_folder(folder: Path) -> None:
+    say("sync_folder", folder)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems have no such thing
+            raise
+    finally:
+        os.close(handle)
+
+
+def mkdir(path: Path) -> None:
+    say("mkdir", path)
+    os.mkdir(path)
+
+
+def rename(path: Path, to: Path) -> None:
+    say("rename", path, os.fsencode(to))
+    os.replace(path, to)
+
+
+def unlink(path: Path) -> None:
+    say("unlink", path)
+    path.unlink(missing_ok=True)
+
+
+def rmdir(path: Path) -> None:
+    say("rmdir", path)
+    path.rmdir()

@@ -1,0 +1,198 @@
+"""One reader of what a run has written, in whatever state it is.
+
+    record = RunRecord.read("runs/demo")       or the path of a RunDirectory
+    record.steps[-1].loss, record.is_finished, record.evaluation
+
+Whole, crashed (its last line torn), still running, written by another version, files damaged or absent: what can be
+read is there, and the rest is None or empty. Nothing here raises, and nothing here loads torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from solotune.config.yaml_reader import read_mapping
+from solotune.errors import InputError
+from solotune.run.events import (
+    DeviceFailedEvent,
+    DiagnosedEvent,
+    EndEvent,
+    EvalEvent,
+    Event,
+    NonFiniteEvent,
+    ResumeEvent,
+    StartEvent,
+    StepEvent,
+    from_line,
+)
+
+METRICS = "metrics.jsonl"
+MAX_JSON_BYTES = 256 << 20  # no file of a run comes near it; the state of a long run by another trainer has megabytes
+
+E = TypeVar("E", covariant=True)
+
+
+class Line(NamedTuple, Generic[E]):
+    """An event and where its line begins in metrics.jsonl."""
+
+    offset: int  # bytes
+    event: E
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The events of a run, read once, and its other files, each read when it is first asked for."""
+
+    path: Path
+    lines: tuple[Line[Event], ...]
+
+    @classmethod
+    def read(cls, path: str | Path) -> RunRecord:
+        """The record of the run in a folder; an empty one where there is none."""
+        return cls(Path(path), tuple(_lines_of(Path(path) / METRICS)))
+
+    @cached_property
+    def events(self) -> tuple[Event, ...]:
+        return tuple(line.event for line in self.lines)
+
+    def of(self, kind: type[E]) -> tuple[E, ...]:
+        """The events of one kind, in the order of the file."""
+        return tuple(event for event in self.events if isinstance(event, kind))
+
+    # --- what the events tell
+
+    @cached_property
+    def steps(self) -> tuple[StepEvent, ...]:
+        return self.of(StepEvent)
+
+    @cached_property
+    def evals(self) -> tuple[EvalEvent, ...]:
+        return self.of(EvalEvent)
+
+    @property
+    def start(self) -> StartEvent | None:
+        """The newest: a run that was killed before its first checkpoint starts again."""
+        return (self.of(StartEvent) or (None,))[-1]
+
+    @property
+    def end(self) -> Line[EndEvent] | None:
+        """The last, and where it stands."""
+        ends = (Line(at, event) for at, event in reversed(self.lines) if isinstance(event, EndEvent))
+        return next(ends, None)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.end is not None
+
+    @property
+    def last_step(self) -> int:
+        """0 before the first step."""
+        return self.steps[-1].step if self.steps else 0
+
+    @property
+    def total_steps(self) -> int | None:
+        """As planned; None before the first step."""
+        return next((event.total_steps for event in reversed(self.steps) if event.total_steps), None)
+
+    @property
+    def resumed_steps(self) -> tuple[int, ...]:
+        """The steps after which the run was resumed."""
+        return tuple(event.step for event in self.of(ResumeEvent))
+
+    @property
+    def failures(self) -> tuple[NonFiniteEvent | DeviceFailedEvent, ...]:
+        return tuple(event for event in self.events if isinstance(event, (NonFiniteEvent, DeviceFailedEvent)))
+
+    @property
+    def diagnosed_codes(self) -> frozenset[str]:
+        """The faults that were named while the run was training."""
+        return frozenset(event.code for event in self.of(DiagnosedEvent))
+
+    @property
+    def peak_bytes(self) -> int | None:
+        return max((event.peak_bytes for event in self.steps if event.peak_bytes), default=None)
+
+    def medians(self) -> dict[str, float | None]:
+        """Over the steps; None before the first."""
+        return {
+            "step_seconds": _median([event.step_seconds for event in self.steps]),
+            "tokens_per_second": _median([event.tokens_per_second for event in self.steps]),
+        }
+
+    # --- the files; None where there is none that can be read
+
+    @cached_property
+    def config(self) -> dict[str, Any] | None:
+        """The keys of config.yaml as they are written: another version may have had other ones."""
+        try:
+            return read_mapping(self.path / "config.yaml")[0]
+        except InputError:
+            return None
+
+    @cached_property
+    def environment(self) -> dict[str, Any] | None:
+        return json_object(self.path / "environment.json")
+
+    @cached_property
+    def data(self) -> dict[str, Any] | None:
+        return json_object(self.path / "data.json")
+
+    @cached_property
+    def plan(self) -> dict[str, Any] | None:
+        return json_object(self.path / "plan.json")
+
+    @cached_property
+    def fingerprints(self) -> dict[str, Any] | None:
+        return json_object(self.path / "fingerprints.json")
+
+    @cached_property
+    def evaluation(self) -> dict[str, Any] | None:
+        return json_object(self.path / "evaluation.json")
+
+    @cached_property
+    def diagnosis(self) -> dict[str, Any] | None:
+        return json_object(self.path / "diagnosis.json")
+
+
+def json_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object of a file; None where there is none that can be read."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def number_in(content: Any, *keys: str) -> float | None:
+    """The finite number below nested keys of a JSON file; None where something else is there, or nothing."""
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    is_number = isinstance(content, (int, float)) and not isinstance(content, bool)
+    return content if is_number and abs(content) <= sys.float_info.max else None
+
+
+def _lines_of(path: Path) -> list[Line[Event]]:
+    try:
+        content = path.read_bytes() if path.is_file() else b""
+    except OSError:
+        return []
+    found, offset = [], 0
+    for line in content.split(b"\n"):
+        if (event := from_line(line)) is not None:
+            found.append(Line(offset, event))
+        offset += len(line) + 1
+    return found
+
+
+def _median(values: list[float]) -> float | None:
+    """The upper one of two; NaN, which stands for a value that was not recorded, is left out."""
+    known = sorted(value for value in values if not math.isnan(value))
+    return known[len(known) // 2] if known else None

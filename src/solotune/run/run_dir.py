@@ -1,0 +1,292 @@
+"""The run directory: the files in which the stages of a run meet.
+
+    runs/<name>/  config.yaml  environment.json  data.json  metrics.jsonl  checkpoints/step-000050/
+                  adapter/  evaluation.json  diagnosis.json  log.txt  fingerprints.json  manifest.json
+
+Every file is written whole or not at all (`atomic_io`), so whoever reads the directory, during the run, after a crash
+or on another machine, sees only finished files. `metrics.jsonl` alone grows: one JSON object a line, and a torn last
+line is passed over. A lock that the kernel drops with its owner keeps a second process out.
+
+Each checkpoint has a mark of `metrics.jsonl`: its length and its sha256. Going on from the checkpoint cuts the file
+back to the mark; a file that is another one, or shorter, is of another run than the checkpoint. At its end a run is
+sealed: `manifest.json` has the hash of every file that has no manifest beside it (adapter and checkpoints do).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from solotune.config.run_config import RunConfig, to_yaml
+from solotune.errors import DirectoryInUseError, InputError
+from solotune.run import atomic_io
+from solotune.run.events import Event, to_line
+from solotune.run.manifest import MANIFEST, Entry, entry_at, manifest_text, read_manifest
+from solotune.run.record import METRICS, RunRecord, number_in
+
+LOCK = ".lock"
+LOCK_TRIES = 20
+LOG, FINGERPRINTS, STACKS = "log.txt", "fingerprints.json", "stacks.txt"
+UNUSED = ".unused"  # ending of a checkpoint that a resumed run passed over
+MARKS = ("config.yaml", METRICS, "adapter", "checkpoints")  # any of these: the directory holds a run
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a run.
+
+    Raises:
+        InputError: it is absent or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file", allowed="a file that `solotune train` wrote") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON", seen=str(error)) from None
+
+
+class RunDirectory:
+    """One run's folder. Use `create` to start a run and `open` to read one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: int | None = None
+
+    @classmethod
+    def create(cls, config: RunConfig, resume: bool = False) -> RunDirectory:
+        """Makes (or, to resume, takes over) the directory and locks it.
+
+        Raises:
+            DirectoryInUseError: another process holds it, or it already holds a run and this is no resume.
+        """
+        if not resume:
+            cls.refuse_occupied(config)
+        run = cls(Path(os.path.expanduser(config.output_dir)) if config.output_dir else _fresh_path(config))
+        atomic_io.make_folder(run.path)
+        run._take_lock()
+        try:
+            if not resume:
+                cls.refuse_occupied(config)  # another may have run here from its start to its end since
+            for folder in (run.path, run.checkpoints):
+                atomic_io.sweep(folder)
+        except BaseException:
+            run.release()
+            raise
+        return run
+
+    @staticmethod
+    def refuse_occupied(config: RunConfig) -> None:
+        """Raises:
+        InputError: `output_dir` is a file.
+        DirectoryInUseError: it already holds a run.
+        """
+        path = Path(os.path.expanduser(config.output_dir or "."))
+        if path.is_file():
+            raise InputError(f"output_dir: {path} is a file", allowed="a folder, existing or not")
+        held = [mark for mark in MARKS if config.output_dir and (path / mark).exists()]
+        if held:
+            raise DirectoryInUseError(
+                f"{path} already holds a run",
+                seen=", ".join(held),
+                change="--resume to continue it, another output_dir to start afresh, or remove the folder",
+            )
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDirectory:
+        """An existing run, for reading.
+
+        Raises:
+            InputError: no such folder, or one without a run in it.
+        """
+        run = cls(Path(os.path.expanduser(path)))
+        if not run.path.is_dir():
+            known = ", ".join(str(other.path) for other in list_runs()[-3:])
+            raise InputError(
+                f"{path}: no such run", allowed="a run directory", change=f"latest: {known}" if known else None
+            )
+        if not (run.path / "config.yaml").is_file():
+            raise InputError(
+                f"{path}: not a run directory", seen="no config.yaml in it", allowed="a folder of `solotune train`"
+            )
+        return run
+
+    def _take_lock(self) -> None:
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        me = json.dumps({"pid": os.getpid(), "host": platform.node(), "since": now}) + "\n"
+        owner = None
+        for _ in range(LOCK_TRIES):  # it may be held for a moment by who only asks, and its owner's name comes after it
+            self._lock = atomic_io.take_lock(self.path / LOCK, me)
+            if self._lock is not None:
+                return
+            if owner := self._owner():
+                break
+            time.sleep(0.05)
+        raise DirectoryInUseError(
+            f"{self.path} is being written by another process",
+            seen=owner,
+            change="wait for it, or choose another output_dir",
+        )
+
+    def _owner(self) -> str | None:
+        """Who holds the lock, in words."""
+        try:
+            owner = json.loads((self.path / LOCK).read_text(encoding="utf-8"))
+            if owner["host"] == platform.node() and not _is_alive(owner["pid"]):
+                return None
+            return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def is_locked(self) -> bool:
+        """Whether a live process is writing this run."""
+        return atomic_io.is_locked(self.path / LOCK)
+
+    def release(self) -> None:
+        """Lets go of the lock."""
+        if self._lock is not None:
+            atomic_io.drop_lock(self.path / LOCK, self._lock)
+            self._lock = None
+
+    def write_config(self, config: RunConfig) -> None:
+        atomic_io.write_whole(self.path / "config.yaml", to_yaml(config))
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """`name` is a file name such as `evaluation.json`."""
+        atomic_io.write_whole(self.path / name, atomic_io.json_text(content))
+
+    def log(self, event: Event) -> None:
+        """Appends the event's line to metrics.jsonl.
+
+        Raises:
+            StorageError: disk full, read-only, quota.
+        """
+        atomic_io.append_line(self.path / METRICS, to_line(event))
+
+    def mark(self) -> dict[str, Any]:
+        """Makes metrics.jsonl durable and says what it is: what a checkpoint keeps of it."""
+        atomic_io.sync(self.path / METRICS)
+        return entry_at(self.path / METRICS)._asdict()
+
+    def why_not_after(self, mark: Mapping[str, Any]) -> str | None:
+        """Why metrics.jsonl cannot be cut back to a mark; None where it can."""
+        path = self.path / METRICS
+        there = path.stat().st_size if path.is_file() else 0
+        if there < mark["bytes"]:
+            return f"{METRICS} has {there:,} bytes, {mark['bytes']:,} when the checkpoint was saved"
+        if mark["bytes"] and entry_at(path, mark["bytes"]) != Entry(mark["bytes"], mark["sha256"]):
+            return f"{METRICS} is not the one that the checkpoint was saved beside"
+        return None
+
+    def go_back(self, mark: Mapping[str, Any] | None) -> None:
+        """Takes the seal off and cuts metrics.jsonl back to a mark, or to nothing: the run goes on from there."""
+        atomic_io.remove(self.path / MANIFEST)
+        atomic_io.cut_back(self.path / METRICS, mark["bytes"] if mark else 0)
+
+    def seal(self) -> None:
+        """Writes manifest.json, by which `solotune verify` knows every file."""
+        entries = {}
+        for path in sorted(self.path.rglob("*")):
+            name = path.relative_to(self.path).as_posix()
+            has_own = path.name != MANIFEST and (path.parent / MANIFEST).is_file() and path.parent != self.path
+            if path.is_file() and not has_own and name not in (MANIFEST, LOCK) and UNUSED not in name:
+                entries[name] = entry_at(path)
+        atomic_io.write_whole(self.path / MANIFEST, manifest_text(entries))
+
+    def seal_again(self, name: str) -> None:
+        """After a file of a finished run was written anew: the seal knows it, and of the others what it knew before.
+
+        A run without a seal, or with a damaged one, gets none.
+        """
+        with contextlib.suppress(ValueError):
+            entries = read_manifest(self.path / MANIFEST)
+            atomic_io.write_whole(self.path / MANIFEST, manifest_text({**entries, name: entry_at(self.path / name)}))
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True
+
+
+def _fresh_path(config: RunConfig) -> Path:
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    path = Path("runs") / f"{config.name}-{stamp}"
+    return path if not path.exists() else path.with_name(f"{path.name}-{os.getpid()}")
+
+
+def nearest_folder(path: str | Path) -> Path:
+    """The folder that exists already, of `path` and those above it."""
+    path = Path(os.path.expanduser(path)).absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def list_runs(root: str | Path = "runs") -> list[RunDirectory]:
+    """The runs below a folder, oldest first."""
+    found = [RunDirectory(path.parent) for path in Path(root).glob("*/config.yaml")]
+    return sorted(found, key=lambda run: (run.path / "config.yaml").stat().st_mtime)
+
+
+def latest_run_of(config: RunConfig) -> RunDirectory | None:
+    """The newest run in `runs/` that was made from a config of this name."""
+    named = [run for run in list_runs() if run.path.name.startswith(f"{config.name}-")]
+    return named[-1] if named else None
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One line of `solotune runs`; what a run has not got to is None."""
+
+    name: str
+    path: Path
+    status: str  # finished, running or unfinished
+    steps: int
+    total_steps: int | None
+    train_loss: float | None
+    base_loss: float | None
+    tuned_loss: float | None
+    exact_match: float | None
+    tokens_per_second: float | None
+    peak_bytes: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "path": str(self.path)}
+
+
+def summarised(run: RunDirectory) -> RunSummary:
+    """What a run has come to, from its files; a damaged one has fewer figures."""
+    record = RunRecord.read(run.path)
+    last = record.steps[-1] if record.steps else None
+    return RunSummary(
+        name=run.path.name,
+        path=run.path,
+        status="finished" if record.is_finished else "running" if run.is_locked() else "unfinished",
+        steps=record.last_step,
+        total_steps=record.total_steps,
+        train_loss=last.loss if last and math.isfinite(last.loss) else None,
+        base_loss=number_in(record.evaluation, "base", "loss"),
+        tuned_loss=number_in(record.evaluation, "tuned", "loss"),
+        exact_match=number_in(record.evaluation, "scores", "exact_match", "tuned"),
+        tokens_per_second=record.medians()["tokens_per_second"],
+        peak_bytes=record.peak_bytes,
+    )

@@ -1,0 +1,210 @@
+"""A checkpoint: everything that a run needs to go on as if it had never stopped.
+
+    checkpoints/step-000050/
+        adapter_model.safetensors  adapter_config.json     the adapter, as PEFT reads it
+        optimizer.safetensors                              the optimizer's moments, by parameter
+        random.safetensors                                 states of the random generators
+        state.json                                         step, optimizer scalars, fingerprints
+        manifest.json                                      size and sha256 of each of these
+
+No pickle is written or read. A checkpoint folder appears complete or not at all (`storage.whole_folder`), and is
+believed only if every file is as its manifest says: the newest valid one wins, and the others are named with what is
+wrong with them. It is read back before it appears, and older ones are removed after that. The row order is not stored:
+it is a function of seed and epoch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as save_tensors
+from torch import nn
+
+from solotune.errors import InputError, IntegrityError
+from solotune.model.adapter import Adapter, adapter_tensors, read_tensors
+from solotune.run.atomic_io import remove_folder, whole_folder
+from solotune.run.manifest import check_folder
+from solotune.run.run_dir import read_json
+
+STEP_FOLDER = re.compile(r"step-(\d{6,})")
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint holds, on the CPU."""
+
+    step: int
+    adapter: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    random: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+
+def save(folder: Path, step: int, adapter: Mapping[str, torch.Tensor], peft_config: Mapping[str, Any],
+         optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Path:  # fmt: skip
+    """Writes checkpoints/step-<step> below `folder` and returns its path.
+
+    Args:
+        state: what the caller wants back, as JSON.
+
+    Raises:
+        StorageError: it could not be written, or read back it was not what was written.
+    """
+    tensors, scalars = _split_optimizer(optimizer)
+    target = folder / f"step-{step:06d}"
+    with whole_folder(target) as partial:
+        Adapter(peft_config, adapter).write(partial)
+        partial.write("optimizer.safetensors", save_tensors(tensors))
+        partial.write("random.safetensors", save_tensors(random_state()))
+        content = {"step": step, "optimizer": scalars, **state}
+        partial.write("state.json", json.dumps(content, indent=2) + "\n")
+    return target
+
+
+def load(folder: Path) -> Checkpoint:
+    """Reads a checkpoint.
+
+    Raises:
+        InputError: the folder is no checkpoint.
+        IntegrityError: a file in it is damaged.
+    """
+    state = read_json(folder / "state.json")
+    return Checkpoint(
+        step=state["step"],
+        adapter=adapter_tensors(folder),
+        optimizer=read_tensors(folder / "optimizer.safetensors"),
+        random=read_tensors(folder / "random.safetensors"),
+        state=state,
+    )
+
+
+def why_invalid(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None where it is as it was written."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    for file, problem in check_folder(folder):
+        return f"{file}: {problem}"
+    try:
+        step = read_json(folder / "state.json")["step"]
+    except (InputError, KeyError, TypeError):
+        return "state.json: it has no step"
+    named = STEP_FOLDER.fullmatch(folder.name)
+    return None if named is None or int(named[1]) == step else f"state.json: it is of step {step}"
+
+
+def numbered(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the checkpoints below `folder`, valid or not, oldest first."""
+    return sorted((int(m[1]), path) for path in folder.glob("step-*") if (m := STEP_FOLDER.fullmatch(path.name)))
+
+
+def newest(folder: Path) -> Path | None:
+    """The valid checkpoint with the highest step below `folder`."""
+    return next((path for path, problem in newest_first(folder) if problem is None), None)
+
+
+def newest_first(
+    folder: Path, objection: Callable[[Path], str | None] = lambda path: None
+) -> Iterator[tuple[Path, str | None]]:
+    """Each checkpoint with why it cannot be used, down to and including the first that can (None).
+
+    Args:
+        objection: what else may speak against a checkpoint that is valid in itself.
+    """
+    for _, path in reversed(numbered(folder)):
+        problem = why_invalid(path) or objection(path)
+        yield path, problem
+        if problem is None:
+            return
+
+
+def keep_newest(folder: Path, limit: int | None, step: int) -> None:
+    """Removes the oldest of the checkpoints up to `step` beyond `limit`; that of `step` was just read back."""
+    found = [path for number, path in numbered(folder) if number <= step]
+    for path in found[: -limit if limit else 0]:
+        remove_folder(path)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, parameters: list[nn.Parameter]) -> None:
+    """Gives the optimizer its moments back, each of its own dtype and shape, on its parameter's device.
+
+    bitsandbytes' optimizers first make their state as at a first step, and the values are copied into it: so paged
+    moments lie in paged memory again, which `load_state_dict` would lose.
+
+    Raises:
+        IntegrityError: the checkpoint's state is not of this optimizer.
+    """
+    state: dict[int, dict[str, Any]] = {}
+    for source in (checkpoint.optimizer, checkpoint.state["optimizer"]):
+        for path, value in source.items():
+            index, *_, name = path.split("/")
+            state.setdefault(int(index), {})[name] = value
+    if not hasattr(optimizer, "init_state"):
+        for index, values in state.items():
+            for name, value in values.items():
+                if name != "step" and value.shape != parameters[index].shape:
+                    raise _other_state(f"{name}: {_kind(value)}", str(tuple(parameters[index].shape)))
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        return
+    for index, values in state.items():
+        parameter = parameters[index]
+        optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)  # type: ignore[attr-defined]
+        made = optimizer.state[parameter]
+        if parameter.is_cuda:
+            torch.cuda.synchronize()  # paged memory is written by the host below, and was filled by the GPU
+        if made.keys() != values.keys():
+            raise _other_state(", ".join(sorted(values)), ", ".join(sorted(made)))
+        for name, value in values.items():
+            if not isinstance(value, torch.Tensor):
+                made[name] = value
+                continue
+            if (made[name].dtype, made[name].shape) != (value.dtype, value.shape):
+                raise _other_state(f"{name}: {_kind(value)}", _kind(made[name]))
+            made[name].copy_(value)
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
+
+
+def _other_state(seen: str, allowed: str) -> IntegrityError:
+    return IntegrityError("the checkpoint's optimizer state is of another optimizer", seen=seen, allowed=allowed)
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """The states of PyTorch's generators."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random(states: Mapping[str, torch.Tensor]) -> None:
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _split_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The optimizer's state as (tensors, scalars) under paths such as `0/exp_avg`; bitsandbytes' 8-bit one nests."""
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, Any] = {}
+
+    def walk(path: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                walk(f"{path}/{name}", inner)
+        elif isinstance(value, torch.Tensor):
+            tensors[path] = value.detach().cpu().contiguous().clone()
+        else:
+            scalars[path] = value
+
+    for index, values in optimizer.state_dict()["state"].items():
+        walk(str(index), values)
+    return tensors, scalars

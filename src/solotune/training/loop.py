@@ -1,0 +1,282 @@
+"""The training loop, whole and visible.
+
+One optimizer step sees `per_device_train_batch_size * gradient_accumulation_steps` rows. Its loss is the weighted mean
+over *all* their supervised tokens n:
+
+    loss = sum_n w_n l_n / sum_n w_n
+
+where w_n is the answer's weight times the row's (`messages.py`), 1 unless the data says otherwise. Each pass
+adds its part of the upper sum divided by the lower sum of the whole step, so 1 x 8 rows and 8 x 1 rows are the same
+step, and a row of weight 2 is the same as that row given twice. The mean of the passes' means, the other common way,
+weights a token by how short its neighbours are.
+
+Before the optimizer moves, loss, gradient, adapters and moments must be finite (`nonfinite.py`); if not, the run stops,
+its weights as they were, and says what was not. A stop signal ends the run after the micro-batch in hand: its step is
+left out, and what was done before is saved. The learning rate is Hugging Face's schedule of the same name, step for
+step; row order is a permutation drawn from (seed, epoch), so a run can be resumed knowing only its step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from solotune.config.run_config import RunConfig
+from solotune.dataset import Example
+from solotune.dataset.collate import Batch, collate_packs
+from solotune.dataset.sampler import BatchSampler, pack_and_shape
+from solotune.display.observer import Observers, RunObserver
+from solotune.errors import InterruptedRunError, NonFiniteError, resume_command
+from solotune.evaluation import scores
+from solotune.hardware.device_memory import peak_bytes
+from solotune.hardware.gpu_errors import stage
+from solotune.model import lora
+from solotune.model.loading import TrainableModel
+from solotune.run.events import EvalEvent, NonFiniteEvent, SaveEvent, StepEvent
+from solotune.run.record import RunRecord
+from solotune.run.run_dir import RunDirectory
+from solotune.run.run_log import RunLog
+from solotune.runtime import signals
+from solotune.runtime.signals import StopRequested
+from solotune.training import checkpoint, nonfinite
+from solotune.training.forward_backward import Passes, accumulate
+from solotune.training.optimizer import learning_rate_at, make_optimizer, set_learning_rate
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step measured; `loss` is nats per supervised token over the whole step, by weight."""
+
+    loss: float
+    token_accuracy: float  # the plain share of the supervised tokens
+    grad_norm: float  # before clipping
+
+
+def train_step(
+    model: TrainableModel,
+    micro_batches: Sequence[Batch],
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+    dropout_seed: tuple[int, ...] = (0,),
+    passes: Passes | None = None,
+) -> StepResult:
+    """One optimizer step over the whole accumulated batch.
+
+    Args:
+        dropout_seed: tells this step's dropout from that of others.
+        passes: of this model; kept from step to step, they become CUDA graphs where shapes repeat.
+
+    Raises:
+        NonFiniteError: something is NaN or infinite; nothing has been changed.
+        StopRequested: by a signal, between two micro-batches; nothing has been changed.
+    """
+    random = checkpoint.random_state()
+    num_supervised = sum(batch.num_supervised for batch in micro_batches)
+    total_weight = sum(batch.total_weight for batch in micro_batches)
+    passes = passes or Passes(model)
+    passes.sums_2.zero_()
+    for number, batch in enumerate(micro_batches):
+        lora.seed_dropout(model.adapted, *dropout_seed, number)
+        passes.run(accumulate, batch, total_weight)  # forward and backward, or the CUDA graph of both
+        try:
+            signals.poll()
+        except StopRequested:
+            model.zero_gradients()
+            checkpoint.restore_random(random)
+            raise
+    loss_sum, hits = passes.sums_2
+    grad_norm = clip_grad_norm_(model.trainable, max_grad_norm)
+    figures = [loss_sum / total_weight, hits / num_supervised, grad_norm, *nonfinite.norms(model, optimizer)]
+    loss, accuracy, norm, *state = torch.stack(figures).tolist()
+    if not nonfinite.all_sound([loss, norm, *state]):
+        passes.release()
+        raise nonfinite.stopped(
+            nonfinite.examine(model, optimizer, micro_batches, dropout_seed, random),
+            f"loss {loss}, gradient norm {norm}",
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)  # gradients are views of one vector
+    return StepResult(loss, accuracy, norm)
+
+
+@stage("training")
+@signals.held_back()
+def train(
+    model: TrainableModel,
+    train_rows: Sequence[Example],
+    validation_rows: Sequence[Example],
+    config: RunConfig,
+    run: RunDirectory,
+    observer: RunObserver,
+    resume_from: checkpoint.Checkpoint | None = None,
+    fingerprints: dict[str, Any] | None = None,
+) -> scores.Score | None:
+    """Trains the adapters of `model` and writes metrics and checkpoints into `run`.
+
+    Args:
+        observer: told of each step, evaluation and checkpoint, after the run's own log has it.
+        resume_from: go on after this checkpoint's step.
+        fingerprints: of config and data, kept in each checkpoint.
+
+    Returns: the held-out score after the last step, where there are validation rows.
+    Raises:
+        NonFiniteError: see `train_step`; raised with the step's number.
+        InterruptedRunError: a stop signal came; what was done is saved.
+        StorageError: metrics or a checkpoint cannot be written.
+    """
+    observer = Observers(RunLog(run), observer)
+    packs, shape = pack_and_shape(config, train_rows)
+    schedule = BatchSampler.of(config, len(packs))
+    optimizer = make_optimizer(config, [model.joined])
+    done = _set_up(model, optimizer, config.seed, resume_from)
+    passes = Passes(model, config)
+    evals = _Evaluations(passes, validation_rows, config, schedule, observer)
+    saves = _Saves(model, optimizer, config, schedule, run, observer, fingerprints or {}, done)
+    score = None
+    try:
+        observer.begin(schedule.total_steps, done)
+        if evals.is_due(done) and _lacks_evaluation(run, done):  # the run was stopped in it
+            score = evals.make(done)
+        for step, micro_batches in enumerate(schedule.steps(done), start=done + 1):
+            started = time.perf_counter()
+            chosen = [[[train_rows[row] for row in packs[i]] for i in numbers] for numbers in micro_batches]
+            batches = [collate_packs(part, model.device, shape) for part in chosen]
+            learning_rate = set_learning_rate(optimizer, learning_rate_at(config, step - 1, schedule.total_steps))
+            try:
+                result = train_step(model, batches, optimizer, config.max_grad_norm, (config.seed, step), passes)
+            except NonFiniteError as error:
+                raise _not_finite(error, step, batches, observer) from None
+            done = step
+            observer.step(_step_event(step, schedule, result, learning_rate, batches, started, model.device))
+            if evals.is_due(step):
+                score = evals.make(step)
+            if saves.is_due(step):
+                saves.make(step)
+    except StopRequested as stop:
+        if done > saves.newest:
+            saves.make(done)
+        observer.finish()
+        raise _interrupted(stop, done, run) from None
+    observer.finish()
+    if passes.why_not:
+        observer.note(f"passes were launched one kernel after the other, without a CUDA graph: {passes.why_not}")
+    return score
+
+
+def _set_up(
+    model: TrainableModel, optimizer: torch.optim.Optimizer, seed: int, point: checkpoint.Checkpoint | None
+) -> int:
+    """Seeds the random generators, or puts them, adapters and moments to where they were; the step that is done."""
+    model.module.train()
+    torch.manual_seed(seed)
+    if point is None:
+        return 0
+    lora.load_state_dict(model.adapted, point.adapter, f"step {point.step}")
+    checkpoint.restore_optimizer(optimizer, point, [model.joined])
+    checkpoint.restore_random(point.random)
+    return point.step
+
+
+def _not_finite(error: NonFiniteError, step: int, batches: Sequence[Batch], observer: RunObserver) -> NonFiniteError:
+    """The error with its step, which the observer has been told."""
+    observer.failed(NonFiniteEvent(step, [row.where for batch in batches for row in batch.rows], **error.facts))
+    return error.at(f"step {step}")
+
+
+def _lacks_evaluation(run: RunDirectory, step: int) -> bool:
+    """Whether the step was recorded, and no evaluation after it."""
+    record = RunRecord.read(run.path)
+    return any(e.step == step for e in record.steps) and not any(e.step == step for e in record.evals)
+
+
+def _step_event(
+    step: int,
+    schedule: BatchSampler,
+    result: StepResult,
+    learning_rate: float,
+    batches: Sequence[Batch],
+    started: float,
+    device: torch.device,
+) -> StepEvent:
+    """What is recorded of a step that began at `started` (of `time.perf_counter`) and ends now."""
+    seconds = time.perf_counter() - started
+    tokens = sum(batch.num_tokens for batch in batches)
+    return StepEvent(
+        step=step,
+        total_steps=schedule.total_steps,
+        epoch=schedule.epoch_at(step),
+        loss=result.loss,
+        token_accuracy=result.token_accuracy,
+        learning_rate=learning_rate,
+        grad_norm=result.grad_norm,
+        num_tokens=tokens,
+        num_supervised=sum(batch.num_supervised for batch in batches),
+        total_weight=sum(batch.total_weight for batch in batches),
+        step_seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        peak_bytes=peak_bytes(device),
+    )
+
+
+def _interrupted(stop: StopRequested, done: int, run: RunDirectory) -> InterruptedRunError:
+    what = f"stopped after step {done}; checkpoint saved" if done else "stopped in the first step; nothing to save yet"
+    return InterruptedRunError(stop.number, what, f"continue with: {resume_command(run.path)}")
+
+
+@dataclass
+class _Evaluations:
+    """When the held-out rows are evaluated, and how."""
+
+    passes: Passes
+    rows: Sequence[Example]
+    config: RunConfig
+    schedule: BatchSampler
+    observer: RunObserver
+
+    def is_due(self, step: int) -> bool:
+        """Every `eval_steps`, and after the last step in any case."""
+        every = self.config.every("eval", self.schedule.steps_per_epoch)
+        last = step == self.schedule.total_steps
+        return bool(self.rows) and (last or bool(every and step % every == 0))
+
+    def make(self, step: int) -> scores.Score:
+        self.passes.release()  # its batches have other shapes and need the graphs' memory
+        score = scores.score(self.passes.model, self.rows, self.config.per_device_eval_batch_size)
+        self.observer.evaluated(EvalEvent(step, score.exact_match, **score.to_json()), score.rows)
+        return score
+
+
+@dataclass
+class _Saves:
+    """When checkpoints are written, and how."""
+
+    model: TrainableModel
+    optimizer: torch.optim.Optimizer
+    config: RunConfig
+    schedule: BatchSampler
+    run: RunDirectory
+    observer: RunObserver
+    fingerprints: dict[str, Any]
+    newest: int  # step that is saved
+
+    def is_due(self, step: int) -> bool:
+        """Every `save_steps` and after the last step; never with `save_strategy: no`."""
+        every = self.config.every("save", self.schedule.steps_per_epoch)
+        return bool(every) and (step == self.schedule.total_steps or step % every == 0)
+
+    def make(self, step: int) -> None:
+        """Raises NonFiniteError where what would be saved is not finite."""
+        if problem := nonfinite.why_not_to_save(self.model, self.optimizer):
+            self.observer.failed(NonFiniteEvent(step, tensors=problem))
+            raise NonFiniteError(f"step {step}: not finite after the update, and not saved", seen=", ".join(problem))
+        adapter = lora.state_dict(self.model.adapted)
+        peft_config = lora.peft_config(self.config, self.model.adapted, self.model.module)
+        state = {"fingerprints": self.fingerprints, "metrics": self.run.mark()}
+        path = checkpoint.save(self.run.checkpoints, step, adapter, peft_config, self.optimizer, state)
+        checkpoint.keep_newest(self.run.checkpoints, self.config.save_total_limit, step)
+        self.newest = step
+        self.observer.saved(SaveEvent(step, path.name), path)

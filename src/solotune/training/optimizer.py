@@ -1,0 +1,55 @@
+"""The optimizer by its name in the config, and the learning rate of each step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from solotune.config.run_config import RunConfig
+
+
+def make_optimizer(config: RunConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW as `optim` names it; bitsandbytes' keeps its moments in 8 bits and, paged, lets them spill to the host."""
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    if config.optim == "adamw_torch":
+        return torch.optim.AdamW(parameters, **options)
+    import bitsandbytes as bnb
+
+    kinds = {
+        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+        "adamw_8bit": bnb.optim.AdamW8bit,
+        "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
+    }
+    return kinds[config.optim](parameters, **options)
+
+
+def learning_rate_at(config: RunConfig, step: int, total_steps: int) -> float:
+    """The rate of step `step` (counted from 0): transformers' schedule of the same name, so a warm-up starts at 0.
+
+    A plain function and no scheduler object: resuming needs no state, and a plan or a diagnosis can ask for any step.
+    """
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
+    if step < warmup and config.lr_scheduler_type != "constant":
+        return config.learning_rate * step / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    shape = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": 1 - progress,
+        "constant": 1.0,
+        "constant_with_warmup": 1.0,
+    }
+    return config.learning_rate * max(0.0, shape[config.lr_scheduler_type])
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> float:
+    """Give the optimizer this rate, and return it."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    return learning_rate

@@ -1,0 +1,204 @@
+"""The largest step of a run, tried before the run begins: forward, backward, optimizer, evaluation, save.
+
+An out-of-memory error at step 300 costs an afternoon. Memory depends on shapes alone, so the micro-batch with the most
+places (rows x longest row, padding included), run once, takes as much as any that will come; and the compiler's work is
+then done too, so the run's own steps are timed without it. Once compiled, the layers must have the gradient that they
+have as they are written: a compiler's mistake is silent, for the loss falls all the same, only less. Nothing may be
+different afterwards: the optimizer tried is a spare one with a learning rate of 0, gradients go back to zero and random
+generators to where they were.
+
+What it does not do: try row lengths that only some steps have (a compiler may want seconds for one of those), or
+generate samples.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from solotune.config.run_config import RunConfig
+from solotune.dataset import Example, sampler
+from solotune.dataset.collate import Batch, collate_packs
+from solotune.dataset.example import lengths_of
+from solotune.errors import CheckError
+from solotune.evaluation import scores
+from solotune.hardware import device_memory
+from solotune.hardware.gpu_errors import gpu_memory, smaller
+from solotune.model import layers, lora
+from solotune.model.loading import TrainableModel
+from solotune.run.atomic_io import PREFLIGHT, storage_errors
+from solotune.runtime import signals
+from solotune.training import checkpoint, loop
+from solotune.training.forward_backward import Passes
+from solotune.training.optimizer import make_optimizer
+from solotune.units import gib
+
+# Of its length. Rounding differs between the two, and grows with depth: 2 layers of fp8 have 0.08; a lost path is 0.9.
+LARGEST_GRADIENT_ERROR = 0.5
+LARGEST_GRADIENT_ERROR_FP8 = 0.8
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What the largest step took."""
+
+    rows: int
+    places: int  # rows x longest
+    loaded_bytes: int  # weights, quantisation state, adapters and their gradients; 0 where torch does not count (CPU)
+    optimizer_bytes: int
+    peak_bytes: int
+    first_step_seconds: float  # with compiling
+    step_seconds: float
+    evaluation_peak_bytes: int
+    gradient_error: float | None  # of the compiled layers against their code, by its length; None: not compared
+    free_bytes: int | None  # of the card, beside what this process has reserved
+
+    def in_words(self, planned_bytes: int) -> str:
+        text = (
+            f"preflight: the largest step, {self.rows} rows in {self.places:,} places, took {gib(self.peak_bytes)} GiB"
+        )
+        text += f" ({gib(planned_bytes)} GiB planned)"
+        text += f" and {self.step_seconds:.2f} s, the first time {self.first_step_seconds:.0f} s"
+        if self.gradient_error is not None:
+            text += f", with the gradient of the uncompiled layers to {self.gradient_error:.1%}"
+        return text + (f"; {gib(self.free_bytes)} GiB of the GPU are left" if self.free_bytes is not None else "")
+
+
+@signals.held_back()  # compiling does not bear an exception out of nowhere
+def preflight(
+    model: TrainableModel,
+    train_rows: Sequence[Example],
+    validation_rows: Sequence[Example],
+    config: RunConfig,
+    folder: Path,
+) -> Preflight:
+    """Tries the largest step; the model, its gradients and the random generators are as before.
+
+    Args:
+        folder: where a checkpoint is written for a try, and removed.
+
+    Raises:
+        CheckError: the card's memory does not suffice.
+        StorageError: a checkpoint cannot be written there.
+    """
+    batch = largest_micro_batch(model, train_rows, config)
+    random = checkpoint.random_state()
+    try:
+        device_memory.reset_peak_bytes(model.device)
+        loaded = device_memory.allocated_bytes(model.device)
+        started = time.perf_counter()
+        passes = Passes(model, config)
+        optimizer_bytes = _step(passes, batch, config, folder)
+        first = time.perf_counter() - started
+        peak = device_memory.peak_bytes(model.device)
+        gradient_error = _check_compiler(model, batch, config) if config.torch_compile else None
+        if passes.can_record:
+            _step(passes, batch, config, None)
+        started = time.perf_counter()
+        _step(passes, batch, config, None)
+        second = time.perf_counter() - started
+        passes.release()
+        device_memory.reset_peak_bytes(model.device)
+        longest = np.argsort(-np.asarray(lengths_of(validation_rows)), kind="stable")[
+            : config.per_device_eval_batch_size
+        ]
+        if len(validation_rows):
+            scores.score(model, [validation_rows[i] for i in longest], len(longest))
+        evaluation_peak = device_memory.peak_bytes(model.device)
+    except torch.OutOfMemoryError as error:
+        raise _does_not_fit(error, batch, config) from error
+    finally:
+        model.zero_gradients()
+        checkpoint.restore_random(random)
+        device_memory.reset_peak_bytes(model.device)
+    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else None
+    return Preflight(
+        rows=len(batch.rows),
+        places=batch.input_ids_BT.numel(),
+        loaded_bytes=loaded,
+        optimizer_bytes=optimizer_bytes,
+        peak_bytes=peak,
+        first_step_seconds=first,
+        step_seconds=second,
+        evaluation_peak_bytes=evaluation_peak,
+        gradient_error=gradient_error,
+        free_bytes=free,
+    )
+
+
+def largest_micro_batch(model: TrainableModel, train_rows: Sequence[Example], config: RunConfig) -> Batch:
+    """The micro-batch with the most places that the run can have: its longest rows together, or any full packs."""
+    packs, shape = sampler.pack_and_shape(config, train_rows)
+    lengths = np.asarray(lengths_of(train_rows))
+    longest = np.argsort([-lengths[list(pack)].sum() for pack in packs], kind="stable")[
+        : config.per_device_train_batch_size
+    ]
+    return collate_packs([[train_rows[row] for row in packs[i]] for i in longest], model.device, shape)
+
+
+def _step(passes: Passes, batch: Batch, config: RunConfig, folder: Path | None) -> int:
+    """One optimizer step that changes nothing, and a checkpoint of it; the bytes of the optimizer's state."""
+    model = passes.model
+    before = device_memory.allocated_bytes(model.device)
+    spare = make_optimizer(config, [model.joined])
+    for group in spare.param_groups:
+        group["lr"] = 0.0  # and with it AdamW's weight decay
+    model.module.train()
+    loop.train_step(model, [batch], spare, config.max_grad_norm, passes=passes)
+    optimizer_bytes = device_memory.allocated_bytes(model.device) - before
+    if folder is not None:
+        with storage_errors(folder), tempfile.TemporaryDirectory(prefix=PREFLIGHT, dir=folder) as scratch:
+            checkpoint.save(Path(scratch), 0, lora.state_dict(model.adapted), {}, spare, {})
+    return optimizer_bytes
+
+
+def _check_compiler(model: TrainableModel, batch: Batch, config: RunConfig) -> float | None:
+    """The compiled layers must have the gradient of their own code, to rounding; None where memory lacks to compare.
+
+    Raises:
+        CheckError: they have not. torch 2.11 gave an fp8 base's inputs a gradient of zeros, and the loss still fell.
+    """
+    gradients = []
+    for context in (nullcontext, layers.eager_layers):
+        lora.seed_dropout(model.adapted, 0)
+        model.zero_gradients()
+        try:
+            with context():
+                losses_N, _ = model.token_losses(batch)
+                losses_N.mean().backward()
+        except torch.OutOfMemoryError:
+            if context is nullcontext:
+                raise
+            return None  # uncompiled, a layer takes more while it is at work
+        assert model.joined.grad is not None
+        gradients.append(model.joined.grad.clone())
+    compiled, own = gradients
+    error = ((compiled - own).norm() / own.norm().clamp(min=torch.finfo(own.dtype).tiny)).item()
+    allowed = LARGEST_GRADIENT_ERROR_FP8 if config.multiplies_in_fp8 else LARGEST_GRADIENT_ERROR
+    if not error < allowed:
+        raise CheckError(
+            f"preflight: compiled by torch {torch.__version__}, layers have another gradient than as they are written",
+            seen=f"it differs by {error:.0%} of its length",
+            allowed=f"less than {allowed:.0%}, which is rounding",
+            change="torch_compile: false, or another version of torch; and tell us, please",
+        )
+    return error
+
+
+def _does_not_fit(error: torch.OutOfMemoryError, batch: Batch, config: RunConfig) -> CheckError:
+    memory = gpu_memory()
+    longest = batch.input_ids_BT.shape[1]
+    held = f"; {gib(memory.outside)} GiB of the card are outside this process" if memory else ""
+    return CheckError(
+        "preflight: the largest step of this run does not fit into the GPU's memory",
+        seen=f"{batch.input_ids_BT.shape[0]} x {longest:,} tokens: {str(error).strip().split(chr(10))[0]}{held}",
+        change=" or ".join(itertools.islice(smaller(config, "training", None), 2)),
+    )

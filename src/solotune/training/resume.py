@@ -1,0 +1,271 @@
+"""May this checkpoint be continued, and where does its run live?
+
+A resumed run must be the run it would have been: same base, same training rows, same values of every key that can
+change what is learned. Each key has one of three classes, and the table is `CLASSES`:
+
+    frozen    a change is named and refused, instead of giving a curve with an unexplained kink
+    inexact   the same run but for rounding (and dropout's masks, where the batch is split otherwise): goes on, says so
+    free      cannot change a loss: saving, evaluating, printing, budgets. So are the keys that say where base and rows
+              come from, since both are compared by content: a moved folder is the same run, another date of the file
+              too, and a changed byte that reaches a training row is refused whatever key it came through
+
+Software and device are recorded beside them. Another torch or GPU is inexact; another bitsandbytes is refused where
+the optimizer's state is its own 8-bit one.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from solotune.config.run_config import RunConfig, section_of
+from solotune.dataset import Prepared
+from solotune.errors import InputError, IntegrityError
+from solotune.hardware.machine import Machine, device_of
+from solotune.hub.model_files import ModelFiles
+from solotune.model.adapter import adapter_tensors
+from solotune.model.base_fingerprint import base_fingerprint, check_base
+from solotune.run.atomic_io import remove_folder, rename
+from solotune.run.events import SaveEvent
+from solotune.run.manifest import check_folder
+from solotune.run.record import RunRecord
+from solotune.run.run_dir import FINGERPRINTS, UNUSED, RunDirectory, latest_run_of, read_json
+from solotune.training import checkpoint
+from solotune.training.checkpoint import Checkpoint
+
+Class = Literal["frozen", "inexact", "free"]
+
+_FREE_SECTIONS = ("run", "evaluation")
+_COMPARED_BY_CONTENT = {
+    "model_name_or_path", "model_revision", "dataset", "dataset_config", "dataset_revision", "dataset_split",
+    "eval_dataset", "eval_dataset_split", "validation_size", "split_by", "column_mapping", "on_bad_row",
+    "chat_template_path", "overflow", "assistant_only_loss", "train_on_last_turn",
+}  # fmt: skip
+_INEXACT = {
+    "gradient_checkpointing", "activation_offload", "base_residency", "torch_compile", "cuda_graphs",
+    "attn_implementation", "use_cpu",
+}  # fmt: skip
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")  # frozen in their product, else inexact
+
+
+def class_of(key: str) -> Class:
+    """What changing a key between a checkpoint and its resumption does."""
+    if key in _INEXACT:
+        return "inexact"
+    if key in _COMPARED_BY_CONTENT or section_of(key) in _FREE_SECTIONS or key == "preflight":
+        return "free"
+    return "frozen"
+
+
+CLASSES: dict[str, Class] = {key: class_of(key) for key in RunConfig.model_fields}
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a resumed run goes on."""
+
+    point: Checkpoint
+    inexact: list[str] = field(default_factory=list)
+    """Why its losses need not be bit-equal to those of a run that was never interrupted."""
+    passed_over: list[str] = field(default_factory=list)
+    """Newer checkpoints that could not be used, each with its reason."""
+
+    def in_words(self) -> list[str]:
+        """For the log."""
+        lines = [f"passed over {line}" for line in self.passed_over]
+        how = f"not exactly: {'; '.join(self.inexact)}" if self.inexact else "with nothing changed"
+        return [*lines, f"going on after step {self.point.step}, {how}"]
+
+
+def open_run(config: RunConfig, now: dict[str, Any], resume: bool) -> tuple[RunDirectory, Start | None]:
+    """The run's directory, made or taken over and locked, and where to start from.
+
+    Args:
+        now: the `fingerprints` of what is about to run.
+
+    Raises:
+        DirectoryInUseError: another process or another run has the directory.
+        IntegrityError: config, base or training rows are not those of the checkpoint, or no checkpoint is whole.
+    """
+    explicit = Path(os.path.expanduser(config.resume_from_checkpoint)) if config.resume_from_checkpoint else None
+    if resume and config.output_dir is None and explicit is None and (latest := latest_run_of(config)):
+        config = config.replaced("newest run of this config", output_dir=str(latest.path))
+    run = RunDirectory.create(config, resume=resume)
+    try:
+        if resume and explicit is not None and explicit.resolve().parent != run.checkpoints.resolve():
+            raise InputError(
+                f"resume_from_checkpoint: {explicit} is of another run than {run.path}, which --resume continues",
+                change="another output_dir without --resume, or --resume without resume_from_checkpoint",
+            )
+        point, passed_over = None, []
+        if explicit is not None:
+            point = _given(explicit)
+        elif resume:
+            point, passed_over = _newest(run)
+        start = None
+        if point is not None:
+            where = str(explicit or run.path)
+            start = Start(point, compare(point.state["fingerprints"], now, where), passed_over)
+        if resume:
+            _take_over(run, point)
+            if point is not None:  # a killed run may not have got to it
+                checkpoint.keep_newest(run.checkpoints, config.save_total_limit, point.step)
+    except BaseException:
+        run.release()
+        raise
+    return run, start
+
+
+def _given(folder: Path) -> Checkpoint:
+    if not (folder / "state.json").is_file():
+        raise InputError(f"resume_from_checkpoint: {folder} is no checkpoint", allowed="RUN/checkpoints/step-000050")
+    if problem := checkpoint.why_invalid(folder):
+        raise IntegrityError(f"{folder}: {problem}", change="use another checkpoint")
+    return checkpoint.load(folder)
+
+
+def _newest(run: RunDirectory) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that can be used, and the newer ones with what is wrong with them."""
+
+    def objection(path: Path) -> str | None:
+        return run.why_not_after(read_json(path / "state.json")["metrics"])
+
+    passed_over = []
+    for path, problem in checkpoint.newest_first(run.checkpoints, objection):
+        if problem is None:
+            return checkpoint.load(path), passed_over
+        passed_over.append(f"{path.name}: {problem}")
+    if passed_over:
+        raise IntegrityError(
+            f"{run.path}: none of its checkpoints can be used",
+            seen="; ".join(passed_over),
+            change="remove the folder to start anew",
+        )
+    return _finished(run), []
+
+
+def _finished(run: RunDirectory) -> Checkpoint | None:
+    """A run that came to its end without a checkpoint (`save_strategy: no`) goes on from its adapter: by no step."""
+    end = RunRecord.read(run.path).end
+    if end is None or check_folder(run.adapter):
+        return None
+    before = {"bytes": end.offset}
+    state = {"fingerprints": read_json(run.path / FINGERPRINTS), "optimizer": {}, "metrics": before}
+    return Checkpoint(end.event.step, adapter_tensors(run.adapter), {}, {}, state)
+
+
+def _take_over(run: RunDirectory, point: Checkpoint | None) -> None:
+    """Makes the directory what it was when `point` was saved; newer checkpoints stay, under a name nothing reads."""
+    kept = None
+    for step, path in checkpoint.numbered(run.checkpoints):
+        if point is not None and step == point.step:
+            kept = path
+        elif point is None or step > point.step:
+            unused = path.with_name(path.name + UNUSED)
+            if unused.exists():
+                remove_folder(unused)
+            rename(path, unused.name)
+    run.go_back(point.state["metrics"] if point else None)
+    if kept is not None and point is not None:
+        run.log(SaveEvent(point.step, kept.name))  # it was written after the mark was taken
+
+
+def recorded_day(config: RunConfig, resume: bool) -> date | None:
+    """The date that the run to continue was rendered on; None where none is continued."""
+    if config.resume_from_checkpoint:
+        return day_of(Path(config.resume_from_checkpoint).expanduser().parents[1])  # RUN/checkpoints/step-000050
+    run = continued(config) if resume else None
+    return day_of(run.path) if run else None
+
+
+def continued(config: RunConfig) -> RunDirectory | None:
+    """The run that `--resume` goes on with: that of `output_dir`, or else the newest of this config."""
+    return RunDirectory(Path(config.output_dir).expanduser()) if config.output_dir else latest_run_of(config)
+
+
+def day_of(run: Path) -> date | None:
+    """The date that the rows of a run were rendered on; None where it is not recorded.
+
+    Raises:
+        IntegrityError: data.json holds something else in its place.
+    """
+    path = run / "data.json"
+    written = read_json(path).get("rendered_on") if path.is_file() else None
+    try:
+        return date.fromisoformat(written) if written else None
+    except (TypeError, ValueError):
+        raise IntegrityError(f"{path}: rendered_on is not a date", seen=written, allowed="2026-01-31") from None
+
+
+def fingerprints(config: RunConfig, prepared: Prepared, machine: Machine, model_files: ModelFiles) -> dict[str, Any]:
+    """What must be the same for a resumed run to be the same run, and what its rounding follows from."""
+    on_gpu = device_of(config, machine) == "cuda"
+    rows = prepared.report.to_json()["sha256"]
+    kept = {key: value for key, value in config.model_dump().items() if CLASSES[key] != "free"}
+    return {
+        "config": kept,
+        "base": base_fingerprint(model_files),
+        "train_rows": rows["train"],
+        "validation_rows": rows["validation"],
+        "software": {name: _version(name) for name in ("torch", "transformers", "bitsandbytes")},
+        "device": f"{machine.gpu}, driver {machine.driver}" if on_gpu else _cpu(machine),
+    }
+
+
+def compare(then: dict[str, Any], now: dict[str, Any], where: str) -> list[str]:
+    """Why going on is not exact; nothing where it is.
+
+    Raises:
+        IntegrityError: it would be another run.
+    """
+    old, new = then["config"], now["config"]
+    changed = [key for key, value in new.items() if old.get(key) != value]
+    if set(changed) & set(BATCH) and old[BATCH[0]] * old[BATCH[1]] == new[BATCH[0]] * new[BATCH[1]]:
+        inexact = [key for key in changed if CLASSES[key] == "inexact" or key in BATCH]
+    else:
+        inexact = [key for key in changed if CLASSES[key] == "inexact"]
+    for key in changed:
+        if key not in inexact:
+            raise IntegrityError(
+                f"{where}: {key} has changed since this checkpoint, so the run would not be the same",
+                seen=f"{key}: {new[key]}",
+                allowed=f"{key}: {old.get(key)}",
+                change="put it back, or start a new run",
+            )
+    if then["train_rows"] != now["train_rows"]:
+        raise IntegrityError(
+            f"{where}: the training rows have changed since this checkpoint",
+            change="put the data back, or start a new run",
+        )
+    check_base(then["base"], now["base"], where)
+    ours, theirs = now["software"]["bitsandbytes"], then["software"]["bitsandbytes"]
+    if new["optim"] != "adamw_torch" and ours != theirs:
+        raise IntegrityError(
+            f"{where}: the optimizer's state was written by another bitsandbytes",
+            seen=ours, allowed=theirs, change=f"pip install bitsandbytes=={theirs}, or start a new run",
+        )  # fmt: skip
+    reasons = [f"{key} was {old.get(key)}, is {new[key]}" for key in inexact]
+    pairs = [(name, then["software"].get(name), has) for name, has in now["software"].items()]
+    reasons += [f"{name} was {had}, is {has}" for name, had, has in [*pairs, ("device", then["device"], now["device"])]
+                if had != has]  # fmt: skip
+    if then["validation_rows"] != now["validation_rows"]:
+        reasons.append("the held-out rows have changed, which held-out losses show")
+    return reasons
+
+
+def _cpu(machine: Machine) -> str:
+    """What the rounding of a sum follows from."""
+    return f"{machine.cpu}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,184 @@
+"""Is every file of a run what the run wrote? `solotune verify`.
+
+    finished run     manifest.json names every file with its sha256, or a folder's own manifest.json with its
+    unfinished run   nothing is final: the checkpoints against their manifests, and metrics.jsonl against their marks
+    adapter, and     names and shapes of the tensors as config.yaml has them, every parameter finite. A run that wrote
+    checkpoints      a NaN has a perfect manifest; and a model's outputs hide it (fused attention on a CPU does), so
+                     the parameters themselves are looked at
+
+log.txt may have grown since (a crash writes there), so its recorded bytes have to stand at its beginning. The lock is
+not looked at: its content comes and goes with its owner.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+
+from solotune.config.run_config import RunConfig, load_config
+from solotune.errors import InputError, SolotuneError
+from solotune.run.manifest import MANIFEST, Problem, check_folder, differences, read_manifest, unknown
+from solotune.run.record import RunRecord
+from solotune.run.run_dir import LOCK, LOG, MARKS, METRICS, UNUSED, RunDirectory, read_json
+from solotune.training import checkpoint
+
+OWN_JSON = ("environment.json", "data.json", "plan.json", "fingerprints.json", "split.json", "evaluation.json")
+SHAPED = ("lora_A", "lora_B")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `solotune verify` found."""
+
+    path: Path
+    finished: bool
+    num_files: int
+    num_bytes: int
+    num_checkpoints: int
+    problems: list[Problem]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "ok": self.ok,
+            "run": str(self.path),
+            "finished": self.finished,
+            "files": self.num_files,
+            "bytes": self.num_bytes,
+            "checkpoints": self.num_checkpoints,
+            "problems": [problem._asdict() for problem in self.problems],
+            "notes": self.notes,
+        }
+
+
+def verify(path: str | Path) -> Verification:
+    """Looks at every file of a run.
+
+    Raises:
+        InputError: there is no run.
+    """
+    run = RunDirectory(Path(os.path.expanduser(path)))
+    if not any((run.path / mark).exists() for mark in (*MARKS, MANIFEST)):
+        raise InputError(f"{path}: no run here", allowed="a run directory of `solotune train`")
+    finished = RunRecord.read(run.path).is_finished or (run.path / MANIFEST).exists()
+    problems = [*(_sealed(run) if finished else _unsealed(run)), *_tensors(run)]
+    unused = sorted(path.name for path in run.checkpoints.glob(f"*{UNUSED}"))
+    notes = [] if finished else ["the run has not finished: only its checkpoints can be compared with anything"]
+    if unused:
+        notes.append(f"passed over by a resumed run, and not looked at: {', '.join(unused)}")
+    files = [file for file in run.path.rglob("*") if file.is_file() and not file.is_symlink() and file.name != LOCK]
+    return Verification(
+        path=run.path,
+        finished=finished,
+        num_files=len(files),
+        num_bytes=sum(file.stat().st_size for file in files),
+        num_checkpoints=len(checkpoint.numbered(run.checkpoints)),
+        problems=list(dict.fromkeys(problems)),
+        notes=notes,
+    )
+
+
+def _sealed(run: RunDirectory) -> Iterator[Problem]:
+    """A finished run against its manifest, and the folders that have one of their own."""
+    try:
+        entries = read_manifest(run.path / MANIFEST)
+    except ValueError as error:
+        yield Problem(MANIFEST, f"the run has finished, but there is no manifest to compare with: {error}")
+        yield from _unsealed(run)
+        return
+    yield from differences(run.path, entries, growing=(LOG,))
+    folders = {name.removesuffix(f"/{MANIFEST}") for name in entries if name.endswith(f"/{MANIFEST}")}
+    for folder in sorted(folders):
+        if (run.path / folder).is_dir():
+            yield from _within(folder, check_folder(run.path / folder))
+    for name in unknown(run.path, entries):
+        inside = any(name.startswith(f"{folder}/") for folder in folders)
+        if not inside and name != LOCK and UNUSED not in name:
+            yield Problem(name, "does not belong here: no manifest names it")
+
+
+def _unsealed(run: RunDirectory) -> Iterator[Problem]:
+    """What can be said of a run that has not come to its end."""
+    folders = [path for _, path in checkpoint.numbered(run.checkpoints)]
+    for folder in [*folders, *([run.adapter] if run.adapter.is_dir() else [])]:
+        yield from _within(folder.relative_to(run.path).as_posix(), check_folder(folder))
+    for name in OWN_JSON:
+        if (run.path / name).exists():
+            try:
+                read_json(run.path / name)
+            except InputError as error:
+                yield Problem(name, error.problem)
+    for folder in folders:
+        try:
+            reason = run.why_not_after(read_json(folder / "state.json")["metrics"])
+        except (SolotuneError, KeyError, TypeError):
+            continue  # said above
+        if reason:
+            yield Problem(METRICS, f"{folder.name} cannot be continued: {reason}")
+
+
+def _within(folder: str, problems: list[Problem]) -> Iterator[Problem]:
+    return (Problem(f"{folder}/{file}", problem) for file, problem in problems)
+
+
+def _tensors(run: RunDirectory) -> Iterator[Problem]:
+    """Adapter and checkpoints: are they of this config, and finite?"""
+    try:
+        config = load_config(run.path / "config.yaml")
+    except SolotuneError as error:
+        yield Problem("config.yaml", error.problem)
+        return
+    names: dict[str, tuple[int, ...]] | None = None
+    for folder in [run.adapter, *(path for _, path in checkpoint.numbered(run.checkpoints))]:
+        for path in sorted(folder.glob("*.safetensors")):
+            where = path.relative_to(run.path).as_posix()
+            try:
+                tensors = load_tensors(path.read_bytes())
+            except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+                yield Problem(where, f"is no readable safetensors file: {error}")
+                continue
+            for name, tensor in tensors.items():
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    yield Problem(where, f"{name} has values that are not finite")
+            if path.name == "adapter_model.safetensors":
+                yield from (Problem(where, text) for text in _of_config(tensors, config, folder))
+                shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+                if names is not None and shapes != names:
+                    yield Problem(where, "its tensors are not those of the run's other adapters")
+                names = names or shapes
+
+
+def _of_config(tensors: dict[str, torch.Tensor], config: RunConfig, folder: Path) -> Iterator[str]:
+    """Names in pairs `lora_A (r, in)`, `lora_B (out, r)` on the layers of the config; adapter_config.json the same."""
+    layers: dict[str, set[str]] = {}
+    for name, tensor in tensors.items():
+        layer, _, part = name.removesuffix(".weight").rpartition(".")
+        if part not in SHAPED or tensor.dim() != 2:
+            yield f"{name} is no tensor of a LoRA adapter"
+            continue
+        layers.setdefault(layer, set()).add(part)
+        if tensor.shape[SHAPED.index(part)] != config.lora_r:
+            yield f"{name} has shape {tuple(tensor.shape)}, not of rank {config.lora_r} (lora_r)"
+    yield from (f"{layer} has lora_A or lora_B alone" for layer, parts in layers.items() if len(parts) < len(SHAPED))
+    if config.lora_target_modules != "all-linear":
+        for target in config.lora_target_modules:
+            if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
+                yield f"no layer of it is called {target} (lora_target_modules)"
+    try:
+        written = read_json(folder / "adapter_config.json")
+        said = (written["r"], written["lora_alpha"], written["use_rslora"])
+    except (SolotuneError, KeyError, TypeError):
+        return  # its manifest says what is wrong
+    if said != (config.lora_r, config.lora_alpha, config.use_rslora):
+        yield f"adapter_config.json says r, alpha, rslora = {said}, config.yaml another"
