@@ -52,7 +52,7 @@ class Commands:
         import torch
         import transformers
 
-        from solotune.api.train import get_ready
+        from solotune.api.train import prepare_run
         from solotune.config.run_config import load_config
         from solotune.display.progress import SilentDisplay
         from tests import tiny
@@ -87,7 +87,7 @@ class Commands:
         self.config = self.folder / "run.yaml"
         self.config.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in self.keys.items()))
         self._remember_shapes()
-        get_ready(load_config(self.keys), False, SilentDisplay())  # so that no child imports anything
+        prepare_run(load_config(self.keys), False, SilentDisplay())  # so that no child imports anything
         ended = self.start(["train", str(self.config)]).wait()
         assert ended.code == 0, f"the run does not work undisturbed: {ended.code}\n{ended.err[-3000:]}"
         self.usual_seconds = ended.seconds

@@ -102,7 +102,7 @@ class Workload:
         }
         config = load_config(self.keys)
         train_verb.train(config, ["max_steps=2", f"output_dir={folder / 'warm'}"])
-        self.ready = train_verb.get_ready(config, False, SilentDisplay())
+        self.ready = train_verb.prepare_run(config, False, SilentDisplay())
         self._results: dict[str, tuple[str, Outcome, int]] = {}
         self.trace: list[Operation] = []
         self.reference = ""
@@ -141,7 +141,7 @@ class Workload:
                 recorded_day(config, resume)  # read as the real one reads it
                 return ready
 
-            train_verb.get_ready = prepared
+            train_verb.prepare_run = prepared
         with fs_ops.watched(hook) if hook else contextlib.nullcontext():
             train_verb.train(load_config(self.keys), resume=resume, display=display)
 
@@ -254,7 +254,9 @@ class Workload:
                 "notes": [note for note in found.notes if not note.startswith("passed over")],
                 "metrics": lines,
                 "files": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
-                "checkpoints": [path.name for _, path in checkpoint.numbered(RunDirectory(self.run).checkpoints)],
+                "checkpoints": [
+                    path.name for _, path in checkpoint.list_checkpoints(RunDirectory(self.run).checkpoints)
+                ],
                 "hidden": sorted(path.name for path in self.run.rglob(".*") if path.name != LOCK),
             },
             indent=1,
@@ -296,7 +298,11 @@ class Workload:
 
     def damaged_checkpoints(self) -> list[str]:
         """Visible checkpoints that are not whole."""
-        return [path.name for _, path in checkpoint.numbered(RunDirectory(self.run).checkpoints) if check_folder(path)]
+        return [
+            path.name
+            for _, path in checkpoint.list_checkpoints(RunDirectory(self.run).checkpoints)
+            if check_folder(path)
+        ]
 
     def claimed(self, operations: list[Operation]) -> int:
         """The step of the last checkpoint that is said to be saved by these operations."""

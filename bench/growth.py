@@ -84,20 +84,20 @@ def main() -> None:
             if not any(text in f"{grows} {case.name}" for text in args.only):
                 continue
             plan, _ = plan_of(case, folder)
-            chosen = {key: getattr(plan.settled, key) for key in KEYS}
+            chosen = {key: getattr(plan.resolved, key) for key in KEYS}
             result: dict[str, Any] = {"grows": grows, "case": case.name, "chosen": chosen}
-            result |= run(case, plan.settled, args.steps)
+            result |= run(case, plan.resolved, args.steps)
             result["ceiling"] = ceiling_tokens_per_second(case.model, case.rows * case.tokens)
             file.write(json.dumps(result) + "\n")
             file.flush()
-            lines.append(_line(grows, case, plan.settled, result))
+            lines.append(_line(grows, case, plan.resolved, result))
             print(lines[-1], flush=True)
     (args.out / "growth.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _line(grows: str, case: Case, settled: Any, result: dict[str, Any]) -> str:
+def _line(grows: str, case: Case, resolved: Any, result: dict[str, Any]) -> str:
     speed, ceiling = result["tokens_per_second"], result["ceiling"]
-    chosen = f"{settled.base_residency}, {settled.gradient_checkpointing} checkpointed"
+    chosen = f"{resolved.base_residency}, {resolved.gradient_checkpointing} checkpointed"
     cells = [grows, case.name, chosen, f"{speed:,.0f}", f"{result['peak_bytes'] / 2**30:.1f}", f"{ceiling:,.0f}"]
     return "| " + " | ".join([*cells, f"{speed / ceiling:.0%}"]) + " |"
 

@@ -138,7 +138,7 @@ def plan_of(case: Case, folder: Path) -> tuple[Any, Any]:
 
     machine = environment.probe()
     machine = replace(machine, gpu_free_bytes=machine.gpu_bytes)  # the others that warm up are gone by then
-    config, _ = environment.settle(config_of(case, folder), machine)
+    config, _ = environment.resolve_for_machine(config_of(case, folder), machine)
     card, free = plan_inputs.card_here(machine, config)
     work = replace(planner.full_rows(config), supervised_share=case.learned)
     return planner.make_plan(config, plan_inputs.shapes_of(), card, work, free), config
@@ -148,7 +148,7 @@ def settled_config(case: Case, folder: Path, knobs: dict[str, Any], layers: int 
     """The case's config as a run would have it: settled for this machine, with what the plan chose."""
     from solotune.hardware import machine as environment
 
-    config, _ = environment.settle(config_of(case, folder, layers), environment.probe())
+    config, _ = environment.resolve_for_machine(config_of(case, folder, layers), environment.probe())
     return config.replaced("plan", **knobs)
 
 
@@ -195,7 +195,7 @@ def run(case: Case, config: Any, steps: int) -> dict[str, Any]:
     from solotune.hardware import machine as environment
     from solotune.model.loading import load_model
     from solotune.training import loop
-    from solotune.training.forward_backward import Passes
+    from solotune.training.forward_backward import MicroBatchRunner
 
     torch._dynamo.reset()
     gc.collect()
@@ -207,16 +207,16 @@ def run(case: Case, config: Any, steps: int) -> dict[str, Any]:
     load_seconds = time.perf_counter() - started
     loaded_bytes = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    optimizer = make_optimizer(config, [model.joined])
+    optimizer = make_optimizer(config, [model.flat_params])
     model.module.train()
     size, accumulation = case.rows, config.gradient_accumulation_steps
     rows = random_rows(case, size * accumulation)
-    passes, seconds = Passes(model, config), []
+    runner, seconds = MicroBatchRunner(model, config), []
     for step in range(steps):
         torch.cuda.synchronize()
         started = time.perf_counter()
         batches = [collate(rows[i * size : (i + 1) * size], device) for i in range(accumulation)]
-        loop.train_step(model, batches, optimizer, config.max_grad_norm, (0, step), passes)
+        loop.train_step(model, batches, optimizer, config.max_grad_norm, (0, step), runner)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     step_seconds = statistics.median(seconds[1:])
@@ -236,11 +236,11 @@ def predict(case: Case, folder: Path) -> dict[str, Any]:
     """First pass of a case: its plan; and the compiler's cache filled by two steps of one layer."""
     plan, _ = plan_of(case, folder)
     keys = ("gradient_checkpointing", "base_residency", "base_precision", "activation_offload")
-    found = {"case": case.name, "predicted": plan.to_json(), "settled": {k: getattr(plan.settled, k) for k in keys}}
-    if plan.settled.torch_compile:
+    found = {"case": case.name, "predicted": plan.to_json(), "settled": {k: getattr(plan.resolved, k) for k in keys}}
+    if plan.resolved.torch_compile:
         make_weights_here()
         depth = MODELS[case.model]["num_hidden_layers"]
-        wanted = plan.settled.gradient_checkpointing
+        wanted = plan.resolved.gradient_checkpointing
         kinds = [True, False] if not isinstance(wanted, bool) and 0 < wanted < depth else [bool(wanted)]
         for is_checkpointed in kinds:
             knobs = {**found["settled"], "gradient_checkpointing": is_checkpointed}

@@ -44,7 +44,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass
-class Tally:
+class PassCounts:
     """One line of the table."""
 
     template: str
@@ -62,12 +62,12 @@ class Tally:
     examples: dict[str, str] = field(default_factory=dict)
 
 
-def measure(name: str, folder: Path, samples: list[Sample]) -> Tally:
+def measure(name: str, folder: Path, samples: list[Sample]) -> PassCounts:
     """All rows on one template."""
     family = family_of(name)
     source, marked, twin = sources(name, folder / "templates")
     tokenizer, shown = tokenizer_for(folder, name, source)
-    tally = Tally(name, shown, " / ".join(filter(None, (twin, "pattern" if family in PATTERNS else ""))))
+    tally = PassCounts(name, shown, " / ".join(filter(None, (twin, "pattern" if family in PATTERNS else ""))))
     reference = Reference(tokenizer, source, marked, family)
     template, encoder = ChatTemplate(tokenizer), Encoder(tokenizer)
     for sample in samples:
@@ -75,7 +75,7 @@ def measure(name: str, folder: Path, samples: list[Sample]) -> Tally:
     return tally
 
 
-def _compare(tally: Tally, sample: Sample, reference: Reference, template: ChatTemplate, encoder: Encoder) -> None:
+def _compare(tally: PassCounts, sample: Sample, reference: Reference, template: ChatTemplate, encoder: Encoder) -> None:
     tally.rows += 1
     expected = reference.render(sample)
     try:
@@ -217,7 +217,7 @@ def _shown(rendered: Rendered, oracle: np.ndarray) -> str:
 # --- the table
 
 
-def table(tallies: list[Tally], versions: dict[str, str]) -> str:
+def table(tallies: list[PassCounts], versions: dict[str, str]) -> str:
     """The results as Markdown."""
     lines = [
         "# Masks and ids for every chat template of trl",

@@ -9,14 +9,16 @@ import torch
 import transformers
 from tiny import FAMILIES, random_rows
 
-from solotune.dataset.collate import PackShape, collate, collate_packs
+from solotune.dataset.collate import PaddedShape, collate, collate_packs
 from solotune.model import packed_attention
 from solotune.model.loading import load_model
 
 
 def reason(config, max_length=64, dtype=torch.bfloat16):
     with torch.device("meta"):
-        return packed_attention.why_not(transformers.AutoModelForCausalLM.from_config(config), max_length, dtype)
+        return packed_attention.unsupported_reason(
+            transformers.AutoModelForCausalLM.from_config(config), max_length, dtype
+        )
 
 
 @pytest.mark.parametrize(
@@ -50,9 +52,9 @@ def test_32_bit_models_keep_sdpa():
     assert reason(FAMILIES["llama"](), dtype=torch.float32) == "the flash kernel computes in 16 bits, not in float32"
 
 
-def plain_flash(q_NHD, k_NHD, v_NHD, starts_S, longest, scale):
+def plain_flash(q_NHD, k_NHD, v_NHD, cu_seqlens_S, longest, scale):
     """What the kernel computes, row by row."""
-    groups, starts, rows = q_NHD.shape[1] // k_NHD.shape[1], starts_S.tolist(), []
+    groups, starts, rows = q_NHD.shape[1] // k_NHD.shape[1], cu_seqlens_S.tolist(), []
     for start, end in itertools.pairwise(starts):
         if start < end:
             assert end - start <= longest
@@ -72,14 +74,14 @@ def test_a_model_with_it_keeps_packed_rows_apart(family, tiny_config, monkeypatc
     model = load_model(tiny_config(family), cpu, torch.float32)
     rows = random_rows(11)
     packs = [rows[:4], rows[4:7], rows[7:]]
-    batch = collate_packs(packs, cpu, PackShape.of(packs, 4, 96))
+    batch = collate_packs(packs, cpu, PaddedShape.of(packs, 4, 96))
     with torch.no_grad():
         alone = torch.cat([model.token_losses(collate([row], cpu))[0] for row in rows])
     packed_attention.install(model.module)
-    model.by_lengths = True
+    model.uses_varlen_attention = True
     together, _ = model.token_losses(batch)
     torch.testing.assert_close(together.detach(), alone, rtol=1e-5, atol=1e-5)
     with torch.no_grad():  # evaluation goes by transformers' sdpa
         torch.testing.assert_close(model.token_losses(batch)[0], alone, rtol=1e-5, atol=1e-5)
-    model.by_lengths = False  # without lengths nothing keeps them apart, which `isolation_error` finds
+    model.uses_varlen_attention = False  # without lengths nothing keeps them apart, which `isolation_error` finds
     assert (model.token_losses(batch)[0] - alone).abs().mean() > 0.01

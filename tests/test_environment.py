@@ -20,7 +20,7 @@ from solotune.errors import DeviceError, InputError
 from solotune.hardware import doctor as fitness
 from solotune.hardware import machine as environment
 from solotune.hardware.doctor import doctor
-from solotune.hardware.machine import Machine, device_of, dtype_of, probe, settle
+from solotune.hardware.machine import Machine, device_of, dtype_of, probe, resolve_for_machine
 from tests.messages import stable
 
 ROOT = Path(__file__).parents[1]
@@ -61,15 +61,15 @@ def config(**values):
 
 def test_a_modern_gpu_leaves_the_recipe_as_it_is(with_compiler):
     recipe = config()
-    settled, choices = settle(recipe, gpu((9, 0)))
-    assert settled is recipe
+    resolved, choices = resolve_for_machine(recipe, gpu((9, 0)))
+    assert resolved is recipe
     assert choices == []
-    assert (device_of(settled, gpu((9, 0))), dtype_of(settled)) == ("cuda", "bfloat16")
+    assert (device_of(resolved, gpu((9, 0))), dtype_of(resolved)) == ("cuda", "bfloat16")
 
 
 @pytest.mark.parametrize("on", [machine(), gpu((9, 0))])
 def test_without_cuda_or_asked_for_the_cpu(on):
-    settled, choices = settle(config(use_cpu=on.has_cuda), on)
+    resolved, choices = resolve_for_machine(config(use_cpu=on.has_cuda), on)
     assert [(choice.key, choice.value) for choice in choices] == [
         ("optim", "adamw_torch"),
         ("torch_compile", False),
@@ -77,36 +77,36 @@ def test_without_cuda_or_asked_for_the_cpu(on):
     ]
     assert choices[0].because == "paged_adamw_8bit needs CUDA, as the 8-bit and paged optimizers do"
     assert "12 times slower than float32" in choices[2].because
-    assert (settled.optim, settled.bf16, device_of(settled, on), dtype_of(settled)) == (
+    assert (resolved.optim, resolved.bf16, device_of(resolved, on), dtype_of(resolved)) == (
         "adamw_torch",
         False,
         "cpu",
         "float32",
     )
-    assert settled.source_of("optim") == settled.source_of("bf16") == "machine"
+    assert resolved.source_of("optim") == resolved.source_of("bf16") == "machine"
 
 
 def test_the_written_out_walkthrough_recipe_settles_on_a_cpu():
     """bf16 and bnb_4bit_compute_dtype must agree in a config, so both have to change at once."""
-    settled, choices = settle(config(bf16=True, bnb_4bit_compute_dtype="bfloat16"), machine())
+    resolved, choices = resolve_for_machine(config(bf16=True, bnb_4bit_compute_dtype="bfloat16"), machine())
     assert [choice.key for choice in choices] == ["optim", "torch_compile", "bf16", "bnb_4bit_compute_dtype"]
-    assert settled.bnb_4bit_compute_dtype == "float32"
+    assert resolved.bnb_4bit_compute_dtype == "float32"
 
 
 def test_what_fits_already_is_no_choice():
-    assert settle(config(optim="adamw_torch", bf16=False, torch_compile=False), machine())[1] == []
+    assert resolve_for_machine(config(optim="adamw_torch", bf16=False, torch_compile=False), machine())[1] == []
 
 
 def test_a_gpu_without_bfloat16_keeps_its_optimizer(with_compiler):
-    settled, choices = settle(config(), gpu((7, 5), "T4"))
+    resolved, choices = resolve_for_machine(config(), gpu((7, 5), "T4"))
     assert [tuple(choice) for choice in choices] == [
         ("bf16", False, "T4 has compute capability 7.5; bfloat16 came with 8.0")
     ]
-    assert settled.optim == "paged_adamw_8bit"
+    assert resolved.optim == "paged_adamw_8bit"
 
 
 def test_without_what_the_compiler_needs_layers_stay_uncompiled():
-    _, choices = settle(config(), gpu((9, 0), versions={}))
+    _, choices = resolve_for_machine(config(), gpu((9, 0), versions={}))
     assert [tuple(choice)[:2] for choice in choices] == [("torch_compile", False)]
     assert choices[0].because == "triton: not installed; torch compiles its GPU kernels with it"
 
@@ -132,20 +132,20 @@ def test_without_what_the_compiler_needs_layers_stay_uncompiled():
 )
 def test_fp8_on_a_gpu_without_it_is_refused_with_what_works(keys, said, with_compiler):
     with pytest.raises(InputError) as caught:
-        settle(config(**keys), gpu((8, 0), "A100"))
+        resolve_for_machine(config(**keys), gpu((8, 0), "A100"))
     assert str(caught.value) == said
     for capability in ((8, 9), (9, 0), (12, 0)):
-        assert settle(config(**keys), gpu(capability))[1] == []
+        assert resolve_for_machine(config(**keys), gpu(capability))[1] == []
 
 
 @pytest.mark.parametrize("on", [machine(), gpu((8, 0))])
 @pytest.mark.parametrize("keys", [{"base_precision": "fp8"}, {"matmul_precision": "fp8"}])
 def test_fp8_on_a_cpu_is_emulated_and_said_to_be_slow(keys, on):
-    settled, choices = settle(config(**keys, use_cpu=True), on)
+    resolved, choices = resolve_for_machine(config(**keys, use_cpu=True), on)
     (choice,) = (c for c in choices if c.key == "matmul_precision")
-    assert (choice.value, settled.multiplies_in_fp8) == ("fp8", True)
+    assert (choice.value, resolved.multiplies_in_fp8) == ("fp8", True)
     assert "emulated on a CPU" in choice.because and "slower" in choice.because
-    assert settle(settled, on)[0] == settled
+    assert resolve_for_machine(resolved, on)[0] == resolved
 
 
 def refusing() -> Machine:
@@ -157,19 +157,19 @@ def refusing() -> Machine:
 
 def test_a_gpu_that_another_process_has_filled_is_no_reason_to_train_on_the_cpu():
     with pytest.raises(DeviceError) as caught:
-        settle(config(), refusing())
+        resolve_for_machine(config(), refusing())
     assert stable(caught.value) == snapshot("""\
 the GPU is there, but cannot be used
   seen:    AcceleratorError: CUDA error: out of memory
   change:  end the processes that hold it (nvidia-smi lists them), or use_cpu: true\
 """)
     assert caught.value.exit_code == 7
-    assert settle(config(use_cpu=True), refusing())[0].optim == "adamw_torch"
+    assert resolve_for_machine(config(use_cpu=True), refusing())[0].optim == "adamw_torch"
 
 
 def test_settling_twice_changes_nothing_more():
-    settled, _ = settle(config(), machine())
-    assert settle(settled, machine())[1] == []
+    resolved, _ = resolve_for_machine(config(), machine())
+    assert resolve_for_machine(resolved, machine())[1] == []
 
 
 # --- probe

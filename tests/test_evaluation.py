@@ -74,7 +74,7 @@ def test_exact_match_is_what_greedy_decoding_gives(model):
 def test_the_paired_difference_is_sharper_than_the_two_errors(model):
     rows = random_rows(30)
     generator = torch.Generator().manual_seed(0)
-    for layer in model.adapted.values():
+    for layer in model.lora_layers.values():
         layer.lora_B.data.normal_(0, 0.005, generator=generator)
     tuned = evaluation.score(model, rows, 8)
     with adapters_off(model.module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import random_rows
 
-from solotune.dataset.collate import PackShape, collate, collate_packs
+from solotune.dataset.collate import PaddedShape, collate, collate_packs
 from solotune.model import layers
 from solotune.model.loading import load_model
 
@@ -15,12 +15,12 @@ CPU = torch.device("cpu")
 
 def losses_and_gradients(model, batch=None):
     model.module.train()
-    for number, layer in enumerate(model.adapted.values()):
+    for number, layer in enumerate(model.lora_layers.values()):
         torch.nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(number))
     losses, _ = model.token_losses(batch or collate(random_rows(3), CPU))
-    model.joined.grad.zero_()
+    model.flat_params.grad.zero_()
     losses.mean().backward()
-    return losses.detach(), model.joined.grad.clone()
+    return losses.detach(), model.flat_params.grad.clone()
 
 
 def assert_same(one, other):
@@ -85,7 +85,7 @@ def test_a_long_row_goes_through_the_mlp_in_parts(family, tiny_config, monkeypat
     monkeypatch.setattr(layers, "MLP_CHUNK_TOKENS", 10)
     in_parts = load_model(tiny_config(family, gradient_checkpointing=True), CPU, torch.float32)
     seen = []
-    linear = next(m for n, m in in_parts.adapted.items() if ".mlp." in n)
+    linear = next(m for n, m in in_parts.lora_layers.items() if ".mlp." in n)
     linear.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     assert_same(losses_and_gradients(whole), losses_and_gradients(in_parts))
     assert max(seen) <= 10
@@ -130,12 +130,12 @@ def test_packs_are_padded_to_one_shape_without_a_trace(tiny_config):
     model = load_model(tiny_config(packing=True), CPU, torch.float32)
     rows = random_rows(5)
     packs = [rows[:3], rows[3:]]
-    shape = PackShape.of([[0, 1, 2], [3, 4]], num_packs=3, length=90)
+    shape = PaddedShape.of([[0, 1, 2], [3, 4]], num_packs=3, length=90)
     padded = collate_packs(packs, CPU, shape)
     assert padded.input_ids_BT.shape == (3, 90)
-    assert padded.starts_S is not None and padded.starts_S.shape == (3 * 4 + 1,)
+    assert padded.cu_seqlens_S is not None and padded.cu_seqlens_S.shape == (3 * 4 + 1,)
     lengths = [len(row.input_ids) for row in rows]
     ends = [lengths[0], lengths[0] + lengths[1], sum(lengths[:3]), 90, 90 + lengths[3], 90 + lengths[3] + lengths[4]]
-    assert padded.starts_S.tolist() == [0, *ends, 180] + [270] * 5
+    assert padded.cu_seqlens_S.tolist() == [0, *ends, 180] + [270] * 5
     assert_same(losses_and_gradients(model, collate_packs(packs, CPU)), losses_and_gradients(model, padded))
-    assert padded.num_supervised == len(padded.label_places_N)
+    assert padded.num_supervised == len(padded.label_positions_N)

@@ -43,7 +43,7 @@ def load(config):
 def shake(model):
     """Adapters that do something."""
     generator = torch.Generator().manual_seed(1)
-    for layer in model.adapted.values():
+    for layer in model.lora_layers.values():
         layer.lora_B.data.normal_(0, 0.1, generator=generator)
 
 
@@ -54,8 +54,8 @@ def test_saved_adapter_loads_in_peft_and_gives_the_same_logits(family, targets, 
     config = tiny_config(family, lora_target_modules=targets if targets == "all-linear" else names, use_rslora=True)
     model = load(config)
     shake(model)
-    peft_config = lora.peft_config(config, model.adapted, model.module)
-    Adapter(peft_config, lora.state_dict(model.adapted)).write(Folder(tmp_path))
+    peft_config = lora.peft_config(config, model.lora_layers, model.module)
+    Adapter(peft_config, lora.state_dict(model.lora_layers)).write(Folder(tmp_path))
     base = AutoModelForCausalLM.from_pretrained(model_folder(family), dtype=torch.float32)
     theirs = PeftModel.from_pretrained(base, tmp_path).eval()
     model.module.eval()
@@ -67,13 +67,13 @@ def test_saved_adapter_loads_in_peft_and_gives_the_same_logits(family, targets, 
     assert not torch.allclose(
         off, theirs(ids).logits, atol=1e-3
     )  # the adapter matters, so equality above means something
-    adapted = {n for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
-    assert {name.removeprefix("base_model.model.") for name in adapted} == set(model.adapted)
+    lora_layers = {n for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
+    assert {name.removeprefix("base_model.model.") for name in lora_layers} == set(model.lora_layers)
 
 
 def test_a_base_in_a_folder_is_not_named_in_the_adapter(tiny_config):
     model = load(config := tiny_config())
-    written = lora.peft_config(config, model.adapted, model.module)
+    written = lora.peft_config(config, model.lora_layers, model.module)
     assert (written["base_model_name_or_path"], written["revision"]) == (None, None)
 
 
@@ -85,7 +85,7 @@ def test_an_untrained_adapter_changes_nothing_and_its_A_has_no_gradient(tiny_con
         off, _ = model.token_losses(batch)
     assert torch.equal(on, off)
     on.sum().backward()
-    assert all(layer.lora_A.grad.eq(0).all() for layer in model.adapted.values())
+    assert all(layer.lora_A.grad.eq(0).all() for layer in model.lora_layers.values())
 
 
 def test_initial_values_have_pefts_distribution_and_follow_the_seed(tiny_config, model_folder):
@@ -94,15 +94,15 @@ def test_initial_values_have_pefts_distribution_and_follow_the_seed(tiny_config,
     bound = {n: p.abs().max().item() for n, p in theirs.named_parameters() if "lora_A" in n}
     ours = load(tiny_config(lora_r=64))
     again, other = load(tiny_config(lora_r=64)), load(tiny_config(lora_r=64, seed=1))
-    for name, layer in ours.adapted.items():
+    for name, layer in ours.lora_layers.items():
         peft_bound = bound[f"base_model.model.{name}.lora_A.default.weight"]
         assert layer.lora_A.abs().max().item() == pytest.approx(peft_bound, rel=0.02)
-        assert torch.equal(layer.lora_A, again.adapted[name].lora_A)
-        assert not torch.equal(layer.lora_A, other.adapted[name].lora_A)
+        assert torch.equal(layer.lora_A, again.lora_layers[name].lora_A)
+        assert not torch.equal(layer.lora_A, other.lora_layers[name].lora_A)
 
 
 def test_dropout_falls_on_the_adapter_path_only_and_keeps_the_mean(tiny_config):
-    layer = next(iter(load(tiny_config(lora_dropout=0.5)).adapted.values()))
+    layer = next(iter(load(tiny_config(lora_dropout=0.5)).lora_layers.values()))
     layer.lora_B.data.normal_()
     x = torch.ones(4000, layer.base.in_features)
     layer.eval()
@@ -127,16 +127,16 @@ python, lora_target_modules: q_proj matches no linear layer of this model
 def test_a_foreign_adapter_is_refused(tiny_config):
     model, other = load(tiny_config()), load(tiny_config(lora_r=8))
     with pytest.raises(InputError) as caught:
-        lora.load_state_dict(model.adapted, lora.state_dict(other.adapted), "adapter")
+        lora.load_state_dict(model.lora_layers, lora.state_dict(other.lora_layers), "adapter")
     assert stable(caught.value) == snapshot("""\
 adapter: the adapter does not fit this model and config
   seen:    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight has shape (8, 64)
   allowed: shape (4, 64)\
 """)
-    tensors = lora.state_dict(model.adapted)
+    tensors = lora.state_dict(model.lora_layers)
     tensors.pop(next(iter(tensors)))
     with pytest.raises(InputError) as caught:
-        lora.load_state_dict(model.adapted, tensors, "adapter")
+        lora.load_state_dict(model.lora_layers, tensors, "adapter")
     assert stable(caught.value) == snapshot("""\
 adapter: the adapter does not fit this model and config
   seen:    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight is missing
@@ -147,7 +147,7 @@ adapter: the adapter does not fit this model and config
 def test_adapter_config_names_whole_modules_where_last_names_would_select_too_much(tiny_config):
     config = tiny_config(lora_target_modules=["layers.0.self_attn.q_proj"])
     model = load(config)
-    written = lora.peft_config(config, model.adapted, model.module)
+    written = lora.peft_config(config, model.lora_layers, model.module)
     assert written["target_modules"] == ["model.layers.0.self_attn.q_proj"]
 
 
@@ -155,7 +155,7 @@ def test_the_walkthroughs_count_is_not_its_recipe():
     of = {n: s for n, s in SHAPE_8B.items() if n.rpartition(".")[2] in ATTENTION}
     assert lora.trainable_count(of, 16) == 13_631_488
     assert lora.trainable_count(SHAPE_8B, 8) == lora.trainable_count(SHAPE_8B, 16) / 2 == 20_971_520
-    assert (16, ATTENTION) in lora.explain_count(13_631_488, SHAPE_8B)
-    printed = lora.explain_count(20_971_520, SHAPE_8B)
+    assert (16, ATTENTION) in lora.matching_lora_shapes(13_631_488, SHAPE_8B)
+    printed = lora.matching_lora_shapes(20_971_520, SHAPE_8B)
     assert (8, [*ATTENTION, "gate_proj", "up_proj", "down_proj"]) in printed
     assert not any(r == 16 for r, _ in printed)

@@ -45,12 +45,12 @@ def test_losses_are_those_of_transformers_with_padding_and_mask(family, tiny_con
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_adapter_gets_a_gradient(family, tiny_config):
     model = load(tiny_config(family, gradient_checkpointing=True))
-    for layer in model.adapted.values():
+    for layer in model.lora_layers.values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     losses, _ = model.token_losses(collate(random_rows(2), CPU))
     losses.sum().backward()
-    assert model.adapted
-    for name, layer in model.adapted.items():
+    assert model.lora_layers
+    for name, layer in model.lora_layers.items():
         assert layer.lora_A.grad is not None and layer.lora_A.grad.abs().sum() > 0, name
         assert layer.lora_B.grad is not None and layer.lora_B.grad.abs().sum() > 0, name
 
@@ -63,7 +63,7 @@ def test_checkpointing_changes_no_loss_and_no_gradient(family, tiny_config):
         torch.manual_seed(3)
         losses, _ = model.token_losses(collate(random_rows(3), CPU))
         losses.mean().backward()
-        results.append((losses.detach(), [layer.lora_B.grad for layer in model.adapted.values()]))
+        results.append((losses.detach(), [layer.lora_B.grad for layer in model.lora_layers.values()]))
     assert torch.equal(results[0][0], results[1][0])
     for plain, recomputed in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(plain, recomputed, rtol=1e-6, atol=1e-7)
@@ -96,7 +96,7 @@ def test_a_mirror_changes_memory_and_not_one_bit_of_the_result(tiny_config):
         assert len(mirrors) == (14 if residency == "dequantized" else 0)
         losses, _ = model.token_losses(batch)
         losses.sum().backward()
-        results.append([losses.detach(), *(layer.lora_B.grad for layer in model.adapted.values())])
+        results.append([losses.detach(), *(layer.lora_B.grad for layer in model.lora_layers.values())])
     for without, with_mirror in zip(*results, strict=True):
         assert torch.equal(without, with_mirror)
 

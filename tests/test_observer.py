@@ -131,7 +131,7 @@ def test_the_stage_is_what_was_shown_last(monkeypatch):
 @pytest.mark.parametrize("name", CALLS)
 def test_each_call_is_a_safe_place_to_stop_but_for_a_failure(name, monkeypatch):
     polls = []
-    monkeypatch.setattr(signals, "poll", lambda: polls.append(1))
+    monkeypatch.setattr(signals, "check_stop", lambda: polls.append(1))
     getattr(Resilient(Heard(error=OSError())), name)(*CALLS[name])
     assert len(polls) == (0 if name == "failed" else 1)
 
@@ -169,7 +169,7 @@ def test_each_thing_is_in_the_log_before_anybody_hears_of_it(start):
     model, config, run = start
     seen = []
 
-    class Look(SilentObserver):
+    class LayerProfile(SilentObserver):
         def step(self, event):
             seen.append((metrics_of(run)[-1]["event"], event.step))
 
@@ -182,7 +182,7 @@ def test_each_thing_is_in_the_log_before_anybody_hears_of_it(start):
             assert path == run.checkpoints / event.path and path.is_dir()
 
     rows = random_rows(12)
-    loop.train(model, rows[:8], rows[8:], config, run, Look())
+    loop.train(model, rows[:8], rows[8:], config, run, LayerProfile())
     assert seen == [("step", 1), ("step", 2), ("save", 2), ("step", 3), ("eval", 3), ("save", 3)]
     assert seen == [(line["event"], line["step"]) for line in metrics_of(run)]
 

@@ -30,7 +30,7 @@ def gradients(model):
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "opt"])
 def test_losses_and_gradients_are_those_of_one_row_at_a_time(family, attention, tiny_config):
     model = load_model(tiny_config(family, packing=True, attn_implementation=attention), CPU, torch.float32)
-    for layer in model.adapted.values():
+    for layer in model.lora_layers.values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     rows = random_rows(7)
     rows[1].supervised[:] = True  # even so, its first token has no predecessor to learn from

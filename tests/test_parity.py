@@ -22,19 +22,19 @@ STEPS = 20
 class Reference:
     """The recipe written by hand on Hugging Face's stack: one pass over the whole batch, mean over its labels."""
 
-    def __init__(self, config, folder, adapted):
+    def __init__(self, config, folder, lora_layers):
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        targets = sorted({name.rpartition(".")[2] for name in adapted})
+        targets = sorted({name.rpartition(".")[2] for name in lora_layers})
         self.model = get_peft_model(
             base, LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=0.0, target_modules=targets)
         )
         parameters = dict(self.model.named_parameters())
         self.adapter = [
             parameters[f"base_model.model.{name}.{part}.default.weight"]
-            for name in adapted
+            for name in lora_layers
             for part in ("lora_A", "lora_B")
         ]
-        ours = [p for layer in adapted.values() for p in (layer.lora_A, layer.lora_B)]
+        ours = [p for layer in lora_layers.values() for p in (layer.lora_A, layer.lora_B)]
         for theirs, our in zip(self.adapter, ours, strict=True):
             theirs.data.copy_(our.data)
         self.optimizer = torch.optim.AdamW(self.adapter, lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -93,7 +93,7 @@ def test_twenty_steps_equal_transformers_peft_and_torch(family, tiny_config, mod
     rows = random_rows(40)
     config = recipe(tiny_config, family, 2, 4)
     fresh = load_model(config, CPU, torch.float32)
-    reference = Reference(config, model_folder(family), fresh.adapted)
+    reference = Reference(config, model_folder(family), fresh.lora_layers)
     _, history, order = run_ours(config, rows)
     assert len(history) == STEPS
     for (loss, norm, grads), chosen in zip(history, order, strict=True):

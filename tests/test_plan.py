@@ -176,7 +176,7 @@ def test_mistakes_exit_2_with_what_is_allowed(config, capsys, arguments, message
 def test_without_a_gpu_it_is_this_machines_cpu(config):
     found = solotune.plan(config, ["use_cpu=true"])
     assert found.card.is_cpu
-    assert found.settled.torch_compile is False
+    assert found.resolved.torch_compile is False
     assert {choice.key for choice in found.choices} >= {"optim", "bf16", "base_residency"}
 
 

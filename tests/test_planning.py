@@ -10,7 +10,16 @@ from inline_snapshot import snapshot
 from solotune.config.run_config import RunConfig, load_config
 from solotune.errors import InputError
 from solotune.planning.gpus import CARDS, card_named, card_of, cpu_card
-from solotune.planning.layer_profile import Growth, Knobs, LayerCost, Linear, Matmul, ModelShape, Pass, Work
+from solotune.planning.layer_profile import (
+    LayerCost,
+    Linear,
+    Matmul,
+    MemoryStrategy,
+    ModelShape,
+    Pass,
+    Polynomial,
+    Workload,
+)
 from solotune.planning.memory import (
     CATEGORIES,
     footprint,
@@ -30,17 +39,17 @@ H100 = CARDS["h100"]
 def llama_8b() -> ModelShape:
     """The Llama-3.1-8B shape with r=16 on q,k,v,o, as `shapes.model_shape` finds it."""
     layer = LayerCost(
-        kept=Growth(851968, 94472),
-        output=Growth(0, 8192),
-        forward_peak=Growth(851968, 123144),
-        backward_extra=Growth(0, 73728),
-        forward=Pass((Matmul(Growth(0, 4.37e8), Growth(4.4e8, 1e5), True),), Growth(2.6e6, 295968), 39),
-        backward=Pass((Matmul(Growth(0, 4.38e8), Growth(4.4e8, 1e5), True),), Growth(2.6e6, 549924), 48),
+        kept=Polynomial(851968, 94472),
+        output=Polynomial(0, 8192),
+        forward_peak=Polynomial(851968, 123144),
+        backward_extra=Polynomial(0, 73728),
+        forward=Pass((Matmul(Polynomial(0, 4.37e8), Polynomial(4.4e8, 1e5), True),), Polynomial(2.6e6, 295968), 39),
+        backward=Pass((Matmul(Polynomial(0, 4.38e8), Polynomial(4.4e8, 1e5), True),), Polynomial(2.6e6, 549924), 48),
         how="compiled",
     )
-    nothing = Pass((), Growth(), 0)
+    nothing = Pass((), Polynomial(), 0)
     outside = LayerCost(
-        Growth(0, 32772), Growth(0, 8192), Growth(0, 57872), Growth(0, 90108), nothing, nothing, "eager"
+        Polynomial(0, 32772), Polynomial(0, 8192), Polynomial(0, 57872), Polynomial(0, 90108), nothing, nothing, "eager"
     )
     linears = (
         Linear(4096, 4096, 64, False, True),
@@ -61,8 +70,8 @@ def planned(card=H100, free=None, shape=None, **keys):
     return make_plan(checked, lambda _: shape or llama_8b(), card, full_rows(checked), free)
 
 
-WORK = Work(4, 2048, 2048, 1.0, 1.0, 2, None)
-KNOBS = Knobs("nf4", True, False, 32, False, "paged_adamw_8bit", "cuda")
+WORK = Workload(4, 2048, 2048, 1.0, 1.0, 2, None)
+KNOBS = MemoryStrategy("nf4", True, False, 32, False, "paged_adamw_8bit", "cuda")
 
 # --- bytes
 
@@ -90,7 +99,7 @@ def test_bytes_of_the_base_by_precision():
         ("fp8", False, 2),
         ("bf16", False, 2),
     ):
-        knobs = replace(KNOBS, base_precision=precision, is_mirrored=mirrored)
+        knobs = replace(KNOBS, base_precision=precision, has_dequantized_copy=mirrored)
         assert weight_bytes(shape, knobs) == a_weight * frozen + other
     # 4.127 bits a weight, of which 0.127 are the scales and theirs (QLoRA, section 3); 4.5 without the second
     assert 8 * quantisation_bytes(shape, KNOBS) / frozen == pytest.approx(0.127, abs=0.001)
@@ -106,11 +115,11 @@ def test_workspace_is_the_librarys_and_the_largest_weight_expanded():
 
     widest = 14336 * 4096
     assert workspace("h100") == (64 << 20) + widest * 2 + widest // 16  # one for forward's thread, one for backward's
-    assert workspace("h100", is_mirrored=True) == workspace("h100", base_precision="fp8") == 64 << 20
+    assert workspace("h100", has_dequantized_copy=True) == workspace("h100", base_precision="fp8") == 64 << 20
     assert workspace("a100-80", base_precision="bf16") == (16 << 20) + (256 << 10)
     packed = replace(WORK, has_one_shape=True)  # and one for the stream that is recorded
-    assert workspace("h100", packed, is_mirrored=True) == 96 << 20
-    assert workspace("h100", packed, is_mirrored=True, is_offloaded=True) == 64 << 20
+    assert workspace("h100", packed, has_dequantized_copy=True) == 96 << 20
+    assert workspace("h100", packed, has_dequantized_copy=True, is_offloaded=True) == 64 << 20
 
 
 def test_logits_are_a_chunk_of_the_supervised_ones():
@@ -182,14 +191,14 @@ def test_the_chosen_is_the_fastest_that_fits():
     plan = planned(memory_budget="20GiB")
     fewer = replace(plan.option.knobs, num_checkpointed=plan.option.knobs.num_checkpointed - 1)
     assert not plan.budget.holds(footprint(llama_8b(), fewer, full_rows(config()), H100))
-    assert plan.settled.gradient_checkpointing == plan.option.knobs.num_checkpointed
-    assert plan.settled.source_of("gradient_checkpointing") == "plan"
+    assert plan.resolved.gradient_checkpointing == plan.option.knobs.num_checkpointed
+    assert plan.resolved.source_of("gradient_checkpointing") == "plan"
 
 
 def test_keys_that_are_set_are_left_alone():
     plan = planned(gradient_checkpointing=True, base_residency="quantized", activation_offload=False)
     assert plan.choices == []
-    assert plan.settled.gradient_checkpointing is True
+    assert plan.resolved.gradient_checkpointing is True
     assert plan.option.knobs == replace(KNOBS, is_offloaded=False)
 
 
@@ -212,10 +221,10 @@ def test_precision_by_quality_then_by_what_fits(card, order):
 
 
 def test_auto_precision_falls_back_to_nf4_and_says_why():
-    assert planned(base_precision="auto").settled.base_precision == "fp8"
-    assert planned(CARDS["a100-40"], base_precision="auto").settled.base_precision == "bf16"
+    assert planned(base_precision="auto").resolved.base_precision == "fp8"
+    assert planned(CARDS["a100-40"], base_precision="auto").resolved.base_precision == "bf16"
     plan = planned(CARDS["3060"], base_precision="auto")
-    assert plan.settled.base_precision == "nf4"
+    assert plan.resolved.base_precision == "nf4"
     assert ("base_precision", "nf4", "only 4 bits fit") in plan.choices
 
 
@@ -302,7 +311,7 @@ def test_several_changes_where_one_does_not_do():
 def test_where_no_change_helps_a_larger_card_is_named():
     plan = planned(memory_budget="4GiB")
     assert plan.changes == [] and plan.changed is None
-    assert plan.way_out().startswith("a smaller model, or a card with ")
+    assert plan.suggestion().startswith("a smaller model, or a card with ")
 
 
 # --- cards

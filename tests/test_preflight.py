@@ -24,7 +24,7 @@ ROWS = random_rows(40)
 
 def steps(model, config, count=3):
     torch.manual_seed(5)
-    optimizer = make_optimizer(config, [model.joined])
+    optimizer = make_optimizer(config, [model.flat_params])
     model.module.train()
     return [loop.train_step(model, [collate(ROWS[:4], CPU)], optimizer, 1.0) for _ in range(count)]
 
@@ -35,13 +35,13 @@ def test_nothing_is_different_afterwards(packing, tiny_config, tmp_path):
     untouched = load_model(config, CPU, torch.float32)
     tried = load_model(config, CPU, torch.float32)
     torch.manual_seed(7)
-    before = {name: tensor.clone() for name, tensor in lora.state_dict(tried.adapted).items()}
+    before = {name: tensor.clone() for name, tensor in lora.state_dict(tried.lora_layers).items()}
     report = preflight.preflight(tried, ROWS, ROWS[:9], config, tmp_path)
     drawn = torch.rand(3)
     torch.manual_seed(7)
     assert torch.equal(drawn, torch.rand(3))
-    assert not tried.joined.grad.any()
-    assert all(torch.equal(before[name], tensor) for name, tensor in lora.state_dict(tried.adapted).items())
+    assert not tried.flat_params.grad.any()
+    assert all(torch.equal(before[name], tensor) for name, tensor in lora.state_dict(tried.lora_layers).items())
     assert list(tmp_path.iterdir()) == []
     assert steps(tried, config) == steps(untouched, config)
     assert report.peak_bytes > 0 and report.step_seconds > 0
@@ -64,7 +64,7 @@ def test_packs_have_the_shape_they_have_in_the_run(tiny_config):
     batch = preflight.largest_micro_batch(model, ROWS, config)
     packs, shape = sampler.pack_and_shape(config, ROWS)
     assert shape is not None
-    assert batch.input_ids_BT.shape == (2, 64) and len(batch.starts_S) == shape.num_starts
+    assert batch.input_ids_BT.shape == (2, 64) and len(batch.cu_seqlens_S) == shape.num_starts
     fullest = sorted((sum(len(ROWS[row].input_ids) for row in pack) for pack in packs), reverse=True)[:2]
     assert batch.num_tokens == sum(fullest)
 
@@ -99,7 +99,7 @@ def compiled_eagerly(tiny_config, monkeypatch, **keys):
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, _, **__: graph.forward)
     config = tiny_config(torch_compile=True, lora_dropout=0.2, gradient_checkpointing=1, **keys)
     model = load_model(config, CPU, torch.float32)
-    for layer in model.adapted.values():
+    for layer in model.lora_layers.values():
         torch.nn.init.normal_(layer.lora_B.data, std=0.1)
     return model, config
 
@@ -121,7 +121,7 @@ def test_where_uncompiled_layers_have_no_room_they_are_not_compared(tiny_config,
 
     monkeypatch.setattr(preflight.layers, "eager_layers", without_room)
     assert preflight.preflight(model, ROWS, ROWS[:2], config, tmp_path).gradient_error is None
-    assert not model.joined.grad.any()
+    assert not model.flat_params.grad.any()
 
 
 def test_a_compiler_that_loses_a_gradient_is_found(tiny_config, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ def arguments(chat_model):
     return make
 
 
-def settled(run):
+def resolved(run):
     """The config that a run recorded, without where it lies."""
     return load_config(run / "config.yaml").model_dump(exclude={"output_dir"})
 
@@ -41,7 +41,7 @@ def test_the_bench_trains_with_the_config_that_solotune_train_records(arguments,
     by_hand += ["gradient_accumulation_steps=2", "validation_size=0", "save_strategy=no", "max_steps=3"]
     by_hand += ["lora_target_modules=all-linear", "base_precision=nf4", "memory_budget=2GiB"]
     plain = solotune.train(RECIPE, [*by_hand, f"output_dir={tmp_path / 'plain'}"])
-    assert settled(found.run) == settled(plain.run_dir)
+    assert resolved(found.run) == resolved(plain.run_dir)
     assert load_config(found.run / "config.yaml").base_residency != "auto"  # the plan has chosen
     result = found.to_json()
     chosen = {choice["key"] for choice in result["predicted"]["choices"]}

@@ -134,16 +134,16 @@ def test_metrics_are_cut_back_to_a_mark_and_another_file_is_not(tmp_path):
     for step in range(1, 6):
         run.log(SaveEvent(step, "x"))
         if step == 3:
-            mark = run.mark()
-    assert run.why_not_after(mark) is None
-    run.go_back(mark)
+            mark = run.metrics_offset()
+    assert run.metrics_mismatch(mark) is None
+    run.truncate_metrics(mark)
     assert RunRecord.read(run.path).events == tuple(SaveEvent(step, "x") for step in (1, 2, 3))
     lines = (run.path / "metrics.jsonl").read_text()
     (run.path / "metrics.jsonl").write_text(lines.replace("2", "7"))
-    assert "is not the one that the checkpoint was saved beside" in run.why_not_after(mark)
+    assert "is not the one that the checkpoint was saved beside" in run.metrics_mismatch(mark)
     (run.path / "metrics.jsonl").write_text(lines[:-1])
-    assert "bytes" in run.why_not_after(mark)
-    run.go_back(None)
+    assert "bytes" in run.metrics_mismatch(mark)
+    run.truncate_metrics(None)
     assert RunRecord.read(run.path).events == ()
 
 

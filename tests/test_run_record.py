@@ -148,7 +148,7 @@ def test_no_damaged_run_hides_the_others(tmp_path):
 def test_a_run_is_read_without_torch_and_rich():
     code = (
         "import sys; from solotune import events, observer, record, run_log, run_record; "
-        "record.summarised(record.RunDirectory(record.Path('.'))); "
+        "record.summarize_run(record.RunDirectory(record.Path('.'))); "
         "sys.exit(bool({'torch', 'rich', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

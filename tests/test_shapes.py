@@ -12,7 +12,7 @@ from solotune.dataset.collate import collate
 from solotune.model.frozen_linear import FrozenLinear, stored_bytes
 from solotune.model.loading import load_model
 from solotune.planning.curve_fit import growth_through
-from solotune.planning.layer_profile import Growth
+from solotune.planning.layer_profile import Polynomial
 from solotune.planning.model_shape import estimated, model_shape
 from solotune.planning.profile_eager import metered
 
@@ -138,10 +138,10 @@ def test_the_meter_counts_births_and_deaths():
 
 
 def test_a_growth_goes_through_its_points():
-    assert growth_through([2, 4], [10, 16]) == Growth(4, 3)
+    assert growth_through([2, 4], [10, 16]) == Polynomial(4, 3)
     found = growth_through([1, 2, 4], [6, 11, 27])
     assert [found.at(1, t) for t in (1, 2, 4)] == pytest.approx([6, 11, 27])
-    assert Growth(5, 2, 1).at(3, 10) == 5 + 3 * 10 * (2 + 10)
+    assert Polynomial(5, 2, 1).at(3, 10) == 5 + 3 * 10 * (2 + 10)
 
 
 def test_an_estimate_is_of_the_right_order(tiny_config):

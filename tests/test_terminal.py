@@ -76,14 +76,14 @@ def piped(show) -> str:
 
 def test_inert_text_can_be_encoded_and_steers_nothing():
     everything = [chr(code) for code in range(sys.maxunicode + 1)]
-    shown = progress.inert("".join(everything))
+    shown = progress.escape_terminal("".join(everything))
     shown.encode()
     assert len(shown) == len(everything)
     assert not [c for c in shown if (ord(c) < 32 and c not in "\n\t") or 0x7F <= ord(c) < 0xA0]
     directions = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
     assert not set(shown) & set(directions)
     ordinary = "Zoë 日本語 🙂 [bold] {} \n\t\u200d"
-    assert progress.inert(ordinary) == ordinary
+    assert progress.escape_terminal(ordinary) == ordinary
 
 
 def test_hostile_text_everywhere():

@@ -33,7 +33,7 @@ def start(config, tmp_path, name="run"):
 
 
 def adapter_of(model):
-    return {name: tensor.clone() for name, tensor in lora.state_dict(model.adapted).items()}
+    return {name: tensor.clone() for name, tensor in lora.state_dict(model.lora_layers).items()}
 
 
 def assert_equal(first, second):
@@ -207,7 +207,7 @@ def test_a_stop_signal_finishes_the_step_saves_and_leaves(tiny_config, tmp_path,
                 os.kill(os.getpid(), number)
 
     handler = signal.getsignal(number)
-    with signals.heeded(), pytest.raises(InterruptedRunError) as caught:
+    with signals.handle_signals(), pytest.raises(InterruptedRunError) as caught:
         loop.train(model, random_rows(8), [], config, run, StopAtThree())
     assert caught.value.exit_code == 128 + number
     assert "stopped after step 3; checkpoint saved" in str(caught.value)
@@ -223,7 +223,7 @@ class Polls:
         self.left, self.monkeypatch = number, monkeypatch
 
     def __enter__(self):
-        self.monkeypatch.setattr(signals, "poll", self)
+        self.monkeypatch.setattr(signals, "check_stop", self)
 
     def __exit__(self, *_):
         self.monkeypatch.undo()
@@ -247,7 +247,7 @@ def test_a_stop_mid_step_leaves_its_step_out_and_resumes_bit_equal(tiny_config, 
     with Polls(monkeypatch, polls), pytest.raises(InterruptedRunError) as caught:
         loop.train(stopped, rows, [], config, second, SilentDisplay())
     done = (polls - 1) // 3
-    assert not stopped.joined.grad.any()
+    assert not stopped.flat_params.grad.any()
     newest = checkpoint.newest(second.checkpoints)
     if not done:
         assert newest is None and "nothing to save yet" in str(caught.value)

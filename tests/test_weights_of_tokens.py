@@ -34,7 +34,7 @@ def weighted_rows(count: int) -> list[Example]:
 @pytest.fixture
 def model(tiny_config):
     model = load_model(tiny_config(packing=True), CPU, torch.float32)
-    for layer in model.adapted.values():
+    for layer in model.lora_layers.values():
         torch.nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(0))
     return model
 

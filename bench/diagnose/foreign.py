@@ -14,8 +14,8 @@ import torch
 
 from bench.diagnose.loop import build, collate, render
 from bench.diagnose.recipe import Recipe
+from solotune.diagnosis.run_facts import RunFacts
 from solotune.diagnosis.sources import detect
-from solotune.diagnosis.subject import Subject
 
 CONFIG = ("model_name_or_path", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
           "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "lora_r", "lora_alpha",
@@ -24,7 +24,7 @@ CONFIG = ("model_name_or_path", "learning_rate", "lr_scheduler_type", "warmup_st
 """Keys of TRL's script config that are the same as ours."""
 
 
-def subject_of(recipe: Recipe, folder: Path) -> Subject:
+def run_facts_of(recipe: Recipe, folder: Path) -> RunFacts:
     """Trains into this folder, and reads that folder as the diagnosis does."""
     rows = folder / "chats.jsonl"
     rows.write_text("".join(json.dumps({"messages": chat}, ensure_ascii=False) + "\n" for chat in recipe.chats))
@@ -34,7 +34,7 @@ def subject_of(recipe: Recipe, folder: Path) -> Subject:
     config.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in told.items()))
     output = folder / "output"
     _train(recipe, output)
-    return detect.subject_of(output, config=config, dataset=str(rows))
+    return detect.run_facts_of(output, config=config, dataset=str(rows))
 
 
 def _train(recipe: Recipe, output: Path) -> None:

@@ -26,9 +26,9 @@ from bench.diagnose import foreign, ours, trl_run
 from bench.diagnose.bases import load
 from bench.diagnose.loop import train
 from bench.diagnose.programs import Program
-from bench.diagnose.subject import plain, subject_of
+from bench.diagnose.run_facts import plain, run_facts_of
 from solotune.diagnosis.run_diagnosis import examine
-from solotune.diagnosis.subject import Subject
+from solotune.diagnosis.run_facts import RunFacts
 
 if TYPE_CHECKING:
     from solotune.diagnosis.evidence import Diagnosis
@@ -41,14 +41,14 @@ LIMIT = 900
 Result = dict[str, Any]
 
 
-def subject(program: Program, scratch: Path) -> Subject:
+def run_facts(program: Program, scratch: Path) -> RunFacts:
     """The program's training, really run; a foreign one leaves its folder in `scratch`."""
     if (script := program.trl_run()) is not None:
-        return trl_run.subject_of(script, scratch)
+        return trl_run.run_facts_of(script, scratch)
     recipe = program.recipe()
     if program.kind == "foreign":
-        return foreign.subject_of(recipe, scratch)
-    return subject_of(recipe, train(recipe))
+        return foreign.run_facts_of(recipe, scratch)
+    return run_facts_of(recipe, train(recipe))
 
 
 def run(program: Program) -> Result:
@@ -61,7 +61,7 @@ def run(program: Program) -> Result:
             found = solotune.diagnose(target, budget=BUDGET)
             ended = time.process_time()
             return {**told(found), "train_seconds": trained - started, "diagnose_seconds": ended - trained}
-        examined = subject(program, Path(scratch))
+        examined = run_facts(program, Path(scratch))
         trained = time.process_time()
         found = examine(examined, budget=BUDGET)
         ended = time.process_time()

@@ -21,21 +21,21 @@ from solotune.dataset.data_report import DataReport
 from solotune.dataset.example import Example
 from solotune.diagnosis.facts.row_facts import RowFacts
 from solotune.diagnosis.rules import judge
-from solotune.diagnosis.subject import Live, Saved, Settings, Subject, Trace
+from solotune.diagnosis.run_facts import LiveModel, RunFacts, Saved, Settings, Trace
 from solotune.errors import SolotuneError
 
 NOT_HERE = "the base model is not on this machine"
 """Of runs that are told to be an 8B model's: settings, config, curve and errors are all there is."""
 
 
-def subject_of(recipe: Recipe, outcome: Outcome) -> Subject:
+def run_facts_of(recipe: Recipe, outcome: Outcome) -> RunFacts:
     """The training as its owner could hand it over, under a name that says nothing."""
     train = _examples(recipe.chats, outcome.rows, recipe)
     validation = _examples(recipe.held_out, outcome.held_out, recipe)
     name = hashlib.sha256(repr((recipe.base.kind.name, recipe.seed, recipe.settings)).encode()).hexdigest()[:10]
     base_config = recipe.base.model().config.to_dict()
     generation = recipe.base.model().generation_config
-    return Subject(
+    return RunFacts(
         name=f"run-{name}",
         settings=Settings(values={**recipe.settings, **_counted(recipe, train)}, asked=dict(recipe.asked)),
         tokenizer=recipe.tokenizer if recipe.has_live else None,
@@ -126,12 +126,12 @@ def _saved(recipe: Recipe, outcome: Outcome) -> Saved | None:
     )
 
 
-def _live(recipe: Recipe, outcome: Outcome) -> Callable[[], Live]:
+def _live(recipe: Recipe, outcome: Outcome) -> Callable[[], LiveModel]:
     @cache
-    def load() -> Live:
+    def load() -> LiveModel:
         model = build(recipe)
         loss_of = recipe.loss_of or default_loss
-        return Live(
+        return LiveModel(
             model=model,
             batches=outcome.batches,
             make_optimizer=lambda parameters: make_optimizer(recipe, list(parameters)),

@@ -2,7 +2,7 @@
 
     run = clean(load("llama-chatml"), seed=0)       what a plain script does: prompt and completion, LoRA, checkpoints
     run.sft["learning_rate"] = 2e-5                 what trl_faults.py and trl_healthy.py do
-    subject = subject_of(run, folder)               trained, and read as a stranger reads it
+    subject = run_facts_of(run, folder)               trained, and read as a stranger reads it
 
 TRL is no requirement of this project: where it is not installed, `is_installed()` is False and these programs are left
 out. Rows are TRL's prompt-completion in messages, of which it learns the completion.
@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from bench.diagnose.bases import Base
 from bench.diagnose.recipe import linears
 from bench.diagnose.registry import Needs
+from solotune.diagnosis.run_facts import RunFacts
 from solotune.diagnosis.sources import detect
-from solotune.diagnosis.subject import Subject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -132,16 +132,16 @@ def clean(base: Base, seed: int, rows: int = 240) -> Run:
     )
 
 
-def subject_of(run: Run, folder: Path) -> Subject:
+def run_facts_of(run: Run, folder: Path) -> RunFacts:
     """Trains into this folder, and reads what lies there as the diagnosis does."""
     train(run, folder)
     return read(run, folder)
 
 
-def read(run: Run, folder: Path) -> Subject:
+def read(run: Run, folder: Path) -> RunFacts:
     """The subject of a folder that `train` has filled, with what its owner hands over."""
     config, rows = folder / "sft.yaml" if run.told else None, str(folder / "chats.jsonl") if run.gives_rows else None
-    return detect.subject_of(folder / "output" / run.looks_at, config=config, dataset=rows)
+    return detect.run_facts_of(folder / "output" / run.looks_at, config=config, dataset=rows)
 
 
 def train(run: Run, folder: Path) -> None:

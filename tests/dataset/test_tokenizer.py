@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tokenizers import decoders
 
-from solotune.dataset import load_tokenizer, render_prompt, spelled
+from solotune.dataset import load_tokenizer, render_prompt, token_texts
 from solotune.errors import InputError
 from tests.dataset.conftest import CHATML, chat, config_of, tiny_tokenizer
 
@@ -46,9 +46,9 @@ def test_tokens_spelled_one_by_one(family: str) -> None:
         backend = tokenizer.backend_tokenizer
         backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     text = "The capital of France is Paris"
-    in_words = "".join(spelled(tokenizer, tokenizer.encode(text, add_special_tokens=False)))
+    in_words = "".join(token_texts(tokenizer, tokenizer.encode(text, add_special_tokens=False)))
     assert in_words == (" " + text if family == "mistral" else text)
-    in_parts = spelled(tokenizer, tokenizer.encode("é", add_special_tokens=False))
+    in_parts = token_texts(tokenizer, tokenizer.encode("é", add_special_tokens=False))
     assert in_parts and not any("\ufffd" in part for part in in_parts)
 
 

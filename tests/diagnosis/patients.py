@@ -15,7 +15,7 @@ import torch
 import transformers
 from tiny import FAMILIES, save_tokenizer
 
-from solotune.diagnosis.subject import Live, Settings, Subject
+from solotune.diagnosis.run_facts import LiveModel, RunFacts, Settings
 
 WORDS = "ant bee cat dog eel fox gnu hen ibis jay".split()
 Pair = tuple[list[int], list[int]]
@@ -117,12 +117,12 @@ class Ward:
             answer["content"] = f"[{b}] no {a.upper()}"
         return [render(self.tokenizer, chat) for chat in known]
 
-    def live(self, model: Any = None, batches: Sequence[Any] | None = None, **parts: Any) -> Live:
+    def live(self, model: Any = None, batches: Sequence[Any] | None = None, **parts: Any) -> LiveModel:
         rows = self.rows()
         usual = [padded(rows[i : i + 4], pad=2) for i in range(0, len(rows), 4)]
-        return Live(self.model() if model is None else model, usual if batches is None else batches, **parts)
+        return LiveModel(self.model() if model is None else model, usual if batches is None else batches, **parts)
 
-    def subject(self, batches: Sequence[Any] = (), **parts: Any) -> Subject:
+    def run_facts(self, batches: Sequence[Any] = (), **parts: Any) -> RunFacts:
         values = {"learning_rate": 1e-3, "assistant_only_loss": True, "max_length": 128, **parts.pop("settings", {})}
         given = {"tokenizer": self.tokenizer, "conversations": chats(16, 100), "batches": batches, **parts}
-        return Subject("a run", Settings(values), **given)
+        return RunFacts("a run", Settings(values), **given)

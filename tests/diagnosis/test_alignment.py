@@ -6,7 +6,7 @@ import random
 
 from solotune.diagnosis.facts.prompt_answer_overlap import alignment_of
 from solotune.diagnosis.rules import rules
-from solotune.diagnosis.subject import Settings, Subject
+from solotune.diagnosis.run_facts import RunFacts, Settings
 
 NAMES = [f"{first}{last}" for first in ("bel", "cor", "dan", "fer", "gil", "har", "jon") for last in
          ("amy", "bert", "cyn", "dor", "eva", "fay", "gus", "hal", "ivo", "kim")]  # fmt: skip
@@ -41,8 +41,8 @@ def test_answers_that_share_no_words_with_prompts_say_nothing():
 def test_the_rule_speaks_for_and_against():
     def signals(rows):
         chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in rows]
-        subject = Subject("a run", Settings({}), conversations=chats)
-        return [signal for rule in rules()["F38"] for signal in rule.signals(subject)]
+        run_facts = RunFacts("a run", Settings({}), conversations=chats)
+        return [signal for rule in rules()["F38"] for signal in rule.signals(run_facts)]
 
     (speaks,), (against,) = signals(shuffled(pairs())), signals(pairs())
     assert not speaks.against and speaks.weight >= 0.5 and "70 of 70 answers" in speaks.says

@@ -9,8 +9,8 @@ import pytest
 from tiny import FAMILIES
 
 from solotune.diagnosis.facts.derived import weight_bytes
+from solotune.diagnosis.run_facts import RunFacts, Settings
 from solotune.diagnosis.sources import solotune_run
-from solotune.diagnosis.subject import Settings, Subject
 from solotune.planning import layer_profile, memory
 from solotune.planning.model_shape import model_shape
 
@@ -23,7 +23,7 @@ OUTSIDE = 2 * 128256 * 4096 + (2 * 32 + 1) * 4096  # embedding, head, norms
 
 
 def bytes_of(**settings: object) -> int | None:
-    return weight_bytes(Subject("test", Settings(settings), model_config=LLAMA_3_8B))
+    return weight_bytes(RunFacts("test", Settings(settings), model_config=LLAMA_3_8B))
 
 
 def test_a_base_with_grouped_heads_has_the_bytes_of_its_parameters():
@@ -35,8 +35,8 @@ def test_a_base_with_grouped_heads_has_the_bytes_of_its_parameters():
 
 
 def test_an_unknown_base_has_no_bytes():
-    assert weight_bytes(Subject("test", Settings({}), model_config={"hidden_size": 4096, "vocab_size": 100})) is None
-    assert weight_bytes(Subject("test", Settings({}), model_config={"model_type": "nobody_knows"})) is None
+    assert weight_bytes(RunFacts("test", Settings({}), model_config={"hidden_size": 4096, "vocab_size": 100})) is None
+    assert weight_bytes(RunFacts("test", Settings({}), model_config={"model_type": "nobody_knows"})) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -44,6 +44,6 @@ def test_it_is_the_plans_number(family, tiny_config):
     config = tiny_config(family, base_precision="nf4")
     shape = model_shape(config)
     files = json.loads((Path(config.model_name_or_path) / "config.json").read_text())
-    subject = Subject("test", solotune_run.settings_of(config), model_config=files)
-    knobs = layer_profile.Knobs("nf4", config.bnb_4bit_use_double_quant, False, 0, False, "adamw_torch", "cpu")
-    assert weight_bytes(subject) == memory.weight_bytes(shape, knobs) + memory.quantisation_bytes(shape, knobs)
+    run_facts = RunFacts("test", solotune_run.settings_of(config), model_config=files)
+    knobs = layer_profile.MemoryStrategy("nf4", config.bnb_4bit_use_double_quant, False, 0, False, "adamw_torch", "cpu")
+    assert weight_bytes(run_facts) == memory.weight_bytes(shape, knobs) + memory.quantisation_bytes(shape, knobs)

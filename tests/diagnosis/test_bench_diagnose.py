@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bench.diagnose.run_facts import run_facts_of
 
 from bench.diagnose import bases, programs, run, score
 from bench.diagnose.loop import build, train
 from bench.diagnose.registry import FAULTS, HEALTHY
-from bench.diagnose.subject import subject_of
 from solotune.diagnosis.catalogue import FAULTS as CATALOGUE
 
 BASE = "llama-chatml"
@@ -35,10 +35,10 @@ def program(name: str, base: str = BASE) -> programs.Program:
     return programs.Program(base, (change,), "fault" if change.code else "healthy")
 
 
-def subject(name: str, steps: int = 3) -> Any:
+def run_facts(name: str, steps: int = 3) -> Any:
     recipe = program(name).recipe()
     recipe.steps = steps
-    return subject_of(recipe, train(recipe))
+    return run_facts_of(recipe, train(recipe))
 
 
 def test_faults_are_those_of_the_catalogue_and_70_of_78_are_injected() -> None:
@@ -71,7 +71,7 @@ def test_no_base_of_one_split_shares_world_template_or_architecture_with_the_oth
 
 
 def test_a_subject_says_nothing_of_its_fault() -> None:
-    shown = subject("pads_learned")
+    shown = run_facts("pads_learned")
     told = f"{shown.name} {shown.settings} {shown.missing} {shown.environment}"
     assert not any(word in told for word in ("F29", "pads_learned", "fault"))
 
@@ -80,7 +80,7 @@ def test_a_clean_run_learns_and_its_live_model_is_at_step_0() -> None:
     recipe = program("clean").recipe()
     recipe.steps = 12
     outcome = train(recipe)
-    shown = subject_of(recipe, outcome)
+    shown = run_facts_of(recipe, outcome)
     assert shown.trace is not None and shown.saved is not None and shown.live is not None
     assert shown.trace.loss_S[-1] < shown.trace.loss_S[0]
     assert any(float(t.abs().max()) > 0 for name, t in shown.saved.adapter.items() if "lora_B" in name)
@@ -91,7 +91,7 @@ def test_a_clean_run_learns_and_its_live_model_is_at_step_0() -> None:
 
 
 def test_programs_are_deterministic() -> None:
-    first, second = subject("clean"), subject("clean")
+    first, second = run_facts("clean"), run_facts("clean")
     assert np.array_equal(first.trace.loss_S, second.trace.loss_S)
 
 
@@ -140,11 +140,11 @@ def test_packs_that_are_apart_give_each_row_its_own_logits_and_plain_ones_do_not
 def test_crashes_are_real_and_say_where() -> None:
     recipe = program("no_checkpointing").recipe()
     recipe.steps = 3
-    shown = subject_of(recipe, train(recipe))
+    shown = run_facts_of(recipe, train(recipe))
     assert "out of memory" in shown.trace.errors[-1] and "forward" in shown.trace.errors[-1]
     assert len(shown.trace.step_S) == 1 and not shown.trace.is_finished
     late = program("optimizer_fills_the_card").recipe()
-    assert "step" in subject_of(late, train(late)).trace.errors[-1]
+    assert "step" in run_facts_of(late, train(late)).trace.errors[-1]
 
 
 def test_two_changes_make_one_run() -> None:

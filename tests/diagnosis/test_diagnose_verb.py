@@ -133,7 +133,7 @@ def test_a_run_of_a_newer_version_says_so(run):
 
 def test_a_config_is_diagnosed_before_it_runs(chat_config):
     found = solotune.diagnose(chat_config, budget=0)
-    assert found.subject and found.skipped
+    assert found.run_facts and found.skipped
     probed = solotune.diagnose(chat_config, budget=5)
     assert "loading" in probed.cost
     bad = solotune.diagnose(chat_config, budget=0, overrides=["warmup_ratio=0.95"])

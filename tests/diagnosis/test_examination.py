@@ -12,7 +12,7 @@ from tiny import VOCAB
 from transformers import AutoModelForCausalLM
 
 from solotune.diagnosis.run_diagnosis import examine
-from solotune.diagnosis.subject import Live, Settings, Subject, Trace
+from solotune.diagnosis.run_facts import LiveModel, RunFacts, Settings, Trace
 from solotune.errors import InputError
 
 RATE = 3e-3
@@ -54,7 +54,7 @@ def base(model_folder, tmp_path_factory):
 
 
 @pytest.fixture
-def subject(base):
+def run_facts(base):
     """A training of another tool: settings, batches, a model with adapters, a trace of twenty steps."""
 
     def make(shift=0, frozen=False):
@@ -66,12 +66,12 @@ def subject(base):
             for name, parameter in model.named_parameters():
                 if frozen and "lora_" in name:
                     parameter.requires_grad_(False)
-            return Live(model, batches(shift=shift), lambda ps: torch.optim.AdamW(ps, lr=RATE))
+            return LiveModel(model, batches(shift=shift), lambda ps: torch.optim.AdamW(ps, lr=RATE))
 
         steps = np.arange(1, 21)
         falling = 4.8 * np.exp(-steps / 30)
         settings = {"learning_rate": RATE, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"]}
-        return Subject(
+        return RunFacts(
             "theirs",
             Settings(settings),
             trace=Trace(
@@ -83,19 +83,19 @@ def subject(base):
     return make
 
 
-def test_labels_that_are_not_their_tokens_are_named_by_rules_and_probes(subject):
-    found = examine(subject(shift=1), budget=10)
+def test_labels_that_are_not_their_tokens_are_named_by_rules_and_probes(run_facts):
+    found = examine(run_facts(shift=1), budget=10)
     assert found.verdict == "fault" and found.culprits[0].fault == "F22", found
     assert {"rules", "loading"} <= set(found.cost)
     assert found.culprits[0].evidence and found.culprits[0].fix
 
 
-def test_frozen_adapters_are_named(subject):
-    found = examine(subject(frozen=True), budget=10)
+def test_frozen_adapters_are_named(run_facts):
+    found = examine(run_facts(frozen=True), budget=10)
     assert found.verdict == "fault" and found.culprits[0].fault in ("F57", "F58"), found
 
 
-def test_without_its_model_the_rules_answer_and_what_is_open_is_said(subject):
+def test_without_its_model_the_rules_answer_and_what_is_open_is_said(run_facts):
     def absent():
         raise InputError("out/: the base is not on this machine", seen="meta-llama/Llama-3.1-8B")
 
@@ -103,22 +103,22 @@ def test_without_its_model_the_rules_answer_and_what_is_open_is_said(subject):
         raise MemoryError
 
     for live, why in ((absent, "not on this machine"), (too_large, "too large"), (None, "no model")):
-        found = examine(replace(subject(), live=live))
+        found = examine(replace(run_facts(), live=live))
         assert found.skipped and all(why in reason for reason in found.skipped.values())
         assert "loading" not in found.cost
         assert found.verdict == "undecided" and "--dataset" in str(found.next_experiment)
 
 
-def test_no_budget_loads_nothing(subject):
+def test_no_budget_loads_nothing(run_facts):
     def loaded():
         raise AssertionError("loaded")
 
-    found = examine(replace(subject(), live=loaded), budget=0)
+    found = examine(replace(run_facts(), live=loaded), budget=0)
     assert set(found.skipped.values()) == {"no time was given for probes"}
 
 
 def test_an_empty_trace_is_no_ground_for_healthy():
     none = np.array([])
     empty = Trace(none, none, none, none, none, none, none, None, is_finished=False)
-    found = examine(Subject("empty", Settings({}), trace=empty))
+    found = examine(RunFacts("empty", Settings({}), trace=empty))
     assert found.verdict == "undecided" and found.next_experiment

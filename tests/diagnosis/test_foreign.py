@@ -54,24 +54,24 @@ def output(tmp_path_factory, chat_model) -> Path:
     return folder / "output"
 
 
-def named(subject) -> set[str]:
+def named(run_facts) -> set[str]:
     """Faults that rules on this subject are more likely than not sure of."""
-    return {signal.code for signal in ask_all(subject)[0] if signal.weight >= 0.5 and not signal.against}
+    return {signal.code for signal in ask_all(run_facts)[0] if signal.weight >= 0.5 and not signal.against}
 
 
 def test_a_good_folder_is_read_whole_and_nothing_speaks_against_it(output):
-    subject = hf_trainer.from_folder(output, output.parent / "sft.yaml", str(output.parent / "chats.jsonl"))
-    get = subject.settings.get
+    run_facts = hf_trainer.from_folder(output, output.parent / "sft.yaml", str(output.parent / "chats.jsonl"))
+    get = run_facts.settings.get
     assert (get("learning_rate"), get("lora_r"), get("lora_alpha"), get("max_length")) == (1e-3, 4, 8, 64)
     assert get("assistant_only_loss") is True and get("lr_scheduler_type") == "linear"
-    assert subject.settings.sources["max_length"] == "sft.yaml line 3"
-    assert subject.trace is not None and subject.trace.step_S.tolist() == [1, 2, 3, 4, 5, 6]
-    assert subject.trace.total_steps == 6 and subject.trace.is_finished
-    assert subject.saved is not None and len(subject.saved.adapter) == 8
-    assert len(subject.train) == 40 and subject.model_config["model_type"] == "llama"
-    assert "solotune renders" in subject.missing["batches"]
-    assert named(subject) == set()
-    live = subject.live() if subject.live else None
+    assert run_facts.settings.sources["max_length"] == "sft.yaml line 3"
+    assert run_facts.trace is not None and run_facts.trace.step_S.tolist() == [1, 2, 3, 4, 5, 6]
+    assert run_facts.trace.total_steps == 6 and run_facts.trace.is_finished
+    assert run_facts.saved is not None and len(run_facts.saved.adapter) == 8
+    assert len(run_facts.train) == 40 and run_facts.model_config["model_type"] == "llama"
+    assert "solotune renders" in run_facts.missing["batches"]
+    assert named(run_facts) == set()
+    live = run_facts.live() if run_facts.live else None
     assert live is not None and float(live.model(**live.batches[0]).loss) < 20
 
 
@@ -92,19 +92,19 @@ def test_without_its_base_the_static_rules_still_answer(output, tmp_path):
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({**config, "base_model_name_or_path": "/nowhere/base", "lora_alpha": 4096})
     )
-    subject = hf_trainer.from_folder(tmp_path)
-    assert subject.live is None and "/nowhere/base" in subject.missing["live"]
-    assert named(subject) == {"F61"}
+    run_facts = hf_trainer.from_folder(tmp_path)
+    assert run_facts.live is None and "/nowhere/base" in run_facts.missing["live"]
+    assert named(run_facts) == {"F61"}
 
 
 def test_a_name_that_the_trainer_does_not_read_is_named(output, tmp_path):
     """Held: 1024, as the arguments say; asked: 256 under the old name."""
     asked, _ = hf_settings.read(output.parent / "sft.yaml")
-    subject = hf_trainer.from_folder(output)
-    told = type(subject.settings)({**subject.settings.values, "max_length": 1024}, asked=asked)
+    run_facts = hf_trainer.from_folder(output)
+    told = type(run_facts.settings)({**run_facts.settings.values, "max_length": 1024}, asked=asked)
     import dataclasses
 
-    assert "F02" in named(dataclasses.replace(subject, settings=told))
+    assert "F02" in named(dataclasses.replace(run_facts, settings=told))
 
 
 @pytest.mark.parametrize(
@@ -113,18 +113,18 @@ def test_a_name_that_the_trainer_does_not_read_is_named(output, tmp_path):
 def test_a_torn_state_is_missing_and_no_more(output, tmp_path, content):
     (tmp_path / "adapter_config.json").write_bytes((output / "adapter_config.json").read_bytes())
     (tmp_path / "trainer_state.json").write_bytes(content)
-    subject = hf_trainer.from_folder(tmp_path)
-    assert subject.trace is None or not len(subject.trace.step_S)
-    ask_all(subject)
+    run_facts = hf_trainer.from_folder(tmp_path)
+    assert run_facts.trace is None or not len(run_facts.trace.step_S)
+    ask_all(run_facts)
 
 
 def test_a_state_with_nan_keeps_its_places(tmp_path):
     history = [{"step": 1, "loss": 2.0, "grad_norm": 1.0}, {"step": 2, "loss": 1.9, "grad_norm": float("nan")},
                {"step": 3, "loss": 1.9, "grad_norm": float("nan")}, {"step": 3, "eval_loss": float("nan")}]  # fmt: skip
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history, "max_steps": 9, "global_step": 3}))
-    subject = hf_trainer.from_folder(tmp_path)
-    assert subject.trace is not None and not subject.trace.is_finished
-    assert named(subject) == {"F55"}
+    run_facts = hf_trainer.from_folder(tmp_path)
+    assert run_facts.trace is not None and not run_facts.trace.is_finished
+    assert named(run_facts) == {"F55"}
 
 
 def test_a_config_that_is_none_is_bad_input(output, tmp_path):
@@ -241,11 +241,11 @@ def test_what_a_config_leaves_out_is_what_its_trainer_takes(output, tmp_path):
 
 
 def test_a_cosine_past_its_end_is_a_schedule_of_another_length(output):
-    subject, step = hf_trainer.from_folder(output), np.arange(1, 61)
-    assert subject.trace is not None
+    run_facts, step = hf_trainer.from_folder(output), np.arange(1, 61)
+    assert run_facts.trace is not None
     ones = dict.fromkeys(("loss_S", "grad_norm_S", "epoch_S"), np.ones(60))
     past_end = 1e-3 * 0.5 * (1 + np.cos(np.pi * step / 20))
     begun_anew = np.where(step <= 20, 1e-3 * (1 - step / 25), 1e-3 * (1 - (step - 20) / 41))
     for rate, code in ((past_end, "F66"), (begun_anew, "F77")):
-        trace = replace(subject.trace, step_S=step, learning_rate_S=rate, total_steps=60, **ones)
-        assert {"F66", "F77"} & named(replace(subject, trace=trace)) == {code}
+        trace = replace(run_facts.trace, step_S=step, learning_rate_S=rate, total_steps=60, **ones)
+        assert {"F66", "F77"} & named(replace(run_facts, trace=trace)) == {code}

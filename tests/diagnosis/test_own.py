@@ -41,21 +41,21 @@ def run(finished, tmp_path):
     return tmp_path / "run"
 
 
-def sure(subject) -> set[str]:
-    signals, unasked = ask_all(subject)
+def sure(run_facts) -> set[str]:
+    signals, unasked = ask_all(run_facts)
     assert not [why for why in unasked.values() if "failed" in why], "no rule stumbles"
     return {signal.code for signal in signals if signal.weight >= 0.5 and not signal.against}
 
 
 def test_a_finished_run_is_read_whole(run):
-    subject = solotune_run.from_run(run)
-    trace, saved = subject.trace, subject.saved
+    run_facts = solotune_run.from_run(run)
+    trace, saved = run_facts.trace, run_facts.saved
     assert trace is not None and trace.is_finished and trace.step_S.tolist() == [1, 2, 3, 4, 5, 6]
     assert trace.total_steps == 6 and trace.eval_step_E.tolist() == [3, 6] and np.isfinite(trace.loss_S).all()
     assert saved is not None and saved.adapter_config["r"] == 4 and len(saved.adapter) == 28
-    assert len(subject.train) == 50 and len(subject.validation) == 10 and subject.environment["versions"]
-    assert subject.settings.get("train_rows") == 50 and not subject.missing
-    assert sure(subject) == set()
+    assert len(run_facts.train) == 50 and len(run_facts.validation) == 10 and run_facts.environment["versions"]
+    assert run_facts.settings.get("train_rows") == 50 and not run_facts.missing
+    assert sure(run_facts) == set()
 
 
 def test_wider_adapters_reach_every_linear_of_ours(run):
@@ -65,8 +65,8 @@ def test_wider_adapters_reach_every_linear_of_ours(run):
 
 
 def test_probes_get_the_batches_that_the_run_saw_and_its_adapter(run):
-    subject = solotune_run.from_run(run)
-    live = subject.live()
+    run_facts = solotune_run.from_run(run)
+    live = run_facts.live()
     events = map(json.loads, (run / METRICS).read_text().splitlines())
     first = next(event["loss"] for event in events if event["event"] == "step")
     config = load_config(run / "config.yaml")
@@ -75,7 +75,7 @@ def test_probes_get_the_batches_that_the_run_saw_and_its_adapter(run):
     seen = float(fresh.model(**fresh.batches[0]).loss.detach())
     assert seen == pytest.approx(first, rel=0.05), "dropout apart"
     assert any(p.abs().max() > 0 for n, p in live.model.named_parameters() if n.endswith("lora_B"))
-    assert live.evaluate(live.model) == pytest.approx(subject.trace.eval_loss_E[-1], rel=0.01)
+    assert live.evaluate(live.model) == pytest.approx(run_facts.trace.eval_loss_E[-1], rel=0.01)
 
 
 def prepared_of(config):
@@ -97,9 +97,9 @@ def test_packed_batches_say_where_rows_begin(run):
 @pytest.mark.parametrize("content", ["", "\n\n", '{"event": "st', "[1]\n3\n", '{"event": "step", "step": "x"}\n'])
 def test_metrics_that_hold_nothing_are_an_empty_trace(run, content):
     (run / METRICS).write_text(content)
-    subject = solotune_run.from_run(run)
-    assert subject.trace is not None and not len(subject.trace.step_S) and not subject.trace.is_finished
-    assert sure(subject) == set()
+    run_facts = solotune_run.from_run(run)
+    assert run_facts.trace is not None and not len(run_facts.trace.step_S) and not run_facts.trace.is_finished
+    assert sure(run_facts) == set()
 
 
 def test_an_unfinished_run_has_a_torn_line_and_its_newest_checkpoint(run):
@@ -107,9 +107,9 @@ def test_an_unfinished_run_has_a_torn_line_and_its_newest_checkpoint(run):
     kept = [line for line in lines if '"end"' not in line and json.loads(line).get("step", 0) <= 4]
     (run / METRICS).write_text("\n".join([*kept, '{"event": "step", "st']))
     shutil.rmtree(run / "adapter")
-    subject = solotune_run.from_run(run)
-    assert subject.trace is not None and not subject.trace.is_finished and subject.trace.step_S[-1] == 4
-    assert subject.saved is not None and subject.saved.optimizer_present is True
+    run_facts = solotune_run.from_run(run)
+    assert run_facts.trace is not None and not run_facts.trace.is_finished and run_facts.trace.step_S[-1] == 4
+    assert run_facts.saved is not None and run_facts.saved.optimizer_present is True
     shutil.rmtree(run / "checkpoints")
     assert solotune_run.from_run(run).missing["saved"] == "nothing was saved yet"
 
@@ -125,9 +125,9 @@ def test_a_crash_and_a_resumption_are_in_the_trace(run):
 
 def test_a_damaged_adapter_is_missing_and_no_more(run):
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00nothing!")
-    subject = solotune_run.from_run(run)
-    assert subject.saved is None and subject.missing["saved"]
-    assert sure(subject) == set()
+    run_facts = solotune_run.from_run(run)
+    assert run_facts.saved is None and run_facts.missing["saved"]
+    assert sure(run_facts) == set()
 
 
 def test_a_run_of_a_version_with_other_keys_is_bad_input_that_names_it(run):
@@ -139,9 +139,9 @@ def test_a_run_of_a_version_with_other_keys_is_bad_input_that_names_it(run):
 
 def test_without_the_base_the_static_rules_still_answer(run, tmp_path):
     config = load_config(run / "config.yaml", ["lora_alpha=4096", f"model_name_or_path={tmp_path}/gone"])
-    subject = solotune_run.of_config(config)
-    assert subject.live is None and "gone" in subject.missing["live"] and len(subject.conversations) == 60
-    assert sure(subject) == {"F61"}
+    run_facts = solotune_run.of_config(config)
+    assert run_facts.live is None and "gone" in run_facts.missing["live"] and len(run_facts.conversations) == 60
+    assert sure(run_facts) == {"F61"}
 
 
 def test_without_the_data_settings_and_findings_of_the_run_still_answer(run):
@@ -151,13 +151,13 @@ def test_without_the_data_settings_and_findings_of_the_run_still_answer(run):
     (run / "data.json").write_text(json.dumps({**data, "findings": [finding]}))
     text = (run / "config.yaml").read_text().replace("chats.jsonl", "gone.jsonl")
     (run / "config.yaml").write_text(text)
-    subject = solotune_run.from_run(run)
-    assert "gone.jsonl" in subject.missing["train"] and subject.live is None
-    assert sure(subject) == {"F39"}
+    run_facts = solotune_run.from_run(run)
+    assert "gone.jsonl" in run_facts.missing["train"] and run_facts.live is None
+    assert sure(run_facts) == {"F39"}
 
 
 def test_a_model_that_does_not_fit_is_not_loaded(run, monkeypatch):
     monkeypatch.setattr(solotune_run, "_free_bytes", lambda: 1 << 10)
-    subject = solotune_run.of_config(load_config(run / "config.yaml"))
-    assert subject.live is None and "free on this machine" in subject.missing["live"]
-    assert replace(subject, missing={}).train
+    run_facts = solotune_run.of_config(load_config(run / "config.yaml"))
+    assert run_facts.live is None and "free on this machine" in run_facts.missing["live"]
+    assert replace(run_facts, missing={}).train

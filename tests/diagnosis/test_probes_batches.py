@@ -28,12 +28,12 @@ def ward(tmp_path_factory):
     return Ward(tmp_path_factory.getbasetemp() / "ward")  # one for both files: it is pretrained for seconds
 
 
-def told(subject) -> set[str]:
+def told(run_facts) -> set[str]:
     """Codes that the rules on batches speak for."""
     found = set()
     for code in ABOUT_BATCHES:
         for rule in rules()[code]:
-            if rule.lacks(subject) is None and (signal := rule.ask(subject)):
+            if rule.lacks(run_facts) is None and (signal := rule.ask(run_facts)):
                 found.add(signal.code)
     return found
 
@@ -58,15 +58,15 @@ LABELS = {
 @pytest.mark.parametrize("code", LABELS)
 def test_a_fault_of_labels_is_told_by_its_own_rule_alone(ward, code):
     rows = relabelled(ward.rows(), LABELS[code])
-    subject = ward.subject(batches_of(rows))
+    run_facts = ward.run_facts(batches_of(rows))
     if code == "F21":
-        subject = ward.subject(batches_of(rows), settings={"response_template": "### Answer: "})
-    assert told(subject) == {code}
+        run_facts = ward.run_facts(batches_of(rows), settings={"response_template": "### Answer: "})
+    assert told(run_facts) == {code}
 
 
 def test_a_template_without_markers_that_leaves_no_label(ward):
     rows = relabelled(ward.rows(), LABELS["F21"])
-    assert told(ward.subject(batches_of(rows))) == {"F18"}
+    assert told(ward.run_facts(batches_of(rows))) == {"F18"}
 
 
 def test_an_end_that_is_masked_and_is_not_the_pad(ward):
@@ -76,7 +76,7 @@ def test_an_end_that_is_masked_and_is_not_the_pad(ward):
     tokenizer.pad_token = "<|endoftext|>"
     rows = relabelled(ward.rows(), LABELS["F17"])
     batches = [padded(rows[i : i + 4], pad=PAD) for i in range(0, 16, 4)]
-    assert told(replace(ward.subject(batches), tokenizer=tokenizer)) == {"F19"}
+    assert told(replace(ward.run_facts(batches), tokenizer=tokenizer)) == {"F19"}
 
 
 def test_healthy_batches_are_not_accused(ward):
@@ -84,30 +84,30 @@ def test_healthy_batches_are_not_accused(ward):
     rows = ward.rows()
     config = {"model_type": "llama"}
     for batches in (batches_of(rows), batches_of(rows, left=True), [packed(rows[:3]), packed(rows[3:6])]):
-        assert told(ward.subject(batches, model_config=config)) == set()
+        assert told(ward.run_facts(batches, model_config=config)) == set()
     everything = relabelled(rows, LABELS["F20"])
-    assert told(ward.subject(batches_of(everything), settings={"assistant_only_loss": False})) == set()
+    assert told(ward.run_facts(batches_of(everything), settings={"assistant_only_loss": False})) == set()
 
 
 def test_labels_on_pads_and_behind_them(ward):
     rows = ward.rows()
     batch = padded(rows[6:10], pad=END)
     batch["labels"] = torch.where(batch["attention_mask"] == 0, END, batch["labels"])
-    assert told(ward.subject([batch])) == {"F29"}
+    assert told(ward.run_facts([batch])) == {"F29"}
     whole = relabelled(rows, LABELS["F20"])
-    subject = ward.subject(batches_of(whole, left=True), settings={"assistant_only_loss": False})
-    assert told(subject) == {"F30"}
+    run_facts = ward.run_facts(batches_of(whole, left=True), settings={"assistant_only_loss": False})
+    assert told(run_facts) == {"F30"}
 
 
 def test_labels_of_zero_instead_of_a_mask(ward):
     rows = relabelled(ward.rows(), lambda t, ids, labels: max(labels[t], 0))
-    assert told(ward.subject(batches_of(rows))) == {"F20"}
+    assert told(ward.run_facts(batches_of(rows))) == {"F20"}
 
 
 def test_pads_that_are_attended(ward):
     batches = batches_of(ward.rows(), left=True, mask=False)
-    assert told(ward.subject(batches)) == {"F28"}
-    signals, found = padded_against_alone(ward.live(batches=batches), ward.subject(batches), 5.0)
+    assert told(ward.run_facts(batches)) == {"F28"}
+    signals, found = padded_against_alone(ward.live(batches=batches), ward.run_facts(batches), 5.0)
     assert [(s.code, s.kind) for s in signals] == [("F28", "counterfactual")]
     assert found["difference"] > 0.05 > found["with_mask_and_positions"]
 
@@ -118,12 +118,12 @@ def test_absolute_positions_behind_left_padding(ward):
     model.transformer.wpe.weight.data.normal_(std=0.5)
     model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM"))
     batches = batches_of(ward.rows(), left=True)
-    subject = ward.subject(batches, model_config={"model_type": "gpt2"})
-    assert told(subject) == {"F27"}
-    signals, found = padded_against_alone(ward.live(model, batches), subject, 5.0)
+    run_facts = ward.run_facts(batches, model_config={"model_type": "gpt2"})
+    assert told(run_facts) == {"F27"}
+    signals, found = padded_against_alone(ward.live(model, batches), run_facts, 5.0)
     assert [(s.code, s.kind) for s in signals] == [("F27", "counterfactual")], found
     right = batches_of(ward.rows())
-    signals, _ = padded_against_alone(ward.live(model, right), replace(subject, batches=right), 5.0)
+    signals, _ = padded_against_alone(ward.live(model, right), replace(run_facts, batches=right), 5.0)
     assert all(s.against for s in signals)
 
 
@@ -132,9 +132,9 @@ def test_packs_whose_rows_see_each_other(ward, how, codes):
     rows = ward.rows()
     batches = [packed(rows[:3], **how), packed(rows[3:6], **how)]
     examples = [_example(ward, chat) for chat in chats(16, 100)]
-    subject = ward.subject(batches, train=examples)
-    assert told(subject) == codes
-    signals, found = packed_against_alone(ward.live(batches=batches), subject, 5.0)
+    run_facts = ward.run_facts(batches, train=examples)
+    assert told(run_facts) == codes
+    signals, found = packed_against_alone(ward.live(batches=batches), run_facts, 5.0)
     if codes:
         assert [(s.code, s.kind) for s in signals] == [("F31", "counterfactual")]
         assert found["difference"] > 0.05 > found["apart"]
@@ -149,22 +149,22 @@ def test_blocks_without_restarting_positions(ward):
     length = len(number)
     allowed = (number[:, None] == number[None]) & torch.ones(length, length).tril().bool()
     batch["attention_mask"] = torch.zeros(1, 1, length, length).masked_fill(~allowed, torch.finfo(torch.float32).min)
-    subject = ward.subject([batch])
-    assert told(subject) == {"F32"}
-    signals, found = packed_against_alone(ward.live(batches=[batch]), subject, 5.0)
+    run_facts = ward.run_facts([batch])
+    assert told(run_facts) == {"F32"}
+    signals, found = packed_against_alone(ward.live(batches=[batch]), run_facts, 5.0)
     assert found["difference"] < 1e-3 and all(s.against and s.code == "F31" for s in signals)  # rotary: relative
 
 
 def test_packing_that_cuts_rows(ward):
     rows = ward.rows()
     cut = [packed([rows[i], (rows[i + 1][0][:-5], rows[i + 1][1][:-5])]) for i in range(0, 12, 2)]
-    assert told(ward.subject(cut)) == {"F33"}
+    assert told(ward.run_facts(cut)) == {"F33"}
 
 
 def test_a_batch_without_padding_has_nothing_to_compare(ward):
     batch = padded([ward.rows()[0]], pad=END)
     with pytest.raises(Skipped):
-        padded_against_alone(ward.live(batches=[batch]), ward.subject([batch]), 5.0)
+        padded_against_alone(ward.live(batches=[batch]), ward.run_facts([batch]), 5.0)
 
 
 def test_documents_are_found_as_claimed_and_as_seen(ward):

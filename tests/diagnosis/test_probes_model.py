@@ -21,7 +21,7 @@ from solotune.diagnosis.probes.lr_range_test import range_test
 from solotune.diagnosis.probes.probed_model import adapters_of, training_loss
 from solotune.diagnosis.probes.prompt_use import own_prompt_against_others
 from solotune.diagnosis.probes.saved_adapter import reloaded
-from solotune.diagnosis.subject import Saved
+from solotune.diagnosis.run_facts import Saved
 
 END = 2
 
@@ -31,8 +31,8 @@ def ward(tmp_path_factory):
     return Ward(tmp_path_factory.getbasetemp() / "ward")  # one for both files: it is pretrained for seconds
 
 
-def subject_of(ward, live, **parts):
-    return ward.subject(live.batches, **parts)
+def run_facts_of(ward, live, **parts):
+    return ward.run_facts(live.batches, **parts)
 
 
 def spoken(signals) -> list[tuple[str, str]]:
@@ -63,7 +63,7 @@ def test_a_healthy_training_is_cleared_and_left_as_it_was(ward):
         backward=lambda m, batches: _accumulate(m, batches, by_tokens=True),
         evaluate=lambda m: _evaluate(m.eval(), live),
     )
-    found = probes.run_all(live, ward.subject(), 4.0)
+    found = probes.run_all(live, ward.run_facts(), 4.0)
     assert spoken(found.signals) == [], [s for s in found.signals if not s.against]
     assert {"F59", "F57", "F58", "F60", "F54", "F04", "F27", "F28", "F74", "F45"} <= cleared(found.signals)
     assert set(found.skipped) == {"P3", "P11", "P12", "P13"}
@@ -92,9 +92,9 @@ def _accumulate(model, batches, by_tokens=False, divide=True):
 
 def test_probing_twice_measures_the_same(ward):
     live = ward.live()
-    subject = subject_of(ward, live)
+    run_facts = run_facts_of(ward, live)
     for probe in (on_and_off, gradients_and_steps, first_loss):
-        assert probe(live, subject, 5.0)[1] == probe(live, subject, 5.0)[1]
+        assert probe(live, run_facts, 5.0)[1] == probe(live, run_facts, 5.0)[1]
 
 
 # --- P1
@@ -103,7 +103,7 @@ def test_probing_twice_measures_the_same(ward):
 def test_labels_shifted_twice_are_put_right(ward):
     rows = [(ids, [*labels[1:], -100]) for ids, labels in ward.rows()]
     live = ward.live(batches=batches_of(rows))
-    signals, found = first_loss(live, subject_of(ward, live), 5.0)
+    signals, found = first_loss(live, run_facts_of(ward, live), 5.0)
     assert ("F22", "counterfactual") in spoken(signals)
     assert found["as_trained"] > 3 * found["labels_right"]
 
@@ -117,7 +117,7 @@ def test_a_loss_that_does_not_shift_wants_shifted_labels(ward):
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
 
     live = ward.live(batches=batches_of(rows), loss_of=loss_of)
-    signals, _ = first_loss(live, subject_of(ward, live), 5.0)
+    signals, _ = first_loss(live, run_facts_of(ward, live), 5.0)
     assert "F22" in cleared(signals)
 
 
@@ -128,7 +128,7 @@ def test_rows_outside_of_the_template(ward):
         prompt, whole = (ward.tokenizer.encode(t) for t in (text, text + chat[1]["content"] + "<|im_end|>"))
         rows.append((whole, [-100] * len(prompt) + whole[len(prompt) :]))
     live = ward.live(batches=batches_of(rows))
-    signals, found = first_loss(live, subject_of(ward, live), 5.0)
+    signals, found = first_loss(live, run_facts_of(ward, live), 5.0)
     assert ("F12", "counterfactual") in spoken(signals) and "F04" in cleared(signals), found
 
 
@@ -140,7 +140,7 @@ def test_ids_of_another_tokenizer(ward):
     for weight in (inner.model.embed_tokens.weight, inner.lm_head.weight):
         weight.data = weight.data[order]
     live = ward.live(model)
-    signals, found = first_loss(live, subject_of(ward, live), 5.0)
+    signals, found = first_loss(live, run_facts_of(ward, live), 5.0)
     assert ("F04", "measured") in spoken(signals), found
 
 
@@ -149,10 +149,10 @@ def test_ids_of_another_tokenizer(ward):
 
 def test_an_adapter_that_changes_the_base_before_the_first_step(ward):
     live = ward.live(ward.model(init_lora_weights=False))
-    assert spoken(on_and_off(live, subject_of(ward, live), 5.0)[0]) == [("F59", "invariant")]
+    assert spoken(on_and_off(live, run_facts_of(ward, live), 5.0)[0]) == [("F59", "invariant")]
     live = ward.live(ward.model(init_lora_weights="pissa"))
     settings = {"init_lora_weights": "pissa"}
-    assert spoken(on_and_off(live, subject_of(ward, live, settings=settings), 5.0)[0]) == []
+    assert spoken(on_and_off(live, run_facts_of(ward, live, settings=settings), 5.0)[0]) == []
 
 
 def test_frozen_adapters(ward):
@@ -162,7 +162,7 @@ def test_frozen_adapters(ward):
             if part in name:
                 p.requires_grad_(False)
         live = ward.live(model)
-        signals, _ = gradients_and_steps(live, subject_of(ward, live), 5.0)
+        signals, _ = gradients_and_steps(live, run_facts_of(ward, live), 5.0)
         assert spoken(signals) == [("F58", "invariant"), ("F58", "counterfactual")]
         assert not any(p.requires_grad for name, p in model.named_parameters() if part in name)
 
@@ -173,7 +173,7 @@ def test_half_frozen_by_design_is_healthy(ward):
         if "lora_A" in name:
             p.requires_grad_(False)
     live = ward.live(model)
-    assert spoken(gradients_and_steps(live, subject_of(ward, live), 5.0)[0]) == []
+    assert spoken(gradients_and_steps(live, run_facts_of(ward, live), 5.0)[0]) == []
 
 
 def test_adapters_that_are_zero_on_both_sides(ward):
@@ -181,7 +181,7 @@ def test_adapters_that_are_zero_on_both_sides(ward):
     for adapter in adapters_of(model):
         adapter.A.data.zero_()
     live = ward.live(model)
-    assert spoken(gradients_and_steps(live, subject_of(ward, live), 5.0)[0]) == [
+    assert spoken(gradients_and_steps(live, run_facts_of(ward, live), 5.0)[0]) == [
         ("F60", "invariant"),
         ("F60", "counterfactual"),
     ]
@@ -193,11 +193,11 @@ def test_reentrant_checkpointing_without_gradients_at_the_inputs(ward):
     model.gradient_checkpointing_enable({"use_reentrant": True})
     model.get_input_embeddings()._forward_hooks.clear()
     live = ward.live(model)
-    signals, found = gradients_and_steps(live, subject_of(ward, live), 5.0)
+    signals, found = gradients_and_steps(live, run_facts_of(ward, live), 5.0)
     assert spoken(signals) == [("F57", "invariant"), ("F57", "counterfactual")], found
     assert found["other_gradients"]
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert spoken(gradients_and_steps(live, subject_of(ward, live), 5.0)[0]) == []
+    assert spoken(gradients_and_steps(live, run_facts_of(ward, live), 5.0)[0]) == []
 
 
 def test_steps_that_bfloat16_swallows(ward):
@@ -206,10 +206,10 @@ def test_steps_that_bfloat16_swallows(ward):
         adapter.A.data, adapter.B.data = adapter.A.data.bfloat16(), adapter.B.data.bfloat16()
     live = ward.live(model)
     low, high = ({"learning_rate": rate} for rate in (1e-5, 5e-3))
-    signals, found = gradients_and_steps(live, subject_of(ward, live, settings=low), 5.0)
+    signals, found = gradients_and_steps(live, run_facts_of(ward, live, settings=low), 5.0)
     assert spoken(signals) == [("F54", "measured"), ("F54", "counterfactual")], found
     assert all(a.A.dtype == torch.bfloat16 for a in adapters_of(model))
-    assert spoken(gradients_and_steps(live, subject_of(ward, live, settings=high), 5.0)[0]) == []
+    assert spoken(gradients_and_steps(live, run_facts_of(ward, live, settings=high), 5.0)[0]) == []
 
 
 # --- P7
@@ -218,7 +218,7 @@ def test_steps_that_bfloat16_swallows(ward):
 def test_rates_too_low_and_too_high(ward):
     live = ward.live(batches=batches_of(ward.new_rows()))
     for rate, code in ((1e-5, "F64"), (3.0, "F67")):
-        signals, found = range_test(live, subject_of(ward, live, settings={"learning_rate": rate}), 8.0)
+        signals, found = range_test(live, run_facts_of(ward, live, settings={"learning_rate": rate}), 8.0)
         assert (code, "counterfactual") in spoken(signals), found
         (first, *_) = signals
         assert first.code == code and first.fix.startswith("learning_rate") and first.expect
@@ -227,15 +227,15 @@ def test_rates_too_low_and_too_high(ward):
 def test_a_step_that_is_clipped_away(ward):
     live = ward.live(ward.model(), batches_of(ward.new_rows()),
                      make_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5))  # fmt: skip
-    subject = subject_of(ward, live, settings={"learning_rate": 0.5, "max_grad_norm": 1e-4, "optim": "sgd"})
-    assert spoken(range_test(live, subject, 10.0)[0]) == [("F68", "counterfactual")]
-    subject = subject_of(ward, live, settings={"learning_rate": 0.5, "max_grad_norm": 1.0, "optim": "sgd"})
-    assert ("F68", "counterfactual") not in spoken(range_test(live, subject, 10.0)[0])
+    run_facts = run_facts_of(ward, live, settings={"learning_rate": 0.5, "max_grad_norm": 1e-4, "optim": "sgd"})
+    assert spoken(range_test(live, run_facts, 10.0)[0]) == [("F68", "counterfactual")]
+    run_facts = run_facts_of(ward, live, settings={"learning_rate": 0.5, "max_grad_norm": 1.0, "optim": "sgd"})
+    assert ("F68", "counterfactual") not in spoken(range_test(live, run_facts, 10.0)[0])
 
 
 def test_too_little_capacity(ward):
     live = ward.live(ward.model(r=1, target_modules=r".*layers\.0.*k_proj"), batches_of(ward.new_rows()))
-    signals, found = range_test(live, subject_of(ward, live, settings={"learning_rate": 2e-3}), 8.0)
+    signals, found = range_test(live, run_facts_of(ward, live, settings={"learning_rate": 2e-3}), 8.0)
     assert ("F62", "counterfactual") in spoken(signals), found
 
 
@@ -247,7 +247,7 @@ def test_an_evaluation_in_training_mode(ward):
     for adapter in adapters_of(model):
         torch.nn.init.normal_(adapter.B, std=0.3)
     live = replace(ward.live(model), evaluate=lambda m: _evaluate(m.train(), live))
-    assert spoken(evaluated_twice(live, subject_of(ward, live), 5.0)[0]) == [
+    assert spoken(evaluated_twice(live, run_facts_of(ward, live), 5.0)[0]) == [
         ("F45", "measured"),
         ("F45", "counterfactual"),
     ]
@@ -263,7 +263,7 @@ def test_ways_to_accumulate(ward):
         ({"divide": False}, [("F74", "invariant")]),
     ):
         live = ward.live(batches=batches, backward=lambda m, b, how=how: _accumulate(m, b, **how))
-        signals, found = accumulated_against_whole(live, subject_of(ward, live), 5.0)
+        signals, found = accumulated_against_whole(live, run_facts_of(ward, live), 5.0)
         assert spoken(signals) == expected, found
 
 
@@ -275,7 +275,7 @@ def test_prompts_and_answers_that_slipped(ward):
     slipped = [[one[0], other[1]] for one, other in zip(known, [*known[1:], known[0]], strict=True)]
     rows = [render(ward.tokenizer, chat) for chat in slipped]
     live = ward.live(batches=batches_of(rows[:16]))
-    signals, found = own_prompt_against_others(live, subject_of(ward, live, conversations=slipped), 10.0)
+    signals, found = own_prompt_against_others(live, run_facts_of(ward, live, conversations=slipped), 10.0)
     assert spoken(signals) == [("F38", "counterfactual")], found
     assert max(found["slipped"], key=lambda s: found["slipped"][s]["gain"]) == "-1" or found["slipped"]
 
@@ -305,9 +305,9 @@ def test_what_was_saved(ward):
         ("F78",): Saved({k.replace("layers", "blocks"): v for k, v in saved.items()}, {}),
     }
     for codes, files in cases.items():
-        signals, found = reloaded(live, subject_of(ward, live, saved=files), 5.0)
+        signals, found = reloaded(live, run_facts_of(ward, live, saved=files), 5.0)
         assert tuple(code for code, _ in spoken(signals)) == codes, found
-    assert cleared(reloaded(live, subject_of(ward, live, saved=good), 5.0)[0]) == {"F75", "F76", "F78"}
+    assert cleared(reloaded(live, run_facts_of(ward, live, saved=good), 5.0)[0]) == {"F75", "F76", "F78"}
 
 
 def test_the_deployment_asks_in_another_format(ward):
@@ -329,16 +329,16 @@ def test_the_deployment_asks_in_another_format(ward):
         return ward.tokenizer.encode(f"Q: {text}!! A= ")
 
     live = ward.live(model, generate=lambda text: answer(text, as_trained))
-    assert "F11" in cleared(both_renderings(live, subject_of(ward, live), 10.0)[0])
+    assert "F11" in cleared(both_renderings(live, run_facts_of(ward, live), 10.0)[0])
     live = ward.live(model, generate=lambda text: answer(text, bare))
-    signals, found = both_renderings(live, subject_of(ward, live), 10.0)
+    signals, found = both_renderings(live, run_facts_of(ward, live), 10.0)
     assert spoken(signals) == [("F11", "counterfactual")], found
 
 
 def test_the_range_test_of_a_run_that_has_trained_begins_where_the_run_began(ward):
     live = ward.live(batches=batches_of(ward.new_rows()))
-    subject = subject_of(ward, live, settings={"learning_rate": 1e-2})
-    fresh = range_test(live, subject, 20)[1]
+    run_facts = run_facts_of(ward, live, settings={"learning_rate": 1e-2})
+    fresh = range_test(live, run_facts, 20)[1]
     optimizer = torch.optim.AdamW([p for p in live.model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(40):
         training_loss(live, live.batches[0]).backward()
@@ -346,7 +346,7 @@ def test_the_range_test_of_a_run_that_has_trained_begins_where_the_run_began(war
         optimizer.zero_grad()
     trained = {name: p.detach().clone() for name, p in live.model.named_parameters()}
     assert float(training_loss(live, live.batches[0]).detach()) < 0.8 * fresh["curves"]["1"][0]
-    signals, again = range_test(live, subject, 20)
+    signals, again = range_test(live, run_facts, 20)
     assert again["curves"]["1"][0] == pytest.approx(fresh["curves"]["1"][0], abs=1e-3)
     assert not spoken(signals)
     assert all(torch.equal(p, trained[name]) for name, p in live.model.named_parameters())

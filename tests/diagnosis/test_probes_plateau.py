@@ -11,9 +11,9 @@ from solotune.config.run_config import load_config
 from solotune.diagnosis import probes
 from solotune.diagnosis.evidence import Probed, Signal
 from solotune.diagnosis.plateau import plateau, shape_of
-from solotune.diagnosis.sources.live_model import own_live
+from solotune.diagnosis.run_facts import RunFacts, Settings, Trace
+from solotune.diagnosis.sources.live_model import load_live_model
 from solotune.diagnosis.sources.solotune_run import from_prepared
-from solotune.diagnosis.subject import Settings, Subject, Trace
 from solotune.hub.model_files import resolve_model
 from solotune.training import trained_run
 
@@ -25,7 +25,7 @@ def run(loss=FLAT, rate=None, **settings):
     rate = np.full(200, 2e-3) if rate is None else rate
     none = np.array([])
     trace = Trace(STEPS, loss, rate, np.full(200, 0.5), STEPS / 100, none, none, 200, True)
-    return Subject("a run", Settings({"learning_rate": 2e-3, **settings}), trace=trace)
+    return RunFacts("a run", Settings({"learning_rate": 2e-3, **settings}), trace=trace)
 
 
 CASES = {
@@ -41,9 +41,9 @@ CASES = {
 
 @pytest.mark.parametrize("cause", CASES)
 def test_the_first_question_with_an_answer_is_the_cause(cause):
-    subject, signals = CASES[cause]
+    run_facts, signals = CASES[cause]
     found = Probed(list(signals))
-    said = plateau(subject, found)
+    said = plateau(run_facts, found)
     assert found.measurements["plateau"]["cause"] == cause
     assert {s.code for s in said} == ({cause} if cause != "floor" else set())
     if cause == "F64":
@@ -57,10 +57,10 @@ def test_a_run_that_still_falls_is_not_flat():
 
 
 def test_our_own_training_as_a_live_one(chat_config):
-    config, machine, _ = trained_run.settle(load_config({**chat_config, "learning_rate": 2e-3}))
+    config, machine, _ = trained_run.resolve_for_machine(load_config({**chat_config, "learning_rate": 2e-3}))
     tokenizer = dataset.load_tokenizer(config)
     prepared = dataset.prepare(config, tokenizer)
-    live = own_live(config, machine, tokenizer, prepared.train, prepared.validation)
+    live = load_live_model(config, machine, tokenizer, prepared.train, prepared.validation)
     before = {name: p.clone() for name, p in live.model.named_parameters()}
     found = probes.run_all(live, from_prepared(config, tokenizer, prepared, [], resolve_model(config)), 4.0)
     assert [s for s in found.signals if not s.against and s.code not in ("F62", "F64")] == []  # rates of a random model

@@ -14,7 +14,7 @@ from tiny import FAMILIES
 from solotune.dataset import Example
 from solotune.diagnosis.catalogue import FAULTS
 from solotune.diagnosis.rules import ask_all, rules
-from solotune.diagnosis.subject import Saved, Settings, Subject, Trace
+from solotune.diagnosis.run_facts import RunFacts, Saved, Settings, Trace
 
 LLAMA = FAMILIES["llama"]().to_dict()
 USUAL: dict[str, Any] = {
@@ -60,8 +60,8 @@ def adapter(
     return found
 
 
-def subject(settings: dict[str, Any] | None = None, asked: dict[str, Any] | None = None, **parts: Any) -> Subject:
-    return Subject("test", Settings({**USUAL, **(settings or {})}, asked or {}), **parts)
+def run_facts(settings: dict[str, Any] | None = None, asked: dict[str, Any] | None = None, **parts: Any) -> RunFacts:
+    return RunFacts("test", Settings({**USUAL, **(settings or {})}, asked or {}), **parts)
 
 
 def rows(lengths: list[int], first: int = 1, last: int = 2) -> list[Example]:
@@ -73,7 +73,7 @@ def rows(lengths: list[int], first: int = 1, last: int = 2) -> list[Example]:
     return made
 
 
-def said(one: Subject, least: float = 0.5) -> set[str]:
+def said(one: RunFacts, least: float = 0.5) -> set[str]:
     signals, unasked = ask_all(one)
     assert not [why for why in unasked.values() if "failed" in why], "no rule stumbles"
     return {signal.code for signal in signals if signal.weight >= least and not signal.against}
@@ -99,72 +99,72 @@ def chats(change: Any) -> list[list[dict[str, Any]]]:
     return [[change(i, dict(message)) for message in chat] for i, chat in enumerate(CHATS)]
 
 
-FAULTY: list[tuple[str, Subject]] = [
-    ("F01", subject(trace=trace(errors=("CUDA Setup failed despite GPU being available",)))),
-    ("F01", subject({"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"},
+FAULTY: list[tuple[str, RunFacts]] = [
+    ("F01", run_facts(trace=trace(errors=("CUDA Setup failed despite GPU being available",)))),
+    ("F01", run_facts({"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"},
                     environment={"BNB_CUDA_VERSION": "117", "cuda_runtime": "12.8"})),
-    ("F02", subject({"max_length": 1024}, {"max_seq_length": 256})),
-    ("F02", subject(trace=trace(errors=("TypeError: __init__() got an unexpected keyword argument 'tokenizer'",)))),
-    ("F03", subject({"learning_rate": 5e-5}, {"learning_rate": 2e-4})),
-    ("F05", subject(model_config={**LLAMA}, saved=Saved({**adapter(), "base_model.model.model.embed_tokens.weight":
+    ("F02", run_facts({"max_length": 1024}, {"max_seq_length": 256})),
+    ("F02", run_facts(trace=trace(errors=("TypeError: __init__() got an unexpected keyword argument 'tokenizer'",)))),
+    ("F03", run_facts({"learning_rate": 5e-5}, {"learning_rate": 2e-4})),
+    ("F05", run_facts(model_config={**LLAMA}, saved=Saved({**adapter(), "base_model.model.model.embed_tokens.weight":
                                                          torch.ones(100, 64)}, {}))),
-    ("F25", subject({"rows_in": 100, "rows_out": 60})),
-    ("F26", subject({"max_length": 40}, train=[*rows([20, 25, 30] * 10), *rows([40] * 12, first=50)])),
-    ("F34", subject(conversations=chats(lambda i, m: NO_ANSWER if i % 3 == 0 and m["role"] != "user" else m))),
-    ("F35", subject(conversations=chats(lambda i, m: {**m, "content": "I cannot."} if m["role"] != "user" else m))),
-    ("F36", subject(conversations=chats(lambda i, m: {**m, "role": {"user": "human"}.get(m["role"], m["role"])}))),
-    ("F36", subject(conversations=[[chat[0], *chat] for chat in CHATS])),
-    ("F37", subject(conversations=chats(lambda i, m: {**m, "content": "é à la maison".encode().decode("latin-1")}))),
-    ("F39", subject(train=rows([20, 24, 28] * 3) * 6)),
-    ("F40", subject({"shuffle": False}, train=rows(list(range(10, 60))))),
-    ("F41", subject({"dataloader_num_workers": 4, "num_train_epochs": 1}, train=rows([20] * 100), trace=trace())),
-    ("F42", subject(train=rows([20] * 99 + [500]), trace=ended_at(60, OOM.format("forward")))),
-    ("F43", subject({"dataset": "a.jsonl", "eval_dataset": "a.jsonl"})),
-    ("F46", subject(trace=trace(eval_loss_E=np.array([1.5, 1.2, 1.6, 2.1]), loss_S=FALLING))),
-    ("F47", subject({"assistant_only_loss": True, "eval_assistant_only_loss": False})),
-    ("F48", subject({"validation_rows": 3, "train_rows": 480})),
-    ("F49", subject({"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"},
+    ("F25", run_facts({"rows_in": 100, "rows_out": 60})),
+    ("F26", run_facts({"max_length": 40}, train=[*rows([20, 25, 30] * 10), *rows([40] * 12, first=50)])),
+    ("F34", run_facts(conversations=chats(lambda i, m: NO_ANSWER if i % 3 == 0 and m["role"] != "user" else m))),
+    ("F35", run_facts(conversations=chats(lambda i, m: {**m, "content": "I cannot."} if m["role"] != "user" else m))),
+    ("F36", run_facts(conversations=chats(lambda i, m: {**m, "role": {"user": "human"}.get(m["role"], m["role"])}))),
+    ("F36", run_facts(conversations=[[chat[0], *chat] for chat in CHATS])),
+    ("F37", run_facts(conversations=chats(lambda i, m: {**m, "content": "é à la maison".encode().decode("latin-1")}))),
+    ("F39", run_facts(train=rows([20, 24, 28] * 3) * 6)),
+    ("F40", run_facts({"shuffle": False}, train=rows(list(range(10, 60))))),
+    ("F41", run_facts({"dataloader_num_workers": 4, "num_train_epochs": 1}, train=rows([20] * 100), trace=trace())),
+    ("F42", run_facts(train=rows([20] * 99 + [500]), trace=ended_at(60, OOM.format("forward")))),
+    ("F43", run_facts({"dataset": "a.jsonl", "eval_dataset": "a.jsonl"})),
+    ("F46", run_facts(trace=trace(eval_loss_E=np.array([1.5, 1.2, 1.6, 2.1]), loss_S=FALLING))),
+    ("F47", run_facts({"assistant_only_loss": True, "eval_assistant_only_loss": False})),
+    ("F48", run_facts({"validation_rows": 3, "train_rows": 480})),
+    ("F49", run_facts({"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"},
                     model_config={**LLAMA, "quantization_config": {"quant_method": "awq"}})),
-    ("F50", subject({"load_in_4bit": True})),
-    ("F51", subject({"load_in_4bit": False}, {"load_in_4bit": True})),
-    ("F52", subject({"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16", "llm_int8_skip_modules": ["gate"]})),
-    ("F53", subject({"fp16": True, "bf16": False}, trace=trace(loss_S=np.where(HALF, np.nan, 2.0)))),
-    ("F54", subject({"adapter_dtype": "bfloat16", "learning_rate": 4e-5})),
-    ("F55", subject(trace=trace(grad_norm_S=np.where(np.arange(STEPS) % 5 == 4, np.nan, 1.0)))),
-    ("F56", subject({"lora_target_modules": ["q_proj", "v_proj", "c_attn"]}, model_config=LLAMA)),
-    ("F56", subject({"lora_target_modules": ["q_proj", "c_fc"]}, saved=Saved(adapter(), {}))),
-    ("F57", subject(REENTRANT, saved=Saved(adapter(b=0), {}), trace=trace())),
-    ("F58", subject(trace=trace(grad_norm_S=np.zeros(STEPS)))),
-    ("F59", subject({"init_lora_weights": False})),
-    ("F60", subject(saved=Saved(adapter(0, 0), {}))),
-    ("F61", subject({"lora_alpha": 1})),
-    ("F61", subject({"lora_alpha": 2048})),
-    ("F61", subject(saved=Saved(adapter(), {"r": 8, "lora_alpha": 8}))),
-    ("F62", subject({"lora_r": 1, "lora_alpha": 2, "lora_target_modules": ["q_proj"]})),
-    ("F63", subject({"lora_target_modules": ["q_proj", "lm_head"], "use_liger_kernel": True})),
-    ("F64", subject({"learning_rate": 5e-6})),
-    ("F65", subject({"warmup_steps": 80}, trace=trace())),
-    ("F65", subject({"warmup_ratio": 0.7, "warmup_steps": None, "max_steps": 100})),
-    ("F65", subject(trace=trace(learning_rate_S=UPWARDS))),
-    ("F66", subject(trace=trace(learning_rate_S=ZERO))),
-    ("F66", subject(trace=trace(learning_rate_S=2e-4 * (1 - np.arange(STEPS) / 1000)))),
-    ("F67", subject({"learning_rate": 0.1}, model_config={**LLAMA, "hidden_size": 2048})),
-    ("F67", subject(trace=trace(loss_S=JUMPED, grad_norm_S=SPIKED))),
-    ("F68", subject({"max_grad_norm": 1e-8})),
-    ("F68", subject({"max_grad_norm": 1e-4, "optim": "sgd"}, trace=trace())),
-    ("F69", subject({"weight_decay": 1000.0}, trace=trace())),
-    ("F70", subject(trace=ended_at(0, "in optimizer.step\n" + OOM.format("step")))),
-    ("F71", subject({"gradient_checkpointing": False}, trace=ended_at(1, OOM.format("mlp")))),
-    ("F72", subject(trace=trace(errors=(OOM.format("cross_entropy"),)))),
-    ("F73", subject({"torch_compile": True}, train=rows(list(range(20, 80))))),
-    ("F74", subject({"gradient_accumulation_steps": 8}, trace=trace(loss_S=8 * trace().loss_S))),
-    ("F75", subject(saved=Saved({}, {"r": 8}))),
-    ("F75", subject(saved=Saved(adapter(b=0), {}))),
-    ("F76", subject({"merged_into": "int4"})),
-    ("F77", subject(trace=trace(learning_rate_S=RESTART, seams=(50,)))),
-    ("F77", subject(trace=trace(seams=(50,)), saved=Saved(adapter(), {}, optimizer_present=False))),
-    ("F78", subject(model_config=LLAMA, saved=Saved(adapter(prefix="model."), {}))),
-    ("F78", subject(model_config=LLAMA, saved=Saved(adapter(prefix="base_model.model.base_model.model."), {}))),
+    ("F50", run_facts({"load_in_4bit": True})),
+    ("F51", run_facts({"load_in_4bit": False}, {"load_in_4bit": True})),
+    ("F52", run_facts({"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16", "llm_int8_skip_modules": ["gate"]})),
+    ("F53", run_facts({"fp16": True, "bf16": False}, trace=trace(loss_S=np.where(HALF, np.nan, 2.0)))),
+    ("F54", run_facts({"adapter_dtype": "bfloat16", "learning_rate": 4e-5})),
+    ("F55", run_facts(trace=trace(grad_norm_S=np.where(np.arange(STEPS) % 5 == 4, np.nan, 1.0)))),
+    ("F56", run_facts({"lora_target_modules": ["q_proj", "v_proj", "c_attn"]}, model_config=LLAMA)),
+    ("F56", run_facts({"lora_target_modules": ["q_proj", "c_fc"]}, saved=Saved(adapter(), {}))),
+    ("F57", run_facts(REENTRANT, saved=Saved(adapter(b=0), {}), trace=trace())),
+    ("F58", run_facts(trace=trace(grad_norm_S=np.zeros(STEPS)))),
+    ("F59", run_facts({"init_lora_weights": False})),
+    ("F60", run_facts(saved=Saved(adapter(0, 0), {}))),
+    ("F61", run_facts({"lora_alpha": 1})),
+    ("F61", run_facts({"lora_alpha": 2048})),
+    ("F61", run_facts(saved=Saved(adapter(), {"r": 8, "lora_alpha": 8}))),
+    ("F62", run_facts({"lora_r": 1, "lora_alpha": 2, "lora_target_modules": ["q_proj"]})),
+    ("F63", run_facts({"lora_target_modules": ["q_proj", "lm_head"], "use_liger_kernel": True})),
+    ("F64", run_facts({"learning_rate": 5e-6})),
+    ("F65", run_facts({"warmup_steps": 80}, trace=trace())),
+    ("F65", run_facts({"warmup_ratio": 0.7, "warmup_steps": None, "max_steps": 100})),
+    ("F65", run_facts(trace=trace(learning_rate_S=UPWARDS))),
+    ("F66", run_facts(trace=trace(learning_rate_S=ZERO))),
+    ("F66", run_facts(trace=trace(learning_rate_S=2e-4 * (1 - np.arange(STEPS) / 1000)))),
+    ("F67", run_facts({"learning_rate": 0.1}, model_config={**LLAMA, "hidden_size": 2048})),
+    ("F67", run_facts(trace=trace(loss_S=JUMPED, grad_norm_S=SPIKED))),
+    ("F68", run_facts({"max_grad_norm": 1e-8})),
+    ("F68", run_facts({"max_grad_norm": 1e-4, "optim": "sgd"}, trace=trace())),
+    ("F69", run_facts({"weight_decay": 1000.0}, trace=trace())),
+    ("F70", run_facts(trace=ended_at(0, "in optimizer.step\n" + OOM.format("step")))),
+    ("F71", run_facts({"gradient_checkpointing": False}, trace=ended_at(1, OOM.format("mlp")))),
+    ("F72", run_facts(trace=trace(errors=(OOM.format("cross_entropy"),)))),
+    ("F73", run_facts({"torch_compile": True}, train=rows(list(range(20, 80))))),
+    ("F74", run_facts({"gradient_accumulation_steps": 8}, trace=trace(loss_S=8 * trace().loss_S))),
+    ("F75", run_facts(saved=Saved({}, {"r": 8}))),
+    ("F75", run_facts(saved=Saved(adapter(b=0), {}))),
+    ("F76", run_facts({"merged_into": "int4"})),
+    ("F77", run_facts(trace=trace(learning_rate_S=RESTART, seams=(50,)))),
+    ("F77", run_facts(trace=trace(seams=(50,)), saved=Saved(adapter(), {}, optimizer_present=False))),
+    ("F78", run_facts(model_config=LLAMA, saved=Saved(adapter(prefix="model."), {}))),
+    ("F78", run_facts(model_config=LLAMA, saved=Saved(adapter(prefix="base_model.model.base_model.model."), {}))),
 ]  # fmt: skip
 
 
@@ -173,40 +173,40 @@ def test_a_fault_is_seen(code, faulty):
     assert code in said(faulty)
 
 
-HEALTHY: dict[str, Subject] = {
-    "usual": subject(train=rows([20, 30, 40] * 20), conversations=CHATS, model_config=LLAMA, trace=trace(),
+HEALTHY: dict[str, RunFacts] = {
+    "usual": run_facts(train=rows([20, 30, 40] * 20), conversations=CHATS, model_config=LLAMA, trace=trace(),
                      saved=Saved(adapter(), {"r": 8, "lora_alpha": 16})),
-    "a high rate of a narrow model": subject({"learning_rate": 6e-3}, model_config=LLAMA),
-    "clip 1e-4 with AdamW": subject({"max_grad_norm": 1e-4}, trace=trace()),
-    "weight decay 0.1": subject({"weight_decay": 0.1}, trace=trace()),
-    "alpha/r 4": subject({"lora_alpha": 32}),
-    "bf16 adapters at 2e-4": subject({"adapter_dtype": "bfloat16"}),
-    "PiSSA": subject({"init_lora_weights": "pissa"}, saved=Saved(adapter(), {"init_lora_weights": "pissa"})),
-    "padding side left": subject({"padding_side": "left"}),
-    "sorted file, shuffled": subject({"shuffle": True}, train=rows(list(range(10, 60)))),
-    "inference_mode as PEFT saves it": subject(saved=Saved(adapter(), {"inference_mode": True}), trace=trace()),
-    "a run that was stopped early": subject(trace=trace(total_steps=400, is_finished=False,
+    "a high rate of a narrow model": run_facts({"learning_rate": 6e-3}, model_config=LLAMA),
+    "clip 1e-4 with AdamW": run_facts({"max_grad_norm": 1e-4}, trace=trace()),
+    "weight decay 0.1": run_facts({"weight_decay": 0.1}, trace=trace()),
+    "alpha/r 4": run_facts({"lora_alpha": 32}),
+    "bf16 adapters at 2e-4": run_facts({"adapter_dtype": "bfloat16"}),
+    "PiSSA": run_facts({"init_lora_weights": "pissa"}, saved=Saved(adapter(), {"init_lora_weights": "pissa"})),
+    "padding side left": run_facts({"padding_side": "left"}),
+    "sorted file, shuffled": run_facts({"shuffle": True}, train=rows(list(range(10, 60)))),
+    "inference_mode as PEFT saves it": run_facts(saved=Saved(adapter(), {"inference_mode": True}), trace=trace()),
+    "a run that was stopped early": run_facts(trace=trace(total_steps=400, is_finished=False,
                                                         learning_rate_S=2e-4 * (1 - np.arange(STEPS) / 400))),
-    "a run that is warming up": subject({"warmup_steps": 150}, trace=trace(total_steps=2000, is_finished=False,
+    "a run that is warming up": run_facts({"warmup_steps": 150}, trace=trace(total_steps=2000, is_finished=False,
                                                                           learning_rate_S=UPWARDS)),
-    "constant rate": subject({"lr_scheduler_type": "constant"}, trace=trace(learning_rate_S=np.full(STEPS, 2e-4))),
-    "cosine to its end": subject({"lr_scheduler_type": "cosine"},
+    "constant rate": run_facts({"lr_scheduler_type": "constant"}, trace=trace(learning_rate_S=np.full(STEPS, 2e-4))),
+    "cosine to its end": run_facts({"lr_scheduler_type": "cosine"},
                                  trace=trace(learning_rate_S=COSINE)),
-    "a final folder has no optimizer": subject(saved=Saved(adapter(), {}, optimizer_present=False), trace=trace()),
-    "a resumption without a kink": subject(saved=Saved(adapter(), {}, optimizer_present=True, scheduler_present=True),
+    "a final folder has no optimizer": run_facts(saved=Saved(adapter(), {}, optimizer_present=False), trace=trace()),
+    "a resumption without a kink": run_facts(saved=Saved(adapter(), {}, optimizer_present=True, scheduler_present=True),
                                            trace=trace(seams=(50,))),
-    "high loss of a hard task": subject(trace=trace(loss_S=7.2 - np.arange(STEPS) / 1000, eval_loss_E=np.full(4, 7.1))),
-    "a tiny data set": subject({"num_train_epochs": 20}, train=rows([20, 22, 24, 26])),
-    "not English": subject(conversations=chats(lambda i, m: {**m, "content": f"Ça va très bien à Zürich, {i} fois"})),
-    "4 bits with their dtype": subject({"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}),
-    "float32 on purpose": subject({"load_in_4bit": True, "bf16": False, "fp16": False}),
-    "bitsandbytes' own 4 bits": subject(
+    "high loss of a hard task": run_facts(trace=trace(loss_S=7.2 - np.arange(STEPS) / 1000, eval_loss_E=np.full(4, 7.1))),
+    "a tiny data set": run_facts({"num_train_epochs": 20}, train=rows([20, 22, 24, 26])),
+    "not English": run_facts(conversations=chats(lambda i, m: {**m, "content": f"Ça va très bien à Zürich, {i} fois"})),
+    "4 bits with their dtype": run_facts({"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}),
+    "float32 on purpose": run_facts({"load_in_4bit": True, "bf16": False, "fp16": False}),
+    "bitsandbytes' own 4 bits": run_facts(
         {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"},
         model_config={**LLAMA, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
     ),
-    "asked as it held": subject(asked={"learning_rate": "2e-4", "r": 8, "max_seq_length": 512}),
-    "first gradients large": subject(trace=trace(grad_norm_S=np.where(np.arange(STEPS) < 2, 80.0, 0.5))),
-    "DoRA beside LoRA": subject(saved=Saved({**adapter(), "base_model.model.model.layers.0.self_attn.q_proj"
+    "asked as it held": run_facts(asked={"learning_rate": "2e-4", "r": 8, "max_seq_length": 512}),
+    "first gradients large": run_facts(trace=trace(grad_norm_S=np.where(np.arange(STEPS) < 2, 80.0, 0.5))),
+    "DoRA beside LoRA": run_facts(saved=Saved({**adapter(), "base_model.model.model.layers.0.self_attn.q_proj"
                                              ".lora_magnitude_vector": torch.ones(64)}, {})),
 }  # fmt: skip
 
@@ -226,7 +226,7 @@ def test_every_fault_has_a_rule_in_its_suspects_file_that_explains_it():
 
 
 def test_rules_answer_on_a_subject_of_which_nothing_is_known():
-    signals, unasked = ask_all(Subject("nothing", Settings({})))
+    signals, unasked = ask_all(RunFacts("nothing", Settings({})))
     assert not [why for why in unasked.values() if "failed" in why]
     assert not signals and "F66" in unasked and unasked["F75"] == "nothing was saved"
 
@@ -236,9 +236,9 @@ def test_an_untrained_embedding_is_seen_in_the_model_and_not_where_it_is_trained
     model = transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"]())
     model.resize_token_embeddings(130, mean_resizing=True)
     model.get_input_embeddings().weight.requires_grad_(False)
-    from solotune.diagnosis.subject import Live
+    from solotune.diagnosis.run_facts import LiveModel
 
-    one = subject(train=rows([20, 30, 40], last=129), live=lambda: Live(model, []))
+    one = run_facts(train=rows([20, 30, 40], last=129), live=lambda: LiveModel(model, []))
     assert {signal.code for signal in ask_all(one, loads=True)[0]} >= {"F06"}
     covered = replace(one, settings=Settings({**USUAL, "trainable_token_indices": [129]}))
     other = replace(one, train=rows([20, 30, 40]))
@@ -247,13 +247,13 @@ def test_an_untrained_embedding_is_seen_in_the_model_and_not_where_it_is_trained
 
 
 def test_a_model_that_should_be_quantised_and_a_head_that_should_not():
-    from solotune.diagnosis.subject import Live
+    from solotune.diagnosis.run_facts import LiveModel
 
     model = transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"]())
-    one = subject({"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}, live=lambda: Live(model, []))
+    one = run_facts({"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}, live=lambda: LiveModel(model, []))
     assert "F51" in {signal.code for signal in ask_all(one, loads=True)[0]}
     head = model.get_output_embeddings()
-    plain = subject(live=lambda: Live(model, []))
+    plain = run_facts(live=lambda: LiveModel(model, []))
     assert "F52" not in {signal.code for signal in ask_all(plain, loads=True)[0]}
     head.weight.data = (head.weight.data * 300).round().clamp(-8, 7) / 300
     assert "F52" in {signal.code for signal in ask_all(plain, loads=True)[0]}

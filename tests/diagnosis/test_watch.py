@@ -12,9 +12,9 @@ from tiny import metrics_of, random_rows
 from solotune.diagnosis import monitor as watching
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.findings import Finding
-from solotune.diagnosis.monitor import Watch
+from solotune.diagnosis.monitor import Monitor
+from solotune.diagnosis.run_facts import RunFacts, Settings
 from solotune.diagnosis.sources import solotune_run
-from solotune.diagnosis.subject import Settings, Subject
 from solotune.display.observer import Observers, SilentObserver
 from solotune.model.loading import load_model
 from solotune.run.events import StepEvent
@@ -40,8 +40,8 @@ def watched(config, tmp_path, before=lambda model: None, findings=()):
     model = load_model(config, CPU, torch.float32)
     before(model)
     rows, told = random_rows(12), Told()
-    subject = Subject("test", solotune_run.settings_of(config), findings=findings)
-    watch = Watch(model, subject, Observers(RunLog(run), told), RunRecord.read(run.path))
+    run_facts = RunFacts("test", solotune_run.settings_of(config), findings=findings)
+    watch = Monitor(model, run_facts, Observers(RunLog(run), told), RunRecord.read(run.path))
     loop.train(model, rows[:8], rows[8:], config, run, watch)
     logged = [event["code"] for event in metrics_of(run) if event["event"] == "diagnosed"]
     assert len(logged) == len(told.lines)
@@ -57,7 +57,7 @@ def test_a_healthy_run_is_left_alone(keys, tiny_config, tmp_path):
 
 def test_adapters_without_gradient_are_named_at_the_first_update(tiny_config, tmp_path):
     def cut_off(model):
-        model.joined.data.zero_()  # A = B = 0: no gradient reaches either
+        model.flat_params.data.zero_()  # A = B = 0: no gradient reaches either
 
     said, _ = watched(tiny_config(max_steps=3, learning_rate=1e-3), tmp_path, cut_off)
     assert len(said) == 1
@@ -66,7 +66,7 @@ def test_adapters_without_gradient_are_named_at_the_first_update(tiny_config, tm
 
 def test_one_layer_that_is_cut_off_is_named(tiny_config, tmp_path):
     def cut_off(model):
-        layer = model.adapted["model.layers.0.self_attn.q_proj"]
+        layer = model.lora_layers["model.layers.0.self_attn.q_proj"]
         layer.lora_A.register_hook(torch.zeros_like)
         layer.lora_B.register_hook(torch.zeros_like)
 
@@ -83,7 +83,7 @@ def test_updates_that_are_rounded_away_are_named(tiny_config, tmp_path, monkeypa
                     parameter.data.copy_(parameter.data.bfloat16())
 
     def in_16_bits(model):
-        model.joined.data.copy_(model.joined.data.bfloat16())
+        model.flat_params.data.copy_(model.flat_params.data.bfloat16())
 
     monkeypatch.setattr(loop, "make_optimizer", lambda config, ps: Rounding(ps, lr=config.learning_rate))
     said, _ = watched(tiny_config(max_steps=3, learning_rate=1e-5), tmp_path, in_16_bits)
@@ -103,11 +103,11 @@ def test_a_first_loss_above_guessing_is_a_doubt(tiny_config, tmp_path):
 def test_evaluations_ask_the_rules_on_the_curve_and_each_fault_is_told_once(tiny_config, tmp_path, monkeypatch):
     asked = []
 
-    def ask_all(subject):
-        if subject.trace is None:  # before the run
+    def ask_all(run_facts):
+        if run_facts.trace is None:  # before the run
             return [], {}
-        asked.append(len(subject.trace.step_S))
-        assert subject.trace.eval_step_E[-1] == asked[-1] and np.isfinite(subject.trace.loss_S).all()
+        asked.append(len(run_facts.trace.step_S))
+        assert run_facts.trace.eval_step_E[-1] == asked[-1] and np.isfinite(run_facts.trace.loss_S).all()
         return [Signal("F65", "invariant", "the rate rises for 9 steps", 0.9, fix="warmup_ratio: 0.03")], {}
 
     monkeypatch.setattr(watching, "ask_all", ask_all)
@@ -123,10 +123,10 @@ def test_evaluations_ask_the_rules_on_the_curve_and_each_fault_is_told_once(tiny
 def test_it_costs_less_than_a_hundredth_of_a_step(tiny_config, tmp_path):
     config = tiny_config(max_steps=200)
     model = load_model(config, CPU, torch.float32)
-    watch = Watch(model, Subject("test", Settings({})), Told(), RunRecord.read(tmp_path))
+    watch = Monitor(model, RunFacts("test", Settings({})), Told(), RunRecord.read(tmp_path))
     watch.begin(200)
     figures = StepEvent(1, 200, 0.1, 2.0, 0.1, 1e-3, 1.0, 99, 9, 9.0, 0.1, 990.0, 0)
-    model.joined.data.add_(1.0)
+    model.flat_params.data.add_(1.0)
     started = time.process_time()  # what else runs on the machine does not count
     for _ in range(200):
         watch.step(figures)

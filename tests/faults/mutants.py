@@ -61,11 +61,11 @@ MUTANTS = [
         Edit("storage:take_lock", "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass")]),
     # --- going on
     Mutant("manifests are not checked", "rotten", [
-        Edit("checkpoint:why_invalid", "for file, problem in check_folder(folder):", "for file, problem in ():")]),
+        Edit("checkpoint:invalid_reason", "for file, problem in check_folder(folder):", "for file, problem in ():")]),
     Mutant("metrics are not compared with the mark", "ahead_of_metrics", [
-        Edit("record:RunDirectory.why_not_after", 'if there < mark["bytes"]:', "return None\n    if there < 0:")]),
+        Edit("record:RunDirectory.metrics_mismatch", 'if there < mark["bytes"]:', "return None\n    if there < 0:")]),
     Mutant("metrics are not cut back", "killed_after_a_save", [
-        Edit("record:RunDirectory.go_back", "storage.cut_back(", "(lambda *_: None)(")]),
+        Edit("record:RunDirectory.truncate_metrics", "storage.cut_back(", "(lambda *_: None)(")]),
     Mutant("the adapter is not restored", "killed_after_a_save", [
         Edit("lora:load_state_dict", "part.data.copy_(tensors[key])", "pass")]),
     Mutant("the optimizer is not restored", "killed_after_a_save", [

@@ -23,10 +23,10 @@ TRAINING = "tests/test_training.py"
 
 MUTANTS: list[tuple[str, str, str, str]] = [
     ("training/loop.py", ", *finite.norms(model, optimizer)]", "]", f"{FINITE} -k site"),
-    ("training/loop.py", "if not finite.all_sound([loss, norm, *state]):", "if loss != loss:", f"{FINITE} -k site"),
+    ("training/loop.py", "if not finite.all_finite([loss, norm, *state]):", "if loss != loss:", f"{FINITE} -k site"),
     (
         "training/loop.py",
-        "if problem := finite.why_not_to_save(self.model, self.optimizer):",
+        "if problem := finite.nonfinite_tensors(self.model, self.optimizer):",
         "if problem := []:",
         f"{FINITE} -k update",
     ),
@@ -54,7 +54,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("training/nonfinite.py", '"transient" if is_sound and not broken', '"transient" if is_sound', f"{FINITE} -k site"),
     (
         "training/nonfinite.py",
-        "    broken = why_not_to_save(model, optimizer)\n",
+        "    broken = nonfinite_tensors(model, optimizer)\n",
         "    broken = []\n",
         f"{FINITE} -k site",
     ),
@@ -73,7 +73,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("training/disk_space.py", "config.save_total_limit + 1)", "config.save_total_limit)", f"{BEFORE} -k said_to_take"),
     ("training/disk_space.py", "max(most - existing,", "max(most,", f"{BEFORE} -k resumed"),
     ("api/setup.py", "    disk.require_writable(_folder_of(checked))\n", "", f"{BEFORE} -k takes_no_files"),
-    ("api/setup.py", "    fitness.require_fit(checked, machine)\n", "", f"{BEFORE} -k bitsandbytes_that"),
+    ("api/setup.py", "    fitness.require_hardware(checked, machine)\n", "", f"{BEFORE} -k bitsandbytes_that"),
     ("api/train.py", "    fitness.require_torch()\n", "", f"{BEFORE} -k address_space"),
 ]
 

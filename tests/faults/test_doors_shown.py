@@ -16,7 +16,7 @@ from rich.console import Console
 from solotune import cli
 from solotune.api import runs
 from solotune.config.secrets import is_secret, without_secrets
-from solotune.display.progress import inert, make_console
+from solotune.display.progress import escape_terminal, make_console
 from solotune.hardware import doctor, machine
 from tests.dataset.conftest import door, model_folders  # noqa: F401
 
@@ -45,7 +45,7 @@ RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2060-\u2069\u
 
 @pytest.mark.parametrize("name", PAYLOADS)
 def test_text_is_inert_and_markup_stays_text(name: str) -> None:
-    text = inert(PAYLOADS[name])
+    text = escape_terminal(PAYLOADS[name])
     assert not RAW.search(text)
     out = io.StringIO()
     make_console(out).print(text)

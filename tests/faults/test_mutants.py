@@ -171,7 +171,7 @@ def not_finite(work):
     entries = read_manifest(folder / MANIFEST)
     entries["adapter_model.safetensors"] = entry_at(folder / "adapter_model.safetensors")
     (folder / MANIFEST).write_text(manifest_text(entries))
-    RunDirectory(work.run).seal()
+    RunDirectory(work.run).write_manifest()
     problems = [problem for problem in verify(work.run).problems if "not finite" in problem.problem]
     return listed(None if problems else "a NaN is not seen")
 

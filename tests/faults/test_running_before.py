@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny import chat_rows
 
 import solotune
-from solotune.api.train import get_ready
+from solotune.api.train import prepare_run
 from solotune.config.run_config import load_config
 from solotune.display.progress import SilentDisplay
 from solotune.errors import CheckError
@@ -103,7 +103,7 @@ def test_on_a_real_small_disk_it_is_refused_and_would_have_failed(chat_config, t
     script.write_text(SMALL_DISK)
     keys = {**chat_config, "output_dir": str(small / "run"), "save_steps": 1, "lora_r": 64}
     config = load_config(keys)
-    ready = get_ready(config, False, SilentDisplay())
+    ready = prepare_run(config, False, SilentDisplay())
     need = disk_space.need_of(ready.config, ready.model, ready.prepared, ready.tokenizer)
     (tmp_path / "run.yaml").write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in keys.items()))
     mount = f"mount -t tmpfs -o size={int(need.total * 0.9)} none {small}"
@@ -134,7 +134,7 @@ def test_bitsandbytes_that_does_not_work_is_told_before_anything_is_read(chat_co
 def test_a_run_that_needs_no_bitsandbytes_does_not_ask_for_it(chat_config, monkeypatch):
     monkeypatch.setattr(doctor, "_nf4_error", lambda device: pytest.fail("asked"))
     config = load_config({**chat_config, "base_precision": "bf16", "optim": "adamw_torch"})
-    doctor.require_fit(config, environment.probe())
+    doctor.require_hardware(config, environment.probe())
 
 
 @pytest.mark.parametrize(("value", "use_cpu", "refused"), [("", False, True), ("", True, False), (None, False, False)])
@@ -148,10 +148,10 @@ def test_a_hidden_gpu_is_not_passed_over(chat_config, monkeypatch, value, use_cp
     config = load_config({**chat_config, "use_cpu": use_cpu, "base_precision": "bf16", "optim": "adamw_torch"})
     machine = environment.probe()
     if not refused:
-        doctor.require_fit(config, machine)
+        doctor.require_hardware(config, machine)
         return
     with pytest.raises(CheckError, match="CUDA_VISIBLE_DEVICES") as caught:
-        doctor.require_fit(config, machine)
+        doctor.require_hardware(config, machine)
     assert "CUDA_VISIBLE_DEVICES" in caught.value.change and "use_cpu: true" in caught.value.change
 
 

@@ -31,7 +31,7 @@ class Calls(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def ready():
-    """What `get_ready` gives, once: 20 plans and models would take a minute."""
+    """What `prepare_run` gives, once: 20 plans and models would take a minute."""
     return {}
 
 
@@ -41,11 +41,11 @@ def test_at_each_of_20_steps(step, ready, chat_config, monkeypatch, tmp_path):
     error = (FULL, LOST)[step % 2]
     keys = {**chat_config, "validation_size": 12, "max_steps": 20, "save_steps": 3, "eval_strategy": "no"}
     calls, rows, handles = Calls(), [], []
-    get_ready, plain = train_verb.get_ready, loop.train_step
+    prepare_run, plain = train_verb.prepare_run, loop.train_step
 
     def once(*args):
         if not ready:
-            ready["is"] = get_ready(*args)
+            ready["is"] = prepare_run(*args)
         return ready["is"]
 
     def failing(model, micro_batches, *args, **kwargs):
@@ -59,7 +59,7 @@ def test_at_each_of_20_steps(step, ready, chat_config, monkeypatch, tmp_path):
             handles.append(model.trainable[1].register_hook(fail))
         return plain(model, micro_batches, *args, **kwargs)
 
-    monkeypatch.setattr(train_verb, "get_ready", once)
+    monkeypatch.setattr(train_verb, "prepare_run", once)
     monkeypatch.setattr(loop, "train_step", failing)
     with calls, pytest.raises(DeviceError) as caught:
         solotune.train(keys)

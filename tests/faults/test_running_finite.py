@@ -44,7 +44,7 @@ def break_adapter(model, rows, config, monkeypatch):
 
 
 def break_frozen(model, rows, config, monkeypatch):
-    frozen = next(iter(model.adapted.values())).base.storage.weight_OI  # q_proj's: attention on a CPU hides it
+    frozen = next(iter(model.lora_layers.values())).base.storage.weight_OI  # q_proj's: attention on a CPU hides it
     frozen[0, 0] = NAN
 
 
@@ -54,7 +54,7 @@ def break_logits(model, rows, config, monkeypatch):
 
 def break_moment(model, rows, config, monkeypatch):
     (optimizer,) = made
-    optimizer.state[model.joined]["exp_avg_sq"][7] = NAN
+    optimizer.state[model.flat_params]["exp_avg_sq"][7] = NAN
 
 
 def break_activation(model, rows, config, monkeypatch):
@@ -72,8 +72,8 @@ def break_loss(model, rows, config, monkeypatch):
     plain = type(model).token_losses
 
     def huge(self, batch):
-        losses_N, hits_N = plain(self, batch)
-        return losses_N + 1e37, hits_N  # a finite number with a sound gradient, and an overflow on its way
+        losses_N, correct_N = plain(self, batch)
+        return losses_N + 1e37, correct_N  # a finite number with a sound gradient, and an overflow on its way
 
     monkeypatch.setattr(type(model), "token_losses", huge)
 
@@ -115,8 +115,8 @@ def start(tiny_config, tmp_path, monkeypatch):
 
 
 def state_of(model):
-    moments = {name: value.clone() for name, value in made[0].state.get(model.joined, {}).items()}
-    return {"weights": model.joined.detach().clone(), **moments}
+    moments = {name: value.clone() for name, value in made[0].state.get(model.flat_params, {}).items()}
+    return {"weights": model.flat_params.detach().clone(), **moments}
 
 
 def assert_same(first, second):
@@ -151,7 +151,7 @@ def test_each_site_at_each_step_is_found_before_the_update(site, step, start, mo
     assert named in str(caught.value), str(caught.value)
     if before:
         assert_same(before, state_of(model))
-    assert not model.joined.grad.any()
+    assert not model.flat_params.grad.any()
     event = metrics_of(run)[-1]
     assert (event["event"], event["step"], event["verdict"]) == ("non_finite", step, "reproducible")
     assert len(event["rows"]) == 4 and event["tensors"][0].startswith(named)
@@ -177,10 +177,10 @@ def test_what_is_sound_when_run_again_is_called_transient_and_changes_nothing(st
     point = checkpoint.load(checkpoint.newest(run.checkpoints))
     assert point.step == 2
     loop.train(model, random_rows(24), [], config, run, SilentDisplay(), resume_from=point)
-    resumed = lora.state_dict(model.adapted)
+    resumed = lora.state_dict(model.lora_layers)
     other, second, config = start(lora_dropout=0.2)
     loop.train(other, random_rows(24), [], config, second, SilentDisplay())
-    whole = lora.state_dict(other.adapted)
+    whole = lora.state_dict(other.lora_layers)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
@@ -210,7 +210,7 @@ def test_weights_that_an_update_broke_are_not_saved(start, monkeypatch):
     def overflow(self, *args):
         made_step(self, *args)
         if self.param_groups[0]["lr"] > 1:
-            model.joined.data[0] = float("inf")
+            model.flat_params.data[0] = float("inf")
 
     monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
     with pytest.raises(NonFiniteError, match="step 4: "):
@@ -232,30 +232,30 @@ def test_clean_runs_raise_no_alarm(family, start, tiny_config, model_folder):
     for seed in range(2):
         config = tiny_config(family, max_steps=4, per_device_train_batch_size=3, seed=seed, lora_dropout=0.1)
         model = load_model(config, CPU, torch.float32)
-        optimizer = loop.make_optimizer(config, [model.joined])
+        optimizer = loop.make_optimizer(config, [model.flat_params])
         model.module.train()
         for step in range(4):
             batches = [loop.collate_packs([[row] for row in random_rows(3, seed=10 * seed + step)], CPU)]
             loop.train_step(model, batches, optimizer, 1.0, (seed, step))
-        assert nonfinite.why_not_to_save(model, optimizer) == []
+        assert nonfinite.nonfinite_tensors(model, optimizer) == []
 
 
 def test_the_scales_of_8_bit_moments_and_of_quantised_weights_are_looked_at(start):
     for keys in ({"base_precision": "nf4", "base_residency": "quantized"}, {"base_precision": "fp8"}):
         model, _, _ = start(optim="adamw_8bit", lora_r=64, **keys)
         optimizer = made_of(model)
-        assert nonfinite.why_not_to_save(model, optimizer) == []
-        optimizer.state[model.joined]["absmax2"][3] = NAN
-        assert nonfinite.why_not_to_save(model, optimizer) == ["optimizer's absmax2"]
-        assert not nonfinite.all_sound([norm.item() for norm in nonfinite.norms(model, optimizer)])
-        optimizer.state[model.joined]["absmax2"][3] = 0.0
-        storage = next(iter(model.adapted.values())).base.storage
+        assert nonfinite.nonfinite_tensors(model, optimizer) == []
+        optimizer.state[model.flat_params]["absmax2"][3] = NAN
+        assert nonfinite.nonfinite_tensors(model, optimizer) == ["optimizer's absmax2"]
+        assert not nonfinite.all_finite([norm.item() for norm in nonfinite.norms(model, optimizer)])
+        optimizer.state[model.flat_params]["absmax2"][3] = 0.0
+        storage = next(iter(model.lora_layers.values())).base.storage
         name, scales = next((n, t) for n, t in storage.named_buffers() if t.is_floating_point())
         if scales.dtype == torch.float8_e4m3fn:
             scales.view(torch.uint8).flatten()[0] = 0x7F
         else:
             scales.flatten()[0] = NAN
-        (found,) = nonfinite.why_not_to_save(model, optimizer)
+        (found,) = nonfinite.nonfinite_tensors(model, optimizer)
         assert found.startswith("frozen model.layers.0.") and found.endswith(name)
 
 
@@ -263,15 +263,15 @@ def made_of(model):
     """An 8-bit optimizer with state, as after a step: bitsandbytes' own steps need CUDA."""
     import bitsandbytes as bnb
 
-    optimizer = bnb.optim.AdamW8bit([model.joined])
-    optimizer.init_state(optimizer.param_groups[0], model.joined, 0, 0)
+    optimizer = bnb.optim.AdamW8bit([model.flat_params])
+    optimizer.init_state(optimizer.param_groups[0], model.flat_params, 0, 0)
     return optimizer
 
 
 def test_the_check_is_one_number_a_tensor_and_no_transfer(start):
     model, _, config = start()
-    optimizer = loop.make_optimizer(config, [model.joined])
-    model.joined.grad.fill_(0.1)
+    optimizer = loop.make_optimizer(config, [model.flat_params])
+    model.flat_params.grad.fill_(0.1)
     optimizer.step()
     assert [norm.shape for norm in nonfinite.norms(model, optimizer)] == [torch.Size([])] * 3
-    assert json.dumps(nonfinite.all_sound([0.0, 1.0, 1e31])) == "false"
+    assert json.dumps(nonfinite.all_finite([0.0, 1.0, 1e31])) == "false"

@@ -21,7 +21,7 @@ def hang_here():
     {hang}
 
 with watchdog.watched():
-    watchdog.doing("testing")
+    watchdog.set_stage("testing")
     hang_here()
 """
 HANGS = {

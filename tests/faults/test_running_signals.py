@@ -21,7 +21,7 @@ def send(number=signal.SIGTERM):
 @pytest.mark.parametrize("number", signals.STOPPING)
 def test_a_signal_is_raised_at_once_where_nothing_holds_it_back(number):
     before = signal.getsignal(number)
-    with signals.heeded(), pytest.raises(StopRequested) as caught:
+    with signals.handle_signals(), pytest.raises(StopRequested) as caught:
         send(number)
         time.sleep(5)
         pytest.fail("went on")
@@ -31,20 +31,20 @@ def test_a_signal_is_raised_at_once_where_nothing_holds_it_back(number):
 
 def test_held_back_it_waits_for_a_poll_and_is_raised_once():
     done = []
-    with signals.heeded(), pytest.raises(StopRequested), signals.held_back():
+    with signals.handle_signals(), pytest.raises(StopRequested), signals.defer_signals():
         send()
         done.append("went on")
-        with signals.held_back():
+        with signals.defer_signals():
             done.append("inner")
-        signals.poll()
+        signals.check_stop()
         done.append("too far")
     assert done == ["went on", "inner"]
-    signals.poll()  # outside, nobody is asked
+    signals.check_stop()  # outside, nobody is asked
 
 
 def test_what_nobody_polled_for_is_raised_at_the_end():
-    with signals.heeded(), pytest.raises(StopRequested):
-        with signals.held_back():
+    with signals.handle_signals(), pytest.raises(StopRequested):
+        with signals.defer_signals():
             send()
         pytest.fail("went on")
 
@@ -55,10 +55,10 @@ def test_an_interruption_lost_in_a_destructor_is_raised_by_the_next_poll(capsys)
             send()
             time.sleep(0.01)
 
-    with signals.heeded(), pytest.raises(StopRequested):
+    with signals.handle_signals(), pytest.raises(StopRequested):
         deaf = Deaf()
         del deaf
-        signals.poll()
+        signals.check_stop()
         pytest.fail("went on")
     assert capsys.readouterr().err == ""
 
@@ -66,11 +66,11 @@ def test_an_interruption_lost_in_a_destructor_is_raised_by_the_next_poll(capsys)
 def test_the_second_is_the_callers_own():
     seen, before = [], signal.signal(signal.SIGTERM, lambda *_: seen.append("caller"))
     try:
-        with signals.heeded(), signals.held_back():
+        with signals.handle_signals(), signals.defer_signals():
             send()
             send()
             assert seen == ["caller"]
             with pytest.raises(StopRequested):
-                signals.poll()
+                signals.check_stop()
     finally:
         signal.signal(signal.SIGTERM, before)

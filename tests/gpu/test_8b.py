@@ -99,7 +99,7 @@ def test_losses_equal_peft_and_bitsandbytes_within_bfloat16_noise(config, capsys
     rows = random_tokens(STEPS * ROWS, LENGTH)
     model = load_model(config, torch.device("cuda"), torch.bfloat16)
     assert model.num_trainable == 13_631_488
-    initial = lora.state_dict(model.adapted)
+    initial = lora.state_dict(model.lora_layers)
     plain, weights = peft_losses(config, initial, rows, upcast=False)
 
     frozen = {n.removesuffix(".base"): m for n, m in model.module.named_modules() if isinstance(m, FrozenLinear)}

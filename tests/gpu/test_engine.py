@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import random_rows
 
-from solotune.dataset.collate import PackShape, collate, collate_packs
+from solotune.dataset.collate import PaddedShape, collate, collate_packs
 from solotune.model import packed_attention
 from solotune.model.frozen_linear import DenseWeight, FrozenLinear
 from solotune.model.loading import load_model
@@ -23,12 +23,12 @@ CPU = torch.device("cpu")
 
 def losses_and_gradients(model, batch):
     model.module.train()
-    for layer in model.adapted.values():  # the same on every device
+    for layer in model.lora_layers.values():  # the same on every device
         layer.lora_B.data.copy_(torch.linspace(-0.1, 0.1, layer.lora_B.numel()).view(layer.lora_B.shape))
-    model.joined.grad.zero_()
+    model.flat_params.grad.zero_()
     losses, _ = model.token_losses(batch)
     losses.mean().backward()
-    return losses.detach().float().cpu(), model.joined.grad.clone().cpu()
+    return losses.detach().float().cpu(), model.flat_params.grad.clone().cpu()
 
 
 def in_float32(model, like):
@@ -59,12 +59,12 @@ def test_compiled_checkpointed_packed_errs_no_more_than_plain(family, precision,
     fast = load_model(
         config.replaced("test", torch_compile=True, packing=True, gradient_checkpointing=1), GPU, torch.bfloat16
     )
-    assert fast.by_lengths
+    assert fast.uses_varlen_attention
     truth = losses_and_gradients(
         in_float32(plain, load_model(tiny_config(family), CPU, torch.float32)), collate(rows, CPU)
     )
     plain_errors = errors(losses_and_gradients(plain, collate(rows, GPU)), truth)
-    shape = PackShape.of([range(4)] * 3, 3, 96)
+    shape = PaddedShape.of([range(4)] * 3, 3, 96)
     fast_errors = errors(losses_and_gradients(fast, collate_packs(packs, GPU, shape)), truth)
     with capsys.disabled():
         print(f"\n{family} {precision}: plain {plain_errors}, fast {fast_errors}")
@@ -112,10 +112,10 @@ def test_dropout_of_a_recomputed_layer_has_the_mask_of_its_forward(tiny_config):
     batch = collate(random_rows(4), GPU)
     results = []
     for model in (kept, recomputed):
-        lora.seed_dropout(model.adapted, 1, 2, 3)
+        lora.seed_dropout(model.lora_layers, 1, 2, 3)
         results.append(losses_and_gradients(model, batch))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-6)
-    lora.seed_dropout(kept.adapted, 1, 2, 4)
+    lora.seed_dropout(kept.lora_layers, 1, 2, 4)
     other = losses_and_gradients(kept, batch)
     assert (other[1] - results[0][1]).abs().max() > 1e-3

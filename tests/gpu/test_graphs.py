@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny import random_rows
 
-from solotune.dataset.collate import PackShape, collate, collate_packs
+from solotune.dataset.collate import PaddedShape, collate, collate_packs
 from solotune.model.loading import load_model
 from solotune.training import loop
-from solotune.training.forward_backward import Passes, accumulate
+from solotune.training.forward_backward import MicroBatchRunner, accumulate
 from solotune.training.optimizer import make_optimizer
 
 pytestmark = pytest.mark.gpu
@@ -27,13 +27,13 @@ def config_of(tiny_config, **more):
 def steps_of(config, batches, with_graphs):
     """Loss, accuracy and gradient norm of each step (two micro-batches), the adapters after them, and the passes."""
     model = load_model(config, GPU, torch.bfloat16)
-    passes = Passes(model, config if with_graphs else None)
-    optimizer = make_optimizer(config, [model.joined])
+    runner = MicroBatchRunner(model, config if with_graphs else None)
+    optimizer = make_optimizer(config, [model.flat_params])
     model.module.train()
     numbers = []
     for step, pair in enumerate(zip(batches[::2], batches[1::2], strict=True)):
-        numbers.append(loop.train_step(model, pair, optimizer, 1.0, (0, step), passes))
-    return numbers, model.joined.detach().clone(), passes
+        numbers.append(loop.train_step(model, pair, optimizer, 1.0, (0, step), runner))
+    return numbers, model.flat_params.detach().clone(), runner
 
 
 @pytest.mark.parametrize(
@@ -49,12 +49,12 @@ def steps_of(config, batches, with_graphs):
 def test_the_numbers_are_those_of_launched_passes(more, tiny_config):
     config = config_of(tiny_config, **more)
     rows = random_rows(48)
-    shape = PackShape.of([range(4)] * 2, 2, 96)
+    shape = PaddedShape.of([range(4)] * 2, 2, 96)
     packs = [collate_packs([rows[i : i + 2], rows[i + 2 : i + 4]], GPU, shape) for i in range(0, 48, 4)]
-    assert len({len(batch.label_places_N) for batch in packs}) > 3
+    assert len({len(batch.label_positions_N) for batch in packs}) > 3
     launched, adapters, _ = steps_of(config, packs, with_graphs=False)
-    replayed, same_adapters, passes = steps_of(config, packs, with_graphs=True)
-    assert passes.why_not is None and len(passes._graphs) >= 1
+    replayed, same_adapters, runner = steps_of(config, packs, with_graphs=True)
+    assert runner.unsupported_reason is None and len(runner._graphs) >= 1
     for one, other in zip(launched, replayed, strict=True):
         assert one == pytest.approx(other, rel=2e-3)
     assert (adapters - same_adapters).norm() < 0.02 * adapters.norm()
@@ -64,18 +64,18 @@ def test_the_numbers_are_those_of_launched_passes(more, tiny_config):
 def test_another_shape_and_release_give_the_memory_back(tiny_config):
     config = config_of(tiny_config, base_precision="bf16")
     long = [collate(random_rows(8, longest=100, seed=1), GPU) for _ in range(8)]
-    _, _, passes = steps_of(config, long, with_graphs=True)
-    model = passes.model
-    assert passes._graphs
+    _, _, runner = steps_of(config, long, with_graphs=True)
+    model = runner.model
+    assert runner._graphs
     reserved = torch.cuda.memory_reserved()
-    passes.run(accumulate, collate(random_rows(2), GPU), 1.0)
-    assert not passes._graphs  # one of its own needs the shape to come again
-    passes.run(accumulate, long[0], 1.0)
-    passes.run(accumulate, long[0], 1.0)
-    passes.run(accumulate, long[0], 1.0)
-    assert passes._graphs and torch.cuda.memory_reserved() <= 1.2 * reserved
-    passes.release()
-    assert not passes._graphs and torch.cuda.memory_reserved() < reserved
+    runner.run(accumulate, collate(random_rows(2), GPU), 1.0)
+    assert not runner._graphs  # one of its own needs the shape to come again
+    runner.run(accumulate, long[0], 1.0)
+    runner.run(accumulate, long[0], 1.0)
+    runner.run(accumulate, long[0], 1.0)
+    assert runner._graphs and torch.cuda.memory_reserved() <= 1.2 * reserved
+    runner.release()
+    assert not runner._graphs and torch.cuda.memory_reserved() < reserved
     model.zero_gradients()
 
 
@@ -85,13 +85,13 @@ def test_a_model_that_looks_into_its_data_is_launched_as_before(tiny_config):
     expected, _, _ = steps_of(config, batches, with_graphs=False)
     model = load_model(config, GPU, torch.bfloat16)
     model.module.base_model.norm.register_forward_hook(lambda module, given, y: y * bool(y.sum().item()))
-    passes = Passes(model, config)
-    optimizer = make_optimizer(config, [model.joined])
+    runner = MicroBatchRunner(model, config)
+    optimizer = make_optimizer(config, [model.flat_params])
     model.module.train()
     found = [
-        loop.train_step(model, pair, optimizer, 1.0, (0, step), passes)
+        loop.train_step(model, pair, optimizer, 1.0, (0, step), runner)
         for step, pair in enumerate(zip(batches[::2], batches[1::2], strict=True))
     ]
-    assert passes.why_not and not passes._graphs
+    assert runner.unsupported_reason and not runner._graphs
     for one, other in zip(expected, found, strict=True):
         assert one == pytest.approx(other, rel=2e-3)

@@ -56,7 +56,7 @@ def data(
         ShownRow(
             row.where,
             [(p["text"], p["supervised"], p["ids"]) for p in row.pieces(tokenizer)],
-            dataset.spelled(tokenizer, row.input_ids),
+            dataset.token_texts(tokenizer, row.input_ids),
             [] if row.weights is None else [p["weight"] for p in row.pieces(tokenizer)],
         )
         for row in prepared.train[:show]

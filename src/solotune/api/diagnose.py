@@ -35,12 +35,12 @@ def diagnose(
         InputError: the target is none of these.
     """
     from solotune.diagnosis import run_diagnosis
-    from solotune.diagnosis.sources.detect import open_run, subject_of
+    from solotune.diagnosis.sources.detect import open_run, run_facts_of
 
     display = display or SilentDisplay()
     display.phase("reading what is there")
-    found = run_diagnosis.examine(subject_of(target, overrides, config, dataset), deep, budget, display.phase)
+    found = run_diagnosis.examine(run_facts_of(target, overrides, config, dataset), deep, budget, display.phase)
     if run := open_run(target):
         run.write_json("diagnosis.json", found.to_json())
-        run.seal_again("diagnosis.json")
+        run.update_manifest("diagnosis.json")
     return found

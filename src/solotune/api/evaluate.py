@@ -46,7 +46,7 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
     with device_errors(found.config):
         result = compare(found.load(), found.tokenizer, prepared, found.config, None, display)
     found.directory.write_json("evaluation.json", result.to_json())
-    found.directory.seal_again("evaluation.json")
+    found.directory.update_manifest("evaluation.json")
     return result
 
 

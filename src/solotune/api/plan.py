@@ -34,7 +34,7 @@ def plan(
     display = display or SilentDisplay()
     checked = load_config(config, overrides)
     machine = environment.probe()
-    checked, choices = environment.settle(checked, machine if gpu is None else for_card(gpu, machine))
+    checked, choices = environment.resolve_for_machine(checked, machine if gpu is None else for_card(gpu, machine))
     model_files = resolve_model(checked)
     prepared, notes = None, []
     try:

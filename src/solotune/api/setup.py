@@ -1,7 +1,7 @@
 """What precedes the first step of a run: the stages that may refuse it, and what is recorded of it.
 
-check, read_data, plan, load_model, try_largest_step     called by `train.get_ready`, which writes nothing
-recorded                                                 config, machine, plan, rows, split, into the run directory
+check, read_data, plan, load_model, try_largest_step     called by `train.prepare_run`, which writes nothing
+write_initial_files                                      config, machine, plan, rows, split, into the run directory
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from solotune.version import __version__
 if TYPE_CHECKING:
     from solotune.dataset import Prepared
     from solotune.diagnosis.findings import Finding
-    from solotune.diagnosis.subject import Subject
+    from solotune.diagnosis.run_facts import RunFacts
     from solotune.display.observer import RunObserver
     from solotune.hardware.machine import Machine
     from solotune.model.loading import TrainableModel
     from solotune.planning.planner import Plan
     from solotune.training.preflight import Preflight
-    from solotune.training.resume import Start
+    from solotune.training.resume import ResumePoint
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedRun:
     """A run that passed every check, and of which nothing is written yet."""
 
     config: RunConfig  # settled for the machine and by the plan
@@ -57,7 +57,7 @@ class Ready:
     planned: Plan
     model: TrainableModel
     tried: Preflight | None
-    subject: Subject  # what can be diagnosed before the first step
+    run_facts: RunFacts  # what can be diagnosed before the first step
 
     def plan_json(self) -> dict[str, Any]:
         return {"predicted": self.planned.to_json(), "preflight": self.tried and asdict(self.tried)}
@@ -69,7 +69,7 @@ def check(checked: RunConfig, machine: Machine, resume: bool) -> ModelFiles:
     Raises:
         SolotuneError: one of them refuses the run.
     """
-    doctor.require_fit(checked, machine)
+    doctor.require_hardware(checked, machine)
     check_destination(checked)
     if not resume:
         RunDirectory.refuse_occupied(checked)
@@ -103,7 +103,7 @@ def read_data(
 def plan(
     checked: RunConfig, model_files: ModelFiles, machine: Machine, prepared: Prepared, display: RunObserver
 ) -> Plan:
-    """The plan of a run that fits; `settled` is the config with what it chose.
+    """The plan of a run that fits; `resolved` is the config with what it chose.
 
     Raises:
         CheckError: it does not fit.
@@ -133,7 +133,7 @@ def load_model(
     display.phase("loading model")
     model, folder = trained_run.load_base(checked, machine, model_files.with_weights()), _folder_of(checked)
     before = resuming.continued(checked) if resume else None
-    existing = len(checkpoint.numbered(before.checkpoints)) if before else 0
+    existing = len(checkpoint.list_checkpoints(before.checkpoints)) if before else 0
     disk_space.require_room(
         disk_space.need_of(checked, model, prepared, tokenizer, existing, disk_space.block_bytes(folder)), folder
     )
@@ -160,8 +160,8 @@ def _folder_of(config: RunConfig) -> Path:
     return nearest_folder(config.output_dir or "runs")
 
 
-def recorded(
-    run: RunDirectory, ready: Ready, marks: Mapping[str, Any], start: Start | None, display: RunObserver
+def write_initial_files(
+    run: RunDirectory, ready: PreparedRun, marks: Mapping[str, Any], start: ResumePoint | None, display: RunObserver
 ) -> dict[str, Any]:
     """Writes what is known before the first step, and says it; the run's summary."""
     report = ready.prepared.report
@@ -191,8 +191,8 @@ def recorded(
 
 def _summary(model: TrainableModel, config: RunConfig, prepared: Prepared) -> dict[str, Any]:
     trainable, parameters = model.num_trainable, model.num_parameters
-    own = (config.lora_r, lora.leaf_names(model.adapted))
-    others = lora.explain_count(trainable, model.linear_shapes(), {*lora.USUAL_RANKS, config.lora_r})
+    own = (config.lora_r, lora.leaf_names(model.lora_layers))
+    others = lora.matching_lora_shapes(trainable, model.linear_shapes(), {*lora.USUAL_RANKS, config.lora_r})
     fits = [own, *(fit for fit in others if fit != own)]
     sequences = sampler.pack_sequences(config, prepared.train)
     return {

@@ -1,9 +1,9 @@
 """`solotune train`: the whole run, in order.
 
-    get_ready   settle, check, read the data, plan, load the model, try the largest step: nothing is written yet
+    prepare_run   settle, check, read the data, plan, load the model, try the largest step: nothing is written yet
     _train      record what is known, train, save the adapter, evaluate, diagnose, seal
 
-The stages of `get_ready` and what is recorded before the first step are in `setup`; the loop is in `training`.
+The stages of `prepare_run` and what is recorded before the first step are in `setup`; the loop is in `training`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from solotune.run.run_dir import LOG, STACKS, RunDirectory
 from solotune.run.run_log import RunLog
 
 if TYPE_CHECKING:
-    from solotune.api.setup import Ready
+    from solotune.api.setup import PreparedRun
     from solotune.evaluation.scores import Evaluation
     from solotune.model.loading import TrainableModel
 
@@ -67,7 +67,7 @@ def train(
     checked = load_config(config, overrides)
     doctor.require_torch()
     heard = Resilient(display or SilentDisplay())
-    with signals.heeded():
+    with signals.handle_signals():
         try:
             return _train(checked, resume, heard)
         except signals.StopRequested as stop:
@@ -75,34 +75,36 @@ def train(
             raise InterruptedRunError(stop.number, problem, "start it again") from None
 
 
-def get_ready(config: RunConfig, resume: bool, display: RunObserver) -> Ready:
+def prepare_run(config: RunConfig, resume: bool, display: RunObserver) -> PreparedRun:
     """Everything that may refuse a run, in the order of what it costs to ask; nothing is written yet."""
     from solotune.api import setup
     from solotune.diagnosis.sources import solotune_run
     from solotune.training import trained_run
 
-    checked, machine, choices = trained_run.settle(config)
+    checked, machine, choices = trained_run.resolve_for_machine(config)
     model_files = setup.check(checked, machine, resume)
     tokenizer, prepared, findings = setup.read_data(checked, model_files, resume, display)
     planned = setup.plan(checked, model_files, machine, prepared, display)
-    checked = planned.settled
+    checked = planned.resolved
     model = setup.load_model(checked, model_files, machine, tokenizer, prepared, resume, display)
     tried = setup.try_largest_step(checked, model, prepared, display)
     choices = [*choices, *planned.choices, *model.choices]
-    subject = solotune_run.from_prepared(checked, tokenizer, prepared, findings, model_files)
-    return setup.Ready(checked, machine, choices, model_files, tokenizer, prepared, planned, model, tried, subject)
+    run_facts = solotune_run.from_prepared(checked, tokenizer, prepared, findings, model_files)
+    return setup.PreparedRun(
+        checked, machine, choices, model_files, tokenizer, prepared, planned, model, tried, run_facts
+    )
 
 
 def _train(config: RunConfig, resume: bool, heard: Resilient) -> TrainResult:
     from solotune.api import setup
     from solotune.diagnosis import message
-    from solotune.diagnosis.monitor import Watch
+    from solotune.diagnosis.monitor import Monitor
     from solotune.hardware.gpu_errors import device_failure
     from solotune.runtime import signals, watchdog
     from solotune.training import checkpoint, loop
     from solotune.training.resume import fingerprints, open_run
 
-    ready = get_ready(config, resume, heard)
+    ready = prepare_run(config, resume, heard)
     checked, prepared, model = ready.config, ready.prepared, ready.model
     marks = fingerprints(checked, prepared, ready.machine, ready.model_files)
     run, start = open_run(checked, marks, resume)  # nothing is written before all that can be refused was seen
@@ -113,11 +115,11 @@ def _train(config: RunConfig, resume: bool, heard: Resilient) -> TrainResult:
         display = Observers(heard, Resilient(written))
         display.note(f"run directory: {run.path}")
         display.choices(ready.choices)
-        summary = setup.recorded(run, ready, marks, start, display)
-        monitor = Watch(model, ready.subject, Observers(RunLog(run), display), RunRecord.read(run.path))
+        summary = setup.write_initial_files(run, ready, marks, start, display)
+        monitor = Monitor(model, ready.run_facts, Observers(RunLog(run), display), RunRecord.read(run.path))
         observer = Observers(display, Resilient(monitor))
         point = start.point if start else None
-        with signals.held_back():
+        with signals.defer_signals():
             tuned = loop.train(model, prepared.train, prepared.validation, checked, run, observer, point, marks)
             _write_adapter(run, model, checked, ready.tokenizer)
         result = None
@@ -133,7 +135,7 @@ def _train(config: RunConfig, resume: bool, heard: Resilient) -> TrainResult:
         run.write_json("diagnosis.json", found.to_json())
         display.note(f"diagnosis by rules alone: {message.summary(found)}")
         log.close()
-        run.seal()
+        run.write_manifest()
         return TrainResult(run.path, summary, ready.choices, result)
     except signals.StopRequested as stop:
         if not run.adapter.is_dir():
@@ -145,7 +147,8 @@ def _train(config: RunConfig, resume: bool, heard: Resilient) -> TrainResult:
     except Exception as error:
         error.add_note(RunNote(run.path))  # where the command line writes a bug's traceback
         if failure := device_failure(error, checked, run.path, checkpoint.newest(run.checkpoints)):
-            Observers(RunLog(run), heard).failed(DeviceFailedEvent(failure.problem, failure.seen))
+            seen = None if failure.seen is None else str(failure.seen)
+            Observers(RunLog(run), heard).failed(DeviceFailedEvent(failure.problem, seen))
             raise failure from error
         raise
     finally:
@@ -158,8 +161,8 @@ def _write_adapter(run: RunDirectory, model: TrainableModel, config: RunConfig, 
     from solotune.model.adapter import Adapter
 
     with whole_folder(run.adapter) as folder:
-        peft_config = lora.peft_config(config, model.adapted, model.module)
-        Adapter(peft_config, lora.state_dict(model.adapted)).write(folder)
+        peft_config = lora.peft_config(config, model.lora_layers, model.module)
+        Adapter(peft_config, lora.state_dict(model.lora_layers)).write(folder)
         for name, content in _tokenizer_files(tokenizer):
             folder.write(name, content)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
-from solotune.cli.output import console, inert, print_json
+from solotune.cli.output import console, escape_terminal, print_json
 from solotune.errors import EXIT_CODES, IntegrityError
 from solotune.version import __version__
 
@@ -141,7 +141,7 @@ def init(model: str, dataset: str, output: str, force: bool, as_json: bool) -> N
     if as_json:
         print_json({"path": str(path)})
     else:
-        click.echo(inert(f"wrote {path}; next: solotune data {path}"))
+        click.echo(escape_terminal(f"wrote {path}; next: solotune data {path}"))
 
 
 @solotune.command()
@@ -291,7 +291,7 @@ def explain(code: str, as_json: bool) -> None:
     """
     from solotune.api.explain import explain
 
-    print_result(explain(code), lambda found, _: click.echo(inert(found.text)), as_json)
+    print_result(explain(code), lambda found, _: click.echo(escape_terminal(found.text)), as_json)
 
 
 @solotune.command()

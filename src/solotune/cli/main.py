@@ -23,7 +23,7 @@ from typing import Any
 import click
 
 from solotune.cli.commands import solotune
-from solotune.cli.output import inert, open_closed_streams, print_json, stdout_for_json_only
+from solotune.cli.output import escape_terminal, open_closed_streams, print_json, stdout_for_json_only
 from solotune.config.secrets import without_secrets
 from solotune.errors import EXIT_CODES, CheckError, SolotuneError, StorageError, run_dir_of
 from solotune.run.atomic_io import append_line
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_ours = arguments is None  # the process; else a caller's, whose signals and life are not ours
     watched = watchdog.watched() if is_ours and given[:1] == ["train"] else contextlib.nullcontext()
     try:
-        with signals.heeded(is_ours), watched:
+        with signals.handle_signals(is_ours), watched:
             open_closed_streams()
             quieten()
             code = _run(given, as_json)
@@ -119,7 +119,9 @@ def _loses_output() -> bool:
 
 def _fail(code: int, message: str, as_json: bool, content: dict[str, object] | None = None, after: str = "") -> int:
     message = without_secrets(message)
-    text = f"{click.style('error:', fg='red', bold=True)} {inert(message)}" + (f"\n{inert(after)}" if after else "")
+    text = f"{click.style('error:', fg='red', bold=True)} {escape_terminal(message)}" + (
+        f"\n{escape_terminal(after)}" if after else ""
+    )
     with contextlib.suppress(OSError):  # nobody may be there to read it
         click.echo(text, err=True)
     if as_json:

@@ -72,7 +72,7 @@ def console() -> Console:
     return make_console(sys.stdout)
 
 
-def inert(text: str) -> str:
+def escape_terminal(text: str) -> str:
     from solotune.display import progress
 
-    return progress.inert(text)
+    return progress.escape_terminal(text)

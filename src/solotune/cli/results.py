@@ -1,7 +1,7 @@
 """What a person sees at the end: one function for each result of a verb.
 
 All of it fits 80 columns, says the same without colour (signs, brackets and words carry the meaning), and shows text
-out of data and models as text (`terminal.inert`). Machines read `--json` instead.
+out of data and models as text (`terminal.escape_terminal`). Machines read `--json` instead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rich.text import Text
 
 from solotune.dataset.packing import in_words
 from solotune.diagnosis import message
-from solotune.display.progress import inert, plus_minus, print_choices, print_columns
+from solotune.display.progress import escape_terminal, plus_minus, print_choices, print_columns
 from solotune.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def print_data(preview: DataPreview, console: Console, with_ids: bool = False) -
         _print_row(row, console, with_ids)
     facts = {key: value for key, value in _data_facts(preview.report).items() if value}
     _print_facts(facts, console)
-    for finding in preview.report.findings:
+    for finding in preview.report.findings or ():
         sign, style = SEVERITY_SIGNS[finding["severity"]]
         message, fix = f"{finding['code']} {finding['slug']}: {finding['message']}", f"→ {finding['fix']}"
         console.print()
@@ -109,7 +109,7 @@ def _print_row(row: ShownRow, console: Console, with_ids: bool) -> None:
         text = Text()
         weights = row.weights or [1.0] * len(row.pieces)
         for (piece, supervised, _), weight in zip(row.pieces, weights, strict=True):
-            text.append(_marked(inert(piece).replace("\n", "↵\n"), supervised, console))
+            text.append(_marked(escape_terminal(piece).replace("\n", "↵\n"), supervised, console))
             text.append(f"×{weight:g}" if supervised and weight != 1 else "", "green")
         console.print(text, soft_wrap=not console.is_terminal)
     console.print()
@@ -123,7 +123,7 @@ def _print_tokens(row: ShownRow, console: Console) -> None:
     text, used = Text(), 0
     for (index, supervised), token in zip(ids, row.tokens, strict=True):
         cell = Text(f"{index:>{id_width}} ")
-        cell.append(_marked(inert(token).translate(_VISIBLE_BLANKS), supervised, console))
+        cell.append(_marked(escape_terminal(token).translate(_VISIBLE_BLANKS), supervised, console))
         cell.append(" " * (-(cell.cell_len + 1) % TOKEN_CELL + 1))
         if used and used + cell.cell_len > columns:
             text.append("\n")
@@ -173,9 +173,9 @@ def _print_sample(number: int, sample: Sample, console: Console) -> None:
     _print_facts({"prompt": sample.prompt, "reference": sample.reference}, console)
     right = sample.tuned.strip() == sample.reference.strip()
     answers = {
-        "base": Text(inert(sample.base) or "(nothing)"),
+        "base": Text(escape_terminal(sample.base) or "(nothing)"),
         "tuned, equal to the reference" if right else "tuned": Text(
-            inert(sample.tuned) or "(nothing)", "green" if right else ""
+            escape_terminal(sample.tuned) or "(nothing)", "green" if right else ""
         ),
     }
     width = min(console.width, MAX_COLUMNS)
@@ -223,7 +223,11 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(Text("fits", "bold green"))
     else:
         _signed(
-            *SIGNS["fail"], "does not fit:", f"{'change' if plan.changes else 'take'} {plan.way_out()}", None, console
+            *SIGNS["fail"],
+            "does not fit:",
+            f"{'change' if plan.changes else 'take'} {plan.suggestion()}",
+            None,
+            console,
         )
 
 
@@ -233,13 +237,13 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
     for place, culprit in enumerate(diagnosis.culprits):
         told = message.told(culprit)
         doubt = "perhaps: " if diagnosis.verdict == "undecided" else ""
-        console.print(Text(inert(f"{sign} {doubt}{told.headline}"), style))
-        console.print(Text(inert(f"  {told.where}; {culprit.confidence:.0%} sure"), "dim"), soft_wrap=True)
+        console.print(Text(escape_terminal(f"{sign} {doubt}{told.headline}"), style))
+        console.print(Text(escape_terminal(f"  {told.where}; {culprit.confidence:.0%} sure"), "dim"), soft_wrap=True)
         rows = [("  ·", line) for line in told.evidence[: None if place == 0 else 1]]
         rows += [("  →", told.change), *([("", f"then {told.expect}")] if place == 0 else [])]
         print_columns(rows, ("dim", ""), console)
         if told.also:
-            console.print(Text(inert(f"  the same evidence fits {told.also}"), "dim"), soft_wrap=True)
+            console.print(Text(escape_terminal(f"  the same evidence fits {told.also}"), "dim"), soft_wrap=True)
         console.print()
     if near := message.ruled_out_nearby(diagnosis):
         _print_facts({"ruled out": near}, console)
@@ -249,7 +253,9 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
         )
     if diagnosis.next_experiment:
         _print_facts({"next": diagnosis.next_experiment}, console)
-    console.print(Text(inert(message.summary(diagnosis)), f"bold {style.removeprefix('bold ')}"), soft_wrap=True)
+    console.print(
+        Text(escape_terminal(message.summary(diagnosis)), f"bold {style.removeprefix('bold ')}"), soft_wrap=True
+    )
 
 
 def print_trained(result: TrainResult, console: Console) -> None:
@@ -276,7 +282,7 @@ def print_verification(found: Verification, console: Console) -> None:
 def print_runs(runs: Sequence[RunSummary], root: str | Path, console: Console) -> None:
     """One line a run, oldest first."""
     if not runs:
-        console.print(Text(inert(f"no runs in {root}; solotune train CONFIG makes one")), soft_wrap=True)
+        console.print(Text(escape_terminal(f"no runs in {root}; solotune train CONFIG makes one")), soft_wrap=True)
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     table.add_column("run", overflow="fold")
@@ -299,7 +305,7 @@ def print_runs(runs: Sequence[RunSummary], root: str | Path, console: Console) -
             "" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}",
             format_bytes(run.peak_bytes) if run.peak_bytes else "",
         ]
-        table.add_row(Text(inert(run.name)), Text(run.status, style), *figures[: None if wide else 3])
+        table.add_row(Text(escape_terminal(run.name)), Text(run.status, style), *figures[: None if wide else 3])
     console.print(table)
 
 
@@ -316,7 +322,7 @@ def _print_facts(facts: Mapping[str, str], console: Console) -> None:
 
 def _print_rule(title: str, console: Console) -> None:
     width = min(console.width, MAX_COLUMNS)
-    console.print(Rule(Text(inert(title)), align="left", style="dim"), width=width)
+    console.print(Rule(Text(escape_terminal(title)), align="left", style="dim"), width=width)
 
 
 def _count(number: int, what: str) -> str:

@@ -8,7 +8,7 @@ QLoRA with NF4 and double quantisation, r=16 on q,k,v,o. A config is a YAML file
 Everything is checked here, once, in the user's own words: unknown keys are errors with a suggestion, other tools'
 spellings are recognised and refused by name, and all mistakes of a file are reported together with their lines.
 Behind this door the values are trusted. What it does not do: look at the machine. Values that depend on it
-(`optim` without CUDA, bf16 on an old CPU) are settled in `environment.settle`, each with its reason.
+(`optim` without CUDA, bf16 on an old CPU) are settled in `environment.resolve_for_machine`, each with its reason.
 
 (The file is long because a key's type, default, help, section and the words for its mistakes belong together.)
 """

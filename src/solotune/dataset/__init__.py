@@ -9,9 +9,9 @@ split/     copies, groups, held-out rows         prepare  all of it, in order
 render     token ids to examples of max_length   packing, sampler, collate   examples to batches
 """
 
-from solotune.dataset.chat.tokenizer import load_tokenizer, spelled
+from solotune.dataset.chat.tokenizer import load_tokenizer, token_texts
 from solotune.dataset.data_report import DataReport
 from solotune.dataset.example import Example, Prepared
 from solotune.dataset.prepare import Progress, prepare, render_prompt
 
-__all__ = ["DataReport", "Example", "Prepared", "Progress", "load_tokenizer", "prepare", "render_prompt", "spelled"]
+__all__ = ["DataReport", "Example", "Prepared", "Progress", "load_tokenizer", "prepare", "render_prompt", "token_texts"]

@@ -33,9 +33,11 @@ class Batch(NamedTuple):
     """One forward pass."""
 
     input_ids_BT: torch.Tensor  # int64
-    label_places_N: torch.Tensor  # int64: where the labels are among the B * T tokens; each is predicted one earlier
-    positions_BT: torch.Tensor | None  # int64, where several rows share a sequence
-    starts_S: torch.Tensor | None  # int32, there: where each of S - 1 rows begins in the B * T tokens, and their end
+    label_positions_N: torch.Tensor  # int64: where the labels are among the B * T tokens; each is predicted one earlier
+    position_ids_BT: torch.Tensor | None  # int64, where several rows share a sequence
+    cu_seqlens_S: (
+        torch.Tensor | None
+    )  # int32, there: where each of S - 1 rows begins in the B * T tokens, and their end
     weights_N: torch.Tensor | None  # float32, of the labels in row order, where one of them is not 1
     rows: Sequence[Example]
     is_label_N: torch.Tensor | None = None  # bool, where some of the N were added by `padded`
@@ -54,23 +56,23 @@ class Batch(NamedTuple):
     def supervised_BT(self) -> torch.Tensor:
         """bool: the token at this position is a label."""
         flat = torch.zeros(self.input_ids_BT.numel(), dtype=torch.bool, device=self.input_ids_BT.device)
-        flat[self.label_places_N] = True
+        flat[self.label_positions_N] = True
         return flat.view(self.input_ids_BT.shape)
 
     def weighted(self, losses_N: torch.Tensor) -> torch.Tensor:
         """The losses of the labels, each times its weight."""
         return losses_N if self.weights_N is None else losses_N * self.weights_N
 
-    def hits(self, hits_N: torch.Tensor) -> torch.Tensor:
+    def num_correct(self, correct_N: torch.Tensor) -> torch.Tensor:
         """How many of the labels were hit."""
-        return (hits_N if self.is_label_N is None else hits_N & self.is_label_N).sum()
+        return (correct_N if self.is_label_N is None else correct_N & self.is_label_N).sum()
 
     def padded(self, count: int) -> Batch:
         """With labels of weight 0 added up to `count`, so that the losses of several batches have one shape."""
-        here, missing = len(self.label_places_N), count - len(self.label_places_N)
+        here, missing = len(self.label_positions_N), count - len(self.label_positions_N)
         weights = torch.ones(here, device=self.input_ids_BT.device) if self.weights_N is None else self.weights_N
         return self._replace(
-            label_places_N=F.pad(self.label_places_N, (0, missing), value=1),
+            label_positions_N=F.pad(self.label_positions_N, (0, missing), value=1),
             weights_N=F.pad(weights, (0, missing)),
             is_label_N=torch.arange(count, device=self.input_ids_BT.device) < here,
         )
@@ -81,7 +83,7 @@ class Batch(NamedTuple):
         return sum(len(row.input_ids) for row in self.rows)
 
 
-class PackShape(NamedTuple):
+class PaddedShape(NamedTuple):
     """What all packed passes of a run are padded to, so that a compiler sees one shape."""
 
     num_packs: int  # B
@@ -89,7 +91,7 @@ class PackShape(NamedTuple):
     num_starts: int  # S
 
     @classmethod
-    def of(cls, packs: Iterable[Sized], num_packs: int, length: int) -> PackShape:
+    def of(cls, packs: Iterable[Sized], num_packs: int, length: int) -> PaddedShape:
         """Room for any `num_packs` of these packs; a pack's left-over tokens count as one more row."""
         return cls(num_packs, length, num_packs * (1 + max(map(len, packs))) + 1)
 
@@ -109,7 +111,7 @@ def collate(rows: Sequence[Example], device: torch.device) -> Batch:
     return collate_packs([[row] for row in rows], device)
 
 
-def collate_packs(packs: Sequence[Sequence[Example]], device: torch.device, shape: PackShape | None = None) -> Batch:
+def collate_packs(packs: Sequence[Sequence[Example]], device: torch.device, shape: PaddedShape | None = None) -> Batch:
     """A sequence for each pack, its rows one behind the other, right-padded to the longest or to `shape`."""
     longest = max(sum(len(row.input_ids) for row in pack) for pack in packs)
     size = (shape.num_packs, shape.length) if shape else (len(packs), longest)
@@ -135,12 +137,12 @@ def collate_packs(packs: Sequence[Sequence[Example]], device: torch.device, shap
         return torch.from_numpy(array).to(device, non_blocking=True)
 
     rows = [row for pack in packs for row in pack]
-    places_N = tensor(np.concatenate(labels))  # counted here: asking the device for them would wait for it
+    label_positions_N = tensor(np.concatenate(labels))  # counted here: asking the device for them would wait for it
     weights = None
     if any(row.weights is not None for row in rows):
         weights = tensor(np.concatenate([_label_weights(row) for row in rows]))
     if not shape and all(len(pack) == 1 for pack in packs):
-        return Batch(tensor(input_ids), places_N, None, None, weights, rows)
+        return Batch(tensor(input_ids), label_positions_N, None, None, weights, rows)
     starts += [input_ids.size] * ((shape.num_starts if shape else len(starts) + 1) - len(starts))
-    starts_S = tensor(np.array(starts, dtype=np.int32))
-    return Batch(tensor(input_ids), places_N, tensor(positions), starts_S, weights, rows)
+    cu_seqlens_S = tensor(np.array(starts, dtype=np.int32))
+    return Batch(tensor(input_ids), label_positions_N, tensor(positions), cu_seqlens_S, weights, rows)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from solotune.config.run_config import RunConfig
-from solotune.dataset.collate import PackShape
+from solotune.dataset.collate import PaddedShape
 from solotune.dataset.example import Example, lengths_of
 from solotune.dataset.packing import pack
 
@@ -65,9 +65,11 @@ def pack_sequences(config: RunConfig, rows: Sequence[Example]) -> list[list[int]
     return pack(lengths_of(rows), config.max_length)
 
 
-def pack_and_shape(config: RunConfig, rows: Sequence[Example]) -> tuple[list[list[int]] | np.ndarray, PackShape | None]:
+def pack_and_shape(
+    config: RunConfig, rows: Sequence[Example]
+) -> tuple[list[list[int]] | np.ndarray, PaddedShape | None]:
     """The training sequences, and what packs of them are padded to: compiled passes should have one shape."""
     packs = pack_sequences(config, rows)
     if not (config.packing and config.torch_compile):
         return packs, None
-    return packs, PackShape.of(packs, config.per_device_train_batch_size, config.max_length)
+    return packs, PaddedShape.of(packs, config.per_device_train_batch_size, config.max_length)

@@ -88,7 +88,7 @@ class Culprit:
 class Diagnosis:
     """The answer, in the shape of `diagnosis.json`."""
 
-    subject: str
+    run_facts: str
     verdict: Literal["fault", "healthy", "undecided"]
     culprits: list[Culprit]
     ruled_out: list[dict[str, str]]  # fault, and the number that speaks against it

@@ -27,8 +27,8 @@ from solotune.diagnosis.catalogue import FAULTS
 from solotune.diagnosis.evidence import Diagnosis, Signal
 from solotune.diagnosis.rules import ask_all
 from solotune.diagnosis.run_diagnosis import examine
+from solotune.diagnosis.run_facts import RunFacts, Trace
 from solotune.diagnosis.sources import run_files
-from solotune.diagnosis.subject import Subject, Trace
 from solotune.diagnosis.verdict import accused
 from solotune.display.observer import SilentObserver
 from solotune.run.events import DiagnosedEvent, EvalEvent, StepEvent
@@ -44,29 +44,31 @@ SMALLEST_SHARE_MOVED = 0.3
 """float32 moves all that has a gradient; bfloat16 at a small rate about half of it, at the end of its decay 0.01."""
 
 
-class Watch(SilentObserver):
+class Monitor(SilentObserver):
     """Says what is wrong with the run that it watches, to another observer: the run's log and what people see."""
 
-    def __init__(self, model: TrainableModel, subject: Subject, observer: RunObserver, before: RunRecord) -> None:
+    def __init__(self, model: TrainableModel, run_facts: RunFacts, observer: RunObserver, before: RunRecord) -> None:
         """Args:
         subject: what is known before the first step; the rules are asked about it at once, and what the data's
             findings have told already is not told again.
         before: of a resumed run, what was recorded until then: it was seen and told.
         """
-        self._model, self._subject, self._observer = model, subject, observer
-        self._told = {finding.code for finding in subject.findings}
-        self._places: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # layer -> places of A and of B in `joined`
+        self._model, self._subject, self._observer = model, run_facts, observer
+        self._told = {finding.code for finding in run_facts.findings}
+        self._places: dict[
+            str, tuple[torch.Tensor, torch.Tensor]
+        ] = {}  # layer -> places of A and of B in `flat_params`
         self._before: torch.Tensor | None = None
         self._num_updates = 0
         self._steps, self._evaluations = list(before.steps), list(before.evals)
         self._told |= before.diagnosed_codes
         self._signals: list[Signal] = []
         self._total_steps, self._is_new = 0, True
-        self._ask_rules(subject)
+        self._ask_rules(run_facts)
 
     def begin(self, total_steps: int, done: int = 0) -> None:
         self._total_steps, self._is_new = total_steps, done == 0
-        for name, layer in self._model.adapted.items():
+        for name, layer in self._model.lora_layers.items():
             self._places[name] = (_sampled(layer.lora_A), _sampled(layer.lora_B))
         self._before = self._sample()
 
@@ -88,12 +90,12 @@ class Watch(SilentObserver):
             **self._subject.missing,
             "live": "training asks the rules alone; solotune diagnose has probes",
         }
-        subject = replace(self._subject, trace=self._trace(), live=None, missing=missing)
-        return examine(subject, also=self._signals)
+        run_facts = replace(self._subject, trace=self._trace(), live=None, missing=missing)
+        return examine(run_facts, also=self._signals)
 
-    def _ask_rules(self, subject: Subject) -> None:
+    def _ask_rules(self, run_facts: RunFacts) -> None:
         """Tells what they name; they are asked again for the diagnosis, so their signals need not be kept."""
-        for named in accused(ask_all(subject)[0]):
+        for named in accused(ask_all(run_facts)[0]):
             self._tell(named.speaking[0])
 
     def _trace(self) -> Trace:
@@ -137,7 +139,7 @@ class Watch(SilentObserver):
 
     def _sample(self) -> torch.Tensor:
         places = torch.cat([part for pair in self._places.values() for part in pair])
-        return self._model.joined.detach()[places].clone()
+        return self._model.flat_params.detach()[places].clone()
 
     def _see(self, signal: Signal) -> None:
         self._signals.append(signal)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from solotune.diagnosis.evidence import Probed, Signal
-from solotune.diagnosis.subject import Settings, Subject, Trace
+from solotune.diagnosis.run_facts import RunFacts, Settings, Trace
 
 LEAST_POINTS = 10  # logged losses, else no curve
 FLAT = 0.03  # of the level: what the second half of the run may still gain
@@ -89,16 +89,16 @@ def shape_of(trace: Trace | None) -> Shape | None:
     return Shape(float(loss[-quarter:].mean()), float(loss[:tenth].mean()), slope * span, stderr, int(x[0]), int(x[-1]))
 
 
-def plateau(subject: Subject, found: Probed) -> list[Signal]:
+def plateau(run_facts: RunFacts, found: Probed) -> list[Signal]:
     """Adds the account to `found.measurements`; the curve's signal for the cause, if there is one."""
-    shape = shape_of(subject.trace)
+    shape = shape_of(run_facts.trace)
     if shape is None:
         return []
     account: dict[str, Any] = {**asdict(shape), "is_flat": shape.is_flat}
     found.measurements["plateau"] = account
     if not shape.is_flat:
         return []
-    speaking = {**_of_probes(found), **_of_the_record(subject)}
+    speaking = {**_of_probes(found), **_of_the_record(run_facts)}
     account["answers"] = [_answer(question, codes, speaking) for question, codes in QUESTIONS]
     cause = next((code for _, codes in QUESTIONS for code in codes if code in speaking), None)
     account["cause"] = cause or ("noise" if shape.is_noisy else "floor")
@@ -131,10 +131,10 @@ def _of_probes(found: Probed) -> dict[str, Signal]:
     return chosen
 
 
-def _of_the_record(subject: Subject) -> dict[str, Signal]:
+def _of_the_record(run_facts: RunFacts) -> dict[str, Signal]:
     """What rates, norms and settings tell: F65, F66, F68, F69."""
-    assert subject.trace is not None
-    found = [*_schedule(subject.trace, subject.settings), *_clip(subject.trace, subject.settings)]
+    assert run_facts.trace is not None
+    found = [*_schedule(run_facts.trace, run_facts.settings), *_clip(run_facts.trace, run_facts.settings)]
     return {signal.code: signal for signal in found}
 
 

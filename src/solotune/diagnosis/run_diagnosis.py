@@ -18,7 +18,7 @@ import torch
 from solotune.diagnosis import probes
 from solotune.diagnosis.evidence import EXPERIMENTS, Diagnosis, Probed, Signal, of_refusal
 from solotune.diagnosis.rules import ask_all
-from solotune.diagnosis.subject import Live, Subject
+from solotune.diagnosis.run_facts import LiveModel, RunFacts
 from solotune.diagnosis.verdict import decide
 from solotune.errors import SolotuneError
 
@@ -29,7 +29,7 @@ DEEP_SECONDS = 600.0
 
 
 def examine(
-    subject: Subject,
+    run_facts: RunFacts,
     deep: bool = False,
     budget: float | None = None,
     phase: Callable[[str], None] = lambda name: None,
@@ -43,32 +43,32 @@ def examine(
         phase: told what begins.
         also: what was seen elsewhere.
     """
-    live, why, loading, refusals = _load(subject, budget, phase)
+    live, why, loading, refusals = _load(run_facts, budget, phase)
     if live is None:
-        subject = replace(subject, live=None, missing={**subject.missing, "live": why})
+        run_facts = replace(run_facts, live=None, missing={**run_facts.missing, "live": why})
     else:
-        subject = replace(subject, live=lambda: live, batches=subject.batches or live.batches)
+        run_facts = replace(run_facts, live=lambda: live, batches=run_facts.batches or live.batches)
     phase("asking the rules")
     started = time.perf_counter()
-    signals, unasked = ask_all(subject, loads=live is not None)
+    signals, unasked = ask_all(run_facts, loads=live is not None)
     cost = {"rules": time.perf_counter() - started}
     if live is None:
         probed = Probed([], skipped=dict.fromkeys(EXPERIMENTS, why))
     else:
         phase("probing")
-        probed = probes.run_all(live, subject, _seconds(deep, budget), deep)
+        probed = probes.run_all(live, run_facts, _seconds(deep, budget), deep)
         cost |= {"loading": loading, **probed.cost}
-    refusals = [*subject.refusals, *refusals]
+    refusals = [*run_facts.refusals, *refusals]
     refused = {signal.code for signal in refusals}  # facts, which no number speaks against
     seen = [s for s in (*signals, *also, *probed.signals) if not (s.against and s.code in refused)]
     return decide(
-        subject.name,
+        run_facts.name,
         [*refusals, *seen],
         unasked=unasked,
         skipped=probed.skipped,
         cost=cost,
         measurements=probed.measurements,
-        unseen=_unseen(subject, probed),
+        unseen=_unseen(run_facts, probed),
     )
 
 
@@ -77,18 +77,18 @@ def _seconds(deep: bool, budget: float | None) -> float:
 
 
 def _load(
-    subject: Subject, budget: float | None, phase: Callable[[str], None]
-) -> tuple[Live | None, str, float, list[Signal]]:
+    run_facts: RunFacts, budget: float | None, phase: Callable[[str], None]
+) -> tuple[LiveModel | None, str, float, list[Signal]]:
     """The live model and the seconds it took; or None, why not, and the fault that this is: the answer of the rules
     stands then."""
-    if subject.live is None:
-        return None, subject.missing.get("live", "there is no model to run"), 0.0, []
+    if run_facts.live is None:
+        return None, run_facts.missing.get("live", "there is no model to run"), 0.0, []
     if budget == 0:
         return None, "no time was given for probes", 0.0, []
     phase("loading the model for probes")
     started = time.perf_counter()
     try:
-        live = subject.live()
+        live = run_facts.live()
     except SolotuneError as error:
         return None, error.problem, 0.0, of_refusal(error)
     except (MemoryError, torch.OutOfMemoryError):
@@ -96,19 +96,19 @@ def _load(
     return live, "", time.perf_counter() - started, []
 
 
-def _unseen(subject: Subject, probed: Probed) -> list[str]:
+def _unseen(run_facts: RunFacts, probed: Probed) -> list[str]:
     """What has to be looked at before a run may be called healthy: what is learned, and how it learns."""
     unseen = []
-    if not len(subject.train) and not len(subject.batches):
-        why = subject.missing.get("train")
+    if not len(run_facts.train) and not len(run_facts.batches):
+        why = run_facts.missing.get("train")
         unseen.append(
             f"mend what keeps its rows from being looked at: {why}"
             if why
             else "give the data that it was trained on (--dataset), so that its labels can be looked at"
         )
-    if subject.saved is None and (why := subject.missing.get("adapter")):
+    if run_facts.saved is None and (why := run_facts.missing.get("adapter")):
         unseen.append(f"bring back what is damaged ({why}); solotune verify names all of it")
-    has_curve = subject.trace is not None and len(subject.trace.step_S) > 0
+    has_curve = run_facts.trace is not None and len(run_facts.trace.step_S) > 0
     if not has_curve and all(probe in probed.skipped for probe in ("P5", "P6", "P7")):
         why = probed.skipped["P5"]
         unseen.append(f"probe the model where it can be run ({why}), or train some steps and diagnose the run")

@@ -94,7 +94,7 @@ def _weigh(code: str, signals: Sequence[Signal]) -> Weighed:
 
 
 def decide(
-    subject: str,
+    run_facts: str,
     signals: Sequence[Signal],
     unasked: Mapping[str, str] | None = None,
     skipped: Mapping[str, str] | None = None,
@@ -135,7 +135,7 @@ def decide(
     else:
         verdict, experiment = "healthy", None
     return Diagnosis(
-        subject=subject,
+        run_facts=run_facts,
         verdict=verdict,
         culprits=culprits[:NUM_CULPRITS],
         ruled_out=sorted(ruled_out, key=lambda r: r["fault"]),

@@ -156,7 +156,7 @@ class Observers:
 class Resilient:
     """Passes everything on to an observer until that fails; its failure is not the run's.
 
-    Each call is also a safe place to stop the run at (`signals.poll`, which raises StopRequested) and a sign of life
+    Each call is also a place to stop the run at (`signals.check_stop`, which raises StopRequested) and a sign of life
     for the watchdog. `stage` is what the run is at, in words. A StorageError passes: the run's own log raises it, to
     which an observer such as the monitor may write.
     """
@@ -203,10 +203,10 @@ class Resilient:
 
     def _enter(self, stage: str) -> None:
         self.stage = stage
-        watchdog.doing(stage)
+        watchdog.set_stage(stage)
 
     def _tell(self, method: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
-        signals.poll()
+        signals.check_stop()
         self._pass_on(method, *args, **kwargs)
 
     def _pass_on(self, method: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:

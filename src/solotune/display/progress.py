@@ -51,7 +51,7 @@ _INERT |= dict.fromkeys([*range(0x80, 0xA0), 0x061C, 0x200E, 0x200F, 0x2028, 0x2
 _INERT |= dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)], 0xFFFD)
 
 
-def inert(text: str) -> str:
+def escape_terminal(text: str) -> str:
     """The text with everything that a terminal would obey replaced by a visible sign; line breaks and tabs stay."""
     return text.translate(_INERT)
 
@@ -168,7 +168,7 @@ class PlainDisplay(SilentObserver):
         return self.meter.figures()
 
     def _line(self, text: str, style: str = "") -> None:
-        self.console.print(Text(inert(text), style), soft_wrap=not self.console.is_terminal)
+        self.console.print(Text(escape_terminal(text), style), soft_wrap=not self.console.is_terminal)
 
 
 class LiveDisplay(PlainDisplay):
@@ -192,7 +192,7 @@ class LiveDisplay(PlainDisplay):
         if self._task is None:
             self._show(what, total)
         assert self._task is not None
-        figures = f"{done:,}/{total:,} {inert(what)}" if total else inert(what)
+        figures = f"{done:,}/{total:,} {escape_terminal(what)}" if total else escape_terminal(what)
         self._progress.update(self._task, completed=done, total=total or None, figures=figures)
 
     def begin(self, total_steps: int, done: int = 0) -> None:
@@ -216,7 +216,7 @@ class LiveDisplay(PlainDisplay):
 
     def _show(self, words: str, total: int | None, completed: int = 0, figures: str = "") -> None:
         self._hide()
-        self._task = self._progress.add_task(inert(words), total=total, completed=completed, figures=figures)
+        self._task = self._progress.add_task(escape_terminal(words), total=total, completed=completed, figures=figures)
         self._progress.start()
 
     def _hide(self) -> None:
@@ -260,14 +260,14 @@ def print_columns(rows: Sequence[Sequence[str]], styles: Sequence[str], console:
     if not console.is_terminal:
         widths = [max(len(row[i]) for row in rows) for i in range(len(styles) - 1)]
         for row in rows:
-            cells = [inert(cell).ljust(width) for cell, width in zip(row, widths, strict=False)]
-            console.print(Text("  ".join([*cells, inert(row[-1])]).rstrip()), soft_wrap=True)
+            cells = [escape_terminal(cell).ljust(width) for cell, width in zip(row, widths, strict=False)]
+            console.print(Text("  ".join([*cells, escape_terminal(row[-1])]).rstrip()), soft_wrap=True)
         return
     table = Table.grid(padding=(0, 2))
     for i, style in enumerate(styles):
         table.add_column(style=style, no_wrap=i < len(styles) - 1, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(inert(cell)) for cell in row))
+        table.add_row(*(Text(escape_terminal(cell)) for cell in row))
     console.print(table)
 
 
@@ -281,7 +281,7 @@ def read_messages(model_name: str) -> Generator[str]:
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing and a history)
-    print(f"{inert(model_name)}   /reset forgets, /quit leaves", file=sys.stderr)
+    print(f"{escape_terminal(model_name)}   /reset forgets, /quit leaves", file=sys.stderr)
     while True:
         try:
             text = input("\nyou    ").strip()
@@ -309,7 +309,7 @@ def show_answers(session: Replying, text: str, base: bool, console: Console | No
             continue
 
         def show(piece: str, console: Console = console) -> None:
-            console.print(Text(inert(piece)), end="", soft_wrap=True)
+            console.print(Text(escape_terminal(piece)), end="", soft_wrap=True)
             console.file.flush()
 
         console.print(Text(f"{name:7}", "bold"), end="")

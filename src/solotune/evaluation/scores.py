@@ -126,12 +126,12 @@ def score(
     for start in range(0, len(rows), batch_size):
         chosen = by_length[start : start + batch_size]
         batch = collate([rows[i] for i in chosen], model.device)
-        losses_N, hits_N = model.token_losses(batch)
+        losses_N, correct_N = model.token_losses(batch)
         weighted_N = batch.weighted(losses_N)
         sizes = [counts[i] for i in chosen]
-        for i, row_losses, row_hits in zip(chosen, weighted_N.split(sizes), hits_N.split(sizes), strict=True):
+        for i, row_losses, row_hits in zip(chosen, weighted_N.split(sizes), correct_N.split(sizes), strict=True):
             losses[i], exact[i] = row_losses.double().sum().item(), bool(row_hits.all())
-        signals.poll()
+        signals.check_stop()
         progress(min(start + batch_size, len(rows)), len(rows))
     model.module.train(was_training)
     weights = [row.total_weight for row in rows]
@@ -202,7 +202,7 @@ def samples(
     stops = stop_ids(model, tokenizer, rows)
     shown = []
     for row in chosen:
-        signals.poll()
+        signals.check_stop()
         prompt = render_prompt(tokenizer, row.messages[:-1], row.tools, rendered_on=rendered_on)
         tuned = generate(model, prompt, max_new_tokens, stops)
         with adapters_off(model.module):

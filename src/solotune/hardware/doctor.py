@@ -1,7 +1,7 @@
 """Is this machine fit for work? What `solotune doctor` says, and what `solotune train` asks before it begins.
 
     report = doctor()             checks, each with what was found and what mends it
-    require_fit(config, machine)  those that a run cannot do without
+    require_hardware(config, machine)  those that a run cannot do without
 
 They try things instead of comparing names of versions: a matrix is quantised and expanded on the very device, because
 a bitsandbytes without its native library for this CUDA imports without complaint and fails at the first step.
@@ -84,7 +84,7 @@ def require_torch() -> None:
         raise _torch_missing(first_line(error, with_type=True)) from error
 
 
-def require_fit(config: RunConfig, machine: Machine) -> None:
+def require_hardware(config: RunConfig, machine: Machine) -> None:
     """What would fail only after the weights were loaded is refused before.
 
     Raises:

@@ -1,10 +1,10 @@
 """The machine: what it is, and what that decides. Whether it is fit for work: `doctor.py`.
 
     machine = probe()                          facts, for the record of a run
-    config, choices = settle(config, machine)  what the machine decides, each decision with its reason
+    config, choices = resolve_for_machine(config, machine)  what the machine decides, each decision with its reason
 
-`settle` looks at its arguments alone, so a decision can be tested for any machine; `probe` gets every fact through one
-of the small functions at the end of this file.
+`resolve_for_machine` reads only its arguments, so a decision can be tested for any machine; `probe` gets every fact
+through one of the small functions at the end of this file.
 
 What it does not do: use the network, write anything, or record who and where you are (no user, host or path names).
 """
@@ -122,7 +122,7 @@ def dtype_of(config: RunConfig) -> str:
     return "bfloat16" if config.bf16 else "float32"
 
 
-def settle(config: RunConfig, machine: Machine) -> tuple[RunConfig, list[Choice]]:
+def resolve_for_machine(config: RunConfig, machine: Machine) -> tuple[RunConfig, list[Choice]]:
     """The config with what this machine cannot do replaced by what it can, and each replacement with its reason.
 
     Raises:

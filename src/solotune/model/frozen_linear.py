@@ -36,8 +36,8 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # largest finite e4m3
 
 
-@torch.library.custom_op("solotune::expanded_matmul", mutates_args=())
-def expanded_matmul(
+@torch.library.custom_op("solotune::dequant_matmul", mutates_args=())
+def dequant_matmul(
     x_TI: torch.Tensor, stored: list[torch.Tensor], shape: list[int], nested_block: int, transposed: bool
 ) -> torch.Tensor:
     """x W^T (transposed: x W), with W expanded from its storage for this one product.
@@ -50,11 +50,13 @@ def expanded_matmul(
         shape: (O, I).
         nested_block: of NF4's double quantisation; 0 for none.
     """
-    weight_OI = stored[0].to(x_TI.dtype) if len(stored) == 1 else expand_nf4(stored, shape, nested_block, x_TI.dtype)
+    weight_OI = (
+        stored[0].to(x_TI.dtype) if len(stored) == 1 else dequantize_nf4(stored, shape, nested_block, x_TI.dtype)
+    )
     return x_TI @ weight_OI if transposed else F.linear(x_TI, weight_OI)
 
 
-@expanded_matmul.register_fake
+@dequant_matmul.register_fake
 def _(x_TI: torch.Tensor, stored: list[torch.Tensor], shape: list[int], nested_block: int, transposed: bool):
     return x_TI.new_empty((*x_TI.shape[:-1], shape[1 if transposed else 0]))
 
@@ -64,14 +66,14 @@ def _keep_storage(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> No
 
 
 def _through_weight(ctx: Any, dy: torch.Tensor):
-    dx = expanded_matmul(dy, ctx.stored, ctx.shape, ctx.nested_block, not ctx.transposed)
+    dx = dequant_matmul(dy, ctx.stored, ctx.shape, ctx.nested_block, not ctx.transposed)
     return dx, [None] * len(ctx.stored), None, None, None
 
 
-expanded_matmul.register_autograd(_through_weight, setup_context=_keep_storage)
+dequant_matmul.register_autograd(_through_weight, setup_context=_keep_storage)
 
 
-def expand_nf4(stored: list[torch.Tensor], shape: list[int], nested_block: int, dtype: torch.dtype) -> torch.Tensor:
+def dequantize_nf4(stored: list[torch.Tensor], shape: list[int], nested_block: int, dtype: torch.dtype) -> torch.Tensor:
     """W_OI of an `NF4Weight.stored`, by bitsandbytes' kernel."""
     packed, scales_K = stored[0], stored[1]
     if nested_block:
@@ -100,7 +102,7 @@ class DenseWeight(nn.Module):
         """x W^T"""
         if self.weight_OI.dtype == x_TI.dtype:
             return F.linear(x_TI, self.weight_OI)  # autograd keeps W alone, since only x needs a gradient
-        return expanded_matmul(x_TI, [self.weight_OI], self.shape, 0, transposed=False)
+        return dequant_matmul(x_TI, [self.weight_OI], self.shape, 0, transposed=False)
 
 
 class NF4Weight(nn.Module):
@@ -140,11 +142,11 @@ class NF4Weight(nn.Module):
 
     @property
     def stored(self) -> list[torch.Tensor]:
-        """What `expand_nf4` needs."""
+        """What `dequantize_nf4` needs."""
         nested = [self.nested_absmax, self.nested_code, self.offset] if self.nested_block else []
         return [self.packed, self.absmax, *nested]
 
-    def keep_mirror(self, dtype: torch.dtype) -> None:
+    def keep_dequantized_copy(self, dtype: torch.dtype) -> None:
         """Keeps W_OI expanded from now on: the same numbers, no work per use, 4 to 8 times the memory."""
         self.mirror_OI = self.dense(dtype)
 
@@ -152,13 +154,13 @@ class NF4Weight(nn.Module):
         """W_OI in `dtype`: the mirror where there is one, else a fresh tensor."""
         if self.mirror_OI is not None and self.mirror_OI.dtype == dtype:
             return self.mirror_OI
-        return expand_nf4(self.stored, list(self.shape), self.nested_block, dtype)
+        return dequantize_nf4(self.stored, list(self.shape), self.nested_block, dtype)
 
     def matmul(self, x_TI: torch.Tensor) -> torch.Tensor:
         """x W^T"""
         if self.mirror_OI is not None and self.mirror_OI.dtype == x_TI.dtype:
             return F.linear(x_TI, self.mirror_OI)
-        return expanded_matmul(x_TI, self.stored, self.shape, self.nested_block, transposed=False)
+        return dequant_matmul(x_TI, self.stored, self.shape, self.nested_block, transposed=False)
 
     def dense_reference(self, dtype: torch.dtype) -> torch.Tensor:
         """The same in plain PyTorch, slower: the definition that the kernels are tested against."""

@@ -34,7 +34,7 @@ from solotune.config.run_config import RunConfig
 from solotune.errors import InputError
 from solotune.model.limits import MLP_CHUNK_TOKENS
 
-LEAN: dict[str, Any] = {
+PARTITIONER_OPTIONS: dict[str, Any] = {
     "ban_recompute_used_far_apart": False,
     "ban_recompute_long_fusible_chains": False,
     "ban_recompute_materialized_backward": False,
@@ -124,7 +124,7 @@ def _compile_lean(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any
     from torch._functorch import config as functorch_config
     from torch._inductor.compile_fx import compile_fx
 
-    with functorch_config.patch(LEAN):
+    with functorch_config.patch(PARTITIONER_OPTIONS):
         return compile_fx(graph, example_inputs)
 
 

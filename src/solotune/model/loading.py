@@ -54,26 +54,26 @@ class TrainableModel:
 
     module: PreTrainedModel
     layers: nn.ModuleList
-    adapted: dict[str, lora.LoraLinear]
+    lora_layers: dict[str, lora.LoraLinear]
     head: loss.Head
     dtype: torch.dtype
     device: torch.device
     choices: list[Choice]
-    joined: nn.Parameter  # what an optimizer takes: all adapters as one vector, see `lora.join`
+    flat_params: nn.Parameter  # what an optimizer takes: all adapters as one vector, see `lora.join`
     is_compiled: bool = False
-    by_lengths: bool = False  # attention of packed rows goes by `attention`, not by a mask
+    uses_varlen_attention: bool = False  # attention of packed rows goes by `attention`, not by a mask
 
     @property
     def trainable(self) -> list[nn.Parameter]:
-        return [p for layer in self.adapted.values() for p in (layer.lora_A, layer.lora_B)]
+        return [p for layer in self.lora_layers.values() for p in (layer.lora_A, layer.lora_B)]
 
     @property
     def num_trainable(self) -> int:
         return sum(p.numel() for p in self.trainable)
 
     def zero_gradients(self) -> None:
-        assert self.joined.grad is not None
-        self.joined.grad.zero_()
+        assert self.flat_params.grad is not None
+        self.flat_params.grad.zero_()
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Dotted name -> (out_features, in_features) of every frozen linear."""
@@ -93,18 +93,18 @@ class TrainableModel:
         return frozen + biases + sum(p.numel() for p in self.module.parameters())
 
     def token_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(losses_N, hits_N) of the batch's supervised tokens, in row order: see `loss.token_losses`."""
+        """(losses_N, correct_N) of the batch's supervised tokens, in row order: see `loss.token_losses`."""
         places: dict[str, Any] = {}
-        if batch.positions_BT is not None:
-            places["position_ids"] = batch.positions_BT
-            if self.by_lengths and torch.is_grad_enabled():
-                starts, longest = batch.starts_S, batch.input_ids_BT.shape[1]
+        if batch.position_ids_BT is not None:
+            places["position_ids"] = batch.position_ids_BT
+            if self.uses_varlen_attention and torch.is_grad_enabled():
+                starts, longest = batch.cu_seqlens_S, batch.input_ids_BT.shape[1]
                 places |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
                 places |= {"max_length_q": longest, "max_length_k": longest}
         # Without a cache: with one, transformers does not look for packed rows and they would see each other.
         hidden = self.module.base_model(input_ids=batch.input_ids_BT, use_cache=False, **places).last_hidden_state
-        h_ND = hidden.flatten(0, 1).index_select(0, batch.label_places_N - 1)
-        labels_N = batch.input_ids_BT.flatten()[batch.label_places_N]
+        h_ND = hidden.flatten(0, 1).index_select(0, batch.label_positions_N - 1)
+        labels_N = batch.input_ids_BT.flatten()[batch.label_positions_N]
         vocab_size = self.module.config.get_text_config().vocab_size
         return loss.token_losses(h_ND, labels_N, self.head, vocab_size, is_compiled=self.is_compiled)
 
@@ -145,11 +145,11 @@ def load_model(
     layers = decoder_layers(module)
     if config.base_precision == "nf4" and not config.multiplies_in_fp8:
         choices += _settle_residency(module, config, dtype, device)
-    adapted = lora.attach(module, config, device)
+    lora_layers = lora.attach(module, config, device)
     head = head_of(module)
     check_head(module, head, device)
     model = TrainableModel(
-        module, layers, adapted, head, dtype, device, choices, lora.join(adapted, device), config.torch_compile
+        module, layers, lora_layers, head, dtype, device, choices, lora.join(lora_layers, device), config.torch_compile
     )
     if device.type == "cuda" and attention_name == "sdpa":
         choices += _take_fast_attention(model, config)
@@ -318,7 +318,7 @@ def _settle_residency(
         choices = [Choice("base_residency", residency, why)]
     if residency == "dequantized":
         for part in storages:
-            part.keep_mirror(dtype)
+            part.keep_dequantized_copy(dtype)
     return choices
 
 
@@ -350,10 +350,10 @@ def _set_generation(module: PreTrainedModel, model_files: ModelFiles) -> None:
 
 def _take_fast_attention(model: TrainableModel, config: RunConfig) -> list[Choice]:
     """Attention by lengths where this model's own can be replaced, else transformers' sdpa and why."""
-    why = packed_attention.why_not(model.module, config.max_length, model.dtype)
+    why = packed_attention.unsupported_reason(model.module, config.max_length, model.dtype)
     if why is None:
         packed_attention.install(model.module)
-        model.by_lengths = True
+        model.uses_varlen_attention = True
         try:
             change = isolation_error(model, config)
             why = f"rows would see each other (a loss changes by {change:.3g})" if change else None
@@ -363,7 +363,7 @@ def _take_fast_attention(model: TrainableModel, config: RunConfig) -> list[Choic
             why = first_line(error)
     if why is None:
         return []
-    model.by_lengths = False
+    model.uses_varlen_attention = False
     model.module.set_attn_implementation("sdpa")
     return [Choice("attn_implementation", "sdpa", f"rows of a pack are kept apart by a mask: {why}")]
 

@@ -124,7 +124,7 @@ def attach(model: nn.Module, config: RunConfig, device: torch.device) -> dict[st
     scaling = config.lora_alpha / (math.sqrt(config.lora_r) if config.use_rslora else config.lora_r)
     generator = torch.Generator().manual_seed(config.seed)
     pass_seeds = torch.zeros(2, dtype=torch.int32, device=device) if config.torch_compile else None
-    adapted: dict[str, LoraLinear] = {}
+    lora_layers: dict[str, LoraLinear] = {}
     for number, name in enumerate(targets, start=1):
         _check_rank(config, name, linears[name])
         layer = LoraLinear(linears[name], config.lora_r, scaling, config.lora_dropout, device, number, pass_seeds)
@@ -133,8 +133,8 @@ def attach(model: nn.Module, config: RunConfig, device: torch.device) -> dict[st
         layer.lora_A.data.copy_(initial)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
-        adapted[name] = layer
-    return adapted
+        lora_layers[name] = layer
+    return lora_layers
 
 
 def _check_rank(config: RunConfig, name: str, linear: FrozenLinear) -> None:
@@ -148,23 +148,23 @@ def _check_rank(config: RunConfig, name: str, linear: FrozenLinear) -> None:
         )
 
 
-def join(adapted: Mapping[str, LoraLinear], device: torch.device) -> nn.Parameter:
+def join(lora_layers: Mapping[str, LoraLinear], device: torch.device) -> nn.Parameter:
     """One float32 vector of which every `lora_A` and `lora_B` becomes a view, and its gradient likewise.
 
     What an optimizer does for each tensor (a launch, a page to fetch) it then does once. Each begins at a multiple of
     256, the block in which 8-bit optimizers scale their moments, so the result is that of separate tensors.
     """
-    parts = [getattr(layer, part) for layer in adapted.values() for part in ("lora_A", "lora_B")]
+    parts = [getattr(layer, part) for layer in lora_layers.values() for part in ("lora_A", "lora_B")]
     starts = list(itertools.accumulate((-(-part.numel() // 256) * 256 for part in parts), initial=0))
-    joined = nn.Parameter(torch.zeros(starts[-1], device=device))
-    joined.grad = torch.zeros_like(joined)
+    flat_params = nn.Parameter(torch.zeros(starts[-1], device=device))
+    flat_params.grad = torch.zeros_like(flat_params)
     for part, start in zip(parts, starts, strict=False):
         values, gradient = (
-            whole[start : start + part.numel()].view(part.shape) for whole in (joined.data, joined.grad)
+            whole[start : start + part.numel()].view(part.shape) for whole in (flat_params.data, flat_params.grad)
         )
         part.data = values.copy_(part.data)
         part.grad = gradient
-    return joined
+    return flat_params
 
 
 def _matching(linears: Mapping[str, FrozenLinear], wanted: list[str] | str, config: RunConfig) -> list[str]:
@@ -186,14 +186,14 @@ def leaf_names(names: Mapping[str, object]) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
-def seed_dropout(adapted: Mapping[str, LoraLinear], *numbers: int) -> None:
+def seed_dropout(lora_layers: Mapping[str, LoraLinear], *numbers: int) -> None:
     """Gives the next forward pass of compiled layers, and its recomputation in backward, masks of its own.
 
     Args:
         numbers: what tells this pass from all others: seed of the run, step, micro-batch.
     """
     state = np.random.SeedSequence(numbers).generate_state(2).astype(np.int32)
-    for layer in itertools.islice(adapted.values(), 1):  # one tensor, which all layers share
+    for layer in itertools.islice(lora_layers.values(), 1):  # one tensor, which all layers share
         if layer.pass_seeds is not None:
             layer.pass_seeds.copy_(torch.from_numpy(state), non_blocking=True)
 
@@ -211,27 +211,27 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer.enabled = True
 
 
-def parameters(adapted: Mapping[str, LoraLinear]) -> dict[str, nn.Parameter]:
+def parameters(lora_layers: Mapping[str, LoraLinear]) -> dict[str, nn.Parameter]:
     """PEFT's key name -> the parameter."""
     return {
         adapter.tensor_key(name, part): getattr(layer, part)
-        for name, layer in adapted.items()
+        for name, layer in lora_layers.items()
         for part in adapter.PARTS
     }
 
 
-def state_dict(adapted: Mapping[str, LoraLinear]) -> dict[str, torch.Tensor]:
+def state_dict(lora_layers: Mapping[str, LoraLinear]) -> dict[str, torch.Tensor]:
     """The adapter under PEFT's key names, float32 on the CPU."""
-    return {key: part.detach().cpu().contiguous() for key, part in parameters(adapted).items()}
+    return {key: part.detach().cpu().contiguous() for key, part in parameters(lora_layers).items()}
 
 
-def load_state_dict(adapted: Mapping[str, LoraLinear], tensors: Mapping[str, torch.Tensor], where: str) -> None:
+def load_state_dict(lora_layers: Mapping[str, LoraLinear], tensors: Mapping[str, torch.Tensor], where: str) -> None:
     """Fills the adapter, strictly.
 
     Raises:
         InputError: a missing or extra key, or another shape: the file belongs to another model or config.
     """
-    expected = parameters(adapted)
+    expected = parameters(lora_layers)
     for key in sorted(expected.keys() ^ tensors.keys()):
         raise InputError(
             f"{where}: the adapter does not fit this model and config",
@@ -248,12 +248,12 @@ def load_state_dict(adapted: Mapping[str, LoraLinear], tensors: Mapping[str, tor
         part.data.copy_(tensors[key])
 
 
-def peft_config(config: RunConfig, adapted: Mapping[str, LoraLinear], model: nn.Module) -> dict[str, Any]:
+def peft_config(config: RunConfig, lora_layers: Mapping[str, LoraLinear], model: nn.Module) -> dict[str, Any]:
     """`adapter_config.json` of the adapters of a live model; `adapter.peft_config` makes it of names alone."""
     kinds = (LoraLinear, FrozenLinear, nn.Linear, nn.Embedding)
     named = {name for name, module in model.named_modules() if isinstance(module, kinds)}
     return adapter.peft_config(
-        adapted,
+        lora_layers,
         {name for name in named if not name.endswith(".base")},
         base=hub_id(config.model_name_or_path),
         revision=config.model_revision,
@@ -261,7 +261,7 @@ def peft_config(config: RunConfig, adapted: Mapping[str, LoraLinear], model: nn.
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
-        fan_in_fan_out=any(layer.base.transposed for layer in adapted.values()),
+        fan_in_fan_out=any(layer.base.transposed for layer in lora_layers.values()),
     )
 
 
@@ -270,7 +270,7 @@ def trainable_count(shapes: Mapping[str, tuple[int, int]], r: int) -> int:
     return sum(r * (i + o) for o, i in shapes.values())
 
 
-def explain_count(
+def matching_lora_shapes(
     count: int, shapes: Mapping[str, tuple[int, int]], ranks: Collection[int] = USUAL_RANKS
 ) -> list[tuple[int, list[str]]]:
     """Which (r, target modules) have exactly `count` trainable parameters on this model.

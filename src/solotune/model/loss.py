@@ -61,15 +61,15 @@ class _ChunkedLosses(torch.autograd.Function):
             with torch.enable_grad():
                 h = h_part.detach().requires_grad_()
                 logits = head(h)
-            loss_N, hit_N, grad_NV = fused(logits.detach(), labels)
+            loss_N, correct_part_N, grad_NV = fused(logits.detach(), labels)
             (dh,) = torch.autograd.grad(logits, h, grad_NV)
             losses.append(loss_N)
-            hits.append(hit_N)
+            hits.append(correct_part_N)
             grads.append(dh)
         ctx.save_for_backward(torch.cat(grads))
-        hits_N = torch.cat(hits)
-        ctx.mark_non_differentiable(hits_N)
-        return torch.cat(losses), hits_N
+        correct_N = torch.cat(hits)
+        ctx.mark_non_differentiable(correct_N)
+        return torch.cat(losses), correct_N
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor):
@@ -88,7 +88,7 @@ def token_losses(h_ND: torch.Tensor, labels_N: torch.Tensor, head: Head, vocab_s
         vocab_size: V, which sets the size of a chunk.
         is_compiled: let the compiler make one kernel of what follows the head.
 
-    Returns: (losses_N, hits_N).
+    Returns: (losses_N, correct_N).
     """
     if not len(labels_N):
         return h_ND.sum(-1).float(), labels_N == 0

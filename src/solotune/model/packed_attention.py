@@ -67,13 +67,13 @@ def flash(
     q_NHD: torch.Tensor,
     k_NHD: torch.Tensor,
     v_NHD: torch.Tensor,
-    starts_S: torch.Tensor,
+    cu_seqlens_S: torch.Tensor,
     longest: int | None,
     scale: float | None,
 ) -> torch.Tensor:
     """Causal attention of each row of N tokens with itself, by PyTorch's flash kernel."""
     return torch.ops.aten._flash_attention_forward(
-        q_NHD, k_NHD, v_NHD, starts_S, starts_S, longest, longest, 0.0, True, False, scale=scale
+        q_NHD, k_NHD, v_NHD, cu_seqlens_S, cu_seqlens_S, longest, longest, 0.0, True, False, scale=scale
     )[0]
 
 
@@ -84,7 +84,7 @@ def mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) 
     return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 
-def why_not(module: PreTrainedModel, max_length: int, dtype: torch.dtype) -> str | None:
+def unsupported_reason(module: PreTrainedModel, max_length: int, dtype: torch.dtype) -> str | None:
     """Why this model must stay with sdpa; None where it need not."""
     config = module.config.get_text_config()
     if dtype not in (torch.bfloat16, torch.float16):

@@ -8,26 +8,26 @@ from typing import Any
 
 import torch
 
-from solotune.planning.layer_profile import Growth, LayerCost, Matmul, Pass
+from solotune.planning.layer_profile import LayerCost, Matmul, Pass, Polynomial
 
-MATMULS = ("mm", "addmm", "bmm", "baddbmm", "scaled_matmul", "expanded_matmul")
+MATMULS = ("mm", "addmm", "bmm", "baddbmm", "scaled_matmul", "dequant_matmul")
 IsFrozen = Callable[[int, int], bool]
 """Whether a product with a matrix of this shape has a weight of the base in it."""
 
 
 @dataclass
-class Look:
+class LayerProfile:
     """One layer at one length: sums over its forward and its backward; the fields of `LayerCost` before the fit."""
 
     kept: float = 0
     output: float = 0
     forward_peak: float = 0
     backward_extra: float = 0
-    passes: list[Tally] = field(default_factory=list)
+    passes: list[PassCounts] = field(default_factory=list)
 
 
 @dataclass
-class Tally:
+class PassCounts:
     """Of one pass: its products (operations, bytes, whether frozen), the bytes of everything else, its kernels."""
 
     matmuls: list[tuple[float, float, bool]] = field(default_factory=list)
@@ -40,12 +40,12 @@ def first(result: Any) -> torch.Tensor:
     return result if isinstance(result, torch.Tensor) else result[0]
 
 
-def fit(looks: Sequence[tuple[int, Look]], rows: int, how: Any) -> LayerCost:
+def fit(looks: Sequence[tuple[int, LayerProfile]], rows: int, how: Any) -> LayerCost:
     """One `LayerCost` through looks at several lengths of `rows` rows."""
 
-    def through(values: Sequence[float]) -> Growth:
+    def through(values: Sequence[float]) -> Polynomial:
         constant, per_token, squared = growth_through([tokens for tokens, _ in looks], values)
-        return Growth(constant, per_token / rows, squared / rows)
+        return Polynomial(constant, per_token / rows, squared / rows)
 
     def one(number: int) -> Pass:
         works = [look.passes[number] for _, look in looks]
@@ -66,13 +66,13 @@ def fit(looks: Sequence[tuple[int, Look]], rows: int, how: Any) -> LayerCost:
     return LayerCost(**sizes, forward=one(0), backward=one(1), how=how)
 
 
-def growth_through(tokens: Sequence[int], values: Sequence[float]) -> Growth:
+def growth_through(tokens: Sequence[int], values: Sequence[float]) -> Polynomial:
     """The polynomial through (tokens, value) pairs: two give a line, three a parabola."""
     if len(tokens) == 2:
         slope = (values[1] - values[0]) / (tokens[1] - tokens[0])
-        return Growth(values[0] - slope * tokens[0], slope)
+        return Polynomial(values[0] - slope * tokens[0], slope)
     (a, b, c), (p, q, r) = tokens, values
     first_slope, second_slope = (q - p) / (b - a), (r - q) / (c - b)
     square = (second_slope - first_slope) / (c - a)
     slope = first_slope - square * (a + b)
-    return Growth(p - slope * a - square * a * a, slope, square)
+    return Polynomial(p - slope * a - square * a * a, slope, square)

@@ -1,7 +1,8 @@
 """What a plan is computed from: the costs of one layer, the shape of a model, the work of a step.
 
 Plain numbers, without torch: `model_shape` makes them from a config, `memory` turns them into bytes, `throughput`
-into seconds. Whatever grows with the batch is a `Growth`, so a layer is looked at once and any batch follows from it.
+into seconds. Whatever grows with the batch is a `Polynomial`, so one look at a layer
+serves any batch.
 
 Shape legend: B rows, T tokens of the longest row.
 """
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 
-class Growth(NamedTuple):
+class Polynomial(NamedTuple):
     """a + b B T + c B T^2: the last is there where an attention keeps its whole matrix."""
 
     constant: float = 0.0
@@ -22,15 +23,15 @@ class Growth(NamedTuple):
     def at(self, rows: int, tokens: int) -> float:
         return self.constant + rows * tokens * (self.per_token + tokens * self.per_token_squared)
 
-    def __add__(self, other: tuple[float, ...]) -> Growth:  # type: ignore[override]
-        return Growth(*(a + b for a, b in zip(self, other, strict=True)))
+    def __add__(self, other: tuple[float, ...]) -> Polynomial:  # type: ignore[override]
+        return Polynomial(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 class Matmul(NamedTuple):
     """A product: its operations, and the bytes it reads and writes. `frozen`: it has a weight of the base in it."""
 
-    flops: Growth
-    bytes: Growth
+    flops: Polynomial
+    bytes: Polynomial
     frozen: bool
 
 
@@ -39,7 +40,7 @@ class Pass:
     """One forward or one backward of a layer."""
 
     matmuls: tuple[Matmul, ...]
-    other_bytes: Growth  # read and written by everything that is no product of matrices
+    other_bytes: Polynomial  # read and written by everything that is no product of matrices
     num_kernels: int
 
 
@@ -54,10 +55,10 @@ class LayerCost:
     - backward_extra: the most that is there during backward, less what is kept without y, plus x.
     """
 
-    kept: Growth
-    output: Growth
-    forward_peak: Growth
-    backward_extra: Growth
+    kept: Polynomial
+    output: Polynomial
+    forward_peak: Polynomial
+    backward_extra: Polynomial
     forward: Pass
     backward: Pass
     how: Literal["compiled", "eager", "estimated"]
@@ -120,7 +121,7 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What is trained on. `rows` and `tokens` are those of the largest micro-batch, `mean_tokens` the usual."""
 
     rows: int
@@ -147,12 +148,12 @@ Precision = Literal["nf4", "fp8", "bf16", "fp32"]
 
 
 @dataclass(frozen=True)
-class Knobs:
+class MemoryStrategy:
     """One way to run it."""
 
     base_precision: Precision
     is_double_quantised: bool
-    is_mirrored: bool  # NF4 kept expanded beside its codes
+    has_dequantized_copy: bool  # NF4 kept expanded beside its codes
     num_checkpointed: int
     is_offloaded: bool
     optim: str

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from solotune.model.limits import MLP_CHUNK_TOKENS
 from solotune.planning import constants as known
 from solotune.planning.gpus import Card
-from solotune.planning.layer_profile import BaseWeights, Knobs, LayerCost, ModelShape, Work
+from solotune.planning.layer_profile import BaseWeights, LayerCost, MemoryStrategy, ModelShape, Workload
 
 CATEGORIES = (
     "weights",
@@ -38,7 +38,7 @@ MIN_PAGED_WEIGHTS = 100_000  # and pages larger ones alone
 
 
 @dataclass(frozen=True)
-class Footprint:
+class PeakMemory:
     """Bytes at the peak."""
 
     by_category: dict[str, int]
@@ -58,7 +58,7 @@ class Footprint:
         return sum(self.by_category.values()) + self.outside_bytes
 
 
-def footprint(shape: ModelShape, knobs: Knobs, work: Work, card: Card) -> Footprint:
+def footprint(shape: ModelShape, knobs: MemoryStrategy, work: Workload, card: Card) -> PeakMemory:
     """The peak of a training step of the largest micro-batch."""
     fixed = {
         "weights": weight_bytes(shape, knobs),
@@ -87,13 +87,13 @@ def footprint(shape: ModelShape, knobs: Knobs, work: Work, card: Card) -> Footpr
     on_host = 0.0
     if knobs.is_offloaded:
         on_host = sum(c.output.at(work.rows, work.tokens) for c in shape.layers[: knobs.num_checkpointed])
-    return Footprint({n: round(sizes[n]) for n in CATEGORIES}, moment, round(paged), round(outside), round(on_host))
+    return PeakMemory({n: round(sizes[n]) for n in CATEGORIES}, moment, round(paged), round(outside), round(on_host))
 
 
-def weight_bytes(shape: ModelShape | BaseWeights, knobs: Knobs) -> int:
+def weight_bytes(shape: ModelShape | BaseWeights, knobs: MemoryStrategy) -> int:
     """The base: codes and mirror of its linears, and everything else of it in the dtype of computing."""
     a_weight = {"nf4": 0.5, "fp8": 2.0, "bf16": 2.0, "fp32": 4.0}[knobs.base_precision]
-    if knobs.base_precision == "nf4" and knobs.is_mirrored:
+    if knobs.base_precision == "nf4" and knobs.has_dequantized_copy:
         a_weight += shape.dtype_bytes
     total = shape.dtype_bytes * shape.other_parameters
     for linear in shape.linears:
@@ -102,7 +102,7 @@ def weight_bytes(shape: ModelShape | BaseWeights, knobs: Knobs) -> int:
     return round(total)
 
 
-def quantisation_bytes(shape: ModelShape | BaseWeights, knobs: Knobs) -> int:
+def quantisation_bytes(shape: ModelShape | BaseWeights, knobs: MemoryStrategy) -> int:
     """Scales: of NF4's blocks, in 8 bits with scales of their own where quantised twice, and of fp8's rows."""
     total = 0
     for linear in shape.linears:
@@ -128,7 +128,7 @@ def joined_weights(shape: ModelShape) -> int:
     )
 
 
-def optimizer_bytes(shape: ModelShape, knobs: Knobs) -> tuple[int, int]:
+def optimizer_bytes(shape: ModelShape, knobs: MemoryStrategy) -> tuple[int, int]:
     """(all bytes of AdamW's two moments, those of them that are paged)."""
     weights = joined_weights(shape)
     moments = scales = 0
@@ -146,7 +146,7 @@ class _Moment(NamedTuple):
     logits: float
 
 
-def _moments(shape: ModelShape, knobs: Knobs, work: Work) -> list[_Moment]:
+def _moments(shape: ModelShape, knobs: MemoryStrategy, work: Workload) -> list[_Moment]:
     """Every candidate for the peak of a micro-batch: each layer at work, and the head."""
     b, t = work.rows, work.tokens
     first = shape.layers[0].output.at(b, t)  # what the embedding gives, and the size of every layer's input
@@ -180,7 +180,7 @@ def _moments(shape: ModelShape, knobs: Knobs, work: Work) -> list[_Moment]:
     return moments
 
 
-def _in_parts(at_work: float, layer: LayerCost, work: Work, is_checkpointed: bool) -> float:
+def _in_parts(at_work: float, layer: LayerCost, work: Workload, is_checkpointed: bool) -> float:
     """What a layer needs while it is at work, less what taking a long row's MLP in parts saves."""
     parts = math.ceil(work.tokens / MLP_CHUNK_TOKENS)
     if not is_checkpointed or parts < 2:
@@ -191,16 +191,16 @@ def _in_parts(at_work: float, layer: LayerCost, work: Work, is_checkpointed: boo
     return rest + (at_work - rest) / parts
 
 
-def _head_states(shape: ModelShape, work: Work) -> float:
+def _head_states(shape: ModelShape, work: Workload) -> float:
     """The supervised hidden states, their gradients in parts, and these put together."""
     return 3 * _supervised(work) * shape.hidden_size * shape.dtype_bytes
 
 
-def _supervised(work: Work) -> float:
+def _supervised(work: Workload) -> float:
     return min(1.0, work.supervised_share) * work.rows * work.tokens
 
 
-def logit_bytes(shape: ModelShape, work: Work) -> float:
+def logit_bytes(shape: ModelShape, work: Workload) -> float:
     """A chunk of logits in work; while there are several, the one before is still there.
 
     What the uncompiled loss makes of a chunk is more than what it leaves of the one before, so there a short second
@@ -215,7 +215,7 @@ def logit_bytes(shape: ModelShape, work: Work) -> float:
     return max(first * alone, first * (among_others - alone) + second * alone) * shape.vocab_size
 
 
-def _evaluation_bytes(shape: ModelShape, work: Work) -> float:
+def _evaluation_bytes(shape: ModelShape, work: Workload) -> float:
     """Logits of an evaluation pass: as they are, in float32, and their softmax."""
     chunk = max(1, shape.max_chunk_logits // shape.vocab_size)
     tokens = min(chunk, work.eval_batch[0] * work.eval_batch[1] * work.supervised_share)
@@ -224,9 +224,9 @@ def _evaluation_bytes(shape: ModelShape, work: Work) -> float:
     return max(tokens * shape.vocab_size * 4 * copies, one_layer)
 
 
-def _expansion_bytes(shape: ModelShape, knobs: Knobs) -> float:
+def _expansion_bytes(shape: ModelShape, knobs: MemoryStrategy) -> float:
     """NF4 expanded for one product: the weight, and its scales in float32."""
-    if knobs.base_precision != "nf4" or knobs.is_mirrored:
+    if knobs.base_precision != "nf4" or knobs.has_dequantized_copy:
         return 0.0
     widest = max(linear.weights for linear in shape.linears)
     return widest * (shape.dtype_bytes + 4 / NF4_BLOCK)

@@ -31,8 +31,8 @@ from solotune.model import lora, loss
 from solotune.model.frozen_linear import DenseWeight, Fp8Weight, FrozenLinear
 from solotune.model.layers import decoder_layers
 from solotune.model.loading import empty_model, frozen_linears
-from solotune.planning.curve_fit import Look, Tally, fit
-from solotune.planning.layer_profile import Growth, LayerCost, Linear, ModelShape, Pass
+from solotune.planning.curve_fit import LayerProfile, PassCounts, fit
+from solotune.planning.layer_profile import LayerCost, Linear, ModelShape, Pass, Polynomial
 from solotune.planning.profile_compiled import look_compiled
 from solotune.planning.profile_eager import look_eager, metered
 from solotune.runtime import signals
@@ -62,9 +62,9 @@ def model_shape(config: RunConfig, model_files: ModelFiles | None = None) -> Mod
     frozen = sum(p.numel() for part in linears.values() for p in part.parameters(recurse=False))
     text = module.config.get_text_config()
     # held back: where torch calls Python from C++, an exception out of nowhere ends the process
-    with signals.held_back(), _unlogged(), FakeTensorMode(allow_non_fake_inputs=True):
+    with signals.defer_signals(), _unlogged(), FakeTensorMode(allow_non_fake_inputs=True):
         _fill_with_fakes(module, config, dtype)
-        adapted = lora.attach(module, config, torch.device("cpu"))
+        lora_layers = lora.attach(module, config, torch.device("cpu"))
         module.train()
         layers = decoder_layers(module)
         costs = _layer_costs(module, layers, config, absent)
@@ -73,7 +73,7 @@ def model_shape(config: RunConfig, model_files: ModelFiles | None = None) -> Mod
     heads = getattr(text, "num_attention_heads", None) or 1
     return ModelShape(
         family=module.config.model_type,
-        linears=_counted(module, set(adapted)),
+        linears=_counted(module, set(lora_layers)),
         other_parameters=total - frozen,
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
@@ -120,12 +120,12 @@ def _fill_with_fakes(module: PreTrainedModel, config: RunConfig, dtype: torch.dt
         setattr(module.get_submodule(parent), leaf, FrozenLinear(storage, bias, transposed))
 
 
-def _counted(module: PreTrainedModel, adapted: set[str]) -> tuple[Linear, ...]:
+def _counted(module: PreTrainedModel, lora_layers: set[str]) -> tuple[Linear, ...]:
     found: Counter[tuple[int, int, bool, bool]] = Counter()
     for name, part in module.named_modules():
         if isinstance(part, FrozenLinear):
             own = name.removesuffix(".base")
-            found[part.out_features, part.in_features, part.bias_O is not None, own in adapted] += 1
+            found[part.out_features, part.in_features, part.bias_O is not None, own in lora_layers] += 1
     return tuple(Linear(o, i, count, bias, is_adapted) for (o, i, bias, is_adapted), count in found.items())
 
 
@@ -141,7 +141,7 @@ def _layer_costs(
     known: dict[str, LayerCost] = {}
     costs = []
     for number, layer in enumerate(layers):
-        signals.poll()
+        signals.check_stop()
         kind = f"{type(layer).__name__} {getattr(layer, 'attention_type', '')} " + ",".join(
             f"{name}{tuple(p.shape)}" for name, p in (*layer.named_parameters(), *layer.named_buffers())
         )
@@ -267,7 +267,7 @@ def _cost(layer: nn.Module, calls: dict[int, _Call], config: RunConfig) -> Layer
     try:
         looks = []
         for tokens in LENGTHS:
-            signals.poll()
+            signals.check_stop()
             looks.append((tokens, look(layer, *calls[tokens], is_frozen)))
     except Exception:  # whatever an architecture does that tensors without contents cannot
         return estimated(layer, calls[LENGTHS[0]][0][0], config.torch_compile)
@@ -284,12 +284,12 @@ def estimated(layer: nn.Module, x: torch.Tensor, is_compiled: bool) -> LayerCost
     kept = (outputs + 3 * width * size) * (1.0 if is_compiled else 1.4)
     kept += 3 * size * (others / max(1, width)) ** 0.5
     widest = max((part.out_features for part in linears), default=width) * size
-    nothing = Pass((), Growth(0, 4 * kept), 30)
+    nothing = Pass((), Polynomial(0, 4 * kept), 30)
     return LayerCost(
-        kept=Growth(0, kept),
-        output=Growth(0, width * size),
-        forward_peak=Growth(0, kept + 2 * widest),
-        backward_extra=Growth(0, 4 * widest),
+        kept=Polynomial(0, kept),
+        output=Polynomial(0, width * size),
+        forward_peak=Polynomial(0, kept + 2 * widest),
+        backward_extra=Polynomial(0, 4 * widest),
         forward=nothing,
         backward=nothing,
         how="estimated",
@@ -301,8 +301,8 @@ def _outside_or_estimated(module: PreTrainedModel, layers: nn.ModuleList, attent
         return _outside(module, layers, attention)
     except Exception:  # as in `_layer_costs`
         size = module.config.get_text_config().hidden_size * module.dtype.itemsize
-        kept, nothing = Growth(0, 3 * size), Pass((), Growth(0, 8 * size), 10)
-        return LayerCost(kept, Growth(0, size), kept, kept, nothing, nothing, "estimated")
+        kept, nothing = Polynomial(0, 3 * size), Pass((), Polynomial(0, 8 * size), 10)
+        return LayerCost(kept, Polynomial(0, size), kept, kept, nothing, nothing, "estimated")
 
 
 def _outside(module: PreTrainedModel, layers: nn.ModuleList, attention: str) -> LayerCost:
@@ -314,17 +314,17 @@ def _outside(module: PreTrainedModel, layers: nn.ModuleList, attention: str) -> 
         with _idle(layers, gives_tuple), metered() as meter:
             hidden = module.base_model(input_ids=ids, use_cache=False).last_hidden_state
             kept, forward_peak, work = meter.now, meter.most, meter.work
-            meter.work = Tally()
+            meter.work = PassCounts()
             dy = torch.ones_like(hidden)
             meter.most = meter.now
             torch.autograd.backward(hidden, dy)
         output = hidden.numel() * hidden.element_size()
-        looks.append((tokens, Look(kept, output, forward_peak, meter.most - kept, [work, meter.work])))
+        looks.append((tokens, LayerProfile(kept, output, forward_peak, meter.most - kept, [work, meter.work])))
         del hidden, dy
     cost = fit(looks, ROWS, "eager")
     if attention == "sdpa":  # the causal mask that stands here, real tensors do not get
 
-        def linear(growth: Growth) -> Growth:
+        def linear(growth: Polynomial) -> Polynomial:
             return growth._replace(per_token_squared=0.0)
 
         fields = {name: linear(getattr(cost, name)) for name in ("kept", "forward_peak", "backward_extra")}

@@ -22,7 +22,7 @@ from solotune.hardware.machine import Machine
 from solotune.hub.model_files import ModelFiles
 from solotune.planning import planner
 from solotune.planning.gpus import Card, card_named, card_of, cpu_card
-from solotune.planning.layer_profile import ModelShape, Work
+from solotune.planning.layer_profile import ModelShape, Workload
 from solotune.planning.model_shape import cpu_gflops, model_shape
 from solotune.planning.planner import Plan, full_rows
 
@@ -95,7 +95,7 @@ def shapes_of(model_files: ModelFiles | None = None) -> Callable[[RunConfig], Mo
     return shape
 
 
-def work_of(config: RunConfig, prepared: Prepared) -> Work:
+def work_of(config: RunConfig, prepared: Prepared) -> Workload:
     """What the rows make of a step: counted on the very micro-batches that training will draw."""
     lengths = np.asarray(lengths_of(prepared.train))
     packs = pack_sequences(config, prepared.train)
@@ -107,14 +107,14 @@ def work_of(config: RunConfig, prepared: Prepared) -> Work:
         longest.append(int(sizes[micro_batch].max()))
         real += int(sizes[micro_batch].sum())
     rows = min(config.per_device_train_batch_size, len(sizes))
-    if config.packing and config.torch_compile:  # every pass is padded to one shape, see `batch.PackShape`
+    if config.packing and config.torch_compile:  # every pass is padded to one shape, see `batch.PaddedShape`
         rows, longest = config.per_device_train_batch_size, [config.max_length] * len(longest)
     is_whole = schedule.total_steps * schedule.accumulation <= MAX_COUNTED_MICRO_BATCHES
     tokens: dict[str, Any] = prepared.report.to_json()["tokens"]
     held_out = sorted(lengths_of(prepared.validation))
     every = config.every("eval", schedule.steps_per_epoch)
     answer = min(config.max_new_tokens, tokens["supervised"] / max(1, len(lengths) + len(held_out)))
-    return Work(
+    return Workload(
         rows=rows,
         tokens=max(longest) if is_whole else max(longest[0] if config.packing else 0, int(sizes.max())),
         mean_tokens=float(np.mean(longest)),

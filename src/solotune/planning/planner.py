@@ -23,8 +23,8 @@ from solotune.config.run_config import BUDGET_SIZE, Choice, RunConfig
 from solotune.errors import CheckError, InputError
 from solotune.planning.constants import CONTEXT_BYTES
 from solotune.planning.gpus import CARDS, GIB, Card
-from solotune.planning.layer_profile import Knobs, ModelShape, Precision, Work
-from solotune.planning.memory import Footprint, footprint
+from solotune.planning.layer_profile import MemoryStrategy, ModelShape, Precision, Workload
+from solotune.planning.memory import PeakMemory, footprint
 from solotune.planning.throughput import Seconds, seconds
 from solotune.units import gib
 
@@ -45,16 +45,16 @@ class Budget(NamedTuple):
     available_bytes: int
     because: str
 
-    def holds(self, used: Footprint) -> bool:
+    def holds(self, used: PeakMemory) -> bool:
         return used.peak_bytes * SAFETY <= self.bytes and used.card_bytes * SAFETY <= self.available_bytes
 
 
 @dataclass(frozen=True)
-class Option:
+class Candidate:
     """One way to run, and what it costs."""
 
-    knobs: Knobs
-    footprint: Footprint
+    knobs: MemoryStrategy
+    footprint: PeakMemory
     seconds: Seconds
 
 
@@ -64,13 +64,13 @@ class Plan:
 
     card: Card
     budget: Budget
-    option: Option
+    option: Candidate
     fits: bool
     choices: list[Choice]
     notes: list[str]
     changes: list[tuple[str, object]]
     changed: Plan | None
-    settled: RunConfig
+    resolved: RunConfig
 
     def to_json(self) -> dict[str, Any]:
         """The design's shape, and more."""
@@ -98,10 +98,10 @@ class Plan:
         seen += f"driver and the allocator take, on {self.card.name}"
         return CheckError(
             "does not fit in memory", seen=seen, allowed=f"{gib(self.budget.bytes)} GiB: {self.budget.because}",
-            change=self.way_out(),
+            change=self.suggestion(),
         )  # fmt: skip
 
-    def way_out(self) -> str:
+    def suggestion(self) -> str:
         """`max_length: 1024 (then 8.1 GiB, 900 tokens/s)`"""
         if self.changed is None:
             least = self.option.footprint.card_bytes * SAFETY
@@ -115,7 +115,12 @@ class Plan:
 
 
 def make_plan(
-    config: RunConfig, shapes: Shapes, card: Card, work: Work, free_bytes: int | None, notes: list[str] | None = None
+    config: RunConfig,
+    shapes: Shapes,
+    card: Card,
+    work: Workload,
+    free_bytes: int | None,
+    notes: list[str] | None = None,
 ) -> Plan:
     """The fastest way to run `config` that fits.
 
@@ -130,13 +135,13 @@ def make_plan(
         InputError: a budget that the card does not have.
     """
     budget = budget_of(config, card, free_bytes)
-    option, settled, fits = _best(config, shapes, card, work, budget)
-    notes = [*(notes or []), *_notes(shapes(settled), settled, work)]
-    choices = _choices(config, option, card, shapes(settled), fits)
+    option, resolved, fits = _best(config, shapes, card, work, budget)
+    notes = [*(notes or []), *_notes(shapes(resolved), resolved, work)]
+    choices = _choices(config, option, card, shapes(resolved), fits)
     if fits:
-        return Plan(card, budget, option, True, choices, notes, [], None, settled)
-    changes, changed = _way_out(config, shapes, card, work, budget)
-    return Plan(card, budget, option, False, choices, notes, changes, changed, settled)
+        return Plan(card, budget, option, True, choices, notes, [], None, resolved)
+    changes, changed = _suggestion(config, shapes, card, work, budget)
+    return Plan(card, budget, option, False, choices, notes, changes, changed, resolved)
 
 
 def budget_of(config: RunConfig, card: Card, free_bytes: int | None) -> Budget:
@@ -193,16 +198,18 @@ def precisions(config: RunConfig, card: Card) -> list[Precision]:
     return ["fp8", "nf4"] if card.has_fp8 and config.matmul_precision == "auto" else ["bf16", "nf4"]
 
 
-def _best(config: RunConfig, shapes: Shapes, card: Card, work: Work, budget: Budget) -> tuple[Option, RunConfig, bool]:
+def _best(
+    config: RunConfig, shapes: Shapes, card: Card, work: Workload, budget: Budget
+) -> tuple[Candidate, RunConfig, bool]:
     """The fastest option that fits, or the smallest of all."""
-    smallest: tuple[Option, RunConfig] | None = None
+    smallest: tuple[Candidate, RunConfig] | None = None
     for precision in precisions(config, card):
-        settled = config if precision == config.base_precision else config.replaced("plan", base_precision=precision)
-        shape = shapes(settled)
+        resolved = config if precision == config.base_precision else config.replaced("plan", base_precision=precision)
+        shape = shapes(resolved)
         for offload in _offloads(config, card):  # with it only where nothing fits without
             options = [
-                Option(knobs, used, seconds(shape, knobs, work, card))
-                for knobs in _knobs(settled, shape, card, offload)
+                Candidate(knobs, used, seconds(shape, knobs, work, card))
+                for knobs in _knobs(resolved, shape, card, offload)
                 for used in [footprint(shape, knobs, work, card)]
             ]
             if not options:
@@ -210,10 +217,10 @@ def _best(config: RunConfig, shapes: Shapes, card: Card, work: Work, budget: Bud
             fitting = [option for option in options if budget.holds(option.footprint)]
             if fitting:
                 best = min(fitting, key=lambda option: (option.seconds.step, option.footprint.peak_bytes))
-                return best, _applied(settled, config, best.knobs, shape), True
+                return best, _applied(resolved, config, best.knobs, shape), True
             least = min(options, key=lambda option: option.footprint.peak_bytes)
             if smallest is None or least.footprint.peak_bytes < smallest[0].footprint.peak_bytes:
-                smallest = least, _applied(settled, config, least.knobs, shape)
+                smallest = least, _applied(resolved, config, least.knobs, shape)
     assert smallest is not None
     return *smallest, False
 
@@ -229,7 +236,7 @@ def _offloads(config: RunConfig, card: Card) -> list[bool]:
     return [bool(config.activation_offload)]
 
 
-def _knobs(config: RunConfig, shape: ModelShape, card: Card, offload: bool) -> Iterator[Knobs]:
+def _knobs(config: RunConfig, shape: ModelShape, card: Card, offload: bool) -> Iterator[MemoryStrategy]:
     depth = len(shape.layers)
     wanted = config.gradient_checkpointing
     counts = (
@@ -243,25 +250,25 @@ def _knobs(config: RunConfig, shape: ModelShape, card: Card, offload: bool) -> I
             continue
         device = "cpu" if card.is_cpu else "cuda"
         optim = "adamw_torch" if card.is_cpu else config.optim
-        yield Knobs(precision, config.bnb_4bit_use_double_quant, mirrored, count, offload, optim, device)
+        yield MemoryStrategy(precision, config.bnb_4bit_use_double_quant, mirrored, count, offload, optim, device)
 
 
-def _applied(settled: RunConfig, config: RunConfig, knobs: Knobs, shape: ModelShape) -> RunConfig:
+def _applied(resolved: RunConfig, config: RunConfig, knobs: MemoryStrategy, shape: ModelShape) -> RunConfig:
     values: dict[str, object] = {}
     if config.gradient_checkpointing == "auto":
         values["gradient_checkpointing"] = _checkpointing(knobs.num_checkpointed, len(shape.layers))
     if config.base_residency == "auto" and knobs.base_precision == "nf4":
-        values["base_residency"] = "dequantized" if knobs.is_mirrored else "quantized"
+        values["base_residency"] = "dequantized" if knobs.has_dequantized_copy else "quantized"
     if is_open(config, "activation_offload"):
         values["activation_offload"] = knobs.is_offloaded
-    return settled.replaced("plan", **values) if values else settled
+    return resolved.replaced("plan", **values) if values else resolved
 
 
 def _checkpointing(count: int, depth: int) -> bool | int:
     return bool(count) if count in (0, depth) else count
 
 
-def _choices(config: RunConfig, option: Option, card: Card, shape: ModelShape, fits: bool) -> list[Choice]:
+def _choices(config: RunConfig, option: Candidate, card: Card, shape: ModelShape, fits: bool) -> list[Choice]:
     """What was chosen, and why."""
     knobs, depth = option.knobs, len(shape.layers)
     choices = []
@@ -280,20 +287,20 @@ def _choices(config: RunConfig, option: Option, card: Card, shape: ModelShape, f
             why = f"{depth - n} of {depth} layers' activations fit" if fits else "the least memory"
         choices.append(Choice("gradient_checkpointing", _checkpointing(n, depth), why))
     if config.base_residency == "auto" and knobs.base_precision == "nf4":
-        mirror = f"{gib(shape.num_frozen * shape.dtype_bytes)} GiB"
-        why = f"expanded once, the weights take {mirror}; " + (
+        dequantized_copy = f"{gib(shape.num_frozen * shape.dtype_bytes)} GiB"
+        why = f"expanded once, the weights take {dequantized_copy}; " + (
             "that fits, and saves expanding them in every pass"
-            if knobs.is_mirrored
+            if knobs.has_dequantized_copy
             else "that does not fit, or memory gains more elsewhere"
         )
-        choices.append(Choice("base_residency", "dequantized" if knobs.is_mirrored else "quantized", why))
+        choices.append(Choice("base_residency", "dequantized" if knobs.has_dequantized_copy else "quantized", why))
     if knobs.is_offloaded and is_open(config, "activation_offload"):
         host = f"{gib(option.footprint.host_bytes)} GiB"
         choices.append(Choice("activation_offload", True, f"it fits in no other way; {host} of pinned host memory"))
     return choices
 
 
-def _notes(shape: ModelShape, config: RunConfig, work: Work) -> list[str]:
+def _notes(shape: ModelShape, config: RunConfig, work: Workload) -> list[str]:
     notes = []
     if any(layer.how == "estimated" for layer in shape.layers):
         notes.append(f"a layer of {shape.family} cannot be looked at without data: its activations are estimated")
@@ -304,17 +311,17 @@ def _notes(shape: ModelShape, config: RunConfig, work: Work) -> list[str]:
     return notes
 
 
-def _way_out(
-    config: RunConfig, shapes: Shapes, card: Card, work: Work, budget: Budget
+def _suggestion(
+    config: RunConfig, shapes: Shapes, card: Card, work: Workload, budget: Budget
 ) -> tuple[list[tuple[str, object]], Plan | None]:
     """The nearest config that fits: one change if one does, else the first few together."""
 
     def tried(values: dict[str, object]) -> Plan | None:
         changed, other = _with(config, work, values)
-        option, settled, fits = _best(changed, shapes, card, other, budget)
+        option, resolved, fits = _best(changed, shapes, card, other, budget)
         if not fits:
             return None
-        return Plan(card, budget, option, True, [], [], [], None, settled)
+        return Plan(card, budget, option, True, [], [], [], None, resolved)
 
     singles = list(_changes(config, work, card))
     for values in singles:
@@ -333,7 +340,7 @@ def _way_out(
     return [], None
 
 
-def _changes(config: RunConfig, work: Work, card: Card) -> Iterator[dict[str, object]]:
+def _changes(config: RunConfig, work: Workload, card: Card) -> Iterator[dict[str, object]]:
     """Single changes, from what costs the user least: speed, then precision, then the length of rows."""
     if config.gradient_checkpointing not in (True, "auto"):
         yield {"gradient_checkpointing": "auto"}
@@ -361,7 +368,7 @@ def _less_each(singles: list[dict[str, object]]) -> list[dict[str, object]]:
     return list(last.values())
 
 
-def _with(config: RunConfig, work: Work, values: dict[str, object]) -> tuple[RunConfig, Work]:
+def _with(config: RunConfig, work: Workload, values: dict[str, object]) -> tuple[RunConfig, Workload]:
     changed = config.replaced("change", **values)
     if "per_device_train_batch_size" in values:
         work = replace(work, rows=changed.per_device_train_batch_size, accumulation=changed.gradient_accumulation_steps)
@@ -370,10 +377,10 @@ def _with(config: RunConfig, work: Work, values: dict[str, object]) -> tuple[Run
     return changed, work
 
 
-def full_rows(config: RunConfig, max_positions: int | None = None) -> Work:
+def full_rows(config: RunConfig, max_positions: int | None = None) -> Workload:
     """The work of a step where the data is not known: rows as long as they may be, all of them learned."""
     tokens = min(config.max_length, max_positions or config.max_length)
-    return Work(
+    return Workload(
         rows=config.per_device_train_batch_size,
         tokens=tokens,
         mean_tokens=tokens,

@@ -27,8 +27,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
-from solotune.model.layers import LEAN
-from solotune.planning.curve_fit import MATMULS, IsFrozen, Look, Tally, first
+from solotune.model.layers import PARTITIONER_OPTIONS
+from solotune.planning.curve_fit import MATMULS, IsFrozen, LayerProfile, PassCounts, first
 
 aten = torch.ops.aten
 
@@ -43,7 +43,7 @@ FUSED = (
 )  # fmt: skip
 
 
-def look_compiled(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_frozen: IsFrozen) -> Look:
+def look_compiled(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_frozen: IsFrozen) -> LayerProfile:
     """The layer as the compiler will split it. Call it within the fake mode of its tensors; args[0] is x."""
     from torch._functorch import config as functorch_config
     from torch._functorch.aot_autograd import aot_function
@@ -67,7 +67,7 @@ def look_compiled(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         boxed._boxed_call = True  # type: ignore[attr-defined]
         return boxed
 
-    with functorch_config.patch(LEAN):
+    with functorch_config.patch(PARTITIONER_OPTIONS):
         run = aot_function(function, as_it_is, as_it_is, partition_fn=partition, decompositions=select_decomp_table())
         run(*inputs).sum().backward()
     if len(graphs) < 3:
@@ -206,8 +206,8 @@ class _Graph:
             most = max(most, now)
         return most
 
-    def work(self, is_frozen: IsFrozen) -> Tally:
-        done = Tally()
+    def work(self, is_frozen: IsFrozen) -> PassCounts:
+        done = PassCounts()
         for outputs in self.kernels().values():
             node = outputs[-1]
             if node.target is getitem:
@@ -291,7 +291,7 @@ def _flops(node: fx.Node, is_frozen: IsFrozen) -> tuple[float, bool]:
     return 2.0 * math.prod(left) * right[-1], is_frozen(*right[-2:])
 
 
-def _between(forward: _Graph, backward: _Graph, num_outputs: int, is_frozen: IsFrozen) -> Look:
+def _between(forward: _Graph, backward: _Graph, num_outputs: int, is_frozen: IsFrozen) -> LayerProfile:
     """What passes from forward to backward, and the peaks of both."""
     x = next(iter(forward.placeholders.values()))
     y = forward.outputs[0]
@@ -310,7 +310,7 @@ def _between(forward: _Graph, backward: _Graph, num_outputs: int, is_frozen: IsF
         if name.startswith("tangents"):
             given[node] = _bytes(node)
     total = sum(sizes.values())
-    return Look(
+    return LayerProfile(
         kept=total - sizes.get(x, 0) + _bytes(y),
         output=_bytes(y),
         forward_peak=forward.peak({}),

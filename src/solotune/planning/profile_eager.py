@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from solotune.planning.curve_fit import MATMULS, IsFrozen, Look, Tally, first
+from solotune.planning.curve_fit import MATMULS, IsFrozen, LayerProfile, PassCounts, first
 
 
 class _Meter(TorchDispatchMode):
@@ -23,7 +23,7 @@ class _Meter(TorchDispatchMode):
         super().__init__()
         self.now = self.most = 0.0
         self.is_frozen = is_frozen
-        self.work = Tally()
+        self.work = PassCounts()
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -72,15 +72,15 @@ def metered(is_frozen: IsFrozen = lambda o, i: False) -> Iterator[_Meter]:
         yield meter
 
 
-def look_eager(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_frozen: IsFrozen) -> Look:
+def look_eager(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_frozen: IsFrozen) -> LayerProfile:
     """The layer as autograd runs it, each tensor counted from birth to death. Call it within the fake mode."""
     x = args[0].detach().requires_grad_()
     with metered(is_frozen) as meter:
         y = first(layer(x, *args[1:], **kwargs))
         kept, forward_peak, forward_work = meter.now, meter.most, meter.work
         output = y.numel() * y.element_size()
-        meter.work = Tally()
+        meter.work = PassCounts()
         dy = torch.ones_like(y)
         meter.most = meter.now
         torch.autograd.backward(y, dy)
-    return Look(kept, output, forward_peak, meter.most - kept, [forward_work, meter.work])
+    return LayerProfile(kept, output, forward_peak, meter.most - kept, [forward_work, meter.work])

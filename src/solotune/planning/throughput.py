@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from solotune.planning import constants as known
 from solotune.planning.gpus import Card
-from solotune.planning.layer_profile import Knobs, LayerCost, Matmul, ModelShape, Pass, Work
+from solotune.planning.layer_profile import LayerCost, Matmul, MemoryStrategy, ModelShape, Pass, Workload
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Seconds:
         return {"load": self.load, "first_step": self.first_step, "step": self.step, "total": self.total}
 
 
-def seconds(shape: ModelShape, knobs: Knobs, work: Work, card: Card) -> Seconds:
+def seconds(shape: ModelShape, knobs: MemoryStrategy, work: Workload, card: Card) -> Seconds:
     """How long it takes on `card`."""
     pace = _CpuPace(card) if card.is_cpu else _GpuPace(card, knobs, shape.is_compiled)
     tokens = max(1.0, work.mean_tokens)
@@ -50,7 +50,7 @@ def seconds(shape: ModelShape, knobs: Knobs, work: Work, card: Card) -> Seconds:
 
 
 def _micro_batch(
-    shape: ModelShape, knobs: Knobs, rows: int, tokens: float, supervised: float, has_graphs: bool, pace: _Pace
+    shape: ModelShape, knobs: MemoryStrategy, rows: int, tokens: float, supervised: float, has_graphs: bool, pace: _Pace
 ) -> float:
     total = 0.0
     for number, layer in enumerate(shape.layers):
@@ -90,7 +90,7 @@ def _attention(shape: ModelShape, rows: int, tokens: float, pace: _Pace, is_back
     return pace.attention(flops, tokens, is_backward)
 
 
-def _evaluations(shape: ModelShape, knobs: Knobs, work: Work, pace: _Pace) -> float:
+def _evaluations(shape: ModelShape, knobs: MemoryStrategy, work: Workload, pace: _Pace) -> float:
     """Held-out passes during the run, base and tuned at its end, and the answers that are written."""
     if not work.eval_tokens:
         return 0.0
@@ -106,7 +106,7 @@ def _evaluations(shape: ModelShape, knobs: Knobs, work: Work, pace: _Pace) -> fl
 class _GpuPace:
     """Times on a GPU."""
 
-    def __init__(self, card: Card, knobs: Knobs, is_compiled: bool) -> None:
+    def __init__(self, card: Card, knobs: MemoryStrategy, is_compiled: bool) -> None:
         self.card, self.is_compiled = card, is_compiled
         self.flops = card.bf16_tflops * 1e12
         self.frozen_flops = self.flops
@@ -139,18 +139,18 @@ class _GpuPace:
         share, half = known.ATTENTION_BACKWARD if is_backward else known.ATTENTION_FORWARD
         return flops / (self.flops * share * tokens / (tokens + half))
 
-    def expansion(self, shape: ModelShape, knobs: Knobs) -> float:
-        if knobs.base_precision != "nf4" or knobs.is_mirrored:
+    def expansion(self, shape: ModelShape, knobs: MemoryStrategy) -> float:
+        if knobs.base_precision != "nf4" or knobs.has_dequantized_copy:
             return 0.0
         return shape.num_frozen * (0.5 + shape.dtype_bytes) / (self.bandwidth * known.NF4_EXPANSION_SHARE)
 
     def optimizer(self, shape: ModelShape) -> float:
         return known.STEP_SECONDS + shape.num_trainable * 40 / self.bandwidth
 
-    def load(self, shape: ModelShape, knobs: Knobs) -> float:
+    def load(self, shape: ModelShape, knobs: MemoryStrategy) -> float:
         return known.CUDA_IMPORT_SECONDS + 2 * (shape.num_frozen + shape.other_parameters) / known.READ_BYTES_PER_SECOND
 
-    def compile(self, shape: ModelShape, knobs: Knobs) -> float:
+    def compile(self, shape: ModelShape, knobs: MemoryStrategy) -> float:
         if not shape.is_compiled:
             return 1.0
         kinds = len({id(layer) for layer in shape.layers})
@@ -183,18 +183,18 @@ class _CpuPace:
     def attention(self, flops: float, tokens: float, is_backward: bool) -> float:
         return 2 * flops / self.flops
 
-    def expansion(self, shape: ModelShape, knobs: Knobs) -> float:
-        if knobs.base_precision != "nf4" or knobs.is_mirrored:
+    def expansion(self, shape: ModelShape, knobs: MemoryStrategy) -> float:
+        if knobs.base_precision != "nf4" or knobs.has_dequantized_copy:
             return 0.0
         return shape.num_frozen / known.CPU_EXPANDED_WEIGHTS_PER_SECOND
 
     def optimizer(self, shape: ModelShape) -> float:
         return shape.num_trainable * 64 / self.bandwidth
 
-    def load(self, shape: ModelShape, knobs: Knobs) -> float:
+    def load(self, shape: ModelShape, knobs: MemoryStrategy) -> float:
         return known.CPU_IMPORT_SECONDS + shape.num_frozen / known.CPU_QUANTISED_WEIGHTS_PER_SECOND
 
-    def compile(self, shape: ModelShape, knobs: Knobs) -> float:
+    def compile(self, shape: ModelShape, knobs: MemoryStrategy) -> float:
         return 0.0
 
     def generated(self, shape: ModelShape) -> float:

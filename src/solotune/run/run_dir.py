@@ -171,12 +171,12 @@ class RunDirectory:
         """
         atomic_io.append_line(self.path / METRICS, to_line(event))
 
-    def mark(self) -> dict[str, Any]:
+    def metrics_offset(self) -> dict[str, Any]:
         """Makes metrics.jsonl durable and says what it is: what a checkpoint keeps of it."""
         atomic_io.sync(self.path / METRICS)
         return entry_at(self.path / METRICS)._asdict()
 
-    def why_not_after(self, mark: Mapping[str, Any]) -> str | None:
+    def metrics_mismatch(self, mark: Mapping[str, Any]) -> str | None:
         """Why metrics.jsonl cannot be cut back to a mark; None where it can."""
         path = self.path / METRICS
         there = path.stat().st_size if path.is_file() else 0
@@ -186,12 +186,12 @@ class RunDirectory:
             return f"{METRICS} is not the one that the checkpoint was saved beside"
         return None
 
-    def go_back(self, mark: Mapping[str, Any] | None) -> None:
+    def truncate_metrics(self, mark: Mapping[str, Any] | None) -> None:
         """Takes the seal off and cuts metrics.jsonl back to a mark, or to nothing: the run goes on from there."""
         atomic_io.remove(self.path / MANIFEST)
         atomic_io.cut_back(self.path / METRICS, mark["bytes"] if mark else 0)
 
-    def seal(self) -> None:
+    def write_manifest(self) -> None:
         """Writes manifest.json, by which `solotune verify` knows every file."""
         entries = {}
         for path in sorted(self.path.rglob("*")):
@@ -201,7 +201,7 @@ class RunDirectory:
                 entries[name] = entry_at(path)
         atomic_io.write_whole(self.path / MANIFEST, manifest_text(entries))
 
-    def seal_again(self, name: str) -> None:
+    def update_manifest(self, name: str) -> None:
         """After a file of a finished run was written anew: the seal knows it, and of the others what it knew before.
 
         A run without a seal, or with a damaged one, gets none.
@@ -273,7 +273,7 @@ class RunSummary:
         return {**asdict(self), "path": str(self.path)}
 
 
-def summarised(run: RunDirectory) -> RunSummary:
+def summarize_run(run: RunDirectory) -> RunSummary:
     """What a run has come to, from its files; a damaged one has fewer figures."""
     record = RunRecord.read(run.path)
     last = record.steps[-1] if record.steps else None

@@ -1,10 +1,10 @@
 """Stop requests: what SIGINT (Ctrl-C), SIGTERM (a scheduler) and SIGHUP (a closed terminal) do to a run.
 
-    with heeded():            from here on the first signal raises `StopRequested` in the main thread, wherever it is
+    with handle_signals():  from here on the first signal raises `StopRequested` in the main thread, wherever it is
         ...
-        with held_back():     here it waits until the code says that it can be stopped
+        with defer_signals():     here it waits until the code says that it can be stopped
             ...
-            poll()            a safe place: raises `StopRequested` if a signal has come
+            check_stop()            a safe place: raises `StopRequested` if a signal has come
 
 A stage that has nothing to save (loading, reading data, generating samples) stops at once. Training holds the request
 back until the micro-batch in hand is done, so that what was made of the run can be saved. Whoever polls also tells the
@@ -45,7 +45,7 @@ class _Requests:
 
     def __init__(self) -> None:
         self.received = 0
-        self.is_taken = False  # `poll` has raised it, and somebody sees to it
+        self.is_taken = False  # `check_stop` has raised it, and somebody sees to it
         self.is_held_back = False
         self.is_ours = False  # the process; else a caller's
         self.before: dict[int, Any] = {}
@@ -70,7 +70,7 @@ _requests = _Requests()
 
 
 @contextlib.contextmanager
-def heeded(is_ours: bool = False) -> Iterator[None]:
+def handle_signals(is_ours: bool = False) -> Iterator[None]:
     """Stop signals raise `StopRequested` within the block; within another such block it is without effect.
 
     Args:
@@ -92,28 +92,28 @@ def heeded(is_ours: bool = False) -> Iterator[None]:
 
 
 def _pass_over(unraisable: sys.UnraisableHookArgs) -> None:
-    """An interruption that came in a destructor is lost there; the next poll raises it again."""
+    """An interruption that came in a destructor is lost there; the next check_stop raises it again."""
     if not isinstance(unraisable.exc_value, StopRequested):
         sys.__unraisablehook__(unraisable)
 
 
 @contextlib.contextmanager
-def held_back() -> Iterator[None]:
-    """Within the block a signal is only noted, for `poll`; one that nobody polled for is raised at its end."""
+def defer_signals() -> Iterator[None]:
+    """Within the block a signal is only noted, for `check_stop`; one that nobody polled for is raised at its end."""
     outside, _requests.is_held_back = _requests.is_held_back, True
     try:
         yield
     finally:
         _requests.is_held_back = outside
     if not outside:
-        poll()
+        check_stop()
 
 
-def poll() -> None:
+def check_stop() -> None:
     """A place where the run may be stopped, and a sign of life.
 
     Raises:
-        StopRequested: a signal has come; raised by one poll alone, for what follows is the way out.
+        StopRequested: a signal has come; raised by one check_stop alone, for what follows is the way out.
     """
     watchdog.beat()
     if _requests.received and _requests.before and not _requests.is_taken:

@@ -1,7 +1,7 @@
 """A run that hangs is ended: the stacks of all its threads are written down, and the exit code is 9.
 
     with watched():          a second process is started that watches this one (`watchdog_process.py`)
-        beat()               a sign of life; every safe place gives one (`signals.poll`)
+        beat()               a sign of life; every safe place gives one (`signals.check_stop`)
 
 Too long without one, the guard ends the process. What hangs may hold Python's lock (a native call) or sit in the
 kernel (a dead network drive, a FIFO that nobody writes), so nothing depends on Python code of this process:
@@ -133,7 +133,7 @@ def beat() -> None:
         _guard.beat()
 
 
-def doing(stage: str) -> None:
+def set_stage(stage: str) -> None:
     """What the run is at, for the message."""
     if _guard is not None:
         _guard.tell("doing " + " ".join(stage.split()))

@@ -84,7 +84,7 @@ def load(folder: Path) -> Checkpoint:
     )
 
 
-def why_invalid(folder: Path) -> str | None:
+def invalid_reason(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None where it is as it was written."""
     if not folder.is_dir():
         return "there is no such folder"
@@ -98,7 +98,7 @@ def why_invalid(folder: Path) -> str | None:
     return None if named is None or int(named[1]) == step else f"state.json: it is of step {step}"
 
 
-def numbered(folder: Path) -> list[tuple[int, Path]]:
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of the checkpoints below `folder`, valid or not, oldest first."""
     return sorted((int(m[1]), path) for path in folder.glob("step-*") if (m := STEP_FOLDER.fullmatch(path.name)))
 
@@ -116,8 +116,8 @@ def newest_first(
     Args:
         objection: what else may speak against a checkpoint that is valid in itself.
     """
-    for _, path in reversed(numbered(folder)):
-        problem = why_invalid(path) or objection(path)
+    for _, path in reversed(list_checkpoints(folder)):
+        problem = invalid_reason(path) or objection(path)
         yield path, problem
         if problem is None:
             return
@@ -125,7 +125,7 @@ def newest_first(
 
 def keep_newest(folder: Path, limit: int | None, step: int) -> None:
     """Removes the oldest of the checkpoints up to `step` beyond `limit`; that of `step` was just read back."""
-    found = [path for number, path in numbered(folder) if number <= step]
+    found = [path for number, path in list_checkpoints(folder) if number <= step]
     for path in found[: -limit if limit else 0]:
         remove_folder(path)
 

@@ -61,7 +61,7 @@ def need_of(config: RunConfig, model: TrainableModel, prepared: Prepared, tokeni
     saves = math.ceil(schedule.total_steps / every) if every else 0
     most = saves if config.save_total_limit is None else min(saves, config.save_total_limit + 1)
     adapter = [
-        _tensor_file_bytes({key: 4 * part.numel() for key, part in lora.parameters(model.adapted).items()}),
+        _tensor_file_bytes({key: 4 * part.numel() for key, part in lora.parameters(model.lora_layers).items()}),
         2048,
     ]
     state = 2048 + len(json.dumps(config.model_dump(), indent=2))
@@ -119,7 +119,7 @@ def block_bytes(folder: Path) -> int:
 
 
 def _optimizer_sizes(config: RunConfig, model: TrainableModel) -> dict[str, int]:
-    weights = model.joined.numel()
+    weights = model.flat_params.numel()
     if "8bit" in config.optim and weights >= MIN_8BIT_WEIGHTS:
         scales = 4 * math.ceil(weights / OPTIMIZER_BLOCK)
         return {"0/state1": weights, "0/state2": weights, "0/scales": 2 * scales + CODE_BOOK_BYTES}

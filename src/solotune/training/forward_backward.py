@@ -7,7 +7,7 @@ allow. A CUDA graph is the list of those launches, recorded once and replayed by
 What a graph reads has to lie where it lay: ids, places of labels, where rows begin and weights are copied into tensors
 of the graph's own before each replay. Shapes have to be the same, so labels are padded with such of weight 0 to a
 multiple of a sixteenth of the tokens, one graph for each such number. Packed passes of a run have one shape otherwise
-(`batch.PackShape`); rows padded to the longest of their batch have not, and mostly stay without.
+(`batch.PaddedShape`); rows padded to the longest of their batch have not, and mostly stay without.
 
 A graph keeps the memory that its pass takes at its peak, and all graphs share it. A pass of another shape, and
 evaluation, need memory beside it, so the graphs are given up first (`release`); recording takes as long as one pass
@@ -31,37 +31,39 @@ from solotune.model.loading import TrainableModel
 from solotune.units import first_line
 
 LABEL_PARTS = 16  # label numbers are rounded up to such a part of all tokens, which costs a third of that in the head
-MOST_PATIENCE = 64  # passes of one shape in a row, before one is recorded
+MAX_WARMUP_PASSES = 64  # passes of one shape in a row, before one is recorded
 
 ForwardBackward = Callable[[TrainableModel, Batch, torch.Tensor | float, torch.Tensor], None]  # as `accumulate`
 
 
-def accumulate(model: TrainableModel, batch: Batch, total_weight: torch.Tensor | float, sums_2: torch.Tensor) -> None:
-    """Adds the micro-batch's part to the gradients, and (sum of weighted losses, hits) to `sums_2`.
+def accumulate(
+    model: TrainableModel, batch: Batch, total_weight: torch.Tensor | float, loss_and_correct_2: torch.Tensor
+) -> None:
+    """Adds the micro-batch's part to the gradients, and (sum of weighted losses, hits) to `loss_and_correct_2`.
 
     Args:
         total_weight: of the labels of the whole step.
     """
-    losses_N, hits_N = model.token_losses(batch)
+    losses_N, correct_N = model.token_losses(batch)
     weighted_sum = batch.weighted(losses_N).sum()
     trainable = model.trainable
     # allow_unused: an adapter of a mixture's expert that no token chose
     gradients = torch.autograd.grad(weighted_sum / total_weight, trainable, allow_unused=True)
     found = [(p.grad, g) for p, g in zip(trainable, gradients, strict=True) if p.grad is not None and g is not None]
     torch._foreach_add_([total for total, _ in found], [gradient for _, gradient in found])
-    sums_2 += torch.stack([weighted_sum.detach(), batch.hits(hits_N).to(weighted_sum.dtype)])
+    loss_and_correct_2 += torch.stack([weighted_sum.detach(), batch.num_correct(correct_N).to(weighted_sum.dtype)])
 
 
-class Passes:
-    """Runs the micro-batches of one model; `sums_2` holds what they have summed since it was last zeroed."""
+class MicroBatchRunner:
+    """Runs the micro-batches of one model; `loss_and_correct_2` sums over them until it is zeroed."""
 
     def __init__(self, model: TrainableModel, config: RunConfig | None = None) -> None:
         """Args:
         config: says whether graphs may be recorded; None: they may not.
         """
         self.model = model
-        self.sums_2 = torch.zeros(2, device=model.device)
-        self.why_not: str | None = None  # why graphs are not recorded any more
+        self.loss_and_correct_2 = torch.zeros(2, device=model.device)
+        self.unsupported_reason: str | None = None  # why graphs are not recorded any more
         self.can_record = config is not None and config.takes_graphs and model.device.type == "cuda"
         self._graphs: dict[int, _Graph] = {}  # by number of labels
         self._pool: Any = None
@@ -71,21 +73,23 @@ class Passes:
     def run(self, forward_backward: ForwardBackward, batch: Batch, total_weight: float) -> None:
         """One micro-batch through `accumulate`, or through the graph that was recorded of it."""
         if not self.can_record:
-            forward_backward(self.model, batch, total_weight, self.sums_2)
+            forward_backward(self.model, batch, total_weight, self.loss_and_correct_2)
             return
-        shape = tuple(t is not None and t.shape for t in (batch.input_ids_BT, batch.positions_BT, batch.starts_S))
+        shape = tuple(
+            t is not None and t.shape for t in (batch.input_ids_BT, batch.position_ids_BT, batch.cu_seqlens_S)
+        )
         if shape != self._shape:
             if self._graphs:  # a shape that did not last; the next one may have to last longer
-                self._patience = min(2 * self._patience, MOST_PATIENCE)
+                self._patience = min(2 * self._patience, MAX_WARMUP_PASSES)
             self.release()
             self._shape, self._times_seen = shape, 0
         self._times_seen += 1
-        count = _rounded_up(len(batch.label_places_N), math.ceil(batch.input_ids_BT.numel() / LABEL_PARTS))
+        count = _rounded_up(len(batch.label_positions_N), math.ceil(batch.input_ids_BT.numel() / LABEL_PARTS))
         graph = self._graphs.get(count)
         if graph is None and self._times_seen > self._patience:
             graph = self._record(forward_backward, batch.padded(count), total_weight)
         if graph is None:
-            forward_backward(self.model, batch, total_weight, self.sums_2)
+            forward_backward(self.model, batch, total_weight, self.loss_and_correct_2)
         else:
             graph.replay(batch.padded(count), total_weight)
 
@@ -101,10 +105,10 @@ class Passes:
         try:
             graph = _Graph(self, forward_backward, batch, total_weight, self._pool)
         except RuntimeError as error:  # a model that looks into its data, or no memory for it: launched as before
-            self.why_not, self.can_record = first_line(error), False
+            self.unsupported_reason, self.can_record = first_line(error), False
             self.release()
             return None
-        self._graphs[len(batch.label_places_N)] = graph
+        self._graphs[len(batch.label_positions_N)] = graph
         return graph
 
 
@@ -112,13 +116,13 @@ class _Graph:
     """A recorded pass and the tensors that it reads."""
 
     def __init__(
-        self, passes: Passes, forward_backward: ForwardBackward, batch: Batch, total_weight: float, pool: Any
+        self, runner: MicroBatchRunner, forward_backward: ForwardBackward, batch: Batch, total_weight: float, pool: Any
     ) -> None:
         self._batch = batch
-        self._total_weight = torch.tensor(float(total_weight), device=passes.model.device)
+        self._total_weight = torch.tensor(float(total_weight), device=runner.model.device)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
-            forward_backward(passes.model, batch, self._total_weight, passes.sums_2)
+            forward_backward(runner.model, batch, self._total_weight, runner.loss_and_correct_2)
 
     def replay(self, batch: Batch, total_weight: float) -> None:
         for mine, given in zip(self._batch, batch, strict=True):

@@ -44,7 +44,7 @@ from solotune.run.run_log import RunLog
 from solotune.runtime import signals
 from solotune.runtime.signals import StopRequested
 from solotune.training import checkpoint, nonfinite
-from solotune.training.forward_backward import Passes, accumulate
+from solotune.training.forward_backward import MicroBatchRunner, accumulate
 from solotune.training.optimizer import learning_rate_at, make_optimizer, set_learning_rate
 
 
@@ -62,13 +62,13 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     max_grad_norm: float,
     dropout_seed: tuple[int, ...] = (0,),
-    passes: Passes | None = None,
+    runner: MicroBatchRunner | None = None,
 ) -> StepResult:
     """One optimizer step over the whole accumulated batch.
 
     Args:
         dropout_seed: tells this step's dropout from that of others.
-        passes: of this model; kept from step to step, they become CUDA graphs where shapes repeat.
+        runner: of this model; kept from step to step, they become CUDA graphs where shapes repeat.
 
     Raises:
         NonFiniteError: something is NaN or infinite; nothing has been changed.
@@ -77,23 +77,23 @@ def train_step(
     random = checkpoint.random_state()
     num_supervised = sum(batch.num_supervised for batch in micro_batches)
     total_weight = sum(batch.total_weight for batch in micro_batches)
-    passes = passes or Passes(model)
-    passes.sums_2.zero_()
+    runner = runner or MicroBatchRunner(model)
+    runner.loss_and_correct_2.zero_()
     for number, batch in enumerate(micro_batches):
-        lora.seed_dropout(model.adapted, *dropout_seed, number)
-        passes.run(accumulate, batch, total_weight)  # forward and backward, or the CUDA graph of both
+        lora.seed_dropout(model.lora_layers, *dropout_seed, number)
+        runner.run(accumulate, batch, total_weight)  # forward and backward, or the CUDA graph of both
         try:
-            signals.poll()
+            signals.check_stop()
         except StopRequested:
             model.zero_gradients()
             checkpoint.restore_random(random)
             raise
-    loss_sum, hits = passes.sums_2
+    loss_sum, hits = runner.loss_and_correct_2
     grad_norm = clip_grad_norm_(model.trainable, max_grad_norm)
     figures = [loss_sum / total_weight, hits / num_supervised, grad_norm, *nonfinite.norms(model, optimizer)]
     loss, accuracy, norm, *state = torch.stack(figures).tolist()
-    if not nonfinite.all_sound([loss, norm, *state]):
-        passes.release()
+    if not nonfinite.all_finite([loss, norm, *state]):
+        runner.release()
         raise nonfinite.stopped(
             nonfinite.examine(model, optimizer, micro_batches, dropout_seed, random),
             f"loss {loss}, gradient norm {norm}",
@@ -104,7 +104,7 @@ def train_step(
 
 
 @stage("training")
-@signals.held_back()
+@signals.defer_signals()
 def train(
     model: TrainableModel,
     train_rows: Sequence[Example],
@@ -131,10 +131,10 @@ def train(
     observer = Observers(RunLog(run), observer)
     packs, shape = pack_and_shape(config, train_rows)
     schedule = BatchSampler.of(config, len(packs))
-    optimizer = make_optimizer(config, [model.joined])
+    optimizer = make_optimizer(config, [model.flat_params])
     done = _set_up(model, optimizer, config.seed, resume_from)
-    passes = Passes(model, config)
-    evals = _Evaluations(passes, validation_rows, config, schedule, observer)
+    runner = MicroBatchRunner(model, config)
+    evals = _Evaluations(runner, validation_rows, config, schedule, observer)
     saves = _Saves(model, optimizer, config, schedule, run, observer, fingerprints or {}, done)
     score = None
     try:
@@ -147,7 +147,7 @@ def train(
             batches = [collate_packs(part, model.device, shape) for part in chosen]
             learning_rate = set_learning_rate(optimizer, learning_rate_at(config, step - 1, schedule.total_steps))
             try:
-                result = train_step(model, batches, optimizer, config.max_grad_norm, (config.seed, step), passes)
+                result = train_step(model, batches, optimizer, config.max_grad_norm, (config.seed, step), runner)
             except NonFiniteError as error:
                 raise _not_finite(error, step, batches, observer) from None
             done = step
@@ -162,8 +162,10 @@ def train(
         observer.finish()
         raise _interrupted(stop, done, run) from None
     observer.finish()
-    if passes.why_not:
-        observer.note(f"passes were launched one kernel after the other, without a CUDA graph: {passes.why_not}")
+    if runner.unsupported_reason:
+        observer.note(
+            f"passes were launched one kernel after the other, without a CUDA graph: {runner.unsupported_reason}"
+        )
     return score
 
 
@@ -175,8 +177,8 @@ def _set_up(
     torch.manual_seed(seed)
     if point is None:
         return 0
-    lora.load_state_dict(model.adapted, point.adapter, f"step {point.step}")
-    checkpoint.restore_optimizer(optimizer, point, [model.joined])
+    lora.load_state_dict(model.lora_layers, point.adapter, f"step {point.step}")
+    checkpoint.restore_optimizer(optimizer, point, [model.flat_params])
     checkpoint.restore_random(point.random)
     return point.step
 
@@ -231,7 +233,7 @@ def _interrupted(stop: StopRequested, done: int, run: RunDirectory) -> Interrupt
 class _Evaluations:
     """When the held-out rows are evaluated, and how."""
 
-    passes: Passes
+    runner: MicroBatchRunner
     rows: Sequence[Example]
     config: RunConfig
     schedule: BatchSampler
@@ -244,8 +246,8 @@ class _Evaluations:
         return bool(self.rows) and (last or bool(every and step % every == 0))
 
     def make(self, step: int) -> scores.Score:
-        self.passes.release()  # its batches have other shapes and need the graphs' memory
-        score = scores.score(self.passes.model, self.rows, self.config.per_device_eval_batch_size)
+        self.runner.release()  # its batches have other shapes and need the graphs' memory
+        score = scores.score(self.runner.model, self.rows, self.config.per_device_eval_batch_size)
         self.observer.evaluated(EvalEvent(step, score.exact_match, **score.to_json()), score.rows)
         return score
 
@@ -270,12 +272,12 @@ class _Saves:
 
     def make(self, step: int) -> None:
         """Raises NonFiniteError where what would be saved is not finite."""
-        if problem := nonfinite.why_not_to_save(self.model, self.optimizer):
+        if problem := nonfinite.nonfinite_tensors(self.model, self.optimizer):
             self.observer.failed(NonFiniteEvent(step, tensors=problem))
             raise NonFiniteError(f"step {step}: not finite after the update, and not saved", seen=", ".join(problem))
-        adapter = lora.state_dict(self.model.adapted)
-        peft_config = lora.peft_config(self.config, self.model.adapted, self.model.module)
-        state = {"fingerprints": self.fingerprints, "metrics": self.run.mark()}
+        adapter = lora.state_dict(self.model.lora_layers)
+        peft_config = lora.peft_config(self.config, self.model.lora_layers, self.model.module)
+        state = {"fingerprints": self.fingerprints, "metrics": self.run.metrics_offset()}
         path = checkpoint.save(self.run.checkpoints, step, adapter, peft_config, self.optimizer, state)
         checkpoint.keep_newest(self.run.checkpoints, self.config.save_total_limit, step)
         self.newest = step

@@ -2,7 +2,7 @@
 
     each step     loss, gradient norm, and the norms of the adapters and of the optimizer's moments, as part of the one
                   transfer from the device that a step has (`norms`): reading a vector of the adapters' size once
-    each save     every value that is kept and every frozen weight (`why_not_to_save`)
+    each save     every value that is kept and every frozen weight (`nonfinite_tensors`)
 
 The loss alone does not tell: PyTorch's attention on a CPU turns a row of NaN into finite numbers, so an adapter of NaN
 gave finite logits, and a run went on with it. A norm is infinite or NaN where one of its values is; it also is where
@@ -55,11 +55,11 @@ class Finding:
 
 def norms(model: TrainableModel, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """Scalars on the device that are finite where the adapters and the moments are."""
-    watched = [model.joined.detach(), *(moment for _, moment in _moments(optimizer, model.device))]
+    watched = [model.flat_params.detach(), *(moment for _, moment in _moments(optimizer, model.device))]
     return [torch.linalg.vector_norm(tensor) for tensor in watched]
 
 
-def all_sound(figures: Sequence[float]) -> bool:
+def all_finite(figures: Sequence[float]) -> bool:
     return all(math.isfinite(figure) and abs(figure) < LARGEST for figure in figures)
 
 
@@ -97,7 +97,7 @@ def examine(
     model.zero_gradients()
     if not any(batch.total_weight for batch in micro_batches):
         return Finding(["labels: no token of this step is learned, or all have weight 0"], [], "reproducible")
-    broken = why_not_to_save(model, optimizer)
+    broken = nonfinite_tensors(model, optimizer)
     is_sound, in_gradients = _run_again(model, micro_batches, dropout_seed, random)
     checkpoint.restore_random(random)
     first = None if is_sound or broken else _first_activation(model, micro_batches)
@@ -110,7 +110,7 @@ def examine(
     return Finding(tensors, rows, "transient" if is_sound and not broken else "reproducible", bool(broken))
 
 
-def why_not_to_save(model: TrainableModel, optimizer: torch.optim.Optimizer) -> list[str]:
+def nonfinite_tensors(model: TrainableModel, optimizer: torch.optim.Optimizer) -> list[str]:
     """What of a model and its optimizer is not finite; waits for the device."""
     return [*_broken_adapters(model), *_broken_moments(model, optimizer), *_broken_frozen(model)][:NUM_NAMED]
 
@@ -137,14 +137,16 @@ def _run_again(
     """Whether the step is sound this time, and else the adapters whose gradients are not."""
     checkpoint.restore_random(random)
     total_weight = sum(batch.total_weight for batch in micro_batches)
-    sums_2 = torch.zeros(2, device=model.device)
+    loss_and_correct_2 = torch.zeros(2, device=model.device)
     for number, batch in enumerate(micro_batches):
-        lora.seed_dropout(model.adapted, *dropout_seed, number)
-        accumulate(model, batch, total_weight, sums_2)
-    assert model.joined.grad is not None
+        lora.seed_dropout(model.lora_layers, *dropout_seed, number)
+        accumulate(model, batch, total_weight, loss_and_correct_2)
+    assert model.flat_params.grad is not None
     in_gradients = [name for name, part in _adapters(model) if part.grad is not None and not _is_sound(part.grad)]
-    figures = torch.stack([sums_2[0] / total_weight, torch.linalg.vector_norm(model.joined.grad)]).tolist()
-    return all_sound(figures), [f"gradient of {name}" for name in in_gradients]
+    figures = torch.stack(
+        [loss_and_correct_2[0] / total_weight, torch.linalg.vector_norm(model.flat_params.grad)]
+    ).tolist()
+    return all_finite(figures), [f"gradient of {name}" for name in in_gradients]
 
 
 @torch.no_grad()
@@ -175,7 +177,7 @@ def _first_activation(model: TrainableModel, micro_batches: Sequence[Batch]) -> 
 
 
 def _adapters(model: TrainableModel) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, layer in model.adapted.items():
+    for name, layer in model.lora_layers.items():
         yield f"{name}.lora_A", layer.lora_A
         yield f"{name}.lora_B", layer.lora_B
 
@@ -190,7 +192,7 @@ def _moments(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator
 
 
 def _broken_adapters(model: TrainableModel) -> list[str]:
-    if _is_sound(model.joined.detach()):
+    if _is_sound(model.flat_params.detach()):
         return []
     return [f"adapter {name}" for name, part in _adapters(model) if not _is_sound(part.detach())]
 
@@ -221,4 +223,4 @@ def _is_sound(tensor: torch.Tensor) -> bool:
     if tensor.dtype == torch.float8_e4m3fn:
         codes = tensor.detach().flatten().view(torch.uint8)
         return not any(bool(((part & 0x7F) == 0x7F).any()) for part in codes.split(1 << 24))
-    return all_sound([torch.linalg.vector_norm(tensor, dtype=torch.float32).item()])
+    return all_finite([torch.linalg.vector_norm(tensor, dtype=torch.float32).item()])

@@ -37,7 +37,7 @@ from solotune.model.loading import TrainableModel
 from solotune.run.atomic_io import PREFLIGHT, storage_errors
 from solotune.runtime import signals
 from solotune.training import checkpoint, loop
-from solotune.training.forward_backward import Passes
+from solotune.training.forward_backward import MicroBatchRunner
 from solotune.training.optimizer import make_optimizer
 from solotune.units import gib
 
@@ -72,7 +72,7 @@ class Preflight:
         return text + (f"; {gib(self.free_bytes)} GiB of the GPU are left" if self.free_bytes is not None else "")
 
 
-@signals.held_back()  # compiling does not bear an exception out of nowhere
+@signals.defer_signals()  # compiling does not bear an exception out of nowhere
 def preflight(
     model: TrainableModel,
     train_rows: Sequence[Example],
@@ -95,17 +95,17 @@ def preflight(
         device_memory.reset_peak_bytes(model.device)
         loaded = device_memory.allocated_bytes(model.device)
         started = time.perf_counter()
-        passes = Passes(model, config)
-        optimizer_bytes = _step(passes, batch, config, folder)
+        runner = MicroBatchRunner(model, config)
+        optimizer_bytes = _step(runner, batch, config, folder)
         first = time.perf_counter() - started
         peak = device_memory.peak_bytes(model.device)
         gradient_error = _check_compiler(model, batch, config) if config.torch_compile else None
-        if passes.can_record:
-            _step(passes, batch, config, None)
+        if runner.can_record:
+            _step(runner, batch, config, None)
         started = time.perf_counter()
-        _step(passes, batch, config, None)
+        _step(runner, batch, config, None)
         second = time.perf_counter() - started
-        passes.release()
+        runner.release()
         device_memory.reset_peak_bytes(model.device)
         longest = np.argsort(-np.asarray(lengths_of(validation_rows)), kind="stable")[
             : config.per_device_eval_batch_size
@@ -144,19 +144,19 @@ def largest_micro_batch(model: TrainableModel, train_rows: Sequence[Example], co
     return collate_packs([[train_rows[row] for row in packs[i]] for i in longest], model.device, shape)
 
 
-def _step(passes: Passes, batch: Batch, config: RunConfig, folder: Path | None) -> int:
+def _step(runner: MicroBatchRunner, batch: Batch, config: RunConfig, folder: Path | None) -> int:
     """One optimizer step that changes nothing, and a checkpoint of it; the bytes of the optimizer's state."""
-    model = passes.model
+    model = runner.model
     before = device_memory.allocated_bytes(model.device)
-    spare = make_optimizer(config, [model.joined])
+    spare = make_optimizer(config, [model.flat_params])
     for group in spare.param_groups:
         group["lr"] = 0.0  # and with it AdamW's weight decay
     model.module.train()
-    loop.train_step(model, [batch], spare, config.max_grad_norm, passes=passes)
+    loop.train_step(model, [batch], spare, config.max_grad_norm, runner=runner)
     optimizer_bytes = device_memory.allocated_bytes(model.device) - before
     if folder is not None:
         with storage_errors(folder), tempfile.TemporaryDirectory(prefix=PREFLIGHT, dir=folder) as scratch:
-            checkpoint.save(Path(scratch), 0, lora.state_dict(model.adapted), {}, spare, {})
+            checkpoint.save(Path(scratch), 0, lora.state_dict(model.lora_layers), {}, spare, {})
     return optimizer_bytes
 
 
@@ -168,7 +168,7 @@ def _check_compiler(model: TrainableModel, batch: Batch, config: RunConfig) -> f
     """
     gradients = []
     for context in (nullcontext, layers.eager_layers):
-        lora.seed_dropout(model.adapted, 0)
+        lora.seed_dropout(model.lora_layers, 0)
         model.zero_gradients()
         try:
             with context():
@@ -178,8 +178,8 @@ def _check_compiler(model: TrainableModel, batch: Batch, config: RunConfig) -> f
             if context is nullcontext:
                 raise
             return None  # uncompiled, a layer takes more while it is at work
-        assert model.joined.grad is not None
-        gradients.append(model.joined.grad.clone())
+        assert model.flat_params.grad is not None
+        gradients.append(model.flat_params.grad.clone())
     compiled, own = gradients
     error = ((compiled - own).norm() / own.norm().clamp(min=torch.finfo(own.dtype).tiny)).item()
     allowed = LARGEST_GRADIENT_ERROR_FP8 if config.multiplies_in_fp8 else LARGEST_GRADIENT_ERROR

@@ -67,7 +67,7 @@ CLASSES: dict[str, Class] = {key: class_of(key) for key in RunConfig.model_field
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumePoint:
     """Where a resumed run goes on."""
 
     point: Checkpoint
@@ -83,7 +83,7 @@ class Start:
         return [*lines, f"going on after step {self.point.step}, {how}"]
 
 
-def open_run(config: RunConfig, now: dict[str, Any], resume: bool) -> tuple[RunDirectory, Start | None]:
+def open_run(config: RunConfig, now: dict[str, Any], resume: bool) -> tuple[RunDirectory, ResumePoint | None]:
     """The run's directory, made or taken over and locked, and where to start from.
 
     Args:
@@ -111,7 +111,7 @@ def open_run(config: RunConfig, now: dict[str, Any], resume: bool) -> tuple[RunD
         start = None
         if point is not None:
             where = str(explicit or run.path)
-            start = Start(point, compare(point.state["fingerprints"], now, where), passed_over)
+            start = ResumePoint(point, compare(point.state["fingerprints"], now, where), passed_over)
         if resume:
             _take_over(run, point)
             if point is not None:  # a killed run may not have got to it
@@ -125,7 +125,7 @@ def open_run(config: RunConfig, now: dict[str, Any], resume: bool) -> tuple[RunD
 def _given(folder: Path) -> Checkpoint:
     if not (folder / "state.json").is_file():
         raise InputError(f"resume_from_checkpoint: {folder} is no checkpoint", allowed="RUN/checkpoints/step-000050")
-    if problem := checkpoint.why_invalid(folder):
+    if problem := checkpoint.invalid_reason(folder):
         raise IntegrityError(f"{folder}: {problem}", change="use another checkpoint")
     return checkpoint.load(folder)
 
@@ -134,7 +134,7 @@ def _newest(run: RunDirectory) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that can be used, and the newer ones with what is wrong with them."""
 
     def objection(path: Path) -> str | None:
-        return run.why_not_after(read_json(path / "state.json")["metrics"])
+        return run.metrics_mismatch(read_json(path / "state.json")["metrics"])
 
     passed_over = []
     for path, problem in checkpoint.newest_first(run.checkpoints, objection):
@@ -163,7 +163,7 @@ def _finished(run: RunDirectory) -> Checkpoint | None:
 def _take_over(run: RunDirectory, point: Checkpoint | None) -> None:
     """Makes the directory what it was when `point` was saved; newer checkpoints stay, under a name nothing reads."""
     kept = None
-    for step, path in checkpoint.numbered(run.checkpoints):
+    for step, path in checkpoint.list_checkpoints(run.checkpoints):
         if point is not None and step == point.step:
             kept = path
         elif point is None or step > point.step:
@@ -171,7 +171,7 @@ def _take_over(run: RunDirectory, point: Checkpoint | None) -> None:
             if unused.exists():
                 remove_folder(unused)
             rename(path, unused.name)
-    run.go_back(point.state["metrics"] if point else None)
+    run.truncate_metrics(point.state["metrics"] if point else None)
     if kept is not None and point is not None:
         run.log(SaveEvent(point.step, kept.name))  # it was written after the mark was taken
 

@@ -33,11 +33,11 @@ from solotune.run.run_dir import FINGERPRINTS, RunDirectory, read_json
 from solotune.training import checkpoint
 
 
-def settle(config: RunConfig) -> tuple[RunConfig, Machine, list[Choice]]:
+def resolve_for_machine(config: RunConfig) -> tuple[RunConfig, Machine, list[Choice]]:
     """The config with what this machine decides, the machine, and those decisions."""
     machine = environment.probe()
-    settled, choices = environment.settle(config, machine)
-    return settled, machine, choices
+    resolved, choices = environment.resolve_for_machine(config, machine)
+    return resolved, machine, choices
 
 
 def load_base(config: RunConfig, machine: Machine, model_files: ModelFiles | None = None) -> TrainableModel:
@@ -67,7 +67,7 @@ class TunedRun:
         recorded = load_config(directory.path / "config.yaml")
         if not recorded.multiplies_in_fp8:  # what the plan chose for the card of the run may not fit here
             recorded = recorded.replaced("machine", base_residency="auto")
-        config, machine, choices = settle(recorded)
+        config, machine, choices = resolve_for_machine(recorded)
         if directory.adapter.is_dir():
             beside = {"model_name_or_path": str(directory.adapter), "chat_template_path": None}
             tokenizer = dataset.load_tokenizer(config.replaced("run", **beside))
@@ -95,8 +95,8 @@ class TunedRun:
         base = (self.base or resolve_model(self.config)).with_weights()
         check_base(recorded, base_fingerprint(base), str(self.directory.path))
         model = load_base(self.config, self.machine, base)
-        _check_adapter_config(folder, lora.peft_config(self.config, model.adapted, model.module))
-        lora.load_state_dict(model.adapted, tensors, str(folder))
+        _check_adapter_config(folder, lora.peft_config(self.config, model.lora_layers, model.module))
+        lora.load_state_dict(model.lora_layers, tensors, str(folder))
         return model
 
 

@@ -83,7 +83,7 @@ def verify(path: str | Path) -> Verification:
         finished=finished,
         num_files=len(files),
         num_bytes=sum(file.stat().st_size for file in files),
-        num_checkpoints=len(checkpoint.numbered(run.checkpoints)),
+        num_checkpoints=len(checkpoint.list_checkpoints(run.checkpoints)),
         problems=list(dict.fromkeys(problems)),
         notes=notes,
     )
@@ -110,7 +110,7 @@ def _sealed(run: RunDirectory) -> Iterator[Problem]:
 
 def _unsealed(run: RunDirectory) -> Iterator[Problem]:
     """What can be said of a run that has not come to its end."""
-    folders = [path for _, path in checkpoint.numbered(run.checkpoints)]
+    folders = [path for _, path in checkpoint.list_checkpoints(run.checkpoints)]
     for folder in [*folders, *([run.adapter] if run.adapter.is_dir() else [])]:
         yield from _within(folder.relative_to(run.path).as_posix(), check_folder(folder))
     for name in OWN_JSON:
@@ -121,7 +121,7 @@ def _unsealed(run: RunDirectory) -> Iterator[Problem]:
                 yield Problem(name, error.problem)
     for folder in folders:
         try:
-            reason = run.why_not_after(read_json(folder / "state.json")["metrics"])
+            reason = run.metrics_mismatch(read_json(folder / "state.json")["metrics"])
         except (SolotuneError, KeyError, TypeError):
             continue  # said above
         if reason:
@@ -140,7 +140,7 @@ def _tensors(run: RunDirectory) -> Iterator[Problem]:
         yield Problem("config.yaml", error.problem)
         return
     names: dict[str, tuple[int, ...]] | None = None
-    for folder in [run.adapter, *(path for _, path in checkpoint.numbered(run.checkpoints))]:
+    for folder in [run.adapter, *(path for _, path in checkpoint.list_checkpoints(run.checkpoints))]:
         for path in sorted(folder.glob("*.safetensors")):
             where = path.relative_to(run.path).as_posix()
             try:

@@ -155,5 +155,5 @@ def _as_pattern(node: dict[str, Any]) -> str:
     branches = [re.escape(character) + _as_pattern(child) for character, child in sorted(node.items()) if character]
     if not branches:
         return ""
-    joined = branches[0] if len(branches) == 1 and "" not in node else f"(?:{'|'.join(branches)})"
-    return joined + ("?" if "" in node else "")
+    flat_params = branches[0] if len(branches) == 1 and "" not in node else f"(?:{'|'.join(branches)})"
+    return flat_params + ("?" if "" in node else "")

@@ -88,7 +88,7 @@ def _name_ends(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.add_special_tokens({name: token for name, token in ends.items() if token in special})
 
 
-def spelled(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | np.ndarray) -> list[str]:
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | np.ndarray) -> list[str]:
     """The text of each id by itself; for one that is a part of a character, what the vocabulary calls it."""
     texts = []
     for index in map(int, ids):

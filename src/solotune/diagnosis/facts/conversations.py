@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from solotune.diagnosis.facts.rows import plain_messages
-from solotune.diagnosis.subject import Subject
+from solotune.diagnosis.run_facts import RunFacts
 
 NUM_CHATS = 2000
 
 
-def chats_of(subject: Subject) -> list[list[dict[str, Any]]]:
+def chats_of(run_facts: RunFacts) -> list[list[dict[str, Any]]]:
     """Conversations as they were given, else those of the training rows."""
-    chats = [plain_messages(chat) for chat in list(subject.conversations)[:NUM_CHATS]]
-    return chats or [row.messages for row in list(subject.train[:NUM_CHATS]) if row.messages]
+    chats = [plain_messages(chat) for chat in list(run_facts.conversations)[:NUM_CHATS]]
+    return chats or [row.messages for row in list(run_facts.train[:NUM_CHATS]) if row.messages]
 
 
 def answers_of(chats: Sequence[Sequence[dict[str, Any]]]) -> list[str]:

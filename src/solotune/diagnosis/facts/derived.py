@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from solotune.dataset.example import lengths_of
-from solotune.diagnosis.subject import Subject
+from solotune.diagnosis.run_facts import RunFacts
 from solotune.hub.hf_config import refuse_code
 from solotune.planning import memory
-from solotune.planning.layer_profile import BaseWeights, Knobs, Linear
+from solotune.planning.layer_profile import BaseWeights, Linear, MemoryStrategy
 
 SCALE_FREE = ("adam", "lion", "lamb", "adafactor", "rmsprop", "adagrad", "sophia", "muon", "apollo", "galore")
 """Optimizers whose step does not change with the gradient's size, by a part of their name: clipping hardly matters."""
@@ -40,93 +40,99 @@ def number(value: Any) -> float | None:
     return found if math.isfinite(found) else None
 
 
-def setting(subject: Subject, key: str) -> float | None:
+def setting(run_facts: RunFacts, key: str) -> float | None:
     """A setting as a number."""
-    return number(subject.settings.get(key))
+    return number(run_facts.settings.get(key))
 
 
-def initialisation(subject: Subject) -> Any:
+def initialisation(run_facts: RunFacts) -> Any:
     """`init_lora_weights`, of the settings or else of the saved adapter; None where nobody says."""
-    found = subject.settings.get("init_lora_weights")
-    return subject.saved.adapter_config.get("init_lora_weights") if found is None and subject.saved else found
+    found = run_facts.settings.get("init_lora_weights")
+    return run_facts.saved.adapter_config.get("init_lora_weights") if found is None and run_facts.saved else found
 
 
-def begins_by_design(subject: Subject) -> bool:
+def begins_by_design(run_facts: RunFacts) -> bool:
     """The initialisation is one whose adapter is not zero, for which the base is changed to fit."""
-    return str(initialisation(subject)).lower().startswith(BY_DESIGN)
+    return str(initialisation(run_facts)).lower().startswith(BY_DESIGN)
 
 
-def planned_steps(subject: Subject) -> int | None:
+def planned_steps(run_facts: RunFacts) -> int | None:
     """Optimizer steps of the whole run: as recorded, as set, or from epochs and rows."""
-    if subject.trace is not None and subject.trace.total_steps:
-        return subject.trace.total_steps
-    steps = setting(subject, "max_steps")
+    if run_facts.trace is not None and run_facts.trace.total_steps:
+        return run_facts.trace.total_steps
+    steps = setting(run_facts, "max_steps")
     if steps is not None and steps > 0:
         return int(steps)
-    return steps_of_epochs(subject)
+    return steps_of_epochs(run_facts)
 
 
-def steps_of_epochs(subject: Subject) -> int | None:
+def steps_of_epochs(run_facts: RunFacts) -> int | None:
     """Optimizer steps that the epochs amount to, by the rows."""
-    epochs, rows = setting(subject, "num_train_epochs"), len(subject.train) or setting(subject, "train_rows")
-    batch = setting(subject, "per_device_train_batch_size")
-    if not epochs or not rows or not batch or subject.settings.get("packing"):
+    epochs, rows = setting(run_facts, "num_train_epochs"), len(run_facts.train) or setting(run_facts, "train_rows")
+    batch = setting(run_facts, "per_device_train_batch_size")
+    if not epochs or not rows or not batch or run_facts.settings.get("packing"):
         return None
-    per_step = batch * (setting(subject, "gradient_accumulation_steps") or 1)
+    per_step = batch * (setting(run_facts, "gradient_accumulation_steps") or 1)
     return math.ceil(epochs * math.ceil(rows / per_step))
 
 
-def warmup_steps(subject: Subject) -> float | None:
+def warmup_steps(run_facts: RunFacts) -> float | None:
     """Steps of warm-up: `warmup_steps`, which below 1 is a share in transformers 5, or `warmup_ratio`."""
-    total, steps, ratio = planned_steps(subject), setting(subject, "warmup_steps"), setting(subject, "warmup_ratio")
+    total, steps, ratio = (
+        planned_steps(run_facts),
+        setting(run_facts, "warmup_steps"),
+        setting(run_facts, "warmup_ratio"),
+    )
     if steps is not None and steps >= 1:
         return steps
     share = steps or ratio
     return math.ceil(share * total) if share and total else 0.0 if share == 0 else None
 
 
-def scale(subject: Subject) -> float | None:
+def scale(run_facts: RunFacts) -> float | None:
     """What the adapter's product is multiplied by: alpha / r, or alpha / sqrt(r)."""
-    alpha, rank = setting(subject, "lora_alpha"), setting(subject, "lora_r")
+    alpha, rank = setting(run_facts, "lora_alpha"), setting(run_facts, "lora_r")
     if not alpha or not rank:
         return None
-    return alpha / (math.sqrt(rank) if subject.settings.get("use_rslora") else rank)
+    return alpha / (math.sqrt(rank) if run_facts.settings.get("use_rslora") else rank)
 
 
-def is_lora(subject: Subject) -> bool:
+def is_lora(run_facts: RunFacts) -> bool:
     """Whether adapters are trained, as far as is known."""
-    return setting(subject, "lora_r") is not None or (subject.saved is not None and bool(subject.saved.adapter_config))
+    return setting(run_facts, "lora_r") is not None or (
+        run_facts.saved is not None and bool(run_facts.saved.adapter_config)
+    )
 
 
-def is_scale_free(subject: Subject) -> bool:
+def is_scale_free(run_facts: RunFacts) -> bool:
     """Whether the optimizer divides the gradient's size out; so it is taken where its name is not known."""
-    name = str(subject.settings.get("optim") or "adamw").lower()
+    name = str(run_facts.settings.get("optim") or "adamw").lower()
     return any(part in name for part in SCALE_FREE)
 
 
-def is_ours(subject: Subject) -> bool:
+def is_ours(run_facts: RunFacts) -> bool:
     """Whether solotune ran it, so that what `training` prevents cannot have happened."""
-    return subject.settings.get("tool") == "solotune"
+    return run_facts.settings.get("tool") == "solotune"
 
 
-def in_4bit(subject: Subject) -> bool:
+def in_4bit(run_facts: RunFacts) -> bool:
     """Whether a 4-bit base was asked for."""
-    get = subject.settings.get
+    get = run_facts.settings.get
     return get("load_in_4bit") is True or get("base_precision") == "nf4"
 
 
-def has_error(subject: Subject, *patterns: str) -> str | None:
+def has_error(run_facts: RunFacts, *patterns: str) -> str | None:
     """The first line of the logs in which one of the patterns stands."""
-    for text in subject.trace.errors if subject.trace else ():
+    for text in run_facts.trace.errors if run_facts.trace else ():
         for line in text.splitlines() or [text]:
             if any(re.search(pattern, line, re.IGNORECASE) for pattern in patterns):
                 return line.strip()[:200]
     return None
 
 
-def out_of_memory(subject: Subject) -> str | None:
+def out_of_memory(run_facts: RunFacts) -> str | None:
     """The whole text of an out-of-memory error, whose traceback names the phase."""
-    for text in subject.trace.errors if subject.trace else ():
+    for text in run_facts.trace.errors if run_facts.trace else ():
         if re.search(r"out of memory|OutOfMemory|CUBLAS_STATUS_ALLOC_FAILED", text, re.IGNORECASE):
             return text
     return None
@@ -135,14 +141,14 @@ def out_of_memory(subject: Subject) -> str | None:
 # --- tokens and bytes
 
 
-def row_lengths(subject: Subject) -> np.ndarray:
+def row_lengths(run_facts: RunFacts) -> np.ndarray:
     """int64 (R,): tokens of each training row."""
-    return np.asarray(lengths_of(subject.train), dtype=np.int64)
+    return np.asarray(lengths_of(run_facts.train), dtype=np.int64)
 
 
-def shape_of(subject: Subject) -> dict[str, int] | None:
+def shape_of(run_facts: RunFacts) -> dict[str, int] | None:
     """hidden, layers, intermediate, vocabulary of the base by config.json, under any of their usual names."""
-    found = subject.model_config.get("text_config") or subject.model_config
+    found = run_facts.model_config.get("text_config") or run_facts.model_config
     names = {
         "hidden": ("hidden_size", "n_embd", "d_model"),
         "layers": ("num_hidden_layers", "n_layer", "num_layers"),
@@ -154,34 +160,34 @@ def shape_of(subject: Subject) -> dict[str, int] | None:
     return shape if all(shape.values()) else None
 
 
-def logits_bytes(subject: Subject, tokens: float) -> float | None:
+def logits_bytes(run_facts: RunFacts, tokens: float) -> float | None:
     """Logits of a micro-batch in float32 with their gradient and one copy, where no fused loss is used."""
-    shape = shape_of(subject)
+    shape = shape_of(run_facts)
     return None if shape is None else 3 * 4.0 * tokens * shape["vocabulary"]
 
 
-def activation_bytes(subject: Subject, tokens: float, checkpointing: bool) -> float | None:
+def activation_bytes(run_facts: RunFacts, tokens: float, checkpointing: bool) -> float | None:
     """What layers keep for backward: all of all, or a state each and all of the one that is recomputed."""
-    shape = shape_of(subject)
+    shape = shape_of(run_facts)
     if shape is None:
         return None
     whole = 2.0 * tokens * (10 * shape["hidden"] + 4 * shape["intermediate"])
     return whole + 2.0 * tokens * shape["hidden"] * shape["layers"] if checkpointing else whole * shape["layers"]
 
 
-def weight_bytes(subject: Subject) -> int | None:
+def weight_bytes(run_facts: RunFacts) -> int | None:
     """The frozen base as it is stored, counted as the plan does on the modules that config.json makes."""
-    modules, get = _modules_of(subject), subject.settings.get
+    modules, get = _modules_of(run_facts), run_facts.settings.get
     if modules is None:
         return None
-    is_wide = str(get("model_dtype")) == "float32" or (is_ours(subject) and get("bf16") is False)
+    is_wide = str(get("model_dtype")) == "float32" or (is_ours(run_facts) and get("bf16") is False)
     named = "fp32" if is_wide else "bf16"
-    if is_ours(subject) and get("base_precision") in ("fp8", "bf16", "fp32"):
+    if is_ours(run_facts) and get("base_precision") in ("fp8", "bf16", "fp32"):
         named = get("base_precision")
-    knobs = Knobs(
-        base_precision="nf4" if in_4bit(subject) else named,
+    knobs = MemoryStrategy(
+        base_precision="nf4" if in_4bit(run_facts) else named,
         is_double_quantised=bool(get("bnb_4bit_use_double_quant")),
-        is_mirrored=False,
+        has_dequantized_copy=False,
         num_checkpointed=0,
         is_offloaded=False,
         optim="adamw_torch",
@@ -191,13 +197,13 @@ def weight_bytes(subject: Subject) -> int | None:
     return memory.weight_bytes(shape, knobs) + memory.quantisation_bytes(shape, knobs)
 
 
-def micro_batch_tokens(subject: Subject) -> tuple[float, float] | None:
+def micro_batch_tokens(run_facts: RunFacts) -> tuple[float, float] | None:
     """(tokens of the largest micro-batch, of one as most are): the longest row, and the 95th percentile, times rows."""
-    rows, limit = setting(subject, "per_device_train_batch_size"), setting(subject, "max_length")
-    lengths = row_lengths(subject)
+    rows, limit = setting(run_facts, "per_device_train_batch_size"), setting(run_facts, "max_length")
+    lengths = row_lengths(run_facts)
     if not rows or (not len(lengths) and not limit):
         return None
-    if not len(lengths) or subject.settings.get("packing"):
+    if not len(lengths) or run_facts.settings.get("packing"):
         return rows * (limit or lengths.max()), rows * (limit or lengths.max())
     return rows * float(lengths.max()), rows * float(np.quantile(lengths, 0.95))
 
@@ -243,31 +249,31 @@ def _modules(config: str) -> _Modules | None:
     return _Modules(linears, tuple(one._replace(count=count) for one, count in frozen.items()), others)
 
 
-def _modules_of(subject: Subject) -> _Modules | None:
-    if not subject.model_config.get("model_type"):
+def _modules_of(run_facts: RunFacts) -> _Modules | None:
+    if not run_facts.model_config.get("model_type"):
         return None
-    config = {key: value for key, value in subject.model_config.items() if key != "quantization_config"}
+    config = {key: value for key, value in run_facts.model_config.items() if key != "quantization_config"}
     return _modules(json.dumps(config, sort_keys=True, default=str))
 
 
-def linears(subject: Subject) -> dict[str, tuple[int, int]] | None:
+def linears(run_facts: RunFacts) -> dict[str, tuple[int, int]] | None:
     """Dotted name of each linear of the base -> (in, out), built on no device from config.json; None if unknown."""
-    modules = _modules_of(subject)
+    modules = _modules_of(run_facts)
     return None if modules is None else modules.linears
 
 
-def targets(subject: Subject) -> list[str] | str | None:
+def targets(run_facts: RunFacts) -> list[str] | str | None:
     """The modules that adapters were asked for: names, or one text (`all-linear`, an expression)."""
-    found = subject.settings.get("lora_target_modules")
-    if found is None and subject.saved is not None:
-        found = subject.saved.adapter_config.get("target_modules")
+    found = run_facts.settings.get("lora_target_modules")
+    if found is None and run_facts.saved is not None:
+        found = run_facts.saved.adapter_config.get("target_modules")
     return found if isinstance(found, str) else sorted(map(str, found)) if found else None
 
 
-def adapted(subject: Subject) -> dict[str, dict[str, Any]]:
+def lora_layers(run_facts: RunFacts) -> dict[str, dict[str, Any]]:
     """Module path in the adapter file -> its tensors by part (`A`, `B`), as PEFT and its kin name them."""
     found: dict[str, dict[str, Any]] = {}
-    for name, tensor in (subject.saved.adapter if subject.saved else {}).items():
+    for name, tensor in (run_facts.saved.adapter if run_facts.saved else {}).items():
         if match := re.search(r"^(.*?)\.lora_(?:embedding_)?([AB])(?:\.|$)", name):
             found.setdefault(match[1], {})[match[2]] = tensor
     return found

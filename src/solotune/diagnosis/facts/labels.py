@@ -1,6 +1,6 @@
 """The labels of the batches, decoded: what is learned, of whom, whether ends are, and whether a label is its token.
 
-`LabelFacts.of(subject)` is what the rules of S4 to S7 ask; it is made once a subject.
+`LabelFacts.of(run_facts)` is what the rules of S4 to S7 ask; it is made once a subject.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from solotune.diagnosis.facts.roles import ASSISTANT, OTHER, USER, Roles
 from solotune.diagnosis.facts.texts import IGNORED, Batches, Document
-from solotune.diagnosis.subject import Subject
+from solotune.diagnosis.run_facts import RunFacts
 
 SHIFTS = (1, -1, 2, -2)  # tokens that labels may be off by
 NUM_READ = 256  # documents
@@ -46,10 +46,10 @@ class LabelFacts:
 
     @classmethod
     @lru_cache(maxsize=1)
-    def of(cls, subject: Subject) -> LabelFacts:
+    def of(cls, run_facts: RunFacts) -> LabelFacts:
         """Of a subject's batches; read once, as long as no other subject is asked about."""
-        batches = Batches.of(subject)
-        facts = cls(batches, Roles(subject), batches.documents[:NUM_READ])
+        batches = Batches.of(run_facts)
+        facts = cls(batches, Roles(run_facts), batches.documents[:NUM_READ])
         shifts: Counter[int] = Counter()
         for document in facts.documents:
             facts._add(document, shifts)

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 
 from solotune.diagnosis.facts.rows import examples_of
-from solotune.diagnosis.subject import Subject
+from solotune.diagnosis.run_facts import RunFacts
 
 NUM_ROWS = 100
 """Rows that are decoded, evenly spaced."""
 
 
 def rendered(
-    subject: Subject, messages: Sequence[dict[str, Any]], prompt: bool = False, template: str | None = None
+    run_facts: RunFacts, messages: Sequence[dict[str, Any]], prompt: bool = False, template: str | None = None
 ) -> str | None:
     """Messages by the tokenizer's own template (or this one), as they would be served; None where it has none or
     refuses."""
-    tokenizer = subject.tokenizer
+    tokenizer = run_facts.tokenizer
     if tokenizer is None or not tokenizer.chat_template:
         return None
     try:
@@ -36,18 +36,20 @@ def rendered(
         return None
 
 
-def frame(subject: Subject, template: str | None = None) -> tuple[str, str, str] | None:
+def frame(run_facts: RunFacts, template: str | None = None) -> tuple[str, str, str] | None:
     """The template's own text before a question, between question and answer, and behind the answer."""
     chat = [{"role": "user", "content": "quvwxq"}, {"role": "assistant", "content": "zwvuyz"}]
-    text = rendered(subject, chat, template=template)
+    text = rendered(run_facts, chat, template=template)
     match = re.fullmatch(r"(.*)quvwxq(.*)zwvuyz(.*)", text, re.DOTALL) if text else None
     return (match[1], match[2], match[3]) if match else None
 
 
-def decoded(subject: Subject) -> list[str]:
+def decoded(run_facts: RunFacts) -> list[str]:
     """Some training rows as text, special tokens included."""
-    if subject.tokenizer is None:
+    if run_facts.tokenizer is None:
         return []
-    rows = examples_of(subject)
+    rows = examples_of(run_facts)
     chosen = [rows[int(i)] for i in np.linspace(0, len(rows) - 1, min(NUM_ROWS, len(rows))).astype(int)]
-    return [str(subject.tokenizer.decode(row.input_ids.tolist(), clean_up_tokenization_spaces=False)) for row in chosen]
+    return [
+        str(run_facts.tokenizer.decode(row.input_ids.tolist(), clean_up_tokenization_spaces=False)) for row in chosen
+    ]

@@ -15,7 +15,7 @@ import numpy as np
 
 from solotune.dataset.chat.answer_spans import ChatTemplate
 from solotune.diagnosis.facts.texts import Document
-from solotune.diagnosis.subject import Subject
+from solotune.diagnosis.run_facts import RunFacts
 from solotune.errors import SolotuneError
 
 UNKNOWN, OTHER, USER, ASSISTANT = -1, 0, 1, 2
@@ -26,10 +26,10 @@ _SHORTEST = 3  # characters of a content that are looked for
 class Roles:
     """What a tokenizer's template and the conversations tell of roles and ends."""
 
-    def __init__(self, subject: Subject) -> None:
-        self.tokenizer = subject.tokenizer
-        self._conversations = subject.conversations or [row.messages for row in subject.train[:500] if row.messages]
-        self._generation = subject.generation_config
+    def __init__(self, run_facts: RunFacts) -> None:
+        self.tokenizer = run_facts.tokenizer
+        self._conversations = run_facts.conversations or [row.messages for row in run_facts.train[:500] if row.messages]
+        self._generation = run_facts.generation_config
 
     @cached_property
     def template(self) -> ChatTemplate | None:

@@ -16,20 +16,20 @@ import numpy as np
 from solotune.dataset import DataReport, Example
 from solotune.dataset.example import lengths_of
 from solotune.diagnosis.facts.row_facts import RowFacts, RowSettings
-from solotune.diagnosis.subject import Subject
+from solotune.diagnosis.run_facts import RunFacts
 
 
-def facts_of(subject: Subject) -> RowFacts | None:
+def facts_of(run_facts: RunFacts) -> RowFacts | None:
     """The facts on the rows, tokenizer and template of a subject; None where it has no rows or no tokenizer."""
-    train, validation = (_answered(rows) for rows in (examples_of(subject), subject.validation))
-    if subject.tokenizer is None or not train:
+    train, validation = (_answered(rows) for rows in (examples_of(run_facts), run_facts.validation))
+    if run_facts.tokenizer is None or not train:
         return None
     report = DataReport("messages" if train[0].messages else "text")
     report.num_train, report.num_validation = len(train), len(validation)
     report.labels.row_tokens.extend(lengths_of(train))
-    files = {"config.json": subject.model_config, "generation_config.json": subject.generation_config}
-    settings = _settings(subject, max(lengths_of(train)))
-    return RowFacts(settings, subject.tokenizer, train, validation, report, files)
+    files = {"config.json": run_facts.model_config, "generation_config.json": run_facts.generation_config}
+    settings = _settings(run_facts, max(lengths_of(train)))
+    return RowFacts(settings, run_facts.tokenizer, train, validation, report, files)
 
 
 def _answered(rows: Sequence[Example]) -> list[Example]:
@@ -39,9 +39,9 @@ def _answered(rows: Sequence[Example]) -> list[Example]:
     ]
 
 
-def _settings(subject: Subject, longest: int) -> RowSettings:
+def _settings(run_facts: RunFacts, longest: int) -> RowSettings:
     """What the rules ask of a config; see the module for what is unknown."""
-    get = subject.settings.get
+    get = run_facts.settings.get
     limit, overflow = get("max_length"), get("overflow")
     return RowSettings(
         max_length=limit if isinstance(limit, int) and limit >= 8 else max(longest + 1, 8),
@@ -51,10 +51,10 @@ def _settings(subject: Subject, longest: int) -> RowSettings:
     )
 
 
-def examples_of(subject: Subject) -> list[Example]:
+def examples_of(run_facts: RunFacts) -> list[Example]:
     """The training rows, with their conversations where those are known; of batches, where there is nothing else."""
-    rows = list(subject.train) or [row for batch in subject.batches for row in rows_of(batch)]
-    chats = subject.conversations
+    rows = list(run_facts.train) or [row for batch in run_facts.batches for row in rows_of(batch)]
+    chats = run_facts.conversations
     if len(chats) == len(rows) and not any(row.messages for row in rows):
         rows = [replace(row, messages=plain_messages(chat)) for row, chat in zip(rows, chats, strict=True)]
     return rows

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from solotune.diagnosis.subject import Subject
+from solotune.diagnosis.run_facts import RunFacts
 
 if TYPE_CHECKING:
     import torch
@@ -96,14 +96,14 @@ class Batches:
         self._rows = _by_beginning(rows)
 
     @classmethod
-    def of(cls, subject: Subject, batches: Sequence[Batch] = ()) -> Batches:
+    def of(cls, run_facts: RunFacts, batches: Sequence[Batch] = ()) -> Batches:
         """Those of a subject, or others of the same training."""
-        tokenizer = subject.tokenizer
+        tokenizer = run_facts.tokenizer
         named: Any = {name: _first(getattr(tokenizer, f"{name}_token_id", None)) for name in ("pad", "eos", "bos")}
-        pad = named["pad"] if named["pad"] is not None else _first(subject.model_config.get("pad_token_id"))
+        pad = named["pad"] if named["pad"] is not None else _first(run_facts.model_config.get("pad_token_id"))
         single = frozenset(i for i in (named["eos"], named["bos"]) if i is not None)
-        rows = [np.asarray(row.input_ids) for row in subject.train[:_KNOWN_ROWS]]
-        return cls(batches or subject.batches, pad, single, rows)
+        rows = [np.asarray(row.input_ids) for row in run_facts.train[:_KNOWN_ROWS]]
+        return cls(batches or run_facts.batches, pad, single, rows)
 
     @cached_property
     def sequences(self) -> list[list[Line]]:
@@ -143,13 +143,13 @@ class Batches:
         labels = batch.get("labels")
         labels_BT = labels.cpu().numpy() if labels is not None else None
         positions = batch.get("position_ids")
-        positions_BT = positions.expand(ids_BT.shape).cpu().numpy() if positions is not None else None
+        position_ids_BT = positions.expand(ids_BT.shape).cpu().numpy() if positions is not None else None
         found = []
         for b, ids_T in enumerate(ids_BT):
             attended_T = attended_BT[b] > 0 if attended_BT is not None else None
             real_T = ~self._pads(ids_T, attended_T) if attended_T is None or attended_T.all() else attended_T
             labels_T = labels_BT[b] if labels_BT is not None else np.where(real_T, ids_T, IGNORED)
-            positions_T = positions_BT[b] if positions_BT is not None else None
+            positions_T = position_ids_BT[b] if position_ids_BT is not None else None
             claimed = _claimed_starts(batch, b, len(ids_T), positions_T, attended_BT, real_T)
             starts = self._starts(ids_T, real_T, claimed)
             found.append(Line(ids_T, labels_T, attended_T, real_T, positions_T, starts, claimed))

@@ -41,11 +41,11 @@ from solotune.diagnosis.probes.prompt_use import own_prompt_against_others
 from solotune.diagnosis.probes.saved_adapter import reloaded
 from solotune.diagnosis.probes.skipped import Skipped
 from solotune.diagnosis.rules import rules
-from solotune.diagnosis.subject import Live, Subject
+from solotune.diagnosis.run_facts import LiveModel, RunFacts
 
 __all__ = ["PROBES", "Probe", "Skipped", "run_all"]
 
-Ask = Callable[[Live, Subject, float], tuple[list[Signal], dict[str, Any]]]
+Ask = Callable[[LiveModel, RunFacts, float], tuple[list[Signal], dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ PROBES = (
 """In the order of what they tell for their cost."""
 
 
-def run_all(live: Live, subject: Subject, budget: float = 60.0, deep: bool = False) -> Probed:
+def run_all(live: LiveModel, run_facts: RunFacts, budget: float = 60.0, deep: bool = False) -> Probed:
     """The rules on the live batches, then as many probes as fit.
 
     Args:
@@ -84,12 +84,12 @@ def run_all(live: Live, subject: Subject, budget: float = 60.0, deep: bool = Fal
     """
     deadline = time.perf_counter() + budget
     found = Probed([])
-    if not subject.batches:
-        subject = replace(subject, batches=live.batches)
-        found.signals.extend(_rules_that_need(subject, "batches"))
-    found.signals.extend(_rules_that_need(replace(subject, live=lambda: live), "live"))
+    if not run_facts.batches:
+        run_facts = replace(run_facts, batches=live.batches)
+        found.signals.extend(_rules_that_need(run_facts, "batches"))
+    found.signals.extend(_rules_that_need(replace(run_facts, live=lambda: live), "live"))
     begun = time.perf_counter()
-    facts = LabelFacts.of(subject)
+    facts = LabelFacts.of(run_facts)
     found.measurements["labels"] = facts.measurements()
     found.cost["labels"] = time.perf_counter() - begun
     for probe in PROBES:
@@ -100,7 +100,7 @@ def run_all(live: Live, subject: Subject, budget: float = 60.0, deep: bool = Fal
             continue
         begun = time.perf_counter()
         try:
-            signals, measured = probe.ask(live, subject, left if deep else probe.share * left)
+            signals, measured = probe.ask(live, run_facts, left if deep else probe.share * left)
         except Skipped as skipped:
             found.skipped.update(dict.fromkeys(probe.names, str(skipped)))
         except torch.OutOfMemoryError:
@@ -112,11 +112,11 @@ def run_all(live: Live, subject: Subject, budget: float = 60.0, deep: bool = Fal
             found.measurements[name] = measured
         finally:
             found.cost[name] = time.perf_counter() - begun
-    found.signals.extend(plateau(subject, found))
+    found.signals.extend(plateau(run_facts, found))
     return found
 
 
-def _rules_that_need(subject: Subject, part: str) -> list[Signal]:
+def _rules_that_need(run_facts: RunFacts, part: str) -> list[Signal]:
     """Of the rules, those that ask for batches or the model, which nobody had before."""
     asked = [known for group in rules().values() for known in group if part in known.needs]
-    return [s for known in asked if known.lacks(subject) is None for s in known.signals(subject)]
+    return [s for known in asked if known.lacks(run_facts) is None for s in known.signals(run_facts)]

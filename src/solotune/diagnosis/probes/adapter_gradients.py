@@ -32,14 +32,14 @@ from solotune.diagnosis.probes.probed_model import (
     training_loss,
 )
 from solotune.diagnosis.probes.skipped import Skipped
-from solotune.diagnosis.subject import Live, Subject
+from solotune.diagnosis.run_facts import LiveModel, RunFacts
 
 ARRIVES = 0.6  # of the elements: below it most of a step is lost to rounding
 NOT_THE_BASE = 1e-3  # largest difference of log-probabilities that an untouched adapter may make (rounding)
 MOST = 0.9  # of the adapters
 
 
-def on_and_off(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
+def on_and_off(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
     """P4."""
     if not adapters_of(live.model):
         raise Skipped("the model has no adapter")
@@ -53,8 +53,8 @@ def on_and_off(live: Live, subject: Subject, budget: float) -> tuple[list[Signal
     divergence = float((on.exp() * (on - off)).sum(-1).mean())
     untouched = is_untouched(live.model)
     found = {"largest_difference": difference, "divergence": divergence, "B_all_zero": untouched}
-    steps = _steps_done(subject)
-    if not untouched and steps == 0 and difference > NOT_THE_BASE and not begins_by_design(subject):
+    steps = _steps_done(run_facts)
+    if not untouched and steps == 0 and difference > NOT_THE_BASE and not begins_by_design(run_facts):
         says = f"before the first step the adapter changes log-probabilities by up to {difference:.2g}; with B = 0 by 0"
         fix = "init_lora_weights: true"
         return [Signal("F59", "invariant", says, 0.9, found, fix=fix)], found
@@ -64,32 +64,32 @@ def on_and_off(live: Live, subject: Subject, budget: float) -> tuple[list[Signal
     return [], found
 
 
-def gradients_and_steps(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
+def gradients_and_steps(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
     """P5 and P6."""
     adapters = adapters_of(live.model)
     if not adapters:
         raise Skipped("the model has no adapter")
-    rate = learning_rate_of(subject)
+    rate = learning_rate_of(run_facts)
     with restored(live):
         live.model.train()
         found = _two_steps(live, adapters, rate)
         signals = _without_gradient(live, adapters, found)
     with restored(live):
         live.model.train()
-        signals += _lost(live, subject, adapters, rate, found)
+        signals += _lost(live, run_facts, adapters, rate, found)
     return signals, found
 
 
-def learning_rate_of(subject: Subject) -> float:
+def learning_rate_of(run_facts: RunFacts) -> float:
     """The peak of the training's rate: as set, else as logged, else a usual one."""
-    given = subject.settings.get("learning_rate")
+    given = run_facts.settings.get("learning_rate")
     if given:
         return float(given)
-    rates = [] if subject.trace is None else [float(r) for r in subject.trace.learning_rate_S if r == r]
+    rates = [] if run_facts.trace is None else [float(r) for r in run_facts.trace.learning_rate_S if r == r]
     return max(rates, default=0.0) or 2e-4
 
 
-def _small(live: Live, rows: int = 2) -> dict[str, Any]:
+def _small(live: LiveModel, rows: int = 2) -> dict[str, Any]:
     for batch in live.batches:
         part = sequences_of(batch, rows)
         if has_labels(part):
@@ -97,13 +97,13 @@ def _small(live: Live, rows: int = 2) -> dict[str, Any]:
     raise Skipped("no batch has a label")
 
 
-def _steps_done(subject: Subject) -> int:
-    if subject.trace is None or not len(subject.trace.step_S):
+def _steps_done(run_facts: RunFacts) -> int:
+    if run_facts.trace is None or not len(run_facts.trace.step_S):
         return 0
-    return int(subject.trace.step_S[-1])
+    return int(run_facts.trace.step_S[-1])
 
 
-def _two_steps(live: Live, adapters: Sequence[Adapter], rate: float) -> dict[str, Any]:
+def _two_steps(live: LiveModel, adapters: Sequence[Adapter], rate: float) -> dict[str, Any]:
     """Gradients after one step, and how much of the second arrives."""
     batch = _small(live)
     parameters = trainable_of(live.model)
@@ -164,7 +164,7 @@ def _zeros(adapters: Sequence[Adapter]) -> dict[str, float]:
     }
 
 
-def _without_gradient(live: Live, adapters: Sequence[Adapter], found: dict[str, Any]) -> list[Signal]:
+def _without_gradient(live: LiveModel, adapters: Sequence[Adapter], found: dict[str, Any]) -> list[Signal]:
     """F58, F60 or F57, each confirmed by its fix."""
     frozen = len(adapters) - found["B_trainable"]  # A alone may be: that is LoRA-FA
     both = min(found.get("A_without_gradient", 1.0), found.get("B_without_gradient", 1.0))
@@ -214,7 +214,9 @@ class _inputs_require_gradients:
         self._hook.remove()
 
 
-def _confirmed(live: Live, adapters: Sequence[Adapter], code: str, what: str, found: dict[str, Any]) -> list[Signal]:
+def _confirmed(
+    live: LiveModel, adapters: Sequence[Adapter], code: str, what: str, found: dict[str, Any]
+) -> list[Signal]:
     """A backward pass after the fix: the counterfactual, if gradients are there now."""
     for p in live.model.parameters():
         p.grad = None
@@ -231,7 +233,7 @@ def _confirmed(live: Live, adapters: Sequence[Adapter], code: str, what: str, fo
 
 
 def _lost(
-    live: Live, subject: Subject, adapters: Sequence[Adapter], rate: float, found: dict[str, Any]
+    live: LiveModel, run_facts: RunFacts, adapters: Sequence[Adapter], rate: float, found: dict[str, Any]
 ) -> list[Signal]:
     """F54: steps that rounding swallows, confirmed with the adapters in float32."""
     share, dtype = found.get("share_changed"), adapters[0].A.dtype

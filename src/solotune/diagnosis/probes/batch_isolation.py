@@ -17,15 +17,15 @@ from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.texts import Batches, Document
 from solotune.diagnosis.probes.probed_model import Batch, logits_of, on_device, restored
 from solotune.diagnosis.probes.skipped import Skipped
-from solotune.diagnosis.subject import Live, Subject
+from solotune.diagnosis.run_facts import LiveModel, RunFacts
 
 EQUAL, EQUAL_FLOAT32 = 2e-2, 2e-3  # nats, mean over tokens: rounding stays below; 1e-6 was seen in float32
 MOST_TOKENS = 4096
 
 
-def padded_against_alone(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
+def padded_against_alone(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
     """P2."""
-    batch, documents = _chosen(live, subject, packed=False)
+    batch, documents = _chosen(live, run_facts, packed=False)
     with restored(live), torch.no_grad():
         live.model.eval()
         alone = _alone(live, documents)
@@ -52,9 +52,9 @@ def padded_against_alone(live: Live, subject: Subject, budget: float) -> tuple[l
     return [Signal(code, "counterfactual", says, 0.95, found, fix=fix)], found
 
 
-def packed_against_alone(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
+def packed_against_alone(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
     """P3."""
-    batch, documents = _chosen(live, subject, packed=True)
+    batch, documents = _chosen(live, run_facts, packed=True)
     later = [d for d in documents if d.start > 0]
     with restored(live), torch.no_grad():
         live.model.eval()
@@ -84,15 +84,15 @@ def packed_against_alone(live: Live, subject: Subject, budget: float) -> tuple[l
     return [Signal(code, "counterfactual", says, 0.95, found, fix=fix)], found
 
 
-def _equal(live: Live) -> float:
+def _equal(live: LiveModel) -> float:
     is_whole = all(p.dtype == torch.float32 for p in live.model.parameters() if p.is_floating_point())
     return EQUAL_FLOAT32 if is_whole else EQUAL
 
 
-def _chosen(live: Live, subject: Subject, packed: bool) -> tuple[dict[str, Any], list[Document]]:
+def _chosen(live: LiveModel, run_facts: RunFacts, packed: bool) -> tuple[dict[str, Any], list[Document]]:
     """A batch that is padded (or packed), and its documents."""
     for batch in live.batches:
-        view = Batches.of(subject, [batch])
+        view = Batches.of(run_facts, [batch])
         suits = view.is_packed if packed else (view.is_padded and not view.is_packed)
         if suits and batch["input_ids"].numel() <= MOST_TOKENS:
             return on_device(live, batch), [d for d in view.documents if len(d.ids) > 1]
@@ -103,7 +103,7 @@ def _no_harm(codes: Sequence[str], says: str, found: dict[str, Any]) -> tuple[li
     return [Signal(code, "measured", says, 0.9, found, against=True) for code in codes], found
 
 
-def _alone(live: Live, documents: Sequence[Document]) -> list[torch.Tensor]:
+def _alone(live: LiveModel, documents: Sequence[Document]) -> list[torch.Tensor]:
     """Log-probability of each token but the first, for each document alone."""
     device = next(live.model.parameters()).device
     found = []
@@ -118,7 +118,7 @@ def _log_probabilities(logits_TV: torch.Tensor, ids_T: torch.Tensor) -> torch.Te
     return -torch.nn.functional.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="none")
 
 
-def _difference(live: Live, batch: Batch, documents: Sequence[Document], alone: Sequence[torch.Tensor]) -> float:
+def _difference(live: LiveModel, batch: Batch, documents: Sequence[Document], alone: Sequence[torch.Tensor]) -> float:
     """Mean absolute difference over the tokens of all documents, nats; of `batch` as it is."""
     logits_BTV = logits_of(live.model, batch)
     gaps = []
@@ -148,7 +148,7 @@ def _is_blocked(batch: Batch) -> bool:
     return mask is not None and (mask.dim() == 4 or int(mask.max()) > 1)
 
 
-def _blocks(batch: Batch, documents: Sequence[Document], live: Live) -> torch.Tensor:
+def _blocks(batch: Batch, documents: Sequence[Document], live: LiveModel) -> torch.Tensor:
     """(B, 1, T, T), additive: each token sees its own document up to itself."""
     ids_BT = batch["input_ids"]
     number_BT = torch.full_like(ids_BT, -1)

@@ -15,18 +15,18 @@ from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.probes.probed_model import adapters_of, device_of, is_untouched, restored
 from solotune.diagnosis.probes.saved_adapter import _put_in
 from solotune.diagnosis.probes.skipped import Skipped
-from solotune.diagnosis.subject import Live, Subject
+from solotune.diagnosis.run_facts import LiveModel, RunFacts
 
 EQUAL, EQUAL_ON_CPU = 1e-3, 1e-6  # relative: a GPU's kernels without a fixed order differ by less
 SMALL_B = 0.02  # standard deviation
 
 
-def evaluated_twice(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
+def evaluated_twice(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
     """P8."""
     if live.evaluate is None:
         raise Skipped("the training's evaluation was not given")
     with restored(live):
-        _fill(live, subject)
+        _fill(live, run_facts)
         begun = time.perf_counter()
         first = float(live.evaluate(live.model))
         if (seconds := time.perf_counter() - begun) > budget:
@@ -54,10 +54,10 @@ def evaluated_twice(live: Live, subject: Subject, budget: float) -> tuple[list[S
 
 
 @torch.no_grad()
-def _fill(live: Live, subject: Subject) -> None:
+def _fill(live: LiveModel, run_facts: RunFacts) -> None:
     """Where B is zero, dropout before A changes nothing: the saved adapter is put in, else some small B."""
-    if is_untouched(live.model) and subject.saved is not None:
-        _put_in(live.model, subject.saved)
+    if is_untouched(live.model) and run_facts.saved is not None:
+        _put_in(live.model, run_facts.saved)
     if is_untouched(live.model):
         for adapter in adapters_of(live.model):
             adapter.B.normal_(std=SMALL_B)

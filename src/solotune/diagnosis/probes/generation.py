@@ -28,7 +28,7 @@ from solotune.diagnosis.probes.probed_model import adapters_off, device_of, is_u
 from solotune.diagnosis.probes.prompt_use import _cost, _pair
 from solotune.diagnosis.probes.saved_adapter import _put_in
 from solotune.diagnosis.probes.skipped import Skipped
-from solotune.diagnosis.subject import Live, Subject
+from solotune.diagnosis.run_facts import LiveModel, RunFacts
 
 NUM_PROMPTS = 4
 MOST_TOKENS = 48
@@ -38,15 +38,15 @@ CLEARLY, BEGINNING = 0.3, 24  # nats a token, of so many tokens
 MUCH = 0.5  # of the prompts; also the gap of losses, in nats
 
 
-def both_renderings(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
+def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
     """P13."""
     deadline = time.perf_counter() + budget
-    facts = LabelFacts.of(subject)
-    if live.generate is None or subject.tokenizer is None:
+    facts = LabelFacts.of(run_facts)
+    if live.generate is None or run_facts.tokenizer is None:
         raise Skipped("the deployment's way of answering was not given")
     with restored(live), torch.no_grad():
         if is_untouched(live.model):
-            if subject.saved is None or not _put_in(live.model, subject.saved)[0]:
+            if run_facts.saved is None or not _put_in(live.model, run_facts.saved)[0]:
                 raise Skipped("nothing was trained yet")
             if is_untouched(live.model):
                 raise Skipped("the adapter is empty")
@@ -87,8 +87,8 @@ def both_renderings(live: Live, subject: Subject, budget: float) -> tuple[list[S
         "equal": float(np.mean([_alike(a, b, facts.roles.ends) for a, b in zip(trained, deployed, strict=True)])),
     }
     if _never_ended(found) and facts.ends_learned >= MUCH * max(facts.answers, 1):
-        return _never_ends(live, subject, facts, asked, found), found
-    return _judge(subject, found), found
+        return _never_ends(live, run_facts, facts, asked, found), found
+    return _judge(run_facts, found), found
 
 
 def _never_ended(found: dict[str, Any]) -> bool:
@@ -96,17 +96,17 @@ def _never_ended(found: dict[str, Any]) -> bool:
 
 
 def _never_ends(
-    live: Live, subject: Subject, facts: LabelFacts, asked: Sequence[Sequence[int]], found: dict[str, Any]
+    live: LiveModel, run_facts: RunFacts, facts: LabelFacts, asked: Sequence[Sequence[int]], found: dict[str, Any]
 ) -> list[Signal]:
     """The rows have ends that their labels, as they were made here, let it learn, and it writes none.
 
     So the ids are not at fault (F10). Where the pad is an end, a collator that masks by id explains it, of a model that
     ended before it was tuned; else it has not learned that far.
     """
-    tokenizer = subject.tokenizer
+    tokenizer = run_facts.tokenizer
     pad = tokenizer.pad_token_id if tokenizer is not None else None
     if pad not in facts.roles.ends:
-        if "batches" not in subject.missing:
+        if "batches" not in run_facts.missing:
             return []
         says = f"none of {found['prompts']} answers ends by itself"
         return [Signal(code, "measured", says, 0.4, found) for code in ("F17", "F19")]
@@ -120,7 +120,7 @@ def _never_ends(
     return [Signal("F17", "measured", says, 0.65 if found["base_without_end"] < MUCH else 0.4, found, fix=fix)]
 
 
-def _judge(subject: Subject, found: dict[str, Any]) -> list[Signal]:
+def _judge(run_facts: RunFacts, found: dict[str, Any]) -> list[Signal]:
     good, bad = found["training_rendering"], found["deployment_rendering"]
     if found["goes_on_after_end"] >= MUCH:
         says = (
@@ -144,7 +144,7 @@ def _judge(subject: Subject, found: dict[str, Any]) -> list[Signal]:
         says += f"probability of {found['end_expected']:.1%}"
         return [Signal(code, "measured", says, 0.4, found) for code in ("F10", "F17", "F19")]
     is_other = found["equal"] <= MUCH / 2 and found["deployed_costs_more"] > CLEARLY  # not two that are as likely
-    if found["same_again"] and is_other and not is_ours(subject):
+    if found["same_again"] and is_other and not is_ours(run_facts):
         says = f"{found['equal']:.0%} of the deployed answers, which are the same each time, begin as after the "
         says += f"training's rendering, where they cost {found['deployed_costs_more']:.1f} nats a token more"
         return [Signal("F11", "measured", says, 0.6, found, fix="serve with the chat template of the training")]
@@ -171,7 +171,7 @@ def _is_whole(facts: LabelFacts, document: Any) -> bool:
     return all(message.get("role") in ("user", "assistant") for message in conversation)
 
 
-def _greedy(live: Live, prompt: Sequence[int], ends: frozenset[int], count: int) -> list[int]:
+def _greedy(live: LiveModel, prompt: Sequence[int], ends: frozenset[int], count: int) -> list[int]:
     ids = list(prompt)
     while len(ids) < len(prompt) + count and not (len(ids) > len(prompt) and ids[-1] in ends):
         inputs = torch.tensor([ids], device=device_of(live.model))
@@ -179,7 +179,7 @@ def _greedy(live: Live, prompt: Sequence[int], ends: frozenset[int], count: int)
     return ids[len(prompt) :]
 
 
-def _expects_end(live: Live, ids: Sequence[int], ends: frozenset[int]) -> float:
+def _expects_end(live: LiveModel, ids: Sequence[int], ends: frozenset[int]) -> float:
     """Probability of an end of turn as the next token."""
     inputs = torch.tensor([list(ids)], device=device_of(live.model))
     chances_V = logits_of(live.model, {"input_ids": inputs})[0, -1].float().softmax(-1)

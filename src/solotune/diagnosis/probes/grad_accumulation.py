@@ -25,16 +25,18 @@ from solotune.diagnosis.probes.probed_model import (
     training_loss,
 )
 from solotune.diagnosis.probes.skipped import Skipped
-from solotune.diagnosis.subject import Live, Subject
+from solotune.diagnosis.run_facts import LiveModel, RunFacts
 
 SAME = 0.05  # relative difference of gradients that rounding, or a weight here and there, may make
 
 
-def accumulated_against_whole(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
+def accumulated_against_whole(
+    live: LiveModel, run_facts: RunFacts, budget: float
+) -> tuple[list[Signal], dict[str, Any]]:
     """P9."""
     if live.backward is None:
         raise Skipped("the training's way of accumulating was not given")
-    count = int(subject.settings.get("gradient_accumulation_steps") or 2)
+    count = int(run_facts.settings.get("gradient_accumulation_steps") or 2)
     count = max(2, min(count, 4))
     ones = (sequences_of(batch, 1) for batch in live.batches)
     batches = [on_device(live, one) for one in ones if has_labels(one)][:count]
@@ -81,7 +83,7 @@ def accumulated_against_whole(live: Live, subject: Subject, budget: float) -> tu
 
 
 def _reference(
-    live: Live, batches: Sequence[Mapping[str, Any]], parameters: Sequence[nn.Parameter], weights: Sequence[float]
+    live: LiveModel, batches: Sequence[Mapping[str, Any]], parameters: Sequence[nn.Parameter], weights: Sequence[float]
 ) -> torch.Tensor:
     for p in parameters:
         p.grad = None

@@ -40,7 +40,7 @@ from solotune.diagnosis.probes.probed_model import (
     token_losses,
     training_loss,
 )
-from solotune.diagnosis.subject import Live, Subject
+from solotune.diagnosis.run_facts import LiveModel, RunFacts
 from solotune.errors import SolotuneError
 
 UNLIKE = 1.5  # ratio of losses that clean runs do not show
@@ -53,28 +53,28 @@ FIRST_STEPS = 3  # a log that begins later shows what was learned by then
 LONGEST = 512  # tokens of a text
 
 
-def first_loss(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
+def first_loss(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
     """P1. Raises nothing; what could not be compared is missing from the measurements."""
     deadline = time.perf_counter() + budget
-    facts = LabelFacts.of(subject)
+    facts = LabelFacts.of(run_facts)
     found: dict[str, Any] = {}
     with restored(live), torch.no_grad():
         live.model.eval()
         with adapters_off(live.model):
-            _labels(live, subject, facts, found, deadline)
-            _texts(live, subject, facts, found, deadline)
-    found_all = (_shifted(facts, found), *_format(found), _tokenizer(found), _logged(subject, found))
+            _labels(live, run_facts, facts, found, deadline)
+            _texts(live, run_facts, facts, found, deadline)
+    found_all = (_shifted(facts, found), *_format(found), _tokenizer(found), _logged(run_facts, found))
     return [signal for signal in found_all if signal], found
 
 
-def _labels(live: Live, subject: Subject, facts: LabelFacts, found: dict[str, Any], deadline: float) -> None:
+def _labels(live: LiveModel, run_facts: RunFacts, facts: LabelFacts, found: dict[str, Any], deadline: float) -> None:
     """Loss as trained, and of the same rows one by one with labels that are their tokens."""
     as_trained: list[float] = []
     right: list[float] = []
     rows = 0
     for batch in live.batches:
         part = sequences_of(batch, 2)
-        documents = [d for d in Batches.of(subject, [part]).documents if d.learned.any()]
+        documents = [d for d in Batches.of(run_facts, [part]).documents if d.learned.any()]
         if not documents:
             continue
         loss = float(training_loss(live, part))
@@ -94,17 +94,17 @@ def _labels(live: Live, subject: Subject, facts: LabelFacts, found: dict[str, An
         found["labels_right"] = sum(right) / found["labels_compared"]
 
 
-def _right(live: Live, document: Document, shift: int | None) -> np.ndarray:
+def _right(live: LiveModel, document: Document, shift: int | None) -> np.ndarray:
     places = np.flatnonzero(document.learned) + (shift or 0)
     return token_losses(live.model, document.ids, places[(places > 0) & (places < len(document.ids))])
 
 
-def _texts(live: Live, subject: Subject, facts: LabelFacts, found: dict[str, Any], deadline: float) -> None:
+def _texts(live: LiveModel, run_facts: RunFacts, facts: LabelFacts, found: dict[str, Any], deadline: float) -> None:
     """Answers in the training's format and in the model's own; their texts as plain text; ids swapped at random."""
-    if subject.tokenizer is None:
+    if run_facts.tokenizer is None:
         return
-    roles, own_roles = facts.roles, _own_roles(subject, facts.roles)
-    swapped = np.random.default_rng(0).permutation(_vocabulary(live, subject))
+    roles, own_roles = facts.roles, _own_roles(run_facts, facts.roles)
+    swapped = np.random.default_rng(0).permutation(_vocabulary(live, run_facts))
     sums: dict[str, list[float]] = {key: [] for key in ("here", "own", "markers", "plain", "swapped")}
     foreign = 0
     chosen = [document for document in facts.documents if len(document.ids) > 2]
@@ -147,20 +147,20 @@ def _texts(live: Live, subject: Subject, facts: LabelFacts, found: dict[str, Any
         found["rows_without_own_markers"] = foreign / len(sums["own"])
 
 
-def _own_roles(subject: Subject, roles: Roles) -> Roles:
+def _own_roles(run_facts: RunFacts, roles: Roles) -> Roles:
     """Of the template that the model was taught: the base's, where the training brought another one."""
-    if not subject.base_template or subject.tokenizer is None:
+    if not run_facts.base_template or run_facts.tokenizer is None:
         return roles
-    tokenizer = copy.copy(subject.tokenizer)
-    tokenizer.chat_template = subject.base_template
-    return Roles(replace(subject, tokenizer=tokenizer))
+    tokenizer = copy.copy(run_facts.tokenizer)
+    tokenizer.chat_template = run_facts.base_template
+    return Roles(replace(run_facts, tokenizer=tokenizer))
 
 
-def _vocabulary(live: Live, subject: Subject) -> int:
+def _vocabulary(live: LiveModel, run_facts: RunFacts) -> int:
     """Ids that are swapped among each other: those that both model and tokenizer have."""
     config: Any = live.model.config
     size = int(config.get_text_config().vocab_size)
-    return min(size, len(subject.tokenizer)) if subject.tokenizer is not None else size
+    return min(size, len(run_facts.tokenizer)) if run_facts.tokenizer is not None else size
 
 
 def _own_rendering(roles: Roles, conversation: Sequence[Any]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -212,10 +212,10 @@ def _format(found: dict[str, Any]) -> list[Signal]:
     return []
 
 
-def _logged(subject: Subject, found: dict[str, Any]) -> Signal | None:
+def _logged(run_facts: RunFacts, found: dict[str, Any]) -> Signal | None:
     """The first loss that the training logged, beside that of its batches here: N times as high, of N micro-batches."""
-    count, trace = setting(subject, "gradient_accumulation_steps"), subject.trace
-    if not subject.batches or not count or count < 3 or trace is None or not len(trace.loss_S):
+    count, trace = setting(run_facts, "gradient_accumulation_steps"), run_facts.trace
+    if not run_facts.batches or not count or count < 3 or trace is None or not len(trace.loss_S):
         return None
     first, here = float(trace.loss_S[0]), found.get("as_trained", 0.0)
     if trace.step_S[0] > FIRST_STEPS or here < 0.1 or not math.isfinite(first) or abs(first / here / count - 1) > 0.2:
@@ -231,7 +231,7 @@ def _is_no_text(found: dict[str, Any]) -> bool:
     return plain > NO_TEXT * swapped and plain > 1.05 * found["log_v"]
 
 
-def _written(live: Live, first: Sequence[int]) -> list[list[int]]:
+def _written(live: LiveModel, first: Sequence[int]) -> list[list[int]]:
     """Tokens that the base writes by itself behind these, drawn at random."""
     ids_BT = torch.tensor([[int(i)] for i in first], device=device_of(live.model))
     generator = torch.Generator().manual_seed(0)

@@ -22,11 +22,11 @@ from solotune.diagnosis.probes.probed_model import (
     training_loss,
 )
 from solotune.diagnosis.probes.skipped import Skipped
-from solotune.diagnosis.subject import Live, Subject
+from solotune.diagnosis.run_facts import LiveModel, RunFacts
 from solotune.units import gib
 
 
-def longest_first(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
+def longest_first(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
     """P11."""
     device = device_of(live.model)
     if device.type != "cuda":
@@ -39,7 +39,7 @@ def longest_first(live: Live, subject: Subject, budget: float) -> tuple[list[Sig
     with restored(live) as model:
         model.train()
         parameters = trainable_of(model)
-        optimizer = optimizer_of(live, parameters, learning_rate_of(subject))
+        optimizer = optimizer_of(live, parameters, learning_rate_of(run_facts))
         torch.cuda.reset_peak_memory_stats(device)
         begun = time.perf_counter()
         try:

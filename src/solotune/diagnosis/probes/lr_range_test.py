@@ -41,7 +41,7 @@ from solotune.diagnosis.probes.probed_model import (
     wider,
 )
 from solotune.diagnosis.probes.skipped import Skipped
-from solotune.diagnosis.subject import Live, Subject
+from solotune.diagnosis.run_facts import LiveModel, RunFacts
 
 LEAST_STEPS, MOST_STEPS = 6, 40
 FACTORS = (0.1, 1.0, 10.0)
@@ -60,17 +60,17 @@ USUAL_SCALE = (0.5, 16.0)  # alpha / r
 USUAL_RATE = (5e-5, 5e-3)
 
 
-def range_test(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
+def range_test(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
     """P7."""
-    rate, clip = learning_rate_of(subject), subject.settings.get("max_grad_norm")
+    rate, clip = learning_rate_of(run_facts), run_facts.settings.get("max_grad_norm")
     begun, seconds, steps = time.perf_counter(), math.inf, 0
     for rows in (2, 1):  # one, where two are too slow
         batch = next((sequences_of(b, rows) for b in live.batches if has_labels(sequences_of(b, rows))), None)
         if batch is None:
             raise Skipped("no batch has a label")
-        first = _learn(live, subject, batch, rate, 1, clip)  # also wakes what is made at a first call
+        first = _learn(live, run_facts, batch, rate, 1, clip)  # also wakes what is made at a first call
         timed = time.perf_counter()
-        _learn(live, subject, batch, rate, 1, clip)
+        _learn(live, run_facts, batch, rate, 1, clip)
         seconds = max(0.75 * (time.perf_counter() - timed), 1e-4)  # of a step and the loss behind it
         steps = min(MOST_STEPS, int(budget / seconds / (len(FACTORS) + 1.3)))
         if steps >= LEAST_STEPS or batch["input_ids"].shape[0] == 1:
@@ -78,17 +78,17 @@ def range_test(live: Live, subject: Subject, budget: float) -> tuple[list[Signal
     if steps < LEAST_STEPS or len(first) < 1:
         raise Skipped(f"a step takes {seconds:.1f} s: {steps} steps a rate fit, {LEAST_STEPS} are needed")
     deadline = begun + 1.5 * budget  # a widened range may take half as long again
-    curves = {factor: _learn(live, subject, batch, factor * rate, steps, clip) for factor in FACTORS}
-    wide = _learn_wide(live, subject, batch, steps)
+    curves = {factor: _learn(live, run_facts, batch, factor * rate, steps, clip) for factor in FACTORS}
+    wide = _learn_wide(live, run_facts, batch, steps)
     start = curves[1.0][0]
     while time.perf_counter() < deadline and (further := _further(start, curves, wide, rate)) is not None:
-        curves[further] = _learn(live, subject, batch, further * rate, steps, clip)
+        curves[further] = _learn(live, run_facts, batch, further * rate, steps, clip)
     alike = None  # rank 32 at the training's own rate
     if start - _end(curves[1.0]) < MUCH * (start - _end(wide)):
-        alike = start - _end(_learn_wide(live, subject, batch, steps, rate))
+        alike = start - _end(_learn_wide(live, run_facts, batch, steps, rate))
     unclipped = None  # the training's own rate without its clipping
     if clip and start - _end(curves[1.0]) < LITTLE * (start - _end(wide)):
-        unclipped = start - _end(_learn(live, subject, batch, rate, steps, None))
+        unclipped = start - _end(_learn(live, run_facts, batch, rate, steps, None))
     tried = {factor: start - _end(curve) for factor, curve in sorted(curves.items())}
     found: dict[str, Any] = {
         "rate": rate,
@@ -101,7 +101,7 @@ def range_test(live: Live, subject: Subject, budget: float) -> tuple[list[Signal
         "gain_unclipped": None if unclipped is None else _rounded(unclipped),
     }
     capacity = _capacity(live.model)
-    return _judge(subject, Tried(rate, steps, start, tried, start - _end(wide), alike, unclipped, capacity)), found
+    return _judge(run_facts, Tried(rate, steps, start, tried, start - _end(wide), alike, unclipped, capacity)), found
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _further(start: float, curves: dict[float, list[float]], wide: Sequence[floa
     return None
 
 
-def _judge(subject: Subject, tried: Tried) -> list[Signal]:
+def _judge(run_facts: RunFacts, tried: Tried) -> list[Signal]:
     here, most, best = tried.gains[1.0], tried.most, tried.best
     numbers = {"rate": tried.rate, "gain": _rounded(here), "gain_best": _rounded(tried.gains[best]), "best_at": best}
     numbers["gain_wide"] = _rounded(tried.wide)
@@ -161,7 +161,7 @@ def _judge(subject: Subject, tried: Tried) -> list[Signal]:
     better = tried.gains[best] - here > BETTER * most if math.isfinite(here) else True
     if best < 1 and better and tried.gains[best] > LITTLE * most and here < CLEARLY * most:
         expect = f"one batch falls by {tried.gains[best]:.2f} in {tried.steps} steps"
-        return _of_step_size(subject, "F67", tried, tried.says(best), expect, numbers)
+        return _of_step_size(run_facts, "F67", tried, tried.says(best), expect, numbers)
     if tried.gains[best] < NOTHING * most:
         return []  # nothing is learned at any rate: gradients, not capacity
     is_narrow = tried.alike is not None and tried.alike > max(TIMES * here, MUCH * most) and tried.capacity < SMALLEST
@@ -180,12 +180,12 @@ def _judge(subject: Subject, tried: Tried) -> list[Signal]:
         )
         fix = "lora_target_modules: all-linear, lora_r: 16"
         return [Signal(code, "counterfactual", says, w, numbers, fix=fix) for code, w in (("F62", 0.75), ("F56", 0.45))]
-    planned = subject.trace.total_steps if subject.trace else subject.settings.get("max_steps")
+    planned = run_facts.trace.total_steps if run_facts.trace else run_facts.settings.get("max_steps")
     total = planned if planned and planned > 0 else USUAL_STEPS
     longer = max(1.0, HALF * total / tried.steps)
     if best > 1 and here * longer < LITTLE * most and tried.gains[best] > TIMES * max(here, 0.0):
         expect = f"{tried.gains[best] / max(here, 0.01):.0f} times the gain in the first {tried.steps} steps"
-        return _of_step_size(subject, "F64", tried, tried.says(best), expect, numbers)
+        return _of_step_size(run_facts, "F64", tried, tried.says(best), expect, numbers)
     if here >= MUCH * most:
         says = f"{tried.steps} steps on one batch gain {here:.2f} at {tried.rate:.2g}, of {most:.2f} by the best way"
         cleared = ("F64", "F62", "F67") if best > 1 or here >= CLEARLY * most else ("F64", "F62")
@@ -194,13 +194,13 @@ def _judge(subject: Subject, tried: Tried) -> list[Signal]:
 
 
 def _of_step_size(
-    subject: Subject, code: str, tried: Tried, says: str, expect: str, numbers: dict[str, Any]
+    run_facts: RunFacts, code: str, tried: Tried, says: str, expect: str, numbers: dict[str, Any]
 ) -> list[Signal]:
     """The rate, or alpha / r: the same evidence, so both, and first the one that is unusual."""
-    r, alpha = subject.settings.get("lora_r"), subject.settings.get("lora_alpha")
+    r, alpha = run_facts.settings.get("lora_r"), run_facts.settings.get("lora_alpha")
     scale = None
     if r and alpha:
-        scale = float(alpha) / (math.sqrt(r) if subject.settings.get("use_rslora") else float(r))
+        scale = float(alpha) / (math.sqrt(r) if run_facts.settings.get("use_rslora") else float(r))
     low = code == "F64"
     odd_rate = tried.rate < USUAL_RATE[0] if low else tried.rate > USUAL_RATE[1]
     odd_scale = scale is not None and (scale < USUAL_SCALE[0] if low else scale > USUAL_SCALE[1])
@@ -222,27 +222,29 @@ def _capacity(model: nn.Module) -> float:
 
 
 def _learn(
-    live: Live, subject: Subject, batch: dict[str, Any], rate: float, steps: int, clip: float | None
+    live: LiveModel, run_facts: RunFacts, batch: dict[str, Any], rate: float, steps: int, clip: float | None
 ) -> list[float]:
     """Losses before each of the steps and after the last, as the training's loss counts."""
-    with begun(live, subject):
+    with begun(live, run_facts):
         return _descend(live, batch, trainable_of(live.model), rate, steps, clip, live)
 
 
-def _learn_wide(live: Live, subject: Subject, batch: dict[str, Any], steps: int, rate: float = 2e-3) -> list[float]:
+def _learn_wide(
+    live: LiveModel, run_facts: RunFacts, batch: dict[str, Any], steps: int, rate: float = 2e-3
+) -> list[float]:
     """The same by adapters of rank 32 on every linear layer, by AdamW, at a rate that suits these."""
-    with begun(live, subject), wider(live.model) as parameters:
+    with begun(live, run_facts), wider(live.model) as parameters:
         return _descend(live, batch, parameters, rate, steps, 1.0, None)
 
 
 def _descend(
-    live: Live,
+    live: LiveModel,
     batch: dict[str, Any],
     parameters: Sequence[nn.Parameter],
     rate: float,
     steps: int,
     clip: float | None,
-    made_by: Live | None,
+    made_by: LiveModel | None,
 ) -> list[float]:
     live.model.eval()  # the same rows without dropout: the differences are the rate's
     if _checkpoints(live.model):

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from solotune.diagnosis.facts.derived import initialisation
-from solotune.diagnosis.subject import Live, Subject
+from solotune.diagnosis.run_facts import LiveModel, RunFacts
 
 Batch = Mapping[str, Any]
 
@@ -61,7 +61,7 @@ def is_untouched(model: nn.Module) -> bool | None:
 
 
 @contextmanager
-def restored(live: Live, seed: int = 0) -> Iterator[nn.Module]:
+def restored(live: LiveModel, seed: int = 0) -> Iterator[nn.Module]:
     """Seeds everything; afterwards weights that can change, gradients, buffers, modes, flags and generators are back.
 
     Frozen weights are not copied (that would be the whole model); that nobody wrote to them is checked.
@@ -116,13 +116,13 @@ def restored(live: Live, seed: int = 0) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def begun(live: Live, subject: Subject, seed: int = 0) -> Iterator[nn.Module]:
+def begun(live: LiveModel, run_facts: RunFacts, seed: int = 0) -> Iterator[nn.Module]:
     """`restored`, with the adapters of a run that has trained as they were at its beginning: A uniform, B zero.
 
     Left as they are: other initialisations than the usual one, which may have moved a part of the base into them.
     """
     with restored(live, seed) as model:
-        if is_untouched(model) is False and initialisation(subject) in (None, True, "gaussian"):
+        if is_untouched(model) is False and initialisation(run_facts) in (None, True, "gaussian"):
             generator = torch.Generator().manual_seed(seed)
             with torch.no_grad():
                 for adapter in adapters_of(model):
@@ -157,13 +157,13 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             B.data.copy_(values)
 
 
-def on_device(live: Live, batch: Batch) -> dict[str, Any]:
+def on_device(live: LiveModel, batch: Batch) -> dict[str, Any]:
     """The batch where the model is."""
     device = device_of(live.model)
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
-def training_loss(live: Live, batch: Batch) -> torch.Tensor:
+def training_loss(live: LiveModel, batch: Batch) -> torch.Tensor:
     """The loss as the training computes it, differentiable."""
     inputs = on_device(live, batch)
     if live.loss_of is not None:
@@ -182,13 +182,15 @@ def token_losses(model: nn.Module, ids: Sequence[int] | np.ndarray, places: Sequ
     """float64 (N,): loss of the tokens at these places (each from 1 on) of one text alone, as evaluated."""
     device = device_of(model)
     ids_T = torch.as_tensor(np.asarray(ids, np.int64), device=device)
-    places_N = torch.as_tensor(np.asarray(places, np.int64), device=device)
+    label_positions_N = torch.as_tensor(np.asarray(places, np.int64), device=device)
     logits_TV = logits_of(model, {"input_ids": ids_T[None], "attention_mask": torch.ones_like(ids_T)[None]})[0]
-    losses = nn.functional.cross_entropy(logits_TV[places_N - 1].float(), ids_T[places_N], reduction="none")
+    losses = nn.functional.cross_entropy(
+        logits_TV[label_positions_N - 1].float(), ids_T[label_positions_N], reduction="none"
+    )
     return losses.double().cpu().numpy()
 
 
-def optimizer_of(live: Live, parameters: Sequence[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+def optimizer_of(live: LiveModel, parameters: Sequence[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
     """The training's optimizer at another rate, or AdamW."""
     optimizer = (
         live.make_optimizer(parameters) if live.make_optimizer else torch.optim.AdamW(parameters, weight_decay=0)

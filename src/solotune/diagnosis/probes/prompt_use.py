@@ -24,7 +24,7 @@ from solotune.diagnosis.probes.initial_loss import _own_rendering
 from solotune.diagnosis.probes.probed_model import adapters_off, is_untouched, restored, token_losses
 from solotune.diagnosis.probes.saved_adapter import _put_in
 from solotune.diagnosis.probes.skipped import Skipped
-from solotune.diagnosis.subject import Live, Subject
+from solotune.diagnosis.run_facts import LiveModel, RunFacts
 
 NUM_ROWS = 12
 SHIFTS = (1, -1, 2, -2)  # rows by which a column may have slipped
@@ -36,10 +36,12 @@ LEAST_STEPS, LEARNED = 20, 0.67  # logged, and the loss at the end as a share of
 LONGEST = 256
 
 
-def own_prompt_against_others(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
+def own_prompt_against_others(
+    live: LiveModel, run_facts: RunFacts, budget: float
+) -> tuple[list[Signal], dict[str, Any]]:
     """P10."""
     deadline = time.perf_counter() + budget
-    facts = LabelFacts.of(subject)
+    facts = LabelFacts.of(run_facts)
     rows = _rows(facts)
     if len(rows) < 4:
         raise Skipped("fewer than four rows with a prompt and an answer are known")
@@ -48,7 +50,7 @@ def own_prompt_against_others(live: Live, subject: Subject, budget: float) -> tu
     with restored(live), torch.no_grad(), adapters_off(live.model):
         live.model.eval()
         table, rows = _table(live, rows, deadline)
-        slips = _slips(live, facts.roles, subject.conversations, deadline)
+        slips = _slips(live, facts.roles, run_facts.conversations, deadline)
     own, others, error = _own_and_others(table)
     gaps, count = others - own, len(rows)  # above 0 where the own prompt helps
     found: dict[str, Any] = {
@@ -61,7 +63,7 @@ def own_prompt_against_others(live: Live, subject: Subject, budget: float) -> tu
         "slipped": slips,
     }
     signals = _judge(found, slips)
-    return signals or _after_training(live, subject, rows, found, deadline), found
+    return signals or _after_training(live, run_facts, rows, found, deadline), found
 
 
 def _own_and_others(table: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
@@ -72,13 +74,17 @@ def _own_and_others(table: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
 
 
 def _after_training(
-    live: Live, subject: Subject, rows: list[tuple[list[int], list[int]]], found: dict[str, Any], deadline: float
+    live: LiveModel,
+    run_facts: RunFacts,
+    rows: list[tuple[list[int], list[int]]],
+    found: dict[str, Any],
+    deadline: float,
 ) -> list[Signal]:
     """The same of the trained model, where the base does not know the task: a training that learns something learns to
     look at the prompt, unless there is nothing of the answer in it."""
     with restored(live), torch.no_grad():
-        if is_untouched(live.model) and subject.saved is not None:
-            _put_in(live.model, subject.saved)
+        if is_untouched(live.model) and run_facts.saved is not None:
+            _put_in(live.model, run_facts.saved)
         if is_untouched(live.model) is not False:
             return []
         live.model.eval()
@@ -91,14 +97,14 @@ def _after_training(
     if gain > max(WORTH / 5, CLEAR * error):
         return [Signal("F38", "measured", says, 0.85, numbers, against=True)]
     are_sentences = len({tuple(answer) for _, answer in rows}) >= 0.9 * len(rows)  # labels are learned late
-    if gain < min(WORTH / 5, 2 * error) and are_sentences and _has_learned(subject):
+    if gain < min(WORTH / 5, 2 * error) and are_sentences and _has_learned(run_facts):
         return [Signal("F38", "measured", says, ONLY_A_DOUBT, numbers, fix="join prompts and answers again, by a key")]
     return []
 
 
-def _has_learned(subject: Subject) -> bool:
+def _has_learned(run_facts: RunFacts) -> bool:
     """The curve fell by a third: what can be learned without the prompt was."""
-    loss_S = subject.trace.loss_S[np.isfinite(subject.trace.loss_S)] if subject.trace is not None else np.zeros(0)
+    loss_S = run_facts.trace.loss_S[np.isfinite(run_facts.trace.loss_S)] if run_facts.trace is not None else np.zeros(0)
     return len(loss_S) >= LEAST_STEPS and float(loss_S[-5:].mean()) < LEARNED * float(loss_S[0])
 
 
@@ -140,7 +146,7 @@ def _pair(document: Document, roles: Roles) -> tuple[list[int], list[int]] | Non
 
 
 def _table(
-    live: Live, rows: list[tuple[list[int], list[int]]], deadline: float
+    live: LiveModel, rows: list[tuple[list[int], list[int]]], deadline: float
 ) -> tuple[np.ndarray, list[tuple[list[int], list[int]]]]:
     """(R, R): loss of answer i behind prompt j; fewer rows where the time is short."""
     begun = time.perf_counter()
@@ -152,13 +158,13 @@ def _table(
     return table, rows
 
 
-def _cost(live: Live, prompt: Sequence[int], answer: Sequence[int]) -> float:
+def _cost(live: LiveModel, prompt: Sequence[int], answer: Sequence[int]) -> float:
     ids = [*prompt, *answer]
     return float(token_losses(live.model, ids, np.arange(len(prompt), len(ids))).mean())
 
 
 def _slips(
-    live: Live, roles: Roles, conversations: Sequence[Sequence[Mapping[str, Any]]], deadline: float
+    live: LiveModel, roles: Roles, conversations: Sequence[Sequence[Mapping[str, Any]]], deadline: float
 ) -> dict[str, Any]:
     """Shift -> by how much answers are cheaper behind the prompt of the row so many places on, in the data's order."""
     single = [c for c in conversations[:400] if [m.get("role") for m in c][-2:] == ["user", "assistant"]]

@@ -19,7 +19,7 @@ from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.probes.adapter_gradients import _small
 from solotune.diagnosis.probes.probed_model import adapters_of, adapters_off, logits_of, restored
 from solotune.diagnosis.probes.skipped import Skipped
-from solotune.diagnosis.subject import Live, Saved, Subject
+from solotune.diagnosis.run_facts import LiveModel, RunFacts, Saved
 
 LOST, MOST_LOST = 0.04, 0.34  # of what the adapter does to the distribution; a merge in 16 bits loses under 0.01
 WORTH = 0.01  # nats a token
@@ -27,9 +27,9 @@ _ROOT = "base_model.model."
 _KEY = re.compile(r"^(?:base_model\.)?(?:model\.)?(.*?)\.?lora_(?:embedding_)?([AB])(?:\.|$)")
 
 
-def reloaded(live: Live, subject: Subject, budget: float) -> tuple[list[Signal], dict[str, Any]]:
+def reloaded(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
     """P12."""
-    saved = subject.saved
+    saved = run_facts.saved
     adapters = adapters_of(live.model)
     if saved is None:
         raise Skipped("nothing was saved")

@@ -7,7 +7,7 @@
     def double_bos(facts: RowFacts) -> Finding | list[Finding] | None: ...
 
 A rule sees its fault and says so, or returns nothing: it never speaks for another fault, and never raises. `needs` are
-the parts of a `Subject` without which it cannot be asked, `probes` those that look where it cannot. A fault may have
+the parts of a `RunFacts` without which it cannot be asked, `probes` those that look where it cannot. A fault may have
 several rules; the first one's docstring explains it. Its headings are *Sees*, *Why*, *Not* (look-alikes, and what tells
 them apart), *Fix*, *Wrong when*, *Source*.
 
@@ -32,7 +32,7 @@ from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.row_facts import RowFacts
 from solotune.diagnosis.facts.rows import facts_of
 from solotune.diagnosis.findings import SEVERITIES, Finding
-from solotune.diagnosis.subject import Subject
+from solotune.diagnosis.run_facts import RunFacts
 
 Answer = Signal | list[Signal] | None
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -47,7 +47,7 @@ class Rule:
     needs: tuple[str, ...]  # parts of a Subject
     probes: tuple[str, ...]  # P1 ... P13
     otherwise: bool  # asked only where the rules of its fault before it say nothing
-    unless: Callable[[Subject], bool] | None  # not asked where this holds
+    unless: Callable[[RunFacts], bool] | None  # not asked where this holds
 
     @property
     def suspect(self) -> str:
@@ -69,23 +69,23 @@ class Rule:
         """Whether it judges `RowFacts`."""
         return "rows" in self.needs
 
-    def lacks(self, subject: Subject) -> str | None:
+    def lacks(self, run_facts: RunFacts) -> str | None:
         """Why it cannot be asked of this subject; None where it can."""
         for part in self.needs:
             if part == "rows":  # a subject without rows has no findings, and other rules know other parts of it
                 continue
-            value = getattr(subject, part)
+            value = getattr(run_facts, part)
             if value is None or (not isinstance(value, (int, float)) and hasattr(value, "__len__") and not len(value)):
-                return subject.missing.get(part, _ABSENT.get(part, f"no {part}"))
+                return run_facts.missing.get(part, _ABSENT.get(part, f"no {part}"))
         return None
 
-    def signals(self, subject: Subject) -> list[Signal]:
+    def signals(self, run_facts: RunFacts) -> list[Signal]:
         """What it says of a subject."""
-        if self.unless is not None and self.unless(subject):
+        if self.unless is not None and self.unless(run_facts):
             return []
         if self.reads_rows:
-            return signals_of_rows(subject, self.code)
-        answer: Answer = self.ask(subject)
+            return signals_of_rows(run_facts, self.code)
+        answer: Answer = self.ask(run_facts)
         return answer if isinstance(answer, list) else [] if answer is None else [answer]
 
 
@@ -110,7 +110,7 @@ def rule(
     probes: Iterable[str] = (),
     *,
     otherwise: bool = False,
-    unless: Callable[[Subject], bool] | None = None,
+    unless: Callable[[RunFacts], bool] | None = None,
 ) -> Callable[[Function], Function]:
     """Registers a function as a rule on the fault `code`; see `Rule` for the arguments."""
 
@@ -130,16 +130,18 @@ def rules() -> dict[str, tuple[Rule, ...]]:
     return {code: tuple(known for known in _RULES if known.code == code) for code in codes}
 
 
-def ask_all(subject: Subject, loads: bool = False) -> tuple[list[Signal], dict[str, str]]:
+def ask_all(run_facts: RunFacts, loads: bool = False) -> tuple[list[Signal], dict[str, str]]:
     """What all rules say, and (code -> why) those that could not be asked, which the diagnosis leaves open.
 
     Args:
-        loads: also ask the rules that need `live`, which loads the model; `subject.live` should keep what it loaded.
+        loads: also ask the rules that need `live`, which loads the model; `run_facts.live` should keep what it loaded.
     """
     signals: list[Signal] = []
     unasked: dict[str, str] = {}
     for code, known in rules().items():
-        lacking = {one: "the model was not loaded" if one.loads and not loads else one.lacks(subject) for one in known}
+        lacking = {
+            one: "the model was not loaded" if one.loads and not loads else one.lacks(run_facts) for one in known
+        }
         if all(lacking.values()):
             unasked[code] = lacking[known[0]] or ""
         said: list[Signal] = []
@@ -147,7 +149,7 @@ def ask_all(subject: Subject, loads: bool = False) -> tuple[list[Signal], dict[s
             if lacking[one] is not None or (one.otherwise and said):
                 continue
             try:
-                said += one.signals(subject)
+                said += one.signals(run_facts)
             except Exception as error:  # over what a foreign file may hold; the other rules' answers stand
                 unasked[code] = f"its rule failed: {type(error).__name__}: {error}"[:200]
         signals += said
@@ -171,20 +173,20 @@ def judge(facts: RowFacts) -> list[Finding]:
     return sorted(found, key=lambda finding: (SEVERITIES.index(finding.severity), finding.code))
 
 
-_last: list[tuple[Subject, Sequence[Finding]]] = []  # of the subject that was asked about last
+_last: list[tuple[RunFacts, Sequence[Finding]]] = []  # of the subject that was asked about last
 
 
-def findings_of(subject: Subject) -> Sequence[Finding]:
+def findings_of(run_facts: RunFacts) -> Sequence[Finding]:
     """What is wrong with the rows, tokenizer and template: what came with the subject, else what its own rows show."""
-    if subject.findings:
-        return subject.findings
-    if not _last or _last[0][0] is not subject:
-        facts = facts_of(subject)
-        _last[:] = [(subject, () if facts is None else judge(facts))]
+    if run_facts.findings:
+        return run_facts.findings
+    if not _last or _last[0][0] is not run_facts:
+        facts = facts_of(run_facts)
+        _last[:] = [(run_facts, () if facts is None else judge(facts))]
     return _last[0][1]
 
 
-def signals_of_rows(subject: Subject, code: str) -> list[Signal]:
+def signals_of_rows(run_facts: RunFacts, code: str) -> list[Signal]:
     """The findings with this code, as signals."""
-    found = (finding.signal for finding in findings_of(subject) if finding.code == code)
+    found = (finding.signal for finding in findings_of(run_facts) if finding.code == code)
     return [signal for signal in found if signal is not None]

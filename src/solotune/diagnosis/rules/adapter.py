@@ -9,18 +9,18 @@ import numpy as np
 
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.derived import (
-    adapted,
     has_error,
     initialisation,
     is_ours,
     is_zero,
     linears,
+    lora_layers,
     scale,
     setting,
     targets,
 )
 from solotune.diagnosis.rules import rule
-from solotune.diagnosis.subject import Subject
+from solotune.diagnosis.run_facts import RunFacts
 
 WEAK, STRONG = 0.25, 32.0
 """alpha / r beyond which nobody sets it on purpose; 2 to 4 are usual, and 32 still trained well at a fitting rate."""
@@ -28,7 +28,7 @@ _HEADS = ("lm_head", "embed_out", "output", "output_layer")
 
 
 @rule("F56", needs=("settings",))
-def targets_missed(subject: Subject) -> Signal | None:
+def targets_missed(run_facts: RunFacts) -> Signal | None:
     """F56: names in the adapter's targets match few modules of this model, or none.
 
     Sees: the names that were asked for, against the modules in the adapter file and those that config.json builds:
@@ -40,22 +40,22 @@ def targets_missed(subject: Subject) -> Signal | None:
     Wrong when: one list is kept for several architectures on purpose.
     Source: d1#6 ("silently ignores the rest"); [q, v, c_attn, fc9] was accepted without a word (peft 0.21).
     """
-    asked = targets(subject)
+    asked = targets(run_facts)
     if not isinstance(asked, list):
         return None
-    modules = linears(subject)
-    found, known = list(adapted(subject)), list(modules or ())
+    modules = linears(run_facts)
+    found, known = list(lora_layers(run_facts)), list(modules or ())
     if not found and not known:
         return None
     missed = [name for name in asked if not _with_name(found or known, name)]
     numbers = {"asked": asked, "missed": missed, "modules": len(found)}
     fix = "lora_target_modules: all-linear"
-    if missed and (found or len(missed) < len(asked) or not is_ours(subject)):
+    if missed and (found or len(missed) < len(asked) or not is_ours(run_facts)):
         says = f"{', '.join(missed)} of lora_target_modules match{'es' if len(missed) == 1 else ''} no adapted module"
         return Signal("F56", "invariant", says, 0.9, numbers, fix=fix)
     few = {name: (_with_name(found, name), _with_name(known, name)) for name in asked} if found and known else {}
     few = {name: counts for name, counts in few.items() if counts[0] < counts[1]}
-    chosen = subject.saved.adapter_config if subject.saved else {}
+    chosen = run_facts.saved.adapter_config if run_facts.saved else {}
     if not few or chosen.get("layers_to_transform") is not None or chosen.get("exclude_modules"):
         return None
     name, (has, could) = next(iter(few.items()))
@@ -67,7 +67,7 @@ def _with_name(modules: Iterable[str], name: str) -> int:
 
 
 @rule("F57", probes=("P5",))
-def no_gradient(subject: Subject) -> list[Signal]:
+def no_gradient(run_facts: RunFacts) -> list[Signal]:
     """F57: adapters get no gradient, because checkpointing cuts them off.
 
     Sees: gradients of the adapters at step 1 that are None (probe P5); `lora_B` exactly zero in the saved adapter
@@ -80,15 +80,17 @@ def no_gradient(subject: Subject) -> list[Signal]:
     Wrong when: the rate was zero.
     Source: open-unlearning#178, transformers#42489, peft#1142.
     """
-    reentrant = subject.settings.get("use_reentrant") is True and bool(subject.settings.get("gradient_checkpointing"))
+    reentrant = run_facts.settings.get("use_reentrant") is True and bool(
+        run_facts.settings.get("gradient_checkpointing")
+    )
     fix = "gradient_checkpointing_kwargs: {use_reentrant: false}, or model.enable_input_require_grads()"
     signals = []
-    if line := has_error(subject, r"none of the inputs have requires_grad"):
+    if line := has_error(run_facts, r"none of the inputs have requires_grad"):
         signals.append(Signal("F57", "measured", f"the log says: {line}", 0.85, {}, fix=fix))
-    if line := has_error(subject, r"does not require grad and does not have a grad_fn"):
+    if line := has_error(run_facts, r"does not require grad and does not have a grad_fn"):
         signals.append(Signal("F57", "measured", f"the run ended with: {line}", 0.7 if reentrant else 0.5, {}, fix=fix))
-    zero, whole = zero_products(subject)
-    if whole and took_steps(subject) and ((zero == whole and reentrant) or 0 < zero < whole):
+    zero, whole = zero_products(run_facts)
+    if whole and took_steps(run_facts) and ((zero == whole and reentrant) or 0 < zero < whole):
         says = f"{zero} of {whole} lora_B are exactly zero after training" + (
             ", under reentrant checkpointing" * reentrant
         )
@@ -98,27 +100,27 @@ def no_gradient(subject: Subject) -> list[Signal]:
     return signals
 
 
-def zero_products(subject: Subject) -> tuple[int, int]:
+def zero_products(run_facts: RunFacts) -> tuple[int, int]:
     """How many saved `lora_B` are exactly zero, and of how many."""
-    second = [parts["B"] for parts in adapted(subject).values() if "B" in parts]
+    second = [parts["B"] for parts in lora_layers(run_facts).values() if "B" in parts]
     return sum(map(is_zero, second)), len(second)
 
 
-def stayed_zero(subject: Subject) -> bool:
+def stayed_zero(run_facts: RunFacts) -> bool:
     """Whether steps were taken, and a checkpoint that was written behind them has every `lora_B` at zero still."""
-    held = subject.saved.in_checkpoint if subject.saved else None
+    held = run_facts.saved.in_checkpoint if run_facts.saved else None
     second = [tensor for name, tensor in (held or {}).items() if "lora_B" in name]
-    return bool(second) and all(map(is_zero, second)) and took_steps(subject)
+    return bool(second) and all(map(is_zero, second)) and took_steps(run_facts)
 
 
-def took_steps(subject: Subject) -> bool:
+def took_steps(run_facts: RunFacts) -> bool:
     """Whether at least one step was recorded with a rate above zero (or one that is not known)."""
-    trace = subject.trace
+    trace = run_facts.trace
     return trace is not None and len(trace.step_S) > 0 and not bool((trace.learning_rate_S == 0).all())
 
 
 @rule("F58", probes=("P5",))
-def adapters_frozen(subject: Subject) -> list[Signal]:
+def adapters_frozen(run_facts: RunFacts) -> list[Signal]:
     """F58: the adapters are frozen.
 
     Sees: no trainable parameter in them (probe P5), or the setting that freezes them: `is_trainable: false` where an
@@ -132,25 +134,25 @@ def adapters_frozen(subject: Subject) -> list[Signal]:
     Source: transformers#26334; with B alone frozen the loss stayed at exactly 7.331 (measured).
     """
     fix, signals = "PeftModel.from_pretrained(..., is_trainable=True)", []
-    get = subject.settings.get
+    get = run_facts.settings.get
     if get("is_trainable") is False or get("inference_mode") is True or get("trainable_parameters") == 0:
         key = next(k for k in ("is_trainable", "inference_mode", "trainable_parameters") if get(k) is not None)
         signals.append(Signal("F58", "invariant", f"{key}: {get(key)}, so no adapter is trained", 0.9, {}, fix=fix))
-    if line := has_error(subject, r"does not require grad and does not have a grad_fn"):
+    if line := has_error(run_facts, r"does not require grad and does not have a grad_fn"):
         signals.append(Signal("F58", "measured", f"the run ended with: {line}", 0.5, {}, fix=fix))
-    if stayed_zero(subject) and not is_all_zero(subject):
+    if stayed_zero(run_facts) and not is_all_zero(run_facts):
         says = "every lora_B is exactly zero in a checkpoint that was written after steps at a rate above zero"
         signals.append(Signal("F58", "invariant", says, 0.85, {}, fix=fix))
-    trace = subject.trace
+    trace = run_facts.trace
     norms = trace.grad_norm_S[np.isfinite(trace.grad_norm_S)] if trace is not None else np.zeros(0)
-    if len(norms) >= 2 and not norms.any() and not is_all_zero(subject) and not is_ours(subject):
+    if len(norms) >= 2 and not norms.any() and not is_all_zero(run_facts) and not is_ours(run_facts):
         says = f"the gradient norm is exactly zero in all {len(norms):,} logged steps"
         signals.append(Signal("F58", "invariant", says, 0.75, {"steps": len(norms)}, fix=fix))
     return signals
 
 
 @rule("F59", needs=("settings",), probes=("P4",))
-def adapter_not_neutral(subject: Subject) -> Signal | None:
+def adapter_not_neutral(run_facts: RunFacts) -> Signal | None:
     """F59: the untrained adapter changes the model already.
 
     Sees: `init_lora_weights: false`, with which A and B are both random; the logits with the adapter on and off before
@@ -162,20 +164,20 @@ def adapter_not_neutral(subject: Subject) -> Signal | None:
     Wrong when: the adapter continues an earlier training on the same base.
     Source: peft's option; on against off differed by 13 in the logits (measured).
     """
-    if initialisation(subject) is not False or is_ours(subject):
+    if initialisation(run_facts) is not False or is_ours(run_facts):
         return None
     says = "init_lora_weights is false, so both A and B begin at random"
     return Signal("F59", "invariant", says, 0.9, {}, fix="init_lora_weights: true")
 
 
-def is_all_zero(subject: Subject) -> bool:
+def is_all_zero(run_facts: RunFacts) -> bool:
     """Whether all A and all B of the saved adapter are zero."""
-    parts = [part for pair in adapted(subject).values() for part in pair.values()]
+    parts = [part for pair in lora_layers(run_facts).values() for part in pair.values()]
     return bool(parts) and all(map(is_zero, parts))
 
 
 @rule("F60", probes=("P5",))
-def adapter_all_zero(subject: Subject) -> Signal | None:
+def adapter_all_zero(run_facts: RunFacts) -> Signal | None:
     """F60: both matrices of the adapters are zero, and stay so.
 
     Sees: A and B exactly zero in the saved adapter; at step 1 no gradient in either (probe P5).
@@ -185,15 +187,15 @@ def adapter_all_zero(subject: Subject) -> Signal | None:
     Wrong when: never.
     Source: measured (both shares of zero gradients 1.0 at step 1).
     """
-    if not is_all_zero(subject) or (subject.saved and subject.saved.in_checkpoint and not stayed_zero(subject)):
+    if not is_all_zero(run_facts) or (run_facts.saved and run_facts.saved.in_checkpoint and not stayed_zero(run_facts)):
         return None
-    count = len(adapted(subject))
+    count = len(lora_layers(run_facts))
     says = f"A and B of all {count} adapted modules are exactly zero"
     return Signal("F60", "invariant", says, 0.95, {"modules": count}, fix="init_lora_weights: true")
 
 
 @rule("F61", needs=("settings",), probes=("P7",))
-def scale_wrong(subject: Subject) -> list[Signal]:
+def scale_wrong(run_facts: RunFacts) -> list[Signal]:
     """F61: the adapter's scale alpha / r is far from what the learning rate is meant for.
 
     Sees: alpha / r (alpha / sqrt(r) with rsLoRA) below 1/4 or above 32; another scale at serving than in training.
@@ -205,7 +207,7 @@ def scale_wrong(subject: Subject) -> list[Signal]:
     Wrong when: the rate was chosen to fit the scale.
     Source: mlx-vlm#841, TensorRT-LLM#1668; 1/8 instead of 2 cost 0.7 nats, 256 ended in a jump (measured).
     """
-    found, rank = scale(subject), setting(subject, "lora_r")
+    found, rank = scale(run_facts), setting(run_facts, "lora_r")
     fix = f"lora_alpha: {2 * rank:g}" if rank else "lora_alpha: 2 r"
     signals = []
     if found is not None and not WEAK <= found <= STRONG:
@@ -214,8 +216,8 @@ def scale_wrong(subject: Subject) -> list[Signal]:
         weight = float(min(0.85, 0.6 + 0.05 * away))
         signals.append(Signal("F61", "measured", says, weight, {"scale": found},
                               fix=fix))  # fmt: skip
-    alpha, serving_rank = setting(subject, "serving_alpha"), setting(subject, "serving_r") or rank
-    served = setting(subject, "serving_scale") or (alpha / serving_rank if alpha and serving_rank else None)
+    alpha, serving_rank = setting(run_facts, "serving_alpha"), setting(run_facts, "serving_r") or rank
+    served = setting(run_facts, "serving_scale") or (alpha / serving_rank if alpha and serving_rank else None)
     if found and served and abs(served / found - 1) > 0.01:
         says = f"the adapter was trained with a scale of {found:.3g} and is served with {served:.3g}"
         signals.append(Signal("F61", "invariant", says, 0.9, {"trained": found, "served": served},
@@ -224,7 +226,7 @@ def scale_wrong(subject: Subject) -> list[Signal]:
 
 
 @rule("F62", needs=("settings",), probes=("P7",))
-def too_little_capacity(subject: Subject) -> Signal | None:
+def too_little_capacity(run_facts: RunFacts) -> Signal | None:
     """F62: the adapter is too small for the task.
 
     Sees: a rank of 1 or 2 on one or two kinds of modules. That is a hint; what decides is that no rate learns one batch
@@ -236,7 +238,7 @@ def too_little_capacity(subject: Subject) -> Signal | None:
     Wrong when: the task is small (a format, a style).
     Source: LoRA Without Regret (attention alone is worse at equal parameters); q_proj with r = 1: 2.98 instead of 1.72.
     """
-    rank, asked = setting(subject, "lora_r"), targets(subject)
+    rank, asked = setting(run_facts, "lora_r"), targets(run_facts)
     if not rank or rank > 2 or not isinstance(asked, list) or len(asked) > 2:
         return None
     says = f"r = {rank:g} on {', '.join(asked)} alone"
@@ -245,7 +247,7 @@ def too_little_capacity(subject: Subject) -> Signal | None:
 
 
 @rule("F63", needs=("settings",))
-def head_adapter_ignored(subject: Subject) -> Signal | None:
+def head_adapter_ignored(run_facts: RunFacts) -> Signal | None:
     """F63: the adapter on the output head is passed over by a fused loss.
 
     Sees: the head among the targets, and either its saved `lora_B` exactly zero while others are not, or a fused loss
@@ -256,21 +258,25 @@ def head_adapter_ignored(subject: Subject) -> Signal | None:
     Wrong when: the fused loss applies adapters (then its lora_B is not zero).
     Source: trl 1.16 raises there.
     """
-    asked = targets(subject)
+    asked = targets(run_facts)
     names = asked if isinstance(asked, list) else []
     if isinstance(asked, str) and asked != "all-linear" and re.search(r"lm_head|embed_out", asked):
         names = [asked]
     heads = [name for name in names if name.rpartition(".")[2] in _HEADS or re.search(r"lm_head|embed_out", name)]
     if not heads:
         return None
-    zero = {path.rpartition(".")[2]: is_zero(parts["B"]) for path, parts in adapted(subject).items() if "B" in parts}
+    zero = {
+        path.rpartition(".")[2]: is_zero(parts["B"]) for path, parts in lora_layers(run_facts).items() if "B" in parts
+    }
     fix = f"take {heads[0]} out of lora_target_modules; to train it, modules_to_save: [{heads[0]}]"
     dead = [name for name, is_dead in zero.items() if name in _HEADS and is_dead]
     if dead and not all(zero.values()):
         says = f"lora_B of {dead[0]} is exactly zero, and those of other modules are not"
         return Signal("F63", "invariant", says, 0.95, {"modules": dead}, fix=fix)
-    fused = [k for k in ("use_liger_kernel", "use_liger", "fused_loss", "cut_cross_entropy") if subject.settings.get(k)]
-    if fused or subject.settings.get("tool") in ("trl", "unsloth"):
+    fused = [
+        k for k in ("use_liger_kernel", "use_liger", "fused_loss", "cut_cross_entropy") if run_facts.settings.get(k)
+    ]
+    if fused or run_facts.settings.get("tool") in ("trl", "unsloth"):
         says = f"{heads[0]} has an adapter, and the loss is fused with the head ({fused[0] if fused else 'by default'})"
         return Signal("F63", "measured", says, 0.8, {"fused": fused}, fix=fix)
     return None if zero else Signal("F63", "measured", f"{heads[0]} is among the targets", 0.4, {}, fix=fix)

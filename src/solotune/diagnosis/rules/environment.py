@@ -9,7 +9,7 @@ from solotune.config.key_aliases import FOREIGN_KEYS
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.derived import has_error, in_4bit, is_lora, is_ours, number
 from solotune.diagnosis.rules import rule
-from solotune.diagnosis.subject import Subject
+from solotune.diagnosis.run_facts import RunFacts
 
 _OWN_RULES = {"load_in_4bit", "load_in_8bit", "quantization_config", "base_precision"}
 """Settings that are lost in a way of their own: F51."""
@@ -32,7 +32,7 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
 
 
 @rule("F01")
-def binary_mismatch(subject: Subject) -> Signal | None:
+def binary_mismatch(run_facts: RunFacts) -> Signal | None:
     """F01: bitsandbytes has no binary that fits this torch's CUDA.
 
     Sees: the errors that say so; BNB_CUDA_VERSION set to another CUDA than torch was built for. Our own runs try one
@@ -45,13 +45,13 @@ def binary_mismatch(subject: Subject) -> Signal | None:
     """
     fix = "pip install --upgrade bitsandbytes, and unset BNB_CUDA_VERSION"
     line = has_error(
-        subject,
+        run_facts,
         r"CUDA Setup failed|libbitsandbytes|bitsandbytes.*(not compiled|no kernel|without GPU support|binary)",
         r"no kernel image is available|undefined symbol.*(cquantize|cdequantize|cgemm)|cextension",
     )
     if line is not None:
         return Signal("F01", "invariant", f"the log says: {line}", 0.9, {}, fix=fix)
-    environment = subject.environment
+    environment = run_facts.environment
     failed = environment.get("bitsandbytes_error")
     if failed:
         return Signal("F01", "invariant", f"4-bit layers do not work here: {failed}", 0.95, {}, fix=fix)
@@ -60,11 +60,11 @@ def binary_mismatch(subject: Subject) -> Signal | None:
     if not override or not runtime or re.sub(r"\D", "", override)[:3] == runtime[:3]:
         return None
     says = f"BNB_CUDA_VERSION is {override}, and torch is built for CUDA {environment['cuda_runtime']}"
-    return Signal("F01", "measured", says, 0.75 if in_4bit(subject) else 0.55, {"override": override}, fix=fix)
+    return Signal("F01", "measured", says, 0.75 if in_4bit(run_facts) else 0.55, {"override": override}, fix=fix)
 
 
 @rule("F02")
-def renamed_argument(subject: Subject) -> Signal | None:
+def renamed_argument(run_facts: RunFacts) -> Signal | None:
     """F02: a setting was passed under a name that this version does not read, and its default held.
 
     Sees: a setting that was written under another name than the installed version's, and what held instead; the
@@ -75,26 +75,26 @@ def renamed_argument(subject: Subject) -> Signal | None:
     Wrong when: the value was changed later on purpose.
     Source: trl#6168, dspy#8762 (`max_seq_length` is `max_length` now, `tokenizer` is `processing_class`).
     """
-    if line := has_error(subject, r"unexpected keyword argument", r"got an unexpected argument"):
+    if line := has_error(run_facts, r"unexpected keyword argument", r"got an unexpected argument"):
         fix = "pass it under the name of the installed version"
         return Signal("F02", "invariant", f"the run ended with: {line}", 0.9, {}, fix=fix)
-    for key, wrote in subject.settings.asked.items():
+    for key, wrote in run_facts.settings.asked.items():
         ours = FOREIGN_KEYS.get(key, key) if key in _SAME_WORD or key not in FOREIGN_KEYS else None
-        if ours is None or ours in _OWN_RULES or key in _OWN_RULES or not differs(subject, ours, wrote):
+        if ours is None or ours in _OWN_RULES or key in _OWN_RULES or not differs(run_facts, ours, wrote):
             continue
-        if key == ours and is_default(ours, subject.settings.get(ours)):
+        if key == ours and is_default(ours, run_facts.settings.get(ours)):
             continue  # F03: the name is right, so it never reached the trainer
-        says = f"{key}: {wrote} was written, and {ours}: {subject.settings.get(ours)} held"
-        numbers = {"key": key, "wrote": wrote, "held": subject.settings.get(ours)}
+        says = f"{key}: {wrote} was written, and {ours}: {run_facts.settings.get(ours)} held"
+        numbers = {"key": key, "wrote": wrote, "held": run_facts.settings.get(ours)}
         return Signal("F02", "invariant", says, 0.9 if key != ours else 0.7, numbers, fix=f"{ours}: {wrote}")
     return None
 
 
-def differs(subject: Subject, key: str, wrote: Any) -> bool:
+def differs(run_facts: RunFacts, key: str, wrote: Any) -> bool:
     """Whether another value held than was written; no where either is unknown or not comparable."""
-    if key not in subject.settings.values or subject.settings.get(key) is None or wrote is None:
+    if key not in run_facts.settings.values or run_facts.settings.get(key) is None or wrote is None:
         return False
-    held = subject.settings.get(key)
+    held = run_facts.settings.get(key)
     if isinstance(wrote, bool) or isinstance(held, bool):
         return isinstance(wrote, bool) and isinstance(held, bool) and wrote != held
     numbers = number(wrote), number(held)
@@ -114,7 +114,7 @@ def is_default(key: str, value: Any) -> bool:
 
 
 @rule("F03")
-def changed_default(subject: Subject) -> list[Signal]:
+def changed_default(run_facts: RunFacts) -> list[Signal]:
     """F03: a value that was left out is another one in this version than the recipe assumes.
 
     Sees: what was intended against what held, where what held is a library's default; where the intention is not known,
@@ -126,20 +126,20 @@ def changed_default(subject: Subject) -> list[Signal]:
     Wrong when: the default is what was meant.
     Source: trl#5138, where several confident explanations were seed noise of one point.
     """
-    if is_ours(subject):
+    if is_ours(run_facts):
         return []
     signals = []
-    for key, wrote in subject.settings.asked.items():
+    for key, wrote in run_facts.settings.asked.items():
         if key in _OWN_RULES or (key in FOREIGN_KEYS and key not in ("dtype", "torch_dtype")):
             continue
         ours = "model_dtype" if key in ("dtype", "torch_dtype") else key
-        held = subject.settings.get(ours)
-        if differs(subject, ours, wrote) and is_default(ours, held):
+        held = run_facts.settings.get(ours)
+        if differs(run_facts, ours, wrote) and is_default(ours, held):
             says = f"{ours}: {wrote} was intended, and the library's default {held} held"
             signals.append(Signal("F03", "invariant", says, 0.85, {"key": ours, "held": held}, fix=f"{ours}: {wrote}"))
-    sources = subject.settings.sources
-    if not signals and str(sources.get("learning_rate", "")).startswith("default") and is_lora(subject):
-        rate = number(subject.settings.get("learning_rate"))
+    sources = run_facts.settings.sources
+    if not signals and str(sources.get("learning_rate", "")).startswith("default") and is_lora(run_facts):
+        rate = number(run_facts.settings.get("learning_rate"))
         if rate is not None and rate <= 5e-5:
             says = f"nobody wrote a learning_rate, so the library's default {rate:g} held, of full fine-tuning"
             signals.append(Signal("F03", "measured", says, 0.7, {"learning_rate": rate}, fix="learning_rate: 2e-4"))

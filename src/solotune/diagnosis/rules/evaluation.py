@@ -15,7 +15,7 @@ from solotune.diagnosis.facts.row_labels import said_in_labels, said_in_training
 from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import rule
 from solotune.diagnosis.rules.schedule import lowest_and_last
-from solotune.diagnosis.subject import Subject, Trace
+from solotune.diagnosis.run_facts import RunFacts, Trace
 
 MOST = 0.5
 """A split is on the training rows if half of it is."""
@@ -79,9 +79,9 @@ def evaluated_on_training(facts: RowFacts) -> Finding | None:
 
 
 @rule("F43", otherwise=True)
-def same_file_on_both_sides(subject: Subject) -> Signal | None:
+def same_file_on_both_sides(run_facts: RunFacts) -> Signal | None:
     """F43, of the settings: training and evaluation read the same split of the same data."""
-    get = subject.settings.get
+    get = run_facts.settings.get
     fix = "remove eval_dataset, and validation_size: 0.05"
     ours, theirs = get("dataset"), get("eval_dataset")
     splits = get("dataset_split") or "train", get("eval_dataset_split") or "train"
@@ -169,7 +169,7 @@ def _is_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
 
 
 @rule("F45", probes=("P8",))
-def evaluated_in_training_mode(subject: Subject) -> list[Signal]:
+def evaluated_in_training_mode(run_facts: RunFacts) -> list[Signal]:
     """F45: the evaluation runs in training mode, with dropout or noise.
 
     Sees: two evaluations of the same rows without a step between them that differ by more than rounding (probe P8).
@@ -184,7 +184,7 @@ def evaluated_in_training_mode(subject: Subject) -> list[Signal]:
 
 
 @rule("F46", needs=("trace",))
-def memorised(subject: Subject) -> Signal | None:
+def memorised(run_facts: RunFacts) -> Signal | None:
     """F46: the training memorises its rows.
 
     Sees: a held-out loss that is higher after its lowest value, while the training loss goes on falling, far below it.
@@ -195,7 +195,7 @@ def memorised(subject: Subject) -> Signal | None:
     Wrong when: the rows are to be learned by heart.
     Source: "over-memorization": accuracy stays while the held-out perplexity rises.
     """
-    trace = subject.trace
+    trace = run_facts.trace
     held = trace.eval_loss_E[np.isfinite(trace.eval_loss_E)] if trace is not None else np.zeros(0)
     if trace is None or len(held) < 3 or not len(trace.loss_S):
         return None
@@ -208,7 +208,7 @@ def memorised(subject: Subject) -> Signal | None:
     if rise < max(RISE, 0.02 * low, 2 * scatter) or end > FAR * last or end <= 0:
         return None
     step = int(trace.eval_step_E[np.isfinite(trace.eval_loss_E)][held.argmin()])
-    epochs = setting(subject, "num_train_epochs") or (float(trace.epoch_S[-1]) if len(trace.epoch_S) else None)
+    epochs = setting(run_facts, "num_train_epochs") or (float(trace.epoch_S[-1]) if len(trace.epoch_S) else None)
     says = f"the held-out loss was lowest at step {step:,} ({low:.3f}) and is {last:.3f} now; training is at {end:.3f}"
     weight = min(0.9, 0.65 + 0.5 * rise / max(low, 0.1))
     fix = f"num_train_epochs: {max(1, round(epochs * step / max(trace.step_S[-1], 1)))}" if epochs else "fewer epochs"
@@ -216,9 +216,9 @@ def memorised(subject: Subject) -> Signal | None:
 
 
 @rule("F46", needs=("trace",))
-def staircase(subject: Subject) -> Signal | None:
+def staircase(run_facts: RunFacts) -> Signal | None:
     """F46, of the training loss alone: it falls in steps where each pass begins."""
-    trace = subject.trace
+    trace = run_facts.trace
     drops = _drops_at_epochs(trace) if trace is not None else None
     if drops is None or len(drops) < 2 or min(drops) < 0.15:
         return None
@@ -279,12 +279,12 @@ def different_labels(facts: RowFacts) -> Finding | None:
 
 
 @rule("F47")
-def evaluated_by_other_settings(subject: Subject) -> list[Signal]:
+def evaluated_by_other_settings(run_facts: RunFacts) -> list[Signal]:
     """F47, of the settings: packing, length or mask are others for the evaluation."""
-    signals, get = [], subject.settings.get
+    signals, get = [], run_facts.settings.get
     for key in ("packing", "max_length", "assistant_only_loss"):
         mine, theirs = get(key), get(f"eval_{key}")
-        if mine is not None and theirs is not None and mine != theirs and not is_ours(subject):
+        if mine is not None and theirs is not None and mine != theirs and not is_ours(run_facts):
             says = f"{key} is {mine} for training and {theirs} for evaluation"
             weight = 0.8 if key == "assistant_only_loss" else 0.5
             signals.append(Signal("F47", "measured", says, weight, {}, fix=f"eval_{key}: {mine}"))
@@ -330,9 +330,9 @@ def weak_validation(facts: RowFacts) -> Finding | None:
 
 
 @rule("F48", otherwise=True)
-def few_validation_rows(subject: Subject) -> Signal | None:
+def few_validation_rows(run_facts: RunFacts) -> Signal | None:
     """F48, of rows that are only counted."""
-    rows, many = setting(subject, "validation_rows"), setting(subject, "train_rows")
+    rows, many = setting(run_facts, "validation_rows"), setting(run_facts, "train_rows")
     if rows is None or many is None or not 0 < rows < LEAST_VALIDATION or many < MANY:
         return None
     says = f"{rows:.0f} held-out rows beside {many:,.0f} training rows"
@@ -341,9 +341,9 @@ def few_validation_rows(subject: Subject) -> Signal | None:
 
 
 @rule("F48", otherwise=True)
-def rough_held_out_loss(subject: Subject) -> Signal | None:
+def rough_held_out_loss(run_facts: RunFacts) -> Signal | None:
     """F48, of the curve: the held-out loss goes up and down by more than it changes over the run."""
-    trace = subject.trace
+    trace = run_facts.trace
     held = trace.eval_loss_E[np.isfinite(trace.eval_loss_E)] if trace is not None else np.zeros(0)
     if len(held) < 6:
         return None

@@ -8,7 +8,7 @@ from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.labels import LabelFacts
 from solotune.diagnosis.facts.roles import ASSISTANT, USER
 from solotune.diagnosis.rules import rule
-from solotune.diagnosis.subject import Subject
+from solotune.diagnosis.run_facts import RunFacts
 
 MOST = 0.5  # of the documents: a fault of the whole data
 ALMOST_ALL = 0.9
@@ -17,7 +17,7 @@ _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @rule("F17", needs=("batches",), probes=("P13",))
-def pad_masks_terminator(subject: Subject) -> Signal | None:
+def pad_masks_terminator(run_facts: RunFacts) -> Signal | None:
     """F17: the end of turn is masked in the labels because it is the padding token.
 
     Sees: answers that are followed by their end of turn without a label, where that id is the pad's and has a label
@@ -30,14 +30,14 @@ def pad_masks_terminator(subject: Subject) -> Signal | None:
     Source: transformers' DataCollatorForLanguageModeling masks by id (0 of 4 ends kept; TRL's collator 4 of 4);
     mlabonne/llm-course#33, trl#456.
     """
-    facts = LabelFacts.of(subject)
+    facts = LabelFacts.of(run_facts)
     pad = facts.batches.pad_id
     masked = facts.ends_masked[pad] if pad is not None else 0
     if not masked or _learned_anywhere(facts, pad) or masked < MOST * facts.answers:
         return None
-    if _template_masks_end(subject, facts) is True:
+    if _template_masks_end(run_facts, facts) is True:
         return None  # the template's own marker leaves it out: F19
-    token = _spelled(subject, pad)
+    token = _spelled(run_facts, pad)
     says = (
         f"{masked} of {facts.answers} answers are followed by {token}, the padding token, and none of them is learned"
     )
@@ -48,7 +48,7 @@ def pad_masks_terminator(subject: Subject) -> Signal | None:
 
 
 @rule("F18", needs=("batches", "tokenizer", "settings"))
-def no_generation_markers(subject: Subject) -> Signal | None:
+def no_generation_markers(run_facts: RunFacts) -> Signal | None:
     """F18: answers alone were to be learned, and the template does not mark them.
 
     Sees: a chat template without `{% generation %}`, `assistant_only_loss` asked for, and labels on nothing.
@@ -59,12 +59,12 @@ def no_generation_markers(subject: Subject) -> Signal | None:
     Wrong when: the mask is made from outside of the template (as solotune does) and is at fault for another reason.
     Source: marin#7237, Megatron-Bridge#3359, QwenLM/Qwen3#1522.
     """
-    template = getattr(subject.tokenizer, "chat_template", None)
+    template = getattr(run_facts.tokenizer, "chat_template", None)
     marked = bool(_MARKER.search(template if isinstance(template, str) else str(template or "")))
-    if not template or marked or not _asked_for_answers(subject) or subject.settings.get("response_template"):
+    if not template or marked or not _asked_for_answers(run_facts) or run_facts.settings.get("response_template"):
         return None
-    facts = LabelFacts.of(subject)
-    if not facts.documents or len(facts.unlearned) < len(facts.documents) or _all_cut(subject, facts):
+    facts = LabelFacts.of(run_facts)
+    if not facts.documents or len(facts.unlearned) < len(facts.documents) or _all_cut(run_facts, facts):
         return None
     says = "the chat template has no {% generation %} marker, and nothing is learned though answers were asked for"
     return Signal(
@@ -78,7 +78,7 @@ def no_generation_markers(subject: Subject) -> Signal | None:
 
 
 @rule("F19", needs=("batches",), probes=("P13",))
-def terminator_masked(subject: Subject) -> Signal | None:
+def terminator_masked(run_facts: RunFacts) -> Signal | None:
     """F19: the end of turn stands behind the answer and is not learned.
 
     Sees: answers followed by an end of turn without a label.
@@ -88,17 +88,17 @@ def terminator_masked(subject: Subject) -> Signal | None:
     Wrong when: never for a model that is to stop by itself.
     Source: trl#5988 (GLM); reproduced with `{{content}}{% endgeneration %}<|eot|>`.
     """
-    facts = LabelFacts.of(subject)
+    facts = LabelFacts.of(run_facts)
     masked = sum(facts.ends_masked.values())
     if not masked or masked < MOST * facts.answers:
         return None
     pad = facts.batches.pad_id
     by_pad = pad in facts.ends_masked and not _learned_anywhere(facts, pad)
-    by_template = _template_masks_end(subject, facts)
+    by_template = _template_masks_end(run_facts, facts)
     if by_pad and not by_template:
         return None
     (end, _), *_ = facts.ends_masked.most_common(1)
-    says = f"{masked} of {facts.answers} answers are followed by {_spelled(subject, end)} without a label"
+    says = f"{masked} of {facts.answers} answers are followed by {_spelled(run_facts, end)} without a label"
     if by_template:
         says += ", which the template writes behind its {% endgeneration %}"
     fix = "put the end of turn before {% endgeneration %}" if by_template else "let the mask include the end of turn"
@@ -106,7 +106,7 @@ def terminator_masked(subject: Subject) -> Signal | None:
 
 
 @rule("F20", needs=("batches",))
-def prompt_learned(subject: Subject) -> Signal | None:
+def prompt_learned(run_facts: RunFacts) -> Signal | None:
     """F20: prompts are learned though answers alone were asked for.
 
     Sees: labels on the user's text, or labels that are one constant number where the mask should be -100.
@@ -117,12 +117,12 @@ def prompt_learned(subject: Subject) -> Signal | None:
     Wrong when: the config says answers alone and means another stage.
     Source: llama-cookbook#101, PraisonAI#4358.
     """
-    facts = LabelFacts.of(subject)
+    facts = LabelFacts.of(run_facts)
     if constant := _constant_instead_of_mask(facts):
         value, count = constant
         says = f"{count:,} labels are {value} where the token is another one: the loss ignores -100 and nothing else"
         return Signal("F20", "invariant", says, 0.9, {"value": value, "labels": count}, fix="labels of -100")
-    asked = subject.settings.get("assistant_only_loss")
+    asked = run_facts.settings.get("assistant_only_loss")
     users, answers = facts.role_labels[USER], facts.role_labels[ASSISTANT]
     if asked is False or not answers or not facts.role_tokens[USER] or facts.unlike:
         return None
@@ -134,14 +134,14 @@ def prompt_learned(subject: Subject) -> Signal | None:
     if asked is None:
         weak = Signal("F20", "measured", says + "; whether that was asked is not known", 0.3, numbers)
         return weak
-    if _template_lacks_marker(subject) and facts.share > ALMOST_ALL:
+    if _template_lacks_marker(run_facts) and facts.share > ALMOST_ALL:
         says += "; the chat template has no {% generation %} marker that would tell answers (F18)"
     fix = "assistant_only_loss: true, and check that the collator keeps the mask"
     return Signal("F20", "invariant", says + ", though answers alone were asked for", 0.9, numbers, fix=fix)
 
 
 @rule("F21", needs=("batches",))
-def nothing_learned(subject: Subject) -> Signal | None:
+def nothing_learned(run_facts: RunFacts) -> Signal | None:
     """F21: whole rows have no label, though they are short enough: the answer's beginning was not found.
 
     Sees: documents without a single label that are shorter than the longest and than max_length.
@@ -152,15 +152,15 @@ def nothing_learned(subject: Subject) -> Signal | None:
     Wrong when: rows without an answer are meant (weight 0).
     Source: transformers#27733, fms-hf-tuning#18, unsloth#2900.
     """
-    facts = LabelFacts.of(subject)
-    limit = subject.settings.get("max_length") or 1 << 62
+    facts = LabelFacts.of(run_facts)
+    limit = run_facts.settings.get("max_length") or 1 << 62
     short = [d for d in facts.unlearned if len(d.ids) < limit and (len(d.ids) < facts.longest or facts.longest < limit)]
     if len(short) < 0.05 * max(len(facts.documents), 1) or not short:
         return None
-    lacking = _asked_for_answers(subject) and _template_lacks_marker(subject)
-    if lacking and not subject.settings.get("response_template") and len(short) == len(facts.documents):
+    lacking = _asked_for_answers(run_facts) and _template_lacks_marker(run_facts)
+    if lacking and not run_facts.settings.get("response_template") and len(short) == len(facts.documents):
         return None  # F18
-    if _all_cut(subject, facts):
+    if _all_cut(run_facts, facts):
         return None
     everything = len(short) >= MOST * len(facts.documents)
     says = f"{len(short)} of {len(facts.documents)} rows have no label at all, and none of them fills max_length"
@@ -172,7 +172,7 @@ def nothing_learned(subject: Subject) -> Signal | None:
 
 
 @rule("F22", needs=("batches",), probes=("P1",))
-def shifted_twice(subject: Subject) -> Signal | None:
+def shifted_twice(run_facts: RunFacts) -> Signal | None:
     """F22: labels are shifted before a model that shifts them again.
 
     Sees: labels that are not the token at their place but the one before or behind it.
@@ -183,7 +183,7 @@ def shifted_twice(subject: Subject) -> Signal | None:
     Wrong when: the loss in use does not shift by itself; P1 then finds a normal first loss and speaks against this.
     Source: transformers#47394, #44642; first loss 15 times the right one, 7.3 against 1.8 after training.
     """
-    facts = LabelFacts.of(subject)
+    facts = LabelFacts.of(run_facts)
     if facts.unlike < MOST * max(facts.labels, 1) or facts.shift is None:
         return None
     which = "behind" if facts.shift > 0 else "before"
@@ -195,7 +195,7 @@ def shifted_twice(subject: Subject) -> Signal | None:
 
 
 @rule("F23", needs=("batches",))
-def mask_inverted(subject: Subject) -> Signal | None:
+def mask_inverted(run_facts: RunFacts) -> Signal | None:
     """F23: the prompt is learned and the answer is not.
 
     Sees: labels on the users' tokens, and none (or hardly any) on the assistant's.
@@ -205,7 +205,7 @@ def mask_inverted(subject: Subject) -> Signal | None:
     Wrong when: the user is simulated on purpose.
     Source: no report found; first loss 0.8 of the right one, so the loss does not show it.
     """
-    facts = LabelFacts.of(subject)
+    facts = LabelFacts.of(run_facts)
     users, answers = facts.role_labels[USER], facts.role_labels[ASSISTANT]
     if not users or users < MOST * facts.role_tokens[USER] or answers > FEW * max(facts.role_tokens[ASSISTANT], 1):
         return None
@@ -217,18 +217,18 @@ def mask_inverted(subject: Subject) -> Signal | None:
     return Signal("F23", "invariant", says, 0.95, numbers, fix="invert the mask: labels on the answers")
 
 
-def _asked_for_answers(subject: Subject) -> bool:
-    return bool(subject.settings.get("assistant_only_loss"))
+def _asked_for_answers(run_facts: RunFacts) -> bool:
+    return bool(run_facts.settings.get("assistant_only_loss"))
 
 
-def _template_lacks_marker(subject: Subject) -> bool:
-    template = getattr(subject.tokenizer, "chat_template", None)
+def _template_lacks_marker(run_facts: RunFacts) -> bool:
+    template = getattr(run_facts.tokenizer, "chat_template", None)
     return bool(template) and not _MARKER.search(template if isinstance(template, str) else str(template))
 
 
-def _all_cut(subject: Subject, facts: LabelFacts) -> bool:
+def _all_cut(run_facts: RunFacts, facts: LabelFacts) -> bool:
     """All rows without labels fill the window: F25."""
-    limit = subject.settings.get("max_length")
+    limit = run_facts.settings.get("max_length")
     return bool(limit and facts.unlearned) and all(len(d.ids) >= limit for d in facts.unlearned)
 
 
@@ -244,14 +244,14 @@ def _learned_anywhere(facts: LabelFacts, token: int | None) -> bool:
     return any((d.labels == token).any() for d in facts.documents)
 
 
-def _spelled(subject: Subject, token: int | None) -> str:
-    return f"id {token}" if subject.tokenizer is None else str(subject.tokenizer.convert_ids_to_tokens(token or 0))
+def _spelled(run_facts: RunFacts, token: int | None) -> str:
+    return f"id {token}" if run_facts.tokenizer is None else str(run_facts.tokenizer.convert_ids_to_tokens(token or 0))
 
 
-def _template_masks_end(subject: Subject, facts: LabelFacts) -> bool | None:
+def _template_masks_end(run_facts: RunFacts, facts: LabelFacts) -> bool | None:
     """Whether the template's own `{% generation %}` markers leave out the end of turn; None: it has none."""
-    tokenizer = subject.tokenizer
-    if tokenizer is None or not getattr(tokenizer, "chat_template", None) or _template_lacks_marker(subject):
+    tokenizer = run_facts.tokenizer
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None) or _template_lacks_marker(run_facts):
         return None
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:

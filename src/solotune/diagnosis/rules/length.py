@@ -12,7 +12,7 @@ from solotune.diagnosis.facts.row_facts import RowFacts
 from solotune.diagnosis.facts.rows import examples_of
 from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import rule
-from solotune.diagnosis.subject import Subject
+from solotune.diagnosis.run_facts import RunFacts
 
 SOME = 0.05
 """One row in twenty: a few long rows in a file are normal, and cost less than a twentieth of the labels."""
@@ -26,9 +26,9 @@ SAME = 0.95
 """Share of uncut rows that begin with the same token, from which the beginning belongs to the format."""
 
 
-def is_packed_by_trl(subject: Subject) -> bool:
+def is_packed_by_trl(run_facts: RunFacts) -> bool:
     """Whether it is TRL's packing that cuts: F33."""
-    return bool(mapping(subject.settings.get("sft")).get("packing"))
+    return bool(mapping(run_facts.settings.get("sft")).get("packing"))
 
 
 @rule("F24", needs=("rows",), probes=("P12",), unless=is_packed_by_trl)
@@ -104,9 +104,9 @@ def prompt_fills_window(facts: RowFacts) -> Finding | None:
 
 
 @rule("F25", otherwise=True)
-def rows_gone_in_truncation(subject: Subject) -> Signal | None:
+def rows_gone_in_truncation(run_facts: RunFacts) -> Signal | None:
     """F25, of a trainer that counted its rows: fewer out than in."""
-    read, left = setting(subject, "rows_in"), setting(subject, "rows_out")
+    read, left = setting(run_facts, "rows_in"), setting(run_facts, "rows_out")
     if not read or left is None or left >= (1 - SOME) * read:
         return None
     says = f"of {read:,.0f} rows {left:,.0f} are left after truncation"
@@ -115,7 +115,7 @@ def rows_gone_in_truncation(subject: Subject) -> Signal | None:
 
 
 @rule("F26")
-def prompt_cut(subject: Subject) -> Signal | None:
+def prompt_cut(run_facts: RunFacts) -> Signal | None:
     """F26: long rows lose their beginning, so answers stand without their question.
 
     Sees: truncation set to the left and rows that are longer than the limit; rows at the limit that do not begin with
@@ -126,16 +126,16 @@ def prompt_cut(subject: Subject) -> Signal | None:
     Wrong when: the last turns of long chats are to be learned with what fits before them.
     Source: trl has deprecated `keep_end`.
     """
-    get, rows = subject.settings.get, examples_of(subject)
+    get, rows = run_facts.settings.get, examples_of(run_facts)
     fix = "truncation_mode: keep_start (truncation_side: right), or drop the rows that are too long"
     lengths = np.array([len(row.input_ids) for row in rows])
-    limit = setting(subject, "max_length") or (lengths.max() if len(lengths) else 0)
+    limit = setting(run_facts, "max_length") or (lengths.max() if len(lengths) else 0)
     full = lengths >= limit
     keeps_end = get("truncation_side") == "left" or get("truncation_mode") == "keep_end"
     if not len(rows) or full.sum() < max(3, SOME * len(rows)):
         return None
     first = np.array([row.input_ids[0] if len(row.input_ids) else -1 for row in rows])
-    begins = expected_first(subject, first[~full])
+    begins = expected_first(run_facts, first[~full])
     if begins is not None:
         lost = int((first[full] != begins).sum())
         if lost >= max(3, 0.5 * full.sum()) and _ends_alike(rows, full):
@@ -147,12 +147,12 @@ def prompt_cut(subject: Subject) -> Signal | None:
     return Signal("F26", "measured", says, 0.8, {"rows": int(full.sum())}, fix=fix)
 
 
-def expected_first(subject: Subject, seen: np.ndarray) -> int | None:
+def expected_first(run_facts: RunFacts, seen: np.ndarray) -> int | None:
     """The token that rows begin with: that of the shorter rows, or else the template's own."""
     if len(seen) >= 3:
         found, counts = np.unique(seen, return_counts=True)
         return int(found[counts.argmax()]) if counts.max() >= SAME * len(seen) else None
-    tokenizer = subject.tokenizer
+    tokenizer = run_facts.tokenizer
     if tokenizer is None or not tokenizer.chat_template:
         return None
     try:

@@ -21,26 +21,26 @@ from solotune.diagnosis.facts.derived import (
     weight_bytes,
 )
 from solotune.diagnosis.rules import rule
-from solotune.diagnosis.subject import Subject
+from solotune.diagnosis.run_facts import RunFacts
 
 EARLY = 3
 """Steps by which a run without checkpointing has met its largest activations."""
 _GIB = 2**30
 
 
-def checkpoints(subject: Subject) -> bool | None:
+def checkpoints(run_facts: RunFacts) -> bool | None:
     """Whether layers are recomputed; None where it is not known."""
-    found = subject.settings.get("gradient_checkpointing")
+    found = run_facts.settings.get("gradient_checkpointing")
     return None if found is None or found == "auto" else bool(found)
 
 
-def last_step(subject: Subject) -> int:
+def last_step(run_facts: RunFacts) -> int:
     """The last step that was logged."""
-    return int(subject.trace.step_S.max()) if subject.trace is not None and len(subject.trace.step_S) else 0
+    return int(run_facts.trace.step_S.max()) if run_facts.trace is not None and len(run_facts.trace.step_S) else 0
 
 
 @rule("F71", needs=("settings",), probes=("P11",))
-def no_checkpointing(subject: Subject) -> Signal | None:
+def no_checkpointing(run_facts: RunFacts) -> Signal | None:
     """F71: activations do not fit without gradient checkpointing.
 
     Sees: checkpointing off, and either an out-of-memory error in forward or backward of the first steps, or activations
@@ -52,39 +52,39 @@ def no_checkpointing(subject: Subject) -> Signal | None:
     Wrong when: another process took the memory.
     Source: the walkthrough; trl has it on by default.
     """
-    if is_ours(subject) or checkpoints(subject) is not False:
+    if is_ours(run_facts) or checkpoints(run_facts) is not False:
         return None
     fix = "gradient_checkpointing: true"
-    text, tokens, memory = out_of_memory(subject), micro_batch_tokens(subject), setting(subject, "memory_bytes")
-    if text is not None and last_step(subject) <= EARLY and not re.search(r"logits|cross_entropy|lm_head", text):
+    text, tokens, memory = out_of_memory(run_facts), micro_batch_tokens(run_facts), setting(run_facts, "memory_bytes")
+    if text is not None and last_step(run_facts) <= EARLY and not re.search(r"logits|cross_entropy|lm_head", text):
         if re.search(r"optimizer\.step|exp_avg|from_pretrained|load_state_dict", text):
             return None
-        says = f"the memory ran out at step {last_step(subject) + 1}, with checkpointing off"
-        return Signal("F71", "measured", says, 0.75, {"step": last_step(subject) + 1}, fix=fix)
+        says = f"the memory ran out at step {last_step(run_facts) + 1}, with checkpointing off"
+        return Signal("F71", "measured", says, 0.75, {"step": last_step(run_facts) + 1}, fix=fix)
     if tokens is None or memory is None:
         return None
-    needs = [activation_bytes(subject, tokens[0], on) for on in (False, True)]
-    base = weight_bytes(subject)
+    needs = [activation_bytes(run_facts, tokens[0], on) for on in (False, True)]
+    base = weight_bytes(run_facts)
     if None in needs or base is None or base + (needs[0] or 0) <= memory or base + (needs[1] or 0) > memory:
         return None
-    if tail_decides(subject):
+    if tail_decides(run_facts):
         return None
     says = f"activations take about {(needs[0] or 0) / _GIB:.1f} GiB beside a base of {base / _GIB:.1f}; the card has "
     says += f"{memory / _GIB:.1f}"
     return Signal("F71", "measured", says, 0.75, {"activations": needs[0], "memory": memory}, fix=fix)
 
 
-def tail_decides(subject: Subject) -> bool:
+def tail_decides(run_facts: RunFacts) -> bool:
     """Whether all but the longest rows fit into the card and these do not, so that the lengths are the cause (F42)."""
-    tokens, memory, base = micro_batch_tokens(subject), setting(subject, "memory_bytes"), weight_bytes(subject)
+    tokens, memory, base = micro_batch_tokens(run_facts), setting(run_facts, "memory_bytes"), weight_bytes(run_facts)
     if tokens is None or memory is None or base is None:
         return False
-    longest, usual = (activation_bytes(subject, count, checkpoints(subject) is not False) or 0 for count in tokens)
+    longest, usual = (activation_bytes(run_facts, count, checkpoints(run_facts) is not False) or 0 for count in tokens)
     return base + usual <= memory < base + longest
 
 
 @rule("F72", needs=("settings",), probes=("P11",))
-def logits_memory(subject: Subject) -> Signal | None:
+def logits_memory(run_facts: RunFacts) -> Signal | None:
     """F72: the logits of the whole batch do not fit.
 
     Sees: an out-of-memory error at the loss; or rows x tokens x vocabulary in float32, three times, that take more than
@@ -95,29 +95,29 @@ def logits_memory(subject: Subject) -> Signal | None:
     Wrong when: the trainer's own loss is fused (trl 1.16's is, except with custom losses, metrics or label smoothing).
     Source: Automodel#3907, ms-swift#6966.
     """
-    if is_ours(subject):
+    if is_ours(run_facts):
         return None
     fix = "use_liger_kernel: true, or a smaller per_device_train_batch_size"
-    text, tokens = out_of_memory(subject), micro_batch_tokens(subject)
-    size = logits_bytes(subject, tokens[0]) if tokens else None
+    text, tokens = out_of_memory(run_facts), micro_batch_tokens(run_facts)
+    size = logits_bytes(run_facts, tokens[0]) if tokens else None
     if text is not None and re.search(r"logits|cross_entropy|lm_head|compute_loss|log_softmax|\.float\(\)", text):
         says = "the memory ran out at the loss" + (f", whose logits take about {size / _GIB:.1f} GiB" if size else "")
         return Signal("F72", "measured", says, 0.8, {"bytes": size}, fix=fix)
-    memory, get = setting(subject, "memory_bytes"), subject.settings.get
+    memory, get = setting(run_facts, "memory_bytes"), run_facts.settings.get
     is_fused = get("use_liger_kernel") or (get("tool") == "trl" and not get("label_smoothing_factor"))
     if size is None or memory is None or is_fused or size <= memory / 3:
         return None
-    base, activations = weight_bytes(subject), activation_bytes(subject, tokens[0] if tokens else 0, True)
+    base, activations = weight_bytes(run_facts), activation_bytes(run_facts, tokens[0] if tokens else 0, True)
     if base is None or activations is None or base + activations + size <= memory:
         return None
-    shape = shape_of(subject) or {}
+    shape = shape_of(run_facts) or {}
     says = f"logits of {tokens[0] if tokens else 0:,.0f} tokens x {shape.get('vocabulary', 0):,} take about "
     says += f"{size / _GIB:.1f} GiB of the card's {memory / _GIB:.1f}"
     return Signal("F72", "measured", says, 0.75, {"bytes": size, "memory": memory}, fix=fix)
 
 
 @rule("F73", needs=("settings",))
-def recompiles(subject: Subject) -> Signal | None:
+def recompiles(run_facts: RunFacts) -> Signal | None:
     """F73: compiled layers are compiled anew for every length.
 
     Sees: the message of torch's compiler about its limit; or compiling on, padding to the longest row of each batch,
@@ -129,11 +129,13 @@ def recompiles(subject: Subject) -> Signal | None:
     Source: pytorch#188150.
     """
     fix = "pad to few lengths (pad_to_multiple_of: 256, packing: true), or torch_compile: false"
-    if line := has_error(subject, r"recompile_limit|cache_size_limit|torch\._dynamo hit config"):
+    if line := has_error(run_facts, r"recompile_limit|cache_size_limit|torch\._dynamo hit config"):
         return Signal("F73", "invariant", f"the log says: {line}", 0.95, {}, fix=fix)
-    get, lengths = subject.settings.get, row_lengths(subject)
-    is_padded = get("packing") or (setting(subject, "pad_to_multiple_of") or 0) >= 64 or get("padding") == "max_length"
-    if is_ours(subject) or get("torch_compile") is not True or is_padded or get("torch_compile_dynamic"):
+    get, lengths = run_facts.settings.get, row_lengths(run_facts)
+    is_padded = (
+        get("packing") or (setting(run_facts, "pad_to_multiple_of") or 0) >= 64 or get("padding") == "max_length"
+    )
+    if is_ours(run_facts) or get("torch_compile") is not True or is_padded or get("torch_compile_dynamic"):
         return None
     distinct = len(np.unique(lengths))
     if distinct < 16:
@@ -143,7 +145,7 @@ def recompiles(subject: Subject) -> Signal | None:
 
 
 @rule("F74", needs=("settings", "trace"), probes=("P9",))
-def accumulation_scaled(subject: Subject) -> Signal | None:
+def accumulation_scaled(run_facts: RunFacts) -> Signal | None:
     """F74: the loss of accumulated micro-batches is not divided as it should be.
 
     Sees: logged training losses that are the number of micro-batches times the held-out losses. What decides is the
@@ -156,15 +158,15 @@ def accumulation_scaled(subject: Subject) -> Signal | None:
     Wrong when: training rows are really that much harder than held-out ones.
     Source: transformers#34191, #35438, #37197, #37766.
     """
-    count, trace = setting(subject, "gradient_accumulation_steps"), subject.trace
-    if is_ours(subject) or trace is None or not count or count < 3 or not len(trace.loss_S):
+    count, trace = setting(run_facts, "gradient_accumulation_steps"), run_facts.trace
+    if is_ours(run_facts) or trace is None or not count or count < 3 or not len(trace.loss_S):
         return None
     ratios = []
     for step, held_out in zip(trace.eval_step_E, trace.eval_loss_E, strict=True):
         near = trace.loss_S[np.isfinite(trace.loss_S) & (np.abs(trace.step_S - step) <= max(2, 0.1 * step))]
         if len(near) and math.isfinite(held_out) and held_out > 0.1:
             ratios.append(float(near.mean() / held_out))
-    shape, first = shape_of(subject), float(trace.loss_S[0])
+    shape, first = shape_of(run_facts), float(trace.loss_S[0])
     fix = "divide by num_items_in_batch (upgrade transformers, or accept the argument in compute_loss)"
     if ratios and abs(float(np.median(ratios)) / count - 1) < 0.2:
         says = f"training losses are {np.median(ratios):.1f} times the held-out ones, with {count:.0f} micro-batches"

@@ -20,7 +20,7 @@ from solotune.diagnosis.facts.derived import (
 from solotune.diagnosis.facts.rows import examples_of, rows_of
 from solotune.diagnosis.rules import rule
 from solotune.diagnosis.rules.loop import last_step, tail_decides
-from solotune.diagnosis.subject import Subject
+from solotune.diagnosis.run_facts import RunFacts
 
 SORTED = 0.7
 """Rank correlation of place and length (or answer), which a shuffled file of a hundred rows has with probability
@@ -30,7 +30,7 @@ LONG_TAIL = 8.0
 
 
 @rule("F40", needs=("settings",))
-def sorted_rows(subject: Subject) -> Signal | None:
+def sorted_rows(run_facts: RunFacts) -> Signal | None:
     """F40: rows are sorted and are trained on in that order.
 
     Sees: a sampler that does not shuffle, and rows whose place says how long they are or what they answer; batches
@@ -42,22 +42,22 @@ def sorted_rows(subject: Subject) -> Signal | None:
     Wrong when: a curriculum is meant.
     Source: Karpathy's recipe; 1.94 instead of 1.72 (measured).
     """
-    get = subject.settings.get
-    if is_ours(subject) or get("shuffle") is not False:
+    get = run_facts.settings.get
+    if is_ours(run_facts) or get("shuffle") is not False:
         return None
-    rows = examples_of(subject)
+    rows = examples_of(run_facts)
     if len(rows) < 20:
         return None
-    what, found = order_of(subject)
+    what, found = order_of(run_facts)
     if found < SORTED:
         return None
     says = f"rows are not shuffled, and their place in the file follows {what} (rank correlation {found:.2f})"
     return Signal("F40", "measured", says, 0.85, {"correlation": found}, fix="shuffle: true")
 
 
-def order_of(subject: Subject) -> tuple[str, float]:
+def order_of(run_facts: RunFacts) -> tuple[str, float]:
     """What the order of the rows follows most, and its rank correlation with their place, without sign."""
-    rows, answers = examples_of(subject), answers_of(chats_of(subject))
+    rows, answers = examples_of(run_facts), answers_of(chats_of(run_facts))
     length = np.array([len(row.input_ids) for row in rows], float)
     learned = np.array([int(row.supervised.sum()) for row in rows], float)
     first = np.array([int(row.input_ids[row.supervised][0]) if row.supervised.any() else -1 for row in rows], float)
@@ -91,7 +91,7 @@ def _run_share(answers: list[str]) -> float:
 
 
 @rule("F41", needs=("settings",))
-def repeated_by_workers(subject: Subject) -> Signal | None:
+def repeated_by_workers(run_facts: RunFacts) -> Signal | None:
     """F41: every loader worker reads all of the data.
 
     Sees: rows that come N times in the batches and once in the data, with N workers; a run of N times the planned
@@ -102,29 +102,29 @@ def repeated_by_workers(subject: Subject) -> Signal | None:
     Wrong when: rows are repeated on purpose.
     Source: datasets#3423, pytorch#30599.
     """
-    workers = setting(subject, "dataloader_num_workers") or 0
-    if is_ours(subject) or workers < 2:
+    workers = setting(run_facts, "dataloader_num_workers") or 0
+    if is_ours(run_facts) or workers < 2:
         return None
     fix = "shard the iterable data set by worker (torch.utils.data.get_worker_info), or dataloader_num_workers: 0"
-    seen = [row.input_ids.tobytes() for batch in subject.batches for row in rows_of(batch)]
-    own = [row.input_ids.tobytes() for row in subject.train]
+    seen = [row.input_ids.tobytes() for batch in run_facts.batches for row in rows_of(batch)]
+    own = [row.input_ids.tobytes() for row in run_facts.train]
     again = 1 - len(set(seen)) / len(seen) if seen else 0.0
     if len(seen) >= 8 and again >= 0.4 and (not own or len(set(own)) > 0.9 * len(own)):
         says = f"{again:.0%} of the rows in the batches repeat an earlier one, with {workers:.0f} workers"
         return Signal("F41", "invariant", says, 0.9, {"again": again, "workers": workers}, fix=fix)
-    is_stream = subject.settings.get("iterable") is True or subject.settings.get("streaming") is True
-    total, planned = planned_steps(subject), steps_of_epochs(subject)
+    is_stream = run_facts.settings.get("iterable") is True or run_facts.settings.get("streaming") is True
+    total, planned = planned_steps(run_facts), steps_of_epochs(run_facts)
     if total and planned and abs(total / planned / workers - 1) < 0.1:
         says = f"the run has {total:,} steps where its rows make {planned:,}, with {workers:.0f} workers"
         return Signal("F41", "measured", says, 0.8, {"steps": total, "planned": planned}, fix=fix)
-    if is_stream and subject.settings.get("sharded") is False:
+    if is_stream and run_facts.settings.get("sharded") is False:
         says = f"an iterable data set is read by {workers:.0f} workers and not sharded"
         return Signal("F41", "invariant", says, 0.85, {"workers": workers}, fix=fix)
     return None
 
 
 @rule("F42", probes=("P11",))
-def long_tail(subject: Subject) -> Signal | None:
+def long_tail(run_facts: RunFacts) -> Signal | None:
     """F42: a few very long rows decide the peak of memory, at a late step.
 
     Sees: a longest row that is many times the 95th percentile, together with an out-of-memory error after the first
@@ -135,21 +135,22 @@ def long_tail(subject: Subject) -> Signal | None:
     Wrong when: something else took the memory.
     Source: litgpt#159, LlamaFactory#3668, transformers#11388.
     """
-    lengths = row_lengths(subject)
-    limit = setting(subject, "max_length")
-    if is_ours(subject) or len(lengths) < 20:
+    lengths = row_lengths(run_facts)
+    limit = setting(run_facts, "max_length")
+    if is_ours(run_facts) or len(lengths) < 20:
         return None
     if limit:
         lengths = np.minimum(lengths, limit)
     usual, longest = float(np.quantile(lengths, 0.95)), float(lengths.max())
     ratio = longest / max(usual, 1)
     fix, numbers = f"max_length: {int(-(-usual * 1.25 // 64) * 64)}", {"longest": longest, "p95": usual}
-    if out_of_memory(subject) is not None and last_step(subject) > 3 and ratio > 2:
+    if out_of_memory(run_facts) is not None and last_step(run_facts) > 3 and ratio > 2:
         says = (
-            f"the memory ran out after step {last_step(subject):,}; the longest row has {longest:,.0f} tokens, 95 % of"
+            f"the memory ran out after step {last_step(run_facts):,}; the longest row has {longest:,.0f} tokens, 95 % of "
+            f"them at most {usual:,.0f}"
         )
-        return Signal("F42", "measured", f"{says} them at most {usual:,.0f}", 0.85, numbers, fix=fix)
-    if ratio > 2 and tail_decides(subject):
+        return Signal("F42", "measured", says, 0.85, numbers, fix=fix)
+    if ratio > 2 and tail_decides(run_facts):
         says = f"the longest row has {longest:,.0f} tokens and does not fit; 95 % have at most {usual:,.0f} and do"
         return Signal("F42", "measured", says, 0.8, numbers, fix=fix)
     if ratio < LONG_TAIL:

@@ -11,13 +11,13 @@ from solotune.diagnosis.facts.derived import mapping
 from solotune.diagnosis.facts.labels import LabelFacts
 from solotune.diagnosis.facts.texts import Batches, Line
 from solotune.diagnosis.rules import rule, signals_of_rows
-from solotune.diagnosis.subject import Subject
+from solotune.diagnosis.run_facts import RunFacts
 
 SOME = 0.1  # of the documents
 
 
 @rule("F31", needs=("batches",), probes=("P3",))
-def documents_not_kept_apart(subject: Subject) -> Signal | None:
+def documents_not_kept_apart(run_facts: RunFacts) -> Signal | None:
     """F31: several documents in a sequence, and nothing in the batch that keeps them apart.
 
     Sees: rows behind one another without restarting positions or a mask of blocks; or restarting positions beside an
@@ -28,7 +28,7 @@ def documents_not_kept_apart(subject: Subject) -> Signal | None:
     Wrong when: the collator's marks are read by a model of one's own.
     Source: trl#805, #3067, #3910 (0.03 to 0.15 of the final loss); logits 0.0 against 14 to 15.
     """
-    batches = Batches.of(subject)
+    batches = Batches.of(run_facts)
     packed = [(raw, line) for raw, lines in zip(batches.raw, batches.sequences, strict=True) for line in lines
               if len(line.starts) > 1]  # fmt: skip
     if not packed:
@@ -46,7 +46,7 @@ def documents_not_kept_apart(subject: Subject) -> Signal | None:
 
 
 @rule("F32", needs=("batches",), probes=("P3",))
-def positions_not_restarted(subject: Subject) -> Signal | None:
+def positions_not_restarted(run_facts: RunFacts) -> Signal | None:
     """F32: documents of a pack are kept apart by a mask, and their positions go on counting.
 
     Sees: a mask of blocks, or numbered documents, with positions that do not restart (or none).
@@ -57,7 +57,7 @@ def positions_not_restarted(subject: Subject) -> Signal | None:
     Wrong when: the model makes its positions out of the mask.
     Source: torchtune#875.
     """
-    batches = Batches.of(subject)
+    batches = Batches.of(run_facts)
     seen = packed = 0
     for raw, lines in zip(batches.raw, batches.sequences, strict=True):
         for line in lines:
@@ -73,7 +73,7 @@ def positions_not_restarted(subject: Subject) -> Signal | None:
 
 
 @rule("F33", needs=("batches",))
-def packing_cuts_rows(subject: Subject) -> Signal | None:
+def packing_cuts_rows(run_facts: RunFacts) -> Signal | None:
     """F33: packing splits rows over sequences, or drops what does not fit.
 
     Sees: packed sequences that end in the midst of a row: answers that nothing ends at the edge of a full sequence.
@@ -83,9 +83,9 @@ def packing_cuts_rows(subject: Subject) -> Signal | None:
     Wrong when: long plain texts are wrapped on purpose, as in pretraining.
     Source: TRL's config: `bfd` truncates, `wrapped` cuts.
     """
-    facts = LabelFacts.of(subject)
+    facts = LabelFacts.of(run_facts)
     batches = facts.batches
-    if not (batches.is_packed or subject.settings.get("packing")) or not facts.roles.ends:
+    if not (batches.is_packed or run_facts.settings.get("packing")) or not facts.roles.ends:
         return None
     ends = facts.roles.ends
     lasts, inner = [], []
@@ -105,13 +105,13 @@ def packing_cuts_rows(subject: Subject) -> Signal | None:
 
 
 @rule("F33", needs=("settings",))
-def cut_before_packing(subject: Subject) -> list[Signal]:
+def cut_before_packing(run_facts: RunFacts) -> list[Signal]:
     """F33, of TRL's best-fit packing: it truncates rows that are longer than a pack, and `max_length` is the pack's."""
-    told = mapping(subject.settings.get("sft"))
+    told = mapping(run_facts.settings.get("sft"))
     if not told.get("packing") or told.get("packing_strategy") != "bfd":
         return []
     fix = "packing_strategy: bfd_split, or a max_length above the longest row"
-    return [replace(signal, code="F33", fix=fix) for signal in signals_of_rows(subject, "F24")]
+    return [replace(signal, code="F33", fix=fix) for signal in signals_of_rows(run_facts, "F24")]
 
 
 def _claims_by_mask(raw) -> bool:

@@ -11,7 +11,7 @@ from solotune.diagnosis.facts.row_facts import RowFacts
 from solotune.diagnosis.facts.texts import Batches
 from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import rule
-from solotune.diagnosis.subject import Subject
+from solotune.diagnosis.run_facts import RunFacts
 
 ABSOLUTE = frozenset(["gpt2", "gpt_neo", "gpt_bigcode", "openai-gpt", "biogpt", "xglm", "ctrl", "codegen_absolute"])
 """Families whose positions are a table and are counted from the left edge unless they are given."""
@@ -21,7 +21,7 @@ FEW = 0.01
 
 
 @rule("F27", needs=("batches", "model_config"), probes=("P2",))
-def left_padding_moves_positions(subject: Subject) -> Signal | None:
+def left_padding_moves_positions(run_facts: RunFacts) -> Signal | None:
     """F27: padding on the left, and a model that counts its positions from the edge.
 
     Sees: padding before the texts, no position_ids, and a model with a table of positions.
@@ -32,8 +32,8 @@ def left_padding_moves_positions(subject: Subject) -> Signal | None:
     Wrong when: the model makes positions out of the mask itself (OPT does); P2 then speaks against it.
     Source: trl#550, #1842, #4497; logits move by 0.73 on a random GPT-2, by 0.0 with positions given.
     """
-    batches = Batches.of(subject)
-    kind = str(subject.model_config.get("model_type", ""))
+    batches = Batches.of(run_facts)
+    kind = str(run_facts.model_config.get("model_type", ""))
     if kind not in ABSOLUTE or not batches.left_padded or _has_positions(batches):
         return None
     says = f"{batches.left_padded} sequences are padded on the left, and {kind} counts positions from the edge"
@@ -44,7 +44,7 @@ def left_padding_moves_positions(subject: Subject) -> Signal | None:
 
 
 @rule("F28", needs=("batches",), probes=("P2",))
-def pads_attended(subject: Subject) -> Signal | None:
+def pads_attended(run_facts: RunFacts) -> Signal | None:
     """F28: padding before the texts that no attention mask hides.
 
     Sees: runs of the pad at the left edge, and no attention_mask, or one of ones.
@@ -54,7 +54,7 @@ def pads_attended(subject: Subject) -> Signal | None:
     Wrong when: the run is no padding but text.
     Source: logits move by 1.75 (left, no mask), by 0.0 (right, no mask).
     """
-    batches = Batches.of(subject)
+    batches = Batches.of(run_facts)
     seen = [
         line
         for lines in batches.sequences
@@ -71,7 +71,7 @@ def pads_attended(subject: Subject) -> Signal | None:
 
 
 @rule("F29", needs=("batches",))
-def pads_learned(subject: Subject) -> Signal | None:
+def pads_learned(run_facts: RunFacts) -> Signal | None:
     """F29: labels on padding.
 
     Sees: labels at places that attention_mask hides, or in the run of pads at an edge.
@@ -81,7 +81,7 @@ def pads_learned(subject: Subject) -> Signal | None:
     Wrong when: never.
     Source: no thread found; the loss changes with the size of the batch.
     """
-    facts = LabelFacts.of(subject)
+    facts = LabelFacts.of(run_facts)
     if facts.pads_learned <= 0.05 * max(facts.pads, 1):
         return None
     share = facts.pads_learned / facts.pads
@@ -120,7 +120,7 @@ def padding_learned(facts: RowFacts) -> Finding | None:
 
 
 @rule("F30", needs=("batches",))
-def first_token_learned_from_padding(subject: Subject) -> Signal | None:
+def first_token_learned_from_padding(run_facts: RunFacts) -> Signal | None:
     """F30: with padding on the left, the first token of a text is learned from the pad before it.
 
     Sees: a label on the first token behind padding.
@@ -130,7 +130,7 @@ def first_token_learned_from_padding(subject: Subject) -> Signal | None:
     Wrong when: it matters little; it is a minor fault beside any other.
     Source: 261 against 268 labels for the same 8 rows.
     """
-    facts = LabelFacts.of(subject)
+    facts = LabelFacts.of(run_facts)
     if not facts.first_learned or facts.pads_learned:
         return None
     says = f"{facts.first_learned} texts begin with a token that is learned from the padding before it"

@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from solotune.diagnosis.evidence import Signal
-from solotune.diagnosis.facts.derived import adapted, has_error, is_ours, setting
+from solotune.diagnosis.facts.derived import has_error, is_ours, lora_layers, setting
 from solotune.diagnosis.rules import rule
-from solotune.diagnosis.subject import Subject
+from solotune.diagnosis.run_facts import RunFacts
 
 SAFE_RATE = 2e-4
 """At this rate a step of Adam moves every element of a default A in bfloat16; at 1e-5 a quarter of them (computed)."""
 
 
 @rule("F53", needs=("settings",))
-def fp16_overflow(subject: Subject) -> Signal | None:
+def fp16_overflow(run_facts: RunFacts) -> Signal | None:
     """F53: activations overflow the range of float16, or trainable parameters are float16.
 
     Sees: float16 training together with one of: losses that are not finite or exactly zero, the error "Attempting to
@@ -26,15 +26,15 @@ def fp16_overflow(subject: Subject) -> Signal | None:
     Source: transformers#23165, Qwen-VL-Finetune#184, alignment-handbook#139.
     """
     fix = "bf16: true, fp16: false"
-    if line := has_error(subject, r"unscale FP16 gradients"):
+    if line := has_error(run_facts, r"unscale FP16 gradients"):
         return Signal("F53", "invariant", f"the run ended with: {line}", 0.95, {}, fix=fix)
-    get = subject.settings.get
+    get = run_facts.settings.get
     narrow = [
         key for key in ("model_dtype", "adapter_dtype") if str(get(key)).rpartition(".")[2] in ("float16", "half")
     ]
     if get("fp16") is not True and not narrow:
         return None
-    trace, numbers = subject.trace, {"fp16": get("fp16"), "float16": narrow}
+    trace, numbers = run_facts.trace, {"fp16": get("fp16"), "float16": narrow}
     if trace is not None and len(trace.loss_S):
         bad = int((~np.isfinite(trace.loss_S)).sum() + (trace.loss_S == 0).sum())
         bad = max(
@@ -43,22 +43,22 @@ def fp16_overflow(subject: Subject) -> Signal | None:
         if bad:
             says = f"{bad} of {len(trace.loss_S)} logged steps in float16 are not finite, or exactly zero"
             return Signal("F53", "measured", says, 0.85, {**numbers, "steps": bad}, fix=fix)
-    if "adapter_dtype" in narrow or is_half(subject):
+    if "adapter_dtype" in narrow or is_half(run_facts):
         return Signal("F53", "measured", "the adapters are float16", 0.8, numbers, fix=fix)
-    dtype = subject.model_config.get("dtype") or subject.model_config.get("torch_dtype")
+    dtype = run_facts.model_config.get("dtype") or run_facts.model_config.get("torch_dtype")
     if str(dtype).rpartition(".")[2] != "bfloat16":
         return None
     return Signal("F53", "measured", "a checkpoint of bfloat16 is run in float16", 0.55, numbers, fix=fix)
 
 
-def is_half(subject: Subject) -> bool:
+def is_half(run_facts: RunFacts) -> bool:
     """Whether the saved adapter is float16."""
-    dtypes = {str(part.dtype) for parts in adapted(subject).values() for part in parts.values()}
+    dtypes = {str(part.dtype) for parts in lora_layers(run_facts).values() for part in parts.values()}
     return dtypes == {"torch.float16"}
 
 
 @rule("F54", probes=("P6",))
-def updates_lost(subject: Subject) -> Signal | None:
+def updates_lost(run_facts: RunFacts) -> Signal | None:
     """F54: adapters in bfloat16 round small updates away.
 
     Sees: adapters in bfloat16 with a rate below 2e-4. That is a hint: what decides is the share of elements whose
@@ -71,11 +71,11 @@ def updates_lost(subject: Subject) -> Signal | None:
     Wrong when: the adapter was trained in float32 and saved in bfloat16.
     Source: trl#7268, trl#1644, torchtune#2254; trl 1.16 casts the adapters of a 4-bit model itself.
     """
-    rate = setting(subject, "learning_rate")
-    parts = [part for pair in adapted(subject).values() for part in pair.values()]
+    rate = setting(run_facts, "learning_rate")
+    parts = [part for pair in lora_layers(run_facts).values() for part in pair.values()]
     saved = bool(parts) and all(str(part.dtype) == "torch.bfloat16" for part in parts)
-    is_narrow = saved or str(subject.settings.get("adapter_dtype")).rpartition(".")[2] == "bfloat16"
-    if is_ours(subject) or not is_narrow or rate is None or rate >= SAFE_RATE:
+    is_narrow = saved or str(run_facts.settings.get("adapter_dtype")).rpartition(".")[2] == "bfloat16"
+    if is_ours(run_facts) or not is_narrow or rate is None or rate >= SAFE_RATE:
         return None
     says = f"the adapters are bfloat16, and steps of {rate:g} are below what many of their elements can show"
     weight = 0.6 if rate < SAFE_RATE / 4 else 0.35
@@ -83,7 +83,7 @@ def updates_lost(subject: Subject) -> Signal | None:
 
 
 @rule("F55", needs=("trace",))
-def nan_hidden(subject: Subject) -> Signal | None:
+def nan_hidden(run_facts: RunFacts) -> Signal | None:
     """F55: the log replaces losses that are not finite.
 
     Sees: a finite logged loss beside a gradient norm, or an evaluation, that is not; finite losses that are exactly
@@ -95,8 +95,8 @@ def nan_hidden(subject: Subject) -> Signal | None:
     Wrong when: a loss scaler skipped one step (float16 does, at its start).
     Source: trl#6668; transformers' default.
     """
-    trace, get = subject.trace, subject.settings.get
-    if trace is None or get("logging_nan_inf_filter") is False or is_ours(subject):
+    trace, get = run_facts.trace, run_facts.settings.get
+    if trace is None or get("logging_nan_inf_filter") is False or is_ours(run_facts):
         return None
     norm_bad = np.isinf(trace.grad_norm_S) | (np.isnan(trace.grad_norm_S) & np.isfinite(trace.grad_norm_S).any())
     hidden = int((np.isfinite(trace.loss_S) & norm_bad).sum())

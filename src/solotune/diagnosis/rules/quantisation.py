@@ -7,20 +7,20 @@ from typing import Any
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.derived import in_4bit, is_ours, mapping
 from solotune.diagnosis.rules import rule
-from solotune.diagnosis.subject import Subject
+from solotune.diagnosis.run_facts import RunFacts
 
 _LEVELS = 17
 """Distinct values of 64 weights in 4 bits, and one more for a zero that rounding made."""
 
 
-def quantises(subject: Subject) -> bool:
+def quantises(run_facts: RunFacts) -> bool:
     """Whether a quantised base was asked for, in whatever words."""
-    get = subject.settings.get
-    return in_4bit(subject) or get("load_in_8bit") is True or bool(get("quantization_config"))
+    get = run_facts.settings.get
+    return in_4bit(run_facts) or get("load_in_8bit") is True or bool(get("quantization_config"))
 
 
 @rule("F49", needs=("settings", "model_config"))
-def quantised_twice(subject: Subject) -> Signal | None:
+def quantised_twice(run_facts: RunFacts) -> Signal | None:
     """F49: a checkpoint that is quantised already is asked to be quantised again.
 
     Sees: `quantization_config` in the checkpoint's config.json, and another quantisation in the settings.
@@ -31,11 +31,11 @@ def quantised_twice(subject: Subject) -> Signal | None:
     Wrong when: the loader expands the checkpoint first.
     Source: Qwen3-VL#888, unsloth#6087.
     """
-    has = mapping(subject.model_config.get("quantization_config"))
-    if not has or not quantises(subject):
+    has = mapping(run_facts.model_config.get("quantization_config"))
+    if not has or not quantises(run_facts):
         return None
     method = str(has.get("quant_method") or ("bitsandbytes" if has.get("load_in_4bit") else "unknown")).lower()
-    if method == "bitsandbytes" and bool(has.get("load_in_4bit")) == in_4bit(subject):
+    if method == "bitsandbytes" and bool(has.get("load_in_4bit")) == in_4bit(run_facts):
         return None
     says = f"the checkpoint is quantised already ({method}), and the settings quantise it again"
     fix = "take the 16-bit checkpoint of this model, or remove load_in_4bit"
@@ -43,7 +43,7 @@ def quantised_twice(subject: Subject) -> Signal | None:
 
 
 @rule("F50", needs=("settings",))
-def computes_in_float32(subject: Subject) -> Signal | None:
+def computes_in_float32(run_facts: RunFacts) -> Signal | None:
     """F50: 4-bit layers compute in float32.
 
     Sees: a 4-bit base whose `bnb_4bit_compute_dtype` is float32 or left out (float32 is its default), in a training
@@ -55,10 +55,10 @@ def computes_in_float32(subject: Subject) -> Signal | None:
     Wrong when: the wrapper sets it (Unsloth does).
     Source: bitsandbytes#2077; h2ogpt#682 (5 to 16 tokens/s).
     """
-    get = subject.settings.get
+    get = run_facts.settings.get
     dtype = get("bnb_4bit_compute_dtype")
     is_wide = dtype is None or str(dtype).rpartition(".")[2] in ("float32", "fp32", "float")
-    if is_ours(subject) or not in_4bit(subject) or not is_wide or get("tool") == "unsloth":
+    if is_ours(run_facts) or not in_4bit(run_facts) or not is_wide or get("tool") == "unsloth":
         return None
     in_16 = get("bf16") is True or get("fp16") is True
     if not in_16 and (get("bf16") is False or get("fp16") is False):
@@ -69,7 +69,7 @@ def computes_in_float32(subject: Subject) -> Signal | None:
 
 
 @rule("F51", needs=("settings",))
-def not_quantised(subject: Subject) -> Signal | None:
+def not_quantised(run_facts: RunFacts) -> Signal | None:
     """F51: the quantisation that was asked for did not take place.
 
     Sees: a setting that asks for 4 or 8 bits, and in what held none; or no module of the model that is quantised.
@@ -80,22 +80,22 @@ def not_quantised(subject: Subject) -> Signal | None:
     Wrong when: the modules are of a library that this rule does not know.
     Source: trl only warns where the model is there already.
     """
-    asked, held = subject.settings.asked, subject.settings.values
+    asked, held = run_facts.settings.asked, run_facts.settings.values
     fix = "from_pretrained(..., quantization_config=BitsAndBytesConfig(load_in_4bit=True, ...))"
     for key in ("load_in_4bit", "load_in_8bit", "quantization_config"):
         if asked.get(key) and key in held and not held[key]:
             return Signal("F51", "invariant", f"{key} was asked for and did not hold", 0.9, {"key": key}, fix=fix)
-    if quantises(subject) and held.get("num_quantised_modules") == 0:
+    if quantises(run_facts) and held.get("num_quantised_modules") == 0:
         return Signal("F51", "invariant", "no module of the model is quantised", 0.95, {"quantised": 0}, fix=fix)
     return None
 
 
 @rule("F51", needs=("settings", "live"))
-def none_is_quantised(subject: Subject) -> Signal | None:
+def none_is_quantised(run_facts: RunFacts) -> Signal | None:
     """F51, of the loaded model: 4 bits were asked for and no parameter is packed."""
-    if is_ours(subject) or not quantises(subject) or subject.live is None:
+    if is_ours(run_facts) or not quantises(run_facts) or run_facts.live is None:
         return None
-    model = subject.live().model
+    model = run_facts.live().model
     if any(_is_quantised(module) for module in model.modules()):
         return None
     fix = "from_pretrained(..., quantization_config=BitsAndBytesConfig(load_in_4bit=True, ...))"
@@ -109,7 +109,7 @@ def _is_quantised(module: Any) -> bool:
 
 
 @rule("F52", needs=("settings",))
-def head_left_unprotected(subject: Subject) -> Signal | None:
+def head_left_unprotected(run_facts: RunFacts) -> Signal | None:
     """F52: the output head, or a router, is quantised too.
 
     Sees: `llm_int8_skip_modules` without the head in it, which clears the default that leaves it out; a head whose
@@ -121,8 +121,8 @@ def head_left_unprotected(subject: Subject) -> Signal | None:
     Wrong when: the head is tied to an embedding that is left as it is.
     Source: transformers#45674, axolotl#3953.
     """
-    skipped = subject.settings.get("llm_int8_skip_modules")
-    if not skipped or not quantises(subject) or subject.model_config.get("tie_word_embeddings") is True:
+    skipped = run_facts.settings.get("llm_int8_skip_modules")
+    if not skipped or not quantises(run_facts) or run_facts.model_config.get("tie_word_embeddings") is True:
         return None
     names = [skipped] if isinstance(skipped, str) else list(map(str, skipped))
     if any("lm_head" in name or "embed_out" in name or "output" in name for name in names):
@@ -133,11 +133,11 @@ def head_left_unprotected(subject: Subject) -> Signal | None:
 
 
 @rule("F52", needs=("live",))
-def head_has_few_values(subject: Subject) -> Signal | None:
+def head_has_few_values(run_facts: RunFacts) -> Signal | None:
     """F52, of the loaded model: 64 neighbouring weights of the head have no more values than 4 bits can hold."""
     import torch
 
-    model = subject.live().model if subject.live is not None else None
+    model = run_facts.live().model if run_facts.live is not None else None
     head = getattr(model, "get_output_embeddings", lambda: None)()
     weight = getattr(head, "weight", None)
     if weight is None:

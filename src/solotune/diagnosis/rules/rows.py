@@ -23,7 +23,7 @@ from solotune.diagnosis.facts.row_facts import RowFacts
 from solotune.diagnosis.facts.rows import examples_of
 from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import rule
-from solotune.diagnosis.subject import Subject
+from solotune.diagnosis.run_facts import RunFacts
 
 MOST = 0.5
 """The whole file, not some rows: severity error."""
@@ -86,9 +86,9 @@ def empty_answers(facts: RowFacts) -> Finding | None:
 
 
 @rule("F34", otherwise=True)
-def chats_without_answers(subject: Subject) -> Signal | None:
+def chats_without_answers(run_facts: RunFacts) -> Signal | None:
     """F34, of conversations that could not be rendered."""
-    answers = answers_of(chats_of(subject))
+    answers = answers_of(chats_of(run_facts))
     empty = sum(not text.strip() for text in answers)
     if empty < max(3, 0.01 * len(answers)):
         return None
@@ -135,9 +135,9 @@ def constant_answers(facts: RowFacts) -> Finding | None:
 
 
 @rule("F35", otherwise=True)
-def chats_with_one_answer(subject: Subject) -> Signal | None:
+def chats_with_one_answer(run_facts: RunFacts) -> Signal | None:
     """F35, of conversations that could not be rendered."""
-    answers = [text.strip() for text in answers_of(chats_of(subject))]
+    answers = [text.strip() for text in answers_of(chats_of(run_facts))]
     if len(answers) < 20:
         return None
     text, count = Counter(answers).most_common(1)[0]
@@ -191,9 +191,9 @@ def broken_turns(facts: RowFacts) -> Finding | None:
 
 
 @rule("F36", otherwise=True)
-def foreign_roles(subject: Subject) -> Signal | None:
+def foreign_roles(run_facts: RunFacts) -> Signal | None:
     """F36, of conversations that could not be rendered: their roles are named otherwise, or do not take turns."""
-    chats = chats_of(subject)
+    chats = chats_of(run_facts)
     if not chats:
         return None
     fix = "name the roles system, user and assistant, in turns (column_mapping, or the file itself)"
@@ -270,9 +270,9 @@ def misaligned_answers(facts: RowFacts) -> Finding | None:
 
 
 @rule("F38", otherwise=True)
-def shuffled_answers(subject: Subject) -> Signal | None:
+def shuffled_answers(run_facts: RunFacts) -> Signal | None:
     """F38, of answers that take up rare words of prompts all over the data, and not of their own."""
-    found = alignment_of(_asked_and_answered(chats_of(subject)))
+    found = alignment_of(_asked_and_answered(chats_of(run_facts)))
     if found is None:
         return None
     says = f"{found.linked} of {found.rows} answers take up a rare word of some prompt, {found.own} of their own one"
@@ -336,10 +336,10 @@ def duplicates(facts: RowFacts) -> Finding | None:
 
 
 @rule("F39", otherwise=True)
-def repeated_rows(subject: Subject) -> Signal | None:
+def repeated_rows(run_facts: RunFacts) -> Signal | None:
     """F39, of rows that another trainer made, or of conversations that could not be rendered."""
-    rows = examples_of(subject) if subject.train else []
-    keys = [row.input_ids.tobytes() for row in rows] or [repr(chat) for chat in chats_of(subject)]
+    rows = examples_of(run_facts) if run_facts.train else []
+    keys = [row.input_ids.tobytes() for row in rows] or [repr(chat) for chat in chats_of(run_facts)]
     again = len(keys) - len(set(keys))
     if again < max(3, 0.2 * len(keys)):
         return None

@@ -8,11 +8,11 @@ import numpy as np
 
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.derived import (
-    adapted,
     has_error,
     is_lora,
     is_ours,
     is_scale_free,
+    lora_layers,
     out_of_memory,
     planned_steps,
     setting,
@@ -20,7 +20,7 @@ from solotune.diagnosis.facts.derived import (
     warmup_steps,
 )
 from solotune.diagnosis.rules import rule
-from solotune.diagnosis.subject import Subject, Trace
+from solotune.diagnosis.run_facts import RunFacts, Trace
 
 LOW_RATE = 3e-5
 """The best rates of LoRA are some ten times those of full fine-tuning (LoRA Without Regret); 2e-5 is among the
@@ -37,7 +37,7 @@ DECAYED = 5.0
 
 
 @rule("F64", needs=("settings",), probes=("P7",))
-def rate_too_low(subject: Subject) -> Signal | None:
+def rate_too_low(run_facts: RunFacts) -> Signal | None:
     """F64: the learning rate is too low.
 
     Sees: a rate of full fine-tuning on adapters. It is a hint only; what decides is the range test, in which ten times
@@ -50,8 +50,8 @@ def rate_too_low(subject: Subject) -> Signal | None:
     Wrong when: the adapter continues a training that had nearly ended.
     Source: LoRA Without Regret (optimum some 10 times that of full fine-tuning); TRL's default is 2e-5.
     """
-    rate = setting(subject, "learning_rate")
-    if rate is None or rate > LOW_RATE or not is_lora(subject):
+    rate = setting(run_facts, "learning_rate")
+    if rate is None or rate > LOW_RATE or not is_lora(run_facts):
         return None
     weight = min(0.7, 0.4 + 0.15 * math.log10(LOW_RATE / max(rate, 1e-12)))
     says = f"the rate {rate:g} is one of full fine-tuning; adapters are usually trained at 1e-4 to 5e-4"
@@ -59,7 +59,7 @@ def rate_too_low(subject: Subject) -> Signal | None:
 
 
 @rule("F65", needs=("settings",))
-def warmup_past_the_end(subject: Subject) -> Signal | None:
+def warmup_past_the_end(run_facts: RunFacts) -> Signal | None:
     """F65: the warm-up is longer than the run, or most of it.
 
     Sees: more steps of warm-up than half of the planned steps.
@@ -69,17 +69,17 @@ def warmup_past_the_end(subject: Subject) -> Signal | None:
     Wrong when: the rest of the run comes later, from a checkpoint.
     Source: CAIL2020#1, prime-rl#968; transformers 5 reads `warmup_steps` below 1 as a share.
     """
-    warmup, total = warmup_steps(subject), planned_steps(subject)
-    if subject.settings.get("lr_scheduler_type") == "constant" or not warmup or not total or warmup <= total / 2:
+    warmup, total = warmup_steps(run_facts), planned_steps(run_facts)
+    if run_facts.settings.get("lr_scheduler_type") == "constant" or not warmup or not total or warmup <= total / 2:
         return None
     says = f"the rate rises for {warmup:,.0f} steps of a run of {total:,}"
-    return Signal("F65", "invariant", says, 0.95, {"warmup_steps": warmup, "steps": total}, fix=_warmup_fix(subject))
+    return Signal("F65", "invariant", says, 0.95, {"warmup_steps": warmup, "steps": total}, fix=_warmup_fix(run_facts))
 
 
 @rule("F65", needs=("trace",))
-def rises_to_the_end(subject: Subject) -> Signal | None:
+def rises_to_the_end(run_facts: RunFacts) -> Signal | None:
     """F65, of the trace: the logged rate still rises past the middle of the run."""
-    known = _rates(subject)
+    known = _rates(run_facts)
     if known is None:
         return None
     step, rate, total = known
@@ -87,21 +87,21 @@ def rises_to_the_end(subject: Subject) -> Signal | None:
     is_rising = top >= len(rate) - 2 and bool((np.diff(rate[: top + 1]) > 0).all())
     if not is_rising or len(rate) < 4 or step[-1] < 0.6 * total:
         return None
-    asked = setting(subject, "learning_rate")
+    asked = setting(run_facts, "learning_rate")
     says = f"the logged rate still rises at step {step[-1]:,} of {total:,}"
     says += f" and is {rate[-1] / asked:.0%} of the {asked:g} that was asked for" if asked else ""
     return Signal(
-        "F65", "invariant", says, 0.9, {"last_rate": float(rate[-1]), "asked": asked}, fix=_warmup_fix(subject)
+        "F65", "invariant", says, 0.9, {"last_rate": float(rate[-1]), "asked": asked}, fix=_warmup_fix(run_facts)
     )
 
 
-def _warmup_fix(subject: Subject) -> str:
-    has_steps = (setting(subject, "warmup_steps") or 0) >= 1
+def _warmup_fix(run_facts: RunFacts) -> str:
+    has_steps = (setting(run_facts, "warmup_steps") or 0) >= 1
     return "warmup_steps: 0, warmup_ratio: 0.03" if has_steps else "warmup_ratio: 0.03"
 
 
 @rule("F66", needs=("trace",))
-def schedule_of_another_length(subject: Subject) -> Signal | None:
+def schedule_of_another_length(run_facts: RunFacts) -> Signal | None:
     """F66: the schedule is made for another number of steps than the run has.
 
     Sees: a logged rate of zero (below 1/10,000 of its peak) for more than a twentieth of the run, behind the peak; or a
@@ -114,7 +114,7 @@ def schedule_of_another_length(subject: Subject) -> Signal | None:
     Wrong when: several schedules follow one another on purpose.
     Source: transformers#671, CAIL2020#1 (accumulation divided out twice).
     """
-    known = _rates(subject)
+    known = _rates(run_facts)
     if known is None:
         return None
     step, rate, total = known
@@ -130,7 +130,7 @@ def schedule_of_another_length(subject: Subject) -> Signal | None:
         says = f"the logged rate is down at step {turn:,} and rises again as it fell: the schedule is for {turn:,} "
         says += f"steps, and the run has {total:,}"
         return Signal("F66", "invariant", says, 0.95, {**numbers, "zero_from": turn}, fix=_length_fix(total))
-    decays = str(subject.settings.get("lr_scheduler_type")) in ("cosine", "linear")
+    decays = str(run_facts.settings.get("lr_scheduler_type")) in ("cosine", "linear")
     is_over = step[-1] >= 0.98 * total and len(rate) >= 4 and top < len(rate) - 2
     if decays and is_over and rate[-1] > 0.5 * rate[top]:
         says = f"the run ends at {rate[-1] / rate[top]:.0%} of the peak rate, of a schedule that should end at zero"
@@ -165,9 +165,9 @@ def _length_fix(total: int) -> str:
     return f"make the schedule for the {total:,} steps of the run (num_training_steps={total})"
 
 
-def _rates(subject: Subject) -> tuple[np.ndarray, np.ndarray, int] | None:
+def _rates(run_facts: RunFacts) -> tuple[np.ndarray, np.ndarray, int] | None:
     """(steps, rates, all steps) where a rate was logged and it is known how long the run was to be."""
-    trace, total = subject.trace, planned_steps(subject)
+    trace, total = run_facts.trace, planned_steps(run_facts)
     if trace is None or not len(trace.step_S) or (total is None and not trace.is_finished):
         return None
     has = np.isfinite(trace.learning_rate_S)
@@ -178,7 +178,7 @@ def _rates(subject: Subject) -> tuple[np.ndarray, np.ndarray, int] | None:
 
 
 @rule("F67", needs=("settings",), probes=("P7",))
-def rate_too_high(subject: Subject) -> Signal | None:
+def rate_too_high(run_facts: RunFacts) -> Signal | None:
     """F67: the learning rate is too high.
 
     Sees: a rate far above any recipe; the largest gradient norm at more than fifty times the median together with a
@@ -191,10 +191,10 @@ def rate_too_high(subject: Subject) -> Signal | None:
     Wrong when: the optimizer's rates are of another size (SGD).
     Source: measured (a plateau at 4.7 at fifty times the rate).
     """
-    rate = setting(subject, "learning_rate")
-    shape = shape_of(subject)
+    rate = setting(run_facts, "learning_rate")
+    shape = shape_of(run_facts)
     high = HIGH_RATE * max(1.0, 1024 / shape["hidden"]) if shape else 4 * HIGH_RATE
-    if rate is None or rate < high or not is_lora(subject) or not is_scale_free(subject):
+    if rate is None or rate < high or not is_lora(run_facts) or not is_scale_free(run_facts):
         return None
     weight = min(0.8, 0.35 + 0.3 * math.log10(rate / high))
     return Signal("F67", "measured", f"the rate {rate:g} is far above what adapters are trained with", weight,
@@ -202,15 +202,15 @@ def rate_too_high(subject: Subject) -> Signal | None:
 
 
 @rule("F67", needs=("trace",))
-def diverged(subject: Subject) -> Signal | None:
+def diverged(run_facts: RunFacts) -> Signal | None:
     """F67, of the trace: gradients that jump and a loss that stays up behind them."""
-    trace = subject.trace
+    trace = run_facts.trace
     if trace is None or len(trace.loss_S) < 8 or trace.seams:
         return None
-    rate, fix = setting(subject, "learning_rate"), "a tenth of the learning rate"
+    rate, fix = setting(run_facts, "learning_rate"), "a tenth of the learning rate"
     fix = f"learning_rate: {rate / 10:g}" if rate else fix
     finite = np.isfinite(trace.loss_S)
-    if finite[: len(finite) // 2].any() and not finite[-1] and not subject.settings.get("fp16"):
+    if finite[: len(finite) // 2].any() and not finite[-1] and not run_facts.settings.get("fp16"):
         first = int(trace.step_S[np.flatnonzero(~finite)[0]])
         says = f"the loss is not finite from step {first:,} on"
         return Signal("F67", "measured", says, 0.5, {"from_step": first}, fix=fix)
@@ -235,7 +235,7 @@ def lowest_and_last(trace: Trace) -> tuple[float, float]:
 
 
 @rule("F68", needs=("settings",))
-def clipped_to_nothing(subject: Subject) -> Signal | None:
+def clipped_to_nothing(run_facts: RunFacts) -> Signal | None:
     """F68: gradients are clipped to almost nothing.
 
     Sees: a limit at which an average element of the clipped gradient is no larger than Adam's epsilon; or, with an
@@ -246,19 +246,19 @@ def clipped_to_nothing(subject: Subject) -> Signal | None:
     Wrong when: the rate of SGD was raised to make up for it.
     Source: measured (1e-8 with AdamW: 6.82 instead of 1.64; 1e-4 with SGD: 7.30 instead of 2.54).
     """
-    clip = setting(subject, "max_grad_norm")
+    clip = setting(run_facts, "max_grad_norm")
     if clip is None or clip <= 0:  # 0: not clipped
         return None
     fix, numbers = "max_grad_norm: 1.0", {"max_grad_norm": clip}
-    if is_scale_free(subject):
-        epsilon = setting(subject, "adam_epsilon") or 1e-8
-        count = sum(part.numel() for parts in adapted(subject).values() for part in parts.values()) or 10_000
+    if is_scale_free(run_facts):
+        epsilon = setting(run_facts, "adam_epsilon") or 1e-8
+        count = sum(part.numel() for parts in lora_layers(run_facts).values() for part in parts.values()) or 10_000
         element = clip / math.sqrt(count)
         if element > epsilon:
             return None
         says = f"gradients are clipped to {clip:g}: an element is then {element:.1g}, below Adam's epsilon {epsilon:g}"
         return Signal("F68", "invariant", says, 0.9, {**numbers, "element": element, "epsilon": epsilon}, fix=fix)
-    norms = subject.trace.grad_norm_S if subject.trace else np.zeros(0)
+    norms = run_facts.trace.grad_norm_S if run_facts.trace else np.zeros(0)
     norms = norms[np.isfinite(norms)]
     median = float(np.median(norms)) if len(norms) else 0.3  # a usual norm of adapters' gradients
     if clip > 0.02 * median:
@@ -268,7 +268,7 @@ def clipped_to_nothing(subject: Subject) -> Signal | None:
 
 
 @rule("F69", needs=("settings",))
-def decay_too_large(subject: Subject) -> Signal | None:
+def decay_too_large(run_facts: RunFacts) -> Signal | None:
     """F69: weight decay pulls the adapters back to zero.
 
     Sees: the sum of rate x decay over the run above 5: what was learned in the beginning is multiplied by e^-5.
@@ -278,12 +278,16 @@ def decay_too_large(subject: Subject) -> Signal | None:
     Wrong when: the optimizer does not decouple decay (Adam with L2).
     Source: measured (sum 2: 0.19 nats worse; sum 20: 2.2).
     """
-    decay, rate, total = setting(subject, "weight_decay"), setting(subject, "learning_rate"), planned_steps(subject)
+    decay, rate, total = (
+        setting(run_facts, "weight_decay"),
+        setting(run_facts, "learning_rate"),
+        planned_steps(run_facts),
+    )
     if not decay or not rate or not total:
         return None
-    rates = subject.trace.learning_rate_S if subject.trace else np.zeros(0)
+    rates = run_facts.trace.learning_rate_S if run_facts.trace else np.zeros(0)
     rates = rates[np.isfinite(rates)]
-    flat = "constant" in str(subject.settings.get("lr_scheduler_type"))
+    flat = "constant" in str(run_facts.settings.get("lr_scheduler_type"))
     mean = float(rates.mean()) if len(rates) else rate if flat else rate / 2
     pulled = mean * total * decay
     if pulled < DECAYED / 2:
@@ -296,7 +300,7 @@ def decay_too_large(subject: Subject) -> Signal | None:
 
 
 @rule("F70", needs=("trace",), probes=("P11",))
-def optimizer_memory(subject: Subject) -> Signal | None:
+def optimizer_memory(run_facts: RunFacts) -> Signal | None:
     """F70: the optimizer's state does not fit, or thrashes between host and card.
 
     Sees: an out-of-memory error whose traceback stands in the optimizer's step, at the first step.
@@ -306,11 +310,11 @@ def optimizer_memory(subject: Subject) -> Signal | None:
     Wrong when: the memory was nearly full already and any allocation would have failed.
     Source: bitsandbytes#962, litgpt#391, torchtune#1576 (paging is not needed for LoRA).
     """
-    text = out_of_memory(subject)
+    text = out_of_memory(run_facts)
     if (
-        is_ours(subject)
+        is_ours(run_facts)
         or text is None
-        or not has_error(subject, r"optimizer\.step|in step\b|exp_avg|optim/.*\.py|_init_group")
+        or not has_error(run_facts, r"optimizer\.step|in step\b|exp_avg|optim/.*\.py|_init_group")
     ):
         return None
     says = "the memory ran out in the optimizer's step: " + text.strip().splitlines()[-1][:120]

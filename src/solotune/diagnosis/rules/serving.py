@@ -8,11 +8,11 @@ from pathlib import PurePath
 import numpy as np
 
 from solotune.diagnosis.evidence import Signal
-from solotune.diagnosis.facts.derived import adapted, in_4bit, is_ours, linears, setting
+from solotune.diagnosis.facts.derived import in_4bit, is_ours, linears, lora_layers, setting
 from solotune.diagnosis.rules import rule
 from solotune.diagnosis.rules.adapter import is_all_zero, stayed_zero, zero_products
 from solotune.diagnosis.rules.schedule import mirrored_from
-from solotune.diagnosis.subject import Subject, Trace
+from solotune.diagnosis.run_facts import RunFacts, Trace
 
 JUMP = 1.5
 """Of the rate from one logged step to the next: no schedule rises so behind its warm-up."""
@@ -21,7 +21,7 @@ _ROOT = "base_model.model."
 
 
 @rule("F75", needs=("saved",), probes=("P4", "P12"))
-def empty_adapter(subject: Subject) -> Signal | None:
+def empty_adapter(run_facts: RunFacts) -> Signal | None:
     """F75: the saved adapter is empty or was never trained.
 
     Sees: a file without adapter tensors, or one whose every `lora_B` is exactly zero.
@@ -32,18 +32,18 @@ def empty_adapter(subject: Subject) -> Signal | None:
     Wrong when: it is the checkpoint of step 0 on purpose.
     Source: alpaca-lora#446, alpaca-lora#293, transformers#24551.
     """
-    saved = subject.saved
-    if saved is None or (is_all_zero(subject) and (not saved.in_checkpoint or stayed_zero(subject))):
+    saved = run_facts.saved
+    if saved is None or (is_all_zero(run_facts) and (not saved.in_checkpoint or stayed_zero(run_facts))):
         return None  # both zero: F60
     fix = "save the adapter after training: trainer.train(), then trainer.save_model()"
     others = [name for name in saved.adapter if re.search(r"lora|magnitude|ia3|hada|oft|boft|vera|randlora", name)]
     if not others and not (saved.adapter and saved.adapter_config.get("modules_to_save")):
         says = f"the adapter file holds {len(saved.adapter)} tensors, none of an adapter"
         return Signal("F75", "invariant", says, 0.95, {"tensors": len(saved.adapter)}, fix=fix)
-    zero, whole = zero_products(subject)
+    zero, whole = zero_products(run_facts)
     if not whole or zero < whole:
         return None
-    if stayed_zero(subject):
+    if stayed_zero(run_facts):
         return None
     says = f"all {whole} saved lora_B are exactly zero, so the adapter changes nothing"
     says += ", and those of its checkpoint are not" if saved.in_checkpoint else ""
@@ -51,7 +51,7 @@ def empty_adapter(subject: Subject) -> Signal | None:
 
 
 @rule("F76", needs=("settings",), probes=("P12",))
-def merged_into_other_weights(subject: Subject) -> Signal | None:
+def merged_into_other_weights(run_facts: RunFacts) -> Signal | None:
     """F76: the adapter was merged into other weights than it was trained on.
 
     Sees: a 4-bit base in training and another precision of the base that was merged into, or a merged model that was
@@ -63,13 +63,13 @@ def merged_into_other_weights(subject: Subject) -> Signal | None:
     Wrong when: often: the loss of merging into the 16-bit base is usually small.
     Source: unsloth-zoo#810 (fatal on Falcon-H1), peft#2321, mlx-lm#1564.
     """
-    into = subject.settings.get("merged_into")
+    into = run_facts.settings.get("merged_into")
     if not into:
         return None
     is_narrow = bool(re.search(r"4bit|8bit|nf4|int4|int8|q4|q8|awq|gptq|4-bit|8-bit", str(into), re.IGNORECASE))
-    if is_narrow == in_4bit(subject) and not is_narrow:
+    if is_narrow == in_4bit(run_facts) and not is_narrow:
         return None
-    base = "4 bits" if in_4bit(subject) else "16 or 32 bits"
+    base = "4 bits" if in_4bit(run_facts) else "16 or 32 bits"
     says = f"trained on a base in {base}, merged into {into}"
     weight = 0.7 if is_narrow else 0.5
     fix = "merge into the expanded weights of the training's own base, in 16 bits, and keep them so"
@@ -77,7 +77,7 @@ def merged_into_other_weights(subject: Subject) -> Signal | None:
 
 
 @rule("F77", needs=("trace",))
-def resumed_without_state(subject: Subject) -> list[Signal]:
+def resumed_without_state(run_facts: RunFacts) -> list[Signal]:
     """F77: the run was resumed without its optimizer, schedule or place in the data.
 
     Sees: a learning rate that rises again behind its warm-up, at the step of a resumption or anywhere; a resumption
@@ -89,21 +89,21 @@ def resumed_without_state(subject: Subject) -> list[Signal]:
     Wrong when: the weights were to be continued with a new schedule on purpose.
     Source: transformers#27749, miles#2661, ms-swift#3396, alpaca-lora#72 (0.82 to 8.7).
     """
-    trace, saved = subject.trace, subject.saved
+    trace, saved = run_facts.trace, run_facts.saved
     if trace is None:
         return []
     fix = "resume_from_checkpoint: the whole checkpoint, with optimizer.pt, scheduler.pt and rng_state.pth"
     signals = []
-    resumed = bool(trace.seams) or bool(subject.settings.get("resume_from_checkpoint"))
+    resumed = bool(trace.seams) or bool(run_facts.settings.get("resume_from_checkpoint"))
     lost = [name for name, has in (("optimizer", saved and saved.optimizer_present),
                                    ("scheduler", saved and saved.scheduler_present)) if has is False]  # fmt: skip
     if resumed and lost:
         says = f"it was resumed from a checkpoint without {' and '.join(lost)} state"
         signals.append(Signal("F77", "invariant", says, 0.9, {"missing": lost, "seams": trace.seams}, fix=fix))
-    if resumed and subject.settings.get("ignore_data_skip") is True:
+    if resumed and run_facts.settings.get("ignore_data_skip") is True:
         says = "ignore_data_skip: true, so the resumed run began its epoch again"
         signals.append(Signal("F77", "invariant", says, 0.85, {}, fix="ignore_data_skip: false"))
-    if jump := _rate_jump(subject, trace):
+    if jump := _rate_jump(run_facts, trace):
         step, before, after = jump
         says = f"the learning rate goes from {before:.3g} to {after:.3g} at step {step:,}"
         weight = 0.9 if resumed else 0.75
@@ -115,9 +115,9 @@ def resumed_without_state(subject: Subject) -> list[Signal]:
     return signals
 
 
-def _rate_jump(subject: Subject, trace: Trace) -> tuple[int, float, float] | None:
+def _rate_jump(run_facts: RunFacts, trace: Trace) -> tuple[int, float, float] | None:
     """(step, rate before, after) where the rate rises, or drops to a new warm-up, behind its first peak."""
-    if re.search(r"restart|cyclic|plateau|wsd", str(subject.settings.get("lr_scheduler_type"))):
+    if re.search(r"restart|cyclic|plateau|wsd", str(run_facts.settings.get("lr_scheduler_type"))):
         return None
     has = np.isfinite(trace.learning_rate_S)
     step, rate = trace.step_S[has], trace.learning_rate_S[has]
@@ -143,7 +143,7 @@ def _loss_jump(trace: Trace, seam: int) -> tuple[float, float] | None:
 
 
 @rule("F78", needs=("saved",), probes=("P4", "P12"))
-def adapter_not_loaded(subject: Subject) -> list[Signal]:
+def adapter_not_loaded(run_facts: RunFacts) -> list[Signal]:
     """F78: the adapter's names match nothing in the model that it is loaded into, or it is another base's.
 
     Sees: names of modules in the adapter file that the model of config.json does not have, or that do not begin as
@@ -154,11 +154,11 @@ def adapter_not_loaded(subject: Subject) -> list[Signal]:
     Wrong when: the tool that wrote the file has names of its own and reads them itself.
     Source: LlamaFactory#852, alpaca-lora#446 (the names lacked the adapter's name).
     """
-    saved, found = subject.saved, adapted(subject)
+    saved, found = run_facts.saved, lora_layers(run_facts)
     if saved is None or not found:
         return []
     fix, signals = "rename the tensors as PEFT names them, or load with PeftModel.from_pretrained on its own base", []
-    modules = linears(subject)
+    modules = linears(run_facts)
     paths = {path: path.removeprefix(_ROOT) for path in found}
     if modules is not None and (lost := [path for path, name in paths.items() if name not in modules]):
         if all(path.rpartition(".")[2] in ("embed_tokens", "wte", "lm_head") for path in lost):
@@ -173,21 +173,21 @@ def adapter_not_loaded(subject: Subject) -> list[Signal]:
         says = f"{len(bare)} of {len(paths)} names in the adapter file do not begin with {_ROOT}: {bare[0]}"
         signals.append(Signal("F78", "invariant", says, 0.85, {"unmatched": len(bare), "of": len(paths)}, fix=fix))
     named = [name for name in saved.adapter if re.search(r"\.lora_[AB]\.(?!weight$)\w+\.weight$", name)]
-    if named and not is_ours(subject):
+    if named and not is_ours(run_facts):
         says = (
             f"names in the adapter file have the adapter's own name in them, which is put in a second time: {named[0]}"
         )
         signals.append(Signal("F78", "invariant", says, 0.8, {"named": len(named)}, fix=fix))
-    if unlike := _misfits(subject, paths):
+    if unlike := _misfits(run_facts, paths):
         path, has, wants = unlike
         says = f"{path} in the adapter file maps {has[0]} to {has[1]} numbers, and the model's {wants[0]} to {wants[1]}"
         signals.append(Signal("F78", "invariant", says, 0.9, {"module": path}, fix=fix))
-    signals += _other_base(subject)
+    signals += _other_base(run_facts)
     return signals
 
 
-def _misfits(subject: Subject, paths: dict[str, str]) -> tuple[str, tuple[int, int], tuple[int, int]] | None:
-    modules, found = linears(subject) or {}, adapted(subject)
+def _misfits(run_facts: RunFacts, paths: dict[str, str]) -> tuple[str, tuple[int, int], tuple[int, int]] | None:
+    modules, found = linears(run_facts) or {}, lora_layers(run_facts)
     for path, name in paths.items():
         parts = found[path]
         if name in modules and {"A", "B"} <= parts.keys() and parts["A"].dim() == 2:
@@ -197,17 +197,17 @@ def _misfits(subject: Subject, paths: dict[str, str]) -> tuple[str, tuple[int, i
     return None
 
 
-def _other_base(subject: Subject) -> list[Signal]:
-    saved = subject.saved
+def _other_base(run_facts: RunFacts) -> list[Signal]:
+    saved = run_facts.saved
     trained, loaded = (
         saved and saved.adapter_config.get("base_model_name_or_path"),
-        subject.settings.get("serving_base"),
+        run_facts.settings.get("serving_base"),
     )
-    loaded = loaded or subject.settings.get("model_name_or_path")
-    if not trained or not loaded or is_ours(subject):
+    loaded = loaded or run_facts.settings.get("model_name_or_path")
+    if not trained or not loaded or is_ours(run_facts):
         return []
     names = [PurePath(str(name)).name.lower() for name in (trained, loaded)]
-    revision = [saved.adapter_config.get("revision") if saved else None, subject.settings.get("model_revision")]
+    revision = [saved.adapter_config.get("revision") if saved else None, run_facts.settings.get("model_revision")]
     if names[0] == names[1] and (None in revision or revision[0] == revision[1]):
         return []
     if names[0] == names[1]:
@@ -218,9 +218,9 @@ def _other_base(subject: Subject) -> list[Signal]:
     return [Signal("F78", "measured", says, 0.6, {"trained": str(trained), "loaded": str(loaded)}, fix=fix)]
 
 
-def served_scale(subject: Subject) -> float | None:
+def served_scale(run_facts: RunFacts) -> float | None:
     """The adapter's scale by its file's own config, which is what serving reads."""
-    config = subject.saved.adapter_config if subject.saved else {}
+    config = run_facts.saved.adapter_config if run_facts.saved else {}
     alpha, rank = config.get("lora_alpha"), config.get("r")
     if not isinstance(alpha, (int, float)) or not isinstance(rank, int) or not rank:
         return None
@@ -228,13 +228,13 @@ def served_scale(subject: Subject) -> float | None:
 
 
 @rule("F61", needs=("settings", "saved"))
-def saved_with_another_scale(subject: Subject) -> Signal | None:
+def saved_with_another_scale(run_facts: RunFacts) -> Signal | None:
     """F61, of the saved adapter: its config has another scale, or another rank, than the training had."""
-    alpha, rank = setting(subject, "lora_alpha"), setting(subject, "lora_r")
-    served = served_scale(subject)
+    alpha, rank = setting(run_facts, "lora_alpha"), setting(run_facts, "lora_r")
+    served = served_scale(run_facts)
     if not alpha or not rank or served is None:
         return None
-    trained = alpha / (rank**0.5 if subject.settings.get("use_rslora") else rank)
+    trained = alpha / (rank**0.5 if run_facts.settings.get("use_rslora") else rank)
     if abs(served / trained - 1) < 0.01:
         return None
     says = f"trained with a scale of {trained:.3g}, and adapter_config.json says {served:.3g}"

@@ -19,7 +19,7 @@ from solotune.diagnosis.facts.row_facts import RowFacts, pieces_of, pieces_of_te
 from solotune.diagnosis.facts.rows import examples_of
 from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import rule
-from solotune.diagnosis.subject import Subject
+from solotune.diagnosis.run_facts import RunFacts
 
 MOST = 0.5
 """A property of the template or the tokenizer shows in all rows; half leaves room for rows that hide it."""
@@ -101,19 +101,19 @@ def missing_bos(facts: RowFacts) -> Finding | None:
 
 
 @rule("F09", otherwise=True)
-def rows_without_served_bos(subject: Subject) -> Signal | None:
+def rows_without_served_bos(run_facts: RunFacts) -> Signal | None:
     """F09, of rows that another trainer made: none begins with what its own rendering would begin with."""
-    tokenizer, rows = subject.tokenizer, examples_of(subject)
+    tokenizer, rows = run_facts.tokenizer, examples_of(run_facts)
     bos = getattr(tokenizer, "bos_token_id", None)
     if tokenizer is None or not isinstance(bos, int) or len(rows) < 3:
         return None
-    chat = rendered(subject, [{"role": "user", "content": "a"}])
+    chat = rendered(run_facts, [{"role": "user", "content": "a"}])
     is_text = tokenizer.chat_template is None
     served = tokenizer.encode(chat, add_special_tokens=False) if chat else tokenizer.encode("a") if is_text else []
-    whole = frame(subject)
+    whole = frame(run_facts)
     if served[:1] != [bos] or any(row.input_ids[:1].tolist() == [bos] for row in rows):
         return None
-    texts = decoded(subject)
+    texts = decoded(run_facts)
     if not is_text and whole and whole[1].strip() and not any(whole[1].strip() in text for text in texts):
         return None  # of another format altogether: F12
     spelled = tokenizer.convert_ids_to_tokens(bos)
@@ -123,7 +123,7 @@ def rows_without_served_bos(subject: Subject) -> Signal | None:
 
 
 @rule("F11", needs=("settings",), probes=("P12",))
-def template_differs(subject: Subject) -> Signal | None:
+def template_differs(run_facts: RunFacts) -> Signal | None:
     """F11: the model is served with another template than it was trained with.
 
     Sees: the template of training and the one that is served, each asked to render the same chat. Answers that are bad
@@ -135,10 +135,10 @@ def template_differs(subject: Subject) -> Signal | None:
     Wrong when: both write the same text for the chats that are served.
     Source: LlamaFactory#6020, ollama#6823.
     """
-    tokenizer, get = subject.tokenizer, subject.settings.get
+    tokenizer, get = run_facts.tokenizer, run_facts.settings.get
     served, trained = get("serving_template"), get("chat_template")
     trained = trained or (tokenizer.chat_template if tokenizer is not None else None)
-    if is_ours(subject) or not isinstance(served, str) or not isinstance(trained, str) or served == trained:
+    if is_ours(run_facts) or not isinstance(served, str) or not isinstance(trained, str) or served == trained:
         return None
     chat = [{"role": "user", "content": "quvwxq"}]
     texts = [_by(tokenizer, template, chat) for template in (trained, served)]
@@ -263,14 +263,14 @@ def _rendered_twice(facts: RowFacts) -> Finding | None:
 
 
 @rule("F12", otherwise=True)
-def rows_without_template_text(subject: Subject) -> Signal | None:
+def rows_without_template_text(run_facts: RunFacts) -> Signal | None:
     """F12, of rows that another trainer made; of ours the data door knows which are documents, for continued
     training."""
-    texts = decoded(subject)
-    pieces = frame(subject, subject.base_template or None)  # that of the training may be the fault
-    if pieces is None or len(texts) < 3 or subject.tokenizer is None or not pieces[1].strip():
+    texts = decoded(run_facts)
+    pieces = frame(run_facts, run_facts.base_template or None)  # that of the training may be the fault
+    if pieces is None or len(texts) < 3 or run_facts.tokenizer is None or not pieces[1].strip():
         return None
-    if is_ours(subject) or not is_chat_model(subject, pieces[2]):
+    if is_ours(run_facts) or not is_chat_model(run_facts, pieces[2]):
         return None
     marker = pieces[1].strip()
     has = sum(marker in text for text in texts)
@@ -281,14 +281,14 @@ def rows_without_template_text(subject: Subject) -> Signal | None:
     return Signal("F12", "measured", says, 0.65, {"rows": has, "of": len(texts)}, fix=fix)
 
 
-def is_chat_model(subject: Subject, ending: str) -> bool:
+def is_chat_model(run_facts: RunFacts, ending: str) -> bool:
     """Whether the base's files end generation with what the template ends answers with."""
-    tokenizer = subject.tokenizer
+    tokenizer = run_facts.tokenizer
     if tokenizer is None or not ending.strip():
         return False
     ends = tokenizer.encode(ending.strip(), add_special_tokens=False)[:1]
     stops: set[int] = set()
-    for config in (subject.generation_config, subject.model_config):
+    for config in (run_facts.generation_config, run_facts.model_config):
         found = config.get("eos_token_id")
         stops |= {one for one in (found if isinstance(found, list) else [found]) if isinstance(one, int)}
     return bool(ends) and (ends[0] in stops or ends[0] == tokenizer.eos_token_id)

@@ -11,7 +11,7 @@ from solotune.diagnosis.facts.row_arrays import NUM_DECODED, evenly, is_pattern,
 from solotune.diagnosis.facts.row_facts import RowFacts
 from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import rule
-from solotune.diagnosis.subject import Subject
+from solotune.diagnosis.run_facts import RunFacts
 
 MOST = 0.5
 """The whole file, not some rows: severity error."""
@@ -161,9 +161,9 @@ def _hidden_in(text: str) -> Iterator[str]:
 
 
 @rule("F37", otherwise=True)
-def chats_of_a_wrong_encoding(subject: Subject) -> Signal | None:
+def chats_of_a_wrong_encoding(run_facts: RunFacts) -> Signal | None:
     """F37, of conversations that could not be rendered."""
-    texts = [" ".join(str(m["content"]) for m in chat) for chat in chats_of(subject)]
+    texts = [" ".join(str(m["content"]) for m in chat) for chat in chats_of(run_facts)]
     damaged = [text for text in texts if "\ufffd" in text or is_mojibake(text)]
     if len(damaged) < max(3, SOME * len(texts)):
         return None

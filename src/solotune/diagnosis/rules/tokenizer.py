@@ -15,7 +15,7 @@ from solotune.diagnosis.facts.row_facts import RowFacts, pieces_of_template
 from solotune.diagnosis.facts.rows import examples_of
 from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import rule
-from solotune.diagnosis.subject import Subject
+from solotune.diagnosis.run_facts import RunFacts
 
 if TYPE_CHECKING:
     import torch
@@ -81,9 +81,9 @@ def wrong_tokenizer(facts: RowFacts) -> Finding | None:
     )
 
 
-def took_steps(subject: Subject) -> bool:
+def took_steps(run_facts: RunFacts) -> bool:
     """Whether a loss was computed, so that every id had its row."""
-    return subject.trace is not None and bool(np.isfinite(subject.trace.loss_S).any())
+    return run_facts.trace is not None and bool(np.isfinite(run_facts.trace.loss_S).any())
 
 
 @rule("F05", needs=("rows",), unless=took_steps)
@@ -121,22 +121,22 @@ def ids_beyond_embedding(facts: RowFacts) -> Finding | None:
 
 
 @rule("F05")
-def embedding_too_small(subject: Subject) -> list[Signal]:
+def embedding_too_small(run_facts: RunFacts) -> list[Signal]:
     """F05, of the saved adapter and the log: an embedding with fewer rows than the base's, and an index error."""
     signals = []
-    rows, shape = saved_embedding_rows(subject), shape_of(subject)
+    rows, shape = saved_embedding_rows(run_facts), shape_of(run_facts)
     if rows is not None and shape is not None and rows < shape["vocabulary"]:
         says = f"the embedding was saved with {rows:,} rows, and the base has {shape['vocabulary']:,}"
         signals.append(Signal("F05", "invariant", says, 0.85, {"rows": rows, "base": shape["vocabulary"]}, fix=_RESIZE))
-    if line := has_error(subject, r"index out of range in self|device-side assert|srcIndex < srcSelectDimSize"):
+    if line := has_error(run_facts, r"index out of range in self|device-side assert|srcIndex < srcSelectDimSize"):
         signals.append(Signal("F05", "measured", f"the run ended with: {line}", 0.6, {}, fix=_RESIZE))
     return signals
 
 
 @rule("F05", otherwise=True, unless=took_steps)
-def largest_id_beyond_embedding(subject: Subject) -> Signal | None:
+def largest_id_beyond_embedding(run_facts: RunFacts) -> Signal | None:
     """F05, of rows whose tokenizer is not known."""
-    beyond, shape = ids_beyond(subject), shape_of(subject)
+    beyond, shape = ids_beyond(run_facts), shape_of(run_facts)
     if beyond is None:
         return None
     size = shape["vocabulary"] if shape else 0
@@ -144,26 +144,26 @@ def largest_id_beyond_embedding(subject: Subject) -> Signal | None:
     return Signal("F05", "invariant", says, 0.9, {"largest": beyond, "rows": size}, fix=_RESIZE)
 
 
-def ids_beyond(subject: Subject) -> int | None:
+def ids_beyond(run_facts: RunFacts) -> int | None:
     """The largest id of the rows, where the embedding of config.json ends below it and no larger one was saved."""
-    shape = shape_of(subject)
+    shape = shape_of(run_facts)
     if shape is None:
         return None
-    largest = max((int(row.input_ids.max()) for row in examples_of(subject)[:2000] if len(row.input_ids)), default=-1)
-    rows = max(shape["vocabulary"], saved_embedding_rows(subject) or 0)
+    largest = max((int(row.input_ids.max()) for row in examples_of(run_facts)[:2000] if len(row.input_ids)), default=-1)
+    rows = max(shape["vocabulary"], saved_embedding_rows(run_facts) or 0)
     return largest if largest >= rows else None
 
 
-def saved_embedding_rows(subject: Subject) -> int | None:
+def saved_embedding_rows(run_facts: RunFacts) -> int | None:
     """Rows of an embedding that was saved with the adapter."""
-    for name, tensor in (subject.saved.adapter if subject.saved else {}).items():
+    for name, tensor in (run_facts.saved.adapter if run_facts.saved else {}).items():
         if re.search(r"(embed_tokens|wte|word_embeddings|embed_in)(\.modules_to_save)?(\.\w+)?\.weight$", name):
             return int(tensor.shape[0])
     return None
 
 
 @rule("F06", needs=("settings", "live"))
-def untrained_embedding(subject: Subject) -> Signal | None:
+def untrained_embedding(run_facts: RunFacts) -> Signal | None:
     """F06: tokens of the data have embedding rows that nothing has ever trained.
 
     Sees: ids in the rows whose embedding is zero, or lies where new rows are put (at the mean of all rows), while
@@ -176,33 +176,39 @@ def untrained_embedding(subject: Subject) -> Signal | None:
     Wrong when: the base itself begins with such rows (an untrained model).
     Source: peft#2376; trl warns when it clones a template.
     """
-    if subject.live is None or covers_embedding(subject):
+    if run_facts.live is None or covers_embedding(run_facts):
         return None
-    live = subject.live()
+    live = run_facts.live()
     embedding = getattr(live.model, "get_input_embeddings", lambda: None)()
     weight = getattr(embedding, "weight", None)
-    rows = [row.input_ids for row in examples_of(subject)[:500]] or [b["input_ids"].cpu().numpy() for b in live.batches]
+    rows = [row.input_ids for row in examples_of(run_facts)[:500]] or [
+        b["input_ids"].cpu().numpy() for b in live.batches
+    ]
     if weight is None or weight.dim() != 2 or weight.requires_grad or not rows:
         return None
     used = np.unique(np.concatenate([np.asarray(row).ravel() for row in rows]))
     untrained = untrained_rows(weight, used[used < weight.shape[0]])
     if not untrained:
         return None
-    names = subject.tokenizer.convert_ids_to_tokens(untrained[:3]) if subject.tokenizer is not None else untrained[:3]
+    names = (
+        run_facts.tokenizer.convert_ids_to_tokens(untrained[:3]) if run_facts.tokenizer is not None else untrained[:3]
+    )
     says = f"the rows use {', '.join(map(str, names))}, whose embedding was never trained, and nothing trains it"
     fix = f"trainable_token_indices: {untrained[:8]}"
     return Signal("F06", "measured", says, 0.8, {"ids": untrained[:8]}, fix=fix)
 
 
 @rule("F06", needs=("settings", "model_config"))
-def added_tokens_not_trained(subject: Subject) -> Signal | None:
+def added_tokens_not_trained(run_facts: RunFacts) -> Signal | None:
     """F06, before the model is there: rows use ids past the base's vocabulary, the embedding grew, and is not
     trained."""
-    shape, rows = shape_of(subject), saved_embedding_rows(subject)
-    grown = rows or subject.settings.get("embedding_rows")
-    if shape is None or not isinstance(grown, int) or grown <= shape["vocabulary"] or covers_embedding(subject):
+    shape, rows = shape_of(run_facts), saved_embedding_rows(run_facts)
+    grown = rows or run_facts.settings.get("embedding_rows")
+    if shape is None or not isinstance(grown, int) or grown <= shape["vocabulary"] or covers_embedding(run_facts):
         return None
-    used = {int(i) for row in examples_of(subject)[:2000] for i in row.input_ids[row.input_ids >= shape["vocabulary"]]}
+    used = {
+        int(i) for row in examples_of(run_facts)[:2000] for i in row.input_ids[row.input_ids >= shape["vocabulary"]]
+    }
     if not used:
         return None
     says = (
@@ -212,10 +218,10 @@ def added_tokens_not_trained(subject: Subject) -> Signal | None:
     return Signal("F06", "invariant", says, 0.85, {"ids": sorted(used)[:8]}, fix=fix)
 
 
-def covers_embedding(subject: Subject) -> bool:
+def covers_embedding(run_facts: RunFacts) -> bool:
     """Whether the embedding is trained in some way."""
-    get, config = subject.settings.get, subject.saved.adapter_config if subject.saved else {}
-    listed = [get("modules_to_save"), config.get("modules_to_save"), targets(subject)]
+    get, config = run_facts.settings.get, run_facts.saved.adapter_config if run_facts.saved else {}
+    listed = [get("modules_to_save"), config.get("modules_to_save"), targets(run_facts)]
     names = " ".join(str(name) for part in listed if part for name in ([part] if isinstance(part, str) else part))
     chosen = get("trainable_token_indices") or config.get("trainable_token_indices")
     return bool(chosen) or bool(re.search(r"embed_tokens|wte|word_embeddings|embed_in", names))

@@ -14,7 +14,7 @@ from solotune.diagnosis.facts.row_labels import open_answers
 from solotune.diagnosis.facts.rows import examples_of, plain_messages
 from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import rule
-from solotune.diagnosis.subject import Subject
+from solotune.diagnosis.run_facts import RunFacts
 
 MOST = 0.5
 """A property of the template or the tokenizer shows in all rows; half leaves room for rows that hide it."""
@@ -127,14 +127,14 @@ def _roles_lost(messages: list[dict], tools: list[dict] | None, whole: str) -> d
 
 
 @rule("F13", otherwise=True)
-def template_leaves_out_a_role(subject: Subject) -> list[Signal]:
+def template_leaves_out_a_role(run_facts: RunFacts) -> list[Signal]:
     """F13, of the template: a word put into each role that the data has is not in what it renders."""
     signals = []
-    roles = {str(m.get("role")) for chat in list(subject.conversations)[:NUM_ROWS] for m in plain_messages(chat)}
+    roles = {str(m.get("role")) for chat in list(run_facts.conversations)[:NUM_ROWS] for m in plain_messages(chat)}
     for role in sorted(roles & {"system", "tool"}):
         chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         chat.insert(0 if role == "system" else 2, {"role": role, "content": _SENTINEL})
-        text = rendered(subject, chat)
+        text = rendered(run_facts, chat)
         if text is not None and _SENTINEL not in text:
             says = f"what a {role} message says is not in what the template renders"
             fix = f"put the text of {role} messages into the user's, or a template that renders them"
@@ -176,12 +176,12 @@ def stops_elsewhere(facts: RowFacts) -> Finding | None:
 
 
 @rule("F14", otherwise=True)
-def deployment_stops_elsewhere(subject: Subject) -> Signal | None:
+def deployment_stops_elsewhere(run_facts: RunFacts) -> Signal | None:
     """F14, of a deployment whose stop ids are known."""
-    stops, rows = subject.settings.get("serving_stop_ids"), examples_of(subject)
+    stops, rows = run_facts.settings.get("serving_stop_ids"), examples_of(run_facts)
     if not isinstance(stops, (list, tuple, set)) or not rows:
         return None
-    tokenizer = subject.tokenizer
+    tokenizer = run_facts.tokenizer
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder) if tokenizer is not None else set()
     last = [int(row.input_ids[row.supervised][-1]) for row in rows if row.supervised.any()]
     last = [i for i in last if i in special]
@@ -238,12 +238,12 @@ def header_learned(facts: RowFacts) -> Finding | None:
 
 
 @rule("F15", otherwise=True)
-def served_without_header(subject: Subject) -> Signal | None:
+def served_without_header(run_facts: RunFacts) -> Signal | None:
     """F15, of a deployment that leaves out the generation prompt."""
-    if subject.settings.get("add_generation_prompt") is not False:
+    if run_facts.settings.get("add_generation_prompt") is not False:
         return None
     chat = [{"role": "user", "content": "a"}]
-    with_prompt, without = rendered(subject, chat, prompt=True), rendered(subject, chat)
+    with_prompt, without = rendered(run_facts, chat, prompt=True), rendered(run_facts, chat)
     if with_prompt is None or with_prompt == without:
         return None
     says = f"prompts are served without {with_prompt.removeprefix(without or '')!r}, after which answers were learned"
@@ -322,10 +322,10 @@ def _text_prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
 
 
 @rule("F16", otherwise=True)
-def prompts_end_in_a_blank(subject: Subject) -> Signal | None:
+def prompts_end_in_a_blank(run_facts: RunFacts) -> Signal | None:
     """F16, of prompts and completions as they were given."""
-    asked = [chat for chat in list(subject.conversations)[:NUM_ROWS] if chat]
-    if subject.tokenizer is None or not asked:
+    asked = [chat for chat in list(run_facts.conversations)[:NUM_ROWS] if chat]
+    if run_facts.tokenizer is None or not asked:
         return None
     blank = [chat for chat in asked if str(chat[0].get("prompt") or "").endswith((" ", "\t"))]
     if len(blank) < max(3, 0.05 * len(asked)):

@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from solotune.config.run_config import RunConfig, load_config
+from solotune.diagnosis.run_facts import RunFacts
 from solotune.diagnosis.sources import hf_trainer, solotune_run
-from solotune.diagnosis.subject import Subject
 from solotune.errors import InputError
 from solotune.run.run_dir import RunDirectory, list_runs
 
 FOREIGN_MARKS = ("trainer_state.json", "training_args.bin", "adapter_config.json", "adapter_model.safetensors")
 
 
-def subject_of(
+def run_facts_of(
     target: str | Path | Mapping[str, Any] | RunConfig,
     overrides: Iterable[str] = (),
     config: str | Path | None = None,
     dataset: str | None = None,
-) -> Subject:
+) -> RunFacts:
     """Everything that is known of the target.
 
     Args:

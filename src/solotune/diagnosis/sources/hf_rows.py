@@ -20,10 +20,10 @@ from solotune.dataset import DataReport, Example, Prepared, load_tokenizer, prep
 from solotune.diagnosis.data_checks import check_rows
 from solotune.diagnosis.evidence import of_refusal
 from solotune.diagnosis.facts.derived import setting
+from solotune.diagnosis.run_facts import LiveModel, RunFacts
 from solotune.diagnosis.sources import hf_settings, solotune_run, trl_preprocessing
 from solotune.diagnosis.sources.raw_rows import raw_chats
 from solotune.diagnosis.sources.run_files import json_of
-from solotune.diagnosis.subject import Live, Subject
 from solotune.errors import SolotuneError
 from solotune.hub.model_files import ModelFiles, model_here
 
@@ -33,66 +33,66 @@ def first_with(places: Sequence[Path], name: str) -> Path | None:
     return next((place / name for place in places if (place / name).is_file()), None)
 
 
-def with_base_and_rows(subject: Subject, places: list[Path], missing: dict[str, str]) -> Subject:
+def with_base_and_rows(run_facts: RunFacts, places: list[Path], missing: dict[str, str]) -> RunFacts:
     """The subject with whatever of these can be had; why not, in `missing`."""
-    get = subject.settings.get
-    base = _base_of(subject)
+    get = run_facts.settings.get
+    base = _base_of(run_facts)
     rows, chats = get("dataset"), []
     if rows:
         chats = raw_chats(rows, str(get("dataset_split") or "train"))
-    config = hf_settings.as_run_config(subject.settings, base or str(places[0]), rows or "unknown.jsonl")
+    config = hf_settings.as_run_config(run_facts.settings, base or str(places[0]), rows or "unknown.jsonl")
     base_files = model_here(config)
     base_config = base_files.json_or_empty("config.json") if base_files else {}
     generation = json_of(first_with(places, "generation_config.json"))
     if not generation and base_files:
         generation = base_files.json_or_empty("generation_config.json")
-    subject = replace(subject, model_config=base_config, generation_config=generation, conversations=chats)
+    run_facts = replace(run_facts, model_config=base_config, generation_config=generation, conversations=chats)
     if not base_config:
         missing["model_config"] = f"the base {base or '(no name of it is known)'} is not on this machine"
         missing["live"] = missing["model_config"]
     tokenizer = _tokenizer(config, places, missing)
-    subject = replace(subject, tokenizer=tokenizer, base_template=_template_of_base(config, base_files, tokenizer))
+    run_facts = replace(run_facts, tokenizer=tokenizer, base_template=_template_of_base(config, base_files, tokenizer))
     if tokenizer is None or not rows:
         why = "--dataset names the data that it was trained on" if not rows else missing["tokenizer"]
         missing |= {part: why for part in ("train", "validation", "live") if part not in missing}
-        return subject
-    if (made := _as_trl_made_them(subject, tokenizer)) is not None:
-        return _with_rows_of_trl(subject, made, config, places, missing)
+        return run_facts
+    if (made := _as_trl_made_them(run_facts, tokenizer)) is not None:
+        return _with_rows_of_trl(run_facts, made, config, places, missing)
     try:
         prepared = prepare(config, tokenizer)
         findings = check_rows(config, tokenizer, prepared, base_files)
     except SolotuneError as error:
         missing |= dict.fromkeys(("train", "validation"), error.problem)
         missing.setdefault("live", error.problem)
-        return replace(subject, refusals=[*subject.refusals, *of_refusal(error)])
+        return replace(run_facts, refusals=[*run_facts.refusals, *of_refusal(error)])
     missing["batches"] = "no file holds them; probes see the rows as solotune renders and masks them"
-    subject = replace(subject, train=prepared.train, validation=prepared.validation, findings=findings)
-    return _with_live(subject, config, prepared, places, missing)
+    run_facts = replace(run_facts, train=prepared.train, validation=prepared.validation, findings=findings)
+    return _with_live(run_facts, config, prepared, places, missing)
 
 
 def _with_live(
-    subject: Subject, config: RunConfig, prepared: Prepared, places: list[Path], missing: dict[str, str]
-) -> Subject:
+    run_facts: RunFacts, config: RunConfig, prepared: Prepared, places: list[Path], missing: dict[str, str]
+) -> RunFacts:
     """Where the base is here and fits: how to load it, with the adapter as it was saved."""
     base_files = model_here(config)
-    why = missing.get("live") or solotune_run.too_large(subject) or _not_here(config, base_files)
+    why = missing.get("live") or solotune_run.too_large(run_facts) or _not_here(config, base_files)
     if why is not None:
         missing["live"] = why
-        return subject
+        return run_facts
     folder = _adapter_folder(places)
-    load = solotune_run.live_of(_loadable(config, subject), subject.tokenizer, prepared, folder, base_files)
-    return replace(subject, live=_as_saved(load, subject))
+    load = solotune_run.live_of(_loadable(config, run_facts), run_facts.tokenizer, prepared, folder, base_files)
+    return replace(run_facts, live=_as_saved(load, run_facts))
 
 
-def _as_saved(load: Callable[[], Live], subject: Subject) -> Callable[[], Live]:
+def _as_saved(load: Callable[[], LiveModel], run_facts: RunFacts) -> Callable[[], LiveModel]:
     """The live model as that training had it: the precision of its adapters, its batches, its optimizer.
 
     How it accumulated and evaluated is not known, and solotune's own ways would clear a fault of it.
     """
-    parts = subject.saved.adapter.values() if subject.saved else ()
+    parts = run_facts.saved.adapter.values() if run_facts.saved else ()
     is_narrow = {tensor.dtype for tensor in parts if tensor.is_floating_point()} == {torch.bfloat16}
 
-    def loaded() -> Live:
+    def loaded() -> LiveModel:
         live = load()
         if is_narrow:
             for name, parameter in live.model.named_parameters():
@@ -100,8 +100,8 @@ def _as_saved(load: Callable[[], Live], subject: Subject) -> Callable[[], Live]:
                     parameter.data = parameter.data.to(torch.bfloat16)
         return replace(
             live,
-            batches=subject.batches or live.batches,
-            make_optimizer=lambda parameters: _optimizer(subject, list(parameters)),
+            batches=run_facts.batches or live.batches,
+            make_optimizer=lambda parameters: _optimizer(run_facts, list(parameters)),
             backward=None,
             evaluate=None,
         )
@@ -109,20 +109,20 @@ def _as_saved(load: Callable[[], Live], subject: Subject) -> Callable[[], Live]:
     return loaded
 
 
-def _optimizer(subject: Subject, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(run_facts: RunFacts, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """SGD where that was trained with, whose rates are of another size; else AdamW, in place of all its kin."""
-    optim, decay = str(subject.settings.get("optim") or ""), setting(subject, "weight_decay") or 0.0
+    optim, decay = str(run_facts.settings.get("optim") or ""), setting(run_facts, "weight_decay") or 0.0
     if "sgd" in optim.lower():
         return torch.optim.SGD(parameters, weight_decay=decay)
-    return torch.optim.AdamW(parameters, eps=setting(subject, "adam_epsilon") or 1e-8, weight_decay=decay)
+    return torch.optim.AdamW(parameters, eps=setting(run_facts, "adam_epsilon") or 1e-8, weight_decay=decay)
 
 
 # --- as TRL made them
 
 
-def _as_trl_made_them(subject: Subject, tokenizer: Any) -> trl_preprocessing.Made | None:
+def _as_trl_made_them(run_facts: RunFacts, tokenizer: Any) -> trl_preprocessing.Made | None:
     """The training rows by TRL's own way; None where another trainer, or a way that is not known, made them."""
-    get = subject.settings.get
+    get = run_facts.settings.get
     told = get("sft")
     return (
         trl_preprocessing.prepare(get("dataset"), str(get("dataset_split") or "train"), tokenizer, told)
@@ -132,31 +132,31 @@ def _as_trl_made_them(subject: Subject, tokenizer: Any) -> trl_preprocessing.Mad
 
 
 def _with_rows_of_trl(
-    subject: Subject, made: trl_preprocessing.Made, config: RunConfig, places: list[Path], missing: dict[str, str]
-) -> Subject:
+    run_facts: RunFacts, made: trl_preprocessing.Made, config: RunConfig, places: list[Path], missing: dict[str, str]
+) -> RunFacts:
     """Rows, validation rows, batches, and what TRL took the labels to be."""
-    get, told = subject.settings.get, subject.settings.get("sft")
+    get, told = run_facts.settings.get, run_facts.settings.get("sft")
     held_out: list[Example] = []
     if get("eval_dataset"):
-        found = trl_preprocessing.prepare(get("eval_dataset"), "train", subject.tokenizer, told)
+        found = trl_preprocessing.prepare(get("eval_dataset"), "train", run_facts.tokenizer, told)
         held_out = found.examples if found else []
     counted = {"rows_in": made.rows_in, "rows_out": len(made.examples)}
     asked = {"assistant_only_loss": made.learns_answers or get("assistant_only_loss") is True}
     size = int(get("per_device_train_batch_size") or 8)
-    subject = replace(
-        subject,
-        settings=replace(subject.settings, values={**subject.settings.values, **counted, **asked}),
+    run_facts = replace(
+        run_facts,
+        settings=replace(run_facts.settings, values={**run_facts.settings.values, **counted, **asked}),
         train=made.examples,
         validation=held_out,
         conversations=[row.messages for row in made.examples] if all(row.messages for row in made.examples) else [],
-        batches=trl_preprocessing.batches_of(made.examples, subject.tokenizer, told, size),
+        batches=trl_preprocessing.batches_of(made.examples, run_facts.tokenizer, told, size),
     )
-    return _with_live(subject, config, Prepared(made.examples, held_out, DataReport("")), places, missing)
+    return _with_live(run_facts, config, Prepared(made.examples, held_out, DataReport("")), places, missing)
 
 
-def _base_of(subject: Subject) -> str | None:
-    saved = subject.saved.adapter_config if subject.saved else {}
-    found = saved.get("base_model_name_or_path") or subject.settings.get("model_name_or_path")
+def _base_of(run_facts: RunFacts) -> str | None:
+    saved = run_facts.saved.adapter_config if run_facts.saved else {}
+    found = saved.get("base_model_name_or_path") or run_facts.settings.get("model_name_or_path")
     return str(found) if found else None
 
 
@@ -189,11 +189,11 @@ def _not_here(config: RunConfig, base_files: ModelFiles | None) -> str | None:
     return f"the weights of {config.model_name_or_path} are not on this machine"
 
 
-def _loadable(config: RunConfig, subject: Subject) -> RunConfig:
+def _loadable(config: RunConfig, run_facts: RunFacts) -> RunConfig:
     """The config with the adapter's own targets, by the modules in its file."""
-    from solotune.diagnosis.facts.derived import adapted
+    from solotune.diagnosis.facts.derived import lora_layers
 
-    leaves = sorted({path.rpartition(".")[2] for path in adapted(subject)})
+    leaves = sorted({path.rpartition(".")[2] for path in lora_layers(run_facts)})
     return config.replaced("adapter", lora_target_modules=leaves) if leaves else config
 
 

@@ -19,7 +19,7 @@ from solotune.config.key_aliases import FOREIGN_KEYS
 from solotune.config.run_config import RunConfig
 from solotune.config.yaml_reader import MAX_CONFIG_BYTES, parse, plain
 from solotune.diagnosis.facts.derived import number
-from solotune.diagnosis.subject import Settings
+from solotune.diagnosis.run_facts import Settings
 from solotune.errors import InputError
 
 MAX_DEPTH = 8  # of any YAML; sections of ours are at most three deep

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from solotune.diagnosis.facts.derived import is_zero
+from solotune.diagnosis.run_facts import RunFacts, Saved, Settings, Trace
 from solotune.diagnosis.sources import (
     hf_settings,
     pickle_reader,
@@ -32,7 +33,6 @@ from solotune.diagnosis.sources import (
 )
 from solotune.diagnosis.sources.hf_rows import first_with, with_base_and_rows
 from solotune.diagnosis.sources.run_files import json_of
-from solotune.diagnosis.subject import Saved, Settings, Subject, Trace
 from solotune.errors import InputError, SolotuneError
 
 LOG_BYTES = 64 << 10
@@ -41,7 +41,7 @@ NUM_FILES = 200
 _TOOLS = ("trl", "unsloth", "axolotl", "llama-factory", "llamafactory", "swift")
 
 
-def from_folder(folder: str | Path, config: str | Path | None = None, dataset: str | None = None) -> Subject:
+def from_folder(folder: str | Path, config: str | Path | None = None, dataset: str | None = None) -> RunFacts:
     """Everything that is known of the training that wrote this folder.
 
     Args:
@@ -59,7 +59,7 @@ def from_folder(folder: str | Path, config: str | Path | None = None, dataset: s
     missing: dict[str, str] = {}
     settings = _settings(places, config, dataset, missing)
     saved = _saved(path, places, settings, missing)
-    subject = Subject(
+    run_facts = RunFacts(
         name=path.name if not path.name.startswith("checkpoint-") else f"{path.parent.name}/{path.name}",
         settings=settings,
         trace=_trace(path, places, missing),
@@ -67,7 +67,7 @@ def from_folder(folder: str | Path, config: str | Path | None = None, dataset: s
         environment=_environment(places),
         missing=missing,
     )
-    return with_base_and_rows(subject, places, missing)
+    return with_base_and_rows(run_facts, places, missing)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

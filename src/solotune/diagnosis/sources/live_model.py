@@ -1,7 +1,7 @@
-"""A training of ours as a `Live`: its model, its batches as dicts, its loss, its evaluation, its way of answering.
+"""A training of ours as a `LiveModel`: its model, its batches as dicts, its loss, its evaluation, its way of answering.
 
-    live = own_live(config, tokenizer, prepared.train, prepared.validation)            before a run: fresh adapters
-    live = own_live(config, ..., tensors=adapter_tensors(folder))              with a run's adapters
+    live = load_live_model(config, tokenizer, prepared.train, prepared.validation)      before a run: fresh adapters
+    live = load_live_model(config, ..., tensors=adapter_tensors(folder))              with a run's adapters
 
 The batches are those of the first steps, made by `collate.py`; only pads are written as the tokenizer's, where ours are
 any id, so that who looks at ids alone can tell them. Loss and accumulation are those of `training`, through its code.
@@ -21,7 +21,7 @@ from solotune.config.run_config import RunConfig
 from solotune.dataset import Example, sampler
 from solotune.dataset.collate import Batch, collate_packs
 from solotune.diagnosis.facts.texts import IGNORED
-from solotune.diagnosis.subject import Live
+from solotune.diagnosis.run_facts import LiveModel
 from solotune.evaluation import scores
 from solotune.hardware.machine import Machine
 from solotune.hub.model_files import ModelFiles
@@ -53,30 +53,30 @@ def batches_of(config: RunConfig, tokenizer: Any, rows: Sequence[Example], count
 def _as_dict(batch: Batch, packs: Sequence[Sequence[Example]], pad: int | None) -> Tensors:
     ids_BT = batch.input_ids_BT
     labels_BT = torch.full_like(ids_BT, IGNORED)
-    labels_BT.view(-1)[batch.label_places_N] = ids_BT.view(-1)[batch.label_places_N]
+    labels_BT.view(-1)[batch.label_positions_N] = ids_BT.view(-1)[batch.label_positions_N]
     if pad is not None:
         ids_BT = ids_BT.clone()
         for b in range(len(ids_BT)):
             used = sum(len(row.input_ids) for row in packs[b]) if b < len(packs) else 0
             ids_BT[b, used:] = pad
     found = {"input_ids": ids_BT, "labels": labels_BT}
-    return found if batch.positions_BT is None else {**found, "position_ids": batch.positions_BT}
+    return found if batch.position_ids_BT is None else {**found, "position_ids": batch.position_ids_BT}
 
 
 def _as_batch(batch: Mapping[str, Any]) -> Batch:
     """What `TrainableModel.token_losses` takes, without the rows that the labels came from."""
-    ids_BT, labels_BT, positions_BT = batch["input_ids"], batch["labels"], batch.get("position_ids")
+    ids_BT, labels_BT, position_ids_BT = batch["input_ids"], batch["labels"], batch.get("position_ids")
     is_label_BT = labels_BT != IGNORED
     is_label_BT[:, 0] = False
-    places_N = is_label_BT.flatten().nonzero()[:, 0]
-    starts_S = None
-    if positions_BT is not None:
+    label_positions_N = is_label_BT.flatten().nonzero()[:, 0]
+    cu_seqlens_S = None
+    if position_ids_BT is not None:
         ends = torch.tensor([ids_BT.numel()], device=ids_BT.device)
-        starts_S = torch.cat([(positions_BT.flatten() == 0).nonzero()[:, 0], ends]).to(torch.int32)
-    return Batch(ids_BT, places_N, positions_BT, starts_S, None, ())
+        cu_seqlens_S = torch.cat([(position_ids_BT.flatten() == 0).nonzero()[:, 0], ends]).to(torch.int32)
+    return Batch(ids_BT, label_positions_N, position_ids_BT, cu_seqlens_S, None, ())
 
 
-def own_live(
+def load_live_model(
     config: RunConfig,
     machine: Machine,
     tokenizer: Any,
@@ -84,11 +84,11 @@ def own_live(
     validation: Sequence[Example],
     tensors: Mapping[str, torch.Tensor] | None = None,
     model_files: ModelFiles | None = None,
-) -> Live:
+) -> LiveModel:
     """Loads the model on this machine.
 
     Args:
-        config: settled for this machine (`tuned.settle`).
+        config: settled for this machine (`trained_run.resolve_for_machine`).
         tensors: the adapter of a run; None: fresh ones.
         model_files: of the config's model; None: they are looked for.
 
@@ -97,9 +97,9 @@ def own_live(
     """
     model = trained_run.load_base(config, machine, model_files)
     if tensors is not None:
-        lora.load_state_dict(model.adapted, tensors, "the run's adapter")
+        lora.load_state_dict(model.lora_layers, tensors, "the run's adapter")
     held_out = [validation[i] for i in range(min(NUM_EVALUATED, len(validation)))]
-    return Live(
+    return LiveModel(
         model=model.module,
         batches=batches_of(config, tokenizer, train),
         make_optimizer=lambda parameters: make_optimizer(config, list(parameters)),
@@ -113,13 +113,13 @@ def own_live(
 def _backward(model: TrainableModel, batches: Sequence[Mapping[str, Any]]) -> float:
     """The gradients of one step as `training.train_step` gets them."""
     made = [_as_batch(batch) for batch in batches]
-    total = sum(len(batch.label_places_N) for batch in made)
+    total = sum(len(batch.label_positions_N) for batch in made)
     for p in model.trainable:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    sums_2 = torch.zeros(2, device=model.device)
+    loss_and_correct_2 = torch.zeros(2, device=model.device)
     for batch in made:
-        forward_backward.accumulate(model, batch, total, sums_2)
-    return float(sums_2[0] / total)
+        forward_backward.accumulate(model, batch, total, loss_and_correct_2)
+    return float(loss_and_correct_2[0] / total)
 
 
 def _answer(model: TrainableModel, tokenizer: Any, rows: Sequence[Example], text: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from solotune.config.run_config import RunConfig, load_config
 from solotune.diagnosis.findings import Finding
-from solotune.diagnosis.subject import Saved, Trace
+from solotune.diagnosis.run_facts import Saved, Trace
 from solotune.errors import InputError, SolotuneError
 from solotune.model.adapter import adapter_tensors
 from solotune.run.events import DeviceFailedEvent, EvalEvent, NonFiniteEvent, StepEvent

@@ -25,9 +25,9 @@ from solotune.diagnosis.data_checks import check_rows
 from solotune.diagnosis.evidence import Signal, of_refusal
 from solotune.diagnosis.facts import derived
 from solotune.diagnosis.findings import Finding
+from solotune.diagnosis.run_facts import LiveModel, RunFacts, Settings
 from solotune.diagnosis.sources import run_files
-from solotune.diagnosis.sources.live_model import batches_of, own_live
-from solotune.diagnosis.subject import Live, Settings, Subject
+from solotune.diagnosis.sources.live_model import batches_of, load_live_model
 from solotune.errors import IntegrityError, SolotuneError
 from solotune.hardware.machine import ram
 from solotune.hub.model_files import ModelFiles, resolve_model
@@ -50,13 +50,13 @@ def settings_of(config: RunConfig) -> Settings:
 
 def from_prepared(
     config: RunConfig, tokenizer: Any, prepared: Prepared, findings: list[Finding], model_files: ModelFiles
-) -> Subject:
+) -> RunFacts:
     """A training that is about to begin: its settings and its rows, of which nothing has run yet.
 
     Args:
         findings: what `check_rows` says of the rows.
     """
-    return Subject(
+    return RunFacts(
         name=config.name,
         settings=settings_of(config),
         tokenizer=tokenizer,
@@ -69,7 +69,7 @@ def from_prepared(
     )
 
 
-def of_config(config: RunConfig) -> Subject:
+def of_config(config: RunConfig) -> RunFacts:
     """A config, before it is run; nothing is written.
 
     What cannot be read (the base, the data) is missing from the subject, and said.
@@ -79,10 +79,10 @@ def of_config(config: RunConfig) -> Subject:
 
 def load_settled(config: RunConfig) -> RunConfig:
     """The config as this machine would run it; as it is where the machine refuses."""
-    from solotune.training.trained_run import settle
+    from solotune.training.trained_run import resolve_for_machine
 
     try:
-        return settle(config)[0]
+        return resolve_for_machine(config)[0]
     except SolotuneError:
         return config
 
@@ -97,13 +97,13 @@ def _found(config: RunConfig) -> ModelFiles | SolotuneError:
 
 def _with_rows(
     config: RunConfig,
-    settled: RunConfig,
+    resolved: RunConfig,
     adapter: Path | None,
     model_files: ModelFiles | SolotuneError,
     rendered_on: Any = None,
-) -> Subject:
+) -> RunFacts:
     """Settings, tokenizer, rows and the way to a live model, as far as they can be had."""
-    plain = Subject(config.name, settings_of(settled))
+    plain = RunFacts(config.name, settings_of(resolved))
     try:
         if isinstance(model_files, SolotuneError):
             raise model_files
@@ -114,7 +114,7 @@ def _with_rows(
     try:
         prepared = prepare(config, tokenizer, rendered_on=rendered_on)
         findings = check_rows(config, tokenizer, prepared, model_files)
-        subject = replace(from_prepared(settled, tokenizer, prepared, findings, model_files), name=config.name)
+        run_facts = replace(from_prepared(resolved, tokenizer, prepared, findings, model_files), name=config.name)
     except SolotuneError as error:
         why = dict.fromkeys(("train", "validation", "live"), error.problem)
         return replace(
@@ -126,9 +126,9 @@ def _with_rows(
             model_config=model_files.json_or_empty("config.json"),
             generation_config=model_files.json_or_empty("generation_config.json"),
         )
-    if (why := too_large(subject)) is not None:
-        return replace(subject, missing={"live": why})
-    return replace(subject, live=live_of(settled, tokenizer, prepared, adapter, model_files))
+    if (why := too_large(run_facts)) is not None:
+        return replace(run_facts, missing={"live": why})
+    return replace(run_facts, live=live_of(resolved, tokenizer, prepared, adapter, model_files))
 
 
 def _conversations(config: RunConfig) -> list[list[dict[str, Any]]]:
@@ -154,9 +154,9 @@ def _conversations(config: RunConfig) -> list[list[dict[str, Any]]]:
 # --- the model, and the batches that its training sees
 
 
-def too_large(subject: Subject) -> str | None:
+def too_large(run_facts: RunFacts) -> str | None:
     """Why the model cannot be loaded here; None where it should fit."""
-    needs, free = derived.weight_bytes(subject), _free_bytes()
+    needs, free = derived.weight_bytes(run_facts), _free_bytes()
     if needs is None or 1.2 * needs < free:
         return None
     return f"the base takes about {gib(needs)} GiB, and {gib(free)} are free on this machine"
@@ -174,17 +174,17 @@ def live_of(
     prepared: Prepared,
     adapter: Path | None,
     model_files: ModelFiles | None = None,
-) -> Callable[[], Live]:
+) -> Callable[[], LiveModel]:
     """Loads the base with its adapters, fresh or those of a folder, once."""
 
     @cache
-    def load() -> Live:
+    def load() -> LiveModel:
         from solotune.model.adapter import adapter_tensors
-        from solotune.training.trained_run import settle
+        from solotune.training.trained_run import resolve_for_machine
 
-        settled, machine, _ = settle(config.replaced("diagnosis", torch_compile=False))
+        resolved, machine, _ = resolve_for_machine(config.replaced("diagnosis", torch_compile=False))
         tensors = adapter_tensors(adapter) if adapter is not None else None
-        return own_live(settled, machine, tokenizer, prepared.train, prepared.validation, tensors, model_files)
+        return load_live_model(resolved, machine, tokenizer, prepared.train, prepared.validation, tensors, model_files)
 
     return load
 
@@ -192,7 +192,7 @@ def live_of(
 # --- a run
 
 
-def from_run(path: str | Path) -> Subject:
+def from_run(path: str | Path) -> RunFacts:
     """A run directory, in whatever state it is.
 
     Raises:
@@ -202,20 +202,20 @@ def from_run(path: str | Path) -> Subject:
     config = run_files.recorded(run)
     adapter = run_files.newest_adapter(run)
     model_files = _found(config)
-    subject = _with_rows(config, load_settled(config), adapter, model_files, run_files.day(run))
+    run_facts = _with_rows(config, load_settled(config), adapter, model_files, run_files.day(run))
     saved = run_files.saved_of(adapter) if adapter is not None else None
-    missing = dict(subject.missing)
+    missing = dict(run_facts.missing)
     if saved is None:
         missing["saved"] = "nothing was saved yet" if adapter is None else f"{adapter}: the adapter cannot be read"
         if adapter is not None:
             missing["adapter"] = missing["saved"]
     record = RunRecord.read(run.path)
-    refusals = [*subject.refusals, *_other_base(record, model_files)]
+    refusals = [*run_facts.refusals, *_other_base(record, model_files)]
     return replace(
-        subject,
+        run_facts,
         name=run.path.name,
-        settings=replace(subject.settings, values={**subject.settings.values, **run_files.summary(record)}),
-        findings=subject.findings or run_files.findings(record),
+        settings=replace(run_facts.settings, values={**run_facts.settings.values, **run_files.summary(record)}),
+        findings=run_facts.findings or run_files.findings(record),
         refusals=refusals,
         trace=run_files.trace_of(record),
         saved=saved,

@@ -1,6 +1,6 @@
 """What is diagnosed: whatever is known of a training, by whomever it was run.
 
-A `Subject` is filled from a config before a run (`of_config`), from a run directory of ours (`from_run`), from a
+A `RunFacts` is filled from a config before a run (`of_config`), from a run directory of ours (`from_run`), from a
 folder that Hugging Face's Trainer wrote (`foreign`), or by the caller, who hands over the very objects of a training
 loop. Every part may be missing; a rule asks only for what it needs, and a rule that cannot ask is listed as such in the
 diagnosis, since it leaves something open.
@@ -81,7 +81,7 @@ class Saved:
 
 
 @dataclass(frozen=True)
-class Live:
+class LiveModel:
     """A model that can be run on this machine, with the batches that its training saw.
 
     `model` takes transformers' arguments (input_ids, attention_mask, position_ids, labels, use_cache) and has its
@@ -100,7 +100,7 @@ class Live:
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class RunFacts:
     """Everything known of one training; equal to itself alone, since what it holds is large and is cached by it."""
 
     name: str
@@ -116,7 +116,7 @@ class Subject:
     trace: Trace | None = None
     saved: Saved | None = None
     base_template: str = ""  # the chat template that came with the base, where it was trained with another one
-    live: Callable[[], Live] | None = None  # loads it; probes call it once
-    batches: Sequence[Mapping[str, torch.Tensor]] = ()  # as `Live.batches`, where no model is needed to make them
+    live: Callable[[], LiveModel] | None = None  # loads it; probes call it once
+    batches: Sequence[Mapping[str, torch.Tensor]] = ()  # as `LiveModel.batches`, where no model is needed to make them
     environment: Mapping[str, Any] = field(default_factory=dict)  # versions, card
     missing: Mapping[str, str] = field(default_factory=dict)  # part -> why it is not there
