@@ -31,69 +31,69 @@ class Mutant(NamedTuple):
 MUTANTS = [
     # --- writing
     Mutant("folders are not synced", "cut_from_power", [
-        Edit("operations:sync_folder", 'say("sync_folder", folder)', "return")]),
-    Mutant("files are not synced", "cut_from_power", [Edit("operations:fsync", 'say("fsync", path)', "return")]),
+        Edit("run.fs_ops:sync_folder", 'say("sync_folder", folder)', "return")]),
+    Mutant("files are not synced", "cut_from_power", [Edit("run.fs_ops:fsync", 'say("fsync", path)', "return")]),
     Mutant("a file is renamed before it is synced", "cut_from_power_at_data_json", [
-        Edit("storage:_write_new", "operations.fsync(", "path.name.endswith(PARTIAL) or operations.fsync("),
-        Edit("storage:write_whole", "rename(temporary, path)", "rename(temporary, path); sync(path)")]),
+        Edit("run.atomic_io:_write_new", "fs_ops.fsync(", "path.name.endswith(PARTIAL) or fs_ops.fsync("),
+        Edit("run.atomic_io:write_whole", "rename(temporary, path)", "rename(temporary, path); sync(path)")]),
     Mutant("a file is written in its place", "killed_at_data_json", [
-        Edit("storage:write_whole", "_write_new(temporary, ", "operations.unlink(path); _write_new(path, "),
-        Edit("storage:write_whole", "operations.rename(temporary, path)", "pass")]),
+        Edit("run.atomic_io:write_whole", "_write_new(temporary, ", "fs_ops.unlink(path); _write_new(path, "),
+        Edit("run.atomic_io:write_whole", "fs_ops.rename(temporary, path)", "pass")]),
     Mutant("a checkpoint is written in its place", "killed_in_a_save", [
-        Edit("storage:whole_folder", 'target.with_name(f".{target.name}{PARTIAL}")', "target"),
-        Edit("storage:whole_folder", "if target.exists():", "if False:"),
-        Edit("storage:whole_folder", "operations.rename(partial, target)", "pass")]),
+        Edit("run.atomic_io:whole_folder", 'target.with_name(f".{target.name}{PARTIAL}")', "target"),
+        Edit("run.atomic_io:whole_folder", "if target.exists():", "if False:"),
+        Edit("run.atomic_io:whole_folder", "fs_ops.rename(partial, target)", "pass")]),
     Mutant("a checkpoint's rename is not synced", "cut_from_power", [
-        Edit("storage:whole_folder", "operations.sync_folder(target.parent)", "pass")]),
+        Edit("run.atomic_io:whole_folder", "fs_ops.sync_folder(target.parent)", "pass")]),
     Mutant("a removed checkpoint may come back in part", "cut_from_power_in_retention", [
-        Edit("storage:_set_aside", "operations.sync_folder(path.parent)", "pass")]),
+        Edit("run.atomic_io:_set_aside", "fs_ops.sync_folder(path.parent)", "pass")]),
     Mutant("a checkpoint is not read back", "lied_to", [
-        Edit("storage:whole_folder", "for file, problem in check_folder(partial):", "for file, problem in ():")]),
+        Edit("run.atomic_io:whole_folder", "for file, problem in check_folder(partial):", "for file, problem in ():")]),
     Mutant("retention keeps the oldest", "killed_in_a_save", [
-        Edit("checkpoint:keep_newest", "found[: -limit if limit else 0]", "found[limit:] if limit else []")]),
+        Edit("training.checkpoint:keep_newest", "found[: -limit if limit else 0]", "found[limit:] if limit else []")]),
     Mutant("metrics are not synced before a checkpoint counts them", "cut_from_power", [
-        Edit("record:RunDirectory.mark", "storage.sync(self.path / METRICS)", "pass")]),
+        Edit("run.run_dir:RunDirectory.metrics_offset", "atomic_io.sync(self.path / METRICS)", "pass")]),
     Mutant("half a line stays when the disk is full", "out_of_room", [
-        Edit("storage:append_line", "operations.truncate(handle, path, size)", "pass")]),
+        Edit("run.atomic_io:append_line", "fs_ops.truncate(handle, path, size)", "pass")]),
     Mutant("the half made is not swept away", "killed_at_data_json", [
-        Edit("storage:sweep", "with storage_errors", "return\n    with storage_errors")]),
+        Edit("run.atomic_io:sweep", "with storage_errors", "return\n    with storage_errors")]),
     Mutant("the lock is not taken", "contended_for", [
-        Edit("storage:take_lock", "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass")]),
+        Edit("run.atomic_io:take_lock", "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass")]),
     # --- going on
     Mutant("manifests are not checked", "rotten", [
-        Edit("checkpoint:invalid_reason", "for file, problem in check_folder(folder):", "for file, problem in ():")]),
+        Edit("training.checkpoint:invalid_reason", "for file, problem in check_folder(folder):", "for file, problem in ():")]),
     Mutant("metrics are not compared with the mark", "ahead_of_metrics", [
-        Edit("record:RunDirectory.metrics_mismatch", 'if there < mark["bytes"]:', "return None\n    if there < 0:")]),
+        Edit("run.run_dir:RunDirectory.metrics_mismatch", 'if there < mark["bytes"]:', "return None\n    if there < 0:")]),
     Mutant("metrics are not cut back", "killed_after_a_save", [
-        Edit("record:RunDirectory.truncate_metrics", "storage.cut_back(", "(lambda *_: None)(")]),
+        Edit("run.run_dir:RunDirectory.truncate_metrics", "atomic_io.cut_back(", "(lambda *_: None)(")]),
     Mutant("the adapter is not restored", "killed_after_a_save", [
-        Edit("lora:load_state_dict", "part.data.copy_(tensors[key])", "pass")]),
+        Edit("model.lora:load_state_dict", "part.data.copy_(tensors[key])", "pass")]),
     Mutant("the optimizer is not restored", "killed_after_a_save", [
-        Edit("checkpoint:restore_optimizer", "state: dict[int, dict[str, Any]] = {}", "return\n    state = {}")]),
+        Edit("training.checkpoint:restore_optimizer", "state: dict[int, dict[str, Any]] = {}", "return\n    state = {}")]),
     Mutant("the optimizer's step is not restored", "killed_after_a_save", [
-        Edit("checkpoint:restore_optimizer", "state.setdefault(int(index), {})[name] = value",
+        Edit("training.checkpoint:restore_optimizer", "state.setdefault(int(index), {})[name] = value",
              'state.setdefault(int(index), {})[name] = value * 0 if name == "step" else value')]),
     Mutant("the random states are not restored", "killed_after_a_save", [
-        Edit("checkpoint:restore_random", 'if "cpu" in states:', "if False:")]),
+        Edit("training.checkpoint:restore_random", 'if "cpu" in states:', "if False:")]),
     Mutant("the row cursor is not restored", "killed_after_a_save", [
-        Edit("training:Schedule.steps", "range(done, self.total_steps)", "range(0, self.total_steps - done)")]),
+        Edit("dataset.sampler:BatchSampler.steps", "range(done, self.total_steps)", "range(0, self.total_steps - done)")]),
     Mutant("the schedule is not restored", "killed_after_a_save", [
-        Edit("training:train", "learning_rate_at(config, step - 1,", "learning_rate_at(config, step - 1 - done,")]),
+        Edit("training.loop:train", "learning_rate_at(config, step - 1,", "learning_rate_at(config, step - 1 - done,")]),
     Mutant("another config is continued", "changed", [
-        Edit("resume:compare", "if key not in inexact:", "if False:")]),
+        Edit("training.resume:compare", "if key not in inexact:", "if False:")]),
     Mutant("other rows are continued", "changed", [
-        Edit("resume:compare", 'if then["train_rows"] != now["train_rows"]:', "if False:")]),
+        Edit("training.resume:compare", 'if then["train_rows"] != now["train_rows"]:', "if False:")]),
     Mutant("another base is continued", "changed", [
-        Edit("resume:compare", 'check_base(then["base"], now["base"], where)', "pass")]),
+        Edit("training.resume:compare", 'check_base(then["base"], now["base"], where)', "pass")]),
     # --- verify
     Mutant("verify looks at sizes alone", "damaged", [
-        Edit("manifest:differences", "entry_at(path, recorded.bytes) != recorded", "False")]),
+        Edit("run.manifest:differences", "entry_at(path, recorded.bytes) != recorded", "False")]),
     Mutant("verify does not look for what was added", "damaged", [
-        Edit("manifest:unknown", "return [", "return [] and [")]),
+        Edit("run.manifest:unknown", "return [", "return [] and [")]),
     Mutant("verify believes any manifest", "damaged", [
-        Edit("manifest:read_manifest", "text != manifest_text(entries)", "False")]),
+        Edit("run.manifest:read_manifest", "text != manifest_text(entries)", "False")]),
     Mutant("verify looks at no parameter", "not_finite", [
-        Edit("verification:_tensors", "not bool(torch.isfinite(tensor).all())", "False")]),
+        Edit("training.verify_run:_tensors", "not bool(torch.isfinite(tensor).all())", "False")]),
 ]  # fmt: skip
 
 

@@ -120,7 +120,7 @@ MUTANTS = [
     Mutant("escape sequences", "display/progress.py", "return text.translate(_INERT)", "return text",
            at("shown", "test_text_is_inert_and_markup_stays_text[escape]")),
     Mutant("an adapter's config", "training/trained_run.py",
-           "_check_adapter_config(folder, lora.peft_config(self.config, model.adapted, model.module))",
+           "_check_adapter_config(folder, lora.peft_config(self.config, model.lora_layers, model.module))",
            "pass", at("adapter", "test_96_adapters_that_are_refused[alpha]")),
     Mutant("an adapter's numbers", "model/adapter.py", "        check_finite(str(path), name, tensor)\n", "        pass\n",
            at("adapter", "test_96_adapters_that_are_refused[NaN]")),
@@ -135,7 +135,7 @@ MUTANTS = [
     Mutant("kernels of bitsandbytes", "hardware/bnb.py", '_absent = "kernels" not in sys.modules', "_absent = False",
            at("hostile", "test_bitsandbytes_is_imported_without_fetching_kernels")),
     Mutant("versions with holes", "hardware/doctor.py", "            *_check_floors(),\n", "",
-           "tests/test_environment.py::test_versions_with_known_holes_fail"),
+           "tests/hardware/test_machine.py::test_versions_with_known_holes_fail"),
 ]  # fmt: skip
 
 

@@ -15,18 +15,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "solotune"
-FINITE, BEFORE = "tests/faults/test_running_finite.py", "tests/faults/test_running_before.py"
-SIGNALS = "tests/faults/test_running_signals.py"
-HANGS = "tests/faults/test_running_hangs.py"
+FINITE, BEFORE = "tests/training/test_nonfinite.py", "tests/faults/test_running_before.py"
+SIGNALS = "tests/runtime/test_signals.py"
+HANGS = "tests/runtime/test_watchdog.py"
 CAMPAIGN = "tests/faults/test_running_campaign.py"
-TRAINING = "tests/test_training.py"
+TRAINING = "tests/training/test_loop.py"
 
 MUTANTS: list[tuple[str, str, str, str]] = [
-    ("training/loop.py", ", *finite.norms(model, optimizer)]", "]", f"{FINITE} -k site"),
-    ("training/loop.py", "if not finite.all_finite([loss, norm, *state]):", "if loss != loss:", f"{FINITE} -k site"),
+    ("training/loop.py", ", *nonfinite.norms(model, optimizer)]", "]", f"{FINITE} -k site"),
+    ("training/loop.py", "if not nonfinite.all_finite([loss, norm, *state]):", "if loss != loss:", f"{FINITE} -k site"),
     (
         "training/loop.py",
-        "if problem := finite.nonfinite_tensors(self.model, self.optimizer):",
+        "if problem := nonfinite.nonfinite_tensors(self.model, self.optimizer):",
         "if problem := []:",
         f"{FINITE} -k update",
     ),
@@ -72,9 +72,9 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("training/disk_space.py", "    if free >= need.total:\n", "    if True:\n", f"{BEFORE} -k too_small"),
     ("training/disk_space.py", "config.save_total_limit + 1)", "config.save_total_limit)", f"{BEFORE} -k said_to_take"),
     ("training/disk_space.py", "max(most - existing,", "max(most,", f"{BEFORE} -k resumed"),
-    ("api/setup.py", "    disk.require_writable(_folder_of(checked))\n", "", f"{BEFORE} -k takes_no_files"),
-    ("api/setup.py", "    fitness.require_hardware(checked, machine)\n", "", f"{BEFORE} -k bitsandbytes_that"),
-    ("api/train.py", "    fitness.require_torch()\n", "", f"{BEFORE} -k address_space"),
+    ("api/setup.py", "    disk_space.require_writable(_folder_of(checked))\n", "", f"{BEFORE} -k takes_no_files"),
+    ("api/setup.py", "    doctor.require_hardware(checked, machine)\n", "", f"{BEFORE} -k bitsandbytes_that"),
+    ("api/train.py", "    doctor.require_torch()\n", "", f"{BEFORE} -k address_space"),
 ]
 
 

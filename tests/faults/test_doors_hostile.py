@@ -121,7 +121,7 @@ def mixture(here: Path) -> None:
 
 
 def arrow_of_pickles(here: Path) -> None:
-    from tests.dataset.test_bad_input import arrow_extension
+    from tests.dataset.readers.test_files_bad_input import arrow_extension
 
     arrow_extension(here / "chats.arrow")
     content = (here / "chats.arrow").read_bytes()

@@ -33,7 +33,7 @@ def written(tmp_path, monkeypatch):
 
 
 def test_defaults_are_the_walkthroughs_recipe_and_the_shipped_file_says_the_same():
-    shipped = load_config(Path(__file__).parents[1] / "examples" / "walkthrough.yaml")
+    shipped = load_config(Path(__file__).parents[2] / "examples" / "walkthrough.yaml")
     defaults = load_config({**MINIMAL, "model_name_or_path": shipped.model_name_or_path})
     same = set(RunConfig.model_fields) - {"model_name_or_path", "dataset", "dataset_split", "bnb_4bit_compute_dtype"}
     same -= {"gradient_checkpointing"}  # the file says true; the default asks the plan

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from solotune.dataset import render_prompt
 from solotune.dataset.chat.template import Template
+from tests.dataset.chat.test_answer_spans import learned, with_template
 from tests.dataset.conftest import CHATML, chat, tiny_tokenizer
-from tests.dataset.test_chat import learned, with_template
 
 IN_PARTS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}"

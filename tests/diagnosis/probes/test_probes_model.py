@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diagnosis.patients import Ward, chats, padded, render
 
 from solotune.diagnosis import probes
 from solotune.diagnosis.probes.adapter_gradients import gradients_and_steps, on_and_off
@@ -22,6 +21,7 @@ from solotune.diagnosis.probes.probed_model import adapters_of, training_loss
 from solotune.diagnosis.probes.prompt_use import own_prompt_against_others
 from solotune.diagnosis.probes.saved_adapter import reloaded
 from solotune.diagnosis.run_facts import Saved
+from tests.diagnosis.probed_models import Ward, chats, padded, render
 
 END = 2
 

@@ -24,7 +24,7 @@ from solotune.run.events import (
     to_line,
 )
 
-RECORDED = (Path(__file__).parent / "data" / "metrics-0.1.0.jsonl").read_bytes().splitlines(keepends=True)
+RECORDED = (Path(__file__).parents[1] / "data" / "metrics-0.1.0.jsonl").read_bytes().splitlines(keepends=True)
 """Written by runs of the code before `events` was a module: each kind of line, both forms of non_finite."""
 
 

@@ -25,7 +25,7 @@ from solotune.hardware.doctor import Check, DoctorReport
 from tests.messages import error_in, stable
 
 main_module = importlib.import_module("solotune.cli.main")  # `cli.main` is the function
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(solotune.__file__).parents[1]), "COLUMNS": "80"}
 
 HELP = snapshot("""\

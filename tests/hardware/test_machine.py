@@ -23,7 +23,7 @@ from solotune.hardware.doctor import doctor
 from solotune.hardware.machine import Machine, device_of, dtype_of, probe, resolve_for_machine
 from tests.messages import stable
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
 
 

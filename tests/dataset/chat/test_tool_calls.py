@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from solotune.dataset import Prepared, prepare
 from solotune.dataset.chat.formats import Record
+from tests.dataset.chat.test_formats import A, U, message_of, record_of
 from tests.dataset.conftest import CHATML, Writer, config_of, tiny_tokenizer
-from tests.dataset.test_formats import A, U, message_of, record_of
 
 ARGUMENTS = {"city": "Zürich", "days": [1, 2], "unit": None}
 CALL = {"type": "function", "function": {"name": "get_weather", "arguments": ARGUMENTS}}

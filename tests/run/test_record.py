@@ -13,7 +13,7 @@ from solotune import verbs
 from solotune.run.events import DeviceFailedEvent, EndEvent, NonFiniteEvent, SaveEvent
 from solotune.run.record import RunRecord, json_object, number_in
 
-SAMPLE = (Path(__file__).parent / "data" / "metrics-0.1.0.jsonl").read_bytes()
+SAMPLE = (Path(__file__).parents[1] / "data" / "metrics-0.1.0.jsonl").read_bytes()
 NESTED = b'{"event": "step", "step": 9, "x": ' + b"[" * 100_000
 STEP = {"event": "step", "step": 3, "total_steps": 9, "loss": 1.5, "tokens_per_second": 10.0, "peak_bytes": 2**30}
 

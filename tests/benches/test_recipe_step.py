@@ -15,7 +15,7 @@ from bench import recipe_step
 from bench.recipe_step import RECIPE
 from solotune.config.run_config import load_config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LENGTH = 24
 TINY = (f"max_length={LENGTH}", "lora_r=4", "use_cpu=true")

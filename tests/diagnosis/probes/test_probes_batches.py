@@ -10,7 +10,6 @@ import peft
 import pytest
 import torch
 import transformers
-from diagnosis.patients import Ward, chats, packed, padded, render
 from tiny import FAMILIES
 
 from solotune.dataset.example import Example
@@ -18,6 +17,7 @@ from solotune.diagnosis.facts.texts import Batches
 from solotune.diagnosis.probes.batch_isolation import packed_against_alone, padded_against_alone
 from solotune.diagnosis.probes.skipped import Skipped
 from solotune.diagnosis.rules import rules
+from tests.diagnosis.probed_models import Ward, chats, packed, padded, render
 
 END, PAD = 2, 0  # <|im_end|>, which is also the tokenizer's pad; <|endoftext|>
 ABOUT_BATCHES = [f"F{n}" for n in (17, 18, 19, 20, 21, 22, 23, 27, 28, 29, 30, 31, 32, 33)]

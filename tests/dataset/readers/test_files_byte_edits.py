@@ -2,7 +2,7 @@
 
 `campaign` is the same for as long as one likes:
 
-    python -c "from tests.dataset.test_byte_edits import campaign; campaign(seconds=600, seed=0)"
+    python -c "from tests.dataset.readers.test_files_byte_edits import campaign; campaign(seconds=600, seed=0)"
 """
 
 from __future__ import annotations
