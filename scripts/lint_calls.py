@@ -20,7 +20,6 @@ ALLOWED_IMPORTS = {  # file -> module, with the reason
     "dataset/chat/template_process.py": {"marshal"},  # reads what its parent wrote
     "diagnosis/sources/pickle_reader.py": {"zipfile"},  # reads one bounded member into memory; nothing is unpacked
 }
-BNB_IMPORTS = ("hardware/bnb.py", "training/loop.py")  # training imports linear, and that hardware/bnb.py, before
 BANNED_CALLS = {
     "eval", "exec", "compile", "__import__", "os.system", "os.popen", "os.execv", "os.execvp", "os.execve",
     "torch.load", "torch.hub.load", "torch.jit.load", "torch.package.PackageImporter", "numpy.load", "np.load",
@@ -41,7 +40,7 @@ def problems(source: str, name: str) -> Iterator[tuple[int, str]]:
             for module in {found.split(".")[0] for found in names} & BANNED_IMPORTS:
                 if module not in ALLOWED_IMPORTS.get(name, ()):
                     yield node.lineno, f"import of {module}"
-            if "bitsandbytes.functional" in names or ("bitsandbytes" in names and name not in BNB_IMPORTS):
+            if "bitsandbytes.functional" in names or ("bitsandbytes" in names and name != "hardware/bnb.py"):
                 yield node.lineno, "import of bitsandbytes, past hardware/bnb.py"
         elif isinstance(node, ast.Call):
             yield from _call(node, name)

@@ -376,7 +376,7 @@ def test_bitsandbytes_is_imported_without_fetching_kernels(tmp_path: Path) -> No
     """Where the package `kernels` is installed it would be asked for native code from the hub."""
     python("kernels.py")(tmp_path)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{tmp_path}"}
-    program = "import sys; from solotune import linear; sys.exit('kernels' in sys.modules)"
+    program = "import sys; from solotune.model import frozen_linear; sys.exit('kernels' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "MARKER").exists()

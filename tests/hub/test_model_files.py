@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from solotune import verbs
+import solotune
 from solotune.config.run_config import RunConfig, load_config
 from solotune.errors import InputError
 from solotune.hub.download import hub_id, is_local_path, local_path
@@ -150,10 +150,10 @@ def test_a_config_that_leads_to_code_is_refused_and_still_readable_as_it_is_writ
 def test_a_run_looks_for_its_model_once(chat_config: dict[str, Any], downloads: Downloads) -> None:
     small, weights = (HUB_ID, False), (HUB_ID, True)
     keys = {**chat_config, "model_name_or_path": HUB_ID, "torch_compile": False, "max_steps": 2}
-    verbs.plan(keys)
+    solotune.plan(keys)
     assert downloads == [small]  # a plan needs no weights
     downloads.clear()
-    verbs.train(keys)
+    solotune.train(keys)
     assert downloads == [small, weights]
     written = json.loads(Path("run/adapter/adapter_config.json").read_text())
     assert (written["base_model_name_or_path"], written["revision"]) == (HUB_ID, "main")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from solotune import verbs
+import solotune
 from solotune.run.events import DeviceFailedEvent, EndEvent, NonFiniteEvent, SaveEvent
 from solotune.run.record import RunRecord, json_object, number_in
 
@@ -128,7 +128,7 @@ def test_no_damaged_run_hides_the_others(tmp_path):
         a_run(tmp_path / name, lines(STEP), evaluation=content)
     good = {"base": {"loss": 2.5}, "tuned": {"loss": 1.5}, "scores": {"exact_match": {"tuned": 0.5}}}
     a_run(tmp_path / "good", lines(STEP, {"event": "end", "step": 9}), evaluation=json.dumps(good))
-    found = {run.name: run for run in verbs.runs(tmp_path)}
+    found = {run.name: run for run in solotune.runs(tmp_path)}
     assert len(found) == len(DAMAGED) + 5
     assert found["good"].to_json() == {
         "name": "good", "path": str(tmp_path / "good"), "status": "finished", "steps": 3, "total_steps": 9,
@@ -147,8 +147,8 @@ def test_no_damaged_run_hides_the_others(tmp_path):
 
 def test_a_run_is_read_without_torch_and_rich():
     code = (
-        "import sys; from solotune import events, observer, record, run_log, run_record; "
-        "record.summarize_run(record.RunDirectory(record.Path('.'))); "
+        "import sys; from solotune.display import observer; from solotune.run import events, record, run_dir, run_log; "
+        "run_dir.summarize_run(run_dir.RunDirectory(run_dir.Path('.'))); "
         "sys.exit(bool({'torch', 'rich', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

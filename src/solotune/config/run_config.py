@@ -37,6 +37,14 @@ from pydantic_core import ErrorDetails
 
 from solotune.config.key_aliases import FOREIGN_KEYS, REFUSED_KEYS
 from solotune.config.secrets import HIDDEN, is_secret, is_secret_name, without_secrets
+from solotune.config.settings import (
+    BatchSettings,
+    LoraSettings,
+    OptimizerSettings,
+    PrecisionSettings,
+    ScheduleSettings,
+    SourceSettings,
+)
 from solotune.config.yaml_reader import parse, plain, read_mapping, yaml_value
 from solotune.errors import InputError
 
@@ -353,6 +361,82 @@ class RunConfig(BaseModel):
     def takes_graphs(self) -> bool:
         """Whether passes whose shapes repeat become CUDA graphs, where there is CUDA."""
         return self.cuda_graphs and self.torch_compile and not self.activation_offload
+
+    # --- parts, for functions that need no more
+
+    @property
+    def lora(self) -> LoraSettings:
+        return LoraSettings(
+            r=self.lora_r,
+            alpha=self.lora_alpha,
+            dropout=self.lora_dropout,
+            target_modules=self.lora_target_modules,
+            use_rslora=self.use_rslora,
+            seed=self.seed,
+            sources=self._sources,
+        )
+
+    @property
+    def precision(self) -> PrecisionSettings:
+        return PrecisionSettings(
+            base_precision=self.base_precision,
+            double_quant=self.bnb_4bit_use_double_quant,
+            multiplies_in_fp8=self.multiplies_in_fp8,
+            base_residency=self.base_residency,
+            bf16=self.bf16,
+            sources=self._sources,
+        )
+
+    @property
+    def optimizer(self) -> OptimizerSettings:
+        return OptimizerSettings(
+            name=self.optim,
+            learning_rate=self.learning_rate,
+            beta1=self.adam_beta1,
+            beta2=self.adam_beta2,
+            epsilon=self.adam_epsilon,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            sources=self._sources,
+        )
+
+    @property
+    def schedule(self) -> ScheduleSettings:
+        return ScheduleSettings(
+            learning_rate=self.learning_rate,
+            type=self.lr_scheduler_type,
+            warmup_steps=self.warmup_steps,
+            warmup_ratio=self.warmup_ratio,
+            sources=self._sources,
+        )
+
+    @property
+    def batches(self) -> BatchSettings:
+        return BatchSettings(
+            batch_size=self.per_device_train_batch_size,
+            accumulation=self.gradient_accumulation_steps,
+            max_length=self.max_length,
+            packing=self.packing,
+            has_one_shape=self.packing and self.torch_compile,
+            max_steps=self.max_steps,
+            num_epochs=self.num_train_epochs,
+            seed=self.seed,
+            sources=self._sources,
+        )
+
+    @property
+    def source(self) -> SourceSettings:
+        return SourceSettings(
+            dataset=self.dataset,
+            config=self.dataset_config,
+            revision=self.dataset_revision,
+            split=self.dataset_split,
+            eval_dataset=self.eval_dataset,
+            eval_split=self.eval_dataset_split,
+            column_mapping=self.column_mapping,
+            on_bad_row=self.on_bad_row,
+            sources=self._sources,
+        )
 
     def every(self, what: Literal["eval", "save"], steps_per_epoch: int) -> int | None:
         """Steps between two evaluations or saves; None for never."""

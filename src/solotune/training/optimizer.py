@@ -20,12 +20,12 @@ def make_optimizer(config: RunConfig, parameters: list[torch.nn.Parameter]) -> t
     }
     if config.optim == "adamw_torch":
         return torch.optim.AdamW(parameters, **options)
-    import bitsandbytes as bnb
+    from solotune.hardware.bnb import optim
 
     kinds = {
-        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
-        "adamw_8bit": bnb.optim.AdamW8bit,
-        "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
+        "paged_adamw_8bit": optim.PagedAdamW8bit,
+        "adamw_8bit": optim.AdamW8bit,
+        "paged_adamw_32bit": optim.PagedAdamW32bit,
     }
     return kinds[config.optim](parameters, **options)
 

@@ -1,0 +1,96 @@
+"""Parts of a config, for functions that need no more than these: `config.lora`, `config.optimizer`, ...
+
+The YAML stays flat and is checked as a whole (`run_config`). A function that takes `LoraSettings` says by its type
+what it reads, and can be called without a config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all parts have: where each value came from."""
+
+    sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def source_of(self, key: str) -> str:
+        """Where the value of a config key came from: `default`, `run.yaml line 12`, `command line`, ..."""
+        return self.sources.get(key, "default")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings(Settings):
+    """The adapter: W x + scale B A x, with A of (r, in) and B of (out, r)."""
+
+    r: int
+    alpha: float
+    dropout: float
+    target_modules: list[str] | Literal["all-linear"]
+    use_rslora: bool
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionSettings(Settings):
+    """How the frozen base is stored and multiplied. `base_precision` may be `auto` until the plan has chosen."""
+
+    base_precision: Literal["nf4", "fp8", "bf16", "fp32", "auto"]
+    double_quant: bool
+    multiplies_in_fp8: bool
+    base_residency: Literal["auto", "quantized", "dequantized"]
+    bf16: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings(Settings):
+    """AdamW by its name in transformers, and its numbers."""
+
+    name: Literal["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch"]
+    learning_rate: float
+    beta1: float
+    beta2: float
+    epsilon: float
+    weight_decay: float
+    max_grad_norm: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleSettings(Settings):
+    """The learning rate of each step."""
+
+    learning_rate: float
+    type: Literal["cosine", "linear", "constant", "constant_with_warmup"]
+    warmup_steps: int
+    warmup_ratio: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSettings(Settings):
+    """Rows of a micro-batch and of a step, and how long a run is."""
+
+    batch_size: int
+    accumulation: int
+    max_length: int
+    packing: bool
+    has_one_shape: bool  # packed and compiled: every micro-batch is padded to one shape
+    max_steps: int  # -1: by epochs
+    num_epochs: float
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSettings(Settings):
+    """Where the rows come from."""
+
+    dataset: str | list[str]
+    config: str | None
+    revision: str | None
+    split: str
+    eval_dataset: str | list[str] | None
+    eval_split: str
+    column_mapping: Mapping[str, str]
+    on_bad_row: Literal["error", "drop"]
