@@ -80,7 +80,7 @@ def peft_losses(config, initial, rows, upcast):
     losses = []
     for step in range(STEPS):
         batch = collate(rows[step * ROWS : (step + 1) * ROWS], torch.device("cuda"))
-        labels = torch.where(batch.supervised_BT, batch.input_ids_BT, -100)
+        labels = torch.where(batch.label_mask_BT, batch.input_ids_BT, -100)
         with torch.autocast("cuda", torch.bfloat16):
             loss = model(input_ids=batch.input_ids_BT, labels=labels).loss
         loss.backward()

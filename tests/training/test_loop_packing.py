@@ -33,7 +33,7 @@ def test_losses_and_gradients_are_those_of_one_row_at_a_time(family, attention, 
     for layer in model.lora_layers.values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     rows = random_rows(7)
-    rows[1].supervised[:] = True  # even so, its first token has no predecessor to learn from
+    rows[1].loss_mask[:] = True  # even so, its first token has no predecessor to learn from
     packs = [rows[:3], rows[3:6], rows[6:]]  # of different lengths, so some are padded too
     packed, hits = model.token_losses(collate_packs(packs, CPU))
     packed.sum().backward()

@@ -45,7 +45,7 @@ class Reference:
         batch = collate(rows, CPU)
         lengths = torch.tensor([len(row.input_ids) for row in rows])
         mask = (torch.arange(batch.input_ids_BT.shape[1]) < lengths[:, None]).long()
-        labels = torch.where(batch.supervised_BT, batch.input_ids_BT, -100)
+        labels = torch.where(batch.label_mask_BT, batch.input_ids_BT, -100)
         loss = self.model(input_ids=batch.input_ids_BT, attention_mask=mask, labels=labels).loss
         loss.backward()
         norm = clip_grad_norm_(self.adapter, max_grad_norm)

@@ -65,7 +65,7 @@ def break_activation(model, rows, config, monkeypatch):
 
 def break_labels(model, rows, config, monkeypatch):
     for row in rows:
-        row.supervised[:] = False
+        row.loss_mask[:] = False
 
 
 def break_loss(model, rows, config, monkeypatch):
@@ -223,7 +223,7 @@ def test_weights_that_an_update_broke_are_not_saved(start, monkeypatch):
 def test_one_row_without_labels_among_others_is_no_fault(start):
     model, run, config = start()
     rows = random_rows(24)
-    rows[3].supervised[:] = False
+    rows[3].loss_mask[:] = False
     loop.train(model, rows, [], config, run, SilentDisplay())
 
 

@@ -40,7 +40,7 @@ def test_f10_two_rows_are_a_pattern_where_they_are_all(bench: Bench) -> None:
 
 def test_f10_texts(bench: Bench) -> None:
     def without_eos(rows: list[Example]) -> list[Example]:
-        return [replace(r, input_ids=r.input_ids[:-1], supervised=r.supervised[:-1]) for r in rows]
+        return [replace(r, input_ids=r.input_ids[:-1], loss_mask=r.loss_mask[:-1]) for r in rows]
 
     rows = [
         {"prompt": sentence(random.Random(n)) + "\n", "completion": sentence(random.Random(1000 + n))}

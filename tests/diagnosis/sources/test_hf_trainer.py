@@ -204,20 +204,20 @@ def made(tmp_path, chat_model, rows, **told):
 def test_completions_are_learned_of_rows_that_have_them_and_of_no_others(tmp_path, chat_model):
     tokenizer, by_default = made(tmp_path, chat_model, ROWS)
     row = by_default.examples[3]
-    assert tokenizer.decode(row.input_ids[row.supervised]).startswith("say 3 now") and by_default.learns_answers
+    assert tokenizer.decode(row.input_ids[row.loss_mask]).startswith("say 3 now") and by_default.learns_answers
     _, whole = made(tmp_path, chat_model, ROWS, completion_only_loss=False)
-    assert whole.examples[3].supervised.all() and not whole.learns_answers
+    assert whole.examples[3].loss_mask.all() and not whole.learns_answers
     chats = [{"messages": row["prompt"] + row["completion"]} for row in ROWS]
     _, asked = made(tmp_path, chat_model, chats, completion_only_loss=True)
-    assert asked.examples[3].supervised.all() and asked.learns_answers, "TRL finds no completion there, without a word"
+    assert asked.examples[3].loss_mask.all() and asked.learns_answers, "TRL finds no completion there, without a word"
 
 
 def test_rows_are_cut_dropped_and_packed_as_trl_does(tmp_path, chat_model):
     tokenizer, whole = made(tmp_path, chat_model, ROWS)
     lengths = [len(row.input_ids) for row in whole.examples]
-    begins = [int(row.supervised.argmax()) for row in whole.examples]
+    begins = [int(row.loss_mask.argmax()) for row in whole.examples]
     _, none = made(tmp_path, chat_model, ROWS, max_length=min(begins) + 1)
-    assert none.rows_in == 12 and all(row.supervised.any() for row in none.examples)
+    assert none.rows_in == 12 and all(row.loss_mask.any() for row in none.examples)
     _, ends = made(tmp_path, chat_model, ROWS, max_length=6, truncation_mode="keep_end")
     assert (ends.examples[0].input_ids == whole.examples[0].input_ids[-6:]).all()
     told = trl_preprocessing.arguments({"packing": True, "max_length": 2 * max(lengths)})

@@ -267,7 +267,7 @@ class RowFacts:
         for message in reversed(example.messages):
             if message["role"] == "assistant":
                 return message["content"] or json.dumps(message.get("tool_calls"), sort_keys=True, default=str)
-        ids = example.input_ids[example.supervised]
+        ids = example.input_ids[example.loss_mask]
         text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
         return text if isinstance(text, str) else "".join(text)
 

@@ -59,8 +59,8 @@ def order_of(run_facts: RunFacts) -> tuple[str, float]:
     """What the order of the rows follows most, and its rank correlation with their place, without sign."""
     rows, answers = examples_of(run_facts), answers_of(chats_of(run_facts))
     length = np.array([len(row.input_ids) for row in rows], float)
-    learned = np.array([int(row.supervised.sum()) for row in rows], float)
-    first = np.array([int(row.input_ids[row.supervised][0]) if row.supervised.any() else -1 for row in rows], float)
+    learned = np.array([int(row.loss_mask.sum()) for row in rows], float)
+    first = np.array([int(row.input_ids[row.loss_mask][0]) if row.loss_mask.any() else -1 for row in rows], float)
     keys = {"their length": length, "the length of their answers": learned, "how their answers begin": first}
     if len(answers) == len(rows):
         keys["their answers"] = np.unique(answers, return_inverse=True)[1].astype(float)

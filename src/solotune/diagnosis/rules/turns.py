@@ -183,7 +183,7 @@ def deployment_stops_elsewhere(run_facts: RunFacts) -> Signal | None:
         return None
     tokenizer = run_facts.tokenizer
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder) if tokenizer is not None else set()
-    last = [int(row.input_ids[row.supervised][-1]) for row in rows if row.supervised.any()]
+    last = [int(row.input_ids[row.loss_mask][-1]) for row in rows if row.loss_mask.any()]
     last = [i for i in last if i in special]
     if not last:
         return None
