@@ -83,7 +83,7 @@ def test_the_work_is_that_of_the_micro_batches_that_will_be_drawn(config):
     checked = load_config(config, ["gradient_accumulation_steps=2", "per_device_train_batch_size=3"])
     prepared = dataset.prepare(checked, dataset.load_tokenizer(checked))
     lengths = [len(row.input_ids) for row in prepared.train]
-    drawn = [m for step in BatchSampler.of(checked, len(lengths)).steps(0) for m in step]
+    drawn = [m for step in BatchSampler.of(checked.batches, len(lengths)).steps(0) for m in step]
     work = plan_inputs.work_of(checked, prepared)
     assert (work.rows, work.accumulation, work.steps) == (3, 2, 6)
     assert work.tokens == max(lengths[row] for micro in drawn for row in micro)

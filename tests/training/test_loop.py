@@ -47,7 +47,7 @@ def assert_equal(first, second):
 
 def test_epochs_are_permutations_and_the_last_step_of_an_epoch_may_be_short(tiny_config):
     config = tiny_config(per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=2.0)
-    schedule = sampler.BatchSampler.of(config, 10)
+    schedule = sampler.BatchSampler.of(config.batches, 10)
     steps = list(schedule.steps(0))
     assert schedule.total_steps == len(steps) == 6
     assert [[len(rows) for rows in step] for step in steps[:3]] == [[2, 2], [2, 2], [2]]
@@ -58,18 +58,18 @@ def test_epochs_are_permutations_and_the_last_step_of_an_epoch_may_be_short(tiny
 
 def test_max_steps_overrides_epochs_and_runs_over_their_end(tiny_config):
     config = tiny_config(per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=7)
-    schedule = sampler.BatchSampler.of(config, 8)
+    schedule = sampler.BatchSampler.of(config.batches, 8)
     assert len(list(schedule.steps(0))) == 7
     assert schedule.epoch_at(7) == 3.5
 
 
 def test_a_fraction_of_an_epoch_is_rounded_up_to_whole_steps(tiny_config):
     config = tiny_config(per_device_train_batch_size=2, gradient_accumulation_steps=1, num_train_epochs=0.5)
-    assert sampler.BatchSampler.of(config, 10).total_steps == 3
+    assert sampler.BatchSampler.of(config.batches, 10).total_steps == 3
 
 
 def test_resuming_continues_the_same_row_order(tiny_config):
-    schedule = sampler.BatchSampler.of(tiny_config(num_train_epochs=3.0, per_device_train_batch_size=3), 30)
+    schedule = sampler.BatchSampler.of(tiny_config(num_train_epochs=3.0, per_device_train_batch_size=3).batches, 30)
     assert list(schedule.steps(0))[2:] == list(schedule.steps(2))
 
 

@@ -59,7 +59,7 @@ class Reference:
 def run_ours(config, rows):
     """Losses, norms and clipped gradients of 20 steps through the product's own `train_step`."""
     model = load_model(config, CPU, torch.float32)
-    schedule = sampler.BatchSampler.of(config, len(rows))
+    schedule = sampler.BatchSampler.of(config.batches, len(rows))
     optimizer = make_optimizer(config, model.trainable)
     history, order = [], []
     optimizer.register_step_pre_hook(lambda *_: history[-1].append([p.grad.clone() for p in model.trainable]))

@@ -62,7 +62,7 @@ def test_packs_have_the_shape_they_have_in_the_run(tiny_config):
     config = tiny_config(packing=True, torch_compile=True, per_device_train_batch_size=2)
     model = load_model(tiny_config(), CPU, torch.float32)
     batch = preflight.largest_micro_batch(model, ROWS, config)
-    packs, shape = sampler.pack_and_shape(config, ROWS)
+    packs, shape = sampler.pack_and_shape(config.batches, ROWS)
     assert shape is not None
     assert batch.input_ids_BT.shape == (2, 64) and len(batch.cu_seqlens_S) == shape.num_starts
     fullest = sorted((sum(len(ROWS[row].input_ids) for row in pack) for pack in packs), reverse=True)[:2]

@@ -73,7 +73,7 @@ def test_a_finished_run_without_checkpoints_is_resumed_by_no_step(work):
 
 def test_rows_come_in_the_same_order(work):
     """The ids of each micro-step's rows, not their set."""
-    order = sampler.BatchSampler.of(work.ready.config, len(work.ready.prepared.train))
+    order = sampler.BatchSampler.of(work.ready.config.batches, len(work.ready.prepared.train))
     whole = list(order.steps(0))
     for done in range(len(whole)):
         assert list(order.steps(done)) == whole[done:]

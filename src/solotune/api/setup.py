@@ -194,9 +194,9 @@ def _summary(model: TrainableModel, config: RunConfig, prepared: Prepared) -> di
     own = (config.lora_r, lora.leaf_names(model.lora_layers))
     others = lora.matching_lora_shapes(trainable, model.linear_shapes(), {*lora.USUAL_RANKS, config.lora_r})
     fits = [own, *(fit for fit in others if fit != own)]
-    sequences = sampler.pack_sequences(config, prepared.train)
+    sequences = sampler.pack_sequences(config.batches, prepared.train)
     return {
-        "total_steps": sampler.BatchSampler.of(config, len(sequences)).total_steps,
+        "total_steps": sampler.BatchSampler.of(config.batches, len(sequences)).total_steps,
         "train_rows": len(prepared.train),
         "train_sequences": len(sequences),
         "packing_fill": prepared.report.packing["fill"] if prepared.report.packing else None,

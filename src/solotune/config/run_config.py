@@ -42,8 +42,10 @@ from solotune.config.settings import (
     LoraSettings,
     OptimizerSettings,
     PrecisionSettings,
+    RenderSettings,
     ScheduleSettings,
     SourceSettings,
+    SplitSettings,
 )
 from solotune.config.yaml_reader import parse, plain, read_mapping, yaml_value
 from solotune.errors import InputError
@@ -434,6 +436,23 @@ class RunConfig(BaseModel):
             eval_dataset=self.eval_dataset,
             eval_split=self.eval_dataset_split,
             column_mapping=self.column_mapping,
+            on_bad_row=self.on_bad_row,
+            sources=self._sources,
+        )
+
+    @property
+    def split(self) -> SplitSettings:
+        return SplitSettings(
+            validation_size=self.validation_size, split_by=self.split_by, seed=self.seed, sources=self._sources
+        )
+
+    @property
+    def rendering(self) -> RenderSettings:
+        return RenderSettings(
+            max_length=self.max_length,
+            overflow=self.overflow,
+            assistant_only_loss=self.assistant_only_loss,
+            train_on_last_turn=self.train_on_last_turn,
             on_bad_row=self.on_bad_row,
             sources=self._sources,
         )

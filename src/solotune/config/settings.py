@@ -94,3 +94,23 @@ class SourceSettings(Settings):
     eval_split: str
     column_mapping: Mapping[str, str]
     on_bad_row: Literal["error", "drop"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSettings(Settings):
+    """Which rows are held out for validation, when there is no `eval_dataset`."""
+
+    validation_size: float | int  # a fraction below 1, or a number of rows
+    split_by: str | None
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderSettings(Settings):
+    """How rows become token ids with a loss mask."""
+
+    max_length: int
+    overflow: Literal["truncate", "drop", "split", "error"]
+    assistant_only_loss: bool
+    train_on_last_turn: bool
+    on_bad_row: Literal["error", "drop"]

@@ -40,8 +40,7 @@ class Example:
     tools: list[dict[str, Any]] | None = None
     """The tool definitions that were rendered with the messages."""
     weights: np.ndarray | None = None
-    """float32 (T,), how much each token's loss counts: above 0 where loss_mask is, else 0; None where that is 1 for all.
-    """
+    """float32 (T,), the weight of each token's loss: above 0 where loss_mask, else 0. None: 1 for every loss token."""
 
     @property
     def total_weight(self) -> float:

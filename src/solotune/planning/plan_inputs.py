@@ -98,9 +98,9 @@ def shapes_of(model_files: ModelFiles | None = None) -> Callable[[RunConfig], Mo
 def work_of(config: RunConfig, prepared: Prepared) -> Workload:
     """What the rows make of a step: counted on the very micro-batches that training will draw."""
     lengths = np.asarray(lengths_of(prepared.train))
-    packs = pack_sequences(config, prepared.train)
+    packs = pack_sequences(config.batches, prepared.train)
     sizes = np.array([lengths[rows].sum() for rows in packs]) if config.packing else lengths
-    schedule = BatchSampler.of(config, len(sizes))
+    schedule = BatchSampler.of(config.batches, len(sizes))
     longest, real = [], 0
     drawn = (micro for step in schedule.steps(0) for micro in step)
     for micro_batch in islice(drawn, MAX_COUNTED_MICRO_BATCHES):

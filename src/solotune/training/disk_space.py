@@ -56,7 +56,7 @@ def need_of(config: RunConfig, model: TrainableModel, prepared: Prepared, tokeni
         existing: checkpoints that are there already.
         block: what files on that disk are rounded up to.
     """
-    schedule = BatchSampler.of(config, len(pack_sequences(config, prepared.train)))
+    schedule = BatchSampler.of(config.batches, len(pack_sequences(config.batches, prepared.train)))
     every = config.every("save", schedule.steps_per_epoch)
     saves = math.ceil(schedule.total_steps / every) if every else 0
     most = saves if config.save_total_limit is None else min(saves, config.save_total_limit + 1)

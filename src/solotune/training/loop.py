@@ -129,8 +129,8 @@ def train(
         StorageError: metrics or a checkpoint cannot be written.
     """
     observer = Observers(RunLog(run), observer)
-    packs, shape = pack_and_shape(config, train_rows)
-    schedule = BatchSampler.of(config, len(packs))
+    packs, shape = pack_and_shape(config.batches, train_rows)
+    schedule = BatchSampler.of(config.batches, len(packs))
     optimizer = make_optimizer(config, [model.flat_params])
     done = _set_up(model, optimizer, config.seed, resume_from)
     runner = MicroBatchRunner(model, config)

@@ -136,7 +136,7 @@ def preflight(
 
 def largest_micro_batch(model: TrainableModel, train_rows: Sequence[Example], config: RunConfig) -> Batch:
     """The micro-batch with the most places that the run can have: its longest rows together, or any full packs."""
-    packs, shape = sampler.pack_and_shape(config, train_rows)
+    packs, shape = sampler.pack_and_shape(config.batches, train_rows)
     lengths = np.asarray(lengths_of(train_rows))
     longest = np.argsort([-lengths[list(pack)].sum() for pack in packs], kind="stable")[
         : config.per_device_train_batch_size
