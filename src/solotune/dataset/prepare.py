@@ -182,7 +182,7 @@ def _both_sides(
 ) -> tuple[Records, Records, Manifest]:
     """Rows to train on, rows to validate on, and the side of each row by its hash."""
     records, report.format = _records(settings, holdout.split_by, report, dataset, progress)
-    on_split = partial(_onward, progress, 0, len(records), "looking for copies")
+    on_split = partial(_onward, progress, 0, len(records), "looking for duplicates")
     size = holdout.validation_size if own is None else 0
     split = hold_out(records, size, holdout.seed, on_split)
     report.num_groups = split.num_groups
@@ -233,7 +233,7 @@ def _records(
         hashes += row_hash(record)
         kept.append(number)
     if not kept:
-        raise InputError(f"{source.key}: no row is left", seen=report.reasons(), change="look at the rows of the file")
+        raise InputError(f"{source.key}: no row is left", seen=report.reasons(), change="check the rows of the file")
     numbers = np.arange(len(kept))
     return Records(store, numbers, np.frombuffer(hashes, "S16"), kinship.links()[np.asarray(kept)]), found.name
 
@@ -241,10 +241,11 @@ def _records(
 def _nothing_left(name: str, num_rows: int, max_length: int, report: DataReport) -> InputError:
     most = report.dropped.most_common(1)
     fault = {ANSWER_PAST_MAX_LENGTH: "F25", LONGER_THAN_MAX_LENGTH: "F25", NOTHING_TO_LEARN: "F21"}
+    code = fault.get(most[0][0]) if most else None
     return InputError(
-        f"no {name} row is left of {num_rows}",
+        f"none of the {num_rows} {name} rows can be used",
         seen=report.reasons(),
-        allowed=f"at least one row whose answer begins within max_length: {max_length} tokens",
-        change="raise max_length, or shorten the prompts",
-        fault=fault.get(most[0][0]) if most else None,
+        allowed=f"at least one row whose answer starts within max_length: {max_length} tokens",
+        change="give the answers a weight above 0" if code == "F21" else "raise max_length, or shorten the prompts",
+        fault=code,
     )

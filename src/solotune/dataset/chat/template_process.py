@@ -153,7 +153,7 @@ def _write(stream: BinaryIO, kind: bytes, text: str) -> None:
     try:
         content = text.encode()
     except UnicodeEncodeError as error:
-        kind, content = b"e", f"it wrote what is no text: {error.reason}".encode()
+        kind, content = b"e", f"its output is not valid Unicode: {error.reason}".encode()
     stream.write(kind + struct.pack("<I", len(content)) + content)
     stream.flush()
 
