@@ -14,7 +14,7 @@ from solotune.config.run_config import load_config
 from solotune.errors import DeviceError, InputError
 from solotune.evaluation import scores
 from solotune.hardware import gpu_errors
-from solotune.hardware.gpu_errors import DeviceMemory, smaller
+from solotune.hardware.gpu_errors import DeviceMemory, smaller_settings
 from solotune.model.adapter import adapter_tensors
 from solotune.run.run_dir import RunDirectory
 from solotune.training import checkpoint, trained_run
@@ -182,7 +182,7 @@ def test_the_innermost_stage_is_said_and_none_that_was_left_before(memory):
     def problem_of(run, *args):
         with pytest.raises((torch.OutOfMemoryError, RuntimeError)) as caught:
             run(*args)
-        failure = gpu_errors.device_failure(caught.value, config)
+        failure = gpu_errors.device_failure(caught.value, config.memory)
         assert failure is not None
         return failure.problem
 
@@ -248,7 +248,9 @@ def test_other_errors_stay_what_they_are(keys, fail_at, error):
 def test_what_is_smallest_already_is_not_advised():
     config = load_config({"model_name_or_path": "m", "dataset": "d", "gradient_checkpointing": True,
         "per_device_train_batch_size": 1, "base_residency": "quantized"})  # fmt: skip
-    assert smaller(config, "training", None) == ["max_length: 1024"]
-    assert smaller(config, "loading the model", None) == []
+    assert smaller_settings(config.memory, "training", None) == ["max_length: 1024"]
+    assert smaller_settings(config.memory, "loading the model", None) == []
     mixed = load_config({"model_name_or_path": "m", "dataset": "d", "matmul_precision": "fp8"})
-    assert smaller(mixed, "loading the model", None) == ["base_precision: nf4 with matmul_precision: auto"]
+    assert smaller_settings(mixed.memory, "loading the model", None) == [
+        "base_precision: nf4 with matmul_precision: auto"
+    ]

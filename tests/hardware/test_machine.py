@@ -64,7 +64,7 @@ def test_a_modern_gpu_leaves_the_recipe_as_it_is(with_compiler):
     resolved, choices = resolve_for_machine(recipe, gpu((9, 0)))
     assert resolved is recipe
     assert choices == []
-    assert (device_of(resolved, gpu((9, 0))), dtype_of(resolved)) == ("cuda", "bfloat16")
+    assert (device_of(gpu((9, 0)), use_cpu=resolved.use_cpu), dtype_of(resolved.bf16)) == ("cuda", "bfloat16")
 
 
 @pytest.mark.parametrize("on", [machine(), gpu((9, 0))])
@@ -77,7 +77,7 @@ def test_without_cuda_or_asked_for_the_cpu(on):
     ]
     assert choices[0].because == "paged_adamw_8bit needs CUDA, as the 8-bit and paged optimizers do"
     assert "12 times slower than float32" in choices[2].because
-    assert (resolved.optim, resolved.bf16, device_of(resolved, on), dtype_of(resolved)) == (
+    assert (resolved.optim, resolved.bf16, device_of(on, use_cpu=resolved.use_cpu), dtype_of(resolved.bf16)) == (
         "adamw_torch",
         False,
         "cpu",

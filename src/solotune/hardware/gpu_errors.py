@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from solotune.config.run_config import RunConfig
+from solotune.config.settings import MemorySettings
 from solotune.errors import DeviceError, SolotuneError, resume_command
 from solotune.units import first_line, gib
 
@@ -84,23 +84,23 @@ def stage(name: Stage) -> Iterator[None]:
 
 
 @contextmanager
-def device_errors(config: RunConfig) -> Iterator[None]:
+def device_errors(settings: MemorySettings) -> Iterator[None]:
     """Turns a failure of the GPU inside the block into a `DeviceError`; for what leaves nothing to continue."""
     try:
         yield
     except Exception as error:
-        if failure := device_failure(error, config):
+        if failure := device_failure(error, settings):
             raise failure from error
         raise
 
 
 def device_failure(
-    error: BaseException, config: RunConfig, run: Path | None = None, checkpoint: Path | None = None
+    error: BaseException, settings: MemorySettings, run: Path | None = None, checkpoint: Path | None = None
 ) -> DeviceError | None:
     """What `error` says about the GPU, or None where it is about something else.
 
     Args:
-        config: settled, of the run in hand; what to change is said in its terms.
+        settings: of the resolved config; what to change is said in its terms.
         run: the directory of a run that can be resumed.
         checkpoint: the newest in it.
     """
@@ -110,7 +110,7 @@ def device_failure(
     for cause in _causes(error):
         full = torch is not None and isinstance(cause, torch.OutOfMemoryError)
         if full or (isinstance(cause, RuntimeError) and MEMORY_WORDS.search(str(cause))):
-            return _out_of_memory(cause, _stage_of(error), config, run)
+            return _out_of_memory(cause, _stage_of(error), settings, run)
         lost = torch is not None and isinstance(cause, torch.AcceleratorError)
         if lost or (isinstance(cause, RuntimeError) and LOST_WORDS.search(str(cause))):
             return _lost(cause, run, checkpoint)
@@ -142,7 +142,9 @@ def _lost(cause: BaseException, run: Path | None, checkpoint: Path | None) -> De
     return DeviceError(f"{known.problem}; {saved}", seen=said, change=known.first + then)
 
 
-def _out_of_memory(cause: BaseException, stage: Stage | None, config: RunConfig, run: Path | None) -> DeviceError:
+def _out_of_memory(
+    cause: BaseException, stage: Stage | None, settings: MemorySettings, run: Path | None
+) -> DeviceError:
     wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(cause))
     parts = [f"{wanted[1]} more wanted"] if wanted else []
     memory = gpu_memory()
@@ -152,7 +154,7 @@ def _out_of_memory(cause: BaseException, stage: Stage | None, config: RunConfig,
         held[1] += " and the driver, which takes about 0.5"
         parts.append(f"of {gib(memory.total)} GiB on the card {', '.join(held)}; {gib(memory.free)} free")
     steps = [f"end the other processes on the card (nvidia-smi lists them){_then(run)}"] if crowded else []
-    steps += smaller(config, stage, run)
+    steps += smaller_settings(settings, stage, run)
     return DeviceError(
         "the GPU's memory is full" + (f" (while {stage})" if stage else ""),
         seen="; ".join(parts) or first_line(cause),
@@ -160,25 +162,25 @@ def _out_of_memory(cause: BaseException, stage: Stage | None, config: RunConfig,
     )
 
 
-def smaller(config: RunConfig, stage: Stage | None, run: Path | None) -> list[str]:
+def smaller_settings(settings: MemorySettings, stage: Stage | None, run: Path | None) -> list[str]:
     """What would make this run smaller at this stage, what costs least first; resuming allows only some of it."""
     changes: list[str] = []
-    rows, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    if stage == "evaluating" and config.per_device_eval_batch_size > 1:
-        changes.append(f"per_device_eval_batch_size: {config.per_device_eval_batch_size // 2}{_then(run)}")
+    rows, passes = settings.batch_size, settings.accumulation
+    if stage == "evaluating" and settings.eval_batch_size > 1:
+        changes.append(f"per_device_eval_batch_size: {settings.eval_batch_size // 2}{_then(run)}")
     if stage == "training":
         if rows > 1:
             fewer = rows // 2 if rows % 2 == 0 else 1
             same = f"gradient_accumulation_steps: {passes * rows // fewer} (the same step)"
             changes.append(f"per_device_train_batch_size: {fewer} with {same}")
-        if config.gradient_checkpointing is not True:
+        if settings.gradient_checkpointing is not True:
             changes.append(f"gradient_checkpointing: true{_then(run)}")
-    if config.base_precision != "nf4" or config.multiplies_in_fp8:
-        changes.append("base_precision: nf4" + (" with matmul_precision: auto" if config.multiplies_in_fp8 else ""))
-    elif config.base_residency != "quantized":
+    if settings.base_precision != "nf4" or settings.multiplies_in_fp8:
+        changes.append("base_precision: nf4" + (" with matmul_precision: auto" if settings.multiplies_in_fp8 else ""))
+    elif settings.base_residency != "quantized":
         changes.append("base_residency: quantized")
     if stage == "training" and len(changes) < 2:
-        changes.append(f"max_length: {config.max_length // 2}")
+        changes.append(f"max_length: {settings.max_length // 2}")
     return changes
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from solotune.config.run_config import Choice, RunConfig
+from solotune.config.settings import PrecisionSettings
 from solotune.errors import DeviceError, InputError
 from solotune.units import first_line
 
@@ -112,14 +113,14 @@ def probe() -> Machine:
     )
 
 
-def device_of(config: RunConfig, machine: Machine) -> str:
+def device_of(machine: Machine, *, use_cpu: bool) -> str:
     """`cuda` where there is a GPU and the config does not refuse it, else `cpu`."""
-    return "cuda" if machine.has_cuda and not config.use_cpu else "cpu"
+    return "cuda" if machine.has_cuda and not use_cpu else "cpu"
 
 
-def dtype_of(config: RunConfig) -> str:
+def dtype_of(bf16: bool) -> str:
     """What a settled config computes in, by its torch name."""
-    return "bfloat16" if config.bf16 else "float32"
+    return "bfloat16" if bf16 else "float32"
 
 
 def resolve_for_machine(config: RunConfig, machine: Machine) -> tuple[RunConfig, list[Choice]]:
@@ -133,8 +134,8 @@ def resolve_for_machine(config: RunConfig, machine: Machine) -> tuple[RunConfig,
         raise DeviceError(
             "the GPU is there, but cannot be used", seen=machine.cuda_error, change=f"{BUSY_GPU}, or use_cpu: true"
         )
-    on_cpu = device_of(config, machine) == "cpu"
-    choices = _settle_fp8(config, machine, on_cpu) if config.multiplies_in_fp8 else []
+    on_cpu = device_of(machine, use_cpu=config.use_cpu) == "cpu"
+    choices = _settle_fp8(config.precision, machine, on_cpu) if config.multiplies_in_fp8 else []
     if on_cpu and config.optim != "adamw_torch":
         choices.append(
             Choice("optim", "adamw_torch", f"{config.optim} needs CUDA, as the 8-bit and paged optimizers do")
@@ -152,15 +153,15 @@ def resolve_for_machine(config: RunConfig, machine: Machine) -> tuple[RunConfig,
     return config.replaced("machine", **{choice.key: choice.value for choice in choices}), choices
 
 
-def _settle_fp8(config: RunConfig, machine: Machine, on_cpu: bool) -> list[Choice]:
+def _settle_fp8(precision: PrecisionSettings, machine: Machine, on_cpu: bool) -> list[Choice]:
     if on_cpu:
         return [Choice("matmul_precision", "fp8", SLOW_FP8)]
     if machine.fp8:
         return []
-    key = "base_precision" if config.base_precision == "fp8" else "matmul_precision"
+    key = "base_precision" if precision.base_precision == "fp8" else "matmul_precision"
     fp8_base = "base_precision: bf16 (as large, nearer to the original weights) or nf4 (a quarter)"
     raise InputError(
-        f"{config.source_of(key)}, {key}: fp8 needs a GPU that multiplies 8-bit floats",
+        f"{precision.source_of(key)}, {key}: fp8 needs a GPU that multiplies 8-bit floats",
         seen=f"{machine.gpu}, compute capability {'.'.join(map(str, machine.compute_capability or ()))}",
         allowed="compute capability 8.9 or more: Ada (L4, 40-series), Hopper (H100) and newer",
         change=fp8_base if key == "base_precision" else "matmul_precision: auto (the same memory or less, bf16)",
