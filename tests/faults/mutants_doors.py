@@ -134,7 +134,7 @@ MUTANTS = [
     Mutant("kernels of bitsandbytes", "hardware/bnb.py", '_absent = "kernels" not in sys.modules', "_absent = False",
            at("hostile", "test_bitsandbytes_is_imported_without_fetching_kernels")),
     Mutant("versions with holes", "hardware/doctor.py", "            *_check_floors(),\n", "",
-           "tests/hardware/test_machine.py::test_versions_with_known_holes_fail"),
+           "tests/hardware/test_doctor.py::test_versions_with_known_holes_fail"),
 ]  # fmt: skip
 
 
