@@ -45,7 +45,7 @@ def test_python_versions(version, status, monkeypatch):
     monkeypatch.setattr(machine.platform, "python_version", lambda: version)
     ((found, _, fix),) = checks("python")
     assert found == status
-    assert fix == (None if status == "ok" else "make the virtual machine with Python 3.11 to 3.13")
+    assert fix == (None if status == "ok" else "create the virtual environment with Python 3.11 to 3.13")
 
 
 def test_torch_that_does_not_import(monkeypatch):
@@ -53,7 +53,7 @@ def test_torch_that_does_not_import(monkeypatch):
     ((status, found, fix),) = checks("torch")
     assert (status, fix) == ("fail", "pip install --force-reinstall torch")
     assert found.startswith("cannot be imported: ModuleNotFoundError")
-    assert checks("bitsandbytes") == [("fail", "not tried, for torch cannot be imported", "mend torch first")]
+    assert checks("bitsandbytes") == [("fail", "not tested, because torch cannot be imported", "fix torch first")]
 
 
 def test_no_gpu_is_a_warning(facts, monkeypatch):
@@ -69,7 +69,7 @@ def test_cpu_build_of_torch_beside_a_gpu(facts, monkeypatch):
     monkeypatch.setattr(machine, "_nvidia_smi", lambda: ("H100", "570.1"))
     ((status, found, fix),) = checks("gpu")
     assert status == "fail"
-    assert found.startswith("H100 is there, but torch ")
+    assert found.startswith("H100 found, but torch ")
     assert found.endswith(" is built without CUDA")
     assert fix is not None
     assert fix.startswith("pip install --force-reinstall torch")
@@ -96,8 +96,8 @@ def test_hidden_gpu(facts, monkeypatch):
 def test_a_gpu_that_refuses_is_named_with_what_holds_it(facts, monkeypatch):
     monkeypatch.setattr(machine, "_nvidia_smi", lambda: ("H100", "570.1"))
     facts.update(num_gpus=1, cuda_error="AcceleratorError: CUDA error: out of memory")
-    found = "H100, driver 570.1: it refuses: AcceleratorError: CUDA error: out of memory"
-    assert checks("gpu") == [("fail", found, "end the processes that hold it (nvidia-smi lists them)")]
+    found = "H100, driver 570.1: cannot be used: AcceleratorError: CUDA error: out of memory"
+    assert checks("gpu") == [("fail", found, "end the processes that use it (nvidia-smi lists them)")]
 
 
 def test_gpu_with_and_without_bfloat16(facts, monkeypatch):
@@ -147,7 +147,7 @@ def test_bitsandbytes_that_computes_nonsense(monkeypatch):
         monkeypatch.setattr(functional, "dequantize_4bit", lambda *a, wrong=wrong: expand(*a) + wrong)
         ((status, found, _),) = checks("bitsandbytes")
         assert status == "fail"
-        assert "is off by" in found
+        assert "gives wrong numbers" in found
 
 
 def test_nf4_is_as_exact_as_it_can_be():
@@ -171,7 +171,7 @@ def test_a_clash_two_levels_down_is_named(monkeypatch):
         "transformers": ["tokenizers<=0.23.0,>=0.22.0", "torch; extra == 'torch'"],
     }
     installed(monkeypatch, versions, requires)
-    found = "transformers 5.24.0 needs tokenizers<=0.23.0,>=0.22.0, installed is 0.24.0"
+    found = "transformers 5.24.0 needs tokenizers<=0.23.0,>=0.22.0, but 0.24.0 is installed"
     assert checks("packages") == [("warn", found, "pip install 'tokenizers<=0.23.0,>=0.22.0'")]
 
 
@@ -179,7 +179,7 @@ def test_old_and_missing_packages_each_have_a_line(monkeypatch):
     versions = dict.fromkeys(("transformers", "bitsandbytes", "datasets", "safetensors"), "5.18.0")
     installed(monkeypatch, {**versions, "torch": "2.6.0"}, {})
     assert [found for _, found, _ in checks("packages")] == [
-        "solotune needs torch>=2.11, installed is 2.6.0",
+        "solotune needs torch>=2.11, but 2.6.0 is installed",
         "solotune needs jinja2>=3.1.6, which is not installed",
     ]
 
@@ -207,8 +207,8 @@ def test_cache_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").touch(0o755)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
     ((status, found, fix),) = checks("hub cache")
-    assert (status, fix) == ("fail", "set HF_HOME to a folder that can be")
-    assert found == f"{tmp_path}/file/hub cannot be written"
+    assert (status, fix) == ("fail", "set HF_HOME to a writable folder")
+    assert found == f"{tmp_path}/file/hub is not writable"
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     assert checks("hub cache")[0][0] == "ok"
 
@@ -223,10 +223,10 @@ def test_offline_is_said(monkeypatch):
 @pytest.mark.parametrize(
     ("package", "version", "words"),
     [
-        ("transformers", "5.2.9", "transformers 5.2.9 is unsafe: before 5.3 a config.json could name native code"),
+        ("transformers", "5.2.9", "transformers 5.2.9 is unsafe: before 5.3 a config.json could load native code"),
         ("transformers", "4.57.1", "transformers 4.57.1 is unsafe"),
-        ("torch", "2.5.1+cu124", "torch 2.5.1+cu124 is unsafe: before 2.6 weights_only did not"),
-        ("jinja2", "3.1.5", "jinja2 3.1.5 is unsafe: before 3.1.6 a chat template could leave the sandbox"),
+        ("torch", "2.5.1+cu124", "torch 2.5.1+cu124 is unsafe: before 2.6 a checkpoint could run code"),
+        ("jinja2", "3.1.5", "jinja2 3.1.5 is unsafe: before 3.1.6 a chat template could escape the sandbox"),
         ("pyarrow", "14.0.0", "pyarrow 14.0.0 is unsafe: before 14.0.1 a Parquet or Arrow file could run code"),
     ],
 )

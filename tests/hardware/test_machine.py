@@ -71,7 +71,7 @@ def test_without_cuda_or_asked_for_the_cpu(on):
         ("torch_compile", False),
         ("bf16", False),
     ]
-    assert choices[0].because == "paged_adamw_8bit needs CUDA, as the 8-bit and paged optimizers do"
+    assert choices[0].because == "paged_adamw_8bit needs CUDA, like all 8-bit and paged optimizers"
     assert "12 times slower than float32" in choices[2].because
     assert (resolved.optim, resolved.bf16, device_of(on, use_cpu=resolved.use_cpu), dtype_of(resolved.bf16)) == (
         "adamw_torch",
@@ -96,7 +96,7 @@ def test_what_fits_already_is_no_choice():
 def test_a_gpu_without_bfloat16_keeps_its_optimizer(with_compiler):
     resolved, choices = resolve_for_machine(config(), gpu((7, 5), "T4"))
     assert [tuple(choice) for choice in choices] == [
-        ("bf16", False, "T4 has compute capability 7.5; bfloat16 came with 8.0")
+        ("bf16", False, "T4 has compute capability 7.5; bfloat16 needs 8.0 or more")
     ]
     assert resolved.optim == "paged_adamw_8bit"
 
@@ -104,7 +104,7 @@ def test_a_gpu_without_bfloat16_keeps_its_optimizer(with_compiler):
 def test_without_what_the_compiler_needs_layers_stay_uncompiled():
     _, choices = resolve_for_machine(config(), gpu((9, 0), versions={}))
     assert [tuple(choice)[:2] for choice in choices] == [("torch_compile", False)]
-    assert choices[0].because == "triton: not installed; torch compiles its GPU kernels with it"
+    assert choices[0].because == "triton: not installed; torch needs it to compile GPU kernels"
 
 
 @pytest.mark.parametrize(
@@ -112,17 +112,17 @@ def test_without_what_the_compiler_needs_layers_stay_uncompiled():
     [
         (
             {"base_precision": "fp8"},
-            "python, base_precision: fp8 needs a GPU that multiplies 8-bit floats\n"
+            "python, base_precision: fp8 needs a GPU that can multiply 8-bit floats\n"
             "  seen:    A100, compute capability 8.0\n"
             "  allowed: compute capability 8.9 or more: Ada (L4, 40-series), Hopper (H100) and newer\n"
-            "  change:  base_precision: bf16 (as large, nearer to the original weights) or nf4 (a quarter)",
+            "  change:  base_precision: bf16 (same size, closer to the original weights) or nf4 (a quarter of the size)",
         ),
         (
             {"matmul_precision": "fp8"},
-            "python, matmul_precision: fp8 needs a GPU that multiplies 8-bit floats\n"
+            "python, matmul_precision: fp8 needs a GPU that can multiply 8-bit floats\n"
             "  seen:    A100, compute capability 8.0\n"
             "  allowed: compute capability 8.9 or more: Ada (L4, 40-series), Hopper (H100) and newer\n"
-            "  change:  matmul_precision: auto (the same memory or less, bf16)",
+            "  change:  matmul_precision: auto (bf16 matmuls, same memory or less)",
         ),
     ],
 )
@@ -155,9 +155,9 @@ def test_a_gpu_that_another_process_has_filled_is_no_reason_to_train_on_the_cpu(
     with pytest.raises(DeviceError) as caught:
         resolve_for_machine(config(), refusing())
     assert stable(caught.value) == snapshot("""\
-the GPU is there, but cannot be used
+this machine has a GPU, but it cannot be used
   seen:    AcceleratorError: CUDA error: out of memory
-  change:  end the processes that hold it (nvidia-smi lists them), or use_cpu: true\
+  change:  end the processes that use it (nvidia-smi lists them), or set use_cpu: true\
 """)
     assert caught.value.exit_code == 7
     assert resolve_for_machine(config(use_cpu=True), refusing())[0].optim == "adamw_torch"
