@@ -202,7 +202,7 @@ def run(case: Case, config: Any, steps: int) -> dict[str, Any]:
     torch.cuda.empty_cache()
     device = torch.device("cuda")
     started = time.perf_counter()
-    model = load_model(config, device, getattr(torch, environment.dtype_of(config)))
+    model = load_model(config, device, getattr(torch, environment.dtype_of(config.bf16)))
     torch.cuda.synchronize()
     load_seconds = time.perf_counter() - started
     loaded_bytes = torch.cuda.memory_allocated()

@@ -145,10 +145,10 @@ command line, memory_budget: more than the card has
         (
             ["--gpu", "a100", "base_precision=fp8"],
             snapshot("""\
-command line, base_precision: fp8 needs a GPU that multiplies 8-bit floats
+command line, base_precision: fp8 needs a GPU that can multiply 8-bit floats
   seen:    a100-80, compute capability 8.0
   allowed: compute capability 8.9 or more: Ada (L4, 40-series), Hopper (H100) and newer
-  change:  base_precision: bf16 (as large, nearer to the original weights) or nf4 (a quarter)\
+  change:  base_precision: bf16 (same size, closer to the original weights) or nf4 (a quarter of the size)\
 """),
         ),
         (

@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_a_check_that_says_no(tiny_config, tmp_path, monkey
     assert stable(caught.value) == snapshot("""\
 preflight: the largest step of this run does not fit into the GPU's memory
   seen:    4 x 24 tokens: CUDA out of memory. Tried to allocate 2.00 GiB.
-  change:  per_device_train_batch_size: 2 with gradient_accumulation_steps: 16 (the same step) or gradient_checkpointing: true\
+  change:  per_device_train_batch_size: 2 with gradient_accumulation_steps: 16 (same rows per step) or gradient_checkpointing: true\
 """)
     assert caught.value.exit_code == 3
 

@@ -150,7 +150,7 @@ def try_largest_step(
     """
     if checked.preflight is True or (checked.preflight == "auto" and model.device.type == "cuda"):
         display.phase("trying the largest step")
-        with device_errors(checked):
+        with device_errors(checked.memory):
             return preflight.preflight(model, prepared.train, prepared.validation, checked, _folder_of(checked))
     return None
 

@@ -40,6 +40,7 @@ from solotune.config.secrets import HIDDEN, is_secret, is_secret_name, without_s
 from solotune.config.settings import (
     BatchSettings,
     LoraSettings,
+    MemorySettings,
     OptimizerSettings,
     PrecisionSettings,
     RenderSettings,
@@ -386,6 +387,20 @@ class RunConfig(BaseModel):
             multiplies_in_fp8=self.multiplies_in_fp8,
             base_residency=self.base_residency,
             bf16=self.bf16,
+            sources=self._sources,
+        )
+
+    @property
+    def memory(self) -> MemorySettings:
+        return MemorySettings(
+            base_precision=self.base_precision,
+            multiplies_in_fp8=self.multiplies_in_fp8,
+            base_residency=self.base_residency,
+            batch_size=self.per_device_train_batch_size,
+            accumulation=self.gradient_accumulation_steps,
+            eval_batch_size=self.per_device_eval_batch_size,
+            max_length=self.max_length,
+            gradient_checkpointing=self.gradient_checkpointing,
             sources=self._sources,
         )
 

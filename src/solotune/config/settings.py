@@ -46,6 +46,20 @@ class PrecisionSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemorySettings(Settings):
+    """Settings that can be lowered when the GPU's memory is full."""
+
+    base_precision: Literal["nf4", "fp8", "bf16", "fp32", "auto"]
+    multiplies_in_fp8: bool
+    base_residency: Literal["auto", "quantized", "dequantized"]
+    batch_size: int
+    accumulation: int
+    eval_batch_size: int
+    max_length: int
+    gradient_checkpointing: Literal["auto"] | bool | int
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerSettings(Settings):
     """AdamW by its name in transformers, and its numbers."""
 

@@ -34,7 +34,7 @@ def check_rows(
     Args:
         base: files of the base model, where the caller has them already.
     """
-    base = base or model_here(config)
+    base = base or model_here(config.model_name_or_path, config.model_revision)
     key = _key(config, prepared, base)
     if key is not None and (known := cache.load_findings(key)) is not None:
         return [finding for one in known if (finding := Finding.from_json(one)) is not None]

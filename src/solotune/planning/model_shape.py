@@ -64,7 +64,7 @@ def model_shape(config: RunConfig, model_files: ModelFiles | None = None) -> Mod
     # held back: where torch calls Python from C++, an exception out of nowhere ends the process
     with signals.defer_signals(), _unlogged(), FakeTensorMode(allow_non_fake_inputs=True):
         _fill_with_fakes(module, config, dtype)
-        lora_layers = lora.attach(module, config, torch.device("cpu"))
+        lora_layers = lora.attach(module, config.lora, torch.device("cpu"), is_compiled=config.torch_compile)
         module.train()
         layers = decoder_layers(module)
         costs = _layer_costs(module, layers, config, absent)

@@ -276,7 +276,13 @@ class _Saves:
             self.observer.failed(NonFiniteEvent(step, tensors=problem))
             raise NonFiniteError(f"step {step}: not finite after the update, and not saved", seen=", ".join(problem))
         adapter = lora.state_dict(self.model.lora_layers)
-        peft_config = lora.peft_config(self.config, self.model.lora_layers, self.model.module)
+        peft_config = lora.peft_config(
+            self.config.lora,
+            self.model.lora_layers,
+            self.model.module,
+            base=self.config.model_name_or_path,
+            revision=self.config.model_revision,
+        )
         state = {"fingerprints": self.fingerprints, "metrics": self.run.metrics_offset()}
         path = checkpoint.save(self.run.checkpoints, step, adapter, peft_config, self.optimizer, state)
         checkpoint.keep_newest(self.run.checkpoints, self.config.save_total_limit, step)

@@ -31,7 +31,7 @@ from solotune.dataset.example import lengths_of
 from solotune.errors import CheckError
 from solotune.evaluation import scores
 from solotune.hardware import device_memory
-from solotune.hardware.gpu_errors import gpu_memory, smaller
+from solotune.hardware.gpu_errors import gpu_memory, smaller_settings
 from solotune.model import layers, lora
 from solotune.model.loading import TrainableModel
 from solotune.run.atomic_io import PREFLIGHT, storage_errors
@@ -200,5 +200,5 @@ def _does_not_fit(error: torch.OutOfMemoryError, batch: Batch, config: RunConfig
     return CheckError(
         "preflight: the largest step of this run does not fit into the GPU's memory",
         seen=f"{batch.input_ids_BT.shape[0]} x {longest:,} tokens: {str(error).strip().split(chr(10))[0]}{held}",
-        change=" or ".join(itertools.islice(smaller(config, "training", None), 2)),
+        change=" or ".join(itertools.islice(smaller_settings(config.memory, "training", None), 2)),
     )

@@ -205,7 +205,7 @@ def day_of(run: Path) -> date | None:
 
 def fingerprints(config: RunConfig, prepared: Prepared, machine: Machine, model_files: ModelFiles) -> dict[str, Any]:
     """What must be the same for a resumed run to be the same run, and what its rounding follows from."""
-    on_gpu = device_of(config, machine) == "cuda"
+    on_gpu = device_of(machine, use_cpu=config.use_cpu) == "cuda"
     rows = prepared.report.to_json()["sha256"]
     kept = {key: value for key, value in config.model_dump().items() if CLASSES[key] != "free"}
     return {

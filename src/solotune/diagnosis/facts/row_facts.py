@@ -99,7 +99,7 @@ class RowFacts:
         Args:
             base: files of the base model, where the caller has them already.
         """
-        base = base or model_here(config)
+        base = base or model_here(config.model_name_or_path, config.model_revision)
 
         def template_of_model() -> ChatTemplate | None:
             if config.chat_template_path is None:

@@ -41,7 +41,7 @@ def with_base_and_rows(run_facts: RunFacts, places: list[Path], missing: dict[st
     if rows:
         chats = raw_chats(rows, str(get("dataset_split") or "train"))
     config = hf_settings.as_run_config(run_facts.settings, base or str(places[0]), rows or "unknown.jsonl")
-    base_files = model_here(config)
+    base_files = model_here(config.model_name_or_path, config.model_revision)
     base_config = base_files.json_or_empty("config.json") if base_files else {}
     generation = json_of(first_with(places, "generation_config.json"))
     if not generation and base_files:
@@ -74,7 +74,7 @@ def _with_live(
     run_facts: RunFacts, config: RunConfig, prepared: Prepared, places: list[Path], missing: dict[str, str]
 ) -> RunFacts:
     """Where the base is here and fits: how to load it, with the adapter as it was saved."""
-    base_files = model_here(config)
+    base_files = model_here(config.model_name_or_path, config.model_revision)
     why = missing.get("live") or solotune_run.too_large(run_facts) or _not_here(config, base_files)
     if why is not None:
         missing["live"] = why
