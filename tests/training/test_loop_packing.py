@@ -78,8 +78,8 @@ def test_packs_train_on_every_row_once_an_epoch(tiny_config):
     config = tiny_config(
         packing=True, per_device_train_batch_size=1, gradient_accumulation_steps=2, num_train_epochs=1.0
     )
-    packs = sampler.pack_sequences(config, rows)
+    packs = sampler.pack_sequences(config.batches, rows)
     assert len(packs) < 20
-    schedule = sampler.BatchSampler.of(config, len(packs))
+    schedule = sampler.BatchSampler.of(config.batches, len(packs))
     seen = [row for step in schedule.steps(0) for micro in step for i in micro for row in packs[i]]
     assert sorted(seen) == list(range(50))
