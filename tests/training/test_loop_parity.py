@@ -60,7 +60,7 @@ def run_ours(config, rows):
     """Losses, norms and clipped gradients of 20 steps through the product's own `train_step`."""
     model = load_model(config, CPU, torch.float32)
     schedule = sampler.BatchSampler.of(config.batches, len(rows))
-    optimizer = make_optimizer(config, model.trainable)
+    optimizer = make_optimizer(config.optimizer, model.trainable)
     history, order = [], []
     optimizer.register_step_pre_hook(lambda *_: history[-1].append([p.grad.clone() for p in model.trainable]))
     model.module.train()
@@ -68,7 +68,7 @@ def run_ours(config, rows):
         batches = [collate([rows[i] for i in chosen], CPU) for chosen in micro_batches]
         order.append([i for chosen in micro_batches for i in chosen])
         history.append([])
-        optimizer.param_groups[0]["lr"] = learning_rate_at(config, step, schedule.total_steps)
+        optimizer.param_groups[0]["lr"] = learning_rate_at(config.schedule, step, schedule.total_steps)
         result = loop.train_step(model, batches, optimizer, config.max_grad_norm)
         history[-1][:0] = [result.loss, result.grad_norm]
     return model, history, order

@@ -114,7 +114,7 @@ def test_a_run_records_the_sum_of_the_weights(tiny_config, tmp_path) -> None:
 
     config = tiny_config(max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     config = config.replaced("test", output_dir=str(tmp_path / "run"))
-    model, run, rows = load_model(config, CPU, torch.float32), RunDirectory.create(config), weighted_rows(8)
+    model, run, rows = load_model(config, CPU, torch.float32), RunDirectory.create(config.output_dir), weighted_rows(8)
     score = loop.train(model, rows, rows, config, run, SilentDisplay())
     (recorded,) = [e for e in metrics_of(run) if e["event"] == "step"]
     assert recorded["total_weight"] == pytest.approx(sum(row.total_weight for row in rows))

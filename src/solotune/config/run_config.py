@@ -39,6 +39,7 @@ from solotune.config.key_aliases import FOREIGN_KEYS, REFUSED_KEYS
 from solotune.config.secrets import HIDDEN, is_secret, is_secret_name, without_secrets
 from solotune.config.settings import (
     BatchSettings,
+    EvaluationSettings,
     LoraSettings,
     MemorySettings,
     OptimizerSettings,
@@ -47,6 +48,7 @@ from solotune.config.settings import (
     ScheduleSettings,
     SourceSettings,
     SplitSettings,
+    steps_between,
 )
 from solotune.config.yaml_reader import parse, plain, read_mapping, yaml_value
 from solotune.errors import InputError
@@ -393,14 +395,19 @@ class RunConfig(BaseModel):
     @property
     def memory(self) -> MemorySettings:
         return MemorySettings(
+            memory_budget=self.memory_budget,
             base_precision=self.base_precision,
+            matmul_precision=self.matmul_precision,
             multiplies_in_fp8=self.multiplies_in_fp8,
+            double_quant=self.bnb_4bit_use_double_quant,
             base_residency=self.base_residency,
+            gradient_checkpointing=self.gradient_checkpointing,
+            activation_offload=self.activation_offload,
+            optim=self.optim,
             batch_size=self.per_device_train_batch_size,
             accumulation=self.gradient_accumulation_steps,
             eval_batch_size=self.per_device_eval_batch_size,
             max_length=self.max_length,
-            gradient_checkpointing=self.gradient_checkpointing,
             sources=self._sources,
         )
 
@@ -435,9 +442,21 @@ class RunConfig(BaseModel):
             max_length=self.max_length,
             packing=self.packing,
             has_one_shape=self.packing and self.torch_compile,
+            takes_graphs=self.takes_graphs,
             max_steps=self.max_steps,
             num_epochs=self.num_train_epochs,
             seed=self.seed,
+            sources=self._sources,
+        )
+
+    @property
+    def evaluation(self) -> EvaluationSettings:
+        return EvaluationSettings(
+            batch_size=self.per_device_eval_batch_size,
+            num_samples=self.num_samples,
+            max_new_tokens=self.max_new_tokens,
+            steps=self.eval_steps,
+            strategy=self.eval_strategy,
             sources=self._sources,
         )
 
@@ -474,8 +493,7 @@ class RunConfig(BaseModel):
 
     def every(self, what: Literal["eval", "save"], steps_per_epoch: int) -> int | None:
         """Steps between two evaluations or saves; None for never."""
-        steps, strategy = getattr(self, f"{what}_steps"), getattr(self, f"{what}_strategy")
-        return steps if steps is not None else {"epoch": steps_per_epoch, "no": None}[strategy]
+        return steps_between(getattr(self, f"{what}_steps"), getattr(self, f"{what}_strategy"), steps_per_epoch)
 
 
 def load_config(source: str | Path | Mapping[str, Any] | RunConfig, overrides: Iterable[str] = ()) -> RunConfig:

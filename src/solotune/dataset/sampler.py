@@ -28,10 +28,11 @@ class BatchSampler:
     seed: int
 
     @classmethod
-    def of(cls, settings: BatchSettings, num_rows: int) -> BatchSampler:
-        per_epoch = math.ceil(num_rows / (settings.batch_size * settings.accumulation))
-        total = settings.max_steps if settings.max_steps > 0 else math.ceil(settings.num_epochs * per_epoch)
-        return cls(num_rows, settings.batch_size, settings.accumulation, total, settings.seed)
+    def of(cls, batches: BatchSettings, num_rows: int) -> BatchSampler:
+        """The sampler of a run over `num_rows` rows or packs."""
+        per_epoch = math.ceil(num_rows / (batches.batch_size * batches.accumulation))
+        total = batches.max_steps if batches.max_steps > 0 else math.ceil(batches.num_epochs * per_epoch)
+        return cls(num_rows, batches.batch_size, batches.accumulation, total, batches.seed)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -57,18 +58,18 @@ class BatchSampler:
             yield [rows[i : i + self.micro_batch_size] for i in range(0, len(rows), self.micro_batch_size)]
 
 
-def pack_sequences(settings: BatchSettings, rows: Sequence[Example]) -> list[list[int]] | np.ndarray:
+def pack_sequences(batches: BatchSettings, rows: Sequence[Example]) -> list[list[int]] | np.ndarray:
     """The row numbers of each training sequence: one row each, or packs of them."""
-    if not settings.packing:
+    if not batches.packing:
         return np.arange(len(rows))[:, None]
-    return pack(lengths_of(rows), settings.max_length)
+    return pack(lengths_of(rows), batches.max_length)
 
 
 def pack_and_shape(
-    settings: BatchSettings, rows: Sequence[Example]
+    batches: BatchSettings, rows: Sequence[Example]
 ) -> tuple[list[list[int]] | np.ndarray, PaddedShape | None]:
     """The training sequences, and what packs of them are padded to: compiled passes should have one shape."""
-    packs = pack_sequences(settings, rows)
-    if not settings.has_one_shape:
+    packs = pack_sequences(batches, rows)
+    if not batches.has_one_shape:
         return packs, None
-    return packs, PaddedShape.of(packs, settings.batch_size, settings.max_length)
+    return packs, PaddedShape.of(packs, batches.batch_size, batches.max_length)

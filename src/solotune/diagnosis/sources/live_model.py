@@ -102,7 +102,7 @@ def load_live_model(
     return LiveModel(
         model=model.module,
         batches=batches_of(config, tokenizer, train),
-        make_optimizer=lambda parameters: make_optimizer(config, list(parameters)),
+        make_optimizer=lambda parameters: make_optimizer(config.optimizer, list(parameters)),
         loss_of=lambda module, batch: model.token_losses(_as_batch(batch))[0].mean(),
         evaluate=(lambda module: scores.score(model, held_out, len(held_out)).loss) if held_out else None,
         generate=lambda text: _answer(model, tokenizer, train, text),
