@@ -54,7 +54,7 @@ class Monitor(SilentObserver):
         before: of a resumed run, what was recorded until then: it was seen and told.
         """
         self._model, self._subject, self._observer = model, run_facts, observer
-        self._told = {finding.code for finding in run_facts.findings}
+        self._told = {finding.code for finding in run_facts.findings or ()}
         self._places: dict[
             str, tuple[torch.Tensor, torch.Tensor]
         ] = {}  # layer -> places of A and of B in `flat_params`

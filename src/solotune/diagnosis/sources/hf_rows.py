@@ -66,7 +66,10 @@ def with_base_and_rows(run_facts: RunFacts, places: list[Path], missing: dict[st
         missing.setdefault("live", error.problem)
         return replace(run_facts, refusals=[*run_facts.refusals, *of_refusal(error)])
     missing["batches"] = "no file holds them; probes see the rows as solotune renders and masks them"
-    run_facts = replace(run_facts, train=prepared.train, validation=prepared.validation, findings=findings)
+    # The folder's generation_config.json may differ from the base's, which `check_rows` read: where that found nothing,
+    # the rules judge the rows with the folder's.
+    checked = findings or None
+    run_facts = replace(run_facts, train=prepared.train, validation=prepared.validation, findings=checked)
     return _with_live(run_facts, config, prepared, places, missing)
 
 

@@ -215,7 +215,7 @@ def from_run(path: str | Path) -> RunFacts:
         run_facts,
         name=run.path.name,
         settings=replace(run_facts.settings, values={**run_facts.settings.values, **run_files.summary(record)}),
-        findings=run_facts.findings or run_files.findings(record),
+        findings=run_facts.findings or run_files.findings(record) or run_facts.findings,
         refusals=refusals,
         trace=run_files.trace_of(record),
         saved=saved,
