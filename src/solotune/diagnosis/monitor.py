@@ -88,7 +88,7 @@ class Monitor(SilentObserver):
         """What rules and watch make of the whole run."""
         missing = {
             **self._subject.missing,
-            "live": "training asks the rules alone; solotune diagnose has probes",
+            "live": "model probes do not run during training; solotune diagnose runs them",
         }
         run_facts = replace(self._subject, trace=self._trace(), live=None, missing=missing)
         return examine(run_facts, also=self._signals)
@@ -110,7 +110,7 @@ class Monitor(SilentObserver):
     def _look_at_first_loss(self, loss: float) -> None:
         size = self._model.module.config.get_text_config().vocab_size
         if loss > 1.2 * math.log(size):  # new tasks begin above log V at times; a fifth above it none was seen
-            says = f"the first loss is {loss:.2f}, and guessing blindly among {size:,} tokens is {math.log(size):.2f}"
+            says = f"the first loss is {loss:.2f}; guessing at random among {size:,} tokens gives {math.log(size):.2f}"
             self._see(Signal("F04", "measured", says, 0.4))
 
     def _look_at_update(self) -> None:
