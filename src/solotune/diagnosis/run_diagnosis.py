@@ -3,8 +3,8 @@
     rules on settings, rows, trace and files, and on batches if the model is loaded       seconds
     probes on the live model, the most decisive first, as many as fit the budget          a minute
 
-If the model is missing or too large, the rules decide alone, and the diagnosis lists what stays open. The probes run even
-if the rules have named a fault: two faults at once are common, and a probe can confirm a culprit.
+If the model is missing or too large, the rules decide alone, and the diagnosis lists what stays open. The probes run
+even if the rules have named a fault: two faults at once are common, and a probe can confirm a culprit.
 """
 
 from __future__ import annotations

@@ -207,8 +207,8 @@ def _apart(first: Culprit) -> str | None:
 def _experiment(doubted: Sequence[Weighed], skipped: Mapping[str, str]) -> str:
     """The experiment that settles most of the doubt.
 
-    Of the probes that did not run, the one with the largest sum of confidences over the faults whose rules name it; else
-    what separates the first fault from its equivalent; else the fix of the first fault.
+    Of the probes that did not run, the one with the largest sum of confidences over the faults whose rules name it;
+    else what separates the first fault from its equivalent; else the fix of the first fault.
     """
     mass: dict[str, float] = {}
     for one in doubted:

@@ -78,7 +78,7 @@ def run_all(live: LiveModel, run_facts: RunFacts, budget: float = 60.0, deep: bo
     """Run the rules on the live batches, then as many probes as fit into the budget.
 
     Args:
-        budget: seconds, without loading. A probe that has started is not interrupted, so the last may overrun by a step.
+        budget: seconds, without loading. A started probe is not interrupted, so the last may overrun by a step.
         deep: each probe may use all of the time that is left, not only its share.
     """
     deadline = time.perf_counter() + budget

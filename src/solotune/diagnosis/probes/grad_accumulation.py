@@ -71,7 +71,9 @@ def accumulated_against_whole(
         says = f"the gradient accumulated over {len(batches)} batches is {ratio:.2f} times that of all their tokens"
         return [Signal("F74", "invariant", says, 0.9, found, fix=fix)], found
     if found["from_tokens"] > SAME and found["from_means"] < 0.2 * found["from_tokens"]:
-        says = f"the accumulated gradient is the mean of {len(batches)} batch means (difference {found['from_means']:.1%}), "
+        says = (
+            f"the accumulated gradient is a mean of {len(batches)} batch means (difference {found['from_means']:.1%}) "
+        )
         says += f"and {found['from_tokens']:.0%} away from the mean over tokens ({', '.join(map(str, labels))} labels)"
         return [Signal("F74", "measured", says, 0.55, found, fix=fix)], found
     if found["from_tokens"] <= SAME:

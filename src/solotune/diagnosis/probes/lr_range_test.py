@@ -180,7 +180,8 @@ def _judge(run_facts: RunFacts, tried: Tried) -> list[Signal]:
     if (tried.gains[best] < MUCH * most and tried.capacity < SMALL) or is_narrow:
         wide = tried.alike if is_narrow and tried.alike is not None else tried.wide
         says = f"{tried.steps} steps on one batch lower its loss by {here if is_narrow else tried.gains[best]:.2f} at "
-        says += f"{'the same learning rate' if is_narrow else 'the best learning rate'}, {wide:.2f} with rank 32 on every linear layer"
+        says += "the same" if is_narrow else "the best"
+        says += f" learning rate, by {wide:.2f} with rank 32 on every linear layer"
         fix = "lora_target_modules: all-linear, lora_r: 16"
         return [Signal(code, "counterfactual", says, w, numbers, fix=fix) for code, w in (("F62", 0.75), ("F56", 0.45))]
     planned = run_facts.trace.total_steps if run_facts.trace else run_facts.settings.get("max_steps")
@@ -192,7 +193,9 @@ def _judge(run_facts: RunFacts, tried: Tried) -> list[Signal]:
         )
         return _of_step_size(run_facts, "F64", tried, tried.says(best), expect, numbers)
     if here >= MUCH * most:
-        says = f"{tried.steps} steps on one batch lower its loss by {here:.2f} at {tried.rate:.2g}; the best test by {most:.2f}"
+        says = (
+            f"{tried.steps} steps on one batch lower its loss by {here:.2f} at {tried.rate:.2g}, at best by {most:.2f}"
+        )
         cleared = ("F64", "F62", "F67") if best > 1 or here >= CLEARLY * most else ("F64", "F62")
         return [Signal(code, "measured", says, 0.8, numbers, against=True) for code in cleared]
     return []

@@ -113,10 +113,10 @@ def _judge(found: dict[str, Any], slips: dict[str, Any]) -> list[Signal]:
     numbers = {key: value for key, value in found.items() if isinstance(value, float)}
     best = max(slips, key=lambda shift: slips[shift]["gain"], default=None)
     if best is not None and slips[best]["gain"] > max(WORTH, CLEAR_SLIP * slips[best]["stderr"]):
-        says = f"the loss of answers is {slips[best]['gain']:.2f} nats a token lower after the prompt of another row ({best})"
+        says = f"answers have {slips[best]['gain']:.2f} nats a token less loss after the prompt of another row ({best})"
         return [Signal("F38", "counterfactual", says, 0.95, numbers, fix="join prompts and answers again, by a key")]
     if gain > max(WORTH / 2, CLEAR * error):
-        says = f"the loss of answers is {gain:.2f} ± {error:.2f} nats a token lower after their own prompt than after others"
+        says = f"answers have {gain:.2f} ± {error:.2f} nats a token less loss after their own prompt than after others"
         return [Signal("F38", "measured", says, 0.85, numbers, against=True)]
     return []
 

@@ -83,7 +83,7 @@ def _file(found: dict[str, Any], strange: list[str], num_B: int, does: float) ->
 
 def _merged(found: dict[str, Any], does: float) -> list[Signal]:
     differs = found["merged_differs"]
-    says = f"the merged model differs from base + adapter by {differs:.3g} nats a token; the adapter itself changes {does:.3g}"
+    says = f"the merged model differs from base + adapter by {differs:.3g} nats a token; the adapter changes {does:.3g}"
     if differs > max(LOST * does, WORTH):
         fix = "merge into the 16-bit base that the adapter was trained on, and do not quantize afterwards"
         kind, weight = ("invariant", 0.9) if differs > MOST_LOST * does else ("measured", 0.75)
