@@ -1,9 +1,9 @@
-"""The base, the tokenizer and the rows of a folder that another trainer left, and the way to a live model.
+"""Add base, tokenizer, rows and a live model to the facts on a folder of another trainer.
 
-    subject = with_base_and_rows(subject, [folder, folder / "checkpoint-50"], missing)
+    run_facts = with_base_and_rows(run_facts, [folder, folder / "checkpoint-50"], missing)
 
-Where TRL trained, its rows and batches are made again as it makes them (`sft_rows`). Of other trainers the collator is
-in no file: probes see the rows as solotune renders and masks them, which `missing` says.
+For TRL, rows and batches are rebuilt as TRL makes them (`trl_preprocessing`). The collators of other trainers are not
+saved: probes then see the rows as solotune renders and masks them, and `missing` says so.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from solotune.hub.model_files import ModelFiles, model_here
 
 
 def first_with(places: Sequence[Path], name: str) -> Path | None:
-    """The first of these folders' files of this name."""
+    """The file of this name in the first of these folders that has it; None if none has."""
     return next((place / name for place in places if (place / name).is_file()), None)
 
 
 def with_base_and_rows(run_facts: RunFacts, places: list[Path], missing: dict[str, str]) -> RunFacts:
-    """The subject with whatever of these can be had; why not, in `missing`."""
+    """Add what can be loaded; write the reason for everything else into `missing`."""
     get = run_facts.settings.get
     base = _base_of(run_facts)
     rows, chats = get("dataset"), []
@@ -48,12 +48,12 @@ def with_base_and_rows(run_facts: RunFacts, places: list[Path], missing: dict[st
         generation = base_files.json_or_empty("generation_config.json")
     run_facts = replace(run_facts, model_config=base_config, generation_config=generation, conversations=chats)
     if not base_config:
-        missing["model_config"] = f"the base {base or '(no name of it is known)'} is not on this machine"
+        missing["model_config"] = f"the base {base or '(its name is not known)'} is not on this machine"
         missing["live"] = missing["model_config"]
     tokenizer, base_template = _tokenizers(config, places, base_files, missing)
     run_facts = replace(run_facts, tokenizer=tokenizer, base_template=base_template)
     if tokenizer is None or not rows:
-        why = "--dataset names the data that it was trained on" if not rows else missing["tokenizer"]
+        why = "the training data is not known; give it with --dataset" if not rows else missing["tokenizer"]
         missing |= {part: why for part in ("train", "validation", "live") if part not in missing}
         return run_facts
     if (made := _as_trl_made_them(run_facts, tokenizer)) is not None:
@@ -67,7 +67,7 @@ def with_base_and_rows(run_facts: RunFacts, places: list[Path], missing: dict[st
             missing |= dict.fromkeys(("train", "validation"), error.problem)
             missing.setdefault("live", error.problem)
             return replace(run_facts, refusals=[*run_facts.refusals, *of_refusal(error)])
-        missing["batches"] = "no file holds them; probes see the rows as solotune renders and masks them"
+        missing["batches"] = "the trainer saves no batches; probes see the rows as solotune renders and masks them"
         # The folder's generation_config.json may differ from the base's, which `check_rows` read: where that found
         # nothing, the rules judge the rows with the folder's.
         checked = findings or None
@@ -83,9 +83,9 @@ def with_base_and_rows(run_facts: RunFacts, places: list[Path], missing: dict[st
 
 
 def _as_saved(load: Callable[[], LiveModel], run_facts: RunFacts) -> Callable[[], LiveModel]:
-    """The live model as that training had it: the precision of its adapters, its batches, its optimizer.
+    """The live model with the adapter precision, batches and optimizer of that training.
 
-    How it accumulated and evaluated is not known, and solotune's own ways would clear a fault of it.
+    Its accumulation and evaluation are not known; with solotune's own, the probes would rule out faults of them.
     """
     parts = run_facts.saved.adapter.values() if run_facts.saved else ()
     is_narrow = {tensor.dtype for tensor in parts if tensor.is_floating_point()} == {torch.bfloat16}
@@ -108,7 +108,7 @@ def _as_saved(load: Callable[[], LiveModel], run_facts: RunFacts) -> Callable[[]
 
 
 def _optimizer(run_facts: RunFacts, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """SGD where that was trained with, whose rates are of another size; else AdamW, in place of all its kin."""
+    """SGD if the training used it, since its learning rates have another scale; else AdamW, for all similar ones."""
     optim, decay = str(run_facts.settings.get("optim") or ""), setting(run_facts, "weight_decay") or 0.0
     if "sgd" in optim.lower():
         return torch.optim.SGD(parameters, weight_decay=decay)
@@ -119,33 +119,31 @@ def _optimizer(run_facts: RunFacts, parameters: list[torch.nn.Parameter]) -> tor
 
 
 def _as_trl_made_them(run_facts: RunFacts, tokenizer: Any) -> trl_preprocessing.Made | None:
-    """The training rows by TRL's own way; None where another trainer, or a way that is not known, made them."""
+    """The training rows as TRL makes them; None for another trainer, or if TRL made them in an unknown way."""
     get = run_facts.settings.get
-    told = get("sft")
+    sft = get("sft")
     return (
-        trl_preprocessing.prepare(get("dataset"), str(get("dataset_split") or "train"), tokenizer, told)
-        if told
-        else None
+        trl_preprocessing.prepare(get("dataset"), str(get("dataset_split") or "train"), tokenizer, sft) if sft else None
     )
 
 
 def _with_rows_of_trl(run_facts: RunFacts, made: trl_preprocessing.Made) -> RunFacts:
     """Add rows, validation rows, batches, and which tokens TRL trains on."""
-    get, told = run_facts.settings.get, run_facts.settings.get("sft")
+    get, sft = run_facts.settings.get, run_facts.settings.get("sft")
     held_out: list[Example] = []
     if get("eval_dataset"):
-        found = trl_preprocessing.prepare(get("eval_dataset"), "train", run_facts.tokenizer, told)
-        held_out = found.examples if found else []
+        evaluated = trl_preprocessing.prepare(get("eval_dataset"), "train", run_facts.tokenizer, sft)
+        held_out = evaluated.examples if evaluated else []
     counted = {"rows_in": made.rows_in, "rows_out": len(made.examples)}
-    asked = {"assistant_only_loss": made.learns_answers or get("assistant_only_loss") is True}
+    loss_mask = {"assistant_only_loss": made.learns_answers or get("assistant_only_loss") is True}
     size = int(get("per_device_train_batch_size") or 8)
     return replace(
         run_facts,
-        settings=replace(run_facts.settings, values={**run_facts.settings.values, **counted, **asked}),
+        settings=replace(run_facts.settings, values={**run_facts.settings.values, **counted, **loss_mask}),
         train=made.examples,
         validation=held_out,
         conversations=[row.messages for row in made.examples] if all(row.messages for row in made.examples) else [],
-        batches=trl_preprocessing.batches_of(made.examples, run_facts.tokenizer, told, size),
+        batches=trl_preprocessing.batches_of(made.examples, run_facts.tokenizer, sft, size),
     )
 
 
