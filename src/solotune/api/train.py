@@ -133,7 +133,9 @@ def _train(config: RunConfig, resume: bool, heard: Resilient) -> TrainResult:
         run.log(EndEvent(summary["total_steps"], peak_bytes))
         found = monitor.diagnosis()
         run.write_json("diagnosis.json", found.to_json())
-        display.note(f"diagnosis by rules alone: {message.summary(found)}")
+        display.note(
+            f"diagnosis: {message.summary(found)} (model probes not run; solotune diagnose {run.path} runs them)"
+        )
         log.close()
         run.write_manifest()
         return TrainResult(run.path, summary, ready.choices, result)

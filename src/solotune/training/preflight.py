@@ -114,7 +114,7 @@ def preflight(
             scores.score(model, [validation_rows[i] for i in longest], len(longest))
         evaluation_peak = device_memory.peak_bytes(model.device)
     except torch.OutOfMemoryError as error:
-        raise _does_not_fit(error, batch, smaller(config, "training", None)) from error
+        raise _does_not_fit(error, batch, smaller_settings(config.memory, "training", None)) from error
     finally:
         model.zero_gradients()
         checkpoint.restore_random(random)

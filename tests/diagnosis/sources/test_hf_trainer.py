@@ -15,8 +15,9 @@ import torch
 import transformers
 from tiny import chat_rows
 
+from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import ask_all
-from solotune.diagnosis.sources import hf_settings, hf_trainer, pickle_reader, trl_preprocessing
+from solotune.diagnosis.sources import hf_rows, hf_settings, hf_trainer, pickle_reader, trl_preprocessing
 from solotune.errors import InputError
 
 
@@ -73,6 +74,14 @@ def test_a_good_folder_is_read_whole_and_nothing_speaks_against_it(output):
     assert named(run_facts) == set()
     live = run_facts.live() if run_facts.live else None
     assert live is not None and float(live.model(**live.batches[0]).loss) < 20
+
+
+def test_rows_are_judged_with_the_generation_config_of_the_folder(output, monkeypatch):
+    found = [Finding("F39", "duplicates", "S8", "warning", "copies", {}, "remove them")]
+    for checked, expected in (([], None), (found, found)):
+        monkeypatch.setattr(hf_rows, "check_rows", lambda *_, checked=checked: checked)
+        run_facts = hf_trainer.from_folder(output, output.parent / "sft.yaml", str(output.parent / "chats.jsonl"))
+        assert run_facts.findings == expected
 
 
 def test_a_checkpoint_alone_and_a_folder_with_checkpoints_alone(output, tmp_path):

@@ -52,11 +52,6 @@ class RowSettings:
     chat_template_path: str | None = None
     eval_dataset: Any = None
 
-    @classmethod
-    def of(cls, config: RunConfig) -> RowSettings:
-        """Those of a config."""
-        return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
-
 
 class RowFacts:
     """Everything a rule on rows may ask."""
@@ -110,7 +105,7 @@ class RowFacts:
             except InputError:  # it is not here
                 return None
 
-        settings = RowSettings.of(config)
+        settings = RowSettings(**{name: getattr(config, name) for name in RowSettings.__dataclass_fields__})
         return cls(settings, tokenizer, train, validation, report, model_jsons(base), template_of_model)
 
     def once(self, question: Callable[[RowFacts], Answer]) -> Answer:

@@ -177,8 +177,8 @@ _last: list[tuple[RunFacts, Sequence[Finding]]] = []  # of the subject that was 
 
 
 def findings_of(run_facts: RunFacts) -> Sequence[Finding]:
-    """What is wrong with the rows, tokenizer and template: what came with the subject, else what its own rows show."""
-    if run_facts.findings:
+    """Problems of the rows, tokenizer and template: those of `data_checks` where it ran, else of the run's own rows."""
+    if run_facts.findings is not None:
         return run_facts.findings
     if not _last or _last[0][0] is not run_facts:
         facts = facts_of(run_facts)
