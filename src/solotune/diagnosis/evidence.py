@@ -61,7 +61,7 @@ def of_refusal(error: SolotuneError) -> list[Signal]:
 
 @dataclass(frozen=True)
 class Probed:
-    """What the probes that fitted into a budget say; keys are their names, P1 ... P12."""
+    """What the probes that fitted into a budget say; keys are their names, P1 ... P13."""
 
     signals: list[Signal]
     measurements: dict[str, Any] = field(default_factory=dict)

@@ -107,7 +107,7 @@ def decide(
     Args:
         subject: its name.
         unasked: code -> why no rule could be asked about it.
-        skipped: probe (P1 ... P12) -> why it was not run.
+        skipped: probe (P1 ... P13) -> why it was not run.
         unseen: of what a healthy training is known by, what was not looked at, each as what to do about it; where there
             is any, the answer is never healthy.
     """

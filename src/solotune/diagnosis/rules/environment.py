@@ -33,14 +33,14 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
 
 @rule("F01")
 def binary_mismatch(run_facts: RunFacts) -> Signal | None:
-    """F01: bitsandbytes has no binary that fits this torch's CUDA.
+    """F01: bitsandbytes has no binary for the CUDA version of this torch.
 
-    Sees: the errors that say so; BNB_CUDA_VERSION set to another CUDA than torch was built for. Our own runs try one
-    4-bit matrix before they begin (`solotune doctor`).
-    Why: a crash at load, or, in old versions, the CPU in silence.
-    Not: F50, which loads, computes and is slow.
-    Fix: a pair that belongs together, the variable unset.
-    Wrong when: the override names a binary that was built for it by hand.
+    Sees: the errors that say so; BNB_CUDA_VERSION set to another CUDA version than torch was built for. `solotune
+    doctor`, and every run of solotune before it starts, computes one 4-bit matrix as a test.
+    Why: loading crashes, or, in old versions, the CPU is used silently.
+    Not: F50, where loading and computing work, but slowly.
+    Fix: install a bitsandbytes version that fits this torch, and unset BNB_CUDA_VERSION.
+    Wrong when: BNB_CUDA_VERSION names a binary that was compiled by hand.
     Source: bitsandbytes#1559, #1614.
     """
     fix = "pip install --upgrade bitsandbytes, and unset BNB_CUDA_VERSION"
@@ -65,13 +65,14 @@ def binary_mismatch(run_facts: RunFacts) -> Signal | None:
 
 @rule("F02")
 def renamed_argument(run_facts: RunFacts) -> Signal | None:
-    """F02: a setting was passed under a name that this version does not read, and its default held.
+    """F02: a setting has a name that this version does not read, so the default was used instead.
 
-    Sees: a setting that was written under another name than the installed version's, and what held instead; the
-    TypeError that names an unexpected argument.
-    Why: a wrapper that filters unknown keys drops it in silence: `max_seq_length: 256`, and 1024 is used.
-    Not: F03, where nothing was written; F25, whose length is the one that was meant; F51, for quantisation.
-    Fix: the name of the installed version.
+    Sees: a setting written under another name than the installed version's, and a different value in use; the TypeError
+    for an unexpected argument.
+    Why: a wrapper that filters unknown keys drops the setting silently: the config says `max_seq_length: 256`, and 1024
+    is used.
+    Not: F03, where nothing was written; F25, whose max_length is the intended one; F51, for quantization.
+    Fix: use the name of the installed version.
     Wrong when: the value was changed later on purpose.
     Source: trl#6168, dspy#8762 (`max_seq_length` is `max_length` now, `tokenizer` is `processing_class`).
     """
@@ -91,7 +92,7 @@ def renamed_argument(run_facts: RunFacts) -> Signal | None:
 
 
 def differs(run_facts: RunFacts, key: str, wrote: Any) -> bool:
-    """Whether another value held than was written; no where either is unknown or not comparable."""
+    """Whether the value in use differs from the written one; False if either is unknown or they cannot be compared."""
     if key not in run_facts.settings.values or run_facts.settings.get(key) is None or wrote is None:
         return False
     held = run_facts.settings.get(key)
@@ -108,23 +109,24 @@ def differs(run_facts: RunFacts, key: str, wrote: Any) -> bool:
 
 
 def is_default(key: str, value: Any) -> bool:
-    """Whether a library takes this value where nothing is said."""
+    """Whether a library uses this value if nothing is set."""
     return any(number(value) == number(one) if number(one) is not None else value == one
                for one in _DEFAULTS.get(key, ()))  # fmt: skip
 
 
 @rule("F03")
 def changed_default(run_facts: RunFacts) -> list[Signal]:
-    """F03: a value that was left out is another one in this version than the recipe assumes.
+    """F03: a setting was left out, and this version's default is not the one that the recipe assumes.
 
-    Sees: what was intended against what held, where what held is a library's default; where the intention is not known,
-    values that nobody wrote, that are defaults, and that are bad for adapters: a rate of 2e-5, a base in float32.
-    Why: trl differs from transformers in rate, checkpointing, dtype and logging, and versions differ from one another:
-    more memory and slower learning than the tutorial promises.
+    Sees: a value in use that is a library's default and differs from the intended one. If the intention is unknown:
+    defaults that were not set by the user and are bad for adapters, such as a learning rate of 2e-5 or a base in
+    float32.
+    Why: defaults of trl and transformers differ (learning rate, checkpointing, dtype, logging), and versions differ
+    too. The run needs more memory and learns more slowly than the tutorial promises.
     Not: F64, whose value the user wrote; F02, whose value was written under another name.
-    Fix: write down every value that matters.
-    Wrong when: the default is what was meant.
-    Source: trl#5138, where several confident explanations were seed noise of one point.
+    Fix: set every value that matters: `learning_rate`, `bf16`, `gradient_checkpointing`, `max_length`.
+    Wrong when: the default is the intended value.
+    Source: trl#5138, where several explanations were in fact random differences between seeds, of one point.
     """
     if is_ours(run_facts):
         return []

@@ -44,16 +44,16 @@ FAR = 0.65
 
 @rule("F43", needs=("rows",))
 def evaluated_on_training(facts: RowFacts) -> Finding | None:
-    """F43: the evaluation's rows are training rows.
+    """F43: the evaluation rows are training rows.
 
-    Sees: held-out rows with the ids of training rows, half of them or more; the same file and split on both sides;
-    held-out losses that follow the training loss to a hundredth although many passes were made. That no row is held
-    out is told, and is no fault.
-    Why: the held-out loss is excellent and the answers are hollow: nothing shows memorising.
-    Not: F44, a part of the rows; F46, which only a held-out loss can show, and which this hides.
-    Fix: `validation_size: 0.05`, in groups.
-    Wrong when: somebody else evaluates on other rows.
-    Source: the walkthrough's article.
+    Sees: held-out rows with the ids of training rows, at least half of them; the same file and split for both; held-out
+    losses within a hundredth of the training loss after many epochs. If no rows are held out, a note says so; that is
+    not a fault.
+    Why: the held-out loss is excellent although the answers are poor: nothing shows overfitting.
+    Not: F44, where only some of the rows leak; F46, which needs a real held-out loss to be seen, and which this hides.
+    Fix: `validation_size: 0.05`, with `split_by` if rows belong to groups.
+    Wrong when: the real evaluation is done elsewhere, on other rows.
+    Source: the article behind examples/walkthrough.yaml.
     """
     train, validation = facts.whole
     rows, same = validation.rows, np.flatnonzero(np.isin(validation.hashes, train.hashes))
@@ -80,7 +80,7 @@ def evaluated_on_training(facts: RowFacts) -> Finding | None:
 
 @rule("F43", otherwise=True)
 def same_file_on_both_sides(run_facts: RunFacts) -> Signal | None:
-    """F43, of the settings: training and evaluation read the same split of the same data."""
+    """F43, from the settings: training and evaluation read the same split of the same data."""
     get = run_facts.settings.get
     fix = "remove eval_dataset, and validation_size: 0.05"
     ours, theirs = get("dataset"), get("eval_dataset")
@@ -93,15 +93,15 @@ def same_file_on_both_sides(run_facts: RunFacts) -> Signal | None:
 
 @rule("F44", needs=("rows",))
 def leaked_passages(facts: RowFacts) -> Finding | None:
-    """F44: held-out rows have copies or near-copies among the training rows.
+    """F44: held-out rows have copies or near-copies in the training rows.
 
-    Sees: held-out answers of which half of the passages of ten tokens stand in one to three training rows.
-    Why: the held-out loss is too good by what was memorised: 6 % of leaked rows lifted a score from 72 to 80.
-    Not: F43, where it is all rows; F46, which needs the gap that this hides; boilerplate, which is in many rows;
-    prompts and documents that rows share, which are not learned.
-    Fix: duplicates removed before the split, and `split_by` a key that rows of one source share.
+    Sees: held-out answers in which half of the passages of ten tokens also occur in one to three training rows.
+    Why: memorised passages make the held-out loss too good: 6 % of leaked rows raised a score from 72 to 80.
+    Not: F43, where all rows leak; F46, which needs the gap that this hides; boilerplate, which is in many rows; prompts
+    and documents that rows share, which are not trained on.
+    Fix: remove duplicates before the split, and set `split_by` to a column that rows of one source share.
     Wrong when: both sides quote the same source on purpose.
-    Source: a report on MinHash decontamination (80.4 to 72 % after removing 6 % of rows; secondary).
+    Source: a report on MinHash decontamination (80.4 to 72 % after removing 6 % of rows; a secondary source).
     """
     rows, asked = _grams(facts.validation)
     held, _ = _distinct(asked)
@@ -138,9 +138,9 @@ def leaked_passages(facts: RowFacts) -> Finding | None:
 
 
 def _grams(side: Side) -> tuple[np.ndarray, np.ndarray]:
-    """int64 (G,) rows, ascending, and uint64 (G,) hashes of the runs of GRAM tokens that end in a label of them.
+    """Rows int64 (G,), ascending, and hashes uint64 (G,) of all runs of GRAM tokens that end in a label.
 
-    A polynomial over 64 bits, wrapping: two different runs meet with probability 2**-64 each.
+    The hash is a polynomial over 64 bits with overflow: two different runs have the same hash with probability 2**-64.
     """
     if len(side.ids) < GRAM:
         return np.zeros(0, np.int64), np.zeros(0, np.uint64)
@@ -156,7 +156,7 @@ def _grams(side: Side) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted, each once, and how often each occurs; `np.unique` hashes, which takes three times as long."""
+    """Return the sorted distinct values and their counts; `np.unique` takes three times as long, because it hashes."""
     values = np.sort(values)
     begins = np.flatnonzero(np.concatenate((np.ones(min(len(values), 1), bool), values[1:] != values[:-1])))
     return values[begins], np.diff(begins, append=len(values))
@@ -172,27 +172,27 @@ def _is_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
 def evaluated_in_training_mode(run_facts: RunFacts) -> list[Signal]:
     """F45: the evaluation runs in training mode, with dropout or noise.
 
-    Sees: two evaluations of the same rows without a step between them that differ by more than rounding (probe P8).
-    Why: the held-out loss is worse than the model and jumps about; answers at temperature 0 are random.
-    Not: kernels that add in another order, which differ by a thousandth; F48, where other rows make the difference;
-    NEFTune itself, whose hook is inert in `eval()`.
-    Fix: `model.eval()` before it.
-    Wrong when: dropout at evaluation is meant (Monte Carlo dropout).
-    Source: Karpathy's recipe; 5.81 and 5.86 instead of 5.8793 twice (measured).
+    Sees: two evaluations of the same rows, without a step between them, that differ by more than rounding (probe P8).
+    Why: the held-out loss is worse than the model and jumps; answers at temperature 0 are random.
+    Not: kernels that add in a different order, which differ by a thousandth; F48, where other rows make the difference;
+    NEFTune itself, whose noise is off in `eval()`.
+    Fix: call `model.eval()` before the evaluation.
+    Wrong when: dropout at evaluation is wanted (Monte Carlo dropout).
+    Source: Karpathy's recipe; 5.81 and 5.86 in training mode, 5.8793 both times in eval mode (measured).
     """
     return []  # nothing but running it twice shows it: the signal is the probe's
 
 
 @rule("F46", needs=("trace",))
 def memorised(run_facts: RunFacts) -> Signal | None:
-    """F46: the training memorises its rows.
+    """F46: the model memorises its training rows (overfitting).
 
-    Sees: a held-out loss that is higher after its lowest value, while the training loss goes on falling, far below it.
-    Why: the adapter stores the rows; answers are copied or repeat themselves.
-    Not: F44 and F43, which hide the rise; F67, whose training loss rises too; F47, where the gap is there from the
-    beginning and does not grow; F39, where few different rows stand many times.
-    Fix: fewer epochs, or the checkpoint of the lowest held-out loss.
-    Wrong when: the rows are to be learned by heart.
+    Sees: a held-out loss that rises after its lowest value, while the training loss keeps falling, far below it.
+    Why: the adapter stores the rows; answers are copies of them or repeat themselves.
+    Not: F44 and F43, which hide the rise; F67, whose training loss rises too; F47, where the gap exists from the start
+    and does not grow; F39, where a few different rows are repeated many times.
+    Fix: lower `num_train_epochs`, or use the checkpoint with the lowest held-out loss.
+    Wrong when: the model should memorise the rows.
     Source: "over-memorization": accuracy stays while the held-out perplexity rises.
     """
     trace = run_facts.trace
@@ -217,7 +217,7 @@ def memorised(run_facts: RunFacts) -> Signal | None:
 
 @rule("F46", needs=("trace",))
 def staircase(run_facts: RunFacts) -> Signal | None:
-    """F46, of the training loss alone: it falls in steps where each pass begins."""
+    """F46, from the training loss alone: it falls in steps at the start of each epoch."""
     trace = run_facts.trace
     drops = _drops_at_epochs(trace) if trace is not None else None
     if drops is None or len(drops) < 2 or min(drops) < 0.15:
@@ -227,7 +227,7 @@ def staircase(run_facts: RunFacts) -> Signal | None:
 
 
 def _drops_at_epochs(trace: Trace) -> list[float] | None:
-    """How much of its loss is gone at each epoch's first steps, beyond what it falls in the epoch's inside."""
+    """The share of the loss lost at the start of each epoch, minus its usual fall within the epoch."""
     epoch = np.floor(np.nan_to_num(trace.epoch_S) - 1e-9)
     has = np.isfinite(trace.loss_S)
     parts = [trace.loss_S[has & (epoch == number)] for number in range(int(epoch.max()) + 1)] if len(epoch) else []
@@ -245,14 +245,14 @@ def _drops_at_epochs(trace: Trace) -> list[float] | None:
 
 @rule("F47", needs=("rows",), probes=("P1",))
 def different_labels(facts: RowFacts) -> Finding | None:
-    """F47: training and evaluation losses are not over the same kind of tokens.
+    """F47: the training loss and the held-out loss count different kinds of tokens.
 
-    Sees: prompts that are learned on one side and not scored on the other; packing, length or mask set otherwise for
+    Sees: prompts that count in the loss on one side and not on the other; a different packing, max_length or mask for
     the evaluation.
-    Why: a gap between the two losses that is there from the first step and that no training closes.
+    Why: the two losses differ from the first step on, and no training closes the gap.
     Not: F46, whose gap grows; F48, where the rows differ.
-    Fix: one function that builds both.
-    Wrong when: only answers are to be scored although all is learned, and the gap is known.
+    Fix: build the labels of both with the same function.
+    Wrong when: all tokens are trained on, only answers are evaluated, and the gap is known.
     Source: trl's `eval_packing`.
     """
     prompted, _, judged = facts.once(said_in_training)
@@ -280,7 +280,7 @@ def different_labels(facts: RowFacts) -> Finding | None:
 
 @rule("F47")
 def evaluated_by_other_settings(run_facts: RunFacts) -> list[Signal]:
-    """F47, of the settings: packing, length or mask are others for the evaluation."""
+    """F47, from the settings: packing, max_length or mask differ for the evaluation."""
     signals, get = [], run_facts.settings.get
     for key in ("packing", "max_length", "assistant_only_loss"):
         mine, theirs = get(key), get(f"eval_{key}")
@@ -293,11 +293,13 @@ def evaluated_by_other_settings(run_facts: RunFacts) -> list[Signal]:
 
 @rule("F48", needs=("rows",))
 def weak_validation(facts: RowFacts) -> Finding | None:
-    """F48: the held-out rows are too few, or of another kind, to show the difference.
+    """F48: there are too few held-out rows, or they are of another kind.
 
-    Sees: fewer than ten rows beside a hundred or more; answers three times as long or short as in training.
-    Why: a loss per row scatters by half a nat, so three rows know it to 0.3: the held-out loss is chance.
-    Not: F45, where the same rows give another number; a small data set, where more cannot be held out.
+    Sees: fewer than ten held-out rows with a hundred or more training rows; held-out answers three times as long or as
+    short as in training.
+    Why: the loss of one row varies by half a nat, so three rows measure it to within 0.3: the held-out loss is mostly
+    chance.
+    Not: F45, where the same rows give different numbers; a small dataset, where no more rows can be held out.
     Fix: a larger `validation_size`.
     Wrong when: the validation file is another task on purpose.
     Source: unsloth#2771 (a split of 487 to 3).
@@ -331,7 +333,7 @@ def weak_validation(facts: RowFacts) -> Finding | None:
 
 @rule("F48", otherwise=True)
 def few_validation_rows(run_facts: RunFacts) -> Signal | None:
-    """F48, of rows that are only counted."""
+    """F48, if only the number of rows is known."""
     rows, many = setting(run_facts, "validation_rows"), setting(run_facts, "train_rows")
     if rows is None or many is None or not 0 < rows < LEAST_VALIDATION or many < MANY:
         return None
@@ -342,7 +344,7 @@ def few_validation_rows(run_facts: RunFacts) -> Signal | None:
 
 @rule("F48", otherwise=True)
 def rough_held_out_loss(run_facts: RunFacts) -> Signal | None:
-    """F48, of the curve: the held-out loss goes up and down by more than it changes over the run."""
+    """F48, from the loss curve: the held-out loss varies by more than it changes over the run."""
     trace = run_facts.trace
     held = trace.eval_loss_E[np.isfinite(trace.eval_loss_E)] if trace is not None else np.zeros(0)
     if len(held) < 6:

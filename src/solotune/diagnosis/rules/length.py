@@ -27,21 +27,23 @@ SAME = 0.95
 
 
 def is_packed_by_trl(run_facts: RunFacts) -> bool:
-    """Whether it is TRL's packing that cuts: F33."""
+    """Whether TRL's packing truncates the rows: F33."""
     return bool(mapping(run_facts.settings.get("sft")).get("packing"))
 
 
 @rule("F24", needs=("rows",), probes=("P12",), unless=is_packed_by_trl)
 def answers_cut(facts: RowFacts) -> Finding | None:
-    """F24: `max_length` cuts the ends off long answers.
+    """F24: long answers are truncated at `max_length`.
 
-    Sees: rows that fill `max_length` and whose last learned token is no end of turn; rows dropped for their length.
-    Why: what is cut is not learned, nor the end of turn; beyond a few rows the model learns to ramble or to break off.
-    Not: F10, which is in all rows, whatever their length (where every row is cut, the same evidence: both are named); a
-    few long rows; `overflow: split`, where the next part goes on; F33, where TRL's packing cuts.
-    Fix: a `max_length` with room for 95 % of the long rows, or `overflow: drop`.
-    Wrong when: long answers are meant to be learned in part.
-    Source: the total form is F25.
+    Sees: rows that fill `max_length` and whose last loss token is not an end of turn; rows dropped because they are too
+    long.
+    Why: the truncated text and the end of turn are not trained on. If this happens in more than a few rows, the model
+    learns to ramble or to stop in the middle.
+    Not: F10, which is in all rows of any length (if every row is truncated, the evidence is the same and both are
+    reported); a few long rows; `overflow: split`, where the next part continues; F33, where TRL's packing truncates.
+    Fix: a `max_length` that is enough for 95 % of the long rows, or `overflow: drop`.
+    Wrong when: long answers should be trained on in part.
+    Source: the extreme form is F25.
     """
     side, dropped = facts.train, facts.dropped(LONGER_THAN_MAX_LENGTH)
     is_split = facts.settings.overflow == "split"
@@ -72,14 +74,14 @@ def answers_cut(facts: RowFacts) -> Finding | None:
 
 @rule("F25", needs=("rows",))
 def prompt_fills_window(facts: RowFacts) -> Finding | None:
-    """F25: prompts fill `max_length`, and nothing of the answer is left to learn.
+    """F25: prompts fill `max_length`, so nothing of the answer is left to train on.
 
-    Sees: rows that fill `max_length` without a label; rows that were dropped because their answer begins behind it;
-    fewer rows out than in.
-    Why: the loss is 0 or NaN; in trl 1.16 the rows are gone in silence.
-    Not: F21 and F18, whose rows have no label at any length.
+    Sees: rows that fill `max_length` and have no label; rows that were dropped because their answer begins after it;
+    fewer rows after truncation than before.
+    Why: the loss is 0 or NaN; trl 1.16 drops such rows silently.
+    Not: F21 and F18, whose rows have no label with any max_length.
     Fix: a larger `max_length`.
-    Wrong when: very long rows were to be left out.
+    Wrong when: very long rows should be left out.
     Source: trl#6668, trl#6671, unsloth#11333 (which confused it with F21), FederatedScope#625.
     """
     side, dropped = facts.train, facts.dropped(ANSWER_PAST_MAX_LENGTH)
@@ -105,7 +107,7 @@ def prompt_fills_window(facts: RowFacts) -> Finding | None:
 
 @rule("F25", otherwise=True)
 def rows_gone_in_truncation(run_facts: RunFacts) -> Signal | None:
-    """F25, of a trainer that counted its rows: fewer out than in."""
+    """F25, of a trainer that counts its rows: fewer rows after truncation than before."""
     read, left = setting(run_facts, "rows_in"), setting(run_facts, "rows_out")
     if not read or left is None or left >= (1 - SOME) * read:
         return None
@@ -116,14 +118,14 @@ def rows_gone_in_truncation(run_facts: RunFacts) -> Signal | None:
 
 @rule("F26")
 def prompt_cut(run_facts: RunFacts) -> Signal | None:
-    """F26: long rows lose their beginning, so answers stand without their question.
+    """F26: long rows are truncated at the start, so the answer has no question.
 
-    Sees: truncation set to the left and rows that are longer than the limit; rows at the limit that do not begin with
-    the token that all shorter rows begin with, and that end as those do.
-    Why: the answer is learned without what it answers: the first loss is 8 times as high.
-    Not: F38, whose prompts are there; F09, where short rows lack the beginning too; F24, whose ends are cut.
-    Fix: `truncation_mode: keep_start`, or rows that are too long dropped.
-    Wrong when: the last turns of long chats are to be learned with what fits before them.
+    Sees: left truncation and rows longer than the limit; rows at the limit that do not begin with the first token of
+    all shorter rows, and that end like them.
+    Why: the answer is trained on without its question: the first loss is 8 times as high.
+    Not: F38, whose rows have prompts; F09, where short rows lack the beginning too; F24, where the ends are truncated.
+    Fix: in TRL, `truncation_mode: keep_start`; or drop rows that are too long (in solotune: `overflow: drop`).
+    Wrong when: the last turns of long chats should be trained on with as much context as fits.
     Source: trl has deprecated `keep_end`.
     """
     get, rows = run_facts.settings.get, examples_of(run_facts)
@@ -148,7 +150,7 @@ def prompt_cut(run_facts: RunFacts) -> Signal | None:
 
 
 def expected_first(run_facts: RunFacts, seen: np.ndarray) -> int | None:
-    """The token that rows begin with: that of the shorter rows, or else the template's own."""
+    """The token that rows begin with: the first token of the shorter rows, or else of the template."""
     if len(seen) >= 3:
         found, counts = np.unique(seen, return_counts=True)
         return int(found[counts.argmax()]) if counts.max() >= SAME * len(seen) else None
@@ -164,7 +166,7 @@ def expected_first(run_facts: RunFacts, seen: np.ndarray) -> int | None:
 
 
 def _ends_alike(rows: list, full: np.ndarray) -> bool:
-    """Whether rows at the limit end with tokens that few endings share, as whole rows do."""
+    """Whether rows at the limit share a few last tokens, as complete rows do."""
     last = np.array([row.input_ids[-1] for row, is_full in zip(rows, full, strict=True) if is_full])
     _, counts = np.unique(last, return_counts=True)
     return bool(counts.max() >= 0.8 * len(last))

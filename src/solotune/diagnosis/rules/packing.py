@@ -18,15 +18,18 @@ SOME = 0.1  # of the documents
 
 @rule("F31", needs=("batches",), probes=("P3",))
 def documents_not_kept_apart(run_facts: RunFacts) -> Signal | None:
-    """F31: several documents in a sequence, and nothing in the batch that keeps them apart.
+    """F31: packed rows attend to each other.
 
-    Sees: rows behind one another without restarting positions or a mask of blocks; or restarting positions beside an
-    attention_mask of ones, with which transformers makes no blocks.
-    Why: a document attends to those before it: slightly worse, cross-talk. It makes no plateau.
-    Not: restarting positions without a mask, which are kept apart (P3 finds 0 with use_cache=False); F32.
-    Fix: positions that restart, no attention_mask, and use_cache=False; or an attention kernel for varying lengths.
-    Wrong when: the collator's marks are read by a model of one's own.
-    Source: trl#805, #3067, #3910 (0.03 to 0.15 of the final loss); logits 0.0 against 14 to 15.
+    Sees: several rows in one sequence without restarting positions or a block mask; or restarting positions together
+    with an attention_mask of ones, with which transformers builds no blocks.
+    Why: a row attends to the rows before it: the result is slightly worse. This makes no plateau.
+    Not: restarting positions without a mask, which separate the rows (with use_cache=False, P3 finds a difference of
+    0); F32.
+    Fix: restart `position_ids` at each row, pass no attention_mask, and set `use_cache=False`; or use a variable-length
+    attention kernel.
+    Wrong when: the model is a custom one that reads the collator's marks.
+    Source: trl#805, #3067, #3910 (0.03 to 0.15 of the final loss); logits differ by 0.0 if separated, by 14 to 15 if
+    not (measured).
     """
     batches = Batches.of(run_facts)
     packed = [(raw, line) for raw, lines in zip(batches.raw, batches.sequences, strict=True) for line in lines
@@ -47,14 +50,14 @@ def documents_not_kept_apart(run_facts: RunFacts) -> Signal | None:
 
 @rule("F32", needs=("batches",), probes=("P3",))
 def positions_not_restarted(run_facts: RunFacts) -> Signal | None:
-    """F32: documents of a pack are kept apart by a mask, and their positions go on counting.
+    """F32: packed rows are separated by a mask, but their positions do not restart.
 
-    Sees: a mask of blocks, or numbered documents, with positions that do not restart (or none).
-    Why: a document late in a pack is read at positions it never has alone; on a model with a table of positions that
-    is another model, on rotary ones a mild drift.
-    Not: F31, where documents see each other.
-    Fix: positions that restart at 0 with each document.
-    Wrong when: the model makes its positions out of the mask.
+    Sees: a block mask, or numbered rows, with positions that do not restart (or no positions).
+    Why: a row late in a pack gets positions that it never has alone. With a table of positions the model behaves like a
+    different one; with rotary positions the effect is small.
+    Not: F31, where rows attend to each other.
+    Fix: restart `position_ids` at 0 for each row.
+    Wrong when: the model computes positions from the mask.
     Source: torchtune#875.
     """
     batches = Batches.of(run_facts)
@@ -76,12 +79,12 @@ def positions_not_restarted(run_facts: RunFacts) -> Signal | None:
 def packing_cuts_rows(run_facts: RunFacts) -> Signal | None:
     """F33: packing splits rows over sequences, or drops what does not fit.
 
-    Sees: packed sequences that end in the midst of a row: answers that nothing ends at the edge of a full sequence.
-    Why: answers are learned without their beginning or their end.
-    Not: F24, rows cut without packing; F10, ends missing within the sequences too.
-    Fix: packing that keeps rows whole (best fit), and a max_length above the longest row.
+    Sees: packed sequences that end before the row is finished: an answer without an end at the edge of a full sequence.
+    Why: answers are trained on without their beginning or their end.
+    Not: F24, where rows are truncated without packing; F10, where ends are missing inside the sequences too.
+    Fix: packing that keeps rows whole (best fit), and a `max_length` above the longest row.
     Wrong when: long plain texts are wrapped on purpose, as in pretraining.
-    Source: TRL's config: `bfd` truncates, `wrapped` cuts.
+    Source: TRL's config: `bfd` truncates, `wrapped` splits.
     """
     facts = LabelFacts.of(run_facts)
     batches = facts.batches
@@ -106,7 +109,7 @@ def packing_cuts_rows(run_facts: RunFacts) -> Signal | None:
 
 @rule("F33", needs=("settings",))
 def cut_before_packing(run_facts: RunFacts) -> list[Signal]:
-    """F33, of TRL's best-fit packing: it truncates rows that are longer than a pack, and `max_length` is the pack's."""
+    """F33, of TRL's best-fit packing: it truncates rows longer than a pack, whose length is `max_length`."""
     told = mapping(run_facts.settings.get("sft"))
     if not told.get("packing") or told.get("packing_strategy") != "bfd":
         return []
@@ -121,6 +124,6 @@ def _claims_by_mask(raw) -> bool:
 
 
 def _has_plain_mask(raw, line: Line) -> bool:
-    """A mask of zeros and ones that all of the sequence's documents share, and no other mark than positions."""
+    """Whether all rows of a sequence share a mask of zeros and ones, and only positions separate them."""
     mask = raw.get("attention_mask")
     return mask is not None and mask.dim() == 2 and int(mask.max()) <= 1 and not _claims_by_mask(raw)

@@ -17,12 +17,12 @@ SAFE_RATE = 2e-4
 def fp16_overflow(run_facts: RunFacts) -> Signal | None:
     """F53: activations overflow the range of float16, or trainable parameters are float16.
 
-    Sees: float16 training together with one of: losses that are not finite or exactly zero, the error "Attempting to
-    unscale FP16 gradients", adapters in float16; and, weaker, a checkpoint that was trained in bfloat16.
-    Why: float16 ends at 65,504. Models trained in bfloat16 have activations beyond it: inf, then NaN.
-    Not: F67, whose loss is NaN in float32 at the same rate too.
-    Fix: `bf16: true`, `fp16: false`, adapters in float32.
-    Wrong when: the card has no bfloat16 (before Ampere): then float32.
+    Sees: float16 training, and one of: losses that are not finite or exactly zero; the error "Attempting to unscale
+    FP16 gradients"; adapters in float16; as a weaker sign, a checkpoint that was trained in bfloat16.
+    Why: the largest float16 number is 65,504. Models trained in bfloat16 have larger activations: inf, then NaN.
+    Not: F67, whose loss is NaN in float32 at the same learning rate too.
+    Fix: `bf16: true` (in other tools also `fp16: false`), adapters in float32.
+    Wrong when: the GPU has no bfloat16 (before Ampere): then use float32.
     Source: transformers#23165, Qwen-VL-Finetune#184, alignment-handbook#139.
     """
     fix = "bf16: true, fp16: false"
@@ -59,17 +59,17 @@ def is_half(run_facts: RunFacts) -> bool:
 
 @rule("F54", probes=("P6",))
 def updates_lost(run_facts: RunFacts) -> Signal | None:
-    """F54: adapters in bfloat16 round small updates away.
+    """F54: small updates are lost by rounding, because the adapters are bfloat16.
 
-    Sees: adapters in bfloat16 with a rate below 2e-4. That is a hint: what decides is the share of elements whose
-    stored value changes in one real step (probe P6), 1.0 in float32, 0.4 to 0.6 where updates are lost.
-    Why: a bfloat16 number has 8 bits; a step of 1/256 of it or less changes nothing. Learning is slow, and the end of
-    the schedule does nothing.
-    Not: bfloat16 adapters at 2e-4 and above, which cost a few hundredths of a nat; F64, where every element moves; F57,
-    whose gradients are zero; F66, whose rate is.
-    Fix: adapters in float32.
-    Wrong when: the adapter was trained in float32 and saved in bfloat16.
-    Source: trl#7268, trl#1644, torchtune#2254; trl 1.16 casts the adapters of a 4-bit model itself.
+    Sees: adapters in bfloat16 with a learning rate below 2e-4. This is only a hint. Probe P6 decides by the share of
+    elements whose stored value changes in one real step: 1.0 in float32, 0.4 to 0.6 if updates are lost.
+    Why: bfloat16 has 8 bits of precision, so a step of 1/256 of the value or less changes nothing. Learning is slow,
+    and the end of the schedule has no effect.
+    Not: bfloat16 adapters at 2e-4 and above, which cost a few hundredths of a nat; F64, where every element changes;
+    F57, whose gradients are zero; F66, whose learning rate is zero.
+    Fix: keep the adapters in float32.
+    Wrong when: the adapter was trained in float32 and only saved in bfloat16.
+    Source: trl#7268, trl#1644, torchtune#2254; trl 1.16 casts the adapters of a 4-bit model to bfloat16 itself.
     """
     rate = setting(run_facts, "learning_rate")
     parts = [part for pair in lora_layers(run_facts).values() for part in pair.values()]
@@ -84,15 +84,15 @@ def updates_lost(run_facts: RunFacts) -> Signal | None:
 
 @rule("F55", needs=("trace",))
 def nan_hidden(run_facts: RunFacts) -> Signal | None:
-    """F55: the log replaces losses that are not finite.
+    """F55: the log hides losses that are not finite.
 
-    Sees: a finite logged loss beside a gradient norm, or an evaluation, that is not; finite losses that are exactly
-    zero beside gradients that are not finite.
-    Why: `logging_nan_inf_filter` is on by default and shows the mean of the steps before: a smooth curve of a dead
-    model.
-    Not: a fault by itself: what makes the NaN is F53, F67 or F25; a log that shows the NaN.
-    Fix: `logging_nan_inf_filter: false`.
-    Wrong when: a loss scaler skipped one step (float16 does, at its start).
+    Sees: a finite logged loss together with a gradient norm or an evaluation that is not finite; losses that are
+    exactly zero with gradients that are not finite.
+    Why: `logging_nan_inf_filter` is on by default in transformers and logs the mean of the steps before: a smooth curve
+    of a broken model.
+    Not: the cause: F53, F67 or F25 makes the NaN; a log that shows the NaN.
+    Fix: in transformers, `logging_nan_inf_filter: false`.
+    Wrong when: a loss scaler skipped one step (as float16 training does at its start).
     Source: trl#6668; transformers' default.
     """
     trace, get = run_facts.trace, run_facts.settings.get

@@ -23,13 +23,13 @@ SOME = 0.05
 
 @rule("F17", needs=("rows", "findings"))
 def pad_masks_terminator(facts: RowFacts) -> Finding | None:
-    """F17, of rows: the end of turn follows the answers, is the padding token, and is nowhere supervised."""
+    """F17, from the rows: the end of turn follows the answers, is the padding token, and has no label anywhere."""
     return _masked(facts, by_pad=True)
 
 
 @rule("F19", needs=("rows", "findings"))
 def terminator_masked(facts: RowFacts) -> Finding | None:
-    """F19, of rows: what the template ends turns with follows the answers (blanks aside), outside of the mask."""
+    """F19, from the rows: the template's end of turn follows the answers (after spaces, if any) but is masked."""
     return _masked(facts, by_pad=False)
 
 
@@ -64,7 +64,7 @@ def _masked(facts: RowFacts, *, by_pad: bool) -> Finding | None:
 
 @rule("F20", needs=("rows", "findings"))
 def prompt_learned(facts: RowFacts) -> Finding | None:
-    """F20, of rows: the text of user, system or tool messages, which no answer repeats, in the decoded labels."""
+    """F20, from the rows: the decoded labels contain text of user, system or tool messages, which no answer repeats."""
     prompted, inverted, judged = facts.once(said_in_training)
     if not facts.settings.assistant_only_loss or not is_pattern(len(prompted), judged, SOME):
         return None
@@ -87,7 +87,7 @@ def prompt_learned(facts: RowFacts) -> Finding | None:
 
 @rule("F23", needs=("rows", "findings"))
 def mask_inverted(facts: RowFacts) -> Finding | None:
-    """F23, of rows: as F20, and the last answer's text missing from the labels."""
+    """F23, from the rows: as F20, and the text of the last answer is not in the labels."""
     prompted, inverted, judged = facts.once(said_in_training)
     if not is_pattern(len(inverted), judged, SOME) or len(inverted) < MOST * len(prompted):
         return None
@@ -103,7 +103,7 @@ def mask_inverted(facts: RowFacts) -> Finding | None:
 
 @rule("F21", needs=("rows", "findings"))
 def nothing_learned(facts: RowFacts) -> Finding | None:
-    """F21, of rows: none of their tokens is supervised although they were not cut; dropped ones among them."""
+    """F21, from the rows: no token has a label although the row is not truncated; dropped rows count too."""
     side = facts.train
     rows = np.flatnonzero((side.num_labels == 0) & ~facts.is_cut(side))
     dropped = facts.dropped(NOTHING_TO_LEARN)

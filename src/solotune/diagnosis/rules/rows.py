@@ -56,12 +56,13 @@ _PLACEHOLDERS = {"nan", "null", "none", "undefined", "n/a", "#n/a", "<na>", "[]"
 def empty_answers(facts: RowFacts) -> Finding | None:
     """F34: answers are empty, invisible, or a placeholder of the export.
 
-    Sees: answers without a visible character, `nan` and the like among free texts; rows dropped for it.
-    Why: the model learns to answer with its end of turn at once; a batch of them has a NaN loss.
-    Not: F25, whose text exists before truncation; `none` as one class among few; one or two odd rows.
-    Fix: the export, or these rows dropped.
+    Sees: answers without a visible character; `nan` and the like among free texts; rows that were dropped for this
+    reason.
+    Why: the model learns to answer with its end of turn at once; a batch of such rows has a NaN loss.
+    Not: F25, whose answers exist before truncation; `none` as one class among a few; one or two odd rows.
+    Fix: correct the export, or remove these rows.
     Wrong when: `null` is a real answer.
-    Source: FederatedScope#625 (NaN), trl#1225; ratio 16 (measured).
+    Source: FederatedScope#625 (NaN), trl#1225; the first loss is 16 times the normal one (measured).
     """
     dropped = facts.dropped(EMPTY_ANSWER)
     invisible = [row for row, text in facts.answers if not any(c.isprintable() and not c.isspace() for c in text)]
@@ -101,12 +102,12 @@ def constant_answers(facts: RowFacts) -> Finding | None:
     """F35: nearly all answers are the same.
 
     Sees: the share of the most frequent answer.
-    Why: the loss falls to almost nothing, and every prompt gets this answer.
-    Not: F44 and F46, whose answers differ and are copied; F38, where answers differ and prompts do not matter; few
-    classes of which one is frequent; a short `unanswerable` in up to half of the rows.
-    Fix: the repeated answer removed or rebalanced.
-    Wrong when: the data is one class on purpose.
-    Source: one answer for all: 1.88 in training, 6.46 held out (measured).
+    Why: the loss falls to almost zero, and the model gives this answer to every prompt.
+    Not: F44 and F46, whose answers differ and are copied; F38, where answers differ and the prompts do not matter; a
+    few classes of which one is frequent; a short `unanswerable` in up to half of the rows.
+    Fix: remove or rebalance the repeated answer.
+    Wrong when: the data has one class on purpose.
+    Source: one answer for all rows: 1.88 in training, 6.46 held out (measured).
     """
     answers = [(row, squeezed(text)) for row, text in facts.answers]
     if len(answers) < ENOUGH_ROWS:
@@ -151,12 +152,12 @@ def chats_with_one_answer(run_facts: RunFacts) -> Signal | None:
 def broken_turns(facts: RowFacts) -> Finding | None:
     """F36: roles have wrong names or do not alternate.
 
-    Sees: names of roles that no template knows (`human`, `gpt`), two turns of one role in a row, chats that end with
-    the user or begin with the assistant.
-    Why: strict templates refuse; permissive ones write a header the model has never seen, or no answer is found. The
-    loss will not tell (ratio 1.3).
-    Not: tool messages, several of which may follow one another; a system message in front.
-    Fix: roles mapped to system, user, assistant.
+    Sees: role names that no template knows (`human`, `gpt`); two turns of one role in a row; chats that end with the
+    user or begin with the assistant.
+    Why: strict templates raise an error. Others write a header that the model has never seen, or no answer is found.
+    The loss does not show it (the first loss is 1.3 times the normal one).
+    Not: several tool messages in a row; a system message at the start.
+    Fix: rename the roles to system, user and assistant.
     Wrong when: the template is made for these names.
     Source: Megatron-Bridge#5078, smol-course#260, unsloth#994.
     """
@@ -192,7 +193,7 @@ def broken_turns(facts: RowFacts) -> Finding | None:
 
 @rule("F36", otherwise=True)
 def foreign_roles(run_facts: RunFacts) -> Signal | None:
-    """F36, of conversations that could not be rendered: their roles are named otherwise, or do not take turns."""
+    """F36, of conversations that could not be rendered: unknown role names, or roles that do not alternate."""
     chats = chats_of(run_facts)
     if not chats:
         return None
@@ -219,16 +220,16 @@ def _is_broken(roles: list[str]) -> bool:
 def misaligned_answers(facts: RowFacts) -> Finding | None:
     """F38: answers do not belong to their prompts.
 
-    Sees: rare words of prompts that answers of the next or previous row repeat, more often than their own; or answers
-    that take up such words all over the data, and of their own prompt no more than chance gives (shuffled). Probe P10
-    asks the model: with another row's prompt the loss is the same, or lower.
-    Why: the loss flattens above what can be reached; answers are fluent and beside the point.
-    Not: F64, where another rate helps; F35, whose answers are all alike; F26, where prompts are gone; sorted rows,
-    whose own answer is still the best; tasks without common words, where no neighbour is better either.
-    Fix: prompts and answers joined again, by a key.
-    Wrong when: answers do not depend on their prompts by nature, or answers are other rows' prompts by nature
-    (translation in both directions).
-    Source: ratio 4.2 at the first loss; invisible in a small model's curve (measured).
+    Sees: rare words of prompts that occur in the answer of the next or previous row more often than in their own; or
+    answers with rare words of prompts from all over the data, and of their own prompt no more often than by chance
+    (shuffled). Probe P10 asks the model: with another row's prompt the loss is the same or lower.
+    Why: the loss flattens above what the model could reach; answers are fluent but do not fit the question.
+    Not: F64, where another learning rate helps; F35, whose answers are all alike; F26, where prompts are missing;
+    sorted rows, whose own answer still fits best; tasks without common words, where no neighbour fits better either.
+    Fix: join prompts and answers again by their key.
+    Wrong when: answers never depend on their prompts, or answers are prompts of other rows (translation in both
+    directions).
+    Source: the first loss is 4.2 times the normal one; the loss curve of a small model does not show it (measured).
     """
     pairs = []
     for side in (facts.train, facts.validation):
@@ -271,7 +272,7 @@ def misaligned_answers(facts: RowFacts) -> Finding | None:
 
 @rule("F38", otherwise=True)
 def shuffled_answers(run_facts: RunFacts) -> Signal | None:
-    """F38, of answers that take up rare words of prompts all over the data, and not of their own."""
+    """F38, from answers with rare words of prompts all over the data, but not of their own."""
     found = alignment_of(_asked_and_answered(chats_of(run_facts)))
     if found is None:
         return None
@@ -285,22 +286,23 @@ def shuffled_answers(run_facts: RunFacts) -> Signal | None:
 
 
 def _asked_and_answered(chats: Sequence[Sequence[dict[str, Any]]]) -> list[tuple[str, str]]:
-    """What was said before the last answer, and that answer."""
+    """Pairs of the text before the last answer, and that answer."""
     said = ([str(m["content"]) for m in chat if m["role"] not in ("system", "developer")] for chat in chats)
     return [("\n".join(texts[:-1]), texts[-1]) for texts in said if len(texts) > 1]
 
 
 @rule("F39", needs=("rows",))
 def duplicates(facts: RowFacts) -> Finding | None:
-    """F39: the same rows stand in the data many times.
+    """F39: the same rows are in the data many times.
 
     Sees: rows with equal ids, or equal chats.
-    Why: they are learned by heart, fewer different rows are left than it seems, and held-out rows have twins.
-    Not: F46, many passes over different rows; F41, where loader workers repeat what the file has once; rows made from
-    one pattern, which are alike by nature.
-    Fix: duplicates removed before the split.
-    Wrong when: rows are weighted by repetition.
-    Source: guides on deduplication.
+    Why: these rows are memorised, the data has fewer different rows than it seems, and held-out rows have copies in
+    training.
+    Not: F46, many epochs over different rows; F41, where data loader workers repeat rows that are in the file once;
+    rows made from one pattern, which are naturally alike.
+    Fix: remove duplicates before the split.
+    Wrong when: rows are repeated to give them more weight.
+    Source: common guides on deduplication.
     """
     train, report = facts.whole[0], facts.report
     order = np.argsort(train.hashes, kind="stable")

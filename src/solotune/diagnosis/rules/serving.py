@@ -25,10 +25,10 @@ def empty_adapter(run_facts: RunFacts) -> Signal | None:
     """F75: the saved adapter is empty or was never trained.
 
     Sees: a file without adapter tensors, or one whose every `lora_B` is exactly zero.
-    Why: the tuned model is the base, bit for bit. A file of normal size with B = 0 is the nasty form.
-    Not: F57 and F58, where training ran and nothing was learned (the checkpoints are zero too); F60, which never had
-    a gradient; F78, whose file is good and whose names do not match.
-    Fix: save after the training.
+    Why: the tuned model is the base, bit for bit. A file of normal size with B = 0 is hard to notice.
+    Not: F57 and F58, where the run trained nothing (its checkpoints are zero too); F60, which never had a gradient;
+    F78, whose file is good and whose names do not match.
+    Fix: save the adapter after training.
     Wrong when: it is the checkpoint of step 0 on purpose.
     Source: alpaca-lora#446, alpaca-lora#293, transformers#24551.
     """
@@ -52,15 +52,15 @@ def empty_adapter(run_facts: RunFacts) -> Signal | None:
 
 @rule("F76", needs=("settings",), probes=("P12",))
 def merged_into_other_weights(run_facts: RunFacts) -> Signal | None:
-    """F76: the adapter was merged into other weights than it was trained on.
+    """F76: the adapter was merged into different weights than it was trained on.
 
-    Sees: a 4-bit base in training and another precision of the base that was merged into, or a merged model that was
-    quantised again. What decides is the merged model's logits against those of base and adapter (probe P12).
-    Why: the adapter has learned to mend the rounding of its own base; rounding after the merge takes a small update
-    away.
-    Not: F11, where the adapter on its own base is bad when served too.
-    Fix: merge into the expanded 4-bit weights in 16 bits, compare the logits, do not quantise small updates again.
-    Wrong when: often: the loss of merging into the 16-bit base is usually small.
+    Sees: training on a 4-bit base and merging into another precision of it, or a merged model that was quantized again.
+    Probe P12 decides by comparing the logits of the merged model with those of base and adapter.
+    Why: the adapter has learned to correct the rounding of its own base; rounding after the merge removes small
+    updates.
+    Not: F11, where answers are bad even with the adapter on its own base.
+    Fix: merge into the dequantized 4-bit weights in 16 bits, compare the logits, and do not quantize the result again.
+    Wrong when: often: merging into the 16-bit base usually loses little.
     Source: unsloth-zoo#810 (fatal on Falcon-H1), peft#2321, mlx-lm#1564.
     """
     into = run_facts.settings.get("merged_into")
@@ -78,16 +78,16 @@ def merged_into_other_weights(run_facts: RunFacts) -> Signal | None:
 
 @rule("F77", needs=("trace",))
 def resumed_without_state(run_facts: RunFacts) -> list[Signal]:
-    """F77: the run was resumed without its optimizer, schedule or place in the data.
+    """F77: the run was resumed without its optimizer, schedule or position in the data.
 
-    Sees: a learning rate that rises again behind its warm-up, at the step of a resumption or anywhere; a resumption
-    from a checkpoint without optimizer or scheduler state; `ignore_data_skip: true`; a loss that jumps at the seam.
-    Why: moments and schedule begin anew, rows come twice and others never.
-    Not: F67, whose spikes are not at the seam; schedules with restarts; a folder of the final adapter, which never has
-    an optimizer state.
-    Fix: `resume_from_checkpoint` with the whole checkpoint.
-    Wrong when: the weights were to be continued with a new schedule on purpose.
-    Source: transformers#27749, miles#2661, ms-swift#3396, alpaca-lora#72 (0.82 to 8.7).
+    Sees: a learning rate that rises again after its warm-up, at a resume or anywhere; a resume from a checkpoint
+    without optimizer or scheduler state; `ignore_data_skip: true`; a loss that jumps at the resume.
+    Why: the optimizer and the schedule start again; some rows are used twice and others never.
+    Not: F67, whose spikes are not at the resume; schedules with restarts; a folder of the final adapter, which never
+    has an optimizer state.
+    Fix: resume from a complete checkpoint (in transformers: `resume_from_checkpoint`).
+    Wrong when: the weights should continue with a new schedule.
+    Source: transformers#27749, miles#2661, ms-swift#3396, alpaca-lora#72 (loss from 0.82 to 8.7).
     """
     trace, saved = run_facts.trace, run_facts.saved
     if trace is None:
@@ -116,7 +116,7 @@ def resumed_without_state(run_facts: RunFacts) -> list[Signal]:
 
 
 def _rate_jump(run_facts: RunFacts, trace: Trace) -> tuple[int, float, float] | None:
-    """(step, rate before, after) where the rate rises, or drops to a new warm-up, behind its first peak."""
+    """(step, rate before, after) if the learning rate rises, or drops to a new warm-up, after its first peak."""
     if re.search(r"restart|cyclic|plateau|wsd", str(run_facts.settings.get("lr_scheduler_type"))):
         return None
     has = np.isfinite(trace.learning_rate_S)
@@ -132,7 +132,7 @@ def _rate_jump(run_facts: RunFacts, trace: Trace) -> tuple[int, float, float] | 
 
 
 def _loss_jump(trace: Trace, seam: int) -> tuple[float, float] | None:
-    """Mean losses before and after a seam, where they differ by more than the losses before it scatter."""
+    """Mean losses before and after a resume, if they differ by more than the losses before it vary."""
     has = np.isfinite(trace.loss_S)
     before = trace.loss_S[has & (trace.step_S <= seam)][-8:]
     after = trace.loss_S[has & (trace.step_S > seam)][:3]
@@ -144,15 +144,16 @@ def _loss_jump(trace: Trace, seam: int) -> tuple[float, float] | None:
 
 @rule("F78", needs=("saved",), probes=("P4", "P12"))
 def adapter_not_loaded(run_facts: RunFacts) -> list[Signal]:
-    """F78: the adapter's names match nothing in the model that it is loaded into, or it is another base's.
+    """F78: the adapter's names match nothing in the model that it is loaded into, or it belongs to another base.
 
-    Sees: names of modules in the adapter file that the model of config.json does not have, or that do not begin as
-    PEFT's do; matrices that do not fit the modules' shapes; another base in adapter_config.json than was loaded.
-    Why: PEFT passes over names that it does not find, and the output equals the base's.
+    Sees: module names in the adapter file that the model of config.json does not have, or that do not begin as PEFT's
+    do; matrices that do not fit the shapes of the modules; a loaded base that differs from the one in
+    adapter_config.json.
+    Why: PEFT ignores names that it does not find, and the output equals the base's.
     Not: F75, whose file is empty or zero.
-    Fix: load strictly, on the base of adapter_config.json.
-    Wrong when: the tool that wrote the file has names of its own and reads them itself.
-    Source: LlamaFactory#852, alpaca-lora#446 (the names lacked the adapter's name).
+    Fix: load it strictly, on the base named in adapter_config.json.
+    Wrong when: the tool that wrote the file uses its own names and reads them itself.
+    Source: LlamaFactory#852, alpaca-lora#446 (the adapter's name was missing in the tensor names).
     """
     saved, found = run_facts.saved, lora_layers(run_facts)
     if saved is None or not found:
@@ -219,7 +220,7 @@ def _other_base(run_facts: RunFacts) -> list[Signal]:
 
 
 def served_scale(run_facts: RunFacts) -> float | None:
-    """The adapter's scale by its file's own config, which is what serving reads."""
+    """The adapter's scale by its own config file, which serving reads."""
     config = run_facts.saved.adapter_config if run_facts.saved else {}
     alpha, rank = config.get("lora_alpha"), config.get("r")
     if not isinstance(alpha, (int, float)) or not isinstance(rank, int) or not rank:
@@ -229,7 +230,7 @@ def served_scale(run_facts: RunFacts) -> float | None:
 
 @rule("F61", needs=("settings", "saved"))
 def saved_with_another_scale(run_facts: RunFacts) -> Signal | None:
-    """F61, of the saved adapter: its config has another scale, or another rank, than the training had."""
+    """F61, from the saved adapter: its config has a different scale or rank than the run."""
     alpha, rank = setting(run_facts, "lora_alpha"), setting(run_facts, "lora_r")
     served = served_scale(run_facts)
     if not alpha or not rank or served is None:

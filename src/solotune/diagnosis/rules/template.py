@@ -40,10 +40,10 @@ def double_bos(facts: RowFacts) -> Finding | None:
     """F08: rows begin with two begin-of-text tokens.
 
     Sees: the first two ids of the rows.
-    Why: the template writes one and the tokenizer another. Serving writes one, so the two differ a little; it is never
-    the cause of a plateau (first loss 1.03 times the reference's).
-    Not: F09, by count; one begin-of-text and then a header; packed documents.
-    Fix: rendered text tokenized with `add_special_tokens=False`.
+    Why: the template writes one and the tokenizer adds another. Serving uses one, so the two differ a little. It never
+    causes a plateau (the first loss is 1.03 times the normal one).
+    Not: F09, where it is missing; one begin-of-text and then a header; packed rows.
+    Fix: tokenize rendered text with `add_special_tokens=False`.
     Wrong when: the base was trained with two.
     Source: trl#1400, alignment-handbook#127, Soup#781; a rendered `text` column in trl 1.16 gives two (measured).
     """
@@ -72,14 +72,15 @@ def double_bos(facts: RowFacts) -> Finding | None:
 def missing_bos(facts: RowFacts) -> Finding | None:
     """F09: rows lack the begin-of-text token that the model is served with.
 
-    Sees: a template (or, for plain text, a tokenizer) that begins with it, and rows of which none does.
-    Why: the base has seen it before every text; some families (Gemma) degrade badly without it (first loss 1.08 times).
-    Not: ChatML models that define one and never write it (Qwen, SmolLM2); a model's own template without it (Zephyr),
-    which is then served without it too; F26, where only the long rows lack their beginning; F12, where the whole format
-    is another.
-    Fix: the template of the base, or `add_special_tokens=True` for plain text.
-    Wrong when: it is served without on purpose.
-    Source: the mirror case of trl#1400.
+    Sees: a template (or, for plain text, a tokenizer) that starts with it, and no row that does.
+    Why: in pretraining every text began with it. Some model families (Gemma) become much worse without it (the first
+    loss is 1.08 times the normal one).
+    Not: ChatML models that define the token and never write it (Qwen, SmolLM2); a model's own template without it
+    (Zephyr), which is then served without it too; F26, where only long rows lack their beginning; F12, where the whole
+    format is different.
+    Fix: use the base model's own template, or `add_special_tokens=True` for plain text.
+    Wrong when: the model is served without it on purpose.
+    Source: the opposite case of trl#1400.
     """
     side = facts.train
     if not facts.is_chat or not facts.settings.chat_template_path:
@@ -102,7 +103,7 @@ def missing_bos(facts: RowFacts) -> Finding | None:
 
 @rule("F09", otherwise=True)
 def rows_without_served_bos(run_facts: RunFacts) -> Signal | None:
-    """F09, of rows that another trainer made: none begins with what its own rendering would begin with."""
+    """F09, of rows that another trainer made: none begins with the first token of the rendered chat."""
     tokenizer, rows = run_facts.tokenizer, examples_of(run_facts)
     bos = getattr(tokenizer, "bos_token_id", None)
     if tokenizer is None or not isinstance(bos, int) or len(rows) < 3:
@@ -124,15 +125,15 @@ def rows_without_served_bos(run_facts: RunFacts) -> Signal | None:
 
 @rule("F11", needs=("settings",), probes=("P12",))
 def template_differs(run_facts: RunFacts) -> Signal | None:
-    """F11: the model is served with another template than it was trained with.
+    """F11: the model is served with a different chat template than it was trained with.
 
-    Sees: the template of training and the one that is served, each asked to render the same chat. Answers that are bad
-    only in the deployment's rendering (generations, G6) show the same.
-    Why: a good held-out loss and bad or repetitive chat: without its template a well-trained model repeated itself in
-    10 to 48 % of its 4-grams (0 % with it).
-    Not: F46, which repeats in both renderings; F15, which differs at the boundary alone.
-    Fix: the template that was trained with, shipped beside the adapter.
-    Wrong when: both write the same text for the chats that are served.
+    Sees: the same chat rendered with the template of training and with that of serving. Answers that are bad only with
+    the serving template show the same.
+    Why: the held-out loss is good, but chat answers are bad or repeat themselves: without its template a well-trained
+    model repeated 10 to 48 % of its 4-grams (0 % with it).
+    Not: F46, which repeats with both templates; F15, where only the start of the answer differs.
+    Fix: serve with the template of training, saved with the adapter.
+    Wrong when: both render the chats that are served in the same way.
     Source: LlamaFactory#6020, ollama#6823.
     """
     tokenizer, get = run_facts.tokenizer, run_facts.settings.get
@@ -150,7 +151,7 @@ def template_differs(run_facts: RunFacts) -> Signal | None:
 
 
 def _by(tokenizer: Any, template: str, chat: list[dict[str, str]]) -> str | None:
-    """A chat by a template, which may also be a format with {q} or {prompt} in it."""
+    """Render a chat with a template, which may also be a format with {q} or {prompt} in it."""
     if "{%" not in template and "{{" not in template:
         return re.sub(r"\{\s*\w*\s*\}", chat[0]["content"], template, count=1)
     if tokenizer is None:
@@ -165,17 +166,18 @@ def _by(tokenizer: Any, template: str, chat: list[dict[str, str]]) -> str | None
 
 @rule("F12", needs=("rows",), probes=("P1",))
 def not_through_template(facts: RowFacts) -> Finding | None:
-    """F12: the rows are not in the chat format that the model was taught.
+    """F12: the rows are not in the model's chat format.
 
-    Sees: that the template's text between question and answer stands in none of the rows, of a model whose end of text
-    is the template's end of turn, which it is only in a chat model; chats whose messages were rendered before: most of
-    them hold control tokens or role labels; a template file that writes another text than the model's own.
-    Why: the model learns a second format beside its own (10 times the first loss) and is then asked in the first.
-    Not: F04, whose loss on plain text is bad too; F38, whose format is right; a base model, where any format is
-    legitimate; F07, whose markers are there and split.
-    Fix: a messages column, so that the template is applied.
-    Wrong when: it is served in the same format on purpose.
-    Source: the walkthrough's article, trl#1400; ratio 9.8 raw, 9.6 with "### Human" (measured).
+    Sees: rows of a chat model (its end of text is the template's end of turn) of which none contains the template's
+    text between question and answer; chats whose messages were already rendered: most of them contain control tokens or
+    role labels; a template file that renders a different format than the model's own template.
+    Why: the model learns a second format (10 times the first loss), and is then used with the first.
+    Not: F04, where the loss on plain text is bad too; F38, whose format is right; a base model, for which any format is
+    fine; F07, whose control tokens are present but split.
+    Fix: give the data as a messages column, so that the model's own template is applied.
+    Wrong when: the model is served in the same format on purpose.
+    Source: the article behind examples/walkthrough.yaml, trl#1400; the first loss is 9.8 times the normal one for raw
+    text, 9.6 times with "### Human" (measured).
     """
     side = facts.train
     if facts.is_chat:
@@ -212,7 +214,7 @@ def not_through_template(facts: RowFacts) -> Finding | None:
 
 
 def _is_taught(facts: RowFacts, template: ChatTemplate) -> bool:
-    """Whether the model's files end generation with what the template ends its turns with."""
+    """Whether generation, by the model's files, ends at the template's end of turn."""
     ends = {facts.encode(text)[-1] for text in template.terminators}
     return bool(ends & (facts.model_ids("eos_token_id") | {facts.eos_id}))
 
@@ -282,7 +284,7 @@ def rows_without_template_text(run_facts: RunFacts) -> Signal | None:
 
 
 def is_chat_model(run_facts: RunFacts, ending: str) -> bool:
-    """Whether the base's files end generation with what the template ends answers with."""
+    """Whether generation, by the base's files, ends with the text that the template writes after answers."""
     tokenizer = run_facts.tokenizer
     if tokenizer is None or not ending.strip():
         return False

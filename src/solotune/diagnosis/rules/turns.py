@@ -29,14 +29,14 @@ _SENTINEL = "zqxjkv"
 
 @rule("F10", needs=("rows",))
 def terminator_missing(facts: RowFacts) -> Finding | None:
-    """F10: no token ends the assistant's turn in the training rows.
+    """F10: the answers in the training rows have no end-of-turn token.
 
-    Sees: the last token of each learned answer, and those behind it: neither is an end of turn.
-    Why: a model that was never shown an end never stops, and writes the user's turns too.
-    Not: F17 and F19, where the end is there and not learned; F24, where long rows are cut; F14, which is learned and
-    not stopped at; F07, where the end is spelled as text.
-    Fix: the end of turn in the template (trl appends it to plain text only).
-    Wrong when: the base ends turns by beginning the next one (GLM), and the adapter leaves that alone.
+    Sees: answers whose last loss token is not an end of turn, and is not followed by one.
+    Why: a model that never sees an end never stops, and writes the user's turns too.
+    Not: F17 and F19, where the end is there but not trained on; F24, where long rows are truncated; F14, where the end
+    is trained on but generation does not stop at it; F07, where the end is spelled as text.
+    Fix: write the end-of-turn token in the template (trl appends it to plain text only).
+    Wrong when: the model ends turns by starting the next one (GLM), and the adapter does not change that.
     Source: unsloth#416, unsloth#419.
     """
     side = facts.train
@@ -71,14 +71,15 @@ def _tail(facts: RowFacts, side: Side, answers: np.ndarray) -> list[str]:
 
 @rule("F13", needs=("rows",))
 def role_dropped(facts: RowFacts) -> Finding | None:
-    """F13: the template leaves a role of the conversations out, without a word.
+    """F13: the template silently leaves out the messages of one role.
 
-    Sees: texts of system, user and tool messages that are not in the decoded rows; a word put into each role that the
-    data has, and looked for in what the template renders.
-    Why: the model is taught to answer without the instructions that it will be given. No loss shows it.
-    Not: thinking that is cut out of earlier answers; rows that were truncated; a template that refuses the role aloud.
-    Fix: the text moved into the first user message, in training and serving alike.
-    Wrong when: the template rewrites the text beyond recognition.
+    Sees: texts of system, user and tool messages that are not in the decoded rows; a test word in each role of the data
+    that is not in the rendered chat.
+    Why: the model is trained to answer without the instructions that it will get later. No loss shows it.
+    Not: thinking that the template removes from earlier answers; truncated rows; a template that raises an error for
+    the role.
+    Fix: move the text into the first user message, in training and in serving.
+    Wrong when: the template rewrites the text completely.
     Source: Automodel#3143 ("indistinguishable from one that trains on them"), node-llama-cpp#624.
     """
     seen: dict[str, int] = {}
@@ -110,7 +111,7 @@ def role_dropped(facts: RowFacts) -> Finding | None:
 
 
 def _roles_lost(messages: list[dict], tools: list[dict] | None, whole: str) -> dict[str, bool]:
-    """role -> whether some text of it is missing from the row."""
+    """Role -> whether some of its text is missing from the row."""
     lost: dict[str, bool] = {}
     for message in messages:
         text = squeezed(message["content"])
@@ -128,7 +129,7 @@ def _roles_lost(messages: list[dict], tools: list[dict] | None, whole: str) -> d
 
 @rule("F13", otherwise=True)
 def template_leaves_out_a_role(run_facts: RunFacts) -> list[Signal]:
-    """F13, of the template: a word put into each role that the data has is not in what it renders."""
+    """F13, from the template: a test word in a role that the data has is not in the rendered chat."""
     signals = []
     roles = {str(m.get("role")) for chat in list(run_facts.conversations)[:NUM_ROWS] for m in plain_messages(chat)}
     for role in sorted(roles & {"system", "tool"}):
@@ -144,14 +145,14 @@ def template_leaves_out_a_role(run_facts: RunFacts) -> list[Signal]:
 
 @rule("F14", needs=("rows",))
 def stops_elsewhere(facts: RowFacts) -> Finding | None:
-    """F14: generation stops on another token than the one that answers end with.
+    """F14: generation stops at a different token than the one that ends the answers.
 
-    Sees: the last token of the answers against the stop ids of generation_config.json, or of the deployment where those
-    are known.
-    Why: the model writes its end of turn and goes on: endless answers although every label is right.
-    Not: F10 and F17, where the end never appears in the output.
-    Fix: the token added to `eos_token_id`.
-    Wrong when: the serving engine has stop tokens of its own.
+    Sees: the last token of the answers is not among the stop ids of generation_config.json, or of the deployment if
+    they are known.
+    Why: the model writes its end of turn and continues: answers never end although every label is right.
+    Not: F10 and F17, where the output never contains the end-of-turn token.
+    Fix: add the token to `eos_token_id` in generation_config.json.
+    Wrong when: the serving engine has its own stop tokens.
     Source: unsloth#416, torchtune#949.
     """
     stops = facts.model_ids("eos_token_id")
@@ -198,14 +199,13 @@ def deployment_stops_elsewhere(run_facts: RunFacts) -> Signal | None:
 
 @rule("F15", needs=("rows",))
 def header_learned(facts: RowFacts) -> Finding | None:
-    """F15: the role header before the answer is missing at serving, doubled, or learned as part of the answer.
+    """F15: the role header before the answer is missing in serving, doubled, or trained on as part of the answer.
 
-    Sees: answers that are learned from their role header on; prompts that are served without the generation prompt that
-    the template has.
-    Why: the first tokens of an answer are a header, or the answer is empty.
-    Not: F11, which differs everywhere and not only at the boundary; templates whose generation prompt is empty
-    (Mistral); `assistant_only_loss: false`, where headers are learned on purpose.
-    Fix: one function for both, with `add_generation_prompt=True`.
+    Sees: answers whose loss begins at their role header; prompts served without the template's generation prompt.
+    Why: the answer starts with a header, or is empty.
+    Not: F11, where not only the start of the answer differs; templates with an empty generation prompt (Mistral);
+    `assistant_only_loss: false`, where headers are trained on, on purpose.
+    Fix: render both with the same function, with `add_generation_prompt=True`.
     Wrong when: the model is served without a generation prompt, and was trained so.
     Source: trl#4201.
     """
@@ -252,17 +252,17 @@ def served_without_header(run_facts: RunFacts) -> Signal | None:
 
 @rule("F16", needs=("rows",))
 def prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
-    """F16: the prompt's tokens are not the beginning of the row's tokens.
+    """F16: the prompt's tokens are not the first tokens of the row.
 
-    Sees: prompts as they are served, tokenized, against the first ids of their rows; prompts of texts whose tokens are
-    others when they stand alone.
-    Why: the answer is learned after other tokens than it will be asked after; a mask that is cut by the prompt's length
-    is off by a token.
-    Not: F20, whose mask is off by many tokens; templates that rewrite earlier turns (Qwen3's thinking), where the last
-    answer counts.
-    Fix: prompts that end at a token boundary (not in a blank), history rendered the same way both times.
-    Wrong when: it is served in the other form on purpose.
-    Source: trl#1920; trl warns once and cuts at the divergence.
+    Sees: prompts, tokenized as in serving, that differ from the first ids of their rows; plain-text prompts that get
+    different tokens when tokenized alone.
+    Why: in training the answer follows different tokens than in serving; a mask computed from the prompt's length is
+    off by a token.
+    Not: F20, whose mask is off by many tokens; templates that rewrite earlier turns (Qwen3's thinking), where only the
+    last answer counts.
+    Fix: end prompts at a token boundary (not with a space), and render earlier turns in the same way in both.
+    Wrong when: the model is served in the other form on purpose.
+    Source: trl#1920; trl warns once and cuts at the first difference.
     """
     if not facts.is_chat:
         return _text_prompt_is_no_prefix(facts)
@@ -323,7 +323,7 @@ def _text_prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
 
 @rule("F16", otherwise=True)
 def prompts_end_in_a_blank(run_facts: RunFacts) -> Signal | None:
-    """F16, of prompts and completions as they were given."""
+    """F16, of prompts and completions as given."""
     asked = [chat for chat in list(run_facts.conversations)[:NUM_ROWS] if chat]
     if run_facts.tokenizer is None or not asked:
         return None
