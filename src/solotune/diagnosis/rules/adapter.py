@@ -23,7 +23,7 @@ from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
 WEAK, STRONG = 0.25, 32.0
-"""alpha / r beyond which nobody sets it on purpose; 2 to 4 are usual, and 32 still trained well at a fitting rate."""
+"""Limits of alpha / r; 1 to 4 is usual, and 32 still trained well with a suitable learning rate."""
 _HEADS = ("lm_head", "embed_out", "output", "output_layer")
 
 
@@ -42,26 +42,28 @@ def targets_missed(run_facts: RunFacts) -> Signal | None:
     Source: dllm-reasoning/d1#6 ("silently ignores the rest"); peft 0.21 accepted [q, v, c_attn, fc9] without a message
     (measured).
     """
-    asked = targets(run_facts)
-    if not isinstance(asked, list):
+    names = targets(run_facts)
+    if not isinstance(names, list):
         return None
     modules = linears(run_facts)
     found, known = list(lora_layers(run_facts)), list(modules or ())
     if not found and not known:
         return None
-    missed = [name for name in asked if not _with_name(found or known, name)]
-    numbers = {"asked": asked, "missed": missed, "modules": len(found)}
+    missed = [name for name in names if not _with_name(found or known, name)]
+    numbers = {"asked": names, "missed": missed, "modules": len(found)}
     fix = "lora_target_modules: all-linear"
-    if missed and (found or len(missed) < len(asked) or not is_ours(run_facts)):
-        says = f"{', '.join(missed)} of lora_target_modules match{'es' if len(missed) == 1 else ''} no adapted module"
+    if missed and (found or len(missed) < len(names) or not is_ours(run_facts)):
+        says = f"{', '.join(missed)} in lora_target_modules match{'es' if len(missed) == 1 else ''} no adapted module"
         return Signal("F56", "invariant", says, 0.9, numbers, fix=fix)
-    few = {name: (_with_name(found, name), _with_name(known, name)) for name in asked} if found and known else {}
+    few = {name: (_with_name(found, name), _with_name(known, name)) for name in names} if found and known else {}
     few = {name: counts for name, counts in few.items() if counts[0] < counts[1]}
     chosen = run_facts.saved.adapter_config if run_facts.saved else {}
     if not few or chosen.get("layers_to_transform") is not None or chosen.get("exclude_modules"):
         return None
     name, (has, could) = next(iter(few.items()))
-    return Signal("F56", "measured", f"{has} of {could} modules named {name} have an adapter", 0.75, numbers, fix=fix)
+    return Signal(
+        "F56", "measured", f"only {has} of {could} modules named {name} have an adapter", 0.75, numbers, fix=fix
+    )
 
 
 def _with_name(modules: Iterable[str], name: str) -> int:
@@ -87,16 +89,18 @@ def no_gradient(run_facts: RunFacts) -> list[Signal]:
     reentrant = run_facts.settings.get("use_reentrant") is True and bool(
         run_facts.settings.get("gradient_checkpointing")
     )
-    fix = "gradient_checkpointing_kwargs: {use_reentrant: false}, or model.enable_input_require_grads()"
+    fix = "gradient_checkpointing_kwargs: {use_reentrant: false}, or model.enable_input_require_grads() (transformers)"
     signals = []
     if line := has_error(run_facts, r"none of the inputs have requires_grad"):
         signals.append(Signal("F57", "measured", f"the log says: {line}", 0.85, {}, fix=fix))
     if line := has_error(run_facts, r"does not require grad and does not have a grad_fn"):
-        signals.append(Signal("F57", "measured", f"the run ended with: {line}", 0.7 if reentrant else 0.5, {}, fix=fix))
+        signals.append(
+            Signal("F57", "measured", f"the run ended with this error: {line}", 0.7 if reentrant else 0.5, {}, fix=fix)
+        )
     zero, whole = zero_products(run_facts)
     if whole and took_steps(run_facts) and ((zero == whole and reentrant) or 0 < zero < whole):
         says = f"{zero} of {whole} lora_B are exactly zero after training" + (
-            ", under reentrant checkpointing" * reentrant
+            ", with reentrant checkpointing" * reentrant
         )
         signals.append(
             Signal("F57", "invariant", says, 0.8 if reentrant else 0.5, {"zero": zero, "of": whole}, fix=fix)
@@ -137,15 +141,15 @@ def adapters_frozen(run_facts: RunFacts) -> list[Signal]:
     Wrong when: the run is only an evaluation.
     Source: transformers#26334; with only B frozen the loss stayed at exactly 7.331 (measured).
     """
-    fix, signals = "PeftModel.from_pretrained(..., is_trainable=True)", []
+    fix, signals = "PeftModel.from_pretrained(..., is_trainable=True) (PEFT)", []
     get = run_facts.settings.get
     if get("is_trainable") is False or get("inference_mode") is True or get("trainable_parameters") == 0:
         key = next(k for k in ("is_trainable", "inference_mode", "trainable_parameters") if get(k) is not None)
-        signals.append(Signal("F58", "invariant", f"{key}: {get(key)}, so no adapter is trained", 0.9, {}, fix=fix))
+        signals.append(Signal("F58", "invariant", f"{key} is {get(key)}, so no adapter is trained", 0.9, {}, fix=fix))
     if line := has_error(run_facts, r"does not require grad and does not have a grad_fn"):
-        signals.append(Signal("F58", "measured", f"the run ended with: {line}", 0.5, {}, fix=fix))
+        signals.append(Signal("F58", "measured", f"the run ended with this error: {line}", 0.5, {}, fix=fix))
     if stayed_zero(run_facts) and not is_all_zero(run_facts):
-        says = "every lora_B is exactly zero in a checkpoint that was written after steps at a rate above zero"
+        says = "every lora_B is exactly zero in a checkpoint written after steps with a learning rate above zero"
         signals.append(Signal("F58", "invariant", says, 0.85, {}, fix=fix))
     trace = run_facts.trace
     norms = trace.grad_norm_S[np.isfinite(trace.grad_norm_S)] if trace is not None else np.zeros(0)
@@ -171,8 +175,8 @@ def adapter_not_neutral(run_facts: RunFacts) -> Signal | None:
     """
     if initialisation(run_facts) is not False or is_ours(run_facts):
         return None
-    says = "init_lora_weights is false, so both A and B begin at random"
-    return Signal("F59", "invariant", says, 0.9, {}, fix="init_lora_weights: true")
+    says = "init_lora_weights is false, so both A and B start with random values"
+    return Signal("F59", "invariant", says, 0.9, {}, fix="init_lora_weights: true (PEFT)")
 
 
 def is_all_zero(run_facts: RunFacts) -> bool:
@@ -196,7 +200,7 @@ def adapter_all_zero(run_facts: RunFacts) -> Signal | None:
         return None
     count = len(lora_layers(run_facts))
     says = f"A and B of all {count} adapted modules are exactly zero"
-    return Signal("F60", "invariant", says, 0.95, {"modules": count}, fix="init_lora_weights: true")
+    return Signal("F60", "invariant", says, 0.95, {"modules": count}, fix="init_lora_weights: true (PEFT)")
 
 
 @rule("F61", needs=("settings",), probes=("P7",))
@@ -206,27 +210,27 @@ def scale_wrong(run_facts: RunFacts) -> list[Signal]:
     Sees: alpha / r (alpha / sqrt(r) with rsLoRA) below 1/4 or above 32; a different scale in serving than in training.
     Why: the effect of an update is about learning rate x scale^2. A small scale looks like a low learning rate, a large
     one like a high learning rate. A different scale in serving changes the tuned model.
-    Not: alpha / r of 2 to 4, which is usual; F64 and F67, which have the same evidence: both are reported, and the
+    Not: alpha / r of 1 to 4, which is usual; F64 and F67, which have the same evidence: both are reported, and the
     range test confirms the product. If alpha / r is ordinary, the learning rate is the cause.
     Fix: `lora_alpha` between lora_r and 2 x lora_r.
     Wrong when: the learning rate was chosen to fit the scale.
     Source: mlx-vlm#841, TensorRT-LLM#1668; 1/8 instead of 2 cost 0.7 nats, 256 ended in a jump of the loss (measured).
     """
     found, rank = scale(run_facts), setting(run_facts, "lora_r")
-    fix = f"lora_alpha: {2 * rank:g}" if rank else "lora_alpha: 2 r"
+    fix = f"lora_alpha: {2 * rank:g}" if rank else "lora_alpha: 2 x lora_r"
     signals = []
     if found is not None and not WEAK <= found <= STRONG:
         away = np.log2(WEAK / found) if found < WEAK else np.log2(found / STRONG)
-        says = f"the adapter is multiplied by {found:.3g}; 1 to 2 is usual"
+        says = f"the adapter's scale alpha / r is {found:.3g}; 1 to 4 is usual"
         weight = float(min(0.85, 0.6 + 0.05 * away))
         signals.append(Signal("F61", "measured", says, weight, {"scale": found},
                               fix=fix))  # fmt: skip
     alpha, serving_rank = setting(run_facts, "serving_alpha"), setting(run_facts, "serving_r") or rank
     served = setting(run_facts, "serving_scale") or (alpha / serving_rank if alpha and serving_rank else None)
     if found and served and abs(served / found - 1) > 0.01:
-        says = f"the adapter was trained with a scale of {found:.3g} and is served with {served:.3g}"
+        says = f"the adapter was trained with scale {found:.3g} and is served with {served:.3g}"
         signals.append(Signal("F61", "invariant", says, 0.9, {"trained": found, "served": served},
-                              fix=f"serve it with alpha / r = {found:.3g}"))  # fmt: skip
+                              fix=f"serve the adapter with alpha / r = {found:.3g}"))  # fmt: skip
     return signals
 
 
@@ -247,7 +251,7 @@ def too_little_capacity(run_facts: RunFacts) -> Signal | None:
     rank, asked = setting(run_facts, "lora_r"), targets(run_facts)
     if not rank or rank > 2 or not isinstance(asked, list) or len(asked) > 2:
         return None
-    says = f"r = {rank:g} on {', '.join(asked)} alone"
+    says = f"the adapter has only rank {rank:g} and is only on {', '.join(asked)}"
     numbers = {"r": rank, "targets": asked}
     return Signal("F62", "measured", says, 0.5, numbers, fix="lora_target_modules: all-linear, lora_r: 16")
 
@@ -274,15 +278,15 @@ def head_adapter_ignored(run_facts: RunFacts) -> Signal | None:
     zero = {
         path.rpartition(".")[2]: is_zero(parts["B"]) for path, parts in lora_layers(run_facts).items() if "B" in parts
     }
-    fix = f"take {heads[0]} out of lora_target_modules; to train it, modules_to_save: [{heads[0]}]"
+    fix = f"remove {heads[0]} from lora_target_modules; to train it with PEFT, modules_to_save: [{heads[0]}]"
     dead = [name for name, is_dead in zero.items() if name in _HEADS and is_dead]
     if dead and not all(zero.values()):
-        says = f"lora_B of {dead[0]} is exactly zero, and those of other modules are not"
+        says = f"lora_B of {dead[0]} is exactly zero, but not those of other modules"
         return Signal("F63", "invariant", says, 0.95, {"modules": dead}, fix=fix)
     fused = [
         k for k in ("use_liger_kernel", "use_liger", "fused_loss", "cut_cross_entropy") if run_facts.settings.get(k)
     ]
     if fused or run_facts.settings.get("tool") in ("trl", "unsloth"):
-        says = f"{heads[0]} has an adapter, and the loss is fused with the head ({fused[0] if fused else 'by default'})"
+        says = f"{heads[0]} has an adapter, but the fused loss ignores it ({fused[0] if fused else 'fused by default'})"
         return Signal("F63", "measured", says, 0.8, {"fused": fused}, fix=fix)
-    return None if zero else Signal("F63", "measured", f"{heads[0]} is among the targets", 0.4, {}, fix=fix)
+    return None if zero else Signal("F63", "measured", f"{heads[0]} is in lora_target_modules", 0.4, {}, fix=fix)

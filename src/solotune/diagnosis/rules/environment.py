@@ -12,13 +12,13 @@ from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
 _OWN_RULES = {"load_in_4bit", "load_in_8bit", "quantization_config", "base_precision"}
-"""Settings that are lost in a way of their own: F51."""
+"""Settings with their own rule: F51."""
 _SAME_WORD = {
     "max_seq_length", "max_seq_len", "sequence_len", "cutoff_len", "lr", "epochs", "num_epochs", "batch_size",
     "micro_batch_size", "train_batch_size", "grad_accum", "gradient_clipping", "lora_rank", "rank", "r", "alpha",
     "lora_target", "target_modules", "lr_scheduler", "optimizer", "evaluation_strategy", "activation_checkpointing",
 }  # fmt: skip
-"""Other names of ours that mean the same with the same values; `train_on_inputs`, say, is the opposite."""
+"""Names in other tools for settings with the same values; `train_on_inputs`, for example, is the opposite of one."""
 _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "learning_rate": (2e-5, 5e-5), "max_length": (1024, 512), "num_train_epochs": (3.0,), "logging_steps": (10, 500),
     "per_device_train_batch_size": (8,), "gradient_checkpointing": (True, False), "bf16": (True, False),
@@ -28,7 +28,7 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "gradient_accumulation_steps": (1,), "packing": (False,), "optim": ("adamw_torch", "adamw_torch_fused"),
     "seed": (42,), "dtype": ("float32",), "torch_dtype": ("float32",),
 }  # fmt: skip
-"""What trl, transformers and peft take where nothing is said."""
+"""Defaults of trl, transformers and peft."""
 
 
 @rule("F01")
@@ -54,12 +54,12 @@ def binary_mismatch(run_facts: RunFacts) -> Signal | None:
     environment = run_facts.environment
     failed = environment.get("bitsandbytes_error")
     if failed:
-        return Signal("F01", "invariant", f"4-bit layers do not work here: {failed}", 0.95, {}, fix=fix)
+        return Signal("F01", "invariant", f"4-bit layers do not work on this machine: {failed}", 0.95, {}, fix=fix)
     override = str(environment.get("BNB_CUDA_VERSION") or "")
     runtime = re.sub(r"\D", "", str(environment.get("cuda_runtime") or ""))
     if not override or not runtime or re.sub(r"\D", "", override)[:3] == runtime[:3]:
         return None
-    says = f"BNB_CUDA_VERSION is {override}, and torch is built for CUDA {environment['cuda_runtime']}"
+    says = f"BNB_CUDA_VERSION is {override}, but torch is built for CUDA {environment['cuda_runtime']}"
     return Signal("F01", "measured", says, 0.75 if in_4bit(run_facts) else 0.55, {"override": override}, fix=fix)
 
 
@@ -77,15 +77,15 @@ def renamed_argument(run_facts: RunFacts) -> Signal | None:
     Source: trl#6168, dspy#8762 (`max_seq_length` is `max_length` now, `tokenizer` is `processing_class`).
     """
     if line := has_error(run_facts, r"unexpected keyword argument", r"got an unexpected argument"):
-        fix = "pass it under the name of the installed version"
-        return Signal("F02", "invariant", f"the run ended with: {line}", 0.9, {}, fix=fix)
+        fix = "use the argument's name in the installed version"
+        return Signal("F02", "invariant", f"the run ended with this error: {line}", 0.9, {}, fix=fix)
     for key, wrote in run_facts.settings.asked.items():
         ours = FOREIGN_KEYS.get(key, key) if key in _SAME_WORD or key not in FOREIGN_KEYS else None
         if ours is None or ours in _OWN_RULES or key in _OWN_RULES or not differs(run_facts, ours, wrote):
             continue
         if key == ours and is_default(ours, run_facts.settings.get(ours)):
-            continue  # F03: the name is right, so it never reached the trainer
-        says = f"{key}: {wrote} was written, and {ours}: {run_facts.settings.get(ours)} held"
+            continue  # F03: the name is right, so the value never reached the trainer
+        says = f"{key}: {wrote} is in the config, but the run used {ours}: {run_facts.settings.get(ours)}"
         numbers = {"key": key, "wrote": wrote, "held": run_facts.settings.get(ours)}
         return Signal("F02", "invariant", says, 0.9 if key != ours else 0.7, numbers, fix=f"{ours}: {wrote}")
     return None
@@ -137,12 +137,14 @@ def changed_default(run_facts: RunFacts) -> list[Signal]:
         ours = "model_dtype" if key in ("dtype", "torch_dtype") else key
         held = run_facts.settings.get(ours)
         if differs(run_facts, ours, wrote) and is_default(ours, held):
-            says = f"{ours}: {wrote} was intended, and the library's default {held} held"
+            says = f"{ours}: {wrote} was intended, but the run used the library's default {held}"
             signals.append(Signal("F03", "invariant", says, 0.85, {"key": ours, "held": held}, fix=f"{ours}: {wrote}"))
     sources = run_facts.settings.sources
     if not signals and str(sources.get("learning_rate", "")).startswith("default") and is_lora(run_facts):
         rate = number(run_facts.settings.get("learning_rate"))
         if rate is not None and rate <= 5e-5:
-            says = f"nobody wrote a learning_rate, so the library's default {rate:g} held, of full fine-tuning"
+            says = (
+                f"learning_rate is not set, so the run used the library's default {rate:g}, made for full fine-tuning"
+            )
             signals.append(Signal("F03", "measured", says, 0.7, {"learning_rate": rate}, fix="learning_rate: 2e-4"))
     return signals

@@ -18,28 +18,28 @@ from solotune.diagnosis.rules.schedule import lowest_and_last
 from solotune.diagnosis.run_facts import RunFacts, Trace
 
 MOST = 0.5
-"""A split is on the training rows if half of it is."""
+"""A split counts as training rows if half of its rows are."""
 SOME = 0.05
-"""6 % of leaked rows lifted a benchmark from 71 to 80 % (cited in the catalogue)."""
+"""6 % of leaked rows raised a benchmark from 72 to 80 % (source: F44)."""
 GRAM = 10
-"""Tokens in a row: eight words of English, the length that overlaps are usually judged by."""
+"""Length of a passage in tokens: eight English words, a usual length for finding overlaps."""
 CONTAINED = 0.5
-"""Share of a row's own passages that training has too: half, as for 8-grams elsewhere."""
+"""Share of a row's passages that training rows have too: half, as others use for 8-grams."""
 LEAST_GRAMS = 16
-"""Passages that a row needs of its own (a sentence or two), or its share says nothing."""
+"""Passages that a row needs (a sentence or two) for its share to be meaningful."""
 COMMON = 3
-"""A passage in more training rows than that is the format's or the system prompt's, not a leak of one row."""
+"""A passage in more training rows than this belongs to the format or system prompt, and is not a leak."""
 LEAST_VALIDATION = 10
-"""Rows under which an error bar is wider than most effects: per-row losses differ by about 0.5 nats, so 0.5 / sqrt(n)
-is 0.16 at ten rows and 0.3 at three."""
+"""Rows below which the error bar is wider than most effects: per-row losses vary by about 0.5 nats, so 0.5 / sqrt(n)
+is 0.16 for ten rows and 0.3 for three."""
 MANY = 100
-"""Training rows from which ten rows for validation are not too much to ask."""
+"""Training rows from which ten validation rows can be expected."""
 DRIFT = 3.0
 """Ratio of median answer lengths; the two sides of a random split of 20 rows are within a factor of 2."""
 RISE = 0.03
-"""Nats by which held-out losses behind the lowest are above it, and twice their own scatter where that is known."""
+"""Nats by which held-out losses after the lowest are above it; also twice their own scatter, if known."""
 FAR = 0.65
-"""Of the held-out loss: a training loss below that is learned by heart."""
+"""Share of the held-out loss: a training loss below this is memorised."""
 
 
 @rule("F43", needs=("rows",))
@@ -63,9 +63,9 @@ def evaluated_on_training(facts: RowFacts) -> Finding | None:
             "F43",
             "info",
             slug="no-held-out-rows",
-            message="No rows are held out, so nothing will tell learning from memorising.",
+            message="No rows are held out, so overfitting cannot be seen.",
             evidence=evidence,
-            fix="validation_size: 0.05, or eval_dataset: a file of your own",
+            fix="validation_size: 0.05, or eval_dataset: a file with other rows",
         )
     if not is_pattern(len(same), len(rows), MOST):
         return None
@@ -74,7 +74,7 @@ def evaluated_on_training(facts: RowFacts) -> Finding | None:
         "error",
         message=f"{len(same):,} of {len(rows):,} validation rows are training rows.",
         evidence=evidence,
-        fix="remove eval_dataset and let a part be held out (validation_size: 0.05), or remove its rows from dataset",
+        fix="remove eval_dataset and hold rows out (validation_size: 0.05), or remove its rows from dataset",
     )
 
 
@@ -82,7 +82,7 @@ def evaluated_on_training(facts: RowFacts) -> Finding | None:
 def same_file_on_both_sides(run_facts: RunFacts) -> Signal | None:
     """F43, from the settings: training and evaluation read the same split of the same data."""
     get = run_facts.settings.get
-    fix = "remove eval_dataset, and validation_size: 0.05"
+    fix = "remove eval_dataset, and set validation_size: 0.05"
     ours, theirs = get("dataset"), get("eval_dataset")
     splits = get("dataset_split") or "train", get("eval_dataset_split") or "train"
     if not ours or ours != theirs or splits[0] != splits[1]:
@@ -105,7 +105,7 @@ def leaked_passages(facts: RowFacts) -> Finding | None:
     """
     rows, asked = _grams(facts.validation)
     held, _ = _distinct(asked)
-    counts = np.zeros(len(held), np.int64)  # training rows that each is in
+    counts = np.zeros(len(held), np.int64)  # training rows that contain each passage
     for side in facts.stretches() if len(held) else ():
         of, grams = _grams(side)
         places = np.minimum(np.searchsorted(held, grams), len(held) - 1)
@@ -130,10 +130,10 @@ def leaked_passages(facts: RowFacts) -> Finding | None:
     return Finding.of(
         "F44",
         "warning",
-        message=f"{len(leaked):,} of {total:,} validation rows ({percent(len(leaked), total)}) have answers that are "
-        "made of passages of training answers, by half or more.",
+        message=f"{len(leaked):,} of {total:,} validation rows ({percent(len(leaked), total)}) have answers of which "
+        "at least half of the passages are also in training answers.",
         evidence={"rows_with": len(leaked), "rows_judged": judged, "rows": facts.validation.places(leaked)},
-        fix="split_by: a key that rows of one source share (a document or conversation id)",
+        fix="split_by: a column that rows of one source share (a document or conversation id)",
     )
 
 
@@ -180,7 +180,7 @@ def evaluated_in_training_mode(run_facts: RunFacts) -> list[Signal]:
     Wrong when: dropout at evaluation is wanted (Monte Carlo dropout).
     Source: Karpathy's recipe; 5.81 and 5.86 in training mode, 5.8793 both times in eval mode (measured).
     """
-    return []  # nothing but running it twice shows it: the signal is the probe's
+    return []  # only two evaluations show it: the probe makes the signal
 
 
 @rule("F46", needs=("trace",))
@@ -209,9 +209,15 @@ def memorised(run_facts: RunFacts) -> Signal | None:
         return None
     step = int(trace.eval_step_E[np.isfinite(trace.eval_loss_E)][held.argmin()])
     epochs = setting(run_facts, "num_train_epochs") or (float(trace.epoch_S[-1]) if len(trace.epoch_S) else None)
-    says = f"the held-out loss was lowest at step {step:,} ({low:.3f}) and is {last:.3f} now; training is at {end:.3f}"
+    says = (
+        f"the held-out loss was lowest at step {step:,} ({low:.3f}) and is now {last:.3f}; the training loss: {end:.3f}"
+    )
     weight = min(0.9, 0.65 + 0.5 * rise / max(low, 0.1))
-    fix = f"num_train_epochs: {max(1, round(epochs * step / max(trace.step_S[-1], 1)))}" if epochs else "fewer epochs"
+    fix = (
+        f"num_train_epochs: {max(1, round(epochs * step / max(trace.step_S[-1], 1)))}"
+        if epochs
+        else "a smaller num_train_epochs"
+    )
     return Signal("F46", "measured", says, weight, {"lowest": low, "last": last, "training": end}, fix=fix)
 
 
@@ -222,8 +228,8 @@ def staircase(run_facts: RunFacts) -> Signal | None:
     drops = _drops_at_epochs(trace) if trace is not None else None
     if drops is None or len(drops) < 2 or min(drops) < 0.15:
         return None
-    says = f"the training loss falls by {', '.join(f'{drop:.0%}' for drop in drops[:3])} where a new pass begins"
-    return Signal("F46", "curve", says, 0.4, {"drops": drops}, fix="fewer epochs")
+    says = f"the training loss falls by {', '.join(f'{drop:.0%}' for drop in drops[:3])} at the start of an epoch"
+    return Signal("F46", "curve", says, 0.4, {"drops": drops}, fix="a smaller num_train_epochs")
 
 
 def _drops_at_epochs(trace: Trace) -> list[float] | None:
@@ -261,12 +267,12 @@ def different_labels(facts: RowFacts) -> Finding | None:
         return None
     shares = len(prompted) / judged, len(other) / other_judged
     if abs(shares[0] - shares[1]) < MOST or (facts.settings.assistant_only_loss and shares[0] > shares[1]):
-        return None  # the second: F20 says it
+        return None  # the second case is F20
     return Finding.of(
         "F47",
         "error",
-        message="The two losses are not comparable: prompts are learned in "
-        f"{shares[0]:.0%} of the training rows and scored in {shares[1]:.0%} of the validation rows.",
+        message="Training and held-out loss cannot be compared: prompts count in the loss in "
+        f"{shares[0]:.0%} of the training rows and in {shares[1]:.0%} of the validation rows.",
         evidence={
             "training_rows_with_prompt": len(prompted),
             "training_rows_read": judged,
@@ -274,7 +280,7 @@ def different_labels(facts: RowFacts) -> Finding | None:
             "validation_rows_read": other_judged,
             "rows": facts.validation.places(other or range(len(facts.validation.rows))),
         },
-        fix="mask validation rows as training rows are (`assistant_only_loss` holds for both)",
+        fix="mask validation rows like training rows (`assistant_only_loss` applies to both)",
     )
 
 
@@ -283,11 +289,13 @@ def evaluated_by_other_settings(run_facts: RunFacts) -> list[Signal]:
     """F47, from the settings: packing, max_length or mask differ for the evaluation."""
     signals, get = [], run_facts.settings.get
     for key in ("packing", "max_length", "assistant_only_loss"):
-        mine, theirs = get(key), get(f"eval_{key}")
-        if mine is not None and theirs is not None and mine != theirs and not is_ours(run_facts):
-            says = f"{key} is {mine} for training and {theirs} for evaluation"
+        training, evaluation = get(key), get(f"eval_{key}")
+        if training is not None and evaluation is not None and training != evaluation and not is_ours(run_facts):
+            says = f"{key} is {training} for training and {evaluation} for evaluation"
             weight = 0.8 if key == "assistant_only_loss" else 0.5
-            signals.append(Signal("F47", "measured", says, weight, {}, fix=f"eval_{key}: {mine}"))
+            signals.append(
+                Signal("F47", "measured", says, weight, {}, fix=f"use {key}: {training} for the evaluation too")
+            )
     return signals
 
 
@@ -310,9 +318,11 @@ def weak_validation(facts: RowFacts) -> Finding | None:
         return Finding.of(
             "F48",
             "warning",
-            message=f"{rows} validation rows beside {many:,} training rows: the held-out loss will be mostly chance.",
+            message=f"{rows} validation rows for {many:,} training rows: the held-out loss will be mostly chance.",
             evidence={"validation_rows": rows, "training_rows": many},
-            fix=f"validation_size: {wanted}" if facts.settings.eval_dataset is None else "give eval_dataset more rows",
+            fix=f"validation_size: {wanted}"
+            if facts.settings.eval_dataset is None
+            else "use an eval_dataset with more rows",
         )
     if min(rows, many) < 2 * LEAST_VALIDATION:
         return None
@@ -322,12 +332,12 @@ def weak_validation(facts: RowFacts) -> Finding | None:
     return Finding.of(
         "F48",
         "warning",
-        message=f"Validation rows are of another kind: half of them have more than {medians[1]:.0f} learned tokens, of "
-        f"the training rows {medians[0]:.0f}.",
+        message=f"Validation rows are of another kind: their median number of loss tokens is {medians[1]:.0f}, that of "
+        f"training rows {medians[0]:.0f}.",
         evidence={"median_training_labels": medians[0], "median_validation_labels": medians[1]},
         fix="hold out a random part instead (remove eval_dataset, validation_size: 0.05)"
         if facts.settings.eval_dataset is not None
-        else "validation_size: a larger share; one group may make up most of the held-out rows",
+        else "a larger validation_size; one group may be most of the held-out rows",
     )
 
 
@@ -337,7 +347,7 @@ def few_validation_rows(run_facts: RunFacts) -> Signal | None:
     rows, many = setting(run_facts, "validation_rows"), setting(run_facts, "train_rows")
     if rows is None or many is None or not 0 < rows < LEAST_VALIDATION or many < MANY:
         return None
-    says = f"{rows:.0f} held-out rows beside {many:,.0f} training rows"
+    says = f"{rows:.0f} held-out rows for {many:,.0f} training rows"
     fix = f"validation_size: {max(20, round(0.05 * many))}"
     return Signal("F48", "measured", says, 0.7, {"rows": rows}, fix=fix)
 
@@ -353,5 +363,5 @@ def rough_held_out_loss(run_facts: RunFacts) -> Signal | None:
     rough = float(np.abs(np.diff(held, 2)).mean() / max(abs(held[0] - held[-1]), 1e-3))
     if (turns != 0).mean() <= 0.7 or rough <= 1:
         return None
-    says = "the held-out loss goes up and down by more than it changes over the whole run"
+    says = "the held-out loss varies by more than it changes over the whole run"
     return Signal("F48", "curve", says, 0.4, {"rough": rough}, fix="a larger validation_size")

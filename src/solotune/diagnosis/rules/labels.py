@@ -1,4 +1,4 @@
-"""S4, the loss mask: F17 to F23, read off the labels as the training's collator made them; `labels_of_rows` before."""
+"""S4, the loss mask: F17 to F23, from the labels of the collator; `row_labels` judges rows before there are batches."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from solotune.diagnosis.facts.roles import ASSISTANT, USER
 from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
-MOST = 0.5  # of the documents: a fault of the whole data
+MOST = 0.5  # of the rows: a fault of the whole data
 ALMOST_ALL = 0.9
-FEW = 0.02  # labels that may be of another role: a header, a line break
+FEW = 0.02  # share of labels that may belong to another role: a header, a line break
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -37,14 +37,12 @@ def pad_masks_terminator(run_facts: RunFacts) -> Signal | None:
     if not masked or _learned_anywhere(facts, pad) or masked < MOST * facts.answers:
         return None
     if _template_masks_end(run_facts, facts) is True:
-        return None  # the template's own marker leaves it out: F19
+        return None  # the template's generation marker leaves it out: F19
     token = _spelled(run_facts, pad)
-    says = (
-        f"{masked} of {facts.answers} answers are followed by {token}, the padding token, and none of them is learned"
-    )
+    says = f"{masked} of {facts.answers} answers end with {token}, the padding token, which is always masked"
     return Signal(
             "F17", "invariant", says, 0.95, {"ends_masked": masked, "answers": facts.answers, "pad_id": pad},
-            fix="mask labels where attention_mask is 0, not where the id is the pad's; or a pad_token of its own",
+            fix="mask labels where attention_mask is 0, not by the id of the padding; or set a separate pad_token",
         )  # fmt: skip
 
 
@@ -67,14 +65,14 @@ def no_generation_markers(run_facts: RunFacts) -> Signal | None:
     facts = LabelFacts.of(run_facts)
     if not facts.documents or len(facts.unlearned) < len(facts.documents) or _all_cut(run_facts, facts):
         return None
-    says = "the chat template has no {% generation %} marker, and nothing is learned though answers were asked for"
+    says = "the chat template has no {% generation %} marker, so no answer counts in the loss"
     return Signal(
         "F18",
         "invariant",
         says,
         0.9,
         {"share_learned": facts.share},
-        fix="a chat template with {% generation %} ... {% endgeneration %} around the answer",
+        fix="use a chat template with {% generation %} ... {% endgeneration %} around the answer",
     )
 
 
@@ -99,10 +97,14 @@ def terminator_masked(run_facts: RunFacts) -> Signal | None:
     if by_pad and not by_template:
         return None
     (end, _), *_ = facts.ends_masked.most_common(1)
-    says = f"{masked} of {facts.answers} answers are followed by {_spelled(run_facts, end)} without a label"
+    says = f"{masked} of {facts.answers} answers end with {_spelled(run_facts, end)}, which is masked"
     if by_template:
-        says += ", which the template writes behind its {% endgeneration %}"
-    fix = "put the end of turn before {% endgeneration %}" if by_template else "let the mask include the end of turn"
+        says += ": the template writes it after {% endgeneration %}"
+    fix = (
+        "put the end-of-turn token before {% endgeneration %}"
+        if by_template
+        else "include the end-of-turn token in the mask"
+    )
     return Signal("F19", "invariant", says, 0.95, {"ends_masked": masked, "answers": facts.answers}, fix=fix)
 
 
@@ -121,8 +123,15 @@ def prompt_learned(run_facts: RunFacts) -> Signal | None:
     facts = LabelFacts.of(run_facts)
     if constant := _constant_instead_of_mask(facts):
         value, count = constant
-        says = f"{count:,} labels are {value} where the token is another one: the loss ignores -100 and nothing else"
-        return Signal("F20", "invariant", says, 0.9, {"value": value, "labels": count}, fix="labels of -100")
+        says = f"{count:,} labels are {value} although the token is a different one: the loss only ignores -100"
+        return Signal(
+            "F20",
+            "invariant",
+            says,
+            0.9,
+            {"value": value, "labels": count},
+            fix="use -100 as the label of masked tokens",
+        )
     asked = run_facts.settings.get("assistant_only_loss")
     users, answers = facts.role_labels[USER], facts.role_labels[ASSISTANT]
     if asked is False or not answers or not facts.role_tokens[USER] or facts.unlike:
@@ -130,15 +139,16 @@ def prompt_learned(run_facts: RunFacts) -> Signal | None:
     share = users / facts.role_tokens[USER]
     if share < MOST or answers < MOST * facts.role_tokens[ASSISTANT]:
         return None
-    says = f"{share:.0%} of the users' {facts.role_tokens[USER]:,} tokens are learned"
+    says = f"{share:.0%} of the users' {facts.role_tokens[USER]:,} tokens count in the loss"
     numbers = {"user_share": share, "share_learned": facts.share}
     if asked is None:
-        weak = Signal("F20", "measured", says + "; whether that was asked is not known", 0.3, numbers)
+        weak = Signal("F20", "measured", says + "; it is unknown whether that is intended", 0.3, numbers)
         return weak
+    says += ", although only answers should"
     if _template_lacks_marker(run_facts) and facts.share > ALMOST_ALL:
-        says += "; the chat template has no {% generation %} marker that would tell answers (F18)"
-    fix = "assistant_only_loss: true, and check that the collator keeps the mask"
-    return Signal("F20", "invariant", says + ", though answers alone were asked for", 0.9, numbers, fix=fix)
+        says += "; the chat template has no {% generation %} marker to find answers by (F18)"
+    fix = "set assistant_only_loss: true, and check that the collator keeps the mask"
+    return Signal("F20", "invariant", says, 0.9, numbers, fix=fix)
 
 
 @rule("F21", needs=("batches",))
@@ -163,11 +173,11 @@ def nothing_learned(run_facts: RunFacts) -> Signal | None:
     if _all_cut(run_facts, facts):
         return None
     everything = len(short) >= MOST * len(facts.documents)
-    says = f"{len(short)} of {len(facts.documents)} rows have no label at all, and none of them fills max_length"
+    says = f"{len(short)} of {len(facts.documents)} rows have no label at all, although none of them fills max_length"
     return Signal(
             "F21", "invariant" if everything else "measured", says, 0.9 if everything else 0.6,
             {"rows": len(short), "of": len(facts.documents)},
-            fix="find answers by the template's offsets, not by a marker string",
+            fix="find answers by the template's offsets, not by a marker text",
         )  # fmt: skip
 
 
@@ -188,11 +198,13 @@ def shifted_twice(run_facts: RunFacts) -> Signal | None:
     facts = LabelFacts.of(run_facts)
     if facts.unlike < MOST * max(facts.labels, 1) or facts.shift is None:
         return None
-    which = "behind" if facts.shift > 0 else "before"
-    says = f"{facts.unlike:,} of {facts.labels:,} labels are not their token but the one {abs(facts.shift)} {which} it"
+    which = "after" if facts.shift > 0 else "before"
+    says = (
+        f"{facts.unlike:,} of {facts.labels:,} labels are not their own token but the one {abs(facts.shift)} {which} it"
+    )
     return Signal(
         "F22", "invariant", says, 0.95, {"unlike": facts.unlike, "labels": facts.labels, "shift": facts.shift},
-        fix="labels = input_ids, masked with -100; no shift of one's own",
+        fix="labels = input_ids, with -100 where masked; do not shift them yourself",
     )  # fmt: skip
 
 
@@ -212,11 +224,11 @@ def mask_inverted(run_facts: RunFacts) -> Signal | None:
     if not users or users < MOST * facts.role_tokens[USER] or answers > FEW * max(facts.role_tokens[ASSISTANT], 1):
         return None
     says = (
-        f"{users:,} of the users' {facts.role_tokens[USER]:,} tokens are learned, and {answers:,} of the assistant's "
-        f"{facts.role_tokens[ASSISTANT]:,}"
+        f"{users:,} of the users' {facts.role_tokens[USER]:,} tokens count in the loss, and {answers:,} of the "
+        f"assistant's {facts.role_tokens[ASSISTANT]:,}"
     )
     numbers = {"user_labels": users, "assistant_labels": answers}
-    return Signal("F23", "invariant", says, 0.95, numbers, fix="invert the mask: labels on the answers")
+    return Signal("F23", "invariant", says, 0.95, numbers, fix="invert the mask, so that the answers have the labels")
 
 
 def _asked_for_answers(run_facts: RunFacts) -> bool:
@@ -258,7 +270,7 @@ def _template_masks_end(run_facts: RunFacts, facts: LabelFacts) -> bool | None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         out = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    except Exception:  # a template may refuse anything; then it does not tell
+    except Exception:  # a template may refuse any chat; then the answer is unknown
         return None
     ids, mask = out["input_ids"], out["assistant_masks"]  # type: ignore[index]
     if not any(mask):

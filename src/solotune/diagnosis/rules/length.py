@@ -15,15 +15,15 @@ from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
 SOME = 0.05
-"""One row in twenty: a few long rows in a file are normal, and cost less than a twentieth of the labels."""
+"""One row in twenty: a few long rows are normal, and lose less than a twentieth of the labels."""
 FEW = 0.01
-"""One row in a hundred: for what should never happen."""
+"""One row in a hundred, for faults that should never happen."""
 MOST = 0.5
-"""From here a fault is of the whole data, not of some rows: severity error."""
+"""From here the fault is of the whole data, not of some rows: severity error."""
 MUCH = 0.25
-"""Of the rows: without these it is another training."""
+"""Share of the rows without which the run is a different one."""
 SAME = 0.95
-"""Share of uncut rows that begin with the same token, from which the beginning belongs to the format."""
+"""Share of complete rows with the same first token, from which this token belongs to the format."""
 
 
 def is_packed_by_trl(run_facts: RunFacts) -> bool:
@@ -63,12 +63,12 @@ def answers_cut(facts: RowFacts) -> Finding | None:
         + (
             f"longer than max_length {limit} and dropped."
             if dropped > len(rows)
-            else f"cut at max_length {limit}, in the middle of an answer."
+            else f"truncated at max_length {limit}, inside an answer."
         ),
         evidence={"answers_cut": len(rows), "dropped": dropped, "max_length": limit, "rows": side.places(rows)},
         fix=f"max_length: {wanted}"
-        + (" (room for 95 % of the long rows)" if len(long) else "")
-        + ("" if dropped > len(rows) else ", or overflow: drop to leave them out"),
+        + (" (enough for 95 % of the long rows)" if len(long) else "")
+        + ("" if dropped > len(rows) else ", or overflow: drop to drop these rows"),
     )
 
 
@@ -93,8 +93,8 @@ def prompt_fills_window(facts: RowFacts) -> Finding | None:
     return Finding.of(
         "F25",
         "error" if lost >= MOST * total else "warning",
-        message=f"{lost:,} of {total:,} rows ({percent(lost, total)}) teach nothing: their answer begins beyond "
-        f"max_length {length}.",
+        message=f"{lost:,} of {total:,} rows ({percent(lost, total)}) have nothing to train on: their prompt "
+        f"alone fills max_length ({length}).",
         evidence={
             "dropped": dropped,
             "rows_without_labels": len(rows),
@@ -111,7 +111,7 @@ def rows_gone_in_truncation(run_facts: RunFacts) -> Signal | None:
     read, left = setting(run_facts, "rows_in"), setting(run_facts, "rows_out")
     if not read or left is None or left >= (1 - SOME) * read:
         return None
-    says = f"of {read:,.0f} rows {left:,.0f} are left after truncation"
+    says = f"only {left:,.0f} of {read:,.0f} rows are left after truncation"
     kind, weight = ("invariant", 0.9) if left < (1 - MUCH) * read else ("measured", 0.6)
     return Signal("F25", kind, says, weight, {"in": read, "out": left}, fix="a larger max_length")
 
@@ -129,7 +129,7 @@ def prompt_cut(run_facts: RunFacts) -> Signal | None:
     Source: trl has deprecated `keep_end`.
     """
     get, rows = run_facts.settings.get, examples_of(run_facts)
-    fix = "truncation_mode: keep_start (truncation_side: right), or drop the rows that are too long"
+    fix = "truncate at the end (in TRL: truncation_mode: keep_start), or drop rows that are too long"
     lengths = np.array([len(row.input_ids) for row in rows])
     limit = setting(run_facts, "max_length") or (lengths.max() if len(lengths) else 0)
     full = lengths >= limit
@@ -141,11 +141,11 @@ def prompt_cut(run_facts: RunFacts) -> Signal | None:
     if begins is not None:
         lost = int((first[full] != begins).sum())
         if lost >= max(3, 0.5 * full.sum()) and _ends_alike(rows, full):
-            says = f"{lost} of {int(full.sum())} rows at the limit of {int(limit)} tokens lack the beginning of a row"
+            says = f"{lost} of {int(full.sum())} rows at the limit of {int(limit)} tokens have lost their beginning"
             return Signal("F26", "invariant", says, 0.85, {"rows": lost, "limit": int(limit)}, fix=fix)
     if not keeps_end:
         return None
-    says = f"{int(full.sum())} rows reach the limit of {int(limit)} tokens, and are cut at their beginning"
+    says = f"{int(full.sum())} rows reach the limit of {int(limit)} tokens and are truncated at the start"
     return Signal("F26", "measured", says, 0.8, {"rows": int(full.sum())}, fix=fix)
 
 
@@ -159,7 +159,7 @@ def expected_first(run_facts: RunFacts, seen: np.ndarray) -> int | None:
         return None
     try:
         texts = [tokenizer.apply_chat_template([{"role": "user", "content": word}], tokenize=False) for word in "ab"]
-    except Exception:  # a template may refuse anything, in its own words
+    except Exception:  # a template may refuse any chat, with any error
         return None
     first = [tokenizer.encode(str(text), add_special_tokens=False)[:1] for text in texts]
     return first[0][0] if first[0] and first[0] == first[1] else None

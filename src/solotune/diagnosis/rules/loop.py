@@ -24,7 +24,7 @@ from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
 EARLY = 3
-"""Steps by which a run without checkpointing has met its largest activations."""
+"""Steps within which a run without checkpointing reaches its largest activations."""
 _GIB = 2**30
 
 
@@ -60,7 +60,7 @@ def no_checkpointing(run_facts: RunFacts) -> Signal | None:
     if text is not None and last_step(run_facts) <= EARLY and not re.search(r"logits|cross_entropy|lm_head", text):
         if re.search(r"optimizer\.step|exp_avg|from_pretrained|load_state_dict", text):
             return None
-        says = f"the memory ran out at step {last_step(run_facts) + 1}, with checkpointing off"
+        says = f"out of memory at step {last_step(run_facts) + 1}, with gradient checkpointing off"
         return Signal("F71", "measured", says, 0.75, {"step": last_step(run_facts) + 1}, fix=fix)
     if tokens is None or memory is None:
         return None
@@ -70,7 +70,7 @@ def no_checkpointing(run_facts: RunFacts) -> Signal | None:
         return None
     if tail_decides(run_facts):
         return None
-    says = f"activations take about {(needs[0] or 0) / _GIB:.1f} GiB beside a base of {base / _GIB:.1f}; the card has "
+    says = f"activations need about {(needs[0] or 0) / _GIB:.1f} GiB and the base {base / _GIB:.1f}; the GPU has "
     says += f"{memory / _GIB:.1f}"
     return Signal("F71", "measured", says, 0.75, {"activations": needs[0], "memory": memory}, fix=fix)
 
@@ -98,11 +98,11 @@ def logits_memory(run_facts: RunFacts) -> Signal | None:
     """
     if is_ours(run_facts):
         return None
-    fix = "use_liger_kernel: true, or a smaller per_device_train_batch_size"
+    fix = "a smaller per_device_train_batch_size, or in TRL use_liger_kernel: true"
     text, tokens = out_of_memory(run_facts), micro_batch_tokens(run_facts)
     size = logits_bytes(run_facts, tokens[0]) if tokens else None
     if text is not None and re.search(r"logits|cross_entropy|lm_head|compute_loss|log_softmax|\.float\(\)", text):
-        says = "the memory ran out at the loss" + (f", whose logits take about {size / _GIB:.1f} GiB" if size else "")
+        says = "out of memory at the loss" + (f", whose logits need about {size / _GIB:.1f} GiB" if size else "")
         return Signal("F72", "measured", says, 0.8, {"bytes": size}, fix=fix)
     memory, get = setting(run_facts, "memory_bytes"), run_facts.settings.get
     is_fused = get("use_liger_kernel") or (get("tool") == "trl" and not get("label_smoothing_factor"))
@@ -112,8 +112,8 @@ def logits_memory(run_facts: RunFacts) -> Signal | None:
     if base is None or activations is None or base + activations + size <= memory:
         return None
     shape = shape_of(run_facts) or {}
-    says = f"logits of {tokens[0] if tokens else 0:,.0f} tokens x {shape.get('vocabulary', 0):,} take about "
-    says += f"{size / _GIB:.1f} GiB of the card's {memory / _GIB:.1f}"
+    says = f"logits of {tokens[0] if tokens else 0:,.0f} tokens x {shape.get('vocabulary', 0):,} need about "
+    says += f"{size / _GIB:.1f} GiB of the GPU's {memory / _GIB:.1f}"
     return Signal("F72", "measured", says, 0.75, {"bytes": size, "memory": memory}, fix=fix)
 
 
@@ -129,7 +129,7 @@ def recompiles(run_facts: RunFacts) -> Signal | None:
     Wrong when: the layers are compiled with dynamic shapes.
     Source: pytorch#188150.
     """
-    fix = "pad to few lengths (pad_to_multiple_of: 256, packing: true), or torch_compile: false"
+    fix = "pad to a few lengths (packing: true or pad_to_multiple_of: 256), or torch_compile: false"
     if line := has_error(run_facts, r"recompile_limit|cache_size_limit|torch\._dynamo hit config"):
         return Signal("F73", "invariant", f"the log says: {line}", 0.95, {}, fix=fix)
     get, lengths = run_facts.settings.get, row_lengths(run_facts)
@@ -141,7 +141,7 @@ def recompiles(run_facts: RunFacts) -> Signal | None:
     distinct = len(np.unique(lengths))
     if distinct < 16:
         return None
-    says = f"layers are compiled, and rows have {distinct:,} different lengths"
+    says = f"layers are compiled, but rows have {distinct:,} different lengths"
     return Signal("F73", "measured", says, 0.6, {"lengths": distinct}, fix=fix)
 
 
@@ -169,13 +169,15 @@ def accumulation_scaled(run_facts: RunFacts) -> Signal | None:
         if len(near) and math.isfinite(held_out) and held_out > 0.1:
             ratios.append(float(near.mean() / held_out))
     shape, first = shape_of(run_facts), float(trace.loss_S[0])
-    fix = "divide by num_items_in_batch (upgrade transformers, or accept the argument in compute_loss)"
+    fix = "divide by num_items_in_batch: upgrade transformers, or accept this argument in your compute_loss"
     if ratios and abs(float(np.median(ratios)) / count - 1) < 0.2:
-        says = f"training losses are {np.median(ratios):.1f} times the held-out ones, with {count:.0f} micro-batches"
+        says = f"training losses are {np.median(ratios):.1f} times the held-out losses, with {count:.0f} micro-batches"
         return Signal(
             "F74", "measured", says, 0.75, {"ratio": float(np.median(ratios)), "micro_batches": count}, fix=fix
         )
     if shape and first > 2 * math.log(shape["vocabulary"]) and first / count < math.log(shape["vocabulary"]):
-        says = f"the first logged loss {first:.1f} is twice that of guessing, and {first / count:.2f} when divided by "
+        says = (
+            f"the first logged loss {first:.1f} is above twice that of guessing, but {first / count:.2f} if divided by "
+        )
         return Signal("F74", "measured", says + f"{count:.0f}", 0.5, {"loss": first, "micro_batches": count}, fix=fix)
     return None

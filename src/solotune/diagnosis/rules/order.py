@@ -1,4 +1,4 @@
-"""S8, the order in which rows come and how long they are: F40 to F42."""
+"""S8, the order and the lengths of the rows: F40 to F42."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from solotune.diagnosis.rules.loop import last_step, tail_decides
 from solotune.diagnosis.run_facts import RunFacts
 
 SORTED = 0.7
-"""Rank correlation of place and length (or answer), which a shuffled file of a hundred rows has with probability
+"""Rank correlation of position and length (or answer); a shuffled file of a hundred rows reaches it with probability
 1e-15."""
 LONG_TAIL = 8.0
-"""The longest row by the 95th percentile; real chats have 3 to 5."""
+"""The longest row divided by the 95th percentile; real chats have 3 to 5."""
 
 
 @rule("F40", needs=("settings",))
@@ -51,8 +51,8 @@ def sorted_rows(run_facts: RunFacts) -> Signal | None:
     what, found = order_of(run_facts)
     if found < SORTED:
         return None
-    says = f"rows are not shuffled, and their place in the file follows {what} (rank correlation {found:.2f})"
-    return Signal("F40", "measured", says, 0.85, {"correlation": found}, fix="shuffle: true")
+    says = f"rows are not shuffled, and their order in the file follows {what} (rank correlation {found:.2f})"
+    return Signal("F40", "measured", says, 0.85, {"correlation": found}, fix="shuffle the training rows")
 
 
 def order_of(run_facts: RunFacts) -> tuple[str, float]:
@@ -103,20 +103,20 @@ def repeated_by_workers(run_facts: RunFacts) -> Signal | None:
     workers = setting(run_facts, "dataloader_num_workers") or 0
     if is_ours(run_facts) or workers < 2:
         return None
-    fix = "shard the iterable data set by worker (torch.utils.data.get_worker_info), or dataloader_num_workers: 0"
+    fix = "shard the iterable dataset by worker (torch.utils.data.get_worker_info), or dataloader_num_workers: 0"
     seen = [row.input_ids.tobytes() for batch in run_facts.batches for row in rows_of(batch)]
     own = [row.input_ids.tobytes() for row in run_facts.train]
     again = 1 - len(set(seen)) / len(seen) if seen else 0.0
     if len(seen) >= 8 and again >= 0.4 and (not own or len(set(own)) > 0.9 * len(own)):
-        says = f"{again:.0%} of the rows in the batches repeat an earlier one, with {workers:.0f} workers"
+        says = f"{again:.0%} of the rows in the batches repeat an earlier row, with {workers:.0f} workers"
         return Signal("F41", "invariant", says, 0.9, {"again": again, "workers": workers}, fix=fix)
     is_stream = run_facts.settings.get("iterable") is True or run_facts.settings.get("streaming") is True
     total, planned = planned_steps(run_facts), steps_of_epochs(run_facts)
     if total and planned and abs(total / planned / workers - 1) < 0.1:
-        says = f"the run has {total:,} steps where its rows make {planned:,}, with {workers:.0f} workers"
+        says = f"the run has {total:,} steps instead of the {planned:,} for its rows, with {workers:.0f} workers"
         return Signal("F41", "measured", says, 0.8, {"steps": total, "planned": planned}, fix=fix)
     if is_stream and run_facts.settings.get("sharded") is False:
-        says = f"an iterable data set is read by {workers:.0f} workers and not sharded"
+        says = f"{workers:.0f} workers read an iterable dataset that is not sharded"
         return Signal("F41", "invariant", says, 0.85, {"workers": workers}, fix=fix)
     return None
 
@@ -144,12 +144,12 @@ def long_tail(run_facts: RunFacts) -> Signal | None:
     fix, numbers = f"max_length: {int(-(-usual * 1.25 // 64) * 64)}", {"longest": longest, "p95": usual}
     if out_of_memory(run_facts) is not None and last_step(run_facts) > 3 and ratio > 2:
         says = (
-            f"the memory ran out after step {last_step(run_facts):,}; the longest row has {longest:,.0f} tokens, 95 % "
-            f"of them at most {usual:,.0f}"
+            f"out of memory after step {last_step(run_facts):,}; the longest row has {longest:,.0f} tokens, 95 % "
+            f"of the rows at most {usual:,.0f}"
         )
         return Signal("F42", "measured", says, 0.85, numbers, fix=fix)
     if ratio > 2 and tail_decides(run_facts):
-        says = f"the longest row has {longest:,.0f} tokens and does not fit; 95 % have at most {usual:,.0f} and do"
+        says = f"the longest row has {longest:,.0f} tokens and does not fit; 95 % have at most {usual:,.0f} and fit"
         return Signal("F42", "measured", says, 0.8, numbers, fix=fix)
     if ratio < LONG_TAIL:
         return None

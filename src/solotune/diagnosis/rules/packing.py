@@ -1,4 +1,4 @@
-"""S7, packing: F31 to F33, read off the batches; P3 tells whether documents of a pack see one another."""
+"""S7, packing: F31 to F33, from the batches; P3 tests on the model whether packed rows attend to each other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from solotune.diagnosis.facts.texts import Batches, Line
 from solotune.diagnosis.rules import rule, signals_of_rows
 from solotune.diagnosis.run_facts import RunFacts
 
-SOME = 0.1  # of the documents
+SOME = 0.1  # of the rows
 
 
 @rule("F31", needs=("batches",), probes=("P3",))
@@ -40,11 +40,11 @@ def documents_not_kept_apart(run_facts: RunFacts) -> Signal | None:
     undone = sum(line.claimed is not None and _has_plain_mask(raw, line) for raw, line in packed)
     if not unmarked and not undone:
         return None
-    why = "no restarting positions" if unmarked else "an attention_mask of ones beside the restarting positions"
-    says = f"{unmarked + undone} of {len(packed)} sequences hold several documents with {why}"
+    why = "no restarting positions" if unmarked else "an attention_mask of ones in addition to restarting positions"
+    says = f"{unmarked + undone} of {len(packed)} packed sequences have {why}"
     return Signal(
         "F31", "measured", says, 0.75, {"sequences": unmarked + undone, "packed": len(packed)},
-        fix="position_ids that restart with each document, without attention_mask, use_cache=False",
+        fix="restart position_ids at each row, pass no attention_mask, and set use_cache=False",
     )  # fmt: skip
 
 
@@ -71,8 +71,8 @@ def positions_not_restarted(run_facts: RunFacts) -> Signal | None:
             seen += positions is None or any(positions[i] != 0 for i in line.starts[1:])
     if not seen:
         return None
-    says = f"{seen} of {packed} packed sequences are kept apart by a mask, with positions that go on counting"
-    return Signal("F32", "invariant", says, 0.85, {"sequences": seen}, fix="restart position_ids with each document")
+    says = f"{seen} of {packed} packed sequences have rows separated by a mask, but positions that do not restart"
+    return Signal("F32", "invariant", says, 0.85, {"sequences": seen}, fix="restart position_ids at each row")
 
 
 @rule("F33", needs=("batches",))
@@ -100,20 +100,20 @@ def packing_cuts_rows(run_facts: RunFacts) -> Signal | None:
     open_ = lasts.count(False)
     if not full or inner.count(False) > SOME * len(inner) or open_ < SOME * len(facts.documents):
         return None
-    says = f"{open_} of {len(lasts)} packed sequences end in the midst of a row"
+    says = f"{open_} of {len(lasts)} packed sequences end before the row is finished"
     return Signal(
         "F33", "measured", says, 0.8, {"open": open_, "sequences": len(lasts)},
-        fix="a packing that keeps rows whole, or a max_length above the longest row",
+        fix="use packing that keeps rows whole, or a max_length above the longest row",
     )  # fmt: skip
 
 
 @rule("F33", needs=("settings",))
 def cut_before_packing(run_facts: RunFacts) -> list[Signal]:
     """F33, of TRL's best-fit packing: it truncates rows longer than a pack, whose length is `max_length`."""
-    told = mapping(run_facts.settings.get("sft"))
-    if not told.get("packing") or told.get("packing_strategy") != "bfd":
+    sft = mapping(run_facts.settings.get("sft"))
+    if not sft.get("packing") or sft.get("packing_strategy") != "bfd":
         return []
-    fix = "packing_strategy: bfd_split, or a max_length above the longest row"
+    fix = "packing_strategy: bfd_split (TRL), or a max_length above the longest row"
     return [replace(signal, code="F33", fix=fix) for signal in signals_of_rows(run_facts, "F24")]
 
 

@@ -1,4 +1,4 @@
-"""S6, padding, attention mask and positions: F27 to F30, read off the batches; P2 tells whether the model minds."""
+"""S6, padding, attention mask and positions: F27 to F30, from the batches; P2 tests the effect on the model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
 ABSOLUTE = frozenset(["gpt2", "gpt_neo", "gpt_bigcode", "openai-gpt", "biogpt", "xglm", "ctrl", "codegen_absolute"])
-"""Families whose positions are a table and are counted from the left edge unless they are given."""
+"""Model families with a table of positions, counted from the left edge unless position_ids are passed."""
 
 FEW = 0.01
-"""One row in a hundred: for what should never happen."""
+"""One row in a hundred, for faults that should never happen."""
 
 
 @rule("F27", needs=("batches", "model_config"), probes=("P2",))
@@ -37,7 +37,7 @@ def left_padding_moves_positions(run_facts: RunFacts) -> Signal | None:
     kind = str(run_facts.model_config.get("model_type", ""))
     if kind not in ABSOLUTE or not batches.left_padded or _has_positions(batches):
         return None
-    says = f"{batches.left_padded} sequences are padded on the left, and {kind} counts positions from the edge"
+    says = f"{batches.left_padded} sequences are padded on the left, and {kind} counts positions from the left edge"
     return Signal(
         "F27", "measured", says, 0.7, {"left_padded": batches.left_padded},
         fix="padding_side: right, or position_ids = attention_mask.cumsum(-1) - 1",
@@ -66,9 +66,10 @@ def pads_attended(run_facts: RunFacts) -> Signal | None:
     if not seen or any(batch.get("attention_mask") is not None and batch["attention_mask"].dim() > 2
                        for batch in batches.raw):  # fmt: skip
         return None
-    says = f"{len(seen)} sequences begin with up to {max(line.left_pads for line in seen)} pads that attention sees"
+    most = max(line.left_pads for line in seen)
+    says = f"{len(seen)} sequences begin with up to {most} padding tokens that attention sees"
     return Signal(
-        "F28", "invariant", says, 0.9, {"sequences": len(seen)}, fix="pass attention_mask, 0 where a place is padding"
+        "F28", "invariant", says, 0.9, {"sequences": len(seen)}, fix="pass an attention_mask that is 0 at padding"
     )
 
 
@@ -87,15 +88,15 @@ def pads_learned(run_facts: RunFacts) -> Signal | None:
     if facts.pads_learned <= 0.05 * max(facts.pads, 1):
         return None
     share = facts.pads_learned / facts.pads
-    says = f"{facts.pads_learned:,} of {facts.pads:,} places of padding have a label ({share:.0%})"
+    says = f"{facts.pads_learned:,} of {facts.pads:,} padding tokens have a label ({share:.0%})"
     numbers = {"pads": facts.pads, "pads_learned": facts.pads_learned}
     return Signal("F29", "invariant", says, 0.95, numbers, fix="labels[attention_mask == 0] = -100")
 
 
 @rule("F29", needs=("rows", "findings"))
 def padding_learned(facts: RowFacts) -> Finding | None:
-    """F29, of rows: learned pad tokens where the pad is a token of its own, and runs of three or more equal special
-    tokens at the end of a row where it is not (texts that were exported with their padding)."""
+    """F29, from the rows: padding tokens with a label; without a separate pad_token, three or more equal special tokens
+    at the end of a row (texts that were exported with their padding)."""
     side, pad = facts.train, facts.named_id("pad")
     if not len(side.ids):
         return None
@@ -114,10 +115,10 @@ def padding_learned(facts: RowFacts) -> Finding | None:
     return Finding.of(
         "F29",
         "error",
-        message=f"{len(rows):,} of {len(side.rows):,} rows contain padding ({spelled}) that is learned as if it were "
-        "text.",
+        message=f"{len(rows):,} of {len(side.rows):,} rows contain padding ({spelled}) that is trained on as if it "
+        "were text.",
         evidence={"rows_with": len(rows), "padding_tokens": int(found.sum()), "rows": side.places(rows)},
-        fix=f"remove {spelled} from the texts; rows are padded for you, and padding is never learned",
+        fix=f"remove {spelled} from the texts; rows are padded later, and that padding is masked",
     )
 
 
@@ -136,7 +137,7 @@ def first_token_learned_from_padding(run_facts: RunFacts) -> Signal | None:
     facts = LabelFacts.of(run_facts)
     if not facts.first_learned or facts.pads_learned:
         return None
-    says = f"{facts.first_learned} texts begin with a token that is learned from the padding before it"
+    says = f"{facts.first_learned} texts have a label on their first token, which follows padding"
     return Signal("F30", "measured", says, 0.6, {"rows": facts.first_learned}, fix="padding_side: right")
 
 

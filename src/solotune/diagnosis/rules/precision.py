@@ -10,7 +10,7 @@ from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
 SAFE_RATE = 2e-4
-"""At this rate a step of Adam moves every element of a default A in bfloat16; at 1e-5 a quarter of them (computed)."""
+"""At this learning rate an Adam step changes every element of a default A in bfloat16; at 1e-5 a quarter (computed)."""
 
 
 @rule("F53", needs=("settings",))
@@ -25,9 +25,9 @@ def fp16_overflow(run_facts: RunFacts) -> Signal | None:
     Wrong when: the GPU has no bfloat16 (before Ampere): then use float32.
     Source: transformers#23165, Qwen-VL-Finetune#184, alignment-handbook#139.
     """
-    fix = "bf16: true, fp16: false"
+    fix = "bf16: true (in other tools also fp16: false)"
     if line := has_error(run_facts, r"unscale FP16 gradients"):
-        return Signal("F53", "invariant", f"the run ended with: {line}", 0.95, {}, fix=fix)
+        return Signal("F53", "invariant", f"the run ended with this error: {line}", 0.95, {}, fix=fix)
     get = run_facts.settings.get
     narrow = [
         key for key in ("model_dtype", "adapter_dtype") if str(get(key)).rpartition(".")[2] in ("float16", "half")
@@ -41,14 +41,14 @@ def fp16_overflow(run_facts: RunFacts) -> Signal | None:
             bad, int(np.isinf(trace.grad_norm_S).sum() + (np.isnan(trace.grad_norm_S) & (trace.loss_S == 0)).sum())
         )
         if bad:
-            says = f"{bad} of {len(trace.loss_S)} logged steps in float16 are not finite, or exactly zero"
+            says = f"{bad} of {len(trace.loss_S)} logged losses in float16 are not finite, or exactly zero"
             return Signal("F53", "measured", says, 0.85, {**numbers, "steps": bad}, fix=fix)
     if "adapter_dtype" in narrow or is_half(run_facts):
         return Signal("F53", "measured", "the adapters are float16", 0.8, numbers, fix=fix)
     dtype = run_facts.model_config.get("dtype") or run_facts.model_config.get("torch_dtype")
     if str(dtype).rpartition(".")[2] != "bfloat16":
         return None
-    return Signal("F53", "measured", "a checkpoint of bfloat16 is run in float16", 0.55, numbers, fix=fix)
+    return Signal("F53", "measured", "a bfloat16 checkpoint is trained in float16", 0.55, numbers, fix=fix)
 
 
 def is_half(run_facts: RunFacts) -> bool:
@@ -77,7 +77,7 @@ def updates_lost(run_facts: RunFacts) -> Signal | None:
     is_narrow = saved or str(run_facts.settings.get("adapter_dtype")).rpartition(".")[2] == "bfloat16"
     if is_ours(run_facts) or not is_narrow or rate is None or rate >= SAFE_RATE:
         return None
-    says = f"the adapters are bfloat16, and steps of {rate:g} are below what many of their elements can show"
+    says = f"the adapters are bfloat16, and steps of {rate:g} are too small to change many of their elements"
     weight = 0.6 if rate < SAFE_RATE / 4 else 0.35
     return Signal("F54", "measured", says, weight, {"learning_rate": rate}, fix="keep the adapters in float32")
 
@@ -104,7 +104,7 @@ def nan_hidden(run_facts: RunFacts) -> Signal | None:
     spared = 1 if get("fp16") else 0
     if hidden <= spared and not evals:
         return None
-    what = f"{hidden} steps have a finite logged loss and a gradient that is not" if hidden > spared else ""
-    what = what or f"{evals} evaluations are not finite, and every logged loss is"
+    says = f"{hidden} steps have a finite logged loss but a gradient that is not finite" if hidden > spared else ""
+    says = says or f"{evals} evaluations are not finite, but every logged loss is"
     numbers = {"steps": hidden, "evaluations": evals}
-    return Signal("F55", "measured", what, 0.85, numbers, fix="logging_nan_inf_filter: false")
+    return Signal("F55", "measured", says, 0.85, numbers, fix="logging_nan_inf_filter: false (transformers)")

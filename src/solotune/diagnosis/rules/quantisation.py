@@ -1,4 +1,4 @@
-"""S10, quantisation of the base: F49 to F52."""
+"""S10, quantization of the base: F49 to F52."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
 _LEVELS = 17
-"""Distinct values of 64 weights in 4 bits, and one more for a zero that rounding made."""
+"""Distinct values of 64 weights in 4 bits, plus one for a zero made by rounding."""
 
 
 def quantises(run_facts: RunFacts) -> bool:
@@ -38,8 +38,8 @@ def quantised_twice(run_facts: RunFacts) -> Signal | None:
     method = str(has.get("quant_method") or ("bitsandbytes" if has.get("load_in_4bit") else "unknown")).lower()
     if method == "bitsandbytes" and bool(has.get("load_in_4bit")) == in_4bit(run_facts):
         return None
-    says = f"the checkpoint is quantised already ({method}), and the settings quantise it again"
-    fix = "take the 16-bit checkpoint of this model, or remove load_in_4bit"
+    says = f"the checkpoint is already quantized ({method}), and the settings quantize it again"
+    fix = "use the 16-bit checkpoint of this model, or remove load_in_4bit"
     return Signal("F49", "invariant", says, 0.9, {"method": method}, fix=fix)
 
 
@@ -64,7 +64,7 @@ def computes_in_float32(run_facts: RunFacts) -> Signal | None:
     in_16 = get("bf16") is True or get("fp16") is True
     if not in_16 and (get("bf16") is False or get("fp16") is False):
         return None
-    says = f"bnb_4bit_compute_dtype is {'left out, which means float32' if dtype is None else dtype}"
+    says = f"bnb_4bit_compute_dtype is {'not set, which means float32' if dtype is None else dtype}"
     weight = 0.85 if in_16 else 0.55
     return Signal("F50", "invariant", says, weight, {"dtype": str(dtype)}, fix="bnb_4bit_compute_dtype: bfloat16")
 
@@ -85,9 +85,9 @@ def not_quantised(run_facts: RunFacts) -> Signal | None:
     fix = "from_pretrained(..., quantization_config=BitsAndBytesConfig(load_in_4bit=True, ...))"
     for key in ("load_in_4bit", "load_in_8bit", "quantization_config"):
         if asked.get(key) and key in held and not held[key]:
-            return Signal("F51", "invariant", f"{key} was asked for and did not hold", 0.9, {"key": key}, fix=fix)
+            return Signal("F51", "invariant", f"{key} is set, but did not take effect", 0.9, {"key": key}, fix=fix)
     if quantises(run_facts) and held.get("num_quantised_modules") == 0:
-        return Signal("F51", "invariant", "no module of the model is quantised", 0.95, {"quantised": 0}, fix=fix)
+        return Signal("F51", "invariant", "no module of the model is quantized", 0.95, {"quantised": 0}, fix=fix)
     return None
 
 
@@ -100,7 +100,7 @@ def none_is_quantised(run_facts: RunFacts) -> Signal | None:
     if any(_is_quantised(module) for module in model.modules()):
         return None
     fix = "from_pretrained(..., quantization_config=BitsAndBytesConfig(load_in_4bit=True, ...))"
-    return Signal("F51", "invariant", "no module of the loaded model is quantised", 0.9, {"quantised": 0}, fix=fix)
+    return Signal("F51", "invariant", "no module of the loaded model is quantized", 0.9, {"quantised": 0}, fix=fix)
 
 
 def _is_quantised(module: Any) -> bool:
@@ -128,7 +128,7 @@ def head_left_unprotected(run_facts: RunFacts) -> Signal | None:
     names = [skipped] if isinstance(skipped, str) else list(map(str, skipped))
     if any("lm_head" in name or "embed_out" in name or "output" in name for name in names):
         return None
-    says = f"llm_int8_skip_modules is {names}, so the default that leaves out lm_head no longer holds"
+    says = f"llm_int8_skip_modules is {names}, which replaces the default that leaves out lm_head"
     fix = f"llm_int8_skip_modules: [{', '.join([*names, 'lm_head'])}]"
     return Signal("F52", "invariant", says, 0.85, {"skipped": names}, fix=fix)
 
@@ -145,12 +145,12 @@ def head_has_few_values(run_facts: RunFacts) -> Signal | None:
         return None
     fix = "llm_int8_skip_modules: [lm_head]"
     if _is_quantised(head):
-        return Signal("F52", "invariant", f"the head is a {type(head).__name__}", 0.95, {}, fix=fix)
+        return Signal("F52", "invariant", f"the output head is a {type(head).__name__}", 0.95, {}, fix=fix)
     if weight.dim() != 2 or weight.shape[1] < 64 or not weight.dtype.is_floating_point:
         return None
     rows = weight.detach()[:: max(1, weight.shape[0] // 64), :64].float().cpu()
     counts = [int(torch.unique(row).numel()) for row in rows if row.any()]
     if not counts or sorted(counts)[len(counts) // 2] > _LEVELS:
         return None
-    says = f"64 neighbouring weights of the head have {sorted(counts)[len(counts) // 2]} different values"
+    says = f"64 neighbouring weights of the head have only {sorted(counts)[len(counts) // 2]} different values"
     return Signal("F52", "invariant", says, 0.9, {"values": sorted(counts)[len(counts) // 2]}, fix=fix)

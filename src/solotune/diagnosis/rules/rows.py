@@ -1,7 +1,7 @@
-"""S8, what the rows say: F34 to F36, F38 and F39; `text` has F37, `order` F40 to F42.
+"""S8, the content of the rows: F34 to F36, F38 and F39; `text` has F37, `order` F40 to F42.
 
-A fault's second rule judges conversations that could not be rendered (no tokenizer, no model, roles that the data door
-refuses).
+The second rule of a fault judges conversations that could not be rendered (no tokenizer, no model, roles that
+`solotune data` refuses).
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ MOST = 0.5
 SOME = 0.05
 """One row in twenty."""
 FEW = 0.01
-"""One row in a hundred: more than somebody's writing about the thing itself (placeholders)."""
+"""One row in a hundred: more than texts about the thing itself (placeholders)."""
 ENOUGH_ROWS = 10
-"""Below that, how often an answer comes says nothing."""
+"""With fewer rows, the frequency of an answer means nothing."""
 CONSTANT = 0.98
-"""Of labels: rare classes make 95 : 5 normal; two rows in a hundred that differ teach nothing."""
+"""Share of one answer: 95 : 5 is normal with a rare class; two different rows in a hundred teach nothing."""
 CONSTANT_CHATS = 0.9
-"""The same of chats whose tokens are not known."""
+"""The same, for chats whose tokens are unknown."""
 OVERUSED = 0.2
-"""Of sentences among otherwise free text: one answer in five is boilerplate or a refusal."""
+"""Share of one sentence among free texts: if it is one answer in five, it is boilerplate or a refusal."""
 OVERUSED_LABEL = 0.5
-"""The same for an answer of a word or three: `unanswerable` is a third of SQuAD 2."""
+"""The same for an answer of one to three words: `unanswerable` is a third of SQuAD 2."""
 REPEATED = 0.3
-"""Share of (near-)duplicates from which it is told; templated data has many by nature, so it is no warning."""
+"""Share of (near-)duplicates that is reported; data made from templates has many, so it is not a warning."""
 SHUFFLED = 0.55
-"""Weight of words alone: enough to name it, and not against a model that prefers the rows' own prompts."""
+"""Weight of shared words alone: enough to report it, unless the model prefers the rows' own prompts."""
 
 _ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython", "observation"}
 _WORD = re.compile(r"\w{3,}")
@@ -75,14 +75,14 @@ def empty_answers(facts: RowFacts) -> Finding | None:
     return Finding.of(
         "F34",
         "warning",
-        message=f"{found:,} of {total:,} rows ({percent(found, total)}) have an empty answer or a placeholder for one.",
+        message=f"{found:,} of {total:,} rows ({percent(found, total)}) have an empty answer or a placeholder.",
         evidence={
             "dropped_as_empty": dropped,
             "invisible": len(invisible),
             "placeholders": len(filler),
             "rows": facts.train.places(invisible + filler),
         },
-        fix="look at the export of the answer column; remove these rows if there is nothing to mend",
+        fix="check the export of the answer column, or remove these rows",
     )
 
 
@@ -94,7 +94,7 @@ def chats_without_answers(run_facts: RunFacts) -> Signal | None:
     if empty < max(3, 0.01 * len(answers)):
         return None
     says = f"{empty:,} of {len(answers):,} answers are empty"
-    return Signal("F34", "invariant", says, 0.9, {"empty": empty}, fix="drop the rows without an answer")
+    return Signal("F34", "invariant", says, 0.9, {"empty": empty}, fix="remove the rows without an answer")
 
 
 @rule("F35", needs=("rows",), probes=("P10",))
@@ -131,7 +131,7 @@ def constant_answers(facts: RowFacts) -> Finding | None:
             "distinct": len(counts),
             "rows": facts.train.places([row for row, text in answers if text == top]),
         },
-        fix="check that the answers come from the right column; else keep only some of these rows",
+        fix="check that the answers come from the right column; if so, keep only some of these rows",
     )
 
 
@@ -178,7 +178,7 @@ def broken_turns(facts: RowFacts) -> Finding | None:
             "warning",
             message=message + " The roles look swapped.",
             evidence={"rows_with": len(swapped), "rows_read": total, "rows": facts.train.places(swapped)},
-            fix="swap the roles user and assistant (or from: human and gpt) in the data",
+            fix="swap the roles user and assistant (or human and gpt in `from`) in the data",
         )
     if not is_pattern(len(repeated), total, SOME):
         return None
@@ -187,7 +187,7 @@ def broken_turns(facts: RowFacts) -> Finding | None:
         "warning",
         message=f"{len(repeated):,} of {total:,} rows have two turns of the same role in a row.",
         evidence={"rows_with": len(repeated), "rows_read": total, "rows": facts.train.places(repeated)},
-        fix="join neighbouring messages of the same role into one, or look for a turn that was lost between them",
+        fix="join neighbouring messages of one role, or look for a lost turn between them",
     )
 
 
@@ -197,17 +197,17 @@ def foreign_roles(run_facts: RunFacts) -> Signal | None:
     chats = chats_of(run_facts)
     if not chats:
         return None
-    fix = "name the roles system, user and assistant, in turns (column_mapping, or the file itself)"
+    fix = "in the data, name the roles system, user and assistant, and let user and assistant alternate"
     named = Counter(m["role"] for chat in chats for m in chat)
     foreign = {role: count for role, count in named.items() if role not in _ROLES}
     odd = sum(any(m["role"] in foreign for m in chat) for chat in chats)
     if foreign and odd >= max(3, SOME * len(chats)):
-        says = f"{odd:,} of {len(chats):,} chats have roles that templates do not know: {', '.join(sorted(foreign))}"
+        says = f"{odd:,} of {len(chats):,} chats have roles that no template knows: {', '.join(sorted(foreign))}"
         return Signal("F36", "invariant", says, 0.85, {"roles": foreign}, fix=fix)
     broken = sum(_is_broken([m["role"] for m in chat if m["role"] in ("user", "assistant")]) for chat in chats)
     if broken < max(3, SOME * len(chats)):
         return None
-    says = f"in {broken:,} of {len(chats):,} chats user and assistant do not take turns"
+    says = f"in {broken:,} of {len(chats):,} chats user and assistant do not alternate"
     return Signal("F36", "measured", says, 0.75, {"chats": broken}, fix=fix)
 
 
@@ -250,15 +250,15 @@ def misaligned_answers(facts: RowFacts) -> Finding | None:
         for shift in (-1, 0, 1)
     }
     best = max((-1, 1), key=lambda shift: hits[shift])
-    # a third: far from chance for words this rare, and far from what sorted data shows
+    # 3 times: far from chance for words this rare, and far from sorted data
     if hits[best] < 0.2 * len(pairs) or hits[best] < 3 * hits[0]:
         return None
     return Finding.of(
         "F38",
         "error",
-        message=f"The answers belong to the {'next' if best == -1 else 'previous'} row's prompts: prompts share rare "
-        f"words with {hits[best]:,} answers one row {'before' if best == -1 else 'after'} them and with "
-        f"{hits[0]:,} of their own.",
+        message=f"The answers belong to the prompts of the {'next' if best == -1 else 'previous'} row: prompts share "
+        f"rare words with {hits[best]:,} answers one row {'before' if best == -1 else 'after'} them, and with "
+        f"{hits[0]:,} of their own answers.",
         evidence={
             "rows_compared": len(pairs) - 2,
             "matches_own": hits[0],
@@ -266,7 +266,7 @@ def misaligned_answers(facts: RowFacts) -> Finding | None:
             "matches_next": hits[1],
             "rows": [pair[1] for pair in pairs[:3]],
         },
-        fix="join prompts and answers again, by an id and not by their order",
+        fix="join prompts and answers again, by an id instead of their order",
     )
 
 
@@ -276,11 +276,11 @@ def shuffled_answers(run_facts: RunFacts) -> Signal | None:
     found = alignment_of(_asked_and_answered(chats_of(run_facts)))
     if found is None:
         return None
-    says = f"{found.linked} of {found.rows} answers take up a rare word of some prompt, {found.own} of their own one"
-    says += f" (chance: {found.by_chance:.0f})"
+    says = f"{found.linked} of {found.rows} answers have a rare word of some prompt, {found.own} of their own prompt"
+    says += f" (by chance: {found.by_chance:.0f})"
     numbers = {"rows": found.rows, "linked": found.linked, "own": found.own, "by_chance": found.by_chance}
     if found.is_shuffled:
-        fix = "join prompts and answers again, by a key"
+        fix = "join prompts and answers again by their key"
         return Signal("F38", "measured", says, SHUFFLED, numbers, fix=fix)
     return Signal("F38", "measured", says, 0.85, numbers, against=True) if found.is_whole else None
 
@@ -320,7 +320,7 @@ def duplicates(facts: RowFacts) -> Finding | None:
             "warning",
             message=f"{len(same):,} of {total:,} rows have the same tokens as an earlier row.",
             evidence=evidence,
-            fix=f"a longer max_length than {facts.settings.max_length} if they only begin alike; "
+            fix=f"if only their beginnings are equal, raise max_length above {facts.settings.max_length}; "
             "else remove the copies",
         )
     whole = report.num_train + report.num_validation + report.num_exact_duplicates
@@ -331,9 +331,9 @@ def duplicates(facts: RowFacts) -> Finding | None:
         "F39",
         "warning" if report.num_exact_duplicates >= MOST * whole else "info",
         message=f"{percent(alike, whole)} of the rows repeat an earlier one: {report.num_exact_duplicates:,} exactly "
-        f"(removed), {report.num_near_duplicates:,} nearly (kept, on one side of the split).",
+        f"(removed) and {report.num_near_duplicates:,} nearly (kept, on one side of the split).",
         evidence=evidence,
-        fix="nothing if the rows are made from a template; else look for a file that was merged twice",
+        fix="nothing to do if the rows are made from a template; else look for a file that was added twice",
     )
 
 

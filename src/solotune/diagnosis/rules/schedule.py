@@ -23,17 +23,16 @@ from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts, Trace
 
 LOW_RATE = 3e-5
-"""The best rates of LoRA are some ten times those of full fine-tuning (LoRA Without Regret); 2e-5 is among the
-latter."""
+"""The best learning rates of LoRA are some ten times those of full fine-tuning (LoRA Without Regret), such as 2e-5."""
 HIGH_RATE = 5e-3
-"""Ten times the highest rate that recipes for adapters use, on models of at least a thousand numbers a token. Narrower
-ones take higher rates, about in proportion: one of 128 was trained at 6e-3 without harm."""
+"""Ten times the highest learning rate of recipes for adapters, for a hidden size of at least 1,000. Narrower models
+allow higher rates, about in proportion: one with hidden size 128 was trained at 6e-3 without harm."""
 NOTHING = 1e-4
-"""Of the peak rate: cosine falls below it in the last hundredth of a run, so it is no end that comes early."""
+"""Share of the peak: cosine falls below it only in the last hundredth of a run, which is no early end."""
 SPIKE = 50
-"""Largest gradient norm by the median: 13 in clean runs, 84 at ten times the rate, 764 at fifty times."""
+"""Largest gradient norm / median: 13 in clean runs, 84 at ten times the learning rate, 764 at fifty times."""
 DECAYED = 5.0
-"""Sum of rate x decay over the run: 2 cost 0.19 nats, 20 cost 2.2."""
+"""Sum of learning rate x decay over the run: 2 cost 0.19 nats, 20 cost 2.2."""
 
 
 @rule("F64", needs=("settings",), probes=("P7",))
@@ -55,7 +54,7 @@ def rate_too_low(run_facts: RunFacts) -> Signal | None:
     if rate is None or rate > LOW_RATE or not is_lora(run_facts):
         return None
     weight = min(0.7, 0.4 + 0.15 * math.log10(LOW_RATE / max(rate, 1e-12)))
-    says = f"the rate {rate:g} is one of full fine-tuning; adapters are usually trained at 1e-4 to 5e-4"
+    says = f"learning_rate {rate:g} is one for full fine-tuning; adapters usually need 1e-4 to 5e-4"
     return Signal("F64", "measured", says, weight, {"learning_rate": rate}, fix="learning_rate: 2e-4")
 
 
@@ -73,7 +72,7 @@ def warmup_past_the_end(run_facts: RunFacts) -> Signal | None:
     warmup, total = warmup_steps(run_facts), planned_steps(run_facts)
     if run_facts.settings.get("lr_scheduler_type") == "constant" or not warmup or not total or warmup <= total / 2:
         return None
-    says = f"the rate rises for {warmup:,.0f} steps of a run of {total:,}"
+    says = f"the warm-up takes {warmup:,.0f} of the {total:,} steps of the run"
     return Signal("F65", "invariant", says, 0.95, {"warmup_steps": warmup, "steps": total}, fix=_warmup_fix(run_facts))
 
 
@@ -89,8 +88,8 @@ def rises_to_the_end(run_facts: RunFacts) -> Signal | None:
     if not is_rising or len(rate) < 4 or step[-1] < 0.6 * total:
         return None
     asked = setting(run_facts, "learning_rate")
-    says = f"the logged rate still rises at step {step[-1]:,} of {total:,}"
-    says += f" and is {rate[-1] / asked:.0%} of the {asked:g} that was asked for" if asked else ""
+    says = f"the logged learning rate still rises at step {step[-1]:,} of {total:,}"
+    says += f" and is {rate[-1] / asked:.0%} of the configured {asked:g}" if asked else ""
     return Signal(
         "F65", "invariant", says, 0.9, {"last_rate": float(rate[-1]), "asked": asked}, fix=_warmup_fix(run_facts)
     )
@@ -123,18 +122,20 @@ def schedule_of_another_length(run_facts: RunFacts) -> Signal | None:
     dead = np.flatnonzero(rate[top:] <= NOTHING * rate[top]) + top
     numbers = {"steps": total, "peak": float(rate[top]), "peak_step": int(step[top]), "last": float(rate[-1])}
     if len(dead) >= 2 and step[-1] - step[dead[0]] > 0.05 * total:
-        says = f"the logged rate is zero from step {step[dead[0]]:,} on, of {total:,}"
+        says = f"the logged learning rate is zero from step {step[dead[0]]:,} of {total:,} on"
         return Signal(
             "F66", "invariant", says, 0.95, {**numbers, "zero_from": int(step[dead[0]])}, fix=_length_fix(total)
         )
     if (turn := mirrored_from(step, rate)) is not None:
-        says = f"the logged rate is down at step {turn:,} and rises again as it fell: the schedule is for {turn:,} "
-        says += f"steps, and the run has {total:,}"
+        says = f"the logged learning rate is lowest at step {turn:,} and then rises as it fell: the schedule is for "
+        says += f"{turn:,} steps, but the run has {total:,}"
         return Signal("F66", "invariant", says, 0.95, {**numbers, "zero_from": turn}, fix=_length_fix(total))
     decays = str(run_facts.settings.get("lr_scheduler_type")) in ("cosine", "linear")
     is_over = step[-1] >= 0.98 * total and len(rate) >= 4 and top < len(rate) - 2
     if decays and is_over and rate[-1] > 0.5 * rate[top]:
-        says = f"the run ends at {rate[-1] / rate[top]:.0%} of the peak rate, of a schedule that should end at zero"
+        says = (
+            f"the run ends at {rate[-1] / rate[top]:.0%} of the peak learning rate, but the schedule should end at zero"
+        )
         return Signal("F66", "measured", says, 0.7, numbers, fix=_length_fix(total))
     return None
 
@@ -154,8 +155,8 @@ def mirrored_from(step: np.ndarray, rate: np.ndarray) -> int | None:
     after = step > step[low]
     if low - top < 2 or after.sum() < 2 or rate[low] > 0.05 * rate[top]:
         return None
-    for turn in np.linspace(step[low - 1], step[low + 1], 41):  # it may lie between two logged steps
-        seen = after & (2 * turn - step >= step[top])  # farther on there was the warm-up
+    for turn in np.linspace(step[low - 1], step[low + 1], 41):  # it may be between two logged steps
+        seen = after & (2 * turn - step >= step[top])  # before that there was the warm-up
         before = np.interp(2 * turn - step[seen], step[top : low + 1], rate[top : low + 1])
         if seen.sum() >= 2 and np.abs(before - rate[seen]).max() < 0.03 * rate[top]:
             return round(float(turn))
@@ -199,7 +200,7 @@ def rate_too_high(run_facts: RunFacts) -> Signal | None:
     if rate is None or rate < high or not is_lora(run_facts) or not is_scale_free(run_facts):
         return None
     weight = min(0.8, 0.35 + 0.3 * math.log10(rate / high))
-    return Signal("F67", "measured", f"the rate {rate:g} is far above what adapters are trained with", weight,
+    return Signal("F67", "measured", f"learning_rate {rate:g} is far above those usual for adapters", weight,
                   {"learning_rate": rate}, fix="learning_rate: 2e-4")  # fmt: skip
 
 
@@ -209,8 +210,8 @@ def diverged(run_facts: RunFacts) -> Signal | None:
     trace = run_facts.trace
     if trace is None or len(trace.loss_S) < 8 or trace.seams:
         return None
-    rate, fix = setting(run_facts, "learning_rate"), "a tenth of the learning rate"
-    fix = f"learning_rate: {rate / 10:g}" if rate else fix
+    rate = setting(run_facts, "learning_rate")
+    fix = f"learning_rate: {rate / 10:g}" if rate else "a tenth of the present learning_rate"
     finite = np.isfinite(trace.loss_S)
     if finite[: len(finite) // 2].any() and not finite[-1] and not run_facts.settings.get("fp16"):
         first = int(trace.step_S[np.flatnonzero(~finite)[0]])
@@ -221,8 +222,8 @@ def diverged(run_facts: RunFacts) -> Signal | None:
     spike = float(norms.max() / np.median(norms)) if len(norms) >= 8 and np.median(norms) > 0 else 0.0
     if end < 1.15 * low + 0.05 or (spike < SPIKE and end < 1.5 * low + 0.5):
         return None
-    says = f"the loss ends at {end:.2f}, above the {low:.2f} it had reached"
-    says += f"; the largest gradient is {spike:.0f} times the median" if spike else ""
+    says = f"the loss ends at {end:.2f}, after it had reached {low:.2f}"
+    says += f"; the largest gradient norm is {spike:.0f} times the median" if spike else ""
     return Signal("F67", "measured", says, 0.65, {"lowest": low, "last": end, "spike": spike}, fix=fix)
 
 
@@ -258,14 +259,16 @@ def clipped_to_nothing(run_facts: RunFacts) -> Signal | None:
         element = clip / math.sqrt(count)
         if element > epsilon:
             return None
-        says = f"gradients are clipped to {clip:g}: an element is then {element:.1g}, below Adam's epsilon {epsilon:g}"
+        says = (
+            f"gradients are clipped to {clip:g}: an element is then {element:.1g}, not above Adam's epsilon {epsilon:g}"
+        )
         return Signal("F68", "invariant", says, 0.9, {**numbers, "element": element, "epsilon": epsilon}, fix=fix)
     norms = run_facts.trace.grad_norm_S if run_facts.trace else np.zeros(0)
     norms = norms[np.isfinite(norms)]
-    median = float(np.median(norms)) if len(norms) else 0.3  # a usual norm of adapters' gradients
+    median = float(np.median(norms)) if len(norms) else 0.3  # a usual gradient norm of adapters
     if clip > 0.02 * median:
         return None
-    says = f"gradients of norm {median:.2g} are clipped to {clip:g}, and this optimizer's step shrinks with them"
+    says = f"gradients of norm {median:.2g} are clipped to {clip:g}, which makes this optimizer's steps smaller"
     return Signal("F68", "measured", says, 0.85, {**numbers, "median_norm": median}, fix=fix)
 
 
@@ -296,7 +299,8 @@ def decay_too_large(run_facts: RunFacts) -> Signal | None:
     if pulled < DECAYED / 2:
         return None
     says = (
-        f"decay {decay:g} at a mean rate of {mean:.2g} over {total:,} steps multiplies the adapters by e^-{pulled:.0f}"
+        f"weight_decay {decay:g} at a mean learning rate of {mean:.2g} over {total:,} steps multiplies the adapters by "
+        f"e^-{pulled:.0f}"
     )
     weight = 0.85 if pulled >= DECAYED else 0.45
     return Signal("F69", "measured", says, weight, {"sum": pulled, "weight_decay": decay}, fix="weight_decay: 0.0")
@@ -321,5 +325,5 @@ def optimizer_memory(run_facts: RunFacts) -> Signal | None:
         or not has_error(run_facts, r"optimizer\.step|in step\b|exp_avg|optim/.*\.py|_init_group")
     ):
         return None
-    says = "the memory ran out in the optimizer's step: " + text.strip().splitlines()[-1][:120]
+    says = "out of memory in the optimizer step: " + text.strip().splitlines()[-1][:120]
     return Signal("F70", "measured", says, 0.8, {}, fix="optim: adamw_8bit")

@@ -15,9 +15,9 @@ from solotune.diagnosis.rules.schedule import mirrored_from
 from solotune.diagnosis.run_facts import RunFacts, Trace
 
 JUMP = 1.5
-"""Of the rate from one logged step to the next: no schedule rises so behind its warm-up."""
+"""Ratio of the learning rate from one logged step to the next; no schedule rises so fast after its warm-up."""
 _ROOT = "base_model.model."
-"""What PEFT writes before the name of every module."""
+"""PEFT's prefix of every module name."""
 
 
 @rule("F75", needs=("saved",), probes=("P4", "P12"))
@@ -35,10 +35,10 @@ def empty_adapter(run_facts: RunFacts) -> Signal | None:
     saved = run_facts.saved
     if saved is None or (is_all_zero(run_facts) and (not saved.in_checkpoint or stayed_zero(run_facts))):
         return None  # both zero: F60
-    fix = "save the adapter after training: trainer.train(), then trainer.save_model()"
+    fix = "save the adapter after training (in transformers: trainer.train(), then trainer.save_model())"
     others = [name for name in saved.adapter if re.search(r"lora|magnitude|ia3|hada|oft|boft|vera|randlora", name)]
     if not others and not (saved.adapter and saved.adapter_config.get("modules_to_save")):
-        says = f"the adapter file holds {len(saved.adapter)} tensors, none of an adapter"
+        says = f"the adapter file has {len(saved.adapter)} tensors, none of them of an adapter"
         return Signal("F75", "invariant", says, 0.95, {"tensors": len(saved.adapter)}, fix=fix)
     zero, whole = zero_products(run_facts)
     if not whole or zero < whole:
@@ -46,7 +46,7 @@ def empty_adapter(run_facts: RunFacts) -> Signal | None:
     if stayed_zero(run_facts):
         return None
     says = f"all {whole} saved lora_B are exactly zero, so the adapter changes nothing"
-    says += ", and those of its checkpoint are not" if saved.in_checkpoint else ""
+    says += "; those of its checkpoint are not zero" if saved.in_checkpoint else ""
     return Signal("F75", "invariant", says, 0.9, {"zero": zero}, fix=fix)
 
 
@@ -70,9 +70,9 @@ def merged_into_other_weights(run_facts: RunFacts) -> Signal | None:
     if is_narrow == in_4bit(run_facts) and not is_narrow:
         return None
     base = "4 bits" if in_4bit(run_facts) else "16 or 32 bits"
-    says = f"trained on a base in {base}, merged into {into}"
+    says = f"the adapter was trained on a base in {base} and merged into {into}"
     weight = 0.7 if is_narrow else 0.5
-    fix = "merge into the expanded weights of the training's own base, in 16 bits, and keep them so"
+    fix = "merge into the dequantized weights of the run's own base, in 16 bits, and do not quantize the result"
     return Signal("F76", "measured", says, weight, {"merged_into": str(into)}, fix=fix)
 
 
@@ -92,25 +92,25 @@ def resumed_without_state(run_facts: RunFacts) -> list[Signal]:
     trace, saved = run_facts.trace, run_facts.saved
     if trace is None:
         return []
-    fix = "resume_from_checkpoint: the whole checkpoint, with optimizer.pt, scheduler.pt and rng_state.pth"
+    fix = "resume from a complete checkpoint (in transformers: with optimizer.pt, scheduler.pt and rng_state.pth)"
     signals = []
     resumed = bool(trace.seams) or bool(run_facts.settings.get("resume_from_checkpoint"))
     lost = [name for name, has in (("optimizer", saved and saved.optimizer_present),
                                    ("scheduler", saved and saved.scheduler_present)) if has is False]  # fmt: skip
     if resumed and lost:
-        says = f"it was resumed from a checkpoint without {' and '.join(lost)} state"
+        says = f"the run was resumed from a checkpoint without {' and '.join(lost)} state"
         signals.append(Signal("F77", "invariant", says, 0.9, {"missing": lost, "seams": trace.seams}, fix=fix))
     if resumed and run_facts.settings.get("ignore_data_skip") is True:
-        says = "ignore_data_skip: true, so the resumed run began its epoch again"
-        signals.append(Signal("F77", "invariant", says, 0.85, {}, fix="ignore_data_skip: false"))
+        says = "ignore_data_skip is true, so the resumed run started its epoch again"
+        signals.append(Signal("F77", "invariant", says, 0.85, {}, fix="ignore_data_skip: false (transformers)"))
     if jump := _rate_jump(run_facts, trace):
         step, before, after = jump
-        says = f"the learning rate goes from {before:.3g} to {after:.3g} at step {step:,}"
+        says = f"the learning rate jumps from {before:.3g} to {after:.3g} at step {step:,}"
         weight = 0.9 if resumed else 0.75
         signals.append(Signal("F77", "invariant", says, weight, {"step": step}, fix=fix))
     for seam in trace.seams:
         if (found := _loss_jump(trace, seam)) is not None:
-            says = f"the loss goes from {found[0]:.2f} to {found[1]:.2f} where it was resumed, after step {seam:,}"
+            says = f"the loss jumps from {found[0]:.2f} to {found[1]:.2f} at the resume after step {seam:,}"
             signals.append(Signal("F77", "measured", says, 0.7, {"seam": seam}, fix=fix))
     return signals
 
@@ -158,14 +158,14 @@ def adapter_not_loaded(run_facts: RunFacts) -> list[Signal]:
     saved, found = run_facts.saved, lora_layers(run_facts)
     if saved is None or not found:
         return []
-    fix, signals = "rename the tensors as PEFT names them, or load with PeftModel.from_pretrained on its own base", []
+    fix, signals = "give the tensors PEFT's names, or load them with PeftModel.from_pretrained on their own base", []
     modules = linears(run_facts)
     paths = {path: path.removeprefix(_ROOT) for path in found}
     if modules is not None and (lost := [path for path, name in paths.items() if name not in modules]):
         if all(path.rpartition(".")[2] in ("embed_tokens", "wte", "lm_head") for path in lost):
             lost = []
         if lost:
-            says = f"{len(lost)} of {len(paths)} names in the adapter file are no module of the model: {lost[0]}"
+            says = f"{len(lost)} of {len(paths)} names in the adapter file are not modules of the model: {lost[0]}"
             weight = 0.9 if len(lost) == len(paths) else 0.7
             signals.append(
                 Signal("F78", "invariant", says, weight, {"unmatched": len(lost), "of": len(paths)}, fix=fix)
@@ -175,13 +175,11 @@ def adapter_not_loaded(run_facts: RunFacts) -> list[Signal]:
         signals.append(Signal("F78", "invariant", says, 0.85, {"unmatched": len(bare), "of": len(paths)}, fix=fix))
     named = [name for name in saved.adapter if re.search(r"\.lora_[AB]\.(?!weight$)\w+\.weight$", name)]
     if named and not is_ours(run_facts):
-        says = (
-            f"names in the adapter file have the adapter's own name in them, which is put in a second time: {named[0]}"
-        )
+        says = f"names in the adapter file contain the adapter's name, which PEFT adds a second time: {named[0]}"
         signals.append(Signal("F78", "invariant", says, 0.8, {"named": len(named)}, fix=fix))
     if unlike := _misfits(run_facts, paths):
         path, has, wants = unlike
-        says = f"{path} in the adapter file maps {has[0]} to {has[1]} numbers, and the model's {wants[0]} to {wants[1]}"
+        says = f"{path} in the adapter file maps {has[0]} to {has[1]} numbers, but the model's {wants[0]} to {wants[1]}"
         signals.append(Signal("F78", "invariant", says, 0.9, {"module": path}, fix=fix))
     signals += _other_base(run_facts)
     return signals
@@ -212,10 +210,10 @@ def _other_base(run_facts: RunFacts) -> list[Signal]:
     if names[0] == names[1] and (None in revision or revision[0] == revision[1]):
         return []
     if names[0] == names[1]:
-        says = f"the adapter was trained on revision {revision[0]} of the base, and {revision[1]} is loaded"
+        says = f"the adapter was trained on revision {revision[0]} of the base, but {revision[1]} is loaded"
     else:
-        says = f"the adapter was trained on {trained}, and the base that is loaded is {loaded}"
-    fix = f"load it on {trained}"
+        says = f"the adapter was trained on {trained}, but the loaded base is {loaded}"
+    fix = f"load the adapter on {trained}"
     return [Signal("F78", "measured", says, 0.6, {"trained": str(trained), "loaded": str(loaded)}, fix=fix)]
 
 
@@ -238,6 +236,6 @@ def saved_with_another_scale(run_facts: RunFacts) -> Signal | None:
     trained = alpha / (rank**0.5 if run_facts.settings.get("use_rslora") else rank)
     if abs(served / trained - 1) < 0.01:
         return None
-    says = f"trained with a scale of {trained:.3g}, and adapter_config.json says {served:.3g}"
-    fix = f"lora_alpha: {alpha:g}, r: {rank:g} in adapter_config.json"
+    says = f"the adapter was trained with scale {trained:.3g}, but adapter_config.json gives {served:.3g}"
+    fix = f"set lora_alpha to {alpha:g} and r to {rank:g} in adapter_config.json"
     return Signal("F61", "invariant", says, 0.9, {"trained": trained, "served": served}, fix=fix)

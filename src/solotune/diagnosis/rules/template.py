@@ -1,6 +1,6 @@
-"""S3, the chat template and special tokens: F08, F09, F11 and F12, on which format the rows are in.
+"""S3, the chat template and special tokens: F08, F09, F11 and F12, about the format of the rows.
 
-`turns` has the faults of a turn within it.
+Faults within a turn are in `turns`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
 MOST = 0.5
-"""A property of the template or the tokenizer shows in all rows; half leaves room for rows that hide it."""
+"""A fault of the template or tokenizer shows in all rows; half allows for rows that hide it."""
 NEARLY_ALL = 0.95
-"""The same of rows that another trainer made: a twentieth leaves room for rows that were cut or hide it."""
+"""The same for rows of another trainer: a twentieth allows for rows that are truncated or hide it."""
 NUM_RENDERED = 100
-"""Rows that are decoded: a fault of a template shows in a few."""
+"""Rows to decode; a fault of a template shows in a few."""
 
 _FOREIGN = re.compile(
     r"^\s*(###\s*(?:Human|User|Assistant|Instruction|Response)\b|(?:Human|User|USER|Assistant|ASSISTANT|GPT):"
@@ -64,7 +64,7 @@ def double_bos(facts: RowFacts) -> Finding | None:
         evidence={"rows_with": len(rows), "rows": side.places(rows), "bos_id": bos},
         fix=f"write {spelled} once in {where}"
         if facts.is_chat
-        else f"remove {spelled} from the beginning of the texts: it is added for you",
+        else f"remove {spelled} from the beginning of the texts: the tokenizer adds it",
     )
 
 
@@ -85,19 +85,19 @@ def missing_bos(facts: RowFacts) -> Finding | None:
     side = facts.train
     if not facts.is_chat or not facts.settings.chat_template_path:
         return None
-    before, who = list(facts.encoder.affixes[0]), "this tokenizer starts every text with"
+    before, why = list(facts.encoder.affixes[0]), "this tokenizer starts every text with"
     pieces = pieces_of(facts.own_template) if not before and facts.own_template else None
     if pieces is not None:
-        before, who = facts.encode(pieces[0])[:1], "the model's own template begins with"
+        before, why = facts.encode(pieces[0])[:1], "the model's own template begins with"
         before = before if before == [facts.named_id("bos")] else []
     if not before or (side.ids[side.starts[:-1]] == before[0]).any():
         return None
     return Finding.of(
         "F09",
         "warning",
-        message=f"No row begins with {facts.spelled(before[0])}, which {who}.",
+        message=f"No row begins with {facts.spelled(before[0])}, which {why}.",
         evidence={"rows_with": 0, "rows_without": len(side.rows), "rows": side.places(range(len(side.rows)))},
-        fix=f"begin {facts.settings.chat_template_path} with {{{{ bos_token }}}}",
+        fix=f"write {{{{ bos_token }}}} at the start of {facts.settings.chat_template_path}",
     )
 
 
@@ -116,10 +116,12 @@ def rows_without_served_bos(run_facts: RunFacts) -> Signal | None:
         return None
     texts = decoded(run_facts)
     if not is_text and whole and whole[1].strip() and not any(whole[1].strip() in text for text in texts):
-        return None  # of another format altogether: F12
+        return None  # a different format: F12
     spelled = tokenizer.convert_ids_to_tokens(bos)
-    says = f"none of {len(rows):,} rows begins with {spelled}, with which the model is served"
-    fix = "tokenize with the template's own beginning" if not is_text else "add_special_tokens=True"
+    says = f"none of {len(rows):,} rows begins with {spelled}, but prompts in serving do"
+    fix = (
+        "keep the begin-of-text token of the chat template" if not is_text else "tokenize with add_special_tokens=True"
+    )
     return Signal("F09", "measured", says, 0.65, {"rows": len(rows)}, fix=fix)
 
 
@@ -146,7 +148,7 @@ def template_differs(run_facts: RunFacts) -> Signal | None:
     if None in texts or texts[0] == texts[1]:
         return None
     says = f"a question is rendered as {texts[0]!r} for training and as {texts[1]!r} for serving"
-    fix = "serve with the chat template that was saved beside the adapter (tokenizer.save_pretrained)"
+    fix = "serve with the chat template of training: save it with the adapter (tokenizer.save_pretrained)"
     return Signal("F11", "invariant", says, 0.9, {"trained": texts[0], "served": texts[1]}, fix=fix)
 
 
@@ -160,7 +162,7 @@ def _by(tokenizer: Any, template: str, chat: list[dict[str, str]]) -> str | None
         return str(
             tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
         )
-    except Exception:  # as above
+    except Exception:  # a template may raise any error
         return None
 
 
@@ -200,7 +202,7 @@ def not_through_template(facts: RowFacts) -> Finding | None:
         "F12",
         "warning",
         message="The rows are not in the model's chat format"
-        + (f": they are marked with `{label.strip()}` instead." if label else ", and this is a chat model."),
+        + (f": they use `{label.strip()}` instead." if label else ", although this is a chat model."),
         evidence={
             "rows_read": len(rows),
             "with_the_template": 0,
@@ -209,7 +211,7 @@ def not_through_template(facts: RowFacts) -> Finding | None:
             "expected": pieces[1].strip(),
         },
         fix='give each row as {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}: the chat template is '
-        "then applied for you",
+        "then applied automatically",
     )
 
 
@@ -227,7 +229,7 @@ def _template_replaced(facts: RowFacts) -> Finding | None:
     if pieces is None:
         return None
     header = pieces[1].strip()
-    for end in own.terminators:  # of the question, whose absence is another fault (F10)
+    for end in own.terminators:  # of the question; a missing end is another fault (F10)
         header = header.removeprefix(end).strip()
     if not squeezed(header):
         return None
@@ -237,8 +239,8 @@ def _template_replaced(facts: RowFacts) -> Finding | None:
     return Finding.of(
         "F12",
         "warning",
-        message=f"{facts.settings.chat_template_path} renders another format than the model was taught: "
-        f"{header!r}, which its own template writes before an answer, is in no row.",
+        message=f"{facts.settings.chat_template_path} renders a format that the model does not know: no row contains "
+        f"{header!r}, which the model's own template writes before an answer.",
         evidence={"rows_read": len(rows), "with_the_template": 0, "rows": facts.train.places(rows)},
         fix="remove chat_template_path, so that the model's own template renders the rows",
     )
@@ -253,23 +255,23 @@ def _rendered_twice(facts: RowFacts) -> Finding | None:
     return Finding.of(
         "F12",
         "warning",
-        message="The messages were rendered before: their texts contain chat markup, which the chat template then "
-        "wraps once more.",
+        message="The messages are already rendered: their texts contain chat markup, and the chat template renders "
+        "them once more.",
         evidence={
             "rows_with_control_tokens": forged,
             "rows_with_role_labels": len(labelled),
             "rows": facts.train.places(labelled),
         },
-        fix="give the bare texts of the messages, without role labels and control tokens",
+        fix="give the plain texts of the messages, without role labels and control tokens",
     )
 
 
 @rule("F12", otherwise=True)
 def rows_without_template_text(run_facts: RunFacts) -> Signal | None:
-    """F12, of rows that another trainer made; of ours the data door knows which are documents, for continued
-    training."""
+    """F12, of rows that another trainer made; in solotune the data step knows which rows are documents for continued
+    pretraining."""
     texts = decoded(run_facts)
-    pieces = frame(run_facts, run_facts.base_template or None)  # that of the training may be the fault
+    pieces = frame(run_facts, run_facts.base_template or None)  # the template of the run may be the fault
     if pieces is None or len(texts) < 3 or run_facts.tokenizer is None or not pieces[1].strip():
         return None
     if is_ours(run_facts) or not is_chat_model(run_facts, pieces[2]):
@@ -279,7 +281,7 @@ def rows_without_template_text(run_facts: RunFacts) -> Signal | None:
     if has > (1 - NEARLY_ALL) * len(texts):
         return None
     says = f"{marker[:60]!r}, which the template writes between question and answer, is in {has} of {len(texts)} rows"
-    fix = 'give the data as {"messages": [...]}, so that the model\'s own template renders it'
+    fix = 'give the data as {"messages": [...]}, so that the model\'s own template is applied'
     return Signal("F12", "measured", says, 0.65, {"rows": has, "of": len(texts)}, fix=fix)
 
 

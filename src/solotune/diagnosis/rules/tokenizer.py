@@ -1,4 +1,4 @@
-"""S2, the pairing of base model and tokenizer: F04 to F07."""
+"""S2, base model and tokenizer: F04 to F07."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     import torch
 
 SMALLEST_VOCABULARY_SHARE = 0.5
-"""Embedding matrices are padded, by 2.3 % at most in released models (DeepSeek); half can only be another tokenizer."""
+"""Released models pad the embedding by at most 2.3 % (DeepSeek); half can only be another tokenizer."""
 MOST_UNKNOWN = 0.01
-"""More than one unknown token in a hundred: byte-level and byte-fallback tokenizers have none in any language."""
+"""One unknown token in a hundred; byte-level and byte-fallback tokenizers have none in any language."""
 MEAN_LIKE = 0.1
-"""Distance from the mean embedding, in usual distances: transformers starts new rows at the mean, with 1e-9 of
-scatter."""
+"""Distance from the mean embedding / usual distance: transformers starts new rows at the mean, with a scatter of
+1e-9."""
 
 _MARKER = re.compile(r"<[|｜][^|｜<>\s]{1,40}[|｜]>|</?(?:start|end)_of_\w{1,20}>")
 _CHAT_WORD = re.compile(r"im_|turn|header|eot|eom|user|assistant|system|role|message|inst", re.IGNORECASE)
-_RESIZE = "model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))"
+_RESIZE = "in transformers: model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))"
 
 
 @rule("F04", needs=("rows",), probes=("P1",))
@@ -53,30 +53,30 @@ def wrong_tokenizer(facts: RowFacts) -> Finding | None:
     if own and not own & (facts.special_ids | facts.control.ids):
         spelled = {str(i): facts.spelled(i) if i < len(facts.tokenizer) else "no such token" for i in sorted(own)}
         return found(
-            message="The tokenizer is not this model's: what the model's files call begin or end of text are ordinary "
-            "tokens in it.",
+            message="The tokenizer does not belong to this model: the model's begin or end of text are ordinary tokens "
+            "in it.",
             evidence={"model_special_ids": spelled, "tokenizer_eos_id": facts.eos_id},
             fix="copy the tokenizer files of the same model and revision into the folder of model_name_or_path",
         )
     size = facts.num_embeddings
     if size and len(facts.tokenizer) < SMALLEST_VOCABULARY_SHARE * size:
         return found(
-            message=f"The tokenizer has {len(facts.tokenizer):,} tokens for an embedding of {size:,}: it is not this "
-            "model's.",
+            message=f"The tokenizer has {len(facts.tokenizer):,} tokens, but the embedding has {size:,} rows: it does "
+            "not belong to this model.",
             evidence={"tokens": len(facts.tokenizer), "embedding_rows": size},
             fix="copy the tokenizer files of the same model and revision into the folder of model_name_or_path",
         )
     unknown = facts.named_id("unk")
     if unknown is None or unknown in {facts.named_id("eos"), facts.named_id("bos"), facts.named_id("pad")}:
-        return None  # GPT-2 and its kin name their end of text as unknown, and never produce it for one
+        return None  # GPT-2 and similar use their end of text as unk, and never produce it for unknown text
     side = facts.train
     places = np.flatnonzero(side.ids == unknown)
     if len(places) < MOST_UNKNOWN * max(len(side.ids), 1) or not len(places):
         return None
     rows = np.unique(np.searchsorted(side.starts, places, side="right") - 1)
     return found(
-        message=f"The tokenizer cannot spell this data: {percent(len(places), len(side.ids))} of its tokens are unknown"
-        " ones.",
+        message=f"The tokenizer does not know the script of this data: {percent(len(places), len(side.ids))} of "
+        "the tokens are unknown.",
         evidence={"unknown_tokens": len(places), "tokens": len(side.ids), "rows": side.places(rows)},
         fix="use a model whose tokenizer knows the script of the data, or remove these rows",
     )
@@ -117,7 +117,7 @@ def ids_beyond_embedding(facts: RowFacts) -> Finding | None:
         message=f"The data contains tokens that the model has no embedding for: {facts.spelled(beyond.min())!r} is id "
         f"{beyond.min()}, and the embedding has {size:,} rows.",
         evidence={"largest_id": int(beyond.max()), "embedding_rows": size, "rows": train.places(rows)},
-        fix="use the tokenizer as it came with the model; tokens added to it need a base with a larger embedding",
+        fix="use the original tokenizer of the model; added tokens need a base with a larger embedding",
     )
 
 
@@ -127,10 +127,10 @@ def embedding_too_small(run_facts: RunFacts) -> list[Signal]:
     signals = []
     rows, shape = saved_embedding_rows(run_facts), shape_of(run_facts)
     if rows is not None and shape is not None and rows < shape["vocabulary"]:
-        says = f"the embedding was saved with {rows:,} rows, and the base has {shape['vocabulary']:,}"
+        says = f"the embedding was saved with {rows:,} rows, but the base has {shape['vocabulary']:,}"
         signals.append(Signal("F05", "invariant", says, 0.85, {"rows": rows, "base": shape["vocabulary"]}, fix=_RESIZE))
     if line := has_error(run_facts, r"index out of range in self|device-side assert|srcIndex < srcSelectDimSize"):
-        signals.append(Signal("F05", "measured", f"the run ended with: {line}", 0.6, {}, fix=_RESIZE))
+        signals.append(Signal("F05", "measured", f"the run ended with this error: {line}", 0.6, {}, fix=_RESIZE))
     return signals
 
 
@@ -141,7 +141,7 @@ def largest_id_beyond_embedding(run_facts: RunFacts) -> Signal | None:
     if beyond is None:
         return None
     size = shape["vocabulary"] if shape else 0
-    says = f"the rows have id {beyond:,}, and the embedding has {size:,} rows"
+    says = f"the rows have id {beyond:,}, but the embedding has only {size:,} rows"
     return Signal("F05", "invariant", says, 0.9, {"largest": beyond, "rows": size}, fix=_RESIZE)
 
 
@@ -195,8 +195,8 @@ def untrained_embedding(run_facts: RunFacts) -> Signal | None:
     names = (
         run_facts.tokenizer.convert_ids_to_tokens(untrained[:3]) if run_facts.tokenizer is not None else untrained[:3]
     )
-    says = f"the rows use {', '.join(map(str, names))}, whose embedding was never trained, and nothing trains it"
-    fix = f"trainable_token_indices: {untrained[:8]}"
+    says = f"the rows use {', '.join(map(str, names))}, whose embedding was never trained and is not trained now"
+    fix = f"use tokens that the base model knows, or in PEFT trainable_token_indices: {untrained[:8]}"
     return Signal("F06", "measured", says, 0.8, {"ids": untrained[:8]}, fix=fix)
 
 
@@ -212,10 +212,8 @@ def added_tokens_not_trained(run_facts: RunFacts) -> Signal | None:
     }
     if not used:
         return None
-    says = (
-        f"the rows use {len(used)} ids that were added to the base's {shape['vocabulary']:,}, and nothing trains them"
-    )
-    fix = f"trainable_token_indices: {sorted(used)[:8]}"
+    says = f"the rows use {len(used)} ids added to the base's {shape['vocabulary']:,}, whose embedding is not trained"
+    fix = f"use tokens that the base model knows, or in PEFT trainable_token_indices: {sorted(used)[:8]}"
     return Signal("F06", "invariant", says, 0.85, {"ids": sorted(used)[:8]}, fix=fix)
 
 
@@ -271,8 +269,8 @@ def markers_as_text(facts: RowFacts) -> Finding | None:
     return Finding.of(
         "F07",
         "error" if ends_with_text_marker(facts) else "warning",
-        message=f"The chat template writes {', '.join(split)}, which this tokenizer has no token for and splits like "
-        "any word.",
+        message=f"The chat template writes {', '.join(split)}, which is not a token of this tokenizer and is "
+        "split like any word.",
         evidence={"ids_per_marker": split, "own_tokens_not_used": unused[:8], "chat_template_path": path},
         fix=(f"remove `chat_template_path: {path}`" if path else "set chat_template_path to a template")
         + (f" that uses the tokenizer's own tokens ({', '.join(unused[:4])})" if unused and not path else "")

@@ -1,4 +1,4 @@
-"""S3, the chat template and special tokens, within a turn: F10 and F13 to F16, its end, its header and its roles."""
+"""S3, the chat template and special tokens within a turn: F10 and F13 to F16, on its end, header and roles."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
 MOST = 0.5
-"""A property of the template or the tokenizer shows in all rows; half leaves room for rows that hide it."""
+"""A fault of the template or tokenizer shows in all rows; half allows for rows that hide it."""
 SOME = 0.05
-"""One row in twenty: what the data door could not be blamed for (a role that only some rows have)."""
+"""One row in twenty, for faults that depend on the row (a role that only some rows have)."""
 FEW = 0.01
-"""One row in a hundred: for what should never happen."""
+"""One row in a hundred, for faults that should never happen."""
 NUM_RENDERED = 100
-"""Prompts rendered anew; a template is a slow program, and a fault of it shows in a few."""
+"""Prompts to render again; templates are slow, and a fault shows in a few."""
 _SENTINEL = "zqxjkv"
 
 
@@ -44,14 +44,14 @@ def terminator_missing(facts: RowFacts) -> Finding | None:
     rows = np.unique(side.row_of[missing])
     if not is_pattern(len(rows), len(side.rows), FEW):
         return None
-    eos = facts.tokenizer.eos_token or "an end-of-text token (the tokenizer names none)"
+    eos = facts.tokenizer.eos_token or "an end-of-text token (the tokenizer has none)"
     ends_by_header = facts.is_chat and not facts.settings.chat_template_path and not facts.turn_end_ids - {facts.eos_id}
     path = facts.settings.chat_template_path
     return Finding.of(
         "F10",
         "error" if len(rows) >= MOST * len(side.rows) and not ends_by_header else "warning",
-        message=f"{percent(len(rows), len(side.rows))} of the rows have an answer that no end-of-turn token ends: the "
-        "model is not taught to stop.",
+        message=f"{percent(len(rows), len(side.rows))} of the rows have an answer without an end-of-turn token: the "
+        "model is not trained to stop.",
         evidence={
             "answers_without": len(missing),
             "answers": len(side.begins),
@@ -59,7 +59,7 @@ def terminator_missing(facts: RowFacts) -> Finding | None:
             "rows": side.places(rows),
             "answer_ends": _tail(facts, side, missing[:1]),
         },
-        fix=f"write {eos} behind the assistant's content in {path or 'a template of your own (chat_template_path)'}"
+        fix=f"write {eos} after the assistant's content in {path or 'your own template (chat_template_path)'}"
         if facts.is_chat
         else f"end the texts with {eos}",
     )
@@ -99,14 +99,14 @@ def role_dropped(facts: RowFacts) -> Finding | None:
         "F13",
         "error" if len(rows) >= MOST * seen[role] else "warning",
         message=f"The chat template leaves out the {role}{' definitions' if role == 'tools' else ' messages'}: "
-        f"{len(rows)} of {seen[role]} rows that were read back do not contain {'them' if role == 'tools' else 'it'}.",
+        f"{len(rows)} of {seen[role]} checked rows do not contain {'them' if role == 'tools' else 'it'}.",
         evidence={
             "rows_read": seen,
             "rows_without": {name: len(found) for name, found in lost.items()},
             "rows": facts.train.places(rows),
         },
         fix="set chat_template_path to a template that renders "
-        + ("tools" if role == "tools" else f"{role} messages, or put their text into the first user message"),
+        + ("tools" if role == "tools" else f"{role} messages, or move their text into the first user message"),
     )
 
 
@@ -118,7 +118,9 @@ def _roles_lost(messages: list[dict], tools: list[dict] | None, whole: str) -> d
         if message["role"] == "assistant" or len(text) < 4:
             continue
         words = {squeezed(word) for word in message["content"].split()}
-        quoted = squeezed(json.dumps(message["content"], ensure_ascii=False)[1:-1])  # Llama 3.1, of a tool's result
+        quoted = squeezed(
+            json.dumps(message["content"], ensure_ascii=False)[1:-1]
+        )  # Llama 3.1 writes a tool's result so
         is_there = text in whole or quoted in whole or sum(word in whole for word in words) >= 0.8 * len(words) > 4
         lost[message["role"]] = lost.get(message["role"], False) or not is_there
     names = [str((tool.get("function") or tool).get("name")) for tool in tools or ()]
@@ -137,8 +139,8 @@ def template_leaves_out_a_role(run_facts: RunFacts) -> list[Signal]:
         chat.insert(0 if role == "system" else 2, {"role": role, "content": _SENTINEL})
         text = rendered(run_facts, chat)
         if text is not None and _SENTINEL not in text:
-            says = f"what a {role} message says is not in what the template renders"
-            fix = f"put the text of {role} messages into the user's, or a template that renders them"
+            says = f"the template leaves out the text of {role} messages"
+            fix = f"move the text of {role} messages into the user's, or use a template that renders them"
             signals.append(Signal("F13", "invariant", says, 0.9, {"role": role}, fix=fix))
     return signals
 
@@ -168,11 +170,11 @@ def stops_elsewhere(facts: RowFacts) -> Finding | None:
     return Finding.of(
         "F14",
         "warning",
-        message=f"Answers end with {spelled}, but the model's generation stops at "
+        message=f"Answers end with {spelled}, but generation stops at "
         f"{', '.join(facts.spelled(i) for i in sorted(stops))}.",
         evidence={"answer_end_id": end, "answers": int(counts.max()), "stop_ids": sorted(stops)},
         fix=f"add {end} to eos_token_id in generation_config.json where the model is served, or end answers with "
-        "{{ eos_token }} in a template of your own (chat_template_path)",
+        "{{ eos_token }} in your own template (chat_template_path)",
     )
 
 
@@ -193,7 +195,7 @@ def deployment_stops_elsewhere(run_facts: RunFacts) -> Signal | None:
     if end in stops:
         return None
     spelled = tokenizer.convert_ids_to_tokens(end) if tokenizer is not None else end
-    says = f"{counts.max():,} answers end with {spelled} ({end}), and generation stops at {sorted(map(int, stops))}"
+    says = f"{counts.max():,} answers end with {spelled} ({end}), but generation stops at {sorted(map(int, stops))}"
     return Signal("F14", "invariant", says, 0.9, {"end": end}, fix=f"eos_token_id: {sorted({*map(int, stops), end})}")
 
 
@@ -213,7 +215,7 @@ def header_learned(facts: RowFacts) -> Finding | None:
     pieces = pieces_of_template(facts)
     if pieces is None or not facts.is_chat or not facts.settings.assistant_only_loss or not len(side.begins):
         return None
-    # the first token of a header: later ones may be the model's to write (`<|message|>` of gpt-oss)
+    # the first token of a header: the model may write later ones itself (`<|message|>` of gpt-oss)
     header = [i for i in facts.encode(pieces[1]) if i in facts.control.ids and i not in facts.turn_end_ids][:1]
     with_header = np.flatnonzero(np.isin(side.ids[side.begins], header))
     calls = {r for r, row in enumerate(side.rows) if any("tool_calls" in m for m in row.messages)}
@@ -225,15 +227,15 @@ def header_learned(facts: RowFacts) -> Finding | None:
     return Finding.of(
         "F15",
         "warning",
-        message=f"The answers that are learned begin with the role header ({first.strip()!r}): the template does not "
-        "write it as the generation prompt.",
+        message=f"The loss of the answers begins at the role header ({first.strip()!r}): the template does not write "
+        "it as the generation prompt.",
         evidence={
             "answers_with": len(with_header),
             "answers": len(side.begins),
             "rows": side.places(np.unique(side.row_of[with_header])),
         },
-        fix="end the template with {% if add_generation_prompt %}, the header that stands before an answer, "
-        "{% endif %} (set chat_template_path)",
+        fix="end the template (chat_template_path) with {% if add_generation_prompt %}, the header before an answer, "
+        "{% endif %}",
     )
 
 
@@ -246,8 +248,10 @@ def served_without_header(run_facts: RunFacts) -> Signal | None:
     with_prompt, without = rendered(run_facts, chat, prompt=True), rendered(run_facts, chat)
     if with_prompt is None or with_prompt == without:
         return None
-    says = f"prompts are served without {with_prompt.removeprefix(without or '')!r}, after which answers were learned"
-    return Signal("F15", "invariant", says, 0.9, {}, fix="add_generation_prompt=True")
+    says = (
+        f"prompts are served without {with_prompt.removeprefix(without or '')!r}, which is before answers in training"
+    )
+    return Signal("F15", "invariant", says, 0.9, {}, fix="render prompts with add_generation_prompt=True")
 
 
 @rule("F16", needs=("rows",))
@@ -286,8 +290,8 @@ def prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
     return Finding.of(
         "F16",
         "warning",
-        message=f"{len(wrong)} of {read} rows do not begin with the prompt that the model would be asked with: "
-        + ("its last token joins with" if is_merged else f"it ends with {begins!r}, which is not what stands before")
+        message=f"{len(wrong)} of {read} rows do not begin with the prompt as in serving: "
+        + ("its last token joins with" if is_merged else f"it ends with {begins!r}, which is not the text before")
         + " the answer.",
         evidence={
             "rows_read": read,
@@ -295,9 +299,9 @@ def prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
             "template_differs": len(other),
             "rows": facts.train.places(wrong),
         },
-        fix="end the generation prompt of the template at a token boundary (a newline), not in a blank"
+        fix="end the generation prompt of the template at a token boundary (a newline), not with a space"
         if is_merged
-        else "give the answers the block that the generation prompt opens (a thinking block), or set "
+        else "add to the answers the block that the generation prompt opens (a thinking block), or set "
         "chat_template_path to a template without it",
     )
 
@@ -309,15 +313,15 @@ def _text_prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
     return Finding.of(
         "F16",
         "warning",
-        message=f"{labels.num_not_prefix:,} of {len(labels.shares):,} prompts end inside a token: its other part, the "
-        "beginning of the completion, is not learned.",
+        message=f"{labels.num_not_prefix:,} of {len(labels.shares):,} prompts end inside a token: the other part of "
+        "this token, the start of the completion, is not trained on.",
         evidence={
             "rows_with": labels.num_not_prefix,
             "rows_read": len(labels.shares),
             "tokens_reaching_across": labels.num_crossing,
             "rows": facts.train.places(range(len(facts.train.rows))),
         },
-        fix="move the blank from the end of the prompts to the beginning of the completions",
+        fix="move the space from the end of the prompts to the start of the completions",
     )
 
 
@@ -330,5 +334,5 @@ def prompts_end_in_a_blank(run_facts: RunFacts) -> Signal | None:
     blank = [chat for chat in asked if str(chat[0].get("prompt") or "").endswith((" ", "\t"))]
     if len(blank) < max(3, 0.05 * len(asked)):
         return None
-    says = f"{len(blank)} of {len(asked)} prompts end in a blank, which joins with the answer's first word"
-    return Signal("F16", "measured", says, 0.6, {}, fix="move the blank from the prompt to the completion")
+    says = f"{len(blank)} of {len(asked)} prompts end with a space, which joins with the first word of the answer"
+    return Signal("F16", "measured", says, 0.6, {}, fix="move the space from the prompt to the completion")
