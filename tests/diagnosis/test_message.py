@@ -38,7 +38,7 @@ def printed(diagnosis) -> str:
 def test_the_culprit_is_a_sentence_with_its_numbers_the_line_to_change_and_what_to_expect():
     text = printed(decide("run", RATE))
     assert text == snapshot("""\
-✗ Padding equals the end token, and the mask of pads takes the end of answers along.
+✗ Masking the padding also masks the end of the answers: both are the same token.
   F17 pad-masks-terminator, loss mask (S4); 95% sure
   ·  the end of turn is in 0 of 40 answers' labels
   →  pad_token: <|pad|>

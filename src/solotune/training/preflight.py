@@ -31,7 +31,7 @@ from solotune.dataset.example import lengths_of
 from solotune.errors import CheckError
 from solotune.evaluation import scores
 from solotune.hardware import device_memory
-from solotune.hardware.gpu_errors import gpu_memory
+from solotune.hardware.gpu_errors import gpu_memory, smaller_settings
 from solotune.model import layers, lora
 from solotune.model.loading import TrainableModel
 from solotune.run.atomic_io import PREFLIGHT, storage_errors

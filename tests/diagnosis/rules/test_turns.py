@@ -127,6 +127,6 @@ def test_f16_a_prompt_that_ends_inside_a_token(bench: Bench) -> None:
     rows = [{"prompt": f"Q: {question} A: ", "completion": f"the {answer}"} for question, answer in pairs]
     assert tiny_tokenizer("gpt2").tokenize(": the")[-1] == "Ġthe"
     found = bench.only("F16", rows, "gpt2")
-    assert found.fix == "move the blank from the end of the prompts to the beginning of the completions"
+    assert found.fix == "move the space from the end of the prompts to the start of the completions"
     moved = [{"prompt": r["prompt"].rstrip(), "completion": " " + r["completion"]} for r in rows]
     assert bench.codes(moved, "gpt2") == []
