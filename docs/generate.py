@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from solotune.config.describe import allowed_values, field_help, section_of
 from solotune.config.key_aliases import FOREIGN_KEYS
-from solotune.config.run_config import SECTIONS, RunConfig, allowed_values, field_help, section_of
+from solotune.config.run_config import SECTIONS, RunConfig
 from solotune.diagnosis.catalogue import EQUIVALENT, EXPLAINS, FAULTS, SUSPECTS
 from solotune.diagnosis.explanation import doc_of, faults_of, paragraphs
 from solotune.diagnosis.rules import rules
@@ -31,7 +32,7 @@ def config_page() -> str:
         "",
         "One YAML file (version 1.2: `2e-4` is a number), or `key=value` on the command line, or a dict in Python.",
         "Unknown keys, wrong types and duplicate keys are errors, all reported at once with their lines.",
-        "Generated from `src/solotune/config.py`; editors can use [config.schema.json](config.schema.json).",
+        "Generated from `src/solotune/config/run_config.py`; editors can use [config.schema.json](config.schema.json).",
     ]
     for section in SECTIONS:
         lines += ["", f"## {section}", "", "| key | default | allowed | what it does |", "|---|---|---|---|"]

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from inline_snapshot import snapshot
 
+from solotune.config.describe import allowed_values, field_help, section_of
 from solotune.config.key_aliases import FOREIGN_KEYS
-from solotune.config.run_config import RunConfig, allowed_values, field_help, load_config, section_of, to_yaml
+from solotune.config.load import load_config
+from solotune.config.run_config import RunConfig
+from solotune.config.write import to_yaml
 from solotune.errors import InputError
 from tests.messages import stable
 

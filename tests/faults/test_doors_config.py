@@ -16,7 +16,8 @@ import pytest
 from inline_snapshot import snapshot
 
 from solotune import cli
-from solotune.config.run_config import RunConfig, load_config
+from solotune.config.load import load_config
+from solotune.config.run_config import RunConfig
 from solotune.errors import InputError
 from tests.messages import error_in
 
@@ -309,7 +310,7 @@ def test_69_a_secret_is_not_shown_wherever_it_stands(at_door: Any, monkeypatch: 
 
 
 def test_a_configs_name_cannot_write_keys_into_the_saved_config(tmp_path: Path) -> None:
-    from solotune.config.run_config import to_yaml
+    from solotune.config.write import to_yaml
 
     path = tmp_path / "a\nlora_r: 3 #.yaml"
     path.write_text(HEAD + "seed: 1\n")

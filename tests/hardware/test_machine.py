@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from inline_snapshot import snapshot
 
-from solotune.config.run_config import load_config
+from solotune.config.load import load_config
 from solotune.errors import DeviceError, InputError
 from solotune.hardware import doctor as fitness
 from solotune.hardware import machine as environment

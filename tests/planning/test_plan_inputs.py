@@ -13,7 +13,7 @@ from tiny import FAMILIES, chat_rows, save_tokenizer
 
 import solotune
 from solotune import cli
-from solotune.config.run_config import load_config
+from solotune.config.load import load_config
 from solotune.dataset.sampler import BatchSampler
 from solotune.errors import CheckError
 from solotune.hardware.machine import Machine, probe

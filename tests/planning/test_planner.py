@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 from inline_snapshot import snapshot
 
-from solotune.config.run_config import RunConfig, load_config
+from solotune.config.load import load_config
+from solotune.config.run_config import RunConfig
 from solotune.errors import InputError
 from solotune.planning.gpus import CARDS, card_named, card_of, cpu_card
 from solotune.planning.layer_profile import (

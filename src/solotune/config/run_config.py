@@ -1,26 +1,19 @@
-"""The run's configuration: every key, its type, its default, its one line of help, in one place.
+"""The run's configuration: every key with its type, default, help and limits, and the rules between keys.
 
-Names are the ones the ecosystem already types (TRL's and Hugging Face's); the defaults are the walkthrough's recipe:
-QLoRA with NF4 and double quantisation, r=16 on q,k,v,o. A config is a YAML file plus `key=value` overrides:
+Names are the ones the ecosystem already uses (TRL's and Hugging Face's). The defaults are those of QLoRA: NF4 with
+double quantisation, r=16 on q, k, v and o. `load.load_config` reads a config and explains mistakes, `describe` gives
+help and limits in words, `write` saves a config as YAML, `settings` has typed parts for functions that need few keys.
 
-    load_config("run.yaml", ["learning_rate=1e-4", "lora_target_modules=all-linear"])
+What it does not do: look at the machine. Values that depend on it (`optim` without CUDA, bf16 on an old CPU) are set
+in `hardware.machine.resolve_for_machine`, each with its reason.
 
-Everything is checked here, once, in the user's own words: unknown keys are errors with a suggestion, other tools'
-spellings are recognised and refused by name, and all mistakes of a file are reported together with their lines.
-Behind this door the values are trusted. What it does not do: look at the machine. Values that depend on it
-(`optim` without CUDA, bf16 on an old CPU) are settled in `environment.resolve_for_machine`, each with its reason.
-
-(The file is long because a key's type, default, help, section and the words for its mistakes belong together.)
+(Longer than 400 lines: it is one table, and a key's type, default, help and limits belong together.)
 """
 
 from __future__ import annotations
 
-import difflib
-import os
 import re
-from collections.abc import Iterable, Mapping
-from functools import cache
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
@@ -29,14 +22,10 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
-    ValidationError,
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 
-from solotune.config.key_aliases import FOREIGN_KEYS, REFUSED_KEYS
-from solotune.config.secrets import HIDDEN, is_secret, is_secret_name, without_secrets
 from solotune.config.settings import (
     BatchSettings,
     LoraSettings,
@@ -45,8 +34,6 @@ from solotune.config.settings import (
     ScheduleSettings,
     SourceSettings,
 )
-from solotune.config.yaml_reader import parse, plain, read_mapping, yaml_value
-from solotune.errors import InputError
 
 PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]  # beyond it is a slip of the finger, or an attack
 
@@ -61,7 +48,6 @@ def _short(text: str) -> str:
 Text = Annotated[str, AfterValidator(_short)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 BUDGET_SIZE = r"\s*(?=.*[1-9])([0-9]*\.?[0-9]+)\s*(GiB|GB|MiB|MB)\s*"  # 24GiB, 9.5 GiB, 24GB
-MAX_SHOWN = 400  # of a wrong value
 
 COLUMNS = (
     "messages",
@@ -262,12 +248,26 @@ class RunConfig(BaseModel):
         """Where a value came from: `default`, `demo.yaml line 12`, `command line`, `python` or `machine`."""
         return self._sources.get(key, "default")
 
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """Where each value came from that is not a default."""
+        return self._sources
+
+    @classmethod
+    def validated(cls, values: Mapping[str, Any], sources: Mapping[str, str], name: str) -> RunConfig:
+        """Check `values` and record where each came from.
+
+        Raises:
+            ValidationError: pydantic's, with every mistake; `load.load_config` explains them.
+        """
+        config = cls.model_validate(values)
+        config._sources, config._name = dict(sources), name
+        return config
+
     def replaced(self, source: str, **values: Any) -> RunConfig:
-        """A validated copy with some values changed; `source` is recorded for each changed key."""
-        copy = RunConfig.model_validate({**self.model_dump(), **values})
-        copy._sources = {**self._sources, **dict.fromkeys(values, source)}
-        copy._name = self._name
-        return copy
+        """Copy with some values changed, and check it; `source` is recorded for each changed key."""
+        sources = {**self._sources, **dict.fromkeys(values, source)}
+        return RunConfig.validated({**self.model_dump(), **values}, sources, self._name)
 
     @field_validator("validation_size")
     @classmethod
@@ -442,184 +442,3 @@ class RunConfig(BaseModel):
         """Steps between two evaluations or saves; None for never."""
         steps, strategy = getattr(self, f"{what}_steps"), getattr(self, f"{what}_strategy")
         return steps if steps is not None else {"epoch": steps_per_epoch, "no": None}[strategy]
-
-
-def load_config(source: str | Path | Mapping[str, Any] | RunConfig, overrides: Iterable[str] = ()) -> RunConfig:
-    """Reads and checks a config.
-
-    Args:
-        source: path of a YAML file, a mapping of keys, or a config that is already checked.
-        overrides: `key=value` strings; the value is read as YAML.
-
-    Raises:
-        InputError: with every mistake found, each with its file and line or `command line`.
-    """
-    if isinstance(source, RunConfig):
-        values, sources, name = source.model_dump(exclude_unset=True), dict(source._sources), source.name
-    elif isinstance(source, Mapping):
-        values, sources, name = dict(source), dict.fromkeys(source, "python"), "run"
-    else:
-        path = Path(os.path.expanduser(source))
-        values, sources = read_mapping(path)
-        name = path.stem
-    for text in overrides:
-        key, equals, raw = text.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise InputError(
-                "command line: an override is not of the form key=value",
-                seen=without_secrets(text),
-                allowed="learning_rate=1e-4",
-            )
-        values[key], sources[key] = plain(parse(raw, f"command line, {key}")), "command line"
-    _refuse_secrets(values, sources)
-    _take_alias(values, sources)
-    _fill_in(values, sources)
-    try:
-        config = RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise _explained(error, values, sources) from None
-    config._sources, config._name = sources, name
-    return config
-
-
-def _refuse_secrets(values: Mapping[str, Any], sources: Mapping[str, str]) -> None:
-    """Raises:
-    InputError: a value that looks like a token or password, or a key that is named like one; neither is shown.
-    """
-    for key, value in values.items():
-        texts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        named = key not in RunConfig.model_fields and is_secret_name(key)
-        if named or any(isinstance(text, str) and is_secret(text) for text in texts):
-            raise InputError(
-                f"{sources.get(key, 'config')}, {without_secrets(key)}: a token or password; the config is saved with "
-                "the run",
-                seen=HIDDEN,
-                change="take it out of the config and out of the command line, and use the environment (HF_TOKEN)",
-            )
-        if any(isinstance(text, str) and "\0" in text for text in texts):
-            raise InputError(f"{sources.get(key, 'config')}, {key}: a NUL character", seen=repr(value)[:80])
-
-
-def _take_alias(values: dict[str, Any], sources: dict[str, str]) -> None:
-    """`load_in_4bit: true` is the one accepted alias: it means `base_precision: nf4`."""
-    if "load_in_4bit" not in values:
-        return
-    alias, where = values.pop("load_in_4bit"), sources.pop("load_in_4bit", "python")
-    if alias is not True or values.get("base_precision", "nf4") != "nf4":
-        raise InputError(
-            f"{where}: load_in_4bit is only an alias for base_precision: nf4",
-            seen=f"load_in_4bit: {alias}" + (f", base_precision: {p}" if (p := values.get("base_precision")) else ""),
-            allowed="load_in_4bit: true, alone",
-            change="use base_precision: nf4, bf16 or fp32",
-        )
-    values["base_precision"], sources["base_precision"] = "nf4", where
-
-
-def _fill_in(values: dict[str, Any], sources: dict[str, str]) -> None:
-    """What one key implies for another, so that a saved config loads again as it is."""
-    for key, cause, implied in (
-        ("eval_strategy", "eval_steps", "steps"),
-        ("save_strategy", "save_steps", "steps"),
-        ("validation_size", "eval_dataset", 0),
-    ):
-        stronger = sources.get(cause) == "command line" != sources.get(key)
-        if values.get(cause) is not None and (key not in values or stronger):
-            values[key], sources[key] = implied, f"because {cause} is set"
-
-
-def _explained(error: ValidationError, values: Mapping[str, Any], sources: Mapping[str, str]) -> InputError:
-    """All mistakes of a config in the user's words, one line each; branches of a union folded into one."""
-    lines: dict[str, str] = {}
-    for detail in error.errors():
-        key = str(detail["loc"][0]) if detail["loc"] else ""
-        where = f"{sources.get(key, 'config')}, {key}" if key in sources else key
-        lines.setdefault(key, f"{where}: {_mistake(key, detail, values)}".removeprefix(": "))
-    listed = list(lines.values())
-    if len(listed) == 1:
-        return InputError(listed[0])
-    return InputError(f"the config has {len(listed)} mistakes:\n  " + "\n  ".join(listed))
-
-
-def _mistake(key: str, detail: ErrorDetails, values: Mapping[str, Any]) -> str:
-    kind = detail["type"]
-    if kind == "missing":
-        return f"missing; {field_help(key)}"
-    if kind == "extra_forbidden":
-        if key in REFUSED_KEYS:
-            return REFUSED_KEYS[key]
-        near = FOREIGN_KEYS.get(key) or next(iter(difflib.get_close_matches(key, RunConfig.model_fields, 1)), None)
-        return "unknown key" + (f"; did you mean {near}? ({field_help(near)})" if near else "")
-    if not detail["loc"]:
-        return detail["msg"].removeprefix("Value error, ")
-    seen = repr(values[key])
-    shown = seen if len(seen) <= MAX_SHOWN else f"{seen[:MAX_SHOWN]}... ({len(seen):,} characters)"
-    return f"{shown} ({type(values[key]).__name__}) is not allowed; allowed: {allowed_values(key)}"
-
-
-def field_help(key: str) -> str:
-    """The one line of help of a key."""
-    return RunConfig.model_fields[key].description or ""
-
-
-def allowed_values(key: str) -> str:
-    """What a key accepts, in words: `a whole number, at least 1`."""
-    special = {
-        "validation_size": "a share from 0 up to but not including 1 (0.05), or a whole number of rows (200)",
-        "memory_budget": "auto, a share of the card between 0 and 1 (0.9), or a size (24GiB, 9.5 GiB, 24GB)",
-        "max_steps": "-1 (use num_train_epochs) or a whole number, at least 1",
-        "column_mapping": "your column: ours, each of ours once: " + ", ".join(COLUMNS),
-    }
-    if key in special:
-        return special[key]
-    return _in_words(_schemas()[key])
-
-
-@cache
-def _schemas() -> dict[str, Any]:
-    """The JSON schema of each key; pydantic takes milliseconds for it, and `init` asks for every key."""
-    return RunConfig.model_json_schema()["properties"]
-
-
-def _in_words(schema: Mapping[str, Any]) -> str:
-    if "anyOf" in schema:
-        return ", or ".join(_in_words(branch) for branch in schema["anyOf"])
-    if "const" in schema:
-        return str(schema["const"])
-    if "enum" in schema:
-        return ", ".join(map(str, schema["enum"]))
-    if schema["type"] == "array":
-        return "a list of names"
-    words = {
-        "integer": "a whole number",
-        "number": "a number",
-        "boolean": "true or false",
-        "string": "text",
-        "null": "empty",
-    }
-    limits = {
-        "minimum": "at least",
-        "exclusiveMinimum": "above",
-        "maximum": "at most",
-        "exclusiveMaximum": "below",
-    }
-    return ", ".join([words[schema["type"]]] + [f"{text} {schema[k]:,}" for k, text in limits.items() if k in schema])
-
-
-def section_of(key: str) -> str:
-    """The heading a key stands under in `solotune init` and in the docs."""
-    extra = RunConfig.model_fields[key].json_schema_extra
-    assert isinstance(extra, dict)
-    return str(extra["section"])
-
-
-def to_yaml(config: RunConfig) -> str:
-    """The whole config as YAML, each value with where it came from: loads again as the same config."""
-    lines: list[str] = []
-    for section in SECTIONS:
-        lines.append(f"{'' if not lines else chr(10)}# {section}")
-        for key in RunConfig.model_fields:
-            if section_of(key) != section:
-                continue
-            lines.append(f"{key}: {yaml_value(getattr(config, key))}  # {config.source_of(key)}")
-    return "\n".join(lines) + "\n"

@@ -15,8 +15,6 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, DocumentStartEvent
-from ruamel.yaml.nodes import ScalarNode
-from ruamel.yaml.representer import SafeRepresenter
 
 from solotune.errors import InputError
 from solotune.units import first_line
@@ -75,28 +73,6 @@ def plain(node: Any) -> Any:
         if isinstance(node, kind):
             return kind(node)
     return node
-
-
-class _Representer(SafeRepresenter):
-    """ruamel's, but double quotes where its own choice is read back as something else: U+0085 in single quotes as a
-    blank, and `?a` in a list as a key."""
-
-    def represent_text(self, text: str) -> ScalarNode:
-        quoted = not text.isprintable() or text.startswith("?")
-        return self.represent_scalar("tag:yaml.org,2002:str", text, '"' if quoted else None)
-
-
-_Representer.add_representer(str, _Representer.represent_text)
-
-
-def yaml_value(value: Any) -> str:
-    """A key's value in flow style, which `parse` reads back as the same."""
-    yaml, buffer = YAML(typ="safe", pure=True), io.StringIO()
-    yaml.Representer = _Representer
-    yaml.default_flow_style = True
-    yaml.width = 10_000
-    yaml.dump({"key": value}, buffer)
-    return buffer.getvalue().strip().removeprefix("{key: ").removesuffix("}")
 
 
 def on_one_line(name: str) -> str:

@@ -22,7 +22,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
-from solotune.config.run_config import RunConfig, load_config
+from solotune.config.load import load_config
+from solotune.config.run_config import RunConfig
 from solotune.errors import InputError, SolotuneError
 from solotune.run.manifest import MANIFEST, Problem, check_folder, differences, read_manifest, unknown
 from solotune.run.record import RunRecord
