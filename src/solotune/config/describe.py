@@ -10,17 +10,18 @@ from solotune.config.run_config import COLUMNS, RunConfig
 
 
 def field_help(key: str) -> str:
-    """The one line of help of a key."""
+    """One line of help for a key."""
     return RunConfig.model_fields[key].description or ""
 
 
 def allowed_values(key: str) -> str:
-    """What a key accepts, in words: `a whole number, at least 1`."""
+    """Values that a key accepts, in words: `a whole number, at least 1`."""
     special = {
-        "validation_size": "a share from 0 up to but not including 1 (0.05), or a whole number of rows (200)",
-        "memory_budget": "auto, a share of the card between 0 and 1 (0.9), or a size (24GiB, 9.5 GiB, 24GB)",
+        "validation_size": "a fraction, at least 0 and below 1 (0.05), or a whole number of rows (200)",
+        "memory_budget": "auto, a fraction of the GPU's memory between 0 and 1 (0.9), or a size (24GiB, 9.5 GiB, 24GB)",
         "max_steps": "-1 (use num_train_epochs) or a whole number, at least 1",
-        "column_mapping": "your column: ours, each of ours once: " + ", ".join(COLUMNS),
+        "column_mapping": "`your column: name`, each name at most once (`ignore`: any number of times); names: "
+        + ", ".join(COLUMNS),
     }
     if key in special:
         return special[key]
@@ -29,7 +30,7 @@ def allowed_values(key: str) -> str:
 
 @cache
 def _schemas() -> dict[str, Any]:
-    """The JSON schema of each key; pydantic takes milliseconds for it, and `init` asks for every key."""
+    """JSON schema of each key, cached: pydantic needs milliseconds for it and `init` asks for every key."""
     return RunConfig.model_json_schema()["properties"]
 
 
@@ -59,7 +60,7 @@ def _in_words(schema: Mapping[str, Any]) -> str:
 
 
 def section_of(key: str) -> str:
-    """The heading a key stands under in `solotune init` and in the docs."""
+    """Heading of a key in `solotune init` and in the docs."""
     extra = RunConfig.model_fields[key].json_schema_extra
     assert isinstance(extra, dict)
     return str(extra["section"])

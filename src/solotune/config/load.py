@@ -28,14 +28,17 @@ MAX_SHOWN = 400  # characters of a wrong value
 
 
 def load_config(source: str | Path | Mapping[str, Any] | RunConfig, overrides: Iterable[str] = ()) -> RunConfig:
-    """Reads and checks a config.
+    """Read and check a config.
+
+        config = solotune.load_config("run.yaml", ["learning_rate=1e-4"])
+        print(config.learning_rate, config.source_of("learning_rate"))  # 0.0001 command line
 
     Args:
         source: path of a YAML file, a mapping of keys, or a config that is already checked.
-        overrides: `key=value` strings; the value is read as YAML.
+        overrides: `key=value` strings; each value is read as YAML.
 
     Raises:
-        InputError: with every mistake found, each with its file and line or `command line`.
+        InputError: lists every mistake, each with its file and line or `command line`.
     """
     if isinstance(source, RunConfig):
         values, sources, name = source.model_dump(exclude_unset=True), dict(source.sources), source.name
@@ -50,7 +53,7 @@ def load_config(source: str | Path | Mapping[str, Any] | RunConfig, overrides: I
         key = key.strip()
         if not equals or not key:
             raise InputError(
-                "command line: an override is not of the form key=value",
+                "command line: an override must look like key=value",
                 seen=without_secrets(text),
                 allowed="learning_rate=1e-4",
             )
@@ -66,17 +69,17 @@ def load_config(source: str | Path | Mapping[str, Any] | RunConfig, overrides: I
 
 def _refuse_secrets(values: Mapping[str, Any], sources: Mapping[str, str]) -> None:
     """Raises:
-    InputError: a value that looks like a token or password, or a key that is named like one; neither is shown.
+    InputError: a value looks like a token or password, or a key has such a name; the value is not shown.
     """
     for key, value in values.items():
         texts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        named = key not in RunConfig.model_fields and is_secret_name(key)
-        if named or any(isinstance(text, str) and is_secret(text) for text in texts):
+        is_named_secret = key not in RunConfig.model_fields and is_secret_name(key)
+        if is_named_secret or any(isinstance(text, str) and is_secret(text) for text in texts):
             raise InputError(
-                f"{sources.get(key, 'config')}, {without_secrets(key)}: a token or password; the config is saved with "
-                "the run",
+                f"{sources.get(key, 'config')}, {without_secrets(key)}: this looks like a token or password, "
+                "and the config is saved with the run",
                 seen=HIDDEN,
-                change="take it out of the config and out of the command line, and use the environment (HF_TOKEN)",
+                change="remove it from the config and the command line, and use an environment variable (HF_TOKEN)",
             )
         if any(isinstance(text, str) and "\0" in text for text in texts):
             raise InputError(f"{sources.get(key, 'config')}, {key}: a NUL character", seen=repr(value)[:80])
@@ -91,26 +94,26 @@ def _take_alias(values: dict[str, Any], sources: dict[str, str]) -> None:
         raise InputError(
             f"{where}: load_in_4bit is only an alias for base_precision: nf4",
             seen=f"load_in_4bit: {alias}" + (f", base_precision: {p}" if (p := values.get("base_precision")) else ""),
-            allowed="load_in_4bit: true, alone",
+            allowed="load_in_4bit: true, without base_precision",
             change="use base_precision: nf4, bf16 or fp32",
         )
     values["base_precision"], sources["base_precision"] = "nf4", where
 
 
 def _fill_in(values: dict[str, Any], sources: dict[str, str]) -> None:
-    """What one key implies for another, so that a saved config loads again as it is."""
-    for key, cause, implied in (
+    """Set what one key implies for another, so that a saved config loads again unchanged."""
+    for key, cause, implied_value in (
         ("eval_strategy", "eval_steps", "steps"),
         ("save_strategy", "save_steps", "steps"),
         ("validation_size", "eval_dataset", 0),
     ):
-        stronger = sources.get(cause) == "command line" != sources.get(key)
-        if values.get(cause) is not None and (key not in values or stronger):
-            values[key], sources[key] = implied, f"because {cause} is set"
+        is_stronger = sources.get(cause) == "command line" != sources.get(key)
+        if values.get(cause) is not None and (key not in values or is_stronger):
+            values[key], sources[key] = implied_value, f"because {cause} is set"
 
 
 def _explained(error: ValidationError, values: Mapping[str, Any], sources: Mapping[str, str]) -> InputError:
-    """All mistakes of a config in the user's words, one line each; branches of a union folded into one."""
+    """All mistakes of a config, one line each; the branches of a union become one line."""
     lines: dict[str, str] = {}
     for detail in error.errors():
         key = str(detail["loc"][0]) if detail["loc"] else ""

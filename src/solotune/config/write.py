@@ -14,8 +14,8 @@ from solotune.config.run_config import SECTIONS, RunConfig
 
 
 class _Representer(SafeRepresenter):
-    """ruamel's, but double quotes where its own choice is read back as something else: U+0085 in single quotes as a
-    blank, and `?a` in a list as a key."""
+    """ruamel's representer, with double quotes where ruamel's choice would load as something else: U+0085 in single
+    quotes loads as a blank, and `?a` in a list as a key."""
 
     def represent_text(self, text: str) -> ScalarNode:
         quoted = not text.isprintable() or text.startswith("?")
@@ -26,7 +26,7 @@ _Representer.add_representer(str, _Representer.represent_text)
 
 
 def yaml_value(value: Any) -> str:
-    """A key's value in flow style, which `parse` reads back as the same."""
+    """A value in YAML's flow style; `yaml_reader.parse` reads it back as the same value."""
     yaml, buffer = YAML(typ="safe", pure=True), io.StringIO()
     yaml.Representer = _Representer
     yaml.default_flow_style = True
@@ -36,7 +36,7 @@ def yaml_value(value: Any) -> str:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole config as YAML, each value with where it came from: loads again as the same config."""
+    """The whole config as YAML, with the source of each value as a comment; it loads again as the same config."""
     lines: list[str] = []
     for section in SECTIONS:
         lines.append(f"{'' if not lines else chr(10)}# {section}")
