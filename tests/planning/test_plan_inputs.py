@@ -154,7 +154,7 @@ command line, base_precision: fp8 needs a GPU that multiplies 8-bit floats
         (
             ["memory_budget=24"],
             snapshot(
-                "command line, memory_budget: 24 (int) is not allowed; allowed: auto, a share of the card between 0 and 1 (0.9), or a size (24GiB, 9.5 GiB, 24GB)"
+                "command line, memory_budget: 24 (int) is not allowed; allowed: auto, a fraction of the GPU's memory between 0 and 1 (0.9), or a size (24GiB, 9.5 GiB, 24GB)"
             ),
         ),
         (

@@ -252,7 +252,7 @@ def test_what_is_no_budget_is_refused(wrong):
     with pytest.raises(InputError) as caught:
         config(memory_budget=wrong)
     assert stable(caught.value).replace(f"{wrong!r} ({type(wrong).__name__})", "<wrong>") == snapshot(
-        "python, memory_budget: <wrong> is not allowed; allowed: auto, a share of the card between 0 and 1 (0.9), or a size (24GiB, 9.5 GiB, 24GB)"
+        "python, memory_budget: <wrong> is not allowed; allowed: auto, a fraction of the GPU's memory between 0 and 1 (0.9), or a size (24GiB, 9.5 GiB, 24GB)"
     )
 
 

@@ -70,6 +70,6 @@ FOREIGN_KEYS = {
 
 REFUSED_KEYS = {
     "trust_remote_code": "solotune never runs code that comes with a model or a dataset; remove the line",
-    "device_map": "solotune trains on one device (a CUDA GPU if there is one; use_cpu: true for the CPU); remove the line",
+    "device_map": "solotune trains on one device (a CUDA GPU if there is one, or use_cpu: true); remove the line",
     "fp16": "solotune trains in bfloat16 or float32; remove the line and use bf16: true or bf16: false",
 }

@@ -36,6 +36,7 @@ from solotune.config.settings import (
 )
 
 PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]  # more is a typing error, or an attack
+SmallPositiveInt = Annotated[int, Field(ge=1, le=65_536)]
 
 
 def _short(text: str) -> str:
@@ -96,9 +97,9 @@ class RunConfig(BaseModel):
     model_revision: Text = _in("model", default="main", min_length=1)
     """Branch, tag or commit of a hub model."""
     base_precision: Literal["nf4", "fp8", "bf16", "fp32", "auto"] = _in("model", default="nf4")
-    """Precision of the frozen base weights: nf4 (4 bits, QLoRA), fp8 (fp8 matmuls too), bf16, fp32; auto: the plan decides."""
+    """Precision of the frozen base: nf4 (4 bits, QLoRA), fp8 (with fp8 matmuls), bf16, fp32; auto: the plan decides."""
     matmul_precision: Literal["auto", "bf16", "fp8"] = _in("model", default="auto")
-    """Precision of the base's matmuls: bf16 (float32 with `bf16: false`), fp8, or auto (fp8 for an fp8 base, else bf16)."""
+    """Precision of base matmuls: bf16 (float32 with `bf16: false`), fp8, or auto (fp8 for an fp8 base, else bf16)."""
     bnb_4bit_quant_type: Literal["nf4"] = _in("model", default="nf4")
     """4-bit data type."""
     bnb_4bit_use_double_quant: bool = _in("model", default=True)
@@ -106,12 +107,12 @@ class RunConfig(BaseModel):
     bnb_4bit_compute_dtype: Literal["bfloat16", "float32"] | None = _in("model", default=None)
     """Data type of matmuls with 4-bit weights; empty: bfloat16 with `bf16: true`, else float32."""
     base_residency: Literal["auto", "quantized", "dequantized"] = _in("model", default="auto")
-    """quantized: unpack 4-bit weights at each use (less memory). dequantized: also keep them unpacked (faster). Same results."""
+    """quantized: unpack 4-bit weights at each use (saves memory). dequantized: keep a copy (faster). Same results."""
     attn_implementation: Literal["sdpa", "eager"] = _in("model", default="sdpa")
     """Attention implementation of transformers: sdpa (flash attention where possible) or eager (plain)."""
 
     # --- adapter
-    lora_r: PositiveInt = _in("adapter", default=16, le=65_536)
+    lora_r: SmallPositiveInt = _in("adapter", default=16)
     """Rank of the LoRA update."""
     lora_alpha: float = _in("adapter", default=32.0, gt=0, le=1e6)
     """LoRA scaling: the update is multiplied by alpha / r."""
@@ -144,13 +145,13 @@ class RunConfig(BaseModel):
     column_mapping: dict[Text, Text] = _in("data", default={})
     """Rename your columns: `{question: prompt, answer: completion}`. Use `ignore` to skip a column."""
     on_bad_row: Literal["error", "drop"] = _in("data", default="error")
-    """Rows that cannot be used: error stops at the first one and names it; drop skips and counts them, by reason."""
+    """Rows that cannot be used: stop and say which row (error), or skip them and count them by reason (drop)."""
     chat_template_path: Text | None = _in("data", default=None)
     """Jinja chat template file, for a tokenizer without a template or to replace its template."""
     max_length: int = _in("data", default=2048, ge=8, le=10_000_000)
     """Maximum length of a row, in tokens."""
     overflow: Literal["truncate", "drop", "split", "error"] = _in("data", default="truncate")
-    """Rows longer than `max_length`: truncate the end, drop the row, split it into several rows, or stop with an error."""
+    """Rows longer than `max_length`: truncate the end, drop the row, split it into several, or stop with an error."""
     packing: bool = _in("data", default=False)
     """Put several rows in one sequence of `max_length` instead of padding; rows do not see each other."""
     assistant_only_loss: bool = _in("data", default=True)
@@ -163,12 +164,12 @@ class RunConfig(BaseModel):
     """Number of passes over the training rows."""
     max_steps: int = _in("training", default=-1, le=1_000_000_000)
     """Number of optimizer steps; if set, `num_train_epochs` is ignored. -1: not set."""
-    per_device_train_batch_size: PositiveInt = _in("training", default=4, le=65_536)
+    per_device_train_batch_size: SmallPositiveInt = _in("training", default=4)
     """Rows per forward pass (micro-batch)."""
-    gradient_accumulation_steps: PositiveInt = _in("training", default=8, le=65_536)
+    gradient_accumulation_steps: SmallPositiveInt = _in("training", default=8)
     """Forward passes per optimizer step; their gradients are added."""
     gradient_checkpointing: Literal["auto"] | bool | PositiveInt = _in("training", default="auto")
-    """Recompute layers in the backward pass to save memory: true (all), false, N (the first N), or auto (as few as needed)."""
+    """Recompute layers in backward to save memory: true (all), false, N (the first N), or auto (as few as needed)."""
     activation_offload: bool = _in("training", default=False)
     """Keep the inputs of checkpointed layers in host memory (RAM), for very long rows."""
     preflight: Literal["auto"] | bool = _in("training", default="auto")
@@ -211,11 +212,11 @@ class RunConfig(BaseModel):
     """When to evaluate on the held-out rows during training (there is always an evaluation at the end)."""
     eval_steps: PositiveInt | None = _in("evaluation", default=None)
     """Evaluate every N steps; implies `eval_strategy: steps`."""
-    per_device_eval_batch_size: PositiveInt = _in("evaluation", default=8, le=65_536)
+    per_device_eval_batch_size: SmallPositiveInt = _in("evaluation", default=8)
     """Rows per evaluation pass."""
     num_samples: int = _in("evaluation", default=3, ge=0, le=65_536)
     """Number of held-out prompts that the base and the tuned model answer, for you to read."""
-    max_new_tokens: PositiveInt = _in("evaluation", default=128, le=10_000_000)
+    max_new_tokens: int = _in("evaluation", default=128, ge=1, le=10_000_000)
     """Maximum length of a generated answer (samples and chat), in tokens."""
 
     # --- run
