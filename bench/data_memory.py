@@ -42,7 +42,7 @@ def peak_bytes() -> int:
 
 
 def prepare_and_judge(model: str, path: str, overrides: list[str]) -> None:
-    from solotune.config.run_config import load_config
+    from solotune.config.load import load_config
     from solotune.dataset import load_tokenizer, prepare
     from solotune.diagnosis.data_checks import check_rows
 

@@ -45,7 +45,7 @@ class Clock:
 
 
 def ours(model: str, template: str, file: str) -> dict[str, Any]:
-    from solotune.config.run_config import load_config
+    from solotune.config.load import load_config
     from solotune.dataset import load_tokenizer, prepare
 
     keys = {"model_name_or_path": model, "chat_template_path": template, "dataset": file, "max_length": MAX_LENGTH}

@@ -53,7 +53,7 @@ class Commands:
         import transformers
 
         from solotune.api.train import prepare_run
-        from solotune.config.run_config import load_config
+        from solotune.config.load import load_config
         from solotune.display.progress import SilentDisplay
         from tests import tiny
 

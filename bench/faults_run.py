@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from solotune.api import train as train_verb
-from solotune.config.run_config import load_config
+from solotune.config.load import load_config
 from solotune.display.progress import Display, SilentDisplay
 from solotune.errors import SolotuneError
 from solotune.run import fs_ops

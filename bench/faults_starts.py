@@ -8,7 +8,7 @@ import signal
 import time
 
 from bench.faults_run import KILLED, Workload
-from solotune.config.run_config import load_config
+from solotune.config.load import load_config
 from solotune.run.run_dir import RunDirectory
 
 IN_USE = 4

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import machine, table, write_result
-from solotune.config.run_config import load_config
+from solotune.config.load import load_config
 from solotune.dataset import Example, load_tokenizer, prepare
 from solotune.dataset.packing import account
 

@@ -118,7 +118,7 @@ CASES = list(_cases())
 
 def config_of(case: Case, folder: Path, layers: int | None = None) -> Any:
     """The case's config, on a folder that has config.json alone."""
-    from solotune.config.run_config import load_config
+    from solotune.config.load import load_config
 
     path = folder / f"{case.model}-{layers or 'all'}"
     path.mkdir(exist_ok=True)

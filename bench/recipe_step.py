@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.machine import table
-from solotune.config.run_config import load_config
+from solotune.config.load import load_config
 from solotune.display.progress import SilentDisplay
 
 if TYPE_CHECKING:

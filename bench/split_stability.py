@@ -17,7 +17,7 @@ from typing import Any
 
 from bench.duplicates import planted
 from bench.machine import machine, table, write_result
-from solotune.config.run_config import load_config
+from solotune.config.load import load_config
 from solotune.dataset import load_tokenizer, prepare
 
 COUNTS, SIZES, SEEDS, GROWTH = (1_000, 10_000), (0.05, 0.2), range(5), 0.1

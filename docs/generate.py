@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from solotune.config.describe import allowed_values, field_help, section_of
 from solotune.config.key_aliases import FOREIGN_KEYS
-from solotune.config.run_config import SECTIONS, RunConfig, allowed_values, field_help, section_of
+from solotune.config.run_config import SECTIONS, RunConfig
 from solotune.diagnosis.catalogue import EQUIVALENT, EXPLAINS, FAULTS, SUSPECTS
 from solotune.diagnosis.explanation import explained, faults_of
 from solotune.diagnosis.rules import rules

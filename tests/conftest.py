@@ -21,7 +21,8 @@ import torch
 import transformers
 from tiny import FAMILIES, chat_rows, save_tokenizer
 
-from solotune.config.run_config import RunConfig, load_config
+from solotune.config.load import load_config
+from solotune.config.run_config import RunConfig
 from tests import messages
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)

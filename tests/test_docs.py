@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from solotune.cli import commands
-from solotune.config.run_config import load_config
+from solotune.config.load import load_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from solotune.api.runs import runs
     from solotune.api.train import train
     from solotune.api.verify import verify
-    from solotune.config.run_config import RunConfig, load_config
+    from solotune.config.load import load_config
+    from solotune.config.run_config import RunConfig
 
 # No code from the hub: where the package `kernels` is installed, transformers downloads native code for some models.
 # And nobody is told what is done here. The libraries read both when imported; a variable the user has set stays.
@@ -56,13 +57,13 @@ __all__ = [
     "verify",
 ]
 
-_FROM_CONFIG = ("RunConfig", "load_config")
+_FROM_CONFIG = {"RunConfig": "run_config", "load_config": "load"}
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'solotune' has no attribute {name!r}")
-    module = "solotune.config.run_config" if name in _FROM_CONFIG else f"solotune.api.{name}"
+    module = f"solotune.config.{_FROM_CONFIG[name]}" if name in _FROM_CONFIG else f"solotune.api.{name}"
     return getattr(import_module(module), name)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import solotune
 from solotune import cli
-from solotune.config.run_config import load_config
+from solotune.config.load import load_config
 from solotune.errors import InputError
 
 

@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 import solotune
-from solotune.config.run_config import load_config, to_yaml
-from solotune.config.yaml_reader import parse, plain, yaml_value
+from solotune.config.load import load_config
+from solotune.config.write import to_yaml, yaml_value
+from solotune.config.yaml_reader import parse, plain
 from solotune.errors import InputError
 
 YAML_WORDS = ["a  # b.jsonl", "a: b", "true", "1e5", "12:30", "null", "~", "- a", "'", '"', "\\", "{a: b}", "[a]", "&a",

@@ -15,7 +15,7 @@ from tiny import CHATML, chat_rows, metrics_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import solotune
-from solotune.config.run_config import load_config
+from solotune.config.load import load_config
 from solotune.display.progress import SilentDisplay
 from solotune.errors import DirectoryInUseError, InputError, IntegrityError
 from solotune.run.run_dir import RunDirectory

@@ -9,7 +9,7 @@ import pytest
 
 from bench import quality
 from bench.quality import BASES, TASKS, Run
-from solotune.config.run_config import load_config
+from solotune.config.load import load_config
 
 
 def made(task: str, base: str, seed: int, before: float, after: float) -> dict:

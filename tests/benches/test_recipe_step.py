@@ -13,7 +13,7 @@ import pytest
 import solotune
 from bench import recipe_step
 from bench.recipe_step import RECIPE
-from solotune.config.run_config import load_config
+from solotune.config.load import load_config
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

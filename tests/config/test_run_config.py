@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from inline_snapshot import snapshot
 
+from solotune.config.describe import allowed_values, field_help, section_of
 from solotune.config.key_aliases import FOREIGN_KEYS
-from solotune.config.run_config import RunConfig, allowed_values, field_help, load_config, section_of, to_yaml
+from solotune.config.load import load_config
+from solotune.config.run_config import RunConfig
+from solotune.config.write import to_yaml
 from solotune.errors import InputError
 from tests.messages import stable
 
@@ -117,7 +121,7 @@ def test_numbers_are_yaml_1_2(written):
         (
             "validation_size: 1.5",
             snapshot(
-                "run.yaml line 3, validation_size: 1.5 (float) is not allowed; allowed: a share from 0 up to but not including 1 (0.05), or a whole number of rows (200)"
+                "run.yaml line 3, validation_size: 1.5 (float) is not allowed; allowed: a fraction, at least 0 and below 1 (0.05), or a whole number of rows (200)"
             ),
         ),
         (
@@ -127,25 +131,25 @@ def test_numbers_are_yaml_1_2(written):
         (
             "column_mapping: {question: promt}",
             snapshot(
-                "run.yaml line 3, column_mapping: {'question': 'promt'} (dict) is not allowed; allowed: your column: ours, each of ours once: messages, conversations, instruction, input, output, prompt, completion, text, system, tools, id, conversation_id, parent_id, weight, ignore"
+                "run.yaml line 3, column_mapping: {'question': 'promt'} (dict) is not allowed; allowed: `your column: name`, each name at most once (`ignore`: any number of times); names: messages, conversations, instruction, input, output, prompt, completion, text, system, tools, id, conversation_id, parent_id, weight, ignore"
             ),
         ),
         (
             "column_mapping: {a: prompt, b: prompt}",
             snapshot(
-                "run.yaml line 3, column_mapping: {'a': 'prompt', 'b': 'prompt'} (dict) is not allowed; allowed: your column: ours, each of ours once: messages, conversations, instruction, input, output, prompt, completion, text, system, tools, id, conversation_id, parent_id, weight, ignore"
+                "run.yaml line 3, column_mapping: {'a': 'prompt', 'b': 'prompt'} (dict) is not allowed; allowed: `your column: name`, each name at most once (`ignore`: any number of times); names: messages, conversations, instruction, input, output, prompt, completion, text, system, tools, id, conversation_id, parent_id, weight, ignore"
             ),
         ),
         (
             "column_mapping: {a: 3}",
             snapshot(
-                "run.yaml line 3, column_mapping: {'a': 3} (dict) is not allowed; allowed: your column: ours, each of ours once: messages, conversations, instruction, input, output, prompt, completion, text, system, tools, id, conversation_id, parent_id, weight, ignore"
+                "run.yaml line 3, column_mapping: {'a': 3} (dict) is not allowed; allowed: `your column: name`, each name at most once (`ignore`: any number of times); names: messages, conversations, instruction, input, output, prompt, completion, text, system, tools, id, conversation_id, parent_id, weight, ignore"
             ),
         ),
         (
             "mask_history: true",
             snapshot(
-                "run.yaml line 3, mask_history: unknown key; did you mean train_on_last_turn? (Learn only the last assistant turn of each row.)"
+                "run.yaml line 3, mask_history: unknown key; did you mean train_on_last_turn? (Compute the loss only on the last assistant turn of each row.)"
             ),
         ),
         (
@@ -171,7 +175,7 @@ def test_numbers_are_yaml_1_2(written):
             snapshot("""\
 run.yaml line 3: load_in_4bit is only an alias for base_precision: nf4
   seen:    load_in_4bit: False
-  allowed: load_in_4bit: true, alone
+  allowed: load_in_4bit: true, without base_precision
   change:  use base_precision: nf4, bf16 or fp32\
 """),
         ),
@@ -180,7 +184,7 @@ run.yaml line 3: load_in_4bit is only an alias for base_precision: nf4
             snapshot("""\
 run.yaml line 4: not valid YAML
   seen:    found duplicate key "seed" with value "2" (original value: "1")
-  change:  mend the syntax\
+  change:  fix the YAML syntax\
 """),
         ),
         (
@@ -188,7 +192,7 @@ run.yaml line 4: not valid YAML
             snapshot("""\
 run.yaml line 4: not valid YAML
   seen:    expected ',' or ']', but got '<stream end>'
-  change:  mend the syntax\
+  change:  fix the YAML syntax\
 """),
         ),
     ],
@@ -202,8 +206,8 @@ def test_all_mistakes_are_reported_together(written):
 the config has 4 mistakes:
   model_name_or_path: missing; Model id on the hub, or a local folder with config.json, safetensors and tokenizer.
   run.yaml line 1, lora_r: 0 (int) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000
-  dataset: missing; Hub id, or local file(s): jsonl, json, csv, parquet.
-  run.yaml line 2, epochs: unknown key; did you mean num_train_epochs? (Passes over the training rows.)\
+  dataset: missing; Training data: a hub id, or one or more local files (jsonl, json, csv, parquet).
+  run.yaml line 2, epochs: unknown key; did you mean num_train_epochs? (Number of passes over the training rows.)\
 """)
 
 
@@ -213,7 +217,7 @@ the config has 4 mistakes:
         (
             {"bf16": False, "bnb_4bit_compute_dtype": "bfloat16"},
             snapshot(
-                "bf16 and bnb_4bit_compute_dtype: bf16: false computes in float32, but bnb_4bit_compute_dtype is bfloat16; make them agree or remove one"
+                "bf16 and bnb_4bit_compute_dtype: bf16: false computes in float32, but bnb_4bit_compute_dtype is bfloat16; use the same type for both, or remove one"
             ),
         ),
         (
@@ -227,7 +231,7 @@ the config has 4 mistakes:
         (
             {"train_on_last_turn": True, "assistant_only_loss": False},
             snapshot(
-                "train_on_last_turn and assistant_only_loss: train_on_last_turn: true learns one turn, but assistant_only_loss: false learns every token; remove one"
+                "train_on_last_turn and assistant_only_loss: train_on_last_turn: true trains on one turn, but assistant_only_loss: false trains on every token; remove one"
             ),
         ),
         (
@@ -235,26 +239,26 @@ the config has 4 mistakes:
             snapshot("""\
 python: load_in_4bit is only an alias for base_precision: nf4
   seen:    load_in_4bit: True, base_precision: bf16
-  allowed: load_in_4bit: true, alone
+  allowed: load_in_4bit: true, without base_precision
   change:  use base_precision: nf4, bf16 or fp32\
 """),
         ),
         (
             {"base_precision": "fp8", "matmul_precision": "bf16"},
             snapshot(
-                "base_precision and matmul_precision: base_precision: fp8 with matmul_precision: bf16; an fp8 base is stored to be multiplied in fp8; leave matmul_precision out, or use base_precision: bf16"
+                "base_precision and matmul_precision: base_precision: fp8 with matmul_precision: bf16; an fp8 base is always multiplied in fp8; remove matmul_precision, or use base_precision: bf16"
             ),
         ),
         (
             {"base_precision": "bf16", "matmul_precision": "fp8"},
             snapshot(
-                "base_precision and matmul_precision: base_precision: bf16 with matmul_precision: fp8; weights multiplied in fp8 are stored in fp8 as well: base_precision: fp8"
+                "base_precision and matmul_precision: base_precision: bf16 with matmul_precision: fp8; fp8 matmuls need weights stored in fp8; use base_precision: fp8"
             ),
         ),
         (
             {"matmul_precision": "fp8", "base_residency": "quantized"},
             snapshot(
-                "base_precision and matmul_precision: base_precision: nf4 with matmul_precision: fp8; fp8 matmuls keep the weights in fp8 alone; remove base_residency: quantized"
+                "base_precision and matmul_precision: base_precision: nf4 with matmul_precision: fp8; fp8 matmuls keep only the fp8 weights; remove base_residency: quantized"
             ),
         ),
     ],
@@ -294,7 +298,7 @@ def test_what_one_key_implies_for_another():
 
 def test_overrides_must_be_key_value():
     assert message(MINIMAL, ["bf16"]) == snapshot("""\
-command line: an override is not of the form key=value
+command line: an override must look like key=value
   seen:    bf16
   allowed: learning_rate=1e-4\
 """)
@@ -309,17 +313,17 @@ command line: an override is not of the form key=value
         (
             b"",
             snapshot("""\
-run.yaml: a config is lines of `key: value`
+run.yaml: a config must be lines of `key: value`
   seen:    empty
-  change:  solotune init MODEL DATA writes one to start from\
+  change:  create one with: solotune init MODEL DATA\
 """),
         ),
         (
             b"- a\n- b\n",
             snapshot("""\
-run.yaml: a config is lines of `key: value`
+run.yaml: a config must be lines of `key: value`
   seen:    a list
-  change:  solotune init MODEL DATA writes one to start from\
+  change:  create one with: solotune init MODEL DATA\
 """),
         ),
         (
@@ -334,7 +338,7 @@ run.yaml: not UTF-8 text
             snapshot("""\
 run.yaml: too large for a config
   seen:    1,048,577 bytes
-  allowed: 1 MiB\
+  allowed: at most 1 MiB\
 """),
         ),
     ],
@@ -350,7 +354,7 @@ def test_an_absent_file_says_where_it_looked(written):
     assert message("nope.yaml") == snapshot("""\
 nope.yaml: no such config file
   seen:    looked in <tmp>
-  change:  solotune init MODEL DATA writes one to start from\
+  change:  create one with: solotune init MODEL DATA\
 """)
 
 
@@ -361,3 +365,16 @@ def test_every_key_has_help_a_section_and_words_for_what_it_allows():
         assert allowed_values(key)
     assert set(FOREIGN_KEYS.values()) <= set(RunConfig.model_fields)
     assert not set(FOREIGN_KEYS) & set(RunConfig.model_fields)
+
+
+def test_the_limits_in_words_are_those_that_hold():
+    """A limit of a type must not hide the narrower one of a key."""
+    checked = 0
+    for key in RunConfig.model_fields:
+        if limit := re.fullmatch(r"a whole number, at least \d+, at most ([\d,]+)", allowed_values(key)):
+            most = int(limit[1].replace(",", ""))
+            assert getattr(load_config({**MINIMAL, key: most}), key) == most
+            with pytest.raises(InputError, match=key):
+                load_config({**MINIMAL, key: most + 1})
+            checked += 1
+    assert checked >= 8

@@ -107,7 +107,7 @@ MUTANTS = [
            at("config", "test_configs_that_are_refused[66 alias]")),
     Mutant("YAML's depth", "config/yaml_reader.py", "elif depth > max_depth:", "elif False:",
            at("config", "test_configs_that_are_refused[67 deep flow]")),
-    Mutant("secrets in a config", "config/run_config.py", "    _refuse_secrets(values, sources)\n", "",
+    Mutant("secrets in a config", "config/load.py", "    _refuse_secrets(values, sources)\n", "",
            at("config", "test_configs_that_are_refused[69 hub token]")),
     Mutant("secrets in an error", "cli/main.py", "    message = without_secrets(message)\n", "",
            at("config", "test_69_a_secret_is_not_shown_wherever_it_stands")),

@@ -16,7 +16,8 @@ import pytest
 from inline_snapshot import snapshot
 
 from solotune import cli
-from solotune.config.run_config import RunConfig, load_config
+from solotune.config.load import load_config
+from solotune.config.run_config import RunConfig
 from solotune.errors import InputError
 from tests.messages import error_in
 
@@ -99,20 +100,20 @@ TEXTS = [
     (57, "key twice", "seed: 1\nseed: 2", snapshot("""\
 run.yaml line 4: not valid YAML
   seen:    found duplicate key "seed" with value "2" (original value: "1")
-  change:  mend the syntax\
+  change:  fix the YAML syntax\
 """)),
     (59, "no for false", "bf16: no", snapshot("run.yaml line 3, bf16: 'no' (str) is not allowed; allowed: true or false")),
     (59, "a clock for a number", "lora_r: 12:30", snapshot("run.yaml line 3, lora_r: '12:30' (str) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000")),
     (59, "YAML 1.1 asked for", "", snapshot("""\
-run.yaml line 2: a directive (%YAML, %TAG) changes how it is read
-  change:  write the value out\
+run.yaml line 2: a config cannot use directives (%YAML, %TAG)
+  change:  remove the line\
 """)),
     (60, "rate below 0", "learning_rate: -1e-4", snapshot('run.yaml line 3, learning_rate: -0.0001 (float) is not allowed; allowed: a number, above 0, at most 1')),
     (60, "rate 0", "learning_rate: 0", snapshot('run.yaml line 3, learning_rate: 0 (int) is not allowed; allowed: a number, above 0, at most 1')),
     (60, "rate NaN", "learning_rate: .nan", snapshot('run.yaml line 3, learning_rate: nan (float) is not allowed; allowed: a number, above 0, at most 1')),
     (60, "rate infinite", "learning_rate: .inf", snapshot('run.yaml line 3, learning_rate: inf (float) is not allowed; allowed: a number, above 0, at most 1')),
     (60, "rate above 1", "learning_rate: 20", snapshot('run.yaml line 3, learning_rate: 20 (int) is not allowed; allowed: a number, above 0, at most 1')),
-    (60, "warm-up longer than the run", "max_steps: 10\nwarmup_steps: 11", snapshot('max_steps and warmup_steps: max_steps: 10 would end before warmup_steps: 11 are over')),
+    (60, "warm-up longer than the run", "max_steps: 10\nwarmup_steps: 11", snapshot('max_steps and warmup_steps: max_steps: 10 is less than warmup_steps: 11')),
     (60, "warm-up 1", "warmup_ratio: 1.0", snapshot('run.yaml line 3, warmup_ratio: 1.0 (float) is not allowed; allowed: a number, at least 0, below 1')),
     (60, "alpha 0", "lora_alpha: 0", snapshot('run.yaml line 3, lora_alpha: 0 (int) is not allowed; allowed: a number, above 0, at most 1,000,000.0')),
     (60, "r 0", "lora_r: 0", snapshot('run.yaml line 3, lora_r: 0 (int) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000')),
@@ -125,67 +126,67 @@ run.yaml line 2: a directive (%YAML, %TAG) changes how it is read
     (63, "batch of 10^12", "per_device_train_batch_size: 1000000000000", snapshot('run.yaml line 3, per_device_train_batch_size: 1000000000000 (int) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000')),
     (63, "rows of 10^12 tokens", "max_length: 1000000000000", snapshot('run.yaml line 3, max_length: 1000000000000 (int) is not allowed; allowed: a whole number, at least 8, at most 10,000,000')),
     (64, "two documents", "---\nlora_r: 8", snapshot("""\
-run.yaml line 3: a second document begins
-  change:  write the value out\
+run.yaml line 3: a config cannot have a second document
+  change:  remove the --- and what follows it\
 """)),
     (64, "tab as indent", "column_mapping:\n\ta: prompt", snapshot("""\
 run.yaml line 4: not valid YAML
   seen:    found character '\\t' that cannot start any token
-  change:  mend the syntax\
+  change:  fix the YAML syntax\
 """)),
     (65, "Python object", "seed: !!python/object/apply:os.system ['touch made']", snapshot("""\
-run.yaml line 3: tags such as tag:yaml.org,2002:python/object/apply:os.system are not used in a config
-  change:  write the value out\
+run.yaml line 3: a config cannot use tags such as tag:yaml.org,2002:python/object/apply:os.system
+  change:  write the plain value instead\
 """)),
     (65, "Python name", "seed: !!python/name:os.system ''", snapshot("""\
-run.yaml line 3: tags such as tag:yaml.org,2002:python/name:os.system are not used in a config
-  change:  write the value out\
+run.yaml line 3: a config cannot use tags such as tag:yaml.org,2002:python/name:os.system
+  change:  write the plain value instead\
 """)),
     (65, "unknown tag", "seed: !mine 3", snapshot("""\
-run.yaml line 3: tags such as !mine are not used in a config
-  change:  write the value out\
+run.yaml line 3: a config cannot use tags such as !mine
+  change:  write the plain value instead\
 """)),
     (66, "alias", "seed: &a 3\nlora_r: *a", snapshot("""\
-run.yaml line 3: anchors and aliases are not used in a config
-  change:  write the value out\
+run.yaml line 3: a config cannot use anchors and aliases
+  change:  write the plain value instead\
 """)),
     (66, "alias bomb", "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         f"{c}: &{c} [{','.join(['*' + b] * 9)}]\n" for b, c in zip("abcdefgh", "bcdefghi", strict=True)
     ), snapshot("""\
-run.yaml line 3: anchors and aliases are not used in a config
-  change:  write the value out\
+run.yaml line 3: a config cannot use anchors and aliases
+  change:  write the plain value instead\
 """)),
     (67, "deep flow", "seed: " + "[" * 5000 + "]" * 5000, snapshot("""\
-run.yaml line 3: nested more than 4 deep
-  change:  write the value out\
+run.yaml line 3: nested more than 4 levels deep
+  change:  write the plain value instead\
 """)),
     (67, "deep mappings", "seed: " + "{a: " * 5000 + "}" * 5000, snapshot("""\
-run.yaml line 3: nested more than 4 deep
-  change:  write the value out\
+run.yaml line 3: nested more than 4 levels deep
+  change:  write the plain value instead\
 """)),
     (67, "!!binary", "seed: !!binary aGk=", snapshot("""\
-run.yaml line 3: tags such as tag:yaml.org,2002:binary are not used in a config
-  change:  write the value out\
+run.yaml line 3: a config cannot use tags such as tag:yaml.org,2002:binary
+  change:  write the plain value instead\
 """)),
     (67, "!!set", "seed: !!set {a, b}", snapshot("""\
-run.yaml line 3: tags such as tag:yaml.org,2002:set are not used in a config
-  change:  write the value out\
+run.yaml line 3: a config cannot use tags such as tag:yaml.org,2002:set
+  change:  write the plain value instead\
 """)),
     (67, "date", "seed: 2026-01-02", snapshot('run.yaml line 3, seed: datetime.date(2026, 1, 2) (date) is not allowed; allowed: a whole number, at least 0, below 4,294,967,296')),
     (69, "hub token", "model_revision: hf_abcdefghijklmnopqrstuvwxyz", snapshot("""\
-run.yaml line 3, model_revision: a token or password; the config is saved with the run
+run.yaml line 3, model_revision: this looks like a token or password, and the config is saved with the run
   seen:    ***
-  change:  take it out of the config and out of the command line, and use the environment (HF_TOKEN)\
+  change:  remove it from the config and the command line, and use an environment variable (HF_TOKEN)\
 """)),
     (69, "password", "hub_password: swordfish", snapshot("""\
-run.yaml line 3, hub_password: a token or password; the config is saved with the run
+run.yaml line 3, hub_password: this looks like a token or password, and the config is saved with the run
   seen:    ***
-  change:  take it out of the config and out of the command line, and use the environment (HF_TOKEN)\
+  change:  remove it from the config and the command line, and use an environment variable (HF_TOKEN)\
 """)),
     (69, "URL with user", "chat_template_path: https://me:swordfish@host/x", snapshot("""\
-run.yaml line 3, chat_template_path: a token or password; the config is saved with the run
+run.yaml line 3, chat_template_path: this looks like a token or password, and the config is saved with the run
   seen:    ***
-  change:  take it out of the config and out of the command line, and use the environment (HF_TOKEN)\
+  change:  remove it from the config and the command line, and use an environment variable (HF_TOKEN)\
 """)),
     (70, "empty output_dir", "output_dir: ''", snapshot("run.yaml line 3, output_dir: '' (str) is not allowed; allowed: text, or empty")),
     (70, "NUL in output_dir", 'output_dir: "a\\0b"', snapshot("""\
@@ -227,19 +228,19 @@ def test_configs_that_are_refused(case: tuple[int, str, str, str], at_door: Any)
     ("content", "message"),
     [
         (b"", snapshot("""\
-run.yaml: a config is lines of `key: value`
+run.yaml: a config must be lines of `key: value`
   seen:    empty
-  change:  solotune init MODEL DATA writes one to start from\
+  change:  create one with: solotune init MODEL DATA\
 """)),
         (b"- a\n", snapshot("""\
-run.yaml: a config is lines of `key: value`
+run.yaml: a config must be lines of `key: value`
   seen:    a list
-  change:  solotune init MODEL DATA writes one to start from\
+  change:  create one with: solotune init MODEL DATA\
 """)),
         (b"just words\n", snapshot("""\
-run.yaml: a config is lines of `key: value`
+run.yaml: a config must be lines of `key: value`
   seen:    just words
-  change:  solotune init MODEL DATA writes one to start from\
+  change:  create one with: solotune init MODEL DATA\
 """)),
         (b"\xff\xfea", snapshot("""\
 run.yaml: not UTF-8 text
@@ -248,7 +249,7 @@ run.yaml: not UTF-8 text
         (b"a: [1\n", snapshot("""\
 run.yaml line 2: not valid YAML
   seen:    expected ',' or ']', but got '<stream end>'
-  change:  mend the syntax\
+  change:  fix the YAML syntax\
 """)),
         (b"seed: " + b"9" * 5_000 + b"\n", snapshot("""\
 run.yaml: not valid YAML
@@ -257,19 +258,19 @@ run.yaml: not valid YAML
         (b"? [a, b]\n: 1\n", snapshot("""\
 the config has 3 mistakes:
   model_name_or_path: missing; Model id on the hub, or a local folder with config.json, safetensors and tokenizer.
-  dataset: missing; Hub id, or local file(s): jsonl, json, csv, parquet.
+  dataset: missing; Training data: a hub id, or one or more local files (jsonl, json, csv, parquet).
   run.yaml line 1, ('a', 'b'): unknown key\
 """)),
         (b"1: 2\n", snapshot("""\
 the config has 3 mistakes:
   model_name_or_path: missing; Model id on the hub, or a local folder with config.json, safetensors and tokenizer.
-  dataset: missing; Hub id, or local file(s): jsonl, json, csv, parquet.
+  dataset: missing; Training data: a hub id, or one or more local files (jsonl, json, csv, parquet).
   run.yaml line 1, 1: unknown key\
 """)),
         (b"a: b: c\n", snapshot("""\
 run.yaml line 1: not valid YAML
   seen:    mapping values are not allowed here
-  change:  mend the syntax\
+  change:  fix the YAML syntax\
 """)),
         (b"\x00\x01", snapshot("""\
 run.yaml: not valid YAML
@@ -309,7 +310,7 @@ def test_69_a_secret_is_not_shown_wherever_it_stands(at_door: Any, monkeypatch: 
 
 
 def test_a_configs_name_cannot_write_keys_into_the_saved_config(tmp_path: Path) -> None:
-    from solotune.config.run_config import to_yaml
+    from solotune.config.write import to_yaml
 
     path = tmp_path / "a\nlora_r: 3 #.yaml"
     path.write_text(HEAD + "seed: 1\n")

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from solotune.config import run_config as config_module
-from solotune.config.run_config import RunConfig, load_config, to_yaml
+from solotune.config.load import load_config
+from solotune.config.run_config import RunConfig
+from solotune.config.write import to_yaml
+from solotune.errors import InputError
 from tests.faults.test_doors_config import MINIMAL, branches
 
 ROOT = Path(__file__).parents[2] / "src" / "solotune"
@@ -19,7 +21,7 @@ def read_attributes() -> set[str]:
     """Names that are read as attributes anywhere in the package but in the config's own file."""
     found: set[str] = set()
     for path in ROOT.rglob("*.py"):
-        if path.name != "config/run_config.py":
+        if path != ROOT / "config/run_config.py":
             found |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
     return found
 
@@ -68,7 +70,7 @@ def test_every_key_changes_the_saved_config_and_says_where_it_came_from(key: str
         extra = {"eval_strategy": {"eval_steps": 5}, "save_strategy": {"save_steps": 5}}.get(key, {})
         try:
             changed = load_config({**MINIMAL, **extra, key: value})
-        except config_module.InputError:
+        except InputError:
             continue
         assert getattr(changed, key) == value
         assert changed.source_of(key) == "python"

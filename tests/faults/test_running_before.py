@@ -14,7 +14,7 @@ from tiny import chat_rows
 
 import solotune
 from solotune.api.train import prepare_run
-from solotune.config.run_config import load_config
+from solotune.config.load import load_config
 from solotune.display.progress import SilentDisplay
 from solotune.errors import CheckError
 from solotune.hardware import doctor

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from solotune.config.run_config import load_config
+from solotune.config.load import load_config
 from solotune.dataset import Example
 from solotune.dataset.collate import collate
 from solotune.model.frozen_linear import FrozenLinear

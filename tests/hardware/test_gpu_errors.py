@@ -10,7 +10,7 @@ from tiny import metrics_of
 
 import solotune
 from solotune import cli
-from solotune.config.run_config import load_config
+from solotune.config.load import load_config
 from solotune.errors import DeviceError, InputError
 from solotune.evaluation import scores
 from solotune.hardware import gpu_errors

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from inline_snapshot import snapshot
 
-from solotune.config.run_config import load_config
+from solotune.config.load import load_config
 from solotune.errors import DeviceError, InputError
 from solotune.hardware import machine as environment
 from solotune.hardware.machine import Machine, device_of, dtype_of, probe, resolve_for_machine

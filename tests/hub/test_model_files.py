@@ -13,7 +13,8 @@ import pytest
 from huggingface_hub import constants
 
 import solotune
-from solotune.config.run_config import RunConfig, load_config
+from solotune.config.load import load_config
+from solotune.config.run_config import RunConfig
 from solotune.errors import InputError
 from solotune.hub.download import hub_id, is_local_path, local_path
 from solotune.hub.model_files import ModelFiles, model_here, resolve_model

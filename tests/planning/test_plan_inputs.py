@@ -13,7 +13,7 @@ from tiny import FAMILIES, chat_rows, save_tokenizer
 
 import solotune
 from solotune import cli
-from solotune.config.run_config import load_config
+from solotune.config.load import load_config
 from solotune.dataset.sampler import BatchSampler
 from solotune.errors import CheckError
 from solotune.hardware.machine import Machine, probe
@@ -154,7 +154,7 @@ command line, base_precision: fp8 needs a GPU that can multiply 8-bit floats
         (
             ["memory_budget=24"],
             snapshot(
-                "command line, memory_budget: 24 (int) is not allowed; allowed: auto, a share of the card between 0 and 1 (0.9), or a size (24GiB, 9.5 GiB, 24GB)"
+                "command line, memory_budget: 24 (int) is not allowed; allowed: auto, a fraction of the GPU's memory between 0 and 1 (0.9), or a size (24GiB, 9.5 GiB, 24GB)"
             ),
         ),
         (

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 from inline_snapshot import snapshot
 
-from solotune.config.run_config import RunConfig, load_config
+from solotune.config.load import load_config
+from solotune.config.run_config import RunConfig
 from solotune.errors import InputError
 from solotune.planning.gpus import CARDS, card_named, card_of, cpu_card
 from solotune.planning.layer_profile import (
@@ -251,7 +252,7 @@ def test_what_is_no_budget_is_refused(wrong):
     with pytest.raises(InputError) as caught:
         config(memory_budget=wrong)
     assert stable(caught.value).replace(f"{wrong!r} ({type(wrong).__name__})", "<wrong>") == snapshot(
-        "python, memory_budget: <wrong> is not allowed; allowed: auto, a share of the card between 0 and 1 (0.9), or a size (24GiB, 9.5 GiB, 24GB)"
+        "python, memory_budget: <wrong> is not allowed; allowed: auto, a fraction of the GPU's memory between 0 and 1 (0.9), or a size (24GiB, 9.5 GiB, 24GB)"
     )
 
 

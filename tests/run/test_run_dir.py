@@ -9,7 +9,7 @@ import sys
 import pytest
 from inline_snapshot import snapshot
 
-from solotune.config.run_config import load_config
+from solotune.config.load import load_config
 from solotune.errors import DirectoryInUseError, InputError, StorageError
 from solotune.run.atomic_io import whole_folder, write_whole
 from solotune.run.events import NonFiniteEvent, SaveEvent
@@ -99,7 +99,7 @@ def test_a_run_that_came_and_went_while_the_lock_was_waited_for_is_not_overwritt
 def test_two_processes_cannot_hold_one_directory_and_a_dead_owner_does_not_block(tmp_path):
     run = RunDirectory.create(str(tmp_path / "r"))
     code = (
-        "import sys\nfrom solotune.config.run_config import load_config\nfrom solotune.run.run_dir import RunDirectory\n"
+        "import sys\nfrom solotune.config.load import load_config\nfrom solotune.run.run_dir import RunDirectory\n"
         f"c = load_config({{**{KEYS!r}, 'output_dir': {str(tmp_path / 'r')!r}}})\n"
         "try:\n    RunDirectory.create(c.output_dir, resume=True)\n"
         "except Exception as e:\n    print(e); sys.exit(e.exit_code)\n"

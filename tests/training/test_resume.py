@@ -11,7 +11,8 @@ import torch
 from tiny import metrics_of
 
 from bench import faults
-from solotune.config.run_config import RunConfig, load_config
+from solotune.config.load import load_config
+from solotune.config.run_config import RunConfig
 from solotune.dataset import sampler
 from solotune.errors import IntegrityError
 from solotune.model.base_fingerprint import fingerprint_of

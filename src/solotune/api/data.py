@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from solotune.api.types import ConfigSource
-from solotune.config.run_config import load_config
+from solotune.config.load import load_config
 from solotune.display.progress import Display, SilentDisplay
 
 if TYPE_CHECKING:

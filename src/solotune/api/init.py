@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from solotune.config.run_config import SECTIONS, RunConfig, allowed_values, field_help, load_config, section_of
-from solotune.config.yaml_reader import on_one_line, yaml_value
+from solotune.config.describe import allowed_values, field_help, section_of
+from solotune.config.load import load_config
+from solotune.config.run_config import SECTIONS, RunConfig
+from solotune.config.write import yaml_value
+from solotune.config.yaml_reader import on_one_line
 from solotune.errors import InputError
 from solotune.run.atomic_io import make_folder, write_whole
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from solotune.api.types import ConfigSource
-from solotune.config.run_config import load_config
+from solotune.config.load import load_config
 from solotune.display.progress import Display, SilentDisplay
 from solotune.errors import SolotuneError
 

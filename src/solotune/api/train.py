@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from solotune.api.evaluate import compare
 from solotune.api.types import ConfigSource
-from solotune.config.run_config import Choice, RunConfig, load_config
+from solotune.config.load import load_config
+from solotune.config.run_config import Choice, RunConfig
 from solotune.display.observer import Observers, Resilient, RunObserver
 from solotune.display.progress import Display, PlainDisplay, SilentDisplay, make_console
 from solotune.errors import InterruptedRunError, RunNote

@@ -211,7 +211,7 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, as_json: bool) 
     """
     from solotune.api.train import train
     from solotune.cli.results import print_trained
-    from solotune.config.run_config import load_config
+    from solotune.config.load import load_config
 
     checked = load_config(config, overrides)
     run_shown(

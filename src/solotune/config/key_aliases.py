@@ -1,6 +1,6 @@
-"""Keys that other tools use for what our config names differently, and keys that solotune refuses on purpose."""
+"""Keys of other tools with solotune's names for them, and keys that solotune refuses on purpose."""
 
-# Other tools' words for our keys (Axolotl, LLaMA-Factory, ms-swift, Unsloth, Soup, TRL): refused by name.
+# Axolotl, LLaMA-Factory, ms-swift, Unsloth, Soup, TRL -> solotune: refused with the right name.
 FOREIGN_KEYS = {
     "model": "model_name_or_path",
     "base_model": "model_name_or_path",
@@ -70,6 +70,6 @@ FOREIGN_KEYS = {
 
 REFUSED_KEYS = {
     "trust_remote_code": "solotune never runs code that comes with a model or a dataset; remove the line",
-    "device_map": "solotune trains on one device (CUDA where there is one, or use_cpu: true); remove the line",
-    "fp16": "training is in bfloat16 or float32 (bf16: true/false); remove the line",
+    "device_map": "solotune trains on one device (a CUDA GPU if there is one, or use_cpu: true); remove the line",
+    "fp16": "solotune trains in bfloat16 or float32; remove the line and use bf16: true or bf16: false",
 }

@@ -1,26 +1,19 @@
-"""The run's configuration: every key, its type, its default, its one line of help, in one place.
+"""The run's configuration: every key with its type, default, help and limits, and the rules between keys.
 
-Names are the ones the ecosystem already types (TRL's and Hugging Face's); the defaults are the walkthrough's recipe:
-QLoRA with NF4 and double quantisation, r=16 on q,k,v,o. A config is a YAML file plus `key=value` overrides:
+Names are the ones the ecosystem already uses (TRL's and Hugging Face's). The defaults are those of QLoRA: NF4 with
+double quantisation, r=16 on q, k, v and o. `load.load_config` reads a config and explains mistakes, `describe` gives
+help and limits in words, `write` saves a config as YAML, `settings` has typed parts for functions that need few keys.
 
-    load_config("run.yaml", ["learning_rate=1e-4", "lora_target_modules=all-linear"])
+What it does not do: look at the machine. Values that depend on it (`optim` without CUDA, bf16 on an old CPU) are set
+in `hardware.machine.resolve_for_machine`, each with its reason.
 
-Everything is checked here, once, in the user's own words: unknown keys are errors with a suggestion, other tools'
-spellings are recognised and refused by name, and all mistakes of a file are reported together with their lines.
-Behind this door the values are trusted. What it does not do: look at the machine. Values that depend on it
-(`optim` without CUDA, bf16 on an old CPU) are settled in `environment.resolve_for_machine`, each with its reason.
-
-(The file is long because a key's type, default, help, section and the words for its mistakes belong together.)
+(Longer than 400 lines: it is one table, and a key's type, default, help and limits belong together.)
 """
 
 from __future__ import annotations
 
-import difflib
-import os
 import re
-from collections.abc import Iterable, Mapping
-from functools import cache
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
@@ -29,14 +22,10 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
-    ValidationError,
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 
-from solotune.config.key_aliases import FOREIGN_KEYS, REFUSED_KEYS
-from solotune.config.secrets import HIDDEN, is_secret, is_secret_name, without_secrets
 from solotune.config.settings import (
     BatchSettings,
     EvaluationSettings,
@@ -50,15 +39,14 @@ from solotune.config.settings import (
     SplitSettings,
     steps_between,
 )
-from solotune.config.yaml_reader import parse, plain, read_mapping, yaml_value
-from solotune.errors import InputError
 
-PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]  # beyond it is a slip of the finger, or an attack
+PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]  # more is a typing error, or an attack
+SmallPositiveInt = Annotated[int, Field(ge=1, le=65_536)]
 
 
 def _short(text: str) -> str:
-    """Not `max_length`, which refuses names that are not UTF-8 before they can be told what is wrong with them."""
-    if len(text) > 4096:  # no path of a system is longer
+    """Limit the length; pydantic's `max_length` would refuse names that are not UTF-8 without saying why."""
+    if len(text) > 4096:  # no operating system has longer paths
         raise ValueError("at most 4,096 characters")
     return text
 
@@ -66,7 +54,6 @@ def _short(text: str) -> str:
 Text = Annotated[str, AfterValidator(_short)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 BUDGET_SIZE = r"\s*(?=.*[1-9])([0-9]*\.?[0-9]+)\s*(GiB|GB|MiB|MB)\s*"  # 24GiB, 9.5 GiB, 24GB
-MAX_SHOWN = 400  # of a wrong value
 
 COLUMNS = (
     "messages",
@@ -85,13 +72,13 @@ COLUMNS = (
     "weight",
     "ignore",
 )
-"""What a column of a data file can be called to be understood; `ignore` is not read."""
+"""Column names that solotune reads; a column mapped to `ignore` is skipped."""
 
 SECTIONS = ("model", "adapter", "data", "training", "evaluation", "run")
 
 
 class Choice(NamedTuple):
-    """A value that was chosen for the user, and why: printed at the start of a run and saved with it."""
+    """A value that solotune chose, and why: printed at the start of a run and saved with it."""
 
     key: str
     value: object
@@ -103,7 +90,7 @@ def _in(section: str, **limits: Any) -> Any:
 
 
 class RunConfig(BaseModel):
-    """One run, fully described. Frozen: what was validated is what runs."""
+    """Configuration of one run. Frozen: what was validated is what runs."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -115,170 +102,184 @@ class RunConfig(BaseModel):
     model_revision: Text = _in("model", default="main", min_length=1)
     """Branch, tag or commit of a hub model."""
     base_precision: Literal["nf4", "fp8", "bf16", "fp32", "auto"] = _in("model", default="nf4")
-    """How the frozen base is stored: nf4 (4 bits, QLoRA), fp8 (and multiplied in fp8), bf16, fp32; auto: the plan's."""
+    """Precision of the frozen base: nf4 (4 bits, QLoRA), fp8 (with fp8 matmuls), bf16, fp32; auto: the plan decides."""
     matmul_precision: Literal["auto", "bf16", "fp8"] = _in("model", default="auto")
-    """Matmuls of the base: bf16 (float32 with `bf16: false`), fp8, or auto (fp8 for an fp8 base, else bf16)."""
+    """Precision of base matmuls: bf16 (float32 with `bf16: false`), fp8, or auto (fp8 for an fp8 base, else bf16)."""
     bnb_4bit_quant_type: Literal["nf4"] = _in("model", default="nf4")
-    """The 4-bit data type."""
+    """4-bit data type."""
     bnb_4bit_use_double_quant: bool = _in("model", default=True)
-    """Quantise the quantisation constants too: 4.13 instead of 4.5 bits a weight."""
+    """Quantise the quantisation constants too: 4.13 instead of 4.5 bits per weight."""
     bnb_4bit_compute_dtype: Literal["bfloat16", "float32"] | None = _in("model", default=None)
-    """What 4-bit weights are expanded to for a matmul; empty: bfloat16 with `bf16: true`, else float32."""
+    """Data type of matmuls with 4-bit weights; empty: bfloat16 with `bf16: true`, else float32."""
     base_residency: Literal["auto", "quantized", "dequantized"] = _in("model", default="auto")
-    """Expand 4-bit weights at each use (quantized), or once, beside them, for speed (dequantized): the same numbers."""
+    """quantized: unpack 4-bit weights at each use (saves memory). dequantized: keep a copy (faster). Same results."""
     attn_implementation: Literal["sdpa", "eager"] = _in("model", default="sdpa")
-    """Attention code of transformers: sdpa (flash where it can) or eager (plain)."""
+    """Attention implementation of transformers: sdpa (flash attention where possible) or eager (plain)."""
 
     # --- adapter
-    lora_r: PositiveInt = _in("adapter", default=16, le=65_536)
+    lora_r: SmallPositiveInt = _in("adapter", default=16)
     """Rank of the LoRA update."""
     lora_alpha: float = _in("adapter", default=32.0, gt=0, le=1e6)
-    """LoRA scale: the update is multiplied by alpha / r."""
+    """LoRA scaling: the update is multiplied by alpha / r."""
     lora_dropout: Fraction = _in("adapter", default=0.05)
-    """Dropout on the input of the adapter path, training only."""
+    """Dropout on the adapter's input, during training only."""
     lora_target_modules: list[Text] | Literal["all-linear"] = _in(
         "adapter", default=["q_proj", "k_proj", "v_proj", "o_proj"]
     )
     """Names of the linear layers that get an adapter, or all-linear."""
     use_rslora: bool = _in("adapter", default=False)
-    """Scale by alpha / sqrt(r) instead (rank-stabilised LoRA)."""
+    """Rank-stabilised LoRA: multiply by alpha / sqrt(r) instead of alpha / r."""
 
     # --- data
     dataset: Text | list[Text] = _in("data")
-    """Hub id, or local file(s): jsonl, json, csv, parquet."""
+    """Training data: a hub id, or one or more local files (jsonl, json, csv, parquet)."""
     dataset_config: Text | None = _in("data", default=None)
     """Configuration (subset) name of a hub dataset."""
     dataset_revision: Text | None = _in("data", default=None)
     """Branch, tag or commit of a hub dataset."""
     dataset_split: Text = _in("data", default="train", min_length=1)
-    """Split, slices as in datasets: `train_sft[:5000]`, `train[10%:20%]`."""
+    """Split to train on; slices work as in datasets: `train_sft[:5000]`, `train[10%:20%]`."""
     eval_dataset: Text | list[Text] | None = _in("data", default=None)
-    """Your own validation rows, hub id or files; empty: a part of `dataset` is held out."""
+    """Your own evaluation data, a hub id or files; empty: some rows of `dataset` are held out."""
     eval_dataset_split: Text = _in("data", default="train", min_length=1)
-    """Split of `eval_dataset`, with slices."""
+    """Split of `eval_dataset`; slices work too."""
     validation_size: float | int = _in("data", default=0.05)
-    """Held out for validation: a share below 1, or a number of rows; 0 for none."""
+    """Rows kept for evaluation: a fraction (0.05 = 5 %) or a number of rows; 0: no evaluation."""
     split_by: Text | None = _in("data", default=None)
-    """Key of a row; rows that share its value stay on one side of the split."""
+    """Name of a column: rows with the same value are all in training or all held out."""
     column_mapping: dict[Text, Text] = _in("data", default={})
-    """Names of your columns that are not ours: `{question: prompt, answer: completion}`; `ignore` leaves one out."""
+    """Rename your columns: `{question: prompt, answer: completion}`. Use `ignore` to skip a column."""
     on_bad_row: Literal["error", "drop"] = _in("data", default="error")
-    """A row that cannot be used: stop and name it (error), or leave it out and count it under its reason (drop)."""
+    """Rows that cannot be used: stop and say which row (error), or skip them and count them by reason (drop)."""
     chat_template_path: Text | None = _in("data", default=None)
-    """A Jinja chat template file, for a tokenizer that has none or to replace its own."""
+    """Jinja chat template file, for a tokenizer without a template or to replace its template."""
     max_length: int = _in("data", default=2048, ge=8, le=10_000_000)
-    """Longest row in tokens."""
+    """Maximum length of a row, in tokens."""
     overflow: Literal["truncate", "drop", "split", "error"] = _in("data", default="truncate")
-    """A row longer than `max_length`: cut its end, drop it, make several rows of it, or stop; each is counted."""
+    """Rows longer than `max_length`: truncate the end, drop the row, split it into several, or stop with an error."""
     packing: bool = _in("data", default=False)
-    """Fill sequences of `max_length` with several rows, each as if it were alone: no padding."""
+    """Put several rows in one sequence of `max_length` instead of padding; rows do not see each other."""
     assistant_only_loss: bool = _in("data", default=True)
-    """Learn only assistant turns with their end-of-turn token; false: every token."""
+    """Compute the loss only on assistant turns and their end-of-turn token; false: on every token."""
     train_on_last_turn: bool = _in("data", default=False)
-    """Learn only the last assistant turn of each row."""
+    """Compute the loss only on the last assistant turn of each row."""
 
     # --- training
     num_train_epochs: float = _in("training", default=3.0, gt=0, le=1e6)
-    """Passes over the training rows."""
+    """Number of passes over the training rows."""
     max_steps: int = _in("training", default=-1, le=1_000_000_000)
-    """Optimizer steps; overrides `num_train_epochs` where it is above 0."""
-    per_device_train_batch_size: PositiveInt = _in("training", default=4, le=65_536)
-    """Rows in one forward pass."""
-    gradient_accumulation_steps: PositiveInt = _in("training", default=8, le=65_536)
-    """Forward passes summed into one optimizer step."""
+    """Number of optimizer steps; if set, `num_train_epochs` is ignored. -1: not set."""
+    per_device_train_batch_size: SmallPositiveInt = _in("training", default=4)
+    """Rows per forward pass (micro-batch)."""
+    gradient_accumulation_steps: SmallPositiveInt = _in("training", default=8)
+    """Forward passes per optimizer step; their gradients are added."""
     gradient_checkpointing: Literal["auto"] | bool | PositiveInt = _in("training", default="auto")
-    """Layers that recompute themselves in backward to save memory: true (all), false, the first N, or as few as fit."""
+    """Recompute layers in backward to save memory: true (all), false, N (the first N), or auto (as few as needed)."""
     activation_offload: bool = _in("training", default=False)
-    """Keep the inputs of checkpointed layers in the host's memory: for very long rows."""
+    """Keep the inputs of checkpointed layers in host memory (RAM), for very long rows."""
     preflight: Literal["auto"] | bool = _in("training", default="auto")
-    """Try the largest step, an evaluation and a save before the run begins (auto: on a GPU)."""
+    """Before training, try the largest step, an evaluation and a save; auto: only on a GPU."""
     torch_compile: bool = _in("training", default=True)
-    """Compile the decoder layers: the first step takes longer, all others less time and memory (CUDA only)."""
+    """Compile the decoder layers (CUDA only): the first step is slower; later steps are faster and need less memory."""
     cuda_graphs: bool = _in("training", default=True)
-    """Replay compiled passes of one shape (packed rows) as one launch: 135M parameters train 2 to 4 times as fast."""
+    """Use CUDA graphs when all batches have the same shape (packing). Small models (135M) train 2 to 4 times faster."""
     optim: Literal["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch"] = _in(
         "training", default="paged_adamw_8bit"
     )
-    """Optimizer; the 8-bit and paged ones are bitsandbytes' and need CUDA."""
+    """Optimizer; the 8-bit and paged ones come from bitsandbytes and need CUDA."""
     learning_rate: float = _in("training", default=2e-4, gt=0, le=1)
     """Peak learning rate."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = _in(
         "training", default="cosine"
     )
-    """Shape of the learning rate after warm-up."""
+    """Learning rate schedule after warmup."""
     warmup_ratio: Fraction = _in("training", default=0.0)
-    """Share of all steps in which the rate rises from 0."""
+    """Fraction of all steps in which the learning rate rises from 0 (warmup)."""
     warmup_steps: int = _in("training", default=0, ge=0, le=1_000_000_000)
-    """The same as a number of steps; overrides `warmup_ratio` where it is above 0."""
+    """Number of warmup steps; if above 0, `warmup_ratio` is ignored."""
     weight_decay: float = _in("training", default=0.0, ge=0, le=10)
-    """AdamW's decoupled weight decay on the adapter."""
+    """Weight decay of AdamW, applied to the adapter."""
     adam_beta1: Fraction = _in("training", default=0.9)
-    """Decay of AdamW's first moment."""
+    """Beta 1 of AdamW: decay of the first moment."""
     adam_beta2: Fraction = _in("training", default=0.999)
-    """Decay of AdamW's second moment."""
+    """Beta 2 of AdamW: decay of the second moment."""
     adam_epsilon: float = _in("training", default=1e-8, gt=0, le=1)
-    """Term added to AdamW's denominator."""
+    """Epsilon of AdamW, added to the denominator."""
     max_grad_norm: float = _in("training", default=1.0, gt=0, le=1e12)
-    """Gradients are scaled down to this norm."""
+    """Gradient clipping: larger gradients are scaled down to this norm."""
     bf16: bool = _in("training", default=True)
-    """Compute in bfloat16; false: float32."""
+    """Compute in bfloat16; false: in float32."""
     seed: int = _in("training", default=42, ge=0, lt=1 << 32)
-    """Seed of adapter initialisation, row order, dropout and the held-out split."""
+    """Random seed for adapter initialisation, row order, dropout and the held-out split."""
 
     # --- evaluation
     eval_strategy: Literal["epoch", "steps", "no"] = _in("evaluation", default="epoch")
-    """When the held-out loss is measured during training (it always is at the end)."""
+    """When to evaluate on the held-out rows during training (there is always an evaluation at the end)."""
     eval_steps: PositiveInt | None = _in("evaluation", default=None)
-    """Steps between two evaluations; setting it means `eval_strategy: steps`."""
-    per_device_eval_batch_size: PositiveInt = _in("evaluation", default=8, le=65_536)
-    """Rows in one evaluation pass."""
+    """Evaluate every N steps; implies `eval_strategy: steps`."""
+    per_device_eval_batch_size: SmallPositiveInt = _in("evaluation", default=8)
+    """Rows per evaluation pass."""
     num_samples: int = _in("evaluation", default=3, ge=0, le=65_536)
-    """Held-out prompts answered by base and tuned model for a person to read."""
-    max_new_tokens: PositiveInt = _in("evaluation", default=128, le=10_000_000)
-    """Longest answer generated for a sample or in chat."""
+    """Number of held-out prompts that the base and the tuned model answer, for you to read."""
+    max_new_tokens: int = _in("evaluation", default=128, ge=1, le=10_000_000)
+    """Maximum length of a generated answer (samples and chat), in tokens."""
 
     # --- run
     memory_budget: float | Text = _in("run", default="auto")
-    """Memory that the run may use: a size (24GiB), a share of the card (0.9), or auto, what is free."""
+    """GPU memory the run may use: a size (24GiB), a fraction of the GPU (0.9), or auto (what is free)."""
     output_dir: Text | None = _in("run", default=None, min_length=1)
-    """The run directory; empty: runs/<config name>-<date>-<time>."""
+    """Run directory; empty: runs/<config name>-<date>-<time>."""
     logging_steps: PositiveInt = _in("run", default=25)
-    """Steps between two printed lines (metrics.jsonl has every step)."""
+    """Print a line every N steps (metrics.jsonl has every step)."""
     save_strategy: Literal["epoch", "steps", "no"] = _in("run", default="epoch")
-    """When a checkpoint is saved (the adapter always is at the end)."""
+    """When to save a checkpoint (the adapter is always saved at the end)."""
     save_steps: PositiveInt | None = _in("run", default=None)
-    """Steps between two checkpoints; setting it means `save_strategy: steps`."""
+    """Save a checkpoint every N steps; implies `save_strategy: steps`."""
     save_total_limit: PositiveInt | None = _in("run", default=None)
-    """Checkpoints to keep, newest first; empty: all."""
+    """Number of newest checkpoints to keep; empty: all."""
     resume_from_checkpoint: Text | None = _in("run", default=None, min_length=1)
-    """A checkpoint folder to continue from (`--resume` finds the newest by itself)."""
+    """Checkpoint folder to continue from (`--resume` finds the newest by itself)."""
     use_cpu: bool = _in("run", default=False)
-    """Run on the CPU even where there is a GPU."""
+    """Use the CPU even if there is a GPU."""
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
     _name: str = PrivateAttr(default="run")
 
     @property
     def name(self) -> str:
-        """The config file's name without its ending; `run` where the config did not come from a file."""
+        """Name of the config file without its extension; `run` if the config did not come from a file."""
         return self._name
 
     def source_of(self, key: str) -> str:
         """Where a value came from: `default`, `demo.yaml line 12`, `command line`, `python` or `machine`."""
         return self._sources.get(key, "default")
 
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """Where each value came from that is not a default."""
+        return self._sources
+
+    @classmethod
+    def validated(cls, values: Mapping[str, Any], sources: Mapping[str, str], name: str) -> RunConfig:
+        """Check `values` and record where each came from.
+
+        Raises:
+            ValidationError: pydantic's, with every mistake; `load.load_config` explains them.
+        """
+        config = cls.model_validate(values)
+        config._sources, config._name = dict(sources), name
+        return config
+
     def replaced(self, source: str, **values: Any) -> RunConfig:
-        """A validated copy with some values changed; `source` is recorded for each changed key."""
-        copy = RunConfig.model_validate({**self.model_dump(), **values})
-        copy._sources = {**self._sources, **dict.fromkeys(values, source)}
-        copy._name = self._name
-        return copy
+        """Copy with some values changed, and check it; `source` is recorded for each changed key."""
+        sources = {**self._sources, **dict.fromkeys(values, source)}
+        return RunConfig.validated({**self.model_dump(), **values}, sources, self._name)
 
     @field_validator("validation_size")
     @classmethod
     def _size(cls, size: float | int) -> float | int:
         if isinstance(size, float) and not 0 <= size < 1:
-            raise ValueError("a share from 0 up to but not including 1 (0.05), or a whole number of rows (200)")
+            raise ValueError("a fraction, at least 0 and below 1 (0.05), or a whole number of rows (200)")
         if not 0 <= size <= 1_000_000_000:
             raise ValueError("0 or more")
         return size
@@ -286,9 +287,9 @@ class RunConfig(BaseModel):
     @field_validator("memory_budget")
     @classmethod
     def _budget(cls, budget: float | str) -> float | str:
-        is_share = isinstance(budget, float) and 0 < budget < 1
-        if not is_share and budget != "auto" and not re.fullmatch(BUDGET_SIZE, str(budget)):
-            raise ValueError("auto, a share of the card (0.9), or a size (24GiB)")
+        is_fraction = isinstance(budget, float) and 0 < budget < 1
+        if not is_fraction and budget != "auto" and not re.fullmatch(BUDGET_SIZE, str(budget)):
+            raise ValueError("auto, a fraction of the GPU's memory (0.9), or a size (24GiB)")
         return budget
 
     @field_validator("max_steps")
@@ -308,9 +309,9 @@ class RunConfig(BaseModel):
     @field_validator("column_mapping")
     @classmethod
     def _columns(cls, mapping: dict[str, str]) -> dict[str, str]:
-        named = [ours for ours in mapping.values() if ours != "ignore"]
-        if not set(mapping.values()) <= set(COLUMNS) or len(set(named)) < len(named) or "" in mapping:
-            raise ValueError("each of our names once")
+        targets = [target for target in mapping.values() if target != "ignore"]
+        if not set(mapping.values()) <= set(COLUMNS) or len(set(targets)) < len(targets) or "" in mapping:
+            raise ValueError("each target name once")
         return mapping
 
     @model_validator(mode="after")
@@ -322,15 +323,15 @@ class RunConfig(BaseModel):
         if self.bnb_4bit_compute_dtype not in (None, dtype):
             raise ValueError(
                 f"bf16 and bnb_4bit_compute_dtype: bf16: {str(self.bf16).lower()} computes in {dtype}, but "
-                f"bnb_4bit_compute_dtype is {self.bnb_4bit_compute_dtype}; make them agree or remove one"
+                f"bnb_4bit_compute_dtype is {self.bnb_4bit_compute_dtype}; use the same type for both, or remove one"
             )
         if 0 < self.max_steps < self.warmup_steps:
-            words = f"max_steps: {self.max_steps} would end before warmup_steps: {self.warmup_steps} are over"
+            words = f"max_steps: {self.max_steps} is less than warmup_steps: {self.warmup_steps}"
             raise ValueError(f"max_steps and warmup_steps: {words}")
         if self.train_on_last_turn and not self.assistant_only_loss:
             raise ValueError(
-                "train_on_last_turn and assistant_only_loss: train_on_last_turn: true learns one turn, but "
-                "assistant_only_loss: false learns every token; remove one"
+                "train_on_last_turn and assistant_only_loss: train_on_last_turn: true trains on one turn, "
+                "but assistant_only_loss: false trains on every token; remove one"
             )
         if self.matmul_precision != "auto" and (change := self._against_matmuls()):
             base, matmuls = f"base_precision: {self.base_precision}", f"matmul_precision: {self.matmul_precision}"
@@ -345,29 +346,27 @@ class RunConfig(BaseModel):
         return self
 
     def _against_matmuls(self) -> str | None:
-        """What to change where storage and matmuls contradict each other."""
+        """What to change if `base_precision` and `matmul_precision` contradict each other; None if they agree."""
         if self.matmul_precision == "bf16":
-            stored = (
-                "an fp8 base is stored to be multiplied in fp8; leave matmul_precision out, or use base_precision: bf16"
-            )
+            stored = "an fp8 base is always multiplied in fp8; remove matmul_precision, or use base_precision: bf16"
             return stored if self.base_precision == "fp8" else None
         if self.base_precision in ("bf16", "fp32"):
-            return "weights multiplied in fp8 are stored in fp8 as well: base_precision: fp8"
+            return "fp8 matmuls need weights stored in fp8; use base_precision: fp8"
         if self.base_precision == "nf4" and self.base_residency != "auto":
-            return f"fp8 matmuls keep the weights in fp8 alone; remove base_residency: {self.base_residency}"
+            return f"fp8 matmuls keep only the fp8 weights; remove base_residency: {self.base_residency}"
         return None
 
     @property
     def multiplies_in_fp8(self) -> bool:
-        """Whether the frozen linears are `Fp8Weight`s: 16 bits a weight, whatever precision their values come from."""
+        """Whether the frozen linears are `Fp8Weight`s: 16 bits per weight, for every `base_precision`."""
         return "fp8" in (self.base_precision, self.matmul_precision)
 
     @property
     def takes_graphs(self) -> bool:
-        """Whether passes whose shapes repeat become CUDA graphs, where there is CUDA."""
+        """Whether passes with a repeated shape become CUDA graphs, if there is CUDA."""
         return self.cuda_graphs and self.torch_compile and not self.activation_offload
 
-    # --- parts, for functions that need no more
+    # --- typed parts, for functions that need only these
 
     @property
     def lora(self) -> LoraSettings:
@@ -494,184 +493,3 @@ class RunConfig(BaseModel):
     def every(self, what: Literal["eval", "save"], steps_per_epoch: int) -> int | None:
         """Steps between two evaluations or saves; None for never."""
         return steps_between(getattr(self, f"{what}_steps"), getattr(self, f"{what}_strategy"), steps_per_epoch)
-
-
-def load_config(source: str | Path | Mapping[str, Any] | RunConfig, overrides: Iterable[str] = ()) -> RunConfig:
-    """Reads and checks a config.
-
-    Args:
-        source: path of a YAML file, a mapping of keys, or a config that is already checked.
-        overrides: `key=value` strings; the value is read as YAML.
-
-    Raises:
-        InputError: with every mistake found, each with its file and line or `command line`.
-    """
-    if isinstance(source, RunConfig):
-        values, sources, name = source.model_dump(exclude_unset=True), dict(source._sources), source.name
-    elif isinstance(source, Mapping):
-        values, sources, name = dict(source), dict.fromkeys(source, "python"), "run"
-    else:
-        path = Path(os.path.expanduser(source))
-        values, sources = read_mapping(path)
-        name = path.stem
-    for text in overrides:
-        key, equals, raw = text.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise InputError(
-                "command line: an override is not of the form key=value",
-                seen=without_secrets(text),
-                allowed="learning_rate=1e-4",
-            )
-        values[key], sources[key] = plain(parse(raw, f"command line, {key}")), "command line"
-    _refuse_secrets(values, sources)
-    _take_alias(values, sources)
-    _fill_in(values, sources)
-    try:
-        config = RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise _explained(error, values, sources) from None
-    config._sources, config._name = sources, name
-    return config
-
-
-def _refuse_secrets(values: Mapping[str, Any], sources: Mapping[str, str]) -> None:
-    """Raises:
-    InputError: a value that looks like a token or password, or a key that is named like one; neither is shown.
-    """
-    for key, value in values.items():
-        texts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        named = key not in RunConfig.model_fields and is_secret_name(key)
-        if named or any(isinstance(text, str) and is_secret(text) for text in texts):
-            raise InputError(
-                f"{sources.get(key, 'config')}, {without_secrets(key)}: a token or password; the config is saved with "
-                "the run",
-                seen=HIDDEN,
-                change="take it out of the config and out of the command line, and use the environment (HF_TOKEN)",
-            )
-        if any(isinstance(text, str) and "\0" in text for text in texts):
-            raise InputError(f"{sources.get(key, 'config')}, {key}: a NUL character", seen=repr(value)[:80])
-
-
-def _take_alias(values: dict[str, Any], sources: dict[str, str]) -> None:
-    """`load_in_4bit: true` is the one accepted alias: it means `base_precision: nf4`."""
-    if "load_in_4bit" not in values:
-        return
-    alias, where = values.pop("load_in_4bit"), sources.pop("load_in_4bit", "python")
-    if alias is not True or values.get("base_precision", "nf4") != "nf4":
-        raise InputError(
-            f"{where}: load_in_4bit is only an alias for base_precision: nf4",
-            seen=f"load_in_4bit: {alias}" + (f", base_precision: {p}" if (p := values.get("base_precision")) else ""),
-            allowed="load_in_4bit: true, alone",
-            change="use base_precision: nf4, bf16 or fp32",
-        )
-    values["base_precision"], sources["base_precision"] = "nf4", where
-
-
-def _fill_in(values: dict[str, Any], sources: dict[str, str]) -> None:
-    """What one key implies for another, so that a saved config loads again as it is."""
-    for key, cause, implied in (
-        ("eval_strategy", "eval_steps", "steps"),
-        ("save_strategy", "save_steps", "steps"),
-        ("validation_size", "eval_dataset", 0),
-    ):
-        stronger = sources.get(cause) == "command line" != sources.get(key)
-        if values.get(cause) is not None and (key not in values or stronger):
-            values[key], sources[key] = implied, f"because {cause} is set"
-
-
-def _explained(error: ValidationError, values: Mapping[str, Any], sources: Mapping[str, str]) -> InputError:
-    """All mistakes of a config in the user's words, one line each; branches of a union folded into one."""
-    lines: dict[str, str] = {}
-    for detail in error.errors():
-        key = str(detail["loc"][0]) if detail["loc"] else ""
-        where = f"{sources.get(key, 'config')}, {key}" if key in sources else key
-        lines.setdefault(key, f"{where}: {_mistake(key, detail, values)}".removeprefix(": "))
-    listed = list(lines.values())
-    if len(listed) == 1:
-        return InputError(listed[0])
-    return InputError(f"the config has {len(listed)} mistakes:\n  " + "\n  ".join(listed))
-
-
-def _mistake(key: str, detail: ErrorDetails, values: Mapping[str, Any]) -> str:
-    kind = detail["type"]
-    if kind == "missing":
-        return f"missing; {field_help(key)}"
-    if kind == "extra_forbidden":
-        if key in REFUSED_KEYS:
-            return REFUSED_KEYS[key]
-        near = FOREIGN_KEYS.get(key) or next(iter(difflib.get_close_matches(key, RunConfig.model_fields, 1)), None)
-        return "unknown key" + (f"; did you mean {near}? ({field_help(near)})" if near else "")
-    if not detail["loc"]:
-        return detail["msg"].removeprefix("Value error, ")
-    seen = repr(values[key])
-    shown = seen if len(seen) <= MAX_SHOWN else f"{seen[:MAX_SHOWN]}... ({len(seen):,} characters)"
-    return f"{shown} ({type(values[key]).__name__}) is not allowed; allowed: {allowed_values(key)}"
-
-
-def field_help(key: str) -> str:
-    """The one line of help of a key."""
-    return RunConfig.model_fields[key].description or ""
-
-
-def allowed_values(key: str) -> str:
-    """What a key accepts, in words: `a whole number, at least 1`."""
-    special = {
-        "validation_size": "a share from 0 up to but not including 1 (0.05), or a whole number of rows (200)",
-        "memory_budget": "auto, a share of the card between 0 and 1 (0.9), or a size (24GiB, 9.5 GiB, 24GB)",
-        "max_steps": "-1 (use num_train_epochs) or a whole number, at least 1",
-        "column_mapping": "your column: ours, each of ours once: " + ", ".join(COLUMNS),
-    }
-    if key in special:
-        return special[key]
-    return _in_words(_schemas()[key])
-
-
-@cache
-def _schemas() -> dict[str, Any]:
-    """The JSON schema of each key; pydantic takes milliseconds for it, and `init` asks for every key."""
-    return RunConfig.model_json_schema()["properties"]
-
-
-def _in_words(schema: Mapping[str, Any]) -> str:
-    if "anyOf" in schema:
-        return ", or ".join(_in_words(branch) for branch in schema["anyOf"])
-    if "const" in schema:
-        return str(schema["const"])
-    if "enum" in schema:
-        return ", ".join(map(str, schema["enum"]))
-    if schema["type"] == "array":
-        return "a list of names"
-    words = {
-        "integer": "a whole number",
-        "number": "a number",
-        "boolean": "true or false",
-        "string": "text",
-        "null": "empty",
-    }
-    limits = {
-        "minimum": "at least",
-        "exclusiveMinimum": "above",
-        "maximum": "at most",
-        "exclusiveMaximum": "below",
-    }
-    return ", ".join([words[schema["type"]]] + [f"{text} {schema[k]:,}" for k, text in limits.items() if k in schema])
-
-
-def section_of(key: str) -> str:
-    """The heading a key stands under in `solotune init` and in the docs."""
-    extra = RunConfig.model_fields[key].json_schema_extra
-    assert isinstance(extra, dict)
-    return str(extra["section"])
-
-
-def to_yaml(config: RunConfig) -> str:
-    """The whole config as YAML, each value with where it came from: loads again as the same config."""
-    lines: list[str] = []
-    for section in SECTIONS:
-        lines.append(f"{'' if not lines else chr(10)}# {section}")
-        for key in RunConfig.model_fields:
-            if section_of(key) != section:
-                continue
-            lines.append(f"{key}: {yaml_value(getattr(config, key))}  # {config.source_of(key)}")
-    return "\n".join(lines) + "\n"

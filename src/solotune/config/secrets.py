@@ -1,10 +1,10 @@
-"""Secrets: recognised by their looks, refused in a config, and taken out of what is written or shown.
+"""Recognise secrets by their format, refuse them in a config, and remove them from output.
 
-A config is copied into the run directory, an error into a log, and both are shared. So a value that looks like a token
-is refused at the door, without being shown, and every text that leaves through an error or a crash file goes through
-`without_secrets`, which also knows the values of this process's environment variables that are named like secrets.
+A config is saved in the run directory and an error in a log, and people share both. So a config value that looks like
+a token is refused without being shown, and the text of every error and crash file goes through `without_secrets`. That
+function also removes the values of environment variables whose names look like secrets.
 
-What it does not do: find a secret that looks like any other word.
+What it does not do: find a secret that looks like an ordinary word.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import re
 
 HIDDEN = "***"
-# as their makers publish them: Hugging Face, OpenAI and alike, GitHub, GitLab, AWS, Google, Slack, Weights & Biases'
+# formats as published: Hugging Face, OpenAI and similar, GitHub, GitLab, AWS, Google, Slack, Weights & Biases'
 # new keys, JSON web tokens, private keys
 _TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
@@ -25,21 +25,21 @@ _USERINFO = re.compile(r"(?<=://)[^\s/@:]*:?[^\s/@]*(?=@)")
 _NAME = re.compile(
     r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|PRIVATE_KEY|CREDENTIALS?)(_|$)", re.IGNORECASE
 )
-_MIN_LENGTH = 8  # shorter values of variables are words such as `true`
+_MIN_LENGTH = 8  # shorter values of variables are words like `true`
 
 
 def is_secret(text: str) -> bool:
-    """Whether a text holds something that looks like a token, a private key, or a URL's user and password."""
+    """Whether a text contains what looks like a token, a private key, or user and password in a URL."""
     return _TOKEN.search(text) is not None or _USERINFO.search(text) is not None
 
 
 def is_secret_name(key: str) -> bool:
-    """Whether a key or variable is named like one that holds a secret."""
+    """Whether the name of a key or variable says that it holds a secret."""
     return _NAME.search(key) is not None
 
 
 def without_secrets(text: str) -> str:
-    """The text with every secret that is known or recognised as `***`."""
+    """Replace every known or recognised secret in a text with `***`."""
     for name, value in os.environ.items():
         if len(value) >= _MIN_LENGTH and is_secret_name(name):
             text = text.replace(value, HIDDEN)

@@ -1,7 +1,7 @@
-"""YAML as a config may be written: version 1.2 (`2e-4` is a number, `on` is a word), no key twice, none of its tricks.
+"""Read a config's YAML: version 1.2 (`2e-4` is a number, `on` is a string), no duplicate keys, plain values only.
 
-A config is copied from web pages. YAML can name Python objects, grow without bound through aliases, nest a thousand
-deep and change its own rules; a config needs none of it, and each is refused with its line.
+People copy configs from web pages. YAML can create Python objects, grow without limit through aliases, nest a thousand
+levels deep and change its own rules. A config needs none of this, so each is refused with its line.
 """
 
 from __future__ import annotations
@@ -15,58 +15,60 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, DocumentStartEvent
-from ruamel.yaml.nodes import ScalarNode
-from ruamel.yaml.representer import SafeRepresenter
 
 from solotune.errors import InputError
 from solotune.units import first_line
 
-MAX_CONFIG_BYTES = 1 << 20  # a config is a page of text; anything larger is the wrong file
+MAX_CONFIG_BYTES = 1 << 20  # a config is a page of text; a larger file is the wrong one
 MAX_CONFIG_DEPTH = 4
 
 
 def parse(text: str, where: str, max_depth: int = MAX_CONFIG_DEPTH) -> Any:
-    """The parsed text; a mapping keeps ruamel's `.lc`, which knows each key's line."""
+    """Parse a text; a mapping keeps ruamel's `.lc`, which knows the line of each key.
+
+    Raises:
+        InputError: not valid YAML, or YAML that a config may not use.
+    """
     try:
         _refuse_yaml_tricks(text, where, max_depth)
         return YAML(typ="rt").load(io.StringIO(text))
     except MarkedYAMLError as error:
         mark = error.problem_mark
         line = f" line {mark.line + 1}" if mark is not None and "\n" in text else ""
-        raise InputError(f"{where}{line}: not valid YAML", seen=error.problem, change="mend the syntax") from None
+        raise InputError(f"{where}{line}: not valid YAML", seen=error.problem, change="fix the YAML syntax") from None
     except (YAMLError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{where}: not valid YAML", seen=first_line(error)) from None
 
 
 def _refuse_yaml_tricks(text: str, where: str, max_depth: int) -> None:
-    """YAML can name Python objects, grow without bound through aliases, nest deeply, change its own rules.
+    """Refuse tags, anchors, aliases, directives, deep nesting and a second document.
 
     Raises:
-        InputError: the text does any of it; a config needs none.
+        InputError: the text uses one of them.
     """
     depth = documents = 0
     for event in YAML(typ="rt", pure=True).parse(io.StringIO(text)):
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
         documents += isinstance(event, DocumentStartEvent)
         tag = getattr(event, "tag", None)
-        trick = None
+        trick, change = None, "write the plain value instead"
         if isinstance(event, AliasEvent) or getattr(event, "anchor", None):
-            trick = "anchors and aliases are not used in a config"
+            trick = "a config cannot use anchors and aliases"
         elif tag is not None:
-            trick = f"tags such as {tag} are not used in a config"
+            trick = f"a config cannot use tags such as {tag}"
         elif depth > max_depth:
-            trick = f"nested more than {max_depth} deep"
+            trick = f"nested more than {max_depth} levels deep"
         elif documents > 1:
-            trick = "a second document begins"
+            trick, change = "a config cannot have a second document", "remove the --- and what follows it"
         elif isinstance(event, DocumentStartEvent) and (event.version or event.tags):
-            trick = "a directive (%YAML, %TAG) changes how it is read"
+            trick, change = "a config cannot use directives (%YAML, %TAG)", "remove the line"
         if trick is not None:
             line = f" line {event.start_mark.line + 1}" if "\n" in text else ""
-            raise InputError(f"{where}{line}: {trick}", change="write the value out")
+            raise InputError(f"{where}{line}: {trick}", change=change)
 
 
 def plain(node: Any) -> Any:
-    """ruamel's annotated containers and scalars as plain Python values."""
+    """Convert ruamel's annotated containers and scalars to plain Python values."""
     if isinstance(node, Mapping):
         return {key: plain(value) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
@@ -77,45 +79,25 @@ def plain(node: Any) -> Any:
     return node
 
 
-class _Representer(SafeRepresenter):
-    """ruamel's, but double quotes where its own choice is read back as something else: U+0085 in single quotes as a
-    blank, and `?a` in a list as a key."""
-
-    def represent_text(self, text: str) -> ScalarNode:
-        quoted = not text.isprintable() or text.startswith("?")
-        return self.represent_scalar("tag:yaml.org,2002:str", text, '"' if quoted else None)
-
-
-_Representer.add_representer(str, _Representer.represent_text)
-
-
-def yaml_value(value: Any) -> str:
-    """A key's value in flow style, which `parse` reads back as the same."""
-    yaml, buffer = YAML(typ="safe", pure=True), io.StringIO()
-    yaml.Representer = _Representer
-    yaml.default_flow_style = True
-    yaml.width = 10_000
-    yaml.dump({"key": value}, buffer)
-    return buffer.getvalue().strip().removeprefix("{key: ").removesuffix("}")
-
-
 def on_one_line(name: str) -> str:
-    """A file's name as it may stand in a comment of the saved config: a line break in it would begin a key there."""
+    """A file name that is safe in a YAML comment: a line break in it would start a new key."""
     return name if name.isprintable() else ascii(name)
 
 
 def read_mapping(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """A config's keys with their values, and with the file and line where each stands.
+    """Read a config file: its values by key, and the file and line of each key.
 
     Raises:
-        InputError: no such file, not UTF-8, too large, or no mapping.
+        InputError: no such file, not UTF-8, too large, or not a mapping.
     """
-    example = "solotune init MODEL DATA writes one to start from"
+    example = "create one with: solotune init MODEL DATA"
     if not os.path.isfile(path):  # Path.is_file raises on a name that is too long
         what = "is a folder, not a config file" if os.path.isdir(path) else "no such config file"
         raise InputError(f"{path}: {what}", seen=f"looked in {Path.cwd()}", change=example)
     if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise InputError(f"{path}: too large for a config", seen=f"{path.stat().st_size:,} bytes", allowed="1 MiB")
+        raise InputError(
+            f"{path}: too large for a config", seen=f"{path.stat().st_size:,} bytes", allowed="at most 1 MiB"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -125,7 +107,7 @@ def read_mapping(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     loaded = parse(text, str(path))
     if not isinstance(loaded, Mapping):
         raise InputError(
-            f"{path}: a config is lines of `key: value`",
+            f"{path}: a config must be lines of `key: value`",
             seen="a list" if isinstance(loaded, list) else loaded if loaded else "empty",
             change=example,
         )

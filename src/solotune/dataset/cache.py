@@ -42,7 +42,8 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from solotune.config.run_config import RunConfig, section_of
+from solotune.config.describe import section_of
+from solotune.config.run_config import RunConfig
 from solotune.dataset.data_report import DataReport
 from solotune.dataset.example import Examples, Prepared
 from solotune.dataset.row_store import Store, folder

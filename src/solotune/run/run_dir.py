@@ -26,7 +26,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from solotune.config.run_config import RunConfig, to_yaml
+from solotune.config.run_config import RunConfig
+from solotune.config.write import to_yaml
 from solotune.errors import DirectoryInUseError, InputError
 from solotune.run import atomic_io
 from solotune.run.events import Event, to_line

@@ -24,7 +24,8 @@ from typing import Any, Literal
 
 import torch
 
-from solotune.config.run_config import RunConfig, section_of
+from solotune.config.describe import section_of
+from solotune.config.run_config import RunConfig
 from solotune.dataset import Prepared
 from solotune.errors import InputError, IntegrityError
 from solotune.hardware.machine import Machine, device_of

@@ -17,7 +17,8 @@ import torch
 from transformers import TextStreamer
 
 from solotune import dataset
-from solotune.config.run_config import Choice, RunConfig, load_config
+from solotune.config.load import load_config
+from solotune.config.run_config import Choice, RunConfig
 from solotune.errors import InputError, IntegrityError
 from solotune.evaluation import scores
 from solotune.hardware import machine as environment

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
-from solotune.config.run_config import load_config
+from solotune.config.load import load_config
 from solotune.config.settings import LoraSettings
 from solotune.errors import InputError, SolotuneError
 from solotune.run.manifest import MANIFEST, Problem, check_folder, differences, read_manifest, unknown

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from solotune import dataset
-from solotune.config.run_config import load_config
+from solotune.config.load import load_config
 from solotune.diagnosis import probes
 from solotune.diagnosis.evidence import Probed, Signal
 from solotune.diagnosis.plateau import plateau, shape_of

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import solotune
-from solotune.config.run_config import load_config
+from solotune.config.load import load_config
 from solotune.diagnosis.probes.probed_model import extra_adapters
 from solotune.diagnosis.rules import ask_all
 from solotune.diagnosis.sources import live_model, solotune_run

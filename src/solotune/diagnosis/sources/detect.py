@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from solotune.config.run_config import RunConfig, load_config
+from solotune.config.load import load_config
+from solotune.config.run_config import RunConfig
 from solotune.diagnosis.run_facts import RunFacts
 from solotune.diagnosis.sources import hf_trainer, solotune_run
 from solotune.errors import InputError

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from solotune.config.run_config import RunConfig, load_config
+from solotune.config.load import load_config
+from solotune.config.run_config import RunConfig
 from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.run_facts import Saved, Trace
 from solotune.errors import InputError, SolotuneError

@@ -1,0 +1,141 @@
+"""Load a config: a YAML file, a mapping or a checked config, plus `key=value` overrides.
+
+    load_config("run.yaml", ["learning_rate=1e-4", "lora_target_modules=all-linear"])
+
+Everything is checked here, once: unknown keys are errors with a suggestion, keys of other tools are refused with the
+right name, and all mistakes of a file are reported together, each with its line. Later code trusts the values.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from solotune.config.describe import allowed_values, field_help
+from solotune.config.key_aliases import FOREIGN_KEYS, REFUSED_KEYS
+from solotune.config.run_config import RunConfig
+from solotune.config.secrets import HIDDEN, is_secret, is_secret_name, without_secrets
+from solotune.config.yaml_reader import parse, plain, read_mapping
+from solotune.errors import InputError
+
+MAX_SHOWN = 400  # characters of a wrong value
+
+
+def load_config(source: str | Path | Mapping[str, Any] | RunConfig, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read and check a config.
+
+        config = solotune.load_config("run.yaml", ["learning_rate=1e-4"])
+        print(config.learning_rate, config.source_of("learning_rate"))  # 0.0001 command line
+
+    Args:
+        source: path of a YAML file, a mapping of keys, or a config that is already checked.
+        overrides: `key=value` strings; each value is read as YAML.
+
+    Raises:
+        InputError: lists every mistake, each with its file and line or `command line`.
+    """
+    if isinstance(source, RunConfig):
+        values, sources, name = source.model_dump(exclude_unset=True), dict(source.sources), source.name
+    elif isinstance(source, Mapping):
+        values, sources, name = dict(source), dict.fromkeys(source, "python"), "run"
+    else:
+        path = Path(os.path.expanduser(source))
+        values, sources = read_mapping(path)
+        name = path.stem
+    for text in overrides:
+        key, equals, raw = text.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise InputError(
+                "command line: an override must look like key=value",
+                seen=without_secrets(text),
+                allowed="learning_rate=1e-4",
+            )
+        values[key], sources[key] = plain(parse(raw, f"command line, {key}")), "command line"
+    _refuse_secrets(values, sources)
+    _take_alias(values, sources)
+    _fill_in(values, sources)
+    try:
+        return RunConfig.validated(values, sources, name)
+    except ValidationError as error:
+        raise _explained(error, values, sources) from None
+
+
+def _refuse_secrets(values: Mapping[str, Any], sources: Mapping[str, str]) -> None:
+    """Raises:
+    InputError: a value looks like a token or password, or a key has such a name; the value is not shown.
+    """
+    for key, value in values.items():
+        texts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        is_named_secret = key not in RunConfig.model_fields and is_secret_name(key)
+        if is_named_secret or any(isinstance(text, str) and is_secret(text) for text in texts):
+            raise InputError(
+                f"{sources.get(key, 'config')}, {without_secrets(key)}: this looks like a token or password, "
+                "and the config is saved with the run",
+                seen=HIDDEN,
+                change="remove it from the config and the command line, and use an environment variable (HF_TOKEN)",
+            )
+        if any(isinstance(text, str) and "\0" in text for text in texts):
+            raise InputError(f"{sources.get(key, 'config')}, {key}: a NUL character", seen=repr(value)[:80])
+
+
+def _take_alias(values: dict[str, Any], sources: dict[str, str]) -> None:
+    """`load_in_4bit: true` is the one accepted alias: it means `base_precision: nf4`."""
+    if "load_in_4bit" not in values:
+        return
+    alias, where = values.pop("load_in_4bit"), sources.pop("load_in_4bit", "python")
+    if alias is not True or values.get("base_precision", "nf4") != "nf4":
+        raise InputError(
+            f"{where}: load_in_4bit is only an alias for base_precision: nf4",
+            seen=f"load_in_4bit: {alias}" + (f", base_precision: {p}" if (p := values.get("base_precision")) else ""),
+            allowed="load_in_4bit: true, without base_precision",
+            change="use base_precision: nf4, bf16 or fp32",
+        )
+    values["base_precision"], sources["base_precision"] = "nf4", where
+
+
+def _fill_in(values: dict[str, Any], sources: dict[str, str]) -> None:
+    """Set what one key implies for another, so that a saved config loads again unchanged."""
+    for key, cause, implied_value in (
+        ("eval_strategy", "eval_steps", "steps"),
+        ("save_strategy", "save_steps", "steps"),
+        ("validation_size", "eval_dataset", 0),
+    ):
+        is_stronger = sources.get(cause) == "command line" != sources.get(key)
+        if values.get(cause) is not None and (key not in values or is_stronger):
+            values[key], sources[key] = implied_value, f"because {cause} is set"
+
+
+def _explained(error: ValidationError, values: Mapping[str, Any], sources: Mapping[str, str]) -> InputError:
+    """All mistakes of a config, one line each; the branches of a union become one line."""
+    lines: dict[str, str] = {}
+    for detail in error.errors():
+        key = str(detail["loc"][0]) if detail["loc"] else ""
+        where = f"{sources.get(key, 'config')}, {key}" if key in sources else key
+        lines.setdefault(key, f"{where}: {_mistake(key, detail, values)}".removeprefix(": "))
+    listed = list(lines.values())
+    if len(listed) == 1:
+        return InputError(listed[0])
+    return InputError(f"the config has {len(listed)} mistakes:\n  " + "\n  ".join(listed))
+
+
+def _mistake(key: str, detail: ErrorDetails, values: Mapping[str, Any]) -> str:
+    kind = detail["type"]
+    if kind == "missing":
+        return f"missing; {field_help(key)}"
+    if kind == "extra_forbidden":
+        if key in REFUSED_KEYS:
+            return REFUSED_KEYS[key]
+        near = FOREIGN_KEYS.get(key) or next(iter(difflib.get_close_matches(key, RunConfig.model_fields, 1)), None)
+        return "unknown key" + (f"; did you mean {near}? ({field_help(near)})" if near else "")
+    if not detail["loc"]:
+        return detail["msg"].removeprefix("Value error, ")
+    seen = repr(values[key])
+    shown = seen if len(seen) <= MAX_SHOWN else f"{seen[:MAX_SHOWN]}... ({len(seen):,} characters)"
+    return f"{shown} ({type(values[key]).__name__}) is not allowed; allowed: {allowed_values(key)}"
