@@ -14,7 +14,7 @@ from solotune.runtime import watchdog, watchdog_process
 
 WATCHED = """
 import ctypes, os, time
-from solotune import watchdog
+from solotune.runtime import watchdog
 watchdog.LIMIT_SECONDS, watchdog.TIMES_LONGEST = 0.5, 0
 
 def hang_here():
