@@ -31,7 +31,7 @@ def config_page() -> str:
         "",
         "One YAML file (version 1.2: `2e-4` is a number), or `key=value` on the command line, or a dict in Python.",
         "Unknown keys, wrong types and duplicate keys are errors, all reported at once with their lines.",
-        "Generated from `src/solotune/config.py`; editors can use [config.schema.json](config.schema.json).",
+        "Generated from `src/solotune/config/run_config.py`; editors can use [config.schema.json](config.schema.json).",
     ]
     for section in SECTIONS:
         lines += ["", f"## {section}", "", "| key | default | allowed | what it does |", "|---|---|---|---|"]

@@ -136,3 +136,43 @@ def test_python_api_of_the_readme():
 
     for name in re.findall(r"solotune\.(\w+)\(", README):
         assert callable(getattr(solotune, name))
+
+
+def bench_commands():
+    """(module, words) of each `python -m bench.MODULE ...` in the docs."""
+    pages = [
+        README,
+        *(
+            path.read_text(encoding="utf-8")
+            for folder in ("docs", "bench/results")
+            for path in sorted((ROOT / folder).glob("*.md"))
+        ),
+    ]
+    for page in pages:
+        for command in re.findall(r"python -m (bench\.\w+[^`#|\n]*)", page):
+            yield command.split()[0], re.findall(r"(?<!\S)\[?(--[\w-]+)", command)
+
+
+@pytest.mark.parametrize(("module", "options"), sorted({(name, tuple(options)) for name, options in bench_commands()}))
+def test_every_bench_command_of_the_docs_has_a_module_that_takes_its_options(module, options):
+    path = ROOT / module.replace(".", "/")
+    sources = [*path.glob("*.py")] if path.is_dir() else [path.with_suffix(".py")]
+    text = "".join(source.read_text(encoding="utf-8") for source in sources)
+    assert "__main__" in text or (path / "__main__.py").is_file()
+    assert [option for option in options if f'"{option}"' not in text] == []
+
+
+def test_files_that_the_docs_name_exist():
+    """In README, docs and results: `run/events.py` below the package, or a path of the repository."""
+    for page in (
+        ROOT / "README.md",
+        ROOT / "SECURITY.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "bench" / "results").glob("*.md"),
+    ):
+        text = page.read_text(encoding="utf-8").split("## Old names")[0]
+        for name in set(re.findall(r"`([\w/]+/\w+\.(?:py|md|yaml))`", text)) - {"solotune/train.py"}:
+            assert any((folder / name).is_file() for folder in (ROOT, ROOT / "src", ROOT / "src" / "solotune")), (
+                page.name,
+                name,
+            )
