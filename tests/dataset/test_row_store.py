@@ -91,9 +91,9 @@ def test_a_full_disk_is_said_and_nothing_is_left(write: Writer, place: Path) -> 
     path = write("a.jsonl", *({"messages": chat(f"q {n}", "word " * 200)} for n in range(100)))
     code = f"""
 import resource
-from solotune.dataset import prepare, store
+from solotune.dataset import prepare, row_store
 from tests.dataset.conftest import config_of, tiny_tokenizer
-store.TAIL_BYTES = 10_000
+row_store.TAIL_BYTES = 10_000
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 prepare(config_of({str(path)!r}), tiny_tokenizer("chatml"))
 """

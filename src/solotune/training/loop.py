@@ -14,6 +14,8 @@ Before the optimizer moves, loss, gradient, adapters and moments must be finite 
 its weights as they were, and says what was not. A stop signal ends the run after the micro-batch in hand: its step is
 left out, and what was done before is saved. The learning rate is Hugging Face's schedule of the same name, step for
 step; row order is a permutation drawn from (seed, epoch), so a run can be resumed knowing only its step.
+
+`train` is long because the loop is to be read in one place.
 """
 
 from __future__ import annotations

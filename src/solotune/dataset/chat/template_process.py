@@ -23,7 +23,10 @@ from typing import Any, BinaryIO
 
 
 def environment() -> Any:
-    """Jinja's sandbox with what transformers adds to it: loop controls, `generation` blocks, four functions."""
+    """Jinja's sandbox with what transformers adds to it: loop controls, `generation` blocks, four functions.
+
+    It is long because these classes need Jinja, which is imported here and not with the file.
+    """
     import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
