@@ -185,7 +185,7 @@ def check_leaks(train: Records, validation: Records, *, key: str) -> None:
             f"{key}: {len(rows)} of {len(validation)} validation rows are equal or close to training rows",
             seen="; ".join(examples) + ("; ..." if len(rows) > 3 else ""),
             allowed="no row on both sides: the loss on rows seen in training says nothing about new rows",
-            change=f"remove these rows from dataset or from {key}, or remove {key}: validation_size then holds out rows of dataset",
+            change=f"remove these rows from dataset or from {key}, or remove {key} to hold out rows of dataset instead",
             fault="F43" if 2 * len(rows) >= len(validation) else "F44",
         )
 
