@@ -355,7 +355,7 @@ def test_packing_is_told_in_a_line():
     shown = preview(packing=account([600, 500, 1000], 1024))
     text = piped(lambda console: results.print_data(shown, console))
     assert [line for line in text.splitlines() if line.startswith("packing")] == snapshot(
-        ["packing   3 rows in 3 sequences of 1,024 tokens, 68.4% full (972 places empty); it cuts no row"]
+        ["packing   3 rows in 3 sequences of 1,024 tokens, 68.4% full (972 positions empty); no row is truncated"]
     )
 
 
