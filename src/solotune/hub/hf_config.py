@@ -12,7 +12,7 @@ Rules
     keys of transformers' internals     (`_name_or_path`, `_attn_implementation_internal`) not passed on
     keys that name a method or table    refused (a method, `attribute_map`); the class's declared fields are free, and
     of the class                        transformers checks their types, because its config classes are strict
-    text with a slash in unknown keys   not passed on: no model reads a number from it, but loaders read repository names
+    text with a slash in unknown keys   not passed on: no model reads a number from it, loaders read repository names
     sizes                               limited, before the architecture is built
 
 transformers then gets the checked object, not the file, so that what was checked is what is used.

@@ -6,7 +6,8 @@ Why not a mask
 --------------
 With a mask, each of B packs of T tokens needs T x T pairs and a kernel that reads the mask, which is slow. The flash
 kernel takes the start of each row (`cu_seq_lens`, as transformers' own flash path calls them) and visits only pairs
-within a row (Dao 2023, arXiv 2307.08691). The rows of all packs are concatenated, so shapes depend only on the number of packs.
+within a row (Dao 2023, arXiv 2307.08691). The rows of all packs are concatenated, so shapes depend only on the number
+of packs.
 
 How it is installed
 -------------------
