@@ -34,7 +34,7 @@ def hangs(work: Commands, count: int, seed: int) -> Result:
         late = child.started + ended.seconds - hung_at - limit
         delays.append(late)
         expected = -signal.SIGKILL if "lock" in case else 9
-        if ended.code != expected or not late < 5 or "_hang_now" not in where or "no sign of life for" not in ended.err:
+        if ended.code != expected or not late < 5 or "_hang_now" not in where or "no progress for" not in ended.err:
             bad.append(f"hang, {case}: {ended.code} after {late:.1f} s\n{where[-1500:]}")
         elif problem := work.checkpoint_problem() or work.metrics_problem():
             bad.append(f"hang, {case}: {problem}")

@@ -38,7 +38,7 @@ from solotune.run.manifest import check_folder
 from solotune.run.record import RunRecord
 from solotune.run.run_dir import LOCK, LOG, RunDirectory
 from solotune.training import checkpoint, loop
-from solotune.training.resume import recorded_day
+from solotune.training.resume import continued, recorded_day
 from solotune.training.verify_run import verify
 
 KILLED, HUNG = -signal.SIGKILL, 9
@@ -137,8 +137,10 @@ class Workload:
 
             def prepared(config: Any, resume: bool, display: Display) -> Any:
                 if not resume:
-                    RunDirectory.refuse_occupied(config)
-                recorded_day(config, resume)  # read as the real one reads it
+                    RunDirectory.refuse_occupied(config.output_dir)
+                recorded_day(
+                    config.resume_from_checkpoint, continued(config.output_dir, config.name) if resume else None
+                )  # read as the real one reads it
                 return ready
 
             train_verb.prepare_run = prepared

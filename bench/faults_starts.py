@@ -23,7 +23,7 @@ def contend(work: Workload, at_once: int) -> str | None:
     def start() -> None:
         os.close(gate_write)
         os.read(gate_read, 1)  # until the parent lets go
-        RunDirectory.create(load_config(work.keys))
+        RunDirectory.create(load_config(work.keys).output_dir)
         os.write(won_write, b"%d\n" % os.getpid())
         time.sleep(HOLD_SECONDS)
 
@@ -51,6 +51,6 @@ def contend(work: Workload, at_once: int) -> str | None:
     for loser in losers:
         if loser.code != IN_USE or f"process {winner} on " not in loser.said or " since " not in loser.said:
             return f"a loser ended with {loser.code}: {loser.said}"
-    again = RunDirectory.create(load_config(work.keys))
+    again = RunDirectory.create(load_config(work.keys).output_dir)
     again.release()
     return None

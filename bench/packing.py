@@ -32,11 +32,11 @@ def lengths_after(rows: Sequence[Example], max_length: int, overflow: str) -> li
         size = len(row.input_ids)
         if size <= max_length:
             lengths.append(size)
-        elif overflow == "truncate" and row.supervised[:max_length].any():
+        elif overflow == "truncate" and row.loss_mask[:max_length].any():
             lengths.append(max_length)
         elif overflow == "split":
             for start in range(0, size - 1, max_length - 1):
-                if row.supervised[start + (start > 0) : start + max_length].any():
+                if row.loss_mask[start + (start > 0) : start + max_length].any():
                     lengths.append(min(max_length, size - start))
     return lengths
 

@@ -139,8 +139,8 @@ def plan_of(case: Case, folder: Path) -> tuple[Any, Any]:
     machine = environment.probe()
     machine = replace(machine, gpu_free_bytes=machine.gpu_bytes)  # the others that warm up are gone by then
     config, _ = environment.resolve_for_machine(config_of(case, folder), machine)
-    card, free = plan_inputs.card_here(machine, config)
-    work = replace(planner.full_rows(config), supervised_share=case.learned)
+    card, free = plan_inputs.card_here(machine, config.use_cpu)
+    work = replace(planner.full_rows(config.batches), supervised_share=case.learned)
     return planner.make_plan(config, plan_inputs.shapes_of(), card, work, free), config
 
 
@@ -202,16 +202,16 @@ def run(case: Case, config: Any, steps: int) -> dict[str, Any]:
     torch.cuda.empty_cache()
     device = torch.device("cuda")
     started = time.perf_counter()
-    model = load_model(config, device, getattr(torch, environment.dtype_of(config)))
+    model = load_model(config, device, getattr(torch, environment.dtype_of(config.bf16)))
     torch.cuda.synchronize()
     load_seconds = time.perf_counter() - started
     loaded_bytes = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    optimizer = make_optimizer(config, [model.flat_params])
+    optimizer = make_optimizer(config.optimizer, [model.flat_params])
     model.module.train()
     size, accumulation = case.rows, config.gradient_accumulation_steps
     rows = random_rows(case, size * accumulation)
-    runner, seconds = MicroBatchRunner(model, config), []
+    runner, seconds = MicroBatchRunner(model, config.takes_graphs), []
     for step in range(steps):
         torch.cuda.synchronize()
         started = time.perf_counter()

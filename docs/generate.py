@@ -1,4 +1,4 @@
-"""Writes the pages that come from the code: config.md, config.schema.json and faults.md. A test holds them equal.
+"""Write the pages generated from the code: config.md, config.schema.json and faults.md. A test compares them.
 
 python docs/generate.py
 """
@@ -12,21 +12,21 @@ from solotune.config.describe import allowed_values, field_help, section_of
 from solotune.config.key_aliases import FOREIGN_KEYS
 from solotune.config.run_config import SECTIONS, RunConfig
 from solotune.diagnosis.catalogue import EQUIVALENT, EXPLAINS, FAULTS, SUSPECTS
-from solotune.diagnosis.explanation import doc_of, faults_of, paragraphs
+from solotune.diagnosis.explanation import explained, faults_of
 from solotune.diagnosis.rules import rules
 from solotune.errors import EXIT_CODES
 from solotune.training.resume import BATCH, CLASSES
 
 HERE = Path(__file__).parent
 RESUMED = {
-    "frozen": f"refused (exit code 5), but `{BATCH[0]}` and `{BATCH[1]}` may change if their product stays",
-    "inexact": "goes on, and says in log and metrics.jsonl that it is not exact; other versions, another device too",
-    "free": "free; base and rows are compared by their content, wherever they come from",
+    "frozen": f"refused (exit code 5), but `{BATCH[0]}` and `{BATCH[1]}` may change if their product stays the same",
+    "inexact": "continues, and log and metrics.jsonl say that it is not exact; so for another version or device",
+    "free": "free; base and rows are compared by their content, not by their location",
 }
 
 
 def config_page() -> str:
-    """Every key: default, what is allowed, its help; then other tools' words for them, then the exit codes."""
+    """Every key: default, allowed values, help; then the names in other tools, then the exit codes."""
     lines = [
         "# The config",
         "",
@@ -40,14 +40,20 @@ def config_page() -> str:
             if section_of(key) == section:
                 default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
                 lines.append(f"| `{key}` | {default} | {allowed_values(key)} | {field_help(key)} |")
-    lines += ["", "## Coming from another tool", "", "These are refused with the name to use instead:", ""]
+    lines += ["", "## Coming from another tool", "", "These names are refused; the message gives the name to use:", ""]
     for ours in dict.fromkeys(FOREIGN_KEYS.values()):
         theirs = ", ".join(f"`{foreign}`" for foreign, key in FOREIGN_KEYS.items() if key == ours)
         lines.append(f"- `{ours}`: {theirs}")
-    lines += ["", "## What may change before `--resume`", "", "A resumed run must be the run it would have been.", ""]
-    for kind, words in RESUMED.items():
+    lines += [
+        "",
+        "## What may change before `--resume`",
+        "",
+        "A resumed run must give the result of an uninterrupted one.",
+        "",
+    ]
+    for kind, rule in RESUMED.items():
         keys = ", ".join(f"`{key}`" for key in RunConfig.model_fields if CLASSES[key] == kind)
-        lines.append(f"- {words}: {keys}")
+        lines.append(f"- {rule}: {keys}")
     lines += ["", "## Exit codes", "", "| code | meaning |", "|---|---|"]
     lines += [f"| {code} | {meaning} |" for code, meaning in EXIT_CODES.items()]
     return "\n".join(lines) + "\n"
@@ -60,12 +66,12 @@ def config_schema() -> str:
 
 
 def faults_page() -> str:
-    """Every suspect, its faults, and what the rule of each says of itself."""
+    """Every suspect, its faults, and the explanation of each fault."""
     lines = [
         "# Faults",
         "",
-        f"The {len(SUSPECTS)} things that whoever fine-tunes sets up, and {len(FAULTS)} ways in which they are wrong. "
-        "`solotune diagnose` names them, `solotune explain F17` prints an entry. Generated from "
+        f"The {len(SUSPECTS)} parts of fine-tuning that you set up (suspects), and {len(FAULTS)} faults that they can "
+        "have. `solotune diagnose` finds them, `solotune explain F17` prints an entry. Generated from "
         "`src/solotune/diagnosis/`.",
         "",
         "| suspect | faults |",
@@ -78,17 +84,14 @@ def faults_page() -> str:
         lines += ["", f"## {suspect}: {name}"]
         for fault in faults_of(suspect):
             lines += ["", f"### {fault.code} {fault.slug}", "", fault.title, ""]
-            lines += [f"- {paragraph}" for paragraph in paragraphs(doc_of(fault.code))]
-            lines += [] if "\nFix: " in doc_of(fault.code) else [f"- Fix: {fault.fix}."]
-            lines += [f"- Then: {fault.expect}."]
-            lines += [f"- Trained by solotune it cannot happen: {fault.prevented}."] if fault.prevented else []
-    lines += ["", "## Named together", "", "The same evidence can mean either; a diagnosis says what tells them apart:"]
+            lines += [f"- {section}" for section in explained(fault.code).sections]
+    lines += ["", "## Reported together", "", "The evidence can be the same; a diagnosis says what tells them apart:"]
     lines += ["", *(f"- {' or '.join(sorted(group))}" for group in EQUIVALENT)]
     lines += [
         "",
-        "## What follows from what",
+        "## Causes and consequences",
         "",
-        "Where the left one is seen, the others are not blamed:",
+        "If the first fault is found, the others are reported as its consequences, not as causes:",
     ]
     lines += ["", *(f"- {cause}: {', '.join(sorted(effects))}" for cause, effects in sorted(EXPLAINS.items()))]
     unruled = sorted(set(FAULTS) - set(rules()))

@@ -51,12 +51,16 @@ def _cell(value: Any) -> Any:
 
 def _page(results: Sequence[Result], found: dict[str, Any], ran: str, seconds: float, on: dict[str, Any]) -> str:
     lines = [
-        "# How often the culprit is named",
+        "# How often the diagnosis names the fault",
         "",
-        "`python -m bench.diagnose` trains every program, hands over what its owner would have (rows, settings, model",
-        "and batches, curve, saved adapter), and takes down the first diagnosis. A held-out program has a tokenizer, a",
-        "template, a world of data and an architecture that no fitted one has. Rules and thresholds were written and",
-        "mended with the fitted ones in sight; the held-out bases were made when that was done.",
+        "`python -m bench.diagnose` trains every program, gives the diagnosis what its owner would have (rows,",
+        "settings, model and batches, curve, saved adapter), and records the first answer. A held-out program has a",
+        "tokenizer, a template, data and an architecture that no fitted one has. Rules and thresholds were written and",
+        "fixed while looking at the fitted ones; the held-out bases were made after that.",
+        "",
+        "**How far to trust these figures.** The whole benchmark, held-out part included, was built beside the rules.",
+        "On programs that the rules were not written beside, the diagnosis names the fault first in 71 of 100 and",
+        "calls 12 of 40 healthy programs faulty (November 2026).",
         "",
         "Foreign runs are folders that transformers' Trainer left"
         + (

@@ -27,7 +27,11 @@ def test_a_folder_that_is_no_run_is_exit_2_and_says_what_would_do(tmp_path, caps
     (tmp_path / "notes.txt").touch()
     assert cli.main(["diagnose", str(tmp_path)]) == 2
     err = capsys.readouterr().err
-    assert "nothing here that can be diagnosed" in err and "notes.txt" in err and "adapter_config.json" in err
+    assert (
+        "is not a run, a config or a trainer's output folder" in err
+        and "notes.txt" in err
+        and "adapter_config.json" in err
+    )
 
 
 def test_a_folder_of_runs_names_the_newest(tmp_path):
@@ -49,7 +53,7 @@ def test_options_of_foreign_folders_are_refused_for_ours(option, tmp_path, capsy
     path = tmp_path / "a.yaml"
     path.write_text("model_name_or_path: m\ndataset: d\n")
     assert cli.main(["diagnose", str(path), option, "x"]) == 2
-    assert f"{option} goes with a folder of another trainer" in capsys.readouterr().err
+    assert f"{option} is only for folders of other trainers" in capsys.readouterr().err
 
 
 # --- a run of ours

@@ -53,9 +53,9 @@ def same(a: Prepared, b: Prepared) -> bool:
     for one, other in ((a.train, b.train), (a.validation, b.validation)):
         assert [(x.where, x.messages, x.tools) for x in one] == [(x.where, x.messages, x.tools) for x in other]
         for x, y in zip(one, other, strict=True):
-            assert (y.input_ids.dtype, y.supervised.dtype) == (np.int32, bool)
+            assert (y.input_ids.dtype, y.loss_mask.dtype) == (np.int32, bool)
             assert x.input_ids.tolist() == y.input_ids.tolist()
-            assert x.supervised.tolist() == y.supervised.tolist()
+            assert x.loss_mask.tolist() == y.loss_mask.tolist()
             assert (x.weights is None) == (y.weights is None)
             if x.weights is not None and y.weights is not None:
                 assert y.weights.dtype == np.float32

@@ -38,7 +38,7 @@ def rows(count: int) -> list[dict[str, Any]]:
 
 
 def learned(example: Example, tokenizer: PreTrainedTokenizerBase = CHATML) -> str:
-    return tokenizer.decode(example.input_ids[example.supervised])
+    return tokenizer.decode(example.input_ids[example.loss_mask])
 
 
 def test_examples(write: Writer) -> None:
@@ -46,7 +46,7 @@ def test_examples(write: Writer) -> None:
     assert [example.where for example in result.train] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]
     assert [learned(example) for example in result.train] == [f"It is {n} of {n * 7}.<|im_end|>" for n in range(3)]
     example = result.train[1]
-    assert (example.input_ids.dtype, example.supervised.dtype) == (np.int32, bool)
+    assert (example.input_ids.dtype, example.loss_mask.dtype) == (np.int32, bool)
     assert example.messages == chat("What is 1 and 1?", "It is 1 of 7.")
     assert example.prompt_ids.tolist() == render_prompt(CHATML, example.messages[:1])
 
@@ -68,7 +68,7 @@ def test_report(write: Writer) -> None:
     everything = [*result.train, *result.validation]
     total, supervised = (
         sum(int(v) for v in values)
-        for values in zip(*((len(example.input_ids), example.supervised.sum()) for example in everything), strict=True)
+        for values in zip(*((len(example.input_ids), example.loss_mask.sum()) for example in everything), strict=True)
     )
     histograms, examples = report.pop("histograms"), report.pop("examples")
     assert report == {
@@ -122,14 +122,14 @@ def test_truncation_keeps_the_start(write: Writer) -> None:
     path = write("a.jsonl", {"messages": chat("a", "word " * 50)})
     whole, cut = prepared(path).train[0], prepared(path, max_length=40).train[0]
     assert cut.input_ids.tolist() == whole.input_ids[:40].tolist()
-    assert cut.supervised.tolist() == whole.supervised[:40].tolist()
+    assert cut.loss_mask.tolist() == whole.loss_mask[:40].tolist()
     assert learned(whole).endswith("<|im_end|>")
     assert not learned(cut).endswith("<|im_end|>")
 
 
 def test_all_tokens_but_the_first_when_asked_for(write: Writer) -> None:
     example = prepared(write("a.jsonl", *rows(1)), assistant_only_loss=False).train[0]
-    assert example.supervised.tolist() == [False] + [True] * (len(example.input_ids) - 1)
+    assert example.loss_mask.tolist() == [False] + [True] * (len(example.input_ids) - 1)
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -157,9 +157,9 @@ def test_rows_add_up(tmp_path: Path, contents: list[list[str]], max_length: int,
     assert report["rows"]["read"] == len(contents) == report["rows"]["kept"] + sum(report["rows"]["dropped"].values())
     assert report["rows"]["kept"] == len(result.train) + len(result.validation)
     for example in (*result.train, *result.validation):
-        assert len(example.input_ids) == len(example.supervised) <= max_length
-        assert example.supervised.any()
-        assert not example.supervised[0]
+        assert len(example.input_ids) == len(example.loss_mask) <= max_length
+        assert example.loss_mask.any()
+        assert not example.loss_mask[0]
 
 
 def test_the_same_twice_and_another_when_anything_changes(write: Writer) -> None:
@@ -195,7 +195,7 @@ def test_texts_end_once(write: Writer, family: str, row: dict[str, str], text: s
     assert tokenizer.decode(example.input_ids) == text
     assert learned(example, tokenizer) == answer or text.startswith("Hello")
     assert example.messages == []
-    assert not example.supervised[0]
+    assert not example.loss_mask[0]
 
 
 def test_texts_begin_once(write: Writer) -> None:

@@ -29,7 +29,7 @@ def message_of(path: Path, **keys: Any) -> str:
 
 
 def learned(example: Example) -> str:
-    return CHATML.decode(example.input_ids[example.supervised])
+    return CHATML.decode(example.input_ids[example.loss_mask])
 
 
 def rows_of(result: Prepared) -> dict[str, Any]:
@@ -96,14 +96,14 @@ def test_splitting_loses_no_label_and_makes_none(tmp_path: Path, sizes: list[tup
     path.write_text(json.dumps({"messages": chat(*("x y " * n for pair in sizes for n in pair))}))
     whole = prepared(path, max_length=100_000).train[0]
     parts = prepared(path, max_length=limit, overflow="split").train
-    ids = [one for part in parts for one in part.input_ids[part.supervised]]
-    assert ids == whole.input_ids[whole.supervised].tolist()
+    ids = [one for part in parts for one in part.input_ids[part.loss_mask]]
+    assert ids == whole.input_ids[whole.loss_mask].tolist()
     for part in parts:
         assert len(part.input_ids) <= limit
-        assert part.supervised.any() and not part.supervised[0]
+        assert part.loss_mask.any() and not part.loss_mask[0]
         # each label follows the token that it follows in the row
         pairs = {(int(a), int(b)) for a, b in zip(whole.input_ids[:-1], whole.input_ids[1:], strict=True)}
-        assert {(int(part.input_ids[k - 1]), int(part.input_ids[k])) for k in np.flatnonzero(part.supervised)} <= pairs
+        assert {(int(part.input_ids[k - 1]), int(part.input_ids[k])) for k in np.flatnonzero(part.loss_mask)} <= pairs
 
 
 # --- bad rows

@@ -91,9 +91,9 @@ def test_a_full_disk_is_said_and_nothing_is_left(write: Writer, place: Path) -> 
     path = write("a.jsonl", *({"messages": chat(f"q {n}", "word " * 200)} for n in range(100)))
     code = f"""
 import resource
-from solotune.dataset import prepare, store
+from solotune.dataset import prepare, row_store
 from tests.dataset.conftest import config_of, tiny_tokenizer
-store.TAIL_BYTES = 10_000
+row_store.TAIL_BYTES = 10_000
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 prepare(config_of({str(path)!r}), tiny_tokenizer("chatml"))
 """
@@ -164,9 +164,9 @@ def test_examples_come_back(monkeypatch: pytest.MonkeyPatch, tail: int) -> None:
         held.append(one)
     for one, other in zip(held, wanted, strict=True):
         assert (one.where, one.messages, one.tools) == (other.where, other.messages, other.tools)
-        assert (one.input_ids.dtype, one.supervised.dtype) == (np.int32, bool)
+        assert (one.input_ids.dtype, one.loss_mask.dtype) == (np.int32, bool)
         assert one.input_ids.tolist() == other.input_ids.tolist()
-        assert one.supervised.tolist() == other.supervised.tolist()
+        assert one.loss_mask.tolist() == other.loss_mask.tolist()
         assert (one.weights is None) == (other.weights is None)
         assert one.weights is None or one.weights.tolist() == other.weights.tolist()
     assert [*lengths_of(held)] == lengths_of(wanted) == [0, 1, 2, 3, 4]

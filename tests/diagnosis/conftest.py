@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+from tests.dataset.conftest import write  # noqa: F401 - a fixture
+
 
 @pytest.fixture(autouse=True)
 def clock_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from solotune.dataset import cache, prepare
-from solotune.diagnosis import data_checks
+from solotune.diagnosis import data_checks, rules
 from solotune.diagnosis.data_checks import check_rows
 from solotune.diagnosis.findings import Finding
+from solotune.diagnosis.run_facts import RunFacts, Settings
 from tests.dataset.conftest import Writer, chat, config_of, tiny_tokenizer
 
 CHATML = tiny_tokenizer("chatml")
@@ -109,3 +111,12 @@ def test_an_account_says_whether_its_rows_were_checked(write: Writer) -> None:
     assert (prepared.report.to_json()["checked"], prepared.report.to_json()["findings"]) == (False, [])
     assert after.report.to_json()["checked"] and after.report.to_json()["findings"] == [f.to_json() for f in found]
     assert prepared.with_findings([]).report.to_json()["checked"]
+
+
+def test_rows_are_judged_once_even_if_nothing_was_found(write: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[object] = []
+    monkeypatch.setattr(rules, "judge", lambda facts: judged.append(facts) or [])
+    config = config_of(write("a.jsonl", *CONSTANT))
+    run_facts = RunFacts("run", Settings({}), tokenizer=CHATML, train=prepare(config, CHATML).train)
+    assert list(rules.findings_of(replace(run_facts, findings=[]))) == [] and not judged
+    assert list(rules.findings_of(run_facts)) == [] and len(judged) == 1, "None: the check did not run"

@@ -38,7 +38,7 @@ def printed(diagnosis) -> str:
 def test_the_culprit_is_a_sentence_with_its_numbers_the_line_to_change_and_what_to_expect():
     text = printed(decide("run", RATE))
     assert text == snapshot("""\
-✗ Padding equals the end token, and the mask of pads takes the end of answers along.
+✗ Masking the padding also masks the end of the answers: both are the same token.
   F17 pad-masks-terminator, loss mask (S4); 95% sure
   ·  the end of turn is in 0 of 40 answers' labels
   →  pad_token: <|pad|>
@@ -50,7 +50,7 @@ def test_the_culprit_is_a_sentence_with_its_numbers_the_line_to_change_and_what_
   →  learning_rate: 2e-4
   the same evidence fits F61 scale-wrong
 
-ruled out  1 fault, each with the number that says so (--json)
+ruled out  1 fault (reasons: --json)
 fault: F17 pad-masks-terminator, and F64 rate-too-low
 """)
     assert printed(decide("run", RATE[:1])) == snapshot("""\
@@ -61,7 +61,7 @@ fault: F17 pad-masks-terminator, and F64 rate-too-low
      then about 3.1 instead of 4.9 after 50 steps
   the same evidence fits F61 scale-wrong
 
-next  train 50 steps with lora_alpha equal to lora_r and the rate as it is: if it helps, the scale was too small, else the rate
+next  train 50 steps with lora_alpha equal to lora_r and the same learning rate: if it helps, the scale was too small, otherwise the learning rate
 fault: F64 rate-too-low
 """)
     rate = printed(decide("run", [RATE[0], Signal("F67", "measured", "a tenth of it is worse", 0.9, against=True)]))
@@ -74,7 +74,7 @@ fault: F64 rate-too-low
   the same evidence fits F61 scale-wrong
 
 ruled out  F67 rate-too-high (a tenth of it is worse)
-next  train 50 steps with lora_alpha equal to lora_r and the rate as it is: if it helps, the scale was too small, else the rate
+next  train 50 steps with lora_alpha equal to lora_r and the same learning rate: if it helps, the scale was too small, otherwise the learning rate
 fault: F64 rate-too-low
 """)
 
@@ -89,8 +89,8 @@ def test_what_confirmed_it_is_said():
      then about 3.1 instead of 4.9 after 50 steps
   the same evidence fits F61 scale-wrong
 
-ruled out  1 fault, each with the number that says so (--json)
-next  train 50 steps with lora_alpha equal to lora_r and the rate as it is: if it helps, the scale was too small, else the rate
+ruled out  1 fault (reasons: --json)
+next  train 50 steps with lora_alpha equal to lora_r and the same learning rate: if it helps, the scale was too small, otherwise the learning rate
 fault: F64 rate-too-low
 """)
 
@@ -100,9 +100,9 @@ def test_healthy_and_undecided_are_said_with_what_was_not_looked_at():
     unasked = {"F57": "no live", "F58": "no live", "F75": "no saved"}
     assert printed(decide("run", [], unasked, skipped)) == snapshot("""\
 not looked at  probes P1, P7: the base is not on this machine
-               2 faults, of LoRA adapter (2): no live
-               1 fault, of save, resume, merge, serve (1): no saved
-healthy: nothing that was looked at speaks for a fault
+               2 faults in LoRA adapter (2): no live
+               1 fault in save, resume, merge, serve (1): no saved
+healthy, no problem found
 """)
     doubt = printed(decide("run", [Signal("F64", "curve", "the loss is flat from step 40 on", 0.9)], {}, skipped))
     assert doubt == snapshot("""\
@@ -114,13 +114,13 @@ healthy: nothing that was looked at speaks for a fault
   the same evidence fits F61 scale-wrong
 
 not looked at  probes P1, P7: the base is not on this machine
-next  learn one batch by heart at a tenth, once and ten times the learning rate (P7 was not run: the base is not on this machine)
-undecided: it may be F64 rate-too-low
+next  overfit one batch at 0.1, 1 and 10 times the learning rate (P7 was not run: the base is not on this machine)
+undecided: possibly F64 rate-too-low
 """)
     unseen = printed(decide("run", [], unseen=["give the data (--dataset)"]))
     assert unseen == snapshot("""\
 next  give the data (--dataset)
-undecided: too little of it can be seen
+undecided: no problem found so far, but some checks could not run
 """)
 
 

@@ -36,7 +36,7 @@ class Told(SilentObserver):
 
 def watched(config, tmp_path, before=lambda model: None, findings=()):
     """The lines that the watch wrote over a whole training, and the watch."""
-    run = RunDirectory.create(config.replaced("test", output_dir=str(tmp_path / "run")))
+    run = RunDirectory.create(str(tmp_path / "run"))
     model = load_model(config, CPU, torch.float32)
     before(model)
     rows, told = random_rows(12), Told()

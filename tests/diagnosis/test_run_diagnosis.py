@@ -114,7 +114,7 @@ def test_no_budget_loads_nothing(run_facts):
         raise AssertionError("loaded")
 
     found = examine(replace(run_facts(), live=loaded), budget=0)
-    assert set(found.skipped.values()) == {"no time was given for probes"}
+    assert set(found.skipped.values()) == {"--budget 0 turns model probes off"}
 
 
 def test_an_empty_trace_is_no_ground_for_healthy():

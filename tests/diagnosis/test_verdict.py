@@ -95,7 +95,7 @@ def test_the_next_experiment_is_the_one_that_most_of_the_doubt_waits_for(monkeyp
     assert "P1 was not run: the model is too large" in str(found.next_experiment)
     found = decide("run", doubts, skipped={"P10": "the model is too large"})
     assert "P10 was not run" in str(found.next_experiment)
-    assert str(decide("run", doubts).next_experiment).startswith("change this one thing")
+    assert str(decide("run", doubts).next_experiment).startswith("change only this")
 
 
 # --- the catalogue

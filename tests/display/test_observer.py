@@ -161,7 +161,7 @@ def start(tiny_config, tmp_path):
         max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=1, save_steps=2,
         output_dir=str(tmp_path / "run"),
     )  # fmt: skip
-    run = RunDirectory.create(config)
+    run = RunDirectory.create(config.output_dir)
     return load_model(config, torch.device("cpu"), torch.float32), config, run
 
 

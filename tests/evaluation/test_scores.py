@@ -59,7 +59,7 @@ def test_exact_match_is_what_greedy_decoding_gives(model):
     """Rows whose answer is what the model itself says match; change one token and they do not."""
     rows = []
     for row in random_rows(6, longest=12):
-        start = int(row.supervised.argmax())
+        start = int(row.loss_mask.argmax())
         said = evaluation.generate(model, row.input_ids[:start].tolist(), len(row.input_ids) - start, [])
         row.input_ids[start:] = said
         rows.append(row)

@@ -78,7 +78,7 @@ MUTANTS = [
     Mutant("the row cursor is not restored", "killed_after_a_save", [
         Edit("dataset.sampler:BatchSampler.steps", "range(done, self.total_steps)", "range(0, self.total_steps - done)")]),
     Mutant("the schedule is not restored", "killed_after_a_save", [
-        Edit("training.loop:train", "learning_rate_at(config, step - 1,", "learning_rate_at(config, step - 1 - done,")]),
+        Edit("training.loop:train", "learning_rate_at(config.schedule, step - 1,", "learning_rate_at(config.schedule, step - 1 - done,")]),
     Mutant("another config is continued", "changed", [
         Edit("training.resume:compare", "if key not in inexact:", "if False:")]),
     Mutant("other rows are continued", "changed", [

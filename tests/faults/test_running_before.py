@@ -86,9 +86,10 @@ def test_a_resumed_run_needs_no_room_for_what_is_there(chat_config, monkeypatch)
 
 
 SMALL_DISK = """
-from solotune import cli, disk
+from solotune import cli
+from solotune.training import disk_space
 print("asked", cli.main(["train", "run.yaml"]))
-disk.require_room = lambda need, folder: None
+disk_space.require_room = lambda need, folder: None
 print("unasked", cli.main(["train", "run.yaml"]))
 """
 

@@ -76,11 +76,11 @@ def peft_losses(config, initial, rows, upcast):
         for name, module in model.named_modules()
         if type(module).__name__ == "Linear4bit"
     }
-    optimizer = make_optimizer(config, adapter)
+    optimizer = make_optimizer(config.optimizer, adapter)
     losses = []
     for step in range(STEPS):
         batch = collate(rows[step * ROWS : (step + 1) * ROWS], torch.device("cuda"))
-        labels = torch.where(batch.supervised_BT, batch.input_ids_BT, -100)
+        labels = torch.where(batch.label_mask_BT, batch.input_ids_BT, -100)
         with torch.autocast("cuda", torch.bfloat16):
             loss = model(input_ids=batch.input_ids_BT, labels=labels).loss
         loss.backward()
@@ -113,7 +113,7 @@ def test_losses_equal_peft_and_bitsandbytes_within_bfloat16_noise(config, capsys
     torch.cuda.empty_cache()
     upcast, _ = peft_losses(config, initial, rows, upcast=True)
 
-    optimizer = make_optimizer(config, model.trainable)
+    optimizer = make_optimizer(config.optimizer, model.trainable)
     model.module.train()
     ours = []
     for step in range(STEPS):

@@ -27,8 +27,8 @@ def config_of(tiny_config, **more):
 def steps_of(config, batches, with_graphs):
     """Loss, accuracy and gradient norm of each step (two micro-batches), the adapters after them, and the passes."""
     model = load_model(config, GPU, torch.bfloat16)
-    runner = MicroBatchRunner(model, config if with_graphs else None)
-    optimizer = make_optimizer(config, [model.flat_params])
+    runner = MicroBatchRunner(model, with_graphs and config.takes_graphs)
+    optimizer = make_optimizer(config.optimizer, [model.flat_params])
     model.module.train()
     numbers = []
     for step, pair in enumerate(zip(batches[::2], batches[1::2], strict=True)):
@@ -85,8 +85,8 @@ def test_a_model_that_looks_into_its_data_is_launched_as_before(tiny_config):
     expected, _, _ = steps_of(config, batches, with_graphs=False)
     model = load_model(config, GPU, torch.bfloat16)
     model.module.base_model.norm.register_forward_hook(lambda module, given, y: y * bool(y.sum().item()))
-    runner = MicroBatchRunner(model, config)
-    optimizer = make_optimizer(config, [model.flat_params])
+    runner = MicroBatchRunner(model, config.takes_graphs)
+    optimizer = make_optimizer(config.optimizer, [model.flat_params])
     model.module.train()
     found = [
         loop.train_step(model, pair, optimizer, 1.0, (0, step), runner)

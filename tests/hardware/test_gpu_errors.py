@@ -14,7 +14,7 @@ from solotune.config.load import load_config
 from solotune.errors import DeviceError, InputError
 from solotune.evaluation import scores
 from solotune.hardware import gpu_errors
-from solotune.hardware.gpu_errors import DeviceMemory, smaller
+from solotune.hardware.gpu_errors import DeviceMemory, smaller_settings
 from solotune.model.adapter import adapter_tensors
 from solotune.run.run_dir import RunDirectory
 from solotune.training import checkpoint, trained_run
@@ -93,11 +93,11 @@ def test_a_card_that_others_fill_is_said_to_be_so(keys, fail_at, memory):
     fail_at(5, FULL)
     memory(80 * GIB, GIB // 2, 12 * GIB)
     assert failure_of(keys) == (
-        "the GPU's memory is full (while training)\n"
-        "  seen:    2.00 GiB more wanted; of 80.0 GiB on the card 12.0 GiB held by this run, 67.5 by other processes "
-        "and the driver, which takes about 0.5; 0.5 free\n"
+        "out of GPU memory (while training)\n"
+        "  seen:    tried to allocate 2.00 GiB; the card has 80.0 GiB: 12.0 used by this run, 67.5 by other processes "
+        "and the driver (about 0.5), 0.5 free\n"
         f"  change:  end the other processes on the card (nvidia-smi lists them) and continue with: {RESUME}, or "
-        "per_device_train_batch_size: 2 with gradient_accumulation_steps: 2 (the same step), or "
+        "per_device_train_batch_size: 2 with gradient_accumulation_steps: 2 (same rows per step), or "
         f"gradient_checkpointing: true and continue with: {RESUME}, or base_residency: quantized"
     )
 
@@ -106,13 +106,16 @@ def test_a_run_that_is_too_large_by_itself_blames_nobody(keys, fail_at, memory):
     fail_at(1, FULL)
     memory(80 * GIB, GIB // 2, 79 * GIB)
     text = failure_of(keys, per_device_train_batch_size=5, gradient_accumulation_steps=2)
-    assert "  change:  per_device_train_batch_size: 1 with gradient_accumulation_steps: 10 (the same step), or" in text
+    assert (
+        "  change:  per_device_train_batch_size: 1 with gradient_accumulation_steps: 10 (same rows per step), or"
+        in text
+    )
     assert "nvidia-smi" not in text
 
 
 def test_without_an_answer_of_the_card_the_message_is_made_all_the_same(keys, fail_at):
     fail_at(1, FULL)
-    assert "  seen:    2.00 GiB more wanted\n" in failure_of(keys)
+    assert "  seen:    tried to allocate 2.00 GiB\n" in failure_of(keys)
 
 
 @pytest.mark.parametrize("error", [FULL, *LOST], ids=lambda error: str(error)[:30])
@@ -140,13 +143,13 @@ def test_a_lost_card_names_the_last_checkpoint_and_is_not_asked_anything(keys, f
     assert failure_of(keys) == (
         "the GPU failed, and this process cannot use it any more; the last checkpoint is run/checkpoints/step-000004\n"
         f"  seen:    {str(error).splitlines()[0]}\n"
-        f"  change:  see with nvidia-smi whether the card is well, then continue with: {RESUME}"
+        f"  change:  check the card with nvidia-smi, then continue with: {RESUME}"
     )
 
 
 def test_a_card_lost_before_the_first_checkpoint(keys, fail_at):
     fail_at(1, LOST[0])
-    assert "cannot use it any more; nothing was saved yet\n" in failure_of(keys)
+    assert "cannot use it any more; no checkpoint was saved yet\n" in failure_of(keys)
     fail_at(NEVER, LOST[0])
     assert cli.main(RESUME.split()[1:]) == 0  # starts anew
 
@@ -154,9 +157,12 @@ def test_a_card_lost_before_the_first_checkpoint(keys, fail_at):
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        ("CUDA error: device-side assert triggered", "refused its input, an index out of range most often; the last"),
-        ("CUDA error: no kernel image is available for execution on the device", "  change:  solotune doctor"),
-        ("CUDA error: all CUDA-capable devices are busy or unavailable", "another process holds the GPU for itself"),
+        ("CUDA error: device-side assert triggered", "got invalid input, most often an index out of range; the last"),
+        ("CUDA error: no kernel image is available for execution on the device", "  change:  run: solotune doctor"),
+        (
+            "CUDA error: all CUDA-capable devices are busy or unavailable",
+            "another process has exclusive use of the GPU",
+        ),
     ],
 )
 def test_failures_with_a_cause_of_their_own(keys, fail_at, said, words):
@@ -172,7 +178,7 @@ def test_what_the_compiler_wraps_is_found(keys, fail_at, memory):
     except RuntimeError as wrapped:
         fail_at(1, wrapped)
     memory(80 * GIB, GIB, 78 * GIB)
-    assert failure_of(keys).startswith("the GPU's memory is full (while training)\n  seen:    2.00 GiB more wanted;")
+    assert failure_of(keys).startswith("out of GPU memory (while training)\n  seen:    tried to allocate 2.00 GiB;")
 
 
 def test_the_innermost_stage_is_said_and_none_that_was_left_before(memory):
@@ -182,7 +188,7 @@ def test_the_innermost_stage_is_said_and_none_that_was_left_before(memory):
     def problem_of(run, *args):
         with pytest.raises((torch.OutOfMemoryError, RuntimeError)) as caught:
             run(*args)
-        failure = gpu_errors.device_failure(caught.value, config)
+        failure = gpu_errors.device_failure(caught.value, config.memory)
         assert failure is not None
         return failure.problem
 
@@ -198,20 +204,18 @@ def test_the_innermost_stage_is_said_and_none_that_was_left_before(memory):
         except torch.OutOfMemoryError as error:
             raise RuntimeError("backend='inductor' raised") from error
 
-    assert problem_of(train, gpu_errors.stage("evaluating")(no_room)).endswith(" is full (while evaluating)")
-    assert problem_of(train, no_room).endswith(" is full (while training)")
-    assert problem_of(wrapped).endswith(" is full (while training)")
-    assert problem_of(no_room).endswith(" is full")
+    assert problem_of(train, gpu_errors.stage("evaluating")(no_room)).endswith(" memory (while evaluating)")
+    assert problem_of(train, no_room).endswith(" memory (while training)")
+    assert problem_of(wrapped).endswith(" memory (while training)")
+    assert problem_of(no_room).endswith(" memory")
 
 
 def test_no_room_for_the_weights_leaves_no_run_behind(keys, monkeypatch, memory, tmp_path):
     monkeypatch.setattr("solotune.model.loading._store", no_room)
     memory(24 * GIB, 0, 23 * GIB)
     text = failure_of(keys, base_precision="bf16")
-    assert text.startswith("the GPU's memory is full (while loading the model)\n")
-    assert text.endswith(
-        "1.0 by other processes and the driver, which takes about 0.5; 0.0 free\n  change:  base_precision: nf4"
-    )
+    assert text.startswith("out of GPU memory (while loading the model)\n")
+    assert text.endswith("1.0 by other processes and the driver (about 0.5), 0.0 free\n  change:  base_precision: nf4")
     assert not (tmp_path / "run").exists()
 
 
@@ -219,7 +223,7 @@ def test_no_room_while_evaluating_asks_for_fewer_rows_there(keys, monkeypatch, m
     memory(24 * GIB, GIB, 22 * GIB)
     monkeypatch.setattr(scores, "collate", no_room)
     text = failure_of(keys)
-    assert text.startswith("the GPU's memory is full (while evaluating)")
+    assert text.startswith("out of GPU memory (while evaluating)")
     assert f"  change:  per_device_eval_batch_size: 4 and continue with: {RESUME}, or" in text
 
 
@@ -248,7 +252,9 @@ def test_other_errors_stay_what_they_are(keys, fail_at, error):
 def test_what_is_smallest_already_is_not_advised():
     config = load_config({"model_name_or_path": "m", "dataset": "d", "gradient_checkpointing": True,
         "per_device_train_batch_size": 1, "base_residency": "quantized"})  # fmt: skip
-    assert smaller(config, "training", None) == ["max_length: 1024"]
-    assert smaller(config, "loading the model", None) == []
+    assert smaller_settings(config.memory, "training", None) == ["max_length: 1024"]
+    assert smaller_settings(config.memory, "loading the model", None) == []
     mixed = load_config({"model_name_or_path": "m", "dataset": "d", "matmul_precision": "fp8"})
-    assert smaller(mixed, "loading the model", None) == ["base_precision: nf4 with matmul_precision: auto"]
+    assert smaller_settings(mixed.memory, "loading the model", None) == [
+        "base_precision: nf4 with matmul_precision: auto"
+    ]

@@ -1,4 +1,4 @@
-"""The machine: what is decided for it, and that each check of doctor fails on the fault it is for."""
+"""Facts about the machine, and the settings that follow from them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 import sys
-import tomllib
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +16,10 @@ from inline_snapshot import snapshot
 
 from solotune.config.load import load_config
 from solotune.errors import DeviceError, InputError
-from solotune.hardware import doctor as fitness
 from solotune.hardware import machine as environment
-from solotune.hardware.doctor import doctor
 from solotune.hardware.machine import Machine, device_of, dtype_of, probe, resolve_for_machine
 from tests.messages import stable
 
-ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
 
 
@@ -56,7 +52,7 @@ def config(**values):
     return load_config({"model_name_or_path": "m", "dataset": "d", **values})
 
 
-# --- settle
+# --- settings that the machine decides
 
 
 def test_a_modern_gpu_leaves_the_recipe_as_it_is(with_compiler):
@@ -64,7 +60,7 @@ def test_a_modern_gpu_leaves_the_recipe_as_it_is(with_compiler):
     resolved, choices = resolve_for_machine(recipe, gpu((9, 0)))
     assert resolved is recipe
     assert choices == []
-    assert (device_of(resolved, gpu((9, 0))), dtype_of(resolved)) == ("cuda", "bfloat16")
+    assert (device_of(gpu((9, 0)), use_cpu=resolved.use_cpu), dtype_of(resolved.bf16)) == ("cuda", "bfloat16")
 
 
 @pytest.mark.parametrize("on", [machine(), gpu((9, 0))])
@@ -75,9 +71,9 @@ def test_without_cuda_or_asked_for_the_cpu(on):
         ("torch_compile", False),
         ("bf16", False),
     ]
-    assert choices[0].because == "paged_adamw_8bit needs CUDA, as the 8-bit and paged optimizers do"
+    assert choices[0].because == "paged_adamw_8bit needs CUDA, like all 8-bit and paged optimizers"
     assert "12 times slower than float32" in choices[2].because
-    assert (resolved.optim, resolved.bf16, device_of(resolved, on), dtype_of(resolved)) == (
+    assert (resolved.optim, resolved.bf16, device_of(on, use_cpu=resolved.use_cpu), dtype_of(resolved.bf16)) == (
         "adamw_torch",
         False,
         "cpu",
@@ -100,7 +96,7 @@ def test_what_fits_already_is_no_choice():
 def test_a_gpu_without_bfloat16_keeps_its_optimizer(with_compiler):
     resolved, choices = resolve_for_machine(config(), gpu((7, 5), "T4"))
     assert [tuple(choice) for choice in choices] == [
-        ("bf16", False, "T4 has compute capability 7.5; bfloat16 came with 8.0")
+        ("bf16", False, "T4 has compute capability 7.5; bfloat16 needs 8.0 or more")
     ]
     assert resolved.optim == "paged_adamw_8bit"
 
@@ -108,7 +104,7 @@ def test_a_gpu_without_bfloat16_keeps_its_optimizer(with_compiler):
 def test_without_what_the_compiler_needs_layers_stay_uncompiled():
     _, choices = resolve_for_machine(config(), gpu((9, 0), versions={}))
     assert [tuple(choice)[:2] for choice in choices] == [("torch_compile", False)]
-    assert choices[0].because == "triton: not installed; torch compiles its GPU kernels with it"
+    assert choices[0].because == "triton: not installed; torch needs it to compile GPU kernels"
 
 
 @pytest.mark.parametrize(
@@ -116,17 +112,17 @@ def test_without_what_the_compiler_needs_layers_stay_uncompiled():
     [
         (
             {"base_precision": "fp8"},
-            "python, base_precision: fp8 needs a GPU that multiplies 8-bit floats\n"
+            "python, base_precision: fp8 needs a GPU that can multiply 8-bit floats\n"
             "  seen:    A100, compute capability 8.0\n"
             "  allowed: compute capability 8.9 or more: Ada (L4, 40-series), Hopper (H100) and newer\n"
-            "  change:  base_precision: bf16 (as large, nearer to the original weights) or nf4 (a quarter)",
+            "  change:  base_precision: bf16 (same size, closer to the original weights) or nf4 (a quarter of the size)",
         ),
         (
             {"matmul_precision": "fp8"},
-            "python, matmul_precision: fp8 needs a GPU that multiplies 8-bit floats\n"
+            "python, matmul_precision: fp8 needs a GPU that can multiply 8-bit floats\n"
             "  seen:    A100, compute capability 8.0\n"
             "  allowed: compute capability 8.9 or more: Ada (L4, 40-series), Hopper (H100) and newer\n"
-            "  change:  matmul_precision: auto (the same memory or less, bf16)",
+            "  change:  matmul_precision: auto (bf16 matmuls, same memory or less)",
         ),
     ],
 )
@@ -159,9 +155,9 @@ def test_a_gpu_that_another_process_has_filled_is_no_reason_to_train_on_the_cpu(
     with pytest.raises(DeviceError) as caught:
         resolve_for_machine(config(), refusing())
     assert stable(caught.value) == snapshot("""\
-the GPU is there, but cannot be used
+this machine has a GPU, but it cannot be used
   seen:    AcceleratorError: CUDA error: out of memory
-  change:  end the processes that hold it (nvidia-smi lists them), or use_cpu: true\
+  change:  end the processes that use it (nvidia-smi lists them), or set use_cpu: true\
 """)
     assert caught.value.exit_code == 7
     assert resolve_for_machine(config(use_cpu=True), refusing())[0].optim == "adamw_torch"
@@ -212,9 +208,9 @@ def test_the_allocator_grows_its_segments_unless_the_user_has_set_it_up(release,
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
 
 
-def test_importing_environment_loads_no_torch():
+def test_importing_machine_loads_no_torch():
     code = "import sys, solotune.hardware.machine; assert 'torch' not in sys.modules"
-    where = {**os.environ, "PYTHONPATH": str(Path(environment.__file__).parents[1])}
+    where = {**os.environ, "PYTHONPATH": str(Path(environment.__file__).parents[2])}
     assert subprocess.run([sys.executable, "-c", code], env=where, check=False).returncode == 0
 
 
@@ -245,93 +241,6 @@ def test_nvidia_smi_of_any_quality(monkeypatch, tmp_path):
         assert environment._nvidia_smi() == found
 
 
-# --- doctor: every check is made to fail by the fault it is for
-
-
-def checks(name: str) -> list[tuple[str, str, str | None]]:
-    return [(check.status, check.found, check.fix) for check in doctor().checks if check.name == name]
-
-
-@pytest.fixture
-def facts(monkeypatch) -> dict:
-    """What torch says; a test changes it to put another machine in the place of this one."""
-    found: dict = {"cuda_runtime": "12.8"}
-    monkeypatch.setattr(environment, "_torch_facts", lambda: found)
-    return found
-
-
-H100 = {"gpu": "H100", "num_gpus": 1, "compute_capability": (9, 0), "gpu_bytes": 80 * GIB, "gpu_free_bytes": 79 * GIB}
-
-
-def test_this_machine_passes():
-    report = doctor()
-    assert report.ok, [check for check in report.checks if check.status == "fail"]
-    assert all(check.fix is None for check in report.checks if check.status == "ok")
-    assert json.loads(json.dumps(report.to_json()))["checks"][0].keys() == {"name", "status", "found", "fix"}
-
-
-@pytest.mark.parametrize(
-    ("version", "status"), [("3.10.14", "fail"), ("3.11.0", "ok"), ("3.13.9", "ok"), ("3.14.0", "fail")]
-)
-def test_python_versions(version, status, monkeypatch):
-    monkeypatch.setattr(environment.platform, "python_version", lambda: version)
-    ((found, _, fix),) = checks("python")
-    assert found == status
-    assert fix == (None if status == "ok" else "make the virtual environment with Python 3.11 to 3.13")
-
-
-def test_torch_that_does_not_import(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    ((status, found, fix),) = checks("torch")
-    assert (status, fix) == ("fail", "pip install --force-reinstall torch")
-    assert found.startswith("cannot be imported: ModuleNotFoundError")
-    assert checks("bitsandbytes") == [("fail", "not tried, for torch cannot be imported", "mend torch first")]
-
-
-def test_no_gpu_is_a_warning(facts, monkeypatch):
-    monkeypatch.setattr(environment, "_nvidia_smi", lambda: (None, None))
-    ((status, found, _),) = checks("gpu")
-    assert status == "warn"
-    assert "small models train in minutes" in found
-    assert doctor().ok
-
-
-def test_cpu_build_of_torch_beside_a_gpu(facts, monkeypatch):
-    facts["cuda_runtime"] = None
-    monkeypatch.setattr(environment, "_nvidia_smi", lambda: ("H100", "570.1"))
-    ((status, found, fix),) = checks("gpu")
-    assert status == "fail"
-    assert found.startswith("H100 is there, but torch ")
-    assert found.endswith(" is built without CUDA")
-    assert fix is not None
-    assert fix.startswith("pip install --force-reinstall torch")
-    assert not doctor().ok
-
-
-def test_driver_that_is_too_old(facts, monkeypatch):
-    facts["cuda_error"] = "RuntimeError: The NVIDIA driver on your system is too old (found version 11040)."
-    monkeypatch.setattr(environment, "_nvidia_smi", lambda: ("H100", "470.1"))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    ((status, found, fix),) = checks("gpu")
-    assert status == "fail"
-    assert found.startswith("H100, driver 470.1: torch cannot use it: RuntimeError: The NVIDIA driver")
-    assert fix == "update the NVIDIA driver to one for CUDA 12.8, or install torch built for an older CUDA"
-
-
-def test_hidden_gpu(facts, monkeypatch):
-    monkeypatch.setattr(environment, "_nvidia_smi", lambda: ("H100", "570.1"))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    fix = "unset CUDA_VISIBLE_DEVICES, or set it to 0"
-    assert checks("gpu") == [("warn", "H100 is hidden: CUDA_VISIBLE_DEVICES=''", fix)]
-
-
-def test_a_gpu_that_refuses_is_named_with_what_holds_it(facts, monkeypatch):
-    monkeypatch.setattr(environment, "_nvidia_smi", lambda: ("H100", "570.1"))
-    facts.update(num_gpus=1, cuda_error="AcceleratorError: CUDA error: out of memory")
-    found = "H100, driver 570.1: it refuses: AcceleratorError: CUDA error: out of memory"
-    assert checks("gpu") == [("fail", found, "end the processes that hold it (nvidia-smi lists them)")]
-
-
 @pytest.mark.parametrize("asked", ["get_device_properties", "mem_get_info"])
 def test_a_card_without_room_for_a_context_is_counted_and_not_used(asked, monkeypatch):
     import torch
@@ -346,148 +255,3 @@ def test_a_card_without_room_for_a_context_is_counted_and_not_used(asked, monkey
     found = machine(**environment._torch_facts())
     assert (found.gpu_refuses, found.has_cuda) == (True, False)
     assert found.cuda_error == "AcceleratorError: CUDA error: out of memory"
-
-
-def test_gpu_with_and_without_bfloat16(facts, monkeypatch):
-    monkeypatch.setattr(environment, "_nvidia_smi", lambda: ("H100", "570.1"))
-    facts.update(H100)
-    found = "H100, 79.0 of 80.0 GiB free, compute capability 9.0, driver 570.1"
-    assert checks("gpu") == [("ok", found, None)]
-    facts["compute_capability"] = (7, 5)
-    assert checks("gpu")[0][0] == "warn"
-
-
-def test_what_triton_needs(facts, monkeypatch, tmp_path):
-    facts.update(H100)
-    versions = {"triton": "3.5.0"}
-    monkeypatch.setattr(environment, "installed_version", versions.get)
-    monkeypatch.setenv("CC", "none")
-    monkeypatch.setattr(environment.shutil, "which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
-    monkeypatch.setattr(environment.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    assert checks("triton") == [("ok", "3.5.0", None)]
-    assert checks("compiler")[0][:2] == ("fail", "no Python.h; triton needs it")
-    (tmp_path / "Python.h").touch()
-    assert checks("compiler") == [("ok", "gcc, Python.h", None)]
-    monkeypatch.setattr(environment.shutil, "which", lambda name: None)
-    assert checks("compiler")[0][:2] == ("fail", "no C compiler; triton needs one")
-    versions.clear()
-    assert checks("triton")[0][0] == "fail"
-
-
-def test_bitsandbytes_without_its_native_library(monkeypatch):
-    from bitsandbytes import functional
-
-    def missing(*_, **__):
-        raise RuntimeError("\n🚨 CUDA SETUP: native library not found\nmany more lines")
-
-    monkeypatch.setattr(functional, "quantize_4bit", missing)
-    ((status, found, fix),) = checks("bitsandbytes")
-    assert status == "fail"
-    assert found.endswith(": RuntimeError: 🚨 CUDA SETUP: native library not found")
-    assert fix == "pip install --force-reinstall --no-deps bitsandbytes"
-
-
-def test_bitsandbytes_that_computes_nonsense(monkeypatch):
-    from bitsandbytes import functional
-
-    expand = functional.dequantize_4bit
-    for wrong in (0.5, float("nan")):
-        monkeypatch.setattr(functional, "dequantize_4bit", lambda *a, wrong=wrong: expand(*a) + wrong)
-        ((status, found, _),) = checks("bitsandbytes")
-        assert status == "fail"
-        assert "is off by" in found
-
-
-def test_nf4_is_as_exact_as_it_can_be():
-    assert 0.14 < fitness._nf4_error("cpu") <= fitness.NF4_MAX_ERROR
-
-
-def installed(monkeypatch, versions: dict[str, str], requires: dict[str, list[str]]) -> None:
-    monkeypatch.setattr(environment, "installed_version", versions.get)
-    monkeypatch.setattr(fitness, "_requires", lambda name: requires.get(name, []))
-
-
-def test_a_clash_two_levels_down_is_named(monkeypatch):
-    versions = {"transformers": "5.24.0", "tokenizers": "0.24.0", "torch": "2.11.0+cu128"}
-    requires = {
-        "solotune": [
-            "torch>=2.11",
-            "transformers<6,>=5.17",
-            "pytest>=9; extra == 'dev'",
-            "winapi; sys_platform == 'win32'",
-        ],
-        "transformers": ["tokenizers<=0.23.0,>=0.22.0", "torch; extra == 'torch'"],
-    }
-    installed(monkeypatch, versions, requires)
-    found = "transformers 5.24.0 needs tokenizers<=0.23.0,>=0.22.0, installed is 0.24.0"
-    assert checks("packages") == [("warn", found, "pip install 'tokenizers<=0.23.0,>=0.22.0'")]
-
-
-def test_old_and_missing_packages_each_have_a_line(monkeypatch):
-    versions = dict.fromkeys(("transformers", "bitsandbytes", "datasets", "safetensors"), "5.18.0")
-    installed(monkeypatch, {**versions, "torch": "2.6.0"}, {})
-    assert [found for _, found, _ in checks("packages")] == [
-        "solotune needs torch>=2.11, installed is 2.6.0",
-        "solotune needs jinja2>=3.1.6, which is not installed",
-    ]
-
-
-def test_floors_are_those_of_pyproject():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(fitness.NEEDS) <= set(project["dependencies"])
-    low, high = fitness.PYTHONS
-    assert project["requires-python"] == f">={low[0]}.{low[1]},<{high[0]}.{high[1] + 1}"
-
-
-def test_little_memory_and_little_disk(monkeypatch):
-    monkeypatch.setattr(environment, "ram", lambda: (4 * GIB, 2 * GIB))
-    monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: SimpleNamespace(free=19 * GIB))
-    assert checks("memory")[0][:2] == ("warn", "2.0 of 4.0 GiB free")
-    assert checks("disk")[0][:2] == ("warn", "19.0 GiB free")
-
-
-def test_cache_that_cannot_be_written(monkeypatch, tmp_path):
-    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "new"))
-    assert checks("hub cache") == [("ok", "writable", None)]
-    assert not (tmp_path / "new").exists()
-    (tmp_path / "file").touch(0o755)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
-    ((status, found, fix),) = checks("hub cache")
-    assert (status, fix) == ("fail", "set HF_HOME to a folder that can be")
-    assert found == f"{tmp_path}/file/hub cannot be written"
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    assert checks("hub cache")[0][0] == "ok"
-
-
-def test_offline_is_said(monkeypatch):
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    assert checks("hub") == []
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert checks("hub")[0][0] == "ok"
-
-
-@pytest.mark.parametrize(
-    ("package", "version", "words"),
-    [
-        ("transformers", "5.2.9", "transformers 5.2.9 is unsafe: before 5.3 a config.json could name native code"),
-        ("transformers", "4.57.1", "transformers 4.57.1 is unsafe"),
-        ("torch", "2.5.1+cu124", "torch 2.5.1+cu124 is unsafe: before 2.6 weights_only did not"),
-        ("jinja2", "3.1.5", "jinja2 3.1.5 is unsafe: before 3.1.6 a chat template could leave the sandbox"),
-        ("pyarrow", "14.0.0", "pyarrow 14.0.0 is unsafe: before 14.0.1 a Parquet or Arrow file could run code"),
-    ],
-)
-def test_versions_with_known_holes_fail(package, version, words, monkeypatch):
-    real = environment.installed_version
-    monkeypatch.setattr(environment, "installed_version", lambda name: version if name == package else real(name))
-    ((status, found, fix),) = checks("safe versions")
-    assert (status, found.startswith(words)) == ("fail", True), found
-    assert fix == f"pip install --upgrade '{package}>={fitness.FLOORS[package][0]}'"
-
-
-def test_the_floors_themselves_are_safe_and_all_that_are_below_are_named(monkeypatch):
-    monkeypatch.setattr(environment, "installed_version", lambda name: fitness.FLOORS.get(name, ("99",))[0])
-    assert checks("safe versions")[0][0] == "ok"
-    monkeypatch.setattr(environment, "installed_version", lambda name: "0.1")
-    assert [status for status, *_ in checks("safe versions")] == ["fail"] * len(fitness.FLOORS)

@@ -100,12 +100,12 @@ def of(name: str) -> RunConfig:
 
 
 def test_a_hub_id_is_here_after_its_small_files_were_downloaded(downloads: Downloads) -> None:
-    assert model_here(of(HUB_ID)) is None
+    assert model_here(HUB_ID, "main") is None
     found = resolve_model(of(HUB_ID))
     assert (found.hub_id, found.is_local, found.folder.name) == (HUB_ID, False, COMMIT)
     assert found.config["model_type"] == "llama" and "eos_token_id" in found.generation_config
     assert not list(found.folder.glob("*.safetensors"))
-    here = model_here(of(HUB_ID))
+    here = model_here(HUB_ID, "main")
     assert here is not None and (here.folder, here.hub_id) == (found.folder, HUB_ID)
     whole = found.with_weights()
     assert (
@@ -114,7 +114,7 @@ def test_a_hub_id_is_here_after_its_small_files_were_downloaded(downloads: Downl
         and (found.folder / "model.safetensors").is_file()
     )
     assert downloads == [(HUB_ID, False), (HUB_ID, True)]
-    assert model_here(of("org/other")) is model_here(of("./nowhere")) is model_here(of("x" * 200)) is None
+    assert all(model_here(name, "main") is None for name in ("org/other", "./nowhere", "x" * 200))
 
 
 def test_a_local_folder_asks_nothing(chat_model: Path, downloads: Downloads) -> None:

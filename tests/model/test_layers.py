@@ -57,8 +57,8 @@ def test_any_number_of_layers_may_recompute_themselves(family, tiny_config):
 
 
 @pytest.mark.parametrize(("wanted", "number"), [(True, 4), (False, 0), ("auto", 4), (3, 3), (9, 4)])
-def test_how_many_layers_the_config_means(wanted, number, tiny_config):
-    assert layers.num_checkpointed(tiny_config(gradient_checkpointing=wanted), 4) == number
+def test_how_many_layers_the_config_means(wanted, number):
+    assert layers.num_checkpointed(wanted, 4) == number
 
 
 def test_inputs_in_the_hosts_memory_change_nothing(tiny_config, monkeypatch):

@@ -37,7 +37,7 @@ def test_losses_are_those_of_transformers_with_padding_and_mask(family, tiny_con
     with torch.no_grad():
         ours, _ = model.token_losses(batch)
         logits = reference(batch.input_ids_BT, attention_mask=attention_mask).logits
-        theirs = token_losses_reference(logits, batch.input_ids_BT, batch.supervised_BT)
+        theirs = token_losses_reference(logits, batch.input_ids_BT, batch.label_mask_BT)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
     assert model.num_parameters - model.num_trainable == reference.num_parameters()
 

@@ -40,6 +40,11 @@ def load(config):
     return load_model(config, CPU, torch.float32)
 
 
+def peft_config_of(config, model):
+    name, revision = config.model_name_or_path, config.model_revision
+    return lora.peft_config(config.lora, model.lora_layers, model.module, base=name, revision=revision)
+
+
 def shake(model):
     """Adapters that do something."""
     generator = torch.Generator().manual_seed(1)
@@ -54,7 +59,7 @@ def test_saved_adapter_loads_in_peft_and_gives_the_same_logits(family, targets, 
     config = tiny_config(family, lora_target_modules=targets if targets == "all-linear" else names, use_rslora=True)
     model = load(config)
     shake(model)
-    peft_config = lora.peft_config(config, model.lora_layers, model.module)
+    peft_config = peft_config_of(config, model)
     Adapter(peft_config, lora.state_dict(model.lora_layers)).write(Folder(tmp_path))
     base = AutoModelForCausalLM.from_pretrained(model_folder(family), dtype=torch.float32)
     theirs = PeftModel.from_pretrained(base, tmp_path).eval()
@@ -73,7 +78,7 @@ def test_saved_adapter_loads_in_peft_and_gives_the_same_logits(family, targets, 
 
 def test_a_base_in_a_folder_is_not_named_in_the_adapter(tiny_config):
     model = load(config := tiny_config())
-    written = lora.peft_config(config, model.lora_layers, model.module)
+    written = peft_config_of(config, model)
     assert (written["base_model_name_or_path"], written["revision"]) == (None, None)
 
 
@@ -147,7 +152,7 @@ adapter: the adapter does not fit this model and config
 def test_adapter_config_names_whole_modules_where_last_names_would_select_too_much(tiny_config):
     config = tiny_config(lora_target_modules=["layers.0.self_attn.q_proj"])
     model = load(config)
-    written = lora.peft_config(config, model.lora_layers, model.module)
+    written = peft_config_of(config, model)
     assert written["target_modules"] == ["model.layers.0.self_attn.q_proj"]
 
 

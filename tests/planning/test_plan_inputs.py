@@ -83,8 +83,8 @@ def test_the_work_is_that_of_the_micro_batches_that_will_be_drawn(config):
     checked = load_config(config, ["gradient_accumulation_steps=2", "per_device_train_batch_size=3"])
     prepared = dataset.prepare(checked, dataset.load_tokenizer(checked))
     lengths = [len(row.input_ids) for row in prepared.train]
-    drawn = [m for step in BatchSampler.of(checked, len(lengths)).steps(0) for m in step]
-    work = plan_inputs.work_of(checked, prepared)
+    drawn = [m for step in BatchSampler.of(checked.batches, len(lengths)).steps(0) for m in step]
+    work = plan_inputs.work_of(checked.batches, checked.evaluation, prepared)
     assert (work.rows, work.accumulation, work.steps) == (3, 2, 6)
     assert work.tokens == max(lengths[row] for micro in drawn for row in micro)
     assert work.tokens_per_step == pytest.approx(2 * sum(lengths[r] for m in drawn for r in m) / len(drawn))
@@ -145,10 +145,10 @@ command line, memory_budget: more than the card has
         (
             ["--gpu", "a100", "base_precision=fp8"],
             snapshot("""\
-command line, base_precision: fp8 needs a GPU that multiplies 8-bit floats
+command line, base_precision: fp8 needs a GPU that can multiply 8-bit floats
   seen:    a100-80, compute capability 8.0
   allowed: compute capability 8.9 or more: Ada (L4, 40-series), Hopper (H100) and newer
-  change:  base_precision: bf16 (as large, nearer to the original weights) or nf4 (a quarter)\
+  change:  base_precision: bf16 (same size, closer to the original weights) or nf4 (a quarter of the size)\
 """),
         ),
         (
@@ -233,8 +233,9 @@ def test_packed_passes_are_planned_in_the_shape_they_are_padded_to(config):
 
     checked = load_config(config, ["packing=true", "per_device_train_batch_size=3"])
     prepared = dataset.prepare(checked, dataset.load_tokenizer(checked))
-    work = plan_inputs.work_of(checked, prepared)
+    work = plan_inputs.work_of(checked.batches, checked.evaluation, prepared)
     assert (work.rows, work.tokens, work.mean_tokens) == (3, checked.max_length, checked.max_length)
     assert 0 < work.real_share < 1
-    as_they_are = plan_inputs.work_of(checked.replaced("test", torch_compile=False), prepared)
+    eager = checked.replaced("test", torch_compile=False)
+    as_they_are = plan_inputs.work_of(eager.batches, eager.evaluation, prepared)
     assert as_they_are.mean_tokens < checked.max_length

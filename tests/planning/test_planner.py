@@ -68,7 +68,7 @@ def config(**keys: object) -> RunConfig:
 
 def planned(card=H100, free=None, shape=None, **keys):
     checked = config(**keys)
-    return make_plan(checked, lambda _: shape or llama_8b(), card, full_rows(checked), free)
+    return make_plan(checked, lambda _: shape or llama_8b(), card, full_rows(checked.batches), free)
 
 
 WORK = Workload(4, 2048, 2048, 1.0, 1.0, 2, None)
@@ -191,7 +191,7 @@ def test_a_large_card_keeps_all_and_a_small_one_less():
 def test_the_chosen_is_the_fastest_that_fits():
     plan = planned(memory_budget="20GiB")
     fewer = replace(plan.option.knobs, num_checkpointed=plan.option.knobs.num_checkpointed - 1)
-    assert not plan.budget.holds(footprint(llama_8b(), fewer, full_rows(config()), H100))
+    assert not plan.budget.holds(footprint(llama_8b(), fewer, full_rows(config().batches), H100))
     assert plan.resolved.gradient_checkpointing == plan.option.knobs.num_checkpointed
     assert plan.resolved.source_of("gradient_checkpointing") == "plan"
 
@@ -216,9 +216,9 @@ def test_offload_is_chosen_only_where_nothing_else_fits():
     [("h100", ["fp8", "nf4"]), ("4090", ["fp8", "nf4"]), ("a100-80", ["bf16", "nf4"]), ("t4", ["fp32", "nf4"])],
 )
 def test_precision_by_quality_then_by_what_fits(card, order):
-    assert precisions(config(base_precision="auto"), CARDS[card]) == order
-    assert precisions(config(), CARDS[card]) == ["nf4"]
-    assert "fp8" not in precisions(config(base_precision="auto", matmul_precision="bf16"), CARDS[card])
+    assert precisions(config(base_precision="auto").memory, CARDS[card]) == order
+    assert precisions(config().memory, CARDS[card]) == ["nf4"]
+    assert "fp8" not in precisions(config(base_precision="auto", matmul_precision="bf16").memory, CARDS[card])
 
 
 def test_auto_precision_falls_back_to_nf4_and_says_why():

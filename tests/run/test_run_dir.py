@@ -61,18 +61,18 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_a_directory_with_a_run_is_not_overwritten(tmp_path):
-    run = RunDirectory.create(config_in(tmp_path / "r"))
+    run = RunDirectory.create(str(tmp_path / "r"))
     run.write_config(config_in(tmp_path / "r"))
     run.release()
     with pytest.raises(DirectoryInUseError) as caught:
-        RunDirectory.create(config_in(tmp_path / "r"))
+        RunDirectory.create(str(tmp_path / "r"))
     assert stable(caught.value) == snapshot("""\
 <tmp>/r already holds a run
   seen:    config.yaml
   change:  --resume to continue it, another output_dir to start afresh, or remove the folder\
 """)
     assert caught.value.exit_code == 4
-    RunDirectory.create(config_in(tmp_path / "r"), resume=True).release()
+    RunDirectory.create(str(tmp_path / "r"), resume=True).release()
 
 
 def test_a_run_that_came_and_went_while_the_lock_was_waited_for_is_not_overwritten(tmp_path, monkeypatch):
@@ -80,14 +80,14 @@ def test_a_run_that_came_and_went_while_the_lock_was_waited_for_is_not_overwritt
 
     def late(run):
         monkeypatch.undo()
-        other = RunDirectory.create(config)
+        other = RunDirectory.create(config.output_dir)
         other.write_config(config)
         other.release()
         take(run)
 
     monkeypatch.setattr(RunDirectory, "_take_lock", late)
     with pytest.raises(DirectoryInUseError) as caught:
-        RunDirectory.create(config)
+        RunDirectory.create(config.output_dir)
     assert stable(caught.value) == snapshot("""\
 <tmp>/r already holds a run
   seen:    config.yaml
@@ -97,11 +97,12 @@ def test_a_run_that_came_and_went_while_the_lock_was_waited_for_is_not_overwritt
 
 
 def test_two_processes_cannot_hold_one_directory_and_a_dead_owner_does_not_block(tmp_path):
-    run = RunDirectory.create(config_in(tmp_path / "r"))
+    run = RunDirectory.create(str(tmp_path / "r"))
     code = (
         "import sys\nfrom solotune.config.load import load_config\nfrom solotune.run.run_dir import RunDirectory\n"
         f"c = load_config({{**{KEYS!r}, 'output_dir': {str(tmp_path / 'r')!r}}})\n"
-        "try:\n    RunDirectory.create(c, resume=True)\nexcept Exception as e:\n    print(e); sys.exit(e.exit_code)\n"
+        "try:\n    RunDirectory.create(c.output_dir, resume=True)\n"
+        "except Exception as e:\n    print(e); sys.exit(e.exit_code)\n"
     )
     second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert second.returncode == 4
@@ -113,7 +114,7 @@ def test_two_processes_cannot_hold_one_directory_and_a_dead_owner_does_not_block
 
 
 def test_a_torn_last_line_is_passed_over(tmp_path):
-    run = RunDirectory.create(config_in(tmp_path / "r"))
+    run = RunDirectory.create(str(tmp_path / "r"))
     run.log(SaveEvent(1, "step-000001"))
     with open(run.path / "metrics.jsonl", "a") as file:
         file.write('{"event": "save", "st')
@@ -121,7 +122,7 @@ def test_a_torn_last_line_is_passed_over(tmp_path):
 
 
 def test_a_line_may_hold_any_character_and_be_torn_within_one(tmp_path):
-    run = RunDirectory.create(config_in(tmp_path / "r"))
+    run = RunDirectory.create(str(tmp_path / "r"))
     event = NonFiniteEvent(1, rows=["a\u2028b é"])
     run.log(event)
     with open(run.path / "metrics.jsonl", "ab") as file:
@@ -130,7 +131,7 @@ def test_a_line_may_hold_any_character_and_be_torn_within_one(tmp_path):
 
 
 def test_metrics_are_cut_back_to_a_mark_and_another_file_is_not(tmp_path):
-    run = RunDirectory.create(config_in(tmp_path / "r"))
+    run = RunDirectory.create(str(tmp_path / "r"))
     for step in range(1, 6):
         run.log(SaveEvent(step, "x"))
         if step == 3:
@@ -175,9 +176,9 @@ def test_runs_are_named_after_their_config_and_listed_oldest_first(tmp_path, mon
     for i, name in enumerate(("alpha", "beta", "alpha")):
         (tmp_path / f"{name}.yaml").write_text("model_name_or_path: m\ndataset: d\n")
         config = load_config(f"{name}.yaml")
-        run = RunDirectory.create(config)
+        run = RunDirectory.create(config.output_dir, config.name)
         run.write_config(config)
         run.release()
         os.utime(run.path / "config.yaml", (1000 + i, 1000 + i))
     assert [run.path.name.split("-")[0] for run in list_runs()] == ["alpha", "beta", "alpha"]
-    assert latest_run_of(load_config("alpha.yaml")).path == list_runs()[-1].path
+    assert latest_run_of(load_config("alpha.yaml").name).path == list_runs()[-1].path

@@ -14,7 +14,7 @@ from solotune.runtime import watchdog, watchdog_process
 
 WATCHED = """
 import ctypes, os, time
-from solotune import watchdog
+from solotune.runtime import watchdog
 watchdog.LIMIT_SECONDS, watchdog.TIMES_LONGEST = 0.5, 0
 
 def hang_here():
@@ -42,14 +42,14 @@ def test_a_process_that_hangs_ends_with_9_after_its_stacks_and_a_message(hang: s
     done = watched(hang)
     assert done.returncode == watchdog.EXIT_CODE == 9, done.stderr
     assert "in hang_here" in done.stderr
-    assert "error: no sign of life for " in done.stderr and " while testing\n" in done.stderr
+    assert "error: no progress for " in done.stderr and " while testing\n" in done.stderr
     assert "137" not in done.stderr
 
 
 def test_one_that_holds_pythons_lock_is_killed_and_that_is_said() -> None:
     done = watched(HOLDS_THE_LOCK)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert "in hang_here" in done.stderr and "error: no sign of life for " in done.stderr
+    assert "in hang_here" in done.stderr and "error: no progress for " in done.stderr
     assert done.stderr.endswith("the process is killed (SIGKILL, exit code 137)\n")
 
 
@@ -70,7 +70,7 @@ def test_one_that_does_not_hang_leaves_neither_process_nor_thread() -> None:
 
 def test_signals_interrupt_the_main_thread_not_the_one_that_waits_to_exit() -> None:
     with watchdog.watched():
-        mine = watchdog._guard
+        mine = watchdog._watcher
         assert mine is not None and mine.exit_thread.is_alive()
         assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
         status = Path(f"/proc/self/task/{mine.exit_thread.native_id}/status")

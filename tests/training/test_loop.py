@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def start(config, tmp_path, name="run"):
-    run = RunDirectory.create(config.replaced("test", output_dir=str(tmp_path / name)))
+    run = RunDirectory.create(str(tmp_path / name))
     return load_model(config, CPU, torch.float32), run
 
 
@@ -47,7 +47,7 @@ def assert_equal(first, second):
 
 def test_epochs_are_permutations_and_the_last_step_of_an_epoch_may_be_short(tiny_config):
     config = tiny_config(per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=2.0)
-    schedule = sampler.BatchSampler.of(config, 10)
+    schedule = sampler.BatchSampler.of(config.batches, 10)
     steps = list(schedule.steps(0))
     assert schedule.total_steps == len(steps) == 6
     assert [[len(rows) for rows in step] for step in steps[:3]] == [[2, 2], [2, 2], [2]]
@@ -58,18 +58,18 @@ def test_epochs_are_permutations_and_the_last_step_of_an_epoch_may_be_short(tiny
 
 def test_max_steps_overrides_epochs_and_runs_over_their_end(tiny_config):
     config = tiny_config(per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=7)
-    schedule = sampler.BatchSampler.of(config, 8)
+    schedule = sampler.BatchSampler.of(config.batches, 8)
     assert len(list(schedule.steps(0))) == 7
     assert schedule.epoch_at(7) == 3.5
 
 
 def test_a_fraction_of_an_epoch_is_rounded_up_to_whole_steps(tiny_config):
     config = tiny_config(per_device_train_batch_size=2, gradient_accumulation_steps=1, num_train_epochs=0.5)
-    assert sampler.BatchSampler.of(config, 10).total_steps == 3
+    assert sampler.BatchSampler.of(config.batches, 10).total_steps == 3
 
 
 def test_resuming_continues_the_same_row_order(tiny_config):
-    schedule = sampler.BatchSampler.of(tiny_config(num_train_epochs=3.0, per_device_train_batch_size=3), 30)
+    schedule = sampler.BatchSampler.of(tiny_config(num_train_epochs=3.0, per_device_train_batch_size=3).batches, 30)
     assert list(schedule.steps(0))[2:] == list(schedule.steps(2))
 
 
@@ -83,7 +83,9 @@ def test_the_learning_rate_is_hugging_faces_step_for_step(tiny_config, name, war
     num_warmup = {0: 0, 1: 3 if "warmup_ratio" in warmup else 5}[len(warmup)]  # ceil(0.13 * 20)
     theirs = get_scheduler(name, optimizer, num_warmup, 20)
     for step in range(20):
-        assert learning_rate_at(config, step, 20) == pytest.approx(theirs.get_last_lr()[0], rel=1e-12, abs=1e-18)
+        assert learning_rate_at(config.schedule, step, 20) == pytest.approx(
+            theirs.get_last_lr()[0], rel=1e-12, abs=1e-18
+        )
         optimizer.step()
         theirs.step()
 
@@ -185,7 +187,7 @@ def test_a_bad_row_stops_before_the_update_and_is_named(tiny_config, tmp_path):
 def test_an_infinite_gradient_under_a_finite_loss_stops_too(tiny_config):
     config = tiny_config(per_device_train_batch_size=2)
     model = load_model(config, CPU, torch.float32)
-    optimizer = make_optimizer(config, model.trainable)
+    optimizer = make_optimizer(config.optimizer, model.trainable)
     model.trainable[0].register_hook(lambda grad: grad * float("inf") + 1e38 * 10)
     before = adapter_of(model)
     with pytest.raises(NonFiniteError, match=r"gradient norm (nan|inf)"):

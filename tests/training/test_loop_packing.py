@@ -33,7 +33,7 @@ def test_losses_and_gradients_are_those_of_one_row_at_a_time(family, attention, 
     for layer in model.lora_layers.values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     rows = random_rows(7)
-    rows[1].supervised[:] = True  # even so, its first token has no predecessor to learn from
+    rows[1].loss_mask[:] = True  # even so, its first token has no predecessor to learn from
     packs = [rows[:3], rows[3:6], rows[6:]]  # of different lengths, so some are padded too
     packed, hits = model.token_losses(collate_packs(packs, CPU))
     packed.sum().backward()
@@ -78,8 +78,8 @@ def test_packs_train_on_every_row_once_an_epoch(tiny_config):
     config = tiny_config(
         packing=True, per_device_train_batch_size=1, gradient_accumulation_steps=2, num_train_epochs=1.0
     )
-    packs = sampler.pack_sequences(config, rows)
+    packs = sampler.pack_sequences(config.batches, rows)
     assert len(packs) < 20
-    schedule = sampler.BatchSampler.of(config, len(packs))
+    schedule = sampler.BatchSampler.of(config.batches, len(packs))
     seen = [row for step in schedule.steps(0) for micro in step for i in micro for row in packs[i]]
     assert sorted(seen) == list(range(50))

@@ -45,7 +45,7 @@ class Reference:
         batch = collate(rows, CPU)
         lengths = torch.tensor([len(row.input_ids) for row in rows])
         mask = (torch.arange(batch.input_ids_BT.shape[1]) < lengths[:, None]).long()
-        labels = torch.where(batch.supervised_BT, batch.input_ids_BT, -100)
+        labels = torch.where(batch.label_mask_BT, batch.input_ids_BT, -100)
         loss = self.model(input_ids=batch.input_ids_BT, attention_mask=mask, labels=labels).loss
         loss.backward()
         norm = clip_grad_norm_(self.adapter, max_grad_norm)
@@ -59,8 +59,8 @@ class Reference:
 def run_ours(config, rows):
     """Losses, norms and clipped gradients of 20 steps through the product's own `train_step`."""
     model = load_model(config, CPU, torch.float32)
-    schedule = sampler.BatchSampler.of(config, len(rows))
-    optimizer = make_optimizer(config, model.trainable)
+    schedule = sampler.BatchSampler.of(config.batches, len(rows))
+    optimizer = make_optimizer(config.optimizer, model.trainable)
     history, order = [], []
     optimizer.register_step_pre_hook(lambda *_: history[-1].append([p.grad.clone() for p in model.trainable]))
     model.module.train()
@@ -68,7 +68,7 @@ def run_ours(config, rows):
         batches = [collate([rows[i] for i in chosen], CPU) for chosen in micro_batches]
         order.append([i for chosen in micro_batches for i in chosen])
         history.append([])
-        optimizer.param_groups[0]["lr"] = learning_rate_at(config, step, schedule.total_steps)
+        optimizer.param_groups[0]["lr"] = learning_rate_at(config.schedule, step, schedule.total_steps)
         result = loop.train_step(model, batches, optimizer, config.max_grad_norm)
         history[-1][:0] = [result.loss, result.grad_norm]
     return model, history, order

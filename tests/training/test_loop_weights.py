@@ -26,7 +26,7 @@ def weighted_rows(count: int) -> list[Example]:
     rng = np.random.default_rng(1)
     rows = []
     for number, row in enumerate(random_rows(count)):
-        weights = np.where(row.supervised, rng.uniform(0.05, 4, len(row.input_ids)), 0).astype(np.float32)
+        weights = np.where(row.loss_mask, rng.uniform(0.05, 4, len(row.input_ids)), 0).astype(np.float32)
         rows.append(replace(row, weights=None if number % 3 == 2 else weights))
     return rows
 
@@ -45,9 +45,9 @@ def reference(model, rows: Sequence[Example]) -> tuple[float, list[torch.Tensor]
     for row in rows:
         ids = torch.from_numpy(row.input_ids).long()
         losses = F.cross_entropy(model.module(ids[None]).logits[0, :-1], ids[1:], reduction="none")
-        weights = torch.from_numpy(row.supervised * 1.0 if row.weights is None else row.weights)[1:]
-        upper = upper + (weights * losses)[row.supervised[1:]].sum()
-        lower += float(weights.double()[row.supervised[1:]].sum())
+        weights = torch.from_numpy(row.loss_mask * 1.0 if row.weights is None else row.weights)[1:]
+        upper = upper + (weights * losses)[row.loss_mask[1:]].sum()
+        lower += float(weights.double()[row.loss_mask[1:]].sum())
     loss = (upper / lower).float()
     return loss.item(), list(torch.autograd.grad(loss, model.trainable))
 
@@ -82,20 +82,20 @@ def test_however_rows_are_put_together_it_is_the_plain_definition(model) -> None
 
 def test_a_row_of_weight_2_is_that_row_given_twice(model) -> None:
     rows = random_rows(5)
-    doubled = replace(rows[0], weights=np.float32(2) * rows[0].supervised)
+    doubled = replace(rows[0], weights=np.float32(2) * rows[0].loss_mask)
     assert_same(step(model, [collate([doubled, *rows[1:]], CPU)]), step(model, [collate([rows[0], *rows], CPU)]))
 
 
 def test_only_ratios_matter(model) -> None:
     rows = random_rows(4)
-    tripled = [replace(row, weights=np.float32(3) * row.supervised) for row in rows]
+    tripled = [replace(row, weights=np.float32(3) * row.loss_mask) for row in rows]
     assert_same(step(model, [collate(tripled, CPU)]), step(model, [collate(rows, CPU)]))
 
 
 def test_weights_of_one_are_bit_equal_to_none(model) -> None:
     rows = random_rows(6)
     assert collate(rows, CPU).weights_N is None
-    ones = [replace(row, weights=row.supervised.astype(np.float32)) for row in rows]
+    ones = [replace(row, weights=row.loss_mask.astype(np.float32)) for row in rows]
     ours, theirs = step(model, [collate(ones, CPU)]), step(model, [collate(rows, CPU)])
     assert ours[0] == theirs[0]
     assert all(torch.equal(a, b) for a, b in zip(ours[1], theirs[1], strict=True))
@@ -104,7 +104,7 @@ def test_weights_of_one_are_bit_equal_to_none(model) -> None:
 @pytest.mark.parametrize("scale", [1e-18, 1e18])
 def test_the_least_and_the_largest_weights_stay_finite(model, scale: float) -> None:
     rows = random_rows(4)
-    scaled = [replace(row, weights=np.float32(scale) * row.supervised) for row in rows]
+    scaled = [replace(row, weights=np.float32(scale) * row.loss_mask) for row in rows]
     assert_same(step(model, [collate(scaled, CPU)]), step(model, [collate(rows, CPU)]))
 
 
@@ -114,7 +114,7 @@ def test_a_run_records_the_sum_of_the_weights(tiny_config, tmp_path) -> None:
 
     config = tiny_config(max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     config = config.replaced("test", output_dir=str(tmp_path / "run"))
-    model, run, rows = load_model(config, CPU, torch.float32), RunDirectory.create(config), weighted_rows(8)
+    model, run, rows = load_model(config, CPU, torch.float32), RunDirectory.create(config.output_dir), weighted_rows(8)
     score = loop.train(model, rows, rows, config, run, SilentDisplay())
     (recorded,) = [e for e in metrics_of(run) if e["event"] == "step"]
     assert recorded["total_weight"] == pytest.approx(sum(row.total_weight for row in rows))

@@ -65,7 +65,7 @@ def break_activation(model, rows, config, monkeypatch):
 
 def break_labels(model, rows, config, monkeypatch):
     for row in rows:
-        row.supervised[:] = False
+        row.loss_mask[:] = False
 
 
 def break_loss(model, rows, config, monkeypatch):
@@ -107,7 +107,7 @@ def start(tiny_config, tmp_path, monkeypatch):
         config = tiny_config(
             max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2, save_steps=1, **keys
         )
-        run = RunDirectory.create(config.replaced("test", output_dir=str(tmp_path / f"run{len(runs)}")))
+        run = RunDirectory.create(str(tmp_path / f"run{len(runs)}"))
         runs.append(run)
         return load_model(config, CPU, torch.float32), run, config
 
@@ -223,7 +223,7 @@ def test_weights_that_an_update_broke_are_not_saved(start, monkeypatch):
 def test_one_row_without_labels_among_others_is_no_fault(start):
     model, run, config = start()
     rows = random_rows(24)
-    rows[3].supervised[:] = False
+    rows[3].loss_mask[:] = False
     loop.train(model, rows, [], config, run, SilentDisplay())
 
 
@@ -232,7 +232,7 @@ def test_clean_runs_raise_no_alarm(family, start, tiny_config, model_folder):
     for seed in range(2):
         config = tiny_config(family, max_steps=4, per_device_train_batch_size=3, seed=seed, lora_dropout=0.1)
         model = load_model(config, CPU, torch.float32)
-        optimizer = loop.make_optimizer(config, [model.flat_params])
+        optimizer = loop.make_optimizer(config.optimizer, [model.flat_params])
         model.module.train()
         for step in range(4):
             batches = [loop.collate_packs([[row] for row in random_rows(3, seed=10 * seed + step)], CPU)]
@@ -270,7 +270,7 @@ def made_of(model):
 
 def test_the_check_is_one_number_a_tensor_and_no_transfer(start):
     model, _, config = start()
-    optimizer = loop.make_optimizer(config, [model.flat_params])
+    optimizer = loop.make_optimizer(config.optimizer, [model.flat_params])
     model.flat_params.grad.fill_(0.1)
     optimizer.step()
     assert [norm.shape for norm in nonfinite.norms(model, optimizer)] == [torch.Size([])] * 3

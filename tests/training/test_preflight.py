@@ -24,7 +24,7 @@ ROWS = random_rows(40)
 
 def steps(model, config, count=3):
     torch.manual_seed(5)
-    optimizer = make_optimizer(config, [model.flat_params])
+    optimizer = make_optimizer(config.optimizer, [model.flat_params])
     model.module.train()
     return [loop.train_step(model, [collate(ROWS[:4], CPU)], optimizer, 1.0) for _ in range(count)]
 
@@ -53,7 +53,7 @@ def test_nothing_is_different_afterwards(packing, tiny_config, tmp_path):
 def test_the_longest_rows_come_together(tiny_config):
     model = load_model(tiny_config(), CPU, torch.float32)
     lengths = sorted((len(row.input_ids) for row in ROWS), reverse=True)
-    batch = preflight.largest_micro_batch(model, ROWS, tiny_config(per_device_train_batch_size=3))
+    batch = preflight.largest_micro_batch(model, ROWS, tiny_config(per_device_train_batch_size=3).batches)
     assert sorted((len(row.input_ids) for row in batch.rows), reverse=True) == lengths[:3]
     assert batch.input_ids_BT.shape == (3, lengths[0])
 
@@ -61,8 +61,8 @@ def test_the_longest_rows_come_together(tiny_config):
 def test_packs_have_the_shape_they_have_in_the_run(tiny_config):
     config = tiny_config(packing=True, torch_compile=True, per_device_train_batch_size=2)
     model = load_model(tiny_config(), CPU, torch.float32)
-    batch = preflight.largest_micro_batch(model, ROWS, config)
-    packs, shape = sampler.pack_and_shape(config, ROWS)
+    batch = preflight.largest_micro_batch(model, ROWS, config.batches)
+    packs, shape = sampler.pack_and_shape(config.batches, ROWS)
     assert shape is not None
     assert batch.input_ids_BT.shape == (2, 64) and len(batch.cu_seqlens_S) == shape.num_starts
     fullest = sorted((sum(len(ROWS[row].input_ids) for row in pack) for pack in packs), reverse=True)[:2]
@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_a_check_that_says_no(tiny_config, tmp_path, monkey
     assert stable(caught.value) == snapshot("""\
 preflight: the largest step of this run does not fit into the GPU's memory
   seen:    4 x 24 tokens: CUDA out of memory. Tried to allocate 2.00 GiB.
-  change:  per_device_train_batch_size: 2 with gradient_accumulation_steps: 16 (the same step) or gradient_checkpointing: true\
+  change:  per_device_train_batch_size: 2 with gradient_accumulation_steps: 16 (same rows per step) or gradient_checkpointing: true\
 """)
     assert caught.value.exit_code == 3
 

@@ -74,7 +74,7 @@ def test_a_finished_run_without_checkpoints_is_resumed_by_no_step(work):
 
 def test_rows_come_in_the_same_order(work):
     """The ids of each micro-step's rows, not their set."""
-    order = sampler.BatchSampler.of(work.ready.config, len(work.ready.prepared.train))
+    order = sampler.BatchSampler.of(work.ready.config.batches, len(work.ready.prepared.train))
     whole = list(order.steps(0))
     for done in range(len(whole)):
         assert list(order.steps(done)) == whole[done:]
@@ -103,7 +103,7 @@ def test_every_tensor_of_the_optimizer_comes_back(tiny_config, tmp_path, name):
 
     def made():
         parameter = torch.nn.Parameter(torch.linspace(-1, 1, 8192))
-        return parameter, make_optimizer(config, [parameter])
+        return parameter, make_optimizer(config.optimizer, [parameter])
 
     def step(parameter, optimizer, seed):
         parameter.grad = torch.randn(8192, generator=torch.Generator().manual_seed(seed))
@@ -130,14 +130,16 @@ def test_every_tensor_of_the_optimizer_comes_back(tiny_config, tmp_path, name):
 
 def test_the_state_of_another_optimizer_is_refused(tiny_config, tmp_path):
     parameter = torch.nn.Parameter(torch.ones(8192))
-    optimizer = make_optimizer(tiny_config(optim="adamw_8bit"), [parameter])
+    optimizer = make_optimizer(tiny_config(optim="adamw_8bit").optimizer, [parameter])
     parameter.grad = torch.ones(8192)
     optimizer.step()
     saved = checkpoint.load(checkpoint.save(tmp_path, 1, {"x": parameter.data}, {}, optimizer, {}))
     for other, size in (("paged_adamw_32bit", 8192), ("adamw_8bit", 8448), ("adamw_torch", 8192)):
         another = torch.nn.Parameter(torch.ones(size))
         with pytest.raises(IntegrityError, match="optimizer"):
-            checkpoint.restore_optimizer(make_optimizer(tiny_config(optim=other), [another]), saved, [another])
+            checkpoint.restore_optimizer(
+                make_optimizer(tiny_config(optim=other).optimizer, [another]), saved, [another]
+            )
 
 
 # --- which checkpoint

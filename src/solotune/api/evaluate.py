@@ -43,7 +43,7 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
     if not prepared.validation:
         raise InputError(f"{path}: the run held out no rows", change="train with validation_size above 0")
     display.phase("loading model")
-    with device_errors(found.config):
+    with device_errors(found.config.memory):
         result = compare(found.load(), found.tokenizer, prepared, found.config, None, display)
     found.directory.write_json("evaluation.json", result.to_json())
     found.directory.update_manifest("evaluation.json")

@@ -70,9 +70,9 @@ def check(checked: RunConfig, machine: Machine, resume: bool) -> ModelFiles:
         SolotuneError: one of them refuses the run.
     """
     doctor.require_hardware(checked, machine)
-    check_destination(checked)
+    check_destination(checked.output_dir, checked.source_of("output_dir"), checked.model_name_or_path)
     if not resume:
-        RunDirectory.refuse_occupied(checked)
+        RunDirectory.refuse_occupied(checked.output_dir)
     disk_space.require_writable(_folder_of(checked))
     model_files = resolve_model(checked)
     models.check_model(checked, model_files)
@@ -89,7 +89,8 @@ def read_data(
     """
     tokenizer = dataset.load_tokenizer(checked, model_files)
     display.phase("reading data")
-    day = resuming.recorded_day(checked, resume)
+    run = resuming.continued(checked.output_dir, checked.name) if resume else None
+    day = resuming.recorded_day(checked.resume_from_checkpoint, run)
     prepared = dataset.prepare(checked, tokenizer, progress=display.progress, rendered_on=day)
     findings = check_rows(checked, tokenizer, prepared, model_files)
     prepared = prepared.with_findings(finding.to_json() for finding in findings)
@@ -132,7 +133,7 @@ def load_model(
     """
     display.phase("loading model")
     model, folder = trained_run.load_base(checked, machine, model_files.with_weights()), _folder_of(checked)
-    before = resuming.continued(checked) if resume else None
+    before = resuming.continued(checked.output_dir, checked.name) if resume else None
     existing = len(checkpoint.list_checkpoints(before.checkpoints)) if before else 0
     disk_space.require_room(
         disk_space.need_of(checked, model, prepared, tokenizer, existing, disk_space.block_bytes(folder)), folder
@@ -150,7 +151,7 @@ def try_largest_step(
     """
     if checked.preflight is True or (checked.preflight == "auto" and model.device.type == "cuda"):
         display.phase("trying the largest step")
-        with device_errors(checked):
+        with device_errors(checked.memory):
             return preflight.preflight(model, prepared.train, prepared.validation, checked, _folder_of(checked))
     return None
 
@@ -194,9 +195,9 @@ def _summary(model: TrainableModel, config: RunConfig, prepared: Prepared) -> di
     own = (config.lora_r, lora.leaf_names(model.lora_layers))
     others = lora.matching_lora_shapes(trainable, model.linear_shapes(), {*lora.USUAL_RANKS, config.lora_r})
     fits = [own, *(fit for fit in others if fit != own)]
-    sequences = sampler.pack_sequences(config, prepared.train)
+    sequences = sampler.pack_sequences(config.batches, prepared.train)
     return {
-        "total_steps": sampler.BatchSampler.of(config, len(sequences)).total_steps,
+        "total_steps": sampler.BatchSampler.of(config.batches, len(sequences)).total_steps,
         "train_rows": len(prepared.train),
         "train_sequences": len(sequences),
         "packing_fill": prepared.report.packing["fill"] if prepared.report.packing else None,

@@ -134,7 +134,9 @@ def _train(config: RunConfig, resume: bool, heard: Resilient) -> TrainResult:
         run.log(EndEvent(summary["total_steps"], peak_bytes))
         found = monitor.diagnosis()
         run.write_json("diagnosis.json", found.to_json())
-        display.note(f"diagnosis by rules alone: {message.summary(found)}")
+        display.note(
+            f"diagnosis: {message.summary(found)} (model probes not run; solotune diagnose {run.path} runs them)"
+        )
         log.close()
         run.write_manifest()
         return TrainResult(run.path, summary, ready.choices, result)
@@ -147,7 +149,7 @@ def _train(config: RunConfig, resume: bool, heard: Resilient) -> TrainResult:
         ) from None
     except Exception as error:
         error.add_note(RunNote(run.path))  # where the command line writes a bug's traceback
-        if failure := device_failure(error, checked, run.path, checkpoint.newest(run.checkpoints)):
+        if failure := device_failure(error, checked.memory, run.path, checkpoint.newest(run.checkpoints)):
             seen = None if failure.seen is None else str(failure.seen)
             Observers(RunLog(run), heard).failed(DeviceFailedEvent(failure.problem, seen))
             raise failure from error
@@ -162,7 +164,8 @@ def _write_adapter(run: RunDirectory, model: TrainableModel, config: RunConfig, 
     from solotune.model.adapter import Adapter
 
     with whole_folder(run.adapter) as folder:
-        peft_config = lora.peft_config(config, model.lora_layers, model.module)
+        base, revision = config.model_name_or_path, config.model_revision
+        peft_config = lora.peft_config(config.lora, model.lora_layers, model.module, base=base, revision=revision)
         Adapter(peft_config, lora.state_dict(model.lora_layers)).write(folder)
         for name, content in _tokenizer_files(tokenizer):
             folder.write(name, content)

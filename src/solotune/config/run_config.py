@@ -28,11 +28,16 @@ from pydantic import (
 
 from solotune.config.settings import (
     BatchSettings,
+    EvaluationSettings,
     LoraSettings,
+    MemorySettings,
     OptimizerSettings,
     PrecisionSettings,
+    RenderSettings,
     ScheduleSettings,
     SourceSettings,
+    SplitSettings,
+    steps_between,
 )
 
 PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]  # more is a typing error, or an attack
@@ -387,6 +392,25 @@ class RunConfig(BaseModel):
         )
 
     @property
+    def memory(self) -> MemorySettings:
+        return MemorySettings(
+            memory_budget=self.memory_budget,
+            base_precision=self.base_precision,
+            matmul_precision=self.matmul_precision,
+            multiplies_in_fp8=self.multiplies_in_fp8,
+            double_quant=self.bnb_4bit_use_double_quant,
+            base_residency=self.base_residency,
+            gradient_checkpointing=self.gradient_checkpointing,
+            activation_offload=self.activation_offload,
+            optim=self.optim,
+            batch_size=self.per_device_train_batch_size,
+            accumulation=self.gradient_accumulation_steps,
+            eval_batch_size=self.per_device_eval_batch_size,
+            max_length=self.max_length,
+            sources=self._sources,
+        )
+
+    @property
     def optimizer(self) -> OptimizerSettings:
         return OptimizerSettings(
             name=self.optim,
@@ -417,9 +441,21 @@ class RunConfig(BaseModel):
             max_length=self.max_length,
             packing=self.packing,
             has_one_shape=self.packing and self.torch_compile,
+            takes_graphs=self.takes_graphs,
             max_steps=self.max_steps,
             num_epochs=self.num_train_epochs,
             seed=self.seed,
+            sources=self._sources,
+        )
+
+    @property
+    def evaluation(self) -> EvaluationSettings:
+        return EvaluationSettings(
+            batch_size=self.per_device_eval_batch_size,
+            num_samples=self.num_samples,
+            max_new_tokens=self.max_new_tokens,
+            steps=self.eval_steps,
+            strategy=self.eval_strategy,
             sources=self._sources,
         )
 
@@ -437,7 +473,23 @@ class RunConfig(BaseModel):
             sources=self._sources,
         )
 
+    @property
+    def split(self) -> SplitSettings:
+        return SplitSettings(
+            validation_size=self.validation_size, split_by=self.split_by, seed=self.seed, sources=self._sources
+        )
+
+    @property
+    def rendering(self) -> RenderSettings:
+        return RenderSettings(
+            max_length=self.max_length,
+            overflow=self.overflow,
+            assistant_only_loss=self.assistant_only_loss,
+            train_on_last_turn=self.train_on_last_turn,
+            on_bad_row=self.on_bad_row,
+            sources=self._sources,
+        )
+
     def every(self, what: Literal["eval", "save"], steps_per_epoch: int) -> int | None:
         """Steps between two evaluations or saves; None for never."""
-        steps, strategy = getattr(self, f"{what}_steps"), getattr(self, f"{what}_strategy")
-        return steps if steps is not None else {"epoch": steps_per_epoch, "no": None}[strategy]
+        return steps_between(getattr(self, f"{what}_steps"), getattr(self, f"{what}_strategy"), steps_per_epoch)

@@ -46,6 +46,30 @@ class PrecisionSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemorySettings(Settings):
+    """What decides how much memory a run takes. `auto` is for the plan to choose."""
+
+    memory_budget: float | str
+    base_precision: Literal["nf4", "fp8", "bf16", "fp32", "auto"]
+    matmul_precision: Literal["auto", "bf16", "fp8"]
+    multiplies_in_fp8: bool
+    double_quant: bool
+    base_residency: Literal["auto", "quantized", "dequantized"]
+    gradient_checkpointing: bool | int | Literal["auto"]  # a number: that many layers, from the first
+    activation_offload: bool
+    optim: str
+    batch_size: int
+    accumulation: int
+    eval_batch_size: int
+    max_length: int
+
+    @property
+    def offload_is_open(self) -> bool:
+        """Whether the plan may choose `activation_offload`: it has no `auto`, so it may where nobody set it."""
+        return self.source_of("activation_offload") == "default"
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerSettings(Settings):
     """AdamW by its name in transformers, and its numbers."""
 
@@ -77,9 +101,25 @@ class BatchSettings(Settings):
     max_length: int
     packing: bool
     has_one_shape: bool  # packed and compiled: every micro-batch is padded to one shape
+    takes_graphs: bool  # passes whose shapes repeat become CUDA graphs
     max_steps: int  # -1: by epochs
     num_epochs: float
     seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(Settings):
+    """When the held-out rows are evaluated, and how many answers are generated."""
+
+    batch_size: int
+    num_samples: int
+    max_new_tokens: int
+    steps: int | None
+    strategy: Literal["epoch", "steps", "no"]
+
+    def every(self, steps_per_epoch: int) -> int | None:
+        """Steps between two evaluations; None for never."""
+        return steps_between(self.steps, self.strategy, steps_per_epoch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,3 +134,28 @@ class SourceSettings(Settings):
     eval_split: str
     column_mapping: Mapping[str, str]
     on_bad_row: Literal["error", "drop"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSettings(Settings):
+    """Which rows are held out for validation, when there is no `eval_dataset`."""
+
+    validation_size: float | int  # a fraction below 1, or a number of rows
+    split_by: str | None
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderSettings(Settings):
+    """How rows become token ids with a loss mask."""
+
+    max_length: int
+    overflow: Literal["truncate", "drop", "split", "error"]
+    assistant_only_loss: bool
+    train_on_last_turn: bool
+    on_bad_row: Literal["error", "drop"]
+
+
+def steps_between(steps: int | None, strategy: str, steps_per_epoch: int) -> int | None:
+    """Steps between two evaluations or saves; None for never."""
+    return steps if steps is not None else {"epoch": steps_per_epoch, "no": None}[strategy]

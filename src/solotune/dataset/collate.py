@@ -53,7 +53,7 @@ class Batch(NamedTuple):
         return sum(row.total_weight for row in self.rows)
 
     @property
-    def supervised_BT(self) -> torch.Tensor:
+    def label_mask_BT(self) -> torch.Tensor:
         """bool: the token at this position is a label."""
         flat = torch.zeros(self.input_ids_BT.numel(), dtype=torch.bool, device=self.input_ids_BT.device)
         flat[self.label_positions_N] = True
@@ -98,12 +98,12 @@ class PaddedShape(NamedTuple):
 
 def num_labels(row: Example) -> int:
     """Supervised tokens that something predicts: the first token of a row has no predecessor."""
-    return int(np.count_nonzero(row.supervised[1:]))
+    return int(np.count_nonzero(row.loss_mask[1:]))
 
 
 def _label_weights(row: Example) -> np.ndarray:
     """float32 (labels,)"""
-    return np.ones(num_labels(row), np.float32) if row.weights is None else row.weights[1:][row.supervised[1:]]
+    return np.ones(num_labels(row), np.float32) if row.weights is None else row.weights[1:][row.loss_mask[1:]]
 
 
 def collate(rows: Sequence[Example], device: torch.device) -> Batch:
@@ -124,7 +124,7 @@ def collate_packs(packs: Sequence[Sequence[Example]], device: torch.device, shap
         for row in pack:
             end = start + len(row.input_ids)
             input_ids[i, start:end] = row.input_ids
-            labels.append(np.flatnonzero(row.supervised[1:]) + (i * size[1] + start + 1))
+            labels.append(np.flatnonzero(row.loss_mask[1:]) + (i * size[1] + start + 1))
             positions[i, start:end] = np.arange(end - start)
             starts.append(i * size[1] + start)
             start = end

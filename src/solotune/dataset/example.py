@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row as the model sees it: `label = input_ids where supervised else -100`."""
+    """One row as the model sees it: `label = input_ids where loss_mask else -100`."""
 
     input_ids: np.ndarray
     """int32 (T,)"""
-    supervised: np.ndarray
+    loss_mask: np.ndarray
     """bool (T,)"""
     where: str
     """The row's place: `chats.jsonl:17`, `owner/name[17]`; with `overflow: split` also `chats.jsonl:17 part 2/3`."""
@@ -40,20 +40,19 @@ class Example:
     tools: list[dict[str, Any]] | None = None
     """The tool definitions that were rendered with the messages."""
     weights: np.ndarray | None = None
-    """float32 (T,), how much each token's loss counts: above 0 where supervised, else 0; None where that is 1 for all.
-    """
+    """float32 (T,), the weight of each token's loss: above 0 where loss_mask, else 0. None: 1 for every loss token."""
 
     @property
     def total_weight(self) -> float:
         """Sum of the weights of the labels (the first token is none, since nothing predicts it)."""
         if self.weights is None:
-            return int(np.count_nonzero(self.supervised[1:]))
-        return float(self.weights[1:][self.supervised[1:]].sum(dtype=np.float64))
+            return int(np.count_nonzero(self.loss_mask[1:]))
+        return float(self.weights[1:][self.loss_mask[1:]].sum(dtype=np.float64))
 
     @property
     def prompt_ids(self) -> np.ndarray:
         """The ids before the last answer, to generate it anew from; empty for a row that is learned whole."""
-        begins = np.flatnonzero(self.supervised & ~np.concatenate(([False], self.supervised[:-1])))
+        begins = np.flatnonzero(self.loss_mask & ~np.concatenate(([False], self.loss_mask[:-1])))
         return self.input_ids[: begins[-1]] if len(begins) and begins[-1] > 1 else self.input_ids[:0]
 
     def pieces(self, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
@@ -61,7 +60,7 @@ class Example:
 
         A stretch of a row with weights has its `weight` too.
         """
-        weights = self.supervised.astype(np.float32) if self.weights is None else self.weights
+        weights = self.loss_mask.astype(np.float32) if self.weights is None else self.weights
         edges = np.flatnonzero(np.diff(weights)) + 1
         found = []
         for ids, part in zip(np.split(self.input_ids, edges), np.split(weights, edges), strict=True):
@@ -86,7 +85,7 @@ class Examples(Sequence[Example]):
         Raises:
             StorageError: the disk is full.
         """
-        ids, mask = example.input_ids.astype("<i4").tobytes(), example.supervised.astype("u1").tobytes()
+        ids, mask = example.input_ids.astype("<i4").tobytes(), example.loss_mask.astype("u1").tobytes()
         weights = b"" if example.weights is None else example.weights.astype("<f4").tobytes()
         rest = json.dumps([example.where, example.messages, example.tools], ensure_ascii=False)
         rest = rest.encode("utf-8", "surrogatepass")

@@ -63,5 +63,5 @@ def in_words(packing: dict[str, Any]) -> str:
     """The account in one line."""
     return (
         f"{packing['rows']:,} rows in {packing['sequences']:,} sequences of {packing['sequence_tokens']:,} tokens, "
-        f"{packing['fill']:.1%} full ({packing['tokens_empty']:,} places empty); it cuts no row"
+        f"{packing['fill']:.1%} full ({packing['tokens_empty']:,} positions empty); no row is truncated"
     )

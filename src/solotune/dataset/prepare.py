@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from solotune.config.run_config import RunConfig
+from solotune.config.settings import BatchSettings, SourceSettings, SplitSettings
 from solotune.dataset import cache
 from solotune.dataset import packing as pack
 from solotune.dataset.chat.answer_spans import ChatTemplate
@@ -83,27 +84,27 @@ def prepare(
     """
     progress, rendered_on = progress or _silent, rendered_on or date.today()
     progress(0, 0, "reading rows")
-    dataset, own = _sources(config)
+    dataset, own = _sources(config.source)
     key = (
         cache.key_of(config, tokenizer, [source.digest() for source in (dataset, own) if source], rendered_on)
         if use_cache
         else None
     )
     if key is not None and (found := cache.load(key)) is not None:
-        return _with_packing(replace(found, key=key), config)
+        return _with_packing(replace(found, key=key), config.batches)
     started = time.monotonic()
     prepared = _prepared(config, tokenizer, dataset, own, progress, rendered_on)
     is_unchanged = all(source.is_unchanged() for source in (dataset, own) if source)
     if key is not None and is_unchanged and time.monotonic() - started >= cache.MIN_SECONDS:
         cache.store(key, prepared)
         prepared = replace(prepared, key=key)
-    return _with_packing(prepared, config)
+    return _with_packing(prepared, config.batches)
 
 
-def _with_packing(prepared: Prepared, config: RunConfig) -> Prepared:
-    if not config.packing:
+def _with_packing(prepared: Prepared, batches: BatchSettings) -> Prepared:
+    if not batches.packing:
         return prepared
-    packing = pack.account(lengths_of(prepared.train), config.max_length)
+    packing = pack.account(lengths_of(prepared.train), batches.max_length)
     return replace(prepared, report=replace(prepared.report, packing=packing))
 
 
@@ -120,8 +121,8 @@ def _prepared(
     rendered_on: date,
 ) -> Prepared:
     report = DataReport(format="", rendered_on=rendered_on.isoformat())
-    train, validation, manifest = _both_sides(config, report, dataset, own, progress)
-    renderer = Renderer(config, tokenizer, report)
+    train, validation, manifest = _both_sides(config.source, config.split, report, dataset, own, progress)
+    renderer = Renderer(config.rendering, tokenizer, report)
     total = len(train) + len(validation)
     examples = []
     for name, records, done in (("training", train, 0), ("validation", validation, len(train))):
@@ -129,7 +130,7 @@ def _prepared(
         for example in renderer.examples(records, partial(_onward, progress, done, total, "tokenising rows")):
             examples[-1].append(example)
         if records and not examples[-1]:
-            raise _nothing_left(name, len(records), config, report)
+            raise _nothing_left(name, len(records), config.max_length, report)
     report.num_train, report.num_validation = map(len, examples)
     report.train_sha256, report.validation_sha256 = map(Examples.sha256, examples)
     report.examples = [
@@ -164,34 +165,33 @@ def _encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
 # --- read and split
 
 
-def _sources(config: RunConfig) -> tuple[Source, Source | None]:
-    dataset = Source.of(
-        "dataset",
-        config.dataset,
-        config.dataset_split,
-        config_name=config.dataset_config,
-        revision=config.dataset_revision,
-    )
-    if config.eval_dataset is None:
+def _sources(source: SourceSettings) -> tuple[Source, Source | None]:
+    dataset = Source.of("dataset", source.dataset, source.split, config_name=source.config, revision=source.revision)
+    if source.eval_dataset is None:
         return dataset, None
-    return dataset, Source.of("eval_dataset", config.eval_dataset, config.eval_dataset_split)
+    return dataset, Source.of("eval_dataset", source.eval_dataset, source.eval_split)
 
 
 def _both_sides(
-    config: RunConfig, report: DataReport, dataset: Source, own: Source | None, progress: Progress
+    settings: SourceSettings,
+    holdout: SplitSettings,
+    report: DataReport,
+    dataset: Source,
+    own: Source | None,
+    progress: Progress,
 ) -> tuple[Records, Records, Manifest]:
     """Rows to train on, rows to validate on, and the side of each row by its hash."""
-    records, report.format = _records(config, report, dataset, progress)
-    on_split = partial(_onward, progress, 0, len(records), "looking for copies")
-    size = config.validation_size if own is None else 0
-    split = hold_out(records, size, config.seed, on_split)
+    records, report.format = _records(settings, holdout.split_by, report, dataset, progress)
+    on_split = partial(_onward, progress, 0, len(records), "looking for duplicates")
+    size = holdout.validation_size if own is None else 0
+    split = hold_out(records, size, holdout.seed, on_split)
     report.num_groups = split.num_groups
     report.num_near_duplicates = split.num_near_duplicates
     report.num_exact_duplicates = split.num_exact_duplicates
     train, validation = split.train, split.validation
     hashes, is_validation = split.rows.hashes, split.is_validation
     if own is not None:
-        records, _ = _records(config, report, own, progress)
+        records, _ = _records(settings, holdout.split_by, report, own, progress)
         validation = without_copies(records)
         report.num_exact_duplicates += len(records) - len(validation)
         check_leaks(train, validation, key=own.key)
@@ -199,16 +199,18 @@ def _both_sides(
         is_validation = np.arange(len(hashes)) >= len(train)
     if report.num_exact_duplicates:
         report.dropped[EXACT_DUPLICATE] += report.num_exact_duplicates
-    settings = {"seed": config.seed, "validation_size": config.validation_size, "split_by": config.split_by}
-    return train, validation, Manifest(settings, hashes, is_validation)
+    written = {"seed": holdout.seed, "validation_size": holdout.validation_size, "split_by": holdout.split_by}
+    return train, validation, Manifest(written, hashes, is_validation)
 
 
-def _records(config: RunConfig, report: DataReport, source: Source, progress: Progress) -> tuple[Records, str]:
+def _records(
+    settings: SourceSettings, split_by: str | None, report: DataReport, source: Source, progress: Progress
+) -> tuple[Records, str]:
     """The normalised rows of `dataset` or `eval_dataset`, and their format."""
-    mapping, is_strict = config.column_mapping, config.on_bad_row == "error"
+    mapping, is_strict = settings.column_mapping, settings.on_bad_row == "error"
     check_mapping(source, mapping, is_needed=source.key == "dataset")
     found, why = recognise((mapped(row, mapping) for row in source), is_strict=is_strict)
-    kinship = Kinship(config.split_by, is_sharegpt=found.name == "sharegpt")
+    kinship = Kinship(split_by, is_sharegpt=found.name == "sharegpt")
     store, hashes, kept = Store(), bytearray(), array("q")
     for number, own_names in enumerate(source):
         report.num_read += 1
@@ -231,18 +233,19 @@ def _records(config: RunConfig, report: DataReport, source: Source, progress: Pr
         hashes += row_hash(record)
         kept.append(number)
     if not kept:
-        raise InputError(f"{source.key}: no row is left", seen=report.reasons(), change="look at the rows of the file")
+        raise InputError(f"{source.key}: no row is left", seen=report.reasons(), change="check the rows of the file")
     numbers = np.arange(len(kept))
     return Records(store, numbers, np.frombuffer(hashes, "S16"), kinship.links()[np.asarray(kept)]), found.name
 
 
-def _nothing_left(name: str, num_rows: int, config: RunConfig, report: DataReport) -> InputError:
+def _nothing_left(name: str, num_rows: int, max_length: int, report: DataReport) -> InputError:
     most = report.dropped.most_common(1)
     fault = {ANSWER_PAST_MAX_LENGTH: "F25", LONGER_THAN_MAX_LENGTH: "F25", NOTHING_TO_LEARN: "F21"}
+    code = fault.get(most[0][0]) if most else None
     return InputError(
-        f"no {name} row is left of {num_rows}",
+        f"none of the {num_rows} {name} rows can be used",
         seen=report.reasons(),
-        allowed=f"at least one row whose answer begins within max_length: {config.max_length} tokens",
-        change="raise max_length, or shorten the prompts",
-        fault=fault.get(most[0][0]) if most else None,
+        allowed=f"at least one row whose answer starts within max_length: {max_length} tokens",
+        change="give the answers a weight above 0" if code == "F21" else "raise max_length, or shorten the prompts",
+        fault=code,
     )

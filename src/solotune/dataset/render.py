@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from solotune.config.run_config import RunConfig
+from solotune.config.settings import RenderSettings
 from solotune.dataset.chat.answer_spans import ChatTemplate, Rendered
 from solotune.dataset.chat.encode import Encoded, Encoder
 from solotune.dataset.chat.formats import Record
@@ -39,8 +39,8 @@ _BATCH_ROWS, _BATCH_CHARACTERS = 256, 2 << 20
 class Renderer:
     """Turns records into examples, counting in a report what is lost on the way."""
 
-    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, report: DataReport) -> None:
-        self._config, self._report, self._tokenizer = config, report, tokenizer
+    def __init__(self, settings: RenderSettings, tokenizer: PreTrainedTokenizerBase, report: DataReport) -> None:
+        self._settings, self._report, self._tokenizer = settings, report, tokenizer
         self._encoder = Encoder(tokenizer)
         self._template: ChatTemplate | None = None
         self._end_ids: dict[bool, frozenset[int]] = {}
@@ -65,7 +65,7 @@ class Renderer:
             rendered = [self._rendered(record) for record in records]
             encoded = self._encoder.encode(rendered, [record.where for record in records])
         except RowError as error:
-            if self._config.on_bad_row == "error":
+            if self._settings.on_bad_row == "error":
                 raise
             if len(records) == 1:
                 self._report.dropped[error.reason] += 1
@@ -122,12 +122,12 @@ class Renderer:
     def _learned(self, record: Record, num_answers: int) -> list[int]:
         """The numbers of the answers to learn, among the answers of the row."""
         learned = [k for k in range(num_answers) if not record.weights or record.weights[k]]
-        is_last_only = self._config.train_on_last_turn and record.is_chat
+        is_last_only = self._settings.train_on_last_turn and record.is_chat
         return [k for k in learned if k == num_answers - 1] if is_last_only else learned
 
     def _mask(self, encoded: Encoded, learned: list[int]) -> np.ndarray:
         """bool (T,)"""
-        if self._config.assistant_only_loss:
+        if self._settings.assistant_only_loss:
             supervised = encoded.mask(learned)
         else:
             supervised = ~encoded.mask([k for k in range(len(encoded.spans)) if k not in learned])
@@ -136,7 +136,7 @@ class Renderer:
         return supervised
 
     def _examples_of(self, record: Record, encoded: Encoded) -> list[Example]:
-        report, limit, overflow = self._report, self._config.max_length, self._config.overflow
+        report, limit, overflow = self._report, self._settings.max_length, self._settings.overflow
         learned = self._learned(record, len(encoded.spans))
         supervised = self._mask(encoded, learned)
         weights = _weights(record, encoded)
@@ -179,7 +179,7 @@ class Renderer:
         self, record: Record, ids: np.ndarray, supervised: np.ndarray, weights: np.ndarray | None
     ) -> list[Example]:
         """The row in parts that overlap by one token; those with something to learn."""
-        limit = self._config.max_length
+        limit = self._settings.max_length
         starts = range(0, len(ids) - 1, limit - 1)
         examples = []
         for number, start in enumerate(starts, 1):
@@ -200,7 +200,7 @@ class Renderer:
         return InputError(
             f"{record.where}: longer than max_length, and overflow is error",
             seen=f"{num_tokens:,} tokens",
-            allowed=f"{self._config.max_length:,} tokens",
+            allowed=f"{self._settings.max_length:,} tokens",
             change="raise max_length, shorten the row, or set overflow to truncate, drop or split",
         )
 

@@ -82,9 +82,9 @@ class Store(Sequence[bytes]):
                 left = left[self._file.write(left) :]
         except OSError as error:
             raise StorageError(
-                f"{folder()}: rows that are kept there while the program runs cannot be written",
+                f"{folder()}: temporary rows cannot be written",
                 seen=f"{error.strerror or error}, after {gib(self._num_written)} GiB",
-                change="make room, or set XDG_CACHE_HOME to a folder on a disk that has some",
+                change="free some disk space, or set XDG_CACHE_HOME to a folder on another disk",
             ) from error
         self._num_written += len(self._tail)
         self._tail = bytearray()
@@ -125,7 +125,7 @@ class Store(Sequence[bytes]):
         except OSError as error:
             problem = error.strerror or str(error)
         if len(found) < end - begin:
-            raise StorageError(f"{folder()}: rows that were written there cannot be read back", seen=problem)
+            raise StorageError(f"{folder()}: temporary rows cannot be read back", seen=problem)
         return found
 
     def pieces(self) -> Iterator[bytes]:

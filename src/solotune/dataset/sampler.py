@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from solotune.config.run_config import RunConfig
+from solotune.config.settings import BatchSettings
 from solotune.dataset.collate import PaddedShape
 from solotune.dataset.example import Example, lengths_of
 from solotune.dataset.packing import pack
@@ -28,11 +28,11 @@ class BatchSampler:
     seed: int
 
     @classmethod
-    def of(cls, config: RunConfig, num_rows: int) -> BatchSampler:
-        rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        per_epoch = math.ceil(num_rows / rows_per_step)
-        total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
-        return cls(num_rows, config.per_device_train_batch_size, config.gradient_accumulation_steps, total, config.seed)
+    def of(cls, batches: BatchSettings, num_rows: int) -> BatchSampler:
+        """The sampler of a run over `num_rows` rows or packs."""
+        per_epoch = math.ceil(num_rows / (batches.batch_size * batches.accumulation))
+        total = batches.max_steps if batches.max_steps > 0 else math.ceil(batches.num_epochs * per_epoch)
+        return cls(num_rows, batches.batch_size, batches.accumulation, total, batches.seed)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -58,18 +58,18 @@ class BatchSampler:
             yield [rows[i : i + self.micro_batch_size] for i in range(0, len(rows), self.micro_batch_size)]
 
 
-def pack_sequences(config: RunConfig, rows: Sequence[Example]) -> list[list[int]] | np.ndarray:
+def pack_sequences(batches: BatchSettings, rows: Sequence[Example]) -> list[list[int]] | np.ndarray:
     """The row numbers of each training sequence: one row each, or packs of them."""
-    if not config.packing:
+    if not batches.packing:
         return np.arange(len(rows))[:, None]
-    return pack(lengths_of(rows), config.max_length)
+    return pack(lengths_of(rows), batches.max_length)
 
 
 def pack_and_shape(
-    config: RunConfig, rows: Sequence[Example]
+    batches: BatchSettings, rows: Sequence[Example]
 ) -> tuple[list[list[int]] | np.ndarray, PaddedShape | None]:
     """The training sequences, and what packs of them are padded to: compiled passes should have one shape."""
-    packs = pack_sequences(config, rows)
-    if not (config.packing and config.torch_compile):
+    packs = pack_sequences(batches, rows)
+    if not batches.has_one_shape:
         return packs, None
-    return packs, PaddedShape.of(packs, config.per_device_train_batch_size, config.max_length)
+    return packs, PaddedShape.of(packs, batches.batch_size, batches.max_length)

@@ -1,10 +1,10 @@
-"""Faults that data, tokenizer and config alone show, in seconds, before any GPU is used.
+"""Find faults of data, tokenizer and config in seconds, before any GPU is used.
 
     for finding in check_rows(config, tokenizer, prepared): ...
 
-It asks the rules that need rows (`suspects.judge`). Of large data most of them judge a sample, and say so in the
-evidence: `rows_judged` of `training_rows`. The answer is cached beside the rows, under a key that holds whatever a rule
-may read: the rows, the config, the model's files, and the source of the rules themselves.
+It runs the rules that need rows (`rules.judge`). On large data most of them judge a sample, and the evidence says so:
+`rows_judged` of `training_rows`. The findings are cached with the rows, under a key of everything that a rule may read:
+the rows, the config, the model's files, and the source of the rules.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import json
 from functools import cache as once
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from solotune.config.run_config import RunConfig
 from solotune.dataset import Prepared, cache
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 def check_rows(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, prepared: Prepared, base: ModelFiles | None = None
 ) -> list[Finding]:
-    """What is wrong with the rows as they would be trained on; worst first, empty where nothing is.
+    """Problems of the rows as they would be trained on; worst first, empty if there are none.
 
     Args:
-        base: files of the base model, where the caller has them already.
+        base: files of the base model; None: they are looked for on this machine.
     """
-    base = base or model_here(config)
-    key = _key(config, prepared, base)
+    base = base or model_here(config.model_name_or_path, config.model_revision)
+    key = _key(config.model_dump(), prepared, base)
     if key is not None and (known := cache.load_findings(key)) is not None:
         return [finding for one in known if (finding := Finding.from_json(one)) is not None]
     found = judge(RowFacts.of_config(config, tokenizer, prepared.train, prepared.validation, prepared.report, base))
@@ -45,11 +45,11 @@ def check_rows(
     return [Finding(**one) for one in as_json]
 
 
-def _key(config: RunConfig, prepared: Prepared, base: ModelFiles | None) -> str | None:
-    """The name of the findings; None for rows that are not cached either."""
+def _key(settings: dict[str, Any], prepared: Prepared, base: ModelFiles | None) -> str | None:
+    """The cache key of the findings; None for rows that are not cached."""
     if prepared.key is None:
         return None
-    parts = [prepared.key, config.model_dump(), model_jsons(base), _rules_version()]
+    parts = [prepared.key, settings, model_jsons(base), _rules_version()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

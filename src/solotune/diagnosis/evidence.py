@@ -1,12 +1,12 @@
-"""What rules and probes say, and what a diagnosis is made of.
+"""Signals of rules and probes, and the parts of a diagnosis.
 
-A rule returns a `Signal` when it sees its fault. Signals differ in what they are worth, and that order decides:
+A rule returns a `Signal` when it sees its fault. There are four kinds of signals:
 
 - `invariant`: an equation that holds in every healthy training is violated (a label is not its token, no adapter has a
   gradient at step 1, the learning rate ended before the run). It names its fault.
-- `counterfactual`: the one fix was applied to a probe, and the signal went back to normal. It confirms a fault.
-- `measured`: a number lies outside of what clean runs show.
-- `curve`: the shape of a curve. It chooses probes, and never names a culprit alone.
+- `counterfactual`: a probe applied one fix, and the signal went back to normal. It confirms a fault.
+- `measured`: a number is outside the range of clean runs.
+- `curve`: the shape of a curve. It chooses probes and never names a culprit alone.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ Kind = Literal["invariant", "counterfactual", "measured", "curve"]
 
 
 EXPERIMENTS: dict[str, str] = {
-    "P1": "compare the first loss with that of the same rows in the model's own format, and with plain text",
-    "P2": "compare a row's logits alone and padded",
-    "P3": "compare a row's logits alone and packed",
+    "P1": "compare the first loss with the loss of the same rows in the model's own format and as plain text",
+    "P2": "compare a row's logits alone and in a padded batch",
+    "P3": "compare a row's logits alone and in a packed sequence",
     "P4": "compare the model with its adapter on and off",
-    "P5": "look at every adapter's gradient in the second step",
+    "P5": "check the gradient of every adapter in the second step",
     "P6": "count the elements that one optimizer step changes",
-    "P7": "learn one batch by heart at a tenth, once and ten times the learning rate",
+    "P7": "overfit one batch at 0.1, 1 and 10 times the learning rate",
     "P8": "evaluate twice and compare",
-    "P9": "compare the gradient of one batch with that of its rows one by one",
-    "P10": "compare an answer's loss after its own prompt and after another row's",
-    "P11": "try the longest batch first, forward, backward and step",
-    "P12": "load what was saved again and compare its logits",
-    "P13": "let it answer after the training's rendering of a prompt and after the deployment's",
+    "P9": "compare the accumulated gradient of several micro-batches with the gradient of all their tokens",
+    "P10": "compare the loss of answers after their own prompt and after the prompts of other rows",
+    "P11": "run forward, backward and step on the longest batch",
+    "P12": "load the saved adapter again and compare its logits",
+    "P13": "generate answers with the prompt format of the training and with that of the deployment",
 }
-"""What each probe does, as an instruction."""
+"""What each probe does."""
 
 
 @dataclass(frozen=True)
 class Signal:
-    """One rule or probe speaking for (or, with `against`, against) one fault."""
+    """Evidence of one rule or probe for one fault (with `against`: against it)."""
 
     code: str  # F17
     kind: Kind
     says: str  # one line with the number in it
-    weight: float  # 0 to 1: how surely, given only this
+    weight: float  # 0 to 1: probability of the fault given only this signal
     numbers: dict[str, Any] = field(default_factory=dict)
     against: bool = False
     fix: str = ""  # the exact line of the config to change
-    expect: str = ""  # after it, where this evidence says more than the catalogue does (the range test's gain)
+    expect: str = ""  # after the fix; only if more precise than the catalogue (the range test's gain)
 
 
 def of_refusal(error: SolotuneError) -> list[Signal]:
-    """What a door of ours says by refusing, where that is a fault of the catalogue."""
+    """The signal of an error that solotune raised, if it names a fault of the catalogue."""
     if error.fault is None:
         return []
     says = error.problem + (f" ({error.seen})" if error.seen is not None else "")
@@ -61,17 +61,17 @@ def of_refusal(error: SolotuneError) -> list[Signal]:
 
 @dataclass(frozen=True)
 class Probed:
-    """What the probes that fitted into a budget say; keys are their names, P1 ... P12."""
+    """Results of the probes that fitted into the budget; keys are probe names, P1 ... P13."""
 
     signals: list[Signal]
     measurements: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)  # seconds
-    skipped: dict[str, str] = field(default_factory=dict)  # why it was not run
+    skipped: dict[str, str] = field(default_factory=dict)  # why it did not run
 
 
 @dataclass(frozen=True)
 class Culprit:
-    """A fault as the cause, best first; `same_evidence`: codes that this evidence cannot tell from it."""
+    """A fault that is named (or possible); `same_evidence`: codes that this evidence cannot tell from it."""
 
     suspect: str
     fault: str
@@ -86,17 +86,17 @@ class Culprit:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The answer, in the shape of `diagnosis.json`."""
+    """The result, in the shape of `diagnosis.json`."""
 
     run_facts: str
     verdict: Literal["fault", "healthy", "undecided"]
     culprits: list[Culprit]
-    ruled_out: list[dict[str, str]]  # fault, and the number that speaks against it
+    ruled_out: list[dict[str, str]]  # fault, slug, and the number against it (because)
     next_experiment: str | None
-    skipped: dict[str, str] = field(default_factory=dict)  # probe -> why it was not run
-    unasked: dict[str, str] = field(default_factory=dict)  # fault -> why none of its rules could be asked
+    skipped: dict[str, str] = field(default_factory=dict)  # probe -> why it did not run
+    unasked: dict[str, str] = field(default_factory=dict)  # fault -> why none of its rules could run
     cost: dict[str, float] = field(default_factory=dict)  # probe -> seconds
-    measurements: dict[str, Any] = field(default_factory=dict)  # what a page needs to draw
+    measurements: dict[str, Any] = field(default_factory=dict)  # numbers for the HTML page
 
     @property
     def is_fault(self) -> bool:

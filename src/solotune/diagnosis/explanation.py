@@ -1,4 +1,4 @@
-"""What `solotune explain` says and what docs/faults.md is made of: the docstring of a fault's rule, and its entry.
+"""The text of `solotune explain` and docs/faults.md: the docstring of a fault's rule, and its catalogue entry.
 
 explained("F17")    explained("pad-masks-terminator")    explained("S4")
 """
@@ -16,7 +16,17 @@ from solotune.diagnosis.catalogue import FAULTS, SUSPECTS, Fault
 from solotune.diagnosis.rules import rules
 
 WIDTH = 80
-_HEADING = re.compile(r"[A-Z][a-z ]+: ")
+HEADINGS = {
+    "Sees": "Symptoms",
+    "Why": "Why it matters",
+    "Not": "Do not confuse with",
+    "Fix": "Fix",
+    "Wrong when": "When this warning is wrong",
+    "Then": "After the fix",
+    "Source": "Source",
+}
+"""Headings of a rule's docstring -> what is printed, in this order."""
+_HEADING = re.compile(rf"({'|'.join(HEADINGS)}): ")
 
 
 @dataclass(frozen=True)
@@ -46,12 +56,15 @@ class Explanation:
             textwrap.fill(self.title, WIDTH),
             "",
         ]
-        parts += [_hanging(paragraph) for paragraph in paragraphs(self.doc)]
-        parts += [] if "\nFix: " in self.doc else [_hanging(f"Fix: {self.fix}.")]
-        parts.append(_hanging(f"Then: {self.expect}."))
-        if self.prevented:
-            parts.append(_hanging(f"Trained by solotune it cannot happen: {self.prevented}."))
-        return "\n".join(parts)
+        return "\n".join([*parts, *map(_hanging, self.sections)])
+
+    @property
+    def sections(self) -> list[str]:
+        """The fault's paragraphs under their printed headings: `Symptoms: ...`, `Fix: ...`."""
+        own = dict(paragraph.split(": ", 1) for paragraph in paragraphs(self.doc))
+        own["Then"] = f"{self.expect}."
+        lines = [f"{printed}: {own[heading]}" for heading, printed in HEADINGS.items() if heading in own]
+        return lines + ([f"Not possible in solotune: {self.prevented}."] if self.prevented else [])
 
     def to_json(self) -> dict[str, Any]:
         names = ("code", "slug", "suspect", "title", "doc", "fix", "expect", "prevented", "faults")
@@ -59,8 +72,10 @@ class Explanation:
 
 
 def explained(word: str) -> Explanation:
-    """Raises:
-    InputError: there is no such fault.
+    """Explain a fault or a suspect, by code or slug.
+
+    Raises:
+        InputError: there is no such fault.
     """
     code = catalogue.find(word)
     if code in SUSPECTS:
@@ -78,7 +93,7 @@ def faults_of(suspect: str) -> list[Fault]:
 
 
 def doc_of(code: str) -> str:
-    """The docstring of the fault's first rule without its first line, which the title says; empty without a rule."""
+    """The docstring of the fault's first rule without its first line, which repeats the title; empty without a rule."""
     known = rules().get(code, ())
     text = inspect.cleandoc(known[0].doc) if known else ""
     _, _, rest = text.partition("\n")
@@ -86,7 +101,7 @@ def doc_of(code: str) -> str:
 
 
 def paragraphs(doc: str) -> list[str]:
-    """The docstring's headed paragraphs, one line each: `Sees: ...`, `Why: ...`."""
+    """The docstring's paragraphs with their headings, one line each: `Sees: ...`, `Why: ...`."""
     found: list[str] = []
     for line in doc.splitlines():
         if _HEADING.match(line) or not found:

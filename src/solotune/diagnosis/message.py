@@ -1,11 +1,11 @@
-"""A diagnosis in words, for a person: the culprit, its evidence, what to change, what to expect.
+"""Write a diagnosis as text: the culprit, its evidence, what to change, what to expect.
 
     headline   The learning rate is too low.  (F64 rate-too-low: optimizer and learning rate; 94 %)
     evidence   two or three lines with numbers, and what confirmed it
     change     the exact line of the config
-    expect     what is seen after it
+    expect     what the change should bring
 
-What was not looked at is said too: a diagnosis without the model leaves more open than one with it.
+Checks that could not run are listed too: without the model, more faults stay open.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from solotune.diagnosis.evidence import EXPERIMENTS, Culprit, Diagnosis
 
 @dataclass(frozen=True)
 class Told:
-    """One culprit as it is told."""
+    """The text parts of one culprit."""
 
     headline: str
     where: str
     evidence: list[str]
     change: str
     expect: str
-    also: str  # what the same evidence could be, or nothing
+    also: str  # other faults with the same evidence, or ""
 
 
 def told(culprit: Culprit) -> Told:
-    """The culprit's sentence and what belongs to it."""
+    """The text parts of a culprit."""
     fault = catalogue.FAULTS[culprit.fault]
     others = [catalogue.FAULTS[code] for code in culprit.same_evidence]
     confirmed = [f"confirmed by experiment: {culprit.confirmed_by}"] if culprit.confirmed_by else []
@@ -46,20 +46,26 @@ def told(culprit: Culprit) -> Told:
 
 
 def summary(diagnosis: Diagnosis) -> str:
-    """The answer in one line."""
+    """The verdict in one line."""
     if diagnosis.verdict == "healthy":
-        return "healthy: nothing that was looked at speaks for a fault"
+        return "healthy, no problem found"
     if diagnosis.verdict == "undecided":
         names = ", ".join(f"{c.fault} {c.slug}" for c in diagnosis.culprits[:3])
-        return f"undecided: it may be {names}" if names else "undecided: too little of it can be seen"
+        return (
+            f"undecided: possibly {names}"
+            if names
+            else "undecided: no problem found so far, but some checks could not run"
+        )
     first, *others = diagnosis.culprits
     more = f", and {', '.join(f'{c.fault} {c.slug}' for c in others)}" if others else ""
     return f"fault: {first.fault} {first.slug}{more}"
 
 
 def ruled_out_nearby(diagnosis: Diagnosis) -> str:
-    """What was ruled out of the first culprit's suspect, or as its consequence or equivalent, with why; of the others
-    how many."""
+    """Faults near the first culprit that were ruled out, each with the reason; of all others only the number.
+
+    Near: of the same suspect, a consequence, or an equivalent.
+    """
     if not diagnosis.culprits:
         return _counted(len(diagnosis.ruled_out))
     first = diagnosis.culprits[0]
@@ -69,15 +75,15 @@ def ruled_out_nearby(diagnosis: Diagnosis) -> str:
     others = len(diagnosis.ruled_out) - len(near)
     if not near:
         return _counted(others)
-    return "; ".join([*near, *([f"{others} more (--json)"] if others else [])])
+    return "; ".join([*near, *([f"{others} more (reasons: --json)"] if others else [])])
 
 
 def _counted(ruled_out: int) -> str:
-    return f"{ruled_out} fault{'s' * (ruled_out > 1)}, each with the number that says so (--json)" if ruled_out else ""
+    return f"{ruled_out} fault{'s' * (ruled_out > 1)} (reasons: --json)" if ruled_out else ""
 
 
 def left_open(diagnosis: Diagnosis) -> list[str]:
-    """What was not looked at, why, and which faults that leaves open; one line a reason."""
+    """Probes and faults that were not checked: one line for each reason."""
     lines = []
     for why, names in _by_reason(diagnosis.skipped).items():
         which = "all probes" if set(names) == set(EXPERIMENTS) else f"probe{'s' * (len(names) > 1)} {_listed(names)}"
@@ -85,7 +91,7 @@ def left_open(diagnosis: Diagnosis) -> list[str]:
     for why, codes in _by_reason(diagnosis.unasked).items():
         suspects = Counter(catalogue.FAULTS[code].suspect for code in codes)
         where = ", ".join(f"{catalogue.SUSPECTS[suspect]} ({count})" for suspect, count in suspects.most_common())
-        lines.append(f"{len(codes)} fault{'s' * (len(codes) > 1)}, of {where}: {why}")
+        lines.append(f"{len(codes)} fault{'s' * (len(codes) > 1)} in {where}: {why}")
     return lines
 
 

@@ -1,18 +1,18 @@
-"""Watches a run of ours while it trains: a line when something is wrong, at the first steps and at evaluations.
+"""Monitor a run while it trains: report a fault in one line, at the first steps and at evaluations.
 
-    monitor = Watch(model, subject, observer, RunRecord.read(run.path))
-    training.train(..., observer=Observers(display, Resilient(monitor)))
+    monitor = Monitor(model, run_facts, observer, RunRecord.read(run.path))
+    loop.train(..., observer=Observers(display, Resilient(monitor)))
 
-It is an observer like others, so the loop knows nothing of diagnosis. It looks
+It is an observer like others, so the training loop does not depend on the diagnosis. It checks
 
-- at the first loss: above log V the model guesses worse than blindly;
-- in the first two steps whose rate is above 0 at a sample of every adapter's elements, before and after. In every
-  healthy run `lora_B` moves in the first of them and `lora_A` from the second on (its first gradient is exactly zero,
-  since B is). An adapter that does not move has no gradient (F57); where much of A stays, updates are rounded away
-  (F54), which B, that starts at zero, does not show;
-- before the run and at evaluations with the rules on settings, rows and curve, which `solotune diagnose` asks too.
+- the first loss: above log V the model is worse than random guessing;
+- a sample of every adapter's elements before and after the first two steps with a learning rate above 0. In every
+  healthy run `lora_B` changes in the first of them and `lora_A` from the second on (its first gradient is exactly zero,
+  since B is). An adapter that does not change has no gradient (F57). If a large part of A does not change, rounding
+  loses its updates (F54); B does not show this, since it starts at zero;
+- settings, rows and curve with the rules, before the run and at evaluations, as `solotune diagnose` does.
 
-Each fault is told once, nothing here stops a run, and all of it costs milliseconds: a few thousand elements are read.
+Each fault is reported once. The monitor never stops a run, and costs milliseconds: it reads a few thousand elements.
 """
 
 from __future__ import annotations
@@ -39,32 +39,33 @@ if TYPE_CHECKING:
     from solotune.run.record import RunRecord
 
 NUM_SAMPLED = 64
-"""Elements of each matrix that are compared: 28,672 of 224 adapted layers, one small copy."""
+"""Elements of each matrix that are compared: 28,672 for 224 adapted layers, one small copy."""
 SMALLEST_SHARE_MOVED = 0.3
-"""float32 moves all that has a gradient; bfloat16 at a small rate about half of it, at the end of its decay 0.01."""
+"""float32 changes all elements with a gradient; bfloat16 at a small learning rate half of them, late in decay 0.01."""
 
 
 class Monitor(SilentObserver):
-    """Says what is wrong with the run that it watches, to another observer: the run's log and what people see."""
+    """Report faults of a running training to another observer (the run's log and the display)."""
 
     def __init__(self, model: TrainableModel, run_facts: RunFacts, observer: RunObserver, before: RunRecord) -> None:
         """Args:
-        subject: what is known before the first step; the rules are asked about it at once, and what the data's
-            findings have told already is not told again.
-        before: of a resumed run, what was recorded until then: it was seen and told.
+        run_facts: facts before the first step. The rules check them at once; faults that `findings` already names are
+            not reported again.
+        observer: receives `diagnosed` events.
+        before: record of a resumed run until now; faults that it names are not reported again.
         """
-        self._model, self._subject, self._observer = model, run_facts, observer
-        self._told = {finding.code for finding in run_facts.findings}
+        self._model, self._run_facts, self._observer = model, run_facts, observer
+        self._reported = {finding.code for finding in run_facts.findings or ()}
         self._places: dict[
             str, tuple[torch.Tensor, torch.Tensor]
-        ] = {}  # layer -> places of A and of B in `flat_params`
+        ] = {}  # layer -> positions of A and of B in `flat_params`
         self._before: torch.Tensor | None = None
         self._num_updates = 0
         self._steps, self._evaluations = list(before.steps), list(before.evals)
-        self._told |= before.diagnosed_codes
+        self._reported |= before.diagnosed_codes
         self._signals: list[Signal] = []
         self._total_steps, self._is_new = 0, True
-        self._ask_rules(run_facts)
+        self._check_rules(run_facts)
 
     def begin(self, total_steps: int, done: int = 0) -> None:
         self._total_steps, self._is_new = total_steps, done == 0
@@ -75,31 +76,31 @@ class Monitor(SilentObserver):
     def step(self, event: StepEvent) -> None:
         self._steps.append(event)
         if len(self._steps) == 1 and self._is_new:
-            self._look_at_first_loss(event.loss)
+            self._check_first_loss(event.loss)
         if self._before is not None and event.learning_rate > 0:
             self._num_updates += 1
-            self._look_at_update()
+            self._check_update()
 
     def evaluated(self, event: EvalEvent, num_rows: int) -> None:
         self._evaluations.append(event)
-        self._ask_rules(replace(self._subject, trace=self._trace()))
+        self._check_rules(replace(self._run_facts, trace=self._trace()))
 
     def diagnosis(self) -> Diagnosis:
-        """What rules and watch make of the whole run."""
+        """The diagnosis of the whole run, by the rules and the signals of this monitor."""
         missing = {
-            **self._subject.missing,
-            "live": "training asks the rules alone; solotune diagnose has probes",
+            **self._run_facts.missing,
+            "live": "model probes do not run during training; solotune diagnose runs them",
         }
-        run_facts = replace(self._subject, trace=self._trace(), live=None, missing=missing)
+        run_facts = replace(self._run_facts, trace=self._trace(), live=None, missing=missing)
         return examine(run_facts, also=self._signals)
 
-    def _ask_rules(self, run_facts: RunFacts) -> None:
-        """Tells what they name; they are asked again for the diagnosis, so their signals need not be kept."""
+    def _check_rules(self, run_facts: RunFacts) -> None:
+        """Report the faults that the rules name. `diagnosis` runs them again, so their signals are not kept."""
         for named in accused(ask_all(run_facts)[0]):
-            self._tell(named.speaking[0])
+            self._report(named.speaking[0])
 
     def _trace(self) -> Trace:
-        """What the run has recorded so far."""
+        """The curve of the run so far."""
         last = self._steps[-1].step if self._steps else 0
         return replace(
             run_files.curves(self._steps, self._evaluations),
@@ -107,14 +108,14 @@ class Monitor(SilentObserver):
             is_finished=last == self._total_steps > 0,
         )
 
-    def _look_at_first_loss(self, loss: float) -> None:
+    def _check_first_loss(self, loss: float) -> None:
         size = self._model.module.config.get_text_config().vocab_size
-        if loss > 1.2 * math.log(size):  # new tasks begin above log V at times; a fifth above it none was seen
-            says = f"the first loss is {loss:.2f}, and guessing blindly among {size:,} tokens is {math.log(size):.2f}"
-            self._see(Signal("F04", "measured", says, 0.4))
+        if loss > 1.2 * math.log(size):  # new tasks sometimes start above log V, but none was seen a fifth above it
+            says = f"the first loss is {loss:.2f}; guessing at random among {size:,} tokens gives {math.log(size):.2f}"
+            self._record(Signal("F04", "measured", says, 0.4))
 
-    def _look_at_update(self) -> None:
-        """Compares the sampled elements with those before the step."""
+    def _check_update(self) -> None:
+        """Compare the sampled elements with their values before the step."""
         assert self._before is not None
         now = self._sample()
         moved = (now != self._before).cpu()
@@ -130,24 +131,24 @@ class Monitor(SilentObserver):
         part, mean = "AB"[which], sum(shares.values()) / max(len(shares), 1)
         if part == "A" and mean < SMALLEST_SHARE_MOVED:
             says = f"update {self._num_updates} changed only {mean:.0%} of lora_A's elements"
-            self._see(Signal("F54", "measured", says, 0.6))
+            self._record(Signal("F54", "measured", says, 0.6))
         elif still:
             says = f"lora_{part} of {len(still)} of {len(shares)} layers did not change in update {self._num_updates}: "
             says += ", ".join(still[:3])
-            self._see(Signal("F57", "invariant", says, 0.9 if len(still) == len(shares) else 0.5))
-            self._before = None  # what follows from it is not told
+            self._record(Signal("F57", "invariant", says, 0.9 if len(still) == len(shares) else 0.5))
+            self._before = None  # consequences are not reported
 
     def _sample(self) -> torch.Tensor:
         places = torch.cat([part for pair in self._places.values() for part in pair])
         return self._model.flat_params.detach()[places].clone()
 
-    def _see(self, signal: Signal) -> None:
+    def _record(self, signal: Signal) -> None:
         self._signals.append(signal)
-        self._tell(signal)
+        self._report(signal)
 
-    def _tell(self, signal: Signal) -> None:
-        if signal.code not in self._told:
-            self._told.add(signal.code)
+    def _report(self, signal: Signal) -> None:
+        if signal.code not in self._reported:
+            self._reported.add(signal.code)
             self._observer.diagnosed(DiagnosedEvent(signal.code, signal.kind, signal.says), in_words(signal))
 
 
@@ -161,6 +162,6 @@ def in_words(signal: Signal) -> str:
 
 
 def _sampled(part: torch.nn.Parameter) -> torch.Tensor:
-    """int64: evenly spaced places of the matrix within the vector that all adapters share."""
+    """int64: evenly spaced positions of the matrix within the vector of all adapters."""
     start, size = int(part.data.storage_offset()), part.numel()
     return torch.linspace(start, start + size - 1, min(NUM_SAMPLED, size), dtype=torch.float64).long().to(part.device)

@@ -1,17 +1,17 @@
-"""Why a run is flat. The curve says that it is; why is asked of the probes, the cheapest and most decisive first.
+"""Find why a loss curve is flat: the curve shows that it is, probes and settings show the reason.
 
-    1  are the labels, the rows and the tokenizer right?      F22 F12 F04 F38, and whatever else of S4
+    1  are the labels, the rows and the tokenizer right?      F22 F12 F04 F38, and other faults of S4
     2  does the adapter get gradients?                        F58 F60 F57
-    3  did the rate ever come, and did it stay?               F65 F66
-    4  do steps arrive?                                       F54
-    5  would another rate learn?                              F64 F61 F67
-    6  would more adapters learn?                             F62 F56
+    3  did the learning rate reach its peak and stay there?   F65 F66
+    4  do optimizer steps change the weights?                 F54
+    5  would another learning rate lower the loss?            F64 F61 F67
+    6  would more adapters lower the loss?                    F62 F56
     7  is the step clipped or decayed away?                   F68 F69
-    8  is it flat, or is the noise larger than the slope?     noise: go on longer, or evaluate on more rows
-    9  nothing of these                                       the task's own floor: healthy
+    8  is the noise larger than the slope?                    noise: train longer, or evaluate on more rows
+    9  none of these                                          the floor of the task: healthy
 
-The first question with an answer is the cause. All answers stand in the measurements, so that what was ruled out can be
-shown too, with the gain that the range test promises.
+The first question with an answer is the cause. All answers are in the measurements, so that the questions that were
+ruled out can be shown too, with the gain that the range test measured.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from solotune.diagnosis.evidence import Probed, Signal
 from solotune.diagnosis.run_facts import RunFacts, Settings, Trace
 
 LEAST_POINTS = 10  # logged losses, else no curve
-FLAT = 0.03  # of the level: what the second half of the run may still gain
+FLAT = 0.03  # of the level: the largest fall over the second half of a flat run
 CLEAR = 2.0  # standard errors of the slope
-SPEAKS = 0.5  # weight from which a signal is an answer
-NO_RATE = 0.02  # of the peak: a rate that moves nothing
-LATE, EARLY = 0.5, 0.6  # of the run: a warm-up that ends later, a schedule that ended earlier
+SPEAKS = 0.5  # weight: from here on a signal is an answer
+NO_RATE = 0.02  # of the peak: a learning rate that changes nothing
+LATE, EARLY = 0.5, 0.6  # of the run: a warmup that ends later, a schedule that ends earlier
 ADAM_EPSILON = 1e-8
 DECAYED = 5.0  # sum of rate x weight_decay over a run, from which adapters are pulled back to zero
 
@@ -51,24 +51,24 @@ class Shape:
 
     level: float  # mean of the last quarter
     first: float  # mean of the first tenth
-    change: float  # over the second half, by its straight line; below 0 where it still falls
+    change: float  # over the second half, by a straight-line fit; below 0 if it still falls
     stderr: float  # of the change
     from_step: int
     to_step: int
 
     @property
     def is_flat(self) -> bool:
-        """It changes by little, and what it changes by is small or not to be told from noise."""
+        """The change is small, or cannot be told from noise."""
         return -self.change < max(FLAT * self.level, 0.0) and self.change < CLEAR * self.stderr + FLAT * self.level
 
     @property
     def is_noisy(self) -> bool:
-        """A change that would be worth having could hide in the noise."""
+        """The noise is large enough to hide a useful change."""
         return CLEAR * self.stderr > 2 * FLAT * max(self.level, 1e-9)
 
 
 def shape_of(trace: Trace | None) -> Shape | None:
-    """None where too little was logged."""
+    """The shape of a loss curve; None if too few steps were logged."""
     if trace is None:
         return None
     known = np.isfinite(trace.loss_S)
@@ -90,7 +90,7 @@ def shape_of(trace: Trace | None) -> Shape | None:
 
 
 def plateau(run_facts: RunFacts, found: Probed) -> list[Signal]:
-    """Adds the account to `found.measurements`; the curve's signal for the cause, if there is one."""
+    """Add `plateau` to `found.measurements`; return the curve's signal for the cause, if there is one."""
     shape = shape_of(run_facts.trace)
     if shape is None:
         return []
@@ -106,14 +106,14 @@ def plateau(run_facts: RunFacts, found: Probed) -> list[Signal]:
     where += f"({shape.change:+.3f} ± {shape.stderr:.3f})"
     if cause is None:
         account["says"] = where + (
-            ": more of it, or more rows to evaluate on, would tell a slope from noise"
+            ": train longer or evaluate on more rows to tell a slope from noise"
             if shape.is_noisy
-            else ": nothing that was looked at would lower it; it may be what this task can reach"
+            else ": no check found a cause; this may be the lowest loss that this task allows"
         )
         return []
     account["says"] = f"{where}: {speaking[cause].says}"
     account["expected"] = speaking[cause].expect
-    said = [speaking[cause]] if speaking[cause] not in found.signals else []  # of the record, or too weak alone
+    said = [speaking[cause]] if speaking[cause] not in found.signals else []  # found here, or too weak alone
     return [*said, Signal(cause, "curve", where, 0.3, {"level": shape.level, "change": shape.change})]
 
 
@@ -132,7 +132,7 @@ def _of_probes(found: Probed) -> dict[str, Signal]:
 
 
 def _of_the_record(run_facts: RunFacts) -> dict[str, Signal]:
-    """What rates, norms and settings tell: F65, F66, F68, F69."""
+    """Signals from learning rates, gradient norms and settings: F65, F66, F68, F69."""
     assert run_facts.trace is not None
     found = [*_schedule(run_facts.trace, run_facts.settings), *_clip(run_facts.trace, run_facts.settings)]
     return {signal.code: signal for signal in found}
@@ -149,18 +149,22 @@ def _schedule(trace: Trace, settings: Settings) -> list[Signal]:
     found = []
     first_peak = steps[int(np.argmax(rates >= 0.99 * peak))]
     if first_peak > LATE * total and rates[-1] >= 0.9 * peak:
-        says = f"the rate is still rising at step {first_peak:.0f} of {total:.0f}, at {peak:.2g} of {float(asked):.2g}"
+        says = (
+            f"the learning rate still rises at step {first_peak:.0f} of {total:.0f}: {peak:.2g} of {float(asked):.2g}"
+        )
         found.append(Signal("F65", "measured", says, 0.9, fix="warmup_ratio: 0.03", expect=""))
     dead = np.flatnonzero(rates < NO_RATE * peak)
     after = dead[steps[dead] > first_peak]
     if len(after) and steps[after[0]] < EARLY * total and (rates[after[0] :] < NO_RATE * peak).all():
-        says = f"from step {steps[after[0]]:.0f} of {total:.0f} on the rate is below {NO_RATE:.0%} of its peak"
+        says = (
+            f"from step {steps[after[0]]:.0f} of {total:.0f} on, the learning rate is below {NO_RATE:.0%} of its peak"
+        )
         found.append(Signal("F66", "measured", says, 0.9))
     return found
 
 
 def _clip(trace: Trace, settings: Settings) -> list[Signal]:
-    """Adam takes no notice of a constant factor, so a tight clip matters near its epsilon, or under SGD."""
+    """A constant factor cancels in Adam, so tight clipping matters only near its epsilon, or with SGD."""
     found = []
     clip = settings.get("max_grad_norm")
     norms = np.asarray(trace.grad_norm_S, float)
@@ -176,6 +180,8 @@ def _clip(trace: Trace, settings: Settings) -> list[Signal]:
     if decay and len(rates) and trace.step_S[-1]:
         pulled = float(decay) * float(rates.mean()) * float(trace.step_S[-1])
         if pulled > DECAYED:
-            says = f"rate times weight_decay sums to {pulled:.1f} over the run: what is learned is pulled back to zero"
+            says = (
+                f"learning rate times weight_decay sums to {pulled:.1f} over the run: it pulls the adapter back to zero"
+            )
             found.append(Signal("F69", "measured", says, 0.8, fix="weight_decay: 0.0"))
     return found

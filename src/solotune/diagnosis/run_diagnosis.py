@@ -1,10 +1,10 @@
-"""Looks at a subject with everything there is, in the order of what it costs, and gives the verdict.
+"""Check a run with all rules and probes, the cheapest first, and decide the verdict.
 
-    rules on settings, rows, trace and files, and on batches where the model is there     seconds
-    probes on the live model, the most telling first, as many as fit the budget           a minute
+    rules on settings, rows, trace and files, and on batches if the model is loaded       seconds
+    probes on the live model, the most decisive first, as many as fit the budget          a minute
 
-A model that is not here, or too large, leaves the rules' answer, with what that leaves open. The probes run even where
-the rules have named something: two faults are common, and a culprit is to be confirmed.
+If the model is missing or too large, the rules decide alone, and the diagnosis lists what stays open. The probes run
+even if the rules have named a fault: two faults at once are common, and a probe can confirm a culprit.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from solotune.diagnosis.verdict import decide
 from solotune.errors import SolotuneError
 
 BUDGET_SECONDS = 60.0
-"""For the default probes: what the demo model needs on two cores."""
+"""For the default probes: enough for the demo model on two cores."""
 DEEP_SECONDS = 600.0
 """With `deep`: more batches, longer range tests."""
+_NO_BUDGET = "--budget 0 turns model probes off"
 
 
 def examine(
@@ -35,31 +36,31 @@ def examine(
     phase: Callable[[str], None] = lambda name: None,
     also: Sequence[Signal] = (),
 ) -> Diagnosis:
-    """The diagnosis of a subject.
+    """The diagnosis of a run.
 
     Args:
         deep: probes run longer, on more batches.
-        budget: seconds for the probes; 0 asks the rules alone, and loads nothing.
-        phase: told what begins.
-        also: what was seen elsewhere.
+        budget: seconds for the probes; 0 runs only the rules and loads no model.
+        phase: called with the name of each stage that begins.
+        also: further signals, from the monitor of a run.
     """
     live, why, loading, refusals = _load(run_facts, budget, phase)
     if live is None:
         run_facts = replace(run_facts, live=None, missing={**run_facts.missing, "live": why})
     else:
         run_facts = replace(run_facts, live=lambda: live, batches=run_facts.batches or live.batches)
-    phase("asking the rules")
+    phase("checking with rules")
     started = time.perf_counter()
     signals, unasked = ask_all(run_facts, loads=live is not None)
     cost = {"rules": time.perf_counter() - started}
     if live is None:
         probed = Probed([], skipped=dict.fromkeys(EXPERIMENTS, why))
     else:
-        phase("probing")
+        phase("running model probes")
         probed = probes.run_all(live, run_facts, _seconds(deep, budget), deep)
         cost |= {"loading": loading, **probed.cost}
     refusals = [*run_facts.refusals, *refusals]
-    refused = {signal.code for signal in refusals}  # facts, which no number speaks against
+    refused = {signal.code for signal in refusals}  # these are certain: no number counts against them
     seen = [s for s in (*signals, *also, *probed.signals) if not (s.against and s.code in refused)]
     return decide(
         run_facts.name,
@@ -79,12 +80,11 @@ def _seconds(deep: bool, budget: float | None) -> float:
 def _load(
     run_facts: RunFacts, budget: float | None, phase: Callable[[str], None]
 ) -> tuple[LiveModel | None, str, float, list[Signal]]:
-    """The live model and the seconds it took; or None, why not, and the fault that this is: the answer of the rules
-    stands then."""
+    """(live model, "", seconds, []); if it cannot be loaded (None, reason, 0, signals of the error)."""
     if run_facts.live is None:
         return None, run_facts.missing.get("live", "there is no model to run"), 0.0, []
     if budget == 0:
-        return None, "no time was given for probes", 0.0, []
+        return None, _NO_BUDGET, 0.0, []
     phase("loading the model for probes")
     started = time.perf_counter()
     try:
@@ -97,19 +97,24 @@ def _load(
 
 
 def _unseen(run_facts: RunFacts, probed: Probed) -> list[str]:
-    """What has to be looked at before a run may be called healthy: what is learned, and how it learns."""
+    """What to do about checks that "healthy" requires and that could not run: of labels, and of how the run learns."""
     unseen = []
     if not len(run_facts.train) and not len(run_facts.batches):
         why = run_facts.missing.get("train")
         unseen.append(
-            f"mend what keeps its rows from being looked at: {why}"
+            f"fix what stops the rows from being read: {why}"
             if why
-            else "give the data that it was trained on (--dataset), so that its labels can be looked at"
+            else "give the training data with --dataset, so that its labels can be checked"
         )
     if run_facts.saved is None and (why := run_facts.missing.get("adapter")):
-        unseen.append(f"bring back what is damaged ({why}); solotune verify names all of it")
+        unseen.append(f"restore the damaged files ({why}); solotune verify lists them")
     has_curve = run_facts.trace is not None and len(run_facts.trace.step_S) > 0
     if not has_curve and all(probe in probed.skipped for probe in ("P5", "P6", "P7")):
         why = probed.skipped["P5"]
-        unseen.append(f"probe the model where it can be run ({why}), or train some steps and diagnose the run")
+        change = (
+            "run solotune diagnose without --budget 0"
+            if why == _NO_BUDGET
+            else f"fix what stops the model probes ({why})"
+        )
+        unseen.append(f"{change}, or train a few steps and diagnose the run")
     return unseen

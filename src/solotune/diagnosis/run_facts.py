@@ -111,7 +111,7 @@ class RunFacts:
     train: Sequence[Example] = ()
     validation: Sequence[Example] = ()
     conversations: Sequence[Sequence[Mapping[str, Any]]] = ()  # the same rows before rendering, where they are known
-    findings: Sequence[Finding] = ()  # of data, tokenizer and config alone (`data_checks`)
+    findings: Sequence[Finding] | None = None  # what `data_checks` found; (): nothing; None: it did not run
     refusals: Sequence[Signal] = ()  # what the doors of ours said that do not let it in
     trace: Trace | None = None
     saved: Saved | None = None

@@ -1,17 +1,17 @@
-"""From signals to one answer: a fault, healthy, or undecided with the experiment that would decide.
+"""Combine signals into one verdict: a fault, healthy, or undecided with the experiment that would decide.
 
-    signals --> weighed by fault --> causes before what follows from them --> named, doubted or cleared
+    signals --> weighed by fault --> consequences removed --> named, doubted or ruled out
 
 Five rules decide, in this order:
 
-1. An equation that is violated outranks every statistic, whatever their weights.
-2. A curve alone names nothing: it leaves a doubt, and with it the probe to run next.
-3. A fault that follows from another that is there as surely is told as its consequence, not as a culprit: without the
-   end-of-turn token among the ids it cannot be among the labels either.
+1. A violated equation ranks before every statistic, whatever their weights.
+2. A curve alone names no fault: it leaves a doubt, and with it the probe to run next.
+3. A fault that follows from another, at least as certain fault is listed as its consequence, not as a culprit: an
+   end-of-turn token that is not among the ids cannot be among the labels either.
 4. Faults that the same evidence cannot tell apart are named together.
-5. Healthy is an answer, but only where both was seen: what is learned, and how it learns.
+5. The verdict is healthy only if both were checked: what the run trains on (labels), and how it learns.
 
-The numbers behind it are in `thresholds`.
+The numbers are in `thresholds`.
 """
 
 from __future__ import annotations
@@ -25,23 +25,31 @@ from solotune.diagnosis.evidence import EXPERIMENTS, Culprit, Diagnosis, Signal
 from solotune.diagnosis.rules import rules
 from solotune.diagnosis.thresholds import ACCUSED, CURVE_ALONE, DOUBTED, RANK, SPEAKS_AGAINST
 
-NUM_EVIDENCE = 3  # lines of evidence a culprit is shown with
+NUM_EVIDENCE = 3  # lines of evidence shown for each culprit
 NUM_CULPRITS = 5
 
-_SCALE_OR_RATE = "train 50 steps with lora_alpha equal to lora_r and the rate as it is: if it helps, the scale was "
+_SCALE_OR_RATE = (
+    "train 50 steps with lora_alpha equal to lora_r and the same learning rate: if it helps, the scale was "
+)
 _APART: dict[frozenset[str], str] = {
-    frozenset({"F61", "F64"}): _SCALE_OR_RATE + "too small, else the rate",
-    frozenset({"F61", "F67"}): _SCALE_OR_RATE + "too large, else the rate",
-    frozenset({"F10", "F24"}): "render the rows with a max_length beyond the longest: if answers end, they were cut",
-    frozenset({"F18", "F21"}): "render one row by the template alone: if its mask is empty, markers are missing",
-    frozenset({"F57", "F58"}): "count the adapter's parameters with requires_grad: if there are none, it is frozen",
+    frozenset({"F61", "F64"}): _SCALE_OR_RATE + "too small, otherwise the learning rate",
+    frozenset({"F61", "F67"}): _SCALE_OR_RATE + "too large, otherwise the learning rate",
+    frozenset(
+        {"F10", "F24"}
+    ): "render the rows with a max_length above the longest row: if answers then end, they were truncated",
+    frozenset(
+        {"F18", "F21"}
+    ): "render one row with the template alone: if its loss mask is empty, the generation markers are missing",
+    frozenset(
+        {"F57", "F58"}
+    ): "count the adapter's parameters with requires_grad: if there are none, the adapter is frozen",
 }
-"""What tells equivalent faults apart."""
+"""Experiments that tell equivalent faults apart."""
 
 
 @dataclass(frozen=True)
 class Weighed:
-    """All that is said of one fault."""
+    """All signals on one fault."""
 
     code: str
     speaking: tuple[Signal, ...]  # for it, the strongest first
@@ -62,7 +70,7 @@ class Weighed:
 
 
 def weigh(signals: Iterable[Signal]) -> dict[str, Weighed]:
-    """Code -> what speaks for and against it, joined as `thresholds` says."""
+    """Code -> signals for and against it, combined as `thresholds` describes."""
     by_code: dict[str, list[Signal]] = {}
     for signal in signals:
         by_code.setdefault(signal.code, []).append(signal)
@@ -70,7 +78,7 @@ def weigh(signals: Iterable[Signal]) -> dict[str, Weighed]:
 
 
 def accused(signals: Iterable[Signal]) -> list[Weighed]:
-    """The faults that are named on these signals, best first, without what follows from another of them."""
+    """The faults that these signals name, best first, without consequences of other named faults."""
     named = sorted((w for w in weigh(signals).values() if w.is_accused), key=lambda w: w.order)
     follows = _consequences(named)
     return [w for w in named if w.code not in follows]
@@ -102,14 +110,14 @@ def decide(
     measurements: Mapping[str, Any] | None = None,
     unseen: Sequence[str] = (),
 ) -> Diagnosis:
-    """The answer.
+    """The verdict.
 
     Args:
-        subject: its name.
-        unasked: code -> why no rule could be asked about it.
-        skipped: probe (P1 ... P12) -> why it was not run.
-        unseen: of what a healthy training is known by, what was not looked at, each as what to do about it; where there
-            is any, the answer is never healthy.
+        run_facts: name of the run.
+        unasked: code -> why none of its rules could run.
+        skipped: probe (P1 ... P13) -> why it did not run.
+        unseen: for each check that the verdict "healthy" requires and that could not run, what to do about it. If there
+            is any, the verdict is never healthy.
     """
     unasked, skipped = dict(unasked or {}), dict(skipped or {})
     weighed = weigh(signals)
@@ -148,7 +156,7 @@ def decide(
 
 
 def _consequences(named: Sequence[Weighed]) -> dict[str, str]:
-    """Code -> the accused fault that it follows from, where that is there at least as surely."""
+    """Code -> the named fault that it follows from, if that fault has at least the same rank."""
     follows: dict[str, str] = {}
     for cause in named:
         for effect in named:
@@ -175,7 +183,7 @@ def _culprit(weighed: Weighed, all_weighed: Mapping[str, Weighed]) -> Culprit:
 
 
 def _inseparable(weighed: Weighed, all_weighed: Mapping[str, Weighed]) -> set[str]:
-    """Equivalent faults that nothing speaks against, unless an equation names this one alone."""
+    """Equivalent faults without evidence against them, unless an equation names this one alone."""
     found = set()
     for code in catalogue.equivalents(weighed.code):
         other = all_weighed.get(code)
@@ -192,13 +200,16 @@ def _ruled_out(code: str, because: str) -> dict[str, str]:
 
 
 def _apart(first: Culprit) -> str | None:
-    """What separates the first culprit from its equivalent."""
+    """The experiment that separates the first culprit from its equivalent."""
     return next((_APART[frozenset({first.fault, code})] for code in first.same_evidence), None)
 
 
 def _experiment(doubted: Sequence[Weighed], skipped: Mapping[str, str]) -> str:
-    """The one that settles most of the doubt: of the probes that were not run, the one that the rules of most of these
-    faults, by confidence, wait for; else what separates the first from its equivalent, else the first one's fix."""
+    """The experiment that settles most of the doubt.
+
+    Of the probes that did not run, the one with the largest sum of confidences over the faults whose rules name it;
+    else what separates the first fault from its equivalent; else the fix of the first fault.
+    """
     mass: dict[str, float] = {}
     for one in doubted:
         for probe in {probe for rule in rules().get(one.code, ()) for probe in rule.probes} & set(skipped):
@@ -212,4 +223,4 @@ def _experiment(doubted: Sequence[Weighed], skipped: Mapping[str, str]) -> str:
         if first in pair and (len(doubted) == 1 or pair <= set(codes)):
             return text
     fix = next((s.fix for s in doubted[0].speaking if s.fix), catalogue.FAULTS[first].fix)
-    return f"change this one thing, and compare the first 50 steps: {fix}"
+    return f"change only this, and compare the first 50 steps: {fix}"

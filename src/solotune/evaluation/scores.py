@@ -160,7 +160,7 @@ def stop_ids(model: TrainableModel, tokenizer: Any, rows: Iterable[Example]) -> 
 
 def last_supervised(row: Example) -> int:
     """The id of a row's last supervised token."""
-    return int(row.input_ids[row.supervised.nonzero()[0][-1]])
+    return int(row.input_ids[row.loss_mask.nonzero()[0][-1]])
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""bitsandbytes, imported without what it would fetch: `functional` and `optim` are its modules of those names.
+"""bitsandbytes, imported without downloading code: `functional` and `optim` are its modules of those names.
 
-On a CPU with AVX512-BF16 importing it calls `kernels.get_kernel`, which downloads native code from the hub, wherever
-the package `kernels` is installed; no variable switches that off. While it is imported here, that package is not found.
+On a CPU with AVX512-BF16, importing bitsandbytes calls `kernels.get_kernel`, which downloads native code from the hub
+if the package `kernels` is installed. No variable switches that off, so `kernels` is hidden during the import here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 
 _absent = "kernels" not in sys.modules
 if _absent:
-    sys.modules["kernels"] = None  # type: ignore[assignment] - Python's own way to say: not to be imported
+    sys.modules["kernels"] = None  # type: ignore[assignment] - an import of it then raises ImportError
 try:
     from bitsandbytes import functional, optim
 finally:

@@ -1,4 +1,4 @@
-"""Memory of a device: what tensors take now, and the peak."""
+"""Memory of a device: allocated bytes and peak bytes."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import torch
 
 
 def reset_peak_bytes(device: torch.device) -> None:
-    """Begins to look for the largest memory anew, where the device can (CUDA)."""
+    """Reset the peak counter, if the device has one (CUDA)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def allocated_bytes(device: torch.device) -> int:
-    """What tensors take now, where the device can say (CUDA); else 0."""
+    """Bytes allocated by tensors on CUDA; 0 on other devices."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The largest memory so far: the allocator's on CUDA, the process's resident set on the CPU."""
+    """Peak bytes so far: of the allocator on CUDA, of the process's resident set on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

@@ -1,10 +1,10 @@
-"""Is this machine fit for work? What `solotune doctor` says, and what `solotune train` asks before it begins.
+"""Checks of this machine: `solotune doctor`, and the checks before a run.
 
-    report = doctor()             checks, each with what was found and what mends it
-    require_hardware(config, machine)  those that a run cannot do without
+    report = doctor()                  all checks, each with what was found and how to fix it
+    require_hardware(config, machine)  the checks that a run depends on
 
-They try things instead of comparing names of versions: a matrix is quantised and expanded on the very device, because
-a bitsandbytes without its native library for this CUDA imports without complaint and fails at the first step.
+Checks try things instead of comparing version names: a matrix is quantised and dequantised on the device itself,
+because a bitsandbytes without its native library for this CUDA imports without an error and fails at the first step.
 
 What it does not do: use the network, or write anything.
 """
@@ -26,17 +26,17 @@ from solotune.units import first_line, gib
 
 PYTHONS = ((3, 11), (3, 13))
 NEEDS = ("torch>=2.11", "transformers>=5.17,<6", "bitsandbytes>=0.49", "datasets>=4.8,<6", "safetensors>=0.7",
-         "jinja2>=3.1.6")  # fmt: skip # asked of a source tree that is not installed; a test holds it to pyproject.toml
-# Below these a file of somebody else's can run code. They lie below what solotune needs anyway, and are told apart
-# because such a version must not be used, whatever else works.
+         "jinja2>=3.1.6")  # fmt: skip # for a source tree that is not installed; a test compares it with pyproject.toml
+# Older versions let a downloaded file run code. All are older than what solotune needs; they have a check of their own
+# because such a version must not be used even if everything else works.
 FLOORS = {
-    "transformers": ("5.3", "a config.json could name native code (CVE-2026-4372, CVE-2026-5241)"),
-    "torch": ("2.6", "weights_only did not keep a checkpoint from running code (CVE-2025-32434)"),
-    "jinja2": ("3.1.6", "a chat template could leave the sandbox (CVE-2024-56326, CVE-2025-27516)"),
+    "transformers": ("5.3", "a config.json could load native code (CVE-2026-4372, CVE-2026-5241)"),
+    "torch": ("2.6", "a checkpoint could run code in spite of weights_only (CVE-2025-32434)"),
+    "jinja2": ("3.1.6", "a chat template could escape the sandbox (CVE-2024-56326, CVE-2025-27516)"),
     "pyarrow": ("14.0.1", "a Parquet or Arrow file could run code (CVE-2023-47248)"),
 }
 MIN_DISK_BYTES, MIN_RAM_BYTES = 20 << 30, 8 << 30
-NF4_MAX_ERROR = 0.16  # half the widest gap between two NF4 values (-1.0 and -0.696), and rounding
+NF4_MAX_ERROR = 0.16  # half the widest gap between two NF4 values (-1.0 and -0.696), plus rounding
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class DoctorReport:
 
     @property
     def ok(self) -> bool:
-        """No check failed; a warning is no failure."""
+        """True if no check failed; warnings are not failures."""
         return all(check.status != "fail" for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class DoctorReport:
 
 
 def doctor() -> DoctorReport:
-    """Runs every check. Takes a few seconds, for torch and bitsandbytes are really loaded and used."""
+    """Run every check. Takes a few seconds, because torch and bitsandbytes are loaded and used."""
     machine = environment.probe()
     return DoctorReport(
         machine,
@@ -75,8 +75,10 @@ def doctor() -> DoctorReport:
 
 
 def require_torch() -> None:
-    """Raises:
-    CheckError: torch cannot be imported, and without it there is nothing to do.
+    """Check that torch can be imported.
+
+    Raises:
+        CheckError: it cannot.
     """
     try:
         import torch  # noqa: F401
@@ -85,10 +87,10 @@ def require_torch() -> None:
 
 
 def require_hardware(config: RunConfig, machine: Machine) -> None:
-    """What would fail only after the weights were loaded is refused before.
+    """Check, before the weights are loaded, what would fail after loading them.
 
     Raises:
-        CheckError: bitsandbytes is needed and does not work, or a GPU is there and hidden from this process.
+        CheckError: bitsandbytes is needed and does not work, or the GPU is hidden from this process.
     """
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if (
@@ -101,58 +103,61 @@ def require_hardware(config: RunConfig, machine: Machine) -> None:
         raise CheckError(
             f"this machine has a GPU ({machine.nvidia_gpu}), but it is hidden from this process",
             seen=f"CUDA_VISIBLE_DEVICES={hidden!r}",
-            change="unset CUDA_VISIBLE_DEVICES or set it to 0, or use_cpu: true to train on the CPU",
+            change="unset CUDA_VISIBLE_DEVICES or set it to 0, or set use_cpu: true to train on the CPU",
         )
     if config.base_precision in ("nf4", "auto") or config.optim != "adamw_torch":
         check = _check_bitsandbytes(machine)
         if check.status == "fail":
-            other = "base_precision: bf16 with optim: adamw_torch, which do without it"
+            other = "base_precision: bf16 with optim: adamw_torch, which do not need it"
             raise CheckError(f"bitsandbytes: {check.found}", change=f"{check.fix}, or {other}")
 
 
-def _torch_missing(said: str) -> CheckError:
+def _torch_missing(reason: str) -> CheckError:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     change = "pip install --force-reinstall torch"
     if limit != resource.RLIM_INFINITY:
-        said += f"; this process may have {gib(limit)} GiB of address space"
+        reason += f"; this process is limited to {gib(limit)} GiB of address space"
         change = f"raise that limit (ulimit -v unlimited), or {change}"
-    return CheckError("torch cannot be imported", seen=said, change=change)
+    return CheckError("torch cannot be imported", seen=reason, change=change)
 
 
 def _check_python(machine: Machine) -> Check:
     low, high = (".".join(map(str, version)) for version in PYTHONS)
     inside = PYTHONS[0] <= tuple(map(int, machine.python.split(".")[:2])) <= PYTHONS[1]
-    fix = None if inside else f"make the virtual environment with Python {low} to {high}"
+    fix = None if inside else f"create the virtual environment with Python {low} to {high}"
     return Check("python", "ok" if inside else "fail", f"{machine.python} on {machine.os}", fix)
 
 
 def _check_packages(machine: Machine) -> list[Check]:
-    """Every requirement of solotune, and of what it requires, against what is installed: `pip check` for our part."""
+    """Compare all requirements of solotune, direct and indirect, with what is installed (as `pip check` does)."""
     try:
         conflicts = _conflicts()
     except ImportError:
-        return [Check("packages", "warn", "versions not compared: packaging is missing", "pip install packaging")]
+        return [Check("packages", "warn", "versions not checked: packaging is not installed", "pip install packaging")]
     if not conflicts:
         found = ", ".join(f"{name} {version}" for name, version in machine.versions.items() if name != "torch")
         return [Check("packages", "ok", found)]
-    # What another package wishes for may well work all the same; what solotune needs, or what is absent, does not.
+    # An old version that another package forbids may still work, so it is a warning. What solotune itself needs, or a
+    # missing package, is a failure.
     return [
-        Check("packages", "fail" if ours or "not installed" in problem else "warn", problem, f"pip install '{wanted}'")
+        Check(
+            "packages", "fail" if is_own or "not installed" in problem else "warn", problem, f"pip install '{wanted}'"
+        )
         for problem, wanted in conflicts
-        for ours in [problem.startswith("solotune needs")]
+        for is_own in [problem.startswith("solotune needs")]
     ]
 
 
 def _check_floors() -> list[Check]:
-    """Versions with known holes that files could use."""
+    """Look for versions with known vulnerabilities that a file could exploit."""
     name, floors = "safe versions", [f"{package}>={floor}" for package, (floor, _) in FLOORS.items()]
     try:
         from packaging.requirements import Requirement
     except ImportError:
-        return [Check(name, "warn", "not compared: packaging is missing", "pip install packaging")]
+        return [Check(name, "warn", "not checked: packaging is not installed", "pip install packaging")]
     unsafe = []
     for wanted, (package, (floor, hole)) in zip(floors, FLOORS.items(), strict=True):
-        installed = environment.installed_version(package)  # another check says what is missing
+        installed = environment.installed_version(package)  # a missing package is another check's finding
         if installed is not None and not Requirement(wanted).specifier.contains(installed, prereleases=True):
             found = f"{package} {installed} is unsafe: before {floor} {hole}"
             unsafe.append(Check(name, "fail", found, f"pip install --upgrade '{wanted}'"))
@@ -174,17 +179,19 @@ def _check_gpu(machine: Machine) -> Check:
         free, total = (gib(number or 0) for number in (machine.gpu_free_bytes, machine.gpu_bytes))
         found = f"{machine.gpu}, {free} of {total} GiB free, compute capability {capability}, driver {machine.driver}"
         if not machine.bf16:
-            return Check("gpu", "warn", found, "nothing to mend: it has no bfloat16, so training is in float32, slower")
+            return Check(
+                "gpu", "warn", found, "nothing to fix: this GPU has no bfloat16, so training uses float32 (slower)"
+            )
         return Check("gpu", "ok", found)
     if machine.gpu_refuses:
-        found = f"{machine.nvidia_gpu}, driver {machine.driver}: it refuses: {machine.cuda_error}"
+        found = f"{machine.nvidia_gpu}, driver {machine.driver}: cannot be used: {machine.cuda_error}"
         return Check("gpu", "fail", found, BUSY_GPU)
     if machine.nvidia_gpu is None or machine.torch_error is not None:
-        found = "none that torch can use: small models train in minutes on the CPU, everything else needs an NVIDIA GPU"
+        found = "none that torch can use; small models train in minutes on the CPU, larger ones need an NVIDIA GPU"
         return Check("gpu", "warn", found)
     if machine.cuda_runtime is None:
-        found = f"{machine.nvidia_gpu} is there, but torch {machine.versions.get('torch')} is built without CUDA"
-        return Check("gpu", "fail", found, "pip install --force-reinstall torch (without an index for CPU builds)")
+        found = f"{machine.nvidia_gpu} found, but torch {machine.versions.get('torch')} is built without CUDA"
+        return Check("gpu", "fail", found, "pip install --force-reinstall torch (not from an index for CPU builds)")
     if os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
         found = f"{machine.nvidia_gpu} is hidden: CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r}"
         return Check("gpu", "warn", found, "unset CUDA_VISIBLE_DEVICES, or set it to 0")
@@ -196,16 +203,16 @@ def _check_gpu(machine: Machine) -> Check:
 def _check_bitsandbytes(machine: Machine) -> Check:
     device = "cuda" if machine.has_cuda else "cpu"
     if machine.torch_error is not None:
-        return Check("bitsandbytes", "fail", "not tried, for torch cannot be imported", "mend torch first")
+        return Check("bitsandbytes", "fail", "not tested, because torch cannot be imported", "fix torch first")
     try:
         error = _nf4_error(device)
-    except Exception as raised:  # whatever a missing or broken native library does, it is a finding
+    except Exception as raised:  # a missing or broken native library can raise any class
         found = f"NF4 does not work on {device}: {first_line(raised, with_type=True)}"
         return Check("bitsandbytes", "fail", found, "pip install --force-reinstall --no-deps bitsandbytes")
     if not error <= NF4_MAX_ERROR:
-        found = f"NF4 on {device} is off by {error:.3g} where {NF4_MAX_ERROR} is the most it can be"
+        found = f"NF4 on {device} gives wrong numbers: error {error:.3g}, expected at most {NF4_MAX_ERROR}"
         return Check("bitsandbytes", "fail", found, "pip install --force-reinstall --no-deps bitsandbytes")
-    return Check("bitsandbytes", "ok", f"{machine.versions.get('bitsandbytes')}, NF4 tried on {device}")
+    return Check("bitsandbytes", "ok", f"{machine.versions.get('bitsandbytes')}, NF4 tested on {device}")
 
 
 def _check_room(name: str, total: int | None, free: int, wanted: int) -> Check:
@@ -214,33 +221,33 @@ def _check_room(name: str, total: int | None, free: int, wanted: int) -> Check:
     if (total or free) >= wanted:
         return Check(name, "ok", found)
     fix = {
-        "memory": "enough for models of some hundred million parameters; close other programs or use a larger machine",
-        "disk": f"{wanted >> 30} GiB hold an 8B model; free some, or start in a folder on a larger disk",
+        "memory": "enough for models up to a few hundred million parameters; for larger ones free or add memory",
+        "disk": f"an 8B model needs {wanted >> 30} GiB; free some space, or start in a folder on a larger disk",
     }
     return Check(name, "warn", found, fix[name])
 
 
 def _check_cache() -> Check:
-    """Where models and datasets of the hub are kept, by huggingface_hub's own rules."""
+    """Check that the cache of huggingface_hub can be written; its place follows the rules of that library."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())
     if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
         return Check("hub cache", "ok", "writable")
-    return Check("hub cache", "fail", f"{cache} cannot be written", "set HF_HOME to a folder that can be")
+    return Check("hub cache", "fail", f"{cache} is not writable", "set HF_HOME to a writable folder")
 
 
 def _check_offline() -> list[Check]:
-    words = os.environ.get("HF_HUB_OFFLINE", "")
-    if words.upper() not in ("1", "ON", "YES", "TRUE"):
+    value = os.environ.get("HF_HUB_OFFLINE", "")
+    if value.upper() not in ("1", "ON", "YES", "TRUE"):
         return []
     return [
-        Check("hub", "ok", f"HF_HUB_OFFLINE={words}: models and datasets come from the cache or from local folders")
+        Check("hub", "ok", f"HF_HUB_OFFLINE={value}: models and datasets come from the cache or local folders only")
     ]
 
 
 def _conflicts() -> list[tuple[str, str]]:
-    """(what clashes, the requirement that would do) over the closure of solotune's requirements."""
+    """(conflict, the requirement to install) over solotune's requirements and theirs."""
     from packaging.requirements import Requirement
 
     found: dict[tuple[str, str], None] = {}
@@ -253,11 +260,11 @@ def _conflicts() -> list[tuple[str, str]]:
             continue
         name = wanted.name.lower().replace("_", "-")
         installed = environment.installed_version(name)
-        asked = f"{wanted.name}{wanted.specifier}"
+        requirement = f"{wanted.name}{wanted.specifier}"
         if installed is None:
-            found[f"{owner} needs {asked}, which is not installed", asked] = None
+            found[f"{owner} needs {requirement}, which is not installed", requirement] = None
         elif not wanted.specifier.contains(installed, prereleases=True):
-            found[f"{owner} needs {asked}, installed is {installed}", asked] = None
+            found[f"{owner} needs {requirement}, but {installed} is installed", requirement] = None
         elif name not in seen:
             seen.add(name)
             todo += [(f"{wanted.name} {installed}", text) for text in _requires(name)]
@@ -272,11 +279,11 @@ def _requires(package: str) -> list[str]:
 
 
 def _nf4_error(device: str) -> float:
-    """The largest error of one matrix in [-1, 1], quantised to NF4 and expanded again on the device."""
+    """Largest error of a matrix in [-1, 1] that is quantised to NF4 and dequantised on the device."""
     import torch
 
     from solotune.hardware.bnb import functional as bnb
 
-    weight = torch.linspace(-1, 1, 64, device=device).repeat(64, 1)  # each block of 64 has the whole range
+    weight = torch.linspace(-1, 1, 64, device=device).repeat(64, 1)  # each block of 64 covers the whole range
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
     return (bnb.dequantize_4bit(packed, state) - weight).abs().max().item()

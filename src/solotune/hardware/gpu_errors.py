@@ -1,15 +1,22 @@
-"""A GPU that failed, in the user's words: its memory is full, or it is lost. Exit code 7 either way.
+"""Recognise failures of the GPU, out of memory or lost, and explain them. Exit code 7 either way.
 
-    out of memory   the allocator found no room. The card still answers, so it is asked who holds how much:
-                        outside = total - free - what this process's allocator has reserved
-                    which is other processes, and about half a GiB of driver state for this one.
-    lost            an illegal access, an ECC error, a failed launch. CUDA then refuses every later call of the process,
-                    so nothing more is asked of the card; what was saved before is whole, and a new process goes on.
+Out of memory
+-------------
+The allocator found no room. The card still answers, so the message says who uses how much:
+    outside = total - free - reserved by this process's allocator
+which is other processes, and about half a GiB of driver state for this one.
 
-Both are recognised along the chain of causes, for the compiler wraps what it did not raise itself. torch reports lost
-cards under several types (`AcceleratorError`, plain `RuntimeError` from cuBLAS, cuDNN and Triton), so words decide.
+Lost
+----
+An illegal access, an ECC error, a failed launch. CUDA then refuses every later call of the process, so the card is not
+queried. Files that were saved before are complete, and a new process can resume.
 
-What it does not do: retry, or shrink the batch by itself. A run must be the run that its config describes.
+How they are recognised
+-----------------------
+Along the chain of causes, because the compiler wraps exceptions; and by the text, because torch reports lost cards
+under several types (`AcceleratorError`, plain `RuntimeError` from cuBLAS, cuDNN and Triton).
+
+What it does not do: retry, or shrink the batch. A run must be the run that its config describes.
 """
 
 from __future__ import annotations
@@ -21,44 +28,48 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from solotune.config.run_config import RunConfig
+from solotune.config.settings import MemorySettings
 from solotune.errors import DeviceError, SolotuneError, resume_command
 from solotune.units import first_line, gib
 
 MEMORY_WORDS = re.compile(r"(CUDA|CUDA driver) error: out of memory|\[CUDA\]: out of memory|CUBLAS_STATUS_ALLOC_FAILED")
 LOST_WORDS = re.compile(r"(CUDA|CUDA driver|cuDNN) error|Triton Error \[CUDA\]|CUBLAS_STATUS_|CUDNN_STATUS_")
-OTHERS_MATTER_BYTES = 1 << 30  # below this, what lies outside the run is the driver's own
+OTHERS_MATTER_BYTES = 1 << 30  # less memory than this outside the run is the driver's own
 
 
 class Cause(NamedTuple):
-    """One way in which a card is lost."""
+    """A known way to lose a card."""
 
-    words: str  # of CUDA
+    words: str  # in CUDA's message
     problem: str
-    first: str  # what to do
-    goes_on: bool = True  # whether the same run can then be continued
+    fix: str
+    can_resume: bool = True  # whether the same run can be continued after the fix
 
 
 UNKNOWN = Cause(
     "",
     "the GPU failed, and this process cannot use it any more",
-    "see with nvidia-smi whether the card is well",
+    "check the card with nvidia-smi",
 )
 CAUSES = (
     Cause(
         "device-side assert",
-        "a kernel on the GPU refused its input, an index out of range most often",
-        "run the step with use_cpu: true, which names the place",
+        "a GPU kernel got invalid input, most often an index out of range",
+        "run it with use_cpu: true to see the exact error",
     ),
-    Cause("no kernel image", "this build of torch has no kernels for this GPU", "solotune doctor", goes_on=False),
-    Cause("busy or unavailable", "another process holds the GPU for itself", "end it (nvidia-smi lists it)"),
+    Cause(
+        "no kernel image", "this build of torch has no kernels for this GPU", "run: solotune doctor", can_resume=False
+    ),
+    Cause(
+        "busy or unavailable", "another process has exclusive use of the GPU", "end that process (nvidia-smi lists it)"
+    ),
 )
 Stage = Literal["loading the model", "training", "evaluating"]
-STAGE = "stage"  # the attribute of an exception that has come out of a stage
+STAGE = "stage"  # attribute of an exception: the stage that raised it
 
 
 class DeviceMemory(NamedTuple):
-    """Bytes of the card; `reserved` is this process's."""
+    """Memory of the card in bytes; `reserved` is this process's share."""
 
     total: int
     free: int
@@ -71,10 +82,10 @@ class DeviceMemory(NamedTuple):
 
 @contextmanager
 def stage(name: Stage) -> Iterator[None]:
-    """What the run does within the block, or in the function that this decorates: said with errors that come out of it.
+    """Name what the run does in the block, or in the decorated function, for errors that leave it.
 
-    By it a full card is advised: fewer rows in training do not help an evaluation. It is kept on the exception, since
-    the block has been left when somebody answers it; of stages within one another the innermost counts.
+    Advice for a full card depends on it: fewer rows in training do not help an evaluation. The name is stored on the
+    exception, which is handled after the block was left; the innermost of nested stages counts.
     """
     try:
         yield
@@ -84,25 +95,25 @@ def stage(name: Stage) -> Iterator[None]:
 
 
 @contextmanager
-def device_errors(config: RunConfig) -> Iterator[None]:
-    """Turns a failure of the GPU inside the block into a `DeviceError`; for what leaves nothing to continue."""
+def device_errors(settings: MemorySettings) -> Iterator[None]:
+    """Turn a GPU failure in the block into a `DeviceError`; for work that cannot be resumed."""
     try:
         yield
     except Exception as error:
-        if failure := device_failure(error, config):
+        if failure := device_failure(error, settings):
             raise failure from error
         raise
 
 
 def device_failure(
-    error: BaseException, config: RunConfig, run: Path | None = None, checkpoint: Path | None = None
+    error: BaseException, settings: MemorySettings, run: Path | None = None, checkpoint: Path | None = None
 ) -> DeviceError | None:
-    """What `error` says about the GPU, or None where it is about something else.
+    """The `DeviceError` for a failure of the GPU; None for any other error.
 
     Args:
-        config: settled, of the run in hand; what to change is said in its terms.
-        run: the directory of a run that can be resumed.
-        checkpoint: the newest in it.
+        settings: of the resolved config; the suggested change starts from them.
+        run: directory of a run that can be resumed.
+        checkpoint: the newest checkpoint in it.
     """
     if isinstance(error, SolotuneError):
         return None
@@ -110,7 +121,7 @@ def device_failure(
     for cause in _causes(error):
         full = torch is not None and isinstance(cause, torch.OutOfMemoryError)
         if full or (isinstance(cause, RuntimeError) and MEMORY_WORDS.search(str(cause))):
-            return _out_of_memory(cause, _stage_of(error), config, run)
+            return _out_of_memory(cause, _stage_of(error), settings, run)
         lost = torch is not None and isinstance(cause, torch.AcceleratorError)
         if lost or (isinstance(cause, RuntimeError) and LOST_WORDS.search(str(cause))):
             return _lost(cause, run, checkpoint)
@@ -118,7 +129,7 @@ def device_failure(
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it was raised from."""
+    """The error and the chain of errors that it was raised from."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
@@ -128,57 +139,59 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _stage_of(error: BaseException) -> Stage | None:
-    """The stage that the error, or what it was raised from, has come out of."""
+    """The stage of the error or of one of its causes."""
     return next((vars(cause)[STAGE] for cause in _causes(error) if STAGE in vars(cause)), None)
 
 
 def _lost(cause: BaseException, run: Path | None, checkpoint: Path | None) -> DeviceError:
-    said = first_line(cause)
-    known = next((cause for cause in CAUSES if cause.words in said), UNKNOWN)
+    message = first_line(cause)
+    known = next((cause for cause in CAUSES if cause.words in message), UNKNOWN)
     if run is None:
-        return DeviceError(known.problem, seen=said, change=known.first + ", then start again" * known.goes_on)
-    saved = f"the last checkpoint is {checkpoint}" if checkpoint else "nothing was saved yet"
-    then = f", then continue with: {resume_command(run)}" * known.goes_on
-    return DeviceError(f"{known.problem}; {saved}", seen=said, change=known.first + then)
+        return DeviceError(known.problem, seen=message, change=known.fix + ", then start again" * known.can_resume)
+    saved = f"the last checkpoint is {checkpoint}" if checkpoint else "no checkpoint was saved yet"
+    then = f", then continue with: {resume_command(run)}" * known.can_resume
+    return DeviceError(f"{known.problem}; {saved}", seen=message, change=known.fix + then)
 
 
-def _out_of_memory(cause: BaseException, stage: Stage | None, config: RunConfig, run: Path | None) -> DeviceError:
-    wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(cause))
-    parts = [f"{wanted[1]} more wanted"] if wanted else []
+def _out_of_memory(
+    cause: BaseException, stage: Stage | None, settings: MemorySettings, run: Path | None
+) -> DeviceError:
+    request = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(cause))
+    parts = [f"tried to allocate {request[1]}"] if request else []
     memory = gpu_memory()
-    crowded = memory is not None and memory.outside > OTHERS_MATTER_BYTES
+    has_others = memory is not None and memory.outside > OTHERS_MATTER_BYTES
     if memory is not None:
-        held = [f"{gib(memory.reserved)} GiB held by this run", f"{gib(memory.outside)} by other processes"]
-        held[1] += " and the driver, which takes about 0.5"
-        parts.append(f"of {gib(memory.total)} GiB on the card {', '.join(held)}; {gib(memory.free)} free")
-    steps = [f"end the other processes on the card (nvidia-smi lists them){_then(run)}"] if crowded else []
-    steps += smaller(config, stage, run)
+        used = f"{gib(memory.reserved)} used by this run, {gib(memory.outside)} by other processes"
+        used += f" and the driver (about 0.5), {gib(memory.free)} free"
+        parts.append(f"the card has {gib(memory.total)} GiB: {used}")
+    steps = [f"end the other processes on the card (nvidia-smi lists them){_then(run)}"] if has_others else []
+    steps += smaller_settings(settings, stage, run)
     return DeviceError(
-        "the GPU's memory is full" + (f" (while {stage})" if stage else ""),
+        "out of GPU memory" + (f" (while {stage})" if stage else ""),
         seen="; ".join(parts) or first_line(cause),
-        change=", or ".join(steps) or "a GPU with more memory",
+        change=", or ".join(steps) or "use a GPU with more memory",
     )
 
 
-def smaller(config: RunConfig, stage: Stage | None, run: Path | None) -> list[str]:
-    """What would make this run smaller at this stage, what costs least first; resuming allows only some of it."""
+def smaller_settings(settings: MemorySettings, stage: Stage | None, run: Path | None) -> list[str]:
+    """Changes that lower memory at this stage, the cheapest first; only some of them are allowed for a resumed run."""
     changes: list[str] = []
-    rows, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    if stage == "evaluating" and config.per_device_eval_batch_size > 1:
-        changes.append(f"per_device_eval_batch_size: {config.per_device_eval_batch_size // 2}{_then(run)}")
+    rows, micro_batches = settings.batch_size, settings.accumulation
+    if stage == "evaluating" and settings.eval_batch_size > 1:
+        changes.append(f"per_device_eval_batch_size: {settings.eval_batch_size // 2}{_then(run)}")
     if stage == "training":
         if rows > 1:
             fewer = rows // 2 if rows % 2 == 0 else 1
-            same = f"gradient_accumulation_steps: {passes * rows // fewer} (the same step)"
+            same = f"gradient_accumulation_steps: {micro_batches * rows // fewer} (same rows per step)"
             changes.append(f"per_device_train_batch_size: {fewer} with {same}")
-        if config.gradient_checkpointing is not True:
+        if settings.gradient_checkpointing is not True:
             changes.append(f"gradient_checkpointing: true{_then(run)}")
-    if config.base_precision != "nf4" or config.multiplies_in_fp8:
-        changes.append("base_precision: nf4" + (" with matmul_precision: auto" if config.multiplies_in_fp8 else ""))
-    elif config.base_residency != "quantized":
+    if settings.base_precision != "nf4" or settings.multiplies_in_fp8:
+        changes.append("base_precision: nf4" + (" with matmul_precision: auto" if settings.multiplies_in_fp8 else ""))
+    elif settings.base_residency != "quantized":
         changes.append("base_residency: quantized")
     if stage == "training" and len(changes) < 2:
-        changes.append(f"max_length: {config.max_length // 2}")
+        changes.append(f"max_length: {settings.max_length // 2}")
     return changes
 
 
@@ -187,12 +200,12 @@ def _then(run: Path | None) -> str:
 
 
 def gpu_memory() -> DeviceMemory | None:
-    """Of the current GPU; None where there is none, or it does not answer."""
+    """Memory of the current GPU; None if there is none, or if it does not answer."""
     torch = sys.modules.get("torch")
     try:
         if torch is None or not torch.cuda.is_initialized():
             return None
         free, total = torch.cuda.mem_get_info()
         return DeviceMemory(total, free, torch.cuda.memory_reserved())
-    except Exception:  # whatever a failing driver raises, the message is made without these figures
+    except Exception:  # a failing driver can raise any class; the message then has no figures
         return None

@@ -1,10 +1,10 @@
-"""The machine: what it is, and what that decides. Whether it is fit for work: `doctor.py`.
+"""Facts about this machine, and the settings that follow from them. Checks of the machine are in `doctor.py`.
 
-    machine = probe()                          facts, for the record of a run
-    config, choices = resolve_for_machine(config, machine)  what the machine decides, each decision with its reason
+    machine = probe()                                       facts, for the record of a run
+    config, choices = resolve_for_machine(config, machine)  settings for this machine, each change with its reason
 
-`resolve_for_machine` reads only its arguments, so a decision can be tested for any machine; `probe` gets every fact
-through one of the small functions at the end of this file.
+`resolve_for_machine` reads only its arguments, so a decision can be tested for any machine; `probe` gets each fact
+from one of the small functions at the end of this file.
 
 What it does not do: use the network, write anything, or record who and where you are (no user, host or path names).
 """
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from solotune.config.run_config import Choice, RunConfig
+from solotune.config.settings import PrecisionSettings
 from solotune.errors import DeviceError, InputError
 from solotune.units import first_line
 
@@ -32,27 +33,27 @@ RECORDED = (
 )  # fmt: skip
 BF16_CAPABILITY = (8, 0)
 FP8_CAPABILITY = (8, 9)
-BUSY_GPU = "end the processes that hold it (nvidia-smi lists them)"
+BUSY_GPU = "end the processes that use it (nvidia-smi lists them)"
 SLOW_BF16 = "bfloat16 matmuls on a CPU were 12 times slower than float32 (measured with AVX2), and float32 is exact"
 SLOW_FP8 = "emulated on a CPU: rounded to fp8 and multiplied in float32, 1.5 to 2 times slower than a float32 base"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Facts about this machine and process. Versions and GPU facts are None or absent where there are none."""
+    """Facts about this machine and process. Unknown versions are absent; unknown GPU facts are None."""
 
     os: str
     python: str
     cpu: str
-    num_cpus: int  # that this process may use
-    ram_bytes: int  # of the machine or of the container, whichever is less
+    num_cpus: int  # available to this process
+    ram_bytes: int  # of the machine or of the container, the smaller one
     ram_free_bytes: int
-    disk_free_bytes: int  # where the current folder is
+    disk_free_bytes: int  # on the disk of the current folder
     versions: dict[str, str]
-    nvidia_gpu: str | None = None  # as the driver's own tool names it, whether or not torch can use it
+    nvidia_gpu: str | None = None  # from nvidia-smi, whether or not torch can use it
     driver: str | None = None
     torch_error: str | None = None
-    cuda_runtime: str | None = None  # that torch was built for
+    cuda_runtime: str | None = None  # CUDA version that torch was built for
     cuda_error: str | None = None
     num_gpus: int = 0
     gpu: str | None = None
@@ -76,7 +77,7 @@ class Machine:
 
     @property
     def gpu_refuses(self) -> bool:
-        """There is a GPU that torch counts but gets no context on: its memory is full, or another process has it."""
+        """Whether torch counts a GPU but gets no context on it: its memory is full, or another process holds it."""
         return self.num_gpus > 0 and self.gpu is None
 
     def to_json(self) -> dict[str, Any]:
@@ -94,7 +95,7 @@ class Check:
 
 
 def probe() -> Machine:
-    """Looks at the machine. Imports torch, and with a GPU makes this process's CUDA context."""
+    """Collect the facts. Imports torch, and creates this process's CUDA context if there is a GPU."""
     ram_bytes, ram_free_bytes = ram()
     nvidia_gpu, driver = _nvidia_smi()
     return Machine(
@@ -112,64 +113,66 @@ def probe() -> Machine:
     )
 
 
-def device_of(config: RunConfig, machine: Machine) -> str:
-    """`cuda` where there is a GPU and the config does not refuse it, else `cpu`."""
-    return "cuda" if machine.has_cuda and not config.use_cpu else "cpu"
+def device_of(machine: Machine, *, use_cpu: bool) -> str:
+    """`cuda` if there is a GPU and `use_cpu` is false, else `cpu`."""
+    return "cuda" if machine.has_cuda and not use_cpu else "cpu"
 
 
-def dtype_of(config: RunConfig) -> str:
-    """What a settled config computes in, by its torch name."""
-    return "bfloat16" if config.bf16 else "float32"
+def dtype_of(bf16: bool) -> str:
+    """Name of the torch dtype that a resolved config computes in."""
+    return "bfloat16" if bf16 else "float32"
 
 
 def resolve_for_machine(config: RunConfig, machine: Machine) -> tuple[RunConfig, list[Choice]]:
-    """The config with what this machine cannot do replaced by what it can, and each replacement with its reason.
+    """The config with settings that work on this machine, and each changed value with its reason.
 
     Raises:
-        InputError: fp8 on a GPU without it; no replacement has the same numbers, so the user says which.
-        DeviceError: the GPU is there and cannot be used; a run that was meant for it does not go to the CPU unasked.
+        InputError: fp8 on a GPU without it; every replacement gives other numbers, so the user chooses.
+        DeviceError: the machine has a GPU that cannot be used; a run never moves to the CPU by itself.
     """
     if machine.gpu_refuses and not config.use_cpu:
         raise DeviceError(
-            "the GPU is there, but cannot be used", seen=machine.cuda_error, change=f"{BUSY_GPU}, or use_cpu: true"
+            "this machine has a GPU, but it cannot be used",
+            seen=machine.cuda_error,
+            change=f"{BUSY_GPU}, or set use_cpu: true",
         )
-    on_cpu = device_of(config, machine) == "cpu"
-    choices = _settle_fp8(config, machine, on_cpu) if config.multiplies_in_fp8 else []
+    on_cpu = device_of(machine, use_cpu=config.use_cpu) == "cpu"
+    choices = _settle_fp8(config.precision, machine, on_cpu) if config.multiplies_in_fp8 else []
     if on_cpu and config.optim != "adamw_torch":
         choices.append(
-            Choice("optim", "adamw_torch", f"{config.optim} needs CUDA, as the 8-bit and paged optimizers do")
+            Choice("optim", "adamw_torch", f"{config.optim} needs CUDA, like all 8-bit and paged optimizers")
         )
-    if config.torch_compile and (why := _why_not_to_compile(machine, on_cpu)):
-        choices.append(Choice("torch_compile", False, why))
+    if config.torch_compile and (reason := _no_compile_reason(machine, on_cpu)):
+        choices.append(Choice("torch_compile", False, reason))
     if config.bf16 and (on_cpu or not machine.bf16):
         capability = ".".join(map(str, machine.compute_capability or ()))
-        old_gpu = f"{machine.gpu} has compute capability {capability}; bfloat16 came with 8.0"
+        old_gpu = f"{machine.gpu} has compute capability {capability}; bfloat16 needs 8.0 or more"
         choices.append(Choice("bf16", False, SLOW_BF16 if on_cpu else old_gpu))
         if config.bnb_4bit_compute_dtype == "bfloat16":
-            choices.append(Choice("bnb_4bit_compute_dtype", "float32", "it follows bf16"))
+            choices.append(Choice("bnb_4bit_compute_dtype", "float32", "bf16 is false"))
     if not choices:
         return config, choices
     return config.replaced("machine", **{choice.key: choice.value for choice in choices}), choices
 
 
-def _settle_fp8(config: RunConfig, machine: Machine, on_cpu: bool) -> list[Choice]:
+def _settle_fp8(precision: PrecisionSettings, machine: Machine, on_cpu: bool) -> list[Choice]:
     if on_cpu:
         return [Choice("matmul_precision", "fp8", SLOW_FP8)]
     if machine.fp8:
         return []
-    key = "base_precision" if config.base_precision == "fp8" else "matmul_precision"
-    fp8_base = "base_precision: bf16 (as large, nearer to the original weights) or nf4 (a quarter)"
+    key = "base_precision" if precision.base_precision == "fp8" else "matmul_precision"
+    fp8_base = "base_precision: bf16 (same size, closer to the original weights) or nf4 (a quarter of the size)"
     raise InputError(
-        f"{config.source_of(key)}, {key}: fp8 needs a GPU that multiplies 8-bit floats",
+        f"{precision.source_of(key)}, {key}: fp8 needs a GPU that can multiply 8-bit floats",
         seen=f"{machine.gpu}, compute capability {'.'.join(map(str, machine.compute_capability or ()))}",
         allowed="compute capability 8.9 or more: Ada (L4, 40-series), Hopper (H100) and newer",
-        change=fp8_base if key == "base_precision" else "matmul_precision: auto (the same memory or less, bf16)",
+        change=fp8_base if key == "base_precision" else "matmul_precision: auto (bf16 matmuls, same memory or less)",
     )
 
 
-def _why_not_to_compile(machine: Machine, on_cpu: bool) -> str | None:
+def _no_compile_reason(machine: Machine, on_cpu: bool) -> str | None:
     if on_cpu:
-        return "on a CPU compiling takes longer than it saves"
+        return "on a CPU, compiling takes longer than it saves"
     failed = [check for check in (check_triton(machine), check_compiler()) if check.status == "fail"]
     return f"{failed[0].name}: {failed[0].found}" if failed else None
 
@@ -177,25 +180,33 @@ def _why_not_to_compile(machine: Machine, on_cpu: bool) -> str | None:
 def check_triton(machine: Machine) -> Check:
     if version := machine.versions.get("triton"):
         return Check("triton", "ok", version)
-    return Check("triton", "fail", "not installed; torch compiles its GPU kernels with it", "pip install triton")
+    return Check("triton", "fail", "not installed; torch needs it to compile GPU kernels", "pip install triton")
 
 
 def check_compiler() -> Check:
-    """Triton builds its launchers with a C compiler and Python's headers, at the first step of training."""
+    """Check what Triton needs to build its launchers at the first step: a C compiler and Python's headers."""
     compiler = next(
         (path for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (path := shutil.which(name))), None
     )
     if compiler is None:
-        return Check("compiler", "fail", "no C compiler; triton needs one", "apt install gcc, or the like, or set CC")
+        return Check(
+            "compiler",
+            "fail",
+            "no C compiler; triton needs one",
+            "install one (for example: apt install gcc), or set CC",
+        )
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
         version = ".".join(map(str, sys.version_info[:2]))
         return Check(
-            "compiler", "fail", "no Python.h; triton needs it", f"apt install python{version}-dev, or the like"
+            "compiler",
+            "fail",
+            "no Python.h; triton needs it",
+            f"install Python's headers (for example: apt install python{version}-dev)",
         )
     return Check("compiler", "ok", f"{Path(compiler).name}, Python.h")
 
 
-# --- raw facts: each in one small function, so that tests can put another machine in its place
+# --- raw facts: one small function each, so that tests can replace them
 
 
 def installed_version(package: str) -> str | None:
@@ -206,22 +217,24 @@ def installed_version(package: str) -> str | None:
 
 
 def _let_segments_grow() -> None:
-    """Has CUDA's allocator grow its segments, unless the user has set it up.
+    """Let CUDA's allocator use expandable segments, unless the user has configured it.
 
-    Layers that recompute themselves ask for buffers of many sizes; in segments of fixed size a step of 8.7 GiB reserved
-    11.6 (measured), which is what the card must have.
+    Recomputed layers need buffers of many sizes; with segments of fixed size, a step of 8.7 GiB reserved 11.6 GiB
+    (measured), and the card must have all of it.
     """
     is_set = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys()
-    if platform.system() == "Linux" and "microsoft" not in platform.release() and not is_set:  # WSL's driver cannot
+    if (
+        platform.system() == "Linux" and "microsoft" not in platform.release() and not is_set
+    ):  # not supported by WSL's driver
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _torch_facts() -> dict[str, Any]:
-    """What torch says about the GPU, by the names of `Machine`."""
+    """Facts about the GPU from torch, under the field names of `Machine`."""
     _let_segments_grow()
     try:
         import torch
-    except Exception as error:  # ImportError, and OSError for a native library that is not there
+    except Exception as error:  # ImportError, or OSError for a missing native library
         return {"torch_error": first_line(error, with_type=True)}
     facts: dict[str, Any] = {"cuda_runtime": torch.version.cuda}
     with warnings.catch_warnings():
@@ -231,7 +244,7 @@ def _torch_facts() -> dict[str, Any]:
     facts["num_gpus"] = torch.cuda.device_count()
     try:
         properties = torch.cuda.get_device_properties(0)
-        free, total = torch.cuda.mem_get_info(0)  # makes the context, for which a full card has no room
+        free, total = torch.cuda.mem_get_info(0)  # creates the context, which fails on a full card
     except RuntimeError as error:
         return facts | {"cuda_error": first_line(error, with_type=True)}
     return facts | {
@@ -251,7 +264,7 @@ def _cuda_error(torch: Any) -> str:
 
 
 def _nvidia_smi() -> tuple[str | None, str | None]:
-    """(GPU name, driver version) as the driver's own tool says."""
+    """(GPU name, driver version) from nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
@@ -267,10 +280,10 @@ def _cpu_model() -> str:
 
 
 def ram() -> tuple[int, int]:
-    """(total, free) bytes; a container's limit counts where it is lower than the machine's memory."""
+    """(total, free) bytes; the container's limit, if that is lower than the machine's memory."""
     rows = (line.split() for line in _text("/proc/meminfo").splitlines())
     kib = {row[0].rstrip(":"): int(row[1]) for row in rows if len(row) > 1}
-    if "MemTotal" not in kib:  # no Linux
+    if "MemTotal" not in kib:  # not Linux
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return total, total
     total, free = kib["MemTotal"] << 10, kib["MemAvailable"] << 10

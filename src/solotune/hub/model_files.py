@@ -3,7 +3,7 @@
     files = resolve_model(config)      a folder as it is; of a hub id config and tokenizer files are downloaded
     files.with_weights()               the same with the weights, which are fetched only now
     files.config["vocab_size"]         config.json, checked
-    model_here(config)                 what is on this machine already; asks no network
+    model_here(name, revision)         what is on this machine already; asks no network
 
 What needs the model takes a `ModelFiles`, so that a run looks for it, and asks the hub, once.
 """
@@ -112,9 +112,8 @@ def resolve_model(config: RunConfig) -> ModelFiles:
     raise InputError(f"{where}: no such folder: {name}", seen=seen, change=change)
 
 
-def model_here(config: RunConfig) -> ModelFiles | None:
-    """The files of `model_name_or_path` that are on this machine; None where there are none. Asks no network."""
-    name, revision = config.model_name_or_path, config.model_revision
+def model_here(name: str, revision: str) -> ModelFiles | None:
+    """Files of a model that are already on this machine; None if there are none. Does not use the network."""
     path = download.local_path(name)
     folder = download.cached(name, revision) if path is None else path if os.path.isdir(path) else None
     return None if folder is None else ModelFiles(name, revision, folder, path is not None)

@@ -23,14 +23,13 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from solotune.config.run_config import RunConfig
 from solotune.errors import InputError
 from solotune.model.limits import MLP_CHUNK_TOKENS
 
@@ -58,30 +57,32 @@ def decoder_layers(module: PreTrainedModel) -> nn.ModuleList:
     )
 
 
-def num_checkpointed(config: RunConfig, depth: int) -> int:
-    """How many layers, from the first on, recompute themselves in backward."""
-    wanted = config.gradient_checkpointing
-    if isinstance(wanted, bool) or wanted == "auto":
-        return depth if wanted else 0
-    return min(wanted, depth)
+def num_checkpointed(gradient_checkpointing: bool | int | Literal["auto"], depth: int) -> int:
+    """Number of layers, counted from the first, that are recomputed in backward: all for True and `auto`."""
+    if isinstance(gradient_checkpointing, bool) or gradient_checkpointing == "auto":
+        return depth if gradient_checkpointing else 0
+    return min(gradient_checkpointing, depth)
 
 
-def prepare_layers(layers: nn.ModuleList, config: RunConfig) -> None:
-    """Gives each layer its training pass; passes without gradients stay the layer's own."""
-    recomputed = num_checkpointed(config, len(layers))
+def prepare_layers(layers: nn.ModuleList, recomputed: int, *, is_compiled: bool, activation_offload: bool) -> None:
+    """Replace each layer's forward for passes with gradients; passes without gradients run the layer's own code.
+
+    Args:
+        recomputed: how many layers, counted from the first, are checkpointed.
+        is_compiled: compile the layers.
+        activation_offload: keep the inputs of checkpointed layers in host memory.
+    """
     for number, layer in enumerate(layers):
         plain = layer.forward
         if number < recomputed and isinstance(mlp := getattr(layer, "mlp", None), nn.Module):
-            mlp.forward = _in_parts(mlp.forward, config.torch_compile)
-        trained = compiled(plain) if config.torch_compile else plain
+            mlp.forward = _in_parts(mlp.forward, is_compiled)
+        trained = compiled(plain) if is_compiled else plain
         if number < recomputed:
             # compiled, nothing in a layer draws random numbers: dropout hashes its seed
-            trained = functools.partial(
-                checkpoint, trained, use_reentrant=False, preserve_rng_state=not config.torch_compile
-            )
-            if config.activation_offload:
+            trained = functools.partial(checkpoint, trained, use_reentrant=False, preserve_rng_state=not is_compiled)
+            if activation_offload:
                 trained = _with_input_on_host(trained)
-        layer.forward = _only_with_gradients(trained, plain, wants_gradient=config.torch_compile and number == 0)
+        layer.forward = _only_with_gradients(trained, plain, wants_gradient=is_compiled and number == 0)
 
 
 _runs_eager: ContextVar[bool] = ContextVar("runs_eager", default=False)

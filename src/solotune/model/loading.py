@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.pytorch_utils import Conv1D
 
 from solotune.config.run_config import Choice, RunConfig
+from solotune.config.settings import BatchSettings, PrecisionSettings
 from solotune.dataset import Example
 from solotune.dataset.collate import Batch, collate, collate_packs
 from solotune.errors import InputError
@@ -40,7 +41,7 @@ from solotune.hub.hf_config import architecture_of
 from solotune.hub.model_files import ModelFiles, resolve_model
 from solotune.model import lora, loss, packed_attention
 from solotune.model.frozen_linear import DenseWeight, Fp8Weight, FrozenLinear, NF4Weight, Storage
-from solotune.model.layers import decoder_layers, prepare_layers
+from solotune.model.layers import decoder_layers, num_checkpointed, prepare_layers
 from solotune.model.lm_head import check_head, head_of
 from solotune.model.weights import check_finite, load_with_transformers, match_names, read_tensors, weight_files
 from solotune.units import first_line, gib, mib
@@ -138,39 +139,47 @@ def load_model(
         because = f"transformers renames or merges {family} tensors while loading"
         choices.append(Choice("loader", "transformers, on the CPU first", because))
         module = load_with_transformers(folder, attention_name, dtype)
-    _fill(module, read_tensors(files, names) if names is not None else _own_tensors(module), config, dtype, device)
+    _fill(
+        module,
+        read_tensors(files, names) if names is not None else _own_tensors(module),
+        config.precision,
+        dtype,
+        device,
+        config.model_name_or_path,
+    )
     _check_complete(module, folder)
     module.requires_grad_(False)
     _set_generation(module, model_files)
     layers = decoder_layers(module)
     if config.base_precision == "nf4" and not config.multiplies_in_fp8:
-        choices += _settle_residency(module, config, dtype, device)
-    lora_layers = lora.attach(module, config, device)
+        choices += _settle_residency(module, config.base_residency, dtype, device)
+    lora_layers = lora.attach(module, config.lora, device, is_compiled=config.torch_compile)
     head = head_of(module)
     check_head(module, head, device)
     model = TrainableModel(
         module, layers, lora_layers, head, dtype, device, choices, lora.join(lora_layers, device), config.torch_compile
     )
     if device.type == "cuda" and attention_name == "sdpa":
-        choices += _take_fast_attention(model, config)
-    if config.packing and (change := isolation_error(model, config)):
+        choices += _take_fast_attention(model, config.max_length, config.multiplies_in_fp8)
+    if config.packing and (change := isolation_error(model, config.multiplies_in_fp8)):
         raise InputError(
             f"{config.source_of('packing')}, packing: this model does not keep the rows of a pack apart",
             seen=f"a token's loss changes by {change:.3g} on average when its row is packed with others",
             allowed="models and attention backends that follow restarting positions",
             change="packing: false",
         )
-    prepare_layers(layers, config)
+    recomputed = num_checkpointed(config.gradient_checkpointing, len(layers))
+    prepare_layers(layers, recomputed, is_compiled=config.torch_compile, activation_offload=config.activation_offload)
     return model
 
 
-def _check_positions(architecture: PreTrainedConfig, config: RunConfig) -> None:
+def _check_positions(architecture: PreTrainedConfig, batches: BatchSettings) -> None:
     """A row longer than the positions a model knows fails deep inside it (absolute ones) or is noise to it (RoPE)."""
     positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
-    if positions and config.max_length > positions:
+    if positions and batches.max_length > positions:
         raise InputError(
-            f"{config.source_of('max_length')}, max_length: longer than this model's positions",
-            seen=f"max_length: {config.max_length}",
+            f"{batches.source_of('max_length')}, max_length: longer than this model's positions",
+            seen=f"max_length: {batches.max_length}",
             allowed=f"at most {positions} (max_position_embeddings in config.json)",
             change=f"max_length: {positions}",
         )
@@ -186,7 +195,7 @@ def empty_model(
     """
     folder = model_files.folder
     architecture = architecture_of(folder, model_files.config)
-    _check_positions(architecture, config)
+    _check_positions(architecture, config.batches)
     try:
         return _built_empty(architecture, folder, config.attn_implementation, dtype, device), config.attn_implementation
     except _NoSuchAttention:
@@ -243,9 +252,10 @@ def _own_tensors(module: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
 def _fill(
     module: PreTrainedModel,
     tensors: Iterator[tuple[str, torch.Tensor]],
-    config: RunConfig,
+    precision: PrecisionSettings,
     dtype: torch.dtype,
     device: torch.device,
+    where: str,
 ) -> None:
     """Sets every tensor where it belongs; linears become `FrozenLinear` once their weight has come."""
     frozen = frozen_linears(module)
@@ -259,17 +269,17 @@ def _fill(
             expected = tuple(getattr(frozen[owner], leaf).shape)
         if tuple(tensor.shape) != expected or not tensor.is_floating_point():
             raise InputError(
-                f"{config.model_name_or_path}: tensor {name} does not fit the architecture in config.json",
+                f"{where}: tensor {name} does not fit the architecture in config.json",
                 seen=f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}",
                 allowed=f"floating point {expected}",
             )
         tensor = tensor.to(device)
-        check_finite(config.model_name_or_path, name, tensor)
+        check_finite(where, name, tensor)
         if owner not in frozen:
             _set(module.get_submodule(owner), leaf, tensor.to(dtype))
         elif leaf == "weight":
             transposed = isinstance(frozen[owner], Conv1D)
-            storage = _store(tensor.T.contiguous() if transposed else tensor, config, dtype)
+            storage = _store(tensor.T.contiguous() if transposed else tensor, precision, dtype)
             parent, _, last = owner.rpartition(".")
             setattr(module.get_submodule(parent), last, FrozenLinear(storage, biases.get(owner), transposed))
         else:
@@ -293,23 +303,23 @@ def frozen_linears(module: PreTrainedModel) -> dict[str, nn.Module]:
     }
 
 
-def _store(weight_OI: torch.Tensor, config: RunConfig, dtype: torch.dtype) -> Storage:
-    if config.base_precision == "nf4":
+def _store(weight_OI: torch.Tensor, precision: PrecisionSettings, dtype: torch.dtype) -> Storage:
+    if precision.base_precision == "nf4":
         # Quantised from the compute dtype, as transformers + bitsandbytes do after loading with dtype=bfloat16.
-        rounded = NF4Weight(weight_OI.to(dtype), config.bnb_4bit_use_double_quant)
-        return Fp8Weight(rounded.dense(dtype)) if config.multiplies_in_fp8 else rounded
-    if config.base_precision == "fp8":
+        rounded = NF4Weight(weight_OI.to(dtype), precision.double_quant)
+        return Fp8Weight(rounded.dense(dtype)) if precision.multiplies_in_fp8 else rounded
+    if precision.base_precision == "fp8":
         return Fp8Weight(weight_OI)
-    return DenseWeight(weight_OI.to(STORAGE_DTYPES[config.base_precision]))
+    return DenseWeight(weight_OI.to(STORAGE_DTYPES[precision.base_precision]))
 
 
 def _settle_residency(
-    module: PreTrainedModel, config: RunConfig, dtype: torch.dtype, device: torch.device
+    module: PreTrainedModel, base_residency: str, dtype: torch.dtype, device: torch.device
 ) -> list[Choice]:
     """Expands the 4-bit weights once where that is asked for, or free: a small model in a CPU's memory."""
     storages = [part for part in module.modules() if isinstance(part, NF4Weight)]
     mirror_bytes = sum(part.shape[0] * part.shape[1] for part in storages) * dtype.itemsize
-    residency, choices = config.base_residency, []
+    residency, choices = base_residency, []
     if residency == "auto":
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else ram()[1]
         residency = "dequantized" if mirror_bytes < free / 4 else "quantized"
@@ -348,14 +358,14 @@ def _set_generation(module: PreTrainedModel, model_files: ModelFiles) -> None:
     module.generation_config = GenerationConfig(**ids)
 
 
-def _take_fast_attention(model: TrainableModel, config: RunConfig) -> list[Choice]:
+def _take_fast_attention(model: TrainableModel, max_length: int, multiplies_in_fp8: bool) -> list[Choice]:
     """Attention by lengths where this model's own can be replaced, else transformers' sdpa and why."""
-    why = packed_attention.unsupported_reason(model.module, config.max_length, model.dtype)
+    why = packed_attention.unsupported_reason(model.module, max_length, model.dtype)
     if why is None:
         packed_attention.install(model.module)
         model.uses_varlen_attention = True
         try:
-            change = isolation_error(model, config)
+            change = isolation_error(model, multiplies_in_fp8)
             why = f"rows would see each other (a loss changes by {change:.3g})" if change else None
         except torch.OutOfMemoryError:
             raise
@@ -368,7 +378,7 @@ def _take_fast_attention(model: TrainableModel, config: RunConfig) -> list[Choic
     return [Choice("attn_implementation", "sdpa", f"rows of a pack are kept apart by a mask: {why}")]
 
 
-def isolation_error(model: TrainableModel, config: RunConfig) -> float:
+def isolation_error(model: TrainableModel, multiplies_in_fp8: bool) -> float:
     """By how much a token's loss changes, on average, when its row is packed with others; 0 where it is noise.
 
     An attention that ignores the restarting positions (ALiBi models, some backends) lets a row read its neighbours; the
@@ -384,6 +394,6 @@ def isolation_error(model: TrainableModel, config: RunConfig) -> float:
         alone = torch.cat([model.token_losses(collate([row], model.device))[0] for row in rows])
     # Means, not worst cases: in bfloat16 single tokens of an 8B model move by 0.2 nats for padding alone. Rounding to
     # fp8 moves SmolLM2's by 0.3 on average, where rows that do see each other move them by 1.7.
-    tolerance = 0.6 if config.multiplies_in_fp8 else 1e-3 if model.dtype == torch.float32 else 0.1
+    tolerance = 0.6 if multiplies_in_fp8 else 1e-3 if model.dtype == torch.float32 else 0.1
     change = (together - alone).abs().mean().item()
     return change if not change <= tolerance else 0.0

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from solotune.config.run_config import RunConfig
+from solotune.config.settings import LoraSettings
 from solotune.errors import InputError
 from solotune.hub.download import hub_id
 from solotune.model import adapter
@@ -108,26 +108,30 @@ class LoraLinear(nn.Module):
         return y + F.linear(F.linear(h, A), B)
 
 
-def attach(model: nn.Module, config: RunConfig, device: torch.device) -> dict[str, LoraLinear]:
-    """Puts an adapter on every frozen linear that the config names.
+def attach(
+    model: nn.Module, settings: LoraSettings, device: torch.device, *, is_compiled: bool = False
+) -> dict[str, LoraLinear]:
+    """Add an adapter to every frozen linear that `target_modules` names.
 
     A name matches a module as in PEFT: the whole dotted name, or its end after a dot. Initial values depend only on
-    `config.seed` and the order of the layers.
+    `seed` and the order of the layers.
+
+    Args:
+        is_compiled: dropout masks are hashed instead of drawn from PyTorch's generator.
 
     Returns: dotted module name -> its `LoraLinear`, in model order.
     Raises:
         InputError: a name that matches no linear layer, or a rank above a layer's size.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
-    wanted = config.lora_target_modules
-    targets = list(linears) if wanted == "all-linear" else _matching(linears, wanted, config)
-    scaling = config.lora_alpha / (math.sqrt(config.lora_r) if config.use_rslora else config.lora_r)
-    generator = torch.Generator().manual_seed(config.seed)
-    pass_seeds = torch.zeros(2, dtype=torch.int32, device=device) if config.torch_compile else None
+    targets = list(linears) if settings.target_modules == "all-linear" else _matching(linears, settings)
+    scaling = settings.alpha / (math.sqrt(settings.r) if settings.use_rslora else settings.r)
+    generator = torch.Generator().manual_seed(settings.seed)
+    pass_seeds = torch.zeros(2, dtype=torch.int32, device=device) if is_compiled else None
     lora_layers: dict[str, LoraLinear] = {}
     for number, name in enumerate(targets, start=1):
-        _check_rank(config, name, linears[name])
-        layer = LoraLinear(linears[name], config.lora_r, scaling, config.lora_dropout, device, number, pass_seeds)
+        _check_rank(settings, name, linears[name])
+        layer = LoraLinear(linears[name], settings.r, scaling, settings.dropout, device, number, pass_seeds)
         bound = 1 / math.sqrt(layer.lora_A.shape[1])  # kaiming_uniform with a = sqrt(5), for fan_in = in_features
         initial = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
         layer.lora_A.data.copy_(initial)
@@ -137,12 +141,12 @@ def attach(model: nn.Module, config: RunConfig, device: torch.device) -> dict[st
     return lora_layers
 
 
-def _check_rank(config: RunConfig, name: str, linear: FrozenLinear) -> None:
+def _check_rank(settings: LoraSettings, name: str, linear: FrozenLinear) -> None:
     """A rank above both sides of a layer is a slip; above one it is useless, but usual for narrow k and v."""
-    if config.lora_r > (most := max(linear.in_features, linear.out_features)):
+    if settings.r > (most := max(linear.in_features, linear.out_features)):
         raise InputError(
-            f"{config.source_of('lora_r')}, lora_r: above the size of {name}",
-            seen=f"lora_r: {config.lora_r}",
+            f"{settings.source_of('lora_r')}, lora_r: above the size of {name}",
+            seen=f"lora_r: {settings.r}",
             allowed=f"at most {most}: the layer is {linear.out_features} x {linear.in_features}",
             change="a smaller lora_r, or leave the layer out of lora_target_modules",
         )
@@ -167,11 +171,12 @@ def join(lora_layers: Mapping[str, LoraLinear], device: torch.device) -> nn.Para
     return flat_params
 
 
-def _matching(linears: Mapping[str, FrozenLinear], wanted: list[str] | str, config: RunConfig) -> list[str]:
+def _matching(linears: Mapping[str, FrozenLinear], settings: LoraSettings) -> list[str]:
+    wanted = settings.target_modules
     hits = {target: [n for n in linears if n == target or n.endswith(f".{target}")] for target in wanted}
     if missing := [target for target, names in hits.items() if not names]:
         raise InputError(
-            f"{config.source_of('lora_target_modules')}, lora_target_modules: "
+            f"{settings.source_of('lora_target_modules')}, lora_target_modules: "
             f"{', '.join(missing)} matches no linear layer of this model",
             seen=", ".join(wanted),
             allowed=f"{', '.join(leaf_names(linears))}, or all-linear",
@@ -248,19 +253,26 @@ def load_state_dict(lora_layers: Mapping[str, LoraLinear], tensors: Mapping[str,
         part.data.copy_(tensors[key])
 
 
-def peft_config(config: RunConfig, lora_layers: Mapping[str, LoraLinear], model: nn.Module) -> dict[str, Any]:
-    """`adapter_config.json` of the adapters of a live model; `adapter.peft_config` makes it of names alone."""
+def peft_config(
+    settings: LoraSettings, lora_layers: Mapping[str, LoraLinear], model: nn.Module, *, base: str, revision: str
+) -> dict[str, Any]:
+    """`adapter_config.json` for the adapters of a loaded model; `adapter.peft_config` needs only names.
+
+    Args:
+        base: `model_name_or_path`; written only if it is a hub id.
+        revision: `model_revision`.
+    """
     kinds = (LoraLinear, FrozenLinear, nn.Linear, nn.Embedding)
     named = {name for name, module in model.named_modules() if isinstance(module, kinds)}
     return adapter.peft_config(
         lora_layers,
         {name for name in named if not name.endswith(".base")},
-        base=hub_id(config.model_name_or_path),
-        revision=config.model_revision,
-        r=config.lora_r,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        use_rslora=config.use_rslora,
+        base=hub_id(base),
+        revision=revision,
+        r=settings.r,
+        alpha=settings.alpha,
+        dropout=settings.dropout,
+        use_rslora=settings.use_rslora,
         fan_in_fan_out=any(layer.base.transposed for layer in lora_layers.values()),
     )
 

@@ -25,12 +25,12 @@ Head = Callable[[torch.Tensor], torch.Tensor]  # h_ND -> logits_NV
 MAX_CHUNK_LOGITS = 1 << 27  # 0.5 GiB in float32, 1,046 tokens at 128,256 words: larger chunks gain nothing measurable
 
 
-def supervised_hidden(hidden_BTD: torch.Tensor, input_ids_BT: torch.Tensor, supervised_BT: torch.Tensor):
+def supervised_hidden(hidden_BTD: torch.Tensor, input_ids_BT: torch.Tensor, label_mask_BT: torch.Tensor):
     """The hidden states that predict a supervised token, and those tokens: (h_ND, labels_N).
 
     The state at t-1 predicts the token at t.
     """
-    predicts = supervised_BT[:, 1:]
+    predicts = label_mask_BT[:, 1:]
     return hidden_BTD[:, :-1][predicts], input_ids_BT[:, 1:][predicts]
 
 
@@ -101,7 +101,7 @@ def token_losses(h_ND: torch.Tensor, labels_N: torch.Tensor, head: Head, vocab_s
     return torch.cat([losses for losses, _ in parts]), torch.cat([hits for _, hits in parts])
 
 
-def token_losses_reference(logits_BTV: torch.Tensor, input_ids_BT: torch.Tensor, supervised_BT: torch.Tensor):
+def token_losses_reference(logits_BTV: torch.Tensor, input_ids_BT: torch.Tensor, label_mask_BT: torch.Tensor):
     """The same losses from whole logits, (losses_N,): the plain definition, differentiable by autograd."""
-    logits_NV, labels_N = supervised_hidden(logits_BTV, input_ids_BT, supervised_BT)
+    logits_NV, labels_N = supervised_hidden(logits_BTV, input_ids_BT, label_mask_BT)
     return F.cross_entropy(logits_NV.float(), labels_N, reduction="none")

@@ -63,11 +63,11 @@ def model_shape(config: RunConfig, model_files: ModelFiles | None = None) -> Mod
     text = module.config.get_text_config()
     # held back: where torch calls Python from C++, an exception out of nowhere ends the process
     with signals.defer_signals(), _unlogged(), FakeTensorMode(allow_non_fake_inputs=True):
-        _fill_with_fakes(module, config, dtype)
-        lora_layers = lora.attach(module, config, torch.device("cpu"))
+        _fill_with_fakes(module, config.multiplies_in_fp8, dtype)
+        lora_layers = lora.attach(module, config.lora, torch.device("cpu"), is_compiled=config.torch_compile)
         module.train()
         layers = decoder_layers(module)
-        costs = _layer_costs(module, layers, config, absent)
+        costs = _layer_costs(module, layers, config.torch_compile, absent)
         outside = _outside_or_estimated(module, layers, attention)
         logit_bytes = (2 * dtype.itemsize, 3 * dtype.itemsize) if config.torch_compile else _eager_logits(module, dtype)
     heads = getattr(text, "num_attention_heads", None) or 1
@@ -101,7 +101,7 @@ def _unlogged() -> Iterator[None]:
         logger.disabled = was_disabled
 
 
-def _fill_with_fakes(module: PreTrainedModel, config: RunConfig, dtype: torch.dtype) -> None:
+def _fill_with_fakes(module: PreTrainedModel, in_fp8: bool, dtype: torch.dtype) -> None:
     """Every tensor fake, every linear frozen as training stores it. Call it within the fake mode."""
 
     def fake_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -114,7 +114,7 @@ def _fill_with_fakes(module: PreTrainedModel, config: RunConfig, dtype: torch.dt
         transposed = isinstance(part, Conv1D)
         out, into = reversed(weight.shape) if transposed else weight.shape
         fake = torch.empty(out, into, dtype=dtype)
-        storage = (Fp8Weight if config.multiplies_in_fp8 else DenseWeight)(fake)
+        storage = (Fp8Weight if in_fp8 else DenseWeight)(fake)
         bias = torch.empty(out, dtype=dtype) if isinstance(part.bias, nn.Parameter) else None
         parent, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(parent), leaf, FrozenLinear(storage, bias, transposed))
@@ -130,14 +130,14 @@ def _counted(module: PreTrainedModel, lora_layers: set[str]) -> tuple[Linear, ..
 
 
 def _layer_costs(
-    module: PreTrainedModel, layers: nn.ModuleList, config: RunConfig, absent: set[object]
+    module: PreTrainedModel, layers: nn.ModuleList, is_compiled: bool, absent: set[object]
 ) -> list[LayerCost]:
     """The cost of each layer; layers of one kind are looked at once."""
     try:
         calls = {tokens: _calls(module, layers, tokens, absent) for tokens in LENGTHS}
     except Exception:  # an architecture that looks into its data before the first layer
         x = torch.empty(ROWS, LENGTHS[0], module.config.get_text_config().hidden_size, dtype=module.dtype)
-        return [estimated(layer, x, config.torch_compile) for layer in layers]
+        return [estimated(layer, x, is_compiled) for layer in layers]
     known: dict[str, LayerCost] = {}
     costs = []
     for number, layer in enumerate(layers):
@@ -147,7 +147,7 @@ def _layer_costs(
         )
         if kind not in known:
             inputs = {tokens: calls[tokens][number] for tokens in LENGTHS}
-            known[kind] = _cost(layer, inputs, config)
+            known[kind] = _cost(layer, inputs, is_compiled)
         costs.append(known[kind])
     return costs
 
@@ -257,21 +257,21 @@ def _gives_tuple(module: PreTrainedModel, layers: nn.ModuleList) -> bool:
     return bool(found and found[0])
 
 
-def _cost(layer: nn.Module, calls: dict[int, _Call], config: RunConfig) -> LayerCost:
+def _cost(layer: nn.Module, calls: dict[int, _Call], is_compiled: bool) -> LayerCost:
     shapes = {m.storage.shape for m in layer.modules() if isinstance(m, FrozenLinear)}
 
     def is_frozen(a: int, b: int) -> bool:
         return (a, b) in shapes or (b, a) in shapes
 
-    look = look_compiled if config.torch_compile else look_eager
+    look = look_compiled if is_compiled else look_eager
     try:
         looks = []
         for tokens in LENGTHS:
             signals.check_stop()
             looks.append((tokens, look(layer, *calls[tokens], is_frozen)))
     except Exception:  # whatever an architecture does that tensors without contents cannot
-        return estimated(layer, calls[LENGTHS[0]][0][0], config.torch_compile)
-    return fit(looks, ROWS, "compiled" if config.torch_compile else "eager")
+        return estimated(layer, calls[LENGTHS[0]][0][0], is_compiled)
+    return fit(looks, ROWS, "compiled" if is_compiled else "eager")
 
 
 def estimated(layer: nn.Module, x: torch.Tensor, is_compiled: bool) -> LayerCost:

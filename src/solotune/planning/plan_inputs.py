@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from solotune.config.run_config import RunConfig
+from solotune.config.settings import BatchSettings, EvaluationSettings
 from solotune.dataset import Prepared
 from solotune.dataset.example import lengths_of
 from solotune.dataset.sampler import BatchSampler, pack_sequences
@@ -43,16 +44,20 @@ def plan_for(
         gpu: a card of the table, in the place of this machine's.
         model_files: of the config's model; None: they are looked for.
     """
-    card, free = card_here(machine, config) if gpu is None else (card_named(gpu), None)
+    card, free = card_here(machine, config.use_cpu) if gpu is None else (card_named(gpu), None)
     shapes = shapes_of(model_files)
-    positions = shapes(_definite(config, card)).max_positions
-    work = full_rows(config, positions) if prepared is None else work_of(config, prepared)
+    first = planner.precisions(config.memory, card)[0]
+    positions = shapes(config.replaced("plan", base_precision=first)).max_positions
+    if prepared is None:
+        work = full_rows(config.batches, positions)
+    else:
+        work = work_of(config.batches, config.evaluation, prepared)
     return planner.make_plan(config, shapes, card, work, free)
 
 
-def card_here(machine: Machine, config: RunConfig) -> tuple[Card, int]:
+def card_here(machine: Machine, use_cpu: bool) -> tuple[Card, int]:
     """This machine's card, or its CPU, and the bytes of it that are free."""
-    if machine.has_cuda and not config.use_cpu:
+    if machine.has_cuda and not use_cpu:
         assert machine.gpu and machine.gpu_bytes and machine.compute_capability
         card = card_of(machine.gpu, machine.gpu_bytes, machine.compute_capability)
         return card, machine.gpu_free_bytes or machine.gpu_bytes
@@ -69,11 +74,6 @@ def for_card(name: str, machine: Machine) -> Machine:
     versions = {"triton": "there", **machine.versions}
     facts = {"compute_capability": card.compute_capability, "gpu_bytes": card.memory_bytes, "versions": versions}
     return replace(machine, gpu=card.name, num_gpus=1, gpu_free_bytes=card.memory_bytes, **facts)
-
-
-def _definite(config: RunConfig, card: Card) -> RunConfig:
-    first = planner.precisions(config, card)[0]
-    return config.replaced("plan", base_precision=first)
 
 
 def shapes_of(model_files: ModelFiles | None = None) -> Callable[[RunConfig], ModelShape]:
@@ -95,39 +95,39 @@ def shapes_of(model_files: ModelFiles | None = None) -> Callable[[RunConfig], Mo
     return shape
 
 
-def work_of(config: RunConfig, prepared: Prepared) -> Workload:
+def work_of(batches: BatchSettings, evaluation: EvaluationSettings, prepared: Prepared) -> Workload:
     """What the rows make of a step: counted on the very micro-batches that training will draw."""
     lengths = np.asarray(lengths_of(prepared.train))
-    packs = pack_sequences(config, prepared.train)
-    sizes = np.array([lengths[rows].sum() for rows in packs]) if config.packing else lengths
-    schedule = BatchSampler.of(config, len(sizes))
+    packs = pack_sequences(batches, prepared.train)
+    sizes = np.array([lengths[rows].sum() for rows in packs]) if batches.packing else lengths
+    schedule = BatchSampler.of(batches, len(sizes))
     longest, real = [], 0
     drawn = (micro for step in schedule.steps(0) for micro in step)
     for micro_batch in islice(drawn, MAX_COUNTED_MICRO_BATCHES):
         longest.append(int(sizes[micro_batch].max()))
         real += int(sizes[micro_batch].sum())
-    rows = min(config.per_device_train_batch_size, len(sizes))
-    if config.packing and config.torch_compile:  # every pass is padded to one shape, see `batch.PaddedShape`
-        rows, longest = config.per_device_train_batch_size, [config.max_length] * len(longest)
+    rows = min(batches.batch_size, len(sizes))
+    if batches.has_one_shape:  # every pass is padded to one shape, see `batch.PaddedShape`
+        rows, longest = batches.batch_size, [batches.max_length] * len(longest)
     is_whole = schedule.total_steps * schedule.accumulation <= MAX_COUNTED_MICRO_BATCHES
     tokens: dict[str, Any] = prepared.report.to_json()["tokens"]
     held_out = sorted(lengths_of(prepared.validation))
-    every = config.every("eval", schedule.steps_per_epoch)
-    answer = min(config.max_new_tokens, tokens["supervised"] / max(1, len(lengths) + len(held_out)))
+    every = evaluation.every(schedule.steps_per_epoch)
+    answer = min(evaluation.max_new_tokens, tokens["supervised"] / max(1, len(lengths) + len(held_out)))
     return Workload(
         rows=rows,
-        tokens=max(longest) if is_whole else max(longest[0] if config.packing else 0, int(sizes.max())),
+        tokens=max(longest) if is_whole else max(longest[0] if batches.packing else 0, int(sizes.max())),
         mean_tokens=float(np.mean(longest)),
         real_share=real / (sum(longest) * rows),
         supervised_share=tokens["supervised"] / max(1, tokens["total"]),
-        accumulation=config.gradient_accumulation_steps,
+        accumulation=batches.accumulation,
         steps=schedule.total_steps,
         eval_tokens=sum(held_out),
         num_evals=len(
             {*range(every or schedule.total_steps, schedule.total_steps + 1, every or 1)} | {schedule.total_steps}
         ),
-        eval_batch=(min(config.per_device_eval_batch_size, len(held_out)), max(held_out, default=0)),
-        generated_tokens=round(min(config.num_samples, len(held_out)) * (config.max_new_tokens + answer)),
-        has_one_shape=config.packing and config.takes_graphs,
+        eval_batch=(min(evaluation.batch_size, len(held_out)), max(held_out, default=0)),
+        generated_tokens=round(min(evaluation.num_samples, len(held_out)) * (evaluation.max_new_tokens + answer)),
+        has_one_shape=batches.packing and batches.takes_graphs,
         is_measured=True,
     )

@@ -20,6 +20,7 @@ from itertools import product
 from typing import Any, NamedTuple, get_args
 
 from solotune.config.run_config import BUDGET_SIZE, Choice, RunConfig
+from solotune.config.settings import BatchSettings, MemorySettings
 from solotune.errors import CheckError, InputError
 from solotune.planning.constants import CONTEXT_BYTES
 from solotune.planning.gpus import CARDS, GIB, Card
@@ -134,23 +135,23 @@ def make_plan(
     Raises:
         InputError: a budget that the card does not have.
     """
-    budget = budget_of(config, card, free_bytes)
+    budget = budget_of(config.memory, card, free_bytes)
     option, resolved, fits = _best(config, shapes, card, work, budget)
-    notes = [*(notes or []), *_notes(shapes(resolved), resolved, work)]
-    choices = _choices(config, option, card, shapes(resolved), fits)
+    notes = [*(notes or []), *_notes(shapes(resolved), work)]
+    choices = _choices(config.memory, option, card, shapes(resolved), fits)
     if fits:
         return Plan(card, budget, option, True, choices, notes, [], None, resolved)
     changes, changed = _suggestion(config, shapes, card, work, budget)
     return Plan(card, budget, option, False, choices, notes, changes, changed, resolved)
 
 
-def budget_of(config: RunConfig, card: Card, free_bytes: int | None) -> Budget:
+def budget_of(settings: MemorySettings, card: Card, free_bytes: int | None) -> Budget:
     """`memory_budget` in bytes.
 
     Raises:
         InputError: more than the card has.
     """
-    total, wanted = card.memory_bytes, config.memory_budget
+    total, wanted = card.memory_bytes, settings.memory_budget
     available = total if free_bytes is None else free_bytes
     if free_bytes is not None and not card.is_cpu:
         available += CONTEXT_BYTES  # this process has made its context already
@@ -164,7 +165,7 @@ def budget_of(config: RunConfig, card: Card, free_bytes: int | None) -> Budget:
     size = int(wanted * total) if isinstance(wanted, float) else bytes_of(str(wanted))
     if size > total:
         raise InputError(
-            f"{config.source_of('memory_budget')}, memory_budget: more than the card has",
+            f"{settings.source_of('memory_budget')}, memory_budget: more than the card has",
             seen=f"memory_budget: {wanted}",
             allowed=f"at most {gib(total)} GiB, the memory of {card.name}",
             change="memory_budget: auto",
@@ -180,22 +181,22 @@ def bytes_of(text: str) -> int:
     return int(float(match[1]) * units[match[2]])
 
 
-def precisions(config: RunConfig, card: Card) -> list[Precision]:
+def precisions(settings: MemorySettings, card: Card) -> list[Precision]:
     """The base precisions to try, best first.
 
     By the held-out loss after training (`docs/decisions.md`): fp8 from the 16-bit weights is as good as a 16-bit base
     to 0.7 % and 1.4 times as fast, where the card multiplies it; a 16-bit base is as fast as NF4 and better; NF4 is for
     where only it fits.
     """
-    if config.base_precision != "auto":
-        return [config.base_precision]
+    if settings.base_precision != "auto":
+        return [settings.base_precision]
     if card.is_cpu:
         return ["fp32", "nf4"]
     if not card.has_bf16:
         return ["fp32", "nf4"]
-    if config.matmul_precision == "fp8":
+    if settings.matmul_precision == "fp8":
         return ["fp8"]
-    return ["fp8", "nf4"] if card.has_fp8 and config.matmul_precision == "auto" else ["bf16", "nf4"]
+    return ["fp8", "nf4"] if card.has_fp8 and settings.matmul_precision == "auto" else ["bf16", "nf4"]
 
 
 def _best(
@@ -203,13 +204,14 @@ def _best(
 ) -> tuple[Candidate, RunConfig, bool]:
     """The fastest option that fits, or the smallest of all."""
     smallest: tuple[Candidate, RunConfig] | None = None
-    for precision in precisions(config, card):
+    settings = config.memory
+    for precision in precisions(settings, card):
         resolved = config if precision == config.base_precision else config.replaced("plan", base_precision=precision)
         shape = shapes(resolved)
-        for offload in _offloads(config, card):  # with it only where nothing fits without
+        for offload in _offloads(settings, card):  # with it only where nothing fits without
             options = [
                 Candidate(knobs, used, seconds(shape, knobs, work, card))
-                for knobs in _knobs(resolved, shape, card, offload)
+                for knobs in _knobs(resolved.memory, shape, card, offload)
                 for used in [footprint(shape, knobs, work, card)]
             ]
             if not options:
@@ -217,62 +219,58 @@ def _best(
             fitting = [option for option in options if budget.holds(option.footprint)]
             if fitting:
                 best = min(fitting, key=lambda option: (option.seconds.step, option.footprint.peak_bytes))
-                return best, _applied(resolved, config, best.knobs, shape), True
+                return best, resolved.replaced("plan", **_chosen(settings, best.knobs, shape)), True
             least = min(options, key=lambda option: option.footprint.peak_bytes)
             if smallest is None or least.footprint.peak_bytes < smallest[0].footprint.peak_bytes:
-                smallest = least, _applied(resolved, config, least.knobs, shape)
+                smallest = least, resolved.replaced("plan", **_chosen(settings, least.knobs, shape))
     assert smallest is not None
     return *smallest, False
 
 
-def is_open(config: RunConfig, key: str) -> bool:
-    """Whether the plan may choose this key."""
-    return getattr(config, key) == "auto" or (key == "activation_offload" and config.source_of(key) == "default")
-
-
-def _offloads(config: RunConfig, card: Card) -> list[bool]:
-    if is_open(config, "activation_offload"):
+def _offloads(settings: MemorySettings, card: Card) -> list[bool]:
+    if settings.offload_is_open:
         return [False] if card.is_cpu else [False, True]
-    return [bool(config.activation_offload)]
+    return [settings.activation_offload]
 
 
-def _knobs(config: RunConfig, shape: ModelShape, card: Card, offload: bool) -> Iterator[MemoryStrategy]:
+def _knobs(settings: MemorySettings, shape: ModelShape, card: Card, offload: bool) -> Iterator[MemoryStrategy]:
     depth = len(shape.layers)
-    wanted = config.gradient_checkpointing
+    wanted = settings.gradient_checkpointing
     counts = (
         range(depth + 1) if wanted == "auto" else [depth * wanted if isinstance(wanted, bool) else min(wanted, depth)]
     )
-    mirrors = {"auto": [False, True], "quantized": [False], "dequantized": [True]}[config.base_residency]
-    precision = "fp8" if config.multiplies_in_fp8 else config.base_precision  # the storage, see `model.load_model`
+    mirrors = {"auto": [False, True], "quantized": [False], "dequantized": [True]}[settings.base_residency]
+    precision = "fp8" if settings.multiplies_in_fp8 else settings.base_precision  # the storage, see `model.load_model`
     assert precision != "auto" and precision in get_args(Precision)
     for count, mirrored in product(counts, mirrors if precision == "nf4" else [False]):
         if offload and not count:
             continue
         device = "cpu" if card.is_cpu else "cuda"
-        optim = "adamw_torch" if card.is_cpu else config.optim
-        yield MemoryStrategy(precision, config.bnb_4bit_use_double_quant, mirrored, count, offload, optim, device)
+        optim = "adamw_torch" if card.is_cpu else settings.optim
+        yield MemoryStrategy(precision, settings.double_quant, mirrored, count, offload, optim, device)
 
 
-def _applied(resolved: RunConfig, config: RunConfig, knobs: MemoryStrategy, shape: ModelShape) -> RunConfig:
+def _chosen(settings: MemorySettings, knobs: MemoryStrategy, shape: ModelShape) -> dict[str, object]:
+    """The config keys that the plan sets."""
     values: dict[str, object] = {}
-    if config.gradient_checkpointing == "auto":
+    if settings.gradient_checkpointing == "auto":
         values["gradient_checkpointing"] = _checkpointing(knobs.num_checkpointed, len(shape.layers))
-    if config.base_residency == "auto" and knobs.base_precision == "nf4":
+    if settings.base_residency == "auto" and knobs.base_precision == "nf4":
         values["base_residency"] = "dequantized" if knobs.has_dequantized_copy else "quantized"
-    if is_open(config, "activation_offload"):
+    if settings.offload_is_open:
         values["activation_offload"] = knobs.is_offloaded
-    return resolved.replaced("plan", **values) if values else resolved
+    return values
 
 
 def _checkpointing(count: int, depth: int) -> bool | int:
     return bool(count) if count in (0, depth) else count
 
 
-def _choices(config: RunConfig, option: Candidate, card: Card, shape: ModelShape, fits: bool) -> list[Choice]:
+def _choices(settings: MemorySettings, option: Candidate, card: Card, shape: ModelShape, fits: bool) -> list[Choice]:
     """What was chosen, and why."""
     knobs, depth = option.knobs, len(shape.layers)
     choices = []
-    if config.base_precision == "auto":
+    if settings.base_precision == "auto":
         why = {
             "fp8": f"{card.name} multiplies in fp8, it fits, and it costs less quality than 4 bits",
             "bf16": f"{card.name} has no fp8; 16 bits fit, and are better than 4",
@@ -280,13 +278,13 @@ def _choices(config: RunConfig, option: Candidate, card: Card, shape: ModelShape
             "nf4": "only 4 bits fit" if fits else "the smallest there is",
         }[knobs.base_precision]
         choices.append(Choice("base_precision", knobs.base_precision, why))
-    if config.gradient_checkpointing == "auto":
+    if settings.gradient_checkpointing == "auto":
         n = knobs.num_checkpointed
         why = "the activations of all layers fit"
         if n:
             why = f"{depth - n} of {depth} layers' activations fit" if fits else "the least memory"
         choices.append(Choice("gradient_checkpointing", _checkpointing(n, depth), why))
-    if config.base_residency == "auto" and knobs.base_precision == "nf4":
+    if settings.base_residency == "auto" and knobs.base_precision == "nf4":
         dequantized_copy = f"{gib(shape.num_frozen * shape.dtype_bytes)} GiB"
         why = f"expanded once, the weights take {dequantized_copy}; " + (
             "that fits, and saves expanding them in every pass"
@@ -294,13 +292,13 @@ def _choices(config: RunConfig, option: Candidate, card: Card, shape: ModelShape
             else "that does not fit, or memory gains more elsewhere"
         )
         choices.append(Choice("base_residency", "dequantized" if knobs.has_dequantized_copy else "quantized", why))
-    if knobs.is_offloaded and is_open(config, "activation_offload"):
+    if knobs.is_offloaded and settings.offload_is_open:
         host = f"{gib(option.footprint.host_bytes)} GiB"
         choices.append(Choice("activation_offload", True, f"it fits in no other way; {host} of pinned host memory"))
     return choices
 
 
-def _notes(shape: ModelShape, config: RunConfig, work: Workload) -> list[str]:
+def _notes(shape: ModelShape, work: Workload) -> list[str]:
     notes = []
     if any(layer.how == "estimated" for layer in shape.layers):
         notes.append(f"a layer of {shape.family} cannot be looked at without data: its activations are estimated")
@@ -323,7 +321,7 @@ def _suggestion(
             return None
         return Plan(card, budget, option, True, [], [], [], None, resolved)
 
-    singles = list(_changes(config, work, card))
+    singles = list(_changes(config.memory, work))
     for values in singles:
         if plan := tried(values):
             return list(values.items()), plan
@@ -340,11 +338,11 @@ def _suggestion(
     return [], None
 
 
-def _changes(config: RunConfig, work: Workload, card: Card) -> Iterator[dict[str, object]]:
+def _changes(settings: MemorySettings, work: Workload) -> Iterator[dict[str, object]]:
     """Single changes, from what costs the user least: speed, then precision, then the length of rows."""
-    if config.gradient_checkpointing not in (True, "auto"):
+    if settings.gradient_checkpointing not in (True, "auto"):
         yield {"gradient_checkpointing": "auto"}
-    if config.base_residency == "dequantized":
+    if settings.base_residency == "dequantized":
         yield {"base_residency": "auto"}
     rows = work.rows
     while rows > 1:
@@ -352,9 +350,9 @@ def _changes(config: RunConfig, work: Workload, card: Card) -> Iterator[dict[str
         factor = work.rows // rows
         yield {
             "per_device_train_batch_size": rows,
-            "gradient_accumulation_steps": config.gradient_accumulation_steps * factor,
+            "gradient_accumulation_steps": work.accumulation * factor,
         }
-    if config.base_precision not in ("nf4", "auto"):
+    if settings.base_precision not in ("nf4", "auto"):
         yield {"base_precision": "nf4"}
     length = work.tokens
     while length >= 2 * MIN_LENGTH:
@@ -377,18 +375,18 @@ def _with(config: RunConfig, work: Workload, values: dict[str, object]) -> tuple
     return changed, work
 
 
-def full_rows(config: RunConfig, max_positions: int | None = None) -> Workload:
+def full_rows(batches: BatchSettings, max_positions: int | None = None) -> Workload:
     """The work of a step where the data is not known: rows as long as they may be, all of them learned."""
-    tokens = min(config.max_length, max_positions or config.max_length)
+    tokens = min(batches.max_length, max_positions or batches.max_length)
     return Workload(
-        rows=config.per_device_train_batch_size,
+        rows=batches.batch_size,
         tokens=tokens,
         mean_tokens=tokens,
         real_share=1.0,
         supervised_share=1.0,
-        accumulation=config.gradient_accumulation_steps,
-        steps=config.max_steps if config.max_steps > 0 else None,
-        has_one_shape=config.takes_graphs,
+        accumulation=batches.accumulation,
+        steps=batches.max_steps if batches.max_steps > 0 else None,
+        has_one_shape=batches.takes_graphs,
     )
 
 

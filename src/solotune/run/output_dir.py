@@ -11,7 +11,6 @@ import os
 import stat
 from pathlib import Path
 
-from solotune.config.run_config import RunConfig
 from solotune.errors import DirectoryInUseError, InputError
 from solotune.hub.download import local_path
 from solotune.run.manifest import MANIFEST
@@ -23,24 +22,27 @@ OF_A_RUN = {
 }  # fmt: skip
 
 
-def check_destination(config: RunConfig) -> None:
-    """Looks at `output_dir`; without one a new folder is made below `runs/`.
+def check_destination(output_dir: str | None, source: str, model_name_or_path: str) -> None:
+    """Check `output_dir`; None: a new folder will be made below `runs/`.
+
+    Args:
+        source: where the value of `output_dir` came from, for messages.
 
     Raises:
         InputError: no path that can be, a link, or the base model's folder.
         DirectoryInUseError: a folder with other things than a run in it.
     """
-    path = Path(os.path.expanduser(config.output_dir or "runs"))
-    where = f"{config.source_of('output_dir')}, output_dir"
+    path = Path(os.path.expanduser(output_dir or "runs"))
+    where = f"{source}, output_dir"
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
         mode = 0
     except (OSError, ValueError) as error:  # too long, a file among its parents, no access
         raise InputError(f"{where}: no such folder can be", seen=_reason(error, path)) from None
-    if mode and config.output_dir:
+    if mode and output_dir:
         _check_present(where, path, mode)
-    real, model = Path(os.path.realpath(path)), local_path(config.model_name_or_path)
+    real, model = Path(os.path.realpath(path)), local_path(model_name_or_path)
     if model is not None and os.path.isdir(model) and real.is_relative_to(os.path.realpath(model)):
         raise InputError(f"{where}: inside the base model's folder", seen=str(path), change="another output_dir")
 

@@ -63,20 +63,23 @@ class RunDirectory:
         self._lock: int | None = None
 
     @classmethod
-    def create(cls, config: RunConfig, resume: bool = False) -> RunDirectory:
-        """Makes (or, to resume, takes over) the directory and locks it.
+    def create(cls, output_dir: str | None, name: str = "run", resume: bool = False) -> RunDirectory:
+        """Make the directory (or, to resume, take it over) and lock it.
+
+        Args:
+            output_dir: its path; None: a new folder runs/<name>-<date>.
 
         Raises:
             DirectoryInUseError: another process holds it, or it already holds a run and this is no resume.
         """
         if not resume:
-            cls.refuse_occupied(config)
-        run = cls(Path(os.path.expanduser(config.output_dir)) if config.output_dir else _fresh_path(config))
+            cls.refuse_occupied(output_dir)
+        run = cls(Path(os.path.expanduser(output_dir)) if output_dir else _fresh_path(name))
         atomic_io.make_folder(run.path)
         run._take_lock()
         try:
             if not resume:
-                cls.refuse_occupied(config)  # another may have run here from its start to its end since
+                cls.refuse_occupied(output_dir)  # another may have run here from its start to its end since
             for folder in (run.path, run.checkpoints):
                 atomic_io.sweep(folder)
         except BaseException:
@@ -85,15 +88,15 @@ class RunDirectory:
         return run
 
     @staticmethod
-    def refuse_occupied(config: RunConfig) -> None:
+    def refuse_occupied(output_dir: str | None) -> None:
         """Raises:
         InputError: `output_dir` is a file.
         DirectoryInUseError: it already holds a run.
         """
-        path = Path(os.path.expanduser(config.output_dir or "."))
+        path = Path(os.path.expanduser(output_dir or "."))
         if path.is_file():
             raise InputError(f"output_dir: {path} is a file", allowed="a folder, existing or not")
-        held = [mark for mark in MARKS if config.output_dir and (path / mark).exists()]
+        held = [mark for mark in MARKS if output_dir and (path / mark).exists()]
         if held:
             raise DirectoryInUseError(
                 f"{path} already holds a run",
@@ -230,9 +233,9 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _fresh_path(config: RunConfig) -> Path:
+def _fresh_path(name: str) -> Path:
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    path = Path("runs") / f"{config.name}-{stamp}"
+    path = Path("runs") / f"{name}-{stamp}"
     return path if not path.exists() else path.with_name(f"{path.name}-{os.getpid()}")
 
 
@@ -248,9 +251,9 @@ def list_runs(root: str | Path = "runs") -> list[RunDirectory]:
     return sorted(found, key=lambda run: (run.path / "config.yaml").stat().st_mtime)
 
 
-def latest_run_of(config: RunConfig) -> RunDirectory | None:
+def latest_run_of(name: str) -> RunDirectory | None:
     """The newest run in `runs/` that was made from a config of this name."""
-    named = [run for run in list_runs() if run.path.name.startswith(f"{config.name}-")]
+    named = [run for run in list_runs() if run.path.name.startswith(f"{name}-")]
     return named[-1] if named else None
 
 

@@ -1,18 +1,20 @@
 """Stop requests: what SIGINT (Ctrl-C), SIGTERM (a scheduler) and SIGHUP (a closed terminal) do to a run.
 
-    with handle_signals():  from here on the first signal raises `StopRequested` in the main thread, wherever it is
+    with handle_signals():        the first signal raises `StopRequested` in the main thread, wherever it is
         ...
-        with defer_signals():     here it waits until the code says that it can be stopped
+        with defer_signals():     the signal waits until the code reaches a stopping point
             ...
-            check_stop()            a safe place: raises `StopRequested` if a signal has come
+            check_stop()          a stopping point: raises `StopRequested` if a signal has come
 
-A stage that has nothing to save (loading, reading data, generating samples) stops at once. Training holds the request
-back until the micro-batch in hand is done, so that what was made of the run can be saved. Whoever polls also tells the
-watchdog that the run is alive (`watchdog.py`), so a safe place belongs into everything that takes long.
+When a run stops
+----------------
+A stage with nothing to save (loading, reading data, generating samples) stops at once. Training defers the request
+until the current micro-batch is done, so that its state can be saved. `check_stop` also tells the watchdog that the run
+is alive (`watchdog.py`), so every long loop must call it.
 
-A second signal ends the process at once, by the kernel where the process is ours; files are written whole or not at
-all, so the last checkpoint is good then too. Only the main thread can install handlers; elsewhere (a notebook's worker)
-nothing is installed and signals behave as they did.
+A second signal ends the process at once (by the kernel, if the process belongs to solotune); files are written
+completely or not at all, so the last checkpoint stays valid. Only the main thread can install handlers; in other
+threads (a notebook's worker) nothing is installed and signals behave as before.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ SHOW_CURSOR = "\x1b[?25h"  # a live display hides it, and a second signal leaves
 
 
 class StopRequested(KeyboardInterrupt):
-    """A stop signal has come; a KeyboardInterrupt, for libraries let those pass."""
+    """A stop signal has come. A KeyboardInterrupt, because libraries do not catch those."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -41,13 +43,13 @@ class StopRequested(KeyboardInterrupt):
 
 
 class _Requests:
-    """The process's one state: signals are the process's."""
+    """State of the process: signals belong to the process, so there is one."""
 
     def __init__(self) -> None:
         self.received = 0
-        self.is_taken = False  # `check_stop` has raised it, and somebody sees to it
+        self.is_taken = False  # `check_stop` has raised it
         self.is_held_back = False
-        self.is_ours = False  # the process; else a caller's
+        self.is_ours = False  # the process belongs to solotune, not to a caller
         self.before: dict[int, Any] = {}
 
     def receive(self, number: int, frame: FrameType | None) -> None:
@@ -55,13 +57,16 @@ class _Requests:
         for each, handler in self.before.items():
             signal.signal(each, signal.SIG_DFL if self.is_ours else handler)
         if self.is_ours:
-            self.say()
+            self.announce()
         if not self.is_held_back:
             raise StopRequested(self.received)
 
-    def say(self) -> None:
-        """To stderr and past Python's buffers, which may be in use by the very code that was interrupted."""
-        note = f"{signal.Signals(self.received).name}: stopping at the next safe place; once more to stop at once\n"
+    def announce(self) -> None:
+        """Write to stderr without Python's buffers, which the interrupted code may be using."""
+        name, again = signal.Signals(self.received).name, "Send it again"
+        if self.received == signal.SIGINT:
+            name, again = "Ctrl-C", "Press it again"
+        note = f"{name}: stopping as soon as it is safe. {again} to stop at once, without saving.\n"
         with contextlib.suppress(OSError):
             os.write(2, (SHOW_CURSOR * os.isatty(2) + note).encode())
 
@@ -71,17 +76,17 @@ _requests = _Requests()
 
 @contextlib.contextmanager
 def handle_signals(is_ours: bool = False) -> Iterator[None]:
-    """Stop signals raise `StopRequested` within the block; within another such block it is without effect.
+    """Let stop signals raise `StopRequested` in the block; a nested block has no effect.
 
     Args:
-        is_ours: the process does nothing but this, so a second signal ends it, and so does one that comes as it leaves.
+        is_ours: the process does nothing else, so a second signal ends it, and so does one that comes while it exits.
     """
     if _requests.before or threading.current_thread() is not threading.main_thread():
         yield
         return
     _requests.is_ours, _requests.received, _requests.is_taken = is_ours, 0, False
     _requests.before = {number: signal.signal(number, _requests.receive) for number in STOPPING}
-    hook, sys.unraisablehook = sys.unraisablehook, _pass_over
+    hook, sys.unraisablehook = sys.unraisablehook, _ignore_in_destructor
     try:
         yield
     finally:
@@ -91,15 +96,15 @@ def handle_signals(is_ours: bool = False) -> Iterator[None]:
         _requests.before = {}
 
 
-def _pass_over(unraisable: sys.UnraisableHookArgs) -> None:
-    """An interruption that came in a destructor is lost there; the next check_stop raises it again."""
+def _ignore_in_destructor(unraisable: sys.UnraisableHookArgs) -> None:
+    """Ignore a stop request that was raised in a destructor, where it is lost; the next check_stop raises it again."""
     if not isinstance(unraisable.exc_value, StopRequested):
         sys.__unraisablehook__(unraisable)
 
 
 @contextlib.contextmanager
 def defer_signals() -> Iterator[None]:
-    """Within the block a signal is only noted, for `check_stop`; one that nobody polled for is raised at its end."""
+    """Only record signals in the block, for `check_stop`; one that was not raised there is raised at its end."""
     outside, _requests.is_held_back = _requests.is_held_back, True
     try:
         yield
@@ -110,10 +115,10 @@ def defer_signals() -> Iterator[None]:
 
 
 def check_stop() -> None:
-    """A place where the run may be stopped, and a sign of life.
+    """Stop here if a signal has come, and tell the watchdog that the run is alive.
 
     Raises:
-        StopRequested: a signal has come; raised by one check_stop alone, for what follows is the way out.
+        StopRequested: a signal has come; raised once, because the code that follows is already stopping.
     """
     watchdog.beat()
     if _requests.received and _requests.before and not _requests.is_taken:
@@ -122,5 +127,5 @@ def check_stop() -> None:
 
 
 def received() -> int:
-    """The number of the signal that has come, 0 if none has."""
+    """Number of the signal that has come, 0 if none."""
     return _requests.received

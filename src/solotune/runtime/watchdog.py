@@ -1,20 +1,24 @@
-"""A run that hangs is ended: the stacks of all its threads are written down, and the exit code is 9.
+"""End a run that hangs: write the stacks of all its threads, and exit with code 9.
 
-    with watched():          a second process is started that watches this one (`watchdog_process.py`)
-        beat()               a sign of life; every safe place gives one (`signals.check_stop`)
+    with watched():          start a second process that watches this one (`watchdog_process.py`)
+        beat()               report that the run is alive; `signals.check_stop` calls it
 
-Too long without one, the guard ends the process. What hangs may hold Python's lock (a native call) or sit in the
-kernel (a dead network drive, a FIFO that nobody writes), so nothing depends on Python code of this process:
+How it ends the run
+-------------------
+After too long without a beat, the watching process acts. The hanging call may hold Python's global lock (a native call)
+or wait in the kernel (a dead network drive, a FIFO that nothing writes), so no Python code of this process is needed:
 
-    stacks    faulthandler's own handler of a signal, in C, writes them: to stderr, or where `stacks_into` said
-    exit      a thread waits for a byte from the guard and ends the process with 9. It needs Python's lock; where the
-              call that hangs holds it, the guard kills the process some seconds later (SIGKILL; shells see 137).
+    stacks    faulthandler's signal handler, in C, writes them to stderr, or to the file of `stacks_into`
+    exit      a thread waits for a byte from the watching process and exits with 9. It needs the global lock; if the
+              hanging call holds that, the watching process kills this one some seconds later (SIGKILL; shells show 137)
 
-The limit is generous, for ending a run that only is slow would be worse than a hang: half an hour, or twenty times the
-longest silence so far, or ten times what the plan expects of a step, whichever is most. Downloads say nothing for
-hours and have time limits of their own, so they are left out (`paused`).
+The limit
+---------
+It is generous, because ending a run that is only slow would be worse than a hang: half an hour, or twenty times the
+longest silence so far, or ten times what the plan expects of a step, whichever is longest. Downloads give no beats for
+hours and have time limits of their own, so they do not count (`paused`).
 
-What it does not do: watch a process of somebody else, such as a notebook that calls `solotune.train`.
+What it does not do: watch a process that belongs to a caller, such as a notebook that calls `solotune.train`.
 """
 
 from __future__ import annotations
@@ -36,12 +40,12 @@ from solotune.runtime import watchdog_process
 EXIT_CODE = 9
 LIMIT_SECONDS = 1800.0
 TIMES_LONGEST, TIMES_EXPECTED = 20, 10
-BEAT_SECONDS = 0.2  # the guard need not know more often
-DUMP_SIGNAL = getattr(signal, "SIGRTMIN", signal.SIGUSR1 - 3) + 3  # one that nobody else sends
+BEAT_SECONDS = 0.2  # more beats than this are not sent
+DUMP_SIGNAL = getattr(signal, "SIGRTMIN", signal.SIGUSR1 - 3) + 3  # unused by other programs
 
 
-class _Guard:
-    """The watching process, and what it has been told."""
+class _Watcher:
+    """The watching process and the connection to it."""
 
     def __init__(self) -> None:
         read_fd, exit_fd = os.pipe()
@@ -61,7 +65,7 @@ class _Guard:
                 command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0, pass_fds=[exit_fd], cwd="/"
             )
         finally:
-            os.close(exit_fd)  # the guard alone holds it, so the thread ends when the guard does
+            os.close(exit_fd)  # only the watching process keeps it open, so the thread ends when that process ends
         assert self.process.stdin is not None
         self.pipe = self.process.stdin.fileno()
         os.set_blocking(self.pipe, False)
@@ -70,7 +74,7 @@ class _Guard:
         self.set_limit(LIMIT_SECONDS)
 
     def tell(self, line: str) -> None:
-        with contextlib.suppress(OSError):  # a guard that is gone or does not listen must not end the run
+        with contextlib.suppress(OSError):  # a watching process that is gone must not end the run
             os.write(self.pipe, line.encode(errors="replace") + b"\n")
 
     def set_limit(self, seconds: float) -> None:
@@ -97,71 +101,73 @@ class _Guard:
 
 
 def _exit_on_request(read_fd: int) -> None:
-    """Thread: ends the process with 9 when the guard writes a byte; returns when the guard is gone."""
-    # signals are for the main thread, whose waiting they interrupt
+    """Thread: exit with code 9 when the watching process writes a byte; return when that process is gone."""
+    # signals must reach the main thread and interrupt its waiting
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     if os.read(read_fd, 1):
         os._exit(EXIT_CODE)
     os.close(read_fd)
 
 
-_guard: _Guard | None = None  # of the process, as its signals and its exit code are: there is one for all threads
+_watcher: _Watcher | None = None  # one for all threads, because signals and the exit code belong to the process
 
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """The process is watched within the block; it must be ours to end."""
-    global _guard
-    if _guard is not None or not hasattr(faulthandler, "register"):
+    """Watch this process in the block; it must belong to solotune, since it may be ended."""
+    global _watcher
+    if _watcher is not None or not hasattr(faulthandler, "register"):
         yield
         return
     faulthandler.register(DUMP_SIGNAL, sys.__stderr__ or 2, all_threads=True)
     try:
-        with contextlib.suppress(OSError, RuntimeError):  # no process or thread to be had: the run works, unwatched
-            _guard = _Guard()
+        with contextlib.suppress(
+            OSError, RuntimeError
+        ):  # no process or thread could be started: the run works without a watchdog
+            _watcher = _Watcher()
         yield
     finally:
-        guard, _guard = _guard, None
+        watcher, _watcher = _watcher, None
         faulthandler.unregister(DUMP_SIGNAL)
-        if guard is not None:
-            guard.leave()
+        if watcher is not None:
+            watcher.leave()
 
 
 def beat() -> None:
-    """A sign of life; costs nothing where nobody watches."""
-    if _guard is not None:
-        _guard.beat()
+    """Report that the run is alive; costs nothing without a watchdog."""
+    if _watcher is not None:
+        _watcher.beat()
 
 
 def set_stage(stage: str) -> None:
-    """What the run is at, for the message."""
-    if _guard is not None:
-        _guard.tell("doing " + " ".join(stage.split()))
+    """Set what the run is doing, for the message."""
+    if _watcher is not None:
+        _watcher.tell("doing " + " ".join(stage.split()))
 
 
 def expect(seconds: float) -> None:
-    """The run will be this long between two signs of life."""
-    if _guard is not None:
-        _guard.set_limit(TIMES_EXPECTED * seconds)
+    """Expect this many seconds between two beats."""
+    if _watcher is not None:
+        _watcher.set_limit(TIMES_EXPECTED * seconds)
 
 
 def stacks_into(path: Path) -> None:
-    """Where the stacks go from now on; the file is there, and empty, as long as nothing hangs."""
-    if _guard is not None:
+    """Write stacks to this file from now on; the file exists, and stays empty as long as nothing hangs."""
+    if _watcher is not None:
         with contextlib.suppress(OSError):
-            _guard.stacks = open(path, "w", encoding="utf-8")  # noqa: SIM115 - open as long as the guard is
-            faulthandler.register(DUMP_SIGNAL, _guard.stacks, all_threads=True)
-            _guard.tell(f"stacks {path}")
+            _watcher.stacks = open(path, "w", encoding="utf-8")  # noqa: SIM115 - open as long as the watchdog runs
+            faulthandler.register(DUMP_SIGNAL, _watcher.stacks, all_threads=True)
+            _watcher.tell(f"stacks {path}")
 
 
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
-    """Silence is no alarm within the block: what is in it has limits of its own."""
-    if _guard is not None:
-        _guard.tell("pause")
+    """Do not count time in the block: its code has time limits of its own."""
+    if _watcher is not None:
+        _watcher.tell("pause")
     try:
         yield
     finally:
-        if _guard is not None:
-            _guard.last = time.monotonic()
-            _guard.tell("go")
+        if _watcher is not None:
+            _watcher.last = time.monotonic()
+            _watcher.tell("go")

@@ -56,7 +56,7 @@ def need_of(config: RunConfig, model: TrainableModel, prepared: Prepared, tokeni
         existing: checkpoints that are there already.
         block: what files on that disk are rounded up to.
     """
-    schedule = BatchSampler.of(config, len(pack_sequences(config, prepared.train)))
+    schedule = BatchSampler.of(config.batches, len(pack_sequences(config.batches, prepared.train)))
     every = config.every("save", schedule.steps_per_epoch)
     saves = math.ceil(schedule.total_steps / every) if every else 0
     most = saves if config.save_total_limit is None else min(saves, config.save_total_limit + 1)
@@ -65,7 +65,12 @@ def need_of(config: RunConfig, model: TrainableModel, prepared: Prepared, tokeni
         2048,
     ]
     state = 2048 + len(json.dumps(config.model_dump(), indent=2))
-    files = [*adapter, _tensor_file_bytes(_optimizer_sizes(config, model)), _random_bytes(), state]
+    files = [
+        *adapter,
+        _tensor_file_bytes(_optimizer_sizes(config.optim, model.flat_params.numel())),
+        _random_bytes(),
+        state,
+    ]
     rows = len(prepared.train) + len(prepared.validation)
     records = [schedule.total_steps * STEP_BYTES, rows * ROW_BYTES, *RECORD_BYTES]
     return Need(
@@ -118,9 +123,8 @@ def block_bytes(folder: Path) -> int:
     return os.statvfs(folder).f_frsize
 
 
-def _optimizer_sizes(config: RunConfig, model: TrainableModel) -> dict[str, int]:
-    weights = model.flat_params.numel()
-    if "8bit" in config.optim and weights >= MIN_8BIT_WEIGHTS:
+def _optimizer_sizes(optim: str, weights: int) -> dict[str, int]:
+    if "8bit" in optim and weights >= MIN_8BIT_WEIGHTS:
         scales = 4 * math.ceil(weights / OPTIMIZER_BLOCK)
         return {"0/state1": weights, "0/state2": weights, "0/scales": 2 * scales + CODE_BOOK_BYTES}
     return {"0/exp_avg": 4 * weights, "0/exp_avg_sq": 4 * weights}

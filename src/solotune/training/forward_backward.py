@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 
-from solotune.config.run_config import RunConfig
 from solotune.dataset.collate import Batch
 from solotune.model.loading import TrainableModel
 from solotune.units import first_line
@@ -57,14 +56,14 @@ def accumulate(
 class MicroBatchRunner:
     """Runs the micro-batches of one model; `loss_and_correct_2` sums over them until it is zeroed."""
 
-    def __init__(self, model: TrainableModel, config: RunConfig | None = None) -> None:
+    def __init__(self, model: TrainableModel, takes_graphs: bool = False) -> None:
         """Args:
-        config: says whether graphs may be recorded; None: they may not.
+        takes_graphs: whether CUDA graphs may be recorded.
         """
         self.model = model
         self.loss_and_correct_2 = torch.zeros(2, device=model.device)
         self.unsupported_reason: str | None = None  # why graphs are not recorded any more
-        self.can_record = config is not None and config.takes_graphs and model.device.type == "cuda"
+        self.can_record = takes_graphs and model.device.type == "cuda"
         self._graphs: dict[int, _Graph] = {}  # by number of labels
         self._pool: Any = None
         self._shape: tuple[Any, ...] = ()  # of the last pass

@@ -14,12 +14,14 @@ Before the optimizer moves, loss, gradient, adapters and moments must be finite 
 its weights as they were, and says what was not. A stop signal ends the run after the micro-batch in hand: its step is
 left out, and what was done before is saved. The learning rate is Hugging Face's schedule of the same name, step for
 step; row order is a permutation drawn from (seed, epoch), so a run can be resumed knowing only its step.
+
+`train` is long because the loop is to be read in one place.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,6 +29,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from solotune.config.run_config import RunConfig
+from solotune.config.settings import EvaluationSettings
 from solotune.dataset import Example
 from solotune.dataset.collate import Batch, collate_packs
 from solotune.dataset.sampler import BatchSampler, pack_and_shape
@@ -129,13 +132,30 @@ def train(
         StorageError: metrics or a checkpoint cannot be written.
     """
     observer = Observers(RunLog(run), observer)
-    packs, shape = pack_and_shape(config, train_rows)
-    schedule = BatchSampler.of(config, len(packs))
-    optimizer = make_optimizer(config, [model.flat_params])
+    packs, shape = pack_and_shape(config.batches, train_rows)
+    schedule = BatchSampler.of(config.batches, len(packs))
+    optimizer = make_optimizer(config.optimizer, [model.flat_params])
     done = _set_up(model, optimizer, config.seed, resume_from)
-    runner = MicroBatchRunner(model, config)
-    evals = _Evaluations(runner, validation_rows, config, schedule, observer)
-    saves = _Saves(model, optimizer, config, schedule, run, observer, fingerprints or {}, done)
+    runner = MicroBatchRunner(model, config.takes_graphs)
+    evals = _Evaluations(runner, validation_rows, config.evaluation, schedule, observer)
+    saves = _Saves(
+        model=model,
+        optimizer=optimizer,
+        peft_config=lora.peft_config(
+            config.lora,
+            model.lora_layers,
+            model.module,
+            base=config.model_name_or_path,
+            revision=config.model_revision,
+        ),
+        every=config.every("save", schedule.steps_per_epoch),
+        limit=config.save_total_limit,
+        total_steps=schedule.total_steps,
+        run=run,
+        observer=observer,
+        fingerprints=fingerprints or {},
+        newest=done,
+    )
     score = None
     try:
         observer.begin(schedule.total_steps, done)
@@ -145,7 +165,9 @@ def train(
             started = time.perf_counter()
             chosen = [[[train_rows[row] for row in packs[i]] for i in numbers] for numbers in micro_batches]
             batches = [collate_packs(part, model.device, shape) for part in chosen]
-            learning_rate = set_learning_rate(optimizer, learning_rate_at(config, step - 1, schedule.total_steps))
+            learning_rate = set_learning_rate(
+                optimizer, learning_rate_at(config.schedule, step - 1, schedule.total_steps)
+            )
             try:
                 result = train_step(model, batches, optimizer, config.max_grad_norm, (config.seed, step), runner)
             except NonFiniteError as error:
@@ -235,19 +257,19 @@ class _Evaluations:
 
     runner: MicroBatchRunner
     rows: Sequence[Example]
-    config: RunConfig
+    settings: EvaluationSettings
     schedule: BatchSampler
     observer: RunObserver
 
     def is_due(self, step: int) -> bool:
         """Every `eval_steps`, and after the last step in any case."""
-        every = self.config.every("eval", self.schedule.steps_per_epoch)
+        every = self.settings.every(self.schedule.steps_per_epoch)
         last = step == self.schedule.total_steps
         return bool(self.rows) and (last or bool(every and step % every == 0))
 
     def make(self, step: int) -> scores.Score:
         self.runner.release()  # its batches have other shapes and need the graphs' memory
-        score = scores.score(self.runner.model, self.rows, self.config.per_device_eval_batch_size)
+        score = scores.score(self.runner.model, self.rows, self.settings.batch_size)
         self.observer.evaluated(EvalEvent(step, score.exact_match, **score.to_json()), score.rows)
         return score
 
@@ -258,8 +280,10 @@ class _Saves:
 
     model: TrainableModel
     optimizer: torch.optim.Optimizer
-    config: RunConfig
-    schedule: BatchSampler
+    peft_config: Mapping[str, Any]
+    every: int | None  # steps between two saves; None: none are written
+    limit: int | None  # checkpoints that are kept; None: all
+    total_steps: int
     run: RunDirectory
     observer: RunObserver
     fingerprints: dict[str, Any]
@@ -267,8 +291,7 @@ class _Saves:
 
     def is_due(self, step: int) -> bool:
         """Every `save_steps` and after the last step; never with `save_strategy: no`."""
-        every = self.config.every("save", self.schedule.steps_per_epoch)
-        return bool(every) and (step == self.schedule.total_steps or step % every == 0)
+        return bool(self.every) and (step == self.total_steps or step % self.every == 0)
 
     def make(self, step: int) -> None:
         """Raises NonFiniteError where what would be saved is not finite."""
@@ -276,9 +299,8 @@ class _Saves:
             self.observer.failed(NonFiniteEvent(step, tensors=problem))
             raise NonFiniteError(f"step {step}: not finite after the update, and not saved", seen=", ".join(problem))
         adapter = lora.state_dict(self.model.lora_layers)
-        peft_config = lora.peft_config(self.config, self.model.lora_layers, self.model.module)
         state = {"fingerprints": self.fingerprints, "metrics": self.run.metrics_offset()}
-        path = checkpoint.save(self.run.checkpoints, step, adapter, peft_config, self.optimizer, state)
-        checkpoint.keep_newest(self.run.checkpoints, self.config.save_total_limit, step)
+        path = checkpoint.save(self.run.checkpoints, step, adapter, self.peft_config, self.optimizer, state)
+        checkpoint.keep_newest(self.run.checkpoints, self.limit, step)
         self.newest = step
         self.observer.saved(SaveEvent(step, path.name), path)

@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-from solotune.config.run_config import RunConfig
+from solotune.config.settings import OptimizerSettings, ScheduleSettings
 
 
-def make_optimizer(config: RunConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(settings: OptimizerSettings, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW as `optim` names it; bitsandbytes' keeps its moments in 8 bits and, paged, lets them spill to the host."""
     options: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "eps": config.adam_epsilon,
-        "weight_decay": config.weight_decay,
+        "lr": settings.learning_rate,
+        "betas": (settings.beta1, settings.beta2),
+        "eps": settings.epsilon,
+        "weight_decay": settings.weight_decay,
     }
-    if config.optim == "adamw_torch":
+    if settings.name == "adamw_torch":
         return torch.optim.AdamW(parameters, **options)
     from solotune.hardware.bnb import optim
 
@@ -27,17 +27,17 @@ def make_optimizer(config: RunConfig, parameters: list[torch.nn.Parameter]) -> t
         "adamw_8bit": optim.AdamW8bit,
         "paged_adamw_32bit": optim.PagedAdamW32bit,
     }
-    return kinds[config.optim](parameters, **options)
+    return kinds[settings.name](parameters, **options)
 
 
-def learning_rate_at(config: RunConfig, step: int, total_steps: int) -> float:
+def learning_rate_at(settings: ScheduleSettings, step: int, total_steps: int) -> float:
     """The rate of step `step` (counted from 0): transformers' schedule of the same name, so a warm-up starts at 0.
 
     A plain function and no scheduler object: resuming needs no state, and a plan or a diagnosis can ask for any step.
     """
-    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
-    if step < warmup and config.lr_scheduler_type != "constant":
-        return config.learning_rate * step / warmup
+    warmup = settings.warmup_steps or math.ceil(settings.warmup_ratio * total_steps)
+    if step < warmup and settings.type != "constant":
+        return settings.learning_rate * step / warmup
     progress = (step - warmup) / max(1, total_steps - warmup)
     shape = {
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
@@ -45,7 +45,7 @@ def learning_rate_at(config: RunConfig, step: int, total_steps: int) -> float:
         "constant": 1.0,
         "constant_with_warmup": 1.0,
     }
-    return config.learning_rate * max(0.0, shape[config.lr_scheduler_type])
+    return settings.learning_rate * max(0.0, shape[settings.type])
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> float:

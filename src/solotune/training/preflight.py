@@ -13,7 +13,6 @@ generate samples.
 
 from __future__ import annotations
 
-import itertools
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,13 +24,14 @@ import numpy as np
 import torch
 
 from solotune.config.run_config import RunConfig
+from solotune.config.settings import BatchSettings, OptimizerSettings
 from solotune.dataset import Example, sampler
 from solotune.dataset.collate import Batch, collate_packs
 from solotune.dataset.example import lengths_of
 from solotune.errors import CheckError
 from solotune.evaluation import scores
 from solotune.hardware import device_memory
-from solotune.hardware.gpu_errors import gpu_memory, smaller
+from solotune.hardware.gpu_errors import gpu_memory, smaller_settings
 from solotune.model import layers, lora
 from solotune.model.loading import TrainableModel
 from solotune.run.atomic_io import PREFLIGHT, storage_errors
@@ -89,21 +89,21 @@ def preflight(
         CheckError: the card's memory does not suffice.
         StorageError: a checkpoint cannot be written there.
     """
-    batch = largest_micro_batch(model, train_rows, config)
+    batch = largest_micro_batch(model, train_rows, config.batches)
     random = checkpoint.random_state()
     try:
         device_memory.reset_peak_bytes(model.device)
         loaded = device_memory.allocated_bytes(model.device)
         started = time.perf_counter()
-        runner = MicroBatchRunner(model, config)
-        optimizer_bytes = _step(runner, batch, config, folder)
+        runner = MicroBatchRunner(model, config.takes_graphs)
+        optimizer_bytes = _step(runner, batch, config.optimizer, folder)
         first = time.perf_counter() - started
         peak = device_memory.peak_bytes(model.device)
-        gradient_error = _check_compiler(model, batch, config) if config.torch_compile else None
+        gradient_error = _check_compiler(model, batch, config.multiplies_in_fp8) if config.torch_compile else None
         if runner.can_record:
-            _step(runner, batch, config, None)
+            _step(runner, batch, config.optimizer, None)
         started = time.perf_counter()
-        _step(runner, batch, config, None)
+        _step(runner, batch, config.optimizer, None)
         second = time.perf_counter() - started
         runner.release()
         device_memory.reset_peak_bytes(model.device)
@@ -114,7 +114,7 @@ def preflight(
             scores.score(model, [validation_rows[i] for i in longest], len(longest))
         evaluation_peak = device_memory.peak_bytes(model.device)
     except torch.OutOfMemoryError as error:
-        raise _does_not_fit(error, batch, config) from error
+        raise _does_not_fit(error, batch, smaller_settings(config.memory, "training", None)) from error
     finally:
         model.zero_gradients()
         checkpoint.restore_random(random)
@@ -134,25 +134,23 @@ def preflight(
     )
 
 
-def largest_micro_batch(model: TrainableModel, train_rows: Sequence[Example], config: RunConfig) -> Batch:
+def largest_micro_batch(model: TrainableModel, train_rows: Sequence[Example], batches: BatchSettings) -> Batch:
     """The micro-batch with the most places that the run can have: its longest rows together, or any full packs."""
-    packs, shape = sampler.pack_and_shape(config, train_rows)
+    packs, shape = sampler.pack_and_shape(batches, train_rows)
     lengths = np.asarray(lengths_of(train_rows))
-    longest = np.argsort([-lengths[list(pack)].sum() for pack in packs], kind="stable")[
-        : config.per_device_train_batch_size
-    ]
+    longest = np.argsort([-lengths[list(pack)].sum() for pack in packs], kind="stable")[: batches.batch_size]
     return collate_packs([[train_rows[row] for row in packs[i]] for i in longest], model.device, shape)
 
 
-def _step(runner: MicroBatchRunner, batch: Batch, config: RunConfig, folder: Path | None) -> int:
+def _step(runner: MicroBatchRunner, batch: Batch, settings: OptimizerSettings, folder: Path | None) -> int:
     """One optimizer step that changes nothing, and a checkpoint of it; the bytes of the optimizer's state."""
     model = runner.model
     before = device_memory.allocated_bytes(model.device)
-    spare = make_optimizer(config, [model.flat_params])
+    spare = make_optimizer(settings, [model.flat_params])
     for group in spare.param_groups:
         group["lr"] = 0.0  # and with it AdamW's weight decay
     model.module.train()
-    loop.train_step(model, [batch], spare, config.max_grad_norm, runner=runner)
+    loop.train_step(model, [batch], spare, settings.max_grad_norm, runner=runner)
     optimizer_bytes = device_memory.allocated_bytes(model.device) - before
     if folder is not None:
         with storage_errors(folder), tempfile.TemporaryDirectory(prefix=PREFLIGHT, dir=folder) as scratch:
@@ -160,7 +158,7 @@ def _step(runner: MicroBatchRunner, batch: Batch, config: RunConfig, folder: Pat
     return optimizer_bytes
 
 
-def _check_compiler(model: TrainableModel, batch: Batch, config: RunConfig) -> float | None:
+def _check_compiler(model: TrainableModel, batch: Batch, in_fp8: bool) -> float | None:
     """The compiled layers must have the gradient of their own code, to rounding; None where memory lacks to compare.
 
     Raises:
@@ -182,7 +180,7 @@ def _check_compiler(model: TrainableModel, batch: Batch, config: RunConfig) -> f
         gradients.append(model.flat_params.grad.clone())
     compiled, own = gradients
     error = ((compiled - own).norm() / own.norm().clamp(min=torch.finfo(own.dtype).tiny)).item()
-    allowed = LARGEST_GRADIENT_ERROR_FP8 if config.multiplies_in_fp8 else LARGEST_GRADIENT_ERROR
+    allowed = LARGEST_GRADIENT_ERROR_FP8 if in_fp8 else LARGEST_GRADIENT_ERROR
     if not error < allowed:
         raise CheckError(
             f"preflight: compiled by torch {torch.__version__}, layers have another gradient than as they are written",
@@ -193,12 +191,12 @@ def _check_compiler(model: TrainableModel, batch: Batch, config: RunConfig) -> f
     return error
 
 
-def _does_not_fit(error: torch.OutOfMemoryError, batch: Batch, config: RunConfig) -> CheckError:
+def _does_not_fit(error: torch.OutOfMemoryError, batch: Batch, changes: list[str]) -> CheckError:
     memory = gpu_memory()
     longest = batch.input_ids_BT.shape[1]
     held = f"; {gib(memory.outside)} GiB of the card are outside this process" if memory else ""
     return CheckError(
         "preflight: the largest step of this run does not fit into the GPU's memory",
         seen=f"{batch.input_ids_BT.shape[0]} x {longest:,} tokens: {str(error).strip().split(chr(10))[0]}{held}",
-        change=" or ".join(itertools.islice(smaller(config, "training", None), 2)),
+        change=" or ".join(changes[:2]),
     )

@@ -95,9 +95,9 @@ def open_run(config: RunConfig, now: dict[str, Any], resume: bool) -> tuple[RunD
         IntegrityError: config, base or training rows are not those of the checkpoint, or no checkpoint is whole.
     """
     explicit = Path(os.path.expanduser(config.resume_from_checkpoint)) if config.resume_from_checkpoint else None
-    if resume and config.output_dir is None and explicit is None and (latest := latest_run_of(config)):
+    if resume and config.output_dir is None and explicit is None and (latest := latest_run_of(config.name)):
         config = config.replaced("newest run of this config", output_dir=str(latest.path))
-    run = RunDirectory.create(config, resume=resume)
+    run = RunDirectory.create(config.output_dir, config.name, resume=resume)
     try:
         if resume and explicit is not None and explicit.resolve().parent != run.checkpoints.resolve():
             raise InputError(
@@ -177,17 +177,21 @@ def _take_over(run: RunDirectory, point: Checkpoint | None) -> None:
         run.log(SaveEvent(point.step, kept.name))  # it was written after the mark was taken
 
 
-def recorded_day(config: RunConfig, resume: bool) -> date | None:
-    """The date that the run to continue was rendered on; None where none is continued."""
-    if config.resume_from_checkpoint:
-        return day_of(Path(config.resume_from_checkpoint).expanduser().parents[1])  # RUN/checkpoints/step-000050
-    run = continued(config) if resume else None
+def recorded_day(from_checkpoint: str | None, run: RunDirectory | None) -> date | None:
+    """The date on which the rows of the run to continue were rendered; None for a new run.
+
+    Args:
+        from_checkpoint: `resume_from_checkpoint`; its run comes before `run`.
+        run: the run that `--resume` continues.
+    """
+    if from_checkpoint:
+        return day_of(Path(from_checkpoint).expanduser().parents[1])  # RUN/checkpoints/step-000050
     return day_of(run.path) if run else None
 
 
-def continued(config: RunConfig) -> RunDirectory | None:
-    """The run that `--resume` goes on with: that of `output_dir`, or else the newest of this config."""
-    return RunDirectory(Path(config.output_dir).expanduser()) if config.output_dir else latest_run_of(config)
+def continued(output_dir: str | None, name: str) -> RunDirectory | None:
+    """The run that `--resume` continues: that of `output_dir`, or else the newest of the config's name."""
+    return RunDirectory(Path(output_dir).expanduser()) if output_dir else latest_run_of(name)
 
 
 def day_of(run: Path) -> date | None:
@@ -206,7 +210,7 @@ def day_of(run: Path) -> date | None:
 
 def fingerprints(config: RunConfig, prepared: Prepared, machine: Machine, model_files: ModelFiles) -> dict[str, Any]:
     """What must be the same for a resumed run to be the same run, and what its rounding follows from."""
-    on_gpu = device_of(config, machine) == "cuda"
+    on_gpu = device_of(machine, use_cpu=config.use_cpu) == "cuda"
     rows = prepared.report.to_json()["sha256"]
     kept = {key: value for key, value in config.model_dump().items() if CLASSES[key] != "free"}
     return {

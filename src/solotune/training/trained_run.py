@@ -43,9 +43,9 @@ def resolve_for_machine(config: RunConfig) -> tuple[RunConfig, Machine, list[Cho
 
 def load_base(config: RunConfig, machine: Machine, model_files: ModelFiles | None = None) -> TrainableModel:
     """The base of a settled config with fresh adapters, where this machine computes: see `load_model`."""
-    device = torch.device(environment.device_of(config, machine))
-    with device_errors(config):
-        return load_model(config, device, getattr(torch, environment.dtype_of(config)), model_files)
+    device = torch.device(environment.device_of(machine, use_cpu=config.use_cpu))
+    with device_errors(config.memory):
+        return load_model(config, device, getattr(torch, environment.dtype_of(config.bf16)), model_files)
 
 
 @dataclass
@@ -96,7 +96,9 @@ class TunedRun:
         base = (self.base or resolve_model(self.config)).with_weights()
         check_base(recorded, base_fingerprint(base), str(self.directory.path))
         model = load_base(self.config, self.machine, base)
-        _check_adapter_config(folder, lora.peft_config(self.config, model.lora_layers, model.module))
+        name, revision = self.config.model_name_or_path, self.config.model_revision
+        expected = lora.peft_config(self.config.lora, model.lora_layers, model.module, base=name, revision=revision)
+        _check_adapter_config(folder, expected)
         lora.load_state_dict(model.lora_layers, tensors, str(folder))
         return model
 
@@ -151,7 +153,7 @@ class ChatSession:
         if on_text is not None:
             streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
             streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
-        with device_errors(self._config), lora.adapters_off(self._model.module) if base else nullcontext():
+        with device_errors(self._config.memory), lora.adapters_off(self._model.module) if base else nullcontext():
             ids = scores.generate(
                 self._model,
                 dataset.render_prompt(self._tokenizer, asked),

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
 from solotune.config.load import load_config
-from solotune.config.run_config import RunConfig
+from solotune.config.settings import LoraSettings
 from solotune.errors import InputError, SolotuneError
 from solotune.run.manifest import MANIFEST, Problem, check_folder, differences, read_manifest, unknown
 from solotune.run.record import RunRecord
@@ -153,14 +153,14 @@ def _tensors(run: RunDirectory) -> Iterator[Problem]:
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     yield Problem(where, f"{name} has values that are not finite")
             if path.name == "adapter_model.safetensors":
-                yield from (Problem(where, text) for text in _of_config(tensors, config, folder))
+                yield from (Problem(where, text) for text in _of_config(tensors, config.lora, folder))
                 shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
                 if names is not None and shapes != names:
                     yield Problem(where, "its tensors are not those of the run's other adapters")
                 names = names or shapes
 
 
-def _of_config(tensors: dict[str, torch.Tensor], config: RunConfig, folder: Path) -> Iterator[str]:
+def _of_config(tensors: dict[str, torch.Tensor], lora: LoraSettings, folder: Path) -> Iterator[str]:
     """Names in pairs `lora_A (r, in)`, `lora_B (out, r)` on the layers of the config; adapter_config.json the same."""
     layers: dict[str, set[str]] = {}
     for name, tensor in tensors.items():
@@ -169,11 +169,11 @@ def _of_config(tensors: dict[str, torch.Tensor], config: RunConfig, folder: Path
             yield f"{name} is no tensor of a LoRA adapter"
             continue
         layers.setdefault(layer, set()).add(part)
-        if tensor.shape[SHAPED.index(part)] != config.lora_r:
-            yield f"{name} has shape {tuple(tensor.shape)}, not of rank {config.lora_r} (lora_r)"
+        if tensor.shape[SHAPED.index(part)] != lora.r:
+            yield f"{name} has shape {tuple(tensor.shape)}, not of rank {lora.r} (lora_r)"
     yield from (f"{layer} has lora_A or lora_B alone" for layer, parts in layers.items() if len(parts) < len(SHAPED))
-    if config.lora_target_modules != "all-linear":
-        for target in config.lora_target_modules:
+    if lora.target_modules != "all-linear":
+        for target in lora.target_modules:
             if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
                 yield f"no layer of it is called {target} (lora_target_modules)"
     try:
@@ -181,5 +181,5 @@ def _of_config(tensors: dict[str, torch.Tensor], config: RunConfig, folder: Path
         said = (written["r"], written["lora_alpha"], written["use_rslora"])
     except (SolotuneError, KeyError, TypeError):
         return  # its manifest says what is wrong
-    if said != (config.lora_r, config.lora_alpha, config.use_rslora):
+    if said != (lora.r, lora.alpha, lora.use_rslora):
         yield f"adapter_config.json says r, alpha, rslora = {said}, config.yaml another"

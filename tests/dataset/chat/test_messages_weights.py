@@ -28,7 +28,7 @@ def message_of(path: Path) -> str:
 
 
 def learned(example: Example) -> str:
-    return CHATML.decode(example.input_ids[example.supervised])
+    return CHATML.decode(example.input_ids[example.loss_mask])
 
 
 def by_text(example: Example) -> list[tuple[str, float]]:
@@ -36,7 +36,7 @@ def by_text(example: Example) -> list[tuple[str, float]]:
     if example.weights is not None:
         assert example.weights.dtype == np.float32
         assert example.weights.shape == example.input_ids.shape
-        assert ((example.weights > 0) == example.supervised).all()
+        assert ((example.weights > 0) == example.loss_mask).all()
     return [(p["text"], p.get("weight", 1.0)) for p in example.pieces(CHATML) if p["supervised"]]
 
 
@@ -110,9 +110,9 @@ def test_parts_of_a_row_have_its_weights(write: Writer) -> None:
     path = write("a.jsonl", {"messages": turns})
     (whole,) = prepared(path).train
     result = prepared(path, max_length=9, overflow="split")
-    together = [(p.weights if p.weights is not None else p.supervised * 1.0)[p.supervised] for p in result.train]
+    together = [(p.weights if p.weights is not None else p.loss_mask * 1.0)[p.loss_mask] for p in result.train]
     assert whole.weights is not None
-    assert np.concatenate(together).tolist() == whole.weights[whole.supervised].tolist()
+    assert np.concatenate(together).tolist() == whole.weights[whole.loss_mask].tolist()
     assert result.report.total_weight == whole.total_weight < result.report.num_supervised
 
 

@@ -102,7 +102,7 @@ def with_template(template: str) -> PreTrainedTokenizerFast:
 
 
 def learned(result: Prepared, tokenizer: Any) -> list[str]:
-    return [tokenizer.decode(row.input_ids[row.supervised]) for row in result.train]
+    return [tokenizer.decode(row.input_ids[row.loss_mask]) for row in result.train]
 
 
 @pytest.mark.parametrize("arguments", [ARGUMENTS, TEXT], ids=["object", "text"])

@@ -119,4 +119,4 @@ class Bench:
 
 def masked(which: Callable[[Example], np.ndarray]) -> Change:
     """Examples with another mask."""
-    return lambda rows: [replace(row, supervised=which(row)) for row in rows]
+    return lambda rows: [replace(row, loss_mask=which(row)) for row in rows]

@@ -15,13 +15,13 @@ from tests.diagnosis.rules.rows import Bench, Change, each, masked, talk, with_p
 
 def without_ends(tokenizer: PreTrainedTokenizerBase) -> Change:
     special = list(tokenizer.all_special_ids) + [i for i, t in tokenizer.added_tokens_decoder.items() if t.special]
-    return masked(lambda row: row.supervised & ~np.isin(row.input_ids, special))
+    return masked(lambda row: row.loss_mask & ~np.isin(row.input_ids, special))
 
 
 @pytest.mark.parametrize("family", ["chatml", "llama3", "mistral"])
 def test_f17_the_pad_id_is_masked(bench: Bench, family: str) -> None:
     tokenizer = tiny_tokenizer(family)
-    by_id = masked(lambda row: row.supervised & (row.input_ids != tokenizer.pad_token_id))
+    by_id = masked(lambda row: row.loss_mask & (row.input_ids != tokenizer.pad_token_id))
     found = bench.only("F17", talk(), tokenizer, by_id)
     assert found.evidence["pad_id"] == tokenizer.pad_token_id
     assert found.severity == "error"
@@ -37,7 +37,7 @@ def test_f19_the_end_of_turn_is_not_learned(bench: Bench, family: str) -> None:
 
 @pytest.mark.parametrize("family", ["chatml", "llama3", "gemma", "mistral"])
 def test_f20_prompts_are_learned(bench: Bench, family: str) -> None:
-    found = bench.only("F20", talk(), family, masked(lambda row: np.arange(len(row.supervised)) > 0))
+    found = bench.only("F20", talk(), family, masked(lambda row: np.arange(len(row.loss_mask)) > 0))
     assert found.evidence["rows_with"] == found.evidence["rows_read"] == 30
 
 
@@ -49,7 +49,7 @@ def test_f20_thinking_that_repeats_the_question(bench: Bench) -> None:
 
 def test_f20_only_the_end_of_the_prompt(bench: Bench) -> None:
     def early(row: Example) -> np.ndarray:
-        learned = row.supervised.copy()
+        learned = row.loss_mask.copy()
         first = int(np.flatnonzero(learned)[0])
         learned[first - 35 : first] = True
         return learned
@@ -59,13 +59,13 @@ def test_f20_only_the_end_of_the_prompt(bench: Bench) -> None:
 
 @pytest.mark.parametrize("family", ["chatml", "llama3", "gemma", "mistral"])
 def test_f23_the_mask_is_inverted(bench: Bench, family: str) -> None:
-    found = bench.only("F23", talk(), family, masked(lambda row: ~row.supervised))
+    found = bench.only("F23", talk(), family, masked(lambda row: ~row.loss_mask))
     assert found.evidence["rows_with"] == 30
 
 
 def test_f21_rows_without_labels(bench: Bench) -> None:
     def some(rows: list[Example]) -> list[Example]:
-        return [replace(r, supervised=np.zeros_like(r.supervised)) if n % 3 == 0 else r for n, r in enumerate(rows)]
+        return [replace(r, loss_mask=np.zeros_like(r.loss_mask)) if n % 3 == 0 else r for n, r in enumerate(rows)]
 
     found = bench.only("F21", talk(), change=some)
     assert (found.severity, found.evidence["rows_without_labels"]) == ("warning", 10)

@@ -40,7 +40,7 @@ def test_f10_two_rows_are_a_pattern_where_they_are_all(bench: Bench) -> None:
 
 def test_f10_texts(bench: Bench) -> None:
     def without_eos(rows: list[Example]) -> list[Example]:
-        return [replace(r, input_ids=r.input_ids[:-1], supervised=r.supervised[:-1]) for r in rows]
+        return [replace(r, input_ids=r.input_ids[:-1], loss_mask=r.loss_mask[:-1]) for r in rows]
 
     rows = [
         {"prompt": sentence(random.Random(n)) + "\n", "completion": sentence(random.Random(1000 + n))}
@@ -127,6 +127,6 @@ def test_f16_a_prompt_that_ends_inside_a_token(bench: Bench) -> None:
     rows = [{"prompt": f"Q: {question} A: ", "completion": f"the {answer}"} for question, answer in pairs]
     assert tiny_tokenizer("gpt2").tokenize(": the")[-1] == "Ġthe"
     found = bench.only("F16", rows, "gpt2")
-    assert found.fix == "move the blank from the end of the prompts to the beginning of the completions"
+    assert found.fix == "move the space from the end of the prompts to the start of the completions"
     moved = [{"prompt": r["prompt"].rstrip(), "completion": " " + r["completion"]} for r in rows]
     assert bench.codes(moved, "gpt2") == []

@@ -15,8 +15,9 @@ import torch
 import transformers
 from tiny import chat_rows
 
+from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import ask_all
-from solotune.diagnosis.sources import hf_settings, hf_trainer, pickle_reader, trl_preprocessing
+from solotune.diagnosis.sources import hf_rows, hf_settings, hf_trainer, pickle_reader, trl_preprocessing
 from solotune.errors import InputError
 
 
@@ -73,6 +74,14 @@ def test_a_good_folder_is_read_whole_and_nothing_speaks_against_it(output):
     assert named(run_facts) == set()
     live = run_facts.live() if run_facts.live else None
     assert live is not None and float(live.model(**live.batches[0]).loss) < 20
+
+
+def test_rows_are_judged_with_the_generation_config_of_the_folder(output, monkeypatch):
+    found = [Finding("F39", "duplicates", "S8", "warning", "copies", {}, "remove them")]
+    for checked, expected in (([], None), (found, found)):
+        monkeypatch.setattr(hf_rows, "check_rows", lambda *_, checked=checked: checked)
+        run_facts = hf_trainer.from_folder(output, output.parent / "sft.yaml", str(output.parent / "chats.jsonl"))
+        assert run_facts.findings == expected
 
 
 def test_a_checkpoint_alone_and_a_folder_with_checkpoints_alone(output, tmp_path):
@@ -204,20 +213,20 @@ def made(tmp_path, chat_model, rows, **told):
 def test_completions_are_learned_of_rows_that_have_them_and_of_no_others(tmp_path, chat_model):
     tokenizer, by_default = made(tmp_path, chat_model, ROWS)
     row = by_default.examples[3]
-    assert tokenizer.decode(row.input_ids[row.supervised]).startswith("say 3 now") and by_default.learns_answers
+    assert tokenizer.decode(row.input_ids[row.loss_mask]).startswith("say 3 now") and by_default.learns_answers
     _, whole = made(tmp_path, chat_model, ROWS, completion_only_loss=False)
-    assert whole.examples[3].supervised.all() and not whole.learns_answers
+    assert whole.examples[3].loss_mask.all() and not whole.learns_answers
     chats = [{"messages": row["prompt"] + row["completion"]} for row in ROWS]
     _, asked = made(tmp_path, chat_model, chats, completion_only_loss=True)
-    assert asked.examples[3].supervised.all() and asked.learns_answers, "TRL finds no completion there, without a word"
+    assert asked.examples[3].loss_mask.all() and asked.learns_answers, "TRL finds no completion there, without a word"
 
 
 def test_rows_are_cut_dropped_and_packed_as_trl_does(tmp_path, chat_model):
     tokenizer, whole = made(tmp_path, chat_model, ROWS)
     lengths = [len(row.input_ids) for row in whole.examples]
-    begins = [int(row.supervised.argmax()) for row in whole.examples]
+    begins = [int(row.loss_mask.argmax()) for row in whole.examples]
     _, none = made(tmp_path, chat_model, ROWS, max_length=min(begins) + 1)
-    assert none.rows_in == 12 and all(row.supervised.any() for row in none.examples)
+    assert none.rows_in == 12 and all(row.loss_mask.any() for row in none.examples)
     _, ends = made(tmp_path, chat_model, ROWS, max_length=6, truncation_mode="keep_end")
     assert (ends.examples[0].input_ids == whole.examples[0].input_ids[-6:]).all()
     told = trl_preprocessing.arguments({"packing": True, "max_length": 2 * max(lengths)})

@@ -11,7 +11,7 @@ import pytest
 
 import solotune
 from solotune.config.load import load_config
-from solotune.diagnosis.probes.probed_model import wider
+from solotune.diagnosis.probes.probed_model import extra_adapters
 from solotune.diagnosis.rules import ask_all
 from solotune.diagnosis.sources import live_model, solotune_run
 from solotune.errors import InputError
@@ -58,9 +58,9 @@ def test_a_finished_run_is_read_whole(run):
     assert sure(run_facts) == set()
 
 
-def test_wider_adapters_reach_every_linear_of_ours(run):
+def test_extra_adapters_reach_every_linear_of_ours(run):
     live = solotune_run.from_run(run).live()
-    with wider(live.model) as parameters:
+    with extra_adapters(live.model) as parameters:
         assert len(parameters) == 2 * 14  # seven linears in each of two layers
 
 

@@ -333,7 +333,7 @@ class _Row:
                 reason="tool result inside an answer",
                 seen=self.text[slice(*span)][:80],
                 allowed="with this template: an answer that calls tools and has no text",
-                change="take its text out, set chat_template_path to another template, or remove the row",
+                change="remove the text of this answer, set chat_template_path to another template, or remove the row",
             )
         return None
 

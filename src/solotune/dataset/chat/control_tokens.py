@@ -124,7 +124,7 @@ def free_noncharacters(*values: Any) -> list[str]:
     free = [chr(code) for code in range(0xFDD0, 0xFDF0) if chr(code) not in present]
     if len(free) < 4:
         what = "more than 28 of the 32 code points that Unicode reserves as noncharacters"
-        raise RowError(f"a row contains {what}", reason=what)
+        raise RowError(f"a row contains {what}", reason=what, change="remove the row")
     return free
 
 

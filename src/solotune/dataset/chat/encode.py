@@ -220,9 +220,10 @@ class Encoder:
                 before = self._pieces(row.text[:position], [s for s in row.forged if s[1] <= position])
                 if ids[: len(before)] != before:
                     raise RowError(
-                        f"{place}: this tokenizer joins an answer with the text beside it, so they are not told apart",
+                        f"{place}: this tokenizer merges an answer and the text next to it into one token",
                         reason="answer and prompt share a token",
                         seen=repr(row.text[max(0, position - 20) : position + 20]),
+                        allowed="tokens that belong to the answer or to the text around it, not to both",
                         change="use the model's fast tokenizer (tokenizer.json)",
                     )
                 bounds.append(len(before))

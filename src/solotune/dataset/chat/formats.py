@@ -104,7 +104,9 @@ def check_shape(row: Row, found: Format, why: str) -> None:
         reason=problem,
         seen="the keys " + ", ".join(key for key, value in row.values.items() if value is not None),
         allowed=f"{found.name} ({', '.join(found.keys)}), {why}",
-        change="make two files" if is_mixed else "add the key, or remove the row",
+        change="convert all rows to one format, or keep the rows of one format"
+        if is_mixed
+        else "add the key, or remove the row",
     )
 
 
@@ -139,14 +141,18 @@ def _is_preference(values: dict[str, Any]) -> bool:
 
 def _hint(values: dict[str, Any]) -> str | None:
     if _is_preference(values):
-        return "this is preference data; fine-tuning wants one answer: rename chosen to completion"
+        mapping = "column_mapping: {chosen: completion}"
+        is_split = "prompt" in values and "chosen" in values
+        return "this is preference data, but fine-tuning uses one answer per row: " + (
+            mapping if is_split else "put the prompt and the chosen answer under prompt and completion"
+        )
     if "role" in values and "content" in values:
-        return "each row is one message; put the messages of a conversation into one row under messages"
+        return "each row is a single message; put all messages of a conversation into one row, as a list under messages"
     pairs = (("question", "answer"), ("input", "output"), ("query", "response"), ("prompt", "response"))
     for prompt, answer in pairs:
         if prompt in values and answer in values:
             return f"column_mapping: {{{prompt}: prompt, {answer}: completion}}"
-    return "name the columns in column_mapping: {your column: ours}" if values else None
+    return "rename your columns, for example column_mapping: {your_column: text}" if values else None
 
 
 def convert(row: Row, found: Format) -> Record | str:
@@ -178,10 +184,10 @@ def _is_blank(message: dict[str, Any]) -> bool:
 def _check_text_only(row: Row) -> None:
     if media := [key for key in _MEDIA_KEYS if row.values.get(key)]:
         raise RowError(
-            f"{row.where}: the row has {media[0]}, and only its texts would be learned",
+            f"{row.where}: the row has {media[0]}, but only text can be trained on",
             reason=f"has {media[0]}",
             allowed="text only",
-            change=f"remove the row; if its texts can be understood alone, column_mapping: {{{media[0]}: ignore}}",
+            change=f"remove the row; if its text makes sense alone, column_mapping: {{{media[0]}: ignore}}",
         )
 
 
@@ -189,11 +195,11 @@ def _check_has_answer(record: Record, values: dict[str, Any]) -> None:
     roles = [message["role"] for message in record.messages]
     if "assistant" not in roles:
         raise RowError(
-            f"{record.where}: no assistant message, so nothing to learn",
+            f"{record.where}: no assistant message, so there is nothing to train on",
             reason="no assistant message",
             seen="the roles " + ", ".join(roles),
             allowed="at least one message with the role assistant",
-            change="this is preference data; fine-tuning wants the one answer among the messages"
+            change="this is preference data; add the chosen answer to the messages"
             if _is_preference(values)
             else "remove the row, or add the answer",
         )

@@ -60,14 +60,14 @@ def weight_of(place: str, values: dict[str, Any], *, is_answer: bool = True) -> 
             f"{place}: {key} is not a weight",
             reason=f"{key} is not a weight",
             seen=short(values[key]),
-            allowed=f"0 (not learned), or a number from {_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}; 1 is the usual one",
-            change=f"a column that means something else: column_mapping: {{{key}: ignore}}",
+            allowed=f"0 (not trained on), or a number from {_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}; the default is 1",
+            change=f"if it is not a loss weight: column_mapping: {{{key}: ignore}}",
         )
     if weight and not is_answer:
         raise RowError(
-            f"{place}: {key}: {weight:g}, but only assistant messages are learned",
+            f"{place}: {key}: {weight:g}, but only assistant messages can have a weight",
             reason=f"{key} on a message that is not an answer",
-            change=f"remove {key} from it; to learn every token, assistant_only_loss: false",
+            change=f"remove {key} from this message; to train on all tokens, set assistant_only_loss: false",
         )
     return weight
 
@@ -110,7 +110,7 @@ def check_list(where: str, value: Any, key: str) -> None:
         raise RowError(f"{where}: {what}", reason=what, seen=short(value), allowed="a list of messages")
     if not value:
         what = f"{key} is empty"
-        raise RowError(f"{where}: {what}", reason=what, allowed="at least one message by the assistant")
+        raise RowError(f"{where}: {what}", reason=what, allowed="at least one assistant message")
 
 
 def _message(place: str, message: Any) -> Message:
@@ -131,7 +131,9 @@ def _message(place: str, message: Any) -> Message:
         return {"role": role, **kept, **_answer(place, message)}
     if message.get("tool_calls"):
         what = "tool_calls on a message that is not an answer"
-        raise RowError(f"{place}: {what}", reason=what, seen=f"the role {role}", allowed="tool_calls of the assistant")
+        raise RowError(
+            f"{place}: {what}", reason=what, seen=f"the role {role}", allowed="tool_calls on assistant messages only"
+        )
     return {"role": role, "content": text(place, message.get("content"), "content"), **kept}
 
 

@@ -23,7 +23,10 @@ from typing import Any, BinaryIO
 
 
 def environment() -> Any:
-    """Jinja's sandbox with what transformers adds to it: loop controls, `generation` blocks, four functions."""
+    """Jinja's sandbox with what transformers adds to it: loop controls, `generation` blocks, four functions.
+
+    It is long because these classes need Jinja, which is imported here and not with the file.
+    """
     import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
@@ -153,7 +156,7 @@ def _write(stream: BinaryIO, kind: bytes, text: str) -> None:
     try:
         content = text.encode()
     except UnicodeEncodeError as error:
-        kind, content = b"e", f"it wrote what is no text: {error.reason}".encode()
+        kind, content = b"e", f"its output is not valid Unicode: {error.reason}".encode()
     stream.write(kind + struct.pack("<I", len(content)) + content)
     stream.flush()
 

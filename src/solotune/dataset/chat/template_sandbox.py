@@ -132,10 +132,10 @@ class Sandbox:
         code = child.poll()
         self.close()
         if code == -signal.SIGPROF:
-            return _limit(f"more than {CPU_SECONDS:g} s of processor time")
+            return _limit(f"more than {CPU_SECONDS:g} s of CPU time")
         if code is None:
             return _limit(f"no answer within {WALL_SECONDS:g} s")
-        return _limit(f"its process ended with {code}")
+        return _limit(f"its process ended with exit code {code}")
 
     def close(self) -> None:
         """Ends the child."""
@@ -162,10 +162,10 @@ def _answer(stream: IO[bytes]) -> tuple[bytes, str]:
 
 def _limit(seen: str) -> TemplateLimitError:
     return TemplateLimitError(
-        "the model's chat template takes more than a template may",
+        "the model's chat template needs too much time or memory",
         seen=seen,
-        allowed=f"{CPU_SECONDS:g} s of processor time a row, {MAX_BYTES >> 20} MiB, {MAX_CHARACTERS:,} characters",
-        change="set chat_template_path to another template, or name another model",
+        allowed=f"{CPU_SECONDS:g} s of CPU time per row, {MAX_BYTES >> 20} MiB, {MAX_CHARACTERS:,} characters",
+        change="set chat_template_path to another template, or use another model",
     )
 
 

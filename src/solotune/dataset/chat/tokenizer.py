@@ -106,7 +106,7 @@ def _check_has_tokenizer(model_files: ModelFiles) -> None:
         raise InputError(
             f"model_name_or_path: {model_files.name} has no tokenizer files",
             seen=", ".join(present[:8]) or "an empty folder",
-            allowed="tokenizer.json, or what the model's family uses instead (tokenizer.model, tekken.json)",
+            allowed="tokenizer.json, or the file that this model family uses (tokenizer.model, tekken.json)",
             change="copy the tokenizer files of the base model into the folder",
         )
 

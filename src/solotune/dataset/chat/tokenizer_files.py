@@ -57,8 +57,12 @@ def check_tokenizer_files(folder: Path) -> None:
         kind = raw.get("tokenizer_class")
         if kind is not None and not (isinstance(kind, str) and _CLASS.fullmatch(kind)):
             raise InputError(
-                f"{path}: tokenizer_class is no tokenizer", seen=repr(kind)[:80], allowed="a class of transformers"
+                f"{path}: tokenizer_class is not a tokenizer class",
+                seen=repr(kind)[:80],
+                allowed="a tokenizer class of transformers",
             )
         template = raw.get("chat_template")
         if isinstance(template, str) and len(template) > MAX_TEMPLATE_BYTES:
-            raise InputError(f"{path}: chat_template is too large", seen=f"{len(template):,}", allowed="1 MiB")
+            raise InputError(
+                f"{path}: chat_template is too large", seen=f"{len(template):,} characters", allowed="1 MiB"
+            )

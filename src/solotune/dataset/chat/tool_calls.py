@@ -76,7 +76,7 @@ def _normal(place: str, call: Any, key: str) -> dict[str, Any]:
             reason=what,
             seen=short(arguments),
             allowed='an object of names and values, or its JSON text: {"city": "Paris"}',
-            change="encoded twice? Then decode it once" if isinstance(arguments, str) else None,
+            change="it seems to be JSON encoded twice: decode it once" if isinstance(arguments, str) else None,
         )
     kept = {"id": call["id"]} if call.get("id") is not None else {}
     return {"type": "function", **kept, "function": {"name": name, "arguments": arguments}}
@@ -123,7 +123,7 @@ def _without_call(place: str) -> RowError:
 
 def _of_no_call(place: str, wanted: Any, calls: list[dict[str, Any]]) -> RowError:
     return RowError(
-        f"{place}: its tool_call_id is that of no call before it",
+        f"{place}: its tool_call_id matches no tool call before it",
         reason="tool_call_id of no call",
         seen=short(wanted),
         allowed=", ".join(short(call["id"]) for call in calls),
@@ -134,7 +134,7 @@ def _without_result(caller: str, call: dict[str, Any], next_role: str) -> RowErr
     return RowError(
         f"{caller}: a tool call without its result",
         reason="tool call without a result",
-        seen=f"a call of {short(call['function']['name'])}, and then a message by the role {next_role}",
-        allowed="a tool message for it next, or the end of the row",
-        change="add the tool's message, or end the row with the call",
+        seen=f"a call of {short(call['function']['name'])}, then a message with the role {next_role}",
+        allowed="a tool message with its result next, or the end of the row",
+        change="add the tool message, or end the row with the call",
     )

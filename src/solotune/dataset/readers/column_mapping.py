@@ -38,14 +38,14 @@ def check_mapping(rows: Iterable[Row], mapping: Mapping[str, str], *, is_needed:
             raise InputError(
                 f"column_mapping: no row has the column {theirs}",
                 seen=", ".join(map(str, present)) or "no columns",
-                change=f"did you mean {near[0]}?" if near else "use a name that stands in the file",
+                change=f"did you mean {near[0]}?" if near else "use a column name from the file",
             )
         if ours != IGNORE and ours in present and ours not in mapping:
             raise InputError(
-                f"column_mapping: {theirs} is to be {ours}, but there is a column {ours} already",
+                f"column_mapping: {theirs} cannot become {ours}: the file already has a column {ours}",
                 seen=", ".join(present),
-                allowed="each of our names once",
-                change=f"leave the other out: {ours}: ignore",
+                allowed="each name once",
+                change=f"to drop the existing column, add {ours}: ignore",
             )
 
 

@@ -23,7 +23,7 @@ _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _LONGEST_TOKEN = 16  # characters: a number's, an escape's or a name's part at the end of the window may be cut
 MAX_DEPTH = 100  # JSON schemas of tools are the deepest things in data, and 20 would be much
-_ALLOWED_DEPTH = f"{MAX_DEPTH} lists and objects in one another"
+_ALLOWED_DEPTH = f"{MAX_DEPTH} levels of lists and objects"
 
 
 class _Fault(ValueError):
@@ -34,7 +34,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise _Fault(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+        raise _Fault(f"the key {next(key for key in keys if keys.count(key) > 1)!r} appears twice in one object")
     return values
 
 
@@ -126,14 +126,16 @@ def _object(where: str, label: str, line: bytes) -> dict[str, Any]:
             f"{where}: not valid JSON",
             seen=f"{error.msg}, column {error.colno}: {_around(error.doc, error.pos)}",
             allowed="one complete object on each line",
-            change=f"is {label} one JSON array? Then name it .json" if line.startswith(b"[") else None,
+            change=f"if {label} is one JSON array, rename it to .json" if line.startswith(b"[") else None,
         ) from None
     except ValueError as error:
         raise InputError(f"{where}: not valid JSON", seen=_in_words(error)) from None
     except RecursionError:
         raise InputError(f"{where}: nested too deeply", allowed=_ALLOWED_DEPTH) from None
     if isinstance(value, list):
-        raise InputError(f"{where}: an array, not an object", change=f"is {label} one JSON array? Then name it .json")
+        raise InputError(
+            f"{where}: an array, not an object", change=f"if {label} is one JSON array, rename it to .json"
+        )
     if not isinstance(value, dict):
         raise InputError(f"{where}: not an object", seen=line[:60].decode(), allowed='{"messages": [...]}')
     return value
@@ -153,7 +155,7 @@ def read_json(stream: BinaryIO, label: str) -> Iterator[Row]:
         return
     if first != "[":
         raise InputError(
-            f"{label}: not a JSON array", seen=repr(first) if first else "only blanks", allowed="[{...}, {...}]"
+            f"{label}: not a JSON array", seen=repr(first) if first else "only whitespace", allowed="[{...}, {...}]"
         )
     text.position += 1
     for index in range(1 << 62):
@@ -162,7 +164,7 @@ def read_json(stream: BinaryIO, label: str) -> Iterator[Row]:
             if text.skip():
                 rest = text.buffer[text.position : text.position + 40]
                 raise InputError(
-                    f"{label}:{text.line}: something follows the end of the array",
+                    f"{label}:{text.line}: extra content after the end of the array",
                     seen=repr(rest),
                     allowed="one array: [{...}, {...}]",
                 )
@@ -197,7 +199,7 @@ def _json_lines(text: _Text, label: str) -> Iterator[Row]:
                 f"{label}: one object, not a list of rows",
                 seen=f"an object with the key {key}",
                 allowed="[{...}, {...}], or one object on each line",
-                change=f"save the list under {key} alone",
+                change=f"save only the list under {key}",
             )
         yield Row(f"{label}:{line}", values)
         index += 1
@@ -291,7 +293,7 @@ class _Text:
         line = begin + self.buffer.count("\n", self.position, len(self.buffer) if at_the_end else position)
         if at_the_end:
             return InputError(
-                f"{self._label}:{line}: the file is cut off inside record {index + 1}, which begins in line {begin}",
+                f"{self._label}:{line}: the file is cut off inside record {index + 1}, which starts in line {begin}",
                 seen=f"{problem}; the file ends with {self.buffer.rstrip()[-40:]!r}",
                 change=f"get the whole file, or keep its first {index:,} records",
             )

@@ -124,7 +124,7 @@ class Source:
                 raise InputError(
                     f"{key}: the name is not UTF-8, so the run could not record it",
                     seen=_printable(name),
-                    change="rename the file, or name the folder it is in",
+                    change="rename the file, or give its folder instead",
                 )
         is_local = [_is_local(name) for name in names]
         if not any(is_local) and len(names) == 1:
@@ -132,7 +132,7 @@ class Source:
             return cls(key, names[0], wanted, None, load)
         for what, value in (("dataset_config", config_name), ("dataset_revision", revision)):
             if value is not None:
-                raise InputError(f"{what}: only for a hub dataset, {key} is local", seen=value, change="remove it")
+                raise InputError(f"{what}: only for hub datasets, but {key} is local", seen=value, change="remove it")
         return cls(key, ", ".join(names), wanted, _local_files(key, names, wanted), list)
 
     def __iter__(self) -> Iterator[Row]:
@@ -146,7 +146,7 @@ class Source:
         if first is None:
             part = "" if self.wanted.written == "train" else f", split {self.wanted.written}"
             raise InputError(
-                f"{self.key}: 0 rows", seen=self.label + part, change="give a file that has rows, or another slice"
+                f"{self.key}: 0 rows", seen=self.label + part, change="use a file that has rows, or another slice"
             )
         yield first
         yield from rows
@@ -304,7 +304,7 @@ def _of_split(key: str, name: str, found: list[Path], split: Split) -> list[Path
     raise InputError(
         f"{key}_split: {name} has no files of the split {split.name}",
         seen=", ".join(_printable(path.name) for path in found[:8]),
-        change=f"name a file, or set {key}_split to a word in the file names",
+        change=f"give a file instead of the folder, or set {key}_split to a word in the file names",
     )
 
 

@@ -91,7 +91,7 @@ def read_columnar(path: Path, label: str, kind: str) -> Iterator[Row]:
     # damaged values reach Python as whatever its types say of them: ValueError, OverflowError, KeyError, ...
     except Exception as error:
         raise InputError(
-            f"{label}: not a readable {kind} file" + (f" beyond row {index - 1}" if index else ""),
+            f"{label}: not a readable {kind} file" + (f" after row {index - 1}" if index else ""),
             seen=first_line(error),
         ) from None
 

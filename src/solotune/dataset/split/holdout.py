@@ -154,11 +154,11 @@ def _cannot_hold_out(size: float | int, target: int, num_rows: int, sizes: np.nd
     copies = f" (and {num_copies} copies, removed)" if num_copies else ""
     return InputError(
         f"validation_size: {size}: the rows cannot be split into training and validation",
-        seen=f"{num_rows} distinct rows{copies} in {len(sizes)} groups, the largest of {sizes.max()}; "
-        f"{target} rows are wanted for validation",
+        seen=f"{num_rows} distinct rows{copies} in {len(sizes)} groups, the largest with {sizes.max()} rows; "
+        f"validation needs {target} rows",
         allowed="fewer rows than there are, and at least two groups; rows that share a group or are near-duplicates "
         "stay on one side",
-        change="give more varied rows, a smaller validation_size, your own eval_dataset, or validation_size: 0",
+        change="use more varied rows, a smaller validation_size, an eval_dataset, or validation_size: 0",
     )
 
 
@@ -176,16 +176,16 @@ def check_leaks(train: Records, validation: Records, *, key: str) -> None:
             near[b - len(train)] = a
     rows = np.flatnonzero((equal >= 0) | (kin >= 0) | (near >= 0))
     if len(rows):
-        told = []
+        examples = []
         for row in map(int, rows[:3]):
-            which = (("is", equal), ("is of the same group as", kin), ("is nearly", near))
+            which = (("equals", equal), ("is in the same group as", kin), ("is nearly equal to", near))
             what, twin = next((what, int(twins[row])) for what, twins in which if twins[row] >= 0)
-            told.append(f"{validation[row].where} {what} {train[twin].where}")
+            examples.append(f"{validation[row].where} {what} {train[twin].where}")
         raise CheckError(
-            f"{key}: {len(rows)} of {len(validation)} validation rows are known from training",
-            seen="; ".join(told) + ("; ..." if len(rows) > 3 else ""),
-            allowed="no row on both sides: a loss on known rows says nothing about new ones",
-            change=f"remove these rows from dataset or from {key}, or leave {key} out and let a part be held out",
+            f"{key}: {len(rows)} of {len(validation)} validation rows are equal or close to training rows",
+            seen="; ".join(examples) + ("; ..." if len(rows) > 3 else ""),
+            allowed="no row on both sides: the loss on rows seen in training says nothing about new rows",
+            change=f"remove these rows from dataset or from {key}, or remove {key}: validation_size then holds out rows of dataset",
             fault="F43" if 2 * len(rows) >= len(validation) else "F44",
         )
 

@@ -60,7 +60,7 @@ class Side:
         lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
         starts = np.concatenate(([0], np.cumsum(lengths)))
         ids = np.concatenate([row.input_ids for row in rows]) if rows else np.zeros(0, np.int32)
-        supervised = np.concatenate([row.supervised for row in rows]) if rows else np.zeros(0, bool)
+        supervised = np.concatenate([row.loss_mask for row in rows]) if rows else np.zeros(0, bool)
         before = np.concatenate(([False], supervised[:-1])) if len(ids) else supervised
         after = np.concatenate((supervised[1:], [False])) if len(ids) else supervised
         is_first, is_last = np.zeros(len(ids) + 1, bool), np.zeros(len(ids) + 1, bool)

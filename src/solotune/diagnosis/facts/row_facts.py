@@ -52,11 +52,6 @@ class RowSettings:
     chat_template_path: str | None = None
     eval_dataset: Any = None
 
-    @classmethod
-    def of(cls, config: RunConfig) -> RowSettings:
-        """Those of a config."""
-        return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
-
 
 class RowFacts:
     """Everything a rule on rows may ask."""
@@ -99,7 +94,7 @@ class RowFacts:
         Args:
             base: files of the base model, where the caller has them already.
         """
-        base = base or model_here(config)
+        base = base or model_here(config.model_name_or_path, config.model_revision)
 
         def template_of_model() -> ChatTemplate | None:
             if config.chat_template_path is None:
@@ -110,7 +105,7 @@ class RowFacts:
             except InputError:  # it is not here
                 return None
 
-        settings = RowSettings.of(config)
+        settings = RowSettings(**{name: getattr(config, name) for name in RowSettings.__dataclass_fields__})
         return cls(settings, tokenizer, train, validation, report, model_jsons(base), template_of_model)
 
     def once(self, question: Callable[[RowFacts], Answer]) -> Answer:
@@ -267,7 +262,7 @@ class RowFacts:
         for message in reversed(example.messages):
             if message["role"] == "assistant":
                 return message["content"] or json.dumps(message.get("tool_calls"), sort_keys=True, default=str)
-        ids = example.input_ids[example.supervised]
+        ids = example.input_ids[example.loss_mask]
         text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
         return text if isinstance(text, str) else "".join(text)
 

@@ -58,7 +58,7 @@ def said_in_labels(facts: RowFacts, side: Side) -> tuple[list[int], list[int], i
         if not tails:
             continue
         judged += 1
-        learned = squeezed(facts.decode(example.input_ids[example.supervised]))
+        learned = squeezed(facts.decode(example.input_ids[example.loss_mask]))
         if any(tail in learned for tail in tails):
             prompted.append(row)
             last = squeezed(answers[-1]["content"].rpartition("</think>")[2])[-TAIL:]

@@ -1,10 +1,10 @@
-"""P4, P5 and P6: is the adapter nothing at the start and something afterwards, does it get gradients, do steps arrive?
+"""P4, P5 and P6: effect of the adapter at the start, gradients of every adapter, updates lost to rounding.
 
 P4  logits with the adapter on and off
-P5  gradients of every adapter in the second step: in the first all of A are zero in the best of health, since B is 0
+P5  gradients of every adapter in the second step: in the first, gradients of A are zero even in a healthy run (B = 0)
 P6  share of the elements whose stored value one optimizer step changes
 
-P5 and P6 share two real steps on one small batch, at the peak of the training's rate: two forward and backward passes.
+P5 and P6 share two real steps on one small batch, at the peak learning rate: two forward and backward passes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from solotune.diagnosis.probes.probed_model import (
     logits_of,
     on_device,
     optimizer_of,
-    restored,
+    restore_model_state,
     sequences_of,
     trainable_of,
     training_loss,
@@ -34,7 +34,7 @@ from solotune.diagnosis.probes.probed_model import (
 from solotune.diagnosis.probes.skipped import Skipped
 from solotune.diagnosis.run_facts import LiveModel, RunFacts
 
-ARRIVES = 0.6  # of the elements: below it most of a step is lost to rounding
+ARRIVES = 0.6  # of the elements: below it, rounding loses most of a step
 NOT_THE_BASE = 1e-3  # largest difference of log-probabilities that an untouched adapter may make (rounding)
 MOST = 0.9  # of the adapters
 
@@ -44,7 +44,7 @@ def on_and_off(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[lis
     if not adapters_of(live.model):
         raise Skipped("the model has no adapter")
     batch = _small(live)
-    with restored(live), torch.no_grad():
+    with restore_model_state(live), torch.no_grad():
         live.model.eval()
         on = logits_of(live.model, batch).float().log_softmax(-1)
         with adapters_off(live.model):
@@ -55,11 +55,13 @@ def on_and_off(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[lis
     found = {"largest_difference": difference, "divergence": divergence, "B_all_zero": untouched}
     steps = _steps_done(run_facts)
     if not untouched and steps == 0 and difference > NOT_THE_BASE and not begins_by_design(run_facts):
-        says = f"before the first step the adapter changes log-probabilities by up to {difference:.2g}; with B = 0 by 0"
+        says = (
+            f"before the first step the adapter changes log-probabilities by {difference:.2g}; with B = 0 it should not"
+        )
         fix = "init_lora_weights: true"
         return [Signal("F59", "invariant", says, 0.9, found, fix=fix)], found
     if difference <= NOT_THE_BASE:
-        says = f"with the adapter on the model is the base, to {difference:.1g}"
+        says = f"with the adapter on, the model equals its base (difference {difference:.1g})"
         return [Signal("F59", "measured", says, 0.9, found, against=True)], found
     return [], found
 
@@ -70,18 +72,18 @@ def gradients_and_steps(live: LiveModel, run_facts: RunFacts, budget: float) -> 
     if not adapters:
         raise Skipped("the model has no adapter")
     rate = learning_rate_of(run_facts)
-    with restored(live):
+    with restore_model_state(live):
         live.model.train()
         found = _two_steps(live, adapters, rate)
         signals = _without_gradient(live, adapters, found)
-    with restored(live):
+    with restore_model_state(live):
         live.model.train()
         signals += _lost(live, run_facts, adapters, rate, found)
     return signals, found
 
 
 def learning_rate_of(run_facts: RunFacts) -> float:
-    """The peak of the training's rate: as set, else as logged, else a usual one."""
+    """The peak learning rate: as set, else as logged, else 2e-4."""
     given = run_facts.settings.get("learning_rate")
     if given:
         return float(given)
@@ -104,7 +106,7 @@ def _steps_done(run_facts: RunFacts) -> int:
 
 
 def _two_steps(live: LiveModel, adapters: Sequence[Adapter], rate: float) -> dict[str, Any]:
-    """Gradients after one step, and how much of the second arrives."""
+    """Gradients in the second step, and the share of elements that it changes."""
     batch = _small(live)
     parameters = trainable_of(live.model)
     found: dict[str, Any] = {
@@ -119,7 +121,7 @@ def _two_steps(live: LiveModel, adapters: Sequence[Adapter], rate: float) -> dic
     for step in (1, 2):
         loss = training_loss(live, batch)
         if not loss.requires_grad:
-            found["error"] = "the loss depends on nothing that is trained"
+            found["error"] = "the loss does not depend on any trainable parameter"
             return found
         loss.backward()
         found[f"loss_{step}"] = loss.item()
@@ -138,7 +140,7 @@ def _two_steps(live: LiveModel, adapters: Sequence[Adapter], rate: float) -> dic
 
 
 def _share_changed(parameters: Sequence[nn.Parameter], before: Sequence[torch.Tensor]) -> float | None:
-    """Of the elements that have a gradient, those whose stored value is another one now."""
+    """Share of the elements with a gradient whose stored value changed."""
     changed = total = 0
     for p, old in zip(parameters, before, strict=True):
         if p.grad is not None:
@@ -157,7 +159,7 @@ def _is_adapter(p: nn.Parameter, adapters: Sequence[Adapter]) -> bool:
 
 
 def _zeros(adapters: Sequence[Adapter]) -> dict[str, float]:
-    """Shares of the A and of the B without any gradient."""
+    """Shares of the A and of the B without a gradient."""
     return {
         "A_without_gradient": sum(_none(a.A) for a in adapters) / len(adapters),
         "B_without_gradient": sum(_none(a.B) for a in adapters) / len(adapters),
@@ -165,8 +167,8 @@ def _zeros(adapters: Sequence[Adapter]) -> dict[str, float]:
 
 
 def _without_gradient(live: LiveModel, adapters: Sequence[Adapter], found: dict[str, Any]) -> list[Signal]:
-    """F58, F60 or F57, each confirmed by its fix."""
-    frozen = len(adapters) - found["B_trainable"]  # A alone may be: that is LoRA-FA
+    """Signals of F58, F60 or F57, confirmed by applying the fix."""
+    frozen = len(adapters) - found["B_trainable"]  # A alone may be frozen: LoRA-FA
     both = min(found.get("A_without_gradient", 1.0), found.get("B_without_gradient", 1.0))
     if frozen > 0.5 * len(adapters):
         says = f"in {frozen} of {len(adapters)} adapters B does not require a gradient"
@@ -178,20 +180,20 @@ def _without_gradient(live: LiveModel, adapters: Sequence[Adapter], found: dict[
             a.B.requires_grad_(True)
         return signals + _confirmed(live, adapters, "F58", "with requires_grad on", found)
     if both < MOST and found.get("B_without_gradient", 0.0) < MOST:
-        says = f"in the second step {1 - found['B_without_gradient']:.0%} of the adapters have gradients"
+        says = f"in the second step {1 - found['B_without_gradient']:.0%} of the adapters have a gradient"
         return [Signal(code, "measured", says, 0.9, _numbers(found), against=True) for code in ("F57", "F58", "F60")]
     if not any(bool(a.A.detach().any()) or bool(a.B.detach().any()) for a in adapters):
-        says = "A and B are both zero in every adapter: neither can ever get a gradient"
+        says = "A and B are both zero in every adapter, so neither can get a gradient"
         signals = [Signal("F60", "invariant", says, 0.95, _numbers(found), fix="init_lora_weights: true")]
         with torch.no_grad():
             for a in adapters:
                 a.A.normal_(std=0.02)
-        return signals + _confirmed(live, adapters, "F60", "with A drawn at random", found)
+        return signals + _confirmed(live, adapters, "F60", "with random A", found)
     says = f"{found.get('B_without_gradient', 1.0):.0%} of the adapters have no gradient in the second step"
-    says += ", though they require one" + (", while other weights learn" if found.get("other_gradients") else "")
+    says += ", though they require one" + (", while other weights have one" if found.get("other_gradients") else "")
     fix = "gradient_checkpointing_kwargs: {use_reentrant: false}, or model.enable_input_require_grads()"
     with _inputs_require_gradients(live.model):
-        confirmed = _confirmed(live, adapters, "F57", "with the inputs requiring gradients", found)
+        confirmed = _confirmed(live, adapters, "F57", "with inputs that require gradients", found)
     if not confirmed:
         return []
     return [Signal("F57", "invariant", says, 0.95, _numbers(found), fix=fix), *confirmed]
@@ -202,7 +204,7 @@ def _numbers(found: dict[str, Any]) -> dict[str, Any]:
 
 
 class _inputs_require_gradients:
-    """What `enable_input_require_grads` does, for a while."""
+    """Context: the effect of `enable_input_require_grads`, undone at exit."""
 
     def __init__(self, model: nn.Module) -> None:
         embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -217,7 +219,7 @@ class _inputs_require_gradients:
 def _confirmed(
     live: LiveModel, adapters: Sequence[Adapter], code: str, what: str, found: dict[str, Any]
 ) -> list[Signal]:
-    """A backward pass after the fix: the counterfactual, if gradients are there now."""
+    """Run a backward pass after the fix; a counterfactual signal if there are gradients now."""
     for p in live.model.parameters():
         p.grad = None
     loss = training_loss(live, _small(live))
@@ -235,7 +237,7 @@ def _confirmed(
 def _lost(
     live: LiveModel, run_facts: RunFacts, adapters: Sequence[Adapter], rate: float, found: dict[str, Any]
 ) -> list[Signal]:
-    """F54: steps that rounding swallows, confirmed with the adapters in float32."""
+    """Signals of F54: updates lost to rounding, confirmed with the adapters in float32."""
     share, dtype = found.get("share_changed"), adapters[0].A.dtype
     if share is None:
         return []

@@ -1,9 +1,9 @@
-"""P2 and P3: does a text get in its batch the logits that it has alone? Padded (P2) and packed (P3).
+"""P2 and P3: compare the logits of a text in its batch, padded (P2) or packed (P3), with its logits alone.
 
-Each document is run alone, from position 0, and compared by the log-probabilities of its tokens in the batch as it is.
-Where they differ, the batch is mended one thing at a time (mask, then positions), and what brings the difference to
-zero names the fault. `use_cache=False` always: with a cache transformers does not look for packed documents, and
-everything would seem at fault. Costs two forward passes, and two more where something is found.
+Each document runs alone, from position 0, and the log-probabilities of its tokens are compared with those in the batch.
+If they differ, the batch is fixed one thing at a time (mask, then positions); the change that brings the difference to
+zero names the fault. Always with `use_cache=False`: with a cache, transformers does not detect packed documents, and
+every batch would differ. Costs two forward passes, and two more if a difference is found.
 """
 
 from __future__ import annotations
@@ -15,40 +15,42 @@ import torch
 
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.texts import Batches, Document
-from solotune.diagnosis.probes.probed_model import Batch, logits_of, on_device, restored
+from solotune.diagnosis.probes.probed_model import Batch, logits_of, on_device, restore_model_state
 from solotune.diagnosis.probes.skipped import Skipped
 from solotune.diagnosis.run_facts import LiveModel, RunFacts
 
-EQUAL, EQUAL_FLOAT32 = 2e-2, 2e-3  # nats, mean over tokens: rounding stays below; 1e-6 was seen in float32
+EQUAL, EQUAL_FLOAT32 = 2e-2, 2e-3  # nats, mean over tokens: rounding stays below; float32 showed 1e-6
 MOST_TOKENS = 4096
 
 
 def padded_against_alone(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
     """P2."""
     batch, documents = _chosen(live, run_facts, packed=False)
-    with restored(live), torch.no_grad():
+    with restore_model_state(live), torch.no_grad():
         live.model.eval()
         alone = _alone(live, documents)
         here = _difference(live, batch, documents, alone)
         found: dict[str, Any] = {"difference": here}
         equal = _equal(live)
         if here < equal:
-            return _no_harm(("F27", "F28"), f"padded rows have the logits they have alone ({here:.1g} nats)", found)
+            return _no_harm(
+                ("F27", "F28"), f"padded rows have the same logits as alone (difference {here:.1g} nats)", found
+            )
         mask = _real(batch, documents)
         given = dict(batch)
         found["with_mask"] = _difference(live, {**given, "attention_mask": mask}, documents, alone)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        mended = {**given, "attention_mask": mask, "position_ids": positions}
-        found["with_mask_and_positions"] = _difference(live, mended, documents, alone)
+        fixed = {**given, "attention_mask": mask, "position_ids": positions}
+        found["with_mask_and_positions"] = _difference(live, fixed, documents, alone)
     if found["with_mask"] < equal or (found["with_mask"] < 0.5 * here and "attention_mask" not in batch):
-        code, what, fix = "F28", "with an attention_mask of the lengths", "pass attention_mask, 0 at padding"
+        code, what, fix = "F28", "with an attention_mask from the lengths", "pass attention_mask, 0 at padding"
         after = min(found["with_mask"], found["with_mask_and_positions"])
     elif found["with_mask_and_positions"] < equal:
         after, code, what = found["with_mask_and_positions"], "F27", "with positions counted from the first real token"
         fix = "padding_side: right, or position_ids = attention_mask.cumsum(-1) - 1"
     else:
         return [], found
-    says = f"rows in their batch differ from themselves alone by {here:.2g} nats a token, {what} by {after:.1g}"
+    says = f"log-probabilities of rows in a batch and alone differ by {here:.2g} nats a token, {what} by {after:.1g}"
     return [Signal(code, "counterfactual", says, 0.95, found, fix=fix)], found
 
 
@@ -56,14 +58,14 @@ def packed_against_alone(live: LiveModel, run_facts: RunFacts, budget: float) ->
     """P3."""
     batch, documents = _chosen(live, run_facts, packed=True)
     later = [d for d in documents if d.start > 0]
-    with restored(live), torch.no_grad():
+    with restore_model_state(live), torch.no_grad():
         live.model.eval()
         alone = _alone(live, later)
         here = _difference(live, batch, later, alone)
         found: dict[str, Any] = {"difference": here}
         equal = _equal(live)
         if here < equal:
-            return _no_harm(("F31",), f"packed rows have the logits they have alone ({here:.1g} nats)", found)
+            return _no_harm(("F31",), f"packed rows have the same logits as alone (difference {here:.1g} nats)", found)
         positions = _restarting(batch, documents)
         with_positions = {**batch, "position_ids": positions}
         if _is_blocked(batch):
@@ -73,14 +75,14 @@ def packed_against_alone(live: LiveModel, run_facts: RunFacts, budget: float) ->
         else:
             apart = {key: value for key, value in with_positions.items() if key != "attention_mask"}
             found["apart"] = _difference(live, apart, later, alone)
-            code, after, what = "F31", found["apart"], "kept apart by restarting positions"
+            code, after, what = "F31", found["apart"], "separated by restarting positions"
             fix = "position_ids that restart with each document, without attention_mask, use_cache=False"
-            if after >= equal:  # a model that does not read positions so: with a mask of blocks
+            if after >= equal:  # the model does not separate documents by positions: use a block mask
                 apart = {**apart, "attention_mask": _blocks(batch, documents, live)}
                 after = found["apart_by_mask"] = _difference(live, apart, later, alone)
     if after > max(equal, 0.2 * here):
         return [], found
-    says = f"the later rows of a pack differ from themselves alone by {here:.2g} nats a token, {what} by {after:.1g}"
+    says = f"log-probabilities of rows in a pack and alone differ by {here:.2g} nats a token, {what} by {after:.1g}"
     return [Signal(code, "counterfactual", says, 0.95, found, fix=fix)], found
 
 
@@ -90,7 +92,7 @@ def _equal(live: LiveModel) -> float:
 
 
 def _chosen(live: LiveModel, run_facts: RunFacts, packed: bool) -> tuple[dict[str, Any], list[Document]]:
-    """A batch that is padded (or packed), and its documents."""
+    """The first batch that is padded (or packed), and its documents."""
     for batch in live.batches:
         view = Batches.of(run_facts, [batch])
         suits = view.is_packed if packed else (view.is_padded and not view.is_packed)
@@ -119,7 +121,7 @@ def _log_probabilities(logits_TV: torch.Tensor, ids_T: torch.Tensor) -> torch.Te
 
 
 def _difference(live: LiveModel, batch: Batch, documents: Sequence[Document], alone: Sequence[torch.Tensor]) -> float:
-    """Mean absolute difference over the tokens of all documents, nats; of `batch` as it is."""
+    """Mean absolute difference over the tokens of all documents, in nats."""
     logits_BTV = logits_of(live.model, batch)
     gaps = []
     for document, expected in zip(documents, alone, strict=True):
@@ -149,7 +151,7 @@ def _is_blocked(batch: Batch) -> bool:
 
 
 def _blocks(batch: Batch, documents: Sequence[Document], live: LiveModel) -> torch.Tensor:
-    """(B, 1, T, T), additive: each token sees its own document up to itself."""
+    """Additive mask (B, 1, T, T): each token attends to its own document, up to itself."""
     ids_BT = batch["input_ids"]
     number_BT = torch.full_like(ids_BT, -1)
     for number, d in enumerate(documents):

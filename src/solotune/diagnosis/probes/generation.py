@@ -1,15 +1,15 @@
-"""P13: the same questions answered the deployment's way and after the rendering of the training.
+"""P13: generate answers to the same questions as the deployment does and with the prompt format of the training.
 
-    good after the training's rendering, bad the deployment's way       F11
-    always the same, and another one than after the training's          F11
-    the end of turn is written, and writing goes on                     F14
-    no end in either, and none is expected after the data's own answer  F10, F17, F19 or F24: the labels tell which;
-                                                                        where those let ends be learned, F17 if the pad
-                                                                        is one and the base did end
+    good with the training format, bad as deployed                      F11
+    deterministic, and different from the training format               F11
+    the end of turn is generated, and generation goes on                F14
+    no end in either, and a low probability of an end after the data's  F10, F17, F19 or F24: the labels show which; if
+    own answers                                                         the ends have labels, F17 if the pad is an end
+                                                                        and the base did end
 
-Repetition after training is as often a fault of the deployment's format as of the training, so both are always looked
-at. Bad means without an end, or repeating itself: rep-4 is the share of 4-grams that came before. The adapter is the
-saved one, where the model has none that was trained. Costs some dozens of tokens, generated one by one.
+Repetition after training is as often a fault of the deployed format as of the training, so both are always tested. Bad
+means without an end, or repetitive: rep-4 is the share of 4-grams that occurred before. Uses the saved adapter if the
+model has no trained one. Costs some dozens of tokens, generated one by one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.derived import is_ours
 from solotune.diagnosis.facts.labels import LabelFacts
-from solotune.diagnosis.probes.probed_model import adapters_off, device_of, is_untouched, logits_of, restored
+from solotune.diagnosis.probes.probed_model import adapters_off, device_of, is_untouched, logits_of, restore_model_state
 from solotune.diagnosis.probes.prompt_use import _cost, _pair
 from solotune.diagnosis.probes.saved_adapter import _put_in
 from solotune.diagnosis.probes.skipped import Skipped
@@ -33,7 +33,7 @@ from solotune.diagnosis.run_facts import LiveModel, RunFacts
 NUM_PROMPTS = 4
 MOST_TOKENS = 48
 REPEATS = 0.25  # rep-4
-UNEXPECTED = 0.05  # probability of an end of turn behind a whole answer; long free answers may go on all the same
+UNEXPECTED = 0.05  # probability of an end of turn after a whole answer; long free answers may go on anyway
 CLEARLY, BEGINNING = 0.3, 24  # nats a token, of so many tokens
 MUCH = 0.5  # of the prompts; also the gap of losses, in nats
 
@@ -43,11 +43,11 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
     deadline = time.perf_counter() + budget
     facts = LabelFacts.of(run_facts)
     if live.generate is None or run_facts.tokenizer is None:
-        raise Skipped("the deployment's way of answering was not given")
-    with restored(live), torch.no_grad():
+        raise Skipped("how the deployment generates answers is not known")
+    with restore_model_state(live), torch.no_grad():
         if is_untouched(live.model):
             if run_facts.saved is None or not _put_in(live.model, run_facts.saved)[0]:
-                raise Skipped("nothing was trained yet")
+                raise Skipped("the adapter is not trained yet")
             if is_untouched(live.model):
                 raise Skipped("the adapter is empty")
         live.model.eval()
@@ -70,7 +70,7 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
                 costs = [_cost(live, pair[0], answers[-1][:BEGINNING]) for answers in (deployed, trained)]
                 gaps.append(costs[0] - costs[1])
     if len(trained) < 2:
-        raise Skipped("fewer than two questions are known")
+        raise Skipped("fewer than two rows have a question and an answer")
     found = {
         "prompts": len(trained),
         "training_rendering": _looks(trained, facts.roles.ends),
@@ -82,8 +82,8 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
             "training_rendering": _share_right(trained, wanted, facts.roles.ends),
             "deployment_rendering": _share_right(deployed, wanted, facts.roles.ends),
         },
-        "deployed_costs_more": float(np.mean(gaps)) if gaps else 0.0,  # nats a token, after the training's rendering
-        "same_again": bool(again),  # nothing is drawn at random, and nothing but the question is asked
+        "deployed_costs_more": float(np.mean(gaps)) if gaps else 0.0,  # nats a token, with the training format
+        "same_again": bool(again),  # deterministic, and the question is the whole prompt
         "equal": float(np.mean([_alike(a, b, facts.roles.ends) for a, b in zip(trained, deployed, strict=True)])),
     }
     if _never_ended(found) and facts.ends_learned >= MUCH * max(facts.answers, 1):
@@ -98,10 +98,10 @@ def _never_ended(found: dict[str, Any]) -> bool:
 def _never_ends(
     live: LiveModel, run_facts: RunFacts, facts: LabelFacts, asked: Sequence[Sequence[int]], found: dict[str, Any]
 ) -> list[Signal]:
-    """The rows have ends that their labels, as they were made here, let it learn, and it writes none.
+    """Signals if no answer ends, although the ends have labels as the rows were rendered here.
 
-    So the ids are not at fault (F10). Where the pad is an end, a collator that masks by id explains it, of a model that
-    ended before it was tuned; else it has not learned that far.
+    So the ids are not the fault (F10). If the pad is an end and the base did end, a collator that masks labels by id
+    explains it; else the model has not trained long enough.
     """
     tokenizer = run_facts.tokenizer
     pad = tokenizer.pad_token_id if tokenizer is not None else None
@@ -110,46 +110,48 @@ def _never_ends(
             return []
         says = f"none of {found['prompts']} answers ends by itself"
         return [Signal(code, "measured", says, 0.4, found) for code in ("F17", "F19")]
-    with restored(live), torch.no_grad(), adapters_off(live.model):
+    with restore_model_state(live), torch.no_grad(), adapters_off(live.model):
         live.model.eval()
         before = [_greedy(live, prompt, facts.roles.ends, MOST_TOKENS) for prompt in asked]
     found["base_without_end"] = _looks(before, facts.roles.ends)["without_end"]
-    says = f"none of {found['prompts']} answers ends by itself, and {1 - found['base_without_end']:.0%} of the base's "
-    says += "do; the end of turn is the padding token too"
-    fix = "mask labels where attention_mask is 0, not where the id is the pad's; or a pad_token of its own"
+    says = (
+        f"none of {found['prompts']} answers ends by itself, while {1 - found['base_without_end']:.0%} of the base's "
+    )
+    says += "answers do; the end of turn is also the padding token"
+    fix = "mask labels where attention_mask is 0, not where the id is the pad's; or set a separate pad_token"
     return [Signal("F17", "measured", says, 0.65 if found["base_without_end"] < MUCH else 0.4, found, fix=fix)]
 
 
 def _judge(run_facts: RunFacts, found: dict[str, Any]) -> list[Signal]:
     good, bad = found["training_rendering"], found["deployment_rendering"]
     if found["goes_on_after_end"] >= MUCH:
-        says = (
-            f"in {found['goes_on_after_end']:.0%} of the deployed answers the end of turn is written and more follows"
-        )
+        says = f"in {found['goes_on_after_end']:.0%} of the deployed answers, text follows after the end of turn"
         return [Signal("F14", "invariant", says, 0.9, found, fix="eos_token_id of generation_config: the end of turn")]
     worse = bad["rep_4"] - good["rep_4"] > REPEATS / 2 or bad["without_end"] - good["without_end"] >= MUCH
     right = found["right"]
     if right["training_rendering"] - right["deployment_rendering"] >= MUCH:
-        says = f"after the training's rendering {right['training_rendering']:.0%} of the answers begin as in the data, "
-        says += f"the deployment's way {right['deployment_rendering']:.0%}"
-        fix = "serve with the chat template that rendered the training"
+        says = f"with the training format {right['training_rendering']:.0%} of the answers begin as in the data, "
+        says += f"as deployed {right['deployment_rendering']:.0%}"
+        fix = "serve with the chat template that rendered the training rows"
         return [Signal("F11", "counterfactual", says, 0.9, found, fix=fix)]
     if good["rep_4"] < REPEATS and good["without_end"] < MUCH and worse and found["equal"] < MUCH:
-        says = f"the deployed answers have rep-4 {bad['rep_4']:.2f} and {bad['without_end']:.0%} without an end; after "
-        says += f"the training's rendering {good['rep_4']:.2f} and {good['without_end']:.0%}"
-        fix = "serve with the chat template that rendered the training"
+        says = f"the deployed answers have rep-4 {bad['rep_4']:.2f} and {bad['without_end']:.0%} have no end; with "
+        says += f"the training format {good['rep_4']:.2f} and {good['without_end']:.0%}"
+        fix = "serve with the chat template that rendered the training rows"
         return [Signal("F11", "counterfactual", says, 0.9, found, fix=fix)]
     if _never_ended(found):
-        says = f"none of {found['prompts']} answers ends by itself, and behind the data's own answers an end has a "
+        says = f"none of {found['prompts']} answers ends by itself, and after the data's own answers an end has a "
         says += f"probability of {found['end_expected']:.1%}"
         return [Signal(code, "measured", says, 0.4, found) for code in ("F10", "F17", "F19")]
-    is_other = found["equal"] <= MUCH / 2 and found["deployed_costs_more"] > CLEARLY  # not two that are as likely
+    is_other = found["equal"] <= MUCH / 2 and found["deployed_costs_more"] > CLEARLY  # not two equally likely answers
     if found["same_again"] and is_other and not is_ours(run_facts):
-        says = f"{found['equal']:.0%} of the deployed answers, which are the same each time, begin as after the "
-        says += f"training's rendering, where they cost {found['deployed_costs_more']:.1f} nats a token more"
+        says = (
+            f"only {found['equal']:.0%} of the deployed answers begin as with the training format, though they are the "
+        )
+        says += f"same each time; in that format their loss is {found['deployed_costs_more']:.1f} nats a token higher"
         return [Signal("F11", "measured", says, 0.6, found, fix="serve with the chat template of the training")]
     if found["equal"] >= MUCH:
-        says = f"{found['equal']:.0%} of the deployed answers are those after the training's rendering"
+        says = f"{found['equal']:.0%} of the deployed answers equal those with the training format"
         cleared = ("F11", "F14") if found["stops_at_end"] == 1 else ("F11",)
         return [Signal(code, "measured", says, 0.8, found, against=True) for code in cleared]
     return []
@@ -166,7 +168,7 @@ def _question(facts: LabelFacts, document: Any) -> str:
 
 
 def _is_whole(facts: LabelFacts, document: Any) -> bool:
-    """The question is all of the prompt: no instruction stands before it, which a deployment may leave out."""
+    """The question is the whole prompt: no instruction before it, which a deployment may leave out."""
     conversation = facts.roles.conversation_in(facts.roles.text_of(document)[0]) or ()
     return all(message.get("role") in ("user", "assistant") for message in conversation)
 
@@ -199,12 +201,12 @@ def _repeats(ids: Sequence[int]) -> float:
 
 
 def _behind_end(ids: Sequence[int], ends: frozenset[int]) -> int:
-    """Tokens that follow the first end."""
+    """Number of tokens after the first end."""
     return next((len(ids) - n - 1 for n, i in enumerate(ids) if i in ends), 0)
 
 
 def _alike(a: Sequence[int], b: Sequence[int], ends: frozenset[int]) -> bool:
-    """Equal for the first tokens of both, ends aside: a deployment may cut blanks and hide its ends."""
+    """The first tokens of both are equal, without ends: a deployment may strip spaces and hide its ends."""
     a, b = [i for i in a if i not in ends], [i for i in b if i not in ends]
     size = min(len(a), len(b), 8)
     return a[:size] == b[:size] and bool(size or not (a or b))

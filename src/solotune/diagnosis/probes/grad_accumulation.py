@@ -1,10 +1,10 @@
-"""P9: is the gradient of several micro-batches, accumulated as the training does it, that of all their tokens at once?
+"""P9: compare the gradient that the training accumulates over micro-batches with the gradient of all their tokens.
 
     norm ratio near the number of micro-batches     the losses are not divided (F74)
-    direction other than the tokens' mean           a mean of means: short rows weigh more (F74)
+    direction differs from the mean over tokens     a mean of means: short rows weigh more (F74)
 
-Adam hides the first, since it takes no notice of a constant factor; it shows in the logged loss and the gradient norm.
-Costs three forward and backward passes over some two rows.
+Adam hides the first, since a constant factor cancels; it shows in the logged loss and the gradient norm. Costs three
+forward and backward passes over about two rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.probes.probed_model import (
     has_labels,
     on_device,
-    restored,
+    restore_model_state,
     sequences_of,
     trainable_of,
     training_loss,
@@ -27,7 +27,7 @@ from solotune.diagnosis.probes.probed_model import (
 from solotune.diagnosis.probes.skipped import Skipped
 from solotune.diagnosis.run_facts import LiveModel, RunFacts
 
-SAME = 0.05  # relative difference of gradients that rounding, or a weight here and there, may make
+SAME = 0.05  # relative difference of gradients: rounding, or a few differing weights, stay below
 
 
 def accumulated_against_whole(
@@ -35,7 +35,7 @@ def accumulated_against_whole(
 ) -> tuple[list[Signal], dict[str, Any]]:
     """P9."""
     if live.backward is None:
-        raise Skipped("the training's way of accumulating was not given")
+        raise Skipped("how the training accumulates gradients is not known")
     count = int(run_facts.settings.get("gradient_accumulation_steps") or 2)
     count = max(2, min(count, 4))
     ones = (sequences_of(batch, 1) for batch in live.batches)
@@ -43,11 +43,11 @@ def accumulated_against_whole(
     if len(batches) < 2:
         raise Skipped("fewer than two batches have labels")
     labels = [int((b["labels"][..., 1:] != -100).sum()) for b in batches if "labels" in b]
-    with restored(live) as model:
+    with restore_model_state(live) as model:
         model.eval()
         parameters = trainable_of(model)
         if not parameters:
-            raise Skipped("nothing is trained")
+            raise Skipped("no parameter is trainable")
         live.backward(model, batches)
         theirs = _gradient(parameters)
         by_tokens = _reference(live, batches, parameters, [n / sum(labels) for n in labels])
@@ -68,16 +68,16 @@ def accumulated_against_whole(
     divided = theirs / len(batches)
     found["divided_from_either"] = min(_gap(divided, by_means), _gap(divided, by_tokens))
     if found["divided_from_either"] < SAME:
-        says = (
-            f"the gradient of {len(batches)} accumulated batches is {ratio:.2f} times that of all their tokens at once"
-        )
+        says = f"the gradient accumulated over {len(batches)} batches is {ratio:.2f} times that of all their tokens"
         return [Signal("F74", "invariant", says, 0.9, found, fix=fix)], found
     if found["from_tokens"] > SAME and found["from_means"] < 0.2 * found["from_tokens"]:
-        says = f"the accumulated gradient is the mean of {len(batches)} means to {found['from_means']:.1%}, and "
-        says += f"{found['from_tokens']:.0%} off the mean over tokens ({', '.join(map(str, labels))} labels)"
+        says = (
+            f"the accumulated gradient is a mean of {len(batches)} batch means (difference {found['from_means']:.1%}) "
+        )
+        says += f"and {found['from_tokens']:.0%} away from the mean over tokens ({', '.join(map(str, labels))} labels)"
         return [Signal("F74", "measured", says, 0.55, found, fix=fix)], found
     if found["from_tokens"] <= SAME:
-        says = f"the accumulated gradient is that of all tokens at once, to {found['from_tokens']:.1%}"
+        says = f"the accumulated gradient equals the gradient of all tokens (difference {found['from_tokens']:.1%})"
         return [Signal("F74", "measured", says, 0.9, found, against=True)], found
     return [], found
 

@@ -1,14 +1,16 @@
-"""P1: the first loss of the batches beside that of the same rows with labels built right, of the same chats in the
-model's own rendering, of their texts as plain text, and of that plain text with its ids swapped at random.
+"""P1: compare the first loss of the batches with the loss of the same rows in other forms.
 
-    as trained / labels right       far from 1: labels are not what the loss takes them for (F22)
+The other forms: with correctly built labels, in the model's own chat format, as plain text, and as plain text with
+randomly swapped ids.
+
+    as trained / labels right       far from 1: the labels are not the tokens that the loss expects (F22)
     as logged / as trained          near the number of micro-batches: their losses are not divided (F74)
-    labels right / own rendering    far above 1, plain text as usual: the format is foreign to the model (F12)
-    plain text / ids swapped        near 1: no text of this tokenizer means anything to the model (F04); unless what it
-                                    writes by itself is made of this tokenizer's tokens: then the rows are new to it
+    labels right / own format       far above 1, plain text as usual: the model does not know the format (F12)
+    plain text / ids swapped        near 1: text of this tokenizer is noise to the model (F04); except if the text that
+                                    the model generates consists of this tokenizer's tokens: then the rows are new to it
 
-All of the base model, adapters off, so it does not matter how long was trained. log V alone proves nothing: a clean
-but new task can begin above it. Costs some five forward passes a row.
+All with the base model, adapters off, so the number of trained steps does not matter. log V alone proves nothing: a
+clean but new task can start above it. Costs about five forward passes a row.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from solotune.diagnosis.probes.probed_model import (
     adapters_off,
     device_of,
     logits_of,
-    restored,
+    restore_model_state,
     sequences_of,
     token_losses,
     training_loss,
@@ -44,21 +46,21 @@ from solotune.diagnosis.run_facts import LiveModel, RunFacts
 from solotune.errors import SolotuneError
 
 UNLIKE = 1.5  # ratio of losses that clean runs do not show
-FOREIGN = 1.6  # rows in the training's format against the model's own
+FOREIGN = 1.6  # ratio: rows in the format of the training against the model's own
 NUM_SAMPLES, NUM_DRAWN, KEPT = 4, 32, 0.9  # clean models keep all, a wrong tokenizer 0.7
-NO_TEXT = 0.85  # plain text against the same with its ids swapped; clean models show 0.2 to 0.6
-EXPECTED = 1.0  # nats a token of its own headers, for a model that was taught its template
+NO_TEXT = 0.85  # plain text against swapped ids; clean models show 0.2 to 0.6
+EXPECTED = 1.0  # nats a token of its own headers, for a model that was trained on its template
 NUM_ROWS = 4
-FIRST_STEPS = 3  # a log that begins later shows what was learned by then
+FIRST_STEPS = 3  # a log that begins later shows a loss after some training
 LONGEST = 512  # tokens of a text
 
 
 def first_loss(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
-    """P1. Raises nothing; what could not be compared is missing from the measurements."""
+    """P1. Raises nothing; comparisons that were not possible are missing from the measurements."""
     deadline = time.perf_counter() + budget
     facts = LabelFacts.of(run_facts)
     found: dict[str, Any] = {}
-    with restored(live), torch.no_grad():
+    with restore_model_state(live), torch.no_grad():
         live.model.eval()
         with adapters_off(live.model):
             _labels(live, run_facts, facts, found, deadline)
@@ -68,7 +70,7 @@ def first_loss(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[lis
 
 
 def _labels(live: LiveModel, run_facts: RunFacts, facts: LabelFacts, found: dict[str, Any], deadline: float) -> None:
-    """Loss as trained, and of the same rows one by one with labels that are their tokens."""
+    """Loss as trained, and loss of the same rows one by one with correct labels."""
     as_trained: list[float] = []
     right: list[float] = []
     rows = 0
@@ -100,7 +102,7 @@ def _right(live: LiveModel, document: Document, shift: int | None) -> np.ndarray
 
 
 def _texts(live: LiveModel, run_facts: RunFacts, facts: LabelFacts, found: dict[str, Any], deadline: float) -> None:
-    """Answers in the training's format and in the model's own; their texts as plain text; ids swapped at random."""
+    """Loss of answers in the format of the training and in the model's own, of plain text, and of swapped ids."""
     if run_facts.tokenizer is None:
         return
     roles, own_roles = facts.roles, _own_roles(run_facts, facts.roles)
@@ -148,7 +150,7 @@ def _texts(live: LiveModel, run_facts: RunFacts, facts: LabelFacts, found: dict[
 
 
 def _own_roles(run_facts: RunFacts, roles: Roles) -> Roles:
-    """Of the template that the model was taught: the base's, where the training brought another one."""
+    """Roles by the template that the model was trained on: the base's, if the run uses another one."""
     if not run_facts.base_template or run_facts.tokenizer is None:
         return roles
     tokenizer = copy.copy(run_facts.tokenizer)
@@ -157,14 +159,14 @@ def _own_roles(run_facts: RunFacts, roles: Roles) -> Roles:
 
 
 def _vocabulary(live: LiveModel, run_facts: RunFacts) -> int:
-    """Ids that are swapped among each other: those that both model and tokenizer have."""
+    """Number of ids that model and tokenizer share; these are swapped."""
     config: Any = live.model.config
     size = int(config.get_text_config().vocab_size)
     return min(size, len(run_facts.tokenizer)) if run_facts.tokenizer is not None else size
 
 
 def _own_rendering(roles: Roles, conversation: Sequence[Any]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Ids of a conversation by the tokenizer's template, and the places of its answers without their ends."""
+    """Ids of a conversation by the tokenizer's template, and the positions of its answers without their ends."""
     if roles.template is None:
         return None
     try:
@@ -182,10 +184,10 @@ def _shifted(facts: LabelFacts, found: dict[str, Any]) -> Signal | None:
     ratio = found["as_trained"] / max(found["labels_right"], 1e-6)
     numbers = {"as_trained": found["as_trained"], "labels_right": found["labels_right"]}
     if ratio >= UNLIKE:
-        says = f"with labels at their tokens the first loss falls from {found['as_trained']:.2f} to "
+        says = f"with correct labels the first loss falls from {found['as_trained']:.2f} to "
         says += f"{found['labels_right']:.2f}"
         return Signal("F22", "counterfactual", says, 0.95, numbers)
-    says = f"the loss takes the labels as they are: {found['as_trained']:.2f}, and {found['labels_right']:.2f} by hand"
+    says = f"the loss is {found['as_trained']:.2f}, and {found['labels_right']:.2f} with correct labels"
     return Signal("F22", "measured", says, 0.95, numbers, against=True)
 
 
@@ -198,22 +200,22 @@ def _format(found: dict[str, Any]) -> list[Signal]:
     if found["rows_without_own_markers"] < 0.5:
         return []
     if ratio >= FOREIGN and is_text and here - own > 0.2:
-        says = f"rendered by the model's own template the answers cost {own:.2f} a token instead of {here:.2f}"
+        says = f"in the model's own template the loss of answers is {own:.2f} a token instead of {here:.2f}"
         weight = min(0.95, 0.6 + 0.1 * ratio)
         return [Signal("F12", "counterfactual", says, weight, numbers)]
     markers = found.get("own_markers")
     if markers is not None and markers < EXPECTED:
-        says = "no row holds the chat template's markers, which this model expects behind a question "
+        says = "no row has the markers of the chat template, which this model expects after a question "
         says += f"({markers:.2f} nats a token)"
         return [Signal("F12", "measured", says, 0.8, {**numbers, "own_markers": markers})]
     if ratio < 1.15 and (markers is None or markers > 2 * EXPECTED):
-        says = f"the model's own template makes the answers no easier ({own:.2f} against {here:.2f} a token)"
+        says = f"the model's own template does not lower the loss of answers ({own:.2f} against {here:.2f} a token)"
         return [Signal("F12", "measured", says, 0.6, numbers, against=True)]
     return []
 
 
 def _logged(run_facts: RunFacts, found: dict[str, Any]) -> Signal | None:
-    """The first loss that the training logged, beside that of its batches here: N times as high, of N micro-batches."""
+    """F74 if the first logged loss is N times the loss of the batches here, with N micro-batches a step."""
     count, trace = setting(run_facts, "gradient_accumulation_steps"), run_facts.trace
     if not run_facts.batches or not count or count < 3 or trace is None or not len(trace.loss_S):
         return None
@@ -221,7 +223,7 @@ def _logged(run_facts: RunFacts, found: dict[str, Any]) -> Signal | None:
     if trace.step_S[0] > FIRST_STEPS or here < 0.1 or not math.isfinite(first) or abs(first / here / count - 1) > 0.2:
         return None
     found["logged_times"] = first / here
-    says = f"the first logged loss is {first:.1f}, {first / here:.1f} times the {here:.2f} that these rows have here, "
+    says = f"the first logged loss is {first:.1f}, {first / here:.1f} times the loss of these rows here ({here:.2f}), "
     says += f"with {count:.0f} micro-batches a step"
     return Signal("F74", "measured", says, 0.8, {"logged": first, "here": here, "micro_batches": count})
 
@@ -232,7 +234,7 @@ def _is_no_text(found: dict[str, Any]) -> bool:
 
 
 def _written(live: LiveModel, first: Sequence[int]) -> list[list[int]]:
-    """Tokens that the base writes by itself behind these, drawn at random."""
+    """Tokens that the base generates after these first ids, sampled."""
     ids_BT = torch.tensor([[int(i)] for i in first], device=device_of(live.model))
     generator = torch.Generator().manual_seed(0)
     for _ in range(NUM_DRAWN):
@@ -243,8 +245,10 @@ def _written(live: LiveModel, first: Sequence[int]) -> list[list[int]]:
 
 
 def _kept(roles: Roles, texts: Sequence[list[int]]) -> float:
-    """Share of the tokens that decoding and encoding again brings back: nearly all where a model wrote them whose
-    tokenizer this is, since it splits a text in one way."""
+    """Share of the tokens that survive decoding and encoding again.
+
+    Nearly all do if the model was trained with this tokenizer, since it splits a text in one way.
+    """
     assert roles.tokenizer is not None
     texts_again = [roles.encode(str(roles.tokenizer.decode(ids, clean_up_tokenization_spaces=False))) for ids in texts]
     pairs = zip(texts, texts_again, strict=True)
@@ -258,18 +262,20 @@ def _tokenizer(found: dict[str, Any]) -> Signal | None:
     numbers = {"plain_text": plain, "ids_swapped": swapped, "log_v": log_v}
     markers = found.get("own_markers")
     if markers is not None and markers < EXPECTED:
-        says = f"the model expects the markers of the tokenizer's own template: {markers:.2f} nats a token"
+        says = f"the model expects the markers of the tokenizer's template: {markers:.2f} nats a token"
         return Signal("F04", "measured", says, 0.8, {**numbers, "own_markers": markers}, against=True)
     kept, by_chance = found.get("own_text_kept", 0.0), found.get("any_text_kept", 1.0)
     if _is_no_text(found) and kept > KEPT > by_chance:
-        says = f"what the model writes by itself is this tokenizer's: {kept:.0%} of it comes back from its text, "
-        says += f"of random ones {by_chance:.0%}"
+        says = f"text that the model generates fits this tokenizer: {kept:.0%} of its tokens survive decoding and "
+        says += f"encoding, of random tokens {by_chance:.0%}"
         return Signal("F04", "measured", says, 0.8, {**numbers, "own_text_kept": kept}, against=True)
     if _is_no_text(found):
-        says = f"plain text costs {plain:.1f} nats a token, with its ids swapped at random {swapped:.1f}"
+        says = f"the loss of plain text is {plain:.1f} nats a token, with randomly swapped ids {swapped:.1f}"
         says += f" (log V {log_v:.1f})"
         return Signal("F04", "measured", says, 0.9, numbers)
     if plain < 0.7 * swapped:
-        says = f"plain text costs {plain:.1f} nats a token, with its ids swapped {swapped:.1f}: the ids fit the model"
+        says = (
+            f"the loss of plain text is {plain:.1f} nats a token, with swapped ids {swapped:.1f}: the ids fit the model"
+        )
         return Signal("F04", "measured", says, 0.8, numbers, against=True)
     return None

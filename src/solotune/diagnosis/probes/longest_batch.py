@@ -1,7 +1,6 @@
-"""P11: the longest batch first: forward, backward and step, with their peak of memory and their seconds.
+"""P11: run forward, backward and step on the longest known batch; measure peak memory and seconds.
 
-On CUDA the peak is compared with the card's memory; on a CPU torch does not count, and only the seconds are told.
-Costs one step on the longest of the batches that are known.
+On CUDA only: on a CPU, torch does not count memory. Costs one step.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from solotune.diagnosis.probes.probed_model import (
     device_of,
     on_device,
     optimizer_of,
-    restored,
+    restore_model_state,
     trainable_of,
     training_loss,
 )
@@ -30,18 +29,18 @@ def longest_first(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[
     """P11."""
     device = device_of(live.model)
     if device.type != "cuda":
-        raise Skipped("torch counts memory on CUDA alone; the plan estimates it")
+        raise Skipped("torch counts memory only on CUDA; solotune plan estimates it")
     if not live.batches:
         raise Skipped("no batch is known")
     batch = max(live.batches, key=lambda b: b["input_ids"].numel())
     found: dict[str, Any] = {"places": batch["input_ids"].numel(), "phase": "forward"}
     total = torch.cuda.get_device_properties(device).total_memory
-    with restored(live) as model:
+    with restore_model_state(live) as model:
         model.train()
         parameters = trainable_of(model)
         optimizer = optimizer_of(live, parameters, learning_rate_of(run_facts))
         torch.cuda.reset_peak_memory_stats(device)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         try:
             loss = training_loss(live, on_device(live, batch))
             found["forward_bytes"], found["phase"] = torch.cuda.max_memory_allocated(device), "backward"
@@ -53,7 +52,7 @@ def longest_first(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[
         except torch.OutOfMemoryError:
             return _full(found, total), found
         torch.cuda.synchronize(device)
-        found |= {"seconds": time.perf_counter() - begun, "card_bytes": total}
+        found |= {"seconds": time.perf_counter() - started, "card_bytes": total}
     return [], found
 
 
@@ -61,5 +60,6 @@ _BY_PHASE = {"forward": "F72", "backward": "F71", "step": "F70"}
 
 
 def _full(found: dict[str, Any], total: int) -> list[Signal]:
-    says = f"the longest batch ({found['places']:,} places) fills {gib(total, 0)} GiB in its {found['phase']}"
+    says = f"the longest batch ({found['places']:,} tokens with padding) "
+    says += f"does not fit into {gib(total, 0)} GiB in its {found['phase']}"
     return [Signal(_BY_PHASE[found["phase"]], "measured", says, 0.6, found)]

@@ -1,18 +1,19 @@
-"""P7: one batch learned by heart, at a tenth of the training's rate, at its rate and at ten times it; and with more
-adapters than the training has, at a rate that suits those.
+"""P7: overfit one batch at 0.1, 1 and 10 times the learning rate of the run, and with extra adapters.
 
-    most at a tenth (or less), or not finite    the effective step is too large (F67, or F61: alpha / r)
-    most at ten times (or more)                 it is too small (F64, or F61)
-    little at every rate, much with rank 32
-    on every linear layer                       too little capacity (F62, or F56: targets that match few modules)
-    most without clipping                       the step is clipped away (F68)
-    much at the training's rate                 none of these
+Gain means the fall of the loss on that batch.
 
-All start from the same weights and see the same rows, so the differences are the rate's alone. Of a run that has
-trained, these are adapters as at its beginning: what has converged is only disturbed by a rate that was right for it.
-Where the best is at an edge, the range is widened. A run is longer than the test: at a rate that is too low the gain
-grows with the steps, so it is projected to the run's number before it is called little. Costs some tens of forward and
-backward passes on two rows; the number of steps is what fits the budget, and under `LEAST_STEPS` nothing is said.
+    largest at a tenth (or less), or not finite the effective step is too large (F67, or F61: alpha / r)
+    largest at ten times (or more)              it is too small (F64, or F61)
+    small at every rate, large with rank 32
+    on every linear layer                       too little capacity (F62, or F56: targets match few modules)
+    largest without clipping                    the step is clipped away (F68)
+    large at the rate of the run                none of these
+
+All tests start from the same weights and use the same rows, so only the rate differs. If the run has trained, they
+start from fresh adapters: the right rate only disturbs weights that have converged. If the best rate is at an edge, the
+range is extended. A run is longer than the test, and at a rate that is too low the gain grows with the steps, so it is
+projected to the length of the run before it counts as small. Costs some tens of forward and backward passes on two
+rows; the number of steps is what fits the budget, and below `LEAST_STEPS` the probe is skipped.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.probes.adapter_gradients import learning_rate_of
 from solotune.diagnosis.probes.probed_model import (
     adapters_of,
-    begun,
+    extra_adapters,
+    fresh_adapters,
     has_labels,
     on_device,
     optimizer_of,
     sequences_of,
     trainable_of,
     training_loss,
-    wider,
 )
 from solotune.diagnosis.probes.skipped import Skipped
 from solotune.diagnosis.run_facts import LiveModel, RunFacts
@@ -46,16 +47,16 @@ from solotune.diagnosis.run_facts import LiveModel, RunFacts
 LEAST_STEPS, MOST_STEPS = 6, 40
 FACTORS = (0.1, 1.0, 10.0)
 WIDEST = 1e3  # factor up and down
-NOTHING, LITTLE, MUCH, CLEARLY = 0.02, 0.35, 0.5, 0.75  # of what the best way gains
-TIMES = 2.0  # the gain at another rate, to be called better
+NOTHING, LITTLE, MUCH, CLEARLY = 0.02, 0.35, 0.5, 0.75  # of the largest gain
+TIMES = 2.0  # ratio of gains from which another rate counts as better
 SMALLEST, SMALL = (
     1.0,
     4.0,
 )  # rank times the share of adapted layers: q_proj alone with rank 4 has 0.6, q and v with 8 2.3
-BETTER = 0.1  # of the most: a difference of gains that is the rate's
-WORTH = 0.1  # nats: gains below it say nothing
-USUAL_STEPS = 100  # of a run whose length nobody knows; shorter ones are rare
-HALF = 0.5  # mean of a rate that decays, against its peak
+BETTER = 0.1  # of the largest gain: a difference that is due to the rate
+WORTH = 0.1  # nats: smaller gains prove nothing
+USUAL_STEPS = 100  # of a run of unknown length; shorter ones are rare
+HALF = 0.5  # mean of a decaying rate, relative to its peak
 USUAL_SCALE = (0.5, 16.0)  # alpha / r
 USUAL_RATE = (5e-5, 5e-3)
 
@@ -63,21 +64,23 @@ USUAL_RATE = (5e-5, 5e-3)
 def range_test(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
     """P7."""
     rate, clip = learning_rate_of(run_facts), run_facts.settings.get("max_grad_norm")
-    begun, seconds, steps = time.perf_counter(), math.inf, 0
-    for rows in (2, 1):  # one, where two are too slow
+    started, seconds, steps = time.perf_counter(), math.inf, 0
+    for rows in (2, 1):  # one, if two are too slow
         batch = next((sequences_of(b, rows) for b in live.batches if has_labels(sequences_of(b, rows))), None)
         if batch is None:
             raise Skipped("no batch has a label")
-        first = _learn(live, run_facts, batch, rate, 1, clip)  # also wakes what is made at a first call
+        first = _learn(live, run_facts, batch, rate, 1, clip)  # also a warmup for what is created at the first call
         timed = time.perf_counter()
         _learn(live, run_facts, batch, rate, 1, clip)
-        seconds = max(0.75 * (time.perf_counter() - timed), 1e-4)  # of a step and the loss behind it
+        seconds = max(0.75 * (time.perf_counter() - timed), 1e-4)  # of a step and the loss after it
         steps = min(MOST_STEPS, int(budget / seconds / (len(FACTORS) + 1.3)))
         if steps >= LEAST_STEPS or batch["input_ids"].shape[0] == 1:
             break
     if steps < LEAST_STEPS or len(first) < 1:
-        raise Skipped(f"a step takes {seconds:.1f} s: {steps} steps a rate fit, {LEAST_STEPS} are needed")
-    deadline = begun + 1.5 * budget  # a widened range may take half as long again
+        raise Skipped(
+            f"a step takes {seconds:.1f} s, so only {steps} steps for each learning rate fit; {LEAST_STEPS} are needed"
+        )
+    deadline = started + 1.5 * budget  # an extended range may take 1.5 times as long
     curves = {factor: _learn(live, run_facts, batch, factor * rate, steps, clip) for factor in FACTORS}
     wide = _learn_wide(live, run_facts, batch, steps)
     start = curves[1.0][0]
@@ -106,25 +109,25 @@ def range_test(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[lis
 
 @dataclass(frozen=True)
 class Tried:
-    """Gains, in nats, of so many steps from a first loss of `start`; minus infinity where it was not finite."""
+    """Gains in nats of `steps` steps from the first loss `start`; minus infinity if the loss was not finite."""
 
     rate: float
     steps: int
     start: float
     gains: dict[float, float]  # factor -> gain
     wide: float
-    alike: float | None  # gain of wide adapters at the training's own rate, where that was tried
-    unclipped: float | None  # gain at the training's own rate without clipping, where that was tried
+    alike: float | None  # gain of extra adapters at the rate of the run, if tested
+    unclipped: float | None  # gain at the rate of the run without clipping, if tested
     capacity: float  # rank times the share of linear layers that have an adapter
 
     @property
     def best(self) -> float:
-        """The factor that gains most."""
+        """The factor with the largest gain."""
         return max(self.gains, key=lambda factor: self.gains[factor])
 
     @property
     def most(self) -> float:
-        """What can be gained, by whatever way."""
+        """The largest gain of all tests."""
         return max(self.gains[self.best], self.wide)
 
     def says(self, factor: float) -> str:
@@ -137,13 +140,13 @@ class Tried:
 
 
 def _further(start: float, curves: dict[float, list[float]], wide: Sequence[float], rate: float) -> float | None:
-    """The next factor, where the best of those tried is at an edge and gains little of what is possible."""
+    """The next factor, if the best so far is at an edge and its gain is a small part of what is possible."""
     gains = {factor: start - _end(curve) for factor, curve in curves.items()}
     best, lowest, highest = max(gains, key=lambda factor: gains[factor]), min(gains), max(gains)
     possible = max(start - _end(wide), WORTH)
     too_high = lowest * rate > USUAL_RATE[0]
     if too_high and gains[best] < CLEARLY * possible and (best == lowest or lowest * rate > USUAL_RATE[1]):
-        return lowest / 10 if lowest > 1 / WIDEST else None  # far too high a rate still learns how frequent tokens are
+        return lowest / 10 if lowest > 1 / WIDEST else None  # even a much too high rate learns token frequencies
     if best == highest and gains[best] < MUCH * possible and highest < WIDEST:
         return highest * 10
     return None
@@ -156,14 +159,16 @@ def _judge(run_facts: RunFacts, tried: Tried) -> list[Signal]:
     if not math.isfinite(most) or most < WORTH:
         return []
     if tried.unclipped is not None and tried.unclipped > max(LITTLE * most, TIMES * here):
-        says = f"{tried.steps} steps on one batch gain {here:.2f}, without clipping {tried.unclipped:.2f}"
+        says = (
+            f"{tried.steps} steps on one batch lower its loss by {here:.2f}, without clipping by {tried.unclipped:.2f}"
+        )
         return [Signal("F68", "counterfactual", says, 0.9, numbers, fix="max_grad_norm: 1.0")]
     better = tried.gains[best] - here > BETTER * most if math.isfinite(here) else True
     if best < 1 and better and tried.gains[best] > LITTLE * most and here < CLEARLY * most:
-        expect = f"one batch falls by {tried.gains[best]:.2f} in {tried.steps} steps"
+        expect = f"the loss of one batch falls by {tried.gains[best]:.2f} in {tried.steps} steps"
         return _of_step_size(run_facts, "F67", tried, tried.says(best), expect, numbers)
     if tried.gains[best] < NOTHING * most:
-        return []  # nothing is learned at any rate: gradients, not capacity
+        return []  # no gain at any rate: a fault of gradients, not of capacity
     is_narrow = tried.alike is not None and tried.alike > max(TIMES * here, MUCH * most) and tried.capacity < SMALLEST
     if (
         best in (max(tried.gains), min(tried.gains))
@@ -171,23 +176,26 @@ def _judge(run_facts: RunFacts, tried: Tried) -> list[Signal]:
         and tried.gains[best] < MUCH * most
         and not is_narrow
     ):
-        return []  # the range was not widened far enough to tell
+        return []  # the range was not extended far enough to decide
     if (tried.gains[best] < MUCH * most and tried.capacity < SMALL) or is_narrow:
         wide = tried.alike if is_narrow and tried.alike is not None else tried.wide
-        says = f"{tried.steps} steps on one batch gain {here if is_narrow else tried.gains[best]:.2f} at "
-        says += (
-            f"{'the rate as it is' if is_narrow else 'the best rate'}, {wide:.2f} with rank 32 on every linear layer"
-        )
+        says = f"{tried.steps} steps on one batch lower its loss by {here if is_narrow else tried.gains[best]:.2f} at "
+        says += "the same" if is_narrow else "the best"
+        says += f" learning rate, by {wide:.2f} with rank 32 on every linear layer"
         fix = "lora_target_modules: all-linear, lora_r: 16"
         return [Signal(code, "counterfactual", says, w, numbers, fix=fix) for code, w in (("F62", 0.75), ("F56", 0.45))]
     planned = run_facts.trace.total_steps if run_facts.trace else run_facts.settings.get("max_steps")
     total = planned if planned and planned > 0 else USUAL_STEPS
     longer = max(1.0, HALF * total / tried.steps)
     if best > 1 and here * longer < LITTLE * most and tried.gains[best] > TIMES * max(here, 0.0):
-        expect = f"{tried.gains[best] / max(here, 0.01):.0f} times the gain in the first {tried.steps} steps"
+        expect = (
+            f"the loss falls {tried.gains[best] / max(here, 0.01):.0f} times as far in the first {tried.steps} steps"
+        )
         return _of_step_size(run_facts, "F64", tried, tried.says(best), expect, numbers)
     if here >= MUCH * most:
-        says = f"{tried.steps} steps on one batch gain {here:.2f} at {tried.rate:.2g}, of {most:.2f} by the best way"
+        says = (
+            f"{tried.steps} steps on one batch lower its loss by {here:.2f} at {tried.rate:.2g}, at best by {most:.2f}"
+        )
         cleared = ("F64", "F62", "F67") if best > 1 or here >= CLEARLY * most else ("F64", "F62")
         return [Signal(code, "measured", says, 0.8, numbers, against=True) for code in cleared]
     return []
@@ -196,7 +204,7 @@ def _judge(run_facts: RunFacts, tried: Tried) -> list[Signal]:
 def _of_step_size(
     run_facts: RunFacts, code: str, tried: Tried, says: str, expect: str, numbers: dict[str, Any]
 ) -> list[Signal]:
-    """The rate, or alpha / r: the same evidence, so both, and first the one that is unusual."""
+    """Signals for the learning rate and for alpha / r, which the evidence cannot tell apart; the unusual one first."""
     r, alpha = run_facts.settings.get("lora_r"), run_facts.settings.get("lora_alpha")
     scale = None
     if r and alpha:
@@ -216,7 +224,7 @@ def _of_step_size(
 def _capacity(model: nn.Module) -> float:
     """Rank of the adapters times the share of the linear layers that have one; infinite without adapters."""
     adapters = adapters_of(model)
-    with wider(model, rank=1) as pairs:
+    with extra_adapters(model, rank=1) as pairs:
         linears = len(pairs) // 2
     return sum(min(a.A.shape) for a in adapters) / max(linears, 1) if adapters else math.inf
 
@@ -224,16 +232,16 @@ def _capacity(model: nn.Module) -> float:
 def _learn(
     live: LiveModel, run_facts: RunFacts, batch: dict[str, Any], rate: float, steps: int, clip: float | None
 ) -> list[float]:
-    """Losses before each of the steps and after the last, as the training's loss counts."""
-    with begun(live, run_facts):
+    """Losses before each step and after the last, as the training computes them."""
+    with fresh_adapters(live, run_facts):
         return _descend(live, batch, trainable_of(live.model), rate, steps, clip, live)
 
 
 def _learn_wide(
     live: LiveModel, run_facts: RunFacts, batch: dict[str, Any], steps: int, rate: float = 2e-3
 ) -> list[float]:
-    """The same by adapters of rank 32 on every linear layer, by AdamW, at a rate that suits these."""
-    with begun(live, run_facts), wider(live.model) as parameters:
+    """Losses with extra adapters of rank 32 on every linear layer, by AdamW, at a rate for these."""
+    with fresh_adapters(live, run_facts), extra_adapters(live.model) as parameters:
         return _descend(live, batch, parameters, rate, steps, 1.0, None)
 
 
@@ -246,9 +254,9 @@ def _descend(
     clip: float | None,
     made_by: LiveModel | None,
 ) -> list[float]:
-    live.model.eval()  # the same rows without dropout: the differences are the rate's
+    live.model.eval()  # no dropout, so that only the rate differs
     if _checkpoints(live.model):
-        live.model.train()  # transformers checkpoints in training mode alone
+        live.model.train()  # transformers checkpoints only in training mode
     if not parameters:
         return [math.nan]
     optimizer = optimizer_of(live, parameters, rate) if made_by else torch.optim.AdamW(parameters, lr=rate)
@@ -259,7 +267,7 @@ def _descend(
         if not math.isfinite(losses[-1]) or not loss.requires_grad:
             return losses
         if len(losses) > LEAST_STEPS and min(losses[-3:]) > 2 * losses[0] + 1:
-            return losses  # blown up: the rest would say the same
+            return losses  # diverged: further steps add nothing
         loss.backward()
         if clip:
             nn.utils.clip_grad_norm_(parameters, clip)
@@ -271,7 +279,7 @@ def _descend(
 
 
 def _end(curve: Sequence[float]) -> float:
-    """The last losses; infinite where they are not finite."""
+    """Mean of the last two losses; infinity if they are not finite."""
     last = np.array(curve[-2:], float)
     return float(last.mean()) if np.isfinite(last).all() else math.inf
 
@@ -281,5 +289,5 @@ def _rounded(x: float) -> float | None:
 
 
 def _checkpoints(model: nn.Module) -> bool:
-    """Some of its modules recompute themselves, which transformers lets them do in training mode alone."""
+    """Some modules use gradient checkpointing, which transformers does only in training mode."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

@@ -1,6 +1,6 @@
-"""The model under a probe: found adapters, switches, and a door that puts everything back as it was, bit for bit.
+"""Access to the model in a probe: its adapters, switches for them, and a context that restores it bit for bit.
 
-Any transformers model will do, with PEFT's adapters, ours, or others whose parameters are called `lora_A` and `lora_B`.
+Works for any transformers model with adapters of PEFT, of solotune, or with parameters named `lora_A` and `lora_B`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from solotune.diagnosis.run_facts import LiveModel, RunFacts
 Batch = Mapping[str, Any]
 
 _ADAPTER = re.compile(r"^(?P<layer>.*?)\.?lora_(?:embedding_)?(?P<part>[AB])(?:\.(?P<rest>.*))?$")
-_SMALL = 1 << 20  # elements of a buffer that is copied; a larger one is only watched
+_SMALL = 1 << 20  # elements: smaller buffers are copied, larger ones only checked for writes
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Adapter:
 
 
 def adapters_of(model: nn.Module) -> list[Adapter]:
-    """All adapters, in model order; of several on one layer each."""
+    """All adapters in model order; also several on one layer."""
     halves: dict[tuple[str, str], dict[str, nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if found := _ADAPTER.match(name):
@@ -45,26 +45,26 @@ def adapters_of(model: nn.Module) -> list[Adapter]:
 
 
 def trainable_of(model: nn.Module) -> list[nn.Parameter]:
-    """What an optimizer would take."""
+    """Parameters with requires_grad."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where its inputs go."""
+    """The device of its first parameter, for inputs."""
     return next(model.parameters()).device
 
 
 def is_untouched(model: nn.Module) -> bool | None:
-    """All B are zero: nothing was learned, or nothing yet. None: no adapters."""
+    """Whether all B are zero, as before training; None without adapters."""
     adapters = adapters_of(model)
     return all(not adapter.B.detach().any() for adapter in adapters) if adapters else None
 
 
 @contextmanager
-def restored(live: LiveModel, seed: int = 0) -> Iterator[nn.Module]:
-    """Seeds everything; afterwards weights that can change, gradients, buffers, modes, flags and generators are back.
+def restore_model_state(live: LiveModel, seed: int = 0) -> Iterator[nn.Module]:
+    """Seed all generators; at exit restore weights that can change, gradients, buffers, modes, flags and generators.
 
-    Frozen weights are not copied (that would be the whole model); that nobody wrote to them is checked.
+    Frozen weights are not copied (that would be the whole model); writes to them are detected.
 
     Raises:
         RuntimeError: a probe wrote to a frozen weight or a large buffer.
@@ -116,12 +116,12 @@ def restored(live: LiveModel, seed: int = 0) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def begun(live: LiveModel, run_facts: RunFacts, seed: int = 0) -> Iterator[nn.Module]:
-    """`restored`, with the adapters of a run that has trained as they were at its beginning: A uniform, B zero.
+def fresh_adapters(live: LiveModel, run_facts: RunFacts, seed: int = 0) -> Iterator[nn.Module]:
+    """`restore_model_state`, with trained adapters reset to the start of the run: A uniform, B zero.
 
-    Left as they are: other initialisations than the usual one, which may have moved a part of the base into them.
+    Unusual initialisations stay unchanged, since they may have moved a part of the base into the adapter.
     """
-    with restored(live, seed) as model:
+    with restore_model_state(live, seed) as model:
         if is_untouched(model) is False and initialisation(run_facts) in (None, True, "gaussian"):
             generator = torch.Generator().manual_seed(seed)
             with torch.no_grad():
@@ -134,7 +134,7 @@ def begun(live: LiveModel, run_facts: RunFacts, seed: int = 0) -> Iterator[nn.Mo
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within it the model is its base: PEFT's and our switches, else B = 0."""
+    """Disable the adapters, so that the model is its base: by the switches of PEFT and solotune, else by B = 0."""
     switched: list[tuple[nn.Module, str, Any]] = []
     for module in model.modules():
         for name, off in (("_disable_adapters", True), ("enabled", False)):
@@ -158,7 +158,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def on_device(live: LiveModel, batch: Batch) -> dict[str, Any]:
-    """The batch where the model is."""
+    """The batch on the device of the model."""
     device = device_of(live.model)
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
@@ -172,14 +172,14 @@ def training_loss(live: LiveModel, batch: Batch) -> torch.Tensor:
 
 
 def logits_of(model: nn.Module, inputs: Batch) -> torch.Tensor:
-    """(B, T, V). Without a cache: with one, transformers does not keep packed rows apart."""
+    """Logits (B, T, V). Without a cache: with one, transformers does not separate packed rows."""
     given = {key: value for key, value in inputs.items() if key not in ("labels", "use_cache", "num_items_in_batch")}
     return model(**given, use_cache=False).logits
 
 
 @torch.no_grad()
 def token_losses(model: nn.Module, ids: Sequence[int] | np.ndarray, places: Sequence[int] | np.ndarray) -> np.ndarray:
-    """float64 (N,): loss of the tokens at these places (each from 1 on) of one text alone, as evaluated."""
+    """float64 (N,): loss of the tokens at these positions (each at least 1) of one text alone."""
     device = device_of(model)
     ids_T = torch.as_tensor(np.asarray(ids, np.int64), device=device)
     label_positions_N = torch.as_tensor(np.asarray(places, np.int64), device=device)
@@ -191,7 +191,7 @@ def token_losses(model: nn.Module, ids: Sequence[int] | np.ndarray, places: Sequ
 
 
 def optimizer_of(live: LiveModel, parameters: Sequence[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
-    """The training's optimizer at another rate, or AdamW."""
+    """The optimizer of the training (else AdamW) at this learning rate."""
     optimizer = (
         live.make_optimizer(parameters) if live.make_optimizer else torch.optim.AdamW(parameters, weight_decay=0)
     )
@@ -201,7 +201,7 @@ def optimizer_of(live: LiveModel, parameters: Sequence[nn.Parameter], learning_r
 
 
 def sequences_of(batch: Batch, count: int) -> dict[str, Any]:
-    """The first sequences of a batch, without the padding on the right that only others needed."""
+    """The first sequences of a batch, without padding on the right that only the other sequences needed."""
     size = batch["input_ids"].shape[0]
     if size <= count or any(key.startswith("cu_seq") for key in batch):
         return dict(batch)
@@ -217,16 +217,16 @@ def sequences_of(batch: Batch, count: int) -> dict[str, Any]:
 
 
 def has_labels(batch: Batch) -> bool:
-    """Something in it is learned."""
+    """Whether any token has a label."""
     labels = batch.get("labels")
     return labels is None or bool((labels[..., 1:] != -100).any())
 
 
 @contextmanager
-def wider(model: nn.Module, rank: int = 32, scale: float = 2.0) -> Iterator[list[nn.Parameter]]:
-    """Adapters of this rank on every linear layer but the head, beside those there are: what capacity could do.
+def extra_adapters(model: nn.Module, rank: int = 32, scale: float = 2.0) -> Iterator[list[nn.Parameter]]:
+    """Add adapters of this rank to every linear layer but the head, to test the effect of capacity; yield A, B, A, ...
 
-    Hooks add `s B A x` to each layer's output; they are gone afterwards.
+    Hooks add `scale * B A x` to the output of each layer; they are removed at exit.
     """
     generator = torch.Generator().manual_seed(0)
     output_of: Any = getattr(model, "get_output_embeddings", None)
@@ -257,9 +257,9 @@ def _adding(A: nn.Parameter, B: nn.Parameter, scale: float):
 
 
 def _size_of_linear(module: nn.Module) -> tuple[int, int] | None:
-    """(in, out) of a linear layer of any make: torch's, quantised ones, GPT-2's transposed one, ours."""
+    """(in, out) of a linear layer: of torch, quantized, GPT-2's transposed one, or of solotune; None for others."""
     if hasattr(module, "lora_A") or any(_size_of_linear(child) for child in module.children()):
-        return None  # it wraps one
+        return None  # it wraps a linear layer
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):

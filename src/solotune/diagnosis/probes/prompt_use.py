@@ -1,9 +1,9 @@
-"""P10: does an answer cost less behind its own prompt than behind another row's?
+"""P10: compare the loss of answers after their own prompt with their loss after the prompts of other rows.
 
-The table L[i, j] is the loss of answer i behind prompt j, by the base model, adapters off. In a healthy training the
-diagonal is lower than the rest. Where it is not, and another prompt of the data (the neighbour's, if whole columns
-were shifted) makes the answers cheaper, the rows are misaligned, and putting them right is the counterfactual (F38).
-Where no prompt makes any difference the base may just not know the task yet: then the trained model is asked.
+The table L[i, j] is the loss of answer i after prompt j, by the base model, adapters off. In a healthy run the diagonal
+is lower than the rest. If it is not, and another prompt of the data (of the next row, if a whole column was shifted)
+lowers the loss, the rows are misaligned, and shifting them back is the counterfactual (F38). If no prompt makes a
+difference, the base may not know the task yet: then the trained model is tested.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from solotune.diagnosis.facts.labels import LabelFacts
 from solotune.diagnosis.facts.roles import ASSISTANT, Roles
 from solotune.diagnosis.facts.texts import Document
 from solotune.diagnosis.probes.initial_loss import _own_rendering
-from solotune.diagnosis.probes.probed_model import adapters_off, is_untouched, restored, token_losses
+from solotune.diagnosis.probes.probed_model import adapters_off, is_untouched, restore_model_state, token_losses
 from solotune.diagnosis.probes.saved_adapter import _put_in
 from solotune.diagnosis.probes.skipped import Skipped
 from solotune.diagnosis.run_facts import LiveModel, RunFacts
 
 NUM_ROWS = 12
-SHIFTS = (1, -1, 2, -2)  # rows by which a column may have slipped
+SHIFTS = (1, -1, 2, -2)  # rows by which a column may be shifted
 CLEAR = 3.0  # standard errors
-CLEAR_SLIP = 5.0  # more, since the best of four shifts is looked at, over a dozen rows
+CLEAR_SLIP = 5.0  # more, since the best of four shifts is taken, over a dozen rows
 WORTH = 0.1  # nats
-ONLY_A_DOUBT = 0.3  # weight: a new task that is not understood yet looks the same
+ONLY_A_DOUBT = 0.3  # weight: a new task that is not learned yet looks the same
 LEAST_STEPS, LEARNED = 20, 0.67  # logged, and the loss at the end as a share of the first
 LONGEST = 256
 
@@ -44,10 +44,10 @@ def own_prompt_against_others(
     facts = LabelFacts.of(run_facts)
     rows = _rows(facts)
     if len(rows) < 4:
-        raise Skipped("fewer than four rows with a prompt and an answer are known")
+        raise Skipped("fewer than four rows have a prompt and an answer")
     if len({tuple(answer) for _, answer in rows}) < 0.5 * len(rows):
         raise Skipped("most answers are equal")
-    with restored(live), torch.no_grad(), adapters_off(live.model):
+    with restore_model_state(live), torch.no_grad(), adapters_off(live.model):
         live.model.eval()
         table, rows = _table(live, rows, deadline)
         slips = _slips(live, facts.roles, run_facts.conversations, deadline)
@@ -67,7 +67,7 @@ def own_prompt_against_others(
 
 
 def _own_and_others(table: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Loss of each answer behind its own prompt, behind the others, and the standard error of the mean difference."""
+    """Loss of each answer after its own prompt and after the others, and the standard error of the mean difference."""
     own, count = np.diag(table), len(table)
     others = (table.sum(1) - own) / (count - 1)
     return own, others, float((others - own).std(ddof=1) / math.sqrt(count)) + 1e-9
@@ -80,9 +80,9 @@ def _after_training(
     found: dict[str, Any],
     deadline: float,
 ) -> list[Signal]:
-    """The same of the trained model, where the base does not know the task: a training that learns something learns to
-    look at the prompt, unless there is nothing of the answer in it."""
-    with restored(live), torch.no_grad():
+    """Repeat with the trained model, if the base does not know the task: a run that learns also learns to use the
+    prompt, unless the prompt says nothing about the answer."""
+    with restore_model_state(live), torch.no_grad():
         if is_untouched(live.model) and run_facts.saved is not None:
             _put_in(live.model, run_facts.saved)
         if is_untouched(live.model) is not False:
@@ -93,7 +93,7 @@ def _after_training(
     gain = float((others - own).mean())
     found["trained_gain"], found["trained_gain_stderr"] = gain, error
     numbers = {key: value for key, value in found.items() if isinstance(value, float)}
-    says = f"after training, answers cost {gain:.3f} ± {error:.3f} nats a token less behind their own prompt"
+    says = f"after training, the loss of answers is {gain:.3f} ± {error:.3f} nats a token lower after their own prompt"
     if gain > max(WORTH / 5, CLEAR * error):
         return [Signal("F38", "measured", says, 0.85, numbers, against=True)]
     are_sentences = len({tuple(answer) for _, answer in rows}) >= 0.9 * len(rows)  # labels are learned late
@@ -103,7 +103,7 @@ def _after_training(
 
 
 def _has_learned(run_facts: RunFacts) -> bool:
-    """The curve fell by a third: what can be learned without the prompt was."""
+    """The loss fell by a third: what can be learned without the prompt was learned."""
     loss_S = run_facts.trace.loss_S[np.isfinite(run_facts.trace.loss_S)] if run_facts.trace is not None else np.zeros(0)
     return len(loss_S) >= LEAST_STEPS and float(loss_S[-5:].mean()) < LEARNED * float(loss_S[0])
 
@@ -113,10 +113,10 @@ def _judge(found: dict[str, Any], slips: dict[str, Any]) -> list[Signal]:
     numbers = {key: value for key, value in found.items() if isinstance(value, float)}
     best = max(slips, key=lambda shift: slips[shift]["gain"], default=None)
     if best is not None and slips[best]["gain"] > max(WORTH, CLEAR_SLIP * slips[best]["stderr"]):
-        says = f"answers cost {slips[best]['gain']:.2f} nats a token less behind the prompt of the row {best} places on"
+        says = f"answers have {slips[best]['gain']:.2f} nats a token less loss after the prompt of another row ({best})"
         return [Signal("F38", "counterfactual", says, 0.95, numbers, fix="join prompts and answers again, by a key")]
     if gain > max(WORTH / 2, CLEAR * error):
-        says = f"answers cost {gain:.2f} ± {error:.2f} nats a token less behind their own prompt than behind others"
+        says = f"answers have {gain:.2f} ± {error:.2f} nats a token less loss after their own prompt than after others"
         return [Signal("F38", "measured", says, 0.85, numbers, against=True)]
     return []
 
@@ -148,10 +148,10 @@ def _pair(document: Document, roles: Roles) -> tuple[list[int], list[int]] | Non
 def _table(
     live: LiveModel, rows: list[tuple[list[int], list[int]]], deadline: float
 ) -> tuple[np.ndarray, list[tuple[list[int], list[int]]]]:
-    """(R, R): loss of answer i behind prompt j; fewer rows where the time is short."""
-    begun = time.perf_counter()
+    """(R, R): loss of answer i after prompt j, and its rows; fewer rows if time is short."""
+    started = time.perf_counter()
     _cost(live, *rows[0])
-    each = time.perf_counter() - begun
+    each = time.perf_counter() - started
     fits = int(math.sqrt(max(deadline - time.perf_counter(), 0) / max(each, 1e-5) / 1.5))
     rows = rows[: max(4, min(len(rows), fits))]
     table = np.array([[_cost(live, prompt, answer) for prompt, _ in rows] for _, answer in rows])
@@ -166,7 +166,7 @@ def _cost(live: LiveModel, prompt: Sequence[int], answer: Sequence[int]) -> floa
 def _slips(
     live: LiveModel, roles: Roles, conversations: Sequence[Sequence[Mapping[str, Any]]], deadline: float
 ) -> dict[str, Any]:
-    """Shift -> by how much answers are cheaper behind the prompt of the row so many places on, in the data's order."""
+    """Shift -> by how much the loss of answers falls after the prompt of the row at that distance, in data order."""
     single = [c for c in conversations[:400] if [m.get("role") for m in c][-2:] == ["user", "assistant"]]
     found: dict[str, Any] = {}
     chosen = range(2, len(single) - 2, max(1, (len(single) - 4) // NUM_ROWS))

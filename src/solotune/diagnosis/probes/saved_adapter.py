@@ -1,8 +1,8 @@
-"""P12: what was saved, put into the model again: does it fit, does it do something, does the merged model agree?
+"""P12: load the saved adapter into the model: check that it fits, changes the output, and equals the merged model.
 
-    keys that match no adapter of this model, or many that are missing      F78
-    B zero in every layer after a training                                  F75
-    merged model further from base and adapter than rounding takes it       F76
+    keys match no adapter of this model, or many are missing                F78
+    B is zero in every layer after training                                 F75
+    merged model differs from base and adapter by more than rounding        F76
 
 Costs three forward passes on one small batch.
 """
@@ -17,11 +17,11 @@ from torch import nn
 
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.probes.adapter_gradients import _small
-from solotune.diagnosis.probes.probed_model import adapters_of, adapters_off, logits_of, restored
+from solotune.diagnosis.probes.probed_model import adapters_of, adapters_off, logits_of, restore_model_state
 from solotune.diagnosis.probes.skipped import Skipped
 from solotune.diagnosis.run_facts import LiveModel, RunFacts, Saved
 
-LOST, MOST_LOST = 0.04, 0.34  # of what the adapter does to the distribution; a merge in 16 bits loses under 0.01
+LOST, MOST_LOST = 0.04, 0.34  # of the adapter's effect on the distribution; a merge in 16 bits loses under 0.01
 WORTH = 0.01  # nats a token
 _ROOT = "base_model.model."
 _KEY = re.compile(r"^(?:base_model\.)?(?:model\.)?(.*?)\.?lora_(?:embedding_)?([AB])(?:\.|$)")
@@ -32,11 +32,11 @@ def reloaded(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[
     saved = run_facts.saved
     adapters = adapters_of(live.model)
     if saved is None:
-        raise Skipped("nothing was saved")
+        raise Skipped("no adapter was saved")
     if not adapters:
         raise Skipped("the model has no adapter")
     batch = _small(live)
-    with restored(live), torch.no_grad():
+    with restore_model_state(live), torch.no_grad():
         live.model.eval()
         with adapters_off(live.model):
             off = logits_of(live.model, batch).float().log_softmax(-1)
@@ -65,32 +65,34 @@ def reloaded(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[
 def _file(found: dict[str, Any], strange: list[str], num_B: int, does: float) -> list[Signal]:
     if strange and found["fitted"] < 0.5 * found["of"]:
         says = f"{len(strange)} of the {found['tensors']} saved tensors match no adapter of this model ({strange[0]})"
-        return [Signal("F78", "invariant", says, 0.9, found, fix="load strictly, on the base that it was trained on")]
+        return [
+            Signal("F78", "invariant", says, 0.9, found, fix="load it strictly, on the base that it was trained on")
+        ]
     if not found["tensors"] or (num_B and found["B_zero"] == num_B):
         what = "no tensor" if not found["tensors"] else f"B is zero in all {num_B} adapters"
-        says = (
-            f"in the saved adapter there is {what}: it changes nothing" if not found["tensors"] else what + " on disk"
-        )
+        says = "the saved adapter has no tensors: it changes nothing" if not found["tensors"] else what + " on disk"
         return [Signal("F75", "invariant", says, 0.9, found, fix="save after training")]
     if found["fitted"] == found["of"] and does > 1e-6:
-        says = f"the saved adapter fits, and changes the model's distribution by {does:.3g} nats a token"
-        cleared = ("F75", "F78") if found["named_as_peft"] else ("F75",)  # here names are matched freely, there not
+        says = f"the saved adapter fits, and changes the output distribution by {does:.3g} nats a token"
+        cleared = (
+            ("F75", "F78") if found["named_as_peft"] else ("F75",)
+        )  # names are matched more freely here than by PEFT
         return [Signal(code, "measured", says, 0.8, found, against=True) for code in cleared]
     return []
 
 
 def _merged(found: dict[str, Any], does: float) -> list[Signal]:
     differs = found["merged_differs"]
-    says = f"the merged model differs from base and adapter by {differs:.3g} nats a token; the adapter makes {does:.3g}"
+    says = f"the merged model differs from base + adapter by {differs:.3g} nats a token; the adapter changes {does:.3g}"
     if differs > max(LOST * does, WORTH):
-        fix = "merge into the 16-bit base that the adapter was trained on, and do not quantise afterwards"
+        fix = "merge into the 16-bit base that the adapter was trained on, and do not quantize afterwards"
         kind, weight = ("invariant", 0.9) if differs > MOST_LOST * does else ("measured", 0.75)
         return [Signal("F76", kind, says, weight, found, fix=fix)]
     return [Signal("F76", "measured", says, 0.8, found, against=True)]
 
 
 def _put_in(model: nn.Module, saved: Saved) -> tuple[int, list[str]]:
-    """Fills the model's adapters with the saved tensors: how many fitted, and the names of those that did not."""
+    """Copy the saved tensors into the model's adapters; return how many fitted and the names of the others."""
     places = {}
     for adapter in adapters_of(model):
         for part in ("A", "B"):
@@ -108,7 +110,7 @@ def _put_in(model: nn.Module, saved: Saved) -> tuple[int, list[str]]:
 
 
 def _layer(name: str) -> str:
-    """A layer's name without the wrappers that frameworks put before it."""
+    """A layer's name without the prefixes of framework wrappers."""
     return re.sub(r"^(base_model\.)?(model\.)*", "", name)
 
 

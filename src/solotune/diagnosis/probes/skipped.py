@@ -1,7 +1,7 @@
-"""Why a probe was not run."""
+"""Why a probe did not run."""
 
 from __future__ import annotations
 
 
 class Skipped(Exception):
-    """It cannot be run on this training; the message says why, as a clause."""
+    """The probe cannot run on this model; the message is the reason."""

@@ -1,21 +1,25 @@
-"""The rules: one function a fault, whose docstring is what `solotune explain F65` prints.
+"""Rules: one function per fault, whose docstring `solotune explain F65` prints.
 
     @rule("F65", needs=("settings",))
-    def warmup_past_the_end(subject: Subject) -> Signal | list[Signal] | None: ...
+    def warmup_past_the_end(run_facts: RunFacts) -> Signal | list[Signal] | None: ...
 
     @rule("F08", needs=("rows",))
     def double_bos(facts: RowFacts) -> Finding | list[Finding] | None: ...
 
-A rule sees its fault and says so, or returns nothing: it never speaks for another fault, and never raises. `needs` are
-the parts of a `RunFacts` without which it cannot be asked, `probes` those that look where it cannot. A fault may have
-several rules; the first one's docstring explains it. Its headings are *Sees*, *Why*, *Not* (look-alikes, and what tells
-them apart), *Fix*, *Wrong when*, *Source*.
+What a rule does
+----------------
+A rule reports its fault or returns nothing. It never reports another fault, and never raises. `needs` are the parts of
+`RunFacts` that it cannot do without, `probes` the experiments that check what it cannot. A fault may have several
+rules; the docstring of the first one explains the fault, under the headings *Sees*, *Why*, *Not* (look-alikes, and how
+to tell them apart), *Fix*, *Wrong when* and *Source*. `explanation.HEADINGS` has the printed headings.
 
-A rule that needs `rows` is asked before any GPU is used: by `solotune data` and `train` through `data_checks`, and by a
+Rules on rows
+-------------
+A rule that needs `rows` runs before any GPU is used: `solotune data` and `train` run it through `data_checks`, a
 diagnosis through `findings_of`. It gets `RowFacts` and returns findings, which a diagnosis weighs as signals. It judges
-labels and tokens, never a config flag alone: pad = eos is a fault exactly if the end of turn is not among the labels.
-It trusts no code that made the rows, so that rules whose fault solotune cannot make (F17, F20, F23, F47) stand guard
-over it, and see it in rows that were made elsewhere.
+labels and tokens, never a config flag alone: pad = eos is a fault only if the end of turn is not among the labels. It
+does not trust the code that made the rows, so that rules on faults that solotune cannot make (F17, F20, F23, F47) check
+solotune too, and find the faults in rows of other tools.
 """
 
 from __future__ import annotations
@@ -40,28 +44,28 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule as it was registered."""
+    """One registered rule."""
 
     code: str  # F65
-    ask: Callable[[Any], Any]  # of a Subject; of RowFacts where it needs rows
-    needs: tuple[str, ...]  # parts of a Subject
+    ask: Callable[[Any], Any]  # takes RunFacts, or RowFacts if it needs rows
+    needs: tuple[str, ...]  # parts of RunFacts
     probes: tuple[str, ...]  # P1 ... P13
-    otherwise: bool  # asked only where the rules of its fault before it say nothing
-    unless: Callable[[RunFacts], bool] | None  # not asked where this holds
+    otherwise: bool  # runs only if earlier rules of its fault report nothing
+    unless: Callable[[RunFacts], bool] | None  # does not run if this is true
 
     @property
     def suspect(self) -> str:
-        """S13."""
+        """The suspect's number: S13."""
         return FAULTS[self.code].suspect
 
     @property
     def doc(self) -> str:
-        """What `solotune explain` prints."""
+        """The docstring that `solotune explain` prints."""
         return self.ask.__doc__ or ""
 
     @property
     def loads(self) -> bool:
-        """Whether it looks at the model and the batches themselves."""
+        """Whether it needs the loaded model and batches."""
         return "live" in self.needs
 
     @property
@@ -70,9 +74,9 @@ class Rule:
         return "rows" in self.needs
 
     def lacks(self, run_facts: RunFacts) -> str | None:
-        """Why it cannot be asked of this subject; None where it can."""
+        """Why the rule cannot run on these facts; None if it can."""
         for part in self.needs:
-            if part == "rows":  # a subject without rows has no findings, and other rules know other parts of it
+            if part == "rows":  # without rows there are no findings, and other rules use other parts
                 continue
             value = getattr(run_facts, part)
             if value is None or (not isinstance(value, (int, float)) and hasattr(value, "__len__") and not len(value)):
@@ -80,7 +84,7 @@ class Rule:
         return None
 
     def signals(self, run_facts: RunFacts) -> list[Signal]:
-        """What it says of a subject."""
+        """Run the rule on the facts of a run."""
         if self.unless is not None and self.unless(run_facts):
             return []
         if self.reads_rows:
@@ -92,14 +96,14 @@ class Rule:
 _ABSENT = {
     "trace": "no step is recorded",
     "saved": "nothing was saved",
-    "batches": "no batch could be made",
+    "batches": "no batch could be built",
     "tokenizer": "there is no tokenizer",
-    "train": "no rows are known",
+    "train": "the training rows are unknown",
     "live": "there is no model to run",
-    "environment": "nothing is known of the machine",
-    "model_config": "the base's config.json is not here",
+    "environment": "the machine is unknown",
+    "model_config": "the config.json of the base model is missing",
 }
-"""Why a part is not there, where nobody said it."""
+"""Why a part of `RunFacts` is missing, unless `RunFacts.missing` says why."""
 
 _RULES: list[Rule] = []
 
@@ -112,7 +116,7 @@ def rule(
     otherwise: bool = False,
     unless: Callable[[RunFacts], bool] | None = None,
 ) -> Callable[[Function], Function]:
-    """Registers a function as a rule on the fault `code`; see `Rule` for the arguments."""
+    """Register a function as a rule on the fault `code`; see `Rule` for the arguments."""
 
     def registered(function: Function) -> Function:
         _RULES.append(Rule(code, function, tuple(needs), tuple(probes), otherwise, unless))
@@ -123,7 +127,7 @@ def rule(
 
 @cache
 def rules() -> dict[str, tuple[Rule, ...]]:
-    """All rules by the code of their fault, in the catalogue's order."""
+    """All rules by the code of their fault, in the order of the catalogue."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     codes = sorted({known.code for known in _RULES})
@@ -131,10 +135,10 @@ def rules() -> dict[str, tuple[Rule, ...]]:
 
 
 def ask_all(run_facts: RunFacts, loads: bool = False) -> tuple[list[Signal], dict[str, str]]:
-    """What all rules say, and (code -> why) those that could not be asked, which the diagnosis leaves open.
+    """Run all rules: their signals, and code -> why for those that could not run, which the diagnosis leaves open.
 
     Args:
-        loads: also ask the rules that need `live`, which loads the model; `run_facts.live` should keep what it loaded.
+        loads: also run the rules that need `live`, which loads the model; `run_facts.live` should cache the model.
     """
     signals: list[Signal] = []
     unasked: dict[str, str] = {}
@@ -144,15 +148,15 @@ def ask_all(run_facts: RunFacts, loads: bool = False) -> tuple[list[Signal], dic
         }
         if all(lacking.values()):
             unasked[code] = lacking[known[0]] or ""
-        said: list[Signal] = []
+        found: list[Signal] = []
         for one in known:
-            if lacking[one] is not None or (one.otherwise and said):
+            if lacking[one] is not None or (one.otherwise and found):
                 continue
             try:
-                said += one.signals(run_facts)
-            except Exception as error:  # over what a foreign file may hold; the other rules' answers stand
+                found += one.signals(run_facts)
+            except Exception as error:  # foreign files may contain anything; the other rules still count
                 unasked[code] = f"its rule failed: {type(error).__name__}: {error}"[:200]
-        signals += said
+        signals += found
     return signals, unasked
 
 
@@ -160,7 +164,7 @@ def ask_all(run_facts: RunFacts, loads: bool = False) -> tuple[list[Signal], dic
 
 
 def judge(facts: RowFacts) -> list[Finding]:
-    """What the rules on rows say; worst first, empty where nothing is wrong."""
+    """Run the rules on rows: findings, worst first; empty if nothing is wrong."""
     found: list[Finding] = []
     for one in (known for group in rules().values() for known in group if known.reads_rows):
         answer: Finding | list[Finding] | None = one.ask(facts)
@@ -173,12 +177,12 @@ def judge(facts: RowFacts) -> list[Finding]:
     return sorted(found, key=lambda finding: (SEVERITIES.index(finding.severity), finding.code))
 
 
-_last: list[tuple[RunFacts, Sequence[Finding]]] = []  # of the subject that was asked about last
+_last: list[tuple[RunFacts, Sequence[Finding]]] = []  # of the last RunFacts
 
 
 def findings_of(run_facts: RunFacts) -> Sequence[Finding]:
-    """What is wrong with the rows, tokenizer and template: what came with the subject, else what its own rows show."""
-    if run_facts.findings:
+    """Problems of the rows, tokenizer and template: those of `data_checks` where it ran, else of the run's own rows."""
+    if run_facts.findings is not None:
         return run_facts.findings
     if not _last or _last[0][0] is not run_facts:
         facts = facts_of(run_facts)

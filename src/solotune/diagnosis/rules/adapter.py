@@ -23,43 +23,47 @@ from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
 WEAK, STRONG = 0.25, 32.0
-"""alpha / r beyond which nobody sets it on purpose; 2 to 4 are usual, and 32 still trained well at a fitting rate."""
+"""Limits of alpha / r; 1 to 4 is usual, and 32 still trained well with a suitable learning rate."""
 _HEADS = ("lm_head", "embed_out", "output", "output_layer")
 
 
 @rule("F56", needs=("settings",))
 def targets_missed(run_facts: RunFacts) -> Signal | None:
-    """F56: names in the adapter's targets match few modules of this model, or none.
+    """F56: some names in lora_target_modules match few modules of this model, or none.
 
-    Sees: the names that were asked for, against the modules in the adapter file and those that config.json builds:
-    names without a module, and names that only a few of the layers have an adapter for.
-    Why: PEFT raises where nothing matches and is silent where one name of several does, so fewer parameters train.
-    Not: F62, where what was asked for is what matched; models whose layers are of several kinds (a name may be in some
-    layers only: the modules of the model itself are counted).
+    Sees: names without a module, and names that have an adapter in only some of the layers. The names of the config are
+    compared with the modules in the adapter file and with the modules that config.json builds.
+    Why: PEFT raises an error if no name matches. If some names match, it ignores the others silently, so fewer
+    parameters are trained.
+    Not: F62, where every name matched; models with several kinds of layers, where a name may exist in some layers only
+    (the modules of the model itself are counted).
     Fix: `lora_target_modules: all-linear`.
-    Wrong when: one list is kept for several architectures on purpose.
-    Source: d1#6 ("silently ignores the rest"); [q, v, c_attn, fc9] was accepted without a word (peft 0.21).
+    Wrong when: one list of names is used for several architectures on purpose.
+    Source: dllm-reasoning/d1#6 ("silently ignores the rest"); peft 0.21 accepted [q, v, c_attn, fc9] without a message
+    (measured).
     """
-    asked = targets(run_facts)
-    if not isinstance(asked, list):
+    names = targets(run_facts)
+    if not isinstance(names, list):
         return None
     modules = linears(run_facts)
     found, known = list(lora_layers(run_facts)), list(modules or ())
     if not found and not known:
         return None
-    missed = [name for name in asked if not _with_name(found or known, name)]
-    numbers = {"asked": asked, "missed": missed, "modules": len(found)}
+    missed = [name for name in names if not _with_name(found or known, name)]
+    numbers = {"asked": names, "missed": missed, "modules": len(found)}
     fix = "lora_target_modules: all-linear"
-    if missed and (found or len(missed) < len(asked) or not is_ours(run_facts)):
-        says = f"{', '.join(missed)} of lora_target_modules match{'es' if len(missed) == 1 else ''} no adapted module"
+    if missed and (found or len(missed) < len(names) or not is_ours(run_facts)):
+        says = f"{', '.join(missed)} in lora_target_modules match{'es' if len(missed) == 1 else ''} no adapted module"
         return Signal("F56", "invariant", says, 0.9, numbers, fix=fix)
-    few = {name: (_with_name(found, name), _with_name(known, name)) for name in asked} if found and known else {}
+    few = {name: (_with_name(found, name), _with_name(known, name)) for name in names} if found and known else {}
     few = {name: counts for name, counts in few.items() if counts[0] < counts[1]}
     chosen = run_facts.saved.adapter_config if run_facts.saved else {}
     if not few or chosen.get("layers_to_transform") is not None or chosen.get("exclude_modules"):
         return None
     name, (has, could) = next(iter(few.items()))
-    return Signal("F56", "measured", f"{has} of {could} modules named {name} have an adapter", 0.75, numbers, fix=fix)
+    return Signal(
+        "F56", "measured", f"only {has} of {could} modules named {name} have an adapter", 0.75, numbers, fix=fix
+    )
 
 
 def _with_name(modules: Iterable[str], name: str) -> int:
@@ -68,31 +72,35 @@ def _with_name(modules: Iterable[str], name: str) -> int:
 
 @rule("F57", probes=("P5",))
 def no_gradient(run_facts: RunFacts) -> list[Signal]:
-    """F57: adapters get no gradient, because checkpointing cuts them off.
+    """F57: the adapters get no gradient, because gradient checkpointing cuts them off.
 
-    Sees: gradients of the adapters at step 1 that are None (probe P5); `lora_B` exactly zero in the saved adapter
-    though the run took steps at a rate above zero, with reentrant checkpointing; the error or warning that says so.
-    Why: reentrant checkpointing makes no graph where a layer's input needs no gradient. Nothing trains; or something
-    else does (lm_head, embeddings), the loss falls, and the adapters are dead in silence.
-    Not: `lora_A` without gradient at step 0, which is so in every healthy run, since B is zero; F58, where
-    `requires_grad` is False; F60, where A is zero too; F75, where nothing was trained at all.
-    Fix: `use_reentrant: false`, or `model.enable_input_require_grads()`.
-    Wrong when: the rate was zero.
+    Sees: gradients of the adapters that are None at step 1 (probe P5); `lora_B` exactly zero in the saved adapter after
+    steps at a learning rate above zero, with reentrant checkpointing; the error or warning that says so.
+    Why: reentrant checkpointing builds no graph if a layer's input needs no gradient. Then nothing is trained. Or
+    something else is trained (lm_head, embeddings): the loss falls, and nothing shows that the adapters are not
+    trained.
+    Not: `lora_A` without gradient at step 0, which is normal, since B is zero; F58, where `requires_grad` is False;
+    F60, where A is zero too; F75, where nothing was trained at all.
+    Fix: in transformers, `gradient_checkpointing_kwargs: {use_reentrant: false}` or
+    `model.enable_input_require_grads()`.
+    Wrong when: the learning rate was zero.
     Source: open-unlearning#178, transformers#42489, peft#1142.
     """
     reentrant = run_facts.settings.get("use_reentrant") is True and bool(
         run_facts.settings.get("gradient_checkpointing")
     )
-    fix = "gradient_checkpointing_kwargs: {use_reentrant: false}, or model.enable_input_require_grads()"
+    fix = "gradient_checkpointing_kwargs: {use_reentrant: false}, or model.enable_input_require_grads() (transformers)"
     signals = []
     if line := has_error(run_facts, r"none of the inputs have requires_grad"):
         signals.append(Signal("F57", "measured", f"the log says: {line}", 0.85, {}, fix=fix))
     if line := has_error(run_facts, r"does not require grad and does not have a grad_fn"):
-        signals.append(Signal("F57", "measured", f"the run ended with: {line}", 0.7 if reentrant else 0.5, {}, fix=fix))
+        signals.append(
+            Signal("F57", "measured", f"the run ended with this error: {line}", 0.7 if reentrant else 0.5, {}, fix=fix)
+        )
     zero, whole = zero_products(run_facts)
     if whole and took_steps(run_facts) and ((zero == whole and reentrant) or 0 < zero < whole):
         says = f"{zero} of {whole} lora_B are exactly zero after training" + (
-            ", under reentrant checkpointing" * reentrant
+            ", with reentrant checkpointing" * reentrant
         )
         signals.append(
             Signal("F57", "invariant", says, 0.8 if reentrant else 0.5, {"zero": zero, "of": whole}, fix=fix)
@@ -101,20 +109,20 @@ def no_gradient(run_facts: RunFacts) -> list[Signal]:
 
 
 def zero_products(run_facts: RunFacts) -> tuple[int, int]:
-    """How many saved `lora_B` are exactly zero, and of how many."""
+    """Count the saved `lora_B` that are exactly zero, and all saved `lora_B`."""
     second = [parts["B"] for parts in lora_layers(run_facts).values() if "B" in parts]
     return sum(map(is_zero, second)), len(second)
 
 
 def stayed_zero(run_facts: RunFacts) -> bool:
-    """Whether steps were taken, and a checkpoint that was written behind them has every `lora_B` at zero still."""
+    """Whether steps were taken, and a checkpoint written after them still has every `lora_B` at zero."""
     held = run_facts.saved.in_checkpoint if run_facts.saved else None
     second = [tensor for name, tensor in (held or {}).items() if "lora_B" in name]
     return bool(second) and all(map(is_zero, second)) and took_steps(run_facts)
 
 
 def took_steps(run_facts: RunFacts) -> bool:
-    """Whether at least one step was recorded with a rate above zero (or one that is not known)."""
+    """Whether at least one step was recorded with a learning rate above zero, or with an unknown rate."""
     trace = run_facts.trace
     return trace is not None and len(trace.step_S) > 0 and not bool((trace.learning_rate_S == 0).all())
 
@@ -123,25 +131,25 @@ def took_steps(run_facts: RunFacts) -> bool:
 def adapters_frozen(run_facts: RunFacts) -> list[Signal]:
     """F58: the adapters are frozen.
 
-    Sees: no trainable parameter in them (probe P5), or the setting that freezes them: `is_trainable: false` where an
-    adapter is loaded to go on with; a gradient norm of exactly zero in the whole trace; `lora_B` exactly zero in a
-    checkpoint that was written after steps.
-    Why: nothing changes, or only what else is trained does. The loss is flat, bit by bit on the same rows.
-    Not: F64, where the loss moves a little; F57, whose parameters would train but get no gradient; `inference_mode:
+    Sees: no trainable parameter in the adapters (probe P5), or the setting that freezes them: `is_trainable: false`
+    where an adapter is loaded to continue its training; a gradient norm of exactly zero in all logged steps; `lora_B`
+    exactly zero in a checkpoint that was written after steps.
+    Why: nothing changes, or only other trainable parts do. The loss is flat, bit by bit the same on the same rows.
+    Not: F64, where the loss moves a little; F57, whose parameters are trainable but get no gradient; `inference_mode:
     true` in a saved adapter_config.json, which PEFT always writes there.
-    Fix: `PeftModel.from_pretrained(..., is_trainable=True)`.
-    Wrong when: the run is an evaluation.
-    Source: transformers#26334; with B alone frozen the loss stayed at exactly 7.331 (measured).
+    Fix: in PEFT, `PeftModel.from_pretrained(..., is_trainable=True)`.
+    Wrong when: the run is only an evaluation.
+    Source: transformers#26334; with only B frozen the loss stayed at exactly 7.331 (measured).
     """
-    fix, signals = "PeftModel.from_pretrained(..., is_trainable=True)", []
+    fix, signals = "PeftModel.from_pretrained(..., is_trainable=True) (PEFT)", []
     get = run_facts.settings.get
     if get("is_trainable") is False or get("inference_mode") is True or get("trainable_parameters") == 0:
         key = next(k for k in ("is_trainable", "inference_mode", "trainable_parameters") if get(k) is not None)
-        signals.append(Signal("F58", "invariant", f"{key}: {get(key)}, so no adapter is trained", 0.9, {}, fix=fix))
+        signals.append(Signal("F58", "invariant", f"{key} is {get(key)}, so no adapter is trained", 0.9, {}, fix=fix))
     if line := has_error(run_facts, r"does not require grad and does not have a grad_fn"):
-        signals.append(Signal("F58", "measured", f"the run ended with: {line}", 0.5, {}, fix=fix))
+        signals.append(Signal("F58", "measured", f"the run ended with this error: {line}", 0.5, {}, fix=fix))
     if stayed_zero(run_facts) and not is_all_zero(run_facts):
-        says = "every lora_B is exactly zero in a checkpoint that was written after steps at a rate above zero"
+        says = "every lora_B is exactly zero in a checkpoint written after steps with a learning rate above zero"
         signals.append(Signal("F58", "invariant", says, 0.85, {}, fix=fix))
     trace = run_facts.trace
     norms = trace.grad_norm_S[np.isfinite(trace.grad_norm_S)] if trace is not None else np.zeros(0)
@@ -153,21 +161,22 @@ def adapters_frozen(run_facts: RunFacts) -> list[Signal]:
 
 @rule("F59", needs=("settings",), probes=("P4",))
 def adapter_not_neutral(run_facts: RunFacts) -> Signal | None:
-    """F59: the untrained adapter changes the model already.
+    """F59: the untrained adapter already changes the model.
 
-    Sees: `init_lora_weights: false`, with which A and B are both random; the logits with the adapter on and off before
-    the first step, which are equal otherwise (probe P4).
-    Why: the base is damaged: the first loss is off, gradients spike, and the end is a little worse.
-    Not: PiSSA, OLoRA, LoftQ, EVA and CorDA, whose adapter takes a part of the base over by design; F76 and F78, which
-    show when a finished adapter is loaded.
-    Fix: `init_lora_weights: true`.
-    Wrong when: the adapter continues an earlier training on the same base.
-    Source: peft's option; on against off differed by 13 in the logits (measured).
+    Sees: `init_lora_weights: false`, which makes both A and B random; different logits with the adapter on and off
+    before the first step (probe P4). They should be equal.
+    Why: the adapter damages the base: the first loss is too high, gradients spike, and the final loss is a little
+    worse.
+    Not: PiSSA, OLoRA, LoftQ, EVA and CorDA, whose adapter holds a part of the base by design; F76 and F78, which show
+    when a finished adapter is loaded.
+    Fix: in PEFT, `init_lora_weights: true`.
+    Wrong when: the adapter continues an earlier run on the same base.
+    Source: PEFT's option of this name; the logits with adapter on and off differed by 13 (measured).
     """
     if initialisation(run_facts) is not False or is_ours(run_facts):
         return None
-    says = "init_lora_weights is false, so both A and B begin at random"
-    return Signal("F59", "invariant", says, 0.9, {}, fix="init_lora_weights: true")
+    says = "init_lora_weights is false, so both A and B start with random values"
+    return Signal("F59", "invariant", says, 0.9, {}, fix="init_lora_weights: true (PEFT)")
 
 
 def is_all_zero(run_facts: RunFacts) -> bool:
@@ -178,50 +187,50 @@ def is_all_zero(run_facts: RunFacts) -> bool:
 
 @rule("F60", probes=("P5",))
 def adapter_all_zero(run_facts: RunFacts) -> Signal | None:
-    """F60: both matrices of the adapters are zero, and stay so.
+    """F60: both matrices of the adapters are zero, and stay zero.
 
-    Sees: A and B exactly zero in the saved adapter; at step 1 no gradient in either (probe P5).
-    Why: each one's gradient is the other times something, so both stay zero for ever: the loss is constant.
-    Not: B alone zero (every adapter before its first step; F75 where it was saved so, F57 and F58 where it stayed so).
-    Fix: `init_lora_weights: true`.
+    Sees: A and B exactly zero in the saved adapter; no gradient in either at step 1 (probe P5).
+    Why: the gradient of each matrix is a product with the other one, so both stay zero: the loss is constant.
+    Not: only B zero, as in every adapter before its first step (F75 if it was saved so, F57 and F58 if it stayed so).
+    Fix: in PEFT, `init_lora_weights: true`.
     Wrong when: never.
-    Source: measured (both shares of zero gradients 1.0 at step 1).
+    Source: measured (at step 1 all gradients of A and of B were zero).
     """
     if not is_all_zero(run_facts) or (run_facts.saved and run_facts.saved.in_checkpoint and not stayed_zero(run_facts)):
         return None
     count = len(lora_layers(run_facts))
     says = f"A and B of all {count} adapted modules are exactly zero"
-    return Signal("F60", "invariant", says, 0.95, {"modules": count}, fix="init_lora_weights: true")
+    return Signal("F60", "invariant", says, 0.95, {"modules": count}, fix="init_lora_weights: true (PEFT)")
 
 
 @rule("F61", needs=("settings",), probes=("P7",))
 def scale_wrong(run_facts: RunFacts) -> list[Signal]:
-    """F61: the adapter's scale alpha / r is far from what the learning rate is meant for.
+    """F61: the adapter's scale alpha / r does not suit the learning rate.
 
-    Sees: alpha / r (alpha / sqrt(r) with rsLoRA) below 1/4 or above 32; another scale at serving than in training.
-    Why: an update counts with rate x scale^2 or so. Too weak looks like a low rate, too strong like a high one; a scale
-    that changes at serving makes the tuned model another one.
-    Not: alpha / r of 2 to 4, which is usual; F64 and F67, whose signature is the same: both are named, and the range
-    test confirms the product. Where alpha / r is ordinary, it is the rate.
-    Fix: `lora_alpha` between r and 2 r.
-    Wrong when: the rate was chosen to fit the scale.
-    Source: mlx-vlm#841, TensorRT-LLM#1668; 1/8 instead of 2 cost 0.7 nats, 256 ended in a jump (measured).
+    Sees: alpha / r (alpha / sqrt(r) with rsLoRA) below 1/4 or above 32; a different scale in serving than in training.
+    Why: the effect of an update is about learning rate x scale^2. A small scale looks like a low learning rate, a large
+    one like a high learning rate. A different scale in serving changes the tuned model.
+    Not: alpha / r of 1 to 4, which is usual; F64 and F67, which have the same evidence: both are reported, and the
+    range test confirms the product. If alpha / r is ordinary, the learning rate is the cause.
+    Fix: `lora_alpha` between lora_r and 2 x lora_r.
+    Wrong when: the learning rate was chosen to fit the scale.
+    Source: mlx-vlm#841, TensorRT-LLM#1668; 1/8 instead of 2 cost 0.7 nats, 256 ended in a jump of the loss (measured).
     """
     found, rank = scale(run_facts), setting(run_facts, "lora_r")
-    fix = f"lora_alpha: {2 * rank:g}" if rank else "lora_alpha: 2 r"
+    fix = f"lora_alpha: {2 * rank:g}" if rank else "lora_alpha: 2 x lora_r"
     signals = []
     if found is not None and not WEAK <= found <= STRONG:
         away = np.log2(WEAK / found) if found < WEAK else np.log2(found / STRONG)
-        says = f"the adapter is multiplied by {found:.3g}; 1 to 2 is usual"
+        says = f"the adapter's scale alpha / r is {found:.3g}; 1 to 4 is usual"
         weight = float(min(0.85, 0.6 + 0.05 * away))
         signals.append(Signal("F61", "measured", says, weight, {"scale": found},
                               fix=fix))  # fmt: skip
     alpha, serving_rank = setting(run_facts, "serving_alpha"), setting(run_facts, "serving_r") or rank
     served = setting(run_facts, "serving_scale") or (alpha / serving_rank if alpha and serving_rank else None)
     if found and served and abs(served / found - 1) > 0.01:
-        says = f"the adapter was trained with a scale of {found:.3g} and is served with {served:.3g}"
+        says = f"the adapter was trained with scale {found:.3g} and is served with {served:.3g}"
         signals.append(Signal("F61", "invariant", says, 0.9, {"trained": found, "served": served},
-                              fix=f"serve it with alpha / r = {found:.3g}"))  # fmt: skip
+                              fix=f"serve the adapter with alpha / r = {found:.3g}"))  # fmt: skip
     return signals
 
 
@@ -229,34 +238,35 @@ def scale_wrong(run_facts: RunFacts) -> list[Signal]:
 def too_little_capacity(run_facts: RunFacts) -> Signal | None:
     """F62: the adapter is too small for the task.
 
-    Sees: a rank of 1 or 2 on one or two kinds of modules. That is a hint; what decides is that no rate learns one batch
-    by heart, while a large adapter on all linears does (probe P7).
+    Sees: a rank of 1 or 2 on one or two kinds of modules. This is only a hint. Probe P7 decides: no learning rate
+    overfits one batch, but a large adapter on all linear layers does.
     Why: the loss flattens above what the model could reach.
-    Not: F64, where a higher rate learns the batch; F56, where more was asked for than matched; rank 1 on all linears,
-    which is enough for much.
+    Not: F64, where a higher learning rate overfits the batch; F56, where some names match nothing; rank 1 on all linear
+    layers, which is enough for many tasks.
     Fix: `lora_target_modules: all-linear`, `lora_r: 16`.
     Wrong when: the task is small (a format, a style).
-    Source: LoRA Without Regret (attention alone is worse at equal parameters); q_proj with r = 1: 2.98 instead of 1.72.
+    Source: LoRA Without Regret (adapters on attention only are worse with the same number of parameters); only q_proj
+    with r = 1: 2.98 instead of 1.72 (measured).
     """
     rank, asked = setting(run_facts, "lora_r"), targets(run_facts)
     if not rank or rank > 2 or not isinstance(asked, list) or len(asked) > 2:
         return None
-    says = f"r = {rank:g} on {', '.join(asked)} alone"
+    says = f"the adapter has only rank {rank:g} and is only on {', '.join(asked)}"
     numbers = {"r": rank, "targets": asked}
     return Signal("F62", "measured", says, 0.5, numbers, fix="lora_target_modules: all-linear, lora_r: 16")
 
 
 @rule("F63", needs=("settings",))
 def head_adapter_ignored(run_facts: RunFacts) -> Signal | None:
-    """F63: the adapter on the output head is passed over by a fused loss.
+    """F63: a fused loss ignores the adapter on the output head.
 
-    Sees: the head among the targets, and either its saved `lora_B` exactly zero while others are not, or a fused loss
-    (Liger, TRL's chunked one, cut cross-entropy), which multiplies with the head's own weight.
-    Why: the adapter there is saved and never trained.
+    Sees: the head in lora_target_modules, and one of: its saved `lora_B` is exactly zero while others are not; a fused
+    loss (Liger, TRL's chunked one, cut cross-entropy), which uses the head's own weight.
+    Why: the adapter on the head is saved but never trained.
     Not: F56, where the name matches nothing; `all-linear`, which leaves the head out.
-    Fix: take the head out of the targets, or train it whole: `modules_to_save: [lm_head]`.
+    Fix: remove the head from `lora_target_modules`, or train the whole head (in PEFT: `modules_to_save: [lm_head]`).
     Wrong when: the fused loss applies adapters (then its lora_B is not zero).
-    Source: trl 1.16 raises there.
+    Source: trl 1.16 raises an error for it.
     """
     asked = targets(run_facts)
     names = asked if isinstance(asked, list) else []
@@ -268,15 +278,15 @@ def head_adapter_ignored(run_facts: RunFacts) -> Signal | None:
     zero = {
         path.rpartition(".")[2]: is_zero(parts["B"]) for path, parts in lora_layers(run_facts).items() if "B" in parts
     }
-    fix = f"take {heads[0]} out of lora_target_modules; to train it, modules_to_save: [{heads[0]}]"
+    fix = f"remove {heads[0]} from lora_target_modules; to train it with PEFT, modules_to_save: [{heads[0]}]"
     dead = [name for name, is_dead in zero.items() if name in _HEADS and is_dead]
     if dead and not all(zero.values()):
-        says = f"lora_B of {dead[0]} is exactly zero, and those of other modules are not"
+        says = f"lora_B of {dead[0]} is exactly zero, but not those of other modules"
         return Signal("F63", "invariant", says, 0.95, {"modules": dead}, fix=fix)
     fused = [
         k for k in ("use_liger_kernel", "use_liger", "fused_loss", "cut_cross_entropy") if run_facts.settings.get(k)
     ]
     if fused or run_facts.settings.get("tool") in ("trl", "unsloth"):
-        says = f"{heads[0]} has an adapter, and the loss is fused with the head ({fused[0] if fused else 'by default'})"
+        says = f"{heads[0]} has an adapter, but the fused loss ignores it ({fused[0] if fused else 'fused by default'})"
         return Signal("F63", "measured", says, 0.8, {"fused": fused}, fix=fix)
-    return None if zero else Signal("F63", "measured", f"{heads[0]} is among the targets", 0.4, {}, fix=fix)
+    return None if zero else Signal("F63", "measured", f"{heads[0]} is in lora_target_modules", 0.4, {}, fix=fix)

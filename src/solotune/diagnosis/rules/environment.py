@@ -12,13 +12,13 @@ from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
 _OWN_RULES = {"load_in_4bit", "load_in_8bit", "quantization_config", "base_precision"}
-"""Settings that are lost in a way of their own: F51."""
+"""Settings with their own rule: F51."""
 _SAME_WORD = {
     "max_seq_length", "max_seq_len", "sequence_len", "cutoff_len", "lr", "epochs", "num_epochs", "batch_size",
     "micro_batch_size", "train_batch_size", "grad_accum", "gradient_clipping", "lora_rank", "rank", "r", "alpha",
     "lora_target", "target_modules", "lr_scheduler", "optimizer", "evaluation_strategy", "activation_checkpointing",
 }  # fmt: skip
-"""Other names of ours that mean the same with the same values; `train_on_inputs`, say, is the opposite."""
+"""Names in other tools for settings with the same values; `train_on_inputs`, for example, is the opposite of one."""
 _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "learning_rate": (2e-5, 5e-5), "max_length": (1024, 512), "num_train_epochs": (3.0,), "logging_steps": (10, 500),
     "per_device_train_batch_size": (8,), "gradient_checkpointing": (True, False), "bf16": (True, False),
@@ -28,19 +28,19 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "gradient_accumulation_steps": (1,), "packing": (False,), "optim": ("adamw_torch", "adamw_torch_fused"),
     "seed": (42,), "dtype": ("float32",), "torch_dtype": ("float32",),
 }  # fmt: skip
-"""What trl, transformers and peft take where nothing is said."""
+"""Defaults of trl, transformers and peft."""
 
 
 @rule("F01")
 def binary_mismatch(run_facts: RunFacts) -> Signal | None:
-    """F01: bitsandbytes has no binary that fits this torch's CUDA.
+    """F01: bitsandbytes has no binary for the CUDA version of this torch.
 
-    Sees: the errors that say so; BNB_CUDA_VERSION set to another CUDA than torch was built for. Our own runs try one
-    4-bit matrix before they begin (`solotune doctor`).
-    Why: a crash at load, or, in old versions, the CPU in silence.
-    Not: F50, which loads, computes and is slow.
-    Fix: a pair that belongs together, the variable unset.
-    Wrong when: the override names a binary that was built for it by hand.
+    Sees: the errors that say so; BNB_CUDA_VERSION set to another CUDA version than torch was built for. `solotune
+    doctor`, and every run of solotune before it starts, computes one 4-bit matrix as a test.
+    Why: loading crashes, or, in old versions, the CPU is used silently.
+    Not: F50, where loading and computing work, but slowly.
+    Fix: install a bitsandbytes version that fits this torch, and unset BNB_CUDA_VERSION.
+    Wrong when: BNB_CUDA_VERSION names a binary that was compiled by hand.
     Source: bitsandbytes#1559, #1614.
     """
     fix = "pip install --upgrade bitsandbytes, and unset BNB_CUDA_VERSION"
@@ -54,44 +54,45 @@ def binary_mismatch(run_facts: RunFacts) -> Signal | None:
     environment = run_facts.environment
     failed = environment.get("bitsandbytes_error")
     if failed:
-        return Signal("F01", "invariant", f"4-bit layers do not work here: {failed}", 0.95, {}, fix=fix)
+        return Signal("F01", "invariant", f"4-bit layers do not work on this machine: {failed}", 0.95, {}, fix=fix)
     override = str(environment.get("BNB_CUDA_VERSION") or "")
     runtime = re.sub(r"\D", "", str(environment.get("cuda_runtime") or ""))
     if not override or not runtime or re.sub(r"\D", "", override)[:3] == runtime[:3]:
         return None
-    says = f"BNB_CUDA_VERSION is {override}, and torch is built for CUDA {environment['cuda_runtime']}"
+    says = f"BNB_CUDA_VERSION is {override}, but torch is built for CUDA {environment['cuda_runtime']}"
     return Signal("F01", "measured", says, 0.75 if in_4bit(run_facts) else 0.55, {"override": override}, fix=fix)
 
 
 @rule("F02")
 def renamed_argument(run_facts: RunFacts) -> Signal | None:
-    """F02: a setting was passed under a name that this version does not read, and its default held.
+    """F02: a setting has a name that this version does not read, so the default was used instead.
 
-    Sees: a setting that was written under another name than the installed version's, and what held instead; the
-    TypeError that names an unexpected argument.
-    Why: a wrapper that filters unknown keys drops it in silence: `max_seq_length: 256`, and 1024 is used.
-    Not: F03, where nothing was written; F25, whose length is the one that was meant; F51, for quantisation.
-    Fix: the name of the installed version.
+    Sees: a setting written under another name than the installed version's, and a different value in use; the TypeError
+    for an unexpected argument.
+    Why: a wrapper that filters unknown keys drops the setting silently: the config says `max_seq_length: 256`, and 1024
+    is used.
+    Not: F03, where nothing was written; F25, whose max_length is the intended one; F51, for quantization.
+    Fix: use the name of the installed version.
     Wrong when: the value was changed later on purpose.
     Source: trl#6168, dspy#8762 (`max_seq_length` is `max_length` now, `tokenizer` is `processing_class`).
     """
     if line := has_error(run_facts, r"unexpected keyword argument", r"got an unexpected argument"):
-        fix = "pass it under the name of the installed version"
-        return Signal("F02", "invariant", f"the run ended with: {line}", 0.9, {}, fix=fix)
+        fix = "use the argument's name in the installed version"
+        return Signal("F02", "invariant", f"the run ended with this error: {line}", 0.9, {}, fix=fix)
     for key, wrote in run_facts.settings.asked.items():
         ours = FOREIGN_KEYS.get(key, key) if key in _SAME_WORD or key not in FOREIGN_KEYS else None
         if ours is None or ours in _OWN_RULES or key in _OWN_RULES or not differs(run_facts, ours, wrote):
             continue
         if key == ours and is_default(ours, run_facts.settings.get(ours)):
-            continue  # F03: the name is right, so it never reached the trainer
-        says = f"{key}: {wrote} was written, and {ours}: {run_facts.settings.get(ours)} held"
+            continue  # F03: the name is right, so the value never reached the trainer
+        says = f"{key}: {wrote} is in the config, but the run used {ours}: {run_facts.settings.get(ours)}"
         numbers = {"key": key, "wrote": wrote, "held": run_facts.settings.get(ours)}
         return Signal("F02", "invariant", says, 0.9 if key != ours else 0.7, numbers, fix=f"{ours}: {wrote}")
     return None
 
 
 def differs(run_facts: RunFacts, key: str, wrote: Any) -> bool:
-    """Whether another value held than was written; no where either is unknown or not comparable."""
+    """Whether the value in use differs from the written one; False if either is unknown or they cannot be compared."""
     if key not in run_facts.settings.values or run_facts.settings.get(key) is None or wrote is None:
         return False
     held = run_facts.settings.get(key)
@@ -108,23 +109,24 @@ def differs(run_facts: RunFacts, key: str, wrote: Any) -> bool:
 
 
 def is_default(key: str, value: Any) -> bool:
-    """Whether a library takes this value where nothing is said."""
+    """Whether a library uses this value if nothing is set."""
     return any(number(value) == number(one) if number(one) is not None else value == one
                for one in _DEFAULTS.get(key, ()))  # fmt: skip
 
 
 @rule("F03")
 def changed_default(run_facts: RunFacts) -> list[Signal]:
-    """F03: a value that was left out is another one in this version than the recipe assumes.
+    """F03: a setting was left out, and this version's default is not the one that the recipe assumes.
 
-    Sees: what was intended against what held, where what held is a library's default; where the intention is not known,
-    values that nobody wrote, that are defaults, and that are bad for adapters: a rate of 2e-5, a base in float32.
-    Why: trl differs from transformers in rate, checkpointing, dtype and logging, and versions differ from one another:
-    more memory and slower learning than the tutorial promises.
+    Sees: a value in use that is a library's default and differs from the intended one. If the intention is unknown:
+    defaults that were not set by the user and are bad for adapters, such as a learning rate of 2e-5 or a base in
+    float32.
+    Why: defaults of trl and transformers differ (learning rate, checkpointing, dtype, logging), and versions differ
+    too. The run needs more memory and learns more slowly than the tutorial promises.
     Not: F64, whose value the user wrote; F02, whose value was written under another name.
-    Fix: write down every value that matters.
-    Wrong when: the default is what was meant.
-    Source: trl#5138, where several confident explanations were seed noise of one point.
+    Fix: set every value that matters: `learning_rate`, `bf16`, `gradient_checkpointing`, `max_length`.
+    Wrong when: the default is the intended value.
+    Source: trl#5138, where several explanations were in fact random differences between seeds, of one point.
     """
     if is_ours(run_facts):
         return []
@@ -135,12 +137,14 @@ def changed_default(run_facts: RunFacts) -> list[Signal]:
         ours = "model_dtype" if key in ("dtype", "torch_dtype") else key
         held = run_facts.settings.get(ours)
         if differs(run_facts, ours, wrote) and is_default(ours, held):
-            says = f"{ours}: {wrote} was intended, and the library's default {held} held"
+            says = f"{ours}: {wrote} was intended, but the run used the library's default {held}"
             signals.append(Signal("F03", "invariant", says, 0.85, {"key": ours, "held": held}, fix=f"{ours}: {wrote}"))
     sources = run_facts.settings.sources
     if not signals and str(sources.get("learning_rate", "")).startswith("default") and is_lora(run_facts):
         rate = number(run_facts.settings.get("learning_rate"))
         if rate is not None and rate <= 5e-5:
-            says = f"nobody wrote a learning_rate, so the library's default {rate:g} held, of full fine-tuning"
+            says = (
+                f"learning_rate is not set, so the run used the library's default {rate:g}, made for full fine-tuning"
+            )
             signals.append(Signal("F03", "measured", says, 0.7, {"learning_rate": rate}, fix="learning_rate: 2e-4"))
     return signals

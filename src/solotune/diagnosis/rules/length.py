@@ -15,33 +15,35 @@ from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
 SOME = 0.05
-"""One row in twenty: a few long rows in a file are normal, and cost less than a twentieth of the labels."""
+"""One row in twenty: a few long rows are normal, and lose less than a twentieth of the labels."""
 FEW = 0.01
-"""One row in a hundred: for what should never happen."""
+"""One row in a hundred, for faults that should never happen."""
 MOST = 0.5
-"""From here a fault is of the whole data, not of some rows: severity error."""
+"""From here the fault is of the whole data, not of some rows: severity error."""
 MUCH = 0.25
-"""Of the rows: without these it is another training."""
+"""Share of the rows without which the run is a different one."""
 SAME = 0.95
-"""Share of uncut rows that begin with the same token, from which the beginning belongs to the format."""
+"""Share of complete rows with the same first token, from which this token belongs to the format."""
 
 
 def is_packed_by_trl(run_facts: RunFacts) -> bool:
-    """Whether it is TRL's packing that cuts: F33."""
+    """Whether TRL's packing truncates the rows: F33."""
     return bool(mapping(run_facts.settings.get("sft")).get("packing"))
 
 
 @rule("F24", needs=("rows",), probes=("P12",), unless=is_packed_by_trl)
 def answers_cut(facts: RowFacts) -> Finding | None:
-    """F24: `max_length` cuts the ends off long answers.
+    """F24: long answers are truncated at `max_length`.
 
-    Sees: rows that fill `max_length` and whose last learned token is no end of turn; rows dropped for their length.
-    Why: what is cut is not learned, nor the end of turn; beyond a few rows the model learns to ramble or to break off.
-    Not: F10, which is in all rows, whatever their length (where every row is cut, the same evidence: both are named); a
-    few long rows; `overflow: split`, where the next part goes on; F33, where TRL's packing cuts.
-    Fix: a `max_length` with room for 95 % of the long rows, or `overflow: drop`.
-    Wrong when: long answers are meant to be learned in part.
-    Source: the total form is F25.
+    Sees: rows that fill `max_length` and whose last loss token is not an end of turn; rows dropped because they are too
+    long.
+    Why: the truncated text and the end of turn are not trained on. If this happens in more than a few rows, the model
+    learns to ramble or to stop in the middle.
+    Not: F10, which is in all rows of any length (if every row is truncated, the evidence is the same and both are
+    reported); a few long rows; `overflow: split`, where the next part continues; F33, where TRL's packing truncates.
+    Fix: a `max_length` that is enough for 95 % of the long rows, or `overflow: drop`.
+    Wrong when: long answers should be trained on in part.
+    Source: the extreme form is F25.
     """
     side, dropped = facts.train, facts.dropped(LONGER_THAN_MAX_LENGTH)
     is_split = facts.settings.overflow == "split"
@@ -61,25 +63,25 @@ def answers_cut(facts: RowFacts) -> Finding | None:
         + (
             f"longer than max_length {limit} and dropped."
             if dropped > len(rows)
-            else f"cut at max_length {limit}, in the middle of an answer."
+            else f"truncated at max_length {limit}, inside an answer."
         ),
         evidence={"answers_cut": len(rows), "dropped": dropped, "max_length": limit, "rows": side.places(rows)},
         fix=f"max_length: {wanted}"
-        + (" (room for 95 % of the long rows)" if len(long) else "")
-        + ("" if dropped > len(rows) else ", or overflow: drop to leave them out"),
+        + (" (enough for 95 % of the long rows)" if len(long) else "")
+        + ("" if dropped > len(rows) else ", or overflow: drop to drop these rows"),
     )
 
 
 @rule("F25", needs=("rows",))
 def prompt_fills_window(facts: RowFacts) -> Finding | None:
-    """F25: prompts fill `max_length`, and nothing of the answer is left to learn.
+    """F25: prompts fill `max_length`, so nothing of the answer is left to train on.
 
-    Sees: rows that fill `max_length` without a label; rows that were dropped because their answer begins behind it;
-    fewer rows out than in.
-    Why: the loss is 0 or NaN; in trl 1.16 the rows are gone in silence.
-    Not: F21 and F18, whose rows have no label at any length.
+    Sees: rows that fill `max_length` and have no label; rows that were dropped because their answer begins after it;
+    fewer rows after truncation than before.
+    Why: the loss is 0 or NaN; trl 1.16 drops such rows silently.
+    Not: F21 and F18, whose rows have no label with any max_length.
     Fix: a larger `max_length`.
-    Wrong when: very long rows were to be left out.
+    Wrong when: very long rows should be left out.
     Source: trl#6668, trl#6671, unsloth#11333 (which confused it with F21), FederatedScope#625.
     """
     side, dropped = facts.train, facts.dropped(ANSWER_PAST_MAX_LENGTH)
@@ -91,8 +93,8 @@ def prompt_fills_window(facts: RowFacts) -> Finding | None:
     return Finding.of(
         "F25",
         "error" if lost >= MOST * total else "warning",
-        message=f"{lost:,} of {total:,} rows ({percent(lost, total)}) teach nothing: their answer begins beyond "
-        f"max_length {length}.",
+        message=f"{lost:,} of {total:,} rows ({percent(lost, total)}) have nothing to train on: their prompt "
+        f"alone fills max_length ({length}).",
         evidence={
             "dropped": dropped,
             "rows_without_labels": len(rows),
@@ -105,29 +107,29 @@ def prompt_fills_window(facts: RowFacts) -> Finding | None:
 
 @rule("F25", otherwise=True)
 def rows_gone_in_truncation(run_facts: RunFacts) -> Signal | None:
-    """F25, of a trainer that counted its rows: fewer out than in."""
+    """F25, of a trainer that counts its rows: fewer rows after truncation than before."""
     read, left = setting(run_facts, "rows_in"), setting(run_facts, "rows_out")
     if not read or left is None or left >= (1 - SOME) * read:
         return None
-    says = f"of {read:,.0f} rows {left:,.0f} are left after truncation"
+    says = f"only {left:,.0f} of {read:,.0f} rows are left after truncation"
     kind, weight = ("invariant", 0.9) if left < (1 - MUCH) * read else ("measured", 0.6)
     return Signal("F25", kind, says, weight, {"in": read, "out": left}, fix="a larger max_length")
 
 
 @rule("F26")
 def prompt_cut(run_facts: RunFacts) -> Signal | None:
-    """F26: long rows lose their beginning, so answers stand without their question.
+    """F26: long rows are truncated at the start, so the answer has no question.
 
-    Sees: truncation set to the left and rows that are longer than the limit; rows at the limit that do not begin with
-    the token that all shorter rows begin with, and that end as those do.
-    Why: the answer is learned without what it answers: the first loss is 8 times as high.
-    Not: F38, whose prompts are there; F09, where short rows lack the beginning too; F24, whose ends are cut.
-    Fix: `truncation_mode: keep_start`, or rows that are too long dropped.
-    Wrong when: the last turns of long chats are to be learned with what fits before them.
+    Sees: left truncation and rows longer than the limit; rows at the limit that do not begin with the first token of
+    all shorter rows, and that end like them.
+    Why: the answer is trained on without its question: the first loss is 8 times as high.
+    Not: F38, whose rows have prompts; F09, where short rows lack the beginning too; F24, where the ends are truncated.
+    Fix: in TRL, `truncation_mode: keep_start`; or drop rows that are too long (in solotune: `overflow: drop`).
+    Wrong when: the last turns of long chats should be trained on with as much context as fits.
     Source: trl has deprecated `keep_end`.
     """
     get, rows = run_facts.settings.get, examples_of(run_facts)
-    fix = "truncation_mode: keep_start (truncation_side: right), or drop the rows that are too long"
+    fix = "truncate at the end (in TRL: truncation_mode: keep_start), or drop rows that are too long"
     lengths = np.array([len(row.input_ids) for row in rows])
     limit = setting(run_facts, "max_length") or (lengths.max() if len(lengths) else 0)
     full = lengths >= limit
@@ -139,16 +141,16 @@ def prompt_cut(run_facts: RunFacts) -> Signal | None:
     if begins is not None:
         lost = int((first[full] != begins).sum())
         if lost >= max(3, 0.5 * full.sum()) and _ends_alike(rows, full):
-            says = f"{lost} of {int(full.sum())} rows at the limit of {int(limit)} tokens lack the beginning of a row"
+            says = f"{lost} of {int(full.sum())} rows at the limit of {int(limit)} tokens have lost their beginning"
             return Signal("F26", "invariant", says, 0.85, {"rows": lost, "limit": int(limit)}, fix=fix)
     if not keeps_end:
         return None
-    says = f"{int(full.sum())} rows reach the limit of {int(limit)} tokens, and are cut at their beginning"
+    says = f"{int(full.sum())} rows reach the limit of {int(limit)} tokens and are truncated at the start"
     return Signal("F26", "measured", says, 0.8, {"rows": int(full.sum())}, fix=fix)
 
 
 def expected_first(run_facts: RunFacts, seen: np.ndarray) -> int | None:
-    """The token that rows begin with: that of the shorter rows, or else the template's own."""
+    """The token that rows begin with: the first token of the shorter rows, or else of the template."""
     if len(seen) >= 3:
         found, counts = np.unique(seen, return_counts=True)
         return int(found[counts.argmax()]) if counts.max() >= SAME * len(seen) else None
@@ -157,14 +159,14 @@ def expected_first(run_facts: RunFacts, seen: np.ndarray) -> int | None:
         return None
     try:
         texts = [tokenizer.apply_chat_template([{"role": "user", "content": word}], tokenize=False) for word in "ab"]
-    except Exception:  # a template may refuse anything, in its own words
+    except Exception:  # a template may refuse any chat, with any error
         return None
     first = [tokenizer.encode(str(text), add_special_tokens=False)[:1] for text in texts]
     return first[0][0] if first[0] and first[0] == first[1] else None
 
 
 def _ends_alike(rows: list, full: np.ndarray) -> bool:
-    """Whether rows at the limit end with tokens that few endings share, as whole rows do."""
+    """Whether rows at the limit share a few last tokens, as complete rows do."""
     last = np.array([row.input_ids[-1] for row, is_full in zip(rows, full, strict=True) if is_full])
     _, counts = np.unique(last, return_counts=True)
     return bool(counts.max() >= 0.8 * len(last))

@@ -24,18 +24,18 @@ from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
 EARLY = 3
-"""Steps by which a run without checkpointing has met its largest activations."""
+"""Steps within which a run without checkpointing reaches its largest activations."""
 _GIB = 2**30
 
 
 def checkpoints(run_facts: RunFacts) -> bool | None:
-    """Whether layers are recomputed; None where it is not known."""
+    """Whether gradient checkpointing is on; None if unknown."""
     found = run_facts.settings.get("gradient_checkpointing")
     return None if found is None or found == "auto" else bool(found)
 
 
 def last_step(run_facts: RunFacts) -> int:
-    """The last step that was logged."""
+    """The last logged step."""
     return int(run_facts.trace.step_S.max()) if run_facts.trace is not None and len(run_facts.trace.step_S) else 0
 
 
@@ -43,14 +43,15 @@ def last_step(run_facts: RunFacts) -> int:
 def no_checkpointing(run_facts: RunFacts) -> Signal | None:
     """F71: activations do not fit without gradient checkpointing.
 
-    Sees: checkpointing off, and either an out-of-memory error in forward or backward of the first steps, or activations
-    that, by the model's shape and the longest row, exceed the card's memory and fit with it.
-    Why: without it every layer's inputs are kept until backward: sixteen times as much on an 8B model.
-    Not: F72, which fails at the loss and grows with the vocabulary; F42, where a late, long batch fails; F70, which
-    fails in the optimizer's step; F51, where the base itself is too large.
+    Sees: gradient checkpointing off, and one of: an out-of-memory error in forward or backward of the first steps;
+    activations that, by the model's shape and the longest row, do not fit into GPU memory and would fit with
+    checkpointing.
+    Why: without it the inputs of every layer are kept until backward: sixteen times as much on an 8B model.
+    Not: F72, which fails at the loss and grows with the vocabulary; F42, where a long batch fails late in the run; F70,
+    which fails in the optimizer step; F51, where the base itself is too large.
     Fix: `gradient_checkpointing: true`.
-    Wrong when: another process took the memory.
-    Source: the walkthrough; trl has it on by default.
+    Wrong when: another process used the memory.
+    Source: the article behind examples/walkthrough.yaml; trl turns it on by default.
     """
     if is_ours(run_facts) or checkpoints(run_facts) is not False:
         return None
@@ -59,7 +60,7 @@ def no_checkpointing(run_facts: RunFacts) -> Signal | None:
     if text is not None and last_step(run_facts) <= EARLY and not re.search(r"logits|cross_entropy|lm_head", text):
         if re.search(r"optimizer\.step|exp_avg|from_pretrained|load_state_dict", text):
             return None
-        says = f"the memory ran out at step {last_step(run_facts) + 1}, with checkpointing off"
+        says = f"out of memory at step {last_step(run_facts) + 1}, with gradient checkpointing off"
         return Signal("F71", "measured", says, 0.75, {"step": last_step(run_facts) + 1}, fix=fix)
     if tokens is None or memory is None:
         return None
@@ -69,13 +70,13 @@ def no_checkpointing(run_facts: RunFacts) -> Signal | None:
         return None
     if tail_decides(run_facts):
         return None
-    says = f"activations take about {(needs[0] or 0) / _GIB:.1f} GiB beside a base of {base / _GIB:.1f}; the card has "
+    says = f"activations need about {(needs[0] or 0) / _GIB:.1f} GiB and the base {base / _GIB:.1f}; the GPU has "
     says += f"{memory / _GIB:.1f}"
     return Signal("F71", "measured", says, 0.75, {"activations": needs[0], "memory": memory}, fix=fix)
 
 
 def tail_decides(run_facts: RunFacts) -> bool:
-    """Whether all but the longest rows fit into the card and these do not, so that the lengths are the cause (F42)."""
+    """Whether only the longest rows do not fit into GPU memory, so that the lengths are the cause (F42)."""
     tokens, memory, base = micro_batch_tokens(run_facts), setting(run_facts, "memory_bytes"), weight_bytes(run_facts)
     if tokens is None or memory is None or base is None:
         return False
@@ -87,21 +88,21 @@ def tail_decides(run_facts: RunFacts) -> bool:
 def logits_memory(run_facts: RunFacts) -> Signal | None:
     """F72: the logits of the whole batch do not fit.
 
-    Sees: an out-of-memory error at the loss; or rows x tokens x vocabulary in float32, three times, that take more than
-    a third of the card where no fused loss is used.
-    Why: 8k tokens of a vocabulary of 128k are 4.2 GB a copy.
+    Sees: an out-of-memory error at the loss; or, without a fused loss, logits (rows x tokens x vocabulary in float32,
+    three times) that take more than a third of GPU memory.
+    Why: one copy of the logits of 8k tokens takes 4.2 GB with a vocabulary of 128k.
     Not: F71, which fails in the layers and does not depend on the vocabulary.
-    Fix: a fused or chunked loss (`use_liger_kernel: true`), or fewer rows a pass.
-    Wrong when: the trainer's own loss is fused (trl 1.16's is, except with custom losses, metrics or label smoothing).
+    Fix: a fused or chunked loss (in TRL: `use_liger_kernel: true`), or a smaller `per_device_train_batch_size`.
+    Wrong when: the trainer's own loss is fused (as in trl 1.16, except with custom losses, metrics or label smoothing).
     Source: Automodel#3907, ms-swift#6966.
     """
     if is_ours(run_facts):
         return None
-    fix = "use_liger_kernel: true, or a smaller per_device_train_batch_size"
+    fix = "a smaller per_device_train_batch_size, or in TRL use_liger_kernel: true"
     text, tokens = out_of_memory(run_facts), micro_batch_tokens(run_facts)
     size = logits_bytes(run_facts, tokens[0]) if tokens else None
     if text is not None and re.search(r"logits|cross_entropy|lm_head|compute_loss|log_softmax|\.float\(\)", text):
-        says = "the memory ran out at the loss" + (f", whose logits take about {size / _GIB:.1f} GiB" if size else "")
+        says = "out of memory at the loss" + (f", whose logits need about {size / _GIB:.1f} GiB" if size else "")
         return Signal("F72", "measured", says, 0.8, {"bytes": size}, fix=fix)
     memory, get = setting(run_facts, "memory_bytes"), run_facts.settings.get
     is_fused = get("use_liger_kernel") or (get("tool") == "trl" and not get("label_smoothing_factor"))
@@ -111,24 +112,24 @@ def logits_memory(run_facts: RunFacts) -> Signal | None:
     if base is None or activations is None or base + activations + size <= memory:
         return None
     shape = shape_of(run_facts) or {}
-    says = f"logits of {tokens[0] if tokens else 0:,.0f} tokens x {shape.get('vocabulary', 0):,} take about "
-    says += f"{size / _GIB:.1f} GiB of the card's {memory / _GIB:.1f}"
+    says = f"logits of {tokens[0] if tokens else 0:,.0f} tokens x {shape.get('vocabulary', 0):,} need about "
+    says += f"{size / _GIB:.1f} GiB of the GPU's {memory / _GIB:.1f}"
     return Signal("F72", "measured", says, 0.75, {"bytes": size, "memory": memory}, fix=fix)
 
 
 @rule("F73", needs=("settings",))
 def recompiles(run_facts: RunFacts) -> Signal | None:
-    """F73: compiled layers are compiled anew for every length.
+    """F73: compiled layers are compiled again for every new length.
 
-    Sees: the message of torch's compiler about its limit; or compiling on, padding to the longest row of each batch,
-    and rows of many lengths.
-    Why: minutes of compiling in place of training; beyond the limit the layer runs uncompiled.
-    Not: F50, which is slow at every shape; rows that are packed or padded to one length.
-    Fix: `pad_to_multiple_of: 256` or `packing: true`; or `torch_compile: false`.
-    Wrong when: shapes are compiled as dynamic.
+    Sees: the message of torch's compiler about its recompile limit; or compiling on, padding to the longest row of each
+    batch, and rows of many lengths.
+    Why: minutes are spent on compiling instead of training; above the limit the layer runs uncompiled.
+    Not: F50, which is slow for every length; rows that are packed or padded to one length.
+    Fix: `packing: true` or `torch_compile: false`; in other tools also `pad_to_multiple_of: 256`.
+    Wrong when: the layers are compiled with dynamic shapes.
     Source: pytorch#188150.
     """
-    fix = "pad to few lengths (pad_to_multiple_of: 256, packing: true), or torch_compile: false"
+    fix = "pad to a few lengths (packing: true or pad_to_multiple_of: 256), or torch_compile: false"
     if line := has_error(run_facts, r"recompile_limit|cache_size_limit|torch\._dynamo hit config"):
         return Signal("F73", "invariant", f"the log says: {line}", 0.95, {}, fix=fix)
     get, lengths = run_facts.settings.get, row_lengths(run_facts)
@@ -140,22 +141,23 @@ def recompiles(run_facts: RunFacts) -> Signal | None:
     distinct = len(np.unique(lengths))
     if distinct < 16:
         return None
-    says = f"layers are compiled, and rows have {distinct:,} different lengths"
+    says = f"layers are compiled, but rows have {distinct:,} different lengths"
     return Signal("F73", "measured", says, 0.6, {"lengths": distinct}, fix=fix)
 
 
 @rule("F74", needs=("settings", "trace"), probes=("P9",))
 def accumulation_scaled(run_facts: RunFacts) -> Signal | None:
-    """F74: the loss of accumulated micro-batches is not divided as it should be.
+    """F74: with gradient accumulation, the loss is divided by the wrong number.
 
-    Sees: logged training losses that are the number of micro-batches times the held-out losses. What decides is the
-    gradient of one batch of N rows against N batches of one (probe P9): N times as long where the sum is not divided,
-    in another direction where means of unequal rows are averaged.
-    Why: the logged loss is N times too high, and the gradient too, which Adam hides; short rows weigh more than long
+    Sees: logged training losses that are N times the held-out losses, for N micro-batches. Probe P9 decides by
+    comparing the gradient of one batch of N rows with that of N batches of one row: it is N times as long if the sum is
+    not divided, and has another direction if means of rows of unequal length are averaged.
+    Why: the logged loss is N times too high, and so is the gradient, which Adam hides; short rows count more than long
     ones.
-    Not: F67, whose losses follow the rate and not N; F46, whose training loss is the lower one.
-    Fix: one sum over the whole batch, divided by its labels (`num_items_in_batch`).
-    Wrong when: training rows are really that much harder than held-out ones.
+    Not: F67, whose losses depend on the learning rate and not on N; F46, whose training loss is the lower one.
+    Fix: sum the loss over the whole batch, and divide it once by the number of loss tokens (in transformers:
+    `num_items_in_batch`).
+    Wrong when: training rows are really that much harder than held-out rows.
     Source: transformers#34191, #35438, #37197, #37766.
     """
     count, trace = setting(run_facts, "gradient_accumulation_steps"), run_facts.trace
@@ -167,13 +169,15 @@ def accumulation_scaled(run_facts: RunFacts) -> Signal | None:
         if len(near) and math.isfinite(held_out) and held_out > 0.1:
             ratios.append(float(near.mean() / held_out))
     shape, first = shape_of(run_facts), float(trace.loss_S[0])
-    fix = "divide by num_items_in_batch (upgrade transformers, or accept the argument in compute_loss)"
+    fix = "divide by num_items_in_batch: upgrade transformers, or accept this argument in your compute_loss"
     if ratios and abs(float(np.median(ratios)) / count - 1) < 0.2:
-        says = f"training losses are {np.median(ratios):.1f} times the held-out ones, with {count:.0f} micro-batches"
+        says = f"training losses are {np.median(ratios):.1f} times the held-out losses, with {count:.0f} micro-batches"
         return Signal(
             "F74", "measured", says, 0.75, {"ratio": float(np.median(ratios)), "micro_batches": count}, fix=fix
         )
     if shape and first > 2 * math.log(shape["vocabulary"]) and first / count < math.log(shape["vocabulary"]):
-        says = f"the first logged loss {first:.1f} is twice that of guessing, and {first / count:.2f} when divided by "
+        says = (
+            f"the first logged loss {first:.1f} is above twice that of guessing, but {first / count:.2f} if divided by "
+        )
         return Signal("F74", "measured", says + f"{count:.0f}", 0.5, {"loss": first, "micro_batches": count}, fix=fix)
     return None

@@ -1,4 +1,4 @@
-"""S8, the order in which rows come and how long they are: F40 to F42."""
+"""S8, the order and the lengths of the rows: F40 to F42."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from solotune.diagnosis.rules.loop import last_step, tail_decides
 from solotune.diagnosis.run_facts import RunFacts
 
 SORTED = 0.7
-"""Rank correlation of place and length (or answer), which a shuffled file of a hundred rows has with probability
+"""Rank correlation of position and length (or answer); a shuffled file of a hundred rows reaches it with probability
 1e-15."""
 LONG_TAIL = 8.0
-"""The longest row by the 95th percentile; real chats have 3 to 5."""
+"""The longest row divided by the 95th percentile; real chats have 3 to 5."""
 
 
 @rule("F40", needs=("settings",))
 def sorted_rows(run_facts: RunFacts) -> Signal | None:
-    """F40: rows are sorted and are trained on in that order.
+    """F40: the rows are sorted, and are trained on in that order.
 
-    Sees: a sampler that does not shuffle, and rows whose place says how long they are or what they answer; batches
-    whose rows follow the file.
-    Why: a step-like, periodic loss; the model ends biased to the last part of the file.
-    Not: sorted files under a sampler that shuffles, which Trainer does by default: the sampler counts, not the file;
-    F77, which repeats rows after a resumption only.
-    Fix: shuffle.
-    Wrong when: a curriculum is meant.
+    Sees: no shuffling, and rows whose position in the file shows their length or their answer; batches whose rows
+    follow the order of the file.
+    Why: the loss goes up and down with the file; the final model is biased to the last part of the file.
+    Not: sorted files with a sampler that shuffles, which is the Trainer's default: the sampler matters, not the file;
+    F77, which repeats rows after a resume only.
+    Fix: shuffle the training rows.
+    Wrong when: the order is a curriculum.
     Source: Karpathy's recipe; 1.94 instead of 1.72 (measured).
     """
     get = run_facts.settings.get
@@ -51,16 +51,16 @@ def sorted_rows(run_facts: RunFacts) -> Signal | None:
     what, found = order_of(run_facts)
     if found < SORTED:
         return None
-    says = f"rows are not shuffled, and their place in the file follows {what} (rank correlation {found:.2f})"
-    return Signal("F40", "measured", says, 0.85, {"correlation": found}, fix="shuffle: true")
+    says = f"rows are not shuffled, and their order in the file follows {what} (rank correlation {found:.2f})"
+    return Signal("F40", "measured", says, 0.85, {"correlation": found}, fix="shuffle the training rows")
 
 
 def order_of(run_facts: RunFacts) -> tuple[str, float]:
-    """What the order of the rows follows most, and its rank correlation with their place, without sign."""
+    """The property that the order of the rows follows most, and the absolute rank correlation of both."""
     rows, answers = examples_of(run_facts), answers_of(chats_of(run_facts))
     length = np.array([len(row.input_ids) for row in rows], float)
-    learned = np.array([int(row.supervised.sum()) for row in rows], float)
-    first = np.array([int(row.input_ids[row.supervised][0]) if row.supervised.any() else -1 for row in rows], float)
+    learned = np.array([int(row.loss_mask.sum()) for row in rows], float)
+    first = np.array([int(row.input_ids[row.loss_mask][0]) if row.loss_mask.any() else -1 for row in rows], float)
     keys = {"their length": length, "the length of their answers": learned, "how their answers begin": first}
     if len(answers) == len(rows):
         keys["their answers"] = np.unique(answers, return_inverse=True)[1].astype(float)
@@ -80,8 +80,7 @@ def _rank_correlation(values: np.ndarray) -> float:
 
 
 def _run_share(answers: list[str]) -> float:
-    """How many of the repeated answers stand next to one of their own: near 1 only where the file is grouped by
-    them."""
+    """The share of repeated answers that are next to an equal one: near 1 only if the file is grouped by answer."""
     counts = Counter(answers)
     repeated = sum(count - 1 for count in counts.values())
     neighbours = sum(a == b for a, b in itertools.pairwise(answers))
@@ -92,47 +91,46 @@ def _run_share(answers: list[str]) -> float:
 
 @rule("F41", needs=("settings",))
 def repeated_by_workers(run_facts: RunFacts) -> Signal | None:
-    """F41: every loader worker reads all of the data.
+    """F41: every data loader worker reads all of the data.
 
-    Sees: rows that come N times in the batches and once in the data, with N workers; a run of N times the planned
-    steps.
-    Why: an epoch is N times as long, and rows are learned by heart.
-    Not: F39, where the file repeats them; several epochs.
-    Fix: the iterable data set sharded by worker (`get_worker_info`).
+    Sees: rows that are N times in the batches and once in the data, with N workers; a run of N times the planned steps.
+    Why: an epoch is N times as long, and rows are memorised.
+    Not: F39, where the file repeats the rows; several epochs.
+    Fix: shard the iterable dataset by worker (`torch.utils.data.get_worker_info`).
     Wrong when: rows are repeated on purpose.
     Source: datasets#3423, pytorch#30599.
     """
     workers = setting(run_facts, "dataloader_num_workers") or 0
     if is_ours(run_facts) or workers < 2:
         return None
-    fix = "shard the iterable data set by worker (torch.utils.data.get_worker_info), or dataloader_num_workers: 0"
+    fix = "shard the iterable dataset by worker (torch.utils.data.get_worker_info), or dataloader_num_workers: 0"
     seen = [row.input_ids.tobytes() for batch in run_facts.batches for row in rows_of(batch)]
     own = [row.input_ids.tobytes() for row in run_facts.train]
     again = 1 - len(set(seen)) / len(seen) if seen else 0.0
     if len(seen) >= 8 and again >= 0.4 and (not own or len(set(own)) > 0.9 * len(own)):
-        says = f"{again:.0%} of the rows in the batches repeat an earlier one, with {workers:.0f} workers"
+        says = f"{again:.0%} of the rows in the batches repeat an earlier row, with {workers:.0f} workers"
         return Signal("F41", "invariant", says, 0.9, {"again": again, "workers": workers}, fix=fix)
     is_stream = run_facts.settings.get("iterable") is True or run_facts.settings.get("streaming") is True
     total, planned = planned_steps(run_facts), steps_of_epochs(run_facts)
     if total and planned and abs(total / planned / workers - 1) < 0.1:
-        says = f"the run has {total:,} steps where its rows make {planned:,}, with {workers:.0f} workers"
+        says = f"the run has {total:,} steps instead of the {planned:,} for its rows, with {workers:.0f} workers"
         return Signal("F41", "measured", says, 0.8, {"steps": total, "planned": planned}, fix=fix)
     if is_stream and run_facts.settings.get("sharded") is False:
-        says = f"an iterable data set is read by {workers:.0f} workers and not sharded"
+        says = f"{workers:.0f} workers read an iterable dataset that is not sharded"
         return Signal("F41", "invariant", says, 0.85, {"workers": workers}, fix=fix)
     return None
 
 
 @rule("F42", probes=("P11",))
 def long_tail(run_facts: RunFacts) -> Signal | None:
-    """F42: a few very long rows decide the peak of memory, at a late step.
+    """F42: a few very long rows set the peak memory, and may come late in the run.
 
-    Sees: a longest row that is many times the 95th percentile, together with an out-of-memory error after the first
-    steps, or with a card that the other rows fit into and the longest does not.
-    Why: the run crashes at whichever step the row comes.
-    Not: F71 and F72, which crash at once; a leak, which grows at constant length.
-    Fix: `max_length` at the 95th or 99th percentile, and the longest batch tried first.
-    Wrong when: something else took the memory.
+    Sees: a longest row that is many times the 95th percentile, and one of: an out-of-memory error after the first
+    steps; a GPU with enough memory for all rows but the longest.
+    Why: the run crashes at the step in which the long row comes.
+    Not: F71 and F72, which crash at once; a memory leak, which grows at constant length.
+    Fix: set `max_length` to the 95th or 99th percentile, and try the longest batch first.
+    Wrong when: something else used the memory.
     Source: litgpt#159, LlamaFactory#3668, transformers#11388.
     """
     lengths = row_lengths(run_facts)
@@ -146,12 +144,12 @@ def long_tail(run_facts: RunFacts) -> Signal | None:
     fix, numbers = f"max_length: {int(-(-usual * 1.25 // 64) * 64)}", {"longest": longest, "p95": usual}
     if out_of_memory(run_facts) is not None and last_step(run_facts) > 3 and ratio > 2:
         says = (
-            f"the memory ran out after step {last_step(run_facts):,}; the longest row has {longest:,.0f} tokens, 95 % of "
-            f"them at most {usual:,.0f}"
+            f"out of memory after step {last_step(run_facts):,}; the longest row has {longest:,.0f} tokens, 95 % "
+            f"of the rows at most {usual:,.0f}"
         )
         return Signal("F42", "measured", says, 0.85, numbers, fix=fix)
     if ratio > 2 and tail_decides(run_facts):
-        says = f"the longest row has {longest:,.0f} tokens and does not fit; 95 % have at most {usual:,.0f} and do"
+        says = f"the longest row has {longest:,.0f} tokens and does not fit; 95 % have at most {usual:,.0f} and fit"
         return Signal("F42", "measured", says, 0.8, numbers, fix=fix)
     if ratio < LONG_TAIL:
         return None

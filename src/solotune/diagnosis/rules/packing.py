@@ -1,4 +1,4 @@
-"""S7, packing: F31 to F33, read off the batches; P3 tells whether documents of a pack see one another."""
+"""S7, packing: F31 to F33, from the batches; P3 tests on the model whether packed rows attend to each other."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from solotune.diagnosis.facts.texts import Batches, Line
 from solotune.diagnosis.rules import rule, signals_of_rows
 from solotune.diagnosis.run_facts import RunFacts
 
-SOME = 0.1  # of the documents
+SOME = 0.1  # of the rows
 
 
 @rule("F31", needs=("batches",), probes=("P3",))
 def documents_not_kept_apart(run_facts: RunFacts) -> Signal | None:
-    """F31: several documents in a sequence, and nothing in the batch that keeps them apart.
+    """F31: packed rows attend to each other.
 
-    Sees: rows behind one another without restarting positions or a mask of blocks; or restarting positions beside an
-    attention_mask of ones, with which transformers makes no blocks.
-    Why: a document attends to those before it: slightly worse, cross-talk. It makes no plateau.
-    Not: restarting positions without a mask, which are kept apart (P3 finds 0 with use_cache=False); F32.
-    Fix: positions that restart, no attention_mask, and use_cache=False; or an attention kernel for varying lengths.
-    Wrong when: the collator's marks are read by a model of one's own.
-    Source: trl#805, #3067, #3910 (0.03 to 0.15 of the final loss); logits 0.0 against 14 to 15.
+    Sees: several rows in one sequence without restarting positions or a block mask; or restarting positions together
+    with an attention_mask of ones, with which transformers builds no blocks.
+    Why: a row attends to the rows before it: the result is slightly worse. This makes no plateau.
+    Not: restarting positions without a mask, which separate the rows (with use_cache=False, P3 finds a difference of
+    0); F32.
+    Fix: restart `position_ids` at each row, pass no attention_mask, and set `use_cache=False`; or use a variable-length
+    attention kernel.
+    Wrong when: the model is a custom one that reads the collator's marks.
+    Source: trl#805, #3067, #3910 (0.03 to 0.15 of the final loss); logits differ by 0.0 if separated, by 14 to 15 if
+    not (measured).
     """
     batches = Batches.of(run_facts)
     packed = [(raw, line) for raw, lines in zip(batches.raw, batches.sequences, strict=True) for line in lines
@@ -37,24 +40,24 @@ def documents_not_kept_apart(run_facts: RunFacts) -> Signal | None:
     undone = sum(line.claimed is not None and _has_plain_mask(raw, line) for raw, line in packed)
     if not unmarked and not undone:
         return None
-    why = "no restarting positions" if unmarked else "an attention_mask of ones beside the restarting positions"
-    says = f"{unmarked + undone} of {len(packed)} sequences hold several documents with {why}"
+    why = "no restarting positions" if unmarked else "an attention_mask of ones in addition to restarting positions"
+    says = f"{unmarked + undone} of {len(packed)} packed sequences have {why}"
     return Signal(
         "F31", "measured", says, 0.75, {"sequences": unmarked + undone, "packed": len(packed)},
-        fix="position_ids that restart with each document, without attention_mask, use_cache=False",
+        fix="restart position_ids at each row, pass no attention_mask, and set use_cache=False",
     )  # fmt: skip
 
 
 @rule("F32", needs=("batches",), probes=("P3",))
 def positions_not_restarted(run_facts: RunFacts) -> Signal | None:
-    """F32: documents of a pack are kept apart by a mask, and their positions go on counting.
+    """F32: packed rows are separated by a mask, but their positions do not restart.
 
-    Sees: a mask of blocks, or numbered documents, with positions that do not restart (or none).
-    Why: a document late in a pack is read at positions it never has alone; on a model with a table of positions that
-    is another model, on rotary ones a mild drift.
-    Not: F31, where documents see each other.
-    Fix: positions that restart at 0 with each document.
-    Wrong when: the model makes its positions out of the mask.
+    Sees: a block mask, or numbered rows, with positions that do not restart (or no positions).
+    Why: a row late in a pack gets positions that it never has alone. With a table of positions the model behaves like a
+    different one; with rotary positions the effect is small.
+    Not: F31, where rows attend to each other.
+    Fix: restart `position_ids` at 0 for each row.
+    Wrong when: the model computes positions from the mask.
     Source: torchtune#875.
     """
     batches = Batches.of(run_facts)
@@ -68,20 +71,20 @@ def positions_not_restarted(run_facts: RunFacts) -> Signal | None:
             seen += positions is None or any(positions[i] != 0 for i in line.starts[1:])
     if not seen:
         return None
-    says = f"{seen} of {packed} packed sequences are kept apart by a mask, with positions that go on counting"
-    return Signal("F32", "invariant", says, 0.85, {"sequences": seen}, fix="restart position_ids with each document")
+    says = f"{seen} of {packed} packed sequences have rows separated by a mask, but positions that do not restart"
+    return Signal("F32", "invariant", says, 0.85, {"sequences": seen}, fix="restart position_ids at each row")
 
 
 @rule("F33", needs=("batches",))
 def packing_cuts_rows(run_facts: RunFacts) -> Signal | None:
     """F33: packing splits rows over sequences, or drops what does not fit.
 
-    Sees: packed sequences that end in the midst of a row: answers that nothing ends at the edge of a full sequence.
-    Why: answers are learned without their beginning or their end.
-    Not: F24, rows cut without packing; F10, ends missing within the sequences too.
-    Fix: packing that keeps rows whole (best fit), and a max_length above the longest row.
+    Sees: packed sequences that end before the row is finished: an answer without an end at the edge of a full sequence.
+    Why: answers are trained on without their beginning or their end.
+    Not: F24, where rows are truncated without packing; F10, where ends are missing inside the sequences too.
+    Fix: packing that keeps rows whole (best fit), and a `max_length` above the longest row.
     Wrong when: long plain texts are wrapped on purpose, as in pretraining.
-    Source: TRL's config: `bfd` truncates, `wrapped` cuts.
+    Source: TRL's config: `bfd` truncates, `wrapped` splits.
     """
     facts = LabelFacts.of(run_facts)
     batches = facts.batches
@@ -97,20 +100,20 @@ def packing_cuts_rows(run_facts: RunFacts) -> Signal | None:
     open_ = lasts.count(False)
     if not full or inner.count(False) > SOME * len(inner) or open_ < SOME * len(facts.documents):
         return None
-    says = f"{open_} of {len(lasts)} packed sequences end in the midst of a row"
+    says = f"{open_} of {len(lasts)} packed sequences end before the row is finished"
     return Signal(
         "F33", "measured", says, 0.8, {"open": open_, "sequences": len(lasts)},
-        fix="a packing that keeps rows whole, or a max_length above the longest row",
+        fix="use packing that keeps rows whole, or a max_length above the longest row",
     )  # fmt: skip
 
 
 @rule("F33", needs=("settings",))
 def cut_before_packing(run_facts: RunFacts) -> list[Signal]:
-    """F33, of TRL's best-fit packing: it truncates rows that are longer than a pack, and `max_length` is the pack's."""
-    told = mapping(run_facts.settings.get("sft"))
-    if not told.get("packing") or told.get("packing_strategy") != "bfd":
+    """F33, of TRL's best-fit packing: it truncates rows longer than a pack, whose length is `max_length`."""
+    sft = mapping(run_facts.settings.get("sft"))
+    if not sft.get("packing") or sft.get("packing_strategy") != "bfd":
         return []
-    fix = "packing_strategy: bfd_split, or a max_length above the longest row"
+    fix = "packing_strategy: bfd_split (TRL), or a max_length above the longest row"
     return [replace(signal, code="F33", fix=fix) for signal in signals_of_rows(run_facts, "F24")]
 
 
@@ -121,6 +124,6 @@ def _claims_by_mask(raw) -> bool:
 
 
 def _has_plain_mask(raw, line: Line) -> bool:
-    """A mask of zeros and ones that all of the sequence's documents share, and no other mark than positions."""
+    """Whether all rows of a sequence share a mask of zeros and ones, and only positions separate them."""
     mask = raw.get("attention_mask")
     return mask is not None and mask.dim() == 2 and int(mask.max()) <= 1 and not _claims_by_mask(raw)

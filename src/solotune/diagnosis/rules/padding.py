@@ -1,4 +1,4 @@
-"""S6, padding, attention mask and positions: F27 to F30, read off the batches; P2 tells whether the model minds."""
+"""S6, padding, attention mask and positions: F27 to F30, from the batches; P2 tests the effect on the model."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
 ABSOLUTE = frozenset(["gpt2", "gpt_neo", "gpt_bigcode", "openai-gpt", "biogpt", "xglm", "ctrl", "codegen_absolute"])
-"""Families whose positions are a table and are counted from the left edge unless they are given."""
+"""Model families with a table of positions, counted from the left edge unless position_ids are passed."""
 
 FEW = 0.01
-"""One row in a hundred: for what should never happen."""
+"""One row in a hundred, for faults that should never happen."""
 
 
 @rule("F27", needs=("batches", "model_config"), probes=("P2",))
 def left_padding_moves_positions(run_facts: RunFacts) -> Signal | None:
-    """F27: padding on the left, and a model that counts its positions from the edge.
+    """F27: left padding, and a model that counts its positions from the left edge.
 
     Sees: padding before the texts, no position_ids, and a model with a table of positions.
-    Why: a text then begins at another position in each batch: spikes where lengths mix.
+    Why: a text then starts at a different position in each batch: the loss spikes where lengths mix.
     Not: left padding with a mask on a model with rotary positions, which changes no logit (then P2 finds 0); F28, where
-    the pads are attended.
+    attention sees the padding.
     Fix: pad on the right, or pass `position_ids = attention_mask.cumsum(-1) - 1`.
-    Wrong when: the model makes positions out of the mask itself (OPT does); P2 then speaks against it.
-    Source: trl#550, #1842, #4497; logits move by 0.73 on a random GPT-2, by 0.0 with positions given.
+    Wrong when: the model computes positions from the mask (as OPT does). Then P2 finds no difference, which counts
+    against this fault.
+    Source: trl#550, #1842, #4497; logits of a random GPT-2 move by 0.73, and by 0.0 if positions are given (measured).
     """
     batches = Batches.of(run_facts)
     kind = str(run_facts.model_config.get("model_type", ""))
     if kind not in ABSOLUTE or not batches.left_padded or _has_positions(batches):
         return None
-    says = f"{batches.left_padded} sequences are padded on the left, and {kind} counts positions from the edge"
+    says = f"{batches.left_padded} sequences are padded on the left, and {kind} counts positions from the left edge"
     return Signal(
         "F27", "measured", says, 0.7, {"left_padded": batches.left_padded},
         fix="padding_side: right, or position_ids = attention_mask.cumsum(-1) - 1",
@@ -45,14 +46,15 @@ def left_padding_moves_positions(run_facts: RunFacts) -> Signal | None:
 
 @rule("F28", needs=("batches",), probes=("P2",))
 def pads_attended(run_facts: RunFacts) -> Signal | None:
-    """F28: padding before the texts that no attention mask hides.
+    """F28: attention sees the padding before the texts.
 
-    Sees: runs of the pad at the left edge, and no attention_mask, or one of ones.
-    Why: every token attends to a different number of pads in each batch: the loss depends on the neighbours.
-    Not: padding on the right without a mask, which attention never reaches (it is causal); F27.
-    Fix: `attention_mask` from the lengths, or padding on the right.
-    Wrong when: the run is no padding but text.
-    Source: logits move by 1.75 (left, no mask), by 0.0 (right, no mask).
+    Sees: padding at the left edge, and no attention_mask, or one that is 1 there.
+    Why: every token attends to a different number of padding tokens in each batch, so the loss depends on the other
+    rows.
+    Not: padding on the right without a mask, which causal attention never reaches; F27.
+    Fix: make `attention_mask` from the lengths, or pad on the right.
+    Wrong when: the repeated tokens are text, not padding.
+    Source: logits move by 1.75 with left padding without a mask, by 0.0 with right padding without a mask (measured).
     """
     batches = Batches.of(run_facts)
     seen = [
@@ -64,9 +66,10 @@ def pads_attended(run_facts: RunFacts) -> Signal | None:
     if not seen or any(batch.get("attention_mask") is not None and batch["attention_mask"].dim() > 2
                        for batch in batches.raw):  # fmt: skip
         return None
-    says = f"{len(seen)} sequences begin with up to {max(line.left_pads for line in seen)} pads that attention sees"
+    most = max(line.left_pads for line in seen)
+    says = f"{len(seen)} sequences begin with up to {most} padding tokens that attention sees"
     return Signal(
-        "F28", "invariant", says, 0.9, {"sequences": len(seen)}, fix="pass attention_mask, 0 where a place is padding"
+        "F28", "invariant", says, 0.9, {"sequences": len(seen)}, fix="pass an attention_mask that is 0 at padding"
     )
 
 
@@ -74,26 +77,26 @@ def pads_attended(run_facts: RunFacts) -> Signal | None:
 def pads_learned(run_facts: RunFacts) -> Signal | None:
     """F29: labels on padding.
 
-    Sees: labels at places that attention_mask hides, or in the run of pads at an edge.
-    Why: the loss is low and falls with the share of padding; the model learns to write pads.
-    Not: F20, whose labels are within the text.
+    Sees: labels at positions where attention_mask is 0, or in the padding at the edge of a row.
+    Why: the loss is low and depends on the share of padding; the model learns to write padding.
+    Not: F20, whose labels are inside the text.
     Fix: `labels[attention_mask == 0] = -100`.
     Wrong when: never.
-    Source: no thread found; the loss changes with the size of the batch.
+    Source: no public report found; the loss changes with the batch size (measured).
     """
     facts = LabelFacts.of(run_facts)
     if facts.pads_learned <= 0.05 * max(facts.pads, 1):
         return None
     share = facts.pads_learned / facts.pads
-    says = f"{facts.pads_learned:,} of {facts.pads:,} places of padding have a label ({share:.0%})"
+    says = f"{facts.pads_learned:,} of {facts.pads:,} padding tokens have a label ({share:.0%})"
     numbers = {"pads": facts.pads, "pads_learned": facts.pads_learned}
     return Signal("F29", "invariant", says, 0.95, numbers, fix="labels[attention_mask == 0] = -100")
 
 
 @rule("F29", needs=("rows", "findings"))
 def padding_learned(facts: RowFacts) -> Finding | None:
-    """F29, of rows: learned pad tokens where the pad is a token of its own, and runs of three or more equal special
-    tokens at the end of a row where it is not (texts that were exported with their padding)."""
+    """F29, from the rows: padding tokens with a label; without a separate pad_token, three or more equal special tokens
+    at the end of a row (texts that were exported with their padding)."""
     side, pad = facts.train, facts.named_id("pad")
     if not len(side.ids):
         return None
@@ -112,28 +115,29 @@ def padding_learned(facts: RowFacts) -> Finding | None:
     return Finding.of(
         "F29",
         "error",
-        message=f"{len(rows):,} of {len(side.rows):,} rows contain padding ({spelled}) that is learned as if it were "
-        "text.",
+        message=f"{len(rows):,} of {len(side.rows):,} rows contain padding ({spelled}) that is trained on as if it "
+        "were text.",
         evidence={"rows_with": len(rows), "padding_tokens": int(found.sum()), "rows": side.places(rows)},
-        fix=f"remove {spelled} from the texts; rows are padded for you, and padding is never learned",
+        fix=f"remove {spelled} from the texts; rows are padded later, and that padding is masked",
     )
 
 
 @rule("F30", needs=("batches",))
 def first_token_learned_from_padding(run_facts: RunFacts) -> Signal | None:
-    """F30: with padding on the left, the first token of a text is learned from the pad before it.
+    """F30: with left padding, the model is trained to predict the first token of a text from the padding before it.
 
-    Sees: a label on the first token behind padding.
-    Why: the model learns to begin texts after a pad: a small offset of the loss (3.46 to 3.53), larger for short rows.
-    Not: labels on answers alone, which left padding leaves as they are (then this is silent).
+    Sees: a label on the first token after padding.
+    Why: the model learns to start texts after padding: the loss is a little higher (3.53 instead of 3.46), more so for
+    short rows.
+    Not: labels on answers only, which left padding does not change (then there is no warning).
     Fix: pad on the right, or mask the first token.
-    Wrong when: it matters little; it is a minor fault beside any other.
-    Source: 261 against 268 labels for the same 8 rows.
+    Wrong when: never, but the effect is small compared to most other faults.
+    Source: 268 labels instead of 261 for the same 8 rows (measured).
     """
     facts = LabelFacts.of(run_facts)
     if not facts.first_learned or facts.pads_learned:
         return None
-    says = f"{facts.first_learned} texts begin with a token that is learned from the padding before it"
+    says = f"{facts.first_learned} texts have a label on their first token, which follows padding"
     return Signal("F30", "measured", says, 0.6, {"rows": facts.first_learned}, fix="padding_side: right")
 
 

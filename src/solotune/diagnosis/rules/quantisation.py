@@ -1,4 +1,4 @@
-"""S10, quantisation of the base: F49 to F52."""
+"""S10, quantization of the base: F49 to F52."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
 _LEVELS = 17
-"""Distinct values of 64 weights in 4 bits, and one more for a zero that rounding made."""
+"""Distinct values of 64 weights in 4 bits, plus one for a zero made by rounding."""
 
 
 def quantises(run_facts: RunFacts) -> bool:
-    """Whether a quantised base was asked for, in whatever words."""
+    """Whether a quantized base is requested, by any of the settings for it."""
     get = run_facts.settings.get
     return in_4bit(run_facts) or get("load_in_8bit") is True or bool(get("quantization_config"))
 
 
 @rule("F49", needs=("settings", "model_config"))
 def quantised_twice(run_facts: RunFacts) -> Signal | None:
-    """F49: a checkpoint that is quantised already is asked to be quantised again.
+    """F49: a checkpoint that is already quantized is quantized again.
 
-    Sees: `quantization_config` in the checkpoint's config.json, and another quantisation in the settings.
-    Why: an AttributeError, or one of the two is dropped in silence and the run is not what its config says.
-    Not: F51, where no quantisation takes effect; a bitsandbytes checkpoint loaded in the same number of bits, where
-    asking again changes nothing.
-    Fix: the 16-bit checkpoint, or no quantisation of one's own.
-    Wrong when: the loader expands the checkpoint first.
+    Sees: `quantization_config` in the checkpoint's config.json, and another quantization in the settings.
+    Why: loading fails with an AttributeError, or one of the two is silently ignored and the run does not match its
+    config.
+    Not: F51, where no quantization takes effect; a bitsandbytes checkpoint loaded in the same number of bits, where the
+    setting changes nothing.
+    Fix: use the 16-bit checkpoint, or do not quantize again.
+    Wrong when: the loader dequantizes the checkpoint first.
     Source: Qwen3-VL#888, unsloth#6087.
     """
     has = mapping(run_facts.model_config.get("quantization_config"))
@@ -37,8 +38,8 @@ def quantised_twice(run_facts: RunFacts) -> Signal | None:
     method = str(has.get("quant_method") or ("bitsandbytes" if has.get("load_in_4bit") else "unknown")).lower()
     if method == "bitsandbytes" and bool(has.get("load_in_4bit")) == in_4bit(run_facts):
         return None
-    says = f"the checkpoint is quantised already ({method}), and the settings quantise it again"
-    fix = "take the 16-bit checkpoint of this model, or remove load_in_4bit"
+    says = f"the checkpoint is already quantized ({method}), and the settings quantize it again"
+    fix = "use the 16-bit checkpoint of this model, or remove load_in_4bit"
     return Signal("F49", "invariant", says, 0.9, {"method": method}, fix=fix)
 
 
@@ -46,13 +47,13 @@ def quantised_twice(run_facts: RunFacts) -> Signal | None:
 def computes_in_float32(run_facts: RunFacts) -> Signal | None:
     """F50: 4-bit layers compute in float32.
 
-    Sees: a 4-bit base whose `bnb_4bit_compute_dtype` is float32 or left out (float32 is its default), in a training
+    Sees: a 4-bit base whose `bnb_4bit_compute_dtype` is float32 or not set (transformers' default is float32), in a run
     that otherwise computes in 16 bits.
-    Why: every matmul of the base runs in float32, several times slower, without a word.
-    Not: F73, slow only where a shape is new; a run in float32 on purpose (`bf16: false`); solotune, where the compute
-    dtype follows `bf16`.
+    Why: every matmul of the base runs in float32, several times slower, without a message.
+    Not: F73, which is slow only for new lengths; a run in float32 on purpose (`bf16: false`); solotune, where the
+    compute dtype follows `bf16`.
     Fix: `bnb_4bit_compute_dtype: bfloat16`.
-    Wrong when: the wrapper sets it (Unsloth does).
+    Wrong when: a wrapper sets it (as Unsloth does).
     Source: bitsandbytes#2077; h2ogpt#682 (5 to 16 tokens/s).
     """
     get = run_facts.settings.get
@@ -63,43 +64,43 @@ def computes_in_float32(run_facts: RunFacts) -> Signal | None:
     in_16 = get("bf16") is True or get("fp16") is True
     if not in_16 and (get("bf16") is False or get("fp16") is False):
         return None
-    says = f"bnb_4bit_compute_dtype is {'left out, which means float32' if dtype is None else dtype}"
+    says = f"bnb_4bit_compute_dtype is {'not set, which means float32' if dtype is None else dtype}"
     weight = 0.85 if in_16 else 0.55
     return Signal("F50", "invariant", says, weight, {"dtype": str(dtype)}, fix="bnb_4bit_compute_dtype: bfloat16")
 
 
 @rule("F51", needs=("settings",))
 def not_quantised(run_facts: RunFacts) -> Signal | None:
-    """F51: the quantisation that was asked for did not take place.
+    """F51: the base should be quantized, but is not.
 
-    Sees: a setting that asks for 4 or 8 bits, and in what held none; or no module of the model that is quantised.
-    Why: the run is plain LoRA on four times the memory, or ends in an out-of-memory error while loading.
-    Not: F71, whose memory is activations; F49, where the checkpoint has a quantisation of its own; solotune on a CPU,
-    which quantises too.
-    Fix: `quantization_config` passed where the model is loaded, not to the trainer of a loaded model.
-    Wrong when: the modules are of a library that this rule does not know.
-    Source: trl only warns where the model is there already.
+    Sees: a setting for 4 or 8 bits that did not take effect; or no quantized module in the model.
+    Why: the run is plain LoRA with four times the memory, or runs out of memory while loading.
+    Not: F71, whose memory is activations; F49, where the checkpoint is already quantized; solotune on a CPU, which
+    quantizes too.
+    Fix: pass `quantization_config` where the model is loaded, not to the trainer of a loaded model.
+    Wrong when: the quantized modules come from a library that this rule does not know.
+    Source: trl only prints a warning if the model is already loaded.
     """
     asked, held = run_facts.settings.asked, run_facts.settings.values
     fix = "from_pretrained(..., quantization_config=BitsAndBytesConfig(load_in_4bit=True, ...))"
     for key in ("load_in_4bit", "load_in_8bit", "quantization_config"):
         if asked.get(key) and key in held and not held[key]:
-            return Signal("F51", "invariant", f"{key} was asked for and did not hold", 0.9, {"key": key}, fix=fix)
+            return Signal("F51", "invariant", f"{key} is set, but did not take effect", 0.9, {"key": key}, fix=fix)
     if quantises(run_facts) and held.get("num_quantised_modules") == 0:
-        return Signal("F51", "invariant", "no module of the model is quantised", 0.95, {"quantised": 0}, fix=fix)
+        return Signal("F51", "invariant", "no module of the model is quantized", 0.95, {"quantised": 0}, fix=fix)
     return None
 
 
 @rule("F51", needs=("settings", "live"))
 def none_is_quantised(run_facts: RunFacts) -> Signal | None:
-    """F51, of the loaded model: 4 bits were asked for and no parameter is packed."""
+    """F51, from the loaded model: 4 bits are requested and no parameter is packed."""
     if is_ours(run_facts) or not quantises(run_facts) or run_facts.live is None:
         return None
     model = run_facts.live().model
     if any(_is_quantised(module) for module in model.modules()):
         return None
     fix = "from_pretrained(..., quantization_config=BitsAndBytesConfig(load_in_4bit=True, ...))"
-    return Signal("F51", "invariant", "no module of the loaded model is quantised", 0.9, {"quantised": 0}, fix=fix)
+    return Signal("F51", "invariant", "no module of the loaded model is quantized", 0.9, {"quantised": 0}, fix=fix)
 
 
 def _is_quantised(module: Any) -> bool:
@@ -110,15 +111,15 @@ def _is_quantised(module: Any) -> bool:
 
 @rule("F52", needs=("settings",))
 def head_left_unprotected(run_facts: RunFacts) -> Signal | None:
-    """F52: the output head, or a router, is quantised too.
+    """F52: the output head, or a router, is quantized too.
 
-    Sees: `llm_int8_skip_modules` without the head in it, which clears the default that leaves it out; a head whose
+    Sees: `llm_int8_skip_modules` without the head, which replaces the default that leaves the head out; a head whose
     weights have only a few distinct values.
-    Why: the head decides between tens of thousands of tokens by small differences; 4 bits round them away, so the
-    base's own loss is worse before anything is trained.
-    Not: F59, where the base's loss is good with the adapter off.
-    Fix: `lm_head` in the list.
-    Wrong when: the head is tied to an embedding that is left as it is.
+    Why: the head chooses between tens of thousands of tokens by small differences. Rounding to 4 bits removes them, so
+    the loss of the base itself is worse before any training.
+    Not: F59, where the loss is good with the adapter off.
+    Fix: in transformers, add `lm_head` to `llm_int8_skip_modules`.
+    Wrong when: the head is tied to an embedding that is not quantized.
     Source: transformers#45674, axolotl#3953.
     """
     skipped = run_facts.settings.get("llm_int8_skip_modules")
@@ -127,14 +128,14 @@ def head_left_unprotected(run_facts: RunFacts) -> Signal | None:
     names = [skipped] if isinstance(skipped, str) else list(map(str, skipped))
     if any("lm_head" in name or "embed_out" in name or "output" in name for name in names):
         return None
-    says = f"llm_int8_skip_modules is {names}, so the default that leaves out lm_head no longer holds"
+    says = f"llm_int8_skip_modules is {names}, which replaces the default that leaves out lm_head"
     fix = f"llm_int8_skip_modules: [{', '.join([*names, 'lm_head'])}]"
     return Signal("F52", "invariant", says, 0.85, {"skipped": names}, fix=fix)
 
 
 @rule("F52", needs=("live",))
 def head_has_few_values(run_facts: RunFacts) -> Signal | None:
-    """F52, of the loaded model: 64 neighbouring weights of the head have no more values than 4 bits can hold."""
+    """F52, from the loaded model: 64 neighbouring weights of the head have no more values than 4 bits allow."""
     import torch
 
     model = run_facts.live().model if run_facts.live is not None else None
@@ -144,12 +145,12 @@ def head_has_few_values(run_facts: RunFacts) -> Signal | None:
         return None
     fix = "llm_int8_skip_modules: [lm_head]"
     if _is_quantised(head):
-        return Signal("F52", "invariant", f"the head is a {type(head).__name__}", 0.95, {}, fix=fix)
+        return Signal("F52", "invariant", f"the output head is a {type(head).__name__}", 0.95, {}, fix=fix)
     if weight.dim() != 2 or weight.shape[1] < 64 or not weight.dtype.is_floating_point:
         return None
     rows = weight.detach()[:: max(1, weight.shape[0] // 64), :64].float().cpu()
     counts = [int(torch.unique(row).numel()) for row in rows if row.any()]
     if not counts or sorted(counts)[len(counts) // 2] > _LEVELS:
         return None
-    says = f"64 neighbouring weights of the head have {sorted(counts)[len(counts) // 2]} different values"
+    says = f"64 neighbouring weights of the head have only {sorted(counts)[len(counts) // 2]} different values"
     return Signal("F52", "invariant", says, 0.9, {"values": sorted(counts)[len(counts) // 2]}, fix=fix)

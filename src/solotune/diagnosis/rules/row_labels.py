@@ -1,6 +1,6 @@
-"""S4, the loss mask, before there are batches: F17, F19, F20, F21 and F23, read off the rows that solotune made.
+"""S4, the loss mask, before there are batches: F17, F19, F20, F21 and F23, from the rows that solotune made.
 
-Of another trainer's rows the batches are what is learned: `labels`, whose docstrings explain these faults.
+Rows of other trainers are judged by their batches in `labels`, whose docstrings explain these faults.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from solotune.diagnosis.facts.row_facts import RowFacts
 from solotune.diagnosis.facts.row_labels import open_answers, said_in_training
 from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import rule
-from solotune.diagnosis.rules.labels import MOST  # after it, so that its docstrings stay the first
+from solotune.diagnosis.rules.labels import MOST  # imported first, so that its docstrings are the first
 
 FEW = 0.01
-"""One row in a hundred: for what should never happen. 177 of dolly's 15,000 rows were reported as a bug elsewhere."""
+"""One row in a hundred, for faults that should never happen. 177 of dolly's 15,000 rows once were reported as a bug."""
 SOME = 0.05
 """One row in twenty."""
 
 
 @rule("F17", needs=("rows", "findings"))
 def pad_masks_terminator(facts: RowFacts) -> Finding | None:
-    """F17, of rows: the end of turn follows the answers, is the padding token, and is nowhere supervised."""
+    """F17, from the rows: the end of turn follows the answers, is the padding token, and has no label anywhere."""
     return _masked(facts, by_pad=True)
 
 
 @rule("F19", needs=("rows", "findings"))
 def terminator_masked(facts: RowFacts) -> Finding | None:
-    """F19, of rows: what the template ends turns with follows the answers (blanks aside), outside of the mask."""
+    """F19, from the rows: the template's end of turn follows the answers (after spaces, if any) but is masked."""
     return _masked(facts, by_pad=False)
 
 
@@ -47,24 +47,24 @@ def _masked(facts: RowFacts, *, by_pad: bool) -> Finding | None:
         return Finding.of(
             "F17",
             severity,
-            message=f"{facts.spelled(pad)} ends the answers and is never learned: it is the padding token too, and was "
-            "masked by its id.",
+            message=f"{facts.spelled(pad)} ends the answers and is always masked: it is also the padding token, "
+            "and was masked by its id.",
             evidence={**evidence, "pad_id": pad},
-            fix="mask padding by position, or give the tokenizer a pad_token of its own (in tokenizer_config.json)",
+            fix="mask padding by position, or set a separate pad_token in tokenizer_config.json",
         )
     return Finding.of(
         "F19",
         severity,
-        message=f"{percent(len(rows), len(side.rows))} of the rows have an answer whose end-of-turn token is not "
-        "learned: the model is not taught to stop.",
+        message=f"{percent(len(rows), len(side.rows))} of the rows have an answer whose end-of-turn token is "
+        "masked: the model is not trained to stop.",
         evidence={**evidence, "followed_by": facts.spelled(side.ids[follows[0]])},
-        fix="let the mask of an answer include the end-of-turn token that follows it",
+        fix="include the end-of-turn token after an answer in its mask",
     )
 
 
 @rule("F20", needs=("rows", "findings"))
 def prompt_learned(facts: RowFacts) -> Finding | None:
-    """F20, of rows: the text of user, system or tool messages, which no answer repeats, in the decoded labels."""
+    """F20, from the rows: the decoded labels contain text of user, system or tool messages, which no answer repeats."""
     prompted, inverted, judged = facts.once(said_in_training)
     if not facts.settings.assistant_only_loss or not is_pattern(len(prompted), judged, SOME):
         return None
@@ -73,37 +73,35 @@ def prompt_learned(facts: RowFacts) -> Finding | None:
     return Finding.of(
         "F20",
         "error",
-        message=f"Prompts are learned too: their text stands in the labels of {len(prompted)} of {judged} rows that "
-        "were read back.",
+        message=f"Prompts are trained on too: their text is in the labels of {len(prompted)} of {judged} checked rows.",
         evidence={
             "rows_with": len(prompted),
             "rows_read": judged,
             "supervised_share": round(float(facts.train.supervised.mean()), 3),
             "rows": facts.train.places(prompted),
         },
-        fix="mask everything outside the answers; or say `assistant_only_loss: false` if all is to be learned",
+        fix="mask everything outside the answers; or set `assistant_only_loss: false` to train on all tokens",
     )
 
 
 @rule("F23", needs=("rows", "findings"))
 def mask_inverted(facts: RowFacts) -> Finding | None:
-    """F23, of rows: as F20, and the last answer's text missing from the labels."""
+    """F23, from the rows: as F20, and the text of the last answer is not in the labels."""
     prompted, inverted, judged = facts.once(said_in_training)
     if not is_pattern(len(inverted), judged, SOME) or len(inverted) < MOST * len(prompted):
         return None
     return Finding.of(
         "F23",
         "error",
-        message=f"The mask is the wrong way round: {len(inverted)} of {judged} rows learn the prompt and not the "
-        "answer.",
+        message=f"The mask is inverted: {len(inverted)} of {judged} rows train on the prompt and not on the answer.",
         evidence={"rows_with": len(inverted), "rows_read": judged, "rows": facts.train.places(inverted)},
-        fix="swap the mask, or the roles user and assistant if the data has them swapped",
+        fix="invert the mask, or swap the roles user and assistant if the data has them swapped",
     )
 
 
 @rule("F21", needs=("rows", "findings"))
 def nothing_learned(facts: RowFacts) -> Finding | None:
-    """F21, of rows: none of their tokens is supervised although they were not cut; dropped ones among them."""
+    """F21, from the rows: no token has a label although the row is not truncated; dropped rows count too."""
     side = facts.train
     rows = np.flatnonzero((side.num_labels == 0) & ~facts.is_cut(side))
     dropped = facts.dropped(NOTHING_TO_LEARN)
@@ -113,9 +111,9 @@ def nothing_learned(facts: RowFacts) -> Finding | None:
     return Finding.of(
         "F21",
         "error" if len(rows) + dropped >= MOST * total else "warning",
-        message=f"{len(rows) + dropped:,} of {total:,} rows have no token to learn although they fit into max_length.",
+        message=f"{len(rows) + dropped:,} of {total:,} rows have no loss tokens although they fit into max_length.",
         evidence={"rows_without_labels": len(rows), "dropped": dropped, "rows": side.places(rows)},
-        fix="start the completion with the blank or newline that now ends the prompt, so that a token begins there"
+        fix="move the space or newline from the end of the prompt to the start of the completion"
         if not facts.is_chat
         else "give these rows an answer, or remove them",
     )

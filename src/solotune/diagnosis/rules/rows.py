@@ -1,7 +1,7 @@
-"""S8, what the rows say: F34 to F36, F38 and F39; `text` has F37, `order` F40 to F42.
+"""S8, the content of the rows: F34 to F36, F38 and F39; `text` has F37, `order` F40 to F42.
 
-A fault's second rule judges conversations that could not be rendered (no tokenizer, no model, roles that the data door
-refuses).
+The second rule of a fault judges conversations that could not be rendered (no tokenizer, no model, roles that
+`solotune data` refuses).
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ MOST = 0.5
 SOME = 0.05
 """One row in twenty."""
 FEW = 0.01
-"""One row in a hundred: more than somebody's writing about the thing itself (placeholders)."""
+"""One row in a hundred: more than texts about the thing itself (placeholders)."""
 ENOUGH_ROWS = 10
-"""Below that, how often an answer comes says nothing."""
+"""With fewer rows, the frequency of an answer means nothing."""
 CONSTANT = 0.98
-"""Of labels: rare classes make 95 : 5 normal; two rows in a hundred that differ teach nothing."""
+"""Share of one answer: 95 : 5 is normal with a rare class; two different rows in a hundred teach nothing."""
 CONSTANT_CHATS = 0.9
-"""The same of chats whose tokens are not known."""
+"""The same, for chats whose tokens are unknown."""
 OVERUSED = 0.2
-"""Of sentences among otherwise free text: one answer in five is boilerplate or a refusal."""
+"""Share of one sentence among free texts: if it is one answer in five, it is boilerplate or a refusal."""
 OVERUSED_LABEL = 0.5
-"""The same for an answer of a word or three: `unanswerable` is a third of SQuAD 2."""
+"""The same for an answer of one to three words: `unanswerable` is a third of SQuAD 2."""
 REPEATED = 0.3
-"""Share of (near-)duplicates from which it is told; templated data has many by nature, so it is no warning."""
+"""Share of (near-)duplicates that is reported; data made from templates has many, so it is not a warning."""
 SHUFFLED = 0.55
-"""Weight of words alone: enough to name it, and not against a model that prefers the rows' own prompts."""
+"""Weight of shared words alone: enough to report it, unless the model prefers the rows' own prompts."""
 
 _ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython", "observation"}
 _WORD = re.compile(r"\w{3,}")
@@ -56,12 +56,13 @@ _PLACEHOLDERS = {"nan", "null", "none", "undefined", "n/a", "#n/a", "<na>", "[]"
 def empty_answers(facts: RowFacts) -> Finding | None:
     """F34: answers are empty, invisible, or a placeholder of the export.
 
-    Sees: answers without a visible character, `nan` and the like among free texts; rows dropped for it.
-    Why: the model learns to answer with its end of turn at once; a batch of them has a NaN loss.
-    Not: F25, whose text exists before truncation; `none` as one class among few; one or two odd rows.
-    Fix: the export, or these rows dropped.
+    Sees: answers without a visible character; `nan` and the like among free texts; rows that were dropped for this
+    reason.
+    Why: the model learns to answer with its end of turn at once; a batch of such rows has a NaN loss.
+    Not: F25, whose answers exist before truncation; `none` as one class among a few; one or two odd rows.
+    Fix: correct the export, or remove these rows.
     Wrong when: `null` is a real answer.
-    Source: FederatedScope#625 (NaN), trl#1225; ratio 16 (measured).
+    Source: FederatedScope#625 (NaN), trl#1225; the first loss is 16 times the normal one (measured).
     """
     dropped = facts.dropped(EMPTY_ANSWER)
     invisible = [row for row, text in facts.answers if not any(c.isprintable() and not c.isspace() for c in text)]
@@ -74,14 +75,14 @@ def empty_answers(facts: RowFacts) -> Finding | None:
     return Finding.of(
         "F34",
         "warning",
-        message=f"{found:,} of {total:,} rows ({percent(found, total)}) have an empty answer or a placeholder for one.",
+        message=f"{found:,} of {total:,} rows ({percent(found, total)}) have an empty answer or a placeholder.",
         evidence={
             "dropped_as_empty": dropped,
             "invisible": len(invisible),
             "placeholders": len(filler),
             "rows": facts.train.places(invisible + filler),
         },
-        fix="look at the export of the answer column; remove these rows if there is nothing to mend",
+        fix="check the export of the answer column, or remove these rows",
     )
 
 
@@ -93,7 +94,7 @@ def chats_without_answers(run_facts: RunFacts) -> Signal | None:
     if empty < max(3, 0.01 * len(answers)):
         return None
     says = f"{empty:,} of {len(answers):,} answers are empty"
-    return Signal("F34", "invariant", says, 0.9, {"empty": empty}, fix="drop the rows without an answer")
+    return Signal("F34", "invariant", says, 0.9, {"empty": empty}, fix="remove the rows without an answer")
 
 
 @rule("F35", needs=("rows",), probes=("P10",))
@@ -101,12 +102,12 @@ def constant_answers(facts: RowFacts) -> Finding | None:
     """F35: nearly all answers are the same.
 
     Sees: the share of the most frequent answer.
-    Why: the loss falls to almost nothing, and every prompt gets this answer.
-    Not: F44 and F46, whose answers differ and are copied; F38, where answers differ and prompts do not matter; few
-    classes of which one is frequent; a short `unanswerable` in up to half of the rows.
-    Fix: the repeated answer removed or rebalanced.
-    Wrong when: the data is one class on purpose.
-    Source: one answer for all: 1.88 in training, 6.46 held out (measured).
+    Why: the loss falls to almost zero, and the model gives this answer to every prompt.
+    Not: F44 and F46, whose answers differ and are copied; F38, where answers differ and the prompts do not matter; a
+    few classes of which one is frequent; a short `unanswerable` in up to half of the rows.
+    Fix: remove or rebalance the repeated answer.
+    Wrong when: the data has one class on purpose.
+    Source: one answer for all rows: 1.88 in training, 6.46 held out (measured).
     """
     answers = [(row, squeezed(text)) for row, text in facts.answers]
     if len(answers) < ENOUGH_ROWS:
@@ -130,7 +131,7 @@ def constant_answers(facts: RowFacts) -> Finding | None:
             "distinct": len(counts),
             "rows": facts.train.places([row for row, text in answers if text == top]),
         },
-        fix="check that the answers come from the right column; else keep only some of these rows",
+        fix="check that the answers come from the right column; if so, keep only some of these rows",
     )
 
 
@@ -151,12 +152,12 @@ def chats_with_one_answer(run_facts: RunFacts) -> Signal | None:
 def broken_turns(facts: RowFacts) -> Finding | None:
     """F36: roles have wrong names or do not alternate.
 
-    Sees: names of roles that no template knows (`human`, `gpt`), two turns of one role in a row, chats that end with
-    the user or begin with the assistant.
-    Why: strict templates refuse; permissive ones write a header the model has never seen, or no answer is found. The
-    loss will not tell (ratio 1.3).
-    Not: tool messages, several of which may follow one another; a system message in front.
-    Fix: roles mapped to system, user, assistant.
+    Sees: role names that no template knows (`human`, `gpt`); two turns of one role in a row; chats that end with the
+    user or begin with the assistant.
+    Why: strict templates raise an error. Others write a header that the model has never seen, or no answer is found.
+    The loss does not show it (the first loss is 1.3 times the normal one).
+    Not: several tool messages in a row; a system message at the start.
+    Fix: rename the roles to system, user and assistant.
     Wrong when: the template is made for these names.
     Source: Megatron-Bridge#5078, smol-course#260, unsloth#994.
     """
@@ -177,7 +178,7 @@ def broken_turns(facts: RowFacts) -> Finding | None:
             "warning",
             message=message + " The roles look swapped.",
             evidence={"rows_with": len(swapped), "rows_read": total, "rows": facts.train.places(swapped)},
-            fix="swap the roles user and assistant (or from: human and gpt) in the data",
+            fix="swap the roles user and assistant (or human and gpt in `from`) in the data",
         )
     if not is_pattern(len(repeated), total, SOME):
         return None
@@ -186,27 +187,27 @@ def broken_turns(facts: RowFacts) -> Finding | None:
         "warning",
         message=f"{len(repeated):,} of {total:,} rows have two turns of the same role in a row.",
         evidence={"rows_with": len(repeated), "rows_read": total, "rows": facts.train.places(repeated)},
-        fix="join neighbouring messages of the same role into one, or look for a turn that was lost between them",
+        fix="join neighbouring messages of one role, or look for a lost turn between them",
     )
 
 
 @rule("F36", otherwise=True)
 def foreign_roles(run_facts: RunFacts) -> Signal | None:
-    """F36, of conversations that could not be rendered: their roles are named otherwise, or do not take turns."""
+    """F36, of conversations that could not be rendered: unknown role names, or roles that do not alternate."""
     chats = chats_of(run_facts)
     if not chats:
         return None
-    fix = "name the roles system, user and assistant, in turns (column_mapping, or the file itself)"
+    fix = "in the data, name the roles system, user and assistant, and let user and assistant alternate"
     named = Counter(m["role"] for chat in chats for m in chat)
     foreign = {role: count for role, count in named.items() if role not in _ROLES}
     odd = sum(any(m["role"] in foreign for m in chat) for chat in chats)
     if foreign and odd >= max(3, SOME * len(chats)):
-        says = f"{odd:,} of {len(chats):,} chats have roles that templates do not know: {', '.join(sorted(foreign))}"
+        says = f"{odd:,} of {len(chats):,} chats have roles that no template knows: {', '.join(sorted(foreign))}"
         return Signal("F36", "invariant", says, 0.85, {"roles": foreign}, fix=fix)
     broken = sum(_is_broken([m["role"] for m in chat if m["role"] in ("user", "assistant")]) for chat in chats)
     if broken < max(3, SOME * len(chats)):
         return None
-    says = f"in {broken:,} of {len(chats):,} chats user and assistant do not take turns"
+    says = f"in {broken:,} of {len(chats):,} chats user and assistant do not alternate"
     return Signal("F36", "measured", says, 0.75, {"chats": broken}, fix=fix)
 
 
@@ -219,16 +220,16 @@ def _is_broken(roles: list[str]) -> bool:
 def misaligned_answers(facts: RowFacts) -> Finding | None:
     """F38: answers do not belong to their prompts.
 
-    Sees: rare words of prompts that answers of the next or previous row repeat, more often than their own; or answers
-    that take up such words all over the data, and of their own prompt no more than chance gives (shuffled). Probe P10
-    asks the model: with another row's prompt the loss is the same, or lower.
-    Why: the loss flattens above what can be reached; answers are fluent and beside the point.
-    Not: F64, where another rate helps; F35, whose answers are all alike; F26, where prompts are gone; sorted rows,
-    whose own answer is still the best; tasks without common words, where no neighbour is better either.
-    Fix: prompts and answers joined again, by a key.
-    Wrong when: answers do not depend on their prompts by nature, or answers are other rows' prompts by nature
-    (translation in both directions).
-    Source: ratio 4.2 at the first loss; invisible in a small model's curve (measured).
+    Sees: rare words of prompts that occur in the answer of the next or previous row more often than in their own; or
+    answers with rare words of prompts from all over the data, and of their own prompt no more often than by chance
+    (shuffled). Probe P10 asks the model: with another row's prompt the loss is the same or lower.
+    Why: the loss flattens above what the model could reach; answers are fluent but do not fit the question.
+    Not: F64, where another learning rate helps; F35, whose answers are all alike; F26, where prompts are missing;
+    sorted rows, whose own answer still fits best; tasks without common words, where no neighbour fits better either.
+    Fix: join prompts and answers again by their key.
+    Wrong when: answers never depend on their prompts, or answers are prompts of other rows (translation in both
+    directions).
+    Source: the first loss is 4.2 times the normal one; the loss curve of a small model does not show it (measured).
     """
     pairs = []
     for side in (facts.train, facts.validation):
@@ -249,15 +250,15 @@ def misaligned_answers(facts: RowFacts) -> Finding | None:
         for shift in (-1, 0, 1)
     }
     best = max((-1, 1), key=lambda shift: hits[shift])
-    # a third: far from chance for words this rare, and far from what sorted data shows
+    # 3 times: far from chance for words this rare, and far from sorted data
     if hits[best] < 0.2 * len(pairs) or hits[best] < 3 * hits[0]:
         return None
     return Finding.of(
         "F38",
         "error",
-        message=f"The answers belong to the {'next' if best == -1 else 'previous'} row's prompts: prompts share rare "
-        f"words with {hits[best]:,} answers one row {'before' if best == -1 else 'after'} them and with "
-        f"{hits[0]:,} of their own.",
+        message=f"The answers belong to the prompts of the {'next' if best == -1 else 'previous'} row: prompts share "
+        f"rare words with {hits[best]:,} answers one row {'before' if best == -1 else 'after'} them, and with "
+        f"{hits[0]:,} of their own answers.",
         evidence={
             "rows_compared": len(pairs) - 2,
             "matches_own": hits[0],
@@ -265,42 +266,43 @@ def misaligned_answers(facts: RowFacts) -> Finding | None:
             "matches_next": hits[1],
             "rows": [pair[1] for pair in pairs[:3]],
         },
-        fix="join prompts and answers again, by an id and not by their order",
+        fix="join prompts and answers again, by an id instead of their order",
     )
 
 
 @rule("F38", otherwise=True)
 def shuffled_answers(run_facts: RunFacts) -> Signal | None:
-    """F38, of answers that take up rare words of prompts all over the data, and not of their own."""
+    """F38, from answers with rare words of prompts all over the data, but not of their own."""
     found = alignment_of(_asked_and_answered(chats_of(run_facts)))
     if found is None:
         return None
-    says = f"{found.linked} of {found.rows} answers take up a rare word of some prompt, {found.own} of their own one"
-    says += f" (chance: {found.by_chance:.0f})"
+    says = f"{found.linked} of {found.rows} answers have a rare word of some prompt, {found.own} of their own prompt"
+    says += f" (by chance: {found.by_chance:.0f})"
     numbers = {"rows": found.rows, "linked": found.linked, "own": found.own, "by_chance": found.by_chance}
     if found.is_shuffled:
-        fix = "join prompts and answers again, by a key"
+        fix = "join prompts and answers again by their key"
         return Signal("F38", "measured", says, SHUFFLED, numbers, fix=fix)
     return Signal("F38", "measured", says, 0.85, numbers, against=True) if found.is_whole else None
 
 
 def _asked_and_answered(chats: Sequence[Sequence[dict[str, Any]]]) -> list[tuple[str, str]]:
-    """What was said before the last answer, and that answer."""
+    """Pairs of the text before the last answer, and that answer."""
     said = ([str(m["content"]) for m in chat if m["role"] not in ("system", "developer")] for chat in chats)
     return [("\n".join(texts[:-1]), texts[-1]) for texts in said if len(texts) > 1]
 
 
 @rule("F39", needs=("rows",))
 def duplicates(facts: RowFacts) -> Finding | None:
-    """F39: the same rows stand in the data many times.
+    """F39: the same rows are in the data many times.
 
     Sees: rows with equal ids, or equal chats.
-    Why: they are learned by heart, fewer different rows are left than it seems, and held-out rows have twins.
-    Not: F46, many passes over different rows; F41, where loader workers repeat what the file has once; rows made from
-    one pattern, which are alike by nature.
-    Fix: duplicates removed before the split.
-    Wrong when: rows are weighted by repetition.
-    Source: guides on deduplication.
+    Why: these rows are memorised, the data has fewer different rows than it seems, and held-out rows have copies in
+    training.
+    Not: F46, many epochs over different rows; F41, where data loader workers repeat rows that are in the file once;
+    rows made from one pattern, which are naturally alike.
+    Fix: remove duplicates before the split.
+    Wrong when: rows are repeated to give them more weight.
+    Source: common guides on deduplication.
     """
     train, report = facts.whole[0], facts.report
     order = np.argsort(train.hashes, kind="stable")
@@ -318,7 +320,7 @@ def duplicates(facts: RowFacts) -> Finding | None:
             "warning",
             message=f"{len(same):,} of {total:,} rows have the same tokens as an earlier row.",
             evidence=evidence,
-            fix=f"a longer max_length than {facts.settings.max_length} if they only begin alike; "
+            fix=f"if only their beginnings are equal, raise max_length above {facts.settings.max_length}; "
             "else remove the copies",
         )
     whole = report.num_train + report.num_validation + report.num_exact_duplicates
@@ -329,9 +331,9 @@ def duplicates(facts: RowFacts) -> Finding | None:
         "F39",
         "warning" if report.num_exact_duplicates >= MOST * whole else "info",
         message=f"{percent(alike, whole)} of the rows repeat an earlier one: {report.num_exact_duplicates:,} exactly "
-        f"(removed), {report.num_near_duplicates:,} nearly (kept, on one side of the split).",
+        f"(removed) and {report.num_near_duplicates:,} nearly (kept, on one side of the split).",
         evidence=evidence,
-        fix="nothing if the rows are made from a template; else look for a file that was merged twice",
+        fix="nothing to do if the rows are made from a template; else look for a file that was added twice",
     )
 
 

@@ -23,62 +23,62 @@ from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts, Trace
 
 LOW_RATE = 3e-5
-"""The best rates of LoRA are some ten times those of full fine-tuning (LoRA Without Regret); 2e-5 is among the
-latter."""
+"""The best learning rates of LoRA are some ten times those of full fine-tuning (LoRA Without Regret), such as 2e-5."""
 HIGH_RATE = 5e-3
-"""Ten times the highest rate that recipes for adapters use, on models of at least a thousand numbers a token. Narrower
-ones take higher rates, about in proportion: one of 128 was trained at 6e-3 without harm."""
+"""Ten times the highest learning rate of recipes for adapters, for a hidden size of at least 1,000. Narrower models
+allow higher rates, about in proportion: one with hidden size 128 was trained at 6e-3 without harm."""
 NOTHING = 1e-4
-"""Of the peak rate: cosine falls below it in the last hundredth of a run, so it is no end that comes early."""
+"""Share of the peak: cosine falls below it only in the last hundredth of a run, which is no early end."""
 SPIKE = 50
-"""Largest gradient norm by the median: 13 in clean runs, 84 at ten times the rate, 764 at fifty times."""
+"""Largest gradient norm / median: 13 in clean runs, 84 at ten times the learning rate, 764 at fifty times."""
 DECAYED = 5.0
-"""Sum of rate x decay over the run: 2 cost 0.19 nats, 20 cost 2.2."""
+"""Sum of learning rate x decay over the run: 2 cost 0.19 nats, 20 cost 2.2."""
 
 
 @rule("F64", needs=("settings",), probes=("P7",))
 def rate_too_low(run_facts: RunFacts) -> Signal | None:
     """F64: the learning rate is too low.
 
-    Sees: a rate of full fine-tuning on adapters. It is a hint only; what decides is the range test, in which ten times
-    the rate learns one batch clearly better.
-    Why: the loss falls slowly and steadily and the run ends on a plateau ("2.4").
-    Not: F54, where updates are rounded away (step survival below 1); F61, where alpha / r is small (the same step: both
-    are named); F62, where no rate learns the batch; F65 and F66, where the trace never has the rate that was asked
-    for; F38, where prompts do not help.
+    Sees: a learning rate for full fine-tuning, used for adapters. This is only a hint. The range test decides: at ten
+    times the learning rate one batch is learned clearly better.
+    Why: the loss falls slowly and steadily, and the run ends on a plateau ("2.4").
+    Not: F54, where updates are lost by rounding (fewer elements change in a step); F61, where alpha / r is small (the
+    evidence is the same: both are reported); F62, where no learning rate fits the batch; F65 and F66, where the log
+    never shows the learning rate of the config; F38, where prompts do not help.
     Fix: `learning_rate: 2e-4`.
-    Wrong when: the adapter continues a training that had nearly ended.
-    Source: LoRA Without Regret (optimum some 10 times that of full fine-tuning); TRL's default is 2e-5.
+    Wrong when: the adapter continues a run that was nearly finished.
+    Source: LoRA Without Regret (the best learning rate is some 10 times that of full fine-tuning); TRL's default is
+    2e-5.
     """
     rate = setting(run_facts, "learning_rate")
     if rate is None or rate > LOW_RATE or not is_lora(run_facts):
         return None
     weight = min(0.7, 0.4 + 0.15 * math.log10(LOW_RATE / max(rate, 1e-12)))
-    says = f"the rate {rate:g} is one of full fine-tuning; adapters are usually trained at 1e-4 to 5e-4"
+    says = f"learning_rate {rate:g} is one for full fine-tuning; adapters usually need 1e-4 to 5e-4"
     return Signal("F64", "measured", says, weight, {"learning_rate": rate}, fix="learning_rate: 2e-4")
 
 
 @rule("F65", needs=("settings",))
 def warmup_past_the_end(run_facts: RunFacts) -> Signal | None:
-    """F65: the warm-up is longer than the run, or most of it.
+    """F65: the warm-up lasts longer than the run, or most of it.
 
-    Sees: more steps of warm-up than half of the planned steps.
-    Why: the rate reaches what was asked only at the end or never, so the loss flattens early.
-    Not: F64, whose logged rate reaches its peak, which is too low; F66, whose rate falls too early.
-    Fix: `warmup_ratio: 0.03`.
-    Wrong when: the rest of the run comes later, from a checkpoint.
+    Sees: more warm-up steps than half of the planned steps.
+    Why: the learning rate reaches its peak only at the end or never, so the loss flattens early.
+    Not: F64, where the learning rate reaches its peak, which is too low; F66, where it falls too early.
+    Fix: `warmup_ratio: 0.03`, and `warmup_steps: 0` if it is set.
+    Wrong when: the rest of the run follows later, from a checkpoint.
     Source: CAIL2020#1, prime-rl#968; transformers 5 reads `warmup_steps` below 1 as a share.
     """
     warmup, total = warmup_steps(run_facts), planned_steps(run_facts)
     if run_facts.settings.get("lr_scheduler_type") == "constant" or not warmup or not total or warmup <= total / 2:
         return None
-    says = f"the rate rises for {warmup:,.0f} steps of a run of {total:,}"
+    says = f"the warm-up takes {warmup:,.0f} of the {total:,} steps of the run"
     return Signal("F65", "invariant", says, 0.95, {"warmup_steps": warmup, "steps": total}, fix=_warmup_fix(run_facts))
 
 
 @rule("F65", needs=("trace",))
 def rises_to_the_end(run_facts: RunFacts) -> Signal | None:
-    """F65, of the trace: the logged rate still rises past the middle of the run."""
+    """F65, from the log: the learning rate still rises in the second half of the run."""
     known = _rates(run_facts)
     if known is None:
         return None
@@ -88,8 +88,8 @@ def rises_to_the_end(run_facts: RunFacts) -> Signal | None:
     if not is_rising or len(rate) < 4 or step[-1] < 0.6 * total:
         return None
     asked = setting(run_facts, "learning_rate")
-    says = f"the logged rate still rises at step {step[-1]:,} of {total:,}"
-    says += f" and is {rate[-1] / asked:.0%} of the {asked:g} that was asked for" if asked else ""
+    says = f"the logged learning rate still rises at step {step[-1]:,} of {total:,}"
+    says += f" and is {rate[-1] / asked:.0%} of the configured {asked:g}" if asked else ""
     return Signal(
         "F65", "invariant", says, 0.9, {"last_rate": float(rate[-1]), "asked": asked}, fix=_warmup_fix(run_facts)
     )
@@ -102,17 +102,17 @@ def _warmup_fix(run_facts: RunFacts) -> str:
 
 @rule("F66", needs=("trace",))
 def schedule_of_another_length(run_facts: RunFacts) -> Signal | None:
-    """F66: the schedule is made for another number of steps than the run has.
+    """F66: the learning-rate schedule is made for a different number of steps than the run has.
 
-    Sees: a logged rate of zero (below 1/10,000 of its peak) for more than a twentieth of the run, behind the peak; or a
-    schedule that should decay to zero and is above half of its peak at the last of all steps; a rate that rises again
-    behind its end as it fell before it, which is what a cosine does.
-    Why: with a rate of zero nothing is learned any more; without the decay the end of the run stays noisy.
-    Not: F54, whose rate is above zero; F65, whose rate still rises; a run that was stopped early; schedules with a
-    floor or without decay.
-    Fix: let the trainer compute the number of steps, after accumulation.
-    Wrong when: several schedules follow one another on purpose.
-    Source: transformers#671, CAIL2020#1 (accumulation divided out twice).
+    Sees: a logged learning rate of zero (below 1/10,000 of its peak) for more than a twentieth of the run, after the
+    peak; a schedule that should decay to zero and is above half of its peak at the last step; a learning rate that
+    rises after its lowest point in the same way as it fell, as a cosine past its end does.
+    Why: with a learning rate of zero nothing is learned; without the decay the end of the run stays noisy.
+    Not: F54, whose learning rate is above zero; F65, whose learning rate still rises; a run that was stopped early;
+    schedules with a minimum or without decay.
+    Fix: let the trainer compute the number of steps, after gradient accumulation.
+    Wrong when: several schedules follow each other on purpose.
+    Source: transformers#671, CAIL2020#1 (divided by gradient accumulation twice).
     """
     known = _rates(run_facts)
     if known is None:
@@ -122,26 +122,28 @@ def schedule_of_another_length(run_facts: RunFacts) -> Signal | None:
     dead = np.flatnonzero(rate[top:] <= NOTHING * rate[top]) + top
     numbers = {"steps": total, "peak": float(rate[top]), "peak_step": int(step[top]), "last": float(rate[-1])}
     if len(dead) >= 2 and step[-1] - step[dead[0]] > 0.05 * total:
-        says = f"the logged rate is zero from step {step[dead[0]]:,} on, of {total:,}"
+        says = f"the logged learning rate is zero from step {step[dead[0]]:,} of {total:,} on"
         return Signal(
             "F66", "invariant", says, 0.95, {**numbers, "zero_from": int(step[dead[0]])}, fix=_length_fix(total)
         )
     if (turn := mirrored_from(step, rate)) is not None:
-        says = f"the logged rate is down at step {turn:,} and rises again as it fell: the schedule is for {turn:,} "
-        says += f"steps, and the run has {total:,}"
+        says = f"the logged learning rate is lowest at step {turn:,} and then rises as it fell: the schedule is for "
+        says += f"{turn:,} steps, but the run has {total:,}"
         return Signal("F66", "invariant", says, 0.95, {**numbers, "zero_from": turn}, fix=_length_fix(total))
     decays = str(run_facts.settings.get("lr_scheduler_type")) in ("cosine", "linear")
     is_over = step[-1] >= 0.98 * total and len(rate) >= 4 and top < len(rate) - 2
     if decays and is_over and rate[-1] > 0.5 * rate[top]:
-        says = f"the run ends at {rate[-1] / rate[top]:.0%} of the peak rate, of a schedule that should end at zero"
+        says = (
+            f"the run ends at {rate[-1] / rate[top]:.0%} of the peak learning rate, but the schedule should end at zero"
+        )
         return Signal("F66", "measured", says, 0.7, numbers, fix=_length_fix(total))
     return None
 
 
 def mirrored_from(step: np.ndarray, rate: np.ndarray) -> int | None:
-    """The step from which on the rate is the mirror image of what it was before: a cosine that ran past its end.
+    """The step from which the learning rate mirrors its values before it: a cosine that ran past its end.
 
-    A resumption or a restart jumps; this one passes its lowest point at the speed that it came with.
+    A resume or a restart jumps; this one passes its lowest point without a jump.
     """
     change = np.diff(rate)
     fell = np.flatnonzero(change < 0)
@@ -153,8 +155,8 @@ def mirrored_from(step: np.ndarray, rate: np.ndarray) -> int | None:
     after = step > step[low]
     if low - top < 2 or after.sum() < 2 or rate[low] > 0.05 * rate[top]:
         return None
-    for turn in np.linspace(step[low - 1], step[low + 1], 41):  # it may lie between two logged steps
-        seen = after & (2 * turn - step >= step[top])  # farther on there was the warm-up
+    for turn in np.linspace(step[low - 1], step[low + 1], 41):  # it may be between two logged steps
+        seen = after & (2 * turn - step >= step[top])  # before that there was the warm-up
         before = np.interp(2 * turn - step[seen], step[top : low + 1], rate[top : low + 1])
         if seen.sum() >= 2 and np.abs(before - rate[seen]).max() < 0.03 * rate[top]:
             return round(float(turn))
@@ -166,7 +168,7 @@ def _length_fix(total: int) -> str:
 
 
 def _rates(run_facts: RunFacts) -> tuple[np.ndarray, np.ndarray, int] | None:
-    """(steps, rates, all steps) where a rate was logged and it is known how long the run was to be."""
+    """(steps, learning rates, all steps), if learning rates were logged and the planned length is known."""
     trace, total = run_facts.trace, planned_steps(run_facts)
     if trace is None or not len(trace.step_S) or (total is None and not trace.is_finished):
         return None
@@ -181,15 +183,16 @@ def _rates(run_facts: RunFacts) -> tuple[np.ndarray, np.ndarray, int] | None:
 def rate_too_high(run_facts: RunFacts) -> Signal | None:
     """F67: the learning rate is too high.
 
-    Sees: a rate far above any recipe; the largest gradient norm at more than fifty times the median together with a
-    loss that ends clearly above its lowest stretch; losses that end in NaN in 32 or bfloat16. The range test decides:
-    a tenth of the rate learns one batch clearly better.
-    Why: a jump, then a flat and high plateau, or NaN, and repetitive answers.
-    Not: F53 (finite in float32 at the same rate); F61 with a large alpha / r (the same step: both are named); F37 and
-    F42, where one batch spikes again after a reload; F77, whose jump is where the run was resumed.
-    Fix: a tenth.
-    Wrong when: the optimizer's rates are of another size (SGD).
-    Source: measured (a plateau at 4.7 at fifty times the rate).
+    Sees: a learning rate far above any recipe; a gradient norm above fifty times the median, with a loss that ends
+    clearly above its lowest part; losses that end in NaN in float32 or bfloat16. The range test decides: at a tenth of
+    the learning rate one batch is learned clearly better.
+    Why: the loss jumps, then stays on a high plateau or is NaN, and answers repeat themselves.
+    Not: F53 (finite in float32 at the same learning rate); F61 with a large alpha / r (the evidence is the same: both
+    are reported); F37 and F42, where one batch causes the spike again after a resume; F77, whose jump is where the run
+    was resumed.
+    Fix: a tenth of the present `learning_rate`; 2e-4 is a usual value.
+    Wrong when: the optimizer needs other learning rates (SGD).
+    Source: measured (a plateau at 4.7 with fifty times the learning rate).
     """
     rate = setting(run_facts, "learning_rate")
     shape = shape_of(run_facts)
@@ -197,18 +200,18 @@ def rate_too_high(run_facts: RunFacts) -> Signal | None:
     if rate is None or rate < high or not is_lora(run_facts) or not is_scale_free(run_facts):
         return None
     weight = min(0.8, 0.35 + 0.3 * math.log10(rate / high))
-    return Signal("F67", "measured", f"the rate {rate:g} is far above what adapters are trained with", weight,
+    return Signal("F67", "measured", f"learning_rate {rate:g} is far above those usual for adapters", weight,
                   {"learning_rate": rate}, fix="learning_rate: 2e-4")  # fmt: skip
 
 
 @rule("F67", needs=("trace",))
 def diverged(run_facts: RunFacts) -> Signal | None:
-    """F67, of the trace: gradients that jump and a loss that stays up behind them."""
+    """F67, from the log: gradients jump, and the loss stays high after that."""
     trace = run_facts.trace
     if trace is None or len(trace.loss_S) < 8 or trace.seams:
         return None
-    rate, fix = setting(run_facts, "learning_rate"), "a tenth of the learning rate"
-    fix = f"learning_rate: {rate / 10:g}" if rate else fix
+    rate = setting(run_facts, "learning_rate")
+    fix = f"learning_rate: {rate / 10:g}" if rate else "a tenth of the present learning_rate"
     finite = np.isfinite(trace.loss_S)
     if finite[: len(finite) // 2].any() and not finite[-1] and not run_facts.settings.get("fp16"):
         first = int(trace.step_S[np.flatnonzero(~finite)[0]])
@@ -219,13 +222,13 @@ def diverged(run_facts: RunFacts) -> Signal | None:
     spike = float(norms.max() / np.median(norms)) if len(norms) >= 8 and np.median(norms) > 0 else 0.0
     if end < 1.15 * low + 0.05 or (spike < SPIKE and end < 1.5 * low + 0.5):
         return None
-    says = f"the loss ends at {end:.2f}, above the {low:.2f} it had reached"
-    says += f"; the largest gradient is {spike:.0f} times the median" if spike else ""
+    says = f"the loss ends at {end:.2f}, after it had reached {low:.2f}"
+    says += f"; the largest gradient norm is {spike:.0f} times the median" if spike else ""
     return Signal("F67", "measured", says, 0.65, {"lowest": low, "last": end, "spike": spike}, fix=fix)
 
 
 def lowest_and_last(trace: Trace) -> tuple[float, float]:
-    """The lowest mean loss over a tenth of the trace, and that of its last tenth."""
+    """The lowest mean loss over a tenth of the logged steps, and that of the last tenth."""
     losses = trace.loss_S[np.isfinite(trace.loss_S)]
     width = max(3, len(losses) // 10)
     if len(losses) < width:
@@ -236,14 +239,14 @@ def lowest_and_last(trace: Trace) -> tuple[float, float]:
 
 @rule("F68", needs=("settings",))
 def clipped_to_nothing(run_facts: RunFacts) -> Signal | None:
-    """F68: gradients are clipped to almost nothing.
+    """F68: gradients are clipped to almost zero.
 
-    Sees: a limit at which an average element of the clipped gradient is no larger than Adam's epsilon; or, with an
-    optimizer whose step grows with the gradient (SGD), a limit far below the gradients' median norm.
-    Why: the loss falls slowly, as at a tiny rate.
-    Not: a small limit with Adam and its kin, which divide the gradient's size out: 1e-4 gives the same loss as 1.0.
+    Sees: a limit at which an average element of the clipped gradient is at most Adam's epsilon; or, with an optimizer
+    whose step grows with the gradient (SGD), a limit far below the median gradient norm.
+    Why: the loss falls slowly, as with a tiny learning rate.
+    Not: a small limit with Adam or similar, which divide by the size of the gradient: 1e-4 gives the same loss as 1.0.
     Fix: `max_grad_norm: 1.0`.
-    Wrong when: the rate of SGD was raised to make up for it.
+    Wrong when: the learning rate of SGD was raised to compensate.
     Source: measured (1e-8 with AdamW: 6.82 instead of 1.64; 1e-4 with SGD: 7.30 instead of 2.54).
     """
     clip = setting(run_facts, "max_grad_norm")
@@ -256,14 +259,16 @@ def clipped_to_nothing(run_facts: RunFacts) -> Signal | None:
         element = clip / math.sqrt(count)
         if element > epsilon:
             return None
-        says = f"gradients are clipped to {clip:g}: an element is then {element:.1g}, below Adam's epsilon {epsilon:g}"
+        says = (
+            f"gradients are clipped to {clip:g}: an element is then {element:.1g}, not above Adam's epsilon {epsilon:g}"
+        )
         return Signal("F68", "invariant", says, 0.9, {**numbers, "element": element, "epsilon": epsilon}, fix=fix)
     norms = run_facts.trace.grad_norm_S if run_facts.trace else np.zeros(0)
     norms = norms[np.isfinite(norms)]
-    median = float(np.median(norms)) if len(norms) else 0.3  # a usual norm of adapters' gradients
+    median = float(np.median(norms)) if len(norms) else 0.3  # a usual gradient norm of adapters
     if clip > 0.02 * median:
         return None
-    says = f"gradients of norm {median:.2g} are clipped to {clip:g}, and this optimizer's step shrinks with them"
+    says = f"gradients of norm {median:.2g} are clipped to {clip:g}, which makes this optimizer's steps smaller"
     return Signal("F68", "measured", says, 0.85, {**numbers, "median_norm": median}, fix=fix)
 
 
@@ -271,11 +276,12 @@ def clipped_to_nothing(run_facts: RunFacts) -> Signal | None:
 def decay_too_large(run_facts: RunFacts) -> Signal | None:
     """F69: weight decay pulls the adapters back to zero.
 
-    Sees: the sum of rate x decay over the run above 5: what was learned in the beginning is multiplied by e^-5.
-    Why: the adapters shrink, the loss stalls, and on against off differs less and less.
-    Not: decay 0.1, or even 10 at a rate of 2e-3 over 200 steps, which is nearly harmless; F64, whose adapters grow.
+    Sees: a sum of learning rate x decay over the run above 5: what was learned at the start is multiplied by e^-5.
+    Why: the adapters shrink, the loss stops falling, and the adapter changes the model less and less.
+    Not: a decay of 0.1, or even 10 at a learning rate of 2e-3 over 200 steps, which does almost no harm; F64, whose
+    adapters grow.
     Fix: `weight_decay: 0.0`.
-    Wrong when: the optimizer does not decouple decay (Adam with L2).
+    Wrong when: the optimizer does not decouple weight decay (Adam with L2).
     Source: measured (sum 2: 0.19 nats worse; sum 20: 2.2).
     """
     decay, rate, total = (
@@ -293,7 +299,8 @@ def decay_too_large(run_facts: RunFacts) -> Signal | None:
     if pulled < DECAYED / 2:
         return None
     says = (
-        f"decay {decay:g} at a mean rate of {mean:.2g} over {total:,} steps multiplies the adapters by e^-{pulled:.0f}"
+        f"weight_decay {decay:g} at a mean learning rate of {mean:.2g} over {total:,} steps multiplies the adapters by "
+        f"e^-{pulled:.0f}"
     )
     weight = 0.85 if pulled >= DECAYED else 0.45
     return Signal("F69", "measured", says, weight, {"sum": pulled, "weight_decay": decay}, fix="weight_decay: 0.0")
@@ -301,14 +308,15 @@ def decay_too_large(run_facts: RunFacts) -> Signal | None:
 
 @rule("F70", needs=("trace",), probes=("P11",))
 def optimizer_memory(run_facts: RunFacts) -> Signal | None:
-    """F70: the optimizer's state does not fit, or thrashes between host and card.
+    """F70: the optimizer state does not fit into GPU memory, or moves between host and GPU all the time.
 
-    Sees: an out-of-memory error whose traceback stands in the optimizer's step, at the first step.
-    Why: the state is made at the first step, after forward and backward went well.
-    Not: F71 and F72, which fail before the step; adapters of an 8B model, whose states are 109 MB: rarely the culprit.
+    Sees: an out-of-memory error inside the optimizer step, at the first step.
+    Why: the optimizer state is created at the first step, after forward and backward worked.
+    Not: F71 and F72, which fail before the optimizer step. Adapters of an 8B model have states of 109 MB, which are
+    rarely the cause.
     Fix: `optim: adamw_8bit`.
-    Wrong when: the memory was nearly full already and any allocation would have failed.
-    Source: bitsandbytes#962, litgpt#391, torchtune#1576 (paging is not needed for LoRA).
+    Wrong when: the memory was nearly full already, and any allocation would have failed.
+    Source: bitsandbytes#962, litgpt#391, torchtune#1576 (LoRA needs no paging).
     """
     text = out_of_memory(run_facts)
     if (
@@ -317,5 +325,5 @@ def optimizer_memory(run_facts: RunFacts) -> Signal | None:
         or not has_error(run_facts, r"optimizer\.step|in step\b|exp_avg|optim/.*\.py|_init_group")
     ):
         return None
-    says = "the memory ran out in the optimizer's step: " + text.strip().splitlines()[-1][:120]
+    says = "out of memory in the optimizer step: " + text.strip().splitlines()[-1][:120]
     return Signal("F70", "measured", says, 0.8, {}, fix="optim: adamw_8bit")

@@ -15,9 +15,9 @@ from solotune.diagnosis.rules.schedule import mirrored_from
 from solotune.diagnosis.run_facts import RunFacts, Trace
 
 JUMP = 1.5
-"""Of the rate from one logged step to the next: no schedule rises so behind its warm-up."""
+"""Ratio of the learning rate from one logged step to the next; no schedule rises so fast after its warm-up."""
 _ROOT = "base_model.model."
-"""What PEFT writes before the name of every module."""
+"""PEFT's prefix of every module name."""
 
 
 @rule("F75", needs=("saved",), probes=("P4", "P12"))
@@ -25,20 +25,20 @@ def empty_adapter(run_facts: RunFacts) -> Signal | None:
     """F75: the saved adapter is empty or was never trained.
 
     Sees: a file without adapter tensors, or one whose every `lora_B` is exactly zero.
-    Why: the tuned model is the base, bit for bit. A file of normal size with B = 0 is the nasty form.
-    Not: F57 and F58, where training ran and nothing was learned (the checkpoints are zero too); F60, which never had
-    a gradient; F78, whose file is good and whose names do not match.
-    Fix: save after the training.
+    Why: the tuned model is the base, bit for bit. A file of normal size with B = 0 is hard to notice.
+    Not: F57 and F58, where the run trained nothing (its checkpoints are zero too); F60, which never had a gradient;
+    F78, whose file is good and whose names do not match.
+    Fix: save the adapter after training.
     Wrong when: it is the checkpoint of step 0 on purpose.
     Source: alpaca-lora#446, alpaca-lora#293, transformers#24551.
     """
     saved = run_facts.saved
     if saved is None or (is_all_zero(run_facts) and (not saved.in_checkpoint or stayed_zero(run_facts))):
         return None  # both zero: F60
-    fix = "save the adapter after training: trainer.train(), then trainer.save_model()"
+    fix = "save the adapter after training (in transformers: trainer.train(), then trainer.save_model())"
     others = [name for name in saved.adapter if re.search(r"lora|magnitude|ia3|hada|oft|boft|vera|randlora", name)]
     if not others and not (saved.adapter and saved.adapter_config.get("modules_to_save")):
-        says = f"the adapter file holds {len(saved.adapter)} tensors, none of an adapter"
+        says = f"the adapter file has {len(saved.adapter)} tensors, none of them of an adapter"
         return Signal("F75", "invariant", says, 0.95, {"tensors": len(saved.adapter)}, fix=fix)
     zero, whole = zero_products(run_facts)
     if not whole or zero < whole:
@@ -46,21 +46,21 @@ def empty_adapter(run_facts: RunFacts) -> Signal | None:
     if stayed_zero(run_facts):
         return None
     says = f"all {whole} saved lora_B are exactly zero, so the adapter changes nothing"
-    says += ", and those of its checkpoint are not" if saved.in_checkpoint else ""
+    says += "; those of its checkpoint are not zero" if saved.in_checkpoint else ""
     return Signal("F75", "invariant", says, 0.9, {"zero": zero}, fix=fix)
 
 
 @rule("F76", needs=("settings",), probes=("P12",))
 def merged_into_other_weights(run_facts: RunFacts) -> Signal | None:
-    """F76: the adapter was merged into other weights than it was trained on.
+    """F76: the adapter was merged into different weights than it was trained on.
 
-    Sees: a 4-bit base in training and another precision of the base that was merged into, or a merged model that was
-    quantised again. What decides is the merged model's logits against those of base and adapter (probe P12).
-    Why: the adapter has learned to mend the rounding of its own base; rounding after the merge takes a small update
-    away.
-    Not: F11, where the adapter on its own base is bad when served too.
-    Fix: merge into the expanded 4-bit weights in 16 bits, compare the logits, do not quantise small updates again.
-    Wrong when: often: the loss of merging into the 16-bit base is usually small.
+    Sees: training on a 4-bit base and merging into another precision of it, or a merged model that was quantized again.
+    Probe P12 decides by comparing the logits of the merged model with those of base and adapter.
+    Why: the adapter has learned to correct the rounding of its own base; rounding after the merge removes small
+    updates.
+    Not: F11, where answers are bad even with the adapter on its own base.
+    Fix: merge into the dequantized 4-bit weights in 16 bits, compare the logits, and do not quantize the result again.
+    Wrong when: often: merging into the 16-bit base usually loses little.
     Source: unsloth-zoo#810 (fatal on Falcon-H1), peft#2321, mlx-lm#1564.
     """
     into = run_facts.settings.get("merged_into")
@@ -70,53 +70,53 @@ def merged_into_other_weights(run_facts: RunFacts) -> Signal | None:
     if is_narrow == in_4bit(run_facts) and not is_narrow:
         return None
     base = "4 bits" if in_4bit(run_facts) else "16 or 32 bits"
-    says = f"trained on a base in {base}, merged into {into}"
+    says = f"the adapter was trained on a base in {base} and merged into {into}"
     weight = 0.7 if is_narrow else 0.5
-    fix = "merge into the expanded weights of the training's own base, in 16 bits, and keep them so"
+    fix = "merge into the dequantized weights of the run's own base, in 16 bits, and do not quantize the result"
     return Signal("F76", "measured", says, weight, {"merged_into": str(into)}, fix=fix)
 
 
 @rule("F77", needs=("trace",))
 def resumed_without_state(run_facts: RunFacts) -> list[Signal]:
-    """F77: the run was resumed without its optimizer, schedule or place in the data.
+    """F77: the run was resumed without its optimizer, schedule or position in the data.
 
-    Sees: a learning rate that rises again behind its warm-up, at the step of a resumption or anywhere; a resumption
-    from a checkpoint without optimizer or scheduler state; `ignore_data_skip: true`; a loss that jumps at the seam.
-    Why: moments and schedule begin anew, rows come twice and others never.
-    Not: F67, whose spikes are not at the seam; schedules with restarts; a folder of the final adapter, which never has
-    an optimizer state.
-    Fix: `resume_from_checkpoint` with the whole checkpoint.
-    Wrong when: the weights were to be continued with a new schedule on purpose.
-    Source: transformers#27749, miles#2661, ms-swift#3396, alpaca-lora#72 (0.82 to 8.7).
+    Sees: a learning rate that rises again after its warm-up, at a resume or anywhere; a resume from a checkpoint
+    without optimizer or scheduler state; `ignore_data_skip: true`; a loss that jumps at the resume.
+    Why: the optimizer and the schedule start again; some rows are used twice and others never.
+    Not: F67, whose spikes are not at the resume; schedules with restarts; a folder of the final adapter, which never
+    has an optimizer state.
+    Fix: resume from a complete checkpoint (in transformers: `resume_from_checkpoint`).
+    Wrong when: the weights should continue with a new schedule.
+    Source: transformers#27749, miles#2661, ms-swift#3396, alpaca-lora#72 (loss from 0.82 to 8.7).
     """
     trace, saved = run_facts.trace, run_facts.saved
     if trace is None:
         return []
-    fix = "resume_from_checkpoint: the whole checkpoint, with optimizer.pt, scheduler.pt and rng_state.pth"
+    fix = "resume from a complete checkpoint (in transformers: with optimizer.pt, scheduler.pt and rng_state.pth)"
     signals = []
     resumed = bool(trace.seams) or bool(run_facts.settings.get("resume_from_checkpoint"))
     lost = [name for name, has in (("optimizer", saved and saved.optimizer_present),
                                    ("scheduler", saved and saved.scheduler_present)) if has is False]  # fmt: skip
     if resumed and lost:
-        says = f"it was resumed from a checkpoint without {' and '.join(lost)} state"
+        says = f"the run was resumed from a checkpoint without {' and '.join(lost)} state"
         signals.append(Signal("F77", "invariant", says, 0.9, {"missing": lost, "seams": trace.seams}, fix=fix))
     if resumed and run_facts.settings.get("ignore_data_skip") is True:
-        says = "ignore_data_skip: true, so the resumed run began its epoch again"
-        signals.append(Signal("F77", "invariant", says, 0.85, {}, fix="ignore_data_skip: false"))
+        says = "ignore_data_skip is true, so the resumed run started its epoch again"
+        signals.append(Signal("F77", "invariant", says, 0.85, {}, fix="ignore_data_skip: false (transformers)"))
     if jump := _rate_jump(run_facts, trace):
         step, before, after = jump
-        says = f"the learning rate goes from {before:.3g} to {after:.3g} at step {step:,}"
+        says = f"the learning rate jumps from {before:.3g} to {after:.3g} at step {step:,}"
         weight = 0.9 if resumed else 0.75
         signals.append(Signal("F77", "invariant", says, weight, {"step": step}, fix=fix))
     for seam in trace.seams:
         if (found := _loss_jump(trace, seam)) is not None:
-            says = f"the loss goes from {found[0]:.2f} to {found[1]:.2f} where it was resumed, after step {seam:,}"
+            says = f"the loss jumps from {found[0]:.2f} to {found[1]:.2f} at the resume after step {seam:,}"
             signals.append(Signal("F77", "measured", says, 0.7, {"seam": seam}, fix=fix))
     return signals
 
 
 def _rate_jump(run_facts: RunFacts, trace: Trace) -> tuple[int, float, float] | None:
-    """(step, rate before, after) where the rate rises, or drops to a new warm-up, behind its first peak."""
+    """(step, rate before, after) if the learning rate rises, or drops to a new warm-up, after its first peak."""
     if re.search(r"restart|cyclic|plateau|wsd", str(run_facts.settings.get("lr_scheduler_type"))):
         return None
     has = np.isfinite(trace.learning_rate_S)
@@ -132,7 +132,7 @@ def _rate_jump(run_facts: RunFacts, trace: Trace) -> tuple[int, float, float] | 
 
 
 def _loss_jump(trace: Trace, seam: int) -> tuple[float, float] | None:
-    """Mean losses before and after a seam, where they differ by more than the losses before it scatter."""
+    """Mean losses before and after a resume, if they differ by more than the losses before it vary."""
     has = np.isfinite(trace.loss_S)
     before = trace.loss_S[has & (trace.step_S <= seam)][-8:]
     after = trace.loss_S[has & (trace.step_S > seam)][:3]
@@ -144,27 +144,28 @@ def _loss_jump(trace: Trace, seam: int) -> tuple[float, float] | None:
 
 @rule("F78", needs=("saved",), probes=("P4", "P12"))
 def adapter_not_loaded(run_facts: RunFacts) -> list[Signal]:
-    """F78: the adapter's names match nothing in the model that it is loaded into, or it is another base's.
+    """F78: the adapter's names match nothing in the model that it is loaded into, or it belongs to another base.
 
-    Sees: names of modules in the adapter file that the model of config.json does not have, or that do not begin as
-    PEFT's do; matrices that do not fit the modules' shapes; another base in adapter_config.json than was loaded.
-    Why: PEFT passes over names that it does not find, and the output equals the base's.
+    Sees: module names in the adapter file that the model of config.json does not have, or that do not begin as PEFT's
+    do; matrices that do not fit the shapes of the modules; a loaded base that differs from the one in
+    adapter_config.json.
+    Why: PEFT ignores names that it does not find, and the output equals the base's.
     Not: F75, whose file is empty or zero.
-    Fix: load strictly, on the base of adapter_config.json.
-    Wrong when: the tool that wrote the file has names of its own and reads them itself.
-    Source: LlamaFactory#852, alpaca-lora#446 (the names lacked the adapter's name).
+    Fix: load it strictly, on the base named in adapter_config.json.
+    Wrong when: the tool that wrote the file uses its own names and reads them itself.
+    Source: LlamaFactory#852, alpaca-lora#446 (the adapter's name was missing in the tensor names).
     """
     saved, found = run_facts.saved, lora_layers(run_facts)
     if saved is None or not found:
         return []
-    fix, signals = "rename the tensors as PEFT names them, or load with PeftModel.from_pretrained on its own base", []
+    fix, signals = "give the tensors PEFT's names, or load them with PeftModel.from_pretrained on their own base", []
     modules = linears(run_facts)
     paths = {path: path.removeprefix(_ROOT) for path in found}
     if modules is not None and (lost := [path for path, name in paths.items() if name not in modules]):
         if all(path.rpartition(".")[2] in ("embed_tokens", "wte", "lm_head") for path in lost):
             lost = []
         if lost:
-            says = f"{len(lost)} of {len(paths)} names in the adapter file are no module of the model: {lost[0]}"
+            says = f"{len(lost)} of {len(paths)} names in the adapter file are not modules of the model: {lost[0]}"
             weight = 0.9 if len(lost) == len(paths) else 0.7
             signals.append(
                 Signal("F78", "invariant", says, weight, {"unmatched": len(lost), "of": len(paths)}, fix=fix)
@@ -174,13 +175,11 @@ def adapter_not_loaded(run_facts: RunFacts) -> list[Signal]:
         signals.append(Signal("F78", "invariant", says, 0.85, {"unmatched": len(bare), "of": len(paths)}, fix=fix))
     named = [name for name in saved.adapter if re.search(r"\.lora_[AB]\.(?!weight$)\w+\.weight$", name)]
     if named and not is_ours(run_facts):
-        says = (
-            f"names in the adapter file have the adapter's own name in them, which is put in a second time: {named[0]}"
-        )
+        says = f"names in the adapter file contain the adapter's name, which PEFT adds a second time: {named[0]}"
         signals.append(Signal("F78", "invariant", says, 0.8, {"named": len(named)}, fix=fix))
     if unlike := _misfits(run_facts, paths):
         path, has, wants = unlike
-        says = f"{path} in the adapter file maps {has[0]} to {has[1]} numbers, and the model's {wants[0]} to {wants[1]}"
+        says = f"{path} in the adapter file maps {has[0]} to {has[1]} numbers, but the model's {wants[0]} to {wants[1]}"
         signals.append(Signal("F78", "invariant", says, 0.9, {"module": path}, fix=fix))
     signals += _other_base(run_facts)
     return signals
@@ -211,15 +210,15 @@ def _other_base(run_facts: RunFacts) -> list[Signal]:
     if names[0] == names[1] and (None in revision or revision[0] == revision[1]):
         return []
     if names[0] == names[1]:
-        says = f"the adapter was trained on revision {revision[0]} of the base, and {revision[1]} is loaded"
+        says = f"the adapter was trained on revision {revision[0]} of the base, but {revision[1]} is loaded"
     else:
-        says = f"the adapter was trained on {trained}, and the base that is loaded is {loaded}"
-    fix = f"load it on {trained}"
+        says = f"the adapter was trained on {trained}, but the loaded base is {loaded}"
+    fix = f"load the adapter on {trained}"
     return [Signal("F78", "measured", says, 0.6, {"trained": str(trained), "loaded": str(loaded)}, fix=fix)]
 
 
 def served_scale(run_facts: RunFacts) -> float | None:
-    """The adapter's scale by its file's own config, which is what serving reads."""
+    """The adapter's scale by its own config file, which serving reads."""
     config = run_facts.saved.adapter_config if run_facts.saved else {}
     alpha, rank = config.get("lora_alpha"), config.get("r")
     if not isinstance(alpha, (int, float)) or not isinstance(rank, int) or not rank:
@@ -229,7 +228,7 @@ def served_scale(run_facts: RunFacts) -> float | None:
 
 @rule("F61", needs=("settings", "saved"))
 def saved_with_another_scale(run_facts: RunFacts) -> Signal | None:
-    """F61, of the saved adapter: its config has another scale, or another rank, than the training had."""
+    """F61, from the saved adapter: its config has a different scale or rank than the run."""
     alpha, rank = setting(run_facts, "lora_alpha"), setting(run_facts, "lora_r")
     served = served_scale(run_facts)
     if not alpha or not rank or served is None:
@@ -237,6 +236,6 @@ def saved_with_another_scale(run_facts: RunFacts) -> Signal | None:
     trained = alpha / (rank**0.5 if run_facts.settings.get("use_rslora") else rank)
     if abs(served / trained - 1) < 0.01:
         return None
-    says = f"trained with a scale of {trained:.3g}, and adapter_config.json says {served:.3g}"
-    fix = f"lora_alpha: {alpha:g}, r: {rank:g} in adapter_config.json"
+    says = f"the adapter was trained with scale {trained:.3g}, but adapter_config.json gives {served:.3g}"
+    fix = f"set lora_alpha to {alpha:g} and r to {rank:g} in adapter_config.json"
     return Signal("F61", "invariant", says, 0.9, {"trained": trained, "served": served}, fix=fix)

@@ -1,6 +1,6 @@
-"""S3, the chat template and special tokens: F08, F09, F11 and F12, on which format the rows are in.
+"""S3, the chat template and special tokens: F08, F09, F11 and F12, about the format of the rows.
 
-`turns` has the faults of a turn within it.
+Faults within a turn are in `turns`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
 MOST = 0.5
-"""A property of the template or the tokenizer shows in all rows; half leaves room for rows that hide it."""
+"""A fault of the template or tokenizer shows in all rows; half allows for rows that hide it."""
 NEARLY_ALL = 0.95
-"""The same of rows that another trainer made: a twentieth leaves room for rows that were cut or hide it."""
+"""The same for rows of another trainer: a twentieth allows for rows that are truncated or hide it."""
 NUM_RENDERED = 100
-"""Rows that are decoded: a fault of a template shows in a few."""
+"""Rows to decode; a fault of a template shows in a few."""
 
 _FOREIGN = re.compile(
     r"^\s*(###\s*(?:Human|User|Assistant|Instruction|Response)\b|(?:Human|User|USER|Assistant|ASSISTANT|GPT):"
@@ -40,10 +40,10 @@ def double_bos(facts: RowFacts) -> Finding | None:
     """F08: rows begin with two begin-of-text tokens.
 
     Sees: the first two ids of the rows.
-    Why: the template writes one and the tokenizer another. Serving writes one, so the two differ a little; it is never
-    the cause of a plateau (first loss 1.03 times the reference's).
-    Not: F09, by count; one begin-of-text and then a header; packed documents.
-    Fix: rendered text tokenized with `add_special_tokens=False`.
+    Why: the template writes one and the tokenizer adds another. Serving uses one, so the two differ a little. It never
+    causes a plateau (the first loss is 1.03 times the normal one).
+    Not: F09, where it is missing; one begin-of-text and then a header; packed rows.
+    Fix: tokenize rendered text with `add_special_tokens=False`.
     Wrong when: the base was trained with two.
     Source: trl#1400, alignment-handbook#127, Soup#781; a rendered `text` column in trl 1.16 gives two (measured).
     """
@@ -64,7 +64,7 @@ def double_bos(facts: RowFacts) -> Finding | None:
         evidence={"rows_with": len(rows), "rows": side.places(rows), "bos_id": bos},
         fix=f"write {spelled} once in {where}"
         if facts.is_chat
-        else f"remove {spelled} from the beginning of the texts: it is added for you",
+        else f"remove {spelled} from the beginning of the texts: the tokenizer adds it",
     )
 
 
@@ -72,37 +72,38 @@ def double_bos(facts: RowFacts) -> Finding | None:
 def missing_bos(facts: RowFacts) -> Finding | None:
     """F09: rows lack the begin-of-text token that the model is served with.
 
-    Sees: a template (or, for plain text, a tokenizer) that begins with it, and rows of which none does.
-    Why: the base has seen it before every text; some families (Gemma) degrade badly without it (first loss 1.08 times).
-    Not: ChatML models that define one and never write it (Qwen, SmolLM2); a model's own template without it (Zephyr),
-    which is then served without it too; F26, where only the long rows lack their beginning; F12, where the whole format
-    is another.
-    Fix: the template of the base, or `add_special_tokens=True` for plain text.
-    Wrong when: it is served without on purpose.
-    Source: the mirror case of trl#1400.
+    Sees: a template (or, for plain text, a tokenizer) that starts with it, and no row that does.
+    Why: in pretraining every text began with it. Some model families (Gemma) become much worse without it (the first
+    loss is 1.08 times the normal one).
+    Not: ChatML models that define the token and never write it (Qwen, SmolLM2); a model's own template without it
+    (Zephyr), which is then served without it too; F26, where only long rows lack their beginning; F12, where the whole
+    format is different.
+    Fix: use the base model's own template, or `add_special_tokens=True` for plain text.
+    Wrong when: the model is served without it on purpose.
+    Source: the opposite case of trl#1400.
     """
     side = facts.train
     if not facts.is_chat or not facts.settings.chat_template_path:
         return None
-    before, who = list(facts.encoder.affixes[0]), "this tokenizer starts every text with"
+    before, why = list(facts.encoder.affixes[0]), "this tokenizer starts every text with"
     pieces = pieces_of(facts.own_template) if not before and facts.own_template else None
     if pieces is not None:
-        before, who = facts.encode(pieces[0])[:1], "the model's own template begins with"
+        before, why = facts.encode(pieces[0])[:1], "the model's own template begins with"
         before = before if before == [facts.named_id("bos")] else []
     if not before or (side.ids[side.starts[:-1]] == before[0]).any():
         return None
     return Finding.of(
         "F09",
         "warning",
-        message=f"No row begins with {facts.spelled(before[0])}, which {who}.",
+        message=f"No row begins with {facts.spelled(before[0])}, which {why}.",
         evidence={"rows_with": 0, "rows_without": len(side.rows), "rows": side.places(range(len(side.rows)))},
-        fix=f"begin {facts.settings.chat_template_path} with {{{{ bos_token }}}}",
+        fix=f"write {{{{ bos_token }}}} at the start of {facts.settings.chat_template_path}",
     )
 
 
 @rule("F09", otherwise=True)
 def rows_without_served_bos(run_facts: RunFacts) -> Signal | None:
-    """F09, of rows that another trainer made: none begins with what its own rendering would begin with."""
+    """F09, of rows that another trainer made: none begins with the first token of the rendered chat."""
     tokenizer, rows = run_facts.tokenizer, examples_of(run_facts)
     bos = getattr(tokenizer, "bos_token_id", None)
     if tokenizer is None or not isinstance(bos, int) or len(rows) < 3:
@@ -115,24 +116,26 @@ def rows_without_served_bos(run_facts: RunFacts) -> Signal | None:
         return None
     texts = decoded(run_facts)
     if not is_text and whole and whole[1].strip() and not any(whole[1].strip() in text for text in texts):
-        return None  # of another format altogether: F12
+        return None  # a different format: F12
     spelled = tokenizer.convert_ids_to_tokens(bos)
-    says = f"none of {len(rows):,} rows begins with {spelled}, with which the model is served"
-    fix = "tokenize with the template's own beginning" if not is_text else "add_special_tokens=True"
+    says = f"none of {len(rows):,} rows begins with {spelled}, but prompts in serving do"
+    fix = (
+        "keep the begin-of-text token of the chat template" if not is_text else "tokenize with add_special_tokens=True"
+    )
     return Signal("F09", "measured", says, 0.65, {"rows": len(rows)}, fix=fix)
 
 
 @rule("F11", needs=("settings",), probes=("P12",))
 def template_differs(run_facts: RunFacts) -> Signal | None:
-    """F11: the model is served with another template than it was trained with.
+    """F11: the model is served with a different chat template than it was trained with.
 
-    Sees: the template of training and the one that is served, each asked to render the same chat. Answers that are bad
-    only in the deployment's rendering (generations, G6) show the same.
-    Why: a good held-out loss and bad or repetitive chat: without its template a well-trained model repeated itself in
-    10 to 48 % of its 4-grams (0 % with it).
-    Not: F46, which repeats in both renderings; F15, which differs at the boundary alone.
-    Fix: the template that was trained with, shipped beside the adapter.
-    Wrong when: both write the same text for the chats that are served.
+    Sees: the same chat rendered with the template of training and with that of serving. Answers that are bad only with
+    the serving template show the same.
+    Why: the held-out loss is good, but chat answers are bad or repeat themselves: without its template a well-trained
+    model repeated 10 to 48 % of its 4-grams (0 % with it).
+    Not: F46, which repeats with both templates; F15, where only the start of the answer differs.
+    Fix: serve with the template of training, saved with the adapter.
+    Wrong when: both render the chats that are served in the same way.
     Source: LlamaFactory#6020, ollama#6823.
     """
     tokenizer, get = run_facts.tokenizer, run_facts.settings.get
@@ -145,12 +148,12 @@ def template_differs(run_facts: RunFacts) -> Signal | None:
     if None in texts or texts[0] == texts[1]:
         return None
     says = f"a question is rendered as {texts[0]!r} for training and as {texts[1]!r} for serving"
-    fix = "serve with the chat template that was saved beside the adapter (tokenizer.save_pretrained)"
+    fix = "serve with the chat template of training: save it with the adapter (tokenizer.save_pretrained)"
     return Signal("F11", "invariant", says, 0.9, {"trained": texts[0], "served": texts[1]}, fix=fix)
 
 
 def _by(tokenizer: Any, template: str, chat: list[dict[str, str]]) -> str | None:
-    """A chat by a template, which may also be a format with {q} or {prompt} in it."""
+    """Render a chat with a template, which may also be a format with {q} or {prompt} in it."""
     if "{%" not in template and "{{" not in template:
         return re.sub(r"\{\s*\w*\s*\}", chat[0]["content"], template, count=1)
     if tokenizer is None:
@@ -159,23 +162,24 @@ def _by(tokenizer: Any, template: str, chat: list[dict[str, str]]) -> str | None
         return str(
             tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
         )
-    except Exception:  # as above
+    except Exception:  # a template may raise any error
         return None
 
 
 @rule("F12", needs=("rows",), probes=("P1",))
 def not_through_template(facts: RowFacts) -> Finding | None:
-    """F12: the rows are not in the chat format that the model was taught.
+    """F12: the rows are not in the model's chat format.
 
-    Sees: that the template's text between question and answer stands in none of the rows, of a model whose end of text
-    is the template's end of turn, which it is only in a chat model; chats whose messages were rendered before: most of
-    them hold control tokens or role labels; a template file that writes another text than the model's own.
-    Why: the model learns a second format beside its own (10 times the first loss) and is then asked in the first.
-    Not: F04, whose loss on plain text is bad too; F38, whose format is right; a base model, where any format is
-    legitimate; F07, whose markers are there and split.
-    Fix: a messages column, so that the template is applied.
-    Wrong when: it is served in the same format on purpose.
-    Source: the walkthrough's article, trl#1400; ratio 9.8 raw, 9.6 with "### Human" (measured).
+    Sees: rows of a chat model (its end of text is the template's end of turn) of which none contains the template's
+    text between question and answer; chats whose messages were already rendered: most of them contain control tokens or
+    role labels; a template file that renders a different format than the model's own template.
+    Why: the model learns a second format (10 times the first loss), and is then used with the first.
+    Not: F04, where the loss on plain text is bad too; F38, whose format is right; a base model, for which any format is
+    fine; F07, whose control tokens are present but split.
+    Fix: give the data as a messages column, so that the model's own template is applied.
+    Wrong when: the model is served in the same format on purpose.
+    Source: the article behind examples/walkthrough.yaml, trl#1400; the first loss is 9.8 times the normal one for raw
+    text, 9.6 times with "### Human" (measured).
     """
     side = facts.train
     if facts.is_chat:
@@ -198,7 +202,7 @@ def not_through_template(facts: RowFacts) -> Finding | None:
         "F12",
         "warning",
         message="The rows are not in the model's chat format"
-        + (f": they are marked with `{label.strip()}` instead." if label else ", and this is a chat model."),
+        + (f": they use `{label.strip()}` instead." if label else ", although this is a chat model."),
         evidence={
             "rows_read": len(rows),
             "with_the_template": 0,
@@ -207,12 +211,12 @@ def not_through_template(facts: RowFacts) -> Finding | None:
             "expected": pieces[1].strip(),
         },
         fix='give each row as {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}: the chat template is '
-        "then applied for you",
+        "then applied automatically",
     )
 
 
 def _is_taught(facts: RowFacts, template: ChatTemplate) -> bool:
-    """Whether the model's files end generation with what the template ends its turns with."""
+    """Whether generation, by the model's files, ends at the template's end of turn."""
     ends = {facts.encode(text)[-1] for text in template.terminators}
     return bool(ends & (facts.model_ids("eos_token_id") | {facts.eos_id}))
 
@@ -225,7 +229,7 @@ def _template_replaced(facts: RowFacts) -> Finding | None:
     if pieces is None:
         return None
     header = pieces[1].strip()
-    for end in own.terminators:  # of the question, whose absence is another fault (F10)
+    for end in own.terminators:  # of the question; a missing end is another fault (F10)
         header = header.removeprefix(end).strip()
     if not squeezed(header):
         return None
@@ -235,8 +239,8 @@ def _template_replaced(facts: RowFacts) -> Finding | None:
     return Finding.of(
         "F12",
         "warning",
-        message=f"{facts.settings.chat_template_path} renders another format than the model was taught: "
-        f"{header!r}, which its own template writes before an answer, is in no row.",
+        message=f"{facts.settings.chat_template_path} renders a format that the model does not know: no row contains "
+        f"{header!r}, which the model's own template writes before an answer.",
         evidence={"rows_read": len(rows), "with_the_template": 0, "rows": facts.train.places(rows)},
         fix="remove chat_template_path, so that the model's own template renders the rows",
     )
@@ -251,23 +255,23 @@ def _rendered_twice(facts: RowFacts) -> Finding | None:
     return Finding.of(
         "F12",
         "warning",
-        message="The messages were rendered before: their texts contain chat markup, which the chat template then "
-        "wraps once more.",
+        message="The messages are already rendered: their texts contain chat markup, and the chat template renders "
+        "them once more.",
         evidence={
             "rows_with_control_tokens": forged,
             "rows_with_role_labels": len(labelled),
             "rows": facts.train.places(labelled),
         },
-        fix="give the bare texts of the messages, without role labels and control tokens",
+        fix="give the plain texts of the messages, without role labels and control tokens",
     )
 
 
 @rule("F12", otherwise=True)
 def rows_without_template_text(run_facts: RunFacts) -> Signal | None:
-    """F12, of rows that another trainer made; of ours the data door knows which are documents, for continued
-    training."""
+    """F12, of rows that another trainer made; in solotune the data step knows which rows are documents for continued
+    pretraining."""
     texts = decoded(run_facts)
-    pieces = frame(run_facts, run_facts.base_template or None)  # that of the training may be the fault
+    pieces = frame(run_facts, run_facts.base_template or None)  # the template of the run may be the fault
     if pieces is None or len(texts) < 3 or run_facts.tokenizer is None or not pieces[1].strip():
         return None
     if is_ours(run_facts) or not is_chat_model(run_facts, pieces[2]):
@@ -277,12 +281,12 @@ def rows_without_template_text(run_facts: RunFacts) -> Signal | None:
     if has > (1 - NEARLY_ALL) * len(texts):
         return None
     says = f"{marker[:60]!r}, which the template writes between question and answer, is in {has} of {len(texts)} rows"
-    fix = 'give the data as {"messages": [...]}, so that the model\'s own template renders it'
+    fix = 'give the data as {"messages": [...]}, so that the model\'s own template is applied'
     return Signal("F12", "measured", says, 0.65, {"rows": has, "of": len(texts)}, fix=fix)
 
 
 def is_chat_model(run_facts: RunFacts, ending: str) -> bool:
-    """Whether the base's files end generation with what the template ends answers with."""
+    """Whether generation, by the base's files, ends with the text that the template writes after answers."""
     tokenizer = run_facts.tokenizer
     if tokenizer is None or not ending.strip():
         return False

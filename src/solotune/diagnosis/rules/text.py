@@ -1,4 +1,4 @@
-"""S8, characters that are not what was written: F37."""
+"""S8, damaged or hidden characters: F37."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ MOST = 0.5
 SOME = 0.05
 """One row in twenty."""
 FEW = 0.01
-"""One row in a hundred: more than somebody's writing about the thing itself (mojibake)."""
+"""One row in a hundred: more than texts about the thing itself (mojibake)."""
 
 _MOJIBAKE = re.compile("[\u00c2-\u00f4][\u0080-\u00bf]")
-# a UTF-8 lead byte and what follows it, read as Latin-1 or Windows-1252
+# a UTF-8 lead byte and the next byte, decoded as Latin-1 or Windows-1252
 _SUSPICIOUS = re.compile("[\u00c2-\u00f4][\u0080-\u00bf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]")
 # escapes outside of quotes and code: `first line\n\nsecond line` in a text without one real line break
 _QUOTED = re.compile(r"`[^`]*`|\"[^\"]*\"|'[^']*'")
 
-# What a reader of the rows does not see and the model does. Not joiners (emoji, Persian, Indic), not the marks of right
-# to left scripts, not form feeds; C1 controls are what mojibake leaves, and told as that.
+# Characters that a reader does not see and the model does. Not joiners (emoji, Persian, Indic), marks of right-to-left
+# scripts or form feeds; C1 controls come from mojibake and are reported as that.
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
 _BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")
 _ZERO_WIDTH = re.compile("[\u200b\u2060-\u2064\ufeff\u180e\U000e0001-\U000e007f]")
@@ -44,23 +44,23 @@ _MIXED_WORD = re.compile(
 def damaged_text(facts: RowFacts) -> list[Finding]:
     """F37: the text was decoded with the wrong encoding.
 
-    Sees: replacement characters; pairs such as `Ã©` that become one letter when the text is encoded as Latin-1 and read
-    as UTF-8; line breaks spelled as `\\n`; characters that nobody sees.
-    Why: the model learns the damage, at a higher loss, and writes it.
-    Not: another language, whose letters do not turn into shorter text that way.
-    Fix: `text.encode("latin-1").decode("utf-8")`, or the export once more.
+    Sees: replacement characters; pairs such as `Ã©` that become one letter when the text is encoded as Latin-1 and
+    decoded as UTF-8; line breaks written as `\\n`; invisible characters.
+    Why: the model learns the damaged text, at a higher loss, and writes it.
+    Not: another language: its letters do not become shorter text in this way.
+    Fix: `text.encode("latin-1").decode("utf-8")`, or export the data again.
     Wrong when: the rows are about encodings.
-    Source: llama.cpp#7062 (escaped line breaks); ratio 13 (measured).
+    Source: llama.cpp#7062 (escaped line breaks); the first loss is 13 times the normal one (measured).
     """
     return [found for found in (bad_encoding(facts), hidden_characters(facts)) if found is not None]
 
 
 def bad_encoding(facts: RowFacts) -> Finding | None:
-    """Text that was decoded wrongly, or escaped twice.
+    """Find text that was decoded wrongly, or escaped twice.
 
-    Lines that become shorter and valid when read back (Latin-1 or Windows-1252 to UTF-8): legitimate text, also of
-    another script, does not survive that way as a whole line. U+FFFD. A literal `\\n` where the text has no line break
-    of its own: not in code and quoted strings, which write it.
+    Lines that become shorter and stay valid when decoded again (Latin-1 or Windows-1252 to UTF-8): correct text in any
+    script does not survive this as a whole line. U+FFFD. A literal `\\n` in a text without a line break, except in code
+    and quoted strings, which may contain it.
     """
     kinds: dict[str, list[int]] = {"read_as_latin1": [], "replacement_characters": [], "escaped_twice": []}
     once: list[int] = []
@@ -72,7 +72,7 @@ def bad_encoding(facts: RowFacts) -> Finding | None:
         if "\\n" in text and "\n" not in text and (count := len(re.findall(r"\\n", _QUOTED.sub("", text)))):
             (kinds["escaped_twice"] if count >= 2 else once).append(row)
     total = len(facts.train.rows)
-    if len({*once, *kinds["escaped_twice"]}) >= MOST * total:  # one may be meant, not one in every row
+    if len({*once, *kinds["escaped_twice"]}) >= MOST * total:  # one may be intended, but not one in every row
         kinds["escaped_twice"] += once
     limits = {"escaped_twice": SOME}  # one-line code has them
     found = {k: rows for k, r in kinds.items() if is_pattern(len(rows := sorted(set(r))), total, limits.get(k, FEW))}
@@ -80,23 +80,23 @@ def bad_encoding(facts: RowFacts) -> Finding | None:
         return None
     kind, rows = max(found.items(), key=lambda item: len(item[1]))
     what = {
-        "read_as_latin1": "UTF-8 text that was read as Latin-1 (Ã© for é)",
-        "replacement_characters": "characters that a decoder could not read (U+FFFD)",
-        "escaped_twice": "a literal \\n where a line break was meant",
+        "read_as_latin1": "UTF-8 text that was decoded as Latin-1 (Ã© for é)",
+        "replacement_characters": "characters that could not be decoded (U+FFFD)",
+        "escaped_twice": "a literal \\n instead of a line break",
     }[kind]
     return Finding.of(
         "F37",
         "warning",
         message=f"{len(rows):,} of {total:,} rows ({percent(len(rows), total)}) contain {what}.",
         evidence={**{name: len(set(r)) for name, r in kinds.items()}, "rows": facts.train.places(rows)},
-        fix="replace \\n by line breaks in the data: it was escaped twice (json.dumps of a JSON string)"
+        fix="replace \\n with line breaks in the data: it was escaped twice (json.dumps of a JSON string)"
         if kind == "escaped_twice"
-        else "export the data again, reading and writing it as UTF-8",
+        else "export the data again, and read and write it as UTF-8",
     )
 
 
 def _texts(facts: RowFacts) -> Iterator[tuple[int, str]]:
-    """(row, text) of every message; of rows of plain text, the row."""
+    """(row, text) of every message; for plain text, of every row."""
     if not facts.is_chat:
         for row in evenly(range(len(facts.train.rows)), NUM_DECODED):
             yield row, facts.decode(facts.train.rows[row].input_ids)
@@ -117,11 +117,11 @@ def _reads_back(line: str) -> bool:
 
 
 def hidden_characters(facts: RowFacts) -> Finding | None:
-    """Characters that a reader does not see as they are, and that make other tokens of a word than it seems.
+    """Find characters that a reader cannot see or mistakes for others, and that change the tokens of a word.
 
-    Control characters (NUL, escape); overrides of the writing direction; spaces without width; words of Latin letters
-    with Cyrillic ones that look the same. Not joiners in emoji and Indic scripts, direction marks, zero-width spaces of
-    scripts that break lines by them, Cyrillic words, also with a Latin prefix.
+    Control characters (NUL, escape); overrides of the writing direction; zero-width spaces; words of Latin letters with
+    Cyrillic ones that look the same. Not reported: joiners in emoji and Indic scripts, direction marks, zero-width
+    spaces of scripts that break lines with them, Cyrillic words, also with a Latin prefix.
     """
     kinds: dict[str, set[int]] = {"control": set(), "bidi": set(), "zero_width": set(), "look_alikes": set()}
     for row, text in _texts(facts):
@@ -133,17 +133,18 @@ def hidden_characters(facts: RowFacts) -> Finding | None:
     words = {
         "control": "control characters",
         "bidi": "overrides of the writing direction",
-        "zero_width": "characters without width",
-        "look_alikes": "words of Latin and look-alike Cyrillic letters",
+        "zero_width": "zero-width spaces or similar",
+        "look_alikes": "words that mix Latin and look-alike Cyrillic letters",
     }
     found = "; ".join(f"{words[kind]} in {len(rows):,}" for kind, rows in kinds.items() if rows)
     return Finding.of(
         "F37",
         "warning" if is_pattern(len(rows), total, FEW) else "info",
         slug="hidden-characters",
-        message=f"{len(rows):,} of {total:,} rows have characters that a reader does not see as they are: {found}.",
+        message=f"{len(rows):,} of {total:,} rows contain invisible or look-alike characters: {found}.",
         evidence={**{kind: len(rows) for kind, rows in kinds.items()}, "rows": facts.train.places(rows)},
-        fix="look at these rows (`--show` marks such characters as \ufffd) and remove the characters, or the rows",
+        fix="look at these rows (`solotune data --show` prints such characters as \ufffd), and remove the characters, "
+        "or the rows",
     )
 
 
@@ -167,13 +168,13 @@ def chats_of_a_wrong_encoding(run_facts: RunFacts) -> Signal | None:
     damaged = [text for text in texts if "\ufffd" in text or is_mojibake(text)]
     if len(damaged) < max(3, SOME * len(texts)):
         return None
-    says = f"{len(damaged):,} of {len(texts):,} chats have text of a wrong encoding"
-    fix = "read it again as UTF-8: text.encode('latin-1').decode('utf-8')"
+    says = f"{len(damaged):,} of {len(texts):,} chats have text with a wrong encoding"
+    fix = "decode it again as UTF-8: text.encode('latin-1').decode('utf-8')"
     return Signal("F37", "measured", says, 0.85, {"chats": len(damaged)}, fix=fix)
 
 
 def is_mojibake(text: str) -> bool:
-    """Whether some of the text becomes shorter and still valid when it is taken for UTF-8 read as Latin-1."""
+    """Whether part of the text becomes shorter and stays valid when encoded as Latin-1 and decoded as UTF-8."""
     for match in _MOJIBAKE.finditer(text):
         around = re.sub(r"[^\x00-\xff]", "", text[max(0, match.start() - 2) : match.end() + 2])
         try:

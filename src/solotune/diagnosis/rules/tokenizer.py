@@ -1,4 +1,4 @@
-"""S2, the pairing of base model and tokenizer: F04 to F07."""
+"""S2, base model and tokenizer: F04 to F07."""
 
 from __future__ import annotations
 
@@ -21,82 +21,83 @@ if TYPE_CHECKING:
     import torch
 
 SMALLEST_VOCABULARY_SHARE = 0.5
-"""Embedding matrices are padded, by 2.3 % at most in released models (DeepSeek); half can only be another tokenizer."""
+"""Released models pad the embedding by at most 2.3 % (DeepSeek); half can only be another tokenizer."""
 MOST_UNKNOWN = 0.01
-"""More than one unknown token in a hundred: byte-level and byte-fallback tokenizers have none in any language."""
+"""One unknown token in a hundred; byte-level and byte-fallback tokenizers have none in any language."""
 MEAN_LIKE = 0.1
-"""Distance from the mean embedding, in usual distances: transformers starts new rows at the mean, with 1e-9 of
-scatter."""
+"""Distance from the mean embedding / usual distance: transformers starts new rows at the mean, with a scatter of
+1e-9."""
 
 _MARKER = re.compile(r"<[|｜][^|｜<>\s]{1,40}[|｜]>|</?(?:start|end)_of_\w{1,20}>")
 _CHAT_WORD = re.compile(r"im_|turn|header|eot|eom|user|assistant|system|role|message|inst", re.IGNORECASE)
-_RESIZE = "model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))"
+_RESIZE = "in transformers: model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))"
 
 
 @rule("F04", needs=("rows",), probes=("P1",))
 def wrong_tokenizer(facts: RowFacts) -> Finding | None:
     """F04: the tokenizer is not the one that the model was trained with.
 
-    Sees: the ids that the model's files call begin and end of text, of which none is a special token in this tokenizer;
-    a vocabulary of less than half of the embedding; more than 1 % unknown tokens. Twins that agree on all of these are
-    told by the loss on plain text, which is bad as well (probe P1).
-    Why: the model reads other words than were written: a first loss at or above log V, a high plateau, word salad.
-    Not: F12 and F22, whose loss on plain text is normal; an embedding with more rows than the tokenizer has tokens,
+    Sees: ids of begin and end of text in the model's files that are not special tokens in this tokenizer; a vocabulary
+    of less than half of the embedding; more than 1 % unknown tokens. Similar tokenizers pass all of these checks; then
+    a bad loss on plain text shows the fault (probe P1).
+    Why: the model reads different words than the text has: a first loss of log V or more, a high plateau, meaningless
+    answers.
+    Not: F12 and F22, where the loss on plain text is normal; an embedding with more rows than the tokenizer has tokens,
     which is normal; text in another language.
-    Fix: both from the same place and revision.
+    Fix: load both from the same folder and revision.
     Wrong when: config.json was edited by hand.
-    Source: llama.cpp#7062; permuted ids gave 21 times the reference's first loss (measured).
+    Source: llama.cpp#7062; permuted ids gave 21 times the normal first loss (measured).
     """
     found = partial(Finding.of, "F04", "error")
     own = facts.model_ids("eos_token_id") | facts.model_ids("bos_token_id")
     if own and not own & (facts.special_ids | facts.control.ids):
         spelled = {str(i): facts.spelled(i) if i < len(facts.tokenizer) else "no such token" for i in sorted(own)}
         return found(
-            message="The tokenizer is not this model's: what the model's files call begin or end of text are ordinary "
-            "tokens in it.",
+            message="The tokenizer does not belong to this model: the model's begin or end of text are ordinary tokens "
+            "in it.",
             evidence={"model_special_ids": spelled, "tokenizer_eos_id": facts.eos_id},
             fix="copy the tokenizer files of the same model and revision into the folder of model_name_or_path",
         )
     size = facts.num_embeddings
     if size and len(facts.tokenizer) < SMALLEST_VOCABULARY_SHARE * size:
         return found(
-            message=f"The tokenizer has {len(facts.tokenizer):,} tokens for an embedding of {size:,}: it is not this "
-            "model's.",
+            message=f"The tokenizer has {len(facts.tokenizer):,} tokens, but the embedding has {size:,} rows: it does "
+            "not belong to this model.",
             evidence={"tokens": len(facts.tokenizer), "embedding_rows": size},
             fix="copy the tokenizer files of the same model and revision into the folder of model_name_or_path",
         )
     unknown = facts.named_id("unk")
     if unknown is None or unknown in {facts.named_id("eos"), facts.named_id("bos"), facts.named_id("pad")}:
-        return None  # GPT-2 and its kin name their end of text as unknown, and never produce it for one
+        return None  # GPT-2 and similar use their end of text as unk, and never produce it for unknown text
     side = facts.train
     places = np.flatnonzero(side.ids == unknown)
     if len(places) < MOST_UNKNOWN * max(len(side.ids), 1) or not len(places):
         return None
     rows = np.unique(np.searchsorted(side.starts, places, side="right") - 1)
     return found(
-        message=f"The tokenizer cannot spell this data: {percent(len(places), len(side.ids))} of its tokens are unknown"
-        " ones.",
+        message=f"The tokenizer does not know the script of this data: {percent(len(places), len(side.ids))} of "
+        "the tokens are unknown.",
         evidence={"unknown_tokens": len(places), "tokens": len(side.ids), "rows": side.places(rows)},
         fix="use a model whose tokenizer knows the script of the data, or remove these rows",
     )
 
 
 def took_steps(run_facts: RunFacts) -> bool:
-    """Whether a loss was computed, so that every id had its row."""
+    """Whether a loss was computed, so that every id had its embedding row."""
     return run_facts.trace is not None and bool(np.isfinite(run_facts.trace.loss_S).any())
 
 
 @rule("F05", needs=("rows",), unless=took_steps)
 def ids_beyond_embedding(facts: RowFacts) -> Finding | None:
-    """F05: token ids and rows of the embedding do not match.
+    """F05: token ids do not match the rows of the embedding.
 
-    Sees: ids in the rows that are as large as the embedding or larger; an embedding saved with the adapter that has
-    fewer rows than the base; an index error in the log.
-    Why: a device-side assert; or, where a padded matrix was resized down to the tokenizer, rows that are lost in
-    silence.
-    Not: an embedding with more rows than the tokenizer has tokens, which is padding; a training that took steps, so
-    that its embedding was resized: F06.
-    Fix: `resize_token_embeddings(max(old, new))`, or the tokenizer as it came.
+    Sees: ids in the rows that are not below the size of the embedding; an embedding saved with the adapter that has
+    fewer rows than the base's; an index error in the log.
+    Why: training stops with a device-side assert. Or a padded matrix was resized down to the tokenizer, and rows are
+    lost silently.
+    Not: an embedding with more rows than the tokenizer has tokens, which is padding; a run that took steps, so that its
+    embedding was resized: F06.
+    Fix: use the original tokenizer, or in transformers `resize_token_embeddings(max(old, new))`.
     Wrong when: config.json has another `vocab_size` than the checkpoint.
     Source: transformers#24698, unsloth-zoo#923.
     """
@@ -116,36 +117,36 @@ def ids_beyond_embedding(facts: RowFacts) -> Finding | None:
         message=f"The data contains tokens that the model has no embedding for: {facts.spelled(beyond.min())!r} is id "
         f"{beyond.min()}, and the embedding has {size:,} rows.",
         evidence={"largest_id": int(beyond.max()), "embedding_rows": size, "rows": train.places(rows)},
-        fix="use the tokenizer as it came with the model; tokens added to it need a base with a larger embedding",
+        fix="use the original tokenizer of the model; added tokens need a base with a larger embedding",
     )
 
 
 @rule("F05")
 def embedding_too_small(run_facts: RunFacts) -> list[Signal]:
-    """F05, of the saved adapter and the log: an embedding with fewer rows than the base's, and an index error."""
+    """F05, from the saved adapter and the log: an embedding with fewer rows than the base's, and an index error."""
     signals = []
     rows, shape = saved_embedding_rows(run_facts), shape_of(run_facts)
     if rows is not None and shape is not None and rows < shape["vocabulary"]:
-        says = f"the embedding was saved with {rows:,} rows, and the base has {shape['vocabulary']:,}"
+        says = f"the embedding was saved with {rows:,} rows, but the base has {shape['vocabulary']:,}"
         signals.append(Signal("F05", "invariant", says, 0.85, {"rows": rows, "base": shape["vocabulary"]}, fix=_RESIZE))
     if line := has_error(run_facts, r"index out of range in self|device-side assert|srcIndex < srcSelectDimSize"):
-        signals.append(Signal("F05", "measured", f"the run ended with: {line}", 0.6, {}, fix=_RESIZE))
+        signals.append(Signal("F05", "measured", f"the run ended with this error: {line}", 0.6, {}, fix=_RESIZE))
     return signals
 
 
 @rule("F05", otherwise=True, unless=took_steps)
 def largest_id_beyond_embedding(run_facts: RunFacts) -> Signal | None:
-    """F05, of rows whose tokenizer is not known."""
+    """F05, of rows without a known tokenizer."""
     beyond, shape = ids_beyond(run_facts), shape_of(run_facts)
     if beyond is None:
         return None
     size = shape["vocabulary"] if shape else 0
-    says = f"the rows have id {beyond:,}, and the embedding has {size:,} rows"
+    says = f"the rows have id {beyond:,}, but the embedding has only {size:,} rows"
     return Signal("F05", "invariant", says, 0.9, {"largest": beyond, "rows": size}, fix=_RESIZE)
 
 
 def ids_beyond(run_facts: RunFacts) -> int | None:
-    """The largest id of the rows, where the embedding of config.json ends below it and no larger one was saved."""
+    """The largest id of the rows, if it does not fit the embedding of config.json and no larger one was saved."""
     shape = shape_of(run_facts)
     if shape is None:
         return None
@@ -155,7 +156,7 @@ def ids_beyond(run_facts: RunFacts) -> int | None:
 
 
 def saved_embedding_rows(run_facts: RunFacts) -> int | None:
-    """Rows of an embedding that was saved with the adapter."""
+    """Rows of the embedding that was saved with the adapter; None without one."""
     for name, tensor in (run_facts.saved.adapter if run_facts.saved else {}).items():
         if re.search(r"(embed_tokens|wte|word_embeddings|embed_in)(\.modules_to_save)?(\.\w+)?\.weight$", name):
             return int(tensor.shape[0])
@@ -164,16 +165,17 @@ def saved_embedding_rows(run_facts: RunFacts) -> int | None:
 
 @rule("F06", needs=("settings", "live"))
 def untrained_embedding(run_facts: RunFacts) -> Signal | None:
-    """F06: tokens of the data have embedding rows that nothing has ever trained.
+    """F06: the data uses tokens whose embedding rows were never trained.
 
-    Sees: ids in the rows whose embedding is zero, or lies where new rows are put (at the mean of all rows), while
-    neither `trainable_token_indices` nor `modules_to_save` nor an adapter covers the embedding.
-    Why: LoRA leaves embedding and head as they are, so the model cannot tell the new token from the others, and never
-    writes it.
-    Not: F07, where the marker is several ordinary ids; tokens that the base has and hardly used, which adapters in the
-    layers below can still learn.
-    Fix: `trainable_token_indices: [...]`, or `modules_to_save: [embed_tokens, lm_head]`.
-    Wrong when: the base itself begins with such rows (an untrained model).
+    Sees: ids in the rows whose embedding is zero or equals the mean of all rows (where new rows start), while neither
+    `trainable_token_indices` nor `modules_to_save` nor an adapter covers the embedding.
+    Why: LoRA does not change embedding and head, so the model cannot tell the new token from others, and never writes
+    it.
+    Not: F07, where the marker is several ordinary ids; tokens that the base has but rarely used, which adapters in the
+    layers can still learn.
+    Fix: use tokens that the base model knows; or train the rows with PEFT: `trainable_token_indices: [...]`, or
+    `modules_to_save: [embed_tokens, lm_head]`.
+    Wrong when: the base itself has such rows (an untrained model).
     Source: peft#2376; trl warns when it clones a template.
     """
     if run_facts.live is None or covers_embedding(run_facts):
@@ -193,15 +195,14 @@ def untrained_embedding(run_facts: RunFacts) -> Signal | None:
     names = (
         run_facts.tokenizer.convert_ids_to_tokens(untrained[:3]) if run_facts.tokenizer is not None else untrained[:3]
     )
-    says = f"the rows use {', '.join(map(str, names))}, whose embedding was never trained, and nothing trains it"
-    fix = f"trainable_token_indices: {untrained[:8]}"
+    says = f"the rows use {', '.join(map(str, names))}, whose embedding was never trained and is not trained now"
+    fix = f"use tokens that the base model knows, or in PEFT trainable_token_indices: {untrained[:8]}"
     return Signal("F06", "measured", says, 0.8, {"ids": untrained[:8]}, fix=fix)
 
 
 @rule("F06", needs=("settings", "model_config"))
 def added_tokens_not_trained(run_facts: RunFacts) -> Signal | None:
-    """F06, before the model is there: rows use ids past the base's vocabulary, the embedding grew, and is not
-    trained."""
+    """F06, before the model is loaded: ids past the base's vocabulary, in a larger embedding that is not trained."""
     shape, rows = shape_of(run_facts), saved_embedding_rows(run_facts)
     grown = rows or run_facts.settings.get("embedding_rows")
     if shape is None or not isinstance(grown, int) or grown <= shape["vocabulary"] or covers_embedding(run_facts):
@@ -211,15 +212,13 @@ def added_tokens_not_trained(run_facts: RunFacts) -> Signal | None:
     }
     if not used:
         return None
-    says = (
-        f"the rows use {len(used)} ids that were added to the base's {shape['vocabulary']:,}, and nothing trains them"
-    )
-    fix = f"trainable_token_indices: {sorted(used)[:8]}"
+    says = f"the rows use {len(used)} ids added to the base's {shape['vocabulary']:,}, whose embedding is not trained"
+    fix = f"use tokens that the base model knows, or in PEFT trainable_token_indices: {sorted(used)[:8]}"
     return Signal("F06", "invariant", says, 0.85, {"ids": sorted(used)[:8]}, fix=fix)
 
 
 def covers_embedding(run_facts: RunFacts) -> bool:
-    """Whether the embedding is trained in some way."""
+    """Whether some setting trains the embedding."""
     get, config = run_facts.settings.get, run_facts.saved.adapter_config if run_facts.saved else {}
     listed = [get("modules_to_save"), config.get("modules_to_save"), targets(run_facts)]
     names = " ".join(str(name) for part in listed if part for name in ([part] if isinstance(part, str) else part))
@@ -228,7 +227,7 @@ def covers_embedding(run_facts: RunFacts) -> bool:
 
 
 def untrained_rows(weight_VD: torch.Tensor, ids: np.ndarray) -> list[int]:
-    """Those of the ids whose embedding is zero or lies at the mean of all, next to which usual rows are far away."""
+    """The ids whose embedding is zero or near the mean of all rows, compared with the usual distance."""
     import torch
 
     whole = weight_VD.detach().float()
@@ -244,16 +243,16 @@ def untrained_rows(weight_VD: torch.Tensor, ids: np.ndarray) -> list[int]:
 
 @rule("F07", needs=("rows",), probes=("P1",))
 def markers_as_text(facts: RowFacts) -> Finding | None:
-    """F07: the template's control tokens are split like ordinary text.
+    """F07: the tokenizer splits the template's control tokens like ordinary text.
 
-    Sees: spellings such as `<|im_start|>` in the template's text that encode to several ids, where an answer is ended
-    by one or the tokenizer has chat tokens of its own; the same in the decoded rows.
-    Why: an instruct model sees a format that it was never taught (6 times the first loss), rows grow by 10 to 20 %, and
-    answers contain the markup.
+    Sees: texts such as `<|im_start|>` in the template that encode to several ids, if one of them ends answers or the
+    tokenizer has its own chat tokens.
+    Why: an instruct model sees a format that it does not know (6 times the first loss), rows become 10 to 20 % longer,
+    and answers contain the markup.
     Not: F12, which has no markup; formats of plain words; Zephyr and TinyLlama, whose `<|user|>` is text by design.
-    Fix: the template that belongs to the tokenizer, or its markers declared as special tokens.
-    Wrong when: a base model carries chat tokens that it was never trained on, and text is meant.
-    Source: dolma#176 (an option that does it on purpose); ratio 6.4 (measured).
+    Fix: use the template that belongs to the tokenizer, or add its control tokens to the tokenizer as special tokens.
+    Wrong when: a base model has chat tokens that were never trained, and text is wanted.
+    Source: dolma#176 (an option that does it on purpose); the first loss is 6.4 times the normal one (measured).
     """
     pieces = pieces_of_template(facts)
     if pieces is None or not facts.is_chat:
@@ -270,8 +269,8 @@ def markers_as_text(facts: RowFacts) -> Finding | None:
     return Finding.of(
         "F07",
         "error" if ends_with_text_marker(facts) else "warning",
-        message=f"The chat template writes {', '.join(split)}, which this tokenizer has no token for and splits like "
-        "any word.",
+        message=f"The chat template writes {', '.join(split)}, which is not a token of this tokenizer and is "
+        "split like any word.",
         evidence={"ids_per_marker": split, "own_tokens_not_used": unused[:8], "chat_template_path": path},
         fix=(f"remove `chat_template_path: {path}`" if path else "set chat_template_path to a template")
         + (f" that uses the tokenizer's own tokens ({', '.join(unused[:4])})" if unused and not path else "")
@@ -280,7 +279,7 @@ def markers_as_text(facts: RowFacts) -> Finding | None:
 
 
 def ends_with_text_marker(facts: RowFacts) -> bool:
-    """Whether the template ends answers with something spelled like a control token that is none."""
+    """Whether the template ends answers with text that looks like a control token but is not one."""
     pieces = pieces_of_template(facts)
     marker = _MARKER.match(pieces[2].lstrip()) if pieces else None
     return marker is not None and len(facts.encode(marker[0])) > 1

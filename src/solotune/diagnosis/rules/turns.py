@@ -1,4 +1,4 @@
-"""S3, the chat template and special tokens, within a turn: F10 and F13 to F16, its end, its header and its roles."""
+"""S3, the chat template and special tokens within a turn: F10 and F13 to F16, on its end, header and roles."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
 MOST = 0.5
-"""A property of the template or the tokenizer shows in all rows; half leaves room for rows that hide it."""
+"""A fault of the template or tokenizer shows in all rows; half allows for rows that hide it."""
 SOME = 0.05
-"""One row in twenty: what the data door could not be blamed for (a role that only some rows have)."""
+"""One row in twenty, for faults that depend on the row (a role that only some rows have)."""
 FEW = 0.01
-"""One row in a hundred: for what should never happen."""
+"""One row in a hundred, for faults that should never happen."""
 NUM_RENDERED = 100
-"""Prompts rendered anew; a template is a slow program, and a fault of it shows in a few."""
+"""Prompts to render again; templates are slow, and a fault shows in a few."""
 _SENTINEL = "zqxjkv"
 
 
 @rule("F10", needs=("rows",))
 def terminator_missing(facts: RowFacts) -> Finding | None:
-    """F10: no token ends the assistant's turn in the training rows.
+    """F10: the answers in the training rows have no end-of-turn token.
 
-    Sees: the last token of each learned answer, and those behind it: neither is an end of turn.
-    Why: a model that was never shown an end never stops, and writes the user's turns too.
-    Not: F17 and F19, where the end is there and not learned; F24, where long rows are cut; F14, which is learned and
-    not stopped at; F07, where the end is spelled as text.
-    Fix: the end of turn in the template (trl appends it to plain text only).
-    Wrong when: the base ends turns by beginning the next one (GLM), and the adapter leaves that alone.
+    Sees: answers whose last loss token is not an end of turn, and is not followed by one.
+    Why: a model that never sees an end never stops, and writes the user's turns too.
+    Not: F17 and F19, where the end is there but not trained on; F24, where long rows are truncated; F14, where the end
+    is trained on but generation does not stop at it; F07, where the end is spelled as text.
+    Fix: write the end-of-turn token in the template (trl appends it to plain text only).
+    Wrong when: the model ends turns by starting the next one (GLM), and the adapter does not change that.
     Source: unsloth#416, unsloth#419.
     """
     side = facts.train
@@ -44,14 +44,14 @@ def terminator_missing(facts: RowFacts) -> Finding | None:
     rows = np.unique(side.row_of[missing])
     if not is_pattern(len(rows), len(side.rows), FEW):
         return None
-    eos = facts.tokenizer.eos_token or "an end-of-text token (the tokenizer names none)"
+    eos = facts.tokenizer.eos_token or "an end-of-text token (the tokenizer has none)"
     ends_by_header = facts.is_chat and not facts.settings.chat_template_path and not facts.turn_end_ids - {facts.eos_id}
     path = facts.settings.chat_template_path
     return Finding.of(
         "F10",
         "error" if len(rows) >= MOST * len(side.rows) and not ends_by_header else "warning",
-        message=f"{percent(len(rows), len(side.rows))} of the rows have an answer that no end-of-turn token ends: the "
-        "model is not taught to stop.",
+        message=f"{percent(len(rows), len(side.rows))} of the rows have an answer without an end-of-turn token: the "
+        "model is not trained to stop.",
         evidence={
             "answers_without": len(missing),
             "answers": len(side.begins),
@@ -59,7 +59,7 @@ def terminator_missing(facts: RowFacts) -> Finding | None:
             "rows": side.places(rows),
             "answer_ends": _tail(facts, side, missing[:1]),
         },
-        fix=f"write {eos} behind the assistant's content in {path or 'a template of your own (chat_template_path)'}"
+        fix=f"write {eos} after the assistant's content in {path or 'your own template (chat_template_path)'}"
         if facts.is_chat
         else f"end the texts with {eos}",
     )
@@ -71,14 +71,15 @@ def _tail(facts: RowFacts, side: Side, answers: np.ndarray) -> list[str]:
 
 @rule("F13", needs=("rows",))
 def role_dropped(facts: RowFacts) -> Finding | None:
-    """F13: the template leaves a role of the conversations out, without a word.
+    """F13: the template silently leaves out the messages of one role.
 
-    Sees: texts of system, user and tool messages that are not in the decoded rows; a word put into each role that the
-    data has, and looked for in what the template renders.
-    Why: the model is taught to answer without the instructions that it will be given. No loss shows it.
-    Not: thinking that is cut out of earlier answers; rows that were truncated; a template that refuses the role aloud.
-    Fix: the text moved into the first user message, in training and serving alike.
-    Wrong when: the template rewrites the text beyond recognition.
+    Sees: texts of system, user and tool messages that are not in the decoded rows; a test word in each role of the data
+    that is not in the rendered chat.
+    Why: the model is trained to answer without the instructions that it will get later. No loss shows it.
+    Not: thinking that the template removes from earlier answers; truncated rows; a template that raises an error for
+    the role.
+    Fix: move the text into the first user message, in training and in serving.
+    Wrong when: the template rewrites the text completely.
     Source: Automodel#3143 ("indistinguishable from one that trains on them"), node-llama-cpp#624.
     """
     seen: dict[str, int] = {}
@@ -98,26 +99,28 @@ def role_dropped(facts: RowFacts) -> Finding | None:
         "F13",
         "error" if len(rows) >= MOST * seen[role] else "warning",
         message=f"The chat template leaves out the {role}{' definitions' if role == 'tools' else ' messages'}: "
-        f"{len(rows)} of {seen[role]} rows that were read back do not contain {'them' if role == 'tools' else 'it'}.",
+        f"{len(rows)} of {seen[role]} checked rows do not contain {'them' if role == 'tools' else 'it'}.",
         evidence={
             "rows_read": seen,
             "rows_without": {name: len(found) for name, found in lost.items()},
             "rows": facts.train.places(rows),
         },
         fix="set chat_template_path to a template that renders "
-        + ("tools" if role == "tools" else f"{role} messages, or put their text into the first user message"),
+        + ("tools" if role == "tools" else f"{role} messages, or move their text into the first user message"),
     )
 
 
 def _roles_lost(messages: list[dict], tools: list[dict] | None, whole: str) -> dict[str, bool]:
-    """role -> whether some text of it is missing from the row."""
+    """Role -> whether some of its text is missing from the row."""
     lost: dict[str, bool] = {}
     for message in messages:
         text = squeezed(message["content"])
         if message["role"] == "assistant" or len(text) < 4:
             continue
         words = {squeezed(word) for word in message["content"].split()}
-        quoted = squeezed(json.dumps(message["content"], ensure_ascii=False)[1:-1])  # Llama 3.1, of a tool's result
+        quoted = squeezed(
+            json.dumps(message["content"], ensure_ascii=False)[1:-1]
+        )  # Llama 3.1 writes a tool's result so
         is_there = text in whole or quoted in whole or sum(word in whole for word in words) >= 0.8 * len(words) > 4
         lost[message["role"]] = lost.get(message["role"], False) or not is_there
     names = [str((tool.get("function") or tool).get("name")) for tool in tools or ()]
@@ -128,7 +131,7 @@ def _roles_lost(messages: list[dict], tools: list[dict] | None, whole: str) -> d
 
 @rule("F13", otherwise=True)
 def template_leaves_out_a_role(run_facts: RunFacts) -> list[Signal]:
-    """F13, of the template: a word put into each role that the data has is not in what it renders."""
+    """F13, from the template: a test word in a role that the data has is not in the rendered chat."""
     signals = []
     roles = {str(m.get("role")) for chat in list(run_facts.conversations)[:NUM_ROWS] for m in plain_messages(chat)}
     for role in sorted(roles & {"system", "tool"}):
@@ -136,22 +139,22 @@ def template_leaves_out_a_role(run_facts: RunFacts) -> list[Signal]:
         chat.insert(0 if role == "system" else 2, {"role": role, "content": _SENTINEL})
         text = rendered(run_facts, chat)
         if text is not None and _SENTINEL not in text:
-            says = f"what a {role} message says is not in what the template renders"
-            fix = f"put the text of {role} messages into the user's, or a template that renders them"
+            says = f"the template leaves out the text of {role} messages"
+            fix = f"move the text of {role} messages into the user's, or use a template that renders them"
             signals.append(Signal("F13", "invariant", says, 0.9, {"role": role}, fix=fix))
     return signals
 
 
 @rule("F14", needs=("rows",))
 def stops_elsewhere(facts: RowFacts) -> Finding | None:
-    """F14: generation stops on another token than the one that answers end with.
+    """F14: generation stops at a different token than the one that ends the answers.
 
-    Sees: the last token of the answers against the stop ids of generation_config.json, or of the deployment where those
-    are known.
-    Why: the model writes its end of turn and goes on: endless answers although every label is right.
-    Not: F10 and F17, where the end never appears in the output.
-    Fix: the token added to `eos_token_id`.
-    Wrong when: the serving engine has stop tokens of its own.
+    Sees: the last token of the answers is not among the stop ids of generation_config.json, or of the deployment if
+    they are known.
+    Why: the model writes its end of turn and continues: answers never end although every label is right.
+    Not: F10 and F17, where the output never contains the end-of-turn token.
+    Fix: add the token to `eos_token_id` in generation_config.json.
+    Wrong when: the serving engine has its own stop tokens.
     Source: unsloth#416, torchtune#949.
     """
     stops = facts.model_ids("eos_token_id")
@@ -167,11 +170,11 @@ def stops_elsewhere(facts: RowFacts) -> Finding | None:
     return Finding.of(
         "F14",
         "warning",
-        message=f"Answers end with {spelled}, but the model's generation stops at "
+        message=f"Answers end with {spelled}, but generation stops at "
         f"{', '.join(facts.spelled(i) for i in sorted(stops))}.",
         evidence={"answer_end_id": end, "answers": int(counts.max()), "stop_ids": sorted(stops)},
         fix=f"add {end} to eos_token_id in generation_config.json where the model is served, or end answers with "
-        "{{ eos_token }} in a template of your own (chat_template_path)",
+        "{{ eos_token }} in your own template (chat_template_path)",
     )
 
 
@@ -183,7 +186,7 @@ def deployment_stops_elsewhere(run_facts: RunFacts) -> Signal | None:
         return None
     tokenizer = run_facts.tokenizer
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder) if tokenizer is not None else set()
-    last = [int(row.input_ids[row.supervised][-1]) for row in rows if row.supervised.any()]
+    last = [int(row.input_ids[row.loss_mask][-1]) for row in rows if row.loss_mask.any()]
     last = [i for i in last if i in special]
     if not last:
         return None
@@ -192,20 +195,19 @@ def deployment_stops_elsewhere(run_facts: RunFacts) -> Signal | None:
     if end in stops:
         return None
     spelled = tokenizer.convert_ids_to_tokens(end) if tokenizer is not None else end
-    says = f"{counts.max():,} answers end with {spelled} ({end}), and generation stops at {sorted(map(int, stops))}"
+    says = f"{counts.max():,} answers end with {spelled} ({end}), but generation stops at {sorted(map(int, stops))}"
     return Signal("F14", "invariant", says, 0.9, {"end": end}, fix=f"eos_token_id: {sorted({*map(int, stops), end})}")
 
 
 @rule("F15", needs=("rows",))
 def header_learned(facts: RowFacts) -> Finding | None:
-    """F15: the role header before the answer is missing at serving, doubled, or learned as part of the answer.
+    """F15: the role header before the answer is missing in serving, doubled, or trained on as part of the answer.
 
-    Sees: answers that are learned from their role header on; prompts that are served without the generation prompt that
-    the template has.
-    Why: the first tokens of an answer are a header, or the answer is empty.
-    Not: F11, which differs everywhere and not only at the boundary; templates whose generation prompt is empty
-    (Mistral); `assistant_only_loss: false`, where headers are learned on purpose.
-    Fix: one function for both, with `add_generation_prompt=True`.
+    Sees: answers whose loss begins at their role header; prompts served without the template's generation prompt.
+    Why: the answer starts with a header, or is empty.
+    Not: F11, where not only the start of the answer differs; templates with an empty generation prompt (Mistral);
+    `assistant_only_loss: false`, where headers are trained on, on purpose.
+    Fix: render both with the same function, with `add_generation_prompt=True`.
     Wrong when: the model is served without a generation prompt, and was trained so.
     Source: trl#4201.
     """
@@ -213,7 +215,7 @@ def header_learned(facts: RowFacts) -> Finding | None:
     pieces = pieces_of_template(facts)
     if pieces is None or not facts.is_chat or not facts.settings.assistant_only_loss or not len(side.begins):
         return None
-    # the first token of a header: later ones may be the model's to write (`<|message|>` of gpt-oss)
+    # the first token of a header: the model may write later ones itself (`<|message|>` of gpt-oss)
     header = [i for i in facts.encode(pieces[1]) if i in facts.control.ids and i not in facts.turn_end_ids][:1]
     with_header = np.flatnonzero(np.isin(side.ids[side.begins], header))
     calls = {r for r, row in enumerate(side.rows) if any("tool_calls" in m for m in row.messages)}
@@ -225,15 +227,15 @@ def header_learned(facts: RowFacts) -> Finding | None:
     return Finding.of(
         "F15",
         "warning",
-        message=f"The answers that are learned begin with the role header ({first.strip()!r}): the template does not "
-        "write it as the generation prompt.",
+        message=f"The loss of the answers begins at the role header ({first.strip()!r}): the template does not write "
+        "it as the generation prompt.",
         evidence={
             "answers_with": len(with_header),
             "answers": len(side.begins),
             "rows": side.places(np.unique(side.row_of[with_header])),
         },
-        fix="end the template with {% if add_generation_prompt %}, the header that stands before an answer, "
-        "{% endif %} (set chat_template_path)",
+        fix="end the template (chat_template_path) with {% if add_generation_prompt %}, the header before an answer, "
+        "{% endif %}",
     )
 
 
@@ -246,23 +248,25 @@ def served_without_header(run_facts: RunFacts) -> Signal | None:
     with_prompt, without = rendered(run_facts, chat, prompt=True), rendered(run_facts, chat)
     if with_prompt is None or with_prompt == without:
         return None
-    says = f"prompts are served without {with_prompt.removeprefix(without or '')!r}, after which answers were learned"
-    return Signal("F15", "invariant", says, 0.9, {}, fix="add_generation_prompt=True")
+    says = (
+        f"prompts are served without {with_prompt.removeprefix(without or '')!r}, which is before answers in training"
+    )
+    return Signal("F15", "invariant", says, 0.9, {}, fix="render prompts with add_generation_prompt=True")
 
 
 @rule("F16", needs=("rows",))
 def prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
-    """F16: the prompt's tokens are not the beginning of the row's tokens.
+    """F16: the prompt's tokens are not the first tokens of the row.
 
-    Sees: prompts as they are served, tokenized, against the first ids of their rows; prompts of texts whose tokens are
-    others when they stand alone.
-    Why: the answer is learned after other tokens than it will be asked after; a mask that is cut by the prompt's length
-    is off by a token.
-    Not: F20, whose mask is off by many tokens; templates that rewrite earlier turns (Qwen3's thinking), where the last
-    answer counts.
-    Fix: prompts that end at a token boundary (not in a blank), history rendered the same way both times.
-    Wrong when: it is served in the other form on purpose.
-    Source: trl#1920; trl warns once and cuts at the divergence.
+    Sees: prompts, tokenized as in serving, that differ from the first ids of their rows; plain-text prompts that get
+    different tokens when tokenized alone.
+    Why: in training the answer follows different tokens than in serving; a mask computed from the prompt's length is
+    off by a token.
+    Not: F20, whose mask is off by many tokens; templates that rewrite earlier turns (Qwen3's thinking), where only the
+    last answer counts.
+    Fix: end prompts at a token boundary (not with a space), and render earlier turns in the same way in both.
+    Wrong when: the model is served in the other form on purpose.
+    Source: trl#1920; trl warns once and cuts at the first difference.
     """
     if not facts.is_chat:
         return _text_prompt_is_no_prefix(facts)
@@ -286,8 +290,8 @@ def prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
     return Finding.of(
         "F16",
         "warning",
-        message=f"{len(wrong)} of {read} rows do not begin with the prompt that the model would be asked with: "
-        + ("its last token joins with" if is_merged else f"it ends with {begins!r}, which is not what stands before")
+        message=f"{len(wrong)} of {read} rows do not begin with the prompt as in serving: "
+        + ("its last token joins with" if is_merged else f"it ends with {begins!r}, which is not the text before")
         + " the answer.",
         evidence={
             "rows_read": read,
@@ -295,9 +299,9 @@ def prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
             "template_differs": len(other),
             "rows": facts.train.places(wrong),
         },
-        fix="end the generation prompt of the template at a token boundary (a newline), not in a blank"
+        fix="end the generation prompt of the template at a token boundary (a newline), not with a space"
         if is_merged
-        else "give the answers the block that the generation prompt opens (a thinking block), or set "
+        else "add to the answers the block that the generation prompt opens (a thinking block), or set "
         "chat_template_path to a template without it",
     )
 
@@ -309,26 +313,26 @@ def _text_prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
     return Finding.of(
         "F16",
         "warning",
-        message=f"{labels.num_not_prefix:,} of {len(labels.shares):,} prompts end inside a token: its other part, the "
-        "beginning of the completion, is not learned.",
+        message=f"{labels.num_not_prefix:,} of {len(labels.shares):,} prompts end inside a token: the other part of "
+        "this token, the start of the completion, is not trained on.",
         evidence={
             "rows_with": labels.num_not_prefix,
             "rows_read": len(labels.shares),
             "tokens_reaching_across": labels.num_crossing,
             "rows": facts.train.places(range(len(facts.train.rows))),
         },
-        fix="move the blank from the end of the prompts to the beginning of the completions",
+        fix="move the space from the end of the prompts to the start of the completions",
     )
 
 
 @rule("F16", otherwise=True)
 def prompts_end_in_a_blank(run_facts: RunFacts) -> Signal | None:
-    """F16, of prompts and completions as they were given."""
+    """F16, of prompts and completions as given."""
     asked = [chat for chat in list(run_facts.conversations)[:NUM_ROWS] if chat]
     if run_facts.tokenizer is None or not asked:
         return None
     blank = [chat for chat in asked if str(chat[0].get("prompt") or "").endswith((" ", "\t"))]
     if len(blank) < max(3, 0.05 * len(asked)):
         return None
-    says = f"{len(blank)} of {len(asked)} prompts end in a blank, which joins with the answer's first word"
-    return Signal("F16", "measured", says, 0.6, {}, fix="move the blank from the prompt to the completion")
+    says = f"{len(blank)} of {len(asked)} prompts end with a space, which joins with the first word of the answer"
+    return Signal("F16", "measured", says, 0.6, {}, fix="move the space from the prompt to the completion")

@@ -1,8 +1,8 @@
-"""What `solotune diagnose TARGET` was given: a config, a run of ours, or a folder of another trainer.
+"""Recognize the target of `solotune diagnose`: a config, a run of solotune, or a folder of another trainer.
 
 solotune.yaml, or a dict        before the run
 runs/demo                       during or after it; crashed, unfinished, resumed
-output/, output/checkpoint-50   what Hugging Face's Trainer, PEFT and the tools on top of them leave behind
+output/, output/checkpoint-50   written by Hugging Face's Trainer, PEFT and tools on top of them
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def run_facts_of(
     config: str | Path | None = None,
     dataset: str | None = None,
 ) -> RunFacts:
-    """Everything that is known of the target.
+    """All facts on the target.
 
     Args:
         overrides: `key=value`, for a config.
-        config: of a foreign folder: the file that made it.
-        dataset: of a foreign folder: the data that it was trained on.
+        config: the config used for training; only for folders of other tools.
+        dataset: the training data; only for folders of other tools.
 
     Raises:
         InputError: it is none of these.
@@ -51,7 +51,7 @@ def run_facts_of(
         return hf_trainer.from_folder(folder, config=config, dataset=dataset)
     inner = list_runs(folder)
     raise InputError(
-        f"{folder}: nothing here that can be diagnosed",
+        f"{folder} is not a run, a config or a trainer's output folder",
         seen=", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "an empty folder",
         allowed=f"a config file, a run directory (config.yaml), or a trainer's folder ({', '.join(FOREIGN_MARKS)})",
         change=f"solotune diagnose {inner[-1].path}" if inner else None,
@@ -59,14 +59,14 @@ def run_facts_of(
 
 
 def is_run(folder: Path) -> bool:
-    """Whether solotune trained here, and not some tool whose config happens to have the same name."""
+    """Whether this is a run of solotune, and not a folder of another tool with a file named config.yaml."""
     return (folder / "config.yaml").is_file() and any(
         (folder / name).exists() for name in ("metrics.jsonl", "environment.json", "data.json", "plan.json", "log.txt")
     )
 
 
 def open_run(target: object) -> RunDirectory | None:
-    """The run directory that a diagnosis is written into; None where the target is none of ours."""
+    """The run directory to write diagnosis.json into; None if the target is not a run of solotune."""
     if not isinstance(target, (str, Path)) or not is_run(Path(os.path.expanduser(target))):
         return None
     return RunDirectory.open(target)
@@ -76,9 +76,9 @@ def _refuse(config: object, dataset: object, what: str) -> None:
     for option, value in (("--config", config), ("--dataset", dataset)):
         if value is not None:
             raise InputError(
-                f"{option} goes with a folder of another trainer; {what} names its own",
+                f"{option} is only for folders of other trainers; {what} already names its own",
                 seen=value,
-                change="leave it out",
+                change=f"remove {option}",
             )
 
 

@@ -1,9 +1,9 @@
-"""The base, the tokenizer and the rows of a folder that another trainer left, and the way to a live model.
+"""Add base, tokenizer, rows and a live model to the facts on a folder of another trainer.
 
-    subject = with_base_and_rows(subject, [folder, folder / "checkpoint-50"], missing)
+    run_facts = with_base_and_rows(run_facts, [folder, folder / "checkpoint-50"], missing)
 
-Where TRL trained, its rows and batches are made again as it makes them (`sft_rows`). Of other trainers the collator is
-in no file: probes see the rows as solotune renders and masks them, which `missing` says.
+For TRL, rows and batches are rebuilt as TRL makes them (`trl_preprocessing`). The collators of other trainers are not
+saved: probes then see the rows as solotune renders and masks them, and `missing` says so.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from solotune.config.run_config import RunConfig
 from solotune.dataset import DataReport, Example, Prepared, load_tokenizer, prepare
 from solotune.diagnosis.data_checks import check_rows
 from solotune.diagnosis.evidence import of_refusal
-from solotune.diagnosis.facts.derived import setting
+from solotune.diagnosis.facts.derived import lora_layers, setting
 from solotune.diagnosis.run_facts import LiveModel, RunFacts
 from solotune.diagnosis.sources import hf_settings, solotune_run, trl_preprocessing
 from solotune.diagnosis.sources.raw_rows import raw_chats
@@ -29,65 +29,63 @@ from solotune.hub.model_files import ModelFiles, model_here
 
 
 def first_with(places: Sequence[Path], name: str) -> Path | None:
-    """The first of these folders' files of this name."""
+    """The file of this name in the first of these folders that has it; None if none has."""
     return next((place / name for place in places if (place / name).is_file()), None)
 
 
 def with_base_and_rows(run_facts: RunFacts, places: list[Path], missing: dict[str, str]) -> RunFacts:
-    """The subject with whatever of these can be had; why not, in `missing`."""
+    """Add what can be loaded; write the reason for everything else into `missing`."""
     get = run_facts.settings.get
     base = _base_of(run_facts)
     rows, chats = get("dataset"), []
     if rows:
         chats = raw_chats(rows, str(get("dataset_split") or "train"))
     config = hf_settings.as_run_config(run_facts.settings, base or str(places[0]), rows or "unknown.jsonl")
-    base_files = model_here(config)
+    base_files = model_here(config.model_name_or_path, config.model_revision)
     base_config = base_files.json_or_empty("config.json") if base_files else {}
     generation = json_of(first_with(places, "generation_config.json"))
     if not generation and base_files:
         generation = base_files.json_or_empty("generation_config.json")
     run_facts = replace(run_facts, model_config=base_config, generation_config=generation, conversations=chats)
     if not base_config:
-        missing["model_config"] = f"the base {base or '(no name of it is known)'} is not on this machine"
+        missing["model_config"] = f"the base {base or '(its name is not known)'} is not on this machine"
         missing["live"] = missing["model_config"]
-    tokenizer = _tokenizer(config, places, missing)
-    run_facts = replace(run_facts, tokenizer=tokenizer, base_template=_template_of_base(config, base_files, tokenizer))
+    tokenizer, base_template = _tokenizers(config, places, base_files, missing)
+    run_facts = replace(run_facts, tokenizer=tokenizer, base_template=base_template)
     if tokenizer is None or not rows:
-        why = "--dataset names the data that it was trained on" if not rows else missing["tokenizer"]
+        why = "the training data is not known; give it with --dataset" if not rows else missing["tokenizer"]
         missing |= {part: why for part in ("train", "validation", "live") if part not in missing}
         return run_facts
     if (made := _as_trl_made_them(run_facts, tokenizer)) is not None:
-        return _with_rows_of_trl(run_facts, made, config, places, missing)
-    try:
-        prepared = prepare(config, tokenizer)
-        findings = check_rows(config, tokenizer, prepared, base_files)
-    except SolotuneError as error:
-        missing |= dict.fromkeys(("train", "validation"), error.problem)
-        missing.setdefault("live", error.problem)
-        return replace(run_facts, refusals=[*run_facts.refusals, *of_refusal(error)])
-    missing["batches"] = "no file holds them; probes see the rows as solotune renders and masks them"
-    run_facts = replace(run_facts, train=prepared.train, validation=prepared.validation, findings=findings)
-    return _with_live(run_facts, config, prepared, places, missing)
-
-
-def _with_live(
-    run_facts: RunFacts, config: RunConfig, prepared: Prepared, places: list[Path], missing: dict[str, str]
-) -> RunFacts:
-    """Where the base is here and fits: how to load it, with the adapter as it was saved."""
-    base_files = model_here(config)
-    why = missing.get("live") or solotune_run.too_large(run_facts) or _not_here(config, base_files)
+        run_facts = _with_rows_of_trl(run_facts, made)
+        prepared = Prepared(run_facts.train, run_facts.validation, DataReport(""))
+    else:
+        try:
+            prepared = prepare(config, tokenizer)
+            findings = check_rows(config, tokenizer, prepared, base_files)
+        except SolotuneError as error:
+            missing |= dict.fromkeys(("train", "validation"), error.problem)
+            missing.setdefault("live", error.problem)
+            return replace(run_facts, refusals=[*run_facts.refusals, *of_refusal(error)])
+        missing["batches"] = "the trainer saves no batches; probes see the rows as solotune renders and masks them"
+        # The folder's generation_config.json may differ from the base's, which `check_rows` read: where that found
+        # nothing, the rules judge the rows with the folder's.
+        checked = findings or None
+        run_facts = replace(run_facts, train=prepared.train, validation=prepared.validation, findings=checked)
+    why = missing.get("live") or solotune_run.too_large(run_facts) or _no_weights(config.model_name_or_path, base_files)
     if why is not None:
         missing["live"] = why
         return run_facts
-    folder = _adapter_folder(places)
-    load = solotune_run.live_of(_loadable(config, run_facts), run_facts.tokenizer, prepared, folder, base_files)
+    if targets := sorted({path.rpartition(".")[2] for path in lora_layers(run_facts)}):
+        config = config.replaced("adapter", lora_target_modules=targets)
+    load = solotune_run.live_of(config, tokenizer, prepared, _adapter_folder(places), base_files)
     return replace(run_facts, live=_as_saved(load, run_facts))
 
 
 def _as_saved(load: Callable[[], LiveModel], run_facts: RunFacts) -> Callable[[], LiveModel]:
-    """The live model as that training had it: the precision of its adapters, its batches, its optimizer.
+    """The live model with the adapter precision, batches and optimizer of that training.
 
-    How it accumulated and evaluated is not known, and solotune's own ways would clear a fault of it.
+    Its accumulation and evaluation are not known; with solotune's own, the probes would rule out faults of them.
     """
     parts = run_facts.saved.adapter.values() if run_facts.saved else ()
     is_narrow = {tensor.dtype for tensor in parts if tensor.is_floating_point()} == {torch.bfloat16}
@@ -110,7 +108,7 @@ def _as_saved(load: Callable[[], LiveModel], run_facts: RunFacts) -> Callable[[]
 
 
 def _optimizer(run_facts: RunFacts, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """SGD where that was trained with, whose rates are of another size; else AdamW, in place of all its kin."""
+    """SGD if the training used it, since its learning rates have another scale; else AdamW, for all similar ones."""
     optim, decay = str(run_facts.settings.get("optim") or ""), setting(run_facts, "weight_decay") or 0.0
     if "sgd" in optim.lower():
         return torch.optim.SGD(parameters, weight_decay=decay)
@@ -121,37 +119,32 @@ def _optimizer(run_facts: RunFacts, parameters: list[torch.nn.Parameter]) -> tor
 
 
 def _as_trl_made_them(run_facts: RunFacts, tokenizer: Any) -> trl_preprocessing.Made | None:
-    """The training rows by TRL's own way; None where another trainer, or a way that is not known, made them."""
+    """The training rows as TRL makes them; None for another trainer, or if TRL made them in an unknown way."""
     get = run_facts.settings.get
-    told = get("sft")
+    sft = get("sft")
     return (
-        trl_preprocessing.prepare(get("dataset"), str(get("dataset_split") or "train"), tokenizer, told)
-        if told
-        else None
+        trl_preprocessing.prepare(get("dataset"), str(get("dataset_split") or "train"), tokenizer, sft) if sft else None
     )
 
 
-def _with_rows_of_trl(
-    run_facts: RunFacts, made: trl_preprocessing.Made, config: RunConfig, places: list[Path], missing: dict[str, str]
-) -> RunFacts:
-    """Rows, validation rows, batches, and what TRL took the labels to be."""
-    get, told = run_facts.settings.get, run_facts.settings.get("sft")
+def _with_rows_of_trl(run_facts: RunFacts, made: trl_preprocessing.Made) -> RunFacts:
+    """Add rows, validation rows, batches, and which tokens TRL trains on."""
+    get, sft = run_facts.settings.get, run_facts.settings.get("sft")
     held_out: list[Example] = []
     if get("eval_dataset"):
-        found = trl_preprocessing.prepare(get("eval_dataset"), "train", run_facts.tokenizer, told)
-        held_out = found.examples if found else []
+        evaluated = trl_preprocessing.prepare(get("eval_dataset"), "train", run_facts.tokenizer, sft)
+        held_out = evaluated.examples if evaluated else []
     counted = {"rows_in": made.rows_in, "rows_out": len(made.examples)}
-    asked = {"assistant_only_loss": made.learns_answers or get("assistant_only_loss") is True}
+    loss_mask = {"assistant_only_loss": made.learns_answers or get("assistant_only_loss") is True}
     size = int(get("per_device_train_batch_size") or 8)
-    run_facts = replace(
+    return replace(
         run_facts,
-        settings=replace(run_facts.settings, values={**run_facts.settings.values, **counted, **asked}),
+        settings=replace(run_facts.settings, values={**run_facts.settings.values, **counted, **loss_mask}),
         train=made.examples,
         validation=held_out,
         conversations=[row.messages for row in made.examples] if all(row.messages for row in made.examples) else [],
-        batches=trl_preprocessing.batches_of(made.examples, run_facts.tokenizer, told, size),
+        batches=trl_preprocessing.batches_of(made.examples, run_facts.tokenizer, sft, size),
     )
-    return _with_live(run_facts, config, Prepared(made.examples, held_out, DataReport("")), places, missing)
 
 
 def _base_of(run_facts: RunFacts) -> str | None:
@@ -160,41 +153,35 @@ def _base_of(run_facts: RunFacts) -> str | None:
     return str(found) if found else None
 
 
-def _tokenizer(config: RunConfig, places: list[Path], missing: dict[str, str]) -> Any:
-    """That of the folder, which was saved with the training's template, else the base's."""
+def _tokenizers(
+    config: RunConfig, places: list[Path], base_files: ModelFiles | None, missing: dict[str, str]
+) -> tuple[Any, str]:
+    """The tokenizer of the folder, which was saved with the template of the training, else of the base; None if neither
+    can be loaded. And the base's own chat template, if it is another one."""
+    tokenizer: Any = None
     for name in [*(str(place) for place in places if (place / "tokenizer_config.json").is_file()), None]:
         try:
-            return load_tokenizer(config if name is None else config.replaced("folder", model_name_or_path=name))
+            tokenizer = load_tokenizer(config if name is None else config.replaced("folder", model_name_or_path=name))
+            break
         except SolotuneError as error:
             missing["tokenizer"] = error.problem
-    return None
-
-
-def _template_of_base(config: RunConfig, base_files: ModelFiles | None, tokenizer: Any) -> str:
-    """The base's own chat template, where the folder's tokenizer has another one."""
+    if tokenizer is None:
+        return None, ""
     try:
         is_folder = base_files is not None and base_files.is_local
         own_template = load_tokenizer(config, base_files).chat_template if is_folder else None
     except SolotuneError:
         own_template = None
     is_other = isinstance(own_template, str) and own_template != tokenizer.chat_template
-    return str(own_template) if is_other else ""
+    return tokenizer, str(own_template) if is_other else ""
 
 
-def _not_here(config: RunConfig, base_files: ModelFiles | None) -> str | None:
-    """Why the base's weights cannot be loaded without asking a network; None where they can."""
+def _no_weights(name: str, base_files: ModelFiles | None) -> str | None:
+    """Why the weights of the base cannot be loaded without a network; None if they can."""
     names = ("model.safetensors", "model.safetensors.index.json")
     if base_files and (base_files.is_local or any((base_files.folder / name).is_file() for name in names)):
         return None
-    return f"the weights of {config.model_name_or_path} are not on this machine"
-
-
-def _loadable(config: RunConfig, run_facts: RunFacts) -> RunConfig:
-    """The config with the adapter's own targets, by the modules in its file."""
-    from solotune.diagnosis.facts.derived import lora_layers
-
-    leaves = sorted({path.rpartition(".")[2] for path in lora_layers(run_facts)})
-    return config.replaced("adapter", lora_target_modules=leaves) if leaves else config
+    return f"the weights of {name} are not on this machine"
 
 
 def _adapter_folder(places: list[Path]) -> Path | None:

@@ -1,10 +1,10 @@
-"""Other tools' words for settings, to ours: config files, training arguments, adapter_config.json.
+"""Translate settings of other tools to solotune's keys: config files, training arguments, adapter_config.json.
 
-    asked, lines = read("sft.yaml")          flat, as they were written
+    written, lines = read("sft.yaml")        flat, as they were written
     translated({"max_seq_length": 256})      {"max_length": 256}
 
-A name that is not known is kept as it is. Values that mean the opposite or another unit are turned
-(`train_on_inputs: true` is `assistant_only_loss: false`); what has no counterpart is left out.
+Unknown names are kept. Values with the opposite meaning or another unit are converted (`train_on_inputs: true` is
+`assistant_only_loss: false`); values without a counterpart are dropped.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from solotune.diagnosis.facts.derived import number
 from solotune.diagnosis.run_facts import Settings
 from solotune.errors import InputError
 
-MAX_DEPTH = 8  # of any YAML; sections of ours are at most three deep
+MAX_DEPTH = 8  # of any YAML; sections that are read are at most three deep
 MAX_NESTED = 3
 _SECTIONS = ("peft_config", "lora_config", "lora", "training_arguments", "training_args", "training", "trainer", "args",
              "sft", "sft_config", "model", "data", "quantization_config", "bnb_config", "optimizer_args", "config",
              "adapter", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "model_init_kwargs",
              "script_args")  # fmt: skip
-"""Sections whose keys are settings themselves, as if they stood outside."""
+"""Sections whose keys are read like top-level settings."""
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """(key -> value as written, our key -> file and line) of a YAML or JSON config of another tool.
+    """(key -> value as written, solotune's key -> file and line) of a YAML or JSON config of another tool.
 
     Raises:
-        InputError: it is not there, not YAML or JSON, or no mapping.
+        InputError: the file is missing, not YAML or JSON, or not a mapping.
     """
     file = Path(path).expanduser()
     if not file.is_file() or file.stat().st_size > MAX_CONFIG_BYTES:
@@ -49,23 +49,23 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     if not isinstance(found, Mapping):
         raise InputError(f"{file}: a config is lines of `key: value`", seen=type(found).__name__)
     lines: dict[str, str] = {}
-    asked: dict[str, Any] = {}
-    _flatten(found, asked, lines, file.name, 0)
-    return asked, lines
+    written: dict[str, Any] = {}
+    _flatten(found, written, lines, file.name, 0)
+    return written, lines
 
 
-def _flatten(found: Mapping[Any, Any], asked: dict[str, Any], lines: dict[str, str], name: str, depth: int) -> None:
+def _flatten(found: Mapping[Any, Any], written: dict[str, Any], lines: dict[str, str], name: str, depth: int) -> None:
     for key, value in found.items():
         if isinstance(value, Mapping) and str(key) in _SECTIONS and depth < MAX_NESTED:
-            _flatten(value, asked, lines, name, depth + 1)
+            _flatten(value, written, lines, name, depth + 1)
             if str(key) == "quantization_config":
-                asked.setdefault("quantization_config", plain(value))
+                written.setdefault("quantization_config", plain(value))
             continue
-        asked[str(key)] = plain(value)
+        written[str(key)] = plain(value)
         place = getattr(getattr(found, "lc", None), "key", None)
         with contextlib.suppress(KeyError, TypeError):
             line = f"{name} line {place(key)[0] + 1}" if place else name
-            lines.update(dict.fromkeys(translated({str(key): asked[str(key)]}), line))
+            lines.update(dict.fromkeys(translated({str(key): written[str(key)]}), line))
 
 
 def _inverted(value: Any) -> Any:
@@ -124,7 +124,7 @@ def _dataset_of(listed: Any) -> Any:
 
 
 def translated(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings under our names; those of unknown names as they are, None and `auto` left out."""
+    """Settings under solotune's names; unknown names are kept, None and `auto` are dropped."""
     held: dict[str, Any] = {}
     for key, value in found.items():
         name, turn = _TURNED.get(key, (FOREIGN_KEYS.get(key, key), _as_is))
@@ -144,14 +144,14 @@ _NUMBERS = {
 
 
 def _number_where_meant(name: str, value: Any) -> Any:
-    """`2e-4` is a text in YAML 1.1."""
+    """Numbers of number settings: `2e-4` is a string in YAML 1.1."""
     if name not in _NUMBERS or (found := number(value)) is None:
         return value
     return int(found) if found.is_integer() and not isinstance(value, float) else found
 
 
 def of_adapter(config: Mapping[str, Any]) -> dict[str, Any]:
-    """adapter_config.json under our names; `inference_mode`, which PEFT always saves as true, is left out."""
+    """adapter_config.json under solotune's names, without `inference_mode`, which PEFT always saves as true."""
     names = {
         "r": "lora_r",
         "lora_alpha": "lora_alpha",
@@ -166,7 +166,7 @@ def of_adapter(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_run_config(settings: Settings, base: str, dataset: Any) -> RunConfig:
-    """A config of ours by which the rows are read and the base is loaded; what ours does not allow has its default."""
+    """A RunConfig to read the rows and load the base; values that it does not allow get their default."""
     get = settings.get
     wanted: dict[str, Any] = {
         "on_bad_row": "drop",
@@ -186,6 +186,6 @@ def as_run_config(settings: Settings, base: str, dataset: Any) -> RunConfig:
         value = get(key)
         value = float(value) if isinstance(value, int) and key in ("lora_alpha", "learning_rate") else value
         if value is not None:
-            with contextlib.suppress(ValueError):  # a value that ours does not allow
+            with contextlib.suppress(ValueError):  # a value that RunConfig does not allow
                 config = config.replaced("foreign", **{key: value})
     return config

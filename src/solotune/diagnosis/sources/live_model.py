@@ -39,8 +39,8 @@ Tensors = dict[str, torch.Tensor]
 
 def batches_of(config: RunConfig, tokenizer: Any, rows: Sequence[Example], count: int = NUM_BATCHES) -> list[Tensors]:
     """The first micro-batches of a run: input_ids, labels and, where rows are packed, position_ids; on the CPU."""
-    packs, shape = sampler.pack_and_shape(config, rows)
-    schedule = sampler.BatchSampler.of(config, len(packs))
+    packs, shape = sampler.pack_and_shape(config.batches, rows)
+    schedule = sampler.BatchSampler.of(config.batches, len(packs))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     parts = (part for step in schedule.steps(0) for part in step)
     found = []
@@ -102,7 +102,7 @@ def load_live_model(
     return LiveModel(
         model=model.module,
         batches=batches_of(config, tokenizer, train),
-        make_optimizer=lambda parameters: make_optimizer(config, list(parameters)),
+        make_optimizer=lambda parameters: make_optimizer(config.optimizer, list(parameters)),
         loss_of=lambda module, batch: model.token_losses(_as_batch(batch))[0].mean(),
         evaluate=(lambda module: scores.score(model, held_out, len(held_out)).loss) if held_out else None,
         generate=lambda text: _answer(model, tokenizer, train, text),

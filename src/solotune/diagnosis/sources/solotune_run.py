@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from solotune.config.run_config import RunConfig
+from solotune.config.settings import SourceSettings
 from solotune.dataset import Prepared, load_tokenizer, prepare
 from solotune.diagnosis.data_checks import check_rows
 from solotune.diagnosis.evidence import Signal, of_refusal
@@ -69,48 +70,31 @@ def from_prepared(
     )
 
 
-def of_config(config: RunConfig) -> RunFacts:
-    """A config, before it is run; nothing is written.
+def of_config(
+    config: RunConfig, model_files: ModelFiles | None = None, adapter: Path | None = None, rendered_on: Any = None
+) -> RunFacts:
+    """Facts on a config before its run; writes nothing.
 
-    What cannot be read (the base, the data) is missing from the subject, and said.
+    Settings are those that this machine would run, or as written if it refuses the config. What cannot be read (the
+    base, the data) is in `missing` with the reason.
+
+    Args:
+        model_files: of the base; None: they are looked for.
+        adapter: folder of a trained adapter for the live model; None: fresh adapters.
+        rendered_on: the day of the run, for templates that print a date; None: today.
     """
-    return _with_rows(config, load_settled(config), None, _found(config))
-
-
-def load_settled(config: RunConfig) -> RunConfig:
-    """The config as this machine would run it; as it is where the machine refuses."""
     from solotune.training.trained_run import resolve_for_machine
 
-    try:
-        return resolve_for_machine(config)[0]
-    except SolotuneError:
-        return config
-
-
-def _found(config: RunConfig) -> ModelFiles | SolotuneError:
-    """The model, or why there is none."""
-    try:
-        return resolve_model(config)
-    except SolotuneError as error:
-        return error
-
-
-def _with_rows(
-    config: RunConfig,
-    resolved: RunConfig,
-    adapter: Path | None,
-    model_files: ModelFiles | SolotuneError,
-    rendered_on: Any = None,
-) -> RunFacts:
-    """Settings, tokenizer, rows and the way to a live model, as far as they can be had."""
+    resolved = config
+    with contextlib.suppress(SolotuneError):
+        resolved = resolve_for_machine(config)[0]
     plain = RunFacts(config.name, settings_of(resolved))
     try:
-        if isinstance(model_files, SolotuneError):
-            raise model_files
+        model_files = model_files or resolve_model(config)
         tokenizer = load_tokenizer(config, model_files)
     except SolotuneError as error:
         why = dict.fromkeys(("tokenizer", "train", "validation", "live", "model_config"), error.problem)
-        return replace(plain, missing=why, conversations=_conversations(config), refusals=of_refusal(error))
+        return replace(plain, missing=why, conversations=_conversations(config.source), refusals=of_refusal(error))
     try:
         prepared = prepare(config, tokenizer, rendered_on=rendered_on)
         findings = check_rows(config, tokenizer, prepared, model_files)
@@ -121,7 +105,7 @@ def _with_rows(
             plain,
             tokenizer=tokenizer,
             missing=why,
-            conversations=_conversations(config),
+            conversations=_conversations(config.source),
             refusals=of_refusal(error),
             model_config=model_files.json_or_empty("config.json"),
             generation_config=model_files.json_or_empty("generation_config.json"),
@@ -131,20 +115,19 @@ def _with_rows(
     return replace(run_facts, live=live_of(resolved, tokenizer, prepared, adapter, model_files))
 
 
-def _conversations(config: RunConfig) -> list[list[dict[str, Any]]]:
-    """The rows as chats, where no tokenizer is there to render them; none where they cannot be read."""
+def _conversations(source: SourceSettings) -> list[list[dict[str, Any]]]:
+    """The rows as chats, if there is no tokenizer to render them; none if they cannot be read."""
     from solotune.dataset.chat.formats import convert, recognise
     from solotune.dataset.readers.column_mapping import mapped
     from solotune.dataset.readers.source import Source
 
     with contextlib.suppress(SolotuneError, OSError):
-        source = Source.of("dataset", config.dataset, config.dataset_split, config_name=config.dataset_config,
-                           revision=config.dataset_revision)  # fmt: skip
-        found, _ = recognise((mapped(row, config.column_mapping) for row in source), is_strict=True)
+        rows = Source.of("dataset", source.dataset, source.split, config_name=source.config, revision=source.revision)
+        found, _ = recognise((mapped(row, source.column_mapping) for row in rows), is_strict=True)
         chats = []
-        for row in islice(source, 5000):
+        for row in islice(rows, 5000):
             with contextlib.suppress(SolotuneError):
-                record = convert(mapped(row, config.column_mapping), found)
+                record = convert(mapped(row, source.column_mapping), found)
                 if not isinstance(record, str):
                     chats.append(list(record.messages))
         return chats
@@ -201,8 +184,10 @@ def from_run(path: str | Path) -> RunFacts:
     run = RunDirectory.open(path)
     config = run_files.recorded(run)
     adapter = run_files.newest_adapter(run)
-    model_files = _found(config)
-    run_facts = _with_rows(config, load_settled(config), adapter, model_files, run_files.day(run))
+    model_files = None
+    with contextlib.suppress(SolotuneError):  # `of_config` says why it is missing
+        model_files = resolve_model(config)
+    run_facts = of_config(config, model_files, adapter, run_files.day(run))
     saved = run_files.saved_of(adapter) if adapter is not None else None
     missing = dict(run_facts.missing)
     if saved is None:
@@ -215,7 +200,7 @@ def from_run(path: str | Path) -> RunFacts:
         run_facts,
         name=run.path.name,
         settings=replace(run_facts.settings, values={**run_facts.settings.values, **run_files.summary(record)}),
-        findings=run_facts.findings or run_files.findings(record),
+        findings=run_facts.findings or run_files.findings(record) or run_facts.findings,
         refusals=refusals,
         trace=run_files.trace_of(record),
         saved=saved,
@@ -224,11 +209,11 @@ def from_run(path: str | Path) -> RunFacts:
     )
 
 
-def _other_base(record: RunRecord, model_files: ModelFiles | SolotuneError) -> list[Signal]:
+def _other_base(record: RunRecord, model_files: ModelFiles | None) -> list[Signal]:
     """What `solotune chat` would refuse: the base in its folder is not the one that was trained on."""
     from solotune.model.base_fingerprint import base_fingerprint, check_base
 
-    if isinstance(model_files, SolotuneError):  # it is not here, which is said elsewhere
+    if model_files is None:  # not here, which `missing` says
         return []
     recorded = (record.fingerprints or {}).get("base")
     try:

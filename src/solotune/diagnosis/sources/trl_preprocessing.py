@@ -163,8 +163,8 @@ def _cut(row: Example, told: Mapping[str, Any]) -> Example | None:
     if not isinstance(limit, int) or (is_packed and told["packing_strategy"] != "bfd"):
         return row
     kept = slice(-limit, None) if told["truncation_mode"] == "keep_end" and not is_packed else slice(limit)
-    cut = Example(row.input_ids[kept], row.supervised[kept], row.where, row.messages)
-    return cut if is_packed or cut.supervised.any() else None
+    cut = Example(row.input_ids[kept], row.loss_mask[kept], row.where, row.messages)
+    return cut if is_packed or cut.loss_mask.any() else None
 
 
 # --- batches
@@ -198,7 +198,7 @@ Pair = tuple[np.ndarray, np.ndarray]
 
 def _pair(row: Example) -> Pair:
     ids = row.input_ids.astype(np.int64)
-    return ids, np.where(row.supervised, ids, IGNORED)
+    return ids, np.where(row.loss_mask, ids, IGNORED)
 
 
 def _parts(pair: Pair, limit: int) -> list[Pair]:

@@ -44,7 +44,7 @@ def run_facts_of(recipe: Recipe, outcome: Outcome) -> RunFacts:
         train=train if recipe.has_live else (),
         validation=validation if recipe.has_live else (),
         conversations=recipe.chats,
-        findings=_findings(recipe, train, validation) if recipe.has_live else (),
+        findings=(_findings(recipe, train, validation) or None) if recipe.has_live else None,
         trace=None if recipe.is_static else _trace(recipe, outcome),
         saved=_saved(recipe, outcome),
         live=_live(recipe, outcome) if recipe.has_live and outcome.batches else None,
