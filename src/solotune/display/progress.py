@@ -43,8 +43,8 @@ PIPE_COLUMNS = 120  # without a terminal
 WINDOW = 20  # speed and time left come from this many steps
 SMOOTHING = 0.9
 
-# C0 and DEL become control pictures. Other characters that control a terminal, have no width or cannot be encoded become
-# the replacement sign. Joiners stay: emoji and Indic scripts need them.
+# C0 and DEL become control pictures; other characters that control a terminal, have no width or cannot be encoded
+# become the replacement sign. Joiners stay: emoji and Indic scripts need them.
 _INERT = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 _INERT |= dict.fromkeys([0x180E, 0x200B, *range(0x2060, 0x2065), 0xFEFF, *range(0xE0000, 0xE0080)], 0xFFFD)
 _INERT |= dict.fromkeys([*range(0x80, 0xA0), 0x061C, 0x200E, 0x200F, 0x2028, 0x2029], 0xFFFD)
