@@ -6,10 +6,10 @@
     print(result.run_dir, result.evaluation.to_json()["tuned"])
     print(solotune.chat(result.run_dir).reply("Hello"))
 
-One function a verb, the same that the `solotune` command calls, each in its file: `solotune.train` is the function in
-`solotune/api/train.py`. No module directly below `solotune` bears a verb's name, since importing it would replace the
-function. `import solotune` loads nothing else; each name is fetched when it is first used (PEP 562), so a script that
-only lists runs does not wait for torch.
+There is one function per verb, and the `solotune` command calls the same functions: `solotune.train` is the function in
+`solotune/api/train.py`. No module directly below `solotune` has the name of a verb, because importing it would replace
+the function. `import solotune` imports nothing else; each name is imported at its first use (PEP 562), so a script that
+only lists runs does not import torch.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from solotune.config.load import load_config
     from solotune.config.run_config import RunConfig
 
-# No code from the hub: where the package `kernels` is installed, transformers downloads native code for some models.
-# And nobody is told what is done here. The libraries read both when imported; a variable the user has set stays.
+# No code from the hub: if the package `kernels` is installed, transformers downloads native code for some models.
+# No telemetry. The libraries read both variables when they are imported; a variable that the user set stays.
 os.environ.setdefault("USE_HUB_KERNELS", "0")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 

@@ -1,6 +1,6 @@
-"""Every way a command can fail, with its exit code.
+"""Errors of solotune, each kind with its exit code.
 
-    SolotuneError               1  never raised itself; what is no SolotuneError is a bug of ours and exits with 1
+    SolotuneError               1  never raised itself; any other exception is a bug of solotune and exits with 1
     ├── InputError              2  config, data or model
     ├── CheckError              3  doctor, a plan that does not fit, a leak
     ├── DirectoryInUseError     4
@@ -8,12 +8,12 @@
     ├── NonFiniteError          6  loss, gradient or weights
     ├── DeviceError             7  out of memory, lost
     ├── StorageError            8  disk full, read-only, quota
-    ├── HangError               9  never raised: the run's guard ends the process
+    ├── HangError               9  never raised: the watchdog ends the process
     └── InterruptedRunError     128 + signal: 129 SIGHUP, 130 Ctrl-C, 143 SIGTERM
 
-One table, printed in the docs and tested: a shell script or a scheduler may branch on these numbers, so a code never
-changes its meaning. An error a user can mend says four things: what is wrong and where, the value that was seen, what
-is allowed, and what to change. Anything that is not a `SolotuneError` is a bug of ours and exits with 1.
+The table is printed in the docs and tested: shell scripts and schedulers rely on these numbers, so a code never changes
+its meaning. An error that the user can fix says four things: what is wrong and where, the value that was seen, what is
+allowed, and what to change.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import Any
 
 
 class SolotuneError(Exception):
-    """An expected failure: the message is for the user and no traceback is shown.
+    """An expected failure: the user sees the message, without a traceback.
 
     Args:
-        problem: one sentence, starting with the place (`chats.jsonl, line 17: ...`) where there is one.
+        problem: one sentence, starting with the place (`chats.jsonl, line 17: ...`) if there is one.
         seen: the offending value, as the user wrote it.
         allowed: what would have been accepted.
-        change: the one thing to do about it.
-        fault: the code of the diagnosis's catalogue, where what is refused is one of its faults (`solotune explain`).
+        change: what to do about it.
+        fault: the fault code (`solotune explain`), if the problem is one of the faults that `solotune diagnose` knows.
     """
 
     exit_code = 1
@@ -53,13 +53,13 @@ class SolotuneError(Exception):
         return "\n".join([self.problem] + [f"  {name + ':':9}{text}" for name, text in rows if text is not None])
 
     def to_json(self) -> dict[str, object]:
-        """The same four parts for `--json`."""
+        """The four parts and the exit code, for `--json`."""
         parts = {"problem": self.problem, "seen": self.seen, "allowed": self.allowed, "change": self.change}
         return {"error": {"exit_code": self.exit_code, "meaning": self.meaning, **parts}}
 
 
 class RunNote(str):
-    """A note on an exception of any kind (`add_note`): the run directory that it came out of, also as a `Path`."""
+    """Note on any exception (`add_note`) with the run directory that it belongs to, also as a `Path`."""
 
     def __new__(cls, run_dir: Path) -> RunNote:
         note = super().__new__(cls, f"in the run {run_dir}")
@@ -70,91 +70,101 @@ class RunNote(str):
 
 
 def run_dir_of(error: BaseException) -> Path | None:
-    """The run directory that an exception came out of, where a note says so."""
+    """The run directory in an exception's `RunNote`; None without such a note."""
     return next((note.run_dir for note in getattr(error, "__notes__", ()) if isinstance(note, RunNote)), None)
 
 
 class InputError(SolotuneError):
-    """The config, the data or the model folder is not usable as it stands."""
+    """The config, the data or the model folder cannot be used as it is."""
 
     exit_code = 2
     meaning = "bad input: config, data or model"
 
 
 class CheckError(SolotuneError):
-    """A check said no: doctor, a plan that does not fit, a leak."""
+    """A check failed: doctor, a plan that does not fit, a leak between training and held-out rows."""
 
     exit_code = 3
-    meaning = "a check said no"
+    meaning = "a check failed (does not fit, fault found)"
 
 
 class DirectoryInUseError(SolotuneError):
-    """Another process is writing this run directory, or it already holds a run."""
+    """Another process writes to this run directory, or it already contains a run."""
 
     exit_code = 4
     meaning = "the run directory is in use"
 
 
 class IntegrityError(SolotuneError):
-    """A file is not what the run recorded: changed data, damaged checkpoint, wrong base."""
+    """A file differs from what the run recorded: changed data, damaged checkpoint, wrong base model."""
 
     exit_code = 5
-    meaning = "a file is not what the run recorded"
+    meaning = "a file has changed since the run recorded it"
 
 
 class NonFiniteError(SolotuneError):
-    """Something is NaN or infinite; raised before the optimizer step, so the weights are still good.
+    """Something is NaN or infinite; raised before the optimizer step, so the weights are still valid.
 
     Args:
-        facts: of the finding, for its line in metrics.jsonl (`events.NonFiniteEvent`).
+        facts: fields of the event in metrics.jsonl (`events.NonFiniteEvent`).
     """
 
     exit_code = 6
-    meaning = "loss, gradient or weights are not finite"
+    meaning = "loss, gradient or weights are NaN or infinite"
 
     def __init__(self, problem: str, *, facts: dict[str, Any] | None = None, **parts: Any) -> None:
         super().__init__(problem, **parts)
         self.facts = facts or {}
 
     def at(self, where: str) -> NonFiniteError:
-        """The same, with its place."""
+        """Copy with the place in front of the problem."""
         parts = {"seen": self.seen, "allowed": self.allowed, "change": self.change}
         return NonFiniteError(f"{where}: {self.problem}", facts=self.facts, **parts)
 
 
 class DeviceError(SolotuneError):
-    """The accelerator failed: out of memory, lost, or in a state that only a new process mends."""
+    """The GPU failed: out of memory, lost, or in a state that only a new process can leave."""
 
     exit_code = 7
-    meaning = "the device failed"
+    meaning = "the GPU or device failed (for example: out of memory)"
 
 
 class StorageError(SolotuneError):
     """A write failed: disk full, read-only, quota, I/O error."""
 
     exit_code = 8
-    meaning = "a write failed"
+    meaning = "a write failed (disk full, read-only, I/O error)"
 
 
 class HangError(SolotuneError):
-    """The run gave no sign of life; the watchdog ended the process, so this is never raised."""
+    """The run made no progress; the watchdog ended the process, so this is never raised."""
 
     exit_code = 9
-    meaning = "the run hung, and was ended"
+    meaning = "the run hung and was stopped"
 
 
 class InterruptedRunError(SolotuneError):
-    """Ctrl-C or a scheduler's SIGTERM: what was done is saved."""
+    """Stopped by Ctrl-C, SIGTERM or SIGHUP; not an error, so the message has no `error:`.
 
-    meaning = "interrupted; what was done is saved"
+    Args:
+        problem: what happened and what is saved: `stopped after step 22; checkpoint saved`
+        change: the command to go on with.
+    """
+
+    meaning = "interrupted; progress is saved"
 
     def __init__(self, signal_number: int, problem: str, change: str) -> None:
         super().__init__(problem, change=change)
         self.exit_code = 128 + signal_number
 
+    def in_sentences(self) -> str:
+        """`Stopped after step 22; checkpoint saved. Continue with: ...`, as the command line prints it."""
+        parts = [part for part in (self.problem, self.change) if part]
+        return ". ".join(f"{part[0].upper()}{part[1:]}" for part in parts)
+
 
 def resume_command(run: object) -> str:
-    """What continues the run in this directory; the config saved there, for the user's may have changed since."""
+    """The command that continues a run. It uses the config saved in the run; the user's may have changed since."""
     return f"solotune train {run}/config.yaml output_dir={run} --resume"
 
 
@@ -174,8 +184,8 @@ EXIT_CODES: dict[int, str] = {
             HangError,
         )
     },
-    129: "hung up (SIGHUP); what was done is saved",
-    130: "interrupted (Ctrl-C); what was done is saved",
-    137: "killed (SIGKILL), also where a hung run cannot end with 9",
-    143: "terminated (SIGTERM); what was done is saved",
+    129: "hung up (SIGHUP); progress is saved",
+    130: "interrupted (Ctrl-C); progress is saved",
+    137: "killed (SIGKILL); also a hung run that cannot exit with 9",
+    143: "terminated (SIGTERM); progress is saved",
 }

@@ -1,4 +1,4 @@
-"""Bytes, seconds and errors in words: one place, so that a figure reads the same wherever it is printed."""
+"""Format bytes, seconds and errors as text, the same everywhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def mib(count: float, digits: int = 1) -> str:
 
 
 def format_bytes(count: float, digits: int = 1) -> str:
-    """`23.4 GiB`, or below 1 GiB in whole MiB: `512 MiB`."""
+    """`23.4 GiB`, or whole MiB below 1 GiB: `512 MiB`."""
     return f"{gib(count, digits)} GiB" if count >= 2**30 else f"{mib(count, 0)} MiB"
 
 
@@ -25,10 +25,10 @@ def format_duration(seconds: float) -> str:
 
 
 def first_line(error: BaseException, with_type: bool = False) -> str:
-    """The first line of an error that is not blank; the name of its type where it says nothing.
+    """The first line of an error that is not blank; the name of its type if it has no text.
 
     Args:
-        with_type: `ValueError: what it says`, as in the last line of a traceback.
+        with_type: `ValueError: text`, as in the last line of a traceback.
     """
     name = type(error).__name__
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")

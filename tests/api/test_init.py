@@ -23,7 +23,7 @@ texts = st.one_of(st.text(), st.text(alphabet="ab:#-'\"\\ \n\t{}[],&*!%@`?|>~0")
 def test_the_text_of_an_ordinary_config_is_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     written = solotune.init("some/model", "chats.jsonl").read_text(encoding="utf-8")
-    assert written.startswith("# solotune train solotune.yaml\n# Lines behind a # hold the defaults")
+    assert written.startswith("# solotune train solotune.yaml\n# Keys behind a # have their defaults")
     given_lines = [line for line in written.splitlines() if line and not line.startswith("#")]
     assert given_lines == ["model_name_or_path: some/model", "dataset: chats.jsonl"]
     assert "\n# lora_target_modules: [q_proj, k_proj, v_proj, o_proj]\n" in written

@@ -75,7 +75,7 @@ def test_a_preflight_stands_beside_the_plan_and_changes_nothing(config, tmp_path
     assert plan["measured"]["step_seconds"] > 0 and plan["predicted"]["fits"]
     log = (tried.run_dir / "log.txt").read_text()
     assert "preflight: the largest step, 4 rows in " in log
-    assert re.search(r"plan: [\d.]+ GiB at the peak \(budget [\d.]+ GiB\), [\d.e-]+ s a step, \d+:\d\d in all", log)
+    assert re.search(r"plan: [\d.]+ GiB peak memory \(budget [\d.]+ GiB\), [\d.e-]+ s per step, \d+:\d\d in total", log)
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["preflight"] is None
 
 
@@ -123,7 +123,7 @@ def test_evaluate_refuses_data_that_has_changed(config, tmp_path):
     solotune.train(config)
     rows = (tmp_path / "chats.jsonl").read_text().replace("it is", "that is")
     (tmp_path / "chats.jsonl").write_text(rows)
-    with pytest.raises(IntegrityError, match="the held-out rows are not those of the run"):
+    with pytest.raises(IntegrityError, match="the held-out rows have changed since the run"):
         solotune.evaluate("run")
 
 
@@ -285,7 +285,7 @@ def test_init_writes_a_config_that_loads_and_names_every_key(config, tmp_path):
     )
     (tmp_path / "all.yaml").write_text(uncommented)
     assert load_config(tmp_path / "all.yaml").model_dump() == loaded.model_dump()
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="the file exists"):
         solotune.init("some/model", "chats.jsonl", path)
 
 
@@ -355,7 +355,7 @@ def test_json_is_one_object_on_stdout(config, tmp_path):
     (tmp_path / "run.yaml").write_text("model_name_or_path: x\ndataset: y\n")
     done = command("train", "run.yaml", *as_arguments({**config, "max_steps": 2}), "--json")
     assert done.returncode == 0, done.stderr
-    assert "parameters are trained" in done.stderr
+    assert "Trainable parameters: " in done.stderr
     result = json.loads(done.stdout)
     assert result["run"] == "run"
     assert result["evaluation"]["tuned"]["tokens"] > 0

@@ -78,19 +78,19 @@ def test_numbers_are_yaml_1_2(written):
         (
             "lora_r: 0",
             snapshot(
-                "run.yaml line 3, lora_r: 0 (int) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000"
+                "run.yaml line 3, lora_r: 0 (int) is not allowed; allowed: a whole number, at least 1, at most 65,536"
             ),
         ),
         (
             "lora_r: true",
             snapshot(
-                "run.yaml line 3, lora_r: True (bool) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000"
+                "run.yaml line 3, lora_r: True (bool) is not allowed; allowed: a whole number, at least 1, at most 65,536"
             ),
         ),
         (
             "lora_r: '16'",
             snapshot(
-                "run.yaml line 3, lora_r: '16' (str) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000"
+                "run.yaml line 3, lora_r: '16' (str) is not allowed; allowed: a whole number, at least 1, at most 65,536"
             ),
         ),
         (
@@ -205,7 +205,7 @@ def test_all_mistakes_are_reported_together(written):
     assert message(written("lora_r: 0\nepochs: 3\n")) == snapshot("""\
 the config has 4 mistakes:
   model_name_or_path: missing; Model id on the hub, or a local folder with config.json, safetensors and tokenizer.
-  run.yaml line 1, lora_r: 0 (int) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000
+  run.yaml line 1, lora_r: 0 (int) is not allowed; allowed: a whole number, at least 1, at most 65,536
   dataset: missing; Training data: a hub id, or one or more local files (jsonl, json, csv, parquet).
   run.yaml line 2, epochs: unknown key; did you mean num_train_epochs? (Number of passes over the training rows.)\
 """)
@@ -303,7 +303,7 @@ command line: an override must look like key=value
   allowed: learning_rate=1e-4\
 """)
     assert message(MINIMAL, ["lora_r=x"]) == snapshot(
-        "command line, lora_r: 'x' (str) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000"
+        "command line, lora_r: 'x' (str) is not allowed; allowed: a whole number, at least 1, at most 65,536"
     )
 
 

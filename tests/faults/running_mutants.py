@@ -72,8 +72,13 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("training/disk_space.py", "    if free >= need.total:\n", "    if True:\n", f"{BEFORE} -k too_small"),
     ("training/disk_space.py", "config.save_total_limit + 1)", "config.save_total_limit)", f"{BEFORE} -k said_to_take"),
     ("training/disk_space.py", "max(most - existing,", "max(most,", f"{BEFORE} -k resumed"),
-    ("api/setup.py", "    disk_space.require_writable(_folder_of(checked))\n", "", f"{BEFORE} -k takes_no_files"),
-    ("api/setup.py", "    doctor.require_hardware(checked, machine)\n", "", f"{BEFORE} -k bitsandbytes_that"),
+    (
+        "api/setup.py",
+        "    disk_space.require_writable(_folder_of(config.output_dir))\n",
+        "",
+        f"{BEFORE} -k takes_no_files",
+    ),
+    ("api/setup.py", "    doctor.require_hardware(config, machine)\n", "", f"{BEFORE} -k bitsandbytes_that"),
     ("api/train.py", "    doctor.require_torch()\n", "", f"{BEFORE} -k address_space"),
 ]
 

@@ -103,7 +103,7 @@ run.yaml line 4: not valid YAML
   change:  fix the YAML syntax\
 """)),
     (59, "no for false", "bf16: no", snapshot("run.yaml line 3, bf16: 'no' (str) is not allowed; allowed: true or false")),
-    (59, "a clock for a number", "lora_r: 12:30", snapshot("run.yaml line 3, lora_r: '12:30' (str) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000")),
+    (59, "a clock for a number", "lora_r: 12:30", snapshot("run.yaml line 3, lora_r: '12:30' (str) is not allowed; allowed: a whole number, at least 1, at most 65,536")),
     (59, "YAML 1.1 asked for", "", snapshot("""\
 run.yaml line 2: a config cannot use directives (%YAML, %TAG)
   change:  remove the line\
@@ -116,14 +116,14 @@ run.yaml line 2: a config cannot use directives (%YAML, %TAG)
     (60, "warm-up longer than the run", "max_steps: 10\nwarmup_steps: 11", snapshot('max_steps and warmup_steps: max_steps: 10 is less than warmup_steps: 11')),
     (60, "warm-up 1", "warmup_ratio: 1.0", snapshot('run.yaml line 3, warmup_ratio: 1.0 (float) is not allowed; allowed: a number, at least 0, below 1')),
     (60, "alpha 0", "lora_alpha: 0", snapshot('run.yaml line 3, lora_alpha: 0 (int) is not allowed; allowed: a number, above 0, at most 1,000,000.0')),
-    (60, "r 0", "lora_r: 0", snapshot('run.yaml line 3, lora_r: 0 (int) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000')),
+    (60, "r 0", "lora_r: 0", snapshot('run.yaml line 3, lora_r: 0 (int) is not allowed; allowed: a whole number, at least 1, at most 65,536')),
     (60, "dropout 1", "lora_dropout: 1.0", snapshot('run.yaml line 3, lora_dropout: 1.0 (float) is not allowed; allowed: a number, at least 0, below 1')),
-    (61, "true for 1", "lora_r: true", snapshot('run.yaml line 3, lora_r: True (bool) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000')),
-    (61, "'8' for 8", "lora_r: '8'", snapshot("run.yaml line 3, lora_r: '8' (str) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000")),
-    (61, "3.0 for 3", "lora_r: 3.0", snapshot('run.yaml line 3, lora_r: 3.0 (float) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000')),
+    (61, "true for 1", "lora_r: true", snapshot('run.yaml line 3, lora_r: True (bool) is not allowed; allowed: a whole number, at least 1, at most 65,536')),
+    (61, "'8' for 8", "lora_r: '8'", snapshot("run.yaml line 3, lora_r: '8' (str) is not allowed; allowed: a whole number, at least 1, at most 65,536")),
+    (61, "3.0 for 3", "lora_r: 3.0", snapshot('run.yaml line 3, lora_r: 3.0 (float) is not allowed; allowed: a whole number, at least 1, at most 65,536')),
     (62, "null", "learning_rate:", snapshot('run.yaml line 3, learning_rate: None (NoneType) is not allowed; allowed: a number, above 0, at most 1')),
     (62, "null as a sign", "learning_rate: ~", snapshot('run.yaml line 3, learning_rate: None (NoneType) is not allowed; allowed: a number, above 0, at most 1')),
-    (63, "batch of 10^12", "per_device_train_batch_size: 1000000000000", snapshot('run.yaml line 3, per_device_train_batch_size: 1000000000000 (int) is not allowed; allowed: a whole number, at least 1, at most 1,000,000,000')),
+    (63, "batch of 10^12", "per_device_train_batch_size: 1000000000000", snapshot('run.yaml line 3, per_device_train_batch_size: 1000000000000 (int) is not allowed; allowed: a whole number, at least 1, at most 65,536')),
     (63, "rows of 10^12 tokens", "max_length: 1000000000000", snapshot('run.yaml line 3, max_length: 1000000000000 (int) is not allowed; allowed: a whole number, at least 8, at most 10,000,000')),
     (64, "two documents", "---\nlora_r: 8", snapshot("""\
 run.yaml line 3: a config cannot have a second document

@@ -1,4 +1,4 @@
-"""`solotune chat`: talk to a run's model."""
+"""`solotune chat`: chat with the model of a run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ if TYPE_CHECKING:
 
 
 def chat(run: str | Path) -> ChatSession:
-    """Loads a run's model to talk to.
+    """Load the model of a run for a conversation.
+
+        session = solotune.chat("runs/demo")
+        print(session.reply("Hello"))
+        print(session.reply("Hello", base=True))  # the answer of the base model
 
     Raises:
-        InputError: no run there, or nothing saved in it yet.
+        InputError: there is no run, or it has no adapter and no checkpoint yet.
     """
     from solotune.training.trained_run import ChatSession, TunedRun
 

@@ -1,4 +1,4 @@
-"""`solotune data`: what training would learn, token by token, and what is wrong with it."""
+"""`solotune data`: the training rows token by token, the loss mask, and problems in the data."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ShownRow:
-    """One training row as the model sees it: text pieces, each with whether it is learned and its token ids.
+    """One training row as the model sees it.
 
-    `tokens` holds the text of each id, for all pieces one after the other; `weights` that of each piece, and nothing
-    where all are 1.
+    Attributes:
+        where: file and line.
+        pieces: (text, whether it is trained on, token ids).
+        tokens: the text of each token id, over all pieces.
+        weights: the loss weight of each piece; empty if all are 1.
     """
 
     where: str
@@ -30,18 +33,31 @@ class ShownRow:
 
 @dataclass(frozen=True)
 class DataPreview:
+    """Result of `data`: the report on all rows, and some rows in full."""
+
     report: DataReport
     shown: list[ShownRow]
 
     def to_json(self) -> dict[str, Any]:
-        """The design's data shape and the shown rows."""
+        """The report as in data.json, and the shown rows."""
         return {**self.report.to_json(), "shown": [asdict(row) for row in self.shown]}
 
 
 def data(
     config: ConfigSource, overrides: Iterable[str] = (), show: int = 1, display: Display | None = None
 ) -> DataPreview:
-    """Reads, splits, renders and masks the data as training would; says what is wrong with it and shows some rows."""
+    """Read, split, render and mask the data as training does, and check it.
+
+        preview = solotune.data("run.yaml", show=3)
+        for finding in preview.report.findings:
+            print(finding["code"], finding["message"], finding["fix"])
+
+    Args:
+        show: number of training rows to return in full.
+
+    Raises:
+        InputError: config, model folder or rows cannot be used.
+    """
     from solotune import dataset
     from solotune.diagnosis.data_checks import check_rows
     from solotune.hub.model_files import resolve_model

@@ -1,4 +1,4 @@
-"""`solotune diagnose`: what is wrong with a run, or that nothing is."""
+"""`solotune diagnose`: find out what is wrong with a run, if anything."""
 
 from __future__ import annotations
 
@@ -22,23 +22,28 @@ def diagnose(
     overrides: Iterable[str] = (),
     display: Display | None = None,
 ) -> Diagnosis:
-    """Names the culprit, or says healthy, or says undecided and what would decide; written into a run's diagnosis.json.
+    """Find the cause of a bad run. For a solotune run, the result is also saved in its diagnosis.json.
+
+        diagnosis = solotune.diagnose("runs/demo")
+        print(diagnosis.verdict)  # fault, healthy or undecided
+        for culprit in diagnosis.culprits:
+            print(culprit.fault, culprit.slug, culprit.fix)
 
     Args:
-        target: a config, a run directory, or a folder that another trainer wrote.
-        deep: probe longer, on more batches.
-        budget: seconds for the probes; 0 asks the rules alone.
-        dataset: of a foreign folder: the data that it was trained on.
-        config: of a foreign folder: the file that made it.
+        target: a config, a run directory, or the output folder of another trainer.
+        deep: experiment longer, on more batches.
+        budget: time limit in seconds for the experiments on the model (probes); 0 skips them.
+        dataset: the training data (only for folders of other trainers).
+        config: the config used for training (only for folders of other trainers).
 
     Raises:
-        InputError: the target is none of these.
+        InputError: the target is not a config, a run or a trainer's output folder.
     """
     from solotune.diagnosis import run_diagnosis
     from solotune.diagnosis.sources.detect import open_run, run_facts_of
 
     display = display or SilentDisplay()
-    display.phase("reading what is there")
+    display.phase("reading config, run and files")
     found = run_diagnosis.examine(run_facts_of(target, overrides, config, dataset), deep, budget, display.phase)
     if run := open_run(target):
         run.write_json("diagnosis.json", found.to_json())

@@ -1,4 +1,4 @@
-"""`solotune doctor`: is this machine fit for training?"""
+"""`solotune doctor`: check this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ if TYPE_CHECKING:
 
 
 def doctor() -> DoctorReport:
-    """Checks the machine: versions, CUDA, bitsandbytes, memory, disk; each finding with its fix."""
+    """Check versions, CUDA, bitsandbytes, memory and disk; each failed check has a fix.
+
+    for check in solotune.doctor().checks:
+        print(check.status, check.name, check.found, check.fix)
+    """
     from solotune.hardware import doctor as fitness
 
     return fitness.doctor()

@@ -1,4 +1,4 @@
-"""`solotune evaluate`: base against tuned on the held-out rows."""
+"""`solotune evaluate`: compare the tuned model with its base on the held-out rows."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 
 
 def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
-    """Base against tuned on the run's held-out rows; writes evaluation.json anew.
+    """Compare the tuned model of a run with its base on the held-out rows; replaces evaluation.json.
+
+        print(solotune.evaluate("runs/demo").to_json()["difference"])
 
     Raises:
-        IntegrityError: the data is no longer what the run held out.
+        InputError: there is no run, or it held out no rows.
+        IntegrityError: the held-out rows have changed since the run.
     """
     from solotune import dataset
     from solotune.hardware.gpu_errors import device_errors
@@ -36,9 +39,9 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
     recorded = read_json(path / "data.json").get("sha256", {}).get("validation")
     if recorded != prepared.report.validation_sha256:
         raise IntegrityError(
-            f"{path}: the held-out rows are not those of the run",
-            seen="the data file, its split or the tokenizer has changed since",
-            change="put the data back, or train again",
+            f"{path}: the held-out rows have changed since the run",
+            seen="the data file, its split or the tokenizer has changed",
+            change="restore the data, or train again",
         )
     if not prepared.validation:
         raise InputError(f"{path}: the run held out no rows", change="train with validation_size above 0")
@@ -53,7 +56,7 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
 def compare(
     model: TrainableModel, tokenizer: Any, prepared: Prepared, config: RunConfig, tuned: Score | None, display: Display
 ) -> Evaluation:
-    """Base against tuned on the held-out rows; `tuned` is the score that training ended with, where there is one."""
+    """Compare base and tuned on the held-out rows; `tuned`: the score at the end of training, if known."""
     from solotune.evaluation import scores
 
     return scores.compare(

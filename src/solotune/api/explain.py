@@ -1,4 +1,4 @@
-"""`solotune explain`: a fault or a suspect in words."""
+"""`solotune explain`: a fault or a suspect explained."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ if TYPE_CHECKING:
 
 
 def explain(code: str) -> Explanation:
-    """What a fault (F17, pad-masks-terminator) or a suspect (S4) is, how it is recognised and how it is mended.
+    """Explain a fault (F17, pad-masks-terminator) or a suspect (S4): symptoms, cause and fix.
+
+        print(solotune.explain("F17").text)
 
     Raises:
-        InputError: there is no such fault; the nearest are in the message.
+        InputError: there is no such fault; the message lists similar ones.
     """
     from solotune.diagnosis.explanation import explained
 

@@ -14,14 +14,23 @@ from solotune.run.atomic_io import make_folder, write_whole
 
 
 def init(model: str, dataset: str, path: str | Path = "solotune.yaml", force: bool = False) -> Path:
-    """Writes a commented config for a model and a data file: every key, its default, its help.
+    """Write a commented config: every key with its default and help.
+
+        solotune.init("HuggingFaceTB/SmolLM2-135M-Instruct", "chats.jsonl", "run.yaml")
+
+    Args:
+        model: folder or hub id.
+        dataset: file or hub id.
+        force: replace an existing file.
 
     Raises:
-        InputError: the file exists and `force` is not set, or no config can hold this model or data file.
+        InputError: the file exists and `force` is not set, or model or dataset is not a valid value.
     """
     path = Path(path)
     if path.exists() and not force:
-        raise InputError(f"{path}: exists already", change="another name with --output, or --force to replace it")
+        raise InputError(
+            f"{path}: the file exists", change="choose another name with --output, or replace the file with --force"
+        )
     config = load_config({"model_name_or_path": model, "dataset": dataset})
     make_folder(path.parent)
     write_whole(path, _commented(config, path))
@@ -29,9 +38,13 @@ def init(model: str, dataset: str, path: str | Path = "solotune.yaml", force: bo
 
 
 def _commented(config: RunConfig, path: Path) -> str:
-    """The keys that were given, and all others behind a #, each below its help."""
+    """Config text: the given keys, and all others commented out, each with its help above it."""
     name = on_one_line(str(path))
-    lines = [f"# solotune train {name}", "# Lines behind a # hold the defaults: remove the # to change one.", ""]
+    lines = [
+        f"# solotune train {name}",
+        "# Keys behind a # have their defaults. To change one, remove the #.",
+        "",
+    ]
     for section in SECTIONS:
         lines.append(f"# --- {section}")
         for key in (key for key in RunConfig.model_fields if section_of(key) == section):

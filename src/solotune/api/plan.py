@@ -1,4 +1,4 @@
-"""`solotune plan`: bytes and seconds of a run before it runs."""
+"""`solotune plan`: predict memory and time of a run before it starts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ if TYPE_CHECKING:
 def plan(
     config: ConfigSource, overrides: Iterable[str] = (), gpu: str | None = None, display: Display | None = None
 ) -> Plan:
-    """Bytes and seconds of a run before it runs, and the knobs that are turned for it; needs no GPU and no weights.
+    """Predict memory and time of a run, and choose settings that fit. Needs no GPU and no weights.
+
+        plan = solotune.plan("run.yaml", gpu="4090")
+        print(plan.fits, plan.to_json()["peak_bytes"])
 
     Args:
-        gpu: a card by name (h100, 4090, ...) in the place of this machine's.
+        gpu: name of a GPU to plan for (h100, 4090, ...); default: the one in this machine.
 
     Raises:
-        InputError: no such card, or a budget that it does not have.
+        InputError: unknown GPU, or a memory_budget larger than its memory.
     """
     from solotune import dataset
     from solotune.hardware import machine as environment

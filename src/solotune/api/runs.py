@@ -1,4 +1,4 @@
-"""`solotune runs`: the runs with their figures."""
+"""`solotune runs`: list runs with their results."""
 
 from __future__ import annotations
 
@@ -8,5 +8,9 @@ from solotune.run.run_dir import RunSummary, list_runs, summarize_run
 
 
 def runs(root: str | Path = "runs") -> list[RunSummary]:
-    """The runs below `root`, oldest first."""
+    """List the runs in the folder `root`, oldest first.
+
+    for run in solotune.runs():
+        print(run.name, run.status, run.tuned_loss)
+    """
     return [summarize_run(run) for run in list_runs(root)]

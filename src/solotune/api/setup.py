@@ -1,7 +1,7 @@
-"""What precedes the first step of a run: the stages that may refuse it, and what is recorded of it.
+"""Stages before the first step of a run: checks that may refuse it, then the run's initial files.
 
-check, read_data, plan, load_model, try_largest_step     called by `train.prepare_run`, which writes nothing
-write_initial_files                                      config, machine, plan, rows, split, into the run directory
+check, read_data, plan, load_model, try_largest_step     called by `train.prepare_run`; they write nothing
+write_initial_files                                      writes config, machine, plan, data report and split
 """
 
 from __future__ import annotations
@@ -46,79 +46,79 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run that passed every check, and of which nothing is written yet."""
+    """A run that passed every check; nothing is written yet."""
 
-    config: RunConfig  # settled for the machine and by the plan
+    config: RunConfig  # resolved for the machine and by the plan
     machine: Machine
-    choices: list[Choice]
+    choices: list[Choice]  # settings that solotune chose, and why
     model_files: ModelFiles
     tokenizer: Any
-    prepared: Prepared
-    planned: Plan
+    prepared: Prepared  # training and held-out rows
+    plan: Plan
     model: TrainableModel
-    tried: Preflight | None
-    run_facts: RunFacts  # what can be diagnosed before the first step
+    preflight: Preflight | None  # measurements of the largest step; None if it was not tried
+    run_facts: RunFacts  # for the diagnosis during the run
 
     def plan_json(self) -> dict[str, Any]:
-        return {"predicted": self.planned.to_json(), "preflight": self.tried and asdict(self.tried)}
+        return {"predicted": self.plan.to_json(), "preflight": self.preflight and asdict(self.preflight)}
 
 
-def check(checked: RunConfig, machine: Machine, resume: bool) -> ModelFiles:
-    """The files of the model, after all checks that need no data: machine, run directory, its disk, model folder.
+def check(config: RunConfig, machine: Machine, resume: bool) -> ModelFiles:
+    """Check machine, run directory, disk and model folder: everything that needs no data. Returns the model's files.
 
     Raises:
-        SolotuneError: one of them refuses the run.
+        SolotuneError: a check failed.
     """
-    doctor.require_hardware(checked, machine)
-    check_destination(checked.output_dir, checked.source_of("output_dir"), checked.model_name_or_path)
+    doctor.require_hardware(config, machine)
+    check_destination(config.output_dir, config.source_of("output_dir"), config.model_name_or_path)
     if not resume:
-        RunDirectory.refuse_occupied(checked.output_dir)
-    disk_space.require_writable(_folder_of(checked))
-    model_files = resolve_model(checked)
-    models.check_model(checked, model_files)
+        RunDirectory.refuse_occupied(config.output_dir)
+    disk_space.require_writable(_folder_of(config.output_dir))
+    model_files = resolve_model(config)
+    models.check_model(config, model_files)
     return model_files
 
 
 def read_data(
-    checked: RunConfig, model_files: ModelFiles, resume: bool, display: RunObserver
+    config: RunConfig, model_files: ModelFiles, resume: bool, display: RunObserver
 ) -> tuple[Any, Prepared, list[Finding]]:
-    """The tokenizer, the rows as examples, and what the rules find in them, which is shown.
+    """Load the tokenizer, prepare the rows and check them with the rules; findings are shown.
 
     Raises:
-        InputError: no tokenizer, rows that cannot be used, or ids beyond the embedding (F05).
+        InputError: no tokenizer, rows that cannot be used, or token ids outside the embedding (F05).
     """
-    tokenizer = dataset.load_tokenizer(checked, model_files)
+    tokenizer = dataset.load_tokenizer(config, model_files)
     display.phase("reading data")
-    run = resuming.continued(checked.output_dir, checked.name) if resume else None
-    day = resuming.recorded_day(checked.resume_from_checkpoint, run)
-    prepared = dataset.prepare(checked, tokenizer, progress=display.progress, rendered_on=day)
-    findings = check_rows(checked, tokenizer, prepared, model_files)
+    run = resuming.continued(config.output_dir, config.name) if resume else None
+    day = resuming.recorded_day(config.resume_from_checkpoint, run)
+    prepared = dataset.prepare(config, tokenizer, progress=display.progress, rendered_on=day)
+    findings = check_rows(config, tokenizer, prepared, model_files)
     prepared = prepared.with_findings(finding.to_json() for finding in findings)
     for finding in findings:
         display.note(f"{finding.severity} {finding.code} {finding.slug}: {finding.message}")
-        if finding.code == "F05":  # no opinion: its lookup would fail, on a GPU without a word of what is wrong
+        if finding.code == "F05":  # the embedding lookup would fail, on a GPU without a clear message
             raise InputError(finding.message, change=finding.fix, fault="F05")
     return tokenizer, prepared, findings
 
 
 def plan(
-    checked: RunConfig, model_files: ModelFiles, machine: Machine, prepared: Prepared, display: RunObserver
+    config: RunConfig, model_files: ModelFiles, machine: Machine, prepared: Prepared, display: RunObserver
 ) -> Plan:
-    """The plan of a run that fits; `resolved` is the config with what it chose.
+    """Plan the run. `resolved` of the plan is the config with the settings that the plan chose.
 
     Raises:
         CheckError: it does not fit.
     """
     display.phase("planning")
-    planned = plan_inputs.plan_for(checked, machine, prepared, model_files=model_files)
-    if not planned.fits:
-        raise planned.refusal()
-    watchdog.expect(planned.option.seconds.first_step)
-    return planned
+    result = plan_inputs.plan_for(config, machine, prepared, model_files=model_files)
+    if not result.fits:
+        raise result.refusal()
+    watchdog.expect(result.option.seconds.first_step)
+    return result
 
 
 def load_model(
-    checked: RunConfig,
+    config: RunConfig,
     model_files: ModelFiles,
     machine: Machine,
     tokenizer: Any,
@@ -126,71 +126,83 @@ def load_model(
     resume: bool,
     display: RunObserver,
 ) -> TrainableModel:
-    """The base with fresh adapters, where the disk has room for what the run will write.
+    """Load the base with new adapters, and check that the disk has space for the run's files.
 
     Raises:
-        SolotuneError: the model does not load, or there is no room.
+        SolotuneError: the model does not load, or there is not enough disk space.
     """
     display.phase("loading model")
-    model, folder = trained_run.load_base(checked, machine, model_files.with_weights()), _folder_of(checked)
-    before = resuming.continued(checked.output_dir, checked.name) if resume else None
-    existing = len(checkpoint.list_checkpoints(before.checkpoints)) if before else 0
+    model, folder = trained_run.load_base(config, machine, model_files.with_weights()), _folder_of(config.output_dir)
+    previous = resuming.continued(config.output_dir, config.name) if resume else None
+    existing = len(checkpoint.list_checkpoints(previous.checkpoints)) if previous else 0
     disk_space.require_room(
-        disk_space.need_of(checked, model, prepared, tokenizer, existing, disk_space.block_bytes(folder)), folder
+        disk_space.need_of(config, model, prepared, tokenizer, existing, disk_space.block_bytes(folder)), folder
     )
     return model
 
 
 def try_largest_step(
-    checked: RunConfig, model: TrainableModel, prepared: Prepared, display: RunObserver
+    config: RunConfig, model: TrainableModel, prepared: Prepared, display: RunObserver
 ) -> Preflight | None:
-    """What the largest step took; None where it is not tried.
+    """Run the largest step once and measure it; None if the config skips it.
 
     Raises:
-        SolotuneError: it fails.
+        SolotuneError: the step failed.
     """
-    if checked.preflight is True or (checked.preflight == "auto" and model.device.type == "cuda"):
+    if config.preflight is True or (config.preflight == "auto" and model.device.type == "cuda"):
         display.phase("trying the largest step")
-        with device_errors(checked.memory):
-            return preflight.preflight(model, prepared.train, prepared.validation, checked, _folder_of(checked))
+        with device_errors(config.memory):
+            return preflight.preflight(
+                model, prepared.train, prepared.validation, config, _folder_of(config.output_dir)
+            )
     return None
 
 
-def _folder_of(config: RunConfig) -> Path:
-    """The nearest folder above the run directory that is there."""
-    return nearest_folder(config.output_dir or "runs")
+def _folder_of(output_dir: str | None) -> Path:
+    """The nearest existing folder above the run directory."""
+    return nearest_folder(output_dir or "runs")
 
 
 def write_initial_files(
-    run: RunDirectory, ready: PreparedRun, marks: Mapping[str, Any], start: ResumePoint | None, display: RunObserver
+    run: RunDirectory,
+    ready: PreparedRun,
+    fingerprints: Mapping[str, Any],
+    resume_point: ResumePoint | None,
+    display: RunObserver,
 ) -> dict[str, Any]:
-    """Writes what is known before the first step, and says it; the run's summary."""
+    """Write and show what is known before the first step; returns the run's summary (`events.StartEvent`)."""
     report = ready.prepared.report
     run.write_config(ready.config)
-    made_by = {"solotune": __version__, "choices": [choice._asdict() for choice in ready.choices]}
-    run.write_json("environment.json", {**ready.machine.to_json(), **made_by})
-    run.write_json(FINGERPRINTS, marks)
+    created_by = {"solotune": __version__, "choices": [choice._asdict() for choice in ready.choices]}
+    run.write_json("environment.json", {**ready.machine.to_json(), **created_by})
+    run.write_json(FINGERPRINTS, fingerprints)
     run.write_json("plan.json", ready.plan_json())
     run.write_json("data.json", report.to_json())
     write_whole(run.path / "split.json", ready.prepared.manifest.json_lines())
-    summary = _summary(ready.model, ready.config, ready.prepared)
-    display.note(_in_words(summary))
+    summary = _summary(ready)
+    display.note(_parameters_in_words(summary))
     if report.packing:
         display.note(f"packing: {packing.in_words(report.packing)}")
-    display.note(_planned_in_words(ready.planned))
-    if start is None:
+    display.note(_plan_in_words(ready.plan))
+    if resume_point is None:
         run.log(StartEvent(step=0, **summary))
     else:
-        run.log(ResumeEvent(start.point.step, not start.inexact, start.inexact, start.passed_over))
-        for line in start.in_words():
+        run.log(
+            ResumeEvent(
+                resume_point.point.step, not resume_point.inexact, resume_point.inexact, resume_point.passed_over
+            )
+        )
+        for line in resume_point.in_words():
             display.note(line)
-    if ready.tried:
-        display.note(ready.tried.in_words(ready.planned.option.footprint.peak_bytes))
-        run.log(PreflightEvent(**asdict(ready.tried)))
+    if ready.preflight:
+        display.note(ready.preflight.in_words(ready.plan.option.footprint.peak_bytes))
+        run.log(PreflightEvent(**asdict(ready.preflight)))
     return summary
 
 
-def _summary(model: TrainableModel, config: RunConfig, prepared: Prepared) -> dict[str, Any]:
+def _summary(ready: PreparedRun) -> dict[str, Any]:
+    """Rows, steps and parameters of the run; `trainable_fits` lists the adapters with the same parameter count."""
+    model, config, prepared = ready.model, ready.config, ready.prepared
     trainable, parameters = model.num_trainable, model.num_parameters
     own = (config.lora_r, lora.leaf_names(model.lora_layers))
     others = lora.matching_lora_shapes(trainable, model.linear_shapes(), {*lora.USUAL_RANKS, config.lora_r})
@@ -210,16 +222,16 @@ def _summary(model: TrainableModel, config: RunConfig, prepared: Prepared) -> di
     }
 
 
-def _in_words(summary: dict[str, Any]) -> str:
-    """The parameter count, and what else would print the same count."""
-    trainable, parameters = summary["trainable_parameters"], summary["parameters"]
-    own, *others = (f"r={fit['r']} on {', '.join(fit['target_modules'])}" for fit in summary["trainable_fits"])
-    text = f"{trainable:,} of {parameters:,} parameters are trained ({trainable / parameters:.2%}): {own}"
-    return text + (f" (the count alone would also fit {'; '.join(others)})" if others else "")
+def _parameters_in_words(summary: dict[str, Any]) -> str:
+    """`Trainable parameters: 1,843,200 of 136,358,208 (1.35 %): r=16 on q_proj, k_proj`."""
+    trainable, total = summary["trainable_parameters"], summary["parameters"]
+    adapter = summary["trainable_fits"][0]  # the run's own; the others only have the same count
+    share = f"{trainable:,} of {total:,} ({100 * trainable / total:.2f} %)"
+    return f"Trainable parameters: {share}: r={adapter['r']} on {', '.join(adapter['target_modules'])}"
 
 
-def _planned_in_words(planned: Plan) -> str:
-    """What is expected of the run, in a line."""
-    took, peak = planned.option.seconds, planned.option.footprint.peak_bytes
-    text = f"plan: {gib(peak)} GiB at the peak (budget {gib(planned.budget.bytes)} GiB), {took.step:.3g} s a step"
-    return text + (f", {format_duration(took.total)} in all" if took.total is not None else "")
+def _plan_in_words(plan: Plan) -> str:
+    """Predicted memory and time in one line."""
+    seconds, peak = plan.option.seconds, plan.option.footprint.peak_bytes
+    text = f"plan: {gib(peak)} GiB peak memory (budget {gib(plan.budget.bytes)} GiB), {seconds.step:.3g} s per step"
+    return text + (f", {format_duration(seconds.total)} in total" if seconds.total is not None else "")

@@ -1,9 +1,9 @@
-"""`solotune train`: the whole run, in order.
+"""`solotune train`: a whole run, step by step.
 
-    prepare_run   settle, check, read the data, plan, load the model, try the largest step: nothing is written yet
-    _train      record what is known, train, save the adapter, evaluate, diagnose, seal
+    prepare_run   resolve the config, check, read the data, plan, load the model, try the largest step; writes nothing
+    _train        record, train, save the adapter, evaluate, diagnose, write the manifest
 
-The stages of `prepare_run` and what is recorded before the first step are in `setup`; the loop is in `training`.
+The stages of `prepare_run` and the files written before the first step are in `setup`; the loop is `training.loop`.
 """
 
 from __future__ import annotations
@@ -30,16 +30,18 @@ from solotune.run.run_log import RunLog
 
 if TYPE_CHECKING:
     from solotune.api.setup import PreparedRun
-    from solotune.evaluation.scores import Evaluation
-    from solotune.model.loading import TrainableModel
+    from solotune.diagnosis.evidence import Diagnosis
+    from solotune.evaluation.scores import Evaluation, Score
 
 
 @dataclass(frozen=True)
 class TrainResult:
+    """Result of `train`."""
+
     run_dir: Path
-    summary: dict[str, Any]
-    choices: list[Choice]
-    evaluation: Evaluation | None
+    summary: dict[str, Any]  # rows, steps and parameters, as in the start event
+    choices: list[Choice]  # settings that solotune chose, and why
+    evaluation: Evaluation | None  # base compared with tuned; None without held-out rows
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -53,11 +55,17 @@ class TrainResult:
 def train(
     config: ConfigSource, overrides: Iterable[str] = (), resume: bool = False, display: Display | None = None
 ) -> TrainResult:
-    """The whole run: settle the config, prepare the data, load, train, save the adapter, evaluate base against tuned.
+    """Train an adapter and compare it with its base model; everything is saved in one run directory.
+
+        result = solotune.train("run.yaml", ["learning_rate=1e-4"])
+        print(result.run_dir, result.evaluation.to_json()["tuned"])
 
     Args:
-        resume: continue the run in `output_dir`, or else the newest run of this config; one that was killed before its
-            first checkpoint starts anew.
+        config: path of a YAML file, a mapping of keys, or a `RunConfig`.
+        overrides: `key=value` strings that replace values of the config.
+        resume: continue the run in `output_dir`, or else the newest run of this config. A run that was killed before
+            its first checkpoint starts again from step 0.
+        display: shows progress; default: nothing is shown.
 
     Raises:
         SolotuneError: see `solotune.errors`; each kind has its exit code.
@@ -67,17 +75,21 @@ def train(
 
     checked = load_config(config, overrides)
     doctor.require_torch()
-    heard = Resilient(display or SilentDisplay())
+    user_display = Resilient(display or SilentDisplay())
     with signals.handle_signals():
         try:
-            return _train(checked, resume, heard)
+            return _train(checked, resume, user_display)
         except signals.StopRequested as stop:
-            problem = f"stopped while {heard.stage}; nothing to save yet"
+            problem = f"stopped while {user_display.stage}; there is nothing to save yet"
             raise InterruptedRunError(stop.number, problem, "start it again") from None
 
 
 def prepare_run(config: RunConfig, resume: bool, display: RunObserver) -> PreparedRun:
-    """Everything that may refuse a run, in the order of what it costs to ask; nothing is written yet."""
+    """Do everything that may refuse a run, the cheapest checks first. Nothing is written yet.
+
+    Raises:
+        SolotuneError: the run cannot start.
+    """
     from solotune.api import setup
     from solotune.diagnosis.sources import solotune_run
     from solotune.training import trained_run
@@ -85,73 +97,72 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver) -> Prepar
     checked, machine, choices = trained_run.resolve_for_machine(config)
     model_files = setup.check(checked, machine, resume)
     tokenizer, prepared, findings = setup.read_data(checked, model_files, resume, display)
-    planned = setup.plan(checked, model_files, machine, prepared, display)
-    checked = planned.resolved
+    plan = setup.plan(checked, model_files, machine, prepared, display)
+    checked = plan.resolved
     model = setup.load_model(checked, model_files, machine, tokenizer, prepared, resume, display)
-    tried = setup.try_largest_step(checked, model, prepared, display)
-    choices = [*choices, *planned.choices, *model.choices]
-    run_facts = solotune_run.from_prepared(checked, tokenizer, prepared, findings, model_files)
+    preflight = setup.try_largest_step(checked, model, prepared, display)
     return setup.PreparedRun(
-        checked, machine, choices, model_files, tokenizer, prepared, planned, model, tried, run_facts
+        config=checked,
+        machine=machine,
+        choices=[*choices, *plan.choices, *model.choices],
+        model_files=model_files,
+        tokenizer=tokenizer,
+        prepared=prepared,
+        plan=plan,
+        model=model,
+        preflight=preflight,
+        run_facts=solotune_run.from_prepared(checked, tokenizer, prepared, findings, model_files),
     )
 
 
-def _train(config: RunConfig, resume: bool, heard: Resilient) -> TrainResult:
+def _train(config: RunConfig, resume: bool, user_display: Resilient) -> TrainResult:
+    """Prepare, open the run directory, record, train, save, evaluate, diagnose, write the manifest."""
     from solotune.api import setup
-    from solotune.diagnosis import message
     from solotune.diagnosis.monitor import Monitor
     from solotune.hardware.gpu_errors import device_failure
     from solotune.runtime import signals, watchdog
     from solotune.training import checkpoint, loop
     from solotune.training.resume import fingerprints, open_run
 
-    ready = prepare_run(config, resume, heard)
-    checked, prepared, model = ready.config, ready.prepared, ready.model
-    marks = fingerprints(checked, prepared, ready.machine, ready.model_files)
-    run, start = open_run(checked, marks, resume)  # nothing is written before all that can be refused was seen
+    ready = prepare_run(config, resume, user_display)
+    config, prepared, model = ready.config, ready.prepared, ready.model
+    run_fingerprints = fingerprints(config, prepared, ready.machine, ready.model_files)
+    run, resume_point = open_run(config, run_fingerprints, resume)  # only now is something written
     log = LogFile(run.path / LOG)
     watchdog.stacks_into(run.path / STACKS)
     try:
-        written = PlainDisplay(checked.logging_steps, make_console(cast(TextIO, log)))
-        display = Observers(heard, Resilient(written))
+        log_display = PlainDisplay(config.logging_steps, make_console(cast(TextIO, log)))
+        display = Observers(user_display, Resilient(log_display))
         display.note(f"run directory: {run.path}")
         display.choices(ready.choices)
-        summary = setup.write_initial_files(run, ready, marks, start, display)
+        summary = setup.write_initial_files(run, ready, run_fingerprints, resume_point, display)
+
         monitor = Monitor(model, ready.run_facts, Observers(RunLog(run), display), RunRecord.read(run.path))
         observer = Observers(display, Resilient(monitor))
-        point = start.point if start else None
+        start = resume_point.point if resume_point else None
         with signals.defer_signals():
-            tuned = loop.train(model, prepared.train, prepared.validation, checked, run, observer, point, marks)
-            _write_adapter(run, model, checked, ready.tokenizer)
-        result = None
-        if prepared.validation:
-            display.phase("comparing base and tuned on held-out rows")
-            result = compare(model, ready.tokenizer, prepared, checked, tuned, display)
-            run.write_json("evaluation.json", result.to_json())
-        peak_bytes = device_memory.peak_bytes(model.device)
-        measured = {"peak_bytes": peak_bytes, **RunRecord.read(run.path).medians()}
-        run.write_json("plan.json", {**ready.plan_json(), "measured": measured})
-        run.log(EndEvent(summary["total_steps"], peak_bytes))
-        found = monitor.diagnosis()
-        run.write_json("diagnosis.json", found.to_json())
-        display.note(
-            f"diagnosis: {message.summary(found)} (model probes not run; solotune diagnose {run.path} runs them)"
-        )
+            tuned_score = loop.train(
+                model, prepared.train, prepared.validation, config, run, observer, start, run_fingerprints
+            )
+            _write_adapter(run, ready)
+
+        evaluation = _evaluate(run, ready, tuned_score, display) if prepared.validation else None
+        _record_measurements(run, ready, summary["total_steps"])
+        _write_diagnosis(run, monitor.diagnosis(), display)
         log.close()
         run.write_manifest()
-        return TrainResult(run.path, summary, ready.choices, result)
+        return TrainResult(run.path, summary, ready.choices, evaluation)
     except signals.StopRequested as stop:
         if not run.adapter.is_dir():
             raise
-        problem = f"stopped while {heard.stage}; the adapter is saved"
-        raise InterruptedRunError(
-            stop.number, problem, f"compare it with its base: solotune evaluate {run.path}"
-        ) from None
+        problem = f"stopped while {user_display.stage}; the adapter is saved"
+        change = f"compare it with its base model: solotune evaluate {run.path}"
+        raise InterruptedRunError(stop.number, problem, change) from None
     except Exception as error:
-        error.add_note(RunNote(run.path))  # where the command line writes a bug's traceback
-        if failure := device_failure(error, checked.memory, run.path, checkpoint.newest(run.checkpoints)):
+        error.add_note(RunNote(run.path))  # the command line writes a bug's traceback to this run's log
+        if failure := device_failure(error, config.memory, run.path, checkpoint.newest(run.checkpoints)):
             seen = None if failure.seen is None else str(failure.seen)
-            Observers(RunLog(run), heard).failed(DeviceFailedEvent(failure.problem, seen))
+            Observers(RunLog(run), user_display).failed(DeviceFailedEvent(failure.problem, seen))
             raise failure from error
         raise
     finally:
@@ -159,20 +170,45 @@ def _train(config: RunConfig, resume: bool, heard: Resilient) -> TrainResult:
         run.release()
 
 
-def _write_adapter(run: RunDirectory, model: TrainableModel, config: RunConfig, tokenizer: Any) -> None:
+def _evaluate(run: RunDirectory, ready: PreparedRun, tuned_score: Score | None, display: RunObserver) -> Evaluation:
+    display.phase("comparing base and tuned on held-out rows")
+    result = compare(ready.model, ready.tokenizer, ready.prepared, ready.config, tuned_score, display)
+    run.write_json("evaluation.json", result.to_json())
+    return result
+
+
+def _record_measurements(run: RunDirectory, ready: PreparedRun, total_steps: int) -> None:
+    """Write measured memory and time next to the plan's, then the end event."""
+    peak_bytes = device_memory.peak_bytes(ready.model.device)
+    measured = {"peak_bytes": peak_bytes, **RunRecord.read(run.path).medians()}
+    run.write_json("plan.json", {**ready.plan_json(), "measured": measured})
+    run.log(EndEvent(total_steps, peak_bytes))
+
+
+def _write_diagnosis(run: RunDirectory, diagnosis: Diagnosis, display: RunObserver) -> None:
+    from solotune.diagnosis import message
+
+    run.write_json("diagnosis.json", diagnosis.to_json())
+    display.note(
+        f"diagnosis: {message.summary(diagnosis)} (model probes not run; solotune diagnose {run.path} runs them)"
+    )
+
+
+def _write_adapter(run: RunDirectory, ready: PreparedRun) -> None:
     from solotune.model import lora
     from solotune.model.adapter import Adapter
 
+    config, model = ready.config, ready.model
     with whole_folder(run.adapter) as folder:
         base, revision = config.model_name_or_path, config.model_revision
         peft_config = lora.peft_config(config.lora, model.lora_layers, model.module, base=base, revision=revision)
         Adapter(peft_config, lora.state_dict(model.lora_layers)).write(folder)
-        for name, content in _tokenizer_files(tokenizer):
+        for name, content in _tokenizer_files(ready.tokenizer):
             folder.write(name, content)
 
 
 def _tokenizer_files(tokenizer: Any) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of what transformers writes of a tokenizer; it writes by itself, so elsewhere at first."""
+    """(name, content) of a tokenizer's files. transformers can only write to a folder, so a temporary one is used."""
     with tempfile.TemporaryDirectory(prefix="solotune-") as scratch:
         tokenizer.save_pretrained(scratch)
         for path in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):

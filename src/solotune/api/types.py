@@ -1,4 +1,4 @@
-"""What several verbs take."""
+"""Types of arguments that several verbs share."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ from typing import Any
 from solotune.config.run_config import RunConfig
 
 ConfigSource = str | Path | Mapping[str, Any] | RunConfig
-"""A config: the path of a YAML file, its keys and values, or one that is checked already."""
+"""A config: the path of a YAML file, a mapping of keys, or a checked `RunConfig`."""

@@ -1,4 +1,4 @@
-"""`solotune verify`: are the files of a run what it wrote?"""
+"""`solotune verify`: check that the files of a run are unchanged."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ if TYPE_CHECKING:
 
 
 def verify(run: str | Path) -> Verification:
-    """Looks whether every file of a run is what the run wrote, and every parameter a number.
+    """Check every file of a run against its recorded sha256, and that all parameters are finite.
+
+        result = solotune.verify("runs/demo")
+        print(result.ok, result.problems)
 
     Raises:
-        InputError: no run there.
+        InputError: there is no run.
     """
     from solotune.training import verify_run
 

@@ -1,6 +1,6 @@
 """The command line.
 
-`solotune.cli.main` is the function that the console script calls; the module of that name is reached by
+`solotune.cli.main` is the function that the console script calls; import from the module of the same name with
 `from solotune.cli.main import ...`.
 """
 

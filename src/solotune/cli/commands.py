@@ -1,11 +1,11 @@
-"""The commands: parse, call the verb's function, print what it returns. No logic is here.
+"""Command line verbs: parse the arguments, call the verb's function, print the result. No logic here.
 
     main.main -> click parses -> solotune.api.VERB -> results.print_..., or one JSON object
 
-How a command ends and with which exit code is in `main`, how `--json` prints one object alone in `output`.
+`main` turns errors into exit codes; `output` makes sure that `--json` prints exactly one object.
 
-Nothing heavy is imported here, so that `solotune --help` answers at once: torch, pydantic and rich come in with the
-verb that needs them.
+No heavy import at the top of this file, so that `solotune --help` is fast: torch, pydantic and rich are imported by the
+verbs that need them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Result(Protocol):
-    """What a verb returns."""
+    """Result of a verb."""
 
     def to_json(self) -> dict[str, Any]: ...
 
@@ -36,7 +36,7 @@ ResultT = TypeVar("ResultT", bound=Result)
 
 
 class Verbs(click.Group):
-    """The group of verbs: in the order of work, with the table of exit codes below the help."""
+    """Group of verbs in the order of work; the help ends with the table of exit codes."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Verbs"):
@@ -48,7 +48,7 @@ class Verbs(click.Group):
 
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    help_text = "Print one JSON object on stdout, all else on stderr."
+    help_text = "Print one JSON object on stdout and everything else on stderr."
     return click.option("--json", "as_json", is_flag=True, help=help_text)(command)
 
 
@@ -58,7 +58,7 @@ def config_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def print_result(result: ResultT, printer: Callable[[ResultT, Console], None], as_json: bool) -> ResultT:
-    """Prints what a verb returned, for people or as one JSON object."""
+    """Print the result of a verb, for people or as one JSON object."""
     if as_json:
         print_json(result.to_json())
     else:
@@ -72,7 +72,7 @@ def run_shown(
     as_json: bool,
     logging_steps: int = 1,
 ) -> ResultT:
-    """Calls a verb with a display, whose live line is gone however it ends, and prints its result."""
+    """Call a verb with a display, remove its live line even after an error, and print the result."""
     from solotune.display.progress import make_display
 
     display = make_display(logging_steps, sys.stdout)
@@ -90,13 +90,13 @@ def solotune() -> None:
 
     \b
     From nothing to a tuned model:
-      solotune doctor                       is this machine fit for it?
-      solotune init MODEL chats.jsonl       writes solotune.yaml
-      solotune data solotune.yaml           what will be learned, token by token
-      solotune plan solotune.yaml           does it fit, and how long will it take?
-      solotune train solotune.yaml          trains, then compares with the base
-      solotune diagnose runs/RUN            is something wrong, and what?
-      solotune chat runs/RUN --base         talk to both
+      solotune doctor                       check this machine
+      solotune init MODEL chats.jsonl       write solotune.yaml
+      solotune data solotune.yaml           check the data: which tokens are trained on
+      solotune plan solotune.yaml           does it fit, how long will it take?
+      solotune train solotune.yaml          train, then compare with the base model
+      solotune diagnose runs/RUN            find out what is wrong
+      solotune chat runs/RUN --base         chat with the tuned and the base model
     """
 
 
@@ -106,7 +106,7 @@ def solotune() -> None:
 def doctor(ctx: click.Context, as_json: bool) -> None:
     """Check this machine: driver, CUDA, packages, memory, disk.
 
-    Every check that fails comes with what mends it, and makes the exit code 3. Nothing is written or downloaded.
+    Each failed check is shown with its fix. If a check fails, the exit code is 3. Nothing is written or downloaded.
 
     \b
     Example:
@@ -122,14 +122,14 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 @solotune.command()
 @click.argument("model")
 @click.argument("dataset")
-@click.option("-o", "--output", default="solotune.yaml", show_default=True, help="The config file to write.")
+@click.option("-o", "--output", default="solotune.yaml", show_default=True, help="Config file to write.")
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
 @json_option
 def init(model: str, dataset: str, output: str, force: bool, as_json: bool) -> None:
     """Write a commented config for a MODEL and a DATASET.
 
-    MODEL is a folder or an id on the hub; DATASET a file (jsonl, json, csv, parquet) or an id. All keys are in it with
-    their defaults and their help.
+    MODEL is a folder or a hub id. DATASET is a file (jsonl, json, csv, parquet) or a hub id. The config lists all keys
+    with their defaults and help.
 
     \b
     Example:
@@ -141,20 +141,20 @@ def init(model: str, dataset: str, output: str, force: bool, as_json: bool) -> N
     if as_json:
         print_json({"path": str(path)})
     else:
-        click.echo(escape_terminal(f"wrote {path}; next: solotune data {path}"))
+        click.echo(escape_terminal(f"Wrote {path}. Next: solotune data {path}"))
 
 
 @solotune.command()
 @config_arguments
-@click.option("--show", type=click.IntRange(min=0), default=1, show_default=True, help="Rows to show.")
-@click.option("--ids", "with_ids", is_flag=True, help="Show each token of these rows by itself, with its id.")
+@click.option("--show", type=click.IntRange(min=0), default=1, show_default=True, help="Number of rows to show.")
+@click.option("--ids", "with_ids", is_flag=True, help="Show each token of these rows with its id.")
 @json_option
 @click.pass_context
 def data(ctx: click.Context, config: str, overrides: tuple[str, ...], show: int, with_ids: bool, as_json: bool) -> None:
-    """Show what training would learn: rows, split, tokens, mask.
+    """Show the training data: rows, split, tokens, loss mask.
 
-    The model's own chat template is applied, so what is shown is what the model sees; what it learns is marked. Faults
-    of the data are named with their fix; one that is an error makes the exit code 3.
+    Rows are shown as the model sees them, with its chat template; tokens that are trained on are marked. Problems in
+    the data are shown with their fix. If one of them is an error, the exit code is 3.
 
     \b
     Example:
@@ -174,15 +174,15 @@ def data(ctx: click.Context, config: str, overrides: tuple[str, ...], show: int,
 @solotune.command()
 @config_arguments
 @click.option(
-    "--gpu", metavar="NAME", help="Plan for this card: h100, a100-80, l4, 4090, ... (default: this machine's)."
+    "--gpu", metavar="NAME", help="GPU to plan for: h100, a100-80, l4, 4090, ... (default: the one in this machine)."
 )
 @json_option
 @click.pass_context
 def plan(ctx: click.Context, config: str, overrides: tuple[str, ...], gpu: str | None, as_json: bool) -> None:
-    """Say what a run will need and take, before it runs.
+    """Predict memory and time of a run before it starts.
 
-    Peak memory by category, seconds, and the knobs that are turned within memory_budget, each with its reason. Needs
-    no GPU and no weights. What does not fit is named with the nearest change that does, and makes the exit code 3.
+    Shows peak memory by category, seconds, and which settings solotune chose for you, and why. Needs no GPU and no
+    weights. If it does not fit, the smallest change that makes it fit is shown (exit code 3).
 
     \b
     Example:
@@ -200,10 +200,10 @@ def plan(ctx: click.Context, config: str, overrides: tuple[str, ...], gpu: str |
 @click.option("--resume", is_flag=True, help="Continue the run in output_dir, or the newest run of this config.")
 @json_option
 def train(config: str, overrides: tuple[str, ...], resume: bool, as_json: bool) -> None:
-    """Train, save the adapter, compare it with its base.
+    """Train, save the adapter, compare it with the base model.
 
-    All of it lands in one run directory. Ctrl-C finishes the step in hand and saves a checkpoint; --resume goes on from
-    there as if nothing had happened.
+    Everything is saved in one run directory. Ctrl-C finishes the current step and saves a checkpoint; --resume
+    continues from there.
 
     \b
     Example:
@@ -223,9 +223,10 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, as_json: bool) 
 @click.argument("run")
 @json_option
 def evaluate(run: str, as_json: bool) -> None:
-    """Compare a RUN's model with its base on the held-out rows.
+    """Compare the model of a RUN with its base model on the held-out rows.
 
-    RUN is a run directory. Loss per learned token and exact match, with standard errors, and answers side by side.
+    RUN is a run directory. Shows the loss per trained token and exact match, with standard errors, and answers side by
+    side.
 
     \b
     Example:
@@ -240,10 +241,15 @@ def evaluate(run: str, as_json: bool) -> None:
 @solotune.command()
 @click.argument("target")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--deep", is_flag=True, help="Probe longer, on more batches.")
-@click.option("--budget", type=click.FloatRange(min=0), metavar="SECONDS", help="For the probes; 0: rules alone.")
-@click.option("--config", metavar="FILE", help="Of a foreign folder: the config that made it.")
-@click.option("--dataset", metavar="DATA", help="Of a foreign folder: what it was trained on.")
+@click.option("--deep", is_flag=True, help="Experiment longer, on more batches.")
+@click.option(
+    "--budget",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="Time limit for the experiments on the model; 0 skips them.",
+)
+@click.option("--config", metavar="FILE", help="The config used for training (only for folders of other tools).")
+@click.option("--dataset", metavar="DATA", help="The training data (only for folders of other tools).")
 @json_option
 @click.pass_context
 def diagnose(
@@ -256,11 +262,11 @@ def diagnose(
     dataset: str | None,
     as_json: bool,
 ) -> None:
-    """Name what is wrong with a training, or say that nothing is.
+    """Find out what is wrong with a run, if anything.
 
     TARGET is a config (before the run), a run directory (during or after it), or the output folder of TRL, PEFT or
-    another trainer. Rules look at settings, rows, curves and files; then probes experiment on the model. A fault makes
-    the exit code 3; the answer is also in the run's diagnosis.json.
+    another trainer. First, rules check settings, rows, curves and files; then experiments (probes) test the model. If a
+    fault is found, the exit code is 3. The result is also saved in the run's diagnosis.json.
 
     \b
     Example:
@@ -281,7 +287,7 @@ def diagnose(
 @click.argument("code")
 @json_option
 def explain(code: str, as_json: bool) -> None:
-    """Explain a fault: how it shows, why it matters, its fix.
+    """Explain a fault: symptoms, why it matters, its fix.
 
     CODE is a fault (F17, or its name pad-masks-terminator) or one of the fifteen suspects (S4).
 
@@ -296,13 +302,13 @@ def explain(code: str, as_json: bool) -> None:
 
 @solotune.command()
 @click.argument("run")
-@click.option("--base", is_flag=True, help="Show the base model's answer too.")
-@click.option("--prompt", help="Ask this one thing and leave.")
+@click.option("--base", is_flag=True, help="Show the answer of the base model too.")
+@click.option("--prompt", help="Send this message, print the answer and exit.")
 @json_option
 def chat(run: str, base: bool, prompt: str | None, as_json: bool) -> None:
-    """Talk to a RUN's model.
+    """Chat with the model of a RUN.
 
-    On a terminal /reset forgets the conversation and /quit leaves; out of a pipe each line is one message.
+    On a terminal, /reset starts a new conversation and /quit exits. From a pipe, each line is one message.
 
     \b
     Example:
@@ -316,7 +322,7 @@ def chat(run: str, base: bool, prompt: str | None, as_json: bool) -> None:
     for text in read_messages(session.model_name) if prompt is None else [prompt]:
         if text == "/reset":
             session.reset()
-            click.echo("forgotten", err=True)
+            click.echo("New conversation.", err=True)
         else:
             turns.append(show_answers(session, text, base, None if as_json else console()))
     if as_json:
@@ -328,10 +334,10 @@ def chat(run: str, base: bool, prompt: str | None, as_json: bool) -> None:
 @json_option
 @click.pass_context
 def verify(ctx: click.Context, run: str, as_json: bool) -> None:
-    """Check that a RUN's files are what it wrote.
+    """Check that the files of a RUN are unchanged.
 
-    Every file against the sha256 that was recorded, nothing missing and nothing added; adapter and checkpoints of this
-    config, and finite. What is wrong is named, and makes the exit code 5.
+    Compares each file with its recorded sha256, and looks for missing and added files. Adapter and checkpoints must
+    match the config and have finite values. If there is a problem, the exit code is 5.
 
     \b
     Example:
@@ -345,7 +351,7 @@ def verify(ctx: click.Context, run: str, as_json: bool) -> None:
 
 
 @solotune.command()
-@click.option("--root", default="runs", show_default=True, help="The folder that holds the run directories.")
+@click.option("--root", default="runs", show_default=True, help="Folder with the run directories.")
 @json_option
 def runs(root: str, as_json: bool) -> None:
     """List the runs, oldest first.

@@ -1,7 +1,7 @@
-"""How a command ends: `main` runs a command line and returns its exit code.
+"""Run a command line and return its exit code.
 
-Every end has its code (`solotune.errors`): an expected error is a message without a traceback; anything else is a bug,
-whose traceback goes to a file that the message names.
+The codes are in `solotune.errors`. An expected error is printed as a message without a traceback. Any other exception
+is a bug: its traceback is written to a file, and the message says which.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import click
 from solotune.cli.commands import solotune
 from solotune.cli.output import escape_terminal, open_closed_streams, print_json, stdout_for_json_only
 from solotune.config.secrets import without_secrets
-from solotune.errors import EXIT_CODES, CheckError, SolotuneError, StorageError, run_dir_of
+from solotune.errors import EXIT_CODES, CheckError, InterruptedRunError, SolotuneError, StorageError, run_dir_of
 from solotune.run.atomic_io import append_line
 from solotune.runtime import signals, watchdog
 from solotune.units import first_line
@@ -44,14 +44,18 @@ NOISY = (
 )
 
 
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)  # of a stream; a file's error has its name
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)  # errors of a stream; those of a file have its name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line, the process's own where none is given; nothing but SystemExit leaves this function."""
+    """Run a command line and return its exit code.
+
+    Args:
+        arguments: default: those of the process. If given, the caller's signal handlers are left alone.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in given
-    is_ours = arguments is None  # the process; else a caller's, whose signals and life are not ours
+    is_ours = arguments is None  # False: called from Python, whose process and signals are left alone
     watched = watchdog.watched() if is_ours and given[:1] == ["train"] else contextlib.nullcontext()
     try:
         with signals.handle_signals(is_ours), watched:
@@ -59,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             quieten()
             code = _run(given, as_json)
             return StorageError.exit_code if _loses_output() and code == 0 else code
-    except signals.StopRequested as stop:  # on the way in or out
+    except signals.StopRequested as stop:  # before or after the command itself
         return 128 + stop.number
 
 
@@ -77,23 +81,25 @@ def _run(given: list[str], as_json: bool) -> int:
     except click.UsageError as error:
         usage = error.ctx.get_usage() if error.ctx is not None else ""
         return _fail(2, error.format_message(), as_json, after=usage)
+    except InterruptedRunError as stop:
+        return _fail(stop.exit_code, stop.in_sentences(), as_json, stop.to_json(), label="")
     except SolotuneError as error:
         return _fail(error.exit_code, str(error), as_json, error.to_json())
     except signals.StopRequested as stop:
-        return _fail(128 + stop.number, f"stopped by {stop}", as_json)
+        return _fail(128 + stop.number, f"Stopped by {stop}.", as_json, label="")
     except KeyboardInterrupt as error:
-        return _fail(130, f"interrupted{f': {error}' if str(error) else ''}", as_json)
-    except (BrokenPipeError, SystemExit):  # rich makes the latter of the former
+        return _fail(130, f"Interrupted{f': {error}' if str(error) else ''}.", as_json, label="")
+    except (BrokenPipeError, SystemExit):  # rich turns the first into the second
         return StorageError.exit_code
     except MemoryError:
-        change = "close other programs, use a larger machine, or raise the limit of this process (ulimit -v)"
-        return _fail(CheckError.exit_code, f"this machine's memory does not suffice\n  change:  {change}", as_json)
+        change = "close other programs, use a machine with more memory, or raise the limit of this process (ulimit -v)"
+        return _fail(CheckError.exit_code, f"this machine does not have enough memory\n  change:  {change}", as_json)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename is None:
             _loses_output()
-            return _fail(StorageError.exit_code, f"output cannot be written: {error.strerror}", as_json)
-        if number := signals.received():  # a library made something else of the interruption
-            return _fail(128 + number, f"stopped by {Signals(number).name}", as_json)
+            return _fail(StorageError.exit_code, f"cannot write output: {error.strerror}", as_json)
+        if number := signals.received():  # a library replaced the exception of the signal
+            return _fail(128 + number, f"Stopped by {Signals(number).name}.", as_json, label="")
         return _bug(error, given, as_json)
 
 
@@ -103,26 +109,37 @@ def _bug(error: Exception, given: Sequence[str], as_json: bool) -> int:
 
 
 def _loses_output() -> bool:
-    """Whether stdout takes nothing any more: its reader has gone, or its disk is full, which is said.
+    """Whether stdout cannot be written: the reader of the pipe is gone, or the disk is full (this is printed).
 
-    It is then sent nowhere, for Python would complain once more when it flushes stdout on its way out.
+    Stdout is then replaced by /dev/null; otherwise Python would print another error when it flushes stdout at exit.
     """
     try:
         sys.stdout.flush()
         return False
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            _fail(StorageError.exit_code, f"stdout cannot be written: {error.strerror}", False)
+            _fail(StorageError.exit_code, f"cannot write to stdout: {error.strerror}", False)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return True
 
 
-def _fail(code: int, message: str, as_json: bool, content: dict[str, object] | None = None, after: str = "") -> int:
+def _fail(
+    code: int,
+    message: str,
+    as_json: bool,
+    content: dict[str, object] | None = None,
+    after: str = "",
+    label: str = "error:",
+) -> int:
+    """Print why the command ended, on stderr and with `--json` as an object; returns `code`.
+
+    Args:
+        label: empty for an interruption, which is not an error.
+    """
     message = without_secrets(message)
-    text = f"{click.style('error:', fg='red', bold=True)} {escape_terminal(message)}" + (
-        f"\n{escape_terminal(after)}" if after else ""
-    )
-    with contextlib.suppress(OSError):  # nobody may be there to read it
+    styled_label = f"{click.style(label, fg='red', bold=True)} " if label else ""
+    text = f"{styled_label}{escape_terminal(message)}" + (f"\n{escape_terminal(after)}" if after else "")
+    with contextlib.suppress(OSError):  # stderr may be closed
         click.echo(text, err=True)
     if as_json:
         unknown = {"exit_code": code, "meaning": EXIT_CODES[code], "problem": message}
@@ -138,8 +155,8 @@ def _without_secrets(value: Any) -> Any:
 
 
 def quieten() -> None:
-    """Keeps libraries' progress bars, warnings and log lines off the screen; a variable the user has set stays."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers follows this one too
+    """Hide progress bars, warnings and log lines of libraries; environment variables that the user set stay."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers reads this one too
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
@@ -150,7 +167,7 @@ def quieten() -> None:
 
 
 def _write_crash(error: Exception, arguments: Sequence[str]) -> Path:
-    """The traceback, into the log of the run that it concerns, or else into a file of its own."""
+    """Write the traceback to the log of the run that it belongs to, or to a new file; returns its path."""
     text = f"solotune {__version__}, Python {sys.version.split()[0]}\n" + "".join(traceback.format_exception(error))
     text = without_secrets(text)
     for folder in (run_dir_of(error), *arguments[1:2]):

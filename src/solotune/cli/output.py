@@ -1,6 +1,6 @@
-"""What the command writes: one JSON object alone on stdout, text that steers no terminal, and streams that fail.
+"""Output of the command line: exactly one JSON object on stdout, escaped text, and closed or failing streams.
 
-With `--json`, stdout carries exactly one JSON object, also for an error, and whatever a library prints goes to stderr.
+With `--json`, stdout has exactly one JSON object, also after an error; everything that libraries print goes to stderr.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _json_stream: ContextVar[IO[str] | None] = ContextVar("json_stream", default=Non
 
 @contextlib.contextmanager
 def stdout_for_json_only() -> Iterator[None]:
-    """Sends all that is written to stdout to stderr, native code's output too; `print_json` alone gets through."""
+    """Redirect stdout to stderr, also for native code; only `print_json` still writes to stdout."""
     before, saved_fd = sys.stdout, None
     with contextlib.suppress(OSError, ValueError, AttributeError):
         if before.fileno() == 1:
@@ -46,7 +46,7 @@ def stdout_for_json_only() -> Iterator[None]:
 
 
 def print_json(content: Any) -> None:
-    """The one JSON object; NaN and infinities, which JSON lacks, become null."""
+    """Print the one JSON object; NaN and infinity, which JSON does not have, become null."""
     stream = _json_stream.get() or sys.stdout
     try:
         stream.write(json_text(content, default=str))
@@ -54,11 +54,11 @@ def print_json(content: Any) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise StorageError("stdout cannot be written", seen=error.strerror) from error
+        raise StorageError("cannot write to stdout", seen=error.strerror) from error
 
 
 def open_closed_streams() -> None:
-    """`solotune ... >&-`: what is written goes nowhere, and not into the next file that is opened as number 1."""
+    """Open closed streams (`solotune ... >&-`) on /dev/null, so that no other file gets descriptor 1 or 2."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         if getattr(sys, name) is None:
             handle = os.open(os.devnull, os.O_WRONLY)

@@ -1,7 +1,7 @@
-"""What a person sees at the end: one function for each result of a verb.
+"""Print the results of the verbs for people, one function per verb.
 
-All of it fits 80 columns, says the same without colour (signs, brackets and words carry the meaning), and shows text
-out of data and models as text (`terminal.escape_terminal`). Machines read `--json` instead.
+Everything fits 80 columns and is clear without colour (signs, brackets and words carry the meaning). Text from data and
+models is escaped (`display.progress.escape_terminal`). Scripts use `--json` instead.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 SIGNS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "bold red")}
 SEVERITY_SIGNS = {"error": SIGNS["fail"], "warning": SIGNS["warn"], "info": ("·", "dim")}
-MIN_COLUMNS_FOR_BESIDE = 72  # narrower, answers stand below one another
+MIN_COLUMNS_FOR_BESIDE = 72  # on narrower terminals the answers are printed one below the other
 MIN_COLUMNS_FOR_ALL_FIGURES = 104
 MAX_COLUMNS = 120  # longer lines are hard to read
 TOKEN_CELL = 20  # four tokens with their ids in 80 columns
@@ -43,7 +43,7 @@ _VISIBLE_BLANKS = str.maketrans(" \n\t", "␣↵⇥")
 
 
 def print_doctor(report: DoctorReport, console: Console) -> None:
-    """One line a check, and below it what mends it."""
+    """One line per check, with its fix below it."""
     width = max(len(check.name) for check in report.checks)
     for check in report.checks:
         sign, style = SIGNS[check.status]
@@ -56,10 +56,10 @@ def print_doctor(report: DoctorReport, console: Console) -> None:
 
 
 def print_data(preview: DataPreview, console: Console, with_ids: bool = False) -> None:
-    """Rows as the model sees them with what it learns marked; last, so that it stays in sight, what was found in all.
+    """Print rows as the model sees them, with trained tokens marked; then facts and problems of the data.
 
     Args:
-        with_ids: each token of the rows by itself, with its id.
+        with_ids: show each token of the rows with its id.
     """
     for row in preview.shown:
         _print_row(row, console, with_ids)
@@ -74,25 +74,25 @@ def print_data(preview: DataPreview, console: Console, with_ids: bool = False) -
 
 def _data_facts(report: DataReport) -> dict[str, str]:
     share = report.num_supervised / report.num_tokens if report.num_tokens else 0.0
-    cut, split = f"{report.num_truncated:,} cut to max_length", f"{report.num_split:,} split"
+    cut, split = f"{report.num_truncated:,} truncated to max_length", f"{report.num_split:,} split"
     too_long = [
-        *([f"{cut}; {report.num_answers_cut:,} of them lose learned tokens"] if report.num_truncated else []),
-        *([f"{split}, which adds {report.num_added_by_split:,}"] if report.num_split else []),
+        *([f"{cut}; {report.num_answers_cut:,} of them lose tokens to train on"] if report.num_truncated else []),
+        *([f"{split} into several, {report.num_added_by_split:,} rows more"] if report.num_split else []),
     ]
     alike = {"group": report.num_groups, "near-duplicate": report.num_near_duplicates, "leak": report.num_leaks}
     weighted = ""
     if report.num_weighted_answers:
         answers, rows = _count(report.num_weighted_answers, "answer"), _count(report.num_weighted_rows, "row")
-        weighted = f"{answers} of {rows} have another than 1"
-        weighted += f"; their sum over the learned tokens is {round(report.total_weight, 6):,}"
+        weighted = f"{answers} in {rows} {'has' if report.num_weighted_answers == 1 else 'have'} a weight other than 1"
+        weighted += f"; the sum over the loss tokens is {round(report.total_weight, 6):,}"
     return {
         "format": report.format,
         "rows": f"{report.num_read:,} read, {report.num_kept:,} kept",
         "dropped": ", ".join(f"{number:,} {reason}" for reason, number in sorted(report.dropped.items()) if number),
         "too long": "; ".join(too_long),
-        "tokens": f"{report.num_tokens:,}, of which {report.num_supervised:,} ({share:.1%}) are learned",
+        "tokens": f"{report.num_tokens:,}, of which {report.num_supervised:,} ({share:.1%}) are trained on",
         "weights": weighted,
-        "split": f"{report.num_train:,} to train on, {report.num_validation:,} held out; "
+        "split": f"{report.num_train:,} training rows, {report.num_validation:,} held out; "
         + ", ".join(_count(number, word) for word, number in alike.items()),
         "packing": in_words(report.packing) if report.packing else "",
     }
@@ -100,9 +100,9 @@ def _data_facts(report: DataReport) -> dict[str, str]:
 
 def _print_row(row: ShownRow, console: Console, with_ids: bool) -> None:
     total = len(row.tokens)
-    learned = sum(len(ids) for _, supervised, ids in row.pieces if supervised)
-    marks = "learned is green" if console.color_system is not None else "learned is in ⟦ ⟧"
-    _print_rule(f"{row.where} · {total:,} tokens, {learned:,} learned: {marks}", console)
+    num_trained = sum(len(ids) for _, supervised, ids in row.pieces if supervised)
+    legend = "green" if console.color_system is not None else "in ⟦ ⟧"
+    _print_rule(f"{row.where} · {total:,} tokens, {num_trained:,} trained on ({legend})", console)
     if with_ids:
         _print_tokens(row, console)
     else:
@@ -116,7 +116,7 @@ def _print_row(row: ShownRow, console: Console, with_ids: bool) -> None:
 
 
 def _print_tokens(row: ShownRow, console: Console) -> None:
-    """`id token` in cells of equal width, in reading order; a long token takes several."""
+    """Print `id token` in cells of equal width, in reading order; a long token takes several cells."""
     ids = [(index, supervised) for _, supervised, piece in row.pieces for index in piece]
     id_width = max((len(str(index)) for index, _ in ids), default=0)
     columns = min(console.width, MAX_COLUMNS) // TOKEN_CELL * TOKEN_CELL
@@ -140,13 +140,13 @@ def _marked(text: str, supervised: bool, console: Console) -> Text:
 
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
-    """Base against tuned: the figures in a table, then each sample's two answers side by side."""
+    """Base compared with tuned: a table of figures, then the two answers to each sample side by side."""
     base, tuned = evaluation.base, evaluation.tuned
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for name in ("held-out rows", "base", "tuned", "change"):
         table.add_column(name, justify="left" if name == "held-out rows" else "right", no_wrap=True)
     change = _change(tuned.loss - base.loss, evaluation.difference[1], lower_is_better=True)
-    table.add_row("loss per learned token", *(plus_minus(score.loss, score.stderr) for score in (base, tuned)), change)
+    table.add_row("loss per token", *(plus_minus(score.loss, score.stderr) for score in (base, tuned)), change)
     points = 100 * (tuned.exact_match - base.exact_match)
     table.add_row(
         "exact match",
@@ -154,28 +154,28 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         Text(f"{points:+.1f} points", "green" if points > 0 else "red" if points < 0 else ""),
     )
     console.print(table)
-    rows = f"{base.rows:,} held-out rows, {tuned.tokens:,} learned tokens; ± is one standard error"
+    rows = f"{base.rows:,} held-out rows, {tuned.tokens:,} loss tokens; ± is one standard error"
     console.print(Text(rows, "dim"))
     for number, sample in enumerate(evaluation.samples, start=1):
         _print_sample(number, sample, console)
 
 
 def _change(difference: float, stderr: float, lower_is_better: bool) -> Text:
-    """A difference, coloured only where it is larger than two of its standard errors."""
-    sure = abs(difference) > 2 * stderr
+    """A difference, coloured only if it is larger than two standard errors."""
+    is_significant = abs(difference) > 2 * stderr
     better = (difference < 0) == lower_is_better
-    return Text(f"{difference:+.4f}", ("green" if better else "red") if sure else "")
+    return Text(f"{difference:+.4f}", ("green" if better else "red") if is_significant else "")
 
 
 def _print_sample(number: int, sample: Sample, console: Console) -> None:
     console.print()
     _print_rule(f"sample {number} · {sample.where}", console)
     _print_facts({"prompt": sample.prompt, "reference": sample.reference}, console)
-    right = sample.tuned.strip() == sample.reference.strip()
+    is_equal = sample.tuned.strip() == sample.reference.strip()
     answers = {
         "base": Text(escape_terminal(sample.base) or "(nothing)"),
-        "tuned, equal to the reference" if right else "tuned": Text(
-            escape_terminal(sample.tuned) or "(nothing)", "green" if right else ""
+        "tuned, equal to the reference" if is_equal else "tuned": Text(
+            escape_terminal(sample.tuned) or "(nothing)", "green" if is_equal else ""
         ),
     }
     width = min(console.width, MAX_COLUMNS)
@@ -192,24 +192,24 @@ def _print_sample(number: int, sample: Sample, console: Console) -> None:
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Bytes by category beside seconds, what was chosen and why, and whether it fits."""
-    used, took = plan.option.footprint, plan.option.seconds
+    """Bytes by category, seconds, the settings chosen and why, and whether the run fits."""
+    memory, seconds = plan.option.footprint, plan.option.seconds
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     table.add_column(f"peak memory on {plan.card.name}", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
-    for name, size in used.by_category.items():
+    for name, size in memory.by_category.items():
         table.add_row(name.replace("_", " "), format_bytes(size, digits=2))
-    if used.paged_bytes:
-        table.add_row("of these paged, outside the allocator", f"-{format_bytes(used.paged_bytes, digits=2)}")
+    if memory.paged_bytes:
+        table.add_row("paged optimizer state (in host memory)", f"-{format_bytes(memory.paged_bytes, digits=2)}")
     table.add_section()
-    table.add_row(Text(f"peak ({used.moment})", "bold"), Text(format_bytes(used.peak_bytes, digits=2), "bold"))
+    table.add_row(Text(f"peak ({memory.moment})", "bold"), Text(format_bytes(memory.peak_bytes, digits=2), "bold"))
     table.add_row("budget", format_bytes(plan.budget.bytes, digits=2))
     console.print(table)
     facts = {
-        "load": format_duration(took.load),
-        "first step": format_duration(took.first_step),
-        "step": f"{took.step:,.3g} s, {took.tokens_per_second:,.0f} tokens/s",
-        "in all": format_duration(took.total) if took.total is not None else "",
+        "load": format_duration(seconds.load),
+        "first step": format_duration(seconds.first_step),
+        "step": f"{seconds.step:,.3g} s, {seconds.tokens_per_second:,.0f} tokens/s",
+        "total": format_duration(seconds.total) if seconds.total is not None else "",
     }
     _print_facts({key: value for key, value in facts.items() if value}, console)
     if plan.choices:
@@ -232,24 +232,24 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
-    """The culprits, the first whole and the others in short, what was ruled out and what was not looked at."""
+    """The culprits (the first in full, the others in short), what was ruled out and what was not checked."""
     sign, style = {"fault": SIGNS["fail"], "undecided": SIGNS["warn"], "healthy": SIGNS["ok"]}[diagnosis.verdict]
     for place, culprit in enumerate(diagnosis.culprits):
-        told = message.told(culprit)
+        fault = message.told(culprit)
         doubt = "perhaps: " if diagnosis.verdict == "undecided" else ""
-        console.print(Text(escape_terminal(f"{sign} {doubt}{told.headline}"), style))
-        console.print(Text(escape_terminal(f"  {told.where}; {culprit.confidence:.0%} sure"), "dim"), soft_wrap=True)
-        rows = [("  ·", line) for line in told.evidence[: None if place == 0 else 1]]
-        rows += [("  →", told.change), *([("", f"then {told.expect}")] if place == 0 else [])]
+        console.print(Text(escape_terminal(f"{sign} {doubt}{fault.headline}"), style))
+        console.print(Text(escape_terminal(f"  {fault.where}; {culprit.confidence:.0%} sure"), "dim"), soft_wrap=True)
+        rows = [("  ·", line) for line in fault.evidence[: None if place == 0 else 1]]
+        rows += [("  →", fault.change), *([("", f"then {fault.expect}")] if place == 0 else [])]
         print_columns(rows, ("dim", ""), console)
-        if told.also:
-            console.print(Text(escape_terminal(f"  the same evidence fits {told.also}"), "dim"), soft_wrap=True)
+        if fault.also:
+            console.print(Text(escape_terminal(f"  the same evidence fits {fault.also}"), "dim"), soft_wrap=True)
         console.print()
     if near := message.ruled_out_nearby(diagnosis):
         _print_facts({"ruled out": near}, console)
     if open_lines := message.left_open(diagnosis):
         print_columns(
-            [("not looked at" if i == 0 else "", line) for i, line in enumerate(open_lines)], ("bold", ""), console
+            [("not checked" if i == 0 else "", line) for i, line in enumerate(open_lines)], ("bold", ""), console
         )
     if diagnosis.next_experiment:
         _print_facts({"next": diagnosis.next_experiment}, console)
@@ -259,7 +259,7 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
 
 
 def print_trained(result: TrainResult, console: Console) -> None:
-    """How a run ended: base against tuned, where things are, and what can be done next."""
+    """The result of a run: base compared with tuned, where the files are, and what to do next."""
     if result.evaluation is not None:
         print_evaluation(result.evaluation, console)
     console.print()
@@ -268,21 +268,25 @@ def print_trained(result: TrainResult, console: Console) -> None:
 
 
 def print_verification(found: Verification, console: Console) -> None:
-    """Each file with what is wrong with it, and a last line that says whether the run is whole."""
+    """Each changed file with its problem, and a last line that says whether the run is unchanged."""
     for file, problem in found.problems:
         _signed(*SIGNS["fail"], file, problem, None, console)
     for note in found.notes:
         _signed(*SIGNS["warn"], "note", note, None, console)
-    looked = f"{_count(found.num_files, 'file')}, {found.num_bytes:,} bytes"
-    looked += f", {_count(found.num_checkpoints, 'checkpoint')}"
-    verdict = f"{_count(len(found.problems), 'problem')} in {looked}" if found.problems else f"whole: {looked}"
+    size = f"({format_bytes(found.num_bytes)}, {_count(found.num_checkpoints, 'checkpoint')})"
+    files = _count(found.num_files, "file")
+    verdict = f"{_count(len(found.problems), 'problem')} in {files} {size}"
+    if not found.problems:
+        verdict = f"OK: {f'{files} is' if found.num_files == 1 else f'all {files} are'} unchanged {size}"
     console.print(Text(verdict, "bold red" if found.problems else "bold green"))
 
 
 def print_runs(runs: Sequence[RunSummary], root: str | Path, console: Console) -> None:
-    """One line a run, oldest first."""
+    """One line per run, oldest first."""
     if not runs:
-        console.print(Text(escape_terminal(f"no runs in {root}; solotune train CONFIG makes one")), soft_wrap=True)
+        console.print(
+            Text(escape_terminal(f"No runs in {root}. Start one with: solotune train CONFIG")), soft_wrap=True
+        )
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     table.add_column("run", overflow="fold")
@@ -310,13 +314,13 @@ def print_runs(runs: Sequence[RunSummary], root: str | Path, console: Console) -
 
 
 def _signed(sign: str, style: str, head: str, text: str, fix: str | None, console: Console) -> None:
-    """`✓ head  text`, wrapped below the text, and `→ fix` below that."""
+    """Print `✓ head  text`, wrapped, and `→ fix` below the text."""
     rows = [(sign, head, text), *([("", "", f"→ {fix}")] if fix else [])]
     print_columns(rows, (style, "bold", ""), console)
 
 
 def _print_facts(facts: Mapping[str, str], console: Console) -> None:
-    """`name  value` lines, values wrapped in their own column."""
+    """Print `name  value` lines, with the values wrapped in their own column."""
     print_columns(list(facts.items()), ("bold", ""), console)
 
 

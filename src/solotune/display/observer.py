@@ -1,13 +1,13 @@
-"""Who is told what a run does: displays, the run's own log, the diagnosis monitor, trackers.
+"""Observers of a run: displays, the run's own log, the diagnosis monitor, trackers.
 
     observer = Observers(RunLog(run), Resilient(display), Resilient(monitor))
-    observer.step(event)                    told to each of them, in this order
+    observer.step(event)                    each observer is called, in this order
 
-A run and its loop know this protocol and nothing of terminals. A new observer extends `SilentObserver` and overrides
-what it wants to hear.
+A run and its loop know only this protocol, no terminal. A new observer extends `SilentObserver` and overrides the
+methods it needs.
 
-Hours of work must not hang on a display: `solotune train ... | head -1` closes the pipe, a terminal goes away, a disk
-behind `> out.txt` fills up, a tracker has a bug. `Resilient` then lets it fall silent, and the run goes on. The run's
+A broken display must not end a run: `solotune train ... | head -1` closes the pipe, a terminal goes away, the disk of
+`> out.txt` is full, a tracker has a bug. `Resilient` then stops calling that observer, and the run continues. The run's
 own log is not wrapped: a run that cannot be recorded stops.
 """
 
@@ -29,30 +29,30 @@ P = ParamSpec("P")
 
 
 class RunObserver(Protocol):
-    """What a run tells while it works."""
+    """What a run reports while it works."""
 
     def phase(self, name: str) -> None:
         """A stage begins: `loading model`."""
         ...
 
     def note(self, text: str) -> None:
-        """A fact to keep on the screen."""
+        """A line that stays on the screen."""
         ...
 
     def choices(self, choices: Sequence[Choice]) -> None:
-        """What was decided for the user, and why."""
+        """Settings that solotune chose, and why."""
         ...
 
     def progress(self, done: int, total: int, what: str) -> None:
-        """How far the stage has come."""
+        """Progress of the current stage."""
         ...
 
     def begin(self, total_steps: int, done: int = 0) -> None:
-        """Training begins, at step `done` of `total_steps`."""
+        """Training begins; `done` of `total_steps` steps are already done."""
         ...
 
     def step(self, event: StepEvent) -> None:
-        """An optimizer step was made."""
+        """An optimizer step is done."""
         ...
 
     def evaluated(self, event: EvalEvent, num_rows: int) -> None:
@@ -60,11 +60,11 @@ class RunObserver(Protocol):
         ...
 
     def saved(self, event: SaveEvent, path: Path) -> None:
-        """A checkpoint is on the disk, in the folder `path`."""
+        """A checkpoint was saved in the folder `path`."""
         ...
 
     def diagnosed(self, event: DiagnosedEvent, text: str) -> None:
-        """The monitor has named a fault; `text` is a line about it for people."""
+        """The monitor found a fault; `text` is one line about it for people."""
         ...
 
     def failed(self, event: NonFiniteEvent | DeviceFailedEvent) -> None:
@@ -72,12 +72,12 @@ class RunObserver(Protocol):
         ...
 
     def finish(self) -> None:
-        """Nothing more of this stage is shown, and a live line is taken away; may be called twice."""
+        """End the stage and remove a live line; may be called twice."""
         ...
 
 
 class SilentObserver:
-    """Hears everything and does nothing: the base of observers that want some of it."""
+    """Observer that does nothing: the base class of observers that need only some methods."""
 
     def phase(self, name: str) -> None: ...
 
@@ -103,7 +103,7 @@ class SilentObserver:
 
 
 class Observers:
-    """Tells each of several observers, in their order; what one raises, those after it do not hear."""
+    """Call several observers in order; if one raises, the later ones are not called."""
 
     def __init__(self, *observers: RunObserver) -> None:
         self._observers = observers
@@ -154,11 +154,11 @@ class Observers:
 
 
 class Resilient:
-    """Passes everything on to an observer until that fails; its failure is not the run's.
+    """Pass every call to an observer until it fails; its failure does not end the run.
 
-    Each call is also a place to stop the run at (`signals.check_stop`, which raises StopRequested) and a sign of life
-    for the watchdog. `stage` is what the run is at, in words. A StorageError passes: the run's own log raises it, to
-    which an observer such as the monitor may write.
+    At each call the run can also be stopped (`signals.check_stop` raises StopRequested), and the watchdog sees that it
+    is alive. `stage` is the current stage in words. A StorageError is raised: it comes from the run's own log, to which an
+    observer such as the monitor may write.
     """
 
     def __init__(self, observer: RunObserver) -> None:
@@ -196,7 +196,7 @@ class Resilient:
         self._tell(self._observer.diagnosed, event, text)
 
     def failed(self, event: NonFiniteEvent | DeviceFailedEvent) -> None:
-        self._pass_on(self._observer.failed, event)  # no safe place: the run ends by its error
+        self._pass_on(self._observer.failed, event)  # no check_stop: the run ends with its own error
 
     def finish(self) -> None:
         self._tell(self._observer.finish)
@@ -218,9 +218,9 @@ class Resilient:
             raise
         except OSError as error:
             self.failure = error.strerror or str(error)
-        except SystemExit:  # what rich makes of a closed pipe
+        except SystemExit:  # rich raises this for a closed pipe
             self.failure = "Broken pipe"
-        except Exception as error:  # a bug of the observer, which its author has to see
+        except Exception as error:  # a bug of the observer; its author must see it
             self.failure = repr(error)
             name = type(self._observer).__name__
-            warnings.warn(f"{name} has failed, and hears no more of this run: {error!r}", stacklevel=4)
+            warnings.warn(f"{name} failed and is not called any more in this run: {error!r}", stacklevel=4)

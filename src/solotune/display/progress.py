@@ -1,18 +1,18 @@
-"""What a person sees while a run works. (What they see at its end is in `cli.results`.)
+"""Displays of a running run: live line, plain lines, chat. (The results at its end are printed by `cli.results`.)
 
-A run talks to a `RunObserver` and knows nothing of terminals. `make_display` picks one: on a terminal a single live
-line (bar, loss, tokens/s, memory, time left) below permanent lines, one each `logging_steps`; into a pipe or a file the
-permanent lines alone, whole, so that a log can be grepped; `SilentDisplay` for Python callers.
+A run reports to a `RunObserver` and does not know terminals. `make_display` picks one. On a terminal: permanent lines,
+one every `logging_steps`, and below them one live line (bar, loss, tokens/s, memory, time left). In a pipe or a file:
+only the permanent lines, never wrapped, so that a log can be searched with grep. `SilentDisplay` is for Python callers.
 
     step  25/120  loss 1.8312  lr 1.9e-04  grad norm 0.81  epoch 0.62
     ━━━━━━━━━╸━━━━━━━━━━━  31/120  loss 1.790  1,204 tok/s  2.1 GiB  2:31 left
 
-Two numbers are not the obvious ones. A printed loss is the mean over all supervised tokens since the last line, not the
-last step's, whose noise hides the trend. Time left comes from the median of recent steps without the first, which
-compiles and allocates and takes up to a hundred times as long as the next.
+Two numbers need an explanation. A printed loss is the mean over all loss tokens since the last line; the loss of a
+single step is too noisy. Time left comes from the median of recent steps without the first, which compiles and
+allocates and takes up to a hundred times longer than the next.
 
-Text out of data files and models is shown as text: rich's markup is never parsed, and what could steer a terminal
-(escape sequences, C1 codes, direction marks) appears as a visible sign in its place.
+Text from data files and models is shown as text: rich's markup is never parsed, and characters that control a terminal
+(escape sequences, C1 codes, direction marks) are replaced by a visible sign.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
     from solotune.config.run_config import Choice
     from solotune.run.events import DiagnosedEvent, EvalEvent, SaveEvent, StepEvent
 
-PIPE_COLUMNS = 120  # where there is no terminal to ask
-WINDOW = 20  # steps that speed and time left are taken from
+PIPE_COLUMNS = 120  # without a terminal
+WINDOW = 20  # speed and time left come from this many steps
 SMOOTHING = 0.9
 
-# C0 and DEL become their control pictures; what else can steer a terminal, has no width or no encoding, the replacement
-# sign. Joiners stay: emoji and Indic scripts need them.
+# C0 and DEL become control pictures; other characters that control a terminal, have no width or cannot be encoded
+# become the replacement sign. Joiners stay: emoji and Indic scripts need them.
 _INERT = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 _INERT |= dict.fromkeys([0x180E, 0x200B, *range(0x2060, 0x2065), 0xFEFF, *range(0xE0000, 0xE0080)], 0xFFFD)
 _INERT |= dict.fromkeys([*range(0x80, 0xA0), 0x061C, 0x200E, 0x200F, 0x2028, 0x2029], 0xFFFD)
@@ -52,25 +52,25 @@ _INERT |= dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(
 
 
 def escape_terminal(text: str) -> str:
-    """The text with everything that a terminal would obey replaced by a visible sign; line breaks and tabs stay."""
+    """Replace everything that controls a terminal by a visible sign; line breaks and tabs stay."""
     return text.translate(_INERT)
 
 
 def make_console(stream: IO[str]) -> Console:
-    """A console on `stream`: colour only on a terminal (and without NO_COLOR), no markup, no emoji codes."""
+    """Console on `stream`: colour only on a terminal (and without NO_COLOR), no markup, no emoji codes."""
     width = None if stream.isatty() else PIPE_COLUMNS
     return Console(file=stream, width=width, markup=False, highlight=False, emoji=False, soft_wrap=False)
 
 
-Display = RunObserver  # what a verb shows its progress on
+Display = RunObserver  # shows the progress of a verb
 
 
 class SilentDisplay(SilentObserver):
-    """Shows nothing, for callers without a screen."""
+    """Display that shows nothing, for Python callers."""
 
 
 class Meter:
-    """Turns single steps into figures worth reading."""
+    """Average single steps into loss, speed and time left."""
 
     def __init__(self) -> None:
         self.last: StepEvent | None = None
@@ -80,7 +80,7 @@ class Meter:
         self._recent: deque[StepEvent] = deque(maxlen=WINDOW)
 
     def add(self, event: StepEvent) -> None:
-        if self.last is not None:  # the first step compiles and allocates: it says nothing about the others
+        if self.last is not None:  # the first step compiles and allocates, so it is much slower
             self._recent.append(event)
         self.last = event
         self._weight = SMOOTHING * self._weight + 1 - SMOOTHING
@@ -88,7 +88,7 @@ class Meter:
         self._since_line.append((event.loss, event.total_weight))
 
     def take_loss(self) -> float:
-        """The mean loss per supervised token since this was last asked."""
+        """Mean loss per loss token since the last call."""
         total = sum(weight for _, weight in self._since_line)
         mean = sum(loss * weight for loss, weight in self._since_line) / total
         self._since_line.clear()
@@ -101,14 +101,14 @@ class Meter:
 
     @property
     def seconds_left(self) -> float | None:
-        """None until a second step has been seen."""
+        """None until the second step is done."""
         if self.last is None or not self._recent:
             return None
         step_seconds = statistics.median(event.step_seconds for event in self._recent)
         return step_seconds * (self.last.total_steps - self.last.step)
 
     def figures(self) -> list[str]:
-        """Speed, memory and time left, each where it is known."""
+        """Speed, memory and time left, each if known."""
         speed, left, peak = self.tokens_per_second, self.seconds_left, self.last.peak_bytes if self.last else 0
         return [
             *([f"{speed:,.0f} tok/s"] if speed else []),
@@ -118,7 +118,7 @@ class Meter:
 
 
 class PlainDisplay(SilentObserver):
-    """One plain line for each event and each `logging_steps` steps; no line is ever taken back."""
+    """Print one plain line for each event and every `logging_steps` steps; no line is removed again."""
 
     def __init__(self, logging_steps: int, console: Console) -> None:
         self.console = console
@@ -172,11 +172,11 @@ class PlainDisplay(SilentObserver):
 
 
 class LiveDisplay(PlainDisplay):
-    """The same lines, and below them one line that lives."""
+    """The same lines, and below them one line that is updated."""
 
     def __init__(self, logging_steps: int, console: Console) -> None:
         super().__init__(logging_steps, console)
-        # The figures are never cut: the bar takes what they leave.
+        # The figures are never cut: the bar gets the remaining width.
         bar = BarColumn(None, complete_style="green", finished_style="green")
         figures = _Figures(table_column=Column(no_wrap=True))
         self._progress = Progress(bar, figures, console=console, transient=True, expand=True, refresh_per_second=4)
@@ -198,7 +198,7 @@ class LiveDisplay(PlainDisplay):
     def begin(self, total_steps: int, done: int = 0) -> None:
         self._end_phase()
         super().begin(total_steps, done)
-        self._show("", total_steps, completed=done, figures="first step, which takes longer than the others")
+        self._show("", total_steps, completed=done, figures="first step (slower than the others)")
 
     def step(self, event: StepEvent) -> None:
         super().step(event)
@@ -238,25 +238,25 @@ class _Figures(ProgressColumn):
 
 
 def make_display(logging_steps: int, stream: IO[str]) -> PlainDisplay:
-    """A live display on a terminal that can move its cursor, else a plain one."""
-    able = stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
-    return (LiveDisplay if able else PlainDisplay)(logging_steps, make_console(stream))
+    """`LiveDisplay` on a terminal that can move its cursor, otherwise `PlainDisplay`."""
+    is_live = stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
+    return (LiveDisplay if is_live else PlainDisplay)(logging_steps, make_console(stream))
 
 
 def print_choices(choices: Sequence[Choice], console: Console) -> None:
-    """Each value that was decided for the user, with its reason."""
+    """Print each setting that solotune chose, with its reason."""
     if not choices:
         return
     rows = [
         (f"{c.key}: {str(c.value).lower() if isinstance(c.value, bool) else c.value}", f"because {c.because}")
         for c in choices
     ]
-    console.print(Text("decided for you:"))
+    console.print(Text("settings chosen for you:"))
     print_columns(rows, ("bold", "dim"), console)
 
 
 def print_columns(rows: Sequence[Sequence[str]], styles: Sequence[str], console: Console) -> None:
-    """Rows of text, the last column wrapped within itself; into a pipe each row is one line, for grep."""
+    """Print rows of text, with the last column wrapped; in a pipe each row is one line, for grep."""
     if not console.is_terminal:
         widths = [max(len(row[i]) for row in rows) for i in range(len(styles) - 1)]
         for row in rows:
@@ -275,13 +275,13 @@ def print_columns(rows: Sequence[Sequence[str]], styles: Sequence[str], console:
 
 
 def read_messages(model_name: str) -> Generator[str]:
-    """What the user says: the lines of a pipe, or on a terminal what is typed until /quit or Ctrl-D."""
+    """Messages of the user: the lines of a pipe, or what is typed on a terminal until /quit or Ctrl-D."""
     if not sys.stdin.isatty():
         yield from (line.strip() for line in sys.stdin if line.strip())
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing and a history)
-    print(f"{escape_terminal(model_name)}   /reset forgets, /quit leaves", file=sys.stderr)
+    print(f"{escape_terminal(model_name)}   /reset: new conversation, /quit: exit", file=sys.stderr)
     while True:
         try:
             text = input("\nyou    ").strip()
@@ -295,13 +295,13 @@ def read_messages(model_name: str) -> Generator[str]:
 
 
 class Replying(Protocol):
-    """What talks: `tuned.ChatSession`."""
+    """Something that answers: `trained_run.ChatSession`."""
 
     def reply(self, text: str, base: bool = False, on_text: Callable[[str], None] | None = None) -> str: ...
 
 
 def show_answers(session: Replying, text: str, base: bool, console: Console | None) -> dict[str, str]:
-    """Puts `text` to the model, and first to its base if that is wanted; streams the answers to the console."""
+    """Send `text` to the model, and first to the base model if `base`; stream the answers to the console."""
     turn = {"prompt": text}
     for name in ("base", "tuned") if base else ("tuned",):
         if console is None:
@@ -318,10 +318,10 @@ def show_answers(session: Replying, text: str, base: bool, console: Console | No
     return turn
 
 
-# --- figures in words
+# --- figures as text
 
 
 def plus_minus(value: float, stderr: float | None) -> str:
-    """`1.2345 ± 0.0123`; without the error where it is not known, as of a single row."""
+    """`1.2345 ± 0.0123`; without the error if it is unknown, as for a single row."""
     known = stderr is not None and 0 <= stderr < float("inf")
     return f"{value:.4f} ± {stderr:.4f}" if known else f"{value:.4f}"
