@@ -5,7 +5,7 @@
 
 A process of its own prepares the rows and judges them (`solotune data`), with an empty cache beside the file, twice:
 the second start takes the rows from the cache. Its memory is what stays resident at most, less what it has when the
-tokenizer is loaded. Words are drawn anew for each row, so no two rows are alike.
+tokenizer is loaded. New words are drawn for each row, so no two rows are alike.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Near-duplicates planted into real texts: how many are found, how many are false, at what cost; beside libraries.
+"""Near-duplicates planted into real texts: recall, false pairs and cost, compared with libraries.
 
     python -m bench.real_data FOLDER
     python -m venv LIBS && LIBS/bin/pip install numpy datasketch==2.0.0 rensa==0.5.0
@@ -6,7 +6,7 @@
 
 Rows are stretches of ShareGPT answers of 12 to 400 words (median 60). One row in twenty is an edited copy of another:
 words replaced, marks changed, a sentence appended, halves swapped. The true Jaccard index of every pair, planted or
-reported, is computed here anew from sets of strings. A planted pair counts as found if both rows end in one group. The
+reported, is recomputed here from sets of strings. A planted pair counts as found if both rows end in one group. The
 crowd: rows made from one pattern, all alike, where an index that returns every neighbour takes quadratic time.
 
 All three use 128 hashes in 32 bands and check candidates exactly until four are confirmed; each is a process of its

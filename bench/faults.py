@@ -82,7 +82,7 @@ def resumes(work: Workload, every: int = 1) -> Result:
 
 
 def rot(work: Workload, seed: int = SEED) -> Result:
-    """The newest checkpoint, or metrics.jsonl beside it, is damaged while nothing runs: an older one is continued."""
+    """The newest checkpoint, or metrics.jsonl, is damaged while nothing runs: the resume takes an older one."""
     result = Result("damaged checkpoint")
     rng = random.Random(seed)
     until_step(work, 6)

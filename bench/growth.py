@@ -1,4 +1,4 @@
-"""How tokens per second grow with length, micro-batch, rank and model size, beside what matrix products alone allow.
+"""Tokens per second by length, micro-batch, rank and model size, compared with the limit of matrix products.
 
     python -m bench.growth [--only TEXT ...] [--out FOLDER]
 

@@ -1,4 +1,4 @@
-"""Predicted beside measured: peak memory and step time of many configs, on the GPU that is here.
+"""Predicted and measured peak memory and step time of many configs, on this machine's GPU.
 
     python -m bench.plan_runs [--only TEXT ...] [--workers 8] [--out FOLDER] [--steps 4]
 

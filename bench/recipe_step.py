@@ -195,7 +195,7 @@ def require_full_rows(found: Measured) -> None:
 
 
 def start_profiler() -> Any:
-    """A profiler of the GPU's kernels that has begun."""
+    """A started profiler of the GPU's kernels."""
     from torch.profiler import ProfilerActivity, profile
 
     profiler = profile(activities=[ProfilerActivity.CUDA])
