@@ -220,7 +220,7 @@ def run(name: str, python: str, file: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--libraries", help="a Python that has datasketch and rensa; without, solotune alone")
+    parser.add_argument("--libraries", help="a Python that has datasketch and rensa; default: measure solotune only")
     args = parser.parse_args()
     from bench.machine import machine, table, write_result
 

@@ -312,7 +312,7 @@ def _child(mode: str, numbers: list[int], folder: Path, steps: int) -> Iterator[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[""], help="cases with one of these texts in their names")
+    parser.add_argument("--only", nargs="*", default=[""], help="only cases with one of these texts in their names")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
