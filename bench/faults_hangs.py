@@ -1,4 +1,4 @@
-"""Calls that never come back, processes that are stopped, outputs that nobody takes, clocks that jump.
+"""Hanging calls, stopped processes, outputs that are not read, clocks that jump.
 
 Parts of `python -m bench.faults`; each returns its line of the table.
 """
