@@ -29,7 +29,7 @@ from solotune.run.run_log import RunLog
 
 if TYPE_CHECKING:
     from solotune.api.setup import PreparedRun
-    from solotune.evaluation.scores import Evaluation
+    from solotune.evaluation.compare import Evaluation
     from solotune.model.loading import TrainableModel
 
 

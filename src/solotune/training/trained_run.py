@@ -19,7 +19,7 @@ from transformers import TextStreamer
 from solotune import dataset
 from solotune.config.run_config import Choice, RunConfig, load_config
 from solotune.errors import InputError, IntegrityError
-from solotune.evaluation import scores
+from solotune.evaluation import generation
 from solotune.hardware import machine as environment
 from solotune.hardware.gpu_errors import device_errors
 from solotune.hardware.machine import Machine
@@ -130,7 +130,7 @@ class ChatSession:
     def __init__(self, run: TunedRun) -> None:
         self._config, self._tokenizer = run.config, run.tokenizer
         self._model = run.load()
-        self._stops = scores.stop_ids(self._model, self._tokenizer, [])
+        self._stops = generation.stop_ids(self._model, self._tokenizer, [])
         self.choices = run.choices
         self.model_name = f"{self._config.model_name_or_path} + {run.directory.path.name}"
         self.history: list[dict[str, str]] = []
@@ -151,7 +151,7 @@ class ChatSession:
             streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
             streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
         with device_errors(self._config), lora.adapters_off(self._model.module) if base else nullcontext():
-            ids = scores.generate(
+            ids = generation.generate(
                 self._model,
                 dataset.render_prompt(self._tokenizer, asked),
                 self._config.max_new_tokens,
