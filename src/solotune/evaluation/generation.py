@@ -12,7 +12,7 @@ from solotune.model.loading import TrainableModel
 
 
 def stop_ids(model: TrainableModel, tokenizer: Any, rows: Iterable[Example]) -> list[int]:
-    """The tokens that end an answer: the tokenizer's, the model's, and special tokens that end the supervised answers."""
+    """Tokens that end an answer: the tokenizer's, the model's, and special tokens that end the supervised answers."""
     configured = model.module.generation_config.eos_token_id
     ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
     special = set(tokenizer.all_special_ids)
