@@ -288,7 +288,7 @@ def test_the_nearest_change_is_named_and_works():
     assert plan.changes == [("gradient_checkpointing", "auto")]
     error = plan.refusal()
     assert error.exit_code == 3
-    assert str(error).startswith("does not fit in memory\n  seen:    ")
+    assert str(error).startswith("the run does not fit in memory\n  seen:    ")
     assert "change:  gradient_checkpointing: auto (then " in str(error)
     assert planned(memory_budget="9.5GiB", gradient_checkpointing="auto").fits
 

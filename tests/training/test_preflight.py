@@ -46,7 +46,9 @@ def test_nothing_is_different_afterwards(packing, tiny_config, tmp_path):
     assert steps(tried, config) == steps(untouched, config)
     assert report.peak_bytes > 0 and report.step_seconds > 0
     words = report.in_words(5 << 29)
-    assert words.startswith(f"preflight: the largest step, {report.rows} rows in {report.places} places, took ")
+    assert words.startswith(
+        f"preflight: the largest step ({report.rows} rows, {report.places} tokens with padding) needed "
+    )
     assert " GiB (2.5 GiB planned) and " in words
 
 

@@ -223,7 +223,7 @@ def _broken_frozen(model: TrainableModel) -> list[str]:
 
 
 def _is_sound(tensor: torch.Tensor) -> bool:
-    """Whether all values are finite: by the norm, without a copy; in fp8 (e4m3: no infinity, no norm) by a search for NaN."""
+    """Whether all values are finite: by the norm, without a copy; in fp8 (e4m3, no infinity) by a search for NaN."""
     if tensor.dtype == torch.float8_e4m3fn:
         codes = tensor.detach().flatten().view(torch.uint8)
         return not any(bool(((part & 0x7F) == 0x7F).any()) for part in codes.split(1 << 24))

@@ -258,9 +258,9 @@ def compare(then: dict[str, Any], now: dict[str, Any], where: str) -> list[str]:
             f"{where}: the optimizer's state was written by another version of bitsandbytes",
             seen=ours, allowed=theirs, change=f"pip install bitsandbytes=={theirs}, or start a new run",
         )  # fmt: skip
-    reasons = [f"{key} was {old.get(key)}, now {new[key]}" for key in inexact]
+    reasons = [f"{key} was {old.get(key)}, is {new[key]}" for key in inexact]
     pairs = [(name, then["software"].get(name), has) for name, has in now["software"].items()]
-    reasons += [f"{name} was {had}, now {has}" for name, had, has in [*pairs, ("device", then["device"], now["device"])]
+    reasons += [f"{name} was {had}, is {has}" for name, had, has in [*pairs, ("device", then["device"], now["device"])]
                 if had != has]  # fmt: skip
     if then["validation_rows"] != now["validation_rows"]:
         reasons.append("the held-out rows have changed, so held-out losses are not comparable")

@@ -40,7 +40,7 @@ def resolve_for_machine(config: RunConfig) -> tuple[RunConfig, Machine, list[Cho
 
 
 def load_base(config: RunConfig, machine: Machine, model_files: ModelFiles | None = None) -> TrainableModel:
-    """Load the base of a resolved config with new adapters on the GPU, or on the CPU if there is none: see `load_model`."""
+    """Load the base of a resolved config, with new adapters, on the config's device: see `load_model`."""
     device = torch.device(environment.device_of(config, machine))
     with device_errors(config):
         return load_model(config, device, getattr(torch, environment.dtype_of(config)), model_files)

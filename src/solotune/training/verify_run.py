@@ -162,7 +162,7 @@ def _tensors(run: RunDirectory) -> Iterator[Problem]:
 
 
 def _of_config(tensors: dict[str, torch.Tensor], lora: LoraSettings, folder: Path) -> Iterator[str]:
-    """Check adapter tensors against the config: pairs `lora_A (r, in)`, `lora_B (out, r)`, layers, adapter_config.json."""
+    """Compare an adapter with the config: pairs `lora_A (r, in)`, `lora_B (out, r)`, layers, adapter_config.json."""
     layers: dict[str, set[str]] = {}
     for name, tensor in tensors.items():
         layer, _, part = name.removesuffix(".weight").rpartition(".")
