@@ -272,7 +272,7 @@ def test_more_than_the_card_has_is_refused():
     with pytest.raises(InputError) as raised:
         planned(CARDS["l4"], memory_budget="24GiB")
     assert stable(raised.value) == snapshot("""\
-python, memory_budget: more than the card has
+python, memory_budget: more than the memory of the card
   seen:    memory_budget: 24GiB
   allowed: at most 22.0 GiB, the memory of l4
   change:  memory_budget: auto\

@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_a_check_that_says_no(tiny_config, tmp_path, monkey
     with pytest.raises(CheckError) as caught:
         preflight.preflight(model, ROWS, ROWS[:2], config, tmp_path)
     assert stable(caught.value) == snapshot("""\
-preflight: the largest step of this run does not fit into the GPU's memory
+preflight: the largest step of this run does not fit in GPU memory
   seen:    4 x 24 tokens: CUDA out of memory. Tried to allocate 2.00 GiB.
   change:  per_device_train_batch_size: 2 with gradient_accumulation_steps: 16 (the same step) or gradient_checkpointing: true\
 """)

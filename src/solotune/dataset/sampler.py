@@ -1,4 +1,4 @@
-"""Which rows each training step sees: packs of rows, the order of an epoch, micro-batches.
+"""The rows of each training step: packs of rows, the order of an epoch, micro-batches.
 
 An epoch's order is a permutation drawn from (seed, epoch), so a run can be resumed knowing only its step.
 """
@@ -19,7 +19,7 @@ from solotune.dataset.packing import pack
 
 @dataclass(frozen=True)
 class BatchSampler:
-    """How many steps there are, and which rows (or packs of rows) each of them sees."""
+    """The number of steps, and the rows (or packs of rows) of each."""
 
     num_rows: int
     micro_batch_size: int
@@ -39,7 +39,7 @@ class BatchSampler:
         return math.ceil(self.num_rows / (self.micro_batch_size * self.accumulation))
 
     def epoch_at(self, step: int) -> float:
-        """Epochs done after `step` steps."""
+        """Epochs finished after `step` steps."""
         return step / self.steps_per_epoch
 
     def row_order(self, epoch: int) -> np.ndarray:
@@ -68,7 +68,7 @@ def pack_sequences(batches: BatchSettings, rows: Sequence[Example]) -> list[list
 def pack_and_shape(
     batches: BatchSettings, rows: Sequence[Example]
 ) -> tuple[list[list[int]] | np.ndarray, PaddedShape | None]:
-    """The training sequences, and what packs of them are padded to: compiled passes should have one shape."""
+    """The training sequences, and the shape that packs are padded to when compiled (None: no fixed shape)."""
     packs = pack_sequences(batches, rows)
     if not batches.has_one_shape:
         return packs, None
