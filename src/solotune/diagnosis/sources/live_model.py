@@ -23,7 +23,7 @@ from solotune.dataset import Example, sampler
 from solotune.dataset.collate import Batch, collate_packs
 from solotune.diagnosis.facts.texts import IGNORED
 from solotune.diagnosis.run_facts import LiveModel
-from solotune.evaluation import scores
+from solotune.evaluation import generation, scores
 from solotune.hardware.machine import Machine
 from solotune.hub.model_files import ModelFiles
 from solotune.model import lora
@@ -125,8 +125,8 @@ def _backward(model: TrainableModel, batches: Sequence[Mapping[str, Any]]) -> fl
 
 def _answer(model: TrainableModel, tokenizer: Any, rows: Sequence[Example], text: str) -> str:
     """The answer of `solotune chat`, with the end of turn as text."""
-    stops = scores.stop_ids(model, tokenizer, rows[:1])
+    stops = generation.stop_ids(model, tokenizer, rows[:1])
     prompt = dataset.render_prompt(tokenizer, [{"role": "user", "content": text}])
-    ids = scores.generate(model, prompt, NEW_TOKENS, stops)
+    ids = generation.generate(model, prompt, NEW_TOKENS, stops)
     ended = [tokenizer.eos_token_id] if len(ids) < NEW_TOKENS and tokenizer.eos_token_id is not None else []
     return tokenizer.decode(np.array([*ids, *ended], dtype=np.int64).tolist(), skip_special_tokens=False)
