@@ -97,7 +97,7 @@ class Monitor(SilentObserver):
     def _check_rules(self, run_facts: RunFacts) -> None:
         """Report the faults that the rules name. `diagnosis` runs them again, so their signals are not kept."""
         for named in accused(ask_all(run_facts)[0]):
-            self._report(named.speaking[0])
+            self._report(named.supporting[0])
 
     def _trace(self) -> Trace:
         """The curve of the run so far."""

@@ -98,9 +98,9 @@ def plateau(run_facts: RunFacts, found: Probed) -> list[Signal]:
     found.measurements["plateau"] = account
     if not shape.is_flat:
         return []
-    speaking = {**_of_probes(found), **_of_the_record(run_facts)}
-    account["answers"] = [_answer(question, codes, speaking) for question, codes in QUESTIONS]
-    cause = next((code for _, codes in QUESTIONS for code in codes if code in speaking), None)
+    signal_of = {**_of_probes(found), **_of_the_record(run_facts)}
+    account["answers"] = [_answer(question, codes, signal_of) for question, codes in QUESTIONS]
+    cause = next((code for _, codes in QUESTIONS for code in codes if code in signal_of), None)
     account["cause"] = cause or ("noise" if shape.is_noisy else "floor")
     where = f"the loss stays at {shape.level:.2f} from step {shape.from_step:,} to {shape.to_step:,} "
     where += f"({shape.change:+.3f} ± {shape.stderr:.3f})"
@@ -111,15 +111,15 @@ def plateau(run_facts: RunFacts, found: Probed) -> list[Signal]:
             else ": no check found a cause; this may be the lowest loss that this task allows"
         )
         return []
-    account["says"] = f"{where}: {speaking[cause].says}"
-    account["expected"] = speaking[cause].expect
-    said = [speaking[cause]] if speaking[cause] not in found.signals else []  # found here, or too weak alone
+    account["says"] = f"{where}: {signal_of[cause].says}"
+    account["expected"] = signal_of[cause].expect
+    said = [signal_of[cause]] if signal_of[cause] not in found.signals else []  # found here, or too weak alone
     return [*said, Signal(cause, "curve", where, 0.3, {"level": shape.level, "change": shape.change})]
 
 
-def _answer(question: str, codes: tuple[str, ...], speaking: dict[str, Signal]) -> dict[str, Any]:
-    found = [code for code in codes if code in speaking]
-    return {"question": question, "found": found, "says": speaking[found[0]].says if found else ""}
+def _answer(question: str, codes: tuple[str, ...], signal_of: dict[str, Signal]) -> dict[str, Any]:
+    found = [code for code in codes if code in signal_of]
+    return {"question": question, "found": found, "says": signal_of[found[0]].says if found else ""}
 
 
 def _of_probes(found: Probed) -> dict[str, Signal]:
@@ -144,13 +144,13 @@ def _schedule(trace: Trace, settings: Settings) -> list[Signal]:
     if known.sum() < LEAST_POINTS or not rates[known].max():
         return []
     rates, steps = rates[known], steps[known]
-    asked, peak = settings.get("learning_rate") or rates.max(), rates.max()
+    target, peak = settings.get("learning_rate") or rates.max(), rates.max()
     total = max(float(trace.total_steps or 0), steps[-1])
     found = []
     first_peak = steps[int(np.argmax(rates >= 0.99 * peak))]
     if first_peak > LATE * total and rates[-1] >= 0.9 * peak:
         says = (
-            f"the learning rate still rises at step {first_peak:.0f} of {total:.0f}: {peak:.2g} of {float(asked):.2g}"
+            f"the learning rate still rises at step {first_peak:.0f} of {total:.0f}: {peak:.2g} of {float(target):.2g}"
         )
         found.append(Signal("F65", "measured", says, 0.9, fix="warmup_ratio: 0.03", expect=""))
     dead = np.flatnonzero(rates < NO_RATE * peak)

@@ -52,13 +52,13 @@ class Weighed:
     """All signals on one fault."""
 
     code: str
-    speaking: tuple[Signal, ...]  # for it, the strongest first
+    supporting: tuple[Signal, ...]  # for it, the strongest first
     against: tuple[Signal, ...]
     confidence: float
 
     @property
     def rank(self) -> int:
-        return max((RANK[signal.kind] for signal in self.speaking), default=0)
+        return max((RANK[signal.kind] for signal in self.supporting), default=0)
 
     @property
     def is_accused(self) -> bool:
@@ -85,10 +85,10 @@ def accused(signals: Iterable[Signal]) -> list[Weighed]:
 
 
 def _weigh(code: str, signals: Sequence[Signal]) -> Weighed:
-    speaking = sorted((s for s in signals if not s.against), key=lambda s: (-RANK[s.kind], -s.weight))
+    supporting = sorted((s for s in signals if not s.against), key=lambda s: (-RANK[s.kind], -s.weight))
     against = sorted((s for s in signals if s.against), key=lambda s: -s.weight)
     by_kind: dict[str, float] = {}
-    for signal in speaking:
+    for signal in supporting:
         by_kind[signal.kind] = max(by_kind.get(signal.kind, 0.0), signal.weight)
     unlikely = 1.0
     for weight in by_kind.values():
@@ -98,7 +98,7 @@ def _weigh(code: str, signals: Sequence[Signal]) -> Weighed:
         confidence = min(confidence, CURVE_ALONE)
     for signal in against:
         confidence *= 1 - signal.weight
-    return Weighed(code, tuple(speaking), tuple(against), confidence)
+    return Weighed(code, tuple(supporting), tuple(against), confidence)
 
 
 def decide(
@@ -167,8 +167,8 @@ def _consequences(named: Sequence[Weighed]) -> dict[str, str]:
 
 def _culprit(weighed: Weighed, all_weighed: Mapping[str, Weighed]) -> Culprit:
     fault = catalogue.FAULTS[weighed.code]
-    confirmed = next((s.says for s in weighed.speaking if s.kind == "counterfactual"), None)
-    evidence = [s.says for s in weighed.speaking if s.kind != "counterfactual"]
+    confirmed = next((s.says for s in weighed.supporting if s.kind == "counterfactual"), None)
+    evidence = [s.says for s in weighed.supporting if s.kind != "counterfactual"]
     return Culprit(
         suspect=fault.suspect,
         fault=fault.code,
@@ -176,8 +176,8 @@ def _culprit(weighed: Weighed, all_weighed: Mapping[str, Weighed]) -> Culprit:
         confidence=round(weighed.confidence, 3),
         evidence=evidence[:NUM_EVIDENCE],
         confirmed_by=confirmed,
-        fix=next((s.fix for s in weighed.speaking if s.fix), fault.fix),
-        expect=next((s.expect for s in weighed.speaking if s.expect), fault.expect),
+        fix=next((s.fix for s in weighed.supporting if s.fix), fault.fix),
+        expect=next((s.expect for s in weighed.supporting if s.expect), fault.expect),
         same_evidence=tuple(sorted(_inseparable(weighed, all_weighed))),
     )
 
@@ -222,5 +222,5 @@ def _experiment(doubted: Sequence[Weighed], skipped: Mapping[str, str]) -> str:
     for pair, text in _APART.items():
         if first in pair and (len(doubted) == 1 or pair <= set(codes)):
             return text
-    fix = next((s.fix for s in doubted[0].speaking if s.fix), catalogue.FAULTS[first].fix)
+    fix = next((s.fix for s in doubted[0].supporting if s.fix), catalogue.FAULTS[first].fix)
     return f"change only this, and compare the first 50 steps: {fix}"

@@ -211,7 +211,7 @@ class RowFacts:
         return np.array([self._blank_of[int(index)] for index in distinct], dtype=bool)[inverse]
 
     def last_of_answers(self, side: Side) -> np.ndarray:
-        """int64 (A,): last token of each answer that is not white space (templates end turns with `\\n`)."""
+        """int64 (A,): position of each answer's last token that is not white space (templates end turns with `\\n`)."""
         return self._before_blanks(side, side.begins, side.ends - 1)
 
     def _before_blanks(self, side: Side, first: np.ndarray, last: np.ndarray) -> np.ndarray:

@@ -51,7 +51,7 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
             if is_untouched(live.model):
                 raise Skipped("the adapter is empty")
         live.model.eval()
-        deployed, trained, wanted, asked, ends, gaps, again = [], [], [], [], [], [], None
+        deployed, trained, wanted, prompts, ends, gaps, again = [], [], [], [], [], [], None
         for document in facts.documents:
             pair, question = _pair(document, facts.roles), _question(facts, document)
             if pair is None or not question:
@@ -65,7 +65,7 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
             trained.append(_greedy(live, pair[0], facts.roles.ends, min(MOST_TOKENS, 2 * len(pair[1]) + 8)))
             wanted.append(pair[1])
             ends.append(_expects_end(live, [*pair[0], *pair[1]], facts.roles.ends))
-            asked.append(pair[0])
+            prompts.append(pair[0])
             if deployed[-1] and trained[-1]:
                 costs = [_cost(live, pair[0], answers[-1][:BEGINNING]) for answers in (deployed, trained)]
                 gaps.append(costs[0] - costs[1])
@@ -87,7 +87,7 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
         "equal": float(np.mean([_alike(a, b, facts.roles.ends) for a, b in zip(trained, deployed, strict=True)])),
     }
     if _never_ended(found) and facts.ends_learned >= MUCH * max(facts.answers, 1):
-        return _never_ends(live, run_facts, facts, asked, found), found
+        return _never_ends(live, run_facts, facts, prompts, found), found
     return _judge(run_facts, found), found
 
 
@@ -96,7 +96,7 @@ def _never_ended(found: dict[str, Any]) -> bool:
 
 
 def _never_ends(
-    live: LiveModel, run_facts: RunFacts, facts: LabelFacts, asked: Sequence[Sequence[int]], found: dict[str, Any]
+    live: LiveModel, run_facts: RunFacts, facts: LabelFacts, prompts: Sequence[Sequence[int]], found: dict[str, Any]
 ) -> list[Signal]:
     """Signals if no answer ends, although the ends have labels as the rows were rendered here.
 
@@ -112,7 +112,7 @@ def _never_ends(
         return [Signal(code, "measured", says, 0.4, found) for code in ("F17", "F19")]
     with restore_model_state(live), torch.no_grad(), adapters_off(live.model):
         live.model.eval()
-        before = [_greedy(live, prompt, facts.roles.ends, MOST_TOKENS) for prompt in asked]
+        before = [_greedy(live, prompt, facts.roles.ends, MOST_TOKENS) for prompt in prompts]
     found["base_without_end"] = _looks(before, facts.roles.ends)["without_end"]
     says = (
         f"none of {found['prompts']} answers ends by itself, while {1 - found['base_without_end']:.0%} of the base's "
