@@ -105,7 +105,7 @@ class Bench:
         if isinstance(tokenizer, str):
             tokenizer = tiny_tokenizer(tokenizer)
         config, result = self.prepared(rows, tokenizer, **keys)
-        return find(config, tokenizer, change(result.train), change(result.validation), result.report)
+        return find(config, tokenizer, change(list(result.train)), change(list(result.validation)), result.report)
 
     def codes(self, *args: Any, **keys: Any) -> list[str]:
         return [finding.code for finding in self.find(*args, **keys)]
