@@ -285,7 +285,7 @@ def print_runs(runs: Sequence[RunSummary], root: str | Path, console: Console) -
     """One line per run, oldest first."""
     if not runs:
         console.print(
-            Text(escape_terminal(f"No runs in {root}. Start one with: solotune train CONFIG")), soft_wrap=True
+            Text(escape_terminal(f"No runs in {root} yet. Start one with: solotune train CONFIG")), soft_wrap=True
         )
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
