@@ -118,7 +118,7 @@ def test_the_runs_log_and_a_stop_pass_through(error):
 
 def test_the_stage_is_what_was_shown_last(monkeypatch):
     said = []
-    monkeypatch.setattr(watchdog, "doing", said.append)
+    monkeypatch.setattr(watchdog, "set_stage", said.append)
     observer = Resilient(Heard())
     assert observer.stage == "getting ready"
     observer.phase("reading data")

@@ -303,7 +303,7 @@ def preview(**changes: Any) -> DataPreview:
 
 
 TOKENS = ["user:", " hi", "\n", "hel", "lo"]
-HEAD = snapshot("a.jsonl:1 · 5 tokens, 2 trained on (in ⟦ ⟧) ")
+HEAD = snapshot("a.jsonl:1 · 5 tokens, 2 trained on, shown in ⟦ ⟧")
 ROW = "user: hi↵\n⟦hello⟧\n"
 FOUND = snapshot("""\
 
