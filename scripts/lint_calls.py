@@ -1,8 +1,8 @@
 """Find banned calls: python scripts/lint_calls.py [FOLDER ...]. Part of `sh scripts/check`.
 
 solotune reads files from unknown sources, so some calls are banned, whatever their arguments: calls that run code from
-a file or a text (pickle, torch.load, eval), pass text to a shell, or unpack an archive. Loaders of transformers must have
-a literal `trust_remote_code=False`, so that no variable can turn it on. There are no exceptions by comment (`# noqa`).
+a file or a text (pickle, torch.load, eval), pass text to a shell, or unpack an archive. Loaders of transformers must
+have a literal `trust_remote_code=False`, so that no variable can turn it on. A comment (`# noqa`) makes no exception.
 """
 
 from __future__ import annotations
