@@ -93,7 +93,7 @@ def readable(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", default="", help="files whose name contains this")
+    parser.add_argument("--only", default="", help="only files whose name contains this")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_intermixed_args()
     files = [path for path in sorted((args.folder / "llamafactory").iterdir()) if "demo" in path.name]

@@ -5,7 +5,7 @@
 
 A process of its own prepares the rows and judges them (`solotune data`), with an empty cache beside the file, twice:
 the second start takes the rows from the cache. Its memory is what stays resident at most, less what it has when the
-tokenizer is loaded. Words are drawn anew for each row, so no two rows are alike.
+tokenizer is loaded. New words are drawn for each row, so no two rows are alike.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--words", type=int, default=12, help="of a message")
-    parser.add_argument("--folder", help="for the file and the cache; about four times the file's size is needed")
+    parser.add_argument("--words", type=int, default=12, help="words per message")
+    parser.add_argument("--folder", help="where file and cache are written; needs about four times the file's size")
     parser.add_argument("--file", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Chats to supervised tokens: solotune's `prepare` beside TRL's own preparation, same rows, tokenizer and template.
+"""Chats to tokens with a loss mask: solotune's `prepare` against TRL's preparation, same rows, tokenizer and template.
 
     python -m bench.real_data FOLDER
     python -m venv TRL && TRL/bin/pip install -c constraints.txt torch transformers datasets trl==1.16.0

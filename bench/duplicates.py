@@ -1,4 +1,4 @@
-"""Near-duplicates planted into real texts: how many are found, how many are false, at what cost; beside libraries.
+"""Near-duplicates planted into real texts: recall, false pairs and cost, compared with libraries.
 
     python -m bench.real_data FOLDER
     python -m venv LIBS && LIBS/bin/pip install numpy datasketch==2.0.0 rensa==0.5.0
@@ -6,7 +6,7 @@
 
 Rows are stretches of ShareGPT answers of 12 to 400 words (median 60). One row in twenty is an edited copy of another:
 words replaced, marks changed, a sentence appended, halves swapped. The true Jaccard index of every pair, planted or
-reported, is computed here anew from sets of strings. A planted pair counts as found if both rows end in one group. The
+reported, is recomputed here from sets of strings. A planted pair counts as found if both rows end in one group. The
 crowd: rows made from one pattern, all alike, where an index that returns every neighbour takes quadratic time.
 
 All three use 128 hashes in 32 bands and check candidates exactly until four are confirmed; each is a process of its
@@ -220,7 +220,7 @@ def run(name: str, python: str, file: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--libraries", help="a Python that has datasketch and rensa; without, solotune alone")
+    parser.add_argument("--libraries", help="a Python that has datasketch and rensa; default: measure solotune only")
     args = parser.parse_args()
     from bench.machine import machine, table, write_result
 

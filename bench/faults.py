@@ -82,7 +82,7 @@ def resumes(work: Workload, every: int = 1) -> Result:
 
 
 def rot(work: Workload, seed: int = SEED) -> Result:
-    """The newest checkpoint, or metrics.jsonl beside it, is damaged while nothing runs: an older one is continued."""
+    """The newest checkpoint, or metrics.jsonl, is damaged while nothing runs: the resume takes an older one."""
     result = Result("damaged checkpoint")
     rng = random.Random(seed)
     until_step(work, 6)
@@ -284,7 +284,7 @@ def in_words(results: list[Result]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--size", choices=("small", "full"), default="small")
-    parser.add_argument("--only", default="", help="parts, with commas between them")
+    parser.add_argument("--only", default="", help="parts to run, separated by commas")
     parser.add_argument("--folder", type=Path, help="where to run (default: a temporary folder)")
     arguments = parser.parse_args()
     only, full = {part for part in arguments.only.split(",") if part}, arguments.size == "full"

@@ -1,4 +1,4 @@
-"""Calls that never come back, processes that are stopped, outputs that nobody takes, clocks that jump.
+"""Hanging calls, stopped processes, outputs that are not read, clocks that jump.
 
 Parts of `python -m bench.faults`; each returns its line of the table.
 """
@@ -53,7 +53,7 @@ def _limit(work: Commands) -> float:
 def _hang(work: Commands, case: str, limit: float) -> None:
     """In the child: sets the limit, and has one function hang."""
     from solotune.dataset.chat.encode import Encoder
-    from solotune.evaluation import scores
+    from solotune.evaluation import generation
     from solotune.runtime import watchdog
     from solotune.training import loop
 
@@ -78,7 +78,7 @@ def _hang(work: Commands, case: str, limit: float) -> None:
         os.environ["XDG_CACHE_HOME"] = str(work.folder / "no-cache")
         Encoder.encode = _hang_now  # type: ignore[method-assign]
     elif case.startswith("generation"):
-        scores.generate = _hang_now
+        generation.generate = _hang_now
     else:
         plain, calls = loop.train_step, []
 

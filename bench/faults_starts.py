@@ -40,7 +40,7 @@ def contend(work: Workload, at_once: int) -> str | None:
         waiting -= set(ended)
     os.close(won_read)
     if not winner:
-        return f"nobody got it: {[work.wait(pid) for pid in children]}"
+        return f"no process got it: {[work.wait(pid) for pid in children]}"
     for pid in (winner, *waiting):
         os.kill(pid, signal.SIGKILL)
         killed = work.wait(pid)

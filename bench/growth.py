@@ -1,4 +1,4 @@
-"""How tokens per second grow with length, micro-batch, rank and model size, beside what matrix products alone allow.
+"""Tokens per second by length, micro-batch, rank and model size, compared with the limit of matrix products.
 
     python -m bench.growth [--only TEXT ...] [--out FOLDER]
 
@@ -67,7 +67,7 @@ def ceiling_tokens_per_second(model: str, tokens: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", nargs="*", default=[""], help="cases with one of these texts in what grows or their name"
+        "--only", nargs="*", default=[""], help="only cases with one of these texts in their name or varied quantity"
     )
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))

@@ -1,4 +1,4 @@
-"""How full packed sequences are on real chats, by `max_length` and `overflow`, beside padding to the longest of four.
+"""Fill of packed sequences on real chats, by `max_length` and `overflow`, compared with padding to the longest of four.
 
     python -m bench.real_data FOLDER && python -m bench.packing FOLDER
 

@@ -1,4 +1,4 @@
-"""Predicted beside measured: peak memory and step time of many configs, on the GPU that is here.
+"""Predicted and measured peak memory and step time of many configs, on this machine's GPU.
 
     python -m bench.plan_runs [--only TEXT ...] [--workers 8] [--out FOLDER] [--steps 4]
 
@@ -312,7 +312,7 @@ def _child(mode: str, numbers: list[int], folder: Path, steps: int) -> Iterator[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[""], help="cases with one of these texts in their names")
+    parser.add_argument("--only", nargs="*", default=[""], help="only cases with one of these texts in their names")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))

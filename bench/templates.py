@@ -255,8 +255,10 @@ def table(tallies: list[PassCounts], versions: dict[str, str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", default="", help="templates whose names begin so; prints and writes nothing")
-    parser.add_argument("--made", action="store_true", help="the made rows alone")
+    parser.add_argument(
+        "--only", default="", help="only templates whose names start with this; prints, writes no files"
+    )
+    parser.add_argument("--made", action="store_true", help="only the synthetic rows")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     samples = [*made(), *([] if args.made else real(args.folder / "data"))]

@@ -160,13 +160,14 @@ def test_test_files_bear_the_names_of_modules():
         and path.relative_to(TESTS).parts[0] not in ACROSS_PACKAGES
         and str(path.relative_to(TESTS)) not in OF_THE_PROJECT
     ]
-    assert strays == []
+    assert "\n".join(strays) == ""
 
 
 def test_every_module_has_a_test_file():
     elsewhere = {module for modules in TESTED_IN.values() for module in modules}
     long = [module for module, path in MODULES.items() if len(path.read_text(encoding="utf-8").splitlines()) > SHORT]
-    assert [module for module in sorted(long) if not own_tests(module) and module not in elsewhere] == []
+    untested = [module for module in sorted(long) if not own_tests(module) and module not in elsewhere]
+    assert "\n".join(untested) == ""
 
 
 def imports_of_test(path: Path) -> frozenset[str]:
@@ -205,7 +206,7 @@ def test_long_functions_and_files_say_why():
             reason = says_why or REASON.search(ast.get_docstring(function) or "")
             if num_lines(function) > MAX_FUNCTION and not reason:
                 too_long.append(f"{where}: {function.name}")
-    assert too_long == []
+    assert "\n".join(too_long) == ""
 
 
 def test_private_names_stay_in_their_package():
@@ -219,7 +220,7 @@ def test_private_names_stay_in_their_package():
         and not name.name.startswith("__")
         and (node.module or "").split(".")[1] != module.split(".")[0]
     ]
-    assert taken == []
+    assert "\n".join(taken) == ""
 
 
 def names_in(module: str) -> set[str]:
@@ -246,4 +247,4 @@ def test_imports_in_texts_exist(folder: str):
             module = package.removeprefix(".") or "__init__"
             known = names_in(module) if module in MODULES else set()
             wrong += [f"{path.name}: solotune{package}.{name}" for name in names.split(", ") if name not in known]
-    assert wrong == []
+    assert "\n".join(wrong) == ""

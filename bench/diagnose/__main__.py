@@ -20,12 +20,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a program has one
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.diagnose", description="Scores the diagnosis.")
-    parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="programs: code, change, base; F17/qwen3")
-    parser.add_argument("--split", choices=("fitted", "held-out"), help="one of the two")
-    parser.add_argument("--kind", choices=("fault", "healthy", "pair", "foreign", "own"), help="one kind of program")
+    parser.add_argument(
+        "--only", nargs="*", default=[], metavar="WORD", help="only these programs: code, change, base; F17/qwen3"
+    )
+    parser.add_argument("--split", choices=("fitted", "held-out"), help="only one split")
+    parser.add_argument(
+        "--kind", choices=("fault", "healthy", "pair", "foreign", "own"), help="only one kind of program"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="programs at a time")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="then begin no other; in random order")
-    parser.add_argument("--list", action="store_true", help="their names, and no run")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="start no program after this time; random order"
+    )
+    parser.add_argument("--list", action="store_true", help="print the names, run nothing")
     asked = parser.parse_args()
 
     from bench.diagnose import report

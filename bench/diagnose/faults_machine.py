@@ -164,7 +164,7 @@ def merged_into_another_base(recipe: Recipe, rng: random.Random) -> None:
 
 @fault("F77")
 def resumed_without_state(recipe: Recipe, rng: random.Random) -> None:
-    """Weights only: the optimizer and the schedule begin anew."""
+    """Weights only: the optimizer and the schedule start again."""
     lost = rng.choice(({"optimizer", "schedule"}, {"optimizer", "schedule", "order"}))
     recipe.seam = (int(recipe.steps * rng.uniform(0.4, 0.6)), frozenset(lost))
     recipe.set(resume_from_checkpoint="checkpoint", ignore_data_skip="order" in lost)

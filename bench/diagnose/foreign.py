@@ -1,4 +1,4 @@
-"""Trainings by Hugging Face's own Trainer, diagnosed from the folder that it left, its data and the script's config.
+"""Runs by Hugging Face's own Trainer, diagnosed from its output folder, the data and the script's config.
 
 The folder holds what everyone's does: trainer_state.json, training_args.bin, the adapter in PEFT's format, checkpoints,
 tokenizer files. Nothing of the process that wrote it is handed over.

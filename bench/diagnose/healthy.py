@@ -1,4 +1,4 @@
-"""Healthy trainings that look odd: a diagnosis must stay silent on every one of them."""
+"""Healthy runs that look odd: the diagnosis must report no fault in any of them."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def stabilised_rank(recipe: Recipe, rng: random.Random) -> None:
 
 @healthy(Needs.ROTARY)
 def packs_apart(recipe: Recipe, rng: random.Random) -> None:
-    """Positions begin anew, no mask, no cache: transformers keeps the rows apart."""
+    """Positions restart, no mask, no cache: transformers keeps the rows apart."""
     recipe.packing = "apart"
     recipe.set(packing=True, per_device_train_batch_size=1)
 

@@ -26,7 +26,7 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass
 class Outcome:
-    """What a training left behind."""
+    """What a run left behind."""
 
     rows: list[Row]
     held_out: list[Row]

@@ -133,7 +133,7 @@ def prompt_and_completion(job: Job, rng: random.Random) -> None:
 
 @asked("F12", Needs.INSTRUCT, before=True)
 def rendered_by_hand(job: Job, rng: random.Random) -> None:
-    """Rows of text with a format of one's own, of a chat model."""
+    """Rows of text in a made-up format, for a chat model."""
     head = rng.choice((("### Human: ", "### Assistant: "), ("USER: ", "ASSISTANT: ")))
 
     def text(row: Row) -> Row:

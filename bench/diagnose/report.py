@@ -58,8 +58,8 @@ def _page(results: Sequence[Result], found: dict[str, Any], ran: str, seconds: f
         "tokenizer, a template, data and an architecture that no fitted one has. Rules and thresholds were written and",
         "fixed while looking at the fitted ones; the held-out bases were made after that.",
         "",
-        "**How far to trust these figures.** The whole benchmark, held-out part included, was built beside the rules.",
-        "On programs that the rules were not written beside, the diagnosis names the fault first in 71 of 100 and",
+        "**How far to trust these figures.** The whole benchmark, held-out part included, was built together with the",
+        "rules. On programs made independently of the rules, the diagnosis names the fault first in 71 of 100 and",
         "calls 12 of 40 healthy programs faulty (November 2026).",
         "",
         "Foreign runs are folders that transformers' Trainer left"

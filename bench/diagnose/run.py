@@ -52,7 +52,7 @@ def run_facts(program: Program, scratch: Path) -> RunFacts:
 
 
 def run(program: Program) -> Result:
-    """The program's truth beside what was said of it."""
+    """The program's truth and its diagnosis."""
     with tempfile.TemporaryDirectory() as scratch:
         started = time.process_time()  # of a core, whatever else runs on this machine
         if program.kind == "own":
@@ -115,7 +115,7 @@ def run_all(
     say: Callable[[Result], None] = lambda _: None,
     minutes: float = math.inf,
 ) -> list[Result]:
-    """Results in the programs' order; after so many minutes no other program is begun."""
+    """Results in the programs' order; after so many minutes no further program starts."""
     for name in sorted({program.base for program in chosen}):
         base = load(name)  # before the forks, so that they share it
         base.model(), base.tokenizer()

@@ -1,4 +1,4 @@
-"""How often the culprit was named: strictly, and where equivalent explanations count as one.
+"""How often the fault was named: strictly, and with equivalent explanations counted as one.
 
 Only what a verdict of `fault` names is scored. `undecided` is an abstention: never a hit, and no false alarm.
 """

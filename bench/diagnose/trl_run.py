@@ -1,4 +1,4 @@
-"""Trainings by TRL's own SFTTrainer and PEFT, diagnosed from the folder that they left.
+"""Runs by TRL's own SFTTrainer and PEFT, diagnosed from their output folder.
 
     run = clean(load("llama-chatml"), seed=0)       what a plain script does: prompt and completion, LoRA, checkpoints
     run.sft["learning_rate"] = 2e-5                 what trl_faults.py and trl_healthy.py do

@@ -532,6 +532,6 @@ def test_runs_lists_what_is_there(tmp_path, capsys):
 def test_evaluate_of_no_run_is_exit_2(tmp_path, capsys):
     assert cli.main(["evaluate", str(tmp_path / "none")]) == 2
     assert error_in(capsys.readouterr().err) == snapshot("""\
-<tmp>/none: no such run
+<tmp>/none: run not found
   allowed: a run directory\
 """)

@@ -219,7 +219,7 @@ def test_progress(write: Writer) -> None:
     assert calls[0] == (0, 0, "reading rows")
     copies, tokens = (
         [done for done, total, what in calls if what == wanted and total == 300]
-        for wanted in ("looking for copies", "tokenising rows")
+        for wanted in ("looking for duplicates", "tokenising rows")
     )
     assert copies == [300]
     assert tokens == [256, 280, 300]

@@ -242,10 +242,10 @@ def test_validation_rows_of_ones_own(write: Writer) -> None:
     with pytest.raises(CheckError) as caught:
         prepared(write("b.jsonl", *rows(10)), eval_dataset=str(mine))
     assert stable(caught.value) == snapshot("""\
-eval_dataset: 2 of 2 validation rows are known from training
-  seen:    mine.jsonl:1 is b.jsonl:9; mine.jsonl:2 is b.jsonl:10
-  allowed: no row on both sides: a loss on known rows says nothing about new ones
-  change:  remove these rows from dataset or from eval_dataset, or leave eval_dataset out and let a part be held out\
+eval_dataset: 2 of 2 validation rows are equal or close to training rows
+  seen:    mine.jsonl:1 equals b.jsonl:9; mine.jsonl:2 equals b.jsonl:10
+  allowed: no row on both sides: the loss on rows seen in training says nothing about new rows
+  change:  remove these rows from dataset or from eval_dataset, or remove eval_dataset to hold out rows of dataset instead\
 """)
 
 
@@ -254,18 +254,20 @@ eval_dataset: 2 of 2 validation rows are known from training
 
 def test_nothing_left(write: Writer) -> None:
     assert message_of(write("a.jsonl", {"messages": chat("a", " ")})) == (
-        "dataset: no row is left\n  seen:    dropped: empty answer 1\n  change:  look at the rows of the file"
+        "dataset: no row is left\n  seen:    dropped: empty answer 1\n  change:  check the rows of the file"
     )
     path = write("b.jsonl", *({"messages": chat("word " * 50 + str(n), "b")} for n in range(3)))
     assert message_of(path, max_length=10) == (
-        "no training row is left of 3\n"
+        "none of the 3 training rows can be used\n"
         "  seen:    dropped: answer beyond max_length 3\n"
-        "  allowed: at least one row whose answer begins within max_length: 10 tokens\n"
+        "  allowed: at least one row whose answer starts within max_length: 10 tokens\n"
         "  change:  raise max_length, or shorten the prompts"
     )
     path = write("c.jsonl", *rows(3), {"messages": chat("word " * 50, "b"), "side": "v"})
     own = write("own.jsonl", {"messages": chat("other " * 50, "b")})
-    assert message_of(path, max_length=40, eval_dataset=str(own)).startswith("no validation row is left of 1\n")
+    assert message_of(path, max_length=40, eval_dataset=str(own)).startswith(
+        "none of the 1 validation rows can be used\n"
+    )
 
 
 def test_rows_without_a_template(write: Writer) -> None:

@@ -139,7 +139,7 @@ def test_raw_sharegpt_with_empty_conversations(write: Writer) -> None:
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     rows = [{"id": f"x{n}", "conversations": turns if n % 3 else []} for n in range(9)]
     path = write("a.jsonl", *rows)
-    assert message_of(path) == ("a.jsonl:1: conversations is empty\n  allowed: at least one message by the assistant")
+    assert message_of(path) == ("a.jsonl:1: conversations is empty\n  allowed: at least one assistant message")
     result = prepared(path, on_bad_row="drop")
     assert result.report.format == "sharegpt"
     assert rows_of(result)["dropped"] == {"conversations is empty": 3, "exact duplicate": 5}
@@ -214,10 +214,10 @@ def test_a_mapping_that_does_not_fit(write: Writer) -> None:
         "  change:  did you mean question?"
     )
     assert message_of(path, column_mapping={"question": "prompt", "answer": "completion"}) == (
-        "column_mapping: question is to be prompt, but there is a column prompt already\n"
+        "column_mapping: question cannot become prompt: the file already has a column prompt\n"
         "  seen:    question, answer, prompt\n"
-        "  allowed: each of our names once\n"
-        "  change:  leave the other out: prompt: ignore"
+        "  allowed: each name once\n"
+        "  change:  to drop the existing column, add prompt: ignore"
     )
 
 

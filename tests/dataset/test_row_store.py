@@ -81,7 +81,7 @@ def test_a_file_that_was_cut_is_an_error_and_no_crash(tmp_path: Path) -> None:
         with pytest.raises(StorageError) as caught:
             held[1]
         assert stable(caught.value) == snapshot("""\
-<tmp>/solotune/data: rows that were written there cannot be read back
+<tmp>/solotune/data: temporary rows cannot be read back
   seen:    the file is shorter than it was\
 """)
 
@@ -99,9 +99,9 @@ prepare(config_of({str(path)!r}), tiny_tokenizer("chatml"))
 """
     done = in_a_process(code)
     assert done.stderr.splitlines()[-3:] == [
-        f"solotune.errors.StorageError: {place}: rows that are kept there while the program runs cannot be written",
+        f"solotune.errors.StorageError: {place}: temporary rows cannot be written",
         "  seen:    File too large, after 0.0 GiB",
-        "  change:  make room, or set XDG_CACHE_HOME to a folder on a disk that has some",
+        "  change:  free some disk space, or set XDG_CACHE_HOME to a folder on another disk",
     ]
     assert list(place.iterdir()) == []
 
@@ -188,7 +188,9 @@ def peak_of(num_rows):
         for n in range(num_rows):
             print(json.dumps({"messages": chat(f"q {n}", f"{n}" + "a" * 150_000), "other": "b" * 50_000}), file=file)
     config = config_of("a.jsonl", validation_size=0.1)
-    train, validation, _ = _both_sides(config, DataReport(""), *_sources(config), _silent)
+    train, validation, _ = _both_sides(
+        config.source, config.split, DataReport(""), *_sources(config.source), _silent
+    )
     examples = Examples()
     for record in train:
         examples.append(Example(np.zeros(2048, np.int32), np.ones(2048, bool), record.where, record.messages))

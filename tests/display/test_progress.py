@@ -23,7 +23,8 @@ from solotune.dataset import DataReport
 from solotune.dataset.packing import account
 from solotune.display import progress
 from solotune.display.progress import LiveDisplay, Meter, PlainDisplay, SilentDisplay, make_console, make_display
-from solotune.evaluation.scores import Evaluation, Sample, Score
+from solotune.evaluation.compare import Evaluation, Sample
+from solotune.evaluation.scores import Score
 from solotune.hardware.doctor import Check, DoctorReport
 from solotune.run.events import DiagnosedEvent, EvalEvent, SaveEvent, StepEvent
 from solotune.run.run_dir import RunSummary

@@ -10,7 +10,9 @@ import torch
 from tiny import random_rows
 
 from solotune.dataset.collate import num_labels
-from solotune.evaluation import scores as evaluation
+from solotune.evaluation.compare import loss_difference
+from solotune.evaluation.generation import generate
+from solotune.evaluation.scores import ratio_and_stderr, score
 from solotune.model.loading import load_model
 from solotune.model.lora import adapters_off
 
@@ -30,7 +32,7 @@ def test_the_ratio_estimators_error_is_the_spread_over_repeated_samples():
         counts = rng.integers(5, 60, 80)
         level = rng.normal(2.0, 0.5, 80)  # rows differ, tokens of one row do not
         sums = level * counts
-        ratio, stderr = evaluation.ratio_and_stderr(sums.tolist(), counts.tolist())
+        ratio, stderr = ratio_and_stderr(sums.tolist(), counts.tolist())
         estimates.append(ratio)
         errors.append(stderr)
         naive.append(np.repeat(level, counts).std() / math.sqrt(counts.sum()))
@@ -39,19 +41,19 @@ def test_the_ratio_estimators_error_is_the_spread_over_repeated_samples():
 
 
 def test_one_row_has_no_standard_error():
-    assert evaluation.ratio_and_stderr([3.0], [2]) == (1.5, math.inf)
+    assert ratio_and_stderr([3.0], [2]) == (1.5, math.inf)
 
 
 def test_score_is_the_mean_over_tokens_whatever_the_batch(model):
     rows = random_rows(11)
-    scores = [evaluation.score(model, rows, size) for size in (1, 4, 32)]
+    scores = [score(model, rows, size) for size in (1, 4, 32)]
     assert scores[0].tokens == sum(num_labels(row) for row in rows)
     for other in scores[1:]:
         assert other.loss == pytest.approx(scores[0].loss, rel=1e-6)
         assert other.row_losses == pytest.approx(scores[0].row_losses, rel=1e-5)
     assert model.module.training is False
     model.module.train()
-    evaluation.score(model, rows, 4)
+    score(model, rows, 4)
     assert model.module.training is True
 
 
@@ -60,15 +62,15 @@ def test_exact_match_is_what_greedy_decoding_gives(model):
     rows = []
     for row in random_rows(6, longest=12):
         start = int(row.loss_mask.argmax())
-        said = evaluation.generate(model, row.input_ids[:start].tolist(), len(row.input_ids) - start, [])
+        said = generate(model, row.input_ids[:start].tolist(), len(row.input_ids) - start, [])
         row.input_ids[start:] = said
         rows.append(row)
-    assert evaluation.score(model, rows, 4).exact_match == 1.0
+    assert score(model, rows, 4).exact_match == 1.0
     last = rows[0].input_ids
     last[-1] = (last[-1] + 1) % 128
-    score = evaluation.score(model, rows, 4)
-    assert score.exact_match == pytest.approx(5 / 6)
-    assert score.exact_match_stderr == pytest.approx(math.sqrt(5 / 6 * 1 / 6 / 6))
+    result = score(model, rows, 4)
+    assert result.exact_match == pytest.approx(5 / 6)
+    assert result.exact_match_stderr == pytest.approx(math.sqrt(5 / 6 * 1 / 6 / 6))
 
 
 def test_the_paired_difference_is_sharper_than_the_two_errors(model):
@@ -76,16 +78,16 @@ def test_the_paired_difference_is_sharper_than_the_two_errors(model):
     generator = torch.Generator().manual_seed(0)
     for layer in model.lora_layers.values():
         layer.lora_B.data.normal_(0, 0.005, generator=generator)
-    tuned = evaluation.score(model, rows, 8)
+    tuned = score(model, rows, 8)
     with adapters_off(model.module):
-        base = evaluation.score(model, rows, 8)
-    difference, stderr = evaluation.loss_difference(base, tuned)
+        base = score(model, rows, 8)
+    difference, stderr = loss_difference(base, tuned)
     assert difference == pytest.approx(tuned.loss - base.loss, abs=1e-9)
     assert 0 < stderr < 0.5 * math.hypot(base.stderr, tuned.stderr)
 
 
 def test_generation_stops_at_a_stop_token_and_leaves_it_out(model):
-    free = evaluation.generate(model, [5, 6, 7], 8, [])
+    free = generate(model, [5, 6, 7], 8, [])
     assert len(free) == 8
-    stopped = evaluation.generate(model, [5, 6, 7], 8, [free[3]])
+    stopped = generate(model, [5, 6, 7], 8, [free[3]])
     assert stopped == free[: free.index(free[3])]

@@ -99,120 +99,120 @@ DAMAGED: dict[str, tuple[Callable[[], Any], int, str]] = {
         config(r=8),
         2,
         snapshot("""\
-run/adapter/adapter_config.json: r is not that of the run
+run/adapter/adapter_config.json: r differs from the run's config
   seen:    r: 8
   allowed: r: 4
-  change:  put the adapter of this run back\
+  change:  restore the adapter of this run\
 """),
     ),
     "alpha": (
         config(lora_alpha=1.0),
         2,
         snapshot("""\
-run/adapter/adapter_config.json: lora_alpha is not that of the run
+run/adapter/adapter_config.json: lora_alpha differs from the run's config
   seen:    lora_alpha: 1.0
   allowed: lora_alpha: 32.0
-  change:  put the adapter of this run back\
+  change:  restore the adapter of this run\
 """),
     ),
     "rsLoRA": (
         config(use_rslora=True),
         2,
         snapshot("""\
-run/adapter/adapter_config.json: use_rslora is not that of the run
+run/adapter/adapter_config.json: use_rslora differs from the run's config
   seen:    use_rslora: true
   allowed: use_rslora: false
-  change:  put the adapter of this run back\
+  change:  restore the adapter of this run\
 """),
     ),
     "targets": (
         config(target_modules=["q_proj"]),
         2,
         snapshot("""\
-run/adapter/adapter_config.json: target_modules is not that of the run
+run/adapter/adapter_config.json: target_modules differs from the run's config
   seen:    target_modules: ["q_proj"]
   allowed: target_modules: ["q_proj", "v_proj"]
-  change:  put the adapter of this run back\
+  change:  restore the adapter of this run\
 """),
     ),
     "targets as a pattern": (
         config(target_modules=".*"),
         2,
         snapshot("""\
-run/adapter/adapter_config.json: target_modules is not that of the run
+run/adapter/adapter_config.json: target_modules differs from the run's config
   seen:    target_modules: ".*"
   allowed: target_modules: ["q_proj", "v_proj"]
-  change:  put the adapter of this run back\
+  change:  restore the adapter of this run\
 """),
     ),
     "another method": (
         config(peft_type="IA3"),
         2,
         snapshot("""\
-run/adapter/adapter_config.json: peft_type is not that of the run
+run/adapter/adapter_config.json: peft_type differs from the run's config
   seen:    peft_type: "IA3"
   allowed: peft_type: "LORA"
-  change:  put the adapter of this run back\
+  change:  restore the adapter of this run\
 """),
     ),
     "DoRA": (
         config(use_dora=True),
         2,
         snapshot("""\
-run/adapter/adapter_config.json: use_dora is not that of the run
+run/adapter/adapter_config.json: use_dora differs from the run's config
   seen:    use_dora: true
   allowed: plain LoRA
-  change:  put the adapter of this run back\
+  change:  restore the adapter of this run\
 """),
     ),
     "auto_mapping": (
         config(auto_mapping={"base_model_class": "E", "parent_library": "evil"}),
         2,
         snapshot("""\
-run/adapter/adapter_config.json: auto_mapping is not that of the run
+run/adapter/adapter_config.json: auto_mapping differs from the run's config
   seen:    auto_mapping: {"base_model_class": "E", "parent_library": "evil"}
   allowed: plain LoRA
-  change:  put the adapter of this run back\
+  change:  restore the adapter of this run\
 """),
     ),
     "megatron": (
         config(megatron_core="evil"),
         2,
         snapshot("""\
-run/adapter/adapter_config.json: megatron_core is not that of the run
+run/adapter/adapter_config.json: megatron_core differs from the run's config
   seen:    megatron_core: "evil"
   allowed: plain LoRA
-  change:  put the adapter of this run back\
+  change:  restore the adapter of this run\
 """),
     ),
     "a cache file": (
         config(corda_config={"cache_file": "x.pt"}),
         2,
         snapshot("""\
-run/adapter/adapter_config.json: corda_config is not that of the run
+run/adapter/adapter_config.json: corda_config differs from the run's config
   seen:    corda_config: {"cache_file": "x.pt"}
   allowed: plain LoRA
-  change:  put the adapter of this run back\
+  change:  restore the adapter of this run\
 """),
     ),
     "trained embeddings": (
         config(modules_to_save=["lm_head"]),
         2,
         snapshot("""\
-run/adapter/adapter_config.json: modules_to_save is not that of the run
+run/adapter/adapter_config.json: modules_to_save differs from the run's config
   seen:    modules_to_save: ["lm_head"]
   allowed: plain LoRA
-  change:  put the adapter of this run back\
+  change:  restore the adapter of this run\
 """),
     ),
     "unknown key": (
         config(evil=1),
         2,
         snapshot("""\
-run/adapter/adapter_config.json: evil is not that of the run
+run/adapter/adapter_config.json: evil differs from the run's config
   seen:    evil: 1
   allowed: plain LoRA
-  change:  put the adapter of this run back\
+  change:  restore the adapter of this run\
 """),
     ),
     "config cut": (
@@ -228,7 +228,7 @@ run/adapter/adapter_config.json, line 1: not valid JSON
         2,
         snapshot("""\
 run/adapter: no adapter_config.json
-  allowed: an adapter that solotune wrote\
+  allowed: an adapter that solotune or PEFT wrote\
 """),
     ),
     "half the keys": (

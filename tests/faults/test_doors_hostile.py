@@ -252,14 +252,14 @@ run/adapter/tokenizer_config.json: auto_map can make a loader run code that come
   change:  remove auto_map, if the model is one of these; otherwise name another model\
 """),
     "tokenizer's class a model": snapshot("""\
-model/tokenizer_config.json: tokenizer_class is no tokenizer
+model/tokenizer_config.json: tokenizer_class is not a tokenizer class
   seen:    'LlamaForCausalLM'
-  allowed: a class of transformers\
+  allowed: a tokenizer class of transformers\
 """),
     "tokenizer's class a trainer": snapshot("""\
-model/tokenizer_config.json: tokenizer_class is no tokenizer
+model/tokenizer_config.json: tokenizer_class is not a tokenizer class
   seen:    'Trainer'
-  allowed: a class of transformers\
+  allowed: a tokenizer class of transformers\
 """),
     "tokenizer by link": snapshot("""\
 model/tokenizer.json: a link that leads out of the folder

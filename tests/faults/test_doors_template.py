@@ -121,20 +121,20 @@ def test_what_is_refused(name: str, own: Sandbox, tmp_path: Path, monkeypatch: p
             "string multiplied",
             "error",
             snapshot("""\
-the model's chat template takes more than a template may
+the model's chat template needs too much time or memory
   seen:    more than 512 MiB
-  allowed: 2 s of processor time a row, 512 MiB, 8,388,608 characters
-  change:  set chat_template_path to another template, or name another model\
+  allowed: 2 s of CPU time per row, 512 MiB, 8,388,608 characters
+  change:  set chat_template_path to another template, or use another model\
 """),
         ),
         (
             "a row alone",
             "drop",
             snapshot("""\
-chats.jsonl:4: the model's chat template takes more than a template may
-  seen:    more than 2 s of processor time
-  allowed: 2 s of processor time a row, 512 MiB, 8,388,608 characters
-  change:  set chat_template_path to another template, or name another model\
+chats.jsonl:4: the model's chat template needs too much time or memory
+  seen:    more than 2 s of CPU time
+  allowed: 2 s of CPU time per row, 512 MiB, 8,388,608 characters
+  change:  set chat_template_path to another template, or use another model\
 """),
         ),
     ],

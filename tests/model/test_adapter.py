@@ -119,13 +119,13 @@ def plain(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPath
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"use_dora": True}, "use_dora cannot be used"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save cannot be used"),
-        ({"bias": "lora_only"}, "bias cannot be used"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights cannot be used"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights cannot be used"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices cannot be used"),
-        ({"target_modules": ["embed_tokens"]}, "holds more than LoRA matrices"),
+        ({"use_dora": True}, "use_dora has a value that is not supported"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save has a value that is not supported"),
+        ({"bias": "lora_only"}, "bias has a value that is not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights has a value that is not supported"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights has a value that is not supported"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices has a value that is not supported"),
+        ({"target_modules": ["embed_tokens"]}, "contains tensors that are not LoRA matrices"),
     ],
 )
 def test_what_peft_saves_of_other_methods_is_refused(
@@ -161,7 +161,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "rank true": (config(r=True), "r cannot"),
     "alpha NaN": (lambda folder: rewritten(folder, '"lora_alpha": 10', '"lora_alpha": NaN'), "NaN is not JSON"),
     "alpha text": (config(lora_alpha="8"), "lora_alpha cannot"),
-    "another rank": (config(r=8), "another rank than adapter_config.json says"),
+    "another rank": (config(r=8), "the rank differs from adapter_config.json"),
     "another rank by a pattern": (config(rank_pattern={"q_proj": 2}), "another rank"),
     "rank 0 by a pattern": (config(rank_pattern={"q_proj": 0}), "rank_pattern cannot"),
     "no patterns": (config(alpha_pattern=[1]), "alpha_pattern cannot"),
@@ -170,11 +170,11 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "rslora 2": (config(use_rslora=2), "use_rslora cannot"),
     "no config": (lambda folder: (folder / CONFIG).unlink(), "no adapter_config.json"),
     "half of a pair": (tensors(lambda held: held.pop(A)), f"{Q} has no lora_A"),
-    "a vector": (tensors(lambda held: held.update({A: torch.zeros(4)})), "more than LoRA"),
-    "whole numbers": (tensors(lambda held: held.update({A: held[A].to(torch.int8)})), "more than LoRA"),
+    "a vector": (tensors(lambda held: held.update({A: torch.zeros(4)})), "not LoRA matrices"),
+    "whole numbers": (tensors(lambda held: held.update({A: held[A].to(torch.int8)})), "not LoRA matrices"),
     "NaN": (tensors(lambda held: held[A].fill_(float("nan"))), "not finite"),
     "a pickle": (lambda folder: (folder / TENSORS).rename(folder / "adapter_model.bin"), "can run code"),
-    "a link": (lambda folder: linked(folder), "leads out of the folder"),
+    "a link": (lambda folder: linked(folder), "a link to a file outside the folder"),
     "nothing": (lambda folder: (folder / TENSORS).unlink(), "no such file"),
 }
 

@@ -31,11 +31,11 @@ def test_models_with_plain_causal_attention_go_by_lengths(family):
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (FAMILIES["falcon"](), "falcon has an attention of its own"),
+        (FAMILIES["falcon"](), "falcon has its own attention code"),
         (transformers.MistralConfig(num_hidden_layers=1, sliding_window=32), "a sliding window of 32 tokens"),
-        (FAMILIES["gemma2"](), "gemma2 changes the scores"),
-        (transformers.LlamaConfig(num_hidden_layers=1, head_dim=260), "heads of size 260"),
-        (transformers.LlamaConfig(num_hidden_layers=1, head_dim=20), "heads of size 20"),
+        (FAMILIES["gemma2"](), "gemma2 changes the attention scores"),
+        (transformers.LlamaConfig(num_hidden_layers=1, head_dim=260), "its heads have size 260"),
+        (transformers.LlamaConfig(num_hidden_layers=1, head_dim=20), "its heads have size 20"),
     ],
 )
 def test_others_say_why_they_do_not(config, expected):

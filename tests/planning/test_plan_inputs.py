@@ -73,7 +73,7 @@ def test_the_rows_are_counted_where_they_can_be_read_and_else_assumed(config, ca
     code, unknown = plan_as_json(capsys, str(config), "--gpu", "h100")
     assert code == 0
     assert unknown["notes"][0].startswith("the data cannot be read: ")
-    assert "the rows are not known: 4 full ones of 64 tokens are assumed" in unknown["notes"]
+    assert "the data is not known; 4 rows of 64 tokens are assumed in each micro-batch" in unknown["notes"]
     assert unknown["peak_bytes"] > known["peak_bytes"]
 
 

@@ -273,7 +273,7 @@ def test_more_than_the_card_has_is_refused():
     with pytest.raises(InputError) as raised:
         planned(CARDS["l4"], memory_budget="24GiB")
     assert stable(raised.value) == snapshot("""\
-python, memory_budget: more than the card has
+python, memory_budget: more than the memory of the card
   seen:    memory_budget: 24GiB
   allowed: at most 22.0 GiB, the memory of l4
   change:  memory_budget: auto\
@@ -289,7 +289,7 @@ def test_the_nearest_change_is_named_and_works():
     assert plan.changes == [("gradient_checkpointing", "auto")]
     error = plan.refusal()
     assert error.exit_code == 3
-    assert str(error).startswith("does not fit in memory\n  seen:    ")
+    assert str(error).startswith("the run does not fit in memory\n  seen:    ")
     assert "change:  gradient_checkpointing: auto (then " in str(error)
     assert planned(memory_budget="9.5GiB", gradient_checkpointing="auto").fits
 

@@ -69,7 +69,7 @@ def test_a_directory_with_a_run_is_not_overwritten(tmp_path):
     assert stable(caught.value) == snapshot("""\
 <tmp>/r already holds a run
   seen:    config.yaml
-  change:  --resume to continue it, another output_dir to start afresh, or remove the folder\
+  change:  continue it with --resume, choose another output_dir, or remove the folder\
 """)
     assert caught.value.exit_code == 4
     RunDirectory.create(str(tmp_path / "r"), resume=True).release()
@@ -91,7 +91,7 @@ def test_a_run_that_came_and_went_while_the_lock_was_waited_for_is_not_overwritt
     assert stable(caught.value) == snapshot("""\
 <tmp>/r already holds a run
   seen:    config.yaml
-  change:  --resume to continue it, another output_dir to start afresh, or remove the folder\
+  change:  continue it with --resume, choose another output_dir, or remove the folder\
 """)
     assert not RunDirectory(tmp_path / "r").is_locked()
 
@@ -141,7 +141,7 @@ def test_metrics_are_cut_back_to_a_mark_and_another_file_is_not(tmp_path):
     assert RunRecord.read(run.path).events == tuple(SaveEvent(step, "x") for step in (1, 2, 3))
     lines = (run.path / "metrics.jsonl").read_text()
     (run.path / "metrics.jsonl").write_text(lines.replace("2", "7"))
-    assert "is not the one that the checkpoint was saved beside" in run.metrics_mismatch(mark)
+    assert "has changed since the checkpoint was saved" in run.metrics_mismatch(mark)
     (run.path / "metrics.jsonl").write_text(lines[:-1])
     assert "bytes" in run.metrics_mismatch(mark)
     run.truncate_metrics(None)
@@ -152,7 +152,7 @@ def test_opening_what_is_no_run(tmp_path):
     with pytest.raises(InputError) as caught:
         RunDirectory.open(tmp_path / "nothing")
     assert stable(caught.value) == snapshot("""\
-<tmp>/nothing: no such run
+<tmp>/nothing: run not found
   allowed: a run directory\
 """)
     with pytest.raises(InputError) as caught:
@@ -160,7 +160,7 @@ def test_opening_what_is_no_run(tmp_path):
     assert stable(caught.value) == snapshot("""\
 <tmp>: not a run directory
   seen:    no config.yaml in it
-  allowed: a folder of `solotune train`\
+  allowed: a folder that `solotune train` wrote\
 """)
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(InputError) as caught:

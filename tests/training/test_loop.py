@@ -172,11 +172,11 @@ def test_a_bad_row_stops_before_the_update_and_is_named(tiny_config, tmp_path):
     with pytest.raises(NonFiniteError) as caught:
         loop.train(model, rows, [], config, run, SilentDisplay())
     assert stable(caught.value) == snapshot(
-        "step 1: the loss, its gradient or the weights are not finite; stopped before the update, the weights are as "
-        "they were\n"
-        "  seen:    loss nan, gradient norm nan; frozen model.embed_tokens.weight; the same when run again "
-        "(reproducible)\n"
-        "  change:  look at random:6"
+        """\
+step 1: the loss, the gradient or the weights are not finite; stopped before the update, so the weights are unchanged
+  seen:    loss nan, gradient norm nan; frozen model.embed_tokens.weight; not finite again when run again (reproducible)
+  change:  check random:6\
+"""
     )
     assert caught.value.exit_code == 6
     assert_equal(before, adapter_of(model))
@@ -252,7 +252,7 @@ def test_a_stop_mid_step_leaves_its_step_out_and_resumes_bit_equal(tiny_config, 
     assert not stopped.flat_params.grad.any()
     newest = checkpoint.newest(second.checkpoints)
     if not done:
-        assert newest is None and "nothing to save yet" in str(caught.value)
+        assert newest is None and "no checkpoint saved" in str(caught.value)
         return
     assert newest.name == f"step-{done:06d}" and f"stopped after step {done}; checkpoint saved" in str(caught.value)
     loop.train(stopped, rows, [], config, second, SilentDisplay(), resume_from=checkpoint.load(newest))

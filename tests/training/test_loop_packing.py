@@ -66,9 +66,9 @@ def test_a_model_that_lets_packed_rows_see_each_other_is_refused(architecture, t
     with pytest.raises(InputError) as caught:
         load_model(tiny_config(**keys, packing=True), CPU, torch.float32)
     assert re.sub(r"0\.\d+", "N", stable(caught.value)) == snapshot("""\
-python, packing: this model does not keep the rows of a pack apart
-  seen:    a token's loss changes by N on average when its row is packed with others
-  allowed: models and attention backends that follow restarting positions
+python, packing: rows of a packed sequence see each other in this model
+  seen:    a token's loss changes by N on average when its row is packed with other rows
+  allowed: models and attention implementations that follow position_ids that restart at each row
   change:  packing: false\
 """)
 

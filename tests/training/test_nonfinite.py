@@ -82,11 +82,11 @@ SITES = {
     "gradient": (break_gradient, "gradient of model.layers.0.self_attn.k_proj.lora_B"),
     "adapter": (break_adapter, "adapter model.layers.0.self_attn.k_proj.lora_A"),
     "frozen": (break_frozen, "frozen model.layers.0.self_attn.q_proj.base.storage.weight_OI"),
-    "logits": (break_logits, "the losses, out of finite hidden states"),
+    "logits": (break_logits, "the losses, although the hidden states are finite"),
     "moment": (break_moment, "optimizer's exp_avg_sq"),
     "activation": (break_activation, "output of model.layers.1"),
-    "labels": (break_labels, "labels: no token of this step is learned"),
-    "loss": (break_loss, "the losses, out of finite hidden states"),
+    "labels": (break_labels, "labels: this step trains on no token"),
+    "loss": (break_loss, "the losses, although the hidden states are finite"),
 }
 made: list[torch.optim.Optimizer] = []
 

@@ -46,7 +46,9 @@ def test_nothing_is_different_afterwards(packing, tiny_config, tmp_path):
     assert steps(tried, config) == steps(untouched, config)
     assert report.peak_bytes > 0 and report.step_seconds > 0
     words = report.in_words(5 << 29)
-    assert words.startswith(f"preflight: the largest step, {report.rows} rows in {report.places} places, took ")
+    assert words.startswith(
+        f"preflight: the largest step ({report.rows} rows, {report.places} tokens with padding) needed "
+    )
     assert " GiB (2.5 GiB planned) and " in words
 
 
@@ -80,7 +82,7 @@ def test_what_does_not_fit_is_a_check_that_says_no(tiny_config, tmp_path, monkey
     with pytest.raises(CheckError) as caught:
         preflight.preflight(model, ROWS, ROWS[:2], config, tmp_path)
     assert stable(caught.value) == snapshot("""\
-preflight: the largest step of this run does not fit into the GPU's memory
+preflight: the largest step of this run does not fit in GPU memory
   seen:    4 x 24 tokens: CUDA out of memory. Tried to allocate 2.00 GiB.
   change:  per_device_train_batch_size: 2 with gradient_accumulation_steps: 16 (same rows per step) or gradient_checkpointing: true\
 """)
@@ -108,7 +110,7 @@ def test_compiled_layers_have_the_gradient_of_their_code(tiny_config, tmp_path, 
     model, config = compiled_eagerly(tiny_config, monkeypatch)
     report = preflight.preflight(model, ROWS, ROWS[:2], config, tmp_path)
     assert report.gradient_error is not None and report.gradient_error < 1e-4
-    assert report.in_words(0).endswith(" s, with the gradient of the uncompiled layers to 0.0%")
+    assert report.in_words(0).endswith("; compiled and uncompiled gradients differ by 0.0%")
 
 
 def test_where_uncompiled_layers_have_no_room_they_are_not_compared(tiny_config, tmp_path, monkeypatch):
@@ -147,5 +149,5 @@ def test_a_compiler_that_loses_a_gradient_is_found(tiny_config, tmp_path, monkey
 
     torch._dynamo.reset()
     monkeypatch.setattr(frozen_linear, "fp8_matmul", lost_when_compiled)
-    with pytest.raises(CheckError, match="layers have another gradient than as they are written"):
+    with pytest.raises(CheckError, match="compiled and uncompiled gradients differ"):
         preflight.preflight(model, ROWS, ROWS[:2], config, tmp_path)

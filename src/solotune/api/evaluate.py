@@ -12,7 +12,8 @@ from solotune.run.run_dir import read_json
 
 if TYPE_CHECKING:
     from solotune.dataset import Prepared
-    from solotune.evaluation.scores import Evaluation, Score
+    from solotune.evaluation.compare import Evaluation
+    from solotune.evaluation.scores import Score
     from solotune.model.loading import TrainableModel
 
 
@@ -57,9 +58,9 @@ def compare(
     model: TrainableModel, tokenizer: Any, prepared: Prepared, config: RunConfig, tuned: Score | None, display: Display
 ) -> Evaluation:
     """Compare base and tuned on the held-out rows; `tuned`: the score at the end of training, if known."""
-    from solotune.evaluation import scores
+    from solotune.evaluation.compare import compare as compare_scores
 
-    return scores.compare(
+    return compare_scores(
         model,
         tokenizer,
         prepared.validation,

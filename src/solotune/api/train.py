@@ -31,7 +31,8 @@ from solotune.run.run_log import RunLog
 if TYPE_CHECKING:
     from solotune.api.setup import PreparedRun
     from solotune.diagnosis.evidence import Diagnosis
-    from solotune.evaluation.scores import Evaluation, Score
+    from solotune.evaluation.compare import Evaluation
+    from solotune.evaluation.scores import Score
 
 
 @dataclass(frozen=True)

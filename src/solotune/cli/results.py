@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from solotune.api.train import TrainResult
     from solotune.dataset import DataReport
     from solotune.diagnosis.evidence import Diagnosis
-    from solotune.evaluation.scores import Evaluation, Sample
+    from solotune.evaluation.compare import Evaluation, Sample
     from solotune.hardware.doctor import DoctorReport
     from solotune.planning.planner import Plan
     from solotune.run.run_dir import RunSummary

@@ -1,11 +1,11 @@
-"""From any chat file to token ids with a loss mask.
+"""Turn any chat file into token ids with a loss mask.
 
     tokenizer = load_tokenizer(config)
     prepared = prepare(config, tokenizer)      # .train, .validation: of Example; .report: DataReport; .manifest
     ids = render_prompt(tokenizer, messages)   # the prompt for generation, made by the code that renders training rows
 
 readers/   files and hub datasets to rows        chat/    rows to messages, text and token ids
-split/     copies, groups, held-out rows         prepare  all of it, in order
+split/     duplicates, groups, held-out rows     prepare  all steps in order
 render     token ids to examples of max_length   packing, sampler, collate   examples to batches
 """
 

@@ -1,25 +1,30 @@
-"""What `prepare` made, kept for the next start: 5,000 chats come back in less than a second.
+"""Cache of prepared datasets: a second start on 5,000 chats takes less than a second.
 
-The key is a hash of everything that the result depends on: the bytes of the data files, the tokenizer and its template,
-the config's data keys and seed, this package's own source and the versions of tokenizers and transformers. So an entry
-is never out of date, it only stops being asked for, and there is nothing to clear by hand.
+Key
+---
+A hash of everything that the result depends on: the bytes of the data files, the tokenizer and its template, the
+config's data keys and seed, this package's source and the versions of tokenizers, transformers and numpy. So an entry
+never becomes stale: after a change it is no longer looked up, and nothing has to be cleared by hand.
 
-An entry is one safetensors file, written whole or not at all: the rows of both sides as they lie in a `Store`, so that
-it is not read but used where it lies, and their lengths, hashes and the report. Its last tensor is the sha256 of all
-before; what does not match is removed and made anew. Hashing reads the whole entry, a second for each GiB, which is
-little beside what it saves, and the data files are hashed for the key anyway. No pickle: a cache folder is a place that
-others may write to, and loading it must not run anything. A folder that cannot be written is no error, since the run
-needs no cache. The oldest entries go when all together are larger than 20 GiB, and none takes more than half of what is
-free on the disk.
+Entry
+-----
+One safetensors file, written completely or not at all: the rows of both sides in the layout of a `Store` (so they are
+used in place), their lengths, hashes and the report. The last tensor is the sha256 of everything before it; a file that
+does not match is deleted and prepared again. Checking reads the whole entry, about a second per GiB, which is little
+compared with the time saved; the data files are hashed for the key anyway. No pickle: others may be able to write to a
+cache folder, so loading must not run code. A folder that cannot be written is no error, because a run does not need the
+cache. The oldest entries are deleted when all together exceed 20 GiB; no entry takes more than half of the free disk.
 
-The findings about an entry's rows lie beside it, under a key that also holds the whole config, what the rules read of
-the model, and the rules' own source: asking 29 rules again takes longer than everything else of a second start.
+The findings about an entry's rows are stored in a second file, under a key that also covers the whole config, what the
+rules read of the model, and the rules' source: running 29 rules again takes longer than the rest of a second start.
 
-Where: $XDG_CACHE_HOME/solotune/data, by default ~/.cache/solotune/data. It holds texts of the rows, so only its owner
-may look in.
+Folder: $XDG_CACHE_HOME/solotune/data, by default ~/.cache/solotune/data. It contains texts of the rows, so only its
+owner can read it.
 
-What it does not do: keep what takes less than a second anyway, errors, or rows of a tokenizer without a Rust backend
-(its state has no canonical form).
+What it does not do
+-------------------
+Store results that take less than a second, errors, or rows of a tokenizer without a Rust backend (its state has no
+canonical form).
 """
 
 from __future__ import annotations
@@ -63,11 +68,11 @@ _LEFT_OVER_SECONDS = 3600
 def key_of(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, digests: Sequence[str], rendered_on: date
 ) -> str | None:
-    """The name of the entry for this input; None if it cannot be named.
+    """Return the cache key of this input; None for a tokenizer whose state cannot be hashed.
 
     Args:
-        digests: of the sources, see `Source.digest`.
-        rendered_on: the date that templates write.
+        digests: one per source, see `Source.digest`.
+        rendered_on: the date that the template sees as today.
     """
     if not tokenizer.is_fast:
         return None
@@ -99,7 +104,7 @@ def _code_version() -> str:
 
 
 def source_digest(package: Path) -> str:
-    """sha256 over the Python source of a package and the packages in it: another one where any file of it changed."""
+    """sha256 over the Python source of a package and its sub-packages; changes if any of these files changes."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         name, content = path.relative_to(package).as_posix().encode(), path.read_bytes()
@@ -111,15 +116,15 @@ def source_digest(package: Path) -> str:
 
 
 def load(key: str) -> Prepared | None:
-    """The entry, or None where there is none that is whole."""
+    """Load an entry; None if there is none, or if it is damaged."""
     path = folder() / (key + _SUFFIX)
-    if not os.path.isfile(path):  # Path.is_file raises where the folder may not be looked into
+    if not os.path.isfile(path):  # Path.is_file raises if the folder is not readable
         return None
     try:
         file = path.open("rb", buffering=0)
         prepared = _unpacked(file, _checked_header(file))
         os.utime(path)
-    # a damaged file fails in any of a dozen ways, and there is one answer to all of them
+    # a damaged file can fail in a dozen ways, all handled alike
     except Exception:
         with contextlib.suppress(OSError):
             path.unlink()
@@ -128,7 +133,7 @@ def load(key: str) -> Prepared | None:
 
 
 def store(key: str, prepared: Prepared) -> None:
-    """Writes an entry, and removes the oldest if there are too many; does nothing where that is not possible."""
+    """Write an entry and delete the oldest ones if the cache is too large; do nothing if that is not possible."""
     tensors = _packed(prepared)
     num_bytes = sum(tensor.num_bytes for tensor in tensors.values())
     temporary = None
@@ -153,7 +158,7 @@ def store(key: str, prepared: Prepared) -> None:
 
 
 def load_findings(key: str) -> list[dict[str, Any]] | None:
-    """What `store_findings` kept, or None."""
+    """Load what `store_findings` saved, or None."""
     try:
         held = json.loads((folder() / (key + _FINDINGS)).read_bytes())
     except (OSError, ValueError):
@@ -162,7 +167,7 @@ def load_findings(key: str) -> list[dict[str, Any]] | None:
 
 
 def store_findings(key: str, findings: list[dict[str, Any]]) -> None:
-    """Keeps the findings of an entry under a key of their own; does nothing where that is not possible."""
+    """Save the findings of an entry under their own key; do nothing if that is not possible."""
     with contextlib.suppress(StorageError):
         write_whole(folder() / (key + _FINDINGS), json.dumps({"key": key, "findings": findings}))
 
@@ -186,7 +191,7 @@ def _remove_oldest(target: Path) -> None:
 
 
 class _Tensor(NamedTuple):
-    """What is written under a name: bytes, in pieces."""
+    """One tensor of the file: its bytes, in pieces."""
 
     dtype: str
     shape: list[int]
@@ -221,10 +226,10 @@ def _write(file: IO[bytes], tensors: dict[str, _Tensor]) -> None:
 
 
 def _checked_header(file: IO[bytes]) -> dict[str, tuple[int, int]]:
-    """Where in the file the bytes of each tensor are.
+    """Verify the checksum and return the byte range of each tensor.
 
     Raises:
-        ValueError: the file is not the one that was written.
+        ValueError: the checksum does not match.
     """
     digest, left = hashlib.sha256(), os.fstat(file.fileno()).st_size - _SHA256_BYTES
     while left > 0 and (piece := file.read(min(left, 1 << 20))):

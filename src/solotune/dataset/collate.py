@@ -1,18 +1,22 @@
-"""Rows of tokens to tensors, padded or packed.
+"""Collate rows of tokens into tensors, padded or packed.
 
-Padding goes to the right and needs no attention mask: attention is causal, so no real token ever sees a pad behind it,
-and labels are taken by position, so no pad is ever supervised. Which id pads is therefore without meaning, and a
-tokenizer whose pad equals its end-of-turn token (SmolLM2's, and the walkthrough's) cannot lose that token from the
-loss. Left padding would need a mask, and shifts the positions of models with absolute ones.
+Why no attention mask
+---------------------
+Padding is on the right and attention is causal, so no real token attends to padding, and labels are given by position,
+so no padding token is a label. The padding id therefore has no meaning, and a tokenizer whose padding token equals its
+end-of-turn token (SmolLM2's, and the walkthrough's) cannot lose that token from the loss. Left padding would need a
+mask, and shifts the positions of models with absolute ones.
 
-A packed sequence says where its rows begin through its positions, which restart at 0; transformers keeps attention
-within each such stretch. What is left over at its end is one more stretch, of pads. A row's first token is never a
-label, so no loss crosses from one row to the next.
+Packing
+-------
+The position ids of a packed sequence restart at 0 with each row; transformers keeps attention within each such segment.
+The unused end of a sequence is one more segment, of padding. The first token of a row is never a label, so no loss
+crosses from one row to the next.
 
-Weights stand beside the labels, one each in row order, as the losses come out of the model; a batch without any has
-no such tensor, and computes what it computed before there were weights.
+Loss weights are a tensor parallel to the labels, in row order, as the model returns the losses; a batch without weights
+has no such tensor and is computed without it.
 
-Shape legend: B sequences, T tokens of the longest, N labels.
+Shape legend: B sequences, T tokens of the longest, N labels, S segment boundaries.
 """
 
 from __future__ import annotations
@@ -33,42 +37,44 @@ class Batch(NamedTuple):
     """One forward pass."""
 
     input_ids_BT: torch.Tensor  # int64
-    label_positions_N: torch.Tensor  # int64: where the labels are among the B * T tokens; each is predicted one earlier
-    position_ids_BT: torch.Tensor | None  # int64, where several rows share a sequence
+    label_positions_N: (
+        torch.Tensor
+    )  # int64: positions of the labels in the flat B * T tokens; each is predicted one position earlier
+    position_ids_BT: torch.Tensor | None  # int64; None if no sequence is packed
     cu_seqlens_S: (
         torch.Tensor | None
-    )  # int32, there: where each of S - 1 rows begins in the B * T tokens, and their end
-    weights_N: torch.Tensor | None  # float32, of the labels in row order, where one of them is not 1
+    )  # int32, with position_ids: start of each of the S - 1 segments in the flat B * T tokens, and the end
+    weights_N: torch.Tensor | None  # float32, weight of each label in row order; None if all are 1
     rows: Sequence[Example]
-    is_label_N: torch.Tensor | None = None  # bool, where some of the N were added by `padded`
+    is_label_N: torch.Tensor | None = None  # bool, False for labels that `padded` added
 
     @property
     def num_supervised(self) -> int:
-        """Labels in this batch; counted on the rows, so it costs no transfer from the device."""
+        """Number of labels; counted on the rows, so no transfer from the device is needed."""
         return sum(num_labels(row) for row in self.rows)
 
     @property
     def total_weight(self) -> float:
-        """Sum of the labels' weights; `num_supervised` where all are 1."""
+        """Sum of the labels' weights; `num_supervised` if all are 1."""
         return sum(row.total_weight for row in self.rows)
 
     @property
     def label_mask_BT(self) -> torch.Tensor:
-        """bool: the token at this position is a label."""
+        """bool: whether the token at this position is a label."""
         flat = torch.zeros(self.input_ids_BT.numel(), dtype=torch.bool, device=self.input_ids_BT.device)
         flat[self.label_positions_N] = True
         return flat.view(self.input_ids_BT.shape)
 
     def weighted(self, losses_N: torch.Tensor) -> torch.Tensor:
-        """The losses of the labels, each times its weight."""
+        """Multiply each label's loss by its weight."""
         return losses_N if self.weights_N is None else losses_N * self.weights_N
 
     def num_correct(self, correct_N: torch.Tensor) -> torch.Tensor:
-        """How many of the labels were hit."""
+        """Number of labels that were predicted correctly."""
         return (correct_N if self.is_label_N is None else correct_N & self.is_label_N).sum()
 
     def padded(self, count: int) -> Batch:
-        """With labels of weight 0 added up to `count`, so that the losses of several batches have one shape."""
+        """Add labels of weight 0 up to `count`, so that the losses of several batches have one shape."""
         here, missing = len(self.label_positions_N), count - len(self.label_positions_N)
         weights = torch.ones(here, device=self.input_ids_BT.device) if self.weights_N is None else self.weights_N
         return self._replace(
@@ -79,12 +85,12 @@ class Batch(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens, without padding."""
+        """Number of tokens without padding."""
         return sum(len(row.input_ids) for row in self.rows)
 
 
 class PaddedShape(NamedTuple):
-    """What all packed passes of a run are padded to, so that a compiler sees one shape."""
+    """The shape that all packed batches of a run are padded to, so that the compiler sees one shape."""
 
     num_packs: int  # B
     length: int  # T
@@ -92,12 +98,12 @@ class PaddedShape(NamedTuple):
 
     @classmethod
     def of(cls, packs: Iterable[Sized], num_packs: int, length: int) -> PaddedShape:
-        """Room for any `num_packs` of these packs; a pack's left-over tokens count as one more row."""
+        """A shape that fits any `num_packs` of these packs; the padding of a pack counts as one more segment."""
         return cls(num_packs, length, num_packs * (1 + max(map(len, packs))) + 1)
 
 
 def num_labels(row: Example) -> int:
-    """Supervised tokens that something predicts: the first token of a row has no predecessor."""
+    """Number of labels of a row: its loss tokens without the first token, which nothing predicts."""
     return int(np.count_nonzero(row.loss_mask[1:]))
 
 
@@ -107,12 +113,12 @@ def _label_weights(row: Example) -> np.ndarray:
 
 
 def collate(rows: Sequence[Example], device: torch.device) -> Batch:
-    """A sequence for each row, right-padded to the longest."""
+    """Collate each row into a sequence of its own, right-padded to the longest."""
     return collate_packs([[row] for row in rows], device)
 
 
 def collate_packs(packs: Sequence[Sequence[Example]], device: torch.device, shape: PaddedShape | None = None) -> Batch:
-    """A sequence for each pack, its rows one behind the other, right-padded to the longest or to `shape`."""
+    """Collate each pack into a sequence of concatenated rows, right-padded to the longest or to `shape`."""
     longest = max(sum(len(row.input_ids) for row in pack) for pack in packs)
     size = (shape.num_packs, shape.length) if shape else (len(packs), longest)
     input_ids = np.full(size, PAD_ID, dtype=np.int64)
@@ -137,7 +143,9 @@ def collate_packs(packs: Sequence[Sequence[Example]], device: torch.device, shap
         return torch.from_numpy(array).to(device, non_blocking=True)
 
     rows = [row for pack in packs for row in pack]
-    label_positions_N = tensor(np.concatenate(labels))  # counted here: asking the device for them would wait for it
+    label_positions_N = tensor(
+        np.concatenate(labels)
+    )  # computed on the host: reading it back from the device would synchronise
     weights = None
     if any(row.weights is not None for row in rows):
         weights = tensor(np.concatenate([_label_weights(row) for row in rows]))

@@ -1,4 +1,4 @@
-"""The account of the rows: what was read, kept, dropped and cut, and what is learned of it."""
+"""Data report: rows read, kept, dropped and truncated, and how many of their tokens are trained on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LONGER_THAN_MAX_LENGTH = "longer than max_length"
 
 @dataclass(slots=True)
 class DataReport:
-    """What happened to the rows, counted: read = kept + dropped, and examples = kept + added by splitting."""
+    """Counts of rows: read = kept + dropped, and examples = kept + added by splitting."""
 
     format: str
     num_read: int = 0
@@ -27,9 +27,9 @@ class DataReport:
     num_tokens: int = 0
     num_supervised: int = 0
     total_weight: float = 0.0
-    """Sum of the weights of the supervised tokens; their number where no weight but 0 and 1 is given."""
+    """Sum of the weights of the loss tokens; their number if all weights are 0 or 1."""
     num_weighted_rows: int = 0
-    """Kept rows in which a supervised token has another weight than 1."""
+    """Kept rows in which a loss token has a weight other than 1."""
     num_weighted_answers: int = 0
     num_groups: int = 0
     num_exact_duplicates: int = 0
@@ -37,28 +37,28 @@ class DataReport:
     num_leaks: int = 0
     num_truncated: int = 0
     num_answers_cut: int = 0
-    """Rows whose cut took supervised tokens."""
+    """Truncated rows that lost loss tokens."""
     num_split: int = 0
     num_added_by_split: int = 0
-    """Examples beyond one a row."""
+    """Examples beyond one per row."""
     num_parts_without_label: int = 0
-    """Parts of divided rows that are no example, since nothing in them is learned."""
+    """Parts of split rows that were left out because they have no loss token."""
     num_with_forged_tokens: int = 0
     train_sha256: str = ""
     validation_sha256: str = ""
     rendered_on: str = ""
-    """The date (ISO 8601) that templates write which write one."""
+    """The date (ISO 8601) that templates see as today."""
     labels: LabelBudget = field(default_factory=LabelBudget)
     examples: list[dict[str, Any]] = field(default_factory=list)
-    """A few whole training rows: where, and pieces of text with whether they are supervised."""
+    """A few complete training rows: their place, and pieces of text with whether they are trained on."""
     packing: dict[str, Any] | None = None
-    """With `packing: true`, what it makes of the training rows, see `pack.account`."""
+    """With `packing: true`: statistics of the packed training rows, see `packing.account`."""
     findings: list[dict[str, Any]] | None = None
-    """What the rules on rows say of them; None where they were not asked."""
+    """Findings of the rules on rows; None if the rules did not run."""
 
     @property
     def num_kept(self) -> int:
-        """Rows of the files that something is learned of."""
+        """Number of rows in the files that are trained or evaluated on."""
         return self.num_train + self.num_validation - self.num_added_by_split
 
     @property
@@ -68,17 +68,17 @@ class DataReport:
 
     @classmethod
     def from_json_fields(cls, values: dict[str, Any]) -> DataReport:
-        """The report again, from its fields after a way through JSON (where keys are texts)."""
+        """Rebuild the report from its fields after a JSON round trip (which turns keys into strings)."""
         labels = dict(values["labels"])
         labels["leading_bos"] = Counter({int(number): rows for number, rows in labels["leading_bos"].items()})
         return cls(**{**values, "dropped": Counter(values["dropped"]), "labels": LabelBudget(**labels)})
 
     def reasons(self) -> str:
-        """The dropped rows in words."""
+        """Describe the dropped rows in one line."""
         return "dropped: " + (", ".join(f"{reason} {n}" for reason, n in sorted(self.dropped.items())) or "none")
 
     def to_json(self) -> dict[str, Any]:
-        """The shape of `data.json`."""
+        """Return the content of `data.json`."""
         share = self.num_supervised / self.num_tokens if self.num_tokens else 0.0
         without_label = self.dropped[NOTHING_TO_LEARN] + self.dropped[ANSWER_PAST_MAX_LENGTH]
         return {

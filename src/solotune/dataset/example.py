@@ -1,9 +1,9 @@
-"""What training gets of a row: ids and a mask, with what a person needs to recognise it.
+"""Examples: token ids and loss mask of a row, with what a person needs to recognise the row.
 
-    examples = Examples(); examples.append(example); examples[0]     # 12 bytes of each in memory
+    examples = Examples(); examples.append(example); examples[0]     # 12 bytes per example in memory
 
-An example in a `Store` is its ids (int32), its mask (bool), a byte that says whether weights (float32) follow, and the
-rest as JSON, one after the other: one read brings a row, and no second file has to fit to it.
+An example is stored as its ids (int32), its loss mask (bool), a byte that says whether weights (float32) follow, and
+the rest as JSON, in one record: one read returns a row, and no second file has to be kept consistent.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Example:
     loss_mask: np.ndarray
     """bool (T,)"""
     where: str
-    """The row's place: `chats.jsonl:17`, `owner/name[17]`; with `overflow: split` also `chats.jsonl:17 part 2/3`."""
+    """Where the row is: `chats.jsonl:17`, `owner/name[17]`; with `overflow: split` also `chats.jsonl:17 part 2/3`."""
     messages: list[dict[str, Any]]
     """The normalised messages, for showing and generating; empty for plain text and for later parts of a row."""
     tools: list[dict[str, Any]] | None = None
@@ -44,43 +44,43 @@ class Example:
 
     @property
     def total_weight(self) -> float:
-        """Sum of the weights of the labels (the first token is none, since nothing predicts it)."""
+        """Sum of the weights of the labels (the first token is no label, since nothing predicts it)."""
         if self.weights is None:
             return int(np.count_nonzero(self.loss_mask[1:]))
         return float(self.weights[1:][self.loss_mask[1:]].sum(dtype=np.float64))
 
     @property
     def prompt_ids(self) -> np.ndarray:
-        """The ids before the last answer, to generate it anew from; empty for a row that is learned whole."""
+        """The ids before the last answer, to generate an answer from; empty for a row that is trained on completely."""
         begins = np.flatnonzero(self.loss_mask & ~np.concatenate(([False], self.loss_mask[:-1])))
         return self.input_ids[: begins[-1]] if len(begins) and begins[-1] > 1 else self.input_ids[:0]
 
     def pieces(self, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-        """The row in stretches that are learned alike: `[{"text": ..., "supervised": ..., "ids": [...]}, ...]`.
+        """Split the row into pieces of equal loss weight: `[{"text": ..., "supervised": ..., "ids": [...]}, ...]`.
 
-        A stretch of a row with weights has its `weight` too.
+        In a row with weights each piece also has its `weight`.
         """
         weights = self.loss_mask.astype(np.float32) if self.weights is None else self.weights
         edges = np.flatnonzero(np.diff(weights)) + 1
-        found = []
+        pieces = []
         for ids, part in zip(np.split(self.input_ids, edges), np.split(weights, edges), strict=True):
             if len(ids):
                 piece = {"text": tokenizer.decode(ids), "supervised": bool(part[0]), "ids": ids.tolist()}
-                found.append(piece if self.weights is None else {**piece, "weight": float(f"{part[0]:.6g}")})
-        return found
+                pieces.append(piece if self.weights is None else {**piece, "weight": float(f"{part[0]:.6g}")})
+        return pieces
 
 
 class Examples(Sequence[Example]):
-    """Examples on disk, each read when it is asked for."""
+    """Sequence of examples on disk, each read on access."""
 
     def __init__(self, store: Store | None = None, lengths: array[int] | None = None) -> None:
         self.store = Store() if store is None else store
         self.lengths = array("i") if lengths is None else lengths
-        """Tokens of each."""
+        """Number of tokens of each example."""
         self._digest = hashlib.sha256()
 
     def append(self, example: Example) -> None:
-        """Adds one.
+        """Append an example.
 
         Raises:
             StorageError: the disk is full.
@@ -96,7 +96,7 @@ class Examples(Sequence[Example]):
             self._digest.update(b"weights" + weights)
 
     def sha256(self) -> str:
-        """Over ids, masks and weights of what was appended: equal if the same tokens are learned alike, in order."""
+        """Hash of ids, loss masks and weights of all appended examples, in order."""
         return self._digest.hexdigest()
 
     def __len__(self) -> int:
@@ -118,7 +118,7 @@ class Examples(Sequence[Example]):
         return Example(ids, mask, where, messages, tools, weights)
 
     def ids(self) -> Iterator[np.ndarray]:
-        """int32 (T,) of each, the rest left unread."""
+        """Iterate over the ids, int32 (T,) each, without reading the rest."""
         begin = 0
         for length, end in zip(self.lengths, self.store.ends, strict=True):
             yield np.frombuffer(self.store.read(begin, begin + 4 * length), "<i4")
@@ -126,27 +126,27 @@ class Examples(Sequence[Example]):
 
 
 def lengths_of(rows: Sequence[Example]) -> Sequence[int]:
-    """Tokens of each row."""
+    """Number of tokens of each row."""
     return rows.lengths if isinstance(rows, Examples) else [len(row.input_ids) for row in rows]
 
 
 def ids_of(rows: Sequence[Example]) -> Iterator[np.ndarray]:
-    """int32 (T,) of each row."""
+    """Iterate over the ids of each row, int32 (T,)."""
     return rows.ids() if isinstance(rows, Examples) else (row.input_ids for row in rows)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The rows to train on, the rows to validate on, and the account of both."""
+    """Training rows, validation rows, and the data report on both."""
 
     train: Sequence[Example]
     validation: Sequence[Example]
     report: DataReport
     manifest: Manifest = field(default_factory=Manifest)
-    """What split.json holds."""
+    """Content of split.json."""
     key: str | None = None
-    """The name of the cache's entry, where there is one."""
+    """Key of the cache entry, if there is one."""
 
     def with_findings(self, findings: Iterable[dict[str, Any]]) -> Prepared:
-        """The same rows, whose account also has what the rules on rows say of them."""
+        """Return the same rows with these findings in the report."""
         return replace(self, report=replace(self.report, findings=list(findings)))

@@ -1,12 +1,12 @@
-"""Several rows in one sequence: no padding, and each row as if it were alone.
+"""Pack several rows into one sequence: less padding, and each row is computed as if it were alone.
 
-Chats differ in length, so a batch padded to its longest row computes on pads (1.6 times the tokens on real chats, four
-rows a batch). A pack holds whole rows, never parts of one, up to `max_length` tokens; positions restart with each row
-and attention stays within it, so every row's loss and gradient are those it has alone.
+Chats differ in length, so a batch padded to its longest row computes on padding (1.6 times the tokens on real chats,
+four rows per batch). A pack holds complete rows, never parts of one, up to `max_length` tokens; positions restart with
+each row and attention stays within it, so every row's loss and gradient are those it has alone.
 
 Rows are placed by best-fit decreasing: the longest first, each into the fullest pack it still fits (Johnson 1973; at
-most 11/9 of the optimum and one pack more, far closer on many short rows). The packs depend on the lengths alone, so a
-resumed run has the same ones; the order in which they are trained on is drawn anew each epoch.
+most 11/9 of the optimum and one pack more, far closer on many short rows). The packs depend only on the lengths, so a
+resumed run has the same packs; their order is drawn again for each epoch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Row numbers of each pack.
+    """Return the row numbers of each pack.
 
     Args:
         lengths: tokens of each row, none above `capacity`.
@@ -40,14 +40,14 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def fill(lengths: Sequence[int], packs: Sized, capacity: int) -> float:
-    """Share of all places in the packs that hold a token."""
+    """Share of all positions in the packs that hold a token."""
     return sum(lengths) / (len(packs) * capacity) if packs else 0.0
 
 
 def account(lengths: Sequence[int], capacity: int) -> dict[str, Any]:
-    """The part `packing` of data.json: what packing makes of the training rows. It cuts none of them.
+    """Return the part `packing` of data.json: statistics of the packed training rows. No row is truncated.
 
-    `tokens_empty` is what is left over in the sequences; a batch of one sequence does not even compute on it.
+    `tokens_empty` counts the unused positions in the sequences; a batch of one sequence does not compute on them.
     """
     packs = pack(lengths, capacity)
     return {
@@ -60,7 +60,7 @@ def account(lengths: Sequence[int], capacity: int) -> dict[str, Any]:
 
 
 def in_words(packing: dict[str, Any]) -> str:
-    """The account in one line."""
+    """Describe the packing in one line."""
     return (
         f"{packing['rows']:,} rows in {packing['sequences']:,} sequences of {packing['sequence_tokens']:,} tokens, "
         f"{packing['fill']:.1%} full ({packing['tokens_empty']:,} positions empty); no row is truncated"

@@ -1,19 +1,22 @@
-"""The one door from a config to the tokens that are trained on.
+"""Prepare a dataset: from a config to the tokens that are trained on.
 
-    read -> name columns -> normalise -> remove copies, group, split -> render by the template -> mask -> max_length
+    read -> rename columns -> normalise -> remove duplicates, group, split -> render by the template -> loss mask ->
+    max_length
 
-Every row that was read is either kept or dropped for a reason that is counted: rows read = kept + dropped. Training,
-evaluation, the data report and chat all come through here, so they cannot render or mask differently.
+Every row is either kept or dropped for a reason that is counted: rows read = kept + dropped. Training, evaluation, the
+data report and chat all use this module, so they render and mask in the same way.
 
     prepared = prepare(config, tokenizer, progress=lambda done, total, what: ...)
     prepared.train, prepared.validation      sequences of Example
     prepared.report.to_json()                data.json
     prepared.manifest                        split.json: the hash of each row and the side it is on
 
-Rows may be many times larger than the memory. They are read one at a time, wait in a `Store` between reading and
-rendering, and their examples in another between rendering and training; what must be known of all rows at once is kept
-as numbers, under 250 bytes a row. Beside that a constant: 0.1 GiB of stores and memos, and what the tokenizer takes for
-a batch of rows or for one very long row, some hundred bytes for each token. `bench/data_memory.py` measures it.
+Memory
+------
+The rows may be many times larger than the memory. They are read one at a time and kept in a `Store` on disk before and
+after rendering; only numbers are kept for all rows at once, under 250 bytes per row. In addition a constant: 0.1 GiB of
+stores and memos, and what the tokenizer needs for a batch of rows or for one very long row, some hundred bytes per
+token. `bench/data_memory.py` measures it.
 """
 
 from __future__ import annotations
@@ -60,7 +63,7 @@ if TYPE_CHECKING:
 __all__ = ["ANSWER_PAST_MAX_LENGTH", "NOTHING_TO_LEARN", "DataReport", "Example", "Prepared", "Progress"]
 
 Progress = Callable[[int, int, str], None]
-"""Called with (done, total, what is being done); total is 0 where it is not known."""
+"""Called with (done, total, current step); total is 0 if it is not known."""
 
 NUM_SHOWN = 3
 
@@ -73,14 +76,14 @@ def prepare(
     rendered_on: date | None = None,
     use_cache: bool = True,
 ) -> Prepared:
-    """Reads, splits, renders and masks the rows of a config; or takes the result of an earlier time from the cache.
+    """Read, split, render and mask the rows of a config, or load the result from the cache.
 
     Args:
-        rendered_on: the date that templates write which write one; today's if not given.
+        rendered_on: the date that the template sees as today; default: today.
 
     Raises:
-        InputError: a file, a row, the template or the split is not usable; names the place.
-        CheckError: `eval_dataset` contains rows of `dataset`.
+        InputError: a file, a row, the template or the split cannot be used; the message names the place.
+        CheckError: `eval_dataset` contains rows of `dataset`, or rows close to them.
     """
     progress, rendered_on = progress or _silent, rendered_on or date.today()
     progress(0, 0, "reading rows")
@@ -151,14 +154,14 @@ def render_prompt(
     *,
     rendered_on: date | None = None,
 ) -> list[int]:
-    """The ids after which the model writes the next assistant turn; the same code that renders training rows."""
+    """Return the prompt ids for the next assistant turn, made by the code that renders training rows."""
     rendered = ChatTemplate(tokenizer, rendered_on).render_prompt(messages, tools)
     return _encoder(tokenizer).encode([rendered], ["the prompt"])[0].ids.tolist()
 
 
 @lru_cache(maxsize=1)
 def _encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
-    """Kept, since each one copies the vocabulary: half a second for each reply in a chat."""
+    """Cached, because an Encoder copies the vocabulary: half a second for each reply in a chat."""
     return Encoder(tokenizer)
 
 
@@ -180,7 +183,7 @@ def _both_sides(
     own: Source | None,
     progress: Progress,
 ) -> tuple[Records, Records, Manifest]:
-    """Rows to train on, rows to validate on, and the side of each row by its hash."""
+    """Return training rows, validation rows, and the side of each row by its hash."""
     records, report.format = _records(settings, holdout.split_by, report, dataset, progress)
     on_split = partial(_onward, progress, 0, len(records), "looking for duplicates")
     size = holdout.validation_size if own is None else 0
@@ -206,7 +209,7 @@ def _both_sides(
 def _records(
     settings: SourceSettings, split_by: str | None, report: DataReport, source: Source, progress: Progress
 ) -> tuple[Records, str]:
-    """The normalised rows of `dataset` or `eval_dataset`, and their format."""
+    """Return the normalised rows of `dataset` or `eval_dataset`, and their format."""
     mapping, is_strict = settings.column_mapping, settings.on_bad_row == "error"
     check_mapping(source, mapping, is_needed=source.key == "dataset")
     found, why = recognise((mapped(row, mapping) for row in source), is_strict=is_strict)

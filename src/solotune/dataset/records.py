@@ -1,7 +1,7 @@
-"""The normalised rows of a source: on disk what they say, in memory what the split asks of all of them at once.
+"""Normalised rows of a source: their content on disk, what the split needs of all rows at once in memory.
 
-48 bytes of each row are in memory: what names it (half a sha256 of its text) and whom it belongs with (`groups.py`).
-Rows lie in a `Store` as JSON, so nothing is run in reading them; a value that JSON does not have is refused.
+48 bytes per row are in memory: half a sha256 of its text, and the links to rows that belong with it (`groups.py`). Rows
+are kept in a `Store` as JSON, so reading them runs no code; a value that JSON cannot hold is refused.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Records(Sequence[Record]):
 
     store: Store
     numbers: np.ndarray
-    """int64 (R,): places in the store"""
+    """int64 (R,): index of each row in the store"""
     hashes: np.ndarray
-    """S16 (R,): the first half of `row_hash`'s sha256, equal for rows that say the same"""
+    """S16 (R,): the first half of `row_hash`'s sha256, equal for rows with the same content"""
     links: np.ndarray
-    """uint64 (R, 4): see `groups.py`; the first is the group's"""
+    """uint64 (R, 4): see `groups.py`; the first is the group"""
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -47,25 +47,25 @@ class Records(Sequence[Record]):
         return unpacked(self.store[int(self.numbers[row])])
 
     def take(self, rows: np.ndarray) -> Records:
-        """Those of these numbers (or of a mask)."""
+        """Select rows by number or by a boolean mask."""
         return Records(self.store, self.numbers[rows], self.hashes[rows], self.links[rows])
 
     def name_of_group(self, row: int) -> str:
-        """The group that a row says it is of; without one, the row's own hash."""
+        """The group that the row names; without one, the row's own hash."""
         group = self[row].group if self.links[row, 0] else None
         return group if group is not None else self.hashes[row : row + 1].tobytes().hex()
 
 
 def packed(record: Record) -> bytes:
-    """A record as bytes.
+    """Serialise a record.
 
     Raises:
-        RowError: tools or tool calls hold something that is not JSON (a date out of a parquet file).
+        RowError: tools or tool calls hold a value that JSON does not have (a date from a parquet file).
     """
 
     def refuse(value: Any) -> NoReturn:
         raise RowError(
-            f"{record.where}: tools or tool calls hold what JSON has not",
+            f"{record.where}: tools or tool calls hold a value that is not JSON",
             reason="tools or tool calls hold what JSON has not",
             seen=f"{type(value).__name__} {value!s:.60}",
             allowed="texts, numbers, true, false, null, lists and objects",
@@ -76,13 +76,13 @@ def packed(record: Record) -> bytes:
 
 
 def unpacked(data: bytes) -> Record:
-    """The record again."""
+    """Deserialise a record."""
     values = dict(zip(_FIELDS, json.loads(data.decode("utf-8", "surrogatepass")), strict=True))
     return Record(**{**values, "weights": tuple(values["weights"])})
 
 
 def folded(text: str) -> str:
-    """What two texts are compared by: NFKC, case and runs of blanks do not matter."""
+    """Normalise a text for comparison: NFKC, case-folded, runs of whitespace as one space."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
@@ -95,13 +95,13 @@ def _said(record: Record) -> str:
 
 
 def row_hash(record: Record) -> bytes:
-    """16 bytes that name a row: equal for rows that say the same."""
+    """Hash of a row's content, 16 bytes: equal for rows with the same content."""
     said = _said(record) if record.is_chat else folded(record.text)
     return hashlib.sha256(said.encode()).digest()[:16]
 
 
 def spoken(record: Record) -> str:
-    """What near-duplicates are found by, folded: all but the system prompts, which would make all rows alike."""
+    """Return the text that near-duplicates are compared by: without system prompts, which would make all rows alike."""
     if not record.is_chat:
         return folded(record.text)
     return folded(" ".join(m["content"] for m in record.messages if m["role"] not in ("system", "developer")))

@@ -1,15 +1,15 @@
-"""From records to examples: render by the template, tokenise, mask, and bring to `max_length`.
+"""From records to examples: render with the template, tokenise, mask, and fit to `max_length`.
 
-A row that is too long is dealt with as `overflow` says, and always counted:
+A row longer than `max_length` is handled as `overflow` says, and always counted:
 
-    truncate  its end is cut; what answers lose is counted
+    truncate  its end is cut off; loss tokens that are lost are counted
     drop      the row is dropped
-    split     it becomes parts of `max_length`. Each part but the first repeats one token, the last of the part before
-              it, so that every label has a predecessor and none is lost. What came earlier a part does not see.
-    error     stop, and name it
+    split     the row becomes parts of `max_length`. Each part but the first repeats one token, the last of the part
+              before it, so that every label has a predecessor and none is lost. A part does not see earlier parts.
+    error     stop, and name the row
 
-Weights (`messages.py`) go with the tokens through all of this. A row in which nothing is learned is dropped under a
-reason: a step over such rows only would be a loss of 0 / 0.
+Weights (`messages.py`) stay with their tokens throughout. A row without a loss token is dropped and counted: a step
+over such rows only would have a loss of 0 / 0.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCH_ROWS, _BATCH_CHARACTERS = 256, 2 << 20
-"""Rows that are tokenised together: what the tokenizer says of each token takes some hundred bytes."""
+"""Rows that are tokenised together: the tokenizer's output takes some hundred bytes per token."""
 
 
 class Renderer:
-    """Turns records into examples, counting in a report what is lost on the way."""
+    """Turn records into examples, and count in a report what is lost."""
 
     def __init__(self, settings: RenderSettings, tokenizer: PreTrainedTokenizerBase, report: DataReport) -> None:
         self._settings, self._report, self._tokenizer = settings, report, tokenizer
@@ -46,10 +46,10 @@ class Renderer:
         self._end_ids: dict[bool, frozenset[int]] = {}
 
     def examples(self, records: Sequence[Record], progress: Callable[[int], None]) -> Iterator[Example]:
-        """The examples of the records, in order.
+        """Yield the examples of the records, in order.
 
         Raises:
-            RowError: a row that template or tokenizer refuse, unless `on_bad_row: drop`.
+            RowError: a row that the template or the tokenizer refuses, unless `on_bad_row: drop`.
             InputError: a row that is too long, with `overflow: error`; no chat template.
         """
         for done, batch in _batches(records):
@@ -60,7 +60,7 @@ class Renderer:
     # --- render and tokenise
 
     def _encoded(self, records: Sequence[Record]) -> list[tuple[Record, Encoded]]:
-        """A batch at once; if a row in it is bad and may be dropped, row by row."""
+        """Encode a batch at once; row by row if it has a bad row that may be dropped."""
         try:
             rendered = [self._rendered(record) for record in records]
             encoded = self._encoder.encode(rendered, [record.where for record in records])
@@ -85,12 +85,12 @@ class Renderer:
 
     @property
     def _chat_template(self) -> ChatTemplate:
-        if self._template is None:  # made late: rows of plain text need none
+        if self._template is None:  # created on first use: rows of plain text need none
             self._template = ChatTemplate(self._tokenizer, self._report.day)
         return self._template
 
     def _with_affixes(self, encoded: Encoded) -> Encoded:
-        """A plain text gets what the tokenizer puts around texts (a bos), once, and an eos so that it ends."""
+        """Add to a plain text the tokenizer's own bos, unless it is there already, and an eos so that the text ends."""
         before, ids = self._encoder.affixes[0], encoded.ids
         if before and ids[: len(before)].tolist() == before:
             before = []
@@ -119,56 +119,56 @@ class Renderer:
 
     # --- mask, and bring to max_length
 
-    def _learned(self, record: Record, num_answers: int) -> list[int]:
-        """The numbers of the answers to learn, among the answers of the row."""
-        learned = [k for k in range(num_answers) if not record.weights or record.weights[k]]
+    def _trained_answers(self, record: Record, num_answers: int) -> list[int]:
+        """Numbers of the answers of the row that are trained on."""
+        trained = [k for k in range(num_answers) if not record.weights or record.weights[k]]
         is_last_only = self._settings.train_on_last_turn and record.is_chat
-        return [k for k in learned if k == num_answers - 1] if is_last_only else learned
+        return [k for k in trained if k == num_answers - 1] if is_last_only else trained
 
-    def _mask(self, encoded: Encoded, learned: list[int]) -> np.ndarray:
+    def _mask(self, encoded: Encoded, trained: list[int]) -> np.ndarray:
         """bool (T,)"""
         if self._settings.assistant_only_loss:
-            supervised = encoded.mask(learned)
+            loss_mask = encoded.mask(trained)
         else:
-            supervised = ~encoded.mask([k for k in range(len(encoded.spans)) if k not in learned])
-        if len(supervised):
-            supervised[0] = False  # nothing comes before the first token, so nothing predicts it
-        return supervised
+            loss_mask = ~encoded.mask([k for k in range(len(encoded.spans)) if k not in trained])
+        if len(loss_mask):
+            loss_mask[0] = False  # nothing comes before the first token, so nothing predicts it
+        return loss_mask
 
     def _examples_of(self, record: Record, encoded: Encoded) -> list[Example]:
         report, limit, overflow = self._report, self._settings.max_length, self._settings.overflow
-        learned = self._learned(record, len(encoded.spans))
-        supervised = self._mask(encoded, learned)
+        trained = self._trained_answers(record, len(encoded.spans))
+        loss_mask = self._mask(encoded, trained)
         weights = _weights(record, encoded)
         num_tokens = len(encoded.ids)
         report.labels.row_tokens.append(num_tokens)
         if num_tokens > limit and overflow == "error":
             raise self._too_long(record, num_tokens)
-        if not supervised.any():
+        if not loss_mask.any():
             report.dropped[NOTHING_TO_LEARN] += 1
             return []
         if num_tokens > limit and overflow == "drop":
             report.dropped[LONGER_THAN_MAX_LENGTH] += 1
             return []
         if num_tokens > limit and overflow == "split":
-            num_kept, examples = num_tokens, self._parts(record, encoded.ids, supervised, weights)
+            num_kept, examples = num_tokens, self._parts(record, encoded.ids, loss_mask, weights)
         else:
             num_kept = min(num_tokens, limit)
             report.num_truncated += num_tokens > limit
-            report.num_answers_cut += bool(supervised[limit:].any())
-            if not supervised[:limit].any():
+            report.num_answers_cut += bool(loss_mask[limit:].any())
+            if not loss_mask[:limit].any():
                 report.dropped[ANSWER_PAST_MAX_LENGTH] += 1
                 return []
-            examples = [_example(record, record.where, encoded.ids[:limit], supervised[:limit], weights)]
+            examples = [_example(record, record.where, encoded.ids[:limit], loss_mask[:limit], weights)]
         report.num_tokens += sum(len(example.input_ids) for example in examples)
-        report.num_supervised += int(supervised[:num_kept].sum())
+        report.num_supervised += int(loss_mask[:num_kept].sum())
         report.total_weight += sum(example.total_weight for example in examples)
         report.num_weighted_rows += any(example.weights is not None for example in examples)
-        report.num_weighted_answers += sum(_weight_of(record, number) != 1 for number in learned)
+        report.num_weighted_answers += sum(_weight_of(record, number) != 1 for number in trained)
         report.labels.add(
             encoded,
-            learned,
-            supervised,
+            trained,
+            loss_mask,
             num_kept,
             end_ids=self._end_ids_of(is_chat=record.is_chat),
             bos_id=cast("int | None", self._tokenizer.bos_token_id),
@@ -176,19 +176,19 @@ class Renderer:
         return examples
 
     def _parts(
-        self, record: Record, ids: np.ndarray, supervised: np.ndarray, weights: np.ndarray | None
+        self, record: Record, ids: np.ndarray, loss_mask: np.ndarray, weights: np.ndarray | None
     ) -> list[Example]:
-        """The row in parts that overlap by one token; those with something to learn."""
+        """Split the row into parts that overlap by one token; return those with a loss token."""
         limit = self._settings.max_length
         starts = range(0, len(ids) - 1, limit - 1)
         examples = []
         for number, start in enumerate(starts, 1):
             part = slice(start, start + limit)
-            mask = supervised[part].copy()
-            mask[0] = False  # it is the label of the part before
+            mask = loss_mask[part].copy()
+            mask[0] = False  # already a label in the previous part
             if mask.any():
                 where = f"{record.where} part {number}/{len(starts)}"
-                # generating from the messages would generate the whole row's answer, so one part has them
+                # generation from the messages would produce the whole row's answer, so only one part has them
                 source = record if number == 1 else replace(record, messages=[], tools=None)
                 examples.append(_example(source, where, ids[part], mask, None if weights is None else weights[part]))
         self._report.num_split += 1
@@ -206,7 +206,7 @@ class Renderer:
 
 
 def _batches(records: Sequence[Record]) -> Iterator[tuple[int, list[Record]]]:
-    """Rows to tokenise together, and how many rows are done with them."""
+    """Yield batches of rows to tokenise, each with the number of rows up to its end."""
     batch: list[Record] = []
     num_characters = 0
     for done, record in enumerate(records, 1):
@@ -218,14 +218,14 @@ def _batches(records: Sequence[Record]) -> Iterator[tuple[int, list[Record]]]:
 
 
 def _weight_of(record: Record, answer: int) -> float:
-    """What a token of an answer counts in the loss."""
+    """Loss weight of the tokens of an answer."""
     return record.weight * (record.weights[answer] if record.weights else 1.0)
 
 
 def _weights(record: Record, encoded: Encoded) -> np.ndarray | None:
-    """float32 (T,): what each token counts where it is learned; None where nothing has a weight.
+    """float32 (T,): loss weight of each token; None if the row has no weights.
 
-    Between the answers, which only `assistant_only_loss: false` learns, it is the row's weight.
+    Outside the answers, which only `assistant_only_loss: false` trains on, it is the row's weight.
     """
     if record.weight == 1 and not record.weights:
         return None
@@ -235,11 +235,9 @@ def _weights(record: Record, encoded: Encoded) -> np.ndarray | None:
     return weights
 
 
-def _example(
-    record: Record, where: str, ids: np.ndarray, supervised: np.ndarray, weights: np.ndarray | None
-) -> Example:
-    """An example with arrays of its own; with weights only where one of its labels has another than 1."""
+def _example(record: Record, where: str, ids: np.ndarray, loss_mask: np.ndarray, weights: np.ndarray | None) -> Example:
+    """Build an example with its own copies of the arrays; with weights only if a label has a weight other than 1."""
     if weights is not None:
-        weights = np.where(supervised, weights[: len(ids)], np.float32(0))
-        weights = None if (weights[supervised] == 1).all() else weights
-    return Example(ids.copy(), supervised.copy(), where, record.messages, record.tools, weights)
+        weights = np.where(loss_mask, weights[: len(ids)], np.float32(0))
+        weights = None if (weights[loss_mask] == 1).all() else weights
+    return Example(ids.copy(), loss_mask.copy(), where, record.messages, record.tools, weights)

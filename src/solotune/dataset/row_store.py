@@ -1,14 +1,14 @@
-"""Rows that take no memory: written to a file as they come, read back one at a time.
+"""Append-only store of byte strings on disk: rows that take almost no memory.
 
     store = Store()
     store.append(b"...")
     store[0]                     # b"..."
 
-In memory are 8 bytes a row, and the last 32 MiB: so small data never touches the disk, with the same code. The file has
-no name and is gone with the process, however that ends. It is read with `pread`, not mapped: pages of a mapped file
-count as the process's memory, and a file that is cut short behind a map kills the process instead of raising an error.
+In memory are 8 bytes per row, and the last 32 MiB: so small data never touches the disk, with the same code. The file
+has no name, so it disappears with the process, however that ends. It is read with `pread`, not mapped: pages of a
+mapped file count as the process's memory, and truncating a mapped file kills the process instead of raising an error.
 
-What lies here is bytes that this process wrote, or an entry of the cache that matched its checksum.
+The content is bytes that this process wrote, or a cache entry that matched its checksum.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _PIECE_BYTES = 1 << 20
 
 
 def folder() -> Path:
-    """Where files lie that are made from the data: `$XDG_CACHE_HOME/solotune/data`, by default below `~/.cache`."""
+    """Folder for files made from the data: `$XDG_CACHE_HOME/solotune/data`, by default below `~/.cache`."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "solotune" / "data"
 
 
 class Store(Sequence[bytes]):
-    """A sequence of byte strings that grows at its end."""
+    """Append-only sequence of byte strings."""
 
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None
@@ -45,7 +45,7 @@ class Store(Sequence[bytes]):
 
     @classmethod
     def of(cls, file: IO[bytes], begin: int, ends: array[int]) -> Store:
-        """The items that lie in a file from `begin` on; `ends` are counted from there."""
+        """Open items that are in a file from `begin` on; `ends` are relative to it."""
         store = cls()
         store._file, store._begin, store._ends = file, begin, ends
         store._num_written = store.num_bytes
@@ -53,16 +53,16 @@ class Store(Sequence[bytes]):
 
     @property
     def num_bytes(self) -> int:
-        """Of all items together."""
+        """Total size of all items."""
         return self._ends[-1] if self._ends else 0
 
     @property
     def ends(self) -> array[int]:
-        """For each item, the bytes up to its end."""
+        """For each item, the offset of its end."""
         return self._ends
 
     def append(self, item: bytes) -> None:
-        """Adds an item.
+        """Append an item.
 
         Raises:
             StorageError: the disk is full.
@@ -103,7 +103,7 @@ class Store(Sequence[bytes]):
         return self.read(self._ends[number - 1] if number else 0, self._ends[number])
 
     def read(self, begin: int, end: int) -> bytes:
-        """The bytes `[begin, end)` of all items one after the other.
+        """Read the bytes `[begin, end)` of the concatenated items.
 
         Raises:
             StorageError: the file cannot be read, or is shorter than it was.
@@ -129,13 +129,13 @@ class Store(Sequence[bytes]):
         return found
 
     def pieces(self) -> Iterator[bytes]:
-        """All bytes, in pieces of 1 MiB."""
+        """Yield all bytes, in pieces of 1 MiB."""
         for begin in range(0, self.num_bytes, _PIECE_BYTES):
             yield self.read(begin, min(begin + _PIECE_BYTES, self.num_bytes))
 
 
 def _temporary_file() -> IO[bytes]:
-    """In the cache's folder; a system's folder for temporary files is often a part of the memory."""
+    """Open a file in the cache folder, because the system's folder for temporary files is often in memory."""
     place = folder()
     try:
         place.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,6 +1,6 @@
-"""Which rows each training step sees: packs of rows, the order of an epoch, micro-batches.
+"""Batch sampler: the packs of rows, the order of an epoch, and the micro-batches of each step.
 
-An epoch's order is a permutation drawn from (seed, epoch), so a run can be resumed knowing only its step.
+An epoch's order is a permutation drawn from (seed, epoch), so a run can be resumed from its step number alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from solotune.dataset.packing import pack
 
 @dataclass(frozen=True)
 class BatchSampler:
-    """How many steps there are, and which rows (or packs of rows) each of them sees."""
+    """The number of steps, and the rows (or packs of rows) of each step."""
 
     num_rows: int
     micro_batch_size: int
@@ -39,15 +39,15 @@ class BatchSampler:
         return math.ceil(self.num_rows / (self.micro_batch_size * self.accumulation))
 
     def epoch_at(self, step: int) -> float:
-        """Epochs done after `step` steps."""
+        """Number of epochs after `step` steps."""
         return step / self.steps_per_epoch
 
     def row_order(self, epoch: int) -> np.ndarray:
-        """int64 (num_rows,): the permutation of rows in an epoch (counted from 0)."""
+        """int64 (num_rows,): the order of rows in an epoch (epochs count from 0)."""
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
 
     def steps(self, done: int) -> Iterator[list[list[int]]]:
-        """The micro-batches (lists of row numbers) of each step after `done`; an epoch's last step may be shorter."""
+        """Yield the micro-batches (row numbers) of each step after `done`; an epoch's last step may be smaller."""
         rows_per_step = self.micro_batch_size * self.accumulation
         order_epoch, order = -1, np.empty(0, np.int64)
         for step in range(done, self.total_steps):
@@ -59,7 +59,7 @@ class BatchSampler:
 
 
 def pack_sequences(batches: BatchSettings, rows: Sequence[Example]) -> list[list[int]] | np.ndarray:
-    """The row numbers of each training sequence: one row each, or packs of them."""
+    """Return the row numbers of each training sequence: one row each, or several when packing."""
     if not batches.packing:
         return np.arange(len(rows))[:, None]
     return pack(lengths_of(rows), batches.max_length)
@@ -68,7 +68,7 @@ def pack_sequences(batches: BatchSettings, rows: Sequence[Example]) -> list[list
 def pack_and_shape(
     batches: BatchSettings, rows: Sequence[Example]
 ) -> tuple[list[list[int]] | np.ndarray, PaddedShape | None]:
-    """The training sequences, and what packs of them are padded to: compiled passes should have one shape."""
+    """Return the training sequences, and the shape that batches are padded to if they are packed and compiled."""
     packs = pack_sequences(batches, rows)
     if not batches.has_one_shape:
         return packs, None

@@ -587,7 +587,7 @@ def find(word: str) -> str:
         "there is no such fault",
         seen=word,
         allowed="F01 to F78, S1 to S15, or a fault's name",
-        change=f"did you mean {', '.join(near)}?" if near else "docs/faults.md lists them",
+        change=f"did you mean {', '.join(near)}?" if near else "`solotune explain S4` lists the faults of suspect S4",
     )
 
 

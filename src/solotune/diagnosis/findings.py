@@ -1,7 +1,7 @@
-"""What a rule on rows says: a `Finding`, the shape that data.json, `solotune data` and the diagnosis share.
+"""`Finding`: the result of a rule on rows, in the shape that data.json, `solotune data` and the diagnosis share.
 
-Finding.of("F08", "warning", message="...", evidence={...}, fix="...")     slug and suspect are the catalogue's
-finding.signal                                                             what it is worth to a diagnosis
+Finding.of("F08", "warning", message="...", evidence={...}, fix="...")     slug and suspect from the catalogue
+finding.signal                                                             the same as a signal for the diagnosis
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 """Worst first."""
 
 _WORTH: dict[Severity, tuple[Kind, float]] = {"error": ("invariant", 0.9), "warning": ("measured", 0.6)}
-"""Kind and weight of the signal; `info` is something to know, and speaks for no fault."""
+"""Kind and weight of the signal; `info` is no sign of a fault."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One fault seen in the data, with its evidence and the one change that mends it."""
+    """A fault in the data, with its evidence and the change that fixes it."""
 
     code: str
     slug: str
@@ -40,14 +40,14 @@ class Finding:
         """A finding of a fault of the catalogue.
 
         Args:
-            slug: of the fault's second form (`catalogue.ALIASES`); the fault's own if not given.
+            slug: of the fault's second form (`catalogue.ALIASES`); by default the fault's own.
         """
         fault = FAULTS[code]
         return cls(code, slug or fault.slug, fault.suspect, severity, message, evidence, fix)
 
     @classmethod
     def from_json(cls, found: Any) -> Finding | None:
-        """A finding out of a file; None for anything else."""
+        """A finding from JSON; None if the value is not one."""
         is_one = isinstance(found, Mapping) and set(found) == set(cls.__dataclass_fields__)
         return cls(**found) if is_one else None
 
@@ -57,7 +57,7 @@ class Finding:
 
     @property
     def signal(self) -> Signal | None:
-        """The same as a diagnosis weighs it; None for what speaks for no fault."""
+        """The signal for a diagnosis; None for `info`."""
         if self.severity not in _WORTH:
             return None
         kind, weight = _WORTH[self.severity]

@@ -1,11 +1,11 @@
-"""What is diagnosed: whatever is known of a training, by whomever it was run.
+"""`RunFacts`: the input of a diagnosis, everything known about a run of any trainer.
 
-A `RunFacts` is filled from a config before a run (`of_config`), from a run directory of ours (`from_run`), from a
-folder that Hugging Face's Trainer wrote (`foreign`), or by the caller, who hands over the very objects of a training
-loop. Every part may be missing; a rule asks only for what it needs, and a rule that cannot ask is listed as such in the
-diagnosis, since it leaves something open.
+It is made from a config before a run (`solotune_run.of_config`), from a run directory (`solotune_run.from_run`), from
+an output folder of Hugging Face's Trainer (`hf_trainer.from_folder`), or by the caller from the objects of a training
+loop. Every part may be missing. A rule names the parts that it needs; if one is missing, the diagnosis lists its fault
+as open.
 
-Nothing here trusts the code that made the parts: batches are looked at as the model gets them.
+The code that made the parts is not trusted: batches are read as the model gets them.
 
 Shape legend: B sequences, T tokens, S optimizer steps.
 """
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a training was told, under our names; None where nobody knows. Foreign names are translated (`foreign`).
+    """Settings of a run under solotune's names; None if unknown. Names of other tools are translated (`hf_settings`).
 
-    Names that `RunConfig` lacks are those of the library that has them: `optim` and `lr_scheduler_type` of any kind,
+    Settings that `RunConfig` does not have use the name of their library: `optim` and `lr_scheduler_type` of any kind,
     `fp16`, `model_dtype` and `adapter_dtype` (float32, bfloat16, float16), `load_in_8bit`, `bnb_4bit_compute_dtype`,
     `llm_int8_skip_modules`, `init_lora_weights`, `modules_to_save`, `trainable_token_indices`, `inference_mode`,
     `use_reentrant`, `logging_nan_inf_filter`, `ignore_data_skip`, `neftune_noise_alpha`, `dataloader_num_workers`,
@@ -43,7 +43,7 @@ class Settings:
     """
 
     values: Mapping[str, Any]
-    asked: Mapping[str, Any] = field(default_factory=dict)  # what the user wrote, where that differs from what held
+    asked: Mapping[str, Any] = field(default_factory=dict)  # what the user wrote, where it differs
     sources: Mapping[str, str] = field(default_factory=dict)  # key -> file and line, for the fix
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -52,7 +52,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Trace:
-    """What a training recorded, one place a logged step; NaN where a value is not there. S logged steps."""
+    """The log of a run: one entry for each of S logged steps, NaN if a value is missing."""
 
     step_S: np.ndarray  # int64
     loss_S: np.ndarray
@@ -63,13 +63,13 @@ class Trace:
     eval_loss_E: np.ndarray
     total_steps: int | None  # planned
     is_finished: bool
-    errors: tuple[str, ...] = ()  # exceptions and warnings that stand in its logs
+    errors: tuple[str, ...] = ()  # exceptions and warnings in its logs
     seams: tuple[int, ...] = ()  # steps after which it was resumed
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What lies on disk after a training: tensors by their names in the file, and the configs beside them."""
+    """The saved files of a run: tensors by their names in the file, and the configs with them."""
 
     adapter: Tensors
     adapter_config: Mapping[str, Any]
@@ -77,31 +77,31 @@ class Saved:
     scheduler_present: bool | None = None
     merged: Callable[[], torch.nn.Module] | None = None
     in_checkpoint: Tensors | None = None
-    """The adapter that a checkpoint of the same training holds, where this one changes nothing."""
+    """The adapter in a checkpoint of the same run, if this one changes nothing (B = 0)."""
 
 
 @dataclass(frozen=True)
 class LiveModel:
-    """A model that can be run on this machine, with the batches that its training saw.
+    """A model that can run on this machine, with the batches of its training.
 
     `model` takes transformers' arguments (input_ids, attention_mask, position_ids, labels, use_cache) and has its
-    adapters on it; probes put it back as it was. `batches` are dicts of tensors exactly as the training's collator
-    made them, labels included (-100 for what is not learned).
+    adapters enabled; probes restore it. `batches` are dicts of tensors exactly as the collator of the training made
+    them, with labels (-100 for tokens without one).
     """
 
     model: torch.nn.Module
     batches: Sequence[Mapping[str, torch.Tensor]]
     make_optimizer: Callable[[Sequence[torch.nn.Parameter]], torch.optim.Optimizer] | None = None
     loss_of: Callable[[torch.nn.Module, Mapping[str, torch.Tensor]], torch.Tensor] | None = None  # else the model's own
-    evaluate: Callable[[torch.nn.Module], float] | None = None  # the training's evaluation, in whatever mode it runs
-    generate: Callable[[str], str] | None = None  # the deployment's way from a user's text to an answer
+    evaluate: Callable[[torch.nn.Module], float] | None = None  # the evaluation of the training, in its own mode
+    generate: Callable[[str], str] | None = None  # the answer to a user's text, as deployed
     backward: Callable[[torch.nn.Module, Sequence[Mapping[str, torch.Tensor]]], Any] | None = None
-    """The gradients of one optimizer step from these micro-batches, accumulated as the training does it."""
+    """Compute the gradients of one optimizer step from these micro-batches, accumulated as in the training."""
 
 
 @dataclass(frozen=True, eq=False)
 class RunFacts:
-    """Everything known of one training; equal to itself alone, since what it holds is large and is cached by it."""
+    """Everything known about one run. Compared by identity, since it is large and used as a cache key."""
 
     name: str
     settings: Settings
@@ -110,13 +110,13 @@ class RunFacts:
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     train: Sequence[Example] = ()
     validation: Sequence[Example] = ()
-    conversations: Sequence[Sequence[Mapping[str, Any]]] = ()  # the same rows before rendering, where they are known
+    conversations: Sequence[Sequence[Mapping[str, Any]]] = ()  # the same rows before rendering, if known
     findings: Sequence[Finding] | None = None  # what `data_checks` found; (): nothing; None: it did not run
-    refusals: Sequence[Signal] = ()  # what the doors of ours said that do not let it in
+    refusals: Sequence[Signal] = ()  # errors of solotune that stop this config, as signals
     trace: Trace | None = None
     saved: Saved | None = None
-    base_template: str = ""  # the chat template that came with the base, where it was trained with another one
-    live: Callable[[], LiveModel] | None = None  # loads it; probes call it once
-    batches: Sequence[Mapping[str, torch.Tensor]] = ()  # as `LiveModel.batches`, where no model is needed to make them
-    environment: Mapping[str, Any] = field(default_factory=dict)  # versions, card
-    missing: Mapping[str, str] = field(default_factory=dict)  # part -> why it is not there
+    base_template: str = ""  # the base's chat template, if the run uses another one
+    live: Callable[[], LiveModel] | None = None  # loads the model; called once
+    batches: Sequence[Mapping[str, torch.Tensor]] = ()  # as `LiveModel.batches`, if known without the model
+    environment: Mapping[str, Any] = field(default_factory=dict)  # versions, GPU
+    missing: Mapping[str, str] = field(default_factory=dict)  # part -> why it is missing

@@ -1,24 +1,24 @@
-"""The numbers that turn evidence into a verdict, all of them, and where they come from.
+"""Thresholds that turn evidence into a verdict, and how weights are combined.
 
-A signal carries its own weight, how surely its fault is there given that signal alone; the rule or probe that makes the
-signal sets it. What stands here joins weights:
+Each signal has a weight, the probability of its fault given only this signal; its rule or probe sets it. Weights are
+combined as
 
-    confidence = (1 - prod_k (1 - w_k)) * prod_j (1 - w_j)      k: kinds that speak for it    j: signals against it
+    confidence = (1 - prod_k (1 - w_k)) * prod_j (1 - w_j)      k: kinds of signals for it    j: signals against it
 
-where w_k is the largest weight of a kind: two measured numbers of one fault mostly come from the same batch, so they do
-not count twice, but an experiment and a measurement do.
+where w_k is the largest weight of a kind: two measured numbers of one fault mostly come from the same batch, so they
+count once, but an experiment and a measurement count twice.
 """
 
 from __future__ import annotations
 
 ACCUSED = 0.5
-"""From this confidence on a fault is named: more likely than not."""
+"""A fault is named at this confidence: more likely than not."""
 DOUBTED = 0.25
-"""From here on it keeps a run from being called healthy."""
+"""At this confidence a fault prevents the verdict "healthy"."""
 SPEAKS_AGAINST = 0.5
-"""A signal against a fault rules it out from this weight on, where nothing speaks for it."""
+"""A signal against a fault rules it out at this weight, if there is no evidence for it."""
 CURVE_ALONE = 0.4
-"""The most that the shape of a curve is worth without a probe: a doubt, never a name."""
+"""Largest confidence from the shape of a curve without a probe: enough for a doubt, not for a name."""
 
 RANK = {"curve": 0, "measured": 1, "counterfactual": 2, "invariant": 3}
-"""Which evidence goes first whatever its weight: an equation that is violated, then an experiment, then a number."""
+"""Order of evidence, whatever its weight: a violated equation, then an experiment, then a measured number."""

@@ -157,8 +157,8 @@ class Resilient:
     """Pass every call to an observer until it fails; its failure does not end the run.
 
     At each call the run can also be stopped (`signals.check_stop` raises StopRequested), and the watchdog sees that it
-    is alive. `stage` is the current stage in words. A StorageError is raised: it comes from the run's own log, to which
-    an observer such as the monitor may write.
+    is alive. `stage` is the current stage in words. A StorageError is raised: it comes from the run's own log, to
+    which an observer such as the monitor may write.
     """
 
     def __init__(self, observer: RunObserver) -> None:

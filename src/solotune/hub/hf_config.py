@@ -1,18 +1,21 @@
-"""config.json of a model folder, read by ourselves before transformers acts on it.
+"""Read and check config.json of a model folder before transformers acts on it.
 
-A config.json is not only numbers. `auto_map` names Python files of the folder; `attn_implementation: owner/kernel`
+Why
+---
+A config.json is more than numbers. `auto_map` names Python files of the folder; `attn_implementation: owner/kernel`
 makes transformers download and import native code; in 2026 a config could switch `trust_remote_code` on
-(CVE-2026-5241, CVE-2026-4372), and a line break in `model_type` was executed by another trainer (CVE-2026-93348). So:
+(CVE-2026-5241, CVE-2026-4372), and a line break in `model_type` was executed by another trainer (CVE-2026-93348).
 
-    keys that can lead to code          refused, at any depth, whatever their value does today
-    keys of transformers' insides       (`_name_or_path`, `_attn_implementation_internal`) not handed on
-    keys that name something the class  (a method, `attribute_map`) refused; its declared fields are free, and typed by
-    does and is not a field of          transformers itself, as all its config classes are strict
-    texts with a slash in unknown keys  not handed on: no model reads a number from them, loaders read names of
-                                        repositories
-    sizes                               bounded, before the architecture is built
+Rules
+-----
+    keys that can lead to code          refused at any depth, whatever their value does today
+    keys of transformers' internals     (`_name_or_path`, `_attn_implementation_internal`) not passed on
+    keys that name a method or table    refused (a method, `attribute_map`); the class's declared fields are free, and
+    of the class                        transformers checks their types, because its config classes are strict
+    text with a slash in unknown keys   not passed on: no model reads a number from it, loaders read repository names
+    sizes                               limited, before the architecture is built
 
-transformers is then given the object that was checked, not the file, so that what was checked is what is used.
+transformers then gets the checked object, not the file, so that what was checked is what is used.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from solotune.errors import InputError
 from solotune.hub.safe_files import check_links, check_regular, json_object
 
 MAX_LAYERS = 2_000
-MAX_SIZE = 1 << 25  # of any other whole number: vocabularies have up to 2^18, the longest context 10^7
+MAX_SIZE = 1 << 25  # of all other whole numbers: vocabularies have up to 2^18, the longest context 10^7
 LAYERS = re.compile(r"layers?$|^depth$")
 MAX_CONFIG_BYTES = 1 << 20
 CODE = re.compile(
@@ -43,11 +46,11 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder as it is written, once it has been checked.
+    """Read and check config.json of a model folder; the content is returned unchanged.
 
     Raises:
-        InputError: it is missing, leads to code, is unknown to transformers, of impossible sizes, or of a checkpoint
-            that is already quantised.
+        InputError: it is missing, can lead to code, is unknown to transformers, has impossible sizes, or belongs to a
+            checkpoint that is already quantised.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -62,57 +65,59 @@ def read_config(folder: Path) -> dict[str, Any]:
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in CONFIG_MAPPING:
         raise InputError(
-            f"{path}: transformers cannot read it",
+            f"{path}: transformers cannot read this config",
             seen=f"model_type: {name!r}"[:200],
-            allowed="an architecture that the installed transformers knows; code that comes with a model never runs",
+            allowed="an architecture of the installed transformers; code from a model folder never runs",
         )
     _refuse_sizes(path, raw)
     return raw
 
 
 def architecture_of(folder: Path, raw: dict[str, Any]) -> PreTrainedConfig:
-    """What `read_config` has read of a folder, as transformers' config of this architecture.
+    """Turn the result of `read_config` into transformers' config of this architecture.
 
     Raises:
-        InputError: a key that would replace what the class does, or values that it refuses.
+        InputError: a key that would replace a method or table of the class, or values that the class refuses.
     """
     path, name = folder / "config.json", raw["model_type"]
-    if name == "mistral" and "layer_types" in raw:  # as transformers' own AutoConfig does
+    if name == "mistral" and "layer_types" in raw:  # like transformers' own AutoConfig
         name = "ministral"
     kind: Any = CONFIG_MAPPING[name]
-    handed_on = {key: copy.deepcopy(value) for key, value in raw.items() if _is_handed_on(path, kind, key, value)}
+    passed_on = {key: copy.deepcopy(value) for key, value in raw.items() if _is_passed_on(path, kind, key, value)}
     try:
-        return kind.from_dict(handed_on)
-    # a strict class, its validators and the arithmetic in them raise what they like
+        return kind.from_dict(passed_on)
+    # a strict class, its validators and their arithmetic can raise any class
     except Exception as error:
-        raise InputError(f"{path}: transformers cannot read it", seen=_reason(error)) from None
+        raise InputError(f"{path}: transformers cannot read this config", seen=_reason(error)) from None
 
 
 def _reason(error: Exception) -> str:
-    """What a library said, in a line; of the strict classes the second line names the key."""
+    """A library's message in one line; with strict classes, its second line names the key."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2])[:300] or type(error).__name__
 
 
 def refuse_code(path: Path, value: Any, above: str = "") -> None:
-    """Raises:
-    InputError: a key, here or further in, that can lead to code.
+    """Check keys at any depth.
+
+    Raises:
+        InputError: a key that can lead to code.
     """
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         name = f"{above}{key}"
         if isinstance(key, str) and CODE.fullmatch(key) and not _is_harmless(key, item):
             raise InputError(
-                f"{path}: {name} can make a loader run code that comes with the model or from elsewhere",
+                f"{path}: {name} can make a loader run code from the model folder or from elsewhere",
                 seen=f"{name}: {item!r}"[:200],
-                allowed="architectures that the installed transformers has itself",
-                change=f"remove {name}, if the model is one of these; otherwise name another model",
+                allowed="architectures of the installed transformers",
+                change=f"remove {name} if the model has such an architecture; otherwise use another model",
             )
         refuse_code(path, item, f"{name}.")
 
 
 def _is_harmless(key: str, value: Any) -> bool:
-    """Whether a key that can lead to code does not with this value: off, a size, an attention of transformers."""
+    """Whether the value makes a code key harmless: off, a size, or an attention implementation of transformers."""
     if value is None or (value is False and key != "auto_map"):
         return True
     if "implementation" in key:
@@ -133,13 +138,15 @@ def _refuse_quantised(path: Path, raw: dict[str, Any]) -> None:
                 f"{path}: the checkpoint is already quantised",
                 seen=f"quantization_config: {method}"[:200],
                 allowed="16- or 32-bit weights, which solotune quantises itself",
-                change="name the original, unquantised model",
+                change="use the original model, which is not quantised",
             )
 
 
 def _refuse_sizes(path: Path, raw: dict[str, Any], above: str = "") -> None:
-    """Raises:
-    InputError: a whole number that no model has, or a dtype that is none.
+    """Check sizes and dtypes.
+
+    Raises:
+        InputError: a whole number that no model has, or a dtype that is not a float type.
     """
     for key, value in raw.items():
         name = f"{above}{key}"
@@ -148,17 +155,17 @@ def _refuse_sizes(path: Path, raw: dict[str, Any], above: str = "") -> None:
         limit = MAX_LAYERS if LAYERS.search(key) else MAX_SIZE
         if type(value) is int and abs(value) > limit and "theta" not in key:
             allowed = f"at most {limit:,}"
-            raise InputError(f"{path}: {name} is out of all proportion", seen=str(value)[:60], allowed=allowed)
+            raise InputError(f"{path}: {name} is too large", seen=str(value)[:60], allowed=allowed)
         if key in ("torch_dtype", "dtype") and value is not None and value not in DTYPES:
             seen = repr(value)[:60]
-            raise InputError(f"{path}: {name} is no float type", seen=seen, allowed=", ".join(DTYPES))
+            raise InputError(f"{path}: {name} is not a floating-point type", seen=seen, allowed=", ".join(DTYPES))
 
 
-def _is_handed_on(path: Path, kind: Any, key: str, value: Any) -> bool:
-    """Whether transformers gets to see a key.
+def _is_passed_on(path: Path, kind: Any, key: str, value: Any) -> bool:
+    """Whether a key is passed on to transformers.
 
     Raises:
-        InputError: the key would replace something that the class of the architecture does.
+        InputError: the key would replace a method or table of the architecture's config class.
     """
     fields = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
     if key in fields or key in ("model_type", "rope_scaling"):
@@ -167,6 +174,8 @@ def _is_handed_on(path: Path, kind: Any, key: str, value: Any) -> bool:
         return False
     if hasattr(kind, key) and (callable(getattr(kind, key)) or isinstance(getattr(kind, key), (dict, tuple, set))):
         raise InputError(
-            f"{path}: {key} is no setting of this architecture", seen=f"{key}: {value!r}"[:200], change=f"remove {key}"
+            f"{path}: {key} is not a setting of this architecture",
+            seen=f"{key}: {value!r}"[:200],
+            change=f"remove {key}",
         )
     return not (isinstance(value, str) and "/" in value)

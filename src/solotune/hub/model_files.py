@@ -1,11 +1,11 @@
-"""The model that a run names, found once: where its files are, and what its configs say.
+"""The model of a run, resolved once: where its files are, and what its configs say.
 
-    files = resolve_model(config)      a folder as it is; of a hub id config and tokenizer files are downloaded
-    files.with_weights()               the same with the weights, which are fetched only now
+    files = resolve_model(config)      a local folder; for a hub id, config and tokenizer files are downloaded
+    files.with_weights()               the same with the weights, which are downloaded only now
     files.config["vocab_size"]         config.json, checked
-    model_here(name, revision)         what is on this machine already; asks no network
+    model_here(name, revision)         what is already on this machine; does not use the network
 
-What needs the model takes a `ModelFiles`, so that a run looks for it, and asks the hub, once.
+Functions that need the model take a `ModelFiles`, so that a run resolves it, and contacts the hub, only once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from solotune.hub.safe_files import check_regular, contained, json_object
 
 WEIGHTS = "*.safetensors"
 FILES = [WEIGHTS, "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
-NOT_FILES = ["*/*", "consolidated*"]  # other formats of the same weights beside Mistral's and Meta's
+NOT_FILES = ["*/*", "consolidated*"]  # Mistral's and Meta's copies of the weights in other formats
 SMALL_FILES = [*(pattern for pattern in FILES if pattern != WEIGHTS), "additional_chat_templates/*.jinja"]
 NOT_SMALL_FILES = ["*.safetensors.index.json", "original/*", "consolidated*"]
 
@@ -32,8 +32,7 @@ NOT_SMALL_FILES = ["*.safetensors.index.json", "original/*", "consolidated*"]
 class ModelFiles:
     """A model's files on this machine.
 
-    `revision` is the branch, tag or commit that was asked for (of a hub id); `where` the place where the name was
-    written, for messages.
+    `revision` is the requested branch, tag or commit of a hub id; `where` is where the name was given, for messages.
     """
 
     name: str
@@ -41,7 +40,7 @@ class ModelFiles:
     folder: Path
     is_local: bool
     where: str = "model_name_or_path"
-    has_weights: bool = False  # whether a hub id's were asked for already
+    has_weights: bool = False  # whether the weights of a hub id were already requested
 
     @property
     def hub_id(self) -> str | None:
@@ -50,10 +49,10 @@ class ModelFiles:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json, checked: no code, not quantised, known to transformers, of possible sizes.
+        """config.json, checked: no code, not quantised, known to transformers, possible sizes.
 
         Raises:
-            InputError: it is not so, or there is none.
+            InputError: a check failed, or there is no config.json.
         """
         from solotune.hub.hf_config import read_config  # imports transformers
 
@@ -61,10 +60,10 @@ class ModelFiles:
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
-        """generation_config.json; empty where there is none.
+        """generation_config.json; empty if there is none.
 
         Raises:
-            InputError: no JSON object, or a link out of the folder.
+            InputError: not a JSON object, or a link out of the folder.
         """
         path = self.folder / "generation_config.json"
         if not path.exists():
@@ -73,17 +72,17 @@ class ModelFiles:
         return json_object(path)
 
     def json_or_empty(self, name: str) -> dict[str, Any]:
-        """A JSON file of the folder as it is written; empty where none can be read. Loading says what is wrong."""
+        """A JSON file of the folder, unchecked; empty if it cannot be read (loading reports what is wrong)."""
         try:
             return json_object(contained(self.folder, name))
         except InputError:
             return {}
 
     def with_weights(self) -> ModelFiles:
-        """The same model, with its weights on this machine: of a hub id they are downloaded now.
+        """The same model with its weights on this machine; those of a hub id are downloaded now.
 
         Raises:
-            InputError: no access to it, or neither in the cache nor within reach.
+            InputError: no access to it, or neither in the cache nor reachable.
         """
         if self.is_local or self.has_weights:
             return self
@@ -92,10 +91,10 @@ class ModelFiles:
 
 
 def resolve_model(config: RunConfig) -> ModelFiles:
-    """The files of `model_name_or_path`, without the weights where they would have to be downloaded.
+    """Files of `model_name_or_path`; the weights of a hub id are not downloaded.
 
     Raises:
-        InputError: no such folder or model, no access to it, or neither in the cache nor within reach.
+        InputError: no such folder or model, no access to it, or neither in the cache nor reachable.
     """
     name, revision = config.model_name_or_path, config.model_revision
     where = f"{config.source_of('model_name_or_path')}, model_name_or_path"
@@ -103,7 +102,7 @@ def resolve_model(config: RunConfig) -> ModelFiles:
     if path is None:
         folder = download.download(name, revision, where, SMALL_FILES, NOT_SMALL_FILES)
         return ModelFiles(name, revision, folder, False, where)
-    if os.path.isdir(path):  # Path.is_dir raises on a name that is too long
+    if os.path.isdir(path):  # Path.is_dir raises if the name is too long
         return ModelFiles(name, revision, path, True, where)
     if os.path.lexists(path):
         raise InputError(f"{where}: {name} is a file", allowed="a model folder, or a model id on the hub")

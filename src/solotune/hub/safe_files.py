@@ -1,10 +1,10 @@
-"""Files of a folder that somebody else made, opened safely: inside the folder, regular, of a sane size, and JSON.
+"""Read files of an untrusted folder safely: inside the folder, regular, of limited size, and valid JSON.
 
 A model folder is untrusted. An index can name `../../secret`, a link can lead out of the folder, a device or FIFO can
-block for ever, JSON can hold a key twice so that two readers see two things. Everything that solotune reads from such a
-folder itself goes through here, before transformers sees the folder.
+block forever, JSON can hold a key twice so that two readers see different values. Everything that solotune reads from
+such a folder itself is checked here, before transformers sees the folder.
 
-Links may lead out of the folder in one case: the hub's cache, whose snapshots are links into `blobs/` beside them.
+Links may lead out of the folder in one case: in the hub's cache, snapshots are links into `blobs/` next to them.
 """
 
 from __future__ import annotations
@@ -24,21 +24,23 @@ READ = {".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken"}
 
 
 def contained(folder: Path, name: object) -> Path:
-    """The path of a file that a folder, or an index in it, names.
+    """Path of a file that is named by a folder or by an index in it.
 
     Raises:
-        InputError: it is not a plain file name, or it leads out of the folder, or it is no regular file.
+        InputError: it is not a plain file name, leads out of the folder, or is not a regular file.
     """
     if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or "\0" in name:
-        raise InputError(f"{folder}: names a file outside the folder", seen=repr(name), allowed="a plain file name")
+        raise InputError(f"{folder}: refers to a file outside the folder", seen=repr(name), allowed="a plain file name")
     path = folder / name
     check_regular(folder, path)
     return path
 
 
 def check_regular(folder: Path, path: Path) -> None:
-    """Raises:
-    InputError: a link out of the folder, or a device, FIFO, socket or directory.
+    """Check that a path is a regular file of the folder.
+
+    Raises:
+        InputError: it is a link out of the folder, or a device, FIFO, socket or directory.
     """
     try:
         mode = os.stat(path).st_mode
@@ -50,18 +52,18 @@ def check_regular(folder: Path, path: Path) -> None:
     blobs = root.parents[1] / "blobs" if len(root.parents) > 1 and root.parent.name == "snapshots" else None
     if not target.is_relative_to(root) and (blobs is None or not target.is_relative_to(blobs)):
         raise InputError(
-            f"{path}: a link that leads out of the folder",
+            f"{path}: a link to a file outside the folder",
             seen=str(target),
-            allowed="files in the folder itself, and the links of the hub's cache",
+            allowed="files in the folder itself, and links of the hub's cache",
             change="copy the file into the folder",
         )
 
 
 def check_links(folder: Path) -> None:
-    """Looks at every link in a folder that a library might open, whether or not solotune reads that file itself.
+    """Check every link in a folder that a library might open, including files that solotune does not read.
 
     Raises:
-        InputError: one leads out of the folder.
+        InputError: a link leads out of the folder.
     """
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and path.suffix in READ and path.exists():
@@ -69,34 +71,34 @@ def check_links(folder: Path) -> None:
 
 
 def json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """A file that holds one JSON object, with no key twice and no number that JSON lacks.
+    """Read a file with one JSON object; duplicate keys and numbers outside the JSON standard are refused.
 
     Raises:
-        InputError: it does not.
+        InputError: the file is not such an object, or too large.
     """
     size = path.stat().st_size
     if size > max_bytes:
-        raise InputError(f"{path}: too large", seen=f"{size:,} bytes", allowed=f"{max_bytes:,} bytes")
+        raise InputError(f"{path}: too large", seen=f"{size:,} bytes", allowed=f"at most {max_bytes:,} bytes")
     try:
-        found = parsed(path.read_bytes())
+        content = parsed(path.read_bytes())
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not valid JSON", seen=error.msg) from None
     except (ValueError, RecursionError, OSError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
         raise InputError(f"{path}: not valid JSON", seen=reason) from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: not a JSON object", seen=type(found).__name__)
-    return found
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object", seen=type(content).__name__)
+    return content
 
 
 def parsed(content: bytes) -> Any:
-    """JSON as it is written, or ValueError: json takes duplicates, NaN, and UTF-16 as well."""
+    """Parse strict JSON, or raise ValueError: Python's json also accepts duplicate keys, NaN and UTF-16."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs):
             names = [name for name, _ in pairs]
-            raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands there twice")
+            raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} appears twice")
         return made
 
     def no_constant(name: str) -> None:
@@ -104,7 +106,7 @@ def parsed(content: bytes) -> Any:
 
     found = json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
     if _depth(found) > MAX_DEPTH:
-        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
     return found
 
 

@@ -1,12 +1,12 @@
-"""The header of a safetensors file, read strictly by ourselves: names, dtypes, shapes and places, before any tensor.
+"""Read the header of a safetensors file strictly: names, dtypes, shapes and offsets, before any tensor.
 
     8 bytes    n, the header's length, little endian
     n bytes    JSON: {"name": {"dtype": "BF16", "shape": [..], "data_offsets": [begin, end]}, ..., "__metadata__": {..}}
-    the rest   the tensors' bytes, one after the other, without hole or overlap
+    the rest   the tensors' bytes, one after the other, without gaps or overlaps
 
-Why not the library's own checks: they come one file at a time, without the name of the tensor, when the file is mapped.
-Read here, all files of a model are known in milliseconds, so that a damaged one is refused before memory is taken, and
-in the user's words. The format has no checksum: see `base_fingerprint.py` for what can be compared instead.
+Why not the library's own checks: they run one file at a time, when the file is mapped, and do not name the tensor. Here
+the headers of all files of a model are read in milliseconds, so that a damaged file is refused before memory is taken,
+with a clear message. The format has no checksum: see `base_fingerprint.py` for what can be compared instead.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BITS |= {"F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "C64": 
 
 
 class Entry(NamedTuple):
-    """A tensor of a file; `begin` and `end` are places in the file."""
+    """A tensor of a file; `begin` and `end` are byte offsets in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -41,10 +41,10 @@ class Entry(NamedTuple):
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file, in the order of their places.
+    """Tensors of a safetensors file, in the order of their offsets.
 
     Raises:
-        InputError: the file is not exactly what its header says.
+        InputError: the file does not match its header exactly.
     """
 
     def damaged(seen: str) -> InputError:
@@ -64,7 +64,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     except (ValueError, RecursionError) as error:
         raise damaged(f"its header is not valid JSON: {first_line(error)}") from None
     if not isinstance(header, dict):
-        raise damaged("its header is no JSON object")
+        raise damaged("its header is not a JSON object")
     header.pop("__metadata__", None)
     entries: dict[str, Entry] = {}
     for name, raw in header.items():
@@ -72,27 +72,26 @@ def read_header(path: Path) -> dict[str, Entry]:
         if entry is None:
             raise damaged(f"{name}: {str(raw)[:200]}")
         entries[name] = entry
-    place = 8 + length
+    offset = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
-        if entry.begin != place:
-            raise damaged(f"{name}: {'overlaps what is' if entry.begin < place else 'leaves a hole'} before it")
-        place = entry.end
-    if place != size:
-        what = f"{place - size:,} bytes are missing" if place > size else f"{size - place:,} bytes too many"
-        raise damaged(f"{what} at its end")
+        if entry.begin != offset:
+            raise damaged(f"{name}: {'overlaps the tensor' if entry.begin < offset else 'leaves a gap'} before it")
+        offset = entry.end
+    if offset != size:
+        raise damaged(f"{abs(offset - size):,} {'missing' if offset > size else 'extra'} bytes at its end")
     return dict(sorted(entries.items(), key=lambda item: item[1][2:]))
 
 
 def _entry(raw: Any, data: int) -> Entry | None:
-    """None where it is not the description of a tensor."""
+    """Parse the description of a tensor; None if it is not valid."""
     if not isinstance(raw, dict) or raw.keys() != {"dtype", "shape", "data_offsets"}:
         return None
     if not isinstance(raw["dtype"], str) or raw["dtype"] not in BITS:
         return None
-    shape, places = raw["shape"], raw["data_offsets"]
-    whole = isinstance(shape, list) and isinstance(places, list) and len(places) == 2
-    if not whole or any(type(number) is not int or not 0 <= number < 1 << 63 for number in (*shape, *places)):
+    shape, offsets = raw["shape"], raw["data_offsets"]
+    has_lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    if not has_lists or any(type(number) is not int or not 0 <= number < 1 << 63 for number in (*shape, *offsets)):
         return None
-    begin, end = places
+    begin, end = offsets
     entry = Entry(raw["dtype"], tuple(shape), data + begin, data + end)
     return entry if 8 * (end - begin) == BITS[raw["dtype"]] * entry.numel else None

@@ -1,4 +1,4 @@
-"""A LoRA adapter as a value, without a live model: PEFT's file format, its one reader and its one writer.
+"""A LoRA adapter as a value, without a loaded model: reader and writer of PEFT's file format.
 
     adapter_config.json          r, lora_alpha, use_rslora, rank_pattern, alpha_pattern, target_modules, ...
     adapter_model.safetensors    base_model.model.<module>.lora_A.weight (r, in) and .lora_B.weight (out, r)
@@ -6,8 +6,8 @@
     adapter = Adapter.read(folder)         a folder that solotune or PEFT wrote
     adapter.delta("model.layers.0.self_attn.q_proj")     what it adds to that layer's weight
 
-A folder may come from anywhere: pickles, links out of the folder and numbers that are not finite are refused. So is
-what is more than LoRA (DoRA, trained embeddings or biases, PiSSA, ...): no delta could say what such an adapter does.
+The folder is not trusted: pickles, links out of it and numbers that are not finite are refused. Adapters that are more
+than LoRA (DoRA, trained embeddings or biases, PiSSA, ...) are refused too, because no delta describes them.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ _KEY = re.compile(rf"base_model\.model\.(.+)\.({'|'.join(PARTS)})\.weight")
 
 READ = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias")
 CHANGES_NOTHING = (
-    # what it is for, and which modules have an adapter: their tensors say it
+    # purpose, and which modules have an adapter: the tensors show it
     "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-    # of training, and settings that do nothing unless another key (which is refused) asks for them
+    # training only, and settings that do nothing without another key (which is refused)
     "lora_dropout", "init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config",
     "runtime_config", "ensure_weight_tying", "qalora_group_size", "megatron_core",
 )  # fmt: skip
-KEEPS_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")  # other ways to begin change the base's weights
+KEEPS_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")  # other initialisations change the base's weights
 PLAIN = "plain LoRA or rsLoRA"
-_SLOW_PATTERN = re.compile(r"\)[*+?{]")  # a repeated group: matching can take for ever
+_SLOW_PATTERN = re.compile(r"\)[*+?{]")  # a repeated group: matching can take exponential time
 
 
 def tensor_key(module: str, part: str) -> str:
@@ -61,10 +61,11 @@ class Adapter:
 
     @classmethod
     def read(cls, folder: Path) -> Adapter:
-        """An adapter folder, checked.
+        """Read and check an adapter folder.
 
         Raises:
-            InputError: no adapter in safetensors, more than LoRA, tensors that do not fit the config, or not finite.
+            InputError: no adapter in safetensors, more than LoRA, or tensors that do not match the config or are not
+                finite.
             IntegrityError: the file is damaged.
         """
         adapter = cls(read_config(folder), read_finite_tensors(folder))
@@ -73,7 +74,7 @@ class Adapter:
         return adapter
 
     def write(self, folder: Folder) -> None:
-        """The two files that PEFT reads."""
+        """Write the two files that PEFT reads."""
         folder.write(TENSORS, save_tensors(dict(self.tensors), {"format": "pt"}))
         folder.write(CONFIG, json.dumps(self.config, indent=2) + "\n")
 
@@ -85,7 +86,7 @@ class Adapter:
 
     @property
     def fan_in_fan_out(self) -> bool:
-        """Whether the base keeps these layers' weights as (in, out), as GPT-2 does: it takes a delta transposed."""
+        """Whether the base stores these layers' weights as (in, out), like GPT-2; the delta must then be transposed."""
         return bool(self.config.get("fan_in_fan_out"))
 
     def rank(self, module: str) -> int:
@@ -98,7 +99,7 @@ class Adapter:
         return alpha / math.sqrt(r) if self.config.get("use_rslora") else alpha / r
 
     def delta(self, module: str) -> torch.Tensor:
-        """What the adapter adds to a layer's weight: s B A, (out, in), float32.
+        """Change of a layer's weight: s B A, (out, in), float32.
 
         Raises:
             KeyError: the layer has no adapter.
@@ -119,14 +120,14 @@ def peft_config(
     use_rslora: bool,
     fan_in_fan_out: bool,
 ) -> dict[str, Any]:
-    """adapter_config.json of an adapter with the same rank everywhere.
+    """Content of adapter_config.json for an adapter with one rank.
 
-    `target_modules` are last names where those select exactly the layers that have an adapter, else whole dotted names.
+    `target_modules` are last names if they select exactly the layers that have an adapter, else whole dotted names.
 
     Args:
         modules: dotted names of the layers that have an adapter.
         candidates: dotted names of all layers of the base that PEFT could adapt: linears and embeddings.
-        base: the base's hub id, if it has one.
+        base: hub id of the base; None for a local folder.
     """
     leaves = {name.rpartition(".")[2] for name in modules}
     selected = {name for name in candidates if name.rpartition(".")[2] in leaves}
@@ -151,7 +152,7 @@ def peft_config(
 
 
 def adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter folder, whatever they are.
+    """The tensors of an adapter folder, unchecked.
 
     Raises:
         InputError: there is no adapter.
@@ -178,13 +179,13 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_finite_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter that may come from anywhere.
+    """The tensors of an adapter folder that is not trusted.
 
     Raises:
-        InputError: it is a pickle, leads out of the folder, or is not finite.
+        InputError: it is a pickle, a link out of the folder, or not finite.
         IntegrityError: the file is damaged.
     """
-    from solotune.model.weights import check_finite  # imports transformers, which reading a checkpoint does not need
+    from solotune.model.weights import check_finite  # imports transformers, which other callers do not need
 
     path = folder / TENSORS
     if not path.exists() and (folder / PICKLE).exists():
@@ -201,10 +202,10 @@ def read_finite_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of an adapter folder, as it is written.
+    """adapter_config.json of an adapter folder, unchecked.
 
     Raises:
-        InputError: there is none, it leads out of the folder, or it is no JSON object.
+        InputError: there is none, it is a link out of the folder, or it is not a JSON object.
     """
     if not (folder / CONFIG).exists():
         raise InputError(f"{folder}: no {CONFIG}", allowed="an adapter that solotune or PEFT wrote")
@@ -212,7 +213,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
-    """The value of the first pattern that is the module's name or its end after a dot, as PEFT matches."""
+    """Value of the first pattern that matches the module's name, or its end after a dot, as in PEFT."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -220,14 +221,16 @@ def _by_pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any)
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Raises:
-    InputError: it is not of plain LoRA, or holds values that cannot be.
+    """Check the config.
+
+    Raises:
+        InputError: it is not plain LoRA, or has impossible values.
     """
 
     def refused(key: str, allowed: str) -> InputError:
         seen = f"{key}: {json.dumps(config.get(key))}"[:200]
-        change = "merge it into its base with PEFT, and use the merged model" if allowed == PLAIN else ""
-        return InputError(f"{path}: {key} cannot be used", seen=seen, allowed=allowed, change=change)
+        change = "merge the adapter into its base with PEFT, and use the merged model" if allowed == PLAIN else ""
+        return InputError(f"{path}: {key} has a value that is not supported", seen=seen, allowed=allowed, change=change)
 
     for key in sorted(config.keys() - {*READ, *CHANGES_NOTHING}):
         if config[key] not in (None, False, {}, [], ""):
@@ -242,9 +245,9 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     for key, is_valid in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict) or not all(map(is_valid, patterns.values())):
-            raise refused(key, "module name -> number")
+            raise refused(key, "a mapping of module names to numbers")
         if not all(map(_is_pattern, patterns)):
-            raise refused(key, "names of modules, or simple patterns of them")
+            raise refused(key, "module names, or simple patterns for them")
     for key in ("use_rslora", "fan_in_fan_out"):
         if config.get(key) not in (None, False, True):
             raise refused(key, "true or false")
@@ -267,20 +270,24 @@ def _is_pattern(pattern: str) -> bool:
 
 
 def _check_tensors(path: Path, adapter: Adapter) -> None:
-    """Raises:
-    InputError: a tensor that is no lora_A or lora_B, without its partner, or of another rank than the config's.
+    """Check the tensors.
+
+    Raises:
+        InputError: a tensor that is not a lora_A or lora_B, has no partner, or has another rank than the config.
     """
     for key, tensor in adapter.tensors.items():
         if _KEY.fullmatch(key) is None or tensor.dim() != 2 or not tensor.is_floating_point():
             seen = f"{key}: {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-            raise InputError(f"{path}: holds more than LoRA matrices", seen=seen[:200], allowed=PLAIN)
+            raise InputError(f"{path}: contains tensors that are not LoRA matrices", seen=seen[:200], allowed=PLAIN)
     for module in adapter.modules:
         A, B = (adapter.tensors.get(tensor_key(module, part)) for part in PARTS)
         if A is None or B is None:
-            raise InputError(f"{path}: half of an adapter", seen=f"{module} has no {PARTS[0 if A is None else 1]}")
+            raise InputError(
+                f"{path}: a LoRA matrix is missing", seen=f"{module} has no {PARTS[0 if A is None else 1]}"
+            )
         if not len(A) == B.shape[1] == adapter.rank(module):
             raise InputError(
-                f"{path}: another rank than adapter_config.json says",
+                f"{path}: the rank differs from adapter_config.json",
                 seen=f"{module}: A {tuple(A.shape)}, B {tuple(B.shape)}",
                 allowed=f"rank {adapter.rank(module)}",
             )

@@ -1,20 +1,25 @@
-"""Frozen linear layers: y = x W^T + b where W is stored small and never learns.
+"""Frozen linear layers: y = x W^T + b, with W stored small and never trained.
 
     forward   y  = x W^T + b
     backward  dx = dy W            (no dW: W is frozen)
 
-dx needs W but not x, so a frozen layer keeps *nothing* of its input for backward. Where W has to be expanded from its
-storage, that happens when it is used, in forward and again in backward: keeping the expanded copies of an 8B model's
-layers would cost 13 GiB (measured). The obvious other way, `bnb.nn.Linear4bit`, does the same but is a module of
-bitsandbytes with its own state handling, which a compiler cannot see through; here the stored tensors are plain
-buffers, so saving, moving, counting bytes and compiling need no care.
+What is kept for backward
+-------------------------
+dx needs W but not x, so a frozen layer keeps *nothing* of its input. If W has to be dequantised, that is done at each
+use, in forward and again in backward: keeping the dequantised copies of an 8B model would cost 13 GiB (measured).
 
-Storages, all with `matmul(x_TI) -> y_TO`:
-- `DenseWeight`: the weight as it is, in 16 or 32 bits.
+Why not `bnb.nn.Linear4bit`
+---------------------------
+It computes the same, but has its own state handling, which a compiler cannot trace. Here the stored tensors are plain
+buffers, so saving, moving, counting bytes and compiling need no special code.
+
+Storages, all with `matmul(x_TI) -> y_TO`
+-----------------------------------------
+- `DenseWeight`: the weight unchanged, in 16 or 32 bits.
 - `NF4Weight`: QLoRA's 4-bit NormalFloat (Dettmers et al. 2023, arXiv 2305.14314, section 3): blocks of 64 weights, each
   weight an index into 16 fixed values, each block scaled by its largest magnitude; with double quantisation those
   scales are themselves stored in 8 bits, in blocks of 256. 4.127 bits a weight (4.5 without).
-- `Fp8Weight`: 8-bit floats (e4m3) with a scale for each row, multiplied as they are by the tensor cores of Hopper and
+- `Fp8Weight`: 8-bit floats (e4m3) with a scale for each row, multiplied directly by the tensor cores of Hopper and
   newer, which do twice the 16-bit products a second.
 
 Shape legend: T tokens (any leading dimensions), I in_features, O out_features, K blocks of 64.
@@ -40,10 +45,10 @@ FP8_MAX = 448.0  # largest finite e4m3
 def dequant_matmul(
     x_TI: torch.Tensor, stored: list[torch.Tensor], shape: list[int], nested_block: int, transposed: bool
 ) -> torch.Tensor:
-    """x W^T (transposed: x W), with W expanded from its storage for this one product.
+    """x W^T (transposed: x W), with W dequantised from its storage for this one product.
 
-    One opaque operation, because a compiler that sees the expansion in forward and again in backward takes it for one
-    value and keeps it in between.
+    It is one opaque operation, because a compiler that sees W dequantised in forward and again in backward treats both
+    as one value and keeps it in between.
 
     Args:
         stored: `[W_OI]` in another dtype than x, or `NF4Weight.stored`.
@@ -74,7 +79,7 @@ dequant_matmul.register_autograd(_through_weight, setup_context=_keep_storage)
 
 
 def dequantize_nf4(stored: list[torch.Tensor], shape: list[int], nested_block: int, dtype: torch.dtype) -> torch.Tensor:
-    """W_OI of an `NF4Weight.stored`, by bitsandbytes' kernel."""
+    """W_OI of `NF4Weight.stored`, dequantised by bitsandbytes' kernel."""
     packed, scales_K = stored[0], stored[1]
     if nested_block:
         _, codes_K, nested_absmax, nested_code, offset = stored
@@ -85,7 +90,7 @@ def dequantize_nf4(stored: list[torch.Tensor], shape: list[int], nested_block: i
 
 
 class DenseWeight(nn.Module):
-    """W_OI as it came, in the dtype it is stored in."""
+    """W_OI in 16 or 32 bits."""
 
     weight_OI: torch.Tensor
 
@@ -95,13 +100,13 @@ class DenseWeight(nn.Module):
         self.register_buffer("weight_OI", weight_OI, persistent=False)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """W_OI in `dtype`; no copy where it is stored so."""
+        """W_OI in `dtype`; no copy if it is stored in that dtype."""
         return self.weight_OI.to(dtype)
 
     def matmul(self, x_TI: torch.Tensor) -> torch.Tensor:
         """x W^T"""
         if self.weight_OI.dtype == x_TI.dtype:
-            return F.linear(x_TI, self.weight_OI)  # autograd keeps W alone, since only x needs a gradient
+            return F.linear(x_TI, self.weight_OI)  # autograd keeps only W, because only x needs a gradient
         return dequant_matmul(x_TI, [self.weight_OI], self.shape, 0, transposed=False)
 
 
@@ -117,7 +122,7 @@ class NF4Weight(nn.Module):
     mirror_OI: torch.Tensor | None
 
     def __init__(self, weight_OI: torch.Tensor, double_quant: bool) -> None:
-        """Quantises `weight_OI` (float dtype) on the device it lies on.
+        """Quantise `weight_OI` (float dtype) on its device.
 
         Args:
             weight_OI: the 16- or 32-bit weight; not kept.
@@ -142,16 +147,16 @@ class NF4Weight(nn.Module):
 
     @property
     def stored(self) -> list[torch.Tensor]:
-        """What `dequantize_nf4` needs."""
+        """The tensors that `dequantize_nf4` needs."""
         nested = [self.nested_absmax, self.nested_code, self.offset] if self.nested_block else []
         return [self.packed, self.absmax, *nested]
 
     def keep_dequantized_copy(self, dtype: torch.dtype) -> None:
-        """Keeps W_OI expanded from now on: the same numbers, no work per use, 4 to 8 times the memory."""
+        """Keep W_OI dequantised from now on: the same numbers, no work per use, 4 to 8 times the memory."""
         self.mirror_OI = self.dense(dtype)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """W_OI in `dtype`: the mirror where there is one, else a fresh tensor."""
+        """W_OI in `dtype`: the dequantised copy if there is one, else a new tensor."""
         if self.mirror_OI is not None and self.mirror_OI.dtype == dtype:
             return self.mirror_OI
         return dequantize_nf4(self.stored, list(self.shape), self.nested_block, dtype)
@@ -163,7 +168,7 @@ class NF4Weight(nn.Module):
         return dequant_matmul(x_TI, self.stored, self.shape, self.nested_block, transposed=False)
 
     def dense_reference(self, dtype: torch.dtype) -> torch.Tensor:
-        """The same in plain PyTorch, slower: the definition that the kernels are tested against."""
+        """W_OI in plain PyTorch, slower: the definition that the kernels are tested against."""
         pairs = self.packed.reshape(-1).to(torch.int32)
         index = torch.stack([pairs >> 4, pairs & 15], dim=-1).reshape(-1)[: math.prod(self.shape)]
         if not self.nested_block:
@@ -176,7 +181,7 @@ class NF4Weight(nn.Module):
 
 
 def round_to_fp8(x_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (R, K) and scales (R, 1): x is about codes * scales, with each row's largest magnitude at 448."""
+    """Round to e4m3 codes (R, K) with scales (R, 1): x is about codes * scales, each row's largest magnitude at 448."""
     scales_R1 = x_RK.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / FP8_MAX
     return (x_RK.float() / scales_R1).to(FP8), scales_R1
 
@@ -198,7 +203,7 @@ def _(codes_TK: torch.Tensor, scales_T1: torch.Tensor, codes_NK: torch.Tensor, s
 
 
 def fp8_product(x_TK: torch.Tensor, codes_NK: torch.Tensor, scales_N1: torch.Tensor) -> torch.Tensor:
-    """x W^T with both in e4m3: x is rounded by rows here, W is `codes * scales`."""
+    """x W^T with both in e4m3: x is rounded row by row here, W is `codes * scales`."""
     return scaled_matmul(*round_to_fp8(x_TK), codes_NK, scales_N1).to(x_TK.dtype)
 
 
@@ -222,10 +227,10 @@ def fp8_matmul(
     codes_IO: torch.Tensor,
     scales_I1: torch.Tensor,
 ) -> torch.Tensor:
-    """x W^T forward and dy W backward, each with the weight that is laid out for it.
+    """x W^T forward and dy W backward, each with the weight in the layout that it needs.
 
-    In the compiler's graph as it stands: where torch 2.11 looks into the function itself, it sees x rounded to a dtype
-    without gradients, and dx is 0 without a word.
+    Warning: torch 2.11 must not trace into this function (hence `allow_in_graph`). It would see x rounded to a dtype
+    without gradients, and dx would be 0 without an error.
     """
     return _Fp8Matmul.apply(x_TI, codes_OI, scales_O1, codes_IO, scales_I1)  # type: ignore[return-value]
 
@@ -233,8 +238,8 @@ def fp8_matmul(
 class Fp8Weight(nn.Module):
     """W_OI in e4m3 twice: by its rows for y = x W^T and by its columns for dx = dy W.
 
-    A product of tensor cores sums along the last dimension of both, and wants one scale for each such sum; so backward
-    needs the weight laid out and scaled the other way. 16 bits a weight in all.
+    Tensor cores sum along the last dimension of both factors, with one scale for each sum, so backward needs the weight
+    transposed and scaled by columns. 16 bits a weight in total.
     """
 
     codes_OI: torch.Tensor
@@ -250,7 +255,7 @@ class Fp8Weight(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """W_OI as forward multiplies it."""
+        """W_OI in `dtype`, with the values of the forward product."""
         return (self.codes_OI.float() * self.scales_O1).to(dtype)
 
     def matmul(self, x_TI: torch.Tensor) -> torch.Tensor:
@@ -264,7 +269,7 @@ Storage = DenseWeight | NF4Weight | Fp8Weight
 
 
 class FrozenLinear(nn.Module):
-    """Stands where a model had an `nn.Linear` (or GPT-2's `Conv1D`); nothing in it requires a gradient."""
+    """Replaces a model's `nn.Linear` (or GPT-2's `Conv1D`); nothing in it requires a gradient."""
 
     bias_O: torch.Tensor | None
 
@@ -272,7 +277,7 @@ class FrozenLinear(nn.Module):
         """Args:
         storage: the weight, always as W_OI.
         bias_O: its bias, or None.
-        transposed: the checkpoint stores W_IO (`Conv1D`); only remembered, for the adapter's `fan_in_fan_out`.
+        transposed: the checkpoint stores W_IO (`Conv1D`); kept only for the adapter's `fan_in_fan_out`.
         """
         super().__init__()
         self.storage = storage
@@ -296,7 +301,7 @@ class FrozenLinear(nn.Module):
 
 
 def stored_bytes(module: nn.Module) -> int:
-    """Bytes of all buffers of the frozen linears below `module`."""
+    """Bytes of all buffers of the frozen linears in `module`."""
     return sum(
         buffer.numel() * buffer.element_size()
         for linear in module.modules()

@@ -1,18 +1,24 @@
-"""The decoder layers' training pass: compiled, and what of it is kept for backward.
+"""The training pass of the decoder layers: compilation, and what is kept for backward.
 
-What a layer keeps between its forward and its backward is most of the memory of a training step. From little to much:
+What a layer keeps
+------------------
+Most memory of a training step is what layers keep between forward and backward. From little to much:
 
-- checkpointed and offloaded: nothing on the GPU; its input lies in the host's memory.
+- checkpointed and offloaded: nothing on the GPU; its input is in host memory.
 - checkpointed: its input. Backward runs the layer's forward again (Chen et al. 2016, arXiv 1604.06174).
 - neither: the outputs of its matmuls and of attention, 94 KB a token for each layer of Llama 8B. Everything between
-  them (norms, rotary embedding, SiLU x up, dropout) is computed again, which costs nothing beside reading it.
+  them (norms, rotary embedding, SiLU x up, dropout) is recomputed, which costs no more than reading it.
 
-The compiler decides the last, by a minimum cut through the graph. Three of its rules are switched off, since they keep
-what is cheap to recompute because some consumer is far away or a chain is long: with them 146 KB a token are kept, of
-which a third is dropped copies of the inputs and their masks.
+Partitioner options
+-------------------
+The compiler chooses what the last kind keeps, by a minimum cut through the graph. Three of its rules are switched off,
+because they keep what is cheap to recompute if a consumer is far away or a chain is long: with them 146 KB a token are
+kept, a third of it dropped copies of the inputs and their masks.
 
-Layers are checkpointed from the first on: backward ends with the first layers, and when those are recomputed, what
-later layers had kept is free already.
+Order
+-----
+The first layers are checkpointed: backward ends with them, and when they are recomputed, what later layers had kept is
+already free.
 
 What it does not do: compile passes without gradients; their shapes (evaluation, a growing cache) change all the time.
 """
@@ -38,14 +44,14 @@ PARTITIONER_OPTIONS: dict[str, Any] = {
     "ban_recompute_long_fusible_chains": False,
     "ban_recompute_materialized_backward": False,
 }
-"""The partitioner's options of compiled layers."""
+"""Options of the compiler's partitioner for compiled layers."""
 
 
 def decoder_layers(module: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers.
+    """The model's list of decoder layers.
 
     Raises:
-        InputError: the architecture has none of the length that its config says.
+        InputError: no list in the model has the length that its config says.
     """
     depth = module.config.get_text_config().num_hidden_layers
     for part in module.base_model.modules():
@@ -53,7 +59,7 @@ def decoder_layers(module: PreTrainedModel) -> nn.ModuleList:
             return part
     raise InputError(
         f"{module.config.model_type}: no list of {depth} decoder layers in this architecture",
-        allowed="a causal language model with one list of layers",
+        allowed="a causal language model with one list of decoder layers",
     )
 
 
@@ -78,7 +84,7 @@ def prepare_layers(layers: nn.ModuleList, recomputed: int, *, is_compiled: bool,
             mlp.forward = _in_parts(mlp.forward, is_compiled)
         trained = compiled(plain) if is_compiled else plain
         if number < recomputed:
-            # compiled, nothing in a layer draws random numbers: dropout hashes its seed
+            # a compiled layer draws no random numbers: dropout hashes its seed
             trained = functools.partial(checkpoint, trained, use_reentrant=False, preserve_rng_state=not is_compiled)
             if activation_offload:
                 trained = _with_input_on_host(trained)
@@ -90,7 +96,7 @@ _runs_eager: ContextVar[bool] = ContextVar("runs_eager", default=False)
 
 @contextmanager
 def eager_layers() -> Iterator[None]:
-    """Within it training passes run the layers' own code, uncompiled; each recomputes itself, to need little memory."""
+    """Run training passes in the block uncompiled, with every layer checkpointed to save memory."""
     token = _runs_eager.set(True)
     try:
         yield
@@ -101,7 +107,7 @@ def eager_layers() -> Iterator[None]:
 def _only_with_gradients(
     trained: Callable[..., Any], plain: Callable[..., Any], wants_gradient: bool
 ) -> Callable[..., Any]:
-    """The first layer's input has no gradient; asking for one makes its graph that of the others, compiled once."""
+    """Run `trained` only with gradients; give the first layer's input one, so that all layers share one graph."""
 
     @functools.wraps(plain)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -117,7 +123,7 @@ def _only_with_gradients(
 
 
 def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile` that keeps the outputs of matmuls and attention alone for backward."""
+    """`torch.compile` that keeps only the outputs of matmuls and attention for backward."""
     return torch.compile(forward, backend=_compile_lean)
 
 
@@ -138,7 +144,7 @@ def _with_input_on_host(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _in_parts(forward: Callable[..., Any], is_compiled: bool) -> Callable[..., Any]:
-    """An MLP (x_BTD -> y_BTD, each token for itself) that takes long rows a part at a time, each recomputed alone."""
+    """Split long rows of an MLP (x_BTD -> y_BTD, token by token) into parts that are checkpointed one by one."""
     part = compiled(forward) if is_compiled else forward
 
     @torch.compiler.disable(recursive=False)

@@ -1,4 +1,4 @@
-"""A model's output head as a function of hidden states, whatever its architecture does there."""
+"""A model's output head as a function of hidden states, for any architecture."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from solotune.model import loss
 
 
 class _Hidden(tuple):
-    """A decoder's output that holds the last hidden state and answers None for whatever else a model may ask of it."""
+    """A decoder's output with the last hidden state; every other attribute is None."""
 
     def __getattr__(self, name: str) -> Any:
         return self[0] if name == "last_hidden_state" else None
 
 
 class _HiddenAsGiven(nn.Module):
-    """In the place of a decoder: hands its input embeddings through as the final hidden states."""
+    """Replaces a decoder: returns its input embeddings as the final hidden states."""
 
     def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> _Hidden:
         return _Hidden((inputs_embeds,))
 
     @property
     def decoder(self) -> nn.Module:
-        """OPT reaches through its inner model for the decoder."""
+        """OPT takes its decoder from the inner model."""
         return self
 
 
 def head_of(module: PreTrainedModel) -> loss.Head:
-    """Hidden states to logits exactly as the architecture does it: its own forward, with the decoder taken out.
+    """Map hidden states to logits exactly as the architecture does: its own forward, without the decoder.
 
     Architectures scale, cap or shift their logits in their forward (Gemma's tanh cap, Cohere's and Granite's scale);
-    this takes all of it along without knowing any of it. The copy shares every tensor with `module`.
+    this includes all of it without special cases. The copy shares every tensor with `module`.
     """
     outer = copy.copy(module)
     outer._modules = dict(module._modules)
@@ -50,15 +50,19 @@ def head_of(module: PreTrainedModel) -> loss.Head:
 
 @torch.no_grad()
 def check_head(module: PreTrainedModel, head: loss.Head, device: torch.device) -> None:
-    """Logits through `head` must be the model's own, or the loss would be that of another model."""
+    """Check that `head` gives the model's own logits; otherwise the loss would belong to another model.
+
+    Raises:
+        InputError: they differ.
+    """
     vocab = module.config.get_text_config().vocab_size
     ids = torch.arange(1, 6, device=device)[None] % vocab
     module.eval()
-    own = module(input_ids=ids, use_cache=False).logits[0]
-    ours = head(module.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
-    if not torch.allclose(own, ours, rtol=1e-3, atol=1e-3):
+    expected = module(input_ids=ids, use_cache=False).logits[0]
+    logits = head(module.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
+    if not torch.allclose(expected, logits, rtol=1e-3, atol=1e-3):
         raise InputError(
-            f"{module.config.model_type}: its logits are not a function of the last hidden state alone",
-            seen=f"largest difference {(own - ours).abs().max().item():.3g}",
-            allowed="a decoder followed by a head",
+            f"{module.config.model_type}: its logits depend on more than the last hidden state",
+            seen=f"logits differ by up to {(expected - logits).abs().max().item():.3g}",
+            allowed="a decoder followed by an output head",
         )

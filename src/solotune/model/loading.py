@@ -1,20 +1,27 @@
-"""A checkpoint on disk to a model that is ready to train: built empty, filled tensor by tensor, quantised as it
-arrives.
+"""Load a checkpoint into a model that is ready to train, quantising each tensor as it is read.
 
     config.json -> the architecture on the meta device (no memory)
     each tensor of the safetensors files -> device -> a linear's weight: quantised into a `FrozenLinear`
                                                     -> anything else: kept in the compute dtype
     adapters -> on the frozen linears that the config names
 
-So the peak while loading is the finished base plus one tensor. transformers is the model zoo: its modules run
-unchanged, only this instance's linears are replaced, and nothing is patched in the process. Which linears: every one
-but the output head, the same rule as bitsandbytes' integration, so the base is the one that PEFT users know.
+So the peak memory of loading is the finished base plus one tensor.
 
-Checkpoints whose tensors must be renamed or merged for the architecture (mixtures of experts) are loaded by
-transformers' own loader on the CPU and moved over layer by layer; slower, and said.
+Which layers are replaced
+-------------------------
+Every linear but the output head, the same rule as bitsandbytes' integration, so the base is the one that PEFT users
+know. transformers' modules run unchanged: only the linears of this instance are replaced, nothing in the process is
+patched.
 
-What it does not do: run code from a model folder (`trust_remote_code` is never on), read pickles, load checkpoints that
-are already quantised.
+Checkpoints that need conversion
+--------------------------------
+If tensors must be renamed or merged for the architecture (mixtures of experts), transformers' own loader reads them on
+the CPU, and they are then moved tensor by tensor; this is slower, and reported as a choice.
+
+What it does not do
+-------------------
+Run code from a model folder (`trust_remote_code` is never on), read pickles, load checkpoints that are already
+quantised.
 """
 
 from __future__ import annotations
@@ -43,7 +50,14 @@ from solotune.model import lora, loss, packed_attention
 from solotune.model.frozen_linear import DenseWeight, Fp8Weight, FrozenLinear, NF4Weight, Storage
 from solotune.model.layers import decoder_layers, num_checkpointed, prepare_layers
 from solotune.model.lm_head import check_head, head_of
-from solotune.model.weights import check_finite, load_with_transformers, match_names, read_tensors, weight_files
+from solotune.model.weights import (
+    MISSING,
+    check_finite,
+    load_with_transformers,
+    match_names,
+    read_tensors,
+    weight_files,
+)
 from solotune.units import first_line, gib, mib
 
 STORAGE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -51,7 +65,7 @@ STORAGE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass
 class TrainableModel:
-    """The model with its adapters, and the one way to get losses out of it."""
+    """The model with its adapters; `token_losses` is the only way to compute losses with it."""
 
     module: PreTrainedModel
     layers: nn.ModuleList
@@ -60,9 +74,9 @@ class TrainableModel:
     dtype: torch.dtype
     device: torch.device
     choices: list[Choice]
-    flat_params: nn.Parameter  # what an optimizer takes: all adapters as one vector, see `lora.join`
+    flat_params: nn.Parameter  # all adapters as one vector, for the optimizer: see `lora.join`
     is_compiled: bool = False
-    uses_varlen_attention: bool = False  # attention of packed rows goes by `attention`, not by a mask
+    uses_varlen_attention: bool = False  # packed rows are separated by `packed_attention`, not by a mask
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -86,7 +100,7 @@ class TrainableModel:
 
     @property
     def num_parameters(self) -> int:
-        """All parameters: the base as its checkpoint has it, and the adapters."""
+        """All parameters: the base as in its checkpoint, and the adapters."""
         frozen = sum(o * i for o, i in self.linear_shapes().values())
         biases = sum(
             m.bias_O.numel() for m in self.module.modules() if isinstance(m, FrozenLinear) and m.bias_O is not None
@@ -94,7 +108,7 @@ class TrainableModel:
         return frozen + biases + sum(p.numel() for p in self.module.parameters())
 
     def token_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(losses_N, correct_N) of the batch's supervised tokens, in row order: see `loss.token_losses`."""
+        """(losses_N, correct_N) of the batch's loss tokens, in row order: see `loss.token_losses`."""
         places: dict[str, Any] = {}
         if batch.position_ids_BT is not None:
             places["position_ids"] = batch.position_ids_BT
@@ -102,7 +116,7 @@ class TrainableModel:
                 starts, longest = batch.cu_seqlens_S, batch.input_ids_BT.shape[1]
                 places |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
                 places |= {"max_length_q": longest, "max_length_k": longest}
-        # Without a cache: with one, transformers does not look for packed rows and they would see each other.
+        # No cache: with one, transformers ignores packing, and packed rows would see each other.
         hidden = self.module.base_model(input_ids=batch.input_ids_BT, use_cache=False, **places).last_hidden_state
         h_ND = hidden.flatten(0, 1).index_select(0, batch.label_positions_N - 1)
         labels_N = batch.input_ids_BT.flatten()[batch.label_positions_N]
@@ -114,13 +128,13 @@ class TrainableModel:
 def load_model(
     config: RunConfig, device: torch.device, dtype: torch.dtype, model_files: ModelFiles | None = None
 ) -> TrainableModel:
-    """Loads the base of `config` on `device` and attaches fresh adapters.
+    """Load the base of `config` on `device` and attach new adapters.
 
     Args:
-        config: settled for this machine.
-        device: where the model will live.
+        config: resolved for this machine.
+        device: of the model.
         dtype: of activations, norms, embeddings and head.
-        model_files: of the config's model; None: they are looked for.
+        model_files: of the config's model; None: resolved here.
 
     Raises:
         InputError: no usable model there, a damaged or already quantised checkpoint, an architecture without a list
@@ -163,9 +177,9 @@ def load_model(
         choices += _take_fast_attention(model, config.max_length, config.multiplies_in_fp8)
     if config.packing and (change := isolation_error(model, config.multiplies_in_fp8)):
         raise InputError(
-            f"{config.source_of('packing')}, packing: this model does not keep the rows of a pack apart",
-            seen=f"a token's loss changes by {change:.3g} on average when its row is packed with others",
-            allowed="models and attention backends that follow restarting positions",
+            f"{config.source_of('packing')}, packing: rows of a packed sequence see each other in this model",
+            seen=f"a token's loss changes by {change:.3g} on average when its row is packed with other rows",
+            allowed="models and attention implementations that follow position_ids that restart at each row",
             change="packing: false",
         )
     recomputed = num_checkpointed(config.gradient_checkpointing, len(layers))
@@ -174,11 +188,11 @@ def load_model(
 
 
 def _check_positions(architecture: PreTrainedConfig, batches: BatchSettings) -> None:
-    """A row longer than the positions a model knows fails deep inside it (absolute ones) or is noise to it (RoPE)."""
+    """Longer rows than the model's context fail inside it (absolute positions) or give noise (RoPE)."""
     positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
     if positions and batches.max_length > positions:
         raise InputError(
-            f"{batches.source_of('max_length')}, max_length: longer than this model's positions",
+            f"{batches.source_of('max_length')}, max_length: larger than this model's context length",
             seen=f"max_length: {batches.max_length}",
             allowed=f"at most {positions} (max_position_embeddings in config.json)",
             change=f"max_length: {positions}",
@@ -188,7 +202,7 @@ def _check_positions(architecture: PreTrainedConfig, batches: BatchSettings) -> 
 def empty_model(
     config: RunConfig, model_files: ModelFiles, dtype: torch.dtype, device: torch.device
 ) -> tuple[PreTrainedModel, str]:
-    """The architecture of a model without its weights, and the attention it has: the config's, or eager.
+    """Build a model without weights; returns it and its attention implementation: the config's, or eager.
 
     Raises:
         InputError: transformers has no such architecture, or rows would be longer than its positions.
@@ -203,10 +217,10 @@ def empty_model(
 
 
 def check_model(config: RunConfig, model_files: ModelFiles) -> None:
-    """Refuses a local model folder before anything is spent on it; of a hub id no weights are downloaded for a check.
+    """Check a local model folder before any work is done; weights of a hub id are not downloaded for this.
 
     Raises:
-        InputError: as `load_model`, but for numbers that are not finite.
+        InputError: as `load_model`, except for numbers that are not finite.
     """
     if model_files.is_local:
         module, _ = empty_model(config, model_files, torch.float32, torch.device("cpu"))
@@ -214,13 +228,13 @@ def check_model(config: RunConfig, model_files: ModelFiles) -> None:
 
 
 class _NoSuchAttention(Exception):
-    """The architecture lacks the attention implementation that was asked for."""
+    """The architecture does not have the requested attention implementation."""
 
 
 def _built_empty(
     architecture: PreTrainedConfig, folder: Path, attention: str, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """The architecture with its parameters on the meta device and its computed buffers (rotary tables) real."""
+    """Build the architecture with parameters on the meta device and computed buffers (rotary tables) in memory."""
     try:
         with torch.device("meta"):
             module = AutoModelForCausalLM.from_config(
@@ -231,7 +245,7 @@ def _built_empty(
         if "does not support an attention implementation" in reason:
             raise _NoSuchAttention from None
         raise InputError(
-            f"{folder}: transformers has no causal language model for it",
+            f"{folder}: transformers has no causal language model for this architecture",
             seen=f"model_type {architecture.model_type}: {reason}",
         ) from None
     with torch.no_grad():
@@ -241,7 +255,7 @@ def _built_empty(
                 if (buffer := part._buffers[name]) is not None and buffer.is_meta:
                     part._buffers[name] = torch.empty_like(buffer, device=device)
             if computed:
-                module._init_weights(part)  # fills the tables; parameters are still on meta and stay untouched
+                module._init_weights(part)  # fills the tables; parameters are on meta and stay unchanged
     return module
 
 
@@ -257,7 +271,7 @@ def _fill(
     device: torch.device,
     where: str,
 ) -> None:
-    """Sets every tensor where it belongs; linears become `FrozenLinear` once their weight has come."""
+    """Store every tensor in its module; a linear becomes a `FrozenLinear` when its weight is read."""
     frozen = frozen_linears(module)
     biases: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:
@@ -287,14 +301,14 @@ def _fill(
             if isinstance(done := module.get_submodule(owner), FrozenLinear):
                 done.bias_O = biases[owner]
     module.tie_weights()
-    for part in module.modules():  # what came with the module and is no parameter: buffers computed at build
+    for part in module.modules():  # buffers that were computed while the module was built
         for name, buffer in part._buffers.items():
             if buffer is not None and not buffer.is_meta:
                 part._buffers[name] = buffer.to(device)
 
 
 def frozen_linears(module: PreTrainedModel) -> dict[str, nn.Module]:
-    """Every linear but the output head."""
+    """All linears except the output head, by dotted name."""
     head = module.get_output_embeddings()
     return {
         name: part
@@ -305,7 +319,7 @@ def frozen_linears(module: PreTrainedModel) -> dict[str, nn.Module]:
 
 def _store(weight_OI: torch.Tensor, precision: PrecisionSettings, dtype: torch.dtype) -> Storage:
     if precision.base_precision == "nf4":
-        # Quantised from the compute dtype, as transformers + bitsandbytes do after loading with dtype=bfloat16.
+        # Quantised from the compute dtype, as transformers + bitsandbytes do with dtype=bfloat16.
         rounded = NF4Weight(weight_OI.to(dtype), precision.double_quant)
         return Fp8Weight(rounded.dense(dtype)) if precision.multiplies_in_fp8 else rounded
     if precision.base_precision == "fp8":
@@ -316,16 +330,16 @@ def _store(weight_OI: torch.Tensor, precision: PrecisionSettings, dtype: torch.d
 def _settle_residency(
     module: PreTrainedModel, base_residency: str, dtype: torch.dtype, device: torch.device
 ) -> list[Choice]:
-    """Expands the 4-bit weights once where that is asked for, or free: a small model in a CPU's memory."""
+    """Keep an unpacked copy of the 4-bit weights: if the config says so, or (auto) in a quarter of the free memory."""
     storages = [part for part in module.modules() if isinstance(part, NF4Weight)]
-    mirror_bytes = sum(part.shape[0] * part.shape[1] for part in storages) * dtype.itemsize
+    copy_bytes = sum(part.shape[0] * part.shape[1] for part in storages) * dtype.itemsize
     residency, choices = base_residency, []
     if residency == "auto":
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else ram()[1]
-        residency = "dequantized" if mirror_bytes < free / 4 else "quantized"
-        why = f"expanded once, the weights take {mib(mirror_bytes, 0)} MiB of {gib(free, 0)} GiB free"
-        why += ", which saves expanding them in every pass" if residency == "dequantized" else ", over a quarter"
-        choices = [Choice("base_residency", residency, why)]
+        residency = "dequantized" if copy_bytes < free / 4 else "quantized"
+        reason = f"unpacked weights take {mib(copy_bytes, 0)} MiB of {gib(free, 0)} GiB free"
+        reason += ", and save unpacking in every pass" if residency == "dequantized" else ", more than a quarter"
+        choices = [Choice("base_residency", residency, reason)]
     if residency == "dequantized":
         for part in storages:
             part.keep_dequantized_copy(dtype)
@@ -342,11 +356,11 @@ def _set(owner: nn.Module, leaf: str, tensor: torch.Tensor) -> None:
 def _check_complete(module: PreTrainedModel, folder: Path) -> None:
     empty = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if empty:
-        raise InputError(f"{folder}: the checkpoint lacks {len(empty)} tensors", seen=", ".join(empty[:3]))
+        raise InputError(f"{folder}: {MISSING.format(len(empty))}", seen=", ".join(empty[:3]))
 
 
 def _set_generation(module: PreTrainedModel, model_files: ModelFiles) -> None:
-    """Takes from generation_config.json what an answer ends with, and no more: it can name code and caches too."""
+    """Take only the special token ids from generation_config.json: it can also name code and caches."""
     if not (raw := model_files.generation_config):
         return
     ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(key) is not None}
@@ -354,35 +368,35 @@ def _set_generation(module: PreTrainedModel, model_files: ModelFiles) -> None:
         numbers = value if isinstance(value, list) else [value]
         if any(type(number) is not int or number < 0 for number in numbers):
             path = model_files.folder / "generation_config.json"
-            raise InputError(f"{path}: {key} is no token id", seen=repr(value)[:80])
+            raise InputError(f"{path}: {key} is not a token id", seen=repr(value)[:80])
     module.generation_config = GenerationConfig(**ids)
 
 
 def _take_fast_attention(model: TrainableModel, max_length: int, multiplies_in_fp8: bool) -> list[Choice]:
-    """Attention by lengths where this model's own can be replaced, else transformers' sdpa and why."""
-    why = packed_attention.unsupported_reason(model.module, max_length, model.dtype)
-    if why is None:
+    """Switch to `packed_attention` if this model supports it, else keep transformers' sdpa and say why."""
+    reason = packed_attention.unsupported_reason(model.module, max_length, model.dtype)
+    if reason is None:
         packed_attention.install(model.module)
         model.uses_varlen_attention = True
         try:
             change = isolation_error(model, multiplies_in_fp8)
-            why = f"rows would see each other (a loss changes by {change:.3g})" if change else None
+            reason = f"rows would see each other (a token's loss changes by {change:.3g})" if change else None
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError) as error:
-            why = first_line(error)
-    if why is None:
+            reason = first_line(error)
+    if reason is None:
         return []
     model.uses_varlen_attention = False
     model.module.set_attn_implementation("sdpa")
-    return [Choice("attn_implementation", "sdpa", f"rows of a pack are kept apart by a mask: {why}")]
+    return [Choice("attn_implementation", "sdpa", f"packed rows are separated by a mask: {reason}")]
 
 
 def isolation_error(model: TrainableModel, multiplies_in_fp8: bool) -> float:
-    """By how much a token's loss changes, on average, when its row is packed with others; 0 where it is noise.
+    """Average change of a token's loss when its row is packed with others; 0 if it is only rounding.
 
-    An attention that ignores the restarting positions (ALiBi models, some backends) lets a row read its neighbours; the
-    loss then looks better than it is. So this model and this backend are asked before the first step.
+    An attention that ignores restarting position_ids (ALiBi models, some backends) lets a row read its neighbours, and
+    the loss then looks better than it is. So this model and this backend are tested before the first step.
     """
     vocab = model.module.config.get_text_config().vocab_size
     rng = np.random.default_rng(0)

@@ -1,19 +1,23 @@
-"""LoRA, the whole method (Hu et al. 2021, arXiv 2106.09685): learn a low-rank correction of a frozen layer.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): train a low-rank correction of a frozen layer.
 
     y = W x + s * B A dropout(x)        A (r, in)  B (out, r)  s = alpha / r   (rsLoRA: alpha / sqrt(r))
 
          x ---------> W (frozen) ---------+--> y
           \\-> dropout -> A -> B -> * s --/
 
+Initial values and dtype
+------------------------
 A starts as PyTorch's linear init (Kaiming uniform, a = sqrt 5) and B as zero, so an untrained adapter changes nothing
-and A's first gradient is exactly zero: both are PEFT's conventions, and so are the file format and the key names,
-which is what lets `adapter/` load in stock PEFT. A and B are float32 whatever the model computes in (a bfloat16
-parameter loses most of a 2e-5 update to rounding) and are cast to the activations' dtype for their matmuls.
+and A's first gradient is exactly zero. Both are PEFT's conventions, like the file format and the key names, so stock
+PEFT loads `adapter/`. A and B are float32 in every model (a bfloat16 parameter loses most of a 2e-5 update to rounding)
+and are cast to the activations' dtype for their matmuls.
 
-In a compiled layer dropout takes its mask from a hash of (seed, layer, place) and no random generator: backward
-computes the mask again instead of keeping dropped copies (27 GiB for all linears of an 8B model at 8,192 tokens), and a
-layer that is recomputed has the same mask by construction. The compiler makes one kernel of the hash; uncompiled it
-would be ten, so there PyTorch's own dropout is used.
+Dropout in compiled layers
+--------------------------
+The mask is a hash of (seed, layer, position), without a random generator. Backward computes the mask again instead of
+keeping dropped copies (27 GiB for all linears of an 8B model at 8,192 tokens), and a recomputed layer has the same mask
+by construction. The compiler fuses the hash into one kernel; uncompiled it would be ten, so there PyTorch's dropout is
+used.
 
 What it does not do: train biases, embeddings or the head; merge.
 """
@@ -39,29 +43,29 @@ from solotune.model.frozen_linear import FrozenLinear
 
 USUAL_RANKS = tuple(2**k for k in range(10))  # 1 to 512
 
-FIRST_FACTOR, SECOND_FACTOR = 0x7FEB352D, 0x846CA68B - (1 << 32)  # of `hashed`, as int32
+FIRST_FACTOR, SECOND_FACTOR = 0x7FEB352D, 0x846CA68B - (1 << 32)  # of `hashed`, as int32 values
 
 
 def hashed(x: torch.Tensor) -> torch.Tensor:
-    """A well mixed int32 for each int32: `lowbias32` (C. Wellons 2018, "Prospecting for hash functions")."""
+    """Hash each int32 to an int32: `lowbias32` (C. Wellons 2018, "Prospecting for hash functions")."""
     x = (x ^ ((x >> 16) & 0xFFFF)) * FIRST_FACTOR
     x = (x ^ ((x >> 15) & 0x1FFFF)) * SECOND_FACTOR
     return x ^ ((x >> 16) & 0xFFFF)
 
 
 def seeded_dropout(x: torch.Tensor, p: float, seeds_2: torch.Tensor) -> torch.Tensor:
-    """x with each element zeroed with probability p and the others divided by 1 - p; the mask is a hash of the seeds.
+    """Zero each element of x with probability p and divide the others by 1 - p; the mask is a hash of the seeds.
 
-    `hashed` of the element's place, one seed added before and another in its midst, and without its last line, which
-    changes only the low bits: the hash is what a kernel of dropout spends its time on.
+    It is `hashed` of the element's index, with one seed added before the first line and another in the second, and
+    without the last line, which changes only the low bits: a dropout kernel spends its time on the hash.
 
     Args:
         seeds_2: int32; on the device of x.
     """
-    place = torch.arange(x.numel(), device=x.device, dtype=torch.int32).view(x.shape) + seeds_2[0]
-    place = (place ^ ((place >> 16) & 0xFFFF)) * FIRST_FACTOR
-    place = (place ^ ((place >> 15) & 0x1FFFF) ^ seeds_2[1]) * SECOND_FACTOR
-    return torch.where(place >= int((p - 0.5) * (1 << 32)), x * (1 / (1 - p)), 0)
+    index = torch.arange(x.numel(), device=x.device, dtype=torch.int32).view(x.shape) + seeds_2[0]
+    index = (index ^ ((index >> 16) & 0xFFFF)) * FIRST_FACTOR
+    index = (index ^ ((index >> 15) & 0x1FFFF) ^ seeds_2[1]) * SECOND_FACTOR
+    return torch.where(index >= int((p - 0.5) * (1 << 32)), x * (1 / (1 - p)), 0)
 
 
 class LoraLinear(nn.Module):
@@ -81,8 +85,8 @@ class LoraLinear(nn.Module):
         pass_seeds: torch.Tensor | None = None,
     ) -> None:
         """Args:
-        layer_seed: tells this layer's dropout from the others'.
-        pass_seeds: int32, two numbers, shared by all layers, new ones for each forward pass; None: dropout draws from
+        layer_seed: gives each layer a dropout mask of its own.
+        pass_seeds: int32, two numbers, shared by all layers and new for each forward pass; None: dropout uses
             PyTorch's generator.
         """
         super().__init__()
@@ -103,7 +107,7 @@ class LoraLinear(nn.Module):
             h = F.dropout(x, self.dropout, self.training)
         else:
             h = seeded_dropout(x, self.dropout, self.layer_seeds ^ self.pass_seeds)
-        # s on A, whose cast to 16 bits takes it in: behind B, backward would write s * dy, as wide as the layer
+        # s is applied to A, where the cast to 16 bits absorbs it: after B, backward would write s * dy, as wide as y
         A, B = (self.lora_A * self.scaling).to(x.dtype), self.lora_B.to(x.dtype)
         return y + F.linear(F.linear(h, A), B)
 
@@ -142,21 +146,21 @@ def attach(
 
 
 def _check_rank(settings: LoraSettings, name: str, linear: FrozenLinear) -> None:
-    """A rank above both sides of a layer is a slip; above one it is useless, but usual for narrow k and v."""
+    """Refuse a rank above both sides of a layer; above one side it is useless, but usual for narrow k and v."""
     if settings.r > (most := max(linear.in_features, linear.out_features)):
         raise InputError(
-            f"{settings.source_of('lora_r')}, lora_r: above the size of {name}",
+            f"{settings.source_of('lora_r')}, lora_r: larger than the layer {name}",
             seen=f"lora_r: {settings.r}",
             allowed=f"at most {most}: the layer is {linear.out_features} x {linear.in_features}",
-            change="a smaller lora_r, or leave the layer out of lora_target_modules",
+            change="use a smaller lora_r, or remove the layer from lora_target_modules",
         )
 
 
 def join(lora_layers: Mapping[str, LoraLinear], device: torch.device) -> nn.Parameter:
-    """One float32 vector of which every `lora_A` and `lora_B` becomes a view, and its gradient likewise.
+    """Make every `lora_A` and `lora_B` a view of one float32 vector, and their gradients views of its gradient.
 
-    What an optimizer does for each tensor (a launch, a page to fetch) it then does once. Each begins at a multiple of
-    256, the block in which 8-bit optimizers scale their moments, so the result is that of separate tensors.
+    An optimizer's work for each tensor (a kernel launch, a page fetch) is then done once. Each view begins at a
+    multiple of 256, the block size for the moments of 8-bit optimizers, so the result equals that of separate tensors.
     """
     parts = [getattr(layer, part) for layer in lora_layers.values() for part in ("lora_A", "lora_B")]
     starts = list(itertools.accumulate((-(-part.numel() // 256) * 256 for part in parts), initial=0))
@@ -173,8 +177,8 @@ def join(lora_layers: Mapping[str, LoraLinear], device: torch.device) -> nn.Para
 
 def _matching(linears: Mapping[str, FrozenLinear], settings: LoraSettings) -> list[str]:
     wanted = settings.target_modules
-    hits = {target: [n for n in linears if n == target or n.endswith(f".{target}")] for target in wanted}
-    if missing := [target for target, names in hits.items() if not names]:
+    matches = {target: [n for n in linears if n == target or n.endswith(f".{target}")] for target in wanted}
+    if missing := [target for target, names in matches.items() if not names]:
         raise InputError(
             f"{settings.source_of('lora_target_modules')}, lora_target_modules: "
             f"{', '.join(missing)} matches no linear layer of this model",
@@ -182,7 +186,7 @@ def _matching(linears: Mapping[str, FrozenLinear], settings: LoraSettings) -> li
             allowed=f"{', '.join(leaf_names(linears))}, or all-linear",
             change=f"lora_target_modules: [{', '.join(leaf_names(linears))}]",
         )
-    chosen = set(itertools.chain.from_iterable(hits.values()))
+    chosen = set(itertools.chain.from_iterable(matches.values()))
     return [name for name in linears if name in chosen]
 
 
@@ -192,20 +196,20 @@ def leaf_names(names: Mapping[str, object]) -> list[str]:
 
 
 def seed_dropout(lora_layers: Mapping[str, LoraLinear], *numbers: int) -> None:
-    """Gives the next forward pass of compiled layers, and its recomputation in backward, masks of its own.
+    """Give the next forward pass of compiled layers, and its recomputation in backward, new dropout masks.
 
     Args:
-        numbers: what tells this pass from all others: seed of the run, step, micro-batch.
+        numbers: identify this pass: seed of the run, step, micro-batch.
     """
     state = np.random.SeedSequence(numbers).generate_state(2).astype(np.int32)
-    for layer in itertools.islice(lora_layers.values(), 1):  # one tensor, which all layers share
+    for layer in itertools.islice(lora_layers.values(), 1):  # all layers share one tensor
         if layer.pass_seeds is not None:
             layer.pass_seeds.copy_(torch.from_numpy(state), non_blocking=True)
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within it the model is its frozen base, bit for bit."""
+    """Make the model its frozen base in the block, bit for bit; for DPO-like methods this is the reference model."""
     layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
     for layer in layers:
         layer.enabled = False
@@ -231,7 +235,7 @@ def state_dict(lora_layers: Mapping[str, LoraLinear]) -> dict[str, torch.Tensor]
 
 
 def load_state_dict(lora_layers: Mapping[str, LoraLinear], tensors: Mapping[str, torch.Tensor], where: str) -> None:
-    """Fills the adapter, strictly.
+    """Copy tensors into the adapters; keys and shapes must match exactly.
 
     Raises:
         InputError: a missing or extra key, or another shape: the file belongs to another model or config.
@@ -285,11 +289,11 @@ def trainable_count(shapes: Mapping[str, tuple[int, int]], r: int) -> int:
 def matching_lora_shapes(
     count: int, shapes: Mapping[str, tuple[int, int]], ranks: Collection[int] = USUAL_RANKS
 ) -> list[tuple[int, list[str]]]:
-    """Which (r, target modules) have exactly `count` trainable parameters on this model.
+    """All (r, target modules) that have exactly `count` trainable parameters on this model.
 
-    A count printed in a tutorial or a log says what was really trained: 20,971,520 on the Llama-3.1-8B shape is not
-    r=16 on q,k,v,o (13,631,488) but r=8 on all seven linears. Considered: all linears, the MLP's, and every combination
-    of attention projections.
+    A count printed in a tutorial or a log shows what was really trained: 20,971,520 on the Llama-3.1-8B shape is not
+    r=16 on q,k,v,o (13,631,488) but r=8 on all seven linears. Candidates: all linears, the MLP's linears, and every
+    combination of attention projections.
 
     Args:
         count: the printed number.

@@ -1,15 +1,17 @@
-"""Cross-entropy of the supervised tokens, without the logits of the others and never with all logits at once.
+"""Cross-entropy of the loss tokens, without logits for other tokens and without all logits at once.
 
-    loss_n = logsumexp(z_n) - z_n[label_n]       z_n = head(h_n)      for supervised positions n only
+    loss_n = logsumexp(z_n) - z_n[label_n]       z_n = head(h_n)      for loss tokens n only
 
-An 8B model's logits for 4 x 2,048 tokens are 2 GiB in bfloat16 and twice that again in float32; a chat row asks for the
-loss on perhaps a third of them. So prompt positions never reach the head, and the rest goes through it in chunks: the
-forward pass of a chunk also computes dloss_n/dh_n, which is all that backward needs (the head is frozen) and is as
-small as h. Losses come out one per token, so weighting, summing over rows and finding a bad row are the caller's.
+Why in chunks
+-------------
+An 8B model's logits for 4 x 2,048 tokens are 2 GiB in bfloat16 and twice that again in float32; a chat row needs the
+loss for perhaps a third of them. So prompt positions never reach the head, and the rest goes through it in chunks. The
+forward pass of a chunk also computes dloss_n/dh_n: all that backward needs (the head is frozen), and as small as h.
+There is one loss for each token, so the caller can weight them, sum them over rows, or find a bad row.
 
 `token_losses_reference` is the definition: full logits and PyTorch's own cross-entropy.
 
-Shape legend: B rows, T tokens, N supervised tokens, D hidden size, V vocabulary.
+Shape legend: B rows, T tokens, N loss tokens, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ import torch.nn.functional as F
 
 Head = Callable[[torch.Tensor], torch.Tensor]  # h_ND -> logits_NV
 
-MAX_CHUNK_LOGITS = 1 << 27  # 0.5 GiB in float32, 1,046 tokens at 128,256 words: larger chunks gain nothing measurable
+MAX_CHUNK_LOGITS = 1 << 27  # 0.5 GiB in float32, 1,046 tokens for a vocabulary of 128,256; larger chunks are not faster
 
 
 def supervised_hidden(hidden_BTD: torch.Tensor, input_ids_BT: torch.Tensor, label_mask_BT: torch.Tensor):
-    """The hidden states that predict a supervised token, and those tokens: (h_ND, labels_N).
+    """Hidden states that predict a loss token, and those tokens: (h_ND, labels_N).
 
     The state at t-1 predicts the token at t.
     """
@@ -34,14 +36,14 @@ def supervised_hidden(hidden_BTD: torch.Tensor, input_ids_BT: torch.Tensor, labe
     return hidden_BTD[:, :-1][predicts], input_ids_BT[:, 1:][predicts]
 
 
-def _losses_and_hits(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses and whether the label is the most likely token."""
+def _losses_and_correct(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses, and whether the label is the most likely token."""
     logits_NV = logits_NV.float()
     return F.cross_entropy(logits_NV, labels_N, reduction="none"), logits_NV.argmax(-1) == labels_N
 
 
 def _with_gradient(logits_NV: torch.Tensor, labels_N: torch.Tensor):
-    """The same and dloss_n/dlogits_n = softmax(z_n) - onehot(label_n), in the dtype of the logits."""
+    """The same, and dloss_n/dlogits_n = softmax(z_n) - onehot(label_n), in the dtype of the logits."""
     log_p_NV = F.log_softmax(logits_NV.float(), dim=-1)
     is_label_NV = torch.arange(log_p_NV.shape[1], device=log_p_NV.device) == labels_N[:, None]
     losses_N = -log_p_NV.gather(1, labels_N[:, None])[:, 0]
@@ -56,7 +58,7 @@ class _ChunkedLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_ND: torch.Tensor, labels_N: torch.Tensor, head: Head, chunk: int, is_compiled: bool):
         fused = _with_gradient_compiled if is_compiled else _with_gradient
-        losses, hits, grads = [], [], []
+        losses, correct, grads = [], [], []
         for h_part, labels in zip(h_ND.split(chunk), labels_N.split(chunk), strict=True):
             with torch.enable_grad():
                 h = h_part.detach().requires_grad_()
@@ -64,10 +66,10 @@ class _ChunkedLosses(torch.autograd.Function):
             loss_N, correct_part_N, grad_NV = fused(logits.detach(), labels)
             (dh,) = torch.autograd.grad(logits, h, grad_NV)
             losses.append(loss_N)
-            hits.append(correct_part_N)
+            correct.append(correct_part_N)
             grads.append(dh)
         ctx.save_for_backward(torch.cat(grads))
-        correct_N = torch.cat(hits)
+        correct_N = torch.cat(correct)
         ctx.mark_non_differentiable(correct_N)
         return torch.cat(losses), correct_N
 
@@ -79,14 +81,14 @@ class _ChunkedLosses(torch.autograd.Function):
 
 
 def token_losses(h_ND: torch.Tensor, labels_N: torch.Tensor, head: Head, vocab_size: int, *, is_compiled: bool = False):
-    """Loss of each supervised token (float32, differentiable in h) and whether its label was the argmax.
+    """Loss of each loss token (float32, differentiable in h), and whether its label is the argmax.
 
     Args:
         h_ND: hidden states after the final norm, in the model's dtype.
         labels_N: int64 token ids.
         head: hidden states to logits; frozen.
         vocab_size: V, which sets the size of a chunk.
-        is_compiled: let the compiler make one kernel of what follows the head.
+        is_compiled: compile what follows the head into one kernel.
 
     Returns: (losses_N, correct_N).
     """
@@ -96,12 +98,12 @@ def token_losses(h_ND: torch.Tensor, labels_N: torch.Tensor, head: Head, vocab_s
     if torch.is_grad_enabled() and h_ND.requires_grad:
         return _ChunkedLosses.apply(h_ND, labels_N, head, chunk, is_compiled)
     parts = [
-        _losses_and_hits(head(h), labels) for h, labels in zip(h_ND.split(chunk), labels_N.split(chunk), strict=True)
+        _losses_and_correct(head(h), labels) for h, labels in zip(h_ND.split(chunk), labels_N.split(chunk), strict=True)
     ]
-    return torch.cat([losses for losses, _ in parts]), torch.cat([hits for _, hits in parts])
+    return torch.cat([losses for losses, _ in parts]), torch.cat([correct for _, correct in parts])
 
 
 def token_losses_reference(logits_BTV: torch.Tensor, input_ids_BT: torch.Tensor, label_mask_BT: torch.Tensor):
-    """The same losses from whole logits, (losses_N,): the plain definition, differentiable by autograd."""
+    """The same losses from full logits, losses_N: the plain definition, differentiable by autograd."""
     logits_NV, labels_N = supervised_hidden(logits_BTV, input_ids_BT, label_mask_BT)
     return F.cross_entropy(logits_NV.float(), labels_N, reduction="none")

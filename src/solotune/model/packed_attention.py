@@ -1,17 +1,21 @@
-"""Attention over packed rows by lengths instead of by a mask.
+"""Attention over packed rows by their lengths instead of by a mask.
 
     softmax(q k^T * scale) v, causal, within each row of a pack
 
-With a mask, each of B packs of T tokens asks for T x T pairs and for a kernel that reads the mask, the slow one; the
-flash kernel takes where each row begins (`cu_seq_lens`, the names of transformers' own flash path) and visits only
-pairs within it (Dao 2023, arXiv 2307.08691). The rows of all packs lie one behind the other, so shapes depend on the
-number of packs alone.
+Why not a mask
+--------------
+With a mask, each of B packs of T tokens needs T x T pairs and a kernel that reads the mask, which is slow. The flash
+kernel takes the start of each row (`cu_seq_lens`, as transformers' own flash path calls them) and visits only pairs
+within a row (Dao 2023, arXiv 2307.08691). The rows of all packs are concatenated, so shapes depend only on the number
+of packs.
 
-Installed under a name of its own in transformers' registries of attention and mask functions, so a model's code runs
-unchanged. Passes without gradients get transformers' sdpa and its masks.
+How it is installed
+-------------------
+Under its own name in transformers' registries of attention and mask functions, so a model's code runs unchanged. Passes
+without gradients use transformers' sdpa and its masks.
 
-What it does not do: sliding windows shorter than a row, soft caps, sinks, biases; such models stay with sdpa, where
-rows are kept apart by a mask.
+What it does not do: sliding windows shorter than a row, soft caps, sinks, biases. Such models stay with sdpa, where a
+mask separates the rows.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "solotune"
 MAX_HEAD_SIZE = 256  # of the flash kernel
-# cuDNN's is up to twice as fast as flash on Hopper; where it does not apply the next one does
+# cuDNN's is up to twice as fast as flash on Hopper; if it does not apply, the next one is used
 FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -50,8 +54,8 @@ def attention(
     """Attention as transformers calls it: q (B, H, T, D), k and v (B, H_kv, T, D) -> (B, T, H, D).
 
     Args:
-        cu_seq_lens_q: int32, where each row begins in the B * T tokens, and their end.
-        max_length_q: of the longest row, or more.
+        cu_seq_lens_q: int32, start of each row in the B * T tokens, then their end.
+        max_length_q: length of the longest row, or more.
     """
     if cu_seq_lens_q is None:
         if attention_mask is not None or not query.is_cuda or not torch.is_grad_enabled():
@@ -71,42 +75,42 @@ def flash(
     longest: int | None,
     scale: float | None,
 ) -> torch.Tensor:
-    """Causal attention of each row of N tokens with itself, by PyTorch's flash kernel."""
+    """Causal attention within each row of the N tokens, by PyTorch's flash kernel."""
     return torch.ops.aten._flash_attention_forward(
         q_NHD, k_NHD, v_NHD, cu_seqlens_S, cu_seqlens_S, longest, longest, 0.0, True, False, scale=scale
     )[0]
 
 
 def mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
-    """No mask for a training pass; sdpa's for all others."""
+    """No mask for a training pass; sdpa's mask for all others."""
     if torch.is_grad_enabled() and attention_mask is None:
         return None
     return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 
 def unsupported_reason(module: PreTrainedModel, max_length: int, dtype: torch.dtype) -> str | None:
-    """Why this model must stay with sdpa; None where it need not."""
+    """Reason why this model must stay with sdpa; None if there is none."""
     config = module.config.get_text_config()
     if dtype not in (torch.bfloat16, torch.float16):
         return f"the flash kernel computes in 16 bits, not in {str(dtype).removeprefix('torch.')}"
     if not module._can_set_attn_implementation():
-        return f"{config.model_type} has an attention of its own"
+        return f"{config.model_type} has its own attention code"
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if size > MAX_HEAD_SIZE or size % 8:
-        return f"heads of size {size}; the flash kernel takes multiples of 8 up to {MAX_HEAD_SIZE}"
+        return f"its heads have size {size}; the flash kernel takes multiples of 8 up to {MAX_HEAD_SIZE}"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None)
     if kinds - {"full_attention", "sliding_attention"} or ("sliding_attention" in kinds and not window):
-        return f"{config.model_type} has layers of the kind {', '.join(sorted(kinds))}"
+        return f"{config.model_type} has layers of type {', '.join(sorted(kinds))}"
     if window and window < max_length and getattr(config, "use_sliding_window", True):
         return f"a sliding window of {window} tokens is shorter than max_length"
     if any(getattr(config, name, None) for name in ("attn_logit_softcapping", "alibi", "position_bias")):
-        return f"{config.model_type} changes the scores before the softmax"
+        return f"{config.model_type} changes the attention scores before the softmax"
     return None
 
 
 def install(module: PreTrainedModel) -> None:
-    """Has this model use it."""
+    """Make this model use `attention` and `mask`."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
     module.set_attn_implementation(NAME)

@@ -1,9 +1,9 @@
-"""The weights of a model folder, read strictly: which files, which tensors, whose tensor is whose, and are they finite.
+"""Read the safetensors files of a model folder: match tensors to modules, check shapes, dtypes and finiteness.
 
-Only safetensors are read: the other weight formats can run code. The headers of all files are read first
-(`header.read_header`), so that what is missing, of another shape or too much is refused before memory is taken. Tensors
-are matched to the architecture one to one; a checkpoint that needs renaming or merging first (mixtures of experts) goes
-through transformers' own loader, with its gaps refused.
+Only safetensors are read: other weight formats can run code. The headers of all files are read first
+(`safetensors_header.read_header`), so that missing, extra or misshapen tensors are refused before memory is taken.
+Tensors are matched to the architecture one to one; a checkpoint that must be renamed or merged first (mixtures of
+experts) goes through transformers' own loader, and must be complete.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from solotune.hub.safetensors_header import Entry, read_header
 from solotune.units import first_line
 
 FLOATS = ("F32", "F16", "BF16", "F64")
-COMPUTED = r"rotary_emb\.inv_freq$"  # tables that old checkpoints hold and every model computes itself
+MISSING = "the checkpoint lacks {} tensors"
+EXTRA = "the checkpoint has {} tensors that the architecture does not have"
+COMPUTED = r"rotary_emb\.inv_freq$"  # tables in old checkpoints that every model computes itself
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, in order.
 
     Raises:
-        InputError: there are none, one that the index names is missing or lies elsewhere, or index and files differ.
+        InputError: there are none, one in the index is missing or outside the folder, or index and files differ.
     """
     index = folder / "model.safetensors.index.json"
     if not index.exists():
@@ -50,7 +52,7 @@ def weight_files(folder: Path) -> list[Path]:
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise InputError(
-                f"{index}: names a file outside the folder", seen=str(name), allowed="names such as a.safetensors"
+                f"{index}: refers to a file outside the folder", seen=str(name), allowed="names such as a.safetensors"
             )
     names = sorted(set(weight_map.values()))
     if missing := [name for name in names if not (folder / name).exists()]:
@@ -61,34 +63,37 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _check_index(index: Path, weight_map: dict[str, str], files: list[Path]) -> None:
-    """Raises:
-    InputError: a tensor that is not in the file that the index names, or in two, or in a file and not in the index.
+    """Compare the index with the files.
+
+    Raises:
+        InputError: a tensor is not in the file that the index names, is in two files, or is not in the index.
     """
     there: dict[str, str] = {}
     for path in files:
         for name in read_header(path):
             if name in there:
-                raise InputError(f"{path}: holds a tensor that {there[name]} has too", seen=name)
+                raise InputError(f"{path}: contains a tensor that is also in {there[name]}", seen=name)
             there[name] = path.name
     differ = [name for name in weight_map.keys() | there.keys() if weight_map.get(name) != there.get(name)]
     if differ := sorted(name for name in differ if not re.search(COMPUTED, name)):
         name = differ[0]
-        where = f"in {there[name]}" if name in there else "in no file"
+        listed = f"in {weight_map[name]} according to the index" if name in weight_map else "not in the index"
+        actual = f"found in {there[name]}" if name in there else "found in no file"
         raise InputError(
-            f"{index}: index and files do not agree on {len(differ)} tensors",
-            seen=f"{name}: {weight_map.get(name, 'nowhere')} in the index, {where}",
+            f"{index}: index and files differ for {len(differ)} tensors",
+            seen=f"{name}: {listed}, {actual}",
             change="download the folder again",
         )
 
 
 def match_names(module: PreTrainedModel, files: list[Path]) -> dict[str, str] | None:
-    """Checkpoint tensor name -> name in the model; None where transformers has to rename or merge them.
+    """Checkpoint tensor name -> name in the model; None if transformers must rename or merge them.
 
     Files may lack or carry the prefix of the inner model (`transformer.` of GPT-2), may hold tables that are computed
     (`rotary_emb.inv_freq`) and may lack tied weights.
 
     Raises:
-        InputError: tensors that the architecture does not have, or lacks, or of another shape or dtype.
+        InputError: a tensor is missing, extra, or has another shape or dtype than the architecture.
     """
     wanted = module.state_dict(keep_vars=True)
     tied = set(module.all_tied_weights_keys)
@@ -115,14 +120,11 @@ def match_names(module: PreTrainedModel, files: list[Path]) -> dict[str, str] | 
     if _is_converted(module) and sum(whole.values()) <= numel:
         return None
     folder = files[0].parent
-    if missing:
-        words, shown = "lacks", missing
-    else:
-        words, shown = "has, but the architecture does not know,", sorted(unknown)
+    shown = missing or sorted(unknown)
     raise InputError(
-        f"{folder}: the checkpoint {words} {len(shown)} tensors",
+        f"{folder}: {(MISSING if missing else EXTRA).format(len(shown))}",
         seen=", ".join(shown[:3]),
-        change="check that config.json and weights belong together, and download the folder again",
+        change="check that config.json belongs to these weights, or download the folder again",
     )
 
 
@@ -157,7 +159,7 @@ def _check_shape(path: Path, key: str, entry: Entry, expected: tuple[int, ...]) 
 
 
 def read_tensors(files: list[Path], names: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name in the model, tensor on the CPU), one at a time in the files' order."""
+    """Yield (name in the model, tensor on the CPU), one at a time in the files' order."""
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
@@ -169,13 +171,13 @@ def read_tensors(files: list[Path], names: dict[str, str]) -> Iterator[tuple[str
 
 
 def check_finite(where: str, name: str, tensor: torch.Tensor) -> None:
-    """Looks at a tensor that has just arrived on its device.
+    """Check a tensor for NaN and infinity.
 
-    The sum is NaN or infinite where any number is; only then are they looked at one by one, for large finite numbers
-    can add up to an infinity too.
+    If any number is NaN or infinite, so is the sum. Only then are all numbers checked, because large finite numbers can
+    also add up to infinity.
 
     Raises:
-        InputError: NaN or infinity in it. No output shows that later: sdpa on a CPU hides a NaN.
+        InputError: NaN or infinity in it. Later nothing would show it: sdpa on a CPU hides a NaN.
     """
     total = tensor.sum(dtype=torch.float32 if tensor.dtype.itemsize < 8 else torch.float64)
     if bool(total.isfinite()):
@@ -185,12 +187,12 @@ def check_finite(where: str, name: str, tensor: torch.Tensor) -> None:
         raise InputError(
             f"{where}: tensor {name} is not finite",
             seen=f"{bad:,} of {tensor.numel():,} numbers are NaN or infinite",
-            change="download the folder again, or name another model",
+            change="download the folder again, or use another model",
         )
 
 
 def load_with_transformers(folder: Path, attention: str, dtype: torch.dtype) -> PreTrainedModel:
-    """For checkpoints that must be converted; transformers fills gaps with random numbers, so gaps are refused."""
+    """Load a checkpoint that must be converted. transformers fills missing tensors with random numbers: refused."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -202,9 +204,9 @@ def load_with_transformers(folder: Path, attention: str, dtype: torch.dtype) -> 
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}: the checkpoint does not load", seen=first_line(error)) from None
+        raise InputError(f"{folder}: transformers cannot load the checkpoint", seen=first_line(error)) from None
     module, found = loaded
-    for kind, words in (("missing_keys", "lacks"), ("unexpected_keys", "has, but the architecture does not know,")):
+    for kind, words in (("missing_keys", MISSING), ("unexpected_keys", EXTRA)):
         if names := sorted(found[kind]):
-            raise InputError(f"{folder}: the checkpoint {words} {len(names)} tensors", seen=", ".join(names[:3]))
+            raise InputError(f"{folder}: {words.format(len(names))}", seen=", ".join(names[:3]))
     return module

@@ -1,4 +1,4 @@
-"""What looking at one layer at one length gives, and the polynomial through several such looks."""
+"""The profile of one layer at one length, and the polynomial through the profiles of several lengths."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from solotune.planning.layer_profile import LayerCost, Matmul, Pass, Polynomial
 
 MATMULS = ("mm", "addmm", "bmm", "baddbmm", "scaled_matmul", "dequant_matmul")
 IsFrozen = Callable[[int, int], bool]
-"""Whether a product with a matrix of this shape has a weight of the base in it."""
+"""Whether a product with a matrix of this shape uses a base weight."""
 
 
 @dataclass
@@ -28,7 +28,7 @@ class LayerProfile:
 
 @dataclass
 class PassCounts:
-    """Of one pass: its products (operations, bytes, whether frozen), the bytes of everything else, its kernels."""
+    """The work of one pass: products (operations, bytes, whether frozen), the bytes of everything else, kernels."""
 
     matmuls: list[tuple[float, float, bool]] = field(default_factory=list)
     other_bytes: float = 0
@@ -36,12 +36,12 @@ class PassCounts:
 
 
 def first(result: Any) -> torch.Tensor:
-    """A layer's hidden states, which some architectures return with other things behind them."""
+    """A layer's hidden states; some architectures return a tuple that starts with them."""
     return result if isinstance(result, torch.Tensor) else result[0]
 
 
 def fit(looks: Sequence[tuple[int, LayerProfile]], rows: int, how: Any) -> LayerCost:
-    """One `LayerCost` through looks at several lengths of `rows` rows."""
+    """Fit one `LayerCost` to profiles at several lengths of `rows` rows."""
 
     def through(values: Sequence[float]) -> Polynomial:
         constant, per_token, squared = growth_through([tokens for tokens, _ in looks], values)

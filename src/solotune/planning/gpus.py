@@ -1,6 +1,6 @@
-"""GPUs by name: memory, speed, and what they can do. A plan for a card that is not in this machine reads it here.
+"""A table of GPUs: memory, speed and features. Used to plan for a card that is not in this machine.
 
-Memory is what CUDA shows as total (a few hundred MB below the name's round figure). Speeds are dense tensor-core rates
+Memory is the total that CUDA shows (a few hundred MB below the name's round figure). Speeds are dense tensor-core rates
 without sparsity and memory bandwidths, from NVIDIA's data sheets and architecture white papers: Ampere GA100 and GA102,
 Ada AD102, Hopper H100 and H200, Turing TU102/TU104, Blackwell GB202. Consumer cards' bf16 rates are those with float32
 accumulation, which training uses.
@@ -18,7 +18,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Card:
-    """One GPU, or the CPU where `compute_capability` is None. Rates are the data sheet's, not what is reached."""
+    """One GPU, or the CPU if `compute_capability` is None. Rates are from the data sheet, not measured."""
 
     name: str
     memory_bytes: int
@@ -26,7 +26,7 @@ class Card:
     fp8_tflops: float | None
     bandwidth_bytes: float  # a second
     compute_capability: tuple[int, int] | None
-    shown_as: tuple[str, ...] = ()  # parts of the name that torch gives
+    shown_as: tuple[str, ...] = ()  # parts of the name that torch shows
 
     @property
     def has_bf16(self) -> bool:
@@ -78,10 +78,10 @@ ALIASES = {"a100": "a100-80", "a100-40gb": "a100-40", "a100-80gb": "a100-80", "h
 
 
 def card_named(name: str) -> Card:
-    """The card of `--gpu NAME`.
+    """Find the card of `--gpu NAME`.
 
     Raises:
-        InputError: no such card in the table.
+        InputError: the card is not in the table.
     """
     key = name.lower().removeprefix("nvidia").strip(" -").removeprefix("rtx").strip(" -").replace(" ", "-")
     key = ALIASES.get(key, key)
@@ -89,7 +89,7 @@ def card_named(name: str) -> Card:
         return CARDS[key]
     near = difflib.get_close_matches(key, CARDS, 1)
     raise InputError(
-        "command line, --gpu: no such card in the table",
+        "command line, --gpu: this card is not in the table",
         seen=name,
         allowed=", ".join(CARDS),
         change=f"--gpu {near[0]}" if near else None,
@@ -97,9 +97,9 @@ def card_named(name: str) -> Card:
 
 
 def card_of(name: str, memory_bytes: int, compute_capability: tuple[int, int]) -> Card:
-    """The card that torch calls `name`, with the memory it really shows.
+    """The card with the name that torch shows, and with its real memory.
 
-    One that is not in the table gets the rates of the nearest of its kind and memory.
+    A card that is not in the table gets the rates of the nearest one, by architecture and memory.
     """
     known = next((card for card in CARDS.values() if any(part in name for part in card.shown_as)), None)
     if known is None:
@@ -120,9 +120,9 @@ def card_of(name: str, memory_bytes: int, compute_capability: tuple[int, int]) -
 
 
 def cpu_card(memory_bytes: int, gflops: float) -> Card:
-    """This machine's CPU as a card: float32 products at `gflops`, measured, and the bandwidth of a few memory lanes."""
+    """This machine's CPU as a card: float32 products at the measured `gflops`, and a fixed memory bandwidth."""
     return Card("cpu", memory_bytes, gflops / 1e3, None, CPU_BANDWIDTH_BYTES, None)
 
 
 CPU_BANDWIDTH_BYTES = 10e9
-"""Of two cores of a virtual machine, on one-pass element-wise work."""
+"""Measured on two cores of a virtual machine, on one-pass element-wise work."""

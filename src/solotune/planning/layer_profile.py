@@ -1,8 +1,7 @@
-"""What a plan is computed from: the costs of one layer, the shape of a model, the work of a step.
+"""Inputs of a plan: the costs of one layer, the shape of a model, the work of a step.
 
-Plain numbers, without torch: `model_shape` makes them from a config, `memory` turns them into bytes, `throughput`
-into seconds. Whatever grows with the batch is a `Polynomial`, so one look at a layer
-serves any batch.
+Plain numbers, without torch. `model_shape` makes them from a config, `memory` computes bytes from them, `throughput`
+computes seconds. Whatever grows with the batch is a `Polynomial`, so profiling a layer once is enough for any batch.
 
 Shape legend: B rows, T tokens of the longest row.
 """
@@ -14,7 +13,7 @@ from typing import Literal, NamedTuple
 
 
 class Polynomial(NamedTuple):
-    """a + b B T + c B T^2: the last is there where an attention keeps its whole matrix."""
+    """a + b B T + c B T^2; c is not 0 only if the attention keeps its whole matrix."""
 
     constant: float = 0.0
     per_token: float = 0.0
@@ -28,7 +27,7 @@ class Polynomial(NamedTuple):
 
 
 class Matmul(NamedTuple):
-    """A product: its operations, and the bytes it reads and writes. `frozen`: it has a weight of the base in it."""
+    """A matrix product: its operations, and the bytes it reads and writes. `frozen`: one factor is a base weight."""
 
     flops: Polynomial
     bytes: Polynomial
@@ -37,22 +36,22 @@ class Matmul(NamedTuple):
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward or one backward of a layer."""
+    """The forward or the backward of one layer."""
 
     matmuls: tuple[Matmul, ...]
-    other_bytes: Polynomial  # read and written by everything that is no product of matrices
+    other_bytes: Polynomial  # read and written by everything that is not a matrix product
     num_kernels: int
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One kind of decoder layer: what it keeps, what it needs for a moment, what it computes.
+    """One kind of decoder layer: the memory it keeps and needs, and the work it does.
 
     Bytes, x being the layer's input and y its output:
-    - kept: what forward leaves behind for backward beside x; y is in it.
-    - output: y alone, which is all that a checkpointed layer leaves behind.
-    - forward_peak: the most that is there at once during forward beside x.
-    - backward_extra: the most that is there during backward, less what is kept without y, plus x.
+    - kept: saved by forward for backward, without x; y is included.
+    - output: y alone, which is all that a checkpointed layer keeps.
+    - forward_peak: the most allocated at one time during forward, without x.
+    - backward_extra: the most allocated during backward, minus what is kept without y, plus x.
     """
 
     kept: Polynomial
@@ -80,20 +79,20 @@ class Linear(NamedTuple):
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """What the bytes of a base follow from; a `ModelShape` has the same and more."""
+    """What determines the bytes of a base; a `ModelShape` has the same and more."""
 
     linears: tuple[Linear, ...]
-    other_parameters: int  # everything that is no frozen linear; tied ones once
+    other_parameters: int  # everything that is not a frozen linear; tied ones once
     dtype_bytes: int
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model as its config.json and the run's config describe it."""
+    """A model as described by its config.json and the run's config."""
 
     family: str
     linears: tuple[Linear, ...]
-    other_parameters: int  # embeddings, head, norms, experts: everything that is no frozen linear; tied ones once
+    other_parameters: int  # embeddings, head, norms, experts: everything that is not a frozen linear; tied ones once
     hidden_size: int
     vocab_size: int
     num_heads: int
@@ -101,7 +100,7 @@ class ModelShape:
     max_positions: int | None
     layers: tuple[LayerCost, ...]  # in order, from the first to the last
     outside: LayerCost  # embedding and last norm
-    logit_bytes: tuple[float, float]  # for each logit of a chunk in work: where it is the only one, where it is not
+    logit_bytes: tuple[float, float]  # per logit of the current chunk: if it is the only one, if there are others
     max_chunk_logits: int
     lora_r: int
     dtype_bytes: int
@@ -122,25 +121,25 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained on. `rows` and `tokens` are those of the largest micro-batch, `mean_tokens` the usual."""
+    """The work of a step. `rows` and `tokens` are those of the largest micro-batch, `mean_tokens` is the mean."""
 
     rows: int
     tokens: int
     mean_tokens: float  # of the longest row of a micro-batch, with padding
-    real_share: float  # of the tokens of a micro-batch that are no padding
-    supervised_share: float  # of the real ones
+    real_share: float  # share of a micro-batch's tokens that are not padding
+    supervised_share: float  # share of the real tokens
     accumulation: int
-    steps: int | None  # None: unknown without the data
+    steps: int | None  # None: not known without the data
     eval_tokens: int = 0  # of all held-out rows
     num_evals: int = 0
     eval_batch: tuple[int, int] = (0, 0)  # rows and tokens of the largest evaluation pass
     generated_tokens: int = 0
-    has_one_shape: bool = False  # its micro-batches: compiled passes then become CUDA graphs
-    is_measured: bool = False  # from the rows of the run, and not full rows by assumption
+    has_one_shape: bool = False  # all micro-batches have one shape: compiled passes become CUDA graphs
+    is_measured: bool = False  # counted on the rows of the run; False: full rows are assumed
 
     @property
     def tokens_per_step(self) -> float:
-        """Real tokens."""
+        """Tokens without padding."""
         return self.rows * self.mean_tokens * self.real_share * self.accumulation
 
 
@@ -149,11 +148,11 @@ Precision = Literal["nf4", "fp8", "bf16", "fp32"]
 
 @dataclass(frozen=True)
 class MemoryStrategy:
-    """One way to run it."""
+    """One combination of memory settings."""
 
     base_precision: Precision
     is_double_quantised: bool
-    has_dequantized_copy: bool  # NF4 kept expanded beside its codes
+    has_dequantized_copy: bool  # an unpacked copy is kept beside the NF4 codes
     num_checkpointed: int
     is_offloaded: bool
     optim: str

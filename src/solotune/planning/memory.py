@@ -1,14 +1,14 @@
 """Bytes at the peak of a training step, by category.
 
-    fixed      weights + quantisation state + adapters + their gradients + optimizer state
-    forward    layer by layer what is kept for backward grows; a checkpointed layer keeps its input alone
+    fixed      weights + quantization state + adapters + their gradients + optimizer state
+    forward    what is kept for backward grows layer by layer; a checkpointed layer keeps only its input
     head       all of that, and a chunk of logits with its gradient
-    backward   layer by layer it shrinks again; a checkpointed layer is first run forward once more
+    backward   it shrinks again layer by layer; a checkpointed layer is first run forward again
 
-The peak is the largest of these moments, each of which is summed up here from the costs of its layers, in order. It is
-what the allocator has handed out (`torch.cuda.max_memory_allocated`); `card_bytes` adds what lies outside of it.
+The peak is the largest of these moments, each summed from the costs of the layers, in order. It is what the allocator
+has given out (`torch.cuda.max_memory_allocated`); `card_bytes` adds the memory outside the allocator.
 
-What it does not do: look at loading, whose peak is the base and one tensor.
+Loading is not included: its peak is the base and one tensor.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CATEGORIES = (
 )
 NF4_BLOCK, NESTED_BLOCK, OPTIMIZER_BLOCK = 64, 256, 256
 MIN_8BIT_WEIGHTS = 4096  # bitsandbytes keeps smaller tensors' moments in 32 bits
-MIN_PAGED_WEIGHTS = 100_000  # and pages larger ones alone
+MIN_PAGED_WEIGHTS = 100_000  # and pages only the moments of larger ones
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,18 @@ class PeakMemory:
 
     by_category: dict[str, int]
     moment: str  # forward, head or backward: when the peak is
-    paged_bytes: int  # of the optimizer, outside the allocator
-    outside_bytes: int  # context and fragments
-    host_bytes: int  # activations that were offloaded
+    paged_bytes: int  # paged optimizer state, outside the allocator
+    outside_bytes: int  # CUDA context and fragmentation
+    host_bytes: int  # offloaded activations
 
     @property
     def peak_bytes(self) -> int:
-        """What `torch.cuda.max_memory_allocated` will say (on the CPU: the largest resident set)."""
+        """The value that `torch.cuda.max_memory_allocated` will show (on the CPU: the largest resident set)."""
         return sum(self.by_category.values()) - self.paged_bytes
 
     @property
     def card_bytes(self) -> int:
-        """What the card has to have."""
+        """The memory that the card must have."""
         return sum(self.by_category.values()) + self.outside_bytes
 
 
@@ -91,7 +91,7 @@ def footprint(shape: ModelShape, knobs: MemoryStrategy, work: Workload, card: Ca
 
 
 def weight_bytes(shape: ModelShape | BaseWeights, knobs: MemoryStrategy) -> int:
-    """The base: codes and mirror of its linears, and everything else of it in the dtype of computing."""
+    """Bytes of the base: its linears (codes, and the unpacked copy), and all other weights in the compute dtype."""
     a_weight = {"nf4": 0.5, "fp8": 2.0, "bf16": 2.0, "fp32": 4.0}[knobs.base_precision]
     if knobs.base_precision == "nf4" and knobs.has_dequantized_copy:
         a_weight += shape.dtype_bytes
@@ -103,7 +103,7 @@ def weight_bytes(shape: ModelShape | BaseWeights, knobs: MemoryStrategy) -> int:
 
 
 def quantisation_bytes(shape: ModelShape | BaseWeights, knobs: MemoryStrategy) -> int:
-    """Scales: of NF4's blocks, in 8 bits with scales of their own where quantised twice, and of fp8's rows."""
+    """Bytes of scales: of NF4's blocks (in 8 bits with scales of their own if quantized twice), of fp8's rows."""
     total = 0
     for linear in shape.linears:
         if knobs.base_precision == "fp8":
@@ -119,7 +119,7 @@ def quantisation_bytes(shape: ModelShape | BaseWeights, knobs: MemoryStrategy) -
 
 
 def joined_weights(shape: ModelShape) -> int:
-    """Places in the one vector of all adapters: each tensor begins at a multiple of 256 (`lora.join`)."""
+    """Length of the flat vector of all adapters: each tensor starts at a multiple of 256 (`lora.join`)."""
     return sum(
         linear.count * math.ceil(shape.lora_r * width / OPTIMIZER_BLOCK) * OPTIMIZER_BLOCK
         for linear in shape.linears
@@ -129,7 +129,7 @@ def joined_weights(shape: ModelShape) -> int:
 
 
 def optimizer_bytes(shape: ModelShape, knobs: MemoryStrategy) -> tuple[int, int]:
-    """(all bytes of AdamW's two moments, those of them that are paged)."""
+    """Bytes of AdamW's two moments: (all, those that are paged)."""
     weights = joined_weights(shape)
     moments = scales = 0
     if "8bit" in knobs.optim and weights >= MIN_8BIT_WEIGHTS:
@@ -147,12 +147,12 @@ class _Moment(NamedTuple):
 
 
 def _moments(shape: ModelShape, knobs: MemoryStrategy, work: Workload) -> list[_Moment]:
-    """Every candidate for the peak of a micro-batch: each layer at work, and the head."""
+    """All candidates for the peak of a micro-batch: each layer while it runs, and the head."""
     b, t = work.rows, work.tokens
-    first = shape.layers[0].output.at(b, t)  # what the embedding gives, and the size of every layer's input
+    first = shape.layers[0].output.at(b, t)  # output of the embedding; every layer's input has this size
     kept = 0.0 if knobs.is_offloaded and knobs.num_checkpointed else first
     brought_back = first * knobs.is_offloaded
-    moments, below = [], []  # below: what lies there when a layer begins
+    moments, below = [], []  # below: what is allocated when a layer starts
     for number, layer in enumerate(shape.layers):
         below.append(kept)
         is_checkpointed = number < knobs.num_checkpointed
@@ -181,18 +181,18 @@ def _moments(shape: ModelShape, knobs: MemoryStrategy, work: Workload) -> list[_
 
 
 def _in_parts(at_work: float, layer: LayerCost, work: Workload, is_checkpointed: bool) -> float:
-    """What a layer needs while it is at work, less what taking a long row's MLP in parts saves."""
+    """Bytes that a layer needs while it runs, minus what running a long row's MLP in parts saves."""
     parts = math.ceil(work.tokens / MLP_CHUNK_TOKENS)
     if not is_checkpointed or parts < 2:
         return at_work
     out = layer.output.at(work.rows, work.tokens)
-    # x, q, k, v, attention's output, gradients of all of them, and the parts put together (one row of 102,400 tokens)
+    # x, q, k, v, attention's output, gradients of all of them, and the joined parts (one row of 102,400 tokens)
     rest = min(at_work, 9.3 * out)
     return rest + (at_work - rest) / parts
 
 
 def _head_states(shape: ModelShape, work: Workload) -> float:
-    """The supervised hidden states, their gradients in parts, and these put together."""
+    """Bytes of the supervised hidden states, their gradients in parts, and the joined gradients."""
     return 3 * _supervised(work) * shape.hidden_size * shape.dtype_bytes
 
 
@@ -201,10 +201,9 @@ def _supervised(work: Workload) -> float:
 
 
 def logit_bytes(shape: ModelShape, work: Workload) -> float:
-    """A chunk of logits in work; while there are several, the one before is still there.
+    """Bytes of the current chunk of logits; if there are several, the one before is still allocated.
 
-    What the uncompiled loss makes of a chunk is more than what it leaves of the one before, so there a short second
-    chunk adds nothing.
+    The uncompiled loss needs more for a chunk than it keeps of the one before, so a short second chunk adds nothing.
     """
     chunk = max(1, shape.max_chunk_logits // shape.vocab_size)
     alone, among_others = shape.logit_bytes
@@ -216,7 +215,7 @@ def logit_bytes(shape: ModelShape, work: Workload) -> float:
 
 
 def _evaluation_bytes(shape: ModelShape, work: Workload) -> float:
-    """Logits of an evaluation pass: as they are, in float32, and their softmax."""
+    """Bytes of the logits of an evaluation pass: as computed, in float32, and their softmax."""
     chunk = max(1, shape.max_chunk_logits // shape.vocab_size)
     tokens = min(chunk, work.eval_batch[0] * work.eval_batch[1] * work.supervised_share)
     copies = 3 if shape.dtype_bytes == 4 else 2.5
@@ -225,7 +224,7 @@ def _evaluation_bytes(shape: ModelShape, work: Workload) -> float:
 
 
 def _expansion_bytes(shape: ModelShape, knobs: MemoryStrategy) -> float:
-    """NF4 expanded for one product: the weight, and its scales in float32."""
+    """Bytes of one NF4 weight unpacked for a product: the weight, and its scales in float32."""
     if knobs.base_precision != "nf4" or knobs.has_dequantized_copy:
         return 0.0
     widest = max(linear.weights for linear in shape.linears)
@@ -233,7 +232,7 @@ def _expansion_bytes(shape: ModelShape, knobs: MemoryStrategy) -> float:
 
 
 def _library_bytes(card: Card, has_graphs: bool) -> int:
-    """cuBLAS's workspaces: of the thread that runs forward, of that of backward, and of the stream that is recorded."""
+    """Bytes of cuBLAS's workspaces: for the forward thread, the backward thread, and the recorded stream."""
     major = (card.compute_capability or (0, 0))[0]
     return (2 + has_graphs) * known.WORKSPACE_BYTES.get(major, known.WORKSPACE_BYTES_OLDER)
 

@@ -1,11 +1,12 @@
-"""A config to the shape of its model: sizes and costs that a plan needs, from config.json alone.
+"""Compute the shape of a model (the sizes and costs that a plan needs) from its config.json, without weights.
 
-    config.json -> the architecture without memory -> its linears frozen, adapters on them, as training will have it
-                -> one layer of each kind looked at (`tracing`), embedding and last norm beside -> `ModelShape`
+    config.json -> the architecture without memory -> frozen linears with adapters, as in training
+                -> profile one layer of each kind (`profile_compiled`, `profile_eager`), embedding and last norm
+                -> `ModelShape`
 
-No table of architectures: the sizes are counted on the model that transformers builds, and what a layer keeps is found
-by letting the compiler, or autograd, work on tensors without contents. A layer that cannot be looked at so (experts
-that are chosen by the data) is estimated from its linears, and the plan says it.
+There is no table of architectures: sizes are counted on the model that transformers builds, and the memory of a layer
+is found by running the compiler, or autograd, on fake tensors. A layer that cannot be profiled this way (experts chosen
+by the data) is estimated from its linears, and the plan says so.
 """
 
 from __future__ import annotations
@@ -38,20 +39,20 @@ from solotune.planning.profile_eager import look_eager, metered
 from solotune.runtime import signals
 
 LENGTHS = (512, 1024, 2048)
-"""Tokens at which a layer is looked at: long enough that no weight is as small as an activation."""
+"""Lengths (tokens) at which a layer is profiled: long enough that no weight is as small as an activation."""
 ROWS = 2
-"""Of one row some architectures need no copy that they need of several."""
+"""Rows of a profiled batch: with one row some architectures skip a copy that they make for several."""
 
 
 def model_shape(config: RunConfig, model_files: ModelFiles | None = None) -> ModelShape:
-    """The shape of the model of a settled config; its `base_precision` must not be auto. Needs no weights.
+    """The shape of the model of a resolved config, whose `base_precision` must not be auto.
 
     Args:
-        model_files: of the config's model; None: they are looked for.
+        model_files: the files of the config's model; None: they are resolved here.
 
     Raises:
-        InputError: no model there, an architecture without a list of layers, a target module that matches nothing, rows
-            longer than the model's positions.
+        InputError: the model is not found, an architecture without a list of layers, a target module that matches
+            nothing, rows longer than the model's positions.
     """
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     module, attention = empty_model(config, model_files or resolve_model(config), dtype, torch.device("cpu"))
@@ -61,7 +62,7 @@ def model_shape(config: RunConfig, model_files: ModelFiles | None = None) -> Mod
     total = sum(parameter.numel() for parameter in module.parameters())
     frozen = sum(p.numel() for part in linears.values() for p in part.parameters(recurse=False))
     text = module.config.get_text_config()
-    # held back: where torch calls Python from C++, an exception out of nowhere ends the process
+    # signals are deferred: where torch calls Python from C++, an exception from a signal would end the process
     with signals.defer_signals(), _unlogged(), FakeTensorMode(allow_non_fake_inputs=True):
         _fill_with_fakes(module, config.multiplies_in_fp8, dtype)
         lora_layers = lora.attach(module, config.lora, torch.device("cpu"), is_compiled=config.torch_compile)
@@ -92,7 +93,7 @@ def model_shape(config: RunConfig, model_files: ModelFiles | None = None) -> Mod
 
 @contextmanager
 def _unlogged() -> Iterator[None]:
-    """torch logs a traceback for an operation that refuses tensors without contents, and raises too."""
+    """Silence torch's log: for an operation that refuses fake tensors it logs a traceback, and raises too."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled, logger.disabled = logger.disabled, True
     try:
@@ -102,7 +103,7 @@ def _unlogged() -> Iterator[None]:
 
 
 def _fill_with_fakes(module: PreTrainedModel, in_fp8: bool, dtype: torch.dtype) -> None:
-    """Every tensor fake, every linear frozen as training stores it. Call it within the fake mode."""
+    """Replace every tensor by a fake one, and every linear by a frozen one. Call it within the fake mode."""
 
     def fake_of(tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -132,10 +133,10 @@ def _counted(module: PreTrainedModel, lora_layers: set[str]) -> tuple[Linear, ..
 def _layer_costs(
     module: PreTrainedModel, layers: nn.ModuleList, is_compiled: bool, absent: set[object]
 ) -> list[LayerCost]:
-    """The cost of each layer; layers of one kind are looked at once."""
+    """The cost of each layer; each kind of layer is profiled once."""
     try:
         calls = {tokens: _calls(module, layers, tokens, absent) for tokens in LENGTHS}
-    except Exception:  # an architecture that looks into its data before the first layer
+    except Exception:  # an architecture that reads its data before the first layer
         x = torch.empty(ROWS, LENGTHS[0], module.config.get_text_config().hidden_size, dtype=module.dtype)
         return [estimated(layer, x, is_compiled) for layer in layers]
     known: dict[str, LayerCost] = {}
@@ -159,10 +160,10 @@ _Call = tuple[tuple[Any, ...], dict[str, Any]]
 def _calls(
     module: PreTrainedModel, layers: nn.ModuleList, tokens: int, absent: set[object], device="cpu"
 ) -> list[_Call]:
-    """What the model calls each of its layers with. The layers do nothing meanwhile.
+    """The arguments that the model passes to each of its layers; the layers do not run.
 
     Args:
-        absent: places of arguments that are None in a real call; see `_absent`.
+        absent: positions and names of arguments that are None in a real call; see `_absent`.
     """
     caught: list[_Call] = []
 
@@ -177,10 +178,10 @@ def _calls(
 
 
 def _absent(module: PreTrainedModel) -> set[object]:
-    """Which of the arguments of a layer are None in truth: places and names.
+    """Positions and names of a layer's arguments that are None in a real call.
 
-    transformers leaves out a mask that is merely causal, but not on fake tensors. So the model is called once on real
-    ones, whose parameters are a single zero each, expanded to their shape: they take no memory.
+    transformers leaves out a mask that is only causal, but not on fake tensors. So the model is called once on real
+    tensors; each parameter is a single zero expanded to its shape, which takes no memory.
     """
 
     def zero(tensor: torch.Tensor) -> torch.Tensor:
@@ -189,7 +190,7 @@ def _absent(module: PreTrainedModel) -> set[object]:
     _replace_tensors(module, zero, lambda buffer: zero(buffer) if buffer.is_meta else buffer)
     try:
         calls = _calls(module, decoder_layers(module), 16, set())
-    except (RuntimeError, ValueError):  # an architecture that needs more than zeros
+    except (RuntimeError, ValueError):  # an architecture that fails on zeros
         calls = []
     if not calls:
         return {"attention_mask"}
@@ -198,7 +199,7 @@ def _absent(module: PreTrainedModel) -> set[object]:
 
 
 def _replace_tensors(module: nn.Module, parameter: _Replace, buffer: _Replace) -> None:
-    """Other tensors in the place of all parameters and buffers; tied ones stay tied."""
+    """Replace all parameters and buffers; tied ones stay tied."""
     made: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, old in part._parameters.items():
@@ -213,9 +214,9 @@ def _replace_tensors(module: nn.Module, parameter: _Replace, buffer: _Replace) -
 
 @contextmanager
 def _idle(layers: nn.ModuleList, gives_tuple: bool, seen: Any = None) -> Iterator[None]:
-    """Within it the layers hand their input through; `seen` is told what they were called with.
+    """Within the block the layers return their input unchanged; `seen` gets the arguments of each call.
 
-    The first hands on something that needs a gradient, as adapters in it would.
+    The output of the first layer requires a gradient, as it would with adapters.
     """
 
     def stub(layer: nn.Module) -> Any:
@@ -239,7 +240,7 @@ def _idle(layers: nn.ModuleList, gives_tuple: bool, seen: Any = None) -> Iterato
 
 
 class _Enough(Exception):
-    """The first layer has answered."""
+    """Stops the model after its first layer."""
 
 
 def _gives_tuple(module: PreTrainedModel, layers: nn.ModuleList) -> bool:
@@ -269,13 +270,13 @@ def _cost(layer: nn.Module, calls: dict[int, _Call], is_compiled: bool) -> Layer
         for tokens in LENGTHS:
             signals.check_stop()
             looks.append((tokens, look(layer, *calls[tokens], is_frozen)))
-    except Exception:  # whatever an architecture does that tensors without contents cannot
+    except Exception:  # operations of this architecture do not work on fake tensors
         return estimated(layer, calls[LENGTHS[0]][0][0], is_compiled)
     return fit(looks, ROWS, "compiled" if is_compiled else "eager")
 
 
 def estimated(layer: nn.Module, x: torch.Tensor, is_compiled: bool) -> LayerCost:
-    """What a layer keeps, from its linears alone: their outputs, and each as often again where it is not compiled."""
+    """Estimate a layer's cost from its linears alone: their outputs, times 1.4 if it is not compiled."""
     linears = [part for part in layer.modules() if isinstance(part, FrozenLinear)]
     size = x.element_size()
     width = x.shape[-1]
@@ -306,7 +307,7 @@ def _outside_or_estimated(module: PreTrainedModel, layers: nn.ModuleList, attent
 
 
 def _outside(module: PreTrainedModel, layers: nn.ModuleList, attention: str) -> LayerCost:
-    """Embedding and last norm: the model with layers that do nothing."""
+    """The cost of embedding and last norm: the model with layers that do nothing."""
     looks = []
     gives_tuple = _gives_tuple(module, layers)
     for tokens in LENGTHS:
@@ -322,7 +323,7 @@ def _outside(module: PreTrainedModel, layers: nn.ModuleList, attention: str) -> 
         looks.append((tokens, LayerProfile(kept, output, forward_peak, meter.most - kept, [work, meter.work])))
         del hidden, dy
     cost = fit(looks, ROWS, "eager")
-    if attention == "sdpa":  # the causal mask that stands here, real tensors do not get
+    if attention == "sdpa":  # here there is a causal mask, which real tensors do not get
 
         def linear(growth: Polynomial) -> Polynomial:
             return growth._replace(per_token_squared=0.0)
@@ -333,7 +334,7 @@ def _outside(module: PreTrainedModel, layers: nn.ModuleList, attention: str) -> 
 
 
 def _eager_logits(module: PreTrainedModel, dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes for each logit in work, of one chunk and of several, by running the loss on tensors without contents."""
+    """Bytes per logit, for one chunk and for several, found by running the loss on fake tensors."""
     vocab, width = module.config.get_text_config().vocab_size, 8
     weight = torch.empty(vocab, width, dtype=dtype)
     found = []
@@ -347,9 +348,9 @@ def _eager_logits(module: PreTrainedModel, dtype: torch.dtype) -> tuple[float, f
 
 
 def cpu_gflops(seconds: float = 0.5) -> float:
-    """What this CPU multiplies in float32, in 10^9 operations a second.
+    """Speed of this CPU's float32 products, in 10^9 operations per second.
 
-    The best of many tries on one core, times the cores: on all of them a busy neighbour would be measured.
+    The best of many tries on one core, times the number of cores: on all cores, other busy processes would slow it.
     """
     threads = torch.get_num_threads()
     a, b = torch.ones(512, 768), torch.ones(768, 1024)

@@ -1,7 +1,7 @@
-"""A config to its plan on a machine: the card, the work of the rows, and the plan applied.
+"""Collect the inputs of a plan: the card, the model's shape and the lengths of the rows; then make the plan.
 
-`planner.py` computes; this module asks for what it needs: the model's shape (once for each base precision), the card
-that is here or named, and the lengths of the rows where the data can be read.
+`planner.py` computes. This module gets what it needs: the model's shape (once for each base precision), the card of
+this machine or a named one, and the lengths of the rows if the data is known.
 """
 
 from __future__ import annotations
@@ -37,12 +37,15 @@ def plan_for(
     gpu: str | None = None,
     model_files: ModelFiles | None = None,
 ) -> Plan:
-    """The plan of a config that is settled for where it would run.
+    """The plan of a config that is resolved for the machine it would run on.
 
     Args:
-        prepared: its rows, where they are known.
-        gpu: a card of the table, in the place of this machine's.
-        model_files: of the config's model; None: they are looked for.
+        prepared: its rows; None: not known, full rows are assumed.
+        gpu: a card of the table, instead of this machine's.
+        model_files: the files of the config's model; None: they are resolved here.
+
+    Raises:
+        InputError: no such card, a budget that the card does not have, or see `model_shape`.
     """
     card, free = card_here(machine, config.use_cpu) if gpu is None else (card_named(gpu), None)
     shapes = shapes_of(model_files)
@@ -56,7 +59,7 @@ def plan_for(
 
 
 def card_here(machine: Machine, use_cpu: bool) -> tuple[Card, int]:
-    """This machine's card, or its CPU, and the bytes of it that are free."""
+    """This machine's card (or its CPU), and its free bytes."""
     if machine.has_cuda and not use_cpu:
         assert machine.gpu and machine.gpu_bytes and machine.compute_capability
         card = card_of(machine.gpu, machine.gpu_bytes, machine.compute_capability)
@@ -65,7 +68,7 @@ def card_here(machine: Machine, use_cpu: bool) -> tuple[Card, int]:
 
 
 def for_card(name: str, machine: Machine) -> Machine:
-    """This machine as if `name` were in it, to settle a config for it.
+    """This machine as if the card `name` were in it, to resolve a config for that card.
 
     Raises:
         InputError: no such card in the table.
@@ -77,26 +80,26 @@ def for_card(name: str, machine: Machine) -> Machine:
 
 
 def shapes_of(model_files: ModelFiles | None = None) -> Callable[[RunConfig], ModelShape]:
-    """`model_shape`, looked at once for all configs of a model that differ in nothing that changes it."""
+    """`model_shape` with a cache: configs of a model that do not differ in what changes its shape share one result."""
 
     @cache
     def of(key: str) -> ModelShape:
-        return model_shape(asked[key], model_files)
+        return model_shape(configs[key], model_files)
 
-    asked: dict[str, RunConfig] = {}
+    configs: dict[str, RunConfig] = {}
 
     def shape(config: RunConfig) -> ModelShape:
         kind = "fp8" if config.multiplies_in_fp8 else "dense"
         adapter = f"{config.lora_r} {config.lora_target_modules} {config.lora_dropout}"
         key = f"{config.model_name_or_path} {kind} {config.torch_compile} {config.bf16} {adapter}"
-        asked[key] = config
+        configs[key] = config
         return of(key)
 
     return shape
 
 
 def work_of(batches: BatchSettings, evaluation: EvaluationSettings, prepared: Prepared) -> Workload:
-    """What the rows make of a step: counted on the very micro-batches that training will draw."""
+    """The work of a step, counted on the micro-batches that training will draw."""
     lengths = np.asarray(lengths_of(prepared.train))
     packs = pack_sequences(batches, prepared.train)
     sizes = np.array([lengths[rows].sum() for rows in packs]) if batches.packing else lengths
@@ -107,7 +110,7 @@ def work_of(batches: BatchSettings, evaluation: EvaluationSettings, prepared: Pr
         longest.append(int(sizes[micro_batch].max()))
         real += int(sizes[micro_batch].sum())
     rows = min(batches.batch_size, len(sizes))
-    if batches.has_one_shape:  # every pass is padded to one shape, see `batch.PaddedShape`
+    if batches.has_one_shape:  # every pass is padded to one shape, see `collate.PaddedShape`
         rows, longest = batches.batch_size, [batches.max_length] * len(longest)
     is_whole = schedule.total_steps * schedule.accumulation <= MAX_COUNTED_MICRO_BATCHES
     tokens: dict[str, Any] = prepared.report.to_json()["tokens"]

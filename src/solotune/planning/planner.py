@@ -1,14 +1,15 @@
-"""Which knobs are turned how, within a memory budget: the fastest way that fits, before anything runs.
+"""Choose the memory settings of a run: the fastest that fit the memory budget, before anything runs.
 
     budget = the memory that may be used       (`memory_budget`, or what the card has free)
     for each base precision, best first:       (one, unless `base_precision: auto`)
-        of all (layers checkpointed, mirror kept, offload) that fit: the fastest
-    the first precision with one that fits is taken
+        of all (layers checkpointed, dequantized copy kept, offload) that fit: the fastest
+    the first precision for which one fits is taken
 
-A key that the config sets is left as it is; only `auto` is chosen. Where nothing fits, the nearest thing that does is
-named: the smallest change to the config, tried in the order of what it costs the user (`_CHANGES`).
+A key that the config sets is kept; only `auto` is chosen. If nothing fits, the plan suggests the smallest change to the
+config that does, tried in the order of what it costs the user (`_changes`).
 
-Pure arithmetic on a `ModelShape`: the same code plans for a card that is not here. What it does not do: measure.
+The plan is arithmetic on a `ModelShape`, so the same code plans for a card that is not in this machine. It measures
+nothing.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from solotune.planning.throughput import Seconds, seconds
 from solotune.units import gib
 
 SAFETY = 1.02
-"""A plan is believed to err by at most this; nothing is planned into it."""
+"""Safety factor: the estimate may be this much too low, so the budget must hold the estimate times this."""
 SHARE_OF_CARD = 0.94
-"""What `memory_budget: auto` takes of a card that is not here: a desktop, another process, the driver get the rest."""
+"""The share of a card that is not in this machine which `memory_budget: auto` uses. The rest is for the desktop, other
+processes and the driver."""
 FREE_MARGIN_BYTES = 256 << 20
 MIN_LENGTH = 128
 
@@ -40,7 +42,7 @@ Shapes = Callable[[RunConfig], ModelShape]
 
 
 class Budget(NamedTuple):
-    """`bytes` limits what torch allocates, `available_bytes` what there is for everything of this process."""
+    """`bytes` limits what torch allocates; `available_bytes` limits all memory of this process, context included."""
 
     bytes: int
     available_bytes: int
@@ -52,7 +54,7 @@ class Budget(NamedTuple):
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run, and what it costs."""
+    """One memory strategy with its memory and its time."""
 
     knobs: MemoryStrategy
     footprint: PeakMemory
@@ -61,7 +63,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `solotune plan` says; `changes` is the way out where nothing fits."""
+    """The result of `solotune plan`. If nothing fits: `changes` to the config that do, and the plan with them."""
 
     card: Card
     budget: Budget
@@ -74,7 +76,7 @@ class Plan:
     resolved: RunConfig
 
     def to_json(self) -> dict[str, Any]:
-        """The design's shape, and more."""
+        """The JSON of plan.json."""
         used, took = self.option.footprint, self.option.seconds
         return {
             "fits": self.fits,
@@ -93,22 +95,26 @@ class Plan:
         }
 
     def refusal(self) -> CheckError:
-        """What is said where nothing fits."""
+        """The error for a run that does not fit."""
         used = self.option.footprint
-        seen = f"{gib(used.peak_bytes)} GiB at the peak ({used.moment}), {gib(used.card_bytes)} GiB with what the "
-        seen += f"driver and the allocator take, on {self.card.name}"
+        seen = (
+            f"a peak of {gib(used.peak_bytes)} GiB ({used.moment}), {gib(used.card_bytes)} GiB with the driver and the "
+        )
+        seen += f"allocator, on {self.card.name}"
         return CheckError(
-            "does not fit in memory", seen=seen, allowed=f"{gib(self.budget.bytes)} GiB: {self.budget.because}",
+            "the run does not fit in memory", seen=seen, allowed=f"{gib(self.budget.bytes)} GiB: {self.budget.because}",
             change=self.suggestion(),
         )  # fmt: skip
 
     def suggestion(self) -> str:
-        """`max_length: 1024 (then 8.1 GiB, 900 tokens/s)`"""
+        """The change that makes it fit: `max_length: 1024 (then 8.1 GiB, 900 tokens/s)`."""
         if self.changed is None:
             least = self.option.footprint.card_bytes * SAFETY
             large = [c for c in CARDS.values() if c.memory_bytes * SHARE_OF_CARD >= least]
             cards = ", ".join(c.name for c in sorted(large, key=lambda c: c.memory_bytes)[:3])
-            return f"a smaller model, or a card with {gib(round(least / SHARE_OF_CARD))} GiB ({cards or 'none known'})"
+            return (
+                f"use a smaller model, or a card with {gib(round(least / SHARE_OF_CARD))} GiB ({cards or 'none known'})"
+            )
         words = [f"{key}: {value_in_words(value)}" for key, value in self.changes]
         after = self.changed.option
         speed = f"{after.seconds.tokens_per_second:,.0f} tokens/s"
@@ -123,17 +129,18 @@ def make_plan(
     free_bytes: int | None,
     notes: list[str] | None = None,
 ) -> Plan:
-    """The fastest way to run `config` that fits.
+    """Plan `config`: the fastest memory strategy that fits, or how to make one fit.
 
     Args:
-        config: settled for the machine; its keys on `auto` are what is chosen.
-        shapes: the model's shape under a config with a definite `base_precision`.
+        config: resolved for the machine; its keys on `auto` are chosen.
+        shapes: gives the model's shape for a config whose `base_precision` is not auto.
         card: where it would run.
-        work: of a step.
-        free_bytes: of this machine's card; None for a card that is not here.
+        work: the rows and tokens of a step.
+        free_bytes: free memory of this machine's card; None for a card that is not in this machine.
+        notes: for the user, added to those of the plan.
 
     Raises:
-        InputError: a budget that the card does not have.
+        InputError: the budget is more than the card has.
     """
     budget = budget_of(config.memory, card, free_bytes)
     option, resolved, fits = _best(config, shapes, card, work, budget)
@@ -149,23 +156,23 @@ def budget_of(settings: MemorySettings, card: Card, free_bytes: int | None) -> B
     """`memory_budget` in bytes.
 
     Raises:
-        InputError: more than the card has.
+        InputError: it is more than the card has.
     """
     total, wanted = card.memory_bytes, settings.memory_budget
     available = total if free_bytes is None else free_bytes
     if free_bytes is not None and not card.is_cpu:
-        available += CONTEXT_BYTES  # this process has made its context already
+        available += CONTEXT_BYTES  # the context of this process is already counted as used
     if wanted == "auto":
         if free_bytes is not None:
             room = int(0.9 * free_bytes) if card.is_cpu else free_bytes - FREE_MARGIN_BYTES
-            because = f"{gib(free_bytes)} GiB of {gib(total)} GiB are free, less a margin"
+            because = f"{gib(free_bytes)} GiB of {gib(total)} GiB are free, minus a margin"
             return Budget(room, available - (free_bytes - room), because)
         room = int(SHARE_OF_CARD * total)
         return Budget(room, room, f"{SHARE_OF_CARD:.0%} of the card's {gib(total)} GiB")
     size = int(wanted * total) if isinstance(wanted, float) else bytes_of(str(wanted))
     if size > total:
         raise InputError(
-            f"{settings.source_of('memory_budget')}, memory_budget: more than the card has",
+            f"{settings.source_of('memory_budget')}, memory_budget: more than the memory of the card",
             seen=f"memory_budget: {wanted}",
             allowed=f"at most {gib(total)} GiB, the memory of {card.name}",
             change="memory_budget: auto",
@@ -176,7 +183,7 @@ def budget_of(settings: MemorySettings, card: Card, free_bytes: int | None) -> B
 def bytes_of(text: str) -> int:
     """`24GiB`, `9.5 GiB`, `24GB` or `500 MiB` in bytes."""
     match = re.fullmatch(BUDGET_SIZE, text)
-    assert match is not None, text  # run_config.py has looked
+    assert match is not None, text  # run_config.py has checked it
     units = {"GiB": GIB, "GB": 10**9, "MiB": 1 << 20, "MB": 10**6}
     return int(float(match[1]) * units[match[2]])
 
@@ -184,9 +191,9 @@ def bytes_of(text: str) -> int:
 def precisions(settings: MemorySettings, card: Card) -> list[Precision]:
     """The base precisions to try, best first.
 
-    By the held-out loss after training (`docs/decisions.md`): fp8 from the 16-bit weights is as good as a 16-bit base
-    to 0.7 % and 1.4 times as fast, where the card multiplies it; a 16-bit base is as fast as NF4 and better; NF4 is for
-    where only it fits.
+    Ordered by held-out loss after training (`docs/decisions.md`). fp8 from the 16-bit weights is as good as a 16-bit
+    base to 0.7 % and 1.4 times as fast, on cards with fp8 products. A 16-bit base is as fast as NF4 and better. NF4 is
+    used only if nothing else fits.
     """
     if settings.base_precision != "auto":
         return [settings.base_precision]
@@ -202,13 +209,13 @@ def precisions(settings: MemorySettings, card: Card) -> list[Precision]:
 def _best(
     config: RunConfig, shapes: Shapes, card: Card, work: Workload, budget: Budget
 ) -> tuple[Candidate, RunConfig, bool]:
-    """The fastest option that fits, or the smallest of all."""
+    """The fastest option that fits, else the one that needs the least memory; its config; whether it fits."""
     smallest: tuple[Candidate, RunConfig] | None = None
     settings = config.memory
     for precision in precisions(settings, card):
         resolved = config if precision == config.base_precision else config.replaced("plan", base_precision=precision)
         shape = shapes(resolved)
-        for offload in _offloads(settings, card):  # with it only where nothing fits without
+        for offload in _offloads(settings, card):  # offload only if nothing fits without it
             options = [
                 Candidate(knobs, used, seconds(shape, knobs, work, card))
                 for knobs in _knobs(resolved.memory, shape, card, offload)
@@ -272,49 +279,51 @@ def _choices(settings: MemorySettings, option: Candidate, card: Card, shape: Mod
     choices = []
     if settings.base_precision == "auto":
         why = {
-            "fp8": f"{card.name} multiplies in fp8, it fits, and it costs less quality than 4 bits",
-            "bf16": f"{card.name} has no fp8; 16 bits fit, and are better than 4",
-            "fp32": "there is no bfloat16 here, and it fits",
-            "nf4": "only 4 bits fit" if fits else "the smallest there is",
+            "fp8": f"it fits, {card.name} supports fp8 products, and the quality is better than with 4 bits",
+            "bf16": f"16 bits fit and are better than 4 bits; {card.name} has no fp8",
+            "fp32": "it fits, and there is no bfloat16 on this device",
+            "nf4": "only 4 bits fit" if fits else "it needs the least memory",
         }[knobs.base_precision]
         choices.append(Choice("base_precision", knobs.base_precision, why))
     if settings.gradient_checkpointing == "auto":
         n = knobs.num_checkpointed
         why = "the activations of all layers fit"
         if n:
-            why = f"{depth - n} of {depth} layers' activations fit" if fits else "the least memory"
+            why = f"the activations of {depth - n} of {depth} layers fit" if fits else "it needs the least memory"
         choices.append(Choice("gradient_checkpointing", _checkpointing(n, depth), why))
     if settings.base_residency == "auto" and knobs.base_precision == "nf4":
         dequantized_copy = f"{gib(shape.num_frozen * shape.dtype_bytes)} GiB"
-        why = f"expanded once, the weights take {dequantized_copy}; " + (
-            "that fits, and saves expanding them in every pass"
+        why = (
+            f"unpacked weights need {dequantized_copy}, which fits and saves unpacking them in each pass"
             if knobs.has_dequantized_copy
-            else "that does not fit, or memory gains more elsewhere"
+            else f"unpacked weights would need {dequantized_copy}, which does not fit or is better used elsewhere"
         )
         choices.append(Choice("base_residency", "dequantized" if knobs.has_dequantized_copy else "quantized", why))
     if knobs.is_offloaded and settings.offload_is_open:
         host = f"{gib(option.footprint.host_bytes)} GiB"
-        choices.append(Choice("activation_offload", True, f"it fits in no other way; {host} of pinned host memory"))
+        choices.append(Choice("activation_offload", True, f"nothing else fits; it needs {host} of pinned host memory"))
     return choices
 
 
 def _notes(shape: ModelShape, work: Workload) -> list[str]:
     notes = []
     if any(layer.how == "estimated" for layer in shape.layers):
-        notes.append(f"a layer of {shape.family} cannot be looked at without data: its activations are estimated")
+        notes.append(f"the memory of {shape.family} layers cannot be computed without data; it is estimated")
     if not work.is_measured:
-        notes.append(f"the rows are not known: {work.rows} full ones of {work.tokens:,} tokens are assumed")
+        notes.append(
+            f"the data is not known; {work.rows} rows of {work.tokens:,} tokens are assumed in each micro-batch"
+        )
     if work.steps is None:
-        notes.append("the number of steps is not known, nor the whole time")
+        notes.append("the number of steps and the total time are not known")
     return notes
 
 
 def _suggestion(
     config: RunConfig, shapes: Shapes, card: Card, work: Workload, budget: Budget
 ) -> tuple[list[tuple[str, object]], Plan | None]:
-    """The nearest config that fits: one change if one does, else the first few together."""
+    """The nearest config that fits: a single change if one is enough, else several together."""
 
-    def tried(values: dict[str, object]) -> Plan | None:
+    def plan_with(values: dict[str, object]) -> Plan | None:
         changed, other = _with(config, work, values)
         option, resolved, fits = _best(changed, shapes, card, other, budget)
         if not fits:
@@ -323,23 +332,23 @@ def _suggestion(
 
     singles = list(_changes(config.memory, work))
     for values in singles:
-        if plan := tried(values):
+        if plan := plan_with(values):
             return list(values.items()), plan
     together: dict[str, object] = {}
     for values in _less_each(singles):
         together |= values
-        if plan := tried(together):
+        if plan := plan_with(together):
             return list(together.items()), plan
     length = int(together.get("max_length", work.tokens))  # type: ignore[call-overload]
     while length >= 2 * MIN_LENGTH:
         length //= 2
-        if plan := tried(together | {"max_length": length}):
+        if plan := plan_with(together | {"max_length": length}):
             return list((together | {"max_length": length}).items()), plan
     return [], None
 
 
 def _changes(settings: MemorySettings, work: Workload) -> Iterator[dict[str, object]]:
-    """Single changes, from what costs the user least: speed, then precision, then the length of rows."""
+    """Single changes, cheapest for the user first: speed, then precision, then the length of rows."""
     if settings.gradient_checkpointing not in (True, "auto"):
         yield {"gradient_checkpointing": "auto"}
     if settings.base_residency == "dequantized":
@@ -361,7 +370,7 @@ def _changes(settings: MemorySettings, work: Workload) -> Iterator[dict[str, obj
 
 
 def _less_each(singles: list[dict[str, object]]) -> list[dict[str, object]]:
-    """The furthest of each key's changes, one behind the other; lengths are left for the end."""
+    """The last (largest) change of each key, in order; `max_length` is left out."""
     last = {next(iter(values)): values for values in singles if "max_length" not in values}
     return list(last.values())
 
@@ -376,7 +385,7 @@ def _with(config: RunConfig, work: Workload, values: dict[str, object]) -> tuple
 
 
 def full_rows(batches: BatchSettings, max_positions: int | None = None) -> Workload:
-    """The work of a step where the data is not known: rows as long as they may be, all of them learned."""
+    """The work of a step when the data is not known: rows of the maximum length, every token supervised."""
     tokens = min(batches.max_length, max_positions or batches.max_length)
     return Workload(
         rows=batches.batch_size,

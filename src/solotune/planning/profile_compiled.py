@@ -1,19 +1,21 @@
-"""What one decoder layer keeps, needs and computes, found by running it on tensors without contents.
+"""Profile a compiled decoder layer: the memory it keeps and needs, and its work, from a run on fake tensors.
 
-A fake tensor has a shape, a dtype and no memory, so a layer of any size is looked at in a second, without weights and
-without a GPU, and whatever architecture transformers has is served: nothing here knows a module by its name.
+Why fake tensors
+----------------
+A fake tensor has a shape and a dtype but no memory. So a layer of any size is profiled in a second, without weights and
+without a GPU, for every architecture in transformers: no module is known by its name.
 
-- Compiled layers go through the compiler's own front end (AOTAutograd and its min-cut partitioner, with the options of
-  `layers.compiled`), which splits the joint graph into forward and backward: what passes between the two is exactly
-  what will be kept. Of the operations in a graph those become memory that the compiler's back end cannot fuse away:
-  matmuls, attention, opaque operations, reductions, and what these read (`_Graph`).
-- Layers that are not compiled run as they are, and each tensor is counted from birth to death (`profile_eager.py`).
+How
+---
+The layer goes through the compiler's own front end (AOTAutograd and its min-cut partitioner, with the options of
+`layers.compiled`), which splits the joint graph into forward and backward: what passes between the two is exactly what
+will be kept. An operation in a graph takes memory if the compiler's back end cannot fuse it: matmuls, attention, opaque
+operations, reductions, and what these read (`_Graph`). Uncompiled layers are in `profile_eager.py`.
 
-Both are done at several lengths, and a polynomial is put through them. Attention is looked at as the CPU has it, in the
-flash form: like the GPU's it keeps its output and one float32 for each row of each head. What it lacks is the GPU
-kernel's scratch, which is added.
+Both are done at several lengths, and a polynomial is fitted. Attention is profiled in the CPU's flash form: like the
+GPU's it keeps its output and one float32 for each row of each head. The scratch memory of the GPU kernel is added.
 
-What it does not do: predict the order in which the compiler's back end schedules kernels; it is taken from the graph.
+The order in which the back end schedules kernels is not predicted; it is taken from the graph.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ FUSED = (
 
 
 def look_compiled(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_frozen: IsFrozen) -> LayerProfile:
-    """The layer as the compiler will split it. Call it within the fake mode of its tensors; args[0] is x."""
+    """Profile the layer as the compiler will split it. Call it within the fake mode of its tensors; args[0] is x."""
     from torch._functorch import config as functorch_config
     from torch._functorch.aot_autograd import aot_function
     from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -55,7 +57,7 @@ def look_compiled(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     graphs: list[Any] = []
 
     def partition(joint: fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
-        remove_noop_ops(joint.graph)  # as the compiler does; an alias would be kept beside what it shows
+        remove_noop_ops(joint.graph)  # as the compiler does; else an alias would be counted in addition to its tensor
         parts = min_cut_rematerialization_partition(joint, joint_inputs, **options)
         graphs.extend([*parts, options["num_fwd_outputs"]])
         return parts
@@ -77,7 +79,7 @@ def look_compiled(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _flat(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Callable[..., Any], list[Any]]:
-    """The layer as a function of tensors alone (x first, then the rest, then its parameters), and those tensors."""
+    """The layer as a function of tensors only (x first, then the rest, then its parameters), and those tensors."""
     tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     leaves, spec = pytree.tree_flatten((args[1:], kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
@@ -95,10 +97,10 @@ def _flat(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 
 
 class _Graph:
-    """A graph's tensors with their births and deaths, as the compiler's back end will have them.
+    """The lifetimes of a graph's tensors, as the compiler's back end will have them.
 
-    A pointwise operation becomes memory only where something reads it that cannot take it in: a matmul, attention, an
-    opaque operation, the caller. Otherwise whoever reads it computes it from its own inputs.
+    A pointwise operation takes memory only if a reader cannot fuse it: a matmul, attention, an opaque operation, the
+    caller. Otherwise its reader computes it from its own inputs.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -109,13 +111,13 @@ class _Graph:
         self.placeholders = {node.name: node for node in self.nodes if node.op == "placeholder"}
 
     def owner(self, node: fx.Node) -> fx.Node:
-        """The node whose memory this one shows."""
+        """The node whose memory this one is a view of."""
         while _is_view(node):
             node = node.all_input_nodes[0]
         return node
 
     def readers(self, node: fx.Node) -> Iterator[fx.Node]:
-        """Who reads it, directly or through views."""
+        """The nodes that read it, directly or through views."""
         for user in node.users:
             if _is_view(user):
                 yield from self.readers(user)
@@ -130,7 +132,7 @@ class _Graph:
         return any(r.op == "output" or not (_is_fusible(r) or _is_reduction(r)) for r in self.readers(node))
 
     def kernels(self) -> dict[int, list[fx.Node]]:
-        """Place -> what one kernel writes there."""
+        """Position -> the nodes that one kernel writes there."""
         found: dict[int, list[fx.Node]] = {}
         for node in self.nodes:
             if self.is_memory(node):
@@ -138,9 +140,9 @@ class _Graph:
         return found
 
     def _taken_over(self, birth: int, outputs: list[fx.Node]) -> int:
-        """Bytes of a kernel's input that becomes one of its outputs: a matmul's, read for the last time.
+        """Bytes of a kernel's input that is reused for one of its outputs: a matmul's result, read for the last time.
 
-        Where a kernel of several outputs reads two such, their sum takes the place of one and is written too.
+        If a kernel of several outputs reads two such inputs, their sum replaces one of them and is written too.
         """
         if not _is_fusible(outputs[0]):
             return 0
@@ -151,10 +153,10 @@ class _Graph:
         return size if len(last) == 1 or (last and len(outputs) == 1) else 0
 
     def birth(self, node: fx.Node) -> int:
-        """Its position, or that of the last pointwise operation which one kernel computes together with it.
+        """Its position, or that of the last pointwise operation computed in the same kernel.
 
-        The compiler's back end joins pointwise operations of one size that read the same memory and do not wait for one
-        another: the recomputed input of a layer's last matmul is written along with the gradients of its gate.
+        The compiler's back end joins pointwise operations of one size that read the same memory and do not depend on
+        each other: the recomputed input of a layer's last matmul is written together with the gradients of its gate.
         """
         place = self.index[node]
         if not _is_fusible(node):
@@ -179,7 +181,7 @@ class _Graph:
         return found
 
     def death(self, node: fx.Node) -> int:
-        """The position of the last operation that reads it, through views and whatever is fused."""
+        """The position of the last operation that reads it, through views and fused operations."""
         if node not in self._uses:
             last = self.index[node]
             for reader in self.readers(node):
@@ -189,7 +191,7 @@ class _Graph:
         return self._uses[node]
 
     def peak(self, given: dict[fx.Node, float]) -> float:
-        """The most bytes alive at once; `given` are tensors that are there from the start."""
+        """The most bytes alive at one time; `given` are tensors that exist from the start."""
         change = [0.0] * (len(self.nodes) + 1)
         spans = [(0, self.death(node), size) for node, size in given.items()]
         for birth, outputs in self.kernels().items():
@@ -223,7 +225,7 @@ class _Graph:
         return done
 
     def _sources(self, node: fx.Node) -> set[fx.Node]:
-        """The memory that an operation reads, with what is fused into it."""
+        """The nodes whose memory an operation reads, including what is fused into it."""
         found: set[fx.Node] = set()
         todo = [self.owner(source) for source in node.all_input_nodes]
         while todo:
@@ -236,9 +238,9 @@ class _Graph:
 
 
 def _is_view(node: fx.Node) -> bool:
-    """Whether it shows memory of another node.
+    """Whether it is a view of another node's memory.
 
-    A copy of attention's output counts as one: the GPU's kernels write it in the order that the copy would have.
+    A copy of attention's output counts as a view: the GPU's kernels write it in the order that the copy would have.
     """
     if node.op != "call_function":
         return False
@@ -273,7 +275,7 @@ def _bytes(node: fx.Node) -> int:
 
 
 def _scratch(node: fx.Node) -> int:
-    """Flash attention's backward on a GPU: dq summed in float32, and dk, dv of every query head."""
+    """Scratch bytes of flash attention's backward on a GPU: dq summed in float32, and dk, dv of every query head."""
     if "attention" not in _name(node) or "backward" not in _name(node):
         return 0
     query = node.all_input_nodes[1].meta["val"]
@@ -292,7 +294,7 @@ def _flops(node: fx.Node, is_frozen: IsFrozen) -> tuple[float, bool]:
 
 
 def _between(forward: _Graph, backward: _Graph, num_outputs: int, is_frozen: IsFrozen) -> LayerProfile:
-    """What passes from forward to backward, and the peaks of both."""
+    """The profile from both graphs: what forward passes to backward, and the peaks of both."""
     x = next(iter(forward.placeholders.values()))
     y = forward.outputs[0]
     assert y is not None
@@ -302,7 +304,7 @@ def _between(forward: _Graph, backward: _Graph, num_outputs: int, is_frozen: IsF
             kept.setdefault(forward.owner(node), []).append(node.name)
     sizes = {owner: _bytes(owner) for owner in kept}
     given: dict[fx.Node, float] = {}
-    for owner, names in kept.items():  # one memory under several names lives as long as the last of them
+    for owner, names in kept.items():  # one memory with several names lives as long as the last of them
         places = [backward.placeholders[name] for name in names if name in backward.placeholders]
         if places:
             given[max(places, key=backward.death)] = sizes[owner]

@@ -1,4 +1,4 @@
-"""What an uncompiled layer keeps, needs and computes: it runs on tensors without contents, counted while they live."""
+"""Profile an uncompiled layer: run it on fake tensors and track their allocations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from solotune.planning.curve_fit import MATMULS, IsFrozen, LayerProfile, PassCou
 
 
 class _Meter(TorchDispatchMode):
-    """Counts the bytes of all tensors that are born within it, until they die, and the work of each operation."""
+    """Counts the bytes of all tensors created within it until they are freed, and the work of each operation."""
 
     def __init__(self, is_frozen: IsFrozen) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class _Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in pytree.tree_leaves((args, kwargs)):
             if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self._known:
-                self._known.add(key)  # it was there before
+                self._known.add(key)  # created before: not counted
                 weakref.finalize(tensor.untyped_storage(), self._known.discard, key)
         result = func(*args, **(kwargs or {}))
         fresh = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor) and self._is_new(t)]
@@ -66,14 +66,14 @@ class _Meter(TorchDispatchMode):
 
 @contextmanager
 def metered(is_frozen: IsFrozen = lambda o, i: False) -> Iterator[_Meter]:
-    """Counts tensors that are made within; see `_Meter`."""
+    """Count the tensors created within the block; see `_Meter`."""
     meter = _Meter(is_frozen)
     with meter:
         yield meter
 
 
 def look_eager(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_frozen: IsFrozen) -> LayerProfile:
-    """The layer as autograd runs it, each tensor counted from birth to death. Call it within the fake mode."""
+    """Profile the layer as autograd runs it, counting each tensor while it lives. Call it within the fake mode."""
     x = args[0].detach().requires_grad_()
     with metered(is_frozen) as meter:
         y = first(layer(x, *args[1:], **kwargs))

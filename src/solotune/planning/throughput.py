@@ -2,10 +2,10 @@
 
     step = sum over micro-batches of (forward + backward + recomputed forward + head) + optimizer
 
-Each layer's products of matrices take their operations divided by the rate of the card, times the share of it that
-products of their size reach, or the time to read and write their operands, whichever is longer. Everything else is
-bound by memory and takes its bytes. Under all of it is a floor, the time to launch the kernels: it is what small models
-wait for, less where a CUDA graph launches them. Rates are the card's (`cards`), shares were measured (`calibration`).
+The time of a matrix product is its operations divided by (the card's rate times the share that products of this size
+reach), or the time to read and write its operands, whichever is longer. Everything else is limited by memory bandwidth:
+its bytes divided by the bandwidth. The time to launch the kernels is a lower limit; it dominates in small models, and
+is shorter with CUDA graphs. Rates are the card's (`gpus`), shares were measured (`constants`).
 
 Shape legend: B rows, T tokens of the longest row.
 """
@@ -21,7 +21,7 @@ from solotune.planning.layer_profile import LayerCost, Matmul, MemoryStrategy, M
 
 @dataclass(frozen=True)
 class Seconds:
-    """None where the data would have to be known."""
+    """Predicted times; `total` is None if the data is not known."""
 
     load: float
     first_step: float
@@ -34,7 +34,7 @@ class Seconds:
 
 
 def seconds(shape: ModelShape, knobs: MemoryStrategy, work: Workload, card: Card) -> Seconds:
-    """How long it takes on `card`."""
+    """Predict the times on `card`."""
     pace = _CpuPace(card) if card.is_cpu else _GpuPace(card, knobs, shape.is_compiled)
     tokens = max(1.0, work.mean_tokens)
     supervised = work.real_share * work.supervised_share
@@ -58,7 +58,7 @@ def _micro_batch(
         backward = _passing(layer.backward, rows, tokens, pace) + _attention(shape, rows, tokens, pace, True)
         one = forward * (2 if number < knobs.num_checkpointed else 1) + backward
         total += max(one, pace.layer_floor(layer, number < knobs.num_checkpointed, has_graphs))
-    if knobs.is_offloaded:  # out in forward, back in backward; nothing hides it
+    if knobs.is_offloaded:  # to the host in forward, back in backward; not overlapped
         moved = sum(layer.output.per_token for layer in shape.layers[: knobs.num_checkpointed]) * rows * tokens
         total += 2 * moved / known.OFFLOAD_BYTES_PER_SECOND
     expansions = 2 + knobs.num_checkpointed / max(1, len(shape.layers))
@@ -85,13 +85,13 @@ def _passing(part: Pass, rows: int, tokens: float, pace: _Pace) -> float:
 
 
 def _attention(shape: ModelShape, rows: int, tokens: float, pace: _Pace, is_backward: bool) -> float:
-    """Two products of T x T/2 (causal) for each head forward, five backward."""
+    """Seconds of attention: two products of T x T/2 (causal) per head in forward, five in backward."""
     flops = rows * tokens * tokens * shape.num_heads * shape.head_dim * (5 if is_backward else 2)
     return pace.attention(flops, tokens, is_backward)
 
 
 def _evaluations(shape: ModelShape, knobs: MemoryStrategy, work: Workload, pace: _Pace) -> float:
-    """Held-out passes during the run, base and tuned at its end, and the answers that are written."""
+    """Seconds of all evaluations: during the run, base and tuned at its end, and generated answers."""
     if not work.eval_tokens:
         return 0.0
     tokens = max(1, work.eval_batch[1])
@@ -125,7 +125,7 @@ class _GpuPace:
         return size / (self.bandwidth * known.BANDWIDTH_SHARE)
 
     def calls(self, part: Pass) -> float:
-        return 0.0  # overlaps with the work; `layer_floor` is where it shows
+        return 0.0  # overlaps with the work; counted in `layer_floor`
 
     def layer_floor(self, layer: LayerCost, is_checkpointed: bool, has_graphs: bool) -> float:
         kernels = layer.forward.num_kernels * (1 + is_checkpointed) + layer.backward.num_kernels
@@ -162,7 +162,7 @@ class _GpuPace:
 
 
 class _CpuPace:
-    """Times on this machine's CPU, whose speed the card holds as it was measured just now."""
+    """Times on this machine's CPU; `card` has its measured speed."""
 
     def __init__(self, card: Card) -> None:
         self.flops = card.bf16_tflops * 1e12 * known.CPU_GEMM_SHARE

@@ -1,17 +1,17 @@
-"""The one door through which the files of a run are written.
+"""Atomic, durable writes: all files of a run are written here.
 
-    write_whole(path)     temporary sibling, fsync, rename, fsync of the folder: the file is there whole or not at all
+    write_whole(path)     temporary file, fsync, rename, fsync of the folder: the file is complete or does not exist
     whole_folder(target)  the same for a folder, with a manifest of its files
-    append_line(path)     a line that is there whole, or taken back
-    LogFile               a log whose failures are nobody's concern
+    append_line(path)     append a line completely, or truncate back
+    LogFile               a log that ignores write errors
 
-A rename is on disk only once its folder has been synced, and a file's bytes only once the file has; what was not synced
-may be lost in a power cut in any order. So every function here syncs what a reader may rely on before it returns.
+A rename is on disk only after its folder was synced, and a file's bytes only after the file was. What was not synced
+can be lost in a power cut, in any order. So every function syncs what a reader relies on before it returns.
 
-All of them are made of `fs_ops.py`, where they can be counted, failed and recorded. safetensors' own writer would
-pass by this door (and makes files of mode 0600), so tensors are turned into bytes first.
+All use `fs_ops.py`, where operations can be counted, failed and recorded. safetensors' own writer would bypass it (and
+creates files of mode 0600), so tensors are converted to bytes first.
 
-Modes follow the umask. Files are made anew with O_EXCL and never through a symbolic link.
+Modes follow the umask. New files are created with O_EXCL and never through a symbolic link.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from solotune.errors import StorageError
 from solotune.run import fs_ops
 from solotune.run.manifest import MANIFEST, Entry, check_folder, manifest_text
 
-PARTIAL, REMOVED = ".partial", ".removed"  # names of what is not yet, or no longer, there: `.<name>.partial`
+PARTIAL, REMOVED = ".partial", ".removed"  # endings of what is not complete yet, or being removed: `.<name>.partial`
 PREFLIGHT = ".preflight-"
-WRITE_BYTES = 16 << 20  # one write; content that comes in pieces is gathered up to this
+WRITE_BYTES = 16 << 20  # size of one write; smaller pieces are collected up to this
 
 Content = bytes | str | Iterable[bytes] | Iterable[str]
 
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turns an operating system's refusal to write into an error that names the path."""
+    """Turn an operating system's write error into a StorageError with the path."""
     try:
         yield
     except OSError as error:
@@ -65,10 +65,10 @@ def _finite(value: Any) -> Any:
 
 
 def write_whole(path: Path, content: Content) -> None:
-    """Writes a file so that it exists complete or not at all, also across a power loss.
+    """Write a file completely or not at all, even if the power is cut.
 
     Args:
-        content: an iterable gives it in pieces, which need not all be in memory.
+        content: text, bytes, or an iterable of pieces, which need not all be in memory.
 
     Raises:
         StorageError: disk full, read-only, quota.
@@ -86,18 +86,18 @@ def write_whole(path: Path, content: Content) -> None:
 
 
 class Folder:
-    """A folder being filled; `whole_folder` makes it appear."""
+    """A folder that is being filled; `whole_folder` makes it appear."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries: dict[str, Entry] = {}
 
     def write(self, name: str, content: Content) -> None:
-        """Writes one of its files durably, and notes its hash, taken on the way, for the manifest.
+        """Write one of its files durably, and keep its hash for the manifest.
 
         Args:
-            name: may be in a folder: `a/b`.
-            content: an iterable gives it in pieces, of which two writes' worth (WRITE_BYTES each) is held in memory.
+            name: a file name, or one in a folder: `a/b`.
+            content: text, bytes, or an iterable of pieces, of which at most 2 x WRITE_BYTES are in memory.
         """
         path = self.path / name
         if not path.parent.is_dir():
@@ -120,9 +120,9 @@ class Folder:
 
 @contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Folder]:
-    """A folder to fill that appears under `target` only when the block ends well; an old `target` is replaced.
+    """A folder to fill that appears as `target` only if the block ends without an error; an old `target` is replaced.
 
-    It is read back before it appears, so nothing old is given up for what the disk has not kept.
+    It is read back before it appears, so the old one is not removed if the disk has not kept the new one.
 
     Raises:
         StorageError: disk full, read-only, quota.
@@ -151,15 +151,15 @@ def whole_folder(target: Path) -> Iterator[Folder]:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and those above it, each durably.
+    """Create a folder and those above it, each durably.
 
     Raises:
-        StorageError: it cannot be made.
+        StorageError: it cannot be created.
     """
     with storage_errors(path):
         if path.is_dir():
-            with contextlib.suppress(PermissionError):  # of a folder above that is another's
-                fs_ops.sync_folder(path.parent)  # whoever made it may have been killed before it was durable
+            with contextlib.suppress(PermissionError):  # a folder above may belong to another user
+                fs_ops.sync_folder(path.parent)  # the process that created it may have been killed before syncing
             return
         make_folder(path.parent)
         with contextlib.suppress(FileExistsError):
@@ -168,21 +168,21 @@ def make_folder(path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder of files; it is renamed away first, so none is ever seen half gone."""
+    """Remove a folder of files; it is renamed first, so a half removed folder is never visible under its name."""
     with storage_errors(path):
         _set_aside(path)
         _remove_tree(_removed(path))
 
 
 def rename(path: Path, name: str) -> None:
-    """Gives a file or folder another name in its folder, durably."""
+    """Rename a file or folder within its folder, durably."""
     with storage_errors(path):
         fs_ops.rename(path, path.with_name(name))
         fs_ops.sync_folder(path.parent)
 
 
 def remove(path: Path) -> None:
-    """Removes a file, durably; nothing where there is none."""
+    """Remove a file durably, if it exists."""
     with storage_errors(path):
         if path.exists():
             fs_ops.unlink(path)
@@ -190,7 +190,7 @@ def remove(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Clears away what a killed process has left half made or half removed."""
+    """Remove what a killed process left half written or half removed."""
     with storage_errors(folder):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if path.name.startswith(".") and (path.suffix in (PARTIAL, REMOVED) or path.name.startswith(PREFLIGHT)):
@@ -201,9 +201,9 @@ def sweep(folder: Path) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Appends one line, of which nothing stays if it cannot be written whole.
+    """Append a line atomically: on an error, truncate back.
 
-    It is not synced: a line is as durable as the checkpoint that counts it (`RunDirectory.mark`).
+    It is not synced here: `RunDirectory.metrics_offset` syncs the file before a checkpoint records its length.
 
     Raises:
         StorageError: disk full, read-only, quota.
@@ -223,7 +223,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Makes a file that was appended to durable, and its name."""
+    """Make a file that was appended to durable, and its name."""
     with storage_errors(path):
         handle = fs_ops.open_file(path, os.O_RDWR | os.O_CREAT)
         try:
@@ -234,7 +234,7 @@ def sync(path: Path) -> None:
 
 
 def cut_back(path: Path, length: int) -> None:
-    """Shortens a file to `length` bytes, durably; nothing where there is none."""
+    """Truncate a file to `length` bytes durably, if it exists."""
     with storage_errors(path):
         if not path.exists():
             return
@@ -247,7 +247,7 @@ def cut_back(path: Path, length: int) -> None:
 
 
 class LogFile(io.TextIOBase):
-    """A text file to append to, for people. A full disk must not end a run because of it, so nothing is raised."""
+    """A text log that only appends. It raises nothing: a full disk must not end a run because of its log."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -271,14 +271,14 @@ class LogFile(io.TextIOBase):
         super().close()
 
 
-# --- one owner
+# --- locks
 
 
 def take_lock(path: Path, owner: str) -> int | None:
-    """Locks a file for this process, and writes into it who that is; None where another process holds it.
+    """Lock a file for this process and write `owner` into it; None if another process holds the lock.
 
-    The kernel drops the lock with the process. The file stays; a file that was removed or replaced while it was being
-    locked is locked anew, since its name now leads elsewhere.
+    The kernel drops the lock when the process ends. The file stays. If it was removed or replaced while it was being
+    locked, locking starts again, since its name is now that of another file.
     """
     with storage_errors(path):
         while True:
@@ -300,7 +300,7 @@ def take_lock(path: Path, owner: str) -> int | None:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a live process holds it."""
+    """Whether a process holds the lock."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -315,14 +315,14 @@ def is_locked(path: Path) -> bool:
 
 
 def drop_lock(path: Path, handle: int) -> None:
-    """Lets go of it, and of the owner's name."""
+    """Release the lock and remove the owner's name from the file."""
     with contextlib.suppress(OSError):
         fs_ops.truncate(handle, path, 0)
     os.close(handle)
 
 
 def _write_new(path: Path, pieces: Iterable[bytes]) -> None:
-    """A new file of these pieces, synced; its folder is not."""
+    """Write a new file and sync it; its folder is not synced."""
     handle = fs_ops.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
         for piece in pieces:
@@ -340,17 +340,17 @@ def _pieces(content: Content) -> Iterator[bytes]:
         for begin in range(0, len(content), WRITE_BYTES):
             yield content[begin : begin + WRITE_BYTES]
         return
-    gathered = bytearray()
+    collected = bytearray()
     for piece in content:
         rest = memoryview(piece.encode() if isinstance(piece, str) else piece)
         while rest:
-            room = WRITE_BYTES - len(gathered)
-            gathered += rest[:room]
+            room = WRITE_BYTES - len(collected)
+            collected += rest[:room]
             rest = rest[room:]
-            if len(gathered) == WRITE_BYTES:
-                yield bytes(gathered)
-                gathered.clear()
-    yield bytes(gathered)
+            if len(collected) == WRITE_BYTES:
+                yield bytes(collected)
+                collected.clear()
+    yield bytes(collected)
 
 
 def _removed(path: Path) -> Path:
@@ -358,14 +358,14 @@ def _removed(path: Path) -> Path:
 
 
 def _set_aside(path: Path) -> None:
-    """Renames a folder away, durably: else it could be back after a power cut with half of its files gone."""
+    """Rename a folder durably before removing it: else it could be back after a power cut with half of its files."""
     _remove_tree(_removed(path))
     fs_ops.rename(path, _removed(path))
     fs_ops.sync_folder(path.parent)
 
 
 def _remove_tree(path: Path) -> None:
-    """Removes a folder and all in it, or a file; nothing where there is none."""
+    """Remove a folder and all in it, or a file, if it exists."""
     if path.is_dir() and not path.is_symlink():
         for inner in sorted(path.iterdir()):
             _remove_tree(inner)

@@ -1,14 +1,14 @@
-"""The events of a run: the lines of metrics.jsonl, written and read here alone.
+"""The events of a run: the lines of metrics.jsonl. Only this module writes and reads them.
 
     {"event": "step", "step": 3, "total_steps": 120, ...}        to_line(StepEvent(step=3, ...))
     from_line(line) -> StepEvent | ... | None
 
-A class is one kind of line; its fields are the line's keys, in this order. A field with a default is left out of the
-line while it has that value.
+A class is one kind of line; its fields are the line's keys, in this order. A field that has its default value is left
+out of the line.
 
-Reading is tolerant, since another version, a crash or an editor may have written the line. Keys that are not known are
-ignored. A key that is absent, or holds another type, gives what stands for "not recorded": NaN, 0, None, an empty text
-or list. Only `step` is needed: without it an event has no place in the run. What is no event at all is None.
+Reading is tolerant, since another version, a crash or an editor may have written the line. Unknown keys are ignored. A
+key that is missing or has another type gives the value for "not recorded": NaN, 0, None, an empty text or list. Only
+`step` is required: without it the event's place in the run is unknown. A line that is not an event gives None.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-MAX_INT = 2**63 - 1  # of the arrays that readers make
+MAX_INT = 2**63 - 1  # the largest int64: readers put these numbers into arrays
 
 
 @dataclass(frozen=True)
 class StartEvent:
-    """A run begins; its counts are None where the version that wrote the line did not record them."""
+    """Start of a run; a count is None if the version that wrote the line did not record it."""
 
     step: int
     total_steps: int | None
     train_rows: int | None
     train_sequences: int | None
-    packing_fill: float | None  # share of the packed places that hold a token; None without packing
+    packing_fill: float | None  # share of the packed positions that hold a token; None without packing
     validation_rows: int | None
     trainable_parameters: int | None
     parameters: int | None
@@ -41,17 +41,17 @@ class StartEvent:
 
 @dataclass(frozen=True)
 class ResumeEvent:
-    """A run goes on after `step`."""
+    """A run continues after `step`."""
 
     step: int
     exact: bool
-    inexact: list[str]  # why it is not exact
+    inexact: list[str]  # reasons why it is not exact
     passed_over: list[str]  # newer checkpoints, each with what is wrong with it
 
 
 @dataclass(frozen=True)
 class PreflightEvent:
-    """What the largest step took when it was tried: see `preflight.Preflight`."""
+    """Memory and time of the largest step, run before training: see `preflight.Preflight`."""
 
     rows: int
     places: int
@@ -97,7 +97,7 @@ class EvalEvent:
 
 @dataclass(frozen=True)
 class SaveEvent:
-    """The checkpoint of `step` is whole and on the disk."""
+    """The checkpoint of `step` is complete and on the disk."""
 
     step: int
     path: str  # the folder's name below checkpoints/
@@ -105,13 +105,13 @@ class SaveEvent:
 
 @dataclass(frozen=True)
 class NonFiniteEvent:
-    """Something was NaN or infinite in `step`, or in what was to be saved after it (then `tensors` alone)."""
+    """Something was NaN or infinite in `step`, or in the checkpoint after it (then only `tensors` is set)."""
 
     step: int
     rows: list[str] | None = None  # of the step
     seen: str | None = None
-    tensors: list[str] | None = None  # where it begins
-    bad_rows: list[str] | None = None  # that show it by themselves
+    tensors: list[str] | None = None  # where it starts
+    bad_rows: list[str] | None = None  # rows that show it alone
     verdict: str | None = None  # transient or reproducible
 
 
@@ -125,16 +125,16 @@ class DeviceFailedEvent:
 
 @dataclass(frozen=True)
 class DiagnosedEvent:
-    """The monitor named a fault while the run was training."""
+    """The monitor found a fault during training."""
 
     code: str  # F54
-    kind: str  # of its signal: measured, invariant, curve, ...
+    kind: str  # of the signal: measured, invariant, curve, ...
     says: str
 
 
 @dataclass(frozen=True)
 class EndEvent:
-    """The run has come to its end."""
+    """End of a run."""
 
     step: int
     peak_bytes: int
@@ -168,14 +168,14 @@ NAMES: dict[type[Event], str] = {
 
 
 def to_line(event: Event) -> str:
-    """The line of an event, with its line break."""
+    """The line of an event, with its line break at the end."""
     values = {field.name: getattr(event, field.name) for field in fields(event)
               if getattr(event, field.name) is not field.default}  # fmt: skip
     return json.dumps({"event": NAMES[type(event)], **values}, ensure_ascii=False) + "\n"
 
 
 def from_line(line: bytes) -> Event | None:
-    """The event of a line; None where it is torn, not JSON, of another kind or without its step."""
+    """The event of a line; None if it is incomplete, not JSON, of an unknown kind or without its step."""
     try:
         found = json.loads(line.decode())
         kind, readers = _KINDS[found["event"]]
@@ -185,7 +185,7 @@ def from_line(line: bytes) -> Event | None:
     return None if values.get("step", 0) is None else kind(**values)
 
 
-# --- reading one value: what it is, or what stands for "not recorded"
+# --- reading one value: the value, or the one for "not recorded"
 
 
 def _int_or_none(value: Any) -> int | None:

@@ -1,7 +1,7 @@
-"""What a run does to a disk: the few operations that `atomic_io.py` is made of, each announced before it is done.
+"""File system operations of a run: the few that `atomic_io.py` uses, each announced to hooks before it is done.
 
-`watched` listens. That is how `bench.faults` counts the operations of a run and kills it at the k-th, tears a write in
-two, fails it, or records all of them to replay a power cut.
+`watched` adds a hook. With it `bench.faults` counts the operations of a run, kills the run at the k-th, cuts a write in
+two, makes one fail, or records all of them to replay a power cut.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _hooks: list[Hook] = []
 def watched(hook: Hook) -> Iterator[None]:
     """Calls `hook(operation, path, content)` before each operation of the block.
 
-    `content` is what is about to be written, the new name of a rename, the length of a truncation, else nothing. What
-    the hook raises comes out of the operation, as the kernel's refusal would.
+    `content` is the bytes to write, the new name of a rename, the length of a truncation, else empty. An exception from
+    the hook comes out of the operation, as an error of the kernel would.
     """
     _hooks.append(hook)
     try:
@@ -43,7 +43,7 @@ def open_file(path: Path, flags: int) -> int:
 def write(handle: int, path: Path, content: bytes) -> None:
     say("write", path, content)
     rest = memoryview(content)
-    while rest:  # the kernel may take less than it was given
+    while rest:  # the kernel may write less than asked
         rest = rest[os.write(handle, rest) :]
 
 
@@ -63,7 +63,7 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems have no such thing
+        if error.errno != errno.EINVAL:  # some network file systems do not support it
             raise
     finally:
         os.close(handle)

@@ -1,10 +1,10 @@
-"""Manifests: the size and the sha256 of each file of a folder, so that damage is found instead of believed.
+"""Manifests: the size and the sha256 of each file of a folder, so that damage is found.
 
     manifest.json   {"version": 1, "sha256": "2c26...", "files": {"state.json": {"bytes": 1234, "sha256": "9f86..."}}}
 
-safetensors has no checksum of its own: a flipped bit loads in silence. The manifest has one, over its list, so that it
-is the manifest which is called damaged if it is. And its text is written in one way only (sorted, indented by 1) and
-compared with that way when it is read, so nothing of it can change unseen.
+safetensors has no checksum: a flipped bit loads without an error. The manifest has a checksum of its own, over its
+list, so a damaged manifest is reported as such. Its text is written in one way only (sorted, indented by 1) and
+compared with that when it is read, so no byte of it can change unnoticed.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ from typing import Any, NamedTuple
 MANIFEST = "manifest.json"
 VERSION = 1
 READ_BYTES = 1 << 20
+NOT_LISTED = "is not listed in a manifest: it was added after the run wrote its files"
 
 
 class Entry(NamedTuple):
-    """One file."""
+    """The size and sha256 of one file."""
 
     bytes: int
     sha256: str
 
 
 class Problem(NamedTuple):
-    """What is wrong with a file; `file` is relative to the folder that was looked at."""
+    """What is wrong with a file; `file` is relative to the folder that was checked."""
 
     file: str
     problem: str
 
 
 def entry_at(path: Path, limit: int | None = None) -> Entry:
-    """Of a file on disk, or of its first `limit` bytes."""
+    """The entry of a file on disk, or of its first `limit` bytes."""
     digest, count = hashlib.sha256(), 0
     with path.open("rb") as file:
         while piece := file.read(READ_BYTES if limit is None else min(READ_BYTES, limit - count)):
@@ -47,15 +48,17 @@ def entry_at(path: Path, limit: int | None = None) -> Entry:
 
 
 def manifest_text(entries: Mapping[str, Entry]) -> str:
-    """The file's content."""
+    """The text of manifest.json."""
     files = {name: entries[name]._asdict() for name in sorted(entries)}
     own = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     return json.dumps({"version": VERSION, "sha256": own, "files": files}, indent=1) + "\n"
 
 
 def read_manifest(path: Path) -> dict[str, Entry]:
-    """Raises:
-    ValueError: it is not what `manifest_text` writes; says how.
+    """Read a manifest.
+
+    Raises:
+        ValueError: it is not what `manifest_text` writes; the text says what is wrong.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -65,7 +68,7 @@ def read_manifest(path: Path) -> dict[str, Entry]:
             type(entry.bytes) is int and re.fullmatch(r"[0-9a-f]{64}", entry.sha256) for entry in entries.values()
         )
     except FileNotFoundError:
-        raise ValueError("there is none") from None
+        raise ValueError("the file does not exist") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError("it is damaged") from None
     if not well_formed or text != manifest_text(entries):
@@ -74,21 +77,21 @@ def read_manifest(path: Path) -> dict[str, Entry]:
 
 
 def differences(folder: Path, entries: Mapping[str, Entry], growing: tuple[str, ...] = ()) -> Iterator[Problem]:
-    """The files that are missing, or are not what is written here.
+    """The files that are missing, or differ from their entries.
 
     Args:
-        growing: files whose recorded bytes only have to stand at their beginning.
+        growing: files that may have grown: only their beginning has to match.
     """
     for name, recorded in entries.items():
         path = folder / name
         try:
             status = path.lstat()
             if not stat.S_ISREG(status.st_mode):
-                yield Problem(name, "is no regular file")
+                yield Problem(name, "is not a regular file")
             elif status.st_size < recorded.bytes or (name not in growing and status.st_size > recorded.bytes):
-                yield Problem(name, f"has {status.st_size:,} bytes, {recorded.bytes:,} were written")
+                yield Problem(name, f"has {status.st_size:,} bytes, but {recorded.bytes:,} were written")
             elif entry_at(path, recorded.bytes) != recorded:
-                yield Problem(name, "its content is not what was written (sha256)")
+                yield Problem(name, "content has changed (sha256 differs)")
         except FileNotFoundError:
             yield Problem(name, "is missing")
         except OSError as error:
@@ -96,17 +99,17 @@ def differences(folder: Path, entries: Mapping[str, Entry], growing: tuple[str, 
 
 
 def check_folder(folder: Path) -> list[Problem]:
-    """What is wrong with a folder of files and its manifest; nothing where all is as it was written."""
+    """Compare a folder with its manifest; no problems if all is as it was written."""
     try:
         entries = read_manifest(folder / MANIFEST)
     except ValueError as error:
-        return [Problem(MANIFEST, f"no manifest to compare with: {error}")]
+        return [Problem(MANIFEST, f"the manifest cannot be used: {error}")]
     found = list(differences(folder, entries))
-    return found + [Problem(name, "does not belong here: no manifest names it") for name in unknown(folder, entries)]
+    return found + [Problem(name, NOT_LISTED) for name in unknown(folder, entries)]
 
 
 def unknown(folder: Path, names: Iterable[str]) -> list[str]:
-    """What is below a folder and is none of these names, nor leads to one, nor is the manifest."""
+    """The paths below a folder that are not in `names`, not a folder on the way to one, and not the manifest."""
     known = {MANIFEST, *names}
     leading = {parent.as_posix() for name in known for parent in PurePosixPath(name).parents}
     found = ((path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*")))

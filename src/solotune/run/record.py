@@ -1,10 +1,10 @@
-"""One reader of what a run has written, in whatever state it is.
+"""Read what a run has written, in any state.
 
     record = RunRecord.read("runs/demo")       or the path of a RunDirectory
     record.steps[-1].loss, record.is_finished, record.evaluation
 
-Whole, crashed (its last line torn), still running, written by another version, files damaged or absent: what can be
-read is there, and the rest is None or empty. Nothing here raises, and nothing here loads torch.
+Finished, crashed (last line incomplete), still running, written by another version, files damaged or missing: what can
+be read is there, the rest is None or empty. Nothing here raises, and nothing here loads torch.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from solotune.run.events import (
 )
 
 METRICS = "metrics.jsonl"
-MAX_JSON_BYTES = 256 << 20  # no file of a run comes near it; the state of a long run by another trainer has megabytes
+MAX_JSON_BYTES = 256 << 20  # files of a run are far smaller; the state of a long run of another trainer has megabytes
 
 E = TypeVar("E", covariant=True)
 
 
 class Line(NamedTuple, Generic[E]):
-    """An event and where its line begins in metrics.jsonl."""
+    """An event and where its line starts in metrics.jsonl."""
 
     offset: int  # bytes
     event: E
@@ -47,14 +47,14 @@ class Line(NamedTuple, Generic[E]):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The events of a run, read once, and its other files, each read when it is first asked for."""
+    """The events of a run, read once, and its other files, each read at first use."""
 
     path: Path
     lines: tuple[Line[Event], ...]
 
     @classmethod
     def read(cls, path: str | Path) -> RunRecord:
-        """The record of the run in a folder; an empty one where there is none."""
+        """The record of the run in a folder; empty if there is no run."""
         return cls(Path(path), tuple(_lines_of(Path(path) / METRICS)))
 
     @cached_property
@@ -65,7 +65,7 @@ class RunRecord:
         """The events of one kind, in the order of the file."""
         return tuple(event for event in self.events if isinstance(event, kind))
 
-    # --- what the events tell
+    # --- from the events
 
     @cached_property
     def steps(self) -> tuple[StepEvent, ...]:
@@ -77,12 +77,12 @@ class RunRecord:
 
     @property
     def start(self) -> StartEvent | None:
-        """The newest: a run that was killed before its first checkpoint starts again."""
+        """The newest one: a run that was killed before its first checkpoint starts again."""
         return (self.of(StartEvent) or (None,))[-1]
 
     @property
     def end(self) -> Line[EndEvent] | None:
-        """The last, and where it stands."""
+        """The last end event, and where its line starts."""
         ends = (Line(at, event) for at, event in reversed(self.lines) if isinstance(event, EndEvent))
         return next(ends, None)
 

@@ -1,15 +1,15 @@
-"""The run directory: the files in which the stages of a run meet.
+"""The run directory: the files that the stages of a run write and read.
 
     runs/<name>/  config.yaml  environment.json  data.json  metrics.jsonl  checkpoints/step-000050/
                   adapter/  evaluation.json  diagnosis.json  log.txt  fingerprints.json  manifest.json
 
-Every file is written whole or not at all (`atomic_io`), so whoever reads the directory, during the run, after a crash
-or on another machine, sees only finished files. `metrics.jsonl` alone grows: one JSON object a line, and a torn last
-line is passed over. A lock that the kernel drops with its owner keeps a second process out.
+Every file is written completely or not at all (`atomic_io`). So a reader sees only finished files, during the run,
+after a crash or on another machine. Only `metrics.jsonl` grows: one JSON object per line; an incomplete last line is
+ignored. A lock, which the kernel drops when its owner ends, keeps a second process out.
 
-Each checkpoint has a mark of `metrics.jsonl`: its length and its sha256. Going on from the checkpoint cuts the file
-back to the mark; a file that is another one, or shorter, is of another run than the checkpoint. At its end a run is
-sealed: `manifest.json` has the hash of every file that has no manifest beside it (adapter and checkpoints do).
+Each checkpoint records the length and the sha256 of `metrics.jsonl`. Resuming from the checkpoint cuts the file back to
+that length. A file that is shorter or has another hash belongs to another run than the checkpoint. At the end of a run
+`manifest.json` gets the hash of every file that has no manifest in its folder (adapter and checkpoints have one).
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from solotune.run.record import METRICS, RunRecord, number_in
 LOCK = ".lock"
 LOCK_TRIES = 20
 LOG, FINGERPRINTS, STACKS = "log.txt", "fingerprints.json", "stacks.txt"
-UNUSED = ".unused"  # ending of a checkpoint that a resumed run passed over
-MARKS = ("config.yaml", METRICS, "adapter", "checkpoints")  # any of these: the directory holds a run
+UNUSED = ".unused"  # ending of a checkpoint that a resumed run skipped
+MARKS = ("config.yaml", METRICS, "adapter", "checkpoints")  # a directory with any of these holds a run
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file of a run.
+    """Read a JSON file of a run.
 
     Raises:
-        InputError: it is absent or not JSON.
+        InputError: it does not exist or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -56,7 +56,7 @@ def read_json(path: Path) -> Any:
 
 
 class RunDirectory:
-    """One run's folder. Use `create` to start a run and `open` to read one."""
+    """The folder of one run. Use `create` to start a run and `open` to read one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -70,7 +70,7 @@ class RunDirectory:
             output_dir: its path; None: a new folder runs/<name>-<date>.
 
         Raises:
-            DirectoryInUseError: another process holds it, or it already holds a run and this is no resume.
+            DirectoryInUseError: another process uses it, or it already holds a run and `resume` is false.
         """
         if not resume:
             cls.refuse_occupied(output_dir)
@@ -79,7 +79,7 @@ class RunDirectory:
         run._take_lock()
         try:
             if not resume:
-                cls.refuse_occupied(output_dir)  # another may have run here from its start to its end since
+                cls.refuse_occupied(output_dir)  # another process may have finished a run here in the meantime
             for folder in (run.path, run.checkpoints):
                 atomic_io.sweep(folder)
         except BaseException:
@@ -89,9 +89,11 @@ class RunDirectory:
 
     @staticmethod
     def refuse_occupied(output_dir: str | None) -> None:
-        """Raises:
-        InputError: `output_dir` is a file.
-        DirectoryInUseError: it already holds a run.
+        """Check that `output_dir` holds no run.
+
+        Raises:
+            InputError: `output_dir` is a file.
+            DirectoryInUseError: it already holds a run.
         """
         path = Path(os.path.expanduser(output_dir or "."))
         if path.is_file():
@@ -101,47 +103,49 @@ class RunDirectory:
             raise DirectoryInUseError(
                 f"{path} already holds a run",
                 seen=", ".join(held),
-                change="--resume to continue it, another output_dir to start afresh, or remove the folder",
+                change="continue it with --resume, choose another output_dir, or remove the folder",
             )
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
-        """An existing run, for reading.
+        """Open an existing run for reading.
 
         Raises:
-            InputError: no such folder, or one without a run in it.
+            InputError: the folder does not exist, or has no run in it.
         """
         run = cls(Path(os.path.expanduser(path)))
         if not run.path.is_dir():
             known = ", ".join(str(other.path) for other in list_runs()[-3:])
             raise InputError(
-                f"{path}: no such run", allowed="a run directory", change=f"latest: {known}" if known else None
+                f"{path}: run not found", allowed="a run directory", change=f"newest runs: {known}" if known else None
             )
         if not (run.path / "config.yaml").is_file():
             raise InputError(
-                f"{path}: not a run directory", seen="no config.yaml in it", allowed="a folder of `solotune train`"
+                f"{path}: not a run directory",
+                seen="no config.yaml in it",
+                allowed="a folder that `solotune train` wrote",
             )
         return run
 
     def _take_lock(self) -> None:
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        me = json.dumps({"pid": os.getpid(), "host": platform.node(), "since": now}) + "\n"
+        owner_line = json.dumps({"pid": os.getpid(), "host": platform.node(), "since": now}) + "\n"
         owner = None
-        for _ in range(LOCK_TRIES):  # it may be held for a moment by who only asks, and its owner's name comes after it
-            self._lock = atomic_io.take_lock(self.path / LOCK, me)
+        for _ in range(LOCK_TRIES):  # `is_locked` holds it for a moment, and the owner's name is written after locking
+            self._lock = atomic_io.take_lock(self.path / LOCK, owner_line)
             if self._lock is not None:
                 return
             if owner := self._owner():
                 break
             time.sleep(0.05)
         raise DirectoryInUseError(
-            f"{self.path} is being written by another process",
+            f"{self.path} is in use by another process",
             seen=owner,
-            change="wait for it, or choose another output_dir",
+            change="wait until it ends, or choose another output_dir",
         )
 
     def _owner(self) -> str | None:
-        """Who holds the lock, in words."""
+        """The process that holds the lock, in words; None if it is not known."""
         try:
             owner = json.loads((self.path / LOCK).read_text(encoding="utf-8"))
             if owner["host"] == platform.node() and not _is_alive(owner["pid"]):
@@ -151,11 +155,11 @@ class RunDirectory:
             return None
 
     def is_locked(self) -> bool:
-        """Whether a live process is writing this run."""
+        """Whether a process is writing this run now."""
         return atomic_io.is_locked(self.path / LOCK)
 
     def release(self) -> None:
-        """Lets go of the lock."""
+        """Release the lock."""
         if self._lock is not None:
             atomic_io.drop_lock(self.path / LOCK, self._lock)
             self._lock = None
@@ -164,11 +168,11 @@ class RunDirectory:
         atomic_io.write_whole(self.path / "config.yaml", to_yaml(config))
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """`name` is a file name such as `evaluation.json`."""
+        """Write a JSON file; `name` is a file name such as `evaluation.json`."""
         atomic_io.write_whole(self.path / name, atomic_io.json_text(content))
 
     def log(self, event: Event) -> None:
-        """Appends the event's line to metrics.jsonl.
+        """Append the event's line to metrics.jsonl.
 
         Raises:
             StorageError: disk full, read-only, quota.
@@ -176,27 +180,27 @@ class RunDirectory:
         atomic_io.append_line(self.path / METRICS, to_line(event))
 
     def metrics_offset(self) -> dict[str, Any]:
-        """Makes metrics.jsonl durable and says what it is: what a checkpoint keeps of it."""
+        """Make metrics.jsonl durable; its length and sha256, which the checkpoint records."""
         atomic_io.sync(self.path / METRICS)
         return entry_at(self.path / METRICS)._asdict()
 
     def metrics_mismatch(self, mark: Mapping[str, Any]) -> str | None:
-        """Why metrics.jsonl cannot be cut back to a mark; None where it can."""
+        """Why metrics.jsonl cannot be cut back to the recorded length; None if it can."""
         path = self.path / METRICS
         there = path.stat().st_size if path.is_file() else 0
         if there < mark["bytes"]:
-            return f"{METRICS} has {there:,} bytes, {mark['bytes']:,} when the checkpoint was saved"
+            return f"{METRICS} has {there:,} bytes, but had {mark['bytes']:,} when the checkpoint was saved"
         if mark["bytes"] and entry_at(path, mark["bytes"]) != Entry(mark["bytes"], mark["sha256"]):
-            return f"{METRICS} is not the one that the checkpoint was saved beside"
+            return f"{METRICS} has changed since the checkpoint was saved, or belongs to another run"
         return None
 
     def truncate_metrics(self, mark: Mapping[str, Any] | None) -> None:
-        """Takes the seal off and cuts metrics.jsonl back to a mark, or to nothing: the run goes on from there."""
+        """Remove the manifest and cut metrics.jsonl back to the recorded length (None: to nothing)."""
         atomic_io.remove(self.path / MANIFEST)
         atomic_io.cut_back(self.path / METRICS, mark["bytes"] if mark else 0)
 
     def write_manifest(self) -> None:
-        """Writes manifest.json, by which `solotune verify` knows every file."""
+        """Write manifest.json with the size and sha256 of every file, for `solotune verify`."""
         entries = {}
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path).as_posix()
@@ -206,9 +210,9 @@ class RunDirectory:
         atomic_io.write_whole(self.path / MANIFEST, manifest_text(entries))
 
     def update_manifest(self, name: str) -> None:
-        """After a file of a finished run was written anew: the seal knows it, and of the others what it knew before.
+        """Update one file's entry in the manifest after rewriting the file; the other entries stay.
 
-        A run without a seal, or with a damaged one, gets none.
+        A run without a manifest, or with a damaged one, is left as it is.
         """
         with contextlib.suppress(ValueError):
             entries = read_manifest(self.path / MANIFEST)
@@ -228,7 +232,7 @@ def _is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it is another user's
+    except PermissionError:  # the process of another user
         pass
     return True
 
@@ -240,7 +244,7 @@ def _fresh_path(name: str) -> Path:
 
 
 def nearest_folder(path: str | Path) -> Path:
-    """The folder that exists already, of `path` and those above it."""
+    """`path`, or the nearest folder above it that exists."""
     path = Path(os.path.expanduser(path)).absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
@@ -252,14 +256,14 @@ def list_runs(root: str | Path = "runs") -> list[RunDirectory]:
 
 
 def latest_run_of(name: str) -> RunDirectory | None:
-    """The newest run in `runs/` that was made from a config of this name."""
+    """The newest run in `runs/` of a config with this name."""
     named = [run for run in list_runs() if run.path.name.startswith(f"{name}-")]
     return named[-1] if named else None
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One line of `solotune runs`; what a run has not got to is None."""
+    """One line of `solotune runs`; what a run has not reached is None."""
 
     name: str
     path: Path
@@ -278,7 +282,7 @@ class RunSummary:
 
 
 def summarize_run(run: RunDirectory) -> RunSummary:
-    """What a run has come to, from its files; a damaged one has fewer figures."""
+    """Summarize a run from its files; a damaged run has fewer figures."""
     record = RunRecord.read(run.path)
     last = record.steps[-1] if record.steps else None
     return RunSummary(

@@ -1,7 +1,7 @@
 """The run's own log: the observer that writes metrics.jsonl.
 
-It comes before all other observers, and it alone may fail a run: what is shown is then always recorded too, and a run
-that can no longer be recorded stops.
+It runs before all other observers, so what is shown is always recorded too. It is the only one whose error stops the
+run: a run that cannot be recorded does not continue.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class RunLog:
-    """Writes the events that it is told of; each method raises StorageError where the line cannot be written."""
+    """Writes each event to metrics.jsonl; a method raises StorageError if the line cannot be written."""
 
     def __init__(self, run: RunDirectory) -> None:
         self._run = run

@@ -1,4 +1,4 @@
-"""A checkpoint: everything that a run needs to go on as if it had never stopped.
+"""Checkpoints: everything that a run needs to continue as if it had never stopped.
 
     checkpoints/step-000050/
         adapter_model.safetensors  adapter_config.json     the adapter, as PEFT reads it
@@ -7,10 +7,10 @@
         state.json                                         step, optimizer scalars, fingerprints
         manifest.json                                      size and sha256 of each of these
 
-No pickle is written or read. A checkpoint folder appears complete or not at all (`storage.whole_folder`), and is
-believed only if every file is as its manifest says: the newest valid one wins, and the others are named with what is
-wrong with them. It is read back before it appears, and older ones are removed after that. The row order is not stored:
-it is a function of seed and epoch.
+No pickle is written or read. A checkpoint folder appears complete or not at all (`atomic_io.whole_folder`), and is
+valid only if every file matches its manifest. The newest valid one is used; newer damaged ones are reported with what
+is wrong with them. A checkpoint is read back before it appears, and older ones are removed after that. The row order is
+not stored: it is a function of seed and epoch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ STEP_FOLDER = re.compile(r"step-(\d{6,})")
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint holds, on the CPU."""
+    """The content of a checkpoint, on the CPU."""
 
     step: int
     adapter: dict[str, torch.Tensor]
@@ -48,13 +48,13 @@ class Checkpoint:
 
 def save(folder: Path, step: int, adapter: Mapping[str, torch.Tensor], peft_config: Mapping[str, Any],
          optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Path:  # fmt: skip
-    """Writes checkpoints/step-<step> below `folder` and returns its path.
+    """Write checkpoints/step-<step> below `folder`; its path.
 
     Args:
-        state: what the caller wants back, as JSON.
+        state: the caller's own values, as JSON; `load` returns them.
 
     Raises:
-        StorageError: it could not be written, or read back it was not what was written.
+        StorageError: it cannot be written, or reading it back gave something else.
     """
     tensors, scalars = _split_optimizer(optimizer)
     target = folder / f"step-{step:06d}"
@@ -68,10 +68,10 @@ def save(folder: Path, step: int, adapter: Mapping[str, torch.Tensor], peft_conf
 
 
 def load(folder: Path) -> Checkpoint:
-    """Reads a checkpoint.
+    """Read a checkpoint.
 
     Raises:
-        InputError: the folder is no checkpoint.
+        InputError: the folder is not a checkpoint.
         IntegrityError: a file in it is damaged.
     """
     state = read_json(folder / "state.json")
@@ -85,17 +85,17 @@ def load(folder: Path) -> Checkpoint:
 
 
 def invalid_reason(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None where it is as it was written."""
+    """What is wrong with a checkpoint; None if it is as it was written."""
     if not folder.is_dir():
-        return "there is no such folder"
+        return "the folder does not exist"
     for file, problem in check_folder(folder):
         return f"{file}: {problem}"
     try:
         step = read_json(folder / "state.json")["step"]
     except (InputError, KeyError, TypeError):
-        return "state.json: it has no step"
+        return "state.json: no step in it"
     named = STEP_FOLDER.fullmatch(folder.name)
-    return None if named is None or int(named[1]) == step else f"state.json: it is of step {step}"
+    return None if named is None or int(named[1]) == step else f"state.json: it belongs to step {step}"
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -111,10 +111,10 @@ def newest(folder: Path) -> Path | None:
 def newest_first(
     folder: Path, objection: Callable[[Path], str | None] = lambda path: None
 ) -> Iterator[tuple[Path, str | None]]:
-    """Each checkpoint with why it cannot be used, down to and including the first that can (None).
+    """Each checkpoint, newest first, with why it cannot be used; the first usable one (reason None) is the last.
 
     Args:
-        objection: what else may speak against a checkpoint that is valid in itself.
+        objection: gives another reason not to use a checkpoint that is valid in itself.
     """
     for _, path in reversed(list_checkpoints(folder)):
         problem = invalid_reason(path) or objection(path)
@@ -124,20 +124,20 @@ def newest_first(
 
 
 def keep_newest(folder: Path, limit: int | None, step: int) -> None:
-    """Removes the oldest of the checkpoints up to `step` beyond `limit`; that of `step` was just read back."""
+    """Keep the newest `limit` checkpoints up to `step` and remove older ones; that of `step` was just read back."""
     found = [path for number, path in list_checkpoints(folder) if number <= step]
     for path in found[: -limit if limit else 0]:
         remove_folder(path)
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, parameters: list[nn.Parameter]) -> None:
-    """Gives the optimizer its moments back, each of its own dtype and shape, on its parameter's device.
+    """Restore the optimizer's moments, each with its dtype and shape, on its parameter's device.
 
-    bitsandbytes' optimizers first make their state as at a first step, and the values are copied into it: so paged
-    moments lie in paged memory again, which `load_state_dict` would lose.
+    bitsandbytes' optimizers first create their state as in a first step, and the values are copied into it. So paged
+    moments are in paged memory again, which `load_state_dict` would lose.
 
     Raises:
-        IntegrityError: the checkpoint's state is not of this optimizer.
+        IntegrityError: the checkpoint's state belongs to another optimizer.
     """
     state: dict[int, dict[str, Any]] = {}
     for source in (checkpoint.optimizer, checkpoint.state["optimizer"]):
@@ -173,7 +173,7 @@ def _kind(tensor: torch.Tensor) -> str:
 
 
 def _other_state(seen: str, allowed: str) -> IntegrityError:
-    return IntegrityError("the checkpoint's optimizer state is of another optimizer", seen=seen, allowed=allowed)
+    return IntegrityError("the checkpoint's optimizer state belongs to another optimizer", seen=seen, allowed=allowed)
 
 
 def random_state() -> dict[str, torch.Tensor]:

@@ -1,11 +1,11 @@
-"""Will the run's files fit? Asked before the first step, for a full disk at step 300 costs an afternoon.
+"""Check the disk space for a run's files before the first step: a full disk at step 300 costs an afternoon.
 
     checkpoint  adapter (float32) + optimizer's moments + random states + state.json, each in whole blocks of the disk
-    most        min(saves of the run, save_total_limit + 1) checkpoints: a new one is there before the oldest goes
-    need        most * checkpoint + final adapter with its tokenizer + what the run records
+    most        min(saves of the run, save_total_limit + 1) checkpoints: a new one is written before the oldest goes
+    need        most * checkpoint + final adapter with its tokenizer + the text files of the run
 
-The sizes are those of the model in hand, byte for byte where a file is made of tensors; what a run records in text is
-counted by its rows and steps. What exists already (a resumed run's checkpoints) is not needed again.
+Sizes are computed from the loaded model: exact to the byte for tensor files, by number of rows and steps for text
+files. Checkpoints that exist already (of a resumed run) are not counted again.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from solotune.planning.memory import MIN_8BIT_WEIGHTS, OPTIMIZER_BLOCK
 from solotune.training import checkpoint
 from solotune.units import mib
 
-CODE_BOOK_BYTES = 2 * 256 * 4  # of the two 8-bit moments
-STEP_BYTES, ROW_BYTES = 480, 48  # a line of metrics.jsonl, of split.json
+CODE_BOOK_BYTES = 2 * 256 * 4  # quantization tables of the two 8-bit moments
+STEP_BYTES, ROW_BYTES = 480, 48  # a line of metrics.jsonl, and of split.json
 RECORD_BYTES = (4096, 4096, 16384, 8192, 4096, 16384, 8192)  # config, environment, data, plan, log, evaluation, state
 
 
@@ -39,7 +39,7 @@ class Need:
     """Bytes of a run's files."""
 
     checkpoint: int
-    checkpoints: int  # number, at most, at one time
+    checkpoints: int  # the most that exist at one time
     adapter: int
     records: int
 
@@ -50,11 +50,11 @@ class Need:
 
 def need_of(config: RunConfig, model: TrainableModel, prepared: Prepared, tokenizer: Any, existing: int = 0,
             block: int = 4096) -> Need:  # fmt: skip
-    """What a run will write.
+    """The bytes that a run will write.
 
     Args:
-        existing: checkpoints that are there already.
-        block: what files on that disk are rounded up to.
+        existing: number of checkpoints that exist already.
+        block: file sizes on that disk are rounded up to a multiple of this.
     """
     schedule = BatchSampler.of(config.batches, len(pack_sequences(config.batches, prepared.train)))
     every = config.every("save", schedule.steps_per_epoch)
@@ -83,23 +83,24 @@ def need_of(config: RunConfig, model: TrainableModel, prepared: Prepared, tokeni
 
 def require_room(need: Need, folder: Path) -> None:
     """Raises:
-    CheckError: the disk of `folder` has less free than a run needs.
+    CheckError: the disk of `folder` has less free space than the run needs.
     """
     free = free_bytes(folder)
     if free >= need.total:
         return
-    parts = f"{need.checkpoints} checkpoints of {mib(need.checkpoint)} MiB, adapter and records {mib(need.adapter)} MiB"
-    fewer = "save_total_limit: 1 keeps fewer checkpoints, " * (need.checkpoints > 2)
+    parts = f"{need.checkpoints} checkpoints of {mib(need.checkpoint)} MiB, adapter {mib(need.adapter)} MiB"
+    parts += f", text files {mib(need.records)} MiB"
+    fewer = "save_total_limit: 1 (keeps fewer checkpoints), " * (need.checkpoints > 2)
     raise CheckError(
         "the files of this run do not fit on the disk",
         seen=f"{mib(free)} MiB free in {folder}, {mib(need.total)} MiB needed: {parts}",
-        change=f"{fewer}free {mib(need.total - free)} MiB, or an output_dir on another disk",
+        change=f"{fewer}free {mib(need.total - free)} MiB, or choose an output_dir on another disk",
     )
 
 
 def require_writable(folder: Path) -> None:
     """Raises:
-    CheckError: nothing can be written there, whatever its permissions say.
+    CheckError: a test file cannot be written there (permissions alone do not show it).
     """
     try:
         with tempfile.TemporaryFile(prefix=".solotune-", dir=folder) as file:
@@ -107,16 +108,16 @@ def require_writable(folder: Path) -> None:
             file.flush()
     except OSError as error:
         raise CheckError(
-            f"{folder}: the run directory cannot be made there",
+            f"{folder}: cannot create the run directory there",
             seen=error.strerror,
-            change="free some of the disk, mend its permissions, or another output_dir",
+            change="free disk space, fix the permissions, or choose another output_dir",
         ) from None
 
 
 def free_bytes(folder: Path) -> int:
-    """What this user may still write there."""
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
+    """Bytes that this user can still write there."""
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
 
 
 def block_bytes(folder: Path) -> int:
@@ -136,13 +137,13 @@ def _random_bytes() -> int:
 
 
 def _tensor_file_bytes(sizes: Mapping[str, int]) -> int:
-    """Of a safetensors file: 8 bytes, its header, the tensors."""
+    """Size of a safetensors file: 8 bytes, its header, the tensors."""
     header = sum(len(name) + 90 for name in sizes) + 32
     return 8 + header + sum(sizes.values())
 
 
 def _tokenizer_bytes(tokenizer: Any) -> list[int]:
-    """Of the files that lie beside the adapter."""
+    """Sizes of the tokenizer files saved with the adapter."""
     template = len(str(tokenizer.chat_template or "").encode())
     if getattr(tokenizer, "is_fast", False):
         vocabulary = len(tokenizer.backend_tokenizer.to_str(pretty=True).encode())

@@ -1,20 +1,26 @@
-"""The forward and backward of one micro-batch, and where its shape comes again, both as one CUDA graph.
+"""Forward and backward of one micro-batch, recorded as one CUDA graph if its shape repeats.
 
-A pass through a model of 30 layers is several thousand kernels, each launched from Python. On a small model, or beside
-a fast card, the card waits for them: 135M parameters at 4 x 2,048 tokens train at half the speed that their kernels
-allow. A CUDA graph is the list of those launches, recorded once and replayed by the driver in one call.
+Why
+---
+A pass through a model of 30 layers is several thousand kernels, each launched from Python. A small model on a fast card
+waits for the launches: 135M parameters at 4 x 2,048 tokens train at half the speed that their kernels allow. A CUDA
+graph is the list of those launches, recorded once and replayed by the driver in one call.
 
-What a graph reads has to lie where it lay: ids, places of labels, where rows begin and weights are copied into tensors
-of the graph's own before each replay. Shapes have to be the same, so labels are padded with such of weight 0 to a
-multiple of a sixteenth of the tokens, one graph for each such number. Packed passes of a run have one shape otherwise
-(`batch.PaddedShape`); rows padded to the longest of their batch have not, and mostly stay without.
+How
+---
+A graph reads fixed addresses: before each replay, ids, label positions, row starts and weights are copied into the
+graph's own tensors. Shapes must be equal, so labels are padded (with weight 0) to a multiple of a sixteenth of the
+tokens, with one graph for each such number. Packed micro-batches of a run have one shape otherwise
+(`collate.PaddedShape`). Rows padded to the longest of their batch do not, and mostly run without a graph.
 
-A graph keeps the memory that its pass takes at its peak, and all graphs share it. A pass of another shape, and
-evaluation, need memory beside it, so the graphs are given up first (`release`); recording takes as long as one pass
-takes to launch. What is computed is the same either way, with the same kernels in the same order.
+A graph keeps the peak memory of its pass, and all graphs share it. A pass of another shape, and evaluation, need their
+own memory, so the graphs are released first (`release`). Recording takes as long as launching one pass. Both ways
+compute the same: the same kernels in the same order.
 
-What it does not do: graphs of passes that no compiler has seen (they ask the device questions, and draw random numbers
-from generators) or that move activations to the host.
+What it does not do
+-------------------
+Record passes that are not compiled (they read values from the device and draw random numbers from generators), or
+passes that move activations to the host.
 """
 
 from __future__ import annotations
@@ -29,8 +35,10 @@ from solotune.dataset.collate import Batch
 from solotune.model.loading import TrainableModel
 from solotune.units import first_line
 
-LABEL_PARTS = 16  # label numbers are rounded up to such a part of all tokens, which costs a third of that in the head
-MAX_WARMUP_PASSES = 64  # passes of one shape in a row, before one is recorded
+LABEL_PARTS = (
+    16  # label counts are rounded up to a multiple of this part of all tokens, which costs a third of that in the head
+)
+MAX_WARMUP_PASSES = 64  # at most so many passes of one shape in a row before one is recorded
 
 ForwardBackward = Callable[[TrainableModel, Batch, torch.Tensor | float, torch.Tensor], None]  # as `accumulate`
 
@@ -38,15 +46,15 @@ ForwardBackward = Callable[[TrainableModel, Batch, torch.Tensor | float, torch.T
 def accumulate(
     model: TrainableModel, batch: Batch, total_weight: torch.Tensor | float, loss_and_correct_2: torch.Tensor
 ) -> None:
-    """Adds the micro-batch's part to the gradients, and (sum of weighted losses, hits) to `loss_and_correct_2`.
+    """Add the micro-batch's gradients, and (sum of weighted losses, correct tokens) to `loss_and_correct_2`.
 
     Args:
-        total_weight: of the labels of the whole step.
+        total_weight: the sum of the label weights of the whole step.
     """
     losses_N, correct_N = model.token_losses(batch)
     weighted_sum = batch.weighted(losses_N).sum()
     trainable = model.trainable
-    # allow_unused: an adapter of a mixture's expert that no token chose
+    # allow_unused: the adapter of an expert that no token was routed to
     gradients = torch.autograd.grad(weighted_sum / total_weight, trainable, allow_unused=True)
     found = [(p.grad, g) for p, g in zip(trainable, gradients, strict=True) if p.grad is not None and g is not None]
     torch._foreach_add_([total for total, _ in found], [gradient for _, gradient in found])
@@ -54,7 +62,7 @@ def accumulate(
 
 
 class MicroBatchRunner:
-    """Runs the micro-batches of one model; `loss_and_correct_2` sums over them until it is zeroed."""
+    """Runs micro-batches on one model; `loss_and_correct_2` sums over them until it is set to zero."""
 
     def __init__(self, model: TrainableModel, takes_graphs: bool = False) -> None:
         """Args:
@@ -62,7 +70,7 @@ class MicroBatchRunner:
         """
         self.model = model
         self.loss_and_correct_2 = torch.zeros(2, device=model.device)
-        self.unsupported_reason: str | None = None  # why graphs are not recorded any more
+        self.unsupported_reason: str | None = None  # why recording graphs failed
         self.can_record = takes_graphs and model.device.type == "cuda"
         self._graphs: dict[int, _Graph] = {}  # by number of labels
         self._pool: Any = None
@@ -70,7 +78,7 @@ class MicroBatchRunner:
         self._times_seen, self._patience = 0, 1
 
     def run(self, forward_backward: ForwardBackward, batch: Batch, total_weight: float) -> None:
-        """One micro-batch through `accumulate`, or through the graph that was recorded of it."""
+        """Run `forward_backward` (usually `accumulate`) on one micro-batch, or replay the graph recorded from it."""
         if not self.can_record:
             forward_backward(self.model, batch, total_weight, self.loss_and_correct_2)
             return
@@ -78,7 +86,7 @@ class MicroBatchRunner:
             t is not None and t.shape for t in (batch.input_ids_BT, batch.position_ids_BT, batch.cu_seqlens_S)
         )
         if shape != self._shape:
-            if self._graphs:  # a shape that did not last; the next one may have to last longer
+            if self._graphs:  # the shape changed soon: wait longer before the next recording
                 self._patience = min(2 * self._patience, MAX_WARMUP_PASSES)
             self.release()
             self._shape, self._times_seen = shape, 0
@@ -93,7 +101,7 @@ class MicroBatchRunner:
             graph.replay(batch.padded(count), total_weight)
 
     def release(self) -> None:
-        """Gives up the graphs and their memory; the next pass is recorded anew."""
+        """Drop the graphs and free their memory; later passes are recorded again."""
         if self._graphs:
             self._graphs.clear()
             self._pool = None
@@ -103,7 +111,7 @@ class MicroBatchRunner:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
             graph = _Graph(self, forward_backward, batch, total_weight, self._pool)
-        except RuntimeError as error:  # a model that looks into its data, or no memory for it: launched as before
+        except RuntimeError as error:  # the model reads values of its data, or memory is too small: run without a graph
             self.unsupported_reason, self.can_record = first_line(error), False
             self.release()
             return None
@@ -112,7 +120,7 @@ class MicroBatchRunner:
 
 
 class _Graph:
-    """A recorded pass and the tensors that it reads."""
+    """A recorded pass and the tensors it reads."""
 
     def __init__(
         self, runner: MicroBatchRunner, forward_backward: ForwardBackward, batch: Batch, total_weight: float, pool: Any
@@ -124,9 +132,9 @@ class _Graph:
             forward_backward(runner.model, batch, self._total_weight, runner.loss_and_correct_2)
 
     def replay(self, batch: Batch, total_weight: float) -> None:
-        for mine, given in zip(self._batch, batch, strict=True):
-            if isinstance(mine, torch.Tensor) and isinstance(given, torch.Tensor) and mine is not given:
-                mine.copy_(given, non_blocking=True)
+        for static, given in zip(self._batch, batch, strict=True):
+            if isinstance(static, torch.Tensor) and isinstance(given, torch.Tensor) and static is not given:
+                static.copy_(given, non_blocking=True)
         self._total_weight.fill_(total_weight)
         self._graph.replay()
 

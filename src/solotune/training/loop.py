@@ -1,19 +1,24 @@
-"""The training loop, whole and visible.
+"""The training loop.
 
-One optimizer step sees `per_device_train_batch_size * gradient_accumulation_steps` rows. Its loss is the weighted mean
+One optimizer step uses `per_device_train_batch_size * gradient_accumulation_steps` rows. Its loss is the weighted mean
 over *all* their supervised tokens n:
 
     loss = sum_n w_n l_n / sum_n w_n
 
-where w_n is the answer's weight times the row's (`messages.py`), 1 unless the data says otherwise. Each pass
-adds its part of the upper sum divided by the lower sum of the whole step, so 1 x 8 rows and 8 x 1 rows are the same
-step, and a row of weight 2 is the same as that row given twice. The mean of the passes' means, the other common way,
-weights a token by how short its neighbours are.
+where w_n is the answer's weight times the row's (`messages.py`), 1 unless the data says otherwise.
 
-Before the optimizer moves, loss, gradient, adapters and moments must be finite (`nonfinite.py`); if not, the run stops,
-its weights as they were, and says what was not. A stop signal ends the run after the micro-batch in hand: its step is
-left out, and what was done before is saved. The learning rate is Hugging Face's schedule of the same name, step for
-step; row order is a permutation drawn from (seed, epoch), so a run can be resumed knowing only its step.
+Why not the mean of means
+-------------------------
+Each micro-batch adds its part of the numerator, divided by the denominator of the whole step. So 1 x 8 rows and 8 x 1
+rows are the same step, and a row of weight 2 equals that row given twice. The mean of the micro-batches' means, the
+other common way, gives a token more weight if the other rows of its micro-batch are short.
+
+Non-finite values, signals, resume
+----------------------------------
+Before the optimizer step, loss, gradient, adapters and moments must be finite (`nonfinite.py`). If not, the run stops
+with its weights unchanged and reports what was not finite. A stop signal ends the run after the current micro-batch:
+that step is dropped, and the steps before it are saved. The learning rate follows Hugging Face's schedule of the same
+name, step for step. Row order is a permutation drawn from (seed, epoch), so a run can be resumed knowing only its step.
 
 `train` is long because the loop is to be read in one place.
 """
@@ -55,7 +60,7 @@ class StepResult(NamedTuple):
     """What one optimizer step measured; `loss` is nats per supervised token over the whole step, by weight."""
 
     loss: float
-    token_accuracy: float  # the plain share of the supervised tokens
+    token_accuracy: float  # share of the supervised tokens, not weighted
     grad_norm: float  # before clipping
 
 
@@ -70,12 +75,12 @@ def train_step(
     """One optimizer step over the whole accumulated batch.
 
     Args:
-        dropout_seed: tells this step's dropout from that of others.
-        runner: of this model; kept from step to step, they become CUDA graphs where shapes repeat.
+        dropout_seed: makes the dropout of this step differ from that of other steps.
+        runner: of this model. Kept from step to step, it records CUDA graphs where shapes repeat.
 
     Raises:
-        NonFiniteError: something is NaN or infinite; nothing has been changed.
-        StopRequested: by a signal, between two micro-batches; nothing has been changed.
+        NonFiniteError: something is NaN or infinite; the weights are unchanged.
+        StopRequested: a signal came between two micro-batches; the weights are unchanged.
     """
     random = checkpoint.random_state()
     num_supervised = sum(batch.num_supervised for batch in micro_batches)
@@ -118,17 +123,17 @@ def train(
     resume_from: checkpoint.Checkpoint | None = None,
     fingerprints: dict[str, Any] | None = None,
 ) -> scores.Score | None:
-    """Trains the adapters of `model` and writes metrics and checkpoints into `run`.
+    """Train the adapters of `model`; write metrics and checkpoints into `run`.
 
     Args:
-        observer: told of each step, evaluation and checkpoint, after the run's own log has it.
-        resume_from: go on after this checkpoint's step.
-        fingerprints: of config and data, kept in each checkpoint.
+        observer: gets each step, evaluation and checkpoint, after the run's own log has it.
+        resume_from: continue after this checkpoint's step.
+        fingerprints: of config and data, saved in each checkpoint.
 
-    Returns: the held-out score after the last step, where there are validation rows.
+    Returns: the held-out score after the last step; None without validation rows.
     Raises:
         NonFiniteError: see `train_step`; raised with the step's number.
-        InterruptedRunError: a stop signal came; what was done is saved.
+        InterruptedRunError: a stop signal came; the finished steps are saved.
         StorageError: metrics or a checkpoint cannot be written.
     """
     observer = Observers(RunLog(run), observer)
@@ -159,7 +164,7 @@ def train(
     score = None
     try:
         observer.begin(schedule.total_steps, done)
-        if evals.is_due(done) and _lacks_evaluation(run, done):  # the run was stopped in it
+        if evals.is_due(done) and _lacks_evaluation(run, done):  # the run was stopped during this evaluation
             score = evals.make(done)
         for step, micro_batches in enumerate(schedule.steps(done), start=done + 1):
             started = time.perf_counter()
@@ -186,7 +191,7 @@ def train(
     observer.finish()
     if runner.unsupported_reason:
         observer.note(
-            f"passes were launched one kernel after the other, without a CUDA graph: {runner.unsupported_reason}"
+            f"CUDA graphs were not used (training is slower, the results are the same): {runner.unsupported_reason}"
         )
     return score
 
@@ -194,7 +199,7 @@ def train(
 def _set_up(
     model: TrainableModel, optimizer: torch.optim.Optimizer, seed: int, point: checkpoint.Checkpoint | None
 ) -> int:
-    """Seeds the random generators, or puts them, adapters and moments to where they were; the step that is done."""
+    """Seed the random generators, or restore them, adapters and moments; the number of finished steps."""
     model.module.train()
     torch.manual_seed(seed)
     if point is None:
@@ -206,13 +211,13 @@ def _set_up(
 
 
 def _not_finite(error: NonFiniteError, step: int, batches: Sequence[Batch], observer: RunObserver) -> NonFiniteError:
-    """The error with its step, which the observer has been told."""
+    """Report the error to the observer; the error with its step."""
     observer.failed(NonFiniteEvent(step, [row.where for batch in batches for row in batch.rows], **error.facts))
     return error.at(f"step {step}")
 
 
 def _lacks_evaluation(run: RunDirectory, step: int) -> bool:
-    """Whether the step was recorded, and no evaluation after it."""
+    """Whether the step was recorded without its evaluation."""
     record = RunRecord.read(run.path)
     return any(e.step == step for e in record.steps) and not any(e.step == step for e in record.evals)
 
@@ -226,7 +231,7 @@ def _step_event(
     started: float,
     device: torch.device,
 ) -> StepEvent:
-    """What is recorded of a step that began at `started` (of `time.perf_counter`) and ends now."""
+    """The record of a step that started at `started` (`time.perf_counter`) and ends now."""
     seconds = time.perf_counter() - started
     tokens = sum(batch.num_tokens for batch in batches)
     return StepEvent(
@@ -247,13 +252,13 @@ def _step_event(
 
 
 def _interrupted(stop: StopRequested, done: int, run: RunDirectory) -> InterruptedRunError:
-    what = f"stopped after step {done}; checkpoint saved" if done else "stopped in the first step; nothing to save yet"
+    what = f"stopped after step {done}; checkpoint saved" if done else "stopped in the first step; no checkpoint saved"
     return InterruptedRunError(stop.number, what, f"continue with: {resume_command(run.path)}")
 
 
 @dataclass
 class _Evaluations:
-    """When the held-out rows are evaluated, and how."""
+    """Evaluations of the held-out rows during the run."""
 
     runner: MicroBatchRunner
     rows: Sequence[Example]
@@ -262,13 +267,13 @@ class _Evaluations:
     observer: RunObserver
 
     def is_due(self, step: int) -> bool:
-        """Every `eval_steps`, and after the last step in any case."""
+        """Every `eval_steps`, and always after the last step."""
         every = self.settings.every(self.schedule.steps_per_epoch)
         last = step == self.schedule.total_steps
         return bool(self.rows) and (last or bool(every and step % every == 0))
 
     def make(self, step: int) -> scores.Score:
-        self.runner.release()  # its batches have other shapes and need the graphs' memory
+        self.runner.release()  # evaluation has other shapes and needs the memory of the graphs
         score = scores.score(self.runner.model, self.rows, self.settings.batch_size)
         self.observer.evaluated(EvalEvent(step, score.exact_match, **score.to_json()), score.rows)
         return score
@@ -276,7 +281,7 @@ class _Evaluations:
 
 @dataclass
 class _Saves:
-    """When checkpoints are written, and how."""
+    """Checkpoints during the run."""
 
     model: TrainableModel
     optimizer: torch.optim.Optimizer
@@ -287,17 +292,23 @@ class _Saves:
     run: RunDirectory
     observer: RunObserver
     fingerprints: dict[str, Any]
-    newest: int  # step that is saved
+    newest: int  # the last step that is saved
 
     def is_due(self, step: int) -> bool:
         """Every `save_steps` and after the last step; never with `save_strategy: no`."""
         return bool(self.every) and (step == self.total_steps or step % self.every == 0)
 
     def make(self, step: int) -> None:
-        """Raises NonFiniteError where what would be saved is not finite."""
+        """Write the checkpoint of a step.
+
+        Raises:
+            NonFiniteError: what would be saved is not finite; no checkpoint is written.
+        """
         if problem := nonfinite.nonfinite_tensors(self.model, self.optimizer):
             self.observer.failed(NonFiniteEvent(step, tensors=problem))
-            raise NonFiniteError(f"step {step}: not finite after the update, and not saved", seen=", ".join(problem))
+            raise NonFiniteError(
+                f"step {step}: values are not finite after the update; no checkpoint was saved", seen=", ".join(problem)
+            )
         adapter = lora.state_dict(self.model.lora_layers)
         state = {"fingerprints": self.fingerprints, "metrics": self.run.metrics_offset()}
         path = checkpoint.save(self.run.checkpoints, step, adapter, self.peft_config, self.optimizer, state)

@@ -1,19 +1,23 @@
-"""NaN and infinity, found before the update that would spread them, and named.
+"""Detect NaN and infinity before the update that would spread them, and find where they come from.
 
     each step     loss, gradient norm, and the norms of the adapters and of the optimizer's moments, as part of the one
-                  transfer from the device that a step has (`norms`): reading a vector of the adapters' size once
-    each save     every value that is kept and every frozen weight (`nonfinite_tensors`)
+                  transfer from the device in each step (`norms`): reads a vector of the adapters' size once
+    each save     every value that is saved and every frozen weight (`nonfinite_tensors`)
 
-The loss alone does not tell: PyTorch's attention on a CPU turns a row of NaN into finite numbers, so an adapter of NaN
-gave finite logits, and a run went on with it. A norm is infinite or NaN where one of its values is; it also is where
-values are beyond 1e19, whose squares float32 cannot hold, and no weight of a working model comes near that.
+Why norms
+---------
+The loss alone is not enough: PyTorch's attention on a CPU turns a row of NaN into finite numbers, so an adapter of NaN
+gave finite logits and the run continued. A norm is infinite or NaN if one of its values is. It is also infinite if
+values are beyond 1e19, whose squares float32 cannot hold; no weight of a working model comes near that.
 
-When something is found, the step's micro-batches are run once more from the same random state. The same fault again is
-in the data or the weights, and will come back (`reproducible`); a step that is sound the second time was a fault of
-hardware or driver (`transient`), and the run can be resumed.
+Transient or reproducible
+-------------------------
+When something is found, the step's micro-batches are run once more from the same random state. If the fault is there
+again, it is in the data or the weights and will come back (`reproducible`). If the second run is finite, it was a fault
+of hardware or driver (`transient`), and the run can be resumed.
 
-What it does not do: look at moments in paged memory in each step (reading them from the host would bring gigabytes over
-the bus); they are looked at when they are saved.
+Moments in paged memory are not checked in each step (reading them from the host would bring gigabytes over the bus),
+but when they are saved.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from solotune.model.loading import TrainableModel
 from solotune.training import checkpoint
 from solotune.training.forward_backward import accumulate
 
-LARGEST = 1e30  # a loss or a norm beyond it is an overflow on its way
+LARGEST = 1e30  # a loss or a norm beyond this will soon overflow
 NUM_NAMED = 3
 
 Verdict = Literal["transient", "reproducible"]
@@ -41,20 +45,20 @@ Verdict = Literal["transient", "reproducible"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What was not finite in a step."""
+    """What was not finite in a step, and why."""
 
-    tensors: list[str]  # where it begins, as far as can be said
-    rows: list[str]  # that show it by themselves
+    tensors: list[str]  # where it starts, as far as known
+    rows: list[str]  # rows that show it alone
     verdict: Verdict
-    is_of_state: bool = False  # weights or moments, and not what the rows make of them
+    is_of_state: bool = False  # weights or moments themselves are not finite
 
     def in_words(self) -> str:
-        again = {"transient": "sound when run again", "reproducible": "the same when run again"}[self.verdict]
+        again = {"transient": "finite when run again", "reproducible": "not finite again when run again"}[self.verdict]
         return f"{', '.join(self.tensors) or 'the loss'}; {again} ({self.verdict})"
 
 
 def norms(model: TrainableModel, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Scalars on the device that are finite where the adapters and the moments are."""
+    """Scalars on the device that are finite if the adapters and the moments are."""
     watched = [model.flat_params.detach(), *(moment for _, moment in _moments(optimizer, model.device))]
     return [torch.linalg.vector_norm(tensor) for tensor in watched]
 
@@ -64,17 +68,17 @@ def all_finite(figures: Sequence[float]) -> bool:
 
 
 def stopped(finding: Finding, seen: str) -> NonFiniteError:
-    """The error of a step that is not made."""
+    """The error for a step that is not applied."""
     if finding.verdict == "transient":
-        change = "continue with --resume; if it comes back, look at the card (nvidia-smi -q) and its driver"
+        change = "continue with --resume; if it happens again, check the GPU (nvidia-smi -q) and its driver"
     elif finding.rows:
-        change = f"look at {', '.join(finding.rows)}"
+        change = f"check {', '.join(finding.rows)}"
     elif finding.is_of_state:
-        change = "continue with --resume: they were sound when the last checkpoint was saved"
+        change = "continue with --resume: they were finite when the last checkpoint was saved"
     else:
-        change = "a smaller learning_rate, or bf16: false; no single row does it"
+        change = "use a smaller learning_rate, or bf16: false; no single row causes it"
     return NonFiniteError(
-        "the loss, its gradient or the weights are not finite; stopped before the update, the weights are as they were",
+        "the loss, the gradient or the weights are not finite; stopped before the update, so the weights are unchanged",
         seen=f"{seen}; {finding.in_words()}",
         change=change,
         facts={"seen": seen, "tensors": finding.tensors, "bad_rows": finding.rows, "verdict": finding.verdict},
@@ -88,22 +92,22 @@ def examine(
     dropout_seed: tuple[int, ...],
     random: dict[str, torch.Tensor],
 ) -> Finding:
-    """What is not finite in a step that is not, and whether it is again; gradients are zero afterwards.
+    """Find what is not finite in a failed step, and whether it happens again; gradients are zero afterwards.
 
     Args:
         dropout_seed: of the step.
-        random: the generators' state before it.
+        random: the random generators' state before the step.
     """
     model.zero_gradients()
     if not any(batch.total_weight for batch in micro_batches):
-        return Finding(["labels: no token of this step is learned, or all have weight 0"], [], "reproducible")
+        return Finding(["labels: this step trains on no token, or all have weight 0"], [], "reproducible")
     broken = nonfinite_tensors(model, optimizer)
     is_sound, in_gradients = _run_again(model, micro_batches, dropout_seed, random)
     checkpoint.restore_random(random)
     first = None if is_sound or broken else _first_activation(model, micro_batches)
     rows = [] if is_sound else bad_rows(model, micro_batches)
     if len(rows) == sum(len(batch.rows) for batch in micro_batches) > 1:
-        rows = []  # all of them: it is in none
+        rows = []  # all rows show it, so no single row causes it
     model.zero_gradients()
     checkpoint.restore_random(random)
     tensors = broken or ([first] if first else []) or in_gradients[:NUM_NAMED]
@@ -111,17 +115,17 @@ def examine(
 
 
 def nonfinite_tensors(model: TrainableModel, optimizer: torch.optim.Optimizer) -> list[str]:
-    """What of a model and its optimizer is not finite; waits for the device."""
+    """The tensors of a model and its optimizer that are not finite; waits for the device."""
     return [*_broken_adapters(model), *_broken_moments(model, optimizer), *_broken_frozen(model)][:NUM_NAMED]
 
 
 def bad_rows(model: TrainableModel, micro_batches: Sequence[Batch]) -> list[str]:
-    """The rows whose own loss or gradient is not finite, each run alone."""
+    """The rows whose own loss or gradient is not finite, when each is run alone."""
     found = []
     for row in (row for batch in micro_batches for row in batch.rows):
         losses_N, _ = model.token_losses(collate([row], model.device))
         if not losses_N.requires_grad:
-            continue  # nothing of it is learned
+            continue  # no supervised token in it
         grads = torch.autograd.grad(losses_N.sum(), model.trainable, allow_unused=True)
         if not all(_is_sound(t) for t in (losses_N, *grads) if t is not None):
             found.append(row.where)
@@ -134,7 +138,7 @@ def _run_again(
     dropout_seed: tuple[int, ...],
     random: dict[str, torch.Tensor],
 ) -> tuple[bool, list[str]]:
-    """Whether the step is sound this time, and else the adapters whose gradients are not."""
+    """Run the step again: whether it is finite this time, and the adapters whose gradients are not."""
     checkpoint.restore_random(random)
     total_weight = sum(batch.total_weight for batch in micro_batches)
     loss_and_correct_2 = torch.zeros(2, device=model.device)
@@ -151,7 +155,7 @@ def _run_again(
 
 @torch.no_grad()
 def _first_activation(model: TrainableModel, micro_batches: Sequence[Batch]) -> str | None:
-    """The first module whose output is not finite, in a pass without gradients (which no compiler has seen)."""
+    """The first module whose output is not finite, in an uncompiled pass without gradients."""
     found: list[str] = []
 
     def hook_of(name: str) -> Callable[..., None]:
@@ -167,7 +171,7 @@ def _first_activation(model: TrainableModel, micro_batches: Sequence[Batch]) -> 
         for batch in micro_batches:
             losses_N, _ = model.token_losses(batch)
             if not found and not _is_sound(losses_N):
-                found.append("the losses, out of finite hidden states")
+                found.append("the losses, although the hidden states are finite")
             if found:
                 return found[0]
     finally:
@@ -183,7 +187,7 @@ def _adapters(model: TrainableModel) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _moments(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-    """The optimizer's floating-point state on the device; of 8-bit moments that is their scales."""
+    """The optimizer's floating-point state on the device; for 8-bit moments, their scales."""
     for state in optimizer.state.values():
         for name, value in state.items():
             is_there = isinstance(value, torch.Tensor) and value.device.type == device.type
@@ -209,7 +213,7 @@ def _broken_moments(model: TrainableModel, optimizer: torch.optim.Optimizer) -> 
 
 
 def _broken_frozen(model: TrainableModel) -> list[str]:
-    """Frozen weights, scales of quantised ones and computed tables."""
+    """Frozen weights, scales of quantized ones and computed tables that are not finite."""
     adapters = {id(part) for _, part in _adapters(model)}
     return [
         f"frozen {name}"
@@ -219,7 +223,7 @@ def _broken_frozen(model: TrainableModel) -> list[str]:
 
 
 def _is_sound(tensor: torch.Tensor) -> bool:
-    """By one number, without a copy; fp8 (e4m3) has no infinity and no norm, and its NaNs are looked for."""
+    """Whether all values are finite: by the norm, without a copy; in fp8 (e4m3, no infinity) by a search for NaN."""
     if tensor.dtype == torch.float8_e4m3fn:
         codes = tensor.detach().flatten().view(torch.uint8)
         return not any(bool(((part & 0x7F) == 0x7F).any()) for part in codes.split(1 << 24))

@@ -11,7 +11,7 @@ from solotune.config.settings import OptimizerSettings, ScheduleSettings
 
 
 def make_optimizer(settings: OptimizerSettings, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW as `optim` names it; bitsandbytes' keeps its moments in 8 bits and, paged, lets them spill to the host."""
+    """AdamW by its name in `optim`. bitsandbytes' keeps moments in 8 bits; paged, it can move them to the host."""
     options: dict[str, Any] = {
         "lr": settings.learning_rate,
         "betas": (settings.beta1, settings.beta2),
@@ -31,9 +31,9 @@ def make_optimizer(settings: OptimizerSettings, parameters: list[torch.nn.Parame
 
 
 def learning_rate_at(settings: ScheduleSettings, step: int, total_steps: int) -> float:
-    """The rate of step `step` (counted from 0): transformers' schedule of the same name, so a warm-up starts at 0.
+    """The learning rate of `step` (from 0), as in transformers' schedule of the same name: a warm-up starts at 0.
 
-    A plain function and no scheduler object: resuming needs no state, and a plan or a diagnosis can ask for any step.
+    A plain function, not a scheduler object: resuming needs no state, and a diagnosis can compute any step.
     """
     warmup = settings.warmup_steps or math.ceil(settings.warmup_ratio * total_steps)
     if step < warmup and settings.type != "constant":
@@ -49,7 +49,7 @@ def learning_rate_at(settings: ScheduleSettings, step: int, total_steps: int) ->
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> float:
-    """Give the optimizer this rate, and return it."""
+    """Set the learning rate of all parameter groups, and return it."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     return learning_rate

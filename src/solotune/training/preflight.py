@@ -1,14 +1,18 @@
-"""The largest step of a run, tried before the run begins: forward, backward, optimizer, evaluation, save.
+"""Run the largest step once before training starts: forward, backward, optimizer, evaluation, save.
 
+Why
+---
 An out-of-memory error at step 300 costs an afternoon. Memory depends on shapes alone, so the micro-batch with the most
-places (rows x longest row, padding included), run once, takes as much as any that will come; and the compiler's work is
-then done too, so the run's own steps are timed without it. Once compiled, the layers must have the gradient that they
-have as they are written: a compiler's mistake is silent, for the loss falls all the same, only less. Nothing may be
-different afterwards: the optimizer tried is a spare one with a learning rate of 0, gradients go back to zero and random
-generators to where they were.
+positions (rows x longest row, padding included) needs as much as any other of the run. Compiling happens here too, so
+it is not in the time of the run's own steps. And the gradient of the compiled layers is compared with that of the
+uncompiled ones: a compiler error is silent, since the loss still falls, only less.
 
-What it does not do: try row lengths that only some steps have (a compiler may want seconds for one of those), or
-generate samples.
+Nothing is different afterwards: the optimizer is a spare one with a learning rate of 0, gradients are set back to zero
+and random generators to their state before.
+
+What it does not do
+-------------------
+Try row lengths that only some steps have (the compiler may need seconds for one of those), or generate samples.
 """
 
 from __future__ import annotations
@@ -41,38 +45,37 @@ from solotune.training.forward_backward import MicroBatchRunner
 from solotune.training.optimizer import make_optimizer
 from solotune.units import gib
 
-# Of its length. Rounding differs between the two, and grows with depth: 2 layers of fp8 have 0.08; a lost path is 0.9.
+# Relative to the gradient's norm. Rounding differs between the two and grows with depth: 2 fp8 layers have 0.08. A
+# missing part of the gradient gives 0.9.
 LARGEST_GRADIENT_ERROR = 0.5
 LARGEST_GRADIENT_ERROR_FP8 = 0.8
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What the largest step took."""
+    """Memory and time of the largest step."""
 
     rows: int
-    places: int  # rows x longest
+    places: int  # rows x longest row
     loaded_bytes: int  # weights, quantisation state, adapters and their gradients; 0 where torch does not count (CPU)
     optimizer_bytes: int
     peak_bytes: int
     first_step_seconds: float  # with compiling
     step_seconds: float
     evaluation_peak_bytes: int
-    gradient_error: float | None  # of the compiled layers against their code, by its length; None: not compared
-    free_bytes: int | None  # of the card, beside what this process has reserved
+    gradient_error: float | None  # compiled against uncompiled, relative to its norm; None: not compared
+    free_bytes: int | None  # free on the card, without what this process has reserved
 
     def in_words(self, planned_bytes: int) -> str:
-        text = (
-            f"preflight: the largest step, {self.rows} rows in {self.places:,} places, took {gib(self.peak_bytes)} GiB"
-        )
-        text += f" ({gib(planned_bytes)} GiB planned)"
-        text += f" and {self.step_seconds:.2f} s, the first time {self.first_step_seconds:.0f} s"
+        text = f"preflight: the largest step ({self.rows} rows, {self.places:,} tokens with padding) needed "
+        text += f"{gib(self.peak_bytes)} GiB ({gib(planned_bytes)} GiB planned)"
+        text += f" and {self.step_seconds:.2f} s ({self.first_step_seconds:.0f} s the first time)"
         if self.gradient_error is not None:
-            text += f", with the gradient of the uncompiled layers to {self.gradient_error:.1%}"
-        return text + (f"; {gib(self.free_bytes)} GiB of the GPU are left" if self.free_bytes is not None else "")
+            text += f"; compiled and uncompiled gradients differ by {self.gradient_error:.1%}"
+        return text + (f"; {gib(self.free_bytes)} GiB of GPU memory are free" if self.free_bytes is not None else "")
 
 
-@signals.defer_signals()  # compiling does not bear an exception out of nowhere
+@signals.defer_signals()  # an exception raised by a signal while compiling would end the process
 def preflight(
     model: TrainableModel,
     train_rows: Sequence[Example],
@@ -80,13 +83,13 @@ def preflight(
     config: RunConfig,
     folder: Path,
 ) -> Preflight:
-    """Tries the largest step; the model, its gradients and the random generators are as before.
+    """Run the largest step once; the model, its gradients and the random generators are unchanged afterwards.
 
     Args:
-        folder: where a checkpoint is written for a try, and removed.
+        folder: a test checkpoint is written there and removed again.
 
     Raises:
-        CheckError: the card's memory does not suffice.
+        CheckError: the step does not fit on the card, or compiled layers have a wrong gradient.
         StorageError: a checkpoint cannot be written there.
     """
     batch = largest_micro_batch(model, train_rows, config.batches)
@@ -135,7 +138,7 @@ def preflight(
 
 
 def largest_micro_batch(model: TrainableModel, train_rows: Sequence[Example], batches: BatchSettings) -> Batch:
-    """The micro-batch with the most places that the run can have: its longest rows together, or any full packs."""
+    """The micro-batch with the most positions that the run can have: its longest rows together, or any full packs."""
     packs, shape = sampler.pack_and_shape(batches, train_rows)
     lengths = np.asarray(lengths_of(train_rows))
     longest = np.argsort([-lengths[list(pack)].sum() for pack in packs], kind="stable")[: batches.batch_size]
@@ -143,7 +146,7 @@ def largest_micro_batch(model: TrainableModel, train_rows: Sequence[Example], ba
 
 
 def _step(runner: MicroBatchRunner, batch: Batch, settings: OptimizerSettings, folder: Path | None) -> int:
-    """One optimizer step that changes nothing, and a checkpoint of it; the bytes of the optimizer's state."""
+    """Run one optimizer step that changes nothing, and save a checkpoint of it; the bytes of the optimizer's state."""
     model = runner.model
     before = device_memory.allocated_bytes(model.device)
     spare = make_optimizer(settings, [model.flat_params])
@@ -159,10 +162,11 @@ def _step(runner: MicroBatchRunner, batch: Batch, settings: OptimizerSettings, f
 
 
 def _check_compiler(model: TrainableModel, batch: Batch, in_fp8: bool) -> float | None:
-    """The compiled layers must have the gradient of their own code, to rounding; None where memory lacks to compare.
+    """Compare the gradient of the compiled layers with the uncompiled one; None if memory is too small to compare.
 
+    Returns: the relative difference, which is rounding.
     Raises:
-        CheckError: they have not. torch 2.11 gave an fp8 base's inputs a gradient of zeros, and the loss still fell.
+        CheckError: it is more. torch 2.11 gave an fp8 base's inputs a gradient of zeros, and the loss still fell.
     """
     gradients = []
     for context in (nullcontext, layers.eager_layers):
@@ -175,7 +179,7 @@ def _check_compiler(model: TrainableModel, batch: Batch, in_fp8: bool) -> float 
         except torch.OutOfMemoryError:
             if context is nullcontext:
                 raise
-            return None  # uncompiled, a layer takes more while it is at work
+            return None  # an uncompiled layer needs more memory
         assert model.flat_params.grad is not None
         gradients.append(model.flat_params.grad.clone())
     compiled, own = gradients
@@ -183,10 +187,10 @@ def _check_compiler(model: TrainableModel, batch: Batch, in_fp8: bool) -> float 
     allowed = LARGEST_GRADIENT_ERROR_FP8 if in_fp8 else LARGEST_GRADIENT_ERROR
     if not error < allowed:
         raise CheckError(
-            f"preflight: compiled by torch {torch.__version__}, layers have another gradient than as they are written",
-            seen=f"it differs by {error:.0%} of its length",
+            f"preflight: compiled and uncompiled gradients differ (torch {torch.__version__})",
+            seen=f"a difference of {error:.0%}, relative to the gradient's norm",
             allowed=f"less than {allowed:.0%}, which is rounding",
-            change="torch_compile: false, or another version of torch; and tell us, please",
+            change="torch_compile: false, or another version of torch; please report it to solotune",
         )
     return error
 
@@ -194,9 +198,9 @@ def _check_compiler(model: TrainableModel, batch: Batch, in_fp8: bool) -> float 
 def _does_not_fit(error: torch.OutOfMemoryError, batch: Batch, changes: list[str]) -> CheckError:
     memory = gpu_memory()
     longest = batch.input_ids_BT.shape[1]
-    held = f"; {gib(memory.outside)} GiB of the card are outside this process" if memory else ""
+    held = f"; {gib(memory.outside)} GiB of the card are used outside this process" if memory else ""
     return CheckError(
-        "preflight: the largest step of this run does not fit into the GPU's memory",
+        "preflight: the largest step of this run does not fit in GPU memory",
         seen=f"{batch.input_ids_BT.shape[0]} x {longest:,} tokens: {str(error).strip().split(chr(10))[0]}{held}",
         change=" or ".join(changes[:2]),
     )

@@ -1,16 +1,17 @@
-"""May this checkpoint be continued, and where does its run live?
+"""Resume a run: find the checkpoint, check that config, base and rows are the same, take over the run directory.
 
-A resumed run must be the run it would have been: same base, same training rows, same values of every key that can
-change what is learned. Each key has one of three classes, and the table is `CLASSES`:
+A resumed run must be the run that it would have been: same base, same training rows, same values of every key that can
+change the weights. Each key has one of three classes (`CLASSES`):
 
-    frozen    a change is named and refused, instead of giving a curve with an unexplained kink
-    inexact   the same run but for rounding (and dropout's masks, where the batch is split otherwise): goes on, says so
-    free      cannot change a loss: saving, evaluating, printing, budgets. So are the keys that say where base and rows
-              come from, since both are compared by content: a moved folder is the same run, another date of the file
-              too, and a changed byte that reaches a training row is refused whatever key it came through
+    frozen    a change is refused with the key's name, instead of giving a loss curve with an unexplained kink
+    inexact   the same run except for rounding (and dropout masks, if the batch is split differently): it continues,
+              with a note
+    free      cannot change a loss: saving, evaluating, printing, budgets. Keys that say where base and rows come from
+              are free too, since both are compared by content: a moved folder or a new file date is the same run, and
+              a changed byte in a training row is refused, whichever key it came through
 
-Software and device are recorded beside them. Another torch or GPU is inexact; another bitsandbytes is refused where
-the optimizer's state is its own 8-bit one.
+Software and device are recorded as well. Another torch or GPU is inexact. Another bitsandbytes is refused if the
+optimizer's state is one of bitsandbytes' own.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")  # frozen
 
 
 def class_of(key: str) -> Class:
-    """What changing a key between a checkpoint and its resumption does."""
+    """The class of a config key: what happens if it changes between checkpoint and resume."""
     if key in _INEXACT:
         return "inexact"
     if key in _COMPARED_BY_CONTENT or section_of(key) in _FREE_SECTIONS or key == "preflight":
@@ -69,30 +70,30 @@ CLASSES: dict[str, Class] = {key: class_of(key) for key in RunConfig.model_field
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a resumed run goes on."""
+    """The checkpoint from which a resumed run continues."""
 
     point: Checkpoint
     inexact: list[str] = field(default_factory=list)
-    """Why its losses need not be bit-equal to those of a run that was never interrupted."""
+    """Why its losses may differ from those of a run without interruption, by rounding."""
     passed_over: list[str] = field(default_factory=list)
-    """Newer checkpoints that could not be used, each with its reason."""
+    """Newer checkpoints that cannot be used, each with its reason."""
 
     def in_words(self) -> list[str]:
         """For the log."""
-        lines = [f"passed over {line}" for line in self.passed_over]
-        how = f"not exactly: {'; '.join(self.inexact)}" if self.inexact else "with nothing changed"
-        return [*lines, f"going on after step {self.point.step}, {how}"]
+        lines = [f"skipped {line}" for line in self.passed_over]
+        how = f"results may differ slightly: {'; '.join(self.inexact)}" if self.inexact else "nothing has changed"
+        return [*lines, f"continuing after step {self.point.step}; {how}"]
 
 
 def open_run(config: RunConfig, now: dict[str, Any], resume: bool) -> tuple[RunDirectory, ResumePoint | None]:
-    """The run's directory, made or taken over and locked, and where to start from.
+    """Create or take over the run's directory, lock it, and find the checkpoint to continue from.
 
     Args:
-        now: the `fingerprints` of what is about to run.
+        now: the `fingerprints` of this run.
 
     Raises:
         DirectoryInUseError: another process or another run has the directory.
-        IntegrityError: config, base or training rows are not those of the checkpoint, or no checkpoint is whole.
+        IntegrityError: config, base or training rows are not those of the checkpoint, or no checkpoint is valid.
     """
     explicit = Path(os.path.expanduser(config.resume_from_checkpoint)) if config.resume_from_checkpoint else None
     if resume and config.output_dir is None and explicit is None and (latest := latest_run_of(config.name)):
@@ -101,8 +102,8 @@ def open_run(config: RunConfig, now: dict[str, Any], resume: bool) -> tuple[RunD
     try:
         if resume and explicit is not None and explicit.resolve().parent != run.checkpoints.resolve():
             raise InputError(
-                f"resume_from_checkpoint: {explicit} is of another run than {run.path}, which --resume continues",
-                change="another output_dir without --resume, or --resume without resume_from_checkpoint",
+                f"resume_from_checkpoint: {explicit} belongs to another run than {run.path}, which --resume continues",
+                change="use another output_dir without --resume, or --resume without resume_from_checkpoint",
             )
         point, passed_over = None, []
         if explicit is not None:
@@ -115,7 +116,7 @@ def open_run(config: RunConfig, now: dict[str, Any], resume: bool) -> tuple[RunD
             start = ResumePoint(point, compare(point.state["fingerprints"], now, where), passed_over)
         if resume:
             _take_over(run, point)
-            if point is not None:  # a killed run may not have got to it
+            if point is not None:  # the run may have been killed before it removed old checkpoints
                 checkpoint.keep_newest(run.checkpoints, config.save_total_limit, point.step)
     except BaseException:
         run.release()
@@ -125,14 +126,14 @@ def open_run(config: RunConfig, now: dict[str, Any], resume: bool) -> tuple[RunD
 
 def _given(folder: Path) -> Checkpoint:
     if not (folder / "state.json").is_file():
-        raise InputError(f"resume_from_checkpoint: {folder} is no checkpoint", allowed="RUN/checkpoints/step-000050")
+        raise InputError(f"resume_from_checkpoint: {folder} is not a checkpoint", allowed="RUN/checkpoints/step-000050")
     if problem := checkpoint.invalid_reason(folder):
         raise IntegrityError(f"{folder}: {problem}", change="use another checkpoint")
     return checkpoint.load(folder)
 
 
 def _newest(run: RunDirectory) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that can be used, and the newer ones with what is wrong with them."""
+    """The newest checkpoint that can be used, and the newer ones with what is wrong with each."""
 
     def objection(path: Path) -> str | None:
         return run.metrics_mismatch(read_json(path / "state.json")["metrics"])
@@ -146,13 +147,13 @@ def _newest(run: RunDirectory) -> tuple[Checkpoint | None, list[str]]:
         raise IntegrityError(
             f"{run.path}: none of its checkpoints can be used",
             seen="; ".join(passed_over),
-            change="remove the folder to start anew",
+            change="remove the folder and start a new run",
         )
     return _finished(run), []
 
 
 def _finished(run: RunDirectory) -> Checkpoint | None:
-    """A run that came to its end without a checkpoint (`save_strategy: no`) goes on from its adapter: by no step."""
+    """The end of a finished run without checkpoints (`save_strategy: no`): its adapter, with no step left."""
     end = RunRecord.read(run.path).end
     if end is None or check_folder(run.adapter):
         return None
@@ -162,7 +163,7 @@ def _finished(run: RunDirectory) -> Checkpoint | None:
 
 
 def _take_over(run: RunDirectory, point: Checkpoint | None) -> None:
-    """Makes the directory what it was when `point` was saved; newer checkpoints stay, under a name nothing reads."""
+    """Restore the directory to when `point` was saved; newer checkpoints are kept under names that nothing reads."""
     kept = None
     for step, path in checkpoint.list_checkpoints(run.checkpoints):
         if point is not None and step == point.step:
@@ -174,7 +175,7 @@ def _take_over(run: RunDirectory, point: Checkpoint | None) -> None:
             rename(path, unused.name)
     run.truncate_metrics(point.state["metrics"] if point else None)
     if kept is not None and point is not None:
-        run.log(SaveEvent(point.step, kept.name))  # it was written after the mark was taken
+        run.log(SaveEvent(point.step, kept.name))  # this line came after the recorded length of metrics.jsonl
 
 
 def recorded_day(from_checkpoint: str | None, run: RunDirectory | None) -> date | None:
@@ -195,10 +196,10 @@ def continued(output_dir: str | None, name: str) -> RunDirectory | None:
 
 
 def day_of(run: Path) -> date | None:
-    """The date that the rows of a run were rendered on; None where it is not recorded.
+    """The date on which the rows of a run were rendered; None if it is not recorded.
 
     Raises:
-        IntegrityError: data.json holds something else in its place.
+        IntegrityError: `rendered_on` in data.json is not a date.
     """
     path = run / "data.json"
     written = read_json(path).get("rendered_on") if path.is_file() else None
@@ -209,7 +210,7 @@ def day_of(run: Path) -> date | None:
 
 
 def fingerprints(config: RunConfig, prepared: Prepared, machine: Machine, model_files: ModelFiles) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the same run, and what its rounding follows from."""
+    """What must be equal for a resumed run to be the same run, and what determines its rounding."""
     on_gpu = device_of(machine, use_cpu=config.use_cpu) == "cuda"
     rows = prepared.report.to_json()["sha256"]
     kept = {key: value for key, value in config.model_dump().items() if CLASSES[key] != "free"}
@@ -224,10 +225,13 @@ def fingerprints(config: RunConfig, prepared: Prepared, machine: Machine, model_
 
 
 def compare(then: dict[str, Any], now: dict[str, Any], where: str) -> list[str]:
-    """Why going on is not exact; nothing where it is.
+    """Compare two `fingerprints`: the reasons why continuing is not exact; empty if it is exact.
+
+    Args:
+        where: the checkpoint or run, for messages.
 
     Raises:
-        IntegrityError: it would be another run.
+        IntegrityError: it would be a different run.
     """
     old, new = then["config"], now["config"]
     changed = [key for key, value in new.items() if old.get(key) != value]
@@ -241,18 +245,18 @@ def compare(then: dict[str, Any], now: dict[str, Any], where: str) -> list[str]:
                 f"{where}: {key} has changed since this checkpoint, so the run would not be the same",
                 seen=f"{key}: {new[key]}",
                 allowed=f"{key}: {old.get(key)}",
-                change="put it back, or start a new run",
+                change="set it back, or start a new run",
             )
     if then["train_rows"] != now["train_rows"]:
         raise IntegrityError(
             f"{where}: the training rows have changed since this checkpoint",
-            change="put the data back, or start a new run",
+            change="restore the data, or start a new run",
         )
     check_base(then["base"], now["base"], where)
     ours, theirs = now["software"]["bitsandbytes"], then["software"]["bitsandbytes"]
     if new["optim"] != "adamw_torch" and ours != theirs:
         raise IntegrityError(
-            f"{where}: the optimizer's state was written by another bitsandbytes",
+            f"{where}: the optimizer's state was written by another version of bitsandbytes",
             seen=ours, allowed=theirs, change=f"pip install bitsandbytes=={theirs}, or start a new run",
         )  # fmt: skip
     reasons = [f"{key} was {old.get(key)}, is {new[key]}" for key in inexact]
@@ -260,12 +264,12 @@ def compare(then: dict[str, Any], now: dict[str, Any], where: str) -> list[str]:
     reasons += [f"{name} was {had}, is {has}" for name, had, has in [*pairs, ("device", then["device"], now["device"])]
                 if had != has]  # fmt: skip
     if then["validation_rows"] != now["validation_rows"]:
-        reasons.append("the held-out rows have changed, which held-out losses show")
+        reasons.append("the held-out rows have changed, so held-out losses are not comparable")
     return reasons
 
 
 def _cpu(machine: Machine) -> str:
-    """What the rounding of a sum follows from."""
+    """What determines the rounding of sums on a CPU."""
     return f"{machine.cpu}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 

@@ -1,7 +1,6 @@
-"""A run's model, loaded again: its base, its adapter, and the tokenizer that lies beside it.
+"""Load the model of a run: its base, its adapter, and its tokenizer. Used by evaluate and chat.
 
-What evaluating a run and talking to it share. The machine may be another one than trained it: what depends on it is
-settled anew.
+The machine may be another than the one that trained the run, so the settings that depend on it are resolved again.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from transformers import TextStreamer
 from solotune import dataset
 from solotune.config.load import load_config
 from solotune.config.run_config import Choice, RunConfig
-from solotune.errors import InputError, IntegrityError
-from solotune.evaluation import scores
+from solotune.errors import InputError, IntegrityError, resume_command
+from solotune.evaluation import generation
 from solotune.hardware import machine as environment
 from solotune.hardware.gpu_errors import device_errors
 from solotune.hardware.machine import Machine
@@ -35,14 +34,14 @@ from solotune.training import checkpoint
 
 
 def resolve_for_machine(config: RunConfig) -> tuple[RunConfig, Machine, list[Choice]]:
-    """The config with what this machine decides, the machine, and those decisions."""
+    """Resolve the settings that depend on the machine; the config, the machine, and what was chosen."""
     machine = environment.probe()
     resolved, choices = environment.resolve_for_machine(config, machine)
     return resolved, machine, choices
 
 
 def load_base(config: RunConfig, machine: Machine, model_files: ModelFiles | None = None) -> TrainableModel:
-    """The base of a settled config with fresh adapters, where this machine computes: see `load_model`."""
+    """Load the base of a resolved config, with new adapters, on the config's device: see `load_model`."""
     device = torch.device(environment.device_of(machine, use_cpu=config.use_cpu))
     with device_errors(config.memory):
         return load_model(config, device, getattr(torch, environment.dtype_of(config.bf16)), model_files)
@@ -50,23 +49,25 @@ def load_base(config: RunConfig, machine: Machine, model_files: ModelFiles | Non
 
 @dataclass
 class TunedRun:
-    """A run to read from; `load` brings the model."""
+    """A run opened for reading; `load` loads the model."""
 
     directory: RunDirectory
     config: RunConfig
     machine: Machine
     choices: list[Choice]
     tokenizer: Any
-    base: ModelFiles | None = None  # where they had to be found for the tokenizer
+    base: ModelFiles | None = None  # known if the tokenizer came from the base
 
     @classmethod
     def open(cls, path: str | Path) -> TunedRun:
-        """Raises:
-        InputError: no run there.
+        """Open a run, with its tokenizer.
+
+        Raises:
+            InputError: no run there.
         """
         directory = RunDirectory.open(path)
         recorded = load_config(directory.path / "config.yaml")
-        if not recorded.multiplies_in_fp8:  # what the plan chose for the card of the run may not fit here
+        if not recorded.multiplies_in_fp8:  # what the plan chose for the run's card may not fit on this one
             recorded = recorded.replaced("machine", base_residency="auto")
         config, machine, choices = resolve_for_machine(recorded)
         if directory.adapter.is_dir():
@@ -77,20 +78,23 @@ class TunedRun:
         return cls(directory, config, machine, choices, dataset.load_tokenizer(config, base), base)
 
     def load(self) -> TrainableModel:
-        """The base with the run's adapter, or with its newest checkpoint's while it has not finished.
+        """Load the base with the run's adapter, or with that of the newest checkpoint if the run has not finished.
 
         Raises:
-            InputError: nothing was saved yet.
-            IntegrityError: the adapter is damaged, or the base is another than it was trained on.
+            InputError: nothing is saved yet.
+            IntegrityError: the adapter is damaged, or the base is not the one it was trained on.
         """
         done = self.directory.adapter.is_dir()
         folder = self.directory.adapter if done else checkpoint.newest(self.directory.checkpoints)
         if folder is None:
             raise InputError(
-                f"{self.directory.path}: nothing was saved yet", change="train it to its end, or --resume it"
+                f"{self.directory.path}: no adapter or checkpoint is saved yet",
+                change=f"finish the run with: {resume_command(self.directory.path)}",
             )
         for file, problem in check_folder(folder):
-            raise IntegrityError(f"{folder / file}: {problem}", change="solotune verify names all that is wrong")
+            raise IntegrityError(
+                f"{folder / file}: {problem}", change=f"solotune verify {self.directory.path} lists all damaged files"
+            )
         tensors = read_finite_tensors(folder)
         recorded = read_json(self.directory.path / FINGERPRINTS)["base"]
         base = (self.base or resolve_model(self.config)).with_weights()
@@ -108,60 +112,61 @@ FREE = ("task_type", "base_model_name_or_path", "revision", "lora_dropout", "ini
 
 
 def _check_adapter_config(folder: Path, expected: dict[str, Any]) -> None:
-    """Holds the adapter's own config to the run's: PEFT, which reads the one, must compute what is computed here.
+    """Compare adapter_config.json with the run's config: PEFT reads the first and must compute the same as solotune.
 
     Raises:
-        InputError: they differ, or it asks for something else than plain LoRA (`auto_mapping`, `corda_config`, DoRA).
+        InputError: they differ, or it sets more than plain LoRA (`auto_mapping`, `corda_config`, DoRA).
     """
-    path, found = folder / CONFIG, read_config(folder)
-    for key in (*SAME, *sorted(found.keys() - {*SAME, *FREE})):
-        given, wanted = found.get(key), expected.get(key)
+    path, written = folder / CONFIG, read_config(folder)
+    for key in (*SAME, *sorted(written.keys() - {*SAME, *FREE})):
+        given, wanted = written.get(key), expected.get(key)
         if key == "target_modules" and isinstance(given, list):
             given, wanted = sorted(map(str, given)), sorted(expected[key])
         if given != wanted and (key in SAME or given not in (None, False, {}, [], "")):
             raise InputError(
-                f"{path}: {key} is not that of the run",
+                f"{path}: {key} differs from the run's config",
                 seen=f"{key}: {json.dumps(given)}"[:200],
                 allowed=f"{key}: {json.dumps(wanted)}"[:200] if key in SAME else "plain LoRA",
-                change="put the adapter of this run back",
+                change="restore the adapter of this run",
             )
 
 
 class ChatSession:
-    """A conversation with a run's model; the same prompt can be put to its base."""
+    """A conversation with a run's model; its base can answer too, for comparison."""
 
     def __init__(self, run: TunedRun) -> None:
         self._config, self._tokenizer = run.config, run.tokenizer
         self._model = run.load()
-        self._stops = scores.stop_ids(self._model, self._tokenizer, [])
+        self._stops = generation.stop_ids(self._model, self._tokenizer, [])
         self.choices = run.choices
         self.model_name = f"{self._config.model_name_or_path} + {run.directory.path.name}"
         self.history: list[dict[str, str]] = []
 
     def reset(self) -> None:
-        """Forgets the conversation."""
+        """Start a new conversation."""
         self.history = []
 
     def reply(self, text: str, base: bool = False, on_text: Callable[[str], None] | None = None) -> str:
-        """The answer to `text`; with `base` the base model's, which is not added to the history.
+        """The model's answer to `text`.
 
         Args:
-            on_text: called with each piece of the answer as it comes.
+            base: let the base model answer; its answer is not added to the history.
+            on_text: called with each piece of the answer as it is generated.
         """
-        asked = [*self.history, {"role": "user", "content": text}]
+        messages = [*self.history, {"role": "user", "content": text}]
         streamer = None
         if on_text is not None:
             streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
             streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
         with device_errors(self._config.memory), lora.adapters_off(self._model.module) if base else nullcontext():
-            ids = scores.generate(
+            ids = generation.generate(
                 self._model,
-                dataset.render_prompt(self._tokenizer, asked),
+                dataset.render_prompt(self._tokenizer, messages),
                 self._config.max_new_tokens,
                 self._stops,
                 streamer,
             )
         answer = self._tokenizer.decode(ids, skip_special_tokens=True).strip()
         if not base:
-            self.history = [*asked, {"role": "assistant", "content": answer}]
+            self.history = [*messages, {"role": "assistant", "content": answer}]
         return answer

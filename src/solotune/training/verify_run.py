@@ -1,13 +1,14 @@
-"""Is every file of a run what the run wrote? `solotune verify`.
+"""Check that every file of a run is as the run wrote it: `solotune verify`.
 
-    finished run     manifest.json names every file with its sha256, or a folder's own manifest.json with its
-    unfinished run   nothing is final: the checkpoints against their manifests, and metrics.jsonl against their marks
-    adapter, and     names and shapes of the tensors as config.yaml has them, every parameter finite. A run that wrote
-    checkpoints      a NaN has a perfect manifest; and a model's outputs hide it (fused attention on a CPU does), so
-                     the parameters themselves are looked at
+    finished run     manifest.json lists every file with its sha256, or the manifest.json of a folder with its sha256
+    unfinished run   nothing is final: checkpoints are checked against their manifests, and metrics.jsonl against the
+                     length and sha256 that each checkpoint recorded
+    adapter and      names and shapes of the tensors match config.yaml, and every parameter is finite. A run that wrote
+    checkpoints      a NaN has a perfect manifest, and a model's outputs can hide it (fused attention on a CPU does), so
+                     the parameters themselves are checked
 
-log.txt may have grown since (a crash writes there), so its recorded bytes have to stand at its beginning. The lock is
-not looked at: its content comes and goes with its owner.
+log.txt may have grown since (a crash writes there), so its recorded bytes must be at its beginning. The lock file is
+not checked: its content changes with its owner.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from safetensors.torch import load as load_tensors
 from solotune.config.load import load_config
 from solotune.config.settings import LoraSettings
 from solotune.errors import InputError, SolotuneError
-from solotune.run.manifest import MANIFEST, Problem, check_folder, differences, read_manifest, unknown
+from solotune.run.manifest import MANIFEST, NOT_LISTED, Problem, check_folder, differences, read_manifest, unknown
 from solotune.run.record import RunRecord
 from solotune.run.run_dir import LOCK, LOG, MARKS, METRICS, UNUSED, RunDirectory, read_json
 from solotune.training import checkpoint
@@ -36,7 +37,7 @@ SHAPED = ("lora_A", "lora_B")
 
 @dataclass(frozen=True)
 class Verification:
-    """What `solotune verify` found."""
+    """The result of `solotune verify`."""
 
     path: Path
     finished: bool
@@ -64,20 +65,20 @@ class Verification:
 
 
 def verify(path: str | Path) -> Verification:
-    """Looks at every file of a run.
+    """Check every file of a run.
 
     Raises:
-        InputError: there is no run.
+        InputError: there is no run at this path.
     """
     run = RunDirectory(Path(os.path.expanduser(path)))
     if not any((run.path / mark).exists() for mark in (*MARKS, MANIFEST)):
-        raise InputError(f"{path}: no run here", allowed="a run directory of `solotune train`")
+        raise InputError(f"{path}: not a run directory", allowed="a run directory of `solotune train`")
     finished = RunRecord.read(run.path).is_finished or (run.path / MANIFEST).exists()
     problems = [*(_sealed(run) if finished else _unsealed(run)), *_tensors(run)]
     unused = sorted(path.name for path in run.checkpoints.glob(f"*{UNUSED}"))
-    notes = [] if finished else ["the run has not finished: only its checkpoints can be compared with anything"]
+    notes = [] if finished else ["the run has not finished, so only its checkpoints can be checked"]
     if unused:
-        notes.append(f"passed over by a resumed run, and not looked at: {', '.join(unused)}")
+        notes.append(f"not checked, because a resumed run skipped them: {', '.join(unused)}")
     files = [file for file in run.path.rglob("*") if file.is_file() and not file.is_symlink() and file.name != LOCK]
     return Verification(
         path=run.path,
@@ -91,11 +92,11 @@ def verify(path: str | Path) -> Verification:
 
 
 def _sealed(run: RunDirectory) -> Iterator[Problem]:
-    """A finished run against its manifest, and the folders that have one of their own."""
+    """Check a finished run against its manifest, and folders with their own manifest against that."""
     try:
         entries = read_manifest(run.path / MANIFEST)
     except ValueError as error:
-        yield Problem(MANIFEST, f"the run has finished, but there is no manifest to compare with: {error}")
+        yield Problem(MANIFEST, f"the run has finished, but its manifest cannot be used: {error}")
         yield from _unsealed(run)
         return
     yield from differences(run.path, entries, growing=(LOG,))
@@ -106,11 +107,11 @@ def _sealed(run: RunDirectory) -> Iterator[Problem]:
     for name in unknown(run.path, entries):
         inside = any(name.startswith(f"{folder}/") for folder in folders)
         if not inside and name != LOCK and UNUSED not in name:
-            yield Problem(name, "does not belong here: no manifest names it")
+            yield Problem(name, NOT_LISTED)
 
 
 def _unsealed(run: RunDirectory) -> Iterator[Problem]:
-    """What can be said of a run that has not come to its end."""
+    """Check what can be checked of an unfinished run."""
     folders = [path for _, path in checkpoint.list_checkpoints(run.checkpoints)]
     for folder in [*folders, *([run.adapter] if run.adapter.is_dir() else [])]:
         yield from _within(folder.relative_to(run.path).as_posix(), check_folder(folder))
@@ -124,7 +125,7 @@ def _unsealed(run: RunDirectory) -> Iterator[Problem]:
         try:
             reason = run.metrics_mismatch(read_json(folder / "state.json")["metrics"])
         except (SolotuneError, KeyError, TypeError):
-            continue  # said above
+            continue  # reported above
         if reason:
             yield Problem(METRICS, f"{folder.name} cannot be continued: {reason}")
 
@@ -134,7 +135,7 @@ def _within(folder: str, problems: list[Problem]) -> Iterator[Problem]:
 
 
 def _tensors(run: RunDirectory) -> Iterator[Problem]:
-    """Adapter and checkpoints: are they of this config, and finite?"""
+    """Check that the tensors of adapter and checkpoints match the config and are finite."""
     try:
         config = load_config(run.path / "config.yaml")
     except SolotuneError as error:
@@ -147,7 +148,7 @@ def _tensors(run: RunDirectory) -> Iterator[Problem]:
             try:
                 tensors = load_tensors(path.read_bytes())
             except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-                yield Problem(where, f"is no readable safetensors file: {error}")
+                yield Problem(where, f"not a readable safetensors file: {error}")
                 continue
             for name, tensor in tensors.items():
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -156,30 +157,32 @@ def _tensors(run: RunDirectory) -> Iterator[Problem]:
                 yield from (Problem(where, text) for text in _of_config(tensors, config.lora, folder))
                 shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
                 if names is not None and shapes != names:
-                    yield Problem(where, "its tensors are not those of the run's other adapters")
+                    yield Problem(where, "tensor names or shapes differ from the run's other adapters")
                 names = names or shapes
 
 
 def _of_config(tensors: dict[str, torch.Tensor], lora: LoraSettings, folder: Path) -> Iterator[str]:
-    """Names in pairs `lora_A (r, in)`, `lora_B (out, r)` on the layers of the config; adapter_config.json the same."""
+    """Compare an adapter with the config: pairs `lora_A (r, in)`, `lora_B (out, r)`, layers, adapter_config.json."""
     layers: dict[str, set[str]] = {}
     for name, tensor in tensors.items():
         layer, _, part = name.removesuffix(".weight").rpartition(".")
         if part not in SHAPED or tensor.dim() != 2:
-            yield f"{name} is no tensor of a LoRA adapter"
+            yield f"{name} is not a tensor of a LoRA adapter"
             continue
         layers.setdefault(layer, set()).add(part)
         if tensor.shape[SHAPED.index(part)] != lora.r:
-            yield f"{name} has shape {tuple(tensor.shape)}, not of rank {lora.r} (lora_r)"
-    yield from (f"{layer} has lora_A or lora_B alone" for layer, parts in layers.items() if len(parts) < len(SHAPED))
+            yield f"{name} has shape {tuple(tensor.shape)}, which is not rank {lora.r} (lora_r)"
+    yield from (
+        f"{layer} has only one of lora_A and lora_B" for layer, parts in layers.items() if len(parts) < len(SHAPED)
+    )
     if lora.target_modules != "all-linear":
         for target in lora.target_modules:
             if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
-                yield f"no layer of it is called {target} (lora_target_modules)"
+                yield f"it has no layer named {target} (lora_target_modules)"
     try:
         written = read_json(folder / "adapter_config.json")
         said = (written["r"], written["lora_alpha"], written["use_rslora"])
     except (SolotuneError, KeyError, TypeError):
-        return  # its manifest says what is wrong
-    if said != (lora.r, lora.alpha, lora.use_rslora):
-        yield f"adapter_config.json says r, alpha, rslora = {said}, config.yaml another"
+        return  # the manifest check reports it
+    if said != (expected := (lora.r, lora.alpha, lora.use_rslora)):
+        yield f"adapter_config.json has r, alpha, rslora = {said}, config.yaml has {expected}"

@@ -337,5 +337,5 @@ def test_a_result_put_between_calls_and_text_of_an_answer_is_never_learned() -> 
 row: message 2: the chat template puts the tool's result inside this answer
   seen:    get_weather(22)I look.<|im_end|>
   allowed: with this template: an answer that calls tools and has no text
-  change:  take its text out, set chat_template_path to another template, or remove the row\
+  change:  remove the text of this answer, set chat_template_path to another template, or remove the row\
 """)

@@ -63,8 +63,9 @@ def test_without_offsets_a_token_across_the_edge_is_an_error() -> None:
     with pytest.raises(InputError) as caught:
         Encoder(tokenizer).encode([Rendered("b</s>", [], [(3, 5)])], ["row"])
     assert stable(caught.value) == snapshot("""\
-row: this tokenizer joins an answer with the text beside it, so they are not told apart
+row: this tokenizer merges an answer and the text next to it into one token
   seen:    'b</s>'
+  allowed: tokens that belong to the answer or to the text around it, not to both
   change:  use the model's fast tokenizer (tokenizer.json)\
 """)
 

@@ -109,14 +109,14 @@ WRONG: list[tuple[list[dict[str, Any]], str]] = [
         "f.jsonl:1: not a known format\n"
         "  seen:    the keys role, content\n"
         "  allowed: messages, conversations, instruction + output, prompt + completion, or text\n"
-        "  change:  each row is one message; put the messages of a conversation into one row under messages",
+        "  change:  each row is a single message; put all messages of a conversation into one row, as a list under messages",
     ),
     (
         [{"chosen": "q", "rejected": "a", "prompt": "p"}],
         "f.jsonl:1: not a known format\n"
         "  seen:    the keys chosen, rejected, prompt\n"
         "  allowed: messages, conversations, instruction + output, prompt + completion, or text\n"
-        "  change:  this is preference data; fine-tuning wants one answer: rename chosen to completion",
+        "  change:  this is preference data, but fine-tuning uses one answer per row: column_mapping: {chosen: completion}",
     ),
     (
         [{}],
@@ -129,7 +129,7 @@ WRONG: list[tuple[list[dict[str, Any]], str]] = [
         "f.jsonl:2: mixed formats: this row is text\n"
         "  seen:    the keys text\n"
         "  allowed: messages (messages), as in f.jsonl:1\n"
-        "  change:  make two files",
+        "  change:  convert all rows to one format, or keep the rows of one format",
     ),
     (
         [{"instruction": "q", "output": "a"}, {"instruction": "q", "output": None}],
@@ -144,11 +144,11 @@ WRONG: list[tuple[list[dict[str, Any]], str]] = [
         '  seen:    "[]"\n'
         "  change:  the list was saved as a string: parse it with json.loads before saving, or use jsonl",
     ),
-    ([{"messages": []}], "f.jsonl:1: messages is empty\n  allowed: at least one message by the assistant"),
+    ([{"messages": []}], "f.jsonl:1: messages is empty\n  allowed: at least one assistant message"),
     ([{"messages": 3}], "f.jsonl:1: messages is not a list\n  seen:    3\n  allowed: a list of messages"),
     (
         [{"messages": [S, U]}],
-        "f.jsonl:1: no assistant message, so nothing to learn\n"
+        "f.jsonl:1: no assistant message, so there is nothing to train on\n"
         "  seen:    the roles system, user\n"
         "  allowed: at least one message with the role assistant\n"
         "  change:  remove the row, or add the answer",
@@ -195,14 +195,14 @@ WRONG: list[tuple[list[dict[str, Any]], str]] = [
     ),
     (
         [{"messages": [U, A], "images": ["a.png"]}],
-        "f.jsonl:1: the row has images, and only its texts would be learned\n  allowed: text only\n"
-        "  change:  remove the row; if its texts can be understood alone, column_mapping: {images: ignore}",
+        "f.jsonl:1: the row has images, but only text can be trained on\n  allowed: text only\n"
+        "  change:  remove the row; if its text makes sense alone, column_mapping: {images: ignore}",
     ),
     (
         [{"messages": [U], "chosen": A, "rejected": A}],
-        "f.jsonl:1: no assistant message, so nothing to learn\n  seen:    the roles user\n"
+        "f.jsonl:1: no assistant message, so there is nothing to train on\n  seen:    the roles user\n"
         "  allowed: at least one message with the role assistant\n"
-        "  change:  this is preference data; fine-tuning wants the one answer among the messages",
+        "  change:  this is preference data; add the chosen answer to the messages",
     ),
     (
         [{"messages": [U, A], "tools": "[{"}],

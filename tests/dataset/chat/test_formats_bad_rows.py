@@ -51,10 +51,10 @@ a.jsonl:1: messages is a text, not a list
 """), ""),
     (34, "no messages", {"messages": []}, snapshot("""\
 a.jsonl:1: messages is empty
-  allowed: at least one message by the assistant\
+  allowed: at least one assistant message\
 """), ""),
     (35, "no answer", said(("user", "a")), snapshot("""\
-a.jsonl:1: no assistant message, so nothing to learn
+a.jsonl:1: no assistant message, so there is nothing to train on
   seen:    the roles user
   allowed: at least one message with the role assistant
   change:  remove the row, or add the answer\
@@ -148,7 +148,7 @@ def test_32_mixed_shapes(door: Door) -> None:
 a.jsonl:2: mixed formats: this row is prompt-completion
   seen:    the keys prompt, completion
   allowed: messages (messages), as in a.jsonl:1
-  change:  make two files\
+  change:  convert all rows to one format, or keep the rows of one format\
 """),
     )
     found = door(write(*GOOD, *rows), on_bad_row="drop").content["rows"]["dropped"]
@@ -163,7 +163,7 @@ def test_36_blank_answers(door: Door) -> None:
         snapshot("""\
 dataset: no row is left
   seen:    dropped: empty answer 1
-  change:  look at the rows of the file\
+  change:  check the rows of the file\
 """),
     )
 
@@ -259,9 +259,9 @@ def test_49_whole_answers_cut(door: Door) -> None:
     door.refuses(
         write(*LONG),
         snapshot("""\
-no training row is left of 5
+none of the 5 training rows can be used
   seen:    dropped: answer beyond max_length 5
-  allowed: at least one row whose answer begins within max_length: 64 tokens
+  allowed: at least one row whose answer starts within max_length: 64 tokens
   change:  raise max_length, or shorten the prompts\
 """),
         max_length=64,
@@ -276,9 +276,9 @@ def test_50_copies(door: Door) -> None:
         "a.jsonl",
         snapshot("""\
 validation_size: 0.1: the rows cannot be split into training and validation
-  seen:    1 distinct rows (and 19 copies, removed) in 1 groups, the largest of 1; 1 rows are wanted for validation
+  seen:    1 distinct rows (and 19 copies, removed) in 1 groups, the largest with 1 rows; validation needs 1 rows
   allowed: fewer rows than there are, and at least two groups; rows that share a group or are near-duplicates stay on one side
-  change:  give more varied rows, a smaller validation_size, your own eval_dataset, or validation_size: 0\
+  change:  use more varied rows, a smaller validation_size, an eval_dataset, or validation_size: 0\
 """),
         validation_size=0.1,
     )
@@ -286,10 +286,10 @@ validation_size: 0.1: the rows cannot be split into training and validation
     door.refuses(
         write(*GOOD),
         snapshot("""\
-eval_dataset: 2 of 3 validation rows are known from training
-  seen:    b.jsonl:1 is a.jsonl:3; b.jsonl:2 is a.jsonl:4
-  allowed: no row on both sides: a loss on known rows says nothing about new ones
-  change:  remove these rows from dataset or from eval_dataset, or leave eval_dataset out and let a part be held out\
+eval_dataset: 2 of 3 validation rows are equal or close to training rows
+  seen:    b.jsonl:1 equals a.jsonl:3; b.jsonl:2 equals a.jsonl:4
+  allowed: no row on both sides: the loss on rows seen in training says nothing about new rows
+  change:  remove these rows from dataset or from eval_dataset, or remove eval_dataset to hold out rows of dataset instead\
 """),
         eval_dataset="b.jsonl",
         code=3,
@@ -303,9 +303,9 @@ def test_51_too_few_rows(door: Door) -> None:
         write(row()),
         snapshot("""\
 validation_size: 0.1: the rows cannot be split into training and validation
-  seen:    1 distinct rows in 1 groups, the largest of 1; 1 rows are wanted for validation
+  seen:    1 distinct rows in 1 groups, the largest with 1 rows; validation needs 1 rows
   allowed: fewer rows than there are, and at least two groups; rows that share a group or are near-duplicates stay on one side
-  change:  give more varied rows, a smaller validation_size, your own eval_dataset, or validation_size: 0\
+  change:  use more varied rows, a smaller validation_size, an eval_dataset, or validation_size: 0\
 """),
         validation_size=0.1,
     )
@@ -313,9 +313,9 @@ validation_size: 0.1: the rows cannot be split into training and validation
         write(*GOOD),
         snapshot("""\
 validation_size: 4: the rows cannot be split into training and validation
-  seen:    4 distinct rows in 4 groups, the largest of 1; 4 rows are wanted for validation
+  seen:    4 distinct rows in 4 groups, the largest with 1 rows; validation needs 4 rows
   allowed: fewer rows than there are, and at least two groups; rows that share a group or are near-duplicates stay on one side
-  change:  give more varied rows, a smaller validation_size, your own eval_dataset, or validation_size: 0\
+  change:  use more varied rows, a smaller validation_size, an eval_dataset, or validation_size: 0\
 """),
         validation_size=4,
     )
@@ -324,7 +324,7 @@ validation_size: 4: the rows cannot be split into training and validation
         snapshot("""\
 dataset: 0 rows
   seen:    a.jsonl, split train[:1%]
-  change:  give a file that has rows, or another slice\
+  change:  use a file that has rows, or another slice\
 """),
         dataset_split="train[:1%]",
     )
@@ -370,8 +370,8 @@ MODELS: dict[str, tuple[dict[str, str | None], str]] = {
         {"tokenizer__json": None},
         snapshot("""\
 model_name_or_path: no tokenizer could be loaded from model
-  seen:    Couldn't instantiate the backend tokenizer from one of: \n\
-  allowed: a folder with tokenizer files, or a hub model that this machine can reach or has in its cache
+  seen:    Couldn't instantiate the backend tokenizer from one of:
+  allowed: a model folder or a hub model with tokenizer files that transformers can read
   change:  check the folder's tokenizer files\
 """),
     ),
@@ -380,7 +380,7 @@ model_name_or_path: no tokenizer could be loaded from model
         snapshot("""\
 model_name_or_path: no tokenizer could be loaded from model
   seen:    Expecting property name enclosed in double quotes: line 1 column 2 (char 1)
-  allowed: a folder with tokenizer files, or a hub model that this machine can reach or has in its cache
+  allowed: a model folder or a hub model with tokenizer files that transformers can read
   change:  check the folder's tokenizer files\
 """),
     ),
@@ -389,7 +389,7 @@ model_name_or_path: no tokenizer could be loaded from model
         snapshot("""\
 model_name_or_path: no tokenizer could be loaded from model
   seen:    'added_tokens'
-  allowed: a folder with tokenizer files, or a hub model that this machine can reach or has in its cache
+  allowed: a model folder or a hub model with tokenizer files that transformers can read
   change:  check the folder's tokenizer files\
 """),
     ),
@@ -433,7 +433,7 @@ def test_90_no_tokenizer_no_template(door: Door) -> None:
         snapshot("""\
 model_name_or_path: nothing has no tokenizer files
   seen:    an empty folder
-  allowed: tokenizer.json, or what the model's family uses instead (tokenizer.model, tekken.json)
+  allowed: tokenizer.json, or the file that this model family uses (tokenizer.model, tekken.json)
   change:  copy the tokenizer files of the base model into the folder\
 """),
         model_name_or_path="nothing",
@@ -441,7 +441,7 @@ model_name_or_path: nothing has no tokenizer files
     door.refuses(
         "a.jsonl",
         snapshot("""\
-model_name_or_path: ./gone: no such folder
+config.yaml line 1, model_name_or_path: no such folder: ./gone
   seen:    looked in <tmp>
   change:  check the path; a hub model is named owner/name\
 """),
@@ -450,8 +450,8 @@ model_name_or_path: ./gone: no such folder
     door.refuses(
         "a.jsonl",
         snapshot("""\
-model_name_or_path: ~nobody-here/model: no such folder
-  seen:    looked in <tmp>/~nobody-here
+config.yaml line 1, model_name_or_path: no such folder: ~nobody-here/model
+  seen:    looked in <tmp>
   change:  check the path; a hub model is named owner/name\
 """),
         model_name_or_path="~nobody-here/model",

@@ -181,8 +181,8 @@ def test_what_is_no_weight_is_refused(write: Writer, value: Any) -> None:
         assert message_of(path) == (
             f"{where}: loss_weight is not a weight\n"
             f"  seen:    {seen if len(seen) <= 60 else seen[:57] + '...'}\n"
-            "  allowed: 0 (not learned), or a number from 1e-09 to 1e+09; 1 is the usual one\n"
-            "  change:  a column that means something else: column_mapping: {loss_weight: ignore}"
+            "  allowed: 0 (not trained on), or a number from 1e-09 to 1e+09; the default is 1\n"
+            "  change:  if it is not a loss weight: column_mapping: {loss_weight: ignore}"
         )
 
 
@@ -199,6 +199,6 @@ def test_nan_in_a_table_is_refused(tmp_path: Path) -> None:
 def test_only_answers_can_have_a_weight(write: Writer, value: float) -> None:
     path = write("a.jsonl", {"messages": [{**TURNS[0], "weight": value}, TURNS[1]]})
     assert message_of(path) == (
-        f"a.jsonl:1: message 1: weight: {value}, but only assistant messages are learned\n"
-        "  change:  remove weight from it; to learn every token, assistant_only_loss: false"
+        f"a.jsonl:1: message 1: weight: {value}, but only assistant messages can have a weight\n"
+        "  change:  remove weight from this message; to train on all tokens, set assistant_only_loss: false"
     )

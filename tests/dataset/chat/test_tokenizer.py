@@ -94,7 +94,7 @@ def test_folders_that_cannot_be(folder: Path, tmp_path: Path) -> None:
     assert message_of(tmp_path / "weights") == (
         f"model_name_or_path: {tmp_path}/weights has no tokenizer files\n"
         "  seen:    model.safetensors\n"
-        "  allowed: tokenizer.json, or what the model's family uses instead (tokenizer.model, tekken.json)\n"
+        "  allowed: tokenizer.json, or the file that this model family uses (tokenizer.model, tekken.json)\n"
         "  change:  copy the tokenizer files of the base model into the folder"
     )
     assert message_of(folder / "tokenizer.json").startswith(

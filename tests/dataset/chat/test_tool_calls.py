@@ -157,7 +157,7 @@ NESTED = '{"a": ' * 2000 + "1" + "}" * 2000
         ({"name": "f", "arguments": "city: Paris"}, "arguments is not valid JSON", "Expecting value"),
         ({"name": "f", "arguments": ""}, "arguments is not valid JSON", "Expecting value"),
         ({"name": "f", "arguments": '{"a": NaN}'}, "arguments is not valid JSON", "NaN is not JSON"),
-        ({"name": "f", "arguments": '{"a": 1, "a": 2}'}, "arguments is not valid JSON", "the key 'a' stands twice"),
+        ({"name": "f", "arguments": '{"a": 1, "a": 2}'}, "arguments is not valid JSON", "the key 'a' appears twice"),
         ({"name": "f", "arguments": '{"a": "\\ud800"}'}, "arguments is not valid JSON", "a lone surrogate"),
         ({"name": "f", "arguments": NESTED}, "arguments is not valid JSON", "nested deeper than"),
         ({"name": "f", "arguments": json.dumps(TEXT)}, "arguments is not an object", '"{\\"city\\":\\"Z'),
@@ -180,7 +180,9 @@ def test_wrong_calls(call: Any, problem: str, seen: str) -> None:
 
 def test_a_doubly_encoded_argument_says_so() -> None:
     twice = {"name": "f", "arguments": json.dumps(TEXT)}
-    assert message_of({"messages": [U, calling(twice)]}).endswith("change:  encoded twice? Then decode it once")
+    assert message_of({"messages": [U, calling(twice)]}).endswith(
+        "change:  it seems to be JSON encoded twice: decode it once"
+    )
 
 
 @pytest.mark.parametrize(
@@ -201,7 +203,7 @@ def test_only_the_assistant_calls() -> None:
     assert message_of({"messages": [{**U, "tool_calls": [CALL]}, A]}) == (
         "f.jsonl:1: message 1: tool_calls on a message that is not an answer\n"
         "  seen:    the role user\n"
-        "  allowed: tool_calls of the assistant"
+        "  allowed: tool_calls on assistant messages only"
     )
 
 
@@ -257,9 +259,9 @@ WITHOUT_CALL = (
 def without_result(next_role: str) -> str:
     return (
         "a tool call without its result\n"
-        f'  seen:    a call of "get_weather", and then a message by the role {next_role}\n'
-        "  allowed: a tool message for it next, or the end of the row\n"
-        "  change:  add the tool's message, or end the row with the call"
+        f'  seen:    a call of "get_weather", then a message with the role {next_role}\n'
+        "  allowed: a tool message with its result next, or the end of the row\n"
+        "  change:  add the tool message, or end the row with the call"
     )
 
 
@@ -278,7 +280,7 @@ def without_result(next_role: str) -> str:
         ([U, {**A, "content": "There is no action to take."}, TOLD, A], f"message 3: {WITHOUT_CALL}"),
         (
             [U, calling(with_id(1), with_id(2)), told(1), told(3), A],
-            'message 4: its tool_call_id is that of no call before it\n  seen:    "c3"\n  allowed: "c1", "c2"',
+            'message 4: its tool_call_id matches no tool call before it\n  seen:    "c3"\n  allowed: "c1", "c2"',
         ),
     ],
 )

@@ -129,7 +129,7 @@ def test_several_files_and_folders(write: Writer, tmp_path: Path) -> None:
     assert message_of(tmp_path / "more", "val") == (
         f"dataset_split: {tmp_path}/more has no files of the split val\n"
         "  seen:    test.jsonl, train-1.jsonl\n"
-        "  change:  name a file, or set dataset_split to a word in the file names"
+        "  change:  give a file instead of the folder, or set dataset_split to a word in the file names"
     )
     assert message_of([str(tmp_path / "a.jsonl"), str(tmp_path / "more" / ".." / "a.jsonl")]) == (
         f"dataset: the same file is listed twice\n  seen:    {tmp_path}/a.jsonl and {tmp_path}/more/../a.jsonl\n"
@@ -214,7 +214,7 @@ def test_keys_that_only_a_hub_dataset_has(write: Writer) -> None:
     with pytest.raises(InputError) as caught:
         Source.of("dataset", str(write("a.jsonl", LINES)), "train", revision="main")
     assert stable(caught.value) == snapshot("""\
-dataset_revision: only for a hub dataset, dataset is local
+dataset_revision: only for hub datasets, but dataset is local
   seen:    main
   change:  remove it\
 """)
@@ -317,7 +317,7 @@ def test_a_json_file_that_is_cut_off_says_where(write: Writer) -> None:
     whole = json.dumps([{"text": "first"}, {"text": "second\nline"}, {"text": "third"}], indent=1)
     path = write("a.json", whole[: whole.index("rd")])
     assert message_of(path) == (
-        "a.json:9: the file is cut off inside record 3, which begins in line 8\n"
+        "a.json:9: the file is cut off inside record 3, which starts in line 8\n"
         "  seen:    Unterminated string starting at; the file ends with "
         """'{\\n  "text": "thi'\n"""
         "  change:  get the whole file, or keep its first 2 records"

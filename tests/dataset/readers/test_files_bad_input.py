@@ -95,11 +95,11 @@ a.jsonl: the file is empty
     Bad(2, "only blank lines", "a.jsonl", "\n \n\n", snapshot("""\
 dataset: 0 rows
   seen:    a.jsonl
-  change:  give a file that has rows, or another slice\
+  change:  use a file that has rows, or another slice\
 """)),
     Bad(2, "only blanks", "a.json", "\n \n\n", snapshot("""\
 a.json: not a JSON array
-  seen:    only blanks
+  seen:    only whitespace
   allowed: [{...}, {...}]\
 """)),
     Bad(3, "a folder", "a.jsonl", Path.mkdir, snapshot("""\
@@ -187,7 +187,7 @@ a.jsonl:3: not valid JSON
   allowed: one complete object on each line\
 """)),
     Bad(16, "a cut array", "a.json", json.dumps(ROWS)[:-9], snapshot("""\
-a.json:1: the file is cut off inside record 3, which begins in line 1
+a.json:1: the file is cut off inside record 3, which starts in line 1
   seen:    Unterminated string starting at; the file ends with ', {"role": "assistant", "content": "It i'
   change:  get the whole file, or keep its first 2 records\
 """)),
@@ -203,16 +203,16 @@ a.json:1: a second object on the line
 """)),
     Bad(18, "an array", "a.jsonl", json.dumps(ROWS), snapshot("""\
 a.jsonl:1: an array, not an object
-  change:  is a.jsonl one JSON array? Then name it .json\
+  change:  if a.jsonl is one JSON array, rename it to .json\
 """)),
     Bad(18, "an indented array", "a.jsonl", json.dumps(ROWS, indent=1), snapshot("""\
 a.jsonl:1: not valid JSON
   seen:    Expecting value, column 2: '['
   allowed: one complete object on each line
-  change:  is a.jsonl one JSON array? Then name it .json\
+  change:  if a.jsonl is one JSON array, rename it to .json\
 """)),
     Bad(18, "two arrays", "a.json", '[{"text": "a"}]\n[]', snapshot("""\
-a.json:2: something follows the end of the array
+a.json:2: extra content after the end of the array
   seen:    '[]'
   allowed: one array: [{...}, {...}]\
 """)),
@@ -242,7 +242,7 @@ a.json:1: not valid JSON in record 1
 """)),
     Bad(21, "a key twice", "a.jsonl", '{"text": "a", "text": "b"}', snapshot("""\
 a.jsonl:1: not valid JSON
-  seen:    the key 'text' stands twice in one object\
+  seen:    the key 'text' appears twice in one object\
 """)),
     Bad(21, "a column twice", "a.csv", "text,text\na,b\n", snapshot("""\
 a.csv:1: two columns have the same name
@@ -255,22 +255,22 @@ a.parquet: two columns have the same name
 """)),
     Bad(22, "100,000 lists", "a.jsonl", '{"text": ' + DEEP, snapshot("""\
 a.jsonl:1: nested too deeply
-  allowed: 100 lists and objects in one another\
+  allowed: 100 levels of lists and objects\
 """)),
     Bad(22, "100,000 lists", "a.json", '[{"text": ' + DEEP, snapshot("""\
 a.json:1: not valid JSON in record 1
-  seen:    nested deeper than 100 lists and objects in one another, column 2: '[{"text": [[[[[[[[[[['
+  seen:    nested deeper than 100 levels of lists and objects, column 2: '[{"text": [[[[[[[[[[['
   allowed: an array of objects: [{...}, {...}]\
 """)),
     Bad(22, "900 lists, which JSON reads", "a.jsonl", '{"text": "a", "b": ' + DEEP[:900] + "]" * 900 + "}",
         snapshot("""\
 a.jsonl:1: nested too deeply
-  allowed: 100 lists and objects in one another\
+  allowed: 100 levels of lists and objects\
 """)),
     Bad(22, "100,000 lists in a text", "a.jsonl", json.dumps({**ROWS[0], "tools": DEEP}),
         snapshot("""\
 a.jsonl:1: tools is not valid JSON
-  seen:    nested deeper than 100 lists and objects in one another, in "[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[...\
+  seen:    nested deeper than 100 levels of lists and objects, in "[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[...\
 """)),
     Bad(23, "5,000 digits", "a.jsonl", '{"text": ' + "9" * 5000 + "}", snapshot("""\
 a.jsonl:1: not valid JSON
@@ -344,7 +344,7 @@ a.jsonl.zst:4194305: 4 MiB of blank lines
 """)),
     Bad(29, "200 MiB of blanks", "a.json.gz", gzip.compress(b" " * (200 * MIB), 1), snapshot("""\
 a.json.gz: not a JSON array
-  seen:    only blanks
+  seen:    only whitespace
   allowed: [{...}, {...}]\
 """)),
     Bad(29, "a window of 2 GiB", "a.jsonl.zst", WINDOW_OF_2_GIB, snapshot("""\
@@ -384,7 +384,7 @@ a.parquet: not a readable parquet file
     Bad(30, "no rows", "a.parquet", parquet(pa.table({"text": pa.array([], pa.string())})), snapshot("""\
 dataset: 0 rows
   seen:    a.parquet
-  change:  give a file that has rows, or another slice\
+  change:  use a file that has rows, or another slice\
 """)),
     Bad(31, "a known extension type", "a.parquet", parquet(pa.table({"id": pa.array([b"0" * 16], pa.uuid())})),
         snapshot("""\
@@ -546,10 +546,10 @@ dataset: the same file is listed twice
     assert found.content["rows"]["dropped"] == {"exact duplicate": 3}
     assert found.finding("F39")["severity"] == "warning"
     door.refuses("a.jsonl", snapshot("""\
-eval_dataset: 3 of 3 validation rows are known from training
-  seen:    link.jsonl:1 is a.jsonl:1; link.jsonl:2 is a.jsonl:2; link.jsonl:3 is a.jsonl:3
-  allowed: no row on both sides: a loss on known rows says nothing about new ones
-  change:  remove these rows from dataset or from eval_dataset, or leave eval_dataset out and let a part be held out\
+eval_dataset: 3 of 3 validation rows are equal or close to training rows
+  seen:    link.jsonl:1 equals a.jsonl:1; link.jsonl:2 equals a.jsonl:2; link.jsonl:3 equals a.jsonl:3
+  allowed: no row on both sides: the loss on rows seen in training says nothing about new rows
+  change:  remove these rows from dataset or from eval_dataset, or remove eval_dataset to hold out rows of dataset instead\
 """),
                  eval_dataset="link.jsonl", code=3)  # fmt: skip
 
@@ -607,5 +607,5 @@ a\\xff.jsonl:1: not valid JSON
     door.refuses(os.fsdecode(b"folder/a\xff.jsonl"), snapshot("""\
 dataset: the name is not UTF-8, so the run could not record it
   seen:    folder/a\\xff.jsonl
-  change:  rename the file, or name the folder it is in\
+  change:  rename the file, or give its folder instead\
 """))  # fmt: skip

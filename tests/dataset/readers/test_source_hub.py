@@ -44,7 +44,7 @@ for config in json.load(open("configs.json")):
 Path("found.json").write_text(json.dumps(found))
 """
 
-GATED = "one.yaml line 1, model_name_or_path: access to owner/gated must be granted first"
+GATED = "one.yaml line 1, model_name_or_path: owner/gated is gated"
 MISSING = "one.yaml line 1, model_name_or_path: no such model or folder: owner/gone"
 
 Each = Callable[..., list[tuple[int, dict[str, Any], float]]]

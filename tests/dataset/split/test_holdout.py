@@ -183,18 +183,18 @@ def test_nothing_to_hold_out_in_words() -> None:
         hold_out([record(1), record(1), record(2, group="a"), record(3, group="a")], 5, seed=0)
     assert stable(caught.value) == snapshot("""\
 validation_size: 5: the rows cannot be split into training and validation
-  seen:    3 distinct rows (and 1 copies, removed) in 2 groups, the largest of 2; 5 rows are wanted for validation
+  seen:    3 distinct rows (and 1 copies, removed) in 2 groups, the largest with 2 rows; validation needs 5 rows
   allowed: fewer rows than there are, and at least two groups; rows that share a group or are near-duplicates stay on one side
-  change:  give more varied rows, a smaller validation_size, your own eval_dataset, or validation_size: 0\
+  change:  use more varied rows, a smaller validation_size, an eval_dataset, or validation_size: 0\
 """)
 
 
 @pytest.mark.parametrize(
     ("validation", "what"),
     [
-        (Record("v:1", messages=chat("Question 4", record(4).messages[1]["content"])), "v:1 is f:4"),
-        (Record("v:1", messages=chat("question 4 x", record(4).messages[1]["content"])), "v:1 is nearly f:4"),
-        (record(99, group="g"), "f:99 is of the same group as f:0"),
+        (Record("v:1", messages=chat("Question 4", record(4).messages[1]["content"])), "v:1 equals f:4"),
+        (Record("v:1", messages=chat("question 4 x", record(4).messages[1]["content"])), "v:1 is nearly equal to f:4"),
+        (record(99, group="g"), "f:99 is in the same group as f:0"),
     ],
 )
 def test_leaks_are_refused(validation: Record, what: str) -> None:
@@ -202,10 +202,10 @@ def test_leaks_are_refused(validation: Record, what: str) -> None:
     with pytest.raises(CheckError) as caught:
         check_leaks(train, [record(50), validation], key="eval_dataset")
     assert stable(caught.value).replace(what, "<what>") == snapshot("""\
-eval_dataset: 1 of 2 validation rows are known from training
+eval_dataset: 1 of 2 validation rows are equal or close to training rows
   seen:    <what>
-  allowed: no row on both sides: a loss on known rows says nothing about new ones
-  change:  remove these rows from dataset or from eval_dataset, or leave eval_dataset out and let a part be held out\
+  allowed: no row on both sides: the loss on rows seen in training says nothing about new rows
+  change:  remove these rows from dataset or from eval_dataset, or remove eval_dataset to hold out rows of dataset instead\
 """)
 
 

@@ -1,4 +1,4 @@
-"""What the tests of rules on rows share."""
+"""Fixtures for the tests of rules on rows."""
 
 from __future__ import annotations
 

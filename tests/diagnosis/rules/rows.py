@@ -1,4 +1,4 @@
-"""Rows to judge: chats about something, changes to them, and the way from rows to findings."""
+"""Test rows: chats with content, changes to them, and the findings of the rules on them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SYLLABLES = "ba de fi go lu ma ne pi ro su ta ve wi zo ka".split()
 
 
 def find(config: Any, tokenizer: PreTrainedTokenizerBase, train: Any, validation: Any, report: Any) -> list[Finding]:
-    """What the rules on rows say."""
+    """Run the rules on rows."""
     return judge(RowFacts.of_config(config, tokenizer, train, validation, report))
 
 
@@ -41,7 +41,7 @@ def sentence(rng: random.Random, count: int = 12, *more: str) -> str:
 
 
 def talk(count: int = 40, *, turns: int = 1, system: str | None = None, seed: int = 0) -> Rows:
-    """Chats about something: each answer takes up a word of its question."""
+    """Chats with content: each answer repeats a word of its question."""
     rng = random.Random(seed)
     rows: Rows = []
     for _ in range(count):
@@ -58,7 +58,7 @@ def each(rows: Rows, change: Callable[[int, list[dict[str, Any]]], list[dict[str
 
 
 def answered(rows: Rows, answer: Callable[[int, str], str]) -> Rows:
-    """The rows with other answers."""
+    """The rows with changed answers."""
 
     def change(number: int, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [{**m, "content": answer(number, m["content"])} if m["role"] == "assistant" else m for m in messages]
@@ -73,20 +73,20 @@ def with_template(family: str, template: str) -> PreTrainedTokenizerBase:
 
 
 def with_pad(family: str) -> PreTrainedTokenizerBase:
-    """With a padding token of its own, which no row needs."""
+    """A tokenizer with a separate padding token, which no row uses."""
     tokenizer = copy.deepcopy(tiny_tokenizer(family))
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     return tokenizer
 
 
 class Bench:
-    """Rows -> findings, through the data door; `change` breaks the examples of both sides behind it."""
+    """Rows -> findings, through `prepare`; `change` damages the prepared examples of both sides."""
 
     def __init__(self, write: Writer, folder: Path) -> None:
         self._write, self._folder = write, folder
 
     def model(self, **files: dict[str, Any]) -> str:
-        """A model folder with config.json (`config`) and generation_config.json (`generation_config`)."""
+        """Write a model folder with config.json (`config`) and generation_config.json (`generation_config`)."""
         for name, content in files.items():
             (self._folder / f"{name}.json").write_text(json.dumps(content))
         return str(self._folder)
@@ -111,12 +111,12 @@ class Bench:
         return [finding.code for finding in self.find(*args, **keys)]
 
     def only(self, code: str, *args: Any, **keys: Any) -> Finding:
-        """The finding, which must be the only one."""
+        """The only finding."""
         found = self.find(*args, **keys)
         assert [finding.code for finding in found] == [code], [(f.code, f.message) for f in found]
         return found[0]
 
 
 def masked(which: Callable[[Example], np.ndarray]) -> Change:
-    """Examples with another mask."""
+    """Replace the mask of examples."""
     return lambda rows: [replace(row, loss_mask=which(row)) for row in rows]

@@ -1,4 +1,4 @@
-"""S9: each fault of the split is found in its rows, alone."""
+"""S9: each fault of the split is found, and no other."""
 
 from __future__ import annotations
 

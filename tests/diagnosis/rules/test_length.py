@@ -1,4 +1,4 @@
-"""S5 and S6: cut answers and learned padding are found in their rows, alone."""
+"""S5 and S6: truncated answers and padding with labels are found, and no other fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""S4: each fault of the mask is found in its rows, alone."""
+"""S4: each fault of the mask is found, and no other."""
 
 from __future__ import annotations
 

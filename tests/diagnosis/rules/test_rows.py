@@ -1,4 +1,4 @@
-"""S8: each fault of what rows say is found, alone."""
+"""S8: each fault of the content of the rows is found, and no other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each rule on settings, trace, saved tensors and rows: its fault, and the look-alike that must stay silent."""
+"""Rules on settings, trace, saved tensors and rows: each finds its fault, and no look-alike."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def trace(**changed: Any) -> Trace:
 
 
 def ended_at(step: int, error: str) -> Trace:
-    """A clean run of which an error ended what came after this step."""
+    """A clean run that ended with an error after this step."""
     whole = trace()
     names = ("step_S", "loss_S", "learning_rate_S", "grad_norm_S", "epoch_S")
     parts = {name: getattr(whole, name)[:step] for name in names}
@@ -212,7 +212,7 @@ HEALTHY: dict[str, RunFacts] = {
 
 
 @pytest.mark.parametrize("name", HEALTHY)
-def test_what_is_odd_and_healthy_is_not_accused(name):
+def test_odd_but_healthy_runs_have_no_fault(name):
     assert said(HEALTHY[name], least=0.25) == set()
 
 
@@ -225,7 +225,7 @@ def test_every_fault_has_a_rule_in_its_suspects_file_that_explains_it():
         assert own[0].doc.startswith(f"{code}: ") and not missing, (code, missing)
 
 
-def test_rules_answer_on_a_subject_of_which_nothing_is_known():
+def test_rules_do_not_fail_on_empty_facts():
     signals, unasked = ask_all(RunFacts("nothing", Settings({})))
     assert not [why for why in unasked.values() if "failed" in why]
     assert not signals and "F66" in unasked and unasked["F75"] == "nothing was saved"

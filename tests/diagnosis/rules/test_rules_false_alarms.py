@@ -1,4 +1,4 @@
-"""Rows with which nothing is wrong, however odd they look: no rule speaks."""
+"""Rows that look odd but are right: no rule reports them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_other_languages(bench: Bench, smollm2: PreTrainedTokenizerBase) -> None
         assert set(bench.codes(rows, tokenizer)) <= {"F39", "F44"}
 
 
-def test_all_tokens_when_asked_for(bench: Bench) -> None:
+def test_training_on_all_tokens_on_purpose(bench: Bench) -> None:
     for family in ("chatml", "llama3", "gemma"):
         assert bench.codes(talk(turns=2), family, assistant_only_loss=False) == []
 
@@ -81,8 +81,8 @@ def test_unanswerable_and_the_class_none(bench: Bench) -> None:
     assert bench.codes(answered(talk(), lambda n, text: ("none", "null", "bug", "wish")[n % 4])) == []
 
 
-def test_a_row_cut_behind_a_blank_is_no_row_without_an_end(bench: Bench) -> None:
-    """max_length falls on the line breaks that every answer is full of."""
+def test_a_row_truncated_after_a_space_is_not_a_row_without_an_end(bench: Bench) -> None:
+    """max_length is at one of the line breaks that fill every answer."""
     rows = answered(talk(120), lambda n, text: text + " \n\n" * (100 * (n in (5, 50, 90, 100))))
     assert bench.codes(rows, max_length=300, on_bad_row="error") == []
 
@@ -146,7 +146,7 @@ def test_thoughts_may_repeat_the_question(bench: Bench) -> None:
     assert bench.codes(each(talk(), think), with_template("chatml", template)) == []
 
 
-def test_orders_of_turns_that_are_meant(bench: Bench) -> None:
+def test_intended_orders_of_turns(bench: Bench) -> None:
     greeting = {"role": "assistant", "content": "Hello, how are you?"}
     assert bench.codes(each(talk(), lambda n, m: [{**greeting, "content": f"Hello, {n}!"}, *m])) == []
     asks = each(talk(), lambda n, m: [{**m[0], "content": m[1]["content"]}, {**m[1], "content": m[0]["content"]}])
@@ -163,7 +163,7 @@ def test_one_instruction_for_all_rows(bench: Bench) -> None:
 
 
 def test_sorted_rows(bench: Bench) -> None:
-    """Neighbours on one topic: their answers share words with the prompt, its own as well."""
+    """Neighbouring rows on one topic: a prompt shares words with its own answer and with those of its neighbours."""
     rows = talk(60)
     rows = each(rows, lambda n, m: [{**x, "content": x["content"] + f" topic{n // 3}"} for x in m])
     assert bench.codes(rows) == []

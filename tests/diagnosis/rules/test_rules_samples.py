@@ -1,4 +1,4 @@
-"""The list of findings, its shape and its cost, and the sample that is judged of large data."""
+"""The shape and cost of findings, and the sample of large data."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_five_thousand_rows_in_seconds(bench: Bench) -> None:
     assert time.process_time() - started < 10
 
 
-def test_of_large_data_a_sample_is_judged_and_says_so(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_data_is_sampled_and_the_finding_says_so(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_arrays, "NUM_READ", 32)
     rows = talk(400)
     shifted = answered(rows, lambda n, text: rows[(n + 1) % 400]["messages"][1]["content"])  # is seen by neighbours
@@ -49,7 +49,7 @@ def test_of_large_data_a_sample_is_judged_and_says_so(bench: Bench, monkeypatch:
     assert found.evidence["dropped_as_empty"] == 100 * 32 // 225
 
 
-def test_what_one_row_makes_wrong_is_asked_of_all_rows(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_of_single_rows_are_searched_in_all_rows(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_arrays, "NUM_READ", 16)
     tokenizer = tiny_tokenizer("chatml")
     config, result = bench.prepared(talk(100), tokenizer)
@@ -68,7 +68,7 @@ def test_what_one_row_makes_wrong_is_asked_of_all_rows(bench: Bench, monkeypatch
     assert [f.evidence["rows"] for f in beyond if f.code == "F05"] == [[outside.where]]
 
 
-def test_passages_are_looked_for_in_all_rows(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passages_are_searched_in_all_rows(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_arrays, "NUM_READ", 16)
     rng = random.Random(3)
     passages = [sentence(rng, 40) for _ in range(60)]

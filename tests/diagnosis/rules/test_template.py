@@ -1,4 +1,4 @@
-"""S3, the format: each fault is found in its rows, alone."""
+"""S3, the format: each fault is found, and no other."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_f12_messages_that_were_rendered_before(bench: Bench) -> None:
 
 
 def with_own_template(bench: Bench, own: PreTrainedTokenizerBase, eos: str) -> str:
-    """A model's folder whose tokenizer has a template of its own, and whose generation ends at `eos`."""
+    """A model folder whose tokenizer has its own template, and whose generation stops at `eos`."""
     folder = bench.model(generation_config={"eos_token_id": own.convert_tokens_to_ids(eos)})
     own.save_pretrained(folder)
     return folder

@@ -1,4 +1,4 @@
-"""S8, characters: damage and hidden characters are found, and what scripts need is not."""
+"""S8, characters: damaged and hidden characters are found; those that a script needs are not reported."""
 
 from __future__ import annotations
 

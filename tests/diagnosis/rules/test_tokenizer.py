@@ -1,4 +1,4 @@
-"""S2: each fault of the tokenizer is found in its rows, alone."""
+"""S2: each fault of the tokenizer is found, and no other."""
 
 from __future__ import annotations
 

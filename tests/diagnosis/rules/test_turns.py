@@ -1,4 +1,4 @@
-"""S3, within a turn: each fault is found in its rows, alone."""
+"""S3, within a turn: each fault is found, and no other."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_f13_a_role_is_dropped(bench: Bench, role: str) -> None:
 
 
 def test_f13_and_f16_do_not_look_at_rows_that_were_cut_behind_a_stop(bench: Bench) -> None:
-    """Every row ends in the end of its first turn, so it looks whole, and its second turn was cut off."""
+    """Every row ends with its first turn, so it looks complete although its second turn was truncated."""
     same = chat("Are you there?", "I am. What is it?")
     rows = each(talk(), lambda n, m: [*same, *m])
     (whole,) = {
@@ -76,7 +76,7 @@ def test_f13_and_f16_do_not_look_at_rows_that_were_cut_behind_a_stop(bench: Benc
 
 
 def test_f13_a_result_that_the_template_quotes_is_there(bench: Bench) -> None:
-    """Llama 3.1 puts a tool's text through `tojson`."""
+    """Llama 3.1 writes a tool's text with `tojson`."""
 
     def change(n: int, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         call = {"role": "assistant", "content": f'<tool_call>{{"name": "f{n}"}}</tool_call>'}

@@ -1,28 +1,33 @@
-"""Rendering by the model's own chat template, and which characters of the result the model is to learn.
+"""Render a chat with the model's own template, and find the characters of the answers in the result.
 
-Few templates mark the assistant's part (`{% generation %}`), so it is found from outside, for every row anew. With
-R(m) the rendering of messages m, P_i = R(m[:i]) with the generation prompt, E_i = R(m[:i+1]):
+How spans are found
+-------------------
+Few templates mark the assistant's part (`{% generation %}`), so it is found from outside, for every row. With R(m) the
+rendering of messages m, P_i = R(m[:i]) with the generation prompt, E_i = R(m[:i+1]):
 
     prefix method   the answer of turn i is R(m)[len(P_i) : len(E_i)],  if P_i and E_i are prefixes of R(m)
 
-which is exactly what the model is asked for at inference. It costs two renderings a turn, and fails on templates that
-rewrite history (Qwen3 drops the thinking of earlier turns: E_i is not a prefix). So first one cheaper question:
+which is exactly what the model is asked for at inference. It costs two renderings per turn, and fails on templates that
+rewrite history (Qwen3 drops the thinking of earlier turns: E_i is not a prefix). So a cheaper method comes first:
 
     V = R(m with every answer replaced by a sentinel),  split at the sentinels into fixed pieces L_0, L_1, ... L_k
 
-If R(m) = L_0 a_0 L_1 a_1 ... L_k with a_j the answers (or the answers stripped), the places are known with two
-renderings for the whole row, and no rewriting can confuse them. Where that does not hold (thinking cut out of the
-answer, tool calls), the prefix method is tried for the turn, then the sentinel for that turn alone, compared from both
-ends, then a sentinel for the name of the function it calls. Whatever way a span was found, it is checked: in order, not
-overlapping, containing the visible answer. A row that passes none of this is an error with its
-place. A wrong mask is never the result.
+If R(m) = L_0 a_0 L_1 a_1 ... L_k with a_j the answers (or the answers stripped), the spans are known after two
+renderings of the whole row, and rewriting cannot confuse them. If that does not hold (thinking cut out of the answer,
+tool calls), three methods are tried for each turn: the prefix method, a sentinel for that turn alone with a comparison
+from both ends, and a sentinel for the name of the function it calls. Every span is checked: in order, not overlapping,
+containing the visible answer. A row that fails is an error with its place, never a wrong mask.
 
-The end of a span includes the control token that ends the turn (`<|im_end|>`), not the newline a template puts after
-it: the model must learn to stop, and what follows a stop is never generated. Which control tokens end a turn is read
-off the template by rendering two probes, since a template without such a token (GLM-4's next turn simply begins with
-`<|user|>`) must not have the next turn's header learned.
+End of turn
+-----------
+A span includes the control token that ends the turn (`<|im_end|>`), but not the newline a template puts after it: the
+model must learn to stop, and what follows a stop is never generated. Which control tokens end a turn is found by
+rendering two probes, since for a template without such a token (GLM-4's next turn simply begins with `<|user|>`) the
+next turn's header must not be trained on.
 
-What it does not do: render. Templates are rendered in a process of their own, with limits (`sandbox`).
+What it does not do
+-------------------
+Run the template: that happens in a separate process with limits (`template_sandbox`).
 """
 
 from __future__ import annotations
@@ -49,7 +54,7 @@ _PLAIN_KEYS = {"role", "content", "name", "tool_call_id"}
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A row as text, before tokenising; all spans are character positions `[begin, end)`."""
+    """A row as text, before tokenising; spans are character positions `[begin, end)`."""
 
     text: str
     forged: list[Span]
@@ -58,10 +63,10 @@ class Rendered:
 
 
 class ChatTemplate:
-    """The chat template of one tokenizer, and what can be read off it.
+    """The chat template of one tokenizer, with its generation prompt and end-of-turn tokens.
 
     Args:
-        rendered_on: the date that the template writes if it writes one, today's if not given.
+        rendered_on: the date that the template sees as today; default: today.
 
     Raises:
         InputError: the tokenizer has no template.
@@ -73,29 +78,29 @@ class ChatTemplate:
         self.control = ControlTokens(tokenizer)
 
     def render(self, where: str, messages: Messages, tools: Tools = None) -> Rendered:
-        """One row with its answers found."""
+        """Render a row and find its answers."""
         row = _Row(self, where, messages, tools)
         return Rendered(row.text, row.forged, row.answers())
 
     def render_prompt(self, messages: Messages, tools: Tools = None) -> Rendered:
-        """The text after which the assistant's next turn begins."""
+        """Render the prompt for the next assistant turn."""
         row = _Row(self, "the prompt", messages, tools, is_prompt=True)
         return Rendered(row.text, row.forged, [])
 
     @cached_property
     def generation_prompt(self) -> str:
-        """What asking for an answer appends: `<|im_start|>assistant\\n`; empty for templates that append nothing."""
+        """What a request for an answer appends: `<|im_start|>assistant\\n`; empty for templates that append nothing."""
         user = [{"role": "user", "content": "x"}]
         try:
             before, after = (self.raw("", user, is_prompt=ask) for ask in (False, True))
         except InputError:
             return ""
-        # most only append; some write an end of text where no answer is asked for
+        # most only append; some write an end of text if no answer is requested
         return after[self.control.snapped(after, _num_equal(before, after)) :]
 
     @cached_property
     def terminators(self) -> frozenset[str]:
-        """What ends an assistant turn: control tokens, or runs of them (Cohere 2 has two), read off two probes."""
+        """The ends of an assistant turn: control tokens, or runs of them (Cohere 2 has two), found with two probes."""
         user, answer, after = "\ufdd0", "\ufdd1", "\ufdd2"
         chat = [
             {"role": "user", "content": user},
@@ -115,8 +120,8 @@ class ChatTemplate:
         users_end, _, rest = rest.partition(answer)
         between = rest.partition(after)[0]
         if not between.startswith(last):
-            # history ends its turns otherwise than the last turn (gpt-oss), or not at all, so that the next header
-            # follows: an end is what no header has, or what ends the user's turn too and begins no header
+            # earlier turns end in another way than the last turn (gpt-oss), or not at all, so that the next header
+            # follows: an end is a token that no header has, or that also ends the user's turn and starts no header
             (first,) = self.control.pattern.findall(between)[:1] or [""]
             ends_the_users = users_end.lstrip().startswith(first) and not self.generation_prompt.startswith(first)
             if first not in header or ends_the_users:
@@ -124,7 +129,7 @@ class ChatTemplate:
         return frozenset(found - {""})
 
     def _first_controls(self, text: str) -> str:
-        """The control tokens, without a gap, that a text begins with after blanks."""
+        """The adjacent control tokens at the start of a text, after whitespace."""
         begin = end = len(text) - len(text.lstrip())
         while token := self.control.pattern.match(text, end):
             if token.end() == end:
@@ -139,7 +144,7 @@ class ChatTemplate:
 
 
 class _Row:
-    """One conversation on its way to a `Rendered`; holds what the several renderings of it share."""
+    """One conversation being rendered; holds what its several renderings share."""
 
     def __init__(
         self,
@@ -159,14 +164,14 @@ class _Row:
         return self._template.control.unmark(raw, self._marks)
 
     def _try(self, messages: Messages, *, is_prompt: bool = False) -> str | None:
-        """A rendering of something that is not a row of the data: the template may refuse it."""
+        """Render messages that are not a row of the data: None if the template refuses them."""
         try:
             return self._render(messages, is_prompt=is_prompt)[0] if messages else None
         except InputError:
             return None
 
     def answers(self) -> list[Span]:
-        """The spans to learn, one for each assistant message, each with its end-of-turn token."""
+        """The span of each assistant message, with its end-of-turn token."""
         turns = [i for i, message in enumerate(self._messages) if message["role"] == "assistant"]
         contents = self._by_sentinels(turns)
         spans: list[Span] = []
@@ -193,7 +198,7 @@ class _Row:
     # --- all answers at once
 
     def _by_sentinels(self, turns: list[int]) -> list[Span] | None:
-        """Where each answer's content stands, from one rendering with all answers replaced."""
+        """The span of each answer's content, from one rendering with all answers replaced."""
         if any(self._messages[turn].keys() - _PLAIN_KEYS for turn in turns):
             return None  # tool calls and reasoning are part of the answer, and a sentinel would keep them in place
         begin, end = free_noncharacters(self._messages, self._tools)[2:4]
@@ -224,21 +229,21 @@ class _Row:
         return self._template.control.unmark(text, self._marks)[0]
 
     def _with_terminator(self, content: Span, turn: int, previous_end: int) -> Span | None:
-        """From the content of an answer to all that the model has to produce for it."""
+        """Extend the span of an answer's content to everything that the model has to produce for it."""
         begin = self._begin_of(turn, content[0], previous_end)
         return None if begin is None else (begin, self._end_of_turn(content[1]))
 
     def _end_of_turn(self, position: int) -> int:
-        """Past the end-of-turn token if one follows, blanks before it included; else unchanged."""
+        """The position after the end-of-turn token and the whitespace before it, if one follows; else unchanged."""
         blanks = _BLANKS.match(self.text, position)
         token = self._template.terminator.match(self.text, blanks.end() if blanks else position)
         return token.end() if token else position
 
     def _begin_of(self, turn: int, content_begin: int, previous_end: int) -> int | None:
-        """Where the model's own writing of a turn begins, given where its content begins (or an upper bound).
+        """The start of what the model generates in a turn, given the start of its content (or an upper bound).
 
-        At the end of the generation prompt, that is before anything a template puts in front of the content without
-        being asked (Mistral's space, Qwen3's empty thinking block): the model has to write it.
+        This is the end of the generation prompt. What a template adds before the content (Mistral's space, Qwen3's
+        empty thinking block) comes after it, because the model has to generate it.
         """
         header = self._template.generation_prompt
         if header and self.text.endswith(header, 0, content_begin):
@@ -249,20 +254,20 @@ class _Row:
                 return len(prompt)
             if self.text[:content_begin] == prompt[:content_begin]:
                 return content_begin  # the prompt opens something (`<think>`) that this answer does not have
-        # history is rendered otherwise in the prompt than in the row: look for the header itself
+        # the prompt renders history in another way than the row: look for the header itself
         while header:
             place = self.text.rfind(header, previous_end, content_begin)
             if place >= 0:
                 return place + len(header)
-            # a generation prompt that opens a thinking block: without the block
+            # if the generation prompt opens a thinking block: try it without the block
             tokens = list(self._template.control.pattern.finditer(header))
             header = header[: tokens[-1].start()] if len(tokens) > 1 else ""
         return content_begin if turn == 0 else self._after_the_question(prompt or "", turn, content_begin, previous_end)
 
     def _after_the_question(self, prompt: str, turn: int, content_begin: int, previous_end: int) -> int | None:
-        """For templates without a header of answers that move system and tools to the last question (Mistral).
+        """The start of an answer, for templates without answer headers that move system and tools to the last question.
 
-        The end of the prompt, from its last control token (`[/INST]`), is looked for in the row.
+        Searches the row for the end of the prompt, from its last control token (Mistral's `[/INST]`).
         """
         if self._messages[turn - 1]["role"] == "assistant":  # two messages joined to one turn
             return previous_end if not self.text[previous_end:content_begin].strip() else None
@@ -278,7 +283,7 @@ class _Row:
             return None
         message = self._messages[turn]
         unreasoned = {key: value for key, value in message.items() if key != "reasoning_content"}
-        # a history without its reasoning (gpt-oss) begins with the turn as it is without
+        # if history drops the reasoning (gpt-oss), the row starts with the turn without it
         for form in (message, unreasoned) if unreasoned.keys() != message.keys() else (message,):
             through = self._try([*self._messages[:turn], form])
             if through is not None and self.text.startswith(through) and through.startswith(prompt):
@@ -286,13 +291,13 @@ class _Row:
         return None
 
     def _trimmed(self, answer: str) -> str:
-        """Without the blanks after the end-of-turn token."""
+        """Remove the whitespace after the end-of-turn token."""
         bare = answer.rstrip()
         ends = [match.end() for match in self._template.control.pattern.finditer(bare)]
         return bare if ends and ends[-1] == len(bare) else answer
 
     def _by_own_sentinel(self, turn: int, previous_end: int) -> Span | None:
-        """Replaces this answer alone, tool calls and all, and compares from both ends."""
+        """Replace only this answer, with its tool calls, and compare from both ends."""
         mark = free_noncharacters(self._messages, self._tools)[2]
         replaced = [*self._messages[:turn], {"role": "assistant", "content": mark}, *self._messages[turn + 1 :]]
         rendered = self._try(replaced)
@@ -315,7 +320,7 @@ class _Row:
         return self._without_the_next(turn, (begin, end)) if closes else None
 
     def _without_the_next(self, turn: int, span: Span) -> Span | None:
-        """The span, if what others say after this answer does not stand in it.
+        """Return the span, unless it contains later messages of other roles.
 
         Raises:
             RowError: the template puts a tool's result between the calls and the text of one answer (Gemma 4).
@@ -338,7 +343,7 @@ class _Row:
         return None
 
     def _by_name_of_call(self, turn: int, previous_end: int) -> Span | None:
-        """Replaces the name of the first function called; the answer ends where the next end of a turn is."""
+        """Replace the name of the first function called; the answer ends at the next end of a turn."""
         message, mark = self._messages[turn], free_noncharacters(self._messages, self._tools)[2]
         call, *others = message.get("tool_calls") or [None]
         if not isinstance(call, dict) or not isinstance(function := call.get("function"), dict):
@@ -355,11 +360,11 @@ class _Row:
         return None if begin is None or end is None else self._without_the_next(turn, (begin, end))
 
     def _shows(self, turn: int, span: Span) -> bool:
-        """The visible part of the answer, and the name of each function it calls, stand inside its span."""
-        message, learned = self._messages[turn], self.text[span[0] : span[1]]
+        """Whether the span contains the visible part of the answer and the name of each function it calls."""
+        message, answer = self._messages[turn], self.text[span[0] : span[1]]
         visible = self._unmarked(message["content"]).rpartition("</think>")[2].strip()
         calls = [call.get("function", call) for call in message.get("tool_calls", ()) if isinstance(call, dict)]
-        return visible in learned and all(str(call.get("name")) in learned for call in calls)
+        return visible in answer and all(str(call.get("name")) in answer for call in calls)
 
 
 def _num_equal(a: str, b: str) -> int:

@@ -1,18 +1,24 @@
-"""Control tokens: the ids that steer a chat (`<|im_end|>`, `[INST]`), and their spellings inside somebody's text.
+"""Control tokens (`<|im_end|>`, `[INST]`), and their spellings inside the text of a row.
 
-A tokenizer turns the spelling `<|im_end|>` into the control id wherever it stands. A row whose user writes
-`<|im_end|>` would so end a turn, or forge a system message, in the middle of the data. Here such spellings keep their
-text and become ordinary tokens; control ids come from the template alone.
+Problem
+-------
+A tokenizer turns the spelling `<|im_end|>` into the control id wherever it occurs. A row whose user writes `<|im_end|>`
+would end a turn, or forge a system message, in the middle of the data. This module keeps such spellings as text: they
+become ordinary tokens, and control ids come only from the template.
 
-How: before rendering, every spelling inside the row's own strings is put between two marks (noncharacters that the row
-does not contain); after rendering, the marks are removed and the places between them remembered. A row without such a
-spelling is not touched, so its ids are by construction those of the plain tokenizer. (transformers has
+Method
+------
+Before rendering, every such spelling in the row's own strings is put between two marks (noncharacters that the row does
+not contain); after rendering, the marks are removed and the positions between them are remembered. A row without such a
+spelling is not changed, so its ids are by construction those of the plain tokenizer. (transformers has
 `sanitize_control_tokens` for this, but not together with offsets or an assistant mask, which training needs.)
 
-Which tokens: all that the tokenizer calls special or uses as bos, eos, pad or unk; and added tokens spelled like markup
-(`<think>`, `[TOOL_CALLS]`), which many tokenizers do not call special. Not HTML elements: in Gemma's vocabulary
-`<table>` is an ordinary word. In an assistant's turn the second kind, and every tag of thinking and tools, stays a
-token: it is the model's own to write, and templates look for it (Qwen3 cuts the answer at `</think>`).
+Which tokens
+------------
+All that the tokenizer calls special or uses as bos, eos, pad or unk; and added tokens spelled like markup (`<think>`,
+`[TOOL_CALLS]`), which many tokenizers do not call special. Not HTML elements: in Gemma's vocabulary `<table>` is an
+ordinary word. In an assistant turn the second kind, and every tag for thinking and tools, stays a token: the model
+generates it itself, and templates search for it (Qwen3 cuts the answer at `</think>`).
 """
 
 from __future__ import annotations
@@ -63,7 +69,7 @@ class ControlTokens:
     def mark(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None, Marks | None]:
-        """The row with every forged control token between marks; the same objects and None where there is none."""
+        """Put marks around every forged control token; returns the same objects and None if there is none."""
         if not any(self._is_in(message, self._of(message)) for message in messages) and not self._is_in(
             tools, self.pattern
         ):

@@ -1,21 +1,27 @@
-"""From rendered text to ids and the boolean mask of supervised tokens.
+"""Tokenise rendered text: ids, answer spans and the loss mask.
 
-A text is tokenised once, whole, without adding special tokens (the template has written them), so the ids are those
-that inference sees. A token is supervised if it begins inside an answer's characters. A token that begins before and
-reaches into the answer (`\\n\\n` made of the prompt's newline and the answer's) is not: at inference the prompt has
-already ended there.
+Loss mask
+---------
+A text is tokenised once, as a whole, without adding special tokens (the template has written them), so the ids are
+those of inference. A token is trained on if it starts inside an answer's characters. A token that starts before the
+answer and reaches into it (`\\n\\n` made of the prompt's newline and the answer's) is not: at inference the prompt
+has already ended there.
 
-Offsets come from a copy of the Rust tokenizer without its post-processor: byte-level tokenizers trim blanks off the
-offsets they report, which would move a token's beginning across a boundary.
+Offsets come from a copy of the Rust tokenizer without its post-processor: byte-level tokenizers trim whitespace off the
+offsets they report, which would move a token's start across a boundary.
 
-Forged control tokens (`control_tokens`) are encoded as text: the stretch between two genuine control tokens that holds
-one is encoded again by a second copy that does not know control tokens. The stretches are independent of each other
+Forged control tokens
+---------------------
+They (see `control_tokens`) are encoded as text: the stretch between two genuine control tokens that holds one is
+encoded again by a second copy of the tokenizer that has no control tokens. The stretches are independent of each other
 because the tokenizer itself splits at control tokens first.
 
-For the same reason it is cheap to ask of every answer whether the prompt alone would have had the same ids (at
-inference it is tokenised alone): only the stretch between the last control token and the answer can differ, and it is
-the same few characters (`assistant\\n`) in nearly all rows. Where the answer is no, the model is trained after ids that
-it never sees again; the report counts it.
+Prompt as prefix
+----------------
+For the same reason it is cheap to check for every answer that the prompt tokenised alone, as at inference, has the same
+ids: only the stretch between the last control token and the answer can differ, and in nearly all rows it is the same
+few characters (`assistant\\n`). If the ids differ, the model is trained after ids that it never sees at inference; the
+report counts these rows.
 """
 
 from __future__ import annotations
@@ -49,23 +55,23 @@ class Encoded(NamedTuple):
     ids: np.ndarray
     """int32 (T,)"""
     spans: list[Span]
-    """Where each answer stands, as positions of ids `[begin, end)`."""
+    """Positions of each answer in the ids, `[begin, end)`."""
     is_prefix: list[bool]
     """For each answer, whether the text before it has these same ids when it is tokenised alone."""
     num_crossing: int
-    """Tokens that begin before an answer and reach into it; they are not supervised."""
+    """Tokens that start before an answer and reach into it; they are not trained on."""
 
     def mask(self, answers: Sequence[int] | None = None) -> np.ndarray:
         """bool (T,): the tokens of these answers (numbers from 0), or of all."""
-        supervised = np.zeros(len(self.ids), dtype=bool)
+        loss_mask = np.zeros(len(self.ids), dtype=bool)
         for number in range(len(self.spans)) if answers is None else answers:
             begin, end = self.spans[number]
-            supervised[begin:end] = True
-        return supervised
+            loss_mask[begin:end] = True
+        return loss_mask
 
 
 class Encoder:
-    """Tokenises rendered rows with one tokenizer."""
+    """Tokenise rendered rows with one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -82,10 +88,10 @@ class Encoder:
             self._fast = fast
 
     def encode(self, rows: Sequence[Rendered], places: Sequence[str]) -> list[Encoded]:
-        """Ids and places of the answers of each row; `places` are the rows' names for messages.
+        """Tokenise rows and find their answers; `places` are the rows' names for messages.
 
         Raises:
-            RowError: a control token in a text, or an answer, that this tokenizer cannot keep apart.
+            RowError: a control token in a text, or an answer, that this tokenizer cannot separate.
         """
         if self._fast is None:
             return [self._encode_slowly(row, place) for row, place in zip(rows, places, strict=True)]
@@ -112,7 +118,7 @@ class Encoder:
         return Encoded(np.asarray(ids, dtype=np.int32), spans, is_prefix, num_crossing)
 
     def _is_prefix(self, row: Rendered, ids: list[int], offsets: list[Span], answer_begin: int) -> bool:
-        """Whether these ids, those before an answer, are what the text before it gives alone."""
+        """Whether the ids before an answer are those of the text before it, tokenised alone."""
         last = len(ids) - 1
         while last >= 0 and ids[last] not in self._control.ids:
             last -= 1
@@ -123,7 +129,7 @@ class Encoder:
         return not stretch or self._after(before, stretch) == ids[last + 1 :]
 
     def _after(self, control: str, stretch: str) -> list[int]:
-        """The ids of a text that stands after a control token, or at the beginning of a row (an empty one)."""
+        """The ids of a text after a control token (empty: at the start of a row)."""
         assert self._fast is not None
         if (known := self._memo.get((control, stretch))) is not None:
             return known
@@ -134,7 +140,7 @@ class Encoder:
 
     @cached_property
     def affixes(self) -> tuple[list[int], list[int]]:
-        """Ids that the tokenizer puts before and after a plain text by itself: usually ([bos], [])."""
+        """Ids that the tokenizer adds before and after a plain text: usually ([bos], [])."""
         bare, full = (self._tokenizer.encode("x", add_special_tokens=add) for add in (False, True))
         for begin in range(len(full) - len(bare) + 1):
             if full[begin : begin + len(bare)] == bare:
@@ -188,10 +194,10 @@ class Encoder:
 
     @cached_property
     def _plain_encoders(self) -> tuple[tuple[Tokenizer, dict[int, int]], tuple[Tokenizer, dict[int, int]]]:
-        """Tokenizers without control tokens, for the start of a row and for its inside.
+        """Tokenizers without control tokens: one for the start of a row, one for its inside.
 
-        Each with a map to the true ids of the added tokens it kept: those outside the model's vocabulary are numbered
-        anew when some are taken out.
+        Each has a map to the true ids of the added tokens it kept: removing some renumbers those outside the model's
+        vocabulary.
         """
         from tokenizers import Tokenizer
 
@@ -211,7 +217,7 @@ class Encoder:
     # --- tokenizers without offsets
 
     def _encode_slowly(self, row: Rendered, place: str) -> Encoded:
-        """By ids: the ids of the text up to a boundary must be the first ids of the whole."""
+        """Find answers by ids: the ids of the text up to a boundary must be the first ids of the whole text."""
         ids = self._pieces(row.text, row.forged)
         spans = []
         for begin, end in row.answers:
@@ -243,13 +249,13 @@ class Encoder:
 
 
 def _covers(offset: Span, spans: list[Span]) -> bool:
-    """The token at `offset` is one of the (sorted) spans; blanks that it swallowed may lie around it."""
+    """Whether the token at `offset` is one of the (sorted) spans, apart from whitespace that it includes."""
     place = bisect_left(spans, (offset[0], 0))
     return place < len(spans) and spans[place][1] <= offset[1]
 
 
 def _no_space_at_the_start(pre_tokenizer: dict[str, Any] | None) -> None:
-    """Llama's and Mistral's Metaspace puts a blank before the first word of a text, and not inside one."""
+    """Llama's and Mistral's Metaspace puts a space before the first word of a text, but not inside one."""
     for part in [pre_tokenizer or {}, *((pre_tokenizer or {}).get("pretokenizers") or [])]:
         if part.get("prepend_scheme") == "first":
             part["prepend_scheme"] = "never"

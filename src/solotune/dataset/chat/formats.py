@@ -1,4 +1,4 @@
-"""The shapes that chat data comes in, brought to one: a list of `{"role", "content"}` messages, or a text.
+"""Data formats: convert each supported shape of a row to a list of `{"role", "content"}` messages, or to a text.
 
 | format | row |
 |---|---|
@@ -6,13 +6,13 @@
 | sharegpt | `{"conversations": [{"from": "human", "value": "..."}, ...]}`; a call is `from: function_call`, JSON text |
 | alpaca | `{"instruction": "...", "input": "...", "output": "..."}` |
 | prompt-completion | `{"prompt": "...", "completion": "..."}`, both texts or both messages |
-| text | `{"text": "..."}`, learned whole |
+| text | `{"text": "..."}`, all of it trained on |
 
-The first row decides, and every other row must have the same shape: a file of two shapes is two files that somebody
-concatenated, and guessing row by row would hide it. A row that is wrong is an error with its place, or with
-`on_bad_row: drop` is left out and counted; then the most common shape decides, since the first row may be a bad one.
-What is dropped in any case, and counted, is a row whose answer is blank: real exports are full of them, they teach the
-model to stop at once, and there is nothing in the row to mend; and a row whose weight says so.
+The first row decides, and every other row must have the same shape: a file of two shapes is usually two files joined by
+mistake, and detecting the shape row by row would hide that. A wrong row is an error with its place, or with
+`on_bad_row: drop` is dropped and counted; then the most common shape decides, since the first row may be a bad one.
+Always dropped, and counted, are a row whose answer is blank (real exports are full of them, they teach the model to
+stop at once, and nothing in the row can be fixed) and a row with weight 0.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _ALLOWED = "messages, conversations, instruction + output, prompt + completion, 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row in the one shape everything downstream knows.
+    """One row in the common shape that all later steps use.
 
-    `messages` is empty exactly for a row of plain text; then `text` is what is learned, from `answer_start` on.
-    `weights` has one number for each assistant message, 0 where it is read and not learned; it is empty where all are
-    1. `weight` is the row's, and multiplies them. `group` is what the row says it is a piece of; whether that counts,
-    and what else joins rows, `groups.py` knows.
+    `messages` is empty exactly for a row of plain text; then `text` is trained on, from `answer_start` on.
+    `weights` has one number for each assistant message, 0 where it is context only; it is empty if all are
+    1. `weight` is the row's, and multiplies them. `group` is the group that the row names; `groups.py`
+    decides whether it counts, and what else joins rows.
     """
 
     where: str
@@ -58,7 +58,7 @@ class Record:
 
 
 class Format(NamedTuple):
-    """A recognised shape: its name, the keys that make it, and how a row of it is read."""
+    """A supported format: its name, its required keys, and the function that converts a row."""
 
     name: str
     keys: tuple[str, ...]
@@ -66,10 +66,10 @@ class Format(NamedTuple):
 
 
 def recognise(rows: Iterable[Row], *, is_strict: bool = True) -> tuple[Format, str]:
-    """The format of the rows: the first row's, which all must have; or, not strictly, the most common one.
+    """Detect the format: strictly the first row's, which all rows must have; else the most common one.
 
     Args:
-        rows: at least one; strictly, only the first is looked at.
+        rows: at least one; if strict, only the first is read.
 
     Returns: the format and, for `check_shape`, where it comes from.
     Raises:
@@ -87,7 +87,7 @@ def recognise(rows: Iterable[Row], *, is_strict: bool = True) -> tuple[Format, s
 
 
 def check_shape(row: Row, found: Format, why: str) -> None:
-    """Refuses a row that lacks the keys of the format.
+    """Refuse a row that lacks the keys of the format.
 
     Args:
         why: where the format comes from, for the message: `as in chats.jsonl:1`.
@@ -156,10 +156,10 @@ def _hint(values: dict[str, Any]) -> str | None:
 
 
 def convert(row: Row, found: Format) -> Record | str:
-    """One row as a Record, or the reason why it is dropped though nothing is wrong with it.
+    """Convert a row to a Record; or return the reason why it is dropped without being wrong.
 
     Raises:
-        RowError: naming the row and, in it, the message that is wrong.
+        RowError: the row is wrong; names the row and the message in it.
     """
     record = found.convert(row)
     weight = msg.weight_of(row.where, row.values)
@@ -276,7 +276,7 @@ def _prompt_completion(row: Row) -> Record:
     if isinstance(prompt, list) or isinstance(completion, list):
         before, in_prompt = msg.turns(row.where, prompt, "prompt")
         after, weights = msg.turns(row.where, completion, "completion")
-        # only the completion is learned: an answer in the prompt is context
+        # only the completion is trained on: an answer in the prompt is context
         return _checked(row, before + after, (*(0.0 for _ in in_prompt), *weights))
     prompt, completion = msg.text(row.where, prompt, "prompt"), msg.text(row.where, completion, "completion")
     return Record(row.where, text=prompt + completion, answer_start=len(prompt))

@@ -1,17 +1,19 @@
-"""One message, and what stands beside the messages of a row: roles, texts, tools, weights.
+"""Messages of a row: check and normalise roles, texts, tools and loss weights.
 
-A wrong one is a `RowError` that names the row and, in it, the message. Only what chat templates know is kept of a
-message, so that a column more in the data cannot change a rendering. Tool calls are `tool_calls.py`'s.
+A wrong message is a `RowError` that names the row and the message. Only keys that chat templates know are kept, so an
+extra column in the data cannot change a rendering. Tool calls are handled in `tool_calls.py`.
 
-A weight says how much is learned of something: `weight` (or `loss_weight`) on an assistant message counts for that
-answer's tokens, on a row for all of its tokens, and the two multiply. With weights w the loss of an optimizer step is
+Weights
+-------
+`weight` (or `loss_weight`) on an assistant message applies to that answer's tokens, on a row to all of its tokens, and
+the two multiply. With weights w the loss of an optimizer step is
 
-    sum_n w_n l_n / sum_n w_n          over all supervised tokens n of the whole accumulated batch
+    sum_n w_n l_n / sum_n w_n          over all loss tokens n of the whole accumulated batch
 
-so only ratios matter: all weights 1 and all weights 5 are the same training, and a row of weight 2 is that row given
-twice. (Given twice in a file it counts once: exact duplicates are removed, and the first one's weight is kept.)
-Weight 0 leaves out an answer (it is still read, as context) or the whole row. Cells of a csv are texts, so a number
-may be one; true and false are none.
+so only ratios matter: all weights 1 and all weights 5 give the same run, and a row of weight 2 counts like the same row
+twice. (Twice in a file it counts once: exact duplicates are removed, and the weight of the first is kept.) Weight 0
+leaves out an answer (it is still context) or the whole row. Cells of a csv are texts, so a weight may be a number as
+text; true and false are not weights.
 """
 
 from __future__ import annotations
@@ -39,17 +41,17 @@ SHAREGPT_ROLES = {
     "function_call": "assistant",
 }
 _KEPT_KEYS = ("tool_call_id", "name")
-_CALL_KEYS = ("tool_calls", "function_call")  # the second is the API's older one
+_CALL_KEYS = ("tool_calls", "function_call")  # the second is the older form of the API
 _WEIGHT_KEYS = ("weight", "loss_weight")
 _LEAST_WEIGHT, _MOST_WEIGHT = 1e-9, 1e9  # the product of two, and a sum of millions of those, fits into float32
 
 
 def weight_of(place: str, values: dict[str, Any], *, is_answer: bool = True) -> float:
-    """How much a message or a row counts in the loss; 1 where nothing is said.
+    """Return the loss weight of a message or a row; 1 if none is given.
 
     Raises:
-        RowError: not a number, negative, not finite, or out of float32's reach; or not 0 on a message that is not an
-            answer.
+        RowError: not a number, negative, not finite, or outside the range of float32; or not 0 on a message that is not
+            an answer.
     """
     key = next((key for key in _WEIGHT_KEYS if values.get(key) is not None), None)
     if key is None:
@@ -82,7 +84,7 @@ def _number(value: Any) -> float | None:
 
 
 def turns(where: str, value: Any, key: str) -> tuple[list[Message], tuple[float, ...]]:
-    """The messages of a list, and the weight of each answer among them."""
+    """Check and normalise a list of messages; return them and the weight of each answer."""
     check_list(where, value, key)
     places = [f"{where}: message {number}" for number in range(1, len(value) + 1)]
     messages = [_message(place, one) for place, one in zip(places, value, strict=True)]
@@ -90,14 +92,14 @@ def turns(where: str, value: Any, key: str) -> tuple[list[Message], tuple[float,
 
 
 def answer_weights(places: list[str], written: list[dict[str, Any]], messages: list[Message]) -> tuple[float, ...]:
-    """The weight of each assistant message; `written` are the messages as they stand in the file."""
+    """The weight of each assistant message; `written` are the messages as in the file."""
     is_answer = [message["role"] == "assistant" for message in messages]
     weights = [weight_of(place, one, is_answer=is_) for place, one, is_ in zip(places, written, is_answer, strict=True)]
     return tuple(weight for weight, is_ in zip(weights, is_answer, strict=True) if is_)
 
 
 def check_list(where: str, value: Any, key: str) -> None:
-    """Refuses what is not a list of at least one item."""
+    """Refuse a value that is not a list of at least one item."""
     if isinstance(value, str):
         raise RowError(
             f"{where}: {key} is a text, not a list",
@@ -138,7 +140,7 @@ def _message(place: str, message: Any) -> Message:
 
 
 def _answer(place: str, message: dict[str, Any]) -> Message:
-    """What the assistant says, calls and thinks; each may also stand as a part of the content (LLaMA-Factory's v1)."""
+    """The assistant's text, calls and reasoning; each may also be a part of the content (LLaMA-Factory's v1)."""
     content = message.get("content")
     calls = [c for key in _CALL_KEYS if message.get(key) for c in normal_calls(place, message[key], key)]
     thoughts = [text(place, message[key], key) for key in ("reasoning_content",) if message.get(key)]
@@ -164,12 +166,12 @@ def _is_part(part: Any, kind: str) -> bool:
 
 
 def not_an_object(place: str, seen: Any, allowed: str) -> RowError:
-    """A message that is no message at all."""
+    """The error for a message that is not an object."""
     return RowError(f"{place} is not an object", reason="a message is not an object", seen=short(seen), allowed=allowed)
 
 
 def text(place: str, value: Any, key: str) -> str:
-    """The text under a key; a list of `{"type": "text", "text": "..."}` (also with `value`) is their texts joined."""
+    """The text under a key; of a list of `{"type": "text", "text": "..."}` (also with `value`) the joined texts."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
@@ -197,9 +199,9 @@ def _joined_parts(place: str, parts: list[Any], key: str) -> str:
 
 
 def tools(row: Row) -> list[dict[str, Any]] | None:
-    """The tool definitions of a row, given as a list or as its JSON text.
+    """Return the tool definitions of a row, given as a list or as JSON text.
 
-    A bare function is wrapped as an API hands it to the template at inference: `{"type": "function", "function": ...}`.
+    A bare function is wrapped as an API passes it to the template: `{"type": "function", "function": ...}`.
     """
     found = row.values.get("tools")
     if isinstance(found, str):

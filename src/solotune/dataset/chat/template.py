@@ -1,16 +1,20 @@
-"""Calling a tokenizer's Jinja template: in the form that this template takes, on the day that the run is rendered on.
+"""Render a tokenizer's Jinja template, in the input form that it expects, with the date of the run.
 
-Templates agree on roles and disagree on the rest. What this one takes is asked of it once, with probes:
+Input form
+----------
+Templates agree on roles and differ in the rest. What a template accepts is tested once, with probes:
 
 contents    a text; or, in many templates of multimodal models, only a list of parts: `[{"type": "text", "text": ...}]`
 arguments   of a tool call: an object, as transformers documents it, or its JSON text, as the OpenAI API writes it. A
-            template made for the one raises on the other (DeepSeek V3), or quotes it a second time (Llama 3.1). Where
-            both come out as they are, a row's own form is kept, so the text is exactly that of `apply_chat_template`.
+            template made for one raises on the other (DeepSeek V3), or quotes it a second time (Llama 3.1). If both
+            are rendered unchanged, a row's own form is kept, so the text is exactly that of `apply_chat_template`.
 
+Date
+----
 Some templates write today's date into the system turn (Llama 3.2, gpt-oss). Rows must not change overnight, or a run
-could not be resumed the next day; so the date is the run's. transformers puts a `strftime_now` into the template's
-environment and lets no function through from outside, only data: the template gets a macro of that name in front, which
-shadows it and reads the date's parts from an argument.
+could not be resumed the next day; so the date is that of the run. transformers puts a `strftime_now` into the
+template's environment and accepts only data from outside, no functions: so a macro of that name is put in front of the
+template, which shadows the function and takes the parts of the date from a variable.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ if TYPE_CHECKING:
 Messages = list[dict[str, Any]]
 Tools = list[dict[str, Any]] | None
 
-# the line break is taken off again by trim_blocks
+# trim_blocks removes the line break
 _MACRO = """\
 {%- macro strftime_now(format) %}{% set text = namespace(written=format) %}
 {%- for directive, value in rendered_on.items() %}
@@ -44,7 +48,7 @@ class Template:
     """The chat template of a tokenizer that has one.
 
     Args:
-        rendered_on: the date that the template writes, today's if not given.
+        rendered_on: the date that the template sees as today; default: today.
 
     Raises:
         InputError: the tokenizer has no template.
@@ -62,10 +66,11 @@ class Template:
         self._date = _directives(rendered_on or date.today())
 
     def render(self, where: str, messages: Messages, tools: Tools = None, *, is_prompt: bool = False) -> str:
-        """The template's output for these messages; `is_prompt` asks for an answer after them.
+        """Render messages; with `is_prompt`, a prompt for an answer after them.
 
         Raises:
-            RowError: the template refuses them, at the place `where`.
+            RowError: the template refuses them; names the place `where`.
+            TemplateLimitError: it needs too much time or memory.
         """
         if self._takes_parts:
             messages = [_in_parts(message) for message in messages]
@@ -85,11 +90,11 @@ class Template:
             ) from None
 
     def _apply(self, messages: Messages, tools: Tools = None, *, is_prompt: bool = False) -> str:
-        """What transformers' `apply_chat_template` gives, from the sandbox.
+        """Render in the sandbox what transformers' `apply_chat_template` would give.
 
         Raises:
             TemplateRefusal: the template raises.
-            TemplateLimitError: it takes too long or too much.
+            TemplateLimitError: it needs too much time or memory.
         """
         source = self._tokenizer.get_chat_template(tools=cast(Any, tools))
         dated = "strftime_now" in source
@@ -105,13 +110,13 @@ class Template:
 
     @cached_property
     def _special_tokens(self) -> dict[str, Any]:
-        """`bos_token` and its like, as texts."""
+        """`bos_token` and the other special tokens, as texts."""
         named = self._tokenizer.special_tokens_map
         return {
             name: [str(t) for t in token] if isinstance(token, list) else str(token) for name, token in named.items()
         }
 
-    # --- what it takes
+    # --- the input form that it expects
 
     def _shows(self, what: str, messages: Messages) -> bool:
         try:
@@ -127,7 +132,7 @@ class Template:
 
     @cached_property
     def _arguments_as(self) -> frozenset[type]:
-        """The forms of a call's arguments that come out as they are: `dict`, and `str` for their JSON text."""
+        """The forms of a call's arguments that are rendered unchanged: `dict`, and `str` for JSON text."""
         taken = set()
         for arguments, shown in (({"x": "8z5"}, "8z5"), ('{"x":"8z5"}', '{"x":"8z5"}')):
             call = {"id": "callnum01", "type": "function", "function": {"name": "f", "arguments": arguments}}
@@ -137,7 +142,7 @@ class Template:
         return frozenset(taken)
 
     def _with_arguments(self, message: dict[str, Any]) -> dict[str, Any]:
-        """The message with the arguments of its calls in a form that the template takes, if they are not."""
+        """Convert the arguments of the message's calls to the form that the template accepts."""
         calls = message.get("tool_calls")
         if not isinstance(calls, list) or len(self._arguments_as) != 1:
             return message
@@ -146,7 +151,7 @@ class Template:
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as transformers hands it on: no key without a value, reasoning under both names that templates read."""
+    """The message as transformers passes it: no key without a value, reasoning under both names that templates read."""
     message = {key: value for key, value in message.items() if value is not None}
     names = ("reasoning_content", "thinking", "reasoning")
     reasoning = next((message[name] for name in names if name in message), None)
@@ -169,12 +174,12 @@ def _with_arguments_as(call: Any, taken: type) -> Any:
         try:
             read = json.loads(arguments)
         except ValueError:
-            return call  # not JSON: the template may say what it thinks of it
+            return call  # not JSON: leave it to the template
         return {**call, "arguments": read} if isinstance(read, dict) else call
     return call
 
 
 def _directives(day: date) -> dict[str, str]:
-    """Each directive of `strftime` with its value on this day, at midnight; those without padding (`%-d`) too."""
+    """Each directive of `strftime` with its value on this day at midnight, unpadded ones (`%-d`) included."""
     padded = {f"%{letter}": day.strftime(f"%{letter}") for letter in _DIRECTIVES}
     return {**{f"%-{letter}": padded[f"%{letter}"].lstrip("0") or "0" for letter in _PADDED}, **padded}

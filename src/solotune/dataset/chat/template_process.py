@@ -1,14 +1,14 @@
-"""The process in which chat templates are compiled and rendered; `sandbox` starts it, with `python -I -S` on this file.
+"""Child process that compiles and renders chat templates; started by `template_sandbox` with `python -I -S`.
 
-It imports Jinja and nothing of solotune or transformers, has no environment, and after it is warm it can open no file,
+It imports Jinja and nothing of solotune or transformers, has no environment, and after warm-up it can open no file,
 make no socket, write no byte and start no process: its limits forbid it. What is left to a hostile template is time
-and memory, and those are limited too. A template that gets the better of Jinja's sandbox finds no tokens here.
+and memory, and those are limited too. A template that escapes Jinja's sandbox finds no access tokens here.
 
-    asked     length, then marshal of (number of the template, its source or None, what it may see or None)
-    answered  kind, length, then UTF-8: `t` text, `e` what the template said against it, `s` line and message of a
-              syntax error, `m` too much memory, `l` too long a text
+    request   length, then marshal of (number of the template, its source or None, its variables or None)
+    answer    kind, length, then UTF-8: `t` text, `e` error message of the template, `s` line and message of a
+              syntax error, `m` too much memory, `l` text too long
 
-The environment is that of transformers' `apply_chat_template`, whose texts these are, tested template by template.
+The environment is that of transformers' `apply_chat_template`; the output is tested to be equal, template by template.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 
 def environment() -> Any:
-    """Jinja's sandbox with what transformers adds to it: loop controls, `generation` blocks, four functions.
+    """Build Jinja's sandbox with what transformers adds to it: loop controls, `generation` blocks, four functions.
 
     It is long because these classes need Jinja, which is imported here and not with the file.
     """
@@ -33,7 +33,7 @@ def environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}` marks an answer; here it is rendered as if it were not there."""
+        """`{% generation %}` marks an answer; here the mark is ignored and its content rendered."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -46,7 +46,7 @@ def environment() -> Any:
             return caller()
 
     class Namespace(jinja2.utils.Namespace):
-        """Without names that lead to Python's insides."""
+        """A namespace without names that lead to Python's internals."""
 
         def __init__(*args: Any, **kwargs: Any) -> None:
             self, args = args[0], args[1:]
@@ -97,7 +97,7 @@ def environment() -> Any:
 
 
 class Renderer:
-    """The templates of one parent, by number."""
+    """Compiled templates of one parent process, by number."""
 
     def __init__(self, max_characters: int) -> None:
         self._environment = environment()
@@ -107,7 +107,7 @@ class Renderer:
     def answer(
         self, number: int, source: str | None, variables: dict[str, Any] | None, num_bytes: int = 0
     ) -> tuple[bytes, str]:
-        """(kind, text) as the module's head has them."""
+        """Render a template; returns (kind, text) as in the module's docstring."""
         import jinja2
 
         try:
@@ -120,20 +120,20 @@ class Renderer:
             return b"s", f"{error.lineno}\n{error.message}"
         except MemoryError:
             return b"m", ""
-        except Exception as error:  # a template is a program by somebody else: it raises what it likes
+        except Exception as error:  # a template is foreign code: it can raise anything
             return b"e", (str(error).strip() or type(error).__name__)[:2000]
         return (b"t", text) if len(text) <= max(self._max_characters, 4 * num_bytes) else (b"l", f"{len(text):,}")
 
 
 def main(cpu_seconds: float, max_bytes: int, max_characters: int) -> None:
-    """Answers until the parent is gone."""
+    """Answer requests until the parent ends."""
     renderer = Renderer(max_characters)
-    # what is imported at the first use, or the first mistake, has to be here before files can no longer be opened
+    # trigger imports of first use and first error now: later no file can be opened
     warm = "{{ strftime_now('%d %b %Y') }}{% for a in [1] %}{{ a | tojson }}{% endfor %}{{ raise_exception('x') }}"
     renderer.answer(-1, warm, {})
     renderer.answer(-2, "{% if %}", {})
     renderer.answer(-3, "{{ 1 / 0 }}{{ ''.__class__ }}", {})
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     for what, limit in (
         (resource.RLIMIT_AS, max_bytes),
         (resource.RLIMIT_NOFILE, 0),
@@ -142,14 +142,14 @@ def main(cpu_seconds: float, max_bytes: int, max_characters: int) -> None:
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(what, (limit, limit))
-    asked, answered = sys.stdin.buffer, sys.stdout.buffer
-    while head := asked.read(4):
-        request = asked.read(*struct.unpack("<I", head))
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    while head := requests.read(4):
+        request = requests.read(*struct.unpack("<I", head))
         number, source, variables = marshal.loads(request)
-        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # whose signal ends the process, in the midst of C code too
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # its signal ends the process, even inside C code
         kind, text = renderer.answer(number, source, variables, len(request))
         signal.setitimer(signal.ITIMER_PROF, 0)
-        _write(answered, kind, text)
+        _write(answers, kind, text)
 
 
 def _write(stream: BinaryIO, kind: bytes, text: str) -> None:

@@ -1,13 +1,13 @@
-"""Chat templates in a process of their own, with limits: a template is a program that came with a model.
+"""Run chat templates in a separate process with limits, because a template is a program that comes with a model.
 
     sandbox().render(source, variables) -> text
 
-Jinja's sandbox forbids code, not effort: `{{ 'x' * 1000000000 }}` takes 41 s and the memory it asks for, already while
-it is compiled. So templates are compiled and rendered in one child (`template_process`), which may spend CPU_SECONDS on
-a row and has MAX_BYTES in all; what exceeds them ends the child, not the run, and the template is refused at the row
-where it did. All rows go there, not a sample: a template can wait for a row.
+Jinja's sandbox forbids code, but does not limit work: `{{ 'x' * 1000000000 }}` takes 41 s and the memory it asks for,
+already at compile time. So templates are compiled and rendered in one child process (`template_process`), which may
+spend CPU_SECONDS per row and use MAX_BYTES in total; exceeding them ends the child, not the run, and the template is
+refused at that row. Every row is rendered there, not a sample: a template can wait for one special row.
 
-One child serves the whole process, for starting one takes 0.1 s. It ends with its parent, whose end closes its pipe.
+One child serves the whole process, because starting one takes 0.1 s. It ends when its parent ends and closes its pipe.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from typing import IO, Any
 from solotune.dataset.chat import template_process
 from solotune.errors import InputError, SolotuneError
 
-CPU_SECONDS = 2.0  # for a row; a long one takes some milliseconds
-WALL_SECONDS = 120.0  # on a machine so busy that the child hardly runs
+CPU_SECONDS = 2.0  # per row; a long one takes some milliseconds
+WALL_SECONDS = 120.0  # for a machine so busy that the child hardly runs
 MAX_BYTES = 512 << 20
-MAX_CHARACTERS = 8 << 20  # or four times what the row itself has
+MAX_CHARACTERS = 8 << 20  # or four times the size of the row
 
 
 class TemplateLimitError(SolotuneError):
-    """A template took more time or memory than any template needs.
+    """A template needed too much time or memory.
 
-    No `InputError`: those say that a row is refused, and are asked about by trying; this ends the run at once.
+    Not an `InputError`: those mean that a row is refused, and probes catch them; this ends the run at once.
     """
 
     exit_code, meaning = InputError.exit_code, InputError.meaning
 
 
 class TemplateRefusal(Exception):
-    """What a template raised, in its own words."""
+    """The error message that a template raised."""
 
 
 class TemplateSyntax(Exception):
@@ -57,7 +57,7 @@ class TemplateSyntax(Exception):
 
 
 class Sandbox:
-    """The child, started at the first use and again after a template has ended it."""
+    """The child process, started at first use and restarted after a template has ended it."""
 
     def __init__(self) -> None:
         self._child: subprocess.Popen[bytes] | None = None
@@ -67,17 +67,17 @@ class Sandbox:
         self._lock = threading.Lock()
 
     def check(self, source: str) -> None:
-        """Compiles a template.
+        """Compile a template.
 
         Raises:
             TemplateSyntax: it does not parse.
-            TemplateRefusal: it fails otherwise.
-            TemplateLimitError: parsing it takes too much.
+            TemplateRefusal: it fails in another way.
+            TemplateLimitError: it needs too much time or memory.
         """
         self._ask(source, None)
 
     def render(self, source: str, variables: dict[str, Any]) -> str:
-        """The text that a template makes of some plain data.
+        """Render a template with variables of plain data.
 
         Raises:
             TemplateSyntax, TemplateRefusal, TemplateLimitError: as `check`.
@@ -138,7 +138,7 @@ class Sandbox:
         return _limit(f"its process ended with exit code {code}")
 
     def close(self) -> None:
-        """Ends the child."""
+        """End the child process."""
         child, self._child = self._child, None
         if child is not None and self._owner == os.getpid():
             child.kill()
@@ -150,7 +150,7 @@ class Sandbox:
 
 
 def _answer(stream: IO[bytes]) -> tuple[bytes, str]:
-    """(kind, text); no kind where the child has ended or does not answer."""
+    """Read (kind, text); an empty kind if the child has ended or does not answer."""
     if not select.select([stream], [], [], WALL_SECONDS)[0]:
         return b"", ""
     head = stream.read(5)
@@ -171,7 +171,7 @@ def _limit(seen: str) -> TemplateLimitError:
 
 @cache
 def sandbox() -> Sandbox:
-    """This process's."""
+    """The sandbox of this process."""
     made = Sandbox()
     atexit.register(made.close)
     return made

@@ -1,8 +1,8 @@
-"""The model's tokenizer and its chat template, from a local folder or the hub; code that comes with it never runs.
+"""Load a model's tokenizer and chat template from a local folder or the hub, without running code that comes with it.
 
     tokenizer = load_tokenizer(config)     # chat_template_path replaces the template
 
-Files that were downloaded are looked at like those of a local folder before transformers reads them.
+Downloaded files are checked like those of a local folder before transformers reads them.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _TOKENIZER_FILES = (
 
 
 def load_tokenizer(config: RunConfig, model_files: ModelFiles | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of `config.model_name_or_path`, with `chat_template_path` in place of its template if given.
+    """Load the tokenizer of `config.model_name_or_path`, with the template of `chat_template_path` if given.
 
     Args:
-        model_files: of the config's model; None: they are looked for.
+        model_files: files of the config's model; None: they are resolved here.
 
     Raises:
         InputError: no such folder or model, no tokenizer in it, code of its own, or a template that does not parse.
@@ -58,7 +58,7 @@ def load_tokenizer(config: RunConfig, model_files: ModelFiles | None = None) -> 
         )
     except InputError:
         raise
-    # transformers raises OSError, ValueError, KeyError, json and Rust errors for one and the same user mistake
+    # transformers raises OSError, ValueError, KeyError, json and Rust errors for the same user mistake
     except Exception as error:
         raise InputError(
             f"model_name_or_path: no tokenizer could be loaded from {model_files.name}",
@@ -81,7 +81,7 @@ def _what_to_change(error: str, *, is_local: bool) -> str:
 
 
 def _name_ends(tokenizer: PreTrainedTokenizerBase) -> None:
-    """A tekken.json does not say which tokens begin and end a text, and templates would write neither."""
+    """Set bos and eos for a tekken.json, which does not name them; else templates would write neither."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     if tokenizer.eos_token is None and "[INST]" in special:
         ends = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
@@ -89,12 +89,12 @@ def _name_ends(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | np.ndarray) -> list[str]:
-    """The text of each id by itself; for one that is a part of a character, what the vocabulary calls it."""
+    """The text of each id alone; for a part of a character, its name in the vocabulary."""
     texts = []
     for index in map(int, ids):
         text, name = str(tokenizer.decode([index])), str(tokenizer.convert_ids_to_tokens(index))
         if name.startswith("▁") and not text.startswith(" "):
-            text = " " + text  # SentencePiece leaves out the blank of what would be a text's first word
+            text = " " + text  # SentencePiece omits the space before a text's first word
         texts.append(name if "\ufffd" in text else text)
     return texts
 

@@ -1,8 +1,8 @@
-"""The tokenizer's files of a folder, looked at before transformers reads them.
+"""Check the tokenizer files of a folder before transformers reads them.
 
-`tokenizer_class` names a class out of all of transformers, `auto_map` a Python file of the folder, a link leads
-anywhere, and a tokenizer.json of 100 MB or a template of 10 MB takes what memory there is. Templates are programs of
-somebody else's: they are rendered in a process of their own (`sandbox`), and here only measured.
+`tokenizer_class` can name any class of transformers, `auto_map` a Python file of the folder, a link can lead anywhere,
+and a tokenizer.json of 100 MB or a template of 10 MB can fill the memory. Templates are foreign programs: they are
+rendered in a separate process (`template_sandbox`), and only their size is checked here.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 from solotune.errors import InputError
 from solotune.hub.safe_files import check_links, check_regular, json_object
 
-MAX_TEMPLATE_BYTES = 1 << 20  # the longest template we know of (Llama 4, gpt-oss) is 20 KB
+MAX_TEMPLATE_BYTES = 1 << 20  # the longest known template (Llama 4, gpt-oss) has 20 KB
 MAX_BYTES = {
-    "tokenizer.json": 64 << 20,  # Gemma's, the largest we know, has 33 MB
+    "tokenizer.json": 64 << 20,  # the largest known, Gemma's, has 33 MB
     "tokenizer.model": 64 << 20,
     "tekken.json": 64 << 20,
     "spiece.model": 64 << 20,
@@ -34,8 +34,10 @@ _CLASS = re.compile(r"\w*(Tokenizer(Fast)?|Backend)")
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Raises:
-    InputError: a file that is too large, not JSON, leads out of the folder, or names code.
+    """Check sizes, links and JSON of the tokenizer files.
+
+    Raises:
+        InputError: a file is too large, not JSON, leads out of the folder, or names code.
     """
     from solotune.hub.hf_config import refuse_code  # imports transformers
 

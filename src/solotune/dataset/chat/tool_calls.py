@@ -1,15 +1,17 @@
-"""Tool calls of an answer, whoever wrote them down, in the one form that chat templates are made for.
+"""Tool calls of an answer: normalise their several notations to the form that chat templates expect.
 
     {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Paris"}}}          and "id" if given
 
+Why objects and not JSON text
+-----------------------------
 OpenAI's API writes `arguments` as JSON text; ShareGPT files have a whole turn of JSON text (`from: function_call`).
-Templates are made for the object: of the 28 in `trl` that render calls, 16 refuse a text, 4 (Llama 3.1 and 3.2, Qwen
-2.5, gpt-oss) put it through `tojson`, so that the model would learn a quoted string full of backslashes, and 4 (Gemma
-4) write it in another form than their own. So a text is read here, strictly; what is no object in it is an error.
-The one that takes text alone (DeepSeek V3) gets it in `template.py`.
+Templates expect the object: of the 28 in `trl` that render calls, 16 refuse a text, 4 (Llama 3.1 and 3.2, Qwen 2.5,
+gpt-oss) put it through `tojson`, so that the model would learn a quoted string full of backslashes, and 4 (Gemma 4)
+write it in another form than their own. So JSON text is parsed here, strictly; text that is not an object is an error.
+The one template that takes only text (DeepSeek V3) gets it in `template.py`.
 
-`check_order` holds calls and results together: a call without a result, or a result without a call, teaches the model
-to make up what a tool said. A row may end with a call: that is what is learned.
+`check_order` matches calls and results: a call without a result, or a result without a call, teaches the model to
+invent tool results. A row may end with a call, which is then trained on.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ _WRITTEN_OUT = re.compile(r"tool_?calls?\b|function_?call|<function|python_tag|\
 
 
 def from_json(place: str, text: str, key: str) -> Any:
-    """A value that stands as JSON text in a row, read as strictly as the file.
+    """Parse a value given as JSON text in a row, as strictly as the file.
 
     Raises:
         RowError: not JSON; a key twice, NaN, a lone surrogate.
@@ -41,13 +43,13 @@ def from_json(place: str, text: str, key: str) -> Any:
 
 
 def normal_calls(place: str, value: Any, key: str) -> list[dict[str, Any]]:
-    """One call or a list of them, as objects or as JSON text, in the form above.
+    """Normalise one call or a list of calls, given as objects or as JSON text, to the form above.
 
     Args:
-        key: what the value stands under, for messages.
+        key: key of the value, for messages.
 
     Raises:
-        RowError: no such calls; names the place.
+        RowError: the value is not such calls; names the place.
     """
     if isinstance(value, str):
         value = from_json(place, value, key)
@@ -83,7 +85,7 @@ def _normal(place: str, call: Any, key: str) -> dict[str, Any]:
 
 
 def check_order(places: Sequence[str], messages: Sequence[dict[str, Any]]) -> None:
-    """Refuses calls without a result before the conversation goes on, and results without a call.
+    """Refuse calls without a result before the conversation goes on, and results without a call.
 
     With ids (`id` of a call, `tool_call_id` of a result) each call needs its own result; without, one message may hold
     the results of several calls. A result after an answer that writes its call in its text has a call too.
@@ -107,7 +109,7 @@ def check_order(places: Sequence[str], messages: Sequence[dict[str, Any]]) -> No
 
 
 def _answers(results: list[Any], calls: list[dict[str, Any]]) -> bool:
-    """Whether one of the results is for one of the calls, as far as ids tell; for a call in a text they never do."""
+    """Whether a result matches one of the calls by id; without ids every result matches."""
     ids = [call.get("id") for call in calls] or [None]
     return any(result is None or None in ids or result in ids for result in results)
 

@@ -1,10 +1,10 @@
-"""`column_mapping`: the user's names of columns brought to ours, before a row's format is looked at.
+"""`column_mapping`: rename the columns of a file before the format of its rows is detected.
 
     column_mapping: {question: prompt, answer: completion, weight: ignore}
 
 A mapping is about the whole file, so its mistakes are errors whatever `on_bad_row` says: a column that no row has, and
-one of our names that the file already uses for something else. `ignore` leaves a column out, for a file whose
-`weight` is a parcel's.
+a target name that the file already uses for something else. `ignore` drops a column, for a file whose `weight` is, for
+example, the weight of a parcel.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ IGNORE = "ignore"
 
 
 def check_mapping(rows: Iterable[Row], mapping: Mapping[str, str], *, is_needed: bool = True) -> None:
-    """Refuses a mapping that does not fit the rows.
+    """Refuse a mapping that does not fit the rows.
 
     Args:
-        is_needed: whether each of the columns has to be there; rows of `eval_dataset` may be in our names already.
+        is_needed: whether every column has to exist; rows of `eval_dataset` may already have the new names.
 
     Raises:
-        InputError: naming the column and the columns that there are.
+        InputError: names the column and the columns of the file.
     """
     if not mapping:
         return
@@ -50,7 +50,7 @@ def check_mapping(rows: Iterable[Row], mapping: Mapping[str, str], *, is_needed:
 
 
 def mapped(row: Row, mapping: Mapping[str, str]) -> Row:
-    """The row under our names, in the file's order; the same object where nothing changes."""
+    """Rename the columns of a row, in the file's order; returns the same object if nothing changes."""
     if not mapping:
         return row
     values = {mapping.get(key, key): value for key, value in row.values.items() if mapping.get(key) != IGNORE}

@@ -1,10 +1,10 @@
-"""Rows out of local files, one at a time, each with its place: `chats.jsonl:17` or, in formats without lines,
-`chats.parquet[17]` (counted from 0, as `datasets` does).
+"""Read rows from local files, one at a time, each with its place.
 
-The name says the format, the first bytes must agree with it, and compressed text is decompressed as it is read.
+A place is `chats.jsonl:17` or, in formats without lines, `chats.parquet[17]` (counted from 0, as `datasets` does). The
+file name gives the format, the first bytes must agree with it, and compressed text is decompressed while reading.
 
-Not read through `datasets`: its JSON builder converts a whole file to Arrow first, so a bad row in line 40,000 is
-reported as a schema error without a line, and a missing key becomes a silent null.
+Why not `datasets`: its JSON builder converts a whole file to Arrow first, so a bad row in line 40,000 is reported as a
+schema error without a line, and a missing key silently becomes null.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MAGIC = {b"\x1f\x8b": "gzip data", b"\x28\xb5\x2f\xfd": "zstd data", b"PAR1": "
 
 
 def format_of(path: Path) -> str | None:
-    """The format that a file's name promises, None for a name that promises none."""
+    """The format by file name; None if the name does not give one."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
@@ -47,14 +47,14 @@ def format_of(path: Path) -> str | None:
 
 
 def read_file(path: Path, label: str) -> Iterator[Row]:
-    """Yields the rows of one file in order.
+    """Yield the rows of one file in order.
 
     Args:
         path: an existing regular file.
         label: its name in places and messages.
 
     Raises:
-        InputError: with file and line, or record, of the first thing that is wrong.
+        InputError: names file and line, or record, of the first mistake.
     """
     kind = format_of(path)
     if kind is None:
@@ -72,13 +72,13 @@ def read_file(path: Path, label: str) -> Iterator[Row]:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{label}: damaged gzip data", seen=str(error)) from None
     except OSError as error:
-        if error.errno is None:  # Arrow's own: it has no class for damaged data
+        if error.errno is None:  # from Arrow, which has no class for damaged data
             raise InputError(f"{label}: damaged zstd data", seen=str(error)) from None
         raise InputError(f"{label}: cannot be read", seen=error.strerror) from None
 
 
 def _check_content(path: Path, label: str, kind: str) -> None:
-    """Refuses a file whose first bytes contradict its name."""
+    """Refuse a file whose first bytes contradict its name."""
     with path.open("rb") as raw:
         head = raw.read(6)
     compressed = {".gz": "gzip data", ".zst": "zstd data"}.get(path.suffix.lower())
@@ -93,15 +93,15 @@ def _check_content(path: Path, label: str, kind: str) -> None:
 
 
 def _open(path: Path) -> BinaryIO:
-    """The file's bytes, decompressed."""
+    """Open the file for reading, decompressed."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
     if suffix == ".zst":
         import pyarrow as pa
 
-        # Arrow's reader and not the package zstandard's, which ends in silence where a file is cut off. Several frames
-        # are one text, and a frame that wants more than 128 MiB of window is refused.
+        # Arrow's reader, because the package zstandard ends without an error if a file is cut off. Several frames
+        # are read as one text, and a frame with a window above 128 MiB is refused.
         inner: Any = pa.CompressedInputStream(path.open("rb"), "zstd")
         return cast(BinaryIO, io.BufferedReader(inner, CHUNK_BYTES))
     return path.open("rb")

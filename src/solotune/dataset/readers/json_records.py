@@ -1,11 +1,11 @@
-"""Rows of JSON text: one object a line (jsonl), or one array of objects (json), read record by record.
+"""Read rows of JSON text record by record: one object per line (jsonl), or one array of objects (json).
 
-Read strictly: a duplicate key, NaN, an infinity or a lone surrogate is an error here, where the line is known, and not
-a wrong row or a bare TypeError later. Lines end at `\\n` alone: `str.splitlines` also splits at U+2028 and U+0085,
+Parsing is strict: a duplicate key, NaN, an infinity or a lone surrogate is an error here, where the line is known, and
+not a wrong row or a bare TypeError later. Lines end at `\\n` only: `str.splitlines` also splits at U+2028 and U+0085,
 which are legal inside a JSON string, and would turn one row into two.
 
 An array is read through a window of 1 MiB that grows to the largest record, so a file larger than memory can be
-sliced, and a file that is cut off says in which record and line.
+sliced, and the error for a file that is cut off names the record and line.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from solotune.errors import InputError
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _LONGEST_TOKEN = 16  # characters: a number's, an escape's or a name's part at the end of the window may be cut
-MAX_DEPTH = 100  # JSON schemas of tools are the deepest things in data, and 20 would be much
+MAX_DEPTH = 100  # the deepest values in real data are JSON schemas of tools, rarely above 20
 _ALLOWED_DEPTH = f"{MAX_DEPTH} levels of lists and objects"
 
 
 class _Fault(ValueError):
-    """A value that JSON's grammar allows and we do not; caught where the place is known."""
+    """A value that JSON allows but this reader refuses; caught where the place is known."""
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -52,7 +52,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_float=_finite,
 
 
 def _check(value: Any, text: str, begin: int, end: int) -> None:
-    """Refuses a lone surrogate, which would be a bare TypeError of the tokenizer, and what is nested too deeply."""
+    """Refuse a lone surrogate, which would be a bare TypeError in the tokenizer, and values nested too deeply."""
     if _SURROGATE_ESCAPE.search(text, begin, end):
         try:
             json.dumps(value, ensure_ascii=False).encode()
@@ -63,10 +63,10 @@ def _check(value: Any, text: str, begin: int, end: int) -> None:
 
 
 def _check_depth(value: Any) -> None:
-    """Refuses what templates and `json.dumps`, which are recursive, could not walk.
+    """Refuse values too deep for templates and `json.dumps`, which are recursive.
 
     Raises:
-        RecursionError: more than MAX_DEPTH lists and objects in one another.
+        RecursionError: more than MAX_DEPTH levels of lists and objects.
     """
     level = [value]
     for _ in range(MAX_DEPTH + 1):
@@ -78,15 +78,15 @@ def _check_depth(value: Any) -> None:
 
 
 def _in_words(error: ValueError) -> str:
-    # the decoder's one other ValueError comes with advice for programmers
+    # the decoder's only other ValueError contains advice for programmers
     return str(error) if isinstance(error, _Fault) else "an integer of more than 4,300 digits"
 
 
 def parse_json(text: str) -> Any:
-    """One JSON value in a text, as strictly as a file is read.
+    """Parse one JSON value in a text, as strictly as a file.
 
     Raises:
-        ValueError: saying what is wrong.
+        ValueError: its message describes the mistake.
     """
     try:
         value = _DECODER.decode(text)
@@ -101,7 +101,7 @@ def parse_json(text: str) -> Any:
 
 
 def read_jsonl(stream: BinaryIO, label: str) -> Iterator[Row]:
-    """One object a line; blank lines are skipped."""
+    """Yield one object per line; blank lines are skipped."""
     for number, line in lines(stream, label):
         where = f"{label}:{number}"
         if number == 1:
@@ -112,7 +112,7 @@ def read_jsonl(stream: BinaryIO, label: str) -> Iterator[Row]:
 
 
 def _object(where: str, label: str, line: bytes) -> dict[str, Any]:
-    """One line of JSON as a dict."""
+    """Parse one line of JSON as a dict."""
     if b"\r" in line:
         raise InputError(f"{where}: a carriage return inside the line", change="end lines with \\n or \\r\\n")
     try:
@@ -142,12 +142,12 @@ def _object(where: str, label: str, line: bytes) -> dict[str, Any]:
 
 
 def _around(text: str, position: int) -> str:
-    """What stands there, of the same line before it."""
+    """The text around a position, without the lines before it."""
     return repr(text[max(0, position - 20, text.rfind("\n", 0, position) + 1) : position + 20])
 
 
 def read_json(stream: BinaryIO, label: str) -> Iterator[Row]:
-    """An array of objects, read record by record; also one object a line, which is often called .json."""
+    """Yield the objects of an array, record by record; also accepts one object per line, which is often named .json."""
     text = _Text(stream, label)
     first = text.skip()
     if first == "{":
@@ -206,7 +206,7 @@ def _json_lines(text: _Text, label: str) -> Iterator[Row]:
 
 
 class _Text:
-    """A window of decoded text over a stream that knows the line it is at; grows to one record, not to the file."""
+    """A window of decoded text over a stream, with the current line number; grows to one record, not to the file."""
 
     def __init__(self, stream: BinaryIO, label: str) -> None:
         self._stream, self._label = stream, label
@@ -224,7 +224,7 @@ class _Text:
         return self._line
 
     def _more(self, size: int) -> bool:
-        """Drops what is behind `position` and reads on; False at the end of the file."""
+        """Drop the text before `position` and read more; False at the end of the file."""
         raw = self._stream.read(size)
         data = self._undecoded + raw
         try:
@@ -243,7 +243,7 @@ class _Text:
         return bool(raw)
 
     def skip(self) -> str:
-        """Moves past blanks; returns the next character, or an empty string at the end of the file."""
+        """Skip whitespace; return the next character, or an empty string at the end of the file."""
         while True:
             if blanks := _BLANKS.match(self.buffer, self.position):
                 self.position = blanks.end()
@@ -253,13 +253,13 @@ class _Text:
                 return ""
 
     def take(self, character: str) -> bool:
-        """Moves past the character if it is the next one."""
+        """Consume the character if it is the next one."""
         found = self.buffer.startswith(character, self.position)
         self.position += found
         return found
 
     def record(self, index: int) -> Any:
-        """The JSON value that begins here; reads on, doubling, for as long as it is incomplete."""
+        """Parse the JSON value at `position`; while it is incomplete, read more, twice as much each time."""
         size = CHUNK_BYTES
         while True:
             try:
@@ -287,7 +287,7 @@ class _Text:
                 return value
 
     def broken(self, index: int, problem: str, position: int) -> InputError:
-        """The error for the record `index`, which begins here and breaks at `position` in the window."""
+        """The error for record `index`, which starts at `self.position` and is wrong at `position` in the window."""
         at_the_end = position >= len(self.buffer.rstrip()) or problem.startswith("Unterminated string")
         begin = self.line
         line = begin + self.buffer.count("\n", self.position, len(self.buffer) if at_the_end else position)

@@ -1,4 +1,4 @@
-"""A row with its place, and the reading of lines: what the readers of all formats share."""
+"""Shared by the readers of all formats: a row with its place, and splitting into lines."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any, BinaryIO, NamedTuple
 from solotune.errors import InputError
 
 MAX_ROW_BYTES = 64 << 20
-"""Longest line or record: about 16 million tokens. Keeps one endless line from filling the memory."""
+"""Longest line or record: about 16 million tokens. Stops one endless line from filling the memory."""
 
 MAX_BLANK_BYTES = 4 << 20
-"""Of blank lines between two others: a few KB of compressed line ends would be hours of them."""
+"""Most bytes of blank lines between two others: a few KB of compressed line ends could expand to hours of them."""
 
 CHUNK_BYTES = 1 << 20
 
 
 class RowError(InputError):
-    """One row is not usable, the file around it is: what `on_bad_row: drop` leaves out and counts.
+    """One bad row in a file that is readable otherwise: `on_bad_row: drop` drops it and counts it.
 
     Args:
-        reason: what is wrong without place and values, so that rows can be counted under it.
+        reason: the mistake without place and values; rows are counted by it.
     """
 
     def __init__(
@@ -38,20 +38,20 @@ class RowError(InputError):
 
 
 class Row(NamedTuple):
-    """One row as it stands in the file, and where that is."""
+    """One row as in the file, and its place."""
 
     where: str
     values: dict[str, Any]
 
 
 def short(value: Any) -> str:
-    """A value as a person can read it in one line; control characters and such stay escaped."""
+    """Format a value for a message, in one line; control and non-ASCII characters are escaped."""
     written = json.dumps(value, ensure_ascii=True, default=str)
     return written if len(written) <= 60 else written[:57] + "..."
 
 
 def lines(stream: BinaryIO, label: str) -> Iterator[tuple[int, bytes]]:
-    """Lines with their numbers, split at `\\n` alone, each at most MAX_ROW_BYTES long."""
+    """Yield lines with their numbers, split at `\\n` alone, each at most MAX_ROW_BYTES long."""
     number = num_blank_bytes = 0
     while line := stream.readline(MAX_ROW_BYTES + 1):
         number += 1

@@ -1,14 +1,18 @@
-"""From the words in a config (`dataset`, `dataset_split`) to rows: local files, a folder, or a dataset of the hub.
+"""Data sources: from `dataset` and `dataset_split` to rows of local files, a folder, or a hub dataset.
 
+Names
+-----
 A name that exists on disk is local, whatever it looks like; a name that looks like a path but does not exist is a
-missing file, never a hub id, so a typo is not answered with a network error. Slices follow `datasets`
+missing file, never a hub id, so a typo does not end in a network error. Slices have the syntax of `datasets`
 (`train[:100]`, `train[10%:20%]`, `train[-50:]`) and mean the same for local files; percentages round to the nearest
 row, as there.
 
-    train_sft[:5000]  ->  Split(name="train_sft", start=Bound(None), stop=Bound(5000))
+    train_sft[:5000]  ->  Split(name="train_sft", start=None, stop="5000")
 
-What it does not do: run code that comes with a dataset (`datasets` 4 cannot, and nothing here turns it on), or cache
-rows (`cache.py` keeps the finished tokens): errors can therefore name a file's lines.
+What it does not do
+-------------------
+Run code that comes with a dataset (`datasets` 4 cannot, and nothing here enables it), or cache rows (`cache.py` caches
+the finished tokens): so errors can name a file's lines.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ _SPLIT_WORDS = ("train", "training", "validation", "valid", "val", "dev", "test"
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A split's name and the part of it that is wanted; bounds as written, `10%` or `-50` included."""
+    """A split's name and slice; bounds as written, such as `10%` or `-50`."""
 
     written: str
     name: str
@@ -48,7 +52,7 @@ class Split:
 
     @classmethod
     def parse(cls, key: str, written: str) -> Split:
-        """Reads `name[start:stop]`; `key` is the config key, for the message."""
+        """Parse `name[start:stop]`; `key` is the config key, for the message."""
         match = _SLICE.fullmatch(written.strip())
         if match is None:
             raise InputError(
@@ -64,7 +68,7 @@ class Split:
         return any(bound is not None and not bound.isdigit() for bound in (self.start, self.stop))
 
     def cut(self, rows: Iterable[Row], num_rows: int | None = None) -> Iterator[Row]:
-        """The wanted rows, read no further than the last of them; `num_rows` where the slice `needs_count`."""
+        """Yield the rows of the slice and read no further; `num_rows` is required if the slice `needs_count`."""
         start, stop = self._bound(self.start, num_rows), self._bound(self.stop, num_rows)
         if num_rows is not None:
             start, stop, _ = slice(start, stop).indices(num_rows)
@@ -80,10 +84,10 @@ class Split:
 
 @dataclass
 class Source:
-    """The rows that a config's `dataset` or `eval_dataset` stands for: each time it is iterated they are read anew.
+    """The rows of a config's `dataset` or `eval_dataset`, read again each time it is iterated.
 
-    So no more than one of them is in memory, however large the file is; and whoever has to know something of all rows
-    before the first is used (the most common format) reads it twice. `key` is the config key, for messages.
+    So only one row is in memory, however large the file is; to know something about all rows before the first is used
+    (the most common format), iterate twice. `key` is the config key, for messages.
     """
 
     key: str
@@ -136,10 +140,10 @@ class Source:
         return cls(key, ", ".join(names), wanted, _local_files(key, names, wanted), list)
 
     def __iter__(self) -> Iterator[Row]:
-        """Reads them.
+        """Read the rows.
 
         Raises:
-            InputError: no such dataset, a file that does not parse, or no rows; names the place.
+            InputError: no such dataset, a file that cannot be parsed, or no rows; names the place.
         """
         rows = self._hub_rows() if self.files is None else self._file_rows(self.files)
         first = next(rows, None)
@@ -161,11 +165,11 @@ class Source:
 
     @cached_property
     def _loaded(self) -> Iterable[Any]:
-        """A hub dataset: it lies on the disk, and iterating it reads a few rows at a time."""
+        """The hub dataset; it is on disk, and iterating it reads a few rows at a time."""
         return self.load_from_hub()
 
     def digest(self) -> str:
-        """sha256 of what the rows are made from: the files' names and bytes, or the values of a hub dataset."""
+        """sha256 of the files' names and bytes, or of the values of a hub dataset."""
         digest = hashlib.sha256(repr((self.key, self.wanted)).encode())
         if self.files is None:
             for row in self._hub_rows():
@@ -178,7 +182,7 @@ class Source:
                 with path.open("rb") as file:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
             except OSError:
-                digest.update(os.urandom(16))  # reading will say why it cannot be read
+                digest.update(os.urandom(16))  # the reader reports why
         return digest.hexdigest()
 
     def is_unchanged(self) -> bool:
@@ -209,20 +213,20 @@ def _is_local(name: str) -> bool:
 
 
 def _path(name: str) -> Path:
-    return Path(os.path.expanduser(name))  # Path.expanduser raises on a user that there is not
+    return Path(os.path.expanduser(name))  # Path.expanduser raises for an unknown user
 
 
 def _printable(name: str) -> str:
-    """A file's name as text; bytes that are not UTF-8 (surrogates in Python) as `\\xff`."""
+    """A file name as text, with bytes that are not UTF-8 (surrogates in Python) as `\\xff`."""
     try:
         return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
-    except UnicodeEncodeError:  # half of a pair, which no file's name holds
+    except UnicodeEncodeError:  # half of a surrogate pair, which no file name contains
         return name.encode(errors="backslashreplace").decode()
 
 
 def _no_such_file(name: str, path: Path) -> InputError:
     folder = path.parent
-    is_folder = os.path.isdir(folder)  # Path.is_dir raises on a name that is too long
+    is_folder = os.path.isdir(folder)  # Path.is_dir raises if the name is too long
     try:
         present = sorted(map(_printable, os.listdir(folder))) if is_folder else []
     except OSError:
@@ -263,7 +267,7 @@ def _rows_of(files: list[tuple[Path, str]]) -> Iterator[Row]:
 
 
 def _files_of(key: str, name: str, path: Path, split: Split) -> list[tuple[Path, str]]:
-    """The data files that one name stands for, each with the label it has in messages."""
+    """The data files of one name, each with its label for messages."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -287,7 +291,7 @@ def _files_of(key: str, name: str, path: Path, split: Split) -> list[tuple[Path,
 
 
 def _is_hidden(relative: Path) -> bool:
-    """Dot files, and the bookkeeping that `save_to_disk` and hub snapshots lay beside the rows."""
+    """Whether a file is a dot file, or metadata of `save_to_disk` and hub snapshots."""
     return any(part.startswith(".") for part in relative.parts) or relative.name in ("dataset_info.json", "state.json")
 
 
@@ -315,7 +319,7 @@ def _load_from_hub(
     import datasets.config  # 1 s, and only hub datasets need it
     from huggingface_hub import constants
 
-    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE  # it may have been imported before we asked
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE  # it may have been imported before the check above
     try:
         with watchdog.paused():
             loaded: Any = datasets.load_dataset(name, config_name, split=split.written, revision=revision)

@@ -1,6 +1,6 @@
-"""Rows of tables: csv and tsv as text, parquet and arrow through pyarrow in batches.
+"""Read rows of tables: csv and tsv as text, parquet and arrow with pyarrow in batches.
 
-Cells of a csv are texts; a quoted cell may span lines, and a row's place is the line it begins in. Columns of an
+Cells of a csv are texts; a quoted cell may span lines, and a row's place is its first line. Columns of an
 Arrow extension type are refused: reading one may import the code that defines it.
 """
 
@@ -19,7 +19,7 @@ _BATCH_ROWS = 128
 
 
 def read_csv(stream: BinaryIO, label: str) -> Iterator[Row]:
-    """One row a record, named by the header; `.tsv` is separated by tabs."""
+    """Yield one row per record, with the header's names; `.tsv` is separated by tabs."""
     csv.field_size_limit(MAX_ROW_BYTES)
 
     def decoded() -> Iterator[str]:
@@ -59,14 +59,14 @@ def read_csv(stream: BinaryIO, label: str) -> Iterator[Row]:
 
 
 def read_columnar(path: Path, label: str, kind: str) -> Iterator[Row]:
-    """Rows of a parquet or arrow file."""
+    """Yield the rows of a parquet or arrow file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     index = 0
     try:
         if kind == "parquet":
-            table = pq.ParquetFile(path, buffer_size=CHUNK_BYTES)  # else whole columns of a row group are read
+            table = pq.ParquetFile(path, buffer_size=CHUNK_BYTES)  # without it, whole columns of a row group are read
             schema, batches = table.schema_arrow, table.iter_batches(batch_size=_BATCH_ROWS)
         else:
             # `datasets` writes the stream format, `pyarrow.feather` and others the file format
@@ -82,13 +82,13 @@ def read_columnar(path: Path, label: str, kind: str) -> Iterator[Row]:
             raise InputError(f"{label}: two columns have the same name", seen=", ".join(schema.names))
         for batch in batches:
             batch.validate(full=True)  # Arrow trusts offsets and lengths: damaged ones are a segmentation fault
-            for start in range(0, len(batch), _BATCH_ROWS):  # those of an arrow file may hold all its rows
+            for start in range(0, len(batch), _BATCH_ROWS):  # a batch of an arrow file may hold all its rows
                 for values in batch.slice(start, _BATCH_ROWS).to_pylist():
                     yield Row(f"{label}[{index}]", values)
                     index += 1
     except InputError:
         raise
-    # damaged values reach Python as whatever its types say of them: ValueError, OverflowError, KeyError, ...
+    # damaged values raise many kinds of exceptions: ValueError, OverflowError, KeyError, ...
     except Exception as error:
         raise InputError(
             f"{label}: not a readable {kind} file" + (f" after row {index - 1}" if index else ""),

@@ -1,26 +1,31 @@
-"""Which rows are pieces of one conversation, so that the split keeps them on one side.
+"""Group rows that are pieces of one conversation, so that the split keeps them on one side.
 
-Said by the rows themselves: the same `split_by` value; the same `conversation_id`; an `id` that is numbered in
-ShareGPT's way (`4OzeAoa_43` and `4OzeAoa_44` are pieces of `4OzeAoa`); and a `parent_id` that is another row's `id`, in
-chains of any length, siblings without their parent included.
+Links given in the rows
+-----------------------
+The same `split_by` value; the same `conversation_id`; an `id` numbered in ShareGPT's way (`4OzeAoa_43` and `4OzeAoa_44`
+are pieces of `4OzeAoa`); and a `parent_id` that is another row's `id`, in chains of any length, siblings without their
+parent included.
 
-Many ids look numbered and are not pieces of anything: `row_7`, `2024_01`, `gsm8k_512`. Glued together, their rows could
-not be split, or only by kind. So a stem (what stands before the last `_`) counts as a conversation on this evidence:
+Numbered ids
+------------
+Many ids look numbered but are not pieces of anything: `row_7`, `2024_01`, `gsm8k_512`. Grouped together, their rows
+could not be split, or only by kind. So a stem (the part before the last `_`) counts as a conversation if:
 
-    it is no number or date: it has a letter
-    where the format is not ShareGPT's, which numbers its pieces, it looks like a code and not like a name: six
-    characters or more, with letters and digits or with capitals inside (`4OzeAoa`, `doc0042`; not `row`, `gsm8k`)
+    it is not a number or date: it has a letter
+    where the format is not ShareGPT, which numbers its pieces, it looks like a code and not like a name: six characters
+    or more, with letters and digits or with capitals inside (`4OzeAoa`, `doc0042`; not `row`, `gsm8k`)
     it is one of many small ones: stems that several rows share have at most 20 rows on average (the 17,671 rows of
     ShareGPT have 4.2; the parts of a mixture have hundreds)
 
-What this leaves apart though it belongs together, F44 finds by its text; `split_by` then says it.
+Rows that belong together but are missed here are found by F44 from their text; then set `split_by`.
 
-A value that all rows share says nothing (`identity_0`, `identity_1`, ...; a `parent: root` everywhere): taken
-seriously it would make one group of the whole file, of which no part can be held out. It is ignored, except for
-`split_by`, which was asked for.
+Values that are ignored
+-----------------------
+A value that all rows share (`identity_0`, `identity_1`, ...; the same `parent: root` everywhere) would make one group
+of the whole file, and no part of it could be held out. It is ignored, except for `split_by`, which the user has set.
 
-Whether a value says something is known when all rows are read, so five 64-bit hashes of each row are kept: two rows
-that share nothing have one in common with a probability of 2**-64.
+This is known only when all rows are read, so five 64-bit hashes per row are kept: two rows that share nothing have a
+hash in common with a probability of 2**-64.
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ import numpy as np
 from solotune.dataset.readers.row import Row, RowError
 
 MOST_PIECES = 20
-"""Rows that a stem may have on average, among those with more than one, to be a conversation."""
+"""Most rows per stem, on average over stems with several rows, for stems to count as conversations."""
 
 _CODE = re.compile(r"(?=.*[a-zA-Z])(?=.*\d|.*[a-z][A-Z]|.*[A-Z]{2}[a-z]).{6,}")
 _CONVERSATION_KEYS = ("conversation_id", "conversationId", "conversation id", "conversation")
@@ -44,18 +49,18 @@ _ID_KEYS = ("id", "message_id")
 
 
 class Kinship:
-    """Asks each row in turn, and knows at the end which belong together."""
+    """Collects the links of each row, and returns at the end which rows belong together."""
 
     def __init__(self, split_by: str | None, *, is_sharegpt: bool) -> None:
         self._split_by, self._is_sharegpt = split_by, is_sharegpt
         self._keys, self._named, self._stems, self._own, self._parents = (array("Q") for _ in range(5))
 
     def add(self, row: Row, own_names: Row) -> str | None:
-        """The name of the group that the next row says it is of, if it says so.
+        """Add the next row; return the name of the group that it names, if any.
 
         Args:
-            row: with our names of columns.
-            own_names: the same as it stands in the file; `split_by` is one of those names.
+            row: the row with mapped column names.
+            own_names: the row as in the file; `split_by` is a column name of the file.
 
         Raises:
             RowError: the row has no `split_by` key, or a list or an object under it.
@@ -82,7 +87,7 @@ class Kinship:
         )
         conversations = np.where(named != 0, named, _of_conversations(stems))
         conversations, parents = _informative(conversations), _informative(parents)
-        own = np.where(np.isin(own, parents), own, np.uint64(0))  # an id that is nobody's parent may stand in many rows
+        own = np.where(np.isin(own, parents), own, np.uint64(0))  # an id that is no row's parent may occur in many rows
         groups = (conversations, np.zeros_like(keys)) if self._split_by is None else (keys, conversations)
         return np.stack([*groups, own, parents], axis=1)
 
@@ -100,7 +105,7 @@ def _key_of(row: Row, key: str) -> Any:
 
 
 def _link(value: str | None) -> int:
-    """64 bits; 0 is none."""
+    """64-bit hash of a link; 0 for none."""
     if value is None:
         return 0
     return int.from_bytes(hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
@@ -112,14 +117,14 @@ def _informative(links: np.ndarray) -> np.ndarray:
 
 
 def stem_of(values: dict[str, Any], is_sharegpt: bool) -> str | None:
-    """What may name the conversation that a row is a piece of: its numbered id without the number."""
+    """The possible name of the conversation of a row: its numbered id without the number."""
     stem, _, piece = (_value(values, ("id",)) or "").rpartition("_")
     is_candidate = any(map(str.isalpha, stem)) if is_sharegpt else _CODE.fullmatch(stem)
     return stem if piece.isdigit() and is_candidate else None
 
 
 def _of_conversations(stems: np.ndarray) -> np.ndarray:
-    """The stems if they are conversations, by how many rows they have; else none."""
+    """The stems if they are conversations, judged by their number of rows; else zeros."""
     _, counts = np.unique(stems[stems != 0], return_counts=True)
     shared = counts[counts > 1]
     is_one = len(shared) > 0 and shared.sum() <= MOST_PIECES * len(shared)
@@ -127,7 +132,7 @@ def _of_conversations(stems: np.ndarray) -> np.ndarray:
 
 
 def _value(values: dict[str, Any], keys: tuple[str, ...]) -> str | None:
-    """The first usable of some values, as a text; numbers and texts are alike (`7` in one file, `"7"` in another)."""
+    """The first usable value of some keys, as a text: numbers equal texts (`7` in one file, `"7"` in another)."""
     return next((str(values[key]) for key in keys if _is_identifier(values.get(key))), None)
 
 

@@ -1,15 +1,17 @@
-"""Training and validation rows, so that no validation row is known from training.
+"""Split rows into training and validation so that no validation row is close to a training row.
 
 Rows that belong together stay together: rows with the same value of `split_by`, pieces of one conversation and chains
-of parents (`groups.py`), and near-duplicates. Exact copies are removed first, and counted. What belongs together is a
-*group*, and groups, not rows, are held out:
+of parents (`groups.py`), and near-duplicates. Exact duplicates are removed first, and counted. Rows that belong
+together form a *group*, and groups, not rows, are held out:
 
     order the groups by sha256(seed, key of the group's first row); take from the front until the size is reached
 
-The order depends on a group's content and the seed alone, never on its place in the file or on other rows: appending
-rows to a file moves almost no old row to the other side (only groups next to the border, since the border itself
-moves with the size). Splitting before rendering, because everything later (dropping, truncating) depends on settings
-that one changes, and the split should not change with them.
+Why by hash
+-----------
+The order depends only on a group's content and the seed, not on its place in the file or on other rows: appending rows
+to a file moves almost no old row to the other side (only groups next to the border, since the border itself moves with
+the size). The split comes before rendering, because all later steps (dropping, truncating) depend on settings that
+users change, and the split should not change with them.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from solotune.errors import CheckError, InputError
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The rows without copies, which of them are held out, and what was found on the way."""
+    """The rows without exact duplicates, which of them are held out, and counts."""
 
     rows: Records
     """In file order."""
@@ -41,29 +43,29 @@ class Split:
 
     @property
     def train(self) -> Records:
-        """The rows to learn from."""
+        """The training rows."""
         return self.rows.take(~self.is_validation)
 
     @property
     def validation(self) -> Records:
-        """The rows that are held out."""
+        """The validation rows."""
         return self.rows.take(self.is_validation)
 
 
 def without_copies(records: Records) -> Records:
-    """The first of each set of equal rows, in file order."""
+    """Remove exact duplicates: keep the first of each set of equal rows, in file order."""
     _, first = np.unique(records.hashes, return_index=True)
     return records.take(np.sort(first))
 
 
 def hold_out(records: Records, size: float | int, seed: int, progress: Callable[[int], None] | None = None) -> Split:
-    """Splits the rows.
+    """Hold out rows for validation.
 
     Args:
         records: rows in file order.
-        size: a share below 1 or a number of rows for validation; 0 for none.
+        size: validation rows, as a fraction below 1 or a number of rows; 0 for none.
         seed: the config's seed.
-        progress: called with the number of rows that have been looked at.
+        progress: called with the number of rows compared so far.
 
     Raises:
         InputError: there are too few rows or groups for a validation part of that size.
@@ -82,7 +84,7 @@ def hold_out(records: Records, size: float | int, seed: int, progress: Callable[
 
 
 class _Spoken(Sequence[str]):
-    """The texts that rows are compared by, read and folded when asked for."""
+    """The texts that rows are compared by, read and normalised on access."""
 
     def __init__(self, *parts: Records) -> None:
         self._parts = parts
@@ -99,7 +101,7 @@ class _Spoken(Sequence[str]):
 
 
 def _roots(records: Records, progress: Callable[[int], None] | None) -> tuple[np.ndarray, int]:
-    """int64 (R,): the first row of the group that each row is of; and how many rows are like an earlier one."""
+    """int64 (R,): the first row of each row's group; and the number of near-duplicates of an earlier row."""
     parent = array("q", range(len(records)))
 
     def root(row: int) -> int:
@@ -115,7 +117,7 @@ def _roots(records: Records, progress: Callable[[int], None] | None) -> tuple[np
     num_near, last = 0, -1
     for earlier, later in near_duplicates(_Spoken(records), progress):
         join(earlier, later)
-        num_near += later != last  # they come in order of the later row
+        num_near += later != last  # pairs come in order of the later row
         last = later
     rows, columns = np.nonzero(records.links)
     links = records.links[rows, columns]
@@ -126,7 +128,7 @@ def _roots(records: Records, progress: Callable[[int], None] | None) -> tuple[np
 
 
 def _in_order(records: Records, groups: np.ndarray, seed: int) -> np.ndarray:
-    """int64 (groups,): the groups by the hash of seed and name, of which the first 64 bits are compared.
+    """int64 (groups,): the groups in order of the first 64 bits of the hash of seed and name.
 
     A group's name is that of its first row in the file, so rows appended to the file do not rename it.
     """
@@ -136,13 +138,13 @@ def _in_order(records: Records, groups: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _choose(order: np.ndarray, sizes: np.ndarray, target: int) -> np.ndarray:
-    """bool (groups,): whole groups from the front of the order, as near to the target number of rows as that comes."""
+    """bool (groups,): whole groups from the front of the order, as close to the target number of rows as possible."""
     is_chosen, num_rows, num_chosen = np.zeros(len(sizes), bool), int(sizes.sum()), 0
     for group in order:
         size = int(sizes[group])
         excess = num_chosen + size - target
         if excess > target - num_chosen or num_chosen + size == num_rows:
-            continue  # taking it would be further off than leaving it, or leave nothing to train on
+            continue  # taking it would miss the target by more than leaving it, or leave nothing to train on
         is_chosen[group] = True
         num_chosen += size
         if num_chosen >= target:
@@ -163,10 +165,10 @@ def _cannot_hold_out(size: float | int, target: int, num_rows: int, sizes: np.nd
 
 
 def check_leaks(train: Records, validation: Records, *, key: str) -> None:
-    """Refuses validation rows of one's own that training knows: equal, near-duplicate, or of the same group.
+    """Refuse rows of `eval_dataset` that equal a training row, are near-duplicates, or are in the same group.
 
     Raises:
-        CheckError: with their number and the first three.
+        CheckError: gives their number and the first three.
     """
     equal = _last_in(train.hashes, validation.hashes)
     kin = np.where(validation.links[:, 0] > 0, _last_in(train.links[:, 0], validation.links[:, 0]), -1)
@@ -185,13 +187,13 @@ def check_leaks(train: Records, validation: Records, *, key: str) -> None:
             f"{key}: {len(rows)} of {len(validation)} validation rows are equal or close to training rows",
             seen="; ".join(examples) + ("; ..." if len(rows) > 3 else ""),
             allowed="no row on both sides: the loss on rows seen in training says nothing about new rows",
-            change=f"remove these rows from dataset or from {key}, or remove {key}: validation_size then holds out rows of dataset",
+            change=f"remove these rows from dataset or from {key}, or remove {key} to hold out rows of dataset instead",
             fault="F43" if 2 * len(rows) >= len(validation) else "F44",
         )
 
 
 def _last_in(known: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """int64: the last place of each value among the known, -1 where it is not."""
+    """int64: the last index of each value in `known`, -1 if it is not there."""
     order = np.argsort(known, kind="stable")
     places = order[np.searchsorted(known, values, side="right", sorter=order) - 1]
     return np.where(known[places] == values, places, -1)

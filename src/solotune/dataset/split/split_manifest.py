@@ -1,6 +1,6 @@
-"""The split as a file: for the hash of each distinct row, the side it is on.
+"""Split manifest: the side of each distinct row, by the row's hash.
 
-Kept as 17 bytes a row, and written row by row: two million rows are 90 MB of JSON.
+Kept as 17 bytes per row and written row by row, because two million rows are 90 MB of JSON.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ HASH = "first 32 hex digits of sha256 over roles, texts (NFKC, case and blanks f
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """What split.json holds."""
+    """Content of split.json."""
 
     settings: dict[str, Any] = field(default_factory=dict)
-    """What the split follows from, beside the rows."""
+    """The settings that the split depends on."""
     hashes: np.ndarray = field(default_factory=lambda: np.empty(0, "S16"))
     """S16 (R,): of the distinct rows, in file order, those of `eval_dataset` last"""
     is_validation: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
@@ -34,7 +34,7 @@ class Manifest:
                 yield digits[32 * number : 32 * number + 32], "validation" if is_held_out else "train"
 
     def json_lines(self) -> Iterator[str]:
-        """The file."""
+        """Yield the text of the file in pieces."""
         head = json.dumps({"version": 1, "hash": HASH, **self.settings, "rows": {}}, indent=2, ensure_ascii=False)
         yield head.removesuffix("{}\n}") + "{"
         comma = "\n"

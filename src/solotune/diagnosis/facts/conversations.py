@@ -1,6 +1,6 @@
-"""A subject's conversations, as they were given or as its rows hold them.
+"""The conversations of a run, as given or from its rows.
 
-chats_of(subject)   answers_of(chats)
+chats_of(run_facts)   answers_of(chats)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ NUM_CHATS = 2000
 
 
 def chats_of(run_facts: RunFacts) -> list[list[dict[str, Any]]]:
-    """Conversations as they were given, else those of the training rows."""
+    """Conversations as given, else those of the training rows; at most NUM_CHATS."""
     chats = [plain_messages(chat) for chat in list(run_facts.conversations)[:NUM_CHATS]]
     return chats or [row.messages for row in list(run_facts.train[:NUM_CHATS]) if row.messages]
 

@@ -1,6 +1,7 @@
-"""What follows from settings, trace and config.json: steps, scales, bytes, modules; None where too little is known.
+"""Numbers derived from settings, trace and config.json: steps, scales, bytes, modules; None if they are not known.
 
-planned_steps(subject)  warmup_steps(subject)  scale(subject)  activation_bytes(subject, ...)  linears(subject)
+planned_steps(run_facts)  warmup_steps(run_facts)  scale(run_facts)  activation_bytes(run_facts, ...)
+linears(run_facts)
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from solotune.planning import memory
 from solotune.planning.layer_profile import BaseWeights, Linear, MemoryStrategy
 
 SCALE_FREE = ("adam", "lion", "lamb", "adafactor", "rmsprop", "adagrad", "sophia", "muon", "apollo", "galore")
-"""Optimizers whose step does not change with the gradient's size, by a part of their name: clipping hardly matters."""
+"""Name parts of optimizers whose step does not depend on the gradient's scale, so that clipping hardly matters."""
 
 BY_DESIGN = ("pissa", "olora", "loftq", "eva", "corda", "lora_ga", "orthogonal", "mica")
-"""Values of `init_lora_weights`, by their beginning."""
+"""Prefixes of `init_lora_weights` values that start with a nonzero adapter."""
 
 
 def number(value: Any) -> float | None:
-    """A value as a number, also where a YAML file has it as a text (`2e-4` is one there); None for anything else."""
+    """A value as a number, also if a YAML file has it as a string (`2e-4`); None for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
@@ -46,13 +47,13 @@ def setting(run_facts: RunFacts, key: str) -> float | None:
 
 
 def initialisation(run_facts: RunFacts) -> Any:
-    """`init_lora_weights`, of the settings or else of the saved adapter; None where nobody says."""
+    """`init_lora_weights` of the settings, else of the saved adapter; None if neither has it."""
     found = run_facts.settings.get("init_lora_weights")
     return run_facts.saved.adapter_config.get("init_lora_weights") if found is None and run_facts.saved else found
 
 
 def begins_by_design(run_facts: RunFacts) -> bool:
-    """The initialisation is one whose adapter is not zero, for which the base is changed to fit."""
+    """Whether the initialization makes a nonzero adapter by design and changes the base accordingly."""
     return str(initialisation(run_facts)).lower().startswith(BY_DESIGN)
 
 
@@ -67,7 +68,7 @@ def planned_steps(run_facts: RunFacts) -> int | None:
 
 
 def steps_of_epochs(run_facts: RunFacts) -> int | None:
-    """Optimizer steps that the epochs amount to, by the rows."""
+    """Optimizer steps of all epochs, from the number of rows."""
     epochs, rows = setting(run_facts, "num_train_epochs"), len(run_facts.train) or setting(run_facts, "train_rows")
     batch = setting(run_facts, "per_device_train_batch_size")
     if not epochs or not rows or not batch or run_facts.settings.get("packing"):
@@ -77,7 +78,7 @@ def steps_of_epochs(run_facts: RunFacts) -> int | None:
 
 
 def warmup_steps(run_facts: RunFacts) -> float | None:
-    """Steps of warm-up: `warmup_steps`, which below 1 is a share in transformers 5, or `warmup_ratio`."""
+    """Warmup steps: from `warmup_steps` (below 1 a fraction, as in transformers 5) or `warmup_ratio`."""
     total, steps, ratio = (
         planned_steps(run_facts),
         setting(run_facts, "warmup_steps"),
@@ -90,7 +91,7 @@ def warmup_steps(run_facts: RunFacts) -> float | None:
 
 
 def scale(run_facts: RunFacts) -> float | None:
-    """What the adapter's product is multiplied by: alpha / r, or alpha / sqrt(r)."""
+    """The factor of B A x: alpha / r, or with rslora alpha / sqrt(r)."""
     alpha, rank = setting(run_facts, "lora_alpha"), setting(run_facts, "lora_r")
     if not alpha or not rank:
         return None
@@ -98,31 +99,31 @@ def scale(run_facts: RunFacts) -> float | None:
 
 
 def is_lora(run_facts: RunFacts) -> bool:
-    """Whether adapters are trained, as far as is known."""
+    """Whether the run trains LoRA adapters, as far as is known."""
     return setting(run_facts, "lora_r") is not None or (
         run_facts.saved is not None and bool(run_facts.saved.adapter_config)
     )
 
 
 def is_scale_free(run_facts: RunFacts) -> bool:
-    """Whether the optimizer divides the gradient's size out; so it is taken where its name is not known."""
+    """Whether the optimizer normalizes the gradient's scale; True if its name is not known."""
     name = str(run_facts.settings.get("optim") or "adamw").lower()
     return any(part in name for part in SCALE_FREE)
 
 
 def is_ours(run_facts: RunFacts) -> bool:
-    """Whether solotune ran it, so that what `training` prevents cannot have happened."""
+    """Whether solotune ran it; then faults that its training loop prevents are impossible."""
     return run_facts.settings.get("tool") == "solotune"
 
 
 def in_4bit(run_facts: RunFacts) -> bool:
-    """Whether a 4-bit base was asked for."""
+    """Whether the settings ask for a 4-bit base."""
     get = run_facts.settings.get
     return get("load_in_4bit") is True or get("base_precision") == "nf4"
 
 
 def has_error(run_facts: RunFacts, *patterns: str) -> str | None:
-    """The first line of the logs in which one of the patterns stands."""
+    """The first log line that matches one of the patterns; None if there is none."""
     for text in run_facts.trace.errors if run_facts.trace else ():
         for line in text.splitlines() or [text]:
             if any(re.search(pattern, line, re.IGNORECASE) for pattern in patterns):
@@ -131,7 +132,7 @@ def has_error(run_facts: RunFacts, *patterns: str) -> str | None:
 
 
 def out_of_memory(run_facts: RunFacts) -> str | None:
-    """The whole text of an out-of-memory error, whose traceback names the phase."""
+    """The whole text of an out-of-memory error, with its traceback; None if there is none."""
     for text in run_facts.trace.errors if run_facts.trace else ():
         if re.search(r"out of memory|OutOfMemory|CUBLAS_STATUS_ALLOC_FAILED", text, re.IGNORECASE):
             return text
@@ -147,7 +148,7 @@ def row_lengths(run_facts: RunFacts) -> np.ndarray:
 
 
 def shape_of(run_facts: RunFacts) -> dict[str, int] | None:
-    """hidden, layers, intermediate, vocabulary of the base by config.json, under any of their usual names."""
+    """hidden, layers, intermediate and vocabulary sizes of the base from config.json, under any usual name."""
     found = run_facts.model_config.get("text_config") or run_facts.model_config
     names = {
         "hidden": ("hidden_size", "n_embd", "d_model"),
@@ -161,13 +162,13 @@ def shape_of(run_facts: RunFacts) -> dict[str, int] | None:
 
 
 def logits_bytes(run_facts: RunFacts, tokens: float) -> float | None:
-    """Logits of a micro-batch in float32 with their gradient and one copy, where no fused loss is used."""
+    """Bytes of the logits of a micro-batch in float32, with gradient and one copy, without a fused loss."""
     shape = shape_of(run_facts)
     return None if shape is None else 3 * 4.0 * tokens * shape["vocabulary"]
 
 
 def activation_bytes(run_facts: RunFacts, tokens: float, checkpointing: bool) -> float | None:
-    """What layers keep for backward: all of all, or a state each and all of the one that is recomputed."""
+    """Bytes that layers keep for backward; with checkpointing one state per layer, and all of one recomputed layer."""
     shape = shape_of(run_facts)
     if shape is None:
         return None
@@ -176,7 +177,7 @@ def activation_bytes(run_facts: RunFacts, tokens: float, checkpointing: bool) ->
 
 
 def weight_bytes(run_facts: RunFacts) -> int | None:
-    """The frozen base as it is stored, counted as the plan does on the modules that config.json makes."""
+    """Bytes of the frozen base as stored, computed as the plan does from the modules of config.json."""
     modules, get = _modules_of(run_facts), run_facts.settings.get
     if modules is None:
         return None
@@ -198,7 +199,7 @@ def weight_bytes(run_facts: RunFacts) -> int | None:
 
 
 def micro_batch_tokens(run_facts: RunFacts) -> tuple[float, float] | None:
-    """(tokens of the largest micro-batch, of one as most are): the longest row, and the 95th percentile, times rows."""
+    """Tokens of (the largest, a typical) micro-batch: rows times the longest row, and times the 95th percentile."""
     rows, limit = setting(run_facts, "per_device_train_batch_size"), setting(run_facts, "max_length")
     lengths = row_lengths(run_facts)
     if not rows or (not len(lengths) and not limit):
@@ -215,14 +216,14 @@ class _Modules(NamedTuple):
     linears: dict[str, tuple[int, int]]
     """Dotted name -> (in, out)"""
     frozen: tuple[Linear, ...]
-    """Of those, all but the output head."""
+    """All of them but the output head."""
     other_parameters: int
-    """Of everything else; tied ones once."""
+    """Parameters of all other modules; tied ones counted once."""
 
 
 @lru_cache(maxsize=4)
 def _modules(config: str) -> _Modules | None:
-    """Those of the architecture, built on no device."""
+    """Modules of the architecture, built on the meta device."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
@@ -234,7 +235,7 @@ def _modules(config: str) -> _Modules | None:
             architecture = AutoConfig.for_model(**values)
             model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=False, attn_implementation="eager")
             model.tie_weights()
-    except Exception:  # whatever a foreign config.json does to its class, the base's modules are then not known
+    except Exception:  # a foreign config.json can raise anything; the modules are then unknown
         return None
     head, linears, frozen, num_frozen = model.get_output_embeddings(), {}, Counter(), 0
     for name, module in model.named_modules():
@@ -257,13 +258,13 @@ def _modules_of(run_facts: RunFacts) -> _Modules | None:
 
 
 def linears(run_facts: RunFacts) -> dict[str, tuple[int, int]] | None:
-    """Dotted name of each linear of the base -> (in, out), built on no device from config.json; None if unknown."""
+    """Dotted name of each linear layer of the base -> (in, out), from config.json; None if unknown."""
     modules = _modules_of(run_facts)
     return None if modules is None else modules.linears
 
 
 def targets(run_facts: RunFacts) -> list[str] | str | None:
-    """The modules that adapters were asked for: names, or one text (`all-linear`, an expression)."""
+    """The target modules of the adapters: names, or one string (`all-linear`, a regular expression)."""
     found = run_facts.settings.get("lora_target_modules")
     if found is None and run_facts.saved is not None:
         found = run_facts.saved.adapter_config.get("target_modules")
@@ -271,7 +272,7 @@ def targets(run_facts: RunFacts) -> list[str] | str | None:
 
 
 def lora_layers(run_facts: RunFacts) -> dict[str, dict[str, Any]]:
-    """Module path in the adapter file -> its tensors by part (`A`, `B`), as PEFT and its kin name them."""
+    """Module path in the adapter file -> its tensors by part (`A`, `B`), as PEFT and similar tools name them."""
     found: dict[str, dict[str, Any]] = {}
     for name, tensor in (run_facts.saved.adapter if run_facts.saved else {}).items():
         if match := re.search(r"^(.*?)\.lora_(?:embedding_)?([AB])(?:\.|$)", name):
@@ -284,5 +285,5 @@ def is_zero(tensor: Any) -> bool:
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
-    """A value that may be a mapping, as one."""
+    """The value if it is a mapping, else an empty one."""
     return value if isinstance(value, Mapping) else {}

@@ -1,6 +1,6 @@
-"""The labels of the batches, decoded: what is learned, of whom, whether ends are, and whether a label is its token.
+"""Statistics of the labels in batches: which tokens have one, of which role, at turn ends, and equal to the token.
 
-`LabelFacts.of(run_facts)` is what the rules of S4 to S7 ask; it is made once a subject.
+`LabelFacts.of(run_facts)` is the input of the rules of S4 to S7; it is computed once for each run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from solotune.diagnosis.facts.roles import ASSISTANT, OTHER, USER, Roles
 from solotune.diagnosis.facts.texts import IGNORED, Batches, Document
 from solotune.diagnosis.run_facts import RunFacts
 
-SHIFTS = (1, -1, 2, -2)  # tokens that labels may be off by
+SHIFTS = (1, -1, 2, -2)  # offsets of labels, in tokens, that are tested
 NUM_READ = 256  # documents
 _BLANKS = 3  # tokens of white space between an answer and its end
 
@@ -31,23 +31,23 @@ class LabelFacts:
     tokens: int = 0
     labels: int = 0
     unlearned: list[Document] = field(default_factory=list)  # documents without a label
-    unlike: int = 0  # labels that are not the token at their place
+    unlike: int = 0  # labels that differ from the token at their position
     unlike_values: Counter[int] = field(default_factory=Counter)
-    shift: int | None = None  # label[t] == id[t + shift], where they are unlike
+    shift: int | None = None  # label[t] == id[t + shift], if labels are shifted
     role_labels: Counter[int] = field(default_factory=Counter)  # role -> labels
     role_tokens: Counter[int] = field(default_factory=Counter)
     ends_learned: int = 0  # answers whose end has a label
-    ends_masked: Counter[int] = field(default_factory=Counter)  # id of an end behind an answer, without a label
-    ends_missing: int = 0  # answers that nothing ends
-    pads: int = 0  # places that are no text
+    ends_masked: Counter[int] = field(default_factory=Counter)  # id of an end after an answer, without a label
+    ends_missing: int = 0  # answers without an end
+    pads: int = 0  # positions of padding
     pads_learned: int = 0
-    first_learned: int = 0  # first tokens behind left padding that have a label
+    first_learned: int = 0  # first tokens after left padding that have a label
     longest: int = 0
 
     @classmethod
     @lru_cache(maxsize=1)
     def of(cls, run_facts: RunFacts) -> LabelFacts:
-        """Of a subject's batches; read once, as long as no other subject is asked about."""
+        """Statistics of a run's batches; cached for the last run."""
         batches = Batches.of(run_facts)
         facts = cls(batches, Roles(run_facts), batches.documents[:NUM_READ])
         shifts: Counter[int] = Counter()
@@ -65,7 +65,7 @@ class LabelFacts:
 
     @property
     def share(self) -> float:
-        """Of the tokens of the documents, those with a label."""
+        """Share of the documents' tokens that have a label."""
         return self.labels / max(self.tokens, 1)
 
     @property
@@ -101,11 +101,11 @@ class LabelFacts:
         return not line.real_T[document.start - 1]
 
     def _add_ends(self, document: Document, roles_T: np.ndarray | None) -> None:
-        """What ends the learned stretches; one that runs to the end of a document at the limit may have been cut."""
+        """Count the ends of labelled spans; a span up to the end of the longest document may have been truncated."""
         ids, ends = document.ids, self.roles.ends
         if not ends:
             return
-        # labels that stand at another place than their token are judged by value
+        # shifted labels are judged by value
         values = document.labels
         for begin, end in document.spans():
             if roles_T is not None and not (roles_T[begin:end] == ASSISTANT).any():
@@ -122,7 +122,7 @@ class LabelFacts:
                 self.ends_missing += 1
 
     def decoded(self, count: int = 1) -> list[dict[str, Any]]:
-        """The first documents as text, with what is learned of them, for a page."""
+        """The first documents as text pieces with and without labels, for the HTML page."""
         if self.roles.tokenizer is None:
             return []
         shown = []
@@ -135,7 +135,7 @@ class LabelFacts:
         return shown
 
     def measurements(self) -> dict[str, Any]:
-        """As they stand in diagnosis.json."""
+        """The numbers in diagnosis.json."""
         return {
             "documents": len(self.documents),
             "tokens": self.tokens,

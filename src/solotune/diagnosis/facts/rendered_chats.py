@@ -1,6 +1,6 @@
-"""What a subject's tokenizer makes of chats, as they would be served, and its rows as text.
+"""Render chats with the tokenizer of a run, as they would be served, and decode its rows.
 
-rendered(subject, messages)   frame(subject)   decoded(subject)
+rendered(run_facts, messages)   frame(run_facts)   decoded(run_facts)
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ NUM_ROWS = 100
 def rendered(
     run_facts: RunFacts, messages: Sequence[dict[str, Any]], prompt: bool = False, template: str | None = None
 ) -> str | None:
-    """Messages by the tokenizer's own template (or this one), as they would be served; None where it has none or
-    refuses."""
+    """Messages rendered by the tokenizer's template (or `template`), as they would be served; None if there is none
+    or it fails."""
     tokenizer = run_facts.tokenizer
     if tokenizer is None or not tokenizer.chat_template:
         return None
@@ -32,12 +32,12 @@ def rendered(
                 list(messages), tokenize=False, add_generation_prompt=prompt, chat_template=template
             )
         )
-    except Exception:  # templates refuse in their own words, and not only with Jinja's errors
+    except Exception:  # templates can raise any error, not only Jinja's
         return None
 
 
 def frame(run_facts: RunFacts, template: str | None = None) -> tuple[str, str, str] | None:
-    """The template's own text before a question, between question and answer, and behind the answer."""
+    """The template's text before a question, between question and answer, and after the answer; None if it fails."""
     chat = [{"role": "user", "content": "quvwxq"}, {"role": "assistant", "content": "zwvuyz"}]
     text = rendered(run_facts, chat, template=template)
     match = re.fullmatch(r"(.*)quvwxq(.*)zwvuyz(.*)", text, re.DOTALL) if text else None

@@ -1,8 +1,8 @@
-"""Who speaks where in a document: read off the template's own headers, or found by the contents of the conversations.
+"""Find the role of each token in a document, by the headers of the chat template or the contents of conversations.
 
-A document is decoded token by token, so that each token has its place in the text; then every header (what the template
-writes between a user's text and the answer, and between an answer and the next user's text) begins a stretch. Where
-the tokenizer has no template, the messages of the conversation that the document holds are looked for in its text.
+A document is decoded token by token, so that each token has a position in the text. Then every header (the text that
+the template writes between a user's message and the answer, and between an answer and the next user message) starts a
+span. If the tokenizer has no template, the messages of the document's conversation are searched in its text.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from solotune.errors import SolotuneError
 
 UNKNOWN, OTHER, USER, ASSISTANT = -1, 0, 1, 2
 _SENTINELS = ("\ufdd0", "\ufdd1", "\ufdd2")
-_SHORTEST = 3  # characters of a content that are looked for
+_SHORTEST = 3  # characters: shorter contents are not searched
 
 
 class Roles:
-    """What a tokenizer's template and the conversations tell of roles and ends."""
+    """Roles and turn ends, from the tokenizer's template and the conversations."""
 
     def __init__(self, run_facts: RunFacts) -> None:
         self.tokenizer = run_facts.tokenizer
@@ -33,7 +33,7 @@ class Roles:
 
     @cached_property
     def template(self) -> ChatTemplate | None:
-        """The chat template, where there is one."""
+        """The chat template; None if there is none."""
         if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
             return None
         try:
@@ -43,7 +43,7 @@ class Roles:
 
     @cached_property
     def ends(self) -> frozenset[int]:
-        """Ids that end a turn or a text: what the template ends answers with, and eos."""
+        """Ids that end a turn or a text: those that the template writes after answers, and eos."""
         if self.tokenizer is None:
             return frozenset()
         spelled = [] if self.template is None else [self.encode(text) for text in self.template.terminators]
@@ -53,7 +53,7 @@ class Roles:
 
     @cached_property
     def headers(self) -> dict[int, str]:
-        """Role -> the text that a turn of it begins with, blanks behind it included; empty without a template."""
+        """Role -> the text before a message of it, with trailing white space; empty without a template."""
         if self.template is None:
             return {}
         user, answer, after = _SENTINELS
@@ -79,7 +79,7 @@ class Roles:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def text_of(self, document: Document) -> tuple[str, np.ndarray]:
-        """The text, and int64 (T,) the place of each token's first character in it."""
+        """The text, and int64 (T,): position of each token's first character in it."""
         pieces = [self._piece(int(i)) for i in document.ids]
         return "".join(pieces), np.concatenate(([0], np.cumsum([len(p) for p in pieces])))[:-1].astype(np.int64)
 
@@ -89,20 +89,20 @@ class Roles:
         return str(self.tokenizer.decode([index], clean_up_tokenization_spaces=False))
 
     def of(self, document: Document) -> np.ndarray | None:
-        """int8 (T,): role of each token (its header counts as `OTHER`); None where nothing tells."""
+        """int8 (T,): role of each token (headers count as `OTHER`); None if it is not known."""
         if self.tokenizer is None:
             return None
         text, begins_T = self.text_of(document)
-        marks = self._marks_by_headers(text) or self._marks_by_contents(text)
-        if not marks:
+        spans = self._spans_by_headers(text) or self._spans_by_contents(text)
+        if not spans:
             return None
         roles_T = np.zeros(len(document.ids), np.int8)
-        for begin, end, role in marks:
+        for begin, end, role in spans:
             roles_T[(begins_T >= begin) & (begins_T < end)] = role
         return roles_T
 
-    def _marks_by_headers(self, text: str) -> list[tuple[int, int, int]]:
-        """Stretches (begin, end, role) in characters, by the template's headers."""
+    def _spans_by_headers(self, text: str) -> list[tuple[int, int, int]]:
+        """Spans (begin, end, role) in characters, by the template's headers."""
         found = []
         for role, header in self.headers.items():
             bare = header.rstrip()
@@ -117,9 +117,9 @@ class Roles:
         nexts = [*(begin for begin, _, _ in found[1:]), len(text)]
         return [(end, following, role) for (_, end, role), following in zip(found, nexts, strict=True)]
 
-    def _marks_by_contents(self, text: str) -> list[tuple[int, int, int]]:
+    def _spans_by_contents(self, text: str) -> list[tuple[int, int, int]]:
         conversation = self.conversation_in(text)
-        place, marks = 0, []
+        place, spans = 0, []
         for message in conversation or ():
             content = str(message.get("content") or "")
             role = {"user": USER, "assistant": ASSISTANT}.get(str(message.get("role")), OTHER)
@@ -127,11 +127,11 @@ class Roles:
             if begin < 0:
                 return []
             place = begin + len(content)
-            marks.append((begin, place, role))
-        return marks
+            spans.append((begin, place, role))
+        return spans
 
     def conversation_in(self, text: str) -> Sequence[Mapping[str, Any]] | None:
-        """The conversation all of whose longer contents stand in this text; of several the longest."""
+        """The conversation whose longer contents are all in this text; of several the longest."""
         best, most = None, 0
         for conversation in self._conversations:
             contents = [str(message.get("content") or "").strip() for message in conversation]

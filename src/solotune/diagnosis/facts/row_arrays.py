@@ -1,9 +1,8 @@
-"""The rows that rules judge, as arrays: `Side` for a sample of them or all, `Whole` for a hash of every row.
+"""Rows that rules judge, as arrays: `Side` for a sample of them or all, `Whole` for a hash of every row.
 
-The ids of the rows that are judged lie in one array and every question about tokens is an array operation: 5,000 chats
-of 1,200 tokens are six million ids. Those are all rows up to 20,000 rows and eight million tokens; of more, evenly
-spaced stretches (`Side`). What one row alone makes wrong, a leak or an id without an embedding, is asked of all
-(`Whole`).
+The ids of the judged rows are one array, and every check of tokens is an array operation: 5,000 chats of 1,200 tokens
+are six million ids. All rows are judged up to 20,000 rows and eight million tokens; of more, evenly spaced blocks of
+rows (`Side`). Faults that a single row can cause (a leak, an id without an embedding) are checked on all (`Whole`).
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ if TYPE_CHECKING:
     from solotune.dataset.example import Example
 
 NUM_DECODED = 300
-"""Rows decoded for a question about text. A share of 5 % is then known to within 2.5 points, and 5,000 rows cost less
-than a second."""
+"""Rows decoded for a check of text. A share of 5 % is then known to within 2.5 points, and 5,000 rows cost less than a
+second."""
 NUM_READ = 20_000
-"""Rows that are judged: all of most files, and a fifth of a second per rule where there are more."""
+"""Rows that are judged: all of most files. This many cost a fifth of a second per rule."""
 NUM_TOKENS = 8 << 20
-"""Tokens of the rows that are judged: 40 MB, and ten times that while the longest of the rules works."""
+"""Tokens of the rows that are judged: 40 MB, and ten times that at the peak of the largest rule."""
 STRETCH = 16
-"""Rows that follow one another in a sample, so that a rule can compare neighbours."""
+"""Consecutive rows in each block of a sample, so that a rule can compare neighbours."""
 MIN_ROWS = 3
-"""One or two odd rows are not a pattern; also what keeps a share of a tiny file from being one."""
+"""Fewer rows are not a pattern; prevents that a share of a tiny file counts as one."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Side:
 
     rows: Sequence[Example]
     ids: np.ndarray
-    """int32 (N,), all rows one after the other"""
+    """int32 (N,), all rows concatenated"""
     supervised: np.ndarray
     """bool (N,)"""
     starts: np.ndarray
@@ -52,7 +51,7 @@ class Side:
     ends: np.ndarray
     """int64 (A,): position after its last token"""
     row_of: np.ndarray
-    """int64 (A,): the row that an answer stands in"""
+    """int64 (A,): the row of each answer"""
 
     @classmethod
     def of(cls, rows: Sequence[Example]) -> Side:
@@ -96,7 +95,7 @@ class Whole:
 
     @classmethod
     def of(cls, rows: Sequence[Example]) -> Whole:
-        """Reads the ids of all rows."""
+        """Read the ids of all rows."""
         hashes, largest = array("Q"), array("i")
         for ids in ids_of(rows):
             hashes.append(int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little"))
@@ -109,7 +108,7 @@ class Whole:
 
 
 def judged(rows: Sequence[Example]) -> list[Example]:
-    """All of the rows, or evenly spaced stretches of them with about NUM_READ rows or NUM_TOKENS tokens in all."""
+    """All rows, or evenly spaced blocks of them with about NUM_READ rows or NUM_TOKENS tokens in all."""
     num_tokens = sum(lengths_of(rows))
     share = min(NUM_READ / max(len(rows), 1), NUM_TOKENS / max(num_tokens, 1))
     if share >= 1:
@@ -127,7 +126,7 @@ def evenly(rows: Sequence[int], count: int) -> list[int]:
 
 
 def squeezed(text: str) -> str:
-    """For finding a text in a rendering: templates trim and indent, tokenizers fold and may change blanks."""
+    """Text without white space and case, to find it in a rendering: templates and tokenizers change both."""
     return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
@@ -138,5 +137,5 @@ def percent(part: float, whole: float) -> str:
 
 
 def is_pattern(count: int, whole: int, share: float) -> bool:
-    """Whether `count` of `whole` rows is at least that share, and more than an odd row or two (or all)."""
+    """Whether `count` of `whole` rows is at least that share, and at least MIN_ROWS (or all)."""
     return count >= share * whole and (count >= MIN_ROWS or count == whole > 0)

@@ -1,11 +1,11 @@
-"""What the rules on rows look at: the rows as tokens, the answers in them, the template, the model's own numbers.
+"""Facts for the rules on rows: rows as tokens, their answers, the template, and numbers of the model's config.
 
-    RowFacts.of_config(config, tokenizer, train, validation, report)     each fact is computed once, when a rule asks
+    RowFacts.of_config(config, tokenizer, train, validation, report)     each fact is computed once, at its first use
 
-Questions about tokens are array operations (`row_arrays`); questions that need text decode an evenly spaced sample.
+Checks of tokens are array operations (`row_arrays`); checks that need text decode an evenly spaced sample.
 
-*Answer* below means a run of supervised tokens; `ends` are their last tokens that are not blank (`<|im_end|>` though a
-newline follows it). A *stop* is an id that generation ends at: eos, a special token, what the template ends turns with.
+*Answer* means consecutive supervised tokens; `ends` are their last tokens that are not white space (`<|im_end|>` even
+if a newline follows). A *stop* is an id that ends generation: eos, a special token, or the template's end of a turn.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ Answer = TypeVar("Answer")
 ModelJsons = Mapping[str, Mapping[str, Any]]
 
 _PART = re.compile(r" part (\d+)/(\d+)$")
-_USER, _ANSWER = "\ufdd0", "\ufdd1"  # what no text has
+_USER, _ANSWER = "\ufdd0", "\ufdd1"  # characters that no text has
 _MODEL_FILES = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
 class RowSettings:
-    """The keys of a config that decide how rows are cut, masked and rendered."""
+    """Config keys that decide how rows are truncated, masked and rendered."""
 
     max_length: int
     overflow: str
@@ -54,7 +54,7 @@ class RowSettings:
 
 
 class RowFacts:
-    """Everything a rule on rows may ask."""
+    """All facts for rules on rows."""
 
     def __init__(
         self,
@@ -69,9 +69,9 @@ class RowFacts:
         """Args:
         train: training rows, at least one.
         validation: held-out rows, or none.
-        report: the account of both, for rows that were dropped on the way.
-        model_jsons: config.json and generation_config.json of the base, empty where they are not known.
-        template_of_model: the base's own template, where `chat_template_path` takes its place.
+        report: of both, for the counts of dropped and truncated rows.
+        model_jsons: config.json and generation_config.json of the base; empty if they are not known.
+        template_of_model: the base's own template, if `chat_template_path` replaces it.
         """
         self.settings, self.tokenizer, self.report = settings, tokenizer, report
         self._rows, self._model_jsons, self._template_of_model = (train, validation), model_jsons, template_of_model
@@ -89,10 +89,10 @@ class RowFacts:
         report: DataReport,
         base: ModelFiles | None = None,
     ) -> RowFacts:
-        """The facts on rows that a config made.
+        """The facts on rows that were prepared with a config.
 
         Args:
-            base: files of the base model, where the caller has them already.
+            base: files of the base model; None: they are looked for on this machine.
         """
         base = base or model_here(config.model_name_or_path, config.model_revision)
 
@@ -102,14 +102,14 @@ class RowFacts:
             try:
                 plain = load_tokenizer(config.replaced("findings", chat_template_path=None), base)
                 return ChatTemplate(plain, report.day) if plain.chat_template is not None else None
-            except InputError:  # it is not here
+            except InputError:  # the base is not on this machine
                 return None
 
         settings = RowSettings(**{name: getattr(config, name) for name in RowSettings.__dataclass_fields__})
         return cls(settings, tokenizer, train, validation, report, model_jsons(base), template_of_model)
 
     def once(self, question: Callable[[RowFacts], Answer]) -> Answer:
-        """`question(self)`, asked once however many rules ask."""
+        """`question(self)`, computed once for all rules."""
         if question not in self._known:
             self._known[question] = question(self)
         return self._known[question]
@@ -118,16 +118,16 @@ class RowFacts:
 
     @cached_property
     def whole(self) -> tuple[Whole, Whole]:
-        """All rows, of training and of validation."""
+        """All rows of training and of validation."""
         return Whole.of(self._rows[0]), Whole.of(self._rows[1])
 
     @property
     def is_sample(self) -> bool:
-        """Whether there are more training rows than are judged."""
+        """Whether only a sample of the training rows is judged."""
         return len(self.train.rows) < len(self._rows[0])
 
     def stretches(self) -> Iterator[Side]:
-        """All training rows, some at a time."""
+        """All training rows, in chunks."""
         if not self.is_sample:
             yield self.train
             return
@@ -135,7 +135,7 @@ class RowFacts:
             yield Side.of(self._rows[0][begin : begin + 256])
 
     def dropped(self, reason: str) -> int:
-        """Rows dropped for a reason; where a sample is judged, as many as belong to it."""
+        """Rows dropped for a reason; for a sample, its proportional part."""
         return round(self.report.dropped[reason] * len(self.train.rows) / max(len(self._rows[0]), 1))
 
     # --- the tokenizer
@@ -147,7 +147,7 @@ class RowFacts:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """Encodes as the data door does."""
+        """The encoder that `solotune.dataset` uses."""
         return Encoder(self.tokenizer)
 
     @cached_property
@@ -157,18 +157,18 @@ class RowFacts:
 
     @cached_property
     def own_template(self) -> ChatTemplate | None:
-        """The model's, where a file of the user's (`chat_template_path`) takes its place."""
+        """The model's template, if a file of the user (`chat_template_path`) replaces it."""
         return self._template_of_model()
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids that the tokenizer calls special or names (bos, eos, pad, unk)."""
+        """Special ids of the tokenizer, and its bos, eos, pad and unk."""
         added = self.tokenizer.added_tokens_decoder
         return frozenset(self.tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
 
     @cached_property
     def turn_end_ids(self) -> frozenset[int]:
-        """Last ids of what the template ends an assistant turn with, and eos."""
+        """Last id of each text that the template writes after an assistant turn, and eos."""
         spellings = self.template.terminators if self.template else ()
         eos = {self.eos_id} if self.eos_id is not None else set()
         return frozenset(self.encode(spelling)[-1] for spelling in spellings) | eos
@@ -179,7 +179,7 @@ class RowFacts:
         return self.turn_end_ids | self.special_ids
 
     def named_id(self, name: Literal["bos", "eos", "pad", "unk"]) -> int | None:
-        """The tokenizer's own bos, eos, pad or unk; of several (a list is allowed), the first."""
+        """The tokenizer's bos, eos, pad or unk; of a list, the first."""
         found: Any = getattr(self.tokenizer, f"{name}_token_id")
         return next(iter(found), None) if isinstance(found, list) else found
 
@@ -189,20 +189,20 @@ class RowFacts:
         return self.named_id("eos")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, nothing added."""
+        """Ids of a text without special tokens added."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: np.ndarray) -> str:
-        """The text of some ids, as it is."""
+        """The text of some ids, without clean-up."""
         text = self.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
         return text if isinstance(text, str) else "".join(text)
 
     def spelled(self, index: Any) -> str:
-        """One id as the vocabulary spells it."""
+        """The token string of an id in the vocabulary."""
         return str(self.tokenizer.convert_ids_to_tokens(int(index)))
 
     def is_blank(self, ids: np.ndarray) -> np.ndarray:
-        """Which of the ids are white space alone."""
+        """bool, one per id: its text is only white space."""
         distinct, inverse = np.unique(ids, return_inverse=True)
         for index in map(int, distinct):
             if index not in self._blank_of:
@@ -211,16 +211,16 @@ class RowFacts:
         return np.array([self._blank_of[int(index)] for index in distinct], dtype=bool)[inverse]
 
     def last_of_answers(self, side: Side) -> np.ndarray:
-        """int64 (A,): position of the last token of each answer that is not blank (templates end turns with `\\n`)."""
+        """int64 (A,): last token of each answer that is not white space (templates end turns with `\\n`)."""
         return self._before_blanks(side, side.begins, side.ends - 1)
 
     def _before_blanks(self, side: Side, first: np.ndarray, last: np.ndarray) -> np.ndarray:
-        for _ in range(4 if len(last) else 0):  # more blank tokens than that after an end of turn no template writes
+        for _ in range(4 if len(last) else 0):  # no template writes more white-space tokens after an end of turn
             last = np.where((last > first) & self.is_blank(side.ids[last]), last - 1, last)
         return last
 
     def is_cut(self, side: Side) -> np.ndarray:
-        """bool (R,): something was cut off: the row fills `max_length` without ending, or is a part with a next one."""
+        """bool (R,): the row is truncated: it fills `max_length` without an end, or is a part before another part."""
         last = self._before_blanks(side, side.starts[:-1], side.starts[1:] - 1)
         cut = (side.lengths >= self.settings.max_length) & ~np.isin(side.ids[last], list(self.stop_ids))
         if self.settings.overflow == "split":
@@ -237,14 +237,14 @@ class RowFacts:
 
     @cached_property
     def is_chat(self) -> bool:
-        """Whether the rows are chats; a run has one format."""
+        """Whether the rows are chats; all rows of a run have one format."""
         return bool(self.train.rows) and bool(self.train.rows[0].messages)
 
     def sample(self, side: Side, *, whole: bool = True) -> list[int]:
-        """Rows for decoding, evenly spaced: chats, and unless asked otherwise only those that were not cut.
+        """Rows for decoding, evenly spaced: chats, with `whole` only those that were not truncated.
 
-        Where rows were truncated, one that fills `max_length` is left out even if it ends with a stop: the cut may
-        have fallen between two turns.
+        If rows were truncated, a row that fills `max_length` is left out even if it ends with a stop: it may have been
+        truncated between two turns.
         """
         fits = ~self.is_cut(side) if whole else np.ones(len(side.rows), bool)
         if whole and self.report.num_truncated:
@@ -253,7 +253,7 @@ class RowFacts:
 
     @cached_property
     def answers(self) -> list[tuple[int, str]]:
-        """(row, last answer as text) of the training rows: of a chat its message, else what is supervised."""
+        """(row, last answer as text) of the training rows: of a chat its message, else its supervised tokens."""
         rows = self.chats or evenly(range(len(self.train.rows)), row_arrays.NUM_READ)
         return [(row, self._answer_of(row)) for row in rows]
 
@@ -270,7 +270,7 @@ class RowFacts:
 
     @cached_property
     def num_embeddings(self) -> int | None:
-        """Rows of the embedding matrix by config.json; None where that is not at hand."""
+        """Rows of the embedding matrix by config.json; None if it is missing."""
         found = self._model_jsons["config.json"]
         size = (found.get("text_config") or found).get("vocab_size")
         return size if isinstance(size, int) and size > 0 else None
@@ -286,12 +286,12 @@ class RowFacts:
 
 
 def pieces_of_template(facts: RowFacts) -> tuple[str, str, str] | None:
-    """The template's own text before a question, between it and the answer, and after; None if it refuses."""
+    """The template's text before a question, between it and the answer, and after; None if it fails."""
     return None if facts.template is None else pieces_of(facts.template)
 
 
 def pieces_of(template: ChatTemplate) -> tuple[str, str, str] | None:
-    """The same of a template."""
+    """`pieces_of_template` of a given template."""
     chat = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}]
     try:
         text = template.raw("the probe", chat, None, is_prompt=False)
@@ -303,7 +303,7 @@ def pieces_of(template: ChatTemplate) -> tuple[str, str, str] | None:
 
 
 def rendered_prompt(facts: RowFacts, messages: list[dict[str, Any]], tools: Any) -> np.ndarray | None:
-    """What generation would be given for these messages; None where the template refuses them."""
+    """Ids of the prompt that generation gets for these messages; None if the template refuses them."""
     if facts.template is None:
         return None
     try:
@@ -314,5 +314,5 @@ def rendered_prompt(facts: RowFacts, messages: list[dict[str, Any]], tools: Any)
 
 
 def model_jsons(base: ModelFiles | None) -> dict[str, dict[str, Any]]:
-    """config.json and generation_config.json of the base, as far as they are on this machine; else empty."""
+    """config.json and generation_config.json of the base; empty where they are not on this machine."""
     return {name: {} if base is None else base.json_or_empty(name) for name in _MODEL_FILES}

@@ -1,4 +1,4 @@
-"""Where the labels of rows stand: answers without their end, and prompts among what is learned.
+"""Find rows whose labels miss the end of an answer, or include the prompt.
 
 facts.once(open_answers)   facts.once(said_in_training)   said_in_labels(facts, facts.validation)
 """
@@ -13,22 +13,22 @@ from solotune.diagnosis.facts.row_arrays import Side, squeezed
 from solotune.diagnosis.facts.row_facts import RowFacts
 
 TAIL = 24
-"""Squeezed characters that are looked for: as long as a short sentence, so that they do not recur by chance."""
+"""Squeezed characters that are searched: as long as a short sentence, so that they do not match by chance."""
 
 
 class OpenAnswers(NamedTuple):
-    """Answers (their numbers, int64) that do not end with a stop, though nothing was cut off."""
+    """Answers (indices, int64) that do not end with a stop id, though they were not truncated."""
 
     masked: np.ndarray
-    """... that the end of turn follows"""
+    """followed by an end of turn"""
     follows: np.ndarray
-    """... at this position in the ids"""
+    """position of that end in the ids"""
     missing: np.ndarray
-    """... that none follows"""
+    """followed by none"""
 
 
 def open_answers(facts: RowFacts) -> OpenAnswers:
-    """Those of the training rows."""
+    """The open answers of the training rows."""
     side = facts.train
     is_open = ~np.isin(side.ids[facts.last_of_answers(side)], list(facts.stop_ids))
     was_cut = facts.is_cut(side)[side.row_of] & (side.ends == side.starts[side.row_of + 1])
@@ -43,18 +43,18 @@ def open_answers(facts: RowFacts) -> OpenAnswers:
 
 
 def said_in_labels(facts: RowFacts, side: Side) -> tuple[list[int], list[int], int]:
-    """Sampled rows whose prompt is learned, those of them whose answer is not, and how many could be judged.
+    """Sampled rows with labels on the prompt, those of them without labels on the answer, and the number judged.
 
-    By text, so that it depends on no mask: the tail of a user, system or tool message that no answer repeats.
+    Compares text, so that it does not depend on a mask: the tail of a message of another role that no answer repeats.
     """
     prompted, inverted, judged = [], [], 0
     for row in facts.sample(side):
         example = side.rows[row]
         answers = [m for m in example.messages if m["role"] == "assistant"]
         said = (m.get(key, "") for m in answers for key in ("reasoning_content", "content", "tool_calls"))
-        told = squeezed(" ".join(map(str, said)))
+        answered = squeezed(" ".join(map(str, said)))
         tails = [squeezed(m["content"])[-TAIL:] for m in example.messages if m["role"] != "assistant"]
-        tails = [tail for tail in tails if len(tail) >= TAIL // 2 and tail not in told]
+        tails = [tail for tail in tails if len(tail) >= TAIL // 2 and tail not in answered]
         if not tails:
             continue
         judged += 1
@@ -68,5 +68,5 @@ def said_in_labels(facts: RowFacts, side: Side) -> tuple[list[int], list[int], i
 
 
 def said_in_training(facts: RowFacts) -> tuple[list[int], list[int], int]:
-    """The same of the training rows; for `facts.once`."""
+    """`said_in_labels` of the training rows; for `facts.once`."""
     return said_in_labels(facts, facts.train)

@@ -1,8 +1,8 @@
-"""The rows of a subject as rules on rows look at them, whoever made them.
+"""Build `RowFacts` from the rows of a run of any trainer.
 
-A foreign training brings rows as its collator made them, and settings of which most are unknown. What is unknown is set
-so that a rule which depends on it says nothing: without a known `max_length` no row counts as cut, and without a known
-mask every token may be learned.
+For other trainers, rows are as their collator made them, and most settings are unknown. Unknown settings get a value
+with which rules that depend on them find nothing: without a known `max_length` no row counts as truncated, and without
+a known loss mask every token may have a label.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from solotune.diagnosis.run_facts import RunFacts
 
 
 def facts_of(run_facts: RunFacts) -> RowFacts | None:
-    """The facts on the rows, tokenizer and template of a subject; None where it has no rows or no tokenizer."""
+    """The facts on rows, tokenizer and template; None without rows or tokenizer."""
     train, validation = (_answered(rows) for rows in (examples_of(run_facts), run_facts.validation))
     if run_facts.tokenizer is None or not train:
         return None
@@ -33,14 +33,14 @@ def facts_of(run_facts: RunFacts) -> RowFacts | None:
 
 
 def _answered(rows: Sequence[Example]) -> list[Example]:
-    """Rows as the rules on data expect them: a chat has an answer. One whose roles have other names (F36) is a text."""
+    """Rows as the rules expect them: a chat has an answer. A chat with other role names (F36) becomes a text."""
     return [
         row if any(m.get("role") == "assistant" for m in row.messages) else replace(row, messages=[]) for row in rows
     ]
 
 
 def _settings(run_facts: RunFacts, longest: int) -> RowSettings:
-    """What the rules ask of a config; see the module for what is unknown."""
+    """The settings that rules on rows read; for unknown ones see the module."""
     get = run_facts.settings.get
     limit, overflow = get("max_length"), get("overflow")
     return RowSettings(
@@ -52,7 +52,7 @@ def _settings(run_facts: RunFacts, longest: int) -> RowSettings:
 
 
 def examples_of(run_facts: RunFacts) -> list[Example]:
-    """The training rows, with their conversations where those are known; of batches, where there is nothing else."""
+    """The training rows, with their conversations if known; else the rows of the batches."""
     rows = list(run_facts.train) or [row for batch in run_facts.batches for row in rows_of(batch)]
     chats = run_facts.conversations
     if len(chats) == len(rows) and not any(row.messages for row in rows):
@@ -61,7 +61,7 @@ def examples_of(run_facts: RunFacts) -> list[Example]:
 
 
 def rows_of(batch: Mapping[str, Any]) -> list[Example]:
-    """The rows of a padded batch, without their padding; a label counts wherever it is not -100."""
+    """The rows of a padded batch without padding; every label other than -100 counts."""
     ids_BT = np.asarray(batch["input_ids"].cpu(), np.int32)
     labels = batch.get("labels")
     learned_BT = np.asarray(labels.cpu()) != -100 if labels is not None else np.zeros(ids_BT.shape, bool)
@@ -75,7 +75,7 @@ def rows_of(batch: Mapping[str, Any]) -> list[Example]:
 
 
 def plain_messages(chat: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as rules read them: a role and a text, whatever else is there."""
+    """Messages with a role and a text as strings; other keys are kept."""
     return [
         {**message, "role": str(message.get("role", "")), "content": text_of(message.get("content"))}
         for message in chat
@@ -83,7 +83,7 @@ def plain_messages(chat: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def text_of(content: Any) -> str:
-    """The text of a content: a string, parts of which some are texts, or nothing."""
+    """The text of a content that is a string or a list of parts; empty for others."""
     if isinstance(content, list):
         return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
     return content if isinstance(content, str) else ""

@@ -1,13 +1,13 @@
-"""Batches as the model gets them, taken apart into documents: which places are real, where each text begins and ends.
+"""Split batches, as the model gets them, into documents: which positions are real, where each text begins and ends.
 
-A batch says this in several ways, and may say it wrongly, so what it claims and what its ids show are kept apart:
+A batch marks this in several ways and may be wrong, so its marks and what its ids show are kept apart:
 
-    padding     claimed by `attention_mask`; seen as the runs of the pad id at the edges of a sequence
-    documents   claimed by positions that restart, `seq_idx`, `cu_seq_lens_q`, a mask that numbers the texts (1 1 2 2 2)
-                or one of blocks; seen as the beginnings of known rows in the midst of a sequence
+    padding     marked by `attention_mask`; seen as runs of the pad id at the edges of a sequence
+    documents   marked by restarting positions, `seq_idx`, `cu_seq_lens_q`, a mask that numbers the texts (1 1 2 2 2)
+                or a block mask; seen as starts of known rows inside a sequence
 
-A tokenizer whose pad is its end of turn leaves a doubt: of a run of that id at the right edge the first is taken as an
-end, and one alone at the left edge as a beginning, unless the mask says otherwise.
+If the pad is also the end of turn, it is ambiguous: of a run at the right edge the first id counts as an end, and a
+single one at the left edge as a beginning, unless the mask says otherwise.
 
 Shape legend: B sequences, T tokens.
 """
@@ -29,22 +29,22 @@ if TYPE_CHECKING:
 
     Batch = Mapping[str, torch.Tensor]
 
-IGNORED = -100  # a label that counts for nothing
-_KNOWN_BEGINNING = 4  # ids by which a row is looked up in the midst of a sequence
+IGNORED = -100  # a label without loss
+_KNOWN_BEGINNING = 4  # first ids by which a row is looked up inside a sequence
 _KNOWN_ROWS = 2000
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text in a batch, from `start` to `end` of its sequence; all arrays are of its tokens alone."""
+    """One text in a batch, from `start` to `end` of its sequence; all arrays cover only its tokens."""
 
     batch: int
     sequence: int
     start: int
     end: int
     ids: np.ndarray  # int64 (T,)
-    labels: np.ndarray  # int64 (T,), -100 where nothing is learned
-    positions: np.ndarray | None  # as the batch gives them
+    labels: np.ndarray  # int64 (T,), -100 where there is no label
+    positions: np.ndarray | None  # `position_ids` of the batch
 
     @property
     def learned(self) -> np.ndarray:
@@ -52,22 +52,22 @@ class Document:
         return self.labels != IGNORED
 
     def spans(self) -> list[tuple[int, int]]:
-        """Stretches of labels: (first, one past the last)."""
+        """Spans of labels: (first, one past the last)."""
         edges = np.flatnonzero(np.diff(np.concatenate(([False], self.learned, [False])).astype(np.int8)))
         return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a batch: ids, labels, and what is known of its places."""
+    """One sequence of a batch: ids, labels, padding and document starts."""
 
     ids_T: np.ndarray
     labels_T: np.ndarray
-    attended_T: np.ndarray | None  # bool: what `attention_mask` says
+    attended_T: np.ndarray | None  # bool: `attention_mask`
     real_T: np.ndarray  # bool: neither masked nor a run of pads at an edge
     positions_T: np.ndarray | None
-    starts: list[int]  # where documents begin, as far as claimed or seen
-    claimed: list[int] | None  # where the batch itself says that they begin; None: it says nothing
+    starts: list[int]  # where documents begin, as marked or seen
+    claimed: list[int] | None  # document starts that the batch marks; None: no marks
 
     @property
     def left_pads(self) -> int:
@@ -75,13 +75,13 @@ class Line:
 
 
 class Batches:
-    """The batches of a training, read once.
+    """The batches of a run, read once.
 
     Args:
-        batches: dicts of tensors; `labels` may be missing (then everything real counts as learned).
-        pad_id: of tokenizer or model; None: only masks tell what is padding.
-        single: ids that may stand once at an edge though they are the pad (beginning and end of a text).
-        rows: ids of known rows, by which a document in the midst of a sequence is known that nothing marks.
+        batches: dicts of tensors; `labels` may be missing (then every real token counts as labelled).
+        pad_id: of tokenizer or model; None: only masks show padding.
+        single: ids that count as text if they occur once at an edge, even if they are the pad (bos, eos).
+        rows: ids of known rows, to find documents inside a sequence that has no marks.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Batches:
 
     @classmethod
     def of(cls, run_facts: RunFacts, batches: Sequence[Batch] = ()) -> Batches:
-        """Those of a subject, or others of the same training."""
+        """The batches of a run, or other batches of the same run."""
         tokenizer = run_facts.tokenizer
         named: Any = {name: _first(getattr(tokenizer, f"{name}_token_id", None)) for name in ("pad", "eos", "bos")}
         pad = named["pad"] if named["pad"] is not None else _first(run_facts.model_config.get("pad_token_id"))
@@ -107,7 +107,7 @@ class Batches:
 
     @cached_property
     def sequences(self) -> list[list[Line]]:
-        """Of each batch."""
+        """The sequences of each batch."""
         return [self._sequences_of(batch) for batch in self.raw]
 
     @cached_property
@@ -119,21 +119,21 @@ class Batches:
             for s, line in enumerate(lines)
             for document in _documents_of(line, b, s)
         ]
-        return [d for d in found if d.learned.any() or not (d.ids == self.pad_id).all()]  # the last: left-over places
+        return [d for d in found if d.learned.any() or not (d.ids == self.pad_id).all()]  # without rests of only pads
 
     @property
     def is_packed(self) -> bool:
-        """Some sequence holds more than one document."""
+        """Whether a sequence has more than one document."""
         return any(len(line.starts) > 1 for lines in self.sequences for line in lines)
 
     @property
     def is_padded(self) -> bool:
-        """Some place is not real."""
+        """Whether a sequence has padding."""
         return any(not line.real_T.all() for lines in self.sequences for line in lines)
 
     @property
     def left_padded(self) -> int:
-        """Sequences with padding before the text."""
+        """Number of sequences with padding before the text."""
         return sum(bool(line.left_pads and line.real_T.any()) for lines in self.sequences for line in lines)
 
     def _sequences_of(self, batch: Batch) -> list[Line]:
@@ -163,8 +163,8 @@ class Batches:
         is_pad = ids_T == self.pad_id
         left, right = int(np.argmin(is_pad)), int(np.argmin(is_pad[::-1]))
         keeps = self.pad_id in self._single
-        left -= keeps and left == 1  # a beginning
-        right -= keeps and right > 0  # an end
+        left -= keeps and left == 1  # a beginning of text
+        right -= keeps and right > 0  # an end of text
         pads_T[:left] = True
         pads_T[len(ids_T) - right :] = right > 0
         return pads_T
@@ -175,9 +175,10 @@ class Batches:
         return [first, *(inside or self._rows_behind(ids_T, first))] if real_T.any() else []
 
     def _rows_behind(self, ids_T: np.ndarray, first: int) -> list[int]:
-        """Where known rows begin behind a whole one, the last of which may be cut.
+        """Starts of known rows that follow a complete row; the last may be truncated.
 
-        Rows are followed, not searched for: the turns of a chat begin as rows do, and may be rows elsewhere.
+        Follows rows one after another instead of searching for them: turns of a chat start like rows, and may be rows
+        elsewhere.
         """
         found, at = [], first
         while size := self._size_of_row(ids_T, at):
@@ -188,12 +189,12 @@ class Batches:
         return found
 
     def _size_of_row(self, ids_T: np.ndarray, at: int) -> int:
-        """Of the longest known row that stands here; 0: none does."""
+        """Length of the longest known row at this position; 0 if there is none."""
         fits = (ids for ids, _ in self._known(ids_T, at) if np.array_equal(ids_T[at : at + len(ids)], ids))
         return max(map(len, fits), default=0)
 
     def _is_cut_row(self, ids_T: np.ndarray, at: int) -> bool:
-        """What is left of the sequence begins a known row, and no other one."""
+        """Whether the rest of the sequence is the start of exactly one known row."""
         left = len(ids_T) - at
         return any(shared < left < len(ids) and np.array_equal(ids_T[at:], ids[:left])
                    for ids, shared in self._known(ids_T, at))  # fmt: skip
@@ -203,7 +204,7 @@ class Batches:
 
 
 def _by_beginning(rows: Sequence[np.ndarray]) -> dict[tuple[int, ...], list[tuple[np.ndarray, int]]]:
-    """First ids -> the rows that begin so, each with the most ids that it shares with another row."""
+    """First ids -> rows that begin with them, each with the largest number of ids that it shares with another row."""
     ordered = sorted({tuple(row.tolist()) for row in rows if len(row) >= _KNOWN_BEGINNING})
     shared = [0, *(_shared(one, other) for one, other in itertools.pairwise(ordered)), 0]
     found: dict[tuple[int, ...], list[tuple[np.ndarray, int]]] = {}
@@ -214,7 +215,7 @@ def _by_beginning(rows: Sequence[np.ndarray]) -> dict[tuple[int, ...], list[tupl
 
 
 def _shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-    """Ids that both begin with."""
+    """Number of equal ids at the start of both."""
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
@@ -230,9 +231,9 @@ def _claimed_starts(
     attended_BT: np.ndarray | None,
     real_T: np.ndarray,
 ) -> list[int] | None:
-    """Where the batch says that documents begin; None where it says nothing of it."""
+    """Document starts that the batch marks; None if it has no marks."""
     for key in ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens"):
-        if (ends := batch.get(key)) is not None:  # over all sequences, one after the other
+        if (ends := batch.get(key)) is not None:  # over all sequences, concatenated
             ends_S = ends.cpu().numpy().ravel() - b * length
             return [int(i) for i in ends_S if 0 <= i < length]
     if (numbers := batch.get("seq_idx")) is not None:

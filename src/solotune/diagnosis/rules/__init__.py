@@ -160,7 +160,7 @@ def ask_all(run_facts: RunFacts, loads: bool = False) -> tuple[list[Signal], dic
     return signals, unasked
 
 
-# --- the rules on rows
+# --- rules on rows
 
 
 def judge(facts: RowFacts) -> list[Finding]:

@@ -248,11 +248,11 @@ def too_little_capacity(run_facts: RunFacts) -> Signal | None:
     Source: LoRA Without Regret (adapters on attention only are worse with the same number of parameters); only q_proj
     with r = 1: 2.98 instead of 1.72 (measured).
     """
-    rank, asked = setting(run_facts, "lora_r"), targets(run_facts)
-    if not rank or rank > 2 or not isinstance(asked, list) or len(asked) > 2:
+    rank, names = setting(run_facts, "lora_r"), targets(run_facts)
+    if not rank or rank > 2 or not isinstance(names, list) or len(names) > 2:
         return None
-    says = f"the adapter has only rank {rank:g} and is only on {', '.join(asked)}"
-    numbers = {"r": rank, "targets": asked}
+    says = f"the adapter has only rank {rank:g} and is only on {', '.join(names)}"
+    numbers = {"r": rank, "targets": names}
     return Signal("F62", "measured", says, 0.5, numbers, fix="lora_target_modules: all-linear, lora_r: 16")
 
 
@@ -268,10 +268,10 @@ def head_adapter_ignored(run_facts: RunFacts) -> Signal | None:
     Wrong when: the fused loss applies adapters (then its lora_B is not zero).
     Source: trl 1.16 raises an error for it.
     """
-    asked = targets(run_facts)
-    names = asked if isinstance(asked, list) else []
-    if isinstance(asked, str) and asked != "all-linear" and re.search(r"lm_head|embed_out", asked):
-        names = [asked]
+    configured = targets(run_facts)
+    names = configured if isinstance(configured, list) else []
+    if isinstance(configured, str) and configured != "all-linear" and re.search(r"lm_head|embed_out", configured):
+        names = [configured]
     heads = [name for name in names if name.rpartition(".")[2] in _HEADS or re.search(r"lm_head|embed_out", name)]
     if not heads:
         return None

@@ -126,7 +126,7 @@ def changed_default(run_facts: RunFacts) -> list[Signal]:
     Not: F64, whose value the user wrote; F02, whose value was written under another name.
     Fix: set every value that matters: `learning_rate`, `bf16`, `gradient_checkpointing`, `max_length`.
     Wrong when: the default is the intended value.
-    Source: trl#5138, where several explanations were in fact random differences between seeds, of one point.
+    Source: trl#5138, where several proposed explanations were only seed noise of one point.
     """
     if is_ours(run_facts):
         return []

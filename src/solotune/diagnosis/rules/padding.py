@@ -40,7 +40,7 @@ def left_padding_moves_positions(run_facts: RunFacts) -> Signal | None:
     says = f"{batches.left_padded} sequences are padded on the left, and {kind} counts positions from the left edge"
     return Signal(
         "F27", "measured", says, 0.7, {"left_padded": batches.left_padded},
-        fix="padding_side: right, or position_ids = attention_mask.cumsum(-1) - 1",
+        fix="pad on the right (padding_side of the tokenizer), or position_ids = attention_mask.cumsum(-1) - 1",
     )  # fmt: skip
 
 
@@ -138,7 +138,14 @@ def first_token_learned_from_padding(run_facts: RunFacts) -> Signal | None:
     if not facts.first_learned or facts.pads_learned:
         return None
     says = f"{facts.first_learned} texts have a label on their first token, which follows padding"
-    return Signal("F30", "measured", says, 0.6, {"rows": facts.first_learned}, fix="padding_side: right")
+    return Signal(
+        "F30",
+        "measured",
+        says,
+        0.6,
+        {"rows": facts.first_learned},
+        fix="pad on the right (padding_side of the tokenizer)",
+    )
 
 
 def _has_positions(batches: Batches) -> bool:

@@ -87,11 +87,11 @@ def rises_to_the_end(run_facts: RunFacts) -> Signal | None:
     is_rising = top >= len(rate) - 2 and bool((np.diff(rate[: top + 1]) > 0).all())
     if not is_rising or len(rate) < 4 or step[-1] < 0.6 * total:
         return None
-    asked = setting(run_facts, "learning_rate")
+    configured = setting(run_facts, "learning_rate")
     says = f"the logged learning rate still rises at step {step[-1]:,} of {total:,}"
-    says += f" and is {rate[-1] / asked:.0%} of the configured {asked:g}" if asked else ""
+    says += f" and is {rate[-1] / configured:.0%} of the configured {configured:g}" if configured else ""
     return Signal(
-        "F65", "invariant", says, 0.9, {"last_rate": float(rate[-1]), "asked": asked}, fix=_warmup_fix(run_facts)
+        "F65", "invariant", says, 0.9, {"last_rate": float(rate[-1]), "asked": configured}, fix=_warmup_fix(run_facts)
     )
 
 

@@ -328,11 +328,11 @@ def _text_prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
 @rule("F16", otherwise=True)
 def prompts_end_in_a_blank(run_facts: RunFacts) -> Signal | None:
     """F16, of prompts and completions as given."""
-    asked = [chat for chat in list(run_facts.conversations)[:NUM_ROWS] if chat]
-    if run_facts.tokenizer is None or not asked:
+    chats = [chat for chat in list(run_facts.conversations)[:NUM_ROWS] if chat]
+    if run_facts.tokenizer is None or not chats:
         return None
-    blank = [chat for chat in asked if str(chat[0].get("prompt") or "").endswith((" ", "\t"))]
-    if len(blank) < max(3, 0.05 * len(asked)):
+    blank = [chat for chat in chats if str(chat[0].get("prompt") or "").endswith((" ", "\t"))]
+    if len(blank) < max(3, 0.05 * len(chats)):
         return None
-    says = f"{len(blank)} of {len(asked)} prompts end with a space, which joins with the first word of the answer"
+    says = f"{len(blank)} of {len(chats)} prompts end with a space, which joins with the first word of the answer"
     return Signal("F16", "measured", says, 0.6, {}, fix="move the space from the prompt to the completion")

@@ -1,15 +1,15 @@
-"""A subject out of what another trainer left: Hugging Face's Trainer, trl, PEFT, and the tools on top of them.
+"""Build `RunFacts` from an output folder of Hugging Face's Trainer, TRL, PEFT, or tools on top of them.
 
     from_folder("output")                                                   a final folder, or checkpoint-50 alone
-    from_folder("output", config="sft.yaml", dataset="chats.jsonl")         with what made it
+    from_folder("output", config="sft.yaml", dataset="chats.jsonl")         with its config and data
 
-What is read: trainer_state.json (the curve), training_args.bin (never unpickled: `pickled`), adapter_config.json and
-adapter_model.safetensors, tokenizer files, generation_config.json, README.md (versions), logs; of the newest
-checkpoint, where the folder itself has none. Settings held are those of the arguments and of the adapter; what the
-config file says beside them is `asked`, and where nothing else is known it is taken to have held.
+It reads trainer_state.json (the curve), training_args.bin (never unpickled: `pickle_reader`), adapter_config.json and
+adapter_model.safetensors, tokenizer files, generation_config.json, README.md (versions) and logs; from the newest
+checkpoint if the folder itself has none. The settings are those of the arguments and of the adapter. Those of the
+config file are `asked`, and count as settings where neither file has the key.
 
-The batches of a foreign training are in no file. Where data and base are here, probes see the rows as solotune renders
-and masks them; what the training's own collator did to them stays open, and is said in `missing`.
+A trainer saves no batches. If data and base are here, probes see the rows as solotune renders and masks them; what the
+collator of the training did stays open, and `missing` says so.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ from solotune.diagnosis.sources.run_files import json_of
 from solotune.errors import InputError, SolotuneError
 
 LOG_BYTES = 64 << 10
-"""The end of a log, where its error stands."""
+"""Bytes read from the end of a log, where its error is."""
 NUM_FILES = 200
 _TOOLS = ("trl", "unsloth", "axolotl", "llama-factory", "llamafactory", "swift")
 
 
 def from_folder(folder: str | Path, config: str | Path | None = None, dataset: str | None = None) -> RunFacts:
-    """Everything that is known of the training that wrote this folder.
+    """Facts on the training that wrote this folder.
 
     Args:
-        config: the YAML or JSON that made it, in any of the tools' words.
-        dataset: what it was trained on: files, or a hub id.
+        config: its YAML or JSON config, with the keys of any of the tools.
+        dataset: the training data: a file, or a hub id.
 
     Raises:
-        InputError: no such folder, or a config that is none.
+        InputError: no such folder, or not a config.
     """
     path = solotune_run.expanded(folder)
     if not path.is_dir():
-        raise InputError(f"{path}: no such folder", allowed="a folder that a trainer wrote")
+        raise InputError(f"{path}: no such folder", allowed="the output folder of a trainer")
     newest = newest_checkpoint(path)
     places = [path, *([newest] if newest else [])]
     missing: dict[str, str] = {}
@@ -80,7 +80,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _settings(places: list[Path], config: str | Path | None, dataset: str | None, missing: dict[str, str]) -> Settings:
-    """What held: arguments and adapter; what was asked: the config file."""
+    """Settings of arguments and adapter, else of the config file; `asked`: those of the config file."""
     held: dict[str, Any] = {}
     sources: dict[str, str] = {}
     made_by, file = "", first_with(places, "training_args.bin")
@@ -103,7 +103,7 @@ def _settings(places: list[Path], config: str | Path | None, dataset: str | None
         asked, lines = hf_settings.read(config)
         ours = hf_settings.translated(asked)
         if ours.get("assistant_only_loss") is True:
-            held["assistant_only_loss"] = True  # what was asked; what came of it, labels tell
+            held["assistant_only_loss"] = True  # as written; the labels show what it did
         tool = tool or (trainer_defaults.tool_of(asked) if not made_by else None)
         if not made_by:
             ours = {**trainer_defaults.unstated(tool), **ours}
@@ -111,7 +111,7 @@ def _settings(places: list[Path], config: str | Path | None, dataset: str | None
         held = {**ours, **{key: value for key, value in held.items() if value is not None}}
         sources |= {key: lines[key] for key in ours if key in lines}
         unwritten = {"learning_rate", "max_length", "num_train_epochs"} & set(held) - set(lines)
-        sources |= dict.fromkeys(unwritten, "default: the config does not name it")
+        sources |= dict.fromkeys(unwritten, "default: not set in the config")
     if dataset is not None:
         held["dataset"] = dataset
     held.setdefault("tool", tool or ("transformers" if made_by else None))
@@ -119,7 +119,7 @@ def _settings(places: list[Path], config: str | Path | None, dataset: str | None
 
 
 def _environment(places: list[Path]) -> dict[str, Any]:
-    """The versions that the model card names."""
+    """Library versions from the model card."""
     readme = first_with(places, "README.md")
     text = readme.read_text(encoding="utf-8", errors="replace")[:LOG_BYTES] if readme else ""
     names = "TRL|Transformers|Pytorch|Datasets|Tokenizers|PEFT|Unsloth|Axolotl"
@@ -136,7 +136,7 @@ def _trace(folder: Path, places: list[Path], missing: dict[str, str]) -> Trace |
     errors = _errors(folder)
     history = [entry for entry in state.get("log_history") or () if isinstance(entry, Mapping)]
     if not history and not errors:
-        missing["trace"] = "no trainer_state.json" if file is None else f"{file.name} has no log that can be read"
+        missing["trace"] = "no trainer_state.json" if file is None else f"{file.name} has no readable log"
         return None
     steps = [dict(entry) for entry in history if "loss" in entry and isinstance(entry.get("step"), int)]
     evals = [dict(entry) for entry in history if "eval_loss" in entry and isinstance(entry.get("step"), int)]
@@ -157,7 +157,7 @@ def _trace(folder: Path, places: list[Path], missing: dict[str, str]) -> Trace |
 
 
 def _errors(folder: Path) -> tuple[str, ...]:
-    """Tracebacks, errors and warnings in the logs that lie in the folder or beside it."""
+    """Tracebacks, errors and warnings in the log files of the folder."""
     names = sorted(path for pattern in ("*.log", "*.out", "*.err", "log*.txt") for path in folder.glob(pattern))
     found = []
     for path in names[:NUM_FILES]:
@@ -182,7 +182,7 @@ def _saved(folder: Path, places: list[Path], settings: Settings, missing: dict[s
     if file is None:
         other = first_with(places, "adapter_model.bin")
         missing["saved"] = (
-            "adapter_model.bin is a pickle, which is never loaded; save the adapter as safetensors"
+            "adapter_model.bin is a pickle, which solotune never loads; save the adapter as safetensors"
             if other
             else "there is no adapter_model.safetensors"
         )
@@ -202,7 +202,7 @@ def _saved(folder: Path, places: list[Path], settings: Settings, missing: dict[s
 
 
 def _in_checkpoint(file: Path, tensors: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The adapter of the newest checkpoint, where the folder's own changes nothing; the same where this is one."""
+    """The adapter of the newest checkpoint if the folder's own has only zero B; the same if this is a checkpoint."""
     if not all(is_zero(tensor) for name, tensor in tensors.items() if "lora_B" in name):
         return None
     if file.parent.name.startswith("checkpoint-"):
@@ -219,7 +219,7 @@ def _in_checkpoint(file: Path, tensors: Mapping[str, Any]) -> Mapping[str, Any] 
 
 
 def _resumed_from(folder: Path, resumed: Any) -> Path | None:
-    """The checkpoint that the run went on from, where it is still there."""
+    """The checkpoint that the run resumed from, if it still exists."""
     if isinstance(resumed, str):
         for place in (solotune_run.expanded(resumed), folder / Path(resumed).name, folder.parent / Path(resumed).name):
             if place.is_dir():

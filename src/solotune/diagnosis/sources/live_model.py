@@ -1,10 +1,11 @@
-"""A training of ours as a `LiveModel`: its model, its batches as dicts, its loss, its evaluation, its way of answering.
+"""Load a run of solotune as a `LiveModel`: model, batches as dicts, loss, evaluation, generation.
 
-    live = load_live_model(config, tokenizer, prepared.train, prepared.validation)      before a run: fresh adapters
-    live = load_live_model(config, ..., tensors=adapter_tensors(folder))              with a run's adapters
+    live = load_live_model(config, machine, tokenizer, prepared.train, prepared.validation)      fresh adapters
+    live = load_live_model(config, ..., tensors=adapter_tensors(folder))                         adapters of a run
 
-The batches are those of the first steps, made by `collate.py`; only pads are written as the tokenizer's, where ours are
-any id, so that who looks at ids alone can tell them. Loss and accumulation are those of `training`, through its code.
+The batches are those of the first steps, made by `collate.py`. Only their padding gets the tokenizer's pad id (in
+training it is any id), so that checks that read only ids can recognize it. Loss and accumulation use the code of
+`training`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from solotune.dataset import Example, sampler
 from solotune.dataset.collate import Batch, collate_packs
 from solotune.diagnosis.facts.texts import IGNORED
 from solotune.diagnosis.run_facts import LiveModel
-from solotune.evaluation import scores
+from solotune.evaluation import generation, scores
 from solotune.hardware.machine import Machine
 from solotune.hub.model_files import ModelFiles
 from solotune.model import lora
@@ -64,7 +65,7 @@ def _as_dict(batch: Batch, packs: Sequence[Sequence[Example]], pad: int | None) 
 
 
 def _as_batch(batch: Mapping[str, Any]) -> Batch:
-    """What `TrainableModel.token_losses` takes, without the rows that the labels came from."""
+    """A `Batch` for `TrainableModel.token_losses`, without the rows of the labels."""
     ids_BT, labels_BT, position_ids_BT = batch["input_ids"], batch["labels"], batch.get("position_ids")
     is_label_BT = labels_BT != IGNORED
     is_label_BT[:, 0] = False
@@ -85,15 +86,15 @@ def load_live_model(
     tensors: Mapping[str, torch.Tensor] | None = None,
     model_files: ModelFiles | None = None,
 ) -> LiveModel:
-    """Loads the model on this machine.
+    """Load the model on this machine.
 
     Args:
-        config: settled for this machine (`trained_run.resolve_for_machine`).
-        tensors: the adapter of a run; None: fresh ones.
+        config: resolved for this machine (`trained_run.resolve_for_machine`).
+        tensors: the adapter of a run; None: fresh adapters.
         model_files: of the config's model; None: they are looked for.
 
     Raises:
-        InputError: see `model.load_model`; or the adapter does not fit.
+        InputError: as `load_model`; or the adapter does not fit.
     """
     model = trained_run.load_base(config, machine, model_files)
     if tensors is not None:
@@ -111,7 +112,7 @@ def load_live_model(
 
 
 def _backward(model: TrainableModel, batches: Sequence[Mapping[str, Any]]) -> float:
-    """The gradients of one step as `training.train_step` gets them."""
+    """Compute the gradients of one step as training does; return the loss."""
     made = [_as_batch(batch) for batch in batches]
     total = sum(len(batch.label_positions_N) for batch in made)
     for p in model.trainable:
@@ -123,9 +124,9 @@ def _backward(model: TrainableModel, batches: Sequence[Mapping[str, Any]]) -> fl
 
 
 def _answer(model: TrainableModel, tokenizer: Any, rows: Sequence[Example], text: str) -> str:
-    """As `solotune chat` answers, with the end of turn written out."""
-    stops = scores.stop_ids(model, tokenizer, rows[:1])
+    """The answer of `solotune chat`, with the end of turn as text."""
+    stops = generation.stop_ids(model, tokenizer, rows[:1])
     prompt = dataset.render_prompt(tokenizer, [{"role": "user", "content": text}])
-    ids = scores.generate(model, prompt, NEW_TOKENS, stops)
+    ids = generation.generate(model, prompt, NEW_TOKENS, stops)
     ended = [tokenizer.eos_token_id] if len(ids) < NEW_TOKENS and tokenizer.eos_token_id is not None else []
     return tokenizer.decode(np.array([*ids, *ended], dtype=np.int64).tolist(), skip_special_tokens=False)

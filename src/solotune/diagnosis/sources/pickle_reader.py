@@ -1,11 +1,11 @@
-"""The attributes of a pickled object, read and not run: what `training_args.bin` says, without trusting who wrote it.
+"""Read the attributes of a pickled object without running it: `training_args.bin` of an untrusted source.
 
     attributes(Path("output/training_args.bin"))  ->  ("trl...SFTConfig", {"learning_rate": 2e-5, ...})
 
-Unpickling calls whatever the file names. Here its opcodes are walked with `pickletools.genops`, which only decodes
-them, and a stack of plain values is kept beside; everything that would be called or imported becomes an `Opaque` with
-its name and arguments. So an enum is known by its value, and a tensor or a device is known to be something. File,
-opcodes and stack are bounded.
+Unpickling calls any function that the file names. This module walks the opcodes with `pickletools.genops`, which only
+decodes them, and keeps a stack of plain values. Everything that would be called or imported becomes an `Opaque` with
+its name and arguments: an enum is read by its value, a tensor or a device stays opaque. File size, opcodes and stack
+are bounded.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ MAX_BYTES = 4 << 20
 """Training arguments are a few kilobytes."""
 MAX_OPCODES = 200_000
 MAX_DEPTH, MAX_VALUES = 4, 1000
-"""Of one attribute: lists may hold one another many times."""
+"""Limits for one attribute: lists may contain each other many times."""
 MAX_PICKLES = 8
-"""Of a file in torch's format before zip: a magic number, a version, a dictionary, the object, its tensors' names."""
+"""Pickles in torch's format before zip: magic number, version, a dictionary, the object, tensor names."""
 
 
 class UnreadableError(ValueError):
-    """The file is no pickle of one object, or too large."""
+    """The file is not a pickle of one object, or is too large."""
 
 
 @dataclass(eq=False)
 class Opaque:
-    """Something that only running the pickle would make."""
+    """A value that only unpickling would create."""
 
     name: str
     arguments: tuple[Any, ...] = ()
@@ -43,10 +43,10 @@ _MARK = object()
 
 
 def attributes(path: Path) -> tuple[str, dict[str, Any]]:
-    """(class, attribute -> plain value) of the one object in the file; what is not plain is left out.
+    """(class, attribute -> plain value) of the one object in the file; other values are left out.
 
     Raises:
-        UnreadableError: it is damaged, too large, or holds no object with attributes.
+        UnreadableError: the file is damaged, too large, or has no object with attributes.
     """
     try:
         found = _object(_bytes(path))
@@ -92,7 +92,7 @@ def _object(data: bytes) -> Opaque:
 
 
 def _walk(stream: io.BytesIO) -> Any:
-    """The value of one pickle, with what would be made by running it left opaque."""
+    """The value of one pickle; what unpickling would create stays `Opaque`."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
@@ -156,7 +156,7 @@ def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> N
         stack.append(stack[-1])
     elif name in ("EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"):
         raise UnreadableError(f"opcode {name}")
-    else:  # the rest puts its argument on the stack: numbers, texts, bytes
+    else:  # all others push their argument: numbers, strings, bytes
         stack.append(argument)
 
 
@@ -176,7 +176,7 @@ def _pairs(items: list[Any]) -> dict[Any, Any]:
 
 
 def _call(stack: list[Any], called: Any, arguments: Any) -> None:
-    """What a call would have made: an object of the class that is called, or that a constructor is given."""
+    """Push the result of a call: an object of the called class, or of the class given to a constructor."""
     given = arguments if isinstance(arguments, tuple) else ()
     name = called.name if isinstance(called, Opaque) else "something"
     if name.startswith(("copyreg.", "copy_reg.")) and given and isinstance(given[0], Opaque):
@@ -185,14 +185,14 @@ def _call(stack: list[Any], called: Any, arguments: Any) -> None:
 
 
 def _build(state: Any, target: Any) -> None:
-    """Sets attributes: of a dict, or of (dict, slots)."""
+    """Set attributes from a dict, or from (dict, slots)."""
     for part in state if isinstance(state, tuple) else (state,):
         if isinstance(part, dict) and isinstance(target, Opaque):
             target.state.update(part)
 
 
 def _plain(value: Any, depth: int = 0, room: list[int] | None = None) -> Any:
-    """Texts, numbers, lists and dicts; an enum as its value; anything else, and what is too much, stays opaque."""
+    """Strings, numbers, lists and dicts; an enum as its value; all others, and what exceeds the limits, stay opaque."""
     room = [MAX_VALUES] if room is None else room
     room[0] -= 1
     if isinstance(value, (str, int, float, bool, type(None))):

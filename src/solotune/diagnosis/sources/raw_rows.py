@@ -1,4 +1,4 @@
-"""Rows as they stand in the file, before anything was normalised: what another trainer's template was given."""
+"""Read conversations as the file has them, not normalized: the input of another trainer's template."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from solotune.errors import SolotuneError
 
 NUM_ROWS = 5000
 _SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool"}
-"""ShareGPT's own words, which every reader of that format translates; in a `messages` column they are foreign."""
+"""Role names of ShareGPT, which every reader of that format translates; in a `messages` column they are wrong."""
 
 
 def raw_chats(dataset: Any, split: str = "train") -> list[list[dict[str, Any]]]:
-    """Conversations with their roles as written; none where the data cannot be read or holds none."""
+    """Conversations with their roles as written; none if the data cannot be read or has none."""
     try:
         rows = islice(Source.of("dataset", dataset, split), NUM_ROWS)
         return [chat for row in rows if (chat := chat_of(row.values))]
@@ -24,7 +24,7 @@ def raw_chats(dataset: Any, split: str = "train") -> list[list[dict[str, Any]]]:
 
 
 def chat_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row's messages: of messages, ShareGPT, prompt and completion, or Alpaca."""
+    """The messages of a row in the formats messages, ShareGPT, prompt and completion, or Alpaca."""
     for key in ("messages", "conversations", "chat", "dialogue"):
         found = row.get(key)
         if isinstance(found, list) and found and all(isinstance(one, Mapping) for one in found):

@@ -1,4 +1,4 @@
-"""What a run directory of ours holds, read as it is: finished, crashed, unfinished, resumed, torn, with NaN."""
+"""Read the files of a run directory in any state: finished, crashed, unfinished, resumed, torn, with NaN."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ from solotune.version import __version__
 
 
 def recorded(run: RunDirectory) -> RunConfig:
+    """The config of a run.
+
+    Raises:
+        InputError: config.yaml has keys or values that this version does not know.
+    """
     path = run.path / "config.yaml"
     try:
         return load_config(path)
@@ -34,43 +39,45 @@ def recorded(run: RunDirectory) -> RunConfig:
         raise InputError(
             f"{path}: solotune {__version__} cannot read the config of this run",
             seen=error.problem,
-            change=f"solotune {made_by} wrote it; use that version"
+            change=f"use solotune {made_by}, which wrote it"
             if made_by not in (None, __version__)
-            else "the file was changed since its run, or another version wrote it; solotune verify tells",
+            else "the file was changed after the run, or another version wrote it; check with solotune verify",
         ) from None
 
 
 def day(run: RunDirectory) -> Any:
+    """The date that its templates printed; None if it is not recorded."""
     with contextlib.suppress(SolotuneError):
         return day_of(run.path)
     return None
 
 
 def newest_adapter(run: RunDirectory) -> Path | None:
+    """The folder of the final adapter, else of the newest checkpoint; None if nothing was saved."""
     return run.adapter if run.adapter.is_dir() else checkpoint.newest(run.checkpoints)
 
 
 def summary(record: RunRecord) -> dict[str, Any]:
-    """What the run counted when it began."""
+    """Counts from the start event of the run: rows and trainable parameters."""
     keys = ("train_rows", "validation_rows", "trainable_parameters")
     counts = {key: getattr(record.start, key, None) for key in keys}
     return {key: count for key, count in counts.items() if count is not None}
 
 
 def findings(record: RunRecord) -> list[Finding]:
-    """What the data door said when the run began, where the rows are not here any more."""
+    """Findings in data.json, from the start of the run; for runs whose rows are gone."""
     found = (record.data or {}).get("findings")
     entries = found if isinstance(found, list) else []
     return [finding for one in entries if (finding := Finding.from_json(one)) is not None]
 
 
 def json_of(path: Path | None) -> dict[str, Any]:
-    """A JSON object; empty where there is none that can be read."""
+    """A JSON object; empty if it is missing or cannot be read."""
     return (json_object(path) if path is not None else None) or {}
 
 
 def saved_of(folder: Path) -> Saved | None:
-    """The adapter of a folder, ours or PEFT's; None where there is none that can be read."""
+    """The adapter of a folder of solotune or PEFT; None if it is missing or cannot be read."""
     try:
         tensors = adapter_tensors(folder)
     except SolotuneError:
@@ -81,7 +88,7 @@ def saved_of(folder: Path) -> Saved | None:
 
 
 def trace_of(record: RunRecord) -> Trace:
-    """The events of a run as arrays; its log's errors, and the steps after which it was resumed."""
+    """The events of a run as arrays, its errors, and the steps after which it was resumed."""
     return replace(
         curves(record.steps, record.evals),
         total_steps=record.total_steps,
@@ -92,7 +99,7 @@ def trace_of(record: RunRecord) -> Trace:
 
 
 def curves(steps: Sequence[StepEvent], evals: Sequence[EvalEvent]) -> Trace:
-    """Steps and evaluations as arrays, and nothing else of the run."""
+    """Steps and evaluations as arrays; total steps, state and errors stay unset."""
     return Trace(
         step_S=np.array([event.step for event in steps], np.int64),
         loss_S=np.array([event.loss for event in steps], float),
@@ -107,14 +114,14 @@ def curves(steps: Sequence[StepEvent], evals: Sequence[EvalEvent]) -> Trace:
 
 
 def _in_words(failure: NonFiniteEvent | DeviceFailedEvent) -> str:
-    """What ended the run."""
+    """A failure event as one line."""
     if isinstance(failure, DeviceFailedEvent):
         return f"{failure.problem}: {failure.seen}"
     return f"step {failure.step}: not finite: {failure.seen}"
 
 
 def column(entries: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
-    """float64, NaN where an entry has no number under this key."""
+    """float64; NaN for entries without a number under this key."""
     return np.array([_float(entry.get(key)) for entry in entries], float)
 
 

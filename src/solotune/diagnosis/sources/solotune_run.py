@@ -1,11 +1,11 @@
-"""A subject out of what is ours: rows that are prepared, a config, a run directory.
+"""Build `RunFacts` of solotune's own: from prepared rows, a config, or a run directory.
 
-    from_prepared(config, tokenizer, prepared, findings)     what the verb train has in hand
-    of_config(config)                                        before a run
-    from_run("runs/demo")                                    during or after it: finished, crashed, unfinished, resumed
+    from_prepared(config, tokenizer, prepared, findings, model_files)     in `solotune train`
+    of_config(config)                                                     before a run
+    from_run("runs/demo")                                                 finished, crashed, unfinished or resumed
 
-Whatever is not there (the base model, the data, a file of the run) is named in `missing` with its reason, and the rest
-is judged without it. A run's files are read as they are: metrics with a torn last line, with NaN, empty or absent.
+What cannot be read (the base model, the data, a file of the run) is in `missing` with the reason; the rest is judged
+without it. Damaged files are read as far as possible: metrics with a torn last line, with NaN, empty or absent.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from solotune.units import gib
 
 
 def settings_of(config: RunConfig) -> Settings:
-    """All keys of a config, each with where it was set, and what solotune does without a key for it."""
+    """All keys of a config with their sources, and fixed settings of solotune that have no key."""
     fixed = {
         "tool": "solotune",
         "adapter_dtype": "float32",
@@ -52,10 +52,10 @@ def settings_of(config: RunConfig) -> Settings:
 def from_prepared(
     config: RunConfig, tokenizer: Any, prepared: Prepared, findings: list[Finding], model_files: ModelFiles
 ) -> RunFacts:
-    """A training that is about to begin: its settings and its rows, of which nothing has run yet.
+    """Facts on a run that is about to start: its settings and its rows.
 
     Args:
-        findings: what `check_rows` says of the rows.
+        findings: of `check_rows` for these rows.
     """
     return RunFacts(
         name=config.name,
@@ -134,15 +134,15 @@ def _conversations(source: SourceSettings) -> list[list[dict[str, Any]]]:
     return []
 
 
-# --- the model, and the batches that its training sees
+# --- the model
 
 
 def too_large(run_facts: RunFacts) -> str | None:
-    """Why the model cannot be loaded here; None where it should fit."""
+    """Why the model does not fit on this machine; None if it should fit."""
     needs, free = derived.weight_bytes(run_facts), _free_bytes()
     if needs is None or 1.2 * needs < free:
         return None
-    return f"the base takes about {gib(needs)} GiB, and {gib(free)} are free on this machine"
+    return f"the base needs about {gib(needs)} GiB, and {gib(free)} GiB are free on this machine"
 
 
 def _free_bytes() -> int:
@@ -158,7 +158,7 @@ def live_of(
     adapter: Path | None,
     model_files: ModelFiles | None = None,
 ) -> Callable[[], LiveModel]:
-    """Loads the base with its adapters, fresh or those of a folder, once."""
+    """A function that loads the base with its adapters (fresh, or of a folder), once."""
 
     @cache
     def load() -> LiveModel:
@@ -176,10 +176,10 @@ def live_of(
 
 
 def from_run(path: str | Path) -> RunFacts:
-    """A run directory, in whatever state it is.
+    """Facts on a run directory in any state.
 
     Raises:
-        InputError: there is no run, or its config is of a version that has other keys.
+        InputError: there is no run, or its config is of a version with other keys.
     """
     run = RunDirectory.open(path)
     config = run_files.recorded(run)
@@ -210,7 +210,7 @@ def from_run(path: str | Path) -> RunFacts:
 
 
 def _other_base(record: RunRecord, model_files: ModelFiles | None) -> list[Signal]:
-    """What `solotune chat` would refuse: the base in its folder is not the one that was trained on."""
+    """The signal that `solotune chat` would raise: the base in its folder is not the one of the training."""
     from solotune.model.base_fingerprint import base_fingerprint, check_base
 
     if model_files is None:  # not here, which `missing` says
@@ -221,7 +221,7 @@ def _other_base(record: RunRecord, model_files: ModelFiles | None) -> list[Signa
             check_base(recorded, base_fingerprint(model_files), model_files.name)
     except IntegrityError as error:
         return of_refusal(error)
-    except SolotuneError:  # its weights are not here, or damaged, which is said elsewhere
+    except SolotuneError:  # its weights are missing or damaged, which is reported elsewhere
         pass
     return []
 

@@ -1,10 +1,10 @@
-"""What a trainer takes where its config says nothing: for folders with a config and no training_args.bin.
+"""Default settings of other trainers, for folders with a config but no training_args.bin.
 
-    tool = tool_of({"micro_batch_size": 1, "sequence_len": 512})        "axolotl", by words that no other tool has
+    tool = tool_of({"micro_batch_size": 1, "sequence_len": 512})        "axolotl", by keys that no other tool has
     unstated("axolotl")["lr_scheduler_type"]                            "cosine"
 
-Names are ours. Only what the tools' own sources say is here; a value that depends on others (a batch made of several
-keys) is left out. Where training_args.bin lies beside it, that is read, and none of this.
+Keys are solotune's. Values are from the source code of the tools; values that depend on others (a batch size made of
+several keys) are left out. If there is a training_args.bin, it is read instead.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TRANSFORMERS: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "adam_epsilon": 1e-8,
 }
-"""transformers 5.24, training_args.py, which the others build on."""
+"""transformers 5.24, training_args.py; the base of the others."""
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "transformers": _TRANSFORMERS,
@@ -67,12 +67,12 @@ _WORDS: dict[str, frozenset[str]] = {
 }  # fmt: skip
 
 
-def tool_of(asked: Mapping[str, Any]) -> str | None:
-    """The tool whose words a config has; None where it has those of none, or of two alike."""
-    counts = sorted(((len(words & asked.keys()), tool) for tool, words in _WORDS.items()), reverse=True)
+def tool_of(written: Mapping[str, Any]) -> str | None:
+    """The tool with the most of its own keys in a config; None if there is none, or a tie."""
+    counts = sorted(((len(words & written.keys()), tool) for tool, words in _WORDS.items()), reverse=True)
     return counts[0][1] if counts[0][0] > counts[1][0] else None
 
 
 def unstated(tool: str | None) -> dict[str, Any]:
-    """What this tool takes where nothing is said; nothing is known of another."""
+    """The defaults of this tool; empty for an unknown one."""
     return dict(_DEFAULTS.get({"llamafactory": "llama-factory"}.get(str(tool), str(tool)), {}))

@@ -1,11 +1,11 @@
-"""What TRL's SFTTrainer makes of rows, made again: its rendering, labels, truncation, packing and batches.
+"""Reproduce the preprocessing of TRL's SFTTrainer: rendering, labels, truncation, packing and batches.
 
-    told = arguments({"completion_only_loss": None, "max_length": 64, ...})     of training_args.bin, or of a config
-    made = prepare("chats.jsonl", "train", tokenizer, told)                     None: rows that it would not have taken
+    sft = arguments({"completion_only_loss": None, "max_length": 64, ...})     of training_args.bin, or of a config
+    made = prepare("chats.jsonl", "train", tokenizer, sft)                     None: rows that TRL would not accept
 
-So a mask, a cut or a pack is seen as it was there, where another reading of the same rows would hide it: TRL learns the
-completion of prompt-completion rows and every token of others, whatever `completion_only_loss` says; it cuts
-(`keep_start`, `keep_end`), drops what has no label left, and `wrapped` packs have no boundaries.
+So loss masks, truncation and packing are those of the training; another way to read the rows would hide their faults.
+TRL trains on the completion of prompt-completion rows and on every token of other rows, whatever `completion_only_loss`
+says; it truncates (`keep_start`, `keep_end`), drops rows without a label, and `wrapped` packs have no boundaries.
 
 Source: trl 1.16, trainer/sft_trainer.py (`_prepare_dataset`, `DataCollatorForLanguageModeling`), trainer/sft_config.py
 (defaults), data_utils.py (`maybe_convert_to_chatml`, `pack_dataset`).
@@ -41,33 +41,33 @@ DEFAULTS: dict[str, Any] = {
     "dataset_text_field": "text",
     "dataset_kwargs": None,
 }
-"""SFTConfig's, of trl 1.16, in what concerns rows."""
+"""Defaults of SFTConfig in trl 1.16 for keys that concern rows."""
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
 class Made:
-    """The rows as they were trained on, and what became of those that were not."""
+    """The rows as trained on, and the number of rows before."""
 
     examples: list[Example]
     rows_in: int
     learns_answers: bool
-    """Whether answers alone were to be learned: by the settings, or since TRL does so with such rows."""
+    """Whether only answers have labels: by the settings, or by TRL's default for such rows."""
 
 
 def arguments(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Of all arguments those that concern rows, with TRL's defaults where nothing is said."""
+    """The arguments that concern rows; TRL's default where one is missing."""
     return {key: found.get(key, default) for key, default in DEFAULTS.items()}
 
 
-def prepare(dataset: Any, split: str, tokenizer: Any, told: Mapping[str, Any]) -> Made | None:
-    """The rows as TRL makes them; None where it makes them in a way that is not known from here (a dataset of ids, a
-    formatting function, a training template of its own), or would have refused."""
-    if (told["dataset_kwargs"] or {}).get("skip_prepare_dataset"):
+def prepare(dataset: Any, split: str, tokenizer: Any, sft: Mapping[str, Any]) -> Made | None:
+    """The rows as TRL makes them; None if TRL would refuse them, or makes them in a way that is not known here (a
+    dataset of ids, a formatting function, a training template of its own)."""
+    if (sft["dataset_kwargs"] or {}).get("skip_prepare_dataset"):
         return None
     lacks_marker = not _MARKER.search(str(getattr(tokenizer, "chat_template", None) or ""))
-    if told["assistant_only_loss"] and lacks_marker:
-        return None  # it then takes a training template of its own
+    if sft["assistant_only_loss"] and lacks_marker:
+        return None  # TRL then uses its own training template
     try:
         rows = list(islice(Source.of("dataset", dataset, split), NUM_ROWS))
     except (SolotuneError, OSError, ValueError):
@@ -75,24 +75,24 @@ def prepare(dataset: Any, split: str, tokenizer: Any, told: Mapping[str, Any]) -
     if not rows:
         return None
     has_completion = {"prompt", "completion"} <= rows[0].values.keys()
-    asked = told["completion_only_loss"]
-    by_completion = has_completion if asked is None else bool(asked)
+    completion_only = sft["completion_only_loss"]
+    by_completion = has_completion if completion_only is None else bool(completion_only)
     examples = []
     for row in rows:
         try:
-            made = _example(row.values, row.where, tokenizer, told, by_completion and has_completion)
-        except Exception:  # templates refuse in their own words; then TRL had refused
+            made = _example(row.values, row.where, tokenizer, sft, by_completion and has_completion)
+        except Exception:  # templates raise any error; TRL would fail too
             return None
         if made is None:
             return None
-        if (made := _cut(made, told)) is not None:
+        if (made := _cut(made, sft)) is not None:
             examples.append(made)
-    learns_answers = by_completion or bool(told["assistant_only_loss"])
+    learns_answers = by_completion or bool(sft["assistant_only_loss"])
     return Made(examples, len(rows), learns_answers) if examples else None
 
 
 def _chat(value: Any) -> list[dict[str, Any]] | None:
-    """Messages as TRL renames their keys; roles stay as they are written."""
+    """Messages with their keys renamed as TRL does; roles as written."""
     if not isinstance(value, list) or not value or not all(isinstance(one, Mapping) for one in value):
         return None
     return [
@@ -103,16 +103,16 @@ def _chat(value: Any) -> list[dict[str, Any]] | None:
 
 
 def _example(
-    row: Mapping[str, Any], where: str, tokenizer: Any, told: Mapping[str, Any], by_completion: bool
+    row: Mapping[str, Any], where: str, tokenizer: Any, sft: Mapping[str, Any], by_completion: bool
 ) -> Example | None:
-    """Ids and labels of one row, before anything is cut; None where TRL would find nothing in it."""
-    marked = bool(told["assistant_only_loss"])
+    """Ids and labels of one row before truncation; None if TRL would find no text in it."""
+    marked = bool(sft["assistant_only_loss"])
     if "prompt" in row and "completion" in row:
-        asked, answered = _chat(row["prompt"]), _chat(row["completion"])
-        if asked and answered:
-            prompt, _ = _ids(tokenizer, asked, add_generation_prompt=True)
-            ids, mask = _ids(tokenizer, [*asked, *answered], marked)
-            messages = [*asked, *answered]
+        prompt_chat, completion_chat = _chat(row["prompt"]), _chat(row["completion"])
+        if prompt_chat and completion_chat:
+            prompt, _ = _ids(tokenizer, prompt_chat, add_generation_prompt=True)
+            ids, mask = _ids(tokenizer, [*prompt_chat, *completion_chat], marked)
+            messages = [*prompt_chat, *completion_chat]
         elif isinstance(row["prompt"], str) and isinstance(row["completion"], str):
             completion = _ended(row["completion"], tokenizer)
             prompt, ids = tokenizer(row["prompt"])["input_ids"], tokenizer(row["prompt"] + completion)["input_ids"]
@@ -122,7 +122,7 @@ def _example(
         learned = np.arange(len(ids)) >= (_common(prompt, ids) if by_completion else 0)
     else:
         chat = _chat(row.get("messages")) or _chat(row.get("conversations"))
-        text = row.get(told["dataset_text_field"])
+        text = row.get(sft["dataset_text_field"])
         if chat:
             (ids, mask), messages = _ids(tokenizer, chat, marked), chat
         elif isinstance(text, str):
@@ -136,13 +136,13 @@ def _example(
 
 
 def _common(prompt: Sequence[int], ids: Sequence[int]) -> int:
-    """How many ids they begin with alike: where TRL lets the completion begin."""
+    """Number of equal ids at the start; there TRL lets the completion begin."""
     unlike = (i for i, (one, other) in enumerate(zip(prompt, ids, strict=False)) if one != other)
     return next(unlike, min(len(prompt), len(ids)))
 
 
 def _ended(text: str, tokenizer: Any) -> str:
-    """What is no chat gets the end of text, where it does not have it."""
+    """The text with the end-of-text token; added if missing (only for rows that are not chats)."""
     end = tokenizer.eos_token or ""
     return text if text.endswith(end) else text + end
 
@@ -150,19 +150,19 @@ def _ended(text: str, tokenizer: Any) -> str:
 def _ids(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], marked: bool = False, **options: Any
 ) -> tuple[list[int], list[int] | None]:
-    """By the template: ids, and what stands between its markers."""
+    """Ids by the template, and the mask of its generation markers."""
     out = tokenizer.apply_chat_template(
         list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=marked, **options
     )
     return out["input_ids"], out["assistant_masks"] if marked else None
 
 
-def _cut(row: Example, told: Mapping[str, Any]) -> Example | None:
-    """At `max_length`, on the side that was asked for; None where no label is left (packing drops none)."""
-    limit, is_packed = told["max_length"], bool(told["packing"])
-    if not isinstance(limit, int) or (is_packed and told["packing_strategy"] != "bfd"):
+def _cut(row: Example, sft: Mapping[str, Any]) -> Example | None:
+    """The row truncated to `max_length` on the configured side; None if no label is left (packing drops none)."""
+    limit, is_packed = sft["max_length"], bool(sft["packing"])
+    if not isinstance(limit, int) or (is_packed and sft["packing_strategy"] != "bfd"):
         return row
-    kept = slice(-limit, None) if told["truncation_mode"] == "keep_end" and not is_packed else slice(limit)
+    kept = slice(-limit, None) if sft["truncation_mode"] == "keep_end" and not is_packed else slice(limit)
     cut = Example(row.input_ids[kept], row.loss_mask[kept], row.where, row.messages)
     return cut if is_packed or cut.loss_mask.any() else None
 
@@ -171,7 +171,7 @@ def _cut(row: Example, told: Mapping[str, Any]) -> Example | None:
 
 
 def batches_of(
-    rows: Sequence[Example], tokenizer: Any, told: Mapping[str, Any], size: int, count: int = NUM_BATCHES
+    rows: Sequence[Example], tokenizer: Any, sft: Mapping[str, Any], size: int, count: int = NUM_BATCHES
 ) -> list[dict[str, torch.Tensor]]:
     """The first micro-batches of a shuffled epoch, as TRL's collator makes them.
 
@@ -179,21 +179,21 @@ def batches_of(
         size: rows (or packs) of a micro-batch.
     """
     order = np.random.default_rng(0).permutation(len(rows))
-    if not told["packing"]:
+    if not sft["packing"]:
         lines = [[_pair(rows[i])] for i in order[: count * size]]
-    elif told["packing_strategy"] == "wrapped":
-        lines = _wrapped([_pair(rows[i]) for i in order], told["max_length"], count * size)
+    elif sft["packing_strategy"] == "wrapped":
+        lines = _wrapped([_pair(rows[i]) for i in order], sft["max_length"], count * size)
     else:
-        chosen = [part for i in order for part in _parts(_pair(rows[i]), told["max_length"])]
-        lines = _best_fit(chosen, told["max_length"])[: count * size]
-    flat = told["padding_free"] or (told["packing"] and told["packing_strategy"] != "wrapped")
+        chosen = [part for i in order for part in _parts(_pair(rows[i]), sft["max_length"])]
+        lines = _best_fit(chosen, sft["max_length"])[: count * size]
+    flat = sft["padding_free"] or (sft["packing"] and sft["packing_strategy"] != "wrapped")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     chunks = [lines[i : i + size] for i in range(0, len(lines), size)]
     return [_flat(chunk) if flat else _padded(chunk, pad) for chunk in chunks if chunk]
 
 
 Pair = tuple[np.ndarray, np.ndarray]
-"""int64 ids and labels of a stretch."""
+"""int64 ids and labels of consecutive tokens."""
 
 
 def _pair(row: Example) -> Pair:
@@ -202,18 +202,18 @@ def _pair(row: Example) -> Pair:
 
 
 def _parts(pair: Pair, limit: int) -> list[Pair]:
-    """What `bfd_split` makes of a row that is longer than a pack."""
+    """Parts of a row that is longer than a pack, as `bfd_split` makes them."""
     return [(pair[0][i : i + limit], pair[1][i : i + limit]) for i in range(0, len(pair[0]), limit)]
 
 
 def _wrapped(pairs: Sequence[Pair], limit: int, count: int) -> list[list[Pair]]:
-    """All rows one behind the other, cut wherever a pack is full."""
+    """All rows concatenated, and cut wherever a pack is full."""
     ids, labels = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
     return [[part] for part in _parts((ids, labels), limit)[:count]]
 
 
 def _best_fit(pairs: Sequence[Pair], limit: int) -> list[list[Pair]]:
-    """The longest first, each into the pack with the least room that is enough."""
+    """Best fit decreasing: longest rows first, each into the fullest pack with enough room."""
     packs: list[list[Pair]] = []
     room: list[int] = []
     for pair in sorted(pairs, key=lambda pair: -len(pair[0])):
@@ -229,7 +229,7 @@ def _best_fit(pairs: Sequence[Pair], limit: int) -> list[list[Pair]]:
 
 
 def _flat(chunk: Sequence[Sequence[Pair]]) -> dict[str, torch.Tensor]:
-    """Without padding: one line of all rows, whose positions begin anew; the first token of each is no label."""
+    """Without padding: all rows in one sequence, positions restart for each; the first token of each has no label."""
     pairs = [pair for line in chunk for pair in line]
     positions = torch.cat([torch.arange(len(ids)) for ids, _ in pairs])[None]
     labels = torch.as_tensor(np.concatenate([labels for _, labels in pairs]))[None]
@@ -242,7 +242,7 @@ def _flat(chunk: Sequence[Sequence[Pair]]) -> dict[str, torch.Tensor]:
 
 
 def _padded(chunk: Sequence[Sequence[Pair]], pad: int) -> dict[str, torch.Tensor]:
-    """Padded on the right, whatever the tokenizer's side; what is padding is masked by its place."""
+    """Padded on the right, whatever the tokenizer's side; padding is masked by position."""
     longest = max(len(line[0][0]) for line in chunk)
     ids_BT = torch.full((len(chunk), longest), pad)
     labels_BT, mask_BT = torch.full_like(ids_BT, IGNORED), torch.zeros_like(ids_BT)

@@ -1,0 +1,116 @@
+"""Base against tuned on held-out rows: losses paired by row, exact match, and sample answers.
+
+Base and tuned are the same model with its adapters off and on. Their difference has a standard error of its own, over
+rows: much smaller than that of either loss, since a hard row is hard for both (`scores` has the formula).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from itertools import islice
+from typing import Any
+
+from solotune.dataset import Example, render_prompt
+from solotune.evaluation import generation
+from solotune.evaluation.scores import Score, ratio_and_stderr, score
+from solotune.model.loading import TrainableModel
+from solotune.model.lora import adapters_off
+from solotune.runtime import signals
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out prompt with the answers of both."""
+
+    where: str
+    prompt: str
+    reference: str
+    base: str
+    tuned: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The content of evaluation.json."""
+
+    base: Score
+    tuned: Score
+    samples: list[Sample]
+
+    @property
+    def difference(self) -> tuple[float, float]:
+        """Tuned loss minus base loss and its standard error, paired by row."""
+        return loss_difference(self.base, self.tuned)
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON of evaluation.json; `scores` may get more keys."""
+        difference, stderr = self.difference
+        exact = {
+            "base": self.base.exact_match,
+            "tuned": self.tuned.exact_match,
+            "stderr": {"base": self.base.exact_match_stderr, "tuned": self.tuned.exact_match_stderr},
+        }
+        return {
+            "rows": self.base.rows,
+            "base": self.base.to_json(),
+            "tuned": self.tuned.to_json(),
+            "difference": {"loss": difference, "stderr": stderr},
+            "scores": {"exact_match": exact},
+            "samples": [asdict(sample) for sample in self.samples],
+        }
+
+
+def loss_difference(base: Score, tuned: Score) -> tuple[float, float]:
+    """Tuned minus base and its standard error, paired by row: much smaller than either error alone."""
+    paired = [t - b for b, t in zip(base.row_losses, tuned.row_losses, strict=True)]
+    return ratio_and_stderr(paired, base.row_weights)
+
+
+def samples(
+    model: TrainableModel,
+    tokenizer: Any,
+    rows: Sequence[Example],
+    count: int,
+    max_new_tokens: int,
+    rendered_on: date | None = None,
+) -> list[Sample]:
+    """Answers of base and tuned to the first `count` held-out prompts that end with an assistant turn."""
+    chosen = list(islice((row for row in rows if row.messages and row.messages[-1]["role"] == "assistant"), count))
+    stops = generation.stop_ids(model, tokenizer, rows)
+    shown = []
+    for row in chosen:
+        signals.check_stop()
+        prompt = render_prompt(tokenizer, row.messages[:-1], row.tools, rendered_on=rendered_on)
+        tuned = generation.generate(model, prompt, max_new_tokens, stops)
+        with adapters_off(model.module):
+            base = generation.generate(model, prompt, max_new_tokens, stops)
+        users = [message["content"] for message in row.messages if message["role"] == "user"]
+        texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (base, tuned)]
+        shown.append(Sample(row.where, users[-1] if users else "", row.messages[-1]["content"], *texts))
+    return shown
+
+
+def compare(
+    model: TrainableModel,
+    tokenizer: Any,
+    rows: Sequence[Example],
+    *,
+    batch_size: int,
+    num_samples: int,
+    max_new_tokens: int,
+    rendered_on: date | None = None,
+    tuned: Score | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Evaluate base and tuned on `rows`.
+
+    Args:
+        rendered_on: the date on which the rows were rendered.
+        tuned: the tuned model's score where it was just measured; None: it is measured.
+    """
+    tuned = tuned or score(model, rows, batch_size, progress)
+    with adapters_off(model.module):
+        base = score(model, rows, batch_size, progress)
+    return Evaluation(base, tuned, samples(model, tokenizer, rows, num_samples, max_new_tokens, rendered_on))
