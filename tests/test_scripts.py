@@ -75,7 +75,7 @@ def test_what_is_wrong_with_a_wheel_is_named(tmp_path: Path) -> None:
 
     assert found(readme) == []
     assert found(readme, "errors.py") == ["not in the wheel: solotune/errors.py"]
-    assert found(readme, **{"tests/tiny.py": ""}) == ["in the wheel, and not of the package: tests/tiny.py"]
+    assert found(readme, **{"tests/tiny.py": ""}) == ["in the wheel, but not in the package: tests/tiny.py"]
     assert found(readme, "LICENSE") == ["no LICENSE"]
     assert found("Name: solotune\n\n") == ["the long description is not README.md"]
-    assert found(readme + "[keys](docs/config.md)\n") == ["a link that leads nowhere: docs/config.md"]
+    assert found(readme + "[keys](docs/config.md)\n") == ["link to a local file: docs/config.md"]

@@ -34,13 +34,13 @@ Usage: solotune [OPTIONS] VERB ...
   Fine-tune an LLM on one GPU, and see what was learned.
 
   From nothing to a tuned model:
-    solotune doctor                       is this machine fit for it?
-    solotune init MODEL chats.jsonl       writes solotune.yaml
-    solotune data solotune.yaml           what will be learned, token by token
-    solotune plan solotune.yaml           does it fit, and how long will it take?
-    solotune train solotune.yaml          trains, then compares with the base
-    solotune diagnose runs/RUN            is something wrong, and what?
-    solotune chat runs/RUN --base         talk to both
+    solotune doctor                       check this machine
+    solotune init MODEL chats.jsonl       write solotune.yaml
+    solotune data solotune.yaml           check the data: which tokens are trained on
+    solotune plan solotune.yaml           does it fit, how long will it take?
+    solotune train solotune.yaml          train, then compare with the base model
+    solotune diagnose runs/RUN            find out what is wrong
+    solotune chat runs/RUN --base         chat with the tuned and the base model
 
 Options:
   --version   Show the version and exit.
@@ -49,31 +49,31 @@ Options:
 Verbs:
   doctor    Check this machine: driver, CUDA, packages, memory, disk.
   init      Write a commented config for a MODEL and a DATASET.
-  data      Show what training would learn: rows, split, tokens, mask.
-  plan      Say what a run will need and take, before it runs.
-  train     Train, save the adapter, compare it with its base.
-  evaluate  Compare a RUN's model with its base on the held-out rows.
-  diagnose  Name what is wrong with a training, or say that nothing is.
-  explain   Explain a fault: how it shows, why it matters, its fix.
-  chat      Talk to a RUN's model.
-  verify    Check that a RUN's files are what it wrote.
+  data      Show the training data: rows, split, tokens, loss mask.
+  plan      Predict memory and time of a run before it starts.
+  train     Train, save the adapter, compare it with the base model.
+  evaluate  Compare the model of a RUN with its base on held-out rows.
+  diagnose  Find out what is wrong with a run, if anything.
+  explain   Explain a fault: symptoms, why it matters, its fix.
+  chat      Chat with the model of a RUN.
+  verify    Check that the files of a RUN are unchanged.
   runs      List the runs, oldest first.
 
 Exit codes:
   0    done
   1    a bug of solotune
   2    bad input: config, data or model
-  3    a check said no
+  3    a check failed (does not fit, fault found)
   4    the run directory is in use
-  5    a file is not what the run recorded
-  6    loss, gradient or weights are not finite
-  7    the device failed
-  8    a write failed
-  9    the run hung, and was ended
-  129  hung up (SIGHUP); what was done is saved
-  130  interrupted (Ctrl-C); what was done is saved
-  137  killed (SIGKILL), also where a hung run cannot end with 9
-  143  terminated (SIGTERM); what was done is saved
+  5    a file has changed since the run recorded it
+  6    loss, gradient or weights are NaN or infinite
+  7    the GPU or device failed (for example: out of memory)
+  8    a write failed (disk full, read-only, I/O error)
+  9    the run hung and was stopped
+  129  hung up (SIGHUP); progress is saved
+  130  interrupted (Ctrl-C); progress is saved
+  137  killed (SIGKILL); also a hung run that cannot exit with 9
+  143  terminated (SIGTERM); progress is saved
 """)
 
 
@@ -199,7 +199,7 @@ def test_missing_config(capsys, tmp_path, monkeypatch):
     assert error_in(capsys.readouterr().err) == snapshot("""\
 <tmp>/none.yaml: no such config file
   seen:    looked in <tmp>
-  change:  solotune init MODEL DATA writes one to start from\
+  change:  create one with: solotune init MODEL DATA\
 """)
 
 
@@ -258,13 +258,19 @@ def test_the_tree_in_the_docs_of_errors_is_the_one_that_there_is():
 def test_ctrl_c_is_130_with_a_line(verbs, capsys):
     verbs.runs = raising(KeyboardInterrupt())
     assert cli.main(["runs"]) == 130
-    assert capsys.readouterr().err == snapshot("error: interrupted\n")
+    assert capsys.readouterr().err == snapshot("Interrupted.\n")
 
 
 def test_an_interrupted_run_keeps_its_signal(verbs, capsys):
     verbs.runs = raising(errors.InterruptedRunError(15, "stopped after step 3; checkpoint saved", "runs/a"))
     assert cli.main(["runs", "--json"]) == 143
     assert json.loads(capsys.readouterr().out)["error"]["exit_code"] == 143
+
+
+def test_an_interruption_is_not_printed_as_an_error(verbs, capsys):
+    verbs.runs = raising(errors.InterruptedRunError(2, "stopped after step 3; checkpoint saved", "continue with: x"))
+    assert cli.main(["runs"]) == 130
+    assert capsys.readouterr().err == snapshot("Stopped after step 3; checkpoint saved. Continue with: x\n")
 
 
 def test_a_bug_names_the_file_with_its_traceback(verbs, capsys, tmp_path, monkeypatch):
@@ -384,19 +390,20 @@ next     solotune chat runs/a --base
 DATA_HELP = snapshot("""\
 Usage: solotune data [OPTIONS] CONFIG [KEY=VALUE]...
 
-  Show what training would learn: rows, split, tokens, mask.
+  Show the training data: rows, split, tokens, loss mask.
 
-  The model's own chat template is applied, so what is shown is what the model
-  sees; what it learns is marked. Faults of the data are named with their fix;
-  one that is an error makes the exit code 3.
+  Rows are shown as the model sees them, with its chat template; tokens that
+  are trained on are marked. Problems in the data are shown with their fix. If
+  one of them is an error, the exit code is 3.
 
   Example:
     solotune data solotune.yaml --show 3 max_length=1024
 
 Options:
-  --show INTEGER RANGE  Rows to show.  [default: 1; x>=0]
-  --ids                 Show each token of these rows by itself, with its id.
-  --json                Print one JSON object on stdout, all else on stderr.
+  --show INTEGER RANGE  Number of rows to show.  [default: 1; x>=0]
+  --ids                 Show each token of these rows with its id.
+  --json                Print one JSON object on stdout and everything else on
+                        stderr.
   -h, --help            Show this message and exit.
 """)
 
@@ -488,7 +495,7 @@ def test_chat_with_one_prompt_as_json(capsys):
 def test_init_writes_a_config_that_loads(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["init", "some/model", "chats.jsonl"]) == 0
-    assert capsys.readouterr().out == snapshot("wrote solotune.yaml; next: solotune data solotune.yaml\n")
+    assert capsys.readouterr().out == snapshot("Wrote solotune.yaml. Next: solotune data solotune.yaml\n")
     config = solotune.load_config("solotune.yaml")
     assert (config.model_name_or_path, config.dataset) == ("some/model", "chats.jsonl")
     assert cli.main(["init", "some/model", "chats.jsonl"]) == 2
@@ -499,7 +506,7 @@ def test_init_writes_a_config_that_loads(tmp_path, monkeypatch, capsys):
 
 def test_runs_of_an_empty_folder(tmp_path, capsys):
     assert cli.main(["runs", "--root", str(tmp_path)]) == 0
-    assert stable(capsys.readouterr().out) == snapshot("no runs in <tmp>; solotune train CONFIG makes one")
+    assert stable(capsys.readouterr().out) == snapshot("No runs in <tmp> yet. Start one with: solotune train CONFIG")
     assert cli.main(["runs", "--root", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"runs": []}
 

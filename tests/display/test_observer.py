@@ -106,7 +106,7 @@ def test_a_bug_of_an_observer_is_told_once_and_is_not_the_runs():
         observer.step(STEP)
         observer.step(STEP)
     (told,) = seen
-    assert str(told.message) == "Heard has failed, and hears no more of this run: ValueError('a bug')"
+    assert str(told.message) == "Heard failed and is not called any more in this run: ValueError('a bug')"
     assert told.filename == __file__
 
 
@@ -118,7 +118,7 @@ def test_the_runs_log_and_a_stop_pass_through(error):
 
 def test_the_stage_is_what_was_shown_last(monkeypatch):
     said = []
-    monkeypatch.setattr(watchdog, "doing", said.append)
+    monkeypatch.setattr(watchdog, "set_stage", said.append)
     observer = Resilient(Heard())
     assert observer.stage == "getting ready"
     observer.phase("reading data")

@@ -176,7 +176,7 @@ def a_run(display: PlainDisplay, steps: int = 5) -> None:
 
 PLAIN = snapshot("""\
 loading model ...
-decided for you:
+settings chosen for you:
 bf16: false  because there is no GPU
 training for 5 steps
 step 2/5  loss 2.0000  lr 2.0e-04  grad norm 0.50  epoch 0.04  500 tok/s  3.0 GiB  0:06 left
@@ -246,13 +246,14 @@ def test_no_live_line_on_a_terminal_that_cannot_move_its_cursor(term, monkeypatc
 
 # --- results
 
-EVALUATION = snapshot("""
- held-out rows                       base             tuned         change
- ─────────────────────────────────────────────────────────────────────────
- loss per learned token   2.5000 ± 0.0200   0.2500 ± 0.0100        -2.2500
- exact match                   0.0% ± 2.8       95.0% ± 2.8   +95.0 points
+EVALUATION = snapshot("""\
 
-60 held-out rows, 4,000 learned tokens; ± is one standard error
+ held-out rows               base             tuned         change
+ ─────────────────────────────────────────────────────────────────
+ loss per token   2.5000 ± 0.0200   0.2500 ± 0.0100        -2.2500
+ exact match           0.0% ± 2.8       95.0% ± 2.8   +95.0 points
+
+60 held-out rows, 4,000 loss tokens; ± is one standard error
 
 sample 1 · chats.jsonl:17 ──────────────────────────────────────────────────────
 prompt     order 4 pears
@@ -303,15 +304,16 @@ def preview(**changes: Any) -> DataPreview:
 
 
 TOKENS = ["user:", " hi", "\n", "hel", "lo"]
-HEAD = snapshot("a.jsonl:1 · 5 tokens, 2 learned: learned is in ⟦ ⟧")
+HEAD = snapshot("a.jsonl:1 · 5 tokens, 2 trained on, shown in ⟦ ⟧")
 ROW = "user: hi↵\n⟦hello⟧\n"
-FOUND = snapshot("""
+FOUND = snapshot("""\
+
 format    messages
 rows      1,200 read, 1,195 kept
 dropped   2 exact duplicate, 3 no assistant turn
-too long  7 cut to max_length; 6 of them lose learned tokens
-tokens    1,000, of which 250 (25.0%) are learned
-split     1,135 to train on, 60 held out; 900 groups, 1 near-duplicate, 0 leaks
+too long  7 truncated to max_length; 6 of them lose tokens to train on
+tokens    1,000, of which 250 (25.0%) are trained on
+split     1,135 training rows, 60 held out; 900 groups, 1 near-duplicate, 0 leaks
 
 !  F17 truncated: 2 rows were cut
    → max_length=4096
@@ -348,7 +350,7 @@ def test_weights_are_told_in_a_line_and_shown_behind_what_has_one():
     text = piped(lambda console: results.print_data(DataPreview(report, [row]), console))
     assert "user: hi⟦one⟧⟦half⟧×0.5\n" in text
     assert [line for line in text.splitlines() if line.startswith("weights")] == snapshot(
-        ["weights   7 answers of 1 row have another than 1; their sum over the learned tokens is 1,234,567.25"]
+        ["weights   7 answers in 1 row have a weight other than 1; the sum over the loss tokens is 1,234,567.25"]
     )
 
 
@@ -401,7 +403,7 @@ def test_on_a_terminal_one_types_until_quit(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", Terminal())
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     assert list(progress.read_messages("m + run")) == ["hi"]
-    assert capsys.readouterr().err == snapshot("m + run   /reset forgets, /quit leaves\n")
+    assert capsys.readouterr().err == snapshot("m + run   /reset: new conversation, /quit: exit\n")
 
 
 def test_answers_stream_as_they_come():

@@ -223,7 +223,7 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, as_json: bool) 
 @click.argument("run")
 @json_option
 def evaluate(run: str, as_json: bool) -> None:
-    """Compare the model of a RUN with its base model on the held-out rows.
+    """Compare the model of a RUN with its base on held-out rows.
 
     RUN is a run directory. Shows the loss per trained token and exact match, with standard errors, and answers side by
     side.

@@ -101,8 +101,8 @@ def _data_facts(report: DataReport) -> dict[str, str]:
 def _print_row(row: ShownRow, console: Console, with_ids: bool) -> None:
     total = len(row.tokens)
     num_trained = sum(len(ids) for _, supervised, ids in row.pieces if supervised)
-    legend = "green" if console.color_system is not None else "in ⟦ ⟧"
-    _print_rule(f"{row.where} · {total:,} tokens, {num_trained:,} trained on ({legend})", console)
+    legend = "shown in green" if console.color_system is not None else "shown in ⟦ ⟧"
+    _print_rule(f"{row.where} · {total:,} tokens, {num_trained:,} trained on, {legend}", console)
     if with_ids:
         _print_tokens(row, console)
     else:
@@ -285,7 +285,7 @@ def print_runs(runs: Sequence[RunSummary], root: str | Path, console: Console) -
     """One line per run, oldest first."""
     if not runs:
         console.print(
-            Text(escape_terminal(f"No runs in {root}. Start one with: solotune train CONFIG")), soft_wrap=True
+            Text(escape_terminal(f"No runs in {root} yet. Start one with: solotune train CONFIG")), soft_wrap=True
         )
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
