@@ -31,7 +31,7 @@ from tests.dataset.conftest import (  # noqa: F401
 
 LOOP = "{% for a in range(9999) %}{% for b in range(9999) %}{{ range(9999) | sum }}{% endfor %}{% endfor %}"
 SET, TIMES = "{% set ns = namespace(a=10, b='x') %}", "{% for i in range(99) %}"
-LIMITS = ("of processor time", "more than 512 MiB", "a text of")
+LIMITS = ("of CPU time", "more than 512 MiB", "a text of")
 
 HOSTILE = {
     "string multiplied": "{{ 'x' * 10000000000 }}",

@@ -143,9 +143,8 @@ def collate_packs(packs: Sequence[Sequence[Example]], device: torch.device, shap
         return torch.from_numpy(array).to(device, non_blocking=True)
 
     rows = [row for pack in packs for row in pack]
-    label_positions_N = tensor(
-        np.concatenate(labels)
-    )  # computed on the host: reading it back from the device would synchronise
+    # computed on the host: reading it back from the device would synchronise
+    label_positions_N = tensor(np.concatenate(labels))
     weights = None
     if any(row.weights is not None for row in rows):
         weights = tensor(np.concatenate([_label_weights(row) for row in rows]))

@@ -30,22 +30,22 @@ def check_mapping(rows: Iterable[Row], mapping: Mapping[str, str], *, is_needed:
     if not mapping:
         return
     present = dict.fromkeys(key for row in rows for key in row.values)
-    for theirs, ours in mapping.items():
-        if theirs not in present and not is_needed:
+    for column, name in mapping.items():
+        if column not in present and not is_needed:
             continue
-        if theirs not in present:
-            near = difflib.get_close_matches(theirs, present, 1)
+        if column not in present:
+            near = difflib.get_close_matches(column, present, 1)
             raise InputError(
-                f"column_mapping: no row has the column {theirs}",
+                f"column_mapping: no row has the column {column}",
                 seen=", ".join(map(str, present)) or "no columns",
                 change=f"did you mean {near[0]}?" if near else "use a column name from the file",
             )
-        if ours != IGNORE and ours in present and ours not in mapping:
+        if name != IGNORE and name in present and name not in mapping:
             raise InputError(
-                f"column_mapping: {theirs} cannot become {ours}: the file already has a column {ours}",
+                f"column_mapping: {column} cannot become {name}: the file already has a column {name}",
                 seen=", ".join(present),
                 allowed="each name once",
-                change=f"to drop the existing column, add {ours}: ignore",
+                change=f"to drop the existing column, add {name}: ignore",
             )
 
 
