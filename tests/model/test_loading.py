@@ -87,18 +87,18 @@ def test_nf4_base_is_that_of_transformers_with_bitsandbytes(tiny_config, model_f
         assert torch.equal(frozen[name].storage.dense(torch.float32), weight), name
 
 
-def test_a_mirror_changes_memory_and_not_one_bit_of_the_result(tiny_config):
+def test_a_dequantized_copy_changes_memory_and_not_one_bit_of_the_result(tiny_config):
     batch = collate(random_rows(3), CPU)
     results = []
     for residency in ("quantized", "dequantized"):
         model = load(tiny_config(base_precision="nf4", base_residency=residency))
-        mirrors = [m for n, m in model.module.named_buffers() if n.endswith("mirror_OI")]
-        assert len(mirrors) == (14 if residency == "dequantized" else 0)
+        copies = [m for n, m in model.module.named_buffers() if n.endswith("dequantized_OI")]
+        assert len(copies) == (14 if residency == "dequantized" else 0)
         losses, _ = model.token_losses(batch)
         losses.sum().backward()
         results.append([losses.detach(), *(layer.lora_B.grad for layer in model.lora_layers.values())])
-    for without, with_mirror in zip(*results, strict=True):
-        assert torch.equal(without, with_mirror)
+    for without, with_copy in zip(*results, strict=True):
+        assert torch.equal(without, with_copy)
 
 
 @pytest.mark.parametrize("base", ["nf4", "fp8"])
