@@ -273,7 +273,7 @@ run/adapter: the adapter does not fit this model and config
         snapshot("""\
 run/adapter/adapter_model.safetensors: tensor base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight is not finite
   seen:    1 of 256 numbers are NaN or infinite
-  change:  download the folder again, or name another model\
+  change:  download the folder again, or use another model\
 """),
     ),
     "infinity": (
@@ -282,7 +282,7 @@ run/adapter/adapter_model.safetensors: tensor base_model.model.model.layers.0.se
         snapshot("""\
 run/adapter/adapter_model.safetensors: tensor base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight is not finite
   seen:    1 of 256 numbers are NaN or infinite
-  change:  download the folder again, or name another model\
+  change:  download the folder again, or use another model\
 """),
     ),
     "cut": (
@@ -316,9 +316,9 @@ run/adapter: no adapter in safetensors
         a_link,
         2,
         snapshot("""\
-run/adapter/adapter_model.safetensors: a link that leads out of the folder
+run/adapter/adapter_model.safetensors: a link to a file outside the folder
   seen:    <tmp>/elsewhere.safetensors
-  allowed: files in the folder itself, and the links of the hub's cache
+  allowed: files in the folder itself, and links of the hub's cache
   change:  copy the file into the folder\
 """),
     ),

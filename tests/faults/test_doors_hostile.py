@@ -240,16 +240,16 @@ TREES: dict[str, tuple[Change, list[str], tuple[int, ...]]] = {
 
 MESSAGES = {
     "tokenizer's auto_map": snapshot("""\
-model/tokenizer_config.json: auto_map can make a loader run code that comes with the model or from elsewhere
+model/tokenizer_config.json: auto_map can make a loader run code from the model folder or from elsewhere
   seen:    auto_map: {'AutoTokenizer': ['evil.Evil', None]}
-  allowed: architectures that the installed transformers has itself
-  change:  remove auto_map, if the model is one of these; otherwise name another model\
+  allowed: architectures of the installed transformers
+  change:  remove auto_map if the model has such an architecture; otherwise use another model\
 """),
     "adapter's tokenizer": snapshot("""\
-run/adapter/tokenizer_config.json: auto_map can make a loader run code that comes with the model or from elsewhere
+run/adapter/tokenizer_config.json: auto_map can make a loader run code from the model folder or from elsewhere
   seen:    auto_map: {'AutoTokenizer': ['evil.Evil', None]}
-  allowed: architectures that the installed transformers has itself
-  change:  remove auto_map, if the model is one of these; otherwise name another model\
+  allowed: architectures of the installed transformers
+  change:  remove auto_map if the model has such an architecture; otherwise use another model\
 """),
     "tokenizer's class a model": snapshot("""\
 model/tokenizer_config.json: tokenizer_class is not a tokenizer class
@@ -262,15 +262,15 @@ model/tokenizer_config.json: tokenizer_class is not a tokenizer class
   allowed: a tokenizer class of transformers\
 """),
     "tokenizer by link": snapshot("""\
-model/tokenizer.json: a link that leads out of the folder
+model/tokenizer.json: a link to a file outside the folder
   seen:    <tmp>/outside/secret.json
-  allowed: files in the folder itself, and the links of the hub's cache
+  allowed: files in the folder itself, and links of the hub's cache
   change:  copy the file into the folder\
 """),
     "template by link": snapshot("""\
-model/chat_template.jinja: a link that leads out of the folder
+model/chat_template.jinja: a link to a file outside the folder
   seen:    <tmp>/outside/secret.json
-  allowed: files in the folder itself, and the links of the hub's cache
+  allowed: files in the folder itself, and links of the hub's cache
   change:  copy the file into the folder\
 """),
     "adapter that names code": snapshot("""\

@@ -226,12 +226,12 @@ model/model-00002-of-00002.safetensors: not a readable safetensors file
 """)),
     (76, "cut by a byte", text_of(SECOND, lambda raw: raw[:-1]), snapshot("""\
 model/model-00002-of-00002.safetensors: not a readable safetensors file
-  seen:    1 bytes are missing at its end
+  seen:    1 missing bytes at its end
   change:  download the file again\
 """)),
     (76, "cut by half", text_of(SECOND, lambda raw: raw[: len(raw) // 2]), snapshot("""\
 model/model-00002-of-00002.safetensors: not a readable safetensors file
-  seen:    78,768 bytes are missing at its end
+  seen:    78,768 missing bytes at its end
   change:  download the file again\
 """)),
     (76, "cut in the header", text_of(SECOND, lambda raw: raw[:100]), snapshot("""\
@@ -241,7 +241,7 @@ model/model-00002-of-00002.safetensors: not a readable safetensors file
 """)),
     (76, "a byte too many", text_of(SECOND, lambda raw: raw + b"\0"), snapshot("""\
 model/model-00002-of-00002.safetensors: not a readable safetensors file
-  seen:    1 bytes too many at its end
+  seen:    1 extra bytes at its end
   change:  download the file again\
 """)),
     (77, "header of 2^40", text_of(SECOND, lambda raw: struct.pack("<Q", 1 << 40) + raw[8:]), snapshot("""\
@@ -261,17 +261,17 @@ model/model-00002-of-00002.safetensors: not a readable safetensors file
 """)),
     (77, "overlap", header(shifted(-4)), snapshot("""\
 model/model-00002-of-00002.safetensors: not a readable safetensors file
-  seen:    model.layers.1.input_layernorm.weight: overlaps what is before it
+  seen:    model.layers.1.input_layernorm.weight: overlaps the tensor before it
   change:  download the file again\
 """)),
     (77, "hole", header(shifted(4)), snapshot("""\
 model/model-00002-of-00002.safetensors: not a readable safetensors file
-  seen:    model.layers.1.input_layernorm.weight: leaves a hole before it
+  seen:    model.layers.1.input_layernorm.weight: leaves a gap before it
   change:  download the file again\
 """)),
     (77, "name twice", header(twice), snapshot("""\
 model/model-00002-of-00002.safetensors: not a readable safetensors file
-  seen:    its header is not valid JSON: the key 'lm_head.weight' stands there twice
+  seen:    its header is not valid JSON: the key 'lm_head.weight' appears twice
   change:  download the file again\
 """)),
     (77, "shape against bytes", header(lambda c: first_of(c).update(shape=[1])), snapshot("""\
@@ -312,31 +312,31 @@ model/model-00002-of-00002.safetensors: not a readable safetensors file
     (79, "NaN", tensors(with_value(float("nan"))), snapshot("""\
 model: tensor model.layers.0.self_attn.q_proj.weight is not finite
   seen:    1 of 4,096 numbers are NaN or infinite
-  change:  download the folder again, or name another model\
+  change:  download the folder again, or use another model\
 """)),
     (79, "infinity", tensors(with_value(float("inf"))), snapshot("""\
 model: tensor model.layers.0.self_attn.q_proj.weight is not finite
   seen:    1 of 4,096 numbers are NaN or infinite
-  change:  download the folder again, or name another model\
+  change:  download the folder again, or use another model\
 """)),
     (79, "both", tensors(lambda h: h.update({Q: h[Q] / 0 - h[Q] / 0})), snapshot("""\
 model: tensor model.layers.0.self_attn.q_proj.weight is not finite
   seen:    4,096 of 4,096 numbers are NaN or infinite
-  change:  download the folder again, or name another model\
+  change:  download the folder again, or use another model\
 """)),
     (80, "index names a tensor too many", index(lambda m: m.update({"model.x": FIRST})), snapshot("""\
-model/model.safetensors.index.json: index and files do not agree on 1 tensors
-  seen:    model.x: model-00001-of-00002.safetensors in the index, in no file
+model/model.safetensors.index.json: index and files differ for 1 tensors
+  seen:    model.x: in model-00001-of-00002.safetensors according to the index, found in no file
   change:  download the folder again\
 """)),
     (80, "index lacks a tensor", index(lambda m: m.pop(Q)), snapshot("""\
-model/model.safetensors.index.json: index and files do not agree on 1 tensors
-  seen:    model.layers.0.self_attn.q_proj.weight: nowhere in the index, in model-00001-of-00002.safetensors
+model/model.safetensors.index.json: index and files differ for 1 tensors
+  seen:    model.layers.0.self_attn.q_proj.weight: not in the index, found in model-00001-of-00002.safetensors
   change:  download the folder again\
 """)),
     (80, "index names another file", index(lambda m: m.update({EMBEDDING: SECOND, Q: FIRST})), snapshot("""\
-model/model.safetensors.index.json: index and files do not agree on 1 tensors
-  seen:    model.embed_tokens.weight: model-00002-of-00002.safetensors in the index, in model-00001-of-00002.safetensors
+model/model.safetensors.index.json: index and files differ for 1 tensors
+  seen:    model.embed_tokens.weight: in model-00002-of-00002.safetensors according to the index, found in model-00001-of-00002.safetensors
   change:  download the folder again\
 """)),
     (80, "index empty", text_of(INDEX, lambda raw: json.dumps(MORE).encode()), snapshot('model/model.safetensors.index.json: not a safetensors index (weight_map: tensor -> file)')),
@@ -349,24 +349,24 @@ model/model.safetensors.index.json: not a JSON object
   seen:    list\
 """)),
     (80, "index with numbers", index(lambda m: m.update({Q: 3})), snapshot("""\
-model/model.safetensors.index.json: names a file outside the folder
+model/model.safetensors.index.json: refers to a file outside the folder
   seen:    3
   allowed: names such as a.safetensors\
 """)),
     (80, "tensor gone from file and index", tensors(lambda h: h.pop(Q)), snapshot("""\
 model: the checkpoint lacks 1 tensors
   seen:    model.layers.0.self_attn.q_proj.weight
-  change:  check that config.json and weights belong together, and download the folder again\
+  change:  check that config.json belongs to these weights, or download the folder again\
 """)),
     (80, "tensor in two files", header(lambda c: c.update({EMBEDDING: c.pop(min(c.keys() - {"__metadata__"}))})),
      snapshot("""\
-model/model-00002-of-00002.safetensors: holds a tensor that model-00001-of-00002.safetensors has too
+model/model-00002-of-00002.safetensors: contains a tensor that is also in model-00001-of-00002.safetensors
   seen:    model.embed_tokens.weight\
 """)),
     (81, "extra tensor", tensors(lambda h: h.update({"model.evil": torch.zeros(2)})), snapshot("""\
-model: the checkpoint has, but the architecture does not know, 1 tensors
+model: the checkpoint has 1 tensors that the architecture does not have
   seen:    model.evil
-  change:  check that config.json and weights belong together, and download the folder again\
+  change:  check that config.json belongs to these weights, or download the folder again\
 """)),
     (82, "another shape", tensors(lambda h: h.update({Q: torch.zeros(3, 64)})), snapshot("""\
 model/model-00001-of-00002.safetensors: tensor model.layers.0.self_attn.q_proj.weight does not fit the architecture in config.json
@@ -384,24 +384,24 @@ model/model-00001-of-00002.safetensors: tensor model.embed_tokens.weight does no
   allowed: floating point (256, 64)\
 """)),
     (83, "fewer layers in config", config(num_hidden_layers=1), snapshot("""\
-model: the checkpoint has, but the architecture does not know, 9 tensors
+model: the checkpoint has 9 tensors that the architecture does not have
   seen:    model.layers.1.input_layernorm.weight, model.layers.1.mlp.down_proj.weight, model.layers.1.mlp.gate_proj.weight
-  change:  check that config.json and weights belong together, and download the folder again\
+  change:  check that config.json belongs to these weights, or download the folder again\
 """)),
     (83, "more layers in config", config(num_hidden_layers=3), snapshot("""\
 model: the checkpoint lacks 9 tensors
   seen:    model.layers.2.input_layernorm.weight, model.layers.2.mlp.down_proj.weight, model.layers.2.mlp.gate_proj.weight
-  change:  check that config.json and weights belong together, and download the folder again\
+  change:  check that config.json belongs to these weights, or download the folder again\
 """)),
     (83, "another architecture", config(model_type="gpt2"), snapshot("""\
 model: the checkpoint lacks 28 tensors
   seen:    transformer.h.0.attn.c_attn.bias, transformer.h.0.attn.c_attn.weight, transformer.h.0.attn.c_proj.bias
-  change:  check that config.json and weights belong together, and download the folder again\
+  change:  check that config.json belongs to these weights, or download the folder again\
 """)),
     (83, "experts in config", config(model_type="mixtral", num_local_experts=4), snapshot("""\
 model: the checkpoint lacks 6 tensors
   seen:    model.layers.0.mlp.experts.down_proj, model.layers.0.mlp.experts.gate_up_proj, model.layers.0.mlp.gate.weight
-  change:  check that config.json and weights belong together, and download the folder again\
+  change:  check that config.json belongs to these weights, or download the folder again\
 """)),
     (84, "int8", tensors(lambda h: h.update({Q: h[Q].to(torch.int8)})), snapshot("""\
 model/model-00001-of-00002.safetensors: tensor model.layers.0.self_attn.q_proj.weight does not fit the architecture in config.json
@@ -417,19 +417,19 @@ model/model-00001-of-00002.safetensors: tensor model.layers.0.self_attn.q_proj.w
 model/config.json: the checkpoint is already quantised
   seen:    quantization_config: gptq
   allowed: 16- or 32-bit weights, which solotune quantises itself
-  change:  name the original, unquantised model\
+  change:  use the original model, which is not quantised\
 """)),
     (85, "unknown method", config(quantization_config={"quant_method": "evil"}), snapshot("""\
 model/config.json: the checkpoint is already quantised
   seen:    quantization_config: evil
   allowed: 16- or 32-bit weights, which solotune quantises itself
-  change:  name the original, unquantised model\
+  change:  use the original model, which is not quantised\
 """)),
     (85, "no method", config(quantization_config="yes"), snapshot("""\
 model/config.json: the checkpoint is already quantised
   seen:    quantization_config: yes
   allowed: 16- or 32-bit weights, which solotune quantises itself
-  change:  name the original, unquantised model\
+  change:  use the original model, which is not quantised\
 """)),
     (86, "a pickle alone", pickle_alone, snapshot("""\
 model: no weights in safetensors
@@ -437,22 +437,22 @@ model: no weights in safetensors
   allowed: *.safetensors; formats that can run code are not read\
 """)),
     (87, "../", index(lambda m: m.update({Q: "../elsewhere.safetensors"})), snapshot("""\
-model/model.safetensors.index.json: names a file outside the folder
+model/model.safetensors.index.json: refers to a file outside the folder
   seen:    ../elsewhere.safetensors
   allowed: names such as a.safetensors\
 """)),
     (87, "absolute", index(lambda m: m.update({Q: "/etc/passwd"})), snapshot("""\
-model/model.safetensors.index.json: names a file outside the folder
+model/model.safetensors.index.json: refers to a file outside the folder
   seen:    /etc/passwd
   allowed: names such as a.safetensors\
 """)),
     (87, "home", index(lambda m: m.update({Q: "~/a.safetensors"})), snapshot("""\
-model/model.safetensors.index.json: names a file outside the folder
+model/model.safetensors.index.json: refers to a file outside the folder
   seen:    ~/a.safetensors
   allowed: names such as a.safetensors\
 """)),
     (87, "a pickle", index(lambda m: m.update({Q: "pytorch_model.bin"})), snapshot("""\
-model/model.safetensors.index.json: names a file outside the folder
+model/model.safetensors.index.json: refers to a file outside the folder
   seen:    pytorch_model.bin
   allowed: names such as a.safetensors\
 """)),
@@ -462,115 +462,115 @@ model: a weight file is missing
   change:  download the folder again\
 """)),
     (87, "link out", linked_out, snapshot("""\
-model/model-00002-of-00002.safetensors: a link that leads out of the folder
+model/model-00002-of-00002.safetensors: a link to a file outside the folder
   seen:    <tmp>/elsewhere.safetensors
-  allowed: files in the folder itself, and the links of the hub's cache
+  allowed: files in the folder itself, and links of the hub's cache
   change:  copy the file into the folder\
 """)),
     (87, "link out, config", lambda f: ((f / "config.json").rename(f.parent / "c.json"),
      (f / "config.json").symlink_to("../c.json")), snapshot("""\
-model/config.json: a link that leads out of the folder
+model/config.json: a link to a file outside the folder
   seen:    <tmp>/c.json
-  allowed: files in the folder itself, and the links of the hub's cache
+  allowed: files in the folder itself, and links of the hub's cache
   change:  copy the file into the folder\
 """)),
     (87, "FIFO", lambda f: (unlink(SECOND)(f), os.mkfifo(f / SECOND)), snapshot('model/model-00002-of-00002.safetensors: not a regular file')),
     (87, "folder", lambda f: (unlink(SECOND)(f), (f / SECOND).mkdir()), snapshot('model/model-00002-of-00002.safetensors: not a regular file')),
     (87, "device", lambda f: (unlink("config.json")(f), (f / "config.json").symlink_to("/dev/zero")), snapshot('model/config.json: not a regular file')),
     (88, "auto_map", config(auto_map={"AutoModelForCausalLM": "evil.Evil"}), snapshot("""\
-model/config.json: auto_map can make a loader run code that comes with the model or from elsewhere
+model/config.json: auto_map can make a loader run code from the model folder or from elsewhere
   seen:    auto_map: {'AutoModelForCausalLM': 'evil.Evil'}
-  allowed: architectures that the installed transformers has itself
-  change:  remove auto_map, if the model is one of these; otherwise name another model\
+  allowed: architectures of the installed transformers
+  change:  remove auto_map if the model has such an architecture; otherwise use another model\
 """)),
     (88, "auto_map elsewhere", config(auto_map={"AutoConfig": "org/evil--e.E"}), snapshot("""\
-model/config.json: auto_map can make a loader run code that comes with the model or from elsewhere
+model/config.json: auto_map can make a loader run code from the model folder or from elsewhere
   seen:    auto_map: {'AutoConfig': 'org/evil--e.E'}
-  allowed: architectures that the installed transformers has itself
-  change:  remove auto_map, if the model is one of these; otherwise name another model\
+  allowed: architectures of the installed transformers
+  change:  remove auto_map if the model has such an architecture; otherwise use another model\
 """)),
     (88, "trust_remote_code", config(trust_remote_code=True), snapshot("""\
-model/config.json: trust_remote_code can make a loader run code that comes with the model or from elsewhere
+model/config.json: trust_remote_code can make a loader run code from the model folder or from elsewhere
   seen:    trust_remote_code: True
-  allowed: architectures that the installed transformers has itself
-  change:  remove trust_remote_code, if the model is one of these; otherwise name another model\
+  allowed: architectures of the installed transformers
+  change:  remove trust_remote_code if the model has such an architecture; otherwise use another model\
 """)),
     (88, "attention kernel", config(attn_implementation="org/kernel"), snapshot("""\
-model/config.json: attn_implementation can make a loader run code that comes with the model or from elsewhere
+model/config.json: attn_implementation can make a loader run code from the model folder or from elsewhere
   seen:    attn_implementation: 'org/kernel'
-  allowed: architectures that the installed transformers has itself
-  change:  remove attn_implementation, if the model is one of these; otherwise name another model\
+  allowed: architectures of the installed transformers
+  change:  remove attn_implementation if the model has such an architecture; otherwise use another model\
 """)),
     (88, "_attention kernel", config(_attn_implementation="org/k"), snapshot("""\
-model/config.json: _attn_implementation can make a loader run code that comes with the model or from elsewhere
+model/config.json: _attn_implementation can make a loader run code from the model folder or from elsewhere
   seen:    _attn_implementation: 'org/k'
-  allowed: architectures that the installed transformers has itself
-  change:  remove _attn_implementation, if the model is one of these; otherwise name another model\
+  allowed: architectures of the installed transformers
+  change:  remove _attn_implementation if the model has such an architecture; otherwise use another model\
 """)),
     (88, "internal", config(_attn_implementation_internal="org/k"), snapshot("""\
-model/config.json: _attn_implementation_internal can make a loader run code that comes with the model or from elsewhere
+model/config.json: _attn_implementation_internal can make a loader run code from the model folder or from elsewhere
   seen:    _attn_implementation_internal: 'org/k'
-  allowed: architectures that the installed transformers has itself
-  change:  remove _attn_implementation_internal, if the model is one of these; otherwise name another model\
+  allowed: architectures of the installed transformers
+  change:  remove _attn_implementation_internal if the model has such an architecture; otherwise use another model\
 """)),
     (88, "experts kernel", config(experts_implementation="org/k"), snapshot("""\
-model/config.json: experts_implementation can make a loader run code that comes with the model or from elsewhere
+model/config.json: experts_implementation can make a loader run code from the model folder or from elsewhere
   seen:    experts_implementation: 'org/k'
-  allowed: architectures that the installed transformers has itself
-  change:  remove experts_implementation, if the model is one of these; otherwise name another model\
+  allowed: architectures of the installed transformers
+  change:  remove experts_implementation if the model has such an architecture; otherwise use another model\
 """)),
     (88, "deep inside", config(text_config={"attn_implementation": {"": "org/k"}}), snapshot("""\
-model/config.json: text_config.attn_implementation can make a loader run code that comes with the model or from elsewhere
+model/config.json: text_config.attn_implementation can make a loader run code from the model folder or from elsewhere
   seen:    text_config.attn_implementation: {'': 'org/k'}
-  allowed: architectures that the installed transformers has itself
-  change:  remove text_config.attn_implementation, if the model is one of these; otherwise name another model\
+  allowed: architectures of the installed transformers
+  change:  remove text_config.attn_implementation if the model has such an architecture; otherwise use another model\
 """)),
     (88, "kernel_config", config(kernel_config={"RMSNorm": "org/k:x"}), snapshot("""\
-model/config.json: kernel_config can make a loader run code that comes with the model or from elsewhere
+model/config.json: kernel_config can make a loader run code from the model folder or from elsewhere
   seen:    kernel_config: {'RMSNorm': 'org/k:x'}
-  allowed: architectures that the installed transformers has itself
-  change:  remove kernel_config, if the model is one of these; otherwise name another model\
+  allowed: architectures of the installed transformers
+  change:  remove kernel_config if the model has such an architecture; otherwise use another model\
 """)),
     (88, "use_kernels", config(use_kernels=True), snapshot("""\
-model/config.json: use_kernels can make a loader run code that comes with the model or from elsewhere
+model/config.json: use_kernels can make a loader run code from the model folder or from elsewhere
   seen:    use_kernels: True
-  allowed: architectures that the installed transformers has itself
-  change:  remove use_kernels, if the model is one of these; otherwise name another model\
+  allowed: architectures of the installed transformers
+  change:  remove use_kernels if the model has such an architecture; otherwise use another model\
 """)),
     (88, "_target_", config(rope_scaling={"_target_": "os.system"}), snapshot("""\
-model/config.json: rope_scaling._target_ can make a loader run code that comes with the model or from elsewhere
+model/config.json: rope_scaling._target_ can make a loader run code from the model folder or from elsewhere
   seen:    rope_scaling._target_: 'os.system'
-  allowed: architectures that the installed transformers has itself
-  change:  remove rope_scaling._target_, if the model is one of these; otherwise name another model\
+  allowed: architectures of the installed transformers
+  change:  remove rope_scaling._target_ if the model has such an architecture; otherwise use another model\
 """)),
     (88, "custom pipelines", config(custom_pipelines={"x": {"impl": "evil.P"}}), snapshot("""\
-model/config.json: custom_pipelines can make a loader run code that comes with the model or from elsewhere
+model/config.json: custom_pipelines can make a loader run code from the model folder or from elsewhere
   seen:    custom_pipelines: {'x': {'impl': 'evil.P'}}
-  allowed: architectures that the installed transformers has itself
-  change:  remove custom_pipelines, if the model is one of these; otherwise name another model\
+  allowed: architectures of the installed transformers
+  change:  remove custom_pipelines if the model has such an architecture; otherwise use another model\
 """)),
     (88, "line break in model_type", config(model_type="llama\nimport os"), snapshot("""\
-model/config.json: transformers cannot read it
+model/config.json: transformers cannot read this config
   seen:    model_type: 'llama\\nimport os'
-  allowed: an architecture that the installed transformers knows; code that comes with a model never runs\
+  allowed: an architecture of the installed transformers; code from a model folder never runs\
 """)),
     (88, "model_type a path", config(model_type="../evil"), snapshot("""\
-model/config.json: transformers cannot read it
+model/config.json: transformers cannot read this config
   seen:    model_type: '../evil'
-  allowed: an architecture that the installed transformers knows; code that comes with a model never runs\
+  allowed: an architecture of the installed transformers; code from a model folder never runs\
 """)),
     (88, "model_type a list", config(model_type=["llama"]), snapshot("""\
-model/config.json: transformers cannot read it
+model/config.json: transformers cannot read this config
   seen:    model_type: ['llama']
-  allowed: an architecture that the installed transformers knows; code that comes with a model never runs\
+  allowed: an architecture of the installed transformers; code from a model folder never runs\
 """)),
     (88, "a method replaced", config(to_dict="x"), snapshot("""\
-model/config.json: to_dict is no setting of this architecture
+model/config.json: to_dict is not a setting of this architecture
   seen:    to_dict: 'x'
   change:  remove to_dict\
 """)),
     (88, "an attribute map", config(attribute_map={"a": "b"}), snapshot("""\
-model/config.json: attribute_map is no setting of this architecture
+model/config.json: attribute_map is not a setting of this architecture
   seen:    attribute_map: {'a': 'b'}
   change:  remove attribute_map\
 """)),
@@ -592,62 +592,62 @@ model/config.json: not a JSON object
 """)),
     (89, "key twice", text_of("config.json", lambda raw: raw.rstrip()[:-1] + b', "hidden_size": 8}'), snapshot("""\
 model/config.json: not valid JSON
-  seen:    the key 'hidden_size' stands there twice\
+  seen:    the key 'hidden_size' appears twice\
 """)),
     (89, "NaN", config(initializer_range=float("nan")), snapshot("""\
 model/config.json: not valid JSON
   seen:    NaN is not JSON\
 """)),
     (89, "a text for a number", config(hidden_size="64"), snapshot("""\
-model/config.json: transformers cannot read it
+model/config.json: transformers cannot read this config
   seen:    Validation error for field 'hidden_size': TypeError: Field 'hidden_size' expected int, got str (value: '64')\
 """)),
     (89, "a list for a number", config(num_attention_heads=[4]), snapshot("""\
-model/config.json: transformers cannot read it
+model/config.json: transformers cannot read this config
   seen:    Validation error for field 'num_attention_heads': TypeError: Field 'num_attention_heads' expected int, got list (value: [4])\
 """)),
     (89, "no number", config(num_hidden_layers=None), snapshot("""\
-model/config.json: transformers cannot read it
+model/config.json: transformers cannot read this config
   seen:    Validation error for field 'num_hidden_layers': TypeError: Field 'num_hidden_layers' expected int, got NoneType (value: None)\
 """)),
     (89, "10^9 layers", config(num_hidden_layers=10**9), snapshot("""\
-model/config.json: num_hidden_layers is out of all proportion
+model/config.json: num_hidden_layers is too large
   seen:    1000000000
   allowed: at most 2,000\
 """)),
     (89, "10^9 wide", config(hidden_size=10**9), snapshot("""\
-model/config.json: hidden_size is out of all proportion
+model/config.json: hidden_size is too large
   seen:    1000000000
   allowed: at most 33,554,432\
 """)),
     (89, "10^12 words", config(vocab_size=10**12), snapshot("""\
-model/config.json: vocab_size is out of all proportion
+model/config.json: vocab_size is too large
   seen:    1000000000000
   allowed: at most 33,554,432\
 """)),
     (89, "0 heads", config(num_attention_heads=0), snapshot("""\
-model/config.json: transformers cannot read it
+model/config.json: transformers cannot read this config
   seen:    integer modulo by zero\
 """)),
     (89, "layers below 0", config(num_hidden_layers=-1), snapshot("""\
-model: the checkpoint has, but the architecture does not know, 18 tensors
+model: the checkpoint has 18 tensors that the architecture does not have
   seen:    model.layers.0.input_layernorm.weight, model.layers.0.mlp.down_proj.weight, model.layers.0.mlp.gate_proj.weight
-  change:  check that config.json and weights belong together, and download the folder again\
+  change:  check that config.json belongs to these weights, or download the folder again\
 """)),
     (89, "dtype a module", config(torch_dtype="hub"), snapshot("""\
-model/config.json: torch_dtype is no float type
+model/config.json: torch_dtype is not a floating-point type
   seen:    'hub'
   allowed: float32, float16, bfloat16, float64\
 """)),
     (89, "no model_type", config(model_type=None), snapshot("""\
-model/config.json: transformers cannot read it
+model/config.json: transformers cannot read this config
   seen:    model_type: None
-  allowed: an architecture that the installed transformers knows; code that comes with a model never runs\
+  allowed: an architecture of the installed transformers; code from a model folder never runs\
 """)),
     (89, "2 MiB", config(padding="x" * (2 << 20)), snapshot("""\
 model/config.json: too large
   seen:    2,097,807 bytes
-  allowed: 1,048,576 bytes\
+  allowed: at most 1,048,576 bytes\
 """)),
     (89, "missing", unlink("config.json"), snapshot("""\
 model: no config.json, so this is not a model folder
@@ -655,7 +655,7 @@ model: no config.json, so this is not a model folder
 """)),
     (89, "generation config", lambda f: (f / "generation_config.json").write_text('{"eos_token_id": "x"}'),
      snapshot("""\
-model/generation_config.json: eos_token_id is no token id
+model/generation_config.json: eos_token_id is not a token id
   seen:    'x'\
 """)),
 ]  # fmt: skip
@@ -677,28 +677,28 @@ def test_damaged_models_are_refused(case: tuple[int, str, Change, str], at_door:
         (
             {"attn_implementation": "org/k"},
             snapshot("""\
-model/config.json: attn_implementation can make a loader run code that comes with the model or from elsewhere
+model/config.json: attn_implementation can make a loader run code from the model folder or from elsewhere
   seen:    attn_implementation: 'org/k'
-  allowed: architectures that the installed transformers has itself
-  change:  remove attn_implementation, if the model is one of these; otherwise name another model\
+  allowed: architectures of the installed transformers
+  change:  remove attn_implementation if the model has such an architecture; otherwise use another model\
 """),
         ),
         (
             {"auto_map": {}},
             snapshot("""\
-model/config.json: auto_map can make a loader run code that comes with the model or from elsewhere
+model/config.json: auto_map can make a loader run code from the model folder or from elsewhere
   seen:    auto_map: {}
-  allowed: architectures that the installed transformers has itself
-  change:  remove auto_map, if the model is one of these; otherwise name another model\
+  allowed: architectures of the installed transformers
+  change:  remove auto_map if the model has such an architecture; otherwise use another model\
 """),
         ),
         (
             {"text_config": {"use_kernels": 1}},
             snapshot("""\
-model/config.json: text_config.use_kernels can make a loader run code that comes with the model or from elsewhere
+model/config.json: text_config.use_kernels can make a loader run code from the model folder or from elsewhere
   seen:    text_config.use_kernels: 1
-  allowed: architectures that the installed transformers has itself
-  change:  remove text_config.use_kernels, if the model is one of these; otherwise name another model\
+  allowed: architectures of the installed transformers
+  change:  remove text_config.use_kernels if the model has such an architecture; otherwise use another model\
 """),
         ),
     ],
@@ -714,10 +714,10 @@ def test_88_the_reader_of_config_json_refuses_code_itself(keys: dict[str, Any], 
 
 def test_60_a_rank_above_the_models_sizes(at_door: AtDoor) -> None:
     assert error_in(at_door(lora_r=65)) == snapshot("""\
-config.yaml line 1, lora_r: above the size of model.layers.0.self_attn.q_proj
+config.yaml line 1, lora_r: larger than the layer model.layers.0.self_attn.q_proj
   seen:    lora_r: 65
   allowed: at most 64: the layer is 64 x 64
-  change:  a smaller lora_r, or leave the layer out of lora_target_modules\
+  change:  use a smaller lora_r, or remove the layer from lora_target_modules\
 """)
 
 
@@ -746,9 +746,9 @@ def test_links_of_the_hubs_cache_are_followed_and_no_others(at_door: AtDoor, sha
     (inside / "config.json").unlink()
     (inside / "config.json").symlink_to("../../../../secret.json")
     assert error_in(at_door(model_name_or_path=str(inside))) == snapshot("""\
-hub/models--a--b/snapshots/abc/config.json: a link that leads out of the folder
+hub/models--a--b/snapshots/abc/config.json: a link to a file outside the folder
   seen:    <tmp>/secret.json
-  allowed: files in the folder itself, and the links of the hub's cache
+  allowed: files in the folder itself, and links of the hub's cache
   change:  copy the file into the folder\
 """)
 

@@ -119,7 +119,7 @@ class NF4Weight(nn.Module):
     nested_absmax: torch.Tensor
     nested_code: torch.Tensor
     offset: torch.Tensor
-    mirror_OI: torch.Tensor | None
+    dequantized_OI: torch.Tensor | None
 
     def __init__(self, weight_OI: torch.Tensor, double_quant: bool) -> None:
         """Quantise `weight_OI` (float dtype) on its device.
@@ -133,7 +133,7 @@ class NF4Weight(nn.Module):
             weight_OI.contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=double_quant
         )
         self.shape = tuple(weight_OI.shape)
-        self.register_buffer("mirror_OI", None, persistent=False)
+        self.register_buffer("dequantized_OI", None, persistent=False)
         self.nested_block = state.state2.blocksize if state.state2 is not None else 0
         buffers: dict[str, Any] = {"packed": packed, "code": state.code, "absmax": state.absmax}
         if state.state2 is not None:
@@ -153,18 +153,18 @@ class NF4Weight(nn.Module):
 
     def keep_dequantized_copy(self, dtype: torch.dtype) -> None:
         """Keep W_OI dequantised from now on: the same numbers, no work per use, 4 to 8 times the memory."""
-        self.mirror_OI = self.dense(dtype)
+        self.dequantized_OI = self.dense(dtype)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """W_OI in `dtype`: the dequantised copy if there is one, else a new tensor."""
-        if self.mirror_OI is not None and self.mirror_OI.dtype == dtype:
-            return self.mirror_OI
+        if self.dequantized_OI is not None and self.dequantized_OI.dtype == dtype:
+            return self.dequantized_OI
         return dequantize_nf4(self.stored, list(self.shape), self.nested_block, dtype)
 
     def matmul(self, x_TI: torch.Tensor) -> torch.Tensor:
         """x W^T"""
-        if self.mirror_OI is not None and self.mirror_OI.dtype == x_TI.dtype:
-            return F.linear(x_TI, self.mirror_OI)
+        if self.dequantized_OI is not None and self.dequantized_OI.dtype == x_TI.dtype:
+            return F.linear(x_TI, self.dequantized_OI)
         return dequant_matmul(x_TI, self.stored, self.shape, self.nested_block, transposed=False)
 
     def dense_reference(self, dtype: torch.dtype) -> torch.Tensor:

@@ -403,10 +403,10 @@ model/tokenizer_config.json: not a JSON object
     "code of its own": (
         {"tokenizer_config__json": RUNS, "own__py": "open('ran', 'w')"},
         snapshot("""\
-model/tokenizer_config.json: auto_map can make a loader run code that comes with the model or from elsewhere
+model/tokenizer_config.json: auto_map can make a loader run code from the model folder or from elsewhere
   seen:    auto_map: {'AutoTokenizer': ['own.Own', None]}
-  allowed: architectures that the installed transformers has itself
-  change:  remove auto_map, if the model is one of these; otherwise name another model\
+  allowed: architectures of the installed transformers
+  change:  remove auto_map if the model has such an architecture; otherwise use another model\
 """),
     ),
     "a broken config": (
