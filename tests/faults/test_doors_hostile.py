@@ -274,8 +274,8 @@ model/chat_template.jinja: a link to a file outside the folder
   change:  copy the file into the folder\
 """),
     "adapter that names code": snapshot("""\
-run/adapter/manifest.json: no manifest to compare with: there is none
-  change:  solotune verify names all that is wrong\
+run/adapter/manifest.json: the manifest cannot be used: the file does not exist
+  change:  solotune verify run lists all damaged files\
 """),
     "dataset of pickles": snapshot("""\
 rows.pkl: not a data file

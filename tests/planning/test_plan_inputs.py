@@ -127,7 +127,7 @@ def test_a_budget_that_nothing_fits_into(config, capsys):
         (
             ["--gpu", "h10"],
             snapshot("""\
-command line, --gpu: no such card in the table
+command line, --gpu: this card is not in the table
   seen:    h10
   allowed: t4, v100-16, v100-32, a100-40, a100-80, a10g, a10, a6000, 3060, 3090, 4060ti-16, 4070, 4080, 4090, l4, l40s, 6000-ada, 5090, h100-pcie, h100, h200, b200
   change:  --gpu h100\
@@ -136,7 +136,7 @@ command line, --gpu: no such card in the table
         (
             ["--gpu", "l4", "memory_budget=24GiB"],
             snapshot("""\
-command line, memory_budget: more than the card has
+command line, memory_budget: more than the memory of the card
   seen:    memory_budget: 24GiB
   allowed: at most 22.0 GiB, the memory of l4
   change:  memory_budget: auto\
