@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from solotune.config.run_config import RunConfig
 from solotune.display.progress import Display, SilentDisplay
 from solotune.errors import InputError, IntegrityError
 from solotune.run.run_dir import read_json
@@ -48,14 +47,31 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
         raise InputError(f"{path}: the run held out no rows", change="train with validation_size above 0")
     display.phase("loading model")
     with device_errors(found.config.memory):
-        result = compare(found.load(), found.tokenizer, prepared, found.config, None, display)
+        result = compare(
+            found.load(),
+            found.tokenizer,
+            prepared,
+            None,
+            display,
+            batch_size=found.config.per_device_eval_batch_size,
+            num_samples=found.config.num_samples,
+            max_new_tokens=found.config.max_new_tokens,
+        )
     found.directory.write_json("evaluation.json", result.to_json())
     found.directory.update_manifest("evaluation.json")
     return result
 
 
 def compare(
-    model: TrainableModel, tokenizer: Any, prepared: Prepared, config: RunConfig, tuned: Score | None, display: Display
+    model: TrainableModel,
+    tokenizer: Any,
+    prepared: Prepared,
+    tuned: Score | None,
+    display: Display,
+    *,
+    batch_size: int,
+    num_samples: int,
+    max_new_tokens: int,
 ) -> Evaluation:
     """Compare base and tuned on the held-out rows; `tuned`: the score at the end of training, if known."""
     from solotune.evaluation.compare import compare as compare_scores
@@ -65,9 +81,9 @@ def compare(
         tokenizer,
         prepared.validation,
         rendered_on=prepared.report.day,
-        batch_size=config.per_device_eval_batch_size,
-        num_samples=config.num_samples,
-        max_new_tokens=config.max_new_tokens,
+        batch_size=batch_size,
+        num_samples=num_samples,
+        max_new_tokens=max_new_tokens,
         tuned=tuned,
         progress=lambda done, total: display.progress(done, total, "rows"),
     )

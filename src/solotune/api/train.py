@@ -173,7 +173,16 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient) -> TrainRes
 
 def _evaluate(run: RunDirectory, ready: PreparedRun, tuned_score: Score | None, display: RunObserver) -> Evaluation:
     display.phase("comparing base and tuned on held-out rows")
-    result = compare(ready.model, ready.tokenizer, ready.prepared, ready.config, tuned_score, display)
+    result = compare(
+        ready.model,
+        ready.tokenizer,
+        ready.prepared,
+        tuned_score,
+        display,
+        batch_size=ready.config.per_device_eval_batch_size,
+        num_samples=ready.config.num_samples,
+        max_new_tokens=ready.config.max_new_tokens,
+    )
     run.write_json("evaluation.json", result.to_json())
     return result
 
