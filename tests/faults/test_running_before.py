@@ -132,10 +132,14 @@ def test_bitsandbytes_that_does_not_work_is_told_before_anything_is_read(chat_co
     assert "pip install" in caught.value.change and "base_precision: bf16" in caught.value.change
 
 
+def require_hardware(config, machine):
+    doctor.require_hardware(machine, base_precision=config.base_precision, optim=config.optim, use_cpu=config.use_cpu)
+
+
 def test_a_run_that_needs_no_bitsandbytes_does_not_ask_for_it(chat_config, monkeypatch):
     monkeypatch.setattr(doctor, "_nf4_error", lambda device: pytest.fail("asked"))
     config = load_config({**chat_config, "base_precision": "bf16", "optim": "adamw_torch"})
-    doctor.require_hardware(config, environment.probe())
+    require_hardware(config, environment.probe())
 
 
 @pytest.mark.parametrize(("value", "use_cpu", "refused"), [("", False, True), ("", True, False), (None, False, False)])
@@ -149,10 +153,10 @@ def test_a_hidden_gpu_is_not_passed_over(chat_config, monkeypatch, value, use_cp
     config = load_config({**chat_config, "use_cpu": use_cpu, "base_precision": "bf16", "optim": "adamw_torch"})
     machine = environment.probe()
     if not refused:
-        doctor.require_hardware(config, machine)
+        require_hardware(config, machine)
         return
     with pytest.raises(CheckError, match="CUDA_VISIBLE_DEVICES") as caught:
-        doctor.require_hardware(config, machine)
+        require_hardware(config, machine)
     assert "CUDA_VISIBLE_DEVICES" in caught.value.change and "use_cpu: true" in caught.value.change
 
 

@@ -10,6 +10,7 @@ import pytest
 from inline_snapshot import snapshot
 
 from solotune.config.load import load_config
+from solotune.config.write import to_yaml
 from solotune.errors import DirectoryInUseError, InputError, StorageError
 from solotune.run.atomic_io import whole_folder, write_whole
 from solotune.run.events import NonFiniteEvent, SaveEvent
@@ -62,7 +63,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 def test_a_directory_with_a_run_is_not_overwritten(tmp_path):
     run = RunDirectory.create(str(tmp_path / "r"))
-    run.write_config(config_in(tmp_path / "r"))
+    write_whole(run.path / "config.yaml", to_yaml(config_in(tmp_path / "r")))
     run.release()
     with pytest.raises(DirectoryInUseError) as caught:
         RunDirectory.create(str(tmp_path / "r"))
@@ -81,7 +82,7 @@ def test_a_run_that_came_and_went_while_the_lock_was_waited_for_is_not_overwritt
     def late(run):
         monkeypatch.undo()
         other = RunDirectory.create(config.output_dir)
-        other.write_config(config)
+        write_whole(other.path / "config.yaml", to_yaml(config))
         other.release()
         take(run)
 
@@ -177,7 +178,7 @@ def test_runs_are_named_after_their_config_and_listed_oldest_first(tmp_path, mon
         (tmp_path / f"{name}.yaml").write_text("model_name_or_path: m\ndataset: d\n")
         config = load_config(f"{name}.yaml")
         run = RunDirectory.create(config.output_dir, config.name)
-        run.write_config(config)
+        write_whole(run.path / "config.yaml", to_yaml(config))
         run.release()
         os.utime(run.path / "config.yaml", (1000 + i, 1000 + i))
     assert [run.path.name.split("-")[0] for run in list_runs()] == ["alpha", "beta", "alpha"]

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from solotune import dataset
 from solotune.config.run_config import Choice, RunConfig
+from solotune.config.write import to_yaml
 from solotune.dataset import packing, sampler
 from solotune.diagnosis.data_checks import check_rows
 from solotune.errors import InputError
 from solotune.hardware import doctor
 from solotune.hardware.gpu_errors import device_errors
 from solotune.hub.model_files import ModelFiles, resolve_model
-from solotune.model import frozen_linear, lora
-from solotune.model import loading as models
+from solotune.model import empty_model, frozen_linear, lora
 from solotune.planning import plan_inputs
 from solotune.run.atomic_io import write_whole
 from solotune.run.events import PreflightEvent, ResumeEvent, StartEvent
@@ -69,13 +69,13 @@ def check(config: RunConfig, machine: Machine, resume: bool) -> ModelFiles:
     Raises:
         SolotuneError: a check failed.
     """
-    doctor.require_hardware(config, machine)
+    doctor.require_hardware(machine, base_precision=config.base_precision, optim=config.optim, use_cpu=config.use_cpu)
     check_destination(config.output_dir, config.source_of("output_dir"), config.model_name_or_path)
     if not resume:
         RunDirectory.refuse_occupied(config.output_dir)
     disk_space.require_writable(_folder_of(config.output_dir))
     model_files = resolve_model(config)
-    models.check_model(config, model_files)
+    empty_model.check_model(config, model_files)
     return model_files
 
 
@@ -172,7 +172,7 @@ def write_initial_files(
 ) -> dict[str, Any]:
     """Write and show what is known before the first step; returns the run's summary (`events.StartEvent`)."""
     report = ready.prepared.report
-    run.write_config(ready.config)
+    write_whole(run.path / "config.yaml", to_yaml(ready.config))
     created_by = {"solotune": __version__, "choices": [choice._asdict() for choice in ready.choices]}
     run.write_json("environment.json", {**ready.machine.to_json(), **created_by})
     run.write_json(FINGERPRINTS, fingerprints)

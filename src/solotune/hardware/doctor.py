@@ -1,7 +1,7 @@
 """Checks of this machine: `solotune doctor`, and the checks before a run.
 
     report = doctor()                  all checks, each with what was found and how to fix it
-    require_hardware(config, machine)  the checks that a run depends on
+    require_hardware(machine, ...)     the checks that a run depends on
 
 Checks try things instead of comparing version names: a matrix is quantised and dequantised on the device itself,
 because a bitsandbytes without its native library for this CUDA imports without an error and fails at the first step.
@@ -18,7 +18,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from solotune.config.run_config import RunConfig
 from solotune.errors import CheckError
 from solotune.hardware import machine as environment
 from solotune.hardware.machine import BUSY_GPU, Check, Machine
@@ -86,26 +85,20 @@ def require_torch() -> None:
         raise _torch_missing(first_line(error, with_type=True)) from error
 
 
-def require_hardware(config: RunConfig, machine: Machine) -> None:
+def require_hardware(machine: Machine, *, base_precision: str, optim: str, use_cpu: bool) -> None:
     """Check, before the weights are loaded, what would fail after loading them.
 
     Raises:
         CheckError: bitsandbytes is needed and does not work, or the GPU is hidden from this process.
     """
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if (
-        machine.nvidia_gpu
-        and machine.cuda_runtime
-        and not machine.num_gpus
-        and hidden is not None
-        and not config.use_cpu
-    ):
+    if machine.nvidia_gpu and machine.cuda_runtime and not machine.num_gpus and hidden is not None and not use_cpu:
         raise CheckError(
             f"this machine has a GPU ({machine.nvidia_gpu}), but it is hidden from this process",
             seen=f"CUDA_VISIBLE_DEVICES={hidden!r}",
             change="unset CUDA_VISIBLE_DEVICES or set it to 0, or set use_cpu: true to train on the CPU",
         )
-    if config.base_precision in ("nf4", "auto") or config.optim != "adamw_torch":
+    if base_precision in ("nf4", "auto") or optim != "adamw_torch":
         check = _check_bitsandbytes(machine)
         if check.status == "fail":
             other = "base_precision: bf16 with optim: adamw_torch, which do not need it"

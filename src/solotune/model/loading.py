@@ -34,19 +34,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from solotune.config.run_config import Choice, RunConfig
-from solotune.config.settings import BatchSettings, PrecisionSettings
+from solotune.config.settings import PrecisionSettings
 from solotune.dataset import Example
 from solotune.dataset.collate import Batch, collate, collate_packs
 from solotune.errors import InputError
 from solotune.hardware.gpu_errors import stage
 from solotune.hardware.machine import ram
-from solotune.hub.hf_config import architecture_of
 from solotune.hub.model_files import ModelFiles, resolve_model
 from solotune.model import lora, loss, packed_attention
+from solotune.model.empty_model import empty_model
 from solotune.model.frozen_linear import DenseWeight, Fp8Weight, FrozenLinear, NF4Weight, Storage
 from solotune.model.layers import decoder_layers, num_checkpointed, prepare_layers
 from solotune.model.lm_head import check_head, head_of
@@ -142,7 +142,7 @@ def load_model(
     """
     model_files = (model_files or resolve_model(config)).with_weights()
     folder = model_files.folder
-    module, attention_name = empty_model(config, model_files, dtype, device)
+    module, attention_name = empty_model(model_files, config.attn_implementation, config.batches, dtype, device)
     family, choices = module.config.model_type, list[Choice]()
     if attention_name != config.attn_implementation:
         because = f"{family} has no {config.attn_implementation} attention"
@@ -185,78 +185,6 @@ def load_model(
     recomputed = num_checkpointed(config.gradient_checkpointing, len(layers))
     prepare_layers(layers, recomputed, is_compiled=config.torch_compile, activation_offload=config.activation_offload)
     return model
-
-
-def _check_positions(architecture: PreTrainedConfig, batches: BatchSettings) -> None:
-    """Longer rows than the model's context fail inside it (absolute positions) or give noise (RoPE)."""
-    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
-    if positions and batches.max_length > positions:
-        raise InputError(
-            f"{batches.source_of('max_length')}, max_length: larger than this model's context length",
-            seen=f"max_length: {batches.max_length}",
-            allowed=f"at most {positions} (max_position_embeddings in config.json)",
-            change=f"max_length: {positions}",
-        )
-
-
-def empty_model(
-    config: RunConfig, model_files: ModelFiles, dtype: torch.dtype, device: torch.device
-) -> tuple[PreTrainedModel, str]:
-    """Build a model without weights; returns it and its attention implementation: the config's, or eager.
-
-    Raises:
-        InputError: transformers has no such architecture, or rows would be longer than its positions.
-    """
-    folder = model_files.folder
-    architecture = architecture_of(folder, model_files.config)
-    _check_positions(architecture, config.batches)
-    try:
-        return _built_empty(architecture, folder, config.attn_implementation, dtype, device), config.attn_implementation
-    except _NoSuchAttention:
-        return _built_empty(architecture, folder, "eager", dtype, device), "eager"
-
-
-def check_model(config: RunConfig, model_files: ModelFiles) -> None:
-    """Check a local model folder before any work is done; weights of a hub id are not downloaded for this.
-
-    Raises:
-        InputError: as `load_model`, except for numbers that are not finite.
-    """
-    if model_files.is_local:
-        module, _ = empty_model(config, model_files, torch.float32, torch.device("cpu"))
-        match_names(module, weight_files(model_files.folder))
-
-
-class _NoSuchAttention(Exception):
-    """The architecture does not have the requested attention implementation."""
-
-
-def _built_empty(
-    architecture: PreTrainedConfig, folder: Path, attention: str, dtype: torch.dtype, device: torch.device
-) -> PreTrainedModel:
-    """Build the architecture with parameters on the meta device and computed buffers (rotary tables) in memory."""
-    try:
-        with torch.device("meta"):
-            module = AutoModelForCausalLM.from_config(
-                architecture, dtype=dtype, attn_implementation=attention, trust_remote_code=False
-            )
-    except (ValueError, ImportError) as error:
-        reason = first_line(error)
-        if "does not support an attention implementation" in reason:
-            raise _NoSuchAttention from None
-        raise InputError(
-            f"{folder}: transformers has no causal language model for this architecture",
-            seen=f"model_type {architecture.model_type}: {reason}",
-        ) from None
-    with torch.no_grad():
-        for part in module.modules():
-            computed = part._non_persistent_buffers_set & part._buffers.keys()
-            for name in computed:
-                if (buffer := part._buffers[name]) is not None and buffer.is_meta:
-                    part._buffers[name] = torch.empty_like(buffer, device=device)
-            if computed:
-                module._init_weights(part)  # fills the tables; parameters are on meta and stay unchanged
-    return module
 
 
 def _own_tensors(module: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:

@@ -29,9 +29,10 @@ from transformers.pytorch_utils import Conv1D
 from solotune.config.run_config import RunConfig
 from solotune.hub.model_files import ModelFiles, resolve_model
 from solotune.model import lora, loss
+from solotune.model.empty_model import empty_model
 from solotune.model.frozen_linear import DenseWeight, Fp8Weight, FrozenLinear
 from solotune.model.layers import decoder_layers
-from solotune.model.loading import empty_model, frozen_linears
+from solotune.model.loading import frozen_linears
 from solotune.planning.curve_fit import LayerProfile, PassCounts, fit
 from solotune.planning.layer_profile import LayerCost, Linear, ModelShape, Pass, Polynomial
 from solotune.planning.profile_compiled import look_compiled
@@ -55,7 +56,8 @@ def model_shape(config: RunConfig, model_files: ModelFiles | None = None) -> Mod
             nothing, rows longer than the model's positions.
     """
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    module, attention = empty_model(config, model_files or resolve_model(config), dtype, torch.device("cpu"))
+    files = model_files or resolve_model(config)
+    module, attention = empty_model(files, config.attn_implementation, config.batches, dtype, torch.device("cpu"))
     module.tie_weights()
     absent = _absent(module)
     linears = frozen_linears(module)

@@ -324,7 +324,13 @@ def _suggestion(
     """The nearest config that fits: a single change if one is enough, else several together."""
 
     def plan_with(values: dict[str, object]) -> Plan | None:
-        changed, other = _with(config, work, values)
+        changed, other = config.replaced("change", **values), work
+        if "per_device_train_batch_size" in values:
+            rows, accumulation = changed.per_device_train_batch_size, changed.gradient_accumulation_steps
+            other = replace(other, rows=rows, accumulation=accumulation)
+        if "max_length" in values:
+            tokens = changed.max_length
+            other = replace(other, tokens=tokens, mean_tokens=min(work.mean_tokens, tokens))
         option, resolved, fits = _best(changed, shapes, card, other, budget)
         if not fits:
             return None
@@ -373,15 +379,6 @@ def _less_each(singles: list[dict[str, object]]) -> list[dict[str, object]]:
     """The last (largest) change of each key, in order; `max_length` is left out."""
     last = {next(iter(values)): values for values in singles if "max_length" not in values}
     return list(last.values())
-
-
-def _with(config: RunConfig, work: Workload, values: dict[str, object]) -> tuple[RunConfig, Workload]:
-    changed = config.replaced("change", **values)
-    if "per_device_train_batch_size" in values:
-        work = replace(work, rows=changed.per_device_train_batch_size, accumulation=changed.gradient_accumulation_steps)
-    if "max_length" in values:
-        work = replace(work, tokens=changed.max_length, mean_tokens=min(work.mean_tokens, changed.max_length))
-    return changed, work
 
 
 def full_rows(batches: BatchSettings, max_positions: int | None = None) -> Workload:

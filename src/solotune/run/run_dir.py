@@ -26,8 +26,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from solotune.config.run_config import RunConfig
-from solotune.config.write import to_yaml
 from solotune.errors import DirectoryInUseError, InputError
 from solotune.run import atomic_io
 from solotune.run.events import Event, to_line
@@ -163,9 +161,6 @@ class RunDirectory:
         if self._lock is not None:
             atomic_io.drop_lock(self.path / LOCK, self._lock)
             self._lock = None
-
-    def write_config(self, config: RunConfig) -> None:
-        atomic_io.write_whole(self.path / "config.yaml", to_yaml(config))
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file; `name` is a file name such as `evaluation.json`."""

@@ -19,6 +19,7 @@ import torch
 
 from solotune import dataset
 from solotune.config.run_config import RunConfig
+from solotune.config.settings import BatchSettings
 from solotune.dataset import Example, sampler
 from solotune.dataset.collate import Batch, collate_packs
 from solotune.diagnosis.facts.texts import IGNORED
@@ -38,10 +39,12 @@ NEW_TOKENS = 48
 Tensors = dict[str, torch.Tensor]
 
 
-def batches_of(config: RunConfig, tokenizer: Any, rows: Sequence[Example], count: int = NUM_BATCHES) -> list[Tensors]:
+def batches_of(
+    batches: BatchSettings, tokenizer: Any, rows: Sequence[Example], count: int = NUM_BATCHES
+) -> list[Tensors]:
     """The first micro-batches of a run: input_ids, labels and, where rows are packed, position_ids; on the CPU."""
-    packs, shape = sampler.pack_and_shape(config.batches, rows)
-    schedule = sampler.BatchSampler.of(config.batches, len(packs))
+    packs, shape = sampler.pack_and_shape(batches, rows)
+    schedule = sampler.BatchSampler.of(batches, len(packs))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     parts = (part for step in schedule.steps(0) for part in step)
     found = []
@@ -102,7 +105,7 @@ def load_live_model(
     held_out = [validation[i] for i in range(min(NUM_EVALUATED, len(validation)))]
     return LiveModel(
         model=model.module,
-        batches=batches_of(config, tokenizer, train),
+        batches=batches_of(config.batches, tokenizer, train),
         make_optimizer=lambda parameters: make_optimizer(config.optimizer, list(parameters)),
         loss_of=lambda module, batch: model.token_losses(_as_batch(batch))[0].mean(),
         evaluate=(lambda module: scores.score(model, held_out, len(held_out)).loss) if held_out else None,

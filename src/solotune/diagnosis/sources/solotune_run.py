@@ -66,7 +66,7 @@ def from_prepared(
         train=prepared.train,
         validation=prepared.validation,
         findings=findings,
-        batches=batches_of(config, tokenizer, prepared.train),
+        batches=batches_of(config.batches, tokenizer, prepared.train),
     )
 
 
