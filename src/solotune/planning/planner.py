@@ -112,9 +112,7 @@ class Plan:
             least = self.option.footprint.card_bytes * SAFETY
             large = [c for c in CARDS.values() if c.memory_bytes * SHARE_OF_CARD >= least]
             cards = ", ".join(c.name for c in sorted(large, key=lambda c: c.memory_bytes)[:3])
-            return (
-                f"use a smaller model, or a card with {gib(round(least / SHARE_OF_CARD))} GiB ({cards or 'none known'})"
-            )
+            return f"a smaller model, or a card with {gib(round(least / SHARE_OF_CARD))} GiB ({cards or 'none known'})"
         words = [f"{key}: {value_in_words(value)}" for key, value in self.changes]
         after = self.changed.option
         speed = f"{after.seconds.tokens_per_second:,.0f} tokens/s"
