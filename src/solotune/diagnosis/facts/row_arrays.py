@@ -42,7 +42,7 @@ class Side:
     rows: Sequence[Example]
     ids: np.ndarray
     """int32 (N,), all rows concatenated"""
-    supervised: np.ndarray
+    loss_mask: np.ndarray
     """bool (N,)"""
     starts: np.ndarray
     """int64 (R + 1,): row r is ids[starts[r] : starts[r + 1]]"""
@@ -76,7 +76,7 @@ class Side:
     @cached_property
     def num_labels(self) -> np.ndarray:
         """int64 (R,): supervised tokens of each row."""
-        return np.diff(np.concatenate(([0], np.cumsum(self.supervised)))[self.starts])
+        return np.diff(np.concatenate(([0], np.cumsum(self.loss_mask)))[self.starts])
 
     def places(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """The names of the first three of these rows."""

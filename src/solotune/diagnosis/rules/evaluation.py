@@ -151,7 +151,7 @@ def _grams(side: Side) -> tuple[np.ndarray, np.ndarray]:
         for offset in range(GRAM):
             hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + side.ids[offset : offset + len(hashes)].astype(np.uint64)
             hashes ^= hashes >> np.uint64(29)  # else small ids would cancel out
-    begins = np.flatnonzero(side.supervised[GRAM - 1 :])
+    begins = np.flatnonzero(side.loss_mask[GRAM - 1 :])
     rows = np.searchsorted(side.starts, begins, side="right") - 1
     is_inside = begins + GRAM <= side.starts[rows + 1]
     return rows[is_inside], hashes[begins[is_inside]]

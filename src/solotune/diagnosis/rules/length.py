@@ -47,7 +47,7 @@ def answers_cut(facts: RowFacts) -> Finding | None:
     """
     side, dropped = facts.train, facts.dropped(LONGER_THAN_MAX_LENGTH)
     is_split = facts.settings.overflow == "split"
-    rows = np.flatnonzero(facts.is_cut(side) & side.supervised[side.starts[1:] - 1] & (not is_split))
+    rows = np.flatnonzero(facts.is_cut(side) & side.loss_mask[side.starts[1:] - 1] & (not is_split))
     total = len(side.rows) + dropped
     if not is_pattern(len(rows) + dropped, total, SOME):
         return None

@@ -103,9 +103,9 @@ def padding_learned(facts: RowFacts) -> Finding | None:
     others = facts.turn_end_ids | {facts.named_id("bos"), facts.named_id("unk")}
     found = np.zeros(len(side.ids), bool)
     if pad is not None and pad not in others:
-        found = side.supervised & (side.ids == pad)
+        found = side.loss_mask & (side.ids == pad)
     last = side.starts[1:][side.lengths >= 3] - 1
-    run = np.isin(side.ids[last], list(facts.special_ids)) & side.supervised[last]
+    run = np.isin(side.ids[last], list(facts.special_ids)) & side.loss_mask[last]
     run &= (side.ids[last] == side.ids[last - 1]) & (side.ids[last] == side.ids[last - 2])
     found[last[run]] = True
     rows = np.unique(np.searchsorted(side.starts, np.flatnonzero(found), side="right") - 1)

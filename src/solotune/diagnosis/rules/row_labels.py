@@ -38,7 +38,7 @@ def _masked(facts: RowFacts, *, by_pad: bool) -> Finding | None:
     masked, follows, _ = facts.once(open_answers)
     rows = np.unique(side.row_of[masked])
     pad = facts.named_id("pad")
-    is_pads = pad in facts.turn_end_ids and not np.any(side.supervised & (side.ids == pad))
+    is_pads = pad in facts.turn_end_ids and not np.any(side.loss_mask & (side.ids == pad))
     if is_pads is not by_pad or not is_pattern(len(rows), len(side.rows), FEW):
         return None
     evidence = {"answers_with": len(masked), "answers": len(side.begins), "rows": side.places(rows)}
@@ -77,7 +77,7 @@ def prompt_learned(facts: RowFacts) -> Finding | None:
         evidence={
             "rows_with": len(prompted),
             "rows_read": judged,
-            "supervised_share": round(float(facts.train.supervised.mean()), 3),
+            "supervised_share": round(float(facts.train.loss_mask.mean()), 3),
             "rows": facts.train.places(prompted),
         },
         fix="mask everything outside the answers; or set `assistant_only_loss: false` to train on all tokens",
