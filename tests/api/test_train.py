@@ -366,7 +366,11 @@ def test_json_is_one_object_on_stdout(config, tmp_path):
 
 def test_the_summary_names_this_runs_targets_first_and_others_of_the_same_count(config, tmp_path):
     """q_proj and o_proj have one shape here, so the count alone cannot tell which of them was trained."""
-    solotune.train({**config, "max_steps": 1, "lora_target_modules": ["k_proj", "v_proj", "o_proj"]})
-    (line,) = [line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if "are trained" in line]
-    assert ": r=4 on k_proj, v_proj, o_proj (the count alone would also fit " in line
-    assert "r=4 on q_proj, k_proj, v_proj" in line
+    result = solotune.train({**config, "max_steps": 1, "lora_target_modules": ["k_proj", "v_proj", "o_proj"]})
+    (line,) = [
+        line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if "Trainable parameters" in line
+    ]
+    assert line.endswith(": r=4 on k_proj, v_proj, o_proj")
+    first, *others = result.summary["trainable_fits"]
+    assert first == {"r": 4, "target_modules": ["k_proj", "v_proj", "o_proj"]}
+    assert {"r": 4, "target_modules": ["q_proj", "k_proj", "v_proj"]} in others

@@ -139,7 +139,7 @@ def test_what_json_has_not_is_refused_and_not_changed(tmp_path: Path) -> None:
     with pytest.raises(RowError) as caught:
         prepare(config_of(tmp_path / "a.parquet"), tiny_tokenizer("chatml"))
     assert stable(caught.value) == snapshot("""\
-a.parquet[0]: tools or tool calls hold what JSON has not
+a.parquet[0]: tools or tool calls hold a value that is not JSON
   seen:    date 2026-01-02
   allowed: texts, numbers, true, false, null, lists and objects\
 """)

@@ -80,7 +80,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ),
     (
         "api/setup.py",
-        "    doctor.require_hardware(\n",
+        "    doctor.require_hardware(machine",
         "    (lambda *_, **__: None)(\n",
         f"{BEFORE} -k bitsandbytes_that",
     ),

@@ -235,7 +235,7 @@ def test_the_verb_exits_with_7(keys, fail_at, capsys):
         file.write("\n".join(a.replace("=", ": ", 1) for a in arguments))
     assert cli.main(["train", path, "--json"]) == 7
     error = json.loads(capsys.readouterr().out)["error"]
-    assert (error["exit_code"], error["meaning"]) == (7, "the device failed")
+    assert (error["exit_code"], error["meaning"]) == (7, DeviceError.meaning)
     assert error["seen"] == "CUDA error: uncorrectable ECC error encountered"
 
 

@@ -187,7 +187,7 @@ def test_a_step_in_the_name_that_is_not_the_steps(work):
     faults.until_step(work, 6)
     folder = work.run / "checkpoints"
     (folder / "step-000004").rename(folder / "step-000006")
-    assert checkpoint.invalid_reason(folder / "step-000006") == "state.json: it is of step 4"
+    assert checkpoint.invalid_reason(folder / "step-000006") == "state.json: it belongs to step 4"
     assert work.what_is_wrong(2) is None
 
 

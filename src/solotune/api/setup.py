@@ -117,6 +117,12 @@ def plan(
     return result
 
 
+def fetch_weights(model_files: ModelFiles, display: RunObserver) -> ModelFiles:
+    """The model's files with its weights; a hub model is downloaded here, once."""
+    display.phase("loading model")
+    return model_files.with_weights()
+
+
 def load_model(
     config: RunConfig,
     model_files: ModelFiles,
@@ -124,15 +130,13 @@ def load_model(
     tokenizer: Any,
     prepared: Prepared,
     resume: bool,
-    display: RunObserver,
 ) -> TrainableModel:
     """Load the base with new adapters, and check that the disk has space for the run's files.
 
     Raises:
         SolotuneError: the model does not load, or there is not enough disk space.
     """
-    display.phase("loading model")
-    model, folder = trained_run.load_base(config, machine, model_files.with_weights()), _folder_of(config.output_dir)
+    model, folder = trained_run.load_base(config, machine, model_files), _folder_of(config.output_dir)
     previous = resuming.continued(config.output_dir, config.name) if resume else None
     existing = len(checkpoint.list_checkpoints(previous.checkpoints)) if previous else 0
     disk_space.require_room(

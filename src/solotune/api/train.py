@@ -21,7 +21,6 @@ from solotune.config.run_config import Choice, RunConfig
 from solotune.display.observer import Observers, Resilient, RunObserver
 from solotune.display.progress import Display, PlainDisplay, SilentDisplay, make_console
 from solotune.errors import InterruptedRunError, RunNote
-from solotune.hardware import device_memory
 from solotune.run.atomic_io import LogFile, whole_folder
 from solotune.run.events import DeviceFailedEvent, EndEvent
 from solotune.run.record import RunRecord
@@ -100,7 +99,8 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver) -> Prepar
     tokenizer, prepared, findings = setup.read_data(checked, model_files, resume, display)
     plan = setup.plan(checked, model_files, machine, prepared, display)
     checked = plan.resolved
-    model = setup.load_model(checked, model_files, machine, tokenizer, prepared, resume, display)
+    model_files = setup.fetch_weights(model_files, display)
+    model = setup.load_model(checked, model_files, machine, tokenizer, prepared, resume)
     preflight = setup.try_largest_step(checked, model, prepared, display)
     return setup.PreparedRun(
         config=checked,
@@ -189,6 +189,8 @@ def _evaluate(run: RunDirectory, ready: PreparedRun, tuned_score: Score | None, 
 
 def _record_measurements(run: RunDirectory, ready: PreparedRun, total_steps: int) -> None:
     """Write measured memory and time next to the plan's, then the end event."""
+    from solotune.hardware import device_memory
+
     peak_bytes = device_memory.peak_bytes(ready.model.device)
     measured = {"peak_bytes": peak_bytes, **RunRecord.read(run.path).medians()}
     run.write_json("plan.json", {**ready.plan_json(), "measured": measured})

@@ -7,7 +7,7 @@ help and limits in words, `write` saves a config as YAML, `settings` has typed p
 What it does not do: look at the machine. Values that depend on it (`optim` without CUDA, bf16 on an old CPU) are set
 in `hardware.machine.resolve_for_machine`, each with its reason.
 
-(Longer than 400 lines: it is one table, and a key's type, default, help and limits belong together.)
+(This file is long because it is one table: a key's type, default, help and limits belong together.)
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def prepared_of(config):
 def test_packed_batches_say_where_rows_begin(run):
     config = load_config(run / "config.yaml", ["packing=true", "max_length=128"])
     tokenizer, prepared = prepared_of(config)
-    batch = live_model.batches_of(config, tokenizer, prepared.train)[0]
+    batch = live_model.batches_of(config.batches, tokenizer, prepared.train)[0]
     starts = (batch["position_ids"] == 0).sum(1)
     assert "attention_mask" not in batch and (starts > 1).any()
     assert (batch["labels"][batch["position_ids"] == 0] == -100).all()
