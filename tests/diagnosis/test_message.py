@@ -99,9 +99,9 @@ def test_healthy_and_undecided_are_said_with_what_was_not_looked_at():
     skipped = {"P1": "the base is not on this machine", "P7": "the base is not on this machine"}
     unasked = {"F57": "no live", "F58": "no live", "F75": "no saved"}
     assert printed(decide("run", [], unasked, skipped)) == snapshot("""\
-not looked at  probes P1, P7: the base is not on this machine
-               2 faults in LoRA adapter (2): no live
-               1 fault in save, resume, merge, serve (1): no saved
+not checked  probes P1, P7: the base is not on this machine
+             2 faults in LoRA adapter (2): no live
+             1 fault in save, resume, merge, serve (1): no saved
 healthy, no problem found
 """)
     doubt = printed(decide("run", [Signal("F64", "curve", "the loss is flat from step 40 on", 0.9)], {}, skipped))
@@ -113,7 +113,7 @@ healthy, no problem found
      then the loss leaves its plateau within the first tens of steps
   the same evidence fits F61 scale-wrong
 
-not looked at  probes P1, P7: the base is not on this machine
+not checked  probes P1, P7: the base is not on this machine
 next  overfit one batch at 0.1, 1 and 10 times the learning rate (P7 was not run: the base is not on this machine)
 undecided: possibly F64 rate-too-low
 """)
