@@ -7,6 +7,7 @@ import os
 import pytest
 
 from bench.faults_run import Workload
+from tests.faults.damaged_models import at_door, sharded  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="session")

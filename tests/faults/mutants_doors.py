@@ -31,22 +31,23 @@ def at(module: str, test: str) -> str:
     return f"tests/faults/test_doors_{module}.py::{test}"
 
 
-DAMAGED, HOSTILE = "test_damaged_models_are_refused", "test_hostile_trees_do_nothing"
+DAMAGED, CONFIGS = "test_damaged_models_are_refused", "test_damaged_configs_are_refused"
+HOSTILE = "test_hostile_trees_do_nothing"
 MUTANTS = [
     Mutant("config.json may name code", "hub/hf_config.py", "    refuse_code(path, raw)\n", "",
-           at("model", "test_88_the_reader_of_config_json_refuses_code_itself")),
+           at("model_config", "test_88_the_reader_of_config_json_refuses_code_itself")),
     Mutant("code deep inside config.json", "hub/hf_config.py", '        refuse_code(path, item, f"{name}.")\n', "",
-           at("model", f"{DAMAGED}[88 deep inside]")),
+           at("model_config", f"{CONFIGS}[88 deep inside]")),
     Mutant("an attention of anybody's", "hub/hf_config.py", "value in IMPLEMENTATIONS", "bool(value)",
-           at("model", f"{DAMAGED}[88 internal]")),
+           at("model_config", f"{CONFIGS}[88 internal]")),
     Mutant("a config key may replace a method", "hub/hf_config.py", "callable(getattr(kind, key)) or", "False and",
-           at("model", f"{DAMAGED}[88 a method replaced]")),
+           at("model_config", f"{CONFIGS}[88 a method replaced]")),
     Mutant("sizes without bounds", "hub/hf_config.py", "    _refuse_sizes(path, raw)\n", "",
-           at("model", f"{DAMAGED}[89 10^12 words]")),
+           at("model_config", f"{CONFIGS}[89 10^12 words]")),
     Mutant("quantised checkpoints", "hub/hf_config.py", "    _refuse_quantised(path, raw)\n", "",
            at("model", f"{DAMAGED}[85 unknown method]")),
     Mutant("a key twice in JSON", "hub/safe_files.py", "len(made) < len(pairs)", "False",
-           at("model", f"{DAMAGED}[89 key twice]")),
+           at("model_config", f"{CONFIGS}[89 key twice]")),
     Mutant("links out of the folder", "hub/safe_files.py", "not target.is_relative_to(root) and", "False and",
            at("model", f"{DAMAGED}[87 link out]")),
     Mutant("links that only libraries open", "hub/safe_files.py",
@@ -76,7 +77,7 @@ MUTANTS = [
            "        check_finite(where, name, tensor)\n", "", at("model", f"{DAMAGED}[79 NaN]")),
     Mutant("what a generation config may say", "model/loading.py",
            "if any(type(number) is not int or number < 0 for number in numbers):", "if False:",
-           at("model", f"{DAMAGED}[89 generation config]")),
+           at("model_config", f"{CONFIGS}[89 generation config]")),
     Mutant("a tokenizer's class", "dataset/chat/tokenizer_files.py", "_CLASS.fullmatch(kind)", "True",
            at("hostile", f"{HOSTILE}[tokenizer's class a trainer]")),
     Mutant("a tokenizer's code", "dataset/chat/tokenizer_files.py", "        refuse_code(path, raw)\n", "",

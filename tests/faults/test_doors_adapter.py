@@ -19,7 +19,6 @@ from tiny import chat_rows
 
 from solotune import cli
 from solotune.run.manifest import MANIFEST, entry_at, manifest_text
-from tests.faults.test_doors_model import sharded  # noqa: F401
 from tests.messages import error_in
 
 ADAPTER = Path("run/adapter")
@@ -27,7 +26,7 @@ WEIGHTS = ADAPTER / "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, sharded: Path) -> Path:  # noqa: F811
+def trained(tmp_path_factory: pytest.TempPathFactory, sharded: Path) -> Path:
     """A folder with a model and a finished run of it."""
     base = tmp_path_factory.mktemp("trained")
     shutil.copytree(sharded, base / "model")

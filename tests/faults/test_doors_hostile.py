@@ -26,7 +26,7 @@ from inline_snapshot import snapshot
 from safetensors.torch import save_file
 from tiny import FAMILIES, chat_rows, save_tokenizer
 
-from tests.faults.test_doors_model import FIRST, INDEX, Q, config, index, sharded, text_of  # noqa: F401
+from tests.faults.damaged_models import FIRST, INDEX, Q, config, index
 from tests.messages import error_in
 
 ROOT = Path(__file__).parents[2]
@@ -286,7 +286,7 @@ rows.pkl: not a data file
 
 
 @pytest.fixture(scope="module")
-def trees(tmp_path_factory: pytest.TempPathFactory, sharded: Path) -> dict[str, Any]:  # noqa: F811
+def trees(tmp_path_factory: pytest.TempPathFactory, sharded: Path) -> dict[str, Any]:
     """All trees, run one after the other in one watched process: name -> what it did."""
     base = tmp_path_factory.mktemp("hostile")
     outside = base / "outside"
@@ -359,7 +359,7 @@ PLANTED = ("torch", "json", "transformers", "jinja2", "safetensors", "sitecustom
            "pydantic", "yaml", "numpy", "markupsafe", "readline")  # fmt: skip
 
 
-def test_python_files_in_the_working_directory_are_not_imported(tmp_path: Path, sharded: Path) -> None:  # noqa: F811
+def test_python_files_in_the_working_directory_are_not_imported(tmp_path: Path, sharded: Path) -> None:
     """Not even by `python -m`, which looks there first; the `solotune` command does not look there at all."""
     python(*(f"{name}.py" for name in PLANTED), "solotune_plugin/__init__.py")(tmp_path)
     shutil.copytree(sharded, tmp_path / "model")

@@ -17,7 +17,6 @@ import pytest
 from tiny import chat_rows
 
 from solotune import cli
-from tests.faults.test_doors_model import sharded  # noqa: F401
 
 
 def train(output_dir: str, **keys: Any) -> int:
@@ -42,7 +41,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharded: Path) -> Path:  # noqa: F811
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharded: Path) -> Path:
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
