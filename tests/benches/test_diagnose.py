@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bench.diagnose.run_facts import run_facts_of
 
 from bench.diagnose import bases, programs, run, score
 from bench.diagnose.loop import build, train
 from bench.diagnose.registry import FAULTS, HEALTHY
+from bench.diagnose.run_facts import run_facts_of
 from solotune.diagnosis.catalogue import FAULTS as CATALOGUE
 
 BASE = "llama-chatml"
