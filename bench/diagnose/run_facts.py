@@ -68,7 +68,7 @@ def _examples(chats: Sequence[Chat], rows: Sequence[Row], recipe: Recipe) -> lis
 
 
 def _findings(recipe: Recipe, train: list[Example], validation: list[Example]) -> list:
-    """What the rules on rows say, where the settings make a config of ours."""
+    """Findings of the rules on rows, if the settings make a solotune config."""
     known = {name: value for name, value in recipe.settings.items() if name in RunConfig.model_fields}
     if not train:
         return []

@@ -289,3 +289,11 @@ def door(
 ) -> Door:
     monkeypatch.chdir(tmp_path)
     return Door(model_folders, capsys)
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the cache of prepared rows, in which every result is kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "MIN_SECONDS", 0.0)
+    return tmp_path / "cache" / "solotune" / "data"

@@ -17,14 +17,8 @@ from solotune.dataset import Prepared, cache, prepare
 from solotune.dataset.render import Renderer
 from tests.dataset.conftest import Writer, chat, config_of, tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("kept")
 CHATML = tiny_tokenizer("chatml")
-
-
-@pytest.fixture(autouse=True)
-def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "MIN_SECONDS", 0.0)
-    return tmp_path / "cache" / "solotune" / "data"
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.dataset.conftest import write  # noqa: F401 - a fixture
+from tests.dataset.conftest import kept, write  # noqa: F401 - fixtures
 
 
 @pytest.fixture(autouse=True)

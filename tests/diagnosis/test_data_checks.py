@@ -1,4 +1,4 @@
-"""Asking the rules on rows: once for each input, anew for what they read of it, and anew where a rule changed."""
+"""Asking the rules on rows: once per input, and again when what they read or a rule has changed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,9 @@ from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.run_facts import RunFacts, Settings
 from tests.dataset.conftest import Writer, chat, config_of, tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("kept")
 CHATML = tiny_tokenizer("chatml")
 CONSTANT = [{"messages": chat(f"What is {n}?", "always this")} for n in range(40)]
-
-
-@pytest.fixture(autouse=True)
-def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "MIN_SECONDS", 0.0)
-    return tmp_path / "cache" / "solotune" / "data"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Who is told what a run does, in which order, and whose failure is the run's."""
+"""Observers of a run: the order of their calls, and whose failure ends the run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ RECORDED = ("step", "evaluated", "saved", "diagnosed", "failed")
 
 
 class Heard:
-    """Writes down what it is told, and by which name."""
+    """Record each call with the observer's name."""
 
     def __init__(self, name: str = "", into: list | None = None, error: BaseException | None = None) -> None:
         self.name, self.calls, self.error = name, [] if into is None else into, error

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from solotune.errors import InputError
 from solotune.runtime import watchdog
+from solotune.units import first_line
 
 CONNECT_SECONDS = 5
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -95,10 +96,10 @@ def download(name: str, revision: str, where: str, wanted: Sequence[str], unwant
     # the client, its HTTP library and the file system raise errors of many classes for the same cause
     except Exception as error:
         unreachable = isinstance(error, LocalEntryNotFoundError)
-        reason = "the hub cannot be reached" if unreachable else str(error).strip().split("\n")[0]
+        reason = "the hub cannot be reached" if unreachable else first_line(error)
         raise InputError(
             f"{where}: {name} is not in the cache and cannot be downloaded",
-            seen=reason or type(error).__name__,
+            seen=reason,
             change="check model_revision, the network connection and HF_HUB_OFFLINE, or use a local folder",
         ) from None
 

@@ -43,7 +43,7 @@ from solotune.runtime import signals
 from solotune.training import checkpoint, loop
 from solotune.training.forward_backward import MicroBatchRunner
 from solotune.training.optimizer import make_optimizer
-from solotune.units import gib
+from solotune.units import first_line, gib
 
 # Relative to the gradient's norm. Rounding differs between the two and grows with depth: 2 fp8 layers have 0.08. A
 # missing part of the gradient gives 0.9.
@@ -201,6 +201,6 @@ def _does_not_fit(error: torch.OutOfMemoryError, batch: Batch, changes: list[str
     held = f"; {gib(memory.outside)} GiB of the card are used outside this process" if memory else ""
     return CheckError(
         "preflight: the largest step of this run does not fit in GPU memory",
-        seen=f"{batch.input_ids_BT.shape[0]} x {longest:,} tokens: {str(error).strip().split(chr(10))[0]}{held}",
+        seen=f"{batch.input_ids_BT.shape[0]} x {longest:,} tokens: {first_line(error)}{held}",
         change=" or ".join(changes[:2]),
     )
