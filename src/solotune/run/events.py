@@ -19,6 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+from solotune.hub.safe_files import is_deeper
+
+MAX_DEPTH = 16  # of a line
 MAX_INT = 2**63 - 1  # the largest int64: readers put these numbers into arrays
 
 
@@ -179,6 +182,8 @@ def from_line(line: bytes) -> Event | None:
     try:
         found = json.loads(line.decode())
         kind, readers = _KINDS[found["event"]]
+        if is_deeper(found, MAX_DEPTH):
+            return None
         values = {name: read(found.get(name)) for name, read in readers}
     except (ValueError, RecursionError, KeyError, TypeError, IndexError, AttributeError):
         return None

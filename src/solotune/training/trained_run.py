@@ -29,7 +29,7 @@ from solotune.model.adapter import CONFIG, read_config, read_finite_tensors
 from solotune.model.base_fingerprint import base_fingerprint, check_base
 from solotune.model.loading import TrainableModel, load_model
 from solotune.run.manifest import check_folder
-from solotune.run.run_dir import FINGERPRINTS, RunDirectory, read_json
+from solotune.run.run_dir import FINGERPRINTS, RunDirectory, read_object
 from solotune.training import checkpoint
 
 
@@ -96,7 +96,10 @@ class TunedRun:
                 f"{folder / file}: {problem}", change=f"solotune verify {self.directory.path} lists all damaged files"
             )
         tensors = read_finite_tensors(folder)
-        recorded = read_json(self.directory.path / FINGERPRINTS)["base"]
+        recorded = read_object(self.directory.path / FINGERPRINTS).get("base")
+        if not isinstance(recorded, dict):
+            path = self.directory.path / FINGERPRINTS
+            raise IntegrityError(f"{path}: the fingerprint of the base is missing", change="restore the run's files")
         base = (self.base or resolve_model(self.config)).with_weights()
         check_base(recorded, base_fingerprint(base), str(self.directory.path))
         model = load_base(self.config, self.machine, base)
