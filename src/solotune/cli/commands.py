@@ -250,6 +250,7 @@ def evaluate(run: str, as_json: bool) -> None:
 )
 @click.option("--config", metavar="FILE", help="The config used for training (only for folders of other tools).")
 @click.option("--dataset", metavar="DATA", help="The training data (only for folders of other tools).")
+@click.option("--base", metavar="MODEL", help="The base model (only for folders of other tools).")
 @json_option
 @click.pass_context
 def diagnose(
@@ -260,6 +261,7 @@ def diagnose(
     budget: float | None,
     config: str | None,
     dataset: str | None,
+    base: str | None,
     as_json: bool,
 ) -> None:
     """Find out what is wrong with a run, if anything.
@@ -267,6 +269,9 @@ def diagnose(
     TARGET is a config (before the run), a run directory (during or after it), or the output folder of TRL, PEFT or
     another trainer. First, rules check settings, rows, curves and files; then experiments (probes) test the model. If a
     fault is found, the exit code is 3. The result is also saved in the run's diagnosis.json.
+
+    A folder of another trainer is not trusted: the base, data and files outside that it names are not opened and not
+    looked up. Give them with --base and --dataset.
 
     \b
     Example:
@@ -276,7 +281,7 @@ def diagnose(
     from solotune.cli.results import print_diagnosis
 
     found = run_shown(
-        lambda display: diagnose(target, deep, budget, dataset, config, overrides, display=display),
+        lambda display: diagnose(target, deep, budget, dataset, config, overrides, display=display, base=base),
         print_diagnosis,
         as_json,
     )

@@ -55,9 +55,26 @@ class Made:
     """Whether only answers have labels: by the settings, or by TRL's default for such rows."""
 
 
+_TYPES: dict[str, tuple[type, ...]] = {
+    "completion_only_loss": (bool, type(None)),
+    "max_length": (int, type(None)),
+    "dataset_kwargs": (dict, type(None)),
+}
+"""Types of the keys whose default does not say it."""
+
+
 def arguments(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that concern rows; TRL's default where one is missing."""
-    return {key: found.get(key, default) for key, default in DEFAULTS.items()}
+    """The arguments that concern rows; TRL's default where one is missing or has a type that TRL would not accept."""
+    kept = {}
+    for key, default in DEFAULTS.items():
+        value = found.get(key, default)
+        fits = isinstance(value, _TYPES.get(key, (type(default),))) and (key != "max_length" or _is_length(value))
+        kept[key] = value if fits else default
+    return kept
+
+
+def _is_length(value: Any) -> bool:
+    return value is None or (not isinstance(value, bool) and 0 < value <= 100_000_000)
 
 
 def prepare(dataset: Any, split: str, tokenizer: Any, sft: Mapping[str, Any]) -> Made | None:
