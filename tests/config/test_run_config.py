@@ -338,7 +338,7 @@ run.yaml: not UTF-8 text
             snapshot("""\
 run.yaml: too large for a config
   seen:    1,048,577 bytes
-  allowed: at most 1 MiB\
+  allowed: at most 256 KiB\
 """),
         ),
     ],

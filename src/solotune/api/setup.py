@@ -183,7 +183,7 @@ def write_initial_files(
     created_by = {
         "solotune": __version__,
         # a resumed run keeps its name: it may be continued by the copy of the config in its folder
-        CONFIG_NAME: recorded_name(RunRecord.read(run.path)) or ready.config.name,
+        CONFIG_NAME: recorded_name(RunRecord(run.path, ())) or ready.config.name,
         "choices": [choice._asdict() for choice in ready.choices],
     }
     run.write_json("environment.json", {**ready.machine.to_json(), **created_by})

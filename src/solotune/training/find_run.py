@@ -37,7 +37,7 @@ def run_of_config(config: RunConfig) -> RunDirectory | None:
     """
     others = []
     for run in reversed(list_runs()):
-        record = RunRecord.read(run.path)
+        record = RunRecord(run.path, ())  # its files are read at first use; its events are not needed
         name = recorded_name(record)
         if name not in (None, config.name):
             continue
@@ -98,7 +98,7 @@ def refuse_other_config(path: Path, config: RunConfig) -> None:
     Raises:
         IntegrityError: it is a run of another config.
     """
-    changed = changed_keys(RunRecord.read(path), config)
+    changed = changed_keys(RunRecord(path, ()), config)
     if changed:
         raise IntegrityError(
             f"{path}: the run in this folder has another config and no checkpoint, so nothing of it can be continued",

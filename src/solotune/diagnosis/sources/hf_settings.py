@@ -43,7 +43,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         content = read_bytes(file, MAX_CONFIG_BYTES)
     except OSError as error:
-        allowed = "a YAML or JSON file of at most 1 MiB"
+        allowed = "a YAML or JSON file of at most 256 KiB"
         raise InputError(f"{file}: this config cannot be read", seen=error.strerror, allowed=allowed) from None
     found: Any = None
     try:
