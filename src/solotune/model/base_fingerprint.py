@@ -24,7 +24,7 @@ from solotune.errors import IntegrityError
 from solotune.hub.model_files import ModelFiles
 from solotune.hub.safe_files import contained, json_object
 from solotune.hub.safetensors_header import read_header
-from solotune.model.weights import weight_files
+from solotune.model.weight_files import weight_files
 
 SAMPLES, SAMPLE_BYTES = 4, 16 << 10
 NOT_THE_MODEL = ("_name_or_path", "transformers_version")  # keys of config.json that do not count
