@@ -53,9 +53,10 @@ from solotune.hardware.gpu_errors import stage
 from solotune.hardware.machine import ram
 from solotune.hub.model_files import ModelFiles, resolve_model
 from solotune.model import lora, loss, packed_attention
+from solotune.model.adapter_coverage import AdapterCoverage, adapter_coverage
 from solotune.model.empty_model import empty_model
 from solotune.model.frozen_linear import DenseWeight, Fp8Weight, FrozenLinear, NF4Weight, Storage
-from solotune.model.layers import decoder_layers, num_checkpointed, prepare_layers
+from solotune.model.layers import decoder_layers, language_model, num_checkpointed, prepare_layers
 from solotune.model.lm_head import check_head, head_of
 from solotune.model.tied_weights import different_ties, tie, untie
 from solotune.model.weight_files import unread_files, weight_files
@@ -100,21 +101,25 @@ class TrainableModel:
         self.flat_params.grad.zero_()
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Dotted name -> (out_features, in_features) of every frozen linear."""
+        """Dotted name -> (out_features, in_features) of every frozen linear of the language model."""
+        under = language_model(self.module)
         return {
             name.removesuffix(".base"): (module.out_features, module.in_features)
             for name, module in self.module.named_modules()
-            if isinstance(module, FrozenLinear)
+            if isinstance(module, FrozenLinear) and name.startswith(under)
         }
 
     @property
     def num_parameters(self) -> int:
         """All parameters: the base as in its checkpoint, and the adapters."""
-        frozen = sum(o * i for o, i in self.linear_shapes().values())
-        biases = sum(
-            m.bias_O.numel() for m in self.module.modules() if isinstance(m, FrozenLinear) and m.bias_O is not None
-        )
-        return frozen + biases + sum(p.numel() for p in self.module.parameters())
+        frozen = [part for part in self.module.modules() if isinstance(part, FrozenLinear)]
+        numbers = sum(part.out_features * part.in_features for part in frozen)
+        biases = sum(part.bias_O.numel() for part in frozen if part.bias_O is not None)
+        return numbers + biases + sum(p.numel() for p in self.module.parameters())
+
+    def adapter_coverage(self) -> AdapterCoverage:
+        """Which parts of the model have adapters."""
+        return adapter_coverage(self.module, self.layers, language_model(self.module), self.lora_layers)
 
     def token_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(losses_N, correct_N) of the batch's loss tokens, in row order: see `loss.token_losses`."""
@@ -170,7 +175,9 @@ def load_model(
         untied = different_ties(module, files, match, dtype)
         untie(module, untied)
         tensors, given = read_tensors(files, match, dtype), set(match.names.values())
-    choices += [Choice("tie_word_embeddings", False, f"the files hold another {one} than {two}") for one, two in untied.items()]
+    choices += [
+        Choice("tie_word_embeddings", False, f"the files hold another {one} than {two}") for one, two in untied.items()
+    ]
     _fill(module, tensors, config.precision, dtype, device, config.model_name_or_path)
     tie(module, given)
     _check_complete(module, folder)
@@ -179,7 +186,8 @@ def load_model(
     layers = decoder_layers(module)
     if config.base_precision == "nf4" and not config.multiplies_in_fp8:
         choices += _settle_residency(module, config.base_residency, dtype, device)
-    lora_layers = lora.attach(module, config.lora, device, is_compiled=config.torch_compile)
+    inside = language_model(module)
+    lora_layers = lora.attach(module, config.lora, device, is_compiled=config.torch_compile, inside=inside)
     head = head_of(module)
     check_head(module, head, device)
     model = TrainableModel(

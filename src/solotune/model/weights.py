@@ -167,7 +167,8 @@ def _check_dtype(path: Path, key: str, entry: Entry, kinds: tuple[str, ...]) -> 
         raise InputError(
             f"{path}: tensor {key} does not fit the architecture in config.json",
             seen=f"{entry.dtype} {entry.shape}",
-            allowed=f"{'floating point of 16 bits or more' if kinds is FLOATS else 'whole numbers'}: {', '.join(kinds)}",
+            allowed=("floating point of 16 bits or more: " if kinds is FLOATS else "whole numbers: ")
+            + ", ".join(kinds),
         )
 
 
