@@ -64,14 +64,15 @@ class AdapterCoverage:
             for part in self.parts
             if part.num_adapted_layers < max(1, part.num_layers) and part.name != OTHERS
         ]
-        lines = [
-            "adapters: "
-            + "; ".join(f"{', '.join(p.adapted)} of {p.name} in {self._layers(p.num_adapted_layers)}" for p in adapted)
-        ]
+        lines = ["adapters: " + "; ".join(map(self._with, adapted))]
         return lines + (["no adapters: " + "; ".join(map(self._without, without))] if without else [])
 
     def _layers(self, count: int) -> str:
         return f"{count} of {self.num_layers} layers" if count < self.num_layers else f"all {count} layers"
+
+    def _with(self, part: ModelPart) -> str:
+        linears = "" if part.adapted == (part.name,) else f"{', '.join(part.adapted)} of "
+        return f"{linears}{part.name} in {self._layers(part.num_adapted_layers)}"
 
     def _without(self, part: ModelPart) -> str:
         name = part.name + (f" ({part.num_experts} each)" if part.num_experts else "")
@@ -126,6 +127,13 @@ class _Unit:
     bits: int | None  # None: a frozen linear
     layer: str = ""
 
+    @property
+    def is_experts(self) -> bool:
+        from torch import nn
+
+        is_convolution = isinstance(self.part, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        return self.bits is not None and len(self.shape) >= 3 and not is_convolution
+
 
 def _units(module: nn.Module) -> Iterator[_Unit]:
     from solotune.model.frozen_linear import FrozenLinear
@@ -144,13 +152,6 @@ def _units(module: nn.Module) -> Iterator[_Unit]:
             if own:
                 largest = max(own, key=lambda p: p.numel())
                 yield _Unit(name, part, sum(p.numel() for p in own), tuple(largest.shape), 8 * largest.element_size())
-
-    @property
-    def is_experts(self) -> bool:
-        from torch import nn
-
-        is_convolution = isinstance(self.part, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        return self.bits is not None and len(self.shape) >= 3 and not is_convolution
 
 
 def _kind(unit: _Unit, layer: nn.Module, inside: str) -> tuple[str, str]:
@@ -177,5 +178,5 @@ def _part(name: str, units: list[_Unit], lora_layers: set[str]) -> ModelPart:
         leaves(others),
         sum(unit.num_parameters for unit in units),
         units[0].bits if not linears else None,
-        units[0].shape[0] if units[0].is_experts else None,
+        units[0].shape[0] if all(unit.is_experts for unit in units) else None,
     )

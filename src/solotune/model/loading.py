@@ -163,7 +163,7 @@ def load_model(
         choices.append(Choice("attn_implementation", attention_name, because))
     files = weight_files(folder)
     match = match_names(module, files)
-    choices += _not_used(model_files, files, match)
+    choices += _not_used(type(module).__name__, model_files, files, match)
     if match.must_convert:
         because = f"transformers merges or splits {family} tensors while loading"
         choices.append(Choice("loader", "transformers, on the CPU first", because))
@@ -207,18 +207,18 @@ def load_model(
     return model
 
 
-def _not_used(model_files: ModelFiles, files: list[Path], match: TensorMatch) -> list[Choice]:
+def _not_used(architecture: str, model_files: ModelFiles, files: list[Path], match: TensorMatch) -> list[Choice]:
     """What stands in the folder and is not used, and why."""
-    family, found = model_files.config["model_type"], []
+    found = []
     if match.unused:
         names = ", ".join(sorted(match.unused)[:2]) + (", ..." if len(match.unused) > 2 else "")
-        because = f"{family} computes them, or has no part for them ({names})"
+        because = f"{architecture} computes them, or has no part for them ({names})"
         found.append(Choice("tensors not used", len(match.unused), because))
     if others := unread_files(model_files.folder, files):
         because = f"the weights are in {files[0].name}" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
         found.append(Choice("files not read", ", ".join(others), because))
     if "auto_map" in model_files.config:
-        because = f"transformers has {family} itself; code from a model folder never runs"
+        because = f"transformers has {architecture} itself; code from a model folder never runs"
         found.append(Choice("auto_map", "not used", because))
     return found
 
