@@ -81,7 +81,9 @@ def test_an_adapter_on_such_a_base_is_pefts_too(tiny_config, model_folder, tmp_p
     peft_config = lora.peft_config(config.lora, model.lora_layers, model.module, base=str(folder), revision="main")
     (tmp_path / "adapter").mkdir()
     Adapter(peft_config, lora.state_dict(model.lora_layers)).write(Folder(tmp_path / "adapter"))
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tmp_path / "adapter"
+    )
     rows = [random_rows(1)[0]]
     model.module.eval()
     ours = model.token_losses(collate(rows, CPU))[0].detach()

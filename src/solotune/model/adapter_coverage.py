@@ -33,6 +33,7 @@ class ModelPart:
     adapted: tuple[str, ...]  # last names of its linears with an adapter
     not_adapted: tuple[str, ...]  # last names of its linears without one
     num_parameters: int
+    num_unadapted: int  # of its parameters, those in layers where it has no adapter
     bits: int | None  # of its weights, if they are no linear layers and so stay as they are; None: linear layers
     num_experts: int | None = None  # in each layer, if the part is experts
 
@@ -48,12 +49,11 @@ class AdapterCoverage:
     def num_parameters(self) -> int:
         return sum(part.num_parameters for part in self.parts)
 
-    def share(self, part: ModelPart) -> float:
-        """The part's share of all parameters of the base."""
-        return part.num_parameters / max(1, self.num_parameters)
+    def _share(self, number: int) -> float:
+        return number / max(1, self.num_parameters)
 
     def to_json(self) -> dict[str, Any]:
-        parts = [{**asdict(part), "share": round(self.share(part), 6)} for part in self.parts]
+        parts = [{**asdict(part), "share": round(self._share(part.num_parameters), 6)} for part in self.parts]
         return {"num_layers": self.num_layers, "num_parameters": self.num_parameters, "parts": parts}
 
     def in_words(self) -> list[str]:
@@ -77,7 +77,7 @@ class AdapterCoverage:
     def _without(self, part: ModelPart) -> str:
         name = part.name + (f" ({part.num_experts} each)" if part.num_experts else "")
         where = f"{name} in {self._layers(part.num_layers)}" if part.num_layers else name
-        share = f"{self.share(part):.1%} of the parameters"
+        share = f"{self._share(part.num_unadapted):.1%} of the parameters"
         return f"{where} ({share}" + (f", kept in {part.bits} bits)" if part.bits else ")")
 
 
@@ -113,7 +113,7 @@ def adapter_coverage(
     ]
     parts += [_part(name, found, set(lora_layers)) for name, found in of_towers.items()]
     others = sum(unit.num_parameters for unit in units) - sum(part.num_parameters for part in parts)
-    return AdapterCoverage(len(layers), (*parts, ModelPart(OTHERS, 0, 0, (), (), others, None)))
+    return AdapterCoverage(len(layers), (*parts, ModelPart(OTHERS, 0, 0, (), (), others, others, None)))
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,7 @@ def _part(name: str, units: list[_Unit], lora_layers: set[str]) -> ModelPart:
     linears = {unit.name: unit for unit in units if unit.bits is None}
     adapted = [unit for name, unit in linears.items() if name in lora_layers]
     others = [unit for name, unit in linears.items() if name not in lora_layers]
+    in_layers = {unit.layer for unit in adapted}
 
     def leaves(found: list[_Unit]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(unit.name.rpartition(".")[2] for unit in found))
@@ -173,10 +174,11 @@ def _part(name: str, units: list[_Unit], lora_layers: set[str]) -> ModelPart:
     return ModelPart(
         name,
         len({unit.layer for unit in units if unit.layer}),
-        len({unit.layer for unit in adapted}),
+        len(in_layers),
         leaves(adapted),
         leaves(others),
         sum(unit.num_parameters for unit in units),
+        sum(unit.num_parameters for unit in units if unit.layer not in in_layers),
         units[0].bits if not linears else None,
         units[0].shape[0] if all(unit.is_experts for unit in units) else None,
     )
