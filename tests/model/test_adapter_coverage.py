@@ -129,7 +129,7 @@ MODELS = {
         snapshot(
             [
                 "adapters: q_proj of self_attn in 1 of 2 layers",
-                "no adapters: self_attn in 1 of 2 layers (31.4% of the parameters); mlp in all 2 layers (47.2% of the parameters)",
+                "no adapters: self_attn in 1 of 2 layers (15.7% of the parameters); mlp in all 2 layers (47.2% of the parameters)",
             ]
         ),
     ),

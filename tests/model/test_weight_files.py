@@ -54,7 +54,9 @@ def test_shards_without_an_index_are_the_model(pattern, folder, tiny_config, mod
 def test_other_safetensors_are_named(folder, tiny_config):
     save_file({"x": torch.zeros(1)}, folder / "consolidated.safetensors")
     (choice,) = load_model(tiny_config(model_name_or_path=str(folder)), CPU, torch.float32).choices
-    assert tuple(choice) == snapshot()
+    assert tuple(choice) == snapshot(
+        ("files not read", "consolidated.safetensors", "the weights are in model.safetensors")
+    )
 
 
 def both(folder: Path) -> None:
@@ -94,18 +96,59 @@ def with_index(change):
 
 
 AMBIGUOUS = {
-    "a whole model and shards": (both, snapshot()),
-    "a whole model and an index": (lambda f: (both(f), index(f)), snapshot()),
-    "a part is missing": (without("model-00002-of-00003.safetensors"), snapshot()),
+    "a whole model and shards": (both, snapshot("""\
+<tmp>/model: two sets of weights
+  seen:    model.safetensors, and model-00001-of-00003.safetensors, model-00002-of-00003.safetensors, model-00003-of-00003.safetensors
+  allowed: one set; transformers would read the first, another program the second
+  change:  move model.safetensors, or the other files and model.safetensors.index.json, out of the folder\
+""")),
+    "a whole model and an index": (lambda f: (both(f), index(f)), snapshot("""\
+<tmp>/model: two sets of weights
+  seen:    model.safetensors, and model-00001-of-00003.safetensors, model-00002-of-00003.safetensors, model-00003-of-00003.safetensors
+  allowed: one set; transformers would read the first, another program the second
+  change:  move model.safetensors, or the other files and model.safetensors.index.json, out of the folder\
+""")),
+    "a part is missing": (without("model-00002-of-00003.safetensors"), snapshot("""\
+<tmp>/model: a weight file is missing
+  seen:    no part 2 of 3
+  change:  download the folder again\
+""")),
     "a part of the index is missing": (
-        with_index(lambda f: (f / "model-00002-of-00003.safetensors").unlink()), snapshot()),
-    "parts of two sets": (two_sets, snapshot()),
-    "a tensor in two shards": (twice, snapshot()),
-    "another name": (lambda f: (f / WHOLE).rename(f / "model.fp16.safetensors"), snapshot()),
-    "an adapter beside the model": (lambda f: (f / "adapter_config.json").write_text("{}"), snapshot()),
+        with_index(lambda f: (f / "model-00002-of-00003.safetensors").unlink()), snapshot("""\
+<tmp>/model: a weight file is missing
+  seen:    model-00002-of-00003.safetensors
+  change:  download the folder again\
+""")),
+    "parts of two sets": (two_sets, snapshot("""\
+<tmp>/model: parts of several sets of weights, and no model.safetensors.index.json that says which belong together
+  seen:    model-00001-of-00002.safetensors, model-00001-of-00003.safetensors, model-00002-of-00002.safetensors and 2 more
+  allowed: model.safetensors, or model-00001-of-00002.safetensors, model-00002-of-00002.safetensors
+  change:  keep the files of one set, or download the folder again\
+""")),
+    "a tensor in two shards": (twice, snapshot("""\
+<tmp>/model/model-00002-of-00003.safetensors: contains a tensor that is also in model-00001-of-00003.safetensors
+  seen:    lm_head.weight\
+""")),
+    "another name": (lambda f: (f / WHOLE).rename(f / "model.fp16.safetensors"), snapshot("""\
+<tmp>/model: no weights under transformers' names
+  seen:    model.fp16.safetensors
+  allowed: model.safetensors, or model-00001-of-00002.safetensors, model-00002-of-00002.safetensors
+  change:  rename it to model.safetensors if its tensors have transformers' names\
+""")),
+    "an adapter beside the model": (lambda f: (f / "adapter_config.json").write_text("{}"), snapshot("""\
+<tmp>/model: holds an adapter beside the model
+  seen:    adapter_config.json, which transformers would load into the model
+  allowed: a model alone
+  change:  move adapter_config.json out of the folder, or merge the adapter into the model with PEFT\
+""")),
     "an adapter alone": (
         lambda f: ((f / WHOLE).rename(f / "adapter_model.safetensors"), (f / "adapter_config.json").write_text("{}")),
-        snapshot(),
+        snapshot("""\
+<tmp>/model: no weights in safetensors
+  seen:    adapter_model.safetensors
+  allowed: *.safetensors; formats that can run code are not read
+  change:  this is an adapter: use its base model, base_model_name_or_path in adapter_config.json\
+"""),
     ),
 }  # fmt: skip
 

@@ -95,7 +95,13 @@ def test_a_tensor_of_a_part_that_the_architecture_lacks_is_named(tiny_config, tm
     folder = saved(qwen3_5, tmp_path / "model")
     model = same_as_transformers(tiny_config(model_name_or_path=str(folder)), folder)
     (choice,) = model.choices
-    assert tuple(choice) == snapshot()
+    assert tuple(choice) == snapshot(
+        (
+            "tensors not used",
+            33,
+            "Qwen3_5ForCausalLM computes them, or has no part for them (model.visual.blocks.0.attn.proj.bias, model.visual.blocks.0.attn.proj.weight, ...)",
+        )
+    )
 
 
 def test_auto_map_of_an_architecture_of_transformers_is_named_and_not_used(tiny_config, model_folder, tmp_path):
@@ -104,7 +110,9 @@ def test_auto_map_of_an_architecture_of_transformers_is_named_and_not_used(tiny_
     (folder / "modeling_phi3.py").write_text("raise SystemExit('executed')")
     (folder / "configuration_phi3.py").write_text("raise SystemExit('executed')")
     (choice,) = load_model(tiny_config("phi3", model_name_or_path=str(folder)), CPU, torch.float32).choices
-    assert tuple(choice) == snapshot()
+    assert tuple(choice) == snapshot(
+        ("auto_map", "not used", "transformers has Phi3ForCausalLM itself; code from a model folder never runs")
+    )
 
 
 def packed(weight_EIO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,11 +143,45 @@ def test_experts_in_mxfp4_are_unpacked_as_transformers_does(tiny_config, tmp_pat
 
 
 REFUSED = {
-    "a tensor twice": (lambda t: t.update({Q.removeprefix("model."): t[Q].clone()}), snapshot()),
-    "a tensor too many": (lambda t: t.update({"score.weight": torch.zeros(2, 64)}), snapshot()),
-    "a layer too many": (lambda t: t.update({Q.replace("0", "7"): t[Q].clone()}), snapshot()),
-    "a tensor missing": (lambda t: t.pop("model.norm.weight"), snapshot()),
-    "no head, and none is tied": (lambda t: t.pop("lm_head.weight"), snapshot()),
+    "a tensor twice": (
+        lambda t: t.update({Q.removeprefix("model."): t[Q].clone()}),
+        snapshot("""\
+<tmp>/model/model.safetensors: two tensors for model.layers.0.self_attn.q_proj.weight
+  seen:    layers.0.self_attn.q_proj.weight and model.layers.0.self_attn.q_proj.weight\
+"""),
+    ),
+    "a tensor too many": (
+        lambda t: t.update({"score.weight": torch.zeros(2, 64)}),
+        snapshot("""\
+<tmp>/model: the checkpoint has 1 tensors that the architecture does not have
+  seen:    score.weight
+  change:  check that config.json belongs to these weights, or download the folder again\
+"""),
+    ),
+    "a layer too many": (
+        lambda t: t.update({Q.replace("0", "7"): t[Q].clone()}),
+        snapshot("""\
+<tmp>/model: the checkpoint has 1 tensors that the architecture does not have
+  seen:    model.layers.7.self_attn.q_proj.weight
+  change:  check that config.json belongs to these weights, or download the folder again\
+"""),
+    ),
+    "a tensor missing": (
+        lambda t: t.pop("model.norm.weight"),
+        snapshot("""\
+<tmp>/model: the checkpoint lacks 1 tensors
+  seen:    model.norm.weight
+  change:  check that config.json belongs to these weights, or download the folder again\
+"""),
+    ),
+    "no head, and none is tied": (
+        lambda t: t.pop("lm_head.weight"),
+        snapshot("""\
+<tmp>/model: the checkpoint lacks 1 tensors
+  seen:    lm_head.weight
+  change:  check that config.json belongs to these weights, or download the folder again\
+"""),
+    ),
 }
 
 
