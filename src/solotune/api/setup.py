@@ -193,6 +193,8 @@ def write_initial_files(
     write_whole(run.path / "split.json", ready.prepared.manifest.json_lines())
     summary = _summary(ready)
     display.note(_parameters_in_words(summary))
+    for line in ready.model.adapter_coverage().in_words():
+        display.note(line)
     if report.packing:
         display.note(f"packing: {packing.in_words(report.packing)}")
     display.note(_plan_in_words(ready.plan))
@@ -231,6 +233,7 @@ def _summary(ready: PreparedRun) -> dict[str, Any]:
         "trainable_fits": [{"r": r, "target_modules": names} for r, names in fits],
         "base_bytes": frozen_linear.stored_bytes(model.module),
         "device": model.device.type,
+        "adapters": model.adapter_coverage().to_json(),
     }
 
 

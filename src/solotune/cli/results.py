@@ -215,9 +215,9 @@ def print_plan(plan: Plan, console: Console) -> None:
     if plan.choices:
         console.print()
         print_choices(plan.choices, console)
-    if plan.notes:
+    if notes := [*(plan.coverage.in_words() if plan.coverage else ()), *plan.notes]:
         console.print()
-        print_columns([("·", note) for note in plan.notes], ("dim", ""), console)
+        print_columns([("·", note) for note in notes], ("dim", ""), console)
     console.print()
     if plan.fits:
         console.print(Text("fits", "bold green"))

@@ -25,7 +25,7 @@ from solotune.errors import IntegrityError
 from solotune.hub.model_files import ModelFiles
 from solotune.hub.safe_files import contained, json_object
 from solotune.hub.safetensors_header import read_header
-from solotune.model.weights import weight_files
+from solotune.model.weight_files import weight_files
 from solotune.regular_files import open_regular
 
 SAMPLES, SAMPLE_BYTES = 4, 16 << 10

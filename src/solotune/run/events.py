@@ -40,6 +40,7 @@ class StartEvent:
     trainable_fits: list[Any]  # {"r", "target_modules"}: the adapters that have this number of parameters
     base_bytes: int | None
     device: str
+    adapters: dict[str, Any] | None = None  # see `AdapterCoverage.to_json`
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "list[str]": _strings,
     "list[str] | None": _strings_or_none,
     "list[Any]": lambda value: value if isinstance(value, list) else [],
+    "dict[str, Any] | None": lambda value: value if isinstance(value, dict) else None,
 }
 
 # name -> (class, [(field, how it is read)]); annotations are texts here
