@@ -185,6 +185,8 @@ def write_initial_files(
     write_whole(run.path / "split.json", ready.prepared.manifest.json_lines())
     summary = _summary(ready)
     display.note(_parameters_in_words(summary))
+    for name, words in report.notes().items():
+        display.note(f"{name}: {words}")
     if report.packing:
         display.note(f"packing: {packing.in_words(report.packing)}")
     display.note(_plan_in_words(ready.plan))

@@ -121,11 +121,6 @@ a.jsonl: cannot be read
 a.jsonl: cannot be read
   seen:    Too many levels of symbolic links\
 """)),
-    Bad(8, "UTF-16", "a.jsonl", LINES.encode("utf-16"), snapshot("""\
-a.jsonl: not UTF-8
-  seen:    UTF-16
-  change:  save it as UTF-8\
-""")),
     Bad(8, "UTF-16 without a mark", "a.json", LINES.encode("utf-16-le"), snapshot("""\
 a.json: not text
   seen:    NUL in the first bytes: b'{\\x00"\\x00m\\x00'
