@@ -132,7 +132,8 @@ def test_54_a_name_that_is_not_utf8(door: Door) -> None:
         snapshot("""\
 a\\xff.jsonl:1: not valid JSON
   seen:    Expecting property name enclosed in double quotes, column 2: '{'
-  allowed: one complete object on each line\
+  allowed: one complete object on each line
+  change:  if the objects of a\\xff.jsonl span several lines, rename it to .json\
 """),
     )
     write(os.fsdecode(b"folder/a\xff.jsonl"), LINES)
