@@ -195,6 +195,8 @@ def write_initial_files(
     display.note(_parameters_in_words(summary))
     for line in ready.model.adapter_coverage().in_words():
         display.note(line)
+    for name, words in report.notes().items():
+        display.note(f"{name}: {words}")
     if report.packing:
         display.note(f"packing: {packing.in_words(report.packing)}")
     display.note(_plan_in_words(ready.plan))

@@ -13,6 +13,7 @@ EXACT_DUPLICATE = "exact duplicate"
 NOTHING_TO_LEARN = "no supervised token"
 ANSWER_PAST_MAX_LENGTH = "answer beyond max_length"
 LONGER_THAN_MAX_LENGTH = "longer than max_length"
+MOST_NAMED = 20
 
 
 @dataclass(slots=True)
@@ -33,6 +34,9 @@ class DataReport:
     num_weighted_answers: int = 0
     num_groups: int = 0
     num_exact_duplicates: int = 0
+    """Copies of an earlier row that were removed."""
+    num_copies_kept: int = 0
+    """Copies of an earlier row that were kept, with `dataset_exact_deduplication: false`."""
     num_near_duplicates: int = 0
     num_leaks: int = 0
     num_truncated: int = 0
@@ -53,6 +57,10 @@ class DataReport:
     """A few complete training rows: their place, and pieces of text with whether they are trained on."""
     packing: dict[str, Any] | None = None
     """With `packing: true`: statistics of the packed training rows, see `packing.account`."""
+    schema_nulls: Counter[str] = field(default_factory=Counter)
+    """Place in the rows -> nulls that the schema of a parquet or arrow file forced there; they were left out."""
+    beside_rows: Counter[str] = field(default_factory=Counter)
+    """What a file holds beside its rows, which nothing reads -> how many of it."""
     findings: list[dict[str, Any]] | None = None
     """Findings of the rules on rows; None if the rules did not run."""
 
@@ -71,11 +79,32 @@ class DataReport:
         """Rebuild the report from its fields after a JSON round trip (which turns keys into strings)."""
         labels = dict(values["labels"])
         labels["leading_bos"] = Counter({int(number): rows for number, rows in labels["leading_bos"].items()})
-        return cls(**{**values, "dropped": Counter(values["dropped"]), "labels": LabelBudget(**labels)})
+        counters = {key: Counter(values[key]) for key in ("dropped", "schema_nulls", "beside_rows")}
+        return cls(**{**values, **counters, "labels": LabelBudget(**labels)})
 
     def reasons(self) -> str:
         """Describe the dropped rows in one line."""
         return "dropped: " + (", ".join(f"{reason} {n}" for reason, n in sorted(self.dropped.items())) or "none")
+
+    def notes(self) -> dict[str, str]:
+        """What was left out of the rows or of the files, in a line each, by a short name."""
+        found: dict[str, str] = {}
+        if self.num_exact_duplicates:
+            found["copies"] = (
+                f"{self.num_exact_duplicates:,} exact copies of rows removed; if they are meant, set "
+                "dataset_exact_deduplication: false, or give the row a higher weight"
+            )
+        elif self.num_copies_kept:
+            found["copies"] = f"{self.num_copies_kept:,} exact copies of rows kept, on the side of the first"
+        if self.schema_nulls:
+            places = ", ".join(f"{number:,} in {place}" for place, number in self.schema_nulls.most_common())
+            total = self.schema_nulls.total()
+            found["nulls"] = f"{total:,} nulls left out, which only the file's schema put there: {places}"
+        if self.beside_rows:
+            names = list(self.beside_rows)
+            more = f", and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
+            found["not read"] = "beside the rows in " + ", ".join(names[:MOST_NAMED]) + more
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `data.json`."""
@@ -111,10 +140,13 @@ class DataReport:
                 "validation": self.num_validation,
                 "groups": self.num_groups,
                 "exact_duplicates": self.num_exact_duplicates,
+                "copies_kept": self.num_copies_kept,
                 "near_duplicates": self.num_near_duplicates,
                 "leaks": self.num_leaks,
             },
             "rendered_on": self.rendered_on,
+            "schema_nulls": dict(sorted(self.schema_nulls.items())),
+            "beside_rows": dict(self.beside_rows),
             **({"packing": self.packing} if self.packing is not None else {}),
             "sha256": {"train": self.train_sha256, "validation": self.validation_sha256},
             "histograms": self.labels.histograms(),

@@ -13,10 +13,20 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NoReturn
 
-from solotune.dataset.readers.row import CHUNK_BYTES, MAX_ROW_BYTES, Row, lines
+from solotune.dataset.readers.json_layouts import (
+    ROW_KEYS,
+    SPLIT_NAMES,
+    chat_key,
+    chosen_list,
+    document_rows,
+    holds_rows,
+    row_of,
+)
+from solotune.dataset.readers.left_out import LeftOut
+from solotune.dataset.readers.row import CHUNK_BYTES, MAX_ROW_BYTES, Row, RowError, lines
 from solotune.errors import InputError
 
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -24,6 +34,19 @@ _BLANKS = re.compile(r"[ \t\r\n]*")
 _LONGEST_TOKEN = 16  # characters: a number's, an escape's or a name's part at the end of the window may be cut
 MAX_DEPTH = 100  # the deepest values in real data are JSON schemas of tools, rarely above 20
 _ALLOWED_DEPTH = f"{MAX_DEPTH} levels of lists and objects"
+LARGE_CHARACTERS = 4 << 20
+MAX_VALUES = 2 << 20
+"""Most lists, objects and keys in a row: 64 MiB of brackets would become 2 GB of objects."""
+
+OnBadRow = Callable[[RowError], None]
+"""Called with the error of a row that the rest of the file does not depend on; it raises the error, or counts it."""
+
+
+class TooLongError(InputError):
+    """A record is larger than a row may be."""
+
+
+_MESSAGE_KEYS = frozenset(("content", "value", "tool_calls"))
 
 
 class _Fault(ValueError):
@@ -60,6 +83,24 @@ def _check(value: Any, text: str, begin: int, end: int) -> None:
             raise _Fault(f"a lone surrogate ({error.object[error.start]!r}) is not text") from None
     if text.count("[", begin, end) + text.count("{", begin, end) > MAX_DEPTH:
         _check_depth(value)
+
+
+def _check_size(text: str, where: str, begin: int = 0) -> None:
+    """Refuse a large text of JSON that holds more values than a row ever does, before it is parsed.
+
+    Raises:
+        TooLongError: more than MAX_VALUES lists, objects and keys.
+    """
+    if len(text) - begin <= LARGE_CHARACTERS:
+        return
+    num_values = sum(text.count(mark, begin) for mark in ("[", "{", '":'))
+    if num_values > MAX_VALUES:
+        raise TooLongError(
+            f"{where}: too many values in one row",
+            seen=f"{num_values:,} lists, objects and keys",
+            allowed=f"{MAX_VALUES:,}",
+            change="write one row for each conversation",
+        )
 
 
 def _check_depth(value: Any) -> None:
@@ -100,45 +141,71 @@ def parse_json(text: str) -> Any:
     return value
 
 
-def read_jsonl(stream: BinaryIO, label: str) -> Iterator[Row]:
-    """Yield one object per line; blank lines are skipped."""
+def read_jsonl(stream: BinaryIO, label: str, left_out: LeftOut, on_bad_row: OnBadRow) -> Iterator[Row]:
+    """Yield one object per line; blank lines are skipped. The only line of a file may hold all rows in one object."""
+    rows = _rows_of_lines(stream, label, on_bad_row)
+    first = next(rows, None)
+    if first is not None and holds_rows(first.values, label):
+        second = next(rows, None)
+        if second is None:
+            yield from document_rows(first.values, label, first.where, left_out, on_bad_row)
+            return
+        yield from (first, second)
+    elif first is not None:
+        yield first
+    yield from rows
+
+
+def _rows_of_lines(stream: BinaryIO, label: str, on_bad_row: OnBadRow) -> Iterator[Row]:
     for number, line in lines(stream, label):
         where = f"{label}:{number}"
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         line = line.removesuffix(b"\n").removesuffix(b"\r").strip(b" \t")
         if line:
-            yield Row(where, _object(where, label, line))
+            try:
+                row = Row(where, _row_of_line(where, label, line))
+            except RowError as error:
+                on_bad_row(error)
+            else:
+                yield row
 
 
-def _object(where: str, label: str, line: bytes) -> dict[str, Any]:
-    """Parse one line of JSON as a dict."""
+def _row_of_line(where: str, label: str, line: bytes) -> dict[str, Any]:
+    """Parse one line of JSON as a row."""
+
+    def wrong(problem: str, *, reason: str = "not valid JSON", **parts: Any) -> RowError:
+        return RowError(f"{where}: {problem}", reason=reason, **parts)
+
     if b"\r" in line:
-        raise InputError(f"{where}: a carriage return inside the line", change="end lines with \\n or \\r\\n")
+        what = "a carriage return inside the line"
+        raise wrong(what, reason=what, change="end lines with \\n or \\r\\n")
     try:
         text = line.decode()
+        _check_size(text, where)
         value = _DECODER.decode(text)
         _check(value, text, 0, len(text))
     except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8", seen=f"byte {error.start + 1} of the line: {error.reason}") from None
+        seen = f"byte {error.start + 1} of the line: {error.reason}"
+        raise wrong("not UTF-8", reason="not UTF-8", seen=seen, change="save the file as UTF-8") from None
     except json.JSONDecodeError as error:
-        raise InputError(
-            f"{where}: not valid JSON",
+        change = f"if {label} is one JSON array, rename it to .json" if line.startswith(b"[") else None
+        if line == b"{":
+            change = f"if the objects of {label} span several lines, rename it to .json"
+        raise wrong(
+            "not valid JSON",
             seen=f"{error.msg}, column {error.colno}: {_around(error.doc, error.pos)}",
             allowed="one complete object on each line",
-            change=f"if {label} is one JSON array, rename it to .json" if line.startswith(b"[") else None,
+            change=change,
         ) from None
     except ValueError as error:
-        raise InputError(f"{where}: not valid JSON", seen=_in_words(error)) from None
+        raise wrong("not valid JSON", seen=_in_words(error)) from None
     except RecursionError:
-        raise InputError(f"{where}: nested too deeply", allowed=_ALLOWED_DEPTH) from None
-    if isinstance(value, list):
-        raise InputError(
-            f"{where}: an array, not an object", change=f"if {label} is one JSON array, rename it to .json"
-        )
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: not an object", seen=line[:60].decode(), allowed='{"messages": [...]}')
-    return value
+        raise wrong("nested too deeply", reason="nested too deeply", allowed=_ALLOWED_DEPTH) from None
+    if isinstance(value, list) and chat_key(value) is None and not (value and isinstance(value[0], str)):
+        what, change = "an array, not an object", f"if {label} is one JSON array, rename it to .json"
+        raise wrong(what, reason=what, change=change)
+    return row_of(value, where)
 
 
 def _around(text: str, position: int) -> str:
@@ -146,39 +213,78 @@ def _around(text: str, position: int) -> str:
     return repr(text[max(0, position - 20, text.rfind("\n", 0, position) + 1) : position + 20])
 
 
-def read_json(stream: BinaryIO, label: str) -> Iterator[Row]:
-    """Yield the objects of an array, record by record; also accepts one object per line, which is often named .json."""
+def read_json(stream: BinaryIO, label: str, left_out: LeftOut, on_bad_row: OnBadRow) -> Iterator[Row]:
+    """Yield the rows of a JSON file.
+
+    Read are an array of objects, record by record; one object per line, which is often named .json; one array per line,
+    each of them a chat; and one object that holds the rows (`json_layouts.py`).
+    """
     text = _Text(stream, label)
     first = text.skip()
     if first == "{":
-        yield from _json_lines(text, label)
-        return
-    if first != "[":
+        yield from _objects(text, label, left_out, on_bad_row)
+    elif first != "[":
         raise InputError(
             f"{label}: not a JSON array", seen=repr(first) if first else "only whitespace", allowed="[{...}, {...}]"
         )
-    text.position += 1
+    elif text.begins_with_message():
+        yield from _chats(text, label, on_bad_row)
+    else:
+        yield from _rows_of_array(text, label, label, on_bad_row)
+        if text.skip():
+            rest = text.buffer[text.position : text.position + 40]
+            raise InputError(
+                f"{label}:{text.line}: extra content after the end of the array",
+                seen=repr(rest),
+                allowed="one array: [{...}, {...}]",
+            )
+
+
+def _rows_of_array(text: _Text, label: str, place: str, on_bad_row: OnBadRow) -> Iterator[Row]:
+    """Yield the rows of the array that begins at the position, and step over its end."""
+    text.take("[")
     for index in range(1 << 62):
         if text.skip() == "]":
             text.take("]")
-            if text.skip():
-                rest = text.buffer[text.position : text.position + 40]
-                raise InputError(
-                    f"{label}:{text.line}: extra content after the end of the array",
-                    seen=repr(rest),
-                    allowed="one array: [{...}, {...}]",
-                )
             return
         if index and not text.take(","):
             raise text.broken(index, "Expecting ',' or ']'", text.position)
         text.skip()
-        values = text.record(index)
-        if not isinstance(values, dict):
-            raise InputError(f"{label}[{index}]: not an object", seen=repr(values)[:60], allowed='{"messages": [...]}')
-        yield Row(f"{label}[{index}]", values)
+        where = f"{place}[{index}]"
+        try:
+            row = Row(where, row_of(text.record(index), where))
+        except RowError as error:
+            on_bad_row(error)
+        else:
+            yield row
 
 
-def _json_lines(text: _Text, label: str) -> Iterator[Row]:
+def _chats(text: _Text, label: str, on_bad_row: OnBadRow) -> Iterator[Row]:
+    """Arrays of messages: several are a chat each; the messages of a single one are its rows, since they may be many."""
+    line = text.line
+    try:
+        messages = text.record(0)
+    except TooLongError:  # rows with the keys of a message
+        yield from _rows_of_array(text, label, label, on_bad_row)
+        return
+    if not text.skip():
+        yield from (Row(f"{label}[{index}]", row_of(one, f"{label}[{index}]")) for index, one in enumerate(messages))
+        return
+    number = 0
+    while True:
+        try:
+            row = Row(f"{label}:{line}", row_of(messages, f"{label}:{line}"))
+        except RowError as error:
+            on_bad_row(error)
+        else:
+            yield row
+        if not text.skip():
+            return
+        number, line = number + 1, text.line
+        messages = text.record(number)
+
+
+def _objects(text: _Text, label: str, left_out: LeftOut, on_bad_row: OnBadRow) -> Iterator[Row]:
     index = last_line = 0
     while text.skip():
         line = text.line
@@ -188,21 +294,54 @@ def _json_lines(text: _Text, label: str) -> Iterator[Row]:
                 seen=repr(text.buffer[text.position : text.position + 40]),
                 allowed="[{...}, {...}], or one object on each line, ended by \\n",
             )
-        values = text.record(index)
-        if not isinstance(values, dict):
-            raise InputError(f"{label}:{line}: not an object", seen=repr(values)[:60], allowed='{"messages": [...]}')
+        where = f"{label}:{line}"
+        try:
+            values = text.record(index)
+        except TooLongError:
+            if index:
+                raise
+            yield from _large_object(text, label, left_out, on_bad_row)
+            return
         last_line = text.line
-        is_alone = not index and not text.skip()
-        key = next((key for key, value in values.items() if isinstance(value, list)), None)
-        if is_alone and len(values) == 1 and key not in (None, "messages", "conversations"):
-            raise InputError(
-                f"{label}: one object, not a list of rows",
-                seen=f"an object with the key {key}",
-                allowed="[{...}, {...}], or one object on each line",
-                change=f"save only the list under {key}",
-            )
-        yield Row(f"{label}:{line}", values)
+        if not index and isinstance(values, dict) and not text.skip():
+            yield from document_rows(values, label, where, left_out, on_bad_row)
+            return
+        try:
+            row = Row(where, row_of(values, where))
+        except RowError as error:
+            on_bad_row(error)
+        else:
+            yield row
         index += 1
+
+
+def _large_object(text: _Text, label: str, left_out: LeftOut, on_bad_row: OnBadRow) -> Iterator[Row]:
+    """Yield the rows of an object larger than a row may be: of its only list, or of its list `train`, one at a time."""
+    text.take("{")
+    found = None
+    while text.skip() != "}":
+        key = text.record(0)
+        if not isinstance(key, str) or text.skip() != ":":
+            raise text.broken(0, "Expecting a key and ':'", text.position)
+        text.take(":")
+        is_list = text.skip() == "["
+        if is_list and key not in ROW_KEYS and (key not in SPLIT_NAMES or key == "train"):
+            if found is not None:
+                chosen_list([found, key], {}, label)
+            found = key
+            yield from _rows_of_array(text, label, f"{label}:{key}", on_bad_row)
+        elif is_list:
+            num_left = sum(1 for _ in _rows_of_array(text, label, f"{label}:{key}", on_bad_row))
+            left_out.beside_rows[f"{label}: {key} ({num_left:,} items)"] += 1
+        else:
+            text.record(0)
+            left_out.beside_rows[f"{label}: {key}"] += 1
+        text.skip()
+        if not text.take(",") and text.skip() != "}":
+            raise text.broken(0, "Expecting ',' or '}'", text.position)
+    text.take("}")
+    if found is None:
+        raise text.too_long(0, "save the rows as a list, or one object on each line")
 
 
 class _Text:
@@ -211,6 +350,7 @@ class _Text:
     def __init__(self, stream: BinaryIO, label: str) -> None:
         self._stream, self._label = stream, label
         self._undecoded, self._num_bytes = b"", 0
+        self._ahead, self._num_used = "", 0  # text after the buffer
         self._line, self._counted = 1, 0
         self.buffer, self.position = "", 0
         self._more(CHUNK_BYTES)
@@ -225,6 +365,11 @@ class _Text:
 
     def _more(self, size: int) -> bool:
         """Drop the text before `position` and read more; False at the end of the file."""
+        if self._num_used < len(self._ahead):
+            text = self._ahead[self._num_used : self._num_used + size]
+            self._num_used += len(text)
+            self._append(text)
+            return True
         raw = self._stream.read(size)
         data = self._undecoded + raw
         try:
@@ -238,9 +383,12 @@ class _Text:
                 ) from None
             text, self._undecoded = data[: error.start].decode(), data[error.start :]
         self._num_bytes += len(raw)
+        self._append(text)
+        return bool(raw)
+
+    def _append(self, text: str) -> None:
         self._line = self.line
         self.buffer, self.position, self._counted = self.buffer[self.position :] + text, 0, 0
-        return bool(raw)
 
     def skip(self) -> str:
         """Skip whitespace; return the next character, or an empty string at the end of the file."""
@@ -251,6 +399,15 @@ class _Text:
                 return self.buffer[self.position]
             if not self._more(CHUNK_BYTES):
                 return ""
+
+    def begins_with_message(self) -> bool:
+        """Whether the array at `position` begins with a message of a chat, whole in the window."""
+        first = _BLANKS.match(self.buffer, self.position + 1)
+        try:
+            value, _ = _DECODER.raw_decode(self.buffer, first.end() if first else self.position)
+        except (ValueError, RecursionError):
+            return False  # the reader says what is wrong
+        return chat_key([value]) is not None and not _MESSAGE_KEYS.isdisjoint(value)
 
     def take(self, character: str) -> bool:
         """Consume the character if it is the next one."""
@@ -268,15 +425,13 @@ class _Text:
             except json.JSONDecodeError as error:
                 is_cut = error.msg.startswith("Unterminated") or error.pos > len(self.buffer) - _LONGEST_TOKEN
                 if is_cut and len(self.buffer) - self.position > MAX_ROW_BYTES:
-                    raise InputError(
-                        f"{self._label}:{self.line}: record {index + 1} is too long",
-                        allowed=f"{MAX_ROW_BYTES >> 20} MiB",
-                    ) from None
+                    raise self.too_long(index) from None
                 if not is_cut:
                     raise self.broken(index, error.msg, error.pos) from None
                 begin = self.position
                 if not self._more(size):
                     raise self.broken(index, error.msg, error.pos - begin) from None
+                _check_size(self.buffer, f"{self._label}: record {index + 1}")
                 size *= 2
             except ValueError as error:
                 raise self.broken(index, _in_words(error), self.position) from None
@@ -284,7 +439,23 @@ class _Text:
                 raise self.broken(index, f"nested deeper than {_ALLOWED_DEPTH}", self.position) from None
             else:
                 self.position = end
+                self._narrow()
                 return value
+
+    def _narrow(self) -> None:
+        """Set aside what a large record has read too much, so that the next large record grows the window again."""
+        if len(self.buffer) - self.position > 2 * LARGE_CHARACTERS:
+            begin = self.position + LARGE_CHARACTERS
+            self._ahead = self.buffer[begin:] + self._ahead[self._num_used :]
+            self._num_used, self.buffer = 0, self.buffer[:begin]
+
+    def too_long(self, index: int, change: str | None = None) -> TooLongError:
+        """The error for record `index`, which is larger than a row may be."""
+        return TooLongError(
+            f"{self._label}:{self.line}: record {index + 1} is too long",
+            allowed=f"{MAX_ROW_BYTES >> 20} MiB",
+            change=change,
+        )
 
     def broken(self, index: int, problem: str, position: int) -> InputError:
         """The error for record `index`, which starts at `self.position` and is wrong at `position` in the window."""

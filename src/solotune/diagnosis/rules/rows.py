@@ -301,7 +301,7 @@ def duplicates(facts: RowFacts) -> Finding | None:
     Not: F46, many epochs over different rows; F41, where data loader workers repeat rows that are in the file once;
     rows made from one pattern, which are naturally alike.
     Fix: remove duplicates before the split.
-    Wrong when: rows are repeated to give them more weight.
+    Wrong when: rows are repeated to give them more weight; kept with dataset_exact_deduplication: false they are an info.
     Source: common guides on deduplication.
     """
     train, report = facts.whole[0], facts.report
@@ -314,6 +314,14 @@ def duplicates(facts: RowFacts) -> Finding | None:
         "near_duplicates": report.num_near_duplicates,
         "rows": train.places(same),
     }
+    if report.num_copies_kept:
+        return Finding.of(
+            "F39",
+            "info",
+            message=f"{report.num_copies_kept:,} rows are exact copies of an earlier one, and were kept.",
+            evidence={**evidence, "copies_kept": report.num_copies_kept},
+            fix="nothing to do if they are meant; else remove dataset_exact_deduplication: false",
+        )
     if is_pattern(len(same), total, SOME):
         return Finding.of(
             "F39",
@@ -333,7 +341,8 @@ def duplicates(facts: RowFacts) -> Finding | None:
         message=f"{percent(alike, whole)} of the rows repeat an earlier one: {report.num_exact_duplicates:,} exactly "
         f"(removed) and {report.num_near_duplicates:,} nearly (kept, on one side of the split).",
         evidence=evidence,
-        fix="nothing to do if the rows are made from a template; else look for a file that was added twice",
+        fix="nothing to do if the rows are made from a template; if copies are meant, set "
+        "dataset_exact_deduplication: false or give the row a higher weight; else look for a file that was added twice",
     )
 
 
