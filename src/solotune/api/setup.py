@@ -94,6 +94,8 @@ def read_data(
     prepared = dataset.prepare(config, tokenizer, progress=display.progress, rendered_on=day)
     findings = check_rows(config, tokenizer, prepared, model_files)
     prepared = prepared.with_findings(finding.to_json() for finding in findings)
+    if unused := prepared.report.unused_in_words():
+        display.note(f"not used: {unused}")
     for finding in findings:
         display.note(f"{finding.severity} {finding.code} {finding.slug}: {finding.message}")
         if finding.code == "F05":  # the embedding lookup would fail, on a GPU without a clear message

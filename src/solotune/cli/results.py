@@ -89,6 +89,7 @@ def _data_facts(report: DataReport) -> dict[str, str]:
         "format": report.format,
         "rows": f"{report.num_read:,} read, {report.num_kept:,} kept",
         "dropped": ", ".join(f"{number:,} {reason}" for reason, number in sorted(report.dropped.items()) if number),
+        "not used": report.unused_in_words(),
         "too long": "; ".join(too_long),
         "tokens": f"{report.num_tokens:,}, of which {report.num_supervised:,} ({share:.1%}) are trained on",
         "weights": weighted,

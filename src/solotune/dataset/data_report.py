@@ -12,6 +12,7 @@ from solotune.dataset.token_counts import LabelBudget
 EXACT_DUPLICATE = "exact duplicate"
 NOTHING_TO_LEARN = "no supervised token"
 ANSWER_PAST_MAX_LENGTH = "answer beyond max_length"
+MOST_UNUSED = 12  # keys that the line names
 LONGER_THAN_MAX_LENGTH = "longer than max_length"
 
 
@@ -53,6 +54,8 @@ class DataReport:
     """A few complete training rows: their place, and pieces of text with whether they are trained on."""
     packing: dict[str, Any] | None = None
     """With `packing: true`: statistics of the packed training rows, see `packing.account`."""
+    unused: list[dict[str, Any]] = field(default_factory=list)
+    """Keys of rows, messages, content parts and tool calls that nothing reads, see `UnusedKeys.to_json`."""
     findings: list[dict[str, Any]] | None = None
     """Findings of the rules on rows; None if the rules did not run."""
 
@@ -77,6 +80,12 @@ class DataReport:
         """Describe the dropped rows in one line."""
         return "dropped: " + (", ".join(f"{reason} {n}" for reason, n in sorted(self.dropped.items())) or "none")
 
+    def unused_in_words(self) -> str:
+        """`thinking_time in 24 of 24 assistant messages, category in 24 of 24 rows`; empty if every key is read."""
+        named = [f"{one['key']} in {one['count']:,} of {one['of']:,} {one['in']}" for one in self.unused[:MOST_UNUSED]]
+        num_more = len(self.unused) - len(named)
+        return ", ".join([*named, *([f"and {num_more:,} more keys"] if num_more else [])])
+
     def to_json(self) -> dict[str, Any]:
         """Return the content of `data.json`."""
         share = self.num_supervised / self.num_tokens if self.num_tokens else 0.0
@@ -95,6 +104,8 @@ class DataReport:
                 "without_label": without_label,
                 "with_control_tokens_as_text": self.num_with_forged_tokens,
             },
+            "unused_keys": self._num_unused(),
+            "unused": self.unused,
             "tokens": {
                 "total": self.num_tokens,
                 "supervised": self.num_supervised,
@@ -122,3 +133,10 @@ class DataReport:
             "findings": self.findings or [],
             "checked": self.findings is not None,
         }
+
+    def _num_unused(self) -> dict[str, int]:
+        """For each key that is not read, how often it occurs, in whichever place."""
+        numbers: Counter[str] = Counter()
+        for one in self.unused:
+            numbers[one["key"]] += one["count"]
+        return dict(numbers)

@@ -38,6 +38,7 @@ from solotune.dataset import packing as pack
 from solotune.dataset.chat.answer_spans import ChatTemplate
 from solotune.dataset.chat.encode import Encoder
 from solotune.dataset.chat.formats import check_shape, convert, recognise
+from solotune.dataset.chat.unused_keys import UnusedKeys
 from solotune.dataset.data_report import (
     ANSWER_PAST_MAX_LENGTH,
     EXACT_DUPLICATE,
@@ -184,7 +185,8 @@ def _both_sides(
     progress: Progress,
 ) -> tuple[Records, Records, Manifest]:
     """Return training rows, validation rows, and the side of each row by its hash."""
-    records, report.format = _records(settings, holdout.split_by, report, dataset, progress)
+    unused = UnusedKeys()
+    records, report.format = _records(settings, holdout.split_by, report, dataset, progress, unused)
     on_split = partial(_onward, progress, 0, len(records), "looking for duplicates")
     size = holdout.validation_size if own is None else 0
     split = hold_out(records, size, holdout.seed, on_split)
@@ -194,12 +196,13 @@ def _both_sides(
     train, validation = split.train, split.validation
     hashes, is_validation = split.rows.hashes, split.is_validation
     if own is not None:
-        records, _ = _records(settings, holdout.split_by, report, own, progress)
+        records, _ = _records(settings, holdout.split_by, report, own, progress, unused)
         validation = without_copies(records)
         report.num_exact_duplicates += len(records) - len(validation)
         check_leaks(train, validation, key=own.key)
         hashes = np.concatenate([hashes, validation.hashes])
         is_validation = np.arange(len(hashes)) >= len(train)
+    report.unused = unused.to_json()
     if report.num_exact_duplicates:
         report.dropped[EXACT_DUPLICATE] += report.num_exact_duplicates
     written = {"seed": holdout.seed, "validation_size": holdout.validation_size, "split_by": holdout.split_by}
@@ -207,9 +210,14 @@ def _both_sides(
 
 
 def _records(
-    settings: SourceSettings, split_by: str | None, report: DataReport, source: Source, progress: Progress
+    settings: SourceSettings,
+    split_by: str | None,
+    report: DataReport,
+    source: Source,
+    progress: Progress,
+    unused: UnusedKeys,
 ) -> tuple[Records, str]:
-    """Return the normalised rows of `dataset` or `eval_dataset`, and their format."""
+    """Return the normalised rows of `dataset` or `eval_dataset`, and their format; keys that are not read are counted."""
     mapping, is_strict = settings.column_mapping, settings.on_bad_row == "error"
     check_mapping(source, mapping, is_needed=source.key == "dataset")
     found, why = recognise((mapped(row, mapping) for row in source), is_strict=is_strict)
@@ -224,6 +232,7 @@ def _records(
             group = kinship.add(row, own_names)
             check_shape(row, found, why)
             record = convert(row, found)
+            unused.add(row, found, mapping.get(split_by, split_by) if split_by else None)
             if isinstance(record, str):
                 report.dropped[record] += 1
                 continue

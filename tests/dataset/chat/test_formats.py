@@ -116,7 +116,8 @@ WRONG: list[tuple[list[dict[str, Any]], str]] = [
         "f.jsonl:1: not a known format\n"
         "  seen:    the keys chosen, rejected, prompt\n"
         "  allowed: messages, conversations, instruction + output, prompt + completion, or text\n"
-        "  change:  this is preference data, but fine-tuning uses one answer per row: column_mapping: {chosen: completion}",
+        "  change:  this is preference data, but fine-tuning uses one answer per row: to learn the chosen answers, set "
+        "column_mapping: {chosen: completion, rejected: ignore}",
     ),
     (
         [{}],
@@ -187,7 +188,8 @@ WRONG: list[tuple[list[dict[str, Any]], str]] = [
     (
         [{"conversations": [{"from": "human", "value": "q"}, {"from": "alice", "value": "a"}]}],
         'f.jsonl:1: turn 2: unknown speaker\n  seen:    "alice"\n'
-        "  allowed: human, user, gpt, assistant, chatgpt, bing, bard, model, system, tool, observation, function_call",
+        "  allowed: human, user, gpt, assistant, chatgpt, bing, bard, model, ai, bot, chatbot, system, developer, tool, "
+        "function_call, tool_call, tool_calls, observation, tool_response, tool_result, function_response, function, ipython",
     ),
     (
         [{"conversations": [{"from": "human", "value": None}]}],
@@ -200,9 +202,11 @@ WRONG: list[tuple[list[dict[str, Any]], str]] = [
     ),
     (
         [{"messages": [U], "chosen": A, "rejected": A}],
-        "f.jsonl:1: no assistant message, so there is nothing to train on\n  seen:    the roles user\n"
-        "  allowed: at least one message with the role assistant\n"
-        "  change:  this is preference data; add the chosen answer to the messages",
+        "f.jsonl:1: preference data, but train learns each answer as a good one\n"
+        "  seen:    the keys messages, chosen, rejected\n"
+        "  allowed: one answer a row\n"
+        "  change:  to learn the chosen answers, set "
+        "column_mapping: {messages: prompt, chosen: completion, rejected: ignore}",
     ),
     (
         [{"messages": [U, A], "tools": "[{"}],

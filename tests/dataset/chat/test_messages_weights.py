@@ -169,9 +169,13 @@ NO_WEIGHTS = [-1, -0.5, 1e-10, 2e9, 10**400, "yes", "", "nan", "-inf", "1e999", 
 
 @pytest.mark.parametrize("value", [*NO_WEIGHTS, float("nan"), float("inf")], ids=lambda value: str(value)[:9])
 def test_what_is_no_weight_is_refused(write: Writer, value: Any) -> None:
-    for where, row in (
-        ("a.jsonl:1", {"messages": TURNS, "loss_weight": value}),
-        ("a.jsonl:1: message 2", {"messages": [TURNS[0], {**TURNS[1], "loss_weight": value}]}),
+    for where, row, change in (
+        ("a.jsonl:1", {"messages": TURNS, "loss_weight": value}, "column_mapping: {loss_weight: ignore}"),
+        (
+            "a.jsonl:1: message 2",
+            {"messages": [TURNS[0], {**TURNS[1], "loss_weight": value}]},
+            "remove loss_weight from the messages",
+        ),
     ):
         path = write("a.jsonl", row)
         if isinstance(value, float) and not np.isfinite(value):  # the reader of files knows no such number
@@ -182,7 +186,7 @@ def test_what_is_no_weight_is_refused(write: Writer, value: Any) -> None:
             f"{where}: loss_weight is not a weight\n"
             f"  seen:    {seen if len(seen) <= 60 else seen[:57] + '...'}\n"
             "  allowed: 0 (not trained on), or a number from 1e-09 to 1e+09; the default is 1\n"
-            "  change:  if it is not a loss weight: column_mapping: {loss_weight: ignore}"
+            f"  change:  if it is not a loss weight: {change}"
         )
 
 
