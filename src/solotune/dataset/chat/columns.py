@@ -40,11 +40,10 @@ _NAMES = {
     "history": ("history", "chat_history", "conversation_history", "dialogue_history", "dialog_history"),
     "context": ("context",),
     "thought": THOUGHT_KEYS,
-    "template": ("chat_template_kwargs", "chat_template_args", "enable_thinking"),
+    "template": ("chat_template_kwargs", "chat_template_args", "enable_thinking", "reasoning_effort"),
 }
-_MEANING = {name: meaning for meaning, names in _NAMES.items() for name in names}
 TOOL_KEYS = frozenset(_NAMES["tools"])
-_MOST_KEYS = 100  # keys of a row whose meanings are remembered for the next row
+_MOST_KEYS = 100  # keys of a row whose meanings are remembered for the next row, and characters of a key
 
 
 def meanings(values: Mapping[str, Any]) -> Mapping[str, tuple[str, ...]]:
@@ -63,9 +62,11 @@ def _meanings(keys: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
 
 
 def plain_name(key: Any) -> str:
-    """A key in lower case with underscores: `System Prompt` and `systemPrompt` as `system_prompt`."""
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(key)[:_MOST_KEYS])
-    return re.sub(r"[\s-]+", "_", words.strip()).lower()
+    """A key in lower case without blanks, hyphens and underscores: `System Prompt` and `systemPrompt` as `systemprompt`."""
+    return re.sub(r"[\s_-]+", "", str(key)[:_MOST_KEYS]).lower()
+
+
+_MEANING = {plain_name(name): meaning for meaning, names in _NAMES.items() for name in names}
 
 
 def meaning_of(key: str) -> str | None:
@@ -168,12 +169,18 @@ def thought_of_row(row: Row) -> tuple[str, str] | None:
         RowError: it is not text, or two keys differ.
     """
     keys = given(row, "thought")
+    if not keys:
+        return None
     for key in keys:
         value = row.values[key]
-        if isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("on", "off", "true", "false")):
-            raise _not_read(row, key, f"{key} is a switch, not a reasoning", "the reasoning of the answer, as text")
-    text = thought_in(row.where, row.values, keys) if keys else None
-    return None if text is None else (keys[0], text)
+        is_switch = isinstance(value, str) and value.strip().lower() in ("on", "off", "true", "false")
+        if is_switch or not isinstance(value, (str, list, dict)):
+            raise _not_read(row, key, f"{key} is not a reasoning", "the reasoning of the answer, as text")
+    try:
+        return keys[0], thought_in(row.where, row.values, keys) or ""
+    except RowError as error:
+        error.change = f"leave it out: {advised(row, {keys[-1]: 'ignore'})}"
+        raise
 
 
 def with_thought(row: Row, messages: list[Message]) -> list[Message]:
@@ -260,6 +267,8 @@ def refuse_beside_text(row: Row, text: str, *, is_pair: bool) -> None:
     Args:
         is_pair: whether the row is a prompt and a completion, which could also be a chat.
     """
+    if not meanings(row.values):
+        return
     targets = {"system": "system", "tools": "tools", "history": "history", "thought": "reasoning_content"}
     for meaning, name in {**targets, **({"context": "input"} if is_pair else {})}.items():
         for key in given(row, meaning):

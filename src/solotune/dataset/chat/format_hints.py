@@ -77,4 +77,4 @@ def _pair(row: Row, question: str, answer: str) -> str:
 def _first(values: dict[str, Any], names: Iterable[str], kind: type, *taken: str | None) -> str | None:
     """The first key of the row with one of these names, in this order, and with a value of this kind."""
     keys = {plain_name(key): key for key, value in values.items() if isinstance(value, kind) and key not in taken}
-    return next((keys[name] for name in names if name in keys), None)
+    return next((keys[name] for name in map(plain_name, names) if name in keys), None)

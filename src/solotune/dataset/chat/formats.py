@@ -29,7 +29,7 @@ from solotune.dataset.chat.preference import refuse_preference
 from solotune.dataset.chat.tool_calls import check_order
 from solotune.dataset.chat.weights import weight_of_row
 from solotune.dataset.readers.column_mapping import IGNORE, advised
-from solotune.dataset.readers.row import Row, RowError, short
+from solotune.dataset.readers.row import Row, RowError, is_blank, short
 from solotune.errors import InputError
 
 EMPTY_ANSWER = "empty answer"
@@ -235,7 +235,7 @@ def _chat(
 def _alpaca(row: Row) -> Record:
     values = row.values
     instruction = msg.text(row.where, values["instruction"], "instruction")
-    extra = msg.text(row.where, values.get("input") or "", "input")
+    extra = "" if is_blank(values.get("input")) else msg.text(row.where, values["input"], "input")
     if context := columns.given(row, "context"):
         key = context[0]
         extra = msg.text(row.where, values[key], key) if not extra.strip() else _with_context(row, extra, key)
@@ -265,6 +265,8 @@ def _with_context(row: Row, extra: str, key: str) -> str:
 def _prompt_completion(row: Row) -> Record:
     prompt, completion = msg.as_list(row.values["prompt"]), msg.as_list(row.values["completion"])
     if isinstance(prompt, list) or isinstance(completion, list):
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        completion = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
         columns.refuse_history(row)
         before, after = msg.turns(row.where, prompt, "prompt"), msg.turns(row.where, completion, "completion")
         messages = before.messages + after.messages

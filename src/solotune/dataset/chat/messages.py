@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from solotune.dataset.chat.columns import TOOL_KEYS, Message, Tools, Turns
+from solotune.dataset.chat.columns import TOOL_KEYS, Message, Tools, Turns, plain_name
 from solotune.dataset.chat.thoughts import THOUGHT_KEYS, THOUGHT_PARTS, one_of, thought_in, thought_of
 from solotune.dataset.chat.tool_calls import CALL_ID_KEYS, CALL_KEYS, arguments_key, calls_of, normal_calls
 from solotune.dataset.chat.weights import MESSAGE_KEYS, weight_of_message
@@ -44,8 +44,12 @@ SHAREGPT_ROLES = {
 LIST_KEYS = ("messages", "conversations")
 _ROLE_KEYS = ("role", "from", "speaker")
 _CONTENT_KEYS = ("content", "value", "text", "message")
-_NAME_KEYS = ("name", "tool_name")  # the second is Ollama's
+_SHAREGPT_CONTENT_KEYS = ("value", "content", "text", "message")
 MEDIA_KEYS = frozenset(("images", "image", "videos", "video", "audios", "audio"))
+_NAME_KEYS = ("name", "tool_name")  # the second is Ollama's
+_READ = frozenset((*_NAME_KEYS, "tool_call_id", *CALL_KEYS, *THOUGHT_KEYS, *TOOL_KEYS, *MESSAGE_KEYS, *MEDIA_KEYS))
+"""Keys besides role and content that are read, or refused if they hold something."""
+_KNOWN = {plain_name(key): key for key in (*_READ, *_ROLE_KEYS, *_CONTENT_KEYS)}
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _CALL_PARTS = ("tool_call", "tool_use", "function_call")
 _PART_KEYS = ("value", "text", "thinking", "reasoning", "thought", "summary")
@@ -58,49 +62,58 @@ class Keys(NamedTuple):
     role: str
     content: str
     is_plain: bool
+    """Only the role and the content are read."""
     others: tuple[str, ...]
     """Keys that nothing reads."""
+    renamed: dict[str, str]
+    """Keys in another case than ours: `Role`, `toolCalls`."""
 
 
 def keys_of(message: Mapping[str, Any]) -> Keys:
     """Find the role and the content of a message among its keys; null stands for a missing key in parquet and arrow."""
-    keys = tuple([key for key, value in message.items() if value is not None])
+    keys = tuple(message)
+    if None in message.values():
+        keys = tuple([key for key in keys if message[key] is not None])
     return _keys_of(keys) if len(keys) <= _MOST_KEYS else _keys_of.__wrapped__(keys)
 
 
 @lru_cache(maxsize=1024)
 def _keys_of(keys: tuple[str, ...]) -> Keys:
-    small: dict[str, str] = {}
-    for key in keys:
-        small.setdefault(str(key).lower(), key)
-    role = next((small[name] for name in _ROLE_KEYS if name in small), "role")
-    # ShareGPT's turns have a value; a key that is written exactly so is meant before one in another case
-    names = _CONTENT_KEYS if role.lower() == "role" else ("value", "content", *_CONTENT_KEYS[2:])
-    content = next((small[name] for name in names if name in small), names[0])
-    read = {role, content, *_NAME_KEYS, "tool_call_id", *CALL_KEYS, *THOUGHT_KEYS, *TOOL_KEYS, *MESSAGE_KEYS, *MEDIA_KEYS}
-    return Keys(role, content, read.isdisjoint(set(keys) - {role, content}), tuple(k for k in keys if k not in read))
+    role = next((name for name in _ROLE_KEYS if name in keys), "role")
+    names = _CONTENT_KEYS if role == "role" else _SHAREGPT_CONTENT_KEYS
+    content = next((name for name in names if name in keys), names[0])
+    others = tuple(key for key in keys if key not in (role, content))
+    renamed: dict[str, str] = {}
+    for key in others:
+        name = _KNOWN.get(plain_name(key))
+        if name is not None and name not in (*keys, *renamed.values()):
+            renamed[key] = name
+    return Keys(role, content, _READ.isdisjoint(others), tuple(k for k in others if k not in _READ), renamed)
 
 
-def role_of(message: Mapping[str, Any]) -> str | None:
-    """The role of a message in our names, if it has a known one."""
-    role = message.get(keys_of(message).role)
-    return SHAREGPT_ROLES.get(role.lower()) if isinstance(role, str) else None
+def in_our_case(message: dict[str, Any]) -> tuple[dict[str, Any], Keys]:
+    """A message with `role` for `Role` and `tool_calls` for `toolCalls` (the same object if nothing changes), its keys."""
+    keys = keys_of(message)
+    if keys.renamed:
+        message = {keys.renamed.get(key, key): value for key, value in message.items()}
+        keys = keys_of(message)
+    return message, keys
 
 
 def is_sharegpt(messages: Any, key: str) -> bool:
     """Whether a list of messages has ShareGPT's keys, as its first message shows; if that shows nothing, by its key."""
     first = messages[0] if isinstance(messages, list) and messages else None
-    role = keys_of(first).role if isinstance(first, dict) else ""
-    if not isinstance(first, dict) or role not in first:
+    if not isinstance(first, dict):
         return key == "conversations"
-    return role.lower() != "role"
+    first, keys = in_our_case(first)
+    return key == "conversations" if keys.role not in first else keys.role != "role"
 
 
 def as_list(value: Any) -> Any:
     """A single message as a list; lists of roles and of contents (`datasets` stores them so) as a list of messages."""
     if not isinstance(value, dict):
         return value
-    keys = keys_of(value)
+    value, keys = in_our_case(value)
     columns = [column for column in value.values() if isinstance(column, list)]
     if isinstance(value.get(keys.role), list) and len(columns) == len(value) and len({*map(len, columns)}) == 1:
         return [dict(zip(value, one, strict=True)) for one in zip(*columns, strict=True)]
@@ -153,7 +166,7 @@ def _message(place: str, written: Any, tools: list[Tools]) -> tuple[Message, flo
     """Return the message, its weight, and whether it is a turn of calls; tools that it defines are added to `tools`."""
     if not isinstance(written, dict):
         raise not_an_object(place, written, '{"role": "user", "content": "..."}')
-    keys = keys_of(written)
+    written, keys = in_our_case(written)
     name, role = _role(place, written, keys)
     is_calls = name in CALL_ROLES
     if keys.is_plain:
@@ -170,7 +183,7 @@ def _message(place: str, written: Any, tools: list[Tools]) -> tuple[Message, flo
 def _role(place: str, message: Message, keys: Keys) -> tuple[str, str]:
     """The role as the file names it, in lower case, and in our names."""
     written = message.get(keys.role)
-    is_ours = keys.role.lower() == "role"
+    is_ours = keys.role == "role"
     name = written.lower() if isinstance(written, str) else ""
     if (role := (MESSAGE_ROLES if is_ours else SHAREGPT_ROLES).get(name)) is not None:
         return name, role
@@ -184,12 +197,19 @@ def _role(place: str, message: Message, keys: Keys) -> tuple[str, str]:
         reason="unknown role",
         seen=short(written) if written is not None else _no_role(message),
         allowed=", ".join(ROLES),
-        change=f"did you mean {meant}?" if meant else None,
+        change=f"did you mean {meant}?" if meant else None if _has_shape(message) else _SHAPE,
     )
 
 
+_SHAPE = 'write each turn as {"role": "user", "content": "..."}'
+
+
+def _has_shape(message: Message) -> bool:
+    return "role" in message or "content" in message
+
+
 def _no_role(message: Message) -> str:
-    return "no role" if "content" in message else "no role; the keys " + ", ".join(map(str, message))
+    return "no role" if _has_shape(message) else "no role, but the keys " + ", ".join(map(str, message))
 
 
 def _kept(message: Message) -> Message:

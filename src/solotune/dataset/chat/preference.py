@@ -18,7 +18,7 @@ from solotune.dataset.chat.weights import truth_of
 from solotune.dataset.readers.column_mapping import advised
 from solotune.dataset.readers.row import Row, RowError, is_blank, short
 
-VERDICT_KEYS = (
+_VERDICT_KEYS = (
     "label",
     "kto_tag",
     "preference",
@@ -34,8 +34,9 @@ VERDICT_KEYS = (
     "score",
     "reward",
 )
-_ALWAYS = ("kto_tag", "preference")  # whatever their value
-_WORDS = ("true", "false", "desirable", "undesirable", "thumbs_up", "thumbs_down")
+_VERDICT_NAMES = frozenset(map(plain_name, _VERDICT_KEYS))
+_ALWAYS = ("ktotag", "preference")  # whatever their value
+_WORDS = ("true", "false", "desirable", "undesirable", "thumbsup", "thumbsdown")
 _QUESTIONS = ("instruction", "question", "query", "input")
 _MOST_KEYS = 100  # keys of a row that are remembered for the next row
 
@@ -70,7 +71,7 @@ def preference_keys(values: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[s
 def _preference_keys(keys: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     names = [(key, plain_name(key)) for key in keys]
     pairs = tuple(key for key, name in names if name.startswith(("chosen", "rejected")))
-    return pairs, tuple(key for key, name in names if name in VERDICT_KEYS)
+    return pairs, tuple(key for key, name in names if name in _VERDICT_NAMES)
 
 
 def _is_verdict(name: str, value: Any, format_name: str) -> bool:

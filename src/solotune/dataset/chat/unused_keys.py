@@ -22,6 +22,7 @@ from solotune.dataset.readers.row import CONVERSATION_KEYS, ID_KEYS, PARENT_KEYS
 
 _READ_OF_ROWS = frozenset(weights.WEIGHT_KEYS)
 _LINKS = frozenset((*ID_KEYS, *CONVERSATION_KEYS, *PARENT_KEYS))
+_PLACES = {name: f"{role} messages" for name, role in msg.SHAREGPT_ROLES.items()}
 _MOST_NAMES = 500  # keys that are counted by name; a file may have a new one in each row
 _MOST_KEYS = 100
 _LONGEST = 60  # characters of a key
@@ -55,14 +56,15 @@ class UnusedKeys:
     def _add_message(self, message: Any) -> None:
         if not isinstance(message, dict):
             return
-        keys = msg.keys_of(message)
-        place = f"{msg.role_of(message)} messages"
+        message, keys = msg.in_our_case(message)
+        name = message[keys.role].lower()
+        place = _PLACES[name]
         self._totals[place] += 1
         for key in keys.others:
             if not is_blank(message[key]):
                 self._count(place, key)
         content = message.get(keys.content)
-        if str(message.get(keys.role)).lower() in msg.CALL_ROLES:
+        if name in msg.CALL_ROLES:
             self._add_calls(content)
         elif isinstance(content, list):
             for part in content:
@@ -108,8 +110,7 @@ class UnusedKeys:
 
 def _unread_columns(values: Mapping[str, Any], found: Format) -> tuple[str, ...]:
     keys = tuple(values)
-    known = found.reads | frozenset(found.keys)
-    return _unread(keys, known) if len(keys) <= _MOST_KEYS else _unread.__wrapped__(keys, known)
+    return (_unread if len(keys) <= _MOST_KEYS else _unread.__wrapped__)(keys, found.reads)
 
 
 @lru_cache(maxsize=256)

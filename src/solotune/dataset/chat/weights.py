@@ -44,6 +44,7 @@ UNCLEAR_KEYS = ("mask", "train_detail", "training_detail")
 MESSAGE_KEYS = frozenset((*_MESSAGE_WEIGHT_KEYS, *ON_KEYS, *OFF_KEYS, *UNCLEAR_KEYS))
 ROW_KEYS = ("train", "training", "trainable", "masked")
 """Switches of a whole row. The others have other meanings there: `loss` is a number that somebody measured."""
+_ROW_KEYS = frozenset((*WEIGHT_KEYS, *ROW_KEYS))
 
 _TRUTH = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False, "1.0": True, "0.0": False}
 _LEAST_WEIGHT, _MOST_WEIGHT = 1e-9, 1e9  # the product of two, and a sum of millions of those, fits into float32
@@ -55,6 +56,8 @@ def weight_of_row(where: str, values: dict[str, Any]) -> float:
     Raises:
         RowError: not a weight, or a switch that contradicts it.
     """
+    if _ROW_KEYS.isdisjoint(values):
+        return 1.0
     switches = [(key, is_on) for key in ROW_KEYS if key in values and (is_on := _is_on(key, values[key])) is not None]
     return _together(where, values, _weights(where, values, is_row=True), switches)
 
