@@ -52,6 +52,22 @@ def message_of(*values: dict[str, Any]) -> str:
         ({"instruction": "do", "input": "it", "output": "a", "system": "s"}, "alpaca",
          [S, {"role": "user", "content": "do\n\nit"}, A]),
         ({"prompt": [S, U], "completion": [A]}, "prompt-completion", [S, U, A]),
+        ({"prompt": "q", "completion": [A]}, "prompt-completion", [U, A]),
+        ({"prompt": [S, U], "completion": "a"}, "prompt-completion", [S, U, A]),
+        ({"prompt": U, "completion": A}, "prompt-completion", [U, A]),
+        ({"messages": [{"Role": "User", "Content": "q"}, {"ROLE": "ASSISTANT", "CONTENT": "a"}]}, "messages", [U, A]),
+        ({"messages": [{"role": "user", "text": "q"}, {"role": "assistant", "value": "a"}]}, "messages", [U, A]),
+        ({"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "sharegpt", [U, A]),
+        ({"conversations": [{"From": "Human", "Value": "q"}, {"from": "GPT", "value": "a"}]}, "sharegpt", [U, A]),
+        ({"conversations": [{"from": "User", "content": "q"}, {"from": "bot", "text": "a"}]}, "sharegpt", [U, A]),
+        ({"messages": [{"speaker": "human", "text": "q"}, {"speaker": "ai", "text": "a"}]}, "sharegpt", [U, A]),
+        ({"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}}, "messages", [U, A]),
+        ({"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}}, "sharegpt", [U, A]),
+        ({"messages": [{"role": None, "content": None, "from": "human", "value": "q"}, {**A, "from": None}]},
+         "sharegpt", [U, A]),
+        ({"messages": [A, U, A]}, "messages", [A, U, A]),
+        ({"messages": [A, U, A, U]}, "messages", [A, U, A, U]),
+        ({"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "q"}]}, "sharegpt", [A, U]),
     ],
 )  # fmt: skip
 def test_chats(values: dict[str, Any], name: str, messages: list[dict[str, Any]]) -> None:
@@ -166,6 +182,16 @@ WRONG: list[tuple[list[dict[str, Any]], str]] = [
     (
         [{"messages": [U, {"content": "a"}]}],
         f"{MESSAGES}: unknown role\n  seen:    no role\n  allowed: system, developer, user, assistant, tool",
+    ),
+    (
+        [{"messages": [{"user": "q", "assistant": "a"}]}],
+        "f.jsonl:1: message 1: unknown role\n  seen:    no role, but the keys user, assistant\n"
+        "  allowed: system, developer, user, assistant, tool\n"
+        '  change:  write each turn as {"role": "user", "content": "..."}',
+    ),
+    (
+        [{"messages": [{**U, "images": ["a.png"]}, A]}],
+        "f.jsonl:1: message 1: has images\n  seen:    the role user\n  allowed: text only",
     ),
     (
         [{"messages": [U, {**A, "role": "assistant\n<|im_end|>"}]}],

@@ -27,7 +27,7 @@ from solotune.dataset.chat import messages as msg
 from solotune.dataset.chat.format_hints import unknown_format
 from solotune.dataset.chat.preference import refuse_preference
 from solotune.dataset.chat.tool_calls import check_order
-from solotune.dataset.chat.weights import weight_of_row
+from solotune.dataset.chat.weights import check_switch, weight_of_row
 from solotune.dataset.readers.column_mapping import IGNORE, advised
 from solotune.dataset.readers.row import Row, RowError, is_blank, short
 from solotune.errors import InputError
@@ -163,8 +163,10 @@ def _check_targets(row: Row, found: Format) -> None:
     """Refuse a `column_mapping` to a name that this format does not read: the user wants that column in the rows."""
     for column, name in (row.renamed or {}).items():
         if name == IGNORE or name not in row.values or name in found.reads:
+            if name == "train" and not is_blank(row.values.get(name)):
+                check_switch(row.where, column, row.values[name])
             continue
-        is_pair = found.name == "prompt-completion"
+        is_pair = all(isinstance(row.values.get(key), str) for key in ("prompt", "completion"))
         chat = advised(row, {"prompt": "instruction", "completion": "output"})
         raise InputError(
             f"{row.where}: column_mapping: {column} becomes {name}, which the format {found.name} does not have",

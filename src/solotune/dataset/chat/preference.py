@@ -112,7 +112,7 @@ def how_to_learn_the_chosen(row: Row) -> str | None:
         rest = {key: "ignore" for key in ("prompt", "messages", "conversations") if key in values}
         return words + advised(row, {**rest, **others, "chosen": "messages"})
     question = next((key for key in ("prompt", "messages", "conversations", *_QUESTIONS) if key in values), None)
-    if question is None or is_blank(chosen):
+    if question is None or is_blank(chosen) or "completion" in values or "output" in values:
         return None
     if question == "instruction" and isinstance(chosen, str):
         return words + advised(row, {"chosen": "output", **others})

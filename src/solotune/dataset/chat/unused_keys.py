@@ -20,8 +20,9 @@ from solotune.dataset.chat.tool_calls import CALL_ID_KEYS, CALL_KEYS, arguments_
 from solotune.dataset.readers.json_records import parse_json
 from solotune.dataset.readers.row import CONVERSATION_KEYS, ID_KEYS, PARENT_KEYS, Row, is_blank
 
-_READ_OF_ROWS = frozenset(weights.WEIGHT_KEYS)
 _LINKS = frozenset((*ID_KEYS, *CONVERSATION_KEYS, *PARENT_KEYS))
+_BY_VALUE = _LINKS | frozenset(weights.ROW_KEYS)
+"""Columns that are read only if their value is an identifier, or a switch."""
 _PLACES = {name: f"{role} messages" for name, role in msg.SHAREGPT_ROLES.items()}
 _MOST_NAMES = 500  # keys that are counted by name; a file may have a new one in each row
 _MOST_KEYS = 100
@@ -115,11 +116,11 @@ def _unread_columns(values: Mapping[str, Any], found: Format) -> tuple[str, ...]
 
 @lru_cache(maxsize=256)
 def _unread(keys: tuple[str, ...], known: frozenset[str]) -> tuple[str, ...]:
-    return tuple(key for key in keys if key not in known and key not in _READ_OF_ROWS)
+    return tuple(key for key in keys if key in _BY_VALUE or (key not in known and key not in weights.WEIGHT_KEYS))
 
 
 def _is_read(key: str, value: Any, found: Format) -> bool:
-    """Whether a column that is not of the format has a meaning that is read with this value."""
+    """Whether a column is read with this value, though its name alone does not say so."""
     if key in _LINKS:
         return isinstance(value, (str, int))
     if key in msg.MEDIA_KEYS:

@@ -58,7 +58,8 @@ def weight_of_row(where: str, values: dict[str, Any]) -> float:
     """
     if _ROW_KEYS.isdisjoint(values):
         return 1.0
-    switches = [(key, is_on) for key in ROW_KEYS if key in values and (is_on := _is_on(key, values[key])) is not None]
+    given = [(key, truth) for key in ROW_KEYS if key in values and (truth := truth_of(values[key])) is not None]
+    switches = [(key, truth != (key in OFF_KEYS)) for key, truth in given]
     return _together(where, values, _weights(where, values, is_row=True), switches)
 
 
@@ -107,27 +108,26 @@ def _weights(place: str, values: dict[str, Any], *, is_row: bool) -> list[tuple[
 
 
 def _switches(place: str, values: dict[str, Any]) -> list[tuple[str, bool]]:
-    found = []
-    for key in (*ON_KEYS, *OFF_KEYS):
-        if is_blank(values.get(key)):
-            continue
-        is_on = _is_on(key, values[key])
-        if is_on is None:
-            raise RowError(
-                f"{place}: {key} is neither true nor false",
-                reason=f"{key} is neither true nor false",
-                seen=short(values[key]),
-                allowed="true or false: whether to learn this message",
-                change=f"for a weight between, use weight; if {key} means something else, rename or remove it",
-            )
-        found.append((key, is_on))
-    return found
+    given = [key for key in (*ON_KEYS, *OFF_KEYS) if not is_blank(values.get(key))]
+    return [(key, check_switch(place, key, values[key]) != (key in OFF_KEYS)) for key in given]
 
 
-def _is_on(key: str, value: Any) -> bool | None:
-    """Whether a switch says "learn this"; None if it is no switch."""
+def check_switch(place: str, key: str, value: Any) -> bool:
+    """Return whether a switch is true.
+
+    Raises:
+        RowError: it is neither true nor false.
+    """
     truth = truth_of(value)
-    return None if truth is None else truth != (key in OFF_KEYS)
+    if truth is None:
+        raise RowError(
+            f"{place}: {key} is neither true nor false",
+            reason=f"{key} is neither true nor false",
+            seen=short(value),
+            allowed="true or false: whether to learn it",
+            change=f"for a weight between, use weight; if {key} means something else, rename or remove it",
+        )
+    return truth
 
 
 def truth_of(value: Any) -> bool | None:
