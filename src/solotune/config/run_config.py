@@ -66,10 +66,13 @@ COLUMNS = (
     "text",
     "system",
     "tools",
+    "history",
+    "reasoning_content",
     "id",
     "conversation_id",
     "parent_id",
     "weight",
+    "train",
     "ignore",
 )
 """Column names that solotune reads; a column mapped to `ignore` is skipped."""

@@ -12,6 +12,7 @@ from solotune.dataset.token_counts import LabelBudget
 EXACT_DUPLICATE = "exact duplicate"
 NOTHING_TO_LEARN = "no supervised token"
 ANSWER_PAST_MAX_LENGTH = "answer beyond max_length"
+MOST_UNUSED = 12  # keys that the line names
 LONGER_THAN_MAX_LENGTH = "longer than max_length"
 MOST_NAMED = 20
 
@@ -61,6 +62,8 @@ class DataReport:
     """Place in the rows -> nulls that the schema of a parquet or arrow file forced there; they were left out."""
     beside_rows: Counter[str] = field(default_factory=Counter)
     """What a file holds beside its rows, which nothing reads -> how many of it."""
+    unused: list[dict[str, Any]] = field(default_factory=list)
+    """Keys of rows, messages, content parts and tool calls that nothing reads, see `UnusedKeys.to_json`."""
     findings: list[dict[str, Any]] | None = None
     """Findings of the rules on rows; None if the rules did not run."""
 
@@ -104,7 +107,15 @@ class DataReport:
             names = list(self.beside_rows)
             more = f", and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
             found["not read"] = "beside the rows in " + ", ".join(names[:MOST_NAMED]) + more
+        if self.unused:
+            found["not used"] = self.unused_in_words()
         return found
+
+    def unused_in_words(self) -> str:
+        """`thinking_time in 24 of 24 assistant messages, category in 24 of 24 rows`."""
+        named = [f"{one['key']} in {one['count']:,} of {one['of']:,} {one['in']}" for one in self.unused[:MOST_UNUSED]]
+        num_more = len(self.unused) - len(named)
+        return ", ".join([*named, *([f"and {num_more:,} more keys"] if num_more else [])])
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `data.json`."""
@@ -124,6 +135,8 @@ class DataReport:
                 "without_label": without_label,
                 "with_control_tokens_as_text": self.num_with_forged_tokens,
             },
+            "unused_keys": self._num_unused(),
+            "unused": self.unused,
             "tokens": {
                 "total": self.num_tokens,
                 "supervised": self.num_supervised,
@@ -154,3 +167,10 @@ class DataReport:
             "findings": self.findings or [],
             "checked": self.findings is not None,
         }
+
+    def _num_unused(self) -> dict[str, int]:
+        """For each key that is not read, how often it occurs, in whichever place."""
+        numbers: Counter[str] = Counter()
+        for one in self.unused:
+            numbers[one["key"]] += one["count"]
+        return dict(numbers)

@@ -38,6 +38,7 @@ from solotune.dataset import packing as pack
 from solotune.dataset.chat.answer_spans import ChatTemplate
 from solotune.dataset.chat.encode import Encoder
 from solotune.dataset.chat.formats import check_shape, convert
+from solotune.dataset.chat.unused_keys import UnusedKeys
 from solotune.dataset.data_report import (
     ANSWER_PAST_MAX_LENGTH,
     EXACT_DUPLICATE,
@@ -186,7 +187,8 @@ def _both_sides(
     progress: Progress,
 ) -> tuple[Records, Records, Manifest]:
     """Return training rows, validation rows, and the side of each row by its hash."""
-    records, report.format = _records(settings, holdout.split_by, report, dataset, progress)
+    unused = UnusedKeys()
+    records, report.format = _records(settings, holdout.split_by, report, dataset, progress, unused)
     on_split = partial(_onward, progress, 0, len(records), "looking for duplicates")
     size = holdout.validation_size if own is None else 0
     keep_copies = not settings.exact_deduplication
@@ -197,12 +199,13 @@ def _both_sides(
     train, validation = split.train, split.validation
     hashes, is_validation = split.rows.hashes, split.is_validation
     if own is not None:
-        records, _ = _records(settings, holdout.split_by, report, own, progress)
+        records, _ = _records(settings, holdout.split_by, report, own, progress, unused)
         num_copies += int(is_copy(records).sum())
         validation = records if keep_copies else without_copies(records)
         check_leaks(train, validation, key=own.key)
         hashes = np.concatenate([hashes, validation.hashes])
         is_validation = np.arange(len(hashes)) >= len(train)
+    report.unused = unused.to_json()
     if keep_copies:
         report.num_copies_kept = num_copies
     elif num_copies:
@@ -215,9 +218,14 @@ def _both_sides(
 
 
 def _records(
-    settings: SourceSettings, split_by: str | None, report: DataReport, source: Source, progress: Progress
+    settings: SourceSettings,
+    split_by: str | None,
+    report: DataReport,
+    source: Source,
+    progress: Progress,
+    unused: UnusedKeys,
 ) -> tuple[Records, str]:
-    """Return the normalised rows of `dataset` or `eval_dataset`, and their formats.
+    """Return the normalised rows of `dataset` or `eval_dataset`, and their formats; keys that are not read are counted.
 
     Raises:
         RowError: rows cannot be used, and `on_bad_row` is error; counts them all, and names the first.
@@ -246,6 +254,7 @@ def _records(
             group = kinship.add(row, own_names, is_sharegpt=found.name == "sharegpt")
             check_shape(row, found, why)
             record = convert(row, found)
+            unused.add(row, found, mapping.get(split_by, split_by) if split_by else None)
             if isinstance(record, str):
                 report.dropped[record] += 1
                 continue

@@ -52,6 +52,22 @@ def message_of(*values: dict[str, Any]) -> str:
         ({"instruction": "do", "input": "it", "output": "a", "system": "s"}, "alpaca",
          [S, {"role": "user", "content": "do\n\nit"}, A]),
         ({"prompt": [S, U], "completion": [A]}, "prompt-completion", [S, U, A]),
+        ({"prompt": "q", "completion": [A]}, "prompt-completion", [U, A]),
+        ({"prompt": [S, U], "completion": "a"}, "prompt-completion", [S, U, A]),
+        ({"prompt": U, "completion": A}, "prompt-completion", [U, A]),
+        ({"messages": [{"Role": "User", "Content": "q"}, {"ROLE": "ASSISTANT", "CONTENT": "a"}]}, "messages", [U, A]),
+        ({"messages": [{"role": "user", "text": "q"}, {"role": "assistant", "value": "a"}]}, "messages", [U, A]),
+        ({"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "sharegpt", [U, A]),
+        ({"conversations": [{"From": "Human", "Value": "q"}, {"from": "GPT", "value": "a"}]}, "sharegpt", [U, A]),
+        ({"conversations": [{"from": "User", "content": "q"}, {"from": "bot", "text": "a"}]}, "sharegpt", [U, A]),
+        ({"messages": [{"speaker": "human", "text": "q"}, {"speaker": "ai", "text": "a"}]}, "sharegpt", [U, A]),
+        ({"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}}, "messages", [U, A]),
+        ({"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}}, "sharegpt", [U, A]),
+        ({"messages": [{"role": None, "content": None, "from": "human", "value": "q"}, {**A, "from": None}]},
+         "sharegpt", [U, A]),
+        ({"messages": [A, U, A]}, "messages", [A, U, A]),
+        ({"messages": [A, U, A, U]}, "messages", [A, U, A, U]),
+        ({"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "q"}]}, "sharegpt", [A, U]),
     ],
 )  # fmt: skip
 def test_chats(values: dict[str, Any], name: str, messages: list[dict[str, Any]]) -> None:
@@ -116,7 +132,8 @@ WRONG: list[tuple[list[dict[str, Any]], str]] = [
         "f.jsonl:1: not a known format\n"
         "  seen:    the keys chosen, rejected, prompt\n"
         "  allowed: messages, conversations, instruction + output, prompt + completion, or text\n"
-        "  change:  this is preference data, but fine-tuning uses one answer per row: column_mapping: {chosen: completion}",
+        "  change:  this is preference data, but fine-tuning uses one answer per row: to learn the chosen answers, set "
+        "column_mapping: {chosen: completion, rejected: ignore}",
     ),
     (
         [{}],
@@ -167,6 +184,16 @@ WRONG: list[tuple[list[dict[str, Any]], str]] = [
         f"{MESSAGES}: unknown role\n  seen:    no role\n  allowed: system, developer, user, assistant, tool",
     ),
     (
+        [{"messages": [{"user": "q", "assistant": "a"}]}],
+        "f.jsonl:1: message 1: unknown role\n  seen:    no role, but the keys user, assistant\n"
+        "  allowed: system, developer, user, assistant, tool\n"
+        '  change:  write each turn as {"role": "user", "content": "..."}',
+    ),
+    (
+        [{"messages": [{**U, "images": ["a.png"]}, A]}],
+        "f.jsonl:1: message 1: has images\n  seen:    the role user\n  allowed: text only",
+    ),
+    (
         [{"messages": [U, {**A, "role": "assistant\n<|im_end|>"}]}],
         f'{MESSAGES}: unknown role\n  seen:    "assistant\\n<|im_end|>"\n'
         "  allowed: system, developer, user, assistant, tool",
@@ -187,7 +214,8 @@ WRONG: list[tuple[list[dict[str, Any]], str]] = [
     (
         [{"conversations": [{"from": "human", "value": "q"}, {"from": "alice", "value": "a"}]}],
         'f.jsonl:1: turn 2: unknown speaker\n  seen:    "alice"\n'
-        "  allowed: human, user, gpt, assistant, chatgpt, bing, bard, model, system, tool, observation, function_call",
+        "  allowed: human, user, gpt, assistant, chatgpt, bing, bard, model, ai, bot, chatbot, system, developer, tool, "
+        "function_call, tool_call, tool_calls, observation, tool_response, tool_result, function_response, function, ipython",
     ),
     (
         [{"conversations": [{"from": "human", "value": None}]}],
@@ -200,9 +228,11 @@ WRONG: list[tuple[list[dict[str, Any]], str]] = [
     ),
     (
         [{"messages": [U], "chosen": A, "rejected": A}],
-        "f.jsonl:1: no assistant message, so there is nothing to train on\n  seen:    the roles user\n"
-        "  allowed: at least one message with the role assistant\n"
-        "  change:  this is preference data; add the chosen answer to the messages",
+        "f.jsonl:1: preference data, but train learns each answer as a good one\n"
+        "  seen:    the keys messages, chosen, rejected\n"
+        "  allowed: one answer a row\n"
+        "  change:  to learn the chosen answers, set "
+        "column_mapping: {messages: prompt, chosen: completion, rejected: ignore}",
     ),
     (
         [{"messages": [U, A], "tools": "[{"}],

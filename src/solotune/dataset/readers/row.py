@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 from solotune.errors import InputError
@@ -15,6 +15,11 @@ MAX_BLANK_BYTES = 4 << 20
 """Most bytes of blank lines between two others: a few KB of compressed line ends could expand to hours of them."""
 
 CHUNK_BYTES = 1 << 20
+
+ID_KEYS = ("id", "message_id")
+CONVERSATION_KEYS = ("conversation_id", "conversationId", "conversation id", "conversation")
+PARENT_KEYS = ("parent_id", "parentId", "parent")
+"""Keys that tell which rows belong together (`split/groups.py`)."""
 
 
 class RowError(InputError):
@@ -38,10 +43,22 @@ class RowError(InputError):
 
 
 class Row(NamedTuple):
-    """One row as in the file, and its place."""
+    """One row as in the file, and its place; `renamed` is the `column_mapping` that its keys have gone through."""
 
     where: str
     values: dict[str, Any]
+    renamed: Mapping[str, str] | None = None
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a value holds nothing: null (which arrow writes for a missing key), a blank text, a list of such."""
+    if value is None or value == "":
+        return True
+    if isinstance(value, str):
+        return value.isspace()
+    if isinstance(value, dict):
+        return all(map(is_blank, value.values()))
+    return isinstance(value, list) and all(map(is_blank, value))
 
 
 def short(value: Any) -> str:
