@@ -85,6 +85,9 @@ def test_report(write: Writer) -> None:
             "without_label": 1,
             "with_control_tokens_as_text": 0,
         },
+        "prompt_format": "chat",
+        "text_formats": {},
+        "not_rendered": {},
         "tokens": {"total": total, "supervised": supervised, "supervised_share": round(supervised / total, 4)},
         "weights": {"rows": 0, "answers": 0, "sum": supervised},
         "labels": {

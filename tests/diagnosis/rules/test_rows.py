@@ -53,7 +53,11 @@ def test_chats_that_begin_with_the_assistant_are_healthy(bench: Bench, change: A
     assert not signals_of_chats([row["messages"] for row in rows])
 
 
-CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "stock", "arguments": {"kind": "figs"}}}]}
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"function": {"name": "stock", "arguments": {"kind": "figs"}}}],
+}
 
 
 @pytest.mark.parametrize("ends_with_answer", [True, False])
