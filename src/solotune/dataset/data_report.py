@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
+from solotune.dataset.chat.rendered_text import OWN
 from solotune.dataset.token_counts import LabelBudget
 
 EXACT_DUPLICATE = "exact duplicate"
@@ -15,6 +16,8 @@ ANSWER_PAST_MAX_LENGTH = "answer beyond max_length"
 MOST_UNUSED = 12  # keys that the line names
 LONGER_THAN_MAX_LENGTH = "longer than max_length"
 MOST_NAMED = 20
+NUM_PLACES = 3
+PLAIN = "plain"
 
 
 @dataclass(slots=True)
@@ -49,6 +52,11 @@ class DataReport:
     num_parts_without_label: int = 0
     """Parts of split rows that were left out because they have no loss token."""
     num_with_forged_tokens: int = 0
+    contents: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What the chats say, and how often the rendering leaves it out: kind (`rendered_content.Part`) -> `total`, `lost`
+    and up to three `rows` with a loss."""
+    text_formats: Counter[str] = field(default_factory=Counter)
+    """Rows of plain text by the prompt format in them: `OWN`, a known one, or `PLAIN`."""
     train_sha256: str = ""
     validation_sha256: str = ""
     rendered_on: str = ""
@@ -82,8 +90,23 @@ class DataReport:
         """Rebuild the report from its fields after a JSON round trip (which turns keys into strings)."""
         labels = dict(values["labels"])
         labels["leading_bos"] = Counter({int(number): rows for number, rows in labels["leading_bos"].items()})
-        counters = {key: Counter(values[key]) for key in ("dropped", "schema_nulls", "beside_rows")}
+        counters = {name: Counter(values[name]) for name in ("dropped", "schema_nulls", "beside_rows", "text_formats")}
         return cls(**{**values, **counters, "labels": LabelBudget(**labels)})
+
+    @property
+    def prompt_format(self) -> str:
+        """How the model of a run on these rows is to be asked: `chat` (through the chat template) or `text`."""
+        is_rendered = 2 * self.text_formats[OWN] >= self.text_formats.total()
+        return "chat" if is_rendered else "text"  # without a row of text, too
+
+    def count_content(self, where: str, kind: str, is_lost: bool) -> None:
+        """Count a part of a row's content."""
+        counts = self.contents.setdefault(kind, {"total": 0, "lost": 0, "rows": []})
+        counts["total"] += 1
+        if is_lost:
+            counts["lost"] += 1
+            if len(counts["rows"]) < NUM_PLACES and where not in counts["rows"]:
+                counts["rows"].append(where)
 
     def reasons(self) -> str:
         """Describe the dropped rows in one line."""
@@ -123,6 +146,7 @@ class DataReport:
         without_label = self.dropped[NOTHING_TO_LEARN] + self.dropped[ANSWER_PAST_MAX_LENGTH]
         return {
             "format": self.format,
+            "prompt_format": self.prompt_format,
             "rows": {
                 "read": self.num_read,
                 "kept": self.num_kept,
@@ -137,6 +161,8 @@ class DataReport:
             },
             "unused_keys": self._num_unused(),
             "unused": self.unused,
+            "text_formats": {name: number for name, number in sorted(self.text_formats.items()) if number},
+            "not_rendered": {kind: counts for kind, counts in sorted(self.contents.items()) if counts["lost"]},
             "tokens": {
                 "total": self.num_tokens,
                 "supervised": self.num_supervised,

@@ -137,6 +137,7 @@ def _prepared(
             examples[-1].append(example)
         if records and not examples[-1]:
             raise _nothing_left(name, len(records), config.max_length, report)
+    renderer.check_thoughts()
     report.num_train, report.num_validation = map(len, examples)
     report.train_sha256, report.validation_sha256 = map(Examples.sha256, examples)
     report.examples = [
