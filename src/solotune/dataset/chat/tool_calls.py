@@ -122,11 +122,11 @@ def check_order(places: Sequence[str], messages: Sequence[dict[str, Any]]) -> No
     """
     calls: list[dict[str, Any]] = []  # of the answer that the next tool messages belong to
     results: list[Any] = []  # their tool_call_ids
-    caller, is_written_out = "", False
+    caller, answer = "", ""
     for place, message in zip(places, messages, strict=True):
         if message["role"] == "tool":
             results.append(message.get("tool_call_id"))
-            if not calls and not is_written_out:
+            if not calls and not _WRITTEN_OUT.search(answer):  # only here: the search of a long answer takes a while
                 raise _without_call(place)
             if not _answers(results[-1:], calls):
                 raise _of_no_call(place, results[-1], calls)
@@ -135,7 +135,7 @@ def check_order(places: Sequence[str], messages: Sequence[dict[str, Any]]) -> No
         if unanswered:
             raise _without_result(caller, unanswered[0], message["role"])
         calls, results, caller = list(message.get("tool_calls", ())), [], place
-        is_written_out = message["role"] == "assistant" and _WRITTEN_OUT.search(message["content"]) is not None
+        answer = message["content"] if message["role"] == "assistant" else ""
 
 
 def _answers(results: list[Any], calls: list[dict[str, Any]]) -> bool:
