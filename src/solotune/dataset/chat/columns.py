@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from solotune.dataset.chat.thoughts import THOUGHT_KEYS, thought_in
 from solotune.dataset.chat.tool_calls import from_json
 from solotune.dataset.readers.column_mapping import advised
-from solotune.dataset.readers.row import Row, RowError, is_blank, short
+from solotune.dataset.readers.row import Row, RowError, is_blank, once_per_shape, short
 
 Message = dict[str, Any]
 Tools = tuple[str, str, Any]
@@ -43,16 +42,15 @@ _NAMES = {
     "template": ("chat_template_kwargs", "chat_template_args", "enable_thinking", "reasoning_effort"),
 }
 TOOL_KEYS = frozenset(_NAMES["tools"])
-_MOST_KEYS = 100  # keys of a row whose meanings are remembered for the next row, and characters of a key
+_LONGEST_NAME = 100
 
 
 def meanings(values: Mapping[str, Any]) -> Mapping[str, tuple[str, ...]]:
     """The keys of a row that hold a system prompt, tools, ...: meaning -> keys."""
-    keys = tuple(values)
-    return _meanings(keys) if len(keys) <= _MOST_KEYS else _meanings.__wrapped__(keys)
+    return _meanings(tuple(values))
 
 
-@lru_cache(maxsize=256)
+@once_per_shape
 def _meanings(keys: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for key in keys:
@@ -63,7 +61,7 @@ def _meanings(keys: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
 
 def plain_name(key: Any) -> str:
     """A key in lower case without blanks, hyphens and underscores: `System Prompt` and `systemPrompt` as `systemprompt`."""
-    return re.sub(r"[\s_-]+", "", str(key)[:_MOST_KEYS]).lower()
+    return re.sub(r"[\s_-]+", "", str(key)[:_LONGEST_NAME]).lower()
 
 
 _MEANING = {plain_name(name): meaning for meaning, names in _NAMES.items() for name in names}
@@ -136,7 +134,12 @@ def tools_of(row: Row, in_messages: Sequence[Tools] = ()) -> list[dict[str, Any]
     written = [(row.where, key, row.values[key]) for key in given(row, "tools")] + list(in_messages)
     found: list[tuple[str, list[dict[str, Any]]]] = []
     for place, key, value in written:
-        tools = _tools(place, value, key)
+        try:
+            tools = _tools(place, value, key)
+        except RowError as error:
+            if key in row.values and error.change is None:
+                error.change = f"if these are no tools, leave the column out: {advised(row, {key: 'ignore'})}"
+            raise
         if tools and found and tools != found[0][1]:
             raise _differ(row, found[0][0], key)
         found += [(key, tools)] if tools else []

@@ -9,14 +9,13 @@ reasoning in `thoughts.py`, weights in `weights.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from solotune.dataset.chat.columns import TOOL_KEYS, Message, Tools, Turns, plain_name
 from solotune.dataset.chat.thoughts import THOUGHT_KEYS, THOUGHT_PARTS, one_of, thought_in, thought_of
 from solotune.dataset.chat.tool_calls import CALL_ID_KEYS, CALL_KEYS, arguments_key, calls_of, normal_calls
 from solotune.dataset.chat.weights import MESSAGE_KEYS, weight_of_message
-from solotune.dataset.readers.row import RowError, is_blank, short
+from solotune.dataset.readers.row import RowError, is_blank, once_per_shape, short
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 CALL_ROLES = ("function_call", "tool_call", "tool_calls")
@@ -53,7 +52,6 @@ _KNOWN = {plain_name(key): key for key in (*_READ, *_ROLE_KEYS, *_CONTENT_KEYS)}
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _CALL_PARTS = ("tool_call", "tool_use", "function_call")
 _PART_KEYS = ("value", "text", "thinking", "reasoning", "thought", "summary")
-_MOST_KEYS = 100  # keys of a message that are remembered for the next message
 
 
 class Keys(NamedTuple):
@@ -74,10 +72,10 @@ def keys_of(message: Mapping[str, Any]) -> Keys:
     keys = tuple(message)
     if None in message.values():
         keys = tuple([key for key in keys if message[key] is not None])
-    return _keys_of(keys) if len(keys) <= _MOST_KEYS else _keys_of.__wrapped__(keys)
+    return _keys_of(keys)
 
 
-@lru_cache(maxsize=1024)
+@once_per_shape
 def _keys_of(keys: tuple[str, ...]) -> Keys:
     role = next((name for name in _ROLE_KEYS if name in keys), "role")
     names = _CONTENT_KEYS if role == "role" else _SHAREGPT_CONTENT_KEYS

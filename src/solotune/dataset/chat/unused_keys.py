@@ -25,7 +25,6 @@ _BY_VALUE = _LINKS | frozenset(weights.ROW_KEYS)
 """Columns that are read only if their value is an identifier, or a switch."""
 _PLACES = {name: f"{role} messages" for name, role in msg.SHAREGPT_ROLES.items()}
 _MOST_NAMES = 500  # keys that are counted by name; a file may have a new one in each row
-_MOST_KEYS = 100
 _LONGEST = 60  # characters of a key
 _OTHERS = "other keys"
 
@@ -45,8 +44,11 @@ class UnusedKeys:
         """
         values = row.values
         self._totals["rows"] += 1
-        for key in _unread_columns(values, found):
-            if key != also_read and not _is_read(key, values[key], found) and not is_blank(values[key]):
+        always_read = _always_read(found.reads)
+        for key in values:
+            if key in always_read or key == also_read:
+                continue
+            if not _is_read(key, values[key], found) and not is_blank(values[key]):
                 self._count("rows", key)
         for key in (*found.keys, *columns.given(row, "history")):
             turns = msg.as_list(values[key])
@@ -90,7 +92,7 @@ class UnusedKeys:
     def _add(self, place: str, values: Any, read: Iterable[str]) -> None:
         if isinstance(values, dict):
             self._totals[place] += 1
-            for key in values.keys() - set(read):
+            for key in sorted(values.keys() - set(read)):
                 if not is_blank(values[key]):
                     self._count(place, key)
 
@@ -109,14 +111,9 @@ class UnusedKeys:
         ]
 
 
-def _unread_columns(values: Mapping[str, Any], found: Format) -> tuple[str, ...]:
-    keys = tuple(values)
-    return (_unread if len(keys) <= _MOST_KEYS else _unread.__wrapped__)(keys, found.reads)
-
-
-@lru_cache(maxsize=256)
-def _unread(keys: tuple[str, ...], known: frozenset[str]) -> tuple[str, ...]:
-    return tuple(key for key in keys if key in _BY_VALUE or (key not in known and key not in weights.WEIGHT_KEYS))
+@lru_cache
+def _always_read(names: frozenset[str]) -> frozenset[str]:
+    return names.union(weights.WEIGHT_KEYS) - _BY_VALUE
 
 
 def _is_read(key: str, value: Any, found: Format) -> bool:
