@@ -86,8 +86,8 @@ def test_report(write: Writer) -> None:
             "with_control_tokens_as_text": 0,
         },
         "unused_keys": {},
-            "unused": [],
-            "tokens": {"total": total, "supervised": supervised, "supervised_share": round(supervised / total, 4)},
+        "unused": [],
+        "tokens": {"total": total, "supervised": supervised, "supervised_share": round(supervised / total, 4)},
         "weights": {"rows": 0, "answers": 0, "sum": supervised},
         "labels": {
             "answers": 21,

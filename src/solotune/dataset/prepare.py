@@ -217,7 +217,7 @@ def _records(
     progress: Progress,
     unused: UnusedKeys,
 ) -> tuple[Records, str]:
-    """Return the normalised rows of `dataset` or `eval_dataset`, and their format; keys that are not read are counted."""
+    """Return the normalised rows of `dataset` or `eval_dataset`, and their format; count keys that are not read."""
     mapping, is_strict = settings.column_mapping, settings.on_bad_row == "error"
     check_mapping(source, mapping, is_needed=source.key == "dataset")
     found, why = recognise((mapped(row, mapping) for row in source), is_strict=is_strict)

@@ -32,7 +32,9 @@ def test_a_verdict_is_refused_and_can_be_a_switch(chat: dict[str, Any], key: str
 
 def test_kto_files_train_on_their_good_answers(write: Writer) -> None:
     rows = [{"prompt": f"q{n}", "completion": f" a{n}", "label": n % 2 == 0} for n in range(6)]
-    report = prepare(config_of(write("a.jsonl", *rows), column_mapping={"label": "train"}), tiny_tokenizer("chatml")).report
+    report = prepare(
+        config_of(write("a.jsonl", *rows), column_mapping={"label": "train"}), tiny_tokenizer("chatml")
+    ).report
     assert (report.num_train, dict(report.dropped)) == (3, {"weight 0": 3})
 
 

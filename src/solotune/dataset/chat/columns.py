@@ -60,7 +60,7 @@ def _meanings(keys: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
 
 
 def plain_name(key: Any) -> str:
-    """A key in lower case without blanks, hyphens and underscores: `System Prompt` and `systemPrompt` as `systemprompt`."""
+    """A key in lower case without blanks, hyphens, underscores: `System Prompt`, `systemPrompt` -> `systemprompt`."""
     return re.sub(r"[\s_-]+", "", str(key)[:_LONGEST_NAME]).lower()
 
 
@@ -162,7 +162,9 @@ def _tools(place: str, value: Any, key: str) -> list[dict[str, Any]]:
             seen=short(value),
             allowed='[{"type": "function", "function": {"name": "...", "parameters": {...}}}], also as JSON text',
         )
-    return [{"type": "function", "function": tool} if "name" in tool and "type" not in tool else tool for tool in listed]
+    return [
+        {"type": "function", "function": tool} if "name" in tool and "type" not in tool else tool for tool in listed
+    ]
 
 
 def thought_of_row(row: Row) -> tuple[str, str] | None:
@@ -237,11 +239,18 @@ def earlier_turns(row: Row, read: Callable[[str, Any, str], Turns]) -> tuple[lis
         return found.messages, found.weights, found.tools
     turns: list[Message] = []
     for pair in value if isinstance(value, list) else [None]:
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(side, str | None) for side in pair):
+        if (
+            not isinstance(pair, (list, tuple))
+            or len(pair) != 2
+            or not all(isinstance(side, str | None) for side in pair)
+        ):
             raise _not_read(
-                row, key, f"{key} is not a list of earlier turns", '[["question", "answer"], ...], or a list of messages',
+                row,
+                key,
+                f"{key} is not a list of earlier turns",
+                '[["question", "answer"], ...], or a list of messages',
                 seen=short(value if pair is None else pair),
-            )  # fmt: skip
+            )
         sides = zip(("user", "assistant"), pair, strict=True)
         turns += [{"role": role, "content": text} for role, text in sides if not is_blank(text)]
     return turns, [1.0 for turn in turns if turn["role"] == "assistant"], []
@@ -279,12 +288,13 @@ def refuse_beside_text(row: Row, text: str, *, is_pair: bool) -> None:
             if isinstance(value, str) and value.strip() in text:
                 continue
             chat = advised(row, {"prompt": "instruction", "completion": "output", key: name})
+            is_readable = is_pair and (meaning != "context" or not isinstance(value, dict))
             raise RowError(
                 f"{row.where}: {key} beside plain text, which has no place for it",
                 reason=f"{key} beside plain text",
                 seen=f"{key}: {short(value)}",
                 allowed=f"{key} inside the text, or rows that are chats",
-                change=(f"to make it part of a chat, set {chat}; " if is_pair else f"write {key} into the text; ")
+                change=(f"to make it part of a chat, set {chat}; " if is_readable else f"write {key} into the text; ")
                 + f"to leave it out, set {advised(row, {key: 'ignore'})}",
             )
 

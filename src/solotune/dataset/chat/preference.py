@@ -141,4 +141,4 @@ def _has_answer(messages: Any) -> bool:
 
 
 def _ignored(keys: Iterable[str]) -> dict[str, str]:
-    return {key: "ignore" for key in keys}
+    return dict.fromkeys(keys, "ignore")

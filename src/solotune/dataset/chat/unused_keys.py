@@ -2,21 +2,21 @@
 
     not used: thinking_time in 24 of 24 assistant messages, category in 24 of 24 rows
 
-A key counts if it holds something: null, blank texts and empty lists lose nothing. Known keys are read or refused by the
-readers; this module only asks them which keys they read.
+A key counts if it holds something: null, blank texts and empty lists lose nothing. Known keys are read or refused by
+the readers; this module only asks them which keys they read.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
 from solotune.dataset.chat import columns, weights
 from solotune.dataset.chat import messages as msg
 from solotune.dataset.chat.formats import Format
-from solotune.dataset.chat.tool_calls import CALL_ID_KEYS, CALL_KEYS, arguments_key, function_of
+from solotune.dataset.chat.tool_calls import CALL_ID_KEYS, CALL_KEYS, arguments_holder, arguments_key, function_of
 from solotune.dataset.readers.json_records import parse_json
 from solotune.dataset.readers.row import CONVERSATION_KEYS, ID_KEYS, PARENT_KEYS, Row, is_blank
 
@@ -84,7 +84,8 @@ class UnusedKeys:
 
     def _add_call(self, call: dict[str, Any]) -> None:
         function = function_of(call)
-        own = () if function is not call else ("name", arguments_key(call))
+        own = ("name", arguments_key(call)) if function is call else ()
+        own = (*own, "arguments") if arguments_holder(call) is call else own
         self._add("tool calls", call, (*CALL_ID_KEYS, "type", "function", *own))
         if function is not call and isinstance(function, dict):
             self._add("functions of tool calls", function, ("name", arguments_key(function)))
@@ -104,7 +105,7 @@ class UnusedKeys:
         self._counts[place, name] += 1
 
     def to_json(self) -> list[dict[str, Any]]:
-        """`[{"key": "thinking_time", "in": "assistant messages", "count": 24, "of": 24}, ...]`, the most frequent first."""
+        """`[{"key": "lang", "in": "assistant messages", "count": 24, "of": 24}, ...]`, the most frequent first."""
         ordered = sorted(self._counts.items(), key=lambda item: (-item[1], item[0]))
         return [
             {"key": key, "in": place, "count": number, "of": self._totals[place]} for (place, key), number in ordered

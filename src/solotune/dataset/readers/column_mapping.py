@@ -63,7 +63,7 @@ def advised(row: Row, changes: Mapping[str, str]) -> str:
     """Write a `column_mapping` that a message can advise: the one in use, with other targets for some keys of the row.
 
     Args:
-        changes: the row's key -> the name that it should get, or `ignore`; keys that the row does not have are left out.
+        changes: the row's key -> the name that it should get, or `ignore`; keys that the row lacks are left out.
     """
     renamed = dict(row.renamed or {})
     own_names = {name: column for column, name in renamed.items()}
