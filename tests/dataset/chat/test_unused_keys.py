@@ -10,7 +10,7 @@ import pytest
 from solotune.dataset import prepare
 from solotune.dataset.chat.formats import convert, recognise
 from solotune.dataset.chat.messages import MEDIA_KEYS
-from solotune.dataset.chat.thoughts import THOUGHT_KEYS
+from solotune.dataset.chat.reasoning import THOUGHT_KEYS
 from solotune.dataset.chat.unused_keys import UnusedKeys
 from solotune.dataset.chat.weights import MESSAGE_KEYS
 from solotune.dataset.readers.row import Row

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from solotune.dataset.chat.thoughts import THOUGHT_KEYS, thought_in
+from solotune.dataset.chat.reasoning import THOUGHT_KEYS, thought_in
 from solotune.dataset.chat.tool_calls import from_json
 from solotune.dataset.readers.column_mapping import advised
 from solotune.dataset.readers.row import Row, RowError, is_blank, once_per_shape, short

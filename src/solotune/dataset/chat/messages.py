@@ -3,7 +3,7 @@
 A wrong message is a `RowError` that names the row and the message. A message may be `{"role", "content"}` or ShareGPT's
 `{"from", "value"}`; keys and roles may differ in case. Only keys that chat templates know are kept, so an extra column
 in the data cannot change a rendering; `unused_keys.py` names the others. Tool calls are handled in `tool_calls.py`,
-reasoning in `thoughts.py`, weights in `weights.py`.
+reasoning in `reasoning.py`, weights in `weights.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from solotune.dataset.chat.columns import TOOL_KEYS, Message, Tools, Turns, plain_name
-from solotune.dataset.chat.thoughts import THOUGHT_KEYS, THOUGHT_PARTS, one_of, thought_in, thought_of
+from solotune.dataset.chat.reasoning import THOUGHT_KEYS, THOUGHT_PARTS, one_of, thought_in, thought_of
 from solotune.dataset.chat.tool_calls import CALL_ID_KEYS, CALL_KEYS, arguments_key, calls_of, normal_calls
 from solotune.dataset.chat.weights import MESSAGE_KEYS, weight_of_message
 from solotune.dataset.readers.row import RowError, is_blank, once_per_shape, short
