@@ -93,7 +93,9 @@ def test_tools_in_the_system_turn() -> None:
 
 @pytest.mark.parametrize("written", [3, [1], {"a": 1}, "f(x)"], ids=str)
 def test_what_is_no_tools(written: Any) -> None:
-    assert refused({"messages": [U, A], "tool_defs": written}).startswith("f.jsonl:1: tool_defs is not ")
+    values = {"messages": [U, A], "tool_defs": written}
+    assert refused(values).startswith("f.jsonl:1: tool_defs is not ")
+    assert after_advice(values).tools is None
 
 
 # --- earlier turns

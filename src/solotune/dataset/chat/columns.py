@@ -137,7 +137,7 @@ def tools_of(row: Row, in_messages: Sequence[Tools] = ()) -> list[dict[str, Any]
         try:
             tools = _tools(place, value, key)
         except RowError as error:
-            if key in row.values and error.change is None:
+            if key in row.values and key != "tools":  # that name leaves no doubt
                 error.change = f"if these are no tools, leave the column out: {advised(row, {key: 'ignore'})}"
             raise
         if tools and found and tools != found[0][1]:

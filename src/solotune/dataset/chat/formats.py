@@ -168,7 +168,7 @@ def convert(row: Row, found: Format) -> Record | str:
 
 def _check_targets(row: Row, found: Format) -> None:
     """Refuse a `column_mapping` to a name that this format does not read: the user wants that column in the rows."""
-    for column, name in (row.renamed or {}).items():
+    for column, name in row.renamed.items():
         if name == IGNORE or name not in row.values or name in found.reads:
             if name == "train" and not is_blank(row.values.get(name)):
                 check_switch(row.where, column, row.values[name])

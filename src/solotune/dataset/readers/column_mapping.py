@@ -20,6 +20,16 @@ from solotune.errors import InputError
 IGNORE = "ignore"
 
 
+class MappedRow(Row):
+    """A row with renamed columns, which remembers their names in the file: for what a message advises."""
+
+    mapping: Mapping[str, str]
+
+    @property
+    def renamed(self) -> Mapping[str, str]:
+        return self.mapping
+
+
 def check_mapping(rows: Iterable[Row], mapping: Mapping[str, str], *, is_needed: bool = True) -> None:
     """Refuse a mapping that does not fit the rows.
 
@@ -56,7 +66,9 @@ def mapped(row: Row, mapping: Mapping[str, str]) -> Row:
     if not mapping:
         return row
     values = {mapping.get(key, key): value for key, value in row.values.items() if mapping.get(key) != IGNORE}
-    return Row(row.where, values, mapping)
+    renamed = MappedRow(row.where, values)
+    renamed.mapping = mapping
+    return renamed
 
 
 def advised(row: Row, changes: Mapping[str, str]) -> str:
@@ -65,7 +77,7 @@ def advised(row: Row, changes: Mapping[str, str]) -> str:
     Args:
         changes: the row's key -> the name that it should get, or `ignore`; keys that the row lacks are left out.
     """
-    renamed = dict(row.renamed or {})
+    renamed = dict(row.renamed)
     own_names = {name: column for column, name in renamed.items()}
     changed = {own_names.get(key, key): name for key, name in changes.items() if key in row.values}
     pairs = [(column, name) for column, name in {**renamed, **changed}.items() if column != name]

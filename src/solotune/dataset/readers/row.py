@@ -48,11 +48,15 @@ class RowError(InputError):
 
 
 class Row(NamedTuple):
-    """One row as in the file, and its place; `renamed` is the `column_mapping` that its keys have gone through."""
+    """One row as in the file, and its place."""
 
     where: str
     values: dict[str, Any]
-    renamed: Mapping[str, str] | None = None
+
+    @property
+    def renamed(self) -> Mapping[str, str]:
+        """The `column_mapping` that the keys have gone through."""
+        return {}
 
 
 def once_per_shape(of_keys: Callable[[tuple[str, ...]], _T]) -> Callable[[tuple[str, ...]], _T]:
