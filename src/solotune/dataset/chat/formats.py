@@ -8,7 +8,7 @@
 | prompt-completion | `{"prompt": "...", "completion": "..."}`, both texts or both messages |
 | text | `{"text": "..."}`, all of it trained on |
 
-Chats may also have columns beside them: a system prompt, tools, Alpaca's `history`, reasoning (`columns.py`). What a row
+Chats may have columns beside them: a system prompt, tools, Alpaca's `history`, reasoning (`columns.py`). What a row
 holds besides is refused (`preference.py`: chosen and rejected answers) or counted (`unused_keys.py`).
 
 The first row decides, and every other row must have the same shape: a file of two shapes is usually two files joined by
