@@ -35,6 +35,7 @@ TESTED_IN = {
     "faults/test_doors_model.py": ["hub.hf_config", "hub.safe_files", "hub.safetensors_header", "model.weights"],
     "faults/test_doors_output.py": ["run.output_dir"],
     "faults/test_running_before.py": ["api.setup", "training.disk_space"],
+    "dataset/chat/test_messages_weights.py": ["dataset.chat.weights"],
     "dataset/readers/test_files.py": ["dataset.readers.json_records", "dataset.readers.row", "dataset.readers.tables"],
     "dataset/test_prepare_choices.py": ["dataset.readers.column_mapping", "dataset.render"],
     "dataset/test_prepare.py": ["dataset.data_report"],

@@ -17,15 +17,36 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import solotune
 from solotune import cli
+from solotune.api import setup
 from solotune.config.load import load_config
 from solotune.display.progress import SilentDisplay
 from solotune.errors import DirectoryInUseError, InputError, IntegrityError
+from solotune.hub.model_files import resolve_model
 from solotune.run.run_dir import RunDirectory
 
 
 @pytest.fixture
 def config(chat_config):
     return chat_config
+
+
+def test_train_and_data_name_the_keys_that_nothing_reads(config, tmp_path):
+    rows = chat_rows(60)
+    for row in rows:
+        row["messages"][-1]["lang"] = "en"
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({**row, "topic": "t"}) + "\n" for row in rows))
+    notes: list[str] = []
+
+    class Notes(SilentDisplay):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    checked = load_config(config)
+    _, prepared, _ = setup.read_data(checked, resolve_model(checked), False, Notes())
+    line = "lang in 60 of 60 assistant messages, topic in 60 of 60 rows"
+    assert [note for note in notes if note.startswith("not used")] == [f"not used: {line}"]
+    assert solotune.data(config).report.unused_in_words() == line
+    assert prepared.report.to_json()["unused_keys"] == {"lang": 60, "topic": 60}
 
 
 def test_a_run_leaves_every_file_of_the_design(config, tmp_path):

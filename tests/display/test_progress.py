@@ -327,6 +327,14 @@ def test_data_without_colour_brackets_what_is_learned():
     assert rest.removeprefix(ROW) == FOUND
 
 
+def test_keys_that_nothing_reads_are_named():
+    unused = [{"key": HOSTILE, "in": "rows", "count": 24, "of": 1200}]
+    text = piped(lambda console: results.print_data(preview(unused=unused), console))
+    (line,) = [line for line in text.splitlines() if line.startswith("not used")]
+    assert line.endswith("in 24 of 1,200 rows")
+    assert "\x1b" not in line
+
+
 def test_tokens_with_their_ids_stand_in_cells():
     text = piped(lambda console: results.print_data(preview(), console, with_ids=True))
     line = " 1 user:             2 ␣hi               3 ↵                40 ⟦hel⟧             5 ⟦lo⟧             \n"

@@ -14,7 +14,6 @@ from solotune.dataset.readers.row import Row
 from solotune.errors import InputError
 from tests.dataset.conftest import config_of
 
-
 _MAPPING = r'column_mapping: (\{(?:"(?:[^"\\]|\\.)*"|[^{}"])*\})'
 
 

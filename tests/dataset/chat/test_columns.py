@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from solotune.dataset.chat.formats import Record
+from solotune.errors import InputError
 from tests.dataset.chat.advice import after_advice, mappings_in, read, refused
 from tests.dataset.chat.test_formats import A, S, U
 
@@ -92,7 +93,9 @@ def test_tools_in_the_system_turn() -> None:
 
 @pytest.mark.parametrize("written", [3, [1], {"a": 1}, "f(x)"], ids=str)
 def test_what_is_no_tools(written: Any) -> None:
-    assert refused({"messages": [U, A], "tool_defs": written}).startswith("f.jsonl:1: tool_defs is not ")
+    values = {"messages": [U, A], "tool_defs": written}
+    assert refused(values).startswith("f.jsonl:1: tool_defs is not ")
+    assert after_advice(values).tools is None
 
 
 # --- earlier turns
@@ -121,7 +124,9 @@ def test_no_history(blank: Any) -> None:
     assert chat_of({"instruction": "q", "output": "a", "history": blank}).messages == [U, A]
 
 
-@pytest.mark.parametrize("written", ["they spoke before", [["a"]], [["a", 1]], [["a", "b", "c"]], 3, {"a": "b"}], ids=str)
+@pytest.mark.parametrize(
+    "written", ["they spoke before", [["a"]], [["a", 1]], [["a", "b", "c"]], 3, {"a": "b"}], ids=str
+)
 def test_what_is_no_history(written: Any) -> None:
     values = {"instruction": "q", "output": "a", "history": written}
     assert refused(values).startswith("f.jsonl:1: history is not a list of earlier turns\n")
@@ -143,6 +148,8 @@ def test_what_is_no_history(written: Any) -> None:
         ({"instruction": "do", "input": "", "Context": "q"}, "do\n\nq"),
         ({"instruction": "do", "input": "q", "context": "q"}, "do\n\nq"),
         ({"instruction": "", "context": "q"}, "q"),
+        ({"instruction": None, "input": "q"}, "q"),
+        ({"instruction": "do", "context": ["p", "", "q"]}, "do\n\np\n\nq"),
     ],
 )
 def test_alpaca_prompts_have_no_blank_lines(parts: dict[str, Any], prompt: str) -> None:
@@ -165,6 +172,10 @@ def test_a_context_beside_question_and_answer_is_kept() -> None:
     assert after_advice(values, to_texts).messages == kept
     assert after_advice(values, to_texts, number=1).text == "qa"
     assert chat_of(values, {"question": "instruction", "answer": "output"}).messages == kept
+    several = {**values, "context": ["c", "d"]}
+    assert after_advice(several).messages == after_advice(several, to_texts).messages
+    assert after_advice(several).messages[0]["content"] == "q\n\nc\n\nd"
+    assert "part of a chat" not in refused({**values, "context": {"title": "t"}}, to_texts)
     held = chat_of({**values, "question": "c q"}, to_texts)
     assert held.text == "c qa"
 
@@ -178,7 +189,9 @@ def test_a_context_beside_question_and_answer_is_kept() -> None:
 def test_columns_beside_plain_text(column: dict[str, Any]) -> None:
     for text in TEXTS:
         values = {**text, **column}
-        assert refused(values).startswith(f"f.jsonl:1: {next(iter(column))} beside plain text, which has no place for it\n")
+        assert refused(values).startswith(
+            f"f.jsonl:1: {next(iter(column))} beside plain text, which has no place for it\n"
+        )
         assert after_advice(values, number=-1).text == ("qa" if "prompt" in text else "a")
     record = after_advice({**TEXTS[0], **column})
     assert record.is_chat
@@ -214,18 +227,24 @@ def test_history_beside_a_list_of_messages(chat: dict[str, Any]) -> None:
 def test_each_target_is_read_or_refused_in_each_format(chat: dict[str, Any], name: str) -> None:
     if name in chat or (name == "messages" and "conversations" in chat):
         return
-    given = {"tools": [TOOL], "history": [["h", "g"]], "weight": 2, "train": True, "messages": [S, U, A], "conversations": [S, U, A]}
+    given = {
+        "tools": [TOOL],
+        "history": [["h", "g"]],
+        "weight": 2,
+        "train": True,
+        "messages": [S, U, A],
+        "conversations": [S, U, A],
+    }
     values, mapping = {**chat, "mine": given.get(name, "x")}, {"mine": name}
     if name in ("weight", "train", "id", "conversation_id", "parent_id"):
         read(values, mapping)
         return
     try:
         record = read(values, mapping)
-    except Exception as error:
-        ways = mappings_in(str(error))
-        assert ways, str(error)
-        for way in ways:
-            assert isinstance(read(values, way), Record)
+    except InputError:
+        ways = mappings_in(refused(values, mapping))
+        assert ways
+        assert all(isinstance(read(values, way), Record) for way in ways)
         return
     assert isinstance(record, Record)
     plain = chat_of(chat)

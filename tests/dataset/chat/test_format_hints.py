@@ -56,7 +56,9 @@ def test_alpaca_in_another_case() -> None:
     assert after_advice({"Instruction": "q", "Input": "", "Output": "a"}).messages == CHAT
 
 
-@pytest.mark.parametrize("column", ["user input", "a: b", "#1", "yes", "-", "mon premier été", 'a"b', "a,b", "x}", " x"])
+@pytest.mark.parametrize(
+    "column", ["user input", "a: b", "#1", "yes", "-", "mon premier été", 'a"b', "a,b", "x}", " x"]
+)
 def test_columns_that_yaml_has_to_quote(column: str) -> None:
     message = refused({column: [U, A], "question": "q", "rejected": None, "answer": "a"})
     assert mappings_in(message) == [{"question": "prompt", "answer": "completion"}]

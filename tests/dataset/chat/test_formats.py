@@ -65,6 +65,8 @@ def message_of(*values: dict[str, Any]) -> str:
         ({"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}}, "sharegpt", [U, A]),
         ({"messages": [{"role": None, "content": None, "from": "human", "value": "q"}, {**A, "from": None}]},
          "sharegpt", [U, A]),
+        ({"messages": [{"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": [{"text": "a"}]}]},
+         "messages", [U, A]),
         ({"messages": [A, U, A]}, "messages", [A, U, A]),
         ({"messages": [A, U, A, U]}, "messages", [A, U, A, U]),
         ({"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "q"}]}, "sharegpt", [A, U]),

@@ -272,4 +272,6 @@ def test_switches_that_cannot_be_read(write: Writer, keys: dict[str, Any], probl
 
 def test_only_answers_can_be_switched_on(write: Writer) -> None:
     path = write("a.jsonl", {"messages": [{**TURNS[0], "train": True}, TURNS[1]]})
-    assert message_of(path).startswith("a.jsonl:1: message 1: train: true, but only assistant messages can have a weight\n")
+    assert message_of(path).startswith(
+        "a.jsonl:1: message 1: train: true, but only assistant messages can have a weight\n"
+    )

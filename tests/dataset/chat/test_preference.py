@@ -32,7 +32,9 @@ def test_a_verdict_is_refused_and_can_be_a_switch(chat: dict[str, Any], key: str
 
 def test_kto_files_train_on_their_good_answers(write: Writer) -> None:
     rows = [{"prompt": f"q{n}", "completion": f" a{n}", "label": n % 2 == 0} for n in range(6)]
-    report = prepare(config_of(write("a.jsonl", *rows), column_mapping={"label": "train"}), tiny_tokenizer("chatml")).report
+    report = prepare(
+        config_of(write("a.jsonl", *rows), column_mapping={"label": "train"}), tiny_tokenizer("chatml")
+    ).report
     assert (report.num_train, dict(report.dropped)) == (3, {"weight 0": 3})
 
 
@@ -47,6 +49,7 @@ def test_kto_files_train_on_their_good_answers(write: Writer) -> None:
         {"instruction": "q", "output": "a", "label": 1},
         {"messages": [U, A], "score": 4.5, "rating": 1, "reward": -2.0},
         {"messages": [U, A], "label": None, "kto_tag": None, "rejected": None, "chosen": []},
+        {"messages": [U, A], "score_chosen": 4.5, "score_rejected": 2},
     ],
     ids=str,
 )
@@ -63,7 +66,7 @@ def test_numbers_beside_ktos_own_shape_are_verdicts(label: Any) -> None:
     "columns",
     [
         {"rejected": "x"}, {"chosen": "x"}, {"chosen": "x", "rejected": "y"}, {"rejected_response": "y"},
-        {"chosen_response": "x", "rejected_response": "y"}, {"Rejected": [B]}, {"rejected": False}, {"preference": 1},
+        {"chosen_response": "x", "rejected_response": "y"}, {"Rejected": [B]}, {"rejected": False}, {"preference": 1}, {"response_rejected": "y"},
     ],
     ids=str,
 )  # fmt: skip

@@ -45,6 +45,7 @@ def messages_of(values: dict[str, Any]) -> list[dict[str, Any]]:
         {"function_call": {"name": "get_weather", "arguments": TEXT}, "content": None},
         {"tool_calls": [{"name": "get_weather", "parameters": ARGUMENTS}]},
         {"tool_calls": [{"name": "get_weather", "args": ARGUMENTS, "arguments": None, "function": None}]},
+        {"tool_calls": [{"function": {"name": "get_weather"}, "arguments": TEXT}]},
         {"toolCalls": [CALL], "Content": ""},
         {"tool_calls": [CALL], "function_call": {"name": "get_weather", "arguments": TEXT}},
         {"content": [{"type": "tool_use", "name": "get_weather", "input": ARGUMENTS}]},
@@ -88,6 +89,15 @@ def test_turns_of_calls_and_results(call: str, result: str) -> None:
         assert found == [U, calling(CALL, CALL), TOLD, {**TOLD, "content": "23"}, A]
         found = messages_of({key: [{role: speaker, content: text} for speaker, text in turns[:2]]})
         assert found == [U, calling(CALL)]
+
+
+@pytest.mark.parametrize("key", ["tool_call_id", "toolCallId", "call_id", "tool_use_id"])
+def test_ids_of_results(key: str) -> None:
+    call = {"id": "c1", **CALL}
+    found = messages_of({"messages": [U, calling(call), {**TOLD, key: "c1", "tool_name": "get_weather"}, A]})
+    assert found[2] == {**TOLD, "tool_call_id": "c1", "name": "get_weather"}
+    message = message_of({"messages": [U, calling(call), {**TOLD, key: "c2"}, A]})
+    assert "its tool_call_id matches no tool call before it" in message
 
 
 def test_the_older_api() -> None:
@@ -236,7 +246,9 @@ def test_wrong_function_call_turns(value: Any, problem: str) -> None:
 
 def test_two_calls_under_two_keys() -> None:
     answer = calling(CALL, function_call={"name": "other", "arguments": "{}"})
-    assert message_of({"messages": [U, answer]}).startswith("f.jsonl:1: message 2: tool_calls and function_call differ\n")
+    assert message_of({"messages": [U, answer]}).startswith(
+        "f.jsonl:1: message 2: tool_calls and function_call differ\n"
+    )
 
 
 def test_only_the_assistant_calls() -> None:

@@ -10,7 +10,7 @@ import pytest
 from solotune.dataset import prepare
 from solotune.dataset.chat.formats import convert, recognise
 from solotune.dataset.chat.messages import MEDIA_KEYS
-from solotune.dataset.chat.thoughts import THOUGHT_KEYS
+from solotune.dataset.chat.reasoning import THOUGHT_KEYS
 from solotune.dataset.chat.unused_keys import UnusedKeys
 from solotune.dataset.chat.weights import MESSAGE_KEYS
 from solotune.dataset.readers.row import Row
@@ -70,7 +70,10 @@ def test_keys_of_messages() -> None:
     assert unused({"messages": turns}) == expected
     assert unused({"conversations": turns}) == expected
     assert unused({"prompt": turns[:2], "completion": turns[2:]}) == expected
-    sharegpt = [{"from": "human", "value": "q", "lang": "en"}, {"from": "gpt", "value": "a", "markdown": None, "text": "x"}]
+    sharegpt = [
+        {"from": "human", "value": "q", "lang": "en"},
+        {"from": "gpt", "value": "a", "markdown": None, "text": "x"},
+    ]
     assert unused({"conversations": sharegpt}) == ["text in 1 of 1 assistant messages", "lang in 1 of 1 user messages"]
     earlier = [U, {**A, "lang": "en"}]
     assert unused({"instruction": "q", "output": "a", "history": earlier}) == ["lang in 1 of 1 assistant messages"]
@@ -128,9 +131,13 @@ def test_a_new_key_in_each_row_does_not_fill_the_memory() -> None:
 
 
 def test_the_report_names_them(write: Writer) -> None:
-    rows = [{"messages": [U, {**A, "content": f"a{n}", "id": n}], "id": n, "topic": "t", "shop": n % 2} for n in range(4)]
+    rows = [
+        {"messages": [U, {**A, "content": f"a{n}", "id": n}], "id": n, "topic": "t", "shop": n % 2} for n in range(4)
+    ]
     own = write("own.jsonl", {"messages": [{**U, "content": "other"}, {**A, "lang": "en"}], "seen": 1})
-    config = config_of(write("a.jsonl", *rows), eval_dataset=str(own), split_by=None, column_mapping={"topic": "ignore"})
+    config = config_of(
+        write("a.jsonl", *rows), eval_dataset=str(own), split_by=None, column_mapping={"topic": "ignore"}
+    )
     report = prepare(config, tiny_tokenizer("chatml")).report
     assert report.unused_in_words() == (
         "id in 4 of 5 assistant messages, shop in 4 of 5 rows, lang in 1 of 5 assistant messages, seen in 1 of 5 rows"
@@ -153,7 +160,9 @@ def test_rows_that_are_dropped_are_not_counted(write: Writer) -> None:
 
 
 def test_a_long_list_is_cut_in_the_line(write: Writer) -> None:
-    report = prepare(config_of(write("a.jsonl", {"text": "a", **{f"k{n:02}": 1 for n in range(20)}})), tiny_tokenizer("chatml")).report
+    report = prepare(
+        config_of(write("a.jsonl", {"text": "a", **{f"k{n:02}": 1 for n in range(20)}})), tiny_tokenizer("chatml")
+    ).report
     assert report.unused_in_words().endswith("k11 in 1 of 1 rows, and 8 more keys")
     assert len(report.to_json()["unused_keys"]) == 20
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
-from solotune.dataset.chat.thoughts import THOUGHT_KEYS, thought_in
+from solotune.dataset.chat.reasoning import THOUGHT_KEYS, thought_in
 from solotune.dataset.chat.tool_calls import from_json
 from solotune.dataset.readers.column_mapping import advised
-from solotune.dataset.readers.row import Row, RowError, is_blank, short
+from solotune.dataset.readers.row import Row, RowError, is_blank, once_per_shape, short
 
 Message = dict[str, Any]
 Tools = tuple[str, str, Any]
@@ -43,16 +42,15 @@ _NAMES = {
     "template": ("chat_template_kwargs", "chat_template_args", "enable_thinking", "reasoning_effort"),
 }
 TOOL_KEYS = frozenset(_NAMES["tools"])
-_MOST_KEYS = 100  # keys of a row whose meanings are remembered for the next row, and characters of a key
+_LONGEST_NAME = 100
 
 
 def meanings(values: Mapping[str, Any]) -> Mapping[str, tuple[str, ...]]:
     """The keys of a row that hold a system prompt, tools, ...: meaning -> keys."""
-    keys = tuple(values)
-    return _meanings(keys) if len(keys) <= _MOST_KEYS else _meanings.__wrapped__(keys)
+    return _meanings(tuple(values))
 
 
-@lru_cache(maxsize=256)
+@once_per_shape
 def _meanings(keys: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for key in keys:
@@ -62,8 +60,8 @@ def _meanings(keys: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
 
 
 def plain_name(key: Any) -> str:
-    """A key in lower case without blanks, hyphens and underscores: `System Prompt` and `systemPrompt` as `systemprompt`."""
-    return re.sub(r"[\s_-]+", "", str(key)[:_MOST_KEYS]).lower()
+    """A key in lower case without blanks, hyphens, underscores: `System Prompt`, `systemPrompt` -> `systemprompt`."""
+    return re.sub(r"[\s_-]+", "", str(key)[:_LONGEST_NAME]).lower()
 
 
 _MEANING = {plain_name(name): meaning for meaning, names in _NAMES.items() for name in names}
@@ -136,7 +134,12 @@ def tools_of(row: Row, in_messages: Sequence[Tools] = ()) -> list[dict[str, Any]
     written = [(row.where, key, row.values[key]) for key in given(row, "tools")] + list(in_messages)
     found: list[tuple[str, list[dict[str, Any]]]] = []
     for place, key, value in written:
-        tools = _tools(place, value, key)
+        try:
+            tools = _tools(place, value, key)
+        except RowError as error:
+            if key in row.values and key != "tools":  # that name leaves no doubt
+                error.change = f"if these are no tools, leave the column out: {advised(row, {key: 'ignore'})}"
+            raise
         if tools and found and tools != found[0][1]:
             raise _differ(row, found[0][0], key)
         found += [(key, tools)] if tools else []
@@ -159,7 +162,9 @@ def _tools(place: str, value: Any, key: str) -> list[dict[str, Any]]:
             seen=short(value),
             allowed='[{"type": "function", "function": {"name": "...", "parameters": {...}}}], also as JSON text',
         )
-    return [{"type": "function", "function": tool} if "name" in tool and "type" not in tool else tool for tool in listed]
+    return [
+        {"type": "function", "function": tool} if "name" in tool and "type" not in tool else tool for tool in listed
+    ]
 
 
 def thought_of_row(row: Row) -> tuple[str, str] | None:
@@ -234,11 +239,18 @@ def earlier_turns(row: Row, read: Callable[[str, Any, str], Turns]) -> tuple[lis
         return found.messages, found.weights, found.tools
     turns: list[Message] = []
     for pair in value if isinstance(value, list) else [None]:
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(side, str | None) for side in pair):
+        if (
+            not isinstance(pair, (list, tuple))
+            or len(pair) != 2
+            or not all(isinstance(side, str | None) for side in pair)
+        ):
             raise _not_read(
-                row, key, f"{key} is not a list of earlier turns", '[["question", "answer"], ...], or a list of messages',
+                row,
+                key,
+                f"{key} is not a list of earlier turns",
+                '[["question", "answer"], ...], or a list of messages',
                 seen=short(value if pair is None else pair),
-            )  # fmt: skip
+            )
         sides = zip(("user", "assistant"), pair, strict=True)
         turns += [{"role": role, "content": text} for role, text in sides if not is_blank(text)]
     return turns, [1.0 for turn in turns if turn["role"] == "assistant"], []
@@ -276,12 +288,13 @@ def refuse_beside_text(row: Row, text: str, *, is_pair: bool) -> None:
             if isinstance(value, str) and value.strip() in text:
                 continue
             chat = advised(row, {"prompt": "instruction", "completion": "output", key: name})
+            is_readable = is_pair and (meaning != "context" or not isinstance(value, dict))
             raise RowError(
                 f"{row.where}: {key} beside plain text, which has no place for it",
                 reason=f"{key} beside plain text",
                 seen=f"{key}: {short(value)}",
                 allowed=f"{key} inside the text, or rows that are chats",
-                change=(f"to make it part of a chat, set {chat}; " if is_pair else f"write {key} into the text; ")
+                change=(f"to make it part of a chat, set {chat}; " if is_readable else f"write {key} into the text; ")
                 + f"to leave it out, set {advised(row, {key: 'ignore'})}",
             )
 

@@ -25,7 +25,18 @@ _ANSWERS = (
 )  # fmt: skip
 _PASSAGES = ("context", "passage", "document", "article", "background", "input", "schema", "knowledge", "evidence")
 _REASONINGS = ("complex_cot", "cot", "chain_of_thought")
-_CHATS = ("messages", "conversations", "conversation", "dialog", "dialogue", "dialogs", "chat", "chats", "turns")
+_CHATS = (
+    "messages",
+    "conversations",
+    "conversation",
+    "dialog",
+    "dialogue",
+    "dialogs",
+    "chat",
+    "chats",
+    "turns",
+    "contents",
+)
 _TEXTS = ("text", "content", "body", "document", "article", "code", "story", "sentence")
 
 
@@ -62,7 +73,7 @@ def _hint(row: Row) -> str | None:
 def _pair(row: Row, question: str, answer: str) -> str:
     """The mapping for a question and its answer, with what stands beside them."""
     beside: dict[str, str] = {}
-    passage = _first(row.values, _PASSAGES, str, question, answer)
+    passage = _first(row.values, _PASSAGES, (str, list), question, answer)
     reasoning = _first(row.values, _REASONINGS, str, question, answer)
     if passage is not None:
         beside[passage] = "input"
@@ -74,7 +85,7 @@ def _pair(row: Row, question: str, answer: str) -> str:
     return advised(row, {question: "prompt", answer: "completion"})
 
 
-def _first(values: dict[str, Any], names: Iterable[str], kind: type, *taken: str | None) -> str | None:
+def _first(values: dict[str, Any], names: Iterable[str], kind: Any, *taken: str | None) -> str | None:
     """The first key of the row with one of these names, in this order, and with a value of this kind."""
     keys = {plain_name(key): key for key, value in values.items() if isinstance(value, kind) and key not in taken}
     return next((keys[name] for name in map(plain_name, names) if name in keys), None)

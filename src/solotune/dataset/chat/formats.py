@@ -8,6 +8,9 @@
 | prompt-completion | `{"prompt": "...", "completion": "..."}`, both texts or both messages |
 | text | `{"text": "..."}`, all of it trained on |
 
+Chats may have columns beside them: a system prompt, tools, Alpaca's `history`, reasoning (`columns.py`). What a row
+holds besides is refused (`preference.py`: chosen and rejected answers) or counted (`unused_keys.py`).
+
 The first row decides, and every other row must have the same shape: a file of two shapes is usually two files joined by
 mistake, and detecting the shape row by row would hide that. A wrong row is an error with its place, or with
 `on_bad_row: drop` is dropped and counted; then the most common shape decides, since the first row may be a bad one.
@@ -101,7 +104,7 @@ def check_shape(row: Row, found: Format, why: str) -> None:
         why: where the format comes from, for the message: `as in chats.jsonl:1`.
     """
     # None stands for a missing key in parquet and arrow
-    missing = [key for key in found.keys if row.values.get(key) is None]
+    missing = [key for key in found.keys if not _has(row.values, key)]
     if not missing:
         return
     other = _format_of(row.values)
@@ -118,10 +121,17 @@ def check_shape(row: Row, found: Format, why: str) -> None:
     )
 
 
+def _has(values: dict[str, Any], key: str) -> bool:
+    """Whether a row has a key of its format; an instruction may be null where the question is the input."""
+    if values.get(key) is not None:
+        return True
+    return key == "instruction" and key in values and not is_blank(values.get("input"))
+
+
 def _format_of(values: dict[str, Any]) -> Format | None:
     """The first format, in this order, whose keys the row has: `messages` wins over a `prompt` beside it."""
     for found in _FORMATS:
-        if all(values.get(key) is not None for key in found.keys):
+        if all(_has(values, key) for key in found.keys):
             if found.keys[0] in msg.LIST_KEYS:
                 is_sharegpt = msg.is_sharegpt(msg.as_list(values[found.keys[0]]), found.keys[0])
                 if is_sharegpt != (found.name == "sharegpt"):
@@ -161,7 +171,7 @@ def convert(row: Row, found: Format) -> Record | str:
 
 def _check_targets(row: Row, found: Format) -> None:
     """Refuse a `column_mapping` to a name that this format does not read: the user wants that column in the rows."""
-    for column, name in (row.renamed or {}).items():
+    for column, name in row.renamed.items():
         if name == IGNORE or name not in row.values or name in found.reads:
             if name == "train" and not is_blank(row.values.get(name)):
                 check_switch(row.where, column, row.values[name])
@@ -222,7 +232,7 @@ def _chat(
     row: Row,
     messages: list[dict[str, Any]],
     weights: Sequence[float] = (),
-    tools: list[tuple[str, str, Any]] | None = None,
+    tools: Sequence[columns.Tools] = (),
 ) -> Record:
     is_plain = all(weight == 1 for weight in weights)
     messages = columns.with_thought(row, columns.with_system(row, messages))
@@ -236,11 +246,10 @@ def _chat(
 
 def _alpaca(row: Row) -> Record:
     values = row.values
-    instruction = msg.text(row.where, values["instruction"], "instruction")
-    extra = "" if is_blank(values.get("input")) else msg.text(row.where, values["input"], "input")
+    instruction = _paragraphs(row, "instruction")
+    extra = _paragraphs(row, "input")
     if context := columns.given(row, "context"):
-        key = context[0]
-        extra = msg.text(row.where, values[key], key) if not extra.strip() else _with_context(row, extra, key)
+        extra = _with_context(row, extra, context[0])
     answer = msg.text(row.where, values["output"], "output")
     before, weights, tools = columns.earlier_turns(row, msg.turns)
     messages = [
@@ -251,9 +260,22 @@ def _alpaca(row: Row) -> Record:
     return _chat(row, messages, [*weights, 1.0], tools)
 
 
+def _paragraphs(row: Row, key: str) -> str:
+    """A text, or the passages of a list with a blank line between them; empty if there are none."""
+    value = row.values.get(key)
+    if is_blank(value):
+        return ""
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return "\n\n".join(part for part in value if part.strip())
+    return msg.text(row.where, value, key)
+
+
 def _with_context(row: Row, extra: str, key: str) -> str:
-    """The input, which has to hold the context already."""
-    if row.values[key] not in extra:
+    """The context if there is no input, else the input, which has to hold the context already."""
+    context = _paragraphs(row, key)
+    if not extra.strip():
+        return context
+    if context not in extra:
         raise RowError(
             f"{row.where}: input and {key} are both given",
             reason=f"input and {key}",
@@ -296,7 +318,15 @@ _FORMATS = (
     Format("sharegpt", ("messages",), _list_of("messages"), _CHAT | {"messages"}, _BESIDE),
     Format("sharegpt", ("conversations",), _list_of("conversations"), _CHAT | {"conversations"}, _BESIDE),
     Format("messages", ("conversations",), _list_of("conversations"), _CHAT | {"conversations"}, _BESIDE),
-    Format("prompt-completion", ("prompt", "completion"), _prompt_completion, _CHAT | {"prompt", "completion"}, _BESIDE),
-    Format("alpaca", ("instruction", "output"), _alpaca, _CHAT | _ALPACA_ONLY | {"instruction", "output"}, (*_BESIDE, "history", "context")),
+    Format(
+        "prompt-completion", ("prompt", "completion"), _prompt_completion, _CHAT | {"prompt", "completion"}, _BESIDE
+    ),
+    Format(
+        "alpaca",
+        ("instruction", "output"),
+        _alpaca,
+        _CHAT | _ALPACA_ONLY | {"instruction", "output"},
+        (*_BESIDE, "history", "context"),
+    ),
     Format("text", ("text",), _plain, _COMMON | {"text"}),
 )

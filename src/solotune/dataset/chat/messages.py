@@ -1,29 +1,28 @@
 """Messages of a row: check and normalise roles, texts, calls, reasoning and loss weights.
 
 A wrong message is a `RowError` that names the row and the message. A message may be `{"role", "content"}` or ShareGPT's
-`{"from", "value"}`; keys and roles may differ in case. Only keys that chat templates know are kept, so an extra column in
-the data cannot change a rendering; `unused_keys.py` names the others. Tool calls are handled in `tool_calls.py`,
-reasoning in `thoughts.py`, weights in `weights.py`.
+`{"from", "value"}`; keys and roles may differ in case. Only keys that chat templates know are kept, so an extra column
+in the data cannot change a rendering; `unused_keys.py` names the others. Tool calls are handled in `tool_calls.py`,
+reasoning in `reasoning.py`, weights in `weights.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from solotune.dataset.chat.columns import TOOL_KEYS, Message, Tools, Turns, plain_name
-from solotune.dataset.chat.thoughts import THOUGHT_KEYS, THOUGHT_PARTS, one_of, thought_in, thought_of
+from solotune.dataset.chat.reasoning import THOUGHT_KEYS, THOUGHT_PARTS, one_of, thought_in, thought_of
 from solotune.dataset.chat.tool_calls import CALL_ID_KEYS, CALL_KEYS, arguments_key, calls_of, normal_calls
 from solotune.dataset.chat.weights import MESSAGE_KEYS, weight_of_message
-from solotune.dataset.readers.row import RowError, is_blank, short
+from solotune.dataset.readers.row import RowError, is_blank, once_per_shape, short
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 CALL_ROLES = ("function_call", "tool_call", "tool_calls")
 """Turns of ShareGPT and ms-swift whose text is a call, or a list of calls, in JSON."""
 _RESULT_ROLES = ("observation", "tool_response", "tool_result", "function_response", "function", "ipython")
 _TOOL_ROLES = {**dict.fromkeys(CALL_ROLES, "assistant"), **dict.fromkeys(_RESULT_ROLES, "tool")}
-MESSAGE_ROLES = {**{role: role for role in ROLES}, **_TOOL_ROLES}
+MESSAGE_ROLES = {**{role: role for role in ROLES}, "model": "assistant", **_TOOL_ROLES}
 SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -43,17 +42,17 @@ SHAREGPT_ROLES = {
 }
 LIST_KEYS = ("messages", "conversations")
 _ROLE_KEYS = ("role", "from", "speaker")
-_CONTENT_KEYS = ("content", "value", "text", "message")
+_CONTENT_KEYS = ("content", "value", "text", "message", "parts")  # the last is Gemini's
 _SHAREGPT_CONTENT_KEYS = ("value", "content", "text", "message")
 MEDIA_KEYS = frozenset(("images", "image", "videos", "video", "audios", "audio"))
 _NAME_KEYS = ("name", "tool_name")  # the second is Ollama's
-_READ = frozenset((*_NAME_KEYS, "tool_call_id", *CALL_KEYS, *THOUGHT_KEYS, *TOOL_KEYS, *MESSAGE_KEYS, *MEDIA_KEYS))
+_RESULT_ID_KEYS = ("tool_call_id", "call_id", "tool_use_id")
+_READ = frozenset((*_NAME_KEYS, *_RESULT_ID_KEYS, *CALL_KEYS, *THOUGHT_KEYS, *TOOL_KEYS, *MESSAGE_KEYS, *MEDIA_KEYS))
 """Keys besides role and content that are read, or refused if they hold something."""
 _KNOWN = {plain_name(key): key for key in (*_READ, *_ROLE_KEYS, *_CONTENT_KEYS)}
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _CALL_PARTS = ("tool_call", "tool_use", "function_call")
 _PART_KEYS = ("value", "text", "thinking", "reasoning", "thought", "summary")
-_MOST_KEYS = 100  # keys of a message that are remembered for the next message
 
 
 class Keys(NamedTuple):
@@ -74,10 +73,10 @@ def keys_of(message: Mapping[str, Any]) -> Keys:
     keys = tuple(message)
     if None in message.values():
         keys = tuple([key for key in keys if message[key] is not None])
-    return _keys_of(keys) if len(keys) <= _MOST_KEYS else _keys_of.__wrapped__(keys)
+    return _keys_of(keys)
 
 
-@lru_cache(maxsize=1024)
+@once_per_shape
 def _keys_of(keys: tuple[str, ...]) -> Keys:
     role = next((name for name in _ROLE_KEYS if name in keys), "role")
     names = _CONTENT_KEYS if role == "role" else _SHAREGPT_CONTENT_KEYS
@@ -92,7 +91,7 @@ def _keys_of(keys: tuple[str, ...]) -> Keys:
 
 
 def in_our_case(message: dict[str, Any]) -> tuple[dict[str, Any], Keys]:
-    """A message with `role` for `Role` and `tool_calls` for `toolCalls` (the same object if nothing changes), its keys."""
+    """A message with `role` for `Role`, `tool_calls` for `toolCalls` (the same object if so already), and its keys."""
     keys = keys_of(message)
     if keys.renamed:
         message = {keys.renamed.get(key, key): value for key, value in message.items()}
@@ -189,7 +188,10 @@ def _role(place: str, message: Message, keys: Keys) -> tuple[str, str]:
         return name, role
     if not is_ours:
         raise RowError(
-            f"{place}: unknown speaker", reason="unknown speaker", seen=short(written), allowed=", ".join(SHAREGPT_ROLES)
+            f"{place}: unknown speaker",
+            reason="unknown speaker",
+            seen=short(written),
+            allowed=", ".join(SHAREGPT_ROLES),
         )
     meant = SHAREGPT_ROLES.get(name)
     raise RowError(
@@ -213,10 +215,11 @@ def _no_role(message: Message) -> str:
 
 
 def _kept(message: Message) -> Message:
-    kept = {key: message[key] for key in ("tool_call_id", "name") if message.get(key)}
-    if "name" not in kept and message.get("tool_name"):
-        kept["name"] = message["tool_name"]
-    return kept
+    found = {
+        name: next((message[key] for key in keys if message.get(key)), None)
+        for name, keys in (("tool_call_id", _RESULT_ID_KEYS), ("name", _NAME_KEYS))
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _check_keys(place: str, message: Message, role: str, tools: list[Tools]) -> None:
@@ -276,7 +279,7 @@ def keys_of_part(part: Message) -> tuple[str, ...]:
         return ("type", next((key for key in _PART_KEYS if isinstance(part.get(key), str)), "text"))
     if part.get("type") in _CALL_PARTS and part.get("value") is None:
         return ("type", *CALL_ID_KEYS, "name", "function", arguments_key(part))
-    return ("type", "text" if "text" in part and part.get("type") in _TEXT_PARTS else "value")
+    return ("type", "text" if "text" in part else "value")
 
 
 def _type_of(part: Any) -> Any:
@@ -289,7 +292,9 @@ def _calls_in(place: str, part: Message) -> list[Message]:
 
 
 def _thought_in_part(place: str, part: Message) -> str:
-    return thought_of(place, next((part[key] for key in _PART_KEYS if isinstance(part.get(key), str)), part), part["type"])
+    return thought_of(
+        place, next((part[key] for key in _PART_KEYS if isinstance(part.get(key), str)), part), part["type"]
+    )
 
 
 def not_an_object(place: str, seen: Any, allowed: str) -> RowError:
@@ -315,7 +320,7 @@ def text(place: str, value: Any, key: str) -> str:
 def _joined_parts(place: str, parts: list[Any], key: str) -> str:
     texts = []
     for part in parts:
-        is_text = isinstance(part, dict) and part.get("type") in _TEXT_PARTS
+        is_text = isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS
         value = part.get("text", part.get("value")) if is_text else None
         if not isinstance(value, str):
             kind = part.get("type") if isinstance(part, dict) else part

@@ -10,13 +10,12 @@ the unused keys. A verdict is true or false.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from typing import Any
 
 from solotune.dataset.chat.columns import plain_name
 from solotune.dataset.chat.weights import truth_of
 from solotune.dataset.readers.column_mapping import advised
-from solotune.dataset.readers.row import Row, RowError, is_blank, short
+from solotune.dataset.readers.row import Row, RowError, is_blank, once_per_shape, short
 
 _VERDICT_KEYS = (
     "label",
@@ -38,7 +37,6 @@ _VERDICT_NAMES = frozenset(map(plain_name, _VERDICT_KEYS))
 _ALWAYS = ("ktotag", "preference")  # whatever their value
 _WORDS = ("true", "false", "desirable", "undesirable", "thumbsup", "thumbsdown")
 _QUESTIONS = ("instruction", "question", "query", "input")
-_MOST_KEYS = 100  # keys of a row that are remembered for the next row
 
 
 def refuse_preference(row: Row, format_name: str) -> None:
@@ -48,7 +46,7 @@ def refuse_preference(row: Row, format_name: str) -> None:
         RowError: with the `column_mapping` that trains on the good answers.
     """
     pairs, verdicts = preference_keys(row.values)
-    if given := [key for key in pairs if not is_blank(row.values[key])]:
+    if given := [key for key in pairs if _is_side(key, row.values[key])]:
         raise RowError(
             f"{row.where}: preference data, but train learns each answer as a good one",
             reason="preference data",
@@ -63,15 +61,16 @@ def refuse_preference(row: Row, format_name: str) -> None:
 
 def preference_keys(values: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The keys of a row that belong to a pair of answers, and those that may hold a verdict on its answer."""
-    keys = tuple(values)
-    return _preference_keys(keys) if len(keys) <= _MOST_KEYS else _preference_keys.__wrapped__(keys)
+    return _preference_keys(tuple(values))
 
 
-@lru_cache(maxsize=256)
+@once_per_shape
 def _preference_keys(keys: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     names = [(key, plain_name(key)) for key in keys]
-    pairs = tuple(key for key, name in names if name.startswith(("chosen", "rejected")))
-    return pairs, tuple(key for key, name in names if name in _VERDICT_NAMES)
+    verdicts = tuple(key for key, name in names if name in _VERDICT_NAMES)
+    sides = ("chosen", "rejected")
+    pairs = (key for key, name in names if name.startswith(sides) or name.endswith(sides))
+    return tuple(key for key in pairs if key not in verdicts), verdicts
 
 
 def _is_verdict(name: str, value: Any, format_name: str) -> bool:
@@ -99,7 +98,13 @@ def _refused_verdict(row: Row, key: str) -> RowError:
 
 def is_preference(values: Mapping[str, Any]) -> bool:
     """Whether a row has a chosen or a rejected answer."""
-    return any(not is_blank(values[key]) for key in preference_keys(values)[0])
+    return any(_is_side(key, values[key]) for key in preference_keys(values)[0])
+
+
+def _is_side(key: str, value: Any) -> bool:
+    """Whether a value is a side of a pair; `score_chosen: 4.5` only grades one."""
+    is_named_so = plain_name(key).startswith(("chosen", "rejected"))
+    return not is_blank(value) and (is_named_so or isinstance(value, (str, list, dict)))
 
 
 def how_to_learn_the_chosen(row: Row) -> str | None:
@@ -136,4 +141,4 @@ def _has_answer(messages: Any) -> bool:
 
 
 def _ignored(keys: Iterable[str]) -> dict[str, str]:
-    return {key: "ignore" for key in keys}
+    return dict.fromkeys(keys, "ignore")

@@ -60,6 +60,13 @@ def calls_of(place: str, message: Mapping[str, Any]) -> list[dict[str, Any]]:
     return given[0][1] if given else []
 
 
+def arguments_holder(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The object that has the arguments of a call: its function, or the call itself if only that has some."""
+    function = function_of(call)
+    is_outside = isinstance(function, dict) and function.get(arguments_key(function)) is None
+    return call if is_outside and call.get("arguments") is not None else function
+
+
 def arguments_key(function: Mapping[str, Any]) -> str:
     """The key under which a function has its arguments; other names count only where there are no `arguments`."""
     return next((key for key in _ARGUMENT_KEYS if function.get(key) is not None), "arguments")
@@ -94,8 +101,9 @@ def _normal(place: str, call: Any, of: str) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(name, str) or not name:
         what = f"{of} has no function with a name"
         raise RowError(f"{place}: {what}", reason=what, seen=short(call), allowed=_FORM)
-    key = arguments_key(function)
-    arguments = function.get(key)
+    holder = arguments_holder(call)
+    key = arguments_key(holder)
+    arguments = holder.get(key)
     if isinstance(arguments, str):
         arguments = from_json(place, arguments, key)
     if arguments is None:

@@ -2,21 +2,21 @@
 
     not used: thinking_time in 24 of 24 assistant messages, category in 24 of 24 rows
 
-A key counts if it holds something: null, blank texts and empty lists lose nothing. Known keys are read or refused by the
-readers; this module only asks them which keys they read.
+A key counts if it holds something: null, blank texts and empty lists lose nothing. Known keys are read or refused by
+the readers; this module only asks them which keys they read.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
 from solotune.dataset.chat import columns, weights
 from solotune.dataset.chat import messages as msg
 from solotune.dataset.chat.formats import Format
-from solotune.dataset.chat.tool_calls import CALL_ID_KEYS, CALL_KEYS, arguments_key, function_of
+from solotune.dataset.chat.tool_calls import CALL_ID_KEYS, CALL_KEYS, arguments_holder, arguments_key, function_of
 from solotune.dataset.readers.json_records import parse_json
 from solotune.dataset.readers.row import CONVERSATION_KEYS, ID_KEYS, PARENT_KEYS, Row, is_blank
 
@@ -25,7 +25,6 @@ _BY_VALUE = _LINKS | frozenset(weights.ROW_KEYS)
 """Columns that are read only if their value is an identifier, or a switch."""
 _PLACES = {name: f"{role} messages" for name, role in msg.SHAREGPT_ROLES.items()}
 _MOST_NAMES = 500  # keys that are counted by name; a file may have a new one in each row
-_MOST_KEYS = 100
 _LONGEST = 60  # characters of a key
 _OTHERS = "other keys"
 
@@ -45,8 +44,11 @@ class UnusedKeys:
         """
         values = row.values
         self._totals["rows"] += 1
-        for key in _unread_columns(values, found):
-            if key != also_read and not _is_read(key, values[key], found) and not is_blank(values[key]):
+        always_read = _always_read(found.reads)
+        for key in values:
+            if key in always_read or key == also_read:
+                continue
+            if not _is_read(key, values[key], found) and not is_blank(values[key]):
                 self._count("rows", key)
         for key in (*found.keys, *columns.given(row, "history")):
             turns = msg.as_list(values[key])
@@ -82,7 +84,8 @@ class UnusedKeys:
 
     def _add_call(self, call: dict[str, Any]) -> None:
         function = function_of(call)
-        own = () if function is not call else ("name", arguments_key(call))
+        own = ("name", arguments_key(call)) if function is call else ()
+        own = (*own, "arguments") if arguments_holder(call) is call else own
         self._add("tool calls", call, (*CALL_ID_KEYS, "type", "function", *own))
         if function is not call and isinstance(function, dict):
             self._add("functions of tool calls", function, ("name", arguments_key(function)))
@@ -90,7 +93,7 @@ class UnusedKeys:
     def _add(self, place: str, values: Any, read: Iterable[str]) -> None:
         if isinstance(values, dict):
             self._totals[place] += 1
-            for key in values.keys() - set(read):
+            for key in sorted(values.keys() - set(read)):
                 if not is_blank(values[key]):
                     self._count(place, key)
 
@@ -102,21 +105,16 @@ class UnusedKeys:
         self._counts[place, name] += 1
 
     def to_json(self) -> list[dict[str, Any]]:
-        """`[{"key": "thinking_time", "in": "assistant messages", "count": 24, "of": 24}, ...]`, the most frequent first."""
+        """`[{"key": "lang", "in": "assistant messages", "count": 24, "of": 24}, ...]`, the most frequent first."""
         ordered = sorted(self._counts.items(), key=lambda item: (-item[1], item[0]))
         return [
             {"key": key, "in": place, "count": number, "of": self._totals[place]} for (place, key), number in ordered
         ]
 
 
-def _unread_columns(values: Mapping[str, Any], found: Format) -> tuple[str, ...]:
-    keys = tuple(values)
-    return (_unread if len(keys) <= _MOST_KEYS else _unread.__wrapped__)(keys, found.reads)
-
-
-@lru_cache(maxsize=256)
-def _unread(keys: tuple[str, ...], known: frozenset[str]) -> tuple[str, ...]:
-    return tuple(key for key in keys if key in _BY_VALUE or (key not in known and key not in weights.WEIGHT_KEYS))
+@lru_cache
+def _always_read(names: frozenset[str]) -> frozenset[str]:
+    return names.union(weights.WEIGHT_KEYS) - _BY_VALUE
 
 
 def _is_read(key: str, value: Any, found: Format) -> bool:

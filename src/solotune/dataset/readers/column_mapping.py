@@ -20,6 +20,16 @@ from solotune.errors import InputError
 IGNORE = "ignore"
 
 
+class MappedRow(Row):
+    """A row with renamed columns, which remembers their names in the file: for what a message advises."""
+
+    mapping: Mapping[str, str]
+
+    @property
+    def renamed(self) -> Mapping[str, str]:
+        return self.mapping
+
+
 def check_mapping(rows: Iterable[Row], mapping: Mapping[str, str], *, is_needed: bool = True) -> None:
     """Refuse a mapping that does not fit the rows.
 
@@ -56,16 +66,18 @@ def mapped(row: Row, mapping: Mapping[str, str]) -> Row:
     if not mapping:
         return row
     values = {mapping.get(key, key): value for key, value in row.values.items() if mapping.get(key) != IGNORE}
-    return Row(row.where, values, mapping)
+    renamed = MappedRow(row.where, values)
+    renamed.mapping = mapping
+    return renamed
 
 
 def advised(row: Row, changes: Mapping[str, str]) -> str:
     """Write a `column_mapping` that a message can advise: the one in use, with other targets for some keys of the row.
 
     Args:
-        changes: the row's key -> the name that it should get, or `ignore`; keys that the row does not have are left out.
+        changes: the row's key -> the name that it should get, or `ignore`; keys that the row lacks are left out.
     """
-    renamed = dict(row.renamed or {})
+    renamed = dict(row.renamed)
     own_names = {name: column for column, name in renamed.items()}
     changed = {own_names.get(key, key): name for key, name in changes.items() if key in row.values}
     pairs = [(column, name) for column, name in {**renamed, **changed}.items() if column != name]

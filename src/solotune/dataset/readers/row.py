@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from solotune.errors import InputError
 
@@ -20,6 +21,10 @@ ID_KEYS = ("id", "message_id")
 CONVERSATION_KEYS = ("conversation_id", "conversationId", "conversation id", "conversation")
 PARENT_KEYS = ("parent_id", "parentId", "parent")
 """Keys that tell which rows belong together (`split/groups.py`)."""
+
+
+_MOST_KEYS, _MOST_CHARACTERS = 64, 4096
+_T = TypeVar("_T")
 
 
 class RowError(InputError):
@@ -43,11 +48,29 @@ class RowError(InputError):
 
 
 class Row(NamedTuple):
-    """One row as in the file, and its place; `renamed` is the `column_mapping` that its keys have gone through."""
+    """One row as in the file, and its place."""
 
     where: str
     values: dict[str, Any]
-    renamed: Mapping[str, str] | None = None
+
+    @property
+    def renamed(self) -> Mapping[str, str]:
+        """The `column_mapping` that the keys have gone through."""
+        return {}
+
+
+def once_per_shape(of_keys: Callable[[tuple[str, ...]], _T]) -> Callable[[tuple[str, ...]], _T]:
+    """Remember the result of a function of a row's or message's keys: nearly all have the same ones.
+
+    Very many or very long keys are not kept in memory.
+    """
+    remembered = lru_cache(maxsize=512)(of_keys)
+
+    def result(keys: tuple[str, ...]) -> _T:
+        is_ordinary = len(keys) <= _MOST_KEYS and sum(map(len, keys)) <= _MOST_CHARACTERS
+        return remembered(keys) if is_ordinary else of_keys(keys)
+
+    return result
 
 
 def is_blank(value: Any) -> bool:

@@ -41,9 +41,9 @@ def messages_of(*messages: dict[str, Any], **columns: Any) -> list[dict[str, Any
 )  # fmt: skip
 def test_a_thought_under_each_name(written: dict[str, Any]) -> None:
     found = messages_of(U, {**A, **written})
-    assert [{**message, "reasoning_content": message.get("reasoning_content", "").strip()} for message in found[1:]] == [
-        THOUGHT
-    ]
+    assert [
+        {**message, "reasoning_content": message.get("reasoning_content", "").strip()} for message in found[1:]
+    ] == [THOUGHT]
 
 
 def test_sharegpt_turns_have_thoughts_too() -> None:

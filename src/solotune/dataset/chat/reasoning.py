@@ -1,7 +1,7 @@
 """Reasoning of an answer, under the names that files use for it: all become `reasoning_content`.
 
     {"role": "assistant", "reasoning_content": "...", "content": "..."}      DeepSeek, Qwen, vLLM
-    {"role": "assistant", "thinking": "...", "content": "..."}               gpt-oss, Ollama; also `reasoning`, `thought`
+    {"role": "assistant", "thinking": "...", "content": "..."}               gpt-oss, Ollama; `reasoning`, `thought`
     {"role": "assistant", "reasoning_details": [{"type": "reasoning.text", "text": "..."}], ...}      OpenRouter
     {"role": "assistant", "content": [{"type": "thinking", "thinking": "..."}, {"type": "text", ...}]}      Anthropic
 
@@ -73,9 +73,9 @@ def thought_of(place: str, value: Any, key: str) -> str:
     if isinstance(value, str):
         return value
     parts = [_text_in(part) for part in (value if isinstance(value, list) else [value])]
-    if texts := [part for part in parts if part is not None]:
-        if len(texts) == len(parts):
-            return "".join(texts)
+    texts = [part for part in parts if part is not None]
+    if texts and len(texts) == len(parts):
+        return "".join(texts)
     what = f"{key} is not text"
     raise RowError(
         f"{place}: {what}",
