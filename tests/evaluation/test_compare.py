@@ -21,7 +21,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     prompts: list[str] = []
 
     def generate(model: Any, prompt_ids: Any, *rest: Any) -> list[int]:
-        prompts.append(TOKENIZER.decode(prompt_ids))
+        prompts.append(str(TOKENIZER.decode(prompt_ids)))
         return TOKENIZER.encode(" fine ")
 
     monkeypatch.setattr(generation, "generate", generate)
