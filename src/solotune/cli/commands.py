@@ -313,7 +313,9 @@ def explain(code: str, as_json: bool) -> None:
 def chat(run: str, base: bool, prompt: str | None, as_json: bool) -> None:
     """Chat with the model of a RUN.
 
-    On a terminal, /reset starts a new conversation and /quit exits. From a pipe, each line is one message.
+    On a terminal, /reset starts a new conversation and /quit exits. From a pipe, each line is one message. The model is
+    asked as it was trained: if that was plain text (prompt and completion), each message is a text to continue, and \\n
+    in a line is a line break.
 
     \b
     Example:
@@ -323,15 +325,19 @@ def chat(run: str, base: bool, prompt: str | None, as_json: bool) -> None:
     from solotune.display.progress import read_messages, show_answers
 
     session = chat(run)
+    is_text = session.prompt_format == "text"
+    if is_text:
+        click.echo("Trained on plain text: each message is continued as it is, without chat template.", err=True)
     turns = []
     for text in read_messages(session.model_name) if prompt is None else [prompt]:
         if text == "/reset":
             session.reset()
             click.echo("New conversation.", err=True)
         else:
+            text = text.replace("\\n", "\n") if is_text and prompt is None else text
             turns.append(show_answers(session, text, base, None if as_json else console()))
     if as_json:
-        print_json({"model": session.model_name, "turns": turns})
+        print_json({"model": session.model_name, "prompt_format": session.prompt_format, "turns": turns})
 
 
 @solotune.command()

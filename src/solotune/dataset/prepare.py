@@ -35,7 +35,7 @@ from solotune.config.run_config import RunConfig
 from solotune.config.settings import BatchSettings, SourceSettings, SplitSettings
 from solotune.dataset import cache
 from solotune.dataset import packing as pack
-from solotune.dataset.chat.answer_spans import ChatTemplate
+from solotune.dataset.chat.answer_spans import ChatTemplate, Rendered
 from solotune.dataset.chat.encode import Encoder
 from solotune.dataset.chat.formats import check_shape, convert
 from solotune.dataset.chat.unused_keys import UnusedKeys
@@ -161,6 +161,20 @@ def render_prompt(
     """Return the prompt ids for the next assistant turn, made by the code that renders training rows."""
     rendered = ChatTemplate(tokenizer, rendered_on).render_prompt(messages, tools)
     return _encoder(tokenizer).encode([rendered], ["the prompt"])[0].ids.tolist()
+
+
+def text_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the ids of a text to continue, as the prompt of a row of plain text is tokenised.
+
+    Raises:
+        InputError: the text is empty.
+    """
+    if not text:
+        raise InputError("the prompt is empty", allowed="the beginning of a text, as in the rows of the training")
+    encoder = _encoder(tokenizer)
+    ids = encoder.encode([Rendered(text, [], [], is_chat=False)], ["the prompt"])[0].ids.tolist()
+    before = encoder.affixes[0]
+    return ids if ids[: len(before)] == before else [*before, *ids]
 
 
 @lru_cache(maxsize=1)

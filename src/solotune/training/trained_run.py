@@ -77,6 +77,20 @@ class TunedRun:
         base = resolve_model(config)
         return cls(directory, config, machine, choices, dataset.load_tokenizer(config, base), base)
 
+    @property
+    def prompt_format(self) -> str:
+        """How the model was trained, and is asked: `chat` (through its chat template) or `text`.
+
+        Runs that did not record it are asked through the chat template.
+
+        Raises:
+            InputError: data.json is damaged.
+        """
+        path = self.directory.path / "data.json"
+        held = read_json(path) if path.is_file() else None
+        found = held.get("prompt_format") if isinstance(held, dict) else None
+        return "text" if found == "text" else "chat"
+
     def load(self) -> TrainableModel:
         """Load the base with the run's adapter, or with that of the newest checkpoint if the run has not finished.
 
@@ -135,10 +149,15 @@ def _check_adapter_config(folder: Path, expected: dict[str, Any]) -> None:
 
 
 class ChatSession:
-    """A conversation with a run's model; its base can answer too, for comparison."""
+    """A conversation with a run's model; its base can answer too, for comparison.
+
+    A model that was trained on plain text (`prompt_format: text`) is asked so too: each message is continued as it is,
+    without chat template and history, and the answer keeps the white space around it.
+    """
 
     def __init__(self, run: TunedRun) -> None:
         self._config, self._tokenizer = run.config, run.tokenizer
+        self.prompt_format = run.prompt_format
         self._model = run.load()
         self._stops = generation.stop_ids(self._model, self._tokenizer, [])
         self.choices = run.choices
@@ -155,21 +174,25 @@ class ChatSession:
         Args:
             base: let the base model answer; its answer is not added to the history.
             on_text: called with each piece of the answer as it is generated.
+
+        Raises:
+            InputError: the chat template refuses the conversation, or a text to continue is empty.
         """
+        is_chat = self.prompt_format == "chat"
         messages = [*self.history, {"role": "user", "content": text}]
+        prompt = (
+            dataset.render_prompt(self._tokenizer, messages) if is_chat else dataset.text_prompt(self._tokenizer, text)
+        )
         streamer = None
         if on_text is not None:
             streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
             streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
         with device_errors(self._config.memory), lora.adapters_off(self._model.module) if base else nullcontext():
-            ids = generation.generate(
-                self._model,
-                dataset.render_prompt(self._tokenizer, messages),
-                self._config.max_new_tokens,
-                self._stops,
-                streamer,
-            )
-        answer = self._tokenizer.decode(ids, skip_special_tokens=True).strip()
+            ids = generation.generate(self._model, prompt, self._config.max_new_tokens, self._stops, streamer)
+        answer = self._tokenizer.decode(ids, skip_special_tokens=True)
+        if not is_chat:
+            return answer
+        answer = answer.strip()
         if not base:
             self.history = [*messages, {"role": "assistant", "content": answer}]
         return answer
