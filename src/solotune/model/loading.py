@@ -31,7 +31,6 @@ quantised (except experts in MXFP4, which are unpacked).
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -293,8 +292,9 @@ def _is_linear(part: nn.Module) -> bool:
     out, into = weight.shape
     with torch.no_grad():
         x = torch.empty(1, 1, into, device="meta", dtype=weight.dtype)
+        empty = {name: torch.empty_like(p, device="meta") for name, p in part.named_parameters()}
         try:
-            y = copy.deepcopy(part).to("meta")(x)
+            y = torch.func.functional_call(part, empty, (x,))
         except (RuntimeError, TypeError, ValueError):
             return False
     return isinstance(y, torch.Tensor) and y.shape == (1, 1, out)
