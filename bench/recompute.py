@@ -4,10 +4,10 @@
 
 Each case is a tiny random model with a file of chats. solotune trains it for STEPS steps, each over all rows, and for
 one step, whose adapter still has its initial A. Then the same is computed from scratch, without any code of solotune:
-transformers renders, tokenizes and masks the chats (`{% generation %}`), loads the base and gives logits row by row; PEFT
-puts adapters with that A on it; torch's cross-entropy, clipping and AdamW do the steps. Compared are the ids and the mask
-of each row, and of each step the loss and the gradient's norm, the adapter at the end, and the held-out losses of base
-and tuned model.
+transformers renders, tokenizes and masks the chats (`{% generation %}`), loads the base and gives logits row by row;
+PEFT puts adapters with that A on it; torch's cross-entropy, clipping and AdamW do the steps. Compared are the ids and
+the mask of each row, the loss and the gradient's norm of each step, the adapter at the end, and the held-out losses of
+base and tuned model.
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("StableLm", {}),
     "smollm3": ("SmolLM3", {}),
     "starcoder2": ("Starcoder2", {}),
-    "qwen3 moe": ("Qwen3Moe", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+    "qwen3 moe": (
+        "Qwen3Moe",
+        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
     "mixtral": ("Mixtral", {"num_local_experts": 4}),
     "gpt-oss": ("GptOss", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64}),
 }
@@ -72,7 +75,8 @@ TEMPLATE = """
 {% if m.role == 'assistant' %}{% generation %}
 {%- if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}
 {%- if m.content %}{{ m.content }}{% endif %}
-{%- for call in m.tool_calls or [] %}<call>{{ call.function.name }}{{ call.function.arguments | tojson }}</call>{% endfor -%}
+{%- for call in m.tool_calls or [] %}<call>{{ call.function.name }}{{ call.function.arguments | tojson }}</call>
+{%- endfor -%}
 <|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}
 {% endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant
