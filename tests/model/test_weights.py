@@ -115,33 +115,6 @@ def test_auto_map_of_an_architecture_of_transformers_is_named_and_not_used(tiny_
     )
 
 
-def packed(weight_EIO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round to MXFP4 by the formula of the standard: the nearest code, after a scale of a power of two."""
-    groups = weight_EIO.mT.unflatten(-1, (-1, 32))
-    exponents = (groups.abs().amax(-1, keepdim=True).log2().floor() - 2).clamp(min=-100)
-    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    scaled = groups / 2.0**exponents
-    codes = (scaled.abs()[..., None] - magnitudes).abs().argmin(-1) + 8 * (scaled < 0)
-    blocks = codes[..., 0::2] | codes[..., 1::2] << 4
-    return blocks.to(torch.uint8), (exponents[..., 0] + 127).to(torch.uint8)
-
-
-def to_mxfp4(tensors: dict[str, torch.Tensor]) -> None:
-    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
-        tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = packed(tensors.pop(name))
-
-
-def test_experts_in_mxfp4_are_unpacked_as_transformers_does(tiny_config, tmp_path):
-    from tests.model.test_adapter_coverage import gpt_oss, saved
-
-    plain = saved(gpt_oss, tmp_path / "plain")
-    folder = changed(plain, tmp_path / "model", to_mxfp4, quantization_config={"quant_method": "mxfp4"})
-    model = same_as_transformers(tiny_config(model_name_or_path=str(folder)), folder)
-    before = load_file(plain / "model.safetensors")["model.layers.0.mlp.experts.down_proj"]
-    after = model.module.model.layers[0].mlp.experts.down_proj
-    assert 0 < (after - before).abs().mean() < 0.2 * before.abs().mean()  # rounded, and so unpacked the right way round
-
-
 REFUSED = {
     "a tensor twice": (
         lambda t: t.update({Q.removeprefix("model."): t[Q].clone()}),
@@ -200,15 +173,3 @@ def test_a_mixture_that_lacks_a_tensor_is_refused(lost, tiny_config, model_folde
     folder = changed(model_folder("mixtral"), tmp_path / "model", edit)
     with pytest.raises(InputError, match="lacks"):
         load_model(tiny_config("mixtral", model_name_or_path=str(folder)), CPU, torch.float32)
-
-
-def test_half_of_a_packed_tensor_is_refused(tiny_config, tmp_path):
-    from tests.model.test_adapter_coverage import gpt_oss, saved
-
-    def half(tensors: dict[str, torch.Tensor]) -> None:
-        to_mxfp4(tensors)
-        del tensors["model.layers.1.mlp.experts.down_proj_scales"]
-
-    folder = changed(saved(gpt_oss, tmp_path / "plain"), tmp_path / "model", half)
-    with pytest.raises(InputError, match=r"lacks 1 tensors\n.*layers\.1\.mlp\.experts\.down_proj_scales"):
-        load_model(tiny_config(model_name_or_path=str(folder)), CPU, torch.float32)

@@ -54,15 +54,13 @@ def language_model(module: PreTrainedModel) -> str:
     """
     if module.config.get_text_config() is module.config or not module.config.sub_configs:
         return ""
-    decoder = module.get_decoder()
-    return next(
-        (
-            name
-            for name, part in module.base_model.named_modules(prefix=module.base_model_prefix)
-            if part is decoder and part is not module.base_model
-        ),
-        "",
-    )
+    try:
+        decoder = module.get_decoder()
+    except AttributeError:  # a text model whose class is written for the towers too: Llama 4
+        return ""
+    inner = module.base_model
+    parts = inner.named_modules(prefix=module.base_model_prefix)
+    return next((name for name, part in parts if part is decoder and part is not inner), "")
 
 
 def decoder_layers(module: PreTrainedModel) -> nn.ModuleList:

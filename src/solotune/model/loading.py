@@ -31,7 +31,6 @@ quantised (except experts in MXFP4, which are unpacked).
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,7 +54,7 @@ from solotune.hub.model_files import ModelFiles, resolve_model
 from solotune.model import lora, loss, packed_attention
 from solotune.model.adapter_coverage import AdapterCoverage, adapter_coverage
 from solotune.model.empty_model import empty_model
-from solotune.model.frozen_linear import DenseWeight, Fp8Weight, FrozenLinear, NF4Weight, Storage
+from solotune.model.frozen_linear import DenseWeight, Fp8Weight, FrozenLinear, NF4Weight, Storage, frozen_linears
 from solotune.model.layers import decoder_layers, language_model, num_checkpointed, prepare_layers
 from solotune.model.lm_head import check_head, head_of
 from solotune.model.tied_weights import different_ties, tie, untie
@@ -155,32 +154,13 @@ def load_model(
             of decoder layers, or a target module that matches nothing.
     """
     model_files = (model_files or resolve_model(config)).with_weights()
-    folder = model_files.folder
     module, attention_name = empty_model(model_files, config.attn_implementation, config.batches, dtype, device)
     family, choices = module.config.model_type, list[Choice]()
     if attention_name != config.attn_implementation:
         because = f"{family} has no {config.attn_implementation} attention"
         choices.append(Choice("attn_implementation", attention_name, because))
-    files = weight_files(folder)
-    match = match_names(module, files)
-    choices += _not_used(type(module).__name__, model_files, files, match)
-    if match.must_convert:
-        because = f"transformers merges or splits {family} tensors while loading"
-        choices.append(Choice("loader", "transformers, on the CPU first", because))
-        ties = module.all_tied_weights_keys
-        module = load_with_transformers(folder, module.config, attention_name, dtype)
-        untied = {name: ties[name] for name in ties.keys() - module.all_tied_weights_keys.keys()}
-        tensors, given = _own_tensors(module), set(module.state_dict())
-    else:
-        untied = different_ties(module, files, match, dtype)
-        untie(module, untied)
-        tensors, given = read_tensors(files, match, dtype), set(match.names.values())
-    choices += [
-        Choice("tie_word_embeddings", False, f"the files hold another {one} than {two}") for one, two in untied.items()
-    ]
-    _fill(module, tensors, config.precision, dtype, device, config.model_name_or_path)
-    tie(module, given)
-    _check_complete(module, folder)
+    module, found = _read_base(module, model_files, attention_name, config, dtype, device)
+    choices += found
     module.requires_grad_(False)
     _set_generation(module, model_files)
     layers = decoder_layers(module)
@@ -205,6 +185,38 @@ def load_model(
     recomputed = num_checkpointed(config.gradient_checkpointing, len(layers))
     prepare_layers(layers, recomputed, is_compiled=config.torch_compile, activation_offload=config.activation_offload)
     return model
+
+
+def _read_base(
+    module: PreTrainedModel,
+    model_files: ModelFiles,
+    attention: str,
+    config: RunConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[PreTrainedModel, list[Choice]]:
+    """Read the weights into a model without weights (or another one of its class); returns it and what was chosen."""
+    folder, family = model_files.folder, module.config.model_type
+    files = weight_files(folder)
+    match = match_names(module, files)
+    choices = _not_used(type(module).__name__, model_files, files, match)
+    if match.must_convert:
+        because = f"transformers merges or splits {family} tensors while loading"
+        choices.append(Choice("loader", "transformers, on the CPU first", because))
+        ties = module.all_tied_weights_keys
+        module = load_with_transformers(folder, module.config, attention, dtype)
+        untied = {name: ties[name] for name in ties.keys() - module.all_tied_weights_keys.keys()}
+        tensors, given = _own_tensors(module), set(module.state_dict())
+    else:
+        untied = different_ties(module, files, match, dtype)
+        untie(module, untied)
+        tensors, given = read_tensors(files, match, dtype), set(match.names.values())
+    for one, two in untied.items():
+        choices.append(Choice("tie_word_embeddings", False, f"the files hold another {one} than {two}"))
+    _fill(module, tensors, config.precision, dtype, device, config.model_name_or_path)
+    tie(module, given)
+    _check_complete(module, folder)
+    return module, choices
 
 
 def _not_used(architecture: str, model_files: ModelFiles, files: list[Path], match: TensorMatch) -> list[Choice]:
@@ -272,32 +284,6 @@ def _kept_in_float32(module: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[
     """Names that the architecture keeps in float32 whatever the model's dtype (routers); None if there are none."""
     names = [name for name, kept in module._get_dtype_plan(dtype).items() if kept == torch.float32]
     return re.compile("|".join(name.replace("*", ".*") for name in names)) if names else None
-
-
-def frozen_linears(module: PreTrainedModel) -> dict[str, nn.Module]:
-    """All linears except the output head, by dotted name."""
-    head = module.get_output_embeddings()
-    return {
-        name: part
-        for name, part in module.named_modules()
-        if isinstance(part, (nn.Linear, Conv1D)) and part is not head and _is_linear(part)
-    }
-
-
-def _is_linear(part: nn.Module) -> bool:
-    """Whether a subclass of a linear still returns one product: routers of Llama 4 and Phi MoE return scores too."""
-    if type(part).forward in (nn.Linear.forward, Conv1D.forward):
-        return True
-    weight = part.weight
-    assert isinstance(weight, torch.Tensor)
-    out, into = weight.shape
-    with torch.no_grad():
-        x = torch.empty(1, 1, into, device="meta", dtype=weight.dtype)
-        try:
-            y = copy.deepcopy(part).to("meta")(x)
-        except (RuntimeError, TypeError, ValueError):
-            return False
-    return isinstance(y, torch.Tensor) and y.shape == (1, 1, out)
 
 
 def _store(weight_OI: torch.Tensor, precision: PrecisionSettings, dtype: torch.dtype) -> Storage:

@@ -38,8 +38,8 @@ def untie(module: PreTrainedModel, pairs: dict[str, str]) -> None:
     for name in pairs:
         module.all_tied_weights_keys.pop(name, None)
         owner, _, leaf = name.rpartition(".")
-        part = module.get_submodule(owner)
-        part._parameters[leaf] = torch.nn.Parameter(torch.empty_like(part._parameters[leaf]), requires_grad=False)
+        own = torch.empty_like(module.get_parameter(name))
+        module.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(own, requires_grad=False)
     if pairs:
         for config in (module.config, module.config.get_text_config()):
             config.tie_word_embeddings = False

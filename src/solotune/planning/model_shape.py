@@ -32,9 +32,8 @@ from solotune.hub.model_files import ModelFiles, resolve_model
 from solotune.model import lora, loss
 from solotune.model.adapter_coverage import adapter_coverage
 from solotune.model.empty_model import empty_model
-from solotune.model.frozen_linear import DenseWeight, Fp8Weight, FrozenLinear
+from solotune.model.frozen_linear import DenseWeight, Fp8Weight, FrozenLinear, frozen_linears
 from solotune.model.layers import decoder_layers, language_model
-from solotune.model.loading import frozen_linears
 from solotune.model.tied_weights import different_ties, untie
 from solotune.model.weight_files import weight_files
 from solotune.model.weights import match_names
