@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,18 @@ def parsed(content: bytes) -> Any:
     found = json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
     if is_deeper(found, MAX_DEPTH):
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+    check_text(content, found)
     return found
+
+
+def check_text(content: bytes, found: Any) -> None:
+    """Check that a parsed JSON has no half of a surrogate pair, which can be neither printed nor a file's name.
+
+    Raises:
+        ValueError: it has one.
+    """
+    if re.search(rb"\\u[dD][89a-fA-F]", content):
+        json.dumps(found, ensure_ascii=False).encode()
 
 
 def check_count(content: bytes) -> None:
