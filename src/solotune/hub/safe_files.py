@@ -63,13 +63,14 @@ def check_regular(folder: Path, path: Path) -> None:
 
 
 def check_links(folder: Path) -> None:
-    """Check every link in a folder that a library might open, including files that solotune does not read.
+    """Check every link and FIFO in a folder that a library might open, including files that solotune does not read.
 
     Raises:
-        InputError: a link leads out of the folder.
+        InputError: a link leads out of the folder, or a device, FIFO or socket has the name of a file.
     """
     for path in sorted(folder.iterdir()):
-        if path.is_symlink() and path.suffix in READ and path.exists():
+        is_plain = not path.is_symlink() and (path.is_file() or path.is_dir())
+        if path.suffix in READ and not is_plain and path.exists():
             check_regular(folder, path)
 
 
