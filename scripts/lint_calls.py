@@ -1,8 +1,10 @@
 """Find banned calls: python scripts/lint_calls.py [FOLDER ...]. Part of `sh scripts/check`.
 
 solotune reads files from unknown sources, so some calls are banned, whatever their arguments: calls that run code from
-a file or a text (pickle, torch.load, eval), pass text to a shell, or unpack an archive. Loaders of transformers must
-have a literal `trust_remote_code=False`, so that no variable can turn it on. A comment (`# noqa`) makes no exception.
+a file or a text (pickle, torch.load, eval), pass text to a shell, or unpack an archive. Files are opened in
+`regular_files` alone, which neither waits for a FIFO or a device nor reads without a limit. Loaders of transformers
+must have a literal `trust_remote_code=False`, so that no variable can turn it on. A comment (`# noqa`) makes no
+exception.
 """
 
 from __future__ import annotations
@@ -26,6 +28,25 @@ BANNED_CALLS = {
     "shutil.unpack_archive", "runpy.run_path", "runpy.run_module", "YAML.unsafe", "input",
 }  # fmt: skip
 ALLOWED_CALLS = {"display/progress.py": {"input"}}  # the prompt of `solotune chat`; nothing else may wait for input
+OPENS = ("open", "os.open", "io.open", "gzip.open", "bz2.open", "lzma.open", "codecs.open", "os.fdopen")
+OPEN_METHODS = ("read_text", "read_bytes", "open")  # of a Path
+ALLOWED_OPENS = {  # file -> the reason
+    "regular_files.py": "the one place",
+    "run/fs_ops.py": "writes, with O_NONBLOCK and O_NOFOLLOW",
+    "run/atomic_io.py": "looks at a lock, with O_NONBLOCK and O_NOFOLLOW",
+    "runtime/watchdog.py": "the end of a pipe, or the stacks file of its own run",
+    "runtime/watchdog_process.py": "/proc of the process that it watches",
+    "hardware/machine.py": "/proc and /sys",
+    "api/train.py": "files that it has just written",
+    "cli/main.py": "writes a crash file that it has made",
+    "cli/output.py": "a copy of its own stdout",
+    "dataset/cache.py": "its own cache, and the package's source",
+    "dataset/chat/tokenizer.py": "checks that the template is a file, and its size",
+    "dataset/readers/files.py": "`readers/source.py` refuses what is no regular file before it is opened",
+    "dataset/readers/source.py": "as above",
+    "dataset/readers/tables.py": "as above",
+    "diagnosis/sources/pickle_reader.py": "a member of an archive that is in memory",
+}
 LOADERS = ("from_pretrained", "from_config")
 WRITTEN_OUT = {"trust_remote_code": False}
 OF_MODELS = {"use_safetensors": True}
@@ -50,6 +71,8 @@ def _call(node: ast.Call, name: str) -> Iterator[tuple[int, str]]:
     given = {keyword.arg: keyword.value for keyword in node.keywords}
     if called in BANNED_CALLS and called not in ALLOWED_CALLS.get(name, ()):
         yield node.lineno, f"call of {called}"
+    if _opens_a_file(node, called) and name not in ALLOWED_OPENS:
+        yield node.lineno, f"{called} opens a file past regular_files.py"
     if called.split(".")[-1] in ("full_load", "unsafe_load"):
         yield node.lineno, f"call of {called}"
     if called.split(".")[-1] == "YAML" and "typ" in given and _literal(given["typ"]) not in ("rt", "safe"):
@@ -67,6 +90,20 @@ def _call(node: ast.Call, name: str) -> Iterator[tuple[int, str]]:
         for key, value in wanted.items():
             if key not in given or _literal(given[key]) is not value:
                 yield node.lineno, f"{called} without {key}={value} written out"
+
+
+def _opens_a_file(node: ast.Call, called: str) -> bool:
+    """Whether a call opens a file: a function, or a method of Path. `RunDirectory.open(path)` opens none: its first
+    argument is no mode such as "rb"."""
+    if called in OPENS:
+        return True
+    if not isinstance(node.func, ast.Attribute) or node.func.attr not in OPEN_METHODS:
+        return False
+    if node.func.attr != "open":
+        return True
+    first = node.args[0] if node.args else next((word.value for word in node.keywords if word.arg == "mode"), None)
+    mode = None if first is None else _literal(first)
+    return (isinstance(mode, str) and set(mode) <= set("rwxabt+")) or not (node.args or node.keywords)
 
 
 def _literal(node: ast.expr) -> object:

@@ -34,6 +34,14 @@ SEEN = [
     ("shutil.unpack_archive(path)", "call of shutil.unpack_archive"),
     ("runpy.run_path(path)", "call of runpy.run_path"),
     ("input()", "call of input"),
+    ("open(path)", "open opens a file past regular_files.py"),
+    ("path.open('rb')", "path.open opens a file"),
+    ("path.open()", "path.open opens a file"),
+    ("path.open(mode='r')", "path.open opens a file"),
+    ("(folder / 'x').read_text()", "read_text opens a file"),
+    ("path.read_bytes()[:10]", "read_bytes opens a file"),
+    ("os.open(path, os.O_RDONLY)", "os.open opens a file"),
+    ("gzip.open(path)", "gzip.open opens a file"),
     ("load_dataset(name, trust_remote_code=True)", "trust_remote_code other than a written False"),
     ("AutoTokenizer.from_pretrained(x)", "AutoTokenizer.from_pretrained without trust_remote_code=False written out"),
     ("AutoTokenizer.from_pretrained(x, **options)", "without trust_remote_code=False written out"),
@@ -56,6 +64,7 @@ def test_each_is_seen_with_its_line(source: str, words: str) -> None:
 
 
 def test_what_is_allowed_is_not_reported() -> None:
-    for source in ("subprocess.run([x], shell=False)", "YAML(typ='rt')", "import json", "re.compile(x)", "model.eval()",
+    for source in ("RunDirectory.open(path)", "read_bytes(path, 10)", "open_regular(path)",
+                   "subprocess.run([x], shell=False)", "YAML(typ='rt')", "import json", "re.compile(x)", "model.eval()",
                    "AutoTokenizer.from_pretrained(x, trust_remote_code=False)"):  # fmt: skip
         assert not list(LINT["problems"](source, "some.py")), source

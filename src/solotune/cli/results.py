@@ -304,7 +304,7 @@ def print_runs(runs: Sequence[RunSummary], root: str | Path, console: Console) -
         style = {"finished": "", "running": "green"}.get(run.status, "yellow")
         figures = [
             f"{run.steps:,}/{run.total_steps:,}" if run.total_steps else f"{run.steps:,}",
-            "" if run.base_loss is None else f"{run.base_loss:.3f} → {run.tuned_loss:.3f}",
+            "" if None in (run.base_loss, run.tuned_loss) else f"{run.base_loss:.3f} → {run.tuned_loss:.3f}",
             "" if run.exact_match is None else f"{run.exact_match:.0%}",
             "" if run.train_loss is None else f"{run.train_loss:.3f}",
             "" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}",

@@ -31,7 +31,7 @@ Written = dict[str, Any] | str | None
 def answer(key: str, value: Any) -> str:
     """What to do about a key that is none of solotune's; empty if nothing is known about it."""
     if key in CONVERTED:
-        return _written(CONVERTED[key](value))
+        return _written(_converted(key, value))
     if key in FOREIGN_KEYS:
         ours = FOREIGN_KEYS[key]
         refused = "" if is_allowed(ours, value) else f"; not with {str(value)[:80]!r}, but with {allowed_values(ours)}"
@@ -63,9 +63,17 @@ def names_of_dataset_info(values: Mapping[str, Any]) -> str:
 def instead(key: str, value: Any) -> dict[str, Any]:
     """The lines that replace a line of another tool; empty if it is removed."""
     if key in CONVERTED:
-        found = CONVERTED[key](value)
+        found = _converted(key, value)
         return found if isinstance(found, dict) else {}
     return {FOREIGN_KEYS[key]: value} if key in FOREIGN_KEYS else {}
+
+
+def _converted(key: str, value: Any) -> Written:
+    found = CONVERTED[key](value)
+    for ours, wanted in found.items() if isinstance(found, dict) else ():
+        if not is_allowed(ours, wanted):
+            return f"{ours} is the setting, and takes {allowed_values(ours)}"
+    return found
 
 
 def is_allowed(key: str, value: Any) -> bool:

@@ -21,7 +21,7 @@ from solotune.regular_files import read_bytes
 from solotune.units import first_line
 
 MAX_CONFIG_BYTES = 256 << 10  # a config is a page of text; a larger file is the wrong one
-MAX_CONFIG_EVENTS = 20_000  # keys and values; the parser needs 0.1 ms for each
+MAX_CONFIG_EVENTS = 5_000  # keys and values; the parser needs 0.1 to 0.5 ms for each
 MAX_CONFIG_DEPTH = 4
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -62,13 +63,14 @@ def check_regular(folder: Path, path: Path) -> None:
 
 
 def check_links(folder: Path) -> None:
-    """Check every link in a folder that a library might open, including files that solotune does not read.
+    """Check every link and FIFO in a folder that a library might open, including files that solotune does not read.
 
     Raises:
-        InputError: a link leads out of the folder.
+        InputError: a link leads out of the folder, or a device, FIFO or socket has the name of a file.
     """
     for path in sorted(folder.iterdir()):
-        if path.is_symlink() and path.suffix in READ and path.exists():
+        is_plain = not path.is_symlink() and (path.is_file() or path.is_dir())
+        if path.suffix in READ and not is_plain and path.exists():
             check_regular(folder, path)
 
 
@@ -113,7 +115,18 @@ def parsed(content: bytes) -> Any:
     found = json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
     if is_deeper(found, MAX_DEPTH):
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+    check_text(content, found)
     return found
+
+
+def check_text(content: bytes, found: Any) -> None:
+    """Check that a parsed JSON has no half of a surrogate pair, which can be neither printed nor a file's name.
+
+    Raises:
+        ValueError: it has one.
+    """
+    if re.search(rb"\\u[dD][89a-fA-F]", content):
+        json.dumps(found, ensure_ascii=False).encode()
 
 
 def check_count(content: bytes) -> None:

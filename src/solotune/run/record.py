@@ -20,7 +20,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from solotune.config.yaml_reader import read_mapping
 from solotune.errors import InputError
-from solotune.hub.safe_files import MAX_DEPTH, check_count, is_deeper
+from solotune.hub.safe_files import MAX_DEPTH, check_count, check_text, is_deeper
 from solotune.regular_files import open_regular, read_bytes
 from solotune.run.events import (
     DeviceFailedEvent,
@@ -179,7 +179,7 @@ def parse_json(content: bytes) -> Any:
     """The value of a JSON text from a run or another trainer, bounded before it is built.
 
     Raises:
-        ValueError: not JSON, nested too deeply, or too many values.
+        ValueError: not JSON, nested too deeply, too many values, or text that is none.
     """
     check_count(content)
     try:
@@ -188,6 +188,7 @@ def parse_json(content: bytes) -> Any:
         raise ValueError("nested too deeply") from None
     if is_deeper(found, MAX_DEPTH):
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+    check_text(content, found)
     return found
 
 

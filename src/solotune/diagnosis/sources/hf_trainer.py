@@ -40,6 +40,7 @@ from solotune.diagnosis.sources.run_files import json_of
 from solotune.errors import InputError, SolotuneError
 from solotune.hub.safe_files import check_regular
 from solotune.regular_files import open_regular
+from solotune.run.events import MAX_INT
 
 LOG_BYTES = 64 << 10
 """Bytes read from the end of a log, where its error is."""
@@ -165,12 +166,13 @@ def _trace(folder: Path, places: list[Path], missing: dict[str, str]) -> Trace |
     file = first_with(places, STATE)
     state = json_of(file)
     errors = _errors(folder)
-    history = [entry for entry in state.get("log_history") or () if isinstance(entry, Mapping)]
+    logged = state.get("log_history")
+    history = [entry for entry in logged if isinstance(entry, Mapping)] if isinstance(logged, list) else []
     if not history and not errors:
         missing["trace"] = why_absent(places, STATE) if file is None else f"{file.name} has no readable log"
         return None
-    steps = [dict(entry) for entry in history if "loss" in entry and isinstance(entry.get("step"), int)]
-    evals = [dict(entry) for entry in history if "eval_loss" in entry and isinstance(entry.get("step"), int)]
+    steps = [dict(entry) for entry in history if "loss" in entry and _is_step(entry.get("step"))]
+    evals = [dict(entry) for entry in history if "eval_loss" in entry and _is_step(entry.get("step"))]
     total, last = state.get("max_steps"), state.get("global_step")
     ended = any("train_runtime" in entry or "train_loss" in entry for entry in history)
     return Trace(
@@ -181,10 +183,14 @@ def _trace(folder: Path, places: list[Path], missing: dict[str, str]) -> Trace |
         epoch_S=run_files.column(steps, "epoch"),
         eval_step_E=np.array([entry["step"] for entry in evals], np.int64),
         eval_loss_E=run_files.column(evals, "eval_loss"),
-        total_steps=total if isinstance(total, int) and total > 0 else None,
-        is_finished=ended or (isinstance(last, int) and isinstance(total, int) and 0 < total <= last),
+        total_steps=total if _is_step(total) and total > 0 else None,
+        is_finished=ended or (_is_step(last) and _is_step(total) and 0 < total <= last),
         errors=errors,
     )
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and abs(value) <= MAX_INT
 
 
 def _errors(folder: Path) -> tuple[str, ...]:

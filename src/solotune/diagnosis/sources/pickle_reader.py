@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import pickletools
+import re
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,7 +219,8 @@ def _plain(value: Any, depth: int = 0, room: list[int] | None = None) -> Any:
     room = [MAX_VALUES] if room is None else room
     room[0] -= 1
     if isinstance(value, str):
-        return value if len(value) <= MAX_TEXT else Opaque("a long text")
+        is_text = len(value) <= MAX_TEXT and not re.search("[\ud800-\udfff]", value)
+        return value if is_text else Opaque("a long or damaged text")
     if isinstance(value, int):
         return value if abs(value) < 1 << 64 else Opaque("a large number")
     if isinstance(value, (float, type(None))):
