@@ -8,9 +8,10 @@ gives it what transformers' `apply_chat_template` would.
 
 Jinja's sandbox forbids code, but does not limit work: `{{ 'x' * 1000000000 }}` takes 41 s and the memory it asks for,
 already at compile time. So templates are compiled and rendered in one child process (`template_process`), which may
-spend CPU_SECONDS per row and use MAX_BYTES in total; exceeding them ends the child, not the run, and the template is
-refused at that row. Every row is rendered there, not a sample: a template can wait for one special row. What was too
-took too long once is refused at once when it is asked for again, since rules ask for the same chats again and again.
+spend CPU_SECONDS per row (MEAN_SECONDS on average) and use MAX_BYTES in total; exceeding them ends the child, not the
+run, and the template is refused at that row. Every row is rendered there, not a sample: a template can wait for one
+special row. What took too long once is refused at once when it is asked for again, since rules ask for the same chats
+again and again.
 
 One child serves the whole process, because starting one takes 0.1 s. It ends when its parent ends and closes its pipe.
 """
@@ -39,6 +40,9 @@ from solotune.errors import InputError, SolotuneError
 
 CPU_SECONDS = 2.0  # per row; a long one takes some milliseconds
 WALL_SECONDS = 120.0  # for a machine so busy that the child hardly runs
+TOTAL_SECONDS = 120.0  # of one template; more than that only for rows that take MEAN_SECONDS at most, on average
+MEAN_SECONDS = 0.2  # hundreds of times what a row takes
+SECONDS_PER_BYTE = 4e-6  # in addition, for long rows
 MAX_BYTES = 512 << 20
 MAX_CHARACTERS = 1 << 20  # or four times the size of the row; a template itself has 1 MiB at most
 _MAX_REMEMBERED = 256  # renderings that took too long
@@ -73,6 +77,7 @@ class Sandbox:
         self._owner = 0
         self._numbers: dict[str, int] = {}
         self._sent: set[int] = set()
+        self._spent: dict[int, list[float]] = {}  # number of a template -> texts, bytes, seconds
         self._too_much: dict[bytes, str] = {}  # sha256 of a request that took too long -> what was seen
         self._lock = threading.Lock()
 
@@ -111,7 +116,7 @@ class Sandbox:
             child = self._running()
             request = _bytes_of((number, None if number in self._sent else source, variables, is_marked))
             assert child.stdin is not None and child.stdout is not None
-            kind, text = b"", ""
+            kind, text, started = b"", "", time.monotonic()
             with contextlib.suppress(BrokenPipeError):
                 child.stdin.write(struct.pack("<I", len(request)) + request)
                 child.stdin.flush()
@@ -120,6 +125,7 @@ class Sandbox:
                 raise self._remembered(self._ended(child), self._digest(number, variables, is_marked))
             if kind in (b"t", b"g", b"e", b"l"):
                 self._sent.add(number)
+            self._count(number, len(request), time.monotonic() - started)
         if kind in (b"t", b"g"):
             return text
         if kind == b"s":
@@ -128,6 +134,19 @@ class Sandbox:
         if kind == b"e":
             raise TemplateRefusal(text)
         raise _limit(f"more than {MAX_BYTES >> 20} MiB" if kind == b"m" else f"a text of {text} characters")
+
+    def _count(self, number: int, num_bytes: int, seconds: float) -> None:
+        """Add a rendering to those of its template; each may be quick enough, and 100,000 of them not.
+
+        Raises:
+            TemplateLimitError: they take too long on average.
+        """
+        seconds = min(seconds, CPU_SECONDS)  # more is the machine's, or a process that was stopped
+        texts, total_bytes, total = spent = self._spent.setdefault(number, [0.0, 0.0, 0.0])
+        texts, total_bytes, total = spent[:] = texts + 1, total_bytes + num_bytes, total + seconds
+        if total > TOTAL_SECONDS and total > texts * MEAN_SECONDS + total_bytes * SECONDS_PER_BYTE:
+            del self._spent[number]
+            raise _limit(f"{total / texts:.1f} s per row on average, over {texts:,.0f} rows")
 
     def _digest(self, number: int, variables: dict[str, Any] | None, is_marked: bool) -> bytes:
         return hashlib.sha256(_bytes_of((number, variables, is_marked))).digest()
