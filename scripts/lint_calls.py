@@ -3,8 +3,9 @@
 solotune reads files from unknown sources, so some calls are banned, whatever their arguments: calls that run code from
 a file or a text (pickle, torch.load, eval), pass text to a shell, or unpack an archive. Files are opened in
 `regular_files` alone, which neither waits for a FIFO or a device nor reads without a limit. Loaders of transformers
-must have a literal `trust_remote_code=False`, so that no variable can turn it on. A comment (`# noqa`) makes no
-exception.
+must have a literal `trust_remote_code=False`, so that no variable can turn it on. A chat template is a program too: it
+runs in the child process of `template_sandbox`, and whatever would run it here, without limits, may not even be named.
+A comment (`# noqa`) makes no exception.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 BANNED_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "tarfile"}
-BANNED_IMPORTS |= {"zipfile", "yaml"}
+BANNED_IMPORTS |= {"zipfile", "yaml", "jinja2"}
 ALLOWED_IMPORTS = {  # file -> module, with the reason
-    "dataset/chat/template_sandbox.py": {"marshal"},  # only writes marshal; reads text
-    "dataset/chat/template_process.py": {"marshal"},  # reads what the parent process wrote
+    "dataset/chat/template_sandbox.py": {"marshal", "jinja2"},  # only writes marshal; asks where Jinja lies
+    "dataset/chat/template_process.py": {"marshal", "jinja2"},  # the child: reads what the parent process wrote
     "diagnosis/sources/pickle_reader.py": {"zipfile"},  # reads one bounded member into memory; nothing is unpacked
 }
 BANNED_CALLS = {
@@ -47,6 +48,11 @@ ALLOWED_OPENS = {  # file -> the reason
     "dataset/readers/tables.py": "as above",
     "diagnosis/sources/pickle_reader.py": "a member of an archive that is in memory",
 }
+RENDERERS = {  # names of transformers that run a chat template in this process; `template.render_chat` is the door
+    "apply_chat_template", "encode_message_with_chat_template", "render_jinja_template", "chat_template_utils",
+    "_compile_jinja_template", "_cached_compile_jinja_template", "_render_with_assistant_indices",
+    "TextGenerationPipeline", "ImageTextToTextPipeline", "pipeline",
+}  # fmt: skip
 LOADERS = ("from_pretrained", "from_config")
 WRITTEN_OUT = {"trust_remote_code": False}
 OF_MODELS = {"use_safetensors": True}
@@ -64,6 +70,20 @@ def problems(source: str, name: str) -> Iterator[tuple[int, str]]:
                 yield node.lineno, "import of bitsandbytes, past hardware/bnb.py"
         elif isinstance(node, ast.Call):
             yield from _call(node, name)
+        for name_in_it in _named(node):
+            if name_in_it in RENDERERS:
+                yield getattr(node, "lineno", 0), f"{name_in_it}: a chat template outside the sandbox"
+
+
+def _named(node: ast.AST) -> list[str]:
+    """The names in a node: of an attribute, a variable, an import; or a whole text, which `getattr` could take."""
+    if isinstance(node, ast.ImportFrom):
+        return [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+    if isinstance(node, ast.Import):
+        return [part for alias in node.names for part in alias.name.split(".")]
+    if isinstance(node, ast.Constant):
+        return [node.value] if isinstance(node.value, str) else []
+    return [node.attr] if isinstance(node, ast.Attribute) else [node.id] if isinstance(node, ast.Name) else []
 
 
 def _call(node: ast.Call, name: str) -> Iterator[tuple[int, str]]:

@@ -153,7 +153,28 @@ def chat_config(chat_model, tmp_path, monkeypatch):
     }
 
 
+LONG = (
+    "planning/test_model_shape.py",
+    "api/test_train.py",
+    "faults/test_running_campaign.py",
+    "faults/test_doors_hostile.py",
+    "faults/test_running_before.py",
+    "dataset/readers/test_source_hub.py",
+    "diagnosis/probes/test_probes_model.py",
+    "faults/test_saving.py",
+    "faults/test_mutants.py",
+    "hardware/test_gpu_errors.py",
+    "training/test_preflight.py",
+    "cli/test_commands.py",
+)
+"""Files that take long: they go first, so that none begins when the other process has nothing left to do."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    order = {here / name: place for place, name in enumerate(LONG)}
+    assert all(path.is_file() for path in order), "a file of LONG is gone"
+    items.sort(key=lambda item: order.get(item.path, len(LONG)))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -90,8 +90,8 @@ MUTANTS = [
            at("template", "test_the_process_has_nothing_and_ends_with_its_parent")),
     Mutant("a template's files", "dataset/chat/template_process.py", "(resource.RLIMIT_NOFILE, 0),", "",
            at("template", "test_the_process_has_nothing_and_ends_with_its_parent")),
-    Mutant("a template's text", "dataset/chat/template_process.py", "len(text) <= max(self._max_characters, 4 * num_bytes)",
-           "True", at("template", "test_what_takes_too_much_is_ended_and_the_next_works"
+    Mutant("a template's text", "dataset/chat/template_process.py", "len(text) > max(self._max_characters, 4 * num_bytes)",
+           "False", at("template", "test_what_takes_too_much_is_ended_and_the_next_works"
                                   "[string multiplied, below the memory]")),
     Mutant("a template's environment", "dataset/chat/template_sandbox.py",
            'env={name: os.environ[name] for name in ("TZ", "LD_LIBRARY_PATH") if name in os.environ},', "",

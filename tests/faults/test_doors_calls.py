@@ -50,6 +50,19 @@ SEEN = [
     ("AutoModelForCausalLM.from_config(c, trust_remote_code=False)", "without attn_implementation"),
     ("AutoModelForCausalLM.from_pretrained(x, trust_remote_code=False, attn_implementation='sdpa')",
      "without use_safetensors=True written out"),
+    ("import jinja2", "import of jinja2"),
+    ("from jinja2.sandbox import SandboxedEnvironment", "import of jinja2"),
+    *((source, "a chat template outside the sandbox") for source in (
+        "tokenizer.apply_chat_template(chat, tokenize=False)",
+        "render = tokenizer.apply_chat_template",
+        "getattr(tokenizer, 'apply_chat_template')(chat)",
+        "processor.tokenizer.encode_message_with_chat_template(message)",
+        "from transformers.utils.chat_template_utils import render_jinja_template",
+        "from transformers.utils import chat_template_utils as utils",
+        "import transformers.utils.chat_template_utils",
+        "transformers.pipeline('text-generation', model)",
+        "from transformers import TextGenerationPipeline",
+    )),
 ]  # fmt: skip
 
 
@@ -66,5 +79,6 @@ def test_each_is_seen_with_its_line(source: str, words: str) -> None:
 def test_what_is_allowed_is_not_reported() -> None:
     for source in ("RunDirectory.open(path)", "read_bytes(path, 10)", "open_regular(path)",
                    "subprocess.run([x], shell=False)", "YAML(typ='rt')", "import json", "re.compile(x)", "model.eval()",
+                   "render_chat(tokenizer, chat)", "tokenizer.get_chat_template()", "x = 'as apply_chat_template does'",
                    "AutoTokenizer.from_pretrained(x, trust_remote_code=False)"):  # fmt: skip
         assert not list(LINT["problems"](source, "some.py")), source

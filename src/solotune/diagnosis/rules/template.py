@@ -15,7 +15,7 @@ from solotune.dataset.chat.rendered_text import OWN, known_format
 from solotune.dataset.data_report import PLAIN
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.derived import is_ours
-from solotune.diagnosis.facts.rendered_chats import decoded, frame, rendered
+from solotune.diagnosis.facts.rendered_chats import decoded, frame, rendered, rendered_by
 from solotune.diagnosis.facts.row_arrays import evenly, is_pattern, percent, squeezed
 from solotune.diagnosis.facts.row_facts import RowFacts, pieces_of, pieces_of_template
 from solotune.diagnosis.facts.rows import examples_of
@@ -162,12 +162,7 @@ def _by(tokenizer: Any, template: str, chat: list[dict[str, str]]) -> str | None
         return re.sub(r"\{\s*\w*\s*\}", chat[0]["content"], template, count=1)
     if tokenizer is None:
         return template
-    try:
-        return str(
-            tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
-        )
-    except Exception:  # a template may raise any error
-        return None
+    return rendered_by(tokenizer, chat, prompt=True, template=template)
 
 
 @rule("F12", needs=("rows",), probes=("P1",))

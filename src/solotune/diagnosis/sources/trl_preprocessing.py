@@ -23,7 +23,9 @@ import numpy as np
 import torch
 
 from solotune.dataset import Example
+from solotune.dataset.chat.template import render_chat
 from solotune.dataset.readers.source import Source
+from solotune.diagnosis.facts.rendered_chats import marked_ids
 from solotune.diagnosis.facts.rows import plain_messages
 from solotune.diagnosis.facts.texts import IGNORED
 from solotune.errors import SolotuneError
@@ -127,7 +129,7 @@ def _example(
     if "prompt" in row and "completion" in row:
         prompt_chat, completion_chat = _chat(row["prompt"]), _chat(row["completion"])
         if prompt_chat and completion_chat:
-            prompt, _ = _ids(tokenizer, prompt_chat, add_generation_prompt=True)
+            prompt, _ = _ids(tokenizer, prompt_chat, is_prompt=True)
             ids, mask = _ids(tokenizer, [*prompt_chat, *completion_chat], marked)
             messages = [*prompt_chat, *completion_chat]
         elif isinstance(row["prompt"], str) and isinstance(row["completion"], str):
@@ -165,13 +167,13 @@ def _ended(text: str, tokenizer: Any) -> str:
 
 
 def _ids(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], marked: bool = False, **options: Any
-) -> tuple[list[int], list[int] | None]:
+    tokenizer: Any, messages: Sequence[dict[str, Any]], marked: bool = False, is_prompt: bool = False
+) -> tuple[list[int], list[bool] | None]:
     """Ids by the template, and the mask of its generation markers."""
-    out = tokenizer.apply_chat_template(
-        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=marked, **options
-    )
-    return out["input_ids"], out["assistant_masks"] if marked else None
+    if marked:
+        return marked_ids(tokenizer, messages)
+    text = render_chat(tokenizer, list(messages), is_prompt=is_prompt)
+    return tokenizer(text, add_special_tokens=False)["input_ids"], None
 
 
 def _cut(row: Example, sft: Mapping[str, Any]) -> Example | None:
