@@ -26,6 +26,7 @@ from solotune.dataset.chat.encode import Encoded, Encoder
 from solotune.dataset.chat.formats import Record
 from solotune.dataset.data_report import ANSWER_PAST_MAX_LENGTH, LONGER_THAN_MAX_LENGTH, NOTHING_TO_LEARN, DataReport
 from solotune.dataset.example import Example
+from solotune.dataset.long_rows import LongRows
 from solotune.dataset.readers.row import RowError
 from solotune.errors import InputError
 
@@ -44,6 +45,7 @@ class Renderer:
         self._encoder = Encoder(tokenizer)
         self._template: ChatTemplate | None = None
         self._end_ids: dict[bool, frozenset[int]] = {}
+        self._long_rows = LongRows(settings, tokenizer)
 
     def examples(self, records: Sequence[Record], progress: Callable[[int], None]) -> Iterator[Example]:
         """Yield the examples of the records, in order.
@@ -62,8 +64,14 @@ class Renderer:
     def _encoded(self, records: Sequence[Record]) -> list[tuple[Record, Encoded]]:
         """Encode a batch at once; row by row if it has a bad row that may be dropped."""
         try:
-            rendered = [self._rendered(record) for record in records]
+            shortened = [self._long_rows.shortened(record) for record in records]
+            whole = [self._rendered(record) for record in shortened]
+            rendered = [self._long_rows.cut(one, record.where) for one, record in zip(whole, records, strict=True)]
             encoded = self._encoder.encode(rendered, [record.where for record in records])
+            is_cut = [a is not b or c is not d for a, b, c, d in zip(records, shortened, whole, rendered, strict=True)]
+            if any(is_cut):
+                parts = zip(encoded, whole, records, is_cut, strict=True)
+                encoded = [self._long_rows.whole(a, len(b.answers), c.where) if cut else a for a, b, c, cut in parts]
         except RowError as error:
             if self._settings.on_bad_row == "error":
                 raise
@@ -72,9 +80,10 @@ class Renderer:
                 return []
             return [pair for record in records for pair in self._encoded([record])]
         self._report.num_with_forged_tokens += sum(bool(one.forged) for one in rendered)
+        self._report.num_cut_as_text += sum(is_cut)
         return [
             (record, one if record.is_chat else self._with_affixes(one))
-            for record, one in zip(records, encoded, strict=True)
+            for record, one in zip(shortened, encoded, strict=True)
         ]
 
     def _rendered(self, record: Record) -> Rendered:

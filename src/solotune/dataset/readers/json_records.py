@@ -46,6 +46,7 @@ class TooLongError(InputError):
     """A record is larger than a row may be."""
 
 
+_NOT_JSON = "not valid JSON"
 _MESSAGE_KEYS = frozenset(("content", "value", "tool_calls"))
 
 
@@ -161,11 +162,15 @@ def _rows_of_lines(stream: BinaryIO, label: str, on_bad_row: OnBadRow) -> Iterat
         where = f"{label}:{number}"
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
+        is_cut = not line.endswith(b"\n")  # then the file is damaged, whatever is done about bad rows
         line = line.removesuffix(b"\n").removesuffix(b"\r").strip(b" \t")
         if line:
             try:
                 row = Row(where, _row_of_line(where, label, line))
             except RowError as error:
+                if is_cut and error.reason == _NOT_JSON:
+                    change = "get the whole file, or remove its last line"
+                    raise InputError(error.problem, seen=error.seen, allowed=error.allowed, change=change) from None
                 on_bad_row(error)
             else:
                 yield row
@@ -174,7 +179,7 @@ def _rows_of_lines(stream: BinaryIO, label: str, on_bad_row: OnBadRow) -> Iterat
 def _row_of_line(where: str, label: str, line: bytes) -> dict[str, Any]:
     """Parse one line of JSON as a row."""
 
-    def wrong(problem: str, *, reason: str = "not valid JSON", **parts: Any) -> RowError:
+    def wrong(problem: str, *, reason: str = _NOT_JSON, **parts: Any) -> RowError:
         return RowError(f"{where}: {problem}", reason=reason, **parts)
 
     if b"\r" in line:
