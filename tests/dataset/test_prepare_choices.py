@@ -10,9 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from inline_snapshot import snapshot
+
 from solotune.dataset import Example, Prepared, prepare
 from solotune.errors import InputError
 from tests.dataset.conftest import Writer, chat, config_of, tiny_tokenizer
+from tests.messages import stable
 
 CHATML = tiny_tokenizer("chatml")
 LONG = "word " * 50
