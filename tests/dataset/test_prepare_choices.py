@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from inline_snapshot import snapshot
 
 from solotune.dataset import Example, Prepared, prepare

@@ -100,8 +100,8 @@ class DataReport:
             found["copies"] = f"{self.num_copies_kept:,} exact copies of rows kept, on the side of the first"
         if self.num_cut_as_text:
             found["very long"] = (
-                f"{self.num_cut_as_text:,} row{'s' * (self.num_cut_as_text != 1)} tokenised only at the beginning, since the "
-                "rest is beyond max_length; the tokens of the rest are not counted"
+                f"{self.num_cut_as_text:,} row{'s' * (self.num_cut_as_text != 1)} tokenised only at the beginning, "
+                "since the rest is beyond max_length; the tokens of the rest are not counted"
             )
         if self.schema_nulls:
             places = ", ".join(f"{number:,} in {place}" for place, number in self.schema_nulls.most_common())

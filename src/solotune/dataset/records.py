@@ -5,9 +5,8 @@ are kept in a `Store` as JSON, so reading them runs no code; a value that JSON c
 
 Why two hashes
 --------------
-Copies are rows with the same content to the character: rows that differ in case, blanks or Unicode form (`x\u00b2` and `x2`)
-may teach just this difference, so none of them is a copy of another. But on two sides of the split they would be a leak.
-So `row_hash` is of the folded text: it orders the rows of the split, and rows with the same one stay on one side.
+Copies are rows with the same content to the character: rows that differ in case, blanks or Unicode form may teach just
+this difference, so none of them is a copy of another. But on two sides of the split they would be a leak. So `row_hash` is of the folded text: it orders the rows of the split, and rows with the same one stay on one side.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class Records(Sequence[Record]):
     numbers: np.ndarray
     """int64 (R,): index of each row in the store"""
     hashes: np.ndarray
-    """S16 (R,): the first half of `row_hash`'s sha256, equal for rows that differ in case, blanks and Unicode form only"""
+    """S16 (R,): half of `row_hash`'s sha256, equal for rows that differ in case, blanks and Unicode form only"""
     exact: np.ndarray
     """uint64 (R,): hash of the content, equal for copies only"""
     links: np.ndarray
@@ -105,7 +104,7 @@ def folded(text: str) -> str:
 
 
 def _folded_or_hash(text: str) -> str:
-    """The folded text; of a very long one the hash of its folded pieces, since folding may make 18 times as much of it."""
+    """The folded text; of a very long one the hash of its folded pieces, since folding may make it 18 times as long."""
     if len(text) <= _PIECE_CHARACTERS:
         return folded(text)
     digest = hashlib.sha256()

@@ -1,7 +1,7 @@
 """Drop the nulls that an Arrow schema forced into nested values of parquet and arrow files and of hub datasets.
 
-A column of Arrow has one type, so the objects of all rows get the fields of each other: a call with `{"town": "Rome"}`
-beside one with `{"day": "Monday"}` is stored, and read back, as `{"town": "Rome", "day": null}`. Rendered, it would teach
+A column of Arrow has one type, so the objects of all rows get the fields of each other: a call with
+`{"town": "Rome"}` beside one with `{"day": "Monday"}` is stored, and read back, as `{"town": "Rome", "day": null}`. Rendered, it would teach
 the model to write arguments that the tool does not have, and show it tools with parameters that are null.
 
 Which nulls are data
