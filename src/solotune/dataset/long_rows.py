@@ -1,8 +1,8 @@
 """Cut rows that are far longer than `max_length` before they are rendered and tokenised, or refuse them.
 
 The tokenizer needs some 600 bytes of memory per token: 52 MB of text, which fit into 52 kB of gzip, would take 10 GiB
-to tokenise, only to be cut off by `max_length`. A token stands for at most as many characters as the longest token of the
-vocabulary has, so what comes after max_length times as many characters is cut off before:
+to tokenise, only to be cut off by `max_length`. A token stands for at most as many characters as the longest token of
+the vocabulary has, so what comes after max_length times as many characters is cut off before:
 
     most = max(SHORT_ROW, (max_length + 1) * characters of the longest token), but at most LONGEST_ROW
 

@@ -6,7 +6,8 @@ are kept in a `Store` as JSON, so reading them runs no code; a value that JSON c
 Why two hashes
 --------------
 Copies are rows with the same content to the character: rows that differ in case, blanks or Unicode form may teach just
-this difference, so none of them is a copy of another. But on two sides of the split they would be a leak. So `row_hash` is of the folded text: it orders the rows of the split, and rows with the same one stay on one side.
+this difference, so none of them is a copy of another. But on two sides of the split they would be a leak. So `row_hash`
+is of the folded text: it orders the rows of the split, and rows with the same one stay on one side.
 """
 
 from __future__ import annotations

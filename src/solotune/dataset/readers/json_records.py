@@ -265,7 +265,7 @@ def _rows_of_array(text: _Text, label: str, place: str, on_bad_row: OnBadRow) ->
 
 
 def _chats(text: _Text, label: str, on_bad_row: OnBadRow) -> Iterator[Row]:
-    """Arrays of messages: several are a chat each; of a single one each message is a row, since it may hold many chats."""
+    """Arrays of messages: several are a chat each; of a single one each message is a row, as it may be many chats."""
     line = text.line
     try:
         messages = text.record(0)
