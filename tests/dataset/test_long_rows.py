@@ -73,12 +73,12 @@ def test_it_is_counted_and_said(write: Writer) -> None:
 def test_other_ways_with_long_rows(write: Writer) -> None:
     path = write("a.jsonl", *ROWS[:2])
     assert prepared(path, overflow="drop").report.dropped == {"longer than max_length": 1}
-    with pytest.raises(InputError, match="longer than max_length, and overflow is error"):
+    with pytest.raises(InputError, match=r"longer than max_length, and overflow is error"):
         prepared(path, overflow="error")
-    with pytest.raises(RowError, match="a.jsonl:2: the row is too long to be tokenised as a whole") as caught:
+    with pytest.raises(RowError, match=r"a.jsonl:2: the row is too long to be tokenised as a whole") as caught:
         prepared(path, overflow="split")
     assert caught.value.change == "write it as several rows, or set overflow: truncate"
-    with pytest.raises(RowError, match="too long to be tokenised as a whole"):
+    with pytest.raises(RowError, match=r"too long to be tokenised as a whole"):
         prepared(path, max_length=1_000_000)
     assert prepared(path, max_length=1_000_000, on_bad_row="drop").report.num_kept == 1
 
@@ -110,7 +110,7 @@ def test_too_many_values_are_refused_before_they_are_parsed(write: Writer, monke
         ("a.json", json.dumps([*good, bomb])),
         ("b.json", json.dumps([{"text": "a" * 9000}, *good, bomb])),
     ):
-        with pytest.raises(InputError, match="too many values in one row"):
+        with pytest.raises(InputError, match=r"too many values in one row"):
             prepared(write(name, text))
         assert prepared(write(name, text), dataset_split="train[:20]").report.num_read == 20
 

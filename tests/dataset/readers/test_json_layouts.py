@@ -127,13 +127,13 @@ a.json: one object with several lists that may be the rows
 
 def test_cells_that_the_hubs_api_cut_off_are_bad_rows(write: Writer) -> None:
     items = [{"row_idx": n, "row": row, "truncated_cells": ["messages"] * (n == 3)} for n, row in enumerate(ROWS)]
-    with pytest.raises(RowError, match="row 3: the hub's API has cut off cells"):
+    with pytest.raises(RowError, match=r"row 3: the hub's API has cut off cells"):
         read(write("a.json", json.dumps({"rows": items})))
 
 
 def test_texts_in_an_array_say_how_to_write_them(write: Writer) -> None:
     for name, text in (("a.json", '[["q", "a"], ["q", "a"]]'), ("a.jsonl", '["q", "a"]\n["q", "a"]\n')):
-        with pytest.raises(RowError, match='write each row as an object: {"prompt": "...", "completion": "..."}'):
+        with pytest.raises(RowError, match=r'write each row as an object: {"prompt": "...", "completion": "..."}'):
             read(write(name, text))
 
 
@@ -164,5 +164,5 @@ def test_a_large_object_without_one_list_of_rows_is_refused(write: Writer, monke
     ):
         with pytest.raises(InputError, match=problem):
             read(write("a.json", json.dumps(value)))
-    with pytest.raises(InputError, match="cut off"):
+    with pytest.raises(InputError, match=r"cut off"):
         read(write("a.json", json.dumps({"rows": ROWS})[:-60]))

@@ -42,7 +42,7 @@ def test_the_usual_delimiter_wins_and_excels_first_line_says_it(write: Writer) -
 
 def test_a_wrong_number_of_cells_is_a_bad_row(write: Writer) -> None:
     path = write("a.csv", "a;b\n1;2;3\n4;5\n6\n")
-    with pytest.raises(RowError, match="a.csv:2: 3 cells, but the header has 2") as caught:
+    with pytest.raises(RowError, match=r"a.csv:2: 3 cells, but the header has 2") as caught:
         rows_of(path)
     assert caught.value.change == "quote cells that contain a semicolon or a line break"
     source = Source.of("dataset", str(path), "train")
@@ -56,9 +56,9 @@ def test_bounds_of_a_csv(write: Writer, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(tables, "MAX_ROW_BYTES", 200)
     monkeypatch.setattr(tables, "MAX_COLUMNS", 5)
     assert len(rows_of(write("a.csv", "text\n" + ("x" * 99 + "\n") * 9))) == 9
-    with pytest.raises(InputError, match="the record is too long"):
+    with pytest.raises(InputError, match=r"the record is too long"):
         rows_of(write("a.csv", "text,b\n" + '"a\n","b\n",' * 99))
-    with pytest.raises(InputError, match="too many columns"):
+    with pytest.raises(InputError, match=r"too many columns"):
         rows_of(write("a.csv", ",".join(map(str, range(9))) + "\n"))
 
 

@@ -5,7 +5,8 @@ not a wrong row or a bare TypeError later. Lines end at `\\n` only: `str.splitli
 which are legal inside a JSON string, and would turn one row into two.
 
 An array is read through a window of 1 MiB that grows to the largest record, so a file larger than memory can be
-sliced, and the error for a file that is cut off names the record and line.
+sliced, and the error for a file that is cut off names the record and line. The file is long because the window and the
+readers share its positions and messages.
 """
 
 from __future__ import annotations
