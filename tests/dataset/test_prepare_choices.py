@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from inline_snapshot import snapshot
 
 from solotune.dataset import Example, Prepared, prepare
 from solotune.errors import InputError
 from tests.dataset.conftest import Writer, chat, config_of, tiny_tokenizer
+from tests.messages import stable
 
 CHATML = tiny_tokenizer("chatml")
 LONG = "word " * 50
@@ -139,7 +141,12 @@ def test_raw_sharegpt_with_empty_conversations(write: Writer) -> None:
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     rows = [{"id": f"x{n}", "conversations": turns if n % 3 else []} for n in range(9)]
     path = write("a.jsonl", *rows)
-    assert message_of(path) == ("a.jsonl:1: conversations is empty\n  allowed: at least one assistant message")
+    assert message_of(path) == (
+        "a.jsonl:1: conversations is empty (one of 3 bad rows; 9 were read)\n"
+        "  seen:    also a.jsonl:4: conversations is empty; a.jsonl:7: conversations is empty\n"
+        "  allowed: at least one assistant message\n"
+        "  change:  on_bad_row: drop leaves out the bad rows"
+    )
     result = prepared(path, on_bad_row="drop")
     assert result.report.format == "sharegpt"
     assert rows_of(result)["dropped"] == {"conversations is empty": 3, "exact duplicate": 5}
@@ -158,6 +165,12 @@ def test_a_damaged_file_is_an_error_whatever_the_rows_may_be(write: Writer) -> N
     assert message_of(write("a.jsonl", '{"text": "a"}\n{"text": '), on_bad_row="drop").startswith(
         "a.jsonl:2: not valid"
     )
+    broken = '{"text": "a"}\n{"text": \n{"text": "b"}\n42\n{"text": "c"}\n\xff\n'
+    path = write("b.jsonl", broken)
+    result = prepared(path, on_bad_row="drop")
+    assert rows_of(result) == {**rows_of(result), "read": 6, "kept": 3}
+    assert rows_of(result)["dropped"] == {"a row is not an object": 1, "not valid JSON": 2}
+    assert stable(message_of(path)) == snapshot()
 
 
 def test_nothing_but_bad_rows(write: Writer) -> None:

@@ -126,7 +126,7 @@ RECORD = Record(
 
 @pytest.mark.parametrize("record", [RECORD, Record("t[2]", text="a text", answer_start=2)])
 def test_records_come_back(record: Record) -> None:
-    assert unpacked(packed(record)) == record
+    assert unpacked(packed(record)[0]) == record
 
 
 def test_what_json_has_not_is_refused_and_not_changed(tmp_path: Path) -> None:

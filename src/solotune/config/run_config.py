@@ -155,7 +155,7 @@ class RunConfig(BaseModel):
     on_bad_row: Literal["error", "drop"] = _in("data", default="error")
     """Rows that cannot be used: stop and say which row (error), or skip them and count them by reason (drop)."""
     dataset_exact_deduplication: bool = _in("data", default=True)
-    """Remove exact copies of a row; false: keep them, for rows that are repeated on purpose (like a higher `weight`)."""
+    """Remove exact copies of a row; false: keep them, if rows are repeated on purpose (like a higher `weight`)."""
     chat_template_path: Text | None = _in("data", default=None)
     """Jinja chat template file, for a tokenizer without a template or to replace its template."""
     max_length: int = _in("data", default=2048, ge=8, le=10_000_000)

@@ -46,6 +46,8 @@ class DataReport:
     num_truncated: int = 0
     num_answers_cut: int = 0
     """Truncated rows that lost loss tokens."""
+    num_cut_as_text: int = 0
+    """Rows of which only the beginning was tokenised, since the rest is certainly beyond `max_length`."""
     num_split: int = 0
     num_added_by_split: int = 0
     """Examples beyond one per row."""
@@ -122,6 +124,11 @@ class DataReport:
             )
         elif self.num_copies_kept:
             found["copies"] = f"{self.num_copies_kept:,} exact copies of rows kept, on the side of the first"
+        if self.num_cut_as_text:
+            found["very long"] = (
+                f"{self.num_cut_as_text:,} row{'s' * (self.num_cut_as_text != 1)} tokenised only at the beginning, "
+                "since the rest is beyond max_length; the tokens of the rest are not counted"
+            )
         if self.schema_nulls:
             places = ", ".join(f"{number:,} in {place}" for place, number in self.schema_nulls.most_common())
             total = self.schema_nulls.total()
@@ -153,6 +160,7 @@ class DataReport:
                 "dropped": {reason: number for reason, number in sorted(self.dropped.items()) if number},
                 "truncated": self.num_truncated,
                 "answers_cut": self.num_answers_cut,
+                "cut_as_text": self.num_cut_as_text,
                 "split": self.num_split,
                 "added_by_split": self.num_added_by_split,
                 "parts_without_label": self.num_parts_without_label,

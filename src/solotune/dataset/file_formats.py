@@ -1,8 +1,8 @@
 """The format of each file of a source: several files may have several formats, the rows of one file may not.
 
-A file of two shapes is usually two files joined by mistake, and detecting the shape row by row would hide that. Strictly
-the first row of a file that has a known format decides; with `on_bad_row: drop` it is the most common format, since the
-first row may be a bad one.
+A file of two shapes is usually two files joined by mistake, and detecting the shape row by row would hide that. By
+default the first row of a file that has a known format decides; with `on_bad_row: drop` it is the most common format,
+since the first row may be a bad one.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ from solotune.dataset.data_report import (
     NOTHING_TO_LEARN,
     DataReport,
 )
-from solotune.dataset.file_formats import FileFormats
 from solotune.dataset.example import Example, Examples, Prepared, lengths_of
+from solotune.dataset.file_formats import FileFormats
 from solotune.dataset.readers.bad_rows import BadRows
 from solotune.dataset.readers.column_mapping import check_mapping, mapped
 from solotune.dataset.readers.row import RowError

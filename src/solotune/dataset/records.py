@@ -5,9 +5,9 @@ are kept in a `Store` as JSON, so reading them runs no code; a value that JSON c
 
 Why two hashes
 --------------
-Copies are rows with the same content to the character: rows that differ in case, blanks or Unicode form (`x\u00b2` and `x2`)
-may teach just this difference, so none of them is a copy of another. But on two sides of the split they would be a leak.
-So `row_hash` is of the folded text: it orders the rows of the split, and rows with the same one stay on one side.
+Copies are rows with the same content to the character: rows that differ in case, blanks or Unicode form may teach just
+this difference, so none of them is a copy of another. But on two sides of the split they would be a leak. So `row_hash`
+is of the folded text: it orders the rows of the split, and rows with the same one stay on one side.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from solotune.dataset.chat.formats import Record
 from solotune.dataset.readers.row import RowError
 from solotune.dataset.row_store import Store
 
+_PIECE_CHARACTERS = 1 << 20
+_COMPARED_CHARACTERS = 1 << 20  # of a row, for near-duplicates
 _CONTENT = ("messages", "tools", "text", "answer_start")
 _FIELDS = (*_CONTENT, *(field.name for field in fields(Record) if field.name not in _CONTENT))
 
@@ -37,7 +39,7 @@ class Records(Sequence[Record]):
     numbers: np.ndarray
     """int64 (R,): index of each row in the store"""
     hashes: np.ndarray
-    """S16 (R,): the first half of `row_hash`'s sha256, equal for rows that differ in case, blanks and Unicode form only"""
+    """S16 (R,): half of `row_hash`'s sha256, equal for rows that differ in case, blanks and Unicode form only"""
     exact: np.ndarray
     """uint64 (R,): hash of the content, equal for copies only"""
     links: np.ndarray
@@ -102,22 +104,33 @@ def folded(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
+def _folded_or_hash(text: str) -> str:
+    """The folded text; of a very long one the hash of its folded pieces, since folding may make it 18 times as long."""
+    if len(text) <= _PIECE_CHARACTERS:
+        return folded(text)
+    digest = hashlib.sha256()
+    for begin in range(0, len(text), _PIECE_CHARACTERS):
+        digest.update(folded(text[begin : begin + _PIECE_CHARACTERS]).encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()
+
+
 def _said(record: Record) -> str:
     said: list[Any] = []
     for m in record.messages:
         thought = [m["reasoning_content"]] if "reasoning_content" in m else []
-        said.append([m["role"], folded(m["content"]), m.get("tool_calls"), *thought])
+        said.append([m["role"], _folded_or_hash(m["content"]), m.get("tool_calls"), *thought])
     return json.dumps(said + ([record.tools] if record.tools else []), default=str)
 
 
 def row_hash(record: Record) -> bytes:
     """Hash of a row's folded content, 16 bytes: equal for rows that differ in case, blanks and Unicode form only."""
-    said = _said(record) if record.is_chat else folded(record.text)
+    said = _said(record) if record.is_chat else _folded_or_hash(record.text)
     return hashlib.sha256(said.encode()).digest()[:16]
 
 
 def spoken(record: Record) -> str:
     """Return the text that near-duplicates are compared by: without system prompts, which would make all rows alike."""
     if not record.is_chat:
-        return folded(record.text)
-    return folded(" ".join(m["content"] for m in record.messages if m["role"] not in ("system", "developer")))
+        return folded(record.text[:_COMPARED_CHARACTERS])
+    texts = " ".join(m["content"] for m in record.messages if m["role"] not in ("system", "developer"))
+    return folded(texts[:_COMPARED_CHARACTERS])

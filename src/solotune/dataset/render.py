@@ -35,6 +35,7 @@ from solotune.dataset.data_report import (
     DataReport,
 )
 from solotune.dataset.example import Example
+from solotune.dataset.long_rows import LongRows
 from solotune.dataset.readers.row import RowError
 from solotune.errors import InputError
 
@@ -58,6 +59,7 @@ class Renderer:
         self._template: ChatTemplate | None = None
         self._content_check: ContentCheck | None = None
         self._end_ids: dict[bool, frozenset[int]] = {}
+        self._long_rows = LongRows(settings, tokenizer)
 
     def examples(self, records: Sequence[Record], progress: Callable[[int], None]) -> Iterator[Example]:
         """Yield the examples of the records, in order.
@@ -76,9 +78,15 @@ class Renderer:
     def _encoded(self, records: Sequence[Record]) -> list[tuple[Record, Encoded]]:
         """Encode a batch at once; row by row if it has a bad row that may be dropped."""
         try:
-            rendered = [self._rendered(record) for record in records]
+            shortened = [self._long_rows.shortened(record) for record in records]
+            whole = [self._rendered(record) for record in shortened]
+            rendered = [self._long_rows.cut(one, record.where) for one, record in zip(whole, records, strict=True)]
             encoded = self._encoder.encode(rendered, [record.where for record in records])
-            parts = [self._content_of(record, one) for record, one in zip(records, rendered, strict=True)]
+            is_cut = [a is not b or c is not d for a, b, c, d in zip(records, shortened, whole, rendered, strict=True)]
+            if any(is_cut):
+                cuts = zip(encoded, whole, records, is_cut, strict=True)
+                encoded = [self._long_rows.whole(a, len(b.answers), c.where) if cut else a for a, b, c, cut in cuts]
+            parts = [self._content_of(record, one) for record, one in zip(shortened, whole, strict=True)]
         except RowError as error:
             if self._settings.on_bad_row == "error":
                 raise
@@ -87,15 +95,16 @@ class Renderer:
                 return []
             return [pair for record in records for pair in self._encoded([record])]
         self._report.num_with_forged_tokens += sum(bool(one.forged) for one in rendered)
+        self._report.num_cut_as_text += sum(is_cut)
         for record, found in zip(records, parts, strict=True):
             for part in found:
                 self._report.count_content(record.where, *part)
-        for record, one in zip(records, rendered, strict=True):
+        for record, one in zip(shortened, rendered, strict=True):
             if not record.is_chat:
                 self._report.text_formats[OWN if one.is_chat else known_format(record.text) or PLAIN] += 1
         return [
             (record, one if record.is_chat else self._with_affixes(record.text, one))
-            for record, one in zip(records, encoded, strict=True)
+            for record, one in zip(shortened, encoded, strict=True)
         ]
 
     def _rendered(self, record: Record) -> Rendered:

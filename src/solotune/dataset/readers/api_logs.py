@@ -3,10 +3,10 @@
     {"request": {"model": "m", "messages": [...]}, "response": {"choices": [{"message": {...}}]}}
     ->  {"messages": [..., {"role": "assistant", ...}], "request.model": "m"}
 
-Read are chat completions (`choices`), with or without the `body` of OpenAI's batches, their older form with `prompt` and
-`text`, and Anthropic's messages (`system`, `content`). What else a log holds stays in the row under its dotted name, so
-that it is named like any key that nobody reads. A request without a response, and a response without its request (the
-input and the output of a batch are two files), is an error that says how to join them.
+Read are chat completions (`choices`), with or without the `body` of OpenAI's batches, their older form with `prompt`
+and `text`, and Anthropic's messages (`system`, `content`). What else a log holds stays in the row under its dotted
+name, so that it is named like any key that nobody reads. A request without a response, and a response without its
+request (the input and the output of a batch are two files), is an error that says how to join them.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ def from_log(row: Row) -> Row:
     if request_key is None and _is_request(values) and isinstance(response, dict):
         request_key, request = "", {key: one for key, one in values.items() if key != response_key}
     if request is None and response is None:
-        if not _is_answer(values) or not isinstance(values["choices"][:1], list):
+        if not _is_answer(values) or not isinstance(next(iter(values.get("choices") or ()), None), dict):
             return row
+        response = values
     if values.get("error"):
         raise _without_answer(row, short(values["error"]), None)
     if request is None and not isinstance(response, dict):

@@ -213,8 +213,8 @@ def chosen_list(found: Iterable[str], has_row_keys: dict[str, bool], label: str)
             f"{label}: one object with several lists that may be the rows",
             seen=", ".join(keys),
             allowed='[{...}, {...}], one object on each line, or one list under a key: {"data": [{...}, {...}]}',
-            change=f"save one of the lists: python -c \"import json; json.dump(json.load(open('{label}'))['{keys[0]}'], "
-            f"open('{keys[0]}.json', 'w'))\"",
+            change="save one of the lists: python -c "
+            f"\"import json; json.dump(json.load(open('{label}'))['{keys[0]}'], open('{keys[0]}.json', 'w'))\"",
         )
     return keys[0]
 

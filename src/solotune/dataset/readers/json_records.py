@@ -5,7 +5,8 @@ not a wrong row or a bare TypeError later. Lines end at `\\n` only: `str.splitli
 which are legal inside a JSON string, and would turn one row into two.
 
 An array is read through a window of 1 MiB that grows to the largest record, so a file larger than memory can be
-sliced, and the error for a file that is cut off names the record and line.
+sliced, and the error for a file that is cut off names the record and line. The file is long because the window and the
+readers share its positions and messages.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class TooLongError(InputError):
     """A record is larger than a row may be."""
 
 
+_NOT_JSON = "not valid JSON"
 _MESSAGE_KEYS = frozenset(("content", "value", "tool_calls"))
 
 
@@ -161,11 +163,15 @@ def _rows_of_lines(stream: BinaryIO, label: str, on_bad_row: OnBadRow) -> Iterat
         where = f"{label}:{number}"
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
+        is_cut = not line.endswith(b"\n")  # then the file is damaged, whatever is done about bad rows
         line = line.removesuffix(b"\n").removesuffix(b"\r").strip(b" \t")
         if line:
             try:
                 row = Row(where, _row_of_line(where, label, line))
             except RowError as error:
+                if is_cut and error.reason == _NOT_JSON:
+                    change = "get the whole file, or remove its last line"
+                    raise InputError(error.problem, seen=error.seen, allowed=error.allowed, change=change) from None
                 on_bad_row(error)
             else:
                 yield row
@@ -174,7 +180,7 @@ def _rows_of_lines(stream: BinaryIO, label: str, on_bad_row: OnBadRow) -> Iterat
 def _row_of_line(where: str, label: str, line: bytes) -> dict[str, Any]:
     """Parse one line of JSON as a row."""
 
-    def wrong(problem: str, *, reason: str = "not valid JSON", **parts: Any) -> RowError:
+    def wrong(problem: str, *, reason: str = _NOT_JSON, **parts: Any) -> RowError:
         return RowError(f"{where}: {problem}", reason=reason, **parts)
 
     if b"\r" in line:
@@ -260,7 +266,7 @@ def _rows_of_array(text: _Text, label: str, place: str, on_bad_row: OnBadRow) ->
 
 
 def _chats(text: _Text, label: str, on_bad_row: OnBadRow) -> Iterator[Row]:
-    """Arrays of messages: several are a chat each; the messages of a single one are its rows, since they may be many."""
+    """Arrays of messages: several are a chat each; of a single one each message is a row, as it may be many chats."""
     line = text.line
     try:
         messages = text.record(0)

@@ -1,14 +1,14 @@
 """Drop the nulls that an Arrow schema forced into nested values of parquet and arrow files and of hub datasets.
 
 A column of Arrow has one type, so the objects of all rows get the fields of each other: a call with `{"town": "Rome"}`
-beside one with `{"day": "Monday"}` is stored, and read back, as `{"town": "Rome", "day": null}`. Rendered, it would teach
-the model to write arguments that the tool does not have, and show it tools with parameters that are null.
+beside one with `{"day": "Monday"}` is stored, and read back, as `{"town": "Rome", "day": null}`. Rendered, it would
+teach the model to write arguments that the tool does not have, and show it tools with parameters that are null.
 
 Which nulls are data
 --------------------
 Those of JSON text, of a map (which has no common fields), in a list, and of whole columns. In an object a null is
-ambiguous if the field has values in other rows: it is dropped, and counted. A field of Arrow's type `null` has a value in
-no row, so somebody wrote the null; it is kept where no other field of the same object is a forced null.
+ambiguous if the field has values in other rows: it is dropped, and counted. A field of Arrow's type `null` has a value
+in no row, so somebody wrote the null; it is kept where no other field of the same object is a forced null.
 """
 
 from __future__ import annotations

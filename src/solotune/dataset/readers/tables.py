@@ -24,7 +24,7 @@ MAX_COLUMNS = 10_000
 _DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 _LONGEST_HEADER = 1 << 20  # characters: a longer one is not tried with several delimiters
 _MAX_RATIO = 100  # text is packed to a third or a tenth of its size, repeated text to a fiftieth
-_LARGEST_DICTIONARY = 2 << 20  # bytes, packed; writers stop at 1 MiB, unpacked
+_BATCH_BYTES = 128 << 20
 
 
 def read_csv(stream: BinaryIO, label: str, on_bad_row: OnBadRow) -> Iterator[Row]:
@@ -166,20 +166,25 @@ def _open_parquet(path: Path) -> tuple[Any, Iterator[Any]]:
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(path, buffer_size=CHUNK_BYTES)  # without it, whole columns of a row group are read
-    num_rows = 1 if _may_be_a_bomb(table.metadata) else _BATCH_ROWS
-    return table.schema_arrow, table.iter_batches(batch_size=num_rows)
+    return table.schema_arrow, table.iter_batches(batch_size=_num_batch_rows(table.metadata))
 
 
-def _may_be_a_bomb(metadata: Any) -> bool:
-    """Whether rows may be far larger than the file says: packed very tightly, or many rows of one large value."""
-    for group in range(metadata.num_row_groups):
-        for number in range(metadata.num_columns):
-            column = metadata.row_group(group).column(number)
-            is_tight = column.total_uncompressed_size > max(CHUNK_BYTES, _MAX_RATIO * column.total_compressed_size)
-            begin = column.dictionary_page_offset
-            if is_tight or (begin is not None and column.data_page_offset - begin > _LARGEST_DICTIONARY):
-                return True
-    return False
+def _num_batch_rows(metadata: Any) -> int:
+    """Rows to read at a time: fewer where they may be far larger than the file says, by what its columns tell.
+
+    A value of a dictionary is stored once and may stand in every row.
+    """
+    num_rows = _BATCH_ROWS
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(metadata.num_columns)):
+            size, packed = column.total_uncompressed_size, max(column.total_compressed_size, 1)
+            if size > max(CHUNK_BYTES, _MAX_RATIO * packed):
+                return 1
+            value = size // max(group.num_rows, 1)
+            if (begin := column.dictionary_page_offset) is not None:
+                value = max(value, min(size, (column.data_page_offset - begin) * size // packed))
+            num_rows = min(num_rows, max(1, _BATCH_BYTES // max(value, 1)))
+    return num_rows
 
 
 def _open_arrow(path: Path) -> tuple[Any, Iterator[Any]]:

@@ -1,8 +1,9 @@
 """Split rows into training and validation so that no validation row is close to a training row.
 
 Rows that belong together stay together: rows with the same value of `split_by`, pieces of one conversation and chains
-of parents (`groups.py`), and near-duplicates. Copies are removed first, and counted, unless they are repeated on purpose
-(`dataset_exact_deduplication: false`). Rows that belong together form a *group*, and groups, not rows, are held out:
+of parents (`groups.py`), and near-duplicates. Copies are removed first, and counted, unless they are repeated on
+purpose (`dataset_exact_deduplication: false`). Rows that belong together form a *group*, and groups, not rows, are held
+out:
 
     order the groups by sha256(seed, key of the group's first row); take from the front until the size is reached
 
@@ -120,7 +121,7 @@ class _Spoken(Sequence[str]):
 
 
 def _roots(records: Records, progress: Callable[[int], None] | None) -> tuple[np.ndarray, np.ndarray]:
-    """int64 (R,): the first row of each row's group; and bool (R,): whether it is a near-duplicate of an earlier row."""
+    """int64 (R,): the first row of each row's group; bool (R,): whether it is a near-duplicate of an earlier row."""
     parent = array("q", range(len(records)))
 
     def root(row: int) -> int:

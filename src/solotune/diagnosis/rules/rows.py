@@ -319,7 +319,7 @@ def duplicates(facts: RowFacts) -> Finding | None:
     Not: F46, many epochs over different rows; F41, where data loader workers repeat rows that are in the file once;
     rows made from one pattern, which are naturally alike.
     Fix: remove duplicates before the split.
-    Wrong when: rows are repeated to give them more weight; kept with dataset_exact_deduplication: false they are an info.
+    Wrong when: rows are repeated to give them more weight; with dataset_exact_deduplication: false it is an info.
     Source: common guides on deduplication.
     """
     train, report = facts.whole[0], facts.report
