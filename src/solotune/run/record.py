@@ -206,8 +206,8 @@ def _lines_of(path: Path) -> list[Line[Event]]:
         offset = 0
         while offset < MAX_METRICS_BYTES and len(found) < MAX_EVENTS:
             line = file.readline(MAX_LINE_BYTES)
-            if not line:
-                break
+            if not line or (len(line) == MAX_LINE_BYTES and not line.endswith(b"\n")):
+                break  # the end, or no metrics.jsonl: a run writes no such line
             if (event := from_line(line)) is not None:
                 found.append(Line(offset, event))
             offset += len(line)
