@@ -87,8 +87,7 @@ class TunedRun:
             InputError: data.json is damaged.
         """
         path = self.directory.path / "data.json"
-        held = read_json(path) if path.is_file() else None
-        found = held.get("prompt_format") if isinstance(held, dict) else None
+        found = read_object(path).get("prompt_format") if path.is_file() else None
         return "text" if found == "text" else "chat"
 
     def load(self) -> TrainableModel:

@@ -40,8 +40,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from solotune.dataset.chat.control_tokens import ControlTokens, any_of, free_noncharacters
-from solotune.dataset.chat.template import Messages, Template, Tools
 from solotune.dataset.chat.reasoning_tags import split_thoughts
+from solotune.dataset.chat.template import Messages, Template, Tools
 from solotune.dataset.readers.row import RowError
 from solotune.errors import InputError
 

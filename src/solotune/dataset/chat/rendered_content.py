@@ -23,8 +23,8 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from solotune.dataset.chat.answer_spans import ChatTemplate, Rendered
-from solotune.dataset.chat.template import Messages, Tools
 from solotune.dataset.chat.reasoning_tags import Thought, split_thoughts
+from solotune.dataset.chat.template import Messages, Tools
 from solotune.dataset.readers.row import RowError
 from solotune.errors import InputError
 

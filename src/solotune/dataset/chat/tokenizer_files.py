@@ -13,6 +13,7 @@ from pathlib import Path
 
 from solotune.errors import InputError
 from solotune.hub.safe_files import check_links, check_regular, json_object
+from solotune.regular_files import read_bytes
 
 MAX_TEMPLATE_BYTES = 1 << 20  # the longest known template (Llama 4, gpt-oss) has 20 KB
 MAX_BYTES = {
@@ -45,7 +46,7 @@ def digest(folder: Path) -> str:
         path = folder / name
         if path.exists() or path.is_symlink():
             _check_size(folder, path, limit)
-            content = path.read_bytes()
+            content = read_bytes(path, limit)
             found.update(f"{name} {len(content)}\n".encode() + content)
     return found.hexdigest()
 
