@@ -206,7 +206,7 @@ class RunDirectory:
         there = path.stat().st_size if path.is_file() else 0
         if there < mark["bytes"]:
             return f"{METRICS} has {there:,} bytes, but had {mark['bytes']:,} when the checkpoint was saved"
-        if mark["bytes"] and entry_at(path, mark["bytes"]) != Entry(mark["bytes"], mark.get("sha256")):
+        if mark["bytes"] and entry_at(path, mark["bytes"]) != Entry(mark["bytes"], str(mark.get("sha256"))):
             return f"{METRICS} has changed since the checkpoint was saved, or belongs to another run"
         return None
 

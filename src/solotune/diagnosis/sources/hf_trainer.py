@@ -21,7 +21,7 @@ import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -189,7 +189,7 @@ def _trace(folder: Path, places: list[Path], missing: dict[str, str]) -> Trace |
     )
 
 
-def _is_step(value: Any) -> bool:
+def _is_step(value: Any) -> TypeGuard[int]:
     return type(value) is int and abs(value) <= MAX_INT
 
 
