@@ -20,7 +20,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from solotune.dataset.readers.json_records import parse_json
+from solotune.dataset.readers.json_window import parse_json
 from solotune.dataset.readers.row import RowError, short
 
 _FORM = '{"name": "...", "arguments": {...}}'
