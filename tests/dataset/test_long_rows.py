@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 from solotune.dataset import Prepared, long_rows, prepare
 from solotune.dataset.chat.encode import Encoder
 from solotune.dataset.chat.formats import Record
-from solotune.dataset.readers import json_records
 from solotune.dataset.readers.row import RowError
 from solotune.dataset.records import row_hash
 from solotune.errors import InputError
@@ -97,22 +95,6 @@ def test_a_long_rendering_of_short_messages_is_cut_too(write: Writer) -> None:
     result = prepare(config_of(write("a.jsonl", row), max_length=400), qwen3)
     assert result.report.num_cut_as_text == 1
     assert len(result.train[0].input_ids) == 400
-
-
-def test_too_many_values_are_refused_before_they_are_parsed(write: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_records, "LARGE_CHARACTERS", 2000)
-    monkeypatch.setattr(json_records, "MAX_VALUES", 500)
-    monkeypatch.setattr(json_records, "CHUNK_BYTES", 300)
-    bomb = {"text": "a", "b": [[]] * 600}
-    good = [{"text": "[" * 20 + "a" * n} for n in range(20)]
-    for name, text in (
-        ("a.jsonl", "".join(json.dumps(row) + "\n" for row in [*good, bomb])),
-        ("a.json", json.dumps([*good, bomb])),
-        ("b.json", json.dumps([{"text": "a" * 9000}, *good, bomb])),
-    ):
-        with pytest.raises(InputError, match=r"too many values in one row"):
-            prepared(write(name, text))
-        assert prepared(write(name, text), dataset_split="train[:20]").report.num_read == 20
 
 
 def test_a_very_long_text_is_hashed_in_pieces() -> None:

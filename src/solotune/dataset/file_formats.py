@@ -8,7 +8,7 @@ since the first row may be a bad one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 
 from solotune.dataset.chat.formats import Format, recognise
@@ -38,8 +38,11 @@ class FileFormats:
         if is_strict:
             return
         for file, rows in groupby(source.rows_by_file(), key=itemgetter(0)):
+            renamed = (mapped(row, mapping) for _, row in rows)
+            first = next(renamed)
             try:
-                self._found[file] = recognise((mapped(row, mapping) for _, row in rows), is_strict=False)
+                # twice, because recognise takes one for its message and counts the others
+                self._found[file] = recognise(chain((first, first), renamed), is_strict=False)
             except RowError as error:
                 self._unknown[file] = [error]
         if self._unknown and not self._found:

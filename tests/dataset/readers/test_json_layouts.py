@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from inline_snapshot import snapshot
 
-from solotune.dataset.readers import json_records
+from solotune.dataset.readers import json_window
 from solotune.dataset.readers.row import RowError
 from solotune.dataset.readers.source import Source
 from solotune.errors import InputError
@@ -148,15 +148,15 @@ LARGE = {
 def test_an_object_larger_than_a_row_is_read_row_by_row(
     write: Writer, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
-    monkeypatch.setattr(json_records, "MAX_ROW_BYTES", 400)
-    monkeypatch.setattr(json_records, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(json_window, "MAX_ROW_BYTES", 400)
+    monkeypatch.setattr(json_window, "CHUNK_BYTES", 100)
     value, beside = LARGE[layout]
     assert read(write("a.json", json.dumps(value, indent=1))) == (ROWS, beside)
 
 
 def test_a_large_object_without_one_list_of_rows_is_refused(write: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_records, "MAX_ROW_BYTES", 400)
-    monkeypatch.setattr(json_records, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(json_window, "MAX_ROW_BYTES", 400)
+    monkeypatch.setattr(json_window, "CHUNK_BYTES", 100)
     for value, problem in (
         ({"a": ROWS, "b": ROWS}, "several lists that may be the rows"),
         (COLUMNS, "record 1 is too long"),

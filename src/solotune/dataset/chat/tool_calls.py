@@ -20,7 +20,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from solotune.dataset.readers.json_records import parse_json
+from solotune.dataset.readers.json_window import parse_json
 from solotune.dataset.readers.row import RowError, short
 
 CALL_KEYS = ("tool_calls", "function_call")  # the second is the older form of the API

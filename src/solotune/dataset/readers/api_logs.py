@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from solotune.dataset.readers.json_records import parse_json
+from solotune.dataset.readers.json_window import parse_json
 from solotune.dataset.readers.row import Row, RowError, short
 
 _MARKS = frozenset(("request", "response", "body", "choices"))
