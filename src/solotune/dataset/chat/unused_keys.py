@@ -17,7 +17,7 @@ from solotune.dataset.chat import columns, weights
 from solotune.dataset.chat import messages as msg
 from solotune.dataset.chat.formats import Format
 from solotune.dataset.chat.tool_calls import CALL_ID_KEYS, CALL_KEYS, arguments_holder, arguments_key, function_of
-from solotune.dataset.readers.json_records import parse_json
+from solotune.dataset.readers.json_window import parse_json
 from solotune.dataset.readers.row import CONVERSATION_KEYS, ID_KEYS, PARENT_KEYS, Row, is_blank
 
 _LINKS = frozenset((*ID_KEYS, *CONVERSATION_KEYS, *PARENT_KEYS))

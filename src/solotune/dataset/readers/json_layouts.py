@@ -126,8 +126,11 @@ def _find(value: dict[str, Any], label: str, depth: int) -> _Found | None:
 
 def _split_table(value: dict[str, Any], label: str) -> _Found | None:
     names, rows = value.get("columns"), value.get("data")
-    is_table = isinstance(names, list) and isinstance(rows, list) and all(isinstance(name, str) for name in names)
-    if not is_table or not names or not all(isinstance(row, list) and len(row) == len(names) for row in rows):
+    if not (isinstance(names, list) and isinstance(rows, list)) or not names:
+        return None
+    if not all(isinstance(name, str) for name in names):
+        return None
+    if not all(isinstance(row, list) and len(row) == len(names) for row in rows):
         return None
     if len(set(names)) != len(names):
         raise InputError(f"{label}: two columns have the same name", seen=", ".join(names))
