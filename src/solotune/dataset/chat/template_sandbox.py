@@ -111,7 +111,7 @@ class Sandbox:
     def _ask(self, source: str, variables: dict[str, Any] | None, is_marked: bool = False) -> str:
         with self._lock:
             number = self._numbers.setdefault(source, len(self._numbers))
-            if known := self._too_much and self._too_much.get(self._digest(number, variables, is_marked)):
+            if self._too_much and (known := self._too_much.get(_digest(number, variables, is_marked))):
                 raise _limit(known)
             child = self._running()
             request = _bytes_of((number, None if number in self._sent else source, variables, is_marked))
@@ -122,7 +122,11 @@ class Sandbox:
                 child.stdin.flush()
                 kind, text = _answer(child.stdout, 4 * max(MAX_CHARACTERS, 4 * len(request)))
             if not kind:
-                raise self._remembered(self._ended(child), self._digest(number, variables, is_marked))
+                seen = self._ended(child)
+                # a wait that was too long may be the machine's
+                if "CPU time" in seen and len(self._too_much) < _MAX_REMEMBERED:
+                    self._too_much[_digest(number, variables, is_marked)] = seen
+                raise _limit(seen)
             if kind in (b"t", b"g", b"e", b"l"):
                 self._sent.add(number)
             self._count(number, len(request), time.monotonic() - started)
@@ -148,15 +152,6 @@ class Sandbox:
             del self._spent[number]
             raise _limit(f"{total / texts:.1f} s per row on average, over {texts:,.0f} rows")
 
-    def _digest(self, number: int, variables: dict[str, Any] | None, is_marked: bool) -> bytes:
-        return hashlib.sha256(_bytes_of((number, variables, is_marked))).digest()
-
-    def _remembered(self, error: TemplateLimitError, digest: bytes) -> TemplateLimitError:
-        """The error, which the same request will get again, unless the machine may have been what was slow."""
-        if error.seen and "CPU time" in error.seen and len(self._too_much) < _MAX_REMEMBERED:
-            self._too_much[digest] = error.seen
-        return error
-
     def _running(self) -> subprocess.Popen[bytes]:
         if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
             import jinja2
@@ -175,16 +170,17 @@ class Sandbox:
             self._owner, self._sent = os.getpid(), set()
         return self._child
 
-    def _ended(self, child: subprocess.Popen[bytes]) -> TemplateLimitError:
+    def _ended(self, child: subprocess.Popen[bytes]) -> str:
+        """Why a child does not answer; it is ended if it still runs."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(1)
         code = child.poll()
         self._end()
         if code == -signal.SIGPROF:
-            return _limit(f"more than {CPU_SECONDS:g} s of CPU time")
+            return f"more than {CPU_SECONDS:g} s of CPU time"
         if code is None:
-            return _limit(f"no answer within {WALL_SECONDS:g} s")
-        return _limit(f"its process ended with exit code {code}")
+            return f"no answer within {WALL_SECONDS:g} s"
+        return f"its process ended with exit code {code}"
 
     def close(self) -> None:
         """End the child process, and forget what took too long."""
@@ -200,6 +196,10 @@ class Sandbox:
                 with contextlib.suppress(OSError):
                     if stream is not None:
                         stream.close()
+
+
+def _digest(number: int, variables: dict[str, Any] | None, is_marked: bool) -> bytes:
+    return hashlib.sha256(_bytes_of((number, variables, is_marked))).digest()
 
 
 def _bytes_of(request: tuple[Any, ...]) -> bytes:
