@@ -131,13 +131,15 @@ def _prepared(
     renderer = Renderer(config.rendering, tokenizer, report)
     total = len(train) + len(validation)
     examples = []
-    for name, records, done in (("training", train, 0), ("validation", validation, len(train))):
+    sides = {"training": train, "validation": validation}
+    for records, done in zip(sides.values(), (0, len(train)), strict=True):
         examples.append(Examples())
         for example in renderer.examples(records, partial(_onward, progress, done, total, "tokenising rows")):
             examples[-1].append(example)
-        if records and not examples[-1]:
+    renderer.check()
+    for (name, records), kept in zip(sides.items(), examples, strict=True):
+        if records and not kept:
             raise _nothing_left(name, len(records), config.max_length, report)
-    renderer.check_thoughts()
     report.num_train, report.num_validation = map(len, examples)
     report.train_sha256, report.validation_sha256 = map(Examples.sha256, examples)
     report.examples = [

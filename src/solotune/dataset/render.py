@@ -36,6 +36,7 @@ from solotune.dataset.data_report import (
 )
 from solotune.dataset.example import Example
 from solotune.dataset.long_rows import LongRows
+from solotune.dataset.readers.bad_rows import BadRows
 from solotune.dataset.readers.row import RowError
 from solotune.errors import InputError
 
@@ -46,6 +47,8 @@ _BATCH_ROWS, _BATCH_CHARACTERS = 256, 2 << 20
 """Rows that are tokenised together: the tokenizer's output takes some hundred bytes per token."""
 
 
+MOST_COUNTED = 1000
+"""Bad rows after which no more rows are rendered: the data will be refused anyway."""
 _TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 """End tokens that writers of texts use beside the tokenizer's own; they count where they are control tokens."""
 
@@ -60,17 +63,24 @@ class Renderer:
         self._content_check: ContentCheck | None = None
         self._end_ids: dict[bool, frozenset[int]] = {}
         self._long_rows = LongRows(settings, tokenizer)
+        self._bad_rows, self._num_rendered = BadRows(), 0
 
     def examples(self, records: Sequence[Record], progress: Callable[[int], None]) -> Iterator[Example]:
         """Yield the examples of the records, in order.
 
+        Rows that the template or the tokenizer refuses are left out; unless `on_bad_row: drop`, `check` raises an error
+        for them.
+
         Raises:
-            RowError: a row that the template or the tokenizer refuses, unless `on_bad_row: drop`.
+            RowError: too many refused rows to go on.
             InputError: a row that is too long, with `overflow: error`; no chat template.
         """
         for done, batch in _batches(records):
             for record, encoded in self._encoded(batch):
                 yield from self._examples_of(record, encoded)
+            self._num_rendered += len(batch)
+            if self._bad_rows.num_bad >= MOST_COUNTED:
+                raise self._bad_rows.error(self._num_rendered, is_end=False)
             progress(done)
 
     # --- render and tokenise
@@ -88,12 +98,13 @@ class Renderer:
                 encoded = [self._long_rows.whole(a, len(b.answers), c.where) if cut else a for a, b, c, cut in cuts]
             parts = [self._content_of(record, one) for record, one in zip(shortened, whole, strict=True)]
         except RowError as error:
+            if len(records) > 1:
+                return [pair for record in records for pair in self._encoded([record])]
             if self._settings.on_bad_row == "error":
-                raise
-            if len(records) == 1:
+                self._bad_rows.add(error)
+            else:
                 self._report.dropped[error.reason] += 1
-                return []
-            return [pair for record in records for pair in self._encoded([record])]
+            return []
         self._report.num_with_forged_tokens += sum(bool(one.forged) for one in rendered)
         self._report.num_cut_as_text += sum(is_cut)
         for record, found in zip(records, parts, strict=True):
@@ -125,12 +136,15 @@ class Renderer:
         trained = self._trained_answers(record, len(rendered.answers))
         return self._content_check.parts(record.where, record.messages, record.tools, rendered, trained)
 
-    def check_thoughts(self) -> None:
-        """Refuse rows whose thoughts are all left out by the template.
+    def check(self) -> None:
+        """Refuse the data after all rows are rendered.
 
         Raises:
+            RowError: the template or the tokenizer refuses rows, and `on_bad_row` is error; counts them all.
             InputError: rows have thoughts, and no rendering has one.
         """
+        if self._bad_rows.num_bad:
+            raise self._bad_rows.error(self._num_rendered)
         counts = self._report.contents.get(THOUGHTS)
         if counts and counts["lost"] == counts["total"]:
             raise InputError(

@@ -112,12 +112,23 @@ def system_of(row: Row) -> tuple[str, str] | None:
     if not keys:
         return None
     first = keys[0]
-    for key in keys:
-        if not isinstance(row.values[key], str):
+    texts = [_text_of(row.values[key]) for key in keys]
+    for key, text in zip(keys, texts, strict=True):
+        if text is None:
             raise _not_read(row, key, f"{key} is not text", "a system prompt is a text")
-        if row.values[key].strip() != row.values[first].strip():
+        if text.strip() != (texts[0] or "").strip():
             raise _differ(row, first, key)
-    return first, row.values[first]
+    return first, texts[0] or ""
+
+
+def _text_of(value: Any) -> str | None:
+    """A text, also as an API writes it: `[{"text": "..."}]`, `{"parts": [{"text": "..."}]}`; None for other values."""
+    if isinstance(value, dict):
+        value = value.get("parts", [value])
+    if not isinstance(value, list):
+        return value if isinstance(value, str) else None
+    texts = [part.get("text") if isinstance(part, dict) else part for part in value]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else None
 
 
 def tools_of(row: Row, in_messages: Sequence[Tools] = ()) -> list[dict[str, Any]] | None:

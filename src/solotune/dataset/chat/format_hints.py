@@ -37,6 +37,10 @@ _CHATS = (
     "turns",
     "contents",
 )
+_OF_TEXTS = (
+    "{} is a list of texts, which does not say who speaks: write each as "
+    '{{"role": "user" or "assistant", "content": "..."}}, under messages'
+)
 _TEXTS = ("text", "content", "body", "document", "article", "code", "story", "sentence")
 
 
@@ -60,14 +64,34 @@ def _hint(row: Row) -> str | None:
     if "role" in values and "content" in values:
         return "each row is a single message; put all messages of a conversation into one row, as a list under messages"
     if (chat := _first(values, _CHATS, list)) is not None:
-        return advised(row, {chat: "messages"})
+        return advised(row, {chat: "messages"}) if _is_chat(values[chat]) else _OF_TEXTS.format(chat)
+    request, reply = _first(values, _QUESTIONS, list), _first(values, _ANSWERS, (str, list))
+    if request is not None and reply is not None and _is_chat(values[request]):
+        return advised(row, {request: "prompt", reply: "completion"})
     question = _first(values, _QUESTIONS, str)
     answer = _first(values, _ANSWERS, str, question)
     if question is not None and answer is not None:
         return _pair(row, question, answer)
     if (text := _first(values, _TEXTS, str)) is not None:
         return advised(row, {text: "text"})
-    return "rename your columns, for example column_mapping: {your_column: text}" if values else None
+    return _without_names(row) if values else None
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _without_names(row: Row) -> str:
+    """What to change where no column has a name that says what it holds."""
+    nested = [str(key) for key, value in row.values.items() if isinstance(value, (dict, list))]
+    if nested:
+        return (
+            f"write what {', '.join(nested)} {'hold' if len(nested) > 1 else 'holds'} as texts, for example under "
+            'prompt and completion, or as messages: [{"role": "user", "content": "..."}, ...]'
+        )
+    change = "rename your columns, for example column_mapping: {your_column: text}"
+    is_table = row.where.rpartition(":")[0].lower().endswith((".csv", ".tsv"))
+    return change + "; if the file has no header line, add one: prompt,completion" * is_table
 
 
 def _pair(row: Row, question: str, answer: str) -> str:

@@ -133,7 +133,7 @@ def _format_of(values: dict[str, Any]) -> Format | None:
     for found in _FORMATS:
         if all(_has(values, key) for key in found.keys):
             if found.keys[0] in msg.LIST_KEYS:
-                is_sharegpt = msg.is_sharegpt(msg.as_list(values[found.keys[0]]), found.keys[0])
+                is_sharegpt = msg.is_sharegpt(msg.chat_list(values[found.keys[0]]), found.keys[0])
                 if is_sharegpt != (found.name == "sharegpt"):
                     continue
             return found

@@ -9,12 +9,14 @@ reasoning in `reasoning.py`, weights in `weights.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from solotune.dataset.chat.columns import TOOL_KEYS, Message, Tools, Turns, plain_name
 from solotune.dataset.chat.reasoning import THOUGHT_KEYS, THOUGHT_PARTS, one_of, thought_in, thought_of
 from solotune.dataset.chat.tool_calls import CALL_ID_KEYS, CALL_KEYS, arguments_key, calls_of, normal_calls
 from solotune.dataset.chat.weights import MESSAGE_KEYS, weight_of_message
+from solotune.dataset.readers.json_window import parse_json
 from solotune.dataset.readers.row import RowError, is_blank, once_per_shape, short
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -119,9 +121,17 @@ def as_list(value: Any) -> Any:
     return [value] if isinstance(value.get(keys.role), str) else value
 
 
+def chat_list(value: Any) -> Any:
+    """The value under `messages` or `conversations` as a list; a csv file keeps it as JSON text."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        with suppress(ValueError):
+            value = parse_json(value)
+    return as_list(value)
+
+
 def turns(where: str, value: Any, key: str) -> Turns:
     """Check and normalise a list of messages."""
-    value = as_list(value)
+    value = chat_list(value)
     check_list(where, value, key)
     word = "turn" if key == "conversations" and is_sharegpt(value, key) else "message"
     found = Turns([], [], [], [])
@@ -148,7 +158,10 @@ def check_list(where: str, value: Any, key: str) -> None:
             f"{where}: {key} is a text, not a list",
             reason=f"{key} is a text, not a list",
             seen=short(value),
-            change="the list was saved as a string: parse it with json.loads before saving, or use jsonl",
+            allowed='[{"role": "user", "content": "..."}, ...], also as JSON text',
+            change="save Python lists as JSON, with json.dumps(ast.literal_eval(text))"
+            if value.lstrip()[:2] in ("[{", "{'")
+            else None,
         )
     if not isinstance(value, list):
         what = f"{key} is not a list"
@@ -265,6 +278,10 @@ def _answer(place: str, message: Message, keys: Keys, call_role: str) -> Message
         content = [part for part in content if _type_of(part) not in (*_CALL_PARTS, *THOUGHT_PARTS)]
     if content is None and calls:
         content = ""
+    if content is None and isinstance(message.get("refusal"), str):
+        what = "a refusal without content"
+        change = "write the refusal under content, if it is to be learned; else remove the row"
+        raise RowError(f"{place}: {what}", reason=what, seen=short(message["refusal"]), change=change)
     answer: Message = {"content": text(place, content, keys.content)}
     if calls:
         answer["tool_calls"] = calls

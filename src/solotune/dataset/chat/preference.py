@@ -37,6 +37,7 @@ _VERDICT_NAMES = frozenset(map(plain_name, _VERDICT_KEYS))
 _ALWAYS = ("ktotag", "preference")  # whatever their value
 _WORDS = ("true", "false", "desirable", "undesirable", "thumbsup", "thumbsdown")
 _QUESTIONS = ("instruction", "question", "query", "input")
+_OF_OPENAI = ("preferredoutput", "nonpreferredoutput")
 
 
 def refuse_preference(row: Row, format_name: str) -> None:
@@ -69,7 +70,7 @@ def _preference_keys(keys: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str,
     names = [(key, plain_name(key)) for key in keys]
     verdicts = tuple(key for key, name in names if name in _VERDICT_NAMES)
     sides = ("chosen", "rejected")
-    pairs = (key for key, name in names if name.startswith(sides) or name.endswith(sides))
+    pairs = (key for key, name in names if name.startswith(sides) or name.endswith(sides) or name in _OF_OPENAI)
     return tuple(key for key in pairs if key not in verdicts), verdicts
 
 

@@ -51,7 +51,7 @@ class UnusedKeys:
             if not _is_read(key, values[key], found) and not is_blank(values[key]):
                 self._count("rows", key)
         for key in (*found.keys, *columns.given(row, "history")):
-            turns = msg.as_list(values[key])
+            turns = msg.chat_list(values[key])
             if isinstance(turns, list):
                 for turn in turns:
                     self._add_message(turn)

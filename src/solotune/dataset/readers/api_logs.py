@@ -33,6 +33,8 @@ def from_log(row: Row) -> Row:
     values = row.values
     if _MARKS.isdisjoint(values) and not isinstance(values.get("input"), dict):
         return row
+    if "preferred_output" in values:  # OpenAI's preference data, which is refused as such
+        return row
     request_key, request = _part(values, _REQUESTS, _is_request)
     response_key, response = _part(values, _RESPONSES, _is_response)
     if request_key is None and _is_request(values) and isinstance(response, dict):
