@@ -52,6 +52,14 @@ def test_a_blank_system_column_is_no_turn(blank: str | None) -> None:
         assert chat_of({**chat, "system": blank}).messages == [U, A]
 
 
+@pytest.mark.parametrize("written", [[{"text": "s"}], {"parts": [{"text": "s"}]}, {"text": "s"}, ["s"]], ids=str)
+def test_a_system_prompt_in_parts(written: Any) -> None:
+    record = read({"messages": [U, A], "system": written})
+    assert isinstance(record, Record)
+    assert record.messages == [S, U, A]
+    assert "system is not text" in refused({"messages": [U, A], "system": [{"image": "x"}]})
+
+
 def test_a_chat_with_a_system_turn_of_its_own() -> None:
     assert chat_of({"system": "s ", "messages": [S, U, A]}).messages == [S, U, A]
     assert chat_of({"system": "s", "messages": [{**S, "content": " "}, U, A]}).messages == [S, U, A]

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from solotune.dataset.chat.format_hints import unknown_format
+from solotune.dataset.readers.row import Row
 from tests.dataset.chat.advice import after_advice, mappings_in, refused
 from tests.dataset.chat.test_formats import A, S, U
 
@@ -45,6 +47,32 @@ def test_what_stands_beside_is_kept(names: str, beside: dict[str, Any], messages
 @pytest.mark.parametrize("turns", [CHAT, TURNS], ids=["role", "from"])
 def test_chats_under_other_names(key: str, turns: Any) -> None:
     assert after_advice({key: turns}).messages == CHAT
+
+
+def test_requests_and_replies_as_lists_of_messages() -> None:
+    assert after_advice({"input": [U], "output": [A], "latency": 1.2}).messages == CHAT
+    assert after_advice({"contents": [{"role": "user", "parts": [{"text": "q"}]},
+                                      {"role": "model", "parts": [{"text": "a"}]}],
+                         "systemInstruction": {"parts": [{"text": "s"}]}}).messages == [S, U, A]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "change"),
+    [
+        ({"dialogue": ["q", "a"]}, "dialogue is a list of texts, which does not say who speaks"),
+        ({"title": "t", "mapping": {"a": {}}}, "write what mapping holds as texts"),
+        ({"context": "c", "question": "q", "answers": {"text": ["a"]}}, "write what answers holds as texts"),
+        ({"a b": "x"}, "rename your columns"),
+    ],
+)
+def test_what_no_mapping_can_read(values: dict[str, Any], change: str) -> None:
+    message = refused(values)
+    assert f"change:  {change}" in message
+    assert "header" not in message
+
+
+def test_a_table_may_lack_its_header() -> None:
+    assert "add one: prompt,completion" in str(unknown_format(Row("f.csv:2", {"How many?": "3", "0": "4"})))
 
 
 @pytest.mark.parametrize("key", ["Text", "content", "body"])

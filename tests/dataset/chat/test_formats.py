@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from solotune.dataset.chat.formats import Record, check_shape, convert, recognise
 from solotune.dataset.readers.row import Row
 from solotune.errors import InputError
+from tests.dataset.chat.advice import read, refused
 
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 S = {"role": "system", "content": "s"}
@@ -74,6 +76,23 @@ def message_of(*values: dict[str, Any]) -> str:
 )  # fmt: skip
 def test_chats(values: dict[str, Any], name: str, messages: list[dict[str, Any]]) -> None:
     assert record_of(values) == (name, Record("f.jsonl:1", messages=messages))
+
+
+@pytest.mark.parametrize("turns", [[U, A], [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]], ids=str)
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_chats_as_json_text(turns: Any, key: str) -> None:
+    record = read({key: json.dumps(turns)})
+    assert isinstance(record, Record)
+    assert record.messages == [U, A]
+
+
+def test_a_chat_as_a_python_list_says_how_to_save_it() -> None:
+    assert "json.dumps(ast.literal_eval(text))" in refused({"messages": str([U, A])})
+
+
+def test_a_refusal_without_content() -> None:
+    message = refused({"messages": [U, {"role": "assistant", "content": None, "refusal": "No."}]})
+    assert "message 2: a refusal without content" in message
 
 
 def test_texts() -> None:
@@ -158,10 +177,10 @@ WRONG: list[tuple[list[dict[str, Any]], str]] = [
         "  change:  add the key, or remove the row",
     ),
     (
-        [{"messages": "[]"}],
+        [{"messages": "nothing"}],
         "f.jsonl:1: messages is a text, not a list\n"
-        '  seen:    "[]"\n'
-        "  change:  the list was saved as a string: parse it with json.loads before saving, or use jsonl",
+        '  seen:    "nothing"\n'
+        '  allowed: [{"role": "user", "content": "..."}, ...], also as JSON text',
     ),
     ([{"messages": []}], "f.jsonl:1: messages is empty\n  allowed: at least one assistant message"),
     ([{"messages": 3}], "f.jsonl:1: messages is not a list\n  seen:    3\n  allowed: a list of messages"),

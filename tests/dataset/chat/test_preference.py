@@ -101,3 +101,9 @@ def test_the_mapping_trains_on_the_chosen_answer(values: dict[str, Any]) -> None
     assert "preference data" in refused(values)
     record = after_advice(values)
     assert record.text == "qa" if not record.is_chat else record.messages == [U, A]
+
+
+def test_preference_data_in_openais_form() -> None:
+    message = refused({"input": {"messages": [U]}, "preferred_output": [A], "non_preferred_output": [B]})
+    assert "this is preference data" in message
+    assert "join the input" not in message
