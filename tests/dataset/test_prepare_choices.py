@@ -186,7 +186,12 @@ def test_a_damaged_file_is_an_error_whatever_the_rows_may_be(write: Writer) -> N
     result = prepared(path, on_bad_row="drop")
     assert rows_of(result) == {**rows_of(result), "read": 6, "kept": 3}
     assert rows_of(result)["dropped"] == {"a row is not an object": 1, "not valid JSON": 2}
-    assert stable(message_of(path)) == snapshot()
+    assert stable(message_of(path)) == snapshot("""\
+b.jsonl:2: not valid JSON (one of 3 bad rows; 6 were read)
+  seen:    Expecting value, column 9: '{"text":'; also b.jsonl:4: not an object (42); b.jsonl:6: not valid JSON (Expecting value, column 1: 'ÿ')
+  allowed: one complete object on each line
+  change:  on_bad_row: drop leaves out the bad rows\
+""")
 
 
 def test_nothing_but_bad_rows(write: Writer) -> None:

@@ -42,10 +42,11 @@ U, A = ("user", "a"), ("assistant", "b")
 
 # --- 32 to 42: shapes of rows. (entry, what, row, message, family)
 REFUSED: list[tuple[int, str, Row, str, str]] = [
-    (33, "messages as text", {"messages": json.dumps([])}, snapshot("""\
+    (33, "messages as text", {"messages": "nothing"}, snapshot("""\
 a.jsonl:1: messages is a text, not a list
-  seen:    "[]"
-  change:  the list was saved as a string: parse it with json.loads before saving, or use jsonl; or on_bad_row: drop leaves out this row\
+  seen:    "nothing"
+  allowed: [{"role": "user", "content": "..."}, ...], also as JSON text
+  change:  on_bad_row: drop leaves out this row\
 """), ""),
     (34, "no messages", {"messages": []}, snapshot("""\
 a.jsonl:1: messages is empty
@@ -107,17 +108,17 @@ a.jsonl:1: message 1: content has a part that is not text
     (41, "system, Gemma", said(("system", "a"), U, A), snapshot("""\
 a.jsonl:1: the model's chat template refuses this row
   seen:    System role not supported; the roles are system, user, assistant
-  change:  change the row to what the template accepts, or set chat_template_path\
+  change:  change the row to what the template accepts, or set chat_template_path; or on_bad_row: drop leaves out this row\
 """), "gemma"),
     (41, "two users, Mistral", said(U, U, A), snapshot("""\
 a.jsonl:1: the model's chat template refuses this row
   seen:    roles must alternate; the roles are user, user, assistant
-  change:  change the row to what the template accepts, or set chat_template_path\
+  change:  change the row to what the template accepts, or set chat_template_path; or on_bad_row: drop leaves out this row\
 """), "mistral"),
     (41, "assistant first, Mistral", said(A, U, A), snapshot("""\
 a.jsonl:1: the model's chat template refuses this row
   seen:    roles must alternate; the roles are assistant, user, assistant
-  change:  change the row to what the template accepts, or set chat_template_path\
+  change:  change the row to what the template accepts, or set chat_template_path; or on_bad_row: drop leaves out this row\
 """), "mistral"),
     (42, "no call", said(U, ("tool", "3"), A), snapshot("""\
 a.jsonl:1: message 2: a tool message without a tool call before it
@@ -128,7 +129,7 @@ a.jsonl:1: message 2: a tool message without a tool call before it
 a.jsonl:1: message 2: the chat template leaves out this answer or a part of it
   seen:    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "functi
   allowed: a template that renders every assistant message, with its tool calls
-  change:  set chat_template_path to a template that does, or remove the row\
+  change:  set chat_template_path to a template that does, or remove the row; or on_bad_row: drop leaves out this row\
 """), ""),
     (43, "arguments", calling("{a: 1}"), snapshot("""\
 a.jsonl:1: message 2: arguments is not valid JSON

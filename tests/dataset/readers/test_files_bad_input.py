@@ -181,7 +181,7 @@ a.csv:2: not text
 a.jsonl:3: not valid JSON
   seen:    Unterminated string starting at, column 91: 'istant", "content": "It i'
   allowed: one complete object on each line
-  change:  on_bad_row: drop leaves out this row\
+  change:  get the whole file, or remove its last line\
 """)),
     Bad(16, "a cut array", "a.json", json.dumps(ROWS)[:-9], snapshot("""\
 a.json:1: the file is cut off inside record 3, which starts in line 1

@@ -60,18 +60,22 @@ def _rows_of_lines(stream: BinaryIO, label: str, on_bad_row: OnBadRow) -> Iterat
         where = f"{label}:{number}"
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
-        is_cut = not line.endswith(b"\n")  # then the file is damaged, whatever is done about bad rows
+        is_cut = not line.endswith(b"\n")  # with an incomplete object the file is damaged, whatever bad rows may be
         line = line.removesuffix(b"\n").removesuffix(b"\r").strip(b" \t")
         if line:
             try:
                 row = Row(where, _row_of_line(where, label, line))
             except RowError as error:
-                if is_cut and error.reason == NOT_JSON:
+                if is_cut and isinstance(error, _CutOffError):
                     change = "get the whole file, or remove its last line"
                     raise InputError(error.problem, seen=error.seen, allowed=error.allowed, change=change) from None
                 on_bad_row(error)
             else:
                 yield row
+
+
+class _CutOffError(RowError):
+    """The text of a line ends within its object."""
 
 
 def _row_of_line(where: str, label: str, line: bytes) -> dict[str, Any]:
@@ -95,8 +99,10 @@ def _row_of_line(where: str, label: str, line: bytes) -> dict[str, Any]:
         change = f"if {label} is one JSON array, rename it to .json" if line.startswith(b"[") else None
         if line == b"{":
             change = f"if the objects of {label} span several lines, rename it to .json"
-        raise wrong(
-            "not valid JSON",
+        is_incomplete = error.pos >= len(text) or error.msg.startswith("Unterminated string")
+        raise (_CutOffError if is_incomplete and len(line) > 1 else RowError)(
+            f"{where}: not valid JSON",
+            reason=NOT_JSON,
             seen=f"{error.msg}, column {error.colno}: {text_around(error.doc, error.pos)}",
             allowed="one complete object on each line",
             change=change,
