@@ -17,11 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import solotune
 from solotune import cli
-from solotune.api import setup
 from solotune.config.load import load_config
 from solotune.display.progress import SilentDisplay
 from solotune.errors import DirectoryInUseError, InputError, IntegrityError
-from solotune.hub.model_files import resolve_model
 from solotune.run.run_dir import RunDirectory
 
 
@@ -41,12 +39,11 @@ def test_train_and_data_name_the_keys_that_nothing_reads(config, tmp_path):
         def note(self, text: str) -> None:
             notes.append(text)
 
-    checked = load_config(config)
-    _, prepared, _ = setup.read_data(checked, resolve_model(checked), False, Notes())
+    solotune.train(config, display=Notes())
     line = "lang in 60 of 60 assistant messages, topic in 60 of 60 rows"
     assert [note for note in notes if note.startswith("not used")] == [f"not used: {line}"]
     assert solotune.data(config).report.unused_in_words() == line
-    assert prepared.report.to_json()["unused_keys"] == {"lang": 60, "topic": 60}
+    assert json.loads((tmp_path / "run/data.json").read_text())["unused_keys"] == {"lang": 60, "topic": 60}
 
 
 def test_a_run_leaves_every_file_of_the_design(config, tmp_path):

@@ -77,7 +77,8 @@ def test_a_run_that_did_not_record_its_format_is_asked_through_the_template(
     path.unlink()
     assert solotune.chat("run").prompt_format == "chat"
     path.write_text("[]")
-    assert solotune.chat("run").prompt_format == "chat"
+    with pytest.raises(InputError, match=r"data\.json: not a JSON object"):
+        solotune.chat("run")
     path.write_text("{")
     with pytest.raises(InputError, match="not valid JSON"):
         solotune.chat("run")

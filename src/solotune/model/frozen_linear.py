@@ -28,15 +28,17 @@ Shape legend: T tokens (any leading dimensions), I in_features, O out_features, 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from solotune.hardware.bnb import functional as bnb
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BLOCK = 64  # weights per NF4 scale: QLoRA's block size and bitsandbytes' default
 FP8 = torch.float8_e4m3fn
