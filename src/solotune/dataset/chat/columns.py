@@ -127,8 +127,9 @@ def _text_of(value: Any) -> str | None:
         value = value.get("parts", [value])
     if not isinstance(value, list):
         return value if isinstance(value, str) else None
-    texts = [part.get("text") if isinstance(part, dict) else part for part in value]
-    return "".join(texts) if all(isinstance(text, str) for text in texts) else None
+    parts = [part.get("text") if isinstance(part, dict) else part for part in value]
+    texts = [part for part in parts if isinstance(part, str)]
+    return "".join(texts) if len(texts) == len(parts) else None
 
 
 def tools_of(row: Row, in_messages: Sequence[Tools] = ()) -> list[dict[str, Any]] | None:
