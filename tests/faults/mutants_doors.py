@@ -53,7 +53,7 @@ MUTANTS = [
            at("model", f"{DAMAGED}[87 link out]")),
     Mutant("links that only libraries open", "hub/safe_files.py",
            "if path.suffix in READ and not is_plain and path.exists():", "if False:",
-           at("hostile", f"{HOSTILE}[generation config by link]")),
+           at("adapter", "test_96_adapters_that_are_refused[a link]")),
     Mutant("names out of the folder", "model/weight_files.py", "Path(name).name != name or not", "not",
            at("model", f"{DAMAGED}[87 ../]")),
     Mutant("pickles in the index", "model/weight_files.py", 'or not name.endswith(".safetensors")', "",
