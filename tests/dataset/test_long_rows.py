@@ -75,7 +75,8 @@ def test_other_ways_with_long_rows(write: Writer) -> None:
         prepared(path, overflow="error")
     with pytest.raises(RowError, match=r"a.jsonl:2: the row is too long to be tokenised as a whole") as caught:
         prepared(path, overflow="split")
-    assert caught.value.change == "write it as several rows, or set overflow: truncate"
+    change = "write it as several rows, or set overflow: truncate; or on_bad_row: drop leaves out this row"
+    assert caught.value.change == change
     with pytest.raises(RowError, match=r"too long to be tokenised as a whole"):
         prepared(path, max_length=1_000_000)
     assert prepared(path, max_length=1_000_000, on_bad_row="drop").report.num_kept == 1

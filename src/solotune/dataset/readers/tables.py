@@ -166,6 +166,9 @@ def _open_parquet(path: Path) -> tuple[Any, Iterator[Any]]:
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(path, buffer_size=CHUNK_BYTES)  # without it, whole columns of a row group are read
+    for number in range(table.metadata.num_row_groups):
+        # an exception if the metadata of its columns are damaged; asked for them, Arrow's objects would end the process
+        next(table.iter_batches(batch_size=1, row_groups=[number]), None)
     return table.schema_arrow, table.iter_batches(batch_size=_num_batch_rows(table.metadata))
 
 
