@@ -168,7 +168,7 @@ TEMPLATES = {
         "{{ raise_exception('not so') }}",
         snapshot("""\
 a.jsonl:1: the model's chat template refuses this row (one of 4 bad rows; 4 were read)
-  seen:    not so; the roles are user, assistant; also a.jsonl:2: the model's chat template refuses this row (not so; the roles are user, assistant); a.jsonl:3: the model's chat template refuses this row (not so; the roles are user, assistant); ...
+  seen:    not so; the roles are user, assistant; also a.jsonl:2; a.jsonl:3; ...
   change:  change the row to what the template accepts, or set chat_template_path\
 """),
     ),
@@ -176,7 +176,7 @@ a.jsonl:1: the model's chat template refuses this row (one of 4 bad rows; 4 were
         "{{ foo() }}",
         snapshot("""\
 a.jsonl:1: the model's chat template refuses this row (one of 4 bad rows; 4 were read)
-  seen:    'foo' is undefined; the roles are user, assistant; also a.jsonl:2: the model's chat template refuses this row ('foo' is undefined; the roles are user, assistant); a.jsonl:3: the model's chat template refuses this row ('foo' is undefined; the roles are user, assistant); ...
+  seen:    'foo' is undefined; the roles are user, assistant; also a.jsonl:2; a.jsonl:3; ...
   change:  change the row to what the template accepts, or set chat_template_path\
 """),
     ),
@@ -184,7 +184,7 @@ a.jsonl:1: the model's chat template refuses this row (one of 4 bad rows; 4 were
         "{{ ''.__class__.__mro__ }}",
         snapshot("""\
 a.jsonl:1: the model's chat template refuses this row (one of 4 bad rows; 4 were read)
-  seen:    access to attribute '__class__' of 'str' object is unsafe.; the roles are user, assistant; also a.jsonl:2: the model's chat template refuses this row (access to attribute '__class__' of 'str' object is unsafe.; ); a.jsonl:3: the model's chat template refuses this row (access to attribute '__class__' of 'str' object is unsafe.; ); ...
+  seen:    access to attribute '__class__' of 'str' object is unsafe.; the roles are user, assistant; also a.jsonl:2; a.jsonl:3; ...
   change:  change the row to what the template accepts, or set chat_template_path\
 """),
     ),
@@ -192,7 +192,7 @@ a.jsonl:1: the model's chat template refuses this row (one of 4 bad rows; 4 were
         "{% include '/etc/passwd' %}",
         snapshot("""\
 a.jsonl:1: the model's chat template refuses this row (one of 4 bad rows; 4 were read)
-  seen:    no loader for this environment specified; the roles are user, assistant; also a.jsonl:2: the model's chat template refuses this row (no loader for this environment specified; the roles are user); a.jsonl:3: the model's chat template refuses this row (no loader for this environment specified; the roles are user); ...
+  seen:    no loader for this environment specified; the roles are user, assistant; also a.jsonl:2; a.jsonl:3; ...
   change:  change the row to what the template accepts, or set chat_template_path\
 """),
     ),
@@ -200,7 +200,7 @@ a.jsonl:1: the model's chat template refuses this row (one of 4 bad rows; 4 were
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         snapshot("""\
 a.jsonl:1: the model's chat template refuses this row (one of 4 bad rows; 4 were read)
-  seen:    maximum recursion depth exceeded; the roles are user, assistant; also a.jsonl:2: the model's chat template refuses this row (maximum recursion depth exceeded; the roles are user, assist); a.jsonl:3: the model's chat template refuses this row (maximum recursion depth exceeded; the roles are user, assist); ...
+  seen:    maximum recursion depth exceeded; the roles are user, assistant; also a.jsonl:2; a.jsonl:3; ...
   change:  change the row to what the template accepts, or set chat_template_path\
 """),
     ),
@@ -208,7 +208,7 @@ a.jsonl:1: the model's chat template refuses this row (one of 4 bad rows; 4 were
         "{% for i in range(10000000) %}x{% endfor %}",
         snapshot("""\
 a.jsonl:1: the model's chat template refuses this row (one of 4 bad rows; 4 were read)
-  seen:    Range too big. The sandbox blocks ranges larger than MAX_RANGE (100000).; the roles are user, assistant; also a.jsonl:2: the model's chat template refuses this row (Range too big. The sandbox blocks ranges larger than MAX_RAN); a.jsonl:3: the model's chat template refuses this row (Range too big. The sandbox blocks ranges larger than MAX_RAN); ...
+  seen:    Range too big. The sandbox blocks ranges larger than MAX_RANGE (100000).; the roles are user, assistant; also a.jsonl:2; a.jsonl:3; ...
   change:  change the row to what the template accepts, or set chat_template_path\
 """),
     ),
@@ -216,7 +216,7 @@ a.jsonl:1: the model's chat template refuses this row (one of 4 bad rows; 4 were
         "hello",
         snapshot("""\
 a.jsonl:1: message 2: the chat template leaves out this answer or a part of it (one of 4 bad rows; 4 were read)
-  seen:    {"role": "assistant", "content": "It is 0."}; also a.jsonl:2: message 2: the chat template leaves out this answer or a part of it ({"role": "assistant", "content": "It is 1."}); a.jsonl:3: message 2: the chat template leaves out this answer or a part of it ({"role": "assistant", "content": "It is 2."}); ...
+  seen:    {"role": "assistant", "content": "It is 0."}; also a.jsonl:2; a.jsonl:3; ...
   allowed: a template that renders every assistant message, with its tool calls
   change:  set chat_template_path to a template that does, or remove the row\
 """),
@@ -225,7 +225,7 @@ a.jsonl:1: message 2: the chat template leaves out this answer or a part of it (
         CHATML.replace("messages %}", "messages if m.role != 'assistant' %}", 1),
         snapshot("""\
 a.jsonl:1: message 2: the chat template leaves out this answer or a part of it (one of 4 bad rows; 4 were read)
-  seen:    {"role": "assistant", "content": "It is 0."}; also a.jsonl:2: message 2: the chat template leaves out this answer or a part of it ({"role": "assistant", "content": "It is 1."}); a.jsonl:3: message 2: the chat template leaves out this answer or a part of it ({"role": "assistant", "content": "It is 2."}); ...
+  seen:    {"role": "assistant", "content": "It is 0."}; also a.jsonl:2; a.jsonl:3; ...
   allowed: a template that renders every assistant message, with its tool calls
   change:  set chat_template_path to a template that does, or remove the row\
 """),

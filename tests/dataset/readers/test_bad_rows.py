@@ -30,13 +30,13 @@ a.jsonl:0: unknown role
 def test_many() -> None:
     assert message(3, 9) == snapshot("""\
 a.jsonl:0: unknown role (one of 3 bad rows; 9 were read)
-  seen:    r0; also a.jsonl:1: unknown role (r1); a.jsonl:2: unknown role (r2)
+  seen:    r0; also a.jsonl:1; a.jsonl:2
   allowed: user
   change:  fix it; or on_bad_row: drop leaves out the bad rows\
 """)
     assert message(2000, 5000) == snapshot("""\
 a.jsonl:0: unknown role (one of 2,000 bad rows; 5,000 were read)
-  seen:    r0; also a.jsonl:1: unknown role (r1); a.jsonl:2: unknown role (r2); ...
+  seen:    r0; also a.jsonl:1; a.jsonl:2; ...
   allowed: user
   change:  fix it; or on_bad_row: drop leaves out the bad rows\
 """)

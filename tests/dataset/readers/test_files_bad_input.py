@@ -204,7 +204,7 @@ a.jsonl:1: an array, not an object
 """)),
     Bad(18, "an indented array", "a.jsonl", json.dumps(ROWS, indent=1), snapshot("""\
 a.jsonl:1: not valid JSON (one of 38 bad rows; 38 were read)
-  seen:    Expecting value, column 2: '['; also a.jsonl:2: not valid JSON (Expecting property name enclosed in double quotes, column 2:); a.jsonl:3: not valid JSON (Extra data, column 11: '"messages": ['); ...
+  seen:    Expecting value, column 2: '['; also a.jsonl:2; a.jsonl:3; ...
   allowed: one complete object on each line
   change:  if a.jsonl is one JSON array, rename it to .json\
 """)),

@@ -21,7 +21,7 @@ class BadRows:
             self._first.append(error)
 
     def error(self, num_read: int, *, is_end: bool = True) -> RowError:
-        """The error that refuses the data: the first bad row in full, the next two in short, and how many there are.
+        """The error that refuses the data: the first bad row in full, the places of the next two, and the count.
 
         Args:
             num_read: number of rows read, good ones too.
@@ -32,7 +32,8 @@ class BadRows:
         if others:
             at_least = "" if is_end else "at least "
             problem += f" (one of {at_least}{self.num_bad:,} bad rows; {num_read:,} were read)"
-            named = "; ".join(map(_in_short, others)) + ("; ..." if self.num_bad > len(self._first) else "")
+            named = "; ".join(_in_short(one, first) for one in others)
+            named += "; ..." if self.num_bad > len(self._first) else ""
             seen = f"also {named}" if seen is None else f"{seen}; also {named}"
         if self.num_bad < num_read:
             dropping = f"on_bad_row: drop leaves out {'the bad rows' if others else 'this row'}"
@@ -40,5 +41,8 @@ class BadRows:
         return RowError(problem, reason=first.reason, seen=seen, allowed=first.allowed, change=change)
 
 
-def _in_short(error: RowError) -> str:
+def _in_short(error: RowError, first: RowError) -> str:
+    """The row's place alone, if it is bad for the reason of the first one."""
+    if error.reason == first.reason:
+        return error.problem.partition(": ")[0]
     return error.problem if error.seen is None else f"{error.problem} ({str(error.seen)[:60]})"
