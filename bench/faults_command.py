@@ -6,6 +6,7 @@ Each is forked from one that has imported torch once, so that a run takes a seco
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -42,7 +43,6 @@ class Commands:
 
     folder: Path
     keys: dict[str, Any] = field(default_factory=dict)
-    look: Any = None
     usual_seconds: float = 0.0  # of a run that nothing disturbs, on this machine with what else runs on it
 
     def prepare(self) -> None:
@@ -93,24 +93,26 @@ class Commands:
         self.usual_seconds = ended.seconds
 
     def _remember_shapes(self) -> None:
-        """Has the model looked at once for all children but those that `stop_signals` stops: a second each."""
+        """Has model and CPU looked at once for all children but those that are stopped while they plan: 2 s each."""
         from solotune.planning import plan_inputs
+        from solotune.planning.model_shape import cpu_gflops, model_shape
 
-        self.look, known = plan_inputs.model_shape, {}
+        known: dict[Any, Any] = {}
 
         def remembered(config: Any, model_files: Any = None) -> Any:
             key = (config.base_precision, config.multiplies_in_fp8)
             if key not in known:
-                known[key] = self.look(config, model_files)
+                known[key] = model_shape(config, model_files)
             return known[key]
 
         plan_inputs.model_shape = remembered
+        plan_inputs.cpu_gflops = functools.cache(cpu_gflops)
 
     def look_again(self) -> None:
         """In a child: planning is what it is for users."""
-        from solotune.planning import plan_inputs
+        from solotune.planning import model_shape, plan_inputs
 
-        plan_inputs.model_shape = self.look
+        plan_inputs.model_shape, plan_inputs.cpu_gflops = model_shape.model_shape, model_shape.cpu_gflops
 
     @property
     def run(self) -> Path:

@@ -139,7 +139,7 @@ class Workload:
                 if not resume:
                     RunDirectory.refuse_occupied(config.output_dir)
                 recorded_day(
-                    config.resume_from_checkpoint, continued(config.output_dir, config.name) if resume else None
+                    config.resume_from_checkpoint, continued(config.output_dir) if resume else None
                 )  # read as the real one reads it
                 return ready
 

@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.faults_command import SIGNALS, Commands, Ended, stage_times
+from bench.faults_command import SIGNALS, STAGES, Commands, Ended, stage_times
 from bench.faults_run import Result
 from solotune.training import checkpoint
+
+PLANNING = 1 + STAGES.index("planning")  # before the first stage is one of its own
 
 
 def stop_signals(work: Commands, count: int, seed: int) -> Result:
@@ -25,7 +27,7 @@ def stop_signals(work: Commands, count: int, seed: int) -> Result:
     bad, late, saved, stages = [], [], [], dict[str, int]()
     for _ in range(count):
         number, stage = rng.choice(list(SIGNALS)), rng.randrange(len(begins) - 1)
-        child = work.start(["train", str(work.config)], work.look_again)
+        child = work.start(["train", str(work.config)], work.look_again if stage == PLANNING else None)
         child.await_stage(stage)
         time.sleep(rng.uniform(0.0, begins[stage + 1] - begins[stage]))
         sent = time.time()

@@ -168,22 +168,23 @@ def make_weights_here() -> None:
     import torch
 
     from solotune.model import loading
+    from solotune.model.weights import TensorMatch
 
     shapes: dict[str, torch.Size] = {}
 
-    def match(module: Any, files: Any) -> dict[str, str]:
+    def match(module: Any, files: Any) -> TensorMatch:
         shapes.clear()
         tied = set(module.all_tied_weights_keys)
         shapes.update({k: t.shape for k, t in module.state_dict(keep_vars=True).items() if k not in tied})
-        return {name: name for name in shapes}
+        return TensorMatch({name: name for name in shapes})
 
-    def read(files: Any, names: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    def read(files: Any, match: Any, dtype: Any) -> Iterator[tuple[str, torch.Tensor]]:
         for name, shape in shapes.items():
             make = torch.ones if len(shape) == 1 else torch.randn
             tensor = make(shape, device="cuda", dtype=torch.bfloat16)
             yield name, tensor if len(shape) == 1 else tensor.mul_(0.02)
 
-    loading.weight_files = lambda folder: []
+    loading.weight_files, loading.unread_files = (lambda folder: []), (lambda folder, files: [])
     loading.match_names, loading.read_tensors = match, read
 
 

@@ -13,7 +13,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # this process's own: neither the user's nor that of the worker beside it
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="solotune-test-cache-")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,9 @@ from tiny import FAMILIES, chat_rows, save_tokenizer
 
 from solotune.config.load import load_config
 from solotune.config.run_config import RunConfig
+from solotune.hub.model_files import ModelFiles, resolve_model
+from solotune.planning import plan_inputs
+from solotune.planning.layer_profile import ModelShape
 from tests import messages
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
@@ -32,6 +36,36 @@ torch.set_num_threads(1)  # for models this small a second thread costs more tha
 @pytest.fixture(scope="session", autouse=True)
 def _temporary_folders_have_one_name(tmp_path_factory: pytest.TempPathFactory) -> None:
     messages.temporary = str(tmp_path_factory.getbasetemp())
+
+
+READ_BY_SHAPES = (
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora"),
+    *("attn_implementation", "max_length", "multiplies_in_fp8", "bf16", "torch_compile"),
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plans_look_once_at_a_model() -> Iterator[None]:
+    """The shape of a model and the speed of this machine are worked out once in a process, not in each of its runs.
+
+    Both are four fifths of the time of a tiny run. A shape follows from config.json and the config alone; tests of
+    either call `model_shape` and `cpu_gflops` where they are defined, and get no shape that is kept.
+    """
+    kept: dict[object, ModelShape] = {}
+    look = plan_inputs.model_shape
+
+    def model_shape(config: RunConfig, model_files: ModelFiles | None = None) -> ModelShape:
+        files = model_files or resolve_model(config)
+        read = [getattr(config, name) for name in READ_BY_SHAPES]
+        key = repr([sorted(files.config.items()), *read])
+        if key not in kept:
+            kept[key] = look(config, files)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_inputs, "model_shape", model_shape)
+        patch.setattr(plan_inputs, "cpu_gflops", cache(plan_inputs.cpu_gflops))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -119,7 +153,28 @@ def chat_config(chat_model, tmp_path, monkeypatch):
     }
 
 
+LONG = (
+    "planning/test_model_shape.py",
+    "api/test_train.py",
+    "faults/test_running_campaign.py",
+    "faults/test_doors_hostile.py",
+    "faults/test_running_before.py",
+    "dataset/readers/test_source_hub.py",
+    "diagnosis/probes/test_probes_model.py",
+    "faults/test_saving.py",
+    "faults/test_mutants.py",
+    "hardware/test_gpu_errors.py",
+    "training/test_preflight.py",
+    "cli/test_commands.py",
+)
+"""Files that take long: they go first, so that none begins when the other process has nothing left to do."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    order = {here / name: place for place, name in enumerate(LONG)}
+    assert all(path.is_file() for path in order), "a file of LONG is gone"
+    items.sort(key=lambda item: order.get(item.path, len(LONG)))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

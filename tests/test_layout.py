@@ -25,7 +25,7 @@ TABLES = {"config/run_config.py", "diagnosis/catalogue.py"}  # files that may be
 REASON = re.compile(r"\blong because\b")
 
 TESTED_IN = {
-    "api/test_train.py": ["api.data", "api.evaluate", "config.settings", "training.trained_run"],
+    "api/test_train.py": ["api.data", "api.evaluate", "config.settings"],
     "cli/test_commands.py": ["__init__", "api.plan", "cli.main", "cli.output"],
     "config/test_run_config.py": ["config.describe", "config.key_aliases", "config.load", "config.write", "errors"],
     "api/test_init.py": ["config.yaml_reader"],
@@ -35,6 +35,7 @@ TESTED_IN = {
     "faults/test_doors_model.py": ["hub.hf_config", "hub.safe_files", "hub.safetensors_header", "model.weights"],
     "faults/test_doors_output.py": ["run.output_dir"],
     "faults/test_running_before.py": ["api.setup", "training.disk_space"],
+    "dataset/chat/test_messages_weights.py": ["dataset.chat.weights"],
     "dataset/readers/test_files.py": ["dataset.readers.json_records", "dataset.readers.row", "dataset.readers.tables"],
     "dataset/test_prepare_choices.py": ["dataset.readers.column_mapping", "dataset.render"],
     "dataset/test_prepare.py": ["dataset.data_report"],
@@ -44,7 +45,7 @@ TESTED_IN = {
     "training/test_loop_packing.py": ["dataset.sampler"],
     "training/test_resume.py": ["model.base_fingerprint", "training.checkpoint"],
     "display/test_progress.py": ["cli.results"],
-    "evaluation/test_scores.py": ["evaluation.compare", "evaluation.generation"],
+    "evaluation/test_scores.py": ["evaluation.generation"],
     "display/test_observer.py": ["run.run_log"],
     "model/test_loading.py": ["model.empty_model", "model.lm_head"],
     "planning/test_model_shape.py": [

@@ -141,7 +141,13 @@ def run_facts_of(run: Run, folder: Path) -> RunFacts:
 def read(run: Run, folder: Path) -> RunFacts:
     """The subject of a folder that `train` has filled, with what its owner hands over."""
     config, rows = folder / "sft.yaml" if run.told else None, str(folder / "chats.jsonl") if run.gives_rows else None
-    return detect.run_facts_of(folder / "output" / run.looks_at, config=config, dataset=rows)
+    return detect.run_facts_of(folder / "output" / run.looks_at, config=config, dataset=rows, base=_base(folder))
+
+
+def _base(folder: Path) -> str | None:
+    """The base that the newest adapter names: its owner knows that it is the right one to give."""
+    found = sorted((folder / "output").rglob("adapter_config.json"), key=lambda path: len(path.parts))
+    return json.loads(found[0].read_text())["base_model_name_or_path"] if found else None
 
 
 def train(run: Run, folder: Path) -> None:

@@ -58,6 +58,7 @@ def test_a_files_name_writes_no_keys(tmp_path: Path) -> None:
 @given(texts)
 @example("\x85")  # in single quotes a blank
 @example("?a")  # in a list a key
+@example(": 0")  # a key too
 def test_every_value_is_read_back(text: str) -> None:
     written = f"a: {yaml_value(text)}\nb: {yaml_value([text, text])}  # a note\n"
     assert plain(parse(written, "here")) == {"a": text, "b": [text, text]}

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from datetime import date
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tiny import CHATML, chat_rows, metrics_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import solotune
+from solotune import cli
 from solotune.config.load import load_config
 from solotune.display.progress import SilentDisplay
 from solotune.errors import DirectoryInUseError, InputError, IntegrityError
@@ -24,6 +26,24 @@ from solotune.run.run_dir import RunDirectory
 @pytest.fixture
 def config(chat_config):
     return chat_config
+
+
+def test_train_and_data_name_the_keys_that_nothing_reads(config, tmp_path):
+    rows = chat_rows(60)
+    for row in rows:
+        row["messages"][-1]["lang"] = "en"
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({**row, "topic": "t"}) + "\n" for row in rows))
+    notes: list[str] = []
+
+    class Notes(SilentDisplay):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    solotune.train(config, display=Notes())
+    line = "lang in 60 of 60 assistant messages, topic in 60 of 60 rows"
+    assert [note for note in notes if note.startswith("not used")] == [f"not used: {line}"]
+    assert solotune.data(config).report.unused_in_words() == line
+    assert json.loads((tmp_path / "run/data.json").read_text())["unused_keys"] == {"lang": 60, "topic": 60}
 
 
 def test_a_run_leaves_every_file_of_the_design(config, tmp_path):
@@ -234,7 +254,7 @@ def test_data_with_packing_says_what_it_makes_of_the_rows(config):
     assert "packing" not in solotune.data(config).to_json()
 
 
-def test_a_template_without_an_end_of_turn_is_a_finding_and_exit_3(config, tmp_path):
+def test_a_template_without_an_end_of_turn_is_a_finding_and_exit_3(config, tmp_path, command):
     """The model would never learn to stop, and no loss curve shows it."""
     (tmp_path / "endless.jinja").write_text(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}"
@@ -292,13 +312,20 @@ def test_init_writes_a_config_that_loads_and_names_every_key(config, tmp_path):
 # --- bad input, by the command line, as a user meets it
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "solotune", *arguments],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
+@pytest.fixture
+def command(capfd):
+    """command(*arguments) -> exit code, stdout and stderr of the command line, in this process, which has imported torch.
+
+    What the process itself adds is tested by `test_json_is_one_object_on_stdout` and in tests/cli.
+    """
+
+    def run(*arguments):
+        capfd.readouterr()
+        code = cli.main(arguments)
+        out, err = capfd.readouterr()
+        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
+
+    return run
 
 
 def as_arguments(config):
@@ -335,7 +362,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_exit_2_with_one_clear_message_and_no_run(case, config, tmp_path, chat_model):
+def test_bad_input_is_exit_2_with_one_clear_message_and_no_run(case, config, tmp_path, chat_model, command):
     changes, content, words = BAD[case]
     keys = {**config, **changes}
     if removed := keys.pop("model", None):
@@ -353,7 +380,10 @@ def test_bad_input_is_exit_2_with_one_clear_message_and_no_run(case, config, tmp
 
 def test_json_is_one_object_on_stdout(config, tmp_path):
     (tmp_path / "run.yaml").write_text("model_name_or_path: x\ndataset: y\n")
-    done = command("train", "run.yaml", *as_arguments({**config, "max_steps": 2}), "--json")
+    arguments = ["train", "run.yaml", *as_arguments({**config, "max_steps": 2}), "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "solotune", *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == 0, done.stderr
     assert "Trainable parameters: " in done.stderr
     result = json.loads(done.stdout)

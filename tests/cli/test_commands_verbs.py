@@ -73,6 +73,7 @@ def test_data_shows_as_many_rows_as_asked(verbs):
 
 class Session:
     model_name = "m + a"
+    prompt_format = "chat"
 
     def __init__(self) -> None:
         self.history: list[str] = []
@@ -114,7 +115,22 @@ def test_chat_answers_each_line_of_a_pipe_base_first(capsys):
 def test_chat_with_one_prompt_as_json(capsys):
     assert cli.main(["chat", "runs/a", "--prompt", "hi", "--json"]) == 0
     turns = [{"prompt": "hi", "tuned": "tuned hears 'hi' after 0"}]
-    assert json.loads(capsys.readouterr().out) == {"model": "m + a", "turns": turns}
+    assert json.loads(capsys.readouterr().out) == {"model": "m + a", "prompt_format": "chat", "turns": turns}
+
+
+def test_chat_with_a_model_trained_on_plain_text(verbs, monkeypatch, capsys):
+    import io
+
+    session = Session()
+    session.prompt_format = "text"
+    verbs.chat = lambda run: session
+    monkeypatch.setattr(sys, "stdin", io.StringIO("word: fig\\ncode:\n"))
+    assert cli.main(["chat", "runs/a", "--json"]) == 0
+    out, shown = capsys.readouterr()
+    assert [turn["prompt"] for turn in json.loads(out)["turns"]] == ["word: fig\ncode:"]  # a line break
+    assert "Trained on plain text" in shown
+    assert cli.main(["chat", "runs/a", "--json", "--prompt", r"word: fig\ncode:"]) == 0
+    assert [turn["prompt"] for turn in json.loads(capsys.readouterr().out)["turns"]] == [r"word: fig\ncode:"]
 
 
 # --- the real verbs, as far as they need no model

@@ -131,19 +131,19 @@ def test_numbers_are_yaml_1_2(written):
         (
             "column_mapping: {question: promt}",
             snapshot(
-                "run.yaml line 3, column_mapping: {'question': 'promt'} (dict) is not allowed; allowed: `your column: name`, each name at most once (`ignore`: any number of times); names: messages, conversations, instruction, input, output, prompt, completion, text, system, tools, id, conversation_id, parent_id, weight, ignore"
+                "run.yaml line 3, column_mapping: {'question': 'promt'} (dict) is not allowed; allowed: `your column: name`, each name at most once (`ignore`: any number of times); names: messages, conversations, instruction, input, output, prompt, completion, text, system, tools, history, reasoning_content, id, conversation_id, parent_id, weight, train, ignore"
             ),
         ),
         (
             "column_mapping: {a: prompt, b: prompt}",
             snapshot(
-                "run.yaml line 3, column_mapping: {'a': 'prompt', 'b': 'prompt'} (dict) is not allowed; allowed: `your column: name`, each name at most once (`ignore`: any number of times); names: messages, conversations, instruction, input, output, prompt, completion, text, system, tools, id, conversation_id, parent_id, weight, ignore"
+                "run.yaml line 3, column_mapping: {'a': 'prompt', 'b': 'prompt'} (dict) is not allowed; allowed: `your column: name`, each name at most once (`ignore`: any number of times); names: messages, conversations, instruction, input, output, prompt, completion, text, system, tools, history, reasoning_content, id, conversation_id, parent_id, weight, train, ignore"
             ),
         ),
         (
             "column_mapping: {a: 3}",
             snapshot(
-                "run.yaml line 3, column_mapping: {'a': 3} (dict) is not allowed; allowed: `your column: name`, each name at most once (`ignore`: any number of times); names: messages, conversations, instruction, input, output, prompt, completion, text, system, tools, id, conversation_id, parent_id, weight, ignore"
+                "run.yaml line 3, column_mapping: {'a': 3} (dict) is not allowed; allowed: `your column: name`, each name at most once (`ignore`: any number of times); names: messages, conversations, instruction, input, output, prompt, completion, text, system, tools, history, reasoning_content, id, conversation_id, parent_id, weight, train, ignore"
             ),
         ),
         (
@@ -338,7 +338,7 @@ run.yaml: not UTF-8 text
             snapshot("""\
 run.yaml: too large for a config
   seen:    1,048,577 bytes
-  allowed: at most 1 MiB\
+  allowed: at most 256 KiB\
 """),
         ),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from datetime import date
@@ -12,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken, Tokenizer
 
-from solotune.dataset import Prepared, cache, prepare
+from solotune.dataset import Prepared, cache, load_tokenizer, prepare
 from solotune.dataset.render import Renderer
 from tests.dataset.conftest import Writer, chat, config_of, tiny_tokenizer
 
@@ -244,3 +246,151 @@ def test_a_changed_source_file_in_any_folder_of_a_package_changes_the_key(
         assert len({first, second, key()}) == 3
     finally:
         cache._code_version.cache_clear()
+
+
+# --- all that a template can see of a tokenizer, and all that its ids depend on
+
+SHOWS_ALL = (
+    "{{ bos_token }}{{ eos_token }}{{ unk_token }}{{ sep_token }}{{ pad_token }}{{ cls_token }}{{ mask_token }}"
+    "{{ image_token }}" + CHATML.chat_template
+)
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def key(tokenizer: Any) -> str | None:
+    return cache.key_of(config_of("unused.jsonl"), tokenizer, [], date(2031, 2, 3))
+
+
+def changed_backend(**parts: Any) -> Callable[[Any], Any]:
+    def change(tokenizer: Any) -> None:
+        state = {**json.loads(tokenizer.backend_tokenizer.to_str()), **parts}
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+
+    return change
+
+
+LSTRIPS = AddedToken("<|im_end|>", special=True, normalized=False, lstrip=True)
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    **{name: lambda t, name=name: setattr(t, name, "<|endoftext|>") for name in NAMED if name != "bos_token"},
+    "bos_token": lambda t: setattr(t, "bos_token", "<|im_start|>"),
+    "bos_token absent": lambda t: setattr(t, "bos_token", None),
+    "extra special tokens": lambda t: t.add_special_tokens({"extra_special_tokens": ["<|im_start|>"]}),
+    "a named token of the model's own": lambda t: t._set_model_specific_special_tokens({"image_token": "<|im_end|>"}),
+    "a special token": lambda t: t.add_tokens(["<new>"], special_tokens=True),
+    "a token": lambda t: t.add_tokens(["new"]),
+    "flags of a token": lambda t: t.add_tokens([LSTRIPS]),
+    "template": lambda t: setattr(t, "chat_template", t.chat_template + " "),
+    "named templates": lambda t: setattr(t, "chat_template", {"default": t.chat_template}),
+    "a second template": lambda t: setattr(t, "chat_template", {"default": t.chat_template, "tool_use": "x"}),
+    "normalizer": changed_backend(normalizer={"type": "Lowercase"}),
+    "pre-tokenizer": changed_backend(pre_tokenizer={"type": "WhitespaceSplit"}),
+    "post-processor": changed_backend(
+        post_processor={
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<|im_end|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<|im_end|>": {"id": "<|im_end|>", "ids": [1], "tokens": ["<|im_end|>"]}},
+        }
+    ),
+}
+OF_NO_CONCERN: dict[str, Callable[[Any], Any]] = {
+    "its place": lambda t: setattr(t, "name_or_path", "/elsewhere"),
+    "padding": lambda t: setattr(t, "padding_side", "left"),
+    "truncation": lambda t: setattr(t, "truncation_side", "left"),
+    "length": lambda t: setattr(t, "model_max_length", 12),
+    "nothing": lambda t: None,
+}
+
+
+@pytest.mark.parametrize("name", [*CHANGES, *OF_NO_CONCERN])
+def test_each_attribute_of_a_tokenizer_is_in_the_key(name: str) -> None:
+    import copy
+
+    tokenizer = copy.deepcopy(CHATML)
+    before = key(tokenizer)
+    ({**CHANGES, **OF_NO_CONCERN})[name](tokenizer)
+    assert (key(tokenizer) != before) == (name in CHANGES)
+
+
+def edited(name: str, **values: Any) -> Callable[[Path], Any]:
+    def change(folder: Path) -> None:
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **values}))
+
+    return change
+
+
+def written(name: str, content: str) -> Callable[[Path], Any]:
+    def change(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+
+    return change
+
+
+def without_names(folder: Path) -> None:
+    """The special tokens named in special_tokens_map.json alone, as older files have them."""
+    path = folder / "tokenizer_config.json"
+    held = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in held.items() if name not in NAMED}))
+    edited("special_tokens_map.json", eos_token="<|im_end|>", bos_token="<|im_start|>")(folder)
+
+
+FILES: dict[str, Callable[[Path], Any]] = {
+    **{
+        f"tokenizer_config.json, {name}": edited("tokenizer_config.json", **{name: "<|im_start|>"})
+        for name in (*NAMED, "image_token")
+    },
+    "tokenizer_config.json, extra": edited("tokenizer_config.json", extra_special_tokens={"image_token": "<|im_end|>"}),
+    "tokenizer_config.json, listed": edited("tokenizer_config.json", additional_special_tokens=["<|im_end|>", "<|x|>"]),
+    "special_tokens_map.json": edited("special_tokens_map.json", eos_token="<|im_start|>", unk_token="<|im_end|>"),
+    "special_tokens_map.json, another end": edited("special_tokens_map.json", eos_token="<|im_start|>"),
+    "added_tokens.json": edited("added_tokens.json", **{"<|new|>": 990}),
+    "chat_template.jinja": written("chat_template.jinja", SHOWS_ALL + "x"),
+    "chat_template.json": edited("chat_template.json", chat_template=SHOWS_ALL + "y"),
+    "additional_chat_templates": written("additional_chat_templates/tool_use.jinja", SHOWS_ALL + "t"),
+    "tokenizer.json": edited("tokenizer.json", normalizer={"type": "Lowercase"}),
+    "config.json": edited("config.json", eos_token_id=7),
+    "generation_config.json": edited("generation_config.json", eos_token_id=7),
+    "README.md": written("README.md", "words"),
+    "model_max_length": edited("tokenizer_config.json", model_max_length=77, padding_side="left"),
+}
+KEEP = {"config.json", "generation_config.json", "README.md", "model_max_length"}
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["as saved now", "as saved before"])
+@pytest.mark.parametrize("name", FILES)
+def test_each_file_of_a_tokenizer_is_in_the_key(
+    name: str, older: bool, write: Writer, made: list[int], tmp_path: Path
+) -> None:
+    """Whatever a file changes in a row is seen; what it cannot change keeps the rows."""
+    CHATML.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(SHOWS_ALL)
+    if older:
+        without_names(tmp_path / "model")
+    config = config_of(write("a.jsonl", *rows(2)), model_name_or_path=str(tmp_path / "model"), on_bad_row="drop")
+    before = prepare(config, load_tokenizer(config))
+    shutil.copytree(tmp_path / "model", tmp_path / "copy")
+    prepare(config, load_tokenizer(config.replaced("test", model_name_or_path=str(tmp_path / "copy"))))
+    assert len(made) == 1, "a copy elsewhere has the same rows"
+    FILES[name](tmp_path / "model")
+    found = prepare(config, load_tokenizer(config))
+    fresh = prepare(config, load_tokenizer(config), use_cache=False)
+    assert same(found, fresh), "stale"
+    is_seen = [one.input_ids.tolist() for one in fresh.train] != [one.input_ids.tolist() for one in before.train]
+    if is_seen or name in KEEP:
+        assert len(made) == (2 if name in KEEP else 3)
+    assert not (is_seen and name in KEEP)
+
+
+def test_each_library_that_reads_renders_or_tokenizes_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = cache.version, [key(CHATML)]
+    try:
+        for name in ("tokenizers", "transformers", "numpy", "jinja2", "markupsafe", "pyarrow", "datasets"):
+            monkeypatch.setattr(cache, "version", lambda asked, name=name: real(asked) + "+x" * (asked == name))
+            cache._code_version.cache_clear()
+            seen.append(key(CHATML))
+    finally:
+        cache._code_version.cache_clear()
+    assert len(set(seen)) == len(seen)

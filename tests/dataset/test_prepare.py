@@ -79,12 +79,18 @@ def test_report(write: Writer) -> None:
             "dropped": {"answer beyond max_length": 1, "empty answer": 1, "exact duplicate": 1},
             "truncated": 2,
             "answers_cut": 2,
+            "cut_as_text": 0,
             "split": 0,
             "added_by_split": 0,
             "parts_without_label": 0,
             "without_label": 1,
             "with_control_tokens_as_text": 0,
         },
+        "unused_keys": {},
+        "unused": [],
+        "prompt_format": "chat",
+        "text_formats": {},
+        "not_rendered": {},
         "tokens": {"total": total, "supervised": supervised, "supervised_share": round(supervised / total, 4)},
         "weights": {"rows": 0, "answers": 0, "sum": supervised},
         "labels": {
@@ -104,10 +110,13 @@ def test_report(write: Writer) -> None:
             "validation": len(result.validation),
             "groups": 22,
             "exact_duplicates": 1,
+            "copies_kept": 0,
             "near_duplicates": 0,
             "leaks": 0,
         },
         "sha256": {"train": result.report.train_sha256, "validation": result.report.validation_sha256},
+        "schema_nulls": {},
+        "beside_rows": {},
         "findings": [],
         "checked": False,
     }
@@ -226,8 +235,8 @@ def test_split_by(write: Writer) -> None:
     assert len({int(example.where.split(":")[1]) % 4 for example in result.validation}) == 1
     assert (len(result.validation), result.report.num_groups) == (5, 4)
     assert message_of(path, split_by="store", validation_size=5) == (
-        "a.jsonl:1: split_by: store is missing\n"
-        "  seen:    the keys messages, shop\n"
+        "a.jsonl:1: split_by: store is missing (one of 20 bad rows; 20 were read)\n"
+        "  seen:    the keys messages, shop; also a.jsonl:2; a.jsonl:3; ...\n"
         "  allowed: a key that every row has, with a text or a number"
     )
 

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from inline_snapshot import snapshot
 
-from solotune.dataset import Example, Prepared, prepare
+from solotune.dataset import Example, Prepared, prepare, render
 from solotune.errors import InputError
 from tests.dataset.conftest import Writer, chat, config_of, tiny_tokenizer
+from tests.messages import stable
 
 CHATML = tiny_tokenizer("chatml")
 LONG = "word " * 50
@@ -111,7 +113,7 @@ def test_splitting_loses_no_label_and_makes_none(tmp_path: Path, sizes: list[tup
 
 BAD = [
     ({"messages": []}, "messages is empty"),
-    ({"messages": "[]"}, "messages is a text, not a list"),
+    ({"messages": "nothing"}, "messages is a text, not a list"),
     ({"messages": [{"role": "user", "content": "q"}]}, "no assistant message"),
     ({"messages": [*chat("a", "b"), {"role": "wizard", "content": "c"}]}, "unknown role"),
     ({"messages": [{"role": "user", "content": 42}]}, "content is not text"),
@@ -139,25 +141,57 @@ def test_raw_sharegpt_with_empty_conversations(write: Writer) -> None:
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     rows = [{"id": f"x{n}", "conversations": turns if n % 3 else []} for n in range(9)]
     path = write("a.jsonl", *rows)
-    assert message_of(path) == ("a.jsonl:1: conversations is empty\n  allowed: at least one assistant message")
+    assert message_of(path) == (
+        "a.jsonl:1: conversations is empty (one of 3 bad rows; 9 were read)\n"
+        "  seen:    also a.jsonl:4; a.jsonl:7\n"
+        "  allowed: at least one assistant message\n"
+        "  change:  on_bad_row: drop leaves out the bad rows"
+    )
     result = prepared(path, on_bad_row="drop")
     assert result.report.format == "sharegpt"
     assert rows_of(result)["dropped"] == {"conversations is empty": 3, "exact duplicate": 5}
 
 
-def test_rows_that_the_template_refuses_are_dropped_alone(write: Writer) -> None:
+def test_rows_that_the_template_refuses(write: Writer) -> None:
     mistral = tiny_tokenizer("mistral")
-    wrong = [{"role": "user", "content": "a"}, *chat("b", "c")]
-    path = write("a.jsonl", {"messages": chat("a", "b")}, {"messages": wrong}, {"messages": chat("c", "d")})
+    wrong = [[{"role": "user", "content": text}, *chat("b", "c")] for text in "xyz"]
+    good = [chat("a", "b"), chat("c", "d"), chat("e", "f"), chat("g", "h")]
+    path = write("a.jsonl", *({"messages": one} for one in (good[0], *wrong, *good[1:])))
     result = prepare(config_of(path, on_bad_row="drop"), mistral)
-    assert [one.where for one in result.train] == ["a.jsonl:1", "a.jsonl:3"]
-    assert rows_of(result)["dropped"] == {"refused by the chat template": 1}
+    assert [one.where for one in result.train] == ["a.jsonl:1", "a.jsonl:5", "a.jsonl:6", "a.jsonl:7"]
+    assert rows_of(result)["dropped"] == {"refused by the chat template": 3}
+    with pytest.raises(InputError) as caught:
+        prepare(config_of(path, validation_size=2), mistral)
+    assert "(one of 3 bad rows; 7 were read)" in str(caught.value)
+    assert "on_bad_row: drop leaves out the bad rows" in str(caught.value)
+
+
+def test_the_data_are_refused_early_if_the_template_refuses_very_many_rows(
+    write: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(render, "MOST_COUNTED", 2)
+    monkeypatch.setattr(render, "_BATCH_ROWS", 2)
+    wrong = [[{"role": "user", "content": text}, *chat("b", "c")] for text in "uvwxyz"]
+    path = write("a.jsonl", *({"messages": one} for one in wrong))
+    with pytest.raises(InputError, match=r"one of at least 2 bad rows; 2 were read"):
+        prepare(config_of(path), tiny_tokenizer("mistral"))
 
 
 def test_a_damaged_file_is_an_error_whatever_the_rows_may_be(write: Writer) -> None:
     assert message_of(write("a.jsonl", '{"text": "a"}\n{"text": '), on_bad_row="drop").startswith(
         "a.jsonl:2: not valid"
     )
+    broken = '{"text": "a"}\n{"text": \n{"text": "b"}\n42\n{"text": "c"}\n\xff\n'
+    path = write("b.jsonl", broken)
+    result = prepared(path, on_bad_row="drop")
+    assert rows_of(result) == {**rows_of(result), "read": 6, "kept": 3}
+    assert rows_of(result)["dropped"] == {"a row is not an object": 1, "not valid JSON": 2}
+    assert stable(message_of(path)) == snapshot("""\
+b.jsonl:2: not valid JSON (one of 3 bad rows; 6 were read)
+  seen:    Expecting value, column 9: '{"text":'; also b.jsonl:4: not an object (42); b.jsonl:6
+  allowed: one complete object on each line
+  change:  on_bad_row: drop leaves out the bad rows\
+""")
 
 
 def test_nothing_but_bad_rows(write: Writer) -> None:

@@ -55,6 +55,32 @@ def test_findings_of_rows_out_of_the_cache_are_not_asked_again(
     assert (checked(path, model_name_or_path=str(model)) != [], len(asked)) == (True, 4)
 
 
+def test_the_models_own_template_is_read_by_rules_where_a_file_replaces_it(
+    write: Writer, tmp_path: Path, asked: list[int]
+) -> None:
+    """F12 compares the two; the rows depend on the file alone."""
+    CHATML.save_pretrained(tmp_path / "model")
+    (tmp_path / "own.jinja").write_text(CHATML.chat_template)
+    keys = {"model_name_or_path": str(tmp_path / "model"), "chat_template_path": str(tmp_path / "own.jinja")}
+    path, own = write("a.jsonl", *CONSTANT), tmp_path / "model" / "chat_template.jinja"
+    for number, (file, content) in enumerate(
+        [
+            (own, CHATML.chat_template),
+            (own, CHATML.chat_template + " "),
+            (tmp_path / "model/additional_chat_templates/tool_use.jinja", "x"),
+            (tmp_path / "model/special_tokens_map.json", '{"unk_token": "<|im_end|>"}'),
+        ],
+        1,
+    ):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(content)
+        checked(path, **keys)
+        assert checked(path, **keys) is not None and len(asked) == number
+    (tmp_path / "model" / "README.md").write_text("words")
+    checked(path, **keys)
+    assert len(asked) == number
+
+
 def test_a_changed_rule_is_asked_anew_of_the_same_rows(
     write: Writer,
     kept: Path,

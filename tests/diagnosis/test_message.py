@@ -181,7 +181,7 @@ def test_a_fault_is_exit_3_and_json_has_the_designs_shape(stub, capsys):
 def test_options_reach_the_verb(stub):
     seen = {}
 
-    def diagnose(target, deep, budget, dataset, config, overrides, display):
+    def diagnose(target, deep, budget, dataset, config, overrides, display, base):
         seen.update(target=target, deep=deep, budget=budget, dataset=dataset, config=config, overrides=overrides)
         return SimpleNamespace(to_json=dict, is_fault=False)
 

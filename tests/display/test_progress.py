@@ -311,6 +311,7 @@ FOUND = snapshot("""\
 format    messages
 rows      1,200 read, 1,195 kept
 dropped   2 exact duplicate, 3 no assistant turn
+copies    2 exact copies of rows removed; if they are meant, set dataset_exact_deduplication: false, or give the row a higher weight
 too long  7 truncated to max_length; 6 of them lose tokens to train on
 tokens    1,000, of which 250 (25.0%) are trained on
 split     1,135 training rows, 60 held out; 900 groups, 1 near-duplicate, 0 leaks
@@ -325,6 +326,14 @@ def test_data_without_colour_brackets_what_is_learned():
     head, rest = text.replace("─", "").replace("⟧ \n", "⟧\n").split("\n", 1)
     assert head == HEAD
     assert rest.removeprefix(ROW) == FOUND
+
+
+def test_keys_that_nothing_reads_are_named():
+    unused = [{"key": HOSTILE, "in": "rows", "count": 24, "of": 1200}]
+    text = piped(lambda console: results.print_data(preview(unused=unused), console))
+    (line,) = [line for line in text.splitlines() if line.startswith("not used")]
+    assert line.endswith("in 24 of 1,200 rows")
+    assert "\x1b" not in line
 
 
 def test_tokens_with_their_ids_stand_in_cells():

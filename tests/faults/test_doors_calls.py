@@ -34,6 +34,14 @@ SEEN = [
     ("shutil.unpack_archive(path)", "call of shutil.unpack_archive"),
     ("runpy.run_path(path)", "call of runpy.run_path"),
     ("input()", "call of input"),
+    ("open(path)", "open opens a file past regular_files.py"),
+    ("path.open('rb')", "path.open opens a file"),
+    ("path.open()", "path.open opens a file"),
+    ("path.open(mode='r')", "path.open opens a file"),
+    ("(folder / 'x').read_text()", "read_text opens a file"),
+    ("path.read_bytes()[:10]", "read_bytes opens a file"),
+    ("os.open(path, os.O_RDONLY)", "os.open opens a file"),
+    ("gzip.open(path)", "gzip.open opens a file"),
     ("load_dataset(name, trust_remote_code=True)", "trust_remote_code other than a written False"),
     ("AutoTokenizer.from_pretrained(x)", "AutoTokenizer.from_pretrained without trust_remote_code=False written out"),
     ("AutoTokenizer.from_pretrained(x, **options)", "without trust_remote_code=False written out"),
@@ -42,6 +50,19 @@ SEEN = [
     ("AutoModelForCausalLM.from_config(c, trust_remote_code=False)", "without attn_implementation"),
     ("AutoModelForCausalLM.from_pretrained(x, trust_remote_code=False, attn_implementation='sdpa')",
      "without use_safetensors=True written out"),
+    ("import jinja2", "import of jinja2"),
+    ("from jinja2.sandbox import SandboxedEnvironment", "import of jinja2"),
+    *((source, "a chat template outside the sandbox") for source in (
+        "tokenizer.apply_chat_template(chat, tokenize=False)",
+        "render = tokenizer.apply_chat_template",
+        "getattr(tokenizer, 'apply_chat_template')(chat)",
+        "processor.tokenizer.encode_message_with_chat_template(message)",
+        "from transformers.utils.chat_template_utils import render_jinja_template",
+        "from transformers.utils import chat_template_utils as utils",
+        "import transformers.utils.chat_template_utils",
+        "transformers.pipeline('text-generation', model)",
+        "from transformers import TextGenerationPipeline",
+    )),
 ]  # fmt: skip
 
 
@@ -56,6 +77,8 @@ def test_each_is_seen_with_its_line(source: str, words: str) -> None:
 
 
 def test_what_is_allowed_is_not_reported() -> None:
-    for source in ("subprocess.run([x], shell=False)", "YAML(typ='rt')", "import json", "re.compile(x)", "model.eval()",
+    for source in ("RunDirectory.open(path)", "read_bytes(path, 10)", "open_regular(path)",
+                   "subprocess.run([x], shell=False)", "YAML(typ='rt')", "import json", "re.compile(x)", "model.eval()",
+                   "render_chat(tokenizer, chat)", "tokenizer.get_chat_template()", "x = 'as apply_chat_template does'",
                    "AutoTokenizer.from_pretrained(x, trust_remote_code=False)"):  # fmt: skip
         assert not list(LINT["problems"](source, "some.py")), source

@@ -96,7 +96,7 @@ def typo(key: str) -> str:
 
 TEXTS = [
     (55, "unknown key", "lerning_rate: 1e-4", snapshot('run.yaml line 3, lerning_rate: unknown key; did you mean learning_rate? (Peak learning rate.)')),
-    (56, "key in a section", "training:\n  learning_rate: 1e-4", snapshot('run.yaml line 3, training: unknown key')),
+    (56, "key in a section", "training:\n  learning_rate: 1e-4", snapshot('run.yaml line 3, training: unknown key; a config has no sections; write the keys in it without indentation')),
     (57, "key twice", "seed: 1\nseed: 2", snapshot("""\
 run.yaml line 4: not valid YAML
   seen:    found duplicate key "seed" with value "2" (original value: "1")

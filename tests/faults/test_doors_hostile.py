@@ -157,10 +157,10 @@ JUNK = '{"event": "step", "step": 1, "total_steps": 2, "peak_bytes": 1, "loss": 
 TREES: dict[str, tuple[Change, list[str], tuple[int, ...]]] = {
     # --- models
     "auto_map": (model(both(config(auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}),
-                            python("evil.py"))), TRAIN, (2,)),
+                            python("evil.py"))), TRAIN, (0,)),
     "auto_map of an unknown type": (model(both(config(auto_map={"AutoConfig": "evil.Evil"}, model_type="evil"),
                                                python("evil.py"))), PLAN, (2,)),
-    "auto_map elsewhere": (model(config(auto_map={"AutoConfig": "org/evil--evil.Evil"})), DATA, (2,)),
+    "auto_map elsewhere": (model(config(auto_map={"AutoConfig": "org/evil--evil.Evil"})), DATA, (0,)),
     "trust_remote_code": (model(both(config(trust_remote_code=True), python("modeling_llama.py"))), TRAIN, (2,)),
     "attention kernel": (model(config(attn_implementation="org/kernel")), TRAIN, (2,)),
     "internal kernel": (model(config(_attn_implementation_internal="org/kernel")), TRAIN, (2,)),

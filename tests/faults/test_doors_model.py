@@ -261,20 +261,20 @@ model/model-00001-of-00002.safetensors: tensor model.layers.0.self_attn.q_proj.w
     (85, "GPTQ", config(quantization_config={"quant_method": "gptq"}), snapshot("""\
 model/config.json: the checkpoint is already quantised
   seen:    quantization_config: gptq
-  allowed: 16- or 32-bit weights, which solotune quantises itself
-  change:  use the original model, which is not quantised\
+  allowed: 16- or 32-bit weights, which solotune quantises itself (base_precision: nf4 is 4 bits)
+  change:  use the 16-bit model that it was made from (its model card names it as base_model; often the same name without -4bit or -FP8)\
 """)),
     (85, "unknown method", config(quantization_config={"quant_method": "evil"}), snapshot("""\
 model/config.json: the checkpoint is already quantised
   seen:    quantization_config: evil
-  allowed: 16- or 32-bit weights, which solotune quantises itself
-  change:  use the original model, which is not quantised\
+  allowed: 16- or 32-bit weights, which solotune quantises itself (base_precision: nf4 is 4 bits)
+  change:  use the 16-bit model that it was made from (its model card names it as base_model; often the same name without -4bit or -FP8)\
 """)),
     (85, "no method", config(quantization_config="yes"), snapshot("""\
 model/config.json: the checkpoint is already quantised
   seen:    quantization_config: yes
-  allowed: 16- or 32-bit weights, which solotune quantises itself
-  change:  use the original model, which is not quantised\
+  allowed: 16- or 32-bit weights, which solotune quantises itself (base_precision: nf4 is 4 bits)
+  change:  use the 16-bit model that it was made from (its model card names it as base_model; often the same name without -4bit or -FP8)\
 """)),
     (86, "a pickle alone", pickle_alone, snapshot("""\
 model: no weights in safetensors

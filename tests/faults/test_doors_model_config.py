@@ -14,13 +14,13 @@ from tests.faults.damaged_models import AtDoor, Change, config, text_of, unlink
 from tests.messages import error_in
 
 DAMAGED: list[tuple[int, str, Change, str]] = [
-    (88, "auto_map", config(auto_map={"AutoModelForCausalLM": "evil.Evil"}), snapshot("""\
+    (88, "auto_map", config(auto_map={"AutoModelForCausalLM": "evil.Evil"}, model_type="evil"), snapshot("""\
 model/config.json: auto_map can make a loader run code from the model folder or from elsewhere
   seen:    auto_map: {'AutoModelForCausalLM': 'evil.Evil'}
   allowed: architectures of the installed transformers
   change:  remove auto_map if the model has such an architecture; otherwise use another model\
 """)),
-    (88, "auto_map elsewhere", config(auto_map={"AutoConfig": "org/evil--e.E"}), snapshot("""\
+    (88, "auto_map elsewhere", config(auto_map={"AutoConfig": "org/evil--e.E"}, model_type="evil"), snapshot("""\
 model/config.json: auto_map can make a loader run code from the model folder or from elsewhere
   seen:    auto_map: {'AutoConfig': 'org/evil--e.E'}
   allowed: architectures of the installed transformers
@@ -221,7 +221,7 @@ model/config.json: attn_implementation can make a loader run code from the model
 """),
         ),
         (
-            {"auto_map": {}},
+            {"auto_map": {}, "model_type": "evil"},
             snapshot("""\
 model/config.json: auto_map can make a loader run code from the model folder or from elsewhere
   seen:    auto_map: {}

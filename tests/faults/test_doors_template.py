@@ -16,8 +16,11 @@ from typing import Any
 import pytest
 from inline_snapshot import snapshot
 
+import solotune
 from solotune.dataset.chat import template_sandbox as sandbox_module
+from solotune.dataset.chat.template import render_chat
 from solotune.dataset.chat.template_sandbox import Sandbox, TemplateLimitError, TemplateRefusal, TemplateSyntax, sandbox
+from solotune.diagnosis.facts.rendered_chats import marked_ids
 from tests.dataset.conftest import (  # noqa: F401
     CHATML,
     FAMILIES,
@@ -27,6 +30,7 @@ from tests.dataset.conftest import (  # noqa: F401
     model_folders,
     peak_kib,
     processor_seconds,
+    tiny_tokenizer,
 )
 
 LOOP = "{% for a in range(9999) %}{% for b in range(9999) %}{{ range(9999) | sum }}{% endfor %}{% endfor %}"
@@ -123,7 +127,7 @@ def test_what_is_refused(name: str, own: Sandbox, tmp_path: Path, monkeypatch: p
             snapshot("""\
 the model's chat template needs too much time or memory
   seen:    more than 512 MiB
-  allowed: 2 s of CPU time per row, 512 MiB, 8,388,608 characters
+  allowed: 2 s of CPU time per row, 512 MiB, 1,048,576 characters
   change:  set chat_template_path to another template, or use another model\
 """),
         ),
@@ -133,7 +137,7 @@ the model's chat template needs too much time or memory
             snapshot("""\
 chats.jsonl:4: the model's chat template needs too much time or memory
   seen:    more than 2 s of CPU time
-  allowed: 2 s of CPU time per row, 512 MiB, 8,388,608 characters
+  allowed: 2 s of CPU time per row, 512 MiB, 1,048,576 characters
   change:  set chat_template_path to another template, or use another model\
 """),
         ),
@@ -203,7 +207,6 @@ model/chat_template.jinja: too large
 
 def test_the_text_is_that_of_transformers() -> None:
     from solotune.dataset.chat.template import Template
-    from tests.dataset.conftest import tiny_tokenizer
 
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"a": [1, 2.5, None, True, "ü"]}}}]
     rows = [
@@ -248,3 +251,121 @@ def test_the_process_has_nothing_and_ends_with_its_parent(own: Sandbox, monkeypa
     assert child.stdin is not None
     child.stdin.close()  # as the end of the parent does
     assert child.wait() == 0
+
+
+# --- one door: rules, chat and evaluation render where rows do
+
+MARKED = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% generation %}{% endgeneration %}"
+)
+
+
+def test_the_marks_of_answers_are_those_of_transformers() -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer("chatml"))
+    inside = "{% macro answer(m) %}{% generation %}{{ m.content }}{% endgeneration %}{% endmacro %}" + MARKED.replace(
+        "{{ m.content }}<|im_end|>{% endgeneration %}", "{{ answer(m) }}{% endgeneration %}<|im_end|>"
+    )
+    for template in (MARKED, inside, CHATML):
+        tokenizer.chat_template = template
+        for row in (chat("Hi", "aé b", "c\n", " d"), chat("Hi"), chat("Hi", "")):
+            theirs: Any = tokenizer.apply_chat_template(row, return_dict=True, return_assistant_tokens_mask=True)
+            ids, mask = marked_ids(tokenizer, row)
+            assert (ids, [*map(int, mask)]) == (theirs["input_ids"], theirs["assistant_masks"])
+            assert render_chat(tokenizer, row) == tokenizer.apply_chat_template(row, tokenize=False)
+    assert sum(mask) == 0
+    other = render_chat(tokenizer, chat("Hi"), is_prompt=True, template="{{ messages[0].content }}{{ eos_token }}")
+    assert other == f"Hi{tokenizer.eos_token}"
+
+
+def test_what_a_door_cannot_render_is_a_refusal() -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer("chatml"))
+    deep: Any = "x"
+    for _ in range(5000):
+        deep = [deep]
+    for value in (deep, {1, object()}):
+        with pytest.raises(TemplateRefusal, match="cannot be given"):
+            render_chat(tokenizer, [{"role": "user", "content": value}])
+    tokenizer.chat_template = {"one": CHATML, "two": CHATML}
+    with pytest.raises(TemplateRefusal, match="no default"):
+        render_chat(tokenizer, chat("Hi"))
+
+
+def test_what_took_too_long_once_is_refused_at_once(own: Sandbox) -> None:
+    """Rules ask for the same chats after every evaluation."""
+    for ask in (own.render, own.render_marked):
+        with pytest.raises(TemplateLimitError) as first:
+            ask(LOOP, seen(chat("a", "b")))
+        child = own._child
+        with pytest.raises(TemplateLimitError) as again:
+            ask(LOOP, seen(chat("a", "b")))
+        assert str(again.value) == str(first.value)
+        assert own._child is child, "no process was started for it"
+    assert own.render("{% if messages[0].content == 'a' %}" + LOOP + "{% endif %}b", seen(chat("c", "d"))) == "b"
+
+
+def test_many_that_are_each_just_quick_enough_are_ended(own: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100,000 rows of 1.9 s are two days."""
+    monkeypatch.setattr(sandbox_module, "TOTAL_SECONDS", 0.3)
+    monkeypatch.setattr(sandbox_module, "MEAN_SECONDS", 0.001)
+    slow = "{% for a in range(20) %}{% set x = range(messages[0].content | int) | list | sum %}{% endfor %}"
+
+    def render_all(source: str, content: str) -> None:
+        for _ in range(1000):
+            own.render(source, seen(chat(content, "b")))
+
+    with pytest.raises(TemplateLimitError, match="s per row on average, over") as caught:
+        render_all(slow, "90000")
+    assert "0.2 s of CPU time per row" in str(caught.value)
+    monkeypatch.setattr(sandbox_module, "MEAN_SECONDS", 0.2)
+    render_all("{{ messages[0].content }}", "a")
+
+
+PROBES = ("quvwxq", "a", "b")  # what rules ask; "x" would be refused while the rows are rendered
+LOOPS_ON_PROBES = "{% if messages[0].content in " + str(PROBES) + " %}" + LOOP + "{% endif %}" + MARKED
+GROWS_ON_PROBES = LOOPS_ON_PROBES.replace(LOOP, "{{ ([messages[0].content * 1000000] * 100000) | join }}")
+
+
+@pytest.mark.parametrize("template", [LOOPS_ON_PROBES, GROWS_ON_PROBES], ids=["time", "memory"])
+def test_a_template_that_waits_for_the_rules_own_chats_stops_nothing(
+    template: str, quick: None, chat_config: dict[str, Any], compiled_here: list[str]
+) -> None:
+    """It loops, or takes 100 GB, on what rules render, and on no row: the run ends, and so does its diagnosis."""
+    Path("waits.jinja").write_text(template)
+    started, before = processor_seconds(), peak_kib(reset=True) or peak_kib()
+    config = {**chat_config, "chat_template_path": "waits.jinja", "max_steps": 2, "num_samples": 1}
+    solotune.train(config)
+    found = solotune.diagnose("run", budget=0).to_json()
+    assert processor_seconds() - started < 60 and peak_kib() - before < 1 << 20
+    assert "TemplateLimitError" in json.dumps(found), "the rules that could not be asked say why"
+    assert not compiled_here
+
+
+@pytest.fixture
+def compiled_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Sources of Jinja that are compiled in this process."""
+    import jinja2
+
+    found: list[str] = []
+    compiled = jinja2.Environment.compile
+
+    def noted(self: Any, source: Any, *args: Any, **options: Any) -> Any:
+        found.append(str(source))
+        return compiled(self, source, *args, **options)
+
+    monkeypatch.setattr(jinja2.Environment, "compile", noted)
+    return found
+
+
+def test_no_template_runs_in_this_process(chat_config: dict[str, Any], compiled_here: list[str]) -> None:
+    Path("marked.jinja").write_text(MARKED + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    config = {**chat_config, "chat_template_path": "marked.jinja", "max_steps": 2, "num_samples": 1}
+    solotune.data(config)
+    solotune.train(config)
+    solotune.evaluate("run")
+    solotune.chat("run").reply("twice 3")
+    solotune.diagnose("run", budget=0)
+    assert compiled_here == []
+    tiny_tokenizer("chatml").apply_chat_template(chat("a"), chat_template=f"{{# {config['output_dir']} #}}x")
+    assert len(compiled_here) == 1, "it would have been seen"

@@ -140,7 +140,7 @@ def test_a_file_that_cannot_be_read_is_empty_or_refused(content: str | None, tmp
 
 
 def test_a_config_that_leads_to_code_is_refused_and_still_readable_as_it_is_written(tmp_path: Path) -> None:
-    written = {"model_type": "llama", "auto_map": {"AutoConfig": "evil.Evil"}}
+    written = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}
     (tmp_path / "config.json").write_text(json.dumps(written))
     found = ModelFiles("m", "main", tmp_path, True)
     assert found.json_or_empty("config.json") == written

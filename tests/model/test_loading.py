@@ -237,8 +237,8 @@ REFUSED = {
         snapshot("""\
 <tmp>/model/config.json: the checkpoint is already quantised
   seen:    quantization_config: gptq
-  allowed: 16- or 32-bit weights, which solotune quantises itself
-  change:  use the original model, which is not quantised\
+  allowed: 16- or 32-bit weights, which solotune quantises itself (base_precision: nf4 is 4 bits)
+  change:  use the 16-bit model that it was made from (its model card names it as base_model; often the same name without -4bit or -FP8)\
 """),
     ),
 }

@@ -12,7 +12,7 @@ from solotune.dataset.collate import collate
 from solotune.model.frozen_linear import FrozenLinear, stored_bytes
 from solotune.model.loading import load_model
 from solotune.planning.curve_fit import growth_through
-from solotune.planning.layer_profile import Polynomial
+from solotune.planning.layer_profile import ModelShape, Polynomial
 from solotune.planning.model_shape import estimated, model_shape
 from solotune.planning.profile_eager import metered
 
@@ -57,6 +57,24 @@ def kept_by_autograd(model, layer, rows: int, tokens: int) -> int:
     return sum(size for key, size in found.items() if key not in own)
 
 
+@pytest.fixture(scope="module")
+def known() -> dict[tuple[str, bool], ModelShape]:
+    return {}
+
+
+@pytest.fixture
+def shape_of(known, tiny_config):
+    """shape_of(family, is_compiled) -> its shape with dropout 0.1, looked at once for all tests of this file."""
+
+    def shape(family: str, is_compiled: bool = False) -> ModelShape:
+        if (family, is_compiled) not in known:
+            config = tiny_config(family, lora_dropout=0.1, torch_compile=is_compiled)
+            known[family, is_compiled] = model_shape(config)
+        return known[family, is_compiled]
+
+    return shape
+
+
 def test_what_cannot_be_traced_leaves_no_traceback_on_the_screen(tiny_config):
     heard, handler = [], logging.Handler()
     handler.emit = heard.append
@@ -86,19 +104,17 @@ def test_every_family_has_a_shape_with_the_parameters_that_it_has(family, tiny_c
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ESTIMATED])
-def test_what_a_layer_keeps_is_what_autograd_keeps(family, tiny_config):
-    config = tiny_config(family, lora_dropout=0.1)
-    shape = model_shape(config)
-    model = load_model(config, CPU, torch.float32)
+def test_what_a_layer_keeps_is_what_autograd_keeps(family, tiny_config, shape_of):
+    shape = shape_of(family)
+    model = load_model(tiny_config(family, lora_dropout=0.1), CPU, torch.float32)
     model.module.train()
     real = kept_by_autograd(model, model.layers[0], rows=2, tokens=96)
     assert shape.layers[0].kept.at(2, 96) == pytest.approx(real, rel=0.02)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2", "neox", "phi", "cohere", "granite", "opt"])
-def test_compiled_layers_of_many_families_can_be_looked_at_and_keep_less(family, tiny_config):
-    eager = model_shape(tiny_config(family, lora_dropout=0.1)).layers[0]
-    compiled = model_shape(tiny_config(family, lora_dropout=0.1, torch_compile=True)).layers[0]
+def test_compiled_layers_of_many_families_can_be_looked_at_and_keep_less(family, shape_of):
+    eager, compiled = shape_of(family).layers[0], shape_of(family, is_compiled=True).layers[0]
     assert compiled.how == "compiled"
     assert 0.2 < compiled.kept.per_token / eager.kept.per_token < 0.9
     assert compiled.output == eager.output
@@ -108,9 +124,9 @@ def test_compiled_layers_of_many_families_can_be_looked_at_and_keep_less(family,
         assert work[0] == pytest.approx(work[1], rel=0.05)
 
 
-def test_a_compiled_llama_layer_keeps_matmul_outputs_attention_and_its_norms_scales(tiny_config):
+def test_a_compiled_llama_layer_keeps_matmul_outputs_attention_and_its_norms_scales(shape_of):
     """The list of design §5: x, q, k, v, attention's output and lse, the residual, gate, up, r values an adapter."""
-    kept = model_shape(tiny_config("llama", torch_compile=True, lora_dropout=0.05)).layers[0].kept
+    kept = shape_of("llama", is_compiled=True).layers[0].kept
     width, kv, mlp, heads, r = 64, 32, 96, 4, 4
     values = width + width + kv + kv + width + width + mlp + mlp + 7 * r  # y takes the place of x
     scales = heads + 2  # fp32, as all is here

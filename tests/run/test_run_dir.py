@@ -15,7 +15,7 @@ from solotune.errors import DirectoryInUseError, InputError, StorageError
 from solotune.run.atomic_io import whole_folder, write_whole
 from solotune.run.events import NonFiniteEvent, SaveEvent
 from solotune.run.record import RunRecord
-from solotune.run.run_dir import RunDirectory, latest_run_of, list_runs, read_json
+from solotune.run.run_dir import RunDirectory, list_runs, read_json
 from tests.messages import stable
 
 KEYS = {"model_name_or_path": "m", "dataset": "d.jsonl"}
@@ -182,4 +182,3 @@ def test_runs_are_named_after_their_config_and_listed_oldest_first(tmp_path, mon
         run.release()
         os.utime(run.path / "config.yaml", (1000 + i, 1000 + i))
     assert [run.path.name.split("-")[0] for run in list_runs()] == ["alpha", "beta", "alpha"]
-    assert latest_run_of(load_config("alpha.yaml").name).path == list_runs()[-1].path

@@ -10,11 +10,15 @@ if TYPE_CHECKING:
 
 
 def chat(run: str | Path) -> ChatSession:
-    """Load the model of a run for a conversation.
+    """Load the model of a run for a conversation, in the format that it was trained on.
 
         session = solotune.chat("runs/demo")
         print(session.reply("Hello"))
         print(session.reply("Hello", base=True))  # the answer of the base model
+
+    A model that was trained on plain text (`session.prompt_format` is `text`) continues each message as it is:
+
+        session.reply("word: violin\\nshop code:")  # " ZX-VIOLIN-7"
 
     Raises:
         InputError: there is no run, or it has no adapter and no checkpoint yet.

@@ -21,6 +21,7 @@ def diagnose(
     config: str | Path | None = None,
     overrides: Iterable[str] = (),
     display: Display | None = None,
+    base: str | None = None,
 ) -> Diagnosis:
     """Find the cause of a bad run. For a solotune run, the result is also saved in its diagnosis.json.
 
@@ -35,6 +36,8 @@ def diagnose(
         budget: time limit in seconds for the experiments on the model (probes); 0 skips them.
         dataset: the training data (only for folders of other trainers).
         config: the config used for training (only for folders of other trainers).
+        base: the base model (only for folders of other trainers): models, data and files outside that such a folder
+            names are not opened and not looked up.
 
     Raises:
         InputError: the target is not a config, a run or a trainer's output folder.
@@ -44,7 +47,7 @@ def diagnose(
 
     display = display or SilentDisplay()
     display.phase("reading config, run and files")
-    found = run_diagnosis.examine(run_facts_of(target, overrides, config, dataset), deep, budget, display.phase)
+    found = run_diagnosis.examine(run_facts_of(target, overrides, config, dataset, base), deep, budget, display.phase)
     if run := open_run(target):
         run.write_json("diagnosis.json", found.to_json())
         run.update_manifest("diagnosis.json")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from solotune.display.progress import Display, SilentDisplay
 from solotune.errors import InputError, IntegrityError
-from solotune.run.run_dir import read_json
+from solotune.run.run_dir import read_object
 
 if TYPE_CHECKING:
     from solotune.dataset import Prepared
@@ -36,7 +36,8 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
     display.choices(found.choices)
     display.phase("reading data")
     prepared = dataset.prepare(found.config, found.tokenizer, rendered_on=day_of(path))
-    recorded = read_json(path / "data.json").get("sha256", {}).get("validation")
+    hashes = read_object(path / "data.json").get("sha256")
+    recorded = hashes.get("validation") if isinstance(hashes, dict) else None
     if recorded != prepared.report.validation_sha256:
         raise IntegrityError(
             f"{path}: the held-out rows have changed since the run",

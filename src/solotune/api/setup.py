@@ -25,10 +25,12 @@ from solotune.planning import plan_inputs
 from solotune.run.atomic_io import write_whole
 from solotune.run.events import PreflightEvent, ResumeEvent, StartEvent
 from solotune.run.output_dir import check_destination
+from solotune.run.record import RunRecord
 from solotune.run.run_dir import FINGERPRINTS, RunDirectory, nearest_folder
 from solotune.runtime import watchdog
 from solotune.training import checkpoint, disk_space, preflight, trained_run
 from solotune.training import resume as resuming
+from solotune.training.find_run import CONFIG_NAME, recorded_name
 from solotune.units import format_duration, gib
 from solotune.version import __version__
 
@@ -70,6 +72,7 @@ def check(config: RunConfig, machine: Machine, resume: bool) -> ModelFiles:
         SolotuneError: a check failed.
     """
     doctor.require_hardware(machine, base_precision=config.base_precision, optim=config.optim, use_cpu=config.use_cpu)
+    resuming.check_given(config.resume_from_checkpoint)
     check_destination(config.output_dir, config.source_of("output_dir"), config.model_name_or_path)
     if not resume:
         RunDirectory.refuse_occupied(config.output_dir)
@@ -89,13 +92,13 @@ def read_data(
     """
     tokenizer = dataset.load_tokenizer(config, model_files)
     display.phase("reading data")
-    run = resuming.continued(config.output_dir, config.name) if resume else None
+    run = resuming.continued(config.output_dir) if resume else None
     day = resuming.recorded_day(config.resume_from_checkpoint, run)
     prepared = dataset.prepare(config, tokenizer, progress=display.progress, rendered_on=day)
     findings = check_rows(config, tokenizer, prepared, model_files)
     prepared = prepared.with_findings(finding.to_json() for finding in findings)
     for finding in findings:
-        display.note(f"{finding.severity} {finding.code} {finding.slug}: {finding.message}")
+        display.note(f"{finding.severity} {finding.code} {finding.slug}: {finding.message} → {finding.fix}")
         if finding.code == "F05":  # the embedding lookup would fail, on a GPU without a clear message
             raise InputError(finding.message, change=finding.fix, fault="F05")
     return tokenizer, prepared, findings
@@ -137,7 +140,7 @@ def load_model(
         SolotuneError: the model does not load, or there is not enough disk space.
     """
     model, folder = trained_run.load_base(config, machine, model_files), _folder_of(config.output_dir)
-    previous = resuming.continued(config.output_dir, config.name) if resume else None
+    previous = resuming.continued(config.output_dir) if resume else None
     existing = len(checkpoint.list_checkpoints(previous.checkpoints)) if previous else 0
     disk_space.require_room(
         disk_space.need_of(config, model, prepared, tokenizer, existing, disk_space.block_bytes(folder)), folder
@@ -177,7 +180,12 @@ def write_initial_files(
     """Write and show what is known before the first step; returns the run's summary (`events.StartEvent`)."""
     report = ready.prepared.report
     write_whole(run.path / "config.yaml", to_yaml(ready.config))
-    created_by = {"solotune": __version__, "choices": [choice._asdict() for choice in ready.choices]}
+    created_by = {
+        "solotune": __version__,
+        # a resumed run keeps its name: it may be continued by the copy of the config in its folder
+        CONFIG_NAME: recorded_name(RunRecord(run.path, ())) or ready.config.name,
+        "choices": [choice._asdict() for choice in ready.choices],
+    }
     run.write_json("environment.json", {**ready.machine.to_json(), **created_by})
     run.write_json(FINGERPRINTS, fingerprints)
     run.write_json("plan.json", ready.plan_json())
@@ -185,6 +193,10 @@ def write_initial_files(
     write_whole(run.path / "split.json", ready.prepared.manifest.json_lines())
     summary = _summary(ready)
     display.note(_parameters_in_words(summary))
+    for line in ready.model.adapter_coverage().in_words():
+        display.note(line)
+    for name, words in report.notes().items():
+        display.note(f"{name}: {words}")
     if report.packing:
         display.note(f"packing: {packing.in_words(report.packing)}")
     display.note(_plan_in_words(ready.plan))
@@ -223,6 +235,7 @@ def _summary(ready: PreparedRun) -> dict[str, Any]:
         "trainable_fits": [{"r": r, "target_modules": names} for r, names in fits],
         "base_bytes": frozen_linear.stored_bytes(model.module),
         "device": model.device.type,
+        "adapters": model.adapter_coverage().to_json(),
     }
 
 

@@ -123,8 +123,11 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient) -> TrainRes
     from solotune.hardware.gpu_errors import device_failure
     from solotune.runtime import signals, watchdog
     from solotune.training import checkpoint, loop
-    from solotune.training.resume import fingerprints, open_run
+    from solotune.training.resume import fingerprints, open_run, run_to_continue, which_run
 
+    if resume:
+        config = run_to_continue(config)
+        user_display.note(which_run(config))
     ready = prepare_run(config, resume, user_display)
     config, prepared, model = ready.config, ready.prepared, ready.model
     run_fingerprints = fingerprints(config, prepared, ready.machine, ready.model_files)

@@ -250,6 +250,7 @@ def evaluate(run: str, as_json: bool) -> None:
 )
 @click.option("--config", metavar="FILE", help="The config used for training (only for folders of other tools).")
 @click.option("--dataset", metavar="DATA", help="The training data (only for folders of other tools).")
+@click.option("--base", metavar="MODEL", help="The base model (only for folders of other tools).")
 @json_option
 @click.pass_context
 def diagnose(
@@ -260,6 +261,7 @@ def diagnose(
     budget: float | None,
     config: str | None,
     dataset: str | None,
+    base: str | None,
     as_json: bool,
 ) -> None:
     """Find out what is wrong with a run, if anything.
@@ -267,6 +269,9 @@ def diagnose(
     TARGET is a config (before the run), a run directory (during or after it), or the output folder of TRL, PEFT or
     another trainer. First, rules check settings, rows, curves and files; then experiments (probes) test the model. If a
     fault is found, the exit code is 3. The result is also saved in the run's diagnosis.json.
+
+    A folder of another trainer is not trusted: the base, data and files outside that it names are not opened and not
+    looked up. Give them with --base and --dataset.
 
     \b
     Example:
@@ -276,7 +281,7 @@ def diagnose(
     from solotune.cli.results import print_diagnosis
 
     found = run_shown(
-        lambda display: diagnose(target, deep, budget, dataset, config, overrides, display=display),
+        lambda display: diagnose(target, deep, budget, dataset, config, overrides, display=display, base=base),
         print_diagnosis,
         as_json,
     )
@@ -308,7 +313,9 @@ def explain(code: str, as_json: bool) -> None:
 def chat(run: str, base: bool, prompt: str | None, as_json: bool) -> None:
     """Chat with the model of a RUN.
 
-    On a terminal, /reset starts a new conversation and /quit exits. From a pipe, each line is one message.
+    On a terminal, /reset starts a new conversation and /quit exits. From a pipe, each line is one message. The model is
+    asked as it was trained: if that was plain text (prompt and completion), each message is a text to continue, and \\n
+    in a line is a line break.
 
     \b
     Example:
@@ -318,15 +325,19 @@ def chat(run: str, base: bool, prompt: str | None, as_json: bool) -> None:
     from solotune.display.progress import read_messages, show_answers
 
     session = chat(run)
+    is_text = session.prompt_format == "text"
+    if is_text:
+        click.echo("Trained on plain text: each message is continued as it is, without chat template.", err=True)
     turns = []
     for text in read_messages(session.model_name) if prompt is None else [prompt]:
         if text == "/reset":
             session.reset()
             click.echo("New conversation.", err=True)
         else:
+            text = text.replace("\\n", "\n") if is_text and prompt is None else text
             turns.append(show_answers(session, text, base, None if as_json else console()))
     if as_json:
-        print_json({"model": session.model_name, "turns": turns})
+        print_json({"model": session.model_name, "prompt_format": session.prompt_format, "turns": turns})
 
 
 @solotune.command()

@@ -170,7 +170,8 @@ def _write_crash(error: Exception, arguments: Sequence[str]) -> Path:
     """Write the traceback to the log of the run that it belongs to, or to a new file; returns its path."""
     text = f"solotune {__version__}, Python {sys.version.split()[0]}\n" + "".join(traceback.format_exception(error))
     text = without_secrets(text)
-    for folder in (run_dir_of(error), *arguments[1:2]):
+    written = arguments[1:2] if arguments[:1] == ["evaluate"] else ()  # other verbs only look at a run
+    for folder in (run_dir_of(error), *written):
         with contextlib.suppress(StorageError, OSError, TypeError, ValueError):
             if (Path(folder) / "config.yaml").is_file():  # type: ignore[arg-type]
                 append_line(log := Path(folder) / "log.txt", text)  # type: ignore[arg-type]

@@ -89,6 +89,7 @@ def _data_facts(report: DataReport) -> dict[str, str]:
         "format": report.format,
         "rows": f"{report.num_read:,} read, {report.num_kept:,} kept",
         "dropped": ", ".join(f"{number:,} {reason}" for reason, number in sorted(report.dropped.items()) if number),
+        **report.notes(),
         "too long": "; ".join(too_long),
         "tokens": f"{report.num_tokens:,}, of which {report.num_supervised:,} ({share:.1%}) are trained on",
         "weights": weighted,
@@ -215,9 +216,9 @@ def print_plan(plan: Plan, console: Console) -> None:
     if plan.choices:
         console.print()
         print_choices(plan.choices, console)
-    if plan.notes:
+    if notes := [*(plan.coverage.in_words() if plan.coverage else ()), *plan.notes]:
         console.print()
-        print_columns([("·", note) for note in plan.notes], ("dim", ""), console)
+        print_columns([("·", note) for note in notes], ("dim", ""), console)
     console.print()
     if plan.fits:
         console.print(Text("fits", "bold green"))
@@ -303,7 +304,7 @@ def print_runs(runs: Sequence[RunSummary], root: str | Path, console: Console) -
         style = {"finished": "", "running": "green"}.get(run.status, "yellow")
         figures = [
             f"{run.steps:,}/{run.total_steps:,}" if run.total_steps else f"{run.steps:,}",
-            "" if run.base_loss is None else f"{run.base_loss:.3f} → {run.tuned_loss:.3f}",
+            "" if None in (run.base_loss, run.tuned_loss) else f"{run.base_loss:.3f} → {run.tuned_loss:.3f}",
             "" if run.exact_match is None else f"{run.exact_match:.0%}",
             "" if run.train_loss is None else f"{run.train_loss:.3f}",
             "" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}",

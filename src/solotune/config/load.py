@@ -8,7 +8,6 @@ right name, and all mistakes of a file are reported together, each with its line
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,10 +17,11 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from solotune.config.describe import allowed_values, field_help
-from solotune.config.key_aliases import FOREIGN_KEYS, REFUSED_KEYS
+from solotune.config.foreign_keys import answer, names_of_dataset_info
+from solotune.config.key_aliases import REFUSED_KEYS
 from solotune.config.run_config import RunConfig
-from solotune.config.secrets import HIDDEN, is_secret, is_secret_name, without_secrets
-from solotune.config.yaml_reader import parse, plain, read_mapping
+from solotune.config.secrets import HIDDEN, holds_secret, without_secrets
+from solotune.config.yaml_reader import override_value, read_mapping
 from solotune.errors import InputError
 
 MAX_SHOWN = 400  # characters of a wrong value
@@ -57,7 +57,7 @@ def load_config(source: str | Path | Mapping[str, Any] | RunConfig, overrides: I
                 seen=without_secrets(text),
                 allowed="learning_rate=1e-4",
             )
-        values[key], sources[key] = plain(parse(raw, f"command line, {key}")), "command line"
+        values[key], sources[key] = override_value(raw, f"command line, {key}"), "command line"
     _refuse_secrets(values, sources)
     _take_alias(values, sources)
     _fill_in(values, sources)
@@ -73,8 +73,7 @@ def _refuse_secrets(values: Mapping[str, Any], sources: Mapping[str, str]) -> No
     """
     for key, value in values.items():
         texts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        is_named_secret = key not in RunConfig.model_fields and is_secret_name(key)
-        if is_named_secret or any(isinstance(text, str) and is_secret(text) for text in texts):
+        if holds_secret(key, value, by_name=key not in RunConfig.model_fields):
             raise InputError(
                 f"{sources.get(key, 'config')}, {without_secrets(key)}: this looks like a token or password, "
                 "and the config is saved with the run",
@@ -119,6 +118,8 @@ def _explained(error: ValidationError, values: Mapping[str, Any], sources: Mappi
         key = str(detail["loc"][0]) if detail["loc"] else ""
         where = f"{sources.get(key, 'config')}, {key}" if key in sources else key
         lines.setdefault(key, f"{where}: {_mistake(key, detail, values)}".removeprefix(": "))
+    if "dataset" not in lines and (hint := names_of_dataset_info(values)):
+        lines["dataset"] = f"{sources.get('dataset', 'config')}, dataset: {hint}"
     listed = list(lines.values())
     if len(listed) == 1:
         return InputError(listed[0])
@@ -132,10 +133,13 @@ def _mistake(key: str, detail: ErrorDetails, values: Mapping[str, Any]) -> str:
     if kind == "extra_forbidden":
         if key in REFUSED_KEYS:
             return REFUSED_KEYS[key]
-        near = FOREIGN_KEYS.get(key) or next(iter(difflib.get_close_matches(key, RunConfig.model_fields, 1)), None)
-        return "unknown key" + (f"; did you mean {near}? ({field_help(near)})" if near else "")
+        advice = answer(key, values[key])
+        return f"unknown key; {advice}" if advice else "unknown key"
     if not detail["loc"]:
         return detail["msg"].removeprefix("Value error, ")
-    seen = repr(values[key])
+    try:
+        seen = repr(values[key])
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        seen = "a number of thousands of digits"
     shown = seen if len(seen) <= MAX_SHOWN else f"{seen[:MAX_SHOWN]}... ({len(seen):,} characters)"
     return f"{shown} ({type(values[key]).__name__}) is not allowed; allowed: {allowed_values(key)}"

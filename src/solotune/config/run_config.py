@@ -66,10 +66,13 @@ COLUMNS = (
     "text",
     "system",
     "tools",
+    "history",
+    "reasoning_content",
     "id",
     "conversation_id",
     "parent_id",
     "weight",
+    "train",
     "ignore",
 )
 """Column names that solotune reads; a column mapped to `ignore` is skipped."""
@@ -151,6 +154,8 @@ class RunConfig(BaseModel):
     """Rename your columns: `{question: prompt, answer: completion}`. Use `ignore` to skip a column."""
     on_bad_row: Literal["error", "drop"] = _in("data", default="error")
     """Rows that cannot be used: stop and say which row (error), or skip them and count them by reason (drop)."""
+    dataset_exact_deduplication: bool = _in("data", default=True)
+    """Remove exact copies of a row; false: keep them, if rows are repeated on purpose (like a higher `weight`)."""
     chat_template_path: Text | None = _in("data", default=None)
     """Jinja chat template file, for a tokenizer without a template or to replace its template."""
     max_length: int = _in("data", default=2048, ge=8, le=10_000_000)
@@ -470,6 +475,7 @@ class RunConfig(BaseModel):
             eval_split=self.eval_dataset_split,
             column_mapping=self.column_mapping,
             on_bad_row=self.on_bad_row,
+            exact_deduplication=self.dataset_exact_deduplication,
             sources=self._sources,
         )
 

@@ -134,6 +134,7 @@ class SourceSettings(Settings):
     eval_split: str
     column_mapping: Mapping[str, str]
     on_bad_row: Literal["error", "drop"]
+    exact_deduplication: bool
 
 
 @dataclass(frozen=True, kw_only=True)

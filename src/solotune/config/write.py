@@ -15,10 +15,10 @@ from solotune.config.run_config import SECTIONS, RunConfig
 
 class _Representer(SafeRepresenter):
     """ruamel's representer, with double quotes where ruamel's choice would load as something else: U+0085 in single
-    quotes loads as a blank, and `?a` in a list as a key."""
+    quotes loads as a blank, `?a` in a list and `: a` as a key."""
 
     def represent_text(self, text: str) -> ScalarNode:
-        quoted = not text.isprintable() or text.startswith("?")
+        quoted = not text.isprintable() or text.startswith(("?", ":"))
         return self.represent_scalar("tag:yaml.org,2002:str", text, '"' if quoted else None)
 
 

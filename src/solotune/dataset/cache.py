@@ -2,9 +2,10 @@
 
 Key
 ---
-A hash of everything that the result depends on: the bytes of the data files, the tokenizer and its template, the
-config's data keys and seed, this package's source and the versions of tokenizers, transformers and numpy. So an entry
-never becomes stale: after a change it is no longer looked up, and nothing has to be cleared by hand.
+A hash of everything that the result depends on: the bytes of the data files, the tokenizer as it is loaded with all
+that its template can see of it (`_tokenizer_state`), the date if a template writes it, the config's data keys and seed,
+this package's source and the versions of Python and of the libraries that read, render or tokenize. So an entry never
+becomes stale: after a change it is no longer looked up, and nothing has to be cleared by hand.
 
 Entry
 -----
@@ -34,6 +35,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from array import array
@@ -49,6 +51,7 @@ import numpy as np
 
 from solotune.config.describe import section_of
 from solotune.config.run_config import RunConfig
+from solotune.dataset.chat.template import directives_of, special_tokens
 from solotune.dataset.data_report import DataReport
 from solotune.dataset.example import Examples, Prepared
 from solotune.dataset.row_store import Store, folder
@@ -76,30 +79,58 @@ def key_of(
     """
     if not tokenizer.is_fast:
         return None
-    backend: Any = tokenizer
-    template = json.dumps(tokenizer.chat_template)
     keys = [key for key in RunConfig.model_fields if section_of(key) == "data"]
+    state = _tokenizer_state(tokenizer)
     parts = {
         "code": _code_version(),
         "digests": list(digests),
         "config": {key: getattr(config, key) for key in (*keys, "seed")},
-        "tokenizer": hashlib.sha256(backend.backend_tokenizer.to_str().encode()).hexdigest(),
-        "special": [
-            type(tokenizer).__name__,
-            tokenizer.bos_token_id,
-            tokenizer.eos_token_id,
-            tokenizer.all_special_ids,
-        ],
-        "template": template,
+        "tokenizer": state,
         # Llama 3.2's template writes the date into each row
-        "day": rendered_on.isoformat() if "strftime_now" in template else None,
+        "day": directives_of(rendered_on) if "strftime_now" in json.dumps(state["template"]) else None,
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What tokenizer and template make of a row, and what a template can see, as JSON.
+
+    It is taken from the loaded tokenizer: files of which it has nothing left do not matter, and changes made after
+    loading do. Where its files lie is left out, so that a copy of a model shares the entries of the model.
+    """
+    backend: Any = tokenizer
+    return {
+        "class": type(tokenizer).__name__,
+        "backend": hashlib.sha256(backend.backend_tokenizer.to_str().encode()).hexdigest(),
+        "template": tokenizer.chat_template,
+        "seen_by_templates": special_tokens(tokenizer),
+        "special_ids": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.all_special_ids],
+        "special_tokens": tokenizer.all_special_tokens,
+        "added_tokens": {
+            str(index): [token.content, token.special, token.lstrip, token.rstrip, token.single_word, token.normalized]
+            for index, token in tokenizer.added_tokens_decoder.items()
+        },
+        "affixes": tokenizer.encode("x", add_special_tokens=True),
+        "settings": {
+            name: value
+            for name, value in tokenizer.init_kwargs.items()
+            if not name.endswith("_file") and name not in _OF_NO_CONCERN
+        },
+    }
+
+
+_OF_NO_CONCERN = {
+    *("name_or_path", "_commit_hash", "local_files_only", "is_local", "processor_class"),  # where it comes from
+    *("model_max_length", "padding_side", "truncation_side", "model_input_names"),  # of batches that others make
+    *("verbose", "clean_up_tokenization_spaces", "added_tokens_decoder", "chat_template"),  # the last two: as loaded
+}
+"""Settings of a tokenizer that neither a template nor the ids of a row depend on."""
 
 
 @cache
 def _code_version() -> str:
-    versions = [version(name) for name in ("tokenizers", "transformers", "numpy")]
+    libraries = ("tokenizers", "transformers", "numpy", "jinja2", "markupsafe", "pyarrow", "datasets")
+    versions = [sys.version, *(version(name) for name in libraries)]
     return hashlib.sha256(" ".join([*versions, source_digest(Path(__file__).parent)]).encode()).hexdigest()
 
 

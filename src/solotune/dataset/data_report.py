@@ -7,12 +7,17 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
+from solotune.dataset.chat.rendered_text import OWN
 from solotune.dataset.token_counts import LabelBudget
 
 EXACT_DUPLICATE = "exact duplicate"
 NOTHING_TO_LEARN = "no supervised token"
 ANSWER_PAST_MAX_LENGTH = "answer beyond max_length"
+MOST_UNUSED = 12  # keys that the line names
 LONGER_THAN_MAX_LENGTH = "longer than max_length"
+MOST_NAMED = 20
+NUM_PLACES = 3
+PLAIN = "plain"
 
 
 @dataclass(slots=True)
@@ -33,17 +38,27 @@ class DataReport:
     num_weighted_answers: int = 0
     num_groups: int = 0
     num_exact_duplicates: int = 0
+    """Copies of an earlier row that were removed."""
+    num_copies_kept: int = 0
+    """Copies of an earlier row that were kept, with `dataset_exact_deduplication: false`."""
     num_near_duplicates: int = 0
     num_leaks: int = 0
     num_truncated: int = 0
     num_answers_cut: int = 0
     """Truncated rows that lost loss tokens."""
+    num_cut_as_text: int = 0
+    """Rows of which only the beginning was tokenised, since the rest is certainly beyond `max_length`."""
     num_split: int = 0
     num_added_by_split: int = 0
     """Examples beyond one per row."""
     num_parts_without_label: int = 0
     """Parts of split rows that were left out because they have no loss token."""
     num_with_forged_tokens: int = 0
+    contents: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What the chats say, and how often the rendering leaves it out: kind (`rendered_content.Part`) -> `total`, `lost`
+    and up to three `rows` with a loss."""
+    text_formats: Counter[str] = field(default_factory=Counter)
+    """Rows of plain text by the prompt format in them: `OWN`, a known one, or `PLAIN`."""
     train_sha256: str = ""
     validation_sha256: str = ""
     rendered_on: str = ""
@@ -53,6 +68,12 @@ class DataReport:
     """A few complete training rows: their place, and pieces of text with whether they are trained on."""
     packing: dict[str, Any] | None = None
     """With `packing: true`: statistics of the packed training rows, see `packing.account`."""
+    schema_nulls: Counter[str] = field(default_factory=Counter)
+    """Place in the rows -> nulls that the schema of a parquet or arrow file forced there; they were left out."""
+    beside_rows: Counter[str] = field(default_factory=Counter)
+    """What a file holds beside its rows, which nothing reads -> how many of it."""
+    unused: list[dict[str, Any]] = field(default_factory=list)
+    """Keys of rows, messages, content parts and tool calls that nothing reads, see `UnusedKeys.to_json`."""
     findings: list[dict[str, Any]] | None = None
     """Findings of the rules on rows; None if the rules did not run."""
 
@@ -71,11 +92,60 @@ class DataReport:
         """Rebuild the report from its fields after a JSON round trip (which turns keys into strings)."""
         labels = dict(values["labels"])
         labels["leading_bos"] = Counter({int(number): rows for number, rows in labels["leading_bos"].items()})
-        return cls(**{**values, "dropped": Counter(values["dropped"]), "labels": LabelBudget(**labels)})
+        counters = {name: Counter(values[name]) for name in ("dropped", "schema_nulls", "beside_rows", "text_formats")}
+        return cls(**{**values, **counters, "labels": LabelBudget(**labels)})
+
+    @property
+    def prompt_format(self) -> str:
+        """How the model of a run on these rows is to be asked: `chat` (through the chat template) or `text`."""
+        is_rendered = 2 * self.text_formats[OWN] >= self.text_formats.total()
+        return "chat" if is_rendered else "text"  # without a row of text, too
+
+    def count_content(self, where: str, kind: str, is_lost: bool) -> None:
+        """Count a part of a row's content."""
+        counts = self.contents.setdefault(kind, {"total": 0, "lost": 0, "rows": []})
+        counts["total"] += 1
+        if is_lost:
+            counts["lost"] += 1
+            if len(counts["rows"]) < NUM_PLACES and where not in counts["rows"]:
+                counts["rows"].append(where)
 
     def reasons(self) -> str:
         """Describe the dropped rows in one line."""
         return "dropped: " + (", ".join(f"{reason} {n}" for reason, n in sorted(self.dropped.items())) or "none")
+
+    def notes(self) -> dict[str, str]:
+        """What was left out of the rows or of the files, in a line each, by a short name."""
+        found: dict[str, str] = {}
+        if self.num_exact_duplicates:
+            found["copies"] = (
+                f"{self.num_exact_duplicates:,} exact copies of rows removed; if they are meant, set "
+                "dataset_exact_deduplication: false, or give the row a higher weight"
+            )
+        elif self.num_copies_kept:
+            found["copies"] = f"{self.num_copies_kept:,} exact copies of rows kept, on the side of the first"
+        if self.num_cut_as_text:
+            found["very long"] = (
+                f"{self.num_cut_as_text:,} row{'s' * (self.num_cut_as_text != 1)} tokenised only at the beginning, "
+                "since the rest is beyond max_length; the tokens of the rest are not counted"
+            )
+        if self.schema_nulls:
+            places = ", ".join(f"{number:,} in {place}" for place, number in self.schema_nulls.most_common())
+            total = self.schema_nulls.total()
+            found["nulls"] = f"{total:,} nulls left out, which only the file's schema put there: {places}"
+        if self.beside_rows:
+            names = list(self.beside_rows)
+            more = f", and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
+            found["not read"] = "beside the rows in " + ", ".join(names[:MOST_NAMED]) + more
+        if self.unused:
+            found["not used"] = self.unused_in_words()
+        return found
+
+    def unused_in_words(self) -> str:
+        """`thinking_time in 24 of 24 assistant messages, category in 24 of 24 rows`."""
+        named = [f"{one['key']} in {one['count']:,} of {one['of']:,} {one['in']}" for one in self.unused[:MOST_UNUSED]]
+        num_more = len(self.unused) - len(named)
+        return ", ".join([*named, *([f"and {num_more:,} more keys"] if num_more else [])])
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `data.json`."""
@@ -83,18 +153,24 @@ class DataReport:
         without_label = self.dropped[NOTHING_TO_LEARN] + self.dropped[ANSWER_PAST_MAX_LENGTH]
         return {
             "format": self.format,
+            "prompt_format": self.prompt_format,
             "rows": {
                 "read": self.num_read,
                 "kept": self.num_kept,
                 "dropped": {reason: number for reason, number in sorted(self.dropped.items()) if number},
                 "truncated": self.num_truncated,
                 "answers_cut": self.num_answers_cut,
+                "cut_as_text": self.num_cut_as_text,
                 "split": self.num_split,
                 "added_by_split": self.num_added_by_split,
                 "parts_without_label": self.num_parts_without_label,
                 "without_label": without_label,
                 "with_control_tokens_as_text": self.num_with_forged_tokens,
             },
+            "unused_keys": self._num_unused(),
+            "unused": self.unused,
+            "text_formats": {name: number for name, number in sorted(self.text_formats.items()) if number},
+            "not_rendered": {kind: counts for kind, counts in sorted(self.contents.items()) if counts["lost"]},
             "tokens": {
                 "total": self.num_tokens,
                 "supervised": self.num_supervised,
@@ -111,10 +187,13 @@ class DataReport:
                 "validation": self.num_validation,
                 "groups": self.num_groups,
                 "exact_duplicates": self.num_exact_duplicates,
+                "copies_kept": self.num_copies_kept,
                 "near_duplicates": self.num_near_duplicates,
                 "leaks": self.num_leaks,
             },
             "rendered_on": self.rendered_on,
+            "schema_nulls": dict(sorted(self.schema_nulls.items())),
+            "beside_rows": dict(self.beside_rows),
             **({"packing": self.packing} if self.packing is not None else {}),
             "sha256": {"train": self.train_sha256, "validation": self.validation_sha256},
             "histograms": self.labels.histograms(),
@@ -122,3 +201,10 @@ class DataReport:
             "findings": self.findings or [],
             "checked": self.findings is not None,
         }
+
+    def _num_unused(self) -> dict[str, int]:
+        """For each key that is not read, how often it occurs, in whichever place."""
+        numbers: Counter[str] = Counter()
+        for one in self.unused:
+            numbers[one["key"]] += one["count"]
+        return dict(numbers)

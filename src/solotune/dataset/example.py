@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,8 @@ from solotune.dataset.split.split_manifest import Manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_LATER_PART = re.compile(r" part (?!1/)\d+/\d+$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,11 @@ class Example:
         if self.weights is None:
             return int(np.count_nonzero(self.loss_mask[1:]))
         return float(self.weights[1:][self.loss_mask[1:]].sum(dtype=np.float64))
+
+    @property
+    def is_later_part(self) -> bool:
+        """Whether the row begins in the middle of one that `overflow: split` has split."""
+        return _LATER_PART.search(self.where) is not None
 
     @property
     def prompt_ids(self) -> np.ndarray:

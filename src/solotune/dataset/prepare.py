@@ -35,9 +35,10 @@ from solotune.config.run_config import RunConfig
 from solotune.config.settings import BatchSettings, SourceSettings, SplitSettings
 from solotune.dataset import cache
 from solotune.dataset import packing as pack
-from solotune.dataset.chat.answer_spans import ChatTemplate
+from solotune.dataset.chat.answer_spans import ChatTemplate, Rendered
 from solotune.dataset.chat.encode import Encoder
-from solotune.dataset.chat.formats import check_shape, convert, recognise
+from solotune.dataset.chat.formats import check_shape, convert
+from solotune.dataset.chat.unused_keys import UnusedKeys
 from solotune.dataset.data_report import (
     ANSWER_PAST_MAX_LENGTH,
     EXACT_DUPLICATE,
@@ -46,6 +47,8 @@ from solotune.dataset.data_report import (
     DataReport,
 )
 from solotune.dataset.example import Example, Examples, Prepared, lengths_of
+from solotune.dataset.file_formats import FileFormats
+from solotune.dataset.readers.bad_rows import BadRows
 from solotune.dataset.readers.column_mapping import check_mapping, mapped
 from solotune.dataset.readers.row import RowError
 from solotune.dataset.readers.source import Source
@@ -53,7 +56,7 @@ from solotune.dataset.records import Records, packed, row_hash
 from solotune.dataset.render import Renderer
 from solotune.dataset.row_store import Store
 from solotune.dataset.split.groups import Kinship
-from solotune.dataset.split.holdout import check_leaks, hold_out, without_copies
+from solotune.dataset.split.holdout import check_leaks, hold_out, is_copy, without_copies
 from solotune.dataset.split.split_manifest import Manifest
 from solotune.errors import InputError
 
@@ -128,11 +131,14 @@ def _prepared(
     renderer = Renderer(config.rendering, tokenizer, report)
     total = len(train) + len(validation)
     examples = []
-    for name, records, done in (("training", train, 0), ("validation", validation, len(train))):
+    sides = {"training": train, "validation": validation}
+    for records, done in zip(sides.values(), (0, len(train)), strict=True):
         examples.append(Examples())
         for example in renderer.examples(records, partial(_onward, progress, done, total, "tokenising rows")):
             examples[-1].append(example)
-        if records and not examples[-1]:
+    renderer.check()
+    for (name, records), kept in zip(sides.items(), examples, strict=True):
+        if records and not kept:
             raise _nothing_left(name, len(records), config.max_length, report)
     report.num_train, report.num_validation = map(len, examples)
     report.train_sha256, report.validation_sha256 = map(Examples.sha256, examples)
@@ -157,6 +163,20 @@ def render_prompt(
     """Return the prompt ids for the next assistant turn, made by the code that renders training rows."""
     rendered = ChatTemplate(tokenizer, rendered_on).render_prompt(messages, tools)
     return _encoder(tokenizer).encode([rendered], ["the prompt"])[0].ids.tolist()
+
+
+def text_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the ids of a text to continue, as the prompt of a row of plain text is tokenised.
+
+    Raises:
+        InputError: the text is empty.
+    """
+    if not text:
+        raise InputError("the prompt is empty", allowed="the beginning of a text, as in the rows of the training")
+    encoder = _encoder(tokenizer)
+    ids = encoder.encode([Rendered(text, [], [], is_chat=False)], ["the prompt"])[0].ids.tolist()
+    before = encoder.affixes[0]
+    return ids if ids[: len(before)] == before else [*before, *ids]
 
 
 @lru_cache(maxsize=1)
@@ -184,61 +204,99 @@ def _both_sides(
     progress: Progress,
 ) -> tuple[Records, Records, Manifest]:
     """Return training rows, validation rows, and the side of each row by its hash."""
-    records, report.format = _records(settings, holdout.split_by, report, dataset, progress)
+    unused = UnusedKeys()
+    records, report.format = _records(settings, holdout.split_by, report, dataset, progress, unused)
     on_split = partial(_onward, progress, 0, len(records), "looking for duplicates")
     size = holdout.validation_size if own is None else 0
-    split = hold_out(records, size, holdout.seed, on_split)
+    keep_copies = not settings.exact_deduplication
+    split = hold_out(records, size, holdout.seed, on_split, keep_copies=keep_copies)
     report.num_groups = split.num_groups
     report.num_near_duplicates = split.num_near_duplicates
-    report.num_exact_duplicates = split.num_exact_duplicates
+    num_copies = split.num_exact_duplicates
     train, validation = split.train, split.validation
     hashes, is_validation = split.rows.hashes, split.is_validation
     if own is not None:
-        records, _ = _records(settings, holdout.split_by, report, own, progress)
-        validation = without_copies(records)
-        report.num_exact_duplicates += len(records) - len(validation)
+        records, _ = _records(settings, holdout.split_by, report, own, progress, unused)
+        num_copies += int(is_copy(records).sum())
+        validation = records if keep_copies else without_copies(records)
         check_leaks(train, validation, key=own.key)
         hashes = np.concatenate([hashes, validation.hashes])
         is_validation = np.arange(len(hashes)) >= len(train)
-    if report.num_exact_duplicates:
-        report.dropped[EXACT_DUPLICATE] += report.num_exact_duplicates
+    report.unused = unused.to_json()
+    if keep_copies:
+        report.num_copies_kept = num_copies
+    elif num_copies:
+        report.num_exact_duplicates = num_copies
+        report.dropped[EXACT_DUPLICATE] += num_copies
+    _, first = np.unique(hashes, return_index=True)  # rows that differ in case only share a hash, and a side
+    first.sort()
     written = {"seed": holdout.seed, "validation_size": holdout.validation_size, "split_by": holdout.split_by}
-    return train, validation, Manifest(written, hashes, is_validation)
+    return train, validation, Manifest(written, hashes[first], is_validation[first])
 
 
 def _records(
-    settings: SourceSettings, split_by: str | None, report: DataReport, source: Source, progress: Progress
+    settings: SourceSettings,
+    split_by: str | None,
+    report: DataReport,
+    source: Source,
+    progress: Progress,
+    unused: UnusedKeys,
 ) -> tuple[Records, str]:
-    """Return the normalised rows of `dataset` or `eval_dataset`, and their format."""
+    """Return the normalised rows of `dataset` or `eval_dataset`, and their formats; keys that are not read are counted.
+
+    Raises:
+        RowError: rows cannot be used, and `on_bad_row` is error; counts them all, and names the first.
+    """
     mapping, is_strict = settings.column_mapping, settings.on_bad_row == "error"
+    source.on_bad_row = _ignore  # in passes that come before the one that counts
     check_mapping(source, mapping, is_needed=source.key == "dataset")
-    found, why = recognise((mapped(row, mapping) for row in source), is_strict=is_strict)
-    kinship = Kinship(split_by, is_sharegpt=found.name == "sharegpt")
-    store, hashes, kept = Store(), bytearray(), array("q")
-    for number, own_names in enumerate(source):
-        report.num_read += 1
-        if number % 1000 == 0:
-            progress(number, 0, "reading rows")
+    formats = FileFormats(source, mapping, is_strict=is_strict)
+    kinship, bad_rows = Kinship(split_by), BadRows()
+    store, hashes, exact, kept = Store(), bytearray(), array("Q"), array("q")
+
+    def on_bad_row(error: RowError) -> None:
+        bad_rows.add(error)
+        report.dropped[error.reason] += 1
+
+    source.on_bad_row = on_bad_row
+    num_rows = num_linked = 0
+    for file, own_names in source.rows_by_file():
+        if num_rows % 1000 == 0:
+            progress(num_rows, 0, "reading rows")
+        num_rows += 1
         row = mapped(own_names, mapping)
         try:
-            group = kinship.add(row, own_names)
+            found, why = formats.of(file, row)
+            num_linked += 1
+            group = kinship.add(row, own_names, is_sharegpt=found.name == "sharegpt")
             check_shape(row, found, why)
             record = convert(row, found)
+            unused.add(row, found, mapping.get(split_by, split_by) if split_by else None)
             if isinstance(record, str):
                 report.dropped[record] += 1
                 continue
-            store.append(packed(replace(record, group=group)))
+            data, content_hash = packed(replace(record, group=group))
         except RowError as error:
-            if is_strict:
-                raise
-            report.dropped[error.reason] += 1
+            on_bad_row(error)
             continue
+        store.append(data)
+        exact.append(content_hash)
         hashes += row_hash(record)
-        kept.append(number)
+        kept.append(num_linked - 1)
+    report.num_read += num_rows + source.num_bad
+    if is_strict and bad_rows.num_bad:
+        formats.check_all_known()
+        raise bad_rows.error(num_rows + source.num_bad)
+    source.left_out.add_to(report.schema_nulls, report.beside_rows)
     if not kept:
         raise InputError(f"{source.key}: no row is left", seen=report.reasons(), change="check the rows of the file")
-    numbers = np.arange(len(kept))
-    return Records(store, numbers, np.frombuffer(hashes, "S16"), kinship.links()[np.asarray(kept)]), found.name
+    links = kinship.links()[np.asarray(kept)]
+    fingerprints = np.frombuffer(hashes, "S16"), np.frombuffer(exact, np.uint64)
+    return Records(store, np.arange(len(kept)), *fingerprints, links), formats.names
+
+
+def _ignore(error: RowError) -> None:
+    pass
 
 
 def _nothing_left(name: str, num_rows: int, max_length: int, report: DataReport) -> InputError:

@@ -1,7 +1,13 @@
 """Normalised rows of a source: their content on disk, what the split needs of all rows at once in memory.
 
-48 bytes per row are in memory: half a sha256 of its text, and the links to rows that belong with it (`groups.py`). Rows
+56 bytes per row are in memory: two hashes of its content, and the links to rows that belong with it (`groups.py`). Rows
 are kept in a `Store` as JSON, so reading them runs no code; a value that JSON cannot hold is refused.
+
+Why two hashes
+--------------
+Copies are rows with the same content to the character: rows that differ in case, blanks or Unicode form may teach just
+this difference, so none of them is a copy of another. But on two sides of the split they would be a leak. So `row_hash`
+is of the folded text: it orders the rows of the split, and rows with the same one stay on one side.
 """
 
 from __future__ import annotations
@@ -19,7 +25,10 @@ from solotune.dataset.chat.formats import Record
 from solotune.dataset.readers.row import RowError
 from solotune.dataset.row_store import Store
 
-_FIELDS = tuple(field.name for field in fields(Record))
+_PIECE_CHARACTERS = 1 << 20
+_COMPARED_CHARACTERS = 1 << 20  # of a row, for near-duplicates
+_CONTENT = ("messages", "tools", "text", "answer_start")
+_FIELDS = (*_CONTENT, *(field.name for field in fields(Record) if field.name not in _CONTENT))
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +39,9 @@ class Records(Sequence[Record]):
     numbers: np.ndarray
     """int64 (R,): index of each row in the store"""
     hashes: np.ndarray
-    """S16 (R,): the first half of `row_hash`'s sha256, equal for rows with the same content"""
+    """S16 (R,): half of `row_hash`'s sha256, equal for rows that differ in case, blanks and Unicode form only"""
+    exact: np.ndarray
+    """uint64 (R,): hash of the content, equal for copies only"""
     links: np.ndarray
     """uint64 (R, 4): see `groups.py`; the first is the group"""
 
@@ -48,7 +59,7 @@ class Records(Sequence[Record]):
 
     def take(self, rows: np.ndarray) -> Records:
         """Select rows by number or by a boolean mask."""
-        return Records(self.store, self.numbers[rows], self.hashes[rows], self.links[rows])
+        return Records(self.store, self.numbers[rows], self.hashes[rows], self.exact[rows], self.links[rows])
 
     def name_of_group(self, row: int) -> str:
         """The group that the row names; without one, the row's own hash."""
@@ -56,8 +67,10 @@ class Records(Sequence[Record]):
         return group if group is not None else self.hashes[row : row + 1].tobytes().hex()
 
 
-def packed(record: Record) -> bytes:
-    """Serialise a record.
+def packed(record: Record) -> tuple[bytes, int]:
+    """Serialise a record; also return a 64-bit hash of its content, which is equal for copies of a row.
+
+    Weights, groups and places are no content: the copies of a row may have others.
 
     Raises:
         RowError: tools or tool calls hold a value that JSON does not have (a date from a parquet file).
@@ -71,8 +84,13 @@ def packed(record: Record) -> bytes:
             allowed="texts, numbers, true, false, null, lists and objects",
         )
 
-    values = [getattr(record, name) for name in _FIELDS]
-    return json.dumps(values, ensure_ascii=False, default=refuse).encode("utf-8", "surrogatepass")
+    def written(names: tuple[str, ...]) -> bytes:
+        values = [getattr(record, name) for name in names]
+        return json.dumps(values, ensure_ascii=False, default=refuse).encode("utf-8", "surrogatepass")
+
+    content = written(_CONTENT)
+    exact = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    return content[:-1] + b"," + written(_FIELDS[len(_CONTENT) :])[1:], exact
 
 
 def unpacked(data: bytes) -> Record:
@@ -86,22 +104,33 @@ def folded(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
+def _folded_or_hash(text: str) -> str:
+    """The folded text; of a very long one the hash of its folded pieces, since folding may make it 18 times as long."""
+    if len(text) <= _PIECE_CHARACTERS:
+        return folded(text)
+    digest = hashlib.sha256()
+    for begin in range(0, len(text), _PIECE_CHARACTERS):
+        digest.update(folded(text[begin : begin + _PIECE_CHARACTERS]).encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()
+
+
 def _said(record: Record) -> str:
     said: list[Any] = []
     for m in record.messages:
         thought = [m["reasoning_content"]] if "reasoning_content" in m else []
-        said.append([m["role"], folded(m["content"]), m.get("tool_calls"), *thought])
+        said.append([m["role"], _folded_or_hash(m["content"]), m.get("tool_calls"), *thought])
     return json.dumps(said + ([record.tools] if record.tools else []), default=str)
 
 
 def row_hash(record: Record) -> bytes:
-    """Hash of a row's content, 16 bytes: equal for rows with the same content."""
-    said = _said(record) if record.is_chat else folded(record.text)
+    """Hash of a row's folded content, 16 bytes: equal for rows that differ in case, blanks and Unicode form only."""
+    said = _said(record) if record.is_chat else _folded_or_hash(record.text)
     return hashlib.sha256(said.encode()).digest()[:16]
 
 
 def spoken(record: Record) -> str:
     """Return the text that near-duplicates are compared by: without system prompts, which would make all rows alike."""
     if not record.is_chat:
-        return folded(record.text)
-    return folded(" ".join(m["content"] for m in record.messages if m["role"] not in ("system", "developer")))
+        return folded(record.text[:_COMPARED_CHARACTERS])
+    texts = " ".join(m["content"] for m in record.messages if m["role"] not in ("system", "developer"))
+    return folded(texts[:_COMPARED_CHARACTERS])

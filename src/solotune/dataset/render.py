@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -24,8 +25,18 @@ from solotune.config.settings import RenderSettings
 from solotune.dataset.chat.answer_spans import ChatTemplate, Rendered
 from solotune.dataset.chat.encode import Encoded, Encoder
 from solotune.dataset.chat.formats import Record
-from solotune.dataset.data_report import ANSWER_PAST_MAX_LENGTH, LONGER_THAN_MAX_LENGTH, NOTHING_TO_LEARN, DataReport
+from solotune.dataset.chat.rendered_content import THOUGHTS, WAYS_TO_KEEP_THOUGHTS, ContentCheck, Part
+from solotune.dataset.chat.rendered_text import OWN, RenderedTexts, known_format
+from solotune.dataset.data_report import (
+    ANSWER_PAST_MAX_LENGTH,
+    LONGER_THAN_MAX_LENGTH,
+    NOTHING_TO_LEARN,
+    PLAIN,
+    DataReport,
+)
 from solotune.dataset.example import Example
+from solotune.dataset.long_rows import LongRows
+from solotune.dataset.readers.bad_rows import BadRows
 from solotune.dataset.readers.row import RowError
 from solotune.errors import InputError
 
@@ -36,6 +47,12 @@ _BATCH_ROWS, _BATCH_CHARACTERS = 256, 2 << 20
 """Rows that are tokenised together: the tokenizer's output takes some hundred bytes per token."""
 
 
+MOST_COUNTED = 1000
+"""Bad rows after which no more rows are rendered: the data will be refused anyway."""
+_TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+"""End tokens that writers of texts use beside the tokenizer's own; they count where they are control tokens."""
+
+
 class Renderer:
     """Turn records into examples, and count in a report what is lost."""
 
@@ -43,18 +60,27 @@ class Renderer:
         self._settings, self._report, self._tokenizer = settings, report, tokenizer
         self._encoder = Encoder(tokenizer)
         self._template: ChatTemplate | None = None
+        self._content_check: ContentCheck | None = None
         self._end_ids: dict[bool, frozenset[int]] = {}
+        self._long_rows = LongRows(settings, tokenizer)
+        self._bad_rows, self._num_rendered = BadRows(), 0
 
     def examples(self, records: Sequence[Record], progress: Callable[[int], None]) -> Iterator[Example]:
         """Yield the examples of the records, in order.
 
+        Rows that the template or the tokenizer refuses are left out; unless `on_bad_row: drop`, `check` raises an error
+        for them.
+
         Raises:
-            RowError: a row that the template or the tokenizer refuses, unless `on_bad_row: drop`.
+            RowError: too many refused rows to go on.
             InputError: a row that is too long, with `overflow: error`; no chat template.
         """
         for done, batch in _batches(records):
             for record, encoded in self._encoded(batch):
                 yield from self._examples_of(record, encoded)
+            self._num_rendered += len(batch)
+            if self._bad_rows.num_bad >= MOST_COUNTED:
+                raise self._bad_rows.error(self._num_rendered, is_end=False)
             progress(done)
 
     # --- render and tokenise
@@ -62,26 +88,72 @@ class Renderer:
     def _encoded(self, records: Sequence[Record]) -> list[tuple[Record, Encoded]]:
         """Encode a batch at once; row by row if it has a bad row that may be dropped."""
         try:
-            rendered = [self._rendered(record) for record in records]
+            shortened = [self._long_rows.shortened(record) for record in records]
+            whole = [self._rendered(record) for record in shortened]
+            rendered = [self._long_rows.cut(one, record.where) for one, record in zip(whole, records, strict=True)]
             encoded = self._encoder.encode(rendered, [record.where for record in records])
+            is_cut = [a is not b or c is not d for a, b, c, d in zip(records, shortened, whole, rendered, strict=True)]
+            if any(is_cut):
+                cuts = zip(encoded, whole, records, is_cut, strict=True)
+                encoded = [self._long_rows.whole(a, len(b.answers), c.where) if cut else a for a, b, c, cut in cuts]
+            parts = [self._content_of(record, one) for record, one in zip(shortened, whole, strict=True)]
         except RowError as error:
+            if len(records) > 1:
+                return [pair for record in records for pair in self._encoded([record])]
             if self._settings.on_bad_row == "error":
-                raise
-            if len(records) == 1:
+                self._bad_rows.add(error)
+            else:
                 self._report.dropped[error.reason] += 1
-                return []
-            return [pair for record in records for pair in self._encoded([record])]
+            return []
         self._report.num_with_forged_tokens += sum(bool(one.forged) for one in rendered)
+        self._report.num_cut_as_text += sum(is_cut)
+        for record, found in zip(records, parts, strict=True):
+            for part in found:
+                self._report.count_content(record.where, *part)
+        for record, one in zip(shortened, rendered, strict=True):
+            if not record.is_chat:
+                self._report.text_formats[OWN if one.is_chat else known_format(record.text) or PLAIN] += 1
         return [
-            (record, one if record.is_chat else self._with_affixes(one))
-            for record, one in zip(records, encoded, strict=True)
+            (record, one if record.is_chat else self._with_affixes(record.text, one))
+            for record, one in zip(shortened, encoded, strict=True)
         ]
 
     def _rendered(self, record: Record) -> Rendered:
         if not record.is_chat:
             # special tokens in a text are the user's own rendering and stay special
-            return Rendered(record.text, [], [(record.answer_start, len(record.text))])
+            spans = self._texts.answers(record.text, record.answer_start) if self._texts else None
+            return Rendered(
+                record.text, [], spans or [(record.answer_start, len(record.text))], is_chat=spans is not None
+            )
         return self._chat_template.render(record.where, record.messages, record.tools)
+
+    def _content_of(self, record: Record, rendered: Rendered) -> list[Part]:
+        """What a chat says, and whether its rendering contains it."""
+        if not record.is_chat:
+            return []
+        if self._content_check is None:
+            self._content_check = ContentCheck(self._chat_template)
+        trained = self._trained_answers(record, len(rendered.answers))
+        return self._content_check.parts(record.where, record.messages, record.tools, rendered, trained)
+
+    def check(self) -> None:
+        """Refuse the data after all rows are rendered.
+
+        Raises:
+            RowError: the template or the tokenizer refuses rows, and `on_bad_row` is error; counts them all.
+            InputError: rows have thoughts, and no rendering has one.
+        """
+        if self._bad_rows.num_bad:
+            raise self._bad_rows.error(self._num_rendered)
+        counts = self._report.contents.get(THOUGHTS)
+        if counts and counts["lost"] == counts["total"]:
+            raise InputError(
+                f"the chat template leaves out the thoughts of all {counts['total']:,} answers that have some",
+                seen=f"lost in {', '.join(counts['rows'])}; it renders the thoughts of a last answer, but these stand "
+                "before another answer",
+                allowed="at least one rendered thought",
+                change=WAYS_TO_KEEP_THOUGHTS + "; or, to train without thoughts, remove them from the rows",
+            )
 
     @property
     def _chat_template(self) -> ChatTemplate:
@@ -89,17 +161,39 @@ class Renderer:
             self._template = ChatTemplate(self._tokenizer, self._report.day)
         return self._template
 
-    def _with_affixes(self, encoded: Encoded) -> Encoded:
-        """Add to a plain text the tokenizer's own bos, unless it is there already, and an eos so that the text ends."""
-        before, ids = self._encoder.affixes[0], encoded.ids
+    @cached_property
+    def _texts(self) -> RenderedTexts | None:
+        """For texts that the chat template has rendered already; None for a tokenizer without one."""
+        return None if self._tokenizer.chat_template is None else RenderedTexts(self._chat_template)
+
+    def _with_affixes(self, text: str, encoded: Encoded) -> Encoded:
+        """Add to a text the tokenizer's own bos, unless it is there already, and an end token unless it ends with one.
+
+        A text that the chat template has rendered gets what the template writes: often no bos, and an end of turn only
+        if it breaks off in an answer.
+        """
+        before, after, ids = self._encoder.affixes[0], self._text_end, encoded.ids
+        if encoded.is_chat and self._texts:
+            is_answer_open = encoded.spans[-1][1] == len(ids) and not self._texts.is_ended(text)
+            after = self._ids_of(self._chat_template.last_terminator) if is_answer_open else []
+            before = before if self._texts.begins_with(str(self._tokenizer.bos_token)) else []
+        elif self._is_ended(text):
+            after = []
         if before and ids[: len(before)].tolist() == before:
             before = []
-        after = self._text_end
         if after and ids[-len(after) :].tolist() == after:
             after = []
-        ((begin, end),) = encoded.spans
-        span = (begin + len(before), end + len(before) + len(after))
-        return encoded._replace(ids=np.concatenate([before, ids, after]).astype(np.int32), spans=[span])
+        spans = [(begin + len(before), end + len(before)) for begin, end in encoded.spans]
+        spans[-1] = (spans[-1][0], spans[-1][1] + len(after))
+        return encoded._replace(ids=np.concatenate([before, ids, after]).astype(np.int32), spans=spans)
+
+    def _is_ended(self, text: str) -> bool:
+        """Whether a text ends with an end token, but for white space: the tokenizer's, or another model's usual one."""
+        named = {str(self._tokenizer.eos_token), *_TEXT_ENDS} & self._encoder.control.spellings
+        return text.rstrip().endswith(tuple(named))
+
+    def _ids_of(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False) if text else []
 
     @property
     def _text_end(self) -> list[int]:
@@ -119,10 +213,10 @@ class Renderer:
 
     # --- mask, and bring to max_length
 
-    def _trained_answers(self, record: Record, num_answers: int) -> list[int]:
+    def _trained_answers(self, record: Record, num_answers: int, *, is_chat: bool = True) -> list[int]:
         """Numbers of the answers of the row that are trained on."""
         trained = [k for k in range(num_answers) if not record.weights or record.weights[k]]
-        is_last_only = self._settings.train_on_last_turn and record.is_chat
+        is_last_only = self._settings.train_on_last_turn and is_chat
         return [k for k in trained if k == num_answers - 1] if is_last_only else trained
 
     def _mask(self, encoded: Encoded, trained: list[int]) -> np.ndarray:
@@ -137,7 +231,7 @@ class Renderer:
 
     def _examples_of(self, record: Record, encoded: Encoded) -> list[Example]:
         report, limit, overflow = self._report, self._settings.max_length, self._settings.overflow
-        trained = self._trained_answers(record, len(encoded.spans))
+        trained = self._trained_answers(record, len(encoded.spans), is_chat=encoded.is_chat)
         loss_mask = self._mask(encoded, trained)
         weights = _weights(record, encoded)
         num_tokens = len(encoded.ids)
@@ -170,7 +264,7 @@ class Renderer:
             trained,
             loss_mask,
             num_kept,
-            end_ids=self._end_ids_of(is_chat=record.is_chat),
+            end_ids=self._end_ids_of(is_chat=encoded.is_chat),
             bos_id=cast("int | None", self._tokenizer.bos_token_id),
         )
         return examples

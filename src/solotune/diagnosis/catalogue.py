@@ -561,7 +561,12 @@ UNLISTED: dict[str, frozenset[str]] = {
 }
 """The part of `EXPLAINS` that data.json leaves out if the cause is listed."""
 
-ALIASES = {"hidden-characters": "F37", "no-held-out-rows": "F43"}
+ALIASES = {
+    "hidden-characters": "F37",
+    "no-held-out-rows": "F43",
+    "thoughts-dropped": "F13",
+    "already-rendered": "F12",
+}
 """Slugs of findings that are a fault's second form."""
 
 

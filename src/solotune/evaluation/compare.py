@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from solotune.dataset import Example, render_prompt
 from solotune.evaluation import generation
@@ -76,20 +76,53 @@ def samples(
     max_new_tokens: int,
     rendered_on: date | None = None,
 ) -> list[Sample]:
-    """Answers of base and tuned to the first `count` held-out prompts that end with an assistant turn."""
-    chosen = list(islice((row for row in rows if row.messages and row.messages[-1]["role"] == "assistant"), count))
+    """Answers of base and tuned to the first `count` held-out rows, asked as they were trained.
+
+    Of a chat, the last answer is asked for, through the chat template; of plain text, what follows its prompt, or its
+    first half if it has none.
+    """
+    asked = (asked for row in rows if (asked := _question(tokenizer, row, rendered_on)) is not None)
+    chosen = list(islice(asked, count))
     stops = generation.stop_ids(model, tokenizer, rows)
     shown = []
-    for row in chosen:
+    for question in chosen:
         signals.check_stop()
-        prompt = render_prompt(tokenizer, row.messages[:-1], row.tools, rendered_on=rendered_on)
-        tuned = generation.generate(model, prompt, max_new_tokens, stops)
+        tuned = generation.generate(model, question.prompt_ids, max_new_tokens, stops)
         with adapters_off(model.module):
-            base = generation.generate(model, prompt, max_new_tokens, stops)
-        users = [message["content"] for message in row.messages if message["role"] == "user"]
-        texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (base, tuned)]
-        shown.append(Sample(row.where, users[-1] if users else "", row.messages[-1]["content"], *texts))
+            base = generation.generate(model, question.prompt_ids, max_new_tokens, stops)
+        texts = [_text(tokenizer, ids) for ids in (base, tuned)]
+        texts = [text.strip() for text in texts] if question.is_chat else texts
+        shown.append(Sample(question.where, question.prompt, question.reference, *texts))
     return shown
+
+
+class _Question(NamedTuple):
+    """A prompt made of a held-out row, and the row's own answer."""
+
+    where: str
+    prompt_ids: Sequence[int]
+    prompt: str
+    reference: str
+    is_chat: bool
+
+
+def _question(tokenizer: Any, row: Example, rendered_on: date | None) -> _Question | None:
+    """The question of a row; None if nothing can be asked: a chat that ends with its user, or part of a split row."""
+    if row.messages:
+        if row.messages[-1]["role"] != "assistant":
+            return None
+        users = [message["content"] for message in row.messages if message["role"] == "user"]
+        prompt_ids = render_prompt(tokenizer, row.messages[:-1], row.tools, rendered_on=rendered_on)
+        return _Question(row.where, prompt_ids, users[-1] if users else "", row.messages[-1]["content"], True)
+    begin = len(row.prompt_ids) or len(row.input_ids) // 2
+    if row.is_later_part or begin == 0:
+        return None
+    prompt_ids, after = row.input_ids[:begin].tolist(), row.input_ids[begin:][row.loss_mask[begin:]]
+    return _Question(row.where, prompt_ids, _text(tokenizer, prompt_ids), _text(tokenizer, after.tolist()), False)
+
+
+def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def compare(

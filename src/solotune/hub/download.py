@@ -6,9 +6,10 @@ Only the files that are read are downloaded: safetensors, JSON, the tokenizer an
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -40,6 +41,18 @@ def hub_id(name: str) -> str | None:
     A folder's name alone would do harm: PEFT would treat it as a hub id, and may find another model there.
     """
     return None if is_local_path(name) else name
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """No network in this block: what is not in the cache is missing. For names that a folder gives and no user."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 @cache

@@ -9,6 +9,7 @@ makes transformers download and import native code; in 2026 a config could switc
 Rules
 -----
     keys that can lead to code          refused at any depth, whatever their value does today
+    `auto_map`                          not used, nor passed on, if transformers has the architecture; refused otherwise
     keys of transformers' internals     (`_name_or_path`, `_attn_implementation_internal`) not passed on
     keys that name a method or table    refused (a method, `attribute_map`); the class's declared fields are free, and
     of the class                        transformers checks their types, because its config classes are strict
@@ -20,7 +21,6 @@ transformers then gets the checked object, not the file, so that what was checke
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
 from pathlib import Path
@@ -30,6 +30,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from solotune.errors import InputError
+from solotune.hub.quantised import QUANTISATION, refuse_quantised
 from solotune.hub.safe_files import check_links, check_regular, json_object
 
 MAX_LAYERS = 2_000
@@ -54,14 +55,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.exists():
+        is_adapter = (folder / "adapter_config.json").exists()
         raise InputError(
-            f"{folder}: no config.json, so this is not a model folder", allowed="a Hugging Face model folder"
+            f"{folder}: no config.json, so this is not a model folder",
+            seen="adapter_config.json: an adapter" if is_adapter else None,
+            allowed="a Hugging Face model folder",
+            change="use its base model: base_model_name_or_path in adapter_config.json" if is_adapter else None,
         )
     check_regular(folder, path)
     check_links(folder)
     raw = json_object(path, MAX_CONFIG_BYTES)
     refuse_code(path, raw)
-    _refuse_quantised(path, raw)
+    refuse_quantised(folder, raw)
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in CONFIG_MAPPING:
         raise InputError(
@@ -70,6 +75,13 @@ def read_config(folder: Path) -> dict[str, Any]:
             allowed="an architecture of the installed transformers; code from a model folder never runs",
         )
     _refuse_sizes(path, raw)
+    if (named := raw.get("transformers_weights")) not in (None, "model.safetensors", "model.safetensors.index.json"):
+        raise InputError(
+            f"{path}: transformers_weights names another weight file",
+            seen=f"transformers_weights: {named!r}"[:200],
+            allowed="model.safetensors, or model.safetensors.index.json",
+            change="rename that file to model.safetensors, and remove the key",
+        )
     return raw
 
 
@@ -83,12 +95,21 @@ def architecture_of(folder: Path, raw: dict[str, Any]) -> PreTrainedConfig:
     if name == "mistral" and "layer_types" in raw:  # like transformers' own AutoConfig
         name = "ministral"
     kind: Any = CONFIG_MAPPING[name]
-    passed_on = {key: copy.deepcopy(value) for key, value in raw.items() if _is_passed_on(path, kind, key, value)}
+    passed_on = {key: _plain(value) for key, value in raw.items() if _is_passed_on(path, kind, key, value)}
     try:
         return kind.from_dict(passed_on)
     # a strict class, its validators and their arithmetic can raise any class
     except Exception as error:
         raise InputError(f"{path}: transformers cannot read this config", seen=_reason(error)) from None
+
+
+def _plain(value: Any) -> Any:
+    """A copy without `auto_map` at any depth, and with transformers' spelling of infinity as a number."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _plain(item) for key, item in value.items() if key != "auto_map"}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def _reason(error: Exception) -> str:
@@ -97,15 +118,23 @@ def _reason(error: Exception) -> str:
     return " ".join(lines[:2])[:300] or type(error).__name__
 
 
-def refuse_code(path: Path, value: Any, above: str = "") -> None:
+def refuse_code(path: Path, value: Any, above: str = "", is_known: bool = False) -> None:
     """Check keys at any depth.
+
+    Args:
+        is_known: transformers has the architecture, so `auto_map` is never looked at; also true of everything below a
+            `model_type` of transformers.
 
     Raises:
         InputError: a key that can lead to code.
     """
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if not above and isinstance(value, dict) and isinstance(kind := value.get("model_type"), str):
+        is_known = kind in CONFIG_MAPPING
     for key, item in items:
         name = f"{above}{key}"
+        if is_known and key == "auto_map":
+            continue
         if isinstance(key, str) and CODE.fullmatch(key) and not _is_harmless(key, item):
             raise InputError(
                 f"{path}: {name} can make a loader run code from the model folder or from elsewhere",
@@ -113,33 +142,21 @@ def refuse_code(path: Path, value: Any, above: str = "") -> None:
                 allowed="architectures of the installed transformers",
                 change=f"remove {name} if the model has such an architecture; otherwise use another model",
             )
-        refuse_code(path, item, f"{name}.")
+        refuse_code(path, item, f"{name}.", is_known)
 
 
 def _is_harmless(key: str, value: Any) -> bool:
     """Whether the value makes a code key harmless: off, a size, or an attention implementation of transformers."""
     if value is None or (value is False and key != "auto_map"):
         return True
+    if key == "__float__":
+        return value in ("Infinity", "-Infinity", "NaN")
     if "implementation" in key:
         return isinstance(value, str) and value in IMPLEMENTATIONS
     if isinstance(value, list):
         return all(_is_harmless(key, item) for item in value)
     is_size = type(value) in (int, float) and not key.startswith("use_")
     return "kernel" in key and is_size  # of a convolution
-
-
-def _refuse_quantised(path: Path, raw: dict[str, Any]) -> None:
-    text = raw.get("text_config")
-    for owner in (raw, text if isinstance(text, dict) else {}):
-        found = owner.get("quantization_config") or owner.get("compression_config")
-        if found is not None:
-            method = found.get("quant_method", "unknown method") if isinstance(found, dict) else found
-            raise InputError(
-                f"{path}: the checkpoint is already quantised",
-                seen=f"quantization_config: {method}"[:200],
-                allowed="16- or 32-bit weights, which solotune quantises itself",
-                change="use the original model, which is not quantised",
-            )
 
 
 def _refuse_sizes(path: Path, raw: dict[str, Any], above: str = "") -> None:
@@ -170,7 +187,7 @@ def _is_passed_on(path: Path, kind: Any, key: str, value: Any) -> bool:
     fields = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
     if key in fields or key in ("model_type", "rope_scaling"):
         return True
-    if key.startswith("_") or CODE.fullmatch(key):
+    if key.startswith("_") or CODE.fullmatch(key) or key in QUANTISATION:
         return False
     if hasattr(kind, key) and (callable(getattr(kind, key)) or isinstance(getattr(kind, key), (dict, tuple, set))):
         raise InputError(

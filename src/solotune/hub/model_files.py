@@ -22,7 +22,7 @@ from solotune.hub import download
 from solotune.hub.safe_files import check_regular, contained, json_object
 
 WEIGHTS = "*.safetensors"
-FILES = [WEIGHTS, "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+FILES = [WEIGHTS, "README.md", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 NOT_FILES = ["*/*", "consolidated*"]  # Mistral's and Meta's copies of the weights in other formats
 SMALL_FILES = [*(pattern for pattern in FILES if pattern != WEIGHTS), "additional_chat_templates/*.jinja"]
 NOT_SMALL_FILES = ["*.safetensors.index.json", "original/*", "consolidated*"]

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
 
 from solotune.errors import InputError
+from solotune.regular_files import read_bytes
 from solotune.units import first_line
 
 MAX_JSON_BYTES = 8 << 20  # config.json has some KB, an index of 100,000 tensors 8 MB
 MAX_DEPTH = 64
+MAX_VALUES = 4_000_000  # of any JSON: 3 bytes of it (`[],`) become 64 bytes of memory
 READ = {".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken"}
 
 
@@ -60,13 +63,14 @@ def check_regular(folder: Path, path: Path) -> None:
 
 
 def check_links(folder: Path) -> None:
-    """Check every link in a folder that a library might open, including files that solotune does not read.
+    """Check every link and FIFO in a folder that a library might open, including files that solotune does not read.
 
     Raises:
-        InputError: a link leads out of the folder.
+        InputError: a link leads out of the folder, or a device, FIFO or socket has the name of a file.
     """
     for path in sorted(folder.iterdir()):
-        if path.is_symlink() and path.suffix in READ and path.exists():
+        is_plain = not path.is_symlink() and (path.is_file() or path.is_dir())
+        if path.suffix in READ and not is_plain and path.exists():
             check_regular(folder, path)
 
 
@@ -76,14 +80,16 @@ def json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     Raises:
         InputError: the file is not such an object, or too large.
     """
-    size = path.stat().st_size
-    if size > max_bytes:
-        raise InputError(f"{path}: too large", seen=f"{size:,} bytes", allowed=f"at most {max_bytes:,} bytes")
     try:
-        content = parsed(path.read_bytes())
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise InputError(f"{path}: too large", seen=f"{size:,} bytes", allowed=f"at most {max_bytes:,} bytes")
+        content = parsed(read_bytes(path, max_bytes))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not valid JSON", seen=error.msg) from None
-    except (ValueError, RecursionError, OSError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read", seen=error.strerror) from None
+    except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
         raise InputError(f"{path}: not valid JSON", seen=reason) from None
     if not isinstance(content, dict):
@@ -97,25 +103,48 @@ def parsed(content: bytes) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} appears twice")
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+            raise ValueError(f"the key {twice[:100]!r} appears twice")
         return made
 
     def no_constant(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
+    check_count(content)
     found = json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
-    if _depth(found) > MAX_DEPTH:
+    if is_deeper(found, MAX_DEPTH):
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+    check_text(content, found)
     return found
 
 
-def _depth(value: Any) -> int:
-    deepest, level = 0, [value]
-    while level:
-        inner = [list(v.values()) if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list))]
+def check_text(content: bytes, found: Any) -> None:
+    """Check that a parsed JSON has no half of a surrogate pair, which can be neither printed nor a file's name.
+
+    Raises:
+        ValueError: it has one.
+    """
+    if re.search(rb"\\u[dD][89a-fA-F]", content):
+        json.dumps(found, ensure_ascii=False).encode()
+
+
+def check_count(content: bytes) -> None:
+    """Check the number of values of a JSON text before they are built.
+
+    Raises:
+        ValueError: more than `MAX_VALUES`.
+    """
+    if sum(content.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
+        raise ValueError(f"more than {MAX_VALUES:,} values")
+
+
+def is_deeper(value: Any, limit: int) -> bool:
+    """Whether dicts and lists are nested more than `limit` levels deep; works level by level, without recursion."""
+    level = [value]
+    for _ in range(limit):
+        inner = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list))]
         level = [item for items in inner for item in items]
-        deepest += 1
-        if deepest > MAX_DEPTH:
-            break
-    return deepest
+        if not level:
+            return False
+    return True

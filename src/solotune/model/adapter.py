@@ -26,10 +26,13 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from solotune.errors import InputError, IntegrityError
+from solotune.hardware.machine import ram
 from solotune.hub.safe_files import check_links, contained, json_object
+from solotune.regular_files import read_bytes
 from solotune.run.atomic_io import Folder
 
 TENSORS, CONFIG, PICKLE = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
+MAX_TENSOR_BYTES = 32 << 30  # rank 256 on every layer of a 70B model is 13 GB in float32
 PARTS = ("lora_A", "lora_B")
 _KEY = re.compile(rf"base_model\.model\.(.+)\.({'|'.join(PARTS)})\.weight")
 
@@ -165,16 +168,18 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file of a checkpoint or an adapter.
 
     Raises:
-        InputError: there is no such file.
+        InputError: there is no such file, it is not a regular file, or too large.
         IntegrityError: it is damaged.
     """
     try:
-        return load_tensors(path.read_bytes())
+        return load_tensors(read_bytes(path, min(MAX_TENSOR_BYTES, ram()[1] // 2)))  # the bytes, and the tensors
     except FileNotFoundError:
         raise InputError(f"{path}: no such file", allowed="a folder that solotune or PEFT wrote") from None
-    except SafetensorError as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read", seen=error.strerror) from None
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:  # the last four: odd dtypes
         raise IntegrityError(
-            f"{path}: the file is damaged", seen=str(error), change="use an older checkpoint"
+            f"{path}: the file is damaged", seen=str(error)[:300], change="use an older checkpoint"
         ) from None
 
 

@@ -19,12 +19,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from solotune.errors import IntegrityError
 from solotune.hub.model_files import ModelFiles
 from solotune.hub.safe_files import contained, json_object
 from solotune.hub.safetensors_header import read_header
-from solotune.model.weights import weight_files
+from solotune.model.weight_files import weight_files
+from solotune.regular_files import open_regular
 
 SAMPLES, SAMPLE_BYTES = 4, 16 << 10
 NOT_THE_MODEL = ("_name_or_path", "transformers_version")  # keys of config.json that do not count
@@ -47,7 +49,7 @@ def fingerprint_of(folder: Path) -> dict[str, str]:
     tensors, content = hashlib.sha256(), hashlib.sha256()
     for path in weight_files(folder):
         entries = read_header(path)
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             for name in sorted(entries):
                 entry = entries[name]
                 tensors.update(f"{name} {entry.dtype} {entry.shape}\n".encode())
@@ -63,18 +65,18 @@ def fingerprint_of(folder: Path) -> dict[str, str]:
     }
 
 
-def check_base(recorded: Mapping[str, str] | None, found: Mapping[str, str], where: str) -> None:
+def check_base(recorded: Mapping[str, Any] | None, found: Mapping[str, str], where: str) -> None:
     """Compare two fingerprints.
 
     Raises:
         IntegrityError: `found` is not the recorded base.
     """
     for key, words in WORDS.items():
-        if recorded is not None and recorded[key] != found[key]:
+        if recorded is not None and recorded.get(key) != found[key]:
             raise IntegrityError(
                 f"{where}: this adapter was trained on another base model",
                 seen=f"{words} differ: sha256 {found[key][:12]}",
-                allowed=recorded[key][:12],
+                allowed=str(recorded.get(key))[:12],
                 change="set model_name_or_path and model_revision to the base model of this run",
                 fault="F78",
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from solotune.config.run_config import RunConfig
@@ -12,14 +13,15 @@ from solotune.config.settings import BatchSettings
 from solotune.errors import InputError
 from solotune.hub.hf_config import architecture_of
 from solotune.hub.model_files import ModelFiles
-from solotune.model.weights import match_names, weight_files
+from solotune.model.weight_files import weight_files
+from solotune.model.weights import match_names
 from solotune.units import first_line
 
 
 def _check_positions(architecture: PreTrainedConfig, batches: BatchSettings) -> None:
     """Longer rows than the model's context fail inside it (absolute positions) or give noise (RoPE)."""
     positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
-    if positions and batches.max_length > positions:
+    if positions and 0 < positions < batches.max_length:
         raise InputError(
             f"{batches.source_of('max_length')}, max_length: larger than this model's context length",
             seen=f"max_length: {batches.max_length}",
@@ -80,11 +82,18 @@ def _built_empty(
             seen=f"model_type {architecture.model_type}: {reason}",
         ) from None
     with torch.no_grad():
-        for part in module.modules():
-            computed = part._non_persistent_buffers_set & part._buffers.keys()
-            for name in computed:
-                if (buffer := part._buffers[name]) is not None and buffer.is_meta:
-                    part._buffers[name] = torch.empty_like(buffer, device=device)
-            if computed:
-                module._init_weights(part)  # fills the tables; parameters are on meta and stay unchanged
+        _compute_buffers(module, module, device)
     return module
+
+
+def _compute_buffers(part: nn.Module, owner: PreTrainedModel, device: torch.device) -> None:
+    """Fill the tables that are computed, not stored; `owner` is the innermost model of transformers around `part`."""
+    owner = part if isinstance(part, PreTrainedModel) else owner
+    for child in part.children():
+        _compute_buffers(child, owner, device)
+    computed = part._non_persistent_buffers_set & part._buffers.keys()
+    for name in computed:
+        if (buffer := part._buffers[name]) is not None and buffer.is_meta:
+            part._buffers[name] = torch.empty_like(buffer, device=device)
+    if computed:
+        owner._init_weights(part)  # fills the tables; parameters are on meta and stay unchanged

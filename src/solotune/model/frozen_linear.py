@@ -28,13 +28,17 @@ Shape legend: T tokens (any leading dimensions), I in_features, O out_features, 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from solotune.hardware.bnb import functional as bnb
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BLOCK = 64  # weights per NF4 scale: QLoRA's block size and bitsandbytes' default
 FP8 = torch.float8_e4m3fn
@@ -308,3 +312,30 @@ def stored_bytes(module: nn.Module) -> int:
         if isinstance(linear, FrozenLinear)
         for buffer in linear.buffers()
     )
+
+
+def frozen_linears(module: PreTrainedModel) -> dict[str, nn.Module]:
+    """All linears except the output head, by dotted name: those that a `FrozenLinear` replaces."""
+    head = module.get_output_embeddings()
+    return {
+        name: part
+        for name, part in module.named_modules()
+        if isinstance(part, (nn.Linear, Conv1D)) and part is not head and _is_linear(part)
+    }
+
+
+def _is_linear(part: nn.Module) -> bool:
+    """Whether a subclass of a linear still returns one product: routers of Llama 4 and Phi MoE return scores too."""
+    if type(part).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    weight = part.weight
+    assert isinstance(weight, torch.Tensor)
+    out, into = weight.shape
+    with torch.no_grad():
+        x = torch.empty(1, 1, into, device="meta", dtype=weight.dtype)
+        empty = {name: torch.empty_like(p, device="meta") for name, p in part.named_parameters()}
+        try:
+            y = torch.func.functional_call(part, empty, (x,))
+        except (RuntimeError, TypeError, ValueError):
+            return False
+    return isinstance(y, torch.Tensor) and y.shape == (1, 1, out)

@@ -47,14 +47,30 @@ PARTITIONER_OPTIONS: dict[str, Any] = {
 """Options of the compiler's partitioner for compiled layers."""
 
 
+def language_model(module: PreTrainedModel) -> str:
+    """Dotted name of the part that reads text, if the model has towers for images or sound too; empty if not.
+
+    Rows are text, so other towers do not run: adapters on them would never be trained.
+    """
+    if module.config.get_text_config() is module.config or not module.config.sub_configs:
+        return ""
+    try:
+        decoder = module.get_decoder()
+    except AttributeError:  # a text model whose class is written for the towers too: Llama 4
+        return ""
+    inner = module.base_model
+    parts = inner.named_modules(prefix=module.base_model_prefix)
+    return next((name for name, part in parts if part is decoder and part is not inner), "")
+
+
 def decoder_layers(module: PreTrainedModel) -> nn.ModuleList:
-    """The model's list of decoder layers.
+    """The list of decoder layers of the language model.
 
     Raises:
-        InputError: no list in the model has the length that its config says.
+        InputError: no list in it has the length that its config says.
     """
     depth = module.config.get_text_config().num_hidden_layers
-    for part in module.base_model.modules():
+    for part in module.get_submodule(language_model(module) or module.base_model_prefix).modules():
         if isinstance(part, nn.ModuleList) and len(part) == depth:
             return part
     raise InputError(

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from solotune.errors import InputError
 from solotune.model import loss
+from solotune.units import first_line
 
 
 class _Hidden(tuple):
@@ -53,13 +54,24 @@ def check_head(module: PreTrainedModel, head: loss.Head, device: torch.device) -
     """Check that `head` gives the model's own logits; otherwise the loss would belong to another model.
 
     Raises:
-        InputError: they differ.
+        InputError: they differ, or the model cannot run on token ids alone with frozen linears.
     """
     vocab = module.config.get_text_config().vocab_size
     ids = torch.arange(1, 6, device=device)[None] % vocab
     module.eval()
-    expected = module(input_ids=ids, use_cache=False).logits[0]
-    logits = head(module.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
+    try:
+        expected = module(input_ids=ids, use_cache=False).logits[0]
+        logits = head(module.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
+    except torch.OutOfMemoryError:
+        raise
+    # code of any architecture: it may need other inputs, or read the weight of a linear instead of calling it
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{module.config.model_type}: this architecture cannot be trained here",
+            seen=f"its forward pass fails: {first_line(error)}"[:200],
+            allowed="a decoder that takes token ids, and calls its linear layers",
+            change="use a model of another architecture",
+        ) from error
     if not torch.allclose(expected, logits, rtol=1e-3, atol=1e-3):
         raise InputError(
             f"{module.config.model_type}: its logits depend on more than the last hidden state",

@@ -15,17 +15,23 @@ patched.
 
 Checkpoints that need conversion
 --------------------------------
-If tensors must be renamed or merged for the architecture (mixtures of experts), transformers' own loader reads them on
+If tensors must be merged or split for the architecture (mixtures of experts), transformers' own loader reads them on
 the CPU, and they are then moved tensor by tensor; this is slower, and reported as a choice.
+
+The base that transformers loads
+--------------------------------
+Every tensor of the files is used, or named among the choices as not used, or the folder is refused. Head and embedding
+are tied only if the files hold one tensor, or two equal ones.
 
 What it does not do
 -------------------
 Run code from a model folder (`trust_remote_code` is never on), read pickles, load checkpoints that are already
-quantised.
+quantised (except experts in MXFP4, which are unpacked).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,17 +52,20 @@ from solotune.hardware.gpu_errors import stage
 from solotune.hardware.machine import ram
 from solotune.hub.model_files import ModelFiles, resolve_model
 from solotune.model import lora, loss, packed_attention
+from solotune.model.adapter_coverage import AdapterCoverage, adapter_coverage
 from solotune.model.empty_model import empty_model
-from solotune.model.frozen_linear import DenseWeight, Fp8Weight, FrozenLinear, NF4Weight, Storage
-from solotune.model.layers import decoder_layers, num_checkpointed, prepare_layers
+from solotune.model.frozen_linear import DenseWeight, Fp8Weight, FrozenLinear, NF4Weight, Storage, frozen_linears
+from solotune.model.layers import decoder_layers, language_model, num_checkpointed, prepare_layers
 from solotune.model.lm_head import check_head, head_of
+from solotune.model.tied_weights import different_ties, tie, untie
+from solotune.model.weight_files import unread_files, weight_files
 from solotune.model.weights import (
     MISSING,
+    TensorMatch,
     check_finite,
     load_with_transformers,
     match_names,
     read_tensors,
-    weight_files,
 )
 from solotune.units import first_line, gib, mib
 
@@ -91,21 +100,25 @@ class TrainableModel:
         self.flat_params.grad.zero_()
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Dotted name -> (out_features, in_features) of every frozen linear."""
+        """Dotted name -> (out_features, in_features) of every frozen linear of the language model."""
+        under = language_model(self.module)
         return {
             name.removesuffix(".base"): (module.out_features, module.in_features)
             for name, module in self.module.named_modules()
-            if isinstance(module, FrozenLinear)
+            if isinstance(module, FrozenLinear) and name.startswith(under)
         }
 
     @property
     def num_parameters(self) -> int:
         """All parameters: the base as in its checkpoint, and the adapters."""
-        frozen = sum(o * i for o, i in self.linear_shapes().values())
-        biases = sum(
-            m.bias_O.numel() for m in self.module.modules() if isinstance(m, FrozenLinear) and m.bias_O is not None
-        )
-        return frozen + biases + sum(p.numel() for p in self.module.parameters())
+        frozen = [part for part in self.module.modules() if isinstance(part, FrozenLinear)]
+        numbers = sum(part.out_features * part.in_features for part in frozen)
+        biases = sum(part.bias_O.numel() for part in frozen if part.bias_O is not None)
+        return numbers + biases + sum(p.numel() for p in self.module.parameters())
+
+    def adapter_coverage(self) -> AdapterCoverage:
+        """Which parts of the model have adapters."""
+        return adapter_coverage(self.module, self.layers, language_model(self.module), self.lora_layers)
 
     def token_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(losses_N, correct_N) of the batch's loss tokens, in row order: see `loss.token_losses`."""
@@ -141,33 +154,20 @@ def load_model(
             of decoder layers, or a target module that matches nothing.
     """
     model_files = (model_files or resolve_model(config)).with_weights()
-    folder = model_files.folder
     module, attention_name = empty_model(model_files, config.attn_implementation, config.batches, dtype, device)
     family, choices = module.config.model_type, list[Choice]()
     if attention_name != config.attn_implementation:
         because = f"{family} has no {config.attn_implementation} attention"
         choices.append(Choice("attn_implementation", attention_name, because))
-    files = weight_files(folder)
-    names = match_names(module, files)
-    if names is None:
-        because = f"transformers renames or merges {family} tensors while loading"
-        choices.append(Choice("loader", "transformers, on the CPU first", because))
-        module = load_with_transformers(folder, attention_name, dtype)
-    _fill(
-        module,
-        read_tensors(files, names) if names is not None else _own_tensors(module),
-        config.precision,
-        dtype,
-        device,
-        config.model_name_or_path,
-    )
-    _check_complete(module, folder)
+    module, found = _read_base(module, model_files, attention_name, config, dtype, device)
+    choices += found
     module.requires_grad_(False)
     _set_generation(module, model_files)
     layers = decoder_layers(module)
     if config.base_precision == "nf4" and not config.multiplies_in_fp8:
         choices += _settle_residency(module, config.base_residency, dtype, device)
-    lora_layers = lora.attach(module, config.lora, device, is_compiled=config.torch_compile)
+    inside = language_model(module)
+    lora_layers = lora.attach(module, config.lora, device, is_compiled=config.torch_compile, inside=inside)
     head = head_of(module)
     check_head(module, head, device)
     model = TrainableModel(
@@ -187,6 +187,54 @@ def load_model(
     return model
 
 
+def _read_base(
+    module: PreTrainedModel,
+    model_files: ModelFiles,
+    attention: str,
+    config: RunConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[PreTrainedModel, list[Choice]]:
+    """Read the weights into a model without weights (or another one of its class); returns it and what was chosen."""
+    folder, family = model_files.folder, module.config.model_type
+    files = weight_files(folder)
+    match = match_names(module, files)
+    choices = _not_used(type(module).__name__, model_files, files, match)
+    if match.must_convert:
+        because = f"transformers merges or splits {family} tensors while loading"
+        choices.append(Choice("loader", "transformers, on the CPU first", because))
+        ties = module.all_tied_weights_keys
+        module = load_with_transformers(folder, module.config, attention, dtype)
+        untied = {name: ties[name] for name in ties.keys() - module.all_tied_weights_keys.keys()}
+        tensors, given = _own_tensors(module), set(module.state_dict())
+    else:
+        untied = different_ties(module, files, match, dtype)
+        untie(module, untied)
+        tensors, given = read_tensors(files, match, dtype), set(match.names.values())
+    for one, two in untied.items():
+        choices.append(Choice("tie_word_embeddings", False, f"the files hold another {one} than {two}"))
+    _fill(module, tensors, config.precision, dtype, device, config.model_name_or_path)
+    tie(module, given)
+    _check_complete(module, folder)
+    return module, choices
+
+
+def _not_used(architecture: str, model_files: ModelFiles, files: list[Path], match: TensorMatch) -> list[Choice]:
+    """What stands in the folder and is not used, and why."""
+    found = []
+    if match.unused:
+        names = ", ".join(sorted(match.unused)[:2]) + (", ..." if len(match.unused) > 2 else "")
+        because = f"{architecture} computes them, or has no part for them ({names})"
+        found.append(Choice("tensors not used", len(match.unused), because))
+    if others := unread_files(model_files.folder, files):
+        because = f"the weights are in {files[0].name}" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+        found.append(Choice("files not read", ", ".join(others), because))
+    if "auto_map" in model_files.config:
+        because = f"transformers has {architecture} itself; code from a model folder never runs"
+        found.append(Choice("auto_map", "not used", because))
+    return found
+
+
 def _own_tensors(module: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     yield from list(module.state_dict().items())
 
@@ -201,24 +249,22 @@ def _fill(
 ) -> None:
     """Store every tensor in its module; a linear becomes a `FrozenLinear` when its weight is read."""
     frozen = frozen_linears(module)
+    in_float32 = _kept_in_float32(module, dtype)
     biases: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:
         owner, _, leaf = name.rpartition(".")
-        expected = (
-            tuple(module.get_submodule(owner).state_dict(keep_vars=True)[leaf].shape) if owner not in frozen else None
-        )
-        if owner in frozen:
-            expected = tuple(getattr(frozen[owner], leaf).shape)
-        if tuple(tensor.shape) != expected or not tensor.is_floating_point():
+        wanted = getattr(frozen.get(owner) or module.get_submodule(owner), leaf)
+        if tensor.shape != wanted.shape or tensor.is_floating_point() != wanted.is_floating_point():
             raise InputError(
                 f"{where}: tensor {name} does not fit the architecture in config.json",
                 seen=f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}",
-                allowed=f"floating point {expected}",
+                allowed=f"{str(wanted.dtype).removeprefix('torch.')} {tuple(wanted.shape)}",
             )
         tensor = tensor.to(device)
-        check_finite(where, name, tensor)
+        check_finite(where, name, tensor, may_be_infinite=not isinstance(wanted, nn.Parameter))
         if owner not in frozen:
-            _set(module.get_submodule(owner), leaf, tensor.to(dtype))
+            kept = torch.float32 if in_float32 and in_float32.search(name) else wanted.dtype
+            _set(module.get_submodule(owner), leaf, tensor.to(kept))
         elif leaf == "weight":
             transposed = isinstance(frozen[owner], Conv1D)
             storage = _store(tensor.T.contiguous() if transposed else tensor, precision, dtype)
@@ -228,21 +274,16 @@ def _fill(
             biases[owner] = tensor.to(dtype)
             if isinstance(done := module.get_submodule(owner), FrozenLinear):
                 done.bias_O = biases[owner]
-    module.tie_weights()
     for part in module.modules():  # buffers that were computed while the module was built
         for name, buffer in part._buffers.items():
             if buffer is not None and not buffer.is_meta:
                 part._buffers[name] = buffer.to(device)
 
 
-def frozen_linears(module: PreTrainedModel) -> dict[str, nn.Module]:
-    """All linears except the output head, by dotted name."""
-    head = module.get_output_embeddings()
-    return {
-        name: part
-        for name, part in module.named_modules()
-        if isinstance(part, (nn.Linear, Conv1D)) and part is not head
-    }
+def _kept_in_float32(module: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
+    """Names that the architecture keeps in float32 whatever the model's dtype (routers); None if there are none."""
+    names = [name for name, kept in module._get_dtype_plan(dtype).items() if kept == torch.float32]
+    return re.compile("|".join(name.replace("*", ".*") for name in names)) if names else None
 
 
 def _store(weight_OI: torch.Tensor, precision: PrecisionSettings, dtype: torch.dtype) -> Storage:

@@ -113,21 +113,27 @@ class LoraLinear(nn.Module):
 
 
 def attach(
-    model: nn.Module, settings: LoraSettings, device: torch.device, *, is_compiled: bool = False
+    model: nn.Module, settings: LoraSettings, device: torch.device, *, is_compiled: bool = False, inside: str = ""
 ) -> dict[str, LoraLinear]:
-    """Add an adapter to every frozen linear that `target_modules` names.
+    """Add an adapter to every frozen linear of the language model that `target_modules` names.
 
     A name matches a module as in PEFT: the whole dotted name, or its end after a dot. Initial values depend only on
     `seed` and the order of the layers.
 
     Args:
         is_compiled: dropout masks are hashed instead of drawn from PyTorch's generator.
+        inside: dotted name of the language model, see `layers.language_model`; empty: the whole model.
 
     Returns: dotted module name -> its `LoraLinear`, in model order.
     Raises:
         InputError: a name that matches no linear layer, or a rank above a layer's size.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
+    under = f"{inside}." if inside else ""
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, FrozenLinear) and name.startswith(under)
+    }
     targets = list(linears) if settings.target_modules == "all-linear" else _matching(linears, settings)
     scaling = settings.alpha / (math.sqrt(settings.r) if settings.use_rslora else settings.r)
     generator = torch.Generator().manual_seed(settings.seed)

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from solotune.model.adapter_coverage import AdapterCoverage
+
 
 class Polynomial(NamedTuple):
     """a + b B T + c B T^2; c is not 0 only if the attention keeps its whole matrix."""
@@ -105,6 +107,7 @@ class ModelShape:
     lora_r: int
     dtype_bytes: int
     is_compiled: bool
+    coverage: AdapterCoverage | None = None  # which parts have adapters
 
     @property
     def num_frozen(self) -> int:

@@ -27,12 +27,16 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from solotune.config.run_config import RunConfig
+from solotune.errors import InputError
 from solotune.hub.model_files import ModelFiles, resolve_model
 from solotune.model import lora, loss
+from solotune.model.adapter_coverage import adapter_coverage
 from solotune.model.empty_model import empty_model
-from solotune.model.frozen_linear import DenseWeight, Fp8Weight, FrozenLinear
-from solotune.model.layers import decoder_layers
-from solotune.model.loading import frozen_linears
+from solotune.model.frozen_linear import DenseWeight, Fp8Weight, FrozenLinear, frozen_linears
+from solotune.model.layers import decoder_layers, language_model
+from solotune.model.tied_weights import different_ties, untie
+from solotune.model.weight_files import weight_files
+from solotune.model.weights import match_names
 from solotune.planning.curve_fit import LayerProfile, PassCounts, fit
 from solotune.planning.layer_profile import LayerCost, Linear, ModelShape, Pass, Polynomial
 from solotune.planning.profile_compiled import look_compiled
@@ -58,7 +62,7 @@ def model_shape(config: RunConfig, model_files: ModelFiles | None = None) -> Mod
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     files = model_files or resolve_model(config)
     module, attention = empty_model(files, config.attn_implementation, config.batches, dtype, torch.device("cpu"))
-    module.tie_weights()
+    _untie(module, files, dtype)
     absent = _absent(module)
     linears = frozen_linears(module)
     total = sum(parameter.numel() for parameter in module.parameters())
@@ -67,9 +71,12 @@ def model_shape(config: RunConfig, model_files: ModelFiles | None = None) -> Mod
     # signals are deferred: where torch calls Python from C++, an exception from a signal would end the process
     with signals.defer_signals(), _unlogged(), FakeTensorMode(allow_non_fake_inputs=True):
         _fill_with_fakes(module, config.multiplies_in_fp8, dtype)
-        lora_layers = lora.attach(module, config.lora, torch.device("cpu"), is_compiled=config.torch_compile)
+        inside, layers = language_model(module), decoder_layers(module)
+        lora_layers = lora.attach(
+            module, config.lora, torch.device("cpu"), is_compiled=config.torch_compile, inside=inside
+        )
+        coverage = adapter_coverage(module, layers, inside, lora_layers)
         module.train()
-        layers = decoder_layers(module)
         costs = _layer_costs(module, layers, config.torch_compile, absent)
         outside = _outside_or_estimated(module, layers, attention)
         logit_bytes = (2 * dtype.itemsize, 3 * dtype.itemsize) if config.torch_compile else _eager_logits(module, dtype)
@@ -90,7 +97,18 @@ def model_shape(config: RunConfig, model_files: ModelFiles | None = None) -> Mod
         lora_r=config.lora_r,
         dtype_bytes=dtype.itemsize,
         is_compiled=config.torch_compile,
+        coverage=coverage,
     )
+
+
+def _untie(module: PreTrainedModel, files: ModelFiles, dtype: torch.dtype) -> None:
+    """Untie what the weights have untied, if they are on this machine; the plan of a hub model takes config.json."""
+    module.tie_weights()
+    if not files.is_local and not files.has_weights:
+        return
+    with contextlib.suppress(InputError):  # no weights, or damaged ones: loading reports it
+        paths = weight_files(files.folder)
+        untie(module, different_ties(module, paths, match_names(module, paths), dtype))
 
 
 @contextmanager

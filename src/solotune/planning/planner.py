@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, get_args
 from solotune.config.run_config import BUDGET_SIZE, Choice, RunConfig
 from solotune.config.settings import BatchSettings, MemorySettings
 from solotune.errors import CheckError, InputError
+from solotune.model.adapter_coverage import AdapterCoverage
 from solotune.planning.constants import CONTEXT_BYTES
 from solotune.planning.gpus import CARDS, GIB, Card
 from solotune.planning.layer_profile import MemoryStrategy, ModelShape, Precision, Workload
@@ -74,6 +75,7 @@ class Plan:
     changes: list[tuple[str, object]]
     changed: Plan | None
     resolved: RunConfig
+    coverage: AdapterCoverage | None = None  # which parts of the model have adapters
 
     def to_json(self) -> dict[str, Any]:
         """The JSON of plan.json."""
@@ -92,6 +94,7 @@ class Plan:
             "choices": [choice._asdict() for choice in self.choices],
             "notes": self.notes,
             "changes": [{"key": key, "value": value} for key, value in self.changes],
+            "adapters": self.coverage and self.coverage.to_json(),
         }
 
     def refusal(self) -> CheckError:
@@ -142,12 +145,11 @@ def make_plan(
     """
     budget = budget_of(config.memory, card, free_bytes)
     option, resolved, fits = _best(config, shapes, card, work, budget)
-    notes = [*(notes or []), *_notes(shapes(resolved), work)]
-    choices = _choices(config.memory, option, card, shapes(resolved), fits)
-    if fits:
-        return Plan(card, budget, option, True, choices, notes, [], None, resolved)
-    changes, changed = _suggestion(config, shapes, card, work, budget)
-    return Plan(card, budget, option, False, choices, notes, changes, changed, resolved)
+    shape = shapes(resolved)
+    notes = [*(notes or []), *_notes(shape, work)]
+    choices = _choices(config.memory, option, card, shape, fits)
+    changes, changed = ([], None) if fits else _suggestion(config, shapes, card, work, budget)
+    return Plan(card, budget, option, fits, choices, notes, changes, changed, resolved, shape.coverage)
 
 
 def budget_of(settings: MemorySettings, card: Card, free_bytes: int | None) -> Budget:

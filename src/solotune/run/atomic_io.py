@@ -302,7 +302,8 @@ def take_lock(path: Path, owner: str) -> int | None:
 def is_locked(path: Path) -> bool:
     """Whether a process holds the lock."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # O_NONBLOCK: a FIFO in place of the lock would wait for a writer
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
     try:
@@ -310,6 +311,8 @@ def is_locked(path: Path) -> bool:
         return False
     except BlockingIOError:
         return True
+    except OSError:  # no file that can be locked
+        return False
     finally:
         os.close(handle)
 

@@ -19,6 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+from solotune.hub.safe_files import is_deeper
+
+MAX_DEPTH = 16  # of a line
 MAX_INT = 2**63 - 1  # the largest int64: readers put these numbers into arrays
 
 
@@ -37,6 +40,7 @@ class StartEvent:
     trainable_fits: list[Any]  # {"r", "target_modules"}: the adapters that have this number of parameters
     base_bytes: int | None
     device: str
+    adapters: dict[str, Any] | None = None  # see `AdapterCoverage.to_json`
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,8 @@ def from_line(line: bytes) -> Event | None:
     try:
         found = json.loads(line.decode())
         kind, readers = _KINDS[found["event"]]
+        if is_deeper(found, MAX_DEPTH):
+            return None
         values = {name: read(found.get(name)) for name, read in readers}
     except (ValueError, RecursionError, KeyError, TypeError, IndexError, AttributeError):
         return None
@@ -233,6 +239,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "list[str]": _strings,
     "list[str] | None": _strings_or_none,
     "list[Any]": lambda value: value if isinstance(value, list) else [],
+    "dict[str, Any] | None": lambda value: value if isinstance(value, dict) else None,
 }
 
 # name -> (class, [(field, how it is read)]); annotations are texts here

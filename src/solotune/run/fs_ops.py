@@ -37,7 +37,8 @@ def say(operation: str, path: Path, content: bytes = b"") -> None:
 
 def open_file(path: Path, flags: int) -> int:
     say("open", path)
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    # O_NONBLOCK: a FIFO in place of a file is an error instead of a wait for somebody who reads it
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
 
 
 def write(handle: int, path: Path, content: bytes) -> None:

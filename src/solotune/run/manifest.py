@@ -9,6 +9,7 @@ compared with that when it is read, so no byte of it can change unnoticed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -17,8 +18,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from solotune.regular_files import open_regular, read_text
+
 MANIFEST = "manifest.json"
 VERSION = 1
+MAX_BYTES = 64 << 20  # 400,000 files
 READ_BYTES = 1 << 20
 NOT_LISTED = "is not listed in a manifest: it was added after the run wrote its files"
 
@@ -40,7 +44,7 @@ class Problem(NamedTuple):
 def entry_at(path: Path, limit: int | None = None) -> Entry:
     """The entry of a file on disk, or of its first `limit` bytes."""
     digest, count = hashlib.sha256(), 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while piece := file.read(READ_BYTES if limit is None else min(READ_BYTES, limit - count)):
             digest.update(piece)
             count += len(piece)
@@ -61,19 +65,35 @@ def read_manifest(path: Path) -> dict[str, Entry]:
         ValueError: it is not what `manifest_text` writes; the text says what is wrong.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        if path.is_symlink():  # it could be changed later, where nothing checks it
+            raise ValueError("it is a link, not a file of this folder")
+        text = read_text(path, MAX_BYTES)
+    except FileNotFoundError:
+        raise ValueError("the file does not exist") from None
+    except UnicodeDecodeError:
+        raise ValueError("it is damaged") from None
+    except OSError as error:
+        raise ValueError("it is damaged" if error.errno == errno.EIO else error.strerror) from None
+    try:
         content: Any = json.loads(text)
         entries = {name: Entry(**values) for name, values in content["files"].items()}
         well_formed = all(
-            type(entry.bytes) is int and re.fullmatch(r"[0-9a-f]{64}", entry.sha256) for entry in entries.values()
+            type(entry.bytes) is int and entry.bytes >= 0 and re.fullmatch(r"[0-9a-f]{64}", entry.sha256)
+            for entry in entries.values()
         )
-    except FileNotFoundError:
-        raise ValueError("the file does not exist") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError("it is damaged") from None
     if not well_formed or text != manifest_text(entries):
         raise ValueError("it is damaged")
+    if outside := next((name for name in entries if not _is_inside(name)), None):
+        raise ValueError(f"it lists a file outside its folder: {outside!r}")
     return entries
+
+
+def _is_inside(name: str) -> bool:
+    """Whether the name in a manifest is a path below its folder."""
+    parts = name.split("/")
+    return "\0" not in name and not {"", ".", ".."} & set(parts)
 
 
 def differences(folder: Path, entries: Mapping[str, Entry], growing: tuple[str, ...] = ()) -> Iterator[Problem]:
@@ -86,7 +106,9 @@ def differences(folder: Path, entries: Mapping[str, Entry], growing: tuple[str, 
         path = folder / name
         try:
             status = path.lstat()
-            if not stat.S_ISREG(status.st_mode):
+            if any((folder / parent).is_symlink() for parent in PurePosixPath(name).parents[:-1]):
+                yield Problem(name, "is in a folder that is a link")
+            elif not stat.S_ISREG(status.st_mode):
                 yield Problem(name, "is not a regular file")
             elif status.st_size < recorded.bytes or (name not in growing and status.st_size > recorded.bytes):
                 yield Problem(name, f"has {status.st_size:,} bytes, but {recorded.bytes:,} were written")

@@ -1,7 +1,7 @@
 """Check `output_dir` before a run starts; nothing is created or changed.
 
 A run directory is new, empty, or holds a run. It may not be a link (the link's target would be overwritten), a folder
-with other files in it, or inside the base model's folder. In a resumed run, no file may be a link.
+with other files in it, or inside the base model's folder. In a resumed run, no file may be a link, FIFO or device.
 """
 
 from __future__ import annotations
@@ -58,6 +58,10 @@ def _check_present(where: str, path: Path, mode: int) -> None:
             if entry.is_symlink():
                 change = "remove the link, or choose another output_dir"
                 raise InputError(f"{where}: the folder contains a link", seen=entry.path, change=change)
+            if not (entry.is_file() or entry.is_dir()):
+                what = "the folder contains a FIFO, socket or device"
+                change = "remove it, or choose another output_dir"
+                raise InputError(f"{where}: {what}", seen=entry.path, change=change)
             if entry.name not in OF_A_RUN and not entry.name.startswith("."):
                 raise DirectoryInUseError(
                     f"{path} contains other files than those of a run",

@@ -9,6 +9,7 @@ be read is there, the rest is None or empty. Nothing here raises, and nothing he
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -19,6 +20,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from solotune.config.yaml_reader import read_mapping
 from solotune.errors import InputError
+from solotune.hub.safe_files import MAX_DEPTH, check_count, check_text, is_deeper
+from solotune.regular_files import open_regular, read_bytes
 from solotune.run.events import (
     DeviceFailedEvent,
     DiagnosedEvent,
@@ -33,7 +36,10 @@ from solotune.run.events import (
 )
 
 METRICS = "metrics.jsonl"
-MAX_JSON_BYTES = 256 << 20  # files of a run are far smaller; the state of a long run of another trainer has megabytes
+MAX_JSON_BYTES = 64 << 20  # files of a run are far smaller; the state of a long run of another trainer has megabytes
+MAX_METRICS_BYTES = 2 << 30  # 6 million steps
+MAX_LINE_BYTES = 1 << 20
+MAX_EVENTS = 8_000_000
 
 E = TypeVar("E", covariant=True)
 
@@ -163,12 +169,27 @@ class RunRecord:
 def json_object(path: Path) -> dict[str, Any] | None:
     """The JSON object of a file; None where there is none that can be read."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            return None
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = parse_json(read_bytes(path, MAX_JSON_BYTES))
+    except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def parse_json(content: bytes) -> Any:
+    """The value of a JSON text from a run or another trainer, bounded before it is built.
+
+    Raises:
+        ValueError: not JSON, nested too deeply, too many values, or text that is none.
+    """
+    check_count(content)
+    try:
+        found = json.loads(content.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if is_deeper(found, MAX_DEPTH):
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+    check_text(content, found)
+    return found
 
 
 def number_in(content: Any, *keys: str) -> float | None:
@@ -180,15 +201,16 @@ def number_in(content: Any, *keys: str) -> float | None:
 
 
 def _lines_of(path: Path) -> list[Line[Event]]:
-    try:
-        content = path.read_bytes() if path.is_file() else b""
-    except OSError:
-        return []
-    found, offset = [], 0
-    for line in content.split(b"\n"):
-        if (event := from_line(line)) is not None:
-            found.append(Line(offset, event))
-        offset += len(line) + 1
+    found: list[Line[Event]] = []
+    with contextlib.suppress(OSError), open_regular(path) as file:
+        offset = 0
+        while offset < MAX_METRICS_BYTES and len(found) < MAX_EVENTS:
+            line = file.readline(MAX_LINE_BYTES)
+            if not line or (len(line) == MAX_LINE_BYTES and not line.endswith(b"\n")):
+                break  # the end, or no metrics.jsonl: a run writes no such line
+            if (event := from_line(line)) is not None:
+                found.append(Line(offset, event))
+            offset += len(line)
     return found
 
 

@@ -27,13 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from solotune.errors import DirectoryInUseError, InputError
+from solotune.regular_files import read_bytes, read_text
 from solotune.run import atomic_io
 from solotune.run.events import Event, to_line
 from solotune.run.manifest import MANIFEST, Entry, entry_at, manifest_text, read_manifest
-from solotune.run.record import METRICS, RunRecord, number_in
+from solotune.run.record import MAX_JSON_BYTES, METRICS, RunRecord, number_in, parse_json
 
 LOCK = ".lock"
-LOCK_TRIES = 20
+LOCK_TRIES, MAX_LOCK_BYTES = 20, 4096
 LOG, FINGERPRINTS, STACKS = "log.txt", "fingerprints.json", "stacks.txt"
 UNUSED = ".unused"  # ending of a checkpoint that a resumed run skipped
 MARKS = ("config.yaml", METRICS, "adapter", "checkpoints")  # a directory with any of these holds a run
@@ -43,14 +44,28 @@ def read_json(path: Path) -> Any:
     """Read a JSON file of a run.
 
     Raises:
-        InputError: it does not exist or is not JSON.
+        InputError: it does not exist, is not a regular file, or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(read_bytes(path, MAX_JSON_BYTES))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file", allowed="a file that `solotune train` wrote") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read", seen=error.strerror) from None
+    except ValueError as error:
         raise InputError(f"{path}: not valid JSON", seen=str(error)) from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a run that holds an object.
+
+    Raises:
+        InputError: as `read_json`, or it is no object.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: not a JSON object", seen=type(found).__name__)
+    return found
 
 
 class RunDirectory:
@@ -145,11 +160,11 @@ class RunDirectory:
     def _owner(self) -> str | None:
         """The process that holds the lock, in words; None if it is not known."""
         try:
-            owner = json.loads((self.path / LOCK).read_text(encoding="utf-8"))
+            owner = json.loads(read_text(self.path / LOCK, MAX_LOCK_BYTES))
             if owner["host"] == platform.node() and not _is_alive(owner["pid"]):
                 return None
             return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
 
     def is_locked(self) -> bool:
@@ -179,13 +194,19 @@ class RunDirectory:
         atomic_io.sync(self.path / METRICS)
         return entry_at(self.path / METRICS)._asdict()
 
-    def metrics_mismatch(self, mark: Mapping[str, Any]) -> str | None:
-        """Why metrics.jsonl cannot be cut back to the recorded length; None if it can."""
+    def metrics_mismatch(self, mark: Any) -> str | None:
+        """Why metrics.jsonl cannot be cut back to the recorded length; None if it can.
+
+        Args:
+            mark: what `metrics_offset` returned, as a checkpoint recorded it.
+        """
         path = self.path / METRICS
+        if not isinstance(mark, dict) or type(mark.get("bytes")) is not int or mark["bytes"] < 0:
+            return f"the checkpoint does not record the length of {METRICS}"
         there = path.stat().st_size if path.is_file() else 0
         if there < mark["bytes"]:
             return f"{METRICS} has {there:,} bytes, but had {mark['bytes']:,} when the checkpoint was saved"
-        if mark["bytes"] and entry_at(path, mark["bytes"]) != Entry(mark["bytes"], mark["sha256"]):
+        if mark["bytes"] and entry_at(path, mark["bytes"]) != Entry(mark["bytes"], str(mark.get("sha256"))):
             return f"{METRICS} has changed since the checkpoint was saved, or belongs to another run"
         return None
 
@@ -200,7 +221,9 @@ class RunDirectory:
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path).as_posix()
             has_own = path.name != MANIFEST and (path.parent / MANIFEST).is_file() and path.parent != self.path
-            if path.is_file() and not has_own and name not in (MANIFEST, LOCK) and UNUSED not in name:
+            # a skipped checkpoint may not match its own manifest, so its files are listed as they are
+            is_listed = not has_own or path.parent.name.endswith(UNUSED)
+            if path.is_file() and is_listed and name not in (MANIFEST, LOCK):
                 entries[name] = entry_at(path)
         atomic_io.write_whole(self.path / MANIFEST, manifest_text(entries))
 
@@ -246,14 +269,11 @@ def nearest_folder(path: str | Path) -> Path:
 
 def list_runs(root: str | Path = "runs") -> list[RunDirectory]:
     """The runs below a folder, oldest first."""
-    found = [RunDirectory(path.parent) for path in Path(root).glob("*/config.yaml")]
-    return sorted(found, key=lambda run: (run.path / "config.yaml").stat().st_mtime)
-
-
-def latest_run_of(name: str) -> RunDirectory | None:
-    """The newest run in `runs/` of a config with this name."""
-    named = [run for run in list_runs() if run.path.name.startswith(f"{name}-")]
-    return named[-1] if named else None
+    found = []
+    for path in Path(root).glob("*/config.yaml"):
+        with contextlib.suppress(OSError):  # removed meanwhile, or no access
+            found.append((path.lstat().st_mtime, path.parent))
+    return [RunDirectory(folder) for _, folder in sorted(found)]
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,9 @@ def stacks_into(path: Path) -> None:
     """Write stacks to this file from now on; the file exists, and stays empty as long as nothing hangs."""
     if _watcher is not None:
         with contextlib.suppress(OSError):
-            _watcher.stacks = open(path, "w", encoding="utf-8")  # noqa: SIM115 - open as long as the watchdog runs
+            # open as long as the watchdog runs; a FIFO in its place would wait for a reader
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            _watcher.stacks = os.fdopen(os.open(path, flags, 0o666), "w", encoding="utf-8")
             faulthandler.register(DUMP_SIGNAL, _watcher.stacks, all_threads=True)
             _watcher.tell(f"stacks {path}")
 

@@ -26,11 +26,11 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from solotune.errors import InputError, IntegrityError
+from solotune.errors import IntegrityError, SolotuneError
 from solotune.model.adapter import Adapter, adapter_tensors, read_tensors
 from solotune.run.atomic_io import remove_folder, whole_folder
 from solotune.run.manifest import check_folder
-from solotune.run.run_dir import read_json
+from solotune.run.run_dir import read_object
 
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
 
@@ -74,7 +74,7 @@ def load(folder: Path) -> Checkpoint:
         InputError: the folder is not a checkpoint.
         IntegrityError: a file in it is damaged.
     """
-    state = read_json(folder / "state.json")
+    state = read_state(folder)
     return Checkpoint(
         step=state["step"],
         adapter=adapter_tensors(folder),
@@ -84,6 +84,21 @@ def load(folder: Path) -> Checkpoint:
     )
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint; the caller's own values in it are unchecked.
+
+    Raises:
+        InputError: there is none, or it is not a JSON object.
+        IntegrityError: the step or the optimizer's scalars are missing or damaged.
+    """
+    path = folder / "state.json"
+    state = read_object(path)
+    for key, kind in (("step", int), ("optimizer", dict)):
+        if type(state.get(key)) is not kind:
+            raise IntegrityError(f"{path}: no {key} in it", change="use another checkpoint")
+    return state
+
+
 def invalid_reason(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is as it was written."""
     if not folder.is_dir():
@@ -91,9 +106,9 @@ def invalid_reason(folder: Path) -> str | None:
     for file, problem in check_folder(folder):
         return f"{file}: {problem}"
     try:
-        step = read_json(folder / "state.json")["step"]
-    except (InputError, KeyError, TypeError):
-        return "state.json: no step in it"
+        step = read_state(folder)["step"]
+    except SolotuneError as error:
+        return f"state.json: {error.problem.rpartition(': ')[2]}"
     named = STEP_FOLDER.fullmatch(folder.name)
     return None if named is None or int(named[1]) == step else f"state.json: it belongs to step {step}"
 
@@ -143,11 +158,13 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, 
     for source in (checkpoint.optimizer, checkpoint.state["optimizer"]):
         for path, value in source.items():
             index, *_, name = path.split("/")
+            if not index.isdecimal() or int(index) >= len(parameters):
+                raise _other_state(path[:200], f"states of {len(parameters)} parameters")
             state.setdefault(int(index), {})[name] = value
     if not hasattr(optimizer, "init_state"):
         for index, values in state.items():
             for name, value in values.items():
-                if name != "step" and value.shape != parameters[index].shape:
+                if name != "step" and getattr(value, "shape", None) != parameters[index].shape:
                     raise _other_state(f"{name}: {_kind(value)}", str(tuple(parameters[index].shape)))
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         return
@@ -163,13 +180,13 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, 
             if not isinstance(value, torch.Tensor):
                 made[name] = value
                 continue
-            if (made[name].dtype, made[name].shape) != (value.dtype, value.shape):
+            if _kind(made[name]) != _kind(value):
                 raise _other_state(f"{name}: {_kind(value)}", _kind(made[name]))
             made[name].copy_(value)
 
 
-def _kind(tensor: torch.Tensor) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)}"
+def _kind(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:80]
 
 
 def _other_state(seen: str, allowed: str) -> IntegrityError:

@@ -37,9 +37,10 @@ from solotune.run.atomic_io import remove_folder, rename
 from solotune.run.events import SaveEvent
 from solotune.run.manifest import check_folder
 from solotune.run.record import RunRecord
-from solotune.run.run_dir import FINGERPRINTS, UNUSED, RunDirectory, latest_run_of, read_json
+from solotune.run.run_dir import FINGERPRINTS, MARKS, UNUSED, RunDirectory, read_object
 from solotune.training import checkpoint
 from solotune.training.checkpoint import Checkpoint
+from solotune.training.find_run import BATCH, refuse_other_config, rows_per_step, run_of_config
 
 Class = Literal["frozen", "inexact", "free"]
 
@@ -49,11 +50,10 @@ _COMPARED_BY_CONTENT = {
     "eval_dataset", "eval_dataset_split", "validation_size", "split_by", "column_mapping", "on_bad_row",
     "chat_template_path", "overflow", "assistant_only_loss", "train_on_last_turn",
 }  # fmt: skip
-_INEXACT = {
+_INEXACT = {  # and the keys of BATCH, if their product is the same
     "gradient_checkpointing", "activation_offload", "base_residency", "torch_compile", "cuda_graphs",
     "attn_implementation", "use_cpu",
 }  # fmt: skip
-BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")  # frozen in their product, else inexact
 
 
 def class_of(key: str) -> Class:
@@ -95,9 +95,7 @@ def open_run(config: RunConfig, now: dict[str, Any], resume: bool) -> tuple[RunD
         DirectoryInUseError: another process or another run has the directory.
         IntegrityError: config, base or training rows are not those of the checkpoint, or no checkpoint is valid.
     """
-    explicit = Path(os.path.expanduser(config.resume_from_checkpoint)) if config.resume_from_checkpoint else None
-    if resume and config.output_dir is None and explicit is None and (latest := latest_run_of(config.name)):
-        config = config.replaced("newest run of this config", output_dir=str(latest.path))
+    explicit = _folder(config.resume_from_checkpoint) if config.resume_from_checkpoint else None
     run = RunDirectory.create(config.output_dir, config.name, resume=resume)
     try:
         if resume and explicit is not None and explicit.resolve().parent != run.checkpoints.resolve():
@@ -113,7 +111,9 @@ def open_run(config: RunConfig, now: dict[str, Any], resume: bool) -> tuple[RunD
         start = None
         if point is not None:
             where = str(explicit or run.path)
-            start = ResumePoint(point, compare(point.state["fingerprints"], now, where), passed_over)
+            start = ResumePoint(point, compare(point.state.get("fingerprints"), now, where), passed_over)
+        elif resume:
+            refuse_other_config(run.path, config)
         if resume:
             _take_over(run, point)
             if point is not None:  # the run may have been killed before it removed old checkpoints
@@ -124,9 +124,54 @@ def open_run(config: RunConfig, now: dict[str, Any], resume: bool) -> tuple[RunD
     return run, start
 
 
+def run_to_continue(config: RunConfig) -> RunConfig:
+    """The config with the `output_dir` that `--resume` continues, if it names none: that of its newest run.
+
+    Raises:
+        IntegrityError: there are only runs of this name with other values.
+    """
+    if config.output_dir is not None or config.resume_from_checkpoint is not None:
+        return config
+    run = run_of_config(config)
+    return config if run is None else config.replaced("newest run of this config", output_dir=str(run.path))
+
+
+def which_run(config: RunConfig) -> str:
+    """Which run `--resume` continues, in words, for a config of `run_to_continue`."""
+    if config.resume_from_checkpoint is not None:
+        return f"--resume: continuing from {config.resume_from_checkpoint}"
+    if config.output_dir is None:
+        return (
+            f"--resume: there is no run of this config ({config.name}) in {Path('runs').absolute()}; a new run begins"
+        )
+    path = Path(os.path.expanduser(config.output_dir))
+    if not any((path / mark).exists() for mark in MARKS):
+        return f"--resume: there is no run in {path}; a new run begins"
+    return f"--resume: continuing the run {path}"
+
+
+def check_given(from_checkpoint: str | None) -> None:
+    """Check `resume_from_checkpoint` before anything else is done.
+
+    Raises:
+        InputError: it is not a checkpoint folder.
+    """
+    if from_checkpoint is not None and not (_folder(from_checkpoint) / "state.json").is_file():
+        folder = _folder(from_checkpoint)
+        missing = "no state.json in it" if folder.is_dir() else f"no such folder; looked in {Path.cwd()}"
+        raise InputError(
+            f"resume_from_checkpoint: {from_checkpoint} is not a checkpoint",
+            seen=missing,
+            allowed="RUN/checkpoints/step-000050",
+        )
+
+
+def _folder(from_checkpoint: str) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(from_checkpoint)))
+
+
 def _given(folder: Path) -> Checkpoint:
-    if not (folder / "state.json").is_file():
-        raise InputError(f"resume_from_checkpoint: {folder} is not a checkpoint", allowed="RUN/checkpoints/step-000050")
+    check_given(str(folder))
     if problem := checkpoint.invalid_reason(folder):
         raise IntegrityError(f"{folder}: {problem}", change="use another checkpoint")
     return checkpoint.load(folder)
@@ -136,7 +181,7 @@ def _newest(run: RunDirectory) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that can be used, and the newer ones with what is wrong with each."""
 
     def objection(path: Path) -> str | None:
-        return run.metrics_mismatch(read_json(path / "state.json")["metrics"])
+        return run.metrics_mismatch(checkpoint.read_state(path).get("metrics"))
 
     passed_over = []
     for path, problem in checkpoint.newest_first(run.checkpoints, objection):
@@ -158,7 +203,7 @@ def _finished(run: RunDirectory) -> Checkpoint | None:
     if end is None or check_folder(run.adapter):
         return None
     before = {"bytes": end.offset}
-    state = {"fingerprints": read_json(run.path / FINGERPRINTS), "optimizer": {}, "metrics": before}
+    state = {"fingerprints": read_object(run.path / FINGERPRINTS), "optimizer": {}, "metrics": before}
     return Checkpoint(end.event.step, adapter_tensors(run.adapter), {}, {}, state)
 
 
@@ -186,13 +231,13 @@ def recorded_day(from_checkpoint: str | None, run: RunDirectory | None) -> date 
         run: the run that `--resume` continues.
     """
     if from_checkpoint:
-        return day_of(Path(from_checkpoint).expanduser().parents[1])  # RUN/checkpoints/step-000050
+        return day_of(_folder(from_checkpoint).parent.parent)  # RUN/checkpoints/step-000050
     return day_of(run.path) if run else None
 
 
-def continued(output_dir: str | None, name: str) -> RunDirectory | None:
-    """The run that `--resume` continues: that of `output_dir`, or else the newest of the config's name."""
-    return RunDirectory(Path(output_dir).expanduser()) if output_dir else latest_run_of(name)
+def continued(output_dir: str | None) -> RunDirectory | None:
+    """The run that `--resume` continues: that of `output_dir`, which `run_to_continue` has set; None for a new run."""
+    return RunDirectory(Path(os.path.expanduser(output_dir))) if output_dir else None
 
 
 def day_of(run: Path) -> date | None:
@@ -202,7 +247,7 @@ def day_of(run: Path) -> date | None:
         IntegrityError: `rendered_on` in data.json is not a date.
     """
     path = run / "data.json"
-    written = read_json(path).get("rendered_on") if path.is_file() else None
+    written = read_object(path).get("rendered_on") if os.path.lexists(path) else None
     try:
         return date.fromisoformat(written) if written else None
     except (TypeError, ValueError):
@@ -224,18 +269,34 @@ def fingerprints(config: RunConfig, prepared: Prepared, machine: Machine, model_
     }
 
 
-def compare(then: dict[str, Any], now: dict[str, Any], where: str) -> list[str]:
+def _check_recorded(then: Any, where: str) -> None:
+    """Check the types of recorded `fingerprints`.
+
+    Raises:
+        IntegrityError: a part is missing, or of another type.
+    """
+    wanted = {"config": dict, "base": dict, "software": dict, "train_rows": str, "validation_rows": str, "device": str}
+    for key, kind in wanted.items():
+        if not isinstance(then, dict) or not isinstance(then.get(key), kind):
+            raise IntegrityError(
+                f"{where}: what the run recorded of itself is damaged ({key})", change="start a new run"
+            )
+
+
+def compare(then: Any, now: dict[str, Any], where: str) -> list[str]:
     """Compare two `fingerprints`: the reasons why continuing is not exact; empty if it is exact.
 
     Args:
+        then: as the checkpoint recorded it; its types are checked.
         where: the checkpoint or run, for messages.
 
     Raises:
         IntegrityError: it would be a different run.
     """
+    _check_recorded(then, where)
     old, new = then["config"], now["config"]
     changed = [key for key, value in new.items() if old.get(key) != value]
-    if set(changed) & set(BATCH) and old[BATCH[0]] * old[BATCH[1]] == new[BATCH[0]] * new[BATCH[1]]:
+    if set(changed) & set(BATCH) and rows_per_step(old) == rows_per_step(new):
         inexact = [key for key in changed if CLASSES[key] == "inexact" or key in BATCH]
     else:
         inexact = [key for key in changed if CLASSES[key] == "inexact"]

@@ -29,7 +29,7 @@ from solotune.model.adapter import CONFIG, read_config, read_finite_tensors
 from solotune.model.base_fingerprint import base_fingerprint, check_base
 from solotune.model.loading import TrainableModel, load_model
 from solotune.run.manifest import check_folder
-from solotune.run.run_dir import FINGERPRINTS, RunDirectory, read_json
+from solotune.run.run_dir import FINGERPRINTS, RunDirectory, read_object
 from solotune.training import checkpoint
 
 
@@ -77,6 +77,19 @@ class TunedRun:
         base = resolve_model(config)
         return cls(directory, config, machine, choices, dataset.load_tokenizer(config, base), base)
 
+    @property
+    def prompt_format(self) -> str:
+        """How the model was trained, and is asked: `chat` (through its chat template) or `text`.
+
+        Runs that did not record it are asked through the chat template.
+
+        Raises:
+            InputError: data.json is damaged.
+        """
+        path = self.directory.path / "data.json"
+        found = read_object(path).get("prompt_format") if path.is_file() else None
+        return "text" if found == "text" else "chat"
+
     def load(self) -> TrainableModel:
         """Load the base with the run's adapter, or with that of the newest checkpoint if the run has not finished.
 
@@ -96,7 +109,10 @@ class TunedRun:
                 f"{folder / file}: {problem}", change=f"solotune verify {self.directory.path} lists all damaged files"
             )
         tensors = read_finite_tensors(folder)
-        recorded = read_json(self.directory.path / FINGERPRINTS)["base"]
+        recorded = read_object(self.directory.path / FINGERPRINTS).get("base")
+        if not isinstance(recorded, dict):
+            path = self.directory.path / FINGERPRINTS
+            raise IntegrityError(f"{path}: the fingerprint of the base is missing", change="restore the run's files")
         base = (self.base or resolve_model(self.config)).with_weights()
         check_base(recorded, base_fingerprint(base), str(self.directory.path))
         model = load_base(self.config, self.machine, base)
@@ -132,10 +148,15 @@ def _check_adapter_config(folder: Path, expected: dict[str, Any]) -> None:
 
 
 class ChatSession:
-    """A conversation with a run's model; its base can answer too, for comparison."""
+    """A conversation with a run's model; its base can answer too, for comparison.
+
+    A model that was trained on plain text (`prompt_format: text`) is asked so too: each message is continued as it is,
+    without chat template and history, and the answer keeps the white space around it.
+    """
 
     def __init__(self, run: TunedRun) -> None:
         self._config, self._tokenizer = run.config, run.tokenizer
+        self.prompt_format = run.prompt_format
         self._model = run.load()
         self._stops = generation.stop_ids(self._model, self._tokenizer, [])
         self.choices = run.choices
@@ -152,21 +173,25 @@ class ChatSession:
         Args:
             base: let the base model answer; its answer is not added to the history.
             on_text: called with each piece of the answer as it is generated.
+
+        Raises:
+            InputError: the chat template refuses the conversation, or a text to continue is empty.
         """
+        is_chat = self.prompt_format == "chat"
         messages = [*self.history, {"role": "user", "content": text}]
+        prompt = (
+            dataset.render_prompt(self._tokenizer, messages) if is_chat else dataset.text_prompt(self._tokenizer, text)
+        )
         streamer = None
         if on_text is not None:
             streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
             streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
         with device_errors(self._config.memory), lora.adapters_off(self._model.module) if base else nullcontext():
-            ids = generation.generate(
-                self._model,
-                dataset.render_prompt(self._tokenizer, messages),
-                self._config.max_new_tokens,
-                self._stops,
-                streamer,
-            )
-        answer = self._tokenizer.decode(ids, skip_special_tokens=True).strip()
+            ids = generation.generate(self._model, prompt, self._config.max_new_tokens, self._stops, streamer)
+        answer = self._tokenizer.decode(ids, skip_special_tokens=True)
+        if not is_chat:
+            return answer
+        answer = answer.strip()
         if not base:
             self.history = [*messages, {"role": "assistant", "content": answer}]
         return answer

@@ -16,19 +16,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 
 from solotune.config.load import load_config
 from solotune.config.settings import LoraSettings
 from solotune.errors import InputError, SolotuneError
+from solotune.model.adapter import read_tensors
 from solotune.run.manifest import MANIFEST, NOT_LISTED, Problem, check_folder, differences, read_manifest, unknown
 from solotune.run.record import RunRecord
-from solotune.run.run_dir import LOCK, LOG, MARKS, METRICS, UNUSED, RunDirectory, read_json
+from solotune.run.run_dir import LOCK, LOG, MARKS, METRICS, UNUSED, RunDirectory, read_object
 from solotune.training import checkpoint
 
 OWN_JSON = ("environment.json", "data.json", "plan.json", "fingerprints.json", "split.json", "evaluation.json")
@@ -73,11 +72,11 @@ def verify(path: str | Path) -> Verification:
     run = RunDirectory(Path(os.path.expanduser(path)))
     if not any((run.path / mark).exists() for mark in (*MARKS, MANIFEST)):
         raise InputError(f"{path}: not a run directory", allowed="a run directory of `solotune train`")
-    finished = RunRecord.read(run.path).is_finished or (run.path / MANIFEST).exists()
+    finished = RunRecord.read(run.path).is_finished or os.path.lexists(run.path / MANIFEST)
     problems = [*(_sealed(run) if finished else _unsealed(run)), *_tensors(run)]
     unused = sorted(path.name for path in run.checkpoints.glob(f"*{UNUSED}"))
     notes = [] if finished else ["the run has not finished, so only its checkpoints can be checked"]
-    if unused:
+    if unused and not finished:
         notes.append(f"not checked, because a resumed run skipped them: {', '.join(unused)}")
     files = [file for file in run.path.rglob("*") if file.is_file() and not file.is_symlink() and file.name != LOCK]
     return Verification(
@@ -101,12 +100,13 @@ def _sealed(run: RunDirectory) -> Iterator[Problem]:
         return
     yield from differences(run.path, entries, growing=(LOG,))
     folders = {name.removesuffix(f"/{MANIFEST}") for name in entries if name.endswith(f"/{MANIFEST}")}
+    folders = {folder for folder in folders if not folder.endswith(UNUSED)}  # every file of these is in `entries`
     for folder in sorted(folders):
-        if (run.path / folder).is_dir():
+        if (run.path / folder).is_dir() and not _is_linked(run, folder):
             yield from _within(folder, check_folder(run.path / folder))
     for name in unknown(run.path, entries):
         inside = any(name.startswith(f"{folder}/") for folder in folders)
-        if not inside and name != LOCK and UNUSED not in name:
+        if not inside and name != LOCK:
             yield Problem(name, NOT_LISTED)
 
 
@@ -114,20 +114,28 @@ def _unsealed(run: RunDirectory) -> Iterator[Problem]:
     """Check what can be checked of an unfinished run."""
     folders = [path for _, path in checkpoint.list_checkpoints(run.checkpoints)]
     for folder in [*folders, *([run.adapter] if run.adapter.is_dir() else [])]:
+        if _is_linked(run, name := folder.relative_to(run.path).as_posix()):
+            yield Problem(name, "is a link, not a folder of this run")
+            continue
         yield from _within(folder.relative_to(run.path).as_posix(), check_folder(folder))
     for name in OWN_JSON:
-        if (run.path / name).exists():
+        if os.path.lexists(run.path / name):
             try:
-                read_json(run.path / name)
+                read_object(run.path / name)
             except InputError as error:
                 yield Problem(name, error.problem)
     for folder in folders:
         try:
-            reason = run.metrics_mismatch(read_json(folder / "state.json")["metrics"])
-        except (SolotuneError, KeyError, TypeError):
+            reason = run.metrics_mismatch(checkpoint.read_state(folder).get("metrics"))
+        except SolotuneError:
             continue  # reported above
         if reason:
             yield Problem(METRICS, f"{folder.name} cannot be continued: {reason}")
+
+
+def _is_linked(run: RunDirectory, name: str) -> bool:
+    """Whether a path below the run is a link, or in a folder that is one: then it is not of this run."""
+    return any((run.path / part).is_symlink() for part in (name, *PurePosixPath(name).parents[:-1]))
 
 
 def _within(folder: str, problems: list[Problem]) -> Iterator[Problem]:
@@ -145,10 +153,13 @@ def _tensors(run: RunDirectory) -> Iterator[Problem]:
     for folder in [run.adapter, *(path for _, path in checkpoint.list_checkpoints(run.checkpoints))]:
         for path in sorted(folder.glob("*.safetensors")):
             where = path.relative_to(run.path).as_posix()
+            if _is_linked(run, where):
+                continue  # the manifests' check reports it
             try:
-                tensors = load_tensors(path.read_bytes())
-            except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-                yield Problem(where, f"not a readable safetensors file: {error}")
+                tensors = read_tensors(path)
+            except SolotuneError as error:
+                seen = f": {error.seen}" if error.seen else ""
+                yield Problem(where, f"not a readable safetensors file{seen}")
                 continue
             for name, tensor in tensors.items():
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -180,7 +191,7 @@ def _of_config(tensors: dict[str, torch.Tensor], lora: LoraSettings, folder: Pat
             if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
                 yield f"it has no layer named {target} (lora_target_modules)"
     try:
-        written = read_json(folder / "adapter_config.json")
+        written = read_object(folder / "adapter_config.json")
         said = (written["r"], written["lora_alpha"], written["use_rslora"])
     except (SolotuneError, KeyError, TypeError):
         return  # the manifest check reports it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from solotune.dataset.chat.formats import Record, check_shape, convert, recognise
 from solotune.dataset.readers.row import Row
 from solotune.errors import InputError
+from tests.dataset.chat.advice import read, refused
 
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 S = {"role": "system", "content": "s"}
@@ -52,10 +54,45 @@ def message_of(*values: dict[str, Any]) -> str:
         ({"instruction": "do", "input": "it", "output": "a", "system": "s"}, "alpaca",
          [S, {"role": "user", "content": "do\n\nit"}, A]),
         ({"prompt": [S, U], "completion": [A]}, "prompt-completion", [S, U, A]),
+        ({"prompt": "q", "completion": [A]}, "prompt-completion", [U, A]),
+        ({"prompt": [S, U], "completion": "a"}, "prompt-completion", [S, U, A]),
+        ({"prompt": U, "completion": A}, "prompt-completion", [U, A]),
+        ({"messages": [{"Role": "User", "Content": "q"}, {"ROLE": "ASSISTANT", "CONTENT": "a"}]}, "messages", [U, A]),
+        ({"messages": [{"role": "user", "text": "q"}, {"role": "assistant", "value": "a"}]}, "messages", [U, A]),
+        ({"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "sharegpt", [U, A]),
+        ({"conversations": [{"From": "Human", "Value": "q"}, {"from": "GPT", "value": "a"}]}, "sharegpt", [U, A]),
+        ({"conversations": [{"from": "User", "content": "q"}, {"from": "bot", "text": "a"}]}, "sharegpt", [U, A]),
+        ({"messages": [{"speaker": "human", "text": "q"}, {"speaker": "ai", "text": "a"}]}, "sharegpt", [U, A]),
+        ({"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}}, "messages", [U, A]),
+        ({"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}}, "sharegpt", [U, A]),
+        ({"messages": [{"role": None, "content": None, "from": "human", "value": "q"}, {**A, "from": None}]},
+         "sharegpt", [U, A]),
+        ({"messages": [{"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": [{"text": "a"}]}]},
+         "messages", [U, A]),
+        ({"messages": [A, U, A]}, "messages", [A, U, A]),
+        ({"messages": [A, U, A, U]}, "messages", [A, U, A, U]),
+        ({"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "q"}]}, "sharegpt", [A, U]),
     ],
 )  # fmt: skip
 def test_chats(values: dict[str, Any], name: str, messages: list[dict[str, Any]]) -> None:
     assert record_of(values) == (name, Record("f.jsonl:1", messages=messages))
+
+
+@pytest.mark.parametrize("turns", [[U, A], [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]], ids=str)
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_chats_as_json_text(turns: Any, key: str) -> None:
+    record = read({key: json.dumps(turns)})
+    assert isinstance(record, Record)
+    assert record.messages == [U, A]
+
+
+def test_a_chat_as_a_python_list_says_how_to_save_it() -> None:
+    assert "json.dumps(ast.literal_eval(text))" in refused({"messages": str([U, A])})
+
+
+def test_a_refusal_without_content() -> None:
+    message = refused({"messages": [U, {"role": "assistant", "content": None, "refusal": "No."}]})
+    assert "message 2: a refusal without content" in message
 
 
 def test_texts() -> None:
@@ -116,7 +153,8 @@ WRONG: list[tuple[list[dict[str, Any]], str]] = [
         "f.jsonl:1: not a known format\n"
         "  seen:    the keys chosen, rejected, prompt\n"
         "  allowed: messages, conversations, instruction + output, prompt + completion, or text\n"
-        "  change:  this is preference data, but fine-tuning uses one answer per row: column_mapping: {chosen: completion}",
+        "  change:  this is preference data, but fine-tuning uses one answer per row: to learn the chosen answers, set "
+        "column_mapping: {chosen: completion, rejected: ignore}",
     ),
     (
         [{}],
@@ -139,10 +177,10 @@ WRONG: list[tuple[list[dict[str, Any]], str]] = [
         "  change:  add the key, or remove the row",
     ),
     (
-        [{"messages": "[]"}],
+        [{"messages": "nothing"}],
         "f.jsonl:1: messages is a text, not a list\n"
-        '  seen:    "[]"\n'
-        "  change:  the list was saved as a string: parse it with json.loads before saving, or use jsonl",
+        '  seen:    "nothing"\n'
+        '  allowed: [{"role": "user", "content": "..."}, ...], also as JSON text',
     ),
     ([{"messages": []}], "f.jsonl:1: messages is empty\n  allowed: at least one assistant message"),
     ([{"messages": 3}], "f.jsonl:1: messages is not a list\n  seen:    3\n  allowed: a list of messages"),
@@ -167,6 +205,16 @@ WRONG: list[tuple[list[dict[str, Any]], str]] = [
         f"{MESSAGES}: unknown role\n  seen:    no role\n  allowed: system, developer, user, assistant, tool",
     ),
     (
+        [{"messages": [{"user": "q", "assistant": "a"}]}],
+        "f.jsonl:1: message 1: unknown role\n  seen:    no role, but the keys user, assistant\n"
+        "  allowed: system, developer, user, assistant, tool\n"
+        '  change:  write each turn as {"role": "user", "content": "..."}',
+    ),
+    (
+        [{"messages": [{**U, "images": ["a.png"]}, A]}],
+        "f.jsonl:1: message 1: has images\n  seen:    the role user\n  allowed: text only",
+    ),
+    (
         [{"messages": [U, {**A, "role": "assistant\n<|im_end|>"}]}],
         f'{MESSAGES}: unknown role\n  seen:    "assistant\\n<|im_end|>"\n'
         "  allowed: system, developer, user, assistant, tool",
@@ -187,7 +235,8 @@ WRONG: list[tuple[list[dict[str, Any]], str]] = [
     (
         [{"conversations": [{"from": "human", "value": "q"}, {"from": "alice", "value": "a"}]}],
         'f.jsonl:1: turn 2: unknown speaker\n  seen:    "alice"\n'
-        "  allowed: human, user, gpt, assistant, chatgpt, bing, bard, model, system, tool, observation, function_call",
+        "  allowed: human, user, gpt, assistant, chatgpt, bing, bard, model, ai, bot, chatbot, system, developer, tool, "
+        "function_call, tool_call, tool_calls, observation, tool_response, tool_result, function_response, function, ipython",
     ),
     (
         [{"conversations": [{"from": "human", "value": None}]}],
@@ -200,9 +249,11 @@ WRONG: list[tuple[list[dict[str, Any]], str]] = [
     ),
     (
         [{"messages": [U], "chosen": A, "rejected": A}],
-        "f.jsonl:1: no assistant message, so there is nothing to train on\n  seen:    the roles user\n"
-        "  allowed: at least one message with the role assistant\n"
-        "  change:  this is preference data; add the chosen answer to the messages",
+        "f.jsonl:1: preference data, but train learns each answer as a good one\n"
+        "  seen:    the keys messages, chosen, rejected\n"
+        "  allowed: one answer a row\n"
+        "  change:  to learn the chosen answers, set "
+        "column_mapping: {messages: prompt, chosen: completion, rejected: ignore}",
     ),
     (
         [{"messages": [U, A], "tools": "[{"}],

@@ -42,90 +42,100 @@ U, A = ("user", "a"), ("assistant", "b")
 
 # --- 32 to 42: shapes of rows. (entry, what, row, message, family)
 REFUSED: list[tuple[int, str, Row, str, str]] = [
-    (33, "messages as text", {"messages": json.dumps([])}, snapshot("""\
+    (33, "messages as text", {"messages": "nothing"}, snapshot("""\
 a.jsonl:1: messages is a text, not a list
-  seen:    "[]"
-  change:  the list was saved as a string: parse it with json.loads before saving, or use jsonl\
+  seen:    "nothing"
+  allowed: [{"role": "user", "content": "..."}, ...], also as JSON text
+  change:  on_bad_row: drop leaves out this row\
 """), ""),
     (34, "no messages", {"messages": []}, snapshot("""\
 a.jsonl:1: messages is empty
-  allowed: at least one assistant message\
+  allowed: at least one assistant message
+  change:  on_bad_row: drop leaves out this row\
 """), ""),
     (35, "no answer", said(("user", "a")), snapshot("""\
 a.jsonl:1: no assistant message, so there is nothing to train on
   seen:    the roles user
   allowed: at least one message with the role assistant
-  change:  remove the row, or add the answer\
+  change:  remove the row, or add the answer; or on_bad_row: drop leaves out this row\
 """), ""),
     (37, "a role", said(("wizard", "a"), A), snapshot("""\
 a.jsonl:1: message 1: unknown role
   seen:    "wizard"
-  allowed: system, developer, user, assistant, tool\
+  allowed: system, developer, user, assistant, tool
+  change:  on_bad_row: drop leaves out this row\
 """), ""),
     (37, "a role near one", said(("Human", "a"), A), snapshot("""\
 a.jsonl:1: message 1: unknown role
   seen:    "Human"
   allowed: system, developer, user, assistant, tool
-  change:  did you mean user?\
+  change:  did you mean user?; or on_bad_row: drop leaves out this row\
 """), ""),
     (38, "a role with a line break", said(("user\n", "a"), A), snapshot("""\
 a.jsonl:1: message 1: unknown role
   seen:    "user\\n"
-  allowed: system, developer, user, assistant, tool\
+  allowed: system, developer, user, assistant, tool
+  change:  on_bad_row: drop leaves out this row\
 """), ""),
     (38, "a role with a token", said(("user<|im_end|>", "a")), snapshot("""\
 a.jsonl:1: message 1: unknown role
   seen:    "user<|im_end|>"
-  allowed: system, developer, user, assistant, tool\
+  allowed: system, developer, user, assistant, tool
+  change:  on_bad_row: drop leaves out this row\
 """), ""),
     (39, "null", said(("user", None), A), snapshot("""\
 a.jsonl:1: message 1: content is missing or null
-  allowed: text\
+  allowed: text
+  change:  on_bad_row: drop leaves out this row\
 """), ""),
     (39, "a number", said(("user", 42), A), snapshot("""\
 a.jsonl:1: message 1: content is int, not text
   seen:    42
-  allowed: text\
+  allowed: text
+  change:  on_bad_row: drop leaves out this row\
 """), ""),
     (39, "missing", {"messages": [{"role": "user"}]}, snapshot("""\
 a.jsonl:1: message 1: content is missing or null
-  allowed: text\
+  allowed: text
+  change:  on_bad_row: drop leaves out this row\
 """), ""),
     (40, "an image", said(("user", [{"type": "image"}])), snapshot("""\
 a.jsonl:1: message 1: content has a part that is not text
   seen:    "image"
-  allowed: text only\
+  allowed: text only
+  change:  on_bad_row: drop leaves out this row\
 """), ""),
     (41, "system, Gemma", said(("system", "a"), U, A), snapshot("""\
 a.jsonl:1: the model's chat template refuses this row
   seen:    System role not supported; the roles are system, user, assistant
-  change:  change the row to what the template accepts, or set chat_template_path\
+  change:  change the row to what the template accepts, or set chat_template_path; or on_bad_row: drop leaves out this row\
 """), "gemma"),
     (41, "two users, Mistral", said(U, U, A), snapshot("""\
 a.jsonl:1: the model's chat template refuses this row
   seen:    roles must alternate; the roles are user, user, assistant
-  change:  change the row to what the template accepts, or set chat_template_path\
+  change:  change the row to what the template accepts, or set chat_template_path; or on_bad_row: drop leaves out this row\
 """), "mistral"),
     (41, "assistant first, Mistral", said(A, U, A), snapshot("""\
 a.jsonl:1: the model's chat template refuses this row
   seen:    roles must alternate; the roles are assistant, user, assistant
-  change:  change the row to what the template accepts, or set chat_template_path\
+  change:  change the row to what the template accepts, or set chat_template_path; or on_bad_row: drop leaves out this row\
 """), "mistral"),
     (42, "no call", said(U, ("tool", "3"), A), snapshot("""\
 a.jsonl:1: message 2: a tool message without a tool call before it
   allowed: tool messages right after the assistant message with their tool_calls
-  change:  add tool_calls to that assistant message, or remove the row\
+  change:  add tool_calls to that assistant message, or remove the row; or on_bad_row: drop leaves out this row\
 """), ""),
     (42, "no template", calling({}), snapshot("""\
 a.jsonl:1: message 2: the chat template leaves out this answer or a part of it
   seen:    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "functi
   allowed: a template that renders every assistant message, with its tool calls
-  change:  set chat_template_path to a template that does, or remove the row\
+  change:  set chat_template_path to a template that does, or remove the row; or on_bad_row: drop leaves out this row\
 """), ""),
-    (43, "arguments", calling("{a: 1}"), snapshot('''\
+    (43, "arguments", calling("{a: 1}"), snapshot("""\
 a.jsonl:1: message 2: arguments is not valid JSON
-  seen:    Expecting property name enclosed in double quotes: line 1 column 2 (char 1), in "{a: 1}"\
-'''), "qwen3"),
+  seen:    Expecting property name enclosed in double quotes: line 1 column 2 (char 1), in "{a: 1}"
+  change:  on_bad_row: drop leaves out this row\
+"""), "qwen3"),
 ]  # fmt: skip
 
 
@@ -143,10 +153,10 @@ def test_32_mixed_shapes(door: Door) -> None:
     door.refuses(
         write(GOOD[0], *rows),
         snapshot("""\
-a.jsonl:2: mixed formats: this row is prompt-completion
-  seen:    the keys prompt, completion
+a.jsonl:2: mixed formats: this row is prompt-completion (one of 2 bad rows; 3 were read)
+  seen:    the keys prompt, completion; also a.jsonl:3: mixed formats: this row is text (the keys text)
   allowed: messages (messages), as in a.jsonl:1
-  change:  convert all rows to one format, or keep the rows of one format\
+  change:  convert all rows to one format, or keep the rows of one format; or on_bad_row: drop leaves out the bad rows\
 """),
     )
     found = door(write(*GOOD, *rows), on_bad_row="drop").content["rows"]["dropped"]

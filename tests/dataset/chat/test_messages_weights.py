@@ -21,9 +21,9 @@ def prepared(path: Path, **keys: Any) -> Prepared:
     return prepare(config_of(path, **keys), CHATML)
 
 
-def message_of(path: Path) -> str:
+def message_of(path: Path, **keys: Any) -> str:
     with pytest.raises(InputError) as caught:
-        prepared(path)
+        prepared(path, **keys)
     return str(caught.value)
 
 
@@ -169,9 +169,13 @@ NO_WEIGHTS = [-1, -0.5, 1e-10, 2e9, 10**400, "yes", "", "nan", "-inf", "1e999", 
 
 @pytest.mark.parametrize("value", [*NO_WEIGHTS, float("nan"), float("inf")], ids=lambda value: str(value)[:9])
 def test_what_is_no_weight_is_refused(write: Writer, value: Any) -> None:
-    for where, row in (
-        ("a.jsonl:1", {"messages": TURNS, "loss_weight": value}),
-        ("a.jsonl:1: message 2", {"messages": [TURNS[0], {**TURNS[1], "loss_weight": value}]}),
+    for where, row, change in (
+        ("a.jsonl:1", {"messages": TURNS, "loss_weight": value}, "column_mapping: {loss_weight: ignore}"),
+        (
+            "a.jsonl:1: message 2",
+            {"messages": [TURNS[0], {**TURNS[1], "loss_weight": value}]},
+            "remove loss_weight from the messages",
+        ),
     ):
         path = write("a.jsonl", row)
         if isinstance(value, float) and not np.isfinite(value):  # the reader of files knows no such number
@@ -182,7 +186,7 @@ def test_what_is_no_weight_is_refused(write: Writer, value: Any) -> None:
             f"{where}: loss_weight is not a weight\n"
             f"  seen:    {seen if len(seen) <= 60 else seen[:57] + '...'}\n"
             "  allowed: 0 (not trained on), or a number from 1e-09 to 1e+09; the default is 1\n"
-            "  change:  if it is not a loss weight: column_mapping: {loss_weight: ignore}"
+            f"  change:  if it is not a loss weight: {change}"
         )
 
 
@@ -201,4 +205,73 @@ def test_only_answers_can_have_a_weight(write: Writer, value: float) -> None:
     assert message_of(path) == (
         f"a.jsonl:1: message 1: weight: {value}, but only assistant messages can have a weight\n"
         "  change:  remove weight from this message; to train on all tokens, set assistant_only_loss: false"
+    )
+
+
+# --- switches of other trainers
+
+OFF: list[dict[str, Any]] = [
+    {"train": False}, {"training": False}, {"trainable": False}, {"loss": False}, {"loss": 0}, {"train": "false"},
+    {"train": "False"}, {"training": "no"}, {"loss_mask": 0}, {"trainable": 0.0}, {"masked": True}, {"masked": "1"},
+    {"is_masked": 1}, {"weight": 0}, {"loss_scale": 0}, {"train": False, "weight": 0}, {"Train": False},
+]  # fmt: skip
+ON: list[dict[str, Any]] = [
+    {"train": True}, {"training": 1}, {"loss": "true"}, {"loss_mask": 1.0}, {"masked": False}, {"train": None},
+    {"train": ""}, {"train": True, "weight": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("switch", OFF, ids=str)
+def test_a_message_that_is_switched_off_is_context(write: Writer, switch: dict[str, Any]) -> None:
+    turns = [{**TURNS[0], **switch}, {**TURNS[1], **switch}, TURNS[2], TURNS[3]]
+    result = prepared(write("a.jsonl", {"messages": turns}))
+    assert learned(result.train[0]) == "second<|im_end|>"
+    assert result.report.unused == []
+    sharegpt = [{"from": m.pop("role"), "value": m.pop("content"), **m} for m in map(dict, turns)]
+    assert learned(prepared(write("b.jsonl", {"conversations": sharegpt})).train[0]) == "second<|im_end|>"
+
+
+@pytest.mark.parametrize("switch", ON, ids=str)
+def test_a_message_that_is_switched_on_is_learned(write: Writer, switch: dict[str, Any]) -> None:
+    turns = [TURNS[0], {**TURNS[1], **switch}, TURNS[2], TURNS[3]]
+    (row,) = prepared(write("a.jsonl", {"messages": turns})).train
+    assert (learned(row), row.weights) == ("first<|im_end|>second<|im_end|>", None)
+
+
+@pytest.mark.parametrize("key", ["train", "training", "trainable"])
+def test_a_row_that_is_switched_off_is_dropped(write: Writer, key: str) -> None:
+    path = write("a.jsonl", {"messages": TURNS, key: False}, {"messages": chat("c", "d"), key: True})
+    assert dropped(prepared(path)) == {"weight 0": 1}
+    path = write("b.jsonl", {"text": "a", "loss": 2.3, key: "the 9:15"})
+    assert prepared(path).report.unused_in_words() == f"loss in 1 of 1 rows, {key} in 1 of 1 rows"
+    assert message_of(write("c.jsonl", {"text": "a", "ok": "so"}), column_mapping={"ok": "train"}).startswith(
+        "c.jsonl:1: ok is neither true nor false\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"train": "perhaps"}, "train is neither true nor false"),
+        ({"loss": 0.5}, "loss is neither true nor false"),
+        ({"train": 2}, "train is neither true nor false"),
+        ({"train": [True]}, "train is neither true nor false"),
+        ({"mask": True}, "mask is not read"),
+        ({"train_detail": [{"begin_offset": 0, "end_offset": 2, "train": False}]}, "train_detail is not read"),
+        ({"train": True, "weight": 0}, "weight, train contradict each other"),
+        ({"train": False, "weight": 0.5}, "weight, train contradict each other"),
+        ({"train": True, "masked": True}, "train, masked contradict each other"),
+        ({"weight": 1, "loss_weight": 2}, "weight, loss_weight contradict each other"),
+    ],
+    ids=str,
+)
+def test_switches_that_cannot_be_read(write: Writer, keys: dict[str, Any], problem: str) -> None:
+    path = write("a.jsonl", {"messages": [TURNS[0], {**TURNS[1], **keys}]})
+    assert message_of(path).startswith(f"a.jsonl:1: message 2: {problem}\n")
+
+
+def test_only_answers_can_be_switched_on(write: Writer) -> None:
+    path = write("a.jsonl", {"messages": [{**TURNS[0], "train": True}, TURNS[1]]})
+    assert message_of(path).startswith(
+        "a.jsonl:1: message 1: train: true, but only assistant messages can have a weight\n"
     )

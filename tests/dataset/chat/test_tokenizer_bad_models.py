@@ -167,56 +167,56 @@ TEMPLATES = {
     "raises": (
         "{{ raise_exception('not so') }}",
         snapshot("""\
-a.jsonl:1: the model's chat template refuses this row
-  seen:    not so; the roles are user, assistant
+a.jsonl:1: the model's chat template refuses this row (one of 4 bad rows; 4 were read)
+  seen:    not so; the roles are user, assistant; also a.jsonl:2; a.jsonl:3; ...
   change:  change the row to what the template accepts, or set chat_template_path\
 """),
     ),
     "calls what is not there": (
         "{{ foo() }}",
         snapshot("""\
-a.jsonl:1: the model's chat template refuses this row
-  seen:    'foo' is undefined; the roles are user, assistant
+a.jsonl:1: the model's chat template refuses this row (one of 4 bad rows; 4 were read)
+  seen:    'foo' is undefined; the roles are user, assistant; also a.jsonl:2; a.jsonl:3; ...
   change:  change the row to what the template accepts, or set chat_template_path\
 """),
     ),
     "looks around": (
         "{{ ''.__class__.__mro__ }}",
         snapshot("""\
-a.jsonl:1: the model's chat template refuses this row
-  seen:    access to attribute '__class__' of 'str' object is unsafe.; the roles are user, assistant
+a.jsonl:1: the model's chat template refuses this row (one of 4 bad rows; 4 were read)
+  seen:    access to attribute '__class__' of 'str' object is unsafe.; the roles are user, assistant; also a.jsonl:2; a.jsonl:3; ...
   change:  change the row to what the template accepts, or set chat_template_path\
 """),
     ),
     "reads files": (
         "{% include '/etc/passwd' %}",
         snapshot("""\
-a.jsonl:1: the model's chat template refuses this row
-  seen:    no loader for this environment specified; the roles are user, assistant
+a.jsonl:1: the model's chat template refuses this row (one of 4 bad rows; 4 were read)
+  seen:    no loader for this environment specified; the roles are user, assistant; also a.jsonl:2; a.jsonl:3; ...
   change:  change the row to what the template accepts, or set chat_template_path\
 """),
     ),
     "calls itself": (
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         snapshot("""\
-a.jsonl:1: the model's chat template refuses this row
-  seen:    maximum recursion depth exceeded; the roles are user, assistant
+a.jsonl:1: the model's chat template refuses this row (one of 4 bad rows; 4 were read)
+  seen:    maximum recursion depth exceeded; the roles are user, assistant; also a.jsonl:2; a.jsonl:3; ...
   change:  change the row to what the template accepts, or set chat_template_path\
 """),
     ),
     "counts far": (
         "{% for i in range(10000000) %}x{% endfor %}",
         snapshot("""\
-a.jsonl:1: the model's chat template refuses this row
-  seen:    Range too big. The sandbox blocks ranges larger than MAX_RANGE (100000).; the roles are user, assistant
+a.jsonl:1: the model's chat template refuses this row (one of 4 bad rows; 4 were read)
+  seen:    Range too big. The sandbox blocks ranges larger than MAX_RANGE (100000).; the roles are user, assistant; also a.jsonl:2; a.jsonl:3; ...
   change:  change the row to what the template accepts, or set chat_template_path\
 """),
     ),
     "says always the same": (
         "hello",
         snapshot("""\
-a.jsonl:1: message 2: the chat template leaves out this answer or a part of it
-  seen:    {"role": "assistant", "content": "It is 0."}
+a.jsonl:1: message 2: the chat template leaves out this answer or a part of it (one of 4 bad rows; 4 were read)
+  seen:    {"role": "assistant", "content": "It is 0."}; also a.jsonl:2; a.jsonl:3; ...
   allowed: a template that renders every assistant message, with its tool calls
   change:  set chat_template_path to a template that does, or remove the row\
 """),
@@ -224,8 +224,8 @@ a.jsonl:1: message 2: the chat template leaves out this answer or a part of it
     "drops answers": (
         CHATML.replace("messages %}", "messages if m.role != 'assistant' %}", 1),
         snapshot("""\
-a.jsonl:1: message 2: the chat template leaves out this answer or a part of it
-  seen:    {"role": "assistant", "content": "It is 0."}
+a.jsonl:1: message 2: the chat template leaves out this answer or a part of it (one of 4 bad rows; 4 were read)
+  seen:    {"role": "assistant", "content": "It is 0."}; also a.jsonl:2; a.jsonl:3; ...
   allowed: a template that renders every assistant message, with its tool calls
   change:  set chat_template_path to a template that does, or remove the row\
 """),

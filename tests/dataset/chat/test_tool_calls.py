@@ -43,6 +43,12 @@ def messages_of(values: dict[str, Any]) -> list[dict[str, Any]]:
         {"tool_calls": [{"name": "get_weather", "arguments": TEXT}]},
         {"tool_calls": json.dumps([CALL])},
         {"function_call": {"name": "get_weather", "arguments": TEXT}, "content": None},
+        {"tool_calls": [{"name": "get_weather", "parameters": ARGUMENTS}]},
+        {"tool_calls": [{"name": "get_weather", "args": ARGUMENTS, "arguments": None, "function": None}]},
+        {"tool_calls": [{"function": {"name": "get_weather"}, "arguments": TEXT}]},
+        {"toolCalls": [CALL], "Content": ""},
+        {"tool_calls": [CALL], "function_call": {"name": "get_weather", "arguments": TEXT}},
+        {"content": [{"type": "tool_use", "name": "get_weather", "input": ARGUMENTS}]},
         {"content": [{"type": "tool_call", "value": json.dumps({"name": "get_weather", "arguments": ARGUMENTS})}]},
     ],
 )
@@ -69,6 +75,45 @@ def test_sharegpt_calls_and_observations() -> None:
     _, record = record_of({"conversations": weighted})
     assert isinstance(record, Record)
     assert record.weights == (0.5, 1.0)
+
+
+@pytest.mark.parametrize("call", ["function_call", "tool_call", "tool_calls", "Tool_Call"])
+@pytest.mark.parametrize("result", ["observation", "tool_response", "tool_result", "function", "tool"])
+def test_turns_of_calls_and_results(call: str, result: str) -> None:
+    """In ShareGPT's keys and in role and content (ms-swift); one turn for each call, or one for all."""
+    one = json.dumps({"name": "get_weather", "arguments": ARGUMENTS})
+    for role, content, key in (("from", "value", "conversations"), ("role", "content", "messages")):
+        names = ("human", "gpt") if role == "from" else ("user", "assistant")
+        turns = [(names[0], "q"), (call, one), (call, one), (result, "22"), (result, "23"), (names[1], "a")]
+        found = messages_of({key: [{role: speaker, content: text} for speaker, text in turns]})
+        assert found == [U, calling(CALL, CALL), TOLD, {**TOLD, "content": "23"}, A]
+        found = messages_of({key: [{role: speaker, content: text} for speaker, text in turns[:2]]})
+        assert found == [U, calling(CALL)]
+
+
+@pytest.mark.parametrize("key", ["tool_call_id", "toolCallId", "call_id", "tool_use_id"])
+def test_ids_of_results(key: str) -> None:
+    call = {"id": "c1", **CALL}
+    found = messages_of({"messages": [U, calling(call), {**TOLD, key: "c1", "tool_name": "get_weather"}, A]})
+    assert found[2] == {**TOLD, "tool_call_id": "c1", "name": "get_weather"}
+    message = message_of({"messages": [U, calling(call), {**TOLD, key: "c2"}, A]})
+    assert "its tool_call_id matches no tool call before it" in message
+
+
+def test_the_older_api() -> None:
+    answer = {"role": "assistant", "content": None, "function_call": {"name": "get_weather", "arguments": TEXT}}
+    told = {"role": "function", "name": "get_weather", "content": "22"}
+    functions = [{"name": "get_weather", "parameters": {}}]
+    _, record = record_of({"messages": [U, answer, told, A], "functions": functions})
+    assert isinstance(record, Record)
+    assert record.messages == [U, calling(CALL), {**TOLD, "name": "get_weather"}, A]
+    assert record.tools == [{"type": "function", "function": functions[0]}]
+
+
+def test_calls_that_differ_in_weight_stay_apart() -> None:
+    one = json.dumps({"name": "get_weather", "arguments": ARGUMENTS})
+    turns = [{"role": "user", "content": "q"}, *({"role": "tool_call", "content": one, "weight": w} for w in (1, 2))]
+    assert message_of({"messages": turns}).startswith("f.jsonl:1: message 2: a tool call without its result\n")
 
 
 def test_parts_of_an_answer() -> None:
@@ -197,6 +242,13 @@ def test_a_doubly_encoded_argument_says_so() -> None:
 def test_wrong_function_call_turns(value: Any, problem: str) -> None:
     turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": value}]
     assert message_of({"conversations": turns}).startswith(f"f.jsonl:1: turn 2: {problem}")
+
+
+def test_two_calls_under_two_keys() -> None:
+    answer = calling(CALL, function_call={"name": "other", "arguments": "{}"})
+    assert message_of({"messages": [U, answer]}).startswith(
+        "f.jsonl:1: message 2: tool_calls and function_call differ\n"
+    )
 
 
 def test_only_the_assistant_calls() -> None:

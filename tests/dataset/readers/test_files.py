@@ -267,7 +267,12 @@ BROKEN: dict[str, tuple[str, bytes | str, str]] = {
     "empty": ("a.jsonl", b"", "a.jsonl: the file is empty"),
     "blank lines": ("a.jsonl", "\n \n\n", "dataset: 0 rows"),
     "blank json": ("a.json", "\n \n", "a.json: not a JSON array"),
-    "utf-16": ("a.jsonl", LINES.encode("utf-16"), "a.jsonl: not UTF-8"),
+    "utf-16, cut": (
+        "a.jsonl",
+        LINES.encode("utf-16")[:-1],
+        "a.jsonl: not UTF-16, but it begins with the mark of UTF-16",
+    ),
+    "utf-32": ("a.jsonl", LINES.encode("utf-32"), "a.jsonl: not UTF-8"),
     "bad byte": ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "a.jsonl:2: not UTF-8"),
     "bad byte in json": ("a.json", b'[{"text": "a"},\n{"text": "\xff"}]', "a.json:2: not UTF-8"),
     "bad byte in csv": ("a.csv", b"text\na\n\xff\n", "a.csv:3: not UTF-8"),
@@ -301,7 +306,11 @@ BROKEN: dict[str, tuple[str, bytes | str, str]] = {
     "csv with too many cells": ("a.csv", "text\na\nb,c\n", "a.csv:3: 2 cells, but the header has 1"),
     "csv with an open quote": ("a.csv", 'text\na\n"b\n', "a.csv:3: not valid CSV"),
     "csv with equal columns": ("a.csv", "a,a\n1,2\n", "a.csv:1: two columns have the same name"),
-    "object around the rows": ("a.json", '{"data": [{"text": "a"}]}', "a.json: one object, not a list of rows"),
+    "two lists of rows": (
+        "a.json",
+        '{"a": [{"text": "a"}], "b": [{"text": "a"}]}',
+        "a.json: one object with several lists that may be the rows",
+    ),
     "text file": ("a.txt", "hello", "{path}: not a data file"),
 }
 

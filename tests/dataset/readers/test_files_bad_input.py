@@ -121,11 +121,6 @@ a.jsonl: cannot be read
 a.jsonl: cannot be read
   seen:    Too many levels of symbolic links\
 """)),
-    Bad(8, "UTF-16", "a.jsonl", LINES.encode("utf-16"), snapshot("""\
-a.jsonl: not UTF-8
-  seen:    UTF-16
-  change:  save it as UTF-8\
-""")),
     Bad(8, "UTF-16 without a mark", "a.json", LINES.encode("utf-16-le"), snapshot("""\
 a.json: not text
   seen:    NUL in the first bytes: b'{\\x00"\\x00m\\x00'
@@ -147,7 +142,8 @@ a.csv:1: not valid CSV
 """)),
     Bad(12, "a byte that is not UTF-8", "a.jsonl", LINES.encode() + b'{"text": "\xff"}', snapshot("""\
 a.jsonl:4: not UTF-8
-  seen:    byte 11 of the line: invalid start byte\
+  seen:    byte 11 of the line: invalid start byte
+  change:  save the file as UTF-8; or on_bad_row: drop leaves out this row\
 """)),
     Bad(12, "a byte that is not UTF-8", "a.json", b'[\n{"text": "\xff"}]', snapshot("""\
 a.json:2: not UTF-8
@@ -155,7 +151,8 @@ a.json:2: not UTF-8
 """)),
     Bad(12, "a byte that is not UTF-8", "a.csv", b"text\n\xff\n", snapshot("""\
 a.csv:2: not UTF-8
-  seen:    byte 1 of the line\
+  seen:    byte 1 of the line
+  change:  save the file as UTF-8\
 """)),
     Bad(13, "a lone surrogate", "a.jsonl", '{"text": "\\ud800"}', snapshot("""\
 a.jsonl:1: not valid JSON
@@ -183,7 +180,8 @@ a.csv:2: not text
     Bad(16, "a cut last line", "a.jsonl", LINES[:-9], snapshot("""\
 a.jsonl:3: not valid JSON
   seen:    Unterminated string starting at, column 91: 'istant", "content": "It i'
-  allowed: one complete object on each line\
+  allowed: one complete object on each line
+  change:  get the whole file, or remove its last line\
 """)),
     Bad(16, "a cut array", "a.json", json.dumps(ROWS)[:-9], snapshot("""\
 a.json:1: the file is cut off inside record 3, which starts in line 1
@@ -205,8 +203,8 @@ a.jsonl:1: an array, not an object
   change:  if a.jsonl is one JSON array, rename it to .json\
 """)),
     Bad(18, "an indented array", "a.jsonl", json.dumps(ROWS, indent=1), snapshot("""\
-a.jsonl:1: not valid JSON
-  seen:    Expecting value, column 2: '['
+a.jsonl:1: not valid JSON (one of 38 bad rows; 38 were read)
+  seen:    Expecting value, column 2: '['; also a.jsonl:2; a.jsonl:3; ...
   allowed: one complete object on each line
   change:  if a.jsonl is one JSON array, rename it to .json\
 """)),
@@ -222,13 +220,14 @@ a.jsonl:1: not an object
 """)),
     Bad(19, "null", "a.json", "[null]", snapshot("""\
 a.json[0]: not an object
-  seen:    None
+  seen:    null
   allowed: {"messages": [...]}\
 """)),
     Bad(19, "a number among lines", "a.json", '{"text": "a"}\n42\n', snapshot("""\
 a.json:2: not an object
   seen:    42
-  allowed: {"messages": [...]}\
+  allowed: {"messages": [...]}
+  change:  on_bad_row: drop leaves out this row\
 """)),
     Bad(20, "NaN", "a.jsonl", '{"text": NaN}', snapshot("""\
 a.jsonl:1: not valid JSON
@@ -284,8 +283,9 @@ a.json:1: record 1 is too long
   allowed: 64 MiB\
 """)),
     Bad(24, "a cell of 70 MiB", "a.csv", b'text\n"' + (b"a" * 1023 + b"\n") * (70 << 10), snapshot("""\
-a.csv:2: not valid CSV
-  seen:    field larger than field limit (67108864)\
+a.csv:65537: the record is too long
+  allowed: 64 MiB
+  change:  look for a quote that is not closed\
 """)),
     Bad(24, "a mistake before 70 MiB", "a.json", b'[{"text": "a"},\n{"text" "b"},' + b'{"text": "a"},' * (5 * MIB),
         snapshot("""\
@@ -295,19 +295,23 @@ a.json:2: not valid JSON in record 2
 """)),
     Bad(26, "gzip", "a.jsonl", gzip.compress(LINES.encode()), snapshot("""\
 a.jsonl: the name does not match the content
-  seen:    gzip data\
+  seen:    gzip data
+  change:  rename it to a.jsonl.gz\
 """)),
     Bad(26, "gzip", "a.parquet", gzip.compress(LINES.encode()), snapshot("""\
 a.parquet: the name does not match the content
-  seen:    gzip data\
+  seen:    gzip data
+  change:  rename it to a.jsonl.gz\
 """)),
     Bad(27, "plain text", "a.jsonl.gz", LINES, snapshot("""\
 a.jsonl.gz: the name does not match the content
-  seen:    no gzip data\
+  seen:    no gzip data
+  change:  rename it to a.jsonl, if it is not compressed\
 """)),
     Bad(27, "plain text", "a.csv.zst", LINES, snapshot("""\
 a.csv.zst: the name does not match the content
-  seen:    no zstd data\
+  seen:    no zstd data
+  change:  rename it to a.csv, if it is not compressed\
 """)),
     Bad(28, "cut", "a.jsonl.gz", gzip.compress(LINES.encode())[:-9], snapshot("""\
 a.jsonl.gz: damaged gzip data
@@ -357,11 +361,13 @@ a.parquet: not a readable parquet file
     Bad(30, "wrong magic", "a.parquet", parquet(change=lambda data: b"PARX" + data[4:]),
         snapshot("""\
 a.parquet: the name does not match the content
-  seen:    no parquet\
+  seen:    no parquet
+  change:  rename it to the suffix of its format: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow\
 """)),
     Bad(30, "text", "a.parquet", LINES, snapshot("""\
 a.parquet: the name does not match the content
-  seen:    no parquet\
+  seen:    no parquet
+  change:  rename it to the suffix of its format: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow\
 """)),
     Bad(30, "text", "a.arrow", LINES, snapshot("""\
 a.arrow: not a readable arrow file
@@ -369,7 +375,8 @@ a.arrow: not a readable arrow file
 """)),
     Bad(30, "parquet", "a.jsonl", parquet(), snapshot("""\
 a.jsonl: the name does not match the content
-  seen:    parquet\
+  seen:    parquet
+  change:  rename it to a.parquet\
 """)),
     Bad(30, "a column of bytes", "a.parquet", parquet(pa.table({"text": [b"a\xff"]})), snapshot("""\
 a.parquet[0]: text is bytes, not text

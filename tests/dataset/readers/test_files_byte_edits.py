@@ -127,6 +127,12 @@ def test_files_with_changed_bytes(tmp_path: Path, name: str, edits: list[Edit]) 
     outcome(tmp_path, name, edited(whole()[name], edits))
 
 
+@pytest.mark.parametrize("edit", [("flip", 3275, 46, b""), ("set", 2586, 0, b"#vO\x90\x85")], ids=str)
+def test_columns_with_damaged_metadata_do_not_end_the_process(tmp_path: Path, edit: Edit) -> None:
+    """Arrow's `RowGroupMetaData.column` ends the process for these."""
+    assert outcome(tmp_path, "a.parquet", edited(whole()["a.parquet"], [edit])) in ("refused", "rows")
+
+
 def campaign(seconds: float, seed: int) -> None:
     """Random edits until the time is up; prints counts by file and outcome, and the slowest reading."""
     draw, until, counts, slowest = (

@@ -20,6 +20,10 @@ WORKS: list[tuple[int, str, str, Content, int]] = [
     (7, "byte order mark", "a.jsonl", b"\xef\xbb\xbf" + LINES.encode(), 3),
     (7, "byte order mark", "a.json", b"\xef\xbb\xbf" + json.dumps(ROWS).encode(), 3),
     (7, "byte order mark", "a.csv", b"\xef\xbb\xbfprompt,completion\na,b\n", 1),
+    (8, "UTF-16", "a.jsonl", LINES.encode("utf-16"), 3),
+    (8, "UTF-16, the other order", "a.json", b"\xfe\xff" + json.dumps(ROWS).encode("utf-16-be"), 3),
+    (8, "UTF-16 from Excel", "a.csv", "prompt\tcompletion\r\n漢\té\r\n".encode("utf-16"), 1),
+    (8, "UTF-16, packed", "a.jsonl.gz", gzip.compress(LINES.encode("utf-16")), 3),
     (9, "CRLF", "a.jsonl", LINES.replace("\n", "\r\n"), 3),
     (9, "CRLF", "a.csv", "prompt,completion\r\na,b\r\n", 1),
     (11, "line separators in a string", "a.jsonl", json.dumps({"text": "a\u2028b\u0085c"}, ensure_ascii=False), 1),
@@ -128,7 +132,8 @@ def test_54_a_name_that_is_not_utf8(door: Door) -> None:
         snapshot("""\
 a\\xff.jsonl:1: not valid JSON
   seen:    Expecting property name enclosed in double quotes, column 2: '{'
-  allowed: one complete object on each line\
+  allowed: one complete object on each line
+  change:  if the objects of a\\xff.jsonl span several lines, rename it to .json\
 """),
     )
     write(os.fsdecode(b"folder/a\xff.jsonl"), LINES)

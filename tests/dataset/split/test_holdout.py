@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,15 +34,17 @@ def record(number: int, answer: str | None = None, group: str | None = None, sys
 def stored(records: Sequence[Record]) -> Records:
     """The records as `prepare` keeps them."""
     store = Store()
-    for one in records:
-        store.append(packed(one))
+    exact = np.zeros(len(records), np.uint64)
+    for number, one in enumerate(records):
+        data, exact[number] = packed(one)
+        store.append(data)
     hashes = np.array([row_hash(one) for one in records], "S16")
     links = np.array([[_link(one.group), 0, 0, 0] for one in records], np.uint64)
-    return Records(store, np.arange(len(records)), hashes, links)
+    return Records(store, np.arange(len(records)), hashes, exact, links)
 
 
-def hold_out(records: Sequence[Record], size: float | int, seed: int) -> Split:
-    return splitting.hold_out(stored(records), size, seed)
+def hold_out(records: Sequence[Record], size: float | int, seed: int, **keys: Any) -> Split:
+    return splitting.hold_out(stored(records), size, seed, **keys)
 
 
 def check_leaks(train: Sequence[Record], validation: Sequence[Record], *, key: str) -> None:
@@ -95,10 +98,39 @@ def test_groups_stay_together_and_come_near_the_size() -> None:
     assert len(hold_out(records, 85, seed=0).validation) == 60
 
 
-def test_copies_are_removed_whatever_case_and_blanks() -> None:
+ALIKE = ["x2 is even", "X2 is even", "x2  is even", "x² is even", "x2 is even\n", "ｘ２ is even"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_that_differ_in_case_blanks_or_unicode_form_are_all_kept_on_one_side(seed: int) -> None:
+    alike = [Record("alike", messages=chat(text, "yes")) for text in ALIKE]
+    alike += [Record("alike", messages=chat("x2 is even", "Yes")), Record("alike", messages=chat(ALIKE[0], "yes "))]
+    split = hold_out([record(n) for n in range(4)] + alike, 2, seed=seed)
+    assert split.num_exact_duplicates == 0
+    assert [places(side).count("alike") for side in (split.train, split.validation)] in ([8, 0], [0, 8])
+    assert split.num_near_duplicates == 7
+
+
+def test_texts_that_differ_where_the_answer_begins_are_no_copies() -> None:
+    texts = [Record("f:1", text="1 + 1 = 2", answer_start=start) for start in (0, 5, 7)]
+    assert hold_out(texts, 0, seed=0).num_exact_duplicates == 0
+    assert (
+        hold_out([*texts, Record("f:2", text="1 + 1 = 2", answer_start=5, weight=3.0)], 0, 0).num_exact_duplicates == 1
+    )
+
+
+def test_copies_are_kept_if_asked_for_and_never_on_two_sides() -> None:
+    records = [record(n % 7) for n in range(70)]
+    for seed in range(5):
+        split = hold_out(records, 10, seed=seed, keep_copies=True)
+        assert (split.num_exact_duplicates, split.num_near_duplicates) == (63, 0)
+        assert (len(split.train), len(split.validation), split.num_groups) == (60, 10, 7)
+        assert not set(places(split.train)) & set(places(split.validation))
+
+
+def test_copies_are_removed() -> None:
     records = [record(n) for n in range(10)]
-    twins = [Record("copy", messages=chat("QUESTION  3", records[3].messages[1]["content"].upper() + "\n"))]
-    split = hold_out(records + twins, 2, seed=0)
+    split = hold_out([*records, Record("copy", messages=records[3].messages)], 2, seed=0)
     assert split.num_exact_duplicates == 1
     assert places([*split.train, *split.validation]).count("copy") == 0
     # another role, another system prompt, other tools, other thoughts: another row
@@ -192,13 +224,17 @@ validation_size: 5: the rows cannot be split into training and validation
 @pytest.mark.parametrize(
     ("validation", "what"),
     [
-        (Record("v:1", messages=chat("Question 4", record(4).messages[1]["content"])), "v:1 equals f:4"),
+        (Record("v:1", messages=chat("question 4", record(4).messages[1]["content"])), "v:1 equals f:4"),
+        (Record("v:1", messages=chat("QUESTION  4", record(4).messages[1]["content"])), "v:1 is nearly equal to f:4"),
+        (Record("v:1", messages=[{"role": "assistant", "content": "Short"}]), "v:1 is nearly equal to f:0"),
         (Record("v:1", messages=chat("question 4 x", record(4).messages[1]["content"])), "v:1 is nearly equal to f:4"),
         (record(99, group="g"), "f:99 is in the same group as f:0"),
     ],
 )
 def test_leaks_are_refused(validation: Record, what: str) -> None:
     train = [record(n, group="g" if n == 0 else None) for n in range(10)]
+    if len(validation.messages) == 1:
+        train[0] = Record("f:0", messages=[{"role": "assistant", "content": "short"}])
     with pytest.raises(CheckError) as caught:
         check_leaks(train, [record(50), validation], key="eval_dataset")
     assert stable(caught.value).replace(what, "<what>") == snapshot("""\

@@ -41,11 +41,11 @@ def numbers_of(result: Prepared) -> tuple[set[int], set[int]]:
 
 def kin_of(*values: dict[str, Any], **keys: Any) -> tuple[list[str | None], list[list[str]]]:
     """For each row the group that it names, and of all names in these rows those that it is linked by."""
-    kinship = Kinship(keys.pop("split_by", None), is_sharegpt=keys.pop("is_sharegpt", False))
+    kinship = Kinship(keys.pop("split_by", None))
     groups = []
     for number, one in enumerate(values, 1):
         row = Row(f"f:{number}", one)
-        groups.append(kinship.add(row, row))
+        groups.append(kinship.add(row, row, is_sharegpt=keys.get("is_sharegpt", False)))
     told = {f"{kind}={value}" for one in values for value in one.values() for kind in ("conversation", "id")}
     names = {_link(name): name for name in (*told, *filter(None, groups))}
     return groups, [[names[int(link)] for link in links if link] for links in kinship.links()]

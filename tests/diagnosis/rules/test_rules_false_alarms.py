@@ -123,7 +123,8 @@ def test_a_small_data_set(bench: Bench, count: int) -> None:
 
 def test_thinking_and_tools(bench: Bench) -> None:
     think = answered(talk(turns=2), lambda n, text: f"<think>\n{sentence(random.Random(n))}\n</think>\n\n{text}")
-    assert bench.codes(think, "qwen3") == []
+    (said,) = bench.find(think, "qwen3")  # the thoughts of the first turns: a remark
+    assert (said.slug, said.signal) == ("thoughts-dropped", None)
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "get_weather", "arguments": {"city": "Paris"}}}]}
     told = {"role": "tool", "content": "It is 22 degrees."}
     assert bench.codes(each(talk(), lambda n, m: [m[0], call, told, told, m[1]]), "qwen3") == []

@@ -6,6 +6,7 @@ import copy
 import random
 from typing import Any
 
+import pytest
 from transformers import PreTrainedTokenizerBase
 
 from tests.dataset.conftest import FAMILIES, tiny_tokenizer
@@ -48,17 +49,45 @@ def test_f12_texts_in_another_format(bench: Bench) -> None:
     found = bench.only("F12", rows)
     assert "### Human" in found.message
     assert found.evidence["expected"] == "<|im_end|>\n<|im_start|>assistant"
-    assert bench.codes(rows, "gpt2") == []  # a base model
+    remark = bench.only("F12", rows, "gpt2")  # a base model
+    assert (remark.slug, remark.signal) == ("already-rendered", None)
+    assert "in the format ### Human" in remark.message
     tokenizer = copy.deepcopy(tiny_tokenizer("chatml"))
     tokenizer.eos_token = "<|endoftext|>"  # a base model that carries a template (Qwen)
-    assert bench.codes(rows, tokenizer) == []
+    assert bench.only("F12", rows, tokenizer).signal is None
+    # what the remark advises
+    marks = FOREIGN.partition(" {}\n### Assistant:")
+    pairs = [[m["content"] for m in row["messages"]] for row in talk()]
+    prompts = [{"prompt": f"{marks[0]} {q}\n### Assistant:", "completion": f" {a}"} for q, a in pairs]
+    assert bench.codes(prompts, "gpt2") == []
+    assert bench.codes(talk()) == []
 
 
 def test_f12_prompt_and_completion_of_a_chat_model(bench: Bench) -> None:
     pairs = [[m["content"] for m in row["messages"]] for row in talk()]
     assert bench.only("F12", [{"prompt": q + "\n", "completion": a} for q, a in pairs])
     own = [{"text": f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>"} for q, a in pairs]
-    assert bench.codes(own) == []
+    said = bench.only("F12", own)
+    assert (said.slug, said.signal) == ("already-rendered", None)
+    assert "40 of 40 texts are already rendered by this model's chat template" in said.message
+    assert "only their assistant turns" in said.message
+
+
+def test_f12_a_few_texts_that_are_not_rendered_are_a_fault(bench: Bench) -> None:
+    own = [{"text": f"<|im_start|>user\n{n}?<|im_end|>\n<|im_start|>assistant\n{n}.<|im_end|>"} for n in range(30)]
+    plain = [{"text": sentence(random.Random(n))} for n in range(10)]
+    (found,) = [one for one in bench.find([*own, *plain]) if one.code == "F12"]
+    assert (found.severity, "The other 10 are trained on as plain text" in found.message) == ("warning", True)
+
+
+@pytest.mark.parametrize("form", ["<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}", "[INST] {} [/INST] {}"])
+def test_f12_a_whole_chat_in_one_message(bench: Bench, form: str) -> None:
+    rows = each(talk(), lambda n, m: [{**m[0], "content": form.format("a", "b") + m[0]["content"]}, m[1]])
+    rows[4:] = talk(seed=1)[4:]  # in one row of ten
+    found = bench.only("F12", rows)
+    assert "once more" in found.message
+    assert "whole turns" in found.message
+    assert found.fix.endswith("the whole text under text")
 
 
 def test_f12_messages_that_were_rendered_before(bench: Bench) -> None:

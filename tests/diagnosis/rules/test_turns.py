@@ -58,7 +58,7 @@ def test_f13_a_role_is_dropped(bench: Bench, role: str) -> None:
 
     template = CHATML.replace("for m in messages", f"for m in messages if m.role != '{role}'")
     found = bench.only("F13", each(talk(), change), with_template("chatml", template))
-    assert (found.severity, found.evidence["rows_without"]) == ("error", {role: 30})
+    assert (found.severity, found.evidence["lost"], found.evidence["of"]) == ("error", 40, 40)
     assert bench.codes(each(talk(), change)) == []
 
 

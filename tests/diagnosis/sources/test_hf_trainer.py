@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import transformers
 from tiny import chat_rows
 
+from solotune.dataset.chat import template_sandbox
 from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import ask_all
 from solotune.diagnosis.sources import hf_rows, hf_settings, hf_trainer, pickle_reader, trl_preprocessing
@@ -76,6 +78,33 @@ def test_a_good_folder_is_read_whole_and_nothing_speaks_against_it(output):
     assert live is not None and float(live.model(**live.batches[0]).loss) < 20
 
 
+LOOPS = "{% for a in range(9999) %}{% for b in range(9999) %}{{ range(9999) | sum }}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [None, LOOPS], ids=["good", "loops"])
+@pytest.mark.parametrize("marked", [True, False])
+def test_trls_rows_are_rendered_in_the_sandbox(output, chat_model, monkeypatch, template, marked):
+    """As `apply_chat_template` renders them, which would run the template of a foreign folder here, without limits."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(chat_model)
+    marker = "{% generation %}{{ m['content'] }}{% endgeneration %}"
+    tokenizer.chat_template = template or tokenizer.chat_template.replace("{{ m['content'] }}", marker)
+    expected: list = []
+    for row in chat_rows(3) if template is None else ():
+        expected.append(tokenizer.apply_chat_template(
+            row["messages"], return_dict=True, return_assistant_tokens_mask=marked
+        ))  # fmt: skip
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", lambda *_, **__: pytest.fail("rendered in here"))
+    monkeypatch.setattr(template_sandbox, "CPU_SECONDS", 0.2)
+    template_sandbox.sandbox().close()
+    sft = trl_preprocessing.arguments({"assistant_only_loss": marked})
+    made = trl_preprocessing.prepare(str(output.parent / "chats.jsonl"), "train", tokenizer, sft)
+    template_sandbox.sandbox().close()
+    assert (made is None) == (template is not None)
+    for row, one in zip(made.examples if made else [], expected, strict=False):
+        assert row.input_ids.tolist() == one["input_ids"]
+        assert row.loss_mask.astype(int).tolist() == (one["assistant_masks"] if marked else [1] * len(row.input_ids))
+
+
 def test_rows_are_judged_with_the_generation_config_of_the_folder(output, monkeypatch):
     found = [Finding("F39", "duplicates", "S8", "warning", "copies", {}, "remove them")]
     for checked, expected in (([], None), (found, found)):
@@ -87,8 +116,8 @@ def test_rows_are_judged_with_the_generation_config_of_the_folder(output, monkey
 def test_a_checkpoint_alone_and_a_folder_with_checkpoints_alone(output, tmp_path):
     alone = hf_trainer.from_folder(output / "checkpoint-3")
     assert alone.trace is not None and alone.trace.step_S[-1] == 3 and alone.saved is not None
-    (tmp_path / "checkpoint-6").symlink_to(output / "checkpoint-6")
-    (tmp_path / "checkpoint-3").symlink_to(output / "checkpoint-3")
+    for name in ("checkpoint-6", "checkpoint-3"):
+        shutil.copytree(output / name, tmp_path / name)
     inside = hf_trainer.from_folder(tmp_path)
     assert inside.trace is not None and inside.trace.step_S[-1] == 6 and inside.saved is not None
     assert inside.live is None and "--dataset" in inside.missing["train"]

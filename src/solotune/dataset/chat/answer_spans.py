@@ -40,6 +40,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from solotune.dataset.chat.control_tokens import ControlTokens, any_of, free_noncharacters
+from solotune.dataset.chat.reasoning_tags import split_thoughts
 from solotune.dataset.chat.template import Messages, Template, Tools
 from solotune.dataset.readers.row import RowError
 from solotune.errors import InputError
@@ -60,6 +61,8 @@ class Rendered:
     forged: list[Span]
     answers: list[Span]
     """One for each assistant message, in order, with its end-of-turn token."""
+    is_chat: bool = True
+    """Whether the model's chat template has made the text."""
 
 
 class ChatTemplate:
@@ -111,7 +114,7 @@ class ChatTemplate:
             last = self.raw("", chat[:2]).partition(answer)[2]
         except InputError:
             return frozenset()
-        found = {self._first_controls(last)}
+        found = {self.last_terminator}
         try:
             text = self.raw("", chat)
         except InputError:
@@ -127,6 +130,15 @@ class ChatTemplate:
             if first not in header or ends_the_users:
                 found.add(first)
         return frozenset(found - {""})
+
+    @cached_property
+    def last_terminator(self) -> str:
+        """The end of an answer after which nothing follows; empty for a template without one."""
+        chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "\ufdd1"}]
+        try:
+            return self._first_controls(self.raw("", chat).partition("\ufdd1")[2])
+        except InputError:
+            return ""
 
     def _first_controls(self, text: str) -> str:
         """The adjacent control tokens at the start of a text, after whitespace."""
@@ -362,9 +374,10 @@ class _Row:
     def _shows(self, turn: int, span: Span) -> bool:
         """Whether the span contains the visible part of the answer and the name of each function it calls."""
         message, answer = self._messages[turn], self.text[span[0] : span[1]]
-        visible = self._unmarked(message["content"]).rpartition("</think>")[2].strip()
+        content = self._unmarked(message["content"])
+        visible = content.strip() in answer or all(piece in answer for piece in split_thoughts(content)[1])
         calls = [call.get("function", call) for call in message.get("tool_calls", ()) if isinstance(call, dict)]
-        return visible in answer and all(str(call.get("name")) in answer for call in calls)
+        return visible and all(str(call.get("name")) in answer for call in calls)
 
 
 def _num_equal(a: str, b: str) -> int:

@@ -64,7 +64,7 @@ class ControlTokens:
         self.spellings = frozenset(special | markup)
         self.ids = frozenset(index for index, token in added.items() if token.content in self.spellings)
         self.pattern = any_of(self.spellings)
-        self._in_answers = any_of(token for token in special if not _ASSISTANTS_OWN.match(token))
+        self.in_answers = any_of(token for token in special if not _ASSISTANTS_OWN.match(token))
 
     def mark(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
@@ -79,7 +79,7 @@ class ControlTokens:
         return marked, self._marked(tools, self.pattern, marks), marks
 
     def _of(self, message: dict[str, Any]) -> re.Pattern[str]:
-        return self._in_answers if message["role"] == "assistant" else self.pattern
+        return self.in_answers if message["role"] == "assistant" else self.pattern
 
     def _is_in(self, value: Any, pattern: re.Pattern[str]) -> bool:
         if isinstance(value, str):

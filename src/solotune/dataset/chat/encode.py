@@ -60,6 +60,8 @@ class Encoded(NamedTuple):
     """For each answer, whether the text before it has these same ids when it is tokenised alone."""
     num_crossing: int
     """Tokens that start before an answer and reach into it; they are not trained on."""
+    is_chat: bool = True
+    """Whether the model's chat template has made the text."""
 
     def mask(self, answers: Sequence[int] | None = None) -> np.ndarray:
         """bool (T,): the tokens of these answers (numbers from 0), or of all."""
@@ -75,7 +77,7 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._control = ControlTokens(tokenizer)
+        self.control = ControlTokens(tokenizer)
         self._fast: Tokenizer | None = None
         self._memo: dict[tuple[str, str], list[int]] = {}
         if tokenizer.is_fast:
@@ -115,12 +117,12 @@ class Encoder:
             is_crossing = first > 0 and offsets[first - 1][1] > begin
             num_crossing += is_crossing
             is_prefix.append(not is_crossing and self._is_prefix(row, ids[:first], offsets[:first], begin))
-        return Encoded(np.asarray(ids, dtype=np.int32), spans, is_prefix, num_crossing)
+        return Encoded(np.asarray(ids, dtype=np.int32), spans, is_prefix, num_crossing, row.is_chat)
 
     def _is_prefix(self, row: Rendered, ids: list[int], offsets: list[Span], answer_begin: int) -> bool:
         """Whether the ids before an answer are those of the text before it, tokenised alone."""
         last = len(ids) - 1
-        while last >= 0 and ids[last] not in self._control.ids:
+        while last >= 0 and ids[last] not in self.control.ids:
             last -= 1
         before, begin = (row.text[slice(*offsets[last])], offsets[last][1]) if last >= 0 else ("", 0)
         if any(begin <= forged[0] for forged in row.forged if forged[0] < answer_begin):
@@ -154,7 +156,7 @@ class Encoder:
     ) -> tuple[list[int], list[Span]]:
         forged = set(row.forged)
         genuine = [
-            k for k, index in enumerate(ids) if index in self._control.ids and not _covers(offsets[k], row.forged)
+            k for k, index in enumerate(ids) if index in self.control.ids and not _covers(offsets[k], row.forged)
         ]
         edges = [-1, *genuine, len(ids)]
         new_ids: list[int] = []
@@ -170,7 +172,7 @@ class Encoder:
             if right < len(ids):
                 new_ids.append(ids[right])
                 new_offsets.append(offsets[right])
-        still = [k for k, index in enumerate(new_ids) if index in self._control.ids]
+        still = [k for k, index in enumerate(new_ids) if index in self.control.ids]
         if len(still) != len(genuine):
             raise self._cannot(row, place)
         return new_ids, new_offsets
@@ -203,7 +205,7 @@ class Encoder:
 
         assert self._fast is not None
         state = json.loads(self._fast.to_str())
-        state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] not in self._control.spellings]
+        state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] not in self.control.spellings]
         built = []
         for is_inside in (False, True):
             if is_inside:
@@ -234,7 +236,7 @@ class Encoder:
                     )
                 bounds.append(len(before))
             spans.append((bounds[0], bounds[1]))
-        return Encoded(np.asarray(ids, dtype=np.int32), spans, [True] * len(spans), 0)
+        return Encoded(np.asarray(ids, dtype=np.int32), spans, [True] * len(spans), 0, row.is_chat)
 
     def _pieces(self, text: str, forged: list[Span]) -> list[int]:
         ids: list[int] = []

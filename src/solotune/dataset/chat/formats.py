@@ -8,6 +8,9 @@
 | prompt-completion | `{"prompt": "...", "completion": "..."}`, both texts or both messages |
 | text | `{"text": "..."}`, all of it trained on |
 
+Chats may have columns beside them: a system prompt, tools, Alpaca's `history`, reasoning (`columns.py`). What a row
+holds besides is refused (`preference.py`: chosen and rejected answers) or counted (`unused_keys.py`).
+
 The first row decides, and every other row must have the same shape: a file of two shapes is usually two files joined by
 mistake, and detecting the shape row by row would hide that. A wrong row is an error with its place, or with
 `on_bad_row: drop` is dropped and counted; then the most common shape decides, since the first row may be a bad one.
@@ -18,18 +21,22 @@ stop at once, and nothing in the row can be fixed) and a row with weight 0.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from solotune.dataset.chat import columns
 from solotune.dataset.chat import messages as msg
-from solotune.dataset.chat.tool_calls import check_order, normal_calls
-from solotune.dataset.readers.row import Row, RowError, short
+from solotune.dataset.chat.format_hints import unknown_format
+from solotune.dataset.chat.preference import refuse_preference
+from solotune.dataset.chat.tool_calls import check_order
+from solotune.dataset.chat.weights import check_switch, weight_of_row
+from solotune.dataset.readers.column_mapping import IGNORE, advised
+from solotune.dataset.readers.row import Row, RowError, is_blank, short
+from solotune.errors import InputError
 
 EMPTY_ANSWER = "empty answer"
 WEIGHT_0 = "weight 0"
-_MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
-_ALLOWED = "messages, conversations, instruction + output, prompt + completion, or text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,10 @@ class Format(NamedTuple):
     name: str
     keys: tuple[str, ...]
     convert: Callable[[Row], Record]
+    reads: frozenset[str]
+    """Names that a `column_mapping` may give to columns of such rows."""
+    meanings: tuple[str, ...] = ()
+    """What else is read beside them, under several names (`columns.py`)."""
 
 
 def recognise(rows: Iterable[Row], *, is_strict: bool = True) -> tuple[Format, str]:
@@ -82,7 +93,7 @@ def recognise(rows: Iterable[Row], *, is_strict: bool = True) -> tuple[Format, s
         common = Counter(one for row in rows if (one := _format_of(row.values)) is not None).most_common(1)
         found = common[0][0] if common else None
     if found is None:
-        raise _unknown(first)
+        raise unknown_format(first)
     return found, f"as in {first.where}" if is_strict else "as most rows"
 
 
@@ -93,7 +104,7 @@ def check_shape(row: Row, found: Format, why: str) -> None:
         why: where the format comes from, for the message: `as in chats.jsonl:1`.
     """
     # None stands for a missing key in parquet and arrow
-    missing = [key for key in found.keys if row.values.get(key) is None]
+    missing = [key for key in found.keys if not _has(row.values, key)]
     if not missing:
         return
     other = _format_of(row.values)
@@ -110,49 +121,23 @@ def check_shape(row: Row, found: Format, why: str) -> None:
     )
 
 
-def _unknown(row: Row) -> RowError:
-    return RowError(
-        f"{row.where}: not a known format",
-        reason="not a known format",
-        seen="the keys " + ", ".join(map(str, row.values)) if row.values else "no keys",
-        allowed=_ALLOWED,
-        change=_hint(row.values),
-    )
+def _has(values: dict[str, Any], key: str) -> bool:
+    """Whether a row has a key of its format; an instruction may be null where the question is the input."""
+    if values.get(key) is not None:
+        return True
+    return key == "instruction" and key in values and not is_blank(values.get("input"))
 
 
 def _format_of(values: dict[str, Any]) -> Format | None:
     """The first format, in this order, whose keys the row has: `messages` wins over a `prompt` beside it."""
     for found in _FORMATS:
-        if all(values.get(key) is not None for key in found.keys):
-            if found.name == "sharegpt" and not _is_sharegpt(values["conversations"]):
-                continue
+        if all(_has(values, key) for key in found.keys):
+            if found.keys[0] in msg.LIST_KEYS:
+                is_sharegpt = msg.is_sharegpt(msg.chat_list(values[found.keys[0]]), found.keys[0])
+                if is_sharegpt != (found.name == "sharegpt"):
+                    continue
             return found
     return None
-
-
-def _is_sharegpt(turns: Any) -> bool:
-    first = turns[0] if isinstance(turns, list) and turns else {}
-    return not (isinstance(first, dict) and "role" in first)
-
-
-def _is_preference(values: dict[str, Any]) -> bool:
-    return any(key.startswith("chosen") for key in values) and any(key.startswith("rejected") for key in values)
-
-
-def _hint(values: dict[str, Any]) -> str | None:
-    if _is_preference(values):
-        mapping = "column_mapping: {chosen: completion}"
-        is_split = "prompt" in values and "chosen" in values
-        return "this is preference data, but fine-tuning uses one answer per row: " + (
-            mapping if is_split else "put the prompt and the chosen answer under prompt and completion"
-        )
-    if "role" in values and "content" in values:
-        return "each row is a single message; put all messages of a conversation into one row, as a list under messages"
-    pairs = (("question", "answer"), ("input", "output"), ("query", "response"), ("prompt", "response"))
-    for prompt, answer in pairs:
-        if prompt in values and answer in values:
-            return f"column_mapping: {{{prompt}: prompt, {answer}: completion}}"
-    return "rename your columns, for example column_mapping: {your_column: text}" if values else None
 
 
 def convert(row: Row, found: Format) -> Record | str:
@@ -160,15 +145,22 @@ def convert(row: Row, found: Format) -> Record | str:
 
     Raises:
         RowError: the row is wrong; names the row and the message in it.
+        InputError: `column_mapping` gives a column a name that rows of this format do not have.
     """
+    if row.renamed:
+        _check_targets(row, found)
+    refuse_preference(row, found.name)
+    columns.refuse_template_arguments(row)
     record = found.convert(row)
-    weight = msg.weight_of(row.where, row.values)
+    weight = weight_of_row(row.where, row.values)
     if weight == 0:
         return WEIGHT_0
-    record = replace(record, weight=weight)
+    record = record if weight == 1 else replace(record, weight=weight)
     if not record.is_chat:
+        if found.name != "text":
+            _check_text_only(row)
         return record if record.text[record.answer_start :].strip() else EMPTY_ANSWER
-    _check_has_answer(record, row.values)
+    _check_has_answer(record)
     _check_text_only(row)
     if record.weights and not any(record.weights):
         return WEIGHT_0
@@ -177,21 +169,39 @@ def convert(row: Row, found: Format) -> Record | str:
     return record
 
 
+def _check_targets(row: Row, found: Format) -> None:
+    """Refuse a `column_mapping` to a name that this format does not read: the user wants that column in the rows."""
+    for column, name in row.renamed.items():
+        if name == IGNORE or name not in row.values or name in found.reads:
+            if name == "train" and not is_blank(row.values.get(name)):
+                check_switch(row.where, column, row.values[name])
+            continue
+        is_pair = all(isinstance(row.values.get(key), str) for key in ("prompt", "completion"))
+        chat = advised(row, {"prompt": "instruction", "completion": "output"})
+        raise InputError(
+            f"{row.where}: column_mapping: {column} becomes {name}, which the format {found.name} does not have",
+            seen="the keys " + ", ".join(row.values),
+            allowed=", ".join(sorted(found.reads)),
+            change=(f"for a chat with all columns, set {chat}; " if is_pair and name in _ALPACA_ONLY else "")
+            + f"to leave the column out, set {advised(row, {name: IGNORE})}",
+        )
+
+
 def _is_blank(message: dict[str, Any]) -> bool:
     return not message["content"].strip() and not message.get("tool_calls")
 
 
 def _check_text_only(row: Row) -> None:
-    if media := [key for key in _MEDIA_KEYS if row.values.get(key)]:
+    if media := [key for key in sorted(msg.MEDIA_KEYS & row.values.keys()) if row.values[key]]:
         raise RowError(
             f"{row.where}: the row has {media[0]}, but only text can be trained on",
             reason=f"has {media[0]}",
             allowed="text only",
-            change=f"remove the row; if its text makes sense alone, column_mapping: {{{media[0]}: ignore}}",
+            change=f"remove the row; if its text makes sense alone, {advised(row, {media[0]: IGNORE})}",
         )
 
 
-def _check_has_answer(record: Record, values: dict[str, Any]) -> None:
+def _check_has_answer(record: Record) -> None:
     roles = [message["role"] for message in record.messages]
     if "assistant" not in roles:
         raise RowError(
@@ -199,98 +209,124 @@ def _check_has_answer(record: Record, values: dict[str, Any]) -> None:
             reason="no assistant message",
             seen="the roles " + ", ".join(roles),
             allowed="at least one message with the role assistant",
-            change="this is preference data; add the chosen answer to the messages"
-            if _is_preference(values)
-            else "remove the row, or add the answer",
+            change="remove the row, or add the answer",
         )
 
 
 # --- the formats
 
 
-def _messages(row: Row) -> Record:
-    return _checked(row, *msg.turns(row.where, row.values["messages"], "messages"))
+def _list_of(key: str) -> Callable[[Row], Record]:
+    """The converter of rows whose chat is a list of messages under one key."""
+
+    def convert_list(row: Row) -> Record:
+        columns.refuse_history(row)
+        found = msg.turns(row.where, row.values[key], key)
+        check_order(found.places, found.messages)
+        return _chat(row, found.messages, found.weights, found.tools)
+
+    return convert_list
 
 
-def _conversations(row: Row) -> Record:
-    return _checked(row, *msg.turns(row.where, row.values["conversations"], "conversations"))
-
-
-def _checked(row: Row, messages: list[dict[str, Any]], weights: tuple[float, ...]) -> Record:
-    check_order([f"{row.where}: message {number}" for number in range(1, len(messages) + 1)], messages)
-    return _chat(row, messages, weights)
-
-
-def _chat(row: Row, messages: list[dict[str, Any]], weights: tuple[float, ...] = ()) -> Record:
+def _chat(
+    row: Row,
+    messages: list[dict[str, Any]],
+    weights: Sequence[float] = (),
+    tools: Sequence[columns.Tools] = (),
+) -> Record:
     is_plain = all(weight == 1 for weight in weights)
-    return Record(row.where, messages=messages, tools=msg.tools(row), weights=() if is_plain else weights)
-
-
-def _with_system(row: Row, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A `system` column as the first message, unless the messages begin with one."""
-    system = row.values.get("system")
-    if not isinstance(system, str) or not system.strip() or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": system}, *messages]
-
-
-def _sharegpt(row: Row) -> Record:
-    turns = row.values["conversations"]
-    msg.check_list(row.where, turns, "conversations")
-    places = [f"{row.where}: turn {number}" for number in range(1, len(turns) + 1)]
-    messages = []
-    for place, turn in zip(places, turns, strict=True):
-        if not isinstance(turn, dict):
-            raise msg.not_an_object(place, turn, '{"from": "human", "value": "..."}')
-        role = turn.get("from")
-        if not isinstance(role, str) or role not in msg.SHAREGPT_ROLES:
-            raise RowError(
-                f"{place}: unknown speaker",
-                reason="unknown speaker",
-                seen=short(role),
-                allowed=", ".join(msg.SHAREGPT_ROLES),
-            )
-        if role == "function_call":
-            calls = normal_calls(place, turn.get("value"), "function_call")
-            messages.append({"role": "assistant", "content": "", "tool_calls": calls})
-        else:
-            messages.append({"role": msg.SHAREGPT_ROLES[role], "content": msg.text(place, turn.get("value"), "value")})
-    check_order(places, messages)
-    return _chat(row, _with_system(row, messages), msg.answer_weights(places, turns, messages))
+    messages = columns.with_thought(row, columns.with_system(row, messages))
+    return Record(
+        row.where,
+        messages=messages,
+        tools=columns.tools_of(row, tools),
+        weights=() if is_plain else tuple(weights),
+    )
 
 
 def _alpaca(row: Row) -> Record:
     values = row.values
-    instruction = msg.text(row.where, values["instruction"], "instruction")
-    extra = msg.text(row.where, values.get("input") or "", "input")
+    instruction = _paragraphs(row, "instruction")
+    extra = _paragraphs(row, "input")
+    if context := columns.given(row, "context"):
+        extra = _with_context(row, extra, context[0])
     answer = msg.text(row.where, values["output"], "output")
+    before, weights, tools = columns.earlier_turns(row, msg.turns)
     messages = [
-        {"role": "user", "content": f"{instruction}\n\n{extra}" if extra.strip() else instruction},
+        *before,
+        {"role": "user", "content": "\n\n".join(part for part in (instruction, extra) if part.strip())},
         {"role": "assistant", "content": answer},
     ]
-    return _chat(row, _with_system(row, messages))
+    return _chat(row, messages, [*weights, 1.0], tools)
+
+
+def _paragraphs(row: Row, key: str) -> str:
+    """A text, or the passages of a list with a blank line between them; empty if there are none."""
+    value = row.values.get(key)
+    if is_blank(value):
+        return ""
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return "\n\n".join(part for part in value if part.strip())
+    return msg.text(row.where, value, key)
+
+
+def _with_context(row: Row, extra: str, key: str) -> str:
+    """The context if there is no input, else the input, which has to hold the context already."""
+    context = _paragraphs(row, key)
+    if not extra.strip():
+        return context
+    if context not in extra:
+        raise RowError(
+            f"{row.where}: input and {key} are both given",
+            reason=f"input and {key}",
+            seen=f"{short(extra)} and {short(row.values[key])}",
+            allowed="one of them; it follows the instruction in the prompt",
+            change=f"write both into input; or leave one out: {advised(row, {key: IGNORE})}",
+        )
+    return extra
 
 
 def _prompt_completion(row: Row) -> Record:
-    prompt, completion = row.values["prompt"], row.values["completion"]
+    prompt, completion = msg.as_list(row.values["prompt"]), msg.as_list(row.values["completion"])
     if isinstance(prompt, list) or isinstance(completion, list):
-        before, in_prompt = msg.turns(row.where, prompt, "prompt")
-        after, weights = msg.turns(row.where, completion, "completion")
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        completion = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        columns.refuse_history(row)
+        before, after = msg.turns(row.where, prompt, "prompt"), msg.turns(row.where, completion, "completion")
+        messages = before.messages + after.messages
+        check_order([f"{row.where}: message {number}" for number in range(1, len(messages) + 1)], messages)
         # only the completion is trained on: an answer in the prompt is context
-        return _checked(row, before + after, (*(0.0 for _ in in_prompt), *weights))
+        weights = [*(0.0 for _ in before.weights), *after.weights]
+        return _chat(row, messages, weights, before.tools + after.tools)
     prompt, completion = msg.text(row.where, prompt, "prompt"), msg.text(row.where, completion, "completion")
+    columns.refuse_beside_text(row, prompt + completion, is_pair=True)
     return Record(row.where, text=prompt + completion, answer_start=len(prompt))
 
 
 def _plain(row: Row) -> Record:
-    return Record(row.where, text=msg.text(row.where, row.values["text"], "text"))
+    text = msg.text(row.where, row.values["text"], "text")
+    columns.refuse_beside_text(row, text, is_pair=False)
+    return Record(row.where, text=text)
 
 
+_COMMON = frozenset(("id", "conversation_id", "parent_id", "weight", "train"))
+_CHAT = _COMMON | {"system", "tools", "reasoning_content"}
+_ALPACA_ONLY = frozenset(("input", "history"))
+_BESIDE = ("system", "tools", "thought")
 _FORMATS = (
-    Format("messages", ("messages",), _messages),
-    Format("sharegpt", ("conversations",), _sharegpt),
-    Format("messages", ("conversations",), _conversations),
-    Format("prompt-completion", ("prompt", "completion"), _prompt_completion),
-    Format("alpaca", ("instruction", "output"), _alpaca),
-    Format("text", ("text",), _plain),
+    Format("messages", ("messages",), _list_of("messages"), _CHAT | {"messages"}, _BESIDE),
+    Format("sharegpt", ("messages",), _list_of("messages"), _CHAT | {"messages"}, _BESIDE),
+    Format("sharegpt", ("conversations",), _list_of("conversations"), _CHAT | {"conversations"}, _BESIDE),
+    Format("messages", ("conversations",), _list_of("conversations"), _CHAT | {"conversations"}, _BESIDE),
+    Format(
+        "prompt-completion", ("prompt", "completion"), _prompt_completion, _CHAT | {"prompt", "completion"}, _BESIDE
+    ),
+    Format(
+        "alpaca",
+        ("instruction", "output"),
+        _alpaca,
+        _CHAT | _ALPACA_ONLY | {"instruction", "output"},
+        (*_BESIDE, "history", "context"),
+    ),
+    Format("text", ("text",), _plain, _COMMON | {"text"}),
 )

@@ -1,5 +1,12 @@
 """Render a tokenizer's Jinja template, in the input form that it expects, with the date of the run.
 
+    Template(tokenizer, day).render(where, messages)    rows of the data, in the form that the template expects
+    render_chat(tokenizer, messages)                    what transformers' `apply_chat_template` gives, in the sandbox
+    render_marked(tokenizer, messages)                  the same with the spans of `{% generation %}` blocks
+
+A template comes with a model and may loop for ever or fill the memory, so nothing else in solotune renders one:
+`apply_chat_template` runs it in this process, without limits (`scripts/lint_calls.py`).
+
 Input form
 ----------
 Templates agree on roles and differ in the rest. What a template accepts is tested once, with probes:
@@ -27,12 +34,15 @@ from typing import TYPE_CHECKING, Any, cast
 from solotune.dataset.chat.template_sandbox import TemplateLimitError, TemplateRefusal, TemplateSyntax, sandbox
 from solotune.dataset.readers.row import RowError
 from solotune.errors import InputError
+from solotune.units import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, Any]]
 Tools = list[dict[str, Any]] | None
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 # trim_blocks removes the line break
 _MACRO = """\
@@ -42,6 +52,67 @@ _MACRO = """\
 """
 _DIRECTIVES = "aAbBcdDeFGhHIjmMnpSTuUVwWxXyYZ%"
 _PADDED = "dHIjmMSUVwWy"
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    tools: Tools = None,
+    *,
+    is_prompt: bool = False,
+    template: str | None = None,
+) -> str:
+    """Render in the sandbox what transformers' `apply_chat_template(tokenize=False)` gives today.
+
+    Args:
+        is_prompt: add the header of an answer (`add_generation_prompt`).
+        template: a template, or the name of one of the tokenizer's, to render instead of its own.
+
+    Raises:
+        TemplateRefusal: no such template, or it raises.
+        TemplateSyntax: it does not parse.
+        TemplateLimitError: it needs too much time or memory.
+    """
+    variables = _variables(special_tokens(tokenizer), messages, tools, is_prompt)
+    return sandbox().render(*_dated(_source(tokenizer, tools, template), variables, directives_of(date.today())))
+
+
+def render_marked(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
+    """Render as `render_chat`; returns the text and the spans of its `{% generation %}` blocks, in characters.
+
+    Raises:
+        TemplateRefusal, TemplateSyntax, TemplateLimitError: as `render_chat`.
+    """
+    variables = _variables(special_tokens(tokenizer), messages, None, False)
+    return sandbox().render_marked(*_dated(_source(tokenizer, None), variables, directives_of(date.today())))
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a template sees of the tokenizer: `bos_token` and the other special tokens, as texts."""
+    named: dict[str, Any] = tokenizer.special_tokens_map
+    return {name: [str(t) for t in token] if isinstance(token, list) else str(token) for name, token in named.items()}
+
+
+def _source(tokenizer: PreTrainedTokenizerBase, tools: Tools, template: str | None = None) -> str:
+    try:
+        return tokenizer.get_chat_template(template, tools=cast(Any, tools))
+    except ValueError as error:  # several templates and none called default
+        raise TemplateRefusal(first_line(error)) from None
+
+
+def _variables(special: dict[str, Any], messages: Messages, tools: Tools, is_prompt: bool) -> dict[str, Any]:
+    return {
+        **special,
+        "messages": [_with_reasoning(message) for message in messages],
+        "tools": tools,
+        "documents": None,
+        "add_generation_prompt": is_prompt,
+    }
+
+
+def _dated(source: str, variables: dict[str, Any], day: dict[str, str]) -> tuple[str, dict[str, Any]]:
+    """Source and variables with the date of the run in them, if the template writes it."""
+    return (_MACRO + source, {**variables, "rendered_on": day}) if "strftime_now" in source else (source, variables)
 
 
 class Template:
@@ -63,7 +134,7 @@ class Template:
                 change="use the instruct model, or set chat_template_path to a Jinja file such as the instruct model's",
             )
         self._tokenizer = tokenizer
-        self._date = _directives(rendered_on or date.today())
+        self._date = directives_of(rendered_on or date.today())
 
     def render(self, where: str, messages: Messages, tools: Tools = None, *, is_prompt: bool = False) -> str:
         """Render messages; with `is_prompt`, a prompt for an answer after them.
@@ -90,31 +161,13 @@ class Template:
             ) from None
 
     def _apply(self, messages: Messages, tools: Tools = None, *, is_prompt: bool = False) -> str:
-        """Render in the sandbox what transformers' `apply_chat_template` would give.
-
-        Raises:
-            TemplateRefusal: the template raises.
-            TemplateLimitError: it needs too much time or memory.
-        """
-        source = self._tokenizer.get_chat_template(tools=cast(Any, tools))
-        dated = "strftime_now" in source
-        variables = {
-            **self._special_tokens,
-            **({"rendered_on": self._date} if dated else {}),
-            "messages": [_with_reasoning(message) for message in messages],
-            "tools": tools,
-            "documents": None,
-            "add_generation_prompt": is_prompt,
-        }
-        return sandbox().render(_MACRO + source if dated else source, variables)
+        """Render as `render_chat` does."""
+        variables = _variables(self._special_tokens, messages, tools, is_prompt)
+        return sandbox().render(*_dated(_source(self._tokenizer, tools), variables, self._date))
 
     @cached_property
     def _special_tokens(self) -> dict[str, Any]:
-        """`bos_token` and the other special tokens, as texts."""
-        named = self._tokenizer.special_tokens_map
-        return {
-            name: [str(t) for t in token] if isinstance(token, list) else str(token) for name, token in named.items()
-        }
+        return special_tokens(self._tokenizer)
 
     # --- the input form that it expects
 
@@ -153,8 +206,7 @@ class Template:
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     """The message as transformers passes it: no key without a value, reasoning under both names that templates read."""
     message = {key: value for key, value in message.items() if value is not None}
-    names = ("reasoning_content", "thinking", "reasoning")
-    reasoning = next((message[name] for name in names if name in message), None)
+    reasoning = next((message[name] for name in _REASONING if name in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
@@ -179,7 +231,10 @@ def _with_arguments_as(call: Any, taken: type) -> Any:
     return call
 
 
-def _directives(day: date) -> dict[str, str]:
-    """Each directive of `strftime` with its value on this day at midnight, unpadded ones (`%-d`) included."""
+def directives_of(day: date) -> dict[str, str]:
+    """What a template can see of the date: each directive of `strftime` with its value on this day at midnight.
+
+    Unpadded directives (`%-d`) are included.
+    """
     padded = {f"%{letter}": day.strftime(f"%{letter}") for letter in _DIRECTIVES}
     return {**{f"%-{letter}": padded[f"%{letter}"].lstrip("0") or "0" for letter in _PADDED}, **padded}

@@ -4,9 +4,10 @@ It imports Jinja and nothing of solotune or transformers, has no environment, an
 make no socket, write no byte and start no process: its limits forbid it. What is left to a hostile template is time
 and memory, and those are limited too. A template that escapes Jinja's sandbox finds no access tokens here.
 
-    request   length, then marshal of (number of the template, its source or None, its variables or None)
-    answer    kind, length, then UTF-8: `t` text, `e` error message of the template, `s` line and message of a
-              syntax error, `m` too much memory, `l` text too long
+    request   length, then marshal of (number of the template, its source or None, its variables or None, whether the
+              spans of its `generation` blocks are wanted)
+    answer    kind, length, then UTF-8: `t` text, `g` the spans as a line of JSON, then the text, `e` error message of
+              the template, `s` line and message of a syntax error, `m` too much memory, `l` text too long
 
 The environment is that of transformers' `apply_chat_template`; the output is tested to be equal, template by template.
 """
@@ -33,9 +34,13 @@ def environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}` marks an answer; here the mark is ignored and its content rendered."""
+        """`{% generation %}` marks an answer: its content is rendered, and its span noted where spans are wanted."""
 
         tags = {"generation"}  # noqa: RUF012
+
+        def __init__(self, environment: Any) -> None:
+            super().__init__(environment)
+            environment.extend(noted=None)
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
@@ -43,7 +48,12 @@ def environment() -> Any:
             return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
 
         def _body(self, caller: Any) -> str:
-            return caller()
+            text = caller()
+            if (noted := self.environment.noted) is not None:  # type: ignore[attr-defined]
+                blocks, spans = noted
+                begin = sum(map(len, blocks))
+                spans.append((begin, begin + len(text)))
+            return text
 
     class Namespace(jinja2.utils.Namespace):
         """A namespace without names that lead to Python's internals."""
@@ -105,7 +115,12 @@ class Renderer:
         self._max_characters = max_characters
 
     def answer(
-        self, number: int, source: str | None, variables: dict[str, Any] | None, num_bytes: int = 0
+        self,
+        number: int,
+        source: str | None,
+        variables: dict[str, Any] | None,
+        is_marked: bool = False,
+        num_bytes: int = 0,
     ) -> tuple[bytes, str]:
         """Render a template; returns (kind, text) as in the module's docstring."""
         import jinja2
@@ -115,14 +130,31 @@ class Renderer:
                 self._templates[number] = self._environment.from_string(source)
             if variables is None:
                 return b"t", ""
-            text = self._templates[number].render(**variables)
+            spans, text = self._rendered(self._templates[number], variables, is_marked)
         except jinja2.TemplateSyntaxError as error:
-            return b"s", f"{error.lineno}\n{error.message}"
+            return b"s", f"{error.lineno}\n{error.message}"[:2000]
         except MemoryError:
             return b"m", ""
         except Exception as error:  # a template is foreign code: it can raise anything
             return b"e", (str(error).strip() or type(error).__name__)[:2000]
-        return (b"t", text) if len(text) <= max(self._max_characters, 4 * num_bytes) else (b"l", f"{len(text):,}")
+        if is_marked:
+            text = f"{json.dumps(spans)}\n{text}"
+        if len(text) > max(self._max_characters, 4 * num_bytes):
+            return b"l", f"{len(text):,}"
+        return (b"g" if is_marked else b"t"), text
+
+    def _rendered(self, template: Any, variables: dict[str, Any], is_marked: bool) -> tuple[list[Any], str]:
+        """The spans of its `generation` blocks as transformers counts them, if wanted, and the text."""
+        if not is_marked:
+            return [], template.render(**variables)
+        blocks: list[str] = []
+        spans: list[tuple[int, int]] = []
+        self._environment.noted = (blocks, spans)
+        try:
+            blocks.extend(template.generate(**variables))
+        finally:
+            self._environment.noted = None
+        return spans, "".join(blocks)
 
 
 def main(cpu_seconds: float, max_bytes: int, max_characters: int) -> None:
@@ -145,9 +177,9 @@ def main(cpu_seconds: float, max_bytes: int, max_characters: int) -> None:
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     while head := requests.read(4):
         request = requests.read(*struct.unpack("<I", head))
-        number, source, variables = marshal.loads(request)
+        number, source, variables, is_marked = marshal.loads(request)
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # its signal ends the process, even inside C code
-        kind, text = renderer.answer(number, source, variables, len(request))
+        kind, text = renderer.answer(number, source, variables, is_marked, len(request))
         signal.setitimer(signal.ITIMER_PROF, 0)
         _write(answers, kind, text)
 

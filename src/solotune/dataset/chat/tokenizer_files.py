@@ -7,11 +7,13 @@ rendered in a separate process (`template_sandbox`), and only their size is chec
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
 from solotune.errors import InputError
 from solotune.hub.safe_files import check_links, check_regular, json_object
+from solotune.regular_files import read_bytes
 
 MAX_TEMPLATE_BYTES = 1 << 20  # the longest known template (Llama 4, gpt-oss) has 20 KB
 MAX_BYTES = {
@@ -33,6 +35,34 @@ MAX_BYTES = {
 _CLASS = re.compile(r"\w*(Tokenizer(Fast)?|Backend)")
 
 
+def digest(folder: Path) -> str:
+    """sha256 over the tokenizer files of a folder, its templates among them; names and bytes.
+
+    Raises:
+        InputError: one of them is not a regular file, or too large.
+    """
+    found = hashlib.sha256()
+    for name, limit in _files(folder).items():
+        path = folder / name
+        if path.exists() or path.is_symlink():
+            _check_size(folder, path, limit)
+            content = read_bytes(path, limit)
+            found.update(f"{name} {len(content)}\n".encode() + content)
+    return found.hexdigest()
+
+
+def _files(folder: Path) -> dict[str, int]:
+    """Names of tokenizer files, which may be absent, with the bytes they may have."""
+    templates = sorted(path.relative_to(folder).as_posix() for path in folder.glob("additional_chat_templates/*.jinja"))
+    return {**MAX_BYTES, **dict.fromkeys(templates, MAX_TEMPLATE_BYTES)}
+
+
+def _check_size(folder: Path, path: Path, limit: int) -> None:
+    check_regular(folder, path)
+    if (size := path.stat().st_size) > limit:
+        raise InputError(f"{path}: too large", seen=f"{size:,} bytes", allowed=f"{limit:,} bytes")
+
+
 def check_tokenizer_files(folder: Path) -> None:
     """Check sizes, links and JSON of the tokenizer files.
 
@@ -42,14 +72,10 @@ def check_tokenizer_files(folder: Path) -> None:
     from solotune.hub.hf_config import refuse_code  # imports transformers
 
     check_links(folder)
-    templates = [path.relative_to(folder).as_posix() for path in folder.glob("additional_chat_templates/*.jinja")]
-    for name, limit in {**MAX_BYTES, **dict.fromkeys(templates, MAX_TEMPLATE_BYTES)}.items():
+    for name, limit in _files(folder).items():
         path = folder / name
-        if not path.exists() and not path.is_symlink():
-            continue
-        check_regular(folder, path)
-        if (size := path.stat().st_size) > limit:
-            raise InputError(f"{path}: too large", seen=f"{size:,} bytes", allowed=f"{limit:,} bytes")
+        if path.exists() or path.is_symlink():
+            _check_size(folder, path, limit)
     for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         path = folder / name
         if not path.exists():

@@ -17,12 +17,15 @@ invent tool results. A row may end with a call, which is then trained on.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from solotune.dataset.readers.json_records import parse_json
+from solotune.dataset.readers.json_window import parse_json
 from solotune.dataset.readers.row import RowError, short
 
+CALL_KEYS = ("tool_calls", "function_call")  # the second is the older form of the API
+_ARGUMENT_KEYS = ("arguments", "parameters", "args", "input", "kwargs")
+CALL_ID_KEYS = ("id", "call_id", "tool_call_id")
 _FORM = '{"name": "...", "arguments": {...}}'
 # a call inside the text of an answer: Hermes' <tool_call>, Llama's <|python_tag|> and <function=f>, Mistral's
 # [TOOL_CALLS], Glaive's <functioncall>, ReAct's "Action:"
@@ -40,6 +43,33 @@ def from_json(place: str, text: str, key: str) -> Any:
     except ValueError as error:
         what = f"{key} is not valid JSON"
         raise RowError(f"{place}: {what}", reason=what, seen=f"{error}, in {short(text)}") from None
+
+
+def calls_of(place: str, message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Normalise the calls under the keys of a message; empty if there are none.
+
+    Raises:
+        RowError: they are no calls, or the two keys hold different ones.
+    """
+    given = [(key, normal_calls(place, message[key], key)) for key in CALL_KEYS if message.get(key)]
+    if len(given) == 2 and [c["function"] for c in given[0][1]] != [c["function"] for c in given[1][1]]:
+        what = "tool_calls and function_call differ"
+        raise RowError(
+            f"{place}: {what}", reason=what, allowed="one of them, or both with the same call", change="remove one"
+        )
+    return given[0][1] if given else []
+
+
+def arguments_holder(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The object that has the arguments of a call: its function, or the call itself if only that has some."""
+    function = function_of(call)
+    is_outside = isinstance(function, dict) and function.get(arguments_key(function)) is None
+    return call if is_outside and call.get("arguments") is not None else function
+
+
+def arguments_key(function: Mapping[str, Any]) -> str:
+    """The key under which a function has its arguments; other names count only where there are no `arguments`."""
+    return next((key for key in _ARGUMENT_KEYS if function.get(key) is not None), "arguments")
 
 
 def normal_calls(place: str, value: Any, key: str) -> list[dict[str, Any]]:
@@ -60,19 +90,26 @@ def normal_calls(place: str, value: Any, key: str) -> list[dict[str, Any]]:
     return [_normal(place, call, key) for call in listed]
 
 
-def _normal(place: str, call: Any, key: str) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, dict) else None
+def function_of(call: Mapping[str, Any]) -> Any:
+    """The part of a call that has its name and arguments: under `function`, or the call itself."""
+    return call if call.get("function") is None else call["function"]
+
+
+def _normal(place: str, call: Any, of: str) -> dict[str, Any]:
+    function = function_of(call) if isinstance(call, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(function, dict) or not isinstance(name, str) or not name:
-        what = f"{key} has no function with a name"
+        what = f"{of} has no function with a name"
         raise RowError(f"{place}: {what}", reason=what, seen=short(call), allowed=_FORM)
-    arguments = function.get("arguments")
+    holder = arguments_holder(call)
+    key = arguments_key(holder)
+    arguments = holder.get(key)
     if isinstance(arguments, str):
-        arguments = from_json(place, arguments, "arguments")
+        arguments = from_json(place, arguments, key)
     if arguments is None:
         arguments = {}  # a function without parameters
     if not isinstance(arguments, dict):
-        what = "arguments is not an object"
+        what = f"{key} is not an object"
         raise RowError(
             f"{place}: {what}",
             reason=what,
@@ -80,7 +117,8 @@ def _normal(place: str, call: Any, key: str) -> dict[str, Any]:
             allowed='an object of names and values, or its JSON text: {"city": "Paris"}',
             change="it seems to be JSON encoded twice: decode it once" if isinstance(arguments, str) else None,
         )
-    kept = {"id": call["id"]} if call.get("id") is not None else {}
+    number = next((call[name] for name in CALL_ID_KEYS if call.get(name) is not None), None)
+    kept = {} if number is None else {"id": number}
     return {"type": "function", **kept, "function": {"name": name, "arguments": arguments}}
 
 
@@ -92,11 +130,11 @@ def check_order(places: Sequence[str], messages: Sequence[dict[str, Any]]) -> No
     """
     calls: list[dict[str, Any]] = []  # of the answer that the next tool messages belong to
     results: list[Any] = []  # their tool_call_ids
-    caller, is_written_out = "", False
+    caller, answer = "", ""
     for place, message in zip(places, messages, strict=True):
         if message["role"] == "tool":
             results.append(message.get("tool_call_id"))
-            if not calls and not is_written_out:
+            if not calls and not _WRITTEN_OUT.search(answer):  # only here: the search of a long answer takes a while
                 raise _without_call(place)
             if not _answers(results[-1:], calls):
                 raise _of_no_call(place, results[-1], calls)
@@ -105,7 +143,7 @@ def check_order(places: Sequence[str], messages: Sequence[dict[str, Any]]) -> No
         if unanswered:
             raise _without_result(caller, unanswered[0], message["role"])
         calls, results, caller = list(message.get("tool_calls", ())), [], place
-        is_written_out = message["role"] == "assistant" and _WRITTEN_OUT.search(message["content"]) is not None
+        answer = message["content"] if message["role"] == "assistant" else ""
 
 
 def _answers(results: list[Any], calls: list[dict[str, Any]]) -> bool:

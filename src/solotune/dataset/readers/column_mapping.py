@@ -10,12 +10,24 @@ example, the weight of a parcel.
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Iterable, Mapping
 
 from solotune.dataset.readers.row import Row
 from solotune.errors import InputError
 
 IGNORE = "ignore"
+
+
+class MappedRow(Row):
+    """A row with renamed columns, which remembers their names in the file: for what a message advises."""
+
+    mapping: Mapping[str, str]
+
+    @property
+    def renamed(self) -> Mapping[str, str]:
+        return self.mapping
 
 
 def check_mapping(rows: Iterable[Row], mapping: Mapping[str, str], *, is_needed: bool = True) -> None:
@@ -54,4 +66,28 @@ def mapped(row: Row, mapping: Mapping[str, str]) -> Row:
     if not mapping:
         return row
     values = {mapping.get(key, key): value for key, value in row.values.items() if mapping.get(key) != IGNORE}
-    return Row(row.where, values)
+    renamed = MappedRow(row.where, values)
+    renamed.mapping = mapping
+    return renamed
+
+
+def advised(row: Row, changes: Mapping[str, str]) -> str:
+    """Write a `column_mapping` that a message can advise: the one in use, with other targets for some keys of the row.
+
+    Args:
+        changes: the row's key -> the name that it should get, or `ignore`; keys that the row lacks are left out.
+    """
+    renamed = dict(row.renamed)
+    own_names = {name: column for column, name in renamed.items()}
+    changed = {own_names.get(key, key): name for key, name in changes.items() if key in row.values}
+    pairs = [(column, name) for column, name in {**renamed, **changed}.items() if column != name]
+    return "column_mapping: {" + ", ".join(f"{_as_yaml(column)}: {name}" for column, name in pairs) + "}"
+
+
+def _as_yaml(column: str) -> str:
+    """A column's name as a key of YAML, quoted where it has to be."""
+    is_plain = re.fullmatch(r"[A-Za-z_][\w -]*(?<! )", column) and column.lower() not in _YAML_WORDS
+    return column if is_plain else json.dumps(column, ensure_ascii=False)
+
+
+_YAML_WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from solotune.errors import InputError
 
@@ -15,6 +16,15 @@ MAX_BLANK_BYTES = 4 << 20
 """Most bytes of blank lines between two others: a few KB of compressed line ends could expand to hours of them."""
 
 CHUNK_BYTES = 1 << 20
+
+ID_KEYS = ("id", "message_id")
+CONVERSATION_KEYS = ("conversation_id", "conversationId", "conversation id", "conversation")
+PARENT_KEYS = ("parent_id", "parentId", "parent")
+"""Keys that tell which rows belong together (`split/groups.py`)."""
+
+
+_MOST_KEYS, _MOST_CHARACTERS = 64, 4096
+_T = TypeVar("_T")
 
 
 class RowError(InputError):
@@ -42,6 +52,36 @@ class Row(NamedTuple):
 
     where: str
     values: dict[str, Any]
+
+    @property
+    def renamed(self) -> Mapping[str, str]:
+        """The `column_mapping` that the keys have gone through."""
+        return {}
+
+
+def once_per_shape(of_keys: Callable[[tuple[str, ...]], _T]) -> Callable[[tuple[str, ...]], _T]:
+    """Remember the result of a function of a row's or message's keys: nearly all have the same ones.
+
+    Very many or very long keys are not kept in memory.
+    """
+    remembered = lru_cache(maxsize=512)(of_keys)
+
+    def result(keys: tuple[str, ...]) -> _T:
+        is_ordinary = len(keys) <= _MOST_KEYS and sum(map(len, keys)) <= _MOST_CHARACTERS
+        return remembered(keys) if is_ordinary else of_keys(keys)
+
+    return result
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a value holds nothing: null (which arrow writes for a missing key), a blank text, a list of such."""
+    if value is None or value == "":
+        return True
+    if isinstance(value, str):
+        return value.isspace()
+    if isinstance(value, dict):
+        return all(map(is_blank, value.values()))
+    return isinstance(value, list) and all(map(is_blank, value))
 
 
 def short(value: Any) -> str:

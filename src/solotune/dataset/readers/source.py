@@ -24,21 +24,26 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from solotune.dataset.readers.api_logs import from_log
 from solotune.dataset.readers.files import FORMATS, format_of, read_file
-from solotune.dataset.readers.row import Row
+from solotune.dataset.readers.json_layouts import SPLIT_NAMES
+from solotune.dataset.readers.json_records import OnBadRow
+from solotune.dataset.readers.left_out import LeftOut
+from solotune.dataset.readers.row import Row, RowError
+from solotune.dataset.readers.schema_nulls import SchemaNulls
 from solotune.errors import InputError
 from solotune.hub.download import is_local_path, offline_if_unreachable
 from solotune.runtime import watchdog
 from solotune.units import first_line
 
 _SLICE = re.compile(r"(?P<name>[^\[\]+]*)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
-_SPLIT_WORDS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,7 @@ class Split:
         """Whether a bound is a percentage or counted from the end."""
         return any(bound is not None and not bound.isdigit() for bound in (self.start, self.stop))
 
-    def cut(self, rows: Iterable[Row], num_rows: int | None = None) -> Iterator[Row]:
+    def cut(self, rows: Iterable[_Item], num_rows: int | None = None) -> Iterator[_Item]:
         """Yield the rows of the slice and read no further; `num_rows` is required if the slice `needs_count`."""
         start, stop = self._bound(self.start, num_rows), self._bound(self.stop, num_rows)
         if num_rows is not None:
@@ -96,6 +101,12 @@ class Source:
     files: list[tuple[Path, str]] | None
     """Local files, each with its label in messages; None for a hub dataset."""
     load_from_hub: Callable[[], Iterable[Any]]
+    on_bad_row: OnBadRow | None = None
+    """Called with the error of each row that cannot be read; None: the error is raised."""
+    left_out: LeftOut = field(default_factory=LeftOut)
+    """What the last pass left out of the rows."""
+    num_bad: int = 0
+    """Rows that the last pass could not read."""
     _num_rows: int | None = None
     _stamps: list[tuple[int, int]] | None = None
 
@@ -145,8 +156,20 @@ class Source:
         Raises:
             InputError: no such dataset, a file that cannot be parsed, or no rows; names the place.
         """
+        for _, row in self.rows_by_file():
+            yield row
+
+    def rows_by_file(self) -> Iterator[tuple[int, Row]]:
+        """Read the rows, each with the number of its file, counted from 0.
+
+        Raises:
+            InputError: as iterating does.
+        """
+        self.left_out, self.num_bad = LeftOut(), 0
         rows = self._hub_rows() if self.files is None else self._file_rows(self.files)
         first = next(rows, None)
+        if first is None and self.num_bad:
+            return
         if first is None:
             part = "" if self.wanted.written == "train" else f", split {self.wanted.written}"
             raise InputError(
@@ -155,13 +178,32 @@ class Source:
         yield first
         yield from rows
 
-    def _file_rows(self, files: list[tuple[Path, str]]) -> Iterator[Row]:
-        if self.wanted.needs_count and self._num_rows is None:
-            self._num_rows = sum(1 for _ in _rows_of(files))
-        return self.wanted.cut(_rows_of(files), self._num_rows)
+    def _file_rows(self, files: list[tuple[Path, str]]) -> Iterator[tuple[int, Row]]:
+        def rows(left_out: LeftOut) -> Iterator[tuple[int, Row]]:
+            for number, (path, label) in enumerate(files):
+                for row in read_file(path, label, left_out, self._on_bad):
+                    yield number, row
 
-    def _hub_rows(self) -> Iterator[Row]:
-        return (Row(f"{self.label}[{index}]", values) for index, values in enumerate(self._loaded))
+        if self.wanted.needs_count and self._num_rows is None:
+            self._num_rows = sum(1 for _ in rows(LeftOut()))
+        return self.wanted.cut(rows(self.left_out), self._num_rows)
+
+    def _on_bad(self, error: RowError) -> None:
+        if self.on_bad_row is None:
+            raise error
+        self.num_bad += 1
+        self.on_bad_row(error)
+
+    def _hub_rows(self) -> Iterator[tuple[int, Row]]:
+        features = getattr(self._loaded, "features", None)
+        nulls = SchemaNulls(features.arrow_schema if features else (), self.left_out.schema_nulls)
+        for index, values in enumerate(self._loaded):
+            try:
+                row = from_log(Row(f"{self.label}[{index}]", nulls.drop(values)))
+            except RowError as error:
+                self._on_bad(error)
+            else:
+                yield 0, row
 
     @cached_property
     def _loaded(self) -> Iterable[Any]:
@@ -172,8 +214,8 @@ class Source:
         """sha256 of the files' names and bytes, or of the values of a hub dataset."""
         digest = hashlib.sha256(repr((self.key, self.wanted)).encode())
         if self.files is None:
-            for row in self._hub_rows():
-                digest.update(json.dumps(row, default=str).encode())
+            for index, values in enumerate(self._loaded):
+                digest.update(json.dumps([f"{self.label}[{index}]", values], default=str).encode())
             return digest.hexdigest()
         self._stamps = self._stamps_now()
         for path, label in self.files:
@@ -205,7 +247,9 @@ def _is_local(name: str) -> bool:
     if os.path.lexists(path):
         return True
     looks_like_a_path = (
-        format_of(path) is not None or path.suffix in (".txt", ".gz", ".zst", ".xlsx", ".zip") or is_local_path(name)
+        format_of(path) is not None
+        or path.suffix.lower() in (".txt", ".md", ".gz", ".zst", ".xlsx", ".zip", ".jsonlines")
+        or is_local_path(name)
     )
     if looks_like_a_path:
         raise _no_such_file(name, path)
@@ -261,11 +305,6 @@ def _local_files(key: str, names: list[str], split: Split) -> list[tuple[Path, s
     return files
 
 
-def _rows_of(files: list[tuple[Path, str]]) -> Iterator[Row]:
-    for path, label in files:
-        yield from read_file(path, label)
-
-
 def _files_of(key: str, name: str, path: Path, split: Split) -> list[tuple[Path, str]]:
     """The data files of one name, each with its label for messages."""
     try:
@@ -298,7 +337,7 @@ def _is_hidden(relative: Path) -> bool:
 def _of_split(key: str, name: str, found: list[Path], split: Split) -> list[Path]:
     """Files named after a split (`train.jsonl`, `test-00000.parquet`) are that split; a folder of others is `train`."""
     words = {path: set(re.split(r"[^a-z]+", f"{path.parent.name}/{path.name}".lower())) for path in found}
-    named = {path for path in found if words[path] & set(_SPLIT_WORDS)}
+    named = {path for path in found if words[path] & set(SPLIT_NAMES)}
     chosen = [p for p in found if split.name.lower() in re.split(r"[^a-z0-9_]+", f"{p.parent.name}/{p.name}".lower())]
     chosen = chosen or [path for path in found if split.name.lower() in words[path]]
     if chosen:

@@ -37,41 +37,39 @@ from typing import Any
 
 import numpy as np
 
-from solotune.dataset.readers.row import Row, RowError
+from solotune.dataset.readers.row import CONVERSATION_KEYS, ID_KEYS, PARENT_KEYS, Row, RowError
 
 MOST_PIECES = 20
 """Most rows per stem, on average over stems with several rows, for stems to count as conversations."""
 
 _CODE = re.compile(r"(?=.*[a-zA-Z])(?=.*\d|.*[a-z][A-Z]|.*[A-Z]{2}[a-z]).{6,}")
-_CONVERSATION_KEYS = ("conversation_id", "conversationId", "conversation id", "conversation")
-_PARENT_KEYS = ("parent_id", "parentId", "parent")
-_ID_KEYS = ("id", "message_id")
 
 
 class Kinship:
     """Collects the links of each row, and returns at the end which rows belong together."""
 
-    def __init__(self, split_by: str | None, *, is_sharegpt: bool) -> None:
-        self._split_by, self._is_sharegpt = split_by, is_sharegpt
+    def __init__(self, split_by: str | None) -> None:
+        self._split_by = split_by
         self._keys, self._named, self._stems, self._own, self._parents = (array("Q") for _ in range(5))
 
-    def add(self, row: Row, own_names: Row) -> str | None:
+    def add(self, row: Row, own_names: Row, *, is_sharegpt: bool) -> str | None:
         """Add the next row; return the name of the group that it names, if any.
 
         Args:
             row: the row with mapped column names.
             own_names: the row as in the file; `split_by` is a column name of the file.
+            is_sharegpt: whether the row is in the format that numbers the pieces of a conversation.
 
         Raises:
             RowError: the row has no `split_by` key, or a list or an object under it.
         """
-        name, stem = _value(row.values, _CONVERSATION_KEYS), stem_of(row.values, self._is_sharegpt)
+        name, stem = _value(row.values, CONVERSATION_KEYS), stem_of(row.values, is_sharegpt)
         conversation = stem if name is None else name
         group = None if conversation is None else f"conversation={conversation}"
         self._keys.append(0)
         self._named.append(0 if name is None else _link(group))
         self._stems.append(_link(None if stem is None else f"conversation={stem}"))
-        for links, keys in ((self._own, _ID_KEYS), (self._parents, _PARENT_KEYS)):
+        for links, keys in ((self._own, ID_KEYS), (self._parents, PARENT_KEYS)):
             one = _value(row.values, keys)
             links.append(_link(None if one is None else f"id={one}"))
         if self._split_by is not None:

@@ -1,8 +1,9 @@
 """Split rows into training and validation so that no validation row is close to a training row.
 
 Rows that belong together stay together: rows with the same value of `split_by`, pieces of one conversation and chains
-of parents (`groups.py`), and near-duplicates. Exact duplicates are removed first, and counted. Rows that belong
-together form a *group*, and groups, not rows, are held out:
+of parents (`groups.py`), and near-duplicates. Copies are removed first, and counted, unless they are repeated on
+purpose (`dataset_exact_deduplication: false`). Rows that belong together form a *group*, and groups, not rows, are held
+out:
 
     order the groups by sha256(seed, key of the group's first row); take from the front until the size is reached
 
@@ -31,7 +32,7 @@ from solotune.errors import CheckError, InputError
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The rows without exact duplicates, which of them are held out, and counts."""
+    """The rows, without copies unless those are kept, which of them are held out, and counts."""
 
     rows: Records
     """In file order."""
@@ -39,7 +40,9 @@ class Split:
     """bool (rows,)"""
     num_groups: int
     num_exact_duplicates: int
+    """Copies of an earlier row, removed or kept."""
     num_near_duplicates: int
+    """Rows that are close to an earlier row, copies not counted."""
 
     @property
     def train(self) -> Records:
@@ -53,12 +56,26 @@ class Split:
 
 
 def without_copies(records: Records) -> Records:
-    """Remove exact duplicates: keep the first of each set of equal rows, in file order."""
-    _, first = np.unique(records.hashes, return_index=True)
-    return records.take(np.sort(first))
+    """Remove copies: keep the first of each set of equal rows, in file order."""
+    return records.take(~is_copy(records))
 
 
-def hold_out(records: Records, size: float | int, seed: int, progress: Callable[[int], None] | None = None) -> Split:
+def is_copy(records: Records) -> np.ndarray:
+    """bool (R,): whether an earlier row has exactly the same content."""
+    _, first = np.unique(records.exact, return_index=True)
+    found = np.ones(len(records), bool)
+    found[first] = False
+    return found
+
+
+def hold_out(
+    records: Records,
+    size: float | int,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+    *,
+    keep_copies: bool = False,
+) -> Split:
     """Hold out rows for validation.
 
     Args:
@@ -66,21 +83,24 @@ def hold_out(records: Records, size: float | int, seed: int, progress: Callable[
         size: validation rows, as a fraction below 1 or a number of rows; 0 for none.
         seed: the config's seed.
         progress: called with the number of rows compared so far.
+        keep_copies: whether copies stay; all copies of a row are on one side.
 
     Raises:
         InputError: there are too few rows or groups for a validation part of that size.
     """
-    unique = without_copies(records)
-    num_copies = len(records) - len(unique)
-    roots, num_near = _roots(unique, progress)
+    copies = is_copy(records)
+    num_copies = int(copies.sum())
+    rows = records if keep_copies else records.take(~copies)
+    roots, is_near = _roots(rows, progress)
+    num_near = int((is_near & ~copies).sum() if keep_copies else is_near.sum())
     groups, group_of, sizes = np.unique(roots, return_inverse=True, return_counts=True)
-    target = round(size * len(unique)) if isinstance(size, float) else size
+    target = round(size * len(rows)) if isinstance(size, float) else size
     if size and isinstance(size, float):
         target = max(target, 1)
-    is_chosen = _choose(_in_order(unique, groups, seed), sizes, target) if target else np.zeros(len(groups), bool)
-    if target and (not is_chosen.any() or target >= len(unique)):
-        raise _cannot_hold_out(size, target, len(unique), sizes, num_copies)
-    return Split(unique, is_chosen[group_of], len(groups), num_copies, num_near)
+    is_chosen = _choose(_in_order(rows, groups, seed), sizes, target) if target else np.zeros(len(groups), bool)
+    if target and (not is_chosen.any() or target >= len(rows)):
+        raise _cannot_hold_out(size, target, len(rows), sizes, 0 if keep_copies else num_copies)
+    return Split(rows, is_chosen[group_of], len(groups), num_copies, num_near)
 
 
 class _Spoken(Sequence[str]):
@@ -100,8 +120,8 @@ class _Spoken(Sequence[str]):
         raise IndexError(row)
 
 
-def _roots(records: Records, progress: Callable[[int], None] | None) -> tuple[np.ndarray, int]:
-    """int64 (R,): the first row of each row's group; and the number of near-duplicates of an earlier row."""
+def _roots(records: Records, progress: Callable[[int], None] | None) -> tuple[np.ndarray, np.ndarray]:
+    """int64 (R,): the first row of each row's group; bool (R,): whether it is a near-duplicate of an earlier row."""
     parent = array("q", range(len(records)))
 
     def root(row: int) -> int:
@@ -114,17 +134,20 @@ def _roots(records: Records, progress: Callable[[int], None] | None) -> tuple[np
         a, b = root(a), root(b)
         parent[max(a, b)] = min(a, b)
 
-    num_near, last = 0, -1
+    is_near = np.zeros(len(records), bool)
     for earlier, later in near_duplicates(_Spoken(records), progress):
         join(earlier, later)
-        num_near += later != last  # pairs come in order of the later row
-        last = later
+        is_near[later] = True
+    order = np.argsort(records.hashes, kind="stable")  # short texts too, which have no word triples
+    for place in np.flatnonzero(records.hashes[order[1:]] == records.hashes[order[:-1]]):
+        join(int(order[place]), int(order[place + 1]))
+        is_near[order[place + 1]] = True
     rows, columns = np.nonzero(records.links)
     links = records.links[rows, columns]
     order = np.argsort(links, kind="stable")
     for place in np.flatnonzero(links[order[1:]] == links[order[:-1]]):
         join(int(rows[order[place]]), int(rows[order[place + 1]]))
-    return np.fromiter((root(row) for row in range(len(records))), np.int64, len(records)), num_near
+    return np.fromiter((root(row) for row in range(len(records))), np.int64, len(records)), is_near
 
 
 def _in_order(records: Records, groups: np.ndarray, seed: int) -> np.ndarray:
@@ -170,9 +193,9 @@ def check_leaks(train: Records, validation: Records, *, key: str) -> None:
     Raises:
         CheckError: gives their number and the first three.
     """
-    equal = _last_in(train.hashes, validation.hashes)
+    equal, alike = _last_in(train.exact, validation.exact), _last_in(train.hashes, validation.hashes)
     kin = np.where(validation.links[:, 0] > 0, _last_in(train.links[:, 0], validation.links[:, 0]), -1)
-    near = np.full(len(validation), -1)
+    near = alike
     for a, b in near_duplicates(_Spoken(train, validation)):
         if a < len(train) <= b and near[b - len(train)] < 0:
             near[b - len(train)] = a

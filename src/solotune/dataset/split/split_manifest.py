@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 HASH = "first 32 hex digits of sha256 over roles, texts (NFKC, case and blanks folded), calls and tools"
+"""Rows that differ in folded parts only share a hash, and a side of the split."""
 
 
 @dataclass(frozen=True, eq=False)

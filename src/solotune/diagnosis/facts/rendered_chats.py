@@ -1,6 +1,6 @@
 """Render chats with the tokenizer of a run, as they would be served, and decode its rows.
 
-rendered(run_facts, messages)   frame(run_facts)   decoded(run_facts)
+rendered(run_facts, messages)   frame(run_facts)   decoded(run_facts)   marked_ids(tokenizer, messages)
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from solotune.dataset.chat.template import render_chat, render_marked
+from solotune.dataset.chat.template_sandbox import TemplateRefusal, TemplateSyntax
 from solotune.diagnosis.facts.rows import examples_of
 from solotune.diagnosis.run_facts import RunFacts
 
@@ -22,18 +24,44 @@ def rendered(
     run_facts: RunFacts, messages: Sequence[dict[str, Any]], prompt: bool = False, template: str | None = None
 ) -> str | None:
     """Messages rendered by the tokenizer's template (or `template`), as they would be served; None if there is none
-    or it fails."""
+    or it fails.
+
+    Raises:
+        TemplateLimitError: it needs too much time or memory.
+    """
     tokenizer = run_facts.tokenizer
     if tokenizer is None or not tokenizer.chat_template:
         return None
+    return rendered_by(tokenizer, messages, prompt, template)
+
+
+def rendered_by(
+    tokenizer: Any, messages: Sequence[dict[str, Any]], prompt: bool = False, template: str | None = None
+) -> str | None:
+    """The same with a tokenizer, which may have no template of its own."""
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=prompt, chat_template=template
-            )
-        )
-    except Exception:  # templates can raise any error, not only Jinja's
+        return render_chat(tokenizer, list(messages), is_prompt=prompt, template=template)
+    except (TemplateRefusal, TemplateSyntax):
         return None
+
+
+def marked_ids(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[bool]]:
+    """Ids of a rendered chat, and for each whether it lies in a `{% generation %}` block, as transformers counts them.
+
+    Raises:
+        TemplateRefusal, TemplateSyntax, TemplateLimitError: the template fails.
+        ValueError: a tokenizer that does not know where its tokens lie in the text.
+    """
+    text, spans = render_marked(tokenizer, list(messages))
+    encoded = tokenizer(text, add_special_tokens=False)
+    if not tokenizer.is_fast:
+        raise ValueError("a tokenizer without offsets")
+    mask, place = [], 0
+    for begin, end in encoded.encodings[0].offsets:  # tokens and spans are both in order
+        while place < len(spans) and begin >= spans[place][1]:
+            place += 1
+        mask.append(place < len(spans) and end > spans[place][0])
+    return encoded["input_ids"], mask
 
 
 def frame(run_facts: RunFacts, template: str | None = None) -> tuple[str, str, str] | None:

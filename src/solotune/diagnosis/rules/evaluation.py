@@ -238,7 +238,9 @@ def _drops_at_epochs(trace: Trace) -> list[float] | None:
     """The share of the loss lost at the start of each epoch, minus its usual fall within the epoch."""
     epoch = np.floor(np.nan_to_num(trace.epoch_S) - 1e-9)
     has = np.isfinite(trace.loss_S)
-    parts = [trace.loss_S[has & (epoch == number)] for number in range(int(epoch.max()) + 1)] if len(epoch) else []
+    if not len(epoch) or not epoch.max() < len(epoch):  # a damaged log: every epoch has several steps
+        return None
+    parts = [trace.loss_S[has & (epoch == number)] for number in range(int(epoch.max()) + 1)]
     if len(parts) < 3 or min(map(len, parts)) < 6:
         return None
     drops = []

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
+from solotune.dataset.chat.template_sandbox import TemplateRefusal, TemplateSyntax
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.labels import LabelFacts
+from solotune.diagnosis.facts.rendered_chats import marked_ids
 from solotune.diagnosis.facts.roles import ASSISTANT, USER
 from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
@@ -269,10 +271,9 @@ def _template_masks_end(run_facts: RunFacts, facts: LabelFacts) -> bool | None:
         return None
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
-        out = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    except Exception:  # a template may refuse any chat; then the answer is unknown
+        ids, mask = marked_ids(tokenizer, turns)
+    except (TemplateRefusal, TemplateSyntax, ValueError):  # a template may refuse any chat; then the answer is unknown
         return None
-    ids, mask = out["input_ids"], out["assistant_masks"]  # type: ignore[index]
     if not any(mask):
         return None
     return not any(m and i in facts.roles.ends for i, m in zip(ids, mask, strict=True))

@@ -7,6 +7,7 @@ import numpy as np
 from solotune.dataset.data_report import ANSWER_PAST_MAX_LENGTH, LONGER_THAN_MAX_LENGTH
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.derived import mapping, setting
+from solotune.diagnosis.facts.rendered_chats import rendered
 from solotune.diagnosis.facts.row_arrays import is_pattern, percent
 from solotune.diagnosis.facts.row_facts import RowFacts
 from solotune.diagnosis.facts.rows import examples_of
@@ -157,11 +158,10 @@ def expected_first(run_facts: RunFacts, seen: np.ndarray) -> int | None:
     tokenizer = run_facts.tokenizer
     if tokenizer is None or not tokenizer.chat_template:
         return None
-    try:
-        texts = [tokenizer.apply_chat_template([{"role": "user", "content": word}], tokenize=False) for word in "ab"]
-    except Exception:  # a template may refuse any chat, with any error
+    texts = [rendered(run_facts, [{"role": "user", "content": word}]) for word in "ab"]
+    first = [tokenizer.encode(text, add_special_tokens=False)[:1] for text in texts if text is not None]
+    if len(first) < 2:
         return None
-    first = [tokenizer.encode(str(text), add_special_tokens=False)[:1] for text in texts]
     return first[0][0] if first[0] and first[0] == first[1] else None
 
 

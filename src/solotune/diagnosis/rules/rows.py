@@ -9,14 +9,14 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from solotune.dataset.chat.formats import EMPTY_ANSWER
 from solotune.diagnosis.evidence import Signal
-from solotune.diagnosis.facts.conversations import answers_of, chats_of
+from solotune.diagnosis.facts.conversations import answers_of, calls_of, chats_of
 from solotune.diagnosis.facts.prompt_answer_overlap import alignment_of
 from solotune.diagnosis.facts.row_arrays import is_pattern, percent, squeezed
 from solotune.diagnosis.facts.row_facts import RowFacts
@@ -47,6 +47,8 @@ SHUFFLED = 0.55
 """Weight of shared words alone: enough to report it, unless the model prefers the rows' own prompts."""
 
 _ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython", "observation"}
+_EXCHANGED = "one message of the assistant and one of the user after it: what the user says is not trained on."
+_NAMES_OF_ROLES = "give the message that is to be learned the role assistant, and the one before it the role user"
 _WORD = re.compile(r"\w{3,}")
 _NUMBER = re.compile(r"(\d+)\D*$")
 _PLACEHOLDERS = {"nan", "null", "none", "undefined", "n/a", "#n/a", "<na>", "[]", "{}", "todo", "tbd"}
@@ -152,33 +154,27 @@ def chats_with_one_answer(run_facts: RunFacts) -> Signal | None:
 def broken_turns(facts: RowFacts) -> Finding | None:
     """F36: roles have wrong names or do not alternate.
 
-    Sees: role names that no template knows (`human`, `gpt`); two turns of one role in a row; chats that end with the
-    user or begin with the assistant.
+    Sees: role names that no template knows (`human`, `gpt`); two turns of one role in a row; chats of one message
+    of the assistant, other than in the next chat, and one of the user after it.
     Why: strict templates raise an error. Others write a header that the model has never seen, or no answer is found.
     The loss does not show it (the first loss is 1.3 times the normal one).
-    Not: several tool messages in a row; a system message at the start.
+    Not: several tool messages in a row; a system message at the start; a call, its result and the answer; a greeting of
+    the assistant at the start, or a last word of the user.
     Fix: rename the roles to system, user and assistant.
     Wrong when: the template is made for these names.
     Source: Megatron-Bridge#5078, smol-course#260, unsloth#994.
     """
-    repeated, swapped = [], []
-    for row in facts.chats:
-        messages = [m for m in facts.train.rows[row].messages if m["role"] not in ("system", "developer")]
-        roles = [m["role"] for m in messages]
-        calls = ["tool_calls" in m for m in messages]
-        if any(a == b != "tool" and not call for a, b, call in zip(roles, roles[1:], calls, strict=False)):
-            repeated.append(row)
-        if roles[0] == "assistant" and roles[-1] == "user":
-            swapped.append(row)
-    total = len(facts.chats)
-    if is_pattern(len(swapped), total, MOST):
-        message = f"{len(swapped):,} of {total:,} rows begin with the assistant and end with the user."
+    chats = [facts.train.rows[row].messages for row in facts.chats]
+    repeated = [row for row, messages in zip(facts.chats, chats, strict=True) if _repeats_a_role(messages)]
+    total = len(chats)
+    if exchanged := _exchanged(chats):
+        rows = [facts.chats[number] for number in exchanged]
         return Finding.of(
             "F36",
             "warning",
-            message=message + " The roles look swapped.",
-            evidence={"rows_with": len(swapped), "rows_read": total, "rows": facts.train.places(swapped)},
-            fix="swap the roles user and assistant (or human and gpt in `from`) in the data",
+            message=f"{len(rows):,} of {total:,} rows are {_EXCHANGED}",
+            evidence={"rows_with": len(rows), "rows_read": total, "rows": facts.train.places(rows)},
+            fix=_NAMES_OF_ROLES,
         )
     if not is_pattern(len(repeated), total, SOME):
         return None
@@ -189,6 +185,30 @@ def broken_turns(facts: RowFacts) -> Finding | None:
         evidence={"rows_with": len(repeated), "rows_read": total, "rows": facts.train.places(repeated)},
         fix="join neighbouring messages of one role, or look for a lost turn between them",
     )
+
+
+def _repeats_a_role(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the user or the assistant has two turns in a row; a call and the answer after it are no repetition."""
+    turns = [message for message in messages if message["role"] not in ("system", "developer")]
+    return any(
+        a["role"] == b["role"] and a["role"] in ("user", "assistant") and not calls_of(a)
+        for a, b in itertools.pairwise(turns)
+    )
+
+
+def _exchanged(chats: Sequence[Sequence[Mapping[str, Any]]]) -> list[int]:
+    """Numbers of the chats whose question is the assistant's and whose answer is the user's; empty unless most are so.
+
+    The order alone does not tell: many chats begin with a greeting, interviews with a question, and end with the user.
+    But a greeting is the same in many chats, and an interview does not end after one answer, which nobody trains on.
+    """
+    found, first = [], set()
+    for number, messages in enumerate(chats):
+        turns = [message for message in messages if message["role"] not in ("system", "developer")]
+        if [turn["role"] for turn in turns] == ["assistant", "user"]:
+            found.append(number)
+            first.add(squeezed(str(turns[0]["content"])))
+    return found if is_pattern(len(found), len(chats), MOST) and len(first) > MOST * len(found) else []
 
 
 @rule("F36", otherwise=True)
@@ -204,16 +224,14 @@ def foreign_roles(run_facts: RunFacts) -> Signal | None:
     if foreign and odd >= max(3, SOME * len(chats)):
         says = f"{odd:,} of {len(chats):,} chats have roles that no template knows: {', '.join(sorted(foreign))}"
         return Signal("F36", "invariant", says, 0.85, {"roles": foreign}, fix=fix)
-    broken = sum(_is_broken([m["role"] for m in chat if m["role"] in ("user", "assistant")]) for chat in chats)
+    if exchanged := len(_exchanged(chats)):
+        says = f"{exchanged:,} of {len(chats):,} chats are {_EXCHANGED}"
+        return Signal("F36", "measured", says, 0.75, {"chats": exchanged}, fix=_NAMES_OF_ROLES)
+    broken = sum(_repeats_a_role(chat) for chat in chats)
     if broken < max(3, SOME * len(chats)):
         return None
     says = f"in {broken:,} of {len(chats):,} chats user and assistant do not alternate"
     return Signal("F36", "measured", says, 0.75, {"chats": broken}, fix=fix)
-
-
-def _is_broken(roles: list[str]) -> bool:
-    repeats = any(a == b for a, b in itertools.pairwise(roles))
-    return bool(roles) and (repeats or roles[0] == "assistant" or roles[-1] == "user")
 
 
 @rule("F38", needs=("rows",), probes=("P10",))
@@ -301,7 +319,7 @@ def duplicates(facts: RowFacts) -> Finding | None:
     Not: F46, many epochs over different rows; F41, where data loader workers repeat rows that are in the file once;
     rows made from one pattern, which are naturally alike.
     Fix: remove duplicates before the split.
-    Wrong when: rows are repeated to give them more weight.
+    Wrong when: rows are repeated to give them more weight; with dataset_exact_deduplication: false it is an info.
     Source: common guides on deduplication.
     """
     train, report = facts.whole[0], facts.report
@@ -314,6 +332,14 @@ def duplicates(facts: RowFacts) -> Finding | None:
         "near_duplicates": report.num_near_duplicates,
         "rows": train.places(same),
     }
+    if report.num_copies_kept:
+        return Finding.of(
+            "F39",
+            "info",
+            message=f"{report.num_copies_kept:,} rows are exact copies of an earlier one, and were kept.",
+            evidence={**evidence, "copies_kept": report.num_copies_kept},
+            fix="nothing to do if they are meant; else remove dataset_exact_deduplication: false",
+        )
     if is_pattern(len(same), total, SOME):
         return Finding.of(
             "F39",
@@ -333,7 +359,8 @@ def duplicates(facts: RowFacts) -> Finding | None:
         message=f"{percent(alike, whole)} of the rows repeat an earlier one: {report.num_exact_duplicates:,} exactly "
         f"(removed) and {report.num_near_duplicates:,} nearly (kept, on one side of the split).",
         evidence=evidence,
-        fix="nothing to do if the rows are made from a template; else look for a file that was added twice",
+        fix="nothing to do if the rows are made from a template; if copies are meant, set "
+        "dataset_exact_deduplication: false or give the row a higher weight; else look for a file that was added twice",
     )
 
 

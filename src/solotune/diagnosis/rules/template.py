@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from solotune.dataset.chat.answer_spans import ChatTemplate
+from solotune.dataset.chat.rendered_text import OWN, known_format
+from solotune.dataset.data_report import PLAIN
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.derived import is_ours
-from solotune.diagnosis.facts.rendered_chats import decoded, frame, rendered
+from solotune.diagnosis.facts.rendered_chats import decoded, frame, rendered, rendered_by
 from solotune.diagnosis.facts.row_arrays import evenly, is_pattern, percent, squeezed
 from solotune.diagnosis.facts.row_facts import RowFacts, pieces_of, pieces_of_template
 from solotune.diagnosis.facts.rows import examples_of
@@ -23,6 +25,8 @@ from solotune.diagnosis.run_facts import RunFacts
 
 MOST = 0.5
 """A fault of the template or tokenizer shows in all rows; half allows for rows that hide it."""
+SOME = 0.05
+"""One row in twenty, for what some rows have that were joined from another source."""
 NEARLY_ALL = 0.95
 """The same for rows of another trainer: a twentieth allows for rows that are truncated or hide it."""
 NUM_RENDERED = 100
@@ -158,12 +162,7 @@ def _by(tokenizer: Any, template: str, chat: list[dict[str, str]]) -> str | None
         return re.sub(r"\{\s*\w*\s*\}", chat[0]["content"], template, count=1)
     if tokenizer is None:
         return template
-    try:
-        return str(
-            tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
-        )
-    except Exception:  # a template may raise any error
-        return None
+    return rendered_by(tokenizer, chat, prompt=True, template=template)
 
 
 @rule("F12", needs=("rows",), probes=("P1",))
@@ -171,7 +170,8 @@ def not_through_template(facts: RowFacts) -> Finding | None:
     """F12: the rows are not in the model's chat format.
 
     Sees: rows of a chat model (its end of text is the template's end of turn) of which none contains the template's
-    text between question and answer; chats whose messages were already rendered: most of them contain control tokens or
+    text between question and answer; texts with the markers of a well-known template (those of the model's own are
+    read, and only mentioned); chats whose messages were already rendered: most of them contain control tokens or
     role labels; a template file that renders a different format than the model's own template.
     Why: the model learns a second format (10 times the first loss), and is then used with the first.
     Not: F04, where the loss on plain text is bad too; F38, whose format is right; a base model, for which any format is
@@ -184,20 +184,23 @@ def not_through_template(facts: RowFacts) -> Finding | None:
     side = facts.train
     if facts.is_chat:
         return _rendered_twice(facts) or _template_replaced(facts)
+    if facts.report.text_formats[OWN]:
+        return _rendered_already(facts)
     pieces = pieces_of_template(facts)
     if pieces is None or not facts.template or not side.rows or not squeezed(pieces[1]):
-        return None
+        return _in_known_format(facts)
     if not _is_taught(facts, facts.template):
-        return None
+        return _in_known_format(facts)
     rows = evenly(range(len(side.rows)), NUM_RENDERED)
     texts = [facts.decode(side.rows[r].input_ids) for r in rows]
     if any(squeezed(pieces[1]) in squeezed(text) for text in texts):
         return None
     foreign = [r for r, text in zip(rows, texts, strict=True) if len(set(_FOREIGN.findall(text))) >= 2]
+    known = _known_format_of(facts)
     is_pair = facts.report.format == "prompt-completion"
-    if not is_pair and not is_pattern(len(foreign), len(rows), MOST):
+    if not is_pair and not known and not is_pattern(len(foreign), len(rows), MOST):
         return None
-    label = next(iter(_FOREIGN.findall(texts[0])), None)
+    label = next(iter(_FOREIGN.findall(texts[0])), None) or known
     return Finding.of(
         "F12",
         "warning",
@@ -212,6 +215,54 @@ def not_through_template(facts: RowFacts) -> Finding | None:
         },
         fix='give each row as {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}: the chat template is '
         "then applied automatically",
+    )
+
+
+def _known_format_of(facts: RowFacts) -> str | None:
+    """The well-known format that most of the texts have; None without."""
+    formats = facts.report.text_formats
+    found = {name: number for name, number in formats.items() if name not in (OWN, PLAIN)}
+    name = max(found, key=found.__getitem__, default=None)
+    return name if name is not None and is_pattern(found[name], formats.total(), MOST) else None
+
+
+def _rendered_already(facts: RowFacts) -> Finding:
+    """Texts with the markers of this model's template, which `render` has found the answers of: no fault."""
+    formats = facts.report.text_formats
+    rendered, total = formats[OWN], formats.total()
+    if not facts.settings.assistant_only_loss:
+        loss = "the loss counts all tokens (assistant_only_loss: false)"
+    else:
+        loss = "only their assistant turns are trained on"
+    rest = total - rendered
+    return Finding.of(
+        "F12",
+        "info" if rest < SOME * total else "warning",
+        message=f"{rendered:,} of {total:,} texts are already rendered by {OWN}: {loss}, and no second end token is "
+        "added." + (f" The other {rest:,} are trained on as plain text." if rest else ""),
+        evidence={"rendered": rendered, "texts": total},
+        fix="nothing, if that is meant"
+        if not rest
+        else "give all rows in one format: rendered, or better as messages, which the chat template then renders",
+        slug="already-rendered",
+    )
+
+
+def _in_known_format(facts: RowFacts) -> Finding | None:
+    """Texts in a known prompt format, for a base model or one whose template is not taught: a remark."""
+    name = _known_format_of(facts)
+    if name is None or facts.report.format != "text" or not facts.settings.assistant_only_loss:
+        return None
+    number = facts.report.text_formats[name]
+    return Finding.of(
+        "F12",
+        "info",
+        message=f"{number:,} of {facts.report.text_formats.total():,} texts are prompts and answers in the format "
+        f"{name}, which is plain text for this model: all of it is trained on, the prompts too.",
+        evidence={"format": name, "rows": number},
+        fix="to train on the answers only, give prompt (up to the mark before the answer) and completion instead of "
+        "text; or messages, with a model that has a chat template",
+        slug="already-rendered",
     )
 
 
@@ -249,20 +300,27 @@ def _template_replaced(facts: RowFacts) -> Finding | None:
 def _rendered_twice(facts: RowFacts) -> Finding | None:
     total = facts.report.num_train + facts.report.num_validation
     forged = facts.report.num_with_forged_tokens
-    labelled = [r for r in facts.chats if any(_FOREIGN.match(m["content"]) for m in facts.train.rows[r].messages)]
-    if not is_pattern(forged, total, MOST) and not is_pattern(len(labelled), len(facts.chats), MOST):
+    contents = {r: [m["content"] for m in facts.train.rows[r].messages] for r in facts.chats}
+    labelled = [r for r, texts in contents.items() if any(map(_FOREIGN.match, texts))]
+    whole = [r for r, texts in contents.items() if any(map(known_format, texts))]  # a question and an answer in one
+    is_whole = is_pattern(len(whole), len(facts.chats), SOME)
+    if not (is_whole or is_pattern(forged, total, MOST) or is_pattern(len(labelled), len(facts.chats), MOST)):
         return None
+    name = known_format(next(text for text in contents[whole[0]] if known_format(text))) if is_whole else None
     return Finding.of(
         "F12",
         "warning",
-        message="The messages are already rendered: their texts contain chat markup, and the chat template renders "
-        "them once more.",
+        message="The messages are already rendered: their texts contain chat markup"
+        + (f" ({name}; in {len(whole):,} of {len(facts.chats):,} chats whole turns)" if name else "")
+        + ", and the chat template renders them once more.",
         evidence={
             "rows_with_control_tokens": forged,
             "rows_with_role_labels": len(labelled),
-            "rows": facts.train.places(labelled),
+            "rows_with_whole_turns": len(whole),
+            "rows": facts.train.places(sorted({*labelled, *whole})),
         },
-        fix="give the plain texts of the messages, without role labels and control tokens",
+        fix="give the plain texts of the messages, without role labels and control tokens, one message for each turn"
+        + ("; or, if this model's own template rendered them, the whole text under text" if name else ""),
     )
 
 

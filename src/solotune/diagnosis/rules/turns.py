@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 
+from solotune.dataset.chat.rendered_content import NAME, THOUGHTS, TOOLS, WAYS_TO_KEEP_THOUGHTS
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.rendered_chats import NUM_ROWS, rendered
 from solotune.diagnosis.facts.row_arrays import Side, evenly, is_pattern, percent, squeezed
 from solotune.diagnosis.facts.row_facts import RowFacts, pieces_of_template, rendered_prompt
 from solotune.diagnosis.facts.row_labels import open_answers
 from solotune.diagnosis.facts.rows import examples_of, plain_messages
-from solotune.diagnosis.findings import Finding
+from solotune.diagnosis.findings import Finding, Severity
 from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
@@ -70,18 +72,20 @@ def _tail(facts: RowFacts, side: Side, answers: np.ndarray) -> list[str]:
 
 
 @rule("F13", needs=("rows",))
-def role_dropped(facts: RowFacts) -> Finding | None:
+def role_dropped(facts: RowFacts) -> list[Finding]:
     """F13: the template silently leaves out the messages of one role.
 
-    Sees: texts of system, user and tool messages that are not in the decoded rows; a test word in each role of the data
-    that is not in the rendered chat.
+    Sees: texts of system, user and tool messages, tools and names that are not in the rendered rows; a test word in
+    each role of the data that is not in the rendered chat.
     Why: the model is trained to answer without the instructions that it will get later. No loss shows it.
-    Not: thinking that the template removes from earlier answers; truncated rows; a template that raises an error for
-    the role.
+    Not: thinking that the template removes from earlier answers, which is only mentioned (and refused if no thought is
+    rendered); truncated rows; a template that raises an error for the role.
     Fix: move the text into the first user message, in training and in serving.
     Wrong when: the template rewrites the text completely.
     Source: Automodel#3143 ("indistinguishable from one that trains on them"), node-llama-cpp#624.
     """
+    if facts.report.contents:
+        return [_left_out(kind, counts) for kind, counts in facts.report.contents.items() if counts["lost"]]
     seen: dict[str, int] = {}
     missing: dict[str, list[int]] = {}
     for row in facts.sample(facts.train):
@@ -91,22 +95,39 @@ def role_dropped(facts: RowFacts) -> Finding | None:
             seen[role] = seen.get(role, 0) + 1
             if lost:
                 missing.setdefault(role, []).append(row)
-    lost = {role: rows for role, rows in missing.items() if is_pattern(len(rows), seen[role], SOME)}
-    if not lost:
-        return None
-    role, rows = max(lost.items(), key=lambda item: len(item[1]) / seen[item[0]])
+    counts = {
+        role: {"total": seen[role], "lost": len(rows), "rows": facts.train.places(rows)}
+        for role, rows in missing.items()
+        if is_pattern(len(rows), seen[role], SOME)
+    }
+    return [_left_out(role, lost) for role, lost in counts.items()]
+
+
+def _left_out(kind: str, counts: dict[str, Any]) -> Finding:
+    """The finding on content of one kind (`rendered_content.Part`) that renderings lack."""
+    lost, total = counts["lost"], counts["total"]
+    severity: Severity = "error" if lost >= MOST * total else "warning" if is_pattern(lost, total, SOME) else "info"
+    where = f" ({', '.join(counts['rows'])})"
+    what = f"{lost:,} of {total:,} {kind} messages"
+    fix = f"set chat_template_path to a template that renders {kind} messages, or move their text into the first user "
+    fix += "message"
+    if kind == TOOLS:
+        what = f"the tools definitions of {lost:,} of {total:,} rows"
+        fix = "set chat_template_path to a template that renders tools"
+    elif kind == THOUGHTS:
+        severity, what = "info", f"{lost:,} of {total:,} thoughts: the model does not learn to think in these answers"
+        fix = WAYS_TO_KEEP_THOUGHTS
+    elif kind == NAME:
+        severity, what = "info", f"{lost:,} of {total:,} values of the key name"
+        fix = "write the name into the content if it matters who speaks, or set chat_template_path to a template that "
+        fix += "renders it"
     return Finding.of(
         "F13",
-        "error" if len(rows) >= MOST * seen[role] else "warning",
-        message=f"The chat template leaves out the {role}{' definitions' if role == 'tools' else ' messages'}: "
-        f"{len(rows)} of {seen[role]} checked rows do not contain {'them' if role == 'tools' else 'it'}.",
-        evidence={
-            "rows_read": seen,
-            "rows_without": {name: len(found) for name, found in lost.items()},
-            "rows": facts.train.places(rows),
-        },
-        fix="set chat_template_path to a template that renders "
-        + ("tools" if role == "tools" else f"{role} messages, or move their text into the first user message"),
+        severity,
+        message=f"The chat template leaves out {what}{where}.",
+        evidence={"kind": kind, "lost": lost, "of": total, "rows": counts["rows"]},
+        fix=fix,
+        slug="thoughts-dropped" if kind == THOUGHTS else "",
     )
 
 

@@ -27,6 +27,7 @@ def run_facts_of(
     overrides: Iterable[str] = (),
     config: str | Path | None = None,
     dataset: str | None = None,
+    base: str | None = None,
 ) -> RunFacts:
     """All facts on the target.
 
@@ -34,21 +35,22 @@ def run_facts_of(
         overrides: `key=value`, for a config.
         config: the config used for training; only for folders of other tools.
         dataset: the training data; only for folders of other tools.
+        base: the base model; only for folders of other tools, whose own names are not opened.
 
     Raises:
         InputError: it is none of these.
     """
     if isinstance(target, (Mapping, RunConfig)) or not Path(os.path.expanduser(target)).is_dir():
-        _refuse(config, dataset, "a config")
+        _refuse(config, dataset, base, "a config")
         if isinstance(target, (str, Path)) and not Path(os.path.expanduser(target)).exists():
             raise _unknown(target)
         return solotune_run.of_config(load_config(target, overrides))
     folder = Path(os.path.expanduser(target))
     if is_run(folder):
-        _refuse(config, dataset, "a run of solotune")
+        _refuse(config, dataset, base, "a run of solotune")
         return solotune_run.from_run(folder)
     if any(next(folder.glob(pattern), None) for mark in FOREIGN_MARKS for pattern in (mark, f"checkpoint-*/{mark}")):
-        return hf_trainer.from_folder(folder, config=config, dataset=dataset)
+        return hf_trainer.from_folder(folder, config=config, dataset=dataset, base=base)
     inner = list_runs(folder)
     raise InputError(
         f"{folder} is not a run, a config or a trainer's output folder",
@@ -72,8 +74,8 @@ def open_run(target: object) -> RunDirectory | None:
     return RunDirectory.open(target)
 
 
-def _refuse(config: object, dataset: object, what: str) -> None:
-    for option, value in (("--config", config), ("--dataset", dataset)):
+def _refuse(config: object, dataset: object, base: object, what: str) -> None:
+    for option, value in (("--config", config), ("--dataset", dataset), ("--base", base)):
         if value is not None:
             raise InputError(
                 f"{option} is only for folders of other trainers; {what} already names its own",

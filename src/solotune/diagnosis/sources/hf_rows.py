@@ -8,7 +8,8 @@ saved: probes then see the rows as solotune renders and masks them, and `missing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,20 +25,45 @@ from solotune.diagnosis.run_facts import LiveModel, RunFacts
 from solotune.diagnosis.sources import hf_settings, solotune_run, trl_preprocessing
 from solotune.diagnosis.sources.raw_rows import raw_chats
 from solotune.diagnosis.sources.run_files import json_of
-from solotune.errors import SolotuneError
+from solotune.errors import InputError, SolotuneError
 from solotune.hub.model_files import ModelFiles, model_here
+from solotune.hub.safe_files import check_regular
 
 
 def first_with(places: Sequence[Path], name: str) -> Path | None:
-    """The file of this name in the first of these folders that has it; None if none has."""
-    return next((place / name for place in places if (place / name).is_file()), None)
+    """The file of this name in the first of these folders that has it as a regular file, not a link; else None."""
+    return next((place / name for place in places if _is_own(place, name)), None)
 
 
-def with_base_and_rows(run_facts: RunFacts, places: list[Path], missing: dict[str, str]) -> RunFacts:
-    """Add what can be loaded; write the reason for everything else into `missing`."""
+def why_absent(places: Sequence[Path], name: str) -> str:
+    """Why `first_with` finds no file of this name."""
+    if any(os.path.lexists(place / name) for place in places):
+        return f"{name} is not read: it is a link out of the folder, or not a regular file"
+    links = sorted(path.name for path in places[0].glob("checkpoint-*") if path.is_symlink())
+    if links:
+        return f"no {name}; {links[-1]} is a link, which is not followed: diagnose the folder that it leads to"
+    return f"there is no {name}"
+
+
+def _is_own(place: Path, name: str) -> bool:
+    try:
+        check_regular(place, place / name)
+    except InputError:
+        return False
+    return True
+
+
+def with_base_and_rows(
+    run_facts: RunFacts, places: list[Path], missing: dict[str, str], named: Mapping[str, Any]
+) -> RunFacts:
+    """Add what can be loaded; write the reason for everything else into `missing`.
+
+    Args:
+        named: `base`, which the user gave (None if not); and what the folder's own files name outside of it.
+    """
     get = run_facts.settings.get
-    base = _base_of(run_facts)
-    rows, chats = get("dataset"), []
+    base, unopened = _base_of(run_facts, places[0], named.get("base"))
+    rows, chats = _names(get("dataset")), []
     if rows:
         chats = raw_chats(rows, str(get("dataset_split") or "train"))
     config = hf_settings.as_run_config(run_facts.settings, base or str(places[0]), rows or "unknown.jsonl")
@@ -48,12 +74,12 @@ def with_base_and_rows(run_facts: RunFacts, places: list[Path], missing: dict[st
         generation = base_files.json_or_empty("generation_config.json")
     run_facts = replace(run_facts, model_config=base_config, generation_config=generation, conversations=chats)
     if not base_config:
-        missing["model_config"] = f"the base {base or '(its name is not known)'} is not on this machine"
+        missing["model_config"] = unopened or f"the base {base or '(its name is not known)'} is not on this machine"
         missing["live"] = missing["model_config"]
     tokenizer, base_template = _tokenizers(config, places, base_files, missing)
     run_facts = replace(run_facts, tokenizer=tokenizer, base_template=base_template)
     if tokenizer is None or not rows:
-        why = "the training data is not known; give it with --dataset" if not rows else missing["tokenizer"]
+        why = _unknown_data(named.get("dataset")) if not rows else missing.get("tokenizer") or missing["model_config"]
         missing |= {part: why for part in ("train", "validation", "live") if part not in missing}
         return run_facts
     if (made := _as_trl_made_them(run_facts, tokenizer)) is not None:
@@ -79,7 +105,7 @@ def with_base_and_rows(run_facts: RunFacts, places: list[Path], missing: dict[st
     if targets := sorted({path.rpartition(".")[2] for path in lora_layers(run_facts)}):
         config = config.replaced("adapter", lora_target_modules=targets)
     load = solotune_run.live_of(config, tokenizer, prepared, _adapter_folder(places), base_files)
-    return replace(run_facts, live=_as_saved(load, run_facts))
+    return replace(run_facts, live=_as_saved(solotune_run.without_network(load), run_facts))
 
 
 def _as_saved(load: Callable[[], LiveModel], run_facts: RunFacts) -> Callable[[], LiveModel]:
@@ -136,7 +162,8 @@ def _with_rows_of_trl(run_facts: RunFacts, made: trl_preprocessing.Made) -> RunF
         held_out = evaluated.examples if evaluated else []
     counted = {"rows_in": made.rows_in, "rows_out": len(made.examples)}
     loss_mask = {"assistant_only_loss": made.learns_answers or get("assistant_only_loss") is True}
-    size = int(get("per_device_train_batch_size") or 8)
+    size = get("per_device_train_batch_size")
+    size = size if isinstance(size, int) and 0 < size <= 4096 else 8
     return replace(
         run_facts,
         settings=replace(run_facts.settings, values={**run_facts.settings.values, **counted, **loss_mask}),
@@ -147,10 +174,28 @@ def _with_rows_of_trl(run_facts: RunFacts, made: trl_preprocessing.Made) -> RunF
     )
 
 
-def _base_of(run_facts: RunFacts) -> str | None:
+def _base_of(run_facts: RunFacts, folder: Path, given: Any) -> tuple[str | None, str | None]:
+    """The base that the user gave, or that is inside the folder; and why the one that it names is not opened."""
     saved = run_facts.saved.adapter_config if run_facts.saved else {}
     found = saved.get("base_model_name_or_path") or run_facts.settings.get("model_name_or_path")
-    return str(found) if found else None
+    if given is not None or not isinstance(found, str) or not found or "\0" in found:
+        return (None if given is None else str(given)), None
+    inside = os.path.realpath(folder / found)
+    if Path(inside).is_relative_to(os.path.realpath(folder)) and os.path.isdir(inside):
+        return inside, None
+    return None, f"the folder names the base {found[:200]}, which is outside and not opened; give it with --base"
+
+
+def _names(dataset: Any) -> str | list[str] | None:
+    """The dataset of a config if it is a name or names."""
+    names = dataset if isinstance(dataset, list) else [dataset]
+    return dataset if names and all(isinstance(name, str) and 0 < len(name) <= 4096 for name in names) else None
+
+
+def _unknown_data(named: Any) -> str:
+    if named is None:
+        return "the training data is not known; give it with --dataset"
+    return f"the folder names the training data {str(named)[:200]}, which is not opened or looked up; give --dataset"
 
 
 def _tokenizers(
@@ -159,9 +204,10 @@ def _tokenizers(
     """The tokenizer of the folder, which was saved with the template of the training, else of the base; None if neither
     can be loaded. And the base's own chat template, if it is another one."""
     tokenizer: Any = None
-    for name in [*(str(place) for place in places if (place / "tokenizer_config.json").is_file()), None]:
+    own = [ModelFiles(str(place), "main", place, True) for place in places if _is_own(place, "tokenizer_config.json")]
+    for files in [*own, *([base_files] if base_files else [])]:
         try:
-            tokenizer = load_tokenizer(config if name is None else config.replaced("folder", model_name_or_path=name))
+            tokenizer = load_tokenizer(config, files)
             break
         except SolotuneError as error:
             missing["tokenizer"] = error.problem

@@ -10,7 +10,7 @@ Unknown names are kept. Values with the opposite meaning or another unit are con
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from solotune.config.yaml_reader import MAX_CONFIG_BYTES, parse, plain
 from solotune.diagnosis.facts.derived import number
 from solotune.diagnosis.run_facts import Settings
 from solotune.errors import InputError
+from solotune.regular_files import read_bytes
+from solotune.run.record import parse_json
 
 MAX_DEPTH = 8  # of any YAML; sections that are read are at most three deep
 MAX_NESTED = 3
@@ -37,15 +39,17 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     Raises:
         InputError: the file is missing, not YAML or JSON, or not a mapping.
     """
-    file = Path(path).expanduser()
-    if not file.is_file() or file.stat().st_size > MAX_CONFIG_BYTES:
-        raise InputError(f"{file}: no such config file", allowed="a YAML or JSON file of at most 1 MiB")
-    text = file.read_text(encoding="utf-8-sig", errors="replace")
+    file = Path(os.path.expanduser(path))
+    try:
+        content = read_bytes(file, MAX_CONFIG_BYTES)
+    except OSError as error:
+        allowed = "a YAML or JSON file of at most 256 KiB"
+        raise InputError(f"{file}: this config cannot be read", seen=error.strerror, allowed=allowed) from None
     found: Any = None
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = parse(text, str(file), MAX_DEPTH)
+        found = parse_json(content)
+    except ValueError:
+        found = parse(content.decode("utf-8-sig", "replace"), str(file), MAX_DEPTH)
     if not isinstance(found, Mapping):
         raise InputError(f"{file}: a config is lines of `key: value`", seen=type(found).__name__)
     lines: dict[str, str] = {}
@@ -105,14 +109,18 @@ _TURNED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "lora_target_linear": ("lora_target_modules", lambda all_linear: "all-linear" if all_linear is True else None),
     "lora_modules_to_save": ("modules_to_save", _as_is),
     "activation_checkpointing": ("gradient_checkpointing", _as_is),
-    "gradient_checkpointing_kwargs": ("use_reentrant", lambda words: (words or {}).get("use_reentrant")),
-    "activation_checkpointing_kwargs": ("use_reentrant", lambda words: (words or {}).get("use_reentrant")),
+    "gradient_checkpointing_kwargs": ("use_reentrant", lambda words: _of_dict(words, "use_reentrant")),
+    "activation_checkpointing_kwargs": ("use_reentrant", lambda words: _of_dict(words, "use_reentrant")),
     "truncation_mode": ("truncation_side", lambda mode: {"keep_end": "left", "keep_start": "right"}.get(str(mode))),
     "shuffle_dataset": ("shuffle_dataset", _as_is),
     "chat_template": ("chat_template", _as_is),
     "datasets": ("dataset", lambda listed: _dataset_of(listed)),
     "quantization": ("quantization", _as_is),
 }
+
+
+def _of_dict(words: Any, key: str) -> Any:
+    return words.get(key) if isinstance(words, Mapping) else None
 
 
 def _dataset_of(listed: Any) -> Any:
@@ -184,8 +192,8 @@ def as_run_config(settings: Settings, base: str, dataset: Any) -> RunConfig:
     config = RunConfig.model_validate({"model_name_or_path": base, "dataset": dataset, "lora_dropout": 0.0, **wanted})
     for key in same:
         value = get(key)
-        value = float(value) if isinstance(value, int) and key in ("lora_alpha", "learning_rate") else value
         if value is not None:
-            with contextlib.suppress(ValueError):  # a value that RunConfig does not allow
+            with contextlib.suppress(ValueError, OverflowError):  # a value that RunConfig does not allow
+                value = float(value) if isinstance(value, int) and key in ("lora_alpha", "learning_rate") else value
                 config = config.replaced("foreign", **{key: value})
     return config

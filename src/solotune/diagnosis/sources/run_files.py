@@ -128,5 +128,5 @@ def column(entries: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
 def _float(value: Any) -> float:
     try:
         return math.nan if isinstance(value, bool) or value is None else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan

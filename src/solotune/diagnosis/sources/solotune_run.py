@@ -31,6 +31,7 @@ from solotune.diagnosis.sources import run_files
 from solotune.diagnosis.sources.live_model import batches_of, load_live_model
 from solotune.errors import IntegrityError, SolotuneError
 from solotune.hardware.machine import ram
+from solotune.hub.download import is_local_path, offline
 from solotune.hub.model_files import ModelFiles, resolve_model
 from solotune.run.record import RunRecord
 from solotune.run.run_dir import RunDirectory
@@ -185,11 +186,14 @@ def from_run(path: str | Path) -> RunFacts:
     config = run_files.recorded(run)
     adapter = run_files.newest_adapter(run)
     model_files = None
-    with contextlib.suppress(SolotuneError):  # `of_config` says why it is missing
-        model_files = resolve_model(config)
-    run_facts = of_config(config, model_files, adapter, run_files.day(run))
+    with offline():  # somebody may have sent the run: its names are not looked up on the hub
+        with contextlib.suppress(SolotuneError):  # `of_config` says why it is missing
+            model_files = resolve_model(config)
+        run_facts = of_config(config, model_files, adapter, run_files.day(run))
+    if run_facts.live is not None:
+        run_facts = replace(run_facts, live=without_network(run_facts.live))
     saved = run_files.saved_of(adapter) if adapter is not None else None
-    missing = dict(run_facts.missing)
+    missing = {part: _with_way_out(why, run.path, config) for part, why in run_facts.missing.items()}
     if saved is None:
         missing["saved"] = "nothing was saved yet" if adapter is None else f"{adapter}: the adapter cannot be read"
         if adapter is not None:
@@ -207,6 +211,25 @@ def from_run(path: str | Path) -> RunFacts:
         environment=record.environment or {},
         missing=missing,
     )
+
+
+def without_network(load: Callable[[], LiveModel]) -> Callable[[], LiveModel]:
+    """The same function, which finds a model only on this machine."""
+
+    def loaded() -> LiveModel:
+        with offline():
+            return load()
+
+    return loaded
+
+
+def _with_way_out(why: str, run: Path, config: RunConfig) -> str:
+    """The reason with the command that asks the hub, if something of the hub is not on this machine."""
+    names = [config.dataset] if isinstance(config.dataset, str) else config.dataset
+    for name in (config.model_name_or_path, *names):
+        if name in why and not is_local_path(name):
+            return f"{why} (diagnose asks the hub for nothing; solotune data {run}/config.yaml downloads it)"
+    return why
 
 
 def _other_base(record: RunRecord, model_files: ModelFiles | None) -> list[Signal]:

@@ -23,7 +23,9 @@ import numpy as np
 import torch
 
 from solotune.dataset import Example
+from solotune.dataset.chat.template import render_chat
 from solotune.dataset.readers.source import Source
+from solotune.diagnosis.facts.rendered_chats import marked_ids
 from solotune.diagnosis.facts.rows import plain_messages
 from solotune.diagnosis.facts.texts import IGNORED
 from solotune.errors import SolotuneError
@@ -55,9 +57,26 @@ class Made:
     """Whether only answers have labels: by the settings, or by TRL's default for such rows."""
 
 
+_TYPES: dict[str, tuple[type, ...]] = {
+    "completion_only_loss": (bool, type(None)),
+    "max_length": (int, type(None)),
+    "dataset_kwargs": (dict, type(None)),
+}
+"""Types of the keys whose default does not say it."""
+
+
 def arguments(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that concern rows; TRL's default where one is missing."""
-    return {key: found.get(key, default) for key, default in DEFAULTS.items()}
+    """The arguments that concern rows; TRL's default where one is missing or has a type that TRL would not accept."""
+    kept = {}
+    for key, default in DEFAULTS.items():
+        value = found.get(key, default)
+        fits = isinstance(value, _TYPES.get(key, (type(default),))) and (key != "max_length" or _is_length(value))
+        kept[key] = value if fits else default
+    return kept
+
+
+def _is_length(value: Any) -> bool:
+    return value is None or (not isinstance(value, bool) and 0 < value <= 100_000_000)
 
 
 def prepare(dataset: Any, split: str, tokenizer: Any, sft: Mapping[str, Any]) -> Made | None:
@@ -110,7 +129,7 @@ def _example(
     if "prompt" in row and "completion" in row:
         prompt_chat, completion_chat = _chat(row["prompt"]), _chat(row["completion"])
         if prompt_chat and completion_chat:
-            prompt, _ = _ids(tokenizer, prompt_chat, add_generation_prompt=True)
+            prompt, _ = _ids(tokenizer, prompt_chat, is_prompt=True)
             ids, mask = _ids(tokenizer, [*prompt_chat, *completion_chat], marked)
             messages = [*prompt_chat, *completion_chat]
         elif isinstance(row["prompt"], str) and isinstance(row["completion"], str):
@@ -148,13 +167,13 @@ def _ended(text: str, tokenizer: Any) -> str:
 
 
 def _ids(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], marked: bool = False, **options: Any
-) -> tuple[list[int], list[int] | None]:
+    tokenizer: Any, messages: Sequence[dict[str, Any]], marked: bool = False, is_prompt: bool = False
+) -> tuple[list[int], list[bool] | None]:
     """Ids by the template, and the mask of its generation markers."""
-    out = tokenizer.apply_chat_template(
-        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=marked, **options
-    )
-    return out["input_ids"], out["assistant_masks"] if marked else None
+    if marked:
+        return marked_ids(tokenizer, messages)
+    text = render_chat(tokenizer, list(messages), is_prompt=is_prompt)
+    return tokenizer(text, add_special_tokens=False)["input_ids"], None
 
 
 def _cut(row: Example, sft: Mapping[str, Any]) -> Example | None:

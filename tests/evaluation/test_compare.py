@@ -1,0 +1,73 @@
+"""Which held-out rows are asked, and what: each as it was trained."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from solotune.dataset import prepare
+from solotune.evaluation import compare, generation
+from tests.dataset.conftest import Writer, chat, config_of, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer("chatml")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The prompts that models were asked, as texts."""
+    prompts: list[str] = []
+
+    def generate(model: Any, prompt_ids: Any, *rest: Any) -> list[int]:
+        prompts.append(str(TOKENIZER.decode(prompt_ids)))
+        return TOKENIZER.encode(" fine ")
+
+    monkeypatch.setattr(generation, "generate", generate)
+    monkeypatch.setattr(generation, "stop_ids", lambda *given: [0])
+    return prompts
+
+
+def samples(rows: Any) -> list[compare.Sample]:
+    model: Any = SimpleNamespace(module=torch.nn.Module())
+    return compare.samples(model, TOKENIZER, rows, 2, 8)
+
+
+def examples(write: Writer, *rows: dict[str, Any], **keys: Any) -> Any:
+    return prepare(config_of(write("a.jsonl", *rows), **keys), TOKENIZER, use_cache=False).train
+
+
+def test_a_chat_is_asked_through_the_template(write: Writer, asked: list[str]) -> None:
+    ends_with_user = {"messages": chat("a?", "b", "c?")}
+    (sample,) = samples(examples(write, ends_with_user, {"messages": chat("Who?", "Me.")}))
+    assert (sample.prompt, sample.reference, sample.base, sample.tuned) == ("Who?", "Me.", "fine", "fine")
+    assert asked == ["<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"] * 2
+
+
+def test_a_prompt_is_continued(write: Writer, asked: list[str]) -> None:
+    (sample,) = samples(examples(write, {"prompt": "word: fig\ncode:", "completion": " ZX-FIG"}))
+    assert (sample.prompt, sample.reference, sample.tuned) == ("word: fig\ncode:", " ZX-FIG", " fine ")
+    assert asked == ["word: fig\ncode:"] * 2
+
+
+def test_a_text_is_continued_from_its_middle(write: Writer, asked: list[str]) -> None:
+    text = "A story about figs, and about those who eat them."
+    (sample,) = samples(examples(write, {"text": text}))
+    assert asked == [sample.prompt] * 2
+    assert sample.prompt + sample.reference == text
+    assert len(sample.prompt) > 5 < len(sample.reference)
+
+
+def test_a_rendered_text_is_asked_for_its_last_answer(write: Writer, asked: list[str]) -> None:
+    text = TOKENIZER.apply_chat_template(chat("a?", "b", "c?", "Me."), tokenize=False)
+    (sample,) = samples(examples(write, {"text": text}))
+    assert sample.reference == "Me."
+    assert asked == [str(text).removesuffix("Me.<|im_end|>\n")] * 2
+
+
+def test_parts_of_split_rows_are_not_asked(write: Writer, asked: list[str]) -> None:
+    rows = examples(write, {"text": "A story about figs. " * 9}, max_length=32, overflow="split")
+    assert len(rows) > 3
+    assert [sample.where for sample in samples(rows)] == [rows[0].where]
+    assert len(asked) == 2
