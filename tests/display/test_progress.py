@@ -235,7 +235,17 @@ def test_live_display_leaves_a_line_with_its_seconds_for_each_phase(monkeypatch)
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     text = "\n".join(shown_on(80, lambda console: a_run(LiveDisplay(2, console))))
     assert "loading model  1.5 s" in text
-    assert "3/9 tensors" in text
+
+
+def test_live_display_shows_how_far_a_phase_is():
+    def loading(console: Console) -> None:
+        display = LiveDisplay(2, console)
+        display.phase("loading model")
+        display.progress(3, 9, "tensors")
+        display._progress.refresh()  # rich draws four times a second, by its own clock
+        display.finish()
+
+    assert "3/9 tensors" in "\n".join(shown_on(80, loading))
 
 
 @pytest.mark.parametrize("term", ["dumb", ""])

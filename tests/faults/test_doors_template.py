@@ -166,24 +166,24 @@ def test_93_templates_that_are_wrong(door: Door, model_folders: Path) -> None:  
     no_answers = "{% for m in messages %}{% if m.role != 'assistant' %}{{ m.content }}{% endif %}{% endfor %}"
     for template, message in (
         ("{{ raise_exception('no') }}", snapshot("""\
-chats.jsonl:1: the model's chat template refuses this row
-  seen:    no; the roles are user, assistant
+chats.jsonl:1: the model's chat template refuses this row (one of 4 bad rows; 4 were read)
+  seen:    no; the roles are user, assistant; also chats.jsonl:2; chats.jsonl:3; ...
   change:  change the row to what the template accepts, or set chat_template_path\
 """)),
         (no_answers, snapshot("""\
-chats.jsonl:1: message 2: the chat template leaves out this answer or a part of it
-  seen:    {"role": "assistant", "content": "It is 0."}
+chats.jsonl:1: message 2: the chat template leaves out this answer or a part of it (one of 4 bad rows; 4 were read)
+  seen:    {"role": "assistant", "content": "It is 0."}; also chats.jsonl:2; chats.jsonl:3; ...
   allowed: a template that renders every assistant message, with its tool calls
   change:  set chat_template_path to a template that does, or remove the row\
 """)),
         ("{% for m in messages %}", snapshot("""\
-chats.jsonl:1: the model's chat template refuses this row
-  seen:    Unexpected end of template. Jinja was looking for the following tags: 'endfor' or 'else'. The innermost block that needs to be closed is 'for'.; the roles are user, assistant
+chats.jsonl:1: the model's chat template refuses this row (one of 4 bad rows; 4 were read)
+  seen:    Unexpected end of template. Jinja was looking for the following tags: 'endfor' or 'else'. The innermost block that needs to be closed is 'for'.; the roles are user, assistant; also chats.jsonl:2; chats.jsonl:3; ...
   change:  change the row to what the template accepts, or set chat_template_path\
 """)),
         ("", snapshot("""\
-chats.jsonl:1: message 2: the chat template leaves out this answer or a part of it
-  seen:    {"role": "assistant", "content": "It is 0."}
+chats.jsonl:1: message 2: the chat template leaves out this answer or a part of it (one of 4 bad rows; 4 were read)
+  seen:    {"role": "assistant", "content": "It is 0."}; also chats.jsonl:2; chats.jsonl:3; ...
   allowed: a template that renders every assistant message, with its tool calls
   change:  set chat_template_path to a template that does, or remove the row\
 """)),
