@@ -62,7 +62,12 @@ def shown_on(columns: int, show, colour: bool = False) -> list[str]:
     """The lines that `show(console)` prints on a terminal of this width."""
     stream = Terminal()
     system = "truecolor" if colour else None
-    show(Console(file=stream, width=columns, force_terminal=True, color_system=system, markup=False, highlight=False))
+    show(
+        Console(
+            file=stream, width=columns, force_terminal=True, color_system=system, markup=False, highlight=False,
+            _environ={"TERM": "xterm"},
+        )
+    )  # fmt: skip
     return stream.getvalue().splitlines()
 
 
