@@ -19,7 +19,7 @@ from solotune.errors import InputError
 
 MINIMAL = {"model_name_or_path": "m", "dataset": "d.jsonl"}
 
-# keys that look like one of ours, and set something else: of TRL, Axolotl, LLaMA-Factory, Unsloth, transformers, PEFT
+# keys that look like a key of solotune but set something else: of TRL, Axolotl, LLaMA-Factory, Unsloth, transformers, PEFT
 LOOKALIKES = """use_peft use_kt use_mca use_muon use_ray use_cache use_comet use_pose use_galore use_apollo use_dora
 use_qalora use_bdlora use_unsloth use_swanlab max_samples do_sample min_sample_len num_beams num_generation_samples
 generate_samples data_seed deepspeed adapter_name_or_path base_model_name_or_path add_tokens add_special_tokens eos_token

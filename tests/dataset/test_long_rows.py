@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from solotune.dataset import Prepared, long_rows, prepare
+from solotune.dataset.chat.answer_spans import Rendered
 from solotune.dataset.chat.encode import Encoder
 from solotune.dataset.chat.formats import Record
 from solotune.dataset.readers.row import RowError
@@ -96,6 +97,13 @@ def test_a_long_rendering_of_short_messages_is_cut_too(write: Writer) -> None:
     result = prepare(config_of(write("a.jsonl", row), max_length=400), qwen3)
     assert result.report.num_cut_as_text == 1
     assert len(result.train[0].input_ids) == 400
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_a_cut_rendering_is_of_the_same_kind(is_chat: bool) -> None:
+    rows = long_rows.LongRows(config_of("a.jsonl", max_length=400).rendering, CHATML)
+    found = rows.cut(Rendered(LONG, [], [(0, len(LONG))], is_chat=is_chat), "a.jsonl:1")
+    assert (found.is_chat, len(found.text) < len(LONG)) == (is_chat, True)
 
 
 def test_a_very_long_text_is_hashed_in_pieces() -> None:

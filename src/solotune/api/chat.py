@@ -18,7 +18,7 @@ def chat(run: str | Path) -> ChatSession:
 
     A model that was trained on plain text (`session.prompt_format` is `text`) continues each message as it is:
 
-        session.reply("word: violin\\nshop code:")  # " ZX-VIOLIN-7"
+        session.reply("The capital of France is")  # " Paris"
 
     Raises:
         InputError: there is no run, or it has no adapter and no checkpoint yet.

@@ -79,7 +79,8 @@ class LongRows:
             raise self._too_long(where, len(rendered.text))
         most = self._most
         answers = [(begin, min(end, most)) for begin, end in rendered.answers if begin < most]
-        return Rendered(rendered.text[:most], [span for span in rendered.forged if span[1] <= most], answers)
+        forged = [span for span in rendered.forged if span[1] <= most]
+        return replace(rendered, text=rendered.text[:most], forged=forged, answers=answers)
 
     def whole(self, encoded: Encoded, num_answers: int, where: str) -> Encoded:
         """A row that was cut, with its answers beyond the cut as empty spans after its last token.

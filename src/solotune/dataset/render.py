@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
@@ -51,6 +51,17 @@ MOST_COUNTED = 1000
 """Bad rows after which no more rows are rendered: the data will be refused anyway."""
 _TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 """End tokens that writers of texts use beside the tokenizer's own; they count where they are control tokens."""
+
+
+class _Row(NamedTuple):
+    """A row on its way to tokens."""
+
+    record: Record
+    whole: Rendered
+    cut: Rendered
+    """What is tokenised."""
+    is_cut: bool
+    """Whether a part of the row is left out, of the record or of its rendering."""
 
 
 class Renderer:
@@ -88,15 +99,10 @@ class Renderer:
     def _encoded(self, records: Sequence[Record]) -> list[tuple[Record, Encoded]]:
         """Encode a batch at once; row by row if it has a bad row that may be dropped."""
         try:
-            shortened = [self._long_rows.shortened(record) for record in records]
-            whole = [self._rendered(record) for record in shortened]
-            rendered = [self._long_rows.cut(one, record.where) for one, record in zip(whole, records, strict=True)]
-            encoded = self._encoder.encode(rendered, [record.where for record in records])
-            is_cut = [a is not b or c is not d for a, b, c, d in zip(records, shortened, whole, rendered, strict=True)]
-            if any(is_cut):
-                cuts = zip(encoded, whole, records, is_cut, strict=True)
-                encoded = [self._long_rows.whole(a, len(b.answers), c.where) if cut else a for a, b, c, cut in cuts]
-            parts = [self._content_of(record, one) for record, one in zip(shortened, whole, strict=True)]
+            rows = [self._row(record) for record in records]
+            encoded = self._encoder.encode([row.cut for row in rows], [record.where for record in records])
+            pairs = [(row.record, self._finished(row, one)) for row, one in zip(rows, encoded, strict=True)]
+            parts = [self._content_of(row.record, row.whole) for row in rows]
         except RowError as error:
             if len(records) > 1:
                 return [pair for record in records for pair in self._encoded([record])]
@@ -105,18 +111,30 @@ class Renderer:
             else:
                 self._report.dropped[error.reason] += 1
             return []
-        self._report.num_with_forged_tokens += sum(bool(one.forged) for one in rendered)
-        self._report.num_cut_as_text += sum(is_cut)
-        for record, found in zip(records, parts, strict=True):
-            for part in found:
-                self._report.count_content(record.where, *part)
-        for record, one in zip(shortened, rendered, strict=True):
-            if not record.is_chat:
-                self._report.text_formats[OWN if one.is_chat else known_format(record.text) or PLAIN] += 1
-        return [
-            (record, one if record.is_chat else self._with_affixes(record.text, one))
-            for record, one in zip(shortened, encoded, strict=True)
-        ]
+        for row, found in zip(rows, parts, strict=True):
+            self._count(row, found)
+        return pairs
+
+    def _row(self, record: Record) -> _Row:
+        """Render a row; what is far longer than max_length is cut before it is rendered, and before it is tokenised."""
+        short = self._long_rows.shortened(record)
+        whole = self._rendered(short)
+        cut = self._long_rows.cut(whole, record.where)
+        return _Row(short, whole, cut, is_cut=short is not record or cut is not whole)
+
+    def _finished(self, row: _Row, encoded: Encoded) -> Encoded:
+        if row.is_cut:
+            encoded = self._long_rows.whole(encoded, len(row.whole.answers), row.record.where)
+        return encoded if row.record.is_chat else self._with_affixes(row.record.text, encoded)
+
+    def _count(self, row: _Row, parts: list[Part]) -> None:
+        record, report = row.record, self._report
+        report.num_with_forged_tokens += bool(row.cut.forged)
+        report.num_cut_as_text += row.is_cut
+        for part in parts:
+            report.count_content(record.where, *part)
+        if not record.is_chat:
+            report.text_formats[OWN if row.cut.is_chat else known_format(record.text) or PLAIN] += 1
 
     def _rendered(self, record: Record) -> Rendered:
         if not record.is_chat:

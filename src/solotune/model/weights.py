@@ -2,7 +2,7 @@
 
 The headers of all files are read first (`safetensors_header.read_header`), so that missing, extra or misshapen tensors
 are refused before memory is taken. Every tensor has one place in the model, or the architecture does not use it
-(`TensorMatch.unused`, which the user is told); any other folder is refused.
+(`TensorMatch.unused`, which `train` names); any other folder is refused.
 
 Names are those that transformers' loader gives (`rename_source_key`), so the base is the one that `from_pretrained`
 loads. A checkpoint whose tensors must be merged or split (mixtures of experts) goes through that loader.

@@ -56,7 +56,7 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path, name: str) -> None:
         "tools.function.parameters": 3,  # a property in each row
     }
     assert list(source) == rows
-    assert source.left_out.schema_nulls.total() == 10, "a second pass counts anew"
+    assert source.left_out.schema_nulls.total() == 10, "a second pass starts at zero"
 
 
 def test_they_are_named_for_a_person_and_in_data_json(door: Door) -> None:

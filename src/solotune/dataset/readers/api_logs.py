@@ -5,7 +5,7 @@
 
 Read are chat completions (`choices`), with or without the `body` of OpenAI's batches, their older form with `prompt`
 and `text`, and Anthropic's messages (`system`, `content`). What else a log holds stays in the row under its dotted
-name, so that it is named like any key that nobody reads. A request without a response, and a response without its
+name, and is listed with the keys that are not used. A request without a response, and a response without its
 request (the input and the output of a batch are two files), is an error that says how to join them.
 """
 

@@ -28,7 +28,7 @@ ROW_KEYS = frozenset(
     "messages conversations conversation prompt completion instruction output text chosen rejected question answer "
     "input query response request".split()
 )
-"""Keys by which a row is told from what is around it."""
+"""Keys that only rows have: an object with one of them is a row, not a wrapper around rows."""
 
 SPLIT_NAMES = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
 _COMPLETE = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"), ("text",))
