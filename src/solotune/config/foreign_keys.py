@@ -60,14 +60,6 @@ def names_of_dataset_info(values: Mapping[str, Any]) -> str:
     return f"{names[:80]!r} are names of dataset_info.json, which is not read here; name the files: [{files}]"
 
 
-def instead(key: str, value: Any) -> dict[str, Any]:
-    """The lines that replace a line of another tool; empty if it is removed."""
-    if key in CONVERTED:
-        found = _converted(key, value)
-        return found if isinstance(found, dict) else {}
-    return {FOREIGN_KEYS[key]: value} if key in FOREIGN_KEYS else {}
-
-
 def _converted(key: str, value: Any) -> Written:
     found = CONVERTED[key](value)
     for ours, wanted in found.items() if isinstance(found, dict) else ():
