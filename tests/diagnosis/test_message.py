@@ -117,7 +117,7 @@ not checked  probes P1, P7: the base is not on this machine
 next  overfit one batch at 0.1, 1 and 10 times the learning rate (P7 was not run: the base is not on this machine)
 undecided: possibly F64 rate-too-low
 """)
-    unseen = printed(decide("run", [], unseen=["give the data (--dataset)"]))
+    unseen = printed(decide("run", [], not_checked=["give the data (--dataset)"]))
     assert unseen == snapshot("""\
 next  give the data (--dataset)
 undecided: no problem found so far, but some checks could not run

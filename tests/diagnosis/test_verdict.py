@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from solotune.diagnosis import catalogue, thresholds, verdict
@@ -71,9 +73,38 @@ def test_two_faults_are_two_culprits():
 
 def test_healthy_needs_to_have_looked():
     assert decide("run", []).verdict == "healthy"
-    unseen = decide("run", [], unseen=["give the data with --dataset"])
-    assert unseen.verdict == "undecided" and unseen.next_experiment == "give the data with --dataset"
-    assert decide("run", [says("F17", "invariant")], unseen=["the data"]).verdict == "fault"
+    damaged = decide("run", [], unreadable=["restore the adapter"])
+    assert damaged.verdict == "undecided" and damaged.next_experiment == "restore the adapter"
+    assert decide("run", [says("F17", "invariant")], unreadable=["the adapter"]).verdict == "fault"
+
+
+def test_healthy_lists_what_was_not_given():
+    alone = decide("run", [], not_checked=["rows and labels: give the training data with --dataset"])
+    assert alone.verdict == "healthy" and alone.not_checked == [
+        "rows and labels: give the training data with --dataset"
+    ]
+
+
+def test_a_remark_is_listed_and_accuses_nobody():
+    remark = replace(says("F24", "remark", 0.9), affected=0.1)
+    alone = decide("run", [remark])
+    assert (alone.verdict, alone.culprits, [r.fault for r in alone.remarks]) == ("healthy", [], ["F24"])
+    assert alone.remarks[0].affected == 0.1
+    beside = decide("run", [remark, says("F17", "invariant")])
+    assert (beside.verdict, [r.fault for r in beside.remarks]) == ("fault", ["F24"])
+
+
+def test_a_remark_on_a_named_fault_is_part_of_its_evidence():
+    found = decide("run", [says("F24", "remark", 0.3), says("F24", "measured", 0.7)])
+    assert (found.verdict, found.remarks, len(found.culprits[0].evidence)) == ("fault", [], 2)
+    assert found.culprits[0].confidence == 0.7
+
+
+def test_the_larger_of_two_certain_faults_is_named_first():
+    small, large = (
+        replace(says(code, "invariant", 0.9), affected=share) for code, share in (("F24", 0.02), ("F25", 0.44))
+    )
+    assert [c.fault for c in decide("run", [small, large]).culprits] == ["F25", "F24"]
 
 
 def test_the_rule_knows_the_fix_better_than_the_catalogue():

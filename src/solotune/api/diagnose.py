@@ -29,6 +29,8 @@ def diagnose(
         print(diagnosis.verdict)  # fault, healthy or undecided
         for culprit in diagnosis.culprits:
             print(culprit.fault, culprit.slug, culprit.fix)
+        for remark in diagnosis.remarks:  # true of the run, no harm measured
+            print(remark.fault, remark.says)
 
     Args:
         target: a config, a run directory, or the output folder of another trainer.

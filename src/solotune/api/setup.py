@@ -98,7 +98,7 @@ def read_data(
     findings = check_rows(config, tokenizer, prepared, model_files)
     prepared = prepared.with_findings(finding.to_json() for finding in findings)
     for finding in findings:
-        display.note(f"{finding.severity} {finding.code} {finding.slug}: {finding.message} → {finding.fix}")
+        display.note(f"{finding.word} {finding.code} {finding.slug}: {finding.message} → {finding.fix}")
         if finding.code == "F05":  # the embedding lookup would fail, on a GPU without a clear message
             raise InputError(finding.message, change=finding.fix, fault="F05")
     return tokenizer, prepared, findings

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from solotune.dataset.packing import in_words
 from solotune.diagnosis import message
+from solotune.diagnosis.findings import SEVERITY_WORDS
 from solotune.display.progress import escape_terminal, plus_minus, print_choices, print_columns
 from solotune.units import format_bytes, format_duration
 
@@ -67,7 +68,8 @@ def print_data(preview: DataPreview, console: Console, with_ids: bool = False) -
     _print_facts(facts, console)
     for finding in preview.report.findings or ():
         sign, style = SEVERITY_SIGNS[finding["severity"]]
-        message, fix = f"{finding['code']} {finding['slug']}: {finding['message']}", f"→ {finding['fix']}"
+        word = SEVERITY_WORDS[finding["severity"]]
+        message, fix = f"{word} {finding['code']} {finding['slug']}: {finding['message']}", f"→ {finding['fix']}"
         console.print()
         print_columns([(sign, message), ("", fix)], (style, ""), console)
 
@@ -233,7 +235,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
-    """The culprits (the first in full, the others in short), what was ruled out and what was not checked."""
+    """Culprits (the first in full, the others in short), remarks, what was ruled out, and what was not checked."""
     sign, style = {"fault": SIGNS["fail"], "undecided": SIGNS["warn"], "healthy": SIGNS["ok"]}[diagnosis.verdict]
     for place, culprit in enumerate(diagnosis.culprits):
         fault = message.told(culprit)
@@ -245,6 +247,11 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
         print_columns(rows, ("dim", ""), console)
         if fault.also:
             console.print(Text(escape_terminal(f"  the same evidence fits {fault.also}"), "dim"), soft_wrap=True)
+        console.print()
+    for remark in diagnosis.remarks:
+        sign, sign_style = SIGNS["warn"]
+        said = f"remark {remark.fault} {remark.slug}: {remark.says}"
+        print_columns([(sign, said), ("", f"→ {remark.fix}")], (sign_style, ""), console)
         console.print()
     if near := message.ruled_out_nearby(diagnosis):
         _print_facts({"ruled out": near}, console)

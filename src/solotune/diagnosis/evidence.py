@@ -1,12 +1,14 @@
 """Signals of rules and probes, and the parts of a diagnosis.
 
-A rule returns a `Signal` when it sees its fault. There are four kinds of signals:
+A rule returns a `Signal` when it sees its fault. There are five kinds of signals:
 
 - `invariant`: an equation that holds in every healthy training is violated (a label is not its token, no adapter has a
   gradient at step 1, the learning rate ended before the run). It names its fault.
 - `counterfactual`: a probe applied one fix, and the signal went back to normal. It confirms a fault.
-- `measured`: a number is outside the range of clean runs.
-- `curve`: the shape of a curve. It chooses probes and never names a culprit alone.
+- `measured`: a number is outside the range of clean runs, and beyond its control: what healthy runs of the same kind
+  show too. It names its fault.
+- `curve`: the shape of a curve, a symptom. It chooses probes and never names a culprit alone.
+- `remark`: true of the run, but no harm was measured. It never names a culprit and never prevents "healthy".
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any, Literal
 
 from solotune.errors import SolotuneError
 
-Kind = Literal["invariant", "counterfactual", "measured", "curve"]
+Kind = Literal["invariant", "counterfactual", "measured", "curve", "remark"]
 
 
 EXPERIMENTS: dict[str, str] = {
@@ -49,6 +51,7 @@ class Signal:
     against: bool = False
     fix: str = ""  # the exact line of the config to change
     expect: str = ""  # after the fix; only if more precise than the catalogue (the range test's gain)
+    affected: float | None = None  # 0 to 1: share of the rows, answers or steps that it concerns, if counted
 
 
 def of_refusal(error: SolotuneError) -> list[Signal]:
@@ -85,6 +88,18 @@ class Culprit:
 
 
 @dataclass(frozen=True)
+class Remark:
+    """True of the run without measured harm: how much is affected, and what to change if it is not meant."""
+
+    suspect: str
+    fault: str
+    slug: str
+    says: str
+    fix: str
+    affected: float | None = None
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """The result, in the shape of `diagnosis.json`."""
 
@@ -93,6 +108,8 @@ class Diagnosis:
     culprits: list[Culprit]
     ruled_out: list[dict[str, str]]  # fault, slug, and the number against it (because)
     next_experiment: str | None
+    remarks: list[Remark] = field(default_factory=list)
+    not_checked: list[str] = field(default_factory=list)  # what no check could judge, each with what to do about it
     skipped: dict[str, str] = field(default_factory=dict)  # probe -> why it did not run
     unasked: dict[str, str] = field(default_factory=dict)  # fault -> why none of its rules could run
     cost: dict[str, float] = field(default_factory=dict)  # probe -> seconds

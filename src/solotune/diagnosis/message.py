@@ -47,15 +47,13 @@ def told(culprit: Culprit) -> Told:
 
 def summary(diagnosis: Diagnosis) -> str:
     """The verdict in one line."""
+    remarks = f", {len(diagnosis.remarks)} remark{'s' * (len(diagnosis.remarks) > 1)}" if diagnosis.remarks else ""
     if diagnosis.verdict == "healthy":
-        return "healthy, no problem found"
+        so_far = "healthy as far as checked" if diagnosis.not_checked else "healthy"
+        return f"{so_far}: no fault found{remarks}"
     if diagnosis.verdict == "undecided":
         names = ", ".join(f"{c.fault} {c.slug}" for c in diagnosis.culprits[:3])
-        return (
-            f"undecided: possibly {names}"
-            if names
-            else "undecided: no problem found so far, but some checks could not run"
-        )
+        return f"undecided: possibly {names}" if names else "undecided: no fault found, but some checks could not run"
     first, *others = diagnosis.culprits
     more = f", and {', '.join(f'{c.fault} {c.slug}' for c in others)}" if others else ""
     return f"fault: {first.fault} {first.slug}{more}"
@@ -83,8 +81,8 @@ def _counted(ruled_out: int) -> str:
 
 
 def left_open(diagnosis: Diagnosis) -> list[str]:
-    """Probes and faults that were not checked: one line for each reason."""
-    lines = []
+    """What was not checked, and which probes and faults that concerns: one line for each reason."""
+    lines = list(diagnosis.not_checked)
     for why, names in _by_reason(diagnosis.skipped).items():
         which = "all probes" if set(names) == set(EXPERIMENTS) else f"probe{'s' * (len(names) > 1)} {_listed(names)}"
         lines.append(f"{which}: {why}")

@@ -69,7 +69,8 @@ def examine(
         skipped=probed.skipped,
         cost=cost,
         measurements=probed.measurements,
-        unseen=_unseen(run_facts, probed),
+        unreadable=_unreadable(run_facts),
+        not_checked=_not_checked(run_facts, probed),
     )
 
 
@@ -96,25 +97,30 @@ def _load(
     return live, "", time.perf_counter() - started, []
 
 
-def _unseen(run_facts: RunFacts, probed: Probed) -> list[str]:
-    """What to do about checks that "healthy" requires and that could not run: of labels, and of how the run learns."""
-    unseen = []
-    if not len(run_facts.train) and not len(run_facts.batches):
-        why = run_facts.missing.get("train")
-        unseen.append(
-            f"fix what stops the rows from being read: {why}"
-            if why
-            else "give the training data with --dataset, so that its labels can be checked"
-        )
+def _unreadable(run_facts: RunFacts) -> list[str]:
+    """What should be there and could not be read, each with what to do about it; also if nothing could be checked."""
+    found = []
+    has_rows = bool(len(run_facts.train) or len(run_facts.batches))
+    if not has_rows and (why := run_facts.missing.get("train")):
+        found.append(f"fix what stops the rows from being read: {why}")
     if run_facts.saved is None and (why := run_facts.missing.get("adapter")):
-        unseen.append(f"restore the damaged files ({why}); solotune verify lists them")
-    has_curve = run_facts.trace is not None and len(run_facts.trace.step_S) > 0
-    if not has_curve and all(probe in probed.skipped for probe in ("P5", "P6", "P7")):
+        found.append(f"restore the damaged files ({why}); solotune verify lists them")
+    if not (has_rows or _has_curve(run_facts) or run_facts.settings.values or run_facts.saved or run_facts.live):
+        found.append("nothing could be checked: give a config, a run, or a folder with a log, settings or an adapter")
+    return found
+
+
+def _not_checked(run_facts: RunFacts, probed: Probed) -> list[str]:
+    """What was not given, of the two that matter most: the labels, and how the run learns."""
+    found = []
+    if not len(run_facts.train) and not len(run_facts.batches) and not run_facts.missing.get("train"):
+        found.append("rows and labels: give the training data with --dataset")
+    if not _has_curve(run_facts) and all(probe in probed.skipped for probe in ("P5", "P6", "P7")):
         why = probed.skipped["P5"]
-        change = (
-            "run solotune diagnose without --budget 0"
-            if why == _NO_BUDGET
-            else f"fix what stops the model probes ({why})"
-        )
-        unseen.append(f"{change}, or train a few steps and diagnose the run")
-    return unseen
+        change = "run solotune diagnose without --budget 0" if why == _NO_BUDGET else f"the model probes need: {why}"
+        found.append(f"how the run learns: {change}, or train a few steps and diagnose the run")
+    return found
+
+
+def _has_curve(run_facts: RunFacts) -> bool:
+    return run_facts.trace is not None and len(run_facts.trace.step_S) > 0

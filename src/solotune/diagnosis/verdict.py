@@ -1,15 +1,17 @@
 """Combine signals into one verdict: a fault, healthy, or undecided with the experiment that would decide.
 
-    signals --> weighed by fault --> consequences removed --> named, doubted or ruled out
+    signals --> weighed by fault --> consequences removed --> named, doubted, remarked or ruled out
 
-Five rules decide, in this order:
+Six rules decide, in this order:
 
 1. A violated equation ranks before every statistic, whatever their weights.
 2. A curve alone names no fault: it leaves a doubt, and with it the probe to run next.
 3. A fault that follows from another, at least as certain fault is listed as its consequence, not as a culprit: an
    end-of-turn token that is not among the ids cannot be among the labels either.
 4. Faults that the same evidence cannot tell apart are named together.
-5. The verdict is healthy only if both were checked: what the run trains on (labels), and how it learns.
+5. A remark neither names a fault nor prevents "healthy". If other evidence names its fault, it is part of that evidence.
+6. Without a symptom the verdict is healthy, and the diagnosis lists what no check could judge. It is undecided if there
+   is a symptom that nothing explains, if something that should be readable is damaged, or if nothing could be checked.
 
 The numbers are in `thresholds`.
 """
@@ -21,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from solotune.diagnosis import catalogue
-from solotune.diagnosis.evidence import EXPERIMENTS, Culprit, Diagnosis, Signal
+from solotune.diagnosis.evidence import EXPERIMENTS, Culprit, Diagnosis, Remark, Signal
 from solotune.diagnosis.rules import rules
 from solotune.diagnosis.thresholds import ACCUSED, CURVE_ALONE, DOUBTED, RANK, SPEAKS_AGAINST
 
@@ -65,8 +67,14 @@ class Weighed:
         return self.rank > 0 and self.confidence >= ACCUSED
 
     @property
-    def order(self) -> tuple[float, float, str]:
-        return (-self.rank, -self.confidence, self.code)
+    def is_doubted(self) -> bool:
+        return not self.is_accused and self.confidence >= DOUBTED
+
+    @property
+    def order(self) -> tuple[float, float, float, str]:
+        """The largest of equally certain faults is named first."""
+        affected = max((s.affected for s in self.supporting if s.affected is not None), default=0.0)
+        return (-self.rank, -self.confidence, -affected, self.code)
 
 
 def weigh(signals: Iterable[Signal]) -> dict[str, Weighed]:
@@ -88,7 +96,7 @@ def _weigh(code: str, signals: Sequence[Signal]) -> Weighed:
     supporting = sorted((s for s in signals if not s.against), key=lambda s: (-RANK[s.kind], -s.weight))
     against = sorted((s for s in signals if s.against), key=lambda s: -s.weight)
     by_kind: dict[str, float] = {}
-    for signal in supporting:
+    for signal in (s for s in supporting if s.kind != "remark"):
         by_kind[signal.kind] = max(by_kind.get(signal.kind, 0.0), signal.weight)
     unlikely = 1.0
     for weight in by_kind.values():
@@ -108,7 +116,8 @@ def decide(
     skipped: Mapping[str, str] | None = None,
     cost: Mapping[str, float] | None = None,
     measurements: Mapping[str, Any] | None = None,
-    unseen: Sequence[str] = (),
+    unreadable: Sequence[str] = (),
+    not_checked: Sequence[str] = (),
 ) -> Diagnosis:
     """The verdict.
 
@@ -116,30 +125,29 @@ def decide(
         run_facts: name of the run.
         unasked: code -> why none of its rules could run.
         skipped: probe (P1 ... P13) -> why it did not run.
-        unseen: for each check that the verdict "healthy" requires and that could not run, what to do about it. If there
-            is any, the verdict is never healthy.
+        unreadable: what should be there and could not be judged (damaged files, rows that cannot be read), each with
+            what to do about it. If there is any, the verdict is never healthy.
+        not_checked: what could not be checked because it was not given, each with what to do about it.
     """
     unasked, skipped = dict(unasked or {}), dict(skipped or {})
     weighed = weigh(signals)
     named = sorted((w for w in weighed.values() if w.is_accused), key=lambda w: w.order)
     follows = _consequences(named)
     culprits = [_culprit(w, weighed) for w in named if w.code not in follows]
-    doubted = sorted(
-        (w for w in weighed.values() if not w.is_accused and w.confidence >= DOUBTED), key=lambda w: w.order
-    )
+    doubted = sorted((w for w in weighed.values() if w.is_doubted), key=lambda w: w.order)
     ruled_out = [_ruled_out(code, f"follows from {cause}") for code, cause in follows.items()]
     ruled_out += [
         _ruled_out(w.code, w.against[0].says)
         for w in weighed.values()
-        if not w.is_accused and w.against and w.against[0].weight >= SPEAKS_AGAINST and w.confidence < DOUBTED
+        if not w.is_accused and not w.is_doubted and w.against and w.against[0].weight >= SPEAKS_AGAINST
     ]
     if culprits:
         verdict, experiment = "fault", _apart(culprits[0])
     elif doubted:
         verdict, experiment = "undecided", _experiment(doubted, skipped)
         culprits = [_culprit(w, weighed) for w in doubted]
-    elif unseen:
-        verdict, experiment = "undecided", unseen[0]
+    elif unreadable:
+        verdict, experiment = "undecided", unreadable[0]
     else:
         verdict, experiment = "healthy", None
     return Diagnosis(
@@ -148,6 +156,8 @@ def decide(
         culprits=culprits[:NUM_CULPRITS],
         ruled_out=sorted(ruled_out, key=lambda r: r["fault"]),
         next_experiment=experiment,
+        remarks=_remarks(weighed.values()),
+        not_checked=[*unreadable, *not_checked],
         unasked=unasked,
         skipped=skipped,
         cost=dict(cost or {}),
@@ -193,6 +203,19 @@ def _inseparable(weighed: Weighed, all_weighed: Mapping[str, Weighed]) -> set[st
             continue
         found.add(code)
     return found
+
+
+def _remarks(weighed: Iterable[Weighed]) -> list[Remark]:
+    """Remarks on faults that are neither named, doubted nor ruled out; those that concern most come first."""
+    found = []
+    for one in weighed:
+        says = next((s for s in one.supporting if s.kind == "remark"), None)
+        is_ruled_out = bool(one.against) and one.against[0].weight >= SPEAKS_AGAINST
+        if says is None or one.is_accused or one.is_doubted or is_ruled_out:
+            continue
+        fault = catalogue.FAULTS[one.code]
+        found.append(Remark(fault.suspect, fault.code, fault.slug, says.says, says.fix or fault.fix, says.affected))
+    return sorted(found, key=lambda remark: (-(remark.affected or 0.0), remark.fault))
 
 
 def _ruled_out(code: str, because: str) -> dict[str, str]:
