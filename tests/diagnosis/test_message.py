@@ -102,7 +102,7 @@ def test_healthy_and_undecided_are_said_with_what_was_not_looked_at():
 not checked  probes P1, P7: the base is not on this machine
              2 faults in LoRA adapter (2): no live
              1 fault in save, resume, merge, serve (1): no saved
-healthy, no problem found
+healthy: no fault found
 """)
     doubt = printed(decide("run", [Signal("F64", "curve", "the loss is flat from step 40 on", 0.9)], {}, skipped))
     assert doubt == snapshot("""\
@@ -119,8 +119,8 @@ undecided: possibly F64 rate-too-low
 """)
     unseen = printed(decide("run", [], not_checked=["give the data (--dataset)"]))
     assert unseen == snapshot("""\
-next  give the data (--dataset)
-undecided: no problem found so far, but some checks could not run
+not checked  give the data (--dataset)
+healthy as far as checked: no fault found
 """)
 
 

@@ -9,7 +9,7 @@ Six rules decide, in this order:
 3. A fault that follows from another, at least as certain fault is listed as its consequence, not as a culprit: an
    end-of-turn token that is not among the ids cannot be among the labels either.
 4. Faults that the same evidence cannot tell apart are named together.
-5. A remark neither names a fault nor prevents "healthy". If other evidence names its fault, it is part of that evidence.
+5. A remark neither names a fault nor prevents "healthy". If other evidence names its fault, it is evidence too.
 6. Without a symptom the verdict is healthy, and the diagnosis lists what no check could judge. It is undecided if there
    is a symptom that nothing explains, if something that should be readable is damaged, or if nothing could be checked.
 
