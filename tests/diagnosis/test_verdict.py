@@ -85,6 +85,14 @@ def test_healthy_lists_what_was_not_given():
     ]
 
 
+def test_a_small_fault_does_not_hide_a_large_one():
+    small, large = (
+        replace(says(code, "invariant", 0.9), affected=share) for code, share in (("F25", 0.01), ("F24", 0.44))
+    )
+    assert named(decide("run", [small, large])) == ["F24", "F25"]
+    assert named(decide("run", [replace(small, affected=0.9), large])) == ["F25"]
+
+
 def test_a_remark_is_listed_and_accuses_nobody():
     remark = replace(says("F24", "remark", 0.9), affected=0.1)
     alone = decide("run", [remark])

@@ -7,7 +7,8 @@ Six rules decide, in this order:
 1. A violated equation ranks before every statistic, whatever their weights.
 2. A curve alone names no fault: it leaves a doubt, and with it the probe to run next.
 3. A fault that follows from another, at least as certain fault is listed as its consequence, not as a culprit: an
-   end-of-turn token that is not among the ids cannot be among the labels either.
+   end-of-turn token that is not among the ids cannot be among the labels either. A fault of few rows does not explain
+   one of many.
 4. Faults that the same evidence cannot tell apart are named together.
 5. A remark neither names a fault nor prevents "healthy". If other evidence names its fault, it is evidence too.
 6. Without a symptom the verdict is healthy, and the diagnosis lists what no check could judge. It is undecided if there
@@ -73,8 +74,12 @@ class Weighed:
     @property
     def order(self) -> tuple[float, float, float, str]:
         """The largest of equally certain faults is named first."""
-        affected = max((s.affected for s in self.supporting if s.affected is not None), default=0.0)
-        return (-self.rank, -self.confidence, -affected, self.code)
+        return (-self.rank, -self.confidence, -(self.affected or 0.0), self.code)
+
+    @property
+    def affected(self) -> float | None:
+        """The largest share that a signal counted; None if none did."""
+        return max((s.affected for s in self.supporting if s.affected is not None), default=None)
 
 
 def weigh(signals: Iterable[Signal]) -> dict[str, Weighed]:
@@ -166,11 +171,12 @@ def decide(
 
 
 def _consequences(named: Sequence[Weighed]) -> dict[str, str]:
-    """Code -> the named fault that it follows from, if that fault has at least the same rank."""
+    """Code -> the named fault that it follows from: one of at least the same rank that concerns as much."""
     follows: dict[str, str] = {}
     for cause in named:
         for effect in named:
-            if effect.code in catalogue.EXPLAINS.get(cause.code, ()) and cause.rank >= effect.rank:
+            is_smaller = cause.affected is not None and effect.affected is not None and cause.affected < effect.affected
+            if effect.code in catalogue.EXPLAINS.get(cause.code, ()) and cause.rank >= effect.rank and not is_smaller:
                 follows.setdefault(effect.code, cause.code)
     return follows
 
