@@ -27,7 +27,11 @@ from solotune.errors import InputError
 MAX_SHOWN = 400  # characters of a wrong value
 
 
-def load_config(source: str | Path | Mapping[str, Any] | RunConfig, overrides: Iterable[str] = ()) -> RunConfig:
+def load_config(
+    source: str | Path | Mapping[str, Any] | RunConfig,
+    overrides: Iterable[str] = (),
+    keys: Mapping[str, Any] | None = None,
+) -> RunConfig:
     """Read and check a config.
 
         config = solotune.load_config("run.yaml", ["learning_rate=1e-4"])
@@ -36,6 +40,7 @@ def load_config(source: str | Path | Mapping[str, Any] | RunConfig, overrides: I
     Args:
         source: path of a YAML file, a mapping of keys, or a config that is already checked.
         overrides: `key=value` strings; each value is read as YAML.
+        keys: keys with Python values; they win over `overrides`.
 
     Raises:
         InputError: lists every mistake, each with its file and line or `command line`.
@@ -58,6 +63,8 @@ def load_config(source: str | Path | Mapping[str, Any] | RunConfig, overrides: I
                 allowed="learning_rate=1e-4",
             )
         values[key], sources[key] = override_value(raw, f"command line, {key}"), "command line"
+    for key, value in (keys or {}).items():
+        values[key], sources[key] = value, "python"
     _refuse_secrets(values, sources)
     _take_alias(values, sources)
     _fill_in(values, sources)
