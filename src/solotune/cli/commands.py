@@ -309,35 +309,37 @@ def explain(code: str, as_json: bool) -> None:
 @click.argument("run")
 @click.option("--base", is_flag=True, help="Show the answer of the base model too.")
 @click.option("--prompt", help="Send this message, print the answer and exit.")
+@click.option(
+    "--system", metavar="TEXT|none", help="System prompt. [default: that of the training rows, if all have it]"
+)
 @json_option
-def chat(run: str, base: bool, prompt: str | None, as_json: bool) -> None:
+def chat(run: str, base: bool, prompt: str | None, system: str | None, as_json: bool) -> None:
     """Chat with the model of a RUN.
 
-    On a terminal, /reset starts a new conversation and /quit exits. From a pipe, each line is one message. The model is
-    asked as it was trained: if that was plain text (prompt and completion), each message is a text to continue, and \\n
-    in a line is a line break.
+    The model is asked as it was trained: with the system prompt that all training rows share, through the chat
+    template, up to the tokens that end the rows. If it was trained on plain text (prompt and completion), each message
+    is a text to continue, and \\n in a line is a line break. With --base, the base has a conversation of its own. RUN
+    is a folder, a name in runs/, or latest.
+
+    On a terminal, /help lists the commands (/reset, /system, /save, /quit), and Ctrl-C stops an answer. From a pipe,
+    each line is one message.
 
     \b
     Example:
       solotune chat runs/solotune-20260101-120000 --base --prompt "Hello"
     """
     from solotune.api.chat import chat
-    from solotune.display.progress import read_messages, show_answers
+    from solotune.display.chat import Chat
 
-    session = chat(run)
-    is_text = session.prompt_format == "text"
-    if is_text:
-        click.echo("Trained on plain text: each message is continued as it is, without chat template.", err=True)
-    turns = []
-    for text in read_messages(session.model_name) if prompt is None else [prompt]:
-        if text == "/reset":
-            session.reset()
-            click.echo("New conversation.", err=True)
-        else:
-            text = text.replace("\\n", "\n") if is_text and prompt is None else text
-            turns.append(show_answers(session, text, base, None if as_json else console()))
+    session = chat(run, "" if system == "none" else system)
+    conversation = Chat(session, None if as_json else console(), base)
+    if prompt is None:
+        conversation.run()
+    else:
+        conversation.once(prompt)
     if as_json:
-        print_json({"model": session.model_name, "prompt_format": session.prompt_format, "turns": turns})
+        asked = {"model": session.model_name, "prompt_format": session.prompt_format, "system": session.system}
+        print_json({**asked, "turns": conversation.turns})
 
 
 @solotune.command()

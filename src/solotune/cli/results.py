@@ -21,6 +21,7 @@ from solotune.dataset.packing import in_words
 from solotune.diagnosis import message
 from solotune.diagnosis.findings import SEVERITY_WORDS
 from solotune.display.progress import escape_terminal, plus_minus, print_choices, print_columns
+from solotune.errors import program
 from solotune.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -272,7 +273,7 @@ def print_trained(result: TrainResult, console: Console) -> None:
         print_evaluation(result.evaluation, console)
     console.print()
     facts = {"run": str(result.run_dir), "adapter": f"{result.run_dir}/adapter (loads with PEFT)"}
-    _print_facts({**facts, "next": f"solotune chat {result.run_dir} --base"}, console)
+    _print_facts({**facts, "next": f"{program()} chat {result.run_dir} --base"}, console)
 
 
 def print_verification(found: Verification, console: Console) -> None:

@@ -136,6 +136,8 @@ def _prepared(
         examples.append(Examples())
         for example in renderer.examples(records, partial(_onward, progress, done, total, "tokenising rows")):
             examples[-1].append(example)
+            if records is train:
+                report.count_training_row(example.messages, example.last_loss_token)
     renderer.check()
     for (name, records), kept in zip(sides.items(), examples, strict=True):
         if records and not kept:
