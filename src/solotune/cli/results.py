@@ -82,7 +82,7 @@ def _data_facts(report: DataReport) -> dict[str, str]:
         *([f"{cut}; {report.num_answers_cut:,} of them lose tokens to train on"] if report.num_truncated else []),
         *([f"{split} into several, {report.num_added_by_split:,} rows more"] if report.num_split else []),
     ]
-    alike = {"group": report.num_groups, "near-duplicate": report.num_near_duplicates, "leak": report.num_leaks}
+    alike = {"group": report.num_groups, "near-duplicate": report.num_near_duplicates}
     weighted = ""
     if report.num_weighted_answers:
         answers, rows = _count(report.num_weighted_answers, "answer"), _count(report.num_weighted_rows, "row")

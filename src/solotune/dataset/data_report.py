@@ -47,6 +47,7 @@ class DataReport:
     """Copies of an earlier row that were kept, with `dataset_exact_deduplication: false`."""
     num_near_duplicates: int = 0
     num_leaks: int = 0
+    """Rows of `eval_dataset` that are close to a training row, as the training rows are to each other."""
     num_truncated: int = 0
     num_answers_cut: int = 0
     """Truncated rows that lost loss tokens."""
@@ -144,6 +145,11 @@ class DataReport:
             )
         elif self.num_copies_kept:
             found["copies"] = f"{self.num_copies_kept:,} exact copies of rows kept, on the side of the first"
+        if self.num_leaks:
+            found["close rows"] = (
+                f"{self.num_leaks:,} of {self.num_validation:,} validation rows are close to training rows, as those are "
+                "to each other"
+            )
         if self.num_cut_as_text:
             found["very long"] = (
                 f"{self.num_cut_as_text:,} row{'s' * (self.num_cut_as_text != 1)} tokenised only at the beginning, "
