@@ -10,8 +10,9 @@ verbs that need them.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
@@ -72,15 +73,22 @@ def run_shown(
     as_json: bool,
     logging_steps: int = 1,
 ) -> ResultT:
-    """Call a verb with a display, remove its live line even after an error, and print the result."""
+    """Call a verb with a display, and print the result."""
+    with shown(logging_steps) as display:
+        result = verb(display)
+    return print_result(result, printer, as_json)
+
+
+@contextlib.contextmanager
+def shown(logging_steps: int = 1) -> Iterator[Display]:
+    """A display on stdout; its live line is removed even after an error."""
     from solotune.display.progress import make_display
 
     display = make_display(logging_steps, sys.stdout)
     try:
-        result = verb(display)
+        yield display
     finally:
         display.finish()
-    return print_result(result, printer, as_json)
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]}, subcommand_metavar="VERB ...")
@@ -120,28 +128,36 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
 
 @solotune.command()
-@click.argument("model")
-@click.argument("dataset")
+@click.argument("model", required=False)
+@click.argument("dataset", required=False)
 @click.option("-o", "--output", default="solotune.yaml", show_default=True, help="Config file to write.")
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
+@click.option("--all", "every_key", is_flag=True, help="List all other keys too, with their defaults and help.")
+@click.option("--from", "source", metavar="FILE", help="Translate a config of Axolotl, LLaMA-Factory, TRL or Unsloth.")
 @json_option
-def init(model: str, dataset: str, output: str, force: bool, as_json: bool) -> None:
-    """Write a commented config for a MODEL and a DATASET.
+def init(
+    model: str | None, dataset: str | None, output: str, force: bool, every_key: bool, source: str | None, as_json: bool
+) -> None:
+    """Write a config for a MODEL and a DATASET, fitted to both.
 
-    MODEL is a folder or a hub id. DATASET is a file (jsonl, json, csv, parquet) or a hub id. The config lists all keys
-    with their defaults and help.
+    MODEL is a folder or a hub id. DATASET is a file (jsonl, json, csv, parquet) or a hub id. It reads the rows and the
+    model's files, and proposes format, columns, max_length, held-out rows, batch and steps, each with its reason, that
+    fit this machine.
 
     \b
-    Example:
+    Examples:
       solotune init HuggingFaceTB/SmolLM2-135M-Instruct chats.jsonl
+      solotune init --from axolotl.yaml -o run.yaml
     """
     from solotune.api.init import init
+    from solotune.errors import program
 
-    path = init(model, dataset, output, force)
+    with shown() as display:
+        path = init(model, dataset, output, force, every_key, source, display)
     if as_json:
         print_json({"path": str(path)})
     else:
-        click.echo(escape_terminal(f"Wrote {path}. Next: solotune data {path}"))
+        click.echo(escape_terminal(f"Wrote {path}. Next: {program()} data {path}"))
 
 
 @solotune.command()

@@ -147,8 +147,8 @@ class DataReport:
             found["copies"] = f"{self.num_copies_kept:,} exact copies of rows kept, on the side of the first"
         if self.num_leaks:
             found["close rows"] = (
-                f"{self.num_leaks:,} of {self.num_validation:,} validation rows are close to training rows, as those are "
-                "to each other"
+                f"{self.num_leaks:,} of {self.num_validation:,} validation rows are close to training rows, as "
+                "those are to each other"
             )
         if self.num_cut_as_text:
             found["very long"] = (
