@@ -1,4 +1,4 @@
-"""S9, the split and the evaluation: F43 to F48."""
+"""S9, the evaluation: F45 to F48; `leaks` has F43 and F44."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.derived import is_ours, setting
-from solotune.diagnosis.facts.row_arrays import MIN_ROWS, Side, is_pattern, percent
+from solotune.diagnosis.facts.row_arrays import MIN_ROWS
 from solotune.diagnosis.facts.row_facts import RowFacts
 from solotune.diagnosis.facts.row_labels import said_in_labels, said_in_training
 from solotune.diagnosis.findings import Finding
@@ -18,17 +18,7 @@ from solotune.diagnosis.rules.schedule import lowest_and_last
 from solotune.diagnosis.run_facts import RunFacts, Trace
 
 MOST = 0.5
-"""A split counts as training rows if half of its rows are."""
-SOME = 0.05
-"""6 % of leaked rows raised a benchmark from 72 to 80 % (source: F44)."""
-GRAM = 10
-"""Length of a passage in tokens: eight English words, a usual length for finding overlaps."""
-CONTAINED = 0.5
-"""Share of a row's passages that training rows have too: half, as others use for 8-grams."""
-LEAST_GRAMS = 16
-"""Passages that a row needs (a sentence or two) for its share to be meaningful."""
-COMMON = 3
-"""A passage in more training rows than this belongs to the format or system prompt, and is not a leak."""
+"""Of the rows: labels of two kinds."""
 LEAST_VALIDATION = 10
 """Rows below which the error bar is wider than most effects: per-row losses vary by about 0.5 nats, so 0.5 / sqrt(n)
 is 0.16 for ten rows and 0.3 for three."""
@@ -40,134 +30,6 @@ RISE = 0.03
 """Nats by which held-out losses after the lowest are above it; also twice their own scatter, if known."""
 FAR = 0.65
 """Share of the held-out loss: a training loss below this is memorised."""
-
-
-@rule("F43", needs=("rows",))
-def evaluated_on_training(facts: RowFacts) -> Finding | None:
-    """F43: the evaluation rows are training rows.
-
-    Sees: held-out rows with the ids of training rows, at least half of them; the same file and split for both; held-out
-    losses within a hundredth of the training loss after many epochs. If no rows are held out, a note says so; that is
-    not a fault.
-    Why: the held-out loss is excellent although the answers are poor: nothing shows overfitting.
-    Not: F44, where only some of the rows leak; F46, which needs a real held-out loss to be seen, and which this hides.
-    Fix: `validation_size: 0.05`, with `split_by` if rows belong to groups.
-    Wrong when: the real evaluation is done elsewhere, on other rows.
-    Source: the article behind examples/walkthrough.yaml.
-    """
-    train, validation = facts.whole
-    rows, same = validation.rows, np.flatnonzero(np.isin(validation.hashes, train.hashes))
-    evidence = {"validation_rows": len(rows), "also_in_training": len(same), "rows": validation.places(same)}
-    if not rows:
-        return Finding.of(
-            "F43",
-            "info",
-            slug="no-held-out-rows",
-            message="No rows are held out, so overfitting cannot be seen.",
-            evidence=evidence,
-            fix="validation_size: 0.05, or eval_dataset: a file with other rows",
-        )
-    if not is_pattern(len(same), len(rows), MOST):
-        return None
-    return Finding.of(
-        "F43",
-        "error",
-        message=f"{len(same):,} of {len(rows):,} validation rows are training rows.",
-        evidence=evidence,
-        fix="remove eval_dataset and hold rows out (validation_size: 0.05), or remove its rows from dataset",
-    )
-
-
-@rule("F43", otherwise=True)
-def same_file_on_both_sides(run_facts: RunFacts) -> Signal | None:
-    """F43, from the settings: training and evaluation read the same split of the same data."""
-    get = run_facts.settings.get
-    fix = "remove eval_dataset, and set validation_size: 0.05"
-    ours, theirs = get("dataset"), get("eval_dataset")
-    splits = get("dataset_split") or "train", get("eval_dataset_split") or "train"
-    if not ours or ours != theirs or splits[0] != splits[1]:
-        return None
-    says = f"training and evaluation read the same rows: {ours} {splits[0]}"
-    return Signal("F43", "invariant", says, 0.9, {}, fix=fix)
-
-
-@rule("F44", needs=("rows",))
-def leaked_passages(facts: RowFacts) -> Finding | None:
-    """F44: held-out rows have copies or near-copies in the training rows.
-
-    Sees: held-out answers in which half of the passages of ten tokens also occur in one to three training rows.
-    Why: memorised passages make the held-out loss too good: 6 % of leaked rows raised a score from 72 to 80.
-    Not: F43, where all rows leak; F46, which needs the gap that this hides; boilerplate, which is in many rows; prompts
-    and documents that rows share, which are not trained on.
-    Fix: remove duplicates before the split, and set `split_by` to a column that rows of one source share.
-    Wrong when: both sides quote the same source on purpose.
-    Source: a report on MinHash decontamination (80.4 to 72 % after removing 6 % of rows; a secondary source).
-    """
-    rows, validation_grams = _grams(facts.validation)
-    distinct, _ = _distinct(validation_grams)
-    counts = np.zeros(len(distinct), np.int64)  # training rows that contain each passage
-    for side in facts.stretches() if len(distinct) else ():
-        of, grams = _grams(side)
-        places = np.minimum(np.searchsorted(distinct, grams), len(distinct) - 1)
-        is_shared = distinct[places] == grams
-        once, _ = _distinct(of[is_shared] * len(distinct) + places[is_shared])  # a row counts once
-        np.add.at(counts, once % len(distinct), 1)
-    own, common = distinct[(counts > 0) & (counts <= COMMON)], distinct[counts > COMMON]
-    leaked = []
-    judged = 0
-    rows, sizes = _distinct(rows)
-    for row, grams in zip(
-        rows, np.split(validation_grams, np.cumsum(sizes)[:-1]), strict=False
-    ):  # split of none makes one
-        grams, _ = _distinct(grams)
-        grams = grams[~_is_in(grams, common)]
-        if len(grams) < LEAST_GRAMS:
-            continue
-        judged += 1
-        if _is_in(grams, own).mean() >= CONTAINED:
-            leaked.append(int(row))
-    total = len(facts.validation.rows)
-    if not is_pattern(len(leaked), total, SOME):
-        return None
-    return Finding.of(
-        "F44",
-        "warning",
-        message=f"{len(leaked):,} of {total:,} validation rows ({percent(len(leaked), total)}) have answers of which "
-        "at least half of the passages are also in training answers.",
-        evidence={"rows_with": len(leaked), "rows_judged": judged, "rows": facts.validation.places(leaked)},
-        fix="split_by: a column that rows of one source share (a document or conversation id)",
-    )
-
-
-def _grams(side: Side) -> tuple[np.ndarray, np.ndarray]:
-    """Rows int64 (G,), ascending, and hashes uint64 (G,) of all runs of GRAM tokens that end in a label.
-
-    The hash is a polynomial over 64 bits with overflow: two different runs have the same hash with probability 2**-64.
-    """
-    if len(side.ids) < GRAM:
-        return np.zeros(0, np.int64), np.zeros(0, np.uint64)
-    hashes = np.zeros(len(side.ids) - GRAM + 1, np.uint64)
-    with np.errstate(over="ignore"):
-        for offset in range(GRAM):
-            hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + side.ids[offset : offset + len(hashes)].astype(np.uint64)
-            hashes ^= hashes >> np.uint64(29)  # else small ids would cancel out
-    begins = np.flatnonzero(side.loss_mask[GRAM - 1 :])
-    rows = np.searchsorted(side.starts, begins, side="right") - 1
-    is_inside = begins + GRAM <= side.starts[rows + 1]
-    return rows[is_inside], hashes[begins[is_inside]]
-
-
-def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sorted distinct values and their counts; `np.unique` takes three times as long, because it hashes."""
-    values = np.sort(values)
-    begins = np.flatnonzero(np.concatenate((np.ones(min(len(values), 1), bool), values[1:] != values[:-1])))
-    return values[begins], np.diff(begins, append=len(values))
-
-
-def _is_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
-    if not len(ordered):
-        return np.zeros(len(values), bool)
-    return ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
 
 
 @rule("F45", probes=("P8",))
