@@ -1,6 +1,6 @@
 """Ten kinds of templated tasks, whose answers naturally share passages: nothing in these rows is wrong.
 
-    rows_of("weather", 200, seed=1)     chats with one question and one answer, no two of them equal
+rows_of("weather", 200, seed=1)     chats with one question and one answer, no two of them equal
 """
 
 from __future__ import annotations
@@ -85,7 +85,10 @@ def sentiment(rng: random.Random) -> Pair:
 def label(rng: random.Random) -> Pair:
     topic = rng.choice(list(TOPICS))
     words = rng.sample(TOPICS[topic], 3)
-    return f"Topic of this headline? {rng.choice(NAMES)} on {words[0]}, {words[1]} and {words[2]} in {rng.choice(CITIES)}", topic
+    return (
+        f"Topic of this headline? {rng.choice(NAMES)} on {words[0]}, {words[1]} and {words[2]} in {rng.choice(CITIES)}",
+        topic,
+    )
 
 
 def weather(rng: random.Random) -> Pair:
@@ -139,7 +142,7 @@ def arithmetic(rng: random.Random) -> Pair:
 
 def choice(rng: random.Random) -> Pair:
     question = rng.choice(list(OPTIONS))
-    options = rng.sample([value for value in OPTIONS.values() if value != OPTIONS[question]], 3) + [OPTIONS[question]]
+    options = [*rng.sample([value for value in OPTIONS.values() if value != OPTIONS[question]], 3), OPTIONS[question]]
     rng.shuffle(options)
     letter = "ABCD"[options.index(OPTIONS[question])]
     listed = " ".join(f"{'ABCD'[i]}) {value}" for i, value in enumerate(options))

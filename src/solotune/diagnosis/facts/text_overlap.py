@@ -4,8 +4,8 @@
     nearest = known.nearest(validation)        Nearest: for each text its nearest known one
     usual = known.nearest_of_own(300)          the control: known texts against the other known texts
 
-A pair of words counts by its information, log(N / texts that have it), so that what all texts of a task share (the words
-of a template, a greeting) counts nothing, and a value of a slot little. Case and punctuation do not count.
+A pair of words counts by its information, log(N / texts that have it), so that what all texts of a task share (a
+template, a greeting) counts nothing, and a value of a slot little. Case and punctuation do not count.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Nearest:
     """For each of some texts, what it shares with the known text that is nearest to it."""
 
     shares: np.ndarray
-    """float64 (V,), 0 to 1: the information of shared pairs by that of all pairs of the poorer of both; NaN without any"""
+    """float64 (V,), 0 to 1: information of the shared pairs by that of all pairs of the poorer of both; NaN without"""
     rare: np.ndarray
     """int64 (V,): its pairs that at most RARE known texts have, and the nearest has"""
     uncommon: np.ndarray
@@ -73,9 +73,7 @@ class KnownTexts:
 
     def nearest_of_own(self, count: int) -> Nearest:
         """At most `count` known texts, evenly spaced, each against the other known ones."""
-        return self._gathered(
-            [self._nearest_to(self._own[row], row) for row in evenly(range(self._count), count)]
-        )
+        return self._gathered([self._nearest_to(self._own[row], row) for row in evenly(range(self._count), count)])
 
     @staticmethod
     def _gathered(found: list[tuple[float, int, int, int]]) -> Nearest:
