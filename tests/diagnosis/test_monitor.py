@@ -115,9 +115,22 @@ def test_evaluations_ask_the_rules_on_the_curve_and_each_fault_is_told_once(tiny
     said, _ = watched(config, tmp_path)
     assert asked == [2, 4]
     assert said == ["F65 warmup-too-long: the rate rises for 9 steps → warmup_ratio: 0.03 (solotune explain F65)"]
-    known = Finding("F65", "warmup-too-long", "S13", "warning", "", {}, "")
-    said, _ = watched(config, tmp_path / "again", findings=[known])
-    assert said == []
+    for severity, words in (("error", []), ("warning", said), ("info", said)):  # a remark that became a fault is told
+        known = Finding("F65", "warmup-too-long", "S13", severity, "", {}, "")
+        assert watched(config, tmp_path / severity, findings=[known])[0] == words
+
+
+def test_remarks_are_told_as_remarks_and_only_if_the_data_did_not_say_them(tiny_config, tmp_path, monkeypatch):
+    remark = Signal("F24", "remark", "9 of 99 answers are truncated", 0.3, fix="max_length: 512")
+    doubt = Signal("F46", "measured", "the held-out loss rises", 0.3)
+    monkeypatch.setattr(watching, "ask_all", lambda run_facts: ([remark, doubt], {}))
+    config = tiny_config(max_steps=2, eval_steps=1, learning_rate=1e-3)
+    said, _ = watched(config, tmp_path)
+    assert said == [
+        "remark F24 answers-cut: 9 of 99 answers are truncated → max_length: 512 (solotune explain F24)",
+    ]
+    known = Finding("F24", "answers-cut", "S5", "warning", "", {}, "")
+    assert watched(config, tmp_path / "again", findings=[known])[0] == []
 
 
 def test_it_costs_less_than_a_hundredth_of_a_step(tiny_config, tmp_path):
