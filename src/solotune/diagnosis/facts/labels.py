@@ -93,9 +93,11 @@ class LabelFacts:
                 shifts[shift] += int((labels[inside] == ids[inside + shift]).sum()) + len(places) - len(inside)
         self.first_learned += bool(document.start > 0 and learned[0] and self._is_padded_left(document))
         roles_T = self.roles.of(document)
+        contents_T = None
         if roles_T is not None:
-            self._add_roles(learned, self._without_ends(roles_T, ids))
-        self._add_ends(document, roles_T)
+            contents_T = self._without_ends(roles_T, ids)
+            self._add_roles(learned, contents_T)
+        self._add_ends(document, roles_T, contents_T)
 
     def _without_ends(self, roles_T: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """Roles of the contents alone: from the end of a turn on, its tokens are no one's (a mask may have them or not,
@@ -119,7 +121,7 @@ class LabelFacts:
         line = self.batches.sequences[document.batch][document.sequence]
         return not line.real_T[document.start - 1]
 
-    def _add_ends(self, document: Document, roles_T: np.ndarray | None) -> None:
+    def _add_ends(self, document: Document, roles_T: np.ndarray | None, contents_T: np.ndarray | None) -> None:
         """Count the ends of labelled spans; a span up to the end of the longest document may have been truncated."""
         ids, ends = document.ids, self.roles.ends
         if not ends:
@@ -127,8 +129,8 @@ class LabelFacts:
         # shifted labels are judged by value
         values = document.labels
         for begin, end in document.spans():
-            if roles_T is not None and not (roles_T[begin:end] == ASSISTANT).any():
-                continue  # of the prompt
+            if contents_T is not None and not (contents_T[begin:end] == ASSISTANT).any():
+                continue  # of the prompt, or behind an answer
             tail = [int(v) for v in values[max(begin, end - 1 - _BLANKS) : end]]
             if any(v in ends for v in tail):
                 self.ends_learned += 1
