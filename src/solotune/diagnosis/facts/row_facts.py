@@ -275,6 +275,14 @@ class RowFacts:
         size = (found.get("text_config") or found).get("vocab_size")
         return size if isinstance(size, int) and size > 0 else None
 
+    @property
+    def num_positions(self) -> int | None:
+        """The longest row that the model was made for, by config.json; None if it does not say."""
+        found = self._model_jsons["config.json"]
+        found = found.get("text_config") or found
+        size = found.get("max_position_embeddings", found.get("n_positions"))
+        return size if isinstance(size, int) and size > 0 else None
+
     def model_ids(self, key: str) -> set[int]:
         """`eos_token_id` or `bos_token_id` by generation_config.json, else config.json: one id, a list, or none."""
         for name in ("generation_config.json", "config.json"):
