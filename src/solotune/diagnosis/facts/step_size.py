@@ -42,12 +42,13 @@ def one_step(run_facts: RunFacts) -> float | None:
     """Change of a weight by one step of Adam, relative to its size: rate x scale x sqrt(r).
 
     A step moves every element of B by the rate. The elements of A and those of the weights are both about
-    1 / sqrt(inputs), and r products of random signs add up to sqrt(r).
+    1 / sqrt(inputs), and r products of random signs add up to sqrt(r). A rank above 16 counts as 16, since large ranks
+    train at the same rates.
     """
     rate = setting(run_facts, "learning_rate")
     if rate is None or not is_scale_free(run_facts):
         return None
-    return rate * (scale(run_facts) or 1.0) * math.sqrt(setting(run_facts, "lora_r") or 8)
+    return rate * (scale(run_facts) or 1.0) * math.sqrt(min(setting(run_facts, "lora_r") or 8, 16))
 
 
 def whole_run(run_facts: RunFacts) -> float | None:
