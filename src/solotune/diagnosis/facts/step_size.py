@@ -28,8 +28,8 @@ from solotune.diagnosis.run_facts import RunFacts, Trace
 HALF = 0.5
 """`one_step` from which learning fails: 0.57 did (4.6 instead of 1.8 nats), 0.18 did not; published recipes stay below
 0.07, and narrow models below 0.15."""
-UNMOVED = 2**-11
-"""`whole_run` below which the run cannot change a weight by as much as float16 rounds it."""
+UNMOVED = 2**-10
+"""`whole_run` below which the run cannot change a weight to the next number of float16; recipes have more."""
 HARDLY = 2**-6
 """`whole_run` below which a loss that does not fall has its cause in the size of the steps."""
 LEAST_STEPS = 100
@@ -124,7 +124,7 @@ def diverges(run_facts: RunFacts) -> tuple[Kind, str, float, dict[str, float]] |
         return None
     says = f"the loss ends at {end:.2f}, after it had reached {low:.2f}"
     says += f"; the largest gradient norm is {spike:.0f} times the median" if spike else ""
-    is_large = spike >= SPIKE or (one_step(run_facts) or 0.0) > HALF / 4
+    is_large = spike >= SPIKE or (one_step(run_facts) or 0.0) > HALF / 8
     kind: Kind = "measured" if is_large else "curve"
     return kind, says, 0.65 if is_large else 0.4, {"lowest": low, "last": end, "spike": spike}
 

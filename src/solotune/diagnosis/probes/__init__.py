@@ -46,6 +46,8 @@ from solotune.diagnosis.run_facts import LiveModel, RunFacts
 
 __all__ = ["PROBES", "Probe", "Skipped", "run_all"]
 
+ENOUGH = 1.75
+"""A probe gets at least this times the time of its fewest passes, also if that is more than its share."""
 PATIENCE = 2.5
 """A probe that takes longer than this times its seconds is stopped, so that others can run."""
 
@@ -113,7 +115,7 @@ def _run(probe: Probe, live: LiveModel, run_facts: RunFacts, limit: TimeLimit, d
         found.skipped.update(dict.fromkeys(probe.names, why))
         return
     fewest = limit.seconds_of(probe.forwards, probe.steps)
-    share = left if deep else min(left, max(probe.share * left, 2 * (fewest or 0.0)))
+    share = left if deep else min(left, max(probe.share * left, ENOUGH * (fewest or 0.0)))
     limit.begin(left if fewest is None else PATIENCE * share)
     started = time.perf_counter()
     try:

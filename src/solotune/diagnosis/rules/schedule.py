@@ -59,7 +59,7 @@ def rate_too_low(run_facts: RunFacts) -> Signal | None:
     """F64: the learning rate is too low.
 
     Sees: a run whose steps together cannot change a weight by as much as float16 rounds it (sum of the rates x scale x
-    r below 1/2,048); a loss that does not fall in a run whose steps together can change a weight by less than 1/64. A
+    r below 1/1,024); a loss that does not fall in a run whose steps together can change a weight by less than 1/64. A
     learning rate for full fine-tuning, used for adapters, is a remark. The range test decides: at ten times the
     learning rate one batch is learned clearly better.
     Why: the loss falls slowly and steadily, and the run ends on a plateau ("2.4").
