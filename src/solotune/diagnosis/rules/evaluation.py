@@ -12,9 +12,9 @@ from solotune.diagnosis.facts.derived import is_ours, setting
 from solotune.diagnosis.facts.row_arrays import MIN_ROWS
 from solotune.diagnosis.facts.row_facts import RowFacts
 from solotune.diagnosis.facts.row_labels import said_in_labels, said_in_training
+from solotune.diagnosis.facts.step_size import lowest_and_last
 from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import rule
-from solotune.diagnosis.rules.schedule import lowest_and_last
 from solotune.diagnosis.run_facts import RunFacts, Trace
 
 MOST = 0.5

@@ -14,7 +14,8 @@ from typing import Any
 
 from solotune.config.load import load_config
 from solotune.config.run_config import RunConfig
-from solotune.diagnosis.run_facts import RunFacts
+from solotune.diagnosis.evidence import of_refusal
+from solotune.diagnosis.run_facts import RunFacts, Settings
 from solotune.diagnosis.sources import hf_trainer, solotune_run
 from solotune.errors import InputError
 from solotune.run.run_dir import RunDirectory, list_runs
@@ -44,7 +45,7 @@ def run_facts_of(
         _refuse(config, dataset, base, "a config")
         if isinstance(target, (str, Path)) and not Path(os.path.expanduser(target)).exists():
             raise _unknown(target)
-        return solotune_run.of_config(load_config(target, overrides))
+        return _of_config(target, overrides)
     folder = Path(os.path.expanduser(target))
     if is_run(folder):
         _refuse(config, dataset, base, "a run of solotune")
@@ -58,6 +59,19 @@ def run_facts_of(
         allowed=f"a config file, a run directory (config.yaml), or a trainer's folder ({', '.join(FOREIGN_MARKS)})",
         change=f"solotune diagnose {inner[-1].path}" if inner else None,
     )
+
+
+def _of_config(target: str | Path | Mapping[str, Any] | RunConfig, overrides: Iterable[str]) -> RunFacts:
+    """The facts on a config; if a value is refused that is a fault of the catalogue, only that fault."""
+    try:
+        config = load_config(target, overrides)
+    except InputError as error:
+        if error.fault is None:
+            raise
+        name = Path(target).stem if isinstance(target, (str, Path)) else "run"
+        why = dict.fromkeys(("train", "live"), "the config is refused")
+        return RunFacts(name, Settings({"tool": "solotune"}), refusals=of_refusal(error), missing=why)
+    return solotune_run.of_config(config)
 
 
 def is_run(folder: Path) -> bool:
