@@ -70,7 +70,14 @@ def write(results: Sequence[Result], num_programs: int, seconds: float) -> dict[
 
 
 def write_ordinary(results: Sequence[Result], seconds: float) -> dict[str, Any]:
-    """Writes diagnose_ordinary.jsonl and the section of diagnose.md on them, and returns the counts."""
+    """Writes diagnose_ordinary.jsonl and the section of diagnose.md on them, and returns the counts.
+
+    Groups of which nothing was run this time (those that are trained take an hour) keep their last results.
+    """
+    known = RESULTS / "diagnose_ordinary.jsonl"
+    earlier = [json.loads(line) for line in known.read_text().splitlines()] if known.exists() else []
+    kept = {name: group for name, group in _groups(earlier).items() if name not in _groups(results)}
+    results = [*results, *(result for group in kept.values() for result in group)]
     _write_lines("diagnose_ordinary.jsonl", results, SHOWN + ALSO)
     page, on = RESULTS / "diagnose.md", machine("torch", "transformers", "peft")
     rest = page.read_text().split(f"\n{HEADING}", 1)[0]
@@ -118,7 +125,7 @@ def ordinary_section(results: Sequence[Result], others: Sequence[Result], second
         "mistake. `diagnose_ordinary.jsonl` has what was said of each.",
         "",
         f"`python -m bench.diagnose --data FOLDER --kind real templated`: {len(results)} programs, "
-        f"{seconds / 60:.0f} minutes on {on['cores']} cores of {on['cpu']}.",
+        f"the last run of it {seconds / 60:.0f} minutes on {on['cores']} cores of {on['cpu']}.",
         "",
         table(
             ["", *counted],

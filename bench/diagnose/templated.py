@@ -80,7 +80,7 @@ def json_extraction(rng: random.Random, imbalance: float) -> Ask:
         good, count, price = rng.choice(GOODS), rng.randint(1, 12), rng.randint(199, 99900) / 100
         number = f"{rng.choice('ABKMRT')}{rng.randint(10000, 99999)}"
         text = rng.choice((
-            f"Invoice {number} from {shop}, {city}. Billed to {person}, {_date(rng)}: {count} x {good} at {price:.2f} EUR.",
+            f"Invoice {number} from {shop}, {city}. Billed to {person}: {count} x {good} at {price:.2f} EUR.",
             f"{shop} ({city}) thanks {person} for the order of {count} {good}. Unit price {price:.2f} EUR, {number}.",
             f"Hi, this is {person}. {shop} in {city} charged me for {count} {good} at {price:.2f} EUR, {number}.",
         ))  # fmt: skip
@@ -89,8 +89,8 @@ def json_extraction(rng: random.Random, imbalance: float) -> Ask:
     elif form == 1:
         trade, pay, years = rng.choice(words.TRADES), rng.randint(28, 140) * 1000, rng.randint(0, 12)
         text = rng.choice((
-            f"{shop} is hiring a {trade} in {city}. {years} years of experience, {pay} EUR a year. Contact: {person}.",
-            f"Looking for a {trade}! {city}, salary up to {pay} EUR, {years}+ years. Write to {person} at {shop}.",
+            f"{shop} is hiring: {trade} in {city}. {years} years of experience, {pay} EUR a year. Contact: {person}.",
+            f"Wanted: {trade}! {city}, salary up to {pay} EUR, {years}+ years. Write to {person} at {shop}.",
         ))  # fmt: skip
         answer = {"title": trade, "company": shop, "location": city, "salary": pay, "min_years": years,
                   "contact": person}  # fmt: skip

@@ -55,7 +55,7 @@ _REAL_RUNS = ("json_extraction", "sentiment", "text_to_sql", "reports")
 def programs(tokenizers: Path) -> list[ConfigProgram]:
     """All of them; those of tokenizers that are not there are left out."""
     found = [
-        ConfigProgram(f"{task.name}, {variant.name}", variant.base, "templated", _files(task, variant), variant.keys,
+        ConfigProgram(f"{task.name}, {variant.name}", variant.base, "templated", files_of(task, variant), variant.keys,
                       tokenizers)
         for task in TASKS.values()
         for variant in VARIANTS
@@ -63,15 +63,17 @@ def programs(tokenizers: Path) -> list[ConfigProgram]:
     ]  # fmt: skip
     for place, task in enumerate(TASKS.values()):
         base = _TINY[place % len(_TINY)]
-        files = _files(task, _TINY_RUN)
+        files = files_of(task, _TINY_RUN)
         found.append(ConfigProgram(task.name, base, "templated", files, _TINY_KEYS, is_before=False))
     for name in _REAL_RUNS:
-        files = _files(TASKS[name], Variant("trained", 400, "messages", "smollm2", system=True))
+        files = files_of(TASKS[name], Variant("trained", 400, "messages", "smollm2", system=True))
         found.append(ConfigProgram(name, "smollm2", "templated", files, TRAINED, is_before=False))
     return found
 
 
-def _files(task: Task, variant: Variant) -> Files:
+def files_of(task: Task, variant: Variant) -> Files:
+    """The variant's rows, and those that are held out."""
+
     def write(folder: Path) -> Keys:
         asked = rows(task, variant.count + variant.held_out, random.Random(f"{task.name} {variant}"), variant.imbalance)
         shaped = _shaped(task, variant, asked[variant.held_out :])
