@@ -59,10 +59,16 @@ def _with_eval(folder: Path, name: str, held_out: int) -> Files:
 
     def write(scratch: Path) -> Keys:
         rows = _read(folder / name)
+        known = {_folded(row) for row in rows[:-held_out]}
+        kept = [row for row in rows[-held_out:] if _folded(row) not in known]  # without copies, which would be a fault
         return {"dataset": as_jsonl(scratch / "train.jsonl", rows[:-held_out]),
-                "eval_dataset": as_jsonl(scratch / "eval.jsonl", rows[-held_out:])}  # fmt: skip
+                "eval_dataset": as_jsonl(scratch / "eval.jsonl", kept)}  # fmt: skip
 
     return write
+
+
+def _folded(row: dict[str, Any]) -> str:
+    return " ".join(json.dumps(row, ensure_ascii=False, sort_keys=True).casefold().split())
 
 
 def _as_csv(folder: Path, name: str) -> Files:
