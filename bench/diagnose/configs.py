@@ -106,7 +106,14 @@ class ConfigProgram:
         config = self.written(folder)
         if self.is_before:
             return solotune.diagnose(config, budget=0), _data(config)
-        solotune.train(config, display=SilentDisplay())
+        try:
+            solotune.train(config, display=SilentDisplay())
+        except SolotuneError as error:  # refused, or failed: its owner asks why
+            target = folder / "run" if (folder / "run").exists() else config
+            return solotune.diagnose(target, budget=budget), {
+                "monitor_verdict": "fault",
+                "monitor_messages": [str(error)],
+            }
         told = json.loads((folder / "run" / "diagnosis.json").read_text(encoding="utf-8"))
         found = solotune.diagnose(folder / "run", budget=budget)
         culprits = [f"{culprit['fault']}: {culprit['evidence'][:1]}" for culprit in told["culprits"]]
@@ -116,7 +123,7 @@ class ConfigProgram:
 def _data(config: Path) -> Keys:
     """The faults and all messages of `solotune data`; a config that it refuses is faulty to its owner."""
     try:
-        findings = solotune.data(config).report.findings
+        findings = solotune.data(config).report.findings or []
     except SolotuneError as error:
         said = error.problem + (f" ({error.seen})" if error.seen is not None else "")
         return {"data_faults": [error.fault or "refused"], "data_messages": [_short(f"refused: {said}")]}

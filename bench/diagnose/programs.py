@@ -97,7 +97,8 @@ class Program:
     def preload(self) -> None:
         """Loads what all programs of this base share."""
         base = load(self.base)
-        base.model(), base.tokenizer()
+        base.model()
+        base.tokenizer()
 
     @cached_property
     def seed(self) -> int:

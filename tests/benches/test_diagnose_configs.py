@@ -88,7 +88,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = tmp_path / "model"
-    transformers.LlamaForCausalLM(tiny.FAMILIES["llama"]()).save_pretrained(model)
+    transformers.AutoModelForCausalLM.from_config(tiny.FAMILIES["llama"]()).save_pretrained(model)
     tiny.save_tokenizer(model)
     monkeypatch.setattr(ConfigProgram, "model", lambda self: model)
 
@@ -105,7 +105,10 @@ def test_both_commands_are_asked_of_the_same_rows(program: Any, tmp_path: Path) 
     found, also = program(tiny.chat_rows(60)).asked(tmp_path, 0)
     assert found.verdict == "healthy"
     assert also["data_faults"] == []
-    silent = [{"messages": [row["messages"][0], {"role": "assistant", "content": "?"}]} for row in tiny.chat_rows(60)]
+    silent = [
+        {"messages": [{"role": "user", "content": f"twice {n}"}, {"role": "assistant", "content": "?"}]}
+        for n in range(60)
+    ]
     found, also = program(silent).asked(tmp_path, 0)
     assert found.verdict == "fault"
     assert also["data_faults"] == ["F35"]
