@@ -1,7 +1,8 @@
 """All programs: one base, one or two changes, one seed. Whole bases are held out: nothing is fitted on them.
 
     programs()                      every program, in a fixed order
-    matching("F17", "held-out")     some of them
+    ordinary(FOLDER)                configs over real files and templated tasks, all healthy
+    matching("F17", "held-out")     some of both
 
 A held-out program has a tokenizer, a template, a world of data and an architecture that no fitted program has.
 """
@@ -12,6 +13,7 @@ import hashlib
 import random
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from bench.diagnose import (
     faults_batch,
@@ -23,12 +25,15 @@ from bench.diagnose import (
     ours_faults,
     ours_faults_run,
     ours_healthy,
+    real_configs,
+    templated_configs,
     trl_faults,
     trl_faults_saved,
     trl_healthy,
 )
 from bench.diagnose import trl_run as trl
 from bench.diagnose.bases import KINDS, load, made_here
+from bench.diagnose.configs import ConfigProgram
 from bench.diagnose.recipe import Recipe, clean
 from bench.diagnose.registry import FAULTS, HEALTHY, Injection
 
@@ -88,6 +93,12 @@ class Program:
     def trl_run(self) -> trl.Run | None:
         """The script with TRL, changed; None where TRL is not what trains."""
         return None
+
+    def preload(self) -> None:
+        """Loads what all programs of this base share."""
+        base = load(self.base)
+        base.model()
+        base.tokenizer()
 
     @cached_property
     def seed(self) -> int:
@@ -189,11 +200,21 @@ def _trl_programs() -> list[Program]:
     return found
 
 
-def matching(only: list[str], split: str | None = None) -> list[Program]:
+def ordinary(data: Path | None = None) -> list[ConfigProgram]:
+    """Configs over real files and over templated tasks, in which nothing is wrong.
+
+    Args:
+        data: folder of `bench.real_data`; without its files only what is made here.
+    """
+    folder = data or real_configs.default_folder()
+    return [*real_configs.programs(folder), *templated_configs.programs(folder / "tokenizers")]
+
+
+def matching(only: list[str], split: str | None = None, data: Path | None = None) -> list[Program | ConfigProgram]:
     """Programs whose name has one of the words in it (all if there are none), of one split or of both."""
     return [
         program
-        for program in programs()
+        for program in [*programs(), *ordinary(data)]
         if (split is None or program.split == split)
         and (not only or any(all(part in program.name for part in word.split("/")) for word in only))
     ]
