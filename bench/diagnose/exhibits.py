@@ -120,7 +120,9 @@ def _left(program: Any, run: Path) -> dict[str, Any]:
         recipe = program.recipe()
         leave = _of_trainer if program.kind == "foreign" else _of_loop
         settings, best = leave(recipe, run), recipe.base.kind.learning_rate
+    settings = json.loads(json.dumps(settings, default=str).replace(f"{run}{os.sep}", ""))
     _tell_usual_rates(settings, run, USUAL_RATE / best)
+    _complete_console(run)
     _write_script(settings, run)
     return settings
 
@@ -171,7 +173,7 @@ def _of_loop(recipe: Recipe, run: Path) -> dict[str, Any]:
     history += [{"eval_loss": loss, "step": step, "epoch": step / recipe.epoch_steps}
                 for step, loss in outcome.evaluations]  # fmt: skip
     _write_state(run / "output", history, recipe.steps)
-    _write_console(run / "console.log", history, outcome.errors, USUAL_RATE / recipe.base.kind.learning_rate)
+    (run / "console.log").write_text("\n".join(outcome.errors), encoding="utf-8")
     _write_adapter(recipe, outcome, run / "output")
     return _told(recipe)
 
@@ -195,7 +197,6 @@ def _of_ours(job: Any, run: Path) -> dict[str, Any]:
         history = _history_of(left / "metrics.jsonl")
         total = max((entry["total_steps"] for entry in history if "total_steps" in entry), default=0)
         _write_state(output, history, total)
-        _write_console(run / "console.log", history, [], USUAL_RATE / job.base.kind.learning_rate)
         if (left / "adapter").exists():
             shutil.copytree(left / "adapter", output, dirs_exist_ok=True)
         shutil.rmtree(left)
@@ -307,13 +308,14 @@ def _write_state(output: Path, history: list[dict[str, Any]], steps: int) -> Non
     (output / "trainer_state.json").write_text(json.dumps(state))
 
 
-def _write_console(file: Path, history: list[dict[str, Any]], errors: list[str], times: float) -> None:
-    """As Trainer prints it: a dict a line, without the step; then what went wrong. Rates are multiplied."""
-    lines = []
-    for entry in sorted(history, key=lambda entry: (entry["step"], "eval_loss" in entry)):
-        shown = {key: value for key, value in entry.items() if key not in ("step", "total_steps")}
-        lines.append(str(shown | {key: shown[key] * times for key in ("learning_rate",) if key in shown}))
-    file.write_text("\n".join([*lines, *errors]) + "\n", encoding="utf-8")
+def _complete_console(run: Path) -> None:
+    """What Trainer printed, a dict for each entry of its history, before the errors that are there already."""
+    states = sorted((run / "output").rglob("trainer_state.json"), key=lambda file: file.stat().st_size)
+    history = json.loads(states[-1].read_text())["log_history"] if states else []
+    lines = [str({key: value for key, value in entry.items() if key != "step"}) for entry in history]
+    file = run / "console.log"
+    errors = file.read_text(encoding="utf-8") if file.exists() else ""
+    file.write_text("\n".join([*lines, errors]).strip() + "\n", encoding="utf-8")
 
 
 def _write_adapter(recipe: Recipe, outcome: Outcome, output: Path) -> None:

@@ -110,7 +110,8 @@ def _ours(file: Path) -> dict[str, Row]:
 def _chosen(programs: list[Program], only: list[str], sample: int, answered: set[str]) -> list[Program]:
     """The programs asked for, or a sample: first one of each code, then the second of each, and so on.
 
-    Those that our results answer come first, so that the same ones are compared.
+    Those that our results answer come first, so that the same ones are compared. Every third one is healthy, so that
+    the beginning of a sample is a sample.
     """
     if only:
         return [one for one in programs if any(all(part in one.name for part in word.split("/")) for word in only)]
@@ -132,7 +133,8 @@ def _chosen(programs: list[Program], only: list[str], sample: int, answered: set
     ]
     faults = [program for _, _, program in sorted(ranked, key=lambda one: one[:2])[:sample]]
     healthy = sorted((one for one in fitting if not one.codes), key=lambda one: (order(one)[0], order(one)[2]))
-    return faults + healthy[: sample // 2]
+    groups = [[*faults[2 * place : 2 * place + 2], *healthy[place : place + 1]] for place in range(-(-sample // 2))]
+    return [program for group in groups for program in group]
 
 
 def _fits_here(program: Any) -> bool:

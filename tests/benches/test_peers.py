@@ -96,7 +96,8 @@ def test_a_sample_has_each_code_once_before_one_twice() -> None:
 
     every = [*(made(f"F10/{n}", "F10") for n in range(4)), made("F20/0", "F20"), *(made(f"h{n}") for n in range(4))]
     chosen = peers._chosen(every, [], 3, {"F10/2", "h3"})
-    assert sorted(one.codes for one in chosen[:2]) == [("F10",), ("F20",)] and len(chosen) == 4
+    assert sorted(one.codes for one in chosen[:2]) == [("F10",), ("F20",)]
+    assert [one.codes for one in chosen[2:4]] == [(), ("F10",)] and len(chosen) == 5
     assert {"F10/2", "h3"} <= {one.name for one in chosen}
     assert peers._chosen(every, ["F20"], 3, set())[0].name == "F20/0"
 
