@@ -28,9 +28,11 @@ import importlib
 import json
 import multiprocessing
 import os
+import queue
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -68,7 +70,7 @@ def main() -> None:
             return
         exhibits = _trained(chosen, asked.kept, asked.jobs)
     started = time.perf_counter()
-    rows = _asked_all(exhibits, asked.peers, asked.environments)
+    rows = _asked_all(exhibits, asked.peers, asked.environments, asked.jobs)
     versions = {name: installed_version(asked.environments / name, PEERS[name].package) for name in asked.peers}
     found = result(rows, versions, ours)
     found["seconds"] = round(time.perf_counter() - started)
@@ -82,7 +84,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="only these programs: F17/qwen3")
     parser.add_argument("--sample", type=int, default=60, help="faults, and half as many healthy programs; 0: all")
-    parser.add_argument("--jobs", type=int, default=1, help="programs that are trained at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="programs at a time")
     parser.add_argument("--programs", default="bench.diagnose.programs:programs", metavar="MODULE:FUNCTION")
     parser.add_argument("--exhibits", type=Path, metavar="FOLDER", help="filled folders instead of programs")
     parser.add_argument("--ours", type=Path, default=RESULTS / "diagnose.jsonl", metavar="FILE")
@@ -175,21 +177,29 @@ def _leave(program: Program, folder: Path) -> str:
 # --- peers
 
 
-def _asked_all(exhibits: Sequence[Exhibit], peers: Sequence[str], environments: Path) -> list[Row]:
-    """What each peer said of each program."""
-    processes = {name: Environment(environments / name, PEERS[name].preload) for name in peers}
-    rows: list[Row] = []
-    for exhibit in exhibits:
+def _asked_all(exhibits: Sequence[Exhibit], peers: Sequence[str], environments: Path, jobs: int) -> list[Row]:
+    """What each peer said of each program; each of the jobs has an environment of each peer."""
+    free: queue.SimpleQueue[dict[str, Environment]] = queue.SimpleQueue()
+    for _ in range(jobs):
+        free.put({name: Environment(environments / name, PEERS[name].preload) for name in peers})
+
+    def asked(exhibit: Exhibit) -> Row:
+        processes = free.get()
         row: Row = {"program": exhibit.name, "truth": list(exhibit.truth), "said": {}, "failed": []}
         for name, process in processes.items():
             warned, failed = warnings_of(PEERS[name], process, exhibit)
             row["said"][name] = [(one.kind, one.level) for one in warned]
             row["failed"] += failed
-        rows.append(row)
+        free.put(processes)
         said = {name: [kind for kind, level in said if level != "note"] for name, said in row["said"].items()}
         print(f"{exhibit.name:60} {said} {row['failed'] or ''}", flush=True)
-    for process in processes.values():
-        process.close()
+        return row
+
+    with ThreadPoolExecutor(jobs) as pool:
+        rows = list(pool.map(asked, exhibits))
+    for _ in range(jobs):
+        for process in free.get().values():
+            process.close()
     return rows
 
 

@@ -4,8 +4,9 @@
     output = environment.run(["peft-doctor", "generation-check", "model", "-o", "json"], cwd, limit=60)
     environment.close()
 
-Each command goes through the package's own entry point with the arguments that a shell would give it. Loading
-transformers once instead of once a command is all that is saved.
+The limit is of processor time, and ten times as much by the clock. Each command goes through the package's own entry
+point with the arguments that a shell would give it; loading transformers once instead of once a command is all that is
+saved.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 SERVER = """
-import importlib, json, os, signal, sys, time, traceback
+import importlib, json, os, resource, signal, sys, time, traceback
 for name in sys.argv[1:]:
+    module, _, attributes = name.partition(":")
     try:
-        importlib.import_module(name)
+        loaded = importlib.import_module(module)
+        [getattr(loaded, attribute) for attribute in attributes.split(",") if attribute]
     except ImportError:
         pass
 from importlib.metadata import entry_points
@@ -35,6 +38,8 @@ for line in sys.stdin:
     if child == 0:
         code = 1
         try:
+            seconds = max(1, round(asked["limit"]))
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
             os.chdir(asked["cwd"])
             os.environ.update(asked["environment"])
             into = os.open(asked["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -54,7 +59,7 @@ for line in sys.stdin:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    ends, status = time.monotonic() + asked["limit"], None
+    ends, status = time.monotonic() + 10 * asked["limit"], None
     while time.monotonic() < ends:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -70,7 +75,7 @@ for line in sys.stdin:
 
 @dataclass(frozen=True)
 class Output:
-    """What a command printed, both streams, and its exit code; None where the time ran out."""
+    """What a command printed, both streams, and its exit code; None (or a signal's) where the time ran out."""
 
     code: int | None
     text: str
@@ -88,10 +93,13 @@ class Environment:
             text=True,
             env={**os.environ, "PYTHONPATH": "", "COLUMNS": "4000", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"},
         )
-        self._answer()
+        self._is_ready = False
 
     def run(self, words: list[str], cwd: Path, limit: float, environment: dict[str, str] | None = None) -> Output:
         assert self._process.stdin is not None
+        if not self._is_ready:  # several of them load at a time
+            self._answer()
+            self._is_ready = True
         with tempfile.NamedTemporaryFile(suffix=".txt") as file:
             asked = {"words": words, "cwd": str(cwd), "limit": limit, "output": file.name,
                      "environment": environment or {}}  # fmt: skip

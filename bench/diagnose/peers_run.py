@@ -66,7 +66,7 @@ def warnings_of(peer: Peer, environment: Environment, exhibit: Exhibit) -> tuple
     def ask(words: list[str]) -> Output:
         own = {"SOUP_DB_PATH": str(exhibit.folder / "soup.db"), "HOME": str(exhibit.folder)}
         output = environment.run(words, exhibit.run, LIMIT, own)
-        if output.code is None or "Traceback (most recent call last)" in output.text[:2000]:
+        if output.code is None or output.code < 0 or "Traceback (most recent call last)" in output.text[:2000]:
             failed.append(f"{' '.join(words[:3])[:80]}: {output.text.strip()[-200:] or 'took too long'}")
         return output
 
@@ -286,9 +286,12 @@ def _base_of(exhibit: Exhibit) -> Any:
     return exhibit.settings.get("model_name_or_path") or told.get("base_model_name_or_path")
 
 
+AUTO = "transformers:AutoConfig,AutoTokenizer,AutoModelForCausalLM,PreTrainedTokenizerFast"
+SOUP_MODULES = ("cli", "commands.data", "commands.data_doctor", "commands.why", "data.loss_mask", "experiment.tracker")
+
 PEERS: dict[str, Peer] = {
     "runmedic": Peer("runmedic", ("runmedic.cli",), False, _runmedic),
     "finetune-doctor": Peer("finetune-doctor", ("finetune_doctor.cli",), False, _finetune_doctor),
-    "soup": Peer("soup-cli", ("soup_cli.cli", "transformers"), True, _soup),
-    "peft-doctor": Peer("peft-doctor", ("peft_doctor.cli", "transformers", "peft"), True, _peft_doctor),
+    "soup": Peer("soup-cli", (*(f"soup_cli.{name}" for name in SOUP_MODULES), AUTO), True, _soup),
+    "peft-doctor": Peer("peft-doctor", ("peft_doctor.cli", AUTO, "peft:LoraConfig,get_peft_model"), True, _peft_doctor),
 }
