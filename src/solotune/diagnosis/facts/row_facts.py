@@ -277,12 +277,17 @@ class RowFacts:
 
     def model_ids(self, key: str) -> set[int]:
         """`eos_token_id` or `bos_token_id` by generation_config.json, else config.json: one id, a list, or none."""
-        for name in ("generation_config.json", "config.json"):
-            found = self._model_jsons[name]
-            value = found.get(key, (found.get("text_config") or {}).get(key))
-            if value is not None:
-                return {v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)}
-        return set()
+        return self._ids_by(self.where_from(key), key)
+
+    def where_from(self, key: str) -> str:
+        """The file that `model_ids` reads: the first that has the key, as in transformers."""
+        names = ("generation_config.json", "config.json")
+        return next((name for name in names if self._ids_by(name, key)), names[-1])
+
+    def _ids_by(self, name: str, key: str) -> set[int]:
+        found = self._model_jsons[name]
+        value = found.get(key, (found.get("text_config") or {}).get(key))
+        return {v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)}
 
 
 def pieces_of_template(facts: RowFacts) -> tuple[str, str, str] | None:
