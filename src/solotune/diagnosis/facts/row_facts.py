@@ -25,7 +25,7 @@ from solotune.dataset.chat.answer_spans import ChatTemplate
 from solotune.dataset.chat.control_tokens import ControlTokens
 from solotune.dataset.chat.encode import Encoder
 from solotune.diagnosis.facts import row_arrays
-from solotune.diagnosis.facts.row_arrays import Side, Whole, evenly, judged
+from solotune.diagnosis.facts.row_arrays import Side, Whole, evenly, judged, squeezed
 from solotune.errors import InputError
 from solotune.hub.model_files import ModelFiles, model_here
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 ModelJsons = Mapping[str, Mapping[str, Any]]
 
+NUM_RENDERED = 100
+"""Rows to decode for a fault of the format, which shows in a few."""
 _PART = re.compile(r" part (\d+)/(\d+)$")
 _USER, _ANSWER = "\ufdd0", "\ufdd1"  # characters that no text has
 _MODEL_FILES = ("config.json", "generation_config.json")
@@ -305,6 +307,21 @@ def pieces_of(template: ChatTemplate) -> tuple[str, str, str] | None:
     header, _, rest = text.partition(_USER)
     between, found, end = rest.partition(_ANSWER)
     return (header, between, end) if found else None
+
+
+def is_in_rows(facts: RowFacts, between: str) -> bool:
+    """Whether a row has the header of an answer in this text between question and answer (true without a header).
+
+    The end of the question's turn does not count: if it is missing, that is another fault (F10).
+    """
+    rows = evenly(range(len(facts.train.rows)), NUM_RENDERED)
+    header = between.strip()
+    for template in (facts.own_template, facts.template):
+        for end in template.terminators if template else ():
+            header = header.removeprefix(end).strip()
+    return not squeezed(header) or any(
+        squeezed(header) in squeezed(facts.decode(facts.train.rows[r].input_ids)) for r in rows
+    )
 
 
 def rendered_prompt(facts: RowFacts, messages: list[dict[str, Any]], tools: Any) -> np.ndarray | None:

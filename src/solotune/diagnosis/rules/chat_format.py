@@ -18,7 +18,7 @@ from solotune.diagnosis.facts.derived import is_ours
 from solotune.diagnosis.facts.labelled_turns import labelled_turns, starts_with_label
 from solotune.diagnosis.facts.rendered_chats import decoded, is_chat_model, own_frame
 from solotune.diagnosis.facts.row_arrays import evenly, is_pattern, squeezed
-from solotune.diagnosis.facts.row_facts import RowFacts, pieces_of, pieces_of_template
+from solotune.diagnosis.facts.row_facts import NUM_RENDERED, RowFacts, is_in_rows, pieces_of, pieces_of_template
 from solotune.diagnosis.facts.rows import examples_of
 from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import rule
@@ -30,8 +30,6 @@ SOME = 0.05
 """One row in twenty, for what some rows have that were joined from another source."""
 NEARLY_ALL = 0.95
 """A twentieth allows for rows that are truncated or hide it."""
-NUM_RENDERED = 100
-"""Rows to decode; a fault of a format shows in a few."""
 
 
 @rule("F12", needs=("rows",), probes=("P1",))
@@ -159,17 +157,14 @@ def _template_replaced(facts: RowFacts) -> Finding | None:
     header = pieces[1].strip()
     for end in own.terminators:  # of the question; a missing end is another fault (F10)
         header = header.removeprefix(end).strip()
-    if not squeezed(header):
+    if is_in_rows(facts, pieces[1]):
         return None
     rows = evenly(range(len(facts.train.rows)), NUM_RENDERED)
-    if any(squeezed(header) in squeezed(facts.decode(facts.train.rows[r].input_ids)) for r in rows):
-        return None
     written, control = pieces_of_template(facts), facts.control.pattern
     is_plain = written is not None and not control.search(written[1].strip().removeprefix(_end_of(facts)))
     return Finding.of(
         "F12",
         "error" if is_plain and control.search(header) else "warning",
-        is_statistic=True,
         message=f"{facts.settings.chat_template_path} renders a format that the model does not know: no row contains "
         f"{header!r}, which the model's own template writes before an answer.",
         evidence={"rows_read": len(rows), "with_the_template": 0, "rows": facts.train.places(rows)},

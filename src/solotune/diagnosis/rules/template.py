@@ -14,7 +14,7 @@ from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.derived import is_ours
 from solotune.diagnosis.facts.rendered_chats import decoded, own_frame, rendered, rendered_by
 from solotune.diagnosis.facts.row_arrays import evenly, is_pattern, percent
-from solotune.diagnosis.facts.row_facts import RowFacts, pieces_of, rendered_prompt
+from solotune.diagnosis.facts.row_facts import NUM_RENDERED, RowFacts, is_in_rows, pieces_of, rendered_prompt
 from solotune.diagnosis.facts.rows import examples_of
 from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import rule
@@ -24,8 +24,6 @@ MOST = 0.5
 """A fault of the template or tokenizer shows in all rows; half allows for rows that hide it."""
 SOME = 0.05
 """One row in twenty, for what some rows have that were joined from another source."""
-NUM_RENDERED = 100
-"""Prompts to render again; templates are slow, and a fault shows in a few."""
 
 _THOUGHTS = re.compile(r"</?think|\bthought|\banalysis\b|reasoning", re.IGNORECASE)
 """In a generation prompt: it opens or closes a thinking block."""
@@ -66,11 +64,12 @@ def double_bos(facts: RowFacts) -> Finding | None:
     )
 
 
-@rule("F09", needs=("rows",))
+@rule("F09", needs=("rows",), probes=("P1",))
 def missing_bos(facts: RowFacts) -> Finding | None:
     """F09: rows lack the begin-of-text token that the model is served with.
 
-    Sees: a template (or, for plain text, a tokenizer) that starts with it, and no row that does.
+    Sees: a model whose own template (or without one, whose tokenizer) starts every text with it, and no row that does;
+    rows whose loss falls with it in front (probe P1).
     Why: in pretraining every text began with it. Some model families (Gemma) become much worse without it (the first
     loss is 1.08 times the normal one).
     Not: ChatML models that define the token and never write it (Qwen, SmolLM2); a model's own template without it
@@ -83,9 +82,12 @@ def missing_bos(facts: RowFacts) -> Finding | None:
     side = facts.train
     if not facts.is_chat or not facts.settings.chat_template_path:
         return None
-    before, why = list(facts.encoder.affixes[0]), "this tokenizer starts every text with"
-    pieces = pieces_of(facts.own_template) if not before and facts.own_template else None
-    if pieces is not None:
+    pieces = pieces_of(facts.own_template) if facts.own_template else None
+    if pieces is None:
+        before, why = list(facts.encoder.affixes[0]), "this tokenizer starts every text with"
+    elif not is_in_rows(facts, pieces[1]):
+        return None  # a different format: F12
+    else:  # what the tokenizer adds to plain text does not count: a chat is rendered without it
         before, why = facts.encode(pieces[0])[:1], "the model's own template begins with"
         before = before if before == [facts.named_id("bos")] else []
     if not before or (side.ids[side.starts[:-1]] == before[0]).any():
@@ -198,7 +200,10 @@ def prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
         return None
     is_merged = len(merged) > len(other)
     begins = facts.template.generation_prompt if facts.template else ""
-    is_fault = is_pattern(len(wrong), read, MOST) and (is_merged or _THOUGHTS.search(begins) is None)
+    is_blank = is_merged and begins.endswith(
+        (" ", "\t")
+    )  # of the template; else the answers begin with the white space
+    is_fault = is_blank or (is_pattern(len(wrong), read, MOST) and (is_merged or _THOUGHTS.search(begins) is None))
     return Finding.of(
         "F16",
         "error" if is_fault else "warning",
