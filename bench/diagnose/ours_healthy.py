@@ -26,7 +26,7 @@ def several_turns(job: Job, rng: random.Random) -> None:
 
 
 @asked(needs=Needs.INSTRUCT, before=True)
-def prompt_and_completion(job: Job, rng: random.Random) -> None:
+def pairs_for_a_chat_model(job: Job, rng: random.Random) -> None:
     """Rows for which no template is asked, of a chat model; the run remembers it, and its chat asks as it trained."""
     job.train, job.held_out = map(as_pairs, (job.train, job.held_out))
 

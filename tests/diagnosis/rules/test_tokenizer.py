@@ -10,8 +10,8 @@ from tests.diagnosis.rules.rows import Bench, answered, each, talk, with_templat
 
 def test_f04_the_models_special_ids_are_words(bench: Bench) -> None:
     model = bench.model(config={"vocab_size": 500, "eos_token_id": 300, "bos_token_id": 301})
-    found = bench.only("F04", talk(), model_name_or_path=model)
-    assert found.severity == "error"
+    found, stops = bench.find(talk(), model_name_or_path=model)
+    assert (found.code, found.severity, stops.code) == ("F04", "error", "F14")  # the diagnosis lists F04 alone
     assert set(found.evidence["model_special_ids"]) == {"300", "301"}
     assert "tokenizer files of the same model" in found.fix
 

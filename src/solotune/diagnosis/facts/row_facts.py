@@ -281,6 +281,10 @@ class RowFacts:
         """`eos_token_id` or `bos_token_id` by generation_config.json, else config.json: one id, a list, or none."""
         return self._ids_by(self.where_from(key), key)
 
+    def all_model_ids(self, key: str) -> set[int]:
+        """The same by both files."""
+        return self._ids_by("generation_config.json", key) | self._ids_by("config.json", key)
+
     def where_from(self, key: str) -> str:
         """The file that `model_ids` reads: the first that has the key, as in transformers."""
         names = ("generation_config.json", "config.json")

@@ -56,8 +56,8 @@ def empty_adapter(run_facts: RunFacts) -> Signal | None:
 def merged_into_other_weights(run_facts: RunFacts) -> Signal | None:
     """F76: the adapter was merged into different weights than it was trained on.
 
-    Sees: logits of the merged model that differ from those of base and adapter (probe P12). Training on a 4-bit base and
-    merging into another precision of it, or quantizing the merged model again, is only a remark: most lose little.
+    Sees: logits of the merged model that differ from those of base and adapter (probe P12). Training on a 4-bit base
+    and merging into another precision of it, or quantizing the merged model again, is only a remark.
     Why: the adapter has learned to correct the rounding of its own base; rounding after the merge removes small
     updates.
     Not: F11, where answers are bad even with the adapter on its own base.

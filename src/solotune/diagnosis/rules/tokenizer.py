@@ -58,7 +58,7 @@ def wrong_tokenizer(facts: RowFacts) -> Finding | None:
     Source: llama.cpp#7062; permuted ids gave 21 times the normal first loss (measured).
     """
     found = partial(Finding.of, "F04", "error")
-    own = facts.model_ids("eos_token_id") | facts.model_ids("bos_token_id")
+    own = facts.all_model_ids("eos_token_id") | facts.all_model_ids("bos_token_id")
     if own and not own & (facts.special_ids | facts.control.ids):
         spelled = {str(i): facts.spelled(i) if i < len(facts.tokenizer) else "no such token" for i in sorted(own)}
         return found(
