@@ -10,6 +10,8 @@ may have been chosen: all of these are remarks, until P1 measures that the model
 
 from __future__ import annotations
 
+from typing import Any
+
 from solotune.dataset.chat.answer_spans import ChatTemplate
 from solotune.dataset.chat.rendered_text import OWN, known_format
 from solotune.dataset.data_report import PLAIN
@@ -180,6 +182,14 @@ def _end_of(facts: RowFacts) -> str:
     return next((end for end in ends if pieces and pieces[1].lstrip().startswith(end)), "")
 
 
+def _is_markup(messages: list[dict[str, Any]]) -> bool:
+    """Whether messages are rendered for certain: question and answer begin with a label, or one has the control tokens
+    of a whole turn. Not a question about a conversation, which quotes the labels of its speakers."""
+    begins = {message["role"] for message in messages if starts_with_label(message["content"])}
+    turns = (labelled_turns(message["content"]) for message in messages)
+    return begins >= {"user", "assistant"} or any(found and found[0]["label"][0] in "<[" for found in turns)
+
+
 def _rendered_twice(facts: RowFacts) -> Finding | None:
     total = facts.report.num_train + facts.report.num_validation
     forged = facts.report.num_with_forged_tokens
@@ -190,7 +200,8 @@ def _rendered_twice(facts: RowFacts) -> Finding | None:
     if not (is_whole or is_pattern(forged, total, MOST) or is_pattern(len(labelled), len(facts.chats), MOST)):
         return None
     name = known_format(next(text for text in contents[whole[0]] if known_format(text))) if is_whole else None
-    is_fault = is_pattern(len({*whole, *labelled}), len(facts.chats), NEARLY_ALL)
+    twice = [r for r in facts.chats if _is_markup(facts.train.rows[r].messages)]
+    is_fault = is_pattern(len(twice), len(facts.chats), NEARLY_ALL)
     return Finding.of(
         "F12",
         "error" if is_fault else "warning",

@@ -13,8 +13,15 @@ import numpy as np
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.derived import is_ours
 from solotune.diagnosis.facts.rendered_chats import decoded, own_frame, rendered, rendered_by
-from solotune.diagnosis.facts.row_arrays import evenly, is_pattern, percent
-from solotune.diagnosis.facts.row_facts import NUM_RENDERED, RowFacts, is_in_rows, pieces_of, rendered_prompt
+from solotune.diagnosis.facts.row_arrays import evenly, is_pattern, percent, squeezed
+from solotune.diagnosis.facts.row_facts import (
+    NUM_RENDERED,
+    RowFacts,
+    is_in_rows,
+    pieces_of,
+    pieces_of_template,
+    rendered_prompt,
+)
 from solotune.diagnosis.facts.rows import examples_of
 from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import rule
@@ -183,17 +190,22 @@ def prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
     """
     if not facts.is_chat:
         return _text_prompt_is_no_prefix(facts)
+    pieces = pieces_of_template(facts)
+    if pieces is not None and not is_in_rows(facts, pieces[1]):
+        return None  # a different format: F12
     other, merged, read = [], [], 0
     for row in evenly(facts.sample(facts.train), NUM_RENDERED):
         example = facts.train.rows[row]
         turn = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
         prompt = rendered_prompt(facts, example.messages[:turn], example.tools)
-        if prompt is None:
-            continue
+        text = facts.decode(example.input_ids)
+        if prompt is None or squeezed(example.messages[max(turn - 1, 0)]["content"]) not in squeezed(text):
+            continue  # the rows of another trainer may be in another order
         read += 1
-        if np.array_equal(prompt, example.input_ids[: len(prompt)]):
+        begins, row = (_without_bos(facts, ids) for ids in (prompt, example.input_ids))  # missing or twice: F08, F09
+        if np.array_equal(begins[: len(row)], row[: len(begins)]):
             continue
-        is_same_text = facts.decode(example.input_ids).startswith(facts.decode(prompt))
+        is_same_text = text.startswith(facts.decode(prompt))
         (merged if is_same_text else other).append(row)
     wrong = sorted(merged + other)
     if not is_pattern(len(wrong), read, SOME):
@@ -222,6 +234,13 @@ def prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
         else "add to the answers the block that the generation prompt opens (a thinking block), or set "
         "chat_template_path to a template without it",
     )
+
+
+def _without_bos(facts: RowFacts, ids: np.ndarray) -> np.ndarray:
+    """The ids without begin-of-text tokens at the start."""
+    bos = facts.named_id("bos")
+    count = next((n for n, index in enumerate(ids) if index != bos), len(ids))
+    return ids[count:]
 
 
 def _text_prompt_is_no_prefix(facts: RowFacts) -> Finding | None:

@@ -67,30 +67,8 @@ def wrong_tokenizer(facts: RowFacts) -> Finding | None:
             evidence={"model_special_ids": spelled, "tokenizer_eos_id": facts.eos_id},
             fix="copy the tokenizer files of the same model and revision into the folder of model_name_or_path",
         )
-    size = facts.num_embeddings
-    if size and len(facts.tokenizer) < SMALLEST_VOCABULARY_SHARE * size:
-        return found(
-            message=f"The tokenizer has {len(facts.tokenizer):,} tokens, but the embedding has {size:,} rows: it does "
-            "not belong to this model.",
-            evidence={"tokens": len(facts.tokenizer), "embedding_rows": size},
-            fix="copy the tokenizer files of the same model and revision into the folder of model_name_or_path",
-        )
-    if size and facts.tokenizer.vocab_size > MOST_BEYOND * size:
-        return found(
-            message=f"The tokenizer has {facts.tokenizer.vocab_size:,} tokens, without those that were added, but the "
-            f"embedding has {size:,} rows: it does not belong to this model.",
-            evidence={"tokens": facts.tokenizer.vocab_size, "embedding_rows": size},
-            fix="copy the tokenizer files of the same model and revision into the folder of model_name_or_path",
-        )
-    if size and len(facts.tokenizer) < USUAL_VOCABULARY_SHARE * size and size - len(facts.tokenizer) > MOST_PADDING:
-        return Finding.of(
-            "F04",
-            "warning",
-            message=f"The embedding has {size:,} rows, but the tokenizer only {len(facts.tokenizer):,} tokens. Padding "
-            "is 2 % at most in released models: check that both belong together.",
-            evidence={"tokens": len(facts.tokenizer), "embedding_rows": size},
-            fix="copy the tokenizer files of the same model and revision into the folder of model_name_or_path",
-        )
+    if (of_another_size := _size_of_another(facts)) is not None:
+        return of_another_size
     unknown = facts.named_id("unk")
     if unknown is None or unknown in {facts.named_id("eos"), facts.named_id("bos"), facts.named_id("pad")}:
         return None  # GPT-2 and similar use their end of text as unk, and never produce it for unknown text
@@ -105,6 +83,31 @@ def wrong_tokenizer(facts: RowFacts) -> Finding | None:
         evidence={"unknown_tokens": len(places), "tokens": len(side.ids), "rows": side.places(rows)},
         affected=len(rows) / len(side.rows),
         fix="use a model whose tokenizer knows the script of the data, or remove these rows",
+    )
+
+
+def _size_of_another(facts: RowFacts) -> Finding | None:
+    """The finding on a vocabulary that the embedding cannot be made for."""
+    size, tokens, ordinary = facts.num_embeddings, len(facts.tokenizer), facts.tokenizer.vocab_size
+    if not size:
+        return None
+    is_small, is_large = tokens < SMALLEST_VOCABULARY_SHARE * size, ordinary > MOST_BEYOND * size
+    is_unusual = tokens < USUAL_VOCABULARY_SHARE * size and size - tokens > MOST_PADDING
+    if not is_small and not is_large and not is_unusual:
+        return None
+    says = f"The tokenizer has {ordinary if is_large else tokens:,} tokens"
+    says += ", without those that were added" if is_large else ""
+    says += f", but the embedding has {size:,} rows: "
+    says += (
+        "it does not belong to this model." if is_small or is_large else "padding is 2 % at most in released models."
+    )
+    return Finding.of(
+        "F04",
+        "error" if is_small or is_large else "warning",
+        message=says,
+        evidence={"tokens": tokens, "embedding_rows": size},
+        affected=1.0,
+        fix="copy the tokenizer files of the same model and revision into the folder of model_name_or_path",
     )
 
 

@@ -26,6 +26,8 @@ FEW = 0.01
 """One row in a hundred, for faults that should never happen."""
 NEARLY_ALL = 0.95
 """A twentieth allows for rows of another source."""
+NUM_TAIL = 4
+"""Last tokens of an answer: its end, and white space after it."""
 NUM_TRIED = 5
 """Chats to render with a test word."""
 _SENTINEL = "zqxjkv"
@@ -181,7 +183,17 @@ def _with_test_word(run_facts: RunFacts, chat: list[dict[str, Any]], role: str) 
     return rendered(run_facts, [{**m, "content": _SENTINEL} if m["role"] == role else m for m in chat])
 
 
-@rule("F14", needs=("rows",))
+def ends_at_known_stop(run_facts: RunFacts) -> bool:
+    """Whether the deployment, or the generation_config.json beside the run, stops where the answers end; the findings
+    on the rows may have been made with the base's file."""
+    stops = run_facts.settings.get("serving_stop_ids") or run_facts.generation_config.get("eos_token_id")
+    stops = set(stops) if isinstance(stops, (list, tuple, set)) else {stops}
+    rows = [row.input_ids[row.loss_mask][-NUM_TAIL:] for row in examples_of(run_facts)[:NUM_ROWS]]
+    ending = sum(bool(stops & set(tail.tolist())) for tail in rows)
+    return is_pattern(ending, len(rows), SOME)
+
+
+@rule("F14", needs=("rows",), unless=ends_at_known_stop)
 def stops_elsewhere(facts: RowFacts) -> Finding | None:
     """F14: generation stops at a different token than the one that ends the answers.
 
