@@ -203,7 +203,8 @@ def prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
             continue  # the rows of another trainer may be in another order
         read += 1
         begins, row = (_without_bos(facts, ids) for ids in (prompt, example.input_ids))  # missing or twice: F08, F09
-        if np.array_equal(begins[: len(row)], row[: len(begins)]):
+        shared = min(len(begins), len(row))  # another trainer may have truncated it
+        if np.array_equal(begins[:shared], row[:shared]):
             continue
         is_same_text = text.startswith(facts.decode(prompt))
         (merged if is_same_text else other).append(row)
