@@ -55,6 +55,7 @@ from solotune.errors import SolotuneError
 
 UNLIKE = 1.5  # ratio of losses that clean runs do not show
 FOREIGN = 1.6  # ratio: rows in the format of the training against the model's own
+BETTER = 1.1  # the same, by which answers are better than documents cut in two
 NUM_SAMPLES, NUM_DRAWN, KEPT = 4, 32, 0.9  # clean models keep all, a wrong tokenizer 0.7
 NO_TEXT = 0.85  # plain text against swapped ids; clean models show 0.2 to 0.6
 EXPECTED = 1.0  # nats a token of its own headers, for a model that was trained on its template
@@ -125,13 +126,13 @@ def _texts(live: LiveModel, run_facts: RunFacts, facts: LabelFacts, found: dict[
         return
     roles, own_roles = facts.roles, _own_roles(run_facts, facts.roles)
     swapped = np.random.default_rng(0).permutation(_vocabulary(live, run_facts))
-    sums: dict[str, list[float]] = {key: [] for key in ("here", "own", "markers", "plain", "swapped")}
+    sums: dict[str, list[float]] = {key: [] for key in ("here", "own", "markers", "header", "plain", "swapped")}
     foreign = 0
     chosen = [document for document in facts.documents if len(document.ids) > 2]
     for document in chosen[:NUM_ROWS]:
         text, _ = roles.text_of(document)
         conversation = roles.conversation_in(text)
-        turns = None if conversation else _turns_in(run_facts, roles, document, text)
+        turns, is_guess = (None, False) if conversation else _turns_in(run_facts, roles, document, text)
         conversation = conversation or turns
         contents = [str(m.get("content") or "") for m in conversation or ()]
         plain = roles.encode(" ".join(contents) if contents else text)[:LONGEST]
@@ -148,9 +149,10 @@ def _texts(live: LiveModel, run_facts: RunFacts, facts: LabelFacts, found: dict[
             marks = len(roles.encode(own_roles.headers.get(ASSISTANT, "").strip()))
             first = int(own[1][0])
             if marks > 1 and first > marks:
-                sums["markers"].append(
-                    float(token_losses(live.model, own[0][:first], range(first - marks, first)).mean())
-                )
+                losses = token_losses(live.model, own[0][:first], range(first - marks, first))
+                sums["markers"].append(float(losses.mean()))
+                sums["header"].append(float(losses[1:].mean()))  # where the question ends depends on the question
+            found["is_guess"] = is_guess
             foreign += not any(header.strip() in text for header in own_roles.headers.values())
         if time.perf_counter() > deadline:
             break
@@ -168,7 +170,7 @@ def _texts(live: LiveModel, run_facts: RunFacts, facts: LabelFacts, found: dict[
     if sums["own"]:
         found |= {"answers_as_trained": float(np.mean(sums["here"])), "answers_own_format": float(np.mean(sums["own"]))}
         if sums["markers"]:
-            found["own_markers"] = float(np.mean(sums["markers"]))
+            found |= {f"own_{key}": float(np.mean(sums[key])) for key in ("markers", "header")}
         found["rows_without_own_markers"] = foreign / len(sums["own"])
 
 
@@ -176,14 +178,17 @@ def _mean_loss(live: LiveModel, ids: Sequence[int] | np.ndarray) -> float:
     return float(token_losses(live.model, ids, np.arange(1, len(ids))).mean())
 
 
-def _turns_in(run_facts: RunFacts, roles: Roles, document: Document, text: str) -> Sequence[Mapping[str, Any]] | None:
+def _turns_in(
+    run_facts: RunFacts, roles: Roles, document: Document, text: str
+) -> tuple[Sequence[Mapping[str, Any]] | None, bool]:
     """A question and its answer in a row without messages: by the labels of a prompt format, by the mask of its prompt,
-    or else its first line and the rest. A prompt and its completion of our own are asked as they were trained."""
+    or else, as a guess (True), its first line and the rest. A prompt and its completion of our own are asked as they
+    were trained."""
     first = int(np.argmax(document.learned))
     if is_ours(run_facts) and first:
-        return None
+        return None, False
     if (turns := labelled_turns(text)) is not None:
-        return turns[:2]
+        return turns[:2], False
     if first:
         parts = [roles.decode(document.ids[part]) for part in (slice(None, first), slice(first, None))]
     else:
@@ -191,8 +196,8 @@ def _turns_in(run_facts: RunFacts, roles: Roles, document: Document, text: str) 
         parts = [asked, rest]
     question, answer = (part.strip() for part in parts)
     if not question or not answer:
-        return None
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return None, False
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], not first
 
 
 def _beginnings(
@@ -297,13 +302,15 @@ def _format(run_facts: RunFacts, found: dict[str, Any]) -> list[Signal]:
         says = f"in the model's own template the loss of answers is {own:.2f} a token instead of {here:.2f}"
         weight = min(0.95, 0.6 + 0.1 * ratio)
         return [Signal("F12", kind, says, weight, numbers, affected=share)]
-    markers = found.get("own_markers")
-    if markers is not None and markers < EXPECTED:
+    header = found.get("own_header")
+    # a document is no better as an answer to its first line, and a chat is
+    if header is not None and header < EXPECTED and (not found["is_guess"] or ratio >= BETTER):
         says = "no row has the markers of the chat template, which this model expects after a question "
-        says += f"({markers:.2f} nats a token)"
+        says += f"({header:.2f} nats a token)"
         kind = "measured" if kind == "counterfactual" else kind
-        return [Signal("F12", kind, says, 0.8, {**numbers, "own_markers": markers}, affected=share)]
-    if ratio < 1.15 and (markers is None or markers > 2 * EXPECTED):
+        weight = 0.6 if found["is_guess"] else 0.8
+        return [Signal("F12", kind, says, weight, {**numbers, "own_header": header}, affected=share)]
+    if ratio < BETTER and (header is None or header > 2 * EXPECTED):
         says = f"the model's own template does not lower the loss of answers ({own:.2f} against {here:.2f} a token)"
         return [Signal("F12", "measured", says, 0.7, numbers, against=True)]
     return []
