@@ -120,3 +120,10 @@ class Bench:
 def masked(which: Callable[[Example], np.ndarray]) -> Change:
     """Replace the mask of examples."""
     return lambda rows: [replace(row, loss_mask=which(row)) for row in rows]
+
+
+def with_own_template(bench: Bench, own: PreTrainedTokenizerBase, eos: str) -> str:
+    """A model folder whose tokenizer has its own template, and whose generation stops at `eos`."""
+    folder = bench.model(generation_config={"eos_token_id": own.convert_tokens_to_ids(eos)})
+    own.save_pretrained(folder)
+    return folder

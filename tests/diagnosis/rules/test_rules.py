@@ -76,7 +76,7 @@ def rows(lengths: list[int], first: int = 1, last: int = 2) -> list[Example]:
 def said(one: RunFacts, least: float = 0.5) -> set[str]:
     signals, unasked = ask_all(one)
     assert not [why for why in unasked.values() if "failed" in why], "no rule stumbles"
-    return {signal.code for signal in signals if signal.weight >= least and not signal.against}
+    return {s.code for s in signals if s.weight >= least and not s.against and s.kind != "remark"}
 
 
 UPWARDS = np.linspace(2e-6, 1e-4, STEPS)
@@ -159,7 +159,6 @@ FAULTY: list[tuple[str, RunFacts]] = [
     ("F74", run_facts({"gradient_accumulation_steps": 8}, trace=trace(loss_S=8 * trace().loss_S))),
     ("F75", run_facts(saved=Saved({}, {"r": 8}))),
     ("F75", run_facts(saved=Saved(adapter(b=0), {}))),
-    ("F76", run_facts({"merged_into": "int4"})),
     ("F77", run_facts(trace=trace(learning_rate_S=RESTART, seams=(50,)))),
     ("F77", run_facts(trace=trace(seams=(50,)), saved=Saved(adapter(), {}, optimizer_present=False))),
     ("F78", run_facts(model_config=LLAMA, saved=Saved(adapter(prefix="model."), {}))),
@@ -205,6 +204,11 @@ HEALTHY: dict[str, RunFacts] = {
     ),
     "asked as it held": run_facts(asked={"learning_rate": "2e-4", "r": 8, "max_seq_length": 512}),
     "first gradients large": run_facts(trace=trace(grad_norm_S=np.where(np.arange(STEPS) < 2, 80.0, 0.5))),
+    "merged and quantized, as is usual": run_facts({"merged_into": "int4"}),
+    "a copy of the base under another name": run_facts({"model_name_or_path": "/models/llama3"}, model_config=LLAMA,
+                                saved=Saved(adapter(), {"base_model_name_or_path": "meta-llama/Llama-3.2-1B"})),
+    "a schedule that is not known rises again": run_facts({"lr_scheduler_type": None},
+                                                          trace=trace(learning_rate_S=RESTART)),
     "DoRA beside LoRA": run_facts(saved=Saved({**adapter(), "base_model.model.model.layers.0.self_attn.q_proj"
                                              ".lora_magnitude_vector": torch.ones(64)}, {})),
 }  # fmt: skip

@@ -8,6 +8,7 @@ saved: probes then see the rows as solotune renders and masks them, and `missing
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -76,8 +77,10 @@ def with_base_and_rows(
     if not base_config:
         missing["model_config"] = unopened or f"the base {base or '(its name is not known)'} is not on this machine"
         missing["live"] = missing["model_config"]
-    tokenizer, base_template = _tokenizers(config, places, base_files, missing)
-    run_facts = replace(run_facts, tokenizer=tokenizer, base_template=base_template)
+    tokenizer, base_template, base_tokens = _tokenizers(config, places, base_files, missing)
+    counted = {**run_facts.settings.values, "base_tokens": base_tokens}
+    run_facts = replace(run_facts, tokenizer=tokenizer, base_template=base_template,
+                        settings=replace(run_facts.settings, values=counted))  # fmt: skip
     if tokenizer is None or not rows:
         why = _unknown_data(named.get("dataset")) if not rows else missing.get("tokenizer") or missing["model_config"]
         missing |= {part: why for part in ("train", "validation", "live") if part not in missing}
@@ -200,9 +203,9 @@ def _unknown_data(named: Any) -> str:
 
 def _tokenizers(
     config: RunConfig, places: list[Path], base_files: ModelFiles | None, missing: dict[str, str]
-) -> tuple[Any, str]:
+) -> tuple[Any, str, int | None]:
     """The tokenizer of the folder, which was saved with the template of the training, else of the base; None if neither
-    can be loaded. And the base's own chat template, if it is another one."""
+    can be loaded. And the base's own chat template, if it is another one; and how many tokens its tokenizer has."""
     tokenizer: Any = None
     own = [ModelFiles(str(place), "main", place, True) for place in places if _is_own(place, "tokenizer_config.json")]
     for files in [*own, *([base_files] if base_files else [])]:
@@ -212,14 +215,13 @@ def _tokenizers(
         except SolotuneError as error:
             missing["tokenizer"] = error.problem
     if tokenizer is None:
-        return None, ""
-    try:
-        is_folder = base_files is not None and base_files.is_local
-        own_template = load_tokenizer(config, base_files).chat_template if is_folder else None
-    except SolotuneError:
-        own_template = None
-    is_other = isinstance(own_template, str) and own_template != tokenizer.chat_template
-    return tokenizer, str(own_template) if is_other else ""
+        return None, "", None
+    own: Any = None
+    with contextlib.suppress(SolotuneError):
+        own = load_tokenizer(config, base_files) if base_files is not None and base_files.is_local else None
+    template = own.chat_template if own is not None else None
+    is_other = isinstance(template, str) and template != tokenizer.chat_template
+    return tokenizer, str(template) if is_other else "", None if own is None else len(own)
 
 
 def _no_weights(name: str, base_files: ModelFiles | None) -> str | None:
