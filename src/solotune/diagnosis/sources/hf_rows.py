@@ -22,7 +22,8 @@ from solotune.diagnosis.data_checks import check_rows
 from solotune.diagnosis.evidence import of_refusal
 from solotune.diagnosis.facts.derived import lora_layers, setting
 from solotune.diagnosis.run_facts import LiveModel, RunFacts
-from solotune.diagnosis.sources import hf_settings, solotune_run, trl_preprocessing
+from solotune.diagnosis.sources import hf_settings, solotune_run, tokenized_rows, trl_preprocessing
+from solotune.diagnosis.sources.found_rows import Choice
 from solotune.diagnosis.sources.raw_rows import raw_chats
 from solotune.diagnosis.sources.run_files import json_of
 from solotune.errors import InputError, SolotuneError
@@ -59,9 +60,11 @@ def with_base_and_rows(
     """Add what can be loaded; write the reason for everything else into `missing`.
 
     Args:
-        named: `base`, which the user gave (None if not); and what the folder's own files name outside of it.
+        named: `base`, the model that the user gave or that lies beside (None if neither); `dataset`, what the folder's
+            own files name; and `used`, how the training data was found, if the user did not give it.
     """
     get = run_facts.settings.get
+    used: Choice = named.get("used") or Choice()
     base, unopened = _base_of(run_facts, places[0], named.get("base"))
     rows, chats = _names(get("dataset")), []
     if rows:
@@ -82,7 +85,10 @@ def with_base_and_rows(
         why = _unknown_data(named.get("dataset")) if not rows else missing.get("tokenizer") or missing["model_config"]
         missing |= {part: why for part in ("train", "validation", "live") if part not in missing}
         return run_facts
-    if (made := _as_trl_made_them(run_facts, tokenizer)) is not None:
+    if (saved := tokenized_rows.read(used.paths, _batch_size(run_facts)) if used.paths else None) is not None:
+        run_facts = replace(run_facts, train=saved.examples, batches=saved.batches)
+        prepared = Prepared(run_facts.train, run_facts.validation, DataReport(""))
+    elif (made := _as_trl_made_them(run_facts, tokenizer)) is not None:
         run_facts = _with_rows_of_trl(run_facts, made)
         prepared = Prepared(run_facts.train, run_facts.validation, DataReport(""))
     else:
@@ -92,6 +98,8 @@ def with_base_and_rows(
         except SolotuneError as error:
             missing |= dict.fromkeys(("train", "validation"), error.problem)
             missing.setdefault("live", error.problem)
+            if used.paths and not used.is_named:  # then it was another file's number of rows
+                return run_facts
             return replace(run_facts, refusals=[*run_facts.refusals, *of_refusal(error)])
         missing["batches"] = "the trainer saves no batches; probes see the rows as solotune renders and masks them"
         # The folder's generation_config.json may differ from the base's, which `check_rows` read: where that found
@@ -162,16 +170,19 @@ def _with_rows_of_trl(run_facts: RunFacts, made: trl_preprocessing.Made) -> RunF
         held_out = evaluated.examples if evaluated else []
     counted = {"rows_in": made.rows_in, "rows_out": len(made.examples)}
     loss_mask = {"assistant_only_loss": made.learns_answers or get("assistant_only_loss") is True}
-    size = get("per_device_train_batch_size")
-    size = size if isinstance(size, int) and 0 < size <= 4096 else 8
     return replace(
         run_facts,
         settings=replace(run_facts.settings, values={**run_facts.settings.values, **counted, **loss_mask}),
         train=made.examples,
         validation=held_out,
         conversations=[row.messages for row in made.examples] if all(row.messages for row in made.examples) else [],
-        batches=trl_preprocessing.batches_of(made.examples, run_facts.tokenizer, sft, size),
+        batches=trl_preprocessing.batches_of(made.examples, run_facts.tokenizer, sft, _batch_size(run_facts)),
     )
+
+
+def _batch_size(run_facts: RunFacts) -> int:
+    size = run_facts.settings.get("per_device_train_batch_size")
+    return size if isinstance(size, int) and 0 < size <= 4096 else 8
 
 
 def _base_of(run_facts: RunFacts, folder: Path, given: Any) -> tuple[str | None, str | None]:
