@@ -1,6 +1,7 @@
 """python -m bench.diagnose [--only WORD ...] [--split fitted|held-out] [--kind KIND] [--jobs N] [--minutes M]
 
     --only F17 healthy F64/qwen3    programs whose name has all parts of one of these words
+    --alone data                    folders of other trainers without --dataset, --config and --base
     --minutes 10                    a random part of the programs, as many as there is time for
 
 Of all programs, or of a random part of all, bench/results/diagnose.md, .json and .jsonl are written.
@@ -27,6 +28,10 @@ def main() -> None:
     parser.add_argument(
         "--kind", choices=("fault", "healthy", "pair", "foreign", "own"), help="only one kind of program"
     )
+    parser.add_argument(
+        "--alone", choices=("data", "base"), default="",
+        help="other trainers' folders, given alone: data and config lie beside them, or the base too",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=2, help="programs at a time")
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="start no program after this time; random order"
@@ -39,7 +44,7 @@ def main() -> None:
     from bench.diagnose.run import Result, run_all
     from bench.diagnose.score import is_hit, scores
 
-    chosen = [p for p in matching(asked.only, asked.split) if asked.kind in (None, p.kind)]
+    chosen = [p for p in matching(asked.only, asked.split, asked.alone) if asked.kind in (None, p.kind)]
     if asked.list:
         print("\n".join(program.name for program in chosen))
         return
@@ -56,7 +61,7 @@ def main() -> None:
     started = time.perf_counter()
     results = run_all(chosen, asked.jobs, say, asked.minutes)
     seconds = time.perf_counter() - started
-    if asked.only or asked.split or asked.kind:
+    if asked.only or asked.split or asked.kind or asked.alone:
         print(json.dumps(scores(results), indent=1))
     else:
         print(json.dumps(report.write(results, len(chosen), seconds), indent=1))

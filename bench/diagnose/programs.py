@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from bench.diagnose import (
@@ -68,6 +68,7 @@ class Program:
     kind: str  # fault, healthy, pair, foreign, own
     repeat: int = 0
     is_before: bool = False  # of our own: the config is diagnosed, and nothing trained
+    alone: str = ""  # foreign: the folder alone is given; "data" or "base": what lies beside it
 
     @property
     def codes(self) -> tuple[str, ...]:
@@ -189,11 +190,16 @@ def _trl_programs() -> list[Program]:
     return found
 
 
-def matching(only: list[str], split: str | None = None) -> list[Program]:
-    """Programs whose name has one of the words in it (all if there are none), of one split or of both."""
+def matching(only: list[str], split: str | None = None, alone: str = "") -> list[Program]:
+    """Programs whose name has one of the words in it (all if there are none), of one split or of both.
+
+    Args:
+        alone: only folders of other trainers, given alone; see `Program.alone`.
+    """
     return [
-        program
+        replace(program, alone=alone)
         for program in programs()
         if (split is None or program.split == split)
+        and (not alone or program.kind == "foreign")
         and (not only or any(all(part in program.name for part in word.split("/")) for word in only))
     ]

@@ -6,7 +6,7 @@
 Both are protobuf messages in frames. Checksums are not compared: a file that was cut off gives what stands before the
 cut. A field of the wrong type is skipped; at most `MAX_BYTES` of a file and `MAX_RECORDS` messages are read.
 
-Source: tensorboard 2.20 (event.proto, summary.proto, TFRecord), wandb 0.22 (wandb_internal.proto, LevelDB's log format).
+Source: tensorboard 2.21 (event.proto, summary.proto, TFRecord), wandb 0.31 (wandb_internal.proto, LevelDB's log format).
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,32 @@ def steps_of(folder: Path, places: list[Path], around: Surroundings) -> tuple[St
         logs += [log for log in (trainer_logs.of_entries("card", folder / "README.md", card.entries),) if log is not None]
     log = trainer_logs.best(logs)
     log = logs[0] if log is None and logs else log
+    if log is not None and log.kind in ("jsonl", "wandb", "tensorboard", "mlflow"):
+        log = replace(log, num_others=sum(other.kind == log.kind for other in logs) - 1)
     texts = [*_consoles(folder), *([log.text] if log is not None and log.kind == "wandb" else [])]
     if log is not None and log.kind == "state":
         texts += [beside.text for beside in _consoles_beside(around) if _is_same_run(beside, log)]
     return log, tuple(line for text in texts for line in _errors(text))
 
 
+def steps_in(file: Path) -> tuple[StepLog | None, tuple[str, ...]]:
+    """The logged steps of one log, and its errors if it is what a console showed."""
+    log = trainer_logs.read(file)
+    if not trainer_logs.is_console(file.name):
+        return log, tuple(_errors(log.text)) if log is not None else ()
+    text = log.text if log is not None else "\n".join(_ends([file]))
+    return log, tuple(_errors(text))
+
+
 def _consoles(folder: Path) -> list[str]:
     """The ends of the log files of the folder."""
+    return _ends([path for path in files_of(folder) if trainer_logs.is_console(path.name)][:NUM_FILES])
+
+
+def _ends(files: list[Path]) -> list[str]:
+    """The last LOG_BYTES of each file."""
     found = []
-    for path in [path for path in files_of(folder) if trainer_logs.is_console(path.name)][:NUM_FILES]:
+    for path in files:
         with contextlib.suppress(OSError), open_regular(path) as file:
             file.seek(max(0, path.stat().st_size - LOG_BYTES))
             found.append(file.read(LOG_BYTES).decode("utf-8", "replace"))

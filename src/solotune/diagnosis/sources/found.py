@@ -37,7 +37,9 @@ class Found:
             self.parts["steps"] = NO_LOG
             return
         steps = f"{log.num_steps:,} logged step{'s' * (log.num_steps != 1)} from {self.around.shown(log.file)}"
-        self.parts["steps"] = steps + (f", the last of {log.num_runs} runs in it" if log.num_runs > 1 else "")
+        steps += f", the last of {log.num_runs} runs in it" if log.num_runs > 1 else ""
+        steps += f", the newest of {log.num_others + 1} such logs" if log.num_others else ""
+        self.parts["steps"] = steps
 
     def config(self, choice: ConfigChoice) -> None:
         """The config that lies in the folder or beside it."""

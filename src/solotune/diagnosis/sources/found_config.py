@@ -4,7 +4,7 @@
     choice.path, choice.why       output/training_args.yaml, "in the folder"
     choice.offered                configs that may be it, for the user to give with --config
 
-A config inside the folder is the run's. One beside it is the run's if its `output_dir` has the folder's name or its
+A config inside the folder is the run's, if it is the only one or has the name that a tool gives it. One beside it is the run's if its `output_dir` has the folder's name or its
 values are those that the run used, and no value contradicts: equal, or left at the library's default, which is the
 fault that a config is compared for. Others are offered.
 """
@@ -70,8 +70,10 @@ def choose(around: Surroundings, held: Mapping[str, Any]) -> ConfigChoice:
         num_equal, num_contrary = _compared(ours, held)
         if not num_contrary and (num_equal >= LEAST_EQUAL or is_output):
             beside.append((is_output, num_equal, path))
-    if inside:
-        return ConfigChoice(max(inside, key=lambda one: one[:2])[2], "it lies in the folder")
+    known = [one for one in inside if one[0]] or inside
+    if known and (len(known) == 1 or known[0][0]):
+        return ConfigChoice(max(known, key=lambda one: one[:2])[2], "it lies in the folder")
+    possible = [*(path for _, _, path in inside), *possible]
     beside.sort(key=lambda one: one[:2], reverse=True)
     if beside and (len(beside) == 1 or beside[0][:2] > beside[1][:2]):
         is_output, num_equal, path = beside[0]

@@ -28,7 +28,7 @@ from solotune.diagnosis.facts.derived import is_zero
 from solotune.diagnosis.run_facts import RunFacts, Saved, Settings
 from solotune.diagnosis.sources import hf_settings, model_card, solotune_run, trainer_logs
 from solotune.diagnosis.sources.folder_settings import base_beside, beginning, settings_of, with_rows
-from solotune.diagnosis.sources.folder_steps import steps_of
+from solotune.diagnosis.sources.folder_steps import steps_in, steps_of
 from solotune.diagnosis.sources.found import Found
 from solotune.diagnosis.sources.hf_rows import first_with, why_absent, with_base_and_rows
 from solotune.diagnosis.sources.run_files import json_of
@@ -38,11 +38,16 @@ from solotune.errors import InputError, SolotuneError
 
 
 def from_folder(
-    folder: str | Path, config: str | Path | None = None, dataset: str | None = None, base: str | None = None
+    folder: str | Path,
+    config: str | Path | None = None,
+    dataset: str | None = None,
+    base: str | None = None,
+    log_file: Path | None = None,
 ) -> RunFacts:
     """Facts on the training that wrote this folder.
 
     Args:
+        log_file: the log that the user pointed at; None: the best in the folder.
         config: its YAML or JSON config, with the keys of any of the tools.
         dataset: the training data: a file, or a hub id.
         base: the base model: a folder, or a hub id that is in the cache.
@@ -58,7 +63,7 @@ def from_folder(
     around = Surroundings.of(path)
     found = Found(around)
     missing: dict[str, str] = {}
-    log, errors = steps_of(path, places, around)
+    log, errors = steps_of(path, places, around) if log_file is None else steps_in(log_file)
     if log is None and not errors:
         has_state = first_with(places, STATE) is not None
         missing["trace"] = f"{STATE} has no readable log" if has_state else why_absent(places, STATE)
@@ -67,7 +72,7 @@ def from_folder(
     settings, used = with_rows(settings, names, dataset, config, log, found)
     saved = _saved(path, places, settings, missing)
     run_facts = RunFacts(
-        name=_name(path),
+        name=_name(path) if log_file is None else log_file.name,
         settings=settings,
         trace=None if log is None and not errors else trainer_logs.trace_of(log or trainer_logs.NO_STEPS, errors),
         saved=saved,

@@ -31,7 +31,7 @@ _NOT_DATA = re.compile(
     r"(.*config|tokenizer.*|trainer_state|.*_results|special_tokens_map|added_tokens|vocab|.*\.index|dataset_info|state"
     r"|args|package.*|dataset_dict|preprocessor.*|processor.*|wandb-.*|modules|chat_template.*|quant.*|.*settings"
     r"|.*predictions?|manifest|environment|plan|data|diagnosis|evaluation)\.json"
-    r"|(.*log.*|metrics.*|.*predictions?)\.(jsonl|csv)",
+    r"|((.*[._-])?(logs?|logging|metrics)([._-].*)?|.*predictions?)\.(jsonl|csv)",
     re.IGNORECASE,
 )
 """Files of models, trainers and runs whose name would fit a data file."""

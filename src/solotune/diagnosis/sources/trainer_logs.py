@@ -70,6 +70,8 @@ class StepLog:
     num_runs: int = 1
     """Runs in this file or folder; the entries are those of the last."""
     seams: tuple[int, ...] = ()
+    num_others: int = 0
+    """Logs of the same kind beside it, of earlier runs."""
 
     @property
     def num_steps(self) -> int:
@@ -345,12 +347,13 @@ def _is_step(value: Any) -> TypeGuard[int]:
 
 # --- the logs of a folder
 
+_LOG = r"(?:.*[._-])?(?:log|logs|logging)(?:[._-].*)?"  # running_log, log_12, train-logs; no dialogs
 _READERS: tuple[tuple[str, Callable[[Path], StepLog | None]], ...] = (
     (r"trainer_log\.jsonl|logging\.jsonl", of_jsonl),
     (r"run-.*\.wandb", of_wandb),
     (r"events\.out\.tfevents\..*", lambda file: of_tensorboard([file])),
-    (r".*log.*\.jsonl|metrics.*\.jsonl", of_jsonl),
-    (r".*\.(log|out|err)|.*log.*\.txt", of_console),
+    (rf"{_LOG}\.jsonl|(?:.*[._-])?metrics(?:[._-].*)?\.jsonl", of_jsonl),
+    (rf".*\.(log|out|err)|{_LOG}\.txt", of_console),
 )
 _SKIPPED = re.compile(r"debug(-internal|-cli.*)?\.log")  # of W&B itself
 
