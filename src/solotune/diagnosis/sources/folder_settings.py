@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from solotune.diagnosis.run_facts import RunFacts, Settings
+from solotune.diagnosis.run_facts import Settings
 from solotune.diagnosis.sources import (
     found_config,
     found_rows,
@@ -63,6 +63,7 @@ def settings_of(
     sources = dict.fromkeys(held, "training_args.bin") if made_by else {}
     adapter = json_of(first_with(places, "adapter_config.json"))
     held |= hf_settings.of_adapter(adapter)
+    base = adapter.get("base_model_name_or_path")
     card = model_card.read(beginning(first_with(places, "README.md")))
     asked: dict[str, Any] = {}
     text = made_by + beginning(first_with(places, "README.md"))
@@ -92,6 +93,7 @@ def settings_of(
         sources |= dict.fromkeys(set(ours) - set(held), "README.md")
         held = {**ours, **held}
     held.setdefault("tool", tool or ("transformers" if made_by else None))
+    names |= {"model_name_or_path": (base, "adapter_config.json")} if isinstance(base, str) and base else {}
     return Settings(held, asked, sources), names
 
 
@@ -162,10 +164,9 @@ def _named(names: Mapping[str, Any], key: str) -> list[tuple[str, str]]:
     return [(name, where) for name in found_rows.names_of(value)]
 
 
-def base_beside(run_facts: RunFacts, names: Mapping[str, Any], found: Found) -> str | None:
+def base_beside(names: Mapping[str, Any], found: Found) -> str | None:
     """The folder of a model in or beside the folder whose name is that of the base."""
-    saved = run_facts.saved.adapter_config if run_facts.saved else {}
-    written = saved.get("base_model_name_or_path") or (names.get("model_name_or_path") or (None,))[0]
+    written, _ = names.get("model_name_or_path") or (None, "")
     place = found.around.named(written, found.around.models)
     return None if place is None else str(place)
 

@@ -61,7 +61,7 @@ class Found:
             before = self.parts.get("settings")
             self.parts["settings"] = f"{before}, adapter_config.json" if before else "adapter_config.json"
         offered = self._rows.offered
-        if self._rows.paths and not self._rows.is_named and not len(run_facts.train):
+        if self._rows.paths and not self._rows.is_named and run_facts.tokenizer and not len(run_facts.train):
             self.parts.pop("rows")  # it has the right number of rows, but they are no rows of a training
             offered = self._rows.paths
         if "rows" not in self.parts:
@@ -69,8 +69,7 @@ class Found:
             why = f"not here: the run names {named}; give --dataset DATA" if named else "not known: give --dataset DATA"
             beside = f"; {self.listed(offered)} may be the run's: --dataset {typed(offered[0])}" if offered else ""
             self.parts["rows"] = why + beside
-        saved = run_facts.saved.adapter_config if run_facts.saved else {}
-        named = _short(saved.get("base_model_name_or_path")) or _written(names, "model_name_or_path")
+        named = _written(names, "model_name_or_path")
         if given is not None:
             self.parts["base"] = f"{given} (given)"
         elif run_facts.model_config:
@@ -81,9 +80,13 @@ class Found:
         self.parts.setdefault("settings", "not known: no training_args.bin, config or adapter_config.json")
         self.parts = {part: self.parts[part] for part in ORDER if part in self.parts}
 
-    def not_given(self) -> frozenset[str]:
-        """Parts that are missing since nobody gave them, and not since they are damaged."""
-        return frozenset({"train"}) if self.parts["rows"].startswith("not ") else frozenset()
+    def not_given(self, run_facts: RunFacts) -> dict[str, str]:
+        """Parts that are missing since nobody gave them, and not since they are damaged; with what to give."""
+        if self.parts["rows"].startswith("not "):
+            return {"train": "give the training data with --dataset"}
+        if run_facts.tokenizer is None and self.parts["base"].startswith("not "):
+            return {"train": "give the base with --base"}
+        return {}
 
     def listed(self, paths: Iterable[Path]) -> str:
         """Paths as seen from the run's folder."""

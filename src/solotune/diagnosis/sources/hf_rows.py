@@ -60,12 +60,12 @@ def with_base_and_rows(
     """Add what can be loaded; write the reason for everything else into `missing`.
 
     Args:
-        named: `base`, the model that the user gave or that lies beside (None if neither); `dataset`, what the folder's
-            own files name; and `used`, how the training data was found, if the user did not give it.
+        named: `base`, the model that the user gave or that lies beside (None if neither); `model_name_or_path` and
+            `dataset`, what the folder's own files name; `used`, how the data was found, if the user did not give it.
     """
     get = run_facts.settings.get
     used: Choice = named.get("used") or Choice()
-    base, unopened = _base_of(run_facts, places[0], named.get("base"))
+    base, unopened = _base_of(named, places[0])
     rows, chats = _names(get("dataset")), []
     if rows:
         chats = raw_chats(rows, str(get("dataset_split") or "train"))
@@ -185,10 +185,10 @@ def _batch_size(run_facts: RunFacts) -> int:
     return size if isinstance(size, int) and 0 < size <= 4096 else 8
 
 
-def _base_of(run_facts: RunFacts, folder: Path, given: Any) -> tuple[str | None, str | None]:
-    """The base that the user gave, or that is inside the folder; and why the one that it names is not opened."""
-    saved = run_facts.saved.adapter_config if run_facts.saved else {}
-    found = saved.get("base_model_name_or_path") or run_facts.settings.get("model_name_or_path")
+def _base_of(named: Mapping[str, Any], folder: Path) -> tuple[str | None, str | None]:
+    """The base that was given or found beside, or that is inside the folder; and why the one that it names is not
+    opened."""
+    given, found = named.get("base"), named.get("model_name_or_path")
     if given is not None or not isinstance(found, str) or not found or "\0" in found:
         return (None if given is None else str(given)), None
     inside = os.path.realpath(folder / found)

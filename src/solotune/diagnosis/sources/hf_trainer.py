@@ -80,11 +80,11 @@ def from_folder(
         missing=missing,
     )
     given = base or (hf_settings.translated(settings.asked).get("model_name_or_path") if config is not None else None)
-    unopened = (names.get("dataset") or (None,))[0]
-    named = {"base": given or base_beside(run_facts, names, found), "dataset": unopened, "used": used}
+    named: dict[str, Any] = {key: value for key, (value, _) in names.items()}
+    named |= {"base": given or base_beside(names, found), "used": used}
     run_facts = with_base_and_rows(run_facts, places, missing, named)
     found.rest(run_facts, given, names)
-    return replace(run_facts, found=found.parts, not_given=found.not_given())
+    return replace(run_facts, found=found.parts, not_given=found.not_given(run_facts))
 
 
 def _name(path: Path) -> str:
