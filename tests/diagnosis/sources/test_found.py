@@ -58,7 +58,9 @@ def found(project: Path) -> dict[str, str]:
 def test_a_file_whose_rows_make_the_steps_is_the_runs(project, place):
     lines(project / place, chat_rows(40))
     rows = found(project)["rows"]
-    assert rows == f"{os.path.relpath(project / place, project / 'output')} (its 40 rows make the run's steps of an epoch)"
+    assert (
+        rows == f"{os.path.relpath(project / place, project / 'output')} (its 40 rows make the run's steps of an epoch)"
+    )
 
 
 @pytest.mark.parametrize("count", [36, 44, 400])
@@ -80,7 +82,9 @@ def test_of_two_files_that_fit_neither_is_taken_unless_one_is_named_train(projec
 
 @pytest.mark.parametrize("name", ["/home/them/work/data/mine.jsonl", "./data/mine.jsonl", "C:\\work\\data\\mine.jsonl"])
 def test_a_file_that_the_config_names_is_the_runs_whatever_its_length(project, name):
-    (project / "sft.yaml").write_text(f"output_dir: ./output\nlearning_rate: 1e-3\nmax_length: 64\ndataset_name: {name}\n")
+    (project / "sft.yaml").write_text(
+        f"output_dir: ./output\nlearning_rate: 1e-3\nmax_length: 64\ndataset_name: {name}\n"
+    )
     lines(project / "data" / "mine.jsonl", chat_rows(9))
     lines(project / "mine.jsonl", chat_rows(5))
     facts = found(project)

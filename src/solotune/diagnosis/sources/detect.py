@@ -65,7 +65,7 @@ def run_facts_of(
         return hf_trainer.from_folder(runs[0], config=config, dataset=dataset, base=base)
     if not runs and trainer_logs.find_logs(path):
         return hf_trainer.from_folder(path, config=config, dataset=dataset, base=base)
-    raise not_a_run.of_folder(path, runs)
+    raise not_a_run.of_folder(path, runs or [run.path for run in list_runs(path)])
 
 
 def is_foreign(folder: Path) -> bool:

@@ -123,7 +123,9 @@ def _of_files(
 
 def _of_names(written: Mapping[str, Any]) -> set[str]:
     """The keys of a config that name something outside."""
-    return {key for key in written if hf_settings.translated({key: "x"}).keys() & {*NAMES_OUTSIDE, "model_name_or_path"}}
+    return {
+        key for key in written if hf_settings.translated({key: "x"}).keys() & {*NAMES_OUTSIDE, "model_name_or_path"}
+    }
 
 
 def _take_names(held: dict[str, Any], where: str) -> dict[str, Any]:
@@ -178,5 +180,3 @@ def beginning(path: Path | None) -> str:
     with contextlib.suppress(OSError), open_regular(path) as file:
         return file.read(LOG_BYTES).decode("utf-8", "replace")
     return ""
-
-

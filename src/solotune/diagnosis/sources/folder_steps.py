@@ -32,7 +32,9 @@ def steps_of(folder: Path, places: list[Path], around: Surroundings) -> tuple[St
     logs += trainer_logs.find_logs(folder)
     if not any(log.num_steps for log in logs):
         card = model_card.read(beginning(first_with(places, "README.md")))
-        logs += [log for log in (trainer_logs.of_entries("card", folder / "README.md", card.entries),) if log is not None]
+        logs += [
+            log for log in (trainer_logs.of_entries("card", folder / "README.md", card.entries),) if log is not None
+        ]
     log = trainer_logs.best(logs)
     log = logs[0] if log is None and logs else log
     if log is not None and log.kind in ("jsonl", "wandb", "tensorboard", "mlflow"):
@@ -90,5 +92,3 @@ def _errors(text: str) -> list[str]:
     place = text.rfind("Traceback (most recent call last)")
     found = [text[place : place + LOG_BYTES]] if place >= 0 else []
     return found + [line for line in text.splitlines() if re.search(r"error|warning|warn\(", line, re.IGNORECASE)][-50:]
-
-

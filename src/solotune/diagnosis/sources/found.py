@@ -1,8 +1,8 @@
 """What was found of a trainer's run, and what to give: the `found` block of a diagnosis.
 
-    found = Found(around)
-    found.steps(log); found.rows(choice)
-    found.parts         {"steps": "120 logged steps from trainer_log.jsonl", "base": "not opened: ...; give --base"}
+found = Found(around)
+found.steps(log); found.rows(choice)
+found.parts         {"steps": "120 logged steps from trainer_log.jsonl", "base": "not opened: ...; give --base"}
 """
 
 from __future__ import annotations

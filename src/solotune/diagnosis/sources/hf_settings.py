@@ -122,6 +122,8 @@ _TURNED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "shuffle_dataset": ("shuffle_dataset", _as_is),
     "chat_template": ("chat_template", _as_is),
     "datasets": ("dataset", lambda listed: _dataset_of(listed)),
+    "test_datasets": ("eval_dataset", lambda listed: _dataset_of(listed)),
+    "val_dataset": ("eval_dataset", lambda listed: listed or None),
     "quantization": ("quantization", _as_is),
 }
 
@@ -131,11 +133,16 @@ def _of_dict(words: Any, key: str) -> Any:
 
 
 def _dataset_of(listed: Any) -> Any:
-    """axolotl's `datasets: [{path: ..., type: ...}]`."""
+    """axolotl's `datasets: [{path: ..., type: ...}]`, or with `path: json` the name in `data_files`."""
     if isinstance(listed, list) and listed:
-        paths = [one.get("path") if isinstance(one, Mapping) else one for one in listed]
+        paths = [_path_of(one) if isinstance(one, Mapping) else one for one in listed]
         return paths if len(paths) > 1 else paths[0]
     return listed
+
+
+def _path_of(one: Mapping[str, Any]) -> Any:
+    files = one.get("data_files")
+    return files if isinstance(files, str) else one.get("path")
 
 
 def translated(found: Mapping[str, Any]) -> dict[str, Any]:

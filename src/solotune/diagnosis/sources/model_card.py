@@ -1,9 +1,9 @@
 """Settings and steps in README.md, the model card that trainers write beside an adapter.
 
-    card = read(text)
-    card.settings       of "### Training hyperparameters" (transformers), or of axolotl's config in the card
-    card.entries        of the table "### Training results"
-    card.versions       {"trl": "1.16.0", "pytorch": "2.12.0"}
+card = read(text)
+card.settings       of "### Training hyperparameters" (transformers), or of axolotl's config in the card
+card.entries        of the table "### Training results"
+card.versions       {"trl": "1.16.0", "pytorch": "2.12.0"}
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from solotune.dataset.readers.files import format_of
-from solotune.diagnosis.sources.surroundings import files_of, folders_of
+from solotune.diagnosis.sources.surroundings import files_of, folders_of, is_array
 from solotune.errors import InputError
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar")
@@ -33,7 +33,7 @@ def of_file(path: Path) -> InputError | None:
     if name.endswith(SCRIPTS):
         return InputError(f"{path}: a script, which is not run here", allowed=ALLOWED,
                           change="solotune diagnose FOLDER, with the output_dir of the script")  # fmt: skip
-    is_data = format_of(path) is not None and (path.suffix.lower() != ".json" or _is_list(path))
+    is_data = format_of(path) is not None and (path.suffix.lower() != ".json" or is_array(path))
     if not is_data:
         return None
     return InputError(
@@ -42,12 +42,6 @@ def of_file(path: Path) -> InputError | None:
         change=f"to check the rows: solotune init MODEL {quoted}, then solotune data solotune.yaml; to diagnose a run "
         f"that was trained on it: solotune diagnose FOLDER --dataset {quoted}",
     )
-
-
-def _is_list(path: Path) -> bool:
-    from solotune.diagnosis.sources.surroundings import is_array
-
-    return is_array(path)
 
 
 def runs_in(folder: Path, is_run: Callable[[Path], bool]) -> list[Path]:
@@ -68,7 +62,7 @@ def of_folder(folder: Path, runs: list[Path]) -> InputError:
         return InputError(
             f"{folder}: a folder of {len(runs)} run{'s' * (len(runs) > 1)}",
             seen=shown,
-            change=f"diagnose one of them: solotune diagnose {shlex.quote(str(runs[-1]))}",
+            change=f"solotune diagnose {shlex.quote(str(runs[-1]))}",
         )
     files = files_of(folder)
     names = {file.name for file in files}
