@@ -103,6 +103,19 @@ TESTED_IN = {
         "diagnosis.probes.prompt_use",
         "diagnosis.probes.saved_adapter",
     ],
+    "diagnosis/sources/test_found.py": [
+        "diagnosis.sources.folder_settings",
+        "diagnosis.sources.folder_steps",
+        "diagnosis.sources.found_config",
+        "diagnosis.sources.found_rows",
+        "diagnosis.sources.surroundings",
+        "diagnosis.sources.tokenized_rows",
+    ],
+    "diagnosis/sources/test_trainer_logs.py": [
+        "diagnosis.sources.binary_logs",
+        "diagnosis.sources.console_log",
+        "diagnosis.sources.model_card",
+    ],
     "diagnosis/sources/test_hf_trainer.py": [
         "diagnosis.sources.hf_rows",
         "diagnosis.sources.hf_settings",
@@ -112,7 +125,7 @@ TESTED_IN = {
         "diagnosis.sources.trl_preprocessing",
     ],
     "diagnosis/sources/test_solotune_run.py": ["diagnosis.sources.live_model", "diagnosis.sources.run_files"],
-    "api/test_diagnose.py": ["diagnosis.sources.detect"],
+    "api/test_diagnose.py": ["diagnosis.sources.detect", "diagnosis.sources.not_a_run"],
 }
 """Test file -> the modules without a test file of their own that it tests."""
 

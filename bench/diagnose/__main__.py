@@ -1,6 +1,7 @@
 """python -m bench.diagnose [--only WORD ...] [--split fitted|held-out] [--kind KIND ...] [--jobs N] [--minutes M]
 
     --only F17 healthy F64/qwen3    programs whose name has all parts of one of these words
+    --alone data                    folders of other trainers without --dataset, --config and --base
     --minutes 10                    a random part of the programs, as many as there is time for
 
     --data FOLDER --kind real templated --before      configs over real files and templated tasks, before training
@@ -32,6 +33,10 @@ def main() -> None:
     parser.add_argument("--kind", nargs="*", choices=KINDS_OF_PROGRAMS, default=[], help="only these kinds of program")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="of bench.real_data, for --kind real")
     parser.add_argument("--before", action="store_true", help="only configs that are diagnosed before training")
+    parser.add_argument(
+        "--alone", choices=("data", "base"), default="",
+        help="other trainers' folders, given alone: data and config lie beside them, or the base too",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=2, help="programs at a time")
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="start no program after this time; random order"
@@ -44,7 +49,9 @@ def main() -> None:
     from bench.diagnose.run import Result, run_all
     from bench.diagnose.score import ORDINARY, is_hit, ordinary_scores, scores
 
-    chosen = [p for p in matching(asked.only, asked.split, asked.data) if not asked.kind or p.kind in asked.kind]
+    chosen = [
+        p for p in matching(asked.only, asked.split, asked.data, asked.alone) if not asked.kind or p.kind in asked.kind
+    ]
     chosen = [p for p in chosen if p.is_before or not asked.before]
     if asked.list:
         print("\n".join(program.name for program in chosen))
@@ -65,7 +72,7 @@ def main() -> None:
     is_ordinary = set(asked.kind) == set(ORDINARY)
     if is_ordinary and not (asked.only or asked.split):
         print(json.dumps(report.write_ordinary(results, seconds), indent=1))
-    elif asked.only or asked.split or asked.kind:
+    elif asked.only or asked.split or asked.kind or asked.alone:
         print(json.dumps(scores(results), indent=1))
         print(json.dumps(ordinary_scores([r for r in results if r["kind"] in ORDINARY]), indent=1))
     else:

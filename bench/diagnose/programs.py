@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -73,6 +73,7 @@ class Program:
     kind: str  # fault, healthy, pair, foreign, own
     repeat: int = 0
     is_before: bool = False  # of our own: the config is diagnosed, and nothing trained
+    alone: str = ""  # foreign: the folder alone is given; "data" or "base": what lies beside it
 
     @property
     def codes(self) -> tuple[str, ...]:
@@ -210,11 +211,21 @@ def ordinary(data: Path | None = None) -> list[ConfigProgram]:
     return [*real_configs.programs(folder), *templated_configs.programs(folder / "tokenizers")]
 
 
-def matching(only: list[str], split: str | None = None, data: Path | None = None) -> list[Program | ConfigProgram]:
-    """Programs whose name has one of the words in it (all if there are none), of one split or of both."""
+def matching(
+    only: list[str], split: str | None = None, data: Path | None = None, alone: str = ""
+) -> list[Program | ConfigProgram]:
+    """Programs whose name has one of the words in it (all if there are none), of one split or of both.
+
+    Args:
+        alone: only folders of other trainers, given alone; see `Program.alone`.
+    """
+    if alone:
+        known = [replace(program, alone=alone) for program in programs() if program.kind == "foreign"]
+    else:
+        known = [*programs(), *ordinary(data)]
     return [
         program
-        for program in [*programs(), *ordinary(data)]
+        for program in known
         if (split is None or program.split == split)
         and (not only or any(all(part in program.name for part in word.split("/")) for word in only))
     ]

@@ -44,10 +44,10 @@ Result = dict[str, Any]
 def run_facts(program: Program, scratch: Path) -> RunFacts:
     """The program's training, really run; a foreign one leaves its folder in `scratch`."""
     if (script := program.trl_run()) is not None:
-        return trl_run.run_facts_of(script, scratch)
+        return trl_run.run_facts_of(script, scratch, program.alone)
     recipe = program.recipe()
     if program.kind == "foreign":
-        return foreign.run_facts_of(recipe, scratch)
+        return foreign.run_facts_of(recipe, scratch, program.alone)
     return run_facts_of(recipe, train(recipe))
 
 

@@ -282,12 +282,14 @@ def diagnose(
 ) -> None:
     """Find out what is wrong with a run, if anything.
 
-    TARGET is a config (before the run), a run directory (during or after it), or the output folder of TRL, PEFT or
-    another trainer. First, rules check settings, rows, curves and files; then experiments (probes) test the model. If a
-    fault is found, the exit code is 3. The result is also saved in the run's diagnosis.json.
+    TARGET is a config (before the run), a run directory (during or after it), the output folder of another trainer
+    (TRL, transformers, PEFT, LLaMA-Factory, Axolotl, Unsloth, ms-swift), or a log (*.jsonl, TensorBoard, W&B offline,
+    MLflow, a console log). First, rules check settings, rows, curves and files; then experiments (probes) test the
+    model. If a fault is found, the exit code is 3. The result is also saved in the run's diagnosis.json.
 
-    A folder of another trainer is not trusted: the base, data and files outside that it names are not opened and not
-    looked up. Give them with --base and --dataset.
+    Data, config and base of another trainer are looked for in its folder, in its parent, and in data/ and config/ of
+    both; the answer says what was found. Nothing else that the folder names is opened or looked up: give it with
+    --base, --dataset and --config.
 
     \b
     Example:

@@ -120,3 +120,5 @@ class RunFacts:
     batches: Sequence[Mapping[str, torch.Tensor]] = ()  # as `LiveModel.batches`, if known without the model
     environment: Mapping[str, Any] = field(default_factory=dict)  # versions, GPU
     missing: Mapping[str, str] = field(default_factory=dict)  # part -> why it is missing
+    not_given: Mapping[str, str] = field(default_factory=dict)  # part that is missing without damage -> what to give
+    found: Mapping[str, str] = field(default_factory=dict)  # of a folder of another trainer: part -> where it was found

@@ -23,7 +23,8 @@ from solotune.diagnosis.data_checks import check_rows
 from solotune.diagnosis.evidence import of_refusal
 from solotune.diagnosis.facts.derived import lora_layers, setting
 from solotune.diagnosis.run_facts import LiveModel, RunFacts
-from solotune.diagnosis.sources import hf_settings, solotune_run, trl_preprocessing
+from solotune.diagnosis.sources import hf_settings, solotune_run, tokenized_rows, trl_preprocessing
+from solotune.diagnosis.sources.found_rows import Choice
 from solotune.diagnosis.sources.raw_rows import raw_chats
 from solotune.diagnosis.sources.run_files import json_of
 from solotune.errors import InputError, SolotuneError
@@ -60,10 +61,12 @@ def with_base_and_rows(
     """Add what can be loaded; write the reason for everything else into `missing`.
 
     Args:
-        named: `base`, which the user gave (None if not); and what the folder's own files name outside of it.
+        named: `base`, the model that the user gave or that lies beside (None if neither); `model_name_or_path` and
+            `dataset`, what the folder's own files name; `used`, how the data was found, if the user did not give it.
     """
     get = run_facts.settings.get
-    base, unopened = _base_of(run_facts, places[0], named.get("base"))
+    used: Choice = named.get("used") or Choice()
+    base, unopened = _base_of(named, places[0])
     rows, chats = _names(get("dataset")), []
     if rows:
         chats = raw_chats(rows, str(get("dataset_split") or "train"))
@@ -85,7 +88,10 @@ def with_base_and_rows(
         why = _unknown_data(named.get("dataset")) if not rows else missing.get("tokenizer") or missing["model_config"]
         missing |= {part: why for part in ("train", "validation", "live") if part not in missing}
         return run_facts
-    if (made := _as_trl_made_them(run_facts, tokenizer)) is not None:
+    if (saved := tokenized_rows.read(used.paths, _batch_size(run_facts)) if used.paths else None) is not None:
+        run_facts = replace(run_facts, train=saved.examples, batches=saved.batches)
+        prepared = Prepared(run_facts.train, run_facts.validation, DataReport(""))
+    elif (made := _as_trl_made_them(run_facts, tokenizer)) is not None:
         run_facts = _with_rows_of_trl(run_facts, made)
         prepared = Prepared(run_facts.train, run_facts.validation, DataReport(""))
     else:
@@ -95,6 +101,8 @@ def with_base_and_rows(
         except SolotuneError as error:
             missing |= dict.fromkeys(("train", "validation"), error.problem)
             missing.setdefault("live", error.problem)
+            if used.paths and not used.is_named:  # then it was another file's number of rows
+                return run_facts
             return replace(run_facts, refusals=[*run_facts.refusals, *of_refusal(error)])
         missing["batches"] = "the trainer saves no batches; probes see the rows as solotune renders and masks them"
         # The folder's generation_config.json may differ from the base's, which `check_rows` read: where that found
@@ -165,22 +173,25 @@ def _with_rows_of_trl(run_facts: RunFacts, made: trl_preprocessing.Made) -> RunF
         held_out = evaluated.examples if evaluated else []
     counted = {"rows_in": made.rows_in, "rows_out": len(made.examples)}
     loss_mask = {"assistant_only_loss": made.learns_answers or get("assistant_only_loss") is True}
-    size = get("per_device_train_batch_size")
-    size = size if isinstance(size, int) and 0 < size <= 4096 else 8
     return replace(
         run_facts,
         settings=replace(run_facts.settings, values={**run_facts.settings.values, **counted, **loss_mask}),
         train=made.examples,
         validation=held_out,
         conversations=[row.messages for row in made.examples] if all(row.messages for row in made.examples) else [],
-        batches=trl_preprocessing.batches_of(made.examples, run_facts.tokenizer, sft, size),
+        batches=trl_preprocessing.batches_of(made.examples, run_facts.tokenizer, sft, _batch_size(run_facts)),
     )
 
 
-def _base_of(run_facts: RunFacts, folder: Path, given: Any) -> tuple[str | None, str | None]:
-    """The base that the user gave, or that is inside the folder; and why the one that it names is not opened."""
-    saved = run_facts.saved.adapter_config if run_facts.saved else {}
-    found = saved.get("base_model_name_or_path") or run_facts.settings.get("model_name_or_path")
+def _batch_size(run_facts: RunFacts) -> int:
+    size = run_facts.settings.get("per_device_train_batch_size")
+    return size if isinstance(size, int) and 0 < size <= 4096 else 8
+
+
+def _base_of(named: Mapping[str, Any], folder: Path) -> tuple[str | None, str | None]:
+    """The base that was given or found beside, or that is inside the folder; and why the one that it names is not
+    opened."""
+    given, found = named.get("base"), named.get("model_name_or_path")
     if given is not None or not isinstance(found, str) or not found or "\0" in found:
         return (None if given is None else str(given)), None
     inside = os.path.realpath(folder / found)
