@@ -17,7 +17,7 @@ from solotune.diagnosis.run_facts import RunFacts, Settings
 def rows(lengths: list[int]) -> list[Example]:
     made = []
     for number, length in enumerate(lengths):
-        ids = (3 + (np.arange(length) * 7 + 31 * number) % 1009).astype(np.int32)
+        ids = (3 + (np.arange(length) * 7 + 617 * number) % 1009).astype(np.int32)
         made.append(Example(ids, np.arange(length) >= length // 2, f"row {number}", []))
     return made
 

@@ -20,7 +20,7 @@ from solotune.diagnosis.facts.row_arrays import evenly
 
 # Chinese, Japanese and Korean do not put blanks between words: each character counts as one
 _WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
-NUM_WORDS = 1_500_000
+NUM_WORDS = 300_000
 """Words read in all; with more, only the first of each text."""
 COMMON = 0.25
 """A pair in more than this share of the texts says nothing."""

@@ -32,6 +32,8 @@ ENOUGH_ROWS = 10
 """With fewer rows, the frequency of an answer means nothing."""
 CONSTANT = 0.98
 """Share of one answer: 95 : 5 is normal with a rare class; two different rows in a hundred teach nothing."""
+ALIKE = 0.25
+"""Of the words of two answers, if they are classes in one sentence."""
 CONSTANT_SENTENCE = 0.9
 """Share of one sentence, if the other answers are free texts."""
 OVERUSED = 0.2
@@ -184,10 +186,18 @@ def _constant(texts: Sequence[str]) -> _Constant | None:
     share = count / len(answers)
     if share < CONSTANT and not (is_free and share >= (OVERUSED_LABEL if is_label else OVERUSED)):
         return None
-    is_sentence = not is_label and share >= CONSTANT_SENTENCE and (is_free or rest < MIN_ROWS)
+    others = [_alike(text, shown) for text, answer in zip(texts, answers, strict=True) if answer != top]
+    is_one_class = rest < MIN_ROWS and sum(others) > ALIKE * rest  # "It is in order." beside "It is suspicious."
+    is_sentence = not is_label and share >= CONSTANT_SENTENCE and (is_free or rest < MIN_ROWS) and not is_one_class
     is_fault = (rest == 0 and count >= 2 * ENOUGH_ROWS) or is_sentence
     says = f"{count:,} of {len(answers):,} answers ({percent(count, len(answers))}) are the same: {shown[:60]!r}"
     return _Constant(top, count, len(counts), is_fault, says)
+
+
+def _alike(text: str, other: str) -> float:
+    """The share of words that two texts have in common."""
+    a, b = (set(one.casefold().split()) for one in (text, other))
+    return len(a & b) / max(len(a | b), 1)
 
 
 @rule("F36", needs=("rows",))
@@ -335,7 +345,8 @@ def foreign_roles(run_facts: RunFacts) -> Signal | None:
 
 def _are_translated(run_facts: RunFacts) -> bool:
     """Whether the rendered rows have the template's header of a user, and of no other role: the trainer knew them."""
-    facts = facts_of(run_facts) if len(run_facts.train) else None
+    is_own_rendering = "batches" in run_facts.missing  # the trainer's is not known, and these rows are solotune's
+    facts = facts_of(run_facts) if len(run_facts.train) and not is_own_rendering else None
     header = None if facts is None else _header_of_answers(facts)
     if facts is None or header is None:
         return False
