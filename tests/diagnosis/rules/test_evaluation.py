@@ -15,7 +15,7 @@ def test_f47_other_labels_in_validation(bench: Bench) -> None:
     tokenizer = tiny_tokenizer("chatml")
     config, result = bench.prepared(talk(), tokenizer)
     everything = masked(lambda row: np.arange(len(row.loss_mask)) > 0)
-    found = find(config, tokenizer, result.train, everything(result.validation), result.report)
+    found = find(config, tokenizer, result.train, everything(list(result.validation)), result.report)
     assert [f.code for f in found] == ["F47"]
     assert found[0].evidence["validation_rows_with_prompt"] == 10
 

@@ -61,7 +61,7 @@ COPIES: dict[str, Callable[[Pair, random.Random], Pair]] = {
 
 @pytest.mark.parametrize("share", [0.1, 0.4])
 @pytest.mark.parametrize("how", COPIES)
-@pytest.mark.parametrize("kind", ["extraction", "weather", "booking", "conversion"])
+@pytest.mark.parametrize("kind", ["weather", "booking"])
 def test_f44_copies_of_training_rows(kind: str, how: str, share: float) -> None:
     train, held = sides(kind)
     rng = random.Random(share)

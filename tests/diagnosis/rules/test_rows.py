@@ -157,7 +157,7 @@ def test_f39_duplicates(bench: Bench) -> None:
     assert bench.only("F39", labels).severity == "warning"
 
 
-def copies(rows: list[Pair]) -> list[tuple[str, float]]:
+def copies(rows: list[Pair]) -> list[tuple[str, float | None]]:
     chats = [chat(*pair) for pair in rows]
     known = RunFacts("test", Settings({}), conversations=chats)
     return [(s.kind, s.affected) for rule in rules()["F39"] if not rule.reads_rows for s in rule.signals(known)]

@@ -29,8 +29,8 @@ from typing import NamedTuple
 import numpy as np
 
 LEAST_ROWS = 24
-NUM_ROWS, NUM_CHARACTERS = 1200, 1500  # and of each text
-NUM_SHIFTED, NUM_PARTS = 400, 4  # rows that are compared at all shifts, and parts of the file with a quarter of them
+NUM_ROWS, NUM_CHARACTERS = 1000, 1500  # and of each text
+NUM_SHIFTED, NUM_PARTS = 320, 4  # rows that are compared at all shifts, and parts of the file with a quarter of them
 COMMON = 0.25  # of the prompts: a more frequent word says nothing
 CERTAIN = 0.8  # of log(n): a claim is about one prompt of n
 AHEAD = 1.15  # times the second-best prompt

@@ -34,7 +34,7 @@ LEAST_CONTROL = 20
 """Training rows of a control."""
 CHANCE = 2e-3
 """Of as many near rows if training rows were as near to each other: three of thirty against none of 240."""
-NUM_HELD_OUT, NUM_COMPARED, NUM_CONTROL, NUM_IDS = 400, 20_000, 240, 512
+NUM_HELD_OUT, NUM_COMPARED, NUM_CONTROL, NUM_IDS = 200, 10_000, 150, 512
 """Held-out rows and training rows that are compared, training rows for the control, and tokens of a row of ids."""
 
 
