@@ -18,8 +18,8 @@ from tests.diagnosis.rules.batches import (
     labelled,
     padded,
     run_facts_of,
-    told,
     tokens_of,
+    told,
 )
 
 CHATS = [chat(n) for n in range(24)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.diagnosis.probed_models import tokenizer_at
-from tests.diagnosis.rules.batches import END, PAD, answers, chat, labelled, padded, run_facts_of, told, tokens_of
+from tests.diagnosis.rules.batches import END, PAD, answers, chat, labelled, padded, run_facts_of, tokens_of, told
 
 CHATS = [chat(n) for n in range(24)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from solotune.diagnosis.rules.text import _reads_back
-from tests.diagnosis.rules.rows import Bench, Rows, answered, talk
+from tests.diagnosis.rules.rows import Bench, answered, talk
 
 
 def test_f37_encoding(bench: Bench) -> None:

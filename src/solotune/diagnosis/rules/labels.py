@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+
 from solotune.dataset.chat.template_sandbox import TemplateRefusal, TemplateSyntax
 from solotune.diagnosis.evidence import Kind, Signal
 from solotune.diagnosis.facts.derived import is_ours
@@ -96,9 +97,8 @@ def terminator_masked(run_facts: RunFacts) -> Signal | None:
 
     Sees: answers followed by an end-of-turn token without a label.
     Why: as in F17, answers never end, and the loss looks normal.
-    Not: F17, where the token is the padding token and is masked everywhere; F10, where there is none; truncated rows. In
-    less than a third of the answers it is a remark: the other answers show the end. Control: the ends of the other
-    answers.
+    Not: F17, where the token is the padding token and is masked everywhere; F10, where there is none; truncated rows.
+    In less than a third of the answers it is a remark: the other answers show the end. Control: the other answers' ends.
     Fix: put the end-of-turn token inside `{% generation %}`, or include it in the mask.
     Wrong when: never, if the model should stop by itself.
     Source: trl#5988 (GLM); reproduced with `{{content}}{% endgeneration %}<|eot|>`.

@@ -93,11 +93,11 @@ def answers_cut(facts: RowFacts) -> Finding | None:
     Why: the truncated text and the end of turn are not trained on. If this happens in a large part of the answers, the
     model learns to ramble or to stop in the middle.
     Not: F10, which is in all rows of any length (if every row is truncated, the evidence is the same and both are
-    reported); `overflow: split`, where the next part continues; F33, where TRL's packing truncates. Below a third of the
-    answers it is a remark. So are answers that begin beyond max_length in a row that is kept, since a chat of six
-    answers that is truncated in the fifth loses one end of five; plain documents, which have no end to learn; and rows
-    that `overflow: drop` leaves out, below half of them. Control: chats and instructions with an ordinary max_length
-    (ShareGPT at 1,024 tokens loses 17 %).
+    reported); `overflow: split`, where the next part continues; F33, where TRL's packing truncates. Below a third of
+    the answers it is a remark. So are plain documents, which have no end to learn, and rows that `overflow: drop`
+    leaves out, below half of them. Answers that begin beyond max_length do not count: a chat of six answers that is
+    truncated in the fifth loses one end of five. Control: chats and instructions with an ordinary max_length (ShareGPT
+    at 1,024 tokens loses 17 %).
     Fix: a `max_length` that is enough for 95 % of the long rows, `overflow: split` or `overflow: drop`.
     Wrong when: long answers should be trained on in part.
     Source: the extreme form is F25.
@@ -243,7 +243,7 @@ def prompt_cut(run_facts: RunFacts) -> Signal | None:
     share = numbers["rows"] / len(rows)
     if share < BEGINNINGS or _have_questions(
         run_facts, [row for row, is_full in zip(rows, full, strict=True) if is_full]
-    ):  # noqa: E501
+    ):
         kind, weight = "remark", 0.3
     fix = "truncate at the end (truncation_mode: keep_start in TRL), or drop rows that are too long"
     return Signal("F26", kind, says, weight, numbers, fix=fix, affected=share)
