@@ -98,7 +98,7 @@ def terminator_masked(run_facts: RunFacts) -> Signal | None:
     Sees: answers followed by an end-of-turn token without a label.
     Why: as in F17, answers never end, and the loss looks normal.
     Not: F17, where the token is the padding token and is masked everywhere; F10, where there is none; truncated rows.
-    In less than a third of the answers it is a remark: the other answers show the end. Control: the other answers' ends.
+    In less than a third of the answers it is a remark. Control: the other answers, which show the end.
     Fix: put the end-of-turn token inside `{% generation %}`, or include it in the mask.
     Wrong when: never, if the model should stop by itself.
     Source: trl#5988 (GLM); reproduced with `{{content}}{% endgeneration %}<|eot|>`.
