@@ -22,7 +22,8 @@ def test_the_shape_of_a_finding(bench: Bench) -> None:
     )
     for finding in found:
         shape = json.loads(json.dumps(finding.to_json()))
-        assert list(shape) == ["code", "slug", "suspect", "severity", "message", "evidence", "fix"]
+        names = ["code", "slug", "suspect", "severity", "message", "evidence", "fix", "affected", "is_statistic"]
+        assert list(shape) == names
         assert finding.message.endswith(".")
         assert finding.fix
 
