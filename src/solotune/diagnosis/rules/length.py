@@ -81,7 +81,7 @@ def are_documents(facts: RowFacts) -> bool:
         return 2 * formats[PLAIN] > formats.total()
     inside = np.ones(len(side.ids), bool)  # without knowledge of how they were made: no end of a turn within a text
     inside[side.starts[:-1]] = inside[side.starts[1:] - 1] = False
-    return np.count_nonzero(np.isin(side.ids[inside], list(facts.turn_end_ids))) < SOME * len(side.rows)
+    return bool(np.count_nonzero(np.isin(side.ids[inside], list(facts.turn_end_ids))) < SOME * len(side.rows))
 
 
 @rule("F24", needs=("rows",), probes=("P12",), unless=is_packed_by_trl)
@@ -190,7 +190,8 @@ def _longer(facts: RowFacts, wanted: int | None, enough_for: str, *, can_drop: b
     if wanted is None:
         return "a larger max_length" + (", or drop these rows" if can_drop else "")
     if most is not None and wanted > most:
-        return f"overflow: split (no max_length is enough: {enough_for} need {wanted:,} tokens, and the model has {most:,} positions)"  # noqa: E501
+        why = f"{enough_for} need {wanted:,} tokens, and the model has {most:,} positions"
+        return f"overflow: split (no max_length is enough: {why})"
     return f"max_length: {wanted} (enough for {enough_for})" + (", or overflow: drop" if can_drop else "")
 
 
@@ -241,9 +242,8 @@ def prompt_cut(run_facts: RunFacts) -> Signal | None:
     kind, weight = ("invariant", 0.85) if says else ("measured", 0.8)
     says = says or f"{int(full.sum())} rows reach the limit of {int(limit)} tokens and are truncated at the start"
     share = numbers["rows"] / len(rows)
-    if share < BEGINNINGS or _have_questions(
-        run_facts, [row for row, is_full in zip(rows, full, strict=True) if is_full]
-    ):
+    longest = [row for row, is_full in zip(rows, full, strict=True) if is_full]
+    if share < BEGINNINGS or _have_questions(run_facts, longest):
         kind, weight = "remark", 0.3
     fix = "truncate at the end (truncation_mode: keep_start in TRL), or drop rows that are too long"
     return Signal("F26", kind, says, weight, numbers, fix=fix, affected=share)
