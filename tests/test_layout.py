@@ -86,9 +86,6 @@ TESTED_IN = {
         "diagnosis.facts.roles",
         "diagnosis.facts.texts",
         "diagnosis.probes.batch_isolation",
-        "diagnosis.rules.labels",
-        "diagnosis.rules.packing",
-        "diagnosis.rules.padding",
     ],
     "diagnosis/probes/test_probes_plateau.py": ["diagnosis.plateau"],
     "diagnosis/probes/test_probes_model.py": [

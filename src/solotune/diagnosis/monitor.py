@@ -165,7 +165,9 @@ def in_words(signal: Signal) -> str:
     """One line for the progress view."""
     fault = FAULTS[signal.code]
     word = "remark " if signal.kind == "remark" else "" if signal.weight >= ACCUSED else "perhaps "
-    return f"{word}{signal.code} {fault.slug}: {signal.says} → {signal.fix or fault.fix} (solotune explain {fault.code})"
+    return (
+        f"{word}{signal.code} {fault.slug}: {signal.says} → {signal.fix or fault.fix} (solotune explain {fault.code})"
+    )
 
 
 def _sampled(part: torch.nn.Parameter) -> torch.Tensor:

@@ -18,8 +18,8 @@ from tests.diagnosis.rules.batches import (
     labelled,
     padded,
     run_facts_of,
-    told,
     tokens_of,
+    told,
 )
 
 CHATS = [chat(n) for n in range(24)]
@@ -176,7 +176,9 @@ def test_what_a_tool_says_is_neither_the_users_nor_an_answer(tokenizer):
 
 
 def test_a_system_message_and_a_chat_that_ends_with_the_user(tokenizer):
-    chats = [[{"role": "system", "content": "be brief"}, *chat(n), {"role": "user", "content": "bye"}] for n in range(24)]
+    chats = [
+        [{"role": "system", "content": "be brief"}, *chat(n), {"role": "user", "content": "bye"}] for n in range(24)
+    ]
     rows = [tokens_of(tokenizer, messages) for messages in chats]
     assert told(run_facts_of(tokenizer, padded(labelled(rows, answers)), chats)) == {}
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
+import pytest
 
+from solotune.dataset import Example
+from solotune.diagnosis.rules import rules
+from solotune.diagnosis.rules.length import prompt_cut, rows_gone_in_truncation
+from solotune.diagnosis.run_facts import RunFacts, Settings
 from solotune.diagnosis.verdict import decide
 from tests.dataset.conftest import chat, tiny_tokenizer
 from tests.diagnosis.rules.rows import Bench, Rows, answered, each, sentence, talk, with_pad
@@ -79,6 +85,43 @@ def test_a_few_rows_without_a_label_do_not_hide_many_answers_without_an_end(benc
     decided = decide("run", [finding.signal for finding in found.values() if finding.signal])
     assert [culprit.fault for culprit in decided.culprits] == ["F24"]
     assert [remark.fault for remark in decided.remarks] == ["F25"]
+
+
+def rows_without_beginning(lost: int, begin: int = 0) -> list[Example]:
+    """Sixty rows, some of which are at the limit of 40 tokens and begin in the middle."""
+    rows = [np.arange(20 + n % 9) + 5 for n in range(60 - lost)] + [np.arange(n, n + 40) % 90 + 9 for n in range(lost)]
+    made = [np.concatenate(([1], ids[1:-1], [2])) for ids in rows]
+    for ids in made[60 - lost :]:
+        ids[0] = 50 + begin
+    return [Example(ids.astype(np.int32), np.arange(len(ids)) > 9, f"row {n}", []) for n, ids in enumerate(made)]
+
+
+@pytest.mark.parametrize(("lost", "kind"), [(30, "invariant"), (6, "remark")])
+def test_f26_beginnings_are_lost(lost: int, kind: str) -> None:
+    for keys in ({}, {"truncation_mode": "keep_end"}):
+        facts = RunFacts("run", Settings({"max_length": 40, **keys}), train=rows_without_beginning(lost))
+        signal = prompt_cut(facts)
+        assert signal is not None and (signal.kind, signal.affected) == (kind, lost / 60)
+    ours = Settings({"max_length": 40, "tool": "solotune"})
+    assert all(not one.signals(replace(facts, settings=ours)) for one in rules()["F26"])
+
+
+def test_f26_is_a_remark_if_the_last_turns_have_their_questions() -> None:
+    tokenizer = tiny_tokenizer("chatml")
+    rows = []
+    for row in talk(20, turns=4):
+        ids = np.array(tokenizer.apply_chat_template(row["messages"], return_dict=False)[-180:], np.int32)
+        rows.append(Example(ids, np.ones(len(ids), bool), "row", row["messages"]))
+    keys = {"max_length": 180, "truncation_mode": "keep_end"}
+    signal = prompt_cut(RunFacts("run", Settings(keys), tokenizer=tokenizer, train=rows))
+    assert signal is not None and signal.kind == "remark"
+
+
+def test_f25_counts_of_another_trainer() -> None:
+    for left, kind in ((50, "invariant"), (90, "remark")):
+        signal = rows_gone_in_truncation(RunFacts("run", Settings({"rows_in": 100, "rows_out": left})))
+        assert signal is not None and (signal.kind, signal.affected) == (kind, 1 - left / 100)
+    assert rows_gone_in_truncation(RunFacts("run", Settings({"rows_in": 100, "rows_out": 99}))) is None
 
 
 def test_f29_padding_in_the_texts(bench: Bench) -> None:

@@ -13,7 +13,7 @@ from solotune.dataset import Example
 from solotune.diagnosis.run_facts import RunFacts
 from tests.diagnosis import probed_models
 from tests.diagnosis.probed_models import tokenizer_at
-from tests.diagnosis.rules.batches import END, answers, chat, labelled, run_facts_of, told, tokens_of
+from tests.diagnosis.rules.batches import END, answers, chat, labelled, run_facts_of, tokens_of, told
 
 CHATS = [chat(n) for n in range(24)]
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.diagnosis.probed_models import tokenizer_at
-from tests.diagnosis.rules.batches import END, PAD, answers, chat, labelled, padded, run_facts_of, told, tokens_of
+from tests.diagnosis.rules.batches import END, PAD, answers, chat, labelled, padded, run_facts_of, tokens_of, told
 
 CHATS = [chat(n) for n in range(24)]
 
@@ -66,11 +67,12 @@ def test_padding_that_does_no_harm(tokenizer, pairs):
 
 
 def test_left_padding_of_absolute_positions(tokenizer, pairs):
-    from dataclasses import replace
-
     batches = padded(pairs, left=True)
     gpt2 = replace(run_facts_of(tokenizer, batches, CHATS), model_config={"model_type": "gpt2"})
     assert told(gpt2) == {"F27": "fault"}
+    for batch in batches:  # positions that count the padding
+        batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand(batch["input_ids"].shape)
+    assert told(replace(gpt2, batches=list(batches))) == {"F27": "fault"}
     for batch in batches:
         batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     assert told(replace(gpt2, batches=list(batches))) == {}

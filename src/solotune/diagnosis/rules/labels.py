@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 from solotune.dataset.chat.template_sandbox import TemplateRefusal, TemplateSyntax
 from solotune.diagnosis.evidence import Kind, Signal
@@ -28,6 +26,8 @@ WHOLE = 0.97
 """Share of labels of a text of which every token counts: all but the first, or the line break at the end."""
 FEW = 0.02
 """Share of the answers that may have labels in an inverted mask."""
+NUM_CHATS, NUM_TEXTS = 500, 32
+"""Conversations and texts that are compared where no headers show who speaks."""
 _ONLY_ANSWERS = "set assistant_only_loss: true, and check that the collator keeps the mask"
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -97,9 +97,8 @@ def terminator_masked(run_facts: RunFacts) -> Signal | None:
 
     Sees: answers followed by an end-of-turn token without a label.
     Why: as in F17, answers never end, and the loss looks normal.
-    Not: F17, where the token is the padding token and is masked everywhere; F10, where there is none; truncated rows. In
-    less than a third of the answers it is a remark: the other answers show the end. Control: the ends of the other
-    answers.
+    Not: F17, where the token is the padding token and is masked everywhere; F10, where there is none; truncated rows.
+    In less than a third of the answers it is a remark. Control: the other answers, which show the end.
     Fix: put the end-of-turn token inside `{% generation %}`, or include it in the mask.
     Wrong when: never, if the model should stop by itself.
     Source: trl#5988 (GLM); reproduced with `{{content}}{% endgeneration %}<|eot|>`.
@@ -156,7 +155,7 @@ def prompt_learned(run_facts: RunFacts) -> Signal | None:
     if asked is False or facts.unlike:
         return None
     if not facts.turns[USER]:  # no turn was found in the texts
-        if not asked or facts.share < WHOLE or not any(map(_has_user, run_facts.conversations)):
+        if not asked or facts.share < WHOLE or not _have_questions(run_facts, facts):
             return None
         says, share = f"{facts.share:.0%} of all tokens count in the loss", facts.share
     else:
@@ -224,10 +223,9 @@ def shifted_twice(run_facts: RunFacts) -> Signal | None:
     says = (
         f"{facts.unlike:,} of {facts.labels:,} labels are not their own token but the one {abs(facts.shift)} {which} it"
     )
-    return Signal(
-        "F22", "invariant", says, 0.95, {"unlike": facts.unlike, "labels": facts.labels, "shift": facts.shift},
-        fix="labels = input_ids, with -100 where masked; do not shift them yourself",
-    )  # fmt: skip
+    numbers = {"unlike": facts.unlike, "labels": facts.labels, "shift": facts.shift}
+    fix = "labels = input_ids, with -100 where masked; do not shift them yourself"
+    return Signal("F22", "invariant", says, 0.95, numbers, fix=fix, affected=facts.unlike / facts.labels)
 
 
 @rule("F23", needs=("batches",), unless=is_ours)
@@ -243,7 +241,9 @@ def mask_inverted(run_facts: RunFacts) -> Signal | None:
     """
     facts = LabelFacts.of(run_facts)
     users, answers = facts.turns_learned[USER], facts.turns_learned[ASSISTANT]
-    if not users or users < MOST * facts.turns[USER] or answers > FEW * max(facts.turns[ASSISTANT], 1):
+    if not users or users < MOST * facts.turns[USER] or facts.turns[ASSISTANT] < SOME * users:
+        return None
+    if answers > FEW * facts.turns[ASSISTANT]:
         return None
     says = (
         f"{users:,} of {facts.turns[USER]:,} turns of users count in the loss, and {answers:,} of the "
@@ -259,8 +259,12 @@ def _fault_or_remark(count: int, whole: int) -> tuple[Kind, float]:
     return ("invariant", 0.95) if count >= MUCH * whole else ("remark", 0.3)
 
 
-def _has_user(chat: Sequence[Mapping[str, Any]]) -> bool:
-    return any(message.get("role") == "user" for message in chat)
+def _have_questions(run_facts: RunFacts, facts: LabelFacts) -> bool:
+    """Whether most texts have something in them that a user says in the conversations."""
+    chats = run_facts.conversations[:NUM_CHATS]
+    said = {str(m.get("content") or "").strip() for chat in chats for m in chat if m.get("role") == "user"} - {""}
+    texts = [facts.roles.text_of(document)[0] for document in facts.documents[:NUM_TEXTS]] if said else []
+    return sum(any(one in text for one in said) for text in texts) > MOST * len(texts)
 
 
 def _asked_for_answers(run_facts: RunFacts) -> bool:

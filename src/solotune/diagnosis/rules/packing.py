@@ -48,10 +48,9 @@ def documents_not_kept_apart(run_facts: RunFacts) -> Signal | None:
         return None
     why = "no restarting positions" if unmarked else "an attention_mask of ones in addition to restarting positions"
     says = f"{unmarked + undone} of {len(packed)} packed sequences have {why}"
-    return Signal(
-        "F31", "measured", says, 0.75, {"sequences": unmarked + undone, "packed": len(packed)},
-        fix="restart position_ids at each row, pass no attention_mask, and set use_cache=False",
-    )  # fmt: skip
+    numbers, share = {"sequences": unmarked + undone, "packed": len(packed)}, (unmarked + undone) / len(packed)
+    fix = "restart position_ids at each row, pass no attention_mask, and set use_cache=False"
+    return Signal("F31", "measured", says, 0.75, numbers, fix=fix, affected=share)
 
 
 @rule("F32", needs=("batches",), probes=("P3",))
@@ -78,7 +77,8 @@ def positions_not_restarted(run_facts: RunFacts) -> Signal | None:
     if not seen:
         return None
     says = f"{seen} of {packed} packed sequences have rows separated by a mask, but positions that do not restart"
-    return Signal("F32", "invariant", says, 0.85, {"sequences": seen}, fix="restart position_ids at each row")
+    fix = "restart position_ids at each row"
+    return Signal("F32", "invariant", says, 0.85, {"sequences": seen}, fix=fix, affected=seen / packed)
 
 
 @rule("F33", needs=("batches",))

@@ -18,14 +18,17 @@ ABSOLUTE = frozenset(["gpt2", "gpt_neo", "gpt_bigcode", "openai-gpt", "biogpt", 
 """Model families with a table of positions, counted from the left edge unless position_ids are passed."""
 
 FEW = 0.01
-"""One row in a hundred, for faults that should never happen."""
+"""One row in a hundred: worth a remark."""
+SOME = 0.1
+"""One row in ten, from which padding in the texts is a fault."""
 
 
 @rule("F27", needs=("batches", "model_config"), probes=("P2",), unless=is_ours)
 def left_padding_moves_positions(run_facts: RunFacts) -> Signal | None:
     """F27: left padding, and a model that counts its positions from the left edge.
 
-    Sees: padding before the texts, no position_ids, and a model with a table of positions.
+    Sees: padding before the texts, no position_ids or such that count the padding, and a model with a table of
+    positions.
     Why: a text then starts at a different position in each batch: the loss spikes where lengths mix.
     Not: left padding with a mask on a model with rotary positions, which changes no logit (then P2 finds 0); F28, where
     attention sees the padding.
@@ -36,13 +39,16 @@ def left_padding_moves_positions(run_facts: RunFacts) -> Signal | None:
     """
     batches = Batches.of(run_facts)
     kind = str(run_facts.model_config.get("model_type", ""))
-    if kind not in ABSOLUTE or not batches.left_padded or _has_positions(batches):
+    if kind not in ABSOLUTE:
         return None
-    says = f"{batches.left_padded} sequences are padded on the left, and {kind} counts positions from the left edge"
-    return Signal(
-        "F27", "measured", says, 0.7, {"left_padded": batches.left_padded},
-        fix="pad on the right (padding_side of the tokenizer), or position_ids = attention_mask.cumsum(-1) - 1",
-    )  # fmt: skip
+    padded = [line for lines in batches.sequences for line in lines if line.left_pads and line.real_T.any()]
+    moved = [line for line in padded if line.positions_T is None or line.positions_T[line.left_pads] > 0]
+    if not moved:
+        return None
+    says = f"{len(moved)} sequences are padded on the left, and {kind} counts positions from the left edge"
+    fix = "pad on the right (padding_side of the tokenizer), or position_ids = attention_mask.cumsum(-1) - 1"
+    num_lines = sum(map(len, batches.sequences))
+    return Signal("F27", "measured", says, 0.7, {"left_padded": len(moved)}, fix=fix, affected=len(moved) / num_lines)
 
 
 @rule("F28", needs=("batches",), probes=("P2",), unless=is_ours)
@@ -128,11 +134,12 @@ def padding_learned(facts: RowFacts) -> Finding | None:
     spelled = facts.spelled(side.ids[np.flatnonzero(found)[0]])
     return Finding.of(
         "F29",
-        "error",
+        "error" if len(rows) >= SOME * len(side.rows) else "warning",
         message=f"{len(rows):,} of {len(side.rows):,} rows contain padding ({spelled}) that is trained on as if it "
         "were text.",
         evidence={"rows_with": len(rows), "padding_tokens": int(found.sum()), "rows": side.places(rows)},
         fix=f"remove {spelled} from the texts; rows are padded later, and that padding is masked",
+        affected=len(rows) / len(side.rows),
     )
 
 
@@ -152,15 +159,6 @@ def first_token_learned_from_padding(run_facts: RunFacts) -> Signal | None:
     if not facts.first_learned or facts.pads_learned:
         return None
     says = f"{facts.first_learned} texts have a label on their first token, which follows padding"
-    return Signal(
-        "F30",
-        "measured",
-        says,
-        0.6,
-        {"rows": facts.first_learned},
-        fix="pad on the right (padding_side of the tokenizer)",
-    )
-
-
-def _has_positions(batches: Batches) -> bool:
-    return all(batch.get("position_ids") is not None for batch in batches.raw)
+    numbers, share = {"rows": facts.first_learned}, facts.first_learned / len(facts.documents)
+    fix = "pad on the right (padding_side of the tokenizer)"
+    return Signal("F30", "measured", says, 0.6, numbers, fix=fix, affected=share)

@@ -45,7 +45,7 @@ _LINE_BREAK = re.compile(
 )
 _ENTITY = re.compile(r"&(?:amp|lt|gt|quot|apos|nbsp|#39|#x27|#34);")
 _ESCAPED_BY_HTML = re.compile(r"[\"'<>]|&(?!\w+;|#\w+;)")
-_CODE_POINT = re.compile(r"\\u[0-9a-fA-F]{4}")
+_CODE_POINT = re.compile(r"(?:(?<=[^\W\d_])|\\u[0-9a-fA-F]{4})\\u[0-9a-fA-F]{4}")  # within a word, not named alone
 
 # Characters that a reader does not see and the model does. Not joiners (emoji, Persian, Indic), marks of right-to-left
 # scripts or form feeds; C1 controls come from mojibake and are reported as that.
