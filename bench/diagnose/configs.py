@@ -117,7 +117,8 @@ class ConfigProgram:
         told = json.loads((folder / "run" / "diagnosis.json").read_text(encoding="utf-8"))
         found = solotune.diagnose(folder / "run", budget=budget)
         culprits = [f"{culprit['fault']}: {culprit['evidence'][:1]}" for culprit in told["culprits"]]
-        return found, {"monitor_verdict": told["verdict"], "monitor_messages": culprits}
+        return found, {"monitor_verdict": told["verdict"], "monitor_messages": culprits,
+                       "monitor_next": told["next_experiment"]}  # fmt: skip
 
 
 def _data(config: Path) -> Keys:

@@ -33,8 +33,8 @@ Result = dict[str, Any]
 NUM_MISTAKES = 10
 HEADING = "## Ordinary configs and templated tasks"
 SHOWN = ("program", "split", "truth", "verdict", "named", "confidence", "evidence", "confirmed", "error")
-ALSO = ("kind", "base", "remarks", "not_checked", "data_faults", "data_messages", "monitor_verdict", "monitor_messages",
-        "next_experiment", "diagnose_seconds")  # fmt: skip
+ALSO = ("kind", "base", "remarks", "not_checked", "data_faults", "data_messages", "monitor_verdict",
+        "monitor_messages", "monitor_next", "next_experiment", "diagnose_seconds")  # fmt: skip
 """Shown of ordinary configs, whose accusations and remarks a person judges."""
 
 

@@ -117,6 +117,7 @@ def ordinary_scores(results: Sequence[Result]) -> dict[str, Any]:
         "failed": sum(result["verdict"] == "failed" for result in results),
         "healthy, share": _share([result["verdict"] == "healthy" for result in results]),
         "commands disagree": sum(map(disagrees, results)),
+        "undecided at the end of train": sum(result.get("monitor_verdict") == "undecided" for result in results),
     }
 
 

@@ -147,7 +147,9 @@ def test_scores_of_configs_count_verdicts_and_commands_that_disagree() -> None:
         "failed": 0,
         "healthy, share": 0.5,
         "commands disagree": 2,
+        "undecided at the end of train": 0,
     }
+    assert score.ordinary_scores(RESULTS)["undecided at the end of train"] == 1
     assert [score.disagrees(one) for one in RESULTS[4:]] == [False, True, False]
 
 
