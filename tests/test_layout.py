@@ -112,6 +112,7 @@ TESTED_IN = {
         "diagnosis.sources.binary_logs",
         "diagnosis.sources.console_log",
         "diagnosis.sources.model_card",
+        "diagnosis.sources.step_log",
     ],
     "diagnosis/sources/test_hf_trainer.py": [
         "diagnosis.sources.hf_rows",

@@ -56,7 +56,7 @@ def test_options_of_foreign_folders_are_refused_for_ours(option, tmp_path, capsy
     assert f"{option} is only for folders of other trainers" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name, content, advice", [
+@pytest.mark.parametrize(("name", "content", "advice"), [
     ("chats.jsonl", '{"messages": []}\n', "solotune data solotune.yaml"),
     ("chats.csv", "prompt,completion\na,b\n", "--dataset"),
     ("rows.json", '[{"text": "a"}]', "this is data, and no run"),
@@ -72,7 +72,7 @@ def test_a_file_that_is_no_config_says_what_to_type(name, content, advice, tmp_p
     assert advice in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("name, change", [
+@pytest.mark.parametrize(("name", "change"), [
     ("config.json+model.safetensors", "output_dir of the training"),
     ("train.parquet+test.parquet", "solotune init MODEL"),
     ("a/adapter_config.json+b/adapter_config.json", "solotune diagnose"),

@@ -236,13 +236,10 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
-    """What was found of another trainer's run; culprits (the first in full, the others in short), remarks, what was ruled
-    out, and what was not checked."""
+    """What was found of another trainer's run, culprits, remarks, what was ruled out, and what was not checked."""
     if diagnosis.found:
-        found = [
-            ("found" if i == 0 else "", f"{part}: {where}") for i, (part, where) in enumerate(diagnosis.found.items())
-        ]
-        print_columns(found, ("bold", ""), console)
+        lines = [f"{part}: {where}" for part, where in diagnosis.found.items()]
+        print_columns([("found" if i == 0 else "", line) for i, line in enumerate(lines)], ("bold", ""), console)
         console.print()
     sign, style = {"fault": SIGNS["fail"], "undecided": SIGNS["warn"], "healthy": SIGNS["ok"]}[diagnosis.verdict]
     for place, culprit in enumerate(diagnosis.culprits):

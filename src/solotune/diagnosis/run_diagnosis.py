@@ -114,10 +114,9 @@ def _unreadable(run_facts: RunFacts) -> list[str]:
 def _not_checked(run_facts: RunFacts, probed: Probed) -> list[str]:
     """What was not given, of the two that matter most: the labels, and how the run learns."""
     found = []
-    if not len(run_facts.train) and not len(run_facts.batches):
-        if "train" in run_facts.not_given or not run_facts.missing.get("train"):
-            give = run_facts.not_given.get("train", "give the training data with --dataset")
-            found.append(f"rows and labels: {give}")
+    has_rows = bool(len(run_facts.train) or len(run_facts.batches))
+    if not has_rows and ("train" in run_facts.not_given or not run_facts.missing.get("train")):
+        found.append(f"rows and labels: {run_facts.not_given.get('train', 'give the training data with --dataset')}")
     if not _has_curve(run_facts) and all(probe in probed.skipped for probe in ("P5", "P6", "P7")):
         why = probed.skipped["P5"]
         change = "run solotune diagnose without --budget 0" if why == _NO_BUDGET else f"the model probes need: {why}"

@@ -112,7 +112,7 @@ def test_llama_factorys_list_of_data_sets_leads_to_the_file(project):
     assert facts.settings.get("tool") == "transformers" and facts.settings.get("max_length") == 512
 
 
-@pytest.mark.parametrize("value, names", [
+@pytest.mark.parametrize(("value", "names"), [
     ("a.jsonl", ["a.jsonl"]), (["d/a.jsonl#500", "b"], ["d/a.jsonl", "b"]), ("identity,mine", ["identity", "mine"]),
     ([{"path": "d/a.jsonl", "type": "chat_template"}, {"path": "json", "data_files": ["b.jsonl"]}], ["d/a.jsonl", "b.jsonl"]),
     (None, []), (3, []), ("x" * 9000, []),
@@ -121,7 +121,7 @@ def test_names_of_data_as_each_tool_writes_them(value, names):
     assert found_rows.names_of(value) == names
 
 
-@pytest.mark.parametrize("batch, accumulation, digits", [(4, 1, 9), (4, 4, 9), (2, 8, 2), (8, 3, 4)])
+@pytest.mark.parametrize(("batch", "accumulation", "digits"), [(4, 1, 9), (4, 4, 9), (2, 8, 2), (8, 3, 4)])
 def test_rows_and_steps_as_transformers_counts_them(project, batch, accumulation, digits):
     """Steps of an epoch are rounded up; the epoch counts batches, and some trainers round it."""
     batches, history, step, epoch = -(-45 // batch), [], 0, 0
@@ -165,7 +165,7 @@ def test_saved_tokens_are_the_labels_of_the_training(project, chat_model):
 # --- config and base
 
 
-@pytest.mark.parametrize("text, is_taken", [
+@pytest.mark.parametrize(("text", "is_taken"), [
     ("output_dir: runs/output\nlearning_rate: 1e-3\nwarmup_steps: 3\nlora_r: 4\n", True),
     ("learning_rate: 1e-3\nper_device_train_batch_size: 4\nwarmup_steps: 3\nnum_train_epochs: 2\n", True),
     ("output_dir: runs/output\nlearning_rate: 7e-3\nwarmup_steps: 3\nlora_r: 4\n", False),  # of another run

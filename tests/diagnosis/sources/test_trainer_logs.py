@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from solotune.diagnosis.sources import binary_logs, console_log, model_card, trainer_logs
+from solotune.diagnosis.sources import binary_logs, console_log, model_card, step_log, trainer_logs
 from tests.diagnosis.sources.real_logs import TENSORBOARD, WANDB
 
 LOSSES = [2.9, 2.5, math.nan, 2.25]
 
 
-def losses(log: trainer_logs.StepLog | None) -> list[float]:
+def losses(log: step_log.StepLog | None) -> list[float]:
     assert log is not None
     return [entry["loss"] for entry in log.entries if "loss" in entry]
 
 
-def steps(log: trainer_logs.StepLog | None) -> list[int]:
+def steps(log: step_log.StepLog | None) -> list[int]:
     assert log is not None
     return [entry["step"] for entry in log.entries if "loss" in entry]
 
@@ -211,13 +211,13 @@ def test_the_log_that_goes_on_to_the_crash_wins_over_the_state_of_the_last_check
     lines(tmp_path / "logging.jsonl", [{"step": i, "loss": 2.0 + i} for i in range(1, 8)])
     state, further = (trainer_logs.read(tmp_path / name) for name in ("trainer_state.json", "logging.jsonl"))
     assert state is not None and further is not None
-    assert trainer_logs.best([state, further]) is further
+    assert step_log.best([state, further]) is further
     other = lines(tmp_path / "log.jsonl", [{"step": i, "loss": 7.0} for i in range(1, 8)])
     foreign = trainer_logs.read(other)
-    assert foreign is not None and trainer_logs.best([state, foreign]) is state, "another run's log"
+    assert foreign is not None and step_log.best([state, foreign]) is state, "another run's log"
 
 
-@pytest.mark.parametrize("name, is_one", [
+@pytest.mark.parametrize(("name", "is_one"), [
     ("trainer_log.jsonl", True), ("train-log.jsonl", True), ("metrics.jsonl", True), ("slurm-12.out", True),
     ("running_log.txt", True), ("dialogs.jsonl", False), ("catalog.jsonl", False), ("train.jsonl", False),
     ("blog.txt", False),

@@ -1,12 +1,12 @@
 """Read the two binary logs of training runs without their libraries: TensorBoard events and W&B's offline datastore.
 
     for step, values in tensorboard(path): ...       {"train/loss": 2.3}, and texts: {"args/text_summary": "{...}"}
-    history, config = wandb(path)                    [{"train/loss": 2.3, "train/global_step": 1}], {"learning_rate": ..}
+    history, config, console, code = wandb(path)     [{"train/loss": 2.3, "train/global_step": 1}], {"learning_rate": 1}
 
 Both are protobuf messages in frames. Checksums are not compared: a file that was cut off gives what stands before the
 cut. A field of the wrong type is skipped; at most `MAX_BYTES` of a file and `MAX_RECORDS` messages are read.
 
-Source: tensorboard 2.21 (event.proto, summary.proto, TFRecord), wandb 0.31 (wandb_internal.proto, LevelDB's log format).
+Source: tensorboard 2.21 (event.proto, summary.proto, TFRecord), wandb 0.31 (wandb_internal.proto, LevelDB's log).
 """
 
 from __future__ import annotations

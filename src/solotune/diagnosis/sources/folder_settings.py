@@ -3,8 +3,8 @@
     settings, names = settings_of(places, config, log, found, missing)
     settings, choice = with_rows(settings, names, dataset, config, log, found)
 
-A run used what stands in training_args.bin and adapter_config.json; without arguments, what a tracker recorded, else what
-the config or the model card says, with the defaults of the tool. `names` are what these files call the data and the base:
+A run used what stands in training_args.bin and adapter_config.json; without arguments, what a tracker recorded, else
+what the config or the model card says, with the defaults of the tool. `names` are what these files call data and base:
 they are compared with what lies in and beside the folder (`surroundings`), and never opened.
 """
 
@@ -30,7 +30,7 @@ from solotune.diagnosis.sources.found import Found
 from solotune.diagnosis.sources.found_rows import Choice
 from solotune.diagnosis.sources.hf_rows import first_with
 from solotune.diagnosis.sources.run_files import json_of
-from solotune.diagnosis.sources.trainer_logs import StepLog
+from solotune.diagnosis.sources.step_log import StepLog
 from solotune.regular_files import open_regular
 
 LOG_BYTES = 64 << 10

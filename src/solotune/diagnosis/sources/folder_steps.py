@@ -13,11 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from solotune.diagnosis.sources import model_card, trainer_logs
+from solotune.diagnosis.sources import model_card, step_log, trainer_logs
 from solotune.diagnosis.sources.folder_settings import LOG_BYTES, beginning
 from solotune.diagnosis.sources.hf_rows import first_with
+from solotune.diagnosis.sources.step_log import StepLog
 from solotune.diagnosis.sources.surroundings import Surroundings, files_of
-from solotune.diagnosis.sources.trainer_logs import STATE, StepLog
+from solotune.diagnosis.sources.trainer_logs import STATE
 from solotune.regular_files import open_regular
 
 NUM_FILES = 200
@@ -32,10 +33,8 @@ def steps_of(folder: Path, places: list[Path], around: Surroundings) -> tuple[St
     logs += trainer_logs.find_logs(folder)
     if not any(log.num_steps for log in logs):
         card = model_card.read(beginning(first_with(places, "README.md")))
-        logs += [
-            log for log in (trainer_logs.of_entries("card", folder / "README.md", card.entries),) if log is not None
-        ]
-    log = trainer_logs.best(logs)
+        logs += [log for log in (step_log.of_entries("card", folder / "README.md", card.entries),) if log is not None]
+    log = step_log.best(logs)
     log = logs[0] if log is None and logs else log
     if log is not None and log.kind in ("jsonl", "wandb", "tensorboard", "mlflow"):
         log = replace(log, num_others=sum(other.kind == log.kind for other in logs) - 1)

@@ -15,8 +15,8 @@ from typing import Any
 from solotune.diagnosis.run_facts import RunFacts
 from solotune.diagnosis.sources.found_config import ConfigChoice
 from solotune.diagnosis.sources.found_rows import Choice
+from solotune.diagnosis.sources.step_log import StepLog
 from solotune.diagnosis.sources.surroundings import Surroundings
-from solotune.diagnosis.sources.trainer_logs import StepLog
 
 ORDER = ("settings", "config", "steps", "rows", "evaluation rows", "base", "adapter")
 NO_LOG = "no logged steps: no trainer_state.json, *.jsonl log, TensorBoard, W&B, MLflow or console log in the folder"

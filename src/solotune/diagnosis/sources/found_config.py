@@ -4,9 +4,10 @@
     choice.path, choice.why       output/training_args.yaml, "in the folder"
     choice.offered                configs that may be it, for the user to give with --config
 
-A config inside the folder is the run's, if it is the only one or has the name that a tool gives it. One beside it is the run's if its `output_dir` has the folder's name or its
-values are those that the run used, and no value contradicts: equal, or left at the library's default, which is the
-fault that a config is compared for. Others are offered.
+A config inside the folder is the run's, if it is the only one or has the name that a tool gives it. One beside it is
+the run's if its `output_dir` has the folder's name or its values are those that the run used, and no value contradicts.
+A value that the run left at the library's default is no contradiction: to find it is why configs are compared. Others
+are offered.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ LEAST_KEYS = 3
 LEAST_EQUAL = 3
 """Values beside the folder that have to be the run's, without an `output_dir` that says so."""
 KEYS = frozenset(
-    "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps lora_r lora_alpha "
-    "lora_dropout lora_target_modules max_length lr_scheduler_type warmup_steps warmup_ratio weight_decay optim bf16 "
-    "fp16 load_in_4bit packing max_grad_norm dataset model_name_or_path assistant_only_loss finetuning_type adapter "
-    "adapter_type tuner_type".split()
+    "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps lora_r "
+    "lora_alpha lora_dropout lora_target_modules max_length lr_scheduler_type warmup_steps warmup_ratio "
+    "weight_decay optim bf16 fp16 load_in_4bit packing max_grad_norm dataset model_name_or_path "
+    "assistant_only_loss finetuning_type adapter adapter_type tuner_type".split()
 )
 _BEST_KNOWN = ("training_args.yaml", "args.json", "trainer_config.yaml", "axolotl_config.yaml")
 _NAMES_OUTPUT = ("output_dir", "output-dir", "out_dir", "save_dir")

@@ -21,8 +21,8 @@ from typing import Any
 from solotune.dataset.readers.files import format_of
 from solotune.dataset.readers.source import Source
 from solotune.diagnosis.facts.derived import number
+from solotune.diagnosis.sources.step_log import Entry, StepLog
 from solotune.diagnosis.sources.surroundings import Surroundings, is_array
-from solotune.diagnosis.sources.trainer_logs import Entry, StepLog
 from solotune.errors import SolotuneError
 from solotune.regular_files import open_regular
 from solotune.run.record import json_object
@@ -88,7 +88,7 @@ def held_out(around: Surroundings, names: Sequence[tuple[str, str]]) -> Choice:
 
 
 def named(around: Surroundings, name: str) -> Path | None:
-    """The file or saved dataset that a written name means; a name of LLaMA-Factory's list means the file in the list."""
+    """The file or saved dataset that a name means; a name of LLaMA-Factory's list means the file in the list."""
     if found := around.named(name, [*around.data, *around.saved_datasets]):
         return found
     for listed in around.dataset_info:

@@ -4,7 +4,7 @@
     from_folder("output", config="sft.yaml", dataset="chats.jsonl")         with its config and data; `base` as well
 
 It reads the logged steps (`folder_steps`), the settings (`folder_settings`), adapter_config.json and
-adapter_model.safetensors, tokenizer files and generation_config.json; from the newest checkpoint if the folder itself has
+adapter_model.safetensors, tokenizer files and generation_config.json; from the newest checkpoint if the folder has
 none. Config, data and base that are not given are looked for in the folder and beside it (`surroundings`); `found` says
 what was found, and what to give.
 
@@ -26,7 +26,7 @@ from typing import Any
 
 from solotune.diagnosis.facts.derived import is_zero
 from solotune.diagnosis.run_facts import RunFacts, Saved, Settings
-from solotune.diagnosis.sources import hf_settings, model_card, solotune_run, trainer_logs
+from solotune.diagnosis.sources import hf_settings, model_card, solotune_run, step_log
 from solotune.diagnosis.sources.folder_settings import base_beside, beginning, settings_of, with_rows
 from solotune.diagnosis.sources.folder_steps import steps_in, steps_of
 from solotune.diagnosis.sources.found import Found
@@ -74,7 +74,7 @@ def from_folder(
     run_facts = RunFacts(
         name=_name(path) if log_file is None else log_file.name,
         settings=settings,
-        trace=None if log is None and not errors else trainer_logs.trace_of(log or trainer_logs.NO_STEPS, errors),
+        trace=None if log is None and not errors else step_log.trace_of(log or step_log.NO_STEPS, errors),
         saved=saved,
         environment=_environment(places),
         missing=missing,

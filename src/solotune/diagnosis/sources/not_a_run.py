@@ -77,7 +77,7 @@ def of_folder(folder: Path, runs: list[Path]) -> InputError:
         return InputError(
             f"{folder}: data, and no run",
             seen=", ".join(file.name for file in data[:NUM_LISTED]),
-            change=f"to check the rows: solotune init MODEL {shlex.quote(str(data[0]))}, then solotune data solotune.yaml",
+            change=f"check the rows: solotune init MODEL {shlex.quote(str(data[0]))}, then solotune data solotune.yaml",
         )
     return InputError(
         f"{folder} is not a run, a config or a trainer's output folder",
