@@ -271,10 +271,10 @@ def plain_prompts_join_with_answers(run_facts: RunFacts) -> Signal | None:
 
     Control: the tokenizer, since a space at the end changes nothing where it is a token of its own.
     """
-    tokenizer, read, joined = run_facts.tokenizer, 0, 0
+    tokenizer, rows, read, joined = run_facts.tokenizer, examples_of(run_facts), 0, 0
     if tokenizer is None:
         return None
-    for row in evenly(examples_of(run_facts), NUM_RENDERED):
+    for row in (rows[index] for index in evenly(range(len(rows)), NUM_RENDERED)):
         if [message["role"] for message in row.messages] != ["user", "assistant"]:
             continue
         prompt, answer = (message["content"] for message in row.messages)
