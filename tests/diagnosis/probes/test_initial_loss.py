@@ -32,7 +32,9 @@ def heard(ward: Ward, texts: Sequence[str], masked: bool = False, **settings: An
         rows.append((ids, [-100] * first + ids[first:]))
     batches = [padded(rows[i : i + 4], pad=0) for i in range(0, len(rows), 4)]
     live = LiveModel(ward.model(), batches)
-    train = [Example(np.array(i, np.int32), np.array(l) >= 0, f"row {n}", []) for n, (i, l) in enumerate(rows)]
+    train = [
+        Example(np.array(ids, np.int32), np.array(labels) >= 0, f"row {n}", []) for n, (ids, labels) in enumerate(rows)
+    ]
     one = ward.run_facts(batches, conversations=[], train=train, settings=settings)
     return first_loss(live, one, 20.0)
 

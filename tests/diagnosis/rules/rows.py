@@ -72,6 +72,12 @@ def with_template(family: str, template: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def id_of(family: str, token: str) -> int:
+    """The id of a token in the tiny tokenizer of a family."""
+    backend: Any = tiny_tokenizer(family)
+    return int(backend.convert_tokens_to_ids(token))
+
+
 def with_pad(family: str) -> PreTrainedTokenizerBase:
     """A tokenizer with a separate padding token, which no row uses."""
     tokenizer = copy.deepcopy(tiny_tokenizer(family))

@@ -14,7 +14,7 @@ from solotune.diagnosis.rules import ask_all
 from solotune.diagnosis.rules.tokenizer import untrained_rows
 from solotune.diagnosis.run_facts import RunFacts, Settings
 from tests.dataset.conftest import CHATML, FAMILIES, tiny_tokenizer
-from tests.diagnosis.rules.rows import Bench, answered, each, talk, with_template
+from tests.diagnosis.rules.rows import Bench, answered, each, id_of, talk, with_template
 
 
 def test_f04_the_models_special_ids_are_words(bench: Bench) -> None:
@@ -91,7 +91,7 @@ def test_f07_a_base_model_with_chatml(bench: Bench) -> None:
 def test_f07_rows_that_spell_a_token_as_text(bench: Bench) -> None:
     """split_special_tokens: the tokenizer has the marker, and no row has it."""
     tokenizer = tiny_tokenizer("chatml")
-    marker = int(tokenizer.convert_tokens_to_ids("<|im_start|>"))
+    marker = id_of("chatml", "<|im_start|>")
     letters = tokenizer.encode("<|im_start", add_special_tokens=False) + tokenizer.encode("|>")
 
     def split(rows: list[Example]) -> list[Example]:
@@ -115,7 +115,7 @@ def weights(size: int = 400, width: int = 64) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["zero", "mean", "fresh", "like the padding"])
 def test_f06_rows_that_nothing_trained(kind: str) -> None:
     tokenizer, embedding = tiny_tokenizer("chatml"), weights()
-    end, ordinary = int(tokenizer.convert_tokens_to_ids("<|im_end|>")), np.arange(40, 100)
+    end, ordinary = id_of("chatml", "<|im_end|>"), np.arange(40, 100)
     assert untrained_rows(embedding, np.append(ordinary, end), tokenizer) == []
     noise = torch.randn(400, 64, generator=torch.Generator().manual_seed(1))
     if kind == "like the padding":
@@ -127,7 +127,7 @@ def test_f06_rows_that_nothing_trained(kind: str) -> None:
 
 def test_f06_fresh_rows_that_look_like_all_others_tell_nothing() -> None:
     tokenizer, embedding = tiny_tokenizer("chatml"), weights() / 15  # as small as fresh ones
-    end = int(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    end = id_of("chatml", "<|im_end|>")
     assert untrained_rows(embedding, np.append(np.arange(40, 100), end), tokenizer) == []
 
 

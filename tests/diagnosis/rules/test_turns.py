@@ -15,7 +15,7 @@ from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import ask_all
 from solotune.diagnosis.run_facts import RunFacts, Settings
 from tests.dataset.conftest import CHATML, FAMILIES, chat, tiny_tokenizer
-from tests.diagnosis.rules.rows import Bench, each, sentence, talk, with_own_template, with_template
+from tests.diagnosis.rules.rows import Bench, each, id_of, sentence, talk, with_own_template, with_template
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_f13_tools_are_dropped(bench: Bench) -> None:
 def test_f14_generation_stops_elsewhere(bench: Bench) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer("chatml"))
     tokenizer.eos_token = tokenizer.pad_token = "<|endoftext|>"
-    eos, end = (int(tokenizer.convert_tokens_to_ids(t)) for t in ("<|endoftext|>", "<|im_end|>"))
+    eos, end = (id_of("chatml", t) for t in ("<|endoftext|>", "<|im_end|>"))
     model = bench.model(config={"vocab_size": 500}, generation_config={"eos_token_id": eos})
     found = bench.only("F14", talk(), tokenizer, model_name_or_path=model)
     assert found.fix.startswith(f"add {end} to eos_token_id in generation_config.json")
@@ -119,7 +119,7 @@ def test_f14_generation_stops_elsewhere(bench: Bench) -> None:
 def test_f14_the_tokenizers_own_end_does_not_help(bench: Bench, name: str) -> None:
     """`generate` reads generation_config.json, and without it config.json; the tokenizer's eos_token is right here."""
     tokenizer = tiny_tokenizer("chatml")
-    other = int(tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    other = id_of("chatml", "<|endoftext|>")
     files = {"config": {"vocab_size": 500, "eos_token_id": tokenizer.eos_token_id}, name: {"eos_token_id": other}}
     found = bench.only("F14", talk(), model_name_or_path=bench.model(**files))
     assert f"by {name}.json generation stops at" in found.message
@@ -133,7 +133,7 @@ def test_f14_text_with_an_end_of_text_and_rows_of_another_source(bench: Bench) -
     assert bench.codes(texts, "gpt2", model_name_or_path=model) == []  # a base model on plain text
 
     def some_end_otherwise(rows: list[Example]) -> list[Example]:
-        other = int(tiny_tokenizer("chatml").convert_tokens_to_ids("<|endoftext|>"))
+        other = id_of("chatml", "<|endoftext|>")
         last = [row.loss_mask.nonzero()[0][-1] for row in rows]
         ids = [
             np.where(np.arange(len(r.input_ids)) == at, other, r.input_ids) for r, at in zip(rows, last, strict=True)

@@ -209,7 +209,7 @@ def _beginnings(
     if tokenizer is None or not isinstance(bos, int) or bos == eos:
         return
     line = facts.roles.encode("\n")[-1:]
-    others = [i for i in {eos, tokenizer.pad_token_id, *line} if isinstance(i, int) and i != bos]
+    others = {i for i in (eos, tokenizer.pad_token_id, *line) if isinstance(i, int) and i != bos}
     sums: list[list[float]] = []
     for document in [d for d in facts.documents if len(d.ids) > 8][:NUM_ROWS]:
         if bos in document.ids[:2].tolist() or time.perf_counter() > deadline:
@@ -237,7 +237,7 @@ def _begin(run_facts: RunFacts, found: dict[str, Any]) -> Signal | None:
     saved = here - after
     if saved < HELPS * here or another - after < HALF * saved:
         return None
-    spelled = run_facts.tokenizer.convert_ids_to_tokens(run_facts.tokenizer.bos_token_id) if run_facts.tokenizer else ""
+    spelled = str(run_facts.tokenizer.bos_token) if run_facts.tokenizer is not None else "a begin-of-text token"
     says = f"with {spelled} before each row the loss falls from {here:.2f} to {after:.2f} a token, with another token "
     says += f"to {another:.2f}"
     fix = f"begin every row with {spelled}, as serving does"

@@ -202,9 +202,9 @@ def prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
         if prompt is None or squeezed(example.messages[max(turn - 1, 0)]["content"]) not in squeezed(text):
             continue  # the rows of another trainer may be in another order
         read += 1
-        begins, row = (_without_bos(facts, ids) for ids in (prompt, example.input_ids))  # missing or twice: F08, F09
-        shared = min(len(begins), len(row))  # another trainer may have truncated it
-        if np.array_equal(begins[:shared], row[:shared]):
+        asked, whole = (_without_bos(facts, ids) for ids in (prompt, example.input_ids))  # missing or twice: F08, F09
+        shared = min(len(asked), len(whole))  # another trainer may have truncated it
+        if np.array_equal(asked[:shared], whole[:shared]):
             continue
         is_same_text = text.startswith(facts.decode(prompt))
         (merged if is_same_text else other).append(row)
@@ -213,9 +213,7 @@ def prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
         return None
     is_merged = len(merged) > len(other)
     begins = facts.template.generation_prompt if facts.template else ""
-    is_blank = is_merged and begins.endswith(
-        (" ", "\t")
-    )  # of the template; else the answers begin with the white space
+    is_blank = is_merged and begins.endswith((" ", "\t"))  # of the template; else the answers begin with white space
     is_fault = is_blank or (is_pattern(len(wrong), read, MOST) and (is_merged or _THOUGHTS.search(begins) is None))
     return Finding.of(
         "F16",
@@ -271,10 +269,10 @@ def plain_prompts_join_with_answers(run_facts: RunFacts) -> Signal | None:
 
     Control: the tokenizer, since a space at the end changes nothing where it is a token of its own.
     """
-    tokenizer, read, joined = run_facts.tokenizer, 0, 0
+    tokenizer, rows, read, joined = run_facts.tokenizer, examples_of(run_facts), 0, 0
     if tokenizer is None:
         return None
-    for row in evenly(examples_of(run_facts), NUM_RENDERED):
+    for row in (rows[index] for index in evenly(range(len(rows)), NUM_RENDERED)):
         if [message["role"] for message in row.messages] != ["user", "assistant"]:
             continue
         prompt, answer = (message["content"] for message in row.messages)

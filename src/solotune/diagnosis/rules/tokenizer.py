@@ -291,7 +291,7 @@ def untrained_rows(weight_VD: torch.Tensor, ids: np.ndarray, tokenizer: Any = No
     is_new = (away_V[chosen] < MEAN_LIKE * usual) | (norm_V[chosen] < 1e-3 * usual)
     added = set(tokenizer.added_tokens_decoder) if tokenizer is not None else set()
     is_added = torch.tensor([int(i) in added for i in ids], dtype=torch.bool, device=whole.device)
-    if is_added.any() and int((~is_added).sum()) >= NUM_KNOWN:
+    if tokenizer is not None and is_added.any() and int((~is_added).sum()) >= NUM_KNOWN:
         unused = norm_V[len(tokenizer) :]
         fresh = norm_V.new_tensor([spread * whole.shape[1] ** 0.5])
         sizes = unused if len(unused) >= MIN_UNUSED else fresh

@@ -81,9 +81,9 @@ def with_base_and_rows(
         missing["model_config"] = unopened or f"the base {base or '(its name is not known)'} is not on this machine"
         missing["live"] = missing["model_config"]
     tokenizer, base_template, base_tokens = _tokenizers(config, places, base_files, missing)
-    counted = {**run_facts.settings.values, "base_tokens": base_tokens}
-    run_facts = replace(run_facts, tokenizer=tokenizer, base_template=base_template,
-                        settings=replace(run_facts.settings, values=counted))  # fmt: skip
+    values = dict(run_facts.settings.values) | ({"base_tokens": base_tokens} if base_tokens else {})
+    settings = replace(run_facts.settings, values=values)
+    run_facts = replace(run_facts, tokenizer=tokenizer, base_template=base_template, settings=settings)
     if tokenizer is None or not rows:
         why = _unknown_data(named.get("dataset")) if not rows else missing.get("tokenizer") or missing["model_config"]
         missing |= {part: why for part in ("train", "validation", "live") if part not in missing}
