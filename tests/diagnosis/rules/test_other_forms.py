@@ -35,12 +35,13 @@ def log(
     every: int = 1, evals: list[float] | None = None, **parts: Any,
 ) -> Trace:  # fmt: skip
     """A run of this many steps: falling loss, linear decay, unless given."""
-    step = np.arange(every, steps + 1, every)
+    logged = range(every, steps + 1, every)
+    step = np.array(logged)
     noise = 0.05 * np.random.default_rng(0).standard_normal(len(step))
     falling = loss or (lambda s: 2.5 * np.exp(-2 * s / steps) + 0.5)
     rates = rate if callable(rate) else (lambda s: RATE * (1 - s / steps) if rate is None else rate)
     norms = norm or (lambda s: 0.6)
-    loss_S, rate_S, norm_S = (np.array([float(of(s)) for s in step]) for of in (falling, rates, norms))
+    loss_S, rate_S, norm_S = (np.array([float(of(s)) for s in logged]) for of in (falling, rates, norms))
     at = np.array([steps // 3, 2 * steps // 3, steps])
     held_out = np.interp(at, step, loss_S) + 0.05 if evals is None else np.array(evals)
     made = Trace(step, loss_S + noise * (loss is None), rate_S, norm_S, step / steps, at, held_out, steps, True)
