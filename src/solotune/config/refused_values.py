@@ -49,7 +49,7 @@ def _is_empty(value: Any, _values: Mapping[str, Any]) -> bool:
 
 def _exceeds_max_steps(value: Any, values: Mapping[str, Any]) -> bool:
     steps = values.get("max_steps")
-    return _is_number(value) and _is_number(steps) and 0 < steps < value
+    return isinstance(value, (int, float)) and isinstance(steps, (int, float)) and 0 < steps < value
 
 
 _BF16 = "bf16: true"

@@ -75,7 +75,8 @@ def test_a_pass_that_would_end_too_late_does_not_begin(ward):
         assert limit.seconds_of(1, 0) is None  # nothing was timed
         model(**batch)
         limit.close()
-        assert limit.seconds_of(1, 0) and limit.seconds_of(0, 1) > 2 * limit.seconds_of(1, 0)
+        forward, step = limit.seconds_of(1, 0), limit.seconds_of(0, 1)
+        assert forward and step and step > 2 * forward
         limit.passes[False] = dict.fromkeys(limit.passes[False], 100.0)
         with pytest.raises(OutOfTime, match=r"100\.0 s"):
             model(**batch)

@@ -35,12 +35,13 @@ def log(
     every: int = 1, evals: list[float] | None = None, **parts: Any,
 ) -> Trace:  # fmt: skip
     """A run of this many steps: falling loss, linear decay, unless given."""
-    step = np.arange(every, steps + 1, every)
+    logged = range(every, steps + 1, every)
+    step = np.array(logged)
     noise = 0.05 * np.random.default_rng(0).standard_normal(len(step))
     falling = loss or (lambda s: 2.5 * np.exp(-2 * s / steps) + 0.5)
     rates = rate if callable(rate) else (lambda s: RATE * (1 - s / steps) if rate is None else rate)
     norms = norm or (lambda s: 0.6)
-    loss_S, rate_S, norm_S = (np.array([float(of(s)) for s in step]) for of in (falling, rates, norms))
+    loss_S, rate_S, norm_S = (np.array([float(of(s)) for s in logged]) for of in (falling, rates, norms))
     at = np.array([steps // 3, 2 * steps // 3, steps])
     held_out = np.interp(at, step, loss_S) + 0.05 if evals is None else np.array(evals)
     made = Trace(step, loss_S + noise * (loss is None), rate_S, norm_S, step / steps, at, held_out, steps, True)
@@ -89,7 +90,7 @@ FAULTY: dict[str, tuple[str, RunFacts]] = {
     "adapters in bfloat16 at 5e-6": ("F54", run_facts(
         {"adapter_dtype": "bfloat16", "learning_rate": 5e-6}, model_config=WIDE)),
     "bfloat16 rounding, not the large scale": ("F54", run_facts(
-        {"adapter_dtype": "bfloat16", "learning_rate": 8e-6, "lora_alpha": 512}, model_config=WIDE)),
+        {"adapter_dtype": "bfloat16", "learning_rate": 5e-6, "lora_alpha": 512}, model_config=WIDE)),
     "a tied head": ("F63", run_facts({"lora_target_modules": ["q_proj", "lm_head"]}, model_config=TIED)),
     "a tied embedding": ("F63", run_facts({"lora_target_modules": ["q_proj", "embed_tokens"]}, model_config=TIED)),
     "a head beside TRL's fused loss": ("F63", run_facts(
@@ -154,6 +155,7 @@ HEALTHY: dict[str, RunFacts] = {
     "changed on the command line": run_facts(
         {"learning_rate": 1e-4, "max_length": 2048},
         {"learning_rate": 3e-4, "max_seq_length": 4096, "optim": "adamw_torch_fused"}),
+    "the batch of a whole step": run_facts({"per_device_train_batch_size": 8}, {"train_batch_size": 64}),
     "a name with more said after it": run_facts(
         {"lr_scheduler_type": "constant_with_warmup"}, {"lr_scheduler_type": "constant"}, trace=log(rate=RATE)),
     "4 bits in LLaMA-Factory": run_facts({"load_in_4bit": True, "tool": "llama-factory"}),

@@ -129,7 +129,7 @@ FAULTY: list[tuple[str, RunFacts]] = [
     ("F51", run_facts({"load_in_4bit": False}, {"load_in_4bit": True})),
     ("F52", run_facts({"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16", "llm_int8_skip_modules": ["gate"]})),
     ("F53", run_facts({"fp16": True, "bf16": False}, trace=trace(loss_S=np.where(HALF, np.nan, 2.0)))),
-    ("F54", run_facts({"adapter_dtype": "bfloat16", "learning_rate": 4e-5}, model_config=LLAMA)),
+    ("F54", run_facts({"adapter_dtype": "bfloat16", "learning_rate": 2e-5}, model_config=LLAMA)),
     ("F55", run_facts(trace=trace(grad_norm_S=np.where(np.arange(STEPS) % 5 == 4, np.nan, 1.0)))),
     ("F56", run_facts({"lora_target_modules": ["q_proj", "v_proj", "c_attn"]}, model_config=LLAMA)),
     ("F56", run_facts({"lora_target_modules": ["q_proj", "c_fc"]}, saved=Saved(adapter(), {}))),

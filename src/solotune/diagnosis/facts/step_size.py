@@ -154,7 +154,7 @@ def adapter_elements(run_facts: RunFacts) -> int | None:
     if saved := sum(part.numel() for parts in lora_layers(run_facts).values() for part in parts.values()):
         return saved
     rank, names, modules = setting(run_facts, "lora_r"), targets(run_facts), linears(run_facts)
-    if not rank or not modules or (isinstance(names, str) and names != "all-linear"):
+    if not rank or not modules or not names or (isinstance(names, str) and names != "all-linear"):
         return None
     sizes = [sum(size) for path, size in modules.items() if names == "all-linear" or path.rpartition(".")[2] in names]
     return int(rank * sum(sizes)) or None

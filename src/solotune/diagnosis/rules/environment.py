@@ -89,7 +89,7 @@ def renamed_argument(run_facts: RunFacts) -> Signal | None:
         ours = FOREIGN_KEYS.get(key, key) if key in _SAME_WORD or key not in FOREIGN_KEYS else None
         if ours is None or ours in _OWN_RULES or key in _OWN_RULES or not differs(run_facts, ours, wrote):
             continue
-        is_dropped = is_default(ours, run_facts.settings.get(ours))
+        is_dropped = is_default(ours, run_facts.settings.get(ours)) and not _is_global_batch(run_facts, key, wrote)
         if key == ours and is_dropped:
             continue  # F03: the name is right, so the value never reached the trainer
         says = f"{key}: {wrote} is in the config, but the run used {ours}: {run_facts.settings.get(ours)}"
@@ -99,6 +99,12 @@ def renamed_argument(run_facts: RunFacts) -> Signal | None:
             continue
         return Signal("F02", "invariant", says, 0.9, numbers, fix=f"{ours}: {wrote}")
     return remark
+
+
+def _is_global_batch(run_facts: RunFacts, key: str, wrote: Any) -> bool:
+    """Whether this may be the batch of a whole step: a multiple of the rows of a device."""
+    whole, part = number(wrote), number(run_facts.settings.get("per_device_train_batch_size"))
+    return key in ("batch_size", "train_batch_size") and bool(whole and part) and whole % part == 0
 
 
 def differs(run_facts: RunFacts, key: str, wrote: Any) -> bool:

@@ -15,8 +15,9 @@ SAFE_RATE = 2e-4
 """At this learning rate an Adam step changes every element of a default A in bfloat16; at 1e-5 a quarter (computed)."""
 ROUNDS = 2**-8.5
 """bfloat16 loses a change of half a unit in the last place: 2^-8 to 2^-9 of the value."""
-FEW = 0.25
-"""Share of the elements of A that a step changes, below which learning slows down clearly."""
+FEW = 0.1
+"""Share of the elements of A that a step changes, below which nearly all is lost; at 1e-5 it is 0.12 for a width of
+1,024, and more for wider models."""
 SKIPS, SKIPPED = 5, 0.02
 """Steps at the start, and share of the later ones, that a loss scaler may skip while it looks for its factor."""
 MEMORISED = 0.05
@@ -90,7 +91,7 @@ def is_half(run_facts: RunFacts) -> bool:
 def updates_lost(run_facts: RunFacts) -> Signal | None:
     """F54: small updates are lost by rounding, because the adapters are bfloat16.
 
-    Sees: adapters in bfloat16 and a learning rate at which a step changes less than a quarter of the elements of A, by
+    Sees: adapters in bfloat16 and a learning rate at which a step changes less than a tenth of the elements of A, by
     the width of the model (1 / sqrt(inputs) is the size of an element, 1/256 of it what bfloat16 rounds). A rate below
     2e-4 is a remark. Probe P6 decides by the share of elements whose stored value changes in one real step: 1.0 in
     float32, 0.4 to 0.6 if updates are lost.

@@ -88,8 +88,8 @@ def _of_config(target: str | Path | Mapping[str, Any] | RunConfig, overrides: It
         if error.fault is None:
             raise
         name = Path(target).stem if isinstance(target, (str, Path)) else "run"
-        why = dict.fromkeys(("train", "live"), "the config is refused")
-        return RunFacts(name, Settings({"tool": "solotune"}), refusals=of_refusal(error), missing=why)
+        missing = {"train": "the config is refused", "live": "the config is refused"}
+        return RunFacts(name, Settings({"tool": "solotune"}), refusals=of_refusal(error), missing=missing)
     return solotune_run.of_config(config)
 
 
