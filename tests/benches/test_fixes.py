@@ -14,7 +14,7 @@ from bench.diagnose.fixes import GONE, Ask, Case, Outcome, Rows, Said, changes_i
 from solotune.dataset import prepare
 from solotune.diagnosis.facts.row_facts import RowFacts
 from solotune.diagnosis.rules import judge
-from solotune.errors import InputError
+from solotune.errors import SolotuneError
 from tests.dataset.conftest import Writer, _nothing_is_kept, config_of, tiny_tokenizer, write  # noqa: F401 - fixtures
 from tests.diagnosis.rules.rows import answered, each, sentence, talk
 
@@ -76,7 +76,7 @@ def asking(write: Writer, tokenizer: Any) -> Ask:  # noqa: F811 - the fixture
         try:
             config = config_of(write(f"{count}.jsonl", *case.train), **keys)
             prepared = prepare(config, tokenizer)
-        except InputError as error:
+        except SolotuneError as error:
             return [Said(error.fault or "refused", True, error.change or "")]
         found = judge(RowFacts.of_config(config, tokenizer, prepared.train, prepared.validation, prepared.report))
         return [Said(one.code, one.severity == "error", one.fix) for one in found if one.severity != "info"]
