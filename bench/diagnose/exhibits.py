@@ -219,8 +219,14 @@ def _history_of(metrics: Path) -> list[dict[str, Any]]:
 
 
 def _told(recipe: Recipe) -> dict[str, Any]:
-    """The settings that the owner wrote down."""
-    return {**(recipe.asked or recipe.settings), "pad_token": recipe.tokenizer.pad_token}
+    """The settings that the owner wrote down; the mask of the answers only where it was left to the trainer.
+
+    A loop by hand that masks by itself asks nothing of TRL, which would refuse it under a template without markers.
+    """
+    told = {**(recipe.asked or recipe.settings), "pad_token": recipe.tokenizer.pad_token}
+    if told.get("assistant_only_loss") and recipe.mask != "none":
+        del told["assistant_only_loss"]
+    return told
 
 
 # --- files

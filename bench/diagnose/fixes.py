@@ -175,7 +175,7 @@ DATA: dict[str, tuple[tuple[str, Callable[[Rows], Rows]], ...]] = {
     "F12": ((r'give each row as \{"messages"', _as_messages),),
     "F34": ((r"remove (?:these|the) rows", _without_empty_answers),),
     "F35": ((r"keep only some|rebalance", _few_of_each_answer),),
-    "F36": ((r"swap|are exchanged|roles", _roles_exchanged), (r"join neighbouring", _joined_turns)),
+    "F36": ((r"swap|exchanged|the role assistant", _roles_exchanged), (r"join neighbouring", _joined_turns)),
     "F37": ((r"as UTF-8", _decoded_rows),),
     "F39": ((r"remove (?:the |duplicate|its )|added twice", _once_each),),
 }

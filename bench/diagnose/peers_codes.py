@@ -162,6 +162,7 @@ PEFT_DOCTOR = {
     "generation.pad_*": ("F17", "F14"),
     "generation.config_missing": ("F14",),
     "tokens.profile": ("F24", "F25", "F26", "F33", "F42"),
+    "integrity.base_model_missing": (),
     "integrity.*": ("F75", "F78"),
     "adapter_tensors.*": ("F75",),
     "adapter_merge.base_*": ("F76", "F78"),

@@ -179,20 +179,16 @@ CHECK_FLAGS = {
 }  # fmt: skip
 LIVE = """
 import json, yaml
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft_doctor import diagnose_peft
 lora, args = yaml.safe_load(open("lora.yaml")), yaml.safe_load(open("sft.yaml")) or {}
-model = AutoModelForCausalLM.from_pretrained("model")
-try:
-    model = get_peft_model(model, LoraConfig(**lora))
-except ValueError:
-    model.requires_grad_(False)
 rows = [json.loads(line) for line in open("train.jsonl")]
-report = diagnose_peft(model=model, tokenizer=AutoTokenizer.from_pretrained("model"), peft_config=lora,
-                       training_args=args, train_dataset=rows)
+report = diagnose_peft(model=AutoModelForCausalLM.from_pretrained("model"),
+                       tokenizer=AutoTokenizer.from_pretrained("model"), peft_config=lora, training_args=args,
+                       train_dataset=rows)
 print("REPORT", report.to_json())
 """
+"""The base as it is before adapters are on: inside PEFT's layers it looks for no target modules."""
 
 
 def _peft_doctor(exhibit: Exhibit, ask: Ask) -> Iterator[Warned]:
@@ -293,5 +289,5 @@ PEERS: dict[str, Peer] = {
     "runmedic": Peer("runmedic", ("runmedic.cli",), False, _runmedic),
     "finetune-doctor": Peer("finetune-doctor", ("finetune_doctor.cli",), False, _finetune_doctor),
     "soup": Peer("soup-cli", (*(f"soup_cli.{name}" for name in SOUP_MODULES), AUTO), True, _soup),
-    "peft-doctor": Peer("peft-doctor", ("peft_doctor.cli", AUTO, "peft:LoraConfig,get_peft_model"), True, _peft_doctor),
+    "peft-doctor": Peer("peft-doctor", ("peft_doctor.cli", AUTO), True, _peft_doctor),
 }
