@@ -186,7 +186,8 @@ def repaired(case: Case, said: Said) -> Case | None:
     """The case with its rows as the fix of the data wants them; None: a person's work."""
     for words, repair in DATA.get(said.code, ()):
         if re.search(words, said.fix):
-            return replace(case, train=repair(copy.deepcopy(case.train)), held_out=repair(copy.deepcopy(case.held_out)))
+            train, held_out = (repair(copy.deepcopy(rows)) for rows in (case.train, case.held_out))
+            return replace(case, train=train, held_out=held_out) if train != case.train else None
     if said.code in ("F43", "F44") and re.search(r"eval_dataset", said.fix) and case.held_out:
         return with_changes(case, {"eval_dataset": GONE, "validation_size": 0.05})
     return None

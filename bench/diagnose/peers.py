@@ -269,7 +269,7 @@ def page(found: Row, rows: Sequence[Row]) -> str:
     lines = [
         "# Public tools on the same programs",
         "",
-        f"`{found['command']}`, {found['date']}.",
+        f"`{found['command']}`, {found['date']}, {len(rows)} programs.",
         "Each tool is run as its documentation says on the files that the program leaves (listed in",
         "`bench/diagnose/peers_run.py`), and is credited for every warning that may mean the true fault",
         "(`bench/diagnose/peers_codes.py`), wherever it stands; ours by its first answer alone. An alarm is a healthy",

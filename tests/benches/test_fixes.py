@@ -139,3 +139,5 @@ def test_data_are_repaired_as_the_fix_says() -> None:
     exchanged = repaired(Case({}, _exchanged(talk(3)), []), said)
     assert exchanged is not None and exchanged.train == talk(3)
     assert repaired(Case({}, [], []), Said("F38", True, "join prompts and answers again")) is None
+    texts = [{"text": "USER: how many? BOT: two"}]
+    assert repaired(Case({}, texts, []), Said("F12", True, 'give each row as {"messages": [...]}')) is None
