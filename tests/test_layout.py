@@ -28,7 +28,7 @@ TESTED_IN = {
     "api/test_train.py": ["api.data", "api.evaluate", "config.settings"],
     "cli/test_commands.py": ["__init__", "api.plan", "cli.main", "cli.output"],
     "config/test_run_config.py": ["config.describe", "config.key_aliases", "config.load", "config.write", "errors"],
-    "api/test_init.py": ["config.yaml_reader"],
+    "api/test_init.py": ["api.propose", "config.translate", "config.yaml_reader"],
     "faults/test_doors_shown.py": ["config.secrets"],
     "faults/test_doors_template.py": ["dataset.chat.template_process", "dataset.chat.template_sandbox"],
     "dataset/chat/test_tokenizer.py": ["dataset.chat.tokenizer_files"],
@@ -67,6 +67,9 @@ TESTED_IN = {
     "diagnosis/test_run_diagnosis.py": ["diagnosis.run_facts"],
     "diagnosis/test_data_checks.py": ["diagnosis.facts.row_facts", "diagnosis.findings"],
     "diagnosis/rules/test_rules_samples.py": ["diagnosis.facts.row_arrays"],
+    "diagnosis/rules/test_rules_other_forms.py": ["diagnosis.facts.step_size"],
+    "diagnosis/rules/test_leaks.py": ["diagnosis.facts.text_overlap"],
+    "diagnosis/rules/test_rows.py": ["diagnosis.rules.duplicates", "diagnosis.rules.misaligned"],
     "diagnosis/rules/test_turns.py": ["diagnosis.facts.row_labels"],
     "diagnosis/rules/test_rules.py": [
         "diagnosis.catalogue",

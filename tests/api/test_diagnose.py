@@ -212,7 +212,7 @@ def test_a_config_is_diagnosed_before_it_runs(chat_config):
     assert found.run_facts and found.skipped
     probed = solotune.diagnose(chat_config, budget=5)
     assert "loading" in probed.cost
-    bad = solotune.diagnose(chat_config, budget=0, overrides=["warmup_ratio=0.95"])
+    bad = solotune.diagnose(chat_config, budget=0, overrides=["warmup_ratio=0.95", "max_steps=40"])
     assert bad.verdict == "fault" and "F65" in [culprit.fault for culprit in bad.culprits]
 
 

@@ -140,14 +140,12 @@ def init(
 ) -> None:
     """Write a config for a MODEL and a DATASET, fitted to both.
 
-    MODEL is a folder or a hub id. DATASET is a file (jsonl, json, csv, parquet) or a hub id. It reads the rows and the
-    model's files, and proposes format, columns, max_length, held-out rows, batch and steps, each with its reason, that
-    fit this machine.
+    MODEL is a folder or a hub id, DATASET a file (jsonl, json, csv, parquet) or a hub id. It reads both, and proposes
+    columns, max_length, held-out rows, batch and steps that fit this machine, each with its reason.
 
     \b
-    Examples:
+    Example:
       solotune init HuggingFaceTB/SmolLM2-135M-Instruct chats.jsonl
-      solotune init --from axolotl.yaml -o run.yaml
     """
     from solotune.api.init import init
     from solotune.errors import program

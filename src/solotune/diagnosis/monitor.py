@@ -99,10 +99,11 @@ class Monitor(SilentObserver):
 
     def _check_rules(self, run_facts: RunFacts) -> None:
         """Report the faults and remarks of the rules. `diagnosis` runs them again, so their signals are not kept."""
-        signals = ask_all(run_facts)[0]
+        signals = [*ask_all(run_facts)[0], *self._signals]  # what follows from these is not reported
         decided, weighed = decide(run_facts.name, signals), weigh(signals)
         for culprit in decided.culprits if decided.is_fault else ():
-            self._report(weighed[culprit.fault].supporting[0])
+            if not any((code, False) in self._reported for code in culprit.same_evidence):
+                self._report(weighed[culprit.fault].supporting[0])
         for remark in decided.remarks:
             says = next(s for s in weighed[remark.fault].supporting if s.kind == "remark")
             self._report(says)

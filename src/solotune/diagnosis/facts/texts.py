@@ -123,7 +123,12 @@ class Batches:
             for s, line in enumerate(lines)
             for document in _documents_of(line, b, s)
         ]
-        return [d for d in found if d.learned.any() or not (d.ids == self.pad_id).all()]  # without rests of only pads
+        return [d for d in found if d.learned.any() or not self._is_padding(d)]
+
+    def _is_padding(self, document: Document) -> bool:
+        """Whether a text is the padding at the end of a pack: of one id, which the tokenizer need not name."""
+        is_last = document.start > 0 and document.end == len(self.sequences[document.batch][document.sequence].ids_T)
+        return bool((document.ids == (document.ids[0] if is_last else self.pad_id)).all())
 
     @property
     def is_packed(self) -> bool:

@@ -64,27 +64,10 @@ def with_base_and_rows(
         named: `base`, the model that the user gave or that lies beside (None if neither); `model_name_or_path` and
             `dataset`, what the folder's own files name; `used`, how the data was found, if the user did not give it.
     """
-    get = run_facts.settings.get
     used: Choice = named.get("used") or Choice()
-    base, unopened = _base_of(named, places[0])
-    rows, chats = _names(get("dataset")), []
-    if rows:
-        chats = raw_chats(rows, str(get("dataset_split") or "train"))
-    config = hf_settings.as_run_config(run_facts.settings, base or str(places[0]), rows or "unknown.jsonl")
-    base_files = model_here(config.model_name_or_path, config.model_revision)
-    base_config = base_files.json_or_empty("config.json") if base_files else {}
-    generation = json_of(first_with(places, "generation_config.json"))
-    if not generation and base_files:
-        generation = base_files.json_or_empty("generation_config.json")
-    run_facts = replace(run_facts, model_config=base_config, generation_config=generation, conversations=chats)
-    if not base_config:
-        missing["model_config"] = unopened or f"the base {base or '(its name is not known)'} is not on this machine"
-        missing["live"] = missing["model_config"]
-    tokenizer, base_template, base_tokens = _tokenizers(config, places, base_files, missing)
-    values = dict(run_facts.settings.values) | ({"base_tokens": base_tokens} if base_tokens else {})
-    settings = replace(run_facts.settings, values=values)
-    run_facts = replace(run_facts, tokenizer=tokenizer, base_template=base_template, settings=settings)
-    if tokenizer is None or not rows:
+    rows = _names(run_facts.settings.get("dataset"))
+    run_facts, config, base_files = _with_base(run_facts, places, missing, named)
+    if (tokenizer := run_facts.tokenizer) is None or not rows:
         why = _unknown_data(named.get("dataset")) if not rows else missing.get("tokenizer") or missing["model_config"]
         missing |= {part: why for part in ("train", "validation", "live") if part not in missing}
         return run_facts
@@ -117,6 +100,37 @@ def with_base_and_rows(
         config = config.replaced("adapter", lora_target_modules=targets)
     load = solotune_run.live_of(config, tokenizer, prepared, _adapter_folder(places), base_files)
     return replace(run_facts, live=_as_saved(solotune_run.without_network(load), run_facts))
+
+
+def _with_base(
+    run_facts: RunFacts, places: list[Path], missing: dict[str, str], named: Mapping[str, Any]
+) -> tuple[RunFacts, RunConfig, ModelFiles | None]:
+    """The facts with the base's configs, the tokenizer and the chats; the settings as a config; the base's files."""
+    get = run_facts.settings.get
+    base, unopened = _base_of(named, places[0])
+    rows = _names(get("dataset"))
+    chats = raw_chats(rows, str(get("dataset_split") or "train")) if rows else []
+    config = hf_settings.as_run_config(run_facts.settings, base or str(places[0]), rows or "unknown.jsonl")
+    base_files = model_here(config.model_name_or_path, config.model_revision)
+    base_config = base_files.json_or_empty("config.json") if base_files else {}
+    generation = json_of(first_with(places, "generation_config.json"))
+    if not generation and base_files:
+        generation = base_files.json_or_empty("generation_config.json")
+    if not base_config:
+        missing["model_config"] = unopened or f"the base {base or '(its name is not known)'} is not on this machine"
+        missing["live"] = missing["model_config"]
+    tokenizer, base_template, base_tokens = _tokenizers(config, places, base_files, missing)
+    values = dict(run_facts.settings.values) | ({"base_tokens": base_tokens} if base_tokens else {})
+    found = replace(
+        run_facts,
+        settings=replace(run_facts.settings, values=values),
+        model_config=base_config,
+        generation_config=generation,
+        conversations=chats,
+        tokenizer=tokenizer,
+        base_template=base_template,
+    )
+    return found, config, base_files
 
 
 def _as_saved(load: Callable[[], LiveModel], run_facts: RunFacts) -> Callable[[], LiveModel]:
