@@ -216,8 +216,8 @@ _CONFIGS: tuple[tuple[str, str, Keys], ...] = (
     ("alpaca en and zh", "smollm2", {"max_length": 2048, "validation_size": 0.1}),
     ("glaive_en", "qwen3", {}),
     ("glaive_en", "qwen3", {"packing": True, "max_length": 4096}),
-    ("glaive_zh", "qwen3", {"max_length": 4096, "validation_size": 0.1}),
-    ("glaive_zh", "qwen3", {"train_on_last_turn": True}),
+    ("glaive_zh", "qwen3", {"max_length": 4096, "validation_size": 0.1, "on_bad_row": "drop"}),
+    ("glaive_zh", "qwen3", {"train_on_last_turn": True, "on_bad_row": "drop"}),
     ("dpo_en chosen", "smollm2", {}),
     ("dpo_en chosen", "llama3", {"max_length": 1024, "packing": True}),
     ("dpo_zh chosen", "qwen3", {"max_length": 4096}),
@@ -234,7 +234,7 @@ _CONFIGS: tuple[tuple[str, str, Keys], ...] = (
     ("sharegpt 500", "llama3", {**_DROP, "max_length": 4096}),
     ("sharegpt 1500", "qwen3", {**_DROP, "max_length": 1024, "packing": True}),
     ("chats 300", "llama3", {"max_length": 4096, "validation_size": 0.1}),
-    ("chats 300", "smollm2", {"max_length": 256}),
+    ("chats 300", "smollm2", {"max_length": 768}),
     ("chats 1000", "smollm2", {"max_length": 2048, "packing": True, "num_train_epochs": 1}),
     ("chats 1000", "llama3", {"max_length": 1024}),
     ("chats 1000", "qwen3", {"max_length": 4096, "overflow": "drop"}),
@@ -246,7 +246,7 @@ _CONFIGS: tuple[tuple[str, str, Keys], ...] = (
     ("chitchat", "smollm2", {"max_length": 256, "num_train_epochs": 1}),
     ("chitchat", "llama3", {"packing": True, "max_length": 2048, "assistant_only_loss": False}),
     ("chitchat parquet", "qwen3", {"max_length": 1024}),
-    ("chitchat parquet", "smollm2", {"max_length": 512, "train_on_last_turn": True}),
+    ("chitchat parquet", "smollm2", {"max_length": 2048, "train_on_last_turn": True}),
 )  # fmt: skip
 _RUNS: tuple[tuple[str, Keys], ...] = (
     ("alpaca_en", {}), ("alpaca_zh", {"per_device_train_batch_size": 2}), ("identity", {"num_train_epochs": 1}),

@@ -83,6 +83,9 @@ def test_f36_headers_of_foreign_roles(bench: Bench) -> None:
     for user, assistant, count in (("human", "gpt", 20), ("user", "BOT", 20), ("user", "assistant", 0)):
         found = headers_of_foreign_roles(RowFacts(settings, tokenizer, rows(user, assistant), [], report, {}))
         assert (found.evidence["rows_with"] if found else 0) == count
+    own = tiny_tokenizer("chatml")
+    own.chat_template = str(own.chat_template).replace("message['role']", "{'user': 'human'}.get(message['role'], message['role'])")
+    assert headers_of_foreign_roles(RowFacts(settings, own, rows("human", "assistant"), [], report, {})) is None
     named = [[{**m, "role": {"user": "human", "assistant": "gpt"}[m["role"]]} for m in r["messages"]] for r in talk(20)]
     for train, codes in ((rows("human", "gpt"), ["F36"]), (rows("user", "assistant"), [])):  # the second: translated
         known = RunFacts("test", Settings({}), tokenizer=tokenizer, train=train, conversations=named)

@@ -257,9 +257,10 @@ def headers_of_foreign_roles(facts: RowFacts) -> Finding | None:
     begin, end = header
     pattern = re.compile(re.escape(begin) + f"({'|'.join(_FOREIGN_ROLES)})" + re.escape(end), re.IGNORECASE)
     read = evenly(range(len(facts.train.rows)), NUM_DECODED)
-    named = {
-        row: names for row in read if (names := set(pattern.findall(facts.decode(facts.train.rows[row].input_ids))))
-    }
+    own = str(facts.tokenizer.chat_template)  # may have such a name for the user or the assistant itself
+    texts = {row: facts.decode(facts.train.rows[row].input_ids) for row in read}
+    found = {row: {name for name in pattern.findall(text) if name not in own} for row, text in texts.items()}
+    named = {row: names for row, names in found.items() if names}
     if not is_pattern(len(named), len(read), SOME):
         return None
     names = sorted(set().union(*named.values()))
