@@ -84,7 +84,10 @@ def test_f36_headers_of_foreign_roles(bench: Bench) -> None:
         found = headers_of_foreign_roles(RowFacts(settings, tokenizer, rows(user, assistant), [], report, {}))
         assert (found.evidence["rows_with"] if found else 0) == count
     own = tiny_tokenizer("chatml")
-    own.chat_template = str(own.chat_template).replace("message['role']", "{'user': 'human'}.get(message['role'], message['role'])")
+    own.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ {'user': 'human'}.get(m['role'], m['role']) }}\n{{ m['content'] }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
     assert headers_of_foreign_roles(RowFacts(settings, own, rows("human", "assistant"), [], report, {})) is None
     named = [[{**m, "role": {"user": "human", "assistant": "gpt"}[m["role"]]} for m in r["messages"]] for r in talk(20)]
     for train, codes in ((rows("human", "gpt"), ["F36"]), (rows("user", "assistant"), [])):  # the second: translated
