@@ -222,7 +222,7 @@ def check_leaks(train: Records, validation: Records, *, key: str) -> int:
             seen="; ".join(examples) + ("; ..." if len(rows) > 3 else ""),
             allowed="no row on both sides: the loss on rows seen in training says nothing about new rows",
             change=f"remove these rows from dataset or from {key}, or remove {key} to hold out rows of dataset instead",
-            fault="F43" if 2 * len(rows) >= len(validation) else "F44",
+            fault="F43" if 2 * int(is_same.sum()) >= len(validation) else "F44",
         )
     return int(is_near.sum())
 

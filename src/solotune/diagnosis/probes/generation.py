@@ -106,13 +106,13 @@ def _never_ends(
     """Signals if no answer ends, although the ends have labels as the rows were rendered here.
 
     So the ids are not the fault (F10). If the pad is an end and the base did end, a collator that masks labels by id
-    explains it; else the model has not trained long enough.
+    explains it; else the model has not trained long enough. Labels of the training's own batches leave nothing to guess.
     """
+    if "batches" not in run_facts.missing:
+        return []
     tokenizer = run_facts.tokenizer
     pad = tokenizer.pad_token_id if tokenizer is not None else None
     if pad not in facts.roles.ends:
-        if "batches" not in run_facts.missing:
-            return []
         says = f"none of {found['prompts']} answers ends by itself"
         return [Signal(code, "measured", says, 0.4, found) for code in ("F17", "F19")]
     with restore_model_state(live), torch.no_grad(), adapters_off(live.model):
@@ -124,7 +124,8 @@ def _never_ends(
     )
     says += "answers do; the end of turn is also the padding token"
     fix = "mask labels where attention_mask is 0, not where the id is the pad's; or set a separate pad_token"
-    return [Signal("F17", "measured", says, 0.65 if found["base_without_end"] < MUCH else 0.4, found, fix=fix)]
+    kind, weight = ("measured", 0.65) if found["base_without_end"] < MUCH else ("remark", 0.3)  # control: the base
+    return [Signal("F17", kind, says, weight, found, fix=fix)]
 
 
 def _judge(run_facts: RunFacts, found: dict[str, Any]) -> list[Signal]:
@@ -148,7 +149,8 @@ def _judge(run_facts: RunFacts, found: dict[str, Any]) -> list[Signal]:
         says += f"probability of {found['end_expected']:.1%}"
         return [Signal(code, "measured", says, 0.4, found) for code in ("F10", "F17", "F19")]
     is_other = found["equal"] <= MUCH / 2 and found["deployed_costs_more"] > CLEARLY  # not two equally likely answers
-    if found["same_again"] and is_other and not is_ours(run_facts):
+    is_worse = right["training_rendering"] > right["deployment_rendering"]
+    if found["same_again"] and is_other and is_worse and not is_ours(run_facts):
         says = (
             f"only {found['equal']:.0%} of the deployed answers begin as with the training format, though they are the "
         )

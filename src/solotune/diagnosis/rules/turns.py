@@ -51,7 +51,8 @@ def terminator_missing(facts: RowFacts) -> Finding | None:
     if not is_pattern(len(rows), len(side.rows), FEW):
         return None
     eos = facts.tokenizer.eos_token or "an end-of-text token (the tokenizer has none)"
-    ends_by_header = facts.is_chat and not facts.settings.chat_template_path and not facts.turn_end_ids - {facts.eos_id}
+    is_own = facts.is_chat and not facts.settings.chat_template_path
+    ends_by_header = is_own and not facts.turn_end_ids - {facts.eos_id} and len(rows) >= NEARLY_ALL * len(side.rows)
     path = facts.settings.chat_template_path
     return Finding.of(
         "F10",
