@@ -87,7 +87,7 @@ def test_the_config_of_every_format_runs(kind: str, model: str, tmp_path: Path) 
 
 
 def test_values_are_fitted_to_the_rows(model: str, tmp_path: Path) -> None:
-    long = [{"prompt": f"Tell me {n}.", "completion": f"{n} " + "word " * (20 + n)} for n in range(1100)]
+    long = [{"prompt": f"Tell me {n}.", "completion": f"{n} " + "word " * (20 + n % 90)} for n in range(1100)]
     path = solotune.init(model, written(tmp_path, "a.jsonl", long), tmp_path / "run.yaml")
     config, text = load_config(path), path.read_text()
     rendered = solotune.data(path).report.labels.row_tokens

@@ -180,6 +180,12 @@ def test_what_is_said_about_the_system_prompt():
     assert "continued as it is" in about(Parrot(prompt_format="text"))
 
 
+def controlled(terminal: int) -> None:
+    """In a new process: take the terminal, so that its Ctrl-C arrives, whoever ignores it here."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.login_tty(terminal)
+
+
 def test_lines_can_be_edited_and_ctrl_c_at_the_prompt_does_not_exit():
     """On a real terminal: Up brings the last line back, Ctrl-C at the prompt says how to exit."""
     code = (
@@ -190,7 +196,7 @@ def test_lines_can_be_edited_and_ctrl_c_at_the_prompt_does_not_exit():
     )
     parent, child = pty.openpty()
     env = {**os.environ, "TERM": "xterm"}
-    process = subprocess.Popen([sys.executable, "-c", code], preexec_fn=lambda: os.login_tty(child), env=env)
+    process = subprocess.Popen([sys.executable, "-c", code], preexec_fn=lambda: controlled(child), env=env)
     os.close(child)
     seen = ""
 

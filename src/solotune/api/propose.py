@@ -23,6 +23,7 @@ from solotune import dataset
 from solotune.config.load import load_config
 from solotune.config.run_config import RunConfig
 from solotune.config.yaml_reader import override_value
+from solotune.dataset.readers.source import Source
 from solotune.display.progress import Display, SilentDisplay
 from solotune.errors import InputError, SolotuneError
 from solotune.hardware import machine as environment
@@ -89,6 +90,8 @@ def proposed(given: dict[str, Any], left_out: Mapping[str, str], display: Displa
         if is_local_path(found.config.model_name_or_path):
             raise
         found.notes.append(f"the model could not be read, so nothing is fitted to it: {error.problem}")
+        source = found.config.source
+        Source.of("dataset", source.dataset, source.split)  # a file that does not exist is refused all the same
         return found
     display.phase("reading data")
     is_sample = _is_large(found.config.dataset)

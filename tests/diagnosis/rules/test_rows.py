@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
@@ -83,7 +84,7 @@ def test_f36_headers_of_foreign_roles(bench: Bench) -> None:
     for user, assistant, count in (("human", "gpt", 20), ("user", "BOT", 20), ("user", "assistant", 0)):
         found = headers_of_foreign_roles(RowFacts(settings, tokenizer, rows(user, assistant), [], report, {}))
         assert (found.evidence["rows_with"] if found else 0) == count
-    own = tiny_tokenizer("chatml")
+    own = copy.deepcopy(tokenizer)
     own.chat_template = (
         "{% for m in messages %}<|im_start|>{{ {'user': 'human'}.get(m['role'], m['role']) }}\n{{ m['content'] }}"
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
