@@ -92,7 +92,7 @@ def test_values_are_fitted_to_the_rows(model: str, tmp_path: Path) -> None:
     config, text = load_config(path), path.read_text()
     rendered = solotune.data(path).report.labels.row_tokens
     assert config.max_length % 64 == 0 and config.max_length - 64 < max(rendered) <= config.max_length
-    assert config.source_of("validation_size") == "default"  # 5 % are 55 rows
+    assert config.validation_size == 0.05  # 55 rows
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 32
     assert "# the longest row has" in text and "rows a step" in text and "(solotune plan)" in text
 

@@ -87,6 +87,8 @@ def test_report(write: Writer) -> None:
             "with_control_tokens_as_text": 0,
         },
         "unused_keys": {},
+        "system_prompt": None,
+        "answer_ends": content["answer_ends"],
         "unused": [],
         "prompt_format": "chat",
         "text_formats": {},

@@ -106,7 +106,7 @@ def _never_ends(
     """Signals if no answer ends, although the ends have labels as the rows were rendered here.
 
     So the ids are not the fault (F10). If the pad is an end and the base did end, a collator that masks labels by id
-    explains it; else the model has not trained long enough. Labels of the training's own batches leave nothing to guess.
+    explains it; else the model has not trained long enough. Labels of the training's own batches leave no doubt.
     """
     if "batches" not in run_facts.missing:
         return []
