@@ -149,7 +149,10 @@ def test_init_writes_a_config_that_loads(tmp_path, monkeypatch, capsys):
     (tmp_path / "chats.jsonl").write_text("{}\n")
     capsys.readouterr()
     assert cli.main(["init", "some/model", "chats.jsonl"]) == 0
-    assert capsys.readouterr().out == snapshot("Wrote solotune.yaml. Next: solotune data solotune.yaml\n")
+    assert capsys.readouterr().out == snapshot("""\
+reading the model's files ...
+Wrote solotune.yaml. Next: solotune data solotune.yaml
+""")
     config = solotune.load_config("solotune.yaml")
     assert (config.model_name_or_path, config.dataset) == ("some/model", "chats.jsonl")
     assert cli.main(["init", "some/model", "chats.jsonl"]) == 2

@@ -359,7 +359,7 @@ dropped   2 exact duplicate, 3 no assistant turn
 copies    2 exact copies of rows removed; if they are meant, set dataset_exact_deduplication: false, or give the row a higher weight
 too long  7 truncated to max_length; 6 of them lose tokens to train on
 tokens    1,000, of which 250 (25.0%) are trained on
-split     1,135 training rows, 60 held out; 900 groups, 1 near-duplicate, 0 leaks
+split     1,135 training rows, 60 held out; 900 groups, 1 near-duplicate
 
 !  remark F17 truncated: 2 rows were cut
    → max_length=4096
