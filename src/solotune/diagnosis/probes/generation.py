@@ -55,6 +55,7 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
         live.model.eval()
         deployed, trained, wanted, prompts, ends, gaps, again = [], [], [], [], [], [], None
         behind: list[int] = []
+        is_whole = True
         for document in facts.documents:
             pair, question = _pair(document, facts.roles), _question(facts, document)
             if pair is None or not question:
@@ -62,7 +63,8 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
             if len(trained) == NUM_PROMPTS or time.perf_counter() > deadline:
                 break
             text = live.generate(question)
-            if again is None and _is_whole(facts, document):
+            is_whole = is_whole and _is_whole(facts, document)
+            if again is None and is_whole:
                 again = live.generate(question) == text
             deployed.append(facts.roles.encode(text))
             trained.append(_greedy(live, pair[0], facts.roles.ends, min(MOST_TOKENS, 2 * len(pair[1]) + 8)))
@@ -89,6 +91,7 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
         },
         "deployed_costs_more": float(np.mean(gaps)) if gaps else 0.0,  # nats a token, with the training format
         "same_again": bool(again),  # deterministic, and the question is the whole prompt
+        "question_is_whole": is_whole,
         "equal": float(np.mean([_alike(a, b, facts.roles.ends) for a, b in zip(trained, deployed, strict=True)])),
     }
     if _never_ended(found) and facts.ends_learned >= MUCH * max(facts.answers, 1):
@@ -134,16 +137,18 @@ def _judge(run_facts: RunFacts, found: dict[str, Any]) -> list[Signal]:
         says = f"in {found['goes_on_after_end']:.0%} of the deployed answers, text follows after the end of turn"
         return [Signal("F14", "invariant", says, 0.9, found, fix="eos_token_id of generation_config: the end of turn")]
     code, fix = _difference(run_facts)
+    # without its system prompt a model may well answer otherwise: that is another question, not another template
+    kind, weight = ("counterfactual", 0.9) if found["question_is_whole"] else ("remark", 0.3)
     worse = bad["rep_4"] - good["rep_4"] > REPEATS / 2 or bad["without_end"] - good["without_end"] >= MUCH
     right = found["right"]
     if right["training_rendering"] - right["deployment_rendering"] >= MUCH:
         says = f"with the training format {right['training_rendering']:.0%} of the answers begin as in the data, "
         says += f"as deployed {right['deployment_rendering']:.0%}"
-        return [Signal(code, "counterfactual", says, 0.9, found, fix=fix)]
+        return [Signal(code, kind, says, weight, found, fix=fix)]
     if good["rep_4"] < REPEATS and good["without_end"] < MUCH and worse and found["equal"] < MUCH:
         says = f"the deployed answers have rep-4 {bad['rep_4']:.2f} and {bad['without_end']:.0%} have no end; with "
         says += f"the training format {good['rep_4']:.2f} and {good['without_end']:.0%}"
-        return [Signal(code, "counterfactual", says, 0.9, found, fix=fix)]
+        return [Signal(code, kind, says, weight, found, fix=fix)]
     if _never_ended(found):
         says = f"none of {found['prompts']} answers ends by itself, and after the data's own answers an end has a "
         says += f"probability of {found['end_expected']:.1%}"

@@ -65,6 +65,7 @@ def with_base_and_rows(
             `dataset`, what the folder's own files name; `used`, how the data was found, if the user did not give it.
     """
     used: Choice = named.get("used") or Choice()
+    run_facts = _without_absent_evaluation(run_facts, missing)
     rows = _names(run_facts.settings.get("dataset"))
     run_facts, config, base_files = _with_base(run_facts, places, missing, named)
     if (tokenizer := run_facts.tokenizer) is None or not rows:
@@ -100,6 +101,18 @@ def with_base_and_rows(
         config = config.replaced("adapter", lora_target_modules=targets)
     load = solotune_run.live_of(config, tokenizer, prepared, _adapter_folder(places), base_files)
     return replace(run_facts, live=_as_saved(solotune_run.without_network(load), run_facts))
+
+
+def _without_absent_evaluation(run_facts: RunFacts, missing: dict[str, str]) -> RunFacts:
+    """The facts without evaluation data that is not here: the training rows are judged all the same."""
+    named = run_facts.settings.get("eval_dataset")
+    names = _names(named)
+    files = [names] if isinstance(names, str) else names or []
+    if named is None or (files and all(os.path.exists(os.path.expanduser(name)) for name in files)):
+        return run_facts
+    missing["validation"] = f"the evaluation data {str(named)[:200]} is not here"
+    values = {key: value for key, value in run_facts.settings.values.items() if key != "eval_dataset"}
+    return replace(run_facts, settings=replace(run_facts.settings, values=values))
 
 
 def _with_base(
