@@ -154,8 +154,8 @@ def _judge(run_facts: RunFacts, found: dict[str, Any]) -> list[Signal]:
         says += f"probability of {found['end_expected']:.1%}"
         return [Signal(code, "measured", says, 0.4, found) for code in ("F10", "F17", "F19")]
     is_other = found["equal"] <= MUCH / 2 and found["deployed_costs_more"] > CLEARLY  # not two equally likely answers
-    is_worse = right["training_rendering"] > right["deployment_rendering"]
-    if found["same_again"] and is_other and is_worse and not is_ours(run_facts):
+    is_trained = good["without_end"] < MUCH and found["end_expected"] >= UNEXPECTED  # else any two answers differ
+    if found["same_again"] and is_other and is_trained and not is_ours(run_facts):
         says = (
             f"only {found['equal']:.0%} of the deployed answers begin as with the training format, though they are the "
         )
