@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def test_report(write: Writer) -> None:
         for values in zip(*((len(example.input_ids), example.loss_mask.sum()) for example in everything), strict=True)
     )
     histograms, examples = report.pop("histograms"), report.pop("examples")
+    answer_ends = {str(token): rows for token, rows in Counter(e.last_loss_token for e in result.train).items()}
     assert report == {
         "format": "messages",
         "rows": {
@@ -88,7 +90,7 @@ def test_report(write: Writer) -> None:
         },
         "unused_keys": {},
         "system_prompt": None,
-        "answer_ends": content["answer_ends"],
+        "answer_ends": answer_ends,
         "unused": [],
         "prompt_format": "chat",
         "text_formats": {},
@@ -160,6 +162,7 @@ def test_all_tokens_but_the_first_when_asked_for(write: Writer) -> None:
 )
 def test_rows_add_up(tmp_path: Path, contents: list[list[str]], max_length: int, validation_size: float) -> None:
     import json
+from collections import Counter
 
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"messages": chat(*row)}) + "\n" for row in contents))

@@ -21,6 +21,7 @@ from solotune.dataset import row_store
 from solotune.errors import InputError
 from solotune.regular_files import open_regular
 
+PIECE_BYTES = 1 << 20
 _DATA_KEYS = ("dataset", "eval_dataset")
 
 
@@ -78,9 +79,11 @@ def _stored(write: Callable[[str], Any], suffix: str) -> str:
         written = Path(file.name)
     try:
         write(str(written))
+        digest = hashlib.sha256()
         with open_regular(written) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
-        path = folder / f"{digest}{suffix}"
+            while piece := file.read(PIECE_BYTES):
+                digest.update(piece)
+        path = folder / f"{digest.hexdigest()[:32]}{suffix}"
         written.replace(path)
     except BaseException:
         written.unlink(missing_ok=True)

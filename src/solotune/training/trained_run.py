@@ -88,8 +88,9 @@ class TunedRun:
     def system_prompt(self) -> tuple[str, int, int] | None:
         """The most frequent system prompt of the training rows, its rows and all rows; None without one."""
         found = self._data.get("system_prompt")
-        is_one = isinstance(found, dict) and isinstance(found.get("text"), str)
-        return (found["text"], int(found.get("rows", 0)), int(found.get("of", 0))) if is_one else None
+        if not isinstance(found, dict) or not isinstance(found.get("text"), str):
+            return None
+        return found["text"], int(found.get("rows", 0)), int(found.get("of", 0))
 
     @property
     def answer_ends(self) -> list[int]:

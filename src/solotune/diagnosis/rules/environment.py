@@ -104,7 +104,7 @@ def renamed_argument(run_facts: RunFacts) -> Signal | None:
 def _is_global_batch(run_facts: RunFacts, key: str, wrote: Any) -> bool:
     """Whether this may be the batch of a whole step: a multiple of the rows of a device."""
     whole, part = number(wrote), number(run_facts.settings.get("per_device_train_batch_size"))
-    return key in ("batch_size", "train_batch_size") and bool(whole and part) and whole % part == 0
+    return key in ("batch_size", "train_batch_size") and bool(whole) and bool(part) and (whole or 0) % (part or 1) == 0
 
 
 def differs(run_facts: RunFacts, key: str, wrote: Any) -> bool:
