@@ -107,6 +107,9 @@ def test_report(write: Writer) -> None:
             "tokens_across_the_begin_of_an_answer": 0,
             "tokens_cut": result.report.labels.num_tokens_cut,
             "supervised_tokens_cut": result.report.labels.num_labels_cut,
+            "answers_without_their_end": 1,
+            "answers_beyond_max_length": 0,
+            "answers_dropped": 0,
             "rows_by_leading_bos": {"0": 21},
         },
         "split": {
