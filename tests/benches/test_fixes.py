@@ -116,7 +116,7 @@ CASES: dict[str, tuple[Callable[[Rows], Rows], Callable[[Rows], Rows] | None, di
     "F37": (_mojibake, None, {}),
     "F12": (_pairs, None, {}),
     "F43": (lambda rows: rows, lambda rows: rows[:20], {}),
-    "F43 near": (lambda rows: rows, lambda rows: answered(rows[:20], lambda n, text: f"{text[:-1]} so."), {}),
+    "F44 near": (lambda rows: rows, lambda rows: answered(rows[:20], lambda n, text: f"{text[:-1]} so."), {}),
     "F48": (lambda rows: rows * 2, None, {"validation_size": 3, "dataset_exact_deduplication": False}),
     "F48 file": (lambda rows: rows, lambda rows: talk(3, seed=9), {}),
 }

@@ -17,7 +17,6 @@ from typing import Any
 from solotune.api.types import ConfigSource, Overrides
 from solotune.config.load import load_config
 from solotune.config.run_config import RunConfig
-from solotune.dataset import row_store
 from solotune.errors import InputError
 from solotune.regular_files import open_regular
 
@@ -73,6 +72,8 @@ def _line(row: Any, place: str) -> str:
 
 def _stored(write: Callable[[str], Any], suffix: str) -> str:
     """Write a file and name it by its content: the same rows are one file, and a changed row is another."""
+    from solotune.dataset import row_store  # heavy, and seldom needed
+
     folder = row_store.folder().with_name("rows")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, suffix=suffix, delete=False) as file:
