@@ -28,7 +28,7 @@ BANNED_CALLS = {
     "subprocess.getoutput", "subprocess.getstatusoutput", "pandas.read_pickle", "pd.read_pickle",
     "shutil.unpack_archive", "runpy.run_path", "runpy.run_module", "YAML.unsafe", "input",
 }  # fmt: skip
-ALLOWED_CALLS = {"display/progress.py": {"input"}}  # the prompt of `solotune chat`; nothing else may wait for input
+ALLOWED_CALLS = {"display/chat.py": {"input"}}  # the prompt of `solotune chat`; nothing else may wait for input
 OPENS = ("open", "os.open", "io.open", "gzip.open", "bz2.open", "lzma.open", "codecs.open", "os.fdopen")
 OPEN_METHODS = ("read_text", "read_bytes", "open")  # of a Path
 ALLOWED_OPENS = {  # file -> the reason

@@ -28,7 +28,7 @@ TESTED_IN = {
     "api/test_train.py": ["api.data", "api.evaluate", "config.settings"],
     "cli/test_commands.py": ["__init__", "api.plan", "cli.main", "cli.output"],
     "config/test_run_config.py": ["config.describe", "config.key_aliases", "config.load", "config.write", "errors"],
-    "api/test_init.py": ["config.yaml_reader"],
+    "api/test_init.py": ["api.propose", "config.translate", "config.yaml_reader"],
     "faults/test_doors_shown.py": ["config.secrets"],
     "faults/test_doors_template.py": ["dataset.chat.template_process", "dataset.chat.template_sandbox"],
     "dataset/chat/test_tokenizer.py": ["dataset.chat.tokenizer_files"],
@@ -67,6 +67,9 @@ TESTED_IN = {
     "diagnosis/test_run_diagnosis.py": ["diagnosis.run_facts"],
     "diagnosis/test_data_checks.py": ["diagnosis.facts.row_facts", "diagnosis.findings"],
     "diagnosis/rules/test_rules_samples.py": ["diagnosis.facts.row_arrays"],
+    "diagnosis/rules/test_rules_other_forms.py": ["diagnosis.facts.step_size"],
+    "diagnosis/rules/test_leaks.py": ["diagnosis.facts.text_overlap"],
+    "diagnosis/rules/test_rows.py": ["diagnosis.rules.duplicates", "diagnosis.rules.misaligned"],
     "diagnosis/rules/test_turns.py": ["diagnosis.facts.row_labels"],
     "diagnosis/rules/test_rules.py": [
         "diagnosis.catalogue",
@@ -86,9 +89,6 @@ TESTED_IN = {
         "diagnosis.facts.roles",
         "diagnosis.facts.texts",
         "diagnosis.probes.batch_isolation",
-        "diagnosis.rules.labels",
-        "diagnosis.rules.packing",
-        "diagnosis.rules.padding",
     ],
     "diagnosis/probes/test_probes_plateau.py": ["diagnosis.plateau"],
     "diagnosis/probes/test_probes_model.py": [
@@ -103,6 +103,20 @@ TESTED_IN = {
         "diagnosis.probes.prompt_use",
         "diagnosis.probes.saved_adapter",
     ],
+    "diagnosis/sources/test_found.py": [
+        "diagnosis.sources.folder_settings",
+        "diagnosis.sources.folder_steps",
+        "diagnosis.sources.found_config",
+        "diagnosis.sources.found_rows",
+        "diagnosis.sources.surroundings",
+        "diagnosis.sources.tokenized_rows",
+    ],
+    "diagnosis/sources/test_trainer_logs.py": [
+        "diagnosis.sources.binary_logs",
+        "diagnosis.sources.console_log",
+        "diagnosis.sources.model_card",
+        "diagnosis.sources.step_log",
+    ],
     "diagnosis/sources/test_hf_trainer.py": [
         "diagnosis.sources.hf_rows",
         "diagnosis.sources.hf_settings",
@@ -112,7 +126,7 @@ TESTED_IN = {
         "diagnosis.sources.trl_preprocessing",
     ],
     "diagnosis/sources/test_solotune_run.py": ["diagnosis.sources.live_model", "diagnosis.sources.run_files"],
-    "api/test_diagnose.py": ["diagnosis.sources.detect"],
+    "api/test_diagnose.py": ["diagnosis.sources.detect", "diagnosis.sources.not_a_run"],
 }
 """Test file -> the modules without a test file of their own that it tests."""
 

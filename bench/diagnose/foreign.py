@@ -7,6 +7,7 @@ tokenizer files. Nothing of the process that wrote it is handed over.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,12 @@ CONFIG = ("model_name_or_path", "learning_rate", "lr_scheduler_type", "warmup_st
 """Keys of TRL's script config that are the same as ours."""
 
 
-def run_facts_of(recipe: Recipe, folder: Path) -> RunFacts:
-    """Trains into this folder, and reads that folder as the diagnosis does."""
+def run_facts_of(recipe: Recipe, folder: Path, alone: str = "") -> RunFacts:
+    """Trains into this folder, and reads that folder as the diagnosis does.
+
+    Args:
+        alone: nothing but the folder is given; data and config lie beside it (`data`), or the base too (`base`).
+    """
     rows = folder / "chats.jsonl"
     rows.write_text("".join(json.dumps({"messages": chat}, ensure_ascii=False) + "\n" for chat in recipe.chats))
     config = folder / "sft.yaml"
@@ -34,7 +39,16 @@ def run_facts_of(recipe: Recipe, folder: Path) -> RunFacts:
     config.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in told.items()))
     output = folder / "output"
     _train(recipe, output)
+    if alone:
+        lay_beside(Path(str(recipe.settings["model_name_or_path"])), folder, alone)
+        return detect.run_facts_of(output)
     return detect.run_facts_of(output, config=config, dataset=str(rows))
+
+
+def lay_beside(base: Path, folder: Path, alone: str) -> None:
+    """The base as its owner has it who downloaded it into the project."""
+    if alone == "base" and base.is_dir():
+        shutil.copytree(base, folder / base.name, dirs_exist_ok=True)
 
 
 def _train(recipe: Recipe, output: Path) -> None:

@@ -126,12 +126,6 @@ def no_bos(job: Job, rng: random.Random) -> None:
 
 
 @asked("F12", Needs.INSTRUCT, before=True)
-def prompt_and_completion(job: Job, rng: random.Random) -> None:
-    """Rows for which no template is asked, of a chat model."""
-    job.train, job.held_out = map(as_pairs, (job.train, job.held_out))
-
-
-@asked("F12", Needs.INSTRUCT, before=True)
 def rendered_by_hand(job: Job, rng: random.Random) -> None:
     """Rows of text in a made-up format, for a chat model."""
     head = rng.choice((("### Human: ", "### Assistant: "), ("USER: ", "ASSISTANT: ")))

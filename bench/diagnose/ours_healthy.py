@@ -25,6 +25,12 @@ def several_turns(job: Job, rng: random.Random) -> None:
     job.config["max_length"] = 512
 
 
+@asked(needs=Needs.INSTRUCT, before=True)
+def pairs_for_a_chat_model(job: Job, rng: random.Random) -> None:
+    """Rows for which no template is asked, of a chat model; the run remembers it, and its chat asks as it trained."""
+    job.train, job.held_out = map(as_pairs, (job.train, job.held_out))
+
+
 @asked()
 def with_a_system_message(job: Job, rng: random.Random) -> None:
     if any(role == "system" for role, _ in job.format.roles):

@@ -1,7 +1,8 @@
 """All programs: one base, one or two changes, one seed. Whole bases are held out: nothing is fitted on them.
 
     programs()                      every program, in a fixed order
-    matching("F17", "held-out")     some of them
+    ordinary(FOLDER)                configs over real files and templated tasks, all healthy
+    matching("F17", "held-out")     some of both
 
 A held-out program has a tokenizer, a template, a world of data and an architecture that no fitted program has.
 """
@@ -10,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 from bench.diagnose import (
     faults_batch,
@@ -23,12 +25,15 @@ from bench.diagnose import (
     ours_faults,
     ours_faults_run,
     ours_healthy,
+    real_configs,
+    templated_configs,
     trl_faults,
     trl_faults_saved,
     trl_healthy,
 )
 from bench.diagnose import trl_run as trl
 from bench.diagnose.bases import KINDS, load, made_here
+from bench.diagnose.configs import ConfigProgram
 from bench.diagnose.recipe import Recipe, clean
 from bench.diagnose.registry import FAULTS, HEALTHY, Injection
 
@@ -68,6 +73,7 @@ class Program:
     kind: str  # fault, healthy, pair, foreign, own
     repeat: int = 0
     is_before: bool = False  # of our own: the config is diagnosed, and nothing trained
+    alone: str = ""  # foreign: the folder alone is given; "data" or "base": what lies beside it
 
     @property
     def codes(self) -> tuple[str, ...]:
@@ -88,6 +94,12 @@ class Program:
     def trl_run(self) -> trl.Run | None:
         """The script with TRL, changed; None where TRL is not what trains."""
         return None
+
+    def preload(self) -> None:
+        """Loads what all programs of this base share."""
+        base = load(self.base)
+        base.model()
+        base.tokenizer()
 
     @cached_property
     def seed(self) -> int:
@@ -189,11 +201,31 @@ def _trl_programs() -> list[Program]:
     return found
 
 
-def matching(only: list[str], split: str | None = None) -> list[Program]:
-    """Programs whose name has one of the words in it (all if there are none), of one split or of both."""
+def ordinary(data: Path | None = None) -> list[ConfigProgram]:
+    """Configs over real files and over templated tasks, in which nothing is wrong.
+
+    Args:
+        data: folder of `bench.real_data`; without its files only what is made here.
+    """
+    folder = data or real_configs.default_folder()
+    return [*real_configs.programs(folder), *templated_configs.programs(folder / "tokenizers")]
+
+
+def matching(
+    only: list[str], split: str | None = None, data: Path | None = None, alone: str = ""
+) -> list[Program | ConfigProgram]:
+    """Programs whose name has one of the words in it (all if there are none), of one split or of both.
+
+    Args:
+        alone: only folders of other trainers, given alone; see `Program.alone`.
+    """
+    if alone:
+        known = [replace(program, alone=alone) for program in programs() if program.kind == "foreign"]
+    else:
+        known = [*programs(), *ordinary(data)]
     return [
         program
-        for program in programs()
+        for program in known
         if (split is None or program.split == split)
         and (not only or any(all(part in program.name for part in word.split("/")) for word in only))
     ]

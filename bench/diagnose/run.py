@@ -23,7 +23,7 @@ import transformers
 
 import solotune
 from bench.diagnose import foreign, ours, trl_run
-from bench.diagnose.bases import load
+from bench.diagnose.configs import ConfigProgram
 from bench.diagnose.loop import train
 from bench.diagnose.programs import Program
 from bench.diagnose.run_facts import plain, run_facts_of
@@ -44,17 +44,20 @@ Result = dict[str, Any]
 def run_facts(program: Program, scratch: Path) -> RunFacts:
     """The program's training, really run; a foreign one leaves its folder in `scratch`."""
     if (script := program.trl_run()) is not None:
-        return trl_run.run_facts_of(script, scratch)
+        return trl_run.run_facts_of(script, scratch, program.alone)
     recipe = program.recipe()
     if program.kind == "foreign":
-        return foreign.run_facts_of(recipe, scratch)
+        return foreign.run_facts_of(recipe, scratch, program.alone)
     return run_facts_of(recipe, train(recipe))
 
 
-def run(program: Program) -> Result:
+def run(program: Program | ConfigProgram) -> Result:
     """The program's truth and its diagnosis."""
     with tempfile.TemporaryDirectory() as scratch:
         started = time.process_time()  # of a core, whatever else runs on this machine
+        if isinstance(program, ConfigProgram):
+            found, also = program.asked(Path(scratch), BUDGET)
+            return {**told(found), **also, "diagnose_seconds": time.process_time() - started}
         if program.kind == "own":
             target = ours.carried_out(program.job(), Path(scratch))
             trained = time.process_time()
@@ -76,6 +79,8 @@ def told(found: Diagnosis) -> Result:
         "confidence": [culprit.confidence for culprit in found.culprits],
         "same_evidence": [list(culprit.same_evidence) for culprit in found.culprits],
         "evidence": [culprit.evidence[:1] for culprit in found.culprits],
+        "remarks": [(remark.fault, remark.says, remark.affected) for remark in found.remarks],
+        "not_checked": list(found.not_checked),
         "confirmed": [culprit.confirmed_by for culprit in found.culprits],
         "next_experiment": found.next_experiment,
         "cost": plain(found.cost),
@@ -83,7 +88,7 @@ def told(found: Diagnosis) -> Result:
     }
 
 
-def _one(program: Program) -> Result:
+def _one(program: Program | ConfigProgram) -> Result:
     """`run`, in a child."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -101,7 +106,7 @@ def _one(program: Program) -> Result:
         return {**known, "verdict": "failed", "named": [], "error": f"{error!r}\n{traceback.format_exc()[-1500:]}"}
 
 
-def _child(program: Program, pipe: Any) -> None:
+def _child(program: Program | ConfigProgram, pipe: Any) -> None:
     with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
@@ -110,15 +115,14 @@ def _child(program: Program, pipe: Any) -> None:
 
 
 def run_all(
-    chosen: Sequence[Program],
+    chosen: Sequence[Program | ConfigProgram],
     jobs: int = 1,
     say: Callable[[Result], None] = lambda _: None,
     minutes: float = math.inf,
 ) -> list[Result]:
     """Results in the programs' order; after so many minutes no further program starts."""
-    for name in sorted({program.base for program in chosen}):
-        base = load(name)  # before the forks, so that they share it
-        base.model(), base.tokenizer()
+    for program in {program.base: program for program in chosen}.values():
+        program.preload()  # before the forks, so that they share it
     results = []
     for result in _forked(chosen, jobs, time.perf_counter() + 60 * minutes):
         say(result)
@@ -127,7 +131,7 @@ def run_all(
     return sorted(results, key=lambda result: place[result["program"]])
 
 
-def _forked(chosen: Sequence[Program], jobs: int, until: float) -> Iterator[Result]:
+def _forked(chosen: Sequence[Program | ConfigProgram], jobs: int, until: float) -> Iterator[Result]:
     fork = multiprocessing.get_context("fork")
     waiting, running = list(reversed(chosen)), []
     while waiting or running:
@@ -151,7 +155,7 @@ def _forked(chosen: Sequence[Program], jobs: int, until: float) -> Iterator[Resu
                 running.remove(entry)
 
 
-def _received(program: Program, pipe: Any, late: bool) -> Result:
+def _received(program: Program | ConfigProgram, pipe: Any, late: bool) -> Result:
     try:
         if pipe.poll(0):
             return pipe.recv()

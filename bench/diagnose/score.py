@@ -87,6 +87,54 @@ def scores(results: Sequence[Result]) -> dict[str, Any]:
     }
 
 
+ORDINARY = ("real", "templated")
+"""Kinds of programs that are a config in which nothing is wrong."""
+
+
+def is_false_alarm(result: Result) -> bool:
+    """Of a program in which nothing is wrong."""
+    return not result["truth"] and result["verdict"] == "fault"
+
+
+def disagrees(result: Result) -> bool:
+    """Whether two commands judge the same rows otherwise: `data` and `diagnose`; or `train` accuses and `diagnose` does
+    not, which knows all that `train` knew.
+    """
+    if "data_faults" in result:
+        return bool(result["data_faults"]) != (result["verdict"] == "fault")
+    return result.get("monitor_verdict") == "fault" and result["verdict"] != "fault"
+
+
+def ordinary_scores(results: Sequence[Result]) -> dict[str, Any]:
+    """Counts of one group of configs in which nothing is wrong."""
+    healthy = [result for result in results if result["verdict"] == "healthy"]
+    return {
+        "programs": len(results),
+        "healthy": sum(not result["remarks"] for result in healthy),
+        "healthy, with remarks": sum(bool(result["remarks"]) for result in healthy),
+        "undecided": sum(result["verdict"] == "undecided" for result in results),
+        "fault": sum(is_false_alarm(result) for result in results),
+        "failed": sum(result["verdict"] == "failed" for result in results),
+        "healthy, share": _share([result["verdict"] == "healthy" for result in results]),
+        "commands disagree": sum(map(disagrees, results)),
+        "undecided at the end of train": sum(result.get("monitor_verdict") == "undecided" for result in results),
+    }
+
+
+def by_rule(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
+    """Code -> how many programs it accused and remarked on, and what it said of the first of them."""
+    table: dict[str, dict[str, Any]] = {}
+    for result in results:
+        accused = zip(named(result), result.get("evidence", []), strict=False)
+        told = [("accused", code, " ".join(evidence)) for code, evidence in accused]
+        told += [("remarked", code, says) for code, says, _ in result.get("remarks", [])]
+        for what, code, says in told:
+            row = table.setdefault(code, {"accused": 0, "remarked": 0, "says": {}})
+            row[what] += 1
+            row["says"].setdefault(what, says)
+    return dict(sorted(table.items(), key=lambda entry: (-entry[1]["accused"], -entry[1]["remarked"], entry[0])))
+
+
 def confusion(results: Sequence[Result]) -> dict[str, Counter[str]]:
     """True suspect -> the suspect that was named first (or the verdict), counted; single faults and healthy runs."""
     table: dict[str, Counter[str]] = {}

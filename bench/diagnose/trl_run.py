@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.diagnose.bases import Base
+from bench.diagnose.foreign import lay_beside
 from bench.diagnose.recipe import linears
 from bench.diagnose.registry import Needs
 from solotune.diagnosis.run_facts import RunFacts
@@ -132,10 +133,20 @@ def clean(base: Base, seed: int, rows: int = 240) -> Run:
     )
 
 
-def run_facts_of(run: Run, folder: Path) -> RunFacts:
-    """Trains into this folder, and reads what lies there as the diagnosis does."""
+def run_facts_of(run: Run, folder: Path, alone: str = "") -> RunFacts:
+    """Trains into this folder, and reads what lies there as the diagnosis does.
+
+    Args:
+        alone: as `foreign.run_facts_of`; what this owner does not have lies nowhere.
+    """
     train(run, folder)
-    return read(run, folder)
+    if not alone:
+        return read(run, folder)
+    for name, has in (("sft.yaml", run.told), ("chats.jsonl", run.gives_rows)):
+        if not has:
+            (folder / name).unlink()
+    lay_beside(Path(_base(folder) or ""), folder, alone)
+    return detect.run_facts_of(folder / "output" / run.looks_at)
 
 
 def read(run: Run, folder: Path) -> RunFacts:

@@ -18,6 +18,9 @@ allowed, and what to change.
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +166,20 @@ class InterruptedRunError(SolotuneError):
         return ". ".join(f"{part[0].upper()}{part[1:]}" for part in parts)
 
 
+def program() -> str:
+    """How this program is called from here: `solotune`, its path if that is not on PATH, or `python -m solotune`."""
+    if shutil.which("solotune"):
+        return "solotune"
+    beside = Path(sys.executable).with_name("solotune")
+    if not os.access(beside, os.X_OK):
+        return f"{sys.executable} -m solotune"
+    is_below = beside.is_relative_to(Path.cwd())
+    return str(beside.relative_to(Path.cwd()) if is_below else beside)
+
+
 def resume_command(run: object) -> str:
     """The command that continues a run. It uses the config saved in the run; the user's may have changed since."""
-    return f"solotune train {run}/config.yaml output_dir={run} --resume"
+    return f"{program()} train {run}/config.yaml output_dir={run} --resume"
 
 
 EXIT_CODES: dict[int, str] = {

@@ -56,6 +56,77 @@ def test_options_of_foreign_folders_are_refused_for_ours(option, tmp_path, capsy
     assert f"{option} is only for folders of other trainers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "content", "advice"), [
+    ("chats.jsonl", '{"messages": []}\n', "solotune data solotune.yaml"),
+    ("chats.csv", "prompt,completion\na,b\n", "--dataset"),
+    ("rows.json", '[{"text": "a"}]', "this is data, and no run"),
+    ("dialogs.jsonl", '{"loss": "of words"}\n', "this is data, and no run"),
+    ("run.zip", "PK", "unzip"),
+    ("run.tar.gz", "", "tar -xf"),
+    ("train.py", "import torch\n", "which is not run here"),
+    ("adapter_model.safetensors", "", "solotune diagnose"),
+])  # fmt: skip
+def test_a_file_that_is_no_config_says_what_to_type(name, content, advice, tmp_path, capsys):
+    (tmp_path / name).write_text(content)
+    assert cli.main(["diagnose", str(tmp_path / name)]) == 2
+    assert advice in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(("name", "change"), [
+    ("config.json+model.safetensors", "output_dir of the training"),
+    ("train.parquet+test.parquet", "solotune init MODEL"),
+    ("a/adapter_config.json+b/adapter_config.json", "solotune diagnose"),
+])  # fmt: skip
+def test_a_folder_of_something_else_says_what_to_type(name, change, tmp_path, capsys):
+    for one in name.split("+"):
+        (tmp_path / one).parent.mkdir(exist_ok=True)
+        (tmp_path / one).write_text("{}")
+    assert cli.main(["diagnose", str(tmp_path)]) == 2
+    assert change in " ".join(capsys.readouterr().err.split())
+
+
+# --- logs alone, and a project with one run
+
+
+def flat(tmp_path: Path, name: str) -> Path:
+    """A log of a run whose loss grows without end."""
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"current_steps": i, "total_steps": 40, "loss": 2.0, "lr": 1e-4, "epoch": i / 40} for i in range(1, 41)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_logs_alone_are_healthy_as_far_as_checked_and_say_what_to_give(tmp_path, capsys):
+    log = flat(tmp_path, "output/trainer_log.jsonl")
+    for target in (log, log.parent, tmp_path):
+        assert cli.main(["diagnose", str(target)]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "found settings: not known" in shown and "40 logged steps from" in shown and "give --base" in shown
+        assert "rows and labels: give the training data with --dataset" in shown
+        assert "healthy as far as checked" in shown
+    assert cli.main(["diagnose", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["found"]
+    assert list(found) == ["settings", "steps", "rows", "base"]
+
+
+def test_a_console_that_ended_in_an_error_is_a_fault(tmp_path, capsys):
+    log = tmp_path / "slurm-1.out"
+    log.write_text("{'loss': 2.0, 'epoch': 0.1}\nTraceback (most recent call last):\n  x\n"
+                   "TypeError: SFTTrainer.__init__() got an unexpected keyword argument 'max_seq_length'\n")  # fmt: skip
+    assert cli.main(["diagnose", str(log)]) == 3
+    assert "F02" in capsys.readouterr().out
+
+
+def test_a_project_with_one_run_is_that_run(tmp_path):
+    (tmp_path / "out" / "checkpoint-5").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint-5" / "trainer_state.json").write_text(
+        json.dumps({"log_history": [{"step": 5, "loss": 2.0, "epoch": 1.0}], "max_steps": 5, "global_step": 5})
+    )
+    for target in (tmp_path, tmp_path / "out", tmp_path / "out" / "checkpoint-5"):
+        assert "1 logged step from" in solotune.diagnose(target, budget=0).found["steps"]
+
+
 # --- a run of ours
 
 
@@ -141,7 +212,7 @@ def test_a_config_is_diagnosed_before_it_runs(chat_config):
     assert found.run_facts and found.skipped
     probed = solotune.diagnose(chat_config, budget=5)
     assert "loading" in probed.cost
-    bad = solotune.diagnose(chat_config, budget=0, overrides=["warmup_ratio=0.95"])
+    bad = solotune.diagnose(chat_config, budget=0, overrides=["warmup_ratio=0.95", "max_steps=40"])
     assert bad.verdict == "fault" and "F65" in [culprit.fault for culprit in bad.culprits]
 
 

@@ -1,15 +1,23 @@
-"""`solotune init`: whatever the model and the data file are called, the config that is written gives them back."""
+"""`solotune init`: a config that fits model and rows, runs as it is, and gives back whatever names they have."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 import solotune
+from solotune.api.init import text_of
+from solotune.api.propose import Proposal
 from solotune.config.load import load_config
+from solotune.config.run_config import RunConfig
 from solotune.config.write import to_yaml, yaml_value
 from solotune.config.yaml_reader import parse, plain
 from solotune.errors import InputError
@@ -20,38 +28,169 @@ YAML_WORDS = ["a  # b.jsonl", "a: b", "true", "1e5", "12:30", "null", "~", "- a"
 texts = st.one_of(st.text(), st.text(alphabet="ab:#-'\"\\ \n\t{}[],&*!%@`?|>~0"), st.sampled_from(YAML_WORDS))
 
 
-def test_the_text_of_an_ordinary_config_is_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    written = solotune.init("some/model", "chats.jsonl").read_text(encoding="utf-8")
-    assert written.startswith("# solotune train solotune.yaml\n# Keys behind a # have their defaults")
-    given_lines = [line for line in written.splitlines() if line and not line.startswith("#")]
-    assert given_lines == ["model_name_or_path: some/model", "dataset: chats.jsonl"]
-    assert "\n# lora_target_modules: [q_proj, k_proj, v_proj, o_proj]\n" in written
-    assert "\n# dataset_config:\n" in written
+def rows(number: int) -> dict[str, Any]:
+    return {"question": f"What is {number} + {number}?", "answer": f"It is {2 * number}."}
+
+
+CHATS = [{"messages": [{"role": "user", "content": rows(n)["question"]},
+                       {"role": "assistant", "content": rows(n)["answer"]}]} for n in range(60)]  # fmt: skip
+FILES: dict[str, tuple[str, Any]] = {
+    "messages": ("a.jsonl", CHATS),
+    "sharegpt": ("a.json", [{"conversations": [{"from": "human", "value": rows(n)["question"]},
+                                               {"from": "gpt", "value": rows(n)["answer"]}]} for n in range(60)]),
+    "alpaca": ("a.json", [{"instruction": rows(n)["question"], "input": "", "output": rows(n)["answer"]} for n in range(60)]),
+    "completions": ("a.jsonl", [{"prompt": rows(n)["question"], "completion": rows(n)["answer"]} for n in range(60)]),
+    "text": ("a.jsonl", [{"text": f"Row {n} says that {rows(n)['answer']}"} for n in range(60)]),
+    "own names": ("a.jsonl", [rows(n) for n in range(60)]),
+    "content": ("a.jsonl", [{"content": f"Row {n} says that {rows(n)['answer']}"} for n in range(60)]),
+    "dialog": ("a.jsonl", [{"dialog": row["messages"]} for row in CHATS]),
+    "wrapped": ("a.json", {"data": CHATS}),
+    "csv": ("a.csv", "question;answer\n" + "".join(f"{rows(n)['question']};{rows(n)['answer']}\n" for n in range(60))),
+    "tsv": ("a.tsv", "prompt\tcompletion\n" + "".join(f"{rows(n)['question']}\t{rows(n)['answer']}\n" for n in range(60))),
+    "parquet": ("a.parquet", [rows(n) for n in range(60)]),
+}  # fmt: skip
+
+
+def written(folder: Path, name: str, content: Any) -> str:
+    path = folder / name
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(content), path)
+    elif isinstance(content, str):
+        path.write_text(content)
+    else:
+        lines = "".join(json.dumps(row) + "\n" for row in content) if path.suffix == ".jsonl" else json.dumps(content)
+        path.write_text(lines)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The chat model with as many positions as real ones have."""
+    folder = tmp_path_factory.mktemp("init") / "model"
+    shutil.copytree(chat_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_the_config_of_every_format_runs(kind: str, model: str, tmp_path: Path) -> None:
+    data = written(tmp_path, *FILES[kind])
+    path = solotune.init(model, data, tmp_path / "run.yaml")
+    config = load_config(path)
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    assert 12 <= len(lines) <= 16
+    assert (config.max_length, config.validation_size, config.per_device_train_batch_size) == (256, 12, 4)
+    preview = solotune.data(path)
+    assert preview.report.num_kept == 60
+    assert [found for found in preview.report.findings or () if found["severity"] == "error"] == []
+
+
+def test_values_are_fitted_to_the_rows(model: str, tmp_path: Path) -> None:
+    long = [{"prompt": f"Tell me {n}.", "completion": f"{n} " + "word " * (20 + n % 90)} for n in range(1100)]
+    path = solotune.init(model, written(tmp_path, "a.jsonl", long), tmp_path / "run.yaml")
+    config, text = load_config(path), path.read_text()
+    rendered = solotune.data(path).report.labels.row_tokens
+    assert config.max_length % 64 == 0 and config.max_length - 64 < max(rendered) <= config.max_length
+    assert config.validation_size == 0.05  # 55 rows
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 32
+    assert "# the longest row has" in text and "rows a step" in text and "(solotune plan)" in text
+
+
+def test_long_rows_leave_a_choice(model: str, tmp_path: Path) -> None:
+    most = [{"prompt": f"Tell me {n}.", "completion": f"{n} word"} for n in range(300)]
+    huge = [{"prompt": "all", "completion": "word " * 9000}]
+    path = solotune.init(model, written(tmp_path, "a.jsonl", most + huge), tmp_path / "run.yaml")
+    assert load_config(path).max_length == 256
+    assert "99.7% of the rows fit" in path.read_text()
+
+
+def test_bad_rows_are_dropped_if_most_are_good(model: str, tmp_path: Path) -> None:
+    bad = [{"messages": [{"role": "user"}]}] * 7
+    path = solotune.init(model, written(tmp_path, "a.jsonl", CHATS + bad), tmp_path / "run.yaml")
+    assert load_config(path).on_bad_row == "drop" and "7 of 67 rows cannot be used" in path.read_text()
+    with pytest.raises(InputError, match="most rows cannot be used"):
+        solotune.init(model, written(tmp_path, "b.jsonl", CHATS[:5] + bad), tmp_path / "b.yaml")
+    assert not (tmp_path / "b.yaml").exists()
+
+
+def test_arguments_that_are_exchanged_or_missing_are_refused(model: str, tmp_path: Path) -> None:
+    data, path = written(tmp_path, "a.jsonl", CHATS), tmp_path / "run.yaml"
+    for first, second, said in (
+        (data, model, "is a data file, not a model"),
+        (model, model, "is a model folder, not data"),
+        (str(tmp_path / "none"), data, "no such folder"),
+        (model, str(tmp_path / "none.jsonl"), "no such file"),
+        (model, None, "the data is missing"),
+    ):
+        with pytest.raises(InputError, match=said):
+            solotune.init(first, second, path)
+        assert not path.exists()
+
+
+def test_preference_rows_are_a_decision_of_the_user(model: str, tmp_path: Path) -> None:
+    pairs = [{"prompt": f"q {n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(60)]
+    with pytest.raises(InputError, match="preference data"):
+        solotune.init(model, written(tmp_path, "a.jsonl", pairs), tmp_path / "run.yaml")
+
+
+AXOLOTL = """
+base_model: {model}
+datasets:
+  - path: {data}
+    type: chat_template
+adapter: qlora
+lora_r: 8
+lora_alpha: 16
+lora_target_linear: true
+sequence_len: 512
+micro_batch_size: 2
+gradient_accumulation_steps: 4
+num_epochs: 2
+optimizer: paged_adamw_8bit
+learning_rate: 0.0001
+val_set_size: 0.1
+wandb_project: mine
+deepspeed: zero2.json
+"""
+
+
+def test_a_config_of_another_tool_is_translated(model: str, tmp_path: Path) -> None:
+    theirs = tmp_path / "axolotl.yml"
+    theirs.write_text(AXOLOTL.format(model=model, data=written(tmp_path, "a.jsonl", CHATS)))
+    path = solotune.init(source=theirs, path=tmp_path / "run.yaml")
+    config, text = load_config(path), path.read_text()
+    assert (config.lora_r, config.lora_alpha, config.lora_target_modules) == (8, 16, "all-linear")
+    assert (config.max_length, config.num_train_epochs, config.learning_rate) == (512, 2, 1e-4)
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (2, 4)
+    assert (config.validation_size, config.optim, config.base_precision) == (0.1, "paged_adamw_8bit", "nf4")
+    assert "# not translated: wandb_project: solotune sends nothing to a tracker" in text
+    assert "# not translated: deepspeed: solotune trains on one device" in text
+
+
+def test_all_lists_every_key(model: str, tmp_path: Path) -> None:
+    data = written(tmp_path, "a.jsonl", CHATS)
+    path = solotune.init(model, data, tmp_path / "run.yaml", every_key=True)
+    text = path.read_text()
+    assert all(f"\n# {key}:" in text or f"\n{key}:" in text for key in RunConfig.model_fields)
+    assert load_config(path).max_length == 256
 
 
 @settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(texts, texts)
-@example("org/m", "a  # b.jsonl")
-@example("a\nb: c", "'\n\n x")
-def test_every_text_survives(tmp_path: Path, model: str, dataset: str) -> None:
+@given(texts, texts, st.booleans())
+@example("org/m", "a  # b.jsonl", True)
+@example("a\nb: c", "'\n\n x", False)
+def test_every_text_survives(tmp_path: Path, model: str, dataset: str, every_key: bool) -> None:
     try:
         config = load_config({"model_name_or_path": model, "dataset": dataset})
     except InputError:  # empty, NUL, a token: no config may hold it
         assume(False)
-    for path in (tmp_path / "init.yaml", tmp_path / "saved.yaml"):
-        if path.name == "init.yaml":
-            solotune.init(model, dataset, path, force=True)
-        else:
-            path.write_text(to_yaml(config), encoding="utf-8", newline="")
-        loaded = load_config(path)
+    found = Proposal(config, {"dataset": dataset}, [model])
+    for text in (text_of(found, Path("a\nlora_r: 3\n.yaml"), every_key), to_yaml(config)):
+        (tmp_path / "a.yaml").write_text(text, encoding="utf-8", newline="")
+        loaded = load_config(tmp_path / "a.yaml")
         assert (loaded.model_name_or_path, loaded.dataset) == (model, dataset)
         assert loaded.model_dump() == config.model_dump()
-
-
-def test_a_files_name_writes_no_keys(tmp_path: Path) -> None:
-    path = solotune.init("m", "d", tmp_path / "a\nlora_r: 3\n.yaml")
-    assert load_config(path).lora_r == 16
 
 
 @settings(deadline=None, max_examples=200)

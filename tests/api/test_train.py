@@ -293,7 +293,7 @@ def test_runs_lists_finished_and_broken_off_ones(config):
 
 
 def test_init_writes_a_config_that_loads_and_names_every_key(config, tmp_path):
-    path = solotune.init("some/model", "chats.jsonl", tmp_path / "new.yaml")
+    path = solotune.init("some/model", "chats.jsonl", tmp_path / "new.yaml", every_key=True)
     loaded = load_config(path)
     assert (loaded.model_name_or_path, loaded.dataset) == ("some/model", "chats.jsonl")
     text = path.read_text()

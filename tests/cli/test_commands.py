@@ -46,7 +46,7 @@ Options:
 
 Verbs:
   doctor    Check this machine: driver, CUDA, packages, memory, disk.
-  init      Write a commented config for a MODEL and a DATASET.
+  init      Write a config for a MODEL and a DATASET, fitted to both.
   data      Show the training data: rows, split, tokens, loss mask.
   plan      Predict memory and time of a run before it starts.
   train     Train, save the adapter, compare it with the base model.

@@ -74,11 +74,12 @@ def test_data_shows_as_many_rows_as_asked(verbs):
 class Session:
     model_name = "m + a"
     prompt_format = "chat"
+    system = trained_system = None
 
     def __init__(self) -> None:
         self.history: list[str] = []
 
-    def reset(self) -> None:
+    def reset(self, system=None) -> None:
         self.history = []
 
     def reply(self, text, base=False, on_text=None) -> str:
@@ -94,7 +95,7 @@ class Session:
 def piped(verbs, monkeypatch):
     import io
 
-    verbs.chat = lambda run: Session()
+    verbs.chat = lambda run, system: Session()
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n/reset\nthree\n"))
 
 
@@ -115,7 +116,12 @@ def test_chat_answers_each_line_of_a_pipe_base_first(capsys):
 def test_chat_with_one_prompt_as_json(capsys):
     assert cli.main(["chat", "runs/a", "--prompt", "hi", "--json"]) == 0
     turns = [{"prompt": "hi", "tuned": "tuned hears 'hi' after 0"}]
-    assert json.loads(capsys.readouterr().out) == {"model": "m + a", "prompt_format": "chat", "turns": turns}
+    assert json.loads(capsys.readouterr().out) == {
+        "model": "m + a",
+        "prompt_format": "chat",
+        "system": None,
+        "turns": turns,
+    }
 
 
 def test_chat_with_a_model_trained_on_plain_text(verbs, monkeypatch, capsys):
@@ -123,7 +129,7 @@ def test_chat_with_a_model_trained_on_plain_text(verbs, monkeypatch, capsys):
 
     session = Session()
     session.prompt_format = "text"
-    verbs.chat = lambda run: session
+    verbs.chat = lambda run, system: session
     monkeypatch.setattr(sys, "stdin", io.StringIO("word: fig\\ncode:\n"))
     assert cli.main(["chat", "runs/a", "--json"]) == 0
     out, shown = capsys.readouterr()
@@ -138,8 +144,15 @@ def test_chat_with_a_model_trained_on_plain_text(verbs, monkeypatch, capsys):
 
 def test_init_writes_a_config_that_loads(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    assert cli.main(["init", "some/model", "chats.jsonl"]) == 2  # no such file
+    assert "chats.jsonl: no such file" in capsys.readouterr().err and not (tmp_path / "solotune.yaml").exists()
+    (tmp_path / "chats.jsonl").write_text("{}\n")
+    capsys.readouterr()
     assert cli.main(["init", "some/model", "chats.jsonl"]) == 0
-    assert capsys.readouterr().out == snapshot("Wrote solotune.yaml. Next: solotune data solotune.yaml\n")
+    assert capsys.readouterr().out == snapshot("""\
+reading the model's files ...
+Wrote solotune.yaml. Next: solotune data solotune.yaml
+""")
     config = solotune.load_config("solotune.yaml")
     assert (config.model_name_or_path, config.dataset) == ("some/model", "chats.jsonl")
     assert cli.main(["init", "some/model", "chats.jsonl"]) == 2

@@ -78,7 +78,10 @@ def test_numbers_are_yaml_1_2(written):
         (
             "lora_r: 0",
             snapshot(
-                "run.yaml line 3, lora_r: 0 (int) is not allowed; allowed: a whole number, at least 1, at most 65,536"
+                """\
+run.yaml line 3, lora_r: 0 (int) is not allowed; allowed: a whole number, at least 1, at most 65,536; this is F62 (solotune explain F62)
+  change:  lora_r: 16\
+"""
             ),
         ),
         (
@@ -115,7 +118,10 @@ def test_numbers_are_yaml_1_2(written):
         (
             "lora_target_modules: []",
             snapshot(
-                "run.yaml line 3, lora_target_modules: [] (list) is not allowed; allowed: a list of names, or all-linear"
+                """\
+run.yaml line 3, lora_target_modules: [] (list) is not allowed; allowed: a list of names, or all-linear; this is F56 (solotune explain F56)
+  change:  lora_target_modules: all-linear\
+"""
             ),
         ),
         (
@@ -205,9 +211,10 @@ def test_all_mistakes_are_reported_together(written):
     assert message(written("lora_r: 0\nepochs: 3\n")) == snapshot("""\
 the config has 4 mistakes:
   model_name_or_path: missing; Model id on the hub, or a local folder with config.json, safetensors and tokenizer.
-  run.yaml line 1, lora_r: 0 (int) is not allowed; allowed: a whole number, at least 1, at most 65,536
+  run.yaml line 1, lora_r: 0 (int) is not allowed; allowed: a whole number, at least 1, at most 65,536; this is F62 (solotune explain F62)
   dataset: missing; Training data: a hub id, or one or more local files (jsonl, json, csv, parquet).
-  run.yaml line 2, epochs: unknown key; did you mean num_train_epochs? (Number of passes over the training rows.)\
+  run.yaml line 2, epochs: unknown key; did you mean num_train_epochs? (Number of passes over the training rows.)
+  change:  lora_r: 16\
 """)
 
 

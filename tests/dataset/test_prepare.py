@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def test_report(write: Writer) -> None:
         for values in zip(*((len(example.input_ids), example.loss_mask.sum()) for example in everything), strict=True)
     )
     histograms, examples = report.pop("histograms"), report.pop("examples")
+    answer_ends = {str(token): rows for token, rows in Counter(e.last_loss_token for e in result.train).items()}
     assert report == {
         "format": "messages",
         "rows": {
@@ -87,6 +89,8 @@ def test_report(write: Writer) -> None:
             "with_control_tokens_as_text": 0,
         },
         "unused_keys": {},
+        "system_prompt": None,
+        "answer_ends": answer_ends,
         "unused": [],
         "prompt_format": "chat",
         "text_formats": {},
@@ -103,6 +107,9 @@ def test_report(write: Writer) -> None:
             "tokens_across_the_begin_of_an_answer": 0,
             "tokens_cut": result.report.labels.num_tokens_cut,
             "supervised_tokens_cut": result.report.labels.num_labels_cut,
+            "answers_without_their_end": 1,
+            "answers_beyond_max_length": 0,
+            "answers_dropped": 0,
             "rows_by_leading_bos": {"0": 21},
         },
         "split": {

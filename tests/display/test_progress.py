@@ -113,8 +113,6 @@ def test_hostile_text_everywhere():
         display.phase(HOSTILE)
         display.saved(SaveEvent(1, "x"), Path(HOSTILE))
         display.diagnosed(DiagnosedEvent("F54", "measured", HOSTILE), HOSTILE)
-        session = SimpleNamespace(reply=lambda text, base, on_text: on_text(HOSTILE) or HOSTILE)
-        progress.show_answers(session, "hi", True, console)  # type: ignore[arg-type]
 
     for text in ("\n".join(shown_on(80, show)), piped(show)):
         text.encode()
@@ -151,13 +149,43 @@ def test_printed_loss_is_per_supervised_token_by_weight_since_the_last_line():
     assert meter.take_loss() == 7.0
 
 
-def test_smoothed_loss_starts_at_the_first_loss_and_follows():
+def test_the_loss_of_the_live_line_is_that_of_the_next_line():
     meter = Meter()
-    meter.add(metrics(1, loss=4.0))
-    assert meter.smooth_loss == pytest.approx(4.0)
-    for step in range(2, 60):
-        meter.add(metrics(step, loss=1.0))
-    assert meter.smooth_loss == pytest.approx(1.0, abs=0.02)
+    meter.add(metrics(1, loss=4.0, total_weight=100.0))
+    meter.add(metrics(2, loss=1.0, total_weight=100.0))
+    assert meter.loss == pytest.approx(2.5)
+    assert meter.take_loss() == meter.loss == pytest.approx(2.5)  # until the next step
+    meter.add(metrics(3, loss=1.0, total_weight=100.0))
+    assert meter.loss == 1.0
+
+
+def test_a_line_comes_at_least_ten_times_a_run_and_every_30_seconds(monkeypatch):
+    def steps(total: int, logging_steps: int, seconds_a_step: float = 0.0) -> list[int]:
+        now = 0.0
+        monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+        stream = io.StringIO()
+        display = PlainDisplay(logging_steps, make_console(stream))
+        display.begin(total)
+        for step in range(1, total + 1):
+            now += seconds_a_step
+            display.step(metrics(step, total))
+        return [int(line.split()[1].split("/")[0]) for line in stream.getvalue().splitlines() if "loss" in line]
+
+    assert steps(24, 25) == [3, 5, 8, 10, 12, 15, 17, 20, 22, 24]
+    assert steps(100, 25) == [10, 20, 25, 30, 40, 50, 60, 70, 75, 80, 90, 100]
+    assert steps(4, 100) == [1, 2, 3, 4]
+    assert steps(60, 1000, seconds_a_step=11.0)[:5] == [3, 6, 9, 12, 15]
+
+
+def test_a_long_stage_says_every_30_seconds_how_far_it_is(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    stream = io.StringIO()
+    display = PlainDisplay(25, make_console(stream))
+    for done in range(1, 9):
+        now += 10.0
+        display.progress(done, 8, "held-out rows")
+    assert stream.getvalue().splitlines() == ["3/8 held-out rows", "6/8 held-out rows"]
 
 
 def test_a_single_rows_unknown_error_is_left_out():
@@ -184,7 +212,9 @@ loading model ...
 settings chosen for you:
 bf16: false  because there is no GPU
 training for 5 steps
+step 1/5  loss 2.0000  lr 2.0e-04  grad norm 0.50  epoch 0.02  3.0 GiB
 step 2/5  loss 2.0000  lr 2.0e-04  grad norm 0.50  epoch 0.04  500 tok/s  3.0 GiB  0:06 left
+step 3/5  loss 2.0000  lr 2.0e-04  grad norm 0.50  epoch 0.06  500 tok/s  3.0 GiB  0:04 left
 step 4/5  loss 2.0000  lr 2.0e-04  grad norm 0.50  epoch 0.08  500 tok/s  3.0 GiB  0:02 left
 step 5/5  loss 2.0000  lr 2.0e-04  grad norm 0.50  epoch 0.10  500 tok/s  3.0 GiB  0:00 left
 step 5/5  held-out loss 1.2500 ± 0.0100  exact match 50.0% of 60 rows
@@ -228,7 +258,7 @@ def test_live_line_fits_the_terminal_and_goes_away(columns, monkeypatch):
     live = stream.getvalue().splitlines()[-1].split("\r")[-1].removeprefix("\x1b[2K")
     assert len(live) == columns
     assert live.startswith("━")
-    assert live.lstrip("━╸╺ ") == snapshot("1,204/12,000  loss 2.000  25,000 tok/s  42.0 GiB  5:59:52 left")
+    assert live.lstrip("━╸╺ ") == snapshot("1,204/12,000  loss 2.0000  25,000 tok/s  42.0 GiB  5:59:52 left")
     display.finish()
     display.finish()
     assert stream.getvalue().endswith("\x1b[?25h\r\x1b[1A\x1b[2K")  # cursor back, line erased
@@ -329,9 +359,9 @@ dropped   2 exact duplicate, 3 no assistant turn
 copies    2 exact copies of rows removed; if they are meant, set dataset_exact_deduplication: false, or give the row a higher weight
 too long  7 truncated to max_length; 6 of them lose tokens to train on
 tokens    1,000, of which 250 (25.0%) are trained on
-split     1,135 training rows, 60 held out; 900 groups, 1 near-duplicate, 0 leaks
+split     1,135 training rows, 60 held out; 900 groups, 1 near-duplicate
 
-!  F17 truncated: 2 rows were cut
+!  remark F17 truncated: 2 rows were cut
    → max_length=4096
 """)
 
@@ -417,35 +447,3 @@ def test_runs_fit(columns):
     assert any(row.startswith("demo-20260101-120000 finished 120/120 2.341 → 0.123 95%") for row in rows)
     assert any("1,204 2.0 GiB" in row for row in rows) == (columns == 120)
     assert "b running 0" in rows
-
-
-# --- chat
-
-
-def test_on_a_terminal_one_types_until_quit(monkeypatch, capsys):
-    typed = iter(["hi", "", "/quit", "never"])
-    monkeypatch.setattr(sys, "stdin", Terminal())
-    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
-    assert list(progress.read_messages("m + run")) == ["hi"]
-    assert capsys.readouterr().err == snapshot("m + run   /reset: new conversation, /quit: exit\n")
-
-
-def test_answers_stream_as_they_come():
-    seen = []
-
-    def reply(text, base, on_text):
-        for piece in ("  one", " two\n", "three"):
-            on_text(piece)
-            seen.append(stream.getvalue())
-        return "done"
-
-    stream = io.StringIO()
-    turn = progress.show_answers(SimpleNamespace(reply=reply), "hi", False, make_console(stream))  # type: ignore[arg-type]
-    assert turn == {"prompt": "hi", "tuned": "done"}
-    assert seen == ["tuned    one", "tuned    one two\n", "tuned    one two\nthree"]
-    silent = SimpleNamespace(reply=lambda text, base, on_text: "")
-    progress.show_answers(silent, "hi", False, make_console(stream))  # type: ignore[arg-type]
-    assert stream.getvalue().removeprefix(seen[-1]) == snapshot("""\
-
-tuned  (nothing)
-""")

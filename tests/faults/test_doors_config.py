@@ -108,15 +108,39 @@ run.yaml line 4: not valid YAML
 run.yaml line 2: a config cannot use directives (%YAML, %TAG)
   change:  remove the line\
 """)),
-    (60, "rate below 0", "learning_rate: -1e-4", snapshot('run.yaml line 3, learning_rate: -0.0001 (float) is not allowed; allowed: a number, above 0, at most 1')),
-    (60, "rate 0", "learning_rate: 0", snapshot('run.yaml line 3, learning_rate: 0 (int) is not allowed; allowed: a number, above 0, at most 1')),
+    (60, "rate below 0", "learning_rate: -1e-4", snapshot("""\
+run.yaml line 3, learning_rate: -0.0001 (float) is not allowed; allowed: a number, above 0, at most 1; this is F64 (solotune explain F64)
+  change:  learning_rate: 2e-4\
+""")),
+    (60, "rate 0", "learning_rate: 0", snapshot("""\
+run.yaml line 3, learning_rate: 0 (int) is not allowed; allowed: a number, above 0, at most 1; this is F64 (solotune explain F64)
+  change:  learning_rate: 2e-4\
+""")),
     (60, "rate NaN", "learning_rate: .nan", snapshot('run.yaml line 3, learning_rate: nan (float) is not allowed; allowed: a number, above 0, at most 1')),
-    (60, "rate infinite", "learning_rate: .inf", snapshot('run.yaml line 3, learning_rate: inf (float) is not allowed; allowed: a number, above 0, at most 1')),
-    (60, "rate above 1", "learning_rate: 20", snapshot('run.yaml line 3, learning_rate: 20 (int) is not allowed; allowed: a number, above 0, at most 1')),
-    (60, "warm-up longer than the run", "max_steps: 10\nwarmup_steps: 11", snapshot('max_steps and warmup_steps: max_steps: 10 is less than warmup_steps: 11')),
-    (60, "warm-up 1", "warmup_ratio: 1.0", snapshot('run.yaml line 3, warmup_ratio: 1.0 (float) is not allowed; allowed: a number, at least 0, below 1')),
-    (60, "alpha 0", "lora_alpha: 0", snapshot('run.yaml line 3, lora_alpha: 0 (int) is not allowed; allowed: a number, above 0, at most 1,000,000.0')),
-    (60, "r 0", "lora_r: 0", snapshot('run.yaml line 3, lora_r: 0 (int) is not allowed; allowed: a whole number, at least 1, at most 65,536')),
+    (60, "rate infinite", "learning_rate: .inf", snapshot("""\
+run.yaml line 3, learning_rate: inf (float) is not allowed; allowed: a number, above 0, at most 1; this is F67 (solotune explain F67)
+  change:  learning_rate: 2e-4\
+""")),
+    (60, "rate above 1", "learning_rate: 20", snapshot("""\
+run.yaml line 3, learning_rate: 20 (int) is not allowed; allowed: a number, above 0, at most 1; this is F67 (solotune explain F67)
+  change:  learning_rate: 2e-4\
+""")),
+    (60, "warm-up longer than the run", "max_steps: 10\nwarmup_steps: 11", snapshot("""\
+max_steps and warmup_steps: max_steps: 10 is less than warmup_steps: 11; this is F65 (solotune explain F65)
+  change:  warmup_steps: 0, warmup_ratio: 0.03\
+""")),
+    (60, "warm-up 1", "warmup_ratio: 1.0", snapshot("""\
+run.yaml line 3, warmup_ratio: 1.0 (float) is not allowed; allowed: a number, at least 0, below 1; this is F65 (solotune explain F65)
+  change:  warmup_ratio: 0.03\
+""")),
+    (60, "alpha 0", "lora_alpha: 0", snapshot("""\
+run.yaml line 3, lora_alpha: 0 (int) is not allowed; allowed: a number, above 0, at most 1,000,000.0; this is F61 (solotune explain F61)
+  change:  lora_alpha: 32\
+""")),
+    (60, "r 0", "lora_r: 0", snapshot("""\
+run.yaml line 3, lora_r: 0 (int) is not allowed; allowed: a whole number, at least 1, at most 65,536; this is F62 (solotune explain F62)
+  change:  lora_r: 16\
+""")),
     (60, "dropout 1", "lora_dropout: 1.0", snapshot('run.yaml line 3, lora_dropout: 1.0 (float) is not allowed; allowed: a number, at least 0, below 1')),
     (61, "true for 1", "lora_r: true", snapshot('run.yaml line 3, lora_r: True (bool) is not allowed; allowed: a whole number, at least 1, at most 65,536')),
     (61, "'8' for 8", "lora_r: '8'", snapshot("run.yaml line 3, lora_r: '8' (str) is not allowed; allowed: a whole number, at least 1, at most 65,536")),

@@ -197,6 +197,95 @@ def test_wrong_types_in_its_files_are_no_crash(value: Any, folder: Path) -> None
     assert cli.main(["diagnose", str(folder), "--budget", "0", "--dataset", str(outside)]) in (0, 2, 3)
 
 
+# --- what lies beside it
+
+BESIDE = ["trainer_log.jsonl", "nohup.out", "events.out.tfevents.1", "run-a.wandb", "args.json", "train.yaml",
+          "../train.jsonl", "../sft.yaml", "../nohup.out", "../data/train.parquet", "data/dataset_info.json"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_logs_data_and_configs_of_any_kind_neither_block_nor_lead_out(
+    name: str, trained: Path, tmp_path: Path, watched: Any
+) -> None:
+    here = tmp_path / "project"
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / Path(name).name).write_text('{"loss": 1.0, "step": 1}\n{"text": "x"}\n' * 9)
+    for kind, damage in DAMAGE.items():
+        shutil.rmtree(here, ignore_errors=True)
+        shutil.copytree(trained, here / "out")
+        (here / "out" / "trainer_state.json").unlink()
+        path = Path(os.path.normpath(here / "out" / name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if kind == "link out":
+            path.symlink_to(tmp_path / "outside" / path.name)
+        else:
+            damage(path)
+        watched.clear()
+        started = time.monotonic()
+        assert cli.main(["diagnose", str(here / "out"), "--budget", "0"]) in (0, 2, 3), kind
+        assert time.monotonic() - started < 20 and watched == [], kind
+
+
+def test_a_folder_that_is_a_link_is_no_place(folder: Path, watched: list[str]) -> None:
+    outside = folder.parent / "outside"
+    outside.mkdir()
+    (outside / "train.jsonl").write_text('{"text": "x"}\n' * 9)
+    (outside / "sft.yaml").write_text("output_dir: out\nlearning_rate: 5e-5\nlora_r: 2\n")
+    (outside / "trainer_log.jsonl").write_text('{"loss": 1.0, "step": 1}\n' * 9)
+    for name in ("data", "config", "runs", "wandb"):
+        (folder / name).symlink_to(outside)
+        if not (folder.parent / name).exists():
+            (folder.parent / name).symlink_to(outside)
+    arguments(folder, dataset="train.jsonl")
+    watched.clear()
+    facts = hf_trainer.from_folder(folder)
+    assert watched == [] and not facts.train and "give --dataset" in facts.found["rows"]
+
+
+@pytest.mark.parametrize("name", ["../outside/rows.jsonl", "/etc/passwd", "~/x.jsonl", "org/evil", "https://h/x.jsonl"])
+def test_no_name_in_a_config_beside_or_in_a_log_is_followed(
+    name: str, folder: Path, watched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("solotune.dataset.readers.source._load_from_hub", lambda *a: asked.append(a) or [])
+    monkeypatch.setattr(download, "download", lambda *a: asked.append(a))
+    monkeypatch.setattr(download, "cached", lambda *a: asked.append(a))
+    (folder.parent / "outside").mkdir()
+    (folder.parent / "outside" / "rows.jsonl").write_text('{"text": "x"}\n' * 9)
+    (folder / "training_args.bin").unlink()
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "base_model_name_or_path": name}))
+    (folder / "axolotl.yaml").write_text(
+        f"base_model: {name}\nlearning_rate: 1e-4\nmicro_batch_size: 1\nsequence_len: 64\nadapter: lora\n"
+        f"chat_template_path: {name}\ntest_datasets:\n  - path: {name}\ndatasets:\n  - path: {name}\n    type: alpaca\n"
+    )
+    (folder / "data").mkdir()
+    (folder / "data" / "dataset_info.json").write_text(json.dumps({name: {"file_name": "../../outside/rows.jsonl"}}))
+    (folder / "data" / "a.jsonl").write_text("{}\n")
+    watched.clear()
+    facts = hf_trainer.from_folder(folder)
+    assert not asked and not watched and not facts.train and not facts.model_config
+    assert facts.settings.get("learning_rate") == 1e-4, "the config itself is read"
+    outside = {
+        "dataset",
+        "datasets",
+        "eval_dataset",
+        "test_datasets",
+        "base_model",
+        "model_name_or_path",
+        "chat_template_path",
+    }
+    assert not outside & {*facts.settings.values, *facts.settings.asked}
+
+
+def test_thousands_of_logs_and_folders_are_read_in_part(folder: Path) -> None:
+    for number in range(3000):
+        (folder / f"{number}.log").write_text("{'loss': 1.0}\n")
+        (folder.parent / f"run{number}").mkdir()
+    started = time.monotonic()
+    assert cli.main(["diagnose", str(folder), "--budget", "0"]) in (0, 3)
+    assert time.monotonic() - started < 60
+
+
 # --- bombs
 
 A = b"\x80\x02c__main__\nA\n)\x81"

@@ -192,7 +192,7 @@ chats.jsonl:1: message 2: the chat template leaves out this answer or a part of 
         door.refuses("chats.jsonl", message, model_name_or_path="model")
     path.write_text("{{ bos_token }}" * 2 + CHATML)
     found = door("chats.jsonl", model_name_or_path="model")
-    assert found.code == 0 and found.finding("F08", "double-bos")["severity"] == "warning"
+    assert found.code == 3 and found.finding("F08", "double-bos")["severity"] == "error"
     path.write_bytes(b"x" * (2 << 20))
     door.refuses(
         "chats.jsonl",

@@ -172,7 +172,9 @@ def test_too_little_address_space_is_exit_3_and_says_so(chat_config, tmp_path, k
     command = f"ulimit -v {kib}; {sys.executable} -m solotune train run.yaml"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == 3, done.stderr
-    assert "torch cannot be imported" in done.stderr or "memory does not suffice" in done.stderr
+    # wherever it runs out: at torch, at a check, or in Python itself
+    said = ("torch cannot be imported", "memory does not suffice", "does not have enough memory")
+    assert any(one in done.stderr for one in said)
     assert "ulimit -v" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import solotune
-from solotune.run.events import DeviceFailedEvent, EndEvent, NonFiniteEvent, SaveEvent
+from solotune.run.events import DeviceFailedEvent, DiagnosedEvent, EndEvent, NonFiniteEvent, SaveEvent
 from solotune.run.record import RunRecord, json_object, number_in
 
 SAMPLE = (Path(__file__).parents[1] / "data" / "metrics-0.1.0.jsonl").read_bytes()
@@ -40,7 +40,7 @@ def test_a_whole_run(tmp_path):
     assert [event.step for event in record.evals] == [6]
     assert record.resumed_steps == (3,)
     assert [type(failure) for failure in record.failures] == [NonFiniteEvent, NonFiniteEvent, DeviceFailedEvent]
-    assert record.diagnosed_codes == {"F54"}
+    assert [event.code for event in record.of(DiagnosedEvent)] == ["F54"]
     assert record.of(SaveEvent) == (SaveEvent(2, "step-000002"),)
     assert record.is_finished and record.peak_bytes == 535638016
     assert record.medians()["step_seconds"] == 0.10849132399994232

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from solotune.training.trained_run import ChatSession
+    from solotune.training.chat_session import ChatSession
 
 
-def chat(run: str | Path) -> ChatSession:
+def chat(run: str | Path, system: str | None = None) -> ChatSession:
     """Load the model of a run for a conversation, in the format that it was trained on.
 
         session = solotune.chat("runs/demo")
+        print(session.system)  # the system prompt that all training rows share, or None
         print(session.reply("Hello"))
         print(session.reply("Hello", base=True))  # the answer of the base model
 
@@ -20,9 +21,13 @@ def chat(run: str | Path) -> ChatSession:
 
         session.reply("The capital of France is")  # " Paris"
 
+    Args:
+        system: the system prompt; by default the one that all training rows share, if they do; "": none.
+
     Raises:
         InputError: there is no run, or it has no adapter and no checkpoint yet.
     """
-    from solotune.training.trained_run import ChatSession, TunedRun
+    from solotune.training.chat_session import ChatSession
+    from solotune.training.trained_run import TunedRun
 
-    return ChatSession(TunedRun.open(run))
+    return ChatSession(TunedRun.open(run), system)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from solotune.api.types import ConfigSource
-from solotune.config.load import load_config
+from solotune.api.python_config import config_of
+from solotune.api.types import ConfigSource, Overrides
 from solotune.display.progress import Display, SilentDisplay
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class DataPreview:
 
 
 def data(
-    config: ConfigSource, overrides: Iterable[str] = (), show: int = 1, display: Display | None = None
+    config: ConfigSource, overrides: Overrides = (), show: int = 1, display: Display | None = None, **keys: Any
 ) -> DataPreview:
     """Read, split, render and mask the data as training does, and check it.
 
@@ -54,6 +53,7 @@ def data(
 
     Args:
         show: number of training rows to return in full.
+        keys: keys of the config, as in `solotune.train`.
 
     Raises:
         InputError: config, model folder or rows cannot be used.
@@ -62,7 +62,7 @@ def data(
     from solotune.diagnosis.data_checks import check_rows
     from solotune.hub.model_files import resolve_model
 
-    checked = load_config(config, overrides)
+    checked = config_of(config, overrides, keys)
     model_files = resolve_model(checked)
     tokenizer = dataset.load_tokenizer(checked, model_files)
     prepared = dataset.prepare(checked, tokenizer, progress=(display or SilentDisplay()).progress)

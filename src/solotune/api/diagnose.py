@@ -33,7 +33,8 @@ def diagnose(
             print(remark.fault, remark.says)
 
     Args:
-        target: a config, a run directory, or the output folder of another trainer.
+        target: a config, a run directory, or the output folder or a log of another trainer. Data, config and base that
+            lie in such a folder or beside it are found; `diagnosis.found` says what was.
         deep: experiment longer, on more batches.
         budget: time limit in seconds for the experiments on the model (probes); 0 skips them.
         dataset: the training data (only for folders of other trainers).
@@ -42,7 +43,7 @@ def diagnose(
             names are not opened and not looked up.
 
     Raises:
-        InputError: the target is not a config, a run or a trainer's output folder.
+        InputError: the target is not a config, a run, or a trainer's output folder or log.
     """
     from solotune.diagnosis import run_diagnosis
     from solotune.diagnosis.sources.detect import open_run, run_facts_of

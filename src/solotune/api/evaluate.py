@@ -86,5 +86,5 @@ def compare(
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,
         tuned=tuned,
-        progress=lambda done, total: display.progress(done, total, "rows"),
+        progress=lambda done, total: display.progress(done, total, "held-out rows"),
     )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from solotune.api.types import ConfigSource
-from solotune.config.load import load_config
+from solotune.api.python_config import config_of
+from solotune.api.types import ConfigSource, Overrides
 from solotune.display.progress import Display, SilentDisplay
 from solotune.errors import SolotuneError
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    config: ConfigSource, overrides: Iterable[str] = (), gpu: str | None = None, display: Display | None = None
+    config: ConfigSource, overrides: Overrides = (), gpu: str | None = None, display: Display | None = None, **keys: Any
 ) -> Plan:
     """Predict memory and time of a run, and choose settings that fit. Needs no GPU and no weights.
 
@@ -25,6 +24,7 @@ def plan(
 
     Args:
         gpu: name of a GPU to plan for (h100, 4090, ...); default: the one in this machine.
+        keys: keys of the config, as in `solotune.train`.
 
     Raises:
         InputError: unknown GPU, or a memory_budget larger than its memory.
@@ -35,7 +35,7 @@ def plan(
     from solotune.planning.plan_inputs import for_card, plan_for
 
     display = display or SilentDisplay()
-    checked = load_config(config, overrides)
+    checked = config_of(config, overrides, keys)
     machine = environment.probe()
     checked, choices = environment.resolve_for_machine(checked, machine if gpu is None else for_card(gpu, machine))
     model_files = resolve_model(checked)

@@ -9,18 +9,18 @@ The stages of `prepare_run` and the files written before the first step are in `
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from solotune.api.evaluate import compare
-from solotune.api.types import ConfigSource
-from solotune.config.load import load_config
+from solotune.api.python_config import config_of
+from solotune.api.types import ConfigSource, Overrides
 from solotune.config.run_config import Choice, RunConfig
 from solotune.display.observer import Observers, Resilient, RunObserver
 from solotune.display.progress import Display, PlainDisplay, SilentDisplay, make_console
-from solotune.errors import InterruptedRunError, RunNote
+from solotune.errors import InterruptedRunError, RunNote, program
 from solotune.run.atomic_io import LogFile, whole_folder
 from solotune.run.events import DeviceFailedEvent, EndEvent
 from solotune.run.record import RunRecord
@@ -53,19 +53,20 @@ class TrainResult:
 
 
 def train(
-    config: ConfigSource, overrides: Iterable[str] = (), resume: bool = False, display: Display | None = None
+    config: ConfigSource, overrides: Overrides = (), resume: bool = False, display: Display | None = None, **keys: Any
 ) -> TrainResult:
     """Train an adapter and compare it with its base model; everything is saved in one run directory.
 
-        result = solotune.train("run.yaml", ["learning_rate=1e-4"])
+        result = solotune.train("run.yaml", learning_rate=1e-4)
         print(result.run_dir, result.evaluation.to_json()["tuned"])
 
     Args:
         config: path of a YAML file, a mapping of keys, or a `RunConfig`.
-        overrides: `key=value` strings that replace values of the config.
+        overrides: `key=value` strings, or a mapping of keys, that replace values of the config.
         resume: continue the run in `output_dir`, or else the newest run of this config. A run that was killed before
             its first checkpoint starts again from step 0.
         display: shows progress; default: nothing is shown.
+        keys: keys of the config; they win. `dataset` and `eval_dataset` may be a list of rows or a `datasets.Dataset`.
 
     Raises:
         SolotuneError: see `solotune.errors`; each kind has its exit code.
@@ -73,7 +74,7 @@ def train(
     from solotune.hardware import doctor
     from solotune.runtime import signals
 
-    checked = load_config(config, overrides)
+    checked = config_of(config, overrides, keys)
     doctor.require_torch()
     user_display = Resilient(display or SilentDisplay())
     with signals.handle_signals():
@@ -160,7 +161,7 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient) -> TrainRes
         if not run.adapter.is_dir():
             raise
         problem = f"stopped while {user_display.stage}; the adapter is saved"
-        change = f"compare it with its base model: solotune evaluate {run.path}"
+        change = f"compare it with its base model: {program()} evaluate {run.path}"
         raise InterruptedRunError(stop.number, problem, change) from None
     except Exception as error:
         error.add_note(RunNote(run.path))  # the command line writes a bug's traceback to this run's log

@@ -10,8 +10,9 @@ verbs that need them.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
@@ -72,15 +73,22 @@ def run_shown(
     as_json: bool,
     logging_steps: int = 1,
 ) -> ResultT:
-    """Call a verb with a display, remove its live line even after an error, and print the result."""
+    """Call a verb with a display, and print the result."""
+    with shown(logging_steps) as display:
+        result = verb(display)
+    return print_result(result, printer, as_json)
+
+
+@contextlib.contextmanager
+def shown(logging_steps: int = 1) -> Iterator[Display]:
+    """A display on stdout; its live line is removed even after an error."""
     from solotune.display.progress import make_display
 
     display = make_display(logging_steps, sys.stdout)
     try:
-        result = verb(display)
+        yield display
     finally:
         display.finish()
-    return print_result(result, printer, as_json)
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]}, subcommand_metavar="VERB ...")
@@ -120,28 +128,34 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
 
 @solotune.command()
-@click.argument("model")
-@click.argument("dataset")
+@click.argument("model", required=False)
+@click.argument("dataset", required=False)
 @click.option("-o", "--output", default="solotune.yaml", show_default=True, help="Config file to write.")
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
+@click.option("--all", "every_key", is_flag=True, help="List all other keys too, with their defaults and help.")
+@click.option("--from", "source", metavar="FILE", help="Translate a config of Axolotl, LLaMA-Factory, TRL or Unsloth.")
 @json_option
-def init(model: str, dataset: str, output: str, force: bool, as_json: bool) -> None:
-    """Write a commented config for a MODEL and a DATASET.
+def init(
+    model: str | None, dataset: str | None, output: str, force: bool, every_key: bool, source: str | None, as_json: bool
+) -> None:
+    """Write a config for a MODEL and a DATASET, fitted to both.
 
-    MODEL is a folder or a hub id. DATASET is a file (jsonl, json, csv, parquet) or a hub id. The config lists all keys
-    with their defaults and help.
+    MODEL is a folder or a hub id, DATASET a file (jsonl, json, csv, parquet) or a hub id. It reads both, and proposes
+    columns, max_length, held-out rows, batch and steps that fit this machine, each with its reason.
 
     \b
     Example:
       solotune init HuggingFaceTB/SmolLM2-135M-Instruct chats.jsonl
     """
     from solotune.api.init import init
+    from solotune.errors import program
 
-    path = init(model, dataset, output, force)
+    with shown() as display:
+        path = init(model, dataset, output, force, every_key, source, display)
     if as_json:
         print_json({"path": str(path)})
     else:
-        click.echo(escape_terminal(f"Wrote {path}. Next: solotune data {path}"))
+        click.echo(escape_terminal(f"Wrote {path}. Next: {program()} data {path}"))
 
 
 @solotune.command()
@@ -266,12 +280,14 @@ def diagnose(
 ) -> None:
     """Find out what is wrong with a run, if anything.
 
-    TARGET is a config (before the run), a run directory (during or after it), or the output folder of TRL, PEFT or
-    another trainer. First, rules check settings, rows, curves and files; then experiments (probes) test the model. If a
-    fault is found, the exit code is 3. The result is also saved in the run's diagnosis.json.
+    TARGET is a config (before the run), a run directory (during or after it), the output folder of another trainer
+    (TRL, transformers, PEFT, LLaMA-Factory, Axolotl, Unsloth, ms-swift), or a log (*.jsonl, TensorBoard, W&B offline,
+    MLflow, a console log). First, rules check settings, rows, curves and files; then experiments (probes) test the
+    model. If a fault is found, the exit code is 3. The result is also saved in the run's diagnosis.json.
 
-    A folder of another trainer is not trusted: the base, data and files outside that it names are not opened and not
-    looked up. Give them with --base and --dataset.
+    Data, config and base of another trainer are looked for in its folder, in its parent, and in data/ and config/ of
+    both; the answer says what was found. Nothing else that the folder names is opened or looked up: give it with
+    --base, --dataset and --config.
 
     \b
     Example:
@@ -309,35 +325,37 @@ def explain(code: str, as_json: bool) -> None:
 @click.argument("run")
 @click.option("--base", is_flag=True, help="Show the answer of the base model too.")
 @click.option("--prompt", help="Send this message, print the answer and exit.")
+@click.option(
+    "--system", metavar="TEXT|none", help="System prompt. [default: that of the training rows, if all have it]"
+)
 @json_option
-def chat(run: str, base: bool, prompt: str | None, as_json: bool) -> None:
+def chat(run: str, base: bool, prompt: str | None, system: str | None, as_json: bool) -> None:
     """Chat with the model of a RUN.
 
-    On a terminal, /reset starts a new conversation and /quit exits. From a pipe, each line is one message. The model is
-    asked as it was trained: if that was plain text (prompt and completion), each message is a text to continue, and \\n
-    in a line is a line break.
+    The model is asked as it was trained: with the system prompt that all training rows share, through the chat
+    template, up to the tokens that end the rows. If it was trained on plain text (prompt and completion), each message
+    is a text to continue, and \\n in a line is a line break. With --base, the base has a conversation of its own. RUN
+    is a folder, a name in runs/, or latest.
+
+    On a terminal, /help lists the commands (/reset, /system, /save, /quit), and Ctrl-C stops an answer. From a pipe,
+    each line is one message.
 
     \b
     Example:
       solotune chat runs/solotune-20260101-120000 --base --prompt "Hello"
     """
     from solotune.api.chat import chat
-    from solotune.display.progress import read_messages, show_answers
+    from solotune.display.chat import Chat
 
-    session = chat(run)
-    is_text = session.prompt_format == "text"
-    if is_text:
-        click.echo("Trained on plain text: each message is continued as it is, without chat template.", err=True)
-    turns = []
-    for text in read_messages(session.model_name) if prompt is None else [prompt]:
-        if text == "/reset":
-            session.reset()
-            click.echo("New conversation.", err=True)
-        else:
-            text = text.replace("\\n", "\n") if is_text and prompt is None else text
-            turns.append(show_answers(session, text, base, None if as_json else console()))
+    session = chat(run, "" if system == "none" else system)
+    conversation = Chat(session, None if as_json else console(), base)
+    if prompt is None:
+        conversation.run()
+    else:
+        conversation.once(prompt)
     if as_json:
-        print_json({"model": session.model_name, "prompt_format": session.prompt_format, "turns": turns})
+        asked = {"model": session.model_name, "prompt_format": session.prompt_format, "system": session.system}
+        print_json({**asked, "turns": conversation.turns})
 
 
 @solotune.command()

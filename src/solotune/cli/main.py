@@ -56,6 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in given
     is_ours = arguments is None  # False: called from Python, whose process and signals are left alone
+    if (
+        is_ours
+    ):  # before torch is loaded; on a busy machine, threads that wait without sleeping take the time of all others
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     watched = watchdog.watched() if is_ours and given[:1] == ["train"] else contextlib.nullcontext()
     try:
         with signals.handle_signals(is_ours), watched:

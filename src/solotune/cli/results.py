@@ -21,6 +21,7 @@ from solotune.dataset.packing import in_words
 from solotune.diagnosis import message
 from solotune.diagnosis.findings import SEVERITY_WORDS
 from solotune.display.progress import escape_terminal, plus_minus, print_choices, print_columns
+from solotune.errors import program
 from solotune.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _data_facts(report: DataReport) -> dict[str, str]:
         *([f"{cut}; {report.num_answers_cut:,} of them lose tokens to train on"] if report.num_truncated else []),
         *([f"{split} into several, {report.num_added_by_split:,} rows more"] if report.num_split else []),
     ]
-    alike = {"group": report.num_groups, "near-duplicate": report.num_near_duplicates, "leak": report.num_leaks}
+    alike = {"group": report.num_groups, "near-duplicate": report.num_near_duplicates}
     weighted = ""
     if report.num_weighted_answers:
         answers, rows = _count(report.num_weighted_answers, "answer"), _count(report.num_weighted_rows, "row")
@@ -235,7 +236,11 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
-    """Culprits (the first in full, the others in short), remarks, what was ruled out, and what was not checked."""
+    """What was found of another trainer's run, culprits, remarks, what was ruled out, and what was not checked."""
+    if diagnosis.found:
+        lines = [f"{part}: {where}" for part, where in diagnosis.found.items()]
+        print_columns([("found" if i == 0 else "", line) for i, line in enumerate(lines)], ("bold", ""), console)
+        console.print()
     sign, style = {"fault": SIGNS["fail"], "undecided": SIGNS["warn"], "healthy": SIGNS["ok"]}[diagnosis.verdict]
     for place, culprit in enumerate(diagnosis.culprits):
         fault = message.told(culprit)
@@ -272,7 +277,7 @@ def print_trained(result: TrainResult, console: Console) -> None:
         print_evaluation(result.evaluation, console)
     console.print()
     facts = {"run": str(result.run_dir), "adapter": f"{result.run_dir}/adapter (loads with PEFT)"}
-    _print_facts({**facts, "next": f"solotune chat {result.run_dir} --base"}, console)
+    _print_facts({**facts, "next": f"{program()} chat {result.run_dir} --base"}, console)
 
 
 def print_verification(found: Verification, console: Console) -> None:

@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 from solotune.config.describe import allowed_values, field_help
 from solotune.config.foreign_keys import answer, names_of_dataset_info
 from solotune.config.key_aliases import REFUSED_KEYS
+from solotune.config.refused_values import faults_of
 from solotune.config.run_config import RunConfig
 from solotune.config.secrets import HIDDEN, holds_secret, without_secrets
 from solotune.config.yaml_reader import override_value, read_mapping
@@ -27,7 +28,11 @@ from solotune.errors import InputError
 MAX_SHOWN = 400  # characters of a wrong value
 
 
-def load_config(source: str | Path | Mapping[str, Any] | RunConfig, overrides: Iterable[str] = ()) -> RunConfig:
+def load_config(
+    source: str | Path | Mapping[str, Any] | RunConfig,
+    overrides: Iterable[str] = (),
+    keys: Mapping[str, Any] | None = None,
+) -> RunConfig:
     """Read and check a config.
 
         config = solotune.load_config("run.yaml", ["learning_rate=1e-4"])
@@ -36,6 +41,7 @@ def load_config(source: str | Path | Mapping[str, Any] | RunConfig, overrides: I
     Args:
         source: path of a YAML file, a mapping of keys, or a config that is already checked.
         overrides: `key=value` strings; each value is read as YAML.
+        keys: keys with Python values; they win over `overrides`.
 
     Raises:
         InputError: lists every mistake, each with its file and line or `command line`.
@@ -58,6 +64,8 @@ def load_config(source: str | Path | Mapping[str, Any] | RunConfig, overrides: I
                 allowed="learning_rate=1e-4",
             )
         values[key], sources[key] = override_value(raw, f"command line, {key}"), "command line"
+    for key, value in (keys or {}).items():
+        values[key], sources[key] = value, "python"
     _refuse_secrets(values, sources)
     _take_alias(values, sources)
     _fill_in(values, sources)
@@ -120,10 +128,15 @@ def _explained(error: ValidationError, values: Mapping[str, Any], sources: Mappi
         lines.setdefault(key, f"{where}: {_mistake(key, detail, values)}".removeprefix(": "))
     if "dataset" not in lines and (hint := names_of_dataset_info(values)):
         lines["dataset"] = f"{sources.get('dataset', 'config')}, dataset: {hint}"
-    listed = list(lines.values())
+    # a mistake between keys begins with their names
+    refused = [[key] if key else [part.strip(":,") for part in line.split()] for key, line in lines.items()]
+    faults = faults_of(values, refused)
+    listed = [line + (f"; this is {found.code} (solotune explain {found.code})" if found else "")
+              for line, found in zip(lines.values(), faults, strict=True)]  # fmt: skip
+    fault, change = next((found for found in faults if found is not None), (None, None))
     if len(listed) == 1:
-        return InputError(listed[0])
-    return InputError(f"the config has {len(listed)} mistakes:\n  " + "\n  ".join(listed))
+        return InputError(listed[0], change=change, fault=fault)
+    return InputError(f"the config has {len(listed)} mistakes:\n  " + "\n  ".join(listed), change=change, fault=fault)
 
 
 def _mistake(key: str, detail: ErrorDetails, values: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
@@ -16,6 +17,9 @@ ANSWER_PAST_MAX_LENGTH = "answer beyond max_length"
 MOST_UNUSED = 12  # keys that the line names
 LONGER_THAN_MAX_LENGTH = "longer than max_length"
 MOST_NAMED = 20
+MOST_SYSTEM_PROMPTS = 50
+"""Different system prompts that are counted; a chat uses one only if all rows share it."""
+MOST_ANSWER_ENDS = 5
 NUM_PLACES = 3
 PLAIN = "plain"
 
@@ -43,6 +47,7 @@ class DataReport:
     """Copies of an earlier row that were kept, with `dataset_exact_deduplication: false`."""
     num_near_duplicates: int = 0
     num_leaks: int = 0
+    """Rows of `eval_dataset` that are close to a training row, as the training rows are to each other."""
     num_truncated: int = 0
     num_answers_cut: int = 0
     """Truncated rows that lost loss tokens."""
@@ -59,6 +64,10 @@ class DataReport:
     and up to three `rows` with a loss."""
     text_formats: Counter[str] = field(default_factory=Counter)
     """Rows of plain text by the prompt format in them: `OWN`, a known one, or `PLAIN`."""
+    system_prompts: Counter[str] = field(default_factory=Counter)
+    """System prompt -> training rows that begin with it, "" for none; the first `MOST_SYSTEM_PROMPTS` of them."""
+    answer_ends: Counter[int] = field(default_factory=Counter)
+    """Id of the last loss token -> training rows that end with it."""
     train_sha256: str = ""
     validation_sha256: str = ""
     rendered_on: str = ""
@@ -92,14 +101,26 @@ class DataReport:
         """Rebuild the report from its fields after a JSON round trip (which turns keys into strings)."""
         labels = dict(values["labels"])
         labels["leading_bos"] = Counter({int(number): rows for number, rows in labels["leading_bos"].items()})
-        counters = {name: Counter(values[name]) for name in ("dropped", "schema_nulls", "beside_rows", "text_formats")}
-        return cls(**{**values, **counters, "labels": LabelBudget(**labels)})
+        names = ("dropped", "schema_nulls", "beside_rows", "text_formats", "system_prompts")
+        counters = {name: Counter(values[name]) for name in names}
+        ends = Counter({int(token): rows for token, rows in values["answer_ends"].items()})
+        return cls(**{**values, **counters, "answer_ends": ends, "labels": LabelBudget(**labels)})
 
     @property
     def prompt_format(self) -> str:
         """How the model of a run on these rows is to be asked: `chat` (through the chat template) or `text`."""
         is_rendered = 2 * self.text_formats[OWN] >= self.text_formats.total()
         return "chat" if is_rendered else "text"  # without a row of text, too
+
+    def count_training_row(self, messages: Sequence[Mapping[str, Any]], last_loss_token: int | None) -> None:
+        """Count how a training row is asked (its system prompt), and where its last answer ends."""
+        if last_loss_token is not None:
+            self.answer_ends[last_loss_token] += 1
+        if messages:
+            first = messages[0]
+            system = str(first["content"]) if first["role"] in ("system", "developer") else ""
+            if system in self.system_prompts or len(self.system_prompts) < MOST_SYSTEM_PROMPTS:
+                self.system_prompts[system] += 1
 
     def count_content(self, where: str, kind: str, is_lost: bool) -> None:
         """Count a part of a row's content."""
@@ -124,6 +145,11 @@ class DataReport:
             )
         elif self.num_copies_kept:
             found["copies"] = f"{self.num_copies_kept:,} exact copies of rows kept, on the side of the first"
+        if self.num_leaks:
+            found["close rows"] = (
+                f"{self.num_leaks:,} of {self.num_validation:,} validation rows are close to training rows, as "
+                "those are to each other"
+            )
         if self.num_cut_as_text:
             found["very long"] = (
                 f"{self.num_cut_as_text:,} row{'s' * (self.num_cut_as_text != 1)} tokenised only at the beginning, "
@@ -167,6 +193,8 @@ class DataReport:
                 "without_label": without_label,
                 "with_control_tokens_as_text": self.num_with_forged_tokens,
             },
+            "system_prompt": self._system_prompt(),
+            "answer_ends": {str(token): rows for token, rows in self.answer_ends.most_common(MOST_ANSWER_ENDS)},
             "unused_keys": self._num_unused(),
             "unused": self.unused,
             "text_formats": {name: number for name, number in sorted(self.text_formats.items()) if number},
@@ -201,6 +229,12 @@ class DataReport:
             "findings": self.findings or [],
             "checked": self.findings is not None,
         }
+
+    def _system_prompt(self) -> dict[str, Any] | None:
+        """The most frequent system prompt with its number of rows; None if most rows have none."""
+        if not self.system_prompts or not (most := self.system_prompts.most_common(1)[0])[0]:
+            return None
+        return {"text": most[0], "rows": most[1], "of": self.num_train}
 
     def _num_unused(self) -> dict[str, int]:
         """For each key that is not read, how often it occurs, in whichever place."""

@@ -58,6 +58,12 @@ class Example:
         return _LATER_PART.search(self.where) is not None
 
     @property
+    def last_loss_token(self) -> int | None:
+        """The id of the last token that is trained on; None if there is none."""
+        places = np.flatnonzero(self.loss_mask)
+        return int(self.input_ids[places[-1]]) if len(places) else None
+
+    @property
     def prompt_ids(self) -> np.ndarray:
         """The ids before the last answer, to generate an answer from; empty for a row that is trained on completely."""
         begins = np.flatnonzero(self.loss_mask & ~np.concatenate(([False], self.loss_mask[:-1])))

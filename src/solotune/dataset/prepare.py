@@ -136,6 +136,8 @@ def _prepared(
         examples.append(Examples())
         for example in renderer.examples(records, partial(_onward, progress, done, total, "tokenising rows")):
             examples[-1].append(example)
+            if records is train:
+                report.count_training_row(example.messages, example.last_loss_token)
     renderer.check()
     for (name, records), kept in zip(sides.items(), examples, strict=True):
         if records and not kept:
@@ -219,7 +221,7 @@ def _both_sides(
         records, _ = _records(settings, holdout.split_by, report, own, progress, unused)
         num_copies += int(is_copy(records).sum())
         validation = records if keep_copies else without_copies(records)
-        check_leaks(train, validation, key=own.key)
+        report.num_leaks = check_leaks(train, validation, key=own.key)
         hashes = np.concatenate([hashes, validation.hashes])
         is_validation = np.arange(len(hashes)) >= len(train)
     report.unused = unused.to_json()

@@ -261,6 +261,7 @@ class Renderer:
             return []
         if num_tokens > limit and overflow == "drop":
             report.dropped[LONGER_THAN_MAX_LENGTH] += 1
+            report.labels.num_answers_dropped += len(trained)
             return []
         if num_tokens > limit and overflow == "split":
             num_kept, examples = num_tokens, self._parts(record, encoded.ids, loss_mask, weights)

@@ -40,6 +40,12 @@ class LabelBudget:
     """Tokens that start in a prompt and reach into an answer; they are not trained on."""
     num_tokens_cut: int = 0
     num_labels_cut: int = 0
+    num_ends_cut: int = 0
+    """Answers that are trained on up to `max_length` only: they lose their end."""
+    num_answers_beyond: int = 0
+    """Answers of kept rows that begin beyond `max_length`."""
+    num_answers_dropped: int = 0
+    """Answers of the rows that `overflow: drop` dropped."""
     leading_bos: Counter[int] = field(default_factory=Counter)
     """Number of leading BOS tokens -> rows; always 0 if the tokenizer has no BOS."""
     row_tokens: array[int] = field(default_factory=partial(array, "i"))
@@ -77,6 +83,8 @@ class LabelBudget:
         self.num_crossing += encoded.num_crossing
         self.num_tokens_cut += len(encoded.ids) - num_kept
         self.num_labels_cut += int(np.count_nonzero(loss_mask[num_kept:]))
+        self.num_ends_cut += sum(end > num_kept for end in ends)
+        self.num_answers_beyond += len(trained) - len(ends)
         is_bos = encoded.ids[:num_kept] == bos_id if bos_id is not None else np.zeros(1, bool)
         self.leading_bos[int(np.argmin(is_bos)) if not is_bos.all() else len(is_bos)] += 1
         self.shares.append(float(loss_mask[:num_kept].mean()))
@@ -93,6 +101,9 @@ class LabelBudget:
             "tokens_across_the_begin_of_an_answer": self.num_crossing,
             "tokens_cut": self.num_tokens_cut,
             "supervised_tokens_cut": self.num_labels_cut,
+            "answers_without_their_end": self.num_ends_cut,
+            "answers_beyond_max_length": self.num_answers_beyond,
+            "answers_dropped": self.num_answers_dropped,
             "rows_by_leading_bos": {str(number): self.leading_bos[number] for number in sorted(self.leading_bos)},
         }
 

@@ -114,6 +114,7 @@ class Diagnosis:
     unasked: dict[str, str] = field(default_factory=dict)  # fault -> why none of its rules could run
     cost: dict[str, float] = field(default_factory=dict)  # probe -> seconds
     measurements: dict[str, Any] = field(default_factory=dict)  # numbers for the HTML page
+    found: dict[str, str] = field(default_factory=dict)  # of another trainer's folder: part -> where it was found
 
     @property
     def is_fault(self) -> bool:

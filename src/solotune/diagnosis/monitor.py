@@ -10,9 +10,10 @@ It is an observer like others, so the training loop does not depend on the diagn
   healthy run `lora_B` changes in the first of them and `lora_A` from the second on (its first gradient is exactly zero,
   since B is). An adapter that does not change has no gradient (F57). If a large part of A does not change, rounding
   loses its updates (F54); B does not show this, since it starts at zero;
-- settings, rows and curve with the rules, before the run and at evaluations, as `solotune diagnose` does.
+- settings, rows and curve with the rules, before the run and at evaluations, and decides as `solotune diagnose` does.
 
-Each fault is reported once. The monitor never stops a run, and costs milliseconds: it reads a few thousand elements.
+A fault is reported once, as one; a remark too, unless the check of the data has made it already; a doubt says
+"perhaps". The monitor never stops a run, and costs milliseconds: it reads a few thousand elements.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from solotune.diagnosis.rules import ask_all
 from solotune.diagnosis.run_diagnosis import examine
 from solotune.diagnosis.run_facts import RunFacts, Trace
 from solotune.diagnosis.sources import run_files
-from solotune.diagnosis.verdict import accused
+from solotune.diagnosis.thresholds import ACCUSED
+from solotune.diagnosis.verdict import decide, weigh
 from solotune.display.observer import SilentObserver
 from solotune.run.events import DiagnosedEvent, EvalEvent, StepEvent
 
@@ -49,20 +51,21 @@ class Monitor(SilentObserver):
 
     def __init__(self, model: TrainableModel, run_facts: RunFacts, observer: RunObserver, before: RunRecord) -> None:
         """Args:
-        run_facts: facts before the first step. The rules check them at once; faults that `findings` already names are
-            not reported again.
+        run_facts: facts before the first step. The rules check them at once; what `findings` already says is not
+            reported again.
         observer: receives `diagnosed` events.
         before: record of a resumed run until now; faults that it names are not reported again.
         """
         self._model, self._run_facts, self._observer = model, run_facts, observer
-        self._reported = {finding.code for finding in run_facts.findings or ()}
+        said = [one.signal for one in run_facts.findings or ()]
+        self._reported = {(one.code, one.kind == "remark") for one in said if one is not None}
         self._places: dict[
             str, tuple[torch.Tensor, torch.Tensor]
         ] = {}  # layer -> positions of A and of B in `flat_params`
         self._before: torch.Tensor | None = None
         self._num_updates = 0
         self._steps, self._evaluations = list(before.steps), list(before.evals)
-        self._reported |= before.diagnosed_codes
+        self._reported |= {(event.code, event.kind == "remark") for event in before.of(DiagnosedEvent)}
         self._signals: list[Signal] = []
         self._total_steps, self._is_new = 0, True
         self._check_rules(run_facts)
@@ -95,9 +98,15 @@ class Monitor(SilentObserver):
         return examine(run_facts, also=self._signals)
 
     def _check_rules(self, run_facts: RunFacts) -> None:
-        """Report the faults that the rules name. `diagnosis` runs them again, so their signals are not kept."""
-        for named in accused(ask_all(run_facts)[0]):
-            self._report(named.supporting[0])
+        """Report the faults and remarks of the rules. `diagnosis` runs them again, so their signals are not kept."""
+        signals = [*ask_all(run_facts)[0], *self._signals]  # what follows from these is not reported
+        decided, weighed = decide(run_facts.name, signals), weigh(signals)
+        for culprit in decided.culprits if decided.is_fault else ():
+            if not any((code, False) in self._reported for code in culprit.same_evidence):
+                self._report(weighed[culprit.fault].supporting[0])
+        for remark in decided.remarks:
+            says = next(s for s in weighed[remark.fault].supporting if s.kind == "remark")
+            self._report(says)
 
     def _trace(self) -> Trace:
         """The curve of the run so far."""
@@ -147,17 +156,18 @@ class Monitor(SilentObserver):
         self._report(signal)
 
     def _report(self, signal: Signal) -> None:
-        if signal.code not in self._reported:
-            self._reported.add(signal.code)
+        is_remark = signal.kind == "remark"
+        if not self._reported & {(signal.code, is_remark), (signal.code, False)}:
+            self._reported.add((signal.code, is_remark))
             self._observer.diagnosed(DiagnosedEvent(signal.code, signal.kind, signal.says), in_words(signal))
 
 
 def in_words(signal: Signal) -> str:
     """One line for the progress view."""
     fault = FAULTS[signal.code]
-    doubt = "" if signal.weight >= 0.5 else "perhaps "
+    word = "remark " if signal.kind == "remark" else "" if signal.weight >= ACCUSED else "perhaps "
     return (
-        f"{doubt}{signal.code} {fault.slug}: {signal.says} → {signal.fix or fault.fix} (solotune explain {fault.code})"
+        f"{word}{signal.code} {fault.slug}: {signal.says} → {signal.fix or fault.fix} (solotune explain {fault.code})"
     )
 
 

@@ -62,7 +62,7 @@ def examine(
     refusals = [*run_facts.refusals, *refusals]
     refused = {signal.code for signal in refusals}  # these are certain: no number counts against them
     seen = [s for s in (*signals, *also, *probed.signals) if not (s.against and s.code in refused)]
-    return decide(
+    decided = decide(
         run_facts.name,
         [*refusals, *seen],
         unasked=unasked,
@@ -72,6 +72,7 @@ def examine(
         unreadable=_unreadable(run_facts),
         not_checked=_not_checked(run_facts, probed),
     )
+    return replace(decided, found=dict(run_facts.found))
 
 
 def _seconds(deep: bool, budget: float | None) -> float:
@@ -101,7 +102,7 @@ def _unreadable(run_facts: RunFacts) -> list[str]:
     """What should be there and could not be read, each with what to do about it; also if nothing could be checked."""
     found = []
     has_rows = bool(len(run_facts.train) or len(run_facts.batches))
-    if not has_rows and (why := run_facts.missing.get("train")):
+    if not has_rows and "train" not in run_facts.not_given and (why := run_facts.missing.get("train")):
         found.append(f"fix what stops the rows from being read: {why}")
     if run_facts.saved is None and (why := run_facts.missing.get("adapter")):
         found.append(f"restore the damaged files ({why}); solotune verify lists them")
@@ -113,8 +114,9 @@ def _unreadable(run_facts: RunFacts) -> list[str]:
 def _not_checked(run_facts: RunFacts, probed: Probed) -> list[str]:
     """What was not given, of the two that matter most: the labels, and how the run learns."""
     found = []
-    if not len(run_facts.train) and not len(run_facts.batches) and not run_facts.missing.get("train"):
-        found.append("rows and labels: give the training data with --dataset")
+    has_rows = bool(len(run_facts.train) or len(run_facts.batches))
+    if not has_rows and ("train" in run_facts.not_given or not run_facts.missing.get("train")):
+        found.append(f"rows and labels: {run_facts.not_given.get('train', 'give the training data with --dataset')}")
     if not _has_curve(run_facts) and all(probe in probed.skipped for probe in ("P5", "P6", "P7")):
         why = probed.skipped["P5"]
         change = "run solotune diagnose without --budget 0" if why == _NO_BUDGET else f"the model probes need: {why}"

@@ -39,7 +39,7 @@ class Settings:
     `shuffle` (whether the sampler shuffles), `truncation_side` (right keeps the start), `add_generation_prompt` (as
     deployed), `chat_template` (as trained), `serving_template` and `serving_stop_ids` (as deployed), `serving_alpha`
     and `serving_r`, `merged_into` (dtype or quantisation of the base that was merged into), `memory_bytes` (of the
-    card).
+    card), `base_tokens` (of the base's own tokenizer, without what the run added).
     """
 
     values: Mapping[str, Any]
@@ -120,3 +120,5 @@ class RunFacts:
     batches: Sequence[Mapping[str, torch.Tensor]] = ()  # as `LiveModel.batches`, if known without the model
     environment: Mapping[str, Any] = field(default_factory=dict)  # versions, GPU
     missing: Mapping[str, str] = field(default_factory=dict)  # part -> why it is missing
+    not_given: Mapping[str, str] = field(default_factory=dict)  # part that is missing without damage -> what to give
+    found: Mapping[str, str] = field(default_factory=dict)  # of a folder of another trainer: part -> where it was found

@@ -1,4 +1,4 @@
-"""Displays of a running run: live line, plain lines, chat. (The results at its end are printed by `cli.results`.)
+"""Displays of a running run: live line, plain lines. (The results at its end are printed by `cli.results`.)
 
 A run reports to a `RunObserver` and does not know terminals. `make_display` picks one. On a terminal: permanent lines,
 one every `logging_steps`, and below them one live line (bar, loss, tokens/s, memory, time left). In a pipe or a file:
@@ -7,9 +7,11 @@ only the permanent lines, never wrapped, so that a log can be searched with grep
     step  25/120  loss 1.8312  lr 1.9e-04  grad norm 0.81  epoch 0.62
     ━━━━━━━━━╸━━━━━━━━━━━  31/120  loss 1.790  1,204 tok/s  2.1 GiB  2:31 left
 
-Two numbers need an explanation. A printed loss is the mean over all loss tokens since the last line; the loss of a
-single step is too noisy. Time left comes from the median of recent steps without the first, which compiles and
-allocates and takes up to a hundred times longer than the next.
+Lines come every `logging_steps` steps, and at least ten times a run and every 30 seconds.
+
+Two numbers need an explanation. The loss, in a line and in the live line, is the mean over all loss tokens since the
+last line; the loss of a single step is too noisy. Time left comes from the median of recent steps without the first,
+which compiles and allocates and takes up to a hundred times longer than the next.
 
 Text from data files and models is shown as text: rich's markup is never parsed, and characters that control a terminal
 (escape sequences, C1 codes, direction marks) are replaced by a visible sign.
@@ -17,15 +19,13 @@ Text from data files and models is shown as text: rich's markup is never parsed,
 
 from __future__ import annotations
 
-import contextlib
 import os
 import statistics
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Protocol
+from typing import IO, TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
 PIPE_COLUMNS = 120  # without a terminal
 WINDOW = 20  # speed and time left come from this many steps
-SMOOTHING = 0.9
+LINES_A_RUN = 10  # at least, whatever `logging_steps` is
+SECONDS_A_LINE = 30.0  # at most
 
 # C0 and DEL become control pictures; other characters that control a terminal, have no width or cannot be encoded
 # become the replacement sign. Joiners stay: emoji and Indic scripts need them.
@@ -74,8 +75,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.last: StepEvent | None = None
-        self.smooth_loss = 0.0
-        self._weight = 0.0
+        self._taken = 0.0
         self._since_line: list[tuple[float, float]] = []
         self._recent: deque[StepEvent] = deque(maxlen=WINDOW)
 
@@ -83,16 +83,19 @@ class Meter:
         if self.last is not None:  # the first step compiles and allocates, so it is much slower
             self._recent.append(event)
         self.last = event
-        self._weight = SMOOTHING * self._weight + 1 - SMOOTHING
-        self.smooth_loss += (event.loss - self.smooth_loss) * (1 - SMOOTHING) / self._weight
         self._since_line.append((event.loss, event.total_weight))
+
+    @property
+    def loss(self) -> float:
+        """Mean loss per loss token since the last `take_loss`, or what that returned if no step has come since."""
+        total = sum(weight for _, weight in self._since_line)
+        return sum(loss * weight for loss, weight in self._since_line) / total if total else self._taken
 
     def take_loss(self) -> float:
         """Mean loss per loss token since the last call."""
-        total = sum(weight for _, weight in self._since_line)
-        mean = sum(loss * weight for loss, weight in self._since_line) / total
+        self._taken = self.loss
         self._since_line.clear()
-        return mean
+        return self._taken
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -125,6 +128,7 @@ class PlainDisplay(SilentObserver):
         self.meter = Meter()
         self._logging_steps = logging_steps
         self._total_steps = 0
+        self._last_line = time.monotonic()
 
     def phase(self, name: str) -> None:
         self._line(f"{name} ...")
@@ -135,13 +139,19 @@ class PlainDisplay(SilentObserver):
     def choices(self, choices: Sequence[Choice]) -> None:
         print_choices(choices, self.console)
 
+    def progress(self, done: int, total: int, what: str) -> None:
+        if time.monotonic() - self._last_line >= SECONDS_A_LINE:
+            self._last_line = time.monotonic()
+            self._line(f"{done:,}/{total:,} {what}" if total else what)
+
     def begin(self, total_steps: int, done: int = 0) -> None:
-        self._total_steps = total_steps
+        self._total_steps, self._last_line = total_steps, time.monotonic()
         self._line(f"training for {total_steps - done:,} steps" + (f", from step {done + 1:,} on" if done else ""))
 
     def step(self, event: StepEvent) -> None:
         self.meter.add(event)
-        if event.step % self._logging_steps == 0 or event.step == event.total_steps:
+        if self._is_line_due(event):
+            self._last_line = time.monotonic()
             figures = [
                 f"loss {self.meter.take_loss():.4f}",
                 f"lr {event.learning_rate:.1e}",
@@ -149,6 +159,11 @@ class PlainDisplay(SilentObserver):
                 f"epoch {event.epoch:.2f}",
             ]
             self._line(self._at(event.step) + "  ".join(figures + self._more_figures()))
+
+    def _is_line_due(self, event: StepEvent) -> bool:
+        tenths = [LINES_A_RUN * step // event.total_steps for step in (event.step - 1, event.step)]
+        is_late = time.monotonic() - self._last_line >= SECONDS_A_LINE
+        return event.step % self._logging_steps == 0 or tenths[0] < tenths[1] or is_late
 
     def evaluated(self, event: EvalEvent, num_rows: int) -> None:
         exact = f"  exact match {event.exact_match:.1%} of {num_rows:,} rows"
@@ -202,10 +217,11 @@ class LiveDisplay(PlainDisplay):
 
     def step(self, event: StepEvent) -> None:
         super().step(event)
-        figures = [f"{event.step:,}/{event.total_steps:,}", f"loss {self.meter.smooth_loss:.3f}"]
+        figures = [f"{event.step:,}/{event.total_steps:,}", f"loss {self.meter.loss:.4f}"]
         if self._task is not None:
             text = "  ".join(figures + self.meter.figures())
-            self._progress.update(self._task, completed=event.step, figures=text)
+            total = event.total_steps  # an evaluation between the steps has shown its rows here
+            self._progress.update(self._task, completed=event.step, total=total, figures=text)
 
     def finish(self) -> None:
         self._end_phase()
@@ -269,53 +285,6 @@ def print_columns(rows: Sequence[Sequence[str]], styles: Sequence[str], console:
     for row in rows:
         table.add_row(*(Text(escape_terminal(cell)) for cell in row))
     console.print(table)
-
-
-# --- conversation
-
-
-def read_messages(model_name: str) -> Generator[str]:
-    """Messages of the user: the lines of a pipe, or what is typed on a terminal until /quit or Ctrl-D."""
-    if not sys.stdin.isatty():
-        yield from (line.strip() for line in sys.stdin if line.strip())
-        return
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (gives input() line editing and a history)
-    print(f"{escape_terminal(model_name)}   /reset: new conversation, /quit: exit", file=sys.stderr)
-    while True:
-        try:
-            text = input("\nyou    ").strip()
-        except EOFError:
-            print()
-            return
-        if text == "/quit":
-            return
-        if text:
-            yield text
-
-
-class Replying(Protocol):
-    """Something that answers: `trained_run.ChatSession`."""
-
-    def reply(self, text: str, base: bool = False, on_text: Callable[[str], None] | None = None) -> str: ...
-
-
-def show_answers(session: Replying, text: str, base: bool, console: Console | None) -> dict[str, str]:
-    """Send `text` to the model, and first to the base model if `base`; stream the answers to the console."""
-    turn = {"prompt": text}
-    for name in ("base", "tuned") if base else ("tuned",):
-        if console is None:
-            turn[name] = session.reply(text, base=name == "base")
-            continue
-
-        def show(piece: str, console: Console = console) -> None:
-            console.print(Text(escape_terminal(piece)), end="", soft_wrap=True)
-            console.file.flush()
-
-        console.print(Text(f"{name:7}", "bold"), end="")
-        turn[name] = session.reply(text, base=name == "base", on_text=show)
-        console.print(Text("" if turn[name] else "(nothing)", "dim"))
-    return turn
 
 
 # --- figures as text

@@ -83,7 +83,7 @@ def samples(
     """
     asked = (asked for row in rows if (asked := _question(tokenizer, row, rendered_on)) is not None)
     chosen = list(islice(asked, count))
-    stops = generation.stop_ids(model, tokenizer, rows)
+    stops = generation.stop_ids(model, tokenizer, (row.last_loss_token for row in rows))
     shown = []
     for question in chosen:
         signals.check_stop()

@@ -7,22 +7,16 @@ from typing import Any
 
 import torch
 
-from solotune.dataset import Example
 from solotune.model.loading import TrainableModel
 
 
-def stop_ids(model: TrainableModel, tokenizer: Any, rows: Iterable[Example]) -> list[int]:
-    """Tokens that end an answer: the tokenizer's, the model's, and special tokens that end the supervised answers."""
+def stop_ids(model: TrainableModel, tokenizer: Any, answer_ends: Iterable[int | None]) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, the model's, and special tokens among those that end the rows."""
     configured = model.module.generation_config.eos_token_id
     ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
     special = set(tokenizer.all_special_ids)
-    ids |= {last for row in rows if (last := last_supervised(row)) in special}
+    ids |= special.intersection(answer_ends)
     return sorted(int(i) for i in ids if i is not None)
-
-
-def last_supervised(row: Example) -> int:
-    """The id of a row's last supervised token."""
-    return int(row.input_ids[row.loss_mask.nonzero()[0][-1]])
 
 
 @torch.no_grad()
@@ -34,18 +28,20 @@ def generate(
     model.module.eval()
     ids = torch.tensor([list(prompt_ids)], device=model.device)
     continued: Any = model.module.generate  # a mixin's method, which type checkers do not find
-    out = continued(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        eos_token_id=stops or None,
-        pad_token_id=stops[0] if stops else 0,
-        streamer=streamer,
-    )
-    model.module.train(was_training)
+    try:
+        out = continued(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=stops or None,
+            pad_token_id=stops[0] if stops else 0,
+            streamer=streamer,
+        )
+    finally:  # Ctrl-C in a chat stops the answer
+        model.module.train(was_training)
     new = out[0, ids.shape[1] :].tolist()
     return [token for token in new if token not in stops]

@@ -43,6 +43,7 @@ def refuse_quantised(folder: Path, raw: dict[str, Any]) -> None:
             seen=f"quantization_config: {method}"[:200],
             allowed="16- or 32-bit weights, which solotune quantises itself (base_precision: nf4 is 4 bits)",
             change=change,
+            fault="F49",
         )
 
 

@@ -41,6 +41,8 @@ from solotune.hub.download import hub_id
 from solotune.model import adapter
 from solotune.model.frozen_linear import FrozenLinear
 
+HEADS_AND_EMBEDDINGS = ("lm_head", "embed_out", "embed_tokens", "embed_in", "wte")
+"""Targets of other tools that get no adapter here (F63)."""
 USUAL_RANKS = tuple(2**k for k in range(10))  # 1 to 512
 
 FIRST_FACTOR, SECOND_FACTOR = 0x7FEB352D, 0x846CA68B - (1 << 32)  # of `hashed`, as int32 values
@@ -191,6 +193,7 @@ def _matching(linears: Mapping[str, FrozenLinear], settings: LoraSettings) -> li
             seen=", ".join(wanted),
             allowed=f"{', '.join(leaf_names(linears))}, or all-linear",
             change=f"lora_target_modules: [{', '.join(leaf_names(linears))}]",
+            fault="F63" if all(name in HEADS_AND_EMBEDDINGS for name in missing) else "F56",
         )
     chosen = set(itertools.chain.from_iterable(matches.values()))
     return [name for name in linears if name in chosen]

@@ -24,7 +24,6 @@ from solotune.hub.safe_files import MAX_DEPTH, check_count, check_text, is_deepe
 from solotune.regular_files import open_regular, read_bytes
 from solotune.run.events import (
     DeviceFailedEvent,
-    DiagnosedEvent,
     EndEvent,
     EvalEvent,
     Event,
@@ -114,11 +113,6 @@ class RunRecord:
     @property
     def failures(self) -> tuple[NonFiniteEvent | DeviceFailedEvent, ...]:
         return tuple(event for event in self.events if isinstance(event, (NonFiniteEvent, DeviceFailedEvent)))
-
-    @property
-    def diagnosed_codes(self) -> frozenset[str]:
-        """The faults that were named while the run was training."""
-        return frozenset(event.code for event in self.of(DiagnosedEvent))
 
     @property
     def peak_bytes(self) -> int | None:

@@ -33,6 +33,7 @@ from solotune.run.events import Event, to_line
 from solotune.run.manifest import MANIFEST, Entry, entry_at, manifest_text, read_manifest
 from solotune.run.record import MAX_JSON_BYTES, METRICS, RunRecord, number_in, parse_json
 
+LATEST = "latest"
 LOCK = ".lock"
 LOCK_TRIES, MAX_LOCK_BYTES = 20, 4096
 LOG, FINGERPRINTS, STACKS = "log.txt", "fingerprints.json", "stacks.txt"
@@ -123,10 +124,13 @@ class RunDirectory:
     def open(cls, path: str | Path) -> RunDirectory:
         """Open an existing run for reading.
 
+        Args:
+            path: the folder, the name of one below runs/, or `latest`.
+
         Raises:
             InputError: the folder does not exist, or has no run in it.
         """
-        run = cls(Path(os.path.expanduser(path)))
+        run = cls(located(path))
         if not run.path.is_dir():
             known = ", ".join(str(other.path) for other in list_runs()[-3:])
             raise InputError(
@@ -265,6 +269,17 @@ def nearest_folder(path: str | Path) -> Path:
     """`path`, or the nearest folder above it that exists."""
     path = Path(os.path.expanduser(path)).absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def located(path: str | Path) -> Path:
+    """The folder of a run that is given by its path, its name below runs/, or as `latest`; else the path as it is."""
+    given = Path(os.path.expanduser(path))
+    if given.exists() or len(given.parts) != 1:
+        return given
+    known = list_runs()
+    if str(given) == LATEST and known:
+        return known[-1].path
+    return next((run.path for run in known if run.path.name == str(given)), given)
 
 
 def list_runs(root: str | Path = "runs") -> list[RunDirectory]:

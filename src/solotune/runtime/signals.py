@@ -114,6 +114,22 @@ def defer_signals() -> Iterator[None]:
         check_stop()
 
 
+@contextlib.contextmanager
+def ctrl_c_interrupts() -> Iterator[None]:
+    """Let Ctrl-C raise a plain KeyboardInterrupt in the block: it ends what the block does, not the program.
+
+    Outside the main thread, where no handler can be installed, it changes nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def check_stop() -> None:
     """Stop here if a signal has come, and tell the watchdog that the run is alive.
 

@@ -274,9 +274,12 @@ class _Evaluations:
 
     def make(self, step: int) -> scores.Score:
         self.runner.release()  # evaluation has other shapes and needs the memory of the graphs
-        score = scores.score(self.runner.model, self.rows, self.settings.batch_size)
+        score = scores.score(self.runner.model, self.rows, self.settings.batch_size, self._progress)
         self.observer.evaluated(EvalEvent(step, score.exact_match, **score.to_json()), score.rows)
         return score
+
+    def _progress(self, done: int, total: int) -> None:
+        self.observer.progress(done, total, "held-out rows")
 
 
 @dataclass

@@ -6,20 +6,16 @@ The machine may be another than the one that trained the run, so the settings th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TextStreamer
 
 from solotune import dataset
 from solotune.config.load import load_config
 from solotune.config.run_config import Choice, RunConfig
-from solotune.errors import InputError, IntegrityError, resume_command
-from solotune.evaluation import generation
+from solotune.errors import InputError, IntegrityError, program, resume_command
 from solotune.hardware import machine as environment
 from solotune.hardware.gpu_errors import device_errors
 from solotune.hardware.machine import Machine
@@ -86,9 +82,31 @@ class TunedRun:
         Raises:
             InputError: data.json is damaged.
         """
+        return "text" if self._data.get("prompt_format") == "text" else "chat"
+
+    @property
+    def system_prompt(self) -> tuple[str, int, int] | None:
+        """The most frequent system prompt of the training rows, its rows and all rows; None without one."""
+        found = self._data.get("system_prompt")
+        if not isinstance(found, dict) or not isinstance(found.get("text"), str):
+            return None
+        return found["text"], int(found.get("rows", 0)), int(found.get("of", 0))
+
+    @property
+    def answer_ends(self) -> list[int]:
+        """Ids of the tokens that end the training rows."""
+        found = self._data.get("answer_ends")
+        return [int(token) for token in found] if isinstance(found, dict) else []
+
+    @property
+    def _data(self) -> dict[str, Any]:
+        """data.json; empty if there is none.
+
+        Raises:
+            InputError: it is damaged.
+        """
         path = self.directory.path / "data.json"
-        found = read_object(path).get("prompt_format") if path.is_file() else None
-        return "text" if found == "text" else "chat"
+        return read_object(path) if path.is_file() else {}
 
     def load(self) -> TrainableModel:
         """Load the base with the run's adapter, or with that of the newest checkpoint if the run has not finished.
@@ -105,9 +123,8 @@ class TunedRun:
                 change=f"finish the run with: {resume_command(self.directory.path)}",
             )
         for file, problem in check_folder(folder):
-            raise IntegrityError(
-                f"{folder / file}: {problem}", change=f"solotune verify {self.directory.path} lists all damaged files"
-            )
+            change = f"{program()} verify {self.directory.path} lists all damaged files"
+            raise IntegrityError(f"{folder / file}: {problem}", change=change)
         tensors = read_finite_tensors(folder)
         recorded = read_object(self.directory.path / FINGERPRINTS).get("base")
         if not isinstance(recorded, dict):
@@ -145,53 +162,3 @@ def _check_adapter_config(folder: Path, expected: dict[str, Any]) -> None:
                 allowed=f"{key}: {json.dumps(wanted)}"[:200] if key in SAME else "plain LoRA",
                 change="restore the adapter of this run",
             )
-
-
-class ChatSession:
-    """A conversation with a run's model; its base can answer too, for comparison.
-
-    A model that was trained on plain text (`prompt_format: text`) is asked so too: each message is continued as it is,
-    without chat template and history, and the answer keeps the white space around it.
-    """
-
-    def __init__(self, run: TunedRun) -> None:
-        self._config, self._tokenizer = run.config, run.tokenizer
-        self.prompt_format = run.prompt_format
-        self._model = run.load()
-        self._stops = generation.stop_ids(self._model, self._tokenizer, [])
-        self.choices = run.choices
-        self.model_name = f"{self._config.model_name_or_path} + {run.directory.path.name}"
-        self.history: list[dict[str, str]] = []
-
-    def reset(self) -> None:
-        """Start a new conversation."""
-        self.history = []
-
-    def reply(self, text: str, base: bool = False, on_text: Callable[[str], None] | None = None) -> str:
-        """The model's answer to `text`.
-
-        Args:
-            base: let the base model answer; its answer is not added to the history.
-            on_text: called with each piece of the answer as it is generated.
-
-        Raises:
-            InputError: the chat template refuses the conversation, or a text to continue is empty.
-        """
-        is_chat = self.prompt_format == "chat"
-        messages = [*self.history, {"role": "user", "content": text}]
-        prompt = (
-            dataset.render_prompt(self._tokenizer, messages) if is_chat else dataset.text_prompt(self._tokenizer, text)
-        )
-        streamer = None
-        if on_text is not None:
-            streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
-            streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
-        with device_errors(self._config.memory), lora.adapters_off(self._model.module) if base else nullcontext():
-            ids = generation.generate(self._model, prompt, self._config.max_new_tokens, self._stops, streamer)
-        answer = self._tokenizer.decode(ids, skip_special_tokens=True)
-        if not is_chat:
-            return answer
-        answer = answer.strip()
-        if not base:
-            self.history = [*messages, {"role": "assistant", "content": answer}]
-        return answer

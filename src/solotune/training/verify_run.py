@@ -27,7 +27,7 @@ from solotune.errors import InputError, SolotuneError
 from solotune.model.adapter import read_tensors
 from solotune.run.manifest import MANIFEST, NOT_LISTED, Problem, check_folder, differences, read_manifest, unknown
 from solotune.run.record import RunRecord
-from solotune.run.run_dir import LOCK, LOG, MARKS, METRICS, UNUSED, RunDirectory, read_object
+from solotune.run.run_dir import LOCK, LOG, MARKS, METRICS, UNUSED, RunDirectory, located, read_object
 from solotune.training import checkpoint
 
 OWN_JSON = ("environment.json", "data.json", "plan.json", "fingerprints.json", "split.json", "evaluation.json")
@@ -69,7 +69,7 @@ def verify(path: str | Path) -> Verification:
     Raises:
         InputError: there is no run at this path.
     """
-    run = RunDirectory(Path(os.path.expanduser(path)))
+    run = RunDirectory(located(path))
     if not any((run.path / mark).exists() for mark in (*MARKS, MANIFEST)):
         raise InputError(f"{path}: not a run directory", allowed="a run directory of `solotune train`")
     finished = RunRecord.read(run.path).is_finished or os.path.lexists(run.path / MANIFEST)

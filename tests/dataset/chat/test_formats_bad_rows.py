@@ -227,7 +227,7 @@ def test_14_46_hidden_characters(door: Door, case: str) -> None:
 @pytest.mark.parametrize("text", ["caf\u00c3\u00a9", "d\ufffdj\ufffd"])
 def test_47_mojibake(door: Door, text: str) -> None:
     found = door(write(*(row(f"{text} {n}", f"{text} {n * n}") for n in range(4)))).finding("F37")
-    assert (found["slug"], found["severity"]) == ("bad-encoding", "warning")
+    assert (found["slug"], found["severity"]) == ("bad-encoding", "error")
 
 
 # --- 48 to 51: numbers
@@ -279,7 +279,7 @@ none of the 5 training rows can be used
 def test_50_copies(door: Door) -> None:
     found = door(write(*GOOD[:1] * 20))
     assert found.content["rows"]["dropped"] == {"exact duplicate": 19}
-    assert found.finding("F39")["severity"] == "warning"
+    assert found.finding("F39")["severity"] == "error"
     door.refuses(
         "a.jsonl",
         snapshot("""\

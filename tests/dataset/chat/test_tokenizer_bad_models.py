@@ -160,7 +160,7 @@ def test_92_eos_that_the_template_never_writes(door: Door, model: Callable[..., 
     config = json.dumps({"bos_token": "<|im_start|>", "eos_token": "<|endoftext|>"})
     numbers = json.dumps({"eos_token_id": tiny_tokenizer("chatml").convert_tokens_to_ids("<|endoftext|>")})
     name = model(tokenizer_config__json=config, generation_config__json=numbers)
-    assert door(write(*GOOD), model_name_or_path=name).finding("F14")["severity"] == "warning"
+    assert door(write(*GOOD), model_name_or_path=name).finding("F14")["severity"] == "error"
 
 
 TEMPLATES = {
@@ -246,7 +246,7 @@ def test_93_templates_that_render_something_else(door: Door) -> None:
     found = door(write(*GOOD), chat_template_path="own.jinja")
     assert (found.code, found.finding("F13")["severity"]) == (3, "error")
     Path("own.jinja").write_text("{{ bos_token }}{{ bos_token }}" + CHATML)
-    assert door("a.jsonl", chat_template_path="own.jinja").finding("F08")["severity"] == "warning"
+    assert door("a.jsonl", chat_template_path="own.jinja").finding("F08")["severity"] == "error"
     Path("own.jinja").write_text("{% for %}")
     door.refuses(
         "a.jsonl",

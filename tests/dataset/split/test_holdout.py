@@ -47,8 +47,8 @@ def hold_out(records: Sequence[Record], size: float | int, seed: int, **keys: An
     return splitting.hold_out(stored(records), size, seed, **keys)
 
 
-def check_leaks(train: Sequence[Record], validation: Sequence[Record], *, key: str) -> None:
-    splitting.check_leaks(stored(train), stored(validation), key=key)
+def check_leaks(train: Sequence[Record], validation: Sequence[Record], *, key: str) -> int:
+    return splitting.check_leaks(stored(train), stored(validation), key=key)
 
 
 def places(records: Sequence[Record]) -> list[str]:
@@ -246,4 +246,26 @@ eval_dataset: 1 of 2 validation rows are equal or close to training rows
 
 
 def test_no_leak() -> None:
-    check_leaks([record(n) for n in range(10)], [record(n) for n in range(10, 20)], key="eval_dataset")
+    assert check_leaks([record(n) for n in range(10)], [record(n) for n in range(10, 20)], key="eval_dataset") == 0
+
+
+def report(number: int) -> Record:
+    """A formulaic weather report: all are near-duplicates by their words."""
+    draw = random.Random(number)
+    place, wind = draw.choice("Ayr Bath Cork Deal Ely".split()) + str(number), draw.randint(1, 90)
+    text = (
+        f"Forecast for the coming night: over {place} the sky stays cloudy with some rain from the west, and a light "
+        f"wind of {wind} knots; tomorrow brings sunshine and clear air to the whole of the coast until late evening."
+    )
+    return Record(f"f:{number}", messages=chat(f"Report for station {number}", text))
+
+
+def test_rows_of_a_templated_task_are_no_leak() -> None:
+    train = [report(n) for n in range(60)]
+    assert check_leaks(train, [report(n) for n in range(60, 80)], key="eval_dataset") == 8
+    with pytest.raises(CheckError, match="1 of 21 validation rows"):  # a copy is one there too
+        check_leaks(train, [*(report(n) for n in range(60, 80)), report(7)], key="eval_dataset")
+    varied = [record(n) for n in range(60)]
+    edited = [Record(f"v:{n}", messages=chat(f"question {n} x", record(n).messages[1]["content"])) for n in range(3)]
+    with pytest.raises(CheckError, match="3 of 20 validation rows"):
+        check_leaks(varied, [*edited, *(record(n) for n in range(100, 117))], key="eval_dataset")

@@ -277,7 +277,40 @@ def test_prompts_and_answers_that_slipped(ward):
     live = ward.live(batches=batches_of(rows[:16]))
     signals, found = own_prompt_against_others(live, run_facts_of(ward, live, conversations=slipped), 10.0)
     assert spoken(signals) == [("F38", "counterfactual")], found
-    assert max(found["slipped"], key=lambda s: found["slipped"][s]["gain"]) == "-1" or found["slipped"]
+    assert max(found["slipped"], key=lambda s: found["slipped"][s]["gain"]) == "+1"
+
+
+def _with_answers_of(known, order):
+    return [[one[0], known[other][1]] for one, other in zip(known, order, strict=True)]
+
+
+def test_prompts_that_slipped_by_any_number_of_rows(ward):
+    known = chats(60)
+    slipped = _with_answers_of(known, [(i + 7) % 60 for i in range(60)])
+    live = ward.live(batches=batches_of([render(ward.tokenizer, chat) for chat in slipped[:16]]))
+    signals, found = own_prompt_against_others(live, run_facts_of(ward, live, conversations=slipped), 10.0)
+    assert spoken(signals) == [("F38", "counterfactual")], found
+    assert max(found["slipped"], key=lambda s: found["slipped"][s]["gain"]) in ("+7", "same words")
+
+
+def test_whole_rows_speak_against_and_a_part_of_them_does_not(ward):
+    known = chats(60)
+    partly = _with_answers_of(known, [(i + 2) % 6 if i < 6 else i for i in range(60)])
+    for rows, codes in ((known, {"F38"}), (partly, set())):
+        live = ward.live(batches=batches_of([render(ward.tokenizer, chat) for chat in rows[:16]]))
+        signals, found = own_prompt_against_others(live, run_facts_of(ward, live, conversations=rows), 10.0)
+        assert not spoken(signals) and cleared(signals) == codes, found
+
+
+def test_answers_that_no_prompt_decides_are_no_fault(ward):
+    known = chats(60)
+    free = [
+        [one[0], {**one[1], "content": f"no {'abcdefghij'[i % 10]} {'klmnopqrst'[i * 7 % 10]} {i}"}]
+        for i, one in enumerate(known)
+    ]
+    live = ward.live(batches=batches_of([render(ward.tokenizer, chat) for chat in free[:16]]))
+    signals, found = own_prompt_against_others(live, run_facts_of(ward, live, conversations=free), 10.0)
+    assert not [one for one in signals if one.weight >= 0.5 and not one.against], found
 
 
 def _trained(ward, rows, steps=40):

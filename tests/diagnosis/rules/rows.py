@@ -72,6 +72,12 @@ def with_template(family: str, template: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def id_of(family: str, token: str) -> int:
+    """The id of a token in the tiny tokenizer of a family."""
+    backend: Any = tiny_tokenizer(family)
+    return int(backend.convert_tokens_to_ids(token))
+
+
 def with_pad(family: str) -> PreTrainedTokenizerBase:
     """A tokenizer with a separate padding token, which no row uses."""
     tokenizer = copy.deepcopy(tiny_tokenizer(family))
@@ -120,3 +126,10 @@ class Bench:
 def masked(which: Callable[[Example], np.ndarray]) -> Change:
     """Replace the mask of examples."""
     return lambda rows: [replace(row, loss_mask=which(row)) for row in rows]
+
+
+def with_own_template(bench: Bench, own: PreTrainedTokenizerBase, eos: str) -> str:
+    """A model folder whose tokenizer has its own template, and whose generation stops at `eos`."""
+    folder = bench.model(generation_config={"eos_token_id": own.convert_tokens_to_ids(eos)})
+    own.save_pretrained(folder)
+    return folder

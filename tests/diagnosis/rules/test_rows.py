@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 
+from solotune.dataset import DataReport, Example
+from solotune.diagnosis.facts.row_facts import RowFacts, RowSettings
 from solotune.diagnosis.rules import rules
+from solotune.diagnosis.rules.rows import headers_of_foreign_roles
 from solotune.diagnosis.run_facts import RunFacts, Settings
-from tests.dataset.conftest import chat
+from tests.dataset.conftest import chat, tiny_tokenizer
 from tests.diagnosis.rules.rows import Bench, answered, each, sentence, talk
+from tests.diagnosis.rules.templated import Pair, pairs_of
 
 
 def test_f34_empty_answers(bench: Bench) -> None:
@@ -18,24 +24,78 @@ def test_f34_empty_answers(bench: Bench) -> None:
     assert found.evidence["dropped_as_empty"] == 14
     invisible = answered(talk(), lambda n, text: "\u200b" * (1 + n) if n % 3 == 0 else text)
     assert bench.codes(invisible) == ["F34", "F37"]  # both are true
-    assert bench.only("F34", answered(talk(), lambda n, text: "nan" if n % 5 == 0 else text))
+    exported = bench.only("F34", answered(talk(), lambda n, text: "nan" if n % 5 == 0 else text))
+    assert (found.severity, exported.severity) == ("error", "error")
+    assert found.affected == pytest.approx(14 / 40)
+
+
+@pytest.mark.parametrize("answer", ["None", "n/a", "null", "  "])
+def test_f34_what_extraction_finds_where_there_is_nothing_is_a_remark(bench: Bench, answer: str) -> None:
+    rows = answered(talk(60), lambda n, text: answer if n % 9 == 0 else text)
+    assert bench.only("F34", rows).severity == "warning"
 
 
 def test_f35_one_answer_for_all(bench: Bench) -> None:
     assert bench.only("F35", answered(talk(), lambda n, text: "Yes.")).severity == "error"
     refusal = "I am sorry, but I cannot help with that request."
     found = bench.only("F35", answered(talk(), lambda n, text: refusal if n % 3 == 0 else text))
-    assert found.severity == "warning"
+    assert found.severity == "warning" and found.affected == pytest.approx(1 / 3, abs=0.1)
     assert "I am sorry" in found.message
+    lost = bench.only("F35", answered(talk(), lambda n, text: refusal if n % 20 else text))
+    assert (lost.severity, lost.is_statistic) == ("error", True)
+
+
+def test_a_frequent_class_is_no_fault(bench: Bench) -> None:
+    def told(n: int, text: str) -> str:
+        return f"This transaction is {'suspicious, please look at it' if n == 7 else 'in order'}."
+
+    assert [f.severity for f in bench.find(answered(talk(120), told)) if f.code == "F35"] in ([], ["warning"])
+    rare = answered(talk(120), lambda n, text: "ham" if n not in (3, 70) else "spam")
+    assert [f.severity for f in bench.find(rare) if f.code == "F35"] in ([], ["warning"])
 
 
 def test_f36_turns(bench: Bench) -> None:
     twice = each(talk(), lambda n, m: [*m, m[0], {**m[0], "content": f"And {n}?"}, m[1]] if n % 4 == 0 else m)
-    assert "same role" in bench.only("F36", twice).message
+    assert "same role" in bench.only("F36", twice).message and bench.only("F36", twice).severity == "warning"
+    again = bench.only("F36", each(talk(), lambda n, m: [m[0], *m] if n % 4 == 0 else m))
+    assert again.severity == "error" and "the same text" in again.message
     swap = {"user": "assistant", "assistant": "user"}
     exchanged = bench.only("F36", each(talk(), lambda n, m: [{**x, "role": swap[x["role"]]} for x in m]))
     assert "what the user says is not trained on" in exchanged.message
+    assert (exchanged.severity, exchanged.affected) == ("error", 1.0)
     assert "role assistant" in exchanged.fix
+
+
+def test_f36_headers_of_foreign_roles(bench: Bench) -> None:
+    """Rendered by another tool, with the names of the file."""
+    tokenizer = tiny_tokenizer("chatml")
+
+    def rows(user: str, assistant: str) -> list[Example]:
+        made = []
+        for number, row in enumerate(talk(20)):
+            asked, told = (message["content"] for message in row["messages"])
+            text = f"<|im_start|>{user}\n{asked}<|im_end|>\n<|im_start|>{assistant}\n{told}<|im_end|>\n"
+            ids = np.array(tokenizer.encode(text, add_special_tokens=False), np.int32)
+            made.append(Example(ids, np.arange(len(ids)) > len(ids) // 2, f"row {number}", []))
+        return made
+
+    report = DataReport("text")
+    settings = RowSettings(max_length=4096, overflow="truncate", assistant_only_loss=True)
+    for user, assistant, count in (("human", "gpt", 20), ("user", "BOT", 20), ("user", "assistant", 0)):
+        found = headers_of_foreign_roles(RowFacts(settings, tokenizer, rows(user, assistant), [], report, {}))
+        assert (found.evidence["rows_with"] if found else 0) == count
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ {'user': 'human'}.get(m['role'], m['role']) }}\n{{ m['content'] }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert headers_of_foreign_roles(RowFacts(settings, own, rows("human", "assistant"), [], report, {})) is None
+    named = [[{**m, "role": {"user": "human", "assistant": "gpt"}[m["role"]]} for m in r["messages"]] for r in talk(20)]
+    for train, codes in ((rows("human", "gpt"), ["F36"]), (rows("user", "assistant"), [])):  # the second: translated
+        known = RunFacts("test", Settings({}), tokenizer=tokenizer, train=train, conversations=named)
+        assert [
+            signal.code for rule in rules()["F36"] if not rule.reads_rows for signal in rule.signals(known)
+        ] == codes
 
 
 GREETED = chat("Hello?", "Welcome to the shop!", "Any figs?", "Two.", "Thanks")[1:]
@@ -76,13 +136,15 @@ def signals_of_chats(chats: list[list[dict[str, Any]]]) -> list[Any]:
     return [signal for found in asked for signal in found.signals(known)]
 
 
-@pytest.mark.parametrize("shift", [-1, 1])
-def test_f38_answers_of_the_neighbour(bench: Bench, shift: int) -> None:
+@pytest.mark.parametrize("shift", [-1, 1, 5])
+def test_f38_answers_of_another_row(bench: Bench, shift: int) -> None:
     rows = each(talk(60), lambda n, m: [{**x, "content": "Please, " + x["content"]} for x in m])  # no rare word
     answers = [row["messages"][1]["content"] for row in rows]
     found = bench.only("F38", answered(rows, lambda n, text: answers[(n + shift) % 60]))
-    assert found.evidence["matches_own"] < found.evidence["rows_compared"] / 4
-    assert ("previous" if shift == -1 else "next") in found.message
+    assert (found.severity, found.is_statistic) == ("error", True)
+    assert found.evidence["shift"] == shift
+    assert found.affected is not None and found.affected > 0.9
+    assert {-1: "previous row", 1: "next row", 5: "row 5 below"}[shift] in found.message
 
 
 def test_f39_duplicates(bench: Bench) -> None:
@@ -93,5 +155,30 @@ def test_f39_duplicates(bench: Bench) -> None:
     found = bench.find(rows, "gpt2", max_length=200, split_by="pair")
     assert [f.code for f in found] == ["F24", "F39"]  # both are true
     assert found[1].evidence["equal_after_truncation"] == 15
+    assert found[1].severity == "warning" and found[1].affected == pytest.approx(15 / 30, abs=0.1)
     assert bench.only("F39", talk(30) + talk(30)[:14]).severity == "info"
     assert bench.only("F39", talk(30) * 4).severity == "warning"
+    assert bench.only("F39", talk(14) * 15).severity == "error"
+    assert bench.only("F39", talk(14) * 15, dataset_exact_deduplication=False).severity == "info"
+    labels = answered(talk(14), lambda n, text: ("yes", "no")[n % 2]) * 15
+    assert bench.only("F39", labels).severity == "warning"
+
+
+def copies(rows: list[Pair]) -> list[tuple[str, float | None]]:
+    chats = [chat(*pair) for pair in rows]
+    known = RunFacts("test", Settings({}), conversations=chats)
+    return [(s.kind, s.affected) for rule in rules()["F39"] if not rule.reads_rows for s in rule.signals(known)]
+
+
+def test_f39_copies_beyond_chance() -> None:
+    rng = random.Random(0)
+    booked, sums, labels = (pairs_of(kind, 100) for kind in ("booking", "arithmetic", "label"))
+    for merged in (booked * 2, labels * 3, booked[:8] * 30, [rng.choice(booked[:10]) for _ in range(200)]):
+        assert [kind for kind, _ in copies(merged)] == ["measured"]
+    assert copies(booked * 4) == [("measured", 0.75)]
+    natural = [rng.choice(sums) for _ in range(250)]  # as often as rows that are drawn from a hundred
+    weighted = booked[:20] * 6 + booked[20:] + sums
+    few_labels = [rng.choice(labels[:20]) for _ in range(300)]
+    for healthy in (natural, weighted, few_labels):
+        assert [kind for kind, _ in copies(healthy)] == ["remark"]
+    assert copies(booked + booked[:10]) == []

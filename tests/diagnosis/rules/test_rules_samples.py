@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from solotune.diagnosis.facts import row_arrays
+from solotune.diagnosis.findings import Finding
 from tests.dataset.conftest import chat, tiny_tokenizer
 from tests.diagnosis.rules.rows import Bench, answered, find, sentence, talk
 
@@ -22,7 +23,7 @@ def test_the_shape_of_a_finding(bench: Bench) -> None:
     )
     for finding in found:
         shape = json.loads(json.dumps(finding.to_json()))
-        assert list(shape) == ["code", "slug", "suspect", "severity", "message", "evidence", "fix"]
+        assert list(shape) == list(Finding.__dataclass_fields__)
         assert finding.message.endswith(".")
         assert finding.fix
 

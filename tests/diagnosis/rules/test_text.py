@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from solotune.diagnosis.rules.text import _reads_back
 from tests.diagnosis.rules.rows import Bench, answered, talk
 
 
@@ -20,6 +21,54 @@ def test_f37_encoding(bench: Bench) -> None:
     )
     escaped = answered(talk(), lambda n, text: text.replace(" ", "\\n", 3))
     assert "line break" in bench.only("F37", escaped).message
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "cp1251", "cp1250", "mac_roman", "cp437"])
+@pytest.mark.parametrize("words", ["Été à la forêt", "Größe und Höhe", "Привет, как дела", "Łódź – świętość"])
+def test_text_that_was_taken_for_another_encoding(encoding: str, words: str) -> None:
+    assert not _reads_back(words)
+    try:
+        broken = words.encode().decode(encoding)
+    except UnicodeError:
+        return  # bytes are lost, and no decoding brings them back
+    assert _reads_back(broken)
+
+
+@pytest.mark.parametrize("text", ["И… Да… «Привет» № 5 — всё ещё", "А… О…", "├── foo\t│ bar", "¿Qué? “sí”…", "Ї ґ є»"])
+def test_text_that_is_right(text: str) -> None:
+    assert not _reads_back(text)
+
+
+@pytest.mark.parametrize(("every", "severity"), [(2, "error"), (12, "warning")])
+def test_f37_is_a_remark_below_one_row_in_ten(bench: Bench, every: int, severity: str) -> None:
+    broken = "Größe und Höhe".encode().decode("cp1251")
+    rows = answered(talk(60), lambda n, text: f"{text} {n} {broken}" if n % every == 0 else text)
+    found = next(f for f in bench.find(rows, validation_size=0) if f.code == "F37")
+    assert found.severity == severity and not found.is_statistic and found.affected == 1 / every
+
+
+ESCAPED = {
+    "\\n": lambda text: text.replace(" ", "\\n", 3),
+    "&quot;": lambda text: f"&quot;{text}&quot; isn&#39;t R&amp;D",
+    "\\u00e9": lambda text: text.replace("e", "\\u00e9"),
+}
+"""What was escaped once too often."""
+
+
+@pytest.mark.parametrize("what", ESCAPED)
+def test_f37_escapes(bench: Bench, what: str) -> None:
+    escaped = answered(talk(), lambda n, text: ESCAPED[what](text))
+    found = bench.only("F37", escaped)
+    assert what in found.message and found.severity == "error" and found.is_statistic
+    both = answered(talk(), lambda n, text: f'{ESCAPED[what](text)}\n{n}: é, "<b>"')
+    assert bench.codes(both) == [], "rows that have what the escapes stand for as well are about them"
+
+
+@pytest.mark.parametrize(
+    "line", [r"so \nabla f \neq 0, \nu \notin A and \nabla g \neq 1", 'say "a\\nb\\nc"', "`\\u00e9` and `&amp;`"]
+)
+def test_f37_code_and_formulas_are_no_escapes(bench: Bench, line: str) -> None:
+    assert bench.codes(answered(talk(), lambda n, text: f"{text} {line} don't")) == []
 
 
 HIDDEN = {

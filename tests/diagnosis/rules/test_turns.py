@@ -7,11 +7,15 @@ import random
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from solotune.dataset import Example
+from solotune.diagnosis.findings import Finding
+from solotune.diagnosis.rules import ask_all
+from solotune.diagnosis.run_facts import RunFacts, Settings
 from tests.dataset.conftest import CHATML, FAMILIES, chat, tiny_tokenizer
-from tests.diagnosis.rules.rows import Bench, each, sentence, talk, with_template
+from tests.diagnosis.rules.rows import Bench, each, id_of, sentence, talk, with_own_template, with_template
 
 
 @pytest.mark.parametrize(
@@ -102,31 +106,79 @@ def test_f13_tools_are_dropped(bench: Bench) -> None:
 def test_f14_generation_stops_elsewhere(bench: Bench) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer("chatml"))
     tokenizer.eos_token = tokenizer.pad_token = "<|endoftext|>"
-    eos, end = (int(tokenizer.convert_tokens_to_ids(t)) for t in ("<|endoftext|>", "<|im_end|>"))
+    eos, end = (id_of("chatml", t) for t in ("<|endoftext|>", "<|im_end|>"))
     model = bench.model(config={"vocab_size": 500}, generation_config={"eos_token_id": eos})
     found = bench.only("F14", talk(), tokenizer, model_name_or_path=model)
-    assert found.fix.startswith(f"add {end} to eos_token_id")
-    bench.model(generation_config={"eos_token_id": [eos, end]})
+    assert found.fix.startswith(f"add {end} to eos_token_id in generation_config.json")
+    assert (found.severity, found.affected) == ("error", 1.0)
+    bench.model(generation_config={"eos_token_id": [eos, end]})  # one of several is right
     assert bench.codes(talk(), tokenizer, model_name_or_path=model) == []
 
 
+@pytest.mark.parametrize("name", ["generation_config", "config"])
+def test_f14_the_tokenizers_own_end_does_not_help(bench: Bench, name: str) -> None:
+    """`generate` reads generation_config.json, and without it config.json; the tokenizer's eos_token is right here."""
+    tokenizer = tiny_tokenizer("chatml")
+    other = id_of("chatml", "<|endoftext|>")
+    files = {"config": {"vocab_size": 500, "eos_token_id": tokenizer.eos_token_id}, name: {"eos_token_id": other}}
+    found = bench.only("F14", talk(), model_name_or_path=bench.model(**files))
+    assert f"by {name}.json generation stops at" in found.message
+    assert "the tokenizer's eos_token is right" in found.message
+
+
+def test_f14_text_with_an_end_of_text_and_rows_of_another_source(bench: Bench) -> None:
+    tokenizer = tiny_tokenizer("gpt2")
+    model = bench.model(config={"vocab_size": 500, "eos_token_id": tokenizer.eos_token_id})
+    texts = [{"text": sentence(random.Random(n))} for n in range(40)]
+    assert bench.codes(texts, "gpt2", model_name_or_path=model) == []  # a base model on plain text
+
+    def some_end_otherwise(rows: list[Example]) -> list[Example]:
+        other = id_of("chatml", "<|endoftext|>")
+        last = [row.loss_mask.nonzero()[0][-1] for row in rows]
+        ids = [
+            np.where(np.arange(len(r.input_ids)) == at, other, r.input_ids) for r, at in zip(rows, last, strict=True)
+        ]
+        return [replace(r, input_ids=i) if n % 3 == 0 else r for n, (r, i) in enumerate(zip(rows, ids, strict=True))]
+
+    model = bench.model(generation_config={"eos_token_id": tiny_tokenizer("chatml").eos_token_id})
+    found = [f for f in bench.find(talk(), "chatml", some_end_otherwise, model_name_or_path=model) if f.code == "F14"]
+    assert [f.severity for f in found] == ["warning"]
+
+
 def test_f15_no_generation_prompt(bench: Bench) -> None:
-    found = bench.only("F15", talk(), with_template("chatml", CHATML.partition("{% if add_generation")[0]))
+    without = with_template("chatml", CHATML.partition("{% if add_generation")[0])
+    found = bench.only("F15", talk(), without)
     assert found.evidence["answers_with"] == 30
     assert "<|im_start|>" in found.message
+    assert found.severity == "warning"  # this model's own
+    model = with_own_template(bench, copy.deepcopy(tiny_tokenizer("chatml")), "<|im_end|>")
+    keys = {"model_name_or_path": model, "chat_template_path": "my.jinja"}
+    assert bench.only("F15", talk(), without, **keys).severity == "error"
 
 
-def test_f16_the_generation_prompt_opens_what_answers_do_not_have(bench: Bench) -> None:
-    found = bench.only("F16", talk(), "deepseek")
-    assert found.evidence["template_differs"] == found.evidence["rows_read"]
-    assert "<think>" in found.message
+def test_f14_the_file_beside_the_run_counts_before_the_bases() -> None:
+    """The base's generation_config.json, which the findings were made with, stops elsewhere; the run's does not."""
+    ids, mask = np.array([5, 6, 7, 2], np.int32), np.array([False, True, True, True])
+    wrong = Finding.of("F14", "error", message="elsewhere", evidence={}, fix="")
+    one = RunFacts("test", Settings({}), findings=[wrong], train=[Example(ids, mask, f"row {n}", []) for n in range(4)])
+    assert [s.code for s in ask_all(one)[0] if s.code == "F14"] == ["F14"]
+    for right in (
+        replace(one, generation_config={"eos_token_id": [9, 2]}),
+        replace(one, settings=Settings({"serving_stop_ids": [2]})),
+    ):
+        assert not [s for s in ask_all(right)[0] if s.code == "F14"]
 
 
-def test_f16_a_prompt_that_ends_inside_a_token(bench: Bench) -> None:
-    pairs = [[sentence(random.Random(seed + n)) for seed in (0, 1000)] for n in range(40)]
-    rows = [{"prompt": f"Q: {question} A: ", "completion": f"the {answer}"} for question, answer in pairs]
-    assert tiny_tokenizer("gpt2").tokenize(": the")[-1] == "Ġthe"
-    found = bench.only("F16", rows, "gpt2")
-    assert found.fix == "move the space from the end of the prompts to the start of the completions"
-    moved = [{"prompt": r["prompt"].rstrip(), "completion": " " + r["completion"]} for r in rows]
-    assert bench.codes(moved, "gpt2") == []
+@pytest.mark.parametrize("role", ["system", "tool"])
+def test_f13_of_another_trainer_asks_with_the_datas_own_chats(role: str) -> None:
+    """A template that renders a result only after its call drops nothing."""
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    question, answer = chat("Who?", "Me.")
+    messages = [{"role": "system", "content": "Be kind."}, question, answer]
+    if role == "tool":
+        messages = [question, call, {"role": "tool", "content": "22"}, answer]
+    after_a_call = "{% if m.role != 'tool' or messages[loop.index0 - 1].tool_calls %}{{ m.content }}{% endif %}"
+    for content, found in ((after_a_call, []), ("{{ m.content if m.role != '" + role + "' }}", ["F13"])):
+        tokenizer = with_template("chatml", CHATML.replace("{{ m.content }}", content))
+        one = RunFacts("test", Settings({}), tokenizer=tokenizer, conversations=[messages] * 4)
+        assert [s.code for s in ask_all(one)[0] if s.code == "F13"] == found

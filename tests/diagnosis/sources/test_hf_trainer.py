@@ -78,6 +78,15 @@ def test_a_good_folder_is_read_whole_and_nothing_speaks_against_it(output):
     assert live is not None and float(live.model(**live.batches[0]).loss) < 20
 
 
+def test_evaluation_data_that_is_not_here_hides_no_training_rows(output, tmp_path):
+    """LLaMA-Factory's configs name it as dataset_info.json does."""
+    config = tmp_path / "sft.yaml"
+    config.write_text((output.parent / "sft.yaml").read_text() + "eval_dataset: desk_eval\n")
+    run_facts = hf_trainer.from_folder(output, config, str(output.parent / "chats.jsonl"))
+    assert len(run_facts.train) == 40 and run_facts.live is not None
+    assert run_facts.missing["validation"] == "the evaluation data desk_eval is not here"
+
+
 LOOPS = "{% for a in range(9999) %}{% for b in range(9999) %}{{ range(9999) | sum }}{% endfor %}{% endfor %}"
 
 

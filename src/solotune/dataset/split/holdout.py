@@ -18,6 +18,7 @@ users change, and the split should not change with them.
 from __future__ import annotations
 
 import hashlib
+import math
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -187,19 +188,29 @@ def _cannot_hold_out(size: float | int, target: int, num_rows: int, sizes: np.nd
     )
 
 
-def check_leaks(train: Records, validation: Records, *, key: str) -> None:
-    """Refuse rows of `eval_dataset` that equal a training row, are near-duplicates, or are in the same group.
+def check_leaks(train: Records, validation: Records, *, key: str) -> int:
+    """Refuse rows of `eval_dataset` that are training rows, or close to them; the number of close ones that are left.
+
+    A row that equals a training row (but for case and blanks), or is in the same group, is refused. Near-duplicates are
+    refused only if there are more of them than among the training rows themselves: rows of a templated task (reports,
+    labels, JSON) are naturally alike, and say nothing about a leak.
 
     Raises:
         CheckError: gives their number and the first three.
     """
     equal, alike = _last_in(train.exact, validation.exact), _last_in(train.hashes, validation.hashes)
     kin = np.where(validation.links[:, 0] > 0, _last_in(train.links[:, 0], validation.links[:, 0]), -1)
-    near = alike
+    near, has_twin = np.full(len(validation), -1), np.zeros(len(train), bool)
     for a, b in near_duplicates(_Spoken(train, validation)):
-        if a < len(train) <= b and near[b - len(train)] < 0:
+        if a < len(train) <= b:
             near[b - len(train)] = a
-    rows = np.flatnonzero((equal >= 0) | (kin >= 0) | (near >= 0))
+        elif b < len(train):
+            has_twin[[a, b]] = True
+    is_same = (equal >= 0) | (kin >= 0) | (alike >= 0)
+    is_near = (near >= 0) & ~is_same
+    is_leak = is_same | is_near if _is_beyond(int(is_near.sum()), len(validation), float(has_twin.mean())) else is_same
+    near = np.where(alike >= 0, alike, near)
+    rows = np.flatnonzero(is_leak)
     if len(rows):
         examples = []
         for row in map(int, rows[:3]):
@@ -211,8 +222,15 @@ def check_leaks(train: Records, validation: Records, *, key: str) -> None:
             seen="; ".join(examples) + ("; ..." if len(rows) > 3 else ""),
             allowed="no row on both sides: the loss on rows seen in training says nothing about new rows",
             change=f"remove these rows from dataset or from {key}, or remove {key} to hold out rows of dataset instead",
-            fault="F43" if 2 * len(rows) >= len(validation) else "F44",
+            fault="F43" if 2 * int(is_same.sum()) >= len(validation) else "F44",
         )
+    return int(is_near.sum())
+
+
+def _is_beyond(found: int, total: int, natural: float) -> bool:
+    """Whether `found` of `total` rows are more than the natural share explains: by three standard errors."""
+    expected = natural * total
+    return found > expected + 3 * math.sqrt(expected * (1 - natural))
 
 
 def _last_in(known: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from solotune.diagnosis.run_facts import RunFacts
 SHIFTS = (1, -1, 2, -2)  # offsets of labels, in tokens, that are tested
 NUM_READ = 256  # documents
 _BLANKS = 3  # tokens of white space between an answer and its end
+_STRETCH = 8  # tokens with labels in a row of a long turn: more than a mask that is off by a few
 
 
 @dataclass
@@ -36,6 +37,8 @@ class LabelFacts:
     shift: int | None = None  # label[t] == id[t + shift], if labels are shifted
     role_labels: Counter[int] = field(default_factory=Counter)  # role -> labels
     role_tokens: Counter[int] = field(default_factory=Counter)
+    turns: Counter[int] = field(default_factory=Counter)  # role -> turns
+    turns_learned: Counter[int] = field(default_factory=Counter)  # role -> turns of which half or a stretch has labels
     ends_learned: int = 0  # answers whose end has a label
     ends_masked: Counter[int] = field(default_factory=Counter)  # id of an end after an answer, without a label
     ends_missing: int = 0  # answers without an end
@@ -90,17 +93,35 @@ class LabelFacts:
                 shifts[shift] += int((labels[inside] == ids[inside + shift]).sum()) + len(places) - len(inside)
         self.first_learned += bool(document.start > 0 and learned[0] and self._is_padded_left(document))
         roles_T = self.roles.of(document)
+        contents_T = None
         if roles_T is not None:
-            for role in (OTHER, USER, ASSISTANT):
-                self.role_labels[role] += int((learned & (roles_T == role)).sum())
-                self.role_tokens[role] += int((roles_T == role).sum())
-        self._add_ends(document, roles_T)
+            contents_T = self._without_ends(roles_T, ids)
+            self._add_roles(learned, contents_T)
+        self._add_ends(document, roles_T, contents_T)
+
+    def _without_ends(self, roles_T: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Roles of the contents alone: from the end of a turn on, its tokens are no one's (a mask may have them or not,
+        and in a turn of two words they are the larger part)."""
+        contents_T, is_end_T = roles_T.copy(), np.isin(ids, list(self.roles.ends))
+        for begin, end in _runs(roles_T):
+            if (ends := np.flatnonzero(is_end_T[begin:end])).size:
+                contents_T[begin + ends[0] : end] = OTHER
+        return contents_T
+
+    def _add_roles(self, learned: np.ndarray, roles_T: np.ndarray) -> None:
+        for role in (OTHER, USER, ASSISTANT):
+            self.role_labels[role] += int((learned & (roles_T == role)).sum())
+            self.role_tokens[role] += int((roles_T == role).sum())
+        for begin, end in _runs(roles_T):
+            role, count = int(roles_T[begin]), int(learned[begin:end].sum())
+            self.turns[role] += 1
+            self.turns_learned[role] += count >= min(_STRETCH, 0.5 * (end - begin)) and count > 0
 
     def _is_padded_left(self, document: Document) -> bool:
         line = self.batches.sequences[document.batch][document.sequence]
         return not line.real_T[document.start - 1]
 
-    def _add_ends(self, document: Document, roles_T: np.ndarray | None) -> None:
+    def _add_ends(self, document: Document, roles_T: np.ndarray | None, contents_T: np.ndarray | None) -> None:
         """Count the ends of labelled spans; a span up to the end of the longest document may have been truncated."""
         ids, ends = document.ids, self.roles.ends
         if not ends:
@@ -108,18 +129,26 @@ class LabelFacts:
         # shifted labels are judged by value
         values = document.labels
         for begin, end in document.spans():
-            if roles_T is not None and not (roles_T[begin:end] == ASSISTANT).any():
-                continue  # of the prompt
+            if contents_T is not None and not (contents_T[begin:end] == ASSISTANT).any():
+                continue  # of the prompt, or behind an answer
             tail = [int(v) for v in values[max(begin, end - 1 - _BLANKS) : end]]
             if any(v in ends for v in tail):
                 self.ends_learned += 1
                 continue
-            following = [int(i) for i in ids[end : end + 1 + _BLANKS]]
+            following = [int(i) for i in ids[end : self._last_of_turn(roles_T, end, len(ids))]]
             behind = next((i for i in following if i in ends), None)
             if behind is not None:
                 self.ends_masked[behind] += 1
             elif end < len(ids) or len(ids) < self.longest:
                 self.ends_missing += 1
+
+    @staticmethod
+    def _last_of_turn(roles_T: np.ndarray | None, at: int, length: int) -> int:
+        """Where the turn of the answer before `at` ends; without known roles a few tokens later."""
+        if roles_T is None or at >= length or roles_T[at] != ASSISTANT:
+            return at + 1 + _BLANKS
+        others = np.flatnonzero(roles_T[at:] != ASSISTANT)
+        return at + int(others[0]) if others.size else length
 
     def decoded(self, count: int = 1) -> list[dict[str, Any]]:
         """The first documents as text pieces with and without labels, for the HTML page."""
@@ -159,3 +188,9 @@ class LabelFacts:
 
 
 _NAMES = {"other": OTHER, "user": USER, "assistant": ASSISTANT}
+
+
+def _runs(values_T: np.ndarray) -> list[tuple[int, int]]:
+    """Stretches of equal values: (first, one past the last)."""
+    edges = np.flatnonzero(np.diff(values_T)) + 1
+    return list(zip([0, *edges.tolist()], [*edges.tolist(), len(values_T)], strict=True)) if len(values_T) else []

@@ -1,6 +1,7 @@
 """Render chats with the tokenizer of a run, as they would be served, and decode its rows.
 
 rendered(run_facts, messages)   frame(run_facts)   decoded(run_facts)   marked_ids(tokenizer, messages)
+is_chat_model(run_facts, ending)
 """
 
 from __future__ import annotations
@@ -70,6 +71,24 @@ def frame(run_facts: RunFacts, template: str | None = None) -> tuple[str, str, s
     text = rendered(run_facts, chat, template=template)
     match = re.fullmatch(r"(.*)quvwxq(.*)zwvuyz(.*)", text, re.DOTALL) if text else None
     return (match[1], match[2], match[3]) if match else None
+
+
+def own_frame(run_facts: RunFacts) -> tuple[str, str, str] | None:
+    """`frame` by the template that the base came with: the template of the run may be the fault."""
+    return frame(run_facts, run_facts.base_template or None)
+
+
+def is_chat_model(run_facts: RunFacts, ending: str) -> bool:
+    """Whether generation, by the base's files, ends with the text that the template writes after answers."""
+    tokenizer = run_facts.tokenizer
+    if tokenizer is None or not ending.strip():
+        return False
+    ends = tokenizer.encode(ending.strip(), add_special_tokens=False)[:1]
+    stops: set[int] = set()
+    for config in (run_facts.generation_config, run_facts.model_config):
+        found = config.get("eos_token_id")
+        stops |= {one for one in (found if isinstance(found, list) else [found]) if isinstance(one, int)}
+    return bool(ends) and (ends[0] in stops or ends[0] == tokenizer.eos_token_id)
 
 
 def decoded(run_facts: RunFacts) -> list[str]:

@@ -73,6 +73,11 @@ class Roles:
         bare = {header.strip() for header in headers.values()}
         return headers if len(bare) == 2 and all(bare) else {}
 
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of some ids, without special tokens."""
+        assert self.tokenizer is not None
+        return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, nothing added."""
         assert self.tokenizer is not None
@@ -88,12 +93,19 @@ class Roles:
         assert self.tokenizer is not None
         return str(self.tokenizer.decode([index], clean_up_tokenization_spaces=False))
 
-    def of(self, document: Document) -> np.ndarray | None:
-        """int8 (T,): role of each token (headers count as `OTHER`); None if it is not known."""
+    def of(self, document: Document, turns: Sequence[Mapping[str, Any]] | None = None) -> np.ndarray | None:
+        """int8 (T,): role of each token (headers count as `OTHER`); None if it is not known.
+
+        Args:
+            turns: messages that the text is known to have; by default the headers or a conversation of the data.
+        """
         if self.tokenizer is None:
             return None
         text, begins_T = self.text_of(document)
-        spans = self._spans_by_headers(text) or self._spans_by_contents(text)
+        if turns is not None:
+            spans = _spans_of(turns, text)
+        else:
+            spans = self._spans_by_headers(text) or _spans_of(self.conversation_in(text) or (), text)
         if not spans:
             return None
         roles_T = np.zeros(len(document.ids), np.int8)
@@ -117,19 +129,6 @@ class Roles:
         nexts = [*(begin for begin, _, _ in found[1:]), len(text)]
         return [(end, following, role) for (_, end, role), following in zip(found, nexts, strict=True)]
 
-    def _spans_by_contents(self, text: str) -> list[tuple[int, int, int]]:
-        conversation = self.conversation_in(text)
-        place, spans = 0, []
-        for message in conversation or ():
-            content = str(message.get("content") or "")
-            role = {"user": USER, "assistant": ASSISTANT}.get(str(message.get("role")), OTHER)
-            begin = text.find(content, place)
-            if begin < 0:
-                return []
-            place = begin + len(content)
-            spans.append((begin, place, role))
-        return spans
-
     def conversation_in(self, text: str) -> Sequence[Mapping[str, Any]] | None:
         """The conversation whose longer contents are all in this text; of several the longest."""
         best, most = None, 0
@@ -139,3 +138,17 @@ class Roles:
             if size > most and all(c in text for c in contents) and any(len(c) >= _SHORTEST for c in contents):
                 best, most = conversation, size
         return best
+
+
+def _spans_of(turns: Sequence[Mapping[str, Any]], text: str) -> list[tuple[int, int, int]]:
+    """Spans (begin, end, role) of the turns' contents in the text; empty if one is not there."""
+    place, spans = 0, []
+    for message in turns:
+        content = str(message.get("content") or "")
+        role = {"user": USER, "assistant": ASSISTANT}.get(str(message.get("role")), OTHER)
+        begin = text.find(content, place)
+        if begin < 0:
+            return []
+        place = begin + len(content)
+        spans.append((begin, place, role))
+    return spans

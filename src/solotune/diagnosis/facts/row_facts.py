@@ -25,7 +25,7 @@ from solotune.dataset.chat.answer_spans import ChatTemplate
 from solotune.dataset.chat.control_tokens import ControlTokens
 from solotune.dataset.chat.encode import Encoder
 from solotune.diagnosis.facts import row_arrays
-from solotune.diagnosis.facts.row_arrays import Side, Whole, evenly, judged
+from solotune.diagnosis.facts.row_arrays import Side, Whole, evenly, judged, squeezed
 from solotune.errors import InputError
 from solotune.hub.model_files import ModelFiles, model_here
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 ModelJsons = Mapping[str, Mapping[str, Any]]
 
+NUM_RENDERED = 100
+"""Rows to decode for a fault of the format, which shows in a few."""
 _PART = re.compile(r" part (\d+)/(\d+)$")
 _USER, _ANSWER = "\ufdd0", "\ufdd1"  # characters that no text has
 _MODEL_FILES = ("config.json", "generation_config.json")
@@ -275,14 +277,31 @@ class RowFacts:
         size = (found.get("text_config") or found).get("vocab_size")
         return size if isinstance(size, int) and size > 0 else None
 
+    @property
+    def num_positions(self) -> int | None:
+        """The longest row that the model was made for, by config.json; None if it does not say."""
+        found = self._model_jsons["config.json"]
+        found = found.get("text_config") or found
+        size = found.get("max_position_embeddings", found.get("n_positions"))
+        return size if isinstance(size, int) and size > 0 else None
+
     def model_ids(self, key: str) -> set[int]:
         """`eos_token_id` or `bos_token_id` by generation_config.json, else config.json: one id, a list, or none."""
-        for name in ("generation_config.json", "config.json"):
-            found = self._model_jsons[name]
-            value = found.get(key, (found.get("text_config") or {}).get(key))
-            if value is not None:
-                return {v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)}
-        return set()
+        return self._ids_by(self.where_from(key), key)
+
+    def all_model_ids(self, key: str) -> set[int]:
+        """The same by both files."""
+        return self._ids_by("generation_config.json", key) | self._ids_by("config.json", key)
+
+    def where_from(self, key: str) -> str:
+        """The file that `model_ids` reads: the first that has the key, as in transformers."""
+        names = ("generation_config.json", "config.json")
+        return next((name for name in names if self._ids_by(name, key)), names[-1])
+
+    def _ids_by(self, name: str, key: str) -> set[int]:
+        found = self._model_jsons[name]
+        value = found.get(key, (found.get("text_config") or {}).get(key))
+        return {v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)}
 
 
 def pieces_of_template(facts: RowFacts) -> tuple[str, str, str] | None:
@@ -300,6 +319,21 @@ def pieces_of(template: ChatTemplate) -> tuple[str, str, str] | None:
     header, _, rest = text.partition(_USER)
     between, found, end = rest.partition(_ANSWER)
     return (header, between, end) if found else None
+
+
+def is_in_rows(facts: RowFacts, between: str) -> bool:
+    """Whether a row has the header of an answer in this text between question and answer (true without a header).
+
+    The end of the question's turn does not count: if it is missing, that is another fault (F10).
+    """
+    rows = evenly(range(len(facts.train.rows)), NUM_RENDERED)
+    header = between.strip()
+    for template in (facts.own_template, facts.template):
+        for end in template.terminators if template else ():
+            header = header.removeprefix(end).strip()
+    return not squeezed(header) or any(
+        squeezed(header) in squeezed(facts.decode(facts.train.rows[r].input_ids)) for r in rows
+    )
 
 
 def rendered_prompt(facts: RowFacts, messages: list[dict[str, Any]], tools: Any) -> np.ndarray | None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from solotune.dataset import DataReport, Example
+from solotune.dataset.data_report import ANSWER_PAST_MAX_LENGTH
 from solotune.dataset.example import lengths_of
 from solotune.diagnosis.facts.row_facts import RowFacts, RowSettings
 from solotune.diagnosis.run_facts import RunFacts
@@ -27,9 +28,16 @@ def facts_of(run_facts: RunFacts) -> RowFacts | None:
     report = DataReport("messages" if train[0].messages else "text")
     report.num_train, report.num_validation = len(train), len(validation)
     report.labels.row_tokens.extend(lengths_of(train))
+    report.dropped[ANSWER_PAST_MAX_LENGTH] = _rows_gone(run_facts)
     files = {"config.json": run_facts.model_config, "generation_config.json": run_facts.generation_config}
     settings = _settings(run_facts, max(lengths_of(train)))
     return RowFacts(settings, run_facts.tokenizer, train, validation, report, files)
+
+
+def _rows_gone(run_facts: RunFacts) -> int:
+    """Rows that the trainer left out when it truncated, since no label was left."""
+    read, left = run_facts.settings.get("rows_in"), run_facts.settings.get("rows_out")
+    return max(read - left, 0) if isinstance(read, int) and isinstance(left, int) else 0
 
 
 def _answered(rows: Sequence[Example]) -> list[Example]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from solotune.diagnosis.facts.derived import is_ours
 from solotune.diagnosis.run_facts import RunFacts
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     Batch = Mapping[str, torch.Tensor]
 
 IGNORED = -100  # a label without loss
+_WEIGHTS = ("loss_mask", "loss_weights", "label_weights", "token_weights", "weights")
+"""Keys under which custom losses find a weight for each token; a label of weight 0 counts as none."""
 _KNOWN_BEGINNING = 4  # first ids by which a row is looked up inside a sequence
 _KNOWN_ROWS = 2000
 
@@ -102,7 +105,8 @@ class Batches:
         named: Any = {name: _first(getattr(tokenizer, f"{name}_token_id", None)) for name in ("pad", "eos", "bos")}
         pad = named["pad"] if named["pad"] is not None else _first(run_facts.model_config.get("pad_token_id"))
         single = frozenset(i for i in (named["eos"], named["bos"]) if i is not None)
-        rows = [np.asarray(row.input_ids) for row in run_facts.train[:_KNOWN_ROWS]]
+        known = () if is_ours(run_facts) else run_facts.train[:_KNOWN_ROWS]  # solotune's own packs are marked
+        rows = [np.asarray(row.input_ids) for row in known]
         return cls(batches or run_facts.batches, pad, single, rows)
 
     @cached_property
@@ -119,7 +123,12 @@ class Batches:
             for s, line in enumerate(lines)
             for document in _documents_of(line, b, s)
         ]
-        return [d for d in found if d.learned.any() or not (d.ids == self.pad_id).all()]  # without rests of only pads
+        return [d for d in found if d.learned.any() or not self._is_padding(d)]
+
+    def _is_padding(self, document: Document) -> bool:
+        """Whether a text is the padding at the end of a pack: of one id, which the tokenizer need not name."""
+        is_last = document.start > 0 and document.end == len(self.sequences[document.batch][document.sequence].ids_T)
+        return bool((document.ids == (document.ids[0] if is_last else self.pad_id)).all())
 
     @property
     def is_packed(self) -> bool:
@@ -142,6 +151,9 @@ class Batches:
         attended_BT = mask.cpu().numpy() if mask is not None and mask.dim() == 2 else None
         labels = batch.get("labels")
         labels_BT = labels.cpu().numpy() if labels is not None else None
+        for weights in (batch[key] for key in _WEIGHTS if key in batch):
+            if labels_BT is not None and weights.shape == batch["input_ids"].shape:
+                labels_BT = np.where(weights.cpu().numpy() == 0, IGNORED, labels_BT)
         positions = batch.get("position_ids")
         position_ids_BT = positions.expand(ids_BT.shape).cpu().numpy() if positions is not None else None
         found = []

@@ -35,6 +35,7 @@ from solotune.diagnosis.probes.skipped import Skipped
 from solotune.diagnosis.run_facts import LiveModel, RunFacts
 
 ARRIVES = 0.6  # of the elements: below it, rounding loses most of a step
+ARRIVES_IN_A = 0.4  # of the elements of A, which have their size from the start
 NOT_THE_BASE = 1e-3  # largest difference of log-probabilities that an untouched adapter may make (rounding)
 MOST = 0.9  # of the adapters
 
@@ -135,6 +136,8 @@ def _two_steps(live: LiveModel, adapters: Sequence[Adapter], rate: float) -> dic
         optimizer.step()
         if step == 2:
             found["share_changed"] = _share_changed(parameters, before)
+            first = [(p, old) for p, old in zip(parameters, before, strict=True) if any(p is a.A for a in adapters)]
+            found["share_changed_A"] = _share_changed([p for p, _ in first], [old for _, old in first])
         optimizer.zero_grad(set_to_none=True)
     return found
 
@@ -242,13 +245,15 @@ def _lost(
     if share is None:
         return []
     numbers = {"share_changed": share, "rate": rate, "dtype": found["dtype"]}
-    if dtype == torch.float32 or share >= ARRIVES:
+    of_A = found.get("share_changed_A")  # B is still near zero, where even small steps arrive
+    if dtype == torch.float32 or (share >= ARRIVES and (of_A is None or of_A >= ARRIVES_IN_A)):
         says = f"one step at {rate:.3g} changes {share:.0%} of the {found['dtype']} elements"
         return [Signal("F54", "measured", says, 0.9 if share >= 0.9 else 0.6, numbers, against=True)]
     for a in adapters:
         a.A.data, a.B.data = a.A.data.float(), a.B.data.float()
     again = _two_steps(live, adapters, rate)
     says = f"one step at {rate:.3g} changes {share:.0%} of the {found['dtype']} elements"
+    says += f" ({of_A:.0%} of those of A)" if of_A is not None else ""
     signals = [Signal("F54", "measured", says, 0.7, numbers, fix="keep the adapter in float32")]
     if (after := again.get("share_changed")) is not None and after > 0.9:
         found["share_changed_in_float32"] = after

@@ -1,8 +1,8 @@
 """P13: generate answers to the same questions as the deployment does and with the prompt format of the training.
 
-    good with the training format, bad as deployed                      F11
-    deterministic, and different from the training format               F11
-    the end of turn is generated, and generation goes on                F14
+    good with the training format, bad as deployed                      F11; F12 if no row has the model's own format
+    deterministic, and different from the training format               F11, or F12
+    the end of turn is generated, and generation goes on                F14, unless the data's own answers go on too
     no end in either, and a low probability of an end after the data's  F10, F17, F19 or F24: the labels show which; if
     own answers                                                         the ends have labels, F17 if the pad is an end
                                                                         and the base did end
@@ -24,6 +24,7 @@ import torch
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.derived import is_ours
 from solotune.diagnosis.facts.labels import LabelFacts
+from solotune.diagnosis.facts.rendered_chats import decoded, is_chat_model, own_frame
 from solotune.diagnosis.probes.probed_model import adapters_off, device_of, is_untouched, logits_of, restore_model_state
 from solotune.diagnosis.probes.prompt_use import _cost, _pair
 from solotune.diagnosis.probes.saved_adapter import _put_in
@@ -36,6 +37,7 @@ REPEATS = 0.25  # rep-4
 UNEXPECTED = 0.05  # probability of an end of turn after a whole answer; long free answers may go on anyway
 CLEARLY, BEGINNING = 0.3, 24  # nats a token, of so many tokens
 MUCH = 0.5  # of the prompts; also the gap of losses, in nats
+GOES_ON = 4  # tokens after an end: white space and an end of text may follow
 
 
 def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
@@ -52,6 +54,8 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
                 raise Skipped("the adapter is empty")
         live.model.eval()
         deployed, trained, wanted, prompts, ends, gaps, again = [], [], [], [], [], [], None
+        behind: list[int] = []
+        is_whole = True
         for document in facts.documents:
             pair, question = _pair(document, facts.roles), _question(facts, document)
             if pair is None or not question:
@@ -59,11 +63,13 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
             if len(trained) == NUM_PROMPTS or time.perf_counter() > deadline:
                 break
             text = live.generate(question)
-            if again is None and _is_whole(facts, document):
+            is_whole = is_whole and _is_whole(facts, document)
+            if again is None and is_whole:
                 again = live.generate(question) == text
             deployed.append(facts.roles.encode(text))
             trained.append(_greedy(live, pair[0], facts.roles.ends, min(MOST_TOKENS, 2 * len(pair[1]) + 8)))
             wanted.append(pair[1])
+            behind.append(_behind_end(document.ids[len(pair[0]) :].tolist(), facts.roles.ends))
             ends.append(_expects_end(live, [*pair[0], *pair[1]], facts.roles.ends))
             prompts.append(pair[0])
             if deployed[-1] and trained[-1]:
@@ -76,7 +82,8 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
         "training_rendering": _looks(trained, facts.roles.ends),
         "deployment_rendering": _looks(deployed, facts.roles.ends),
         "end_expected": float(np.mean(ends)),
-        "goes_on_after_end": float(np.mean([_behind_end(ids, facts.roles.ends) > 4 for ids in deployed])),
+        "goes_on_after_end": float(np.mean([_behind_end(ids, facts.roles.ends) > GOES_ON for ids in deployed])),
+        "data_goes_on_after_end": float(np.mean([count > GOES_ON for count in behind])),
         "stops_at_end": float(np.mean([_behind_end(ids, facts.roles.ends) == 0 for ids in deployed])),
         "right": {
             "training_rendering": _share_right(trained, wanted, facts.roles.ends),
@@ -84,6 +91,7 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
         },
         "deployed_costs_more": float(np.mean(gaps)) if gaps else 0.0,  # nats a token, with the training format
         "same_again": bool(again),  # deterministic, and the question is the whole prompt
+        "question_is_whole": is_whole,
         "equal": float(np.mean([_alike(a, b, facts.roles.ends) for a, b in zip(trained, deployed, strict=True)])),
     }
     if _never_ended(found) and facts.ends_learned >= MUCH * max(facts.answers, 1):
@@ -101,13 +109,13 @@ def _never_ends(
     """Signals if no answer ends, although the ends have labels as the rows were rendered here.
 
     So the ids are not the fault (F10). If the pad is an end and the base did end, a collator that masks labels by id
-    explains it; else the model has not trained long enough.
+    explains it; else the model has not trained long enough. Labels of the training's own batches leave no doubt.
     """
+    if "batches" not in run_facts.missing:
+        return []
     tokenizer = run_facts.tokenizer
     pad = tokenizer.pad_token_id if tokenizer is not None else None
     if pad not in facts.roles.ends:
-        if "batches" not in run_facts.missing:
-            return []
         says = f"none of {found['prompts']} answers ends by itself"
         return [Signal(code, "measured", says, 0.4, found) for code in ("F17", "F19")]
     with restore_model_state(live), torch.no_grad(), adapters_off(live.model):
@@ -119,42 +127,55 @@ def _never_ends(
     )
     says += "answers do; the end of turn is also the padding token"
     fix = "mask labels where attention_mask is 0, not where the id is the pad's; or set a separate pad_token"
-    return [Signal("F17", "measured", says, 0.65 if found["base_without_end"] < MUCH else 0.4, found, fix=fix)]
+    kind, weight = ("measured", 0.65) if found["base_without_end"] < MUCH else ("remark", 0.3)  # control: the base
+    return [Signal("F17", kind, says, weight, found, fix=fix)]
 
 
 def _judge(run_facts: RunFacts, found: dict[str, Any]) -> list[Signal]:
     good, bad = found["training_rendering"], found["deployment_rendering"]
-    if found["goes_on_after_end"] >= MUCH:
+    if found["goes_on_after_end"] >= MUCH > found["data_goes_on_after_end"]:
         says = f"in {found['goes_on_after_end']:.0%} of the deployed answers, text follows after the end of turn"
         return [Signal("F14", "invariant", says, 0.9, found, fix="eos_token_id of generation_config: the end of turn")]
+    code, fix = _difference(run_facts)
+    # without its system prompt a model may well answer otherwise: that is another question, not another template
+    kind, weight = ("counterfactual", 0.9) if found["question_is_whole"] else ("remark", 0.3)
     worse = bad["rep_4"] - good["rep_4"] > REPEATS / 2 or bad["without_end"] - good["without_end"] >= MUCH
     right = found["right"]
     if right["training_rendering"] - right["deployment_rendering"] >= MUCH:
         says = f"with the training format {right['training_rendering']:.0%} of the answers begin as in the data, "
         says += f"as deployed {right['deployment_rendering']:.0%}"
-        fix = "serve with the chat template that rendered the training rows"
-        return [Signal("F11", "counterfactual", says, 0.9, found, fix=fix)]
+        return [Signal(code, kind, says, weight, found, fix=fix)]
     if good["rep_4"] < REPEATS and good["without_end"] < MUCH and worse and found["equal"] < MUCH:
         says = f"the deployed answers have rep-4 {bad['rep_4']:.2f} and {bad['without_end']:.0%} have no end; with "
         says += f"the training format {good['rep_4']:.2f} and {good['without_end']:.0%}"
-        fix = "serve with the chat template that rendered the training rows"
-        return [Signal("F11", "counterfactual", says, 0.9, found, fix=fix)]
+        return [Signal(code, kind, says, weight, found, fix=fix)]
     if _never_ended(found):
         says = f"none of {found['prompts']} answers ends by itself, and after the data's own answers an end has a "
         says += f"probability of {found['end_expected']:.1%}"
         return [Signal(code, "measured", says, 0.4, found) for code in ("F10", "F17", "F19")]
     is_other = found["equal"] <= MUCH / 2 and found["deployed_costs_more"] > CLEARLY  # not two equally likely answers
-    if found["same_again"] and is_other and not is_ours(run_facts):
+    is_trained = good["without_end"] < MUCH and found["end_expected"] >= UNEXPECTED  # else any two answers differ
+    if found["same_again"] and is_other and is_trained and not is_ours(run_facts):
         says = (
             f"only {found['equal']:.0%} of the deployed answers begin as with the training format, though they are the "
         )
         says += f"same each time; in that format their loss is {found['deployed_costs_more']:.1f} nats a token higher"
-        return [Signal("F11", "measured", says, 0.6, found, fix="serve with the chat template of the training")]
+        return [Signal(code, "measured", says, 0.6, found, fix=fix)]
     if found["equal"] >= MUCH:
         says = f"{found['equal']:.0%} of the deployed answers equal those with the training format"
         cleared = ("F11", "F14") if found["stops_at_end"] == 1 else ("F11",)
         return [Signal(code, "measured", says, 0.8, found, against=True) for code in cleared]
     return []
+
+
+def _difference(run_facts: RunFacts) -> tuple[str, str]:
+    """The fault, and its fix, where answers are good only in the format of the rows: the deployment's, or the rows' if
+    none of them has the format that the model was taught."""
+    pieces, texts = own_frame(run_facts), decoded(run_facts)
+    marker = pieces[1].strip() if pieces and is_chat_model(run_facts, pieces[2]) else ""
+    if marker and texts and not any(marker in text for text in texts):
+        return "F12", 'give the data as {"messages": [...]}, so that the model\'s own template is applied'
+    return "F11", "serve with the chat template that rendered the training rows"
 
 
 def _share_right(answers: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]], ends: frozenset[int]) -> float:

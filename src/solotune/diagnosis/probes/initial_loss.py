@@ -1,16 +1,21 @@
 """P1: compare the first loss of the batches with the loss of the same rows in other forms.
 
-The other forms: with correctly built labels, in the model's own chat format, as plain text, and as plain text with
-randomly swapped ids.
+The other forms: with correctly built labels, in the model's own chat format, after a begin-of-text token, as plain
+text, and as plain text with randomly swapped ids.
 
     as trained / labels right       far from 1: the labels are not the tokens that the loss expects (F22)
     as logged / as trained          near the number of micro-batches: their losses are not divided (F74)
     labels right / own format       far above 1, plain text as usual: the model does not know the format (F12)
-    plain text / ids swapped        near 1: text of this tokenizer is noise to the model (F04); except if the text that
-                                    the model generates consists of this tokenizer's tokens: then the rows are new to it
+    as trained / after bos          above 1, and lower than after any other token: the begin-of-text is missing (F09)
+    plain text / ids swapped        near 1: text of this tokenizer is noise to the model (F04)
 
-All with the base model, adapters off, so the number of trained steps does not matter. log V alone proves nothing: a
-clean but new task can start above it. Costs about five forward passes a row.
+Controls: log V alone proves nothing, since a clean but new task can start above it. For F04, other texts: everyday
+English, and text that the model generates itself. If the model knows them by this tokenizer, only the rows are new to
+it. For F12, the model's own format has to be one that it was taught, and documents are no better as answers. For F09,
+another token in place of the begin-of-text, since any first token helps a little.
+
+All with the base model, adapters off, so the number of trained steps does not matter. Costs about seven forward passes
+a row.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import SequenceMatcher
 from typing import Any
@@ -26,11 +31,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from solotune.dataset.chat.control_tokens import ControlTokens
 from solotune.dataset.chat.encode import Encoder
 from solotune.dataset.readers.row import RowError
 from solotune.diagnosis.evidence import Signal
-from solotune.diagnosis.facts.derived import setting
+from solotune.diagnosis.facts.derived import is_ours, setting
+from solotune.diagnosis.facts.labelled_turns import labelled_turns
 from solotune.diagnosis.facts.labels import LabelFacts
+from solotune.diagnosis.facts.rendered_chats import frame, is_chat_model, own_frame
 from solotune.diagnosis.facts.roles import ASSISTANT, Roles
 from solotune.diagnosis.facts.texts import Batches, Document
 from solotune.diagnosis.probes.probed_model import (
@@ -47,12 +55,21 @@ from solotune.errors import SolotuneError
 
 UNLIKE = 1.5  # ratio of losses that clean runs do not show
 FOREIGN = 1.6  # ratio: rows in the format of the training against the model's own
+BETTER = 1.1  # the same, by which answers are better than documents cut in two
 NUM_SAMPLES, NUM_DRAWN, KEPT = 4, 32, 0.9  # clean models keep all, a wrong tokenizer 0.7
 NO_TEXT = 0.85  # plain text against swapped ids; clean models show 0.2 to 0.6
 EXPECTED = 1.0  # nats a token of its own headers, for a model that was trained on its template
+KNOWN = 0.7  # plain text against swapped ids: text that the model knows
+HELPS, HALF = 0.02, 0.5  # share of the loss that a begin-of-text saves; part of it that no other first token saves
 NUM_ROWS = 4
 FIRST_STEPS = 3  # a log that begins later shows a loss after some training
 LONGEST = 512  # tokens of a text
+EVERYDAY = (
+    "The weather was good today, so we went to the park and had lunch there with our friends.",
+    "In the first year of the war the government of the United States did not change its position.",
+    "She opened the door and said that she would be back in a few minutes.",
+)
+"""Sentences that every model of general text knows."""
 
 
 def first_loss(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
@@ -65,7 +82,9 @@ def first_loss(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[lis
         with adapters_off(live.model):
             _labels(live, run_facts, facts, found, deadline)
             _texts(live, run_facts, facts, found, deadline)
-    found_all = (_shifted(facts, found), *_format(found), _tokenizer(found), _logged(run_facts, found))
+            _beginnings(live, run_facts, facts, found, deadline)
+    found_all = (_shifted(facts, found), *_format(run_facts, found), _tokenizer(found), _logged(run_facts, found),
+                 _begin(run_facts, found))  # fmt: skip
     return [signal for signal in found_all if signal], found
 
 
@@ -107,12 +126,14 @@ def _texts(live: LiveModel, run_facts: RunFacts, facts: LabelFacts, found: dict[
         return
     roles, own_roles = facts.roles, _own_roles(run_facts, facts.roles)
     swapped = np.random.default_rng(0).permutation(_vocabulary(live, run_facts))
-    sums: dict[str, list[float]] = {key: [] for key in ("here", "own", "markers", "plain", "swapped")}
+    sums: dict[str, list[float]] = {key: [] for key in ("here", "own", "markers", "header", "plain", "swapped")}
     foreign = 0
     chosen = [document for document in facts.documents if len(document.ids) > 2]
     for document in chosen[:NUM_ROWS]:
         text, _ = roles.text_of(document)
         conversation = roles.conversation_in(text)
+        turns, is_guess = (None, False) if conversation else _turns_in(run_facts, roles, document, text)
+        conversation = conversation or turns
         contents = [str(m.get("content") or "") for m in conversation or ()]
         plain = roles.encode(" ".join(contents) if contents else text)[:LONGEST]
         if len(plain) > 2 and max(plain) < len(swapped):
@@ -120,7 +141,7 @@ def _texts(live: LiveModel, run_facts: RunFacts, facts: LabelFacts, found: dict[
             sums["plain"].append(float(token_losses(live.model, plain, places).mean()))
             sums["swapped"].append(float(token_losses(live.model, swapped[plain], places).mean()))
         own = _own_rendering(own_roles, conversation) if conversation else None
-        roles_T = roles.of(document)
+        roles_T = roles.of(document, turns)
         if own is not None and roles_T is not None and (roles_T == ASSISTANT).any() and len(document.ids) <= LONGEST:
             here = np.flatnonzero(roles_T == ASSISTANT)
             sums["here"].append(float(token_losses(live.model, document.ids, here[here > 0]).mean()))
@@ -128,9 +149,10 @@ def _texts(live: LiveModel, run_facts: RunFacts, facts: LabelFacts, found: dict[
             marks = len(roles.encode(own_roles.headers.get(ASSISTANT, "").strip()))
             first = int(own[1][0])
             if marks > 1 and first > marks:
-                sums["markers"].append(
-                    float(token_losses(live.model, own[0][:first], range(first - marks, first)).mean())
-                )
+                losses = token_losses(live.model, own[0][:first], range(first - marks, first))
+                sums["markers"].append(float(losses.mean()))
+                sums["header"].append(float(losses[1:].mean()))  # where the question ends depends on the question
+            found["is_guess"] = is_guess
             foreign += not any(header.strip() in text for header in own_roles.headers.values())
         if time.perf_counter() > deadline:
             break
@@ -138,6 +160,9 @@ def _texts(live: LiveModel, run_facts: RunFacts, facts: LabelFacts, found: dict[
         found |= {"plain_text": float(np.mean(sums["plain"])), "ids_swapped": float(np.mean(sums["swapped"]))}
         found["log_v"] = math.log(len(swapped))
         if _is_no_text(found):
+            known = [(ids, swapped[ids]) for text in EVERYDAY if max(ids := roles.encode(text)) < len(swapped)]
+            losses = [[_mean_loss(live, one) for one in pair] for pair in known]
+            found["everyday_text"], found["everyday_swapped"] = map(float, np.mean(losses, 0)) if losses else (1.0, 1.0)
             written = _written(live, [document.ids[0] for document in chosen[:NUM_SAMPLES]])
             found["own_text_kept"] = _kept(roles, written)
             known = [[int(swapped[i]) for i in ids if i < len(swapped)] for ids in written]
@@ -145,8 +170,78 @@ def _texts(live: LiveModel, run_facts: RunFacts, facts: LabelFacts, found: dict[
     if sums["own"]:
         found |= {"answers_as_trained": float(np.mean(sums["here"])), "answers_own_format": float(np.mean(sums["own"]))}
         if sums["markers"]:
-            found["own_markers"] = float(np.mean(sums["markers"]))
+            found |= {f"own_{key}": float(np.mean(sums[key])) for key in ("markers", "header")}
         found["rows_without_own_markers"] = foreign / len(sums["own"])
+
+
+def _mean_loss(live: LiveModel, ids: Sequence[int] | np.ndarray) -> float:
+    return float(token_losses(live.model, ids, np.arange(1, len(ids))).mean())
+
+
+def _turns_in(
+    run_facts: RunFacts, roles: Roles, document: Document, text: str
+) -> tuple[Sequence[Mapping[str, Any]] | None, bool]:
+    """A question and its answer in a row without messages: by the labels of a prompt format, by the mask of its prompt,
+    or else, as a guess (True), its first line and the rest. A prompt and its completion of our own are asked as they
+    were trained."""
+    first = int(np.argmax(document.learned))
+    if is_ours(run_facts) and first:
+        return None, False
+    if (turns := labelled_turns(text)) is not None:
+        return turns[:2], False
+    if first:
+        parts = [roles.decode(document.ids[part]) for part in (slice(None, first), slice(first, None))]
+    else:
+        asked, _, rest = roles.decode(document.ids).strip().partition("\n")
+        parts = [asked, rest]
+    question, answer = (part.strip() for part in parts)
+    if not question or not answer:
+        return None, False
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], not first
+
+
+def _beginnings(
+    live: LiveModel, run_facts: RunFacts, facts: LabelFacts, found: dict[str, Any], deadline: float
+) -> None:
+    """Loss of rows that do not begin with a begin-of-text: as they are, after one, and after other tokens."""
+    tokenizer = run_facts.tokenizer
+    bos, eos = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos"))
+    if tokenizer is None or not isinstance(bos, int) or bos == eos:
+        return
+    line = facts.roles.encode("\n")[-1:]
+    others = {i for i in (eos, tokenizer.pad_token_id, *line) if isinstance(i, int) and i != bos}
+    sums: list[list[float]] = []
+    for document in [d for d in facts.documents if len(d.ids) > 8][:NUM_ROWS]:
+        if bos in document.ids[:2].tolist() or time.perf_counter() > deadline:
+            return
+        ids = document.ids[:LONGEST].tolist()
+        losses = [_mean_loss(live, ids), *(_after(live, first, ids) for first in (bos, *others))]
+        sums.append([losses[0], losses[1], min(losses[2:], default=losses[0])])
+    if len(sums) >= 2:
+        found["beginnings"] = {"rows": len(sums), "first_worse": int(sum(s[1] < min(s[0], s[2]) for s in sums))}
+        found["beginnings"] |= dict(
+            zip(("as_trained", "after_bos", "after_another"), np.mean(sums, 0).tolist(), strict=True)
+        )
+
+
+def _after(live: LiveModel, first: int, ids: Sequence[int]) -> float:
+    """Loss of the tokens after the first, with another token before all of them."""
+    return float(token_losses(live.model, [first, *ids], np.arange(2, len(ids) + 1)).mean())
+
+
+def _begin(run_facts: RunFacts, found: dict[str, Any]) -> Signal | None:
+    """F09 if a begin-of-text in front lowers the loss of every row, and no other token does as much."""
+    if (numbers := found.get("beginnings")) is None or numbers["first_worse"] < numbers["rows"]:
+        return None
+    here, after, another = (numbers[name] for name in ("as_trained", "after_bos", "after_another"))
+    saved = here - after
+    if saved < HELPS * here or another - after < HALF * saved:
+        return None
+    spelled = str(run_facts.tokenizer.bos_token) if run_facts.tokenizer is not None else "a begin-of-text token"
+    says = f"with {spelled} before each row the loss falls from {here:.2f} to {after:.2f} a token, with another token "
+    says += f"to {another:.2f}"
+    fix = f"begin every row with {spelled}, as serving does"
+    return Signal("F09", "counterfactual", says, 0.7, numbers, fix=fix, affected=1.0)
 
 
 def _own_roles(run_facts: RunFacts, roles: Roles) -> Roles:
@@ -191,7 +286,7 @@ def _shifted(facts: LabelFacts, found: dict[str, Any]) -> Signal | None:
     return Signal("F22", "measured", says, 0.95, numbers, against=True)
 
 
-def _format(found: dict[str, Any]) -> list[Signal]:
+def _format(run_facts: RunFacts, found: dict[str, Any]) -> list[Signal]:
     if "answers_own_format" not in found:
         return []
     here, own = found["answers_as_trained"], found["answers_own_format"]
@@ -199,19 +294,35 @@ def _format(found: dict[str, Any]) -> list[Signal]:
     numbers = {"as_trained": here, "own_format": own, "ratio": ratio}
     if found["rows_without_own_markers"] < 0.5:
         return []
+    pieces = own_frame(run_facts)
+    is_taught = pieces is not None and is_chat_model(run_facts, pieces[2])
+    kind = "remark" if not is_taught or _is_chosen(run_facts) else "counterfactual"
+    share = found["rows_without_own_markers"]
     if ratio >= FOREIGN and is_text and here - own > 0.2:
         says = f"in the model's own template the loss of answers is {own:.2f} a token instead of {here:.2f}"
         weight = min(0.95, 0.6 + 0.1 * ratio)
-        return [Signal("F12", "counterfactual", says, weight, numbers)]
-    markers = found.get("own_markers")
-    if markers is not None and markers < EXPECTED:
+        return [Signal("F12", kind, says, weight, numbers, affected=share)]
+    header = found.get("own_header")
+    # a document is no better as an answer to its first line, and a chat is
+    if header is not None and header < EXPECTED and (not found["is_guess"] or ratio >= BETTER):
         says = "no row has the markers of the chat template, which this model expects after a question "
-        says += f"({markers:.2f} nats a token)"
-        return [Signal("F12", "measured", says, 0.8, {**numbers, "own_markers": markers})]
-    if ratio < 1.15 and (markers is None or markers > 2 * EXPECTED):
+        says += f"({header:.2f} nats a token)"
+        kind = "measured" if kind == "counterfactual" else kind
+        weight = 0.6 if found["is_guess"] else 0.8
+        return [Signal("F12", kind, says, weight, {**numbers, "own_header": header}, affected=share)]
+    if ratio < BETTER and (header is None or header > 2 * EXPECTED):
         says = f"the model's own template does not lower the loss of answers ({own:.2f} against {here:.2f} a token)"
-        return [Signal("F12", "measured", says, 0.6, numbers, against=True)]
+        return [Signal("F12", "measured", says, 0.7, numbers, against=True)]
     return []
+
+
+def _is_chosen(run_facts: RunFacts) -> bool:
+    """Whether the user's own template file renders the rows, with control tokens of this tokenizer."""
+    header = frame(run_facts)
+    is_file = is_ours(run_facts) and bool(run_facts.settings.get("chat_template_path"))
+    if not is_file or header is None or run_facts.tokenizer is None:
+        return False
+    return ControlTokens(run_facts.tokenizer).pattern.search(header[0] + header[1]) is not None
 
 
 def _logged(run_facts: RunFacts, found: dict[str, Any]) -> Signal | None:
@@ -265,6 +376,10 @@ def _tokenizer(found: dict[str, Any]) -> Signal | None:
         says = f"the model expects the markers of the tokenizer's template: {markers:.2f} nats a token"
         return Signal("F04", "measured", says, 0.8, {**numbers, "own_markers": markers}, against=True)
     kept, by_chance = found.get("own_text_kept", 0.0), found.get("any_text_kept", 1.0)
+    if _is_no_text(found) and found["everyday_text"] < KNOWN * found["everyday_swapped"]:
+        says = f"the loss of everyday English is {found['everyday_text']:.1f} nats a token, with swapped ids "
+        says += f"{found['everyday_swapped']:.1f}: the tokenizer fits, and the rows are new to the model"
+        return Signal("F04", "measured", says, 0.8, numbers, against=True)
     if _is_no_text(found) and kept > KEPT > by_chance:
         says = f"text that the model generates fits this tokenizer: {kept:.0%} of its tokens survive decoding and "
         says += f"encoding, of random tokens {by_chance:.0%}"
@@ -272,8 +387,9 @@ def _tokenizer(found: dict[str, Any]) -> Signal | None:
     if _is_no_text(found):
         says = f"the loss of plain text is {plain:.1f} nats a token, with randomly swapped ids {swapped:.1f}"
         says += f" (log V {log_v:.1f})"
-        return Signal("F04", "measured", says, 0.9, numbers)
-    if plain < 0.7 * swapped:
+        is_open = by_chance > KEPT  # any text survives this tokenizer: the model's own tells nothing
+        return Signal("F04", "measured", says, 0.4 if is_open else 0.9, numbers)
+    if plain < KNOWN * swapped:
         says = (
             f"the loss of plain text is {plain:.1f} nats a token, with swapped ids {swapped:.1f}: the ids fit the model"
         )

@@ -29,6 +29,8 @@ import torch
 from torch import nn
 
 from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.facts.derived import scale
+from solotune.diagnosis.facts.step_size import odd_one
 from solotune.diagnosis.probes.adapter_gradients import learning_rate_of
 from solotune.diagnosis.probes.probed_model import (
     adapters_of,
@@ -80,17 +82,17 @@ def range_test(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[lis
         raise Skipped(
             f"a step takes {seconds:.1f} s, so only {steps} steps for each learning rate fit; {LEAST_STEPS} are needed"
         )
-    deadline = started + 1.5 * budget  # an extended range may take 1.5 times as long
+    latest = started + 1.5 * budget - steps * seconds  # for the last test: an extended range may take 1.5 times as long
     curves = {factor: _learn(live, run_facts, batch, factor * rate, steps, clip) for factor in FACTORS}
     wide = _learn_wide(live, run_facts, batch, steps)
     start = curves[1.0][0]
-    while time.perf_counter() < deadline and (further := _further(start, curves, wide, rate)) is not None:
+    while time.perf_counter() < latest and (further := _further(start, curves, wide, rate)) is not None:
         curves[further] = _learn(live, run_facts, batch, further * rate, steps, clip)
     alike = None  # rank 32 at the training's own rate
-    if start - _end(curves[1.0]) < MUCH * (start - _end(wide)):
+    if start - _end(curves[1.0]) < MUCH * (start - _end(wide)) and time.perf_counter() < latest:
         alike = start - _end(_learn_wide(live, run_facts, batch, steps, rate))
     unclipped = None  # the training's own rate without its clipping
-    if clip and start - _end(curves[1.0]) < LITTLE * (start - _end(wide)):
+    if clip and start - _end(curves[1.0]) < LITTLE * (start - _end(wide)) and time.perf_counter() < latest:
         unclipped = start - _end(_learn(live, run_facts, batch, rate, steps, None))
     tried = {factor: start - _end(curve) for factor, curve in sorted(curves.items())}
     found: dict[str, Any] = {
@@ -205,17 +207,12 @@ def _of_step_size(
     run_facts: RunFacts, code: str, tried: Tried, says: str, expect: str, numbers: dict[str, Any]
 ) -> list[Signal]:
     """Signals for the learning rate and for alpha / r, which the evidence cannot tell apart; the unusual one first."""
-    r, alpha = run_facts.settings.get("lora_r"), run_facts.settings.get("lora_alpha")
-    scale = None
-    if r and alpha:
-        scale = float(alpha) / (math.sqrt(r) if run_facts.settings.get("use_rslora") else float(r))
-    low = code == "F64"
-    odd_rate = tried.rate < USUAL_RATE[0] if low else tried.rate > USUAL_RATE[1]
-    odd_scale = scale is not None and (scale < USUAL_SCALE[0] if low else scale > USUAL_SCALE[1])
-    of_rate, of_scale = (0.45, 0.8) if odd_scale and not odd_rate else (0.8, 0.6 if odd_scale else 0.3)
+    r, found = run_facts.settings.get("lora_r"), scale(run_facts)
+    is_scale = found is not None and odd_one(run_facts, code) == "F61" and not USUAL_SCALE[0] <= found <= USUAL_SCALE[1]
+    of_rate, of_scale = (0.45, 0.8) if is_scale else (0.8, 0.3)
     fixes = {code: f"learning_rate: {tried.best * tried.rate:.2g}", "F61": f"lora_alpha: {2 * (r or 16)}"}
     signals = [
-        Signal(one, "counterfactual", says, weight, {**numbers, "scale": scale}, fix=fixes[one], expect=expect)
+        Signal(one, "counterfactual", says, weight, {**numbers, "scale": found}, fix=fixes[one], expect=expect)
         for one, weight in ((code, of_rate), ("F61", of_scale))
     ]
     return sorted(signals, key=lambda signal: -signal.weight)

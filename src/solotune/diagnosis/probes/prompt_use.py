@@ -2,8 +2,12 @@
 
 The table L[i, j] is the loss of answer i after prompt j, by the base model, adapters off. In a healthy run the diagonal
 is lower than the rest. If it is not, and another prompt of the data (of the next row, if a whole column was shifted)
-lowers the loss, the rows are misaligned, and shifting them back is the counterfactual (F38). If no prompt makes a
-difference, the base may not know the task yet: then the trained model is tested.
+lowers the loss, the rows are misaligned, and shifting them back is the counterfactual (F38). The other prompts are
+those one and two rows away, those at the shift that the texts show, and those that share the words of the answers. If
+no prompt makes a difference, the base may not know the task yet: then the trained model is tested.
+
+Control: an answer that its prompt does not decide, or only its class, costs the same after any prompt. So no difference
+is never an accusation, only another prompt that is better; and one part of the rows does not speak for the others.
 """
 
 from __future__ import annotations
@@ -18,7 +22,9 @@ import torch
 
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.labels import LabelFacts
+from solotune.diagnosis.facts.prompt_answer_overlap import alignment_of, shift_of
 from solotune.diagnosis.facts.roles import ASSISTANT, Roles
+from solotune.diagnosis.facts.rows import text_of
 from solotune.diagnosis.facts.texts import Document
 from solotune.diagnosis.probes.initial_loss import _own_rendering
 from solotune.diagnosis.probes.probed_model import adapters_off, is_untouched, restore_model_state, token_losses
@@ -29,6 +35,7 @@ from solotune.diagnosis.run_facts import LiveModel, RunFacts
 NUM_ROWS = 12
 SHIFTS = (1, -1, 2, -2)  # rows by which a column may be shifted
 CLEAR = 3.0  # standard errors
+NEARLY_ALL = 0.9  # of the rows: with fewer, a part of the rows may be misaligned
 CLEAR_SLIP = 5.0  # more, since the best of four shifts is taken, over a dozen rows
 WORTH = 0.1  # nats
 ONLY_A_DOUBT = 0.3  # weight: a new task that is not learned yet looks the same
@@ -54,6 +61,7 @@ def own_prompt_against_others(
     own, others, error = _own_and_others(table)
     gaps, count = others - own, len(rows)  # above 0 where the own prompt helps
     found: dict[str, Any] = {
+        "share_gaining": float((gaps > 0).mean()),
         "rows": count,
         "own_prompt": float(own.mean()),
         "other_prompts": float(others.mean()),
@@ -115,7 +123,7 @@ def _judge(found: dict[str, Any], slips: dict[str, Any]) -> list[Signal]:
     if best is not None and slips[best]["gain"] > max(WORTH, CLEAR_SLIP * slips[best]["stderr"]):
         says = f"answers have {slips[best]['gain']:.2f} nats a token less loss after the prompt of another row ({best})"
         return [Signal("F38", "counterfactual", says, 0.95, numbers, fix="join prompts and answers again, by a key")]
-    if gain > max(WORTH / 2, CLEAR * error):
+    if gain > max(WORTH / 2, CLEAR * error) and found["share_gaining"] >= NEARLY_ALL:
         says = f"answers have {gain:.2f} ± {error:.2f} nats a token less loss after their own prompt than after others"
         return [Signal("F38", "measured", says, 0.85, numbers, against=True)]
     return []
@@ -166,22 +174,38 @@ def _cost(live: LiveModel, prompt: Sequence[int], answer: Sequence[int]) -> floa
 def _slips(
     live: LiveModel, roles: Roles, conversations: Sequence[Sequence[Mapping[str, Any]]], deadline: float
 ) -> dict[str, Any]:
-    """Shift -> by how much the loss of answers falls after the prompt of the row at that distance, in data order."""
-    single = [c for c in conversations[:400] if [m.get("role") for m in c][-2:] == ["user", "assistant"]]
+    """Shift (or `same words`) -> by how much the loss of answers falls after the prompt of that row, in data order."""
+    single = [c for c in conversations[:2000] if [m.get("role") for m in c][-2:] == ["user", "assistant"]]
     found: dict[str, Any] = {}
-    chosen = range(2, len(single) - 2, max(1, (len(single) - 4) // NUM_ROWS))
-    for shift in SHIFTS:
+    for name, pairs in _suspected(single).items():
         gaps = []
-        for i in list(chosen)[:NUM_ROWS]:
+        for i, at in pairs[:: max(1, len(pairs) // NUM_ROWS)][:NUM_ROWS]:
             if time.perf_counter() > deadline:
                 break
             own = _own_rendering(roles, single[i])
-            other = _own_rendering(roles, [*single[i + shift][:-1], single[i][-1]])
+            other = _own_rendering(roles, [*single[at][:-1], single[i][-1]])
             if own is None or other is None:
                 continue
             costs = [float(token_losses(live.model, *one).mean()) for one in (own, other)]
             gaps.append(costs[0] - costs[1])
         if len(gaps) >= 4:
             stderr = float(np.std(gaps, ddof=1) / math.sqrt(len(gaps)))
-            found[f"{shift:+d}"] = {"gain": float(np.mean(gaps)), "stderr": stderr}
+            found[name] = {"gain": float(np.mean(gaps)), "stderr": stderr}
+    return found
+
+
+def _suspected(chats: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, list[tuple[int, int]]]:
+    """Name -> pairs of an answer and the other prompt to try: what the texts show first, then the neighbours."""
+    texts = [
+        ("\n".join(text_of(m.get("content")) for m in chat[:-1]), text_of(chat[-1].get("content"))) for chat in chats
+    ]
+    found: dict[str, list[tuple[int, int]]] = {}
+    shifts = list(SHIFTS)
+    if (alignment := alignment_of(texts)) is not None and alignment.is_displaced:
+        found["same words"] = list(zip(alignment.displaced, alignment.claimed, strict=True))
+    if (moved := shift_of(texts)) is not None:
+        shifts = [moved.rows, *(shift for shift in SHIFTS if shift != moved.rows)]
+    for shift in shifts:
+        inside = range(max(0, -shift), len(chats) - max(0, shift))
+        found[f"{shift:+d}"] = [(i, i + shift) for i in inside]
     return found

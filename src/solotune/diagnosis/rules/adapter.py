@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.evidence import Kind, Signal
 from solotune.diagnosis.facts.derived import (
     has_error,
     initialisation,
@@ -19,12 +19,16 @@ from solotune.diagnosis.facts.derived import (
     setting,
     targets,
 )
+from solotune.diagnosis.facts.step_size import HALF, diverges, odd_one, one_step, too_small
 from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
 WEAK, STRONG = 0.25, 32.0
 """Limits of alpha / r; 1 to 4 is usual, and 32 still trained well with a suitable learning rate."""
 _HEADS = ("lm_head", "embed_out", "output", "output_layer")
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embedding")
+_NOT_ALWAYS = re.compile(r"expert|router|" + "|".join(_HEADS))
+"""Modules that may get no gradient in a healthy run: an expert that no token was sent to; heads are F63."""
 
 
 @rule("F56", needs=("settings",))
@@ -49,21 +53,26 @@ def targets_missed(run_facts: RunFacts) -> Signal | None:
     found, known = list(lora_layers(run_facts)), list(modules or ())
     if not found and not known:
         return None
+    names = [name for name in names if found or not is_embedding(name)]  # PEFT adapts them, and they are no linears
     missed = [name for name in names if not _with_name(found or known, name)]
     numbers = {"asked": names, "missed": missed, "modules": len(found)}
     fix = "lora_target_modules: all-linear"
     if missed and (found or len(missed) < len(names) or not is_ours(run_facts)):
         says = f"{', '.join(missed)} in lora_target_modules match{'es' if len(missed) == 1 else ''} no adapted module"
-        return Signal("F56", "invariant", says, 0.9, numbers, fix=fix)
+        return Signal("F56", "invariant", says, 0.9, numbers, fix=fix, affected=len(missed) / len(names))
     few = {name: (_with_name(found, name), _with_name(known, name)) for name in names} if found and known else {}
     few = {name: counts for name, counts in few.items() if counts[0] < counts[1]}
     chosen = run_facts.saved.adapter_config if run_facts.saved else {}
     if not few or chosen.get("layers_to_transform") is not None or chosen.get("exclude_modules"):
         return None
     name, (has, could) = next(iter(few.items()))
-    return Signal(
-        "F56", "measured", f"only {has} of {could} modules named {name} have an adapter", 0.75, numbers, fix=fix
-    )
+    says = f"only {has} of {could} modules named {name} have an adapter"
+    return Signal("F56", "measured", says, 0.75, numbers, fix=fix, affected=1 - has / could)
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a target names the input embedding."""
+    return name.rpartition(".")[2] in _EMBEDDINGS
 
 
 def _with_name(modules: Iterable[str], name: str) -> int:
@@ -80,7 +89,8 @@ def no_gradient(run_facts: RunFacts) -> list[Signal]:
     something else is trained (lm_head, embeddings): the loss falls, and nothing shows that the adapters are not
     trained.
     Not: `lora_A` without gradient at step 0, which is normal, since B is zero; F58, where `requires_grad` is False;
-    F60, where A is zero too; F75, where nothing was trained at all.
+    F60, where A is zero too; F75, where nothing was trained at all; experts that no token was sent to; F63, where only
+    the head is untrained.
     Fix: in transformers, `gradient_checkpointing_kwargs: {use_reentrant: false}` or
     `model.enable_input_require_grads()`.
     Wrong when: the learning rate was zero.
@@ -99,18 +109,17 @@ def no_gradient(run_facts: RunFacts) -> list[Signal]:
         )
     zero, whole = zero_products(run_facts)
     if whole and took_steps(run_facts) and ((zero == whole and reentrant) or 0 < zero < whole):
-        says = f"{zero} of {whole} lora_B are exactly zero after training" + (
-            ", with reentrant checkpointing" * reentrant
-        )
-        signals.append(
-            Signal("F57", "invariant", says, 0.8 if reentrant else 0.5, {"zero": zero, "of": whole}, fix=fix)
-        )
+        says = f"{zero} of {whole} lora_B are exactly zero after training"
+        says += ", with reentrant checkpointing" * reentrant
+        weight, numbers = 0.8 if reentrant else 0.5, {"zero": zero, "of": whole}
+        signals.append(Signal("F57", "invariant", says, weight, numbers, fix=fix, affected=zero / whole))
     return signals
 
 
 def zero_products(run_facts: RunFacts) -> tuple[int, int]:
-    """Count the saved `lora_B` that are exactly zero, and all saved `lora_B`."""
-    second = [parts["B"] for parts in lora_layers(run_facts).values() if "B" in parts]
+    """Count the saved `lora_B` that are exactly zero, and all saved `lora_B`, without heads and experts."""
+    layers = {name: parts["B"] for name, parts in lora_layers(run_facts).items() if "B" in parts}
+    second = [tensor for name, tensor in layers.items() if not _NOT_ALWAYS.search(name)] or list(layers.values())
     return sum(map(is_zero, second)), len(second)
 
 
@@ -132,11 +141,13 @@ def adapters_frozen(run_facts: RunFacts) -> list[Signal]:
     """F58: the adapters are frozen.
 
     Sees: no trainable parameter in the adapters (probe P5), or the setting that freezes them: `is_trainable: false`
-    where an adapter is loaded to continue its training; a gradient norm of exactly zero in all logged steps; `lora_B`
+    where an adapter is loaded to continue its training; a gradient norm of exactly zero in all logged steps, with a
+    loss that does not fall; evaluations that are equal to the last bit while the learning rate is above zero; `lora_B`
     exactly zero in a checkpoint that was written after steps.
     Why: nothing changes, or only other trainable parts do. The loss is flat, bit by bit the same on the same rows.
     Not: F64, where the loss moves a little; F57, whose parameters are trainable but get no gradient; `inference_mode:
-    true` in a saved adapter_config.json, which PEFT always writes there.
+    true` in a saved adapter_config.json, which PEFT always writes there; a tool that logs no gradient norm and writes 0
+    (the loss falls).
     Fix: in PEFT, `PeftModel.from_pretrained(..., is_trainable=True)`.
     Wrong when: the run is only an evaluation.
     Source: transformers#26334; with only B frozen the loss stayed at exactly 7.331 (measured).
@@ -153,10 +164,39 @@ def adapters_frozen(run_facts: RunFacts) -> list[Signal]:
         signals.append(Signal("F58", "invariant", says, 0.85, {}, fix=fix))
     trace = run_facts.trace
     norms = trace.grad_norm_S[np.isfinite(trace.grad_norm_S)] if trace is not None else np.zeros(0)
-    if len(norms) >= 2 and not norms.any() and not is_all_zero(run_facts) and not is_ours(run_facts):
+    is_logged = len(norms) >= 2 and not is_all_zero(run_facts) and not is_ours(run_facts)
+    if is_logged and not norms.any() and not _falls(run_facts):
         says = f"the gradient norm is exactly zero in all {len(norms):,} logged steps"
-        signals.append(Signal("F58", "invariant", says, 0.75, {"steps": len(norms)}, fix=fix))
+        signals.append(Signal("F58", "invariant", says, 0.75, {"steps": len(norms)}, fix=fix, affected=1.0))
+    if (same := equal_evaluations(run_facts)) is not None and not is_all_zero(run_facts):
+        says = f"{same[0]} evaluations after different steps are all exactly {same[1]:.6g}: nothing changes the model"
+        signals.append(Signal("F58", "invariant", says, 0.6, {"evaluations": same[0]}, fix=fix, affected=1.0))
     return signals
+
+
+def _falls(run_facts: RunFacts) -> bool:
+    """Whether the logged loss falls by a tenth, beyond its noise of single batches."""
+    losses = run_facts.trace.loss_S if run_facts.trace is not None else np.zeros(0)
+    losses = losses[np.isfinite(losses)]
+    quarter = max(1, len(losses) // 4)
+    return len(losses) >= 4 and float(losses[-quarter:].mean()) < 0.9 * float(losses[:quarter].mean())
+
+
+def equal_evaluations(run_facts: RunFacts) -> tuple[int, float] | None:
+    """(count, value) of at least three held-out losses, all bit for bit the same though steps were taken between them.
+
+    Not with bfloat16 adapters or clipping to nothing, which lose small steps (F54, F68), or a learning rate of zero.
+    """
+    trace = run_facts.trace
+    if trace is None or len(trace.eval_loss_E) < 3 or not took_steps(run_facts):
+        return None
+    between = (trace.step_S > trace.eval_step_E[0]) & (trace.step_S <= trace.eval_step_E[-1])
+    stepped = bool((trace.learning_rate_S[between] > 0).any())
+    is_lost = str(run_facts.settings.get("adapter_dtype")).endswith("16")
+    is_clipped = (setting(run_facts, "max_grad_norm") or 1.0) < 1e-5
+    value, steps = float(trace.eval_loss_E[0]), np.unique(trace.eval_step_E)
+    is_same = len(steps) >= 3 and bool((trace.eval_loss_E == value).all()) and value != round(value, 4)  # not rounded
+    return None if not (is_same and stepped) or is_lost or is_clipped else (len(steps), value)
 
 
 @rule("F59", needs=("settings",), probes=("P4",))
@@ -207,24 +247,28 @@ def adapter_all_zero(run_facts: RunFacts) -> Signal | None:
 def scale_wrong(run_facts: RunFacts) -> list[Signal]:
     """F61: the adapter's scale alpha / r does not suit the learning rate.
 
-    Sees: alpha / r (alpha / sqrt(r) with rsLoRA) below 1/4 or above 32; a different scale in serving than in training.
-    Why: the effect of an update is about learning rate x scale^2. A small scale looks like a low learning rate, a large
-    one like a high learning rate. A different scale in serving changes the tuned model.
-    Not: alpha / r of 1 to 4, which is usual; F64 and F67, which have the same evidence: both are reported, and the
-    range test confirms the product. If alpha / r is ordinary, the learning rate is the cause.
+    Sees: alpha of zero; a scale alpha / r (alpha / sqrt(r) with rsLoRA) at which one step of Adam changes a weight by
+    half of its size, or all steps together change it by less than float16 rounds it; an unusual scale (below 1/4, above
+    32) together with a loss that jumps and stays high, or does not fall; a different scale in serving than in training.
+    An unusual scale alone is a remark.
+    Why: with Adam the effect of an update is about learning rate x scale. A small scale looks like a low learning rate,
+    a large one like a high learning rate. A different scale in serving changes the tuned model.
+    Not: alpha / r of 1/2 to 4, which is usual; F64 and F67, which have the same evidence: both are reported, and the
+    range test confirms the product. The one that is further from the usual is named first.
     Fix: `lora_alpha` between lora_r and 2 x lora_r.
-    Wrong when: the learning rate was chosen to fit the scale.
-    Source: mlx-vlm#841, TensorRT-LLM#1668; 1/8 instead of 2 cost 0.7 nats, 256 ended in a jump of the loss (measured).
+    Wrong when: the learning rate was chosen to fit the scale. Control: alpha from r / 2 to 4 r, also with rsLoRA.
+    Source: mlx-vlm#841, TensorRT-LLM#1668; 1/8 instead of 2 cost 0.7 nats, 32 none, 256 ended in a jump (measured).
     """
     found, rank = scale(run_facts), setting(run_facts, "lora_r")
     fix = f"lora_alpha: {2 * rank:g}" if rank else "lora_alpha: 2 x lora_r"
     signals = []
-    if found is not None and not WEAK <= found <= STRONG:
-        away = np.log2(WEAK / found) if found < WEAK else np.log2(found / STRONG)
-        says = f"the adapter's scale alpha / r is {found:.3g}; 1 to 4 is usual"
-        weight = float(min(0.85, 0.6 + 0.05 * away))
-        signals.append(Signal("F61", "measured", says, weight, {"scale": found},
-                              fix=fix))  # fmt: skip
+    if rank and setting(run_facts, "lora_alpha") == 0:
+        says = "lora_alpha is 0, so the adapter is multiplied by zero and has no effect"
+        signals.append(Signal("F61", "invariant", says, 0.95, {"scale": 0.0}, fix=fix))
+    if found is not None and (harm := _harm_of_scale(run_facts, found)) is not None:
+        kind, says, weight, numbers = harm
+        says = f"the adapter's scale alpha / r is {found:.3g} (1 to 4 is usual){says}"
+        signals.append(Signal("F61", kind, says, weight, {"scale": found, **numbers}, fix=fix))
     alpha, serving_rank = setting(run_facts, "serving_alpha"), setting(run_facts, "serving_r") or rank
     served = setting(run_facts, "serving_scale") or (alpha / serving_rank if alpha and serving_rank else None)
     if found and served and abs(served / found - 1) > 0.01:
@@ -234,11 +278,31 @@ def scale_wrong(run_facts: RunFacts) -> list[Signal]:
     return signals
 
 
+def _harm_of_scale(run_facts: RunFacts, found: float) -> tuple[Kind, str, float, dict[str, float]] | None:
+    """Kind, words, weight and numbers of what an unusual scale does; None if it is usual."""
+    if WEAK <= found <= STRONG:
+        return None
+    harm = None
+    if found < WEAK and odd_one(run_facts, "F64") == "F61":
+        harm = too_small(run_facts)
+    elif found > STRONG and odd_one(run_facts, "F67") == "F61":
+        change = one_step(run_facts)
+        if change is not None and change >= HALF:
+            says = f"one step of Adam changes a weight by {change:.1f} times its size"
+            harm = ("invariant", says, 0.8, {"change_of_a_step": change})
+        else:
+            harm = diverges(run_facts)
+    if harm is None:
+        return "remark", "", 0.3, {}
+    kind, says, weight, numbers = harm
+    return kind, f": {says}", weight, numbers
+
+
 @rule("F62", needs=("settings",), probes=("P7",))
 def too_little_capacity(run_facts: RunFacts) -> Signal | None:
     """F62: the adapter is too small for the task.
 
-    Sees: a rank of 1 or 2 on one or two kinds of modules. This is only a hint. Probe P7 decides: no learning rate
+    Sees: a rank of 1 or 2 on one or two kinds of modules, which is a remark. Probe P7 decides: no learning rate
     overfits one batch, but a large adapter on all linear layers does.
     Why: the loss flattens above what the model could reach.
     Not: F64, where a higher learning rate overfits the batch; F56, where some names match nothing; rank 1 on all linear
@@ -253,40 +317,73 @@ def too_little_capacity(run_facts: RunFacts) -> Signal | None:
         return None
     says = f"the adapter has only rank {rank:g} and is only on {', '.join(names)}"
     numbers = {"r": rank, "targets": names}
-    return Signal("F62", "measured", says, 0.5, numbers, fix="lora_target_modules: all-linear, lora_r: 16")
+    return Signal("F62", "remark", says, 0.3, numbers, fix="lora_target_modules: all-linear, lora_r: 16")
 
 
 @rule("F63", needs=("settings",))
 def head_adapter_ignored(run_facts: RunFacts) -> Signal | None:
-    """F63: a fused loss ignores the adapter on the output head.
+    """F63: the output head or the embedding is among the targets, where its adapter is lost or changes both.
 
-    Sees: the head in lora_target_modules, and one of: its saved `lora_B` is exactly zero while others are not; a fused
-    loss (Liger, TRL's chunked one, cut cross-entropy), which uses the head's own weight.
-    Why: the adapter on the head is saved but never trained.
-    Not: F56, where the name matches nothing; `all-linear`, which leaves the head out.
+    Sees: the head or the embedding in lora_target_modules, and one of: head and embedding are one tensor, so merging
+    the adapter of one changes the other; the head's saved `lora_B` is exactly zero while others are not; a fused loss
+    (Liger, TRL's chunked one, cut cross-entropy), which uses the head's own weight. Without these, and for a router or
+    experts among the targets, it is a remark.
+    Why: the adapter on the head is saved but never trained, or base with adapter and merged model differ.
+    Not: F56, where the name matches nothing; `all-linear`, which leaves the head out; `modules_to_save`, which trains
+    the whole head or embedding (with tied weights a remark: it becomes a copy of its own).
     Fix: remove the head from `lora_target_modules`, or train the whole head (in PEFT: `modules_to_save: [lm_head]`).
-    Wrong when: the fused loss applies adapters (then its lora_B is not zero).
-    Source: trl 1.16 raises an error for it.
+    Wrong when: the fused loss applies adapters (then its lora_B is not zero); PEFT ties the adapters itself
+    (`ensure_weight_tying`). Control: an untied head whose lora_B was trained.
+    Source: trl 1.16 raises an error for it; PEFT warns about tied weights ("can lead to complications").
     """
-    configured = targets(run_facts)
-    names = configured if isinstance(configured, list) else []
-    if isinstance(configured, str) and configured != "all-linear" and re.search(r"lm_head|embed_out", configured):
-        names = [configured]
-    heads = [name for name in names if name.rpartition(".")[2] in _HEADS or re.search(r"lm_head|embed_out", name)]
-    if not heads:
-        return None
-    zero = {
-        path.rpartition(".")[2]: is_zero(parts["B"]) for path, parts in lora_layers(run_facts).items() if "B" in parts
-    }
-    fix = f"remove {heads[0]} from lora_target_modules; to train it with PEFT, modules_to_save: [{heads[0]}]"
+    names = _named_targets(run_facts)
+    ends = [name for name in names if name.rpartition(".")[2] in _HEADS or re.search(r"lm_head|embed_out", name)]
+    ends += [name for name in names if is_embedding(name) or re.search(r"embed_tokens|\bwte\b", name)]
+    if not ends:
+        return _other_ends(run_facts, names)
+    get, zero = run_facts.settings.get, {}
+    for path, parts in lora_layers(run_facts).items():
+        if "B" in parts:
+            zero[path.rpartition(".")[2]] = is_zero(parts["B"])
+    keep = "" if is_ours(run_facts) else f"; to train it with PEFT, modules_to_save: [{ends[0]}]"
+    fix = f"remove {ends[0]} from lora_target_modules{keep}"
     dead = [name for name, is_dead in zero.items() if name in _HEADS and is_dead]
     if dead and not all(zero.values()):
         says = f"lora_B of {dead[0]} is exactly zero, but not those of other modules"
         return Signal("F63", "invariant", says, 0.95, {"modules": dead}, fix=fix)
-    fused = [
-        k for k in ("use_liger_kernel", "use_liger", "fused_loss", "cut_cross_entropy") if run_facts.settings.get(k)
-    ]
-    if fused or run_facts.settings.get("tool") in ("trl", "unsloth"):
-        says = f"{heads[0]} has an adapter, but the fused loss ignores it ({fused[0] if fused else 'fused by default'})"
+    if is_ours(run_facts):
+        says = f"{ends[0]} is in lora_target_modules, but only linear layers inside the decoder layers get adapters"
+        return Signal("F63", "invariant", says, 0.9, {"targets": ends}, fix=fix)
+    if run_facts.model_config.get("tie_word_embeddings") is True and not get("ensure_weight_tying"):
+        says = f"{ends[0]} has an adapter, but head and embedding are one tensor: merging changes both"
+        return Signal("F63", "measured", says, 0.75, {"targets": ends}, fix=fix)
+    fused = [k for k in ("use_liger_kernel", "use_liger", "fused_loss", "cut_cross_entropy") if get(k)]
+    is_head = ends[0].rpartition(".")[2] not in _EMBEDDINGS
+    if is_head and (fused or get("tool") in ("trl", "unsloth")) and zero.get(ends[0].rpartition(".")[2]) is not False:
+        says = f"{ends[0]} has an adapter, but the fused loss ignores it ({fused[0] if fused else 'fused by default'})"
         return Signal("F63", "measured", says, 0.8, {"fused": fused}, fix=fix)
-    return None if zero else Signal("F63", "measured", f"{heads[0]} is in lora_target_modules", 0.4, {}, fix=fix)
+    return Signal("F63", "remark", f"{ends[0]} is in lora_target_modules", 0.3, {"targets": ends}, fix=fix)
+
+
+def _named_targets(run_facts: RunFacts) -> list[str]:
+    """The target names; a regular expression is one name."""
+    configured = targets(run_facts)
+    return (
+        configured if isinstance(configured, list) else [configured] if configured not in (None, "all-linear") else []
+    )
+
+
+def _other_ends(run_facts: RunFacts, names: list[str]) -> Signal | None:
+    """A remark on a router or experts among the targets, or on a tied head or embedding that is trained whole."""
+    routers = [name for name in names if name.rpartition(".")[2] in ("gate", "router", "wg") or "expert" in name]
+    if routers:
+        says = f"{routers[0]} in lora_target_modules changes which expert a token is sent to, or experts themselves"
+        return Signal("F63", "remark", says, 0.3, {"targets": routers}, fix=f"remove {routers[0]} if it is not meant")
+    saved = run_facts.settings.get("modules_to_save") or ()
+    whole = [name for name in ([saved] if isinstance(saved, str) else map(str, saved))
+             if name.rpartition(".")[2] in (*_HEADS, *_EMBEDDINGS)]  # fmt: skip
+    if not whole or run_facts.model_config.get("tie_word_embeddings") is not True:
+        return None
+    says = f"{', '.join(whole)} in modules_to_save: head and embedding are one tensor in this model, and become two"
+    fix = f"remove {whole[0]} from modules_to_save, or set ensure_weight_tying: true (PEFT)"
+    return Signal("F63", "remark", says, 0.3, {"modules_to_save": whole}, fix=fix)

@@ -26,7 +26,7 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "lora_r": (8,), "lora_alpha": (8,), "lora_dropout": (0.0,), "max_grad_norm": (1.0,),
     "lr_scheduler_type": ("linear",),
     "gradient_accumulation_steps": (1,), "packing": (False,), "optim": ("adamw_torch", "adamw_torch_fused"),
-    "seed": (42,), "dtype": ("float32",), "torch_dtype": ("float32",),
+    "seed": (42,), "dtype": ("float32",), "torch_dtype": ("float32",), "eval_strategy": ("no",),
 }  # fmt: skip
 """Defaults of trl, transformers and peft."""
 
@@ -35,12 +35,13 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
 def binary_mismatch(run_facts: RunFacts) -> Signal | None:
     """F01: bitsandbytes has no binary for the CUDA version of this torch.
 
-    Sees: the errors that say so; BNB_CUDA_VERSION set to another CUDA version than torch was built for. `solotune
-    doctor`, and every run of solotune before it starts, computes one 4-bit matrix as a test.
+    Sees: the errors that say so; BNB_CUDA_VERSION set to another CUDA version than torch was built for, in a 4-bit run
+    that took no step (else a remark). `solotune doctor`, and every run of solotune before it starts, computes one 4-bit
+    matrix as a test.
     Why: loading crashes, or, in old versions, the CPU is used silently.
     Not: F50, where loading and computing work, but slowly.
     Fix: install a bitsandbytes version that fits this torch, and unset BNB_CUDA_VERSION.
-    Wrong when: BNB_CUDA_VERSION names a binary that was compiled by hand.
+    Wrong when: BNB_CUDA_VERSION names a binary that was compiled by hand. Control: a run that took steps loaded it.
     Source: bitsandbytes#1559, #1614.
     """
     fix = "pip install --upgrade bitsandbytes, and unset BNB_CUDA_VERSION"
@@ -60,18 +61,22 @@ def binary_mismatch(run_facts: RunFacts) -> Signal | None:
     if not override or not runtime or re.sub(r"\D", "", override)[:3] == runtime[:3]:
         return None
     says = f"BNB_CUDA_VERSION is {override}, but torch is built for CUDA {environment['cuda_runtime']}"
-    return Signal("F01", "measured", says, 0.75 if in_4bit(run_facts) else 0.55, {"override": override}, fix=fix)
+    took_steps = run_facts.trace is not None and len(run_facts.trace.step_S) > 0
+    kind, weight = ("measured", 0.75) if in_4bit(run_facts) and not took_steps else ("remark", 0.3)
+    return Signal("F01", kind, says, weight, {"override": override}, fix=fix)
 
 
 @rule("F02")
 def renamed_argument(run_facts: RunFacts) -> Signal | None:
     """F02: a setting has a name that this version does not read, so the default was used instead.
 
-    Sees: a setting written under another name than the installed version's, and a different value in use; the TypeError
-    for an unexpected argument.
+    Sees: a setting written under another name than the installed version's, and the library's default in use; the
+    TypeError for an unexpected argument. Another value in use that is no default is a remark: it was set later (on the
+    command line, by the script).
     Why: a wrapper that filters unknown keys drops the setting silently: the config says `max_seq_length: 256`, and 1024
     is used.
-    Not: F03, where nothing was written; F25, whose max_length is the intended one; F51, for quantization.
+    Not: F03, where nothing was written; F25, whose max_length is the intended one; F51, for quantization; another name
+    for the same value (`constant` and `constant_with_warmup`, `adamw_torch` and `adamw_torch_fused`).
     Fix: use the name of the installed version.
     Wrong when: the value was changed later on purpose.
     Source: trl#6168, dspy#8762 (`max_seq_length` is `max_length` now, `tokenizer` is `processing_class`).
@@ -79,16 +84,27 @@ def renamed_argument(run_facts: RunFacts) -> Signal | None:
     if line := has_error(run_facts, r"unexpected keyword argument", r"got an unexpected argument"):
         fix = "use the argument's name in the installed version"
         return Signal("F02", "invariant", f"the run ended with this error: {line}", 0.9, {}, fix=fix)
+    remark: Signal | None = None
     for key, wrote in run_facts.settings.asked.items():
         ours = FOREIGN_KEYS.get(key, key) if key in _SAME_WORD or key not in FOREIGN_KEYS else None
         if ours is None or ours in _OWN_RULES or key in _OWN_RULES or not differs(run_facts, ours, wrote):
             continue
-        if key == ours and is_default(ours, run_facts.settings.get(ours)):
+        is_dropped = is_default(ours, run_facts.settings.get(ours)) and not _is_global_batch(run_facts, key, wrote)
+        if key == ours and is_dropped:
             continue  # F03: the name is right, so the value never reached the trainer
         says = f"{key}: {wrote} is in the config, but the run used {ours}: {run_facts.settings.get(ours)}"
         numbers = {"key": key, "wrote": wrote, "held": run_facts.settings.get(ours)}
-        return Signal("F02", "invariant", says, 0.9 if key != ours else 0.7, numbers, fix=f"{ours}: {wrote}")
-    return None
+        if not is_dropped:
+            remark = remark or Signal("F02", "remark", says, 0.3, numbers, fix=f"{ours}: {wrote}")
+            continue
+        return Signal("F02", "invariant", says, 0.9, numbers, fix=f"{ours}: {wrote}")
+    return remark
+
+
+def _is_global_batch(run_facts: RunFacts, key: str, wrote: Any) -> bool:
+    """Whether this may be the batch of a whole step: a multiple of the rows of a device."""
+    whole, part = number(wrote), number(run_facts.settings.get("per_device_train_batch_size"))
+    return key in ("batch_size", "train_batch_size") and bool(whole) and bool(part) and (whole or 0) % (part or 1) == 0
 
 
 def differs(run_facts: RunFacts, key: str, wrote: Any) -> bool:
@@ -105,7 +121,13 @@ def differs(run_facts: RunFacts, key: str, wrote: Any) -> bool:
         return sorted(map(str, wrote)) != sorted(map(str, held))
     if type(wrote) is not type(held):
         return False
-    return str(wrote).rpartition(".")[2] != str(held).rpartition(".")[2]
+    return not _same_word(str(wrote).rpartition(".")[2], str(held).rpartition(".")[2])
+
+
+def _same_word(one: str, other: str) -> bool:
+    """Whether two words name one value: equal, or one with more said after it (`constant_with_warmup`)."""
+    short, long = sorted((one.lower().replace("-", "_"), other.lower().replace("-", "_")), key=len)
+    return short == long or long.startswith(f"{short}_")
 
 
 def is_default(key: str, value: Any) -> bool:
@@ -118,9 +140,9 @@ def is_default(key: str, value: Any) -> bool:
 def changed_default(run_facts: RunFacts) -> list[Signal]:
     """F03: a setting was left out, and this version's default is not the one that the recipe assumes.
 
-    Sees: a value in use that is a library's default and differs from the intended one. If the intention is unknown:
-    defaults that were not set by the user and are bad for adapters, such as a learning rate of 2e-5 or a base in
-    float32.
+    Sees: a value in use that is a library's default and differs from the intended one. If the intention is unknown, a
+    learning rate of 5e-5 or below that the user did not set is a remark: the range test or the curve show whether it is
+    too low (F64).
     Why: defaults of trl and transformers differ (learning rate, checkpointing, dtype, logging), and versions differ
     too. The run needs more memory and learns more slowly than the tutorial promises.
     Not: F64, whose value the user wrote; F02, whose value was written under another name.
@@ -146,5 +168,5 @@ def changed_default(run_facts: RunFacts) -> list[Signal]:
             says = (
                 f"learning_rate is not set, so the run used the library's default {rate:g}, made for full fine-tuning"
             )
-            signals.append(Signal("F03", "measured", says, 0.7, {"learning_rate": rate}, fix="learning_rate: 2e-4"))
+            signals.append(Signal("F03", "remark", says, 0.3, {"learning_rate": rate}, fix="learning_rate: 2e-4"))
     return signals

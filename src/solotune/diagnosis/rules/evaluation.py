@@ -1,4 +1,4 @@
-"""S9, the split and the evaluation: F43 to F48."""
+"""S9, the evaluation: F45 to F48; `leaks` has F43 and F44."""
 
 from __future__ import annotations
 
@@ -9,26 +9,16 @@ import numpy as np
 
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.derived import is_ours, setting
-from solotune.diagnosis.facts.row_arrays import MIN_ROWS, Side, is_pattern, percent
+from solotune.diagnosis.facts.row_arrays import MIN_ROWS
 from solotune.diagnosis.facts.row_facts import RowFacts
 from solotune.diagnosis.facts.row_labels import said_in_labels, said_in_training
+from solotune.diagnosis.facts.step_size import lowest_and_last
 from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import rule
-from solotune.diagnosis.rules.schedule import lowest_and_last
 from solotune.diagnosis.run_facts import RunFacts, Trace
 
 MOST = 0.5
-"""A split counts as training rows if half of its rows are."""
-SOME = 0.05
-"""6 % of leaked rows raised a benchmark from 72 to 80 % (source: F44)."""
-GRAM = 10
-"""Length of a passage in tokens: eight English words, a usual length for finding overlaps."""
-CONTAINED = 0.5
-"""Share of a row's passages that training rows have too: half, as others use for 8-grams."""
-LEAST_GRAMS = 16
-"""Passages that a row needs (a sentence or two) for its share to be meaningful."""
-COMMON = 3
-"""A passage in more training rows than this belongs to the format or system prompt, and is not a leak."""
+"""Of the rows: labels of two kinds."""
 LEAST_VALIDATION = 10
 """Rows below which the error bar is wider than most effects: per-row losses vary by about 0.5 nats, so 0.5 / sqrt(n)
 is 0.16 for ten rows and 0.3 for three."""
@@ -38,136 +28,16 @@ DRIFT = 3.0
 """Ratio of median answer lengths; the two sides of a random split of 20 rows are within a factor of 2."""
 RISE = 0.03
 """Nats by which held-out losses after the lowest are above it; also twice their own scatter, if known."""
-FAR = 0.65
-"""Share of the held-out loss: a training loss below this is memorised."""
-
-
-@rule("F43", needs=("rows",))
-def evaluated_on_training(facts: RowFacts) -> Finding | None:
-    """F43: the evaluation rows are training rows.
-
-    Sees: held-out rows with the ids of training rows, at least half of them; the same file and split for both; held-out
-    losses within a hundredth of the training loss after many epochs. If no rows are held out, a note says so; that is
-    not a fault.
-    Why: the held-out loss is excellent although the answers are poor: nothing shows overfitting.
-    Not: F44, where only some of the rows leak; F46, which needs a real held-out loss to be seen, and which this hides.
-    Fix: `validation_size: 0.05`, with `split_by` if rows belong to groups.
-    Wrong when: the real evaluation is done elsewhere, on other rows.
-    Source: the article behind examples/walkthrough.yaml.
-    """
-    train, validation = facts.whole
-    rows, same = validation.rows, np.flatnonzero(np.isin(validation.hashes, train.hashes))
-    evidence = {"validation_rows": len(rows), "also_in_training": len(same), "rows": validation.places(same)}
-    if not rows:
-        return Finding.of(
-            "F43",
-            "info",
-            slug="no-held-out-rows",
-            message="No rows are held out, so overfitting cannot be seen.",
-            evidence=evidence,
-            fix="validation_size: 0.05, or eval_dataset: a file with other rows",
-        )
-    if not is_pattern(len(same), len(rows), MOST):
-        return None
-    return Finding.of(
-        "F43",
-        "error",
-        message=f"{len(same):,} of {len(rows):,} validation rows are training rows.",
-        evidence=evidence,
-        fix="remove eval_dataset and hold rows out (validation_size: 0.05), or remove its rows from dataset",
-    )
-
-
-@rule("F43", otherwise=True)
-def same_file_on_both_sides(run_facts: RunFacts) -> Signal | None:
-    """F43, from the settings: training and evaluation read the same split of the same data."""
-    get = run_facts.settings.get
-    fix = "remove eval_dataset, and set validation_size: 0.05"
-    ours, theirs = get("dataset"), get("eval_dataset")
-    splits = get("dataset_split") or "train", get("eval_dataset_split") or "train"
-    if not ours or ours != theirs or splits[0] != splits[1]:
-        return None
-    says = f"training and evaluation read the same rows: {ours} {splits[0]}"
-    return Signal("F43", "invariant", says, 0.9, {}, fix=fix)
-
-
-@rule("F44", needs=("rows",))
-def leaked_passages(facts: RowFacts) -> Finding | None:
-    """F44: held-out rows have copies or near-copies in the training rows.
-
-    Sees: held-out answers in which half of the passages of ten tokens also occur in one to three training rows.
-    Why: memorised passages make the held-out loss too good: 6 % of leaked rows raised a score from 72 to 80.
-    Not: F43, where all rows leak; F46, which needs the gap that this hides; boilerplate, which is in many rows; prompts
-    and documents that rows share, which are not trained on.
-    Fix: remove duplicates before the split, and set `split_by` to a column that rows of one source share.
-    Wrong when: both sides quote the same source on purpose.
-    Source: a report on MinHash decontamination (80.4 to 72 % after removing 6 % of rows; a secondary source).
-    """
-    rows, validation_grams = _grams(facts.validation)
-    distinct, _ = _distinct(validation_grams)
-    counts = np.zeros(len(distinct), np.int64)  # training rows that contain each passage
-    for side in facts.stretches() if len(distinct) else ():
-        of, grams = _grams(side)
-        places = np.minimum(np.searchsorted(distinct, grams), len(distinct) - 1)
-        is_shared = distinct[places] == grams
-        once, _ = _distinct(of[is_shared] * len(distinct) + places[is_shared])  # a row counts once
-        np.add.at(counts, once % len(distinct), 1)
-    own, common = distinct[(counts > 0) & (counts <= COMMON)], distinct[counts > COMMON]
-    leaked = []
-    judged = 0
-    rows, sizes = _distinct(rows)
-    for row, grams in zip(
-        rows, np.split(validation_grams, np.cumsum(sizes)[:-1]), strict=False
-    ):  # split of none makes one
-        grams, _ = _distinct(grams)
-        grams = grams[~_is_in(grams, common)]
-        if len(grams) < LEAST_GRAMS:
-            continue
-        judged += 1
-        if _is_in(grams, own).mean() >= CONTAINED:
-            leaked.append(int(row))
-    total = len(facts.validation.rows)
-    if not is_pattern(len(leaked), total, SOME):
-        return None
-    return Finding.of(
-        "F44",
-        "warning",
-        message=f"{len(leaked):,} of {total:,} validation rows ({percent(len(leaked), total)}) have answers of which "
-        "at least half of the passages are also in training answers.",
-        evidence={"rows_with": len(leaked), "rows_judged": judged, "rows": facts.validation.places(leaked)},
-        fix="split_by: a column that rows of one source share (a document or conversation id)",
-    )
-
-
-def _grams(side: Side) -> tuple[np.ndarray, np.ndarray]:
-    """Rows int64 (G,), ascending, and hashes uint64 (G,) of all runs of GRAM tokens that end in a label.
-
-    The hash is a polynomial over 64 bits with overflow: two different runs have the same hash with probability 2**-64.
-    """
-    if len(side.ids) < GRAM:
-        return np.zeros(0, np.int64), np.zeros(0, np.uint64)
-    hashes = np.zeros(len(side.ids) - GRAM + 1, np.uint64)
-    with np.errstate(over="ignore"):
-        for offset in range(GRAM):
-            hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + side.ids[offset : offset + len(hashes)].astype(np.uint64)
-            hashes ^= hashes >> np.uint64(29)  # else small ids would cancel out
-    begins = np.flatnonzero(side.loss_mask[GRAM - 1 :])
-    rows = np.searchsorted(side.starts, begins, side="right") - 1
-    is_inside = begins + GRAM <= side.starts[rows + 1]
-    return rows[is_inside], hashes[begins[is_inside]]
-
-
-def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sorted distinct values and their counts; `np.unique` takes three times as long, because it hashes."""
-    values = np.sort(values)
-    begins = np.flatnonzero(np.concatenate((np.ones(min(len(values), 1), bool), values[1:] != values[:-1])))
-    return values[begins], np.diff(begins, append=len(values))
-
-
-def _is_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
-    if not len(ordered):
-        return np.zeros(len(values), bool)
-    return ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
+FAR, BY_HEART = 0.65, 0.25
+"""Share of the held-out loss: a training loss below this is memorised, if the held-out loss rises or stands still."""
+MANY_EPOCHS = 8
+"""Epochs after which rows can be known by heart."""
+ROUGH = 0.03
+"""Of the held-out loss: changes from one evaluation to the next that are no rounding."""
+STANDS = 0.99
+"""Of the held-out loss in the middle of the run: it stands still from there."""
+FEW_VALIDATION = 4
+"""Rows that no split by our default leaves: 5 % of a hundred rows are five."""
 
 
 @rule("F45", probes=("P8",))
@@ -179,7 +49,8 @@ def evaluated_in_training_mode(run_facts: RunFacts) -> list[Signal]:
     Not: kernels that add in a different order, which differ by a thousandth; F48, where other rows make the difference;
     NEFTune itself, whose noise is off in `eval()`.
     Fix: call `model.eval()` before the evaluation.
-    Wrong when: dropout at evaluation is wanted (Monte Carlo dropout).
+    Wrong when: dropout at evaluation is wanted (Monte Carlo dropout). Control: the same two evaluations in evaluation
+    mode, which are equal.
     Source: Karpathy's recipe; 5.81 and 5.86 in training mode, 5.8793 both times in eval mode (measured).
     """
     return []  # only two evaluations show it: the probe makes the signal
@@ -189,26 +60,30 @@ def evaluated_in_training_mode(run_facts: RunFacts) -> list[Signal]:
 def memorised(run_facts: RunFacts) -> Signal | None:
     """F46: the model memorises its training rows (overfitting).
 
-    Sees: a held-out loss that rises after its lowest value, while the training loss keeps falling, far below it.
+    Sees: a held-out loss that rises after its lowest value, while the training loss keeps falling, far below it; or
+    that no longer falls, while the training loss fell to a small part of it over many epochs.
     Why: the adapter stores the rows; answers are copies of them or repeat themselves.
     Not: F44 and F43, which hide the rise; F67, whose training loss rises too; F47, where the gap exists from the start
     and does not grow; F39, where a few different rows are repeated many times.
     Fix: lower `num_train_epochs`, or use the checkpoint with the lowest held-out loss.
-    Wrong when: the model should memorise the rows.
+    Wrong when: the model should memorise the rows. Control: the scatter of the held-out loss itself, and its fall: a
+    deterministic task also ends near 0, on both sides.
     Source: "over-memorization": accuracy stays while the held-out perplexity rises.
     """
     trace = run_facts.trace
     held = trace.eval_loss_E[np.isfinite(trace.eval_loss_E)] if trace is not None else np.zeros(0)
-    if trace is None or len(held) < 3 or not len(trace.loss_S):
+    if trace is None or len(held) < 2 or not len(trace.loss_S):
         return None
     low, last, after = float(held.min()), float(held[-1]), held[int(held.argmin()) + 1 :]
-    if not len(after):
-        return None
-    scatter = float(np.abs(np.diff(np.diff(held))).mean() / math.sqrt(6)) if len(held) >= 4 else 0.0
     _, end = lowest_and_last(trace)
-    rise = float(after.mean()) - low
-    if rise < max(RISE, 0.02 * low, 2 * scatter) or end > FAR * last or end <= 0:
+    if end <= 0:
         return None
+    if not len(after) or (len(held) < 3 and end > BY_HEART * last):
+        return _by_heart(run_facts, held, end)
+    scatter = float(np.abs(np.diff(np.diff(held))).mean() / math.sqrt(6)) if len(held) >= 4 else 0.0
+    rise = float(after.mean()) - low
+    if rise < max(RISE, 0.02 * low, 2 * scatter) or end > FAR * last:
+        return _by_heart(run_facts, held, end)
     step = int(trace.eval_step_E[np.isfinite(trace.eval_loss_E)][held.argmin()])
     epochs = setting(run_facts, "num_train_epochs") or (float(trace.epoch_S[-1]) if len(trace.epoch_S) else None)
     says = (
@@ -221,6 +96,21 @@ def memorised(run_facts: RunFacts) -> Signal | None:
         else "a smaller num_train_epochs"
     )
     return Signal("F46", "measured", says, weight, {"lowest": low, "last": last, "training": end}, fix=fix)
+
+
+def _by_heart(run_facts: RunFacts, held: np.ndarray, end: float) -> Signal | None:
+    """Many epochs after which only the training rows have a small loss: the held-out loss stands still, far above."""
+    trace = run_facts.trace
+    if trace is None or len(held) < 3 or not len(trace.epoch_S) or not np.nanmax(trace.epoch_S) >= MANY_EPOCHS:
+        return None
+    middle, last = float(held[len(held) // 2 - 1]), float(held[-1])
+    if end > BY_HEART * last or last < STANDS * middle:
+        return None
+    epochs = float(np.nanmax(trace.epoch_S))
+    says = f"after {epochs:.0f} epochs the training loss is {end:.3f}, and the held-out loss stands still at {last:.3f}"
+    return Signal(
+        "F46", "measured", says, 0.7, {"last": last, "training": end}, fix=f"num_train_epochs: {epochs / 2:.0f}"
+    )
 
 
 @rule("F46", needs=("trace",))
@@ -262,7 +152,8 @@ def different_labels(facts: RowFacts) -> Finding | None:
     Why: the two losses differ from the first step on, and no training closes the gap.
     Not: F46, whose gap grows; F48, where the rows differ.
     Fix: build the labels of both with the same function.
-    Wrong when: all tokens are trained on, only answers are evaluated, and the gap is known.
+    Wrong when: all tokens are trained on, only answers are evaluated, and the gap is known. Control: the labels of both
+    sides, row by row; another packing or length for the evaluation alone is a remark.
     Source: trl's `eval_packing`.
     """
     prompted, _, judged = facts.once(said_in_training)
@@ -285,6 +176,7 @@ def different_labels(facts: RowFacts) -> Finding | None:
             "rows": facts.validation.places(other or range(len(facts.validation.rows))),
         },
         fix="mask validation rows like training rows (`assistant_only_loss` applies to both)",
+        affected=abs(shares[0] - shares[1]),
     )
 
 
@@ -296,10 +188,9 @@ def evaluated_by_other_settings(run_facts: RunFacts) -> list[Signal]:
         training, evaluation = get(key), get(f"eval_{key}")
         if training is not None and evaluation is not None and training != evaluation and not is_ours(run_facts):
             says = f"{key} is {training} for training and {evaluation} for evaluation"
-            weight = 0.8 if key == "assistant_only_loss" else 0.5
-            signals.append(
-                Signal("F47", "measured", says, weight, {}, fix=f"use {key}: {training} for the evaluation too")
-            )
+            kind, weight = ("measured", 0.8) if key == "assistant_only_loss" else ("remark", 0.3)
+            fix = f"use {key}: {training} for the evaluation too"
+            signals.append(Signal("F47", kind, says, weight, {}, fix=fix, affected=1.0))
     return signals
 
 
@@ -307,26 +198,30 @@ def evaluated_by_other_settings(run_facts: RunFacts) -> list[Signal]:
 def weak_validation(facts: RowFacts) -> Finding | None:
     """F48: there are too few held-out rows, or they are of another kind.
 
-    Sees: fewer than ten held-out rows with a hundred or more training rows; held-out answers three times as long or as
-    short as in training.
+    Sees: at most four held-out rows with a hundred or more training rows; fewer than ten, and held-out answers three
+    times as long or as short as in training, are a remark.
     Why: the loss of one row varies by half a nat, so three rows measure it to within 0.3: the held-out loss is mostly
     chance.
     Not: F45, where the same rows give different numbers; a small dataset, where no more rows can be held out.
     Fix: a larger `validation_size`.
-    Wrong when: the validation file is another task on purpose.
+    Wrong when: the validation file is another task on purpose. Control: our own default, which holds out 5 % of the
+    rows and so never fewer than five of a hundred.
     Source: unsloth#2771 (a split of 487 to 3).
     """
     rows, many = (len(whole.rows) for whole in reversed(facts.whole))
     if 0 < rows < LEAST_VALIDATION and many >= MANY:
         wanted = max(2 * LEAST_VALIDATION, round(0.05 * (many + rows)))
+        is_default = facts.settings.eval_dataset is None and rows > FEW_VALIDATION
         return Finding.of(
             "F48",
-            "warning",
+            "error" if rows <= FEW_VALIDATION else "info" if is_default else "warning",
             message=f"{rows} validation rows for {many:,} training rows: the held-out loss will be mostly chance.",
             evidence={"validation_rows": rows, "training_rows": many},
             fix=f"validation_size: {wanted}"
             if facts.settings.eval_dataset is None
             else "use an eval_dataset with more rows",
+            affected=1.0,
+            is_statistic=True,
         )
     if min(rows, many) < 2 * LEAST_VALIDATION:
         return None
@@ -342,6 +237,7 @@ def weak_validation(facts: RowFacts) -> Finding | None:
         fix="hold out a random part instead (remove eval_dataset, validation_size: 0.05)"
         if facts.settings.eval_dataset is not None
         else "a larger validation_size; one group may be most of the held-out rows",
+        affected=1.0,
     )
 
 
@@ -353,7 +249,8 @@ def few_validation_rows(run_facts: RunFacts) -> Signal | None:
         return None
     says = f"{rows:.0f} held-out rows for {many:,.0f} training rows"
     fix = f"validation_size: {max(20, round(0.05 * many))}"
-    return Signal("F48", "measured", says, 0.7, {"rows": rows}, fix=fix)
+    kind, weight = ("measured", 0.7) if rows <= FEW_VALIDATION else ("remark", 0.3)
+    return Signal("F48", kind, says, weight, {"rows": rows}, fix=fix, affected=1.0)
 
 
 @rule("F48", otherwise=True)
@@ -365,7 +262,8 @@ def rough_held_out_loss(run_facts: RunFacts) -> Signal | None:
         return None
     turns = np.diff(np.sign(np.diff(held)))
     rough = float(np.abs(np.diff(held, 2)).mean() / max(abs(held[0] - held[-1]), 1e-3))
-    if (turns != 0).mean() <= 0.7 or rough <= 1:
+    is_small = float(np.abs(np.diff(held, 2)).mean()) < ROUGH * abs(float(held.mean()))  # a run that has converged
+    if (turns != 0).mean() <= 0.7 or rough <= 1 or is_small:
         return None
     says = "the held-out loss varies by more than it changes over the whole run"
     return Signal("F48", "curve", says, 0.4, {"rough": rough}, fix="a larger validation_size")

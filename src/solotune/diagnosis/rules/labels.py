@@ -5,20 +5,34 @@ from __future__ import annotations
 import re
 
 from solotune.dataset.chat.template_sandbox import TemplateRefusal, TemplateSyntax
-from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.evidence import Kind, Signal
+from solotune.diagnosis.facts.derived import is_ours
 from solotune.diagnosis.facts.labels import LabelFacts
 from solotune.diagnosis.facts.rendered_chats import marked_ids
 from solotune.diagnosis.facts.roles import ASSISTANT, USER
 from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
-MOST = 0.5  # of the rows: a fault of the whole data
+MOST = 0.5
+"""Of the rows or turns: a fault of the whole data."""
+MUCH = 0.33
+"""Share of the rows or answers from which it is a fault; a smaller one is a remark (rows of weight 0, mixed data)."""
+SOME = 0.1
+"""Share of the users' turns that count in the loss: one in ten, and at least three."""
+LEAST = 0.05
+"""One in twenty, and at least three: worth a remark."""
 ALMOST_ALL = 0.9
-FEW = 0.02  # share of labels that may belong to another role: a header, a line break
+WHOLE = 0.97
+"""Share of labels of a text of which every token counts: all but the first, or the line break at the end."""
+FEW = 0.02
+"""Share of the answers that may have labels in an inverted mask."""
+NUM_CHATS, NUM_TEXTS = 500, 32
+"""Conversations and texts that are compared where no headers show who speaks."""
+_ONLY_ANSWERS = "set assistant_only_loss: true, and check that the collator keeps the mask"
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-@rule("F17", needs=("batches",), probes=("P13",))
+@rule("F17", needs=("batches",), probes=("P13",), unless=is_ours)
 def pad_masks_terminator(run_facts: RunFacts) -> Signal | None:
     """F17: the end-of-turn token is masked in the labels because it is the padding token.
 
@@ -36,19 +50,18 @@ def pad_masks_terminator(run_facts: RunFacts) -> Signal | None:
     facts = LabelFacts.of(run_facts)
     pad = facts.batches.pad_id
     masked = facts.ends_masked[pad] if pad is not None else 0
-    if not masked or _learned_anywhere(facts, pad) or masked < MOST * facts.answers:
+    if masked < 3 or _learned_anywhere(facts, pad) or masked < MUCH * facts.answers:
         return None
     if _template_masks_end(run_facts, facts) is True:
         return None  # the template's generation marker leaves it out: F19
     token = _spelled(run_facts, pad)
     says = f"{masked} of {facts.answers} answers end with {token}, the padding token, which is always masked"
-    return Signal(
-            "F17", "invariant", says, 0.95, {"ends_masked": masked, "answers": facts.answers, "pad_id": pad},
-            fix="mask labels where attention_mask is 0, not by the id of the padding; or set a separate pad_token",
-        )  # fmt: skip
+    numbers = {"ends_masked": masked, "answers": facts.answers, "pad_id": pad}
+    fix = "mask labels where attention_mask is 0, not by the id of the padding; or set a separate pad_token"
+    return Signal("F17", "invariant", says, 0.95, numbers, fix=fix, affected=masked / facts.answers)
 
 
-@rule("F18", needs=("batches", "tokenizer", "settings"))
+@rule("F18", needs=("batches", "tokenizer", "settings"), unless=is_ours)
 def no_generation_markers(run_facts: RunFacts) -> Signal | None:
     """F18: only answers should count in the loss, and the template does not mark them.
 
@@ -78,20 +91,21 @@ def no_generation_markers(run_facts: RunFacts) -> Signal | None:
     )
 
 
-@rule("F19", needs=("batches",), probes=("P13",))
+@rule("F19", needs=("batches",), probes=("P13",), unless=is_ours)
 def terminator_masked(run_facts: RunFacts) -> Signal | None:
     """F19: the end-of-turn token follows the answer but is not trained on.
 
     Sees: answers followed by an end-of-turn token without a label.
     Why: as in F17, answers never end, and the loss looks normal.
     Not: F17, where the token is the padding token and is masked everywhere; F10, where there is none; truncated rows.
+    In less than a third of the answers it is a remark. Control: the other answers, which show the end.
     Fix: put the end-of-turn token inside `{% generation %}`, or include it in the mask.
     Wrong when: never, if the model should stop by itself.
     Source: trl#5988 (GLM); reproduced with `{{content}}{% endgeneration %}<|eot|>`.
     """
     facts = LabelFacts.of(run_facts)
     masked = sum(facts.ends_masked.values())
-    if not masked or masked < MOST * facts.answers:
+    if masked < min(3, facts.answers) or masked < LEAST * facts.answers or not masked:
         return None
     pad = facts.batches.pad_id
     by_pad = pad in facts.ends_masked and not _learned_anywhere(facts, pad)
@@ -107,17 +121,20 @@ def terminator_masked(run_facts: RunFacts) -> Signal | None:
         if by_template
         else "include the end-of-turn token in the mask"
     )
-    return Signal("F19", "invariant", says, 0.95, {"ends_masked": masked, "answers": facts.answers}, fix=fix)
+    kind, weight = _fault_or_remark(masked, facts.answers)
+    numbers = {"ends_masked": masked, "answers": facts.answers}
+    return Signal("F19", kind, says, weight, numbers, fix=fix, affected=masked / facts.answers)
 
 
-@rule("F20", needs=("batches",))
+@rule("F20", needs=("batches",), unless=is_ours)
 def prompt_learned(run_facts: RunFacts) -> Signal | None:
     """F20: the loss includes prompts, although only answers should count.
 
-    Sees: labels on the user's text, or labels with one constant number where the mask should be -100.
+    Sees: labels on the text of users, in all of their turns or only in the later ones; labels with one constant number
+    where the mask should be -100. A token whose weight is 0 counts as one without a label.
     Why: the loss looks better (prompts are easy), and the adapter learns to write the user's text.
-    Not: a choice: no warning if the config trains on all tokens, and a weak one if its intention is unknown; F23, whose
-    answers have no labels; F29, whose labels are on padding.
+    Not: a choice: nothing is said if the config trains on all tokens, and it is a remark if its intention is not known;
+    F23, whose answers have no labels; F29, whose labels are on padding; a mask that is off by a few tokens.
     Fix: `assistant_only_loss: true`, and labels of -100 at masked tokens.
     Wrong when: the answers-only setting belongs to another training stage.
     Source: llama-cookbook#101, PraisonAI#4358.
@@ -134,32 +151,36 @@ def prompt_learned(run_facts: RunFacts) -> Signal | None:
             {"value": value, "labels": count},
             fix="use -100 as the label of masked tokens",
         )
-    asked = run_facts.settings.get("assistant_only_loss")
-    users, answers = facts.role_labels[USER], facts.role_labels[ASSISTANT]
-    if asked is False or not answers or not facts.role_tokens[USER] or facts.unlike:
+    asked, count = run_facts.settings.get("assistant_only_loss"), facts.turns_learned[USER]
+    if asked is False or facts.unlike:
         return None
-    share = users / facts.role_tokens[USER]
-    if share < MOST or answers < MOST * facts.role_tokens[ASSISTANT]:
-        return None
-    says = f"{share:.0%} of the users' {facts.role_tokens[USER]:,} tokens count in the loss"
-    numbers = {"user_share": share, "share_learned": facts.share}
+    if not facts.turns[USER]:  # no turn was found in the texts
+        if not asked or facts.share < WHOLE or not _have_questions(run_facts, facts):
+            return None
+        says, share = f"{facts.share:.0%} of all tokens count in the loss", facts.share
+    else:
+        share = count / facts.turns[USER]
+        if count < min(3, facts.turns[USER]) or share < SOME or facts.turns_learned[ASSISTANT] <= FEW * count:
+            return None
+        says = f"{count:,} of {facts.turns[USER]:,} turns of users count in the loss"
+    numbers = {"user_turns": count, "share": share, "share_learned": facts.share}
     if asked is None:
-        weak = Signal("F20", "measured", says + "; it is unknown whether that is intended", 0.3, numbers)
-        return weak
+        says += ", beside the answers; whether that is intended is not known"
+        return Signal("F20", "remark", says, 0.3, numbers, fix=_ONLY_ANSWERS, affected=share)
     says += ", although only answers should"
     if _template_lacks_marker(run_facts) and facts.share > ALMOST_ALL:
         says += "; the chat template has no {% generation %} marker to find answers by (F18)"
-    fix = "set assistant_only_loss: true, and check that the collator keeps the mask"
-    return Signal("F20", "invariant", says, 0.9, numbers, fix=fix)
+    return Signal("F20", "invariant", says, 0.9, numbers, fix=_ONLY_ANSWERS, affected=share)
 
 
-@rule("F21", needs=("batches",))
+@rule("F21", needs=("batches",), unless=is_ours)
 def nothing_learned(run_facts: RunFacts) -> Signal | None:
     """F21: whole rows have no label although they are short enough: the start of the answer was not found.
 
     Sees: rows without a single label that are shorter than the longest row and than max_length.
     Why: the loss is 0 or NaN, or these rows silently have no effect.
-    Not: F25, where the prompt fills max_length; F18, where the template has no marker to find.
+    Not: F25, where the prompt fills max_length; F18, where the template has no marker to find. Less than a third of the
+    rows are a remark. Control: the other rows, which have labels.
     Fix: make the mask from the template's offsets. Do not search for a marker text: its tokens differ inside a row.
     Wrong when: rows without an answer are wanted (weight 0).
     Source: transformers#27733, fms-hf-tuning#18, unsloth#2900.
@@ -167,20 +188,18 @@ def nothing_learned(run_facts: RunFacts) -> Signal | None:
     facts = LabelFacts.of(run_facts)
     limit = run_facts.settings.get("max_length") or 1 << 62
     short = [d for d in facts.unlearned if len(d.ids) < limit and (len(d.ids) < facts.longest or facts.longest < limit)]
-    if len(short) < 0.05 * max(len(facts.documents), 1) or not short:
+    if len(short) < LEAST * max(len(facts.documents), 1) or not short:
         return None
     lacking = _asked_for_answers(run_facts) and _template_lacks_marker(run_facts)
     if lacking and not run_facts.settings.get("response_template") and len(short) == len(facts.documents):
         return None  # F18
     if _all_cut(run_facts, facts):
         return None
-    everything = len(short) >= MOST * len(facts.documents)
     says = f"{len(short)} of {len(facts.documents)} rows have no label at all, although none of them fills max_length"
-    return Signal(
-            "F21", "invariant" if everything else "measured", says, 0.9 if everything else 0.6,
-            {"rows": len(short), "of": len(facts.documents)},
-            fix="find answers by the template's offsets, not by a marker text",
-        )  # fmt: skip
+    kind, weight = _fault_or_remark(len(short), len(facts.documents))
+    numbers, share = {"rows": len(short), "of": len(facts.documents)}, len(short) / len(facts.documents)
+    fix = "find answers by the template's offsets, not by a marker text"
+    return Signal("F21", kind, says, weight, numbers, fix=fix, affected=share)
 
 
 @rule("F22", needs=("batches",), probes=("P1",))
@@ -204,13 +223,12 @@ def shifted_twice(run_facts: RunFacts) -> Signal | None:
     says = (
         f"{facts.unlike:,} of {facts.labels:,} labels are not their own token but the one {abs(facts.shift)} {which} it"
     )
-    return Signal(
-        "F22", "invariant", says, 0.95, {"unlike": facts.unlike, "labels": facts.labels, "shift": facts.shift},
-        fix="labels = input_ids, with -100 where masked; do not shift them yourself",
-    )  # fmt: skip
+    numbers = {"unlike": facts.unlike, "labels": facts.labels, "shift": facts.shift}
+    fix = "labels = input_ids, with -100 where masked; do not shift them yourself"
+    return Signal("F22", "invariant", says, 0.95, numbers, fix=fix, affected=facts.unlike / facts.labels)
 
 
-@rule("F23", needs=("batches",))
+@rule("F23", needs=("batches",), unless=is_ours)
 def mask_inverted(run_facts: RunFacts) -> Signal | None:
     """F23: the mask is inverted: the prompts are trained on and the answers are not.
 
@@ -222,15 +240,31 @@ def mask_inverted(run_facts: RunFacts) -> Signal | None:
     Source: no public report found; the first loss is 0.8 of the normal one, so the loss does not show it (measured).
     """
     facts = LabelFacts.of(run_facts)
-    users, answers = facts.role_labels[USER], facts.role_labels[ASSISTANT]
-    if not users or users < MOST * facts.role_tokens[USER] or answers > FEW * max(facts.role_tokens[ASSISTANT], 1):
+    users, answers = facts.turns_learned[USER], facts.turns_learned[ASSISTANT]
+    if not users or users < MOST * facts.turns[USER] or facts.turns[ASSISTANT] < SOME * users:
+        return None
+    if answers > FEW * facts.turns[ASSISTANT]:
         return None
     says = (
-        f"{users:,} of the users' {facts.role_tokens[USER]:,} tokens count in the loss, and {answers:,} of the "
-        f"assistant's {facts.role_tokens[ASSISTANT]:,}"
+        f"{users:,} of {facts.turns[USER]:,} turns of users count in the loss, and {answers:,} of the "
+        f"assistant's {facts.turns[ASSISTANT]:,}"
     )
-    numbers = {"user_labels": users, "assistant_labels": answers}
-    return Signal("F23", "invariant", says, 0.95, numbers, fix="invert the mask, so that the answers have the labels")
+    numbers = {"user_turns": users, "assistant_turns": answers}
+    fix = "invert the mask, so that the answers have the labels"
+    return Signal("F23", "invariant", says, 0.95, numbers, fix=fix, affected=users / facts.turns[USER])
+
+
+def _fault_or_remark(count: int, whole: int) -> tuple[Kind, float]:
+    """Kind and weight of an invariant that is violated in so many of all."""
+    return ("invariant", 0.95) if count >= MUCH * whole else ("remark", 0.3)
+
+
+def _have_questions(run_facts: RunFacts, facts: LabelFacts) -> bool:
+    """Whether most texts have something in them that a user says in the conversations."""
+    chats = run_facts.conversations[:NUM_CHATS]
+    said = {str(m.get("content") or "").strip() for chat in chats for m in chat if m.get("role") == "user"} - {""}
+    texts = [facts.roles.text_of(document)[0] for document in facts.documents[:NUM_TEXTS]] if said else []
+    return sum(any(one in text for one in said) for text in texts) > MOST * len(texts)
 
 
 def _asked_for_answers(run_facts: RunFacts) -> bool:

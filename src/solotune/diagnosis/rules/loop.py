@@ -25,6 +25,8 @@ from solotune.diagnosis.run_facts import RunFacts
 
 EARLY = 3
 """Steps within which a run without checkpointing reaches its largest activations."""
+SURELY = 1.25
+"""Bytes needed / bytes of the GPU from which an estimate of memory is beyond its own error."""
 _GIB = 2**30
 
 
@@ -44,13 +46,13 @@ def no_checkpointing(run_facts: RunFacts) -> Signal | None:
     """F71: activations do not fit without gradient checkpointing.
 
     Sees: gradient checkpointing off, and one of: an out-of-memory error in forward or backward of the first steps;
-    activations that, by the model's shape and the longest row, do not fit into GPU memory and would fit with
-    checkpointing.
+    activations that, by the model's shape and the longest row, need a quarter more than GPU memory and would fit with
+    checkpointing (less is a remark), in a run that has not taken steps.
     Why: without it the inputs of every layer are kept until backward: sixteen times as much on an 8B model.
     Not: F72, which fails at the loss and grows with the vocabulary; F42, where a long batch fails late in the run; F70,
     which fails in the optimizer step; F51, where the base itself is too large.
     Fix: `gradient_checkpointing: true`.
-    Wrong when: another process used the memory.
+    Wrong when: another process used the memory. Control: a run that took steps fits, whatever the estimate says.
     Source: the article behind examples/walkthrough.yaml; trl turns it on by default.
     """
     if is_ours(run_facts) or checkpoints(run_facts) is not False:
@@ -62,7 +64,7 @@ def no_checkpointing(run_facts: RunFacts) -> Signal | None:
             return None
         says = f"out of memory at step {last_step(run_facts) + 1}, with gradient checkpointing off"
         return Signal("F71", "measured", says, 0.75, {"step": last_step(run_facts) + 1}, fix=fix)
-    if tokens is None or memory is None:
+    if tokens is None or memory is None or last_step(run_facts) > EARLY:
         return None
     needs = [activation_bytes(run_facts, tokens[0], on) for on in (False, True)]
     base = weight_bytes(run_facts)
@@ -72,7 +74,8 @@ def no_checkpointing(run_facts: RunFacts) -> Signal | None:
         return None
     says = f"activations need about {(needs[0] or 0) / _GIB:.1f} GiB and the base {base / _GIB:.1f}; the GPU has "
     says += f"{memory / _GIB:.1f}"
-    return Signal("F71", "measured", says, 0.75, {"activations": needs[0], "memory": memory}, fix=fix)
+    kind, weight = ("measured", 0.75) if base + (needs[0] or 0) > SURELY * memory else ("remark", 0.3)
+    return Signal("F71", kind, says, weight, {"activations": needs[0], "memory": memory}, fix=fix)
 
 
 def tail_decides(run_facts: RunFacts) -> bool:
@@ -89,7 +92,8 @@ def logits_memory(run_facts: RunFacts) -> Signal | None:
     """F72: the logits of the whole batch do not fit.
 
     Sees: an out-of-memory error at the loss; or, without a fused loss, logits (rows x tokens x vocabulary in float32,
-    three times) that take more than a third of GPU memory.
+    three times) that take more than a third of GPU memory and with the rest a quarter more than it has (less is a
+    remark), in a run that has not taken steps.
     Why: one copy of the logits of 8k tokens takes 4.2 GB with a vocabulary of 128k.
     Not: F71, which fails in the layers and does not depend on the vocabulary.
     Fix: a fused or chunked loss (in TRL: `use_liger_kernel: true`), or a smaller `per_device_train_batch_size`.
@@ -106,7 +110,7 @@ def logits_memory(run_facts: RunFacts) -> Signal | None:
         return Signal("F72", "measured", says, 0.8, {"bytes": size}, fix=fix)
     memory, get = setting(run_facts, "memory_bytes"), run_facts.settings.get
     is_fused = get("use_liger_kernel") or (get("tool") == "trl" and not get("label_smoothing_factor"))
-    if size is None or memory is None or is_fused or size <= memory / 3:
+    if size is None or memory is None or is_fused or size <= memory / 3 or last_step(run_facts) > EARLY:
         return None
     base, activations = weight_bytes(run_facts), activation_bytes(run_facts, tokens[0] if tokens else 0, True)
     if base is None or activations is None or base + activations + size <= memory:
@@ -114,15 +118,16 @@ def logits_memory(run_facts: RunFacts) -> Signal | None:
     shape = shape_of(run_facts) or {}
     says = f"logits of {tokens[0] if tokens else 0:,.0f} tokens x {shape.get('vocabulary', 0):,} need about "
     says += f"{size / _GIB:.1f} GiB of the GPU's {memory / _GIB:.1f}"
-    return Signal("F72", "measured", says, 0.75, {"bytes": size, "memory": memory}, fix=fix)
+    kind, weight = ("measured", 0.75) if base + activations + size > SURELY * memory else ("remark", 0.3)
+    return Signal("F72", kind, says, weight, {"bytes": size, "memory": memory}, fix=fix)
 
 
 @rule("F73", needs=("settings",))
 def recompiles(run_facts: RunFacts) -> Signal | None:
     """F73: compiled layers are compiled again for every new length.
 
-    Sees: the message of torch's compiler about its recompile limit; or compiling on, padding to the longest row of each
-    batch, and rows of many lengths.
+    Sees: the message of torch's compiler about its recompile limit. Compiling with padding to the longest row of each
+    batch and rows of many lengths is a remark: torch makes a dynamic version after the second length.
     Why: minutes are spent on compiling instead of training; above the limit the layer runs uncompiled.
     Not: F50, which is slow for every length; rows that are packed or padded to one length.
     Fix: `packing: true` or `torch_compile: false`; in other tools also `pad_to_multiple_of: 256`.
@@ -142,7 +147,7 @@ def recompiles(run_facts: RunFacts) -> Signal | None:
     if distinct < 16:
         return None
     says = f"layers are compiled, but rows have {distinct:,} different lengths"
-    return Signal("F73", "measured", says, 0.6, {"lengths": distinct}, fix=fix)
+    return Signal("F73", "remark", says, 0.3, {"lengths": distinct}, fix=fix)
 
 
 @rule("F74", needs=("settings", "trace"), probes=("P9",))

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from solotune.dataset import Example
+from solotune.dataset.example import ids_of, lengths_of
 from solotune.diagnosis.evidence import Signal
-from solotune.diagnosis.facts.derived import mapping
-from solotune.diagnosis.facts.labels import LabelFacts
-from solotune.diagnosis.facts.texts import Batches, Line
+from solotune.diagnosis.facts.derived import is_ours, mapping
+from solotune.diagnosis.facts.labels import NUM_READ, LabelFacts
+from solotune.diagnosis.facts.texts import Batches, Document, Line
 from solotune.diagnosis.rules import rule, signals_of_rows
 from solotune.diagnosis.run_facts import RunFacts
 
 SOME = 0.1  # of the rows
+MOST = 0.5  # of the texts: if so many are found among the rows, they are judged by their rows
+NUM_KNOWN = 2000  # rows that texts are compared with
+_WHOLE = "use packing that keeps rows whole, or a max_length above the longest row"
 
 
 @rule("F31", needs=("batches",), probes=("P3",))
@@ -42,10 +48,9 @@ def documents_not_kept_apart(run_facts: RunFacts) -> Signal | None:
         return None
     why = "no restarting positions" if unmarked else "an attention_mask of ones in addition to restarting positions"
     says = f"{unmarked + undone} of {len(packed)} packed sequences have {why}"
-    return Signal(
-        "F31", "measured", says, 0.75, {"sequences": unmarked + undone, "packed": len(packed)},
-        fix="restart position_ids at each row, pass no attention_mask, and set use_cache=False",
-    )  # fmt: skip
+    numbers, share = {"sequences": unmarked + undone, "packed": len(packed)}, (unmarked + undone) / len(packed)
+    fix = "restart position_ids at each row, pass no attention_mask, and set use_cache=False"
+    return Signal("F31", "measured", says, 0.75, numbers, fix=fix, affected=share)
 
 
 @rule("F32", needs=("batches",), probes=("P3",))
@@ -72,25 +77,62 @@ def positions_not_restarted(run_facts: RunFacts) -> Signal | None:
     if not seen:
         return None
     says = f"{seen} of {packed} packed sequences have rows separated by a mask, but positions that do not restart"
-    return Signal("F32", "invariant", says, 0.85, {"sequences": seen}, fix="restart position_ids at each row")
+    fix = "restart position_ids at each row"
+    return Signal("F32", "invariant", says, 0.85, {"sequences": seen}, fix=fix, affected=seen / packed)
 
 
 @rule("F33", needs=("batches",))
 def packing_cuts_rows(run_facts: RunFacts) -> Signal | None:
     """F33: packing splits rows over sequences, or drops what does not fit.
 
-    Sees: packed sequences that end before the row is finished: an answer without an end at the edge of a full sequence.
+    Sees: packed sequences whose texts are only parts of the known rows; where the rows are not known, sequences that
+    end before the row is finished: an answer without an end at the edge of a full sequence.
     Why: answers are trained on without their beginning or their end.
-    Not: F24, where rows are truncated without packing; F10, where ends are missing inside the sequences too.
+    Not: F24, where rows are truncated without packing, or before it; F10, where ends are missing inside the sequences
+    too (Control: the ends of the other texts in the same sequences). solotune's own packing is not guessed from the
+    ends: each text is compared with its row.
     Fix: packing that keeps rows whole (best fit), and a `max_length` above the longest row.
     Wrong when: long plain texts are wrapped on purpose, as in pretraining.
     Source: TRL's config: `bfd` truncates, `wrapped` splits.
     """
-    facts = LabelFacts.of(run_facts)
-    batches = facts.batches
-    if not (batches.is_packed or run_facts.settings.get("packing")) or not facts.roles.ends:
+    batches = Batches.of(run_facts)
+    splits = mapping(run_facts.settings.get("sft")).get("packing_strategy") == "bfd_split"
+    if splits or not (batches.is_packed or run_facts.settings.get("packing")):
         return None
+    documents = batches.documents[:NUM_READ]
+    parts, judged = parts_of_rows(documents, run_facts.train)
+    if judged < MOST * len(documents) and not is_ours(run_facts):
+        return _open_edges(run_facts, batches)
+    if not parts:
+        return None
+    says, share = f"{parts} of {judged} packed texts are only a part of their row", parts / judged
+    kind, weight = ("invariant", 0.9) if share >= SOME or is_ours(run_facts) else ("remark", 0.3)
+    return Signal("F33", kind, says, weight, {"parts": parts, "of": judged}, fix=_WHOLE, affected=share)
+
+
+def parts_of_rows(documents: Sequence[Document], rows: Sequence[Example]) -> tuple[int, int]:
+    """Texts that are the beginning or the end of a row and no row themselves; and the texts that are found at all."""
+    known = [ids.astype(np.int64).tobytes() for ids in ids_of(rows[:NUM_KNOWN])]
+    whole, lengths, parts, judged = set(known), np.asarray(lengths_of(rows)), 0, 0
+    for document in documents:
+        ids = document.ids.astype(np.int64).tobytes()
+        if ids in whole:
+            judged += 1
+            continue
+        if not any(len(row) > len(ids) and (row.startswith(ids) or row.endswith(ids)) for row in known):
+            continue
+        judged += 1
+        alike = np.flatnonzero(lengths == len(document.ids))  # a row beyond the known ones may begin like one of them
+        parts += not any(np.array_equal(rows[int(row)].input_ids, document.ids) for row in alike)
+    return parts, judged
+
+
+def _open_edges(run_facts: RunFacts, batches: Batches) -> Signal | None:
+    """F33 of rows that are not known: texts at the end of full sequences have no end, and those inside have one."""
+    facts = LabelFacts.of(run_facts)
     ends = facts.roles.ends
+    if not ends:
+        return None
     lasts, inner = [], []
     for document in facts.documents:
         line = batches.sequences[document.batch][document.sequence]
@@ -101,10 +143,8 @@ def packing_cuts_rows(run_facts: RunFacts) -> Signal | None:
     if not full or inner.count(False) > SOME * len(inner) or open_ < SOME * len(facts.documents):
         return None
     says = f"{open_} of {len(lasts)} packed sequences end before the row is finished"
-    return Signal(
-        "F33", "measured", says, 0.8, {"open": open_, "sequences": len(lasts)},
-        fix="use packing that keeps rows whole, or a max_length above the longest row",
-    )  # fmt: skip
+    numbers = {"open": open_, "sequences": len(lasts)}
+    return Signal("F33", "measured", says, 0.8, numbers, fix=_WHOLE, affected=open_ / len(facts.documents))
 
 
 @rule("F33", needs=("settings",))

@@ -11,6 +11,8 @@ from solotune.diagnosis.run_facts import RunFacts
 
 _LEVELS = 17
 """Distinct values of 64 weights in 4 bits, plus one for a zero made by rounding."""
+_SET_IT = ("unsloth", "llama-factory", "llamafactory", "axolotl", "ms-swift", "swift", "trl")
+"""Tools that give 4-bit layers the dtype of the training."""
 
 
 def quantises(run_facts: RunFacts) -> bool:
@@ -47,26 +49,27 @@ def quantised_twice(run_facts: RunFacts) -> Signal | None:
 def computes_in_float32(run_facts: RunFacts) -> Signal | None:
     """F50: 4-bit layers compute in float32.
 
-    Sees: a 4-bit base whose `bnb_4bit_compute_dtype` is float32 or not set (transformers' default is float32), in a run
-    that otherwise computes in 16 bits.
+    Sees: a 4-bit base whose `bnb_4bit_compute_dtype` is float32, in a run that otherwise computes in 16 bits; or not
+    set, where the script makes the quantization itself (transformers' default is float32). If neither the precision nor
+    the tool is known, it is a remark.
     Why: every matmul of the base runs in float32, several times slower, without a message.
     Not: F73, which is slow only for new lengths; a run in float32 on purpose (`bf16: false`); solotune, where the
     compute dtype follows `bf16`.
     Fix: `bnb_4bit_compute_dtype: bfloat16`.
-    Wrong when: a wrapper sets it (as Unsloth does).
+    Wrong when: a wrapper sets it (Unsloth, LLaMA-Factory, Axolotl and ms-swift do).
     Source: bitsandbytes#2077; h2ogpt#682 (5 to 16 tokens/s).
     """
     get = run_facts.settings.get
     dtype = get("bnb_4bit_compute_dtype")
     is_wide = dtype is None or str(dtype).rpartition(".")[2] in ("float32", "fp32", "float")
-    if is_ours(run_facts) or not in_4bit(run_facts) or not is_wide or get("tool") == "unsloth":
+    if is_ours(run_facts) or not in_4bit(run_facts) or not is_wide or (dtype is None and get("tool") in _SET_IT):
         return None
     in_16 = get("bf16") is True or get("fp16") is True
     if not in_16 and (get("bf16") is False or get("fp16") is False):
         return None
     says = f"bnb_4bit_compute_dtype is {'not set, which means float32' if dtype is None else dtype}"
-    weight = 0.85 if in_16 else 0.55
-    return Signal("F50", "invariant", says, weight, {"dtype": str(dtype)}, fix="bnb_4bit_compute_dtype: bfloat16")
+    kind, weight = ("invariant", 0.85) if in_16 else ("remark", 0.3)
+    return Signal("F50", kind, says, weight, {"dtype": str(dtype)}, fix="bnb_4bit_compute_dtype: bfloat16")
 
 
 @rule("F51", needs=("settings",))

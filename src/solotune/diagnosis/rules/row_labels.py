@@ -13,7 +13,7 @@ from solotune.diagnosis.facts.row_facts import RowFacts
 from solotune.diagnosis.facts.row_labels import open_answers, said_in_training
 from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import rule
-from solotune.diagnosis.rules.labels import MOST  # imported first, so that its docstrings are the first
+from solotune.diagnosis.rules.labels import MOST, MUCH  # imported first, so that its docstrings are the first
 
 FEW = 0.01
 """One row in a hundred, for faults that should never happen. 177 of dolly's 15,000 rows once were reported as a bug."""
@@ -42,7 +42,7 @@ def _masked(facts: RowFacts, *, by_pad: bool) -> Finding | None:
     if is_pads is not by_pad or not is_pattern(len(rows), len(side.rows), FEW):
         return None
     evidence = {"answers_with": len(masked), "answers": len(side.begins), "rows": side.places(rows)}
-    severity = "error" if len(rows) >= MOST * len(side.rows) else "warning"
+    severity, share = "error" if len(rows) >= MUCH * len(side.rows) else "warning", len(rows) / len(side.rows)
     if by_pad:
         return Finding.of(
             "F17",
@@ -51,6 +51,7 @@ def _masked(facts: RowFacts, *, by_pad: bool) -> Finding | None:
             "and was masked by its id.",
             evidence={**evidence, "pad_id": pad},
             fix="mask padding by position, or set a separate pad_token in tokenizer_config.json",
+            affected=share,
         )
     return Finding.of(
         "F19",
@@ -59,6 +60,7 @@ def _masked(facts: RowFacts, *, by_pad: bool) -> Finding | None:
         "masked: the model is not trained to stop.",
         evidence={**evidence, "followed_by": facts.spelled(side.ids[follows[0]])},
         fix="include the end-of-turn token after an answer in its mask",
+        affected=share,
     )
 
 
@@ -80,7 +82,8 @@ def prompt_learned(facts: RowFacts) -> Finding | None:
             "supervised_share": round(float(facts.train.loss_mask.mean()), 3),
             "rows": facts.train.places(prompted),
         },
-        fix="mask everything outside the answers; or set `assistant_only_loss: false` to train on all tokens",
+        fix="assistant_only_loss: false to train on all tokens; or mask everything outside the answers",
+        affected=len(prompted) / judged,
     )
 
 
@@ -96,6 +99,7 @@ def mask_inverted(facts: RowFacts) -> Finding | None:
         message=f"The mask is inverted: {len(inverted)} of {judged} rows train on the prompt and not on the answer.",
         evidence={"rows_with": len(inverted), "rows_read": judged, "rows": facts.train.places(inverted)},
         fix="invert the mask, or swap the roles user and assistant if the data has them swapped",
+        affected=len(inverted) / judged,
     )
 
 
@@ -110,10 +114,11 @@ def nothing_learned(facts: RowFacts) -> Finding | None:
         return None
     return Finding.of(
         "F21",
-        "error" if len(rows) + dropped >= MOST * total else "warning",
+        "error" if len(rows) + dropped >= MUCH * total else "warning",
         message=f"{len(rows) + dropped:,} of {total:,} rows have no loss tokens although they fit into max_length.",
         evidence={"rows_without_labels": len(rows), "dropped": dropped, "rows": side.places(rows)},
         fix="move the space or newline from the end of the prompt to the start of the completion"
         if not facts.is_chat
         else "give these rows an answer, or remove them",
+        affected=(len(rows) + dropped) / total,
     )

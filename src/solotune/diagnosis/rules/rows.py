@@ -1,4 +1,4 @@
-"""S8, the content of the rows: F34 to F36, F38 and F39; `text` has F37, `order` F40 to F42.
+"""S8, the content of the rows: F34 to F36; `text` has F37, `misaligned` F38, `duplicates` F39, `order` F40 to F42.
 
 The second rule of a fault judges conversations that could not be rendered (no tokenizer, no model, roles that
 `solotune data` refuses).
@@ -10,17 +10,14 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from solotune.dataset.chat.formats import EMPTY_ANSWER
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.conversations import answers_of, calls_of, chats_of
-from solotune.diagnosis.facts.prompt_answer_overlap import alignment_of
-from solotune.diagnosis.facts.row_arrays import is_pattern, percent, squeezed
-from solotune.diagnosis.facts.row_facts import RowFacts
-from solotune.diagnosis.facts.rows import examples_of
+from solotune.diagnosis.facts.row_arrays import MIN_ROWS, NUM_DECODED, evenly, is_pattern, percent, squeezed
+from solotune.diagnosis.facts.row_facts import RowFacts, pieces_of_template
+from solotune.diagnosis.facts.rows import facts_of
 from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
@@ -35,23 +32,35 @@ ENOUGH_ROWS = 10
 """With fewer rows, the frequency of an answer means nothing."""
 CONSTANT = 0.98
 """Share of one answer: 95 : 5 is normal with a rare class; two different rows in a hundred teach nothing."""
-CONSTANT_CHATS = 0.9
-"""The same, for chats whose tokens are unknown."""
+ALIKE = 0.25
+"""Of the words of two answers, if they are classes in one sentence."""
+CONSTANT_SENTENCE = 0.9
+"""Share of one sentence, if the other answers are free texts."""
 OVERUSED = 0.2
 """Share of one sentence among free texts: if it is one answer in five, it is boilerplate or a refusal."""
 OVERUSED_LABEL = 0.5
 """The same for an answer of one to three words: `unanswerable` is a third of SQuAD 2."""
-REPEATED = 0.3
-"""Share of (near-)duplicates that is reported; data made from templates has many, so it is not a warning."""
-SHUFFLED = 0.55
-"""Weight of shared words alone: enough to report it, unless the model prefers the rows' own prompts."""
 
+_FOREIGN_ROLES = (
+    "human",
+    "gpt",
+    "bot",
+    "chatgpt",
+    "bard",
+    "ai",
+    "prompter",
+    "customer",
+    "agent",
+    "instruction",
+    "response",
+)
 _ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython", "observation"}
 _EXCHANGED = "one message of the assistant and one of the user after it: what the user says is not trained on."
-_NAMES_OF_ROLES = "give the message that is to be learned the role assistant, and the one before it the role user"
-_WORD = re.compile(r"\w{3,}")
-_NUMBER = re.compile(r"(\d+)\D*$")
-_PLACEHOLDERS = {"nan", "null", "none", "undefined", "n/a", "#n/a", "<na>", "[]", "{}", "todo", "tbd"}
+_NAMES_OF_ROLES = (
+    "in the data, give the message that is to be learned the role assistant, and the one before it the role user"
+)
+_EXPORTED = {"nan", "undefined", "#n/a", "<na>"}
+_PLACEHOLDERS = _EXPORTED | {"null", "none", "n/a", "[]", "{}", "todo", "tbd"}
 
 
 @rule("F34", needs=("rows",), probes=("P1",))
@@ -61,9 +70,11 @@ def empty_answers(facts: RowFacts) -> Finding | None:
     Sees: answers without a visible character; `nan` and the like among free texts; rows that were dropped for this
     reason.
     Why: the model learns to answer with its end of turn at once; a batch of such rows has a NaN loss.
-    Not: F25, whose answers exist before truncation; `none` as one class among a few; one or two odd rows.
+    Not: F25, whose answers exist before truncation; `none` as one class among a few; one or two odd rows; questions of
+    a log that nobody answered, which are left out: up to a fifth of the rows is a remark.
     Fix: correct the export, or remove these rows.
-    Wrong when: `null` is a real answer.
+    Wrong when: `null` is a real answer. Control: `none`, `n/a`, `{}` are what extraction finds where there is nothing,
+    so they are a remark; `nan`, `undefined` and `<na>` are written by programs only.
     Source: FederatedScope#625 (NaN), trl#1225; the first loss is 16 times the normal one (measured).
     """
     dropped = facts.dropped(EMPTY_ANSWER)
@@ -71,12 +82,13 @@ def empty_answers(facts: RowFacts) -> Finding | None:
     folded = [(row, text.strip().casefold()) for row, text in facts.answers]
     is_free = len({text for _, text in folded}) > MOST * len(folded)
     filler = [row for row, text in folded if text in _PLACEHOLDERS] if is_free else []
+    exported = sum(text in _EXPORTED for _, text in folded) if is_free else 0
     found, total = dropped + len(invisible) + len(filler), len(folded) + len(facts.validation.rows) + dropped
     if not is_pattern(len(invisible) + len(filler), len(folded), FEW) and not is_pattern(dropped, total, SOME):
         return None
     return Finding.of(
         "F34",
-        "warning",
+        "error" if _are_lost(len(invisible) + exported, len(folded), dropped, total) else "warning",
         message=f"{found:,} of {total:,} rows ({percent(found, total)}) have an empty answer or a placeholder.",
         evidence={
             "dropped_as_empty": dropped,
@@ -84,8 +96,14 @@ def empty_answers(facts: RowFacts) -> Finding | None:
             "placeholders": len(filler),
             "rows": facts.train.places(invisible + filler),
         },
-        fix="check the export of the answer column, or remove these rows",
+        fix="in the data, check the export of the answer column, or remove these rows",
+        affected=found / total,
     )
+
+
+def _are_lost(learned: int, answers: int, dropped: int, total: int) -> bool:
+    """Whether empty answers are a fault: one in twenty that are trained on, or one in five that were left out."""
+    return is_pattern(learned, answers, SOME) or is_pattern(dropped, total, OVERUSED)
 
 
 @rule("F34", otherwise=True)
@@ -93,105 +111,194 @@ def chats_without_answers(run_facts: RunFacts) -> Signal | None:
     """F34, of conversations that could not be rendered."""
     answers = answers_of(chats_of(run_facts))
     empty = sum(not text.strip() for text in answers)
-    if empty < max(3, 0.01 * len(answers)):
+    if not is_pattern(empty, len(answers), FEW):
         return None
-    says = f"{empty:,} of {len(answers):,} answers are empty"
-    return Signal("F34", "invariant", says, 0.9, {"empty": empty}, fix="remove the rows without an answer")
+    says, fix = f"{empty:,} of {len(answers):,} answers are empty", "in the data, remove the rows without an answer"
+    kind, weight = ("invariant", 0.9) if is_pattern(empty, len(answers), SOME) else ("remark", 0.3)
+    return Signal("F34", kind, says, weight, {"empty": empty}, fix=fix, affected=empty / len(answers))
 
 
 @rule("F35", needs=("rows",), probes=("P10",))
 def constant_answers(facts: RowFacts) -> Finding | None:
     """F35: nearly all answers are the same.
 
-    Sees: the share of the most frequent answer.
+    Sees: one answer in all rows; one sentence in nine of ten rows, where the others are free texts.
     Why: the loss falls to almost zero, and the model gives this answer to every prompt.
     Not: F44 and F46, whose answers differ and are copied; F38, where answers differ and the prompts do not matter; a
-    few classes of which one is frequent; a short `unanswerable` in up to half of the rows.
+    refusal or a short `unanswerable` in a part of the rows, which is a remark.
     Fix: remove or rebalance the repeated answer.
-    Wrong when: the data has one class on purpose.
+    Wrong when: the data has one class on purpose. Control: the other answers. If they are few classes too, the data has
+    classes of which one is frequent (99 of 100 are no fraud), and the share of a class is no fault.
     Source: one answer for all rows: 1.88 in training, 6.46 held out (measured).
     """
-    answers = [(row, squeezed(text)) for row, text in facts.answers]
-    if len(answers) < ENOUGH_ROWS:
-        return None
-    counts = Counter(text for _, text in answers)
-    top, count = counts.most_common(1)[0]
-    rest = len(answers) - count
-    shown = next(text for (_, key), (_, text) in zip(answers, facts.answers, strict=True) if key == top)
-    is_free = rest > 0 and len(counts) - 1 > MOST * rest
-    limit = OVERUSED_LABEL if len(shown.split()) <= 3 and len(top) <= 20 else OVERUSED
-    if count < CONSTANT * len(answers) and not (is_free and count >= limit * len(answers)):
+    found = _constant([text for _, text in facts.answers])
+    if found is None:
         return None
     return Finding.of(
         "F35",
-        "error" if count >= CONSTANT * len(answers) else "warning",
-        message=f"{count:,} of {len(answers):,} answers ({percent(count, len(answers))}) are the same: "
-        f"{shown.strip()[:60]!r}.",
+        "error" if found.is_fault else "warning",
+        message=found.says + ".",
         evidence={
-            "most_frequent": count,
-            "answers": len(answers),
-            "distinct": len(counts),
-            "rows": facts.train.places([row for row, text in answers if text == top]),
+            "most_frequent": found.count,
+            "answers": len(facts.answers),
+            "distinct": found.distinct,
+            "rows": facts.train.places([row for row, text in facts.answers if squeezed(text) == found.answer]),
         },
-        fix="check that the answers come from the right column; if so, keep only some of these rows",
+        fix="in the data, check that the answers come from the right column; if so, keep only some of these rows",
+        affected=found.count / len(facts.answers),
+        is_statistic=found.distinct > 1,
     )
 
 
 @rule("F35", otherwise=True)
 def chats_with_one_answer(run_facts: RunFacts) -> Signal | None:
     """F35, of conversations that could not be rendered."""
-    answers = [text.strip() for text in answers_of(chats_of(run_facts))]
-    if len(answers) < 20:
+    answers = answers_of(chats_of(run_facts))
+    found = _constant(answers)
+    if found is None or not found.answer:
         return None
-    text, count = Counter(answers).most_common(1)[0]
-    if not text or count < CONSTANT_CHATS * len(answers):
+    kind, weight = ("measured", 0.8) if found.is_fault else ("remark", 0.3)
+    fix, affected = "in the data, remove or rebalance the repeated answer", found.count / len(answers)
+    return Signal("F35", kind, found.says, weight, {"count": found.count}, fix=fix, affected=affected)
+
+
+class _Constant(NamedTuple):
+    """The most frequent answer, if it is too frequent."""
+
+    answer: str
+    """squeezed"""
+    count: int
+    distinct: int
+    is_fault: bool
+    says: str
+
+
+def _constant(texts: Sequence[str]) -> _Constant | None:
+    if len(texts) < ENOUGH_ROWS:
         return None
-    says = f"{count:,} of {len(answers):,} answers are {text[:40]!r}"
-    return Signal("F35", "measured", says, 0.8, {"count": count}, fix="remove or rebalance the repeated answer")
+    answers = [squeezed(text) for text in texts]
+    counts = Counter(answers)
+    top, count = counts.most_common(1)[0]
+    rest = len(answers) - count
+    shown = next(text for text, answer in zip(texts, answers, strict=True) if answer == top).strip()
+    is_label = len(shown.split()) <= 3 and len(top) <= 20
+    is_free = rest > 0 and len(counts) - 1 > MOST * rest
+    share = count / len(answers)
+    if share < CONSTANT and not (is_free and share >= (OVERUSED_LABEL if is_label else OVERUSED)):
+        return None
+    others = [_alike(text, shown) for text, answer in zip(texts, answers, strict=True) if answer != top]
+    is_one_class = rest < MIN_ROWS and sum(others) > ALIKE * rest  # "It is in order." beside "It is suspicious."
+    is_sentence = not is_label and share >= CONSTANT_SENTENCE and (is_free or rest < MIN_ROWS) and not is_one_class
+    is_fault = (rest == 0 and count >= 2 * ENOUGH_ROWS) or is_sentence
+    says = f"{count:,} of {len(answers):,} answers ({percent(count, len(answers))}) are the same: {shown[:60]!r}"
+    return _Constant(top, count, len(counts), is_fault, says)
+
+
+def _alike(text: str, other: str) -> float:
+    """The share of words that two texts have in common."""
+    a, b = (set(one.casefold().split()) for one in (text, other))
+    return len(a & b) / max(len(a | b), 1)
 
 
 @rule("F36", needs=("rows",))
 def broken_turns(facts: RowFacts) -> Finding | None:
     """F36: roles have wrong names or do not alternate.
 
-    Sees: role names that no template knows (`human`, `gpt`); two turns of one role in a row; chats of one message
-    of the assistant, other than in the next chat, and one of the user after it.
+    Sees: role names that no template knows (`human`, `gpt`), in chats or in headers of rendered rows; chats of one
+    message of the assistant, other than in the next chat, and one of the user after it; the same turn twice in a row.
+    Two different turns of one role in a row are a remark.
     Why: strict templates raise an error. Others write a header that the model has never seen, or no answer is found.
     The loss does not show it (the first loss is 1.3 times the normal one).
     Not: several tool messages in a row; a system message at the start; a call, its result and the answer; a greeting of
-    the assistant at the start, or a last word of the user.
+    the assistant at the start, or a last word of the user; role names that the trainer translates.
     Fix: rename the roles to system, user and assistant.
-    Wrong when: the template is made for these names.
+    Wrong when: the template is made for these names. Control: the rendered rows. If they have the template's header of
+    a user, the names were translated.
     Source: Megatron-Bridge#5078, smol-course#260, unsloth#994.
     """
     chats = [facts.train.rows[row].messages for row in facts.chats]
     repeated = [row for row, messages in zip(facts.chats, chats, strict=True) if _repeats_a_role(messages)]
+    twice = [row for row, messages in zip(facts.chats, chats, strict=True) if _repeats_a_role(messages, same=True)]
     total = len(chats)
     if exchanged := _exchanged(chats):
         rows = [facts.chats[number] for number in exchanged]
         return Finding.of(
             "F36",
-            "warning",
+            "error",
             message=f"{len(rows):,} of {total:,} rows are {_EXCHANGED}",
             evidence={"rows_with": len(rows), "rows_read": total, "rows": facts.train.places(rows)},
             fix=_NAMES_OF_ROLES,
+            affected=len(rows) / total,
+            is_statistic=True,
         )
+    is_twice = is_pattern(len(twice), total, SOME)
     if not is_pattern(len(repeated), total, SOME):
         return None
+    rows = twice if is_twice else repeated
     return Finding.of(
         "F36",
-        "warning",
-        message=f"{len(repeated):,} of {total:,} rows have two turns of the same role in a row.",
-        evidence={"rows_with": len(repeated), "rows_read": total, "rows": facts.train.places(repeated)},
-        fix="join neighbouring messages of one role, or look for a lost turn between them",
+        "error" if is_twice else "warning",
+        message=f"{len(rows):,} of {total:,} rows have two turns of the same role in a row"
+        + (", with the same text." if is_twice else "."),
+        evidence={"rows_with": len(rows), "rows_read": total, "rows": facts.train.places(rows)},
+        fix="in the data, remove the second turn"
+        if is_twice
+        else "in the data, join neighbouring messages of one role, or look for a lost turn between them",
+        affected=len(rows) / total,
     )
 
 
-def _repeats_a_role(messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the user or the assistant has two turns in a row; a call and the answer after it are no repetition."""
+@rule("F36", needs=("rows",))
+def headers_of_foreign_roles(facts: RowFacts) -> Finding | None:
+    """F36, of rendered rows: the template's header, with a role name that it does not have."""
+    header = _header_of_answers(facts)
+    if header is None:
+        return None
+    begin, end = header
+    pattern = re.compile(re.escape(begin) + f"({'|'.join(_FOREIGN_ROLES)})" + re.escape(end), re.IGNORECASE)
+    read = evenly(range(len(facts.train.rows)), NUM_DECODED)
+    own = str(facts.tokenizer.chat_template)  # may have such a name for the user or the assistant itself
+    texts = {row: facts.decode(facts.train.rows[row].input_ids) for row in read}
+    found = {row: {name for name in pattern.findall(text) if name not in own} for row, text in texts.items()}
+    named = {row: names for row, names in found.items() if names}
+    if not is_pattern(len(named), len(read), SOME):
+        return None
+    names = sorted(set().union(*named.values()))
+    return Finding.of(
+        "F36",
+        "error",
+        message=f"{len(named):,} of {len(read):,} rows have turns of roles that the chat template does not have: "
+        f"{', '.join(names)}.",
+        evidence={
+            "rows_with": len(named),
+            "rows_read": len(read),
+            "roles": names,
+            "rows": facts.train.places([*named]),
+        },
+        fix="in the data, name the roles system, user and assistant",
+        affected=len(named) / len(read),
+    )
+
+
+def _header_of_answers(facts: RowFacts) -> tuple[str, str] | None:
+    """What the template writes before and after the role's name in the header of an answer; None without a name."""
+    pieces = pieces_of_template(facts)
+    if pieces is None or "assistant" not in pieces[1]:
+        return None
+    before, _, after = pieces[1].rpartition("assistant")
+    begin = before.rpartition("\n")[2][-16:]
+    return (begin, after[:4]) if begin.strip() and after else None
+
+
+def _repeats_a_role(messages: Sequence[Mapping[str, Any]], same: bool = False) -> bool:
+    """Whether the user or the assistant has two turns in a row (`same`: of the same text); a call and the answer after
+    it are no repetition."""
     turns = [message for message in messages if message["role"] not in ("system", "developer")]
     return any(
-        a["role"] == b["role"] and a["role"] in ("user", "assistant") and not calls_of(a)
+        a["role"] == b["role"]
+        and a["role"] in ("user", "assistant")
+        and not calls_of(a)
+        and (not same or a["content"] == b["content"])
         for a, b in itertools.pairwise(turns)
     )
 
@@ -221,156 +328,29 @@ def foreign_roles(run_facts: RunFacts) -> Signal | None:
     named = Counter(m["role"] for chat in chats for m in chat)
     foreign = {role: count for role, count in named.items() if role not in _ROLES}
     odd = sum(any(m["role"] in foreign for m in chat) for chat in chats)
-    if foreign and odd >= max(3, SOME * len(chats)):
+    if foreign and is_pattern(odd, len(chats), SOME) and not _are_translated(run_facts):
         says = f"{odd:,} of {len(chats):,} chats have roles that no template knows: {', '.join(sorted(foreign))}"
-        return Signal("F36", "invariant", says, 0.85, {"roles": foreign}, fix=fix)
+        return Signal("F36", "invariant", says, 0.85, {"roles": foreign}, fix=fix, affected=odd / len(chats))
     if exchanged := len(_exchanged(chats)):
-        says = f"{exchanged:,} of {len(chats):,} chats are {_EXCHANGED}"
-        return Signal("F36", "measured", says, 0.75, {"chats": exchanged}, fix=_NAMES_OF_ROLES)
-    broken = sum(_repeats_a_role(chat) for chat in chats)
-    if broken < max(3, SOME * len(chats)):
+        says, affected = f"{exchanged:,} of {len(chats):,} chats are {_EXCHANGED}", exchanged / len(chats)
+        return Signal("F36", "measured", says, 0.75, {"chats": exchanged}, fix=_NAMES_OF_ROLES, affected=affected)
+    broken, twice = (sum(_repeats_a_role(chat, same) for chat in chats) for same in (False, True))
+    if not is_pattern(broken, len(chats), SOME):
         return None
+    if is_pattern(twice, len(chats), SOME):
+        says = f"in {twice:,} of {len(chats):,} chats a turn stands twice in a row"
+        return Signal("F36", "measured", says, 0.75, {"chats": twice}, fix=fix, affected=twice / len(chats))
     says = f"in {broken:,} of {len(chats):,} chats user and assistant do not alternate"
-    return Signal("F36", "measured", says, 0.75, {"chats": broken}, fix=fix)
+    return Signal("F36", "remark", says, 0.3, {"chats": broken}, fix=fix, affected=broken / len(chats))
 
 
-@rule("F38", needs=("rows",), probes=("P10",))
-def misaligned_answers(facts: RowFacts) -> Finding | None:
-    """F38: answers do not belong to their prompts.
-
-    Sees: rare words of prompts that occur in the answer of the next or previous row more often than in their own; or
-    answers with rare words of prompts from all over the data, and of their own prompt no more often than by chance
-    (shuffled). Probe P10 asks the model: with another row's prompt the loss is the same or lower.
-    Why: the loss flattens above what the model could reach; answers are fluent but do not fit the question.
-    Not: F64, where another learning rate helps; F35, whose answers are all alike; F26, where prompts are missing;
-    sorted rows, whose own answer still fits best; tasks without common words, where no neighbour fits better either.
-    Fix: join prompts and answers again by their key.
-    Wrong when: answers never depend on their prompts, or answers are prompts of other rows (translation in both
-    directions).
-    Source: the first loss is 4.2 times the normal one; the loss curve of a small model does not show it (measured).
-    """
-    pairs = []
-    for side in (facts.train, facts.validation):
-        for row in side.rows:
-            spoken = [m for m in row.messages if m["role"] not in ("system", "developer")]
-            if [m["role"] for m in spoken] == ["user", "assistant"]:
-                number = _NUMBER.search(row.where)
-                order = (row.where[: number.start()] if number else "", int(number[1]) if number else len(pairs))
-                pairs.append((order, row.where, *(set(_WORD.findall(m["content"].casefold())) for m in spoken)))
-    if len(pairs) < 2 * ENOUGH_ROWS:
-        return None
-    pairs.sort(key=lambda pair: pair[0])
-    common = Counter(word for *_, prompt, _ in pairs for word in prompt)
-    rare = {word for word, count in common.items() if count <= max(2, FEW * len(pairs))}
-    prompts, answers = [p[2] & rare for p in pairs], [p[3] for p in pairs]
-    hits = {
-        shift: sum(not prompts[i].isdisjoint(answers[i + shift]) for i in range(1, len(pairs) - 1))
-        for shift in (-1, 0, 1)
-    }
-    best = max((-1, 1), key=lambda shift: hits[shift])
-    # 3 times: far from chance for words this rare, and far from sorted data
-    if hits[best] < 0.2 * len(pairs) or hits[best] < 3 * hits[0]:
-        return None
-    return Finding.of(
-        "F38",
-        "error",
-        message=f"The answers belong to the prompts of the {'next' if best == -1 else 'previous'} row: prompts share "
-        f"rare words with {hits[best]:,} answers one row {'before' if best == -1 else 'after'} them, and with "
-        f"{hits[0]:,} of their own answers.",
-        evidence={
-            "rows_compared": len(pairs) - 2,
-            "matches_own": hits[0],
-            "matches_previous": hits[-1],
-            "matches_next": hits[1],
-            "rows": [pair[1] for pair in pairs[:3]],
-        },
-        fix="join prompts and answers again, by an id instead of their order",
-    )
-
-
-@rule("F38", otherwise=True)
-def shuffled_answers(run_facts: RunFacts) -> Signal | None:
-    """F38, from answers with rare words of prompts all over the data, but not of their own."""
-    found = alignment_of(_asked_and_answered(chats_of(run_facts)))
-    if found is None:
-        return None
-    says = f"{found.linked} of {found.rows} answers have a rare word of some prompt, {found.own} of their own prompt"
-    says += f" (by chance: {found.by_chance:.0f})"
-    numbers = {"rows": found.rows, "linked": found.linked, "own": found.own, "by_chance": found.by_chance}
-    if found.is_shuffled:
-        fix = "join prompts and answers again by their key"
-        return Signal("F38", "measured", says, SHUFFLED, numbers, fix=fix)
-    return Signal("F38", "measured", says, 0.85, numbers, against=True) if found.is_whole else None
-
-
-def _asked_and_answered(chats: Sequence[Sequence[dict[str, Any]]]) -> list[tuple[str, str]]:
-    """Pairs of the text before the last answer, and that answer."""
-    said = ([str(m["content"]) for m in chat if m["role"] not in ("system", "developer")] for chat in chats)
-    return [("\n".join(texts[:-1]), texts[-1]) for texts in said if len(texts) > 1]
-
-
-@rule("F39", needs=("rows",))
-def duplicates(facts: RowFacts) -> Finding | None:
-    """F39: the same rows are in the data many times.
-
-    Sees: rows with equal ids, or equal chats.
-    Why: these rows are memorised, the data has fewer different rows than it seems, and held-out rows have copies in
-    training.
-    Not: F46, many epochs over different rows; F41, where data loader workers repeat rows that are in the file once;
-    rows made from one pattern, which are naturally alike.
-    Fix: remove duplicates before the split.
-    Wrong when: rows are repeated to give them more weight; with dataset_exact_deduplication: false it is an info.
-    Source: common guides on deduplication.
-    """
-    train, report = facts.whole[0], facts.report
-    order = np.argsort(train.hashes, kind="stable")
-    same = np.sort(order[1:][train.hashes[order[1:]] == train.hashes[order[:-1]]])
-    total = len(train.rows)
-    evidence = {
-        "equal_after_truncation": len(same),
-        "copies_removed": report.num_exact_duplicates,
-        "near_duplicates": report.num_near_duplicates,
-        "rows": train.places(same),
-    }
-    if report.num_copies_kept:
-        return Finding.of(
-            "F39",
-            "info",
-            message=f"{report.num_copies_kept:,} rows are exact copies of an earlier one, and were kept.",
-            evidence={**evidence, "copies_kept": report.num_copies_kept},
-            fix="nothing to do if they are meant; else remove dataset_exact_deduplication: false",
-        )
-    if is_pattern(len(same), total, SOME):
-        return Finding.of(
-            "F39",
-            "warning",
-            message=f"{len(same):,} of {total:,} rows have the same tokens as an earlier row.",
-            evidence=evidence,
-            fix=f"if only their beginnings are equal, raise max_length above {facts.settings.max_length}; "
-            "else remove the copies",
-        )
-    whole = report.num_train + report.num_validation + report.num_exact_duplicates
-    alike = report.num_exact_duplicates + report.num_near_duplicates
-    if not is_pattern(alike, whole, REPEATED):
-        return None
-    return Finding.of(
-        "F39",
-        "warning" if report.num_exact_duplicates >= MOST * whole else "info",
-        message=f"{percent(alike, whole)} of the rows repeat an earlier one: {report.num_exact_duplicates:,} exactly "
-        f"(removed) and {report.num_near_duplicates:,} nearly (kept, on one side of the split).",
-        evidence=evidence,
-        fix="nothing to do if the rows are made from a template; if copies are meant, set "
-        "dataset_exact_deduplication: false or give the row a higher weight; else look for a file that was added twice",
-    )
-
-
-@rule("F39", otherwise=True)
-def repeated_rows(run_facts: RunFacts) -> Signal | None:
-    """F39, of rows that another trainer made, or of conversations that could not be rendered."""
-    rows = examples_of(run_facts) if run_facts.train else []
-    keys = [row.input_ids.tobytes() for row in rows] or [repr(chat) for chat in chats_of(run_facts)]
-    again = len(keys) - len(set(keys))
-    if again < max(3, 0.2 * len(keys)):
-        return None
-    says = f"{again:,} of {len(keys):,} rows repeat an earlier one"
-    return Signal("F39", "measured", says, 0.8, {"again": again}, fix="remove duplicates before the split")
+def _are_translated(run_facts: RunFacts) -> bool:
+    """Whether the rendered rows have the template's header of a user, and of no other role: the trainer knew them."""
+    is_own_rendering = "batches" in run_facts.missing  # the trainer's is not known, and these rows are solotune's
+    facts = facts_of(run_facts) if len(run_facts.train) and not is_own_rendering else None
+    header = None if facts is None else _header_of_answers(facts)
+    if facts is None or header is None:
+        return False
+    read = [facts.decode(facts.train.rows[row].input_ids) for row in evenly(range(len(facts.train.rows)), 20)]
+    user = f"{header[0]}user{header[1]}"
+    return all(user in text for text in read) and headers_of_foreign_roles(facts) is None

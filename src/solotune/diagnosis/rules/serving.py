@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import PurePath
+from typing import Any
 
 import numpy as np
 
@@ -54,8 +56,8 @@ def empty_adapter(run_facts: RunFacts) -> Signal | None:
 def merged_into_other_weights(run_facts: RunFacts) -> Signal | None:
     """F76: the adapter was merged into different weights than it was trained on.
 
-    Sees: training on a 4-bit base and merging into another precision of it, or a merged model that was quantized again.
-    Probe P12 decides by comparing the logits of the merged model with those of base and adapter.
+    Sees: logits of the merged model that differ from those of base and adapter (probe P12). Training on a 4-bit base
+    and merging into another precision of it, or quantizing the merged model again, is only a remark.
     Why: the adapter has learned to correct the rounding of its own base; rounding after the merge removes small
     updates.
     Not: F11, where answers are bad even with the adapter on its own base.
@@ -70,10 +72,9 @@ def merged_into_other_weights(run_facts: RunFacts) -> Signal | None:
     if is_narrow == in_4bit(run_facts) and not is_narrow:
         return None
     base = "4 bits" if in_4bit(run_facts) else "16 or 32 bits"
-    says = f"the adapter was trained on a base in {base} and merged into {into}"
-    weight = 0.7 if is_narrow else 0.5
+    says = f"the adapter was trained on a base in {base} and merged into {into}; what that loses was not measured"
     fix = "merge into the dequantized weights of the run's own base, in 16 bits, and do not quantize the result"
-    return Signal("F76", "measured", says, weight, {"merged_into": str(into)}, fix=fix)
+    return Signal("F76", "remark", says, 0.4, {"merged_into": str(into)}, fix=fix)
 
 
 @rule("F77", needs=("trace",))
@@ -84,7 +85,7 @@ def resumed_without_state(run_facts: RunFacts) -> list[Signal]:
     without optimizer or scheduler state; `ignore_data_skip: true`; a loss that jumps at the resume.
     Why: the optimizer and the schedule start again; some rows are used twice and others never.
     Not: F67, whose spikes are not at the resume; schedules with restarts; a folder of the final adapter, which never
-    has an optimizer state.
+    has an optimizer state. A rate that rises again, of an unknown schedule and without a resume, is a remark.
     Fix: resume from a complete checkpoint (in transformers: `resume_from_checkpoint`).
     Wrong when: the weights should continue with a new schedule.
     Source: transformers#27749, miles#2661, ms-swift#3396, alpaca-lora#72 (loss from 0.82 to 8.7).
@@ -106,8 +107,10 @@ def resumed_without_state(run_facts: RunFacts) -> list[Signal]:
     if jump := _rate_jump(run_facts, trace):
         step, before, after = jump
         says = f"the learning rate jumps from {before:.3g} to {after:.3g} at step {step:,}"
+        is_planned = not resumed and not run_facts.settings.get("lr_scheduler_type")  # perhaps: it is not known
         weight = 0.9 if resumed else 0.75
-        signals.append(Signal("F77", "invariant", says, weight, {"step": step}, fix=fix))
+        kind = "remark" if is_planned else "invariant"
+        signals.append(Signal("F77", kind, says, weight, {"step": step}, fix=fix))
     for seam in trace.seams:
         if (found := _loss_jump(trace, seam)) is not None:
             says = f"the loss jumps from {found[0]:.2f} to {found[1]:.2f} at the resume after step {seam:,}"
@@ -147,8 +150,8 @@ def adapter_not_loaded(run_facts: RunFacts) -> list[Signal]:
     """F78: the adapter's names match nothing in the model that it is loaded into, or it belongs to another base.
 
     Sees: module names in the adapter file that the model of config.json does not have, or that do not begin as PEFT's
-    do; matrices that do not fit the shapes of the modules; a loaded base that differs from the one in
-    adapter_config.json.
+    do; matrices that do not fit the shapes of the modules. A loaded base of another name than the one in
+    adapter_config.json may be a copy or a quantized version of it: a remark.
     Why: PEFT ignores names that it does not find, and the output equals the base's.
     Not: F75, whose file is empty or zero.
     Fix: load it strictly, on the base named in adapter_config.json.
@@ -161,7 +164,7 @@ def adapter_not_loaded(run_facts: RunFacts) -> list[Signal]:
     fix, signals = "give the tensors PEFT's names, or load them with PeftModel.from_pretrained on their own base", []
     modules = linears(run_facts)
     paths = {path: path.removeprefix(_ROOT) for path in found}
-    if modules is not None and (lost := [path for path, name in paths.items() if name not in modules]):
+    if modules is not None and (lost := [path for path, name in paths.items() if not _has(modules, path, name)]):
         if all(path.rpartition(".")[2] in ("embed_tokens", "wte", "lm_head") for path in lost):
             lost = []
         if lost:
@@ -183,6 +186,11 @@ def adapter_not_loaded(run_facts: RunFacts) -> list[Signal]:
         signals.append(Signal("F78", "invariant", says, 0.9, {"module": path}, fix=fix))
     signals += _other_base(run_facts)
     return signals
+
+
+def _has(modules: Mapping[str, Any], path: str, name: str) -> bool:
+    """Whether the model has this module; for the text model inside a model for images, whose names are longer."""
+    return name in modules or (path.startswith(_ROOT) and "language_model." in name)
 
 
 def _misfits(run_facts: RunFacts, paths: dict[str, str]) -> tuple[str, tuple[int, int], tuple[int, int]] | None:
@@ -214,7 +222,7 @@ def _other_base(run_facts: RunFacts) -> list[Signal]:
     else:
         says = f"the adapter was trained on {trained}, but the loaded base is {loaded}"
     fix = f"load the adapter on {trained}"
-    return [Signal("F78", "measured", says, 0.6, {"trained": str(trained), "loaded": str(loaded)}, fix=fix)]
+    return [Signal("F78", "remark", says, 0.4, {"trained": str(trained), "loaded": str(loaded)}, fix=fix)]
 
 
 def served_scale(run_facts: RunFacts) -> float | None:

@@ -14,17 +14,38 @@ from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
 MOST = 0.5
-"""The whole file, not some rows: severity error."""
+"""Half of the rows: what one row may mean, not so many do."""
+BAD = 0.1
+"""One row in ten, from which damaged text is a fault; fewer are a remark."""
 SOME = 0.05
 """One row in twenty."""
 FEW = 0.01
 """One row in a hundred: more than texts about the thing itself (mojibake)."""
 
 _MOJIBAKE = re.compile("[\u00c2-\u00f4][\u0080-\u00bf]")
-# a UTF-8 lead byte and the next byte, decoded as Latin-1 or Windows-1252
-_SUSPICIOUS = re.compile("[\u00c2-\u00f4][\u0080-\u00bf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]")
-# escapes outside of quotes and code: `first line\n\nsecond line` in a text without one real line break
+_ENCODINGS = ("latin-1", "cp1252", "cp1251", "cp1250", "mac_roman", "cp437")
+"""Encodings for which UTF-8 is often taken: of Windows, of old Macs, of DOS."""
+
+
+def _pairs(encoding: str) -> str:
+    """A pattern for a UTF-8 lead byte and the next byte, decoded with this encoding."""
+
+    def decoded(low: int, high: int) -> str:
+        return re.escape(bytes(range(low, high + 1)).decode(encoding, "ignore"))
+
+    return f"[{decoded(0xC2, 0xF4)}][{decoded(0x80, 0xBF)}]"
+
+
+_SUSPICIOUS = {encoding: re.compile(_pairs(encoding)) for encoding in _ENCODINGS}
 _QUOTED = re.compile(r"`[^`]*`|\"[^\"]*\"|'[^']*'")
+# a line break as text, but not the beginning of a LaTeX command: \nabla, \neq, \nu, \not, \newline
+_LINE_BREAK = re.compile(
+    r"\\n(?!abla|eq?\b|u\b|i\b|ot|ew|ode|sub|sup|mid|leq|geq|less|gtr|e?[ws]?arrow|exists|atural|parallel|sim|cong|"
+    r"prec|succ|olimits|onumber|oindent|ormal|vdash|[Rr]ightarrow|[Ll]eftarrow)"
+)
+_ENTITY = re.compile(r"&(?:amp|lt|gt|quot|apos|nbsp|#39|#x27|#34);")
+_ESCAPED_BY_HTML = re.compile(r"[\"'<>]|&(?!\w+;|#\w+;)")
+_CODE_POINT = re.compile(r"(?:(?<=[^\W\d_])|\\u[0-9a-fA-F]{4})\\u[0-9a-fA-F]{4}")  # within a word, not named alone
 
 # Characters that a reader does not see and the model does. Not joiners (emoji, Persian, Indic), marks of right-to-left
 # scripts or form feeds; C1 controls come from mojibake and are reported as that.
@@ -44,10 +65,13 @@ _MIXED_WORD = re.compile(
 def damaged_text(facts: RowFacts) -> list[Finding]:
     """F37: the text was decoded with the wrong encoding.
 
-    Sees: replacement characters; pairs such as `Ã©` that become one letter when the text is encoded as Latin-1 and
-    decoded as UTF-8; line breaks written as `\\n`; invisible characters.
+    Sees: replacement characters; lines such as `Ã©` or `РџСЂРёРІРµС‚` that become shorter when they are encoded as
+    Latin-1, or as another encoding of Windows, Mac or DOS, and decoded as UTF-8; line breaks written as `\\n`, letters
+    as `\\u00e9`, quotes as `&quot;`; invisible characters.
     Why: the model learns the damaged text, at a higher loss, and writes it.
-    Not: another language: its letters do not become shorter text in this way.
+    Not: another language: its letters do not become shorter text in this way. Escapes are a fault only where the same
+    side of the rows has none of what they stand for (Control: code, JSON and HTML have both). In less than a tenth of
+    the rows damaged text is a remark; invisible characters always are.
     Fix: `text.encode("latin-1").decode("utf-8")`, or export the data again.
     Wrong when: the rows are about encodings.
     Source: llama.cpp#7062 (escaped line breaks); the first loss is 13 times the normal one (measured).
@@ -55,64 +79,98 @@ def damaged_text(facts: RowFacts) -> list[Finding]:
     return [found for found in (bad_encoding(facts), hidden_characters(facts)) if found is not None]
 
 
-def bad_encoding(facts: RowFacts) -> Finding | None:
-    """Find text that was decoded wrongly, or escaped twice.
+_WHAT = {
+    "wrong_encoding": "UTF-8 text that was decoded as Latin-1 or another encoding (Ã© for é)",
+    "replacement_characters": "characters that could not be decoded (U+FFFD)",
+    "escaped_twice": "a literal \\n instead of a line break",
+    "escaped_letters": "letters written as \\u00e9",
+    "html_entities": "quotes and signs written as HTML (&quot;, &amp;)",
+}
+_FIXES = {
+    "escaped_twice": "replace \\n with line breaks in the data: it was escaped twice (json.dumps of a JSON string)",
+    "escaped_letters": "decode the data once more: it was escaped twice (json.dumps of a JSON string)",
+    "html_entities": "apply html.unescape to the texts of the data",
+}
 
-    Lines that become shorter and stay valid when decoded again (Latin-1 or Windows-1252 to UTF-8): correct text in any
-    script does not survive this as a whole line. U+FFFD. A literal `\\n` in a text without a line break, except in code
-    and quoted strings, which may contain it.
-    """
-    kinds: dict[str, list[int]] = {"read_as_latin1": [], "replacement_characters": [], "escaped_twice": []}
-    once: list[int] = []
-    for row, text in _texts(facts):
-        if "\ufffd" in text:
-            kinds["replacement_characters"].append(row)
-        if _SUSPICIOUS.search(text) and any(_reads_back(line) for line in text.splitlines()):
-            kinds["read_as_latin1"].append(row)
-        if "\\n" in text and "\n" not in text and (count := len(re.findall(r"\\n", _QUOTED.sub("", text)))):
-            (kinds["escaped_twice"] if count >= 2 else once).append(row)
-    total = len(facts.train.rows)
-    if len({*once, *kinds["escaped_twice"]}) >= MOST * total:  # one may be intended, but not one in every row
-        kinds["escaped_twice"] += once
-    limits = {"escaped_twice": SOME}  # one-line code has them
-    found = {k: rows for k, r in kinds.items() if is_pattern(len(rows := sorted(set(r))), total, limits.get(k, FEW))}
+
+def bad_encoding(facts: RowFacts) -> Finding | None:
+    """Find text that was decoded wrongly, or escaped twice: the kind that most rows have."""
+    kinds, total = damaged_rows(facts)
+    limits = {"wrong_encoding": FEW, "replacement_characters": FEW}  # one-line code has escapes
+    found = {k: rows for k, rows in kinds.items() if is_pattern(len(rows), total, limits.get(k, SOME))}
     if not found:
         return None
     kind, rows = max(found.items(), key=lambda item: len(item[1]))
-    what = {
-        "read_as_latin1": "UTF-8 text that was decoded as Latin-1 (Ã© for é)",
-        "replacement_characters": "characters that could not be decoded (U+FFFD)",
-        "escaped_twice": "a literal \\n instead of a line break",
-    }[kind]
     return Finding.of(
         "F37",
-        "warning",
-        message=f"{len(rows):,} of {total:,} rows ({percent(len(rows), total)}) contain {what}.",
-        evidence={**{name: len(set(r)) for name, r in kinds.items()}, "rows": facts.train.places(rows)},
-        fix="replace \\n with line breaks in the data: it was escaped twice (json.dumps of a JSON string)"
-        if kind == "escaped_twice"
-        else "export the data again, and read and write it as UTF-8",
+        "error" if len(rows) >= BAD * total else "warning",
+        message=f"{len(rows):,} of {total:,} rows ({percent(len(rows), total)}) contain {_WHAT[kind]}.",
+        evidence={**{name: len(r) for name, r in kinds.items()}, "rows": facts.train.places(sorted(rows))},
+        fix=_FIXES.get(kind, "export the data again, and read and write it as UTF-8"),
+        affected=len(rows) / total,
+        is_statistic=kind != "wrong_encoding",
     )
 
 
-def _texts(facts: RowFacts) -> Iterator[tuple[int, str]]:
-    """(row, text) of every message; for plain text, of every row."""
+def damaged_rows(facts: RowFacts) -> tuple[dict[str, set[int]], int]:
+    """Kind of damage -> rows with it; and the number of rows that were read.
+
+    Correct text in any script does not survive as a whole line what repairs wrong_encoding. Of escapes, a row counts if
+    the text has nothing of what they stand for: no line break; no letter beyond ASCII and no quote or sign in nearly
+    all texts of its side (of the answers, or of the others).
+    """
+    kinds: dict[str, set[int]] = {kind: set() for kind in _WHAT}
+    once: set[int] = set()
+    plain: dict[tuple[str, bool], set[int]] = {}  # (kind, is an answer) -> rows with what the escapes stand for
+    escaped: dict[tuple[str, bool], set[int]] = {}
+    read: set[int] = set()
+    for row, text, is_answer in _texts(facts):
+        read.add(row)
+        if "\ufffd" in text:
+            kinds["replacement_characters"].add(row)
+        if not text.isascii() and any(_reads_back(line) for line in text.splitlines()):
+            kinds["wrong_encoding"].add(row)
+        if "\\n" in text and "\n" not in text and (count := len(_LINE_BREAK.findall(_QUOTED.sub("", text)))):
+            (kinds["escaped_twice"] if count >= 2 else once).add(row)
+        for kind, escape, stands_for in (
+            ("escaped_letters", "\\u" in text and _CODE_POINT.search(_QUOTED.sub("", text)), not text.isascii()),
+            ("html_entities", "&" in text and _ENTITY.search(text), _ESCAPED_BY_HTML.search(text)),
+        ):
+            if escape:
+                escaped.setdefault((kind, is_answer), set()).add(row)
+            if stands_for:
+                plain.setdefault((kind, is_answer), set()).add(row)
+    if len(once | kinds["escaped_twice"]) >= MOST * len(read):  # one may be intended, but not one in every row
+        kinds["escaped_twice"] |= once
+    for (kind, is_answer), rows in escaped.items():
+        if len(plain.get((kind, is_answer), ())) < BAD * len(rows):
+            kinds[kind] |= rows
+    return kinds, len(read)
+
+
+def _texts(facts: RowFacts) -> Iterator[tuple[int, str, bool]]:
+    """(row, text, whether it is an answer) of every message; for plain text, of a sample of the rows."""
     if not facts.is_chat:
         for row in evenly(range(len(facts.train.rows)), NUM_DECODED):
-            yield row, facts.decode(facts.train.rows[row].input_ids)
+            yield row, facts.decode(facts.train.rows[row].input_ids), True
     for row in facts.chats:
         for message in facts.train.rows[row].messages:
-            yield row, message["content"]
+            yield row, message["content"], message["role"] == "assistant"
 
 
 def _reads_back(line: str) -> bool:
-    if not _SUSPICIOUS.search(line):
+    """Whether the line becomes shorter and stays valid when it is decoded as UTF-8 from what it was taken for."""
+    if line.isascii():
         return False
-    for encoding in ("latin-1", "cp1252"):
+    for encoding, pair in _SUSPICIOUS.items():
+        if not pair.search(line):
+            continue
         try:
-            return len(line.encode(encoding).decode("utf-8")) < len(line)
+            gain = len(line) - len(line.encode(encoding).decode("utf-8"))
         except UnicodeError:
             continue
+        if gain > (encoding not in ("latin-1", "cp1252")):  # a letter and a sign of the others may be one by chance
+            return True
     return False
 
 
@@ -124,10 +182,12 @@ def hidden_characters(facts: RowFacts) -> Finding | None:
     spaces of scripts that break lines with them, Cyrillic words, also with a Latin prefix.
     """
     kinds: dict[str, set[int]] = {"control": set(), "bidi": set(), "zero_width": set(), "look_alikes": set()}
-    for row, text in _texts(facts):
+    read: set[int] = set()
+    for row, text, _ in _texts(facts):
+        read.add(row)
         for kind in _hidden_in(text):
             kinds[kind].add(row)
-    rows, total = sorted(set().union(*kinds.values())), len(facts.train.rows)
+    rows, total = sorted(set().union(*kinds.values())), len(read)
     if not rows:
         return None
     words = {
@@ -145,6 +205,7 @@ def hidden_characters(facts: RowFacts) -> Finding | None:
         evidence={**{kind: len(rows) for kind, rows in kinds.items()}, "rows": facts.train.places(rows)},
         fix="look at these rows (`solotune data --show` prints such characters as \ufffd), and remove the characters, "
         "or the rows",
+        affected=len(rows) / total,
     )
 
 
@@ -168,9 +229,10 @@ def chats_of_a_wrong_encoding(run_facts: RunFacts) -> Signal | None:
     damaged = [text for text in texts if "\ufffd" in text or is_mojibake(text)]
     if len(damaged) < max(3, SOME * len(texts)):
         return None
-    says = f"{len(damaged):,} of {len(texts):,} chats have text with a wrong encoding"
+    says, share = f"{len(damaged):,} of {len(texts):,} chats have text with a wrong encoding", len(damaged) / len(texts)
     fix = "decode it again as UTF-8: text.encode('latin-1').decode('utf-8')"
-    return Signal("F37", "measured", says, 0.85, {"chats": len(damaged)}, fix=fix)
+    kind, weight = ("measured", 0.85) if share >= BAD else ("remark", 0.3)
+    return Signal("F37", kind, says, weight, {"chats": len(damaged)}, fix=fix, affected=share)
 
 
 def is_mojibake(text: str) -> bool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.derived import has_error, shape_of, targets
-from solotune.diagnosis.facts.row_arrays import NUM_DECODED, percent
+from solotune.diagnosis.facts.row_arrays import NUM_DECODED, evenly, is_pattern, percent
 from solotune.diagnosis.facts.row_facts import RowFacts, pieces_of_template
 from solotune.diagnosis.facts.rows import examples_of
 from solotune.diagnosis.findings import Finding
@@ -22,11 +22,19 @@ if TYPE_CHECKING:
 
 SMALLEST_VOCABULARY_SHARE = 0.5
 """Released models pad the embedding by at most 2.3 % (DeepSeek); half can only be another tokenizer."""
+USUAL_VOCABULARY_SHARE, MOST_PADDING = 0.9, 4096
+"""Padding of more than a tenth, and of more rows than any padding has, is unusual."""
+MOST_BEYOND = 1.1
+"""A vocabulary that is larger than the embedding by a tenth belongs to another model; a resized one hardly is."""
 MOST_UNKNOWN = 0.01
 """One unknown token in a hundred; byte-level and byte-fallback tokenizers have none in any language."""
 MEAN_LIKE = 0.1
 """Distance from the mean embedding / usual distance: transformers starts new rows at the mean, with a scatter of
 1e-9."""
+OFTEN = 0.05
+"""Share of the rows: a token of fewer is a rare one, not a marker."""
+NUM_KNOWN, MIN_UNUSED, ALIKE = 20, 4, 1.2
+"""Ordinary tokens and unused rows that are needed to compare with; the size of a row like them, as a factor."""
 
 _MARKER = re.compile(r"<[|｜][^|｜<>\s]{1,40}[|｜]>|</?(?:start|end)_of_\w{1,20}>")
 _CHAT_WORD = re.compile(r"im_|turn|header|eot|eom|user|assistant|system|role|message|inst", re.IGNORECASE)
@@ -38,18 +46,19 @@ def wrong_tokenizer(facts: RowFacts) -> Finding | None:
     """F04: the tokenizer is not the one that the model was trained with.
 
     Sees: ids of begin and end of text in the model's files that are not special tokens in this tokenizer; a vocabulary
-    of less than half of the embedding; more than 1 % unknown tokens. Similar tokenizers pass all of these checks; then
-    a bad loss on plain text shows the fault (probe P1).
+    of less than half of the embedding, or one that exceeds it without any added token; more than 1 % unknown tokens.
+    Similar tokenizers pass all of these checks; then a bad loss on plain text shows the fault (probe P1).
     Why: the model reads different words than the text has: a first loss of log V or more, a high plateau, meaningless
     answers.
     Not: F12 and F22, where the loss on plain text is normal; an embedding with more rows than the tokenizer has tokens,
-    which is normal; text in another language.
+    which is normal (of far more rows than any released model has, a remark); text in another language; F05, where only
+    added tokens are beyond the embedding.
     Fix: load both from the same folder and revision.
     Wrong when: config.json was edited by hand.
     Source: llama.cpp#7062; permuted ids gave 21 times the normal first loss (measured).
     """
     found = partial(Finding.of, "F04", "error")
-    own = facts.model_ids("eos_token_id") | facts.model_ids("bos_token_id")
+    own = facts.all_model_ids("eos_token_id") | facts.all_model_ids("bos_token_id")
     if own and not own & (facts.special_ids | facts.control.ids):
         spelled = {str(i): facts.spelled(i) if i < len(facts.tokenizer) else "no such token" for i in sorted(own)}
         return found(
@@ -58,14 +67,8 @@ def wrong_tokenizer(facts: RowFacts) -> Finding | None:
             evidence={"model_special_ids": spelled, "tokenizer_eos_id": facts.eos_id},
             fix="copy the tokenizer files of the same model and revision into the folder of model_name_or_path",
         )
-    size = facts.num_embeddings
-    if size and len(facts.tokenizer) < SMALLEST_VOCABULARY_SHARE * size:
-        return found(
-            message=f"The tokenizer has {len(facts.tokenizer):,} tokens, but the embedding has {size:,} rows: it does "
-            "not belong to this model.",
-            evidence={"tokens": len(facts.tokenizer), "embedding_rows": size},
-            fix="copy the tokenizer files of the same model and revision into the folder of model_name_or_path",
-        )
+    if (of_another_size := _size_of_another(facts)) is not None:
+        return of_another_size
     unknown = facts.named_id("unk")
     if unknown is None or unknown in {facts.named_id("eos"), facts.named_id("bos"), facts.named_id("pad")}:
         return None  # GPT-2 and similar use their end of text as unk, and never produce it for unknown text
@@ -78,7 +81,33 @@ def wrong_tokenizer(facts: RowFacts) -> Finding | None:
         message=f"The tokenizer does not know the script of this data: {percent(len(places), len(side.ids))} of "
         "the tokens are unknown.",
         evidence={"unknown_tokens": len(places), "tokens": len(side.ids), "rows": side.places(rows)},
+        affected=len(rows) / len(side.rows),
         fix="use a model whose tokenizer knows the script of the data, or remove these rows",
+    )
+
+
+def _size_of_another(facts: RowFacts) -> Finding | None:
+    """The finding on a vocabulary that the embedding cannot be made for."""
+    size, tokens, ordinary = facts.num_embeddings, len(facts.tokenizer), facts.tokenizer.vocab_size
+    if not size:
+        return None
+    is_small, is_large = tokens < SMALLEST_VOCABULARY_SHARE * size, ordinary > MOST_BEYOND * size
+    is_unusual = tokens < USUAL_VOCABULARY_SHARE * size and size - tokens > MOST_PADDING
+    if not is_small and not is_large and not is_unusual:
+        return None
+    says = f"The tokenizer has {ordinary if is_large else tokens:,} tokens"
+    says += ", without those that were added" if is_large else ""
+    says += f", but the embedding has {size:,} rows: "
+    says += (
+        "it does not belong to this model." if is_small or is_large else "padding is 2 % at most in released models."
+    )
+    return Finding.of(
+        "F04",
+        "error" if is_small or is_large else "warning",
+        message=says,
+        evidence={"tokens": tokens, "embedding_rows": size},
+        affected=1.0,
+        fix="copy the tokenizer files of the same model and revision into the folder of model_name_or_path",
     )
 
 
@@ -117,6 +146,7 @@ def ids_beyond_embedding(facts: RowFacts) -> Finding | None:
         message=f"The data contains tokens that the model has no embedding for: {facts.spelled(beyond.min())!r} is id "
         f"{beyond.min()}, and the embedding has {size:,} rows.",
         evidence={"largest_id": int(beyond.max()), "embedding_rows": size, "rows": train.places(rows)},
+        affected=len(rows) / max(len(train.rows), 1),
         fix="use the original tokenizer of the model; added tokens need a base with a larger embedding",
     )
 
@@ -167,12 +197,14 @@ def saved_embedding_rows(run_facts: RunFacts) -> int | None:
 def untrained_embedding(run_facts: RunFacts) -> Signal | None:
     """F06: the data uses tokens whose embedding rows were never trained.
 
-    Sees: ids in the rows whose embedding is zero or equals the mean of all rows (where new rows start), while neither
-    `trainable_token_indices` nor `modules_to_save` nor an adapter covers the embedding.
+    Sees: ids in many rows whose embedding is zero or the mean of all rows (where new rows start), or an added token
+    whose row is like the unused rows at the end of the matrix or like a fresh one, and unlike those of ordinary tokens,
+    while neither `trainable_token_indices` nor `modules_to_save` nor an adapter covers the embedding; tokens that the
+    base's own tokenizer does not have.
     Why: LoRA does not change embedding and head, so the model cannot tell the new token from others, and never writes
     it.
     Not: F07, where the marker is several ordinary ids; tokens that the base has but rarely used, which adapters in the
-    layers can still learn.
+    layers can still learn; rows of the padding that no data uses.
     Fix: use tokens that the base model knows; or train the rows with PEFT: `trainable_token_indices: [...]`, or
     `modules_to_save: [embed_tokens, lm_head]`.
     Wrong when: the base itself has such rows (an untrained model).
@@ -188,33 +220,48 @@ def untrained_embedding(run_facts: RunFacts) -> Signal | None:
     ]
     if weight is None or weight.dim() != 2 or weight.requires_grad or not rows:
         return None
-    used = np.unique(np.concatenate([np.asarray(row).ravel() for row in rows]))
-    untrained = untrained_rows(weight, used[used < weight.shape[0]])
+    used, counts = np.unique(np.concatenate([np.unique(row) for row in rows]), return_counts=True)
+    often = used[(counts >= max(OFTEN * len(rows), min(3, len(rows)))) & (used < weight.shape[0])]
+    untrained = untrained_rows(weight, often, run_facts.tokenizer, _spread(live.model))
     if not untrained:
         return None
-    names = (
-        run_facts.tokenizer.convert_ids_to_tokens(untrained[:3]) if run_facts.tokenizer is not None else untrained[:3]
-    )
-    says = f"the rows use {', '.join(map(str, names))}, whose embedding was never trained and is not trained now"
+    tokenizer = run_facts.tokenizer
+    names = tokenizer.convert_ids_to_tokens(untrained[:3]) if tokenizer is not None else untrained[:3]
+    share = float(np.mean([np.isin(row, untrained).any() for row in rows]))
+    says = f"{share:.0%} of the rows use {', '.join(map(str, names))}, whose embedding was never trained and is not "
+    says += "trained now"
     fix = f"use tokens that the base model knows, or in PEFT trainable_token_indices: {untrained[:8]}"
-    return Signal("F06", "measured", says, 0.8, {"ids": untrained[:8]}, fix=fix)
+    return Signal("F06", "measured", says, 0.8, {"ids": untrained[:8]}, fix=fix, affected=share)
+
+
+def _spread(model: Any) -> float:
+    """The standard deviation with which this architecture makes new rows."""
+    spread = getattr(model.config.get_text_config(), "initializer_range", None)
+    return float(spread) if isinstance(spread, (int, float)) else 0.02
 
 
 @rule("F06", needs=("settings", "model_config"))
 def added_tokens_not_trained(run_facts: RunFacts) -> Signal | None:
-    """F06, before the model is loaded: ids past the base's vocabulary, in a larger embedding that is not trained."""
-    shape, rows = shape_of(run_facts), saved_embedding_rows(run_facts)
-    grown = rows or run_facts.settings.get("embedding_rows")
-    if shape is None or not isinstance(grown, int) or grown <= shape["vocabulary"] or covers_embedding(run_facts):
+    """F06, before the model is loaded: ids past the base's vocabulary, or past the last token of its own tokenizer, in
+    the padding of the embedding."""
+    shape, get = shape_of(run_facts), run_facts.settings.get
+    if shape is None or covers_embedding(run_facts):
         return None
-    used = {
-        int(i) for row in examples_of(run_facts)[:2000] for i in row.input_ids[row.input_ids >= shape["vocabulary"]]
-    }
+    grown, tokens = saved_embedding_rows(run_facts) or get("embedding_rows"), get("base_tokens")
+    past = tokens if isinstance(tokens, int) else shape["vocabulary"]
+    if past >= shape["vocabulary"] and not (isinstance(grown, int) and grown > shape["vocabulary"]):
+        return None
+    rows = examples_of(run_facts)[:2000]
+    having = [
+        row.input_ids[row.input_ids >= past] for row in rows if len(row.input_ids) and row.input_ids.max() >= past
+    ]
+    used = {int(i) for ids in having for i in ids}
     if not used:
         return None
-    says = f"the rows use {len(used)} ids added to the base's {shape['vocabulary']:,}, whose embedding is not trained"
+    says = f"the rows use {len(used)} ids that were added to the base's {past:,}, whose embedding is not trained"
     fix = f"use tokens that the base model knows, or in PEFT trainable_token_indices: {sorted(used)[:8]}"
-    return Signal("F06", "invariant", says, 0.85, {"ids": sorted(used)[:8]}, fix=fix)
+    share = len(having) / len(rows)
+    return Signal("F06", "invariant", says, 0.85, {"ids": sorted(used)[:8]}, fix=fix, affected=share)
 
 
 def covers_embedding(run_facts: RunFacts) -> bool:
@@ -226,18 +273,32 @@ def covers_embedding(run_facts: RunFacts) -> bool:
     return bool(chosen) or bool(re.search(r"embed_tokens|wte|word_embeddings|embed_in", names))
 
 
-def untrained_rows(weight_VD: torch.Tensor, ids: np.ndarray) -> list[int]:
-    """The ids whose embedding is zero or near the mean of all rows, compared with the usual distance."""
+def untrained_rows(weight_VD: torch.Tensor, ids: np.ndarray, tokenizer: Any = None, spread: float = 0.02) -> list[int]:
+    """The ids whose embedding is zero or near the mean of all rows, and added tokens with a row as nothing trained it.
+
+    Control for the added tokens: rows that are certainly not trained (past the tokenizer's last token, else of the size
+    that a fresh row has) and those of the ordinary tokens among `ids`, which certainly are.
+    """
     import torch
 
     whole = weight_VD.detach().float()
-    mean_D = whole.mean(0)
-    away_V = (whole - mean_D).norm(dim=1)
+    away_V = (whole - whole.mean(0)).norm(dim=1)
     usual = float(away_V.median())
     if usual == 0:
         return []
     chosen = torch.as_tensor(ids.astype(np.int64), device=whole.device)
-    is_new = (away_V[chosen] < MEAN_LIKE * usual) | (whole[chosen].norm(dim=1) < 1e-3 * usual)
+    norm_V = whole.norm(dim=1)
+    is_new = (away_V[chosen] < MEAN_LIKE * usual) | (norm_V[chosen] < 1e-3 * usual)
+    added = set(tokenizer.added_tokens_decoder) if tokenizer is not None else set()
+    is_added = torch.tensor([int(i) in added for i in ids], dtype=torch.bool, device=whole.device)
+    if tokenizer is not None and is_added.any() and int((~is_added).sum()) >= NUM_KNOWN:
+        unused = norm_V[len(tokenizer) :]
+        fresh = norm_V.new_tensor([spread * whole.shape[1] ** 0.5])
+        sizes = unused if len(unused) >= MIN_UNUSED else fresh
+        low, high = float(sizes.min()) / ALIKE, float(sizes.max()) * ALIKE
+        known = norm_V[chosen[~is_added]].quantile(norm_V.new_tensor([0.05, 0.95])).tolist()
+        if high < known[0] or low > known[1]:  # else untrained rows cannot be told from trained ones
+            is_new |= is_added & (norm_V[chosen] >= low) & (norm_V[chosen] <= high)
     return [int(i) for i in chosen[is_new].tolist()]
 
 
@@ -263,6 +324,8 @@ def markers_as_text(facts: RowFacts) -> Finding | None:
     unused = sorted(
         s for s in facts.control.spellings - {str(n) for n in named} if _CHAT_WORD.search(s) and s not in text
     )
+    if (lost := _lost_in_rows(facts, text)) is not None:
+        return lost
     if not split or not (unused or ends_with_text_marker(facts)):
         return None
     path = facts.settings.chat_template_path
@@ -272,14 +335,41 @@ def markers_as_text(facts: RowFacts) -> Finding | None:
         message=f"The chat template writes {', '.join(split)}, which is not a token of this tokenizer and is "
         "split like any word.",
         evidence={"ids_per_marker": split, "own_tokens_not_used": unused[:8], "chat_template_path": path},
+        affected=1.0,
         fix=(f"remove `chat_template_path: {path}`" if path else "set chat_template_path to a template")
         + (f" that uses the tokenizer's own tokens ({', '.join(unused[:4])})" if unused and not path else "")
         + ("" if unused else ", or end answers with {{ eos_token }}"),
     )
 
 
+def _lost_in_rows(facts: RowFacts, rendered: str) -> Finding | None:
+    """Rows that spell the template's control tokens as text, though the tokenizer has them.
+
+    Control: the template, which writes each of them; a token that no row has is only asked for if its text is there.
+    """
+    side = facts.train
+    for token in sorted(facts.control.spellings):
+        index = facts.tokenizer.convert_tokens_to_ids(token)
+        if token not in rendered or not _MARKER.fullmatch(token) or (side.ids == index).any():
+            continue
+        rows = evenly(range(len(side.rows)), NUM_DECODED)
+        having = [r for r in rows if token in facts.decode(side.rows[r].input_ids)]
+        if is_pattern(len(having), len(rows), 0.5):
+            return Finding.of(
+                "F07",
+                "error",
+                message=f"{token} is a token of this tokenizer, but in {len(having):,} of {len(rows):,} rows it is "
+                "spelled as text, and in none it is the token.",
+                evidence={"token": token, "id": index, "rows": side.places(having)},
+                affected=len(having) / len(rows),
+                fix="tokenize without split_special_tokens, so that control tokens stay whole",
+            )
+    return None
+
+
 def ends_with_text_marker(facts: RowFacts) -> bool:
-    """Whether the template ends answers with text that looks like a control token but is not one."""
+    """Whether the template ends answers with text that looks like a control token but is not one, and with no other."""
     pieces = pieces_of_template(facts)
     marker = _MARKER.match(pieces[2].lstrip()) if pieces else None
-    return marker is not None and len(facts.encode(marker[0])) > 1
+    is_split = marker is not None and len(facts.encode(marker[0])) > 1
+    return is_split and pieces is not None and not set(facts.encode(pieces[2])) & facts.stop_ids

@@ -1,4 +1,4 @@
-"""S3, the chat template and special tokens within a turn: F10 and F13 to F16, on its end, header and roles."""
+"""S3, the chat template and special tokens within a turn: F10 and F13 to F15, on its end, header and roles."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 from solotune.dataset.chat.rendered_content import NAME, THOUGHTS, TOOLS, WAYS_TO_KEEP_THOUGHTS
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.rendered_chats import NUM_ROWS, rendered
-from solotune.diagnosis.facts.row_arrays import Side, evenly, is_pattern, percent, squeezed
-from solotune.diagnosis.facts.row_facts import RowFacts, pieces_of_template, rendered_prompt
+from solotune.diagnosis.facts.row_arrays import Side, is_pattern, percent, squeezed
+from solotune.diagnosis.facts.row_facts import RowFacts, pieces_of_template
 from solotune.diagnosis.facts.row_labels import open_answers
 from solotune.diagnosis.facts.rows import examples_of, plain_messages
 from solotune.diagnosis.findings import Finding, Severity
@@ -24,8 +24,12 @@ SOME = 0.05
 """One row in twenty, for faults that depend on the row (a role that only some rows have)."""
 FEW = 0.01
 """One row in a hundred, for faults that should never happen."""
-NUM_RENDERED = 100
-"""Prompts to render again; templates are slow, and a fault shows in a few."""
+NEARLY_ALL = 0.95
+"""A twentieth allows for rows of another source."""
+NUM_TAIL = 4
+"""Last tokens of an answer: its end, and white space after it."""
+NUM_TRIED = 5
+"""Chats to render with a test word."""
 _SENTINEL = "zqxjkv"
 
 
@@ -47,7 +51,8 @@ def terminator_missing(facts: RowFacts) -> Finding | None:
     if not is_pattern(len(rows), len(side.rows), FEW):
         return None
     eos = facts.tokenizer.eos_token or "an end-of-text token (the tokenizer has none)"
-    ends_by_header = facts.is_chat and not facts.settings.chat_template_path and not facts.turn_end_ids - {facts.eos_id}
+    is_own = facts.is_chat and not facts.settings.chat_template_path
+    ends_by_header = is_own and not facts.turn_end_ids - {facts.eos_id} and len(rows) >= NEARLY_ALL * len(side.rows)
     path = facts.settings.chat_template_path
     return Finding.of(
         "F10",
@@ -61,6 +66,7 @@ def terminator_missing(facts: RowFacts) -> Finding | None:
             "rows": side.places(rows),
             "answer_ends": _tail(facts, side, missing[:1]),
         },
+        affected=len(rows) / len(side.rows),
         fix=f"write {eos} after the assistant's content in {path or 'your own template (chat_template_path)'}"
         if facts.is_chat
         else f"end the texts with {eos}",
@@ -126,6 +132,7 @@ def _left_out(kind: str, counts: dict[str, Any]) -> Finding:
         severity,
         message=f"The chat template leaves out {what}{where}.",
         evidence={"kind": kind, "lost": lost, "of": total, "rows": counts["rows"]},
+        affected=lost / total,
         fix=fix,
         slug="thoughts-dropped" if kind == THOUGHTS else "",
     )
@@ -152,50 +159,79 @@ def _roles_lost(messages: list[dict], tools: list[dict] | None, whole: str) -> d
 
 @rule("F13", otherwise=True)
 def template_leaves_out_a_role(run_facts: RunFacts) -> list[Signal]:
-    """F13, from the template: a test word in a role that the data has is not in the rendered chat."""
+    """F13, from the template: a test word in a role that the data has is in no rendering of its chats.
+
+    Control: the chats themselves, since some templates render a role only after another one (a result after its call).
+    """
     signals = []
-    roles = {str(m.get("role")) for chat in list(run_facts.conversations)[:NUM_ROWS] for m in plain_messages(chat)}
-    for role in sorted(roles & {"system", "tool"}):
-        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        chat.insert(0 if role == "system" else 2, {"role": role, "content": _SENTINEL})
-        text = rendered(run_facts, chat)
-        if text is not None and _SENTINEL not in text:
-            says = f"the template leaves out the text of {role} messages"
+    chats = [plain_messages(chat) for chat in list(run_facts.conversations)[:NUM_ROWS]]
+    for role in ("system", "tool"):
+        having = [chat for chat in chats if any(message["role"] == role for message in chat)]
+        texts = [_with_test_word(run_facts, chat, role) for chat in having[:NUM_TRIED]]
+        texts = [text for text in texts if text is not None]
+        if texts and not any(_SENTINEL in text for text in texts):
+            says = (
+                f"the template leaves out the text of {role} messages, which {len(having)} of {len(chats)} chats have"
+            )
             fix = f"move the text of {role} messages into the user's, or use a template that renders them"
-            signals.append(Signal("F13", "invariant", says, 0.9, {"role": role}, fix=fix))
+            share = len(having) / len(chats)
+            signals.append(Signal("F13", "invariant", says, 0.9, {"role": role}, fix=fix, affected=share))
     return signals
 
 
-@rule("F14", needs=("rows",))
+def _with_test_word(run_facts: RunFacts, chat: list[dict[str, Any]], role: str) -> str | None:
+    """The chat as it would be rendered, with a test word as the text of this role; None if the template refuses it."""
+    return rendered(run_facts, [{**m, "content": _SENTINEL} if m["role"] == role else m for m in chat])
+
+
+def ends_at_known_stop(run_facts: RunFacts) -> bool:
+    """Whether the deployment, or the generation_config.json beside the run, stops where the answers end; the findings
+    on the rows may have been made with the base's file."""
+    stops = run_facts.settings.get("serving_stop_ids") or run_facts.generation_config.get("eos_token_id")
+    stops = set(stops) if isinstance(stops, (list, tuple, set)) else {stops}
+    rows = [row.input_ids[row.loss_mask][-NUM_TAIL:] for row in examples_of(run_facts)[:NUM_ROWS]]
+    ending = sum(bool(stops & set(tail.tolist())) for tail in rows)
+    return is_pattern(ending, len(rows), SOME)
+
+
+@rule("F14", needs=("rows",), unless=ends_at_known_stop)
 def stops_elsewhere(facts: RowFacts) -> Finding | None:
     """F14: generation stops at a different token than the one that ends the answers.
 
-    Sees: the last token of the answers is not among the stop ids of generation_config.json, or of the deployment if
-    they are known.
+    Sees: the last tokens of the answers, none of which is among the stop ids: `eos_token_id` of generation_config.json,
+    or of config.json without one, as transformers reads them; or those of the deployment if they are known. The
+    tokenizer's eos_token is compared too, but `generate` does not read it.
     Why: the model writes its end of turn and continues: answers never end although every label is right.
-    Not: F10 and F17, where the output never contains the end-of-turn token.
+    Not: F10 and F17, where the output never contains the end-of-turn token; several stop ids of which one is right;
+    some rows of another source that end with another token (a remark).
     Fix: add the token to `eos_token_id` in generation_config.json.
     Wrong when: the serving engine has its own stop tokens.
-    Source: unsloth#416, torchtune#949.
+    Source: unsloth#416, torchtune#949; transformers warns if the three ids differ.
     """
-    stops = facts.model_ids("eos_token_id")
-    last = facts.train.ids[facts.last_of_answers(facts.train)] if len(facts.train.ends) else facts.train.ids
-    last = last[np.isin(last, list(facts.special_ids))]
+    stops, side = facts.model_ids("eos_token_id"), facts.train
+    is_last = np.diff(side.row_of, append=-1) != 0  # earlier answers of a chat may end otherwise (gpt-oss)
+    last = side.ids[facts.last_of_answers(side)[is_last]] if len(side.ends) else side.ids[:0]
+    last = last[np.isin(last, list(facts.special_ids | facts.control.ids))]
     if not stops or not len(last):
         return None
-    found, counts = np.unique(last, return_counts=True)
-    end = int(found[counts.argmax()])
-    if end in stops | {facts.eos_id}:
+    elsewhere = last[~np.isin(last, list(stops))]
+    if not is_pattern(len(elsewhere), len(last), SOME):
         return None
-    spelled = facts.spelled(end)
+    is_all = len(elsewhere) >= NEARLY_ALL * len(last)
+    found, counts = np.unique(elsewhere, return_counts=True)
+    end = int(found[counts.argmax()])
+    spelled, where = facts.spelled(end), facts.where_from("eos_token_id")
+    agrees = "" if facts.eos_id != end else " (the tokenizer's eos_token is right, but generate does not read it)"
     return Finding.of(
         "F14",
-        "warning",
-        message=f"Answers end with {spelled}, but generation stops at "
-        f"{', '.join(facts.spelled(i) for i in sorted(stops))}.",
+        "error" if is_all else "warning",
+        message=f"{'Answers' if is_all else percent(len(elsewhere), len(last)) + ' of the answers'} end with {spelled} "
+        f"({end}), but by {where} generation stops at {', '.join(f'{facts.spelled(i)} ({i})' for i in sorted(stops))}"
+        f"{agrees}.",
         evidence={"answer_end_id": end, "answers": int(counts.max()), "stop_ids": sorted(stops)},
-        fix=f"add {end} to eos_token_id in generation_config.json where the model is served, or end answers with "
-        "{{ eos_token }} in your own template (chat_template_path)",
+        affected=len(elsewhere) / len(last),
+        fix=f"add {end} to eos_token_id in {where} of the model folder, where the model is served too"
+        + ("" if end == facts.eos_id else ", or end answers with {{ eos_token }} in your own template"),
     )
 
 
@@ -227,7 +263,8 @@ def header_learned(facts: RowFacts) -> Finding | None:
     Sees: answers whose loss begins at their role header; prompts served without the template's generation prompt.
     Why: the answer starts with a header, or is empty.
     Not: F11, where not only the start of the answer differs; templates with an empty generation prompt (Mistral);
-    `assistant_only_loss: false`, where headers are trained on, on purpose.
+    `assistant_only_loss: false`, where headers are trained on, on purpose; a model whose own template has no generation
+    prompt, which was probably trained so (a remark).
     Fix: render both with the same function, with `add_generation_prompt=True`.
     Wrong when: the model is served without a generation prompt, and was trained so.
     Source: trl#4201.
@@ -245,9 +282,13 @@ def header_learned(facts: RowFacts) -> Finding | None:
         return None
     start = int(side.begins[with_header[0]])
     first = facts.decode(side.ids[start : start + 4])
+    own = facts.own_template
+    is_lost = own is not None and bool(
+        own.generation_prompt.strip()
+    )  # the model has one, and the file of the user none
     return Finding.of(
         "F15",
-        "warning",
+        "error" if is_lost else "warning",
         message=f"The loss of the answers begins at the role header ({first.strip()!r}): the template does not write "
         "it as the generation prompt.",
         evidence={
@@ -255,6 +296,7 @@ def header_learned(facts: RowFacts) -> Finding | None:
             "answers": len(side.begins),
             "rows": side.places(np.unique(side.row_of[with_header])),
         },
+        affected=len(with_header) / len(side.begins),
         fix="end the template (chat_template_path) with {% if add_generation_prompt %}, the header before an answer, "
         "{% endif %}",
     )
@@ -273,87 +315,3 @@ def served_without_header(run_facts: RunFacts) -> Signal | None:
         f"prompts are served without {with_prompt.removeprefix(without or '')!r}, which is before answers in training"
     )
     return Signal("F15", "invariant", says, 0.9, {}, fix="render prompts with add_generation_prompt=True")
-
-
-@rule("F16", needs=("rows",))
-def prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
-    """F16: the prompt's tokens are not the first tokens of the row.
-
-    Sees: prompts, tokenized as in serving, that differ from the first ids of their rows; plain-text prompts that get
-    different tokens when tokenized alone.
-    Why: in training the answer follows different tokens than in serving; a mask computed from the prompt's length is
-    off by a token.
-    Not: F20, whose mask is off by many tokens; templates that rewrite earlier turns (Qwen3's thinking), where only the
-    last answer counts.
-    Fix: end prompts at a token boundary (not with a space), and render earlier turns in the same way in both.
-    Wrong when: the model is served in the other form on purpose.
-    Source: trl#1920; trl warns once and cuts at the first difference.
-    """
-    if not facts.is_chat:
-        return _text_prompt_is_no_prefix(facts)
-    other, merged, read = [], [], 0
-    for row in evenly(facts.sample(facts.train), NUM_RENDERED):
-        example = facts.train.rows[row]
-        turn = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
-        prompt = rendered_prompt(facts, example.messages[:turn], example.tools)
-        if prompt is None:
-            continue
-        read += 1
-        if np.array_equal(prompt, example.input_ids[: len(prompt)]):
-            continue
-        is_same_text = facts.decode(example.input_ids).startswith(facts.decode(prompt))
-        (merged if is_same_text else other).append(row)
-    wrong = sorted(merged + other)
-    if not is_pattern(len(wrong), read, SOME):
-        return None
-    is_merged = len(merged) > len(other)
-    begins = facts.template.generation_prompt if facts.template else ""
-    return Finding.of(
-        "F16",
-        "warning",
-        message=f"{len(wrong)} of {read} rows do not begin with the prompt as in serving: "
-        + ("its last token joins with" if is_merged else f"it ends with {begins!r}, which is not the text before")
-        + " the answer.",
-        evidence={
-            "rows_read": read,
-            "token_reaches_across": len(merged),
-            "template_differs": len(other),
-            "rows": facts.train.places(wrong),
-        },
-        fix="end the generation prompt of the template at a token boundary (a newline), not with a space"
-        if is_merged
-        else "add to the answers the block that the generation prompt opens (a thinking block), or set "
-        "chat_template_path to a template without it",
-    )
-
-
-def _text_prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
-    labels = facts.report.labels
-    if not is_pattern(labels.num_not_prefix, len(labels.shares), SOME):
-        return None
-    return Finding.of(
-        "F16",
-        "warning",
-        message=f"{labels.num_not_prefix:,} of {len(labels.shares):,} prompts end inside a token: the other part of "
-        "this token, the start of the completion, is not trained on.",
-        evidence={
-            "rows_with": labels.num_not_prefix,
-            "rows_read": len(labels.shares),
-            "tokens_reaching_across": labels.num_crossing,
-            "rows": facts.train.places(range(len(facts.train.rows))),
-        },
-        fix="move the space from the end of the prompts to the start of the completions",
-    )
-
-
-@rule("F16", otherwise=True)
-def prompts_end_in_a_blank(run_facts: RunFacts) -> Signal | None:
-    """F16, of prompts and completions as given."""
-    chats = [chat for chat in list(run_facts.conversations)[:NUM_ROWS] if chat]
-    if run_facts.tokenizer is None or not chats:
-        return None
-    blank = [chat for chat in chats if str(chat[0].get("prompt") or "").endswith((" ", "\t"))]
-    if len(blank) < max(3, 0.05 * len(chats)):
-        return None
-    says = f"{len(blank)} of {len(chats)} prompts end with a space, which joins with the first word of the answer"
-    return Signal("F16", "measured", says, 0.6, {}, fix="move the space from the prompt to the completion")

@@ -3,6 +3,8 @@
 solotune.yaml, or a dict        before the run
 runs/demo                       during or after it; crashed, unfinished, resumed
 output/, output/checkpoint-50   written by Hugging Face's Trainer, PEFT and tools on top of them
+project/                        with one such folder in it
+mlruns/, wandb/, runs/          logs alone, also in a file: trainer_log.jsonl, nohup.out
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from typing import Any
 
 from solotune.config.load import load_config
 from solotune.config.run_config import RunConfig
-from solotune.diagnosis.run_facts import RunFacts
-from solotune.diagnosis.sources import hf_trainer, solotune_run
+from solotune.diagnosis.evidence import of_refusal
+from solotune.diagnosis.run_facts import RunFacts, Settings
+from solotune.diagnosis.sources import hf_trainer, not_a_run, solotune_run, trainer_logs
 from solotune.errors import InputError
 from solotune.run.run_dir import RunDirectory, list_runs
 
@@ -40,24 +43,54 @@ def run_facts_of(
     Raises:
         InputError: it is none of these.
     """
-    if isinstance(target, (Mapping, RunConfig)) or not Path(os.path.expanduser(target)).is_dir():
+    if isinstance(target, (Mapping, RunConfig)):
         _refuse(config, dataset, base, "a config")
-        if isinstance(target, (str, Path)) and not Path(os.path.expanduser(target)).exists():
+        return _of_config(target, overrides)
+    path = Path(os.path.expanduser(target))
+    if not path.is_dir():
+        if not path.exists():
             raise _unknown(target)
-        return solotune_run.of_config(load_config(target, overrides))
-    folder = Path(os.path.expanduser(target))
-    if is_run(folder):
+        if trainer_logs.is_console(path.name) or (trainer_logs.is_log(path.name) and trainer_logs.read(path)):
+            return hf_trainer.from_folder(path.parent, config=config, dataset=dataset, base=base, log_file=path)
+        if (error := not_a_run.of_file(path)) is not None:
+            raise error
+        _refuse(config, dataset, base, "a config")
+        return _of_config(target, overrides)
+    if is_run(path):
         _refuse(config, dataset, base, "a run of solotune")
-        return solotune_run.from_run(folder)
-    if any(next(folder.glob(pattern), None) for mark in FOREIGN_MARKS for pattern in (mark, f"checkpoint-*/{mark}")):
-        return hf_trainer.from_folder(folder, config=config, dataset=dataset, base=base)
-    inner = list_runs(folder)
-    raise InputError(
-        f"{folder} is not a run, a config or a trainer's output folder",
-        seen=", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "an empty folder",
-        allowed=f"a config file, a run directory (config.yaml), or a trainer's folder ({', '.join(FOREIGN_MARKS)})",
-        change=f"solotune diagnose {inner[-1].path}" if inner else None,
-    )
+        return solotune_run.from_run(path)
+    if is_foreign(path):
+        return hf_trainer.from_folder(path, config=config, dataset=dataset, base=base)
+    runs = not_a_run.runs_in(path, lambda inner: is_run(inner) or has_marks(inner))
+    if len(runs) == 1 and not is_run(runs[0]):
+        return hf_trainer.from_folder(runs[0], config=config, dataset=dataset, base=base)
+    if not runs and trainer_logs.find_logs(path):
+        return hf_trainer.from_folder(path, config=config, dataset=dataset, base=base)
+    raise not_a_run.of_folder(path, runs or [run.path for run in list_runs(path)])
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether another trainer wrote this folder: its files, those of a checkpoint, or a log in the folder itself."""
+    return has_marks(folder) or bool(trainer_logs.find_logs(folder, 0))
+
+
+def has_marks(folder: Path) -> bool:
+    """Whether files of a trainer lie in the folder or in its checkpoints."""
+    marks = (pattern for mark in FOREIGN_MARKS for pattern in (mark, f"checkpoint-*/{mark}"))
+    return any(next(folder.glob(pattern), None) for pattern in marks)
+
+
+def _of_config(target: str | Path | Mapping[str, Any] | RunConfig, overrides: Iterable[str]) -> RunFacts:
+    """The facts on a config; if a value is refused that is a fault of the catalogue, only that fault."""
+    try:
+        config = load_config(target, overrides)
+    except InputError as error:
+        if error.fault is None:
+            raise
+        name = Path(target).stem if isinstance(target, (str, Path)) else "run"
+        missing = {"train": "the config is refused", "live": "the config is refused"}
+        return RunFacts(name, Settings({"tool": "solotune"}), refusals=of_refusal(error), missing=missing)
+    return solotune_run.of_config(config)
 
 
 def is_run(folder: Path) -> bool:

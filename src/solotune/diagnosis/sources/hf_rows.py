@@ -8,6 +8,7 @@ saved: probes then see the rows as solotune renders and masks them, and `missing
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +23,8 @@ from solotune.diagnosis.data_checks import check_rows
 from solotune.diagnosis.evidence import of_refusal
 from solotune.diagnosis.facts.derived import lora_layers, setting
 from solotune.diagnosis.run_facts import LiveModel, RunFacts
-from solotune.diagnosis.sources import hf_settings, solotune_run, trl_preprocessing
+from solotune.diagnosis.sources import hf_settings, solotune_run, tokenized_rows, trl_preprocessing
+from solotune.diagnosis.sources.found_rows import Choice
 from solotune.diagnosis.sources.raw_rows import raw_chats
 from solotune.diagnosis.sources.run_files import json_of
 from solotune.errors import InputError, SolotuneError
@@ -59,30 +61,21 @@ def with_base_and_rows(
     """Add what can be loaded; write the reason for everything else into `missing`.
 
     Args:
-        named: `base`, which the user gave (None if not); and what the folder's own files name outside of it.
+        named: `base`, the model that the user gave or that lies beside (None if neither); `model_name_or_path` and
+            `dataset`, what the folder's own files name; `used`, how the data was found, if the user did not give it.
     """
-    get = run_facts.settings.get
-    base, unopened = _base_of(run_facts, places[0], named.get("base"))
-    rows, chats = _names(get("dataset")), []
-    if rows:
-        chats = raw_chats(rows, str(get("dataset_split") or "train"))
-    config = hf_settings.as_run_config(run_facts.settings, base or str(places[0]), rows or "unknown.jsonl")
-    base_files = model_here(config.model_name_or_path, config.model_revision)
-    base_config = base_files.json_or_empty("config.json") if base_files else {}
-    generation = json_of(first_with(places, "generation_config.json"))
-    if not generation and base_files:
-        generation = base_files.json_or_empty("generation_config.json")
-    run_facts = replace(run_facts, model_config=base_config, generation_config=generation, conversations=chats)
-    if not base_config:
-        missing["model_config"] = unopened or f"the base {base or '(its name is not known)'} is not on this machine"
-        missing["live"] = missing["model_config"]
-    tokenizer, base_template = _tokenizers(config, places, base_files, missing)
-    run_facts = replace(run_facts, tokenizer=tokenizer, base_template=base_template)
-    if tokenizer is None or not rows:
+    used: Choice = named.get("used") or Choice()
+    run_facts = _without_absent_evaluation(run_facts, missing)
+    rows = _names(run_facts.settings.get("dataset"))
+    run_facts, config, base_files = _with_base(run_facts, places, missing, named)
+    if (tokenizer := run_facts.tokenizer) is None or not rows:
         why = _unknown_data(named.get("dataset")) if not rows else missing.get("tokenizer") or missing["model_config"]
         missing |= {part: why for part in ("train", "validation", "live") if part not in missing}
         return run_facts
-    if (made := _as_trl_made_them(run_facts, tokenizer)) is not None:
+    if (saved := tokenized_rows.read(used.paths, _batch_size(run_facts)) if used.paths else None) is not None:
+        run_facts = replace(run_facts, train=saved.examples, batches=saved.batches)
+        prepared = Prepared(run_facts.train, run_facts.validation, DataReport(""))
+    elif (made := _as_trl_made_them(run_facts, tokenizer)) is not None:
         run_facts = _with_rows_of_trl(run_facts, made)
         prepared = Prepared(run_facts.train, run_facts.validation, DataReport(""))
     else:
@@ -92,6 +85,8 @@ def with_base_and_rows(
         except SolotuneError as error:
             missing |= dict.fromkeys(("train", "validation"), error.problem)
             missing.setdefault("live", error.problem)
+            if used.paths and not used.is_named:  # then it was another file's number of rows
+                return run_facts
             return replace(run_facts, refusals=[*run_facts.refusals, *of_refusal(error)])
         missing["batches"] = "the trainer saves no batches; probes see the rows as solotune renders and masks them"
         # The folder's generation_config.json may differ from the base's, which `check_rows` read: where that found
@@ -106,6 +101,49 @@ def with_base_and_rows(
         config = config.replaced("adapter", lora_target_modules=targets)
     load = solotune_run.live_of(config, tokenizer, prepared, _adapter_folder(places), base_files)
     return replace(run_facts, live=_as_saved(solotune_run.without_network(load), run_facts))
+
+
+def _without_absent_evaluation(run_facts: RunFacts, missing: dict[str, str]) -> RunFacts:
+    """The facts without evaluation data that is not here: the training rows are judged all the same."""
+    named = run_facts.settings.get("eval_dataset")
+    names = _names(named)
+    files = [names] if isinstance(names, str) else names or []
+    if named is None or (files and all(os.path.exists(os.path.expanduser(name)) for name in files)):
+        return run_facts
+    missing["validation"] = f"the evaluation data {str(named)[:200]} is not here"
+    values = {key: value for key, value in run_facts.settings.values.items() if key != "eval_dataset"}
+    return replace(run_facts, settings=replace(run_facts.settings, values=values))
+
+
+def _with_base(
+    run_facts: RunFacts, places: list[Path], missing: dict[str, str], named: Mapping[str, Any]
+) -> tuple[RunFacts, RunConfig, ModelFiles | None]:
+    """The facts with the base's configs, the tokenizer and the chats; the settings as a config; the base's files."""
+    get = run_facts.settings.get
+    base, unopened = _base_of(named, places[0])
+    rows = _names(get("dataset"))
+    chats = raw_chats(rows, str(get("dataset_split") or "train")) if rows else []
+    config = hf_settings.as_run_config(run_facts.settings, base or str(places[0]), rows or "unknown.jsonl")
+    base_files = model_here(config.model_name_or_path, config.model_revision)
+    base_config = base_files.json_or_empty("config.json") if base_files else {}
+    generation = json_of(first_with(places, "generation_config.json"))
+    if not generation and base_files:
+        generation = base_files.json_or_empty("generation_config.json")
+    if not base_config:
+        missing["model_config"] = unopened or f"the base {base or '(its name is not known)'} is not on this machine"
+        missing["live"] = missing["model_config"]
+    tokenizer, base_template, base_tokens = _tokenizers(config, places, base_files, missing)
+    values = dict(run_facts.settings.values) | ({"base_tokens": base_tokens} if base_tokens else {})
+    found = replace(
+        run_facts,
+        settings=replace(run_facts.settings, values=values),
+        model_config=base_config,
+        generation_config=generation,
+        conversations=chats,
+        tokenizer=tokenizer,
+        base_template=base_template,
+    )
+    return found, config, base_files
 
 
 def _as_saved(load: Callable[[], LiveModel], run_facts: RunFacts) -> Callable[[], LiveModel]:
@@ -162,22 +200,25 @@ def _with_rows_of_trl(run_facts: RunFacts, made: trl_preprocessing.Made) -> RunF
         held_out = evaluated.examples if evaluated else []
     counted = {"rows_in": made.rows_in, "rows_out": len(made.examples)}
     loss_mask = {"assistant_only_loss": made.learns_answers or get("assistant_only_loss") is True}
-    size = get("per_device_train_batch_size")
-    size = size if isinstance(size, int) and 0 < size <= 4096 else 8
     return replace(
         run_facts,
         settings=replace(run_facts.settings, values={**run_facts.settings.values, **counted, **loss_mask}),
         train=made.examples,
         validation=held_out,
         conversations=[row.messages for row in made.examples] if all(row.messages for row in made.examples) else [],
-        batches=trl_preprocessing.batches_of(made.examples, run_facts.tokenizer, sft, size),
+        batches=trl_preprocessing.batches_of(made.examples, run_facts.tokenizer, sft, _batch_size(run_facts)),
     )
 
 
-def _base_of(run_facts: RunFacts, folder: Path, given: Any) -> tuple[str | None, str | None]:
-    """The base that the user gave, or that is inside the folder; and why the one that it names is not opened."""
-    saved = run_facts.saved.adapter_config if run_facts.saved else {}
-    found = saved.get("base_model_name_or_path") or run_facts.settings.get("model_name_or_path")
+def _batch_size(run_facts: RunFacts) -> int:
+    size = run_facts.settings.get("per_device_train_batch_size")
+    return size if isinstance(size, int) and 0 < size <= 4096 else 8
+
+
+def _base_of(named: Mapping[str, Any], folder: Path) -> tuple[str | None, str | None]:
+    """The base that was given or found beside, or that is inside the folder; and why the one that it names is not
+    opened."""
+    given, found = named.get("base"), named.get("model_name_or_path")
     if given is not None or not isinstance(found, str) or not found or "\0" in found:
         return (None if given is None else str(given)), None
     inside = os.path.realpath(folder / found)
@@ -200,9 +241,9 @@ def _unknown_data(named: Any) -> str:
 
 def _tokenizers(
     config: RunConfig, places: list[Path], base_files: ModelFiles | None, missing: dict[str, str]
-) -> tuple[Any, str]:
+) -> tuple[Any, str, int | None]:
     """The tokenizer of the folder, which was saved with the template of the training, else of the base; None if neither
-    can be loaded. And the base's own chat template, if it is another one."""
+    can be loaded. And the base's own chat template, if it is another one; and how many tokens its tokenizer has."""
     tokenizer: Any = None
     own = [ModelFiles(str(place), "main", place, True) for place in places if _is_own(place, "tokenizer_config.json")]
     for files in [*own, *([base_files] if base_files else [])]:
@@ -212,14 +253,13 @@ def _tokenizers(
         except SolotuneError as error:
             missing["tokenizer"] = error.problem
     if tokenizer is None:
-        return None, ""
-    try:
-        is_folder = base_files is not None and base_files.is_local
-        own_template = load_tokenizer(config, base_files).chat_template if is_folder else None
-    except SolotuneError:
-        own_template = None
-    is_other = isinstance(own_template, str) and own_template != tokenizer.chat_template
-    return tokenizer, str(own_template) if is_other else ""
+        return None, "", None
+    own: Any = None
+    with contextlib.suppress(SolotuneError):
+        own = load_tokenizer(config, base_files) if base_files is not None and base_files.is_local else None
+    template = own.chat_template if own is not None else None
+    is_other = isinstance(template, str) and template != tokenizer.chat_template
+    return tokenizer, str(template) if is_other else "", None if own is None else len(own)
 
 
 def _no_weights(name: str, base_files: ModelFiles | None) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,14 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
         found = parse(content.decode("utf-8-sig", "replace"), str(file), MAX_DEPTH)
     if not isinstance(found, Mapping):
         raise InputError(f"{file}: a config is lines of `key: value`", seen=type(found).__name__)
+    return flat(found, file.name)
+
+
+def flat(found: Mapping[Any, Any], name: str = "") -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings in their sections as `read` gives them; `name` is that of the file."""
     lines: dict[str, str] = {}
     written: dict[str, Any] = {}
-    _flatten(found, written, lines, file.name, 0)
+    _flatten(found, written, lines, name, 0)
     return written, lines
 
 
@@ -65,11 +71,12 @@ def _flatten(found: Mapping[Any, Any], written: dict[str, Any], lines: dict[str,
             if str(key) == "quantization_config":
                 written.setdefault("quantization_config", plain(value))
             continue
-        written[str(key)] = plain(value)
+        short = re.sub(r"^(train|top)\.", "", str(key))  # llamaboard_config.yaml has `train.learning_rate`
+        written[short] = plain(value)
         place = getattr(getattr(found, "lc", None), "key", None)
         with contextlib.suppress(KeyError, TypeError):
             line = f"{name} line {place(key)[0] + 1}" if place else name
-            lines.update(dict.fromkeys(translated({str(key): written[str(key)]}), line))
+            lines.update(dict.fromkeys(translated({short: written[short]}), line))
 
 
 def _inverted(value: Any) -> Any:
@@ -115,6 +122,8 @@ _TURNED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "shuffle_dataset": ("shuffle_dataset", _as_is),
     "chat_template": ("chat_template", _as_is),
     "datasets": ("dataset", lambda listed: _dataset_of(listed)),
+    "test_datasets": ("eval_dataset", lambda listed: _dataset_of(listed)),
+    "val_dataset": ("eval_dataset", lambda listed: listed or None),
     "quantization": ("quantization", _as_is),
 }
 
@@ -124,11 +133,16 @@ def _of_dict(words: Any, key: str) -> Any:
 
 
 def _dataset_of(listed: Any) -> Any:
-    """axolotl's `datasets: [{path: ..., type: ...}]`."""
+    """axolotl's `datasets: [{path: ..., type: ...}]`, or with `path: json` the name in `data_files`."""
     if isinstance(listed, list) and listed:
-        paths = [one.get("path") if isinstance(one, Mapping) else one for one in listed]
+        paths = [_path_of(one) if isinstance(one, Mapping) else one for one in listed]
         return paths if len(paths) > 1 else paths[0]
     return listed
+
+
+def _path_of(one: Mapping[str, Any]) -> Any:
+    files = one.get("data_files")
+    return files if isinstance(files, str) else one.get("path")
 
 
 def translated(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,13 +3,13 @@
     from_folder("output")                                                   a final folder, or checkpoint-50 alone
     from_folder("output", config="sft.yaml", dataset="chats.jsonl")         with its config and data; `base` as well
 
-It reads trainer_state.json (the curve), training_args.bin (never unpickled: `pickle_reader`), adapter_config.json and
-adapter_model.safetensors, tokenizer files, generation_config.json, README.md (versions) and logs; from the newest
-checkpoint if the folder itself has none. The settings are those of the arguments and of the adapter. Those of the
-config file are `asked`, and count as settings where neither file has the key.
+It reads the logged steps (`folder_steps`), the settings (`folder_settings`), adapter_config.json and
+adapter_model.safetensors, tokenizer files and generation_config.json; from the newest checkpoint if the folder has
+none. Config, data and base that are not given are looked for in the folder and beside it (`surroundings`); `found` says
+what was found, and what to give.
 
-The folder is not trusted. Models, data and files outside that it names are not opened and not looked up; `missing` says
-which, and the option that gives them. Its own files are read if they are regular files inside it.
+The folder is not trusted. What its files name is compared with what lies there, never opened or looked up by that name;
+`missing` says which, and the option that gives it. Files are read if they are regular files.
 
 A trainer saves no batches. If data and base are here, probes see the rows as solotune renders and masks them; what the
 collator of the training did stays open, and `missing` says so.
@@ -17,47 +17,37 @@ collator of the training did stays open, and `missing` says so.
 
 from __future__ import annotations
 
-import contextlib
+import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeGuard
-
-import numpy as np
+from typing import Any
 
 from solotune.diagnosis.facts.derived import is_zero
-from solotune.diagnosis.run_facts import RunFacts, Saved, Settings, Trace
-from solotune.diagnosis.sources import (
-    hf_settings,
-    pickle_reader,
-    run_files,
-    solotune_run,
-    trainer_defaults,
-    trl_preprocessing,
-)
+from solotune.diagnosis.run_facts import RunFacts, Saved, Settings
+from solotune.diagnosis.sources import hf_settings, model_card, solotune_run, step_log
+from solotune.diagnosis.sources.folder_settings import base_beside, beginning, settings_of, with_rows
+from solotune.diagnosis.sources.folder_steps import steps_in, steps_of
+from solotune.diagnosis.sources.found import Found
 from solotune.diagnosis.sources.hf_rows import first_with, why_absent, with_base_and_rows
 from solotune.diagnosis.sources.run_files import json_of
+from solotune.diagnosis.sources.surroundings import Surroundings
+from solotune.diagnosis.sources.trainer_logs import STATE
 from solotune.errors import InputError, SolotuneError
-from solotune.hub.safe_files import check_regular
-from solotune.regular_files import open_regular
-from solotune.run.events import MAX_INT
-
-LOG_BYTES = 64 << 10
-"""Bytes read from the end of a log, where its error is."""
-NUM_FILES = 200
-NAMES_OUTSIDE = ("dataset", "dataset_config", "dataset_revision", "dataset_split", "eval_dataset", "eval_dataset_split",
-                 "chat_template_path", "model_revision")  # fmt: skip
-"""Settings of training_args.bin that say where something outside of the folder is."""
-STATE = "trainer_state.json"
-_TOOLS = ("trl", "unsloth", "axolotl", "llama-factory", "llamafactory", "swift")
 
 
 def from_folder(
-    folder: str | Path, config: str | Path | None = None, dataset: str | None = None, base: str | None = None
+    folder: str | Path,
+    config: str | Path | None = None,
+    dataset: str | None = None,
+    base: str | None = None,
+    log_file: Path | None = None,
 ) -> RunFacts:
     """Facts on the training that wrote this folder.
 
     Args:
+        log_file: the log that the user pointed at; None: the best in the folder.
         config: its YAML or JSON config, with the keys of any of the tools.
         dataset: the training data: a file, or a hub id.
         base: the base model: a folder, or a hub id that is in the cache.
@@ -70,19 +60,37 @@ def from_folder(
         raise InputError(f"{path}: no such folder", allowed="the output folder of a trainer")
     newest = newest_checkpoint(path)
     places = [path, *([newest] if newest else [])]
+    around = Surroundings.of(path)
+    found = Found(around)
     missing: dict[str, str] = {}
-    settings, named = _settings(places, config, dataset, missing)
+    log, errors = steps_of(path, places, around) if log_file is None else steps_in(log_file)
+    if log is None and not errors:
+        has_state = first_with(places, STATE) is not None
+        missing["trace"] = f"{STATE} has no readable log" if has_state else why_absent(places, STATE)
+    found.steps(log)
+    settings, names = settings_of(places, config, log, found, missing)
+    settings, used = with_rows(settings, names, dataset, config, log, found)
     saved = _saved(path, places, settings, missing)
     run_facts = RunFacts(
-        name=path.name if not path.name.startswith("checkpoint-") else f"{path.parent.name}/{path.name}",
+        name=_name(path) if log_file is None else log_file.name,
         settings=settings,
-        trace=_trace(path, places, missing),
+        trace=None if log is None and not errors else step_log.trace_of(log or step_log.NO_STEPS, errors),
         saved=saved,
         environment=_environment(places),
         missing=missing,
     )
-    base = base or hf_settings.translated(settings.asked).get("model_name_or_path")
-    return with_base_and_rows(run_facts, places, missing, named | {"base": base})
+    given = base or (hf_settings.translated(settings.asked).get("model_name_or_path") if config is not None else None)
+    named: dict[str, Any] = {key: value for key, (value, _) in names.items()}
+    named |= {"base": given or base_beside(names, found), "used": used}
+    run_facts = with_base_and_rows(run_facts, places, missing, named)
+    found.rest(run_facts, given, names)
+    return replace(run_facts, found=found.parts, not_given=found.not_given(run_facts))
+
+
+def _name(path: Path) -> str:
+    """The folder's name; of a checkpoint with that of its run."""
+    path = Path(os.path.abspath(path))
+    return path.name if not path.name.startswith("checkpoint-") else f"{path.parent.name}/{path.name}"
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -95,121 +103,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-# --- settings
-
-
-def _settings(
-    places: list[Path], config: str | Path | None, dataset: str | None, missing: dict[str, str]
-) -> tuple[Settings, dict[str, Any]]:
-    """Settings of arguments and adapter, else of the config file; `asked`: those of the config file. And the names that
-    the folder itself gives for things outside, which are no settings here."""
-    held: dict[str, Any] = {}
-    named: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    made_by, file = "", first_with(places, "training_args.bin")
-    if file is not None:
-        try:
-            made_by, found = pickle_reader.attributes(file)
-            held |= hf_settings.translated(found)
-            named = {key: held.pop(key) for key in NAMES_OUTSIDE if key in held}
-            if "completion_only_loss" in found and "packing_strategy" in found:
-                held["sft"] = trl_preprocessing.arguments(found)
-            sources |= dict.fromkeys(held, "training_args.bin")
-        except pickle_reader.UnreadableError as error:
-            missing["training_args"] = f"cannot be read: {error}"
-    adapter = json_of(first_with(places, "adapter_config.json"))
-    held |= hf_settings.of_adapter(adapter)
-    asked: dict[str, Any] = {}
-    readme = first_with(places, "README.md")
-    text = made_by + _beginning(readme)
-    tool = next((tool for tool in _TOOLS if re.search(rf"\b{tool}\b", text, re.IGNORECASE)), None)
-    if config is not None:
-        asked, lines = hf_settings.read(config)
-        ours = hf_settings.translated(asked)
-        if ours.get("assistant_only_loss") is True:
-            held["assistant_only_loss"] = True  # as written; the labels show what it did
-        tool = tool or (trainer_defaults.tool_of(asked) if not made_by else None)
-        if not made_by:
-            ours = {**trainer_defaults.unstated(tool), **ours}
-            held |= {"sft": trl_preprocessing.arguments(asked)} if tool == "trl" else {}
-        held = {**ours, **{key: value for key, value in held.items() if value is not None}}
-        sources |= {key: lines[key] for key in ours if key in lines}
-        unwritten = {"learning_rate", "max_length", "num_train_epochs"} & set(held) - set(lines)
-        sources |= dict.fromkeys(unwritten, "default: not set in the config")
-    if dataset is not None:
-        held["dataset"] = dataset
-    held.setdefault("tool", tool or ("transformers" if made_by else None))
-    return Settings(held, asked, sources), named
-
-
-def _beginning(path: Path | None) -> str:
-    """The first LOG_BYTES of a text file; empty if there is none that can be read."""
-    if path is None:
-        return ""
-    with contextlib.suppress(OSError), open_regular(path) as file:
-        return file.read(LOG_BYTES).decode("utf-8", "replace")
-    return ""
-
-
 def _environment(places: list[Path]) -> dict[str, Any]:
     """Library versions from the model card."""
-    text = _beginning(first_with(places, "README.md"))
-    names = "TRL|Transformers|Pytorch|Datasets|Tokenizers|PEFT|Unsloth|Axolotl"
-    found = re.findall(rf"^\s*-\s*({names})\s*:?\s*v?(\d[\w.+]*)", text, re.MULTILINE | re.IGNORECASE)
-    return {"versions": {name.lower(): version for name, version in found}} if found else {}
-
-
-# --- the curve
-
-
-def _trace(folder: Path, places: list[Path], missing: dict[str, str]) -> Trace | None:
-    file = first_with(places, STATE)
-    state = json_of(file)
-    errors = _errors(folder)
-    logged = state.get("log_history")
-    history = [entry for entry in logged if isinstance(entry, Mapping)] if isinstance(logged, list) else []
-    if not history and not errors:
-        missing["trace"] = why_absent(places, STATE) if file is None else f"{file.name} has no readable log"
-        return None
-    steps = [dict(entry) for entry in history if "loss" in entry and _is_step(entry.get("step"))]
-    evals = [dict(entry) for entry in history if "eval_loss" in entry and _is_step(entry.get("step"))]
-    total, last = state.get("max_steps"), state.get("global_step")
-    ended = any("train_runtime" in entry or "train_loss" in entry for entry in history)
-    return Trace(
-        step_S=np.array([entry["step"] for entry in steps], np.int64),
-        loss_S=run_files.column(steps, "loss"),
-        learning_rate_S=run_files.column(steps, "learning_rate"),
-        grad_norm_S=run_files.column(steps, "grad_norm"),
-        epoch_S=run_files.column(steps, "epoch"),
-        eval_step_E=np.array([entry["step"] for entry in evals], np.int64),
-        eval_loss_E=run_files.column(evals, "eval_loss"),
-        total_steps=total if _is_step(total) and total > 0 else None,
-        is_finished=ended or (_is_step(last) and _is_step(total) and 0 < total <= last),
-        errors=errors,
-    )
-
-
-def _is_step(value: Any) -> TypeGuard[int]:
-    return type(value) is int and abs(value) <= MAX_INT
-
-
-def _errors(folder: Path) -> tuple[str, ...]:
-    """Tracebacks, errors and warnings in the log files of the folder."""
-    names = sorted(path for pattern in ("*.log", "*.out", "*.err", "log*.txt") for path in folder.glob(pattern))
-    found = []
-    for path in names[:NUM_FILES]:
-        try:
-            check_regular(folder, path)
-            with open_regular(path) as file:
-                file.seek(max(0, path.stat().st_size - LOG_BYTES))
-                text = file.read(LOG_BYTES).decode("utf-8", "replace")
-        except (OSError, InputError):
-            continue
-        place = text.rfind("Traceback (most recent call last)")
-        if place >= 0:
-            found.append(text[place:])
-        found += [line for line in text.splitlines() if re.search(r"error|warning|warn\(", line, re.IGNORECASE)][-50:]
-    return tuple(found)
+    found = model_card.read(beginning(first_with(places, "README.md"))).versions
+    return {"versions": dict(found)} if found else {}
 
 
 # --- what was saved

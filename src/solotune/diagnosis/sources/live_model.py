@@ -128,7 +128,7 @@ def _backward(model: TrainableModel, batches: Sequence[Mapping[str, Any]]) -> fl
 
 def _answer(model: TrainableModel, tokenizer: Any, rows: Sequence[Example], text: str) -> str:
     """The answer of `solotune chat`, with the end of turn as text."""
-    stops = generation.stop_ids(model, tokenizer, rows[:1])
+    stops = generation.stop_ids(model, tokenizer, [row.last_loss_token for row in rows[:1]])
     prompt = dataset.render_prompt(tokenizer, [{"role": "user", "content": text}])
     ids = generation.generate(model, prompt, NEW_TOKENS, stops)
     ended = [tokenizer.eos_token_id] if len(ids) < NEW_TOKENS and tokenizer.eos_token_id is not None else []

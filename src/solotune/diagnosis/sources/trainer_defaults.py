@@ -58,10 +58,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_train_epochs": 1.0,
         "lora_dropout": 0.0,
     },
+    # ms-swift: its args.json has every value; loss_scale is `default`, which is the answers alone
+    "swift": {"assistant_only_loss": True},
 }
 _WORDS: dict[str, frozenset[str]] = {
     "axolotl": frozenset({"micro_batch_size", "sequence_len", "sample_packing", "val_set_size", "lora_target_linear"}),
     "llama-factory": frozenset({"cutoff_len", "finetuning_type", "dataset_dir", "lora_target", "neat_packing"}),
+    "swift": frozenset({"tuner_type", "train_type", "sft_type", "tuner_backend", "loss_scale", "val_dataset",
+                        "split_dataset_ratio"}),
     "trl": frozenset({"use_peft", "assistant_only_loss", "completion_only_loss", "packing_strategy", "padding_free",
                       "dataset_text_field", "dataset_train_split", "dataset_kwargs", "truncation_mode"}),
 }  # fmt: skip

@@ -1,0 +1,3 @@
+from bench.diagnose.unseen.run import main
+
+main()

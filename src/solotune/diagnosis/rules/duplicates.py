@@ -1,0 +1,160 @@
+"""S8, rows that are in the data many times: F39."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.facts.conversations import answers_of, chats_of
+from solotune.diagnosis.facts.row_arrays import is_pattern, percent
+from solotune.diagnosis.facts.row_facts import RowFacts
+from solotune.diagnosis.facts.rows import examples_of
+from solotune.diagnosis.findings import Finding
+from solotune.diagnosis.rules import rule
+from solotune.diagnosis.run_facts import RunFacts
+
+SOME = 0.05
+"""One row in twenty."""
+REPEATED = 0.3
+"""Share of (near-)duplicates that is reported; data made from templates has many, so it is not a warning."""
+HALF = 0.45
+"""Share of copies of a file that was merged with itself, up to the rows that were held out."""
+MANY_COPIES = 5.0
+"""Of each row on average: so few different rows are learned by heart."""
+LEAST_TOKENS = 6
+"""Of an answer in free words: answers of fewer tokens are labels, which repeat naturally."""
+REGULAR = 0.5
+"""Variance of the number of copies by that of rows that are drawn at random (a Poisson distribution without zeros)."""
+ENOUGH_ROWS = 20
+"""Different rows for a variance to mean something."""
+
+
+class Copies(NamedTuple):
+    """How often the rows of a file repeat."""
+
+    rows: int
+    again: int
+    """rows that repeat an earlier one"""
+    is_beyond_chance: bool
+
+    @classmethod
+    def of(cls, keys: Sequence[str | int], answers: Sequence[str | bytes], sizes: Sequence[int]) -> Copies:
+        """Counts of equal keys; `answers` and their `sizes` in tokens or words, one for each row."""
+        counts = np.array(list(Counter(keys).values()), float)
+        again = len(keys) - len(counts)
+        if not len(keys) or again < HALF * len(keys):
+            return cls(len(keys), again, False)
+        mean = len(keys) / len(counts)
+        is_regular = len(counts) >= ENOUGH_ROWS and counts.var() < REGULAR * _variance_at_random(mean)
+        is_free = len(set(answers)) > len(counts) / 2 and float(np.median(sizes)) >= LEAST_TOKENS
+        return cls(len(keys), again, bool(is_regular or (mean >= MANY_COPIES and is_free)))
+
+
+def _variance_at_random(mean: float) -> float:
+    """Of a Poisson distribution without zeros that has this mean."""
+    rate = mean
+    for _ in range(50):
+        rate = mean * (1 - math.exp(-rate))
+    return mean * (1 + rate - mean)
+
+
+@rule("F39", needs=("rows",))
+def duplicates(facts: RowFacts) -> Finding | None:
+    """F39: the same rows are in the data many times.
+
+    Sees: rows with equal ids, or equal chats, of which half or more are copies: every row the same number of times, as
+    in a file that was merged with itself, or so few different rows that each is there five times or more.
+    Why: these rows are memorised, the data has fewer different rows than it seems, and held-out rows have copies in
+    training.
+    Not: F46, many epochs over different rows; F41, where data loader workers repeat rows that are in the file once;
+    fewer copies, rows of a template, short rows and labels, which repeat naturally: a remark or a note.
+    Fix: remove duplicates before the split.
+    Wrong when: rows are repeated to give them more weight; with dataset_exact_deduplication: false it is a note.
+    Control: rows that are drawn at random from few different ones are there an uneven number of times.
+    Source: common guides on deduplication.
+    """
+    train, report = facts.whole[0], facts.report
+    order = np.argsort(train.hashes, kind="stable")
+    same = np.sort(order[1:][train.hashes[order[1:]] == train.hashes[order[:-1]]])
+    total = len(train.rows)
+    evidence = {
+        "equal_after_truncation": len(same),
+        "copies_removed": report.num_exact_duplicates,
+        "near_duplicates": report.num_near_duplicates,
+        "rows": train.places(same),
+    }
+    if report.num_copies_kept:
+        return Finding.of(
+            "F39",
+            "info",
+            message=f"{report.num_copies_kept:,} rows are exact copies of an earlier one, and were kept.",
+            evidence={**evidence, "copies_kept": report.num_copies_kept},
+            fix="nothing to do if they are meant; else remove dataset_exact_deduplication: false",
+            affected=report.num_copies_kept / total,
+        )
+    if is_pattern(len(same), total, SOME):
+        side = facts.train
+        learned = [row.input_ids[row.loss_mask].tobytes() for row in side.rows]
+        known = Copies.of([int(one) for one in train.hashes], learned, side.num_labels.tolist())
+        is_cut = bool(facts.is_cut(side).mean() >= HALF)  # equal beginnings of different rows
+        return Finding.of(
+            "F39",
+            "error" if known.is_beyond_chance and not facts.is_sample and not is_cut else "warning",
+            message=f"{len(same):,} of {total:,} rows have the same tokens as an earlier row.",
+            evidence=evidence,
+            fix=f"if only their beginnings are equal, raise max_length above {facts.settings.max_length}; "
+            "else remove the copies from the data",
+            affected=len(same) / total,
+            is_statistic=True,
+        )
+    return _removed(facts, evidence)
+
+
+def _removed(facts: RowFacts, evidence: dict[str, object]) -> Finding | None:
+    """Copies that solotune removed: harmless, unless so little is left that the file was not what it seemed."""
+    report = facts.report
+    whole = report.num_train + report.num_validation + report.num_exact_duplicates
+    alike = report.num_exact_duplicates + report.num_near_duplicates
+    if not is_pattern(alike, whole, REPEATED):
+        return None
+    left = whole - report.num_exact_duplicates
+    learned = {row.input_ids[row.loss_mask].tobytes() for row in facts.train.rows}
+    is_free = len(learned) > len(facts.train.rows) / 2 and float(np.median(facts.train.num_labels)) >= LEAST_TOKENS
+    is_fault = whole >= MANY_COPIES * (left - report.num_validation * bool(facts.settings.eval_dataset)) and is_free
+    return Finding.of(
+        "F39",
+        "error" if is_fault else "warning" if report.num_exact_duplicates >= whole / 2 else "info",
+        message=f"{percent(alike, whole)} of the rows repeat an earlier one: {report.num_exact_duplicates:,} exactly "
+        f"(removed) and {report.num_near_duplicates:,} nearly (kept, on one side of the split).",
+        evidence=evidence,
+        fix="nothing to do if the rows are made from a template; if copies are meant, set "
+        "dataset_exact_deduplication: false or give the row a higher weight; else look for a file that was added twice",
+        affected=alike / whole,
+        is_statistic=True,
+    )
+
+
+@rule("F39", otherwise=True)
+def repeated_rows(run_facts: RunFacts) -> Signal | None:
+    """F39, of rows that another trainer made, or of conversations that could not be rendered."""
+    rows = examples_of(run_facts) if run_facts.train else []
+    if rows:
+        learned = [row.input_ids[row.loss_mask] for row in rows]
+        known = Copies.of(
+            [hash(row.input_ids.tobytes()) for row in rows], [ids.tobytes() for ids in learned], list(map(len, learned))
+        )
+    else:
+        chats = chats_of(run_facts)
+        answers = answers_of(chats)
+        known = Copies.of([repr(chat) for chat in chats], answers, [len(text.split()) for text in answers])
+    if known.again < max(3, 0.2 * known.rows):
+        return None
+    says, affected = f"{known.again:,} of {known.rows:,} rows repeat an earlier one", known.again / known.rows
+    kind, weight = ("measured", 0.8) if known.is_beyond_chance else ("remark", 0.3)
+    fix = "in the data, remove duplicates before the split"
+    return Signal("F39", kind, says, weight, {"again": known.again}, fix=fix, affected=affected)
