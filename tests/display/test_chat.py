@@ -180,14 +180,22 @@ def test_what_is_said_about_the_system_prompt():
     assert "continued as it is" in about(Parrot(prompt_format="text"))
 
 
-def controlled(terminal: int) -> None:
-    """In a new process: take the terminal, so that its Ctrl-C arrives, whoever ignores it here."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.login_tty(terminal)
+def test_ctrl_c_at_the_prompt_does_not_exit(monkeypatch, capsys):
+    def interrupted(prompt: str) -> str:
+        if prompts.append(prompt) or len(prompts) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return "hi" if len(prompts) == 2 else "/quit"
+
+    prompts: list[str] = []
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr("builtins.input", interrupted)
+    session = Parrot()
+    Chat(session, make_console(io.StringIO())).run()
+    assert session.asked == [("hi", False)] and "(/quit or Ctrl-D exits)" in capsys.readouterr().err
 
 
-def test_lines_can_be_edited_and_ctrl_c_at_the_prompt_does_not_exit():
-    """On a real terminal: Up brings the last line back, Ctrl-C at the prompt says how to exit."""
+def test_lines_can_be_edited():
+    """On a real terminal: Up brings the last line back, Ctrl-D exits."""
     code = (
         "import sys; from tests.display.test_chat import Parrot; from solotune.display.chat import Chat;"
         "from solotune.display.progress import make_console; from solotune.runtime.signals import handle_signals\n"
@@ -196,7 +204,7 @@ def test_lines_can_be_edited_and_ctrl_c_at_the_prompt_does_not_exit():
     )
     parent, child = pty.openpty()
     env = {**os.environ, "TERM": "xterm"}
-    process = subprocess.Popen([sys.executable, "-c", code], preexec_fn=lambda: controlled(child), env=env)
+    process = subprocess.Popen([sys.executable, "-c", code], preexec_fn=lambda: os.login_tty(child), env=env)
     os.close(child)
     seen = ""
 
@@ -210,12 +218,11 @@ def test_lines_can_be_edited_and_ctrl_c_at_the_prompt_does_not_exit():
     try:
         until("you    ")
         os.write(parent, b"hello\n")
+        until("ok")
         until("you    ", 2)
-        os.write(parent, b"half a li\x03")
-        until("exits)")
-        until("you    ", 3)
         os.write(parent, b"\x1b[A!\n")  # Up, and one character more
-        until("you    ", 4)
+        until("ok", 2)
+        until("you    ", 3)
         os.write(parent, b"\x04")
         until(" END")
     finally:
