@@ -14,9 +14,9 @@ Layout, of which any file may be missing:
     run/model/              config.json, generation_config.json, tokenizer; the weights where they are at hand
     run/output/             trainer_state.json, adapter, checkpoints
 
-A rate is told as it would be for an ordinary model: the tiny bases learn best at 6e-3, where others do at 2e-4, so
-every learning rate is divided by 30 in script, configs and curve. Otherwise any tool that knows usual rates would warn
-of every healthy program.
+The learning rate given to a peer is that of an ordinary model: the tiny bases learn best at 6e-3, where others do at
+2e-4, so every learning rate is divided by 30 in script, configs and curve. Otherwise any tool that knows usual rates
+would warn of every healthy program.
 
 Of a loop written by hand the curve is written as trainer_state.json, as transformers' Trainer would have written it. A
 fault that is in the code of the loop alone (a shifted label, a lost attention mask) is in no script here: of it the

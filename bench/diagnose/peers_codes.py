@@ -1,8 +1,8 @@
 """Which of our faults a peer's warning may mean: one table a peer, generous where a warning leaves it open.
 
 A key is the peer's own name of the check, with the word of its title behind it where one check has several; a pattern
-with `*` at its end fits all names that begin so. A warning that is in no table is advice: no fault of ours is what it
-speaks of (no limit of checkpoints, no evaluation, a batch above the usual).
+with `*` at its end fits all names that begin so. A warning that is in no table is advice: it means none of
+our faults (no limit of checkpoints, no evaluation, a batch above the usual).
 """
 
 from __future__ import annotations

@@ -8,15 +8,13 @@ Each program has a process of its own, forked from one that has torch loaded, so
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -24,6 +22,7 @@ import transformers
 import solotune
 from bench.diagnose import foreign, ours, trl_run
 from bench.diagnose.configs import ConfigProgram
+from bench.diagnose.forks import Result, forked
 from bench.diagnose.loop import train
 from bench.diagnose.programs import Program
 from bench.diagnose.run_facts import plain, run_facts_of
@@ -37,8 +36,6 @@ BUDGET = 60.0
 """Seconds that the probes of one program may take."""
 LIMIT = 900
 """Seconds after which a program is given up."""
-
-Result = dict[str, Any]
 
 
 def run_facts(program: Program, scratch: Path) -> RunFacts:
@@ -93,25 +90,24 @@ def _one(program: Program | ConfigProgram) -> Result:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
-    known = {
+    try:
+        return {**_known(program), **run(program)}
+    except Exception as error:  # a diagnosis that fails is a mistake, and the campaign goes on
+        return _failed(program, f"{error!r}\n{traceback.format_exc()[-1500:]}")
+
+
+def _known(program: Program | ConfigProgram) -> Result:
+    return {
         "program": program.name,
         "kind": program.kind,
         "split": program.split,
         "base": program.base,
         "truth": list(program.codes),
     }
-    try:
-        return {**known, **run(program)}
-    except Exception as error:  # a diagnosis that fails is a mistake, and the campaign goes on
-        return {**known, "verdict": "failed", "named": [], "error": f"{error!r}\n{traceback.format_exc()[-1500:]}"}
 
 
-def _child(program: Program | ConfigProgram, pipe: Any) -> None:
-    with Path(os.devnull).open("w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
-        pipe.send(_one(program))
-    os._exit(0)
+def _failed(program: Program | ConfigProgram, error: str, _seconds: float = 0.0) -> Result:
+    return {**_known(program), "verdict": "failed", "named": [], "error": error}
 
 
 def run_all(
@@ -124,43 +120,8 @@ def run_all(
     for program in {program.base: program for program in chosen}.values():
         program.preload()  # before the forks, so that they share it
     results = []
-    for result in _forked(chosen, jobs, time.perf_counter() + 60 * minutes):
+    for result in forked(chosen, jobs, time.perf_counter() + 60 * minutes, _one, _failed, LIMIT):
         say(result)
         results.append(result)
     place = {program.name: number for number, program in enumerate(chosen)}
     return sorted(results, key=lambda result: place[result["program"]])
-
-
-def _forked(chosen: Sequence[Program | ConfigProgram], jobs: int, until: float) -> Iterator[Result]:
-    fork = multiprocessing.get_context("fork")
-    waiting, running = list(reversed(chosen)), []
-    while waiting or running:
-        if time.perf_counter() > until:
-            waiting.clear()
-        while waiting and len(running) < jobs:
-            program = waiting.pop()
-            ours, theirs = fork.Pipe(duplex=False)
-            process = fork.Process(target=_child, args=(program, theirs))
-            process.start()
-            theirs.close()
-            running.append((program, process, ours, time.perf_counter()))
-        for entry in list(running):
-            program, process, pipe, started = entry
-            late = time.perf_counter() - started > LIMIT
-            if pipe.poll(0.05) or late or not process.is_alive():
-                yield _received(program, pipe, late)
-                if late:
-                    process.kill()
-                process.join()
-                running.remove(entry)
-
-
-def _received(program: Program | ConfigProgram, pipe: Any, late: bool) -> Result:
-    try:
-        if pipe.poll(0):
-            return pipe.recv()
-    except EOFError:  # it ended without an answer
-        pass
-    known = {"program": program.name, "kind": program.kind, "split": program.split, "base": program.base}
-    return {**known, "truth": list(program.codes), "verdict": "failed", "named": [],
-            "error": "took too long" if late else "the process ended"}  # fmt: skip

@@ -59,8 +59,8 @@ def test_options_of_foreign_folders_are_refused_for_ours(option, tmp_path, capsy
 @pytest.mark.parametrize(("name", "content", "advice"), [
     ("chats.jsonl", '{"messages": []}\n', "solotune data solotune.yaml"),
     ("chats.csv", "prompt,completion\na,b\n", "--dataset"),
-    ("rows.json", '[{"text": "a"}]', "this is data, and no run"),
-    ("dialogs.jsonl", '{"loss": "of words"}\n', "this is data, and no run"),
+    ("rows.json", '[{"text": "a"}]', "this is data, not a run"),
+    ("dialogs.jsonl", '{"loss": "of words"}\n', "this is data, not a run"),
     ("run.zip", "PK", "unzip"),
     ("run.tar.gz", "", "tar -xf"),
     ("train.py", "import torch\n", "which is not run here"),

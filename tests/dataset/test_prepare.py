@@ -119,7 +119,7 @@ def test_report(write: Writer) -> None:
             "exact_duplicates": 1,
             "copies_kept": 0,
             "near_duplicates": 0,
-            "leaks": 0,
+            "close_to_training": 0,
         },
         "sha256": {"train": result.report.train_sha256, "validation": result.report.validation_sha256},
         "schema_nulls": {},

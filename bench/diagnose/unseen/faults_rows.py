@@ -1,4 +1,7 @@
-"""Faults of tokenizer, template, mask, length, padding, packing and rows, in runs of loops and Trainer."""
+"""Faults of tokenizer, template, mask, length, padding, packing and rows, in runs of loops and Trainer.
+
+The file is long because it is one list: a function for each program.
+"""
 
 from __future__ import annotations
 

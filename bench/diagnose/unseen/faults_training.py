@@ -1,4 +1,7 @@
-"""Faults of environment, quantisation, precision, adapter, optimizer, loop and files, in runs of loops and Trainer."""
+"""Faults of environment, quantisation, precision, adapter, optimizer, loop and files, in runs of loops and Trainer.
+
+The file is long because it is one list: a function for each program.
+"""
 
 from __future__ import annotations
 

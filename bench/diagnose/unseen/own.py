@@ -1,4 +1,7 @@
-"""Faults and odd but healthy things that a person can set up with solotune: config, files, folders."""
+"""Faults and odd but healthy things that a person can set up with solotune: config, files, folders.
+
+The file is long because it is one list: a function for each program.
+"""
 
 from __future__ import annotations
 

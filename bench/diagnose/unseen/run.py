@@ -20,6 +20,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from bench.diagnose.forks import forked
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,8 +40,6 @@ def one(program: Any) -> dict[str, Any]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
-    known = {"program": program.name, "kind": program.kind, "base": program.base, "task": program.task,
-             "truth": list(program.codes)}  # fmt: skip
     started = time.perf_counter()
     trained = started
     try:
@@ -63,15 +63,12 @@ def one(program: Any) -> dict[str, Any]:
         said = {"verdict": "failed", "named": [], "error": f"{error!r}\n{traceback.format_exc()[-1200:]}"}
     ended = time.perf_counter()
     said["cpu"] = round(time.process_time(), 1)
-    return {**known, **said, "train_seconds": round(trained - started, 1), "seconds": round(ended - started, 1)}
-
-
-def _child(program: Any, pipe: Any) -> None:
-    with Path(os.devnull).open("w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
-        pipe.send(one(program))
-    os._exit(0)
+    return {
+        **_known(program),
+        **said,
+        "train_seconds": round(trained - started, 1),
+        "seconds": round(ended - started, 1),
+    }
 
 
 def run_all(chosen: list[Any], jobs: int, minutes: float, say: Any) -> list[dict[str, Any]]:
@@ -82,39 +79,20 @@ def run_all(chosen: list[Any], jobs: int, minutes: float, say: Any) -> list[dict
         base = load(name)
         base.model()
         base.tokenizer()
-    fork = multiprocessing.get_context("fork")
-    until = time.perf_counter() + 60 * minutes
-    waiting, running, results = list(reversed(chosen)), [], []
-    while waiting or running:
-        if time.perf_counter() > until:
-            waiting.clear()
-        while waiting and len(running) < jobs:
-            program = waiting.pop()
-            mine, theirs = fork.Pipe(duplex=False)
-            process = fork.Process(target=_child, args=(program, theirs))
-            process.start()
-            theirs.close()
-            running.append((program, process, mine, time.perf_counter()))
-        for entry in list(running):
-            program, process, pipe, started = entry
-            late = time.perf_counter() - started > LIMIT
-            if not (pipe.poll(0.05) or late or not process.is_alive()):
-                continue
-            known = {"program": program.name, "kind": program.kind, "base": program.base, "task": program.task,
-                     "truth": list(program.codes), "verdict": "failed", "named": [],
-                     "error": "took too long" if late else "the process ended",
-                     "seconds": round(time.perf_counter() - started, 1)}  # fmt: skip
-            try:
-                result = pipe.recv() if pipe.poll(0) else known
-            except EOFError:
-                result = known
-            if late:
-                process.kill()
-            process.join()
-            running.remove(entry)
-            results.append(result)
-            say(result)
+    results = []
+    for result in forked(chosen, jobs, time.perf_counter() + 60 * minutes, one, _failed, LIMIT):
+        results.append(result)
+        say(result)
     return results
+
+
+def _known(program: Any) -> dict[str, Any]:
+    return {"program": program.name, "kind": program.kind, "base": program.base, "task": program.task,
+            "truth": list(program.codes)}  # fmt: skip
+
+
+def _failed(program: Any, error: str, seconds: float) -> dict[str, Any]:
+    return {**_known(program), "verdict": "failed", "named": [], "error": error, "seconds": round(seconds, 1)}
 
 
 def _bases(names: list[str], jobs: int) -> None:

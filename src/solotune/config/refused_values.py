@@ -1,4 +1,4 @@
-"""Which fault of `solotune explain` a refused value is, and the line that puts it right.
+"""Which fault of `solotune explain` a refused value is, and the line to write instead.
 
     faults_of({"weight_decay": 1000}, [["weight_decay"]])   [Refused("F69", "weight_decay: 0.0")]
     faults_of({"fp16": True}, [["fp16"]])                   [Refused("F53", "bf16: true, without fp16")]

@@ -46,7 +46,7 @@ class DataReport:
     num_copies_kept: int = 0
     """Copies of an earlier row that were kept, with `dataset_exact_deduplication: false`."""
     num_near_duplicates: int = 0
-    num_leaks: int = 0
+    num_close_rows: int = 0
     """Rows of `eval_dataset` that are close to a training row, as the training rows are to each other."""
     num_truncated: int = 0
     num_answers_cut: int = 0
@@ -145,9 +145,9 @@ class DataReport:
             )
         elif self.num_copies_kept:
             found["copies"] = f"{self.num_copies_kept:,} exact copies of rows kept, on the side of the first"
-        if self.num_leaks:
+        if self.num_close_rows:
             found["close rows"] = (
-                f"{self.num_leaks:,} of {self.num_validation:,} validation rows are close to training rows, as "
+                f"{self.num_close_rows:,} of {self.num_validation:,} validation rows are close to training rows, as "
                 "those are to each other"
             )
         if self.num_cut_as_text:
@@ -217,7 +217,7 @@ class DataReport:
                 "exact_duplicates": self.num_exact_duplicates,
                 "copies_kept": self.num_copies_kept,
                 "near_duplicates": self.num_near_duplicates,
-                "leaks": self.num_leaks,
+                "close_to_training": self.num_close_rows,
             },
             "rendered_on": self.rendered_on,
             "schema_nulls": dict(sorted(self.schema_nulls.items())),

@@ -221,7 +221,7 @@ def _both_sides(
         records, _ = _records(settings, holdout.split_by, report, own, progress, unused)
         num_copies += int(is_copy(records).sum())
         validation = records if keep_copies else without_copies(records)
-        report.num_leaks = check_leaks(train, validation, key=own.key)
+        report.num_close_rows = check_leaks(train, validation, key=own.key)
         hashes = np.concatenate([hashes, validation.hashes])
         is_validation = np.arange(len(hashes)) >= len(train)
     report.unused = unused.to_json()

@@ -90,13 +90,6 @@ def weigh(signals: Iterable[Signal]) -> dict[str, Weighed]:
     return {code: _weigh(code, found) for code, found in by_code.items()}
 
 
-def accused(signals: Iterable[Signal]) -> list[Weighed]:
-    """The faults that these signals name, best first, without consequences of other named faults."""
-    named = sorted((w for w in weigh(signals).values() if w.is_accused), key=lambda w: w.order)
-    follows = _consequences(named)
-    return [w for w in named if w.code not in follows]
-
-
 def _weigh(code: str, signals: Sequence[Signal]) -> Weighed:
     supporting = sorted((s for s in signals if not s.against), key=lambda s: (-RANK[s.kind], -s.weight))
     against = sorted((s for s in signals if s.against), key=lambda s: -s.weight)

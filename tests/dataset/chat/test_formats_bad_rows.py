@@ -303,7 +303,7 @@ eval_dataset: 2 of 3 validation rows are equal or close to training rows
         code=3,
     )
     split = door(write(*GOOD, *GOOD), validation_size=2).content["split"]
-    assert (split["train"], split["validation"], split["exact_duplicates"], split["leaks"]) == (2, 2, 4, 0)
+    assert (split["train"], split["validation"], split["exact_duplicates"], split["close_to_training"]) == (2, 2, 4, 0)
 
 
 def test_51_too_few_rows(door: Door) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
 
-from tests.diagnosis.probed_models import tokenizer_at
 from tests.diagnosis.rules.batches import (
     END,
     IGNORED,
@@ -23,13 +21,6 @@ from tests.diagnosis.rules.batches import (
 )
 
 CHATS = [chat(n) for n in range(24)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Any:
-    found = copy.deepcopy(tokenizer_at(tmp_path_factory.getbasetemp() / "ward"))
-    found.pad_token = "<|endoftext|>"
-    return found
 
 
 @pytest.fixture(scope="module")

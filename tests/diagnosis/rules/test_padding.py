@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
-from tests.diagnosis.probed_models import tokenizer_at
 from tests.diagnosis.rules.batches import END, PAD, answers, chat, labelled, padded, run_facts_of, tokens_of, told
 
 CHATS = [chat(n) for n in range(24)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Any:
-    found = copy.deepcopy(tokenizer_at(tmp_path_factory.getbasetemp() / "ward"))
-    found.pad_token = "<|endoftext|>"
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -85,6 +85,13 @@ def test_evaluation_data_that_is_not_here_hides_no_training_rows(output, tmp_pat
     run_facts = hf_trainer.from_folder(output, config, str(output.parent / "chats.jsonl"))
     assert len(run_facts.train) == 40 and run_facts.live is not None
     assert run_facts.missing["validation"] == "the evaluation data desk_eval is not here"
+    project = tmp_path / "project"
+    shutil.copytree(output.parent, project)
+    (project / "desk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat_rows(45)[40:]))
+    (project / "dataset_info.json").write_text(json.dumps({"desk_eval": {"file_name": "desk.jsonl"}}))
+    run_facts = hf_trainer.from_folder(project / "output", config, str(project / "chats.jsonl"))
+    assert (len(run_facts.train), len(run_facts.validation)) == (40, 5)
+    assert run_facts.found["evaluation rows"] == "../desk.jsonl (its name is in the config)"
 
 
 LOOPS = "{% for a in range(9999) %}{% for b in range(9999) %}{{ range(9999) | sum }}{% endfor %}{% endfor %}"
@@ -214,6 +221,22 @@ def test_a_pickle_is_read_and_not_run(tmp_path, zipped):
     assert name.endswith("TrainingArguments") and found["learning_rate"] == 3e-4
     assert found["lr_scheduler_type"] == "linear", "an enum is its value"
     assert "extra" not in found and not (tmp_path / "touched").exists()
+
+
+class Scheduler:
+    """An enum as Python 3.11.2 writes it."""
+
+    def __reduce__(self):
+        return (getattr, (transformers.SchedulerType, "COSINE_WITH_RESTARTS"))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_an_enum_of_every_python_is_its_value(tmp_path, protocol):
+    arguments = transformers.TrainingArguments(output_dir="x", use_cpu=True, report_to=[])
+    arguments.lr_scheduler_type = Scheduler()  # type: ignore[assignment]
+    file = tmp_path / "training_args.bin"
+    file.write_bytes(pickle.dumps(arguments, protocol=protocol))
+    assert pickle_reader.attributes(file)[1]["lr_scheduler_type"] == "cosine_with_restarts"
 
 
 def test_pickles_that_are_damaged_endless_or_large_are_refused(tmp_path):

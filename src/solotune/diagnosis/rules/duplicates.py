@@ -25,7 +25,7 @@ REPEATED = 0.3
 HALF = 0.45
 """Share of copies of a file that was merged with itself, up to the rows that were held out."""
 MANY_COPIES = 5.0
-"""Of each row on average: so few different rows are learned by heart."""
+"""Of each row on average: so few different rows are memorised."""
 LEAST_TOKENS = 6
 """Of an answer in free words: answers of fewer tokens are labels, which repeat naturally."""
 REGULAR = 0.5

@@ -8,6 +8,7 @@ from typing import Any
 from solotune.config.key_aliases import FOREIGN_KEYS
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.derived import has_error, in_4bit, is_lora, is_ours, number
+from solotune.diagnosis.facts.library_defaults import is_default
 from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
@@ -19,16 +20,6 @@ _SAME_WORD = {
     "lora_target", "target_modules", "lr_scheduler", "optimizer", "evaluation_strategy", "activation_checkpointing",
 }  # fmt: skip
 """Names in other tools for settings with the same values; `train_on_inputs`, for example, is the opposite of one."""
-_DEFAULTS: dict[str, tuple[Any, ...]] = {
-    "learning_rate": (2e-5, 5e-5), "max_length": (1024, 512), "num_train_epochs": (3.0,), "logging_steps": (10, 500),
-    "per_device_train_batch_size": (8,), "gradient_checkpointing": (True, False), "bf16": (True, False),
-    "model_dtype": ("float32", "auto"), "warmup_steps": (0,), "warmup_ratio": (0.0,), "weight_decay": (0.0,),
-    "lora_r": (8,), "lora_alpha": (8,), "lora_dropout": (0.0,), "max_grad_norm": (1.0,),
-    "lr_scheduler_type": ("linear",),
-    "gradient_accumulation_steps": (1,), "packing": (False,), "optim": ("adamw_torch", "adamw_torch_fused"),
-    "seed": (42,), "dtype": ("float32",), "torch_dtype": ("float32",), "eval_strategy": ("no",),
-}  # fmt: skip
-"""Defaults of trl, transformers and peft."""
 
 
 @rule("F01")
@@ -128,12 +119,6 @@ def _same_word(one: str, other: str) -> bool:
     """Whether two words name one value: equal, or one with more said after it (`constant_with_warmup`)."""
     short, long = sorted((one.lower().replace("-", "_"), other.lower().replace("-", "_")), key=len)
     return short == long or long.startswith(f"{short}_")
-
-
-def is_default(key: str, value: Any) -> bool:
-    """Whether a library uses this value if nothing is set."""
-    return any(number(value) == number(one) if number(one) is not None else value == one
-               for one in _DEFAULTS.get(key, ()))  # fmt: skip
 
 
 @rule("F03")

@@ -31,7 +31,7 @@ RISE = 0.03
 FAR, BY_HEART = 0.65, 0.25
 """Share of the held-out loss: a training loss below this is memorised, if the held-out loss rises or stands still."""
 MANY_EPOCHS = 8
-"""Epochs after which rows can be known by heart."""
+"""Epochs after which rows can be memorised."""
 ROUGH = 0.03
 """Of the held-out loss: changes from one evaluation to the next that are no rounding."""
 STANDS = 0.99

@@ -34,7 +34,7 @@ def fp16_overflow(run_facts: RunFacts) -> Signal | None:
     that was trained in bfloat16, and adapters saved in float16, are remarks.
     Why: the largest float16 number is 65,504. Models trained in bfloat16 have larger activations: inf, then NaN.
     Not: F67, whose loss is NaN in float32 at the same learning rate too; steps that a loss scaler skips (up to 5 at the
-    start, and 2 % later); a loss that is rounded to zero when all is learned by heart.
+    start, and 2 % later); a loss that is rounded to zero once all rows are memorised.
     Fix: `bf16: true` (in other tools also `fp16: false`), adapters in float32.
     Wrong when: the GPU has no bfloat16 (before Ampere): then use float32.
     Source: transformers#23165, Qwen-VL-Finetune#184, alignment-handbook#139.

@@ -11,6 +11,7 @@ they are compared with what lies in and beside the folder (`surroundings`), and 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -146,19 +147,29 @@ def with_rows(
     held = dict(settings.values)
     if dataset is not None:
         held["dataset"] = dataset
+    choice = Choice()
     if dataset is not None or (config is not None and held.get("dataset") is not None):
         found.parts["rows"] = f"{dataset or held['dataset']} (given)"
-        return Settings(held, settings.asked, settings.sources), Choice()
-    written = _named(names, "dataset")
-    choice = found_rows.choose(found.around, written, log, held)
-    found.rows(choice)
-    if choice.paths:
+    else:
+        choice = found_rows.choose(found.around, _named(names, "dataset"), log, held)
+        found.rows(choice)
+        if not choice.paths:
+            return settings, choice
         held["dataset"] = [str(path) for path in choice.paths]
-        held_out = found_rows.held_out(found.around, _named(names, "eval_dataset"))
-        if held_out.paths:
-            held["eval_dataset"] = [str(path) for path in held_out.paths]
-            found.parts["evaluation rows"] = f"{found.listed(held_out.paths)} ({held_out.why})"
+    _take_held_out(held, names, found)
     return Settings(held, settings.asked, settings.sources), choice
+
+
+def _take_held_out(held: dict[str, Any], names: Mapping[str, Any], found: Found) -> None:
+    """Set the evaluation data to files that lie in the folder or beside it, if their names are the run's or given."""
+    given = held.get("eval_dataset")
+    written = [(name, "the config") for name in found_rows.names_of(given)] if given else _named(names, "eval_dataset")
+    if given and all(os.path.exists(os.path.expanduser(name)) for name, _ in written):
+        return
+    held_out = found_rows.held_out(found.around, written)
+    if held_out.paths:
+        held["eval_dataset"] = [str(path) for path in held_out.paths]
+        found.parts["evaluation rows"] = f"{found.listed(held_out.paths)} ({held_out.why})"
 
 
 def _named(names: Mapping[str, Any], key: str) -> list[tuple[str, str]]:

@@ -11,8 +11,8 @@ import contextlib
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from solotune.diagnosis.facts.derived import number
 from solotune.diagnosis.sources import model_card, step_log, trainer_logs
 from solotune.diagnosis.sources.folder_settings import LOG_BYTES, beginning
 from solotune.diagnosis.sources.hf_rows import first_with
@@ -78,12 +78,8 @@ def _consoles_beside(around: Surroundings) -> list[StepLog]:
 def _is_same_run(console: StepLog, log: StepLog) -> bool:
     """Whether a console shows the losses of this run: three of them one after another, to the digits shown."""
     shown = [f"{entry['loss']:.3g}" for entry in console.entries if "loss" in entry]
-    first = [f"{float(entry['loss']):.3g}" for entry in log.entries[:3] if _is_number(entry.get("loss"))]
+    first = [f"{loss:.3g}" for entry in log.entries[:3] if (loss := number(entry.get("loss"))) is not None]
     return len(first) == 3 and any(shown[i : i + 3] == first for i in range(len(shown) - 2))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _errors(text: str) -> list[str]:

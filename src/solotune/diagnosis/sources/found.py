@@ -30,6 +30,7 @@ class Found:
         self.around = around
         self.parts: dict[str, str] = {}
         self._rows = Choice()
+        self._lacks_rows = self._lacks_base = False
 
     def steps(self, log: StepLog | None) -> None:
         """The logged steps."""
@@ -64,12 +65,14 @@ class Found:
         if self._rows.paths and not self._rows.is_named and run_facts.tokenizer and not len(run_facts.train):
             self.parts.pop("rows")  # it has the right number of rows, but they are no rows of a training
             offered = self._rows.paths
-        if "rows" not in self.parts:
+        self._lacks_rows = "rows" not in self.parts
+        if self._lacks_rows:
             named = _written(names, "dataset")
             why = f"not here: the run names {named}; give --dataset DATA" if named else "not known: give --dataset DATA"
             beside = f"; {self.listed(offered)} may be the run's: --dataset {typed(offered[0])}" if offered else ""
             self.parts["rows"] = why + beside
         named = _written(names, "model_name_or_path")
+        self._lacks_base = given is None and not run_facts.model_config
         if given is not None:
             self.parts["base"] = f"{given} (given)"
         elif run_facts.model_config:
@@ -82,9 +85,9 @@ class Found:
 
     def not_given(self, run_facts: RunFacts) -> dict[str, str]:
         """Parts that are missing since nobody gave them, and not since they are damaged; with what to give."""
-        if self.parts["rows"].startswith("not "):
+        if self._lacks_rows:
             return {"train": "give the training data with --dataset"}
-        if run_facts.tokenizer is None and self.parts["base"].startswith("not "):
+        if run_facts.tokenizer is None and self._lacks_base:
             return {"train": "give the base with --base"}
         return {}
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from solotune.diagnosis.facts.derived import number
-from solotune.diagnosis.rules.environment import is_default
+from solotune.diagnosis.facts.library_defaults import is_default
 from solotune.diagnosis.sources import hf_settings
 from solotune.diagnosis.sources.surroundings import Surroundings
 from solotune.errors import InputError

@@ -37,7 +37,7 @@ def of_file(path: Path) -> InputError | None:
     if not is_data:
         return None
     return InputError(
-        f"{path}: this is data, and no run",
+        f"{path}: this is data, not a run",
         allowed=ALLOWED,
         change=f"to check the rows: solotune init MODEL {quoted}, then solotune data solotune.yaml; to diagnose a run "
         f"that was trained on it: solotune diagnose FOLDER --dataset {quoted}",
@@ -75,7 +75,7 @@ def of_folder(folder: Path, runs: list[Path]) -> InputError:
     data = [file for file in files if format_of(file) is not None and file.suffix.lower() != ".json"]
     if data:
         return InputError(
-            f"{folder}: data, and no run",
+            f"{folder}: data, not a run",
             seen=", ".join(file.name for file in data[:NUM_LISTED]),
             change=f"check the rows: solotune init MODEL {shlex.quote(str(data[0]))}, then solotune data solotune.yaml",
         )

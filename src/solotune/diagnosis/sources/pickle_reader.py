@@ -177,6 +177,9 @@ def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> N
         stack.append(argument)
 
 
+_GETATTR = ("builtins.getattr", "__builtin__.getattr")
+"""Python 3.11.0 to 3.11.3 write an enum as an attribute of its class; transformers' values are their names in small
+letters."""
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _FRESH = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": list}
 
@@ -198,6 +201,8 @@ def _call(stack: list[Any], called: Any, arguments: Any) -> None:
     name = called.name if isinstance(called, Opaque) else "something"
     if name.startswith(("copyreg.", "copy_reg.")) and given and isinstance(given[0], Opaque):
         name = given[0].name
+    if name in _GETATTR and len(given) == 2 and isinstance(given[0], Opaque) and isinstance(given[1], str):
+        name, given = given[0].name, (given[1].lower(),)
     stack.append(Opaque(name, given))
 
 

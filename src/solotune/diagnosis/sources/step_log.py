@@ -26,7 +26,7 @@ from solotune.run.events import MAX_INT
 _ALIASES = {
     "lr": "learning_rate", "gradnorm": "grad_norm", "gradient_norm": "grad_norm", "val_loss": "eval_loss",
     "valid_loss": "eval_loss", "validation_loss": "eval_loss", "current_steps": "step", "global_step": "step",
-    "training_loss": "loss", "_step": "_step", "total_steps": "of_steps", "max_steps": "of_steps",
+    "training_loss": "loss", "total_steps": "of_steps", "max_steps": "of_steps",
 }  # fmt: skip
 _KEPT = {"step", "loss", "learning_rate", "grad_norm", "epoch", "eval_loss", "of_steps"}
 

@@ -206,9 +206,8 @@ def find_logs(folder: Path, depth: int = DEPTH) -> list[StepLog]:
     for _ in range(depth):
         level = [inner for place in level for inner in folders_of(place, NUM_FOLDERS)][:NUM_FOLDERS]
         places += level
-    files = [(file, place) for place in places for file in files_of(place)]
     chosen: list[tuple[int, float, Path, Callable[[Path], StepLog | None]]] = []
-    for file, _ in files:
+    for file in (file for folder in places for file in files_of(folder)):
         place = next((i for i, (pattern, _) in enumerate(_READERS) if re.fullmatch(pattern, file.name)), None)
         if place is not None and not (place == len(_READERS) - 1 and _SKIPPED.fullmatch(file.name)):
             chosen.append((place, -file.stat().st_mtime, file, _READERS[place][1]))
