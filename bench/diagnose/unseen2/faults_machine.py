@@ -150,18 +150,18 @@ def compiled_for_every_length(made: Any, _rng: random.Random) -> None:
 
 @program("F76", on="gemma/tools/loop")
 def merged_into_16_bits(made: Any, _rng: random.Random) -> None:
-    """Trained on weights of four bits, merged into the original ones, and these rounded again."""
+    """Trained on weights of four bits; the merged weights are rounded again, to fewer, and the update with them."""
 
-    def coarse(model: Any) -> None:
+    def coarse(model: Any, levels: int) -> None:
         for module in model.modules():
             if isinstance(module, torch.nn.Linear) and module.out_features < 600:
-                module.weight.data = rounded(module.weight.data, 6)
+                module.weight.data = rounded(module.weight.data, levels)
 
     def merged(model: Any) -> Any:
         trained = model.merge_and_unload()
-        coarse(trained)
+        coarse(trained, 4)
         return trained
 
-    made.prepare.append(coarse)
+    made.prepare.append(lambda model: coarse(model, 16))
     made.merged = merged
     made.set(base_precision="nf4", merge_dtype="int4")

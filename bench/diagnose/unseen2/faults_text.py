@@ -290,7 +290,7 @@ def prompts_learned(made: Any, _rng: random.Random) -> None:
         "llamafactory": {"train_on_prompt": False},
         "axolotl": {"train_on_inputs": False},
         "plain": {"assistant_only_loss": True},
-    }[made.layout]
+    }[made.layout if made.base.kind.is_instruct else "plain"]
 
 
 @program("F21", "F18", on="qwen/zh/alone")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,18 +26,19 @@ def old_name_of_the_limit(made: Any, _rng: random.Random) -> None:
 
 @program("F02", on="gemma/tools/loop")
 def trainer_refuses_an_argument(made: Any, _rng: random.Random) -> None:
-    """A notebook of last year: SFTTrainer does not know the argument."""
-    made.steps = 1
+    """A notebook of last year: SFTTrainer does not know the argument, and the launcher says that the script ended."""
 
-    def crash(_step: int) -> Any:
-        raise TypeError("SFTTrainer.__init__() got an unexpected keyword argument 'max_seq_length'")
+    @contextlib.contextmanager
+    def crash(_step: int) -> Iterator[None]:
+        raise RuntimeError("train.py ended with exit code 1")
+        yield
 
     made.warnings.append(
         'Traceback (most recent call last):\n  File "train.py", line 61, in <module>\n    trainer = SFTTrainer(\n'
         "TypeError: SFTTrainer.__init__() got an unexpected keyword argument 'max_seq_length'"
     )
-    made.is_static = True
-    del crash
+    made.set(max_seq_length=256)
+    made.crash = crash
 
 
 @program("F03", "F64", on="qwen/horaires/alone")
