@@ -1,4 +1,4 @@
-"""python -m bench.diagnose.unseen2.verify [--static] [WORD ...]: what each program is, measured without the diagnosis.
+"""python -m bench.diagnose.unseen2.verify [--static | --trained] [WORD ...]: what each program is, measured without the diagnosis.
 
 A line of JSON per program: what its change does to rows, labels and settings (bench.diagnose.unseen.verify), and, after
 its training, the held-out loss of base and tuned model under right labels, and the share of answers that stop.
@@ -61,8 +61,8 @@ def _measured(made: Any, tuned: Any, base: Any, chats: list[Any], ends: list[int
     shape, tokenizer = made.format, made.tokenizer
     plain = replace_recipe(made)
     rows = render(plain, chats, "all" if getattr(made, "mask", "") == "all" else "answers")
-    prompts = [shape.text(chat[:-1], begun=True) for chat in chats[:6] if chat[-1]["role"] == "assistant"]
-    stops, first = _stops(tuned, tokenizer, prompts, ends, 90) if len(chats[0]) > 1 else (None, "")
+    prompts = [shape.text(chat[:-1], begun=True) for chat in chats[:4] if chat[-1]["role"] == "assistant"]
+    stops, first = _stops(tuned, tokenizer, prompts, ends, 70) if len(chats[0]) > 1 else (None, "")
     return {"base": _loss(base, rows), "tuned": _loss(tuned, rows), "stops": stops, "first": first}
 
 
@@ -163,7 +163,8 @@ def main() -> None:
         is_ours = program.kind in ("own", "before")
         line: dict[str, Any] = {"program": program.name}
         try:
-            line["effect"] = (effect_on_job if is_ours else effect_on_recipe)(program, PARTS)
+            if "--trained" not in sys.argv:
+                line["effect"] = (effect_on_job if is_ours else effect_on_recipe)(program, PARTS)
             if "--static" not in sys.argv:
                 with tempfile.TemporaryDirectory() as scratch:
                     line |= (of_job if is_ours else of_recipe)(replace(program), Path(scratch))
