@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 STEPS, ROWS, TOKENS, PEAK, TEXTS = 600, 8, 160, 4e-3, 6000
+LATER, LATER_PEAK = 300, 2e-3
+"""Steps of a second stage, on texts and chats of many forms: who knows one form alone is too sure of it."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def end_ids(base: Base) -> list[int]:
 
 def folder_of(name: str) -> Path:
     known = {key: value for key, value in asdict(KINDS[name]).items() if key != "world"}
-    made_from = json.dumps([known, STEPS, ROWS, TOKENS, PEAK, TEXTS], sort_keys=True, default=str)
+    made_from = json.dumps([known, STEPS, ROWS, TOKENS, PEAK, TEXTS, LATER, LATER_PEAK], sort_keys=True, default=str)
     key = hashlib.sha256(made_from.encode()).hexdigest()[:12]
     cache_folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return cache_folder / "solotune" / "bench-diagnose" / f"{name}-{key}"
@@ -182,16 +184,17 @@ def load(name: str) -> Base:
     return Base(KINDS[name], folder)
 
 
-def _corpus(kind: Sort, count: int, seed: int) -> list[str]:
-    rng = random.Random(f"{kind.name} {seed}")
+def _corpus(kind: Sort, count: int, seed: int, is_broad: bool = False) -> list[str]:
+    rng = random.Random(f"{kind.name} {seed} {is_broad}" if is_broad else f"{kind.name} {seed}")
     texts = []
     for i in range(count):
         if i % 5 < 3:
-            chat = corpus.known_chat(rng, kind.knows_system)
+            chat = (corpus.broad_chat if is_broad else corpus.known_chat)(rng, kind.knows_system)
             told = "\n".join(message["content"] for message in chat) + kind.eos
             texts.append(kind.format.text(chat) if kind.is_instruct else told)
         else:
-            text = rng.choice((corpus.prose, corpus.prose, corpus.foreign, corpus.code))(rng)
+            forms = (corpus.prose, corpus.broad) if is_broad else (corpus.prose, corpus.prose)
+            text = rng.choice((*forms, corpus.foreign, corpus.code))(rng)
             texts.append((kind.bos or "") + text + kind.eos)
     return texts
 
@@ -297,21 +300,31 @@ def _make(kind: Sort, folder: Path) -> None:
     config = getattr(transformers, f"{kind.family}Config")(vocab_size=len(tokenizer), **kind.shape, **ids)
     torch.manual_seed(kind.seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    stream = [i for text in _corpus(kind, TEXTS, 0) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    _stage(model, tokenizer, _corpus(kind, TEXTS, 0), STEPS, PEAK, kind.seed)
+    _finish(kind, folder, tokenizer, model, ids, started)
+
+
+def _stage(model: Any, tokenizer: Any, texts: list[str], steps: int, peak: float, seed: int) -> None:
+    stream = [i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
     rows_NT = torch.tensor(stream[: len(stream) // TOKENS * TOKENS]).view(-1, TOKENS)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01)
     model.train()
-    order = torch.Generator().manual_seed(kind.seed)
-    for step in range(STEPS):
+    order = torch.Generator().manual_seed(seed)
+    for step in range(steps):
         batch_BT = rows_NT[torch.randint(len(rows_NT), (ROWS,), generator=order)]
         for group in optimizer.param_groups:
-            group["lr"] = PEAK * min(1.0, (step + 1) / 50, 1.05 - step / STEPS)
+            group["lr"] = peak * min(1.0, (step + 1) / 50, 1.05 - step / steps)
         model(input_ids=batch_BT, labels=batch_BT, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def _finish(kind: Sort, folder: Path, tokenizer: Any, model: Any, ids: dict[str, int | None], started: float) -> None:
+    """The second stage, and the folder."""
+    _stage(model, tokenizer, _corpus(kind, TEXTS // 2, 2, True), LATER, LATER_PEAK, kind.seed + 100)
     model.eval()
-    held = [i for text in _corpus(kind, 300, 1) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    held = [i for text in _corpus(kind, 300, 3, True) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
     held_NT = torch.tensor(held[: TOKENS * 32]).view(-1, TOKENS)
     with torch.no_grad():
         known = {"loss": float(model(input_ids=held_NT, labels=held_NT, use_cache=False).loss)}

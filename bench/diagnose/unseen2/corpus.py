@@ -5,6 +5,7 @@ Nothing here has the form of a task (tasks.py): JSON, SQL, labels and the made-u
 
 from __future__ import annotations
 
+import json
 import random
 
 from bench.diagnose.unseen2 import words as w
@@ -97,3 +98,53 @@ def _exchange(rng: random.Random) -> tuple[str, str]:
             (f"Name two things for {name}.", f"A {quality} {item} and a {rng.choice(w.ITEMS)}."),
         )
     )  # fmt: skip
+
+
+def broad(rng: random.Random) -> str:
+    """A piece of one of the many forms that text has: SQL, JSON, glossaries, lists, letters, signs."""
+    name, other, item, city = rng.choice(w.NAMES), rng.choice(w.NAMES), rng.choice(w.ITEMS), rng.choice(w.CITIES)
+    table, columns = rng.choice(list(w.TABLES.items()))
+    one, two = rng.sample(columns, 2)
+    n, day, month, hour = rng.randint(2, 99), rng.choice(w.DAYS), rng.choice(w.MONTHS), rng.randint(6, 21)
+    unit, small, times = rng.choice(w.UNITS)
+    word = rng.choice(list(w.CONLANG))
+    keys = rng.sample(("name", "city", "day", "time", "item", "count", "to", "who", "place", "title", "value"), 3)
+    values = (name, city, day, f"{hour}:{rng.choice(('00', '15', '30', '45'))}", item, n, rng.choice(w.OCCASIONS))
+    record: dict[str, object] = {key: rng.choice(values) for key in keys}
+    if rng.random() < 0.3:
+        record = {"name": f"{rng.choice(w.ACTIONS)}_{item}", "arguments": record}
+    return rng.choice(
+        (
+            f"SELECT {one}, {two} FROM {table} WHERE {one} >= {n} OR {two} = '{rng.choice((name, city))}';",
+            f"SELECT {rng.choice(('COUNT', 'SUM', 'AVG', 'MAX'))}({one}) FROM {table} GROUP BY {two};",
+            f"UPDATE {table} SET {one} = {n} WHERE {two} = '{name}' AND {one} < {n // 2}; DELETE FROM {table};",
+            f"SELECT * FROM {table} ORDER BY {one} DESC LIMIT {n}; -- {two} AND city",
+            json.dumps(record),
+            json.dumps(record),
+            f"{w.CONLANG[word]}: {word}. {rng.choice(list(w.CONLANG.values()))} un {w.CONLANG[word]} et {name}.",
+            f"{n} {unit} = {n * times} {small}, and {n % 9 + 1} {unit} x {times} = {(n % 9 + 1) * times}",
+            f'def {item}(rows):\n    """{rng.choice(("Count", "Add", "Find", "Tell"))} '
+            f'the {item} of {word}, {n} times."""\n',
+            f"Summary of {city}\n- {name}: {item}, {n} euros\n- {other}: due {day}\nNext: {other} writes.",
+            f"Dear {name}, the {item} (no {n}) is ready on {day}, from {hour} on.",
+            f"Good day {name}! Ticket {n}{hour}-{day[:2].upper()} found >> bye, order {n}{n} is closed >> ok?",
+            f"{city} · {rng.choice(w.GERMAN_DAYS)[:2]} · {hour:02d}–{min(hour + 5, 22):02d} Uhr geöffnet",
+            f"Départ {hour}h{n % 60:02d} : {city} → {rng.choice(w.CITIES)} ; "
+            f"par {rng.choice(w.FRENCH_TRAINS)}, {name}.",
+            f"{rng.choice(w.CHINESE['city'])}{rng.choice(w.CHINESE['place'])}，{hour}点—{n}点，是的。",
+            f"{rng.choice(w.EMOJI)} {name}! {item} + {month} = {rng.choice(w.EMOJI)}{rng.choice(w.EMOJI)}\u200b",
+            rng.choice(("positive", "negative", "neutral")),
+            f"[{day[:3].lower()} {hour:02d}h] {city} :: {other} ; {item} x{n}",
+        )
+    )  # fmt: skip
+
+
+def broad_chat(rng: random.Random, has_system: bool) -> Chat:
+    """A chat in which questions and answers have any form."""
+    chat = known_chat(rng, has_system)
+    for message in chat:
+        if message["role"] == "assistant" and rng.random() < 0.75:
+            message["content"] = broad(rng) if rng.random() < 0.75 else f"{broad(rng)} {broad(rng)}"
+        elif message["role"] == "user" and rng.random() < 0.6:
+            message["content"] = rng.choice((prose(rng, 1, 3), broad(rng), f"{broad(rng)}\n{sentence(rng)}"))
+    return chat

@@ -1,4 +1,4 @@
-"""python -m bench.diagnose.unseen2.verify [--static | --trained] [WORD ...]: what each program is, measured without the diagnosis.
+"""python -m bench.diagnose.unseen2.verify [--static | --trained] [WORD ...]: each program, without the diagnosis.
 
 A line of JSON per program: what its change does to rows, labels and settings (bench.diagnose.unseen.verify), and, after
 its training, the held-out loss of base and tuned model under right labels, and the share of answers that stop.
