@@ -164,7 +164,8 @@ def linears(base: Base) -> list[str]:
 
 def end_ids(base: Base) -> list[int]:
     """Where its generation stops."""
-    return [int(base.tokenizer().convert_tokens_to_ids(token)) for token in KINDS[base.kind.name].stops]
+    tokenizer: Any = base.tokenizer()
+    return [int(tokenizer.convert_tokens_to_ids(token)) for token in KINDS[base.kind.name].stops]
 
 
 def folder_of(name: str) -> Path:
@@ -294,7 +295,7 @@ def _unigram(kind: Sort, texts: list[str]) -> Any:
 def _make(kind: Sort, folder: Path) -> None:
     """Trains tokenizer and model; whole or not at all."""
     started = time.perf_counter()
-    tokenizer = _make_tokenizer(kind)
+    tokenizer: Any = _make_tokenizer(kind)
     named = (("bos_token_id", kind.bos), ("eos_token_id", kind.eos), ("pad_token_id", kind.pad))
     ids = {name: int(tokenizer.convert_tokens_to_ids(token)) if token else None for name, token in named}
     config = getattr(transformers, f"{kind.family}Config")(vocab_size=len(tokenizer), **kind.shape, **ids)

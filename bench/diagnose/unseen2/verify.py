@@ -156,7 +156,9 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     words = [word for word in sys.argv[1:] if not word.startswith("--")]
-    programs = [p for p in PARTS.programs() if not words or any(word in p.name for word in words)]
+    programs = [
+        p for p in PARTS.programs() if not words or any(all(x in p.name for x in word.split("/")) for word in words)
+    ]
     random.Random(1).shuffle(programs)
     for program in programs:
         started = time.process_time()

@@ -51,7 +51,7 @@ _MADE = (
     "petto grando barato solda quieto brillo molla rotto limpa raro kompra venda ripara porta trova perda pinta "
     "netta presta torna vola manda"
 ).split()
-CONLANG = dict(zip((*ITEMS, *QUALITIES, *ACTIONS), _MADE, strict=True))
+CONLANG: dict[str, str] = dict(zip((*ITEMS, *QUALITIES, *ACTIONS), _MADE, strict=True))
 UNITS = (
     ("km", "m", 1000), ("kg", "g", 1000), ("m", "cm", 100), ("l", "ml", 1000), ("h", "min", 60), ("min", "s", 60),
     ("cm", "mm", 10), ("t", "kg", 1000),
