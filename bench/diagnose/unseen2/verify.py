@@ -152,6 +152,19 @@ def _curve(losses: list[float]) -> list[float]:
     return [round(losses[i * (len(losses) - 1) // 8], 2) for i in range(9)]
 
 
+def _doubts(program: Any, line: dict[str, Any]) -> dict[str, Any]:
+    """What a healthy program should not show."""
+    if program.codes or "tuned" not in line:
+        return {}
+    base, tuned, stops = line["base"], line["tuned"], line["stops"]
+    found = [
+        *(["learns little"] if not tuned < 0.75 * base else []),
+        *(["loss stays high"] if not tuned < 1.2 else []),
+        *(["does not stop"] if stops is not None and stops < 0.75 else []),
+    ]
+    return {"DOUBT": found} if found else {}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -172,6 +185,7 @@ def main() -> None:
                     line |= (of_job if is_ours else of_recipe)(replace(program), Path(scratch))
         except Exception:
             line["ERROR"] = traceback.format_exc()[-700:]
+        line |= _doubts(program, line)
         line["cpu"] = round(time.process_time() - started, 1)
         print(json.dumps(line, ensure_ascii=False, default=str), flush=True)
 
