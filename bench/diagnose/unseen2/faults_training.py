@@ -223,8 +223,8 @@ def sgd_clipped(made: Any, _rng: random.Random) -> None:
 
 @program("F69", on="exaone/greet/alone")
 def decay_as_large_as_the_weights(made: Any, _rng: random.Random) -> None:
-    """weight_decay: 60."""
-    tell(made, weight_decay=60.0)
+    """weight_decay: 150."""
+    tell(made, weight_decay=150.0)
 
 
 # --- loop
