@@ -214,8 +214,10 @@ def each_worker_reads_all(made: Any, _rng: random.Random) -> None:
 def full_at_a_late_step(made: Any, rng: random.Random) -> None:
     """Two rows of fifteen times the usual length: the card is full when the first of them comes."""
     chats = chats_of(made)
-    for chat in (chats[-1], chats[-2]):
-        chat[0]["content"] += " " + corpus.prose(rng, 50, 60)
+    order = list(range(len(chats)))
+    random.Random(1000 * made.seed).shuffle(order)  # as the loop does in its first epoch
+    for at in (order[133], order[170]):
+        chats[at][0]["content"] += " " + corpus.prose(rng, 50, 60)
     tell(made, max_length=1024)
     made.crash = activation_limit(made, times=3.0)
 
@@ -248,7 +250,7 @@ def evaluated_with_dropout(made: Any, _rng: random.Random) -> None:
     made.evaluates_in_training_mode, made.evaluates = True, 8
 
 
-@program("F46", on="qwen/sentiment/own exaone/minutes/alone")
+@program("F46", on="qwen/conlang/own exaone/minutes/alone")
 def forty_epochs(made: Any, _rng: random.Random) -> None:
     """Sixteen rows for forty epochs: the held-out loss turns and climbs."""
     put(made, chats_of(made)[:16])
