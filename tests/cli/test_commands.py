@@ -329,8 +329,18 @@ def test_what_json_cannot_say_is_null(verbs, capsys):
     assert json.loads(capsys.readouterr().out) == {"base": {"stderr": None, "path": "a"}}
 
 
+def test_memory_that_even_python_lacks_is_no_bug(verbs, monkeypatch, capsys):
+    """Under `ulimit -v` it may find no memory for its own MemoryError."""
+    verbs.runs = raising(SystemError("<function f> returned NULL without setting an exception"))
+    for limit, code in ((700 << 20, 3), (main_module.resource.RLIM_INFINITY, 1)):
+        monkeypatch.setattr(main_module.resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        assert cli.main(["runs"]) == code
+        assert ("ulimit -v" in capsys.readouterr().err) == (code == 3)
+
+
 def test_libraries_are_silent_and_the_users_wish_counts(monkeypatch):
-    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "DATASETS_VERBOSITY"):
+    bars = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+    for name in (*bars, "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
         monkeypatch.setenv(name, "x")  # so that it is put back afterwards
         monkeypatch.delenv(name)
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")

@@ -11,6 +11,7 @@ from inline_snapshot import snapshot
 
 import solotune
 from solotune import cli
+from solotune.api.data import DataPreview
 from solotune.dataset import DataReport
 from tests.cli.test_commands import run
 from tests.messages import error_in, stable
@@ -45,7 +46,7 @@ def test_data_shows_each_token_with_its_id_when_asked(verbs, capsys):
     row = SimpleNamespace(
         where="a.jsonl:1", pieces=[("hi", False, [7]), (" you", True, [12])], tokens=["hi", " you"], weights=[]
     )
-    preview = SimpleNamespace(report=report, shown=[row])
+    preview = DataPreview(report, [row])  # type: ignore[list-item]
     verbs.data = lambda *_, **__: preview
     assert cli.main(["data", "a.yaml"]) == 0
     assert "hi⟦ you⟧" in capsys.readouterr().out
@@ -56,18 +57,18 @@ def test_data_shows_each_token_with_its_id_when_asked(verbs, capsys):
 
 def test_data_shows_as_many_rows_as_asked(verbs):
     seen = []
-    report = SimpleNamespace(findings=[])
+    report = DataReport("text", findings=[])
 
     def data(config, overrides, show, display):
         seen.append((config, overrides, show))
-        return SimpleNamespace(to_json=dict, report=report)
+        return DataPreview(report, [])
 
     verbs.data = data
     assert cli.main(["data", "a.yaml", "--show", "3", "max_length=64", "--json"]) == 0
     assert seen == [("a.yaml", ("max_length=64",), 3)]
     assert cli.main(["data", "a.yaml", "--show", "-1"]) == 2
     for severity, code in (("warning", 0), ("error", 3)):
-        report.findings = [{"severity": severity}]
+        report.findings = [{"severity": severity, "code": "F08"}]
         assert cli.main(["data", "a.yaml", "--json"]) == code
 
 

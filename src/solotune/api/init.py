@@ -12,9 +12,11 @@ from solotune.config.run_config import SECTIONS, RunConfig
 from solotune.config.translate import translated
 from solotune.config.write import yaml_value
 from solotune.config.yaml_reader import on_one_line
+from solotune.display.notebook import showing
 from solotune.display.progress import Display
 from solotune.errors import InputError
 from solotune.run.atomic_io import make_folder, write_whole
+from solotune.runtime.library_noise import quiet_libraries
 
 SHOWN = (
     "model_name_or_path", "base_precision", "lora_r", "lora_alpha", "lora_target_modules", "dataset", "max_length",
@@ -34,6 +36,7 @@ WHY = {
 """Why a key has its value, where nothing about model or data says more."""
 
 
+@quiet_libraries()
 def init(
     model: str | None = None,
     dataset: str | None = None,
@@ -57,13 +60,15 @@ def init(
 
     Raises:
         InputError: the file exists and `force` is not set; model or data is missing, or cannot be used.
+        StorageError: the file cannot be written.
     """
     path = Path(path)
     if path.exists() and not force:
         raise InputError(
             f"{path}: the file exists", change="choose another name with --output, or replace the file with --force"
         )
-    found = proposed(*_given(model, dataset, source), display)
+    with showing(display) as chosen:
+        found = proposed(*_given(model, dataset, source), chosen)
     make_folder(path.parent)
     write_whole(path, text_of(found, path, every_key))
     return path

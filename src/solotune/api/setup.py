@@ -1,7 +1,7 @@
 """Stages before the first step of a run: checks that may refuse it, then the run's initial files.
 
-check, read_data, plan, load_model, try_largest_step     called by `train.prepare_run`; they write nothing
-write_initial_files                                      writes config, machine, plan, data report and split
+check, read_data, plan, stop_before_harm, load_model, try_largest_step     called by `train.prepare_run`
+write_initial_files     the first that writes: config, machine, plan, data report and split
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from solotune import dataset
 from solotune.config.run_config import Choice, RunConfig
 from solotune.config.write import to_yaml
 from solotune.dataset import packing, sampler
+from solotune.diagnosis import certain_faults
 from solotune.diagnosis.data_checks import check_rows
+from solotune.diagnosis.rules import ask_all
 from solotune.errors import InputError
 from solotune.hardware import doctor
 from solotune.hardware.gpu_errors import device_errors
@@ -36,12 +38,13 @@ from solotune.version import __version__
 
 if TYPE_CHECKING:
     from solotune.dataset import Prepared
+    from solotune.diagnosis.evidence import Signal
     from solotune.diagnosis.findings import Finding
     from solotune.diagnosis.run_facts import RunFacts
     from solotune.display.observer import RunObserver
     from solotune.hardware.machine import Machine
     from solotune.model.loading import TrainableModel
-    from solotune.planning.planner import Plan
+    from solotune.planning.plan import Plan
     from solotune.training.preflight import Preflight
     from solotune.training.resume import ResumePoint
 
@@ -60,6 +63,7 @@ class PreparedRun:
     model: TrainableModel
     preflight: Preflight | None  # measurements of the largest step; None if it was not tried
     run_facts: RunFacts  # for the diagnosis during the run
+    signals: list[Signal]  # of the rules before the first step
 
     def plan_json(self) -> dict[str, Any]:
         return {"predicted": self.plan.to_json(), "preflight": self.preflight and asdict(self.preflight)}
@@ -118,6 +122,31 @@ def plan(
         raise result.refusal()
     watchdog.expect(result.option.seconds.first_step)
     return result
+
+
+def stop_before_harm(config: RunConfig, run_facts: RunFacts, resume: bool, display: RunObserver) -> list[Signal]:
+    """Ask the rules before the first step, and stop for what is certain; their signals.
+
+    A run that goes on from a checkpoint is not stopped.
+
+    Raises:
+        CheckError: a fault is certain, and `allow_faults` does not name it.
+    """
+    signals, allowed = ask_all(run_facts)[0], certain_faults.allowed_codes(config)
+    found = certain_faults.of_run(run_facts, signals)
+    refusal = certain_faults.refusal(found, allowed)
+    if refusal is not None and not _goes_on(config, resume):
+        raise refusal
+    if names := ", ".join(f"{finding.code} {finding.slug}" for finding in found if finding.code in allowed):
+        display.note(f"allow_faults: training in spite of {names}")
+    return signals
+
+
+def _goes_on(config: RunConfig, resume: bool) -> bool:
+    """Whether the run continues from a checkpoint."""
+    previous = resuming.continued(config.output_dir) if resume else None
+    has_one = previous is not None and bool(checkpoint.list_checkpoints(previous.checkpoints))
+    return has_one or config.resume_from_checkpoint is not None
 
 
 def fetch_weights(model_files: ModelFiles, display: RunObserver) -> ModelFiles:

@@ -182,7 +182,7 @@ def data(ctx: click.Context, config: str, overrides: tuple[str, ...], show: int,
         lambda preview, console: print_data(preview, console, with_ids),
         as_json,
     )
-    ctx.exit(3 if any(finding["severity"] == "error" for finding in preview.report.findings or ()) else 0)
+    ctx.exit(3 if preview.is_fault else 0)
 
 
 @solotune.command()
@@ -206,7 +206,7 @@ def plan(ctx: click.Context, config: str, overrides: tuple[str, ...], gpu: str |
     from solotune.cli.results import print_plan
 
     found = run_shown(lambda display: plan(config, overrides, gpu, display=display), print_plan, as_json)
-    ctx.exit(0 if found.fits else 3)
+    ctx.exit(0 if found.fits and not found.is_fault else 3)
 
 
 @solotune.command()

@@ -6,9 +6,9 @@ models is escaped (`display.progress.escape_terminal`). Scripts use `--json` ins
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from solotune.diagnosis.evidence import Diagnosis
     from solotune.evaluation.compare import Evaluation, Sample
     from solotune.hardware.doctor import DoctorReport
-    from solotune.planning.planner import Plan
+    from solotune.planning.plan import Plan
     from solotune.run.run_dir import RunSummary
     from solotune.training.verify_run import Verification
 
@@ -67,10 +67,16 @@ def print_data(preview: DataPreview, console: Console, with_ids: bool = False) -
         _print_row(row, console, with_ids)
     facts = {key: value for key, value in _data_facts(preview.report).items() if value}
     _print_facts(facts, console)
-    for finding in preview.report.findings or ():
+    _print_findings(preview.report.findings or (), preview.allowed, console)
+
+
+def _print_findings(findings: Sequence[Mapping[str, Any]], allowed: Collection[str], console: Console) -> None:
+    """Each finding with its fix; `allowed`: codes of faults that do not stop a run."""
+    for finding in findings:
         sign, style = SEVERITY_SIGNS[finding["severity"]]
         word = SEVERITY_WORDS[finding["severity"]]
         message, fix = f"{word} {finding['code']} {finding['slug']}: {finding['message']}", f"→ {finding['fix']}"
+        fix += " (allowed by allow_faults)" if finding["code"] in allowed else ""
         console.print()
         print_columns([(sign, message), ("", fix)], (style, ""), console)
 
@@ -222,6 +228,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     if notes := [*(plan.coverage.in_words() if plan.coverage else ()), *plan.notes]:
         console.print()
         print_columns([("·", note) for note in notes], ("dim", ""), console)
+    _print_findings(plan.findings or (), plan.allowed, console)
     console.print()
     if plan.fits:
         console.print(Text("fits", "bold green"))
@@ -233,6 +240,10 @@ def print_plan(plan: Plan, console: Console) -> None:
             None,
             console,
         )
+    if plan.is_fault:
+        codes = ", ".join(finding["code"] for finding in plan.findings or ())
+        change = f"change what is said above, or set allow_faults: [{codes}]"
+        _signed(*SIGNS["fail"], "train stops before step 1:", change, None, console)
 
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:

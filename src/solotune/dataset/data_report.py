@@ -10,6 +10,7 @@ from typing import Any
 
 from solotune.dataset.chat.rendered_text import OWN
 from solotune.dataset.token_counts import LabelBudget
+from solotune.result_repr import ResultRepr, Table
 
 EXACT_DUPLICATE = "exact duplicate"
 NOTHING_TO_LEARN = "no supervised token"
@@ -24,8 +25,8 @@ NUM_PLACES = 3
 PLAIN = "plain"
 
 
-@dataclass(slots=True)
-class DataReport:
+@dataclass(slots=True, repr=False)
+class DataReport(ResultRepr):
     """Counts of rows: read = kept + dropped, and examples = kept + added by splitting."""
 
     format: str
@@ -172,6 +173,25 @@ class DataReport:
         named = [f"{one['key']} in {one['count']:,} of {one['of']:,} {one['in']}" for one in self.unused[:MOST_UNUSED]]
         num_more = len(self.unused) - len(named)
         return ", ".join([*named, *([f"and {num_more:,} more keys"] if num_more else [])])
+
+    def figures(self) -> dict[str, object]:
+        return {
+            "format": self.format,
+            "rows_read": self.num_read,
+            "rows_kept": self.num_kept,
+            "train": self.num_train,
+            "validation": self.num_validation,
+            "truncated": self.num_truncated or None,
+            "tokens": self.num_tokens,
+            "trained_tokens": self.num_supervised,
+            "findings": None if self.findings is None else len(self.findings),
+        }
+
+    def tables(self) -> list[Table]:
+        dropped = [(reason, number) for reason, number in sorted(self.dropped.items()) if number]
+        findings = [(f"{one['code']} {one['slug']}", one["message"], one["fix"]) for one in self.findings or ()]
+        notes = Table("Notes", (), list(self.notes().items()))
+        return [Table("Dropped rows", (), dropped), notes, Table("Findings", ("", "what", "change"), findings)]
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `data.json`."""

@@ -14,6 +14,7 @@ from typing import Any
 from solotune.diagnosis import catalogue
 from solotune.diagnosis.catalogue import FAULTS, SUSPECTS, Fault
 from solotune.diagnosis.rules import rules
+from solotune.result_repr import ResultRepr, Table
 
 WIDTH = 80
 HEADINGS = {
@@ -29,8 +30,8 @@ HEADINGS = {
 _HEADING = re.compile(rf"({'|'.join(HEADINGS)}): ")
 
 
-@dataclass(frozen=True)
-class Explanation:
+@dataclass(frozen=True, repr=False)
+class Explanation(ResultRepr):
     """A fault, or a suspect with its faults."""
 
     code: str
@@ -65,6 +66,15 @@ class Explanation:
         own["Then"] = f"{self.expect}."
         lines = [f"{printed}: {own[heading]}" for heading, printed in HEADINGS.items() if heading in own]
         return lines + ([f"Not possible in solotune: {self.prevented}."] if self.prevented else [])
+
+    def figures(self) -> dict[str, object]:
+        return {"code": self.code, "slug": self.slug or None, "title": self.title}
+
+    def tables(self) -> list[Table]:
+        return [
+            Table("", (), [tuple(section.split(": ", 1)) for section in self.sections] if not self.faults else []),
+            Table("Faults", (), [(fault["code"], fault["slug"], fault["title"]) for fault in self.faults]),
+        ]
 
     def to_json(self) -> dict[str, Any]:
         names = ("code", "slug", "suspect", "title", "doc", "fix", "expect", "prevented", "faults")

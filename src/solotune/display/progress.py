@@ -57,10 +57,18 @@ def escape_terminal(text: str) -> str:
     return text.translate(_INERT)
 
 
-def make_console(stream: IO[str]) -> Console:
-    """Console on `stream`: colour only on a terminal (and without NO_COLOR), no markup, no emoji codes."""
+def make_console(stream: IO[str], is_log: bool = False) -> Console:
+    """Console on `stream`: colour only on a terminal (and without NO_COLOR), no markup, no emoji codes.
+
+    Args:
+        is_log: never a terminal, not even with FORCE_COLOR, which a notebook sets.
+    """
     width = None if stream.isatty() else PIPE_COLUMNS
-    return Console(file=stream, width=width, markup=False, highlight=False, emoji=False, soft_wrap=False)
+    return Console(
+        file=stream, width=width, markup=False, highlight=False, emoji=False, soft_wrap=False,
+        force_terminal=False if is_log else None,
+        force_jupyter=False,  # in a notebook, rich would send what is for this stream to the cell instead
+    )  # fmt: skip
 
 
 Display = RunObserver  # shows the progress of a verb

@@ -13,10 +13,12 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from solotune.dataset import Example, render_prompt
+from solotune.display.progress import plus_minus
 from solotune.evaluation import generation
 from solotune.evaluation.scores import Score, ratio_and_stderr, score
 from solotune.model.loading import TrainableModel
 from solotune.model.lora import adapters_off
+from solotune.result_repr import ResultRepr, Table
 from solotune.runtime import signals
 
 
@@ -31,8 +33,8 @@ class Sample:
     tuned: str
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(ResultRepr):
     """The content of evaluation.json."""
 
     base: Score
@@ -43,6 +45,35 @@ class Evaluation:
     def difference(self) -> tuple[float, float]:
         """Tuned loss minus base loss and its standard error, paired by row."""
         return loss_difference(self.base, self.tuned)
+
+    def figures(self) -> dict[str, object]:
+        return {
+            "base_loss": self.base.loss,
+            "tuned_loss": self.tuned.loss,
+            "base_exact_match": self.base.exact_match,
+            "tuned_exact_match": self.tuned.exact_match,
+            "rows": self.base.rows,
+        }
+
+    def tables(self) -> list[Table]:
+        return [self._scores(), self.sample_table()]
+
+    def sample_table(self) -> Table:
+        """Prompts with the answers of both models."""
+        header = ("prompt", "reference", "base", "tuned")
+        return Table("Answers", header, [(s.prompt, s.reference, s.base, s.tuned) for s in self.samples])
+
+    def _scores(self) -> Table:
+        difference, stderr = self.difference
+        rows = [
+            ("loss per token", *(plus_minus(s.loss, s.stderr) for s in (self.base, self.tuned)),
+             f"{'+' * (difference >= 0)}{plus_minus(difference, stderr)}"),
+            ("exact match", f"{self.base.exact_match:.1%}", f"{self.tuned.exact_match:.1%}",
+             f"{100 * (self.tuned.exact_match - self.base.exact_match):+.1f} points"),
+        ]  # fmt: skip
+        return Table(
+            f"{self.base.rows:,} held-out rows; ± is one standard error", ("", "base", "tuned", "change"), rows
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The JSON of evaluation.json; `scores` may get more keys."""

@@ -24,14 +24,19 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from solotune.errors import DirectoryInUseError, InputError
 from solotune.regular_files import read_bytes, read_text
+from solotune.result_repr import ResultRepr
 from solotune.run import atomic_io
 from solotune.run.events import Event, to_line
+from solotune.run.history import history_of
 from solotune.run.manifest import MANIFEST, Entry, entry_at, manifest_text, read_manifest
 from solotune.run.record import MAX_JSON_BYTES, METRICS, RunRecord, number_in, parse_json
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 LATEST = "latest"
 LOCK = ".lock"
@@ -291,8 +296,8 @@ def list_runs(root: str | Path = "runs") -> list[RunDirectory]:
     return [RunDirectory(folder) for _, folder in sorted(found)]
 
 
-@dataclass(frozen=True)
-class RunSummary:
+@dataclass(frozen=True, repr=False)
+class RunSummary(ResultRepr):
     """One line of `solotune runs`; what a run has not reached is None."""
 
     name: str
@@ -306,6 +311,16 @@ class RunSummary:
     exact_match: float | None
     tokens_per_second: float | None
     peak_bytes: int | None
+
+    def figures(self) -> dict[str, object]:
+        steps = f"{self.steps:,}" if self.total_steps is None else f"{self.steps:,}/{self.total_steps:,}"
+        names = ("name", "status", "steps", "base_loss", "tuned_loss", "exact_match")
+        return {name: getattr(self, name) for name in names} | {"steps": steps}
+
+    @property
+    def history(self) -> DataFrame:
+        """The run's steps and evaluations as a pandas DataFrame: see `history_of`."""
+        return history_of(RunRecord.read(self.path))
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "path": str(self.path)}

@@ -18,12 +18,14 @@ from solotune.errors import InputError
 from solotune.evaluation import generation
 from solotune.hardware.gpu_errors import device_errors
 from solotune.model import lora
+from solotune.result_repr import ResultRepr, Table
+from solotune.runtime.library_noise import quiet_libraries
 from solotune.training.trained_run import TunedRun
 
 Messages = list[dict[str, str]]
 
 
-class ChatSession:
+class ChatSession(ResultRepr):
     """A conversation with a run's model; its base can answer too, for comparison.
 
     A model that was trained on plain text (`prompt_format: text`) is asked so too: each message is continued as it is,
@@ -50,6 +52,18 @@ class ChatSession:
         self.base_history: Messages = []
         """The base's own conversation: with the tuned model's answers in it, it would copy them."""
 
+    def figures(self) -> dict[str, object]:
+        return {
+            "model": self.model_name,
+            "prompt_format": self.prompt_format,
+            "system": self.system,
+            "turns": len(self.history) // 2,
+        }
+
+    def tables(self) -> list[Table]:
+        said = [("", self.history), ("The base's own conversation", self.base_history)]
+        return [Table(title, (), [(turn["role"], turn["content"]) for turn in turns]) for title, turns in said]
+
     def reset(self, system: str | None = None) -> None:
         """Start a new conversation.
 
@@ -73,6 +87,7 @@ class ChatSession:
             history = self.base_history if base else self.history
             history += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
+    @quiet_libraries()
     def reply(self, text: str, base: bool = False, on_text: Callable[[str], None] | None = None) -> str:
         """The model's answer to `text`, which becomes part of the conversation.
 
