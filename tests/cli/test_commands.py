@@ -348,7 +348,7 @@ def test_train_passes_config_overrides_and_resume(verbs, capsys, tmp_path):
     seen = {}
 
     def train(config, resume, display):
-        seen.update(rate=config.learning_rate, resume=resume, every=display._logging_steps)
+        seen.update(rate=config.learning_rate, resume=resume, every=display.logging_steps)
         display.phase("loading model")
         return SimpleNamespace(run_dir=Path("runs/a"), evaluation=None, to_json=lambda: {"run": "runs/a"})
 

@@ -129,7 +129,7 @@ def test_chat_with_a_model_trained_on_plain_text(verbs, monkeypatch, capsys):
 
     session = Session()
     session.prompt_format = "text"
-    verbs.chat = lambda run, system: session
+    verbs.chat = lambda run, system, display: session
     monkeypatch.setattr(sys, "stdin", io.StringIO("word: fig\\ncode:\n"))
     assert cli.main(["chat", "runs/a", "--json"]) == 0
     out, shown = capsys.readouterr()

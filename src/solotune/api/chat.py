@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from solotune.display.progress import Display, SilentDisplay
+
 if TYPE_CHECKING:
     from solotune.training.chat_session import ChatSession
 
 
-def chat(run: str | Path, system: str | None = None) -> ChatSession:
+def chat(run: str | Path, system: str | None = None, display: Display | None = None) -> ChatSession:
     """Load the model of a run for a conversation, in the format that it was trained on.
 
         session = solotune.chat("runs/demo")
@@ -30,4 +32,6 @@ def chat(run: str | Path, system: str | None = None) -> ChatSession:
     from solotune.training.chat_session import ChatSession
     from solotune.training.trained_run import TunedRun
 
-    return ChatSession(TunedRun.open(run), system)
+    display = display or SilentDisplay()
+    display.phase("loading model")
+    return ChatSession(TunedRun.open(run), system, display.progress)

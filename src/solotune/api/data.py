@@ -58,14 +58,17 @@ def data(
     Raises:
         InputError: config, model folder or rows cannot be used.
     """
+    checked = config_of(config, overrides, keys)
     from solotune import dataset
     from solotune.diagnosis.data_checks import check_rows
     from solotune.hub.model_files import resolve_model
 
-    checked = config_of(config, overrides, keys)
+    display = display or SilentDisplay()
+    display.phase("reading data")
     model_files = resolve_model(checked)
     tokenizer = dataset.load_tokenizer(checked, model_files)
-    prepared = dataset.prepare(checked, tokenizer, progress=(display or SilentDisplay()).progress)
+    prepared = dataset.prepare(checked, tokenizer, progress=display.progress)
+    display.phase("checking rows")
     found = check_rows(checked, tokenizer, prepared, model_files)
     prepared = prepared.with_findings(finding.to_json() for finding in found)
     shown = [

@@ -29,13 +29,13 @@ def plan(
     Raises:
         InputError: unknown GPU, or a memory_budget larger than its memory.
     """
+    checked = config_of(config, overrides, keys)
     from solotune import dataset
     from solotune.hardware import machine as environment
     from solotune.hub.model_files import resolve_model
     from solotune.planning.plan_inputs import for_card, plan_for
 
     display = display or SilentDisplay()
-    checked = config_of(config, overrides, keys)
     machine = environment.probe()
     checked, choices = environment.resolve_for_machine(checked, machine if gpu is None else for_card(gpu, machine))
     model_files = resolve_model(checked)

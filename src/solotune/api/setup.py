@@ -133,13 +133,14 @@ def load_model(
     tokenizer: Any,
     prepared: Prepared,
     resume: bool,
+    display: RunObserver,
 ) -> TrainableModel:
     """Load the base with new adapters, and check that the disk has space for the run's files.
 
     Raises:
         SolotuneError: the model does not load, or there is not enough disk space.
     """
-    model, folder = trained_run.load_base(config, machine, model_files), _folder_of(config.output_dir)
+    model, folder = trained_run.load_base(config, machine, model_files, display.progress), _folder_of(config.output_dir)
     previous = resuming.continued(config.output_dir) if resume else None
     existing = len(checkpoint.list_checkpoints(previous.checkpoints)) if previous else 0
     disk_space.require_room(

@@ -71,10 +71,10 @@ def train(
     Raises:
         SolotuneError: see `solotune.errors`; each kind has its exit code.
     """
+    checked = config_of(config, overrides, keys)
     from solotune.hardware import doctor
     from solotune.runtime import signals
 
-    checked = config_of(config, overrides, keys)
     doctor.require_torch()
     user_display = Resilient(display or SilentDisplay())
     with signals.handle_signals():
@@ -101,7 +101,7 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver) -> Prepar
     plan = setup.plan(checked, model_files, machine, prepared, display)
     checked = plan.resolved
     model_files = setup.fetch_weights(model_files, display)
-    model = setup.load_model(checked, model_files, machine, tokenizer, prepared, resume)
+    model = setup.load_model(checked, model_files, machine, tokenizer, prepared, resume, display)
     preflight = setup.try_largest_step(checked, model, prepared, display)
     return setup.PreparedRun(
         config=checked,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
@@ -24,7 +24,7 @@ from solotune.version import __version__
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from solotune.display.progress import Display
+    from solotune.display.progress import PlainDisplay
 
 
 class Result(Protocol):
@@ -58,33 +58,27 @@ def config_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.argument("config", metavar="CONFIG")(command)
 
 
-def print_result(result: ResultT, printer: Callable[[ResultT, Console], None], as_json: bool) -> ResultT:
+def print_result(result: ResultT, printer: Callable[[ResultT, Console], None], as_json: bool) -> None:
     """Print the result of a verb, for people or as one JSON object."""
     if as_json:
         print_json(result.to_json())
     else:
         printer(result, console())
-    return result
-
-
-def run_shown(
-    verb: Callable[[Display], ResultT],
-    printer: Callable[[ResultT, Console], None],
-    as_json: bool,
-    logging_steps: int = 1,
-) -> ResultT:
-    """Call a verb with a display, and print the result."""
-    with shown(logging_steps) as display:
-        result = verb(display)
-    return print_result(result, printer, as_json)
 
 
 @contextlib.contextmanager
-def shown(logging_steps: int = 1) -> Iterator[Display]:
-    """A display on stdout; its live line is removed even after an error."""
+def shown(doing: str = "loading libraries", stream: IO[str] | None = None) -> Iterator[PlainDisplay]:
+    """A display whose live line is removed even after an error. Its first line comes before the slow imports: make
+    them inside this block.
+
+    Args:
+        doing: the first line.
+        stream: default: stdout.
+    """
     from solotune.display.progress import make_display
 
-    display = make_display(logging_steps, sys.stdout)
+    display = make_display(1, stream or sys.stdout)
+    display.phase(doing)
     try:
         yield display
     finally:
@@ -120,10 +114,12 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     Example:
       solotune doctor
     """
-    from solotune.api.doctor import doctor
-    from solotune.cli.results import print_doctor
+    with shown("checking this machine"):
+        from solotune.api.doctor import doctor
+        from solotune.cli.results import print_doctor
 
-    report = print_result(doctor(), print_doctor, as_json)
+        report = doctor()
+    print_result(report, print_doctor, as_json)
     ctx.exit(0 if report.ok else 3)
 
 
@@ -147,10 +143,11 @@ def init(
     Example:
       solotune init HuggingFaceTB/SmolLM2-135M-Instruct chats.jsonl
     """
-    from solotune.api.init import init
     from solotune.errors import program
 
     with shown() as display:
+        from solotune.api.init import init
+
         path = init(model, dataset, output, force, every_key, source, display)
     if as_json:
         print_json({"path": str(path)})
@@ -174,14 +171,12 @@ def data(ctx: click.Context, config: str, overrides: tuple[str, ...], show: int,
     Example:
       solotune data solotune.yaml --show 3 max_length=1024
     """
-    from solotune.api.data import data
-    from solotune.cli.results import print_data
+    with shown() as display:
+        from solotune.api.data import data
+        from solotune.cli.results import print_data
 
-    preview = run_shown(
-        lambda display: data(config, overrides, show=show, display=display),
-        lambda preview, console: print_data(preview, console, with_ids),
-        as_json,
-    )
+        preview = data(config, overrides, show=show, display=display)
+    print_result(preview, lambda preview, console: print_data(preview, console, with_ids), as_json)
     ctx.exit(3 if any(finding["severity"] == "error" for finding in preview.report.findings or ()) else 0)
 
 
@@ -202,10 +197,12 @@ def plan(ctx: click.Context, config: str, overrides: tuple[str, ...], gpu: str |
     Example:
       solotune plan solotune.yaml --gpu 4090 max_length=4096
     """
-    from solotune.api.plan import plan
-    from solotune.cli.results import print_plan
+    with shown() as display:
+        from solotune.api.plan import plan
+        from solotune.cli.results import print_plan
 
-    found = run_shown(lambda display: plan(config, overrides, gpu, display=display), print_plan, as_json)
+        found = plan(config, overrides, gpu, display=display)
+    print_result(found, print_plan, as_json)
     ctx.exit(0 if found.fits else 3)
 
 
@@ -223,14 +220,17 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, as_json: bool) 
     Example:
       solotune train solotune.yaml learning_rate=1e-4 output_dir=runs/low
     """
-    from solotune.api.train import train
-    from solotune.cli.results import print_trained
-    from solotune.config.load import load_config
+    with shown() as display:
+        from solotune.config.load import load_config
 
-    checked = load_config(config, overrides)
-    run_shown(
-        lambda display: train(checked, resume=resume, display=display), print_trained, as_json, checked.logging_steps
-    )
+        checked = load_config(config, overrides)  # a mistake in it is known before the slow imports
+        display.logging_steps = checked.logging_steps
+
+        from solotune.api.train import train
+        from solotune.cli.results import print_trained
+
+        result = train(checked, resume=resume, display=display)
+    print_result(result, print_trained, as_json)
 
 
 @solotune.command()
@@ -246,10 +246,12 @@ def evaluate(run: str, as_json: bool) -> None:
     Example:
       solotune evaluate runs/solotune-20260101-120000
     """
-    from solotune.api.evaluate import evaluate
-    from solotune.cli.results import print_evaluation
+    with shown() as display:
+        from solotune.api.evaluate import evaluate
+        from solotune.cli.results import print_evaluation
 
-    run_shown(lambda display: evaluate(run, display=display), print_evaluation, as_json)
+        result = evaluate(run, display=display)
+    print_result(result, print_evaluation, as_json)
 
 
 @solotune.command()
@@ -293,24 +295,23 @@ def diagnose(
     Example:
       solotune diagnose runs/solotune-20260101-120000
     """
-    from solotune.api.diagnose import diagnose
-    from solotune.cli.results import print_diagnosis
+    with shown() as display:
+        from solotune.api.diagnose import diagnose
+        from solotune.cli.results import print_diagnosis
 
-    found = run_shown(
-        lambda display: diagnose(target, deep, budget, dataset, config, overrides, display=display, base=base),
-        print_diagnosis,
-        as_json,
-    )
+        found = diagnose(target, deep, budget, dataset, config, overrides, display=display, base=base)
+    print_result(found, print_diagnosis, as_json)
     ctx.exit(3 if found.is_fault else 0)
 
 
 @solotune.command()
-@click.argument("code")
+@click.argument("code", required=False)
 @json_option
-def explain(code: str, as_json: bool) -> None:
+def explain(code: str | None, as_json: bool) -> None:
     """Explain a fault: symptoms, why it matters, its fix.
 
-    CODE is a fault (F17, or its name pad-masks-terminator) or one of the fifteen suspects (S4).
+    CODE is a fault (F17, or its name pad-masks-terminator) or one of the fifteen suspects (S4). Without CODE, the
+    suspects are listed.
 
     \b
     Example:
@@ -344,10 +345,11 @@ def chat(run: str, base: bool, prompt: str | None, system: str | None, as_json: 
     Example:
       solotune chat runs/solotune-20260101-120000 --base --prompt "Hello"
     """
-    from solotune.api.chat import chat
-    from solotune.display.chat import Chat
+    with shown(stream=sys.stderr) as display:  # stdout has only the answers
+        from solotune.api.chat import chat
+        from solotune.display.chat import Chat
 
-    session = chat(run, "" if system == "none" else system)
+        session = chat(run, "" if system == "none" else system, display=display)
     conversation = Chat(session, None if as_json else console(), base)
     if prompt is None:
         conversation.run()
@@ -372,10 +374,12 @@ def verify(ctx: click.Context, run: str, as_json: bool) -> None:
     Example:
       solotune verify runs/solotune-20260101-120000
     """
-    from solotune.api.verify import verify
-    from solotune.cli.results import print_verification
+    with shown("checking the run's files"):
+        from solotune.api.verify import verify
+        from solotune.cli.results import print_verification
 
-    found = print_result(verify(run), print_verification, as_json)
+        found = verify(run)
+    print_result(found, print_verification, as_json)
     ctx.exit(0 if found.ok else IntegrityError.exit_code)
 
 

@@ -17,7 +17,6 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from solotune.dataset.packing import in_words
 from solotune.diagnosis import message
 from solotune.diagnosis.findings import SEVERITY_WORDS
 from solotune.display.progress import escape_terminal, plus_minus, print_choices, print_columns
@@ -76,6 +75,8 @@ def print_data(preview: DataPreview, console: Console, with_ids: bool = False) -
 
 
 def _data_facts(report: DataReport) -> dict[str, str]:
+    from solotune.dataset.packing import in_words  # `solotune runs` needs no data libraries
+
     share = report.num_supervised / report.num_tokens if report.num_tokens else 0.0
     cut, split = f"{report.num_truncated:,} truncated to max_length", f"{report.num_split:,} split"
     too_long = [

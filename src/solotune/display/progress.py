@@ -126,7 +126,7 @@ class PlainDisplay(SilentObserver):
     def __init__(self, logging_steps: int, console: Console) -> None:
         self.console = console
         self.meter = Meter()
-        self._logging_steps = logging_steps
+        self.logging_steps = logging_steps
         self._total_steps = 0
         self._last_line = time.monotonic()
 
@@ -163,7 +163,7 @@ class PlainDisplay(SilentObserver):
     def _is_line_due(self, event: StepEvent) -> bool:
         tenths = [LINES_A_RUN * step // event.total_steps for step in (event.step - 1, event.step)]
         is_late = time.monotonic() - self._last_line >= SECONDS_A_LINE
-        return event.step % self._logging_steps == 0 or tenths[0] < tenths[1] or is_late
+        return event.step % self.logging_steps == 0 or tenths[0] < tenths[1] or is_late
 
     def evaluated(self, event: EvalEvent, num_rows: int) -> None:
         exact = f"  exact match {event.exact_match:.1%} of {num_rows:,} rows"
