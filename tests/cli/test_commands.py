@@ -356,10 +356,14 @@ def test_train_passes_config_overrides_and_resume(verbs, capsys, tmp_path):
     assert cli.main(["train", str(path), "learning_rate=3e-5", "logging_steps=7", "--resume", "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out) == {"run": "runs/a"}
-    assert err == snapshot("loading model ...\n")
+    assert err == snapshot("""\
+loading libraries ...
+loading model ...
+""")
     assert seen == {"rate": 3e-5, "resume": True, "every": 7}
     assert cli.main(["train", str(path)]) == 0
     assert capsys.readouterr().out == snapshot("""\
+loading libraries ...
 loading model ...
 
 run      runs/a

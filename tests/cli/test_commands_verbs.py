@@ -95,7 +95,7 @@ class Session:
 def piped(verbs, monkeypatch):
     import io
 
-    verbs.chat = lambda run, system: Session()
+    verbs.chat = lambda run, system, display: Session()
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n/reset\nthree\n"))
 
 
@@ -150,6 +150,7 @@ def test_init_writes_a_config_that_loads(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert cli.main(["init", "some/model", "chats.jsonl"]) == 0
     assert capsys.readouterr().out == snapshot("""\
+loading libraries ...
 reading the model's files ...
 Wrote solotune.yaml. Next: solotune data solotune.yaml
 """)

@@ -11,6 +11,7 @@ verbs that need them.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
@@ -92,13 +93,13 @@ def solotune() -> None:
 
     \b
     From nothing to a tuned model:
-      solotune doctor                       check this machine
-      solotune init MODEL chats.jsonl       write solotune.yaml
-      solotune data solotune.yaml           check the data: which tokens are trained on
-      solotune plan solotune.yaml           does it fit, how long will it take?
-      solotune train solotune.yaml          train, then compare with the base model
-      solotune diagnose runs/RUN            find out what is wrong
-      solotune chat runs/RUN --base         chat with the tuned and the base model
+      solotune doctor                  check this machine
+      solotune init MODEL chats.jsonl  write solotune.yaml
+      solotune data solotune.yaml      check the loss mask
+      solotune plan solotune.yaml      memory and time
+      solotune train solotune.yaml     train and compare
+      solotune diagnose runs/RUN       find out what is wrong
+      solotune chat runs/RUN --base    chat with both models
     """
 
 
@@ -141,7 +142,7 @@ def init(
 
     \b
     Example:
-      solotune init HuggingFaceTB/SmolLM2-135M-Instruct chats.jsonl
+      solotune init Qwen/Qwen3-8B chats.jsonl
     """
     from solotune.errors import program
 
@@ -218,7 +219,7 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, as_json: bool) 
 
     \b
     Example:
-      solotune train solotune.yaml learning_rate=1e-4 output_dir=runs/low
+      solotune train solotune.yaml learning_rate=1e-4
     """
     with shown() as display:
         from solotune.config.load import load_config
@@ -319,7 +320,8 @@ def explain(code: str | None, as_json: bool) -> None:
     """
     from solotune.api.explain import explain
 
-    print_result(explain(code), lambda found, _: click.echo(escape_terminal(found.text)), as_json)
+    width = min(80, shutil.get_terminal_size().columns)
+    print_result(explain(code), lambda found, _: click.echo(escape_terminal(found.wrapped(width))), as_json)
 
 
 @solotune.command()
@@ -343,7 +345,7 @@ def chat(run: str, base: bool, prompt: str | None, system: str | None, as_json: 
 
     \b
     Example:
-      solotune chat runs/solotune-20260101-120000 --base --prompt "Hello"
+      solotune chat runs/solotune-20260101-120000 --base
     """
     with shown(stream=sys.stderr) as display:  # stdout has only the answers
         from solotune.api.chat import chat

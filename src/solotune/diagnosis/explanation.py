@@ -53,21 +53,26 @@ class Explanation:
 
     @property
     def text(self) -> str:
-        """For a terminal of 80 columns; narrower ones break the lines."""
+        """For a terminal of 80 columns."""
+        return self.wrapped(WIDTH)
+
+    def wrapped(self, width: int) -> str:
+        """For a terminal of `width` columns."""
         if self.suspects:
             lines = [f"{number:5}{what}" for number, what in self.suspects.items()]
             return "\n".join([f"{self.title}:", "", *lines, "", *LIST_ENDS])
         if self.faults:
             lines = [f"{fault['code']}  {fault['slug']:28}{fault['title']}" for fault in self.faults]
-            wrapped = [textwrap.fill(line, WIDTH, subsequent_indent=" " * 33) for line in lines]
+            indent = " " * (33 if width >= WIDTH else 5)
+            wrapped = [textwrap.fill(line, width, subsequent_indent=indent) for line in lines]
             return "\n".join([f"{self.code} {self.title}", "", *wrapped])
         parts = [
             f"{self.code} {self.slug} ({self.suspect}, {SUSPECTS[self.suspect]})",
             "",
-            textwrap.fill(self.title, WIDTH),
+            textwrap.fill(self.title, width),
             "",
         ]
-        return "\n".join([*parts, *map(_hanging, self.sections)])
+        return "\n".join([*parts, *(textwrap.fill(one, width, subsequent_indent="    ") for one in self.sections)])
 
     @property
     def sections(self) -> list[str]:
@@ -131,7 +136,3 @@ def paragraphs(doc: str) -> list[str]:
         elif line.strip():
             found[-1] += " " + line.strip()
     return [paragraph for paragraph in found if paragraph]
-
-
-def _hanging(text: str) -> str:
-    return textwrap.fill(text, WIDTH, subsequent_indent="    ")
