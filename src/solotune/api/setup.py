@@ -31,7 +31,7 @@ from solotune.runtime import watchdog
 from solotune.training import checkpoint, disk_space, preflight, trained_run
 from solotune.training import resume as resuming
 from solotune.training.find_run import CONFIG_NAME, recorded_name
-from solotune.units import format_duration, gib
+from solotune.units import format_duration, format_step_time, gib
 from solotune.version import __version__
 
 if TYPE_CHECKING:
@@ -251,5 +251,6 @@ def _parameters_in_words(summary: dict[str, Any]) -> str:
 def _plan_in_words(plan: Plan) -> str:
     """Predicted memory and time in one line."""
     seconds, peak = plan.option.seconds, plan.option.footprint.peak_bytes
-    text = f"plan: {gib(peak)} GiB peak memory (budget {gib(plan.budget.bytes)} GiB), {seconds.step:.3g} s per step"
+    memory = f"{gib(peak)} GiB peak memory (budget {gib(plan.budget.bytes)} GiB)"
+    text = f"plan: {memory}, {format_step_time(seconds.step)} per step"
     return text + (f", {format_duration(seconds.total)} in total" if seconds.total is not None else "")

@@ -288,9 +288,9 @@ def diagnose(
     MLflow, a console log). First, rules check settings, rows, curves and files; then experiments (probes) test the
     model. If a fault is found, the exit code is 3. The result is also saved in the run's diagnosis.json.
 
-    Data, config and base of another trainer are looked for in its folder, in its parent, and in data/ and config/ of
-    both; the answer says what was found. Nothing else that the folder names is opened or looked up: give it with
-    --base, --dataset and --config.
+    The data, config and base model of another trainer are searched in its folder, in the parent folder, and in data/
+    and config/ of both; the result lists what was found. Other paths and hub ids in these files are never opened: pass
+    them with --base, --dataset and --config.
 
     \b
     Example:
@@ -335,10 +335,10 @@ def explain(code: str | None, as_json: bool) -> None:
 def chat(run: str, base: bool, prompt: str | None, system: str | None, as_json: bool) -> None:
     """Chat with the model of a RUN.
 
-    The model is asked as it was trained: with the system prompt that all training rows share, through the chat
-    template, up to the tokens that end the rows. If it was trained on plain text (prompt and completion), each message
-    is a text to continue, and \\n in a line is a line break. With --base, the base has a conversation of its own. RUN
-    is a folder, a name in runs/, or latest.
+    Messages are formatted as in training: with the chat template, and with the system prompt that all training rows
+    share. Answers stop at the tokens that end the training rows. If the model was trained on plain text (prompt and
+    completion), it continues each message, and \\n in a message is a line break. With --base, the base model answers
+    too, in a separate conversation. RUN is a folder, a name in runs/, or latest.
 
     On a terminal, /help lists the commands (/reset, /system, /save, /quit), and Ctrl-C stops an answer. From a pipe,
     each line is one message.

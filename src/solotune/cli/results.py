@@ -21,7 +21,7 @@ from solotune.diagnosis import message
 from solotune.diagnosis.findings import SEVERITY_WORDS
 from solotune.display.progress import escape_terminal, plus_minus, print_choices, print_columns
 from solotune.errors import program
-from solotune.units import format_bytes, format_duration
+from solotune.units import format_bytes, format_duration, format_rate, format_step_time
 
 if TYPE_CHECKING:
     from solotune.api.data import DataPreview, ShownRow
@@ -106,7 +106,7 @@ def _data_facts(report: DataReport) -> dict[str, str]:
 def _print_row(row: ShownRow, console: Console, with_ids: bool) -> None:
     total = len(row.tokens)
     num_trained = sum(len(ids) for _, supervised, ids in row.pieces if supervised)
-    legend = "shown in green" if console.color_system is not None else "shown in ⟦ ⟧"
+    legend = "shown in green" if _has_colour(console) else "shown in ⟦ ⟧"
     _print_rule(f"{row.where} · {total:,} tokens, {num_trained:,} trained on, {legend}", console)
     if with_ids:
         _print_tokens(row, console)
@@ -141,7 +141,12 @@ def _print_tokens(row: ShownRow, console: Console) -> None:
 def _marked(text: str, supervised: bool, console: Console) -> Text:
     if not supervised:
         return Text(text, "dim")
-    return Text(text if console.color_system is not None else f"⟦{text}⟧", "bold green")
+    return Text(text if _has_colour(console) else f"⟦{text}⟧", "bold green")
+
+
+def _has_colour(console: Console) -> bool:
+    """False in a pipe, and with NO_COLOR."""
+    return console.color_system is not None and not console.no_color
 
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
@@ -223,7 +228,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     facts = {
         "load": format_duration(seconds.load),
         "first step": format_duration(seconds.first_step),
-        "step": f"{seconds.step:,.3g} s, {seconds.tokens_per_second:,.0f} tokens/s",
+        "step": f"{format_step_time(seconds.step)}, {format_rate(seconds.tokens_per_second)}",
         "total": format_duration(seconds.total) if seconds.total is not None else "",
     }
     _print_facts({key: value for key, value in facts.items() if value}, console)

@@ -158,11 +158,11 @@ class DataReport:
         if self.schema_nulls:
             places = ", ".join(f"{number:,} in {place}" for place, number in self.schema_nulls.most_common())
             total = self.schema_nulls.total()
-            found["nulls"] = f"{total:,} nulls left out, which only the file's schema put there: {places}"
+            found["nulls"] = f"{total:,} nulls dropped, which the file's schema adds to rows without the key: {places}"
         if self.beside_rows:
             names = list(self.beside_rows)
             more = f", and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
-            found["not read"] = "beside the rows in " + ", ".join(names[:MOST_NAMED]) + more
+            found["not read"] = "parts of the file that are not rows: " + ", ".join(names[:MOST_NAMED]) + more
         if self.unused:
             found["not used"] = self.unused_in_words()
         return found

@@ -35,7 +35,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from solotune.display.observer import RunObserver, SilentObserver
-from solotune.units import format_bytes, format_duration
+from solotune.units import format_bytes, format_duration, format_rate
 
 if TYPE_CHECKING:
     from solotune.config.run_config import Choice
@@ -117,7 +117,7 @@ class Meter:
         """Speed, memory and time left, each if known."""
         speed, left, peak = self.tokens_per_second, self.seconds_left, self.last.peak_bytes if self.last else 0
         return [
-            *([f"{speed:,.0f} tok/s"] if speed else []),
+            *([format_rate(speed, "tok/s")] if speed else []),
             *([format_bytes(peak)] if peak else []),
             *([f"{format_duration(left)} left"] if left is not None else []),
         ]

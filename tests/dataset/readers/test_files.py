@@ -329,7 +329,7 @@ def test_a_json_file_that_is_cut_off_says_where(write: Writer) -> None:
         "a.json:9: the file is cut off inside record 3, which starts in line 8\n"
         "  seen:    Unterminated string starting at; the file ends with "
         """'{\\n  "text": "thi'\n"""
-        "  change:  get the whole file, or keep its first 2 records"
+        "  change:  download the complete file, or keep its first 2 records"
     )
     assert len(rows_of(path, "train[:2]")) == 2
 

@@ -38,7 +38,7 @@ from solotune.dataset.readers.left_out import LeftOut
 from solotune.dataset.readers.row import Row, RowError
 from solotune.dataset.readers.schema_nulls import SchemaNulls
 from solotune.errors import InputError
-from solotune.hub.download import is_local_path, offline_if_unreachable
+from solotune.hub.download import is_local_path, offline_if_unreachable, offline_switch
 from solotune.runtime import watchdog
 from solotune.units import first_line
 
@@ -276,6 +276,8 @@ def _no_such_file(name: str, path: Path) -> InputError:
     except OSError:
         present = []
     near = difflib.get_close_matches(path.name, present, n=3, cutoff=0.5)
+    if not near and os.path.lexists(path.name):  # the config is used in another folder than it was written for
+        near = [path.name]
     place = str(folder.resolve()) if is_folder else f"{folder} (which does not exist)"
     return InputError(
         f"{name}: no such file",
@@ -370,7 +372,8 @@ def _load_from_hub(
             f"{key}: the hub dataset {name} could not be loaded",
             seen=f"split {split.written}" + (f", configuration {config_name}" if config_name else "") + f": {reason}",
             allowed="a dataset id (owner/name) that this machine can reach or has in its cache, or a local file",
-            change="check name, split and dataset_config; without a network use a local file; "
+            change=(f"unset HF_HUB_OFFLINE ({value} now) to download it once; " if (value := offline_switch()) else "")
+            + "check name, split and dataset_config; without a network use a local file; "
             "for a gated dataset log in with `hf auth login`",
         ) from None
     return loaded
