@@ -96,7 +96,7 @@ class Session:
 def piped(verbs, monkeypatch):
     import io
 
-    verbs.chat = lambda run, system: Session()
+    verbs.chat = lambda run, system, display: Session()
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n/reset\nthree\n"))
 
 
@@ -130,7 +130,7 @@ def test_chat_with_a_model_trained_on_plain_text(verbs, monkeypatch, capsys):
 
     session = Session()
     session.prompt_format = "text"
-    verbs.chat = lambda run, system: session
+    verbs.chat = lambda run, system, display: session
     monkeypatch.setattr(sys, "stdin", io.StringIO("word: fig\\ncode:\n"))
     assert cli.main(["chat", "runs/a", "--json"]) == 0
     out, shown = capsys.readouterr()
@@ -151,7 +151,9 @@ def test_init_writes_a_config_that_loads(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert cli.main(["init", "some/model", "chats.jsonl"]) == 0
     assert capsys.readouterr().out == snapshot("""\
+loading libraries ...
 reading the model's files ...
+settings are not fitted to model and data, because the model could not be read: some/model is not in the cache and cannot be downloaded (HF_HUB_OFFLINE=1 is set, so nothing is downloaded)
 Wrote solotune.yaml. Next: solotune data solotune.yaml
 """)
     config = solotune.load_config("solotune.yaml")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from solotune.display.notebook import showing
+from solotune.display.progress import Display
 from solotune.runtime.library_noise import quiet_libraries
 
 if TYPE_CHECKING:
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @quiet_libraries()
-def chat(run: str | Path, system: str | None = None) -> ChatSession:
+def chat(run: str | Path, system: str | None = None, display: Display | None = None) -> ChatSession:
     """Load the model of a run for a conversation, in the format that it was trained on.
 
         session = solotune.chat("runs/demo")
@@ -36,4 +38,6 @@ def chat(run: str | Path, system: str | None = None) -> ChatSession:
     from solotune.training.chat_session import ChatSession
     from solotune.training.trained_run import TunedRun
 
-    return ChatSession(TunedRun.open(run), system)
+    with showing(display) as chosen:
+        chosen.phase("loading model")
+        return ChatSession(TunedRun.open(run), system, chosen.progress)

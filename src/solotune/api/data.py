@@ -90,20 +90,22 @@ def data(
         InputError: config, model folder or rows cannot be used.
         CheckError: the held-out rows leak into training.
     """
+    checked = config_of(config, overrides, keys)
     from solotune import dataset
     from solotune.diagnosis import certain_faults
     from solotune.diagnosis.data_checks import check_rows
     from solotune.diagnosis.sources import solotune_run
     from solotune.hub.model_files import resolve_model
 
-    checked = config_of(config, overrides, keys)
     allowed = certain_faults.allowed_codes(checked)
-    model_files = resolve_model(checked)
-    tokenizer = dataset.load_tokenizer(checked, model_files)
     with showing(display) as chosen:
+        chosen.phase("reading data")
+        model_files = resolve_model(checked)
+        tokenizer = dataset.load_tokenizer(checked, model_files)
         prepared = dataset.prepare(checked, tokenizer, progress=chosen.progress)
-    found = check_rows(checked, tokenizer, prepared, model_files)
-    certain = certain_faults.of_run(solotune_run.from_prepared(checked, tokenizer, prepared, found, model_files))
+        chosen.phase("checking rows")
+        found = check_rows(checked, tokenizer, prepared, model_files)
+        certain = certain_faults.of_run(solotune_run.from_prepared(checked, tokenizer, prepared, found, model_files))
     known = {finding.code for finding in found}
     found = [*(finding for finding in certain if finding.code not in known), *found]
     prepared = prepared.with_findings(finding.to_json() for finding in found)

@@ -57,7 +57,7 @@ def _evaluate(run: str | Path, display: Display) -> Evaluation:
     display.phase("loading model")
     with device_errors(found.config.memory):
         result = compare(
-            found.load(),
+            found.load(display.progress),
             found.tokenizer,
             prepared,
             None,
@@ -94,5 +94,5 @@ def compare(
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,
         tuned=tuned,
-        progress=lambda done, total: display.progress(done, total, "held-out rows"),
+        progress=display.progress,
     )

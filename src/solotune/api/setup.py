@@ -33,7 +33,7 @@ from solotune.runtime import watchdog
 from solotune.training import checkpoint, disk_space, preflight, trained_run
 from solotune.training import resume as resuming
 from solotune.training.find_run import CONFIG_NAME, recorded_name
-from solotune.units import format_duration, gib
+from solotune.units import format_duration, format_step_time, gib
 from solotune.version import __version__
 
 if TYPE_CHECKING:
@@ -162,13 +162,14 @@ def load_model(
     tokenizer: Any,
     prepared: Prepared,
     resume: bool,
+    display: RunObserver,
 ) -> TrainableModel:
     """Load the base with new adapters, and check that the disk has space for the run's files.
 
     Raises:
         SolotuneError: the model does not load, or there is not enough disk space.
     """
-    model, folder = trained_run.load_base(config, machine, model_files), _folder_of(config.output_dir)
+    model, folder = trained_run.load_base(config, machine, model_files, display.progress), _folder_of(config.output_dir)
     previous = resuming.continued(config.output_dir) if resume else None
     existing = len(checkpoint.list_checkpoints(previous.checkpoints)) if previous else 0
     disk_space.require_room(
@@ -279,5 +280,6 @@ def _parameters_in_words(summary: dict[str, Any]) -> str:
 def _plan_in_words(plan: Plan) -> str:
     """Predicted memory and time in one line."""
     seconds, peak = plan.option.seconds, plan.option.footprint.peak_bytes
-    text = f"plan: {gib(peak)} GiB peak memory (budget {gib(plan.budget.bytes)} GiB), {seconds.step:.3g} s per step"
+    memory = f"{gib(peak)} GiB peak memory (budget {gib(plan.budget.bytes)} GiB)"
+    text = f"plan: {memory}, {format_step_time(seconds.step)} per step"
     return text + (f", {format_duration(seconds.total)} in total" if seconds.total is not None else "")

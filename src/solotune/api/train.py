@@ -107,10 +107,10 @@ def train(
         StorageError: a file cannot be written.
         InterruptedRunError: the run was stopped; `change` says how to continue.
     """
+    checked = config_of(config, overrides, keys)
     from solotune.hardware import doctor
     from solotune.runtime import signals
 
-    checked = config_of(config, overrides, keys)
     doctor.require_torch()
     with showing(display, checked.logging_steps, stays=True) as chosen, signals.handle_signals():
         user_display = Resilient(chosen)
@@ -141,7 +141,7 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver) -> Prepar
     run_facts = solotune_run.from_prepared(checked, tokenizer, prepared, findings, model_files)
     signals = setup.stop_before_harm(checked, run_facts, resume, display)
     model_files = setup.fetch_weights(model_files, display)
-    model = setup.load_model(checked, model_files, machine, tokenizer, prepared, resume)
+    model = setup.load_model(checked, model_files, machine, tokenizer, prepared, resume, display)
     preflight = setup.try_largest_step(checked, model, prepared, display)
     return setup.PreparedRun(
         config=checked,

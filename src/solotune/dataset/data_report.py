@@ -141,11 +141,11 @@ class DataReport(ResultRepr):
         found: dict[str, str] = {}
         if self.num_exact_duplicates:
             found["copies"] = (
-                f"{self.num_exact_duplicates:,} exact copies of rows removed; if they are meant, set "
+                f"{_copies(self.num_exact_duplicates)} removed; if they are meant, set "
                 "dataset_exact_deduplication: false, or give the row a higher weight"
             )
         elif self.num_copies_kept:
-            found["copies"] = f"{self.num_copies_kept:,} exact copies of rows kept, on the side of the first"
+            found["copies"] = f"{_copies(self.num_copies_kept)} kept, on the side of the first"
         if self.num_close_rows:
             found["close rows"] = (
                 f"{self.num_close_rows:,} of {self.num_validation:,} validation rows are close to training rows, as "
@@ -159,11 +159,11 @@ class DataReport(ResultRepr):
         if self.schema_nulls:
             places = ", ".join(f"{number:,} in {place}" for place, number in self.schema_nulls.most_common())
             total = self.schema_nulls.total()
-            found["nulls"] = f"{total:,} nulls left out, which only the file's schema put there: {places}"
+            found["nulls"] = f"{total:,} nulls dropped, which the file's schema adds to rows without the key: {places}"
         if self.beside_rows:
             names = list(self.beside_rows)
             more = f", and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
-            found["not read"] = "beside the rows in " + ", ".join(names[:MOST_NAMED]) + more
+            found["not read"] = "parts of the file that are not rows: " + ", ".join(names[:MOST_NAMED]) + more
         if self.unused:
             found["not used"] = self.unused_in_words()
         return found
@@ -262,3 +262,7 @@ class DataReport(ResultRepr):
         for one in self.unused:
             numbers[one["key"]] += one["count"]
         return dict(numbers)
+
+
+def _copies(number: int) -> str:
+    return "1 exact copy of a row" if number == 1 else f"{number:,} exact copies of rows"

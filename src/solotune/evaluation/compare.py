@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -106,6 +107,7 @@ def samples(
     count: int,
     max_new_tokens: int,
     rendered_on: date | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> list[Sample]:
     """Answers of base and tuned to the first `count` held-out rows, asked as they were trained.
 
@@ -116,8 +118,9 @@ def samples(
     chosen = list(islice(asked, count))
     stops = generation.stop_ids(model, tokenizer, (row.last_loss_token for row in rows))
     shown = []
-    for question in chosen:
+    for number, question in enumerate(chosen):
         signals.check_stop()
+        progress(number, len(chosen), "sample answers")
         tuned = generation.generate(model, question.prompt_ids, max_new_tokens, stops)
         with adapters_off(model.module):
             base = generation.generate(model, question.prompt_ids, max_new_tokens, stops)
@@ -166,15 +169,17 @@ def compare(
     max_new_tokens: int,
     rendered_on: date | None = None,
     tuned: Score | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Evaluation:
     """Evaluate base and tuned on `rows`.
 
     Args:
         rendered_on: the date on which the rows were rendered.
         tuned: the tuned model's score where it was just measured; None: it is measured.
+        progress: called with what is done, all of it, and what it is.
     """
-    tuned = tuned or score(model, rows, batch_size, progress)
+    tuned = tuned or score(model, rows, batch_size, partial(progress, what="held-out rows, tuned"))
     with adapters_off(model.module):
-        base = score(model, rows, batch_size, progress)
-    return Evaluation(base, tuned, samples(model, tokenizer, rows, num_samples, max_new_tokens, rendered_on))
+        base = score(model, rows, batch_size, partial(progress, what="held-out rows, base"))
+    answers = samples(model, tokenizer, rows, num_samples, max_new_tokens, rendered_on, progress)
+    return Evaluation(base, tuned, answers)

@@ -22,6 +22,7 @@ from typing import Any
 from solotune.errors import CheckError
 from solotune.hardware import machine as environment
 from solotune.hardware.machine import BUSY_GPU, Check, Machine
+from solotune.hub.download import offline_switch
 from solotune.result_repr import ResultRepr, Table
 from solotune.units import first_line, gib
 
@@ -241,12 +242,8 @@ def _check_cache() -> Check:
 
 
 def _check_offline() -> list[Check]:
-    value = os.environ.get("HF_HUB_OFFLINE", "")
-    if value.upper() not in ("1", "ON", "YES", "TRUE"):
-        return []
-    return [
-        Check("hub", "ok", f"HF_HUB_OFFLINE={value}: models and datasets come from the cache or local folders only")
-    ]
+    what = "models and datasets come from the cache or local folders only"
+    return [Check("hub", "ok", f"HF_HUB_OFFLINE={value}: {what}")] if (value := offline_switch()) else []
 
 
 def _conflicts() -> list[tuple[str, str]]:

@@ -89,7 +89,7 @@ class RunDirectory:
             output_dir: its path; None: a new folder runs/<name>-<date>.
 
         Raises:
-            DirectoryInUseError: another process uses it, or it already holds a run and `resume` is false.
+            DirectoryInUseError: another process uses it, or it already contains a run and `resume` is false.
         """
         if not resume:
             cls.refuse_occupied(output_dir)
@@ -112,7 +112,7 @@ class RunDirectory:
 
         Raises:
             InputError: `output_dir` is a file.
-            DirectoryInUseError: it already holds a run.
+            DirectoryInUseError: it already contains a run.
         """
         path = Path(os.path.expanduser(output_dir or "."))
         if path.is_file():
@@ -120,7 +120,7 @@ class RunDirectory:
         held = [mark for mark in MARKS if output_dir and (path / mark).exists()]
         if held:
             raise DirectoryInUseError(
-                f"{path} already holds a run",
+                f"{path} already contains a run",
                 seen=", ".join(held),
                 change="continue it with --resume, choose another output_dir, or remove the folder",
             )

@@ -18,6 +18,7 @@ from solotune.errors import InputError
 from solotune.evaluation import generation
 from solotune.hardware.gpu_errors import device_errors
 from solotune.model import lora
+from solotune.model.loading import Progress
 from solotune.result_repr import ResultRepr, Table
 from solotune.runtime.library_noise import quiet_libraries
 from solotune.training.trained_run import TunedRun
@@ -32,9 +33,10 @@ class ChatSession(ResultRepr):
     without chat template and history, and the answer keeps the white space around it.
     """
 
-    def __init__(self, run: TunedRun, system: str | None = None) -> None:
+    def __init__(self, run: TunedRun, system: str | None = None, progress: Progress | None = None) -> None:
         """Args:
         system: the system prompt; None: the one that all training rows share, if they do; "": none.
+        progress: called while the model loads.
 
         Raises:
             InputError: nothing to load, or a system prompt for a model that was trained on plain text.
@@ -44,7 +46,7 @@ class ChatSession(ResultRepr):
         self.trained_system = run.system_prompt  # with its rows and all rows
         """The most frequent system prompt of the training rows, its rows and all rows; None without one."""
         self.system = self._checked(system) if system is not None else self._shared_system()
-        self._model = run.load()
+        self._model = run.load(progress)
         self._stops = generation.stop_ids(self._model, self._tokenizer, run.answer_ends)
         self.choices = run.choices
         self.model_name = f"{self._config.model_name_or_path} + {run.directory.path.name}"

@@ -244,7 +244,7 @@ def _check_keys(place: str, message: Message, role: str, tools: list[Tools]) -> 
         if is_blank(message[key]):
             continue
         if role not in ("system", "developer"):
-            raise _misplaced(place, key, role, f"{key} beside the messages of the row")
+            raise _misplaced(place, key, role, f"{key} next to the messages of the row")
         tools.append((place, key, message[key]))
     if role == "assistant":
         return
