@@ -177,6 +177,13 @@ def python_page() -> str:
         "Each command is a function of the same name. They print nothing, return a result that has `to_json()`, and raise",
         "the exceptions below. Keys of the config are arguments. `import solotune` alone imports nothing heavy.",
         "",
+        "```python",
+        "import solotune",
+        "",
+        'result = solotune.train("solotune.yaml", learning_rate=1e-4)  # dataset= takes rows or a datasets.Dataset too',
+        'print(result.evaluation.to_json()["tuned"]["loss"])',
+        "```",
+        "",
     ]
     results: dict[str, type] = {}
     for verb in VERBS:
