@@ -18,7 +18,19 @@ copyright = "the solotune authors, Apache-2.0"
 
 root_doc = "docs/index"
 include_patterns = ["docs/**.md", "bench/results/**.md", "SECURITY.md", "CHANGELOG.md"]
-exclude_patterns = [".*", "src", "tests", "scripts", "runs", "site", "build", "dist", "bench/diagnose", "docs/migrate", "**/__pycache__"]
+exclude_patterns = [
+    ".*",
+    "src",
+    "tests",
+    "scripts",
+    "runs",
+    "site",
+    "build",
+    "dist",
+    "bench/diagnose",
+    "docs/migrate",
+    "**/__pycache__",
+]
 extensions = ["myst_parser"]
 myst_heading_anchors = 3
 nitpicky = True

@@ -1,13 +1,13 @@
 """Write the pages generated from the code; a test compares them.
 
-    python docs/generate.py
+python docs/generate.py
 
-    config.md, config.schema.json    from the keys of the config
-    faults.md                        from the catalogue and the rules
-    commands/*.md                    from the command line's help
-    python.md                        from signatures and docstrings
-    coming_from.md                   from the tables that translate keys, and the configs in migrate/
-    faq.md                           from questions.yaml
+config.md, config.schema.json    from the keys of the config
+faults.md                        from the catalogue and the rules
+commands/*.md                    from the command line's help
+python.md                        from signatures and docstrings
+coming_from.md                   from the tables that translate keys, and the configs in migrate/
+faq.md                           from questions.yaml
 """
 
 from __future__ import annotations
@@ -222,6 +222,8 @@ def _signature(name: str, function: Callable[..., Any]) -> str:
         stars = {one.VAR_POSITIONAL: "*", one.VAR_KEYWORD: "**"}.get(one.kind, "")
         default = "" if one.default is one.empty else f" = {one.default!r}"
         parameters.append(f"{stars}{one.name}: {one.annotation}{default}")
+    if not parameters:
+        return f"solotune.{name}()"
     return f"solotune.{name}(\n" + "".join(f"    {parameter},\n" for parameter in parameters) + ")"
 
 

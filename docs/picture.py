@@ -1,7 +1,7 @@
 """Draw docs/demo.svg: the comparison of base and tuned model at the end of the demo, as the terminal shows it.
 
-    sh scripts/demo output_dir=runs/demo
-    python docs/picture.py runs/demo
+sh scripts/demo output_dir=runs/demo
+python docs/picture.py runs/demo
 """
 
 from __future__ import annotations

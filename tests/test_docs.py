@@ -147,3 +147,15 @@ def test_files_that_the_docs_name_exist():
                 page.name,
                 name,
             )
+
+
+def test_the_picture_of_the_demo_shows_the_figures_of_the_tutorial():
+    """Drawn by docs/picture.py from a run of the demo."""
+    svg = (ROOT / "docs" / "demo.svg").read_text(encoding="utf-8").replace("&#160;", " ")
+    table = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8").split("```text\n")[1].split("```")[0]
+    figures = re.findall(r"[-+]?\d+\.\d+%?", table)
+    assert len(figures) == 10
+    assert [figure for figure in figures if figure not in svg] == []
+    assert "http" not in re.sub(
+        r'xmlns="[^"]*"|<!--.*?-->', "", svg, flags=re.DOTALL
+    )  # nothing is loaded from elsewhere

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -85,8 +84,7 @@ def readers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for shown_as, file in (("tools.jsonl", "tool_calls.jsonl"), ("chats.jsonl", "chats.jsonl")):
         (folder / file).write_text(shown[shown_as], encoding="utf-8")
     config = {"model_name_or_path": HUB_MODELS[0], "dataset": "chats.jsonl", "validation_size": 1, "max_length": 256}
-    for name in ("solotune.yaml", "run.yaml"):
-        (folder / name).write_text(json.dumps(config), encoding="utf-8")
+    (folder / "solotune.yaml").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 
@@ -108,7 +106,9 @@ def _one_shape_for_all_plans() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def folder_with_runs(_one_shape_for_all_plans: None, readers_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder_with_runs(
+    _one_shape_for_all_plans: None, readers_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The reader's folder after a training, under the names that pages use."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(readers_folder)
@@ -125,14 +125,12 @@ def folder_with_runs(_one_shape_for_all_plans: None, readers_folder: Path, tmp_p
 
 
 @pytest.fixture
-def at_work(
-    folder_with_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[], Path]:
+def at_work(folder_with_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Path]:
     """Go to a copy of the reader's folder."""
 
     def begin() -> Path:
         folder = tmp_path / "folder"
-        shutil.copytree(folder_with_runs, folder, copy_function=os.link)  # pages write new files, and change none
+        shutil.copytree(folder_with_runs, folder)
         monkeypatch.chdir(folder)
         monkeypatch.setenv("HOME", str(folder_with_runs.parent / "home"))
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder_with_runs.parent / "hub"))

@@ -12,6 +12,7 @@ import importlib
 import io
 import re
 import shlex
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import pytest
 
 from solotune import cli
 from solotune.config.load import load_config
+from solotune.diagnosis import run_diagnosis
 from tests.docs.pages import PAGES, ROOT, Block, blocks, commands
 
 main_module = importlib.import_module("solotune.cli.main")  # `cli.main` is the function
@@ -50,6 +52,15 @@ def check_pip(command: str, folder: Path) -> None:
         assert (folder / words[words.index("-c") + 1]).is_file(), command
 
 
+def begin_anew(words: list[str], folder: Path) -> None:
+    """Remove what a command would not replace: who types it has none yet."""
+    if words[0] == "init" and "-o" not in words:
+        (folder / "solotune.yaml").unlink(missing_ok=True)
+    if words[0] == "train" and "--resume" not in words:
+        for run_dir in (word.removeprefix("output_dir=") for word in words if word.startswith("output_dir=")):
+            shutil.rmtree(folder / run_dir, ignore_errors=True)
+
+
 def run(command: str, comment: str, folder: Path) -> None:
     """Run a command of a page, or check that it need not be."""
     if " && " in command:
@@ -66,8 +77,7 @@ def run(command: str, comment: str, folder: Path) -> None:
     assert program == "solotune", f"no command of solotune, and not in NOT_RUN: {command}"
     said = re.search(r"exit code (\d+)", comment)
     expected = {int(said[1])} if said else {0, 3} if words[0] in ALSO_3 else {0}
-    if words[0] == "init" and "-o" not in words:
-        (folder / "solotune.yaml").unlink(missing_ok=True)  # who types this has none yet
+    begin_anew(words, folder)
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         code = cli.main(words)
@@ -114,11 +124,24 @@ def located(page: Path, line: int):
         raise
 
 
-WITH_BLOCKS = [page for page in PAGES if any(block.language in ("sh", "console", "python", "yaml") for block in blocks(page))]
+@pytest.fixture
+def short_experiments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experiments of a diagnosis get a second at most."""
+    examine = run_diagnosis.examine
+
+    def examine_briefly(facts: Any, deep: bool, budget: float | None, phase: Any) -> Any:
+        return examine(facts, deep, min(budget or 1, 1), phase)
+
+    monkeypatch.setattr(run_diagnosis, "examine", examine_briefly)
+
+
+WITH_BLOCKS = [
+    page for page in PAGES if any(block.language in ("sh", "console", "python", "yaml") for block in blocks(page))
+]
 
 
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: str(page.relative_to(ROOT)))
-def test_what_a_page_says_works(page: Path, at_work, monkeypatch):
+def test_what_a_page_says_works(page: Path, at_work, short_experiments, monkeypatch):
     monkeypatch.setattr(main_module, "quieten", lambda: None)  # would silence libraries in the tests that follow
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert work_through(page, at_work()) > 0
