@@ -17,6 +17,7 @@ import importlib
 import inspect
 import json
 import re
+import tempfile
 import textwrap
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +28,6 @@ import click
 
 import solotune
 from solotune.cli import commands
-
 from solotune.config.describe import allowed_values, field_help, section_of
 from solotune.config.foreign_keys import CONVERTED
 from solotune.config.key_aliases import FOREIGN_KEYS, NOT_HERE, REFUSED_KEYS
@@ -68,8 +68,8 @@ def config_page() -> str:
         "",
         "## Coming from another tool",
         "",
-        "Names of TRL, Unsloth, Axolotl and LLaMA-Factory are refused, and the message gives the name to use. All of them",
-        "are in [coming_from.md](coming_from.md#all-names-that-are-translated).",
+        "Names of other tools are refused, and the message gives the name to use. All names of TRL, Unsloth, Axolotl",
+        "and LLaMA-Factory are in [coming_from.md](coming_from.md#all-names-that-are-translated).",
     ]
     lines += [
         "",
@@ -174,8 +174,8 @@ def python_page() -> str:
     lines = [
         "# Python API",
         "",
-        "Each command is a function of the same name. They print nothing, return a result that has `to_json()`, and raise",
-        "the exceptions below. Keys of the config are arguments. `import solotune` alone imports nothing heavy.",
+        "Each command is a function of the same name. They print nothing, return a result, and raise the exceptions",
+        "below. Keys of the config are arguments. `import solotune` alone imports nothing heavy.",
         "",
         "```python",
         "import solotune",
@@ -311,8 +311,7 @@ def _shown(value: Any) -> str:
 
 
 def translated_line(key: str, value: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    import tempfile
-
+    """What a config of this one line becomes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "line.yaml"
         path.write_text(json.dumps({key: value}), encoding="utf-8")
