@@ -132,7 +132,8 @@ VERBS = commands.solotune.commands
 def command_page(verb: str) -> str:
     """The help of a verb, its example, and its function in Python."""
     command = VERBS[verb]
-    context = click.Context(command, info_name=f"solotune {verb}", terminal_width=80, max_content_width=80)
+    group = click.Context(commands.solotune, info_name="solotune", **commands.solotune.context_settings)
+    context = click.Context(command, parent=group, info_name=verb, terminal_width=80, max_content_width=80)
     shown = command.get_help(context)
     body, _, rest = shown.partition("\n  Example:\n")
     example, _, options = rest.partition("\n\n")

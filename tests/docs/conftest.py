@@ -83,7 +83,13 @@ def readers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shown = {block.file: block.text for page in ("data.md", "tutorial.md") for block in blocks(DOCS / page)}
     for shown_as, file in (("tools.jsonl", "tool_calls.jsonl"), ("chats.jsonl", "chats.jsonl")):
         (folder / file).write_text(shown[shown_as], encoding="utf-8")
-    config = {"model_name_or_path": HUB_MODELS[0], "dataset": "chats.jsonl", "validation_size": 1, "max_length": 256}
+    config = {
+        "model_name_or_path": HUB_MODELS[0],
+        "dataset": "chats.jsonl",
+        "validation_size": 1,
+        "max_length": 256,
+        "max_new_tokens": 8,
+    }
     (folder / "solotune.yaml").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
@@ -92,13 +98,12 @@ def readers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _one_shape_for_all_plans() -> Iterator[None]:
     """Each plan looks at the layers of its model for seconds; here all models are one, and it is looked at once."""
     look = plan_inputs.model_shape
-    kept: dict[object, ModelShape] = {}
+    found: list[ModelShape] = []
 
     def model_shape(config: RunConfig, model_files: ModelFiles | None = None) -> ModelShape:
-        key = str(config.lora_target_modules)
-        if key not in kept:
-            kept[key] = look(config.model_copy(update={"torch_compile": False}), model_files)
-        return kept[key]
+        if not found:
+            found.append(look(config.model_copy(update={"torch_compile": False}), model_files))
+        return found[0]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan_inputs, "model_shape", model_shape)
