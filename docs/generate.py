@@ -129,6 +129,24 @@ def faults_page() -> str:
 VERBS = commands.solotune.commands
 
 
+MORE = {
+    "doctor": "[install](../install.md)",
+    "init": "[tutorial](../tutorial.md#3-your-own-chats), [coming from another tool](../coming_from.md)",
+    "data": "[data formats](../data.md)",
+    "plan": "[recipes](../recipes.md), [how far to trust a plan](../../bench/results/plan.md)",
+    "train": "[tutorial](../tutorial.md#5-train-on-a-rented-gpu), [config](../config.md), "
+    "[what may change before a resume](../config.md#what-may-change-before---resume)",
+    "evaluate": "[tuned is worse than base](../troubleshooting.md#tuned-is-worse-than-base)",
+    "diagnose": "[by symptom](../troubleshooting.md), [faults](../faults.md), "
+    "[how often it is right](../../bench/results/diagnose.md)",
+    "explain": "[faults](../faults.md)",
+    "chat": "[use the adapter elsewhere](../adapter.md)",
+    "verify": "[crashes](../../bench/results/faults.md)",
+    "runs": "[tutorial](../tutorial.md#6-is-it-better)",
+}
+"""The pages to read with that of a verb."""
+
+
 def command_page(verb: str) -> str:
     """The help of a verb, its example, and its function in Python."""
     command = VERBS[verb]
@@ -152,6 +170,8 @@ def command_page(verb: str) -> str:
             "```",
             "",
             f"In Python: [`solotune.{verb}`](../python.md#{verb}). Exit codes: [config.md](../config.md#exit-codes).",
+            "",
+            f"More: {MORE[verb]}.",
             "",
         ]
     )

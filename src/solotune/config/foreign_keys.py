@@ -215,16 +215,6 @@ def _per_epoch(what: str) -> Callable[[Any], Written]:
     )
 
 
-def _strategy(what: str) -> Callable[[Any], Written]:
-    def convert(value: Any) -> Written:
-        if value == "steps":
-            return None  # `eval_steps`, `save_steps` say so
-        key = f"{what}_strategy"
-        return {key: value} if value in ("epoch", "no") else f"{key} is epoch, steps or no"
-
-    return convert
-
-
 def _attention(value: Any) -> Written:
     word = str(value).lower()
     return {"attn_implementation": "eager"} if word in ("eager", "disabled") else {"attn_implementation": "sdpa"}
@@ -295,8 +285,6 @@ CONVERTED: dict[str, Callable[[Any], Written]] = {
     "dataset_text_field": _text_column,
     "saves_per_epoch": _per_epoch("save"),
     "evals_per_epoch": _per_epoch("eval"),
-    "save_strategy": _strategy("save"),
-    "eval_strategy": _strategy("eval"),
     "flash_attn": _attention,
     "flash_attention": _attention,
     "sdp_attention": _attention,
