@@ -17,7 +17,13 @@ MODULES = {
     ".".join(path.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__"): path for path in SRC.rglob("*.py")
 }
 
-ACROSS_PACKAGES = {"benches", "examples", "faults", "gpu"}  # folders of tests of something else than one package
+ACROSS_PACKAGES = {
+    "benches",
+    "docs",
+    "examples",
+    "faults",
+    "gpu",
+}  # folders of tests of something else than one package
 OF_THE_PROJECT = {"test_docs.py", "test_layout.py", "test_scripts.py"}
 SHORT = 40  # lines of a module that needs no test file of its own
 MAX_FUNCTION, MAX_FILE = 60, 400  # lines

@@ -20,6 +20,7 @@ from solotune.api.init import text_of
 from solotune.api.propose import Proposal
 from solotune.config.load import load_config
 from solotune.config.run_config import RunConfig
+from solotune.config.translate import translated
 from solotune.config.write import to_yaml, yaml_value
 from solotune.config.yaml_reader import parse, plain
 from solotune.errors import InputError
@@ -189,6 +190,20 @@ def test_a_config_of_another_tool_is_translated(model: str, tmp_path: Path) -> N
     assert (config.validation_size, config.optim, config.base_precision) == (0.1, "paged_adamw_8bit", "nf4")
     assert "# not translated: wandb_project: solotune sends nothing to a tracker" in text
     assert "# not translated: deepspeed: solotune trains on one device" in text
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("load_in_4bit: true", {"base_precision": "nf4"}),
+        ("load_in_4bit: false", {"base_precision": "bf16"}),
+        ("eval_strategy: steps\neval_steps: 9", {"eval_steps": 9}),
+        ("save_strategy: epoch", {"save_strategy": "epoch"}),
+    ],
+)
+def test_keys_that_both_have_are_translated_without_a_remark(theirs: str, ours: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "trl.yaml").write_text(theirs)
+    assert translated(tmp_path / "trl.yaml") == (ours, {})
 
 
 def test_all_lists_every_key(model: str, tmp_path: Path) -> None:

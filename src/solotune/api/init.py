@@ -51,7 +51,7 @@ def init(
     """Write a config for a model and its data: settings fitted to the rows and this machine, each with the reason.
 
         solotune.init("HuggingFaceTB/SmolLM2-135M-Instruct", "chats.jsonl", "run.yaml")
-        solotune.init(source="axolotl.yaml", path="run.yaml")
+        solotune.init(source="axolotl.yaml", path="translated.yaml")
 
     Args:
         model: folder or hub id.

@@ -235,6 +235,7 @@ _SFT_ONLY = "solotune only does supervised fine-tuning (SFT)"
 _TRUE_FALSE = "true or false"
 
 CONVERTED: dict[str, Callable[[Any], Written]] = {
+    "load_in_4bit": lambda value: {"base_precision": "nf4" if value is True else "bf16"},
     "load_in_8bit": lambda value: None if value is not True else _EIGHT_BITS,
     "quantization": _bits,
     "quantization_bit": _bits,
