@@ -25,6 +25,7 @@ from solotune.diagnosis.facts.row_facts import (
 from solotune.diagnosis.facts.rows import examples_of
 from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import rule
+from solotune.diagnosis.rules.turns import header_doubled
 from solotune.diagnosis.run_facts import RunFacts
 
 MOST = 0.5
@@ -87,7 +88,8 @@ def missing_bos(facts: RowFacts) -> Finding | None:
     Source: the opposite case of trl#1400.
     """
     side = facts.train
-    if not facts.is_chat or not facts.settings.chat_template_path:
+    path = facts.settings.chat_template_path
+    if not facts.is_chat or (not path and facts.own_template is None):
         return None
     pieces = pieces_of(facts.own_template) if facts.own_template else None
     if pieces is None:
@@ -105,7 +107,7 @@ def missing_bos(facts: RowFacts) -> Finding | None:
         message=f"No row begins with {facts.spelled(before[0])}, which {why}.",
         evidence={"rows_with": 0, "rows_without": len(side.rows), "rows": side.places(range(len(side.rows)))},
         affected=1.0,
-        fix=f"write {{{{ bos_token }}}} at the start of {facts.settings.chat_template_path}",
+        fix=f"write {{{{ bos_token }}}} at the start of {path or 'the chat template'}",
     )
 
 
@@ -193,6 +195,8 @@ def prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
     pieces = pieces_of_template(facts)
     if pieces is not None and not is_in_rows(facts, pieces[1]):
         return None  # a different format: F12
+    if header_doubled(facts):
+        return None  # F15
     other, merged, read = [], [], 0
     for row in evenly(facts.sample(facts.train), NUM_RENDERED):
         example = facts.train.rows[row]
