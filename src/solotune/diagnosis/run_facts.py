@@ -111,6 +111,7 @@ class RunFacts:
     train: Sequence[Example] = ()
     validation: Sequence[Example] = ()
     conversations: Sequence[Sequence[Mapping[str, Any]]] = ()  # the same rows before rendering, if known
+    texts: Sequence[str] = ()  # some rows of plain text as the data has them, if another trainer tokenized them
     findings: Sequence[Finding] | None = None  # what `data_checks` found; (): nothing; None: it did not run
     refusals: Sequence[Signal] = ()  # errors of solotune that stop this config, as signals
     trace: Trace | None = None

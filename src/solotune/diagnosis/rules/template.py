@@ -72,6 +72,26 @@ def double_bos(facts: RowFacts) -> Finding | None:
     )
 
 
+@rule("F08", needs=("tokenizer", "texts"), otherwise=True)
+def texts_begun_twice(run_facts: RunFacts) -> Signal | None:
+    """F08, of texts that another trainer tokenized, whose rows are not known: they begin with the begin-of-text token,
+    and the run's tokenizer adds one to every text.
+
+    Control: the trainer. Some tools leave the second one out: a remark.
+    """
+    tokenizer, texts, tool = run_facts.tokenizer, run_facts.texts, run_facts.settings.get("tool")
+    begin = str(tokenizer.bos_token) if tokenizer is not None else ""
+    if tokenizer is None or not tokenizer.bos_token or "batches" not in run_facts.missing:
+        return None
+    having = [text for text in texts if text.lstrip().startswith(begin)]
+    if not is_pattern(len(having), len(texts), MOST) or tokenizer.encode(having[0])[:2] != [tokenizer.bos_token_id] * 2:
+        return None
+    says = f"{len(having):,} of {len(texts):,} texts begin with {begin}, and the run's tokenizer adds it to every text"
+    kind = "measured" if tool in (None, "transformers", "trl") else "remark"
+    fix = f"tokenize rendered texts with add_special_tokens=False, or remove {begin} from their beginning"
+    return Signal("F08", kind, says, 0.6, {"texts": len(having)}, fix=fix, affected=len(having) / len(texts))
+
+
 @rule("F09", needs=("rows",), probes=("P1",))
 def missing_bos(facts: RowFacts) -> Finding | None:
     """F09: rows lack the begin-of-text token that the model is served with.

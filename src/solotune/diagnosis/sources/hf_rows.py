@@ -26,7 +26,7 @@ from solotune.diagnosis.facts.derived import lora_layers, setting
 from solotune.diagnosis.run_facts import LiveModel, RunFacts
 from solotune.diagnosis.sources import hf_settings, solotune_run, tokenized_rows, trl_preprocessing
 from solotune.diagnosis.sources.found_rows import Choice
-from solotune.diagnosis.sources.raw_rows import raw_chats
+from solotune.diagnosis.sources.raw_rows import raw_chats, raw_texts
 from solotune.diagnosis.sources.run_files import json_of
 from solotune.errors import InputError, SolotuneError
 from solotune.hub.model_files import ModelFiles, model_here
@@ -139,6 +139,7 @@ def _with_base(
         model_config=base_config,
         generation_config=generation,
         conversations=chats,
+        texts=raw_texts(rows, str(get("dataset_split") or "train")) if rows and not chats else [],
         tokenizer=tokenizer,
         base_tokenizer=own,
     )
