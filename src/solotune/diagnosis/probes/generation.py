@@ -123,7 +123,7 @@ def _never_ends(
     explains it; else the model has not trained long enough. Labels of the training's own batches leave no doubt.
     Controls: the base, and the words before the end, which have labels in both cases.
     """
-    if "batches" not in run_facts.missing:
+    if "batches" not in run_facts.missing or found["last_words"] >= LEARNED:
         return []
     tokenizer = run_facts.tokenizer
     pad = tokenizer.pad_token_id if tokenizer is not None else None
@@ -139,8 +139,7 @@ def _never_ends(
     )
     says += "answers do; the end of turn is also the padding token"
     fix = "mask labels where attention_mask is 0, not where the id is the pad's; or set a separate pad_token"
-    is_unlearned = found["base_without_end"] < MUCH and found["last_words"] < LEARNED
-    kind, weight = ("measured", 0.65) if is_unlearned else ("remark", 0.3)
+    kind, weight = ("measured", 0.65) if found["base_without_end"] < MUCH else ("remark", 0.3)  # control: the base
     return [Signal("F17", kind, says, weight, found, fix=fix)]
 
 

@@ -27,7 +27,11 @@ NUM_SAMPLES, NUM_DRAWN, KEPT = 4, 32, 0.9  # clean models keep all, a wrong toke
 NO_TEXT = 0.85  # plain text against swapped ids; clean models show 0.2 to 0.6
 EXPECTED = 1.0  # nats a token of its own headers, for a model that was trained on its template
 KNOWN = 0.7  # plain text against swapped ids: text that the model knows
-NUM_MOVES, NUM_TEXTS, LONGEST = 64, 8, 256  # places, texts and tokens of a text for the frequency of ids
+NUM_MOVES, NUM_TEXTS, LONGEST = (
+    64,
+    8,
+    256,
+)  # places (at most a quarter of the ids), texts and tokens of a text for the frequency of ids
 FITS_BETTER, FITS = 0.5, 0.3  # nats an id, by which moved ids fit better; clean models show 0.2 at most (JSON)
 EVERYDAY = (
     "The weather was good today, so we went to the park and had lunch there with our friends.",
@@ -73,9 +77,10 @@ def _frequencies(live: LiveModel, roles: Roles, texts: Sequence[Sequence[int]], 
         seen += len(ids)
     special = [i for i in roles.tokenizer.added_tokens_decoder if i < size]
     counts_V, log_V = np.delete(counts_V, special), np.log(np.delete(chances_V, special) / max(seen, 1) + 1e-9)
-    if not counts_V.any() or len(log_V) <= 2 * NUM_MOVES:
+    most = min(NUM_MOVES, len(log_V) // 4)
+    if not counts_V.any() or not most:
         return {}
-    moves = [move for move in range(-NUM_MOVES, NUM_MOVES + 1) if move]
+    moves = [move for move in range(-most, most + 1) if move]
     fits = [float((counts_V * np.roll(log_V, -move)).sum() / counts_V.sum()) for move in (0, *moves)]
     best = int(np.argmax(fits[1:]))
     return {"ids_fit": fits[0], "moved_ids_fit": fits[1 + best], "moved_by": moves[best]}
