@@ -178,7 +178,8 @@ def _judge(run_facts: RunFacts, found: dict[str, Any]) -> list[Signal]:
         return [Signal(code, "measured", says, 0.4, found) for code in ("F10", "F17", "F19")]
     is_other = found["equal"] <= MUCH / 2 and found["deployed_costs_more"] > CLEARLY  # not two equally likely answers
     is_trained = good["without_end"] < MUCH and found["end_expected"] >= UNEXPECTED  # else any two answers differ
-    if found["same_again"] and is_other and is_trained and not is_ours(run_facts):
+    is_known = not is_ours(run_facts) and "batches" not in run_facts.missing  # else solotune renders both
+    if found["same_again"] and is_other and is_trained and is_known:
         says = (
             f"only {found['equal']:.0%} of the deployed answers begin as with the training format, though they are the "
         )

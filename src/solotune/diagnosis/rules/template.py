@@ -220,10 +220,10 @@ def prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
     other, merged, read = [], [], 0
     for row in evenly(facts.sample(facts.train), NUM_RENDERED):
         example = facts.train.rows[row]
-        turn = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
+        turn = max((i for i, message in enumerate(example.messages) if message["role"] == "assistant"), default=0)
         prompt = rendered_prompt(facts, example.messages[:turn], example.tools)
         text = facts.decode(example.input_ids)
-        if prompt is None or squeezed(example.messages[max(turn - 1, 0)]["content"]) not in squeezed(text):
+        if not turn or prompt is None or squeezed(example.messages[max(turn - 1, 0)]["content"]) not in squeezed(text):
             continue  # the rows of another trainer may be in another order
         read += 1
         asked, whole = (_without_bos(facts, ids) for ids in (prompt, example.input_ids))  # missing or twice: F08, F09

@@ -292,17 +292,17 @@ def header_learned(facts: RowFacts) -> Finding | None:
     with_header = np.flatnonzero(np.isin(side.ids[side.begins], header))
     calls = {r for r, row in enumerate(side.rows) if any("tool_calls" in m for m in row.messages)}
     with_header = with_header[~np.isin(side.row_of[with_header], list(calls))]
+    with_header = with_header[~np.isin(side.begins[with_header], side.starts)]  # there everything counts: F20
     if not is_pattern(len(with_header), len(side.begins), MOST):
         return None
     start = int(side.begins[with_header[0]])
     first = facts.decode(side.ids[start : start + 4])
-    # the model has one, and the file of the user none; or prompts end with the header, and the loss begins at it
-    prompts = [one.generation_prompt.strip() for one in (facts.own_template, facts.template) if one is not None]
-    is_lost = any(prompts)
-    is_written = bool(prompts) and bool(prompts[-1])
+    own, asked = facts.own_template, facts.template.generation_prompt.strip() if facts.template else ""
+    is_lost = own is not None and bool(own.generation_prompt.strip()) and not asked  # the file of the user has none
+    is_written = bool(asked) and squeezed(asked) in squeezed(pieces[1])  # a prompt ends with it, as the rows have it
     return Finding.of(
         "F15",
-        "error" if is_lost else "warning",
+        "error" if is_lost or is_written else "warning",
         message=f"The loss of the answers begins at the role header ({first.strip()!r})"
         + (
             ", which is in the prompt already."
