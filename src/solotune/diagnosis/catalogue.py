@@ -514,7 +514,8 @@ _NO_LABELS = frozenset({"F10", "F14", "F17", "F19", "F55"}) | _UNMOVED
 
 EXPLAINS: dict[str, frozenset[str]] = {
     "F02": frozenset({"F03", "F24", "F25"}),  # the intended length was not used
-    "F04": frozenset({"F05", "F08", "F09", "F10", "F12", "F14"}),  # every id means something else
+    # every id means something else
+    "F04": frozenset({"F05", "F06", "F07", "F08", "F09", "F10", "F11", "F12", "F14", "F15", "F16", "F38"}),
     "F07": frozenset({"F10", "F12", "F14"}),  # an end of turn that is not a token
     "F10": frozenset({"F14", "F17", "F19"}),  # a missing end can be neither trained on nor stopped at
     "F12": frozenset({"F08", "F09", "F10", "F11", "F14", "F16"}),  # the rows are in another format

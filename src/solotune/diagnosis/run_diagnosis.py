@@ -17,6 +17,7 @@ import torch
 
 from solotune.diagnosis import probes
 from solotune.diagnosis.evidence import EXPERIMENTS, Diagnosis, Probed, Signal, of_refusal
+from solotune.diagnosis.facts.base_tokenizer import with_base_tokenizer
 from solotune.diagnosis.rules import ask_all
 from solotune.diagnosis.run_facts import LiveModel, RunFacts
 from solotune.diagnosis.verdict import decide
@@ -44,6 +45,7 @@ def examine(
         phase: called with the name of each stage that begins.
         also: further signals, from the monitor of a run.
     """
+    run_facts = with_base_tokenizer(run_facts)
     live, why, loading, refusals = _load(run_facts, budget, phase)
     if live is None:
         run_facts = replace(run_facts, live=None, missing={**run_facts.missing, "live": why})

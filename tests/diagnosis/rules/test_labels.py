@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from solotune.dataset import Example
 from tests.diagnosis.rules.batches import (
     END,
     IGNORED,
@@ -182,3 +185,14 @@ def test_two_end_tokens(tokenizer, rows):
     for mask in (answers, lambda row, at: answers(row, at) and row[at][0] != PAD):
         assert told(run_facts_of(other, padded(labelled(both, mask), pad=1), CHATS)) == {}
     assert told(run_facts_of(other, padded(labelled(both, is_text), pad=1), CHATS)) == {"F19": "fault"}
+
+
+def test_padding_that_is_also_an_end_is_told_by_the_known_rows(tokenizer, rows):
+    """Batches without a mask: of a run of pads, the first is no end of a row that is known to have none."""
+    own = copy.deepcopy(tokenizer)
+    own.pad_token = own.eos_token
+    endless = [[t for t in row if t[2] not in ("end", "line") or t[3] == 0] for row in rows]
+    pairs = labelled(endless, lambda row, at: is_text(row, at) or is_end(row, at))
+    batches = [{k: v for k, v in batch.items() if k != "attention_mask"} for batch in padded(pairs, pad=END)]
+    train = [Example(np.array(ids, np.int32), np.array(labels) >= 0, "row", []) for ids, labels in pairs]
+    assert "F17" not in told(replace(run_facts_of(own, batches, CHATS), train=train))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -182,3 +183,22 @@ def test_f39_copies_beyond_chance() -> None:
     for healthy in (natural, weighted, few_labels):
         assert [kind for kind, _ in copies(healthy)] == ["remark"]
     assert copies(booked + booked[:10]) == []
+
+
+def test_f39_a_few_rows_that_are_most_of_the_data() -> None:
+    booked = pairs_of("booking", 100)
+    assert [kind for kind, _ in copies(booked[:5] * 26 + booked[5:70])] == ["measured"]
+    assert [kind for kind, _ in copies(booked[:15] * 13)] == ["measured"]
+    greeting = [("Hi!", "Hello!")] * 130 + booked[:60]  # of two words
+    assert [kind for kind, _ in copies(greeting)] == ["remark"]
+
+
+def test_f36_rows_without_an_assistant(bench: Bench) -> None:
+    """Of another trainer, whose template writes any role: no rule fails on them."""
+
+    def renamed(rows: list[Example]) -> list[Example]:
+        names = {"user": "human", "assistant": "gpt"}
+        made = [replace(r, messages=[{**m, "role": names[m["role"]]} for m in r.messages]) for r in rows]
+        return [replace(r, loss_mask=np.ones_like(r.loss_mask)) for r in made]
+
+    assert bench.codes(talk(), "chatml", renamed) == []

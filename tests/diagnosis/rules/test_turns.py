@@ -182,3 +182,31 @@ def test_f13_of_another_trainer_asks_with_the_datas_own_chats(role: str) -> None
         tokenizer = with_template("chatml", CHATML.replace("{{ m.content }}", content))
         one = RunFacts("test", Settings({}), tokenizer=tokenizer, conversations=[messages] * 4)
         assert [s.code for s in ask_all(one)[0] if s.code == "F13"] == found
+
+
+def test_f15_the_header_twice_in_the_prompt(bench: Bench) -> None:
+    """And not F16, which the prompts show too."""
+    twice = CHATML.replace("<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<|im_start|>assistant\n{% endif")
+    found = bench.only("F15", talk(), with_template("chatml", twice))
+    assert (found.severity, found.affected) == ("error", 1.0)
+    assert "twice" in found.message
+
+
+def test_f15_a_mask_that_begins_at_the_header(bench: Bench) -> None:
+    """Of another trainer: the prompt of serving ends with the header, and the loss begins before it."""
+    header = len(tiny_tokenizer("chatml").encode("<|im_start|>assistant\n"))
+
+    def earlier(rows: list[Example]) -> list[Example]:
+        return [replace(row, loss_mask=row.loss_mask | np.roll(row.loss_mask, -header)) for row in rows]
+
+    found = bench.only("F15", talk(), "chatml", earlier)
+    assert found.severity == "error" and "in the prompt already" in found.message
+
+
+def test_f10_a_template_that_another_trainer_has_set(bench: Bench) -> None:
+    """The base's own ends its answers; a base without a template has no header that could end them."""
+    model = with_own_template(bench, copy.deepcopy(tiny_tokenizer("chatml")), "<|im_end|>")
+    without = with_template("chatml", CHATML.replace("<|im_end|>", ""))
+    found = [f for f in bench.find(talk(), without, model_name_or_path=model) if f.code == "F10"]
+    assert [f.severity for f in found] == ["error"]
+    assert bench.only("F10", talk(), without).severity == "warning"

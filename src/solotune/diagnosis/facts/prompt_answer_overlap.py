@@ -174,8 +174,10 @@ def _shift_of(pairs: Sequence[tuple[str, str]]) -> Shift | None:
         np.array([np.vdot(alike[0], twice[k : k + count, k : k + count]) for k in range(count)]),
     ):
         middle = np.median(found)
-        strength = (found - middle) / max(1.4826 * float(np.median(np.abs(found - middle))), 1e-12)
-        best, other = np.argsort(-strength)[:2].tolist()
+        best, other = np.argsort(-found)[:2].tolist()
+        # of words that few rows share, most shifts have exactly as many: their median deviation is 0
+        spread = max(1.4826 * float(np.median(np.abs(found - middle))), float(np.delete(found, best).std()), 1e-12)
+        strength = (found - middle) / spread
         if best and strength[best] >= SHARP and strength[0] <= FLAT and strength[other] <= strength[best] / 2:
             rows = -best if best <= count // 2 else count - best
             return Shift(rows, float(strength[best]), float(strength[0]), 1.0)

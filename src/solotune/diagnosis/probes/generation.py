@@ -37,6 +37,7 @@ REPEATS = 0.25  # rep-4
 UNEXPECTED = 0.05  # probability of an end of turn after a whole answer; long free answers may go on anyway
 CLEARLY, BEGINNING = 0.3, 24  # nats a token, of so many tokens
 MUCH = 0.5  # of the prompts; also the gap of losses, in nats
+LAST, LEARNED = 4, 0.7  # tokens before the end of an answer, and their loss where the answers are known: one in two
 GOES_ON = 4  # tokens after an end: white space and an end of text may follow
 
 
@@ -84,6 +85,7 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
         "end_expected": float(np.mean(ends)),
         "goes_on_after_end": float(np.mean([_behind_end(ids, facts.roles.ends) > GOES_ON for ids in deployed])),
         "data_goes_on_after_end": float(np.mean([count > GOES_ON for count in behind])),
+        "ends_are_stops": _are_stops(run_facts, [i for ids in deployed for i in ids if i in facts.roles.ends]),
         "stops_at_end": float(np.mean([_behind_end(ids, facts.roles.ends) == 0 for ids in deployed])),
         "right": {
             "training_rendering": _share_right(trained, wanted, facts.roles.ends),
@@ -95,8 +97,17 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
         "equal": float(np.mean([_alike(a, b, facts.roles.ends) for a, b in zip(trained, deployed, strict=True)])),
     }
     if _never_ended(found) and facts.ends_learned >= MUCH * max(facts.answers, 1):
+        found["last_words"] = float(np.mean([_last_words(live, *pair) for pair in zip(prompts, wanted, strict=True)]))
         return _never_ends(live, run_facts, facts, prompts, found), found
     return _judge(run_facts, found), found
+
+
+def _are_stops(run_facts: RunFacts, ends: Sequence[int]) -> bool:
+    """Whether generation by the files of the base stops at these ends; where solotune generates in place of an unknown
+    deployment, it stops at the template's."""
+    stops = run_facts.settings.get("serving_stop_ids") or run_facts.generation_config.get("eos_token_id")
+    known = set(stops) if isinstance(stops, (list, tuple, set)) else {stops} - {None}
+    return not known or set(ends) <= known
 
 
 def _never_ended(found: dict[str, Any]) -> bool:
@@ -110,12 +121,13 @@ def _never_ends(
 
     So the ids are not the fault (F10). If the pad is an end and the base did end, a collator that masks labels by id
     explains it; else the model has not trained long enough. Labels of the training's own batches leave no doubt.
+    Controls: the base, and the words before the end, which have labels in both cases.
     """
-    if "batches" not in run_facts.missing:
+    if "batches" not in run_facts.missing or found["last_words"] >= LEARNED:
         return []
     tokenizer = run_facts.tokenizer
     pad = tokenizer.pad_token_id if tokenizer is not None else None
-    if pad not in facts.roles.ends:
+    if pad not in _ends_of_answers(facts):
         says = f"none of {found['prompts']} answers ends by itself"
         return [Signal(code, "measured", says, 0.4, found) for code in ("F17", "F19")]
     with restore_model_state(live), torch.no_grad(), adapters_off(live.model):
@@ -129,6 +141,17 @@ def _never_ends(
     fix = "mask labels where attention_mask is 0, not where the id is the pad's; or set a separate pad_token"
     kind, weight = ("measured", 0.65) if found["base_without_end"] < MUCH else ("remark", 0.3)  # control: the base
     return [Signal("F17", kind, says, weight, found, fix=fix)]
+
+
+def _ends_of_answers(facts: LabelFacts) -> set[int]:
+    """The ids with which labels of answers end."""
+    last = (int(document.ids[document.learned][-1]) for document in facts.documents if document.learned.any())
+    return set(last) & facts.roles.ends
+
+
+def _last_words(live: LiveModel, prompt: Sequence[int], answer: Sequence[int]) -> float:
+    """Loss of the last tokens of a whole answer, before its end."""
+    return _cost(live, [*prompt, *answer[:-LAST]], answer[-LAST:])
 
 
 def _judge(run_facts: RunFacts, found: dict[str, Any]) -> list[Signal]:
@@ -155,7 +178,8 @@ def _judge(run_facts: RunFacts, found: dict[str, Any]) -> list[Signal]:
         return [Signal(code, "measured", says, 0.4, found) for code in ("F10", "F17", "F19")]
     is_other = found["equal"] <= MUCH / 2 and found["deployed_costs_more"] > CLEARLY  # not two equally likely answers
     is_trained = good["without_end"] < MUCH and found["end_expected"] >= UNEXPECTED  # else any two answers differ
-    if found["same_again"] and is_other and is_trained and not is_ours(run_facts):
+    is_known = not is_ours(run_facts) and "batches" not in run_facts.missing  # else solotune renders both
+    if found["same_again"] and is_other and is_trained and is_known:
         says = (
             f"only {found['equal']:.0%} of the deployed answers begin as with the training format, though they are the "
         )
@@ -163,7 +187,7 @@ def _judge(run_facts: RunFacts, found: dict[str, Any]) -> list[Signal]:
         return [Signal(code, "measured", says, 0.6, found, fix=fix)]
     if found["equal"] >= MUCH:
         says = f"{found['equal']:.0%} of the deployed answers equal those with the training format"
-        cleared = ("F11", "F14") if found["stops_at_end"] == 1 else ("F11",)
+        cleared = ("F11", "F14") if found["stops_at_end"] == 1 and found["ends_are_stops"] else ("F11",)
         return [Signal(code, "measured", says, 0.8, found, against=True) for code in cleared]
     return []
 

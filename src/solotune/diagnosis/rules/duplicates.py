@@ -30,8 +30,10 @@ LEAST_TOKENS = 6
 """Of an answer in free words: answers of fewer tokens are labels, which repeat naturally."""
 REGULAR = 0.5
 """Variance of the number of copies by that of rows that are drawn at random (a Poisson distribution without zeros)."""
-ENOUGH_ROWS = 20
-"""Different rows for a variance to mean something."""
+CHANCE = 1e-3
+"""Of files of rows drawn at random that are as even."""
+OFTEN, MOSTLY = 10, 0.5
+"""Copies of one row in free words, and the share of the rows that such rows make up."""
 
 
 class Copies(NamedTuple):
@@ -50,9 +52,19 @@ class Copies(NamedTuple):
         if not len(keys) or again < HALF * len(keys):
             return cls(len(keys), again, False)
         mean = len(keys) / len(counts)
-        is_regular = len(counts) >= ENOUGH_ROWS and counts.var() < REGULAR * _variance_at_random(mean)
+        evenness = counts.var() / _variance_at_random(mean)
+        is_regular = evenness < REGULAR and _as_even(evenness, len(counts)) < CHANCE
         is_free = len(set(answers)) > len(counts) / 2 and float(np.median(sizes)) >= LEAST_TOKENS
-        return cls(len(keys), again, bool(is_regular or (mean >= MANY_COPIES and is_free)))
+        often = float(counts[counts >= OFTEN].sum())  # a few rows are most of the data, the others are there once
+        is_few = mean >= MANY_COPIES or often >= MOSTLY * len(keys)
+        return cls(len(keys), again, bool(is_regular or (is_few and is_free)))
+
+
+def _as_even(ratio: float, count: int) -> float:
+    """The probability that the variance of `count` random numbers is at most this part of its mean (chi-square, by
+    Wilson and Hilferty)."""
+    scale = 2 / (9 * max(count - 1, 1))
+    return 0.5 * math.erfc((1 - scale - ratio ** (1 / 3)) / math.sqrt(2 * scale))
 
 
 def _variance_at_random(mean: float) -> float:
@@ -68,7 +80,8 @@ def duplicates(facts: RowFacts) -> Finding | None:
     """F39: the same rows are in the data many times.
 
     Sees: rows with equal ids, or equal chats, of which half or more are copies: every row the same number of times, as
-    in a file that was merged with itself, or so few different rows that each is there five times or more.
+    in a file that was merged with itself; so few different rows that each is there five times or more; a few rows that
+    make up half of the data, ten times or more each.
     Why: these rows are memorised, the data has fewer different rows than it seems, and held-out rows have copies in
     training.
     Not: F46, many epochs over different rows; F41, where data loader workers repeat rows that are in the file once;

@@ -51,8 +51,13 @@ def terminator_missing(facts: RowFacts) -> Finding | None:
     if not is_pattern(len(rows), len(side.rows), FEW):
         return None
     eos = facts.tokenizer.eos_token or "an end-of-text token (the tokenizer has none)"
-    is_own = facts.is_chat and not facts.settings.chat_template_path
-    ends_by_header = is_own and not facts.turn_end_ids - {facts.eos_id} and len(rows) >= NEARLY_ALL * len(side.rows)
+    is_own = facts.template is not None and facts.own_template is None and not facts.settings.chat_template_path
+    ends_by_header = (
+        facts.is_chat
+        and is_own
+        and not facts.turn_end_ids - {facts.eos_id}
+        and len(rows) >= NEARLY_ALL * len(side.rows)
+    )
     path = facts.settings.chat_template_path
     return Finding.of(
         "F10",
@@ -271,6 +276,15 @@ def header_learned(facts: RowFacts) -> Finding | None:
     """
     side = facts.train
     pieces = pieces_of_template(facts)
+    if pieces is not None and facts.is_chat and (twice := header_doubled(facts)):
+        return Finding.of(
+            "F15",
+            "error",
+            message=f"The generation prompt writes the header of an answer twice ({twice!r}); the rows have it once.",
+            evidence={"generation_prompt": twice, "rows": side.places(range(len(side.rows)))},
+            affected=1.0,
+            fix="write the header once after {% if add_generation_prompt %} in the chat template",
+        )
     if pieces is None or not facts.is_chat or not facts.settings.assistant_only_loss or not len(side.begins):
         return None
     # the first token of a header: the model may write later ones itself (`<|message|>` of gpt-oss)
@@ -278,28 +292,45 @@ def header_learned(facts: RowFacts) -> Finding | None:
     with_header = np.flatnonzero(np.isin(side.ids[side.begins], header))
     calls = {r for r, row in enumerate(side.rows) if any("tool_calls" in m for m in row.messages)}
     with_header = with_header[~np.isin(side.row_of[with_header], list(calls))]
+    with_header = with_header[~np.isin(side.begins[with_header], side.starts)]  # there everything counts: F20
     if not is_pattern(len(with_header), len(side.begins), MOST):
         return None
     start = int(side.begins[with_header[0]])
     first = facts.decode(side.ids[start : start + 4])
-    own = facts.own_template
-    is_lost = own is not None and bool(
-        own.generation_prompt.strip()
-    )  # the model has one, and the file of the user none
+    own, asked = facts.own_template, facts.template.generation_prompt.strip() if facts.template else ""
+    is_lost = own is not None and bool(own.generation_prompt.strip()) and not asked  # the file of the user has none
+    is_written = bool(asked) and squeezed(asked) in squeezed(pieces[1])  # a prompt ends with it, as the rows have it
     return Finding.of(
         "F15",
-        "error" if is_lost else "warning",
-        message=f"The loss of the answers begins at the role header ({first.strip()!r}): the template does not write "
-        "it as the generation prompt.",
+        "error" if is_lost or is_written else "warning",
+        message=f"The loss of the answers begins at the role header ({first.strip()!r})"
+        + (
+            ", which is in the prompt already."
+            if is_written
+            else ": the template does not write it as the generation prompt."
+        ),
         evidence={
             "answers_with": len(with_header),
             "answers": len(side.begins),
             "rows": side.places(np.unique(side.row_of[with_header])),
         },
         affected=len(with_header) / len(side.begins),
-        fix="end the template (chat_template_path) with {% if add_generation_prompt %}, the header before an answer, "
+        fix="start the loss after the header: mask it like the prompt"
+        if is_written
+        else "end the template (chat_template_path) with {% if add_generation_prompt %}, the header before an answer, "
         "{% endif %}",
     )
+
+
+def header_doubled(facts: RowFacts) -> str:
+    """The generation prompt, if it has the header of an answer twice and the template's chats have it once; else
+    empty."""
+    pieces = facts.once(pieces_of_template)
+    asked = "".join(facts.template.generation_prompt.split()) if facts.template else ""
+    half = asked[: len(asked) // 2]
+    if pieces is None or not half or asked != half * 2:
+        return ""
+    return facts.template.generation_prompt if "".join(pieces[1].split()).count(half) == 1 else ""  # type: ignore[union-attr]
 
 
 @rule("F15", otherwise=True)
