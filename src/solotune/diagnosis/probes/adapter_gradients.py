@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -38,6 +39,7 @@ ARRIVES = 0.6  # of the elements: below it, rounding loses most of a step
 ARRIVES_IN_A = 0.4  # of the elements of A, which have their size from the start
 NOT_THE_BASE = 1e-3  # largest difference of log-probabilities that an untouched adapter may make (rounding)
 MOST = 0.9  # of the adapters
+HARM, FIRST_STEPS = 0.1, 3  # share by which the loss is higher with the adapter on; a log that begins with the run
 
 
 def on_and_off(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
@@ -61,10 +63,36 @@ def on_and_off(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[lis
         )
         fix = "init_lora_weights: true"
         return [Signal("F59", "invariant", says, 0.9, found, fix=fix)], found
+    if not untouched and steps and not begins_by_design(run_facts):
+        return _began_elsewhere(live, run_facts, batch, found), found
     if difference <= NOT_THE_BASE:
         says = f"with the adapter on, the model equals its base (difference {difference:.1g})"
         return [Signal("F59", "measured", says, 0.9, found, against=True)], found
     return [], found
+
+
+def _began_elsewhere(
+    live: LiveModel, run_facts: RunFacts, batch: dict[str, Any], found: dict[str, Any]
+) -> list[Signal]:
+    """F59 if the run began at the loss with this adapter, which is above that of the base.
+
+    A trained adapter lowers the loss of its own rows; one that spoilt the model (F67) began at the base's loss.
+    """
+    trace = run_facts.trace
+    if trace is None or trace.step_S[0] > FIRST_STEPS or not np.isfinite(trace.loss_S[0]):
+        return []
+    first = float(trace.loss_S[0])
+    with restore_model_state(live), torch.no_grad():
+        live.model.eval()
+        on = float(training_loss(live, batch))
+        with adapters_off(live.model):
+            off = float(training_loss(live, batch))
+    found |= {"loss_on": on, "loss_off": off, "first_logged": first}
+    if not on > off + max(HARM * off, 0.2) or first < (on + off) / 2:
+        return []
+    says = f"the run began at a loss of {first:.2f}: with the adapter as it was then it is {on:.2f}, with the base "
+    says += f"alone {off:.2f}"
+    return [Signal("F59", "counterfactual", says, 0.85, found, fix="init_lora_weights: true")]
 
 
 def gradients_and_steps(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
@@ -76,7 +104,7 @@ def gradients_and_steps(live: LiveModel, run_facts: RunFacts, budget: float) -> 
     with restore_model_state(live):
         live.model.train()
         found = _two_steps(live, adapters, rate)
-        signals = _without_gradient(live, adapters, found)
+        signals = [] if live.is_rebuilt else _without_gradient(live, adapters, found)
     with restore_model_state(live):
         live.model.train()
         signals += _lost(live, run_facts, adapters, rate, found)
