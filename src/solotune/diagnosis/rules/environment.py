@@ -45,7 +45,7 @@ _FORMER = {
     "alpha": "lora_alpha",
 }
 """Names that earlier versions, scripts and other libraries use, for settings that transformers, TRL and PEFT name so."""
-_ALIKE = 0.93
+_ALIKE = 0.9
 """Likeness of a misspelt name (`max_lenght`, `learning_rates`) to the setting's own."""
 
 
