@@ -521,7 +521,7 @@ EXPLAINS: dict[str, frozenset[str]] = {
     "F12": frozenset({"F08", "F09", "F10", "F11", "F14", "F16"}),  # the rows are in another format
     "F15": frozenset({"F11"}),  # the answer begins differently
     "F16": frozenset({"F11"}),
-    "F18": frozenset({"F20"}) | _UNMOVED,  # a mask of ones, or of zeros
+    "F18": frozenset({"F20", "F21"}) | _UNMOVED,  # a mask of ones, or of zeros
     "F20": frozenset({"F15", "F30"}),  # headers are trained on like everything else
     "F21": _NO_LABELS,
     "F22": frozenset({"F10", "F17", "F19", "F64"}),  # other tokens than the row's are trained on

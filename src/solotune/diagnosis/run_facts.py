@@ -97,6 +97,8 @@ class LiveModel:
     generate: Callable[[str], str] | None = None  # the answer to a user's text, as deployed
     backward: Callable[[torch.nn.Module, Sequence[Mapping[str, torch.Tensor]]], Any] | None = None
     """Compute the gradients of one optimizer step from these micro-batches, accumulated as in the training."""
+    is_rebuilt: bool = False
+    """Made by solotune from the files of another trainer: what that one froze or cut off does not show."""
 
 
 @dataclass(frozen=True, eq=False)

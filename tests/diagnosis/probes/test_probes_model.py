@@ -108,6 +108,28 @@ def test_labels_shifted_twice_are_put_right(ward):
     assert found["as_trained"] > 3 * found["labels_right"]
 
 
+@pytest.mark.parametrize("own", [0, 2])
+def test_a_loss_of_ones_own_that_does_not_shift_once(ward, own):
+    """Labels are their tokens, and the loss compares them with the logits of another position: no curve shows it."""
+
+    def loss_of(model, batch):
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits
+        logits, labels = logits[:, : logits.shape[1] - own], batch["labels"][:, own:]
+        return 4 * torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+
+    live = ward.live(loss_of=loss_of)
+    signals, found = first_loss(live, run_facts_of(ward, live), 5.0)
+    assert ("F22", "invariant") in spoken(signals) and found["expected_shift"] == 1 - own, found
+
+
+def test_labels_moved_the_other_way(ward):
+    """On a task that is new to the base, correct labels are hardly better: the loss itself shows what it expects."""
+    rows = [(ids, [-100, *labels[:-1]]) for ids, labels in ward.new_rows()]
+    live = ward.live(batches=batches_of(rows))
+    signals, found = first_loss(live, run_facts_of(ward, live), 5.0)
+    assert ("F22", "invariant") in spoken(signals) and not {"F22"} & cleared(signals), found
+
+
 def test_a_loss_that_does_not_shift_wants_shifted_labels(ward):
     rows = [(ids, [*labels[1:], -100]) for ids, labels in ward.rows()]
 

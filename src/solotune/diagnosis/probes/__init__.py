@@ -37,6 +37,7 @@ from solotune.diagnosis.probes.grad_accumulation import accumulated_against_whol
 from solotune.diagnosis.probes.initial_loss import first_loss
 from solotune.diagnosis.probes.longest_batch import longest_first
 from solotune.diagnosis.probes.lr_range_test import range_test
+from solotune.diagnosis.probes.probed_model import on_device, restore_model_state
 from solotune.diagnosis.probes.prompt_use import own_prompt_against_others
 from solotune.diagnosis.probes.saved_adapter import reloaded
 from solotune.diagnosis.probes.skipped import Skipped
@@ -102,10 +103,19 @@ def run_all(live: LiveModel, run_facts: RunFacts, budget: float = 60.0, deep: bo
         facts = LabelFacts.of(run_facts)
         found.measurements["labels"] = facts.measurements()
         found.cost["labels"] = time.perf_counter() - started
+        _try_out(live, limit)
         for probe in PROBES:
             _run(probe, live, run_facts, limit, deep, found)
     found.signals.extend(plateau(run_facts, found))
     return found
+
+
+def _try_out(live: LiveModel, limit: TimeLimit) -> None:
+    """Time small passes, for an estimate of the first probe's."""
+    if live.batches:
+        with restore_model_state(live):
+            live.model.eval()
+            limit.try_out(on_device(live, live.batches[0])["input_ids"][0])
 
 
 def _run(probe: Probe, live: LiveModel, run_facts: RunFacts, limit: TimeLimit, deep: bool, found: Probed) -> None:

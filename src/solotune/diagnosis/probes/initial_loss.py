@@ -3,7 +3,7 @@
 The other forms: with correctly built labels, in the model's own chat format, after a begin-of-text token, as plain
 text, and as plain text with randomly swapped ids.
 
-    as trained / labels right       far from 1: the labels are not the tokens that the loss expects (F22)
+    label of a position             not the token that the loss expects there (F22; `label_alignment`)
     as logged / as trained          near the number of micro-batches: their losses are not divided (F74)
     labels right / own format       far above 1, plain text as usual: the model does not know the format (F12)
     as trained / after bos          above 1, and lower than after any other token: the begin-of-text is missing (F09)
@@ -40,6 +40,7 @@ from solotune.diagnosis.facts.labels import LabelFacts
 from solotune.diagnosis.facts.rendered_chats import frame, is_chat_model, own_frame
 from solotune.diagnosis.facts.roles import ASSISTANT, Roles
 from solotune.diagnosis.facts.texts import Batches, Document
+from solotune.diagnosis.probes.label_alignment import expected_shift, misplaced
 from solotune.diagnosis.probes.probed_model import (
     adapters_off,
     restore_model_state,
@@ -58,7 +59,6 @@ from solotune.diagnosis.probes.tokenizer_fit import (
 from solotune.diagnosis.run_facts import LiveModel, RunFacts
 from solotune.errors import SolotuneError
 
-UNLIKE = 1.5  # ratio of losses that clean runs do not show
 FOREIGN = 1.6  # ratio: rows in the format of the training against the model's own
 BETTER = 1.1  # the same, by which answers are better than documents cut in two
 HELPS, HALF = 0.02, 0.5  # share of the loss that a begin-of-text saves; part of it that no other first token saves
@@ -76,9 +76,11 @@ def first_loss(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[lis
         live.model.eval()
         with adapters_off(live.model):
             _labels(live, run_facts, facts, found, deadline)
+            if facts.shift is not None or (live.loss_of is not None and not is_ours(run_facts)):
+                found["expected_shift"] = expected_shift(live, facts.documents)
             _texts(live, run_facts, facts, found, deadline)
             _beginnings(live, run_facts, facts, found, deadline)
-    found_all = (_shifted(facts, found), *_format(run_facts, found), *tokenizer_signals(run_facts, found),
+    found_all = (*misplaced(facts, found), *_format(run_facts, found), *tokenizer_signals(run_facts, found),
                  _logged(run_facts, found), _begin(run_facts, found))  # fmt: skip
     return [signal for signal in found_all if signal], found
 
@@ -256,19 +258,6 @@ def _own_rendering(roles: Roles, conversation: Sequence[Any]) -> tuple[np.ndarra
         return None
     places = [t for begin, end in encoded.spans for t in range(max(begin, 1), end) if encoded.ids[t] not in roles.ends]
     return (encoded.ids, np.array(places)) if places and len(encoded.ids) <= LONGEST else None
-
-
-def _shifted(facts: LabelFacts, found: dict[str, Any]) -> Signal | None:
-    if "as_trained" not in found or facts.shift is None:
-        return None
-    ratio = found["as_trained"] / max(found["labels_right"], 1e-6)
-    numbers = {"as_trained": found["as_trained"], "labels_right": found["labels_right"]}
-    if ratio >= UNLIKE:
-        says = f"with correct labels the first loss falls from {found['as_trained']:.2f} to "
-        says += f"{found['labels_right']:.2f}"
-        return Signal("F22", "counterfactual", says, 0.95, numbers)
-    says = f"the loss is {found['as_trained']:.2f}, and {found['labels_right']:.2f} with correct labels"
-    return Signal("F22", "measured", says, 0.95, numbers, against=True)
 
 
 def _format(run_facts: RunFacts, found: dict[str, Any]) -> list[Signal]:

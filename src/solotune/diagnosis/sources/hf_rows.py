@@ -166,6 +166,7 @@ def _as_saved(load: Callable[[], LiveModel], run_facts: RunFacts) -> Callable[[]
             make_optimizer=lambda parameters: _optimizer(run_facts, list(parameters)),
             backward=None,
             evaluate=None,
+            is_rebuilt=True,
         )
 
     return loaded
