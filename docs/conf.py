@@ -39,7 +39,7 @@ html_theme = "furo"
 html_title = "solotune"
 html_static_path = ["_static"]
 html_css_files = ["solotune.css"]
-html_copy_source = html_show_sourcelink = False
+html_copy_source = html_show_sourcelink = html_use_index = False
 html_additional_pages = {"index": "redirect.html"}
 templates_path = ["_templates"]
 pygments_style = "friendly"
