@@ -31,7 +31,7 @@ FEW = 0.05
 NUM_CHANGED = 5
 SHIFTS = (0, 1, 2)  # s
 FITS, DIFFERS = 0.01, 0.04
-"""Remainder of the changes, relative to their size, of the s that the loss has (0.00001) and of every other one (0.1)."""
+"""Remainder of the changes, relative to their size, of the loss's own s (0.00001) and of any other (0.1)."""
 
 
 @torch.no_grad()

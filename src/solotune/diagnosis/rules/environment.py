@@ -44,7 +44,7 @@ _FORMER = {
     "num_training_steps": "max_steps",
     "alpha": "lora_alpha",
 }
-"""Names that earlier versions, scripts and other libraries use, for settings that transformers, TRL and PEFT name so."""
+"""Names in earlier versions, scripts and other libraries of what transformers, TRL and PEFT name so."""
 _ALIKE = 0.9
 """Likeness of a misspelt name (`max_lenght`, `learning_rates`) to the setting's own."""
 
@@ -89,9 +89,8 @@ def renamed_argument(run_facts: RunFacts) -> Signal | None:
     """F02: a setting has a name that this version does not read, so the default was used instead.
 
     Sees: a setting written under another name than the installed version's (also misspelt), and the library's default
-    in use; the
-    TypeError for an unexpected argument. Another value in use that is no default is a remark: it was set later (on the
-    command line, by the script).
+    in use; the TypeError for an unexpected argument. Another value in use that is no default is a remark: it was set
+    later (on the command line, by the script).
     Why: a wrapper that filters unknown keys drops the setting silently: the config says `max_seq_length: 256`, and 1024
     is used.
     Not: F03, where nothing was written; F25, whose max_length is the intended one; F51, for quantization; another name
@@ -126,7 +125,9 @@ def _meant(run_facts: RunFacts, key: str) -> str | None:
         return FOREIGN_KEYS[key] if key in _SAME_WORD else None
     if key in _FORMER or key in run_facts.settings.values:
         return _FORMER.get(key, key)
-    known = [name for name in run_facts.settings.values if default_exists(name) and name not in run_facts.settings.asked]
+    known = [
+        name for name in run_facts.settings.values if default_exists(name) and name not in run_facts.settings.asked
+    ]
     return next(iter(difflib.get_close_matches(key, known, n=1, cutoff=_ALIKE)), key)
 
 

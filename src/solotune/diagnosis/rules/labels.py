@@ -206,13 +206,14 @@ def nothing_learned(run_facts: RunFacts) -> Signal | None:
 def shifted_twice(run_facts: RunFacts) -> Signal | None:
     """F22: labels are shifted twice: once in the data and once by the model.
 
-    Sees: labels that are not the token at their position but the one before or after it.
+    Sees: labels that are not the token at their position but one before or after it; a loss that compares labels with
+    the logits of another position than the one before (probe P1 replaces single labels and sees which).
     Why: the model learns to skip a token. The loss curve looks normal, since the model can memorise the token after
     next, but the loss with correct labels does not fall.
     Not: F04, where the loss on plain text is bad too; F38, whose labels are their tokens.
     Fix: `labels = input_ids.clone()`; the model shifts them itself.
-    Wrong when: the loss function does not shift by itself. Then P1 finds a normal first loss, which counts against this
-    fault.
+    Wrong when: the loss function does not shift by itself. Then P1 sees that it expects these labels, which counts
+    against this fault.
     Source: transformers#47394, #44642; the first loss is 15 times the normal one; after training 7.3 instead of 1.8
     (measured).
     """
