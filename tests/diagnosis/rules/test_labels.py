@@ -191,7 +191,7 @@ def test_padding_that_is_also_an_end_is_told_by_the_known_rows(tokenizer, rows):
     """Batches without a mask: of a run of pads, the first is no end of a row that is known to have none."""
     own = copy.deepcopy(tokenizer)
     own.pad_token = own.eos_token
-    endless = [[t for t in row if t[2] not in ("end", "line") or t[3] == 0] for row in rows]
+    endless = [[t for t in row if t[1] == "user" or t[2] not in ("end", "line")] for row in rows]
     pairs = labelled(endless, lambda row, at: is_text(row, at) or is_end(row, at))
     batches = [{k: v for k, v in batch.items() if k != "attention_mask"} for batch in padded(pairs, pad=END)]
     train = [Example(np.array(ids, np.int32), np.array(labels) >= 0, "row", []) for ids, labels in pairs]

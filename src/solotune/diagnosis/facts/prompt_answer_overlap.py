@@ -169,10 +169,11 @@ def _shift_of(pairs: Sequence[tuple[str, str]]) -> Shift | None:
     alike = [_centred(table @ table.T) for table in (_table(prompts, prompts), _table(answers, answers))]
     crossed = _centred(_table(prompts, prompts, least=1) @ _table(answers, prompts, least=1).T)
     twice, beside = np.tile(alike[1], (2, 2)), np.tile(crossed, (1, 2))
-    for found in (
+    scores: list[np.ndarray] = [
         np.array([beside[:, k : k + count].trace() for k in range(count)]),  # words of prompts in answers
         np.array([np.vdot(alike[0], twice[k : k + count, k : k + count]) for k in range(count)]),
-    ):
+    ]
+    for found in scores:
         middle = np.median(found)
         best, other = np.argsort(-found)[:2].tolist()
         # of words that few rows share, most shifts have exactly as many: their median deviation is 0

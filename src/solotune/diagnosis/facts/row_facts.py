@@ -25,11 +25,13 @@ from solotune.config.run_config import RunConfig
 from solotune.dataset.chat.answer_spans import ChatTemplate
 from solotune.dataset.chat.control_tokens import ControlTokens
 from solotune.dataset.chat.encode import Encoder
+from solotune.dataset.chat.tokenizer_files import MAX_TEMPLATE_BYTES
 from solotune.diagnosis.facts import row_arrays
 from solotune.diagnosis.facts.row_arrays import Side, Whole, evenly, judged, squeezed
 from solotune.errors import InputError
 from solotune.hub.model_files import ModelFiles, model_here
 from solotune.hub.safe_files import contained
+from solotune.regular_files import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -314,7 +316,7 @@ def chat_template_of(base: ModelFiles | None) -> str | None:
     if base is None:
         return None
     with contextlib.suppress(OSError, UnicodeError, InputError):
-        return contained(base.folder, "chat_template.jinja").read_text(encoding="utf-8-sig")
+        return read_text(contained(base.folder, "chat_template.jinja"), MAX_TEMPLATE_BYTES)
     found = base.json_or_empty("tokenizer_config.json").get("chat_template")
     if isinstance(found, list):  # several, with names
         found = next(

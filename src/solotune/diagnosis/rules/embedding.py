@@ -75,7 +75,8 @@ def ids_beyond_embedding(facts: RowFacts) -> Finding | None:
 
 def _spelled_beyond(facts: RowFacts, size: int) -> Finding | None:
     """Messages that spell tokens without an embedding: text here, a token to other tools and engines."""
-    beyond = {token: index for token, index in facts.tokenizer.get_added_vocab().items() if index >= size}
+    added = facts.tokenizer.added_tokens_decoder
+    beyond = {token.content: index for index, token in added.items() if index >= size}
     pattern = any_of(beyond)
     chats = {row: [m["content"] for m in facts.train.rows[row].messages] for row in facts.chats} if beyond else {}
     rows = [row for row, texts in chats.items() if any(map(pattern.search, texts))]
@@ -195,15 +196,15 @@ def spelled_tokens(run_facts: RunFacts) -> dict[int, set[int]]:
 
     solotune keeps such a spelling as text, other tools turn it into the token.
     """
-    tokenizer = run_facts.tokenizer
-    rows = list(run_facts.train[:500]) if tokenizer is not None else []
-    pattern = any_of(token.content for token in tokenizer.added_tokens_decoder.values()) if rows else None  # type: ignore[union-attr]
-    ids: dict[str, int] = tokenizer.get_added_vocab() if rows else {}  # type: ignore[union-attr]
+    tokenizer, rows = run_facts.tokenizer, list(run_facts.train[:500])
+    if tokenizer is None or not rows:
+        return {}
+    ids = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+    pattern = any_of(ids)
     found: dict[int, set[int]] = {}
-    for number, row in enumerate(rows if pattern is not None else []):
-        said = {token for message in row.messages for token in pattern.findall(message["content"])}
-        for index in (ids[token] for token in said if token in ids):
-            found.setdefault(index, set()).add(number)
+    for number, row in enumerate(rows):
+        for token in {token for message in row.messages for token in pattern.findall(message["content"])}:
+            found.setdefault(ids[token], set()).add(number)
     return found
 
 

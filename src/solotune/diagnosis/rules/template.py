@@ -213,10 +213,8 @@ def prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
     if not facts.is_chat:
         return _text_prompt_is_no_prefix(facts)
     pieces = pieces_of_template(facts)
-    if pieces is not None and not is_in_rows(facts, pieces[1]):
-        return None  # a different format: F12
-    if header_doubled(facts):
-        return None  # F15
+    if (pieces is not None and not is_in_rows(facts, pieces[1])) or header_doubled(facts):
+        return None  # a different format: F12; a prompt with two headers: F15
     other, merged, read = [], [], 0
     for row in evenly(facts.sample(facts.train), NUM_RENDERED):
         example = facts.train.rows[row]

@@ -37,8 +37,10 @@ def wrong_tokenizer(facts: RowFacts) -> Finding | None:
     """F04: the tokenizer is not the one that the model was trained with.
 
     Sees: ids of begin and end of text in the model's files that are not special tokens in this tokenizer; a vocabulary
-    of less than half of the embedding, or one that exceeds it without any added token; more than 1 % unknown tokens.
-    Similar tokenizers pass all of these checks; then a bad loss on plain text shows the fault (probe P1).
+    of less than half of the embedding, or one that exceeds it without any added token; more than 1 % unknown tokens;
+    where the base's own tokenizer lies on this machine, ids that mean other pieces of text in it. Similar tokenizers
+    pass all of these checks; then a bad loss on plain text shows the fault, or ids that fit what the model expects only
+    if all are moved by some places (probe P1).
     Why: the model reads different words than the text has: a first loss of log V or more, a high plateau, meaningless
     answers.
     Not: F12 and F22, where the loss on plain text is normal; an embedding with more rows than the tokenizer has tokens,

@@ -265,7 +265,8 @@ def deployment_stops_elsewhere(run_facts: RunFacts) -> Signal | None:
 def header_learned(facts: RowFacts) -> Finding | None:
     """F15: the role header before the answer is missing in serving, doubled, or trained on as part of the answer.
 
-    Sees: answers whose loss begins at their role header; prompts served without the template's generation prompt.
+    Sees: answers whose loss begins at their role header; a generation prompt that writes the header twice; prompts
+    served without the template's generation prompt.
     Why: the answer starts with a header, or is empty.
     Not: F11, where not only the start of the answer differs; templates with an empty generation prompt (Mistral);
     `assistant_only_loss: false`, where headers are trained on, on purpose; a model whose own template has no generation
