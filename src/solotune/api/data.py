@@ -99,9 +99,9 @@ def data(
 
     allowed = certain_faults.allowed_codes(checked)
     with showing(display) as chosen:
-        chosen.phase("reading data")
         model_files = resolve_model(checked)
         tokenizer = dataset.load_tokenizer(checked, model_files)
+        chosen.phase("reading data")
         prepared = dataset.prepare(checked, tokenizer, progress=chosen.progress)
         chosen.phase("checking rows")
         found = check_rows(checked, tokenizer, prepared, model_files)

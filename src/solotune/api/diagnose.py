@@ -55,7 +55,7 @@ def diagnose(
     with showing(display) as chosen:
         chosen.phase("reading config, run and files")
         facts = run_facts_of(target, overrides, config, dataset, base)
-        found = run_diagnosis.examine(facts, deep, budget, chosen.phase)
+        found = run_diagnosis.examine(facts, deep, budget, chosen.phase, chosen.progress)
     if run := open_run(target):
         run.write_json("diagnosis.json", found.to_json())
         run.update_manifest("diagnosis.json")
