@@ -108,6 +108,12 @@ def test_each_result_is_short_in_a_line_and_whole_in_a_notebook(name):
     assert expected.get(name, "") in said
 
 
+def test_a_config_names_the_keys_that_are_set_and_those_that_were_chosen():
+    config = load_config({"model_name_or_path": "m", "dataset": "d"}).replaced("machine", bf16=False)
+    assert repr(config) == "RunConfig(model_name_or_path='m', dataset='d', bf16=False)"
+    assert "machine" in config._repr_html_() and "lora_r" not in config._repr_html_()
+
+
 def test_a_list_of_no_runs_says_so(tmp_path):
     assert solotune.runs(tmp_path)._repr_html_() == "No runs yet."
 

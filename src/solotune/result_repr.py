@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LONGEST_VALUE = 60  # characters of a text in the one line
-_CELL = 'style="text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere" dir="auto"'
+_CELL = 'style="text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:break-word" dir="auto"'
 
 
 class Html(str):
@@ -93,7 +93,11 @@ _VISIBLE |= dict.fromkeys([0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066
 def _table(table: Table) -> str:
     head = "".join(f"<th {_CELL}>{escaped(name)}</th>" for name in table.header)
     rows = "".join(f"<tr>{''.join(f'<td {_CELL}>{_cell(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
-    title = f'<caption style="text-align:left">{escaped(table.title)}</caption>' if table.title else ""
+    title = (
+        f'<caption style="text-align:left;font-weight:bold;padding-top:0.5em">{escaped(table.title)}</caption>'
+        if table.title
+        else ""
+    )
     return f"<table>{title}{f'<thead><tr>{head}</tr></thead>' if head else ''}<tbody>{rows}</tbody></table>"
 
 

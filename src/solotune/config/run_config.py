@@ -254,8 +254,9 @@ class RunConfig(BaseModel):
     _name: str = PrivateAttr(default="run")
 
     def __repr_args__(self) -> Iterator[tuple[str, Any]]:
-        """For pydantic's repr: the keys that are set."""
-        return ((key, getattr(self, key)) for key in RunConfig.model_fields if key in self.model_fields_set)
+        """For pydantic's repr: the keys that are set, or chosen for this machine."""
+        known = self._sources or self.model_fields_set
+        return ((key, getattr(self, key)) for key in RunConfig.model_fields if key in known)
 
     def _repr_html_(self) -> str:
         rows = [(key, str(value), self.source_of(key)) for key, value in self.__repr_args__()]

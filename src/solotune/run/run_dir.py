@@ -313,9 +313,14 @@ class RunSummary(ResultRepr):
     peak_bytes: int | None
 
     def figures(self) -> dict[str, object]:
-        steps = f"{self.steps:,}" if self.total_steps is None else f"{self.steps:,}/{self.total_steps:,}"
-        names = ("name", "status", "steps", "base_loss", "tuned_loss", "exact_match")
-        return {name: getattr(self, name) for name in names} | {"steps": steps}
+        return {
+            "name": self.name,
+            "status": self.status,
+            "steps": f"{self.steps:,}" if self.total_steps is None else f"{self.steps:,}/{self.total_steps:,}",
+            "base_loss": self.base_loss,
+            "tuned_loss": self.tuned_loss,
+            "exact_match": self.exact_match,
+        }
 
     @property
     def history(self) -> DataFrame:
