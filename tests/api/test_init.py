@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 import solotune
+from solotune import cli
 from solotune.api.init import text_of
 from solotune.api.propose import Proposal
 from solotune.config.load import load_config
@@ -126,6 +127,21 @@ def test_arguments_that_are_exchanged_or_missing_are_refused(model: str, tmp_pat
         with pytest.raises(InputError, match=said):
             solotune.init(first, second, path)
         assert not path.exists()
+
+
+def test_settings_that_are_given_stay_so_advice_can_be_followed(model: str, tmp_path: Path) -> None:
+    named = "nr;Frage;Antwort\n" + "".join(f"{n};{rows(n)['question']};{rows(n)['answer']}\n" for n in range(60))
+    data, path = written(tmp_path, "a.csv", named), tmp_path / "run.yaml"
+    with pytest.raises(InputError) as caught:
+        solotune.init(model, data, path)
+    change = caught.value.change or ""
+    assert "column_mapping: {Frage: prompt, Antwort: completion}" in change and "as KEY=VALUE" in change
+    mapping = "column_mapping={Frage: prompt, Antwort: completion}"
+    assert cli.main(["init", model, data, mapping, "learning_rate=1e-4", "-o", str(path)]) == 0
+    config = load_config(path)
+    assert config.learning_rate == 1e-4 and config.column_mapping == {"Frage": "prompt", "Antwort": "completion"}
+    assert solotune.data(path).report.num_kept == 60
+    assert cli.main(["init", model, data, data]) == 2
 
 
 def test_preference_rows_are_a_decision_of_the_user(model: str, tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from solotune.api.propose import Proposal, proposed
 from solotune.config.describe import allowed_values, field_help, section_of
+from solotune.config.load import override_values
 from solotune.config.run_config import SECTIONS, RunConfig
 from solotune.config.translate import translated
 from solotune.config.write import yaml_value
@@ -42,6 +43,7 @@ def init(
     every_key: bool = False,
     source: str | Path | None = None,
     display: Display | None = None,
+    overrides: Iterable[str] = (),
 ) -> Path:
     """Write a config for a model and its data: settings fitted to the rows and this machine, each with the reason.
 
@@ -54,6 +56,7 @@ def init(
         force: replace an existing file.
         every_key: list all other keys too, with their defaults and help.
         source: a config of Axolotl, LLaMA-Factory, TRL or Unsloth to translate; `model` and `dataset` win over it.
+        overrides: `key=value` strings: settings that stay as they are, such as a column_mapping.
 
     Raises:
         InputError: the file exists and `force` is not set; model or data is missing, or cannot be used.
@@ -63,7 +66,8 @@ def init(
         raise InputError(
             f"{path}: the file exists", change="choose another name with --output, or replace the file with --force"
         )
-    found = proposed(*_given(model, dataset, source), display)
+    given, left_out = _given(model, dataset, source)
+    found = proposed(given | override_values(overrides), left_out, display)
     make_folder(path.parent)
     write_whole(path, text_of(found, path, every_key))
     return path

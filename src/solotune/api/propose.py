@@ -164,6 +164,8 @@ def _answer(found: Proposal, error: InputError, given: dict[str, Any]) -> None:
     elif _DROPPING in change and found.config.on_bad_row == "error" and "on_bad_row" not in given:
         found.set("", on_bad_row="drop")
     else:
+        if any(f"{key}: " in change for key in RunConfig.model_fields):
+            error.change = f"{change}; settings can follow the data here, as KEY=VALUE"
         raise error
 
 

@@ -10,31 +10,17 @@ verbs that need them.
 
 from __future__ import annotations
 
-import contextlib
+import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import click
 
-from solotune.cli.output import console, escape_terminal, print_json
+from solotune.cli.output import console, escape_terminal, print_json, print_result, shown
 from solotune.errors import EXIT_CODES, IntegrityError
 from solotune.version import __version__
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from solotune.display.progress import PlainDisplay
-
-
-class Result(Protocol):
-    """Result of a verb."""
-
-    def to_json(self) -> dict[str, Any]: ...
-
-
-ResultT = TypeVar("ResultT", bound=Result)
 
 
 class Verbs(click.Group):
@@ -57,33 +43,6 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def config_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
     command = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(command)
     return click.argument("config", metavar="CONFIG")(command)
-
-
-def print_result(result: ResultT, printer: Callable[[ResultT, Console], None], as_json: bool) -> None:
-    """Print the result of a verb, for people or as one JSON object."""
-    if as_json:
-        print_json(result.to_json())
-    else:
-        printer(result, console())
-
-
-@contextlib.contextmanager
-def shown(doing: str = "loading libraries", stream: IO[str] | None = None) -> Iterator[PlainDisplay]:
-    """A display whose live line is removed even after an error. Its first line comes before the slow imports: make
-    them inside this block.
-
-    Args:
-        doing: the first line.
-        stream: default: stdout.
-    """
-    from solotune.display.progress import make_display
-
-    display = make_display(1, stream or sys.stdout)
-    display.phase(doing)
-    try:
-        yield display
-    finally:
-        display.finish()
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]}, subcommand_metavar="VERB ...")
@@ -125,20 +84,20 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
 
 @solotune.command()
-@click.argument("model", required=False)
-@click.argument("dataset", required=False)
+@click.argument("arguments", nargs=-1, metavar="[MODEL] [DATASET] [KEY=VALUE]...")
 @click.option("-o", "--output", default="solotune.yaml", show_default=True, help="Config file to write.")
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
 @click.option("--all", "every_key", is_flag=True, help="List all other keys too, with their defaults and help.")
 @click.option("--from", "source", metavar="FILE", help="Translate a config of Axolotl, LLaMA-Factory, TRL or Unsloth.")
 @json_option
 def init(
-    model: str | None, dataset: str | None, output: str, force: bool, every_key: bool, source: str | None, as_json: bool
+    arguments: tuple[str, ...], output: str, force: bool, every_key: bool, source: str | None, as_json: bool
 ) -> None:
     """Write a config for a MODEL and a DATASET, fitted to both.
 
     MODEL is a folder or a hub id, DATASET a file (jsonl, json, csv, parquet) or a hub id. It reads both, and proposes
-    columns, max_length, held-out rows, batch and steps that fit this machine, each with its reason.
+    columns, max_length, held-out rows, batch and steps that fit this machine, each with its reason. Settings that are
+    given as KEY=VALUE stay as they are.
 
     \b
     Example:
@@ -146,10 +105,16 @@ def init(
     """
     from solotune.errors import program
 
+    is_key = [re.match(r"\w+=", one) is not None for one in arguments]
+    overrides = [one for one, is_one in zip(arguments, is_key, strict=True) if is_one]
+    names = [one for one, is_one in zip(arguments, is_key, strict=True) if not is_one]
+    if len(names) > 2:
+        raise click.UsageError(f"init takes one MODEL and one DATASET (a file or a folder), not {len(names)} names.")
+    model, dataset = [*names, None, None][:2]
     with shown() as display:
         from solotune.api.init import init
 
-        path = init(model, dataset, output, force, every_key, source, display)
+        path = init(model, dataset, output, force, every_key, source, display, overrides)
     if as_json:
         print_json({"path": str(path)})
     else:

@@ -58,16 +58,8 @@ def load_config(
         values, sources = read_mapping(path)
         _find_paths(values, path.parent)
         name = path.stem
-    for text in overrides:
-        key, equals, raw = text.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise InputError(
-                "command line: an override must look like key=value",
-                seen=without_secrets(text),
-                allowed="learning_rate=1e-4",
-            )
-        values[key], sources[key] = override_value(raw, f"command line, {key}"), "command line"
+    for key, value in override_values(overrides).items():
+        values[key], sources[key] = value, "command line"
     for key, value in (keys or {}).items():
         values[key], sources[key] = value, "python"
     _refuse_secrets(values, sources)
@@ -77,6 +69,26 @@ def load_config(
         return RunConfig.validated(values, sources, name)
     except ValidationError as error:
         raise _explained(error, values, sources) from None
+
+
+def override_values(overrides: Iterable[str]) -> dict[str, Any]:
+    """The values of `key=value` strings, each read as YAML.
+
+    Raises:
+        InputError: not of that form, or not valid YAML.
+    """
+    values = {}
+    for text in overrides:
+        key, equals, raw = text.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise InputError(
+                "command line: an override must look like key=value",
+                seen=without_secrets(text),
+                allowed="learning_rate=1e-4",
+            )
+        values[key] = override_value(raw, f"command line, {key}")
+    return values
 
 
 def _find_paths(values: dict[str, Any], folder: Path) -> None:
