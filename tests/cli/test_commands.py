@@ -32,13 +32,13 @@ Usage: solotune [OPTIONS] VERB ...
   Fine-tune an LLM on one GPU, and see what was learned.
 
   From nothing to a tuned model:
-    solotune doctor                       check this machine
-    solotune init MODEL chats.jsonl       write solotune.yaml
-    solotune data solotune.yaml           check the data: which tokens are trained on
-    solotune plan solotune.yaml           does it fit, how long will it take?
-    solotune train solotune.yaml          train, then compare with the base model
-    solotune diagnose runs/RUN            find out what is wrong
-    solotune chat runs/RUN --base         chat with the tuned and the base model
+    solotune doctor                  check this machine
+    solotune init MODEL chats.jsonl  write solotune.yaml
+    solotune data solotune.yaml      check the loss mask
+    solotune plan solotune.yaml      memory and time
+    solotune train solotune.yaml     train and compare
+    solotune diagnose runs/RUN       find out what is wrong
+    solotune chat runs/RUN --base    chat with both models
 
 Options:
   --version   Show the version and exit.

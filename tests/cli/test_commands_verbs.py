@@ -152,6 +152,7 @@ def test_init_writes_a_config_that_loads(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == snapshot("""\
 loading libraries ...
 reading the model's files ...
+settings are not fitted to model and data, because the model could not be read: some/model is not in the cache and cannot be downloaded (HF_HUB_OFFLINE=1 is set, so nothing is downloaded)
 Wrote solotune.yaml. Next: solotune data solotune.yaml
 """)
     config = solotune.load_config("solotune.yaml")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import subprocess
 import tracemalloc
 from functools import partial
 from pathlib import Path
@@ -245,6 +246,20 @@ def test_special_files(tmp_path: Path) -> None:
     )
     (tmp_path / "empty").mkdir()
     assert message_of(tmp_path / "empty").startswith(f"{tmp_path}/empty: a folder without data files")
+
+
+@pytest.mark.parametrize("name", ["my texts", "my texts/a.txt"])
+def test_advice_for_texts_works_when_pasted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my texts").mkdir()
+    (tmp_path / "my texts" / "a.txt").write_text("one\nline\n\ntwo")
+    (tmp_path / "my texts" / "b.txt").write_text("three")
+    change = message_of(name).partition("change:")[2].strip()
+    command = change.removeprefix("make a row of each paragraph: ")
+    assert command != change
+    subprocess.run(["sh", "-c", command], check=True)
+    texts = ["one\nline", "two"] + ["three"] * (name == "my texts")
+    assert [values for _, values in rows_of("rows.jsonl")] == [{"text": text} for text in texts]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")

@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from solotune.dataset.readers.api_logs import from_log
-from solotune.dataset.readers.files import FORMATS, format_of, read_file
+from solotune.dataset.readers.files import FORMATS, format_of, read_file, rows_of_texts
 from solotune.dataset.readers.json_layouts import SPLIT_NAMES
 from solotune.dataset.readers.json_records import OnBadRow
 from solotune.dataset.readers.left_out import LeftOut
@@ -327,7 +328,10 @@ def _files_of(key: str, name: str, path: Path, split: Split) -> list[tuple[Path,
         raise InputError(f"{name}: not a regular file", allowed="a file or a folder of files: " + FORMATS)
     found = sorted(p for p in path.rglob("*") if p.is_file() and format_of(p) and not _is_hidden(p.relative_to(path)))
     if not found:
-        raise InputError(f"{name}: a folder without data files", allowed=FORMATS)
+        texts = sorted({p.suffix for p in path.iterdir() if p.suffix.lower() in (".txt", ".md") and p.is_file()})
+        patterns = " ".join(f"{shlex.quote(name.rstrip('/'))}/*{suffix}" for suffix in texts)
+        change = rows_of_texts(f"awk 'FNR == 1 {{ print \"\" }} 1' {patterns}") if texts else None
+        raise InputError(f"{name}: a folder without data files", allowed=FORMATS, change=change)
     return [(p, _printable(p.relative_to(path).as_posix())) for p in _of_split(key, name, found, split)]
 
 
