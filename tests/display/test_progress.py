@@ -424,6 +424,14 @@ def test_data_in_colour_makes_what_is_learned_green():
     assert "⟦" not in text
 
 
+def test_with_no_color_no_text_speaks_of_colours():
+    stream = Terminal()
+    console = Console(file=stream, width=80, force_terminal=True, color_system="truecolor", no_color=True)
+    results.print_data(preview(), console)
+    assert "⟦hello⟧" in stream.getvalue() and "shown in ⟦ ⟧" in stream.getvalue()
+    assert "green" not in stream.getvalue() and "\x1b[32m" not in stream.getvalue()
+
+
 def test_doctor_says_what_mends_it():
     checks = [Check("python", "ok", "3.12"), Check("gpu", "fail", "torch has no CUDA", "install one that has")]
     text = piped(lambda console: results.print_doctor(DoctorReport(None, checks), console))  # type: ignore[arg-type]

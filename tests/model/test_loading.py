@@ -300,3 +300,11 @@ def test_hub_id_without_connection_is_a_clear_error(tiny_config):
         )
     )
     assert seen == "  seen:    HF_HUB_OFFLINE=1 is set, so nothing is downloaded"
+
+
+def test_tensors_are_counted_while_they_are_read(tiny_config):
+    seen = []
+    config = tiny_config()
+    load_model(config, CPU, torch.float32, progress=lambda *told: seen.append(told))
+    total = len(load_file(f"{config.model_name_or_path}/model.safetensors"))
+    assert seen == [(number, total, "tensors") for number in range(1, total + 1)]

@@ -140,11 +140,11 @@ class DataReport:
         found: dict[str, str] = {}
         if self.num_exact_duplicates:
             found["copies"] = (
-                f"{self.num_exact_duplicates:,} exact copies of rows removed; if they are meant, set "
+                f"{_copies(self.num_exact_duplicates)} removed; if they are meant, set "
                 "dataset_exact_deduplication: false, or give the row a higher weight"
             )
         elif self.num_copies_kept:
-            found["copies"] = f"{self.num_copies_kept:,} exact copies of rows kept, on the side of the first"
+            found["copies"] = f"{_copies(self.num_copies_kept)} kept, on the side of the first"
         if self.num_close_rows:
             found["close rows"] = (
                 f"{self.num_close_rows:,} of {self.num_validation:,} validation rows are close to training rows, as "
@@ -242,3 +242,7 @@ class DataReport:
         for one in self.unused:
             numbers[one["key"]] += one["count"]
         return dict(numbers)
+
+
+def _copies(number: int) -> str:
+    return "1 exact copy of a row" if number == 1 else f"{number:,} exact copies of rows"
