@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -135,9 +136,9 @@ def test_settings_that_are_given_stay_so_advice_can_be_followed(model: str, tmp_
     with pytest.raises(InputError) as caught:
         solotune.init(model, data, path)
     change = caught.value.change or ""
-    assert "column_mapping: {Frage: prompt, Antwort: completion}" in change and "as KEY=VALUE" in change
-    mapping = "column_mapping={Frage: prompt, Antwort: completion}"
-    assert cli.main(["init", model, data, mapping, "learning_rate=1e-4", "-o", str(path)]) == 0
+    assert "for example column_mapping: {Frage: prompt, Antwort: completion}" in change
+    _, *advice = shlex.split(change[change.index("solotune init") :])  # pasted into a shell
+    assert cli.main([*advice, "learning_rate=1e-4", "-o", str(path)]) == 0
     config = load_config(path)
     assert config.learning_rate == 1e-4 and config.column_mapping == {"Frage": "prompt", "Antwort": "completion"}
     assert solotune.data(path).report.num_kept == 60
@@ -148,6 +149,12 @@ def test_preference_rows_are_a_decision_of_the_user(model: str, tmp_path: Path) 
     pairs = [{"prompt": f"q {n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(60)]
     with pytest.raises(InputError, match="preference data"):
         solotune.init(model, written(tmp_path, "a.jsonl", pairs), tmp_path / "run.yaml")
+    sides = [
+        {"chosen_messages": row["messages"], "rejected_messages": row["messages"]} for row in CHATS
+    ]  # LLaMA-Factory
+    with pytest.raises(InputError) as caught:
+        solotune.init(model, written(tmp_path, "b.jsonl", sides), tmp_path / "run.yaml")
+    assert "'column_mapping={rejected_messages: ignore, chosen_messages: messages}'" in (caught.value.change or "")
 
 
 AXOLOTL = """

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,7 @@ VALIDATION_ROWS = 50
 """Held-out rows that give the loss to about 0.07 nats, if per-row losses vary by 0.5."""
 MOST_HELD_OUT = 0.2
 _MAPPING = re.compile(r"^column_mapping: (\{.*?\})")
+_ADVISED = re.compile(r"\b(column_mapping): (\{[^}]*\})")
 _DROPPING = "on_bad_row: drop"
 
 
@@ -164,9 +166,21 @@ def _answer(found: Proposal, error: InputError, given: dict[str, Any]) -> None:
     elif _DROPPING in change and found.config.on_bad_row == "error" and "on_bad_row" not in given:
         found.set("", on_bad_row="drop")
     else:
-        if any(f"{key}: " in change for key in RunConfig.model_fields):
-            error.change = f"{change}; settings can follow the data here, as KEY=VALUE"
+        if advised := _ADVISED.search(change):
+            key, value = advised.groups()
+            words = [
+                "solotune",
+                "init",
+                found.config.model_name_or_path,
+                *_names(found.config.dataset),
+                f"{key}={value}",
+            ]
+            error.change = f"{change}; as a command: {shlex.join(words)}"
         raise error
+
+
+def _names(dataset: str | list[str]) -> list[str]:
+    return [dataset] if isinstance(dataset, str) else dataset
 
 
 def _fit_to_rows(
