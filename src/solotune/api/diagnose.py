@@ -50,7 +50,9 @@ def diagnose(
 
     display = display or SilentDisplay()
     display.phase("reading config, run and files")
-    found = run_diagnosis.examine(run_facts_of(target, overrides, config, dataset, base), deep, budget, display.phase)
+    found = run_diagnosis.examine(
+        run_facts_of(target, overrides, config, dataset, base), deep, budget, display.phase, display.progress
+    )
     if run := open_run(target):
         run.write_json("diagnosis.json", found.to_json())
         run.update_manifest("diagnosis.json")

@@ -16,9 +16,11 @@ from typing import Any
 
 from solotune.diagnosis import catalogue
 from solotune.diagnosis.catalogue import FAULTS, SUSPECTS, Fault
+from solotune.regular_files import read_bytes
 
 WIDTH = 80
 RULES = Path(__file__).with_name("rules")
+MAX_SOURCE_BYTES = 1 << 20
 HEADINGS = {
     "Sees": "Symptoms",
     "Why": "Why it matters",
@@ -114,7 +116,7 @@ def doc_of(code: str) -> str:
     """The docstring of the fault's first rule without its first line, which repeats the title; empty without a rule."""
     mark = f'@rule("{code}"'
     for path in sorted(RULES.glob("*.py")):
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path, MAX_SOURCE_BYTES).decode()
         if mark not in text or path.stem == "__init__":
             continue
         for node in ast.parse(text).body:

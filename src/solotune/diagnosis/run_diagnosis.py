@@ -34,6 +34,7 @@ def examine(
     deep: bool = False,
     budget: float | None = None,
     phase: Callable[[str], None] = lambda name: None,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
     also: Sequence[Signal] = (),
 ) -> Diagnosis:
     """The diagnosis of a run.
@@ -42,6 +43,7 @@ def examine(
         deep: probes run longer, on more batches.
         budget: seconds for the probes; 0 runs only the rules and loads no model.
         phase: called with the name of each stage that begins.
+        progress: called for each probe that starts.
         also: further signals, from the monitor of a run.
     """
     live, why, loading, refusals = _load(run_facts, budget, phase)
@@ -57,7 +59,7 @@ def examine(
         probed = Probed([], skipped=dict.fromkeys(EXPERIMENTS, why))
     else:
         phase("running model probes")
-        probed = probes.run_all(live, run_facts, _seconds(deep, budget), deep)
+        probed = probes.run_all(live, run_facts, _seconds(deep, budget), deep, progress)
         cost |= {"loading": loading, **probed.cost}
     refusals = [*run_facts.refusals, *refusals]
     refused = {signal.code for signal in refusals}  # these are certain: no number counts against them

@@ -56,8 +56,10 @@ def test_the_budget_is_kept_by_a_model_of_any_speed(ward, monkeypatch, seconds, 
 
     live = ward.live(model, backward=lambda m, batches: [m(**b).loss.backward() for b in batches], evaluate=evaluate)
     monkeypatch.setattr(time, "perf_counter", clock)
-    found = probes.run_all(live, ward.run_facts(), BUDGET)
+    seen: list[tuple[int, int, str]] = []
+    found = probes.run_all(live, ward.run_facts(), BUDGET, progress=lambda *told: seen.append(told))
     assert clock.now <= 1.1 * BUDGET, found.cost
+    assert seen == [(number, len(probes.PROBES), "probes") for number in range(len(probes.PROBES))]
     assert "P4" in found.cost and "P4" not in found.skipped
     for_time = {probe for probe, why in found.skipped.items() if "left" in why or "s is used up" in why}
     if seconds == 0.001:

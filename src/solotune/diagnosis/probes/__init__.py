@@ -85,12 +85,19 @@ PROBES = (
 """Ordered by information for their cost."""
 
 
-def run_all(live: LiveModel, run_facts: RunFacts, budget: float = 60.0, deep: bool = False) -> Probed:
+def run_all(
+    live: LiveModel,
+    run_facts: RunFacts,
+    budget: float = 60.0,
+    deep: bool = False,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> Probed:
     """Run the rules on the live batches, then as many probes as fit into the budget.
 
     Args:
         budget: seconds, without loading. No pass starts that would end later; a probe that needs more is skipped.
         deep: each probe may use all of the time that is left, not only its share.
+        progress: called with the number of probes that are done, and of all.
     """
     found = Probed([])
     with TimeLimit.on(live.model, budget) as limit:
@@ -102,7 +109,8 @@ def run_all(live: LiveModel, run_facts: RunFacts, budget: float = 60.0, deep: bo
         facts = LabelFacts.of(run_facts)
         found.measurements["labels"] = facts.measurements()
         found.cost["labels"] = time.perf_counter() - started
-        for probe in PROBES:
+        for number, probe in enumerate(PROBES):
+            progress(number, len(PROBES), "probes")
             _run(probe, live, run_facts, limit, deep, found)
     found.signals.extend(plateau(run_facts, found))
     return found
