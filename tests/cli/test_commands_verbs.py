@@ -194,3 +194,22 @@ def test_evaluate_of_no_run_is_exit_2(tmp_path, capsys):
 <tmp>/none: run not found
   allowed: a run directory\
 """)
+
+
+def test_a_model_that_is_not_here_is_told_the_same_by_each_verb(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("model_name_or_path: owner/none\ndataset: a.jsonl\nuse_cpu: true\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    told = set()
+    for verb in ("data", "plan", "train"):
+        assert cli.main([verb, "a.yaml"]) == 2
+        told.add(error_in(capsys.readouterr().err))
+    assert told == snapshot(
+        {
+            """\
+a.yaml line 1, model_name_or_path: owner/none is not in the cache and cannot be downloaded
+  seen:    HF_HUB_OFFLINE=1 is set, so nothing is downloaded
+  change:  unset HF_HUB_OFFLINE to download it once, or use a local folder\
+"""
+        }
+    )

@@ -64,9 +64,9 @@ def data(
     from solotune.hub.model_files import resolve_model
 
     display = display or SilentDisplay()
-    display.phase("reading data")
     model_files = resolve_model(checked)
     tokenizer = dataset.load_tokenizer(checked, model_files)
+    display.phase("reading data")
     prepared = dataset.prepare(checked, tokenizer, progress=display.progress)
     display.phase("checking rows")
     found = check_rows(checked, tokenizer, prepared, model_files)
