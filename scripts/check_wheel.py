@@ -96,9 +96,10 @@ def installed_problems(path: Path) -> Iterator[str]:
 
 
 def _make_model_and_rows(folder: Path) -> None:
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT))
     import transformers
-    from tiny import FAMILIES, chat_rows, save_tokenizer
+
+    from tests.tiny import FAMILIES, chat_rows, save_tokenizer
 
     shape = FAMILIES["llama"]()
     shape.max_position_embeddings = 512

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
-from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -147,8 +146,8 @@ def compare(
         tuned: the tuned model's score where it was just measured; None: it is measured.
         progress: called with what is done, all of it, and what it is.
     """
-    tuned = tuned or score(model, rows, batch_size, partial(progress, what="held-out rows, tuned"))
+    tuned = tuned or score(model, rows, batch_size, lambda done, total: progress(done, total, "held-out rows, tuned"))
     with adapters_off(model.module):
-        base = score(model, rows, batch_size, partial(progress, what="held-out rows, base"))
+        base = score(model, rows, batch_size, lambda done, total: progress(done, total, "held-out rows, base"))
     answers = samples(model, tokenizer, rows, num_samples, max_new_tokens, rendered_on, progress)
     return Evaluation(base, tuned, answers)
