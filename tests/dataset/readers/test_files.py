@@ -258,7 +258,7 @@ def test_advice_for_texts_works_when_pasted(name: str, tmp_path: Path, monkeypat
     command = change.removeprefix("make a row of each paragraph: ")
     assert command != change
     subprocess.run(["sh", "-c", command], check=True)
-    texts = ["one\nline", "two"] + ["three"] * (name == "my texts")
+    texts = ["one\nline", "two"] + ["three"] * (name == "my texts")  # of files without a blank line: each line
     assert [values for _, values in rows_of("rows.jsonl")] == [{"text": text} for text in texts]
 
 
