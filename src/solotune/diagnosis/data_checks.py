@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from solotune.config.run_config import RunConfig
 from solotune.dataset import Prepared, cache
-from solotune.diagnosis.facts.row_facts import RowFacts, chat_template_of, model_jsons
+from solotune.dataset.chat import tokenizer_files
+from solotune.diagnosis.facts.row_facts import RowFacts, model_jsons
 from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import judge
+from solotune.errors import InputError
 from solotune.hub.model_files import ModelFiles, model_here
 
 if TYPE_CHECKING:
@@ -49,8 +51,18 @@ def _key(settings: dict[str, Any], prepared: Prepared, base: ModelFiles | None) 
     """The cache key of the findings; None for rows that are not cached."""
     if prepared.key is None:
         return None
-    parts = [prepared.key, settings, model_jsons(base), chat_template_of(base), _rules_version()]
+    parts = [prepared.key, settings, model_jsons(base), _own_template(settings, base), _rules_version()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _own_template(settings: dict[str, Any], base: ModelFiles | None) -> str | None:
+    """What rules read of the model's own template, if a file of the user replaces it: the rows do not depend on it."""
+    if base is None or settings["chat_template_path"] is None:
+        return None
+    try:
+        return tokenizer_files.digest(base.folder)
+    except InputError as error:
+        return str(error)
 
 
 @once

@@ -103,8 +103,11 @@ def _refuse(error: RowError) -> NoReturn:
 
 
 def rows_of_texts(show: str) -> str:
-    """How to make a data file of texts that the shell command `show` prints."""
-    rows = "[print(json.dumps({'text': t.strip()})) for t in re.split(r'\\n\\s*\\n', sys.stdin.read()) if t.strip()]"
+    """How to make a data file of texts that the shell command `show` prints; without blank lines, lines are rows."""
+    rows = "s = sys.stdin.read().strip(); b = r'\\n\\s*\\n'; "
+    rows += (
+        "[print(json.dumps({'text': t.strip()})) for t in re.split(b if re.search(b, s) else r'\\n', s) if t.strip()]"
+    )
     return f'make a row of each paragraph: {show} | python3 -c "import json, re, sys; {rows}" > rows.jsonl'
 
 

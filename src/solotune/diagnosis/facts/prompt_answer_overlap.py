@@ -38,6 +38,7 @@ AWAY = 0.5  # of the claimed prompt's information: more, and the own prompt fits
 BEYOND = 4.0  # standard deviations of the null
 ONCE = 0.6  # of the displaced answers claim a prompt that no other answer claims
 DISPLACED = 0.1  # of the rows
+DEGENERATE = 0.2  # median deviation as a share of the standard deviation of all other shifts
 SHARP, FLAT = 8.0, 2.5  # robust standard deviations of the similarity at one shift, and at shift 0
 COPY = 0.8  # Jaccard: the answer is the prompt of another row (translations in both directions)
 
@@ -176,9 +177,10 @@ def _shift_of(pairs: Sequence[tuple[str, str]]) -> Shift | None:
     for found in scores:
         middle = np.median(found)
         best, other = np.argsort(-found)[:2].tolist()
-        # of words that few rows share, most shifts have exactly as many: their median deviation is 0
-        spread = max(1.4826 * float(np.median(np.abs(found - middle))), float(np.delete(found, best).std()), 1e-12)
-        strength = (found - middle) / spread
+        spread, usual = 1.4826 * float(np.median(np.abs(found - middle))), float(np.delete(found, best).std())
+        if spread < DEGENERATE * usual:  # of words that few rows share, most shifts have exactly as many
+            spread = usual
+        strength = (found - middle) / max(spread, 1e-12)
         if best and strength[best] >= SHARP and strength[0] <= FLAT and strength[other] <= strength[best] / 2:
             rows = -best if best <= count // 2 else count - best
             return Shift(rows, float(strength[best]), float(strength[0]), 1.0)
