@@ -51,6 +51,8 @@ TESTED_IN = {
     "training/test_loop_packing.py": ["dataset.sampler"],
     "training/test_resume.py": ["model.base_fingerprint", "training.checkpoint"],
     "display/test_progress.py": ["cli.results"],
+    "cli/test_results.py": ["cli.run_list"],
+    "training/test_chat_session.py": ["api.chat"],
     "evaluation/test_scores.py": ["evaluation.generation"],
     "display/test_observer.py": ["run.run_log"],
     "model/test_loading.py": ["model.empty_model", "model.lm_head"],

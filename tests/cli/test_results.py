@@ -12,7 +12,7 @@ from rich.console import Console
 from solotune import cli
 from solotune.api.data import DataPreview, ShownRow
 from solotune.api.train import TrainResult
-from solotune.cli import commands, results
+from solotune.cli import commands, results, run_list
 from solotune.config.run_config import Choice
 from solotune.dataset import DataReport
 from solotune.diagnosis.evidence import Signal
@@ -130,8 +130,8 @@ SCREENS: dict[str, Callable[[Console], None]] = {
     "train": lambda console: results.print_trained(trained(), console),
     "diagnose": lambda console: results.print_diagnosis(diagnosis(), console),
     "verify": lambda console: results.print_verification(verification(), console),
-    "runs": lambda console: results.print_runs(run_summaries(), "runs", console),
-    "no runs": lambda console: results.print_runs([], "runs", console),
+    "runs": lambda console: run_list.print_runs(run_summaries(), "runs", console),
+    "no runs": lambda console: run_list.print_runs([], "runs", console),
     "the lines of a run": lines_of_a_run,
 }
 FIGURES = {

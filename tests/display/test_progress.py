@@ -17,7 +17,7 @@ from inline_snapshot import snapshot
 from rich.console import Console
 
 from solotune.api.data import DataPreview, ShownRow
-from solotune.cli import results
+from solotune.cli import results, run_list
 from solotune.config.run_config import Choice
 from solotune.dataset import DataReport
 from solotune.dataset.packing import account
@@ -105,8 +105,8 @@ def test_hostile_text_everywhere():
         results.print_doctor(DoctorReport(machine, [Check("a", "fail", HOSTILE, HOSTILE)]), console)  # type: ignore[arg-type]
         results.print_data(preview, console)
         results.print_data(preview, console, with_ids=True)
-        results.print_runs([run], HOSTILE, console)
-        results.print_runs([], HOSTILE, console)
+        run_list.print_runs([run], HOSTILE, console)
+        run_list.print_runs([], HOSTILE, console)
         progress.print_choices([Choice("a", HOSTILE, HOSTILE)], console)
         display = PlainDisplay(1, console)
         display.note(HOSTILE)
@@ -450,7 +450,7 @@ def test_runs_fit(columns):
         "demo-20260101-120000", Path("a"), "finished", 120, 120, 0.4, 2.3412, 0.1234, 0.95, 1204.0, 2 << 30
     )
     begun = RunSummary("b", Path("b"), "running", 0, None, None, None, None, None, None, None)
-    lines = shown_on(columns, lambda console: results.print_runs([done, begun], "runs", console))
+    lines = shown_on(columns, lambda console: run_list.print_runs([done, begun], "runs", console))
     assert max(map(len, lines)) <= columns
     rows = [" ".join(line.split()) for line in lines]
     assert any(row.startswith("demo-20260101-120000 finished 120/120 2.341 → 0.123 95%") for row in rows)

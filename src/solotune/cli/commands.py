@@ -366,6 +366,6 @@ def runs(root: str, as_json: bool) -> None:
     if as_json:
         print_json({"runs": [run.to_json() for run in found]})
     else:
-        from solotune.cli.results import print_runs
+        from solotune.cli.run_list import print_runs
 
         print_runs(found, root, console())
