@@ -129,8 +129,8 @@ def short_experiments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Experiments of a diagnosis get a second at most."""
     examine = run_diagnosis.examine
 
-    def examine_briefly(facts: Any, deep: bool, budget: float | None, phase: Any) -> Any:
-        return examine(facts, deep, min(budget or 1, 1), phase)
+    def examine_briefly(facts: Any, deep: bool, budget: float | None, *shown: Any) -> Any:
+        return examine(facts, deep, min(budget or 1, 1), *shown)
 
     monkeypatch.setattr(run_diagnosis, "examine", examine_briefly)
 
