@@ -94,7 +94,7 @@ def readers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_shape_for_all_plans() -> Iterator[None]:
     """Each plan looks at the layers of its model for seconds; here all models are one, and it is looked at once."""
     look = plan_inputs.model_shape
@@ -110,7 +110,7 @@ def _one_shape_for_all_plans() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def folder_with_runs(
     _one_shape_for_all_plans: None, readers_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

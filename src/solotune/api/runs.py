@@ -24,7 +24,7 @@ def runs(root: str | Path = "runs") -> Runs:
 
         for run in solotune.runs():
             print(run.name, run.status, run.tuned_loss)
-        solotune.runs()[-1].history.plot(x="step", y="loss")
+        print(solotune.runs()[-1].history[["step", "loss"]])
 
     A folder that is not there has no runs; a damaged run has fewer figures. Nothing is raised.
     """
