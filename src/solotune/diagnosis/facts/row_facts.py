@@ -253,15 +253,20 @@ class RowFacts:
 
     @cached_property
     def answers(self) -> list[tuple[int, str]]:
-        """(row, last answer as text) of the training rows: of a chat its message, else its supervised tokens."""
-        rows = self.chats or evenly(range(len(self.train.rows)), row_arrays.NUM_READ)
+        """(row, last answer as text) of the training rows: of a chat its message, else its supervised tokens.
+
+        A text without any is left out: it has no empty answer, but none that was found.
+        """
+        rows = self.chats or evenly(np.flatnonzero(self.train.num_labels).tolist(), row_arrays.NUM_READ)
         return [(row, self._answer_of(row)) for row in rows]
 
     def _answer_of(self, row: int) -> str:
         example = self.train.rows[row]
         for message in reversed(example.messages):
             if message["role"] == "assistant":
-                return message["content"] or json.dumps(message.get("tool_calls"), sort_keys=True, default=str)
+                calls = message.get("tool_calls") or message.get("function_call")
+                said = message["content"] or message.get("reasoning_content") or ""
+                return said or (json.dumps(calls, sort_keys=True, default=str) if calls else "")
         ids = example.input_ids[example.loss_mask]
         text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
         return text if isinstance(text, str) else "".join(text)
