@@ -42,10 +42,11 @@ def test_f34_empty_contents_in_the_rows_of_another_trainer(bench: Bench) -> None
 
     assert bench.only("F34", talk(), "chatml", emptied).severity == "error"
     assert "F34" not in bench.codes(talk(), "chatml", lambda rows: emptied(rows, function_call={"name": "add"}))
-    unlearned = bench.find(
-        talk(), "chatml", lambda rows: [replace(r, messages=[], loss_mask=r.loss_mask & False) for r in rows]
-    )
-    assert not {"F34", "F35"} & {f.code for f in unlearned}
+    for messages in ([], [{"role": "agent", "content": "a"}]):
+        lost = bench.find(
+            talk(), "chatml", lambda rows: [replace(r, messages=messages, loss_mask=r.loss_mask & False) for r in rows]
+        )
+        assert not {"F34", "F35"} & {f.code for f in lost}
 
 
 @pytest.mark.parametrize("answer", ["None", "n/a", "null", "  "])

@@ -255,10 +255,13 @@ class RowFacts:
     def answers(self) -> list[tuple[int, str]]:
         """(row, last answer as text) of the training rows: of a chat its message, else its supervised tokens.
 
-        A text without any is left out: it has no empty answer, but none that was found.
+        A row with neither is left out: its answer is not empty, but was not found.
         """
-        rows = self.chats or evenly(np.flatnonzero(self.train.num_labels).tolist(), row_arrays.NUM_READ)
-        return [(row, self._answer_of(row)) for row in rows]
+        rows = self.chats or evenly(range(len(self.train.rows)), row_arrays.NUM_READ)
+        return [(row, self._answer_of(row)) for row in rows if self.train.num_labels[row] or self._is_answered(row)]
+
+    def _is_answered(self, row: int) -> bool:
+        return any(message["role"] == "assistant" for message in self.train.rows[row].messages)
 
     def _answer_of(self, row: int) -> str:
         example = self.train.rows[row]
