@@ -212,6 +212,15 @@ def test_f10_a_template_that_another_trainer_has_set(bench: Bench) -> None:
     assert bench.only("F10", talk(), without).severity == "warning"
 
 
+def test_f10_of_a_base_without_a_template_for_which_one_was_written(bench: Bench) -> None:
+    base = copy.deepcopy(tiny_tokenizer("chatml"))
+    base.chat_template = None
+    model = with_own_template(bench, base, "<|im_end|>")
+    without = with_template("chatml", CHATML.replace("<|im_end|>", ""))
+    found = [f for f in bench.find(talk(), without, model_name_or_path=model) if f.code == "F10"]
+    assert [f.severity for f in found] == ["error"]
+
+
 def test_f10_is_an_error_where_the_template_ends_turns_with_eos_and_the_rows_do_not(bench: Bench) -> None:
     def without_end(rows: list[Example]) -> list[Example]:
         end = id_of("mistral", "</s>")

@@ -52,7 +52,7 @@ from solotune.diagnosis.probes.tokenizer_fit import (
     EXPECTED,
     NO_TEXT,
     controls_of_text,
-    is_no_text,
+    may_be_no_text,
     mean_loss,
     tokenizer_signals,
 )
@@ -157,7 +157,7 @@ def _texts(live: LiveModel, run_facts: RunFacts, facts: LabelFacts, found: dict[
     if sums["plain"]:
         found |= {"plain_text": float(np.mean(sums["plain"])), "ids_swapped": float(np.mean(sums["swapped"]))}
         found["log_v"] = math.log(len(swapped))
-        if is_no_text(found):
+        if may_be_no_text(found):
             found |= controls_of_text(live, roles, swapped, [document.ids for document in chosen])
     if sums["own"]:
         found |= {"answers_as_trained": float(np.mean(sums["here"])), "answers_own_format": float(np.mean(sums["own"]))}

@@ -53,6 +53,7 @@ def terminator_missing(facts: RowFacts) -> Finding | None:
         return None
     eos = facts.tokenizer.eos_token or "an end-of-text token (the tokenizer has none)"
     is_own = facts.template is not None and facts.own_template is None and not facts.settings.chat_template_path
+    is_own = is_own and not facts.is_plain_base  # which has learned no header that could end a turn
     ends_by_header = (
         facts.is_chat
         and is_own
