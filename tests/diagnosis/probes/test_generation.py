@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 
-from solotune.diagnosis.probes.generation import _are_stops, _judge
+from solotune.diagnosis.facts.labels import LabelFacts
+from solotune.diagnosis.probes.generation import _are_stops, _first_turn, _judge, _question
+from solotune.diagnosis.probes.prompt_use import _pair
 from solotune.diagnosis.run_facts import RunFacts, Settings
+from tests.diagnosis.probed_models import Ward, chats, padded, render
 
 ALIKE: dict[str, Any] = {
     "training_rendering": {"without_end": 0.0, "rep_4": 0.0},
@@ -41,3 +46,15 @@ def test_f11_needs_a_deployment() -> None:
     other = {**ALIKE, "equal": 0.0, "deployed_costs_more": 2.0, "ends_are_stops": True}
     assert [signal.code for signal in _judge(RunFacts("a run", Settings({})), other)] == ["F11"]
     assert _judge(RunFacts("a run", Settings({}), missing={"batches": "not saved"}), other) == []
+
+
+def test_a_chat_of_several_turns_is_asked_its_first_question(tmp_path_factory: pytest.TempPathFactory) -> None:
+    ward = Ward(tmp_path_factory.getbasetemp() / "ward")
+    turns = [[*one, *other] for one, other in itertools.pairwise(chats(6, 100))]
+    rows = [render(ward.tokenizer, chat) for chat in turns]
+    facts = LabelFacts.of(ward.run_facts([padded(rows, pad=2)], conversations=turns))
+    first = _first_turn(facts, facts.documents[0])
+    assert _question(facts, facts.documents[0]) == turns[0][0]["content"]
+    pair = _pair(first, facts.roles)
+    assert pair is not None and facts.roles.decode(np.array(pair[1])).strip() == turns[0][1]["content"]
+    assert _pair(facts.documents[0], facts.roles) is None

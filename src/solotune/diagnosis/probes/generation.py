@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.derived import is_ours
 from solotune.diagnosis.facts.labels import LabelFacts
 from solotune.diagnosis.facts.rendered_chats import decoded, is_chat_model, own_frame
+from solotune.diagnosis.facts.roles import ASSISTANT
+from solotune.diagnosis.facts.texts import Document
 from solotune.diagnosis.probes.probed_model import adapters_off, device_of, is_untouched, logits_of, restore_model_state
 from solotune.diagnosis.probes.prompt_use import _cost, _pair
 from solotune.diagnosis.probes.saved_adapter import _put_in
@@ -57,14 +60,15 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
         deployed, trained, wanted, prompts, ends, gaps, again = [], [], [], [], [], [], None
         behind: list[int] = []
         is_whole = True
-        for document in facts.documents:
-            pair, question = _pair(document, facts.roles), _question(facts, document)
+        for whole in facts.documents:
+            document = _first_turn(facts, whole)
+            pair, question = _pair(document, facts.roles), _question(facts, whole)
             if pair is None or not question:
                 continue
             if len(trained) == NUM_PROMPTS or time.perf_counter() > deadline:
                 break
             text = live.generate(question)
-            is_whole = is_whole and _is_whole(facts, document)
+            is_whole = is_whole and _is_whole(facts, whole)
             if again is None and is_whole:
                 again = live.generate(question) == text
             deployed.append(facts.roles.encode(text))
@@ -206,13 +210,27 @@ def _share_right(answers: Sequence[Sequence[int]], wanted: Sequence[Sequence[int
     return float(np.mean([_alike(a, w, ends) for a, w in zip(answers, wanted, strict=True)]))
 
 
-def _question(facts: LabelFacts, document: Any) -> str:
-    conversation = facts.roles.conversation_in(facts.roles.text_of(document)[0])
-    users = [str(m.get("content") or "") for m in conversation or () if m.get("role") == "user"]
-    return users[-1] if len(users) == 1 else ""
+def _first_turn(facts: LabelFacts, document: Document) -> Document:
+    """The document up to the end of its first answer: a deployment that is asked once does not know later turns."""
+    roles_T = facts.roles.of(document)
+    answers = np.flatnonzero(roles_T == ASSISTANT) if roles_T is not None else np.zeros(0, int)
+    behind = np.flatnonzero(np.diff(answers) > 1)  # where a later turn begins
+    if not len(behind):
+        return document
+    size = int(answers[behind[0]]) + 1
+    ids, labels = document.ids[:size], document.labels[:size]
+    return replace(document, end=document.start + size, ids=ids, labels=labels)
 
 
-def _is_whole(facts: LabelFacts, document: Any) -> bool:
+def _question(facts: LabelFacts, document: Document) -> str:
+    """What the user of the document asks first; empty if somebody else begins."""
+    conversation = facts.roles.conversation_in(facts.roles.text_of(document)[0]) or ()
+    turns = [message for message in conversation if message.get("role") not in ("system", "developer")]
+    is_asked = [message.get("role") for message in turns[:2]] == ["user", "assistant"]
+    return str(turns[0].get("content") or "") if is_asked else ""
+
+
+def _is_whole(facts: LabelFacts, document: Document) -> bool:
     """The question is the whole prompt: no instruction before it, which a deployment may leave out."""
     conversation = facts.roles.conversation_in(facts.roles.text_of(document)[0]) or ()
     return all(message.get("role") in ("user", "assistant") for message in conversation)
