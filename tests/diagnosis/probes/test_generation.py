@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 
-from solotune.diagnosis.probes.generation import _are_stops, _judge
+from solotune.diagnosis.facts.labels import LabelFacts
+from solotune.diagnosis.probes.generation import _are_stops, _first_turn, _judge, _question, _unlearned_end
+from solotune.diagnosis.probes.prompt_use import _pair
 from solotune.diagnosis.run_facts import RunFacts, Settings
+from tests.dataset.conftest import tiny_tokenizer
+from tests.diagnosis.probed_models import Ward, chats, padded, render
 
 ALIKE: dict[str, Any] = {
     "training_rendering": {"without_end": 0.0, "rep_4": 0.0},
@@ -41,3 +47,34 @@ def test_f11_needs_a_deployment() -> None:
     other = {**ALIKE, "equal": 0.0, "deployed_costs_more": 2.0, "ends_are_stops": True}
     assert [signal.code for signal in _judge(RunFacts("a run", Settings({})), other)] == ["F11"]
     assert _judge(RunFacts("a run", Settings({}), missing={"batches": "not saved"}), other) == []
+
+
+@pytest.mark.parametrize(("costs", "codes"), [(0.5, []), (2.0, ["F11"])])
+def test_f11_of_answers_that_all_end_though_the_datas_own_may_go_on(costs: float, codes: list[str]) -> None:
+    other = {**ALIKE, "equal": 0.0, "end_expected": 0.04, "deployed_costs_more": costs, "ends_are_stops": True}
+    assert [signal.code for signal in _judge(RunFacts("a run", Settings({})), other)] == codes
+
+
+def test_a_chat_of_several_turns_is_asked_its_first_question(tmp_path_factory: pytest.TempPathFactory) -> None:
+    ward = Ward(tmp_path_factory.getbasetemp() / "ward")
+    turns = [[*one, *other] for one, other in itertools.pairwise(chats(6, 100))]
+    rows = [render(ward.tokenizer, chat) for chat in turns]
+    facts = LabelFacts.of(ward.run_facts([padded(rows, pad=2)], conversations=turns))
+    first = _first_turn(facts, facts.documents[0])
+    assert _question(facts, facts.documents[0]) == turns[0][0]["content"]
+    pair = _pair(first, facts.roles)
+    assert pair is not None and facts.roles.decode(np.array(pair[1])).strip() == turns[0][1]["content"]
+    assert _pair(facts.documents[0], facts.roles) is None
+
+
+def test_an_end_that_the_training_made_less_likely_had_no_label() -> None:
+    """Controls: the base, the words before the end, and the labels of the training's own batches."""
+    one = RunFacts("a run", Settings({}), tokenizer=tiny_tokenizer("chatml"), missing={"batches": "not saved"})
+    found = {"end_expected": 0.01, "base_end_expected": 0.4, "last_words": 1.0, "base_last_words": 3.0}
+    signal = _unlearned_end(one, set(), found)
+    assert signal is not None and (signal.code, signal.kind) == ("F19", "measured")
+    pad = one.tokenizer.pad_token_id if one.tokenizer is not None else None
+    assert (signal := _unlearned_end(one, {pad}, found)) is not None and signal.code == "F17"  # type: ignore[arg-type]
+    for control in ({"base_end_expected": 0.02}, {"last_words": 4.0}):
+        assert _unlearned_end(one, set(), {**found, **control}) is None
+    assert _unlearned_end(RunFacts("a run", Settings({})), set(), found) is None

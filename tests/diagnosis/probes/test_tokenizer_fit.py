@@ -47,6 +47,16 @@ def test_f04_is_open_where_every_text_survives_the_tokenizer() -> None:
         assert cleared is not None and cleared.against
 
 
+def test_f04_where_rows_english_and_headers_are_all_noise() -> None:
+    """Though not as bad as swapped ids; control: a model knows one of the three by its own tokenizer."""
+    noise = {**NOISE, "plain_text": 8.0, "ids_swapped": 10.0, "own_markers": 8.0, "own_text_kept": 1.0}
+    accused = _tokenizer(noise)
+    assert accused is not None and (accused.against, accused.weight) == (False, 0.75)
+    for control in ({"own_markers": 3.0}, {"everyday_text": 7.5}, {"plain_text": 6.1}):
+        cleared = _tokenizer({**noise, **control})
+        assert cleared is None or cleared.against
+
+
 def test_f04_moved_ids_must_fit_clearly_better() -> None:
     kept = {"own_text_kept": 1.0, "any_text_kept": 0.6, "ids_fit": -6.0, "moved_by": 3}
     for moved_fit, expected in ((-5.0, (False, 0.9)), (-5.6, (False, 0.4)), (-5.9, (True, 0.8))):

@@ -136,3 +136,13 @@ def test_f12_of_another_trainer() -> None:
     assert of_another_trainer(CHATML.replace("im_start", "endoftext"), CHATML) == ["remark"]  # may be chosen
     assert of_another_trainer(CHATML.replace("<|im_end|>", ""), CHATML) == []  # F10
     assert of_another_trainer(CHATML, "") == []
+
+
+def test_f12_documents_whose_first_token_has_no_label_are_no_chats() -> None:
+    tokenizer = with_template("chatml", CHATML)
+    stops = {"eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    made = [np.array(tokenizer.encode(row["messages"][1]["content"]), np.int32) for row in talk()]
+    for prompt, kind in ((1, "remark"), (4, "measured")):
+        rows = [Example(ids, np.arange(len(ids)) >= prompt, "row", []) for ids in made]
+        one = RunFacts("test", Settings({}), tokenizer, {}, stops, rows)
+        assert [s.kind for r in rules()["F12"] if not r.reads_rows for s in r.signals(one)] == [kind]

@@ -71,6 +71,8 @@ class RowFacts:
         report: DataReport,
         model_jsons: ModelJsons,
         template_of_model: Callable[[], ChatTemplate | None] = lambda: None,
+        *,
+        is_plain_base: bool = False,
     ) -> None:
         """Args:
         train: training rows, at least one.
@@ -78,7 +80,9 @@ class RowFacts:
         report: of both, for the counts of dropped and truncated rows.
         model_jsons: config.json and generation_config.json of the base; empty if they are not known.
         template_of_model: the base's own template, if another one is in use.
+        is_plain_base: the base's files are known, and have no chat template.
         """
+        self.is_plain_base = is_plain_base
         self.settings, self.tokenizer, self.report = settings, tokenizer, report
         self._rows, self._model_jsons, self._template_of_model = (train, validation), model_jsons, template_of_model
         self.train, self.validation = Side.of(judged(train)), Side.of(judged(validation))
@@ -106,7 +110,17 @@ class RowFacts:
             return with_template(tokenizer, chat_template_of(base), report)
 
         settings = RowSettings(**{name: getattr(config, name) for name in RowSettings.__dataclass_fields__})
-        return cls(settings, tokenizer, train, validation, report, model_jsons(base), template_of_model)
+        is_plain_base = base is not None and chat_template_of(base) is None
+        return cls(
+            settings,
+            tokenizer,
+            train,
+            validation,
+            report,
+            model_jsons(base),
+            template_of_model,
+            is_plain_base=is_plain_base,
+        )
 
     def once(self, question: Callable[[RowFacts], Answer]) -> Answer:
         """`question(self)`, computed once for all rules."""
@@ -253,15 +267,23 @@ class RowFacts:
 
     @cached_property
     def answers(self) -> list[tuple[int, str]]:
-        """(row, last answer as text) of the training rows: of a chat its message, else its supervised tokens."""
+        """(row, last answer as text) of the training rows: of a chat its message, else its supervised tokens.
+
+        A row with neither is left out: its answer is not empty, but was not found.
+        """
         rows = self.chats or evenly(range(len(self.train.rows)), row_arrays.NUM_READ)
-        return [(row, self._answer_of(row)) for row in rows]
+        return [(row, self._answer_of(row)) for row in rows if self.train.num_labels[row] or self._is_answered(row)]
+
+    def _is_answered(self, row: int) -> bool:
+        return any(message["role"] == "assistant" for message in self.train.rows[row].messages)
 
     def _answer_of(self, row: int) -> str:
         example = self.train.rows[row]
         for message in reversed(example.messages):
             if message["role"] == "assistant":
-                return message["content"] or json.dumps(message.get("tool_calls"), sort_keys=True, default=str)
+                calls = message.get("tool_calls") or message.get("function_call")
+                said = message["content"] or message.get("reasoning_content") or ""
+                return said or (json.dumps(calls, sort_keys=True, default=str) if calls else "")
         ids = example.input_ids[example.loss_mask]
         text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
         return text if isinstance(text, str) else "".join(text)

@@ -6,6 +6,8 @@
     no end in either, and a low probability of an end after the data's  F10, F17, F19 or F24: the labels show which; if
     own answers                                                         the ends have labels, F17 if the pad is an end
                                                                         and the base did end
+    an end is less likely after the data's own answers than for the     F17 if the pad is an end, else F19
+    base, and the words before it are more likely
 
 Repetition after training is as often a fault of the deployed format as of the training, so both are always tested. Bad
 means without an end, or repetitive: rep-4 is the share of 4-grams that occurred before. Uses the saved adapter if the
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,8 @@ from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.derived import is_ours
 from solotune.diagnosis.facts.labels import LabelFacts
 from solotune.diagnosis.facts.rendered_chats import decoded, is_chat_model, own_frame
+from solotune.diagnosis.facts.roles import ASSISTANT
+from solotune.diagnosis.facts.texts import Document
 from solotune.diagnosis.probes.probed_model import adapters_off, device_of, is_untouched, logits_of, restore_model_state
 from solotune.diagnosis.probes.prompt_use import _cost, _pair
 from solotune.diagnosis.probes.saved_adapter import _put_in
@@ -35,10 +40,17 @@ NUM_PROMPTS = 4
 MOST_TOKENS = 48
 REPEATS = 0.25  # rep-4
 UNEXPECTED = 0.05  # probability of an end of turn after a whole answer; long free answers may go on anyway
-CLEARLY, BEGINNING = 0.3, 24  # nats a token, of so many tokens
+CLEARLY, SURELY, BEGINNING = 0.3, 1.0, 24  # nats a token (the second even if few ends are expected), of so many tokens
 MUCH = 0.5  # of the prompts; also the gap of losses, in nats
 LAST, LEARNED = 4, 0.7  # tokens before the end of an answer, and their loss where the answers are known: one in two
+FELL = 4.0  # times: the probability of an end after training; with labels on the ends it rises
 GOES_ON = 4  # tokens after an end: white space and an end of text may follow
+
+
+_WITHOUT_LABEL = {
+    "F17": "mask labels where attention_mask is 0, not where the id is the pad's; or set a separate pad_token",
+    "F19": "include the end-of-turn token after an answer in its mask",
+}
 
 
 def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
@@ -57,14 +69,15 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
         deployed, trained, wanted, prompts, ends, gaps, again = [], [], [], [], [], [], None
         behind: list[int] = []
         is_whole = True
-        for document in facts.documents:
-            pair, question = _pair(document, facts.roles), _question(facts, document)
+        for whole in facts.documents:
+            document = _first_turn(facts, whole)
+            pair, question = _pair(document, facts.roles), _question(facts, whole)
             if pair is None or not question:
                 continue
             if len(trained) == NUM_PROMPTS or time.perf_counter() > deadline:
                 break
             text = live.generate(question)
-            is_whole = is_whole and _is_whole(facts, document)
+            is_whole = is_whole and _is_whole(facts, whole)
             if again is None and is_whole:
                 again = live.generate(question) == text
             deployed.append(facts.roles.encode(text))
@@ -96,9 +109,18 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
         "question_is_whole": is_whole,
         "equal": float(np.mean([_alike(a, b, facts.roles.ends) for a, b in zip(trained, deployed, strict=True)])),
     }
-    if _never_ended(found) and facts.ends_learned >= MUCH * max(facts.answers, 1):
-        found["last_words"] = float(np.mean([_last_words(live, *pair) for pair in zip(prompts, wanted, strict=True)]))
-        return _never_ends(live, run_facts, facts, prompts, found), found
+    if found["end_expected"] < UNEXPECTED and facts.ends_learned >= MUCH * max(facts.answers, 1):
+        pairs = list(zip(prompts, wanted, strict=True))
+        found["last_words"] = float(np.mean([_last_words(live, *pair) for pair in pairs]))
+        with restore_model_state(live), torch.no_grad(), adapters_off(live.model):
+            live.model.eval()
+            found["base_last_words"] = float(np.mean([_last_words(live, *pair) for pair in pairs]))
+            base_ends = [_expects_end(live, [*prompt, *answer], facts.roles.ends) for prompt, answer in pairs]
+            found["base_end_expected"] = float(np.mean(base_ends))
+        if (signal := _unlearned_end(run_facts, _ends_of_answers(facts), found)) is not None:
+            return [signal], found
+        if _never_ended(found):
+            return _never_ends(live, run_facts, facts, prompts, found), found
     return _judge(run_facts, found), found
 
 
@@ -112,6 +134,23 @@ def _are_stops(run_facts: RunFacts, ends: Sequence[int]) -> bool:
 
 def _never_ended(found: dict[str, Any]) -> bool:
     return found["training_rendering"]["without_end"] == 1.0 and found["end_expected"] < UNEXPECTED
+
+
+def _unlearned_end(run_facts: RunFacts, ends_of_answers: set[int], found: dict[str, Any]) -> Signal | None:
+    """F17 or F19 if the training made an end less likely, after the data's own answers, than it was for the base.
+
+    Control: the words before the end, which it made more likely. With labels, an end is learned before them: each row
+    has it. Where the labels of the training's own batches are known, they leave no doubt.
+    """
+    before, after = found["base_end_expected"], found["end_expected"]
+    is_learned = found["last_words"] < found["base_last_words"]
+    if "batches" not in run_facts.missing or not is_learned or after >= before / FELL:
+        return None
+    says = f"after the data's own answers an end has a probability of {after:.1%}, and had {before:.1%} before the "
+    says += "training, which has learned the words before it"
+    pad = run_facts.tokenizer.pad_token_id if run_facts.tokenizer is not None else None
+    code = "F17" if pad in ends_of_answers else "F19"
+    return Signal(code, "measured", says, 0.65, found, fix=_WITHOUT_LABEL[code])
 
 
 def _never_ends(
@@ -138,9 +177,8 @@ def _never_ends(
         f"none of {found['prompts']} answers ends by itself, while {1 - found['base_without_end']:.0%} of the base's "
     )
     says += "answers do; the end of turn is also the padding token"
-    fix = "mask labels where attention_mask is 0, not where the id is the pad's; or set a separate pad_token"
     kind, weight = ("measured", 0.65) if found["base_without_end"] < MUCH else ("remark", 0.3)  # control: the base
-    return [Signal("F17", kind, says, weight, found, fix=fix)]
+    return [Signal("F17", kind, says, weight, found, fix=_WITHOUT_LABEL["F17"])]
 
 
 def _ends_of_answers(facts: LabelFacts) -> set[int]:
@@ -177,7 +215,8 @@ def _judge(run_facts: RunFacts, found: dict[str, Any]) -> list[Signal]:
         says += f"probability of {found['end_expected']:.1%}"
         return [Signal(code, "measured", says, 0.4, found) for code in ("F10", "F17", "F19")]
     is_other = found["equal"] <= MUCH / 2 and found["deployed_costs_more"] > CLEARLY  # not two equally likely answers
-    is_trained = good["without_end"] < MUCH and found["end_expected"] >= UNEXPECTED  # else any two answers differ
+    is_sure = good["without_end"] == 0 and found["deployed_costs_more"] > SURELY
+    is_trained = good["without_end"] < MUCH and (found["end_expected"] >= UNEXPECTED or is_sure)  # else any two differ
     is_known = not is_ours(run_facts) and "batches" not in run_facts.missing  # else solotune renders both
     if found["same_again"] and is_other and is_trained and is_known:
         says = (
@@ -206,13 +245,27 @@ def _share_right(answers: Sequence[Sequence[int]], wanted: Sequence[Sequence[int
     return float(np.mean([_alike(a, w, ends) for a, w in zip(answers, wanted, strict=True)]))
 
 
-def _question(facts: LabelFacts, document: Any) -> str:
-    conversation = facts.roles.conversation_in(facts.roles.text_of(document)[0])
-    users = [str(m.get("content") or "") for m in conversation or () if m.get("role") == "user"]
-    return users[-1] if len(users) == 1 else ""
+def _first_turn(facts: LabelFacts, document: Document) -> Document:
+    """The document up to the end of its first answer: a deployment that is asked once does not know later turns."""
+    roles_T = facts.roles.of(document)
+    answers = np.flatnonzero(roles_T == ASSISTANT) if roles_T is not None else np.zeros(0, int)
+    behind = np.flatnonzero(np.diff(answers) > 1)  # where a later turn begins
+    if not len(behind):
+        return document
+    size = int(answers[behind[0]]) + 1
+    ids, labels = document.ids[:size], document.labels[:size]
+    return replace(document, end=document.start + size, ids=ids, labels=labels)
 
 
-def _is_whole(facts: LabelFacts, document: Any) -> bool:
+def _question(facts: LabelFacts, document: Document) -> str:
+    """What the user of the document asks first; empty if somebody else begins."""
+    conversation = facts.roles.conversation_in(facts.roles.text_of(document)[0]) or ()
+    turns = [message for message in conversation if message.get("role") not in ("system", "developer")]
+    is_asked = [message.get("role") for message in turns[:2]] == ["user", "assistant"]
+    return str(turns[0].get("content") or "") if is_asked else ""
+
+
+def _is_whole(facts: LabelFacts, document: Document) -> bool:
     """The question is the whole prompt: no instruction before it, which a deployment may leave out."""
     conversation = facts.roles.conversation_in(facts.roles.text_of(document)[0]) or ()
     return all(message.get("role") in ("user", "assistant") for message in conversation)

@@ -52,7 +52,7 @@ from solotune.diagnosis.probes.tokenizer_fit import (
     EXPECTED,
     NO_TEXT,
     controls_of_text,
-    is_no_text,
+    may_be_no_text,
     mean_loss,
     tokenizer_signals,
 )
@@ -63,6 +63,7 @@ FOREIGN = 1.6  # ratio: rows in the format of the training against the model's o
 BETTER = 1.1  # the same, by which answers are better than documents cut in two
 HELPS, HALF = 0.02, 0.5  # share of the loss that a begin-of-text saves; part of it that no other first token saves
 NUM_ROWS = 4
+BEGINNING = 3  # tokens without a label that are a prompt; a document's first has none either
 FIRST_STEPS = 3  # a log that begins later shows a loss after some training
 LONGEST = 512  # tokens of a text
 
@@ -156,7 +157,7 @@ def _texts(live: LiveModel, run_facts: RunFacts, facts: LabelFacts, found: dict[
     if sums["plain"]:
         found |= {"plain_text": float(np.mean(sums["plain"])), "ids_swapped": float(np.mean(sums["swapped"]))}
         found["log_v"] = math.log(len(swapped))
-        if is_no_text(found):
+        if may_be_no_text(found):
             found |= controls_of_text(live, roles, swapped, [document.ids for document in chosen])
     if sums["own"]:
         found |= {"answers_as_trained": float(np.mean(sums["here"])), "answers_own_format": float(np.mean(sums["own"]))}
@@ -176,7 +177,7 @@ def _turns_in(
         return None, False
     if (turns := labelled_turns(text)) is not None:
         return turns[:2], False
-    if first:
+    if first >= BEGINNING:
         parts = [roles.decode(document.ids[part]) for part in (slice(None, first), slice(first, None))]
     else:
         asked, _, rest = roles.decode(document.ids).strip().partition("\n")
@@ -184,7 +185,7 @@ def _turns_in(
     question, answer = (part.strip() for part in parts)
     if not question or not answer:
         return None, False
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], not first
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], first < BEGINNING
 
 
 def _beginnings(

@@ -98,6 +98,21 @@ def tokenizer_signals(run_facts: RunFacts, found: dict[str, Any]) -> list[Signal
     return [signal] if changed_V is None or not changed_V.any() else []  # else it is known that some ids are others
 
 
+def may_be_no_text(found: dict[str, Any]) -> bool:
+    """Worse than guessing, and not much better than with swapped ids: the controls tell."""
+    plain = found["plain_text"]
+    return is_no_text(found) or (plain > KNOWN * found["ids_swapped"] and plain > 1.05 * found["log_v"])
+
+
+def _is_all_noise(found: dict[str, Any]) -> bool:
+    """The rows, everyday English, and the header of the tokenizer's own template are worse than guessing, or as bad as
+    swapped ids. Control: a model knows one of them, whatever the rows are."""
+    markers, everyday = found.get("own_markers"), found.get("everyday_text")
+    if markers is None or everyday is None or not may_be_no_text(found):
+        return False
+    return markers > found["log_v"] and everyday > NO_TEXT * found["everyday_swapped"]
+
+
 def is_no_text(found: dict[str, Any]) -> bool:
     plain, swapped = found["plain_text"], found["ids_swapped"]
     return plain > NO_TEXT * swapped and plain > 1.05 * found["log_v"]
@@ -139,6 +154,10 @@ def _tokenizer(found: dict[str, Any]) -> Signal | None:
     if markers is not None and markers < EXPECTED:
         says = f"the model expects the markers of the tokenizer's template: {markers:.2f} nats a token"
         return Signal("F04", "measured", says, 0.8, {**numbers, "own_markers": markers}, against=True)
+    if _is_all_noise(found):
+        says = f"the loss of plain text is {plain:.1f} nats a token, of everyday English {found['everyday_text']:.1f}, "
+        says += f"and of the header of the tokenizer's template {markers:.1f}; guessing gives {log_v:.1f}"
+        return Signal("F04", "measured", says, 0.75, numbers)
     kept, by_chance = found.get("own_text_kept", 0.0), found.get("any_text_kept", 1.0)
     if is_no_text(found) and found["everyday_text"] < KNOWN * found["everyday_swapped"]:
         says = f"the loss of everyday English is {found['everyday_text']:.1f} nats a token, with swapped ids "

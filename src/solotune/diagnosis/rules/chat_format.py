@@ -31,6 +31,8 @@ MOST = 0.5
 """A fault of the format shows in all rows; half allows for rows that hide it."""
 SOME = 0.05
 """One row in twenty, for what some rows have that were joined from another source."""
+BEGINNING = 3
+"""Tokens without a label that are a prompt; the first one, or a begin-of-text, has no label in documents either."""
 NEARLY_ALL = 0.95
 """A twentieth allows for rows that are truncated or hide it."""
 
@@ -244,7 +246,7 @@ def rows_without_template_text(run_facts: RunFacts) -> Signal | None:
     rows = examples_of(run_facts)
     labelled = sum(labelled_turns(text) is not None for text in texts)
     is_chat = bool(run_facts.conversations) or is_pattern(labelled, len(texts), MOST)
-    is_chat = is_chat or sum(not row.loss_mask[:1].any() for row in rows) >= MOST * len(rows)
+    is_chat = is_chat or sum(not row.loss_mask[:BEGINNING].any() for row in rows) >= MOST * len(rows)
     says = f"{marker[:60]!r}, which the template writes between question and answer, is in {has} of {len(texts)} rows"
     fix = 'give the data as {"messages": [...]}, so that the model\'s own template is applied'
     numbers = {"rows": has, "of": len(texts), "with_labels": labelled}

@@ -11,6 +11,7 @@ import numpy as np
 
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.conversations import answers_of, chats_of
+from solotune.diagnosis.facts.derived import is_ours
 from solotune.diagnosis.facts.row_arrays import is_pattern, percent
 from solotune.diagnosis.facts.row_facts import RowFacts
 from solotune.diagnosis.facts.rows import examples_of
@@ -152,22 +153,33 @@ def _removed(facts: RowFacts, evidence: dict[str, object]) -> Finding | None:
     )
 
 
-@rule("F39", otherwise=True)
+@rule("F39")
 def repeated_rows(run_facts: RunFacts) -> Signal | None:
-    """F39, of rows that another trainer made, or of conversations that could not be rendered."""
+    """F39, of rows that another trainer made, or of conversations that could not be rendered.
+
+    The conversations are as they are in the file: a trainer that is not ours trains on the copies, too.
+    """
     rows = examples_of(run_facts) if run_facts.train else []
-    if rows:
+    if rows and is_ours(run_facts):
+        return None
+    chats = chats_of(run_facts)
+    if len(chats) > len(rows):
+        answers = answers_of(chats)
+        known = Copies.of([repr(chat) for chat in chats], answers, _sizes(run_facts, answers))
+    else:
         learned = [row.input_ids[row.loss_mask] for row in rows]
         known = Copies.of(
             [hash(row.input_ids.tobytes()) for row in rows], [ids.tobytes() for ids in learned], list(map(len, learned))
         )
-    else:
-        chats = chats_of(run_facts)
-        answers = answers_of(chats)
-        known = Copies.of([repr(chat) for chat in chats], answers, [len(text.split()) for text in answers])
     if known.again < max(3, 0.2 * known.rows):
         return None
     says, affected = f"{known.again:,} of {known.rows:,} rows repeat an earlier one", known.again / known.rows
     kind, weight = ("measured", 0.8) if known.is_beyond_chance else ("remark", 0.3)
     fix = "in the data, remove duplicates before the split"
     return Signal("F39", kind, says, weight, {"again": known.again}, fix=fix, affected=affected)
+
+
+def _sizes(run_facts: RunFacts, texts: Sequence[str]) -> list[int]:
+    """Of texts, in tokens; without a tokenizer in words."""
+    tokenizer = run_facts.tokenizer
+    return [len(text.split()) if tokenizer is None else len(tokenizer.encode(text)) for text in texts]

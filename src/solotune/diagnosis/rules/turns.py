@@ -9,9 +9,10 @@ import numpy as np
 
 from solotune.dataset.chat.rendered_content import NAME, THOUGHTS, TOOLS, WAYS_TO_KEEP_THOUGHTS
 from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.facts.labelled_turns import starts_with_label
 from solotune.diagnosis.facts.rendered_chats import NUM_ROWS, rendered
-from solotune.diagnosis.facts.row_arrays import Side, is_pattern, percent, squeezed
-from solotune.diagnosis.facts.row_facts import RowFacts, pieces_of_template
+from solotune.diagnosis.facts.row_arrays import Side, evenly, is_pattern, percent, squeezed
+from solotune.diagnosis.facts.row_facts import NUM_RENDERED, RowFacts, pieces_of_template
 from solotune.diagnosis.facts.row_labels import open_answers
 from solotune.diagnosis.facts.rows import examples_of, plain_messages
 from solotune.diagnosis.findings import Finding, Severity
@@ -52,10 +53,12 @@ def terminator_missing(facts: RowFacts) -> Finding | None:
         return None
     eos = facts.tokenizer.eos_token or "an end-of-text token (the tokenizer has none)"
     is_own = facts.template is not None and facts.own_template is None and not facts.settings.chat_template_path
+    is_own = is_own and not facts.is_plain_base  # which has learned no header that could end a turn
     ends_by_header = (
         facts.is_chat
         and is_own
-        and not facts.turn_end_ids - {facts.eos_id}
+        and facts.template is not None
+        and not facts.template.terminators
         and len(rows) >= NEARLY_ALL * len(side.rows)
     )
     path = facts.settings.chat_template_path
@@ -265,8 +268,8 @@ def deployment_stops_elsewhere(run_facts: RunFacts) -> Signal | None:
 def header_learned(facts: RowFacts) -> Finding | None:
     """F15: the role header before the answer is missing in serving, doubled, or trained on as part of the answer.
 
-    Sees: answers whose loss begins at their role header; a generation prompt that writes the header twice; prompts
-    served without the template's generation prompt.
+    Sees: answers whose loss begins at their role header; a generation prompt that writes the header twice; rows in
+    which it stands twice before the answer; prompts served without the template's generation prompt.
     Why: the answer starts with a header, or is empty.
     Not: F11, where not only the start of the answer differs; templates with an empty generation prompt (Mistral);
     `assistant_only_loss: false`, where headers are trained on, on purpose; a model whose own template has no generation
@@ -320,6 +323,29 @@ def header_learned(facts: RowFacts) -> Finding | None:
         if is_written
         else "end the template (chat_template_path) with {% if add_generation_prompt %}, the header before an answer, "
         "{% endif %}",
+    )
+
+
+@rule("F15", needs=("rows",))
+def header_twice(facts: RowFacts) -> Finding | None:
+    """F15, of answers that were exported with the generation prompt, and rendered with it a second time.
+
+    Control: a template's own row, which has it once. Between two turns of one role stands the end of the first.
+    """
+    asked = facts.template.generation_prompt.strip() if facts.template else ""
+    rows = evenly(range(len(facts.train.rows)), NUM_RENDERED)
+    twice = squeezed(asked) * 2
+    having = [r for r in rows if asked and twice in squeezed(facts.decode(facts.train.rows[r].input_ids))]
+    asks = (message for r in having for message in facts.train.rows[r].messages if message["role"] == "user")
+    if not is_pattern(len(having), len(rows), MOST) or any(starts_with_label(message["content"]) for message in asks):
+        return None  # or the whole chats were rendered before: F12
+    return Finding.of(
+        "F15",
+        "error",
+        message=f"In {len(having):,} of {len(rows):,} rows the header of an answer ({asked!r}) stands twice.",
+        evidence={"rows_with": len(having), "rows_read": len(rows), "rows": facts.train.places(having)},
+        affected=len(having) / len(rows),
+        fix=f"in the data, remove {asked!r} from the beginning of the answers: the chat template writes it",
     )
 
 
