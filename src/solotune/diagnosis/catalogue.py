@@ -524,8 +524,8 @@ EXPLAINS: dict[str, frozenset[str]] = {
     "F18": frozenset({"F20", "F21"}) | _UNMOVED,  # a mask of ones, or of zeros
     "F20": frozenset({"F15", "F30"}),  # headers are trained on like everything else
     "F21": _NO_LABELS,
-    "F22": frozenset({"F10", "F17", "F19", "F64"}),  # other tokens than the row's are trained on
-    "F23": frozenset({"F10", "F14", "F15", "F17", "F19", "F20"}),  # the ends are those of the user's turns
+    "F22": frozenset({"F10", "F17", "F19", "F59", "F64"}),  # other tokens than the row's are trained on
+    "F23": frozenset({"F10", "F14", "F15", "F17", "F19", "F20", "F59"}),  # the ends are those of the user's turns
     "F25": frozenset({"F21", "F24"}) | _NO_LABELS,  # truncated tokens are not masked
     # the text before the answer is missing; and rows that begin anywhere are found inside other rows
     "F26": frozenset({"F09", "F12", "F13", "F16", "F21", "F31", "F38"}),

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from solotune.dataset import Example
+from solotune.diagnosis.rules.labels import loss_of_no_labels
+from solotune.diagnosis.run_facts import RunFacts, Settings, Trace
 from tests.diagnosis.rules.batches import (
     END,
     IGNORED,
@@ -196,3 +198,16 @@ def test_padding_that_is_also_an_end_is_told_by_the_known_rows(tokenizer, rows):
     batches = [{k: v for k, v in batch.items() if k != "attention_mask"} for batch in padded(pairs, pad=END)]
     train = [Example(np.array(ids, np.int32), np.array(labels) >= 0, "row", []) for ids, labels in pairs]
     assert "F17" not in told(replace(run_facts_of(own, batches, CHATS), train=train))
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "held_out", "is_found"),
+    [(0.0, 0.0, np.nan, True), (0.0, np.nan, np.nan, False), (0.0, 0.0, 2.3, False), (1e-4, 0.0, np.nan, False)],
+)
+def test_f21_by_a_log_of_nothing(loss: float, norm: float, held_out: float, is_found: bool) -> None:
+    """A loss of exactly 0 with a gradient of exactly 0; one that overflowed has a gradient that is no number."""
+    steps = np.arange(1, 6)
+    trace = Trace(steps, steps * 0 + loss, steps * 1e-4, steps * 0 + norm, steps / 5, steps[-1:], np.array([held_out]),
+                  5, True)  # fmt: skip
+    run_facts = RunFacts("a run", Settings({}), trace=trace)
+    assert (loss_of_no_labels(run_facts) is not None) == is_found
