@@ -93,7 +93,8 @@ def _began_elsewhere(
         return []
     says = f"the run began with an adapter that changes the output by {found['divergence']:.2f} nats a token and is of "
     says += f"no use: the loss of its rows is {on:.2f}, with the base alone {off:.2f}"
-    return [Signal("F59", "invariant", says, 0.85, found, fix="init_lora_weights: true")]
+    kind = "measured" if live.is_rebuilt else "invariant"  # the labels that were logged are not known
+    return [Signal("F59", kind, says, 0.85, found, fix="init_lora_weights: true")]
 
 
 def gradients_and_steps(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
