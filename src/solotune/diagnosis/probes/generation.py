@@ -60,11 +60,7 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
     if live.generate is None or run_facts.tokenizer is None:
         raise Skipped("how the deployment generates answers is not known")
     with restore_model_state(live), torch.no_grad():
-        if is_untouched(live.model):
-            if run_facts.saved is None or not _put_in(live.model, run_facts.saved)[0]:
-                raise Skipped("the adapter is not trained yet")
-            if is_untouched(live.model):
-                raise Skipped("the adapter is empty")
+        _with_trained_adapter(live, run_facts)
         live.model.eval()
         deployed, trained, wanted, prompts, ends, gaps, again = [], [], [], [], [], [], None
         behind: list[int] = []
@@ -110,18 +106,34 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
         "equal": float(np.mean([_alike(a, b, facts.roles.ends) for a, b in zip(trained, deployed, strict=True)])),
     }
     if found["end_expected"] < UNEXPECTED and facts.ends_learned >= MUCH * max(facts.answers, 1):
-        pairs = list(zip(prompts, wanted, strict=True))
-        found["last_words"] = float(np.mean([_last_words(live, *pair) for pair in pairs]))
-        with restore_model_state(live), torch.no_grad(), adapters_off(live.model):
-            live.model.eval()
-            found["base_last_words"] = float(np.mean([_last_words(live, *pair) for pair in pairs]))
-            base_ends = [_expects_end(live, [*prompt, *answer], facts.roles.ends) for prompt, answer in pairs]
-            found["base_end_expected"] = float(np.mean(base_ends))
+        _against_base(live, facts, list(zip(prompts, wanted, strict=True)), found)
         if (signal := _unlearned_end(run_facts, _ends_of_answers(facts), found)) is not None:
             return [signal], found
         if _never_ended(found):
             return _never_ends(live, run_facts, facts, prompts, found), found
     return _judge(run_facts, found), found
+
+
+def _with_trained_adapter(live: LiveModel, run_facts: RunFacts) -> None:
+    """The model as it was trained: its own adapter, or the saved one."""
+    if not is_untouched(live.model):
+        return
+    if run_facts.saved is None or not _put_in(live.model, run_facts.saved)[0]:
+        raise Skipped("the adapter is not trained yet")
+    if is_untouched(live.model):
+        raise Skipped("the adapter is empty")
+
+
+def _against_base(
+    live: LiveModel, facts: LabelFacts, pairs: list[tuple[list[int], list[int]]], found: dict[str, Any]
+) -> None:
+    """Adds the losses of the last words of answers, and how far an end is expected there, with and without adapters."""
+    found["last_words"] = float(np.mean([_last_words(live, *pair) for pair in pairs]))
+    with restore_model_state(live), torch.no_grad(), adapters_off(live.model):
+        live.model.eval()
+        found["base_last_words"] = float(np.mean([_last_words(live, *pair) for pair in pairs]))
+        base_ends = [_expects_end(live, [*prompt, *answer], facts.roles.ends) for prompt, answer in pairs]
+        found["base_end_expected"] = float(np.mean(base_ends))
 
 
 def _are_stops(run_facts: RunFacts, ends: Sequence[int]) -> bool:
