@@ -185,14 +185,3 @@ def test_documents_are_found_as_claimed_and_as_seen(ward):
 def _example(ward, chat) -> Example:
     ids, labels = render(ward.tokenizer, chat)
     return Example(np.array(ids, np.int32), np.array(labels) != -100, "chats.jsonl:1", chat)
-
-
-def test_an_end_of_text_pads_where_no_pad_is_named(ward: Ward) -> None:
-    """Without labels, and behind the rows: one that ends a row, or has a label, is text."""
-    ended, unended, masked = [*range(5, 40), END], [*range(6, 39)], [*range(7, 41), END]
-    rows = [(ended, [-100, *ended[1:]]), (unended, [-100, *unended[1:]]), (masked, [-100, *masked[1:-1], -100])]
-    known = [np.array(ids) for ids, _ in rows]
-    read = Batches([padded(rows, pad=END, mask=False)], None, frozenset({END}), known, filler=END)
-    assert [document.ids.tolist() for document in read.documents] == [ids for ids, _ in rows]
-    named = Batches([padded(rows, pad=END, mask=False)], PAD, frozenset({END}), known, filler=END)
-    assert not named.is_padded

@@ -85,7 +85,6 @@ class Batches:
         pad_id: of tokenizer or model; None: only masks show padding.
         single: ids that count as text if they occur once at an edge, even if they are the pad (bos, eos).
         rows: ids of known rows, to find documents inside a sequence that has no marks.
-        filler: what pads where neither tokenizer nor model names a pad: the end of text, which has no label there.
     """
 
     def __init__(
@@ -94,10 +93,9 @@ class Batches:
         pad_id: int | None,
         single: frozenset[int] = frozenset(),
         rows: Sequence[np.ndarray] = (),
-        filler: int | None = None,
     ) -> None:
         self.raw = batches
-        self.pad_id, self._single, self._filler = pad_id, single, filler if pad_id is None else None
+        self.pad_id, self._single = pad_id, single
         self._rows = _by_beginning(rows)
 
     @classmethod
@@ -109,7 +107,7 @@ class Batches:
         single = frozenset(i for i in (named["eos"], named["bos"]) if i is not None)
         known = () if is_ours(run_facts) else run_facts.train[:_KNOWN_ROWS]  # solotune's own packs are marked
         rows = [np.asarray(row.input_ids) for row in known]
-        return cls(batches or run_facts.batches, pad, single, rows, named["eos"])
+        return cls(batches or run_facts.batches, pad, single, rows)
 
     @cached_property
     def sequences(self) -> list[list[Line]]:
@@ -163,8 +161,6 @@ class Batches:
             attended_T = attended_BT[b] > 0 if attended_BT is not None else None
             real_T = ~self._pads(ids_T, attended_T) if attended_T is None or attended_T.all() else attended_T
             labels_T = labels_BT[b] if labels_BT is not None else np.where(real_T, ids_T, IGNORED)
-            if real_T.all() and labels_BT is not None:
-                real_T = ~self._filled(ids_T, labels_T)
             positions_T = position_ids_BT[b] if position_ids_BT is not None else None
             claimed = _claimed_starts(batch, b, len(ids_T), positions_T, attended_BT, real_T)
             starts = self._starts(ids_T, real_T, claimed)
@@ -185,18 +181,6 @@ class Batches:
         pads_T[:left] = True
         pads_T[len(ids_T) - right :] = right > 0
         return pads_T
-
-    def _filled(self, ids_T: np.ndarray, labels_T: np.ndarray) -> np.ndarray:
-        """bool (T,): the run of the filler at the end, but for the end of the text."""
-        filled_T = np.zeros(len(ids_T), bool)
-        is_filler = (ids_T == self._filler) & (labels_T == IGNORED)
-        if self._filler is None or is_filler.all():
-            return filled_T
-        right = int(np.argmin(is_filler[::-1]))
-        if right and self._size_of_row(ids_T, 0) != len(ids_T) - right:
-            right -= 1
-        filled_T[len(ids_T) - right :] = right > 0
-        return filled_T
 
     def _starts(self, ids_T: np.ndarray, real_T: np.ndarray, claimed: list[int] | None) -> list[int]:
         first = int(np.argmax(real_T))
