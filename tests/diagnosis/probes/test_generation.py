@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from solotune.diagnosis.facts.labels import LabelFacts
-from solotune.diagnosis.probes.generation import _are_stops, _first_turn, _judge, _question, _unlearned_end
+from solotune.diagnosis.probes.generation import _are_stops, _first_turn, _judge, _question
 from solotune.diagnosis.probes.prompt_use import _pair
 from solotune.diagnosis.run_facts import RunFacts, Settings
-from tests.dataset.conftest import tiny_tokenizer
 from tests.diagnosis.probed_models import Ward, chats, padded, render
 
 ALIKE: dict[str, Any] = {
@@ -65,16 +64,3 @@ def test_a_chat_of_several_turns_is_asked_its_first_question(tmp_path_factory: p
     pair = _pair(first, facts.roles)
     assert pair is not None and facts.roles.decode(np.array(pair[1])).strip() == turns[0][1]["content"]
     assert _pair(facts.documents[0], facts.roles) is None
-
-
-def test_an_end_that_the_training_made_less_likely_had_no_label() -> None:
-    """Controls: the base, the words before the end, and the labels of the training's own batches."""
-    one = RunFacts("a run", Settings({}), tokenizer=tiny_tokenizer("chatml"), missing={"batches": "not saved"})
-    found = {"end_expected": 0.01, "base_end_expected": 0.4, "last_words": 1.0, "base_last_words": 3.0}
-    signal = _unlearned_end(one, set(), found)
-    assert signal is not None and (signal.code, signal.kind) == ("F19", "measured")
-    pad = one.tokenizer.pad_token_id if one.tokenizer is not None else None
-    assert (signal := _unlearned_end(one, {pad}, found)) is not None and signal.code == "F17"  # type: ignore[arg-type]
-    for control in ({"base_end_expected": 0.02}, {"last_words": 4.0}):
-        assert _unlearned_end(one, set(), {**found, **control}) is None
-    assert _unlearned_end(RunFacts("a run", Settings({})), set(), found) is None

@@ -6,8 +6,6 @@
     no end in either, and a low probability of an end after the data's  F10, F17, F19 or F24: the labels show which; if
     own answers                                                         the ends have labels, F17 if the pad is an end
                                                                         and the base did end
-    an end is less likely after the data's own answers than for the     F17 if the pad is an end, else F19
-    base, and the words before it are more likely
 
 Repetition after training is as often a fault of the deployed format as of the training, so both are always tested. Bad
 means without an end, or repetitive: rep-4 is the share of 4-grams that occurred before. Uses the saved adapter if the
@@ -43,14 +41,7 @@ UNEXPECTED = 0.05  # probability of an end of turn after a whole answer; long fr
 CLEARLY, SURELY, BEGINNING = 0.3, 1.0, 24  # nats a token (the second even if few ends are expected), of so many tokens
 MUCH = 0.5  # of the prompts; also the gap of losses, in nats
 LAST, LEARNED = 4, 0.7  # tokens before the end of an answer, and their loss where the answers are known: one in two
-FELL = 4.0  # times: the probability of an end after training; with labels on the ends it rises
 GOES_ON = 4  # tokens after an end: white space and an end of text may follow
-
-
-_WITHOUT_LABEL = {
-    "F17": "mask labels where attention_mask is 0, not where the id is the pad's; or set a separate pad_token",
-    "F19": "include the end-of-turn token after an answer in its mask",
-}
 
 
 def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
@@ -60,7 +51,11 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
     if live.generate is None or run_facts.tokenizer is None:
         raise Skipped("how the deployment generates answers is not known")
     with restore_model_state(live), torch.no_grad():
-        _with_trained_adapter(live, run_facts)
+        if is_untouched(live.model):
+            if run_facts.saved is None or not _put_in(live.model, run_facts.saved)[0]:
+                raise Skipped("the adapter is not trained yet")
+            if is_untouched(live.model):
+                raise Skipped("the adapter is empty")
         live.model.eval()
         deployed, trained, wanted, prompts, ends, gaps, again = [], [], [], [], [], [], None
         behind: list[int] = []
@@ -105,35 +100,10 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
         "question_is_whole": is_whole,
         "equal": float(np.mean([_alike(a, b, facts.roles.ends) for a, b in zip(trained, deployed, strict=True)])),
     }
-    if found["end_expected"] < UNEXPECTED and facts.ends_learned >= MUCH * max(facts.answers, 1):
-        _against_base(live, facts, list(zip(prompts, wanted, strict=True)), found)
-        if (signal := _unlearned_end(run_facts, _ends_of_answers(facts), found)) is not None:
-            return [signal], found
-        if _never_ended(found):
-            return _never_ends(live, run_facts, facts, prompts, found), found
+    if _never_ended(found) and facts.ends_learned >= MUCH * max(facts.answers, 1):
+        found["last_words"] = float(np.mean([_last_words(live, *pair) for pair in zip(prompts, wanted, strict=True)]))
+        return _never_ends(live, run_facts, facts, prompts, found), found
     return _judge(run_facts, found), found
-
-
-def _with_trained_adapter(live: LiveModel, run_facts: RunFacts) -> None:
-    """The model as it was trained: its own adapter, or the saved one."""
-    if not is_untouched(live.model):
-        return
-    if run_facts.saved is None or not _put_in(live.model, run_facts.saved)[0]:
-        raise Skipped("the adapter is not trained yet")
-    if is_untouched(live.model):
-        raise Skipped("the adapter is empty")
-
-
-def _against_base(
-    live: LiveModel, facts: LabelFacts, pairs: list[tuple[list[int], list[int]]], found: dict[str, Any]
-) -> None:
-    """Adds the losses of the last words of answers, and how far an end is expected there, with and without adapters."""
-    found["last_words"] = float(np.mean([_last_words(live, *pair) for pair in pairs]))
-    with restore_model_state(live), torch.no_grad(), adapters_off(live.model):
-        live.model.eval()
-        found["base_last_words"] = float(np.mean([_last_words(live, *pair) for pair in pairs]))
-        base_ends = [_expects_end(live, [*prompt, *answer], facts.roles.ends) for prompt, answer in pairs]
-        found["base_end_expected"] = float(np.mean(base_ends))
 
 
 def _are_stops(run_facts: RunFacts, ends: Sequence[int]) -> bool:
@@ -146,23 +116,6 @@ def _are_stops(run_facts: RunFacts, ends: Sequence[int]) -> bool:
 
 def _never_ended(found: dict[str, Any]) -> bool:
     return found["training_rendering"]["without_end"] == 1.0 and found["end_expected"] < UNEXPECTED
-
-
-def _unlearned_end(run_facts: RunFacts, ends_of_answers: set[int], found: dict[str, Any]) -> Signal | None:
-    """F17 or F19 if the training made an end less likely, after the data's own answers, than it was for the base.
-
-    Control: the words before the end, which it made more likely. With labels, an end is learned before them: each row
-    has it. Where the labels of the training's own batches are known, they leave no doubt.
-    """
-    before, after = found["base_end_expected"], found["end_expected"]
-    is_learned = found["last_words"] < found["base_last_words"]
-    if "batches" not in run_facts.missing or not is_learned or after >= before / FELL:
-        return None
-    says = f"after the data's own answers an end has a probability of {after:.1%}, and had {before:.1%} before the "
-    says += "training, which has learned the words before it"
-    pad = run_facts.tokenizer.pad_token_id if run_facts.tokenizer is not None else None
-    code = "F17" if pad in ends_of_answers else "F19"
-    return Signal(code, "measured", says, 0.65, found, fix=_WITHOUT_LABEL[code])
 
 
 def _never_ends(
@@ -189,8 +142,9 @@ def _never_ends(
         f"none of {found['prompts']} answers ends by itself, while {1 - found['base_without_end']:.0%} of the base's "
     )
     says += "answers do; the end of turn is also the padding token"
+    fix = "mask labels where attention_mask is 0, not where the id is the pad's; or set a separate pad_token"
     kind, weight = ("measured", 0.65) if found["base_without_end"] < MUCH else ("remark", 0.3)  # control: the base
-    return [Signal("F17", kind, says, weight, found, fix=_WITHOUT_LABEL["F17"])]
+    return [Signal("F17", kind, says, weight, found, fix=fix)]
 
 
 def _ends_of_answers(facts: LabelFacts) -> set[int]:
