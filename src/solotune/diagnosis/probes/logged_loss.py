@@ -138,7 +138,7 @@ def _both(live: LiveModel, run_facts: RunFacts, rows: Sequence[Example], deadlin
     order = np.random.default_rng(0).permutation(len(rows))[:NUM_ROWS]
     size = max(min(size, len(order) // FEWEST), 1)
     ends = Roles(run_facts).ends
-    pad = None if run_facts.tokenizer is None else run_facts.tokenizer.pad_token_id
+    pad = getattr(run_facts.tokenizer, "pad_token_id", None)
     if run_facts.settings.get("packing") or pad in ends:  # then it is learned as an end
         pad = None
     found: tuple[list[Any], list[Any]] = ([], [])
