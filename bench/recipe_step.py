@@ -1,6 +1,6 @@
 """Tokens per second and peak memory of the walkthrough's recipe on full rows, as `solotune train` runs it.
 
-    python -m bench.recipe_step MODEL_FOLDER                               # one row of README's table each
+    python -m bench.recipe_step MODEL_FOLDER                               # rows of README's and engine.md's tables
     python -m bench.recipe_step MODEL_FOLDER --targets all
     python -m bench.recipe_step MODEL_FOLDER --base-precision fp8
     python -m bench.recipe_step MODEL_FOLDER --base-precision fp8 --targets all

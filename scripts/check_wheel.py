@@ -1,19 +1,34 @@
-"""Check a wheel: python scripts/check_wheel.py WHEEL
+"""Check a wheel: python scripts/check_wheel.py WHEEL [--installed]
 
-It must contain the package, its licence and nothing else. The long description must be README.md without links to local
-files. Prints each problem and exits with 1.
+It must contain the package, its licence and nothing else; the metadata must have the command, the extras, the Python
+versions and classifiers; the long description must be README.md without links to local files. With --installed it is
+also installed into a new environment, and its own command makes a config for a tiny model and trains it: one minute.
+
+That environment has nothing of its own but the wheel. The dependencies are those of the Python that runs this script,
+as a path behind it, because torch alone has 200 MB. Prints each problem and exits with 1.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
 import sys
+import sysconfig
+import tempfile
+import tomllib
+import venv
 import zipfile
 from collections.abc import Iterator
+from email.message import Message
 from email.parser import Parser
 from pathlib import Path
 
-SOURCE = Path(__file__).parent.parent / "src"
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src"
+FOR_DEVELOPERS = {"dev", "docs"}  # extras that the README need not name
+PYTHON = "Programming Language :: Python :: 3."
 
 
 def problems(path: Path) -> Iterator[str]:
@@ -22,6 +37,7 @@ def problems(path: Path) -> Iterator[str]:
         names = {name for name in wheel.namelist() if not name.endswith("/")}
         info = f"{'-'.join(path.name.split('-')[:2])}.dist-info"
         metadata = Parser().parsestr(wheel.read(f"{info}/METADATA").decode())
+        commands = wheel.read(f"{info}/entry_points.txt").decode() if f"{info}/entry_points.txt" in names else ""
     package = {str(file.relative_to(SOURCE)) for file in SOURCE.rglob("*") if file.is_file()}
     package = {name for name in package if "__pycache__" not in name}
     found = {name for name in names if not name.startswith(f"{info}/")}
@@ -29,18 +45,87 @@ def problems(path: Path) -> Iterator[str]:
     yield from (f"in the wheel, but not in the package: {name}" for name in sorted(found - package))
     if f"{info}/licenses/LICENSE" not in names:
         yield "no LICENSE"
+    if "solotune = solotune.cli:main" not in commands:
+        yield "no command solotune"
+    yield from _metadata_problems(metadata)
+
+
+def _metadata_problems(metadata: Message) -> Iterator[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = set(project["optional-dependencies"])
+    if set(metadata.get_all("Provides-Extra") or ()) != extras:
+        yield f"the extras are not those of pyproject.toml: {', '.join(sorted(extras))}"
+    if metadata["Summary"] != project["description"] or metadata["License-Expression"] != project["license"]:
+        yield "summary or licence is not that of pyproject.toml"
+    minors = {line.removeprefix(PYTHON) for line in metadata.get_all("Classifier") or () if line.startswith(PYTHON)}
+    first, after = (int(number) for number in re.findall(r"3\.(\d+)", project["requires-python"]))
+    if minors != {str(minor) for minor in range(first, after)}:
+        yield f"the classifiers are not of the Pythons {project['requires-python']}"
     text = metadata.get_payload()
     assert isinstance(text, str)
     if metadata["Description-Content-Type"] != "text/markdown" or not text.startswith("# solotune"):
         yield "the long description is not README.md"
     yield from (f"link to a local file: {link}" for link in re.findall(r"\]\((?!\w+:|#)([^)]+)\)", text))
+    for extra in sorted(extras - FOR_DEVELOPERS):
+        if f"[{extra}]" not in text:
+            yield f"the README does not name the extra [{extra}]"
 
 
-def main(path: Path) -> int:
+def installed_problems(path: Path) -> Iterator[str]:
+    """Install the wheel into a new environment, and use its command; yield what fails."""
+    with tempfile.TemporaryDirectory(prefix="solotune-wheel-") as scratch:
+        folder, new = Path(scratch), Path(scratch) / "venv"
+        venv.create(new)
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(new / "bin" / "python")]
+        yield from _run([*pip, "install", "-qq", "--no-deps", "--no-index", str(path)], folder)
+        packages = next(new.glob("lib/python*/site-packages"))
+        (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        _make_model_and_rows(folder)
+        where = "import solotune, sys; sys.exit(not solotune.__file__.startswith(sys.argv[1]))"
+        command = str(new / "bin" / "solotune")
+        for line in (
+            [str(new / "bin" / "python"), "-c", where, str(packages)],
+            [command, "--version"],
+            [command, "explain", "F17"],
+            [command, "init", "model", "chats.jsonl"],
+            [command, "data", "solotune.yaml", "--json"],
+            [command, "train", "solotune.yaml", "max_steps=2", "use_cpu=true", "output_dir=run"],
+            [command, "verify", "run"],
+        ):
+            yield from _run(line, folder)
+
+
+def _make_model_and_rows(folder: Path) -> None:
+    sys.path.insert(0, str(ROOT))
+    import transformers
+
+    from tests.tiny import FAMILIES, chat_rows, save_tokenizer
+
+    shape = FAMILIES["llama"]()
+    shape.max_position_embeddings = 512
+    transformers.AutoModelForCausalLM.from_config(shape).save_pretrained(folder / "model")
+    save_tokenizer(folder / "model")
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat_rows(60)))
+
+
+def _run(command: list[str], folder: Path) -> Iterator[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env={**environment, "HF_HUB_OFFLINE": "1"}, check=False
+    )
+    if done.returncode:
+        shown = " ".join(Path(word).name if word.startswith("/") else word for word in command)
+        yield f"`{shown}` ends with {done.returncode}: {(done.stderr or done.stdout).strip()[-800:]}"
+
+
+def main(path: Path, *options: str) -> int:
     found = list(problems(path))
-    print(f"{path.name}: " + ("; ".join(found) or f"package, licence and description, {path.stat().st_size:,} bytes"))
+    if "--installed" in options:
+        found += installed_problems(path.resolve())
+    checked = "package, metadata and description" + (", installed and used" if "--installed" in options else "")
+    print(f"{path.name}: " + ("; ".join(found) or f"{checked}, {path.stat().st_size:,} bytes"))
     return 1 if found else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))

@@ -1,4 +1,4 @@
-# Sourced by demo, test and check: goes to the project's root and puts a working .venv first on PATH.
+# Sourced by demo, test, check and docs: goes to the project's root and puts a working .venv first on PATH.
 #
 # .venv/stamp records the folder and the requirements of the environment, and is written last. Without a stamp (an
 # interrupted install) or in another folder (scripts in .venv have absolute paths), .venv is created again; if only the

@@ -163,6 +163,8 @@ LONG = (
     "diagnosis/probes/test_probes_model.py",
     "faults/test_saving.py",
     "faults/test_mutants.py",
+    "docs/test_commands_run.py",
+    "examples/test_quickstart.py",
     "hardware/test_gpu_errors.py",
     "training/test_preflight.py",
     "cli/test_commands.py",

@@ -17,7 +17,13 @@ MODULES = {
     ".".join(path.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__"): path for path in SRC.rglob("*.py")
 }
 
-ACROSS_PACKAGES = {"benches", "examples", "faults", "gpu"}  # folders of tests of something else than one package
+ACROSS_PACKAGES = {
+    "benches",
+    "docs",
+    "examples",
+    "faults",
+    "gpu",
+}  # folders of tests of something else than one package
 OF_THE_PROJECT = {"test_docs.py", "test_layout.py", "test_scripts.py"}
 SHORT = 40  # lines of a module that needs no test file of its own
 MAX_FUNCTION, MAX_FILE = 60, 400  # lines
@@ -45,6 +51,8 @@ TESTED_IN = {
     "training/test_loop_packing.py": ["dataset.sampler"],
     "training/test_resume.py": ["model.base_fingerprint", "training.checkpoint"],
     "display/test_progress.py": ["cli.results"],
+    "cli/test_results.py": ["cli.run_list"],
+    "training/test_chat_session.py": ["api.chat"],
     "evaluation/test_scores.py": ["evaluation.generation"],
     "display/test_observer.py": ["run.run_log"],
     "model/test_loading.py": ["model.empty_model", "model.lm_head"],

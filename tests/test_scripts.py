@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ["scripts/demo", "scripts/test", "scripts/check", "scripts/check_sdist", ".ci/run"]
+SCRIPTS = ["scripts/demo", "scripts/test", "scripts/check", "scripts/check_sdist", "scripts/docs", ".ci/run"]
 
 
 def canonical(name: str) -> str:
@@ -59,16 +59,21 @@ def test_every_requirement_is_pinned(requirement: str) -> None:
 def test_what_is_wrong_with_a_wheel_is_named(tmp_path: Path) -> None:
     problems = runpy.run_path(str(ROOT / "scripts" / "check_wheel.py"))["problems"]
     path, info = tmp_path / "solotune-0.1.0-py3-none-any.whl", "solotune-0.1.0.dist-info"
-    readme = (
-        "Description-Content-Type: text/markdown\n\n# solotune\nsee docs/config.md, [a page](https://example.org)\n"
-    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [f"Provides-Extra: {extra}" for extra in project["optional-dependencies"]]
+    pythons = [f"Classifier: Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)]
+    fields = [f"Summary: {project['description']}", f"License-Expression: {project['license']}", *extras, *pythons]
+    head = "\n".join([*fields, "Description-Content-Type: text/markdown"])
+    readme = f"{head}\n\n# solotune\nsee docs/config.md, [a page](https://example.org), solotune[sentencepiece]\n"
+    command = "[console_scripts]\nsolotune = solotune.cli:main\n"
 
     def found(metadata: str, *left_out: str, **more: str) -> list[str]:
         with zipfile.ZipFile(path, "w") as wheel:
             for file in (ROOT / "src").rglob("*"):
                 if file.is_file() and "__pycache__" not in file.parts and file.name not in left_out:
                     wheel.write(file, file.relative_to(ROOT / "src"))
-            for name, text in {f"{info}/METADATA": metadata, f"{info}/licenses/LICENSE": "", **more}.items():
+            files = {f"{info}/METADATA": metadata, f"{info}/entry_points.txt": command, f"{info}/licenses/LICENSE": ""}
+            for name, text in {**files, **more}.items():
                 if Path(name).name not in left_out:
                     wheel.writestr(name, text)
         return list(problems(path))
@@ -77,5 +82,10 @@ def test_what_is_wrong_with_a_wheel_is_named(tmp_path: Path) -> None:
     assert found(readme, "errors.py") == ["not in the wheel: solotune/errors.py"]
     assert found(readme, **{"tests/tiny.py": ""}) == ["in the wheel, but not in the package: tests/tiny.py"]
     assert found(readme, "LICENSE") == ["no LICENSE"]
-    assert found("Name: solotune\n\n") == ["the long description is not README.md"]
+    assert found(readme, "py.typed") == ["not in the wheel: solotune/py.typed"]
+    assert found(readme, "entry_points.txt") == ["no command solotune"]
+    assert found(readme.replace("# solotune", "# other")) == ["the long description is not README.md"]
+    assert found(readme.replace(extras[0], "X: y"))[0].startswith("the extras are not those of pyproject.toml")
+    assert found(readme.replace(pythons[2], "X: y")) == ["the classifiers are not of the Pythons >=3.11,<3.14"]
+    assert found(readme.replace("[sentencepiece]", "")) == ["the README does not name the extra [sentencepiece]"]
     assert found(readme + "[keys](docs/config.md)\n") == ["link to a local file: docs/config.md"]

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import pytest
 
-from solotune.units import first_line, format_bytes, format_duration, gib, mib
+from solotune.units import first_line, format_bytes, format_duration, format_rate, format_step_time, gib, mib
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (151, "2:31"), (11045, "3:04:05")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0:00"), (59.6, "1:00"), (151, "2:31"), (11045, "3:04:05"), (172_799, "47:59:59"), (597_424, "6 days 21 h")],
+)
 def test_durations(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+def test_large_and_small_speeds_stay_readable() -> None:
+    """A 70B model on a CPU was `2.39e+04 s, 0 tokens/s`."""
+    assert [format_step_time(seconds) for seconds in (0.0421, 3.8, 59.0, 23_900)] == [
+        "0.0421 s",
+        "3.8 s",
+        "59 s",
+        "6:38:20",
+    ]
+    assert [format_rate(rate) for rate in (17_209.4, 12.3, 2.74, 0.34)] == [
+        "17,209 tokens/s",
+        "12 tokens/s",
+        "2.7 tokens/s",
+        "0.34 tokens/s",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import solotune
 from bench.diagnose.bases import KINDS, Base, Format
 from bench.diagnose.registry import Needs
+from solotune.diagnosis import catalogue
 from solotune.display.progress import SilentDisplay
 from solotune.errors import SolotuneError
 
@@ -169,6 +170,7 @@ def _written(job: Job, folder: Path) -> Path:
         "model_name_or_path": str(model),
         "dataset": _rows(folder / "train.jsonl", job.train),
         "output_dir": str(folder / "run"),
+        "allow_faults": [*catalogue.FAULTS],  # what is diagnosed is the run, not the refusal to start it
         **job.config,
     }
     if job.held_out:

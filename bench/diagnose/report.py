@@ -181,9 +181,7 @@ def _page(results: Sequence[Result], found: dict[str, Any], ran: str, seconds: f
         "fixed while looking at the fitted ones; the held-out bases were made after that.",
         "",
         "**How far to trust these figures.** The whole benchmark, held-out part included, was built together with the",
-        "rules. On 323 programs written without sight of them, and measured once (2026-11-29, `unseen.jsonl`;",
-        "`python -m bench.diagnose.unseen`), the diagnosis named the fault first in 197 of 238 and called 4 of 85",
-        "healthy programs faulty.",
+        "rules. What it says of programs that were written without sight of them: [unseen.md](unseen.md).",
         "",
         "Foreign runs are folders that transformers' Trainer left"
         + (

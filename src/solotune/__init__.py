@@ -2,8 +2,9 @@
 
     import solotune
 
-    result = solotune.train("run.yaml", ["learning_rate=1e-4"])
-    print(result.run_dir, result.evaluation.to_json()["tuned"])
+    result = solotune.train("run.yaml", learning_rate=1e-4)
+    print(result)  # one line; in a notebook a result is a table
+    result.history.plot(x="step", y="loss")  # a pandas DataFrame
     print(solotune.chat(result.run_dir).reply("Hello"))
 
 There is one function per verb, and the `solotune` command calls the same functions: `solotune.train` is the function in

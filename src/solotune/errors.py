@@ -24,6 +24,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from solotune.result_repr import in_notebook, without_controls
+
 
 class SolotuneError(Exception):
     """An expected failure: the user sees the message, without a traceback.
@@ -55,10 +57,18 @@ class SolotuneError(Exception):
         rows = (("seen", self.seen), ("allowed", self.allowed), ("change", self.change))
         return "\n".join([self.problem] + [f"  {name + ':':9}{text}" for name, text in rows if text is not None])
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in a cell: the message, as on the command line, without a traceback."""
+        return [without_controls(f"{type(self).__name__}: {self}")]
+
     def to_json(self) -> dict[str, object]:
         """The four parts and the exit code, for `--json`."""
         parts = {"problem": self.problem, "seen": self.seen, "allowed": self.allowed, "change": self.change}
         return {"error": {"exit_code": self.exit_code, "meaning": self.meaning, **parts}}
+
+
+class SolotuneWarning(UserWarning):
+    """A warning of solotune itself; those of the libraries are hidden."""
 
 
 class RunNote(str):
@@ -165,6 +175,9 @@ class InterruptedRunError(SolotuneError):
         parts = [part for part in (self.problem, self.change) if part]
         return ". ".join(f"{part[0].upper()}{part[1:]}" for part in parts)
 
+    def _render_traceback_(self) -> list[str]:
+        return [without_controls(self.in_sentences())]
+
 
 def program() -> str:
     """How this program is called from here: `solotune`, its path if that is not on PATH, or `python -m solotune`."""
@@ -178,7 +191,10 @@ def program() -> str:
 
 
 def resume_command(run: object) -> str:
-    """The command that continues a run. It uses the config saved in the run; the user's may have changed since."""
+    """The command that continues a run, in a notebook the call. It uses the config saved in the run; the user's may
+    have changed since."""
+    if in_notebook():
+        return f'solotune.train("{run}/config.yaml", output_dir="{run}", resume=True)'
     return f"{program()} train {run}/config.yaml output_dir={run} --resume"
 
 

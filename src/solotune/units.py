@@ -19,9 +19,21 @@ def format_bytes(count: float, digits: int = 1) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """`0:07`, `12:31`, `3:04:05`."""
+    """`0:07`, `12:31`, `3:04:05`; from two days on `6 days 22 h`."""
     minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 48 * 60:
+        return f"{minutes // 1440:,} days {minutes % 1440 // 60} h"
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+def format_step_time(seconds: float) -> str:
+    """`0.0421 s`, `12.3 s`; from a minute on like a duration: `6:38:20`."""
+    return f"{seconds:.3g} s" if seconds < 60 else format_duration(seconds)
+
+
+def format_rate(per_second: float, what: str = "tokens/s") -> str:
+    """`17,209 tokens/s`; below 10 with two digits: `0.34 tokens/s`."""
+    return f"{per_second:,.0f} {what}" if per_second >= 10 else f"{per_second:.2g} {what}"
 
 
 def first_line(error: BaseException, with_type: bool = False) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 import solotune
+from solotune import cli
 from solotune.api.init import text_of
 from solotune.api.propose import Proposal
 from solotune.config.load import load_config
 from solotune.config.run_config import RunConfig
+from solotune.config.translate import translated
 from solotune.config.write import to_yaml, yaml_value
 from solotune.config.yaml_reader import parse, plain
 from solotune.errors import InputError
@@ -128,10 +131,31 @@ def test_arguments_that_are_exchanged_or_missing_are_refused(model: str, tmp_pat
         assert not path.exists()
 
 
+def test_settings_that_are_given_stay_so_advice_can_be_followed(model: str, tmp_path: Path) -> None:
+    named = "nr;Frage;Antwort\n" + "".join(f"{n};{rows(n)['question']};{rows(n)['answer']}\n" for n in range(60))
+    data, path = written(tmp_path, "a.csv", named), tmp_path / "run.yaml"
+    with pytest.raises(InputError) as caught:
+        solotune.init(model, data, path)
+    change = caught.value.change or ""
+    assert "for example column_mapping: {Frage: prompt, Antwort: completion}" in change
+    _, *advice = shlex.split(change[change.index("solotune init") :])  # pasted into a shell
+    assert cli.main([*advice, "learning_rate=1e-4", "-o", str(path)]) == 0
+    config = load_config(path)
+    assert config.learning_rate == 1e-4 and config.column_mapping == {"Frage": "prompt", "Antwort": "completion"}
+    assert solotune.data(path).report.num_kept == 60
+    assert cli.main(["init", model, data, data]) == 2
+
+
 def test_preference_rows_are_a_decision_of_the_user(model: str, tmp_path: Path) -> None:
     pairs = [{"prompt": f"q {n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(60)]
     with pytest.raises(InputError, match="preference data"):
         solotune.init(model, written(tmp_path, "a.jsonl", pairs), tmp_path / "run.yaml")
+    sides = [
+        {"chosen_messages": row["messages"], "rejected_messages": row["messages"]} for row in CHATS
+    ]  # LLaMA-Factory
+    with pytest.raises(InputError) as caught:
+        solotune.init(model, written(tmp_path, "b.jsonl", sides), tmp_path / "run.yaml")
+    assert "'column_mapping={rejected_messages: ignore, chosen_messages: messages}'" in (caught.value.change or "")
 
 
 AXOLOTL = """
@@ -166,6 +190,20 @@ def test_a_config_of_another_tool_is_translated(model: str, tmp_path: Path) -> N
     assert (config.validation_size, config.optim, config.base_precision) == (0.1, "paged_adamw_8bit", "nf4")
     assert "# not translated: wandb_project: solotune sends nothing to a tracker" in text
     assert "# not translated: deepspeed: solotune trains on one device" in text
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("load_in_4bit: true", {"base_precision": "nf4"}),
+        ("load_in_4bit: false", {"base_precision": "bf16"}),
+        ("eval_strategy: steps\neval_steps: 9", {"eval_steps": 9}),
+        ("save_strategy: epoch", {"save_strategy": "epoch"}),
+    ],
+)
+def test_keys_that_both_have_are_translated_without_a_remark(theirs: str, ours: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "trl.yaml").write_text(theirs)
+    assert translated(tmp_path / "trl.yaml") == (ours, {})
 
 
 def test_all_lists_every_key(model: str, tmp_path: Path) -> None:

@@ -32,13 +32,13 @@ Usage: solotune [OPTIONS] VERB ...
   Fine-tune an LLM on one GPU, and see what was learned.
 
   From nothing to a tuned model:
-    solotune doctor                       check this machine
-    solotune init MODEL chats.jsonl       write solotune.yaml
-    solotune data solotune.yaml           check the data: which tokens are trained on
-    solotune plan solotune.yaml           does it fit, how long will it take?
-    solotune train solotune.yaml          train, then compare with the base model
-    solotune diagnose runs/RUN            find out what is wrong
-    solotune chat runs/RUN --base         chat with the tuned and the base model
+    solotune doctor                  check this machine
+    solotune init MODEL chats.jsonl  write solotune.yaml
+    solotune data solotune.yaml      check the loss mask
+    solotune plan solotune.yaml      memory and time
+    solotune train solotune.yaml     train and compare
+    solotune diagnose runs/RUN       find out what is wrong
+    solotune chat runs/RUN --base    chat with both models
 
 Options:
   --version   Show the version and exit.
@@ -329,8 +329,18 @@ def test_what_json_cannot_say_is_null(verbs, capsys):
     assert json.loads(capsys.readouterr().out) == {"base": {"stderr": None, "path": "a"}}
 
 
+def test_memory_that_even_python_lacks_is_no_bug(verbs, monkeypatch, capsys):
+    """Under `ulimit -v` it may find no memory for its own MemoryError."""
+    verbs.runs = raising(SystemError("<function f> returned NULL without setting an exception"))
+    for limit, code in ((700 << 20, 3), (main_module.resource.RLIM_INFINITY, 1)):
+        monkeypatch.setattr(main_module.resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        assert cli.main(["runs"]) == code
+        assert ("ulimit -v" in capsys.readouterr().err) == (code == 3)
+
+
 def test_libraries_are_silent_and_the_users_wish_counts(monkeypatch):
-    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "DATASETS_VERBOSITY"):
+    bars = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+    for name in (*bars, "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
         monkeypatch.setenv(name, "x")  # so that it is put back afterwards
         monkeypatch.delenv(name)
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
@@ -348,7 +358,7 @@ def test_train_passes_config_overrides_and_resume(verbs, capsys, tmp_path):
     seen = {}
 
     def train(config, resume, display):
-        seen.update(rate=config.learning_rate, resume=resume, every=display._logging_steps)
+        seen.update(rate=config.learning_rate, resume=resume, every=display.logging_steps)
         display.phase("loading model")
         return SimpleNamespace(run_dir=Path("runs/a"), evaluation=None, to_json=lambda: {"run": "runs/a"})
 
@@ -356,10 +366,14 @@ def test_train_passes_config_overrides_and_resume(verbs, capsys, tmp_path):
     assert cli.main(["train", str(path), "learning_rate=3e-5", "logging_steps=7", "--resume", "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out) == {"run": "runs/a"}
-    assert err == snapshot("loading model ...\n")
+    assert err == snapshot("""\
+loading libraries ...
+loading model ...
+""")
     assert seen == {"rate": 3e-5, "resume": True, "every": 7}
     assert cli.main(["train", str(path)]) == 0
     assert capsys.readouterr().out == snapshot("""\
+loading libraries ...
 loading model ...
 
 run      runs/a

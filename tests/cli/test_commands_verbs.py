@@ -11,6 +11,7 @@ from inline_snapshot import snapshot
 
 import solotune
 from solotune import cli
+from solotune.api.data import DataPreview
 from solotune.dataset import DataReport
 from tests.cli.test_commands import run
 from tests.messages import error_in, stable
@@ -45,7 +46,7 @@ def test_data_shows_each_token_with_its_id_when_asked(verbs, capsys):
     row = SimpleNamespace(
         where="a.jsonl:1", pieces=[("hi", False, [7]), (" you", True, [12])], tokens=["hi", " you"], weights=[]
     )
-    preview = SimpleNamespace(report=report, shown=[row])
+    preview = DataPreview(report, [row])  # type: ignore[list-item]
     verbs.data = lambda *_, **__: preview
     assert cli.main(["data", "a.yaml"]) == 0
     assert "hi⟦ you⟧" in capsys.readouterr().out
@@ -56,18 +57,18 @@ def test_data_shows_each_token_with_its_id_when_asked(verbs, capsys):
 
 def test_data_shows_as_many_rows_as_asked(verbs):
     seen = []
-    report = SimpleNamespace(findings=[])
+    report = DataReport("text", findings=[])
 
     def data(config, overrides, show, display):
         seen.append((config, overrides, show))
-        return SimpleNamespace(to_json=dict, report=report)
+        return DataPreview(report, [])
 
     verbs.data = data
     assert cli.main(["data", "a.yaml", "--show", "3", "max_length=64", "--json"]) == 0
     assert seen == [("a.yaml", ("max_length=64",), 3)]
     assert cli.main(["data", "a.yaml", "--show", "-1"]) == 2
     for severity, code in (("warning", 0), ("error", 3)):
-        report.findings = [{"severity": severity}]
+        report.findings = [{"severity": severity, "code": "F08"}]
         assert cli.main(["data", "a.yaml", "--json"]) == code
 
 
@@ -95,7 +96,7 @@ class Session:
 def piped(verbs, monkeypatch):
     import io
 
-    verbs.chat = lambda run, system: Session()
+    verbs.chat = lambda run, system, display: Session()
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n/reset\nthree\n"))
 
 
@@ -129,7 +130,7 @@ def test_chat_with_a_model_trained_on_plain_text(verbs, monkeypatch, capsys):
 
     session = Session()
     session.prompt_format = "text"
-    verbs.chat = lambda run, system: session
+    verbs.chat = lambda run, system, display: session
     monkeypatch.setattr(sys, "stdin", io.StringIO("word: fig\\ncode:\n"))
     assert cli.main(["chat", "runs/a", "--json"]) == 0
     out, shown = capsys.readouterr()
@@ -150,7 +151,9 @@ def test_init_writes_a_config_that_loads(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert cli.main(["init", "some/model", "chats.jsonl"]) == 0
     assert capsys.readouterr().out == snapshot("""\
+loading libraries ...
 reading the model's files ...
+settings are not fitted to model and data, because the model could not be read: some/model is not in the cache and cannot be downloaded (HF_HUB_OFFLINE=1 is set, so nothing is downloaded)
 Wrote solotune.yaml. Next: solotune data solotune.yaml
 """)
     config = solotune.load_config("solotune.yaml")
@@ -192,3 +195,22 @@ def test_evaluate_of_no_run_is_exit_2(tmp_path, capsys):
 <tmp>/none: run not found
   allowed: a run directory\
 """)
+
+
+def test_a_model_that_is_not_here_is_told_the_same_by_each_verb(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("model_name_or_path: owner/none\ndataset: a.jsonl\nuse_cpu: true\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    told = set()
+    for verb in ("data", "plan", "train"):
+        assert cli.main([verb, "a.yaml"]) == 2
+        told.add(error_in(capsys.readouterr().err))
+    assert told == snapshot(
+        {
+            """\
+a.yaml line 1, model_name_or_path: owner/none is not in the cache and cannot be downloaded
+  seen:    HF_HUB_OFFLINE=1 is set, so nothing is downloaded
+  change:  unset HF_HUB_OFFLINE to download it once, or use a local folder\
+"""
+        }
+    )

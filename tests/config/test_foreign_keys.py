@@ -172,7 +172,7 @@ def test_every_key_of_a_llama_factory_config_is_answered(tmp_path: Path, monkeyp
     foreign = [key for key in foreign if key not in RunConfig.model_fields]
     assert all(f"{key}: unknown key; " in text for key in foreign)
     assert "num_samples" not in text and "'train[:1000]'" in text and "use_cpu" not in text
-    assert "names of dataset_info.json" in text and "[identity.json, alpaca_en_demo.json]" in text
+    assert "names from dataset_info.json" in text and "[identity.json, alpaca_en_demo.json]" in text
 
 
 # --- tokens that are no secrets, and secrets

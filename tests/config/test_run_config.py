@@ -385,3 +385,20 @@ def test_the_limits_in_words_are_those_that_hold():
                 load_config({**MINIMAL, key: most + 1})
             checked += 1
     assert checked >= 8
+
+
+def test_paths_count_from_the_working_directory_or_else_from_the_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "mine" / "chats.jsonl").touch()
+    (tmp_path / "both.jsonl").touch()
+    (tmp_path / "mine" / "both.jsonl").touch()
+    text = "model_name_or_path: model\ndataset: [chats.jsonl, both.jsonl, owner/data]\neval_dataset: none.jsonl\n"
+    (tmp_path / "mine" / "a.yaml").write_text(text)
+    config = load_config("mine/a.yaml")
+    assert config.model_name_or_path == "mine/model"
+    assert config.dataset == ["mine/chats.jsonl", "both.jsonl", "owner/data"]
+    assert config.eval_dataset == "none.jsonl"  # nowhere: the message has the name as it is written
+    monkeypatch.chdir(tmp_path / "mine")
+    assert load_config("a.yaml").dataset == ["chats.jsonl", "both.jsonl", "owner/data"]
+    assert load_config("a.yaml", ["dataset=chats.jsonl"]).dataset == "chats.jsonl"

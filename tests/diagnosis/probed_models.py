@@ -89,6 +89,23 @@ def _pretrained(family: str, folder: Path) -> transformers.PreTrainedModel:
     return model
 
 
+def moved(tokenizer: Any, by: int) -> Any:
+    """The same pieces, all of their ids but those of added tokens moved by some places."""
+    import json
+
+    from tokenizers import Tokenizer
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = {token["content"] for token in state["added_tokens"]}
+    pieces = [piece for piece in state["model"]["vocab"] if piece not in added]
+    ids = [state["model"]["vocab"][piece] for piece in pieces]
+    state["model"]["vocab"] |= dict(zip(pieces, ids[by:] + ids[:by], strict=True))
+    named = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token")}
+    other = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **named)
+    other.chat_template = tokenizer.chat_template
+    return other
+
+
 Change = Callable[[Any], None]
 
 

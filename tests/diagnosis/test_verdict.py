@@ -91,6 +91,7 @@ def test_a_small_fault_does_not_hide_a_large_one():
     )
     assert named(decide("run", [small, large])) == ["F24", "F25"]
     assert named(decide("run", [replace(small, affected=0.9), large])) == ["F25"]
+    assert named(decide("run", [replace(small, affected=0.41), large])) == ["F25"]  # nearly the same, counted otherwise
 
 
 def test_a_remark_is_listed_and_accuses_nobody():

@@ -71,3 +71,12 @@ def test_parts_of_split_rows_are_not_asked(write: Writer, asked: list[str]) -> N
     assert len(rows) > 3
     assert [sample.where for sample in samples(rows)] == [rows[0].where]
     assert len(asked) == 2
+
+
+def test_answers_are_counted_while_they_are_generated(write: Writer, asked: list[str]) -> None:
+    """Two models answer up to `max_new_tokens` tokens each: minutes with a large model."""
+    rows = examples(write, *({"prompt": f"word {n}:", "completion": "x"} for n in range(3)))
+    seen: list[tuple[int, int, str, int]] = []
+    model: Any = SimpleNamespace(module=torch.nn.Module())
+    compare.samples(model, TOKENIZER, rows, 2, 8, progress=lambda *told: seen.append((*told, len(asked))))
+    assert seen == [(0, 2, "sample answers", 0), (1, 2, "sample answers", 2)]

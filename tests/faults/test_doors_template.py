@@ -335,6 +335,7 @@ def test_a_template_that_waits_for_the_rules_own_chats_stops_nothing(
     Path("waits.jinja").write_text(template)
     started, before = processor_seconds(), peak_kib(reset=True) or peak_kib()
     config = {**chat_config, "chat_template_path": "waits.jinja", "max_steps": 2, "num_samples": 1}
+    config["allow_faults"] = ["double-bos", "header-learned"]  # what these rows really have: a second <|im_start|>
     solotune.train(config)
     found = solotune.diagnose("run", budget=0).to_json()
     assert processor_seconds() - started < 60 and peak_kib() - before < 1 << 20
@@ -361,6 +362,7 @@ def compiled_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_no_template_runs_in_this_process(chat_config: dict[str, Any], compiled_here: list[str]) -> None:
     Path("marked.jinja").write_text(MARKED + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     config = {**chat_config, "chat_template_path": "marked.jinja", "max_steps": 2, "num_samples": 1}
+    config["allow_faults"] = ["double-bos"]
     solotune.data(config)
     solotune.train(config)
     solotune.evaluate("run")

@@ -296,7 +296,15 @@ def test_hub_id_without_connection_is_a_clear_error(tiny_config):
     assert (problem, change) == snapshot(
         (
             "python, model_name_or_path: nobody/no-such-model is not in the cache and cannot be downloaded",
-            "  change:  check model_revision, the network connection and HF_HUB_OFFLINE, or use a local folder",
+            "  change:  unset HF_HUB_OFFLINE to download it once, or use a local folder",
         )
     )
-    assert seen == "  seen:    the hub cannot be reached"
+    assert seen == "  seen:    HF_HUB_OFFLINE=1 is set, so nothing is downloaded"
+
+
+def test_tensors_are_counted_while_they_are_read(tiny_config):
+    seen = []
+    config = tiny_config()
+    load_model(config, CPU, torch.float32, progress=lambda *told: seen.append(told))
+    total = len(load_file(f"{config.model_name_or_path}/model.safetensors"))
+    assert seen == [(number, total, "tensors") for number in range(1, total + 1)]

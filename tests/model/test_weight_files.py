@@ -136,9 +136,9 @@ AMBIGUOUS = {
   change:  rename it to model.safetensors if its tensors have transformers' names\
 """)),
     "an adapter beside the model": (lambda f: (f / "adapter_config.json").write_text("{}"), snapshot("""\
-<tmp>/model: holds an adapter beside the model
+<tmp>/model: contains an adapter next to the model
   seen:    adapter_config.json, which transformers would load into the model
-  allowed: a model alone
+  allowed: only the model
   change:  move adapter_config.json out of the folder, or merge the adapter into the model with PEFT\
 """)),
     "an adapter alone": (

@@ -68,7 +68,7 @@ def test_a_directory_with_a_run_is_not_overwritten(tmp_path):
     with pytest.raises(DirectoryInUseError) as caught:
         RunDirectory.create(str(tmp_path / "r"))
     assert stable(caught.value) == snapshot("""\
-<tmp>/r already holds a run
+<tmp>/r already contains a run
   seen:    config.yaml
   change:  continue it with --resume, choose another output_dir, or remove the folder\
 """)
@@ -90,7 +90,7 @@ def test_a_run_that_came_and_went_while_the_lock_was_waited_for_is_not_overwritt
     with pytest.raises(DirectoryInUseError) as caught:
         RunDirectory.create(config.output_dir)
     assert stable(caught.value) == snapshot("""\
-<tmp>/r already holds a run
+<tmp>/r already contains a run
   seen:    config.yaml
   change:  continue it with --resume, choose another output_dir, or remove the folder\
 """)

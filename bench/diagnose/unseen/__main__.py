@@ -1,3 +1,4 @@
+from bench.diagnose.unseen.parts import PARTS
 from bench.diagnose.unseen.run import main
 
-main()
+main(PARTS)

@@ -19,9 +19,7 @@ from bench.diagnose import recipe as recipes
 from bench.diagnose.loop import build, collate, render, train
 from bench.diagnose.recipe import Recipe
 from bench.diagnose.run_facts import run_facts_of
-from bench.diagnose.unseen import tasks
-from bench.diagnose.unseen.bases import end_ids, linears, load
-from bench.diagnose.unseen.registry import Unseen
+from bench.diagnose.unseen.registry import Parts, Unseen
 from bench.diagnose.worlds import Chat
 from solotune.diagnosis.run_diagnosis import examine
 
@@ -47,17 +45,17 @@ class Made(Recipe):
     """Another collator: what it makes of a batch."""
 
 
-def recipe_of(program: Unseen) -> Made:
-    base = load(program.base)
+def recipe_of(program: Unseen, parts: Parts) -> Made:
+    base = parts.load(program.base)
     plain = recipes.clean(base, program.seed, rows=8, held_out=4)
     made = Made(**{f.name: getattr(plain, f.name) for f in fields(Recipe)})
-    made.chats, made.held_out = tasks.split(program.task, base.world, ROWS, HELD_OUT, program.seed)
+    made.chats, made.held_out = parts.split(program.task, base.world, ROWS, HELD_OUT, program.seed)
     made.steps = STEPS
-    made.adapters["target_modules"] = linears(base)
-    made.generation_config["eos_token_id"] = end_ids(base)
+    made.adapters["target_modules"] = parts.linears(base)
+    made.generation_config["eos_token_id"] = parts.end_ids(base)
     longest = max(len(made.tokenizer(made.format.text(chat))["input_ids"]) for chat in made.chats)
     made.max_length = 256 if longest <= 250 else 384
-    made.set(lora_target_modules=linears(base), max_steps=STEPS, max_length=made.max_length)
+    made.set(lora_target_modules=parts.linears(base), max_steps=STEPS, max_length=made.max_length)
     if program.kind in ("alone", "folder"):
         made.layout = ("plain", "llamafactory", "axolotl")[program.seed % 3]
         if not base.kind.is_instruct:  # the script gives the base model a template, as people do, and saves it
@@ -68,10 +66,10 @@ def recipe_of(program: Unseen) -> Made:
     return made
 
 
-def job_of(program: Unseen) -> ours.Job:
-    base = load(program.base)
+def job_of(program: Unseen, parts: Parts) -> ours.Job:
+    base = parts.load(program.base)
     job = ours.clean(base, program.seed, rows=8, held_out=4)
-    train_chats, held_out = tasks.split(program.task, base.world, ROWS, HELD_OUT, program.seed)
+    train_chats, held_out = parts.split(program.task, base.world, ROWS, HELD_OUT, program.seed)
     job.train = [{"messages": chat} for chat in train_chats]
     job.held_out = [{"messages": chat} for chat in held_out]
     longest = max(len(job.tokenizer(job.format.text(chat))["input_ids"]) for chat in train_chats)
@@ -81,15 +79,17 @@ def job_of(program: Unseen) -> ours.Job:
     return job
 
 
-def diagnosed(program: Unseen, folder: Path, budget: float) -> tuple[Callable[[], Any], Callable[[], None]]:
+def diagnosed(
+    program: Unseen, folder: Path, budget: float, parts: Parts
+) -> tuple[Callable[[], Any], Callable[[], None]]:
     """What trains, and what diagnoses afterwards; the second is called once the first has ended."""
     state: dict[str, Any] = {}
 
     def trained() -> None:
         if program.kind in ("own", "before"):
-            state["target"] = ours.carried_out(job_of(program), folder)
+            state["target"] = ours.carried_out(job_of(program, parts), folder)
             return
-        recipe = recipe_of(program)
+        recipe = recipe_of(program, parts)
         if recipe.collated is not None:
             plain, change = loop.collate, recipe.collated
             loop.collate = lambda recipe, rows: change(plain(recipe, rows))  # of this process only
@@ -97,7 +97,7 @@ def diagnosed(program: Unseen, folder: Path, budget: float) -> tuple[Callable[[]
             state["facts"] = run_facts_of(recipe, train(recipe))
         else:
             state["recipe"] = recipe
-            write(recipe, folder)
+            write(recipe, folder, parts.templates)
 
     def found() -> Any:
         if "target" in state:
@@ -125,7 +125,7 @@ HELD_OUT_FILE = {"plain": "eval.jsonl", "llamafactory": "data/desk_eval.json", "
 CONFIG_FILE = {"plain": "sft.yaml", "llamafactory": "train_lora.yaml", "axolotl": "axolotl.yml"}
 
 
-def write(recipe: Made, folder: Path) -> None:
+def write(recipe: Made, folder: Path, templates: dict[str, str]) -> None:
     """Base, rows and config, and beside them the output of Trainer."""
     model = folder / "base"
     shutil.copytree(recipe.base.folder, model, ignore=shutil.ignore_patterns("base.json"))
@@ -136,7 +136,7 @@ def write(recipe: Made, folder: Path) -> None:
         if chats:
             _rows(folder / file[recipe.layout], [recipe.row_of(chat) for chat in chats])
     _train(recipe, folder / "output", model)
-    _config(recipe, folder, model)
+    _config(recipe, folder, model, templates)
     for change in recipe.left:
         change(folder / "output")
 
@@ -149,7 +149,7 @@ def _rows(file: Path, rows: list[dict[str, Any]]) -> None:
         file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def _config(recipe: Made, folder: Path, model: Path) -> None:
+def _config(recipe: Made, folder: Path, model: Path, templates: dict[str, str]) -> None:
     s = recipe.settings
     targets = recipe.adapters["target_modules"]
     if recipe.layout == "llamafactory":
@@ -165,7 +165,7 @@ def _config(recipe: Made, folder: Path, model: Path) -> None:
             "model_name_or_path": str(model), "stage": "sft", "do_train": True, "finetuning_type": "lora",
             "lora_rank": recipe.adapters["r"], "lora_alpha": recipe.adapters["lora_alpha"],
             "lora_target": ",".join(targets), "dataset": "desk", "eval_dataset": "desk_eval", "dataset_dir": "data",
-            "template": TEMPLATES[recipe.base.kind.name], "cutoff_len": recipe.max_length,
+            "template": templates[recipe.base.kind.name], "cutoff_len": recipe.max_length,
             "output_dir": str(folder / "output"),
             "per_device_train_batch_size": recipe.batch, "gradient_accumulation_steps": recipe.accumulation,
             "learning_rate": recipe.learning_rate, "max_steps": recipe.steps, "lr_scheduler_type": recipe.decay,
@@ -196,8 +196,6 @@ def _config(recipe: Made, folder: Path, model: Path) -> None:
     (folder / CONFIG_FILE[recipe.layout]).write_text("".join(lines))
 
 
-TEMPLATES = {"phi3-tags": "phi", "granite-roles": "granite3", "cohere-turns": "cohere", "stablelm-seek": "deepseek"}
-"""LLaMA-Factory's names of these formats."""
 FROM_SETTINGS = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "max_steps",
                  "per_device_train_batch_size", "gradient_accumulation_steps", "lora_r", "lora_alpha", "lora_dropout",
                  "lora_target_modules", "max_length", "assistant_only_loss", "packing", "optim", "seed",

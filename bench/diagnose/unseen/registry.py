@@ -17,6 +17,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 KINDS_OF_PROGRAM = ("loop", "alone", "folder", "own", "before")
@@ -40,6 +41,22 @@ class Unseen:
     @cached_property
     def seed(self) -> int:
         return int(hashlib.sha256(self.name.encode()).hexdigest()[:6], 16)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a set of programs brings along; make.py, run.py and verify.py are the same for all sets."""
+
+    name: str
+    """Of its package in bench.diagnose."""
+    programs: Callable[[], list[Unseen]]
+    load: Callable[[str], Any]
+    folder_of: Callable[[str], Path]
+    end_ids: Callable[[Any], list[int]]
+    linears: Callable[[Any], list[str]]
+    split: Callable[[str, Any, int, int, int], tuple[list[Any], list[Any]]]
+    templates: dict[str, str]
+    """LLaMA-Factory's names of the bases' formats."""
 
 
 PROGRAMS: list[Unseen] = []

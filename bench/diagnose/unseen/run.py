@@ -1,5 +1,5 @@
-"""python -m bench.diagnose.unseen [--only WORD ...] [--kind KIND] [--jobs N] [--minutes M] [--out FILE.jsonl]
-    [--list | --bases]
+"""python -m bench.diagnose.unseen (or unseen2) [--only WORD ...] [--kind KIND] [--jobs N] [--minutes M]
+    [--out FILE.jsonl] [--list | --bases]
 
 Each program has a process of its own. A line of the file per program, then the table.
 """
@@ -17,10 +17,14 @@ import tempfile
 import time
 import traceback
 import warnings
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.diagnose.forks import forked
+
+if TYPE_CHECKING:
+    from bench.diagnose.unseen.registry import Parts
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -30,7 +34,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of a core alone; and CUDA does not su
 BUDGET, LIMIT = 60.0, 400
 
 
-def one(program: Any) -> dict[str, Any]:
+def one(program: Any, parts: Parts) -> dict[str, Any]:
     import torch
     import transformers
 
@@ -44,7 +48,7 @@ def one(program: Any) -> dict[str, Any]:
     trained = started
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            found_by, train = diagnosed(program, Path(scratch), BUDGET)
+            found_by, train = diagnosed(program, Path(scratch), BUDGET, parts)
             train()
             trained = time.perf_counter()
             try:
@@ -71,16 +75,14 @@ def one(program: Any) -> dict[str, Any]:
     }
 
 
-def run_all(chosen: list[Any], jobs: int, minutes: float, say: Any) -> list[dict[str, Any]]:
-    from bench.diagnose.unseen.bases import load
-
-    _bases(sorted({program.base for program in chosen}), jobs)
+def run_all(chosen: list[Any], jobs: int, minutes: float, say: Any, parts: Parts) -> list[dict[str, Any]]:
+    _bases(sorted({program.base for program in chosen}), jobs, parts)
     for name in sorted({program.base for program in chosen}):
-        base = load(name)
+        base = parts.load(name)
         base.model()
         base.tokenizer()
     results = []
-    for result in forked(chosen, jobs, time.perf_counter() + 60 * minutes, one, _failed, LIMIT):
+    for result in forked(chosen, jobs, time.perf_counter() + 60 * minutes, partial(one, parts=parts), _failed, LIMIT):
         results.append(result)
         say(result)
     return results
@@ -95,14 +97,13 @@ def _failed(program: Any, error: str, seconds: float) -> dict[str, Any]:
     return {**_known(program), "verdict": "failed", "named": [], "error": error, "seconds": round(seconds, 1)}
 
 
-def _bases(names: list[str], jobs: int) -> None:
+def _bases(names: list[str], jobs: int, parts: Parts) -> None:
     """Makes those that this machine has not; each in a process, which keeps torch's threads out of this one."""
-    from bench.diagnose.unseen.bases import folder_of, load
-
-    missing = [name for name in names if not (folder_of(name) / "base.json").exists()]
+    missing = [name for name in names if not (parts.folder_of(name) / "base.json").exists()]
     fork = multiprocessing.get_context("fork")
     for begin in range(0, len(missing), max(jobs, 1)):
-        processes = [fork.Process(target=_quiet, args=(load, name)) for name in missing[begin : begin + max(jobs, 1)]]
+        some = missing[begin : begin + max(jobs, 1)]
+        processes = [fork.Process(target=_quiet, args=(parts.load, name)) for name in some]
         for process in processes:
             process.start()
         for process in processes:
@@ -116,27 +117,26 @@ def _quiet(load: Any, name: str) -> None:
     load(name)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.diagnose.unseen")
+def main(parts: Parts) -> None:
+    parser = argparse.ArgumentParser(prog=f"python -m bench.diagnose.{parts.name}")
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--kind")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=math.inf)
-    parser.add_argument("--out", default="unseen.jsonl")
+    parser.add_argument("--out", default=f"{parts.name}.jsonl")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--bases", action="store_true", help="make the bases and end")
     asked = parser.parse_args()
 
     from bench.diagnose.unseen import score
-    from bench.diagnose.unseen.programs import programs
 
     chosen = [
-        p for p in programs()
+        p for p in parts.programs()
         if asked.kind in (None, p.kind)
         and (not asked.only or any(all(part in p.name for part in word.split("/")) for word in asked.only))
     ]  # fmt: skip
     if asked.bases:
-        _bases(sorted({p.base for p in programs()}), asked.jobs)
+        _bases(sorted({p.base for p in parts.programs()}), asked.jobs, parts)
         return
     if asked.list:
         for p in chosen:
@@ -150,13 +150,9 @@ def main() -> None:
             file.write(json.dumps({**result, "named": result["named"][:3], "all_named": result["named"]}) + "\n")
             file.flush()
 
-        results = run_all(chosen, asked.jobs, asked.minutes, say)
+        results = run_all(chosen, asked.jobs, asked.minutes, say, parts)
     print(json.dumps(score.table(results), indent=1))
     spent = time.perf_counter() - started
     print(f"{len(results)} of {len(chosen)} programs, {spent / 60:.1f} minutes, "
           f"{sum(r['seconds'] for r in results) / 60:.0f} program minutes, "
           f"{sum(r.get('cpu', 0) for r in results) / 60:.0f} of them of a core; {asked.out}")  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,7 @@ from typing import Any
 EQUIVALENT = ({"F64", "F61"}, {"F67", "F61"}, {"F10", "F24"}, {"F21", "F18"}, {"F57", "F58"})
 
 
-def _accepted(truth: Sequence[str]) -> set[str]:
+def accepted(truth: Sequence[str]) -> set[str]:
     return set(truth).union(*(group for group in EQUIVALENT if group & set(truth)))
 
 
@@ -25,7 +25,7 @@ def _suspect(code: str) -> str:
     return FAULTS[code].suspect
 
 
-def _named(result: dict[str, Any]) -> list[str]:
+def said(result: dict[str, Any]) -> list[str]:
     return result["named"] if result["verdict"] == "fault" else []
 
 
@@ -35,15 +35,15 @@ def _share(hits: list[bool]) -> float | None:
 
 def _rows(results: list[dict[str, Any]]) -> dict[str, Any]:
     faults, healthy = [r for r in results if r["truth"]], [r for r in results if not r["truth"]]
-    first = [(_named(r)[:1] or [None])[0] for r in faults]
+    first = [(said(r)[:1] or [None])[0] for r in faults]
     pairs = list(zip(faults, first, strict=True))
     return {
         "faults": len(faults),
         "codes": len({r["truth"][0] for r in faults}),
         "suspect top-1": _share([f is not None and _suspect(f) in set(map(_suspect, r["truth"])) for r, f in pairs]),
         "fault top-1, strict": _share([f == r["truth"][0] for r, f in pairs]),
-        "fault top-1, set-aware": _share([f in _accepted(r["truth"]) for r, f in pairs]),
-        "fault in the first 3, set-aware": _share([bool(_accepted(r["truth"]) & set(_named(r)[:3])) for r in faults]),
+        "fault top-1, set-aware": _share([f in accepted(r["truth"]) for r, f in pairs]),
+        "fault in the first 3, set-aware": _share([bool(accepted(r["truth"]) & set(said(r)[:3])) for r in faults]),
         "faults undecided": sum(r["verdict"] == "undecided" for r in faults),
         "faults called healthy": sum(r["verdict"] == "healthy" for r in faults),
         "faults refused without a name": sum(r["verdict"] == "refused" for r in faults),

@@ -17,14 +17,14 @@ import torch
 from bench.diagnose import loop
 from bench.diagnose.loop import micro_batches, render
 from bench.diagnose.unseen.make import job_of, recipe_of
-from bench.diagnose.unseen.programs import programs
+from bench.diagnose.unseen.registry import Parts
 
 
 def _nothing(_made: Any, _rng: random.Random) -> None: ...
 
 
-def effect_on_recipe(program: Any) -> dict[str, Any]:
-    clean, made = recipe_of(replace(program, change=_nothing)), recipe_of(program)
+def effect_on_recipe(program: Any, parts: Parts) -> dict[str, Any]:
+    clean, made = recipe_of(replace(program, change=_nothing), parts), recipe_of(program, parts)
     clean.seed = made.seed
     found: dict[str, Any] = {}
     sides = []
@@ -92,8 +92,8 @@ def _prefix(recipe: Any) -> float:
     return sum(right) / len(right)
 
 
-def effect_on_job(program: Any) -> dict[str, Any]:
-    clean, made = job_of(replace(program, change=_nothing)), job_of(program)
+def effect_on_job(program: Any, parts: Parts) -> dict[str, Any]:
+    clean, made = job_of(replace(program, change=_nothing), parts), job_of(program, parts)
     keys = sorted({*made.config, *clean.config})
     held_changed = sum(a != b for a, b in zip(clean.held_out, made.held_out, strict=False))
     found: dict[str, Any] = {
@@ -124,17 +124,19 @@ def effect_on_job(program: Any) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
+def main(parts: Parts) -> None:
     torch.set_num_threads(1)
-    for program in programs():
+    for program in parts.programs():
         if sys.argv[1:] and not any(word in program.name for word in sys.argv[1:]):
             continue
         try:
-            effect = effect_on_job(program) if program.kind in ("own", "before") else effect_on_recipe(program)
+            effect = (effect_on_job if program.kind in ("own", "before") else effect_on_recipe)(program, parts)
             print(program.name, effect, flush=True)
         except Exception:
             print(program.name, "ERROR", traceback.format_exc()[-500:], flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    from bench.diagnose.unseen.parts import PARTS
+
+    main(PARTS)

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from solotune.api.types import ConfigSource
-from solotune.display.progress import Display, SilentDisplay
+from solotune.display.notebook import showing
+from solotune.display.progress import Display
+from solotune.runtime.library_noise import quiet_libraries
 
 if TYPE_CHECKING:
     from solotune.diagnosis.evidence import Diagnosis
 
 
+@quiet_libraries()
 def diagnose(
     target: ConfigSource,
     deep: bool = False,
@@ -44,13 +47,15 @@ def diagnose(
 
     Raises:
         InputError: the target is not a config, a run, or a trainer's output folder or log.
+        StorageError: diagnosis.json cannot be written.
     """
     from solotune.diagnosis import run_diagnosis
     from solotune.diagnosis.sources.detect import open_run, run_facts_of
 
-    display = display or SilentDisplay()
-    display.phase("reading config, run and files")
-    found = run_diagnosis.examine(run_facts_of(target, overrides, config, dataset, base), deep, budget, display.phase)
+    with showing(display) as chosen:
+        chosen.phase("reading config, run and files")
+        facts = run_facts_of(target, overrides, config, dataset, base)
+        found = run_diagnosis.examine(facts, deep, budget, chosen.phase, chosen.progress)
     if run := open_run(target):
         run.write_json("diagnosis.json", found.to_json())
         run.update_manifest("diagnosis.json")

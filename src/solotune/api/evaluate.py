@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from solotune.display.progress import Display, SilentDisplay
+from solotune.display.notebook import showing
+from solotune.display.progress import Display
 from solotune.errors import InputError, IntegrityError
 from solotune.run.run_dir import read_object
+from solotune.runtime.library_noise import quiet_libraries
 
 if TYPE_CHECKING:
     from solotune.dataset import Prepared
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from solotune.model.loading import TrainableModel
 
 
+@quiet_libraries()
 def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
     """Compare the tuned model of a run with its base on the held-out rows; replaces evaluation.json.
 
@@ -23,14 +26,19 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
 
     Raises:
         InputError: there is no run, or it held out no rows.
-        IntegrityError: the held-out rows have changed since the run.
+        IntegrityError: the held-out rows or the base model have changed since the run.
+        DeviceError: the GPU failed, or its memory is full.
     """
+    with showing(display) as chosen:
+        return _evaluate(run, chosen)
+
+
+def _evaluate(run: str | Path, display: Display) -> Evaluation:
     from solotune import dataset
     from solotune.hardware.gpu_errors import device_errors
     from solotune.training.resume import day_of
     from solotune.training.trained_run import TunedRun
 
-    display = display or SilentDisplay()
     found = TunedRun.open(run)
     path = found.directory.path
     display.choices(found.choices)
@@ -49,7 +57,7 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
     display.phase("loading model")
     with device_errors(found.config.memory):
         result = compare(
-            found.load(),
+            found.load(display.progress),
             found.tokenizer,
             prepared,
             None,
@@ -86,5 +94,5 @@ def compare(
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,
         tuned=tuned,
-        progress=lambda done, total: display.progress(done, total, "held-out rows"),
+        progress=display.progress,
     )

@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from solotune.diagnosis.explanation import Explanation
 
 
-def explain(code: str) -> Explanation:
-    """Explain a fault (F17, pad-masks-terminator) or a suspect (S4): symptoms, cause and fix.
+def explain(code: str | None = None) -> Explanation:
+    """Explain a fault (F17, pad-masks-terminator) or a suspect (S4): symptoms, cause and fix; or list the suspects.
 
         print(solotune.explain("F17").text)
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from solotune.api.propose import Proposal, proposed
 from solotune.config.describe import allowed_values, field_help, section_of
+from solotune.config.load import override_values
 from solotune.config.run_config import SECTIONS, RunConfig
 from solotune.config.translate import translated
 from solotune.config.write import yaml_value
 from solotune.config.yaml_reader import on_one_line
+from solotune.display.notebook import showing
 from solotune.display.progress import Display
 from solotune.errors import InputError
 from solotune.run.atomic_io import make_folder, write_whole
+from solotune.runtime.library_noise import quiet_libraries
 
 SHOWN = (
     "model_name_or_path", "base_precision", "lora_r", "lora_alpha", "lora_target_modules", "dataset", "max_length",
@@ -34,6 +37,7 @@ WHY = {
 """Why a key has its value, where nothing about model or data says more."""
 
 
+@quiet_libraries()
 def init(
     model: str | None = None,
     dataset: str | None = None,
@@ -42,11 +46,12 @@ def init(
     every_key: bool = False,
     source: str | Path | None = None,
     display: Display | None = None,
+    overrides: Iterable[str] = (),
 ) -> Path:
     """Write a config for a model and its data: settings fitted to the rows and this machine, each with the reason.
 
         solotune.init("HuggingFaceTB/SmolLM2-135M-Instruct", "chats.jsonl", "run.yaml")
-        solotune.init(source="axolotl.yaml", path="run.yaml")
+        solotune.init(source="axolotl.yaml", path="translated.yaml")
 
     Args:
         model: folder or hub id.
@@ -54,16 +59,20 @@ def init(
         force: replace an existing file.
         every_key: list all other keys too, with their defaults and help.
         source: a config of Axolotl, LLaMA-Factory, TRL or Unsloth to translate; `model` and `dataset` win over it.
+        overrides: `key=value` strings: settings that stay as they are, such as a column_mapping.
 
     Raises:
         InputError: the file exists and `force` is not set; model or data is missing, or cannot be used.
+        StorageError: the file cannot be written.
     """
     path = Path(path)
     if path.exists() and not force:
         raise InputError(
             f"{path}: the file exists", change="choose another name with --output, or replace the file with --force"
         )
-    found = proposed(*_given(model, dataset, source), display)
+    given, left_out = _given(model, dataset, source)
+    with showing(display) as chosen:
+        found = proposed(given | override_values(overrides), left_out, chosen)
     make_folder(path.parent)
     write_whole(path, text_of(found, path, every_key))
     return path

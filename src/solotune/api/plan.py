@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from solotune.api.python_config import config_of
 from solotune.api.types import ConfigSource, Overrides
-from solotune.display.progress import Display, SilentDisplay
+from solotune.config.run_config import RunConfig
+from solotune.display.notebook import showing
+from solotune.display.progress import Display
 from solotune.errors import SolotuneError
+from solotune.runtime.library_noise import quiet_libraries
 
 if TYPE_CHECKING:
-    from solotune.planning.planner import Plan
+    from solotune.planning.plan import Plan
 
 
+@quiet_libraries()
 def plan(
     config: ConfigSource, overrides: Overrides = (), gpu: str | None = None, display: Display | None = None, **keys: Any
 ) -> Plan:
@@ -22,30 +26,51 @@ def plan(
         plan = solotune.plan("run.yaml", gpu="4090")
         print(plan.fits, plan.to_json()["peak_bytes"])
 
+    A run that does not fit is a result, not an error: `plan.fits` is False, and `plan.suggestion()` says what to
+    change. So is a fault that would stop the run before its first step: it is in `plan.findings`.
+
     Args:
         gpu: name of a GPU to plan for (h100, 4090, ...); default: the one in this machine.
         keys: keys of the config, as in `solotune.train`.
 
     Raises:
-        InputError: unknown GPU, or a memory_budget larger than its memory.
+        InputError: config or model cannot be used, unknown GPU, or a memory_budget larger than its memory.
     """
+    with showing(display) as chosen:
+        return _plan(config_of(config, overrides, keys), gpu, chosen)
+
+
+def _plan(config: RunConfig, gpu: str | None, display: Display) -> Plan:
     from solotune import dataset
+    from solotune.diagnosis import certain_faults
+    from solotune.diagnosis.data_checks import check_rows
+    from solotune.diagnosis.run_facts import RunFacts
+    from solotune.diagnosis.sources import solotune_run
     from solotune.hardware import machine as environment
     from solotune.hub.model_files import resolve_model
     from solotune.planning.plan_inputs import for_card, plan_for
 
-    display = display or SilentDisplay()
-    checked = config_of(config, overrides, keys)
+    allowed = certain_faults.allowed_codes(config)
     machine = environment.probe()
-    checked, choices = environment.resolve_for_machine(checked, machine if gpu is None else for_card(gpu, machine))
-    model_files = resolve_model(checked)
-    prepared, notes = None, []
+    config, choices = environment.resolve_for_machine(config, machine if gpu is None else for_card(gpu, machine))
+    model_files = resolve_model(config)
+    prepared, tokenizer, notes = None, None, []
     try:
         display.phase("reading data")
-        tokenizer = dataset.load_tokenizer(checked, model_files)
-        prepared = dataset.prepare(checked, tokenizer, progress=display.progress)
+        tokenizer = dataset.load_tokenizer(config, model_files)
+        prepared = dataset.prepare(config, tokenizer, progress=display.progress)
     except SolotuneError as error:
         notes = [f"the data cannot be read: {error.problem}"]
     display.phase("planning")
-    found = plan_for(checked, machine, prepared, gpu, model_files)
-    return replace(found, choices=[*choices, *found.choices], notes=[*notes, *found.notes])
+    found = plan_for(config, machine, prepared, gpu, model_files)
+    run_facts = RunFacts(config.name, solotune_run.settings_of(found.resolved))
+    if prepared is not None and tokenizer is not None:
+        known = check_rows(config, tokenizer, prepared, model_files)
+        run_facts = solotune_run.from_prepared(found.resolved, tokenizer, prepared, known, model_files)
+    return replace(
+        found,
+        choices=[*choices, *found.choices],
+        notes=[*notes, *found.notes],
+        findings=[finding.to_json() for finding in certain_faults.of_run(run_facts)],
+        allowed=allowed,
+    )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,7 @@ VALIDATION_ROWS = 50
 """Held-out rows that give the loss to about 0.07 nats, if per-row losses vary by 0.5."""
 MOST_HELD_OUT = 0.2
 _MAPPING = re.compile(r"^column_mapping: (\{.*?\})")
+_ADVISED = re.compile(r"\b(column_mapping): (\{[^}]*\})")
 _DROPPING = "on_bad_row: drop"
 
 
@@ -89,7 +91,9 @@ def proposed(given: dict[str, Any], left_out: Mapping[str, str], display: Displa
     except SolotuneError as error:
         if is_local_path(found.config.model_name_or_path):
             raise
-        found.notes.append(f"the model could not be read, so nothing is fitted to it: {error.problem}")
+        problem = error.problem.partition(": ")[2] or error.problem
+        found.notes.append(f"settings are not fitted to model and data, because the model could not be read: {problem}")
+        display.note(found.notes[-1] + (f" ({error.seen})" if error.seen else ""))
         source = found.config.source
         Source.of("dataset", source.dataset, source.split)  # a file that does not exist is refused all the same
         return found
@@ -99,6 +103,8 @@ def proposed(given: dict[str, Any], left_out: Mapping[str, str], display: Displa
     _fit_to_rows(found, prepared, model_files, is_sample, given)
     display.phase("planning")
     _fit_to_machine(found, prepared, model_files, given)
+    for note in found.notes:
+        display.note(note)
     return found
 
 
@@ -141,8 +147,9 @@ def _read(found: Proposal, tokenizer: Any, is_sample: bool, display: Display, gi
                 raise InputError(
                     f"dataset: most rows cannot be used ({num_bad:,} of {report.num_read:,})", seen=report.reasons()
                 )
-            reason = f"{num_bad:,} of {report.num_read:,} rows cannot be used; solotune data says which"
-            found.because["on_bad_row"] = reason
+            reason = f"{num_bad:,} of {report.num_read:,} rows cannot be used"
+            found.because["on_bad_row"] = f"{reason}; solotune data shows why"
+            display.note(f"{reason}, and are left out (on_bad_row: drop): {report.reasons()}")
         return prepared
 
 
@@ -159,7 +166,21 @@ def _answer(found: Proposal, error: InputError, given: dict[str, Any]) -> None:
     elif _DROPPING in change and found.config.on_bad_row == "error" and "on_bad_row" not in given:
         found.set("", on_bad_row="drop")
     else:
+        if advised := _ADVISED.search(change):
+            key, value = advised.groups()
+            words = [
+                "solotune",
+                "init",
+                found.config.model_name_or_path,
+                *_names(found.config.dataset),
+                f"{key}={value}",
+            ]
+            error.change = f"{change}; as a command: {shlex.join(words)}"
         raise error
+
+
+def _names(dataset: str | list[str]) -> list[str]:
+    return [dataset] if isinstance(dataset, str) else dataset
 
 
 def _fit_to_rows(

@@ -1,7 +1,7 @@
 """Stages before the first step of a run: checks that may refuse it, then the run's initial files.
 
-check, read_data, plan, load_model, try_largest_step     called by `train.prepare_run`; they write nothing
-write_initial_files                                      writes config, machine, plan, data report and split
+check, read_data, plan, stop_before_harm, load_model, try_largest_step     called by `train.prepare_run`
+write_initial_files     the first that writes: config, machine, plan, data report and split
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from solotune import dataset
 from solotune.config.run_config import Choice, RunConfig
 from solotune.config.write import to_yaml
 from solotune.dataset import packing, sampler
+from solotune.diagnosis import certain_faults
 from solotune.diagnosis.data_checks import check_rows
+from solotune.diagnosis.rules import ask_all
 from solotune.errors import InputError
 from solotune.hardware import doctor
 from solotune.hardware.gpu_errors import device_errors
@@ -31,17 +33,18 @@ from solotune.runtime import watchdog
 from solotune.training import checkpoint, disk_space, preflight, trained_run
 from solotune.training import resume as resuming
 from solotune.training.find_run import CONFIG_NAME, recorded_name
-from solotune.units import format_duration, gib
+from solotune.units import format_duration, format_step_time, gib
 from solotune.version import __version__
 
 if TYPE_CHECKING:
     from solotune.dataset import Prepared
+    from solotune.diagnosis.evidence import Signal
     from solotune.diagnosis.findings import Finding
     from solotune.diagnosis.run_facts import RunFacts
     from solotune.display.observer import RunObserver
     from solotune.hardware.machine import Machine
     from solotune.model.loading import TrainableModel
-    from solotune.planning.planner import Plan
+    from solotune.planning.plan import Plan
     from solotune.training.preflight import Preflight
     from solotune.training.resume import ResumePoint
 
@@ -60,6 +63,7 @@ class PreparedRun:
     model: TrainableModel
     preflight: Preflight | None  # measurements of the largest step; None if it was not tried
     run_facts: RunFacts  # for the diagnosis during the run
+    signals: list[Signal]  # of the rules before the first step
 
     def plan_json(self) -> dict[str, Any]:
         return {"predicted": self.plan.to_json(), "preflight": self.preflight and asdict(self.preflight)}
@@ -120,6 +124,31 @@ def plan(
     return result
 
 
+def stop_before_harm(config: RunConfig, run_facts: RunFacts, resume: bool, display: RunObserver) -> list[Signal]:
+    """Ask the rules before the first step, and stop for what is certain; their signals.
+
+    A run that goes on from a checkpoint is not stopped.
+
+    Raises:
+        CheckError: a fault is certain, and `allow_faults` does not name it.
+    """
+    signals, allowed = ask_all(run_facts)[0], certain_faults.allowed_codes(config)
+    found = certain_faults.of_run(run_facts, signals)
+    refusal = certain_faults.refusal(found, allowed)
+    if refusal is not None and not _goes_on(config, resume):
+        raise refusal
+    if names := ", ".join(f"{finding.code} {finding.slug}" for finding in found if finding.code in allowed):
+        display.note(f"allow_faults: training in spite of {names}")
+    return signals
+
+
+def _goes_on(config: RunConfig, resume: bool) -> bool:
+    """Whether the run continues from a checkpoint."""
+    previous = resuming.continued(config.output_dir) if resume else None
+    has_one = previous is not None and bool(checkpoint.list_checkpoints(previous.checkpoints))
+    return has_one or config.resume_from_checkpoint is not None
+
+
 def fetch_weights(model_files: ModelFiles, display: RunObserver) -> ModelFiles:
     """The model's files with its weights; a hub model is downloaded here, once."""
     display.phase("loading model")
@@ -133,13 +162,14 @@ def load_model(
     tokenizer: Any,
     prepared: Prepared,
     resume: bool,
+    display: RunObserver,
 ) -> TrainableModel:
     """Load the base with new adapters, and check that the disk has space for the run's files.
 
     Raises:
         SolotuneError: the model does not load, or there is not enough disk space.
     """
-    model, folder = trained_run.load_base(config, machine, model_files), _folder_of(config.output_dir)
+    model, folder = trained_run.load_base(config, machine, model_files, display.progress), _folder_of(config.output_dir)
     previous = resuming.continued(config.output_dir) if resume else None
     existing = len(checkpoint.list_checkpoints(previous.checkpoints)) if previous else 0
     disk_space.require_room(
@@ -250,5 +280,6 @@ def _parameters_in_words(summary: dict[str, Any]) -> str:
 def _plan_in_words(plan: Plan) -> str:
     """Predicted memory and time in one line."""
     seconds, peak = plan.option.seconds, plan.option.footprint.peak_bytes
-    text = f"plan: {gib(peak)} GiB peak memory (budget {gib(plan.budget.bytes)} GiB), {seconds.step:.3g} s per step"
+    memory = f"{gib(peak)} GiB peak memory (budget {gib(plan.budget.bytes)} GiB)"
+    text = f"plan: {memory}, {format_step_time(seconds.step)} per step"
     return text + (f", {format_duration(seconds.total)} in total" if seconds.total is not None else "")

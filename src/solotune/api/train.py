@@ -9,7 +9,7 @@ The stages of `prepare_run` and the files written before the first step are in `
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
@@ -18,30 +18,54 @@ from solotune.api.evaluate import compare
 from solotune.api.python_config import config_of
 from solotune.api.types import ConfigSource, Overrides
 from solotune.config.run_config import Choice, RunConfig
+from solotune.display.notebook import showing
 from solotune.display.observer import Observers, Resilient, RunObserver
-from solotune.display.progress import Display, PlainDisplay, SilentDisplay, make_console
+from solotune.display.progress import Display, PlainDisplay, make_console
 from solotune.errors import InterruptedRunError, RunNote, program
+from solotune.result_repr import ResultRepr, Table
 from solotune.run.atomic_io import LogFile, whole_folder
 from solotune.run.events import DeviceFailedEvent, EndEvent
+from solotune.run.history import history_of
 from solotune.run.record import RunRecord
 from solotune.run.run_dir import LOG, STACKS, RunDirectory
 from solotune.run.run_log import RunLog
+from solotune.runtime.library_noise import quiet_libraries
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from solotune.api.setup import PreparedRun
     from solotune.diagnosis.evidence import Diagnosis
     from solotune.evaluation.compare import Evaluation
     from solotune.evaluation.scores import Score
 
 
-@dataclass(frozen=True)
-class TrainResult:
+@dataclass(frozen=True, repr=False)
+class TrainResult(ResultRepr):
     """Result of `train`."""
 
     run_dir: Path
     summary: dict[str, Any]  # rows, steps and parameters, as in the start event
     choices: list[Choice]  # settings that solotune chose, and why
     evaluation: Evaluation | None  # base compared with tuned; None without held-out rows
+
+    @property
+    def history(self) -> DataFrame:
+        """The run's steps and evaluations as a pandas DataFrame, one row for each step: see `history_of`.
+
+        Raises:
+            CheckError: pandas is not installed.
+        """
+        return history_of(RunRecord.read(self.run_dir))
+
+    def figures(self) -> dict[str, object]:
+        compared = self.evaluation.figures() if self.evaluation else {}
+        names = ("base_loss", "tuned_loss", "base_exact_match", "tuned_exact_match")
+        steps = self.summary["total_steps"]
+        return {"run_dir": self.run_dir, "steps": steps, **{name: compared.get(name) for name in names}}
+
+    def tables(self) -> Iterable[Table]:
+        return self.evaluation.tables() if self.evaluation else ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -52,6 +76,7 @@ class TrainResult:
         }
 
 
+@quiet_libraries()
 def train(
     config: ConfigSource, overrides: Overrides = (), resume: bool = False, display: Display | None = None, **keys: Any
 ) -> TrainResult:
@@ -65,19 +90,30 @@ def train(
         overrides: `key=value` strings, or a mapping of keys, that replace values of the config.
         resume: continue the run in `output_dir`, or else the newest run of this config. A run that was killed before
             its first checkpoint starts again from step 0.
-        display: shows progress; default: nothing is shown.
+        display: shows progress. The default is one updating cell in a notebook, and nothing in a script;
+            `solotune.display.progress.SilentDisplay()` shows nothing.
         keys: keys of the config; they win. `dataset` and `eval_dataset` may be a list of rows or a `datasets.Dataset`.
 
+    Ctrl-C, or the stop button of a notebook, saves a checkpoint at the next step; the error says how to continue.
+
     Raises:
-        SolotuneError: see `solotune.errors`; each kind has its exit code.
+        InputError: config, data or model cannot be used.
+        CheckError: the machine is not fit, the run does not fit in memory, or a fault is certain before the first step
+            and `allow_faults` does not name it. Nothing is written.
+        DirectoryInUseError: `output_dir` has a run already, or another process writes there.
+        IntegrityError: with `resume`, data, base or config are not those of the run.
+        NonFiniteError: loss, gradient or weights became NaN or infinite.
+        DeviceError: the GPU failed, or its memory is full.
+        StorageError: a file cannot be written.
+        InterruptedRunError: the run was stopped; `change` says how to continue.
     """
+    checked = config_of(config, overrides, keys)
     from solotune.hardware import doctor
     from solotune.runtime import signals
 
-    checked = config_of(config, overrides, keys)
     doctor.require_torch()
-    user_display = Resilient(display or SilentDisplay())
-    with signals.handle_signals():
+    with showing(display, checked.logging_steps, stays=True) as chosen, signals.handle_signals():
+        user_display = Resilient(chosen)
         try:
             return _train(checked, resume, user_display)
         except signals.StopRequested as stop:
@@ -92,16 +128,20 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver) -> Prepar
         SolotuneError: the run cannot start.
     """
     from solotune.api import setup
+    from solotune.diagnosis import certain_faults
     from solotune.diagnosis.sources import solotune_run
     from solotune.training import trained_run
 
+    certain_faults.allowed_codes(config)  # before anything takes long
     checked, machine, choices = trained_run.resolve_for_machine(config)
     model_files = setup.check(checked, machine, resume)
     tokenizer, prepared, findings = setup.read_data(checked, model_files, resume, display)
     plan = setup.plan(checked, model_files, machine, prepared, display)
     checked = plan.resolved
+    run_facts = solotune_run.from_prepared(checked, tokenizer, prepared, findings, model_files)
+    signals = setup.stop_before_harm(checked, run_facts, resume, display)
     model_files = setup.fetch_weights(model_files, display)
-    model = setup.load_model(checked, model_files, machine, tokenizer, prepared, resume)
+    model = setup.load_model(checked, model_files, machine, tokenizer, prepared, resume, display)
     preflight = setup.try_largest_step(checked, model, prepared, display)
     return setup.PreparedRun(
         config=checked,
@@ -113,7 +153,8 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver) -> Prepar
         plan=plan,
         model=model,
         preflight=preflight,
-        run_facts=solotune_run.from_prepared(checked, tokenizer, prepared, findings, model_files),
+        run_facts=run_facts,
+        signals=signals,
     )
 
 
@@ -136,13 +177,14 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient) -> TrainRes
     log = LogFile(run.path / LOG)
     watchdog.stacks_into(run.path / STACKS)
     try:
-        log_display = PlainDisplay(config.logging_steps, make_console(cast(TextIO, log)))
+        log_display = PlainDisplay(config.logging_steps, make_console(cast(TextIO, log), is_log=True))
         display = Observers(user_display, Resilient(log_display))
         display.note(f"run directory: {run.path}")
         display.choices(ready.choices)
         summary = setup.write_initial_files(run, ready, run_fingerprints, resume_point, display)
 
-        monitor = Monitor(model, ready.run_facts, Observers(RunLog(run), display), RunRecord.read(run.path))
+        told = Observers(RunLog(run), display)
+        monitor = Monitor(model, ready.run_facts, told, RunRecord.read(run.path), ready.signals)
         observer = Observers(display, Resilient(monitor))
         start = resume_point.point if resume_point else None
         with signals.defer_signals():

@@ -10,30 +10,17 @@ verbs that need them.
 
 from __future__ import annotations
 
-import contextlib
+import re
+import shutil
 import sys
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import click
 
-from solotune.cli.output import console, escape_terminal, print_json
+from solotune.cli.output import console, escape_terminal, print_json, print_result, shown
 from solotune.errors import EXIT_CODES, IntegrityError
 from solotune.version import __version__
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from solotune.display.progress import Display
-
-
-class Result(Protocol):
-    """Result of a verb."""
-
-    def to_json(self) -> dict[str, Any]: ...
-
-
-ResultT = TypeVar("ResultT", bound=Result)
 
 
 class Verbs(click.Group):
@@ -58,39 +45,6 @@ def config_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.argument("config", metavar="CONFIG")(command)
 
 
-def print_result(result: ResultT, printer: Callable[[ResultT, Console], None], as_json: bool) -> ResultT:
-    """Print the result of a verb, for people or as one JSON object."""
-    if as_json:
-        print_json(result.to_json())
-    else:
-        printer(result, console())
-    return result
-
-
-def run_shown(
-    verb: Callable[[Display], ResultT],
-    printer: Callable[[ResultT, Console], None],
-    as_json: bool,
-    logging_steps: int = 1,
-) -> ResultT:
-    """Call a verb with a display, and print the result."""
-    with shown(logging_steps) as display:
-        result = verb(display)
-    return print_result(result, printer, as_json)
-
-
-@contextlib.contextmanager
-def shown(logging_steps: int = 1) -> Iterator[Display]:
-    """A display on stdout; its live line is removed even after an error."""
-    from solotune.display.progress import make_display
-
-    display = make_display(logging_steps, sys.stdout)
-    try:
-        yield display
-    finally:
-        display.finish()
-
-
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]}, subcommand_metavar="VERB ...")
 @click.version_option(__version__, message="solotune %(version)s")
 def solotune() -> None:
@@ -98,13 +52,13 @@ def solotune() -> None:
 
     \b
     From nothing to a tuned model:
-      solotune doctor                       check this machine
-      solotune init MODEL chats.jsonl       write solotune.yaml
-      solotune data solotune.yaml           check the data: which tokens are trained on
-      solotune plan solotune.yaml           does it fit, how long will it take?
-      solotune train solotune.yaml          train, then compare with the base model
-      solotune diagnose runs/RUN            find out what is wrong
-      solotune chat runs/RUN --base         chat with the tuned and the base model
+      solotune doctor                  check this machine
+      solotune init MODEL chats.jsonl  write solotune.yaml
+      solotune data solotune.yaml      check the loss mask
+      solotune plan solotune.yaml      memory and time
+      solotune train solotune.yaml     train and compare
+      solotune diagnose runs/RUN       find out what is wrong
+      solotune chat runs/RUN --base    chat with both models
     """
 
 
@@ -120,38 +74,47 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     Example:
       solotune doctor
     """
-    from solotune.api.doctor import doctor
-    from solotune.cli.results import print_doctor
+    with shown("checking this machine"):
+        from solotune.api.doctor import doctor
+        from solotune.cli.results import print_doctor
 
-    report = print_result(doctor(), print_doctor, as_json)
+        report = doctor()
+    print_result(report, print_doctor, as_json)
     ctx.exit(0 if report.ok else 3)
 
 
 @solotune.command()
-@click.argument("model", required=False)
-@click.argument("dataset", required=False)
+@click.argument("arguments", nargs=-1, metavar="[MODEL] [DATASET] [KEY=VALUE]...")
 @click.option("-o", "--output", default="solotune.yaml", show_default=True, help="Config file to write.")
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
 @click.option("--all", "every_key", is_flag=True, help="List all other keys too, with their defaults and help.")
 @click.option("--from", "source", metavar="FILE", help="Translate a config of Axolotl, LLaMA-Factory, TRL or Unsloth.")
 @json_option
 def init(
-    model: str | None, dataset: str | None, output: str, force: bool, every_key: bool, source: str | None, as_json: bool
+    arguments: tuple[str, ...], output: str, force: bool, every_key: bool, source: str | None, as_json: bool
 ) -> None:
     """Write a config for a MODEL and a DATASET, fitted to both.
 
     MODEL is a folder or a hub id, DATASET a file (jsonl, json, csv, parquet) or a hub id. It reads both, and proposes
-    columns, max_length, held-out rows, batch and steps that fit this machine, each with its reason.
+    columns, max_length, held-out rows, batch and steps that fit this machine, each with its reason. Settings that are
+    given as KEY=VALUE stay as they are.
 
     \b
     Example:
-      solotune init HuggingFaceTB/SmolLM2-135M-Instruct chats.jsonl
+      solotune init Qwen/Qwen3-8B chats.jsonl
     """
-    from solotune.api.init import init
     from solotune.errors import program
 
+    is_key = [re.match(r"\w+=", one) is not None for one in arguments]
+    overrides = [one for one, is_one in zip(arguments, is_key, strict=True) if is_one]
+    names = [one for one, is_one in zip(arguments, is_key, strict=True) if not is_one]
+    if len(names) > 2:
+        raise click.UsageError(f"init takes one MODEL and one DATASET (a file or a folder), not {len(names)} names.")
+    model, dataset = [*names, None, None][:2]
     with shown() as display:
-        path = init(model, dataset, output, force, every_key, source, display)
+        from solotune.api.init import init
+
+        path = init(model, dataset, output, force, every_key, source, display, overrides)
     if as_json:
         print_json({"path": str(path)})
     else:
@@ -174,15 +137,13 @@ def data(ctx: click.Context, config: str, overrides: tuple[str, ...], show: int,
     Example:
       solotune data solotune.yaml --show 3 max_length=1024
     """
-    from solotune.api.data import data
-    from solotune.cli.results import print_data
+    with shown() as display:
+        from solotune.api.data import data
+        from solotune.cli.results import print_data
 
-    preview = run_shown(
-        lambda display: data(config, overrides, show=show, display=display),
-        lambda preview, console: print_data(preview, console, with_ids),
-        as_json,
-    )
-    ctx.exit(3 if any(finding["severity"] == "error" for finding in preview.report.findings or ()) else 0)
+        preview = data(config, overrides, show=show, display=display)
+    print_result(preview, lambda preview, console: print_data(preview, console, with_ids), as_json)
+    ctx.exit(3 if preview.is_fault else 0)
 
 
 @solotune.command()
@@ -202,11 +163,13 @@ def plan(ctx: click.Context, config: str, overrides: tuple[str, ...], gpu: str |
     Example:
       solotune plan solotune.yaml --gpu 4090 max_length=4096
     """
-    from solotune.api.plan import plan
-    from solotune.cli.results import print_plan
+    with shown() as display:
+        from solotune.api.plan import plan
+        from solotune.cli.results import print_plan
 
-    found = run_shown(lambda display: plan(config, overrides, gpu, display=display), print_plan, as_json)
-    ctx.exit(0 if found.fits else 3)
+        found = plan(config, overrides, gpu, display=display)
+    print_result(found, print_plan, as_json)
+    ctx.exit(0 if found.fits and not found.is_fault else 3)
 
 
 @solotune.command()
@@ -221,16 +184,19 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, as_json: bool) 
 
     \b
     Example:
-      solotune train solotune.yaml learning_rate=1e-4 output_dir=runs/low
+      solotune train solotune.yaml learning_rate=1e-4
     """
-    from solotune.api.train import train
-    from solotune.cli.results import print_trained
-    from solotune.config.load import load_config
+    with shown() as display:
+        from solotune.config.load import load_config
 
-    checked = load_config(config, overrides)
-    run_shown(
-        lambda display: train(checked, resume=resume, display=display), print_trained, as_json, checked.logging_steps
-    )
+        checked = load_config(config, overrides)  # a mistake in it is known before the slow imports
+        display.logging_steps = checked.logging_steps
+
+        from solotune.api.train import train
+        from solotune.cli.results import print_trained
+
+        result = train(checked, resume=resume, display=display)
+    print_result(result, print_trained, as_json)
 
 
 @solotune.command()
@@ -246,10 +212,12 @@ def evaluate(run: str, as_json: bool) -> None:
     Example:
       solotune evaluate runs/solotune-20260101-120000
     """
-    from solotune.api.evaluate import evaluate
-    from solotune.cli.results import print_evaluation
+    with shown() as display:
+        from solotune.api.evaluate import evaluate
+        from solotune.cli.results import print_evaluation
 
-    run_shown(lambda display: evaluate(run, display=display), print_evaluation, as_json)
+        result = evaluate(run, display=display)
+    print_result(result, print_evaluation, as_json)
 
 
 @solotune.command()
@@ -285,32 +253,31 @@ def diagnose(
     MLflow, a console log). First, rules check settings, rows, curves and files; then experiments (probes) test the
     model. If a fault is found, the exit code is 3. The result is also saved in the run's diagnosis.json.
 
-    Data, config and base of another trainer are looked for in its folder, in its parent, and in data/ and config/ of
-    both; the answer says what was found. Nothing else that the folder names is opened or looked up: give it with
-    --base, --dataset and --config.
+    The data, config and base model of another trainer are searched in its folder, in the parent folder, and in data/
+    and config/ of both; the result lists what was found. Other paths and hub ids in these files are never opened: pass
+    them with --base, --dataset and --config.
 
     \b
     Example:
       solotune diagnose runs/solotune-20260101-120000
     """
-    from solotune.api.diagnose import diagnose
-    from solotune.cli.results import print_diagnosis
+    with shown() as display:
+        from solotune.api.diagnose import diagnose
+        from solotune.cli.results import print_diagnosis
 
-    found = run_shown(
-        lambda display: diagnose(target, deep, budget, dataset, config, overrides, display=display, base=base),
-        print_diagnosis,
-        as_json,
-    )
+        found = diagnose(target, deep, budget, dataset, config, overrides, display=display, base=base)
+    print_result(found, print_diagnosis, as_json)
     ctx.exit(3 if found.is_fault else 0)
 
 
 @solotune.command()
-@click.argument("code")
+@click.argument("code", required=False)
 @json_option
-def explain(code: str, as_json: bool) -> None:
+def explain(code: str | None, as_json: bool) -> None:
     """Explain a fault: symptoms, why it matters, its fix.
 
-    CODE is a fault (F17, or its name pad-masks-terminator) or one of the fifteen suspects (S4).
+    CODE is a fault (F17, or its name pad-masks-terminator) or one of the fifteen suspects (S4). Without CODE, the
+    suspects are listed.
 
     \b
     Example:
@@ -318,7 +285,8 @@ def explain(code: str, as_json: bool) -> None:
     """
     from solotune.api.explain import explain
 
-    print_result(explain(code), lambda found, _: click.echo(escape_terminal(found.text)), as_json)
+    width = min(80, shutil.get_terminal_size().columns)
+    print_result(explain(code), lambda found, _: click.echo(escape_terminal(found.wrapped(width))), as_json)
 
 
 @solotune.command()
@@ -332,22 +300,23 @@ def explain(code: str, as_json: bool) -> None:
 def chat(run: str, base: bool, prompt: str | None, system: str | None, as_json: bool) -> None:
     """Chat with the model of a RUN.
 
-    The model is asked as it was trained: with the system prompt that all training rows share, through the chat
-    template, up to the tokens that end the rows. If it was trained on plain text (prompt and completion), each message
-    is a text to continue, and \\n in a line is a line break. With --base, the base has a conversation of its own. RUN
-    is a folder, a name in runs/, or latest.
+    Messages are formatted as in training: with the chat template, and with the system prompt that all training rows
+    share. Answers stop at the tokens that end the training rows. If the model was trained on plain text (prompt and
+    completion), it continues each message, and \\n in a message is a line break. With --base, the base model answers
+    too, in a separate conversation. RUN is a folder, a name in runs/, or latest.
 
     On a terminal, /help lists the commands (/reset, /system, /save, /quit), and Ctrl-C stops an answer. From a pipe,
     each line is one message.
 
     \b
     Example:
-      solotune chat runs/solotune-20260101-120000 --base --prompt "Hello"
+      solotune chat runs/solotune-20260101-120000 --base
     """
-    from solotune.api.chat import chat
-    from solotune.display.chat import Chat
+    with shown(stream=sys.stderr) as display:  # stdout has only the answers
+        from solotune.api.chat import chat
+        from solotune.display.chat import Chat
 
-    session = chat(run, "" if system == "none" else system)
+        session = chat(run, "" if system == "none" else system, display=display)
     conversation = Chat(session, None if as_json else console(), base)
     if prompt is None:
         conversation.run()
@@ -372,10 +341,12 @@ def verify(ctx: click.Context, run: str, as_json: bool) -> None:
     Example:
       solotune verify runs/solotune-20260101-120000
     """
-    from solotune.api.verify import verify
-    from solotune.cli.results import print_verification
+    with shown("checking the run's files"):
+        from solotune.api.verify import verify
+        from solotune.cli.results import print_verification
 
-    found = print_result(verify(run), print_verification, as_json)
+        found = verify(run)
+    print_result(found, print_verification, as_json)
     ctx.exit(0 if found.ok else IntegrityError.exit_code)
 
 
@@ -395,6 +366,6 @@ def runs(root: str, as_json: bool) -> None:
     if as_json:
         print_json({"runs": [run.to_json() for run in found]})
     else:
-        from solotune.cli.results import print_runs
+        from solotune.cli.run_list import print_runs
 
         print_runs(found, root, console())

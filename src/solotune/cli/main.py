@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
+import resource
 import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from signal import Signals
@@ -28,21 +27,9 @@ from solotune.config.secrets import without_secrets
 from solotune.errors import EXIT_CODES, CheckError, InterruptedRunError, SolotuneError, StorageError, run_dir_of
 from solotune.run.atomic_io import append_line
 from solotune.runtime import signals, watchdog
+from solotune.runtime.library_noise import quieten
 from solotune.units import first_line
 from solotune.version import __version__
-
-NOISY = (
-    "transformers",
-    "datasets",
-    "huggingface_hub",
-    "bitsandbytes",
-    "torch",
-    "filelock",
-    "fsspec",
-    "urllib3",
-    "httpx",
-)
-
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)  # errors of a stream; those of a file have its name
 
@@ -96,15 +83,27 @@ def _run(given: list[str], as_json: bool) -> int:
     except (BrokenPipeError, SystemExit):  # rich turns the first into the second
         return StorageError.exit_code
     except MemoryError:
-        change = "close other programs, use a machine with more memory, or raise the limit of this process (ulimit -v)"
-        return _fail(CheckError.exit_code, f"this machine does not have enough memory\n  change:  {change}", as_json)
+        return _out_of_memory(as_json)
     except Exception as error:
+        if _is_lost_memory_error(error):
+            return _out_of_memory(as_json)
         if isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename is None:
             _loses_output()
             return _fail(StorageError.exit_code, f"cannot write output: {error.strerror}", as_json)
         if number := signals.received():  # a library replaced the exception of the signal
             return _fail(128 + number, f"Stopped by {Signals(number).name}.", as_json, label="")
         return _bug(error, given, as_json)
+
+
+def _out_of_memory(as_json: bool) -> int:
+    change = "close other programs, use a machine with more memory, or raise the limit of this process (ulimit -v)"
+    return _fail(CheckError.exit_code, f"this machine does not have enough memory\n  change:  {change}", as_json)
+
+
+def _is_lost_memory_error(error: Exception) -> bool:
+    """Whether Python itself ran out of memory under `ulimit -v`, where even its MemoryError may find no memory."""
+    is_limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    return is_limited and isinstance(error, SystemError)  # `returned NULL without setting an exception`
 
 
 def _bug(error: Exception, given: Sequence[str], as_json: bool) -> int:
@@ -156,18 +155,6 @@ def _without_secrets(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_secrets(item) for key, item in value.items()}
     return without_secrets(value) if isinstance(value, str) else value
-
-
-def quieten() -> None:
-    """Hide progress bars, warnings and log lines of libraries; environment variables that the user set stay."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers reads this one too
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DATASETS_VERBOSITY", "error")
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
-    for name in NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _write_crash(error: Exception, arguments: Sequence[str]) -> Path:

@@ -1,4 +1,4 @@
-"""Output of the command line: exactly one JSON object on stdout, escaped text, and closed or failing streams.
+"""Output of the command line: a first line at once, exactly one JSON object on stdout, and closed or failing streams.
 
 With `--json`, stdout has exactly one JSON object, also after an error; everything that libraries print goes to stderr.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
 
 from solotune.errors import StorageError
 from solotune.run.atomic_io import json_text
@@ -18,7 +18,45 @@ from solotune.run.atomic_io import json_text
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from solotune.display.progress import PlainDisplay
+
 _json_stream: ContextVar[IO[str] | None] = ContextVar("json_stream", default=None)  # stdout, kept for `print_json`
+
+
+class Result(Protocol):
+    """Result of a verb."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+ResultT = TypeVar("ResultT", bound=Result)
+
+
+@contextlib.contextmanager
+def shown(doing: str = "loading libraries", stream: IO[str] | None = None) -> Iterator[PlainDisplay]:
+    """A display whose live line is removed even after an error. Its first line comes before the slow imports: make
+    them inside this block.
+
+    Args:
+        doing: the first line.
+        stream: default: stdout.
+    """
+    from solotune.display.progress import make_display
+
+    display = make_display(1, stream or sys.stdout)
+    display.phase(doing)
+    try:
+        yield display
+    finally:
+        display.finish()
+
+
+def print_result(result: ResultT, printer: Callable[[ResultT, Console], None], as_json: bool) -> None:
+    """Print the result of a verb, for people or as one JSON object."""
+    if as_json:
+        print_json(result.to_json())
+    else:
+        printer(result, console())
 
 
 @contextlib.contextmanager

@@ -1,14 +1,13 @@
 """Print the results of the verbs for people, one function per verb.
 
-Everything fits 80 columns and is clear without colour (signs, brackets and words carry the meaning). Text from data and
+Everything fits 60 columns and is clear without colour (signs, brackets and words carry the meaning). Text from data and
 models is escaped (`display.progress.escape_terminal`). Scripts use `--json` instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -17,12 +16,11 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from solotune.dataset.packing import in_words
 from solotune.diagnosis import message
 from solotune.diagnosis.findings import SEVERITY_WORDS
 from solotune.display.progress import escape_terminal, plus_minus, print_choices, print_columns
 from solotune.errors import program
-from solotune.units import format_bytes, format_duration
+from solotune.units import format_bytes, format_duration, format_rate, format_step_time
 
 if TYPE_CHECKING:
     from solotune.api.data import DataPreview, ShownRow
@@ -31,14 +29,12 @@ if TYPE_CHECKING:
     from solotune.diagnosis.evidence import Diagnosis
     from solotune.evaluation.compare import Evaluation, Sample
     from solotune.hardware.doctor import DoctorReport
-    from solotune.planning.planner import Plan
-    from solotune.run.run_dir import RunSummary
+    from solotune.planning.plan import Plan
     from solotune.training.verify_run import Verification
 
 SIGNS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "bold red")}
 SEVERITY_SIGNS = {"error": SIGNS["fail"], "warning": SIGNS["warn"], "info": ("·", "dim")}
-MIN_COLUMNS_FOR_BESIDE = 72  # on narrower terminals the answers are printed one below the other
-MIN_COLUMNS_FOR_ALL_FIGURES = 104
+MIN_COLUMNS_FOR_BESIDE = 72  # on narrower terminals base and tuned are printed one below the other
 MAX_COLUMNS = 120  # longer lines are hard to read
 TOKEN_CELL = 20  # four tokens with their ids in 80 columns
 _VISIBLE_BLANKS = str.maketrans(" \n\t", "␣↵⇥")
@@ -67,15 +63,23 @@ def print_data(preview: DataPreview, console: Console, with_ids: bool = False) -
         _print_row(row, console, with_ids)
     facts = {key: value for key, value in _data_facts(preview.report).items() if value}
     _print_facts(facts, console)
-    for finding in preview.report.findings or ():
+    _print_findings(preview.report.findings or (), preview.allowed, console)
+
+
+def _print_findings(findings: Sequence[Mapping[str, Any]], allowed: Collection[str], console: Console) -> None:
+    """Each finding with its fix; `allowed`: codes of faults that do not stop a run."""
+    for finding in findings:
         sign, style = SEVERITY_SIGNS[finding["severity"]]
         word = SEVERITY_WORDS[finding["severity"]]
         message, fix = f"{word} {finding['code']} {finding['slug']}: {finding['message']}", f"→ {finding['fix']}"
+        fix += " (allowed by allow_faults)" if finding["code"] in allowed else ""
         console.print()
         print_columns([(sign, message), ("", fix)], (style, ""), console)
 
 
 def _data_facts(report: DataReport) -> dict[str, str]:
+    from solotune.dataset.packing import in_words  # `solotune runs` needs no data libraries
+
     share = report.num_supervised / report.num_tokens if report.num_tokens else 0.0
     cut, split = f"{report.num_truncated:,} truncated to max_length", f"{report.num_split:,} split"
     too_long = [
@@ -105,7 +109,7 @@ def _data_facts(report: DataReport) -> dict[str, str]:
 def _print_row(row: ShownRow, console: Console, with_ids: bool) -> None:
     total = len(row.tokens)
     num_trained = sum(len(ids) for _, supervised, ids in row.pieces if supervised)
-    legend = "shown in green" if console.color_system is not None else "shown in ⟦ ⟧"
+    legend = "shown in green" if _has_colour(console) else "shown in ⟦ ⟧"
     _print_rule(f"{row.where} · {total:,} tokens, {num_trained:,} trained on, {legend}", console)
     if with_ids:
         _print_tokens(row, console)
@@ -140,26 +144,41 @@ def _print_tokens(row: ShownRow, console: Console) -> None:
 def _marked(text: str, supervised: bool, console: Console) -> Text:
     if not supervised:
         return Text(text, "dim")
-    return Text(text if console.color_system is not None else f"⟦{text}⟧", "bold green")
+    return Text(text if _has_colour(console) else f"⟦{text}⟧", "bold green")
+
+
+def _has_colour(console: Console) -> bool:
+    """False in a pipe, and with NO_COLOR."""
+    return console.color_system is not None and not console.no_color
 
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     """Base compared with tuned: a table of figures, then the two answers to each sample side by side."""
     base, tuned = evaluation.base, evaluation.tuned
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for name in ("held-out rows", "base", "tuned", "change"):
-        table.add_column(name, justify="left" if name == "held-out rows" else "right", no_wrap=True)
-    change = _change(tuned.loss - base.loss, evaluation.difference[1], lower_is_better=True)
-    table.add_row("loss per token", *(plus_minus(score.loss, score.stderr) for score in (base, tuned)), change)
     points = 100 * (tuned.exact_match - base.exact_match)
-    table.add_row(
-        "exact match",
-        *(f"{score.exact_match:.1%} ± {100 * score.exact_match_stderr:.1f}" for score in (base, tuned)),
-        Text(f"{points:+.1f} points", "green" if points > 0 else "red" if points < 0 else ""),
-    )
+    rows = [
+        ("held-out rows", "base", "tuned", "change"),
+        (
+            "loss per token",
+            *(plus_minus(score.loss, score.stderr) for score in (base, tuned)),
+            _change(tuned.loss - base.loss, evaluation.difference[1], lower_is_better=True),
+        ),
+        (
+            "exact match",
+            *(f"{score.exact_match:.1%} ± {100 * score.exact_match_stderr:.1f}" for score in (base, tuned)),
+            Text(f"{points:+.1f} points", "green" if points > 0 else "red" if points < 0 else ""),
+        ),
+    ]
+    if console.width < MIN_COLUMNS_FOR_BESIDE:
+        rows = list(zip(*rows, strict=True))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for number, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for row in rows[1:]:
+        table.add_row(*row)
     console.print(table)
-    rows = f"{base.rows:,} held-out rows, {tuned.tokens:,} loss tokens; ± is one standard error"
-    console.print(Text(rows, "dim"))
+    what = f"{base.rows:,} held-out rows, {tuned.tokens:,} loss tokens; ± is one standard error"
+    console.print(Text(what, "dim"))
     for number, sample in enumerate(evaluation.samples, start=1):
         _print_sample(number, sample, console)
 
@@ -212,7 +231,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     facts = {
         "load": format_duration(seconds.load),
         "first step": format_duration(seconds.first_step),
-        "step": f"{seconds.step:,.3g} s, {seconds.tokens_per_second:,.0f} tokens/s",
+        "step": f"{format_step_time(seconds.step)}, {format_rate(seconds.tokens_per_second)}",
         "total": format_duration(seconds.total) if seconds.total is not None else "",
     }
     _print_facts({key: value for key, value in facts.items() if value}, console)
@@ -222,6 +241,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     if notes := [*(plan.coverage.in_words() if plan.coverage else ()), *plan.notes]:
         console.print()
         print_columns([("·", note) for note in notes], ("dim", ""), console)
+    _print_findings(plan.findings or (), plan.allowed, console)
     console.print()
     if plan.fits:
         console.print(Text("fits", "bold green"))
@@ -233,6 +253,10 @@ def print_plan(plan: Plan, console: Console) -> None:
             None,
             console,
         )
+    if plan.is_fault:
+        codes = ", ".join(finding["code"] for finding in plan.findings or ())
+        change = f"change what is said above, or set allow_faults: [{codes}]"
+        _signed(*SIGNS["fail"], "train stops before step 1:", change, None, console)
 
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
@@ -245,13 +269,15 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
     for place, culprit in enumerate(diagnosis.culprits):
         fault = message.told(culprit)
         doubt = "perhaps: " if diagnosis.verdict == "undecided" else ""
-        console.print(Text(escape_terminal(f"{sign} {doubt}{fault.headline}"), style))
-        console.print(Text(escape_terminal(f"  {fault.where}; {culprit.confidence:.0%} sure"), "dim"), soft_wrap=True)
+        console.print(
+            Text(escape_terminal(f"{sign} {doubt}{fault.headline}"), style), soft_wrap=not console.is_terminal
+        )
+        _indented(f"{fault.where}; {culprit.confidence:.0%} sure", console)
         rows = [("  ·", line) for line in fault.evidence[: None if place == 0 else 1]]
         rows += [("  →", fault.change), *([("", f"then {fault.expect}")] if place == 0 else [])]
         print_columns(rows, ("dim", ""), console)
         if fault.also:
-            console.print(Text(escape_terminal(f"  the same evidence fits {fault.also}"), "dim"), soft_wrap=True)
+            _indented(f"the same evidence fits {fault.also}", console)
         console.print()
     for remark in diagnosis.remarks:
         sign, sign_style = SIGNS["warn"]
@@ -266,9 +292,8 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
         )
     if diagnosis.next_experiment:
         _print_facts({"next": diagnosis.next_experiment}, console)
-    console.print(
-        Text(escape_terminal(message.summary(diagnosis)), f"bold {style.removeprefix('bold ')}"), soft_wrap=True
-    )
+    verdict = Text(escape_terminal(message.summary(diagnosis)), f"bold {style.removeprefix('bold ')}")
+    console.print(verdict, soft_wrap=not console.is_terminal)
 
 
 def print_trained(result: TrainResult, console: Console) -> None:
@@ -294,38 +319,6 @@ def print_verification(found: Verification, console: Console) -> None:
     console.print(Text(verdict, "bold red" if found.problems else "bold green"))
 
 
-def print_runs(runs: Sequence[RunSummary], root: str | Path, console: Console) -> None:
-    """One line per run, oldest first."""
-    if not runs:
-        console.print(
-            Text(escape_terminal(f"No runs in {root} yet. Start one with: solotune train CONFIG")), soft_wrap=True
-        )
-        return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    table.add_column("run", overflow="fold")
-    table.add_column("status", no_wrap=True)
-    wide = console.width >= MIN_COLUMNS_FOR_ALL_FIGURES
-    for name in (
-        "step",
-        "held-out loss\nbase → tuned",
-        "exact\nmatch",
-        *(("train\nloss", "tok/s", "peak") if wide else ()),
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
-    for run in runs:
-        style = {"finished": "", "running": "green"}.get(run.status, "yellow")
-        figures = [
-            f"{run.steps:,}/{run.total_steps:,}" if run.total_steps else f"{run.steps:,}",
-            "" if None in (run.base_loss, run.tuned_loss) else f"{run.base_loss:.3f} → {run.tuned_loss:.3f}",
-            "" if run.exact_match is None else f"{run.exact_match:.0%}",
-            "" if run.train_loss is None else f"{run.train_loss:.3f}",
-            "" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}",
-            format_bytes(run.peak_bytes) if run.peak_bytes else "",
-        ]
-        table.add_row(Text(escape_terminal(run.name)), Text(run.status, style), *figures[: None if wide else 3])
-    console.print(table)
-
-
 def _signed(sign: str, style: str, head: str, text: str, fix: str | None, console: Console) -> None:
     """Print `✓ head  text`, wrapped, and `→ fix` below the text."""
     rows = [(sign, head, text), *([("", "", f"→ {fix}")] if fix else [])]
@@ -337,9 +330,18 @@ def _print_facts(facts: Mapping[str, str], console: Console) -> None:
     print_columns(list(facts.items()), ("bold", ""), console)
 
 
+def _indented(text: str, console: Console) -> None:
+    if console.is_terminal:
+        console.print(Padding(Text(escape_terminal(text), "dim"), (0, 0, 0, 2)))
+    else:
+        console.print(Text(escape_terminal(f"  {text}")), soft_wrap=True)
+
+
 def _print_rule(title: str, console: Console) -> None:
     width = min(console.width, MAX_COLUMNS)
-    console.print(Rule(Text(escape_terminal(title)), align="left", style="dim"), width=width)
+    text = Text(escape_terminal(title))
+    is_long = console.is_terminal and text.cell_len > width - 4  # a rule would cut it
+    console.print(text if is_long else Rule(text, align="left", style="dim"), width=width)
 
 
 def _count(number: int, what: str) -> str:

@@ -20,6 +20,7 @@ def allowed_values(key: str) -> str:
         "validation_size": "a fraction, at least 0 and below 1 (0.05), or a whole number of rows (200)",
         "memory_budget": "auto, a fraction of the GPU's memory between 0 and 1 (0.9), or a size (24GiB, 9.5 GiB, 24GB)",
         "max_steps": "-1 (use num_train_epochs) or a whole number, at least 1",
+        "allow_faults": "codes or names of faults: F67, rate-too-high (docs/faults.md lists them)",
         "column_mapping": "`your column: name`, each name at most once (`ignore`: any number of times); names: "
         + ", ".join(COLUMNS),
     }

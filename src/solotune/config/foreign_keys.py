@@ -57,7 +57,7 @@ def names_of_dataset_info(values: Mapping[str, Any]) -> str:
     if not is_theirs or not isinstance(names, str) or "/" in names or os.path.lexists(names):
         return ""
     files = ", ".join(f"{name.strip()}.json" for name in names.split(",")[:4])
-    return f"{names[:80]!r} are names of dataset_info.json, which is not read here; name the files: [{files}]"
+    return f"{names[:80]!r} are names from dataset_info.json, which solotune does not read; list the files: [{files}]"
 
 
 def _converted(key: str, value: Any) -> Written:
@@ -117,7 +117,7 @@ def _distance(a: str, b: str) -> int:
 
 def _written(found: Written) -> str:
     if found is None:
-        return "remove the line: this holds anyway"
+        return "remove the line: solotune always does this"
     if isinstance(found, str):
         return f"remove the line: {found}"
     lines = " and ".join(f"{key}: {yaml_value(value)}" for key, value in found.items())
@@ -229,12 +229,13 @@ def _number_of_seed(value: Any) -> Written:
     return {"seed": value} if is_seed else "seed is a whole number"
 
 
-_ADAPTERS_ONLY = "solotune trains LoRA adapters alone"
+_ADAPTERS_ONLY = "solotune only trains LoRA adapters"
 _PLAIN_LORA = "solotune trains plain LoRA or rsLoRA (use_rslora)"
-_SFT_ONLY = "solotune does supervised fine-tuning (SFT) alone"
+_SFT_ONLY = "solotune only does supervised fine-tuning (SFT)"
 _TRUE_FALSE = "true or false"
 
 CONVERTED: dict[str, Callable[[Any], Written]] = {
+    "load_in_4bit": lambda value: {"base_precision": "nf4" if value is True else "bf16"},
     "load_in_8bit": lambda value: None if value is not True else _EIGHT_BITS,
     "quantization": _bits,
     "quantization_bit": _bits,

@@ -98,10 +98,10 @@ _ANSWERS = "samples and chat are greedy; num_samples and max_new_tokens are the 
 _LAST_STEP = "the adapter of the last step is kept; earlier ones are in checkpoints/ (save_steps)"
 _PADDING = "packing: true puts several rows in one sequence, without padding between them"
 _MODEL = "tokenizer, config and architecture come from model_name_or_path"
-_SFT = "solotune does supervised fine-tuning (SFT) alone"
-_SYSTEM = "a system prompt stands in the rows: a message of role system, or a column system"
+_SFT = "solotune only does supervised fine-tuning (SFT)"
+_SYSTEM = "system prompts come from the rows: a message with role system, or a column named system"
 _LOADING = "solotune loads the weights in its own way, and needs no such setting"
-_SCHEDULE = "lr_scheduler_type, warmup_steps and warmup_ratio are the whole schedule"
+_SCHEDULE = "the schedule has only lr_scheduler_type, warmup_steps and warmup_ratio"
 
 # keys without a counterpart, and what is done instead
 NOT_HERE = {
@@ -110,7 +110,7 @@ NOT_HERE = {
     "interleave_probs data_shared_file_system dataset_keep_in_memory shuffle_merged_datasets "
     "shuffle_before_merging_datasets download_mode dataset_kwargs skip_prepare_dataset": _READING,
     "dataset_dir data_dir media_dir": "dataset names the files themselves: dataset: [data/a.jsonl, data/b.jsonl]",
-    "overwrite_output_dir": "a folder that holds a run is not overwritten; use another output_dir, or --resume",
+    "overwrite_output_dir": "a folder that contains a run is never overwritten; use another output_dir, or --resume",
     "report_to run_name project logging_dir plot_loss logging_strategy logging_first_step logging_nan_inf_filter "
     "include_num_input_tokens_seen include_tokens_per_second use_wandb use_mlflow use_swanlab use_tensorboard "
     "use_comet use_trackio log_level log_level_replica disable_tqdm": _TRACKERS,

@@ -25,6 +25,8 @@ from solotune.config.secrets import HIDDEN, holds_secret, without_secrets
 from solotune.config.yaml_reader import override_value, read_mapping
 from solotune.errors import InputError
 
+PATHS = ("model_name_or_path", "dataset", "eval_dataset", "chat_template_path")
+"""Keys whose values may be relative paths: from the working directory, or else from the config's folder."""
 MAX_SHOWN = 400  # characters of a wrong value
 
 
@@ -39,7 +41,8 @@ def load_config(
         print(config.learning_rate, config.source_of("learning_rate"))  # 0.0001 command line
 
     Args:
-        source: path of a YAML file, a mapping of keys, or a config that is already checked.
+        source: path of a YAML file, a mapping of keys, or a config that is already checked. Relative paths in a file
+            count from the working directory; if nothing is there, from the folder of the file.
         overrides: `key=value` strings; each value is read as YAML.
         keys: keys with Python values; they win over `overrides`.
 
@@ -53,17 +56,10 @@ def load_config(
     else:
         path = Path(os.path.expanduser(source))
         values, sources = read_mapping(path)
+        _find_paths(values, path.parent)
         name = path.stem
-    for text in overrides:
-        key, equals, raw = text.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise InputError(
-                "command line: an override must look like key=value",
-                seen=without_secrets(text),
-                allowed="learning_rate=1e-4",
-            )
-        values[key], sources[key] = override_value(raw, f"command line, {key}"), "command line"
+    for key, value in override_values(overrides).items():
+        values[key], sources[key] = value, "command line"
     for key, value in (keys or {}).items():
         values[key], sources[key] = value, "python"
     _refuse_secrets(values, sources)
@@ -73,6 +69,40 @@ def load_config(
         return RunConfig.validated(values, sources, name)
     except ValidationError as error:
         raise _explained(error, values, sources) from None
+
+
+def override_values(overrides: Iterable[str]) -> dict[str, Any]:
+    """The values of `key=value` strings, each read as YAML.
+
+    Raises:
+        InputError: not of that form, or not valid YAML.
+    """
+    values = {}
+    for text in overrides:
+        key, equals, raw = text.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise InputError(
+                "command line: an override must look like key=value",
+                seen=without_secrets(text),
+                allowed="learning_rate=1e-4",
+            )
+        values[key] = override_value(raw, f"command line, {key}")
+    return values
+
+
+def _find_paths(values: dict[str, Any], folder: Path) -> None:
+    """Names that do not exist in the working directory, but in the config's folder, become paths of files there."""
+
+    def found(name: Any) -> Any:
+        if not isinstance(name, str) or not name or os.path.lexists(os.path.expanduser(name)):
+            return name
+        return str(folder / name) if os.path.lexists(folder / name) else name
+
+    for key in PATHS:
+        value = values.get(key)
+        if value is not None:
+            values[key] = [found(one) for one in value] if isinstance(value, list) else found(value)
 
 
 def _refuse_secrets(values: Mapping[str, Any], sources: Mapping[str, str]) -> None:

@@ -13,7 +13,7 @@ in `hardware.machine.resolve_for_machine`, each with its reason.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
@@ -39,6 +39,7 @@ from solotune.config.settings import (
     SplitSettings,
     steps_between,
 )
+from solotune.result_repr import Table, as_html
 
 PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]  # more is a typing error, or an attack
 SmallPositiveInt = Annotated[int, Field(ge=1, le=65_536)]
@@ -246,9 +247,20 @@ class RunConfig(BaseModel):
     """Checkpoint folder to continue from (`--resume` finds the newest by itself)."""
     use_cpu: bool = _in("run", default=False)
     """Use the CPU even if there is a GPU."""
+    allow_faults: Text | list[Text] = _in("run", default=[])
+    """Faults to train with, though they are certain before step 1 and stop a run: `[F67]` or `[rate-too-high]`."""
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
     _name: str = PrivateAttr(default="run")
+
+    def __repr_args__(self) -> Iterator[tuple[str, Any]]:
+        """For pydantic's repr: the keys that are set, or chosen for this machine."""
+        known = self._sources or self.model_fields_set
+        return ((key, getattr(self, key)) for key in RunConfig.model_fields if key in known)
+
+    def _repr_html_(self) -> str:
+        rows = [(key, str(value), self.source_of(key)) for key, value in self.__repr_args__()]
+        return as_html([Table(f"Config {self.name}; other keys have their defaults", ("key", "value", "from"), rows)])
 
     @property
     def name(self) -> str:

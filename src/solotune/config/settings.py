@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+FOREIGN = "foreign"
+"""Source of a value that the files of another trainer have."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

@@ -46,6 +46,8 @@ def _of(key: str, value: Any) -> tuple[dict[str, Any], str]:
         return (written, "") if isinstance(written, dict) else ({}, written or "")
     if ours is None:
         return {}, answer(key, value).removeprefix("remove the line: ") or "no setting of solotune"
+    if ours in ("eval_strategy", "save_strategy") and value == "steps":
+        return {}, ""  # `eval_steps` and `save_steps` say so
     if is_allowed(ours, value):
         return {ours: value}, ""
     return {}, f"{ours} takes {allowed_values(ours)}, not {str(value)[:60]!r}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from solotune.dataset.chat.rendered_text import OWN
 from solotune.dataset.token_counts import LabelBudget
+from solotune.result_repr import ResultRepr, Table
 
 EXACT_DUPLICATE = "exact duplicate"
 NOTHING_TO_LEARN = "no supervised token"
@@ -24,8 +25,8 @@ NUM_PLACES = 3
 PLAIN = "plain"
 
 
-@dataclass(slots=True)
-class DataReport:
+@dataclass(slots=True, repr=False)
+class DataReport(ResultRepr):
     """Counts of rows: read = kept + dropped, and examples = kept + added by splitting."""
 
     format: str
@@ -140,11 +141,11 @@ class DataReport:
         found: dict[str, str] = {}
         if self.num_exact_duplicates:
             found["copies"] = (
-                f"{self.num_exact_duplicates:,} exact copies of rows removed; if they are meant, set "
+                f"{_copies(self.num_exact_duplicates)} removed; if they are meant, set "
                 "dataset_exact_deduplication: false, or give the row a higher weight"
             )
         elif self.num_copies_kept:
-            found["copies"] = f"{self.num_copies_kept:,} exact copies of rows kept, on the side of the first"
+            found["copies"] = f"{_copies(self.num_copies_kept)} kept, on the side of the first"
         if self.num_close_rows:
             found["close rows"] = (
                 f"{self.num_close_rows:,} of {self.num_validation:,} validation rows are close to training rows, as "
@@ -158,11 +159,11 @@ class DataReport:
         if self.schema_nulls:
             places = ", ".join(f"{number:,} in {place}" for place, number in self.schema_nulls.most_common())
             total = self.schema_nulls.total()
-            found["nulls"] = f"{total:,} nulls left out, which only the file's schema put there: {places}"
+            found["nulls"] = f"{total:,} nulls dropped, which the file's schema adds to rows without the key: {places}"
         if self.beside_rows:
             names = list(self.beside_rows)
             more = f", and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
-            found["not read"] = "beside the rows in " + ", ".join(names[:MOST_NAMED]) + more
+            found["not read"] = "parts of the file that are not rows: " + ", ".join(names[:MOST_NAMED]) + more
         if self.unused:
             found["not used"] = self.unused_in_words()
         return found
@@ -172,6 +173,25 @@ class DataReport:
         named = [f"{one['key']} in {one['count']:,} of {one['of']:,} {one['in']}" for one in self.unused[:MOST_UNUSED]]
         num_more = len(self.unused) - len(named)
         return ", ".join([*named, *([f"and {num_more:,} more keys"] if num_more else [])])
+
+    def figures(self) -> dict[str, object]:
+        return {
+            "format": self.format,
+            "rows_read": self.num_read,
+            "rows_kept": self.num_kept,
+            "train": self.num_train,
+            "validation": self.num_validation,
+            "truncated": self.num_truncated or None,
+            "tokens": self.num_tokens,
+            "trained_tokens": self.num_supervised,
+            "findings": None if self.findings is None else len(self.findings),
+        }
+
+    def tables(self) -> list[Table]:
+        dropped = [(reason, number) for reason, number in sorted(self.dropped.items()) if number]
+        findings = [(f"{one['code']} {one['slug']}", one["message"], one["fix"]) for one in self.findings or ()]
+        notes = Table("Notes", (), list(self.notes().items()))
+        return [Table("Dropped rows", (), dropped), notes, Table("Findings", ("", "what", "change"), findings)]
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `data.json`."""
@@ -242,3 +262,7 @@ class DataReport:
         for one in self.unused:
             numbers[one["key"]] += one["count"]
         return dict(numbers)
+
+
+def _copies(number: int) -> str:
+    return "1 exact copy of a row" if number == 1 else f"{number:,} exact copies of rows"

@@ -514,17 +514,18 @@ _NO_LABELS = frozenset({"F10", "F14", "F17", "F19", "F55"}) | _UNMOVED
 
 EXPLAINS: dict[str, frozenset[str]] = {
     "F02": frozenset({"F03", "F24", "F25"}),  # the intended length was not used
-    "F04": frozenset({"F05", "F08", "F09", "F10", "F12", "F14"}),  # every id means something else
+    # every id means something else
+    "F04": frozenset({"F05", "F06", "F07", "F08", "F09", "F10", "F11", "F12", "F14", "F15", "F16", "F38"}),
     "F07": frozenset({"F10", "F12", "F14"}),  # an end of turn that is not a token
     "F10": frozenset({"F14", "F17", "F19"}),  # a missing end can be neither trained on nor stopped at
     "F12": frozenset({"F08", "F09", "F10", "F11", "F14", "F16"}),  # the rows are in another format
     "F15": frozenset({"F11"}),  # the answer begins differently
     "F16": frozenset({"F11"}),
-    "F18": frozenset({"F20"}) | _UNMOVED,  # a mask of ones, or of zeros
+    "F18": frozenset({"F20", "F21"}) | _UNMOVED,  # a mask of ones, or of zeros
     "F20": frozenset({"F15", "F30"}),  # headers are trained on like everything else
     "F21": _NO_LABELS,
-    "F22": frozenset({"F10", "F17", "F19", "F64"}),  # other tokens than the row's are trained on
-    "F23": frozenset({"F10", "F14", "F15", "F17", "F19", "F20"}),  # the ends are those of the user's turns
+    "F22": frozenset({"F10", "F17", "F19", "F59", "F64"}),  # other tokens than the row's are trained on
+    "F23": frozenset({"F10", "F14", "F15", "F17", "F19", "F20", "F59"}),  # the ends are those of the user's turns
     "F25": frozenset({"F21", "F24"}) | _NO_LABELS,  # truncated tokens are not masked
     # the text before the answer is missing; and rows that begin anywhere are found inside other rows
     "F26": frozenset({"F09", "F12", "F13", "F16", "F21", "F31", "F38"}),

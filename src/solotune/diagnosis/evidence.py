@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from solotune.errors import SolotuneError
+from solotune.result_repr import ResultRepr, Table
 
 Kind = Literal["invariant", "counterfactual", "measured", "curve", "remark"]
 
@@ -35,6 +36,7 @@ EXPERIMENTS: dict[str, str] = {
     "P11": "run forward, backward and step on the longest batch",
     "P12": "load the saved adapter again and compare its logits",
     "P13": "generate answers with the prompt format of the training and with that of the deployment",
+    "P14": "compare the logged losses with those of the rows under other labels",
 }
 """What each probe does."""
 
@@ -64,7 +66,7 @@ def of_refusal(error: SolotuneError) -> list[Signal]:
 
 @dataclass(frozen=True)
 class Probed:
-    """Results of the probes that fitted into the budget; keys are probe names, P1 ... P13."""
+    """Results of the probes that fitted into the budget; keys are probe names, P1 ... P14."""
 
     signals: list[Signal]
     measurements: dict[str, Any] = field(default_factory=dict)
@@ -99,8 +101,8 @@ class Remark:
     affected: float | None = None
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+@dataclass(frozen=True, repr=False)
+class Diagnosis(ResultRepr):
     """The result, in the shape of `diagnosis.json`."""
 
     run_facts: str
@@ -119,6 +121,27 @@ class Diagnosis:
     @property
     def is_fault(self) -> bool:
         return self.verdict == "fault"
+
+    def figures(self) -> dict[str, object]:
+        return {
+            "run": self.run_facts,
+            "verdict": self.verdict,
+            "culprits": ", ".join(f"{one.fault} {one.slug}" for one in self.culprits) or None,
+            "remarks": ", ".join(f"{one.fault} {one.slug}" for one in self.remarks) or None,
+            "next_experiment": self.next_experiment,
+        }
+
+    def tables(self) -> list[Table]:
+        culprits = [
+            (f"{one.fault} {one.slug}", f"{one.confidence:.0%}", "\n".join(one.evidence), one.fix)
+            for one in self.culprits
+        ]
+        remarks = [(f"{one.fault} {one.slug}", one.says, one.fix) for one in self.remarks]
+        return [
+            Table("Faults", ("", "sure", "evidence", "change"), culprits),
+            Table("Remarks", ("", "what", "change if not meant"), remarks),
+            Table("Not checked", (), [(line,) for line in self.not_checked]),
+        ]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -19,6 +19,7 @@ A fault is reported once, as one; a remark too, unless the check of the data has
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -49,12 +50,19 @@ SMALLEST_SHARE_MOVED = 0.3
 class Monitor(SilentObserver):
     """Report faults of a running training to another observer (the run's log and the display)."""
 
-    def __init__(self, model: TrainableModel, run_facts: RunFacts, observer: RunObserver, before: RunRecord) -> None:
+    def __init__(
+        self,
+        model: TrainableModel,
+        run_facts: RunFacts,
+        observer: RunObserver,
+        before: RunRecord,
+        signals: Sequence[Signal] | None = None,
+    ) -> None:
         """Args:
-        run_facts: facts before the first step. The rules check them at once; what `findings` already says is not
-            reported again.
+        run_facts: facts before the first step. What `findings` already says is not reported again.
         observer: receives `diagnosed` events.
         before: record of a resumed run until now; faults that it names are not reported again.
+        signals: of the rules on `run_facts`; None: they are asked at once.
         """
         self._model, self._run_facts, self._observer = model, run_facts, observer
         said = [one.signal for one in run_facts.findings or ()]
@@ -68,7 +76,7 @@ class Monitor(SilentObserver):
         self._reported |= {(event.code, event.kind == "remark") for event in before.of(DiagnosedEvent)}
         self._signals: list[Signal] = []
         self._total_steps, self._is_new = 0, True
-        self._check_rules(run_facts)
+        self._report_decided(ask_all(run_facts)[0] if signals is None else signals)
 
     def begin(self, total_steps: int, done: int = 0) -> None:
         self._total_steps, self._is_new = total_steps, done == 0
@@ -86,7 +94,7 @@ class Monitor(SilentObserver):
 
     def evaluated(self, event: EvalEvent, num_rows: int) -> None:
         self._evaluations.append(event)
-        self._check_rules(replace(self._run_facts, trace=self._trace()))
+        self._report_decided(ask_all(replace(self._run_facts, trace=self._trace()))[0])
 
     def diagnosis(self) -> Diagnosis:
         """The diagnosis of the whole run, by the rules and the signals of this monitor."""
@@ -97,10 +105,10 @@ class Monitor(SilentObserver):
         run_facts = replace(self._run_facts, trace=self._trace(), live=None, missing=missing)
         return examine(run_facts, also=self._signals)
 
-    def _check_rules(self, run_facts: RunFacts) -> None:
+    def _report_decided(self, of_rules: Sequence[Signal]) -> None:
         """Report the faults and remarks of the rules. `diagnosis` runs them again, so their signals are not kept."""
-        signals = [*ask_all(run_facts)[0], *self._signals]  # what follows from these is not reported
-        decided, weighed = decide(run_facts.name, signals), weigh(signals)
+        signals = [*of_rules, *self._signals]  # what follows from these is not reported
+        decided, weighed = decide(self._run_facts.name, signals), weigh(signals)
         for culprit in decided.culprits if decided.is_fault else ():
             if not any((code, False) in self._reported for code in culprit.same_evidence):
                 self._report(weighed[culprit.fault].supporting[0])

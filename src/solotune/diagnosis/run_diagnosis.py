@@ -17,6 +17,7 @@ import torch
 
 from solotune.diagnosis import probes
 from solotune.diagnosis.evidence import EXPERIMENTS, Diagnosis, Probed, Signal, of_refusal
+from solotune.diagnosis.facts.base_tokenizer import with_base_tokenizer
 from solotune.diagnosis.rules import ask_all
 from solotune.diagnosis.run_facts import LiveModel, RunFacts
 from solotune.diagnosis.verdict import decide
@@ -34,6 +35,7 @@ def examine(
     deep: bool = False,
     budget: float | None = None,
     phase: Callable[[str], None] = lambda name: None,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
     also: Sequence[Signal] = (),
 ) -> Diagnosis:
     """The diagnosis of a run.
@@ -42,8 +44,10 @@ def examine(
         deep: probes run longer, on more batches.
         budget: seconds for the probes; 0 runs only the rules and loads no model.
         phase: called with the name of each stage that begins.
+        progress: called for each probe that starts.
         also: further signals, from the monitor of a run.
     """
+    run_facts = with_base_tokenizer(run_facts)
     live, why, loading, refusals = _load(run_facts, budget, phase)
     if live is None:
         run_facts = replace(run_facts, live=None, missing={**run_facts.missing, "live": why})
@@ -57,7 +61,7 @@ def examine(
         probed = Probed([], skipped=dict.fromkeys(EXPERIMENTS, why))
     else:
         phase("running model probes")
-        probed = probes.run_all(live, run_facts, _seconds(deep, budget), deep)
+        probed = probes.run_all(live, run_facts, _seconds(deep, budget), deep, progress)
         cost |= {"loading": loading, **probed.cost}
     refusals = [*run_facts.refusals, *refusals]
     refused = {signal.code for signal in refusals}  # these are certain: no number counts against them

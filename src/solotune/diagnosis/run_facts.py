@@ -39,7 +39,7 @@ class Settings:
     `shuffle` (whether the sampler shuffles), `truncation_side` (right keeps the start), `add_generation_prompt` (as
     deployed), `chat_template` (as trained), `serving_template` and `serving_stop_ids` (as deployed), `serving_alpha`
     and `serving_r`, `merged_into` (dtype or quantisation of the base that was merged into), `memory_bytes` (of the
-    card), `base_tokens` (of the base's own tokenizer, without what the run added).
+    card).
     """
 
     values: Mapping[str, Any]
@@ -97,6 +97,8 @@ class LiveModel:
     generate: Callable[[str], str] | None = None  # the answer to a user's text, as deployed
     backward: Callable[[torch.nn.Module, Sequence[Mapping[str, torch.Tensor]]], Any] | None = None
     """Compute the gradients of one optimizer step from these micro-batches, accumulated as in the training."""
+    is_rebuilt: bool = False
+    """Made by solotune from the files of another trainer: what that one froze or cut off does not show."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,11 +113,13 @@ class RunFacts:
     train: Sequence[Example] = ()
     validation: Sequence[Example] = ()
     conversations: Sequence[Sequence[Mapping[str, Any]]] = ()  # the same rows before rendering, if known
+    texts: Sequence[str] = ()  # some rows of plain text as the data has them, if another trainer tokenized them
     findings: Sequence[Finding] | None = None  # what `data_checks` found; (): nothing; None: it did not run
     refusals: Sequence[Signal] = ()  # errors of solotune that stop this config, as signals
     trace: Trace | None = None
     saved: Saved | None = None
     base_template: str = ""  # the base's chat template, if the run uses another one
+    base_tokenizer: PreTrainedTokenizerBase | None = None  # as it lies with the base, if it is another than `tokenizer`
     live: Callable[[], LiveModel] | None = None  # loads the model; called once
     batches: Sequence[Mapping[str, torch.Tensor]] = ()  # as `LiveModel.batches`, if known without the model
     environment: Mapping[str, Any] = field(default_factory=dict)  # versions, GPU

@@ -20,5 +20,8 @@ SPEAKS_AGAINST = 0.5
 CURVE_ALONE = 0.4
 """Largest confidence from the shape of a curve without a probe: enough for a doubt, not for a name."""
 
+AS_MANY = 0.9
+"""Share concerned by a cause / by its effect from which it explains it: one counts rows, the other answers."""
+
 RANK = {"remark": -1, "curve": 0, "measured": 1, "counterfactual": 2, "invariant": 3}
 """Order of evidence, whatever its weight: a violated equation, then an experiment, then a measured number."""

@@ -26,7 +26,7 @@ from typing import Any
 from solotune.diagnosis import catalogue
 from solotune.diagnosis.evidence import EXPERIMENTS, Culprit, Diagnosis, Remark, Signal
 from solotune.diagnosis.rules import rules
-from solotune.diagnosis.thresholds import ACCUSED, CURVE_ALONE, DOUBTED, RANK, SPEAKS_AGAINST
+from solotune.diagnosis.thresholds import ACCUSED, AS_MANY, CURVE_ALONE, DOUBTED, RANK, SPEAKS_AGAINST
 
 NUM_EVIDENCE = 3  # lines of evidence shown for each culprit
 NUM_CULPRITS = 5
@@ -122,7 +122,7 @@ def decide(
     Args:
         run_facts: name of the run.
         unasked: code -> why none of its rules could run.
-        skipped: probe (P1 ... P13) -> why it did not run.
+        skipped: probe (P1 ... P14) -> why it did not run.
         unreadable: what should be there and could not be judged (damaged files, rows that cannot be read), each with
             what to do about it. If there is any, the verdict is never healthy.
         not_checked: what could not be checked because it was not given, each with what to do about it.
@@ -168,7 +168,8 @@ def _consequences(named: Sequence[Weighed]) -> dict[str, str]:
     follows: dict[str, str] = {}
     for cause in named:
         for effect in named:
-            is_smaller = cause.affected is not None and effect.affected is not None and cause.affected < effect.affected
+            shares = cause.affected, effect.affected
+            is_smaller = None not in shares and (shares[0] or 0.0) < AS_MANY * (shares[1] or 0.0)
             if effect.code in catalogue.EXPLAINS.get(cause.code, ()) and cause.rank >= effect.rank and not is_smaller:
                 follows.setdefault(effect.code, cause.code)
     return follows

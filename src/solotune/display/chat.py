@@ -116,7 +116,9 @@ class Chat:
             return
         messages = self._session.messages()
         if not messages or messages[-1]["role"] != "assistant":
-            self._note("Nothing to save: there is no answer yet, or the model is asked without history.")
+            self._note(
+                "Nothing to save: there is no answer yet, or the model was trained on plain text (no conversation)."
+            )
             return
         line = json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
         try:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, Protocol
 
-from solotune.errors import StorageError
+from solotune.errors import SolotuneWarning, StorageError
 from solotune.runtime import signals, watchdog
 
 if TYPE_CHECKING:
@@ -223,4 +223,6 @@ class Resilient:
         except Exception as error:  # a bug of the observer; its author must see it
             self.failure = repr(error)
             name = type(self._observer).__name__
-            warnings.warn(f"{name} failed and is not called any more in this run: {error!r}", stacklevel=4)
+            warnings.warn(
+                f"{name} failed and is not called any more in this run: {error!r}", SolotuneWarning, stacklevel=4
+            )

@@ -27,13 +27,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from rich.cells import cell_len
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID
 from rich.table import Column, Table
 from rich.text import Text
 
 from solotune.display.observer import RunObserver, SilentObserver
-from solotune.units import format_bytes, format_duration
+from solotune.units import format_bytes, format_duration, format_rate
 
 if TYPE_CHECKING:
     from solotune.config.run_config import Choice
@@ -43,6 +45,7 @@ PIPE_COLUMNS = 120  # without a terminal
 WINDOW = 20  # speed and time left come from this many steps
 LINES_A_RUN = 10  # at least, whatever `logging_steps` is
 SECONDS_A_LINE = 30.0  # at most
+MIN_BAR = 2  # columns of the bar beside its figures
 
 # C0 and DEL become control pictures; other characters that control a terminal, have no width or cannot be encoded
 # become the replacement sign. Joiners stay: emoji and Indic scripts need them.
@@ -57,10 +60,18 @@ def escape_terminal(text: str) -> str:
     return text.translate(_INERT)
 
 
-def make_console(stream: IO[str]) -> Console:
-    """Console on `stream`: colour only on a terminal (and without NO_COLOR), no markup, no emoji codes."""
+def make_console(stream: IO[str], is_log: bool = False) -> Console:
+    """Console on `stream`: colour only on a terminal (and without NO_COLOR), no markup, no emoji codes.
+
+    Args:
+        is_log: never a terminal, not even with FORCE_COLOR, which a notebook sets.
+    """
     width = None if stream.isatty() else PIPE_COLUMNS
-    return Console(file=stream, width=width, markup=False, highlight=False, emoji=False, soft_wrap=False)
+    return Console(
+        file=stream, width=width, markup=False, highlight=False, emoji=False, soft_wrap=False,
+        force_terminal=False if is_log else None,
+        force_jupyter=False,  # in a notebook, rich would send what is for this stream to the cell instead
+    )  # fmt: skip
 
 
 Display = RunObserver  # shows the progress of a verb
@@ -114,7 +125,7 @@ class Meter:
         """Speed, memory and time left, each if known."""
         speed, left, peak = self.tokens_per_second, self.seconds_left, self.last.peak_bytes if self.last else 0
         return [
-            *([f"{speed:,.0f} tok/s"] if speed else []),
+            *([format_rate(speed, "tok/s")] if speed else []),
             *([format_bytes(peak)] if peak else []),
             *([f"{format_duration(left)} left"] if left is not None else []),
         ]
@@ -126,7 +137,7 @@ class PlainDisplay(SilentObserver):
     def __init__(self, logging_steps: int, console: Console) -> None:
         self.console = console
         self.meter = Meter()
-        self._logging_steps = logging_steps
+        self.logging_steps = logging_steps
         self._total_steps = 0
         self._last_line = time.monotonic()
 
@@ -158,12 +169,14 @@ class PlainDisplay(SilentObserver):
                 f"grad norm {event.grad_norm:.2f}",
                 f"epoch {event.epoch:.2f}",
             ]
-            self._line(self._at(event.step) + "  ".join(figures + self._more_figures()))
+            self._line(
+                _fitting([self._at(event.step) + figures[0], *figures[1:], *self._more_figures()], self._columns)
+            )
 
     def _is_line_due(self, event: StepEvent) -> bool:
         tenths = [LINES_A_RUN * step // event.total_steps for step in (event.step - 1, event.step)]
         is_late = time.monotonic() - self._last_line >= SECONDS_A_LINE
-        return event.step % self._logging_steps == 0 or tenths[0] < tenths[1] or is_late
+        return event.step % self.logging_steps == 0 or tenths[0] < tenths[1] or is_late
 
     def evaluated(self, event: EvalEvent, num_rows: int) -> None:
         exact = f"  exact match {event.exact_match:.1%} of {num_rows:,} rows"
@@ -178,6 +191,11 @@ class PlainDisplay(SilentObserver):
     def _at(self, step: int) -> str:
         total = f"{self._total_steps:,}"
         return f"step {step:>{len(total)},}/{total}  "
+
+    @property
+    def _columns(self) -> int | None:
+        """Of the terminal; None in a pipe, where lines are never shortened."""
+        return self.console.width if self.console.is_terminal else None
 
     def _more_figures(self) -> list[str]:
         return self.meter.figures()
@@ -219,7 +237,7 @@ class LiveDisplay(PlainDisplay):
         super().step(event)
         figures = [f"{event.step:,}/{event.total_steps:,}", f"loss {self.meter.loss:.4f}"]
         if self._task is not None:
-            text = "  ".join(figures + self.meter.figures())
+            text = _fitting(figures + self.meter.figures(), self._columns)
             total = event.total_steps  # an evaluation between the steps has shown its rows here
             self._progress.update(self._task, completed=event.step, total=total, figures=text)
 
@@ -272,12 +290,24 @@ def print_choices(choices: Sequence[Choice], console: Console) -> None:
 
 
 def print_columns(rows: Sequence[Sequence[str]], styles: Sequence[str], console: Console) -> None:
-    """Print rows of text, with the last column wrapped; in a pipe each row is one line, for grep."""
+    """Print rows of text, with the last column wrapped; in a pipe each row is one line, for grep.
+
+    Where the first columns leave less than half of the terminal, the last one is printed below them.
+    """
     if not console.is_terminal:
         widths = [max(len(row[i]) for row in rows) for i in range(len(styles) - 1)]
         for row in rows:
             cells = [escape_terminal(cell).ljust(width) for cell, width in zip(row, widths, strict=False)]
             console.print(Text("  ".join([*cells, escape_terminal(row[-1])]).rstrip()), soft_wrap=True)
+        return
+    before = sum(max(cell_len(row[i]) for row in rows) + 2 for i in range(len(styles) - 1))
+    if before > console.width // 2:
+        for row in rows:
+            head = Text("  ").join(
+                Text(escape_terminal(cell), style) for cell, style in zip(row[:-1], styles, strict=False) if cell
+            )
+            console.print(head) if head else None
+            console.print(Padding(Text(escape_terminal(row[-1]), styles[-1]), (0, 0, 0, 4)))
         return
     table = Table.grid(padding=(0, 2))
     for i, style in enumerate(styles):
@@ -288,6 +318,14 @@ def print_columns(rows: Sequence[Sequence[str]], styles: Sequence[str], console:
 
 
 # --- figures as text
+
+
+def _fitting(figures: Sequence[str], columns: int | None) -> str:
+    """The figures in one line, without those in the middle for which a narrow terminal has no place."""
+    kept = list(figures)
+    while columns is not None and len(kept) > 2 and len("  ".join(kept)) > columns - MIN_BAR:
+        del kept[-2]
+    return "  ".join(kept)
 
 
 def plus_minus(value: float, stderr: float | None) -> str:

@@ -13,10 +13,12 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from solotune.dataset import Example, render_prompt
+from solotune.display.progress import plus_minus
 from solotune.evaluation import generation
 from solotune.evaluation.scores import Score, ratio_and_stderr, score
 from solotune.model.loading import TrainableModel
 from solotune.model.lora import adapters_off
+from solotune.result_repr import ResultRepr, Table
 from solotune.runtime import signals
 
 
@@ -31,8 +33,8 @@ class Sample:
     tuned: str
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(ResultRepr):
     """The content of evaluation.json."""
 
     base: Score
@@ -43,6 +45,35 @@ class Evaluation:
     def difference(self) -> tuple[float, float]:
         """Tuned loss minus base loss and its standard error, paired by row."""
         return loss_difference(self.base, self.tuned)
+
+    def figures(self) -> dict[str, object]:
+        return {
+            "base_loss": self.base.loss,
+            "tuned_loss": self.tuned.loss,
+            "base_exact_match": self.base.exact_match,
+            "tuned_exact_match": self.tuned.exact_match,
+            "rows": self.base.rows,
+        }
+
+    def tables(self) -> list[Table]:
+        return [self._scores(), self.sample_table()]
+
+    def sample_table(self) -> Table:
+        """Prompts with the answers of both models."""
+        header = ("prompt", "reference", "base", "tuned")
+        return Table("Answers", header, [(s.prompt, s.reference, s.base, s.tuned) for s in self.samples])
+
+    def _scores(self) -> Table:
+        difference, stderr = self.difference
+        rows = [
+            ("loss per token", *(plus_minus(s.loss, s.stderr) for s in (self.base, self.tuned)),
+             f"{'+' * (difference >= 0)}{plus_minus(difference, stderr)}"),
+            ("exact match", f"{self.base.exact_match:.1%}", f"{self.tuned.exact_match:.1%}",
+             f"{100 * (self.tuned.exact_match - self.base.exact_match):+.1f} points"),
+        ]  # fmt: skip
+        return Table(
+            f"{self.base.rows:,} held-out rows; ± is one standard error", ("", "base", "tuned", "change"), rows
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The JSON of evaluation.json; `scores` may get more keys."""
@@ -75,6 +106,7 @@ def samples(
     count: int,
     max_new_tokens: int,
     rendered_on: date | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> list[Sample]:
     """Answers of base and tuned to the first `count` held-out rows, asked as they were trained.
 
@@ -85,8 +117,9 @@ def samples(
     chosen = list(islice(asked, count))
     stops = generation.stop_ids(model, tokenizer, (row.last_loss_token for row in rows))
     shown = []
-    for question in chosen:
+    for number, question in enumerate(chosen):
         signals.check_stop()
+        progress(number, len(chosen), "sample answers")
         tuned = generation.generate(model, question.prompt_ids, max_new_tokens, stops)
         with adapters_off(model.module):
             base = generation.generate(model, question.prompt_ids, max_new_tokens, stops)
@@ -135,15 +168,17 @@ def compare(
     max_new_tokens: int,
     rendered_on: date | None = None,
     tuned: Score | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Evaluation:
     """Evaluate base and tuned on `rows`.
 
     Args:
         rendered_on: the date on which the rows were rendered.
         tuned: the tuned model's score where it was just measured; None: it is measured.
+        progress: called with what is done, all of it, and what it is.
     """
-    tuned = tuned or score(model, rows, batch_size, progress)
+    tuned = tuned or score(model, rows, batch_size, lambda done, total: progress(done, total, "held-out rows, tuned"))
     with adapters_off(model.module):
-        base = score(model, rows, batch_size, progress)
-    return Evaluation(base, tuned, samples(model, tokenizer, rows, num_samples, max_new_tokens, rendered_on))
+        base = score(model, rows, batch_size, lambda done, total: progress(done, total, "held-out rows, base"))
+    answers = samples(model, tokenizer, rows, num_samples, max_new_tokens, rendered_on, progress)
+    return Evaluation(base, tuned, answers)

@@ -35,11 +35,12 @@ from solotune.dataset.collate import collate, num_labels
 from solotune.dataset.example import lengths_of
 from solotune.hardware.gpu_errors import stage
 from solotune.model.loading import TrainableModel
+from solotune.result_repr import ResultRepr
 from solotune.runtime import signals
 
 
-@dataclass(frozen=True)
-class Score:
+@dataclass(frozen=True, repr=False)
+class Score(ResultRepr):
     """Held-out figures of one model; losses are nats per supervised token, by weight."""
 
     loss: float
@@ -50,6 +51,9 @@ class Score:
     rows: int
     row_losses: tuple[float, ...] = ()  # weighted sums over each row, in the order of the rows given
     row_weights: tuple[float, ...] = ()
+
+    def figures(self) -> dict[str, object]:
+        return {"loss": self.loss, "stderr": self.stderr, "exact_match": self.exact_match, "rows": self.rows}
 
     def to_json(self) -> dict[str, Any]:
         return {"loss": self.loss, "stderr": self.stderr, "tokens": self.tokens}

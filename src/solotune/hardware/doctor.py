@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import resource
+from collections import Counter
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import Any
 from solotune.errors import CheckError
 from solotune.hardware import machine as environment
 from solotune.hardware.machine import BUSY_GPU, Check, Machine
+from solotune.hub.download import offline_switch
+from solotune.result_repr import ResultRepr, Table
 from solotune.units import first_line, gib
 
 PYTHONS = ((3, 11), (3, 13))
@@ -38,8 +41,8 @@ MIN_DISK_BYTES, MIN_RAM_BYTES = 20 << 30, 8 << 30
 NF4_MAX_ERROR = 0.16  # half the widest gap between two NF4 values (-1.0 and -0.696), plus rounding
 
 
-@dataclass(frozen=True)
-class DoctorReport:
+@dataclass(frozen=True, repr=False)
+class DoctorReport(ResultRepr):
     machine: Machine
     checks: list[Check]
 
@@ -47,6 +50,14 @@ class DoctorReport:
     def ok(self) -> bool:
         """True if no check failed; warnings are not failures."""
         return all(check.status != "fail" for check in self.checks)
+
+    def figures(self) -> dict[str, object]:
+        counts = Counter(check.status for check in self.checks)
+        return {"ok": self.ok, "failed": counts["fail"], "warnings": counts["warn"], "checks": len(self.checks)}
+
+    def tables(self) -> list[Table]:
+        rows = [(check.status, check.name, check.found, check.fix) for check in self.checks]
+        return [Table("Checks", ("", "check", "found", "fix"), rows)]
 
     def to_json(self) -> dict[str, Any]:
         return {"ok": self.ok, "checks": [asdict(check) for check in self.checks], "machine": self.machine.to_json()}
@@ -231,12 +242,8 @@ def _check_cache() -> Check:
 
 
 def _check_offline() -> list[Check]:
-    value = os.environ.get("HF_HUB_OFFLINE", "")
-    if value.upper() not in ("1", "ON", "YES", "TRUE"):
-        return []
-    return [
-        Check("hub", "ok", f"HF_HUB_OFFLINE={value}: models and datasets come from the cache or local folders only")
-    ]
+    what = "models and datasets come from the cache or local folders only"
+    return [Check("hub", "ok", f"HF_HUB_OFFLINE={value}: {what}")] if (value := offline_switch()) else []
 
 
 def _conflicts() -> list[tuple[str, str]]:

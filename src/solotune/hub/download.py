@@ -43,6 +43,12 @@ def hub_id(name: str) -> str | None:
     return None if is_local_path(name) else name
 
 
+def offline_switch() -> str:
+    """The value of HF_HUB_OFFLINE, if it keeps huggingface_hub off the network; else empty."""
+    value = os.environ.get("HF_HUB_OFFLINE", "")
+    return value if value.upper() in ("1", "ON", "YES", "TRUE") else ""
+
+
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
     """No network in this block: what is not in the cache is missing. For names that a folder gives and no user."""
@@ -110,10 +116,12 @@ def download(name: str, revision: str, where: str, wanted: Sequence[str], unwant
     except Exception as error:
         unreachable = isinstance(error, LocalEntryNotFoundError)
         reason = "the hub cannot be reached" if unreachable else first_line(error)
+        change = "check model_revision and the network connection, or use a local folder"
+        if value := offline_switch():
+            reason = f"HF_HUB_OFFLINE={value} is set, so nothing is downloaded"
+            change = "unset HF_HUB_OFFLINE to download it once, or use a local folder"
         raise InputError(
-            f"{where}: {name} is not in the cache and cannot be downloaded",
-            seen=reason,
-            change="check model_revision, the network connection and HF_HUB_OFFLINE, or use a local folder",
+            f"{where}: {name} is not in the cache and cannot be downloaded", seen=reason, change=change
         ) from None
 
 

@@ -32,7 +32,7 @@ quantised (except experts in MXFP4, which are unpacked).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,8 @@ from solotune.model.weights import (
 )
 from solotune.units import first_line, gib, mib
 
+Progress = Callable[[int, int, str], None]
+"""Called with what is done, all of it, and what it is."""
 STORAGE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -139,7 +141,11 @@ class TrainableModel:
 
 @stage("loading the model")
 def load_model(
-    config: RunConfig, device: torch.device, dtype: torch.dtype, model_files: ModelFiles | None = None
+    config: RunConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    model_files: ModelFiles | None = None,
+    progress: Progress | None = None,
 ) -> TrainableModel:
     """Load the base of `config` on `device` and attach new adapters.
 
@@ -148,6 +154,7 @@ def load_model(
         device: of the model.
         dtype: of activations, norms, embeddings and head.
         model_files: of the config's model; None: resolved here.
+        progress: called with the tensors read so far, and all of them.
 
     Raises:
         InputError: no usable model there, a damaged or already quantised checkpoint, an architecture without a list
@@ -159,7 +166,7 @@ def load_model(
     if attention_name != config.attn_implementation:
         because = f"{family} has no {config.attn_implementation} attention"
         choices.append(Choice("attn_implementation", attention_name, because))
-    module, found = _read_base(module, model_files, attention_name, config, dtype, device)
+    module, found = _read_base(module, model_files, attention_name, config, dtype, device, progress)
     choices += found
     module.requires_grad_(False)
     _set_generation(module, model_files)
@@ -194,6 +201,7 @@ def _read_base(
     config: RunConfig,
     dtype: torch.dtype,
     device: torch.device,
+    progress: Progress | None,
 ) -> tuple[PreTrainedModel, list[Choice]]:
     """Read the weights into a model without weights (or another one of its class); returns it and what was chosen."""
     folder, family = model_files.folder, module.config.model_type
@@ -213,6 +221,7 @@ def _read_base(
         tensors, given = read_tensors(files, match, dtype), set(match.names.values())
     for one, two in untied.items():
         choices.append(Choice("tie_word_embeddings", False, f"the files hold another {one} than {two}"))
+    tensors = _counted(tensors, len(given), progress)
     _fill(module, tensors, config.precision, dtype, device, config.model_name_or_path)
     tie(module, given)
     _check_complete(module, folder)
@@ -233,6 +242,15 @@ def _not_used(architecture: str, model_files: ModelFiles, files: list[Path], mat
         because = f"transformers has {architecture} itself; code from a model folder never runs"
         found.append(Choice("auto_map", "not used", because))
     return found
+
+
+def _counted(
+    tensors: Iterator[tuple[str, torch.Tensor]], total: int, progress: Progress | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for done, named in enumerate(tensors, start=1):
+        yield named
+        if progress is not None:
+            progress(done, total, "tensors")
 
 
 def _own_tensors(module: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from solotune.config.settings import LoraSettings
+from solotune.config.settings import FOREIGN, LoraSettings
 from solotune.errors import InputError
 from solotune.hub.download import hub_id
 from solotune.model import adapter
@@ -154,8 +154,11 @@ def attach(
 
 
 def _check_rank(settings: LoraSettings, name: str, linear: FrozenLinear) -> None:
-    """Refuse a rank above both sides of a layer; above one side it is useless, but usual for narrow k and v."""
-    if settings.r > (most := max(linear.in_features, linear.out_features)):
+    """Refuse a rank above both sides of a layer; above one side it is useless, but usual for narrow k and v.
+
+    An adapter that another trainer made is taken as it is, so that it can be diagnosed.
+    """
+    if settings.source_of("lora_r") != FOREIGN and settings.r > (most := max(linear.in_features, linear.out_features)):
         raise InputError(
             f"{settings.source_of('lora_r')}, lora_r: larger than the layer {name}",
             seen=f"lora_r: {settings.r}",

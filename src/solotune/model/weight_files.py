@@ -70,9 +70,9 @@ def _refuse_adapter(folder: Path) -> None:
     """transformers would load an adapter in a model folder into the model, and so train or serve another base."""
     if (folder / "adapter_config.json").exists() and any(folder.glob("model*.safetensors")):
         raise InputError(
-            f"{folder}: holds an adapter beside the model",
+            f"{folder}: contains an adapter next to the model",
             seen="adapter_config.json, which transformers would load into the model",
-            allowed="a model alone",
+            allowed="only the model",
             change="move adapter_config.json out of the folder, or merge the adapter into the model with PEFT",
         )
 

@@ -25,7 +25,8 @@ from solotune.planning import planner
 from solotune.planning.gpus import Card, card_named, card_of, cpu_card
 from solotune.planning.layer_profile import ModelShape, Workload
 from solotune.planning.model_shape import cpu_gflops, model_shape
-from solotune.planning.planner import Plan, full_rows
+from solotune.planning.plan import Plan
+from solotune.planning.planner import full_rows
 
 MAX_COUNTED_MICRO_BATCHES = 20_000
 

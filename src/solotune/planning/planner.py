@@ -16,110 +16,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
-from typing import Any, NamedTuple, get_args
+from typing import get_args
 
 from solotune.config.run_config import BUDGET_SIZE, Choice, RunConfig
 from solotune.config.settings import BatchSettings, MemorySettings
-from solotune.errors import CheckError, InputError
-from solotune.model.adapter_coverage import AdapterCoverage
+from solotune.errors import InputError
 from solotune.planning.constants import CONTEXT_BYTES
-from solotune.planning.gpus import CARDS, GIB, Card
+from solotune.planning.gpus import GIB, Card
 from solotune.planning.layer_profile import MemoryStrategy, ModelShape, Precision, Workload
-from solotune.planning.memory import PeakMemory, footprint
-from solotune.planning.throughput import Seconds, seconds
+from solotune.planning.memory import footprint
+from solotune.planning.plan import SHARE_OF_CARD, Budget, Candidate, Plan
+from solotune.planning.throughput import seconds
 from solotune.units import gib
 
-SAFETY = 1.02
-"""Safety factor: the estimate may be this much too low, so the budget must hold the estimate times this."""
-SHARE_OF_CARD = 0.94
-"""The share of a card that is not in this machine which `memory_budget: auto` uses. The rest is for the desktop, other
-processes and the driver."""
 FREE_MARGIN_BYTES = 256 << 20
 MIN_LENGTH = 128
 
 Shapes = Callable[[RunConfig], ModelShape]
-
-
-class Budget(NamedTuple):
-    """`bytes` limits what torch allocates; `available_bytes` limits all memory of this process, context included."""
-
-    bytes: int
-    available_bytes: int
-    because: str
-
-    def holds(self, used: PeakMemory) -> bool:
-        return used.peak_bytes * SAFETY <= self.bytes and used.card_bytes * SAFETY <= self.available_bytes
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One memory strategy with its memory and its time."""
-
-    knobs: MemoryStrategy
-    footprint: PeakMemory
-    seconds: Seconds
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The result of `solotune plan`. If nothing fits: `changes` to the config that do, and the plan with them."""
-
-    card: Card
-    budget: Budget
-    option: Candidate
-    fits: bool
-    choices: list[Choice]
-    notes: list[str]
-    changes: list[tuple[str, object]]
-    changed: Plan | None
-    resolved: RunConfig
-    coverage: AdapterCoverage | None = None  # which parts of the model have adapters
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON of plan.json."""
-        used, took = self.option.footprint, self.option.seconds
-        return {
-            "fits": self.fits,
-            "card": self.card.name,
-            "peak_bytes": used.peak_bytes,
-            "card_bytes": used.card_bytes,
-            "peak_at": used.moment,
-            "by_category": used.by_category,
-            "budget_bytes": self.budget.bytes,
-            "host_bytes": used.host_bytes,
-            "seconds": took.to_json(),
-            "tokens_per_second": took.tokens_per_second,
-            "choices": [choice._asdict() for choice in self.choices],
-            "notes": self.notes,
-            "changes": [{"key": key, "value": value} for key, value in self.changes],
-            "adapters": self.coverage and self.coverage.to_json(),
-        }
-
-    def refusal(self) -> CheckError:
-        """The error for a run that does not fit."""
-        used = self.option.footprint
-        seen = (
-            f"a peak of {gib(used.peak_bytes)} GiB ({used.moment}), {gib(used.card_bytes)} GiB with the driver and the "
-        )
-        seen += f"allocator, on {self.card.name}"
-        return CheckError(
-            "the run does not fit in memory", seen=seen, allowed=f"{gib(self.budget.bytes)} GiB: {self.budget.because}",
-            change=self.suggestion(),
-        )  # fmt: skip
-
-    def suggestion(self) -> str:
-        """The change that makes it fit: `max_length: 1024 (then 8.1 GiB, 900 tokens/s)`."""
-        if self.changed is None:
-            least = self.option.footprint.card_bytes * SAFETY
-            large = [c for c in CARDS.values() if c.memory_bytes * SHARE_OF_CARD >= least]
-            cards = ", ".join(c.name for c in sorted(large, key=lambda c: c.memory_bytes)[:3])
-            return f"a smaller model, or a card with {gib(round(least / SHARE_OF_CARD))} GiB ({cards or 'none known'})"
-        words = [f"{key}: {value_in_words(value)}" for key, value in self.changes]
-        after = self.changed.option
-        speed = f"{after.seconds.tokens_per_second:,.0f} tokens/s"
-        return f"{', '.join(words)} (then {gib(after.footprint.peak_bytes)} GiB, {speed})"
 
 
 def make_plan(
@@ -394,7 +309,3 @@ def full_rows(batches: BatchSettings, max_positions: int | None = None) -> Workl
         steps=batches.max_steps if batches.max_steps > 0 else None,
         has_one_shape=batches.takes_graphs,
     )
-
-
-def value_in_words(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -24,14 +24,19 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from solotune.errors import DirectoryInUseError, InputError
 from solotune.regular_files import read_bytes, read_text
+from solotune.result_repr import ResultRepr
 from solotune.run import atomic_io
 from solotune.run.events import Event, to_line
+from solotune.run.history import history_of
 from solotune.run.manifest import MANIFEST, Entry, entry_at, manifest_text, read_manifest
 from solotune.run.record import MAX_JSON_BYTES, METRICS, RunRecord, number_in, parse_json
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 LATEST = "latest"
 LOCK = ".lock"
@@ -84,7 +89,7 @@ class RunDirectory:
             output_dir: its path; None: a new folder runs/<name>-<date>.
 
         Raises:
-            DirectoryInUseError: another process uses it, or it already holds a run and `resume` is false.
+            DirectoryInUseError: another process uses it, or it already contains a run and `resume` is false.
         """
         if not resume:
             cls.refuse_occupied(output_dir)
@@ -107,7 +112,7 @@ class RunDirectory:
 
         Raises:
             InputError: `output_dir` is a file.
-            DirectoryInUseError: it already holds a run.
+            DirectoryInUseError: it already contains a run.
         """
         path = Path(os.path.expanduser(output_dir or "."))
         if path.is_file():
@@ -115,7 +120,7 @@ class RunDirectory:
         held = [mark for mark in MARKS if output_dir and (path / mark).exists()]
         if held:
             raise DirectoryInUseError(
-                f"{path} already holds a run",
+                f"{path} already contains a run",
                 seen=", ".join(held),
                 change="continue it with --resume, choose another output_dir, or remove the folder",
             )
@@ -291,8 +296,8 @@ def list_runs(root: str | Path = "runs") -> list[RunDirectory]:
     return [RunDirectory(folder) for _, folder in sorted(found)]
 
 
-@dataclass(frozen=True)
-class RunSummary:
+@dataclass(frozen=True, repr=False)
+class RunSummary(ResultRepr):
     """One line of `solotune runs`; what a run has not reached is None."""
 
     name: str
@@ -306,6 +311,21 @@ class RunSummary:
     exact_match: float | None
     tokens_per_second: float | None
     peak_bytes: int | None
+
+    def figures(self) -> dict[str, object]:
+        return {
+            "name": self.name,
+            "status": self.status,
+            "steps": f"{self.steps:,}" if self.total_steps is None else f"{self.steps:,}/{self.total_steps:,}",
+            "base_loss": self.base_loss,
+            "tuned_loss": self.tuned_loss,
+            "exact_match": self.exact_match,
+        }
+
+    @property
+    def history(self) -> DataFrame:
+        """The run's steps and evaluations as a pandas DataFrame: see `history_of`."""
+        return history_of(RunRecord.read(self.path))
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "path": str(self.path)}

@@ -18,21 +18,25 @@ from solotune.errors import InputError
 from solotune.evaluation import generation
 from solotune.hardware.gpu_errors import device_errors
 from solotune.model import lora
+from solotune.model.loading import Progress
+from solotune.result_repr import ResultRepr, Table
+from solotune.runtime.library_noise import quiet_libraries
 from solotune.training.trained_run import TunedRun
 
 Messages = list[dict[str, str]]
 
 
-class ChatSession:
+class ChatSession(ResultRepr):
     """A conversation with a run's model; its base can answer too, for comparison.
 
     A model that was trained on plain text (`prompt_format: text`) is asked so too: each message is continued as it is,
     without chat template and history, and the answer keeps the white space around it.
     """
 
-    def __init__(self, run: TunedRun, system: str | None = None) -> None:
+    def __init__(self, run: TunedRun, system: str | None = None, progress: Progress | None = None) -> None:
         """Args:
         system: the system prompt; None: the one that all training rows share, if they do; "": none.
+        progress: called while the model loads.
 
         Raises:
             InputError: nothing to load, or a system prompt for a model that was trained on plain text.
@@ -42,13 +46,25 @@ class ChatSession:
         self.trained_system = run.system_prompt  # with its rows and all rows
         """The most frequent system prompt of the training rows, its rows and all rows; None without one."""
         self.system = self._checked(system) if system is not None else self._shared_system()
-        self._model = run.load()
+        self._model = run.load(progress)
         self._stops = generation.stop_ids(self._model, self._tokenizer, run.answer_ends)
         self.choices = run.choices
         self.model_name = f"{self._config.model_name_or_path} + {run.directory.path.name}"
         self.history: Messages = []
         self.base_history: Messages = []
         """The base's own conversation: with the tuned model's answers in it, it would copy them."""
+
+    def figures(self) -> dict[str, object]:
+        return {
+            "model": self.model_name,
+            "prompt_format": self.prompt_format,
+            "system": self.system,
+            "turns": len(self.history) // 2,
+        }
+
+    def tables(self) -> list[Table]:
+        said = [("", self.history), ("The base's own conversation", self.base_history)]
+        return [Table(title, (), [(turn["role"], turn["content"]) for turn in turns]) for title, turns in said]
 
     def reset(self, system: str | None = None) -> None:
         """Start a new conversation.
@@ -73,6 +89,7 @@ class ChatSession:
             history = self.base_history if base else self.history
             history += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
+    @quiet_libraries()
     def reply(self, text: str, base: bool = False, on_text: Callable[[str], None] | None = None) -> str:
         """The model's answer to `text`, which becomes part of the conversation.
 

@@ -23,7 +23,7 @@ from solotune.hub.model_files import ModelFiles, resolve_model
 from solotune.model import lora
 from solotune.model.adapter import CONFIG, read_config, read_finite_tensors
 from solotune.model.base_fingerprint import base_fingerprint, check_base
-from solotune.model.loading import TrainableModel, load_model
+from solotune.model.loading import Progress, TrainableModel, load_model
 from solotune.run.manifest import check_folder
 from solotune.run.run_dir import FINGERPRINTS, RunDirectory, read_object
 from solotune.training import checkpoint
@@ -36,11 +36,13 @@ def resolve_for_machine(config: RunConfig) -> tuple[RunConfig, Machine, list[Cho
     return resolved, machine, choices
 
 
-def load_base(config: RunConfig, machine: Machine, model_files: ModelFiles | None = None) -> TrainableModel:
+def load_base(
+    config: RunConfig, machine: Machine, model_files: ModelFiles | None = None, progress: Progress | None = None
+) -> TrainableModel:
     """Load the base of a resolved config, with new adapters, on the config's device: see `load_model`."""
     device = torch.device(environment.device_of(machine, use_cpu=config.use_cpu))
     with device_errors(config.memory):
-        return load_model(config, device, getattr(torch, environment.dtype_of(config.bf16)), model_files)
+        return load_model(config, device, getattr(torch, environment.dtype_of(config.bf16)), model_files, progress)
 
 
 @dataclass
@@ -108,8 +110,11 @@ class TunedRun:
         path = self.directory.path / "data.json"
         return read_object(path) if path.is_file() else {}
 
-    def load(self) -> TrainableModel:
+    def load(self, progress: Progress | None = None) -> TrainableModel:
         """Load the base with the run's adapter, or with that of the newest checkpoint if the run has not finished.
+
+        Args:
+            progress: called with the tensors read so far, and all of them.
 
         Raises:
             InputError: nothing is saved yet.
@@ -132,7 +137,7 @@ class TunedRun:
             raise IntegrityError(f"{path}: the fingerprint of the base is missing", change="restore the run's files")
         base = (self.base or resolve_model(self.config)).with_weights()
         check_base(recorded, base_fingerprint(base), str(self.directory.path))
-        model = load_base(self.config, self.machine, base)
+        model = load_base(self.config, self.machine, base, progress)
         name, revision = self.config.model_name_or_path, self.config.model_revision
         expected = lora.peft_config(self.config.lora, model.lora_layers, model.module, base=name, revision=revision)
         _check_adapter_config(folder, expected)

@@ -25,6 +25,7 @@ from solotune.config.load import load_config
 from solotune.config.settings import LoraSettings
 from solotune.errors import InputError, SolotuneError
 from solotune.model.adapter import read_tensors
+from solotune.result_repr import ResultRepr, Table
 from solotune.run.manifest import MANIFEST, NOT_LISTED, Problem, check_folder, differences, read_manifest, unknown
 from solotune.run.record import RunRecord
 from solotune.run.run_dir import LOCK, LOG, MARKS, METRICS, UNUSED, RunDirectory, located, read_object
@@ -34,8 +35,8 @@ OWN_JSON = ("environment.json", "data.json", "plan.json", "fingerprints.json", "
 SHAPED = ("lora_A", "lora_B")
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(ResultRepr):
     """The result of `solotune verify`."""
 
     path: Path
@@ -49,6 +50,18 @@ class Verification:
     @property
     def ok(self) -> bool:
         return not self.problems
+
+    def figures(self) -> dict[str, object]:
+        return {
+            "run": self.path,
+            "ok": self.ok,
+            "finished": self.finished,
+            "files": self.num_files,
+            "problems": len(self.problems),
+        }
+
+    def tables(self) -> list[Table]:
+        return [Table("Problems", ("file", "problem"), self.problems), Table("Notes", (), [(n,) for n in self.notes])]
 
     def to_json(self) -> dict[str, Any]:
         return {

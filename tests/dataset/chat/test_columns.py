@@ -176,7 +176,7 @@ def test_a_context_beside_question_and_answer_is_kept() -> None:
     kept = [{"role": "user", "content": "q\n\nc"}, A]
     assert after_advice(values).messages == kept
     to_texts = {"question": "prompt", "answer": "completion"}
-    assert refused(values, to_texts).startswith("f.jsonl:1: context beside plain text, which has no place for it\n")
+    assert refused(values, to_texts).startswith("f.jsonl:1: context in a row of plain text, which cannot use it\n")
     assert after_advice(values, to_texts).messages == kept
     assert after_advice(values, to_texts, number=1).text == "qa"
     assert chat_of(values, {"question": "instruction", "answer": "output"}).messages == kept
@@ -198,7 +198,7 @@ def test_columns_beside_plain_text(column: dict[str, Any]) -> None:
     for text in TEXTS:
         values = {**text, **column}
         assert refused(values).startswith(
-            f"f.jsonl:1: {next(iter(column))} beside plain text, which has no place for it\n"
+            f"f.jsonl:1: {next(iter(column))} in a row of plain text, which cannot use it\n"
         )
         assert after_advice(values, number=-1).text == ("qa" if "prompt" in text else "a")
     record = after_advice({**TEXTS[0], **column})
@@ -219,7 +219,7 @@ def test_arguments_of_the_template(name: str, value: Any) -> None:
 @pytest.mark.parametrize("chat", [chat for chat in CHATS if "instruction" not in chat], ids=str)
 def test_history_beside_a_list_of_messages(chat: dict[str, Any]) -> None:
     values = {**chat, "history": [["h", "g"]]}
-    assert refused(values).startswith("f.jsonl:1: history beside a list of messages\n")
+    assert refused(values).startswith("f.jsonl:1: history in a row that has a list of messages\n")
     assert after_advice(values).messages == [U, A]
 
 

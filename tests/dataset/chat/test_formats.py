@@ -249,7 +249,7 @@ WRONG: list[tuple[list[dict[str, Any]], str]] = [
     ),
     (
         [{"messages": [U], "chosen": A, "rejected": A}],
-        "f.jsonl:1: preference data, but train learns each answer as a good one\n"
+        "f.jsonl:1: preference data, but solotune trains on every answer of a row, also a rejected one\n"
         "  seen:    the keys messages, chosen, rejected\n"
         "  allowed: one answer a row\n"
         "  change:  to learn the chosen answers, set "

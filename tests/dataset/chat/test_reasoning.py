@@ -91,14 +91,14 @@ def test_a_thought_that_the_answer_holds_already() -> None:
 @pytest.mark.parametrize(
     ("columns", "problem"),
     [
-        ({"messages": [U, A, U, A], "thinking": "hm"}, "thinking beside a chat of 2 answers"),
-        ({"messages": [U, THOUGHT], "thinking": "oh"}, "thinking beside a chat of 1 answers"),
+        ({"messages": [U, A, U, A], "thinking": "hm"}, "thinking in a row whose chat has 2 answers"),
+        ({"messages": [U, THOUGHT], "thinking": "oh"}, "thinking in a row whose chat has 1 answer"),
         ({"messages": [U, A], "reasoning": "on"}, "reasoning is not a reasoning"),
         ({"messages": [U, A], "thinking": False}, "thinking is not a reasoning"),
         ({"messages": [U, A], "reasoning": 4.5}, "reasoning is not a reasoning"),
         ({"messages": [U, A], "thinking": {"a": 1}}, "thinking is not text"),
         ({"messages": [U, A], "thinking": "hm", "thought": "oh"}, "thinking and thought hold different reasoning"),
-        ({"text": "a", "thinking": "hm"}, "thinking beside plain text"),
+        ({"text": "a", "thinking": "hm"}, "thinking in a row of plain text"),
     ],
 )  # fmt: skip
 def test_a_thought_without_its_place_can_be_left_out(columns: dict[str, Any], problem: str) -> None:

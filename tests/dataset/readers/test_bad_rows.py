@@ -41,3 +41,14 @@ a.jsonl:0: unknown role (one of 2,000 bad rows; 5,000 were read)
   change:  fix it; or on_bad_row: drop leaves out the bad rows\
 """)
     assert "on_bad_row" not in message(9, 9)
+
+
+def test_the_fault_is_named_where_it_is_one_of_the_data() -> None:
+    def fault(num_bad: int, num_read: int) -> str | None:
+        bad = BadRows()
+        for n in range(num_bad):
+            bad.add(RowError(f"a.jsonl:{n}: unknown role", reason="unknown role", fault="F36"))
+        return bad.error(num_read).fault
+
+    assert fault(9, 9) == "F36"
+    assert fault(2, 9) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import subprocess
 import tracemalloc
 from functools import partial
 from pathlib import Path
@@ -247,6 +248,20 @@ def test_special_files(tmp_path: Path) -> None:
     assert message_of(tmp_path / "empty").startswith(f"{tmp_path}/empty: a folder without data files")
 
 
+@pytest.mark.parametrize("name", ["my texts", "my texts/a.txt"])
+def test_advice_for_texts_works_when_pasted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my texts").mkdir()
+    (tmp_path / "my texts" / "a.txt").write_text("one\nline\n\ntwo")
+    (tmp_path / "my texts" / "b.txt").write_text("three")
+    change = message_of(name).partition("change:")[2].strip()
+    command = change.removeprefix("make a row of each paragraph: ")
+    assert command != change
+    subprocess.run(["sh", "-c", command], check=True)
+    texts = ["one\nline", "two"] + ["three"] * (name == "my texts")
+    assert [values for _, values in rows_of("rows.jsonl")] == [{"text": text} for text in texts]
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_no_permission(write: Writer) -> None:
     path = write("a.jsonl", LINES)
@@ -329,7 +344,7 @@ def test_a_json_file_that_is_cut_off_says_where(write: Writer) -> None:
         "a.json:9: the file is cut off inside record 3, which starts in line 8\n"
         "  seen:    Unterminated string starting at; the file ends with "
         """'{\\n  "text": "thi'\n"""
-        "  change:  get the whole file, or keep its first 2 records"
+        "  change:  download the complete file, or keep its first 2 records"
     )
     assert len(rows_of(path, "train[:2]")) == 2
 

@@ -181,12 +181,12 @@ a.csv:2: not text
 a.jsonl:3: not valid JSON
   seen:    Unterminated string starting at, column 91: 'istant", "content": "It i'
   allowed: one complete object on each line
-  change:  get the whole file, or remove its last line\
+  change:  download the complete file, or remove its last line\
 """)),
     Bad(16, "a cut array", "a.json", json.dumps(ROWS)[:-9], snapshot("""\
 a.json:1: the file is cut off inside record 3, which starts in line 1
   seen:    Unterminated string starting at; the file ends with ', {"role": "assistant", "content": "It i'
-  change:  get the whole file, or keep its first 2 records\
+  change:  download the complete file, or keep its first 2 records\
 """)),
     Bad(17, "two objects on a line", "a.jsonl", LINES.replace("\n", ""), snapshot("""\
 a.jsonl:1: not valid JSON

@@ -64,7 +64,7 @@ def test_they_are_named_for_a_person_and_in_data_json(door: Door) -> None:
     found = door("a.parquet", family="qwen3")
     assert found.content["schema_nulls"]["messages.tool_calls.function.arguments"] == 4
     text = door.text("a.parquet")
-    assert "10 nulls left out" in text
+    assert "10 nulls dropped" in text
     assert "4 in messages.tool_calls.function.arguments" in text
     shown = "".join(piece for piece, _, _ in found.content["shown"][0]["pieces"])
     assert '"arguments": {"day": "Monday"}' in shown

@@ -17,6 +17,8 @@ CHATS = {
         "yo",
     ),
     "[INST] hi [/INST] yo</s>": ("hi", "yo"),
+    "### Instruction:\nhi<|im_end|>### Response:\nyo<|im_end|>": ("hi", "yo"),
+    "Human: hi</s>Assistant: yo</s>": ("hi", "yo"),
 }
 
 

@@ -88,18 +88,6 @@ def nothing_known() -> Any:
     return RunFacts("a run", Settings({}))
 
 
-def test_f04_is_open_where_every_text_survives_the_tokenizer() -> None:
-    """Text of another language: the model knows everyday English, or nothing can tell."""
-    noise = {"plain_text": 9.0, "ids_swapped": 9.5, "log_v": 6.0, "everyday_text": 9.0, "everyday_swapped": 9.4}
-    accused = initial_loss._tokenizer({**noise, "own_text_kept": 0.7, "any_text_kept": 0.6})
-    assert accused is not None and (accused.against, accused.weight) == (False, 0.9)
-    unsure = initial_loss._tokenizer({**noise, "own_text_kept": 1.0, "any_text_kept": 1.0})
-    assert unsure is not None and (unsure.against, unsure.weight) == (False, 0.4)
-    for control in ({"everyday_text": 3.0, "any_text_kept": 1.0}, {"own_text_kept": 1.0, "any_text_kept": 0.6}):
-        cleared = initial_loss._tokenizer({**noise, **control})
-        assert cleared is not None and cleared.against
-
-
 def test_f09_is_measured_on_rows_without_one(ward: Ward) -> None:
     texts = [" ".join(m["content"] for m in chat) for chat in chats(16, 100)]
     bos = ward.tokenizer.bos_token

@@ -56,8 +56,10 @@ def test_the_budget_is_kept_by_a_model_of_any_speed(ward, monkeypatch, seconds, 
 
     live = ward.live(model, backward=lambda m, batches: [m(**b).loss.backward() for b in batches], evaluate=evaluate)
     monkeypatch.setattr(time, "perf_counter", clock)
-    found = probes.run_all(live, ward.run_facts(), BUDGET)
+    seen: list[tuple[int, int, str]] = []
+    found = probes.run_all(live, ward.run_facts(), BUDGET, progress=lambda *told: seen.append(told))
     assert clock.now <= 1.1 * BUDGET, found.cost
+    assert seen == [(number, len(probes.PROBES), "probes") for number in range(len(probes.PROBES))]
     assert "P4" in found.cost and "P4" not in found.skipped
     for_time = {probe for probe, why in found.skipped.items() if "left" in why or "s is used up" in why}
     if seconds == 0.001:
@@ -81,3 +83,15 @@ def test_a_pass_that_would_end_too_late_does_not_begin(ward):
         with pytest.raises(OutOfTime, match=r"100\.0 s"):
             model(**batch)
     model(**batch)  # outside, nothing is limited
+
+
+def test_the_first_pass_is_not_begun_if_it_takes_longer_than_the_budget(ward, monkeypatch):
+    """Its backward pass could not be stopped; two passes over a few tokens show what it would take."""
+    model, clock = ward.model(), Clock(0.0, 0.01)
+    clock.slow_down(model)
+    long = ward.live(model).batches[0]
+    long = {name: tensor.repeat(1, 40) for name, tensor in long.items()}
+    monkeypatch.setattr(time, "perf_counter", clock)
+    found = probes.run_all(ward.live(model, [long]), ward.run_facts(), BUDGET)
+    assert clock.now <= 1.1 * BUDGET, found.cost
+    assert found.cost["P4"] < 1.0 and "a pass takes about" in found.skipped["P4"]

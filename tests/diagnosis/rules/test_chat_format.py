@@ -5,8 +5,12 @@ from __future__ import annotations
 import copy
 import random
 
+import numpy as np
 import pytest
 
+from solotune.dataset import Example
+from solotune.diagnosis.rules import rules
+from solotune.diagnosis.run_facts import RunFacts, Settings
 from tests.dataset.conftest import CHATML, tiny_tokenizer
 from tests.diagnosis.rules.rows import Bench, each, sentence, talk, with_own_template, with_template
 
@@ -112,3 +116,33 @@ def test_f12_a_template_file_that_is_another_models(bench: Bench) -> None:
     with_own_template(bench, base, "<|endoftext|>")
     base.chat_template = foreign
     assert "F12" not in bench.codes(talk(), base, **keys)
+
+
+def of_another_trainer(template: str, base: str) -> list[str]:
+    """Kinds of the F12 signals on chats that it rendered by this template, where the base's own is another."""
+    tokenizer = with_template("chatml", template)
+    texts = [str(tokenizer.apply_chat_template(row["messages"], tokenize=False)) for row in talk()]
+    made = [np.array(tokenizer.encode(text, add_special_tokens=False), np.int32) for text in texts]
+    rows = [Example(ids, np.arange(len(ids)) > 9, "row", []) for ids in made]
+    chats = [row["messages"] for row in talk()]
+    stops = {"eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    one = RunFacts("test", Settings({}), tokenizer, {}, stops, rows, conversations=chats, base_template=base)
+    return [s.kind for r in rules()["F12"] if not r.reads_rows for s in r.signals(one)]
+
+
+def test_f12_of_another_trainer() -> None:
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    assert of_another_trainer(plain, CHATML) == ["measured"]
+    assert of_another_trainer(CHATML.replace("im_start", "endoftext"), CHATML) == ["remark"]  # may be chosen
+    assert of_another_trainer(CHATML.replace("<|im_end|>", ""), CHATML) == []  # F10
+    assert of_another_trainer(CHATML, "") == []
+
+
+def test_f12_documents_whose_first_token_has_no_label_are_no_chats() -> None:
+    tokenizer = with_template("chatml", CHATML)
+    stops = {"eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    made = [np.array(tokenizer.encode(row["messages"][1]["content"]), np.int32) for row in talk()]
+    for prompt, kind in ((1, "remark"), (4, "measured")):
+        rows = [Example(ids, np.arange(len(ids)) >= prompt, "row", []) for ids in made]
+        one = RunFacts("test", Settings({}), tokenizer, {}, stops, rows)
+        assert [s.kind for r in rules()["F12"] if not r.reads_rows for s in r.signals(one)] == [kind]

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from solotune.dataset import Example
+from solotune.diagnosis.rules.labels import loss_of_no_labels
+from solotune.diagnosis.run_facts import RunFacts, Settings, Trace
 from tests.diagnosis.rules.batches import (
     END,
     IGNORED,
@@ -182,3 +187,27 @@ def test_two_end_tokens(tokenizer, rows):
     for mask in (answers, lambda row, at: answers(row, at) and row[at][0] != PAD):
         assert told(run_facts_of(other, padded(labelled(both, mask), pad=1), CHATS)) == {}
     assert told(run_facts_of(other, padded(labelled(both, is_text), pad=1), CHATS)) == {"F19": "fault"}
+
+
+def test_padding_that_is_also_an_end_is_told_by_the_known_rows(tokenizer, rows):
+    """Batches without a mask: of a run of pads, the first is no end of a row that is known to have none."""
+    own = copy.deepcopy(tokenizer)
+    own.pad_token = own.eos_token
+    endless = [[t for t in row if t[1] == "user" or t[2] not in ("end", "line")] for row in rows]
+    pairs = labelled(endless, lambda row, at: is_text(row, at) or is_end(row, at))
+    batches = [{k: v for k, v in batch.items() if k != "attention_mask"} for batch in padded(pairs, pad=END)]
+    train = [Example(np.array(ids, np.int32), np.array(labels) >= 0, "row", []) for ids, labels in pairs]
+    assert "F17" not in told(replace(run_facts_of(own, batches, CHATS), train=train))
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "held_out", "is_found"),
+    [(0.0, 0.0, np.nan, True), (0.0, np.nan, np.nan, False), (0.0, 0.0, 2.3, False), (1e-4, 0.0, np.nan, False)],
+)
+def test_f21_by_a_log_of_nothing(loss: float, norm: float, held_out: float, is_found: bool) -> None:
+    """A loss of exactly 0 with a gradient of exactly 0; one that overflowed has a gradient that is no number."""
+    steps = np.arange(1, 6)
+    trace = Trace(steps, steps * 0 + loss, steps * 1e-4, steps * 0 + norm, steps / 5, steps[-1:], np.array([held_out]),
+                  5, True)  # fmt: skip
+    run_facts = RunFacts("a run", Settings({}), trace=trace)
+    assert (loss_of_no_labels(run_facts) is not None) == is_found

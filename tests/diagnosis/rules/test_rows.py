@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from solotune.diagnosis.facts.row_facts import RowFacts, RowSettings
 from solotune.diagnosis.rules import rules
 from solotune.diagnosis.rules.rows import headers_of_foreign_roles
 from solotune.diagnosis.run_facts import RunFacts, Settings
+from solotune.errors import InputError
 from tests.dataset.conftest import chat, tiny_tokenizer
 from tests.diagnosis.rules.rows import Bench, answered, each, sentence, talk
 from tests.diagnosis.rules.templated import Pair, pairs_of
@@ -27,6 +29,26 @@ def test_f34_empty_answers(bench: Bench) -> None:
     exported = bench.only("F34", answered(talk(), lambda n, text: "nan" if n % 5 == 0 else text))
     assert (found.severity, exported.severity) == ("error", "error")
     assert found.affected == pytest.approx(14 / 40)
+
+
+def test_f34_empty_contents_in_the_rows_of_another_trainer(bench: Bench) -> None:
+    """Which a mask may not show; a call has no content, and a row without a label has no answer to judge."""
+
+    def emptied(rows: list[Example], **more: Any) -> list[Example]:
+        return [
+            replace(r, messages=[r.messages[0], {**r.messages[1], "content": "", **more}]) if n % 3 else r
+            for n, r in enumerate(rows)
+        ]
+
+    assert bench.only("F34", talk(), "chatml", emptied).severity == "error"
+    assert "F34" not in bench.codes(talk(), "chatml", lambda rows: emptied(rows, function_call={"name": "add"}))
+
+    def lost(messages: list[dict[str, Any]]) -> list[str]:
+        return bench.codes(
+            talk(), "chatml", lambda rows: [replace(r, messages=messages, loss_mask=r.loss_mask & False) for r in rows]
+        )
+
+    assert not {"F34", "F35"} & {*lost([]), *lost([{"role": "agent", "content": "a"}])}
 
 
 @pytest.mark.parametrize("answer", ["None", "n/a", "null", "  "])
@@ -182,3 +204,41 @@ def test_f39_copies_beyond_chance() -> None:
     for healthy in (natural, weighted, few_labels):
         assert [kind for kind, _ in copies(healthy)] == ["remark"]
     assert copies(booked + booked[:10]) == []
+
+
+def test_f39_a_few_rows_that_are_most_of_the_data() -> None:
+    booked = pairs_of("booking", 100)
+    assert [kind for kind, _ in copies(booked[:5] * 26 + booked[5:70])] == ["measured"]
+    assert [kind for kind, _ in copies(booked[:15] * 13)] == ["measured"]
+    greeting = [("Hi!", "Hello!")] * 130 + booked[:60]  # of two words
+    assert [kind for kind, _ in copies(greeting)] == ["remark"]
+
+
+def test_f39_of_another_trainer_whose_copies_were_removed_here(bench: Bench) -> None:
+    rows = talk(60)
+    tokenizer = tiny_tokenizer("chatml")
+    made = bench.prepared(rows, tokenizer)[1].train
+    chats = [row["messages"] for row in rows[:12] * 16 + rows[12:]]
+    for tool, kinds in (("trl", ["measured"]), ("solotune", [])):
+        known = RunFacts("test", Settings({"tool": tool}), tokenizer, train=list(made), conversations=chats)
+        assert [s.kind for one in rules()["F39"] if not one.reads_rows for s in one.signals(known)] == kinds
+
+
+def test_f36_rows_without_an_assistant(bench: Bench) -> None:
+    """Of another trainer, whose template writes any role: no rule fails on them."""
+
+    def renamed(rows: list[Example]) -> list[Example]:
+        names = {"user": "human", "assistant": "gpt"}
+        made = [replace(r, messages=[{**m, "role": names[m["role"]]} for m in r.messages]) for r in rows]
+        return [replace(r, loss_mask=np.ones_like(r.loss_mask)) for r in made]
+
+    assert bench.codes(talk(), "chatml", renamed) == []
+
+
+def test_f36_rows_that_are_refused_for_their_role_names(bench: Bench) -> None:
+    named = {"user": "customer", "assistant": "agent"}
+    with pytest.raises(InputError) as refusal:
+        bench.prepared(
+            each(talk(), lambda n, m: [{**x, "role": named[x["role"]]} for x in m]), tiny_tokenizer("chatml")
+        )
+    assert refusal.value.fault == "F36"

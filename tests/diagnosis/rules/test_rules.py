@@ -255,6 +255,11 @@ def test_a_model_that_should_be_quantised_and_a_head_that_should_not():
     model = transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"]())
     one = run_facts({"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}, live=lambda: LiveModel(model, []))
     assert "F51" in {signal.code for signal in ask_all(one, loads=True)[0]}
+    layer = next(module for name, module in model.named_modules() if name.endswith("q_proj"))
+    packed = layer.weight.detach().clone()
+    layer.weight.data = (packed * 50).round().clamp(-7, 7) / 50  # values of four bits, unpacked
+    assert "F51" not in {signal.code for signal in ask_all(one, loads=True)[0]}
+    layer.weight.data = packed
     head = model.get_output_embeddings()
     plain = run_facts(live=lambda: LiveModel(model, []))
     assert "F52" not in {signal.code for signal in ask_all(plain, loads=True)[0]}

@@ -98,6 +98,9 @@ FAULTY: dict[str, tuple[str, RunFacts]] = {
     "losses that are summed": ("F74", run_facts({"gradient_accumulation_steps": 8}, trace=log(
         lambda s: 8 * (2.5 * np.exp(-s / 150) + 0.5), evals=[1.8, 1.2, 0.85]))),
     "a renamed argument": ("F02", run_facts({"max_length": 1024}, {"max_seq_length": 4096})),
+    "an argument of an earlier version": ("F02", run_facts(
+        {"per_device_train_batch_size": 8}, {"per_gpu_train_batch_size": 2})),
+    "a misspelt argument": ("F02", run_facts({"max_length": 1024}, {"max_lenght": 4096})),
 }  # fmt: skip
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from solotune.diagnosis.rules import ask_all
+from solotune.diagnosis.run_facts import RunFacts, Settings
 from tests.dataset.conftest import CHATML, FAMILIES, tiny_tokenizer
 from tests.diagnosis.rules.rows import Bench, answered, sentence, talk, with_own_template, with_template
 
@@ -84,3 +86,30 @@ def test_f16_a_header_that_ends_in_a_blank(bench: Bench) -> None:
     found = bench.only("F16", rows, with_template("chatml", template))
     assert found.severity == "error"  # of the template, though not every answer joins
     assert found.affected is not None and 0 < found.affected < 0.5
+
+
+def texts(begin: str, tool: str | None = None, **keys: Any) -> list[tuple[str, str]]:
+    """What the rules say of texts that another trainer tokenized."""
+    template = str(FAMILIES["llama3"][0])
+    said = {
+        "texts": [begin + sentence(random.Random(n)) for n in range(8)],
+        "missing": {"batches": "not saved"},
+        **keys,
+    }
+    one = RunFacts("test", Settings({"tool": tool}), tokenizer=adding_bos("llama3", template), **said)
+    return [(signal.code, signal.kind) for signal in ask_all(one)[0] if signal.code == "F08"]
+
+
+def test_f08_texts_that_the_tokenizer_begins_again() -> None:
+    begin = "<|begin_of_text|>"
+    assert texts(begin) == texts(begin, "transformers") == [("F08", "measured")]
+    assert texts(begin, "llama-factory") == [("F08", "remark")]  # leaves the second one out
+    assert texts("") == texts(begin, missing={}) == []  # the rows are known, and judged themselves
+
+
+def test_f09_a_template_that_another_trainer_has_set(bench: Bench) -> None:
+    """Without a template file: the tokenizer's template is another than that of the base's files."""
+    model = with_own_template(bench, copy.deepcopy(tiny_tokenizer("llama3")), "<|eot_id|>")
+    without = with_template("llama3", str(FAMILIES["llama3"][0]).replace("{{ bos_token }}", ""))
+    assert bench.codes(talk(), without, model_name_or_path=model) == ["F09"]
+    assert bench.codes(talk(), "llama3", model_name_or_path=model) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from solotune.diagnosis.rules.text import _reads_back
@@ -105,3 +107,15 @@ def test_f37_hidden_characters(bench: Bench, kind: str) -> None:
 @pytest.mark.parametrize("script", NOT_HIDDEN)
 def test_f37_characters_that_scripts_need(bench: Bench, script: str) -> None:
     assert bench.codes(answered(talk(), lambda n, text: f"{text} {NOT_HIDDEN[script]}")) == []
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_f37_answers_that_are_strings_of_json(bench: Bench, times: int) -> None:
+    def dumped(_: int, text: str) -> str:
+        for _ in range(times):
+            text = json.dumps(text + "\nà Köln" * (text[0] != '"'))
+        return text[1:-1] if times == 2 else text
+
+    assert bench.only("F37", answered(talk(), dumped)).severity == "error"
+    as_json = answered(talk(), lambda n, text: json.dumps({"text": text + "\nend", "row": n}))
+    assert "F37" not in bench.codes(as_json)  # of a task: the escapes are within its values

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from tiny import FAMILIES as FAMILIES_OF_MODELS
 
 from solotune.dataset import Example
 from solotune.diagnosis.rules import ask_all
-from solotune.diagnosis.rules.tokenizer import untrained_rows
 from solotune.diagnosis.run_facts import RunFacts, Settings
 from tests.dataset.conftest import CHATML, FAMILIES, tiny_tokenizer
+from tests.diagnosis.probed_models import moved
 from tests.diagnosis.rules.rows import Bench, answered, each, id_of, talk, with_template
 
 
@@ -52,17 +51,6 @@ def test_f04_text_that_the_tokenizer_cannot_spell(bench: Bench) -> None:
     found = bench.only("F04", each(rows, lambda n, m: [{**x, "content": x["content"].lower()} for x in m]), tokenizer)
     assert "unknown" in found.message
     assert found.evidence["rows"][0].startswith("a.jsonl:")
-
-
-def test_f05_a_token_beyond_the_embedding(bench: Bench) -> None:
-    size = len(tiny_tokenizer("chatml"))
-    # the last three tokens of the vocabulary are <|endoftext|>, <|im_end|> and <|im_start|>
-    found = bench.only("F05", talk(), model_name_or_path=bench.model(config={"vocab_size": size - 1}))
-    assert (found.severity, found.evidence["largest_id"], found.evidence["embedding_rows"]) == (
-        "error",
-        size - 1,
-        size - 1,
-    )
 
 
 @pytest.mark.parametrize(
@@ -107,36 +95,13 @@ def test_f07_rows_that_spell_a_token_as_text(bench: Bench) -> None:
     assert "F07" not in bench.codes(talk(), "chatml")
 
 
-def weights(size: int = 400, width: int = 64) -> torch.Tensor:
-    """An embedding whose rows were trained: larger than fresh ones, and of all directions."""
-    return torch.randn(size, width, generator=torch.Generator().manual_seed(0)) * 0.3
-
-
-@pytest.mark.parametrize("kind", ["zero", "mean", "fresh", "like the padding"])
-def test_f06_rows_that_nothing_trained(kind: str) -> None:
-    tokenizer, embedding = tiny_tokenizer("chatml"), weights()
-    end, ordinary = id_of("chatml", "<|im_end|>"), np.arange(40, 100)
-    assert untrained_rows(embedding, np.append(ordinary, end), tokenizer) == []
-    noise = torch.randn(400, 64, generator=torch.Generator().manual_seed(1))
-    if kind == "like the padding":
-        embedding[len(tokenizer) :] = noise[len(tokenizer) :] * 0.005
-    values = {"zero": 0 * noise[0], "mean": embedding.mean(0), "fresh": 0.02 * noise[0]}
-    embedding[end] = values.get(kind, 0.005 * noise[end])
-    assert untrained_rows(embedding, np.append(ordinary, end), tokenizer) == [end]
-
-
-def test_f06_fresh_rows_that_look_like_all_others_tell_nothing() -> None:
-    tokenizer, embedding = tiny_tokenizer("chatml"), weights() / 15  # as small as fresh ones
-    end = id_of("chatml", "<|im_end|>")
-    assert untrained_rows(embedding, np.append(np.arange(40, 100), end), tokenizer) == []
-
-
-def test_f06_tokens_that_the_bases_tokenizer_does_not_have() -> None:
-    """In the padding of the embedding, which was not resized."""
-    config = {**FAMILIES_OF_MODELS["llama"]().to_dict(), "vocab_size": 128}
-    made = [Example(np.array([1, 5, 9, 120, 2], np.int32), np.arange(5) > 2, f"row {n}", []) for n in range(8)]
-    one = RunFacts("test", Settings({"base_tokens": 115}), model_config=config, train=made)
-    (found,) = [s for s in ask_all(one)[0] if s.code == "F06"]
-    assert (found.numbers["ids"], found.affected) == ([120], 1.0)
-    for healthy in ({"base_tokens": 121}, {"base_tokens": 115, "trainable_token_indices": [120]}, {}):
-        assert not [s for s in ask_all(replace(one, settings=Settings(healthy)))[0] if s.code == "F06"]
+def test_f04_ids_that_mean_other_pieces_than_to_the_base() -> None:
+    base = tiny_tokenizer("chatml")
+    made = [Example(np.array(base.encode("the cat sat"), np.int32), np.ones(3, bool), "a", [])]
+    one = RunFacts("test", Settings({}), tokenizer=moved(base, 3), base_tokenizer=base, train=made)
+    (found,) = [signal for signal in ask_all(one)[0] if signal.code == "F04"]
+    assert (found.kind, found.affected) == ("invariant", 1.0)
+    more = copy.deepcopy(base)
+    more.add_tokens(["<|new|>"])
+    for healthy in (more, copy.deepcopy(base)):
+        assert not [s for s in ask_all(replace(one, tokenizer=healthy))[0] if s.code == "F04"]

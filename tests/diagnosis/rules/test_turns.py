@@ -15,7 +15,7 @@ from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import ask_all
 from solotune.diagnosis.run_facts import RunFacts, Settings
 from tests.dataset.conftest import CHATML, FAMILIES, chat, tiny_tokenizer
-from tests.diagnosis.rules.rows import Bench, each, id_of, sentence, talk, with_own_template, with_template
+from tests.diagnosis.rules.rows import Bench, answered, each, id_of, sentence, talk, with_own_template, with_template
 
 
 @pytest.mark.parametrize(
@@ -182,3 +182,60 @@ def test_f13_of_another_trainer_asks_with_the_datas_own_chats(role: str) -> None
         tokenizer = with_template("chatml", CHATML.replace("{{ m.content }}", content))
         one = RunFacts("test", Settings({}), tokenizer=tokenizer, conversations=[messages] * 4)
         assert [s.code for s in ask_all(one)[0] if s.code == "F13"] == found
+
+
+def test_f15_the_header_twice_in_the_prompt(bench: Bench) -> None:
+    """And not F16, which the prompts show too."""
+    twice = CHATML.replace("<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<|im_start|>assistant\n{% endif")
+    found = bench.only("F15", talk(), with_template("chatml", twice))
+    assert (found.severity, found.affected) == ("error", 1.0)
+    assert "twice" in found.message
+
+
+def test_f15_a_mask_that_begins_at_the_header(bench: Bench) -> None:
+    """Of another trainer: the prompt of serving ends with the header, and the loss begins before it."""
+    header = len(tiny_tokenizer("chatml").encode("<|im_start|>assistant\n"))
+
+    def earlier(rows: list[Example]) -> list[Example]:
+        return [replace(row, loss_mask=row.loss_mask | np.roll(row.loss_mask, -header)) for row in rows]
+
+    found = bench.only("F15", talk(), "chatml", earlier)
+    assert found.severity == "error" and "in the prompt already" in found.message
+
+
+def test_f10_a_template_that_another_trainer_has_set(bench: Bench) -> None:
+    """The base's own ends its answers; a base without a template has no header that could end them."""
+    model = with_own_template(bench, copy.deepcopy(tiny_tokenizer("chatml")), "<|im_end|>")
+    without = with_template("chatml", CHATML.replace("<|im_end|>", ""))
+    found = [f for f in bench.find(talk(), without, model_name_or_path=model) if f.code == "F10"]
+    assert [f.severity for f in found] == ["error"]
+    assert bench.only("F10", talk(), without).severity == "warning"
+
+
+def test_f10_of_a_base_without_a_template_for_which_one_was_written(bench: Bench) -> None:
+    base = copy.deepcopy(tiny_tokenizer("chatml"))
+    base.chat_template = None
+    model = with_own_template(bench, base, "<|im_end|>")
+    without = with_template("chatml", CHATML.replace("<|im_end|>", ""))
+    found = [f for f in bench.find(talk(), without, model_name_or_path=model) if f.code == "F10"]
+    assert [f.severity for f in found] == ["error"]
+
+
+def test_f10_is_an_error_where_the_template_ends_turns_with_eos_and_the_rows_do_not(bench: Bench) -> None:
+    def without_end(rows: list[Example]) -> list[Example]:
+        end = id_of("mistral", "</s>")
+        return [
+            replace(r, input_ids=r.input_ids[r.input_ids != end], loss_mask=r.loss_mask[r.input_ids != end])
+            for r in rows
+        ]
+
+    assert bench.only("F10", talk(), "mistral", without_end).severity == "error"
+
+
+def test_f15_answers_that_were_exported_with_the_header(bench: Bench) -> None:
+    header = "<|im_start|>assistant\n"
+    rows = answered(talk(), lambda n, text: header + text)
+    (found,) = (f for f in bench.find(rows) if f.code == "F15")
+    assert (found.severity, found.affected) == ("error", 1.0)
+    some = answered(talk(), lambda n, text: header + text if n % 9 == 0 else text)  # texts about the format
+    assert "F15" not in bench.codes(some)

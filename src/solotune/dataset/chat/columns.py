@@ -218,7 +218,7 @@ def with_thought(row: Row, messages: list[Message]) -> list[Message]:
         raise _not_read(
             row,
             key,
-            f"{key} beside a chat of {len(answers)} answers",
+            f"{key} in a row whose chat has {len(answers)} answer{'s' * (len(answers) != 1)}",
             "reasoning_content in the message that it belongs to",
         )
     (only,) = answers
@@ -282,7 +282,7 @@ def refuse_template_arguments(row: Row) -> None:
 def refuse_history(row: Row) -> None:
     """Refuse earlier turns in a column beside a list of messages."""
     for key in given(row, "history"):
-        raise _not_read(row, key, f"{key} beside a list of messages", "earlier turns in the list itself")
+        raise _not_read(row, key, f"{key} in a row that has a list of messages", "earlier turns in the list itself")
 
 
 def refuse_beside_text(row: Row, text: str, *, is_pair: bool) -> None:
@@ -302,8 +302,8 @@ def refuse_beside_text(row: Row, text: str, *, is_pair: bool) -> None:
             chat = advised(row, {"prompt": "instruction", "completion": "output", key: name})
             is_readable = is_pair and (meaning != "context" or not isinstance(value, dict))
             raise RowError(
-                f"{row.where}: {key} beside plain text, which has no place for it",
-                reason=f"{key} beside plain text",
+                f"{row.where}: {key} in a row of plain text, which cannot use it",
+                reason=f"{key} in a row of plain text",
                 seen=f"{key}: {short(value)}",
                 allowed=f"{key} inside the text, or rows that are chats",
                 change=(f"to make it part of a chat, set {chat}; " if is_readable else f"write {key} into the text; ")

@@ -89,7 +89,9 @@ def _without_names(row: Row) -> str:
             f"write what {', '.join(nested)} {'hold' if len(nested) > 1 else 'holds'} as texts, for example under "
             'prompt and completion, or as messages: [{"role": "user", "content": "..."}, ...]'
         )
-    change = "rename your columns, for example column_mapping: {your_column: text}"
+    texts = [key for key, value in row.values.items() if isinstance(value, str) and not value.strip().isdigit()]
+    example = {texts[0]: "prompt", texts[1]: "completion"} if len(texts) == 2 else {"your_column": "text"}
+    change = f"rename your columns, for example {advised(row, example)}"
     is_table = row.where.rpartition(":")[0].lower().endswith((".csv", ".tsv"))
     return change + "; if the file has no header line, add one: prompt,completion" * is_table
 

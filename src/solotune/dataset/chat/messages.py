@@ -205,6 +205,7 @@ def _role(place: str, message: Message, keys: Keys) -> tuple[str, str]:
             reason="unknown speaker",
             seen=short(written),
             allowed=", ".join(SHAREGPT_ROLES),
+            fault=_WRONG_ROLES if name else None,
         )
     meant = SHAREGPT_ROLES.get(name)
     raise RowError(
@@ -213,9 +214,11 @@ def _role(place: str, message: Message, keys: Keys) -> tuple[str, str]:
         seen=short(written) if written is not None else _no_role(message),
         allowed=", ".join(ROLES),
         change=f"did you mean {meant}?" if meant else None if _has_shape(message) else _SHAPE,
+        fault=_WRONG_ROLES if name else None,
     )
 
 
+_WRONG_ROLES = "F36"
 _SHAPE = 'write each turn as {"role": "user", "content": "..."}'
 
 
@@ -244,7 +247,7 @@ def _check_keys(place: str, message: Message, role: str, tools: list[Tools]) -> 
         if is_blank(message[key]):
             continue
         if role not in ("system", "developer"):
-            raise _misplaced(place, key, role, f"{key} beside the messages of the row")
+            raise _misplaced(place, key, role, f"{key} next to the messages of the row")
         tools.append((place, key, message[key]))
     if role == "assistant":
         return

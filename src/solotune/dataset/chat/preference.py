@@ -49,7 +49,7 @@ def refuse_preference(row: Row, format_name: str) -> None:
     pairs, verdicts = preference_keys(row.values)
     if given := [key for key in pairs if _is_side(key, row.values[key])]:
         raise RowError(
-            f"{row.where}: preference data, but train learns each answer as a good one",
+            f"{row.where}: preference data, but solotune trains on every answer of a row, also a rejected one",
             reason="preference data",
             seen="the keys " + ", ".join(row.values),
             allowed="one answer a row",
@@ -88,7 +88,7 @@ def _is_verdict(name: str, value: Any, format_name: str) -> bool:
 def _refused_verdict(row: Row, key: str) -> RowError:
     learn_good = f"to learn the good answers only, set {advised(row, {key: 'train'})}"
     return RowError(
-        f"{row.where}: preference data: {key} says whether the answer is good, but train learns each as a good one",
+        f"{row.where}: preference data: {key} says whether the answer is good, but solotune trains on every answer",
         reason=f"preference data: {key}",
         seen=f"{key}: {short(row.values[key])}",
         allowed="rows with good answers, without a verdict",
@@ -110,23 +110,24 @@ def _is_side(key: str, value: Any) -> bool:
 
 def how_to_learn_the_chosen(row: Row) -> str | None:
     """The `column_mapping` that trains on the chosen answers; None if no mapping can make a row of them."""
-    values, chosen = row.values, row.values.get("chosen")
-    others = _ignored(key for key in preference_keys(values)[0] if key != "chosen")
+    values, pairs = row.values, preference_keys(row.values)[0]
+    name = next((key for key in pairs if plain_name(key) in ("chosen", "chosenmessages")), "chosen")
+    chosen, others = values.get(name), _ignored(key for key in pairs if key != name)
     words = "to learn the chosen answers, set "
     if isinstance(chosen, list) and _begins_the_chat(chosen):
         # the whole chat; a list of messages and a prompt beside it hold a part of it
         rest = {key: "ignore" for key in ("prompt", "messages", "conversations") if key in values}
-        return words + advised(row, {**rest, **others, "chosen": "messages"})
+        return words + advised(row, {**rest, **others, name: "messages"})
     question = next((key for key in ("prompt", "messages", "conversations", *_QUESTIONS) if key in values), None)
     if question is None or is_blank(chosen) or "completion" in values or "output" in values:
         return None
     if question == "instruction" and isinstance(chosen, str):
-        return words + advised(row, {"chosen": "output", **others})
+        return words + advised(row, {name: "output", **others})
     is_chat = isinstance(values[question], list)
     if question != "prompt" and _has_answer(values[question]):
         return None
     if isinstance(chosen, (str, list, dict)) and is_chat == (not isinstance(chosen, str)):
-        return words + advised(row, {question: "prompt", "chosen": "completion", **others})
+        return words + advised(row, {question: "prompt", name: "completion", **others})
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from solotune.dataset.readers.row import RowError
 
 NUM_NAMED = 3
+MOST = 0.5
 
 
 class BadRows:
@@ -38,7 +39,8 @@ class BadRows:
         if self.num_bad < num_read:
             dropping = f"on_bad_row: drop leaves out {'the bad rows' if others else 'this row'}"
             change = dropping if change is None else f"{change}; or {dropping}"
-        return RowError(problem, reason=first.reason, seen=seen, allowed=first.allowed, change=change)
+        fault = first.fault if self.num_bad >= MOST * num_read else None  # a few odd rows are no fault of the data
+        return RowError(problem, reason=first.reason, seen=seen, allowed=first.allowed, change=change, fault=fault)
 
 
 def _in_short(error: RowError, first: RowError) -> str:

@@ -102,6 +102,15 @@ def _refuse(error: RowError) -> NoReturn:
     raise error
 
 
+def rows_of_texts(show: str) -> str:
+    """How to make a data file of texts that the shell command `show` prints; without blank lines, lines are rows."""
+    rows = "s = sys.stdin.read().strip(); b = r'\\n\\s*\\n'; "
+    rows += (
+        "[print(json.dumps({'text': t.strip()})) for t in re.split(b if re.search(b, s) else r'\\n', s) if t.strip()]"
+    )
+    return f'make a row of each paragraph: {show} | python3 -c "import json, re, sys; {rows}" > rows.jsonl'
+
+
 def _not_a_data_file(path: Path, label: str) -> InputError:
     """The error for a file whose name gives no format, with what makes a data file of it."""
     suffix, quoted = path.suffix.lower(), shlex.quote(path.name)
@@ -109,13 +118,10 @@ def _not_a_data_file(path: Path, label: str) -> InputError:
     if suffix in (".txt", ".md", ".text"):
         with path.open("rb") as raw:
             is_json = raw.read(16).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"[")
-        rows = (
-            "[print(json.dumps({'text': t.strip()})) for t in re.split(r'\\n\\s*\\n', sys.stdin.read()) if t.strip()]"
-        )
         change = (
             f"rename it to {path.stem}.jsonl (one object on each line) or {path.stem}.json (one array)"
             if is_json
-            else f'make a row of each paragraph: python -c "import json, re, sys; {rows}" < {quoted} > rows.jsonl'
+            else rows_of_texts(f"cat {shlex.quote(str(path))}")
         )
     elif suffix in (".gz", ".zst") and path.with_suffix("").suffix.lower() in (".parquet", ".arrow"):
         change = f"unpack it: {'gunzip' if suffix == '.gz' else 'unzstd'} {quoted}"

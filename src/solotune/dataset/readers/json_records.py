@@ -67,7 +67,7 @@ def _rows_of_lines(stream: BinaryIO, label: str, on_bad_row: OnBadRow) -> Iterat
                 row = Row(where, _row_of_line(where, label, line))
             except RowError as error:
                 if is_cut and isinstance(error, _CutOffError):
-                    change = "get the whole file, or remove its last line"
+                    change = "download the complete file, or remove its last line"
                     raise InputError(error.problem, seen=error.seen, allowed=error.allowed, change=change) from None
                 on_bad_row(error)
             else:

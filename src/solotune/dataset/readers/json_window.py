@@ -251,7 +251,7 @@ class JsonWindow:
             return InputError(
                 f"{self._label}:{line}: the file is cut off inside record {index + 1}, which starts in line {begin}",
                 seen=f"{problem}; the file ends with {self.buffer.rstrip()[-40:]!r}",
-                change=f"get the whole file, or keep its first {index:,} records",
+                change=f"download the complete file, or keep its first {index:,} records",
             )
         column = position - self.buffer.rfind("\n", 0, position)
         return InputError(

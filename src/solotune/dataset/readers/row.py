@@ -42,8 +42,9 @@ class RowError(InputError):
         seen: object = None,
         allowed: str | None = None,
         change: str | None = None,
+        fault: str | None = None,
     ) -> None:
-        super().__init__(problem, seen=seen, allowed=allowed, change=change)
+        super().__init__(problem, seen=seen, allowed=allowed, change=change, fault=fault)
         self.reason = reason
 
 

@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -31,14 +32,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from solotune.dataset.readers.api_logs import from_log
-from solotune.dataset.readers.files import FORMATS, format_of, read_file
+from solotune.dataset.readers.files import FORMATS, format_of, read_file, rows_of_texts
 from solotune.dataset.readers.json_layouts import SPLIT_NAMES
 from solotune.dataset.readers.json_records import OnBadRow
 from solotune.dataset.readers.left_out import LeftOut
 from solotune.dataset.readers.row import Row, RowError
 from solotune.dataset.readers.schema_nulls import SchemaNulls
 from solotune.errors import InputError
-from solotune.hub.download import is_local_path, offline_if_unreachable
+from solotune.hub.download import is_local_path, offline_if_unreachable, offline_switch
 from solotune.runtime import watchdog
 from solotune.units import first_line
 
@@ -276,6 +277,8 @@ def _no_such_file(name: str, path: Path) -> InputError:
     except OSError:
         present = []
     near = difflib.get_close_matches(path.name, present, n=3, cutoff=0.5)
+    if not near and os.path.lexists(path.name):  # the config is used in another folder than it was written for
+        near = [path.name]
     place = str(folder.resolve()) if is_folder else f"{folder} (which does not exist)"
     return InputError(
         f"{name}: no such file",
@@ -325,7 +328,10 @@ def _files_of(key: str, name: str, path: Path, split: Split) -> list[tuple[Path,
         raise InputError(f"{name}: not a regular file", allowed="a file or a folder of files: " + FORMATS)
     found = sorted(p for p in path.rglob("*") if p.is_file() and format_of(p) and not _is_hidden(p.relative_to(path)))
     if not found:
-        raise InputError(f"{name}: a folder without data files", allowed=FORMATS)
+        texts = sorted({p.suffix for p in path.iterdir() if p.suffix.lower() in (".txt", ".md") and p.is_file()})
+        patterns = " ".join(f"{shlex.quote(name.rstrip('/'))}/*{suffix}" for suffix in texts)
+        change = rows_of_texts(f"awk 'FNR == 1 {{ print \"\" }} 1' {patterns}") if texts else None
+        raise InputError(f"{name}: a folder without data files", allowed=FORMATS, change=change)
     return [(p, _printable(p.relative_to(path).as_posix())) for p in _of_split(key, name, found, split)]
 
 
@@ -370,7 +376,8 @@ def _load_from_hub(
             f"{key}: the hub dataset {name} could not be loaded",
             seen=f"split {split.written}" + (f", configuration {config_name}" if config_name else "") + f": {reason}",
             allowed="a dataset id (owner/name) that this machine can reach or has in its cache, or a local file",
-            change="check name, split and dataset_config; without a network use a local file; "
+            change=(f"unset HF_HUB_OFFLINE ({value} now) to download it once; " if (value := offline_switch()) else "")
+            + "check name, split and dataset_config; without a network use a local file; "
             "for a gated dataset log in with `hf auth login`",
         ) from None
     return loaded

@@ -3,8 +3,8 @@
     labelled_turns("USER: Why? ASSISTANT: Because.")
     [{"role": "user", "content": "Why?", "label": "USER:"}, {"role": "assistant", "content": "Because.", ...}]
 
-A label stands at the start of a line. One in capital letters may also stand inside it (Vicuna). Control tokens of other
-model families, which are text for this tokenizer, count too.
+A label stands at the start of a line, or behind the end token of the turn before. One in capital letters may also stand
+inside it (Vicuna). Control tokens of other model families, which are text for this tokenizer, count too.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import re
 _ASKS = r"human|user|instruction|question|prompt|query|q|customer|prompter|input"
 _ANSWERS = r"assistant|response|answer|output|reply|bot|chatbot|gpt|ai|a|model"
 _ROLES = rf"(?:{_ASKS}|{_ANSWERS}|system)"
+_BEGINS = r"(?:^|(?<=\|>)|(?<=\|\])|(?<=</s>)|(?<=<eos>))"
 _LABEL = re.compile(
-    rf"^[ \t]*(?:\#{{1,4}}[ ]*(?P<heading>{_ROLES})\b[ ]*:?|\**\[?(?P<line>{_ROLES})\]?\**[ ]?:\**)"
+    rf"{_BEGINS}[ \t]*(?:\#{{1,4}}[ ]*(?P<heading>{_ROLES})\b[ ]*:?|\**\[?(?P<line>{_ROLES})\]?\**[ ]?:\**)"
     rf"|(?:^|(?<=\s))(?P<inline>USER|ASSISTANT|HUMAN|BOT|GPT):"
     rf"|(?P<inst>\[INST\])|(?P<after>\[/INST\])"
     rf"|<\|?(?:im_start|start_of_turn|start_header_id|turn|start|header_start)\|?>\s*(?P<control>{_ROLES})\b"

@@ -16,7 +16,7 @@ from solotune.diagnosis.facts.roles import ASSISTANT, OTHER, USER, Roles
 from solotune.diagnosis.facts.texts import IGNORED, Batches, Document
 from solotune.diagnosis.run_facts import RunFacts
 
-SHIFTS = (1, -1, 2, -2)  # offsets of labels, in tokens, that are tested
+SHIFTS = (1, -1, 2, -2, 3, -3, 4, -4)  # offsets of labels, in tokens, that are tested
 NUM_READ = 256  # documents
 _BLANKS = 3  # tokens of white space between an answer and its end
 _STRETCH = 8  # tokens with labels in a row of a long turn: more than a mask that is off by a few

@@ -18,6 +18,11 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
 """Defaults of trl, transformers and peft."""
 
 
+def default_exists(key: str) -> bool:
+    """Whether the default of this setting is known."""
+    return key in _DEFAULTS
+
+
 def is_default(key: str, value: Any) -> bool:
     """Whether a library uses this value if nothing is set."""
     return any(number(value) == number(one) if number(one) is not None else value == one

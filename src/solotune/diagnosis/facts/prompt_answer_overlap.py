@@ -38,6 +38,7 @@ AWAY = 0.5  # of the claimed prompt's information: more, and the own prompt fits
 BEYOND = 4.0  # standard deviations of the null
 ONCE = 0.6  # of the displaced answers claim a prompt that no other answer claims
 DISPLACED = 0.1  # of the rows
+DEGENERATE = 0.2  # median deviation as a share of the standard deviation of all other shifts
 SHARP, FLAT = 8.0, 2.5  # robust standard deviations of the similarity at one shift, and at shift 0
 COPY = 0.8  # Jaccard: the answer is the prompt of another row (translations in both directions)
 
@@ -169,13 +170,17 @@ def _shift_of(pairs: Sequence[tuple[str, str]]) -> Shift | None:
     alike = [_centred(table @ table.T) for table in (_table(prompts, prompts), _table(answers, answers))]
     crossed = _centred(_table(prompts, prompts, least=1) @ _table(answers, prompts, least=1).T)
     twice, beside = np.tile(alike[1], (2, 2)), np.tile(crossed, (1, 2))
-    for found in (
+    scores: list[np.ndarray] = [
         np.array([beside[:, k : k + count].trace() for k in range(count)]),  # words of prompts in answers
         np.array([np.vdot(alike[0], twice[k : k + count, k : k + count]) for k in range(count)]),
-    ):
+    ]
+    for found in scores:
         middle = np.median(found)
-        strength = (found - middle) / max(1.4826 * float(np.median(np.abs(found - middle))), 1e-12)
-        best, other = np.argsort(-strength)[:2].tolist()
+        best, other = np.argsort(-found)[:2].tolist()
+        spread, usual = 1.4826 * float(np.median(np.abs(found - middle))), float(np.delete(found, best).std())
+        if spread < DEGENERATE * usual:  # of words that few rows share, most shifts have exactly as many
+            spread = usual
+        strength = (found - middle) / max(spread, 1e-12)
         if best and strength[best] >= SHARP and strength[0] <= FLAT and strength[other] <= strength[best] / 2:
             rows = -best if best <= count // 2 else count - best
             return Shift(rows, float(strength[best]), float(strength[0]), 1.0)

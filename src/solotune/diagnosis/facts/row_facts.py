@@ -10,6 +10,8 @@ if a newline follows). A *stop* is an id that ends generation: eos, a special to
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,14 +22,16 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from solotune.config.run_config import RunConfig
-from solotune.dataset import load_tokenizer
 from solotune.dataset.chat.answer_spans import ChatTemplate
 from solotune.dataset.chat.control_tokens import ControlTokens
 from solotune.dataset.chat.encode import Encoder
+from solotune.dataset.chat.tokenizer_files import MAX_TEMPLATE_BYTES
 from solotune.diagnosis.facts import row_arrays
 from solotune.diagnosis.facts.row_arrays import Side, Whole, evenly, judged, squeezed
 from solotune.errors import InputError
 from solotune.hub.model_files import ModelFiles, model_here
+from solotune.hub.safe_files import contained
+from solotune.regular_files import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,14 +71,18 @@ class RowFacts:
         report: DataReport,
         model_jsons: ModelJsons,
         template_of_model: Callable[[], ChatTemplate | None] = lambda: None,
+        *,
+        is_plain_base: bool = False,
     ) -> None:
         """Args:
         train: training rows, at least one.
         validation: held-out rows, or none.
         report: of both, for the counts of dropped and truncated rows.
         model_jsons: config.json and generation_config.json of the base; empty if they are not known.
-        template_of_model: the base's own template, if `chat_template_path` replaces it.
+        template_of_model: the base's own template, if another one is in use.
+        is_plain_base: the base's files are known, and have no chat template.
         """
+        self.is_plain_base = is_plain_base
         self.settings, self.tokenizer, self.report = settings, tokenizer, report
         self._rows, self._model_jsons, self._template_of_model = (train, validation), model_jsons, template_of_model
         self.train, self.validation = Side.of(judged(train)), Side.of(judged(validation))
@@ -99,16 +107,20 @@ class RowFacts:
         base = base or model_here(config.model_name_or_path, config.model_revision)
 
         def template_of_model() -> ChatTemplate | None:
-            if config.chat_template_path is None:
-                return None
-            try:
-                plain = load_tokenizer(config.replaced("findings", chat_template_path=None), base)
-                return ChatTemplate(plain, report.day) if plain.chat_template is not None else None
-            except InputError:  # the base is not on this machine
-                return None
+            return with_template(tokenizer, chat_template_of(base), report)
 
         settings = RowSettings(**{name: getattr(config, name) for name in RowSettings.__dataclass_fields__})
-        return cls(settings, tokenizer, train, validation, report, model_jsons(base), template_of_model)
+        is_plain_base = base is not None and chat_template_of(base) is None
+        return cls(
+            settings,
+            tokenizer,
+            train,
+            validation,
+            report,
+            model_jsons(base),
+            template_of_model,
+            is_plain_base=is_plain_base,
+        )
 
     def once(self, question: Callable[[RowFacts], Answer]) -> Answer:
         """`question(self)`, computed once for all rules."""
@@ -159,7 +171,7 @@ class RowFacts:
 
     @cached_property
     def own_template(self) -> ChatTemplate | None:
-        """The model's template, if a file of the user (`chat_template_path`) replaces it."""
+        """The model's template, if another one is in use: a file of the user, or what another trainer has set."""
         return self._template_of_model()
 
     @cached_property
@@ -255,15 +267,23 @@ class RowFacts:
 
     @cached_property
     def answers(self) -> list[tuple[int, str]]:
-        """(row, last answer as text) of the training rows: of a chat its message, else its supervised tokens."""
+        """(row, last answer as text) of the training rows: of a chat its message, else its supervised tokens.
+
+        A row with neither is left out: its answer is not empty, but was not found.
+        """
         rows = self.chats or evenly(range(len(self.train.rows)), row_arrays.NUM_READ)
-        return [(row, self._answer_of(row)) for row in rows]
+        return [(row, self._answer_of(row)) for row in rows if self.train.num_labels[row] or self._is_answered(row)]
+
+    def _is_answered(self, row: int) -> bool:
+        return any(message["role"] == "assistant" for message in self.train.rows[row].messages)
 
     def _answer_of(self, row: int) -> str:
         example = self.train.rows[row]
         for message in reversed(example.messages):
             if message["role"] == "assistant":
-                return message["content"] or json.dumps(message.get("tool_calls"), sort_keys=True, default=str)
+                calls = message.get("tool_calls") or message.get("function_call")
+                said = message["content"] or message.get("reasoning_content") or ""
+                return said or (json.dumps(calls, sort_keys=True, default=str) if calls else "")
         ids = example.input_ids[example.loss_mask]
         text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
         return text if isinstance(text, str) else "".join(text)
@@ -302,6 +322,29 @@ class RowFacts:
         found = self._model_jsons[name]
         value = found.get(key, (found.get("text_config") or {}).get(key))
         return {v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)}
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, template: str | None, report: DataReport) -> ChatTemplate | None:
+    """The base's own template; None if there is none, or if it is the tokenizer's."""
+    if not template or template == tokenizer.chat_template:
+        return None
+    plain = copy.copy(tokenizer)
+    plain.chat_template = template
+    return ChatTemplate(plain, report.day)
+
+
+def chat_template_of(base: ModelFiles | None) -> str | None:
+    """The chat template in the files of a base; None without one."""
+    if base is None:
+        return None
+    with contextlib.suppress(OSError, UnicodeError, InputError):
+        return read_text(contained(base.folder, "chat_template.jinja"), MAX_TEMPLATE_BYTES)
+    found = base.json_or_empty("tokenizer_config.json").get("chat_template")
+    if isinstance(found, list):  # several, with names
+        found = next(
+            (one.get("template") for one in found if isinstance(one, dict) and one.get("name") == "default"), None
+        )
+    return found if isinstance(found, str) else None
 
 
 def pieces_of_template(facts: RowFacts) -> tuple[str, str, str] | None:

@@ -51,6 +51,8 @@ def said_in_labels(facts: RowFacts, side: Side) -> tuple[list[int], list[int], i
     for row in facts.sample(side):
         example = side.rows[row]
         answers = [m for m in example.messages if m["role"] == "assistant"]
+        if not answers:  # roles of other names: F36
+            continue
         said = (m.get(key, "") for m in answers for key in ("reasoning_content", "content", "tool_calls"))
         answered = squeezed(" ".join(map(str, said)))
         tails = [squeezed(m["content"])[-TAIL:] for m in example.messages if m["role"] != "assistant"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from solotune.dataset import DataReport, Example
 from solotune.dataset.data_report import ANSWER_PAST_MAX_LENGTH
 from solotune.dataset.example import lengths_of
-from solotune.diagnosis.facts.row_facts import RowFacts, RowSettings
+from solotune.diagnosis.facts.row_facts import RowFacts, RowSettings, with_template
 from solotune.diagnosis.run_facts import RunFacts
 
 
@@ -31,7 +32,8 @@ def facts_of(run_facts: RunFacts) -> RowFacts | None:
     report.dropped[ANSWER_PAST_MAX_LENGTH] = _rows_gone(run_facts)
     files = {"config.json": run_facts.model_config, "generation_config.json": run_facts.generation_config}
     settings = _settings(run_facts, max(lengths_of(train)))
-    return RowFacts(settings, run_facts.tokenizer, train, validation, report, files)
+    own = partial(with_template, run_facts.tokenizer, run_facts.base_template, report)
+    return RowFacts(settings, run_facts.tokenizer, train, validation, report, files, own)
 
 
 def _rows_gone(run_facts: RunFacts) -> int:

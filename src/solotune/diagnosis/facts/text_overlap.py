@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -63,8 +64,9 @@ class KnownTexts:
 
     def _pairs(self, text: str) -> np.ndarray:
         """int64, sorted, each once: neighbouring words, the edges of the text among them."""
-        words = [self._ids.setdefault(word, len(self._ids) + 1) for word in _WORDS.findall(text.casefold())]
-        edged = np.array([0, *words[: max(self._longest, 32)], 0], np.int64)
+        found = islice(_WORDS.finditer(text.casefold()), max(self._longest, 32))
+        words = [self._ids.setdefault(word[0], len(self._ids) + 1) for word in found]
+        edged = np.array([0, *words, 0], np.int64)
         return np.unique((edged[:-1] << 32) | edged[1:]) if words else np.zeros(0, np.int64)
 
     def nearest(self, texts: Sequence[str]) -> Nearest:

@@ -7,7 +7,7 @@ A batch marks this in several ways and may be wrong, so its marks and what its i
                 or a block mask; seen as starts of known rows inside a sequence
 
 If the pad is also the end of turn, it is ambiguous: of a run at the right edge the first id counts as an end, and a
-single one at the left edge as a beginning, unless the mask says otherwise.
+single one at the left edge as a beginning, unless the mask or a known row says otherwise.
 
 Shape legend: B sequences, T tokens.
 """
@@ -176,7 +176,8 @@ class Batches:
         left, right = int(np.argmin(is_pad)), int(np.argmin(is_pad[::-1]))
         keeps = self.pad_id in self._single
         left -= keeps and left == 1  # a beginning of text
-        right -= keeps and right > 0  # an end of text
+        if keeps and right and left + self._size_of_row(ids_T, left) != len(ids_T) - right:
+            right -= 1  # an end of text, unless a known row ends before it
         pads_T[:left] = True
         pads_T[len(ids_T) - right :] = right > 0
         return pads_T

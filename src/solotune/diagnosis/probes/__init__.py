@@ -9,7 +9,7 @@ P3  packed            against alone                         P10 prompts        o
 P4  adapter           on against off                        P11 memory         the longest batch
 P5  gradients         of every adapter, second step         P12 reload         saved and merged adapter
 P6  steps             share of elements that change         P13 answers        deployed against training format
-P7  learning rates    overfit one batch at three rates
+P7  learning rates    overfit one batch at three rates  P14 logged loss    of which labels?
 
 A probe restores the model bit for bit (`probed_model.restore_model_state`), seeds its random numbers, does what fits
 into its seconds, and raises `Skipped` with the reason if it cannot run. `time_limit` stops all of them at the budget.
@@ -35,8 +35,10 @@ from solotune.diagnosis.probes.eval_determinism import evaluated_twice
 from solotune.diagnosis.probes.generation import both_renderings
 from solotune.diagnosis.probes.grad_accumulation import accumulated_against_whole
 from solotune.diagnosis.probes.initial_loss import first_loss
+from solotune.diagnosis.probes.logged_loss import labels_by_the_log
 from solotune.diagnosis.probes.longest_batch import longest_first
 from solotune.diagnosis.probes.lr_range_test import range_test
+from solotune.diagnosis.probes.probed_model import on_device, restore_model_state
 from solotune.diagnosis.probes.prompt_use import own_prompt_against_others
 from solotune.diagnosis.probes.saved_adapter import reloaded
 from solotune.diagnosis.probes.skipped import Skipped
@@ -72,6 +74,7 @@ PROBES = (
     Probe(("P4",), on_and_off, 0.1, 2, 0),
     Probe(("P5", "P6"), gradients_and_steps, 0.25, 0, 2),
     Probe(("P1",), first_loss, 0.2, 4, 0),
+    Probe(("P14",), labels_by_the_log, 0.3, 8, 0),
     Probe(("P2",), padded_against_alone, 0.15, 3, 0),
     Probe(("P3",), packed_against_alone, 0.15, 3, 0),
     Probe(("P12",), reloaded, 0.15, 2, 0),
@@ -85,12 +88,19 @@ PROBES = (
 """Ordered by information for their cost."""
 
 
-def run_all(live: LiveModel, run_facts: RunFacts, budget: float = 60.0, deep: bool = False) -> Probed:
+def run_all(
+    live: LiveModel,
+    run_facts: RunFacts,
+    budget: float = 60.0,
+    deep: bool = False,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> Probed:
     """Run the rules on the live batches, then as many probes as fit into the budget.
 
     Args:
         budget: seconds, without loading. No pass starts that would end later; a probe that needs more is skipped.
         deep: each probe may use all of the time that is left, not only its share.
+        progress: called with the number of probes that are done, and of all.
     """
     found = Probed([])
     with TimeLimit.on(live.model, budget) as limit:
@@ -102,10 +112,20 @@ def run_all(live: LiveModel, run_facts: RunFacts, budget: float = 60.0, deep: bo
         facts = LabelFacts.of(run_facts)
         found.measurements["labels"] = facts.measurements()
         found.cost["labels"] = time.perf_counter() - started
-        for probe in PROBES:
+        _try_out(live, limit)
+        for number, probe in enumerate(PROBES):
+            progress(number, len(PROBES), "probes")
             _run(probe, live, run_facts, limit, deep, found)
     found.signals.extend(plateau(run_facts, found))
     return found
+
+
+def _try_out(live: LiveModel, limit: TimeLimit) -> None:
+    """Time small passes, for an estimate of the first probe's."""
+    if live.batches:
+        with restore_model_state(live):
+            live.model.eval()
+            limit.try_out(on_device(live, live.batches[0])["input_ids"][0])
 
 
 def _run(probe: Probe, live: LiveModel, run_facts: RunFacts, limit: TimeLimit, deep: bool, found: Probed) -> None:

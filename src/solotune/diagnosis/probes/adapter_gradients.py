@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -38,6 +39,8 @@ ARRIVES = 0.6  # of the elements: below it, rounding loses most of a step
 ARRIVES_IN_A = 0.4  # of the elements of A, which have their size from the start
 NOT_THE_BASE = 1e-3  # largest difference of log-probabilities that an untouched adapter may make (rounding)
 MOST = 0.9  # of the adapters
+FIRST_STEPS = 3  # a log that begins with the run
+MOVED, OF_USE = 0.1, 0.95  # nats a token that an adapter changes; share of the base's loss from which it is of no use
 
 
 def on_and_off(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
@@ -61,10 +64,37 @@ def on_and_off(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[lis
         )
         fix = "init_lora_weights: true"
         return [Signal("F59", "invariant", says, 0.9, found, fix=fix)], found
+    if not untouched and steps and not begins_by_design(run_facts):
+        return _began_elsewhere(live, run_facts, batch, found), found
     if difference <= NOT_THE_BASE:
         says = f"with the adapter on, the model equals its base (difference {difference:.1g})"
         return [Signal("F59", "measured", says, 0.9, found, against=True)], found
     return [], found
+
+
+def _began_elsewhere(
+    live: LiveModel, run_facts: RunFacts, batch: dict[str, Any], found: dict[str, Any]
+) -> list[Signal]:
+    """F59 if this is the adapter of the first step (the run began at its loss, and did not end there), and it changes
+    the model without being of use: the adapter of an earlier run lowers the loss.
+    """
+    trace = run_facts.trace
+    if trace is None or trace.step_S[0] > FIRST_STEPS or not np.isfinite(trace.loss_S[[0, -1]]).all():
+        return []
+    first, last = float(trace.loss_S[0]), float(trace.loss_S[-1])
+    with restore_model_state(live), torch.no_grad():
+        live.model.eval()
+        on = float(training_loss(live, batch))
+        with adapters_off(live.model):
+            off = float(training_loss(live, batch))
+    found |= {"loss_on": on, "loss_off": off, "first_logged": first}
+    is_first = abs(first - on) < 0.25 * abs(first - last)
+    if not is_first or found["divergence"] < MOVED or on < OF_USE * off:
+        return []
+    says = f"the run began with an adapter that changes the output by {found['divergence']:.2f} nats a token and is of "
+    says += f"no use: the loss of its rows is {on:.2f}, with the base alone {off:.2f}"
+    kind = "measured" if live.is_rebuilt else "invariant"  # the labels that were logged are not known
+    return [Signal("F59", kind, says, 0.85, found, fix="init_lora_weights: true")]
 
 
 def gradients_and_steps(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
@@ -76,7 +106,7 @@ def gradients_and_steps(live: LiveModel, run_facts: RunFacts, budget: float) -> 
     with restore_model_state(live):
         live.model.train()
         found = _two_steps(live, adapters, rate)
-        signals = _without_gradient(live, adapters, found)
+        signals = [] if live.is_rebuilt else _without_gradient(live, adapters, found)
     with restore_model_state(live):
         live.model.train()
         signals += _lost(live, run_facts, adapters, rate, found)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.derived import is_ours
 from solotune.diagnosis.facts.labels import LabelFacts
 from solotune.diagnosis.facts.rendered_chats import decoded, is_chat_model, own_frame
+from solotune.diagnosis.facts.roles import ASSISTANT
+from solotune.diagnosis.facts.texts import Document
 from solotune.diagnosis.probes.probed_model import adapters_off, device_of, is_untouched, logits_of, restore_model_state
 from solotune.diagnosis.probes.prompt_use import _cost, _pair
 from solotune.diagnosis.probes.saved_adapter import _put_in
@@ -35,8 +38,9 @@ NUM_PROMPTS = 4
 MOST_TOKENS = 48
 REPEATS = 0.25  # rep-4
 UNEXPECTED = 0.05  # probability of an end of turn after a whole answer; long free answers may go on anyway
-CLEARLY, BEGINNING = 0.3, 24  # nats a token, of so many tokens
+CLEARLY, SURELY, BEGINNING = 0.3, 1.0, 24  # nats a token (the second even if few ends are expected), of so many tokens
 MUCH = 0.5  # of the prompts; also the gap of losses, in nats
+LAST, LEARNED = 4, 0.7  # tokens before the end of an answer, and their loss where the answers are known: one in two
 GOES_ON = 4  # tokens after an end: white space and an end of text may follow
 
 
@@ -56,14 +60,15 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
         deployed, trained, wanted, prompts, ends, gaps, again = [], [], [], [], [], [], None
         behind: list[int] = []
         is_whole = True
-        for document in facts.documents:
-            pair, question = _pair(document, facts.roles), _question(facts, document)
+        for whole in facts.documents:
+            document = _first_turn(facts, whole)
+            pair, question = _pair(document, facts.roles), _question(facts, whole)
             if pair is None or not question:
                 continue
             if len(trained) == NUM_PROMPTS or time.perf_counter() > deadline:
                 break
             text = live.generate(question)
-            is_whole = is_whole and _is_whole(facts, document)
+            is_whole = is_whole and _is_whole(facts, whole)
             if again is None and is_whole:
                 again = live.generate(question) == text
             deployed.append(facts.roles.encode(text))
@@ -84,6 +89,7 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
         "end_expected": float(np.mean(ends)),
         "goes_on_after_end": float(np.mean([_behind_end(ids, facts.roles.ends) > GOES_ON for ids in deployed])),
         "data_goes_on_after_end": float(np.mean([count > GOES_ON for count in behind])),
+        "ends_are_stops": _are_stops(run_facts, [i for ids in deployed for i in ids if i in facts.roles.ends]),
         "stops_at_end": float(np.mean([_behind_end(ids, facts.roles.ends) == 0 for ids in deployed])),
         "right": {
             "training_rendering": _share_right(trained, wanted, facts.roles.ends),
@@ -95,8 +101,17 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
         "equal": float(np.mean([_alike(a, b, facts.roles.ends) for a, b in zip(trained, deployed, strict=True)])),
     }
     if _never_ended(found) and facts.ends_learned >= MUCH * max(facts.answers, 1):
+        found["last_words"] = float(np.mean([_last_words(live, *pair) for pair in zip(prompts, wanted, strict=True)]))
         return _never_ends(live, run_facts, facts, prompts, found), found
     return _judge(run_facts, found), found
+
+
+def _are_stops(run_facts: RunFacts, ends: Sequence[int]) -> bool:
+    """Whether generation by the files of the base stops at these ends; where solotune generates in place of an unknown
+    deployment, it stops at the template's."""
+    stops = run_facts.settings.get("serving_stop_ids") or run_facts.generation_config.get("eos_token_id")
+    known = set(stops) if isinstance(stops, (list, tuple, set)) else {stops} - {None}
+    return not known or set(ends) <= known
 
 
 def _never_ended(found: dict[str, Any]) -> bool:
@@ -110,12 +125,13 @@ def _never_ends(
 
     So the ids are not the fault (F10). If the pad is an end and the base did end, a collator that masks labels by id
     explains it; else the model has not trained long enough. Labels of the training's own batches leave no doubt.
+    Controls: the base, and the words before the end, which have labels in both cases.
     """
-    if "batches" not in run_facts.missing:
+    if "batches" not in run_facts.missing or found["last_words"] >= LEARNED:
         return []
     tokenizer = run_facts.tokenizer
     pad = tokenizer.pad_token_id if tokenizer is not None else None
-    if pad not in facts.roles.ends:
+    if pad not in _ends_of_answers(facts):
         says = f"none of {found['prompts']} answers ends by itself"
         return [Signal(code, "measured", says, 0.4, found) for code in ("F17", "F19")]
     with restore_model_state(live), torch.no_grad(), adapters_off(live.model):
@@ -129,6 +145,17 @@ def _never_ends(
     fix = "mask labels where attention_mask is 0, not where the id is the pad's; or set a separate pad_token"
     kind, weight = ("measured", 0.65) if found["base_without_end"] < MUCH else ("remark", 0.3)  # control: the base
     return [Signal("F17", kind, says, weight, found, fix=fix)]
+
+
+def _ends_of_answers(facts: LabelFacts) -> set[int]:
+    """The ids with which labels of answers end."""
+    last = (int(document.ids[document.learned][-1]) for document in facts.documents if document.learned.any())
+    return set(last) & facts.roles.ends
+
+
+def _last_words(live: LiveModel, prompt: Sequence[int], answer: Sequence[int]) -> float:
+    """Loss of the last tokens of a whole answer, before its end."""
+    return _cost(live, [*prompt, *answer[:-LAST]], answer[-LAST:])
 
 
 def _judge(run_facts: RunFacts, found: dict[str, Any]) -> list[Signal]:
@@ -154,8 +181,10 @@ def _judge(run_facts: RunFacts, found: dict[str, Any]) -> list[Signal]:
         says += f"probability of {found['end_expected']:.1%}"
         return [Signal(code, "measured", says, 0.4, found) for code in ("F10", "F17", "F19")]
     is_other = found["equal"] <= MUCH / 2 and found["deployed_costs_more"] > CLEARLY  # not two equally likely answers
-    is_trained = good["without_end"] < MUCH and found["end_expected"] >= UNEXPECTED  # else any two answers differ
-    if found["same_again"] and is_other and is_trained and not is_ours(run_facts):
+    is_sure = good["without_end"] == 0 and found["deployed_costs_more"] > SURELY
+    is_trained = good["without_end"] < MUCH and (found["end_expected"] >= UNEXPECTED or is_sure)  # else any two differ
+    is_known = not is_ours(run_facts) and "batches" not in run_facts.missing  # else solotune renders both
+    if found["same_again"] and is_other and is_trained and is_known:
         says = (
             f"only {found['equal']:.0%} of the deployed answers begin as with the training format, though they are the "
         )
@@ -163,7 +192,7 @@ def _judge(run_facts: RunFacts, found: dict[str, Any]) -> list[Signal]:
         return [Signal(code, "measured", says, 0.6, found, fix=fix)]
     if found["equal"] >= MUCH:
         says = f"{found['equal']:.0%} of the deployed answers equal those with the training format"
-        cleared = ("F11", "F14") if found["stops_at_end"] == 1 else ("F11",)
+        cleared = ("F11", "F14") if found["stops_at_end"] == 1 and found["ends_are_stops"] else ("F11",)
         return [Signal(code, "measured", says, 0.8, found, against=True) for code in cleared]
     return []
 
@@ -182,13 +211,27 @@ def _share_right(answers: Sequence[Sequence[int]], wanted: Sequence[Sequence[int
     return float(np.mean([_alike(a, w, ends) for a, w in zip(answers, wanted, strict=True)]))
 
 
-def _question(facts: LabelFacts, document: Any) -> str:
-    conversation = facts.roles.conversation_in(facts.roles.text_of(document)[0])
-    users = [str(m.get("content") or "") for m in conversation or () if m.get("role") == "user"]
-    return users[-1] if len(users) == 1 else ""
+def _first_turn(facts: LabelFacts, document: Document) -> Document:
+    """The document up to the end of its first answer: a deployment that is asked once does not know later turns."""
+    roles_T = facts.roles.of(document)
+    answers = np.flatnonzero(roles_T == ASSISTANT) if roles_T is not None else np.zeros(0, int)
+    behind = np.flatnonzero(np.diff(answers) > 1)  # where a later turn begins
+    if not len(behind):
+        return document
+    size = int(answers[behind[0]]) + 1
+    ids, labels = document.ids[:size], document.labels[:size]
+    return replace(document, end=document.start + size, ids=ids, labels=labels)
 
 
-def _is_whole(facts: LabelFacts, document: Any) -> bool:
+def _question(facts: LabelFacts, document: Document) -> str:
+    """What the user of the document asks first; empty if somebody else begins."""
+    conversation = facts.roles.conversation_in(facts.roles.text_of(document)[0]) or ()
+    turns = [message for message in conversation if message.get("role") not in ("system", "developer")]
+    is_asked = [message.get("role") for message in turns[:2]] == ["user", "assistant"]
+    return str(turns[0].get("content") or "") if is_asked else ""
+
+
+def _is_whole(facts: LabelFacts, document: Document) -> bool:
     """The question is the whole prompt: no instruction before it, which a deployment may leave out."""
     conversation = facts.roles.conversation_in(facts.roles.text_of(document)[0]) or ()
     return all(message.get("role") in ("user", "assistant") for message in conversation)

@@ -75,7 +75,8 @@ def accumulated_against_whole(
             f"the accumulated gradient is a mean of {len(batches)} batch means (difference {found['from_means']:.1%}) "
         )
         says += f"and {found['from_tokens']:.0%} away from the mean over tokens ({', '.join(map(str, labels))} labels)"
-        return [Signal("F74", "measured", says, 0.55, found, fix=fix)], found
+        weight = min(0.85, 0.5 + 0.5 * found["from_tokens"])
+        return [Signal("F74", "measured", says, weight, found, fix=fix)], found
     if found["from_tokens"] <= SAME:
         says = f"the accumulated gradient equals the gradient of all tokens (difference {found['from_tokens']:.1%})"
         return [Signal("F74", "measured", says, 0.9, found, against=True)], found

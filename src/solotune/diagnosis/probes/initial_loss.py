@@ -3,7 +3,7 @@
 The other forms: with correctly built labels, in the model's own chat format, after a begin-of-text token, as plain
 text, and as plain text with randomly swapped ids.
 
-    as trained / labels right       far from 1: the labels are not the tokens that the loss expects (F22)
+    label of a position             not the token that the loss expects there (F22; `label_alignment`)
     as logged / as trained          near the number of micro-batches: their losses are not divided (F74)
     labels right / own format       far above 1, plain text as usual: the model does not know the format (F12)
     as trained / after bos          above 1, and lower than after any other token: the begin-of-text is missing (F09)
@@ -25,7 +25,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from difflib import SequenceMatcher
 from typing import Any
 
 import numpy as np
@@ -41,35 +40,32 @@ from solotune.diagnosis.facts.labels import LabelFacts
 from solotune.diagnosis.facts.rendered_chats import frame, is_chat_model, own_frame
 from solotune.diagnosis.facts.roles import ASSISTANT, Roles
 from solotune.diagnosis.facts.texts import Batches, Document
+from solotune.diagnosis.probes.label_alignment import expected_shift, misplaced
 from solotune.diagnosis.probes.probed_model import (
     adapters_off,
-    device_of,
-    logits_of,
     restore_model_state,
     sequences_of,
     token_losses,
     training_loss,
 )
+from solotune.diagnosis.probes.tokenizer_fit import (
+    EXPECTED,
+    NO_TEXT,
+    controls_of_text,
+    may_be_no_text,
+    mean_loss,
+    tokenizer_signals,
+)
 from solotune.diagnosis.run_facts import LiveModel, RunFacts
 from solotune.errors import SolotuneError
 
-UNLIKE = 1.5  # ratio of losses that clean runs do not show
 FOREIGN = 1.6  # ratio: rows in the format of the training against the model's own
 BETTER = 1.1  # the same, by which answers are better than documents cut in two
-NUM_SAMPLES, NUM_DRAWN, KEPT = 4, 32, 0.9  # clean models keep all, a wrong tokenizer 0.7
-NO_TEXT = 0.85  # plain text against swapped ids; clean models show 0.2 to 0.6
-EXPECTED = 1.0  # nats a token of its own headers, for a model that was trained on its template
-KNOWN = 0.7  # plain text against swapped ids: text that the model knows
 HELPS, HALF = 0.02, 0.5  # share of the loss that a begin-of-text saves; part of it that no other first token saves
 NUM_ROWS = 4
+BEGINNING = 3  # tokens without a label that are a prompt; a document's first has none either
 FIRST_STEPS = 3  # a log that begins later shows a loss after some training
 LONGEST = 512  # tokens of a text
-EVERYDAY = (
-    "The weather was good today, so we went to the park and had lunch there with our friends.",
-    "In the first year of the war the government of the United States did not change its position.",
-    "She opened the door and said that she would be back in a few minutes.",
-)
-"""Sentences that every model of general text knows."""
 
 
 def first_loss(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
@@ -81,10 +77,12 @@ def first_loss(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[lis
         live.model.eval()
         with adapters_off(live.model):
             _labels(live, run_facts, facts, found, deadline)
+            if facts.shift is not None or (live.loss_of is not None and not is_ours(run_facts)):
+                found["expected_shift"] = expected_shift(live, facts.documents)
             _texts(live, run_facts, facts, found, deadline)
             _beginnings(live, run_facts, facts, found, deadline)
-    found_all = (_shifted(facts, found), *_format(run_facts, found), _tokenizer(found), _logged(run_facts, found),
-                 _begin(run_facts, found))  # fmt: skip
+    found_all = (*misplaced(facts, found), *_format(run_facts, found), *tokenizer_signals(run_facts, found),
+                 _logged(run_facts, found), _begin(run_facts, found))  # fmt: skip
     return [signal for signal in found_all if signal], found
 
 
@@ -159,23 +157,13 @@ def _texts(live: LiveModel, run_facts: RunFacts, facts: LabelFacts, found: dict[
     if sums["plain"]:
         found |= {"plain_text": float(np.mean(sums["plain"])), "ids_swapped": float(np.mean(sums["swapped"]))}
         found["log_v"] = math.log(len(swapped))
-        if _is_no_text(found):
-            known = [(ids, swapped[ids]) for text in EVERYDAY if max(ids := roles.encode(text)) < len(swapped)]
-            losses = [[_mean_loss(live, one) for one in pair] for pair in known]
-            found["everyday_text"], found["everyday_swapped"] = map(float, np.mean(losses, 0)) if losses else (1.0, 1.0)
-            written = _written(live, [document.ids[0] for document in chosen[:NUM_SAMPLES]])
-            found["own_text_kept"] = _kept(roles, written)
-            known = [[int(swapped[i]) for i in ids if i < len(swapped)] for ids in written]
-            found["any_text_kept"] = _kept(roles, known)
+        if may_be_no_text(found):
+            found |= controls_of_text(live, roles, swapped, [document.ids for document in chosen])
     if sums["own"]:
         found |= {"answers_as_trained": float(np.mean(sums["here"])), "answers_own_format": float(np.mean(sums["own"]))}
         if sums["markers"]:
             found |= {f"own_{key}": float(np.mean(sums[key])) for key in ("markers", "header")}
         found["rows_without_own_markers"] = foreign / len(sums["own"])
-
-
-def _mean_loss(live: LiveModel, ids: Sequence[int] | np.ndarray) -> float:
-    return float(token_losses(live.model, ids, np.arange(1, len(ids))).mean())
 
 
 def _turns_in(
@@ -189,7 +177,7 @@ def _turns_in(
         return None, False
     if (turns := labelled_turns(text)) is not None:
         return turns[:2], False
-    if first:
+    if first >= BEGINNING:
         parts = [roles.decode(document.ids[part]) for part in (slice(None, first), slice(first, None))]
     else:
         asked, _, rest = roles.decode(document.ids).strip().partition("\n")
@@ -197,7 +185,7 @@ def _turns_in(
     question, answer = (part.strip() for part in parts)
     if not question or not answer:
         return None, False
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], not first
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], first < BEGINNING
 
 
 def _beginnings(
@@ -215,7 +203,7 @@ def _beginnings(
         if bos in document.ids[:2].tolist() or time.perf_counter() > deadline:
             return
         ids = document.ids[:LONGEST].tolist()
-        losses = [_mean_loss(live, ids), *(_after(live, first, ids) for first in (bos, *others))]
+        losses = [mean_loss(live, ids), *(_after(live, first, ids) for first in (bos, *others))]
         sums.append([losses[0], losses[1], min(losses[2:], default=losses[0])])
     if len(sums) >= 2:
         found["beginnings"] = {"rows": len(sums), "first_worse": int(sum(s[1] < min(s[0], s[2]) for s in sums))}
@@ -273,19 +261,6 @@ def _own_rendering(roles: Roles, conversation: Sequence[Any]) -> tuple[np.ndarra
     return (encoded.ids, np.array(places)) if places and len(encoded.ids) <= LONGEST else None
 
 
-def _shifted(facts: LabelFacts, found: dict[str, Any]) -> Signal | None:
-    if "as_trained" not in found or facts.shift is None:
-        return None
-    ratio = found["as_trained"] / max(found["labels_right"], 1e-6)
-    numbers = {"as_trained": found["as_trained"], "labels_right": found["labels_right"]}
-    if ratio >= UNLIKE:
-        says = f"with correct labels the first loss falls from {found['as_trained']:.2f} to "
-        says += f"{found['labels_right']:.2f}"
-        return Signal("F22", "counterfactual", says, 0.95, numbers)
-    says = f"the loss is {found['as_trained']:.2f}, and {found['labels_right']:.2f} with correct labels"
-    return Signal("F22", "measured", says, 0.95, numbers, against=True)
-
-
 def _format(run_facts: RunFacts, found: dict[str, Any]) -> list[Signal]:
     if "answers_own_format" not in found:
         return []
@@ -310,7 +285,7 @@ def _format(run_facts: RunFacts, found: dict[str, Any]) -> list[Signal]:
         kind = "measured" if kind == "counterfactual" else kind
         weight = 0.6 if found["is_guess"] else 0.8
         return [Signal("F12", kind, says, weight, {**numbers, "own_header": header}, affected=share)]
-    if ratio < BETTER and (header is None or header > 2 * EXPECTED):
+    if own >= here and (header is None or header > 2 * EXPECTED):
         says = f"the model's own template does not lower the loss of answers ({own:.2f} against {here:.2f} a token)"
         return [Signal("F12", "measured", says, 0.7, numbers, against=True)]
     return []
@@ -337,61 +312,3 @@ def _logged(run_facts: RunFacts, found: dict[str, Any]) -> Signal | None:
     says = f"the first logged loss is {first:.1f}, {first / here:.1f} times the loss of these rows here ({here:.2f}), "
     says += f"with {count:.0f} micro-batches a step"
     return Signal("F74", "measured", says, 0.8, {"logged": first, "here": here, "micro_batches": count})
-
-
-def _is_no_text(found: dict[str, Any]) -> bool:
-    plain, swapped = found["plain_text"], found["ids_swapped"]
-    return plain > NO_TEXT * swapped and plain > 1.05 * found["log_v"]
-
-
-def _written(live: LiveModel, first: Sequence[int]) -> list[list[int]]:
-    """Tokens that the base generates after these first ids, sampled."""
-    ids_BT = torch.tensor([[int(i)] for i in first], device=device_of(live.model))
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(NUM_DRAWN):
-        chances_BV = logits_of(live.model, {"input_ids": ids_BT})[:, -1].float().softmax(-1).cpu()
-        drawn_B1 = torch.multinomial(chances_BV, 1, generator=generator).to(ids_BT.device)
-        ids_BT = torch.cat([ids_BT, drawn_B1], dim=1)
-    return ids_BT[:, 1:].tolist()
-
-
-def _kept(roles: Roles, texts: Sequence[list[int]]) -> float:
-    """Share of the tokens that survive decoding and encoding again.
-
-    Nearly all do if the model was trained with this tokenizer, since it splits a text in one way.
-    """
-    assert roles.tokenizer is not None
-    texts_again = [roles.encode(str(roles.tokenizer.decode(ids, clean_up_tokenization_spaces=False))) for ids in texts]
-    pairs = zip(texts, texts_again, strict=True)
-    return float(np.mean([SequenceMatcher(None, ids, again, autojunk=False).ratio() for ids, again in pairs]))
-
-
-def _tokenizer(found: dict[str, Any]) -> Signal | None:
-    if "plain_text" not in found:
-        return None
-    plain, swapped, log_v = found["plain_text"], found["ids_swapped"], found["log_v"]
-    numbers = {"plain_text": plain, "ids_swapped": swapped, "log_v": log_v}
-    markers = found.get("own_markers")
-    if markers is not None and markers < EXPECTED:
-        says = f"the model expects the markers of the tokenizer's template: {markers:.2f} nats a token"
-        return Signal("F04", "measured", says, 0.8, {**numbers, "own_markers": markers}, against=True)
-    kept, by_chance = found.get("own_text_kept", 0.0), found.get("any_text_kept", 1.0)
-    if _is_no_text(found) and found["everyday_text"] < KNOWN * found["everyday_swapped"]:
-        says = f"the loss of everyday English is {found['everyday_text']:.1f} nats a token, with swapped ids "
-        says += f"{found['everyday_swapped']:.1f}: the tokenizer fits, and the rows are new to the model"
-        return Signal("F04", "measured", says, 0.8, numbers, against=True)
-    if _is_no_text(found) and kept > KEPT > by_chance:
-        says = f"text that the model generates fits this tokenizer: {kept:.0%} of its tokens survive decoding and "
-        says += f"encoding, of random tokens {by_chance:.0%}"
-        return Signal("F04", "measured", says, 0.8, {**numbers, "own_text_kept": kept}, against=True)
-    if _is_no_text(found):
-        says = f"the loss of plain text is {plain:.1f} nats a token, with randomly swapped ids {swapped:.1f}"
-        says += f" (log V {log_v:.1f})"
-        is_open = by_chance > KEPT  # any text survives this tokenizer: the model's own tells nothing
-        return Signal("F04", "measured", says, 0.4 if is_open else 0.9, numbers)
-    if plain < KNOWN * swapped:
-        says = (
-            f"the loss of plain text is {plain:.1f} nats a token, with swapped ids {swapped:.1f}: the ids fit the model"
-        )
-        return Signal("F04", "measured", says, 0.8, numbers, against=True)
-    return None

@@ -7,6 +7,7 @@ Gain means the fall of the loss on that batch.
     small at every rate, large with rank 32
     on every linear layer                       too little capacity (F62, or F56: targets match few modules)
     largest without clipping                    the step is clipped away (F68)
+    several times sooner at ten times           the scale is too small (F61), if it is unusual and the run is short
     large at the rate of the run                none of these
 
 All tests start from the same weights and use the same rows, so only the rate differs. If the run has trained, they
@@ -30,6 +31,7 @@ from torch import nn
 
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.derived import scale
+from solotune.diagnosis.facts.step_size import LEAST_STEPS as SHORTEST_RUN
 from solotune.diagnosis.facts.step_size import odd_one
 from solotune.diagnosis.probes.adapter_gradients import learning_rate_of
 from solotune.diagnosis.probes.probed_model import (
@@ -61,6 +63,9 @@ USUAL_STEPS = 100  # of a run of unknown length; shorter ones are rare
 HALF = 0.5  # mean of a decaying rate, relative to its peak
 USUAL_SCALE = (0.5, 16.0)  # alpha / r
 USUAL_RATE = (5e-5, 5e-3)
+NARROW = 0.25  # alpha / r of 16 / 64; below it is unusual
+SOONER = 3.2  # times: half of the gain at ten times the step; at a scale of 1/8 0.6 to 1.5, 1/16 2.4, 1/64 5
+ENOUGH_STEPS = 25  # of ten times the size, which a run has to be worth
 
 
 def range_test(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
@@ -105,8 +110,11 @@ def range_test(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[lis
         "gain_wide_at_rate": None if alike is None else _rounded(alike),
         "gain_unclipped": None if unclipped is None else _rounded(unclipped),
     }
-    capacity = _capacity(live.model)
-    return _judge(run_facts, Tried(rate, steps, start, tried, start - _end(wide), alike, unclipped, capacity)), found
+    result = Tried(rate, steps, start, tried, start - _end(wide), alike, unclipped, _capacity(live.model))
+    signals = _judge(run_facts, result)
+    if not any(signal.code == "F61" for signal in signals):
+        signals = [*signals, *_slow(run_facts, result, curves[1.0], curves[10.0])]
+    return signals, found
 
 
 @dataclass(frozen=True)
@@ -186,8 +194,7 @@ def _judge(run_facts: RunFacts, tried: Tried) -> list[Signal]:
         says += f" learning rate, by {wide:.2f} with rank 32 on every linear layer"
         fix = "lora_target_modules: all-linear, lora_r: 16"
         return [Signal(code, "counterfactual", says, w, numbers, fix=fix) for code, w in (("F62", 0.75), ("F56", 0.45))]
-    planned = run_facts.trace.total_steps if run_facts.trace else run_facts.settings.get("max_steps")
-    total = planned if planned and planned > 0 else USUAL_STEPS
+    total = _planned(run_facts)
     longer = max(1.0, HALF * total / tried.steps)
     if best > 1 and here * longer < LITTLE * most and tried.gains[best] > TIMES * max(here, 0.0):
         expect = (
@@ -201,6 +208,38 @@ def _judge(run_facts: RunFacts, tried: Tried) -> list[Signal]:
         cleared = ("F64", "F62", "F67") if best > 1 or here >= CLEARLY * most else ("F64", "F62")
         return [Signal(code, "measured", says, 0.8, numbers, against=True) for code in cleared]
     return []
+
+
+def _slow(run_facts: RunFacts, tried: Tried, here: Sequence[float], larger: Sequence[float]) -> list[Signal]:
+    """F61 if the scale is unusually small, and steps of ten times the size learn several times sooner, so that all
+    steps of the run are worth only a few of those."""
+    found, half = scale(run_facts), 0.5 * tried.most
+    late, soon = _crossing(here, tried.start - half), _crossing(larger, tried.start - half)
+    if not found or found >= NARROW or half < WORTH or soon is None:
+        return []
+    times = (tried.steps if late is None else late) / soon
+    worth = HALF * max(_planned(run_facts), SHORTEST_RUN) / times
+    if times < SOONER or worth >= ENOUGH_STEPS:
+        return []
+    says = f"with the scale {found:.2g} one batch is learned half in {late or tried.steps:.0f} steps, with ten times "
+    says += f"the scale in {soon:.0f}: all steps of the run are worth {worth:.0f} of those"
+    numbers = {"steps_at_ten_times": soon, "steps": late, "worth": worth, "scale": found}
+    fix = f"lora_alpha: {2 * (run_facts.settings.get('lora_r') or 16)}"
+    return [Signal("F61", "counterfactual", says, 0.75, numbers, fix=fix)]
+
+
+def _crossing(curve: Sequence[float], level: float) -> float | None:
+    """Steps after which the loss is below this level, between two steps by a straight line."""
+    for n in range(1, len(curve)):
+        if curve[n] <= level:
+            return n - 1 + (curve[n - 1] - level) / max(curve[n - 1] - curve[n], 1e-9)
+    return None
+
+
+def _planned(run_facts: RunFacts) -> int:
+    """Optimizer steps of the run, as far as they are known."""
+    planned = run_facts.trace.total_steps if run_facts.trace else run_facts.settings.get("max_steps")
+    return int(planned) if planned and planned > 0 else USUAL_STEPS
 
 
 def _of_step_size(

@@ -6,7 +6,8 @@
 
 The embedding is called once in every forward pass, so a hook on it sees each pass begin, and knows how long the last
 one took, with its backward pass and its optimizer step. A pass that would end after the deadline does not start; a
-forward pass that is slower than expected ends at its next layer.
+forward pass that is slower than expected ends at its next layer. Two passes over a few tokens come first, so that
+the first real one is not begun without an estimate.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from solotune.diagnosis.probes.skipped import Skipped
 
 WITH_GRADIENT = 3.0
 """A forward and a backward pass take about as long as three forward passes."""
+TRIAL_TOKENS, TRIAL = (8, 32), 0.02
+"""Tokens of the first passes; share of the budget that the first may take for the second to follow."""
 SLACK = 0.05
 """Share of the budget by which the last pass may be late."""
 
@@ -41,6 +44,7 @@ class TimeLimit:
     deadline: float
     passes: dict[bool, dict[int, float]] = field(default_factory=lambda: {False: {}, True: {}})
     """Whether with a gradient -> tokens -> seconds of the last such pass"""
+    _model: Any = None
     _until: float = math.inf  # the end of the probe that runs
     _first: int | None = None  # tokens of the first pass
     _open: tuple[float, int, bool] | None = None  # start, tokens and gradient of the pass that runs
@@ -49,7 +53,7 @@ class TimeLimit:
     @contextmanager
     def on(cls, model: nn.Module, budget: float) -> Iterator[TimeLimit]:
         """Watch all passes of this model until the exit."""
-        limit = cls(budget, time.perf_counter() + budget)
+        limit = cls(budget, time.perf_counter() + budget, _model=model)
         handles = [layer.register_forward_pre_hook(limit._at_layer) for layer in _layers(model)]
         embedding = _embedding(model)
         if embedding is not None:
@@ -70,6 +74,25 @@ class TimeLimit:
             return None
         forward, step = self._expected(self._first, False), self._expected(self._first, True)
         return forwards * (forward or 0.0) + steps * (step or 0.0)
+
+    def try_out(self, ids: torch.Tensor) -> None:
+        """Time passes over a few of these ids without a gradient. A model that fails here fails in its first probe.
+
+        Args:
+            ids: (tokens,), on the device of the model.
+        """
+        for count in TRIAL_TOKENS:
+            started = time.perf_counter()
+            try:
+                with torch.no_grad():
+                    self._model(input_ids=ids[None, :count], use_cache=False)
+            except (RuntimeError, ValueError, IndexError, KeyError, TypeError, Skipped):
+                self._open = None
+                return
+            self._open = None
+            self.passes[False][min(count, len(ids))] = time.perf_counter() - started
+            if time.perf_counter() - started > TRIAL * self.budget:
+                return
 
     def begin(self, seconds: float) -> None:
         """A probe begins, and has at most so many seconds."""
@@ -101,7 +124,10 @@ class TimeLimit:
             raise OutOfTime(f"it was stopped: the budget of {self.budget:.0f} s is used up")
 
     def _expected(self, tokens: int, has_gradient: bool) -> float | None:
-        """Seconds of a pass: as long as the last one of at least as many tokens, else in proportion to the largest."""
+        """Seconds of a pass: as long as the last one of at least as many tokens, else by the two largest.
+
+        A pass over few tokens mostly reads the weights, so its seconds do not grow in proportion to the tokens.
+        """
         known, factor = self.passes[has_gradient], 1.0
         if not known and has_gradient:
             known, factor = self.passes[False], WITH_GRADIENT
@@ -111,7 +137,12 @@ class TimeLimit:
         if as_large:
             return factor * known[min(as_large)]
         largest = max(known)
-        return factor * known[largest] * tokens / max(largest, 1)
+        in_proportion = known[largest] * tokens / max(largest, 1)
+        if len(known) < 2:
+            return None if largest in TRIAL_TOKENS else factor * in_proportion
+        second = max(size for size in known if size < largest)
+        rise = (known[largest] - known[second]) / (largest - second)
+        return factor * max(known[largest] + rise * (tokens - largest), in_proportion / 2)
 
 
 def _embedding(model: nn.Module) -> nn.Module | None:

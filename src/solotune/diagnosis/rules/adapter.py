@@ -204,7 +204,8 @@ def adapter_not_neutral(run_facts: RunFacts) -> Signal | None:
     """F59: the untrained adapter already changes the model.
 
     Sees: `init_lora_weights: false`, which makes both A and B random; different logits with the adapter on and off
-    before the first step (probe P4). They should be equal.
+    before the first step (probe P4), which should be equal; a run that began with an adapter that changes the output
+    and is of no use to its rows.
     Why: the adapter damages the base: the first loss is too high, gradients spike, and the final loss is a little
     worse.
     Not: PiSSA, OLoRA, LoftQ, EVA and CorDA, whose adapter holds a part of the base by design; F76 and F78, which show
@@ -248,9 +249,10 @@ def scale_wrong(run_facts: RunFacts) -> list[Signal]:
     """F61: the adapter's scale alpha / r does not suit the learning rate.
 
     Sees: alpha of zero; a scale alpha / r (alpha / sqrt(r) with rsLoRA) at which one step of Adam changes a weight by
-    half of its size, or all steps together change it by less than float16 rounds it; an unusual scale (below 1/4, above
-    32) together with a loss that jumps and stays high, or does not fall; a different scale in serving than in training.
-    An unusual scale alone is a remark.
+    half of its size, or all steps together change it by less than float16 rounds it; a scale below 1/4 with which one
+    batch is learned several times later than with ten times the scale, in a run that is too short for it (probe P7); an
+    unusual scale (below 1/4, above 32) together with a loss that jumps and stays high, or does not fall; a different
+    scale in serving than in training. An unusual scale alone is a remark.
     Why: with Adam the effect of an update is about learning rate x scale. A small scale looks like a low learning rate,
     a large one like a high learning rate. A different scale in serving changes the tuned model.
     Not: alpha / r of 1/2 to 4, which is usual; F64 and F67, which have the same evidence: both are reported, and the

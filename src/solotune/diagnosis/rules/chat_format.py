@@ -13,12 +13,13 @@ from __future__ import annotations
 from typing import Any
 
 from solotune.dataset.chat.answer_spans import ChatTemplate
+from solotune.dataset.chat.control_tokens import ControlTokens
 from solotune.dataset.chat.rendered_text import OWN, known_format
 from solotune.dataset.data_report import PLAIN
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.derived import is_ours
 from solotune.diagnosis.facts.labelled_turns import labelled_turns, starts_with_label
-from solotune.diagnosis.facts.rendered_chats import decoded, is_chat_model, own_frame
+from solotune.diagnosis.facts.rendered_chats import decoded, frame, is_chat_model, own_frame
 from solotune.diagnosis.facts.row_arrays import evenly, is_pattern, squeezed
 from solotune.diagnosis.facts.row_facts import NUM_RENDERED, RowFacts, is_in_rows, pieces_of, pieces_of_template
 from solotune.diagnosis.facts.rows import examples_of
@@ -30,6 +31,8 @@ MOST = 0.5
 """A fault of the format shows in all rows; half allows for rows that hide it."""
 SOME = 0.05
 """One row in twenty, for what some rows have that were joined from another source."""
+BEGINNING = 3
+"""Tokens without a label that are a prompt; the first one, or a begin-of-text, has no label in documents either."""
 NEARLY_ALL = 0.95
 """A twentieth allows for rows that are truncated or hide it."""
 
@@ -162,16 +165,17 @@ def _template_replaced(facts: RowFacts) -> Finding | None:
     if is_in_rows(facts, pieces[1]):
         return None
     rows = evenly(range(len(facts.train.rows)), NUM_RENDERED)
-    written, control = pieces_of_template(facts), facts.control.pattern
+    written, control, path = pieces_of_template(facts), facts.control.pattern, facts.settings.chat_template_path
     is_plain = written is not None and not control.search(written[1].strip().removeprefix(_end_of(facts)))
     return Finding.of(
         "F12",
         "error" if is_plain and control.search(header) else "warning",
-        message=f"{facts.settings.chat_template_path} renders a format that the model does not know: no row contains "
+        message=f"{path or 'The chat template'} renders a format that the model does not know: no row contains "
         f"{header!r}, which the model's own template writes before an answer.",
         evidence={"rows_read": len(rows), "with_the_template": 0, "rows": facts.train.places(rows)},
         affected=1.0,
-        fix="remove chat_template_path, so that the model's own template renders the rows",
+        fix=("remove chat_template_path" if path else "use the base's own tokenizer files")
+        + ", so that the model's own template renders the rows",
     )
 
 
@@ -235,16 +239,31 @@ def rows_without_template_text(run_facts: RunFacts) -> Signal | None:
         return None
     if is_ours(run_facts) or not is_chat_model(run_facts, pieces[2]):
         return None
-    marker = pieces[1].strip()
+    marker = _header_of(pieces)
     has = sum(marker in text for text in texts)
     if has > (1 - NEARLY_ALL) * len(texts):
         return None
     rows = examples_of(run_facts)
     labelled = sum(labelled_turns(text) is not None for text in texts)
     is_chat = bool(run_facts.conversations) or is_pattern(labelled, len(texts), MOST)
-    is_chat = is_chat or sum(not row.loss_mask[:1].any() for row in rows) >= MOST * len(rows)
+    is_chat = is_chat or sum(not row.loss_mask[:BEGINNING].any() for row in rows) >= MOST * len(rows)
     says = f"{marker[:60]!r}, which the template writes between question and answer, is in {has} of {len(texts)} rows"
     fix = 'give the data as {"messages": [...]}, so that the model\'s own template is applied'
     numbers = {"rows": has, "of": len(texts), "with_labels": labelled}
     share = 1 - has / len(texts)
-    return Signal("F12", "measured" if is_chat else "remark", says, 0.65, numbers, fix=fix, affected=share)
+    kind = "measured" if is_chat and not _is_chosen(run_facts) else "remark"
+    return Signal("F12", kind, says, 0.65, numbers, fix=fix, affected=share)
+
+
+def _header_of(pieces: tuple[str, str, str]) -> str:
+    """What stands before an answer, without the end of the question: if that is missing, it is another fault (F10)."""
+    whole, end = pieces[1].strip(), pieces[2].strip()
+    return (whole.removeprefix(end).strip() if end else "") or whole
+
+
+def _is_chosen(run_facts: RunFacts) -> bool:
+    """Whether the run has a template of its own, which writes control tokens of this tokenizer before answers."""
+    written = frame(run_facts) if run_facts.base_template else None
+    if written is None or run_facts.tokenizer is None:
+        return False
+    return ControlTokens(run_facts.tokenizer).pattern.search(_header_of(written)) is not None

@@ -11,6 +11,7 @@ import numpy as np
 
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.conversations import answers_of, chats_of
+from solotune.diagnosis.facts.derived import is_ours
 from solotune.diagnosis.facts.row_arrays import is_pattern, percent
 from solotune.diagnosis.facts.row_facts import RowFacts
 from solotune.diagnosis.facts.rows import examples_of
@@ -30,8 +31,10 @@ LEAST_TOKENS = 6
 """Of an answer in free words: answers of fewer tokens are labels, which repeat naturally."""
 REGULAR = 0.5
 """Variance of the number of copies by that of rows that are drawn at random (a Poisson distribution without zeros)."""
-ENOUGH_ROWS = 20
-"""Different rows for a variance to mean something."""
+CHANCE = 1e-3
+"""Of files of rows drawn at random that are as even."""
+OFTEN, MOSTLY = 10, 0.5
+"""Copies of one row in free words, and the share of the rows that such rows make up."""
 
 
 class Copies(NamedTuple):
@@ -50,9 +53,19 @@ class Copies(NamedTuple):
         if not len(keys) or again < HALF * len(keys):
             return cls(len(keys), again, False)
         mean = len(keys) / len(counts)
-        is_regular = len(counts) >= ENOUGH_ROWS and counts.var() < REGULAR * _variance_at_random(mean)
+        evenness = counts.var() / _variance_at_random(mean)
+        is_regular = evenness < REGULAR and _as_even(evenness, len(counts)) < CHANCE
         is_free = len(set(answers)) > len(counts) / 2 and float(np.median(sizes)) >= LEAST_TOKENS
-        return cls(len(keys), again, bool(is_regular or (mean >= MANY_COPIES and is_free)))
+        often = float(counts[counts >= OFTEN].sum())  # a few rows are most of the data, the others are there once
+        is_few = mean >= MANY_COPIES or often >= MOSTLY * len(keys)
+        return cls(len(keys), again, bool(is_regular or (is_few and is_free)))
+
+
+def _as_even(ratio: float, count: int) -> float:
+    """The probability that the variance of `count` random numbers is at most this part of its mean (chi-square, by
+    Wilson and Hilferty)."""
+    scale = 2 / (9 * max(count - 1, 1))
+    return 0.5 * math.erfc((1 - scale - ratio ** (1 / 3)) / math.sqrt(2 * scale))
 
 
 def _variance_at_random(mean: float) -> float:
@@ -68,7 +81,8 @@ def duplicates(facts: RowFacts) -> Finding | None:
     """F39: the same rows are in the data many times.
 
     Sees: rows with equal ids, or equal chats, of which half or more are copies: every row the same number of times, as
-    in a file that was merged with itself, or so few different rows that each is there five times or more.
+    in a file that was merged with itself; so few different rows that each is there five times or more; a few rows that
+    make up half of the data, ten times or more each.
     Why: these rows are memorised, the data has fewer different rows than it seems, and held-out rows have copies in
     training.
     Not: F46, many epochs over different rows; F41, where data loader workers repeat rows that are in the file once;
@@ -139,22 +153,33 @@ def _removed(facts: RowFacts, evidence: dict[str, object]) -> Finding | None:
     )
 
 
-@rule("F39", otherwise=True)
+@rule("F39")
 def repeated_rows(run_facts: RunFacts) -> Signal | None:
-    """F39, of rows that another trainer made, or of conversations that could not be rendered."""
+    """F39, of rows that another trainer made, or of conversations that could not be rendered.
+
+    The conversations are as they are in the file: a trainer that is not ours trains on the copies, too.
+    """
     rows = examples_of(run_facts) if run_facts.train else []
-    if rows:
+    if rows and is_ours(run_facts):
+        return None
+    chats = chats_of(run_facts)
+    if len(chats) > len(rows):
+        answers = answers_of(chats)
+        known = Copies.of([repr(chat) for chat in chats], answers, _sizes(run_facts, answers))
+    else:
         learned = [row.input_ids[row.loss_mask] for row in rows]
         known = Copies.of(
             [hash(row.input_ids.tobytes()) for row in rows], [ids.tobytes() for ids in learned], list(map(len, learned))
         )
-    else:
-        chats = chats_of(run_facts)
-        answers = answers_of(chats)
-        known = Copies.of([repr(chat) for chat in chats], answers, [len(text.split()) for text in answers])
     if known.again < max(3, 0.2 * known.rows):
         return None
     says, affected = f"{known.again:,} of {known.rows:,} rows repeat an earlier one", known.again / known.rows
     kind, weight = ("measured", 0.8) if known.is_beyond_chance else ("remark", 0.3)
     fix = "in the data, remove duplicates before the split"
     return Signal("F39", kind, says, weight, {"again": known.again}, fix=fix, affected=affected)
+
+
+def _sizes(run_facts: RunFacts, texts: Sequence[str]) -> list[int]:
+    """Of texts, in tokens; without a tokenizer in words."""
+    tokenizer = run_facts.tokenizer
+    return [len(text.split()) if tokenizer is None else len(tokenizer.encode(text)) for text in texts]

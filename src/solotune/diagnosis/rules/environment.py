@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import Any
 
 from solotune.config.key_aliases import FOREIGN_KEYS
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.derived import has_error, in_4bit, is_lora, is_ours, number
-from solotune.diagnosis.facts.library_defaults import is_default
+from solotune.diagnosis.facts.library_defaults import default_exists, is_default
 from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
@@ -20,6 +21,32 @@ _SAME_WORD = {
     "lora_target", "target_modules", "lr_scheduler", "optimizer", "evaluation_strategy", "activation_checkpointing",
 }  # fmt: skip
 """Names in other tools for settings with the same values; `train_on_inputs`, for example, is the opposite of one."""
+_FORMER = {
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_batch_size": "per_device_train_batch_size",
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "accumulate_grad_batches": "gradient_accumulation_steps",
+    "gradient_clip_val": "max_grad_norm",
+    "clip_grad_norm": "max_grad_norm",
+    "max_norm": "max_grad_norm",
+    "model_max_length": "max_length",
+    "max_len": "max_length",
+    "block_size": "max_length",
+    "n_epochs": "num_train_epochs",
+    "max_epochs": "num_train_epochs",
+    "train_epochs": "num_train_epochs",
+    "base_lr": "learning_rate",
+    "lr_schedule": "lr_scheduler_type",
+    "scheduler_type": "lr_scheduler_type",
+    "warmup_proportion": "warmup_ratio",
+    "num_warmup_steps": "warmup_steps",
+    "num_training_steps": "max_steps",
+    "alpha": "lora_alpha",
+}
+"""Names in earlier versions, scripts and other libraries of what transformers, TRL and PEFT name so."""
+_ALIKE = 0.9
+"""Likeness of a misspelt name (`max_lenght`, `learning_rates`) to the setting's own."""
 
 
 @rule("F01")
@@ -61,9 +88,9 @@ def binary_mismatch(run_facts: RunFacts) -> Signal | None:
 def renamed_argument(run_facts: RunFacts) -> Signal | None:
     """F02: a setting has a name that this version does not read, so the default was used instead.
 
-    Sees: a setting written under another name than the installed version's, and the library's default in use; the
-    TypeError for an unexpected argument. Another value in use that is no default is a remark: it was set later (on the
-    command line, by the script).
+    Sees: a setting written under another name than the installed version's (also misspelt), and the library's default
+    in use; the TypeError for an unexpected argument. Another value in use that is no default is a remark: it was set
+    later (on the command line, by the script).
     Why: a wrapper that filters unknown keys drops the setting silently: the config says `max_seq_length: 256`, and 1024
     is used.
     Not: F03, where nothing was written; F25, whose max_length is the intended one; F51, for quantization; another name
@@ -77,7 +104,7 @@ def renamed_argument(run_facts: RunFacts) -> Signal | None:
         return Signal("F02", "invariant", f"the run ended with this error: {line}", 0.9, {}, fix=fix)
     remark: Signal | None = None
     for key, wrote in run_facts.settings.asked.items():
-        ours = FOREIGN_KEYS.get(key, key) if key in _SAME_WORD or key not in FOREIGN_KEYS else None
+        ours = _meant(run_facts, key)
         if ours is None or ours in _OWN_RULES or key in _OWN_RULES or not differs(run_facts, ours, wrote):
             continue
         is_dropped = is_default(ours, run_facts.settings.get(ours)) and not _is_global_batch(run_facts, key, wrote)
@@ -90,6 +117,18 @@ def renamed_argument(run_facts: RunFacts) -> Signal | None:
             continue
         return Signal("F02", "invariant", says, 0.9, numbers, fix=f"{ours}: {wrote}")
     return remark
+
+
+def _meant(run_facts: RunFacts, key: str) -> str | None:
+    """The setting that a written name means; None if it is another one, or has another unit."""
+    if key in FOREIGN_KEYS and key not in _FORMER:
+        return FOREIGN_KEYS[key] if key in _SAME_WORD else None
+    if key in _FORMER or key in run_facts.settings.values:
+        return _FORMER.get(key, key)
+    known = [
+        name for name in run_facts.settings.values if default_exists(name) and name not in run_facts.settings.asked
+    ]
+    return next(iter(difflib.get_close_matches(key, known, n=1, cutoff=_ALIKE)), key)
 
 
 def _is_global_batch(run_facts: RunFacts, key: str, wrote: Any) -> bool:

@@ -28,6 +28,8 @@ FEW = 0.02
 """Share of the answers that may have labels in an inverted mask."""
 NUM_CHATS, NUM_TEXTS = 500, 32
 """Conversations and texts that are compared where no headers show who speaks."""
+MIN_LOGGED = 3
+"""Logged steps of a run that is judged by its log."""
 _ONLY_ANSWERS = "set assistant_only_loss: true, and check that the collator keeps the mask"
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -202,17 +204,34 @@ def nothing_learned(run_facts: RunFacts) -> Signal | None:
     return Signal("F21", kind, says, weight, numbers, fix=fix, affected=share)
 
 
+@rule("F21", needs=("trace",), unless=is_ours)
+def loss_of_no_labels(run_facts: RunFacts) -> Signal | None:
+    """F21, from the log: every loss and every gradient is exactly 0, and no evaluation is a number above 0.
+
+    A loss that overflows has a gradient that is not a number, and rows that are known by heart a loss just above 0.
+    """
+    trace = run_facts.trace
+    if trace is None or len(trace.loss_S) < MIN_LOGGED or (trace.loss_S != 0).any() or (trace.grad_norm_S != 0).any():
+        return None
+    if (trace.eval_loss_E > 0).any():
+        return None
+    says = f"all {len(trace.loss_S)} logged losses and gradients are exactly 0: no row has a label"
+    fix = "find answers by the template's offsets, not by a marker text"
+    return Signal("F21", "invariant", says, 0.9, {"logged": len(trace.loss_S)}, fix=fix, affected=1.0)
+
+
 @rule("F22", needs=("batches",), probes=("P1",))
 def shifted_twice(run_facts: RunFacts) -> Signal | None:
     """F22: labels are shifted twice: once in the data and once by the model.
 
-    Sees: labels that are not the token at their position but the one before or after it.
+    Sees: labels that are not the token at their position but one before or after it; a loss that compares labels with
+    the logits of another position than the one before (probe P1 replaces single labels and sees which).
     Why: the model learns to skip a token. The loss curve looks normal, since the model can memorise the token after
     next, but the loss with correct labels does not fall.
     Not: F04, where the loss on plain text is bad too; F38, whose labels are their tokens.
     Fix: `labels = input_ids.clone()`; the model shifts them itself.
-    Wrong when: the loss function does not shift by itself. Then P1 finds a normal first loss, which counts against this
-    fault.
+    Wrong when: the loss function does not shift by itself. Then P1 sees that it expects these labels, which counts
+    against this fault.
     Source: transformers#47394, #44642; the first loss is 15 times the normal one; after training 7.3 instead of 1.8
     (measured).
     """

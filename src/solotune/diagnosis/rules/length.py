@@ -208,6 +208,24 @@ def rows_gone_in_truncation(run_facts: RunFacts) -> Signal | None:
     return Signal("F25", kind, says, weight, numbers, fix="a larger max_length", affected=share)
 
 
+@rule("F25", needs=("tokenizer",), otherwise=True, unless=is_ours)
+def prompts_alone(run_facts: RunFacts) -> Signal | None:
+    """F25, where every token has a label: rows that reach max_length before the header of the answer."""
+    headers, rows = Roles(run_facts).headers, [row for row in examples_of(run_facts) if row.messages]
+    limit = setting(run_facts, "max_length")
+    if not headers or not rows or not limit:
+        return None
+    full = [row for row in rows if len(row.input_ids) >= limit][:_NUM_DECODED]
+    answer = headers[ASSISTANT].strip()
+    texts = [str(run_facts.tokenizer.decode(row.input_ids.tolist())) for row in full]  # pyright: ignore[reportOptionalMemberAccess]
+    share = sum(answer not in text for text in texts) / max(len(texts), 1)
+    affected = share * sum(len(row.input_ids) >= limit for row in rows) / len(rows)
+    if affected < MUCH:
+        return None
+    says = f"{percent(affected, 1)} of the rows reach max_length {limit:g} before their answer begins"
+    return Signal("F25", "invariant", says, 0.9, {"share": affected}, fix="a larger max_length", affected=affected)
+
+
 @rule("F26", unless=is_ours)
 def prompt_cut(run_facts: RunFacts) -> Signal | None:
     """F26: long rows are truncated at the start, so the answer has no question.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.derived import in_4bit, is_ours, mapping
 from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
+
+if TYPE_CHECKING:
+    import torch
 
 _LEVELS = 17
 """Distinct values of 64 weights in 4 bits, plus one for a zero made by rounding."""
@@ -96,11 +99,11 @@ def not_quantised(run_facts: RunFacts) -> Signal | None:
 
 @rule("F51", needs=("settings", "live"))
 def none_is_quantised(run_facts: RunFacts) -> Signal | None:
-    """F51, from the loaded model: 4 bits are requested and no parameter is packed."""
+    """F51, from the loaded model: 4 bits are requested, and no parameter is packed or was (few different values)."""
     if is_ours(run_facts) or not quantises(run_facts) or run_facts.live is None:
         return None
     model = run_facts.live().model
-    if any(_is_quantised(module) for module in model.modules()):
+    if any(_is_quantised(module) or _has_few_values(module) for module in model.modules()):
         return None
     fix = "from_pretrained(..., quantization_config=BitsAndBytesConfig(load_in_4bit=True, ...))"
     return Signal("F51", "invariant", "no module of the loaded model is quantized", 0.9, {"quantised": 0}, fix=fix)
@@ -139,8 +142,6 @@ def head_left_unprotected(run_facts: RunFacts) -> Signal | None:
 @rule("F52", needs=("live",))
 def head_has_few_values(run_facts: RunFacts) -> Signal | None:
     """F52, from the loaded model: 64 neighbouring weights of the head have no more values than 4 bits allow."""
-    import torch
-
     model = run_facts.live().model if run_facts.live is not None else None
     head = getattr(model, "get_output_embeddings", lambda: None)()
     weight = getattr(head, "weight", None)
@@ -151,9 +152,28 @@ def head_has_few_values(run_facts: RunFacts) -> Signal | None:
         return Signal("F52", "invariant", f"the output head is a {type(head).__name__}", 0.95, {}, fix=fix)
     if weight.dim() != 2 or weight.shape[1] < 64 or not weight.dtype.is_floating_point:
         return None
-    rows = weight.detach()[:: max(1, weight.shape[0] // 64), :64].float().cpu()
-    counts = [int(torch.unique(row).numel()) for row in rows if row.any()]
-    if not counts or sorted(counts)[len(counts) // 2] > _LEVELS:
+    values = _different_values(weight)
+    if values is None or values > _LEVELS:
         return None
-    says = f"64 neighbouring weights of the head have only {sorted(counts)[len(counts) // 2]} different values"
-    return Signal("F52", "invariant", says, 0.9, {"values": sorted(counts)[len(counts) // 2]}, fix=fix)
+    says = f"64 neighbouring weights of the head have only {values} different values"
+    return Signal("F52", "invariant", says, 0.9, {"values": values}, fix=fix)
+
+
+def _has_few_values(module: Any) -> bool:
+    """Whether the weights of a linear layer are floats that were packed: quantized before, or by a simulation."""
+    import torch
+
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, torch.nn.Linear) or weight is None or weight.shape[1] < 64:
+        return False
+    values = _different_values(weight) if weight.dtype.is_floating_point else None
+    return values is not None and values <= _LEVELS
+
+
+def _different_values(weight: torch.Tensor) -> int | None:
+    """Number of different values among 64 neighbours, the median of some rows; None if all are zero."""
+    import torch
+
+    rows = weight.detach()[:: max(1, weight.shape[0] // 64), :64].float().cpu()
+    counts = sorted(int(torch.unique(row).numel()) for row in rows if row.any())
+    return counts[len(counts) // 2] if counts else None

@@ -45,7 +45,9 @@ _FOREIGN_ROLES = (
     "human",
     "gpt",
     "bot",
+    "chatbot",
     "chatgpt",
+    "model",
     "bard",
     "ai",
     "prompter",
@@ -132,7 +134,7 @@ def constant_answers(facts: RowFacts) -> Finding | None:
     Source: one answer for all rows: 1.88 in training, 6.46 held out (measured).
     """
     found = _constant([text for _, text in facts.answers])
-    if found is None:
+    if found is None or not found.answer:  # empty: F34
         return None
     return Finding.of(
         "F35",

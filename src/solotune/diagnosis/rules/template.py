@@ -25,6 +25,7 @@ from solotune.diagnosis.facts.row_facts import (
 from solotune.diagnosis.facts.rows import examples_of
 from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import rule
+from solotune.diagnosis.rules.turns import header_doubled
 from solotune.diagnosis.run_facts import RunFacts
 
 MOST = 0.5
@@ -71,6 +72,26 @@ def double_bos(facts: RowFacts) -> Finding | None:
     )
 
 
+@rule("F08", needs=("tokenizer", "texts"), otherwise=True)
+def texts_begun_twice(run_facts: RunFacts) -> Signal | None:
+    """F08, of texts that another trainer tokenized, whose rows are not known: they begin with the begin-of-text token,
+    and the run's tokenizer adds one to every text.
+
+    Control: the trainer. Some tools leave the second one out: a remark.
+    """
+    tokenizer, texts, tool = run_facts.tokenizer, run_facts.texts, run_facts.settings.get("tool")
+    begin = str(tokenizer.bos_token) if tokenizer is not None else ""
+    if tokenizer is None or not tokenizer.bos_token or "batches" not in run_facts.missing:
+        return None
+    having = [text for text in texts if text.lstrip().startswith(begin)]
+    if not is_pattern(len(having), len(texts), MOST) or tokenizer.encode(having[0])[:2] != [tokenizer.bos_token_id] * 2:
+        return None
+    says = f"{len(having):,} of {len(texts):,} texts begin with {begin}, and the run's tokenizer adds it to every text"
+    kind = "measured" if tool in (None, "transformers", "trl") else "remark"
+    fix = f"tokenize rendered texts with add_special_tokens=False, or remove {begin} from their beginning"
+    return Signal("F08", kind, says, 0.6, {"texts": len(having)}, fix=fix, affected=len(having) / len(texts))
+
+
 @rule("F09", needs=("rows",), probes=("P1",))
 def missing_bos(facts: RowFacts) -> Finding | None:
     """F09: rows lack the begin-of-text token that the model is served with.
@@ -87,7 +108,8 @@ def missing_bos(facts: RowFacts) -> Finding | None:
     Source: the opposite case of trl#1400.
     """
     side = facts.train
-    if not facts.is_chat or not facts.settings.chat_template_path:
+    path = facts.settings.chat_template_path
+    if not facts.is_chat or (not path and facts.own_template is None):
         return None
     pieces = pieces_of(facts.own_template) if facts.own_template else None
     if pieces is None:
@@ -105,7 +127,7 @@ def missing_bos(facts: RowFacts) -> Finding | None:
         message=f"No row begins with {facts.spelled(before[0])}, which {why}.",
         evidence={"rows_with": 0, "rows_without": len(side.rows), "rows": side.places(range(len(side.rows)))},
         affected=1.0,
-        fix=f"write {{{{ bos_token }}}} at the start of {facts.settings.chat_template_path}",
+        fix=f"write {{{{ bos_token }}}} at the start of {path or 'the chat template'}",
     )
 
 
@@ -191,15 +213,15 @@ def prompt_is_no_prefix(facts: RowFacts) -> Finding | None:
     if not facts.is_chat:
         return _text_prompt_is_no_prefix(facts)
     pieces = pieces_of_template(facts)
-    if pieces is not None and not is_in_rows(facts, pieces[1]):
-        return None  # a different format: F12
+    if (pieces is not None and not is_in_rows(facts, pieces[1])) or header_doubled(facts):
+        return None  # a different format: F12; a prompt with two headers: F15
     other, merged, read = [], [], 0
     for row in evenly(facts.sample(facts.train), NUM_RENDERED):
         example = facts.train.rows[row]
-        turn = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
+        turn = max((i for i, message in enumerate(example.messages) if message["role"] == "assistant"), default=0)
         prompt = rendered_prompt(facts, example.messages[:turn], example.tools)
         text = facts.decode(example.input_ids)
-        if prompt is None or squeezed(example.messages[max(turn - 1, 0)]["content"]) not in squeezed(text):
+        if not turn or prompt is None or squeezed(example.messages[max(turn - 1, 0)]["content"]) not in squeezed(text):
             continue  # the rows of another trainer may be in another order
         read += 1
         asked, whole = (_without_bos(facts, ids) for ids in (prompt, example.input_ids))  # missing or twice: F08, F09

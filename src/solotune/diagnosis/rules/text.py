@@ -43,9 +43,10 @@ _LINE_BREAK = re.compile(
     r"\\n(?!abla|eq?\b|u\b|i\b|ot|ew|ode|sub|sup|mid|leq|geq|less|gtr|e?[ws]?arrow|exists|atural|parallel|sim|cong|"
     r"prec|succ|olimits|onumber|oindent|ormal|vdash|[Rr]ightarrow|[Ll]eftarrow)"
 )
+_LITERAL = re.compile(r"\s*\\*\"(.*?)\\*\"\s*", re.DOTALL)  # the whole text is a string of JSON
 _ENTITY = re.compile(r"&(?:amp|lt|gt|quot|apos|nbsp|#39|#x27|#34);")
 _ESCAPED_BY_HTML = re.compile(r"[\"'<>]|&(?!\w+;|#\w+;)")
-_CODE_POINT = re.compile(r"(?:(?<=[^\W\d_])|\\u[0-9a-fA-F]{4})\\u[0-9a-fA-F]{4}")  # within a word, not named alone
+_CODE_POINT = re.compile(r"(?:(?<=[^\W\d_])|\\+u[0-9a-fA-F]{4})\\+u[0-9a-fA-F]{4}")  # within a word, not named alone
 
 # Characters that a reader does not see and the model does. Not joiners (emoji, Persian, Indic), marks of right-to-left
 # scripts or form feeds; C1 controls come from mojibake and are reported as that.
@@ -130,10 +131,11 @@ def damaged_rows(facts: RowFacts) -> tuple[dict[str, set[int]], int]:
             kinds["replacement_characters"].add(row)
         if not text.isascii() and any(_reads_back(line) for line in text.splitlines()):
             kinds["wrong_encoding"].add(row)
-        if "\\n" in text and "\n" not in text and (count := len(_LINE_BREAK.findall(_QUOTED.sub("", text)))):
+        plain_text = _unquoted(text)
+        if "\\n" in text and "\n" not in text and (count := len(_LINE_BREAK.findall(plain_text))):
             (kinds["escaped_twice"] if count >= 2 else once).add(row)
         for kind, escape, stands_for in (
-            ("escaped_letters", "\\u" in text and _CODE_POINT.search(_QUOTED.sub("", text)), not text.isascii()),
+            ("escaped_letters", "\\u" in text and _CODE_POINT.search(plain_text), not text.isascii()),
             ("html_entities", "&" in text and _ENTITY.search(text), _ESCAPED_BY_HTML.search(text)),
         ):
             if escape:
@@ -146,6 +148,12 @@ def damaged_rows(facts: RowFacts) -> tuple[dict[str, set[int]], int]:
         if len(plain.get((kind, is_answer), ())) < BAD * len(rows):
             kinds[kind] |= rows
     return kinds, len(read)
+
+
+def _unquoted(text: str) -> str:
+    """The text without what it quotes; of one that is a string of JSON as a whole, what is in the quotes."""
+    literal = _LITERAL.fullmatch(text) if '"' in text[:4] else None
+    return literal[1] if literal else _QUOTED.sub("", text)
 
 
 def _texts(facts: RowFacts) -> Iterator[tuple[int, str, bool]]:

@@ -1,15 +1,14 @@
-"""S2, base model and tokenizer: F04 to F07."""
+"""S2, base model and tokenizer: F04 and F07; `embedding` has F05 and F06."""
 
 from __future__ import annotations
 
 import re
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from solotune.diagnosis.evidence import Signal
-from solotune.diagnosis.facts.derived import has_error, shape_of, targets
+from solotune.diagnosis.facts.base_tokenizer import changed_ids
 from solotune.diagnosis.facts.row_arrays import NUM_DECODED, evenly, is_pattern, percent
 from solotune.diagnosis.facts.row_facts import RowFacts, pieces_of_template
 from solotune.diagnosis.facts.rows import examples_of
@@ -17,28 +16,20 @@ from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
-if TYPE_CHECKING:
-    import torch
-
 SMALLEST_VOCABULARY_SHARE = 0.5
 """Released models pad the embedding by at most 2.3 % (DeepSeek); half can only be another tokenizer."""
 USUAL_VOCABULARY_SHARE, MOST_PADDING = 0.9, 4096
 """Padding of more than a tenth, and of more rows than any padding has, is unusual."""
 MOST_BEYOND = 1.1
 """A vocabulary that is larger than the embedding by a tenth belongs to another model; a resized one hardly is."""
+MOST_CHANGED = 0.01
+"""Of the ids of the base's tokenizer; copies of one tokenizer differ in none."""
 MOST_UNKNOWN = 0.01
 """One unknown token in a hundred; byte-level and byte-fallback tokenizers have none in any language."""
-MEAN_LIKE = 0.1
-"""Distance from the mean embedding / usual distance: transformers starts new rows at the mean, with a scatter of
-1e-9."""
-OFTEN = 0.05
-"""Share of the rows: a token of fewer is a rare one, not a marker."""
-NUM_KNOWN, MIN_UNUSED, ALIKE = 20, 4, 1.2
-"""Ordinary tokens and unused rows that are needed to compare with; the size of a row like them, as a factor."""
+
 
 _MARKER = re.compile(r"<[|｜][^|｜<>\s]{1,40}[|｜]>|</?(?:start|end)_of_\w{1,20}>")
 _CHAT_WORD = re.compile(r"im_|turn|header|eot|eom|user|assistant|system|role|message|inst", re.IGNORECASE)
-_RESIZE = "in transformers: model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))"
 
 
 @rule("F04", needs=("rows",), probes=("P1",))
@@ -46,8 +37,10 @@ def wrong_tokenizer(facts: RowFacts) -> Finding | None:
     """F04: the tokenizer is not the one that the model was trained with.
 
     Sees: ids of begin and end of text in the model's files that are not special tokens in this tokenizer; a vocabulary
-    of less than half of the embedding, or one that exceeds it without any added token; more than 1 % unknown tokens.
-    Similar tokenizers pass all of these checks; then a bad loss on plain text shows the fault (probe P1).
+    of less than half of the embedding, or one that exceeds it without any added token; more than 1 % unknown tokens;
+    where the base's own tokenizer lies on this machine, ids that mean other pieces of text in it. Similar tokenizers
+    pass all of these checks; then a bad loss on plain text shows the fault, or ids that fit what the model expects only
+    if all are moved by some places (probe P1).
     Why: the model reads different words than the text has: a first loss of log V or more, a high plateau, meaningless
     answers.
     Not: F12 and F22, where the loss on plain text is normal; an embedding with more rows than the tokenizer has tokens,
@@ -86,6 +79,27 @@ def wrong_tokenizer(facts: RowFacts) -> Finding | None:
     )
 
 
+@rule("F04", needs=("tokenizer",))
+def ids_changed(run_facts: RunFacts) -> Signal | None:
+    """F04, where the base's own tokenizer is known: ids that mean other pieces of text in the run's tokenizer.
+
+    Control: tokens that were added to either, which may have a new name; a tokenizer that only has more.
+    """
+    changed_V = changed_ids(run_facts)
+    if changed_V is None or not changed_V.any() or changed_V.mean() < MOST_CHANGED:
+        return None
+    rows = [row.input_ids[row.input_ids < len(changed_V)] for row in examples_of(run_facts)[:2000]]
+    used = np.concatenate(rows) if rows else np.zeros(0, np.int64)
+    says = (
+        f"{int(changed_V.sum()):,} of {len(changed_V):,} ids mean other pieces of text than in the base's own tokenizer"
+    )
+    share = float(changed_V[used].mean()) if len(used) else None
+    says += "" if share is None else f": {share:.0%} of the tokens of the rows"
+    numbers = {"ids": int(changed_V.sum()), "of": len(changed_V), "share_of_tokens": share}
+    fix = "load the tokenizer from the base's own folder and revision, and tokenize the rows again"
+    return Signal("F04", "invariant", says, 0.95, numbers, fix=fix, affected=1.0)
+
+
 def _size_of_another(facts: RowFacts) -> Finding | None:
     """The finding on a vocabulary that the embedding cannot be made for."""
     size, tokens, ordinary = facts.num_embeddings, len(facts.tokenizer), facts.tokenizer.vocab_size
@@ -109,197 +123,6 @@ def _size_of_another(facts: RowFacts) -> Finding | None:
         affected=1.0,
         fix="copy the tokenizer files of the same model and revision into the folder of model_name_or_path",
     )
-
-
-def took_steps(run_facts: RunFacts) -> bool:
-    """Whether a loss was computed, so that every id had its embedding row."""
-    return run_facts.trace is not None and bool(np.isfinite(run_facts.trace.loss_S).any())
-
-
-@rule("F05", needs=("rows",), unless=took_steps)
-def ids_beyond_embedding(facts: RowFacts) -> Finding | None:
-    """F05: token ids do not match the rows of the embedding.
-
-    Sees: ids in the rows that are not below the size of the embedding; an embedding saved with the adapter that has
-    fewer rows than the base's; an index error in the log.
-    Why: training stops with a device-side assert. Or a padded matrix was resized down to the tokenizer, and rows are
-    lost silently.
-    Not: an embedding with more rows than the tokenizer has tokens, which is padding; a run that took steps, so that its
-    embedding was resized: F06.
-    Fix: use the original tokenizer, or in transformers `resize_token_embeddings(max(old, new))`.
-    Wrong when: config.json has another `vocab_size` than the checkpoint.
-    Source: transformers#24698, unsloth-zoo#923.
-    """
-    size = facts.num_embeddings
-    if not size:
-        return None
-    found = [(whole, np.flatnonzero(whole.largest >= size)) for whole in facts.whole]
-    some = [whole.rows[int(row)].input_ids for whole, rows in found for row in rows[:NUM_DECODED]]
-    if not some:
-        return None
-    beyond = np.concatenate(some)
-    beyond = beyond[beyond >= size]
-    train, rows = found[0]
-    return Finding.of(
-        "F05",
-        "error",
-        message=f"The data contains tokens that the model has no embedding for: {facts.spelled(beyond.min())!r} is id "
-        f"{beyond.min()}, and the embedding has {size:,} rows.",
-        evidence={"largest_id": int(beyond.max()), "embedding_rows": size, "rows": train.places(rows)},
-        affected=len(rows) / max(len(train.rows), 1),
-        fix="use the original tokenizer of the model; added tokens need a base with a larger embedding",
-    )
-
-
-@rule("F05")
-def embedding_too_small(run_facts: RunFacts) -> list[Signal]:
-    """F05, from the saved adapter and the log: an embedding with fewer rows than the base's, and an index error."""
-    signals = []
-    rows, shape = saved_embedding_rows(run_facts), shape_of(run_facts)
-    if rows is not None and shape is not None and rows < shape["vocabulary"]:
-        says = f"the embedding was saved with {rows:,} rows, but the base has {shape['vocabulary']:,}"
-        signals.append(Signal("F05", "invariant", says, 0.85, {"rows": rows, "base": shape["vocabulary"]}, fix=_RESIZE))
-    if line := has_error(run_facts, r"index out of range in self|device-side assert|srcIndex < srcSelectDimSize"):
-        signals.append(Signal("F05", "measured", f"the run ended with this error: {line}", 0.6, {}, fix=_RESIZE))
-    return signals
-
-
-@rule("F05", otherwise=True, unless=took_steps)
-def largest_id_beyond_embedding(run_facts: RunFacts) -> Signal | None:
-    """F05, of rows without a known tokenizer."""
-    beyond, shape = ids_beyond(run_facts), shape_of(run_facts)
-    if beyond is None:
-        return None
-    size = shape["vocabulary"] if shape else 0
-    says = f"the rows have id {beyond:,}, but the embedding has only {size:,} rows"
-    return Signal("F05", "invariant", says, 0.9, {"largest": beyond, "rows": size}, fix=_RESIZE)
-
-
-def ids_beyond(run_facts: RunFacts) -> int | None:
-    """The largest id of the rows, if it does not fit the embedding of config.json and no larger one was saved."""
-    shape = shape_of(run_facts)
-    if shape is None:
-        return None
-    largest = max((int(row.input_ids.max()) for row in examples_of(run_facts)[:2000] if len(row.input_ids)), default=-1)
-    rows = max(shape["vocabulary"], saved_embedding_rows(run_facts) or 0)
-    return largest if largest >= rows else None
-
-
-def saved_embedding_rows(run_facts: RunFacts) -> int | None:
-    """Rows of the embedding that was saved with the adapter; None without one."""
-    for name, tensor in (run_facts.saved.adapter if run_facts.saved else {}).items():
-        if re.search(r"(embed_tokens|wte|word_embeddings|embed_in)(\.modules_to_save)?(\.\w+)?\.weight$", name):
-            return int(tensor.shape[0])
-    return None
-
-
-@rule("F06", needs=("settings", "live"))
-def untrained_embedding(run_facts: RunFacts) -> Signal | None:
-    """F06: the data uses tokens whose embedding rows were never trained.
-
-    Sees: ids in many rows whose embedding is zero or the mean of all rows (where new rows start), or an added token
-    whose row is like the unused rows at the end of the matrix or like a fresh one, and unlike those of ordinary tokens,
-    while neither `trainable_token_indices` nor `modules_to_save` nor an adapter covers the embedding; tokens that the
-    base's own tokenizer does not have.
-    Why: LoRA does not change embedding and head, so the model cannot tell the new token from others, and never writes
-    it.
-    Not: F07, where the marker is several ordinary ids; tokens that the base has but rarely used, which adapters in the
-    layers can still learn; rows of the padding that no data uses.
-    Fix: use tokens that the base model knows; or train the rows with PEFT: `trainable_token_indices: [...]`, or
-    `modules_to_save: [embed_tokens, lm_head]`.
-    Wrong when: the base itself has such rows (an untrained model).
-    Source: peft#2376; trl warns when it clones a template.
-    """
-    if run_facts.live is None or covers_embedding(run_facts):
-        return None
-    live = run_facts.live()
-    embedding = getattr(live.model, "get_input_embeddings", lambda: None)()
-    weight = getattr(embedding, "weight", None)
-    rows = [row.input_ids for row in examples_of(run_facts)[:500]] or [
-        b["input_ids"].cpu().numpy() for b in live.batches
-    ]
-    if weight is None or weight.dim() != 2 or weight.requires_grad or not rows:
-        return None
-    used, counts = np.unique(np.concatenate([np.unique(row) for row in rows]), return_counts=True)
-    often = used[(counts >= max(OFTEN * len(rows), min(3, len(rows)))) & (used < weight.shape[0])]
-    untrained = untrained_rows(weight, often, run_facts.tokenizer, _spread(live.model))
-    if not untrained:
-        return None
-    tokenizer = run_facts.tokenizer
-    names = tokenizer.convert_ids_to_tokens(untrained[:3]) if tokenizer is not None else untrained[:3]
-    share = float(np.mean([np.isin(row, untrained).any() for row in rows]))
-    says = f"{share:.0%} of the rows use {', '.join(map(str, names))}, whose embedding was never trained and is not "
-    says += "trained now"
-    fix = f"use tokens that the base model knows, or in PEFT trainable_token_indices: {untrained[:8]}"
-    return Signal("F06", "measured", says, 0.8, {"ids": untrained[:8]}, fix=fix, affected=share)
-
-
-def _spread(model: Any) -> float:
-    """The standard deviation with which this architecture makes new rows."""
-    spread = getattr(model.config.get_text_config(), "initializer_range", None)
-    return float(spread) if isinstance(spread, (int, float)) else 0.02
-
-
-@rule("F06", needs=("settings", "model_config"))
-def added_tokens_not_trained(run_facts: RunFacts) -> Signal | None:
-    """F06, before the model is loaded: ids past the base's vocabulary, or past the last token of its own tokenizer, in
-    the padding of the embedding."""
-    shape, get = shape_of(run_facts), run_facts.settings.get
-    if shape is None or covers_embedding(run_facts):
-        return None
-    grown, tokens = saved_embedding_rows(run_facts) or get("embedding_rows"), get("base_tokens")
-    past = tokens if isinstance(tokens, int) else shape["vocabulary"]
-    if past >= shape["vocabulary"] and not (isinstance(grown, int) and grown > shape["vocabulary"]):
-        return None
-    rows = examples_of(run_facts)[:2000]
-    having = [
-        row.input_ids[row.input_ids >= past] for row in rows if len(row.input_ids) and row.input_ids.max() >= past
-    ]
-    used = {int(i) for ids in having for i in ids}
-    if not used:
-        return None
-    says = f"the rows use {len(used)} ids that were added to the base's {past:,}, whose embedding is not trained"
-    fix = f"use tokens that the base model knows, or in PEFT trainable_token_indices: {sorted(used)[:8]}"
-    share = len(having) / len(rows)
-    return Signal("F06", "invariant", says, 0.85, {"ids": sorted(used)[:8]}, fix=fix, affected=share)
-
-
-def covers_embedding(run_facts: RunFacts) -> bool:
-    """Whether some setting trains the embedding."""
-    get, config = run_facts.settings.get, run_facts.saved.adapter_config if run_facts.saved else {}
-    listed = [get("modules_to_save"), config.get("modules_to_save"), targets(run_facts)]
-    names = " ".join(str(name) for part in listed if part for name in ([part] if isinstance(part, str) else part))
-    chosen = get("trainable_token_indices") or config.get("trainable_token_indices")
-    return bool(chosen) or bool(re.search(r"embed_tokens|wte|word_embeddings|embed_in", names))
-
-
-def untrained_rows(weight_VD: torch.Tensor, ids: np.ndarray, tokenizer: Any = None, spread: float = 0.02) -> list[int]:
-    """The ids whose embedding is zero or near the mean of all rows, and added tokens with a row as nothing trained it.
-
-    Control for the added tokens: rows that are certainly not trained (past the tokenizer's last token, else of the size
-    that a fresh row has) and those of the ordinary tokens among `ids`, which certainly are.
-    """
-    import torch
-
-    whole = weight_VD.detach().float()
-    away_V = (whole - whole.mean(0)).norm(dim=1)
-    usual = float(away_V.median())
-    if usual == 0:
-        return []
-    chosen = torch.as_tensor(ids.astype(np.int64), device=whole.device)
-    norm_V = whole.norm(dim=1)
-    is_new = (away_V[chosen] < MEAN_LIKE * usual) | (norm_V[chosen] < 1e-3 * usual)
-    added = set(tokenizer.added_tokens_decoder) if tokenizer is not None else set()
-    is_added = torch.tensor([int(i) in added for i in ids], dtype=torch.bool, device=whole.device)
-    if tokenizer is not None and is_added.any() and int((~is_added).sum()) >= NUM_KNOWN:
-        unused = norm_V[len(tokenizer) :]
-        fresh = norm_V.new_tensor([spread * whole.shape[1] ** 0.5])
-        sizes = unused if len(unused) >= MIN_UNUSED else fresh
-        low, high = float(sizes.min()) / ALIKE, float(sizes.max()) * ALIKE
-        known = norm_V[chosen[~is_added]].quantile(norm_V.new_tensor([0.05, 0.95])).tolist()
-        if high < known[0] or low > known[1]:  # else untrained rows cannot be told from trained ones
-            is_new |= is_added & (norm_V[chosen] >= low) & (norm_V[chosen] <= high)
-    return [int(i) for i in chosen[is_new].tolist()]
 
 
 @rule("F07", needs=("rows",), probes=("P1",))

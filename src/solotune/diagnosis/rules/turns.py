@@ -9,9 +9,10 @@ import numpy as np
 
 from solotune.dataset.chat.rendered_content import NAME, THOUGHTS, TOOLS, WAYS_TO_KEEP_THOUGHTS
 from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.facts.labelled_turns import starts_with_label
 from solotune.diagnosis.facts.rendered_chats import NUM_ROWS, rendered
-from solotune.diagnosis.facts.row_arrays import Side, is_pattern, percent, squeezed
-from solotune.diagnosis.facts.row_facts import RowFacts, pieces_of_template
+from solotune.diagnosis.facts.row_arrays import Side, evenly, is_pattern, percent, squeezed
+from solotune.diagnosis.facts.row_facts import NUM_RENDERED, RowFacts, pieces_of_template
 from solotune.diagnosis.facts.row_labels import open_answers
 from solotune.diagnosis.facts.rows import examples_of, plain_messages
 from solotune.diagnosis.findings import Finding, Severity
@@ -51,8 +52,15 @@ def terminator_missing(facts: RowFacts) -> Finding | None:
     if not is_pattern(len(rows), len(side.rows), FEW):
         return None
     eos = facts.tokenizer.eos_token or "an end-of-text token (the tokenizer has none)"
-    is_own = facts.is_chat and not facts.settings.chat_template_path
-    ends_by_header = is_own and not facts.turn_end_ids - {facts.eos_id} and len(rows) >= NEARLY_ALL * len(side.rows)
+    is_own = facts.template is not None and facts.own_template is None and not facts.settings.chat_template_path
+    is_own = is_own and not facts.is_plain_base  # which has learned no header that could end a turn
+    ends_by_header = (
+        facts.is_chat
+        and is_own
+        and facts.template is not None
+        and not facts.template.terminators
+        and len(rows) >= NEARLY_ALL * len(side.rows)
+    )
     path = facts.settings.chat_template_path
     return Finding.of(
         "F10",
@@ -260,7 +268,8 @@ def deployment_stops_elsewhere(run_facts: RunFacts) -> Signal | None:
 def header_learned(facts: RowFacts) -> Finding | None:
     """F15: the role header before the answer is missing in serving, doubled, or trained on as part of the answer.
 
-    Sees: answers whose loss begins at their role header; prompts served without the template's generation prompt.
+    Sees: answers whose loss begins at their role header; a generation prompt that writes the header twice; rows in
+    which it stands twice before the answer; prompts served without the template's generation prompt.
     Why: the answer starts with a header, or is empty.
     Not: F11, where not only the start of the answer differs; templates with an empty generation prompt (Mistral);
     `assistant_only_loss: false`, where headers are trained on, on purpose; a model whose own template has no generation
@@ -271,6 +280,15 @@ def header_learned(facts: RowFacts) -> Finding | None:
     """
     side = facts.train
     pieces = pieces_of_template(facts)
+    if pieces is not None and facts.is_chat and (twice := header_doubled(facts)):
+        return Finding.of(
+            "F15",
+            "error",
+            message=f"The generation prompt writes the header of an answer twice ({twice!r}); the rows have it once.",
+            evidence={"generation_prompt": twice, "rows": side.places(range(len(side.rows)))},
+            affected=1.0,
+            fix="write the header once after {% if add_generation_prompt %} in the chat template",
+        )
     if pieces is None or not facts.is_chat or not facts.settings.assistant_only_loss or not len(side.begins):
         return None
     # the first token of a header: the model may write later ones itself (`<|message|>` of gpt-oss)
@@ -278,28 +296,68 @@ def header_learned(facts: RowFacts) -> Finding | None:
     with_header = np.flatnonzero(np.isin(side.ids[side.begins], header))
     calls = {r for r, row in enumerate(side.rows) if any("tool_calls" in m for m in row.messages)}
     with_header = with_header[~np.isin(side.row_of[with_header], list(calls))]
+    with_header = with_header[~np.isin(side.begins[with_header], side.starts)]  # there everything counts: F20
     if not is_pattern(len(with_header), len(side.begins), MOST):
         return None
     start = int(side.begins[with_header[0]])
     first = facts.decode(side.ids[start : start + 4])
-    own = facts.own_template
-    is_lost = own is not None and bool(
-        own.generation_prompt.strip()
-    )  # the model has one, and the file of the user none
+    own, asked = facts.own_template, facts.template.generation_prompt.strip() if facts.template else ""
+    is_lost = own is not None and bool(own.generation_prompt.strip()) and not asked  # the file of the user has none
+    is_written = bool(asked) and squeezed(asked) in squeezed(pieces[1])  # a prompt ends with it, as the rows have it
     return Finding.of(
         "F15",
-        "error" if is_lost else "warning",
-        message=f"The loss of the answers begins at the role header ({first.strip()!r}): the template does not write "
-        "it as the generation prompt.",
+        "error" if is_lost or is_written else "warning",
+        message=f"The loss of the answers begins at the role header ({first.strip()!r})"
+        + (
+            ", which is in the prompt already."
+            if is_written
+            else ": the template does not write it as the generation prompt."
+        ),
         evidence={
             "answers_with": len(with_header),
             "answers": len(side.begins),
             "rows": side.places(np.unique(side.row_of[with_header])),
         },
         affected=len(with_header) / len(side.begins),
-        fix="end the template (chat_template_path) with {% if add_generation_prompt %}, the header before an answer, "
+        fix="start the loss after the header: mask it like the prompt"
+        if is_written
+        else "end the template (chat_template_path) with {% if add_generation_prompt %}, the header before an answer, "
         "{% endif %}",
     )
+
+
+@rule("F15", needs=("rows",))
+def header_twice(facts: RowFacts) -> Finding | None:
+    """F15, of answers that were exported with the generation prompt, and rendered with it a second time.
+
+    Control: a template's own row, which has it once. Between two turns of one role stands the end of the first.
+    """
+    asked = facts.template.generation_prompt.strip() if facts.template else ""
+    rows = evenly(range(len(facts.train.rows)), NUM_RENDERED)
+    twice = squeezed(asked) * 2
+    having = [r for r in rows if asked and twice in squeezed(facts.decode(facts.train.rows[r].input_ids))]
+    asks = (message for r in having for message in facts.train.rows[r].messages if message["role"] == "user")
+    if not is_pattern(len(having), len(rows), MOST) or any(starts_with_label(message["content"]) for message in asks):
+        return None  # or the whole chats were rendered before: F12
+    return Finding.of(
+        "F15",
+        "error",
+        message=f"In {len(having):,} of {len(rows):,} rows the header of an answer ({asked!r}) stands twice.",
+        evidence={"rows_with": len(having), "rows_read": len(rows), "rows": facts.train.places(having)},
+        affected=len(having) / len(rows),
+        fix=f"in the data, remove {asked!r} from the beginning of the answers: the chat template writes it",
+    )
+
+
+def header_doubled(facts: RowFacts) -> str:
+    """The generation prompt, if it has the header of an answer twice and the template's chats have it once; else
+    empty."""
+    pieces = facts.once(pieces_of_template)
+    asked = "".join(facts.template.generation_prompt.split()) if facts.template else ""
+    half = asked[: len(asked) // 2]
+    if pieces is None or not half or asked != half * 2:
+        return ""
+    return facts.template.generation_prompt if "".join(pieces[1].split()).count(half) == 1 else ""  # type: ignore[union-attr]
 
 
 @rule("F15", otherwise=True)

@@ -21,11 +21,12 @@ from solotune.config.run_config import RunConfig
 from solotune.dataset import DataReport, Example, Prepared, load_tokenizer, prepare
 from solotune.diagnosis.data_checks import check_rows
 from solotune.diagnosis.evidence import of_refusal
+from solotune.diagnosis.facts.base_tokenizer import with_base_tokenizer
 from solotune.diagnosis.facts.derived import lora_layers, setting
 from solotune.diagnosis.run_facts import LiveModel, RunFacts
 from solotune.diagnosis.sources import hf_settings, solotune_run, tokenized_rows, trl_preprocessing
 from solotune.diagnosis.sources.found_rows import Choice
-from solotune.diagnosis.sources.raw_rows import raw_chats
+from solotune.diagnosis.sources.raw_rows import raw_chats, raw_texts
 from solotune.diagnosis.sources.run_files import json_of
 from solotune.errors import InputError, SolotuneError
 from solotune.hub.model_files import ModelFiles, model_here
@@ -132,18 +133,17 @@ def _with_base(
     if not base_config:
         missing["model_config"] = unopened or f"the base {base or '(its name is not known)'} is not on this machine"
         missing["live"] = missing["model_config"]
-    tokenizer, base_template, base_tokens = _tokenizers(config, places, base_files, missing)
-    values = dict(run_facts.settings.values) | ({"base_tokens": base_tokens} if base_tokens else {})
+    tokenizer, own = _tokenizers(config, places, base_files, missing)
     found = replace(
         run_facts,
-        settings=replace(run_facts.settings, values=values),
         model_config=base_config,
         generation_config=generation,
         conversations=chats,
+        texts=raw_texts(rows, str(get("dataset_split") or "train")) if rows and not chats else [],
         tokenizer=tokenizer,
-        base_template=base_template,
+        base_tokenizer=own,
     )
-    return found, config, base_files
+    return with_base_tokenizer(found), config, base_files
 
 
 def _as_saved(load: Callable[[], LiveModel], run_facts: RunFacts) -> Callable[[], LiveModel]:
@@ -166,6 +166,7 @@ def _as_saved(load: Callable[[], LiveModel], run_facts: RunFacts) -> Callable[[]
             make_optimizer=lambda parameters: _optimizer(run_facts, list(parameters)),
             backward=None,
             evaluate=None,
+            is_rebuilt=True,
         )
 
     return loaded
@@ -241,9 +242,9 @@ def _unknown_data(named: Any) -> str:
 
 def _tokenizers(
     config: RunConfig, places: list[Path], base_files: ModelFiles | None, missing: dict[str, str]
-) -> tuple[Any, str, int | None]:
+) -> tuple[Any, Any]:
     """The tokenizer of the folder, which was saved with the template of the training, else of the base; None if neither
-    can be loaded. And the base's own chat template, if it is another one; and how many tokens its tokenizer has."""
+    can be loaded. And the base's own, if it is known."""
     tokenizer: Any = None
     own = [ModelFiles(str(place), "main", place, True) for place in places if _is_own(place, "tokenizer_config.json")]
     for files in [*own, *([base_files] if base_files else [])]:
@@ -253,13 +254,10 @@ def _tokenizers(
         except SolotuneError as error:
             missing["tokenizer"] = error.problem
     if tokenizer is None:
-        return None, "", None
-    own: Any = None
+        return None, None
     with contextlib.suppress(SolotuneError):
-        own = load_tokenizer(config, base_files) if base_files is not None and base_files.is_local else None
-    template = own.chat_template if own is not None else None
-    is_other = isinstance(template, str) and template != tokenizer.chat_template
-    return tokenizer, str(template) if is_other else "", None if own is None else len(own)
+        return tokenizer, load_tokenizer(config, base_files) if base_files is not None and base_files.is_local else None
+    return tokenizer, None
 
 
 def _no_weights(name: str, base_files: ModelFiles | None) -> str | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from solotune.config.key_aliases import FOREIGN_KEYS
 from solotune.config.run_config import RunConfig
+from solotune.config.settings import FOREIGN
 from solotune.config.yaml_reader import MAX_CONFIG_BYTES, parse, plain
 from solotune.diagnosis.facts.derived import number
 from solotune.diagnosis.run_facts import Settings
@@ -209,5 +210,5 @@ def as_run_config(settings: Settings, base: str, dataset: Any) -> RunConfig:
         if value is not None:
             with contextlib.suppress(ValueError, OverflowError):  # a value that RunConfig does not allow
                 value = float(value) if isinstance(value, int) and key in ("lora_alpha", "learning_rate") else value
-                config = config.replaced("foreign", **{key: value})
+                config = config.replaced(FOREIGN, **{key: value})
     return config

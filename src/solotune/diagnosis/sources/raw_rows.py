@@ -9,7 +9,7 @@ from typing import Any
 from solotune.dataset.readers.source import Source
 from solotune.errors import SolotuneError
 
-NUM_ROWS = 5000
+NUM_ROWS, NUM_TEXTS = 5000, 200
 _SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool"}
 """Role names of ShareGPT, which every reader of that format translates; in a `messages` column they are wrong."""
 
@@ -19,6 +19,15 @@ def raw_chats(dataset: Any, split: str = "train") -> list[list[dict[str, Any]]]:
     try:
         rows = islice(Source.of("dataset", dataset, split), NUM_ROWS)
         return [chat for row in rows if (chat := chat_of(row.values))]
+    except (SolotuneError, OSError, ValueError):
+        return []
+
+
+def raw_texts(dataset: Any, split: str = "train") -> list[str]:
+    """The texts of rows that have nothing but a text, as written; none if the data cannot be read or has none."""
+    try:
+        rows = islice(Source.of("dataset", dataset, split), NUM_TEXTS)
+        return [text for row in rows if isinstance(text := row.values.get("text"), str)]
     except (SolotuneError, OSError, ValueError):
         return []
 

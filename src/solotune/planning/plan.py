@@ -1,0 +1,139 @@
+"""`Plan`: the result of the planner, with what to change if nothing fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from solotune.config.run_config import Choice, RunConfig
+from solotune.errors import CheckError
+from solotune.model.adapter_coverage import AdapterCoverage
+from solotune.planning.gpus import CARDS, Card
+from solotune.planning.layer_profile import MemoryStrategy
+from solotune.planning.memory import PeakMemory
+from solotune.planning.throughput import Seconds
+from solotune.result_repr import ResultRepr, Table
+from solotune.units import format_bytes, format_duration, gib
+
+SAFETY = 1.02
+"""Safety factor: the estimate may be this much too low, so the budget must hold the estimate times this."""
+SHARE_OF_CARD = 0.94
+"""The share of a card that is not in this machine which `memory_budget: auto` uses. The rest is for the desktop, other
+processes and the driver."""
+
+
+class Budget(NamedTuple):
+    """`bytes` limits what torch allocates; `available_bytes` limits all memory of this process, context included."""
+
+    bytes: int
+    available_bytes: int
+    because: str
+
+    def holds(self, used: PeakMemory) -> bool:
+        return used.peak_bytes * SAFETY <= self.bytes and used.card_bytes * SAFETY <= self.available_bytes
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One memory strategy with its memory and its time."""
+
+    knobs: MemoryStrategy
+    footprint: PeakMemory
+    seconds: Seconds
+
+
+@dataclass(frozen=True, repr=False)
+class Plan(ResultRepr):
+    """The result of `solotune plan`. If nothing fits: `changes` to the config that do, and the plan with them."""
+
+    card: Card
+    budget: Budget
+    option: Candidate
+    fits: bool
+    choices: list[Choice]
+    notes: list[str]
+    changes: list[tuple[str, object]]
+    changed: Plan | None
+    resolved: RunConfig
+    coverage: AdapterCoverage | None = None  # which parts of the model have adapters
+    findings: list[dict[str, Any]] | None = None  # faults that are certain before the first step; None: not asked
+    allowed: frozenset[str] = frozenset()  # codes of the faults in `allow_faults`
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether a fault that `allow_faults` does not name would stop the run."""
+        return any(finding["code"] not in self.allowed for finding in self.findings or ())
+
+    def figures(self) -> dict[str, object]:
+        used, took = self.option.footprint, self.option.seconds
+        return {
+            "fits": self.fits,
+            "card": self.card.name,
+            "peak": format_bytes(used.peak_bytes),
+            "budget": format_bytes(self.budget.bytes),
+            "step_seconds": took.step,
+            "tokens_per_second": round(took.tokens_per_second),
+            "total": None if took.total is None else format_duration(took.total),
+            "change": None if self.fits else self.suggestion(),
+        }
+
+    def tables(self) -> list[Table]:
+        used = self.option.footprint
+        memory = [(name.replace("_", " "), format_bytes(size)) for name, size in used.by_category.items()]
+        choices = [(choice.key, value_in_words(choice.value), choice.because) for choice in self.choices]
+        findings = [(f"{one['code']} {one['slug']}", one["message"], one["fix"]) for one in self.findings or ()]
+        return [
+            Table(f"Memory at the peak ({used.moment})", (), memory),
+            Table("Settings chosen for you", ("key", "value", "because"), choices),
+            Table("Faults", ("", "what", "change"), findings),
+            Table("Notes", (), [(note,) for note in self.notes]),
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON of plan.json."""
+        used, took = self.option.footprint, self.option.seconds
+        return {
+            "fits": self.fits,
+            "card": self.card.name,
+            "peak_bytes": used.peak_bytes,
+            "card_bytes": used.card_bytes,
+            "peak_at": used.moment,
+            "by_category": used.by_category,
+            "budget_bytes": self.budget.bytes,
+            "host_bytes": used.host_bytes,
+            "seconds": took.to_json(),
+            "tokens_per_second": took.tokens_per_second,
+            "choices": [choice._asdict() for choice in self.choices],
+            "notes": self.notes,
+            "changes": [{"key": key, "value": value} for key, value in self.changes],
+            "adapters": self.coverage and self.coverage.to_json(),
+            **({} if self.findings is None else {"findings": self.findings}),
+        }
+
+    def refusal(self) -> CheckError:
+        """The error for a run that does not fit."""
+        used = self.option.footprint
+        seen = (
+            f"a peak of {gib(used.peak_bytes)} GiB ({used.moment}), {gib(used.card_bytes)} GiB with the driver and the "
+        )
+        seen += f"allocator, on {self.card.name}"
+        return CheckError(
+            "the run does not fit in memory", seen=seen, allowed=f"{gib(self.budget.bytes)} GiB: {self.budget.because}",
+            change=self.suggestion(),
+        )  # fmt: skip
+
+    def suggestion(self) -> str:
+        """The change that makes it fit: `max_length: 1024 (then 8.1 GiB, 900 tokens/s)`."""
+        if self.changed is None:
+            least = self.option.footprint.card_bytes * SAFETY
+            large = [c for c in CARDS.values() if c.memory_bytes * SHARE_OF_CARD >= least]
+            cards = ", ".join(c.name for c in sorted(large, key=lambda c: c.memory_bytes)[:3])
+            return f"a smaller model, or a card with {gib(round(least / SHARE_OF_CARD))} GiB ({cards or 'none known'})"
+        words = [f"{key}: {value_in_words(value)}" for key, value in self.changes]
+        after = self.changed.option
+        speed = f"{after.seconds.tokens_per_second:,.0f} tokens/s"
+        return f"{', '.join(words)} (then {gib(after.footprint.peak_bytes)} GiB, {speed})"
+
+
+def value_in_words(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
