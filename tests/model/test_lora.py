@@ -108,6 +108,7 @@ def test_initial_values_have_pefts_distribution_and_follow_the_seed(tiny_config,
 
 def test_dropout_falls_on_the_adapter_path_only_and_keeps_the_mean(tiny_config):
     layer = next(iter(load(tiny_config(lora_dropout=0.5)).lora_layers.values()))
+    torch.manual_seed(0)
     layer.lora_B.data.normal_()
     x = torch.ones(4000, layer.base.in_features)
     layer.eval()
