@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import sys
+
 import pytest
 
-from solotune.units import first_line, format_bytes, format_duration, format_rate, format_step_time, gib, mib
+from solotune.units import (
+    escape_terminal,
+    first_line,
+    format_bytes,
+    format_duration,
+    format_rate,
+    format_step_time,
+    gib,
+    mib,
+    plus_minus,
+)
 
 
 @pytest.mark.parametrize(
@@ -63,3 +76,20 @@ def test_numbers_of_one_unit() -> None:
 def test_first_lines(error: Exception, line: str, with_type: str) -> None:
     assert first_line(error) == line
     assert first_line(error, with_type=True) == with_type
+
+
+def test_a_single_rows_unknown_error_is_left_out() -> None:
+    assert plus_minus(1.5, 0.25) == "1.5000 ± 0.2500"
+    assert [plus_minus(1.5, error) for error in (math.inf, math.nan, None)] == ["1.5000"] * 3
+
+
+def test_inert_text_can_be_encoded_and_steers_nothing() -> None:
+    everything = [chr(code) for code in range(sys.maxunicode + 1)]
+    shown = escape_terminal("".join(everything))
+    shown.encode()
+    assert len(shown) == len(everything)
+    assert not [c for c in shown if (ord(c) < 32 and c not in "\n\t") or 0x7F <= ord(c) < 0xA0]
+    directions = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+    assert not set(shown) & set(directions)
+    ordinary = "Zoë 日本語 🙂 [bold] {} \n\t\u200d"
+    assert escape_terminal(ordinary) == ordinary

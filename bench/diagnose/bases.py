@@ -277,6 +277,13 @@ def _make(kind: Kind, folder: Path) -> None:
     chats = [kind.format.text(kind.world.chat(rng, "known")) for _ in range(40)]
     known = {"text_loss": _loss(model, tokenizer, texts), "chat_loss": _loss(model, tokenizer, chats)}
     model.generation_config = transformers.GenerationConfig(**ids)
+    keep(model, tokenizer, known, folder)
+    print(f"{kind.name}: {known}, {time.perf_counter() - started:.0f} s")
+
+
+def keep(model: Any, tokenizer: Any, known: dict[str, Any], folder: Path) -> None:
+    """Save a base, whole or not at all: several processes may make it at the same time."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
@@ -285,7 +292,6 @@ def _make(kind: Kind, folder: Path) -> None:
         shutil.rmtree(partial)
     else:
         partial.rename(folder)
-    print(f"{kind.name}: {known}, {time.perf_counter() - started:.0f} s")
 
 
 @torch.no_grad()

@@ -24,7 +24,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from solotune.result_repr import in_notebook, without_controls
+from solotune.result_repr import in_notebook
+from solotune.units import escape_terminal
 
 
 class SolotuneError(Exception):
@@ -59,7 +60,7 @@ class SolotuneError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in a cell: the message, as on the command line, without a traceback."""
-        return [without_controls(f"{type(self).__name__}: {self}")]
+        return [escape_terminal(f"{type(self).__name__}: {self}")]
 
     def to_json(self) -> dict[str, object]:
         """The four parts and the exit code, for `--json`."""
@@ -176,7 +177,7 @@ class InterruptedRunError(SolotuneError):
         return ". ".join(f"{part[0].upper()}{part[1:]}" for part in parts)
 
     def _render_traceback_(self) -> list[str]:
-        return [without_controls(self.in_sentences())]
+        return [escape_terminal(self.in_sentences())]
 
 
 def program() -> str:

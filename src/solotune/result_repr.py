@@ -20,6 +20,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from solotune.units import escape_terminal
+
 LONGEST_VALUE = 60  # characters of a text in the one line
 _CELL = 'style="text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:break-word" dir="auto"'
 
@@ -77,17 +79,7 @@ def in_notebook() -> bool:
 
 def escaped(text: str) -> Html:
     """Text as HTML; line breaks stay, and other control characters become a visible sign."""
-    return Html(html.escape(without_controls(text)))
-
-
-def without_controls(text: str) -> str:
-    """Text in which everything that steers a terminal or a line is a visible sign; line breaks and tabs stay."""
-    return text.translate(_VISIBLE)
-
-
-_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-_VISIBLE |= dict.fromkeys([*range(0x80, 0xA0), *range(0xD800, 0xE000)], 0xFFFD)
-_VISIBLE |= dict.fromkeys([0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)  # reorder a line
+    return Html(html.escape(escape_terminal(text)))
 
 
 def _table(table: Table) -> str:

@@ -1,6 +1,13 @@
-"""Format bytes, seconds and errors as text, the same everywhere."""
+"""Format bytes, seconds, losses and errors as text, and text for a screen, the same everywhere."""
 
 from __future__ import annotations
+
+# C0 and DEL become control pictures; other characters that control a terminal, have no width or cannot be encoded
+# become the replacement sign. Joiners stay: emoji and Indic scripts need them.
+_INERT = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+_INERT |= dict.fromkeys([0x180E, 0x200B, *range(0x2060, 0x2065), 0xFEFF, *range(0xE0000, 0xE0080)], 0xFFFD)
+_INERT |= dict.fromkeys([*range(0x80, 0xA0), 0x061C, 0x200E, 0x200F, 0x2028, 0x2029], 0xFFFD)
+_INERT |= dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)], 0xFFFD)
 
 
 def gib(count: float, digits: int = 1) -> str:
@@ -45,3 +52,14 @@ def first_line(error: BaseException, with_type: bool = False) -> str:
     name = type(error).__name__
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return (f"{name}: {line}" if with_type else line) if line else name
+
+
+def plus_minus(value: float, stderr: float | None) -> str:
+    """`1.2345 ± 0.0123`; without the error if it is unknown, as for a single row."""
+    known = stderr is not None and 0 <= stderr < float("inf")
+    return f"{value:.4f} ± {stderr:.4f}" if known else f"{value:.4f}"
+
+
+def escape_terminal(text: str) -> str:
+    """Replace everything that controls a terminal by a visible sign; line breaks and tabs stay."""
+    return text.translate(_INERT)

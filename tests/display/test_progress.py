@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import math
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -78,18 +76,6 @@ def piped(show) -> str:
 
 
 # --- inert text
-
-
-def test_inert_text_can_be_encoded_and_steers_nothing():
-    everything = [chr(code) for code in range(sys.maxunicode + 1)]
-    shown = progress.escape_terminal("".join(everything))
-    shown.encode()
-    assert len(shown) == len(everything)
-    assert not [c for c in shown if (ord(c) < 32 and c not in "\n\t") or 0x7F <= ord(c) < 0xA0]
-    directions = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-    assert not set(shown) & set(directions)
-    ordinary = "Zoë 日本語 🙂 [bold] {} \n\t\u200d"
-    assert progress.escape_terminal(ordinary) == ordinary
 
 
 def test_hostile_text_everywhere():
@@ -186,11 +172,6 @@ def test_a_long_stage_says_every_30_seconds_how_far_it_is(monkeypatch):
         now += 10.0
         display.progress(done, 8, "held-out rows")
     assert stream.getvalue().splitlines() == ["3/8 held-out rows", "6/8 held-out rows"]
-
-
-def test_a_single_rows_unknown_error_is_left_out():
-    assert progress.plus_minus(1.5, 0.25) == "1.5000 ± 0.2500"
-    assert [progress.plus_minus(1.5, error) for error in (math.inf, math.nan, None)] == ["1.5000"] * 3
 
 
 # --- displays

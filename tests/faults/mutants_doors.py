@@ -120,7 +120,7 @@ MUTANTS = [
            "return name", at("config", "test_a_configs_name_cannot_write_keys_into_the_saved_config")),
     Mutant("upper bounds", "config/run_config.py", "Field(ge=1, le=1_000_000_000)", "Field(ge=1)",
            at("config", "test_wrong_values_are_refused_with_the_key[logging_steps]")),
-    Mutant("escape sequences", "display/progress.py", "return text.translate(_INERT)", "return text",
+    Mutant("escape sequences", "units.py", "return text.translate(_INERT)", "return text",
            at("shown", "test_text_is_inert_and_markup_stays_text[escape]")),
     Mutant("an adapter's config", "training/trained_run.py", "_check_adapter_config(folder, expected)", "pass",
            at("adapter", "test_96_adapters_that_are_refused[alpha]")),

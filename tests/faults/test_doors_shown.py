@@ -16,8 +16,9 @@ from rich.console import Console
 from solotune import cli
 from solotune.api import runs
 from solotune.config.secrets import is_secret, without_secrets
-from solotune.display.progress import escape_terminal, make_console
+from solotune.display.progress import make_console
 from solotune.hardware import doctor, machine
+from solotune.units import escape_terminal
 from tests.dataset.conftest import door, model_folders  # noqa: F401
 
 PAYLOADS = {

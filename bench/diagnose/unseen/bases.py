@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -29,7 +28,7 @@ from typing import Any, cast
 import torch
 import transformers
 
-from bench.diagnose.bases import KINDS, Base, Format, Kind
+from bench.diagnose.bases import KINDS, Base, Format, Kind, keep
 from bench.diagnose.unseen.worlds import BOOKS, CLINIC, ENGINES, ISLANDS, OFFICES
 from bench.diagnose.worlds import Chat
 
@@ -280,15 +279,7 @@ def _make(kind: Kind, more: More, folder: Path) -> None:
     known = {"loss": float(loss.detach()), "vocabulary": len(tokenizer), "tokens": len(stream)}
     generation = {**ids, "eos_token_id": ends if len(ends) > 1 else ends[0]}
     model.generation_config = transformers.GenerationConfig(**generation)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "base.json").write_text(json.dumps(known))
-    if folder.exists():
-        shutil.rmtree(partial)
-    else:
-        partial.rename(folder)
+    keep(model, tokenizer, known, folder)
     print(f"{kind.name}: {known}, {time.perf_counter() - started:.0f} s", flush=True)
 
 

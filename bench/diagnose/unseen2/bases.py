@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from bench.diagnose.bases import Base, Format, Kind
+from bench.diagnose.bases import Base, Format, Kind, keep
 from bench.diagnose.unseen2 import corpus, tasks
 from bench.diagnose.worlds import Chat
 
@@ -332,12 +331,5 @@ def _finish(kind: Sort, folder: Path, tokenizer: Any, model: Any, ids: dict[str,
     stops = [int(tokenizer.convert_tokens_to_ids(token)) for token in kind.stops]
     told = {**{k: v for k, v in ids.items() if v is not None}, "eos_token_id": stops if len(stops) > 1 else stops[0]}
     model.generation_config = transformers.GenerationConfig(**told)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "base.json").write_text(json.dumps(known))
-    if folder.exists():  # another process was first
-        shutil.rmtree(partial)
-    else:
-        partial.rename(folder)
+    keep(model, tokenizer, known, folder)
     print(f"{kind.name}: {known}, {len(tokenizer)} tokens, {time.perf_counter() - started:.0f} s")

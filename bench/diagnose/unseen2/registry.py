@@ -1,4 +1,4 @@
-"""Where the programs of this set are registered, and how a change is told to a recipe or a job alike."""
+"""Registers the programs of this set, and applies a change to a recipe or a job with the same functions."""
 
 from __future__ import annotations
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import click
 
-from solotune.cli.output import console, escape_terminal, print_json, print_result, shown
+from solotune.cli.output import console, print_json, print_result, shown
 from solotune.errors import EXIT_CODES, IntegrityError
+from solotune.units import escape_terminal
 from solotune.version import __version__
 
 

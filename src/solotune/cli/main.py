@@ -22,13 +22,13 @@ from typing import Any
 import click
 
 from solotune.cli.commands import solotune
-from solotune.cli.output import escape_terminal, open_closed_streams, print_json, stdout_for_json_only
+from solotune.cli.output import open_closed_streams, print_json, stdout_for_json_only
 from solotune.config.secrets import without_secrets
 from solotune.errors import EXIT_CODES, CheckError, InterruptedRunError, SolotuneError, StorageError, run_dir_of
 from solotune.run.atomic_io import append_line
 from solotune.runtime import signals, watchdog
 from solotune.runtime.library_noise import quieten
-from solotune.units import first_line
+from solotune.units import escape_terminal, first_line
 from solotune.version import __version__
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)  # errors of a stream; those of a file have its name

@@ -108,9 +108,3 @@ def console() -> Console:
     from solotune.display.progress import make_console
 
     return make_console(sys.stdout)
-
-
-def escape_terminal(text: str) -> str:
-    from solotune.display import progress
-
-    return progress.escape_terminal(text)

@@ -1,7 +1,7 @@
 """Print the results of the verbs for people, one function per verb.
 
 Everything fits 60 columns and is clear without colour (signs, brackets and words carry the meaning). Text from data and
-models is escaped (`display.progress.escape_terminal`). Scripts use `--json` instead.
+models is escaped (`units.escape_terminal`). Scripts use `--json` instead.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from rich.text import Text
 
 from solotune.diagnosis import message
 from solotune.diagnosis.findings import SEVERITY_WORDS
-from solotune.display.progress import escape_terminal, plus_minus, print_choices, print_columns
+from solotune.display.progress import print_choices, print_columns
 from solotune.errors import program
-from solotune.units import format_bytes, format_duration, format_rate, format_step_time
+from solotune.units import escape_terminal, format_bytes, format_duration, format_rate, format_step_time, plus_minus
 
 if TYPE_CHECKING:
     from solotune.api.data import DataPreview, ShownRow

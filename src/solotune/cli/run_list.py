@@ -12,8 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from solotune.display.progress import escape_terminal
-from solotune.units import format_bytes
+from solotune.units import escape_terminal, format_bytes
 
 if TYPE_CHECKING:
     from solotune.run.run_dir import RunSummary

@@ -83,8 +83,7 @@ def refusal(found: Sequence[Finding], allowed: Collection[str]) -> CheckError | 
         return None
     names = ", ".join(f"{finding.code} {finding.slug}" for finding in stopping)
     titles = [FAULTS[finding.code].title.rstrip(".") for finding in stopping]
-    first, *others = titles
-    what = "; ".join([first[0].lower() + first[1:], *(title[0].lower() + title[1:] for title in others)])
+    what = "; ".join(title[0].lower() + title[1:] for title in titles)
     codes = ", ".join([*sorted(allowed), *(finding.code for finding in stopping)])
     fixes = "; ".join(dict.fromkeys(finding.fix for finding in stopping))
     return CheckError(

@@ -19,10 +19,10 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from solotune.display.progress import escape_terminal
 from solotune.errors import SolotuneError
 from solotune.run.atomic_io import append_line
 from solotune.runtime.signals import StopRequested, ctrl_c_interrupts
+from solotune.units import escape_terminal
 
 COMMANDS = {
     "/help": "show these commands",

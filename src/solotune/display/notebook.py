@@ -29,9 +29,9 @@ from solotune.display.progress import (
     SilentDisplay,
     make_console,
     make_display,
-    plus_minus,
 )
 from solotune.result_repr import Table, as_html, escaped, in_notebook
+from solotune.units import plus_minus
 
 if TYPE_CHECKING:
     from solotune.config.run_config import Choice

@@ -35,7 +35,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from solotune.display.observer import RunObserver, SilentObserver
-from solotune.units import format_bytes, format_duration, format_rate
+from solotune.units import escape_terminal, format_bytes, format_duration, format_rate, plus_minus
 
 if TYPE_CHECKING:
     from solotune.config.run_config import Choice
@@ -46,18 +46,6 @@ WINDOW = 20  # speed and time left come from this many steps
 LINES_A_RUN = 10  # at least, whatever `logging_steps` is
 SECONDS_A_LINE = 30.0  # at most
 MIN_BAR = 2  # columns of the bar beside its figures
-
-# C0 and DEL become control pictures; other characters that control a terminal, have no width or cannot be encoded
-# become the replacement sign. Joiners stay: emoji and Indic scripts need them.
-_INERT = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-_INERT |= dict.fromkeys([0x180E, 0x200B, *range(0x2060, 0x2065), 0xFEFF, *range(0xE0000, 0xE0080)], 0xFFFD)
-_INERT |= dict.fromkeys([*range(0x80, 0xA0), 0x061C, 0x200E, 0x200F, 0x2028, 0x2029], 0xFFFD)
-_INERT |= dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)], 0xFFFD)
-
-
-def escape_terminal(text: str) -> str:
-    """Replace everything that controls a terminal by a visible sign; line breaks and tabs stay."""
-    return text.translate(_INERT)
 
 
 def make_console(stream: IO[str], is_log: bool = False) -> Console:
@@ -326,9 +314,3 @@ def _fitting(figures: Sequence[str], columns: int | None) -> str:
     while columns is not None and len(kept) > 2 and len("  ".join(kept)) > columns - MIN_BAR:
         del kept[-2]
     return "  ".join(kept)
-
-
-def plus_minus(value: float, stderr: float | None) -> str:
-    """`1.2345 ± 0.0123`; without the error if it is unknown, as for a single row."""
-    known = stderr is not None and 0 <= stderr < float("inf")
-    return f"{value:.4f} ± {stderr:.4f}" if known else f"{value:.4f}"

@@ -13,13 +13,13 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from solotune.dataset import Example, render_prompt
-from solotune.display.progress import plus_minus
 from solotune.evaluation import generation
 from solotune.evaluation.scores import Score, ratio_and_stderr, score
 from solotune.model.loading import TrainableModel
 from solotune.model.lora import adapters_off
 from solotune.result_repr import ResultRepr, Table
 from solotune.runtime import signals
+from solotune.units import plus_minus
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
     quieten()                     for the command line, before the libraries are loaded
 
 Only their warnings and log lines below ERROR are hidden: a user can do nothing about them. Their errors, solotune's own
-warnings (`SolotuneWarning`) and those of the caller's code are shown. Whoever set a level, an environment variable or
-`python -W` keeps it.
+warnings (`SolotuneWarning`) and those of the caller's code are shown. A level, an environment variable or `python -W`
+that the user has set stays as it is.
 """
 
 from __future__ import annotations

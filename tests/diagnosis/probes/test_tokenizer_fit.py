@@ -1,4 +1,4 @@
-"""P1 on the ids: another tokenizer is told from text that is new to the model."""
+"""P1 on the ids: another tokenizer, and text that is only new to the model, are distinguished."""
 
 from __future__ import annotations
 

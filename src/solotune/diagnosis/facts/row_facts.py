@@ -106,11 +106,12 @@ class RowFacts:
         """
         base = base or model_here(config.model_name_or_path, config.model_revision)
 
+        own = chat_template_of(base)
+
         def template_of_model() -> ChatTemplate | None:
-            return with_template(tokenizer, chat_template_of(base), report)
+            return with_template(tokenizer, own, report)
 
         settings = RowSettings(**{name: getattr(config, name) for name in RowSettings.__dataclass_fields__})
-        is_plain_base = base is not None and chat_template_of(base) is None
         return cls(
             settings,
             tokenizer,
@@ -119,7 +120,7 @@ class RowFacts:
             report,
             model_jsons(base),
             template_of_model,
-            is_plain_base=is_plain_base,
+            is_plain_base=base is not None and own is None,
         )
 
     def once(self, question: Callable[[RowFacts], Answer]) -> Answer:

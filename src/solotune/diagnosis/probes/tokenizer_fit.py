@@ -27,11 +27,8 @@ NUM_SAMPLES, NUM_DRAWN, KEPT = 4, 32, 0.9  # clean models keep all, a wrong toke
 NO_TEXT = 0.85  # plain text against swapped ids; clean models show 0.2 to 0.6
 EXPECTED = 1.0  # nats a token of its own headers, for a model that was trained on its template
 KNOWN = 0.7  # plain text against swapped ids: text that the model knows
-NUM_MOVES, NUM_TEXTS, LONGEST = (
-    64,
-    8,
-    256,
-)  # places (at most a quarter of the ids), texts and tokens of a text for the frequency of ids
+NUM_MOVES, NUM_TEXTS, LONGEST = 64, 8, 256
+"""For the frequency of ids: places to move them by (at most a quarter of the ids), texts, and tokens of a text."""
 FITS_BETTER, FITS = 0.5, 0.3  # nats an id, by which moved ids fit better; clean models show 0.2 at most (JSON)
 EVERYDAY = (
     "The weather was good today, so we went to the park and had lunch there with our friends.",

@@ -208,7 +208,7 @@ def nothing_learned(run_facts: RunFacts) -> Signal | None:
 def loss_of_no_labels(run_facts: RunFacts) -> Signal | None:
     """F21, from the log: every loss and every gradient is exactly 0, and no evaluation is a number above 0.
 
-    A loss that overflows has a gradient that is not a number, and rows that are known by heart a loss just above 0.
+    A loss that overflows has a gradient that is not a number, and memorised rows a loss just above 0.
     """
     trace = run_facts.trace
     if trace is None or len(trace.loss_S) < MIN_LOGGED or (trace.loss_S != 0).any() or (trace.grad_norm_S != 0).any():
