@@ -26,6 +26,7 @@ if [ "$found" != "$wanted" ] || [ ! -x .venv/bin/python ]; then
         -c constraints.txt -e '.[dev,sentencepiece]'
     echo "$wanted" >.venv/stamp
 fi
+outside=$PATH
 PATH="$here/.venv/bin:$PATH"
 # With other processes on the machine, spinning OpenMP threads are 20 times slower; sleeping ones cost at most 10 %.
 export PATH OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false

@@ -42,6 +42,24 @@ def test_script_is_valid_sh(script: str) -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
+def test_the_demo_trains_with_the_callers_path(tmp_path: Path) -> None:
+    """With .venv on PATH, it would print commands that do not work in the shell that called it."""
+    for name in ("scripts/env.sh", "scripts/demo", "constraints.txt", "pyproject.toml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name, does in (("python", "exit 0"), ("solotune", 'echo "$PATH|$*"')):
+        (tmp_path / ".venv" / "bin" / name).write_text(f"#!/bin/sh\n{does}\n", encoding="utf-8")
+        (tmp_path / ".venv" / "bin" / name).chmod(0o755)
+    stamp = 'printf "%s\\n" "$(pwd -P) $(cat constraints.txt pyproject.toml | cksum)" >.venv/stamp'
+    subprocess.run(["sh", "-c", stamp], cwd=tmp_path, check=True)
+    found = subprocess.run(
+        ["sh", "scripts/demo", "max_steps=1"], cwd=tmp_path, env={"PATH": "/usr/bin:/bin"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert found.stdout == "/usr/bin:/bin|train examples/demo.yaml max_steps=1\n"
+
+
 def test_constraints_are_exact_and_single() -> None:
     lines = constraints()
     assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []  # no ranges, no +cpu
