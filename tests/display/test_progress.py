@@ -48,7 +48,7 @@ def metrics(step: int, total: int = 100, **changes) -> StepEvent:
 
 
 def score(loss: float = 1.25, stderr: float = 0.01, exact: float = 0.5) -> Score:
-    return Score(loss, stderr, 4000, exact, 0.028, 60, (1.0, 2.0), (1, 1))
+    return Score(loss, stderr, 4000, exact, 0.028, 60, (loss,) * 60, (1.0,) * 60, (exact > 0,) * 60)
 
 
 class Terminal(io.StringIO):
@@ -281,6 +281,7 @@ EVALUATION = snapshot("""\
  exact match           0.0% ± 2.8       95.0% ± 2.8   +95.0 points
 
 60 held-out rows, 4,000 loss tokens; ± is one standard error
+The tuned model is better than its base (paired test, p = 0.0001).
 
 sample 1 · chats.jsonl:17 ──────────────────────────────────────────────────────
 prompt     order 4 pears

@@ -202,12 +202,14 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, as_json: bool) 
 
 @solotune.command()
 @click.argument("run")
+@click.option("--gate", is_flag=True, help="Exit with 3 unless the tuned model is better than its base.")
 @json_option
-def evaluate(run: str, as_json: bool) -> None:
+@click.pass_context
+def evaluate(ctx: click.Context, run: str, gate: bool, as_json: bool) -> None:
     """Compare the model of a RUN with its base on held-out rows.
 
-    RUN is a run directory. Shows the loss per trained token and exact match, with standard errors, and answers side by
-    side.
+    RUN is a run directory. Shows the loss per trained token and exact match, with standard errors, a paired test of the
+    difference, and answers side by side.
 
     \b
     Example:
@@ -219,6 +221,7 @@ def evaluate(run: str, as_json: bool) -> None:
 
         result = evaluate(run, display=display)
     print_result(result, print_evaluation, as_json)
+    ctx.exit(3 if gate and result.verdict != "better" else 0)
 
 
 @solotune.command()

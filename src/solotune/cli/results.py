@@ -177,10 +177,24 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     for row in rows[1:]:
         table.add_row(*row)
     console.print(table)
-    what = f"{base.rows:,} held-out rows, {tuned.tokens:,} loss tokens; ± is one standard error"
+    what = f"{evaluation.units}, {tuned.tokens:,} loss tokens; ± is one standard error"
     console.print(Text(what, "dim"))
+    style = {"better": "green", "worse": "red"}.get(evaluation.verdict, "")
+    told = Text.assemble("The tuned model is ", (_VERDICTS[evaluation.verdict], style))
+    console.print(told.append(f" (paired test, p = {_p(evaluation.p_value)})."))
     for number, sample in enumerate(evaluation.samples, start=1):
         _print_sample(number, sample, console)
+
+
+_VERDICTS = {
+    "better": "better than its base",
+    "worse": "worse than its base",
+    "inside the noise": "neither better nor worse: the difference is inside the noise",
+}
+
+
+def _p(p_value: float) -> str:
+    return f"{p_value:.4f}" if p_value < 0.01 else f"{p_value:.2f}"
 
 
 def _change(difference: float, stderr: float, lower_is_better: bool) -> Text:

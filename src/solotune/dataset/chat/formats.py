@@ -46,7 +46,7 @@ class Record:
     `messages` is empty exactly for a row of plain text; then `text` is trained on, from `answer_start` on.
     `weights` has one number for each assistant message, 0 where it is context only; it is empty if all are
     1. `weight` is the row's, and multiplies them. `group` is the group that the row names; `groups.py`
-    decides whether it counts, and what else joins rows.
+    decides whether it counts, and what else joins rows. After the split it is the group that the row is in.
     """
 
     where: str

@@ -21,7 +21,7 @@ import hashlib
 import math
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -101,7 +101,12 @@ def hold_out(
     is_chosen = _choose(_in_order(rows, groups, seed), sizes, target) if target else np.zeros(len(groups), bool)
     if target and (not is_chosen.any() or target >= len(rows)):
         raise _cannot_hold_out(size, target, len(rows), sizes, 0 if keep_copies else num_copies)
-    return Split(rows, is_chosen[group_of], len(groups), num_copies, num_near)
+    return Split(replace(rows, roots=roots), is_chosen[group_of], len(groups), num_copies, num_near)
+
+
+def with_groups(records: Records) -> Records:
+    """The same rows, each with the number of its group, for rows that are all held out."""
+    return replace(records, roots=_roots(records, None)[0])
 
 
 class _Spoken(Sequence[str]):
