@@ -155,18 +155,18 @@ def _has_colour(console: Console) -> bool:
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     """Base compared with tuned: a table of figures, then the two answers to each sample side by side."""
     base, tuned = evaluation.base, evaluation.tuned
-    points = 100 * (tuned.exact_match - base.exact_match)
+    points, style = 100 * (tuned.exact_match - base.exact_match), _STYLES[evaluation.verdict]
     rows = [
         ("held-out rows", "base", "tuned", "change"),
         (
             "loss per token",
             *(plus_minus(score.loss, score.stderr) for score in (base, tuned)),
-            _change(tuned.loss - base.loss, evaluation.difference[1], lower_is_better=True),
+            Text(f"{tuned.loss - base.loss:+.4f}", style),
         ),
         (
             "exact match",
             *(f"{score.exact_match:.1%} ± {100 * score.exact_match_stderr:.1f}" for score in (base, tuned)),
-            Text(f"{points:+.1f} points", "green" if points > 0 else "red" if points < 0 else ""),
+            Text(f"{points:+.1f} points", _STYLES[evaluation.exact_match_verdict]),
         ),
     ]
     if console.width < MIN_COLUMNS_FOR_BESIDE:
@@ -179,13 +179,13 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     console.print(table)
     what = f"{evaluation.units}, {tuned.tokens:,} loss tokens; ± is one standard error"
     console.print(Text(what, "dim"))
-    style = {"better": "green", "worse": "red"}.get(evaluation.verdict, "")
     told = Text.assemble("The tuned model is ", (_VERDICTS[evaluation.verdict], style))
     console.print(told.append(f" (paired test, p = {_p(evaluation.p_value)})."))
     for number, sample in enumerate(evaluation.samples, start=1):
         _print_sample(number, sample, console)
 
 
+_STYLES = {"better": "green", "worse": "red", "inside the noise": ""}
 _VERDICTS = {
     "better": "better than its base",
     "worse": "worse than its base",
@@ -195,13 +195,6 @@ _VERDICTS = {
 
 def _p(p_value: float) -> str:
     return f"{p_value:.4f}" if p_value < 0.01 else f"{p_value:.2f}"
-
-
-def _change(difference: float, stderr: float, lower_is_better: bool) -> Text:
-    """A difference, coloured only if it is larger than two standard errors."""
-    is_significant = abs(difference) > 2 * stderr
-    better = (difference < 0) == lower_is_better
-    return Text(f"{difference:+.4f}", ("green" if better else "red") if is_significant else "")
 
 
 def _print_sample(number: int, sample: Sample, console: Console) -> None:

@@ -74,6 +74,11 @@ class Evaluation(ResultRepr):
         """`better`, `worse` or `inside the noise`: what the tuned model is, by its loss."""
         return verdict(self.difference[0], self.p_value)
 
+    @property
+    def exact_match_verdict(self) -> str:
+        """The same, by exact match."""
+        return verdict(self.base.exact_match - self.tuned.exact_match, self.exact_match_p_value)
+
     def figures(self) -> dict[str, object]:
         return {
             "base_loss": self.base.loss,
