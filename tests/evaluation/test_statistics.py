@@ -8,6 +8,8 @@ from itertools import product
 import numpy as np
 import pytest
 
+from solotune.evaluation.compare import Evaluation
+from solotune.evaluation.scores import Score
 from solotune.evaluation.statistics import independent, mcnemar_p, ratio_and_stderr, sign_flip_p, verdict
 
 
@@ -87,3 +89,24 @@ def test_few_groups_leave_the_rows_as_units():
 )
 def test_verdict(difference: float, p: float, said: str):
     assert verdict(difference, p) == said
+
+
+def evaluation(base: list[float], tuned: list[float]) -> Evaluation:
+    scores = [
+        Score(sum(each) / len(each), 0.1, 9, 0.0, 0.0, len(each), tuple(each), (1.0,) * len(each), (False,) * len(each))
+        for each in (base, tuned)
+    ]
+    return Evaluation(*scores, [])
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "said"),
+    [
+        ([2.0, 2.4] * 4, [0.5, 0.7] * 4, "Tuned is better than base on held-out rows: its loss per token is lower by 1.6000 ± 0.0378 (paired test, p = 0.0078)."),
+        ([0.5, 0.7] * 4, [2.0, 2.4] * 4, "Tuned is worse than base on held-out rows: its loss per token is higher by 1.6000 ± 0.0378 (paired test, p = 0.0078)."),
+        ([2.0, 2.4] * 4, [2.2, 2.2] * 4, "No clear difference between tuned and base on held-out rows (paired test, p = 1.00)."),
+        ([2.0], [0.5], "No clear difference between tuned and base on held-out rows (paired test, p = 1.00)."),
+    ],
+)  # fmt: skip
+def test_the_verdict_says_which_is_better_as_far_as_the_rows_can_tell(base, tuned, said: str):
+    assert evaluation(base, tuned).verdict_in_words == said

@@ -179,22 +179,12 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     console.print(table)
     what = f"{evaluation.units}, {tuned.tokens:,} loss tokens; ± is one standard error"
     console.print(Text(what, "dim"))
-    told = Text.assemble("The tuned model is ", (_VERDICTS[evaluation.verdict], style))
-    console.print(told.append(f" (paired test, p = {_p(evaluation.p_value)})."))
+    console.print(Text(evaluation.verdict_in_words, style), soft_wrap=not console.is_terminal)
     for number, sample in enumerate(evaluation.samples, start=1):
         _print_sample(number, sample, console)
 
 
 _STYLES = {"better": "green", "worse": "red", "inside the noise": ""}
-_VERDICTS = {
-    "better": "better than its base",
-    "worse": "worse than its base",
-    "inside the noise": "neither better nor worse: the difference is inside the noise",
-}
-
-
-def _p(p_value: float) -> str:
-    return f"{p_value:.4f}" if p_value < 0.01 else f"{p_value:.2f}"
 
 
 def _print_sample(number: int, sample: Sample, console: Console) -> None:

@@ -79,6 +79,17 @@ class Evaluation(ResultRepr):
         """The same, by exact match."""
         return verdict(self.base.exact_match - self.tuned.exact_match, self.exact_match_p_value)
 
+    @property
+    def verdict_in_words(self) -> str:
+        """One sentence: which of the two predicts the held-out rows better, as far as these can tell."""
+        difference, stderr = self.difference
+        test = f"paired test, p = {self.p_value:.{4 if self.p_value < 0.01 else 2}f}"
+        if self.verdict == "inside the noise":
+            return f"No clear difference between tuned and base on held-out rows ({test})."
+        side = "lower" if difference < 0 else "higher"
+        by = f"its loss per token is {side} by {plus_minus(abs(difference), stderr)}"
+        return f"Tuned is {self.verdict} than base on held-out rows: {by} ({test})."
+
     def figures(self) -> dict[str, object]:
         return {
             "base_loss": self.base.loss,
