@@ -78,7 +78,8 @@ def sign_flip_p(differences: Sequence[float], groups: Sequence[str] | None = Non
     """
     sums_G = by_group(differences, groups)
     sums_G = sums_G[sums_G != 0]
-    seen = abs(float(sums_G.sum())) * (1 - 1e-12)  # another order of adding must not make an equal sum smaller
+    rounding = 1e-12 * float(np.abs(sums_G).sum())  # of equal sums, added in another order
+    seen = abs(float(sums_G.sum())) - rounding
     if len(sums_G) <= _ALL_FLIPS:
         numbers = np.arange(2 ** len(sums_G))[:, None]
         signs = 1.0 - 2.0 * (numbers >> np.arange(len(sums_G)) & 1)
