@@ -131,17 +131,21 @@ def test_arguments_that_are_exchanged_or_missing_are_refused(model: str, tmp_pat
         assert not path.exists()
 
 
-def test_settings_that_are_given_stay_so_advice_can_be_followed(model: str, tmp_path: Path) -> None:
-    named = "nr;Frage;Antwort\n" + "".join(f"{n};{rows(n)['question']};{rows(n)['answer']}\n" for n in range(60))
+@pytest.mark.parametrize(("asked", "answered"), [("Frage", "Antwort"), ("Frage {kurz}", "Antwort: {lang}")])
+def test_settings_that_are_given_stay_so_advice_can_be_followed(
+    asked: str, answered: str, model: str, tmp_path: Path
+) -> None:
+    named = f"nr;{asked};{answered}\n" + "".join(f"{n};{rows(n)['question']};{rows(n)['answer']}\n" for n in range(60))
     data, path = written(tmp_path, "a.csv", named), tmp_path / "run.yaml"
     with pytest.raises(InputError) as caught:
         solotune.init(model, data, path)
     change = caught.value.change or ""
-    assert "for example column_mapping: {Frage: prompt, Antwort: completion}" in change
+    if asked == "Frage":
+        assert "for example column_mapping: {Frage: prompt, Antwort: completion}" in change
     _, *advice = shlex.split(change[change.index("solotune init") :])  # pasted into a shell
     assert cli.main([*advice, "learning_rate=1e-4", "-o", str(path)]) == 0
     config = load_config(path)
-    assert config.learning_rate == 1e-4 and config.column_mapping == {"Frage": "prompt", "Antwort": "completion"}
+    assert config.learning_rate == 1e-4 and config.column_mapping == {asked: "prompt", answered: "completion"}
     assert solotune.data(path).report.num_kept == 60
     assert cli.main(["init", model, data, data]) == 2
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ import numpy as np
 from solotune import dataset
 from solotune.config.load import load_config
 from solotune.config.run_config import RunConfig
-from solotune.config.yaml_reader import override_value
+from solotune.config.write import yaml_value
 from solotune.dataset.readers.source import Source
 from solotune.display.progress import Display, SilentDisplay
 from solotune.errors import InputError, SolotuneError
@@ -51,9 +50,6 @@ LINES_WANTED = 20
 VALIDATION_ROWS = 50
 """Held-out rows that give the loss to about 0.07 nats, if per-row losses vary by 0.5."""
 MOST_HELD_OUT = 0.2
-_MAPPING = re.compile(r"^column_mapping: (\{.*?\})")
-_ADVISED = re.compile(r"\b(column_mapping): (\{[^}]*\})")
-_DROPPING = "on_bad_row: drop"
 
 
 @dataclass
@@ -159,24 +155,16 @@ def _first_rows(split: str) -> dict[str, Any]:
 
 def _answer(found: Proposal, error: InputError, given: dict[str, Any]) -> None:
     """Do what an error about the rows advises, if that needs no decision of the user; else raise it."""
-    change = error.change or ""
-    if (mapping := _MAPPING.match(change)) and "column_mapping" not in given and not found.config.column_mapping:
-        columns = override_value(mapping[1], "column_mapping")
-        found.set("the columns of the file", column_mapping=columns)
-    elif _DROPPING in change and found.config.on_bad_row == "error" and "on_bad_row" not in given:
-        found.set("", on_bad_row="drop")
-    else:
-        if advised := _ADVISED.search(change):
-            key, value = advised.groups()
-            words = [
-                "solotune",
-                "init",
-                found.config.model_name_or_path,
-                *_names(found.config.dataset),
-                f"{key}={value}",
-            ]
-            error.change = f"{change}; as a command: {shlex.join(words)}"
-        raise error
+    for advice in error.advice:
+        is_new = all(key not in given and found.config.source_of(key) == "default" for key in advice.settings)
+        if is_new and not advice.is_choice:
+            found.set("the columns of the file" if "column_mapping" in advice.settings else "", **advice.settings)
+            return
+    if error.advice and "column_mapping" in (settings := error.advice[0].settings):
+        keys = [f"{key}={yaml_value(value)}" for key, value in settings.items()]
+        words = ["solotune", "init", found.config.model_name_or_path, *_names(found.config.dataset), *keys]
+        error.change = f"{error.change}; as a command: {shlex.join(words)}"
+    raise error
 
 
 def _names(dataset: str | list[str]) -> list[str]:
