@@ -144,6 +144,6 @@ def main(path: Path, *options: str) -> int:
 
 
 if __name__ == "__main__":
-    if not sys.argv[1:] or sys.argv[2:] and sys.argv[2] not in ("--installed", "--bare"):
+    if not sys.argv[1:] or (sys.argv[2:] and sys.argv[2] not in ("--installed", "--bare")):
         sys.exit(__doc__)
     sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))
