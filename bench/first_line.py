@@ -185,8 +185,8 @@ def main() -> int:
         "# Seconds to the first line",
         "",
         f"`python -m bench.first_line`, medians of {args.repeats}. Before a cold start {len(files):,} files are "
-        f"evicted from the page cache ({how} directory entries and inodes); at most {max(kept):.2%} of the pages of Python "
-        "modules stayed. Other processes on the machine add to the wall seconds, not to the CPU seconds.",
+        f"evicted from the page cache ({how} directory entries and inodes); at most {max(kept):.2%} of the pages of "
+        "Python modules stayed. Other processes on the machine add to the wall seconds, not to the CPU seconds.",
         "",
         *table(found),
     ]

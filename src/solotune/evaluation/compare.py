@@ -46,6 +46,18 @@ class Evaluation(ResultRepr):
         """Tuned loss minus base loss and its standard error, paired by row."""
         return loss_difference(self.base, self.tuned)
 
+    @property
+    def verdict(self) -> str:
+        """One sentence: which of the two predicts the held-out rows better, as far as their number can tell."""
+        difference, stderr = self.difference
+        if abs(difference) > 2 * stderr:
+            words = ("better", "lower") if difference < 0 else ("worse", "higher")
+            by = plus_minus(abs(difference), stderr)
+            return f"tuned is {words[0]} than base on held-out rows: its loss per token is {words[1]} by {by}"
+        if stderr == float("inf"):
+            return "one held-out row is too few to tell whether tuned is better than base"
+        return "no clear difference between base and tuned: their losses differ by less than two standard errors"
+
     def figures(self) -> dict[str, object]:
         return {
             "base_loss": self.base.loss,
