@@ -48,7 +48,7 @@ def metrics(step: int, total: int = 100, **changes) -> StepEvent:
 
 
 def score(loss: float = 1.25, stderr: float = 0.01, exact: float = 0.5) -> Score:
-    return Score(loss, stderr, 4000, exact, 0.028, 60, (1.0, 2.0), (1, 1))
+    return Score(loss, stderr, 4000, exact, 0.028, 60, (0.9 * loss, 1.1 * loss), (1, 1))
 
 
 class Terminal(io.StringIO):
@@ -281,6 +281,8 @@ EVALUATION = snapshot("""\
  exact match           0.0% ± 2.8       95.0% ± 2.8   +95.0 points
 
 60 held-out rows, 4,000 loss tokens; ± is one standard error
+tuned is better than base on held-out rows: its loss per token is lower by
+2.2500 ± 0.2250
 
 sample 1 · chats.jsonl:17 ──────────────────────────────────────────────────────
 prompt     order 4 pears
@@ -345,6 +347,8 @@ split     1,135 training rows, 60 held out; 900 groups, 1 near-duplicate
 
 !  remark F17 truncated: 2 rows were cut
    → max_length=4096
+
+no fault found in the rows, 1 remark
 """)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from solotune.dataset import prepare
 from solotune.evaluation import compare, generation
+from solotune.evaluation.scores import Score
 from tests.dataset.conftest import Writer, chat, config_of, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer("chatml")
@@ -80,3 +81,17 @@ def test_answers_are_counted_while_they_are_generated(write: Writer, asked: list
     model: Any = SimpleNamespace(module=torch.nn.Module())
     compare.samples(model, TOKENIZER, rows, 2, 8, progress=lambda *told: seen.append((*told, len(asked))))
     assert seen == [(0, 2, "sample answers", 0), (1, 2, "sample answers", 2)]
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "verdict"),
+    [
+        ((2.0, 2.4), (0.5, 0.7), "tuned is better than base on held-out rows: its loss per token is lower by 1.6000 ± 0.1000"),
+        ((0.5, 0.7), (2.0, 2.4), "tuned is worse than base on held-out rows: its loss per token is higher by 1.6000 ± 0.1000"),
+        ((2.0, 2.4), (2.2, 2.2), "no clear difference between base and tuned: their losses differ by less than two standard errors"),
+        ((2.0,), (0.5,), "one held-out row is too few to tell whether tuned is better than base"),
+    ],
+)  # fmt: skip
+def test_the_verdict_says_which_is_better_as_far_as_the_rows_can_tell(base, tuned, verdict) -> None:
+    scores = [Score(sum(each) / len(each), 0.1, 9, 0.0, 0.0, len(each), each, (1,) * len(each)) for each in (base, tuned)]
+    assert compare.Evaluation(*scores, []).verdict == verdict
