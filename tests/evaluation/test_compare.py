@@ -93,5 +93,7 @@ def test_answers_are_counted_while_they_are_generated(write: Writer, asked: list
     ],
 )  # fmt: skip
 def test_the_verdict_says_which_is_better_as_far_as_the_rows_can_tell(base, tuned, verdict) -> None:
-    scores = [Score(sum(each) / len(each), 0.1, 9, 0.0, 0.0, len(each), each, (1,) * len(each)) for each in (base, tuned)]
+    scores = [
+        Score(sum(each) / len(each), 0.1, 9, 0.0, 0.0, len(each), each, (1,) * len(each)) for each in (base, tuned)
+    ]
     assert compare.Evaluation(*scores, []).verdict == verdict
