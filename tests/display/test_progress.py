@@ -281,8 +281,8 @@ EVALUATION = snapshot("""\
  exact match           0.0% ± 2.8       95.0% ± 2.8   +95.0 points
 
 60 held-out rows, 4,000 loss tokens; ± is one standard error
-Tuned is better than base on held-out rows: its loss per token is lower by
-2.2500 ± 0.0000 (paired test, p = 0.0001).
+tuned is better than base on held-out rows: its loss per token is lower by
+2.2500 ± 0.0000 (paired test, p = 0.0001)
 
 sample 1 · chats.jsonl:17 ──────────────────────────────────────────────────────
 prompt     order 4 pears
@@ -347,6 +347,8 @@ split     1,135 training rows, 60 held out; 900 groups, 1 near-duplicate
 
 !  remark F17 truncated: 2 rows were cut
    → max_length=4096
+
+no fault found in the rows, 1 remark
 """)
 
 

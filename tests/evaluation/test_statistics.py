@@ -102,10 +102,10 @@ def evaluation(base: list[float], tuned: list[float]) -> Evaluation:
 @pytest.mark.parametrize(
     ("base", "tuned", "said"),
     [
-        ([2.0, 2.4] * 4, [0.5, 0.7] * 4, "Tuned is better than base on held-out rows: its loss per token is lower by 1.6000 ± 0.0378 (paired test, p = 0.0078)."),
-        ([0.5, 0.7] * 4, [2.0, 2.4] * 4, "Tuned is worse than base on held-out rows: its loss per token is higher by 1.6000 ± 0.0378 (paired test, p = 0.0078)."),
-        ([2.0, 2.4] * 4, [2.2, 2.2] * 4, "No clear difference between tuned and base on held-out rows (paired test, p = 1.00)."),
-        ([2.0], [0.5], "No clear difference between tuned and base on held-out rows (paired test, p = 1.00)."),
+        ([2.0, 2.4] * 4, [0.5, 0.7] * 4, "tuned is better than base on held-out rows: its loss per token is lower by 1.6000 ± 0.0378 (paired test, p = 0.0078)"),
+        ([0.5, 0.7] * 4, [2.0, 2.4] * 4, "tuned is worse than base on held-out rows: its loss per token is higher by 1.6000 ± 0.0378 (paired test, p = 0.0078)"),
+        ([2.0, 2.4] * 4, [2.2, 2.2] * 4, "no clear difference between tuned and base on held-out rows (paired test, p = 1.00)"),
+        ([2.0], [0.5], "no clear difference between tuned and base on held-out rows (paired test, p = 1.00)"),
     ],
 )  # fmt: skip
 def test_the_verdict_says_which_is_better_as_far_as_the_rows_can_tell(base, tuned, said: str):

@@ -309,8 +309,8 @@ def chat(run: str, base: bool, prompt: str | None, system: str | None, as_json: 
     completion), it continues each message, and \\n in a message is a line break. With --base, the base model answers
     too, in a separate conversation. RUN is a folder, a name in runs/, or latest.
 
-    On a terminal, /help lists the commands (/reset, /system, /save, /quit), and Ctrl-C stops an answer. From a pipe,
-    each line is one message.
+    /help lists the commands (/reset, /system, /save, /quit); a message that begins with / needs a space before it. On
+    a terminal, Ctrl-C stops an answer. From a pipe, each line is read as if it was typed.
 
     \b
     Example:

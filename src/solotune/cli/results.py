@@ -64,6 +64,26 @@ def print_data(preview: DataPreview, console: Console, with_ids: bool = False) -
     facts = {key: value for key, value in _data_facts(preview.report).items() if value}
     _print_facts(facts, console)
     _print_findings(preview.report.findings or (), preview.allowed, console)
+    _print_rows_verdict(preview, console)
+
+
+def _print_rows_verdict(preview: DataPreview, console: Console) -> None:
+    """The last line of `data`: whether `train` would start."""
+    findings = preview.report.findings or ()
+    console.print()
+    if preview.is_fault:
+        faults = (one["code"] for one in findings if one["severity"] == "error" and one["code"] not in preview.allowed)
+        _print_stop(list(dict.fromkeys(faults)), console)
+        return
+    remarks = sum(one["severity"] == "warning" for one in findings)
+    more = f", {_count(remarks, SEVERITY_WORDS['warning'])}" if remarks else ""
+    console.print(Text(f"no fault found in the rows{more}", "bold green"))
+
+
+def _print_stop(codes: Sequence[str], console: Console) -> None:
+    """That `train` refuses to start, and what to do about it."""
+    change = f"change what is said above, or set allow_faults: [{', '.join(codes)}]"
+    _signed(*SIGNS["fail"], "train stops before step 1:", change, None, console)
 
 
 def _print_findings(findings: Sequence[Mapping[str, Any]], allowed: Collection[str], console: Console) -> None:
@@ -179,7 +199,7 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     console.print(table)
     what = f"{evaluation.units}, {tuned.tokens:,} loss tokens; ± is one standard error"
     console.print(Text(what, "dim"))
-    console.print(Text(evaluation.verdict_in_words, style), soft_wrap=not console.is_terminal)
+    console.print(Text(evaluation.verdict_in_words, f"bold {style}".strip()), soft_wrap=not console.is_terminal)
     for number, sample in enumerate(evaluation.samples, start=1):
         _print_sample(number, sample, console)
 
@@ -251,9 +271,7 @@ def print_plan(plan: Plan, console: Console) -> None:
             console,
         )
     if plan.is_fault:
-        codes = ", ".join(finding["code"] for finding in plan.findings or ())
-        change = f"change what is said above, or set allow_faults: [{codes}]"
-        _signed(*SIGNS["fail"], "train stops before step 1:", change, None, console)
+        _print_stop([finding["code"] for finding in plan.findings or ()], console)
 
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:

@@ -85,10 +85,10 @@ class Evaluation(ResultRepr):
         difference, stderr = self.difference
         test = f"paired test, p = {self.p_value:.{4 if self.p_value < 0.01 else 2}f}"
         if self.verdict == "inside the noise":
-            return f"No clear difference between tuned and base on held-out rows ({test})."
+            return f"no clear difference between tuned and base on held-out rows ({test})"
         side = "lower" if difference < 0 else "higher"
         by = f"its loss per token is {side} by {plus_minus(abs(difference), stderr)}"
-        return f"Tuned is {self.verdict} than base on held-out rows: {by} ({test})."
+        return f"tuned is {self.verdict} than base on held-out rows: {by} ({test})"
 
     def figures(self) -> dict[str, object]:
         return {

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from solotune.errors import InputError
+from solotune.hub import download_progress
 from solotune.runtime import watchdog
 from solotune.units import first_line
 
@@ -103,7 +104,13 @@ def download(name: str, revision: str, where: str, wanted: Sequence[str], unwant
     try:
         with watchdog.paused():
             return Path(
-                snapshot_download(name, revision=revision, allow_patterns=[*wanted], ignore_patterns=[*unwanted])
+                snapshot_download(
+                    name,
+                    revision=revision,
+                    allow_patterns=[*wanted],
+                    ignore_patterns=[*unwanted],
+                    tqdm_class=download_progress.bars(name),
+                )
             )
     except GatedRepoError:
         change = "request access on the model's page, then run `hf auth login` or set HF_TOKEN"
