@@ -30,6 +30,10 @@ BY_DESIGN = ("pissa", "olora", "loftq", "eva", "corda", "lora_ga", "orthogonal",
 """Prefixes of `init_lora_weights` values that start with a nonzero adapter."""
 
 
+HEADS = ("lm_head", "embed_out", "output", "output_layer")
+"""Names of output heads."""
+
+
 def number(value: Any) -> float | None:
     """A value as a number, also if a YAML file has it as a string (`2e-4`); None for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
@@ -69,12 +73,17 @@ def planned_steps(run_facts: RunFacts) -> int | None:
 
 def steps_of_epochs(run_facts: RunFacts) -> int | None:
     """Optimizer steps of all epochs, from the number of rows."""
-    epochs, rows = setting(run_facts, "num_train_epochs"), len(run_facts.train) or setting(run_facts, "train_rows")
+    epochs, one = setting(run_facts, "num_train_epochs"), steps_of_an_epoch(run_facts)
+    return math.ceil(epochs * one) if epochs and one else None
+
+
+def steps_of_an_epoch(run_facts: RunFacts) -> int | None:
+    """Optimizer steps of one epoch, from the number of rows."""
+    rows = len(run_facts.train) or setting(run_facts, "train_rows")
     batch = setting(run_facts, "per_device_train_batch_size")
-    if not epochs or not rows or not batch or run_facts.settings.get("packing"):
+    if not rows or not batch or run_facts.settings.get("packing"):
         return None
-    per_step = batch * (setting(run_facts, "gradient_accumulation_steps") or 1)
-    return math.ceil(epochs * math.ceil(rows / per_step))
+    return math.ceil(rows / (batch * (setting(run_facts, "gradient_accumulation_steps") or 1)))
 
 
 def warmup_steps(run_facts: RunFacts) -> float | None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from solotune.diagnosis.evidence import Kind, Signal
 from solotune.diagnosis.facts.derived import (
+    HEADS,
     has_error,
     initialisation,
     is_ours,
@@ -25,9 +26,8 @@ from solotune.diagnosis.run_facts import RunFacts
 
 WEAK, STRONG = 0.25, 32.0
 """Limits of alpha / r; 1 to 4 is usual, and 32 still trained well with a suitable learning rate."""
-_HEADS = ("lm_head", "embed_out", "output", "output_layer")
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embedding")
-_NOT_ALWAYS = re.compile(r"expert|router|" + "|".join(_HEADS))
+_NOT_ALWAYS = re.compile(r"expert|router|" + "|".join(HEADS))
 """Modules that may get no gradient in a healthy run: an expert that no token was sent to; heads are F63."""
 
 
@@ -339,7 +339,7 @@ def head_adapter_ignored(run_facts: RunFacts) -> Signal | None:
     Source: trl 1.16 raises an error for it; PEFT warns about tied weights ("can lead to complications").
     """
     names = _named_targets(run_facts)
-    ends = [name for name in names if name.rpartition(".")[2] in _HEADS or re.search(r"lm_head|embed_out", name)]
+    ends = [name for name in names if name.rpartition(".")[2] in HEADS or re.search(r"lm_head|embed_out", name)]
     ends += [name for name in names if is_embedding(name) or re.search(r"embed_tokens|\bwte\b", name)]
     if not ends:
         return _other_ends(run_facts, names)
@@ -349,7 +349,7 @@ def head_adapter_ignored(run_facts: RunFacts) -> Signal | None:
             zero[path.rpartition(".")[2]] = is_zero(parts["B"])
     keep = "" if is_ours(run_facts) else f"; to train it with PEFT, modules_to_save: [{ends[0]}]"
     fix = f"remove {ends[0]} from lora_target_modules{keep}"
-    dead = [name for name, is_dead in zero.items() if name in _HEADS and is_dead]
+    dead = [name for name, is_dead in zero.items() if name in HEADS and is_dead]
     if dead and not all(zero.values()):
         says = f"lora_B of {dead[0]} is exactly zero, but not those of other modules"
         return Signal("F63", "invariant", says, 0.95, {"modules": dead}, fix=fix)
@@ -383,7 +383,7 @@ def _other_ends(run_facts: RunFacts, names: list[str]) -> Signal | None:
         return Signal("F63", "remark", says, 0.3, {"targets": routers}, fix=f"remove {routers[0]} if it is not meant")
     saved = run_facts.settings.get("modules_to_save") or ()
     whole = [name for name in ([saved] if isinstance(saved, str) else map(str, saved))
-             if name.rpartition(".")[2] in (*_HEADS, *_EMBEDDINGS)]  # fmt: skip
+             if name.rpartition(".")[2] in (*HEADS, *_EMBEDDINGS)]  # fmt: skip
     if not whole or run_facts.model_config.get("tie_word_embeddings") is not True:
         return None
     says = f"{', '.join(whole)} in modules_to_save: head and embedding are one tensor in this model, and become two"
