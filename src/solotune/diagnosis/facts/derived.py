@@ -34,6 +34,11 @@ HEADS = ("lm_head", "embed_out", "output", "output_layer")
 """Names of output heads."""
 
 
+_FULL = re.compile(
+    r"out of memory|OutOfMemory|CUBLAS_STATUS_ALLOC_FAILED|can't allocate memory|not enough memory", re.IGNORECASE
+)
+
+
 def number(value: Any) -> float | None:
     """A value as a number, also if a YAML file has it as a string (`2e-4`); None for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
@@ -143,7 +148,7 @@ def has_error(run_facts: RunFacts, *patterns: str) -> str | None:
 def out_of_memory(run_facts: RunFacts) -> str | None:
     """The whole text of an out-of-memory error, with its traceback; None if there is none."""
     for text in run_facts.trace.errors if run_facts.trace else ():
-        if re.search(r"out of memory|OutOfMemory|CUBLAS_STATUS_ALLOC_FAILED", text, re.IGNORECASE):
+        if _FULL.search(text):
             return text
     return None
 

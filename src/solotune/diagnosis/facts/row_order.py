@@ -90,11 +90,13 @@ def _blocks(rows: Sequence[np.ndarray]) -> float:
     if count < 3 * FEWEST:
         return 0.0
     having = Counter(token for row in chosen for token in row)
-    vocabulary = {token: n for n, token in enumerate(t for t, c in having.items() if 2 <= c < COMMON * count)}
+    telling = {token: c for token, c in having.items() if 2 <= c < COMMON * count}
+    vocabulary = {token: n for n, token in enumerate(telling)}
     has = np.zeros((count, len(vocabulary)), np.float32)
     for r, row in enumerate(chosen):
         has[r, [vocabulary[token] for token in row if token in vocabulary]] = 1
-    size = np.sqrt(np.maximum(has.sum(1), 1))
+    has *= np.log(count / np.array(list(telling.values()), np.float32))  # rare tokens tell more
+    size = np.maximum(np.linalg.norm(has, axis=1), 1e-6)
     alike = (has @ has.T) / np.outer(size, size)
     distance = np.abs(np.subtract.outer(np.arange(count), np.arange(count)))
     near = alike[(distance > 0) & (distance <= NEAR * count)].mean()
