@@ -7,6 +7,7 @@ Gain means the fall of the loss on that batch.
     small at every rate, large with rank 32
     on every linear layer                       too little capacity (F62, or F56: targets match few modules)
     largest without clipping                    the step is clipped away (F68)
+    large on two rows, small on eight           too little capacity, if the adapter is small
     several times sooner at ten times           the scale is too small (F61), if it is unusual and the run is short
     large at the rate of the run                none of these
 

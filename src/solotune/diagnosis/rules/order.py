@@ -48,14 +48,16 @@ data goes on, so its longest rows are near each other."""
 def sorted_rows(run_facts: RunFacts) -> Signal | None:
     """F40: the rows are sorted, and are trained on in that order.
 
-    Sees: no shuffling, and rows whose position in the file shows their length or their answer; batches whose rows
-    follow the order of the file.
+    Sees: a file whose order follows the length of the rows, their answers or what they are about (sources one after
+    another); and that rows were read in this order: no shuffling in the settings, batches whose rows follow the file, a
+    loss with the same ups and downs in every epoch.
     Why: the loss goes up and down with the file; the final model is biased to the last part of the file.
     Not: sorted files with a sampler that shuffles, which is the Trainer's default: the sampler matters, not the file;
     F77, which repeats rows after a resume only.
     Fix: shuffle the training rows.
-    Wrong when: the order is a curriculum. Control: rows in random order, whose rank correlation has a standard
-    deviation of 1 / sqrt(rows).
+    Wrong when: the order is a curriculum (asked for in the settings it is none; from short to long in one epoch it is a
+    remark). Control: rows in random order, whose rank correlation has a standard deviation of 1 / sqrt(rows); epochs
+    with other batches each, whose losses do not correlate.
     Source: Karpathy's recipe; 1.94 instead of 1.72 (measured).
     """
     rows = examples_of(run_facts)
@@ -81,12 +83,13 @@ def _is_curriculum(run_facts: RunFacts) -> bool:
 def repeated_by_workers(run_facts: RunFacts) -> Signal | None:
     """F41: every data loader worker reads all of the data.
 
-    Sees: rows that are N times in the batches and once in the data, with N workers; a run of N times the planned steps.
+    Sees: rows that come again in the batches before all rows came, though the data has them once, with several workers;
+    a run of N times the planned steps; an epoch of the log that is longer than its rows make it.
     Why: an epoch is N times as long, and rows are memorised.
     Not: F39, where the file repeats the rows; several epochs.
     Fix: shard the iterable dataset by worker (`torch.utils.data.get_worker_info`).
-    Wrong when: rows are repeated on purpose. Control: batches of one epoch at most; the steps that the epochs make,
-    unless `max_steps` sets them.
+    Wrong when: rows are repeated on purpose (a sampler with weights or replacement, if the settings name it, is asked
+    nothing). Control: batches of one epoch at most; the steps that the epochs make, unless `max_steps` sets them.
     Source: datasets#3423, pytorch#30599.
     """
     workers = setting(run_facts, "dataloader_num_workers") or 0
