@@ -77,10 +77,16 @@ TESTED_IN = {
     "diagnosis/rules/test_rules_samples.py": ["diagnosis.facts.row_arrays"],
     "diagnosis/rules/test_rules_other_forms.py": ["diagnosis.facts.step_size"],
     "diagnosis/rules/test_leaks.py": ["diagnosis.facts.text_overlap"],
-    "diagnosis/rules/test_rows.py": ["diagnosis.rules.duplicates", "diagnosis.rules.misaligned"],
+    "diagnosis/rules/test_rows.py": [
+        "diagnosis.rules.duplicates",
+        "diagnosis.rules.misaligned",
+        "diagnosis.rules.roles",
+    ],
+    "diagnosis/rules/test_order.py": ["diagnosis.facts.row_order"],
     "diagnosis/rules/test_turns.py": ["diagnosis.facts.row_labels"],
     "diagnosis/rules/test_rules.py": [
         "diagnosis.catalogue",
+        "diagnosis.facts.out_of_memory",
         "diagnosis.facts.rendered_chats",
         "diagnosis.facts.rows",
         "diagnosis.rules.adapter",
@@ -100,6 +106,7 @@ TESTED_IN = {
     ],
     "diagnosis/probes/test_probes_plateau.py": ["diagnosis.plateau"],
     "diagnosis/probes/test_probes_model.py": [
+        "diagnosis.probes.adapter_scale",
         "diagnosis.probes.adapter_gradients",
         "diagnosis.probes.eval_determinism",
         "diagnosis.probes.generation",
