@@ -3,7 +3,7 @@
     labelled_turns("USER: Why? ASSISTANT: Because.")
     [{"role": "user", "content": "Why?", "label": "USER:"}, {"role": "assistant", "content": "Because.", ...}]
 
-A label stands at the start of a line, or behind the end token of the turn before. One in capital letters may also stand
+A label stands at the start of a line, or behind a token in brackets (begin of text, end of the turn before). One in capital letters may also stand
 inside it (Vicuna). Control tokens of other model families, which are text for this tokenizer, count too.
 """
 
@@ -14,7 +14,7 @@ import re
 _ASKS = r"human|user|instruction|question|prompt|query|q|customer|prompter|input"
 _ANSWERS = r"assistant|response|answer|output|reply|bot|chatbot|gpt|ai|a|model"
 _ROLES = rf"(?:{_ASKS}|{_ANSWERS}|system)"
-_BEGINS = r"(?:^|(?<=\|>)|(?<=\|\])|(?<=</s>)|(?<=<eos>))"
+_BEGINS = r"(?:^|(?<=\S>)|(?<=\S\]))"
 _LABEL = re.compile(
     rf"{_BEGINS}[ \t]*(?:\#{{1,4}}[ ]*(?P<heading>{_ROLES})\b[ ]*:?|\**\[?(?P<line>{_ROLES})\]?\**[ ]?:\**)"
     rf"|(?:^|(?<=\s))(?P<inline>USER|ASSISTANT|HUMAN|BOT|GPT):"

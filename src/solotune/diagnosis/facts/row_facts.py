@@ -27,7 +27,7 @@ from solotune.dataset.chat.control_tokens import ControlTokens
 from solotune.dataset.chat.encode import Encoder
 from solotune.dataset.chat.tokenizer_files import MAX_TEMPLATE_BYTES
 from solotune.diagnosis.facts import row_arrays
-from solotune.diagnosis.facts.row_arrays import Side, Whole, evenly, judged, squeezed
+from solotune.diagnosis.facts.row_arrays import Side, Whole, evenly, is_pattern, judged
 from solotune.errors import InputError
 from solotune.hub.model_files import ModelFiles, model_here
 from solotune.hub.safe_files import contained
@@ -43,6 +43,8 @@ ModelJsons = Mapping[str, Mapping[str, Any]]
 
 NUM_RENDERED = 100
 """Rows to decode for a fault of the format, which shows in a few."""
+SOME_FULL = 0.05
+"""Rows of exactly `max_length` tokens, one in twenty: no chance."""
 _PART = re.compile(r" part (\d+)/(\d+)$")
 _USER, _ANSWER = "\ufdd0", "\ufdd1"  # characters that no text has
 _MODEL_FILES = ("config.json", "generation_config.json")
@@ -259,11 +261,13 @@ class RowFacts:
         """Rows for decoding, evenly spaced: chats, with `whole` only those that were not truncated.
 
         If rows were truncated, a row that fills `max_length` is left out even if it ends with a stop: it may have been
-        truncated between two turns.
+        truncated between two turns, or at its beginning. Another trainer does not tell; there, several of exactly this
+        length were truncated.
         """
         fits = ~self.is_cut(side) if whole else np.ones(len(side.rows), bool)
-        if whole and self.report.num_truncated:
-            fits &= side.lengths < self.settings.max_length
+        is_full = side.lengths >= self.settings.max_length
+        if whole and (self.report.num_truncated or is_pattern(int(is_full.sum()), len(side.rows), SOME_FULL)):
+            fits &= ~is_full
         return evenly([r for r, row in enumerate(side.rows) if row.messages and fits[r]], row_arrays.NUM_DECODED)
 
     @cached_property
@@ -375,9 +379,9 @@ def is_in_rows(facts: RowFacts, between: str) -> bool:
     for template in (facts.own_template, facts.template):
         for end in template.terminators if template else ():
             header = header.removeprefix(end).strip()
-    return not squeezed(header) or any(
-        squeezed(header) in squeezed(facts.decode(facts.train.rows[r].input_ids)) for r in rows
-    )
+    texts = ("".join(facts.decode(facts.train.rows[r].input_ids).split()) for r in rows)
+    header = "".join(header.split())  # with its case: `ASSISTANT:` is another format than `Assistant:`
+    return not header or any(header in text for text in texts)
 
 
 def rendered_prompt(facts: RowFacts, messages: list[dict[str, Any]], tools: Any) -> np.ndarray | None:

@@ -11,7 +11,7 @@ from solotune.dataset.chat.rendered_content import NAME, THOUGHTS, TOOLS, WAYS_T
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.labelled_turns import starts_with_label
 from solotune.diagnosis.facts.rendered_chats import NUM_ROWS, rendered
-from solotune.diagnosis.facts.row_arrays import Side, evenly, is_pattern, percent, squeezed
+from solotune.diagnosis.facts.row_arrays import NUM_DECODED, Side, evenly, is_pattern, percent, squeezed
 from solotune.diagnosis.facts.row_facts import NUM_RENDERED, RowFacts, pieces_of_template
 from solotune.diagnosis.facts.row_labels import open_answers
 from solotune.diagnosis.facts.rows import examples_of, plain_messages
@@ -291,9 +291,7 @@ def header_learned(facts: RowFacts) -> Finding | None:
         )
     if pieces is None or not facts.is_chat or not facts.settings.assistant_only_loss or not len(side.begins):
         return None
-    # the first token of a header: the model may write later ones itself (`<|message|>` of gpt-oss)
-    header = [i for i in facts.encode(pieces[1]) if i in facts.control.ids and i not in facts.turn_end_ids][:1]
-    with_header = np.flatnonzero(np.isin(side.ids[side.begins], header))
+    with_header = _answers_with_header(facts, pieces[1])
     calls = {r for r, row in enumerate(side.rows) if any("tool_calls" in m for m in row.messages)}
     with_header = with_header[~np.isin(side.row_of[with_header], list(calls))]
     with_header = with_header[~np.isin(side.begins[with_header], side.starts)]  # there everything counts: F20
@@ -324,6 +322,25 @@ def header_learned(facts: RowFacts) -> Finding | None:
         else "end the template (chat_template_path) with {% if add_generation_prompt %}, the header before an answer, "
         "{% endif %}",
     )
+
+
+def _answers_with_header(facts: RowFacts, between: str) -> np.ndarray:
+    """Indices of the answers whose labels begin at the header: at its first control token (the model may write later
+    ones itself, as `<|message|>` of gpt-oss), or at its text."""
+    side = facts.train
+    header = [i for i in facts.encode(between) if i in facts.control.ids and i not in facts.turn_end_ids][:1]
+    if header:
+        return np.flatnonzero(np.isin(side.ids[side.begins], header))
+    text = between.strip()
+    for end in facts.template.terminators if facts.template else ():
+        text = text.removeprefix(end).strip()
+    size = 2 * len(facts.encode(text)) + 2
+    read = evenly(range(len(side.begins)), NUM_DECODED) if text else []
+    begins = (facts.decode(side.ids[side.begins[a] : min(side.begins[a] + size, side.ends[a])]) for a in read)
+    found = [a for a, begin in zip(read, begins, strict=True) if begin.lstrip().startswith(text)]
+    if not is_pattern(len(found), len(read), MOST):
+        return np.zeros(0, np.int64)
+    return np.array(found) if len(read) == len(side.begins) else np.arange(len(side.begins))
 
 
 @rule("F15", needs=("rows",))
