@@ -43,8 +43,6 @@ ModelJsons = Mapping[str, Mapping[str, Any]]
 
 NUM_RENDERED = 100
 """Rows to decode for a fault of the format, which shows in a few."""
-SOME_FULL = 0.05
-"""Rows of exactly `max_length` tokens, one in twenty: no chance."""
 _PART = re.compile(r" part (\d+)/(\d+)$")
 _USER, _ANSWER = "\ufdd0", "\ufdd1"  # characters that no text has
 _MODEL_FILES = ("config.json", "generation_config.json")
@@ -88,6 +86,7 @@ class RowFacts:
         self.settings, self.tokenizer, self.report = settings, tokenizer, report
         self._rows, self._model_jsons, self._template_of_model = (train, validation), model_jsons, template_of_model
         self.train, self.validation = Side.of(judged(train)), Side.of(judged(validation))
+        self.family = str(model_jsons["config.json"].get("model_type", ""))
         self._known: dict[Any, Any] = {}
         self._blank_of: dict[int, bool] = {}
 
@@ -260,14 +259,13 @@ class RowFacts:
     def sample(self, side: Side, *, whole: bool = True) -> list[int]:
         """Rows for decoding, evenly spaced: chats, with `whole` only those that were not truncated.
 
-        If rows were truncated, a row that fills `max_length` is left out even if it ends with a stop: it may have been
-        truncated between two turns, or at its beginning. Another trainer does not tell; there, several of exactly this
-        length were truncated.
+        If rows were truncated (or several have exactly `max_length`, since other trainers do not tell), one of this
+        length is left out even if it ends with a stop: it may have been truncated between two turns or at its start.
         """
         fits = ~self.is_cut(side) if whole else np.ones(len(side.rows), bool)
-        is_full = side.lengths >= self.settings.max_length
-        if whole and (self.report.num_truncated or is_pattern(int(is_full.sum()), len(side.rows), SOME_FULL)):
-            fits &= ~is_full
+        full = side.lengths >= self.settings.max_length
+        if whole and (self.report.num_truncated or is_pattern(full.sum(), len(full), 0.05)):
+            fits &= ~full
         return evenly([r for r, row in enumerate(side.rows) if row.messages and fits[r]], row_arrays.NUM_DECODED)
 
     @cached_property
@@ -311,7 +309,7 @@ class RowFacts:
         return size if isinstance(size, int) and size > 0 else None
 
     def model_ids(self, key: str) -> set[int]:
-        """`eos_token_id` or `bos_token_id` by generation_config.json, else config.json: one id, a list, or none."""
+        """`eos_token_id` or `bos_token_id` by generation_config.json, else config.json."""
         return self._ids_by(self.where_from(key), key)
 
     def all_model_ids(self, key: str) -> set[int]:

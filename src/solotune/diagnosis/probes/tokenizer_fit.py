@@ -27,8 +27,8 @@ from solotune.diagnosis.run_facts import LiveModel, RunFacts
 NUM_SAMPLES, NUM_DRAWN, KEPT = 8, 32, 0.9  # clean models keep all, a wrong tokenizer 0.7
 CALM = 0.6  # temperature: what the model is sure of
 REWRITTEN, UNSURE = 0.95, 0.4
-"""Share of the tokens that a model writes which survive decoding and encoding (ten clean models keep 0.98 and more; with
-moved ids 0.55 to 0.98), where plain text costs more than this part of swapped ids (clean models show 0.2 to 0.6)."""
+"""Share of the tokens that a model writes which survive decoding and encoding (ten clean models keep 0.98 and more;
+with moved ids 0.55 to 0.98), where plain text costs more than this part of swapped ids."""
 NO_TEXT = 0.85  # plain text against swapped ids; clean models show 0.2 to 0.6
 EXPECTED = 1.0  # nats a token of its own headers, for a model that was trained on its template
 KNOWN = 0.7  # plain text against swapped ids: text that the model knows
@@ -162,8 +162,12 @@ def _tokenizer(found: dict[str, Any]) -> Signal | None:
     written, markers = found.get("own_text_kept", 1.0), found.get("own_markers")
     is_expected = markers is not None and markers < EXPECTED
     if written < REWRITTEN and UNSURE * swapped < plain <= NO_TEXT * swapped and not is_expected:  # above: see below
-        says = f"what the base writes is split otherwise by this tokenizer: {written:.0%} of its tokens survive decoding "
-        says += f"and encoding, of random tokens {found['any_text_kept']:.0%}; the loss of plain text is {plain:.1f} nats "
+        says = (
+            f"what the base writes is split otherwise by this tokenizer: {written:.0%} of its tokens survive decoding "
+        )
+        says += (
+            f"and encoding, of random tokens {found['any_text_kept']:.0%}; the loss of plain text is {plain:.1f} nats "
+        )
         says += f"a token, with swapped ids {swapped:.1f}"
         return Signal("F04", "measured", says, 0.75, {**numbers, "own_text_kept": written})
     here, moved = found.get("ids_fit", 0.0), found.get("moved_ids_fit", -1.0)

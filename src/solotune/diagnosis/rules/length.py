@@ -29,8 +29,7 @@ instructions with an ordinary max_length lose fewer (ShareGPT at 1,024 tokens 17
 MOST = 0.5
 """Share of the rows without which the run is a different one, although dropping them was asked for."""
 BEGINNINGS = 0.25
-"""Share of the rows without their beginning, from which it is a fault: each of them is wrong, not only incomplete. If
-they are the last turns of a long chat, half of the rows: then most rows begin inside a message."""
+"""Share of the rows without their beginning, from which it is a fault: each of them is wrong, not only incomplete."""
 SAME = 0.95
 """Share of complete rows with the same first token, from which this token belongs to the format."""
 _NUM_DECODED = 50
@@ -240,8 +239,8 @@ def prompt_cut(run_facts: RunFacts) -> Signal | None:
     all shorter rows, and that end like them.
     Why: the answer is trained on without its question: the first loss is 8 times as high.
     Not: F38, whose rows have prompts; F09, where short rows lack the beginning too; F24, where the ends are truncated.
-    Less than a quarter of the rows are a remark, and less than half of them where a question is left before an answer,
-    as in the last turns of a long chat. Control: the rows below the limit.
+    Rows that still have a question before an answer, as the last turns of a long chat, and less than a quarter of the
+    rows are a remark. Control: the rows below the limit.
     Fix: in TRL, `truncation_mode: keep_start`; or drop rows that are too long (in solotune: `overflow: drop`).
     Wrong when: the answers are of a kind that needs no question.
     Source: trl has deprecated `keep_end`.
@@ -267,7 +266,7 @@ def prompt_cut(run_facts: RunFacts) -> Signal | None:
     says = says or f"{int(full.sum())} rows reach the limit of {int(limit)} tokens and are truncated at the start"
     share = numbers["rows"] / len(rows)
     longest = [row for row, is_full in zip(rows, full, strict=True) if is_full]
-    if share < BEGINNINGS or (share < MOST and _have_questions(run_facts, longest)):
+    if share < BEGINNINGS or _have_questions(run_facts, longest):
         kind, weight = "remark", 0.3
     fix = "truncate at the end (truncation_mode: keep_start in TRL), or drop rows that are too long"
     return Signal("F26", kind, says, weight, numbers, fix=fix, affected=share)
