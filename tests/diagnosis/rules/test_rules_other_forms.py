@@ -100,6 +100,11 @@ FAULTY: dict[str, tuple[str, RunFacts]] = {
     "a renamed argument": ("F02", run_facts({"max_length": 1024}, {"max_seq_length": 4096})),
     "an argument of an earlier version": ("F02", run_facts(
         {"per_device_train_batch_size": 8}, {"per_gpu_train_batch_size": 2})),
+    "a length by another word": ("F02", run_facts({"max_length": 1024}, {"context_length": 4096})),
+    "a batch by DeepSpeed's word": (
+        "F02", run_facts({"per_device_train_batch_size": 8}, {"train_micro_batch_size_per_gpu": 2})),
+    "epochs with a hyphen": ("F02", run_facts({"num_train_epochs": 3}, {"num-epochs": 1})),
+    "clipping by another word": ("F02", run_facts({"max_grad_norm": 1.0}, {"grad_clip": 0.3})),
     "a misspelt argument": ("F02", run_facts({"max_length": 1024}, {"max_lenght": 4096})),
 }  # fmt: skip
 
