@@ -359,6 +359,14 @@ def test_data_without_colour_brackets_what_is_learned():
     assert rest.removeprefix(ROW) == FOUND
 
 
+def test_a_fault_in_the_rows_is_what_train_would_stop_at():
+    fault = {"code": "F21", "slug": "nothing-learned", "severity": "error", "message": "no labels", "fix": "a fix"}
+    text = piped(lambda console: results.print_data(preview(findings=[fault]), console))
+    assert "✗  train stops before step 1:  change what is said above, or set allow_faults: [F21]" in text
+    allowed = replace(preview(findings=[fault]), allowed=("F21",))
+    assert "no fault found in the rows but those in allow_faults\n" in piped(lambda console: results.print_data(allowed, console))
+
+
 def test_keys_that_nothing_reads_are_named():
     unused = [{"key": HOSTILE, "in": "rows", "count": 24, "of": 1200}]
     text = piped(lambda console: results.print_data(preview(unused=unused), console))

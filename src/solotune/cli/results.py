@@ -76,8 +76,9 @@ def _print_rows_verdict(preview: DataPreview, console: Console) -> None:
         _print_stop(list(dict.fromkeys(faults)), console)
         return
     remarks = sum(one["severity"] == "warning" for one in findings)
+    but = " but those in allow_faults" if any(one["severity"] == "error" for one in findings) else ""
     more = f", {_count(remarks, SEVERITY_WORDS['warning'])}" if remarks else ""
-    console.print(Text(f"no fault found in the rows{more}", "bold green"))
+    console.print(Text(f"no fault found in the rows{but}{more}", "bold green"))
 
 
 def _print_stop(codes: Sequence[str], console: Console) -> None:
