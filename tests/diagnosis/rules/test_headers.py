@@ -42,7 +42,7 @@ def test_f15_of_conversations_that_cannot_be_rendered() -> None:
 
     header = "<|im_start|>assistant\n"
     rows = answered(talk(), lambda n, text: header + text)
-    assert "F15" in codes(rows) and codes(talk()) == []
+    assert "F15" in codes(rows) and "F15" not in codes(talk())
     for row in rows:
         row["messages"][0]["content"] = "<|im_start|>user\n" + row["messages"][0]["content"]
     assert "F15" not in codes(rows)
