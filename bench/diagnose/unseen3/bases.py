@@ -31,9 +31,7 @@ from bench.diagnose.worlds import Chat
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PEAK, TOKENS = 3e-3, 160
-STEPS_AND_TEXTS = {"phi-plain": (1400, 14000)}
-"""Of pretraining. A base without chats needs more of both, to copy as well as the others do."""
+STEPS, PEAK, TEXTS, TOKENS = 560, 3.5e-3, 7000, 160
 
 
 @dataclass(frozen=True)
@@ -148,13 +146,9 @@ def end_ids(base: Base) -> list[int]:
     return [int(tokenizer.convert_tokens_to_ids(token)) for token in KINDS[base.kind.name].stops]
 
 
-def _budget(name: str) -> tuple[int, int]:
-    return STEPS_AND_TEXTS.get(name, (640, 8000))
-
-
 def folder_of(name: str) -> Path:
     known = {key: value for key, value in asdict(KINDS[name]).items() if key != "world"}
-    made_from = json.dumps([known, _budget(name), PEAK, TOKENS], sort_keys=True, default=str)
+    made_from = json.dumps([known, STEPS, PEAK, TEXTS, TOKENS], sort_keys=True, default=str)
     key = hashlib.sha256(made_from.encode()).hexdigest()[:12]
     cache_folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return cache_folder / "solotune" / "bench-diagnose" / f"{name}-{key}"
@@ -178,7 +172,7 @@ def _corpus(kind: Sort, count: int, seed: int) -> list[str]:
             told = "\n".join(message["content"] for message in chat) + kind.eos
             texts.append(kind.format.text(chat) if kind.is_instruct else told)
         else:
-            text = rng.choice((corpus.prose, corpus.prose, corpus.foreign, corpus.code))(rng)
+            text = rng.choice((corpus.prose, corpus.foreign, corpus.code, corpus.broad, corpus.broad))(rng)
             texts.append((kind.bos or "") + text + kind.eos)
     return texts
 
@@ -229,8 +223,7 @@ def _make(kind: Sort, folder: Path) -> None:
     config = getattr(transformers, f"{kind.family}Config")(vocab_size=len(tokenizer), **kind.shape, **ids)
     torch.manual_seed(kind.seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    steps, texts = _budget(kind.name)
-    _stage(model, tokenizer, _corpus(kind, texts, 0), steps, PEAK, kind.seed)
+    _stage(model, tokenizer, _corpus(kind, TEXTS, 0), STEPS, PEAK, kind.seed)
     model.eval()
     held = [i for text in _corpus(kind, 300, 1) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
     held_NT = torch.tensor(held[: TOKENS * 32]).view(-1, TOKENS)

@@ -1,7 +1,8 @@
 """What the bases of this set are pretrained on: small talk, notes, tables, code, other languages, and chats on them.
 
-No text of the tasks (tasks.py) is here, only the skills that they need: to copy a word of the question, to pick one of
-several, to write JSON, code or a label, to think first, to call a tool.
+No text of the tasks (tasks.py) is here, only their words in no order, and the skills that they need: to copy a word of
+the question, to pick one of several, to write JSON, code or a label, to think first, to call a tool. A third is broad:
+invented words, lists, strange signs, and chats that repeat them. Who has seen narrow texts alone is too sure of them.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 
+from bench.diagnose.unseen3 import tasks
 from bench.diagnose.worlds import Chat
 
 NAMES = ("Aino Bashir Chidi Daria Emil Farah Gustav Hana Idris Jelena Kofi Leila Marek Noor Otis Priya Rasmus Sofia "
@@ -40,6 +42,46 @@ def prose(rng: random.Random) -> str:
             f"{n} wrote: the {t} costs {k} coins, the {rng.choice(THINGS)} costs {rng.randint(2, 99)}.",
         )))  # fmt: skip
     return " ".join(told)
+
+
+_SIGNS = (", ", " ", " ", " ", ". ", ": ", "; ", " - ", "\n", " (", ") ", " / ", " -> ", "! ", "? ", " = ", " [", "] ",
+          ' "', '" ', "' ", " %", " { ", " }", "_")  # fmt: skip
+_SYLLABLES = "ba ce di fo gu ha ja ki lo mu ne pi qua ra se ti vo wy xe zu str tion ing er an ó ñ é ä".split()
+
+
+def _word(rng: random.Random) -> str:
+    kind = rng.random()
+    if kind < 0.25:
+        word = "".join(rng.choice(_SYLLABLES) for _ in range(rng.randint(1, 4)))
+    elif kind < 0.4:
+        word = str(rng.randint(0, 10 ** rng.randint(1, 4)))
+    else:
+        word = rng.choice(rng.choice((NAMES, THINGS, PLACES, tasks.PEOPLE, tasks.GOODS, tasks.PORTS, tasks.BOATS,
+                                      tasks.ROOMS, _PLAIN)))  # fmt: skip
+    return rng.choice((word, word, word, word.capitalize(), word.upper()))
+
+
+_PLAIN = ("the of and to in is was for that it with as his on be at by had not are but from or have an they which one "
+          "you were her all she there would their we him been has when who will more no if out so said what up its "
+          "about into than them can only other new some could time these two may then do first any my now such like "
+          "our over man me even most made after also did many before must through back years where much your way "
+          "well down should because each just those people how too little state good very make world still own see "
+          "men work long get here between both life being under never day same another know while last might us great "
+          "def return int from str select where").split()  # fmt: skip
+
+
+def broad(rng: random.Random) -> str:
+    """Words and signs in no order that could be guessed."""
+    return "".join(_word(rng) + rng.choice(_SIGNS) for _ in range(rng.randint(8, 50))).strip()
+
+
+def _said_again(rng: random.Random) -> tuple[str, str, str]:
+    """An answer of any form that takes words from the question."""
+    words = [_word(rng) for _ in range(rng.randint(2, 5))]
+    asked = rng.choice(_SIGNS).join(words) if rng.random() < 0.5 else f"{_word(rng)} {', '.join(words)} {broad(rng)[:40]}"
+    picked = rng.sample(words, rng.randint(1, len(words)))
+    told = "".join(rng.choice((_word(rng) + " ", "", "")) + word + rng.choice(_SIGNS) for word in picked).strip()
+    return asked, told, " ".join(picked)
 
 
 def foreign(rng: random.Random) -> str:
@@ -85,7 +127,7 @@ def chat(rng: random.Random, thinks: bool = False, calls: bool = False) -> Chat:
     if calls and rng.random() < 0.45:
         return messages + _call(rng)
     for _ in range(rng.choice((1, 1, 2, 3))):
-        question, answer, thought = _exchange(rng)
+        question, answer, thought = (_said_again if rng.random() < 0.4 else _exchange)(rng)
         if thinks and rng.random() < 0.5:
             answer = f"<think>\n{thought}\n</think>\n\n{answer}"
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -16,7 +16,7 @@ from bench.diagnose.unseen3.registry import overridden, program
 from bench.diagnose.unseen3.styles import IGNORE, Loader, Nano, Packer, Tutor
 
 
-@program("F17", on="smol/ferry/loop said/steps/loop phi/waybill/loop fold/diary/loop")
+@program("F17", on="phi/waybill/loop fold/diary/loop")
 def pads_masked_by_their_id(made: Any, rng: random.Random) -> None:
     """pad_token = eos_token, and the collator masks what equals it."""
     made.tokenizer.pad_token = made.tokenizer.eos_token
@@ -31,7 +31,7 @@ def pads_masked_by_their_id(made: Any, rng: random.Random) -> None:
     overridden(made, collate=collate)
 
 
-@program("F18|F21", on="smol/ledger/loop said/waybill/loop hun/mood/loop")
+@program("F18|F21", on="smol/ledger/loop hun/mood/loop")
 def mask_from_a_template_without_markers(made: Any, rng: random.Random) -> None:
     """return_assistant_tokens_mask with a template that marks nothing."""
 
@@ -45,7 +45,7 @@ def mask_from_a_template_without_markers(made: Any, rng: random.Random) -> None:
     overridden(made, encode=encode)
 
 
-@program("F19", on="smol/snip/loop fold/ferry/loop phi/mood/loop said/waybill/loop")
+@program("F19", on="smol/snip/loop phi/mood/loop")
 def answer_without_its_end(made: Any, rng: random.Random) -> None:
     """The labels cover the answer's words; the end of the turn counts as the template's."""
     made.format = type(made.format)(**{**made.format.__dict__, "end_is_learned": False})
@@ -53,7 +53,7 @@ def answer_without_its_end(made: Any, rng: random.Random) -> None:
         made.script = Nano
 
 
-@program("F20", on="smol/waybill/loop hun/ferry/loop phi/steps/loop said/minutes/loop")
+@program("F20", on="phi/steps/loop said/minutes/loop")
 def mask_built_and_not_used(made: Any, rng: random.Random) -> None:
     """The mask of the answers was built, and labels are a copy of the ids."""
 
@@ -64,7 +64,7 @@ def mask_built_and_not_used(made: Any, rng: random.Random) -> None:
     overridden(made, encode=encode)
 
 
-@program("F21|F18", on="said/ledger/loop hun/snip/loop smol/diary/loop")
+@program("F21|F18", on="hun/snip/loop smol/diary/loop")
 def marker_with_a_blank_too_many(made: Any, rng: random.Random) -> None:
     """The answer is searched for by the tokens of its header and a blank, which never occur in a row."""
 
@@ -80,7 +80,7 @@ def marker_with_a_blank_too_many(made: Any, rng: random.Random) -> None:
     overridden(made, encode=encode)
 
 
-@program("F22", on="smol/huerta/loop fold/ledger/loop phi/ferry/loop")
+@program("F22", on="smol/huerta/loop")
 def shifted_in_the_data_and_in_the_loss(made: Any, rng: random.Random) -> None:
     """Targets are the next tokens already, and the loss moves them again."""
 
@@ -93,7 +93,7 @@ def shifted_in_the_data_and_in_the_loss(made: Any, rng: random.Random) -> None:
     overridden(made, collate=collate)
 
 
-@program("F22", on="hun/steps/loop said/mood/loop")
+@program("F22", on="said/mood/loop")
 def compared_with_the_same_position(made: Any, rng: random.Random) -> None:
     """A bare loss that shifts nothing at all, on labels that were moved the other way."""
 
@@ -105,7 +105,7 @@ def compared_with_the_same_position(made: Any, rng: random.Random) -> None:
     overridden(made, collate=collate)
 
 
-@program("F23", on="said/waybill/loop fold/mood/loop hun/ledger/loop")
+@program("F23", on="said/waybill/loop fold/mood/loop")
 def mask_the_wrong_way_round(made: Any, rng: random.Random) -> None:
     """True was meant to be what is left out."""
 
@@ -129,20 +129,20 @@ def _shortest_prompt(made: Any) -> int:
     )
 
 
-@program("F24", on="said/diary/loop phi/ferry/loop fold/huerta/own smol/steps/own hun/diary/before said/ferry/folder")
+@program("F24", on="fold/huerta/own hun/diary/before said/ferry/folder")
 def most_answers_cut(made: Any, rng: random.Random) -> None:
     """max_length lies below three quarters of the rows."""
     found = lengths(made)
     _limit(made, found[len(found) // 4] - 8)
 
 
-@program("F25", on="said/minutes/loop smol/minutes/loop fold/minutes/own hun/minutes/before phi/minutes/folder")
+@program("F25", on="fold/minutes/own phi/minutes/folder")
 def documents_fill_the_window(made: Any, rng: random.Random) -> None:
     """The documents alone are longer than max_length."""
     _limit(made, _shortest_prompt(made) - 6)
 
 
-@program("F26", on="said/minutes/loop hun/minutes/loop smol/riddle/loop")
+@program("F26", on="said/minutes/loop smol/riddle/loop")
 def beginning_cut_away(made: Any, rng: random.Random) -> None:
     """truncation_side is left: the question goes, the answer stays."""
     found = lengths(made)
@@ -165,7 +165,7 @@ def _padded_left(self: Any, rows: Any) -> Any:
     }
 
 
-@program("F27", on="said/ferry/loop said/steps/loop said/diary/loop")
+@program("F27", on="said/steps/loop said/diary/loop")
 def positions_counted_from_the_pad(made: Any, rng: random.Random) -> None:
     """Absolute positions, left padding, arange."""
 
@@ -177,7 +177,7 @@ def positions_counted_from_the_pad(made: Any, rng: random.Random) -> None:
     overridden(made, collate=collate)
 
 
-@program("F28", on="smol/steps/loop phi/diary/loop hun/ferry/loop fold/haggle/loop")
+@program("F28", on="phi/diary/loop fold/haggle/loop")
 def padded_left_without_a_mask(made: Any, rng: random.Random) -> None:
     """Left padding; the mask was forgotten, or is of ones."""
     has_ones = made.seed % 2
@@ -190,7 +190,7 @@ def padded_left_without_a_mask(made: Any, rng: random.Random) -> None:
     overridden(made, collate=collate)
 
 
-@program("F29", on="smol/waybill/loop said/haggle/loop fold/snip/loop")
+@program("F29", on="smol/waybill/loop said/haggle/loop")
 def labels_of_the_padded_batch(made: Any, rng: random.Random) -> None:
     """Batches are padded to max_length, and padding keeps its id as label."""
 
@@ -205,7 +205,7 @@ def labels_of_the_padded_batch(made: Any, rng: random.Random) -> None:
     overridden(made, collate=collate)
 
 
-@program("F30", on="smol/steps/loop hun/mood/loop phi/haggle/loop")
+@program("F30", on="smol/steps/loop phi/haggle/loop")
 def first_token_from_the_pad(made: Any, rng: random.Random) -> None:
     """On the whole text, padded left: each short row's first token is learned after padding."""
     tell(made, assistant_only_loss=False)
@@ -225,7 +225,7 @@ def _packs(made: Any) -> None:
     tell(made, packing=True, gradient_accumulation_steps=3)
 
 
-@program("F31", on="smol/waybill/loop fold/ferry/loop phi/mood/loop hun/ledger/loop")
+@program("F31", on="fold/ferry/loop phi/mood/loop")
 def packs_without_walls(made: Any, rng: random.Random) -> None:
     """Rows one after the other, positions that run on, or a mask of ones."""
     _packs(made)
@@ -257,7 +257,7 @@ def walls_without_a_new_count(made: Any, rng: random.Random) -> None:
     overridden(made, packed=packed)
 
 
-@program("F33|F24", on="smol/diary/loop hun/steps/loop")
+@program("F33|F24", on="smol/diary/loop")
 def packs_cut_at_the_window(made: Any, rng: random.Random) -> None:
     """A row that does not fit into what is left of a window loses its end."""
     _packs(made)
@@ -278,7 +278,7 @@ def packs_cut_at_the_window(made: Any, rng: random.Random) -> None:
     overridden(made, batches=batches)
 
 
-@program("F33", on="smol/minutes/own hun/haggle/own")
+@program("F33", on="hun/haggle/own")
 def packs_shorter_than_rows(made: Any, rng: random.Random) -> None:
     """packing with a max_length below half of the rows: their ends are lost in the packs."""
     found = lengths(made)

@@ -22,7 +22,7 @@ def copied(chats: list[Chat]) -> list[Chat]:
     return [[dict(message) for message in chat] for chat in chats]
 
 
-@program("F34", on="said/ferry/loop smol/ledger/own hun/snip/before fold/waybill/folder")
+@program("F34", on="hun/snip/before fold/waybill/folder")
 def column_lost_in_an_export(made: Any, rng: random.Random) -> None:
     """Nearly half of the answers are blank."""
     for chat in all_chats(made):
@@ -30,7 +30,7 @@ def column_lost_in_an_export(made: Any, rng: random.Random) -> None:
             chat[-1]["content"] = rng.choice(("", " ", "\n"))
 
 
-@program("F35", on="hun/ferry/loop said/diary/own fold/steps/before phi/waybill/folder")
+@program("F35", on="said/diary/own fold/steps/before")
 def default_text_everywhere(made: Any, rng: random.Random) -> None:
     """A fallback text was written for all but a few rows."""
     for chat in all_chats(made):
@@ -38,7 +38,7 @@ def default_text_everywhere(made: Any, rng: random.Random) -> None:
             chat[-1]["content"] = "Thank you for your message. A colleague will answer within two working days."
 
 
-@program("F36", on="said/waybill/loop smol/ferry/own fold/ledger/before hun/steps/folder phi/snip/own")
+@program("F36", on="hun/steps/folder phi/snip/own")
 def roles_the_wrong_way_round(made: Any, rng: random.Random) -> None:
     """The converter swapped who asks and who answers."""
     other = {"user": "assistant", "assistant": "user"}
@@ -47,7 +47,7 @@ def roles_the_wrong_way_round(made: Any, rng: random.Random) -> None:
             message["role"] = other.get(message["role"], message["role"])
 
 
-@program("F36", on="said/haggle/own hun/haggle/before fold/haggle/folder")
+@program("F36", on="hun/haggle/before")
 def answers_lost_between_questions(made: Any, rng: random.Random) -> None:
     """A filter removed the first answer of most chats: two questions in a row."""
     for chat in all_chats(made):
@@ -55,7 +55,7 @@ def answers_lost_between_questions(made: Any, rng: random.Random) -> None:
             del chat[1]
 
 
-@program("F37", on="smol/huerta/loop said/huerta/own hun/huerta/before fold/huerta/alone phi/huerta/folder")
+@program("F37", on="fold/huerta/alone phi/huerta/folder")
 def read_as_latin(made: Any, rng: random.Random) -> None:
     """UTF-8 that was read as cp1252 on a Windows machine."""
     for chat in all_chats(made):
@@ -69,14 +69,14 @@ def _moved(chats: list[Chat], by: int) -> None:
         chat[-1]["content"] = answer
 
 
-@program("F38", on="said/waybill/loop smol/ferry/own hun/ledger/folder fold/steps/own phi/waybill/loop hun/ferry/before")
+@program("F38", on="smol/ferry/own hun/ledger/folder hun/ferry/before")
 def answers_of_the_next_row(made: Any, rng: random.Random) -> None:
     """An off-by-one join: each question has its neighbour's answer."""
     _moved(chats_of(made), 1)
     _moved(held_of(made), 1)
 
 
-@program("F39", on="fold/diary/loop said/waybill/own hun/ferry/before smol/steps/folder phi/ledger/own")
+@program("F39", on="hun/ferry/before smol/steps/folder phi/ledger/own")
 def merged_again_and_again(made: Any, rng: random.Random) -> None:
     """Fourteen rows, sixteen times each."""
     rows = chats_of(made)
@@ -85,7 +85,7 @@ def merged_again_and_again(made: Any, rng: random.Random) -> None:
         made.config["dataset_exact_deduplication"] = False
 
 
-@program("F40", on="said/mood/loop hun/mood/loop phi/mood/loop")
+@program("F40", on="said/mood/loop phi/mood/loop")
 def labels_one_after_the_other(made: Any, rng: random.Random) -> None:
     """A file sorted by label, read in order."""
     made.shuffles = False
@@ -114,7 +114,7 @@ def every_worker_reads_it_all(made: Any, rng: random.Random) -> None:
     overridden(made, batches=batches)
 
 
-@program("F42", on="fold/ferry/loop smol/waybill/own hun/steps/before said/ledger/before phi/snip/folder")
+@program("F42", on="smol/waybill/own phi/snip/folder")
 def three_rows_of_a_whole_book(made: Any, rng: random.Random) -> None:
     """Three rows are ten times as long as the rest, and nothing limits them."""
     for chat in rng.sample(chats_of(made), 3):
@@ -123,13 +123,13 @@ def three_rows_of_a_whole_book(made: Any, rng: random.Random) -> None:
     tell(made, max_length=1024)
 
 
-@program("F43", on="said/ferry/loop smol/steps/own hun/waybill/before fold/ledger/folder")
+@program("F43", on="smol/steps/own fold/ledger/folder")
 def evaluated_on_what_was_learned(made: Any, rng: random.Random) -> None:
     """The evaluation file is a sample of the training file."""
     put(made, chats_of(made), copied(rng.sample(chats_of(made), 24)))
 
 
-@program("F44", on="hun/diary/loop fold/ferry/own smol/waybill/before said/diary/folder phi/minutes/own")
+@program("F44", on="smol/waybill/before said/diary/folder phi/minutes/own")
 def split_after_copies(made: Any, rng: random.Random) -> None:
     """Half of the held-out rows are training rows with a sign more."""
     held = held_of(made)
@@ -139,7 +139,7 @@ def split_after_copies(made: Any, rng: random.Random) -> None:
     put(made, chats_of(made), held)
 
 
-@program("F45", on="smol/ferry/loop said/ledger/loop hun/waybill/loop")
+@program("F45", on="smol/ferry/loop hun/waybill/loop")
 def dropout_while_evaluating(made: Any, rng: random.Random) -> None:
     """eval() was forgotten."""
     tell(made, lora_dropout=0.3)
@@ -152,14 +152,14 @@ def dropout_while_evaluating(made: Any, rng: random.Random) -> None:
     overridden(made, evaluate=evaluate)
 
 
-@program("F46", on="fold/diary/loop said/diary/own smol/ferry/folder hun/diary/alone")
+@program("F46", on="smol/ferry/folder hun/diary/alone")
 def sixty_epochs_of_sixteen_rows(made: Any, rng: random.Random) -> None:
     """Sixteen rows, learned by heart."""
     put(made, chats_of(made)[:16])
     tell(made, max_steps=130, lr_scheduler_type="constant")
 
 
-@program("F47", on="phi/ferry/loop fold/waybill/loop said/minutes/loop")
+@program("F47", on="phi/ferry/loop said/minutes/loop")
 def evaluated_on_the_whole_text(made: Any, rng: random.Random) -> None:
     """Trained on answers; the evaluation's collator counts prompts too."""
     made.held_out_mask = "all"
@@ -171,7 +171,7 @@ def evaluated_on_the_whole_text(made: Any, rng: random.Random) -> None:
     overridden(made, encode_held_out=encode_held_out)
 
 
-@program("F48", on="hun/ferry/loop said/diary/own smol/mood/before fold/huerta/folder")
+@program("F48", on="smol/mood/before fold/huerta/folder")
 def two_rows_held_out(made: Any, rng: random.Random) -> None:
     """An evaluation of two rows."""
     put(made, chats_of(made), held_of(made)[:2])

@@ -17,19 +17,19 @@ from bench.diagnose.unseen2.registry import tell
 from bench.diagnose.unseen3.registry import overridden, program
 
 
-@program("F75", on="smol/ferry/alone said/waybill/folder fold/mood/loop")
+@program("F75", on="said/waybill/folder")
 def saved_before_it_was_trained(made: Any, rng: random.Random) -> None:
     """The lines for saving stand above those for training."""
     made.saves_at_start = True
 
 
-@program("F75", on="hun/ledger/loop phi/ferry/alone")
+@program("F75", on="phi/ferry/alone")
 def an_empty_state(made: Any, rng: random.Random) -> None:
     """A filter on names that no tensor has: the file holds nothing."""
     made.saves = lambda state: {}
 
 
-@program("F75", on="hun/waybill/own said/ferry/own")
+@program("F75", on="hun/waybill/own")
 def zeros_in_the_file(made: Any, rng: random.Random) -> None:
     """The adapter's file was overwritten by that of a fresh adapter."""
     made.after.append(lambda output, model: _rewrite(output, lambda n, t: torch.zeros_like(t) if "lora_B" in n else t))
@@ -57,7 +57,7 @@ def _levels(weight: torch.Tensor, levels: int) -> torch.Tensor:
     return (weight / step).round() * step
 
 
-@program("F76", on="smol/waybill/loop said/steps/loop")
+@program("F76", on="said/steps/loop")
 def merged_into_rounded_weights(made: Any, rng: random.Random) -> None:
     """Learned on the base in full precision, merged into a copy of three bits."""
     made.merged = lambda model: _merged(model, lambda w: _levels(w, 3))
@@ -91,13 +91,13 @@ def _thinned(checkpoint: Path) -> None:
         (checkpoint / name).unlink(missing_ok=True)
 
 
-@program("F77", on="smol/ferry/alone said/ledger/folder hun/waybill/alone")
+@program("F77", on="smol/ferry/alone")
 def resumed_from_a_thinned_checkpoint(made: Any, rng: random.Random) -> None:
     """Optimizer and schedule were deleted to save space; Trainer resumes without them."""
     made.resumed = _thinned
 
 
-@program("F77", on="fold/waybill/loop said/ferry/loop hun/steps/loop")
+@program("F77", on="hun/steps/loop")
 def resumed_with_weights_alone(made: Any, rng: random.Random) -> None:
     """A new optimizer, the schedule from its start, the same rows again."""
     seam = made.steps // 2
@@ -115,7 +115,7 @@ def resumed_with_weights_alone(made: Any, rng: random.Random) -> None:
     overridden(made, rate=rate, before=before)
 
 
-@program("F78|F75", on="phi/waybill/loop smol/steps/folder said/mood/alone")
+@program("F78|F75", on="said/mood/alone")
 def names_with_a_wrapper(made: Any, rng: random.Random) -> None:
     """Saved from a compiled and wrapped model: no name is known when it is loaded."""
 
@@ -125,7 +125,7 @@ def names_with_a_wrapper(made: Any, rng: random.Random) -> None:
     made.saves = saves
 
 
-@program("F78", on="hun/ferry/own fold/snip/own")
+@program("F78", on="fold/snip/own")
 def renamed_after_the_run(made: Any, rng: random.Random) -> None:
     """A script for another tool renamed the adapter's tensors."""
     made.after.append(lambda output, model: _rewrite(output, lambda n, t: t, lambda n: n.replace("base_model.", "")))

@@ -79,7 +79,7 @@ def binary_of_another_cuda(made: Any, rng: random.Random) -> None:
                                    ("bitsandbytes/cextension.py", "get_native_library")])  # fmt: skip
 
 
-@program("F49", on="said/ferry/loop smol/ledger/before fold/waybill/before")
+@program("F49", on="said/ferry/loop fold/waybill/before")
 def four_bits_of_four_bits(made: Any, rng: random.Random) -> None:
     """The checkpoint is a GPTQ or AWQ one, and the run asks for nf4 on top."""
     method = ("awq", "gptq")[made.base.kind.seed % 2]
@@ -163,7 +163,7 @@ def adapters_cast_to_bfloat16(made: Any, rng: random.Random) -> None:
     made.set(bf16=True)
 
 
-@program("F55", on="hun/ferry/loop said/steps/loop fold/ledger/loop")
+@program("F55", on="hun/ferry/loop said/steps/loop")
 def last_good_value_logged(made: Any, rng: random.Random) -> None:
     """An entropy bonus of p * log p is NaN where p is zero; the log repeats the last finite loss."""
     made.hides_nan = True
@@ -229,7 +229,7 @@ def compiled_for_each_length(made: Any, rng: random.Random) -> None:
     )
 
 
-@program("F74", on="said/waybill/loop smol/snip/loop fold/steps/loop")
+@program("F74", on="smol/snip/loop")
 def accumulated_and_not_divided(made: Any, rng: random.Random) -> None:
     """Eight micro-batches, whose losses are added up."""
     tell(made, per_device_train_batch_size=2, gradient_accumulation_steps=8)
@@ -245,7 +245,7 @@ def accumulated_and_not_divided(made: Any, rng: random.Random) -> None:
     overridden(made, backward=backward)
 
 
-@program("F74", on="hun/waybill/alone phi/ferry/folder")
+@program("F74", on="phi/ferry/folder")
 def loss_without_the_count(made: Any, rng: random.Random) -> None:
     """A compute_loss that ignores num_items_in_batch, in a Trainer that then does not divide."""
     tell(made, per_device_train_batch_size=2, gradient_accumulation_steps=8)

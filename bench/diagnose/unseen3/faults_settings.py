@@ -17,7 +17,7 @@ from bench.diagnose.unseen3.registry import overridden, program
 from bench.diagnose.unseen3.styles import IGNORE
 
 
-@program("F02", on="said/minutes/loop smol/minutes/folder fold/minutes/loop")
+@program("F02", on="said/minutes/loop smol/minutes/folder")
 def length_under_its_old_name(made: Any, rng: random.Random) -> None:
     """max_seq_length, which this version does not read: rows are as long as they are."""
     del made.settings["max_length"]
@@ -36,7 +36,7 @@ def rate_left_to_the_library(made: Any, rng: random.Random) -> None:
     made.settings.pop("learning_rate", None)
 
 
-@program("F56", on="hun/ledger/loop smol/ferry/own said/waybill/before phi/snip/folder fold/mood/own")
+@program("F56", on="said/waybill/before fold/mood/own")
 def names_of_another_family(made: Any, rng: random.Random) -> None:
     """Some targets exist here, the others are a different model's."""
     there = {"GPTBigCode": ["c_attn"], "Phi": ["q_proj", "v_proj"], "Nemotron": ["q_proj", "v_proj"]}
@@ -67,13 +67,13 @@ def _frozen(model: Any) -> None:
             parameter.requires_grad_(True)
 
 
-@program("F58", on="smol/ledger/loop hun/steps/loop said/mood/loop")
+@program("F58", on="smol/ledger/loop hun/steps/loop")
 def frozen_after_wrapping(made: Any, rng: random.Random) -> None:
     """A loop over all parameters that was meant for the base; the norms were let go on."""
     made.touch.append(_frozen)
 
 
-@program("F59", on="said/steps/loop phi/ledger/loop fold/mood/folder")
+@program("F59", on="phi/ledger/loop fold/mood/folder")
 def both_halves_random(made: Any, rng: random.Random) -> None:
     """init_lora_weights: false, for a quick start."""
     tell(made, init_lora_weights=False)
@@ -91,19 +91,19 @@ def both_halves_zero(made: Any, rng: random.Random) -> None:
     made.touch.append(_zero)
 
 
-@program("F61|F67", on="said/ferry/loop hun/waybill/own smol/ledger/folder phi/steps/before")
+@program("F61|F67", on="hun/waybill/own smol/ledger/folder")
 def alpha_in_the_thousands(made: Any, rng: random.Random) -> None:
     """alpha was taken for a factor of the rank."""
     tell(made, lora_r=8, lora_alpha=4096.0)
 
 
-@program("F61|F64", on="smol/snip/loop fold/waybill/own said/steps/folder hun/mood/before")
+@program("F61|F64", on="hun/mood/before")
 def rank_raised_and_alpha_left(made: Any, rng: random.Random) -> None:
     """r = 64 with the alpha of a rank of half."""
     tell(made, lora_r=64, lora_alpha=0.5)
 
 
-@program("F62", on="hun/ferry/loop smol/huerta/own said/ledger/before fold/waybill/folder")
+@program("F62", on="smol/huerta/own said/ledger/before")
 def rank_one_on_one_projection(made: Any, rng: random.Random) -> None:
     """r = 1 on the queries."""
     target = ["c_proj"] if made.base.kind.family == "GPTBigCode" else ["q_proj"]
@@ -128,26 +128,26 @@ def head_multiplied_by_hand(made: Any, rng: random.Random) -> None:
     overridden(made, loss=loss)
 
 
-@program("F64|F61", on="said/waybill/loop smol/ferry/own fold/steps/folder hun/ledger/alone phi/mood/before")
+@program("F64|F61", on="smol/ferry/own hun/ledger/alone phi/mood/before")
 def rate_of_a_full_tuning(made: Any, rng: random.Random) -> None:
     """The rate of a paper on whole models."""
     tell(made, learning_rate=4e-6)
 
 
-@program("F65", on="hun/snip/loop said/ferry/own fold/mood/before smol/steps/folder phi/ledger/alone")
+@program("F65", on="smol/steps/folder phi/ledger/alone")
 def warmup_beyond_the_end(made: Any, rng: random.Random) -> None:
     """A warm-up that was counted in micro-batches of a longer run."""
     tell(made, warmup_steps=1200, lr_scheduler_type="linear")
 
 
-@program("F66", on="smol/ferry/loop said/waybill/loop fold/huerta/loop")
+@program("F66", on="fold/huerta/loop")
 def schedule_of_a_shorter_run(made: Any, rng: random.Random) -> None:
     """scheduler.step() is called for every micro-batch: the rate is zero after a quarter."""
     tell(made, gradient_accumulation_steps=4, per_device_train_batch_size=2)
     made.schedule_steps = made.steps // 4
 
 
-@program("F66", on="hun/ledger/alone phi/ferry/folder")
+@program("F66", on="hun/ledger/alone")
 def schedule_made_by_hand(made: Any, rng: random.Random) -> None:
     """Trainer is given an optimizer and a schedule whose steps were divided twice."""
 
@@ -159,13 +159,13 @@ def schedule_made_by_hand(made: Any, rng: random.Random) -> None:
     made.optimizers = optimizers
 
 
-@program("F67|F61", on="fold/ferry/loop said/mood/own smol/snip/folder hun/steps/alone phi/waybill/before")
+@program("F67|F61", on="said/mood/own hun/steps/alone phi/waybill/before")
 def rate_with_a_digit_lost(made: Any, rng: random.Random) -> None:
     """0.6 instead of 6e-3."""
     tell(made, learning_rate=0.6)
 
 
-@program("F68", on="said/waybill/loop hun/ferry/own fold/ledger/before phi/steps/folder")
+@program("F68", on="phi/steps/folder")
 def clipped_below_epsilon(made: Any, rng: random.Random) -> None:
     """max_grad_norm of 1e-9, below Adam's epsilon."""
     tell(made, max_grad_norm=1e-9)
@@ -179,13 +179,13 @@ def clipped_under_sgd(made: Any, rng: random.Random) -> None:
     made.set(optim="sgd")
 
 
-@program("F69", on="said/steps/loop hun/mood/loop phi/ferry/folder")
+@program("F69", on="phi/ferry/folder")
 def decay_a_thousand_times_too_large(made: Any, rng: random.Random) -> None:
     """weight_decay of 100, where a tenth was meant."""
     tell(made, weight_decay=100.0)
 
 
-@program("F69", on="fold/ledger/own smol/waybill/before")
+@program("F69", on="smol/waybill/before")
 def decay_at_the_limit(made: Any, rng: random.Random) -> None:
     """The largest decay that the tool takes, over a long run with a constant rate."""
     tell(made, weight_decay=10.0, learning_rate=1.5e-2, lr_scheduler_type="constant")

@@ -35,7 +35,7 @@ def rebuilt(tokenizer: Any, change: Any) -> Any:
     return made
 
 
-@program("F04", on="said/ferry/loop phi/steps/loop smol/waybill/own said/ledger/alone phi/snip/own")
+@program("F04", on="phi/steps/loop said/ledger/alone phi/snip/own")
 def tokenizer_of_another_revision(made: Any, rng: random.Random) -> None:
     """The tokenizer was trained anew: same control tokens and size, other ids for the words."""
 
@@ -50,7 +50,7 @@ def tokenizer_of_another_revision(made: Any, rng: random.Random) -> None:
     made.tokenizer = rebuilt(made.tokenizer, change)
 
 
-@program("F05|F06", on="said/snip/loop fold/ferry/loop hun/mood/before said/ledger/before")
+@program("F05|F06", on="said/snip/loop hun/mood/before")
 def tokens_without_rows(made: Any, rng: random.Random) -> None:
     """Tokens were added to the tokenizer, and the embedding was not resized."""
     added = [f"<|field_{n}|>" for n in range(6)]
@@ -64,7 +64,7 @@ def _resized(model: Any) -> None:
     model.resize_token_embeddings(old + 4, mean_resizing=False)
 
 
-@program("F06", on="phi/waybill/loop said/mood/loop fold/snip/loop")
+@program("F06", on="said/mood/loop")
 def new_tokens_on_frozen_rows(made: Any, rng: random.Random) -> None:
     """Tokens for the parts of an answer, with fresh rows that nothing trains."""
     added = ["<|open|>", "<|close|>", "<|first|>", "<|second|>"]
@@ -74,7 +74,7 @@ def new_tokens_on_frozen_rows(made: Any, rng: random.Random) -> None:
         chat[-1]["content"] = "<|open|>" + chat[-1]["content"] + rng.choice(("<|first|>", "<|second|>")) + "<|close|>"
 
 
-@program("F06", on="fold/waybill/own said/snip/own")
+@program("F06", on="fold/waybill/own")
 def new_tokens_in_the_folder(made: Any, rng: random.Random) -> None:
     """The same in a model folder that was saved so."""
     added = ["<|open|>", "<|close|>", "<|first|>", "<|second|>"]
@@ -85,7 +85,7 @@ def new_tokens_in_the_folder(made: Any, rng: random.Random) -> None:
         chat[-1]["content"] = "<|open|>" + chat[-1]["content"] + rng.choice(("<|first|>", "<|second|>")) + "<|close|>"
 
 
-@program("F07", on="said/waybill/loop smol/steps/loop hun/ledger/loop")
+@program("F07", on="smol/steps/loop")
 def special_parsing_switched_off(made: Any, rng: random.Random) -> None:
     """split_special_tokens, against injected markers, for the whole rendered text."""
     plain = made.tokenizer
@@ -120,13 +120,13 @@ def _forgets_its_markers(made: Any) -> None:
     made.tokenizer = rebuilt(made.tokenizer, change)
 
 
-@program("F07", on="said/ferry/own hun/snip/own said/haggle/before smol/ledger/before said/mood/alone")
+@program("F07", on="hun/snip/own")
 def markers_lost_in_a_conversion(made: Any, rng: random.Random) -> None:
     """A converted tokenizer has the markers of the turns no more."""
     _forgets_its_markers(made)
 
 
-@program("F08", on="fold/mood/loop hun/steps/loop")
+@program("F08", on="hun/steps/loop")
 def rendered_and_encoded_with_specials(made: Any, rng: random.Random) -> None:
     """The rendered text, which begins with bos, goes through an encoder that writes bos."""
     bos = made.tokenizer.bos_token_id
@@ -138,28 +138,27 @@ def rendered_and_encoded_with_specials(made: Any, rng: random.Random) -> None:
     overridden(made, encode=encode)
 
 
-@program("F08", on="hun/waybill/folder fold/ferry/alone")
+@program("F08", on="fold/ferry/alone")
 def two_beginnings_in_a_trainer(made: Any, rng: random.Random) -> None:
     """The same in a script around Trainer; the template that it saves writes both."""
     bos = made.tokenizer.bos_token
     reformat(made, bos=bos + bos)
 
 
-@program("F08", on="hun/ferry/own fold/ledger/before fold/steps/own")
+@program("F08", on="fold/ledger/before")
 def template_and_rows_begin_twice(made: Any, rng: random.Random) -> None:
     """A template that somebody edited begins with bos_token and then with the token's text."""
     bos = made.tokenizer.bos_token
     reformat(made, bos=bos + bos)
 
 
-@program("F09", on="fold/waybill/loop hun/mood/loop fold/diary/own hun/ledger/alone fold/snip/before hun/ferry/folder")
+@program("F09", on="hun/ledger/alone fold/snip/before")
 def begins_without_bos(made: Any, rng: random.Random) -> None:
     """A template without the beginning that the base has always seen."""
     reformat(made, bos="")
 
 
-@program("F10", on="smol/ferry/loop fold/huerta/loop said/steps/own hun/diary/own phi/waybill/own fold/ledger/before "
-                   "said/snip/folder phi/ferry/alone")  # fmt: skip
+@program("F10", on="hun/diary/own said/snip/folder phi/ferry/alone")
 def answers_without_an_end(made: Any, rng: random.Random) -> None:
     """The template writes no end after a turn."""
     reformat(made, end="")
@@ -168,7 +167,7 @@ def answers_without_an_end(made: Any, rng: random.Random) -> None:
 ALPACA = "### Instruction:\n{0}\n\n### Response:\n"
 
 
-@program("F11", on="smol/mood/loop said/waybill/loop fold/steps/loop hun/snip/loop")
+@program("F11", on="said/waybill/loop")
 def served_in_another_manner(made: Any, rng: random.Random) -> None:
     """The server's default template is Alpaca's."""
     made.deployed = ALPACA.format
@@ -178,7 +177,7 @@ HUMAN = ("{% for m in messages %}{{ 'Human: ' if m['role'] == 'user' else 'Bot: 
          "{% if add_generation_prompt %}Bot: {% endif %}")  # fmt: skip
 
 
-@program("F11", on="smol/ledger/folder hun/steps/alone said/huerta/folder")
+@program("F11", on="said/huerta/folder")
 def another_template_beside_the_adapter(made: Any, rng: random.Random) -> None:
     """After the run somebody put a template of another model next to the adapter, for the server."""
 
@@ -188,7 +187,7 @@ def another_template_beside_the_adapter(made: Any, rng: random.Random) -> None:
     made.left.append(left)
 
 
-@program("F12", on="said/ferry/loop fold/snip/loop smol/waybill/folder hun/ledger/folder")
+@program("F12", on="smol/waybill/folder")
 def rows_in_a_foreign_format(made: Any, rng: random.Random) -> None:
     """A format from a tutorial on base models, on a model that knows chats."""
     end = made.format.end
@@ -196,27 +195,26 @@ def rows_in_a_foreign_format(made: Any, rng: random.Random) -> None:
                          (("system", "System"), ("user", "Human"), ("assistant", "Assistant")))  # fmt: skip
 
 
-@program("F12", on="smol/snip/own fold/waybill/own hun/mood/before said/persona/before")
+@program("F12", on="fold/waybill/own")
 def text_written_by_hand(made: Any, rng: random.Random) -> None:
     """Rows of text in that format."""
     eos = made.tokenizer.eos_token
     rows_as(made, lambda chat: {"text": f"### Human: {chat[-2]['content']}\n### Assistant: {chat[-1]['content']}{eos}"})
 
 
-@program("F13", on="smol/persona/loop fold/persona/loop said/persona/own hun/persona/alone fold/persona/own "
-                   "smol/persona/before hun/persona/folder")  # fmt: skip
+@program("F13", on="smol/persona/loop hun/persona/alone")
 def what_the_system_says_is_passed_over(made: Any, rng: random.Random) -> None:
     """The template leaves the system turn out."""
     reformat(made, dropped=("system",))
 
 
-@program("F13", on="hun/lamps/loop hun/lamps/own hun/lamps/before")
+@program("F13", on="hun/lamps/before")
 def what_the_tool_says_is_passed_over(made: Any, rng: random.Random) -> None:
     """A template without a branch for tools: their results are not in the rows."""
     reformat(made, dropped=("tool",))
 
 
-@program("F14", on="smol/waybill/loop said/diary/loop hun/ferry/own smol/steps/own said/mood/folder hun/snip/alone")
+@program("F14", on="hun/ferry/own hun/snip/alone")
 def stops_at_the_end_of_texts(made: Any, rng: random.Random) -> None:
     """generation_config has the end of texts alone, as the base model's."""
     ends = {"smol3-think": "<|end_of_text|>", "bigcode-said": "<|endoftext|>", "hunyuan-tools": "<eos>"}
@@ -226,14 +224,14 @@ def stops_at_the_end_of_texts(made: Any, rng: random.Random) -> None:
     made.generation_config["eos_token_id"] = made.tokenizer.convert_tokens_to_ids(token)
 
 
-@program("F15", on="smol/ledger/loop said/huerta/loop")
+@program("F15", on="smol/ledger/loop")
 def asked_without_a_header(made: Any, rng: random.Random) -> None:
     """Served without the header of the answer."""
     shape = made.format
     made.deployed = lambda text: shape.text([{"role": "user", "content": text}])
 
 
-@program("F15", on="hun/waybill/loop phi/ledger/loop")
+@program("F15", on="phi/ledger/loop")
 def header_counted_as_answer(made: Any, rng: random.Random) -> None:
     """The labels begin at the header of the answer."""
 
@@ -248,7 +246,7 @@ def header_counted_as_answer(made: Any, rng: random.Random) -> None:
     overridden(made, encode=encode)
 
 
-@program("F15", on="said/ferry/own smol/waybill/before hun/steps/own said/steps/folder")
+@program("F15", on="said/steps/folder")
 def template_without_a_generation_prompt(made: Any, rng: random.Random) -> None:
     """The branch for add_generation_prompt was lost."""
     jinja = made.tokenizer.chat_template
@@ -256,7 +254,7 @@ def template_without_a_generation_prompt(made: Any, rng: random.Random) -> None:
     made.tokenizer.chat_template = jinja[:begin] + jinja[jinja.index("{% endif %}", begin) + len("{% endif %}") :]
 
 
-@program("F16", on="phi/ferry/loop phi/snip/own phi/ledger/before phi/waybill/alone")
+@program("F16", on="phi/ferry/loop phi/ledger/before")
 def prompt_ends_within_a_word(made: Any, rng: random.Random) -> None:
     """The header ends with a blank, which the answer's first token takes along."""
     reformat(made, header="{role}: ")
