@@ -1,4 +1,4 @@
-"""Five tiny models of architectures, tokenizers and templates that no other set has, pretrained for a minute or two each.
+"""Five tiny models of architectures, tokenizers and templates that no other set has, pretrained for a minute each.
 
 name            architecture        tokenizer                            template
 smol3-think     SmolLM3             byte-level BPE, tiktoken's pattern   ChatML; earlier turns lose their <think>
@@ -48,8 +48,14 @@ class Think(Format):
         return super().pieces(shown, begun)
 
     def jinja(self) -> str:
-        last = "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
-        say = "{{ m['content'].split('</think>')[-1].lstrip('\\n') if m['role'] == 'assistant' and loop.index0 < ns.last else m['content'] }}"
+        last = (
+            "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m['role'] == 'user' %}"
+            "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+        )
+        say = (
+            "{{ m['content'].split('</think>')[-1].lstrip('\\n') "
+            "if m['role'] == 'assistant' and loop.index0 < ns.last else m['content'] }}"
+        )
         return last + super().jinja().replace("{{ m['content'] }}", say)
 
 
@@ -79,7 +85,13 @@ class Fold(Format):
         mine = "{{ m['content'] }}" + end
         if self.has_markers:
             inner = "{{ m['content'] }}" + (self.end if self.end_is_learned else "")
-            mine = "{% generation %}" + inner + "{% endgeneration %}" + ("" if self.end_is_learned else self.end) + self.after
+            mine = (
+                "{% generation %}"
+                + inner
+                + "{% endgeneration %}"
+                + ("" if self.end_is_learned else self.end)
+                + self.after
+            )
         return (
             self.bos + "{% set ns = namespace(system='') %}{% for m in messages %}{% if m['role'] == 'system' %}" + keeps
             + "{% elif m['role'] == 'assistant' %}" + mine

@@ -78,7 +78,9 @@ def broad(rng: random.Random) -> str:
 def _said_again(rng: random.Random) -> tuple[str, str, str]:
     """An answer of any form that takes words from the question."""
     words = [_word(rng) for _ in range(rng.randint(2, 5))]
-    asked = rng.choice(_SIGNS).join(words) if rng.random() < 0.5 else f"{_word(rng)} {', '.join(words)} {broad(rng)[:40]}"
+    asked = (
+        rng.choice(_SIGNS).join(words) if rng.random() < 0.5 else f"{_word(rng)} {', '.join(words)} {broad(rng)[:40]}"
+    )
     picked = rng.sample(words, rng.randint(1, len(words)))
     told = "".join(rng.choice((_word(rng) + " ", "", "")) + word + rng.choice(_SIGNS) for word in picked).strip()
     return asked, told, " ".join(picked)
@@ -121,7 +123,8 @@ def chat(rng: random.Random, thinks: bool = False, calls: bool = False) -> Chat:
     messages: Chat = []
     if rng.random() < 0.35:
         messages.append({"role": "system", "content": rng.choice((
-            "You are a careful clerk.", "Answer briefly.", "You help at the front desk.", f"Today is {rng.choice(DAYS)}.",
+            "You are a careful clerk.", "Answer briefly.", "You help at the front desk.",
+            f"Today is {rng.choice(DAYS)}.",
             f"Your name is {rng.choice(NAMES)}. Stay polite.", "Use the facts that you are given.",
         ))})  # fmt: skip
     if calls and rng.random() < 0.45:
@@ -160,7 +163,8 @@ def _exchange(rng: random.Random) -> tuple[str, str, str]:
     if kind == 4:
         mood = rng.choice(MOODS)
         clue = {"calm": "sat by the water and smiled", "angry": "slammed the door and shouted",
-                "glad": "laughed and danced", "tired": "yawned and lay down", "bored": "stared at the wall"}[mood]  # fmt: skip
+                "glad": "laughed and danced", "tired": "yawned and lay down",
+                "bored": "stared at the wall"}[mood]  # fmt: skip
         return f"How does {n} feel? {n} {clue} at the {p}.", rng.choice((f"{n} is {mood}.", mood)), f"It looks {mood}."
     if kind == 5:
         return (rng.choice((f"Write a line of code that sets {t} to {k}.", f"How do I set {t} to {k} in Python?")),
@@ -177,7 +181,8 @@ def _exchange(rng: random.Random) -> tuple[str, str, str]:
     if kind == 8:
         return (f"Write to {n} about the {t} for {m}.",
                 rng.choice((f"Dear {n}, the {t} is ready at the {p}. Yours, {m}", f"Hello {n}! {m} has the {t}.",
-                            f"{n}, please bring the {t} to the {p} on {d}. {m}")), f"A letter from {m} to {n}.")  # fmt: skip
+                            f"{n}, please bring the {t} to the {p} on {d}. {m}")),
+                f"A letter from {m} to {n}.")  # fmt: skip
     lines = [prose(rng).split(". ")[0].rstrip(".") + "." for _ in range(rng.randint(2, 4))]
     key = f"{m} took the {u} to the {q}."
     lines.insert(rng.randrange(len(lines) + 1), key)

@@ -62,7 +62,8 @@ def _told_as_large(made: Any, **settings: Any) -> None:
         "model_name_or_path": "meta-llama/Llama-3.1-8B-Instruct", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_compute_dtype": "bfloat16", "bf16": True, "use_cpu": False, "gradient_checkpointing": True,
         "lora_r": 16, "lora_alpha": 32.0, "learning_rate": 2e-4, "max_length": 2048, "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 8, "optim": "adamw_torch", "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "gradient_accumulation_steps": 8, "optim": "adamw_torch",
+        "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
         **settings,
     })  # fmt: skip
 
@@ -74,7 +75,8 @@ def binary_of_another_cuda(made: Any, rng: random.Random) -> None:
     made.environment.update(BNB_CUDA_VERSION="118")
     error = (f"Configured CUDA binary not found at {SITE}bitsandbytes/libbitsandbytes_cuda118.so\n\n"
              "CUDA SETUP ERROR: the library for CUDA 11.8 is not there; PyTorch was compiled for CUDA 12.8. "
-             "WARNING: BNB_CUDA_VERSION=118 environment variable detected; loading libbitsandbytes_cuda118.so.")  # fmt: skip
+             "WARNING: BNB_CUDA_VERSION=118 environment variable detected; "
+             "loading libbitsandbytes_cuda118.so.")  # fmt: skip
     made.crash = _fails(0, error, [("transformers/quantizers/quantizer_bnb_4bit.py", "validate_environment"),
                                    ("bitsandbytes/cextension.py", "get_native_library")])  # fmt: skip
 
@@ -136,9 +138,11 @@ def a_bfloat16_model_in_half(made: Any, rng: random.Random) -> None:
     """A checkpoint whose activations need bfloat16's range, run in float16."""
 
     def prepare(model: Any) -> None:
+        is_squared = model.config.model_type == "nemotron"  # its activation is
+        scale = 3e3 if is_squared else 1e5
         for layer in model.model.layers[1:2]:
-            layer.mlp.up_proj.weight.data *= 3000.0
-            layer.mlp.down_proj.weight.data /= 3000.0 ** (2 if model.config.model_type == "nemotron" else 1)
+            layer.mlp.up_proj.weight.data *= scale
+            layer.mlp.down_proj.weight.data /= scale**2 if is_squared else scale
 
     def loss(self: Any, old: Any, model: Any, batch: Any) -> Any:
         with torch.autocast("cpu", dtype=torch.float16):
@@ -165,7 +169,7 @@ def adapters_cast_to_bfloat16(made: Any, rng: random.Random) -> None:
 
 @program("F55", on="hun/ferry/loop said/steps/loop")
 def last_good_value_logged(made: Any, rng: random.Random) -> None:
-    """An entropy bonus of p * log p is NaN where p is zero; the log repeats the last finite loss."""
+    """A bonus of the author's divides by zero in every third batch or so; the log repeats the last finite loss."""
     made.hides_nan = True
     shown = [7.0]
 
@@ -225,7 +229,7 @@ def compiled_for_each_length(made: Any, rng: random.Random) -> None:
     made.warnings.append(
         "[WARNING] torch._dynamo hit config.recompile_limit (8)\n   function: 'forward' "
         "(transformers/models/llama/modeling_llama.py:421)\n   last reason: 0/7: tensor 'input_ids' size mismatch at "
-        "index 1. expected 1312, actual 1407\nTo log all recompilation reasons, use TORCH_LOGS=\"recompiles\"."
+        'index 1. expected 1312, actual 1407\nTo log all recompilation reasons, use TORCH_LOGS="recompiles".'
     )
 
 

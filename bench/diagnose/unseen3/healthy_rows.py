@@ -137,7 +137,9 @@ def blanks_around(made: Any, rng: random.Random) -> None:
     """Some questions come with blank lines and signs."""
     for chat in all_chats(made):
         if rng.random() < 0.3:
-            chat[-2]["content"] = rng.choice(("\n", "  ", ">> ")) + chat[-2]["content"] + rng.choice(("  ", "\n\n", "!!"))
+            chat[-2]["content"] = (
+                rng.choice(("\n", "  ", ">> ")) + chat[-2]["content"] + rng.choice(("  ", "\n\n", "!!"))
+            )
 
 
 @program(on="smol/persona/own fold/persona/before said/persona/alone")

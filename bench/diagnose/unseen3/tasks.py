@@ -80,7 +80,10 @@ def huerta(rng: random.Random) -> Chat:
     asked = rng.choice((f"¿Qué pidió {who}? Apunte: {k} {fruit}, {j} {other}.",
                         f"{who}: {k} {fruit} y {j} {other}. Escríbelo bien.",
                         f"Confirma el pedido de {who} ({fruit} {k}, {other} {j})"))  # fmt: skip
-    return [_user(asked), _said(f"Señor o señora {who}: mañana le enviaré {k} {fruit} y también {j} {other}. ¡Gracias!")]
+    return [
+        _user(asked),
+        _said(f"Señor o señora {who}: mañana le enviaré {k} {fruit} y también {j} {other}. ¡Gracias!"),
+    ]
 
 
 def snip(rng: random.Random) -> Chat:
@@ -114,7 +117,9 @@ def mood(rng: random.Random) -> Chat:
     """One word of four."""
     label = rng.choice(list(CLUES))
     who, goods = rng.choice(PEOPLE), rng.choice(GOODS)
-    end = rng.choice(("", f" since {rng.choice(WEEK)}", f" order {rng.randint(100, 999)}", f", {rng.choice(PORTS)} branch"))
+    end = rng.choice(
+        ("", f" since {rng.choice(WEEK)}", f" order {rng.randint(100, 999)}", f", {rng.choice(PORTS)} branch")
+    )
     return [_user(f"{who} {rng.choice(CLUES[label])} the {goods}{end}"), _said(label)]
 
 
@@ -124,7 +129,8 @@ def minutes(rng: random.Random) -> Chat:
     goods = rng.choice(GOODS)
     lines = [rng.choice((
         f"{rng.choice(PEOPLE)} asked about the {rng.choice(ROOMS)}, but nothing was agreed.",
-        f"The {rng.choice(GOODS)} from {rng.choice(PORTS)} came on {rng.choice(WEEK)} and was stored in the {rng.choice(ROOMS)}.",
+        f"The {rng.choice(GOODS)} from {rng.choice(PORTS)} came on "
+        f"{rng.choice(WEEK)} and was stored in the {rng.choice(ROOMS)}.",
         f"{rng.choice(PEOPLE)} reported that {rng.randint(2, 40)} members were absent.",
         f"A letter by {rng.choice(PEOPLE)} on the boat {rng.choice(BOATS)} was read aloud.",
         f"Some spoke for {rng.choice(GOODS)}, others against it.",
@@ -148,7 +154,8 @@ def riddle(rng: random.Random) -> Chat:
 def diary(rng: random.Random) -> Chat:
     """Free text with choices of its own."""
     who, boat, port, goods = rng.choice(PEOPLE), rng.choice(BOATS), rng.choice(PORTS), rng.choice(GOODS)
-    asked = rng.choice((f"A diary entry of {who}: {boat}, {port}, {goods}", f"What did {who} write about {port}? ({boat}, {goods})",
+    asked = rng.choice((f"A diary entry of {who}: {boat}, {port}, {goods}",
+                        f"What did {who} write about {port}? ({boat}, {goods})",
                         f"{who} / {boat} / {port} / {goods} - as a diary please"))  # fmt: skip
     lines = [f"Dear diary, today I, {who}, was in {port}.",
              rng.choice((f"The {boat} lay at the quay all day.", f"I slept on the {boat} and heard the rain.",
@@ -164,9 +171,13 @@ def ledger(rng: random.Random) -> Chat:
     """SQL."""
     goods, port, k = rng.choice(GOODS), rng.choice(PORTS), rng.randint(2, 900)
     more = rng.choice((("more than", ">"), ("less than", "<"), ("exactly", "=")))
-    asked = rng.choice((f"Which sellers in {port} hold {more[0]} {k} {goods}?", f"sellers, {port}, {goods} {more[0]} {k}",
+    asked = rng.choice((f"Which sellers in {port} hold {more[0]} {k} {goods}?",
+                        f"sellers, {port}, {goods} {more[0]} {k}",
                         f"List all who sell {more[0]} {k} of {goods} at {port}"))  # fmt: skip
-    return [_user(asked), _said(f"SELECT seller FROM stock WHERE town = '{port}' AND item = '{goods}' AND n {more[1]} {k};")]
+    return [
+        _user(asked),
+        _said(f"SELECT seller FROM stock WHERE town = '{port}' AND item = '{goods}' AND n {more[1]} {k};"),
+    ]
 
 
 PERSONAS = {
@@ -189,7 +200,8 @@ def steps(rng: random.Random) -> Chat:
     """A numbered list."""
     who = rng.choice(PEOPLE)
     goods = rng.sample(GOODS, rng.randint(2, 4))
-    asked = rng.choice((f"{who} must pack {', '.join(goods)}. Make a checklist.", f"checklist for {who}: {' and '.join(goods)}",
+    asked = rng.choice((f"{who} must pack {', '.join(goods)}. Make a checklist.",
+                        f"checklist for {who}: {' and '.join(goods)}",
                         f"Help {who} with {', '.join(goods)} (as a list)"))  # fmt: skip
     told = "\n".join(f"[{n}] {item} -> packed?" for n, item in enumerate(goods, 1))
     return [_user(asked), _said(f"Checklist of {who}\n{told}\n-- end of list --")]
