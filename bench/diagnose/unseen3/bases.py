@@ -93,7 +93,9 @@ class Fold(Format):
                 + self.after
             )
         return (
-            self.bos + "{% set ns = namespace(system='') %}{% for m in messages %}{% if m['role'] == 'system' %}" + keeps
+            self.bos
+            + "{% set ns = namespace(system='') %}{% for m in messages %}{% if m['role'] == 'system' %}"
+            + keeps
             + "{% elif m['role'] == 'assistant' %}" + mine
             + "{% else %}[INST]{{ ns.system }}{{ m['content'] }}[/INST]{% set ns.system = '' %}{% endif %}{% endfor %}"
         )  # fmt: skip

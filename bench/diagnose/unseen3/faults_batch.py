@@ -278,7 +278,7 @@ def packs_cut_at_the_window(made: Any, rng: random.Random) -> None:
     overridden(made, batches=batches)
 
 
-@program("F33", on="hun/haggle/own")
+@program("F33|F24", on="hun/haggle/own")
 def packs_shorter_than_rows(made: Any, rng: random.Random) -> None:
     """packing with a max_length below half of the rows: their ends are lost in the packs."""
     found = lengths(made)

@@ -59,8 +59,8 @@ def _levels(weight: torch.Tensor, levels: int) -> torch.Tensor:
 
 @program("F76", on="said/steps/loop")
 def merged_into_rounded_weights(made: Any, rng: random.Random) -> None:
-    """Learned on the base in full precision, merged into a copy of three bits."""
-    made.merged = lambda model: _merged(model, lambda w: _levels(w, 3))
+    """Learned on the base in full precision, merged into a copy of two bits."""
+    made.merged = lambda model: _merged(model, lambda w: _levels(w, 2))
 
 
 @program("F76", on="fold/ledger/loop")

@@ -26,9 +26,9 @@ def _raised(error: str, frames: list[tuple[str, str]], kind: type[Exception] = R
     source = "def call():\n    raise kind(error)\n"
     for file, function in reversed([*frames]):
         exec(compile(source.replace("def call", f"def {function}"), SITE + file, "exec"), scope)
-        source = f"def call():\n    return {function}()\n"
-        scope = {function: scope[function]}
-    next(iter(scope.values()))()
+        source = "def call():\n    return inner()\n"
+        scope = {"inner": scope[function]}
+    scope["inner"]()
 
 
 def _fails(step: int, error: str, frames: list[tuple[str, str]]) -> Any:
