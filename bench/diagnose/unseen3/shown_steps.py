@@ -39,7 +39,7 @@ def f33(c: Case) -> Shown:
         starts = sum(b["position_ids"][0].tolist().count(0) for b in c.batches)
         per_row = sum(row.count(c.end) for row, _ in c.rows) / len(c.rows)
         return {"rows": starts, "ends": ends, "expected": per_row * starts, "whole in pack 1": sum(found),
-                "is_shown": ends < 0.75 * per_row * starts}  # fmt: skip
+                "is_shown": ends < 0.8 * per_row * starts}  # fmt: skip
     cut, _ = over_of(c)
     return {"cut": cut, "is_shown": cut > 0.5 and c.config()["packing"]}
 
@@ -278,7 +278,7 @@ def f76(c: Case) -> Shown:
     set_peft_model_state_dict(model, outcome.adapter)
     rows = render(replace_recipe(c.made), c.made.held_out, "answers")[:12]
     losses = [_loss(model, rows), _loss(outcome.merged, rows)]
-    return {"adapter, merged": losses, "is_shown": losses[1] > losses[0] + 0.3}
+    return {"adapter, merged": losses, "is_shown": losses[1] > losses[0] + 0.2}
 
 
 def f01(c: Case) -> Shown:
