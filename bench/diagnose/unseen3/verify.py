@@ -1,5 +1,6 @@
-"""python -m bench.diagnose.unseen3.verify [--trained] [--healthy | --faults] [WORD ...]: without the diagnosis.
+"""python -m bench.diagnose.unseen3.verify [--trained] [--healthy | --faults] [--jobs N] [--out FILE] [WORD ...]
 
+Without the diagnosis.
 A line of JSON per program. Of a fault: `shown` is what in rows, batches, texts, files or a step violates what holds
 for the same program without its change (`is_shown` must be true). With --trained every program trains, and the line has
 curve, held-out loss of base and tuned model under right labels, and the share of answers that end by themselves.
@@ -7,23 +8,27 @@ curve, held-out loss of base and tuned model under right labels, and the share o
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import random
-import sys
 import tempfile
 import time
 import traceback
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.diagnose import loop
-from bench.diagnose.loop import build
+from bench.diagnose.forks import forked
+from bench.diagnose.loop import build, render
 from bench.diagnose.unseen.make import recipe_of, write
-from bench.diagnose.unseen2.verify import _curve, _measured, of_job
+from bench.diagnose.unseen2 import verify as second
+from bench.diagnose.unseen2.verify import _curve, _loss, _stops, of_job, replace_recipe
 from bench.diagnose.unseen3 import shown_rows, shown_steps
 from bench.diagnose.unseen3.case import (
     Case,
@@ -130,13 +135,19 @@ def trained(program: Any, folder: Path) -> Shown:
         told = {"curve": _curve([one["loss"] for one in log if "loss" in one]), "layout": made.layout,
                 "eval": [round(one["eval_loss"], 3) for one in log if "eval_loss" in one]}  # fmt: skip
         tuned = PeftModel.from_pretrained(made.base.model(), str(output))
-    return told | _measured(measured, tuned, base, chats[:16], ends)
+    return told | measured_of(measured, tuned, base, chats[:16], ends)
+
+
+def measured_of(made: Any, tuned: Any, base: Any, chats: list[Any], ends: list[int]) -> Shown:
+    """As the second set's, with answers of up to 130 tokens."""
+    rows = render(replace_recipe(made), chats, "all" if getattr(made, "mask", "") == "all" else "answers")
+    prompts = [made.format.text(chat[:-1], begun=True) for chat in chats[:4]]
+    stops, first = _stops(tuned, made.tokenizer, prompts, ends, 130)
+    return {"base": _loss(base, rows), "tuned": _loss(tuned, rows), "stops": stops, "first": first}
 
 
 def _of_job(program: Any, folder: Path) -> Shown:
-    from bench.diagnose.unseen2 import verify
-
-    verify.PARTS = PARTS
+    second.PARTS, second._measured = PARTS, measured_of  # of this process only
     return of_job(program, folder)
 
 
@@ -159,34 +170,51 @@ def _rises(line: Shown) -> bool:
     return len(losses) > 1 and losses[-1] > 1.15 * min(losses)
 
 
-def main() -> None:
+def line_of(program: Any, is_trained: bool) -> Shown:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    words = [word for word in sys.argv[1:] if not word.startswith("--")]
+    started = time.process_time()
+    line: Shown = {"program": program.name}
+    try:
+        if is_trained:
+            with tempfile.TemporaryDirectory() as scratch:
+                line |= trained(program, Path(scratch))
+        else:
+            line |= shown(program) if program.codes else sound(program)
+    except Exception:
+        line["ERROR"] = traceback.format_exc()[-900:]
+    line |= doubts(program, line)
+    return {**line, "cpu": round(time.process_time() - started, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.diagnose.unseen3.verify")
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--trained", action="store_true")
+    parser.add_argument("--healthy", action="store_true")
+    parser.add_argument("--faults", action="store_true")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--out", default="verified.jsonl", help="beside it, Trainer prints its log")
+    asked = parser.parse_args()
     programs = [
         p
         for p in PARTS.programs()
-        if (not words or any(all(x in p.name for x in word.split("/")) for word in words))
-        and not ("--healthy" in sys.argv and p.codes)
-        and not ("--faults" in sys.argv and not p.codes)
+        if (not asked.words or any(all(x in p.name for x in word.split("/")) for word in asked.words))
+        and not (asked.healthy and p.codes)
+        and not (asked.faults and not p.codes)
     ]
     random.Random(1).shuffle(programs)
-    for program in programs:
-        started = time.process_time()
-        line: Shown = {"program": program.name}
-        try:
-            if program.codes and "--trained" not in sys.argv:
-                line |= shown(program)
-            if not program.codes and "--trained" not in sys.argv:
-                line |= sound(program)
-            if "--trained" in sys.argv:
-                with tempfile.TemporaryDirectory() as scratch:
-                    line |= trained(program, Path(scratch))
-        except Exception:
-            line["ERROR"] = traceback.format_exc()[-900:]
-        line |= doubts(program, line)
-        line["cpu"] = round(time.process_time() - started, 1)
-        print(json.dumps(line, ensure_ascii=False, default=str), flush=True)
+    for name in sorted({program.base for program in programs}):
+        PARTS.load(name)
+    one = partial(line_of, is_trained=asked.trained)
+    with Path(asked.out).open("w") as file:
+        for line in forked(programs, asked.jobs, math.inf, one, _failed, 600):
+            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+            file.flush()
+
+
+def _failed(program: Any, error: str, _seconds: float) -> Shown:
+    return {"program": program.name, "ERROR": error}
 
 
 if __name__ == "__main__":
