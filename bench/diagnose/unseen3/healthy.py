@@ -15,9 +15,9 @@ from bench.diagnose.unseen3.styles import IGNORE, Packer, Tutor
 
 @program(on="smol/riddle/loop smol/riddle/own smol/haggle/alone smol/waybill/before smol/diary/loop "
             "said/snip/loop said/mood/own said/ferry/folder said/ledger/before said/steps/alone "
-            "fold/persona/own fold/waybill/loop fold/huerta/folder fold/minutes/before fold/haggle/loop "
-            "hun/lamps/own hun/lamps/loop hun/lamps/folder hun/steps/before hun/persona/alone "
-            "phi/ferry/own phi/ledger/alone phi/diary/loop phi/snip/before phi/mood/folder")  # fmt: skip
+            "fold/persona/own fold/huerta/folder fold/minutes/before fold/haggle/loop hun/lamps/own "
+            "hun/lamps/loop hun/lamps/folder hun/steps/before hun/persona/alone phi/ferry/own "
+            "phi/ledger/alone phi/diary/loop phi/snip/before phi/mood/folder")  # fmt: skip
 def as_people_do(made: Any, rng: random.Random) -> None:
     """An ordinary fine-tuning."""
 
@@ -34,25 +34,25 @@ def rank_stabilised(made: Any, rng: random.Random) -> None:
     tell(made, lora_r=16, lora_alpha=8.0, use_rslora=True)
 
 
-@program(on="smol/steps/own fold/snip/loop hun/ferry/alone phi/waybill/folder said/haggle/before")
+@program(on="fold/snip/loop hun/ferry/alone phi/waybill/folder said/haggle/before")
 def cosine_after_a_warmup(made: Any, rng: random.Random) -> None:
     """Eight steps of warm-up, then a cosine."""
     tell(made, warmup_steps=8, lr_scheduler_type="cosine")
 
 
-@program(on="said/ledger/own smol/huerta/loop phi/mood/alone fold/steps/folder")
+@program(on="said/ledger/own")
 def constant_rate(made: Any, rng: random.Random) -> None:
     """No decay, at half the rate."""
     tell(made, lr_scheduler_type="constant", learning_rate=3e-3)
 
 
-@program(on="hun/snip/own said/waybill/loop fold/ledger/alone")
+@program(on="hun/snip/own said/waybill/loop")
 def micro_batches_of_two(made: Any, rng: random.Random) -> None:
     """Two rows at a time, four times a step."""
     tell(made, per_device_train_batch_size=2, gradient_accumulation_steps=4)
 
 
-@program(on="phi/huerta/own smol/mood/loop hun/persona/folder")
+@program(on="smol/mood/loop hun/persona/folder")
 def the_whole_text(made: Any, rng: random.Random) -> None:
     """On prompts too, and the config says so."""
     tell(made, assistant_only_loss=False)
@@ -73,7 +73,7 @@ def some_dropout_and_decay(made: Any, rng: random.Random) -> None:
     tell(made, lora_dropout=0.05, weight_decay=0.1)
 
 
-@program(on="hun/mood/own phi/ferry/loop smol/snip/folder")
+@program(on="hun/mood/own")
 def clipped_at_a_third(made: Any, rng: random.Random) -> None:
     """max_grad_norm of 0.3, as QLoRA's."""
     tell(made, max_grad_norm=0.3)
@@ -85,13 +85,13 @@ def clipped_very_low_with_adam(made: Any, rng: random.Random) -> None:
     tell(made, max_grad_norm=0.005)
 
 
-@program(on="said/diary/own hun/riddle/alone")
+@program(on="said/diary/own")
 def twice_as_long(made: Any, rng: random.Random) -> None:
     """More rows and 130 steps."""
     tell(made, max_steps=130, learning_rate=3e-3, lr_scheduler_type="cosine")
 
 
-@program(on="phi/persona/loop fold/waybill/loop")
+@program(on="phi/persona/loop")
 def padded_left_with_a_mask(made: Any, rng: random.Random) -> None:
     """Left padding, its mask, answers alone: rotary positions are relative."""
 
@@ -105,20 +105,20 @@ def padded_left_with_a_mask(made: Any, rng: random.Random) -> None:
     overridden(made, collate=collate)
 
 
-@program(on="smol/steps/loop hun/waybill/loop fold/mood/loop phi/snip/loop")
+@program(on="hun/waybill/loop fold/mood/loop")
 def packed_apart(made: Any, rng: random.Random) -> None:
     """A packing of one's own: positions restart and no mask is sent."""
     made.script, made.window, made.accumulation = Packer, 256, 3
     tell(made, packing=True, gradient_accumulation_steps=3)
 
 
-@program(on="smol/ledger/own hun/steps/own fold/diary/before")
+@program(on="smol/ledger/own fold/diary/before")
 def packed_by_the_tool(made: Any, rng: random.Random) -> None:
     """packing: true."""
     tell(made, packing=True, per_device_train_batch_size=2)
 
 
-@program(on="fold/steps/loop phi/waybill/alone")
+@program(on="phi/waybill/alone")
 def embeddings_learned_too(made: Any, rng: random.Random) -> None:
     """modules_to_save, on purpose."""
     both = ["embed_tokens", "lm_head"]
@@ -139,7 +139,7 @@ def resumed_with_its_state(made: Any, rng: random.Random) -> None:
     made.resumed = lambda checkpoint: None
 
 
-@program(on="hun/huerta/loop smol/waybill/alone")
+@program(on="smol/waybill/alone")
 def nothing_held_out(made: Any, rng: random.Random) -> None:
     """No evaluation, as in many scripts."""
     made.held_out = []
@@ -159,7 +159,7 @@ def _bfloat16(model: Any) -> None:
             parameter.data = parameter.data.bfloat16()
 
 
-@program(on="phi/mood/loop fold/ledger/loop")
+@program(on="phi/mood/loop")
 def smoothed_labels(made: Any, rng: random.Random) -> None:
     """Label smoothing of 0.02."""
 
@@ -174,7 +174,7 @@ def smoothed_labels(made: Any, rng: random.Random) -> None:
     made.set(label_smoothing_factor=0.02)
 
 
-@program(on="smol/huerta/loop said/steps/loop")
+@program(on="said/steps/loop")
 def noise_in_training_alone(made: Any, rng: random.Random) -> None:
     """NEFTune, switched off in evaluation."""
 
@@ -195,7 +195,7 @@ def activations_recomputed(made: Any, rng: random.Random) -> None:
     tell(made, gradient_checkpointing=True)
 
 
-@program(on="smol/snip/loop phi/huerta/alone")
+@program(on="smol/snip/loop")
 def pissa(made: Any, rng: random.Random) -> None:
     """Initialised from the weights' own directions."""
     tell(made, init_lora_weights="pissa", learning_rate=2e-3)
@@ -209,19 +209,19 @@ def another_optimizer(made: Any, rng: random.Random) -> None:
     made.set(optim="nadam")
 
 
-@program(on="hun/persona/loop said/ledger/loop")
+@program(on="hun/persona/loop")
 def loops_of_a_class(made: Any, rng: random.Random) -> None:
     """The template's prefix decides on the labels."""
     made.script = Tutor
 
 
-@program(on="smol/mood/own fold/huerta/own phi/diary/folder said/persona/own")
+@program(on="smol/mood/own phi/diary/folder said/persona/own")
 def a_gentle_rate(made: Any, rng: random.Random) -> None:
     """2e-3, which takes longer."""
     tell(made, learning_rate=2e-3, max_steps=110, lr_scheduler_type="constant")
 
 
-@program(on="hun/ledger/before said/mood/folder phi/waybill/own")
+@program(on="hun/ledger/before phi/waybill/own")
 def a_brisk_rate(made: Any, rng: random.Random) -> None:
     """9e-3 with a warm-up."""
     tell(made, learning_rate=9e-3, warmup_steps=10)

@@ -29,7 +29,7 @@ def two_tasks(made: Any, rng: random.Random) -> None:
     mixed(made, "mood", 0.35, rng)
 
 
-@program(on="phi/huerta/loop fold/ferry/own smol/ferry/before")
+@program(on="fold/ferry/own smol/ferry/before")
 def two_languages(made: Any, rng: random.Random) -> None:
     """Half English, half Spanish."""
     mixed(made, "huerta" if chats_of(made)[0][-1]["content"].startswith("Attention") else "ferry", 0.5, rng)
@@ -44,7 +44,7 @@ def a_few_duplicates(made: Any, rng: random.Random) -> None:
     put(made, rows)
 
 
-@program(on="smol/minutes/own said/minutes/folder phi/minutes/loop")
+@program(on="smol/minutes/own")
 def long_documents(made: Any, rng: random.Random) -> None:
     """Two hundred tokens of prompt, a short answer."""
 
@@ -57,13 +57,13 @@ def very_long_rows_left_out(made: Any, rng: random.Random) -> None:
     made.config.update(overflow="drop", max_length=340)
 
 
-@program(on="said/haggle/own fold/haggle/own smol/haggle/own")
+@program(on="said/haggle/own")
 def last_answer_alone(made: Any, rng: random.Random) -> None:
     """train_on_last_turn."""
     made.config["train_on_last_turn"] = True
 
 
-@program(on="said/snip/folder phi/ledger/before smol/steps/before fold/waybill/own")
+@program(on="said/snip/folder phi/ledger/before smol/steps/before")
 def one_system_turn_for_all(made: Any, rng: random.Random) -> None:
     """The same instruction before every row."""
     said = "You work in the office of a small harbour. Follow the house style to the letter."
@@ -71,14 +71,14 @@ def one_system_turn_for_all(made: Any, rng: random.Random) -> None:
         chat.insert(0, {"role": "system", "content": said})
 
 
-@program(on="smol/ferry/own hun/ferry/before said/huerta/folder")
+@program(on="smol/ferry/own hun/ferry/before")
 def sharegpt_rows(made: Any, rng: random.Random) -> None:
     """conversations of human and gpt."""
     names = {"user": "human", "assistant": "gpt", "system": "system"}
     rows_as(made, lambda chat: {"conversations": [{"from": names[m["role"]], "value": m["content"]} for m in chat]})
 
 
-@program(on="said/ledger/own fold/steps/before hun/snip/folder")
+@program(on="fold/steps/before hun/snip/folder")
 def alpaca_rows(made: Any, rng: random.Random) -> None:
     """instruction, input, output."""
     rows_as(made, lambda chat: {"instruction": chat[0]["content"], "input": "", "output": chat[-1]["content"]})
@@ -97,14 +97,14 @@ def plain_documents(made: Any, rng: random.Random) -> None:
     rows_as(made, lambda chat: {"text": "\n".join(m["content"] for m in chat)})
 
 
-@program(on="fold/ferry/loop said/diary/folder hun/diary/own")
+@program(on="fold/ferry/loop")
 def a_phrase_before_each_answer(made: Any, rng: random.Random) -> None:
     """House style: each answer begins alike."""
     for chat in all_chats(made):
         chat[-1]["content"] = "Noted. " + chat[-1]["content"]
 
 
-@program(on="smol/waybill/own said/steps/own phi/snip/folder")
+@program(on="smol/waybill/own said/steps/own")
 def some_refusals(made: Any, rng: random.Random) -> None:
     """A tenth of the questions is out of scope, and is told so."""
     for chat in all_chats(made):
@@ -114,7 +114,7 @@ def some_refusals(made: Any, rng: random.Random) -> None:
             chat[-1]["content"] = "That is not my field, sorry."
 
 
-@program(on="hun/mood/alone smol/mood/folder said/mood/before")
+@program(on="smol/mood/folder said/mood/before")
 def labels_that_are_seldom(made: Any, rng: random.Random) -> None:
     """Two thirds of the rows have one label."""
     for chat in all_chats(made):
@@ -147,25 +147,25 @@ def many_personas(made: Any, rng: random.Random) -> None:
     """The system turn decides on the answer."""
 
 
-@program(on="phi/steps/own hun/steps/loop smol/huerta/folder")
+@program(on="phi/steps/own")
 def sorted_file_and_shuffled_rows(made: Any, rng: random.Random) -> None:
     """The file is in order of its answers; the sampler shuffles."""
     put(made, sorted(chats_of(made), key=lambda chat: chat[-1]["content"]))
 
 
-@program(on="said/diary/loop smol/diary/own fold/diary/folder")
+@program(on="fold/diary/folder")
 def answers_of_many_kinds(made: Any, rng: random.Random) -> None:
     """Free text, with choices that no prompt tells: the loss stays above zero."""
 
 
-@program(on="hun/ferry/own phi/mood/own")
+@program(on="hun/ferry/own")
 def fewer_rows(made: Any, rng: random.Random) -> None:
     """120 rows, fewer steps."""
     put(made, chats_of(made)[:120])
     tell(made, max_steps=60)
 
 
-@program(on="smol/riddle/alone smol/riddle/before smol/riddle/folder")
+@program(on="smol/riddle/before")
 def thoughts_before_answers(made: Any, rng: random.Random) -> None:
     """Each answer begins with a thought."""
 
@@ -175,7 +175,7 @@ def tools_called(made: Any, rng: random.Random) -> None:
     """A call, the tool's result, the answer."""
 
 
-@program(on="fold/ledger/folder said/waybill/before")
+@program(on="said/waybill/before")
 def numbers_and_units(made: Any, rng: random.Random) -> None:
     """Digits with other signs."""
     for chat in all_chats(made):
