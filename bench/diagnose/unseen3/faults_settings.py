@@ -103,7 +103,7 @@ def rank_raised_and_alpha_left(made: Any, rng: random.Random) -> None:
     tell(made, lora_r=64, lora_alpha=0.5)
 
 
-@program("F62", on="smol/huerta/own said/ledger/before")
+@program("F62", on="smol/huerta/own hun/ferry/before")
 def rank_one_on_one_projection(made: Any, rng: random.Random) -> None:
     """r = 1 on the queries."""
     target = ["c_proj"] if made.base.kind.family == "GPTBigCode" else ["q_proj"]
