@@ -86,7 +86,7 @@ class RowFacts:
         self.settings, self.tokenizer, self.report = settings, tokenizer, report
         self._rows, self._model_jsons, self._template_of_model = (train, validation), model_jsons, template_of_model
         self.train, self.validation = Side.of(judged(train)), Side.of(judged(validation))
-        self.family = str(model_jsons["config.json"].get("model_type", ""))
+        self.family = str(model_jsons.get("config.json", {}).get("model_type", ""))
         self._known: dict[Any, Any] = {}
         self._blank_of: dict[int, bool] = {}
 

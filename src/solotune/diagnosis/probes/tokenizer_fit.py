@@ -29,6 +29,9 @@ CALM = 0.6  # temperature: what the model is sure of
 REWRITTEN, UNSURE = 0.95, 0.4
 """Share of the tokens that a model writes which survive decoding and encoding (ten clean models keep 0.98 and more;
 with moved ids 0.55 to 0.98), where plain text costs more than this part of swapped ids."""
+BEYOND_CHANCE = 0.5
+"""Of the tokens that random text loses, the part that the model's own keeps: a clean base that was changed keeps 0.73
+(PiSSA takes the largest directions out of it), one with another tokenizer next to none."""
 NO_TEXT = 0.85  # plain text against swapped ids; clean models show 0.2 to 0.6
 EXPECTED = 1.0  # nats a token of its own headers, for a model that was trained on its template
 KNOWN = 0.7  # plain text against swapped ids: text that the model knows
@@ -161,12 +164,14 @@ def _tokenizer(found: dict[str, Any]) -> Signal | None:
     numbers = {"plain_text": plain, "ids_swapped": swapped, "log_v": log_v}
     written, markers = found.get("own_text_kept", 1.0), found.get("own_markers")
     is_expected = markers is not None and markers < EXPECTED
-    if written < REWRITTEN and UNSURE * swapped < plain <= NO_TEXT * swapped and not is_expected:  # above: see below
+    random = found.get("any_text_kept", 1.0)
+    is_split_otherwise = written < REWRITTEN and written - random < BEYOND_CHANCE * (1 - random)
+    if is_split_otherwise and UNSURE * swapped < plain <= NO_TEXT * swapped and not is_expected:  # above: see below
         says = (
             f"what the base writes is split otherwise by this tokenizer: {written:.0%} of its tokens survive decoding "
         )
         says += (
-            f"and encoding, of random tokens {found['any_text_kept']:.0%}; the loss of plain text is {plain:.1f} nats "
+            f"and encoding, of random tokens {random:.0%}; the loss of plain text is {plain:.1f} nats "
         )
         says += f"a token, with swapped ids {swapped:.1f}"
         return Signal("F04", "measured", says, 0.75, {**numbers, "own_text_kept": written})
