@@ -107,8 +107,17 @@ class Adapter:
         Raises:
             KeyError: the layer has no adapter.
         """
-        A, B = (self.tensors[tensor_key(module, part)].float() for part in PARTS)
+        A, B = self.factors(module)
         return self.scaling(module) * (B @ A)
+
+    def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (r, in) and B (out, r) of a layer, float32.
+
+        Raises:
+            KeyError: the layer has no adapter.
+        """
+        A, B = (self.tensors[tensor_key(module, part)].float() for part in PARTS)
+        return A, B
 
 
 def peft_config(

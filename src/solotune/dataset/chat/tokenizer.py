@@ -99,9 +99,14 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | np.ndar
     return texts
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer's files."""
+    return any((folder / file).is_file() for file in _TOKENIZER_FILES)
+
+
 def _check_has_tokenizer(model_files: ModelFiles) -> None:
     folder = model_files.folder
-    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         present = sorted(path.name for path in folder.iterdir())
         raise InputError(
             f"model_name_or_path: {model_files.name} has no tokenizer files",
