@@ -152,6 +152,11 @@ class BaseTensors:
                     change="check --base",
                 )
 
+    @property
+    def has_every_linear(self) -> bool:
+        """Whether the files hold the weight of every linear layer as the layer has it."""
+        return self.linears == {weight.layer for weight in self.weights}
+
     def check_quantised(self) -> None:
         """Raises:
         InputError: a quantised layer's weight is not in the files as the layer has it, so it cannot be dequantised.
