@@ -139,7 +139,7 @@ def output_dtype(tensors: BaseTensors, wanted: str | None) -> tuple[str, str]:
         return wanted, "--dtype"
     if tensors.stored_dtypes == {torch.float16}:
         return "fp16", "the base is stored in float16, which has more digits than bfloat16"
-    return "bf16", "the range of float32, so nothing overflows"
+    return "bf16", "it has the range of float32, so nothing overflows"
 
 
 # --- writing

@@ -140,11 +140,9 @@ def choose(
             measured[candidate] = trained.compare(measure.predictions(model.module, trained.rows), model.head)
     trained.model = None
     candidates.sort(key=lambda name: measured[name].mean_kl)
-    words = [f"{name}: KL {measured[name].mean_kl:.1g}, same top token {measured[name].top1_agreement:.1%}"
-             for name in candidates]  # fmt: skip
-    into, because = wanted or candidates[0], f"nearest to the trained model on {trained.what} ({'; '.join(words)})"
-    if wanted is not None:
-        because = f"--merge-into; on {trained.what} {'; '.join(words)}"
+    words = "; ".join(f"{name} {measured[name].mean_kl:.1e}" for name in candidates)
+    why = f"mean KL to the trained model on {trained.what}: {words}"
+    into, because = wanted or candidates[0], f"--merge-into; {why}" if wanted else why
     is_what_was_trained = into == (DEQUANTIZED if has_codes else ORIGINAL)
     must_be_exact = is_what_was_trained and not source.config.precision.multiplies_in_fp8
     return MergeChoice(into, because, measured, trained.has_labels, must_be_exact)

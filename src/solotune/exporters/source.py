@@ -136,7 +136,7 @@ def _open_run(target: str | Path, base: str | None) -> ExportSource:
     if folder != run.directory.adapter:
         choices.append(Choice("adapter", folder.name, "the run has not finished; this is its newest checkpoint"))
     rows, because = _held_out(run)
-    choices.append(Choice("rows to measure with", len(rows), because))
+    choices.append(Choice("rows compared", len(rows), because))
     run.config = _for_measuring(run.config)
     return ExportSource(
         Adapter.read(folder),
@@ -161,7 +161,11 @@ def _held_out(run: TunedRun) -> tuple[list[Example], str]:
     except SolotuneError as error:
         return [], f"the held-out rows cannot be read: {error.problem}"
     rows = _bounded(found)
-    return rows, f"of {len(found):,} held-out rows" if found else "the run held out no rows"
+    return rows, _of_rows(len(found), "held-out rows") if found else "the run held out no rows"
+
+
+def _of_rows(count: int, kind: str) -> str:
+    return f"there are {count:,} {kind}; at most {MAX_ROWS} of {MAX_TOKENS} tokens are compared"
 
 
 def _bounded(rows: Sequence[Example]) -> list[Example]:
@@ -255,7 +259,7 @@ def _add_rows(source: ExportSource) -> None:
     report = prepared.report
     source.prompt_format, source.answer_ends = report.prompt_format, list(report.answer_ends)
     source.system_prompt = report.shared_system_prompt
-    source.choices.append(Choice("rows to measure with", len(source.rows), f"of {len(prepared.train):,} in --dataset"))
+    source.choices.append(Choice("rows compared", len(source.rows), _of_rows(len(prepared.train), "rows in --dataset")))
 
 
 # --- checks

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from solotune.config.run_config import Choice
+from solotune.dataset.chat.tokenizer import saved_files
 from solotune.exporters import parity
-from solotune.exporters.adapter_folder import base_name, note_on_base, write_adapter
+from solotune.exporters.adapter_folder import note_on_base, write_adapter
 from solotune.exporters.artifact import Artifact, Compared, Export
 from solotune.exporters.base_tensors import BaseTensors
 from solotune.exporters.export_folder import ExportFolder, artifact_of
@@ -24,8 +25,6 @@ from solotune.exporters.parity import parity_of
 from solotune.exporters.source import ExportSource
 from solotune.hardware.gpu_errors import device_errors
 from solotune.run.atomic_io import whole_folder
-
-TOKENIZER_BYTES = 32 << 20  # a bound: Gemma's tokenizer.json has 33 MB, most others a tenth
 
 
 @dataclass
@@ -86,7 +85,8 @@ def sizes(source: ExportSource, tensors: BaseTensors, kinds: Sequence[str], dtyp
     """Bytes that each kind needs on the disk."""
     adapter = sum(tensor.numel() * tensor.element_size() for tensor in source.adapter.tensors.values())
     each = {"adapter": adapter, "merged": merged_bytes(tensors, OUTPUT_DTYPES[dtype])}
-    return {kind: each[kind] + TOKENIZER_BYTES for kind in kinds}
+    beside = sum(len(content) for _, content in saved_files(source.tokenizer))
+    return {kind: each[kind] + beside for kind in kinds}
 
 
 def export_adapter(job: ExportJob) -> Artifact:
@@ -140,4 +140,4 @@ def _merged_in_transformers(job: ExportJob, folder: Path, choice: MergeChoice) -
 def _vllm_adapter(source: ExportSource, target: Path) -> str:
     """The command that serves base and adapter."""
     rank = max(map(source.adapter.rank, source.adapter.modules))
-    return f"vllm serve {base_name(source)} --enable-lora --max-lora-rank {rank} --lora-modules tuned={target}"
+    return f"vllm serve {source.base.name} --enable-lora --max-lora-rank {rank} --lora-modules tuned={target}"

@@ -124,7 +124,7 @@ def peft_config(
     modules: Collection[str],
     candidates: Collection[str],
     *,
-    base: str | None,
+    base: str,
     revision: str | None,
     r: int,
     alpha: float,
@@ -139,7 +139,7 @@ def peft_config(
     Args:
         modules: dotted names of the layers that have an adapter.
         candidates: dotted names of all layers of the base that PEFT could adapt: linears and embeddings.
-        base: hub id of the base; None for a local folder.
+        base: hub id of the base, or its path.
     """
     leaves = {name.rpartition(".")[2] for name in modules}
     selected = {name for name in candidates if name.rpartition(".")[2] in leaves}
@@ -147,7 +147,7 @@ def peft_config(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "revision": revision if base else None,
+        "revision": revision,
         "r": r,
         "lora_alpha": alpha,
         "lora_dropout": dropout,
