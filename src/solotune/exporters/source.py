@@ -160,7 +160,7 @@ def _held_out(run: TunedRun) -> tuple[list[Example], str]:
         found = run.prepare().validation
     except SolotuneError as error:
         return [], f"the held-out rows cannot be read: {error.problem}"
-    rows = _bounded(found)
+    rows = bounded(found)
     return rows, _of_rows(len(found), "held-out rows") if found else "the run held out no rows"
 
 
@@ -168,7 +168,7 @@ def _of_rows(count: int, kind: str) -> str:
     return f"there are {count:,} {kind}; at most {MAX_ROWS} of {MAX_TOKENS} tokens are compared"
 
 
-def _bounded(rows: Sequence[Example]) -> list[Example]:
+def bounded(rows: Sequence[Example]) -> list[Example]:
     """At most MAX_ROWS rows, evenly spaced, cut to MAX_TOKENS; without those that then have no token to predict."""
     wanted = range(0, len(rows), max(1, len(rows) // MAX_ROWS))
     cut = (_cut(rows[place]) for place in wanted)
@@ -255,7 +255,7 @@ def _config_of(adapter: Adapter, base: str, rows_of: str, precision: str) -> Run
 def _add_rows(source: ExportSource) -> None:
     """Read the rows of --dataset, and how they are asked."""
     prepared = dataset.prepare(source.config, source.tokenizer)
-    source.rows = _bounded(prepared.train)
+    source.rows = bounded(prepared.train)
     report = prepared.report
     source.prompt_format, source.answer_ends = report.prompt_format, list(report.answer_ends)
     source.system_prompt = report.shared_system_prompt
