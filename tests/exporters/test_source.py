@@ -82,9 +82,7 @@ def test_an_adapter_of_peft_is_loaded_as_peft_loads_it(theirs: Path, export_base
     base = AutoModelForCausalLM.from_pretrained(export_base, dtype=torch.float32)
     expected = PeftModel.from_pretrained(base, str(theirs)).eval()
     with torch.no_grad():
-        torch.testing.assert_close(
-            source.load().module.eval()(IDS).logits, expected(IDS).logits, rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(source.load().module.eval()(IDS).logits, expected(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_rows_of_dataset_say_how_such_an_adapter_is_asked(theirs: Path, export_base: Path, run: Path) -> None:

@@ -87,7 +87,7 @@ class Merge:
         if self.into == REQUANTIZED:
             W_OI = W.T.contiguous() if tensor.is_transposed else W
             again = NF4Weight(W_OI.to(self.device, self.compute_dtype), double_quant=True)
-            W = again.dense(self.compute_dtype).cpu()
+            W = again.dense(self.dtype).cpu()
             W = W.T.contiguous() if tensor.is_transposed else W
         return W
 

@@ -69,7 +69,7 @@ class ExportSource:
     @property
     def vocab_size(self) -> int:
         """Rows of the base's embedding."""
-        return vocab_size_of(self.base)
+        return _text_config(self.base).vocab_size
 
     def load(self, progress: Progress | None = None) -> TrainableModel:
         """Load the model that was trained: the base in the precision of the training, with the adapter.
@@ -206,8 +206,8 @@ def _open_folder(folder: Path, base: str | None, rows_of: str | None, base_preci
     )  # fmt: skip
     config = _config_of(adapter, base, rows_of or NO_ROWS, precision)
     files = resolve_model(config).with_weights()
-    positions = files.config.get("max_position_embeddings")
-    longest = min(MAX_TOKENS, positions) if isinstance(positions, int) and positions >= 8 else MAX_TOKENS
+    positions = getattr(_text_config(files), "max_position_embeddings", None) or MAX_TOKENS  # 0: without positions
+    longest = min(MAX_TOKENS, positions)
     config, _, _ = resolve_for_machine(config.replaced("export", max_length=longest))
     choices = [Choice("base_precision", precision, because)]
     own = has_tokenizer(folder)
@@ -291,6 +291,6 @@ def _check_vocabulary(source: ExportSource) -> None:
         )
 
 
-def vocab_size_of(base: ModelFiles) -> int:
-    """Rows of a base's embedding, from config.json."""
-    return architecture_of(base.folder, base.config).get_text_config().vocab_size
+def _text_config(base: ModelFiles) -> Any:
+    """The language model's config, under transformers' names."""
+    return architecture_of(base.folder, base.config).get_text_config()
