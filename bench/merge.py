@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 QUIET = {"eval_strategy": "no", "eval_steps": None, "save_strategy": "no", "save_steps": None, "num_samples": 0}
 TASKS: dict[str, dict[str, Any]] = {
     "demo": {"dataset": str(ROOT / "examples/tickets.jsonl"), "max_steps": 60},
-    "chats": {"split_by": "row", "validation_size": 40, "max_steps": 25, "learning_rate": 1e-3},
+    "chats": {"split_by": None, "validation_size": 40, "max_steps": 25, "learning_rate": 1e-3},
 }
 ORDER = ("trained", "original", "dequantized", "requantized")
 
