@@ -10,8 +10,7 @@ on PATH, else a pinned one.
 What an engine adds to a prompt, and where it stops, is in the header and has to be what the training did:
 
     tokenizer.chat_template           the template of the folder
-    tokenizer.ggml.add_bos_token      whether training's prompts begin with BOS. llama.cpp adds one if this is true,
-                                      and then drops one that the template wrote
+    tokenizer.ggml.add_bos_token      whether llama.cpp adds BOS to a prompt (and drops the one that the template wrote)
     tokenizer.ggml.add_eos_token      false: no prompt ends with EOS
     eos_token_id, eot_, eom_          the end tokens of generation_config.json, three at most
 """
@@ -30,11 +29,10 @@ from typing import Any
 
 import torch
 
-from solotune import dataset
-from solotune.dataset.chat.template import render_chat
 from solotune.errors import CheckError, InputError, StorageError
 from solotune.exporters import gguf_process
 from solotune.exporters.tools import CONVERTER, LORA_CONVERTER, LORA_SCRIPT, QUANTIZER
+from solotune.exporters.turn_format import engine_adds_bos
 from solotune.hub.safe_files import json_object
 from solotune.model.adapter import Adapter
 from solotune.run.atomic_io import Folder, whole_folder
@@ -132,14 +130,8 @@ def header_of(merged: Path, prompt_format: str) -> dict[str, Any]:
     tokenizer = _tokenizer(merged)
     prefix = "tokenizer.ggml."
     ends = _end_ids(merged, tokenizer)
-    if prompt_format == "chat":
-        begins = render_chat(tokenizer, [{"role": "user", "content": "x"}], is_prompt=True)
-        adds_bos = bool(tokenizer.bos_token) and begins.startswith(tokenizer.bos_token)
-    else:
-        adds_bos = (
-            tokenizer.bos_token_id is not None and dataset.text_prompt(tokenizer, "x")[0] == tokenizer.bos_token_id
-        )
-    found: dict[str, Any] = {f"{prefix}add_bos_token": adds_bos, f"{prefix}add_eos_token": False}
+    found: dict[str, Any] = {f"{prefix}add_eos_token": False}
+    found[f"{prefix}add_bos_token"] = engine_adds_bos(tokenizer, prompt_format)
     for kind, token in zip(_ENDS, ends, strict=False):
         found[f"{prefix}{kind}_token_id"] = token
     if prompt_format == "chat":

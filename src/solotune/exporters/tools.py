@@ -140,13 +140,13 @@ LORA_CONVERTER = Tool(
 """llama.cpp's convert_lora_to_gguf.py (MIT), which imports the packages of `CONVERTER`."""
 LORA_SCRIPT = LORA_CONVERTER.keep[0]
 
-LINUX_X86_64 = ("--platform", "manylinux_2_28_x86_64", "--implementation", "cp")
+_LINUX = ("--implementation", "cp", "--platform")
 QUANTIZER = Tool(
     "ik-llama-cpp-python",
     "0.1.5",
     "52408f31dd05d16ada53b041155f14ec1fee9acd6ab0b4b4f77de04bd565bd67",
     "K-quantisation",
-    platform=(*LINUX_X86_64, "--python-version", "311", "--abi", "cp311"),
+    platform=(*_LINUX, "manylinux_2_28_x86_64", "--python-version", "311", "--abi", "cp311"),
     keep=("ik_llama_cpp/bin/llama-quantize", "ik_llama_cpp_python.libs"),
 )
 """llama-quantize of ik_llama.cpp (MIT), a fork by the author of the K-quants; used if there is none on PATH."""
@@ -156,6 +156,6 @@ ENGINE = Tool(
     "2026.10.11549",
     "c54e7d13520ecc989c63dc99d55de3065e2f343a91f43f053d16b5e62077c261",
     "running a GGUF file",
-    platform=(*("--platform", "manylinux2014_x86_64"), "--implementation", "cp", "--python-version", "310", "--abi", "abi3"),
-)  # fmt: skip
+    platform=(*_LINUX, "manylinux2014_x86_64", "--python-version", "310", "--abi", "abi3"),
+)
 """llama.cpp with its server, as a Python module (Apache-2.0; llama.cpp is MIT)."""
