@@ -33,9 +33,12 @@ if TYPE_CHECKING:
 
 MODELFILE = "Modelfile"
 PASS_THROUGH = "{{ .Prompt }}"
-_TWO_BYTES, _THREE_BYTES = ("\\u0085", "\\u00a0"), (
-    *("\\u1680", "\\u2028", "\\u2029", "\\u202f", "\\u205f", "\\u3000"),
-    *(f"\\u20{number:02x}" for number in range(11)),
+_TWO_BYTES, _THREE_BYTES = (
+    ("\\u0085", "\\u00a0"),
+    (
+        *("\\u1680", "\\u2028", "\\u2029", "\\u202f", "\\u205f", "\\u3000"),
+        *(f"\\u20{number:02x}" for number in range(11)),
+    ),
 )
 _ONE_BYTE = (" ", "\\n", "\\r", "\\t", "\\v", "\\f", *(f"\\x{number:02x}" for number in range(0x1C, 0x20)))
 

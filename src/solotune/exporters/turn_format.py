@@ -150,7 +150,9 @@ def _take(turns: TurnFormat, messages: Messages) -> None:
     """Add what stands between the messages of a conversation; the first of its kind counts."""
     text = turns.trained(messages)
     if text is None:
-        raise InputError("the chat template refuses a question, an answer and a question", allowed="a template of turns")
+        raise InputError(
+            "the chat template refuses a question, an answer and a question", allowed="a template of turns"
+        )
     pieces, at = [], 0
     for message in messages:
         found = text.find(message["content"], at)
@@ -196,5 +198,3 @@ def _take_strips(turns: TurnFormat, role: str) -> None:
         if not turns.differs(messages):
             return
     turns.strips[role] = (False, False)
-
-
