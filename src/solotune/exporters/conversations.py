@@ -2,6 +2,7 @@ r"""Conversations whose token ids are compared between training and an engine th
 
     for conversation in conversations(tokenizer): ...      those that the model's template accepts
     accepted, refused = split_by_template(tokenizer)       and the others, by name, with what the template says
+    text_conversations(tokenizer, prompts)                 plain texts to continue, for a run that has no chats
 
 What goes wrong between two engines is rarely a plain question. It is white space at an edge (one trims, the other does
 not), a character that is normalised, a system prompt that a template moves, a tool call that is quoted twice. So every
@@ -15,12 +16,13 @@ every template that accepts questions and answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from solotune.dataset.chat.answer_spans import ChatTemplate, Rendered
 from solotune.dataset.chat.control_tokens import ControlTokens
-from solotune.dataset.chat.template import Messages, Template, Tools
+from solotune.dataset.chat.template import REFUSED_BY_TEMPLATE, Messages, Tools
 from solotune.dataset.readers.row import RowError
 
 if TYPE_CHECKING:
@@ -32,13 +34,17 @@ MOST_OWN_TOKENS = 12
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as an engine gets them. They end with an answer (a row), or ask for one (`is_prompt`)."""
+    """Messages as an engine gets them. They end with an answer (a row), or ask for one (`is_prompt`).
+
+    With a `text` there are no messages: it is continued as it is.
+    """
 
     name: str
     messages: Messages
     tools: Tools = None
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of `apply_chat_template` beside messages and tools: `add_generation_prompt`."""
+    text: str | None = None
 
     @property
     def is_prompt(self) -> bool:
@@ -280,27 +286,51 @@ def all_conversations(tokenizer: PreTrainedTokenizerBase) -> list[Conversation]:
 
 
 def split_by_template(tokenizer: PreTrainedTokenizerBase) -> tuple[list[Conversation], dict[str, str]]:
-    """The conversations that the tokenizer's chat template accepts; and of the others, by name, what it says.
+    """The conversations that training accepts with the tokenizer's chat template; of the others, by name, why not.
 
     Raises:
         InputError: the tokenizer has no chat template.
     """
-    template = Template(tokenizer)
+    template = ChatTemplate(tokenizer)
     accepted: list[Conversation] = []
     refused: dict[str, str] = {}
     for conversation in all_conversations(tokenizer):
         try:
-            template.render("", conversation.messages, conversation.tools, is_prompt=conversation.is_prompt)
+            rendered(template, conversation)
             accepted.append(conversation)
         except RowError as error:
-            refused[conversation.name] = (error.seen or error.reason).partition("; the roles are")[0]
+            says = str(error.seen or "").partition("; the roles are")[0]
+            refused[conversation.name] = says if error.reason == REFUSED_BY_TEMPLATE else error.reason
     return accepted, refused
 
 
 def conversations(tokenizer: PreTrainedTokenizerBase) -> list[Conversation]:
-    """The conversations that the tokenizer's chat template accepts.
+    """The conversations that training accepts with the tokenizer's chat template.
 
     Raises:
         InputError: the tokenizer has no chat template.
     """
     return split_by_template(tokenizer)[0]
+
+
+def rendered(template: ChatTemplate, conversation: Conversation) -> Rendered:
+    """The conversation's text as training makes it: a prompt, or a row.
+
+    Raises:
+        RowError: the template refuses it, or leaves an answer out.
+    """
+    if conversation.is_prompt:
+        return template.render_prompt(conversation.messages, conversation.tools)
+    return template.render(conversation.name, conversation.messages, conversation.tools)
+
+
+def text_conversations(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] = ()) -> list[Conversation]:
+    """Plain texts to continue: the run's own prompts, and every text of `TEXTS`.
+
+    Texts of `TEXTS` that begin with the tokenizer's bos token are left out: training takes it as the bos, while an
+    engine puts its own before it.
+    """
+    bos = tokenizer.bos_token
+    texts = {name: text for name, text in TEXTS.items() if not (bos and text.startswith(str(bos)))}
+    own = {f"prompt {n} of the run": text for n, text in enumerate(prompts, 1) if text}
+    return [Conversation(name, [], text=text) for name, text in {**own, **texts}.items()]
