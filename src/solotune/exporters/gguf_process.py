@@ -56,13 +56,13 @@ def convert(arguments: list[str], metadata: dict[str, Any]) -> dict[str, Any]:
     class Writer(gguf.GGUFWriter):
         """The converter's writer, with `metadata` in the header."""
 
-        def write_kv_data_to_file(self) -> None:
+        def write_header_to_file(self, path: Path | None = None) -> None:
             for key, value in metadata.items():
                 for header in self.kv_data:
                     header.pop(key, None)
                 if value is not None:
                     self.add_key_value(key, value, types[type(value)])
-            super().write_kv_data_to_file()
+            super().write_header_to_file(path)
 
     gguf.GGUFWriter = Writer
     sys.argv = ["convert_hf_to_gguf.py", *arguments]

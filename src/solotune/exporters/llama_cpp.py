@@ -37,7 +37,7 @@ from typing import IO, Any
 
 import torch
 
-from solotune.errors import InputError, SolotuneError
+from solotune.errors import InputError
 from solotune.exporters import llama_cpp_process
 from solotune.exporters.tools import ENGINE
 
@@ -46,8 +46,8 @@ ANSWER_SECONDS = 600
 CONTEXT = 4096
 
 
-class EngineError(SolotuneError):
-    """llama.cpp did not load a file, or did not answer. Raised as it is only if nothing catches it: exit code 1."""
+class EngineError(InputError):
+    """llama.cpp does not load a file, refuses a conversation, or does not answer."""
 
 
 class LlamaCpp:
