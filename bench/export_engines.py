@@ -66,10 +66,44 @@ def model_of(tokenizer_folder: Path, folder: Path) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    for name in ("tokenizer.model",):
-        if (tokenizer_folder / name).exists():
-            shutil.copy(tokenizer_folder / name, folder / name)
+    if (tokenizer_folder / "tokenizer.model").exists():
+        shutil.copy(tokenizer_folder / "tokenizer.model", folder)
+    elif tokenizer_folder.name == "gemma":
+        (folder / "tokenizer.model").write_bytes(sentencepiece_of(tokenizer))
     return tokenizer
+
+
+def sentencepiece_of(tokenizer: Any) -> bytes:
+    """A SentencePiece model with the pieces of a tokenizer and the order of its merges; Gemma's own is in no package.
+
+    Gemma's converter reads nothing else. A merge comes first if its piece has a higher score.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in state["model"]["merges"]]
+    scores: dict[str, float] = {}
+    for rank, (left, right) in enumerate(merges):
+        scores.setdefault(left + right, -float(rank))
+    special = {token["content"] for token in state["added_tokens"] if token["special"]}
+    added = {token["content"] for token in state["added_tokens"]}
+    model = sentencepiece_model_pb2.ModelProto()
+    model.trainer_spec.model_type = 2  # BPE
+    model.trainer_spec.byte_fallback = True
+    model.normalizer_spec.add_dummy_prefix = model.normalizer_spec.remove_extra_whitespaces = False
+    types = sentencepiece_model_pb2.ModelProto.SentencePiece
+    for piece, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        kind = types.NORMAL
+        if piece == tokenizer.unk_token:
+            kind = types.UNKNOWN
+        elif piece in special:
+            kind = types.CONTROL
+        elif len(piece) == 6 and piece.startswith("<0x"):
+            kind = types.BYTE
+        elif piece in added:
+            kind = types.USER_DEFINED
+        model.pieces.add(piece=piece, score=scores.get(piece, -float(len(merges))), type=kind)
+    return model.SerializeToString()
 
 
 def ids_in_llama_cpp(tokenizer_folder: Path) -> dict[str, Any]:
