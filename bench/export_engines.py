@@ -3,7 +3,7 @@
     python -m bench.export_engines FOLDER [--only templates|logits] [--rows 8] [--positions 6]
 
 FOLDER holds `tok/{smollm2,llama3,qwen3,mistral,gemma}`: tokenizers in transformers' form with the chat templates of trl
-1.16.0 (mistral: mistral-common 1.13.1), for mistral and gemma with their `tokenizer.model`.
+1.16.0 (mistral: mistral-common 1.13.1).
 
 templates   a model of one tiny random layer with each tokenizer, as GGUF: the ids that llama.cpp's server computes for
             some 400 conversations, and the prompts that the Modelfile's TEMPLATE makes in Go (if `go` is on PATH),
@@ -66,44 +66,7 @@ def model_of(tokenizer_folder: Path, folder: Path) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if (tokenizer_folder / "tokenizer.model").exists():
-        shutil.copy(tokenizer_folder / "tokenizer.model", folder)
-    elif tokenizer_folder.name == "gemma":
-        (folder / "tokenizer.model").write_bytes(sentencepiece_of(tokenizer))
     return tokenizer
-
-
-def sentencepiece_of(tokenizer: Any) -> bytes:
-    """A SentencePiece model with the pieces of a tokenizer and the order of its merges; Gemma's own is in no package.
-
-    Gemma's converter reads nothing else. A merge comes first if its piece has a higher score.
-    """
-    from sentencepiece import sentencepiece_model_pb2
-
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in state["model"]["merges"]]
-    scores: dict[str, float] = {}
-    for rank, (left, right) in enumerate(merges):
-        scores.setdefault(left + right, -float(rank))
-    special = {token["content"] for token in state["added_tokens"] if token["special"]}
-    added = {token["content"] for token in state["added_tokens"]}
-    model = sentencepiece_model_pb2.ModelProto()
-    model.trainer_spec.model_type = 2  # BPE
-    model.trainer_spec.byte_fallback = True
-    model.normalizer_spec.add_dummy_prefix = model.normalizer_spec.remove_extra_whitespaces = False
-    types = sentencepiece_model_pb2.ModelProto.SentencePiece
-    for piece, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
-        kind = types.NORMAL
-        if piece == tokenizer.unk_token:
-            kind = types.UNKNOWN
-        elif piece in special:
-            kind = types.CONTROL
-        elif len(piece) == 6 and piece.startswith("<0x"):
-            kind = types.BYTE
-        elif piece in added:
-            kind = types.USER_DEFINED
-        model.pieces.add(piece=piece, score=scores.get(piece, -float(len(merges))), type=kind)
-    return model.SerializeToString()
 
 
 def ids_in_llama_cpp(tokenizer_folder: Path) -> dict[str, Any]:

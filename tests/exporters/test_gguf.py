@@ -178,9 +178,7 @@ def test_a_full_disk_is_said(converter: Path, tmp_path: Path) -> None:
         gguf.write_gguf(model(tmp_path / "merged"), target, "bf16")
 
 
-def test_k_quants_are_made_from_sixteen_bits(
-    converter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_k_quants_are_made_from_sixteen_bits(converter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "bin" / "llama-quantize"
     program.parent.mkdir()
     program.write_text('#!/bin/sh\n[ "$3" = Q4_K_M ] && cp "$1" "$2" || { echo "unknown type $3" >&2; exit 1; }\n')

@@ -15,7 +15,7 @@ from solotune.exporters import llama_cpp
 from solotune.exporters.llama_cpp import EngineError, LlamaCpp
 from solotune.exporters.tools import ENGINE
 
-XLLAMACPP = '''
+XLLAMACPP = """
 import json, math, threading, http.server
 class Any:
     def __getattr__(self, name):
@@ -52,7 +52,7 @@ class Server:
         server.key = params.api_keys[0]
         threading.Thread(target=server.serve_forever, daemon=True).start()
         self.listening_address = "http://127.0.0.1:%d" % server.server_port
-'''
+"""
 
 
 @pytest.fixture

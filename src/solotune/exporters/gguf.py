@@ -12,7 +12,14 @@ What an engine adds to a prompt, and where it stops, is in the header and has to
     tokenizer.chat_template           the template of the folder
     tokenizer.ggml.add_bos_token      whether llama.cpp adds BOS to a prompt (and drops the one that the template wrote)
     tokenizer.ggml.add_eos_token      false: no prompt ends with EOS
+    tokenizer.ggml.add_space_prefix   SentencePiece only: whether a text after a control token gets a space in front.
+                                      llama.cpp does that where the converter says nothing, and Mistral's prompts then
+                                      have a token too many after [INST]
     eos_token_id, eot_, eom_          the end tokens of generation_config.json, three at most
+
+llama.cpp's server defines variables that transformers does not: with `date_string`, Llama 3.1 is told today's date
+instead of the one it was trained with. So the template in the header begins by setting them to what they are in
+training (`engine_template`).
 """
 
 from __future__ import annotations
@@ -23,14 +30,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from solotune.dataset.chat.template import render_chat
 from solotune.errors import CheckError, InputError, StorageError
 from solotune.exporters import gguf_process
+from solotune.exporters.sentencepiece_model import SPACE, sentencepiece_model
 from solotune.exporters.tools import CONVERTER, LORA_CONVERTER, LORA_SCRIPT, QUANTIZER
 from solotune.exporters.turn_format import engine_adds_bos
 from solotune.hub.safe_files import json_object
@@ -38,12 +48,16 @@ from solotune.model.adapter import Adapter
 from solotune.run.atomic_io import Folder, whole_folder
 from solotune.units import first_line
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
 K_QUANTS = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_k_s", "q4_k_m", "q5_0", "q5_k_s", "q5_k_m", "q6_k")
 QUANTIZATIONS = (*CONVERTED, *K_QUANTS)
 LORA_FILE = "adapter.gguf"
 SECONDS, BYTES_PER_SECOND = 600, 4 << 20  # a child may take SECONDS, and more for a large model
 _ENDS = ("eos", "eot", "eom")
+ENGINE_VARIABLES = ("date_string", "tools_in_user_message")
 _HEAD_AND_EMBEDDING = ("lm_head", "embed_out", "embed_tokens", "wte", "word_embeddings", "embed_in")
 
 
@@ -71,7 +85,8 @@ def check_convertible(base_folder: Path, adapter: Adapter, *, is_merged: bool = 
     """
     if not is_merged:
         _check_lora(adapter)
-    answer = _converter({"check": str(base_folder)}, _seconds_for(base_folder))
+    with _for_converter(base_folder) as seen:
+        answer = _converter({"check": str(seen)}, _seconds_for(base_folder))
     if "ok" in answer:
         return
     other = "--to merged or vllm exports it; vLLM and `transformers serve` run that folder"
@@ -134,9 +149,28 @@ def header_of(merged: Path, prompt_format: str) -> dict[str, Any]:
     found[f"{prefix}add_bos_token"] = engine_adds_bos(tokenizer, prompt_format)
     for kind, token in zip(_ENDS, ends, strict=False):
         found[f"{prefix}{kind}_token_id"] = token
+    if SPACE in tokenizer.get_vocab():
+        pieces = tokenizer.tokenize("x" if prompt_format == "text" else f"{tokenizer.eos_token}x")
+        found[f"{prefix}add_space_prefix"] = pieces[-1].startswith(SPACE) or pieces[-2:-1] == [SPACE]
     if prompt_format == "chat":
-        found["tokenizer.chat_template"] = tokenizer.get_chat_template()
+        found["tokenizer.chat_template"] = engine_template(tokenizer)
     return found
+
+
+def engine_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template for llama.cpp: it sets variables that its server defines to what they are in training.
+
+    A template that writes today's date (`strftime_now`) keeps doing so, there as here.
+    """
+    source = tokenizer.get_chat_template()
+    lines = []
+    for name in ENGINE_VARIABLES:
+        if name not in source or "strftime_now" in source:
+            continue
+        shown = f"{source}\ufdd0{{{{ {name} | tojson if {name} is defined else '' }}}}"
+        value = render_chat(tokenizer, [{"role": "user", "content": "x"}], template=shown).rpartition("\ufdd0")[2]
+        lines += [f"{{%- set {name} = {value} -%}}"] if value else []
+    return "".join(lines) + source
 
 
 def header_problems(path: Path, metadata: Mapping[str, Any]) -> list[str]:
@@ -164,8 +198,9 @@ def _end_ids(folder: Path, tokenizer: Any) -> list[int]:
 
 
 def _convert(merged: Path, path: Path, outtype: str, metadata: Mapping[str, Any], seconds: float) -> None:
-    arguments = [str(merged), "--outtype", outtype, "--outfile", str(path)]
-    answer = _converter({"convert": arguments, "metadata": metadata}, seconds)
+    with _for_converter(merged) as seen:
+        arguments = [str(seen), "--outtype", outtype, "--outfile", str(path)]
+        answer = _converter({"convert": arguments, "metadata": metadata}, seconds)
     if "ok" in answer and path.is_file():
         return
     _check_room(path.parent, answer.get("why", ""))
@@ -269,6 +304,23 @@ def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+@contextmanager
+def _for_converter(folder: Path) -> Iterator[Path]:
+    """The folder, or one of links to its files with a `tokenizer.model` of the tokenizer that training used."""
+    content = sentencepiece_model(_tokenizer(folder))
+    if content is None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="solotune-model-") as scratch:
+        seen = Path(scratch) / folder.name
+        seen.mkdir()
+        for file in folder.iterdir():
+            if file.name != "tokenizer.model":
+                (seen / file.name).symlink_to(file.resolve())
+        (seen / "tokenizer.model").write_bytes(content)
+        yield seen
 
 
 def _seconds_for(folder: Path) -> float:
