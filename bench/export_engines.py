@@ -8,8 +8,8 @@ FOLDER holds `tok/{smollm2,llama3,qwen3,mistral,gemma}`: tokenizers in transform
 templates   a model of one tiny random layer with each tokenizer, as GGUF: the ids that llama.cpp's server computes for
             some 400 conversations, and the prompts that the Modelfile's TEMPLATE makes in Go (if `go` is on PATH),
             against training
-logits      SmolLM2-135M-Instruct with an adapter of random B: merged as f32, f16, bf16, q8_0, q4_k_m, and the adapter as
-            GGUF beside its base; log-probabilities of the whole vocabulary against PEFT in f32
+logits      SmolLM2-135M-Instruct with an adapter of random B: merged as f32, f16, bf16, q8_0, q4_k_m, and the adapter
+            as GGUF beside its base; log-probabilities of the whole vocabulary against PEFT in f32
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ import torch
 import transformers
 
 from bench.machine import RESULTS, machine, table, write_result
-from solotune.exporters.conversations import Conversation, split_by_template
+from solotune.exporters.conversations import split_by_template
+from solotune.exporters.engine_parity import CONTEXT, engine_ids, explained, normalizer
 from solotune.exporters.gguf import write_gguf, write_lora_gguf
 from solotune.exporters.llama_cpp import LlamaCpp
 from solotune.exporters.log_prob_error import LogProbError
@@ -77,22 +78,13 @@ def ids_in_llama_cpp(tokenizer_folder: Path) -> dict[str, Any]:
             path = write_gguf(Path(scratch) / "model", target, "f16")
         asked, refused = split_by_template(tokenizer)
         trained = TrainedIds(tokenizer)
-        with LlamaCpp(Path(scratch) / "gguf" / path.name, context=16384) as engine:
-            differences = compare_token_ids(asked, trained, engine_ids(engine), tokenizer)
+        with LlamaCpp(Path(scratch) / "gguf" / path.name, context=CONTEXT) as engine:
+            given = engine_ids(engine)
+            differences = compare_token_ids(asked, trained, given, tokenizer)
+            problems, notes = explained(differences, asked, trained, given, normalizer(tokenizer))
     spelled = sum(map(trained.spelled, asked))
     kept = {"conversations": len(asked), "refused": len(refused), "spelled": spelled, "differ": len(differences)}
-    return {**kept, "shown": [str(difference) for difference in differences]}
-
-
-def engine_ids(engine: LlamaCpp) -> Any:
-    """Token ids of a conversation in an engine."""
-
-    def ids(asked: Conversation) -> list[int]:
-        if asked.text is not None:
-            return engine.token_ids(asked.text)
-        return engine.token_ids(asked.messages, asked.tools, is_prompt=asked.is_prompt)
-
-    return ids
+    return {**kept, "unexplained": problems, "shown": notes + [str(difference) for difference in differences]}
 
 
 def prompts_in_go(tokenizer_folder: Path) -> dict[str, Any]:

@@ -6,13 +6,13 @@
     FROM ./model-q8_0.gguf     the model; with an adapter of its own: ADAPTER ./adapter.gguf
     TEMPLATE                   Ollama renders Go templates, not Jinja; without one it guesses by likeness
     PARAMETER stop             the texts that end an answer, beside the end tokens in the GGUF file
-    SYSTEM                     the system prompt that all training rows share. Ollama gives it to every conversation that
-                               has none of its own, as `solotune chat` does
+    SYSTEM                     the system prompt that all training rows share. Ollama gives it to every conversation
+                               that has none of its own, as `solotune chat` does
 
-TEMPLATE is written from the pieces that `turn_format` finds by probes, so its text is that of training by construction,
-and tests run it in Go's own engine. Ollama gives a template only what it has understood: texts by role (two of a role in
-a row become one), no reasoning, tools in another spelling than training's. So the template has no tools, and Ollama says
-that the model supports none. What else differs is returned as notes.
+TEMPLATE is written from the pieces that `turn_format` finds by probes, so its text is that of training by
+construction, and tests run it in Go's own engine. Ollama gives a template only what it has understood: texts by role
+(two of a role in a row become one), no reasoning, tools in another spelling than training's. So the template has no
+tools, and Ollama says that the model supports none. What else differs is returned as notes.
 
 BOS is never in the TEMPLATE: llama.cpp, which Ollama runs, adds it as the GGUF file says (`gguf.header_of`).
 """
@@ -175,7 +175,8 @@ def _one_of(variable: str, texts: Iterable[str]) -> str:
 _STRIP_BOTH = f"""\
 {{{{- /* str.strip() of Python, which Go templates lack: the text without white space at its ends */ -}}}}
 {{{{- define "strip" -}}}}
-{{{{- $rest := . }}}}{{{{ $begin := 0 }}}}{{{{ $end := 0 }}}}{{{{ $seen := false }}}}{{{{ $in := false }}}}{{{{ $skip := "" -}}}}
+{{{{- $rest := . }}}}{{{{ $begin := 0 }}}}{{{{ $end := 0 -}}}}
+{{{{- $seen := false }}}}{{{{ $in := false }}}}{{{{ $skip := "" -}}}}
 {{{{- range $i := len . -}}}}
 {{{{- $one := slice $rest 0 1 }}}}{{{{ $two := "" }}}}{{{{ $three := "" -}}}}
 {{{{- if gt (len $rest) 1 }}}}{{{{ $two = slice $rest 0 2 }}}}{{{{ end -}}}}
@@ -187,7 +188,8 @@ _STRIP_BOTH = f"""\
 {{{{- else if {_one_of("$three", _THREE_BYTES)} }}}}{{{{ $skip = "xx" -}}}}
 {{{{- else }}}}{{{{ $space = false }}}}{{{{ end -}}}}
 {{{{- if $space }}}}{{{{ if $in }}}}{{{{ $in = false }}}}{{{{ $end = $i }}}}{{{{ end -}}}}
-{{{{- else }}}}{{{{ if not $seen }}}}{{{{ $begin = $i }}}}{{{{ $seen = true }}}}{{{{ end }}}}{{{{ $in = true }}}}{{{{ end -}}}}
+{{{{- else }}}}{{{{ $in = true }}}}{{{{ if not $seen }}}}{{{{ $begin = $i }}}}{{{{ $seen = true }}}}{{{{ end -}}}}
+{{{{- end -}}}}
 {{{{- end -}}}}
 {{{{- if $in }}}}{{{{ slice . $begin }}}}{{{{ else if $seen }}}}{{{{ slice . $begin $end }}}}{{{{ end -}}}}
 {{{{- end -}}}}

@@ -2,12 +2,12 @@
 
     content = sentencepiece_model(tokenizer)       None if it is no tokenizer of that kind
 
-Llama 2, Mistral and Gemma were published with both a `tokenizer.model` and a `tokenizer.json`. Training uses the second;
-the converter takes pieces and scores from the first, and for Gemma takes nothing else. transformers does not save the
-first, so a merged folder may lack it, and where both are there they can disagree: on runs of spaces, in a tokenizer that
-transformers made from Mistral's. So the file is written anew from the merges of the tokenizer at hand. llama.cpp joins
-the pair of pieces first whose union has the highest score; with the negative rank of its first merge as a score, that is
-the order of the merges.
+Llama 2, Mistral and Gemma were published with both a `tokenizer.model` and a `tokenizer.json`. Training uses the
+second; the converter takes pieces and scores from the first, and for Gemma takes nothing else. transformers does not
+save the first, so a merged folder may lack it, and where both are there they can disagree: on runs of spaces, in a
+tokenizer that transformers made from Mistral's. So the file is written anew from the merges of the tokenizer at hand.
+llama.cpp joins the pair of pieces first whose union has the highest score; with the negative rank of its first merge as
+a score, that is the order of the merges.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def sentencepiece_model(tokenizer: PreTrainedTokenizerBase) -> bytes | None:
     written = sentencepiece_model_pb2.ModelProto()
     written.trainer_spec.model_type = sentencepiece_model_pb2.TrainerSpec.BPE
     written.trainer_spec.byte_fallback = True
+    written.normalizer_spec.add_dummy_prefix = written.normalizer_spec.remove_extra_whitespaces = False
     kinds = {token["content"]: "CONTROL" if token["special"] else "USER_DEFINED" for token in added}
     kinds[str(tokenizer.unk_token)] = "UNKNOWN"
     kinds |= {f"<0x{byte:02X}>": "BYTE" for byte in range(256)}

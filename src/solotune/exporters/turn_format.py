@@ -5,8 +5,8 @@
     turns.differs(messages)     whether training renders it otherwise
 
 Engines that do not run Jinja (Ollama has Go templates) need a chat template in another language. A translation of the
-source would be a guess. So conversations of words that occur nowhere else are rendered as training renders them, and cut
-at these words; what is left between two messages depends on their roles only:
+source would be a guess. So conversations of words that occur nowhere else are rendered as training renders them, and
+cut at these words; what is left between two messages depends on their roles only:
 
     between["", "user"]           '<|im_start|>user\\n'
     between["user", "assistant"]  '<|im_end|>\\n<|im_start|>assistant\\n'
