@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ["scripts/demo", "scripts/test", "scripts/check", "scripts/check_sdist", "scripts/docs", ".ci/run"]
+SCRIPTS = ["scripts/demo", "scripts/test", "scripts/test_export", "scripts/check", "scripts/check_sdist", "scripts/docs", ".ci/run"]
 
 
 def canonical(name: str) -> str:
