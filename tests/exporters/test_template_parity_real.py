@@ -2,8 +2,8 @@
 
 import pytest
 import transformers
-from bench.real_tokenizers import FOLDER, NAMES
 
+from bench.real_tokenizers import FOLDER, NAMES
 from solotune.exporters.conversations import split_by_template
 from solotune.exporters.template_parity import TrainedIds, folder_parity
 
