@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from solotune.api.doctor import doctor
     from solotune.api.evaluate import evaluate
     from solotune.api.explain import explain
+    from solotune.api.export import export
     from solotune.api.init import init
     from solotune.api.plan import plan
     from solotune.api.runs import runs
@@ -50,6 +51,7 @@ __all__ = [
     "doctor",
     "evaluate",
     "explain",
+    "export",
     "init",
     "load_config",
     "plan",
