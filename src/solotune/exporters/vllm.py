@@ -144,7 +144,8 @@ def _adapter_problems(folder: Path, base: Mapping[str, Any] | None) -> Iterator[
         yield f"{ADAPTER_TENSORS}: {odd[0]} is not a LoRA matrix of PEFT"
     outer = sorted({part for name in tensors for part in name.split(".") if part in _OUTER})
     if outer:
-        yield f"{ADAPTER_TENSORS}: adapters on {', '.join(outer)}, which most of vLLM's models lack; serve the merged model"
+        what = f"adapters on {', '.join(outer)}, which most of vLLM's models lack"
+        yield f"{ADAPTER_TENSORS}: {what}; serve the merged model"
     yield from _dtype_problems(ADAPTER_TENSORS, tensors)
 
 
