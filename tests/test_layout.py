@@ -40,6 +40,8 @@ TESTED_IN = {
     "dataset/chat/test_tokenizer.py": ["dataset.chat.tokenizer_files"],
     "faults/test_doors_model.py": ["hub.hf_config", "hub.safe_files", "hub.safetensors_header", "model.weights"],
     "faults/test_doors_output.py": ["run.output_dir"],
+    "exporters/test_gguf.py": ["exporters.gguf_process"],
+    "exporters/test_llama_cpp.py": ["exporters.llama_cpp_process"],
     "faults/test_running_before.py": ["api.setup", "training.disk_space"],
     "dataset/chat/test_messages_weights.py": ["dataset.chat.weights"],
     "dataset/readers/test_files.py": ["dataset.readers.json_records", "dataset.readers.row", "dataset.readers.tables"],

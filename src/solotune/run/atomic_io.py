@@ -30,7 +30,7 @@ from typing import Any
 
 from solotune.errors import StorageError
 from solotune.run import fs_ops
-from solotune.run.manifest import MANIFEST, Entry, check_folder, manifest_text
+from solotune.run.manifest import MANIFEST, Entry, check_folder, entry_at, manifest_text
 
 PARTIAL, REMOVED = ".partial", ".removed"  # endings of what is not complete yet, or being removed: `.<name>.partial`
 PREFLIGHT = ".preflight-"
@@ -116,6 +116,21 @@ class Folder:
         if path.parent != self.path:
             fs_ops.sync_folder(path.parent)
         self.entries[name] = Entry(count, digest.hexdigest())
+
+    def adopt(self, name: str) -> None:
+        """Take in a file that another program has written into the folder: sync it, and keep its hash.
+
+        Raises:
+            StorageError: it cannot be read back.
+        """
+        path = self.path / name
+        with storage_errors(path):
+            handle = fs_ops.open_file(path, os.O_RDWR)
+            try:
+                fs_ops.fsync(handle, path)
+            finally:
+                os.close(handle)
+            self.entries[name] = entry_at(path)
 
 
 @contextlib.contextmanager
