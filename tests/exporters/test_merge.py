@@ -205,6 +205,17 @@ def test_an_architecture_whose_linears_are_converted_has_no_dequantized_base(
         fewer.check(source.adapter, "the adapter")
 
 
+def killing_at(instant: int) -> Callable[..., None]:
+    """A hook that kills this process at an operation."""
+    left = iter(range(instant))
+
+    def hook(*_: object) -> None:
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return hook
+
+
 def test_a_kill_at_any_operation_leaves_no_folder_that_passes_for_whole(run: Path, tmp_path: Path) -> None:
     source = open_source(run)
     operations: list[str] = []
@@ -213,10 +224,8 @@ def test_a_kill_at_any_operation_leaves_no_folder_that_passes_for_whole(run: Pat
     assert len(operations) > 20
     target = tmp_path / "merged"
     for instant in [*range(0, len(operations), 5), len(operations) - 1]:
-        if os.fork() == 0:  # the child is killed at this operation
-            left = iter(range(instant))
-            hook = lambda *_: next(left, None) is None and os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
-            with fs_ops.watched(hook):
+        if os.fork() == 0:
+            with fs_ops.watched(killing_at(instant)):
                 written(source, target)
             os._exit(1)
         assert os.WTERMSIG(os.wait()[1]) == signal.SIGKILL

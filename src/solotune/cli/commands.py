@@ -13,11 +13,11 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import click
 
+from solotune.cli.export_command import export
+from solotune.cli.options import config_arguments, json_option
 from solotune.cli.output import console, print_json, print_result, shown
 from solotune.errors import EXIT_CODES, IntegrityError
 from solotune.units import escape_terminal
@@ -34,16 +34,6 @@ class Verbs(click.Group):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Exit codes"):
             formatter.write_dl([(str(code), meaning) for code, meaning in EXIT_CODES.items()])
-
-
-def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    help_text = "Print one JSON object on stdout and everything else on stderr."
-    return click.option("--json", "as_json", is_flag=True, help=help_text)(command)
-
-
-def config_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
-    command = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(command)
-    return click.argument("config", metavar="CONFIG")(command)
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]}, subcommand_metavar="VERB ...")
@@ -329,65 +319,7 @@ def chat(run: str, base: bool, prompt: str | None, system: str | None, as_json: 
         print_json({**asked, "turns": conversation.turns})
 
 
-@solotune.command()
-@click.argument("target")
-@click.option("--to", default="adapter,merged", show_default=True, metavar="KINDS", help="adapter, merged.")
-@click.option("--out", metavar="DIR", help="Folder to write into. [default: export in the run]")
-@click.option("--dtype", type=click.Choice(["bf16", "fp16"]), help="Of merged weights. [default: that of the base]")
-@click.option(
-    "--merge-into",
-    type=click.Choice(["original", "dequantized"]),
-    help="Base to merge into. [default: measured, the one nearest to the trained model]",
-)
-@click.option("--base", metavar="MODEL", help="The base model; for a run, only if it has moved.")
-@click.option("--dataset", metavar="DATA", help="Rows to measure with (only for adapters of other trainers).")
-@click.option(
-    "--base-precision",
-    type=click.Choice(["nf4", "bf16"]),
-    help="How another trainer stored the base: nf4 for QLoRA.",
-)
-@json_option
-@click.pass_context
-def export(
-    ctx: click.Context,
-    target: str,
-    to: str,
-    out: str | None,
-    dtype: str | None,
-    merge_into: str | None,
-    base: str | None,
-    dataset: str | None,
-    base_precision: str | None,
-    as_json: bool,
-) -> None:
-    """Export a RUN for other programs, and compare each file with what was trained.
-
-    TARGET is a run, or an adapter folder of PEFT, TRL, Unsloth or Axolotl (then with --base). Written are: adapter (for
-    PEFT and vLLM), merged (the adapter added to the base's weights: a complete model folder). Each is loaded again with
-    the library that users load it with. If it differs from the trained model by more than its format allows, the exit
-    code is 3. Nothing that exists is overwritten.
-
-    \b
-    Example:
-      solotune export runs/solotune-20260101-120000
-    """
-    with shown() as display:
-        from solotune.api.export import export
-        from solotune.cli.export_result import print_export
-
-        found = export(
-            target,
-            to,
-            out=out,
-            base=base,
-            dataset=dataset,
-            base_precision=base_precision,
-            dtype=dtype,
-            merge_into=merge_into,
-            display=display,
-        )
-    print_result(found, print_export, as_json)
-    ctx.exit(0 if found.ok else 3)
+solotune.add_command(export)
 
 
 @solotune.command()

@@ -98,7 +98,7 @@ def beyond(parity: Parity, most: float = MEAN_KL, least: float = TOP1) -> list[s
     """Which bounds a parity breaks, in words. One token of few may differ: two candidates can be equally likely."""
     assert parity.mean_kl is not None and parity.top1_agreement is not None
     found = []
-    if parity.mean_kl > most:
+    if not parity.mean_kl <= most:  # NaN too
         found.append(
             f"{parity.engine}: mean KL to the trained model {parity.mean_kl:.2g}, at most {most:.2g} is allowed"
         )

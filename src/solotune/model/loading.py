@@ -305,9 +305,8 @@ def kept_in_float32(module: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[s
 
 
 def store_weight(weight_OI: torch.Tensor, precision: PrecisionSettings, dtype: torch.dtype) -> Storage:
-    """A linear's weight as the run's precision stores it; `dtype`: the compute dtype."""
+    """A linear's weight as the run stores it; NF4 from the compute dtype, as transformers and bitsandbytes do."""
     if precision.base_precision == "nf4":
-        # Quantised from the compute dtype, as transformers + bitsandbytes do with dtype=bfloat16.
         rounded = NF4Weight(weight_OI.to(dtype), precision.double_quant)
         return Fp8Weight(rounded.dense(dtype)) if precision.multiplies_in_fp8 else rounded
     if precision.base_precision == "fp8":
