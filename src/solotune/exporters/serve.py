@@ -166,7 +166,9 @@ class Server:
                     if answer.status == 200:
                         return
             time.sleep(0.2)
-        raise InputError(f"{self.model}: {self.engine} does not answer after {START_SECONDS} s", seen=self._last_words())
+        raise InputError(
+            f"{self.model}: {self.engine} does not answer after {START_SECONDS} s", seen=self._last_words()
+        )
 
     def wait(self) -> None:
         """Wait until the server ends.
