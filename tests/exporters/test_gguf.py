@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from exporters.test_sentencepiece_model import tokenizer as pieces
 from tiny import save_tokenizer
+from transformers import AutoTokenizer
 
 from solotune.errors import CheckError, InputError, StorageError
 from solotune.exporters import gguf
+from solotune.exporters.sentencepiece_model import sentencepiece_model
 from solotune.exporters.tools import CONVERTER, QUANTIZER
 from solotune.model.adapter import Adapter, peft_config, tensor_key
 from solotune.run.atomic_io import whole_folder
@@ -221,3 +224,38 @@ def test_other_scales_than_alpha_over_r_go_into_b() -> None:
 def test_a_plain_adapter_stays_as_it_is() -> None:
     adapter = adapter_on(LAYER)
     assert all(tensor is adapter.tensors[key] for key, tensor in gguf.plainly_scaled(adapter).tensors.items())
+
+
+def test_variables_that_llama_cpp_defines_are_what_they_are_in_training(tmp_path: Path) -> None:
+    """Its server tells a template today's date; Llama 3.1 was trained with another."""
+    save_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    dated = "{% if not date_string is defined %}{% set date_string = '26 \"Jul\" 2024' %}{% endif %}{{ date_string }}"
+    tokenizer.chat_template = dated
+    written = gguf.engine_template(tokenizer)
+    assert written == f'{{%- set date_string = "26 \\"Jul\\" 2024" -%}}{dated}'
+    tokenizer.chat_template = "{{ strftime_now('%d') }}" + dated
+    assert gguf.engine_template(tokenizer) == tokenizer.chat_template
+    tokenizer.chat_template = "{{ date_string }}"
+    assert gguf.engine_template(tokenizer) == tokenizer.chat_template
+
+
+def test_a_space_after_control_tokens_is_as_in_training(tmp_path: Path) -> None:
+    model(tmp_path / "chatml")
+    assert "tokenizer.ggml.add_space_prefix" not in gguf.header_of(tmp_path / "chatml", "chat")
+    folder = model(tmp_path / "metaspace")
+    own = pieces()
+    own.chat_template = AutoTokenizer.from_pretrained(tmp_path / "chatml").chat_template
+    own.save_pretrained(folder)
+    assert gguf.header_of(folder, "chat")["tokenizer.ggml.add_space_prefix"] is False
+    assert gguf.header_of(folder, "text")["tokenizer.ggml.add_space_prefix"] is True
+
+
+def test_the_converter_sees_the_tokenizer_of_the_training(tmp_path: Path) -> None:
+    folder = model(tmp_path / "merged")
+    pieces().save_pretrained(folder)
+    (folder / "tokenizer.model").write_text("another")
+    with gguf._for_converter(folder) as seen:
+        assert (seen / "tokenizer.model").read_bytes() == sentencepiece_model(pieces())
+        assert (seen / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+    assert (folder / "tokenizer.model").read_text() == "another" and not seen.exists()

@@ -34,13 +34,32 @@ def modelfile(folder: Path, tokenizer: Any, **changes: Any) -> tuple[str, list[s
 def test_chatml_with_a_system_prompt_and_an_adapter(tokenizer: Any, tmp_path: Path) -> None:
     given = {"system_prompt": 'Answer in "plain" words.\nBriefly.', "adapter_name": "adapter.gguf"}
     text, notes = modelfile(tmp_path / "out", with_template(tokenizer, CHATML), **given)
-    assert text == snapshot()
-    assert notes == snapshot()
+    assert text == snapshot('''\
+FROM ./model-q8_0.gguf
+ADAPTER ./adapter.gguf
+TEMPLATE """{{ $before := "" }}{{ range $i, $message := .Messages }}{{ if eq .Role "system" }}<|im_start|>system
+{{ .Content }}{{ $before = .Role }}{{ else if eq .Role "user" }}{{ if eq $before "" }}<|im_start|>user
+{{ else }}<|im_end|>
+<|im_start|>user
+{{ end }}{{ .Content }}{{ $before = .Role }}{{ else if eq .Role "assistant" }}<|im_end|>
+<|im_start|>assistant
+{{ .Content }}{{ $before = .Role }}{{ end }}{{ end }}<|im_end|>
+<|im_start|>assistant
+"""
+SYSTEM """Answer in "plain" words.
+Briefly."""
+PARAMETER stop """<|im_end|>"""
+''')
+    assert notes == snapshot(["tools, and two messages of one role in a row, are not rendered as in training"])
 
 
 def test_a_run_on_text_passes_it_through(tokenizer: Any, tmp_path: Path) -> None:
     text, notes = modelfile(tmp_path / "out", tokenizer, prompt_format="text", stops=["<|endoftext|>"])
-    assert text == snapshot()
+    assert text == snapshot('''\
+FROM ./model-q8_0.gguf
+TEMPLATE """{{ .Prompt }}"""
+PARAMETER stop """<|endoftext|>"""
+''')
     assert notes == []
 
 
@@ -50,7 +69,11 @@ def test_a_model_of_ollama_is_no_file(tokenizer: Any, tmp_path: Path) -> None:
 
 
 def test_a_system_prompt_before_the_last_question(tokenizer: Any) -> None:
-    assert ollama.go_template(derive(with_template(tokenizer, LAST_SYSTEM))) == snapshot()
+    assert ollama.go_template(derive(with_template(tokenizer, LAST_SYSTEM))) == snapshot("""\
+{{ $before := "" }}{{ range $i, $message := .Messages }}{{ if eq .Role "user" }}{{ if eq $before "assistant" }}</s>[INST] {{ else }}[INST] {{ end }}{{ if and $.System (eq (len (slice $.Messages $i)) 1) }}{{ $.System }}
+
+{{ end }}{{ .Content }}{{ $before = .Role }}{{ else if eq .Role "assistant" }}[/INST] {{ .Content }}{{ $before = .Role }}{{ end }}{{ end }}[/INST]\
+""")
 
 
 def test_stripping_comes_with_its_function(tokenizer: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import transformers
 from tiny import save_tokenizer
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from solotune.errors import InputError
 from solotune.exporters.sentencepiece_model import sentencepiece_model
@@ -22,7 +22,7 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     pieces += ["".join(merge) for merge in MERGES]
     vocab = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     made = Tokenizer(models.BPE(vocab=vocab, merges=MERGES, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    made.normalizer = normalizers.Replace(" ", "▁")
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     made.decoder = decoders.Replace("▁", " ")
     made.add_special_tokens(["<unk>", "<s>", "</s>"])
     made.add_tokens([AddedToken("[own]", normalized=False)])
@@ -37,8 +37,8 @@ def test_texts_are_split_alike() -> None:
     own = tokenizer()
     content = sentencepiece_model(own)
     read = sentencepiece.SentencePieceProcessor(model_proto=content)
-    for text in ("abc", " abc", "a    bc", "bca  a", "   ", "aé\n"):
-        assert read.encode(text) == own(text, add_special_tokens=False).input_ids, text
+    for text in ("abc", " abc", "a    bc", "bca  a", "   ", "aé\n"):  # training puts one space in front
+        assert read.encode(f" {text}" if text[0] != " " else text) == own(text, add_special_tokens=False).input_ids, text
 
 
 def test_kinds_of_pieces() -> None:
