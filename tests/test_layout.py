@@ -37,6 +37,7 @@ TESTED_IN = {
         "exporters.adapter_folder",
         "exporters.artifact",
         "exporters.export_folder",
+        "exporters.export_plan",
         "exporters.parity",
         "exporters.write_artifacts",
     ],
