@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from solotune.api.init import init
     from solotune.api.plan import plan
     from solotune.api.runs import runs
+    from solotune.api.serve import serve
     from solotune.api.train import train
     from solotune.api.verify import verify
     from solotune.config.load import load_config
@@ -56,6 +57,7 @@ __all__ = [
     "load_config",
     "plan",
     "runs",
+    "serve",
     "train",
     "verify",
 ]

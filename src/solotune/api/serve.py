@@ -80,7 +80,7 @@ def serve(
     engine: str | None = None,
     display: Display | None = None,
 ) -> Serving:
-    """Serve the model of a run with OpenAI's API: `transformers serve` on the merged model, or llama.cpp on a GGUF file.
+    """Serve the model of a run with OpenAI's API: `transformers serve` on the merged model, llama.cpp on a GGUF file.
 
         with solotune.serve("runs/demo", port=0) as serving:
             client = openai.OpenAI(base_url=serving.url, api_key="none")

@@ -19,6 +19,7 @@ import click
 from solotune.cli.export_command import export
 from solotune.cli.options import config_arguments, json_option
 from solotune.cli.output import console, print_json, print_result, shown
+from solotune.cli.serve_command import serve
 from solotune.errors import EXIT_CODES, IntegrityError
 from solotune.units import escape_terminal
 from solotune.version import __version__
@@ -51,6 +52,7 @@ def solotune() -> None:
       solotune diagnose runs/RUN       find out what is wrong
       solotune chat runs/RUN --base    chat with both models
       solotune export runs/RUN         merge, for other programs
+      solotune serve runs/RUN          OpenAI's API on this machine
     """
 
 
@@ -320,6 +322,7 @@ def chat(run: str, base: bool, prompt: str | None, system: str | None, as_json: 
 
 
 solotune.add_command(export)
+solotune.add_command(serve)
 
 
 @solotune.command()

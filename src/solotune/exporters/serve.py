@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,7 +106,7 @@ class Server:
         """
         self.engine, self.model, self.host, self.port = engine, model, host, port
         self._child: subprocess.Popen[bytes] | None = None
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
 
     @property
     def name(self) -> str:
@@ -161,14 +160,18 @@ class Server:
                 raise InputError(
                     f"{self.model}: {self.engine} could not serve it", seen=self._last_words() or "it ended at once"
                 )
-            with contextlib.suppress(OSError, urllib.error.URLError):  # not yet
-                with urllib.request.urlopen(f"{self._address}/health", timeout=5) as answer:
-                    if answer.status == 200:
-                        return
+            if self._answers():
+                return
             time.sleep(0.2)
-        raise InputError(
-            f"{self.model}: {self.engine} does not answer after {START_SECONDS} s", seen=self._last_words()
-        )
+        late = f"{self.engine} does not answer after {START_SECONDS} s"
+        raise InputError(f"{self.model}: {late}", seen=self._last_words())
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self._address}/health", timeout=5) as answer:
+                return answer.status == 200
+        except OSError:  # it does not listen yet, or is still loading
+            return False
 
     def wait(self) -> None:
         """Wait until the server ends.
