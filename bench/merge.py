@@ -4,8 +4,8 @@
     python -m bench.merge --chats chats.jsonl [--runs FOLDER] [--rows 60]
 
 Two tasks, as in `bench.quality`: `demo` (the recipe of examples/demo.yaml) and `chats`. A run that is in FOLDER already
-is not trained again, nor exported again. Each is measured on up to `--rows` held-out rows by what `solotune export` itself uses
-(`exporters.merge_choice`), and the merged model of the best base is exported, loaded again and compared.
+is not trained again, nor exported again. Each is measured on up to `--rows` held-out rows by what `solotune export`
+itself uses (`exporters.merge_choice`), and exported: the artifacts are those of its export.json.
 
     original       the adapter added to the 16-bit weights
     dequantized    added to the 4-bit codes that it was trained on, dequantised

@@ -182,7 +182,7 @@ def engine_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def header_problems(path: Path, metadata: Mapping[str, Any]) -> list[str]:
     """Entries of a file's header that are not as wanted, in words."""
-    answer = _converter({"read": str(path)}, SECONDS)
+    answer = _converter({"read": str(path.absolute())}, SECONDS)
     if "ok" not in answer:
         return [f"it cannot be read back: {first_line(answer['why'])}"]
     header = answer["ok"]
@@ -206,7 +206,7 @@ def _end_ids(folder: Path, tokenizer: Any) -> list[int]:
 
 def _convert(merged: Path, path: Path, outtype: str, metadata: Mapping[str, Any], seconds: float) -> None:
     with _for_converter(merged) as seen:
-        arguments = [str(seen), "--outtype", outtype, "--outfile", str(path)]
+        arguments = [str(seen), "--outtype", outtype, "--outfile", str(path.absolute())]
         answer = _converter({"convert": arguments, "metadata": metadata}, seconds)
     if "ok" in answer and path.is_file():
         return
@@ -220,7 +220,7 @@ def _convert(merged: Path, path: Path, outtype: str, metadata: Mapping[str, Any]
 
 def _quantize(source: Path, path: Path, quantization: str, seconds: float) -> None:
     program = shutil.which("llama-quantize") or str(QUANTIZER.folder() / QUANTIZER.keep[0])
-    command = [program, str(source), str(path), quantization.upper(), str(os.cpu_count() or 1)]
+    command = [program, str(source.absolute()), str(path.absolute()), quantization.upper(), str(os.cpu_count() or 1)]
     done = _run(command, seconds, dict(os.environ))
     if done.returncode == 0 and path.is_file():
         return
@@ -278,8 +278,8 @@ def write_lora_gguf(adapter_folder: Path, base_folder: Path, target: Folder) -> 
         with whole_folder(plain) as folder:
             plainly_scaled(adapter).write(folder)
         script = LORA_CONVERTER.folder() / LORA_SCRIPT
-        command = [sys.executable, "-P", str(script), "--base", str(base_folder), "--outtype", "f32"]
-        done = _run([*command, "--outfile", str(path), str(plain)], SECONDS, _environment())
+        command = [sys.executable, "-P", str(script), "--base", str(base_folder.absolute()), "--outtype", "f32"]
+        done = _run([*command, "--outfile", str(path.absolute()), str(plain)], SECONDS, _environment())
     if done.returncode or not path.is_file():
         said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
         _check_room(path.parent, said[-1])
@@ -318,7 +318,7 @@ def _for_converter(folder: Path) -> Iterator[Path]:
     """The folder, or one of links to its files with a `tokenizer.model` of the tokenizer that training used."""
     content = sentencepiece_model(_tokenizer(folder))
     if content is None:
-        yield folder
+        yield folder.absolute()  # the child has a working directory of its own
         return
     with tempfile.TemporaryDirectory(prefix="solotune-model-") as scratch:
         seen = Path(scratch) / folder.name
