@@ -40,7 +40,6 @@ def export(
 
         result = solotune.export("runs/demo")
         print(result.ok, result.to_json()["merge"])
-        solotune.export("their_adapter", base="org/name", dataset="chats.jsonl", base_precision="nf4")
 
     Args:
         target: a run, or a folder with adapter_config.json.

@@ -51,7 +51,7 @@ def solotune() -> None:
       solotune train solotune.yaml     train and compare
       solotune diagnose runs/RUN       find out what is wrong
       solotune chat runs/RUN --base    chat with both models
-      solotune export runs/RUN         merge, for other programs
+      solotune export runs/RUN         merge, GGUF, ...
       solotune serve runs/RUN          OpenAI's API on this machine
     """
 

@@ -51,10 +51,10 @@ def export(
 
     \b
       adapter  for PEFT and vLLM
-      merged   the adapter in the base's weights: a complete model folder
+      merged   the adapter added to the base: a model folder
       gguf     for llama.cpp, from the merged folder
       ollama   a GGUF file with its Modelfile
-      vllm     checks the folder's files, and prints the command to serve it
+      vllm     check the files, print the command to serve
 
     Each is loaded again with the library that users load it with (vLLM and Ollama are not run). If it differs from the
     trained model by more than its format allows, the exit code is 3. Nothing that exists is overwritten.

@@ -109,6 +109,8 @@ def open_source(
         IntegrityError: files of the run have changed, or its base is another one.
     """
     folder = located(target)
+    if not folder.is_dir():
+        RunDirectory.open(target)  # says which runs there are
     if (folder / CONFIG).is_file() and not any((folder / mark).exists() for mark in MARKS):
         source = _open_folder(folder, base, dataset, base_precision)
     else:
