@@ -384,4 +384,5 @@ loading model ...
 run      runs/a
 adapter  runs/a/adapter (loads with PEFT)
 next     solotune chat runs/a --base
+export   solotune export runs/a
 """)

@@ -52,7 +52,7 @@ def solotune() -> None:
       solotune diagnose runs/RUN       find out what is wrong
       solotune chat runs/RUN --base    chat with both models
       solotune export runs/RUN         merge, GGUF, ...
-      solotune serve runs/RUN          OpenAI's API on this machine
+      solotune serve runs/RUN          OpenAI's API, locally
     """
 
 
