@@ -39,8 +39,8 @@ Usage: solotune [OPTIONS] VERB ...
     solotune train solotune.yaml     train and compare
     solotune diagnose runs/RUN       find out what is wrong
     solotune chat runs/RUN --base    chat with both models
-    solotune export runs/RUN         merge, for other programs
-    solotune serve runs/RUN          OpenAI's API on this machine
+    solotune export runs/RUN         merge, GGUF, ...
+    solotune serve runs/RUN          OpenAI's API, locally
 
 Options:
   --version   Show the version and exit.
