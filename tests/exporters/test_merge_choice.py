@@ -91,6 +91,7 @@ def test_on_a_cpu_large_models_are_compared_on_fewer_rows(run: Path, monkeypatch
         ({"mean_kl": 0.0, "top1_agreement": 0.98}, ["the trained model's for 98.0% of 1,000 tokens, not 99%"]),
         ({"mean_kl": torch.nan, "top1_agreement": 0.0}, ["mean KL to the trained model nan", "0.0% of 1,000"]),
         ({"mean_kl": 0.0, "top1_agreement": 49 / 50, "positions": 50}, []),  # one token of few
+        ({"mean_kl": 1e-4, "top1_agreement": 126 / 128, "positions": 128}, []),  # two standard errors
         ({"mean_kl": 0.0, "top1_agreement": 48 / 50, "positions": 50}, ["96.0% of 50 tokens"]),
     ],
 )
