@@ -31,6 +31,18 @@ TABLES = {"config/run_config.py", "diagnosis/catalogue.py"}  # files that may be
 REASON = re.compile(r"\blong because\b")
 
 TESTED_IN = {
+    "api/test_export.py": [
+        "cli.export_command",
+        "cli.export_result",
+        "exporters.adapter_folder",
+        "exporters.artifact",
+        "exporters.export_folder",
+        "exporters.export_plan",
+        "exporters.parity",
+        "exporters.write_artifacts",
+    ],
+    "exporters/test_source.py": ["exporters.base_tensors"],
+    "exporters/test_merge_choice.py": ["exporters.measure", "exporters.probe_texts"],
     "api/test_train.py": ["api.data", "api.evaluate", "config.settings"],
     "cli/test_commands.py": ["__init__", "api.plan", "cli.main", "cli.output"],
     "config/test_run_config.py": ["config.describe", "config.key_aliases", "config.load", "config.write", "errors"],
@@ -40,6 +52,8 @@ TESTED_IN = {
     "dataset/chat/test_tokenizer.py": ["dataset.chat.tokenizer_files"],
     "faults/test_doors_model.py": ["hub.hf_config", "hub.safe_files", "hub.safetensors_header", "model.weights"],
     "faults/test_doors_output.py": ["run.output_dir"],
+    "exporters/test_gguf.py": ["exporters.gguf_process"],
+    "exporters/test_llama_cpp.py": ["exporters.llama_cpp_process"],
     "faults/test_running_before.py": ["api.setup", "training.disk_space"],
     "dataset/chat/test_messages_weights.py": ["dataset.chat.weights"],
     "dataset/readers/test_files.py": ["dataset.readers.json_records", "dataset.readers.row", "dataset.readers.tables"],
