@@ -4,7 +4,7 @@
     python -m bench.merge --chats chats.jsonl [--runs FOLDER] [--rows 60]
 
 Two tasks, as in `bench.quality`: `demo` (the recipe of examples/demo.yaml) and `chats`. A run that is in FOLDER already
-is not trained again. Each is measured on up to `--rows` held-out rows by what `solotune export` itself uses
+is not trained again, nor exported again. Each is measured on up to `--rows` held-out rows by what `solotune export` itself uses
 (`exporters.merge_choice`), and the merged model of the best base is exported, loaded again and compared.
 
     original       the adapter added to the 16-bit weights
@@ -69,9 +69,9 @@ def measure(run: Path, num_rows: int) -> dict[str, Any]:
     choice = choose(source, tensors, trained, "bf16", None, lambda *_: None)
     seconds = time.perf_counter() - started
     del trained
-    with tempfile.TemporaryDirectory() as folder:
-        export = solotune.export(run, out=folder)
-        artifacts = [{**one.to_json(), "path": one.kind} for one in export.artifacts]
+    if not (run / "export").exists():
+        solotune.export(run)
+    artifacts = json.loads((run / "export/export.json").read_text())["artifacts"]
     return {"rows": len(source.rows), "seconds": round(seconds, 1), **choice.to_json(), "artifacts": artifacts}
 
 
@@ -92,6 +92,7 @@ def markdown(result: dict[str, Any]) -> str:
         [task, one["kind"], parity["engine"], f"{parity['mean_kl']:.1e}", f"{parity['top1_agreement']:.2%}",
          f"{one['bytes'] / 2**20:.0f} MiB", f"{one['seconds']:.1f} s"]
         for task, found in result["tasks"].items() for one in found["artifacts"] for parity in one["parity"]
+        if parity["mean_kl"] is not None
     ]  # fmt: skip
     lines += [table(["task", "artifact", "engine", "mean KL", "same top token", "size", "time"], written), ""]
     lines += [f"Peak memory of all: {result['peak_gib']:.1f} GiB."]

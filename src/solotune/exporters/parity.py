@@ -34,7 +34,7 @@ class CannotRunBase(Exception):
 
 def in_transformers(folder: Path, trained: Trained) -> Fit:
     """A merged folder, loaded by transformers in the dtype of the trained model's activations."""
-    module = AutoModelForCausalLM.from_pretrained(folder, dtype=trained.dtype, **ONLY_FILES)
+    module: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=trained.dtype, **ONLY_FILES)
     return _compared(module.to(trained.device), trained)
 
 
@@ -59,7 +59,8 @@ def in_peft(folder: Path, source: ExportSource, trained: Trained) -> Fit:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise CannotRunBase(f"bitsandbytes cannot run this base: {first_line(error)}") from error
-    return _compared(PeftModel.from_pretrained(base, str(folder)).get_base_model(), trained)
+    tuned: Any = PeftModel.from_pretrained(base, str(folder)).get_base_model()
+    return _compared(tuned, trained)
 
 
 @torch.no_grad()

@@ -73,7 +73,7 @@ class ExportJob:
         return self._choice
 
     def token_ids(self, folder: Folder) -> tuple[Parity, list[str]]:
-        """The token ids of conversations in a folder that is written; folders with the same tokenizer are asked once."""
+        """Token ids of conversations in a folder that is being written; one with the same files is not asked again."""
         others = ("config.json", ADAPTER_CONFIG)
         files = {name: entry for name, entry in folder.entries.items() if name not in others}
         key = str(sorted(entry for name, entry in files.items() if not name.endswith(".safetensors")))

@@ -37,7 +37,7 @@ PARTIAL, REMOVED = ".partial", ".removed"  # endings of what is not complete yet
 PREFLIGHT = ".preflight-"
 WRITE_BYTES = 16 << 20  # size of one write; smaller pieces are collected up to this
 
-Content = bytes | str | Iterable[bytes] | Iterable[str]
+Content = bytes | str | Iterable[bytes] | Iterable[str] | Iterable[bytes | memoryview]
 
 
 @contextlib.contextmanager
