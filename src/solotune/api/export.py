@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,16 +78,21 @@ def export(
 
         source = open_source(target, base=base, dataset=dataset, base_precision=base_precision)
         folder = Path(out).expanduser() if out is not None else _default_folder(source)
-        if push is None:
-            return _export(source, folder, kinds, dtype, merge_into, quantizations, chosen)
-        from solotune.exporters import push as upload
+        make = partial(_export, source, folder, kinds, dtype, merge_into, quantizations, chosen)
+        return make() if push is None else _pushed(make, folder, kinds, push, public, chosen)
 
-        there = upload.exported(folder, kinds, push)
-        made = there or _export(source, folder, kinds, dtype, merge_into, quantizations, chosen)
-        if made.ok:
-            chosen.phase(f"uploading to {push}")
-            chosen.note(f"uploaded: {upload.push(folder / kinds[0], push, private=not public)}")
-        return made
+
+def _pushed(
+    make: Callable[[], Export], folder: Path, kinds: list[str], repo: str, public: bool, display: Display
+) -> Export:
+    """Export unless it is there already, and upload what is as it was trained."""
+    from solotune.exporters import push
+
+    made = push.exported(folder, kinds, repo) or make()
+    if made.ok:
+        display.phase(f"uploading to {repo}")
+        display.note(f"uploaded: {push.push(folder / kinds[0], repo, private=not public)}")
+    return made
 
 
 def _export(
