@@ -41,6 +41,8 @@ TESTED_IN = {
         "exporters.parity",
         "exporters.write_artifacts",
     ],
+    "api/test_serve.py": ["cli.serve_command"],
+    "exporters/test_serve.py": ["exporters.serve_process"],
     "exporters/test_source.py": ["exporters.base_tensors"],
     "exporters/test_merge_choice.py": ["exporters.measure", "exporters.probe_texts"],
     "api/test_train.py": ["api.data", "api.evaluate", "config.settings"],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,8 @@ def export(
     dtype: str | None = None,
     merge_into: str | None = None,
     quantization: str | Sequence[str] = "f16",
+    push: str | None = None,
+    public: bool = False,
     display: Display | None = None,
 ) -> Export:
     """Export the adapter of a run, or of another trainer, and compare each file with the model that was trained.
@@ -52,6 +55,9 @@ def export(
         dtype: of merged weights: `bf16`, `fp16`; default: the 16-bit dtype of the base.
         merge_into: `original` or `dequantized`; default: the one that is measured to be nearer to the trained model.
         quantization: of GGUF files: `f16`, `q8_0`, `q4_k_m`, ...; several with commas. Ollama gets the first.
+        push: `owner/name`: upload the one kind of `to` to this repository of the hub, new or empty. What is
+            exported already is uploaded as it is; what differs from the trained model is not uploaded.
+        public: everybody may read the new repository; default: only its owner.
 
     Raises:
         InputError: no adapter there, one that does not fit the base, or a target that exists.
@@ -71,7 +77,21 @@ def export(
 
         source = open_source(target, base=base, dataset=dataset, base_precision=base_precision)
         folder = Path(out).expanduser() if out is not None else _default_folder(source)
-        return _export(source, folder, kinds, dtype, merge_into, quantizations, chosen)
+        make = partial(_export, source, folder, kinds, dtype, merge_into, quantizations, chosen)
+        return make() if push is None else _pushed(make, folder, kinds, push, public, chosen)
+
+
+def _pushed(
+    make: Callable[[], Export], folder: Path, kinds: list[str], repo: str, public: bool, display: Display
+) -> Export:
+    """Export unless it is there already, and upload what is as it was trained."""
+    from solotune.exporters import push
+
+    made = push.exported(folder, kinds, repo) or make()
+    if made.ok:
+        display.phase(f"uploading to {repo}")
+        display.note(f"uploaded: {push.push(folder / kinds[0], repo, private=not public)}")
+    return made
 
 
 def _export(

@@ -30,6 +30,8 @@ from solotune.cli.output import print_result, shown
     type=click.Choice(["nf4", "bf16"]),
     help="How another trainer stored the base: nf4 for QLoRA.",
 )
+@click.option("--push", metavar="REPO", help="Upload to owner/name on the hub, a new or an empty repository.")
+@click.option("--public", is_flag=True, help="With --push: everybody may read it. [default: only you]")
 @json_option
 @click.pass_context
 def export(
@@ -43,6 +45,8 @@ def export(
     base: str | None,
     dataset: str | None,
     base_precision: str | None,
+    push: str | None,
+    public: bool,
     as_json: bool,
 ) -> None:
     """Export a RUN for other programs, and compare each file with what was trained.
@@ -77,6 +81,8 @@ def export(
             dtype=dtype,
             merge_into=merge_into,
             quantization=quantization,
+            push=push,
+            public=public,
             display=display,
         )
     print_result(found, print_export, as_json)
