@@ -38,7 +38,9 @@ def test_texts_are_split_alike() -> None:
     content = sentencepiece_model(own)
     read = sentencepiece.SentencePieceProcessor(model_proto=content)
     for text in ("abc", " abc", "a    bc", "bca  a", "   ", "aé\n"):  # training puts one space in front
-        assert read.encode(f" {text}" if text[0] != " " else text) == own(text, add_special_tokens=False).input_ids, text
+        assert read.encode(f" {text}" if text[0] != " " else text) == own(text, add_special_tokens=False).input_ids, (
+            text
+        )
 
 
 def test_kinds_of_pieces() -> None:
