@@ -31,6 +31,17 @@ TABLES = {"config/run_config.py", "diagnosis/catalogue.py"}  # files that may be
 REASON = re.compile(r"\blong because\b")
 
 TESTED_IN = {
+    "api/test_export.py": [
+        "cli.export_command",
+        "cli.export_result",
+        "exporters.adapter_folder",
+        "exporters.artifact",
+        "exporters.export_folder",
+        "exporters.parity",
+        "exporters.write_artifacts",
+    ],
+    "exporters/test_source.py": ["exporters.base_tensors"],
+    "exporters/test_merge_choice.py": ["exporters.measure", "exporters.probe_texts"],
     "api/test_train.py": ["api.data", "api.evaluate", "config.settings"],
     "cli/test_commands.py": ["__init__", "api.plan", "cli.main", "cli.output"],
     "config/test_run_config.py": ["config.describe", "config.key_aliases", "config.load", "config.write", "errors"],

@@ -13,12 +13,13 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import click
 
+from solotune.cli.export_command import export
+from solotune.cli.options import config_arguments, json_option
 from solotune.cli.output import console, print_json, print_result, shown
+from solotune.cli.serve_command import serve
 from solotune.errors import EXIT_CODES, IntegrityError
 from solotune.units import escape_terminal
 from solotune.version import __version__
@@ -36,16 +37,6 @@ class Verbs(click.Group):
             formatter.write_dl([(str(code), meaning) for code, meaning in EXIT_CODES.items()])
 
 
-def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    help_text = "Print one JSON object on stdout and everything else on stderr."
-    return click.option("--json", "as_json", is_flag=True, help=help_text)(command)
-
-
-def config_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
-    command = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(command)
-    return click.argument("config", metavar="CONFIG")(command)
-
-
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]}, subcommand_metavar="VERB ...")
 @click.version_option(__version__, message="solotune %(version)s")
 def solotune() -> None:
@@ -60,6 +51,8 @@ def solotune() -> None:
       solotune train solotune.yaml     train and compare
       solotune diagnose runs/RUN       find out what is wrong
       solotune chat runs/RUN --base    chat with both models
+      solotune export runs/RUN         merge, for other programs
+      solotune serve runs/RUN          OpenAI's API on this machine
     """
 
 
@@ -326,6 +319,10 @@ def chat(run: str, base: bool, prompt: str | None, system: str | None, as_json: 
     if as_json:
         asked = {"model": session.model_name, "prompt_format": session.prompt_format, "system": session.system}
         print_json({**asked, "turns": conversation.turns})
+
+
+solotune.add_command(export)
+solotune.add_command(serve)
 
 
 @solotune.command()

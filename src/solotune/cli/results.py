@@ -302,7 +302,8 @@ def print_trained(result: TrainResult, console: Console) -> None:
         print_evaluation(result.evaluation, console)
     console.print()
     facts = {"run": str(result.run_dir), "adapter": f"{result.run_dir}/adapter (loads with PEFT)"}
-    _print_facts({**facts, "next": f"{program()} chat {result.run_dir} --base"}, console)
+    commands = {"next": f"{program()} chat {result.run_dir} --base", "export": f"{program()} export {result.run_dir}"}
+    _print_facts({**facts, **commands}, console)
 
 
 def print_verification(found: Verification, console: Console) -> None:

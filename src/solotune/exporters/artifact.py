@@ -8,7 +8,7 @@ from typing import Any
 
 from solotune.config.run_config import Choice
 from solotune.result_repr import ResultRepr, Table
-from solotune.units import gib
+from solotune.units import format_bytes, plus_minus
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,17 @@ class Parity:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """What came of comparing something that was written with the trained model."""
+
+    parity: list[Parity] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    """What differs from the trained model by more than its format allows, in words. Empty: it holds."""
+    notes: list[str] = field(default_factory=list)
+    """What was not measured, and why; what to do before it runs elsewhere."""
+
+
+@dataclass(frozen=True)
 class Artifact:
     """One thing that was written."""
 
@@ -43,7 +54,9 @@ class Artifact:
     seconds: float
     parity: list[Parity] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    """What differs from the trained model by more than its format allows, in words. Empty: it holds."""
+    """As in `Compared`."""
+    notes: list[str] = field(default_factory=list)
+    """As in `Compared`."""
     next_commands: list[str] = field(default_factory=list)
     """Commands that run it, to be shown."""
 
@@ -58,6 +71,8 @@ class Export(ResultRepr):
     folder: Path
     artifacts: list[Artifact]
     choices: list[Choice]
+    merge: dict[str, Any] | None = None
+    """What was measured of each base that the adapter can be merged into: see `merge_choice.MergeChoice`."""
 
     @property
     def ok(self) -> bool:
@@ -68,18 +83,49 @@ class Export(ResultRepr):
         return {"folder": self.folder, "ok": self.ok, "artifacts": ", ".join(one.kind for one in self.artifacts)}
 
     def tables(self) -> list[Table]:
-        header = ("artifact", "size", "engine", "token ids", "mean KL", "top-1")
-        rows = [
-            (one.kind, gib(one.bytes), p.engine, p.token_ids_equal, p.mean_kl, p.top1_agreement)
-            for one in self.artifacts
-            for p in one.parity
+        header = ("artifact", "size", "engine", "token ids", "mean KL", "same top")
+        return [
+            Table("Artifacts", header, self.parity_rows()),
+            Table("Merged into", ("base", "mean KL", "same top", "loss", "exact match"), self.merge_rows()),
         ]
-        return [Table("Artifacts", header, rows)]
+
+    def parity_rows(self) -> list[tuple[str, ...]]:
+        """One row for each artifact and engine: kind, size, engine, token ids, mean KL, top-1 agreement."""
+        rows: list[tuple[str, ...]] = []
+        for one in self.artifacts:
+            for p in one.parity or [Parity("not measured")]:
+                ids = {None: "", True: "equal", False: "DIFFER"}[p.token_ids_equal]
+                rows.append(
+                    (one.kind, format_bytes(one.bytes), p.engine, ids, _short(p.mean_kl), _share(p.top1_agreement))
+                )
+        return rows
+
+    def merge_rows(self) -> list[tuple[str, ...]]:
+        """One row for each base: name, mean KL, top-1 agreement, loss with its error, exact match."""
+        return [
+            (
+                name,
+                _short(fit["mean_kl"]),
+                _share(fit["top1_agreement"]),
+                "" if fit["loss"] is None else plus_minus(fit["loss"], fit["stderr"]),
+                _share(fit["exact_match"]),
+            )
+            for name, fit in (self.merge["measured"] if self.merge else {}).items()
+        ]
 
     def to_json(self) -> dict[str, Any]:
         return {
             "folder": str(self.folder),
             "ok": self.ok,
             "artifacts": [one.to_json() for one in self.artifacts],
-            "choices": [asdict(choice) for choice in self.choices],
+            "choices": [choice._asdict() for choice in self.choices],
+            "merge": self.merge,
         }
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"

@@ -4,14 +4,14 @@
     differences = compare_token_ids(conversations(tokenizer), trained, engine_ids, tokenizer)
     parity, problems = folder_parity(folder, tokenizer, "chat", stop_ids)      transformers, on an exported folder
 
-`engine_ids` is a function from a `Conversation` to ids: transformers' `apply_chat_template` on the exported folder here,
+`engine_ids` is a function from a `Conversation` to ids: transformers' `apply_chat_template` on the exported folder,
 llama.cpp's tokenizer and template, an Ollama TEMPLATE. A model whose prompts differ from its training by one line break
 still answers, only worse, so nobody sees it; the first token that differs is therefore shown in words.
 
 Control tokens spelled in a text
 --------------------------------
 A user may write `<|im_end|>` into a message. Training keeps it as ordinary text (`dataset/chat/control_tokens.py`), so
-that no row can end a turn or forge a system prompt. An engine that gets messages renders them to one text and then reads
+that no row can end a turn or forge a system prompt. An engine that gets messages renders them to one text and reads
 every spelling in it as the control token; it cannot know which the template wrote. Parity there means: the same text,
 read in the engine's way. `TrainedIds.spelled` says which conversations these are, and they are counted in the result.
 What follows for whoever serves a model is in docs/adapter.md.
@@ -159,7 +159,7 @@ def folder_parity(
     if len(differences) > MOST_SHOWN:
         problems.append(f"{len(differences) - MOST_SHOWN} more of {len(asked)} conversations differ")
     if missing := missing_ends(folder, stop_ids):
-        names = ", ".join(f"{text!r} (id {token})" for token, text in zip(missing, token_texts(tokenizer, missing), strict=True))  # fmt: skip
+        names = ", ".join(_word(tokenizer, missing, place) for place in range(len(missing)))
         problems.append(f"generation_config.json: eos_token_id does not have {names}, which ends answers in training")
     return Parity("transformers", token_ids_equal=not differences, conversations=len(asked)), problems
 

@@ -43,6 +43,12 @@ def hub_id(name: str) -> str | None:
     return None if is_local_path(name) else name
 
 
+def loadable_name(name: str) -> str:
+    """The name under which a library on this machine finds the model from any working directory: hub id, or path."""
+    path = local_path(name)
+    return name if path is None else str(path.absolute())
+
+
 def offline_switch() -> str:
     """The value of HF_HUB_OFFLINE, if it keeps huggingface_hub off the network; else empty."""
     value = os.environ.get("HF_HUB_OFFLINE", "")

@@ -1,0 +1,69 @@
+"""The command `solotune export`, as the other verbs in `commands`: parse, call the verb, print the result."""
+
+from __future__ import annotations
+
+import click
+
+from solotune.cli.options import json_option
+from solotune.cli.output import print_result, shown
+
+
+@click.command()
+@click.argument("target")
+@click.option("--to", default="adapter,merged", show_default=True, metavar="KINDS", help="adapter, merged.")
+@click.option("--out", metavar="DIR", help="Folder to write into. [default: export in the run]")
+@click.option("--dtype", type=click.Choice(["bf16", "fp16"]), help="Of merged weights. [default: that of the base]")
+@click.option(
+    "--merge-into",
+    type=click.Choice(["original", "dequantized"]),
+    help="Base to merge into. [default: measured, the one nearest to the trained model]",
+)
+@click.option("--base", metavar="MODEL", help="The base model; for a run, only if it has moved.")
+@click.option("--dataset", metavar="DATA", help="Rows to measure with (only for adapters of other trainers).")
+@click.option(
+    "--base-precision",
+    type=click.Choice(["nf4", "bf16"]),
+    help="How another trainer stored the base: nf4 for QLoRA.",
+)
+@json_option
+@click.pass_context
+def export(
+    ctx: click.Context,
+    target: str,
+    to: str,
+    out: str | None,
+    dtype: str | None,
+    merge_into: str | None,
+    base: str | None,
+    dataset: str | None,
+    base_precision: str | None,
+    as_json: bool,
+) -> None:
+    """Export a RUN for other programs, and compare each file with what was trained.
+
+    TARGET is a run, or an adapter folder of PEFT, TRL, Unsloth or Axolotl (then with --base). Written are: adapter (for
+    PEFT and vLLM), merged (the adapter added to the base's weights: a complete model folder). Each is loaded again with
+    the library that users load it with. If it differs from the trained model by more than its format allows, the exit
+    code is 3. Nothing that exists is overwritten.
+
+    \b
+    Example:
+      solotune export runs/solotune-20260101-120000
+    """
+    with shown() as display:
+        from solotune.api.export import export
+        from solotune.cli.export_result import print_export
+
+        found = export(
+            target,
+            to,
+            out=out,
+            base=base,
+            dataset=dataset,
+            base_precision=base_precision,
+            dtype=dtype,
+            merge_into=merge_into,
+            display=display,
+        )
+    print_result(found, print_export, as_json)
+    ctx.exit(0 if found.ok else 3)
