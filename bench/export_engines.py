@@ -1,6 +1,6 @@
 """Is a GGUF export what was trained? Token ids and log-probabilities in llama.cpp, prompts in Go's template engine.
 
-    python -m bench.export_engines FOLDER [--only templates|logits] [--rows 8] [--positions 6]
+    python -m bench.export_engines FOLDER [--only templates|logits|NAME] [--rows 8] [--positions 6]
 
 FOLDER holds `tok/{smollm2,llama3,qwen3,mistral,gemma}`: tokenizers in transformers' form with the chat templates of trl
 1.16.0 (mistral: mistral-common 1.13.1).
@@ -203,7 +203,7 @@ def _measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", choices=("templates", "logits"))
+    parser.add_argument("--only", choices=("templates", "logits", *CONFIGS))
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--positions", type=int, default=6)
     options = parser.parse_args()
@@ -212,7 +212,7 @@ def main() -> None:
     tools = {tool.name: tool.version for tool in (CONVERTER, LORA_CONVERTER, QUANTIZER, ENGINE)}
     result["machine"] = {**machine("torch", "transformers", "peft"), **tools}
     if options.only != "logits":
-        for name in CONFIGS:
+        for name in CONFIGS if options.only in (None, "templates") else [options.only]:
             folder = options.folder / "tok" / name
             found = {"llama.cpp": ids_in_llama_cpp(folder)}
             if shutil.which("go"):
@@ -220,7 +220,7 @@ def main() -> None:
             result.setdefault("templates", {})[name] = found
             print(name, json.dumps(found, ensure_ascii=False)[:2000], flush=True)
             write_result("export_engines", result)
-    if options.only != "templates":
+    if options.only in (None, "logits"):
         result["logits"] = logits(options.rows, options.positions)
     write_result("export_engines", result)
     (RESULTS / "export_engines.md").write_text(report(result))
