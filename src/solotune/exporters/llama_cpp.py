@@ -179,7 +179,9 @@ class LlamaCpp:
         found = torch.full((len(range(len(ids)) if positions is None else positions), size), -torch.inf)
         for row, position in enumerate(range(len(ids)) if positions is None else positions):
             asked = {"prompt": list(ids[: position + 1]), "n_predict": 1, "n_probs": size, "temperature": 0}
-            (answer,) = self._ask("/completion", {**asked, "cache_prompt": True})["completion_probabilities"]
+            # where an end token is most likely, the server would give no probabilities; they are those before sampling
+            asked |= {"ignore_eos": True, "cache_prompt": True}
+            (answer,) = self._ask("/completion", asked)["completion_probabilities"]
             tops = answer["top_logprobs"]
             if len(tops) != size:
                 raise EngineError(f"{self.path}: {len(tops):,} probabilities instead of {size:,}")
