@@ -39,9 +39,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if asked["messages"][0]["content"] == "raise":
                 return self.answer({"error": {"message": "roles must alternate"}}, 500)
             return self.answer({"prompt": json.dumps(asked)})
-        if self.path == "/tokenize": return self.answer({"tokens": [len(asked["content"]), asked["parse_special"]]})
+        if self.path == "/tokenize": return self.answer({"tokens": [len(asked["content"]), asked.get("parse_special")]})
         if "n_probs" not in asked: return self.answer({"tokens": asked["prompt"][::-1][: asked["n_predict"]]})
-        if asked["prompt"][-1] == 8 and not asked.get("ignore_eos"): return self.answer({"tokens": []})
+        if asked["prompt"][-1] == 8 and "logit_bias" not in asked: return self.answer({"tokens": []})
         tops = [{"id": n, "logprob": -float(n) - len(asked["prompt"])} for n in (2, 0, 1)]
         self.answer({"completion_probabilities": [{"top_logprobs": tops[: 2 if asked["prompt"][0] == 9 else 3]}]})
 class Server:
