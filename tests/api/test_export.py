@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 import solotune
 from solotune.cli.commands import solotune as command_line
 from solotune.errors import CheckError, DirectoryInUseError, InputError
-from solotune.exporters import export_folder, merge_choice, parity
+from solotune.exporters import export_folder, export_plan, merge_choice, parity, write_artifacts
+from solotune.exporters.artifact import Parity
+from solotune.exporters.source import open_source
 from solotune.model.adapter import Adapter
 from solotune.run import atomic_io
 from solotune.run.manifest import check_folder
@@ -28,8 +30,11 @@ IDS = torch.arange(3, 60)[None]
 
 
 @pytest.fixture
-def copied(run: Path, tmp_path: Path) -> Path:
-    """A copy of the run, to write into."""
+def copied(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the run, to write into; without the comparisons that take long: `exported` has them."""
+    equal = Parity("transformers", token_ids_equal=True, conversations=1)
+    monkeypatch.setattr(write_artifacts, "folder_parity", lambda *_: (equal, []))
+    monkeypatch.setattr(parity, "find_spec", lambda name: None)  # no PEFT
     shutil.copytree(run, tmp_path / "run")
     return tmp_path / "run"
 
@@ -51,6 +56,7 @@ def test_adapter_and_merged_model_are_what_was_trained(exported: tuple[Path, Any
     ]
     for one in result.artifacts:
         assert one.parity[0].mean_kl < 1e-4 and one.parity[0].top1_agreement == 1.0
+        assert one.parity[0].token_ids_equal and one.parity[0].conversations >= 200
         assert check_folder(one.path) == [] and one.bytes > 1000 and one.problems == []
     assert {choice.key: choice.value for choice in result.choices} == {
         "rows compared": 8, "dtype": "bf16", "merge_into": "dequantized",
@@ -102,10 +108,7 @@ def test_verify_knows_exports(exported: tuple[Path, Any], tmp_path: Path) -> Non
     assert solotune.verify(run).problems == []
 
 
-def test_nothing_is_overwritten_and_a_second_export_adds_to_the_first(
-    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(parity, "find_spec", lambda name: None)  # without the comparison in PEFT, which takes long
+def test_nothing_is_overwritten_and_a_second_export_adds_to_the_first(copied: Path, tmp_path: Path) -> None:
     solotune.export(copied, "adapter")
     before = (copied / "export/adapter/manifest.json").read_bytes()
     with pytest.raises(InputError, match="export/adapter exists already") as caught:
@@ -118,6 +121,31 @@ def test_nothing_is_overwritten_and_a_second_export_adds_to_the_first(
     assert solotune.verify(copied).ok
     result = solotune.export(copied, "adapter", out=tmp_path / "elsewhere")
     assert result.folder == tmp_path / "elsewhere" and (tmp_path / "elsewhere/adapter").is_dir()
+
+
+def test_vllm_is_a_check_of_what_is_there(copied: Path) -> None:
+    (artifact,) = solotune.export(copied, "adapter").artifacts
+    assert artifact.next_commands == []
+    (served,) = solotune.export(copied, "vllm").artifacts
+    assert served.path == copied / "export/adapter" and "vLLM itself was not run" in served.notes[0]
+    assert "--enable-lora" in served.next_commands[0]
+    written = json.loads((copied / "export/export.json").read_text())
+    assert [(one["kind"], one["path"]) for one in written["artifacts"]] == [("adapter", "adapter"), ("vllm", "adapter")]
+    assert solotune.verify(copied).ok
+
+
+def test_what_is_made_of_the_merged_model_has_it_written_first(copied: Path, tmp_path: Path) -> None:
+    plan = export_plan.checked(open_source(copied), tmp_path / "out", ["vllm"], None, None, ["f16"])
+    assert plan.kinds == ["merged", "vllm"] and plan.choices[0].value == "written too"
+    assert plan.sizes.keys() == {"merged"} and plan.sizes["merged"] > 100_000
+
+
+def test_an_adapter_that_was_trained_further_is_not_mixed_with_earlier_exports(copied: Path) -> None:
+    solotune.export(copied, "adapter")
+    path = copied / "export/export.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "adapter_sha256": "0" * 64}))
+    with pytest.raises(InputError, match="were made of another adapter"):
+        solotune.export(copied, "merged")
 
 
 def test_a_full_disk_is_said_before_anything_is_written(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,10 +178,9 @@ def test_what_is_not_what_was_trained_is_a_problem_with_exit_code_3(
 
 
 def test_what_cannot_be_compared_is_said(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parity, "find_spec", lambda name: None)
     monkeypatch.setattr(parity, "ram", lambda: (0, 1000))
     result = solotune.export(copied)
-    assert result.ok and [one.parity for one in result.artifacts] == [[], []]
+    assert result.ok and [[p.mean_kl for p in one.parity] for one in result.artifacts] == [[None], [None]]
     assert "pip install peft" in result.artifacts[0].notes[-1] and "not loaded again" in result.artifacts[1].notes[0]
 
 
@@ -161,7 +188,8 @@ def test_what_cannot_be_compared_is_said(copied: Path, monkeypatch: pytest.Monke
     ("arguments", "words"),
     [
         ({"to": "merged,onnx"}, "--to: onnx is not known"),
-        ({"to": ""}, "nothing to export"),
+        ({"to": ""}, "--to: nothing is named"),
+        ({"to": "gguf", "quantization": "q9"}, "quantization: 'q9' is not made here"),
         ({"dtype": "fp8"}, "--dtype: fp8 is not known"),
         ({"merge_into": "nf4"}, "--merge-into: nf4 is not known"),
         ({"base_precision": "int8"}, "--base-precision: int8 is not known"),

@@ -39,6 +39,8 @@ Usage: solotune [OPTIONS] VERB ...
     solotune train solotune.yaml     train and compare
     solotune diagnose runs/RUN       find out what is wrong
     solotune chat runs/RUN --base    chat with both models
+    solotune export runs/RUN         merge, for other programs
+    solotune serve runs/RUN          OpenAI's API on this machine
 
 Options:
   --version   Show the version and exit.
@@ -54,6 +56,9 @@ Verbs:
   diagnose  Find out what is wrong with a run, if anything.
   explain   Explain a fault: symptoms, why it matters, its fix.
   chat      Chat with the model of a RUN.
+  export    Export a RUN for other programs, and compare each file with what
+            was trained.
+  serve     Serve the model of a RUN with OpenAI's API.
   verify    Check that the files of a RUN are unchanged.
   runs      List the runs, oldest first.
 

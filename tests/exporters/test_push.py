@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import constants
 
 from solotune.errors import InputError, IntegrityError
-from solotune.exporters.push import push
+from solotune.exporters.push import exported, push
 from solotune.run.atomic_io import whole_folder
 
 TOKEN = "hf_standinstandinstandin"
@@ -189,3 +189,25 @@ def test_formats_that_can_run_code_are_refused(hub: Hub, tmp_path: Path) -> None
         push(tmp_path / "odd", "ada/demo", endpoint=hub.url)
     assert refused.value.seen == "pytorch_model.bin"
     assert hub.asked == []
+
+
+def test_what_is_exported_already_is_uploaded_as_it_is(merged: Path) -> None:
+    folder = merged.parent
+    assert exported(folder, ["gguf"], "ada/demo") is None
+    (folder / "export.json").write_text(json.dumps({"artifacts": [{"kind": "merged", "problems": []}]}))
+    found = exported(folder, ["merged"], "ada/demo")
+    assert found is not None and found.ok and found.choices[0].value == "the one that is there"
+    (folder / "export.json").write_text(json.dumps({"artifacts": [{"kind": "merged", "problems": ["mean KL 0.5"]}]}))
+    with pytest.raises(InputError) as refused:
+        exported(folder, ["merged"], "ada/demo")
+    assert refused.value.seen == "mean KL 0.5"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "repo", "seen"),
+    [(["adapter", "merged"], "a/b", "--to adapter,merged"), (["vllm"], "a/b", "--to vllm"), (["merged"], "b", "b")],
+)
+def test_one_kind_goes_to_one_repository(tmp_path: Path, kinds: list[str], repo: str, seen: str) -> None:
+    with pytest.raises(InputError) as refused:
+        exported(tmp_path, kinds, repo)
+    assert refused.value.seen == seen

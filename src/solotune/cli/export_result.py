@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def print_export(export: Export, console: Console) -> None:
     """The bases that were measured, the artifacts with their parity, problems, notes and next commands."""
     if rows := export.merge_rows():
-        _print_table(("merged into", "mean KL", "same top", "loss", "exact"), rows, console)
-    _print_table(("artifact", "size", "engine", "ids", "mean KL", "same top"), export.parity_rows(), console)
+        _print_table(("merged into", "mean KL", "top-1", "loss", "exact"), rows, console)
+    _print_table(("artifact", "size", "engine", "ids", "mean KL", "top-1"), export.parity_rows(), console)
     problems = [(one.kind, problem) for one in export.artifacts for problem in one.problems]
     for kind, problem in problems:
         sign, style = SIGNS["fail"]

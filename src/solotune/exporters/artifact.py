@@ -73,6 +73,8 @@ class Export(ResultRepr):
     choices: list[Choice]
     merge: dict[str, Any] | None = None
     """What was measured of each base that the adapter can be merged into: see `merge_choice.MergeChoice`."""
+    adapter_sha256: str = ""
+    """Of the adapter that the artifacts were made of: see `export_folder.sha256_of`."""
 
     @property
     def ok(self) -> bool:
@@ -83,10 +85,10 @@ class Export(ResultRepr):
         return {"folder": self.folder, "ok": self.ok, "artifacts": ", ".join(one.kind for one in self.artifacts)}
 
     def tables(self) -> list[Table]:
-        header = ("artifact", "size", "engine", "token ids", "mean KL", "same top")
+        header = ("artifact", "size", "engine", "token ids", "mean KL", "top-1")
         return [
             Table("Artifacts", header, self.parity_rows()),
-            Table("Merged into", ("base", "mean KL", "same top", "loss", "exact match"), self.merge_rows()),
+            Table("Merged into", ("base", "mean KL", "top-1", "loss", "exact match"), self.merge_rows()),
         ]
 
     def parity_rows(self) -> list[tuple[str, ...]]:
@@ -120,6 +122,7 @@ class Export(ResultRepr):
             "artifacts": [one.to_json() for one in self.artifacts],
             "choices": [choice._asdict() for choice in self.choices],
             "merge": self.merge,
+            "adapter_sha256": self.adapter_sha256,
         }
 
 

@@ -16,7 +16,7 @@ import getpass
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from solotune.config.secrets import holds_secret, without_secrets
 from solotune.errors import InputError
@@ -168,7 +168,7 @@ def _readme(source: ExportSource, kind: str, records: Mapping[str, dict[str, Any
         library_name="peft" if kind == "adapter" else "gguf" if kind in ("gguf", "ollama") else "transformers",
         pipeline_tag="text-generation",
         tags=["solotune", "lora", *(["base_model:adapter:" + source.base.hub_id] if source.base.hub_id else [])],
-        **license_of(source.base.folder),
+        **cast("dict[str, Any]", license_of(source.base.folder)),
     )
     title = f"{Path(base).name}, fine-tuned"
     parts = [

@@ -10,6 +10,7 @@ artifacts of an earlier export stay in it.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from typing import Any
 
 from solotune.errors import CheckError, DirectoryInUseError, InputError
 from solotune.exporters.artifact import Artifact, Compared, Export
+from solotune.exporters.base_tensors import as_bytes
+from solotune.model.adapter import Adapter
 from solotune.run import atomic_io
 from solotune.run.manifest import MANIFEST, check_folder, entry_at, read_manifest
 from solotune.run.run_dir import EXPORT_JSON, LOCK, RunDirectory, nearest_folder, read_object
@@ -39,10 +42,11 @@ class ExportFolder:
         It holds no path: paths count from its folder, so it says the same wherever the folder goes.
         """
         content = export.to_json()
-        content |= {"folder": ".", "artifacts": [_without_paths(one) for one in content["artifacts"]]}
+        artifacts = [_without_paths(one, self.path) for one in content["artifacts"]]
+        content |= {"folder": ".", "artifacts": artifacts, "merge": content["merge"] or self._written().get("merge")}
         here = {one.kind for one in export.artifacts}
         earlier = [
-            one for one in self.earlier() if one.get("kind") not in here and (self.path / str(one["kind"])).is_dir()
+            one for one in self.earlier() if one.get("kind") not in here and (self.path / str(one["path"])).exists()
         ]
         atomic_io.write_whole(
             self.path / EXPORT_JSON, atomic_io.json_text({**content, "artifacts": [*earlier, *content["artifacts"]]})
@@ -52,14 +56,38 @@ class ExportFolder:
 
     def earlier(self) -> list[dict[str, Any]]:
         """What export.json lists so far."""
-        path = self.path / EXPORT_JSON
-        found = read_object(path).get("artifacts") if path.is_file() else []
+        found = self._written().get("artifacts")
         return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
+    def check_adapter(self, sha256: str) -> None:
+        """Raises:
+        InputError: what is there was made of another adapter (the run was trained further since).
+        """
+        if (earlier := self._written().get("adapter_sha256")) not in (None, sha256):
+            raise InputError(
+                f"{self.path}: the exports there were made of another adapter",
+                seen=f"sha256 {str(earlier)[:12]}; this one has {sha256[:12]}",
+                change=f"remove them (rm -r {self.path}), or write elsewhere with --out",
+            )
 
-def _without_paths(artifact: dict[str, Any]) -> dict[str, Any]:
+    def _written(self) -> dict[str, Any]:
+        path = self.path / EXPORT_JSON
+        return read_object(path) if path.is_file() else {}
+
+
+def sha256_of(adapter: Adapter) -> str:
+    """Of an adapter's tensors and scales, whatever file they are in."""
+    digest = hashlib.sha256()
+    for name in sorted(adapter.tensors):
+        digest.update(f"{name} {adapter.tensors[name].dtype}\n".encode() + as_bytes(adapter.tensors[name]))
+    for name in sorted(adapter.modules):
+        digest.update(f"{name} {adapter.scaling(name)}\n".encode())
+    return digest.hexdigest()
+
+
+def _without_paths(artifact: dict[str, Any], root: Path) -> dict[str, Any]:
     kept = {key: value for key, value in artifact.items() if key != "next_commands"}
-    return {**kept, "path": artifact["kind"]}
+    return {**kept, "path": Path(artifact["path"]).relative_to(root).as_posix()}
 
 
 @contextlib.contextmanager

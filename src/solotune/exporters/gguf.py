@@ -54,11 +54,18 @@ if TYPE_CHECKING:
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
 K_QUANTS = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_k_s", "q4_k_m", "q5_0", "q5_k_s", "q5_k_m", "q6_k")
 QUANTIZATIONS = (*CONVERTED, *K_QUANTS)
+BYTES_PER_WEIGHT, K_QUANT_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.07}, 0.83  # of q6_k, the largest
 LORA_FILE = "adapter.gguf"
 SECONDS, BYTES_PER_SECOND = 600, 4 << 20  # a child may take SECONDS, and more for a large model
 _ENDS = ("eos", "eot", "eom")
 ENGINE_VARIABLES = ("date_string", "tools_in_user_message")
 _HEAD_AND_EMBEDDING = ("lm_head", "embed_out", "embed_tokens", "wte", "word_embeddings", "embed_in")
+
+
+def gguf_bytes(weights: int, quantization: str) -> int:
+    """About how many bytes a file takes while it is made: a K-quant is made from a 16-bit file beside it."""
+    between = 2 * weights if quantization in K_QUANTS else 0
+    return round(weights * BYTES_PER_WEIGHT.get(quantization, K_QUANT_BYTES)) + between
 
 
 def check_quantization(name: str) -> None:

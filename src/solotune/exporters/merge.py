@@ -165,7 +165,7 @@ def write_merged(source: ExportSource, tensors: BaseTensors, folder: Folder, mer
     """
     write_weights(tensors, folder, merge, progress)
     folder.write("config.json", json_text(_config(source, tensors, merge.dtype)))
-    folder.write("generation_config.json", json_text(_generation_config(source)))
+    folder.write("generation_config.json", json_text(generation_config(source)))
     for name, content in saved_files(source.tokenizer):
         folder.write(name, content)
 
@@ -277,7 +277,7 @@ def _config(source: ExportSource, tensors: BaseTensors, dtype: torch.dtype) -> d
     return config
 
 
-def _generation_config(source: ExportSource) -> dict[str, Any]:
+def generation_config(source: ExportSource) -> dict[str, Any]:
     """generation_config.json of the base, with the tokens that end an answer as it was trained."""
     config = {key: value for key, value in source.base.generation_config.items() if key not in NOT_IN_MERGED}
     for key in ("bos_token_id", "pad_token_id"):

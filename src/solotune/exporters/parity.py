@@ -6,6 +6,7 @@ in_peft(folder, source, trained)     an adapter, by stock PEFT on the base as it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from solotune.dataset import Example
 from solotune.exporters import measure
 from solotune.exporters.artifact import Parity
 from solotune.exporters.measure import Fit
@@ -22,6 +24,7 @@ from solotune.hardware.machine import ram
 from solotune.model.lm_head import head_of
 from solotune.units import first_line
 
+NUM_ROWS, ROW_TOKENS = 4, 128  # compared with engines that give all log-probabilities of a position
 ONLY_FILES: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
 
 
@@ -31,7 +34,7 @@ class CannotRunBase(Exception):
 
 def in_transformers(folder: Path, trained: Trained) -> Fit:
     """A merged folder, loaded by transformers in the dtype of the trained model's activations."""
-    module = AutoModelForCausalLM.from_pretrained(folder, dtype=trained.dtype, **ONLY_FILES)
+    module: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=trained.dtype, **ONLY_FILES)
     return _compared(module.to(trained.device), trained)
 
 
@@ -56,7 +59,16 @@ def in_peft(folder: Path, source: ExportSource, trained: Trained) -> Fit:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise CannotRunBase(f"bitsandbytes cannot run this base: {first_line(error)}") from error
-    return _compared(PeftModel.from_pretrained(base, str(folder)).get_base_model(), trained)
+    tuned: Any = PeftModel.from_pretrained(base, str(folder)).get_base_model()
+    return _compared(tuned, trained)
+
+
+@torch.no_grad()
+def row_logits(folder: Path, rows: Sequence[Example]) -> list[tuple[list[int], torch.Tensor]]:
+    """Ids of a few rows, and the logits (T, V) of a merged folder for them, in float32 on the CPU."""
+    module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **ONLY_FILES).eval()
+    ids = [row.input_ids[:ROW_TOKENS].tolist() for row in rows[:NUM_ROWS]]
+    return [(one, module(torch.tensor([one]), use_cache=False).logits[0]) for one in ids]
 
 
 def why_not_in_peft(source: ExportSource) -> str | None:
@@ -68,14 +80,14 @@ def why_not_in_peft(source: ExportSource) -> str | None:
     return None
 
 
-def why_not_in_transformers(num_bytes: int, trained: Trained) -> str | None:
-    """Why a merged folder is not loaded again; None if it is.
+def why_not_in_transformers(num_bytes: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a merged folder is not loaded in a dtype on a device; None if it is.
 
     Args:
         num_bytes: of its weights, in 16 bits.
     """
-    needed = num_bytes * trained.dtype.itemsize // 2
-    free = torch.cuda.mem_get_info(trained.device)[0] if trained.device.type == "cuda" else ram()[1]
+    needed = num_bytes * dtype.itemsize // 2
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else ram()[1]
     if needed < 0.9 * free:
         return None
     return f"not loaded again: that takes {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free"

@@ -9,13 +9,18 @@ be loading is never replaced.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from solotune.config.run_config import Choice
 from solotune.errors import InputError, IntegrityError, program
+from solotune.exporters.artifact import Export
+from solotune.exporters.export_folder import ExportFolder
 from solotune.hub.download import HUB_ID, offline_switch
 from solotune.run.manifest import check_folder
 from solotune.units import first_line
 
+PUSHED = ("adapter", "merged", "gguf", "ollama")
 MADE_BY_THE_HUB = {".gitattributes"}
 CODE = (".bin", ".pt", ".pth", ".pkl", ".py")  # formats that can run code
 
@@ -60,6 +65,27 @@ def push(folder: Path, repo: str, *, private: bool = True, endpoint: str | None 
     return str(done.commit_url)
 
 
+def exported(folder: Path, kinds: Sequence[str], repo: str) -> Export | None:
+    """What an earlier export has recorded of the one kind to upload; None if it is not there yet.
+
+    Raises:
+        InputError: not one kind of files, or no name of a repository.
+    """
+    if len(kinds) != 1 or kinds[0] not in PUSHED:
+        seen, allowed = f"--to {','.join(kinds)}", f"one of {', '.join(PUSHED)}"
+        raise _refused(repo, seen, allowed, "name the one to upload with --to, such as --to merged")
+    _check_name(repo)
+    if not (folder / kinds[0]).exists():
+        return None
+    records = [one for one in ExportFolder(folder, None).earlier() if one.get("kind") == kinds[0]]
+    problems = [str(problem) for one in records for problem in one.get("problems", ())]
+    if problems or not records:
+        seen = "; ".join(problems) or "export.json does not list it"
+        raise _refused(repo, seen, "an export that holds", f"remove {folder / kinds[0]}, and export again")
+    choice = Choice("export", "the one that is there", f"{folder / kinds[0]} was compared when it was written")
+    return Export(folder, [], [choice])
+
+
 _LOG_IN = "log in with: hf auth login (a token that may write), or set HF_TOKEN"
 
 
@@ -72,13 +98,17 @@ def _check(folder: Path, repo: str) -> None:
     InputError: no name of a repository, or files that can run code.
     IntegrityError: the folder has changed.
     """
-    if not HUB_ID.fullmatch(repo) or "/" not in repo:
-        raise _refused(repo, repo, "owner/name", "such as --push my-name/my-model")
+    _check_name(repo)
     for file, problem in check_folder(folder):
         change = f"export again; {program()} verify compares a run's files"
         raise IntegrityError(f"{folder / file}: {problem}", change=change)
     if code := [path.name for path in sorted(folder.rglob("*")) if path.suffix in CODE]:
         raise _refused(repo, ", ".join(code), "safetensors, GGUF, JSON and texts", "remove it")
+
+
+def _check_name(repo: str) -> None:
+    if not HUB_ID.fullmatch(repo) or "/" not in repo:
+        raise _refused(repo, repo, "owner/name", "such as --push my-name/my-model")
 
 
 def _create(api: object, repo: str, private: bool) -> bool:

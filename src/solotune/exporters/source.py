@@ -171,13 +171,14 @@ def _of_rows(count: int, kind: str) -> str:
 def bounded(rows: Sequence[Example]) -> list[Example]:
     """At most MAX_ROWS rows, evenly spaced, cut to MAX_TOKENS; without those that then have no token to predict."""
     wanted = range(0, len(rows), max(1, len(rows) // MAX_ROWS))
-    cut = (_cut(rows[place]) for place in wanted)
-    return [row for row in cut if row.loss_mask[1:].any()][:MAX_ROWS]
+    shorter = (cut(rows[place], MAX_TOKENS) for place in wanted)
+    return [row for row in shorter if row.loss_mask[1:].any()][:MAX_ROWS]
 
 
-def _cut(row: Example) -> Example:
-    weights = None if row.weights is None else row.weights[:MAX_TOKENS]
-    return Example(row.input_ids[:MAX_TOKENS], row.loss_mask[:MAX_TOKENS], row.where, row.messages, row.tools, weights)
+def cut(row: Example, length: int) -> Example:
+    """The first tokens of a row."""
+    weights = None if row.weights is None else row.weights[:length]
+    return Example(row.input_ids[:length], row.loss_mask[:length], row.where, row.messages, row.tools, weights)
 
 
 def _for_measuring(config: RunConfig) -> RunConfig:

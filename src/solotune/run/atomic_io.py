@@ -25,6 +25,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ PARTIAL, REMOVED = ".partial", ".removed"  # endings of what is not complete yet
 PREFLIGHT = ".preflight-"
 WRITE_BYTES = 16 << 20  # size of one write; smaller pieces are collected up to this
 
-Content = bytes | str | Iterable[bytes] | Iterable[str]
+Content = bytes | str | Iterable[bytes] | Iterable[str] | Iterable[bytes | memoryview]
 
 
 @contextlib.contextmanager
@@ -105,14 +106,16 @@ class Folder:
             fs_ops.sync_folder(path.parent.parent)
         digest, count = hashlib.sha256(), 0
 
-        def hashed() -> Iterator[bytes]:
+        def hashed(beside: ThreadPoolExecutor) -> Iterator[bytes]:
             nonlocal count
             for piece in _pieces(content):
-                digest.update(piece)
+                hashing = beside.submit(digest.update, piece)  # while it is written
                 count += len(piece)
                 yield piece
+                hashing.result()
 
-        _write_new(path, hashed())
+        with ThreadPoolExecutor(1) as beside:
+            _write_new(path, hashed(beside))
         if path.parent != self.path:
             fs_ops.sync_folder(path.parent)
         self.entries[name] = Entry(count, digest.hexdigest())
