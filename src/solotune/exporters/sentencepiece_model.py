@@ -54,7 +54,7 @@ def sentencepiece_model(tokenizer: PreTrainedTokenizerBase) -> bytes | None:
     written.normalizer_spec.add_dummy_prefix = written.normalizer_spec.remove_extra_whitespaces = False
     kinds = {token["content"]: "CONTROL" if token["special"] else "USER_DEFINED" for token in added}
     kinds[str(tokenizer.unk_token)] = "UNKNOWN"
-    kinds |= {piece: "BYTE" for piece in _BYTES}
+    kinds |= dict.fromkeys(_BYTES, "BYTE")
     # Gemma's tokenizer.json has a tab in the place of its byte; a SentencePiece model needs all 256
     bytes_of = {chr(byte): piece for byte, piece in enumerate(_BYTES) if piece not in model["vocab"]}
     for shown, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
