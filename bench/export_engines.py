@@ -1,9 +1,9 @@
 """Is a GGUF export what was trained? Token ids and log-probabilities in llama.cpp, prompts in Go's template engine.
 
-    python -m bench.export_engines FOLDER [--only templates|logits] [--rows 8] [--positions 6]
+    python -m bench.real_tokenizers && python -m bench.export_engines [FOLDER]
+    python -m bench.export_engines --only templates|logits|NAME [--rows 8] [--positions 6]
 
-FOLDER holds `tok/{smollm2,llama3,qwen3,mistral,gemma}`: tokenizers in transformers' form with the chat templates of trl
-1.16.0 (mistral: mistral-common 1.13.1).
+FOLDER holds the tokenizers that `bench.real_tokenizers` makes, each with its chat template.
 
 templates   a model of one tiny random layer with each tokenizer, as GGUF: the ids that llama.cpp's server computes for
             some 400 conversations, and the prompts that the Modelfile's TEMPLATE makes in Go (if `go` is on PATH),
@@ -29,6 +29,7 @@ import torch
 import transformers
 
 from bench.machine import RESULTS, machine, table, write_result
+from bench.real_tokenizers import FOLDER
 from solotune.exporters.conversations import split_by_template
 from solotune.exporters.engine_parity import CONTEXT, engine_ids, explained, normalizer
 from solotune.exporters.gguf import write_gguf, write_lora_gguf
@@ -148,9 +149,8 @@ def seconds(result: dict[str, Any], name: str) -> Iterator[None]:
     result[name] = round(time.monotonic() - begin, 1)
 
 
-def logits(count: int, positions: int) -> list[dict[str, Any]]:
+def logits(count: int, positions: int) -> Iterator[dict[str, Any]]:
     """Each file in llama.cpp against PEFT's model in f32, over some positions of some rows."""
-    results = []
     tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
     rows = rows_of(tokenizer, count)
     places = [sorted({len(row) - 2 - n * (len(row) // (2 * positions)) for n in range(positions)}) for row in rows]
@@ -168,15 +168,14 @@ def logits(count: int, positions: int) -> list[dict[str, Any]]:
             with seconds(result, "convert_seconds"), whole_folder(folder / quantization) as target:
                 path = write_gguf(folder / "merged", target, quantization)
             _measure(result, folder / quantization / path.name, None, rows, places, trained)
-            results.append(result)
+            yield result
         result = {"artifact": "adapter beside f32 base"}
         with whole_folder(folder / "base") as target:
             path = write_gguf(BASE, target, "f32")
         with seconds(result, "convert_seconds"), whole_folder(folder / "lora") as target:
             lora = write_lora_gguf(folder / "adapter", BASE, target)
         _measure(result, folder / "base" / path.name, folder / "lora" / lora.name, rows, places, trained)
-        results.append(result)
-    return results
+        yield result
 
 
 def _measure(
@@ -202,8 +201,8 @@ def _measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", choices=("templates", "logits"))
+    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER)
+    parser.add_argument("--only", choices=("templates", "logits", *CONFIGS))
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--positions", type=int, default=6)
     options = parser.parse_args()
@@ -212,16 +211,19 @@ def main() -> None:
     tools = {tool.name: tool.version for tool in (CONVERTER, LORA_CONVERTER, QUANTIZER, ENGINE)}
     result["machine"] = {**machine("torch", "transformers", "peft"), **tools}
     if options.only != "logits":
-        for name in CONFIGS:
-            folder = options.folder / "tok" / name
+        for name in CONFIGS if options.only in (None, "templates") else [options.only]:
+            folder = options.folder / name
             found = {"llama.cpp": ids_in_llama_cpp(folder)}
             if shutil.which("go"):
                 found["Ollama's TEMPLATE in Go"] = prompts_in_go(folder)
             result.setdefault("templates", {})[name] = found
             print(name, json.dumps(found, ensure_ascii=False)[:2000], flush=True)
             write_result("export_engines", result)
-    if options.only != "templates":
-        result["logits"] = logits(options.rows, options.positions)
+    if options.only in (None, "logits"):
+        result["logits"] = []
+        for one in logits(options.rows, options.positions):
+            result["logits"].append(one)
+            write_result("export_engines", result)
     write_result("export_engines", result)
     (RESULTS / "export_engines.md").write_text(report(result))
 

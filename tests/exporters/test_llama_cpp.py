@@ -39,8 +39,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if asked["messages"][0]["content"] == "raise":
                 return self.answer({"error": {"message": "roles must alternate"}}, 500)
             return self.answer({"prompt": json.dumps(asked)})
-        if self.path == "/tokenize": return self.answer({"tokens": [len(asked["content"]), asked["parse_special"]]})
+        if self.path == "/tokenize": return self.answer({"tokens": [len(asked["content"]), asked.get("parse_special")]})
         if "n_probs" not in asked: return self.answer({"tokens": asked["prompt"][::-1][: asked["n_predict"]]})
+        if asked["prompt"][-1] == 8 and "logit_bias" not in asked: return self.answer({"tokens": []})
         tops = [{"id": n, "logprob": -float(n) - len(asked["prompt"])} for n in (2, 0, 1)]
         self.answer({"completion_probabilities": [{"top_logprobs": tops[: 2 if asked["prompt"][0] == 9 else 3]}]})
 class Server:
@@ -74,6 +75,7 @@ def test_what_it_answers(file: Callable[[str], Path]) -> None:
         found = engine.log_probs([5, 6, 7])
         assert torch.equal(found, torch.tensor([[-1.0, -2, -3], [-2, -3, -4], [-3, -4, -5]]))
         assert torch.equal(engine.log_probs([5, 6, 7], [2]), found[2:])
+        assert engine.log_probs([8]).shape == (1, 3)  # an end token follows
         assert engine.token_ids("four") == [4, True]
         asked = engine.rendered([{"role": "user", "content": "Hi"}], is_prompt=False)
         assert '"add_generation_prompt": false' in asked and '"tools"' not in asked

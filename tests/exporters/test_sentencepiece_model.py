@@ -20,6 +20,7 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """A BPE of SentencePiece's kind: bytes for the unknown, spaces written as ▁, merges in a given order."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "c"]
     pieces += ["".join(merge) for merge in MERGES]
+    pieces[pieces.index("<0x09>")] = "\t"  # as in Gemma's
     vocab = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     made = Tokenizer(models.BPE(vocab=vocab, merges=MERGES, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
@@ -37,7 +38,7 @@ def test_texts_are_split_alike() -> None:
     own = tokenizer()
     content = sentencepiece_model(own)
     read = sentencepiece.SentencePieceProcessor(model_proto=content)
-    for text in ("abc", " abc", "a    bc", "bca  a", "   ", "aé\n"):  # training puts one space in front
+    for text in ("abc", " abc", "a    bc", "bca  a", "   ", "aé\n", "a\tb"):  # training puts one space in front
         assert read.encode(f" {text}" if text[0] != " " else text) == own(text, add_special_tokens=False).input_ids, (
             text
         )
@@ -49,7 +50,7 @@ def test_kinds_of_pieces() -> None:
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(sentencepiece_model(tokenizer()) or b"")
     kinds = {piece.piece: model.SentencePiece.Type.Name(piece.type) for piece in model.pieces}
-    wanted = {"<unk>": "UNKNOWN", "<s>": "CONTROL", "<0x0A>": "BYTE", "[own]": "USER_DEFINED", "▁a": "NORMAL"}
+    wanted = {"<unk>": "UNKNOWN", "<s>": "CONTROL", "<0x09>": "BYTE", "<0x0A>": "BYTE", "[own]": "USER_DEFINED", "▁a": "NORMAL"}
     assert {piece: kinds[piece] for piece in wanted} == wanted
 
 

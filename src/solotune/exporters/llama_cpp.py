@@ -176,10 +176,15 @@ class LlamaCpp:
             EngineError: the row is longer than the context, or the server does not answer.
         """
         size = self.vocab_size
-        found = torch.full((len(range(len(ids)) if positions is None else positions), size), -torch.inf)
-        for row, position in enumerate(range(len(ids)) if positions is None else positions):
+        positions = range(len(ids)) if positions is None else positions
+        found = torch.full((len(positions), size), -torch.inf)
+        # of a token that ends the answer, or is a part of a character, the server shows nothing; so it generates a
+        # letter. The probabilities are those before this
+        letter = self._ask("/tokenize", {"content": "a", "add_special": False})["tokens"][-1]
+        for row, position in enumerate(positions):
             asked = {"prompt": list(ids[: position + 1]), "n_predict": 1, "n_probs": size, "temperature": 0}
-            (answer,) = self._ask("/completion", {**asked, "cache_prompt": True})["completion_probabilities"]
+            asked |= {"logit_bias": [[letter, 1e6]], "cache_prompt": True}
+            (answer,) = self._ask("/completion", asked)["completion_probabilities"]
             tops = answer["top_logprobs"]
             if len(tops) != size:
                 raise EngineError(f"{self.path}: {len(tops):,} probabilities instead of {size:,}")

@@ -12,9 +12,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+from typing import Any
 
 
-def server(request: dict) -> object:
+def server(request: dict[str, Any]) -> Any:
     """llama.cpp's own HTTP server on a loopback port of its choice, computing as exactly as it can."""
     import xllamacpp  # pyright: ignore[reportMissingImports]
 
@@ -35,11 +36,10 @@ def server(request: dict) -> object:
 
 def main() -> None:
     request = json.loads(sys.stdin.readline())
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.dup(1)
     os.dup2(2, 1)  # what the library prints is no answer
     running = server(request)
-    answers.write(running.listening_address + "\n")
-    answers.flush()
+    os.write(answers, f"{running.listening_address}\n".encode())
     sys.stdin.read()
     os._exit(0)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPACE = "▁"  # how SentencePiece writes a space
+_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def sentencepiece_model(tokenizer: PreTrainedTokenizerBase) -> bytes | None:
@@ -43,17 +44,21 @@ def sentencepiece_model(tokenizer: PreTrainedTokenizerBase) -> bytes | None:
             "this tokenizer needs the library sentencepiece for a GGUF file",
             change="pip install 'solotune[sentencepiece]'",
         ) from None
+    library: Any = sentencepiece_model_pb2  # its classes are made at import, where type checkers do not see them
     scores: dict[str, float] = {}
     for rank, merge in enumerate(model["merges"]):
         scores.setdefault("".join(merge if isinstance(merge, list) else merge.split(" ")), -float(rank))
-    written = sentencepiece_model_pb2.ModelProto()
-    written.trainer_spec.model_type = sentencepiece_model_pb2.TrainerSpec.BPE
+    written = library.ModelProto()
+    written.trainer_spec.model_type = library.TrainerSpec.BPE
     written.trainer_spec.byte_fallback = True
     written.normalizer_spec.add_dummy_prefix = written.normalizer_spec.remove_extra_whitespaces = False
     kinds = {token["content"]: "CONTROL" if token["special"] else "USER_DEFINED" for token in added}
     kinds[str(tokenizer.unk_token)] = "UNKNOWN"
-    kinds |= {f"<0x{byte:02X}>": "BYTE" for byte in range(256)}
-    for piece, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
-        kind = getattr(sentencepiece_model_pb2.ModelProto.SentencePiece, kinds.get(piece, "NORMAL"))
+    kinds |= dict.fromkeys(_BYTES, "BYTE")
+    # Gemma's tokenizer.json has a tab in the place of its byte; a SentencePiece model needs all 256
+    bytes_of = {chr(byte): piece for byte, piece in enumerate(_BYTES) if piece not in model["vocab"]}
+    for shown, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        piece = bytes_of.get(shown, shown)
+        kind = getattr(library.ModelProto.SentencePiece, kinds.get(piece, "NORMAL"))
         written.pieces.add(piece=piece, score=scores.get(piece, -float(len(model["merges"]))), type=kind)
     return written.SerializeToString()

@@ -25,7 +25,6 @@ from pathlib import Path
 
 from solotune.dataset import row_store
 from solotune.errors import InputError, StorageError
-from solotune.units import first_line
 
 INSTALL_SECONDS = 900
 
@@ -106,7 +105,7 @@ class Tool:
         said = [line for line in (done.stderr.splitlines() if done else ()) if line.startswith("ERROR")]
         return InputError(
             f"{self.does}: {self.name} {self.version} could not be installed",
-            seen=first_line("; ".join(said))[:300] if said else f"pip did not finish within {INSTALL_SECONDS} s",
+            seen="; ".join(said)[:300] if said else f"pip did not finish within {INSTALL_SECONDS} s",
             allowed=f"the wheel with sha256 {self.sha256}",
             change=f"without a network, run `{self.download_command} -d WHEELS` where there is one, and set "
             "PIP_NO_INDEX=1 PIP_FIND_LINKS=WHEELS here",
