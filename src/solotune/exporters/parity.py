@@ -25,7 +25,6 @@ from solotune.model.lm_head import head_of
 from solotune.units import first_line
 
 NUM_ROWS, ROW_TOKENS = 4, 128  # compared with engines that give all log-probabilities of a position
-ONLY_FILES: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
 
 
 class CannotRunBase(Exception):
@@ -34,7 +33,7 @@ class CannotRunBase(Exception):
 
 def in_transformers(folder: Path, trained: Trained) -> Fit:
     """A merged folder, loaded by transformers in the dtype of the trained model's activations."""
-    module: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=trained.dtype, **ONLY_FILES)
+    module = _loaded(folder, dtype=trained.dtype)
     return _compared(module.to(trained.device), trained)
 
 
@@ -52,21 +51,23 @@ def in_peft(folder: Path, source: ExportSource, trained: Trained) -> Fit:
         )
     if trained.device.type == "cuda":
         how["device_map"] = {"": trained.device}
-    base = AutoModelForCausalLM.from_pretrained(source.base.folder, **how, **ONLY_FILES)
+    base = _loaded(source.base.folder, **how)
     try:
         measure.predictions(base, trained.rows[:1])
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise CannotRunBase(f"bitsandbytes cannot run this base: {first_line(error)}") from error
-    tuned: Any = PeftModel.from_pretrained(base, str(folder)).get_base_model()
+    tuned: Any = PeftModel.from_pretrained(
+        base, str(folder), trust_remote_code=False, use_safetensors=True, attn_implementation=None
+    ).get_base_model()
     return _compared(tuned, trained)
 
 
 @torch.no_grad()
 def row_logits(folder: Path, rows: Sequence[Example]) -> list[tuple[list[int], torch.Tensor]]:
     """Ids of a few rows, and the logits (T, V) of a merged folder for them, in float32 on the CPU."""
-    module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **ONLY_FILES).eval()
+    module = _loaded(folder, dtype=torch.float32).eval()
     ids = [row.input_ids[:ROW_TOKENS].tolist() for row in rows[:NUM_ROWS]]
     return [(one, module(torch.tensor([one]), use_cache=False).logits[0]) for one in ids]
 
@@ -91,6 +92,18 @@ def why_not_in_transformers(num_bytes: int, dtype: torch.dtype, device: torch.de
     if needed < 0.9 * free:
         return None
     return f"not loaded again: that takes {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free"
+
+
+def _loaded(folder: Path, **how: Any) -> Any:
+    """A model as `from_pretrained` loads it; the attention is the one that users get."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        attn_implementation=None,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        **how,
+    )
 
 
 def _compared(module: PreTrainedModel, trained: Trained) -> Fit:
