@@ -30,6 +30,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = json.dumps(content).encode()
         self.send_response(code); self.send_header("Content-Length", str(len(body))); self.end_headers()
         self.wfile.write(body)
+    def generated(self, asked):
+        tokens = asked["prompt"][::-1][: asked["n_predict"]]
+        self.answer({"tokens": tokens, "stop_type": "eos" if tokens[-1] == 9 else "limit"})
     def do_GET(self): self.answer({"data": [{"meta": {"n_vocab": 3}}]})
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -40,7 +43,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return self.answer({"error": {"message": "roles must alternate"}}, 500)
             return self.answer({"prompt": json.dumps(asked)})
         if self.path == "/tokenize": return self.answer({"tokens": [len(asked["content"]), asked.get("parse_special")]})
-        if "n_probs" not in asked: return self.answer({"tokens": asked["prompt"][::-1][: asked["n_predict"]]})
+        if "n_probs" not in asked: return self.generated(asked)
         if asked["prompt"][-1] == 8 and "logit_bias" not in asked: return self.answer({"tokens": []})
         tops = [{"id": n, "logprob": -float(n) - len(asked["prompt"])} for n in (2, 0, 1)]
         self.answer({"completion_probabilities": [{"top_logprobs": tops[: 2 if asked["prompt"][0] == 9 else 3]}]})
@@ -80,6 +83,7 @@ def test_what_it_answers(file: Callable[[str], Path]) -> None:
         asked = engine.rendered([{"role": "user", "content": "Hi"}], is_prompt=False)
         assert '"add_generation_prompt": false' in asked and '"tools"' not in asked
         assert engine.generate([1, 2, 3], 2) == [3, 2]
+        assert engine.generate([1, 9, 3], 2) == [3]  # an end token
 
 
 def test_a_refusal_says_what_the_template_says(file: Callable[[str], Path]) -> None:

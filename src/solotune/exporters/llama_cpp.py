@@ -194,7 +194,8 @@ class LlamaCpp:
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
         """Greedy continuation of a prompt, up to an end token, which is left out."""
         asked = {"prompt": list(ids), "n_predict": max_new_tokens, "temperature": 0, "top_k": 1, "return_tokens": True}
-        return self._ask("/completion", {**asked, "cache_prompt": True})["tokens"]
+        answer = self._ask("/completion", {**asked, "cache_prompt": True})
+        return answer["tokens"][:-1] if answer["stop_type"] == "eos" else answer["tokens"]
 
     @property
     def vocab_size(self) -> int:
