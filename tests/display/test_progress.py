@@ -364,7 +364,9 @@ def test_a_fault_in_the_rows_is_what_train_would_stop_at():
     text = piped(lambda console: results.print_data(preview(findings=[fault]), console))
     assert "✗  train stops before step 1:  change what is said above, or set allow_faults: [F21]" in text
     allowed = replace(preview(findings=[fault]), allowed=("F21",))
-    assert "no fault found in the rows but those in allow_faults\n" in piped(lambda console: results.print_data(allowed, console))
+    assert "no fault found in the rows but those in allow_faults\n" in piped(
+        lambda console: results.print_data(allowed, console)
+    )
 
 
 def test_keys_that_nothing_reads_are_named():

@@ -50,7 +50,14 @@ def test_kinds_of_pieces() -> None:
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(sentencepiece_model(tokenizer()) or b"")
     kinds = {piece.piece: model.SentencePiece.Type.Name(piece.type) for piece in model.pieces}
-    wanted = {"<unk>": "UNKNOWN", "<s>": "CONTROL", "<0x09>": "BYTE", "<0x0A>": "BYTE", "[own]": "USER_DEFINED", "▁a": "NORMAL"}
+    wanted = {
+        "<unk>": "UNKNOWN",
+        "<s>": "CONTROL",
+        "<0x09>": "BYTE",
+        "<0x0A>": "BYTE",
+        "[own]": "USER_DEFINED",
+        "▁a": "NORMAL",
+    }
     assert {piece: kinds[piece] for piece in wanted} == wanted
 
 

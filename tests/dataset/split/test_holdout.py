@@ -268,4 +268,6 @@ def test_rows_of_a_templated_task_are_no_leak() -> None:
     edited = [Record(f"v:{n}", messages=chat(f"question {n} x", record(n).messages[1]["content"])) for n in range(3)]
     with pytest.raises(CheckError, match="3 of 20 validation rows"):
         check_leaks(varied, [*edited, *(record(n) for n in range(300, 317))], key="eval_dataset")
-    assert check_leaks(varied, [edited[0], *(record(n) for n in range(300, 323))], key="eval_dataset") == 1  # may be chance
+    assert (
+        check_leaks(varied, [edited[0], *(record(n) for n in range(300, 323))], key="eval_dataset") == 1
+    )  # may be chance

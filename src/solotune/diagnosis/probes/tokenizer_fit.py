@@ -170,9 +170,7 @@ def _tokenizer(found: dict[str, Any]) -> Signal | None:
         says = (
             f"what the base writes is split otherwise by this tokenizer: {written:.0%} of its tokens survive decoding "
         )
-        says += (
-            f"and encoding, of random tokens {random:.0%}; the loss of plain text is {plain:.1f} nats "
-        )
+        says += f"and encoding, of random tokens {random:.0%}; the loss of plain text is {plain:.1f} nats "
         says += f"a token, with swapped ids {swapped:.1f}"
         return Signal("F04", "measured", says, 0.75, {**numbers, "own_text_kept": written})
     here, moved = found.get("ids_fit", 0.0), found.get("moved_ids_fit", -1.0)
