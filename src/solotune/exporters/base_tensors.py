@@ -67,7 +67,7 @@ class BaseTensor:
         try:
             with open_regular(self.path) as file:
                 file.seek(self.entry.begin)
-                read = file.readinto(memoryview(buffer.numpy()))
+                read = file.readinto(buffer.numpy().data)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read", seen=error.strerror) from None
         if read != count:
@@ -175,4 +175,4 @@ def _out_in(weight: BaseTensor) -> tuple[int, ...]:
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor on the CPU, without a copy."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
