@@ -13,6 +13,7 @@ the training. There is no key and no encryption, so the default address is loopb
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import json
 import os
@@ -88,9 +89,9 @@ def free_port(host: str, port: int) -> int:
             held.bind(address)
             return held.getsockname()[1]
     except OSError as error:
-        taken = isinstance(error, OSError) and error.errno == 98
+        is_taken = error.errno == errno.EADDRINUSE
         raise InputError(
-            f"--port {port}: {'another program is using it' if taken else f'cannot be used on {host}'}",
+            f"--port {port}: {'another program is using it' if is_taken else f'cannot be used on {host}'}",
             seen=error.strerror or str(error),
             allowed="a free port of this machine",
             change=f"use another one, such as --port {port + 1 if 1024 <= port < 65535 else 8001}, or 0 for any",
