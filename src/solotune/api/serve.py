@@ -82,10 +82,8 @@ def serve(
 ) -> Serving:
     """Serve the model of a run with OpenAI's API: `transformers serve` on the merged model, llama.cpp on a GGUF file.
 
-        with solotune.serve("runs/demo", port=0) as serving:
-            client = openai.OpenAI(base_url=serving.url, api_key="none")
-
-    What is not exported yet is exported first. Template and stop tokens are the run's own.
+    Use the result in a `with` block: `openai.OpenAI(base_url=serving.url, api_key="none")` is a client. What is not
+    exported yet is exported first. Template and stop tokens are the run's own.
 
     Args:
         host: the address to listen at; others than loopback let every machine ask that reaches this one.

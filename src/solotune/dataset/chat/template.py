@@ -144,8 +144,9 @@ class Template:
             RowError: the template refuses them; names the place `where`.
             TemplateLimitError: it needs too much time or memory.
         """
+        taken = self.as_taken(messages)
         try:
-            return self._apply(self.as_taken(messages), tools, is_prompt=is_prompt)
+            return self._apply(taken, tools, is_prompt=is_prompt)
         except TemplateLimitError as error:
             error.problem = f"{where}: {error.problem}" if where else error.problem
             raise
