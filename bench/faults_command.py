@@ -20,7 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-STAGES = ("reading data", "planning", "loading model", "trying the largest step", "training", "comparing base")
+STAGES = (
+    "loading libraries", "reading data", "planning", "loading model", "trying the largest step", "training",
+    "comparing base",
+)  # fmt: skip
 SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
 CHILD_SECONDS = 600.0  # what takes longer hangs, also on a machine with much else to do
 

@@ -141,6 +141,8 @@ MORE = {
     "[how often it is right](../../bench/results/diagnose.md)",
     "explain": "[faults](../faults.md)",
     "chat": "[use the adapter elsewhere](../adapter.md)",
+    "export": "[which base to merge into](../merging.md), [use the adapter elsewhere](../adapter.md)",
+    "serve": "[use the adapter elsewhere](../adapter.md#serve-it-on-this-machine)",
     "verify": "[crashes](../../bench/results/faults.md)",
     "runs": "[tutorial](../tutorial.md#6-is-it-better)",
 }

@@ -1,11 +1,13 @@
-"""Check a wheel: python scripts/check_wheel.py WHEEL [--installed]
+"""Check a wheel: python scripts/check_wheel.py WHEEL [--installed | --bare [REQUIREMENT...]]
 
 It must contain the package, its licence and nothing else; the metadata must have the command, the extras, the Python
 versions and classifiers; the long description must be README.md without links to local files. With --installed it is
 also installed into a new environment, and its own command makes a config for a tiny model and trains it: one minute.
 
 That environment has nothing of its own but the wheel. The dependencies are those of the Python that runs this script,
-as a path behind it, because torch alone has 200 MB. Prints each problem and exits with 1.
+as a path behind it, because torch alone has 200 MB. With --bare its own pip installs them too, as for a user, from the
+package index; REQUIREMENTs (`torch==2.13.0`) go into the same command: minutes, and 2 GB in the temporary folder.
+Prints each problem and exits with 1.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 import tomllib
 import venv
 import zipfile
@@ -71,26 +74,36 @@ def _metadata_problems(metadata: Message) -> Iterator[str]:
             yield f"the README does not name the extra [{extra}]"
 
 
-def installed_problems(path: Path) -> Iterator[str]:
-    """Install the wheel into a new environment, and use its command; yield what fails."""
+def installed_problems(path: Path, requirements: list[str] | None) -> Iterator[str]:
+    """Install the wheel into a new environment, and use its command; yield what fails.
+
+    Args:
+        requirements: None: with the dependencies of this Python; else all are installed, and these with them.
+    """
     with tempfile.TemporaryDirectory(prefix="solotune-wheel-") as scratch:
         folder, new = Path(scratch), Path(scratch) / "venv"
-        venv.create(new)
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(new / "bin" / "python")]
-        yield from _run([*pip, "install", "-qq", "--no-deps", "--no-index", str(path)], folder)
-        packages = next(new.glob("lib/python*/site-packages"))
-        (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        python, command = str(new / "bin" / "python"), str(new / "bin" / "solotune")
+        venv.create(new, with_pip=requirements is not None)
+        if requirements is None:
+            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
+            yield from _run([*pip, "install", "-qq", "--no-deps", "--no-index", str(path)], folder)
+            packages = next(new.glob("lib/python*/site-packages"))
+            (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        else:
+            yield from _run([python, "-m", "pip", "install", "-qq", str(path), *requirements], folder)
+            yield from _run([python, "-m", "pip", "check"], folder)
         _make_model_and_rows(folder)
         where = "import solotune, sys; sys.exit(not solotune.__file__.startswith(sys.argv[1]))"
-        command = str(new / "bin" / "solotune")
         for line in (
-            [str(new / "bin" / "python"), "-c", where, str(packages)],
+            [python, "-c", where, str(new)],
             [command, "--version"],
+            [command, "doctor"],
             [command, "explain", "F17"],
             [command, "init", "model", "chats.jsonl"],
             [command, "data", "solotune.yaml", "--json"],
             [command, "train", "solotune.yaml", "max_steps=2", "use_cpu=true", "output_dir=run"],
             [command, "verify", "run"],
+            [command, "chat", "run", "--prompt", "Hello", "--json"],
         ):
             yield from _run(line, folder)
 
@@ -110,22 +123,27 @@ def _make_model_and_rows(folder: Path) -> None:
 
 def _run(command: list[str], folder: Path) -> Iterator[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    start = time.monotonic()
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, env={**environment, "HF_HUB_OFFLINE": "1"}, check=False
     )
+    shown = " ".join(Path(word).name if word.startswith("/") else word for word in command)
+    print(f"{time.monotonic() - start:6.1f} s  {shown}", flush=True)
     if done.returncode:
-        shown = " ".join(Path(word).name if word.startswith("/") else word for word in command)
         yield f"`{shown}` ends with {done.returncode}: {(done.stderr or done.stdout).strip()[-800:]}"
 
 
 def main(path: Path, *options: str) -> int:
-    found = list(problems(path))
-    if "--installed" in options:
-        found += installed_problems(path.resolve())
-    checked = "package, metadata and description" + (", installed and used" if "--installed" in options else "")
+    found, checked = list(problems(path)), "package, metadata and description"
+    if options:
+        is_bare = options[0] == "--bare"
+        found += installed_problems(path.resolve(), [*options[1:]] if is_bare else None)
+        checked += f", installed{' with all dependencies' if is_bare else ''} and used"
     print(f"{path.name}: " + ("; ".join(found) or f"{checked}, {path.stat().st_size:,} bytes"))
     return 1 if found else 0
 
 
 if __name__ == "__main__":
+    if not sys.argv[1:] or (sys.argv[2:] and sys.argv[2] not in ("--installed", "--bare")):
+        sys.exit(__doc__)
     sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))

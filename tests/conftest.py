@@ -172,7 +172,11 @@ LONG = (
 """Files that take long: they go first, so that none begins when the other process has nothing left to do."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "export" not in config.getoption("markexpr"):
+        exports = [item for item in items if "export" in item.keywords and item.get_closest_marker("export")]
+        config.hook.pytest_deselected(items=exports)
+        items[:] = [item for item in items if item not in exports]
     here = Path(__file__).parent
     order = {here / name: place for place, name in enumerate(LONG)}
     assert all(path.is_file() for path in order), "a file of LONG is gone"

@@ -31,6 +31,20 @@ TABLES = {"config/run_config.py", "diagnosis/catalogue.py"}  # files that may be
 REASON = re.compile(r"\blong because\b")
 
 TESTED_IN = {
+    "api/test_export.py": [
+        "cli.export_command",
+        "cli.export_result",
+        "exporters.adapter_folder",
+        "exporters.artifact",
+        "exporters.export_folder",
+        "exporters.export_plan",
+        "exporters.parity",
+        "exporters.write_artifacts",
+    ],
+    "api/test_serve.py": ["cli.serve_command"],
+    "exporters/test_serve.py": ["exporters.serve_process"],
+    "exporters/test_source.py": ["exporters.base_tensors"],
+    "exporters/test_merge_choice.py": ["exporters.measure", "exporters.probe_texts"],
     "api/test_train.py": ["api.data", "api.evaluate", "config.settings"],
     "cli/test_commands.py": ["__init__", "api.plan", "cli.main", "cli.output"],
     "config/test_run_config.py": ["config.describe", "config.key_aliases", "config.load", "config.write", "errors"],
@@ -40,6 +54,8 @@ TESTED_IN = {
     "dataset/chat/test_tokenizer.py": ["dataset.chat.tokenizer_files"],
     "faults/test_doors_model.py": ["hub.hf_config", "hub.safe_files", "hub.safetensors_header", "model.weights"],
     "faults/test_doors_output.py": ["run.output_dir"],
+    "exporters/test_gguf.py": ["exporters.gguf_process"],
+    "exporters/test_llama_cpp.py": ["exporters.llama_cpp_process"],
     "faults/test_running_before.py": ["api.setup", "training.disk_space"],
     "dataset/chat/test_messages_weights.py": ["dataset.chat.weights"],
     "dataset/readers/test_files.py": ["dataset.readers.json_records", "dataset.readers.row", "dataset.readers.tables"],
@@ -77,10 +93,16 @@ TESTED_IN = {
     "diagnosis/rules/test_rules_samples.py": ["diagnosis.facts.row_arrays"],
     "diagnosis/rules/test_rules_other_forms.py": ["diagnosis.facts.step_size"],
     "diagnosis/rules/test_leaks.py": ["diagnosis.facts.text_overlap"],
-    "diagnosis/rules/test_rows.py": ["diagnosis.rules.duplicates", "diagnosis.rules.misaligned"],
+    "diagnosis/rules/test_rows.py": [
+        "diagnosis.rules.duplicates",
+        "diagnosis.rules.misaligned",
+        "diagnosis.rules.roles",
+    ],
+    "diagnosis/rules/test_order.py": ["diagnosis.facts.row_order"],
     "diagnosis/rules/test_turns.py": ["diagnosis.facts.row_labels"],
     "diagnosis/rules/test_rules.py": [
         "diagnosis.catalogue",
+        "diagnosis.facts.out_of_memory",
         "diagnosis.facts.rendered_chats",
         "diagnosis.facts.rows",
         "diagnosis.rules.adapter",
@@ -100,6 +122,7 @@ TESTED_IN = {
     ],
     "diagnosis/probes/test_probes_plateau.py": ["diagnosis.plateau"],
     "diagnosis/probes/test_probes_model.py": [
+        "diagnosis.probes.adapter_scale",
         "diagnosis.probes.adapter_gradients",
         "diagnosis.probes.eval_determinism",
         "diagnosis.probes.generation",

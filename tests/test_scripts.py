@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ["scripts/demo", "scripts/test", "scripts/check", "scripts/check_sdist", "scripts/docs", ".ci/run"]
+SCRIPTS = [
+    "scripts/demo",
+    "scripts/test",
+    "scripts/test_export",
+    "scripts/check",
+    "scripts/check_sdist",
+    "scripts/docs",
+    ".ci/run",
+]
 
 
 def canonical(name: str) -> str:
@@ -82,7 +90,7 @@ def test_what_is_wrong_with_a_wheel_is_named(tmp_path: Path) -> None:
     pythons = [f"Classifier: Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)]
     fields = [f"Summary: {project['description']}", f"License-Expression: {project['license']}", *extras, *pythons]
     head = "\n".join([*fields, "Description-Content-Type: text/markdown"])
-    readme = f"{head}\n\n# solotune\nsee docs/config.md, [a page](https://example.org), solotune[sentencepiece]\n"
+    readme = f"{head}\n\n# solotune\nsee docs/config.md, [a page](https://example.org), solotune[sentencepiece], solotune[serve]\n"
     command = "[console_scripts]\nsolotune = solotune.cli:main\n"
 
     def found(metadata: str, *left_out: str, **more: str) -> list[str]:

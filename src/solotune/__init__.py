@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from solotune.api.doctor import doctor
     from solotune.api.evaluate import evaluate
     from solotune.api.explain import explain
+    from solotune.api.export import export
     from solotune.api.init import init
     from solotune.api.plan import plan
     from solotune.api.runs import runs
+    from solotune.api.serve import serve
     from solotune.api.train import train
     from solotune.api.verify import verify
     from solotune.config.load import load_config
@@ -50,10 +52,12 @@ __all__ = [
     "doctor",
     "evaluate",
     "explain",
+    "export",
     "init",
     "load_config",
     "plan",
     "runs",
+    "serve",
     "train",
     "verify",
 ]

@@ -21,11 +21,31 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from solotune.result_repr import in_notebook
 from solotune.units import escape_terminal
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to change, with the config keys that do it: `column_mapping: {question: prompt, answer: completion}`.
+
+    Args:
+        text: as the message says it.
+        settings: the keys and their values.
+        is_choice: whether it changes what is learned, so that the user has to decide; `solotune init` does the rest.
+    """
+
+    text: str
+    settings: Mapping[str, Any]
+    is_choice: bool = False
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class SolotuneError(Exception):
@@ -35,7 +55,7 @@ class SolotuneError(Exception):
         problem: one sentence, starting with the place (`chats.jsonl, line 17: ...`) if there is one.
         seen: the offending value, as the user wrote it.
         allowed: what would have been accepted.
-        change: what to do about it.
+        change: what to do about it; also in `advice`, if it is an Advice.
         fault: the fault code (`solotune explain`), if the problem is one of the faults that `solotune diagnose` knows.
     """
 
@@ -48,11 +68,19 @@ class SolotuneError(Exception):
         *,
         seen: object = None,
         allowed: str | None = None,
-        change: str | None = None,
+        change: str | Advice | None = None,
         fault: str | None = None,
     ) -> None:
-        self.problem, self.seen, self.allowed, self.change, self.fault = problem, seen, allowed, change, fault
+        self.problem, self.seen, self.allowed, self.fault = problem, seen, allowed, fault
+        self.change: str | None = None
+        self.advice: list[Advice] = []
+        self.advise(change)
         super().__init__(problem)
+
+    def advise(self, change: str | Advice | None) -> None:
+        """Say what to change, in the place of what was said before."""
+        self.change = None if change is None else str(change)
+        self.advice = [change] if isinstance(change, Advice) else []
 
     def __str__(self) -> str:
         rows = (("seen", self.seen), ("allowed", self.allowed), ("change", self.change))

@@ -131,17 +131,21 @@ def test_arguments_that_are_exchanged_or_missing_are_refused(model: str, tmp_pat
         assert not path.exists()
 
 
-def test_settings_that_are_given_stay_so_advice_can_be_followed(model: str, tmp_path: Path) -> None:
-    named = "nr;Frage;Antwort\n" + "".join(f"{n};{rows(n)['question']};{rows(n)['answer']}\n" for n in range(60))
+@pytest.mark.parametrize(("asked", "answered"), [("Frage", "Antwort"), ("Frage {kurz}", "Antwort: {lang}")])
+def test_settings_that_are_given_stay_so_advice_can_be_followed(
+    asked: str, answered: str, model: str, tmp_path: Path
+) -> None:
+    named = f"nr;{asked};{answered}\n" + "".join(f"{n};{rows(n)['question']};{rows(n)['answer']}\n" for n in range(60))
     data, path = written(tmp_path, "a.csv", named), tmp_path / "run.yaml"
     with pytest.raises(InputError) as caught:
         solotune.init(model, data, path)
     change = caught.value.change or ""
-    assert "for example column_mapping: {Frage: prompt, Antwort: completion}" in change
+    if asked == "Frage":
+        assert "for example column_mapping: {Frage: prompt, Antwort: completion}" in change
     _, *advice = shlex.split(change[change.index("solotune init") :])  # pasted into a shell
     assert cli.main([*advice, "learning_rate=1e-4", "-o", str(path)]) == 0
     config = load_config(path)
-    assert config.learning_rate == 1e-4 and config.column_mapping == {"Frage": "prompt", "Antwort": "completion"}
+    assert config.learning_rate == 1e-4 and config.column_mapping == {asked: "prompt", answered: "completion"}
     assert solotune.data(path).report.num_kept == 60
     assert cli.main(["init", model, data, data]) == 2
 
@@ -156,6 +160,31 @@ def test_preference_rows_are_a_decision_of_the_user(model: str, tmp_path: Path) 
     with pytest.raises(InputError) as caught:
         solotune.init(model, written(tmp_path, "b.jsonl", sides), tmp_path / "run.yaml")
     assert "'column_mapping={rejected_messages: ignore, chosen_messages: messages}'" in (caught.value.change or "")
+
+
+def test_tools_that_the_model_cannot_be_shown_are_refused_with_a_command_that_works(model: str, tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "weather", "description": "The weather of a town."}}
+    calls = [
+        {"from": "human", "value": "Rain?"},
+        {"from": "function_call", "value": json.dumps({"name": "weather", "arguments": {"town": "Kiel"}})},
+        {"from": "observation", "value": "rain"},
+        {"from": "gpt", "value": "Yes."},
+    ]
+    chats = [[{"from": "human", "value": f"What is {n}?"}, {"from": "gpt", "value": f"It is {n}."}] for n in range(60)]
+    rows = [{"conversations": one, "tools": json.dumps([tool])} for one in [*chats, *[calls] * 10]]
+    data, path = written(tmp_path, "a.json", rows), tmp_path / "run.yaml"
+    with pytest.raises(InputError, match="leaves out the tools definitions of 60 of 60 rows") as caught:
+        solotune.init(model, data, path)
+    change = caught.value.change or ""
+    assert change.startswith("use a model whose chat template renders tools; or set chat_template_path to")
+    _, *advice = shlex.split(change[change.index("solotune init") :])
+    assert cli.main([*advice, "-o", str(path)]) == 0
+    preview = solotune.data(path)
+    assert not preview.is_fault and preview.report.num_kept == 60
+    rows = [{"conversations": one} for one in [*chats[:20], *[[*calls, *chats[n]] for n in range(30)]]]
+    with pytest.raises(InputError, match="most rows cannot be used") as caught:
+        solotune.init(model, written(tmp_path, "b.json", rows), tmp_path / "b.yaml")
+    assert caught.value.change == "set chat_template_path to a template that does, or remove the row"
 
 
 AXOLOTL = """

@@ -39,6 +39,8 @@ Usage: solotune [OPTIONS] VERB ...
     solotune train solotune.yaml     train and compare
     solotune diagnose runs/RUN       find out what is wrong
     solotune chat runs/RUN --base    chat with both models
+    solotune export runs/RUN         merge, GGUF, ...
+    solotune serve runs/RUN          OpenAI's API, locally
 
 Options:
   --version   Show the version and exit.
@@ -54,6 +56,9 @@ Verbs:
   diagnose  Find out what is wrong with a run, if anything.
   explain   Explain a fault: symptoms, why it matters, its fix.
   chat      Chat with the model of a RUN.
+  export    Export a RUN for other programs, and compare each file with what
+            was trained.
+  serve     Serve the model of a RUN with OpenAI's API.
   verify    Check that the files of a RUN are unchanged.
   runs      List the runs, oldest first.
 
@@ -321,6 +326,14 @@ sys.exit(cli.main(["runs", "--json"]))
     assert {"python", "native", "child"} <= set(done.stderr.split())
 
 
+@pytest.mark.parametrize(("verdict", "code"), [("better", 0), ("inside the noise", 3), ("worse", 3)])
+def test_gate_passes_only_a_better_model(verbs, capsys, verdict: str, code: int):
+    verbs.evaluate = lambda run, display: SimpleNamespace(to_json=dict, verdict=verdict)
+    assert cli.main(["evaluate", "runs/a", "--json", "--gate"]) == code
+    assert cli.main(["evaluate", "runs/a", "--json"]) == 0
+    capsys.readouterr()
+
+
 def test_what_json_cannot_say_is_null(verbs, capsys):
     verbs.evaluate = lambda run, display: SimpleNamespace(
         to_json=lambda: {"base": {"stderr": float("inf"), "path": Path("a")}}
@@ -379,4 +392,5 @@ loading model ...
 run      runs/a
 adapter  runs/a/adapter (loads with PEFT)
 next     solotune chat runs/a --base
+export   solotune export runs/a
 """)

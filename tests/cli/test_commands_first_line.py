@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 
+from solotune.errors import program
 from tests.cli.test_commands import run
 
 # each verb ends at its first slow import; prints arguments -> [exit code or "slow import", stdout, stderr]
@@ -70,3 +73,29 @@ def test_the_first_line_takes_less_than_a_second(tmp_path):
         return after.children_user + after.children_system - before.children_user - before.children_system
 
     assert any(seconds() < 1.0 for _ in range(3))
+
+
+def test_the_command_that_is_printed_works_when_it_is_pasted(tmp_path, monkeypatch):
+    bin_folder = tmp_path / ".venv" / "bin"
+    bin_folder.mkdir(parents=True)
+    monkeypatch.setattr(sys, "executable", str(bin_folder / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert program() == f"{bin_folder}/python -m solotune"  # no such command was installed
+    (bin_folder / "solotune").touch(0o755)
+    assert program() == f"{bin_folder}/solotune"
+    monkeypatch.chdir(tmp_path)
+    assert program() == ".venv/bin/solotune"
+    monkeypatch.setenv("PATH", str(bin_folder))  # the environment is active
+    assert program() == "solotune"
+
+
+def test_threads_of_the_command_sleep_while_they_wait(tmp_path):
+    """Threads that spin while they wait take the time of all others on a busy machine."""
+    code = "import os, sys; from solotune.cli import main; main(); print(os.environ['OMP_WAIT_POLICY'])"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    for given, wanted in ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "runs", "--root", str(tmp_path)],
+            env={**environment, **given}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert done.stdout.splitlines()[-1] == wanted

@@ -241,6 +241,7 @@ def test_split_by(write: Writer) -> None:
     result = prepared(path, split_by="shop", validation_size=5)
     assert len({int(example.where.split(":")[1]) % 4 for example in result.validation}) == 1
     assert (len(result.validation), result.report.num_groups) == (5, 4)
+    assert len({example.group for example in result.validation} - {None}) == 1
     assert message_of(path, split_by="store", validation_size=5) == (
         "a.jsonl:1: split_by: store is missing (one of 20 bad rows; 20 were read)\n"
         "  seen:    the keys messages, shop; also a.jsonl:2; a.jsonl:3; ...\n"
@@ -252,6 +253,7 @@ def test_validation_rows_of_ones_own(write: Writer) -> None:
     mine = write("mine.jsonl", *rows(10)[8:])
     result = prepared(write("a.jsonl", *rows(8), rows(1)[0]), eval_dataset=str(mine))
     assert [example.where for example in result.validation] == ["mine.jsonl:1", "mine.jsonl:2"]
+    assert len({example.group for example in result.validation}) == 2
     report = result.report.to_json()
     assert report["rows"]["read"] == 11
     assert report["rows"]["dropped"] == {"exact duplicate": 1}

@@ -83,6 +83,7 @@ def test_overflow_split(write: Writer) -> None:
     assert rows["parts_without_label"] == number - len(parts) > 0
     assert "".join(map(learned, parts)) == learned(whole)
     assert result.report.labels.num_labels_cut == 0
+    assert len({part.group for part in parts}) == 1
     assert [bool(part.messages) for part in parts] == [part.where.endswith(f" part 1/{number}") for part in parts]
 
 

@@ -104,12 +104,21 @@ def test_save_appends_a_training_row(monkeypatch, capsys, tmp_path):
     assert "Nothing to save" in said and "Saved 4 messages as a row of" in said and "cannot be written" in said
 
 
-def test_from_a_pipe_each_line_is_a_message(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\n  two\\nlines \n/reset\n/save x\n"))
+def test_from_a_pipe_each_line_is_read_as_if_it_was_typed(monkeypatch, capsys):
+    lines = "one\n\n  two\\nlines \n/reset \n/halp x\n/system Be loud.\n /etc\n/quit \nnever\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     session = Parrot()
     chat = Chat(session, None, base=True)
     chat.run()
-    assert [text for text, is_base in session.asked if is_base] == ["one", "two\\nlines", "/save x"]
+    assert [text for text, is_base in session.asked if is_base] == ["one", "two\\nlines", "/etc"]
+    assert session.system == "Be loud." and len(session.history) == 4
+    assert capsys.readouterr().err == snapshot("""\
+system prompt of the training rows: Be brief.
+New conversation.
+/halp: unknown command, not sent. Commands: /help, /reset, /system, /save, /quit. To send it, type a space before it.
+system prompt: Be loud.
+New conversation.
+""")
     assert chat.turns[0] == {"prompt": "one", "base": "done", "tuned": "done"}
     monkeypatch.setattr(sys, "stdin", io.StringIO("  two\\nlines \n"))
     text = Parrot(prompt_format="text")

@@ -31,6 +31,8 @@ NOT_RUN = {
     r"SOLOTUNE_8B=\S+ sh scripts/test -n 0 -m gpu": "needs a GPU and an 8B model",
     r"python -m venv \.venv": "makes an environment",
     r"\. \.venv/bin/activate": "changes the reader's shell",
+    r"solotune serve .*": "waits for requests; tests/exporters/test_serve_real.py asks a server",
+    r"solotune export their_adapter .*": "needs another trainer's adapter; tests/exporters/test_source.py opens one",
     r"pip (install|wheel) .*": "needs a package index; the files and extras that it names are checked",
     r"python -m bench\.\w+.*": "takes minutes, most need a GPU; tests/test_docs.py checks modules and options",
 }

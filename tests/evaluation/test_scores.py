@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch
 from tiny import random_rows
 
 from solotune.dataset.collate import num_labels
-from solotune.evaluation.compare import loss_difference
+from solotune.evaluation.compare import Evaluation, loss_difference
 from solotune.evaluation.generation import generate
-from solotune.evaluation.scores import ratio_and_stderr, score
+from solotune.evaluation.scores import score
+from solotune.evaluation.statistics import ratio_and_stderr
 from solotune.model.loading import load_model
 from solotune.model.lora import adapters_off
 
@@ -70,7 +72,7 @@ def test_exact_match_is_what_greedy_decoding_gives(model):
     last[-1] = (last[-1] + 1) % 128
     result = score(model, rows, 4)
     assert result.exact_match == pytest.approx(5 / 6)
-    assert result.exact_match_stderr == pytest.approx(math.sqrt(5 / 6 * 1 / 6 / 6))
+    assert result.exact_match_stderr == pytest.approx(math.sqrt(5 / 6 * 1 / 6 / 5))
 
 
 def test_the_paired_difference_is_sharper_than_the_two_errors(model):
@@ -91,3 +93,19 @@ def test_generation_stops_at_a_stop_token_and_leaves_it_out(model):
     assert len(free) == 8
     stopped = generate(model, [5, 6, 7], 8, [free[3]])
     assert stopped == free[: free.index(free[3])]
+
+
+def test_errors_are_over_groups_of_rows(model):
+    """Twelve groups of three equal rows are twelve observations, not 36; of three groups nothing can be said."""
+    rows = random_rows(12, longest=12)
+    grouped = [
+        replace(row, group=str(number), where=f"a:{copy}") for number, row in enumerate(rows) for copy in range(3)
+    ]
+    once, thrice = score(model, rows, 4), score(model, grouped, 4)
+    assert thrice.loss == pytest.approx(once.loss)
+    assert thrice.stderr == pytest.approx(once.stderr)
+    assert (once.num_groups, thrice.num_groups) == (None, 12)
+    assert Evaluation(thrice, thrice, []).units == "36 held-out rows in 12 groups"
+    few = score(model, grouped[:9], 4)
+    assert few.row_groups is None
+    assert Evaluation(few, few, []).units == "9 held-out rows of 3 groups"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import errno
 import fcntl
+import json
 import os
 import stat
 import termios
@@ -125,7 +126,9 @@ def test_modes_follow_the_umask(work, mask, file, folder):
         assert not path.is_symlink()
 
 
-def test_what_people_pass_on_names_neither_machine_nor_user(work, monkeypatch):
+def test_an_adapter_names_its_base_and_neither_machine_nor_user(work, monkeypatch):
+    """Of a base in a folder its path, for AutoPeftModel on this machine; an exported adapter, which people pass on, has
+    none (tests/api/test_export.py)."""
     import platform
 
     for name in ("LOGNAME", "USER"):  # which a container may not have
@@ -133,6 +136,10 @@ def test_what_people_pass_on_names_neither_machine_nor_user(work, monkeypatch):
     assert work.once(False).code == 0
     for path in (work.run / "adapter").rglob("*"):
         content = path.read_bytes()
+        if path.name == "adapter_config.json":
+            config = json.loads(content)
+            assert os.path.isdir(config.pop("base_model_name_or_path"))
+            content = json.dumps(config).encode()
         for word in (str(work.folder), str(work.folder.parent), os.path.expanduser("~"), platform.node()):
             assert len(word) < 5 or word.encode() not in content, (path.name, word)  # `/`, `gpu` are in any file
         assert b"user-of-this-test" not in content

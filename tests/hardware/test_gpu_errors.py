@@ -211,7 +211,7 @@ def test_the_innermost_stage_is_said_and_none_that_was_left_before(memory):
 
 
 def test_no_room_for_the_weights_leaves_no_run_behind(keys, monkeypatch, memory, tmp_path):
-    monkeypatch.setattr("solotune.model.loading._store", no_room)
+    monkeypatch.setattr("solotune.model.loading.store_weight", no_room)
     memory(24 * GIB, 0, 23 * GIB)
     text = failure_of(keys, base_precision="bf16")
     assert text.startswith("out of GPU memory (while loading the model)\n")

@@ -94,7 +94,7 @@ def test_a_bfloat16_adapter_is_multiplied_in_float32() -> None:
 
 
 def test_a_config_of_names_alone() -> None:
-    usual = {"base": None, "revision": "main", "r": 4, "alpha": 8.0, "dropout": 0.0, "use_rslora": False}
+    usual = {"base": "/a/folder", "revision": "main", "r": 4, "alpha": 8.0, "dropout": 0.0, "use_rslora": False}
     every = ["a.q_proj", "b.q_proj", "a.v_proj", "lm_head"]
 
     def targets(names: list[str]) -> list[str]:

@@ -76,10 +76,12 @@ def test_saved_adapter_loads_in_peft_and_gives_the_same_logits(family, targets, 
     assert {name.removeprefix("base_model.model.") for name in lora_layers} == set(model.lora_layers)
 
 
-def test_a_base_in_a_folder_is_not_named_in_the_adapter(tiny_config):
+def test_a_base_in_a_folder_is_named_where_any_working_directory_finds_it(tiny_config, model_folder, monkeypatch):
     model = load(config := tiny_config())
-    written = peft_config_of(config, model)
-    assert (written["base_model_name_or_path"], written["revision"]) == (None, None)
+    folder = model_folder("llama")
+    monkeypatch.chdir(folder.parent)
+    written = peft_config_of(config.replaced("test", model_name_or_path=folder.name), model)
+    assert (written["base_model_name_or_path"], written["revision"]) == (str(folder), None)
 
 
 def test_an_untrained_adapter_changes_nothing_and_its_A_has_no_gradient(tiny_config):

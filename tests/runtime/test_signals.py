@@ -42,6 +42,19 @@ def test_held_back_it_waits_for_a_poll_and_is_raised_once():
     signals.check_stop()  # outside, nobody is asked
 
 
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGINT, "Ctrl-C: stopping as soon as it is safe. Press it again to stop at once, without saving.\n"),
+        (signal.SIGTERM, "SIGTERM: stopping as soon as it is safe. Send it again to stop at once, without saving.\n"),
+    ],
+)
+def test_a_stop_that_has_to_wait_is_announced(number, said, capfd):
+    with signals.handle_signals(True), pytest.raises(StopRequested), signals.defer_signals():
+        send(number)
+        assert capfd.readouterr().err == said
+
+
 def test_what_nobody_polled_for_is_raised_at_the_end():
     with signals.handle_signals(), pytest.raises(StopRequested):
         with signals.defer_signals():

@@ -43,6 +43,8 @@ class Made(Recipe):
     looks_at: str = "."
     collated: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
     """Another collator: what it makes of a batch."""
+    script: Any = None
+    """Another loop by hand: a class that is made of the recipe, whose `facts` trains and says what its owner has."""
 
 
 def recipe_of(program: Unseen, parts: Parts) -> Made:
@@ -94,7 +96,8 @@ def diagnosed(
             plain, change = loop.collate, recipe.collated
             loop.collate = lambda recipe, rows: change(plain(recipe, rows))  # of this process only
         if program.kind == "loop":
-            state["facts"] = run_facts_of(recipe, train(recipe))
+            by_hand = recipe.script
+            state["facts"] = by_hand(recipe).facts() if by_hand else run_facts_of(recipe, train(recipe))
         else:
             state["recipe"] = recipe
             write(recipe, folder, parts.templates)

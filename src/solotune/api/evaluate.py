@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from solotune.display.notebook import showing
 from solotune.display.progress import Display
-from solotune.errors import InputError, IntegrityError
-from solotune.run.run_dir import read_object
+from solotune.errors import InputError
 from solotune.runtime.library_noise import quiet_libraries
 
 if TYPE_CHECKING:
@@ -34,24 +33,14 @@ def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
 
 
 def _evaluate(run: str | Path, display: Display) -> Evaluation:
-    from solotune import dataset
     from solotune.hardware.gpu_errors import device_errors
-    from solotune.training.resume import day_of
     from solotune.training.trained_run import TunedRun
 
     found = TunedRun.open(run)
     path = found.directory.path
     display.choices(found.choices)
     display.phase("reading data")
-    prepared = dataset.prepare(found.config, found.tokenizer, rendered_on=day_of(path))
-    hashes = read_object(path / "data.json").get("sha256")
-    recorded = hashes.get("validation") if isinstance(hashes, dict) else None
-    if recorded != prepared.report.validation_sha256:
-        raise IntegrityError(
-            f"{path}: the held-out rows have changed since the run",
-            seen="the data file, its split or the tokenizer has changed",
-            change="restore the data, or train again",
-        )
+    prepared = found.prepare()
     if not prepared.validation:
         raise InputError(f"{path}: the run held out no rows", change="train with validation_size above 0")
     display.phase("loading model")

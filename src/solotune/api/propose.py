@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,7 +22,10 @@ import numpy as np
 from solotune import dataset
 from solotune.config.load import load_config
 from solotune.config.run_config import RunConfig
-from solotune.config.yaml_reader import override_value
+from solotune.config.write import yaml_value
+from solotune.dataset.chat.columns import meanings
+from solotune.dataset.chat.rendered_content import TOOLS
+from solotune.dataset.readers.column_mapping import IGNORE, advised, mapped
 from solotune.dataset.readers.source import Source
 from solotune.display.progress import Display, SilentDisplay
 from solotune.errors import InputError, SolotuneError
@@ -51,9 +53,6 @@ LINES_WANTED = 20
 VALIDATION_ROWS = 50
 """Held-out rows that give the loss to about 0.07 nats, if per-row losses vary by 0.5."""
 MOST_HELD_OUT = 0.2
-_MAPPING = re.compile(r"^column_mapping: (\{.*?\})")
-_ADVISED = re.compile(r"\b(column_mapping): (\{[^}]*\})")
-_DROPPING = "on_bad_row: drop"
 
 
 @dataclass
@@ -100,6 +99,8 @@ def proposed(given: dict[str, Any], left_out: Mapping[str, str], display: Displa
     display.phase("reading data")
     is_sample = _is_large(found.config.dataset)
     prepared = _read(found, tokenizer, is_sample, display, given)
+    display.phase("checking rows")
+    _refuse_faults(found, tokenizer, prepared, model_files)
     _fit_to_rows(found, prepared, model_files, is_sample, given)
     display.phase("planning")
     _fit_to_machine(found, prepared, model_files, given)
@@ -132,20 +133,23 @@ def _read(found: Proposal, tokenizer: Any, is_sample: bool, display: Display, gi
     Raises:
         InputError: they cannot be used.
     """
-    split = found.config.dataset_split
+    split, refused = found.config.dataset_split, None
     while True:
         config = found.config.replaced("init", max_length=MOST_LENGTH, **_first_rows(split) if is_sample else {})
         try:
             prepared = dataset.prepare(config, tokenizer, progress=display.progress)
         except InputError as error:
             _answer(found, error, given)
+            refused = error
             continue
         report = prepared.report
         if found.config.on_bad_row == "drop" and "on_bad_row" not in given:
             num_bad = report.num_read - report.num_kept - report.num_exact_duplicates
             if 2 * num_bad > report.num_read:
                 raise InputError(
-                    f"dataset: most rows cannot be used ({num_bad:,} of {report.num_read:,})", seen=report.reasons()
+                    f"dataset: most rows cannot be used ({num_bad:,} of {report.num_read:,})",
+                    seen=report.reasons(),
+                    change=_without_dropping(refused) if refused else None,
                 )
             reason = f"{num_bad:,} of {report.num_read:,} rows cannot be used"
             found.because["on_bad_row"] = f"{reason}; solotune data shows why"
@@ -159,24 +163,57 @@ def _first_rows(split: str) -> dict[str, Any]:
 
 def _answer(found: Proposal, error: InputError, given: dict[str, Any]) -> None:
     """Do what an error about the rows advises, if that needs no decision of the user; else raise it."""
-    change = error.change or ""
-    if (mapping := _MAPPING.match(change)) and "column_mapping" not in given and not found.config.column_mapping:
-        columns = override_value(mapping[1], "column_mapping")
-        found.set("the columns of the file", column_mapping=columns)
-    elif _DROPPING in change and found.config.on_bad_row == "error" and "on_bad_row" not in given:
-        found.set("", on_bad_row="drop")
-    else:
-        if advised := _ADVISED.search(change):
-            key, value = advised.groups()
-            words = [
-                "solotune",
-                "init",
-                found.config.model_name_or_path,
-                *_names(found.config.dataset),
-                f"{key}={value}",
-            ]
-            error.change = f"{change}; as a command: {shlex.join(words)}"
-        raise error
+    for advice in error.advice:
+        is_new = all(key not in given and found.config.source_of(key) == "default" for key in advice.settings)
+        if is_new and not advice.is_choice:
+            found.set("the columns of the file" if "column_mapping" in advice.settings else "", **advice.settings)
+            return
+    if error.advice and "column_mapping" in (settings := error.advice[0].settings):
+        error.change = f"{error.change}; as a command: {_command(found.config, settings)}"
+    raise error
+
+
+def _without_dropping(error: InputError) -> str | None:
+    """What an error about rows says to change, but for dropping them."""
+    change = error.change
+    for advice in error.advice:
+        if change is not None and "on_bad_row" in advice.settings:
+            change = change.removesuffix(advice.text).removesuffix("; or ") or None
+    return change
+
+
+def _refuse_faults(found: Proposal, tokenizer: Any, prepared: Prepared, model_files: ModelFiles) -> None:
+    """Refuse rows at which `data` and `train` would stop: a config that cannot run is of no use.
+
+    What to leave out is for the user to decide, since it changes what is learned.
+    """
+    from solotune.diagnosis.certain_faults import allowed_codes
+    from solotune.diagnosis.data_checks import check_rows
+
+    config = found.config.replaced("init", max_length=MOST_LENGTH)
+    allowed = allowed_codes(config)
+    for finding in check_rows(config, tokenizer, prepared, model_files):
+        if finding.severity == "error" and finding.code not in allowed:
+            change = finding.fix
+            if finding.evidence.get("kind") == TOOLS and (leaving_out := _without_tools(config)):
+                change = f"use a model whose chat template renders tools; or {change}; or, to train on the rows that "
+                change += f"call no tool, without their tools: {_command(config, leaving_out)}"
+            raise InputError(finding.message, change=change, fault=finding.code)
+
+
+def _without_tools(config: RunConfig) -> dict[str, Any]:
+    """Settings that leave out the column of the tools and the rows that call them; empty if there is no such column."""
+    source = config.source
+    rows = Source.of("dataset", source.dataset, source.split, config_name=source.config, revision=source.revision)
+    row = mapped(next(iter(rows)), config.column_mapping)
+    columns = meanings(row.values).get("tools", ())
+    return {**advised(row, dict.fromkeys(columns, IGNORE)).settings, "on_bad_row": "drop"} if columns else {}
+
+
+def _command(config: RunConfig, settings: Mapping[str, Any]) -> str:
+    """`solotune init` with more settings, to paste into a shell."""
+    keys = [f"{key}={yaml_value(value)}" for key, value in settings.items()]
+    return shlex.join(["solotune", "init", config.model_name_or_path, *_names(config.dataset), *keys])
 
 
 def _names(dataset: str | list[str]) -> list[str]:

@@ -8,8 +8,7 @@ The stages of `prepare_run` and the files written before the first step are in `
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
@@ -253,6 +252,7 @@ def _write_diagnosis(run: RunDirectory, diagnosis: Diagnosis, display: RunObserv
 
 
 def _write_adapter(run: RunDirectory, ready: PreparedRun) -> None:
+    from solotune.dataset.chat.tokenizer import saved_files
     from solotune.model import lora
     from solotune.model.adapter import Adapter
 
@@ -261,13 +261,5 @@ def _write_adapter(run: RunDirectory, ready: PreparedRun) -> None:
         base, revision = config.model_name_or_path, config.model_revision
         peft_config = lora.peft_config(config.lora, model.lora_layers, model.module, base=base, revision=revision)
         Adapter(peft_config, lora.state_dict(model.lora_layers)).write(folder)
-        for name, content in _tokenizer_files(ready.tokenizer):
+        for name, content in saved_files(ready.tokenizer):
             folder.write(name, content)
-
-
-def _tokenizer_files(tokenizer: Any) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of a tokenizer's files. transformers can only write to a folder, so a temporary one is used."""
-    with tempfile.TemporaryDirectory(prefix="solotune-") as scratch:
-        tokenizer.save_pretrained(scratch)
-        for path in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
-            yield path.relative_to(scratch).as_posix(), path.read_bytes()

@@ -13,12 +13,13 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import click
 
+from solotune.cli.export_command import export
+from solotune.cli.options import config_arguments, json_option
 from solotune.cli.output import console, print_json, print_result, shown
+from solotune.cli.serve_command import serve
 from solotune.errors import EXIT_CODES, IntegrityError
 from solotune.units import escape_terminal
 from solotune.version import __version__
@@ -36,16 +37,6 @@ class Verbs(click.Group):
             formatter.write_dl([(str(code), meaning) for code, meaning in EXIT_CODES.items()])
 
 
-def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    help_text = "Print one JSON object on stdout and everything else on stderr."
-    return click.option("--json", "as_json", is_flag=True, help=help_text)(command)
-
-
-def config_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
-    command = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(command)
-    return click.argument("config", metavar="CONFIG")(command)
-
-
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]}, subcommand_metavar="VERB ...")
 @click.version_option(__version__, message="solotune %(version)s")
 def solotune() -> None:
@@ -60,6 +51,8 @@ def solotune() -> None:
       solotune train solotune.yaml     train and compare
       solotune diagnose runs/RUN       find out what is wrong
       solotune chat runs/RUN --base    chat with both models
+      solotune export runs/RUN         merge, GGUF, ...
+      solotune serve runs/RUN          OpenAI's API, locally
     """
 
 
@@ -202,12 +195,14 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, as_json: bool) 
 
 @solotune.command()
 @click.argument("run")
+@click.option("--gate", is_flag=True, help="Exit with 3 unless the tuned model is better than its base.")
 @json_option
-def evaluate(run: str, as_json: bool) -> None:
+@click.pass_context
+def evaluate(ctx: click.Context, run: str, gate: bool, as_json: bool) -> None:
     """Compare the model of a RUN with its base on held-out rows.
 
-    RUN is a run directory. Shows the loss per trained token and exact match, with standard errors, and answers side by
-    side.
+    RUN is a run directory. Shows the loss per trained token and exact match, with standard errors, a paired test of the
+    difference, and answers side by side.
 
     \b
     Example:
@@ -219,6 +214,7 @@ def evaluate(run: str, as_json: bool) -> None:
 
         result = evaluate(run, display=display)
     print_result(result, print_evaluation, as_json)
+    ctx.exit(3 if gate and result.verdict != "better" else 0)
 
 
 @solotune.command()
@@ -306,8 +302,8 @@ def chat(run: str, base: bool, prompt: str | None, system: str | None, as_json: 
     completion), it continues each message, and \\n in a message is a line break. With --base, the base model answers
     too, in a separate conversation. RUN is a folder, a name in runs/, or latest.
 
-    On a terminal, /help lists the commands (/reset, /system, /save, /quit), and Ctrl-C stops an answer. From a pipe,
-    each line is one message.
+    /help lists the commands (/reset, /system, /save, /quit); a message that begins with / needs a space before it. On
+    a terminal, Ctrl-C stops an answer. From a pipe, each line is read as if it was typed.
 
     \b
     Example:
@@ -326,6 +322,10 @@ def chat(run: str, base: bool, prompt: str | None, system: str | None, as_json: 
     if as_json:
         asked = {"model": session.model_name, "prompt_format": session.prompt_format, "system": session.system}
         print_json({**asked, "turns": conversation.turns})
+
+
+solotune.add_command(export)
+solotune.add_command(serve)
 
 
 @solotune.command()

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
 
 from solotune.errors import StorageError
+from solotune.hub.download_progress import shown_by
 from solotune.run.atomic_io import json_text
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def shown(doing: str = "loading libraries", stream: IO[str] | None = None) -> It
     display = make_display(1, stream or sys.stdout)
     display.phase(doing)
     try:
-        yield display
+        with shown_by(display.progress):
+            yield display
     finally:
         display.finish()
 

@@ -64,6 +64,27 @@ def print_data(preview: DataPreview, console: Console, with_ids: bool = False) -
     facts = {key: value for key, value in _data_facts(preview.report).items() if value}
     _print_facts(facts, console)
     _print_findings(preview.report.findings or (), preview.allowed, console)
+    _print_rows_verdict(preview, console)
+
+
+def _print_rows_verdict(preview: DataPreview, console: Console) -> None:
+    """The last line of `data`: whether `train` would start."""
+    findings = preview.report.findings or ()
+    console.print()
+    if preview.is_fault:
+        faults = (one["code"] for one in findings if one["severity"] == "error" and one["code"] not in preview.allowed)
+        _print_stop(list(dict.fromkeys(faults)), console)
+        return
+    remarks = sum(one["severity"] == "warning" for one in findings)
+    but = " but those in allow_faults" if any(one["severity"] == "error" for one in findings) else ""
+    more = f", {_count(remarks, SEVERITY_WORDS['warning'])}" if remarks else ""
+    console.print(Text(f"no fault found in the rows{but}{more}", "bold green"))
+
+
+def _print_stop(codes: Sequence[str], console: Console) -> None:
+    """That `train` refuses to start, and what to do about it."""
+    change = f"change what is said above, or set allow_faults: [{', '.join(codes)}]"
+    _signed(*SIGNS["fail"], "train stops before step 1:", change, None, console)
 
 
 def _print_findings(findings: Sequence[Mapping[str, Any]], allowed: Collection[str], console: Console) -> None:
@@ -155,18 +176,18 @@ def _has_colour(console: Console) -> bool:
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     """Base compared with tuned: a table of figures, then the two answers to each sample side by side."""
     base, tuned = evaluation.base, evaluation.tuned
-    points = 100 * (tuned.exact_match - base.exact_match)
+    points, style = 100 * (tuned.exact_match - base.exact_match), _STYLES[evaluation.verdict]
     rows = [
         ("held-out rows", "base", "tuned", "change"),
         (
             "loss per token",
             *(plus_minus(score.loss, score.stderr) for score in (base, tuned)),
-            _change(tuned.loss - base.loss, evaluation.difference[1], lower_is_better=True),
+            Text(f"{tuned.loss - base.loss:+.4f}", style),
         ),
         (
             "exact match",
             *(f"{score.exact_match:.1%} ± {100 * score.exact_match_stderr:.1f}" for score in (base, tuned)),
-            Text(f"{points:+.1f} points", "green" if points > 0 else "red" if points < 0 else ""),
+            Text(f"{points:+.1f} points", _STYLES[evaluation.exact_match_verdict]),
         ),
     ]
     if console.width < MIN_COLUMNS_FOR_BESIDE:
@@ -177,17 +198,14 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     for row in rows[1:]:
         table.add_row(*row)
     console.print(table)
-    what = f"{base.rows:,} held-out rows, {tuned.tokens:,} loss tokens; ± is one standard error"
+    what = f"{evaluation.units}, {tuned.tokens:,} loss tokens; ± is one standard error"
     console.print(Text(what, "dim"))
+    console.print(Text(evaluation.verdict_in_words, f"bold {style}".strip()), soft_wrap=not console.is_terminal)
     for number, sample in enumerate(evaluation.samples, start=1):
         _print_sample(number, sample, console)
 
 
-def _change(difference: float, stderr: float, lower_is_better: bool) -> Text:
-    """A difference, coloured only if it is larger than two standard errors."""
-    is_significant = abs(difference) > 2 * stderr
-    better = (difference < 0) == lower_is_better
-    return Text(f"{difference:+.4f}", ("green" if better else "red") if is_significant else "")
+_STYLES = {"better": "green", "worse": "red", "inside the noise": ""}
 
 
 def _print_sample(number: int, sample: Sample, console: Console) -> None:
@@ -254,9 +272,7 @@ def print_plan(plan: Plan, console: Console) -> None:
             console,
         )
     if plan.is_fault:
-        codes = ", ".join(finding["code"] for finding in plan.findings or ())
-        change = f"change what is said above, or set allow_faults: [{codes}]"
-        _signed(*SIGNS["fail"], "train stops before step 1:", change, None, console)
+        _print_stop([finding["code"] for finding in plan.findings or ()], console)
 
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
@@ -302,7 +318,8 @@ def print_trained(result: TrainResult, console: Console) -> None:
         print_evaluation(result.evaluation, console)
     console.print()
     facts = {"run": str(result.run_dir), "adapter": f"{result.run_dir}/adapter (loads with PEFT)"}
-    _print_facts({**facts, "next": f"{program()} chat {result.run_dir} --base"}, console)
+    commands = {"next": f"{program()} chat {result.run_dir} --base", "export": f"{program()} export {result.run_dir}"}
+    _print_facts({**facts, **commands}, console)
 
 
 def print_verification(found: Verification, console: Console) -> None:

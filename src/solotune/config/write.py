@@ -30,6 +30,7 @@ def yaml_value(value: Any) -> str:
     yaml, buffer = YAML(typ="safe", pure=True), io.StringIO()
     yaml.Representer = _Representer
     yaml.default_flow_style = True
+    yaml.sort_base_mapping_type_on_output = False  # pyright: ignore  (columns stay in the user's order)
     yaml.width = 10_000
     yaml.dump({"key": value}, buffer)
     return buffer.getvalue().strip().removeprefix("{key: ").removesuffix("}")

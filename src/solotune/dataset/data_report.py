@@ -113,6 +113,12 @@ class DataReport(ResultRepr):
         is_rendered = 2 * self.text_formats[OWN] >= self.text_formats.total()
         return "chat" if is_rendered else "text"  # without a row of text, too
 
+    @property
+    def shared_system_prompt(self) -> str | None:
+        """The system prompt that all training rows have; None if they differ or have none."""
+        found = self._system_prompt()
+        return found["text"] if found and found["rows"] >= found["of"] else None
+
     def count_training_row(self, messages: Sequence[Mapping[str, Any]], last_loss_token: int | None) -> None:
         """Count how a training row is asked (its system prompt), and where its last answer ends."""
         if last_loss_token is not None:

@@ -44,6 +44,8 @@ class Example:
     """The tool definitions that were rendered with the messages."""
     weights: np.ndarray | None = None
     """float32 (T,), the weight of each token's loss: above 0 where loss_mask, else 0. None: 1 for every loss token."""
+    group: str | None = None
+    """Rows that belong together share it (pieces of one conversation, near-duplicates); None: not known."""
 
     @property
     def total_weight(self) -> float:
@@ -101,7 +103,7 @@ class Examples(Sequence[Example]):
         """
         ids, mask = example.input_ids.astype("<i4").tobytes(), example.loss_mask.astype("u1").tobytes()
         weights = b"" if example.weights is None else example.weights.astype("<f4").tobytes()
-        rest = json.dumps([example.where, example.messages, example.tools], ensure_ascii=False)
+        rest = json.dumps([example.where, example.messages, example.tools, example.group], ensure_ascii=False)
         rest = rest.encode("utf-8", "surrogatepass")
         self.store.append(ids + mask + bytes([example.weights is not None]) + weights + rest)
         self.lengths.append(len(example.input_ids))
@@ -128,8 +130,8 @@ class Examples(Sequence[Example]):
         weights, end = None, 5 * length + 1
         if item[5 * length]:
             weights, end = np.frombuffer(item, "<f4", length, end).copy(), end + 4 * length  # a copy is aligned
-        where, messages, tools = json.loads(item[end:].decode("utf-8", "surrogatepass"))
-        return Example(ids, mask, where, messages, tools, weights)
+        where, messages, tools, group = json.loads(item[end:].decode("utf-8", "surrogatepass"))
+        return Example(ids, mask, where, messages, tools, weights, group)
 
     def ids(self) -> Iterator[np.ndarray]:
         """Iterate over the ids, int32 (T,) each, without reading the rest."""

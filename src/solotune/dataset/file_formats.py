@@ -74,7 +74,9 @@ class FileFormats:
         for file, errors in self._unknown.items():
             if file not in self._found and self._is_strict:
                 first = errors[0]
-                raise InputError(first.problem, seen=first.seen, allowed=first.allowed, change=first.change)
+                error = InputError(first.problem, seen=first.seen, allowed=first.allowed)
+                error.change, error.advice = first.change, first.advice
+                raise error
 
     @property
     def names(self) -> str:

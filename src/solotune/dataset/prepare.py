@@ -56,7 +56,7 @@ from solotune.dataset.records import Records, packed, row_hash
 from solotune.dataset.render import Renderer
 from solotune.dataset.row_store import Store
 from solotune.dataset.split.groups import Kinship
-from solotune.dataset.split.holdout import check_leaks, hold_out, is_copy, without_copies
+from solotune.dataset.split.holdout import check_leaks, hold_out, is_copy, with_groups, without_copies
 from solotune.dataset.split.split_manifest import Manifest
 from solotune.errors import InputError
 
@@ -220,7 +220,7 @@ def _both_sides(
     if own is not None:
         records, _ = _records(settings, holdout.split_by, report, own, progress, unused)
         num_copies += int(is_copy(records).sum())
-        validation = records if keep_copies else without_copies(records)
+        validation = with_groups(records if keep_copies else without_copies(records))
         report.num_close_rows = check_leaks(train, validation, key=own.key)
         hashes = np.concatenate([hashes, validation.hashes])
         is_validation = np.arange(len(hashes)) >= len(train)

@@ -16,7 +16,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn, overload
 
 import numpy as np
@@ -44,6 +44,8 @@ class Records(Sequence[Record]):
     """uint64 (R,): hash of the content, equal for copies only"""
     links: np.ndarray
     """uint64 (R, 4): see `groups.py`; the first is the group"""
+    roots: np.ndarray | None = None
+    """int64 (R,): after the split, a number that rows which belong together share; their records have it as `group`"""
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -55,11 +57,13 @@ class Records(Sequence[Record]):
     def __getitem__(self, row: Any) -> Any:
         if isinstance(row, slice):
             return [self[one] for one in range(*row.indices(len(self)))]
-        return unpacked(self.store[int(self.numbers[row])])
+        record = unpacked(self.store[int(self.numbers[row])])
+        return record if self.roots is None else replace(record, group=str(self.roots[row]))
 
     def take(self, rows: np.ndarray) -> Records:
         """Select rows by number or by a boolean mask."""
-        return Records(self.store, self.numbers[rows], self.hashes[rows], self.exact[rows], self.links[rows])
+        roots = None if self.roots is None else self.roots[rows]
+        return Records(self.store, self.numbers[rows], self.hashes[rows], self.exact[rows], self.links[rows], roots)
 
     def name_of_group(self, row: int) -> str:
         """The group that the row names; without one, the row's own hash."""

@@ -353,4 +353,4 @@ def _example(record: Record, where: str, ids: np.ndarray, loss_mask: np.ndarray,
     if weights is not None:
         weights = np.where(loss_mask, weights[: len(ids)], np.float32(0))
         weights = None if (weights[loss_mask] == 1).all() else weights
-    return Example(ids.copy(), loss_mask.copy(), where, record.messages, record.tools, weights)
+    return Example(ids.copy(), loss_mask.copy(), where, record.messages, record.tools, weights, record.group)

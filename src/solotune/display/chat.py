@@ -2,8 +2,9 @@
 
     Chat(session, console, base=True).run()
 
-On a terminal lines can be edited (readline), words are never broken at the right edge, Ctrl-C stops the answer and not
-the program, and a line that begins with `/` is a command. From a pipe each line is a message, but for /reset.
+On a terminal lines can be edited (readline), words are never broken at the right edge, and Ctrl-C stops the answer and
+not the program. From a pipe each line is read as if it was typed. A line that begins with `/` is a command; with a
+space before it, it is a message.
 """
 
 from __future__ import annotations
@@ -72,10 +73,10 @@ class Chat:
             self._note(f"{self._session.model_name}   /help: commands, /quit: exit")
         self._note(about(self._session))
         for text in _typed() if is_typed else _piped():
-            if is_typed and text.startswith("/"):
+            if text.rstrip() == "/quit":
+                return
+            if text.startswith("/"):
                 self._command(text)
-            elif text.strip() == "/reset":
-                self._command("/reset")
             else:
                 self._answer(self._written(text))
 
@@ -84,7 +85,7 @@ class Chat:
         return text.replace("\\n", "\n") if self._session.prompt_format == "text" else text.strip()
 
     def _command(self, text: str) -> None:
-        name, _, value = text.partition(" ")
+        name, _, value = text.rstrip().partition(" ")
         value = value.strip()
         if name == "/reset":
             self._session.reset()
@@ -244,7 +245,7 @@ def _piped() -> Iterator[str]:
 
 
 def _typed() -> Iterator[str]:
-    """What is typed on a terminal, until /quit or Ctrl-D."""
+    """What is typed on a terminal, until Ctrl-D."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing and a history)
     while True:
@@ -259,7 +260,5 @@ def _typed() -> Iterator[str]:
         except KeyboardInterrupt:
             print("  (/quit or Ctrl-D exits)", file=sys.stderr)
             continue
-        if text.strip() == "/quit":
-            return
         if text.strip():
             yield text

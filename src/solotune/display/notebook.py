@@ -30,6 +30,7 @@ from solotune.display.progress import (
     make_console,
     make_display,
 )
+from solotune.hub.download_progress import shown_by
 from solotune.result_repr import Table, as_html, escaped, in_notebook
 from solotune.units import plus_minus
 
@@ -148,7 +149,8 @@ def showing(display: Display | None, logging_steps: int = 1, stays: bool = False
         return
     usual = _usual(logging_steps, stays)
     try:
-        yield usual
+        with shown_by(usual.progress):
+            yield usual
     finally:
         usual.finish()
 

@@ -1,7 +1,7 @@
 """Base against tuned on held-out rows: losses paired by row, exact match, and sample answers.
 
-Base and tuned are the same model with its adapters off and on. Their difference has a standard error of its own, over
-rows: much smaller than that of either loss, since a hard row is hard for both (`scores` has the formula).
+Base and tuned are the same model with its adapters off and on. Their difference has a standard error and a p-value of
+its own: much smaller than the errors of the two losses suggest, since a hard row is hard for both (`statistics`).
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
 
 from solotune.dataset import Example, render_prompt
 from solotune.evaluation import generation
-from solotune.evaluation.scores import Score, ratio_and_stderr, score
+from solotune.evaluation.scores import Score, score
+from solotune.evaluation.statistics import mcnemar_p, ratio_and_stderr, sign_flip_p, verdict
 from solotune.model.loading import TrainableModel
 from solotune.model.lora import adapters_off
 from solotune.result_repr import ResultRepr, Table
@@ -46,6 +48,48 @@ class Evaluation(ResultRepr):
         """Tuned loss minus base loss and its standard error, paired by row."""
         return loss_difference(self.base, self.tuned)
 
+    @cached_property
+    def p_value(self) -> float:
+        """Of the difference between the losses: `statistics.sign_flip_p`."""
+        return sign_flip_p(_paired_losses(self.base, self.tuned), self.base.row_groups)
+
+    @cached_property
+    def exact_match_p_value(self) -> float:
+        """Of the difference between the exact matches: McNemar's test."""
+        return mcnemar_p(self.base.row_hits, self.tuned.row_hits, self.base.row_groups)
+
+    @property
+    def units(self) -> str:
+        """What errors and tests are over: `60 held-out rows`, or `60 held-out rows in 12 groups` of dependent rows.
+
+        `60 held-out rows of 1 group`: rows, since there are too few groups.
+        """
+        rows, groups = f"{self.base.rows:,} held-out rows", self.base.num_groups
+        if groups is None:
+            return rows
+        return f"{rows} {'in' if self.base.row_groups else 'of'} {groups} group{'s' * (groups != 1)}"
+
+    @property
+    def verdict(self) -> str:
+        """`better`, `worse` or `inside the noise`: what the tuned model is, by its loss."""
+        return verdict(self.difference[0], self.p_value)
+
+    @property
+    def exact_match_verdict(self) -> str:
+        """The same, by exact match."""
+        return verdict(self.base.exact_match - self.tuned.exact_match, self.exact_match_p_value)
+
+    @property
+    def verdict_in_words(self) -> str:
+        """One sentence: which of the two predicts the held-out rows better, as far as these can tell."""
+        difference, stderr = self.difference
+        test = f"paired test, p = {self.p_value:.{4 if self.p_value < 0.01 else 2}f}"
+        if self.verdict == "inside the noise":
+            return f"no clear difference between tuned and base on held-out rows ({test})"
+        side = "lower" if difference < 0 else "higher"
+        by = f"its loss per token is {side} by {plus_minus(abs(difference), stderr)}"
+        return f"tuned is {self.verdict} than base on held-out rows: {by} ({test})"
+
     def figures(self) -> dict[str, object]:
         return {
             "base_loss": self.base.loss,
@@ -53,6 +97,7 @@ class Evaluation(ResultRepr):
             "base_exact_match": self.base.exact_match,
             "tuned_exact_match": self.tuned.exact_match,
             "rows": self.base.rows,
+            "verdict": self.verdict,
         }
 
     def tables(self) -> list[Table]:
@@ -71,9 +116,7 @@ class Evaluation(ResultRepr):
             ("exact match", f"{self.base.exact_match:.1%}", f"{self.tuned.exact_match:.1%}",
              f"{100 * (self.tuned.exact_match - self.base.exact_match):+.1f} points"),
         ]  # fmt: skip
-        return Table(
-            f"{self.base.rows:,} held-out rows; ± is one standard error", ("", "base", "tuned", "change"), rows
-        )
+        return Table(f"{self.units}; ± is one standard error", ("", "base", "tuned", "change"), rows)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON of evaluation.json; `scores` may get more keys."""
@@ -82,12 +125,15 @@ class Evaluation(ResultRepr):
             "base": self.base.exact_match,
             "tuned": self.tuned.exact_match,
             "stderr": {"base": self.base.exact_match_stderr, "tuned": self.tuned.exact_match_stderr},
+            "p_value": self.exact_match_p_value,
         }
         return {
             "rows": self.base.rows,
+            "groups": self.base.num_groups,
             "base": self.base.to_json(),
             "tuned": self.tuned.to_json(),
-            "difference": {"loss": difference, "stderr": stderr},
+            "difference": {"loss": difference, "stderr": stderr, "p_value": self.p_value},
+            "verdict": self.verdict,
             "scores": {"exact_match": exact},
             "samples": [asdict(sample) for sample in self.samples],
         }
@@ -95,8 +141,11 @@ class Evaluation(ResultRepr):
 
 def loss_difference(base: Score, tuned: Score) -> tuple[float, float]:
     """Tuned minus base and its standard error, paired by row: much smaller than either error alone."""
-    paired = [t - b for b, t in zip(base.row_losses, tuned.row_losses, strict=True)]
-    return ratio_and_stderr(paired, base.row_weights)
+    return ratio_and_stderr(_paired_losses(base, tuned), base.row_weights, base.row_groups)
+
+
+def _paired_losses(base: Score, tuned: Score) -> list[float]:
+    return [t - b for b, t in zip(base.row_losses, tuned.row_losses, strict=True)]
 
 
 def samples(

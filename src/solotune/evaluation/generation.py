@@ -12,7 +12,11 @@ from solotune.model.loading import TrainableModel
 
 def stop_ids(model: TrainableModel, tokenizer: Any, answer_ends: Iterable[int | None]) -> list[int]:
     """Tokens that end an answer: the tokenizer's, the model's, and special tokens among those that end the rows."""
-    configured = model.module.generation_config.eos_token_id
+    return stop_ids_of(model.module.generation_config.eos_token_id, tokenizer, answer_ends)
+
+
+def stop_ids_of(configured: int | list[int] | None, tokenizer: Any, answer_ends: Iterable[int | None]) -> list[int]:
+    """The same for a model that is not loaded, from `eos_token_id` of its generation config."""
     ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
     special = set(tokenizer.all_special_ids)
     ids |= special.intersection(answer_ends)

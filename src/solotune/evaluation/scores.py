@@ -6,12 +6,8 @@ the quantity that training minimises.
 
 Standard error
 --------------
-Rows are independent, tokens of one row are not. So the error is that of a ratio estimator (Cochran, Sampling
-Techniques, 3rd ed., section 2.11):
-
-    e_i = l_i - L n_i        stderr = sqrt(m / (m - 1) * sum(e_i^2)) / sum(n_i)        m rows
-
-With tokens taken as independent, the error would be several times too small on chat rows.
+Groups of rows are independent, tokens of one row are not: with tokens taken as independent, the error would be several
+times too small on chat rows. `statistics` has the formula.
 
 Exact match
 -----------
@@ -22,7 +18,6 @@ given the tokens before it, and one teacher-forced pass shows that.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +28,7 @@ import torch
 from solotune.dataset import Example
 from solotune.dataset.collate import collate, num_labels
 from solotune.dataset.example import lengths_of
+from solotune.evaluation.statistics import independent, ratio_and_stderr
 from solotune.hardware.gpu_errors import stage
 from solotune.model.loading import TrainableModel
 from solotune.result_repr import ResultRepr
@@ -51,21 +47,15 @@ class Score(ResultRepr):
     rows: int
     row_losses: tuple[float, ...] = ()  # weighted sums over each row, in the order of the rows given
     row_weights: tuple[float, ...] = ()
+    row_hits: tuple[bool, ...] = ()  # whether each row is an exact match
+    row_groups: tuple[str, ...] | None = None  # the units of errors and tests; None: rows
+    num_groups: int | None = None  # groups that the rows are in, if they are fewer than the rows
 
     def figures(self) -> dict[str, object]:
         return {"loss": self.loss, "stderr": self.stderr, "exact_match": self.exact_match, "rows": self.rows}
 
     def to_json(self) -> dict[str, Any]:
         return {"loss": self.loss, "stderr": self.stderr, "tokens": self.tokens}
-
-
-def ratio_and_stderr(sums: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
-    """sum(sums) / sum(weights) and its standard error over independent rows (infinite for a single row)."""
-    total = sum(weights)
-    ratio = sum(sums) / total
-    squares = sum((s - ratio * n) ** 2 for s, n in zip(sums, weights, strict=True))
-    rows = len(weights)
-    return ratio, math.sqrt(rows / (rows - 1) * squares) / total if rows > 1 else math.inf
 
 
 @stage("evaluating")
@@ -93,15 +83,20 @@ def score(
         progress(min(start + batch_size, len(rows)), len(rows))
     model.module.train(was_training)
     weights = [row.total_weight for row in rows]
-    loss, stderr = ratio_and_stderr(losses, weights)
-    share = sum(exact) / len(rows)
+    named = [row.group or row.where for row in rows]
+    groups, num_groups = independent(named), len(set(named))
+    loss, stderr = ratio_and_stderr(losses, weights, groups)
+    share, share_stderr = ratio_and_stderr(exact, [1.0] * len(rows), groups)
     return Score(
         loss,
         stderr,
         sum(counts),
         share,
-        math.sqrt(share * (1 - share) / len(rows)),
+        share_stderr,
         len(rows),
         tuple(losses),
         tuple(weights),
+        tuple(exact),
+        tuple(groups) if groups else None,
+        num_groups if num_groups < len(rows) else None,
     )

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from solotune.errors import InputError
+from solotune.hub import download_progress
 from solotune.runtime import watchdog
 from solotune.units import first_line
 
@@ -41,6 +42,12 @@ def hub_id(name: str) -> str | None:
     A folder's name alone would do harm: PEFT would treat it as a hub id, and may find another model there.
     """
     return None if is_local_path(name) else name
+
+
+def loadable_name(name: str) -> str:
+    """The name under which a library on this machine finds the model from any working directory: hub id, or path."""
+    path = local_path(name)
+    return name if path is None else str(path.absolute())
 
 
 def offline_switch() -> str:
@@ -103,7 +110,13 @@ def download(name: str, revision: str, where: str, wanted: Sequence[str], unwant
     try:
         with watchdog.paused():
             return Path(
-                snapshot_download(name, revision=revision, allow_patterns=[*wanted], ignore_patterns=[*unwanted])
+                snapshot_download(
+                    name,
+                    revision=revision,
+                    allow_patterns=[*wanted],
+                    ignore_patterns=[*unwanted],
+                    tqdm_class=download_progress.bars(name),
+                )
             )
     except GatedRepoError:
         change = "request access on the model's page, then run `hf auth login` or set HF_TOKEN"

@@ -107,15 +107,24 @@ class Adapter:
         Raises:
             KeyError: the layer has no adapter.
         """
-        A, B = (self.tensors[tensor_key(module, part)].float() for part in PARTS)
+        A, B = self.factors(module)
         return self.scaling(module) * (B @ A)
+
+    def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (r, in) and B (out, r) of a layer, float32.
+
+        Raises:
+            KeyError: the layer has no adapter.
+        """
+        A, B = (self.tensors[tensor_key(module, part)].float() for part in PARTS)
+        return A, B
 
 
 def peft_config(
     modules: Collection[str],
     candidates: Collection[str],
     *,
-    base: str | None,
+    base: str,
     revision: str | None,
     r: int,
     alpha: float,
@@ -130,7 +139,7 @@ def peft_config(
     Args:
         modules: dotted names of the layers that have an adapter.
         candidates: dotted names of all layers of the base that PEFT could adapt: linears and embeddings.
-        base: hub id of the base; None for a local folder.
+        base: hub id of the base, or its path.
     """
     leaves = {name.rpartition(".")[2] for name in modules}
     selected = {name for name in candidates if name.rpartition(".")[2] in leaves}
@@ -138,7 +147,7 @@ def peft_config(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "revision": revision if base else None,
+        "revision": revision,
         "r": r,
         "lora_alpha": alpha,
         "lora_dropout": dropout,

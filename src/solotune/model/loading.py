@@ -267,7 +267,7 @@ def _fill(
 ) -> None:
     """Store every tensor in its module; a linear becomes a `FrozenLinear` when its weight is read."""
     frozen = frozen_linears(module)
-    in_float32 = _kept_in_float32(module, dtype)
+    in_float32 = kept_in_float32(module, dtype)
     biases: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:
         owner, _, leaf = name.rpartition(".")
@@ -285,7 +285,7 @@ def _fill(
             _set(module.get_submodule(owner), leaf, tensor.to(kept))
         elif leaf == "weight":
             transposed = isinstance(frozen[owner], Conv1D)
-            storage = _store(tensor.T.contiguous() if transposed else tensor, precision, dtype)
+            storage = store_weight(tensor.T.contiguous() if transposed else tensor, precision, dtype)
             parent, _, last = owner.rpartition(".")
             setattr(module.get_submodule(parent), last, FrozenLinear(storage, biases.get(owner), transposed))
         else:
@@ -298,15 +298,15 @@ def _fill(
                 part._buffers[name] = buffer.to(device)
 
 
-def _kept_in_float32(module: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
+def kept_in_float32(module: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
     """Names that the architecture keeps in float32 whatever the model's dtype (routers); None if there are none."""
     names = [name for name, kept in module._get_dtype_plan(dtype).items() if kept == torch.float32]
     return re.compile("|".join(name.replace("*", ".*") for name in names)) if names else None
 
 
-def _store(weight_OI: torch.Tensor, precision: PrecisionSettings, dtype: torch.dtype) -> Storage:
+def store_weight(weight_OI: torch.Tensor, precision: PrecisionSettings, dtype: torch.dtype) -> Storage:
+    """A linear's weight as the run stores it; NF4 from the compute dtype, as transformers and bitsandbytes do."""
     if precision.base_precision == "nf4":
-        # Quantised from the compute dtype, as transformers + bitsandbytes do with dtype=bfloat16.
         rounded = NF4Weight(weight_OI.to(dtype), precision.double_quant)
         return Fp8Weight(rounded.dense(dtype)) if precision.multiplies_in_fp8 else rounded
     if precision.base_precision == "fp8":

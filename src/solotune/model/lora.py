@@ -37,7 +37,7 @@ from torch import nn
 
 from solotune.config.settings import FOREIGN, LoraSettings
 from solotune.errors import InputError
-from solotune.hub.download import hub_id
+from solotune.hub.download import hub_id, loadable_name
 from solotune.model import adapter
 from solotune.model.frozen_linear import FrozenLinear
 
@@ -275,7 +275,8 @@ def peft_config(
     """`adapter_config.json` for the adapters of a loaded model; `adapter.peft_config` needs only names.
 
     Args:
-        base: `model_name_or_path`; written only if it is a hub id.
+        base: `model_name_or_path`; of a folder its path is written, so that `AutoPeftModel` finds it from everywhere.
+            An adapter to pass on is an exported one (`exporters.adapter_folder`).
         revision: `model_revision`.
     """
     kinds = (LoraLinear, FrozenLinear, nn.Linear, nn.Embedding)
@@ -283,8 +284,8 @@ def peft_config(
     return adapter.peft_config(
         lora_layers,
         {name for name in named if not name.endswith(".base")},
-        base=hub_id(base),
-        revision=revision,
+        base=loadable_name(base),
+        revision=revision if hub_id(base) else None,
         r=settings.r,
         alpha=settings.alpha,
         dropout=settings.dropout,

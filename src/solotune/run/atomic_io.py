@@ -25,18 +25,19 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from solotune.errors import StorageError
 from solotune.run import fs_ops
-from solotune.run.manifest import MANIFEST, Entry, check_folder, manifest_text
+from solotune.run.manifest import MANIFEST, Entry, check_folder, entry_at, manifest_text
 
 PARTIAL, REMOVED = ".partial", ".removed"  # endings of what is not complete yet, or being removed: `.<name>.partial`
 PREFLIGHT = ".preflight-"
 WRITE_BYTES = 16 << 20  # size of one write; smaller pieces are collected up to this
 
-Content = bytes | str | Iterable[bytes] | Iterable[str]
+Content = bytes | str | Iterable[bytes] | Iterable[str] | Iterable[bytes | memoryview]
 
 
 @contextlib.contextmanager
@@ -105,17 +106,34 @@ class Folder:
             fs_ops.sync_folder(path.parent.parent)
         digest, count = hashlib.sha256(), 0
 
-        def hashed() -> Iterator[bytes]:
+        def hashed(beside: ThreadPoolExecutor) -> Iterator[bytes]:
             nonlocal count
             for piece in _pieces(content):
-                digest.update(piece)
+                hashing = beside.submit(digest.update, piece)  # while it is written
                 count += len(piece)
                 yield piece
+                hashing.result()
 
-        _write_new(path, hashed())
+        with ThreadPoolExecutor(1) as beside:
+            _write_new(path, hashed(beside))
         if path.parent != self.path:
             fs_ops.sync_folder(path.parent)
         self.entries[name] = Entry(count, digest.hexdigest())
+
+    def adopt(self, name: str) -> None:
+        """Take in a file that another program has written into the folder: sync it, and keep its hash.
+
+        Raises:
+            StorageError: it cannot be read back.
+        """
+        path = self.path / name
+        with storage_errors(path):
+            handle = fs_ops.open_file(path, os.O_RDWR)
+            try:
+                fs_ops.fsync(handle, path)
+            finally:
+                os.close(handle)
+            self.entries[name] = entry_at(path)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import json
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ MANIFEST = "manifest.json"
 VERSION = 1
 MAX_BYTES = 64 << 20  # 400,000 files
 READ_BYTES = 1 << 20
+HASHED_AT_ONCE = 4  # files
 NOT_LISTED = "is not listed in a manifest: it was added after the run wrote its files"
 
 
@@ -126,7 +128,9 @@ def check_folder(folder: Path) -> list[Problem]:
         entries = read_manifest(folder / MANIFEST)
     except ValueError as error:
         return [Problem(MANIFEST, f"the manifest cannot be used: {error}")]
-    found = list(differences(folder, entries))
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:  # hashing is slower than reading what was just written
+        each = pool.map(lambda name: list(differences(folder, {name: entries[name]})), entries)
+        found = [problem for problems in each for problem in problems]
     return found + [Problem(name, NOT_LISTED) for name in unknown(folder, entries)]
 
 

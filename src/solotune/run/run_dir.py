@@ -42,6 +42,7 @@ LATEST = "latest"
 LOCK = ".lock"
 LOCK_TRIES, MAX_LOCK_BYTES = 20, 4096
 LOG, FINGERPRINTS, STACKS = "log.txt", "fingerprints.json", "stacks.txt"
+EXPORT, EXPORT_JSON = "export", "export.json"
 UNUSED = ".unused"  # ending of a checkpoint that a resumed run skipped
 MARKS = ("config.yaml", METRICS, "adapter", "checkpoints")  # a directory with any of these holds a run
 

@@ -45,7 +45,7 @@ class ChatSession(ResultRepr):
         self.prompt_format = run.prompt_format
         self.trained_system = run.system_prompt  # with its rows and all rows
         """The most frequent system prompt of the training rows, its rows and all rows; None without one."""
-        self.system = self._checked(system) if system is not None else self._shared_system()
+        self.system = self._checked(system) if system is not None else run.shared_system_prompt
         self._model = run.load(progress)
         self._stops = generation.stop_ids(self._model, self._tokenizer, run.answer_ends)
         self.choices = run.choices
@@ -120,12 +120,6 @@ class ChatSession(ResultRepr):
 
     def _opening(self) -> Messages:
         return [{"role": "system", "content": self.system}] if self.system else []
-
-    def _shared_system(self) -> str | None:
-        if self.trained_system is None or self.prompt_format == "text":
-            return None
-        text, rows, total = self.trained_system
-        return text if rows >= total else None
 
     def _checked(self, system: str) -> str | None:
         if system and self.prompt_format == "text":

@@ -15,6 +15,7 @@ import torch
 from solotune import dataset
 from solotune.config.load import load_config
 from solotune.config.run_config import Choice, RunConfig
+from solotune.dataset import Prepared
 from solotune.errors import InputError, IntegrityError, program, resume_command
 from solotune.hardware import machine as environment
 from solotune.hardware.gpu_errors import device_errors
@@ -27,6 +28,7 @@ from solotune.model.loading import Progress, TrainableModel, load_model
 from solotune.run.manifest import check_folder
 from solotune.run.run_dir import FINGERPRINTS, RunDirectory, read_object
 from solotune.training import checkpoint
+from solotune.training.resume import day_of
 
 
 def resolve_for_machine(config: RunConfig) -> tuple[RunConfig, Machine, list[Choice]]:
@@ -95,6 +97,14 @@ class TunedRun:
         return found["text"], int(found.get("rows", 0)), int(found.get("of", 0))
 
     @property
+    def shared_system_prompt(self) -> str | None:
+        """The system prompt that all training rows have; None if they differ, or for a model of plain text."""
+        if self.system_prompt is None or self.prompt_format == "text":
+            return None
+        text, rows, total = self.system_prompt
+        return text if rows >= total else None
+
+    @property
     def answer_ends(self) -> list[int]:
         """Ids of the tokens that end the training rows."""
         found = self._data.get("answer_ends")
@@ -110,15 +120,31 @@ class TunedRun:
         path = self.directory.path / "data.json"
         return read_object(path) if path.is_file() else {}
 
-    def load(self, progress: Progress | None = None) -> TrainableModel:
-        """Load the base with the run's adapter, or with that of the newest checkpoint if the run has not finished.
+    def prepare(self) -> Prepared:
+        """The run's rows, prepared again, with the same rows held out as in training.
 
-        Args:
-            progress: called with the tensors read so far, and all of them.
+        Raises:
+            InputError: the data is not there, or cannot be read.
+            IntegrityError: the held-out rows have changed since the run.
+        """
+        path = self.directory.path
+        prepared = dataset.prepare(self.config, self.tokenizer, rendered_on=day_of(path))
+        hashes = read_object(path / "data.json").get("sha256")
+        recorded = hashes.get("validation") if isinstance(hashes, dict) else None
+        if recorded != prepared.report.validation_sha256:
+            raise IntegrityError(
+                f"{path}: the held-out rows have changed since the run",
+                seen="the data file, its split or the tokenizer has changed",
+                change="restore the data, or train again",
+            )
+        return prepared
+
+    def adapter_folder(self) -> Path:
+        """Folder of the run's adapter, or of the newest checkpoint if the run has not finished; its files are checked.
 
         Raises:
             InputError: nothing is saved yet.
-            IntegrityError: the adapter is damaged, or the base is not the one it was trained on.
+            IntegrityError: a file differs from the folder's manifest.
         """
         done = self.directory.adapter.is_dir()
         folder = self.directory.adapter if done else checkpoint.newest(self.directory.checkpoints)
@@ -130,13 +156,36 @@ class TunedRun:
         for file, problem in check_folder(folder):
             change = f"{program()} verify {self.directory.path} lists all damaged files"
             raise IntegrityError(f"{folder / file}: {problem}", change=change)
-        tensors = read_finite_tensors(folder)
+        return folder
+
+    def checked_base(self) -> ModelFiles:
+        """Files of the run's base, with its weights.
+
+        Raises:
+            InputError: it is not there.
+            IntegrityError: it is not the base that the run was trained on.
+        """
         recorded = read_object(self.directory.path / FINGERPRINTS).get("base")
         if not isinstance(recorded, dict):
             path = self.directory.path / FINGERPRINTS
             raise IntegrityError(f"{path}: the fingerprint of the base is missing", change="restore the run's files")
         base = (self.base or resolve_model(self.config)).with_weights()
         check_base(recorded, base_fingerprint(base), str(self.directory.path))
+        return base
+
+    def load(self, progress: Progress | None = None) -> TrainableModel:
+        """Load the base with the run's adapter, or with that of the newest checkpoint if the run has not finished.
+
+        Args:
+            progress: called with the tensors read so far, and all of them.
+
+        Raises:
+            InputError: nothing is saved yet.
+            IntegrityError: the adapter is damaged, or the base is not the one it was trained on.
+        """
+        folder = self.adapter_folder()
+        tensors = read_finite_tensors(folder)
+        base = self.checked_base()
         model = load_base(self.config, self.machine, base, progress)
         name, revision = self.config.model_name_or_path, self.config.model_revision
         expected = lora.peft_config(self.config.lora, model.lora_layers, model.module, base=name, revision=revision)

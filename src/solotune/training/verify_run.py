@@ -6,6 +6,7 @@
     adapter and      names and shapes of the tensors match config.yaml, and every parameter is finite. A run that wrote
     checkpoints      a NaN has a perfect manifest, and a model's outputs can hide it (fused attention on a CPU does), so
                      the parameters themselves are checked
+    exports          each folder of export/ matches its own manifest, and that the one that export.json records
 
 log.txt may have grown since (a crash writes there), so its recorded bytes must be at its beginning. The lock file is
 not checked: its content changes with its owner.
@@ -26,9 +27,30 @@ from solotune.config.settings import LoraSettings
 from solotune.errors import InputError, SolotuneError
 from solotune.model.adapter import read_tensors
 from solotune.result_repr import ResultRepr, Table
-from solotune.run.manifest import MANIFEST, NOT_LISTED, Problem, check_folder, differences, read_manifest, unknown
+from solotune.run import atomic_io
+from solotune.run.manifest import (
+    MANIFEST,
+    NOT_LISTED,
+    Problem,
+    check_folder,
+    differences,
+    entry_at,
+    read_manifest,
+    unknown,
+)
 from solotune.run.record import RunRecord
-from solotune.run.run_dir import LOCK, LOG, MARKS, METRICS, UNUSED, RunDirectory, located, read_object
+from solotune.run.run_dir import (
+    EXPORT,
+    EXPORT_JSON,
+    LOCK,
+    LOG,
+    MARKS,
+    METRICS,
+    UNUSED,
+    RunDirectory,
+    located,
+    read_object,
+)
 from solotune.training import checkpoint
 
 OWN_JSON = ("environment.json", "data.json", "plan.json", "fingerprints.json", "split.json", "evaluation.json")
@@ -86,7 +108,7 @@ def verify(path: str | Path) -> Verification:
     if not any((run.path / mark).exists() for mark in (*MARKS, MANIFEST)):
         raise InputError(f"{path}: not a run directory", allowed="a run directory of `solotune train`")
     finished = RunRecord.read(run.path).is_finished or os.path.lexists(run.path / MANIFEST)
-    problems = [*(_sealed(run) if finished else _unsealed(run)), *_tensors(run)]
+    problems = [*(_sealed(run) if finished else _unsealed(run)), *_tensors(run), *_exports(run)]
     unused = sorted(path.name for path in run.checkpoints.glob(f"*{UNUSED}"))
     notes = [] if finished else ["the run has not finished, so only its checkpoints can be checked"]
     if unused and not finished:
@@ -111,6 +133,8 @@ def _sealed(run: RunDirectory) -> Iterator[Problem]:
         yield Problem(MANIFEST, f"the run has finished, but its manifest cannot be used: {error}")
         yield from _unsealed(run)
         return
+    if not (run.path / EXPORT).exists():  # exports may be removed to make room
+        entries = {name: entry for name, entry in entries.items() if not _is_export(name)}
     yield from differences(run.path, entries, growing=(LOG,))
     folders = {name.removesuffix(f"/{MANIFEST}") for name in entries if name.endswith(f"/{MANIFEST}")}
     folders = {folder for folder in folders if not folder.endswith(UNUSED)}  # every file of these is in `entries`
@@ -119,8 +143,39 @@ def _sealed(run: RunDirectory) -> Iterator[Problem]:
             yield from _within(folder, check_folder(run.path / folder))
     for name in unknown(run.path, entries):
         inside = any(name.startswith(f"{folder}/") for folder in folders)
-        if not inside and name != LOCK:
+        if not inside and name != LOCK and not _is_export(name):
             yield Problem(name, NOT_LISTED)
+
+
+def _is_export(name: str) -> bool:
+    return name.split("/")[0] == EXPORT
+
+
+def _exports(run: RunDirectory) -> Iterator[Problem]:
+    """Check each exported folder against its manifest, and that against export.json; removed ones are no problem."""
+    root = run.path / EXPORT
+    if root.is_symlink() or not root.is_dir():
+        if os.path.lexists(root):
+            yield Problem(EXPORT, "is a link, or not a folder")
+        return
+    recorded: dict[str, Any] = {}
+    if os.path.lexists(root / EXPORT_JSON):
+        try:
+            artifacts = read_object(root / EXPORT_JSON).get("artifacts") or []
+            recorded = {str(one["kind"]): one.get("sha256") for one in artifacts}
+        except (InputError, KeyError, TypeError, AttributeError):
+            yield Problem(f"{EXPORT}/{EXPORT_JSON}", "is damaged")
+    for path in sorted(root.iterdir()):
+        name = f"{EXPORT}/{path.name}"
+        if path.name in (EXPORT_JSON, LOCK) or path.suffix in (atomic_io.PARTIAL, atomic_io.REMOVED):
+            continue
+        if path.is_symlink() or not path.is_dir():
+            yield Problem(name, NOT_LISTED)
+            continue
+        problems = check_folder(path)
+        yield from _within(name, problems)
+        if not problems and path.name in recorded and entry_at(path / MANIFEST).sha256 != recorded[path.name]:
+            yield Problem(f"{name}/{MANIFEST}", f"is not the one that {EXPORT_JSON} records")
 
 
 def _unsealed(run: RunDirectory) -> Iterator[Problem]:

@@ -27,9 +27,11 @@ def read(values: dict[str, Any], mapping: dict[str, str] | None = None) -> Recor
 
 
 def refused(values: dict[str, Any], mapping: dict[str, str] | None = None) -> str:
-    """The message for a row."""
+    """The message for a row; the first mapping in it is also the value that the error carries."""
     with pytest.raises(InputError) as caught:
         read(values, mapping)
+    said, carried = mappings_in(str(caught.value)), [one.settings["column_mapping"] for one in caught.value.advice]
+    assert said[:1] == carried
     return str(caught.value)
 
 

@@ -430,6 +430,14 @@ chat.jsonl: no such file
   change:  did you mean chats.jsonl?\
 """),
     )
+    door.refuses(  # the config is used in the folder of the data, and not where it was written for
+        "mine/chats.jsonl",
+        snapshot("""\
+mine/chats.jsonl: no such file
+  seen:    looked in mine (which does not exist)
+  change:  did you mean chats.jsonl?\
+"""),
+    )
     door.refuses(
         "a/b.jsonl",
         snapshot("""\

@@ -227,7 +227,6 @@ validation_size: 5: the rows cannot be split into training and validation
         (Record("v:1", messages=chat("question 4", record(4).messages[1]["content"])), "v:1 equals f:4"),
         (Record("v:1", messages=chat("QUESTION  4", record(4).messages[1]["content"])), "v:1 is nearly equal to f:4"),
         (Record("v:1", messages=[{"role": "assistant", "content": "Short"}]), "v:1 is nearly equal to f:0"),
-        (Record("v:1", messages=chat("question 4 x", record(4).messages[1]["content"])), "v:1 is nearly equal to f:4"),
         (record(99, group="g"), "f:99 is in the same group as f:0"),
     ],
 )
@@ -265,7 +264,10 @@ def test_rows_of_a_templated_task_are_no_leak() -> None:
     assert check_leaks(train, [report(n) for n in range(60, 80)], key="eval_dataset") == 8
     with pytest.raises(CheckError, match="1 of 21 validation rows"):  # a copy is one there too
         check_leaks(train, [*(report(n) for n in range(60, 80)), report(7)], key="eval_dataset")
-    varied = [record(n) for n in range(60)]
+    varied = [record(n) for n in range(240)]
     edited = [Record(f"v:{n}", messages=chat(f"question {n} x", record(n).messages[1]["content"])) for n in range(3)]
     with pytest.raises(CheckError, match="3 of 20 validation rows"):
-        check_leaks(varied, [*edited, *(record(n) for n in range(100, 117))], key="eval_dataset")
+        check_leaks(varied, [*edited, *(record(n) for n in range(300, 317))], key="eval_dataset")
+    assert (
+        check_leaks(varied, [edited[0], *(record(n) for n in range(300, 323))], key="eval_dataset") == 1
+    )  # may be chance

@@ -19,6 +19,10 @@ CHATS = {
     "[INST] hi [/INST] yo</s>": ("hi", "yo"),
     "### Instruction:\nhi<|im_end|>### Response:\nyo<|im_end|>": ("hi", "yo"),
     "Human: hi</s>Assistant: yo</s>": ("hi", "yo"),
+    "<bos>### Instruction:\nhi\n\n### Response:\nyo<eos>": ("hi", "yo"),
+    "### Frage:\nhi\n\n### Antwort:\nyo": ("hi", "yo"),
+    "\u95ee\uff1ahi\n\u7b54\uff1ayo": ("hi", "yo"),
+    "<question>hi\n<answer>yo</s>": ("hi", "yo"),
 }
 
 
@@ -36,6 +40,7 @@ def test_turns_are_found(text: str) -> None:
         "",
         "She told the user: wait. Then the assistant: nothing.",
         "Input: 3\nOutput: 4",  # of a program
+        "<form><input>3\n<output>4",
         "Answer: yes\nQuestion: why",
         "Title\n\nThe model: a description.",
         "Q: a question without an answer",
@@ -49,3 +54,4 @@ def test_a_text_that_begins_with_a_label() -> None:
     assert starts_with_label("Human: hello")
     assert starts_with_label("[INST] hello")
     assert not starts_with_label("Hello, human: it is me")
+    assert not starts_with_label("<question>Who?</question>"), "a tag of the user's own"

@@ -16,11 +16,11 @@ from solotune.diagnosis.probes.eval_determinism import evaluated_twice
 from solotune.diagnosis.probes.generation import both_renderings
 from solotune.diagnosis.probes.grad_accumulation import accumulated_against_whole
 from solotune.diagnosis.probes.initial_loss import first_loss
-from solotune.diagnosis.probes.lr_range_test import range_test
+from solotune.diagnosis.probes.lr_range_test import Tried, _judge, range_test
 from solotune.diagnosis.probes.probed_model import adapters_of, training_loss
 from solotune.diagnosis.probes.prompt_use import own_prompt_against_others
 from solotune.diagnosis.probes.saved_adapter import reloaded
-from solotune.diagnosis.run_facts import Saved
+from solotune.diagnosis.run_facts import RunFacts, Saved, Settings
 from tests.diagnosis.probed_models import Ward, chats, padded, render
 
 END = 2
@@ -167,6 +167,56 @@ def test_frozen_adapters(ward):
         assert not any(p.requires_grad for name, p in model.named_parameters() if part in name)
 
 
+def test_some_adapters_frozen_before_they_learned(ward):
+    """B of one layer is zero and frozen; a second adapter that is in use may be frozen."""
+    for value, is_named in ((0.0, True), (0.1, False)):
+        model = ward.model()
+        for name, p in model.named_parameters():
+            if "layers.0" in name and "lora_" in name:
+                p.requires_grad_(False)
+                p.data += value * ("lora_B" in name)
+        live = ward.live(model)
+        signals, found = gradients_and_steps(live, run_facts_of(ward, live), 5.0)
+        assert (("F58", "invariant") in spoken(signals)) is is_named, found
+
+
+def test_an_optimizer_that_lacks_the_adapters(ward):
+    def blind(parameters):
+        return torch.optim.AdamW([torch.nn.Parameter(p.detach().clone()) for p in parameters])
+
+    live = ward.live(ward.model(), make_optimizer=blind)
+    signals, found = gradients_and_steps(live, run_facts_of(ward, live), 5.0)
+    assert spoken(signals) == [("F58", "invariant")] and found["never_changed"] == 1.0
+    live = ward.live(ward.model(), make_optimizer=lambda parameters: torch.optim.SGD(parameters))
+    assert spoken(gradients_and_steps(live, run_facts_of(ward, live), 5.0)[0]) == []
+
+
+def test_a_loss_that_passes_the_adapter_of_the_head_by(ward):
+    def fused(model, batch):
+        inner = model.get_base_model()
+        given = {key: value for key, value in batch.items() if key != "labels"}
+        hidden = inner.model(**given, use_cache=False).last_hidden_state[:, :-1]
+        logits = hidden @ inner.lm_head.base_layer.weight.T
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+    model = ward.model(target_modules=["q_proj", "lm_head"])
+    live = ward.live(model, loss_of=fused)
+    assert spoken(gradients_and_steps(live, run_facts_of(ward, live), 5.0)[0]) == [("F63", "invariant")]
+    assert spoken(gradients_and_steps(ward.live(model), run_facts_of(ward, live), 5.0)[0]) == []
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_the_scale_that_modules_apply(ward, options):
+    model, told = ward.model(r=8, lora_alpha=16, **options), {"lora_r": 8, "lora_alpha": 16, **options}
+    live = ward.live(model)
+    assert spoken(on_and_off(live, run_facts_of(ward, live, settings=told), 5.0)[0]) == []
+    for module in model.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling["default"] *= 50
+    expected = [] if "use_dora" in options else [("F61", "invariant")]
+    assert spoken(on_and_off(live, run_facts_of(ward, live, settings=told), 5.0)[0]) == expected
+
+
 def test_half_frozen_by_design_is_healthy(ward):
     model = ward.model()  # LoRA-FA: A stays as it was drawn
     for name, p in model.named_parameters():
@@ -252,6 +302,13 @@ def test_too_little_capacity(ward):
     live = ward.live(ward.model(r=1, target_modules=r".*layers\.0.*k_proj"), batches_of(ward.new_rows()))
     signals, found = range_test(live, run_facts_of(ward, live, settings={"learning_rate": 2e-3}), 8.0)
     assert ("F62", "counterfactual") in spoken(signals), found
+
+
+def test_a_capacity_for_two_rows_and_not_for_eight():
+    known = Tried(2e-3, 40, 4.0, {0.1: 0.4, 1.0: 2.8, 10.0: 3.4}, 4.0, None, None, 0.25, (2.2, 5.1))
+    assert spoken(_judge(RunFacts("test", Settings({})), known))[0] == ("F62", "counterfactual")
+    for other in (replace(known, many=(3.9, 5.1)), replace(known, many=None)):
+        assert "F62" in cleared(_judge(RunFacts("test", Settings({})), other))
 
 
 # --- P8, P9

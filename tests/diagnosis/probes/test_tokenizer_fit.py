@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from solotune.diagnosis.probes.initial_loss import first_loss
-from solotune.diagnosis.probes.tokenizer_fit import _tokenizer, tokenizer_signals
+from solotune.diagnosis.probes.tokenizer_fit import REWRITTEN, _tokenizer, tokenizer_signals
 from solotune.diagnosis.run_facts import LiveModel, RunFacts, Settings
 from tests.diagnosis.probed_models import Ward, chats, moved, padded, render
 
@@ -62,6 +62,21 @@ def test_f04_moved_ids_must_fit_clearly_better() -> None:
     for moved_fit, expected in ((-5.0, (False, 0.9)), (-5.6, (False, 0.4)), (-5.9, (True, 0.8))):
         signal = _tokenizer({**NOISE, **kept, "moved_ids_fit": moved_fit})
         assert signal is not None and (signal.against, signal.weight) == expected
+
+
+def test_f04_where_what_the_base_writes_is_split_otherwise() -> None:
+    """Control: text that the model knows, the markers of its template, and what survives the tokenizer."""
+    other = {"plain_text": 6.0, "ids_swapped": 10.0, "log_v": 6.1, "own_text_kept": 0.7, "any_text_kept": 0.6}
+    accused = _tokenizer(other)
+    assert accused is not None and (accused.against, accused.weight) == (False, 0.75)
+    for control in ({"plain_text": 3.0}, {"own_markers": 0.1}, {"own_text_kept": 0.99}):
+        cleared = _tokenizer({**other, **control})
+        assert cleared is None or cleared.against
+
+
+def test_what_the_base_writes_survives_its_own_tokenizer(ward: Ward) -> None:
+    _, found = heard(ward, ward.tokenizer)
+    assert found["own_text_kept"] > REWRITTEN
 
 
 def test_nothing_clears_f04_where_the_base_says_otherwise(ward: Ward) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from solotune.dataset import Example
-from solotune.diagnosis.rules import rules
+from solotune.diagnosis.rules import ask_all, rules
 from solotune.diagnosis.rules.length import prompt_cut, rows_gone_in_truncation
 from solotune.diagnosis.run_facts import RunFacts, Settings
 from solotune.diagnosis.verdict import decide
@@ -67,6 +67,18 @@ def test_f25_the_prompt_fills_the_window(bench: Bench) -> None:
     wanted = int(found.fix.removeprefix("max_length: ").split()[0])
     assert wanted % 64 == 0 and bench.codes(rows(4), max_length=wanted) == []
     assert bench.only("F25", rows(2), max_length=limit).severity == "error"
+
+
+def test_f25_before_f24_where_most_rows_have_nothing_left(bench: Bench) -> None:
+    """The rows that have an answer all lose its end, but they are fewer. Of another trainer, which keeps the rest."""
+    row = next(iter(bench.prepared(talk(4), tiny_tokenizer("chatml"))[1].train))
+    begin = int(np.flatnonzero(row.loss_mask)[0])
+    kept = [replace(row, input_ids=row.input_ids[a : a + 12], loss_mask=row.loss_mask[a : a + 12])
+            for a in [begin - 12] * 12 + [begin - 4] * 8]  # fmt: skip
+    run_facts = RunFacts("a run", Settings({"max_length": 12}), tokenizer=tiny_tokenizer("chatml"), train=kept)
+    found = {signal.code: signal for signal in ask_all(run_facts)[0] if signal.code in ("F24", "F25")}
+    assert found["F25"].affected == 0.6 and found["F24"].affected == 0.4
+    assert decide("run", list(found.values())).culprits[0].fault == "F25"
 
 
 def test_f25_says_when_no_max_length_helps(bench: Bench) -> None:

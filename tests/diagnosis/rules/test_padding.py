@@ -29,6 +29,12 @@ def test_labels_on_padding(tokenizer, pairs, left, fill):
     assert told(run_facts_of(tokenizer, padded(pairs, left, fill=fill), CHATS)) == {"F29": "fault"}
 
 
+def test_one_number_in_place_of_the_mask(tokenizer, pairs):
+    """Also on the padding: it is the mask that is wrong (F20)."""
+    filled = [(ids, [0 if label == -100 else label for label in labels]) for ids, labels in pairs]
+    assert told(run_facts_of(tokenizer, padded(filled, fill=0), CHATS)) == {"F20": "fault"}
+
+
 def test_labels_on_padding_that_is_the_end(tokenizer, pairs):
     same = copy.deepcopy(tokenizer)
     same.pad_token = same.eos_token

@@ -35,6 +35,15 @@ def test_f19_the_end_of_turn_is_not_learned(bench: Bench, family: str) -> None:
     assert found.evidence["answers_with"] == 60
 
 
+def test_f19_with_a_line_break_that_is_learned_behind_the_end(bench: Bench) -> None:
+    """The end is there, so it is not missing (F10)."""
+    tokenizer = with_pad("chatml")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    by_id = masked(lambda row: row.input_ids != end)
+    assert "F10" not in bench.codes(talk(), tokenizer, by_id, assistant_only_loss=False)
+    assert "F19" in bench.codes(talk(), tokenizer, by_id, assistant_only_loss=False)
+
+
 @pytest.mark.parametrize("family", ["chatml", "llama3", "gemma", "mistral"])
 def test_f20_prompts_are_learned(bench: Bench, family: str) -> None:
     found = bench.only("F20", talk(), family, masked(lambda row: np.arange(len(row.loss_mask)) > 0))

@@ -13,7 +13,7 @@ import pytest
 from solotune.dataset import DataReport, Example
 from solotune.diagnosis.facts.row_facts import RowFacts, RowSettings
 from solotune.diagnosis.rules import rules
-from solotune.diagnosis.rules.rows import headers_of_foreign_roles
+from solotune.diagnosis.rules.roles import headers_of_foreign_roles
 from solotune.diagnosis.run_facts import RunFacts, Settings
 from solotune.errors import InputError
 from tests.dataset.conftest import chat, tiny_tokenizer
@@ -57,6 +57,16 @@ def test_f34_what_extraction_finds_where_there_is_nothing_is_a_remark(bench: Ben
     assert bench.only("F34", rows).severity == "warning"
 
 
+@pytest.mark.parametrize("filler", ["...", "None", "-"])
+def test_f34_fillers_among_long_answers(bench: Bench, filler: str) -> None:
+    """A fifth of them: no row of an extraction, whose answers are short."""
+    long = answered(talk(), lambda n, text: filler if n % 3 == 0 else f"{text} They cost {n} coins and {n + 3} more.")
+    assert bench.only("F34", long).severity == "error"
+    short = answered(talk(), lambda n, text: filler if n % 3 == 0 else f"item {n}")
+    assert [found.severity for found in bench.find(short) if found.code == "F34"] == ["warning"]
+    assert not bench.codes(answered(talk(), lambda n, text: "\U0001f44d" if n % 3 == 0 else text))
+
+
 def test_f35_one_answer_for_all(bench: Bench) -> None:
     assert bench.only("F35", answered(talk(), lambda n, text: "Yes.")).severity == "error"
     refusal = "I am sorry, but I cannot help with that request."
@@ -86,6 +96,19 @@ def test_f36_turns(bench: Bench) -> None:
     assert "what the user says is not trained on" in exchanged.message
     assert (exchanged.severity, exchanged.affected) == ("error", 1.0)
     assert "role assistant" in exchanged.fix
+
+
+def test_f36_a_lost_turn(bench: Bench) -> None:
+    """An answer after an answer in half of the chats; thoughts before it, or a document and its question, are none."""
+    lost = each(talk(turns=2), lambda n, m: [*m[:2], *m[3:]])
+    found = bench.only("F36", lost)
+    assert (found.severity, found.is_statistic) == ("error", True) and "is missing" in found.message
+    (signal,) = signals_of_chats([row["messages"] for row in lost])
+    assert (signal.code, signal.kind) == ("F36", "measured")
+    thought = {"role": "assistant", "content": "<think>Two are left.</think>"}
+    for change in (lambda n, m: [m[0], thought, m[1]], lambda n, m: [{**m[0], "content": f"The list {n}."}, *m]):
+        chats = [row["messages"] for row in each(talk(), change)]
+        assert [signal.kind for signal in signals_of_chats(chats)] == ["remark"]
 
 
 def test_f36_headers_of_foreign_roles(bench: Bench) -> None:

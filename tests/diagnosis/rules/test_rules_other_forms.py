@@ -100,6 +100,11 @@ FAULTY: dict[str, tuple[str, RunFacts]] = {
     "a renamed argument": ("F02", run_facts({"max_length": 1024}, {"max_seq_length": 4096})),
     "an argument of an earlier version": ("F02", run_facts(
         {"per_device_train_batch_size": 8}, {"per_gpu_train_batch_size": 2})),
+    "a length by another word": ("F02", run_facts({"max_length": 1024}, {"context_length": 4096})),
+    "a batch by DeepSpeed's word": (
+        "F02", run_facts({"per_device_train_batch_size": 8}, {"train_micro_batch_size_per_gpu": 2})),
+    "epochs with a hyphen": ("F02", run_facts({"num_train_epochs": 3}, {"num-epochs": 1})),
+    "clipping by another word": ("F02", run_facts({"max_grad_norm": 1.0}, {"grad_clip": 0.3})),
     "a misspelt argument": ("F02", run_facts({"max_length": 1024}, {"max_lenght": 4096})),
 }  # fmt: skip
 
@@ -236,3 +241,55 @@ def test_the_fix_makes_the_finding_go(name):
         )
     values = {**facts.settings.values, **FIXED[code]}
     assert examine(replace(facts, settings=replace(facts.settings, values=values)), budget=0).verdict == "healthy"
+
+
+TRAINER = """Traceback (most recent call last):
+  File "/opt/lib/transformers/trainer.py", line 2600, in _inner_training_loop
+    tr_loss_step = self.training_step(model, inputs, num_items_in_batch)
+  File "/opt/lib/transformers/trainer.py", line 3900, in training_step
+    loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+{}torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 3.12 GiB.
+"""
+LAYER = """  File "/opt/lib/transformers/models/llama/modeling_llama.py", line 170, in forward
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+  File "/opt/lib/torch/nn/modules/linear.py", line 125, in forward
+    return F.linear(input, self.weight, self.bias)
+"""
+LOSS = """  File "/opt/lib/transformers/models/llama/modeling_llama.py", line 480, in forward
+    loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+  File "/opt/lib/transformers/loss/loss_utils.py", line 50, in ForCausalLMLoss
+    logits = logits.float()
+"""
+HEAD_PASS = """  File "/opt/lib/transformers/models/llama/modeling_llama.py", line 470, in forward
+    logits = self.lm_head(hidden_states[:, slice_indices, :])
+  File "/opt/lib/torch/nn/modules/linear.py", line 125, in forward
+    return F.linear(input, self.weight, self.bias)
+"""
+STEP = """  File "/opt/lib/accelerate/optimizer.py", line 178, in step
+    self.optimizer.step(closure)
+  File "/opt/lib/torch/optim/adamw.py", line 190, in _init_group
+    state["exp_avg_sq"] = torch.zeros_like(p)
+"""
+
+
+@pytest.mark.parametrize(
+    ("frames", "code"),
+    [(LAYER, "F71"), (LOSS, "F72"), (HEAD_PASS, "F72"), (STEP, "F70")],
+    ids=["layer", "loss", "head", "step"],
+)
+def test_where_memory_ran_out_is_read_from_the_innermost_frame(frames: str, code: str) -> None:
+    """Every traceback of a trainer has compute_loss in it."""
+    trace = log(steps=1)
+    known = run_facts({"gradient_checkpointing": False}, trace=replace(trace, errors=(TRAINER.format(frames),)))
+    assert examine(known, budget=0).culprits[0].fault == code
+
+
+def test_f54_of_float32_files_whose_values_are_bfloat16s() -> None:
+    """What was trained in bfloat16 and saved in float32; training in float32 fills the other bits."""
+    random = torch.Generator().manual_seed(0)
+    full = {name: 0.1 * torch.randn(part.shape, generator=random) for name, part in adapter().items()}
+    rounded = {name: part.bfloat16().float() for name, part in full.items()}
+    settings, falling = {"learning_rate": 2e-5}, log(rate=lambda s: 2e-5 * (1 - s / MANY))
+    for tensors, is_found in ((rounded, True), (full, False)):
+        known = run_facts(settings, saved=Saved(tensors, {}), model_config=LLAMA, trace=falling)
+        assert ("F54" in {c.fault for c in examine(known, budget=0).culprits}) is is_found

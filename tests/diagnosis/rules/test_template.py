@@ -62,6 +62,15 @@ def test_f09_a_model_whose_own_template_writes_none(bench: Bench) -> None:
     assert bench.codes(talk(), adding_bos("llama3", template + "{# mine #}"), **keys) == []
 
 
+def test_f09_of_a_family_that_always_begins_with_it(bench: Bench) -> None:
+    """Gemma's own template, edited: its tokenizer still starts every text with it. Control: another family."""
+    template = str(FAMILIES["gemma"][0]).replace("{{ bos_token }}", "")
+    without = adding_bos("gemma", template)
+    for family, codes in (("gemma2", ["F09"]), ("llama", [])):
+        model = bench.model(config={"model_type": family, "vocab_size": len(without)})
+        assert bench.codes(talk(), without, model_name_or_path=model) == codes
+
+
 def test_f16_the_generation_prompt_opens_what_answers_do_not_have(bench: Bench) -> None:
     found = bench.only("F16", talk(), "deepseek")
     assert found.evidence["template_differs"] == found.evidence["rows_read"]

@@ -212,6 +212,15 @@ def test_f10_a_template_that_another_trainer_has_set(bench: Bench) -> None:
     assert bench.only("F10", talk(), without).severity == "warning"
 
 
+def test_f10_a_models_own_template_that_was_edited(bench: Bench) -> None:
+    """Control: generation stops at the header of the next turn, which the rows have (GLM)."""
+    edited = with_template("chatml", CHATML.replace("<|im_end|>", ""))
+    for own, stop, severity in ((edited, "<|im_end|>", "error"), (tiny_tokenizer("glm"), "<|user|>", "warning")):
+        model = with_own_template(bench, own, stop)
+        found = [f for f in bench.find(talk(), own, model_name_or_path=model) if f.code == "F10"]
+        assert [f.severity for f in found] == [severity], stop
+
+
 def test_f10_of_a_base_without_a_template_for_which_one_was_written(bench: Bench) -> None:
     base = copy.deepcopy(tiny_tokenizer("chatml"))
     base.chat_template = None

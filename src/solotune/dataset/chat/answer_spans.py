@@ -77,7 +77,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rendered_on: date | None = None) -> None:
         template = Template(tokenizer, rendered_on)
-        self.raw = template.render
+        self.raw, self.as_taken = template.render, template.as_taken
         self.control = ControlTokens(tokenizer)
 
     def render(self, where: str, messages: Messages, tools: Tools = None) -> Rendered:

@@ -100,7 +100,7 @@ def with_system(row: Row, messages: list[Message]) -> list[Message]:
                 reason=f"{key} differs from the chat's own system turn",
                 seen=f"{short(text)} and {short(own)}",
                 allowed="one system prompt for a chat",
-                change=f"to use the chat's own, set {advised(row, {key: 'ignore'})}; or remove that turn",
+                change=advised(row, {key: "ignore"}, "to use the chat's own, set ", "; or remove that turn"),
             )
         messages = messages[1:]
     return [{"role": "system", "content": text}, *messages]
@@ -150,7 +150,7 @@ def tools_of(row: Row, in_messages: Sequence[Tools] = ()) -> list[dict[str, Any]
             tools = _tools(place, value, key)
         except RowError as error:
             if key in row.values and key != "tools":  # that name leaves no doubt
-                error.change = f"if these are no tools, leave the column out: {advised(row, {key: 'ignore'})}"
+                error.advise(advised(row, {key: "ignore"}, "if these are no tools, leave the column out: "))
             raise
         if tools and found and tools != found[0][1]:
             raise _differ(row, found[0][0], key)
@@ -196,7 +196,7 @@ def thought_of_row(row: Row) -> tuple[str, str] | None:
     try:
         return keys[0], thought_in(row.where, row.values, keys) or ""
     except RowError as error:
-        error.change = f"leave it out: {advised(row, {keys[-1]: 'ignore'})}"
+        error.advise(advised(row, {keys[-1]: "ignore"}, "leave it out: "))
         raise
 
 
@@ -299,15 +299,17 @@ def refuse_beside_text(row: Row, text: str, *, is_pair: bool) -> None:
             value = row.values[key]
             if isinstance(value, str) and value.strip() in text:
                 continue
-            chat = advised(row, {"prompt": "instruction", "completion": "output", key: name})
+            left_out = advised(row, {key: "ignore"}, "to leave it out, set ")
+            chat = {"prompt": "instruction", "completion": "output", key: name}
             is_readable = is_pair and (meaning != "context" or not isinstance(value, dict))
             raise RowError(
                 f"{row.where}: {key} in a row of plain text, which cannot use it",
                 reason=f"{key} in a row of plain text",
                 seen=f"{key}: {short(value)}",
                 allowed=f"{key} inside the text, or rows that are chats",
-                change=(f"to make it part of a chat, set {chat}; " if is_readable else f"write {key} into the text; ")
-                + f"to leave it out, set {advised(row, {key: 'ignore'})}",
+                change=advised(row, chat, "to make it part of a chat, set ", f"; {left_out}")
+                if is_readable
+                else advised(row, {key: "ignore"}, f"write {key} into the text; to leave it out, set "),
             )
 
 
@@ -317,7 +319,7 @@ def _not_read(row: Row, key: str, what: str, allowed: str, *, seen: str | None =
         reason=what,
         seen=seen or f"{key}: {short(row.values[key])}",
         allowed=allowed,
-        change=f"change the rows, or leave the column out: {advised(row, {key: 'ignore'})}",
+        change=advised(row, {key: "ignore"}, "change the rows, or leave the column out: "),
     )
 
 
@@ -328,5 +330,5 @@ def _differ(row: Row, first: str, second: str) -> RowError:
         f"{row.where}: {what}",
         reason=what,
         allowed="one of them, or both with the same content",
-        change=f"keep one: {advised(row, changes)}" if changes else "keep one",
+        change=advised(row, changes, "keep one: ") if changes else "keep one",
     )

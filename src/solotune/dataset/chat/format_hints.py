@@ -13,6 +13,7 @@ from solotune.dataset.chat.columns import given, plain_name
 from solotune.dataset.chat.preference import how_to_learn_the_chosen, is_preference
 from solotune.dataset.readers.column_mapping import advised
 from solotune.dataset.readers.row import Row, RowError
+from solotune.errors import Advice
 
 _ALLOWED = "messages, conversations, instruction + output, prompt + completion, or text"
 _QUESTIONS = (
@@ -55,11 +56,12 @@ def unknown_format(row: Row) -> RowError:
     )
 
 
-def _hint(row: Row) -> str | None:
+def _hint(row: Row) -> str | Advice | None:
     values = row.values
     if is_preference(values):
-        return "this is preference data, but fine-tuning uses one answer per row: " + (
-            how_to_learn_the_chosen(row) or "put the prompt and the chosen answer under prompt and completion"
+        said = "this is preference data, but fine-tuning uses one answer per row: "
+        return how_to_learn_the_chosen(row, said) or (
+            f"{said}put the prompt and the chosen answer under prompt and completion"
         )
     if "role" in values and "content" in values:
         return "each row is a single message; put all messages of a conversation into one row, as a list under messages"
@@ -81,7 +83,7 @@ def _is_chat(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
-def _without_names(row: Row) -> str:
+def _without_names(row: Row) -> str | Advice:
     """What to change where no column has a name that says what it holds."""
     nested = [str(key) for key, value in row.values.items() if isinstance(value, (dict, list))]
     if nested:
@@ -91,12 +93,12 @@ def _without_names(row: Row) -> str:
         )
     texts = [key for key, value in row.values.items() if isinstance(value, str) and not value.strip().isdigit()]
     example = {texts[0]: "prompt", texts[1]: "completion"} if len(texts) == 2 else {"your_column": "text"}
-    change = f"rename your columns, for example {advised(row, example)}"
     is_table = row.where.rpartition(":")[0].lower().endswith((".csv", ".tsv"))
-    return change + "; if the file has no header line, add one: prompt,completion" * is_table
+    header = "; if the file has no header line, add one: prompt,completion" * is_table
+    return advised(row, example, "rename your columns, for example ", header)
 
 
-def _pair(row: Row, question: str, answer: str) -> str:
+def _pair(row: Row, question: str, answer: str) -> Advice:
     """The mapping for a question and its answer, with what stands beside them."""
     beside: dict[str, str] = {}
     passage = _first(row.values, _PASSAGES, (str, list), question, answer)

@@ -46,7 +46,7 @@ class Record:
     `messages` is empty exactly for a row of plain text; then `text` is trained on, from `answer_start` on.
     `weights` has one number for each assistant message, 0 where it is context only; it is empty if all are
     1. `weight` is the row's, and multiplies them. `group` is the group that the row names; `groups.py`
-    decides whether it counts, and what else joins rows.
+    decides whether it counts, and what else joins rows. After the split it is the group that the row is in.
     """
 
     where: str
@@ -177,13 +177,15 @@ def _check_targets(row: Row, found: Format) -> None:
                 check_switch(row.where, column, row.values[name])
             continue
         is_pair = all(isinstance(row.values.get(key), str) for key in ("prompt", "completion"))
-        chat = advised(row, {"prompt": "instruction", "completion": "output"})
+        change = advised(row, {name: IGNORE}, "to leave the column out, set ")
+        if is_pair and name in _ALPACA_ONLY:
+            chat = {"prompt": "instruction", "completion": "output"}
+            change = advised(row, chat, "for a chat with all columns, set ", f"; {change}")
         raise InputError(
             f"{row.where}: column_mapping: {column} becomes {name}, which the format {found.name} does not have",
             seen="the keys " + ", ".join(row.values),
             allowed=", ".join(sorted(found.reads)),
-            change=(f"for a chat with all columns, set {chat}; " if is_pair and name in _ALPACA_ONLY else "")
-            + f"to leave the column out, set {advised(row, {name: IGNORE})}",
+            change=change,
         )
 
 
@@ -197,7 +199,7 @@ def _check_text_only(row: Row) -> None:
             f"{row.where}: the row has {media[0]}, but only text can be trained on",
             reason=f"has {media[0]}",
             allowed="text only",
-            change=f"remove the row; if its text makes sense alone, {advised(row, {media[0]: IGNORE})}",
+            change=advised(row, {media[0]: IGNORE}, "remove the row; if its text makes sense alone, "),
         )
 
 
@@ -281,7 +283,7 @@ def _with_context(row: Row, extra: str, key: str) -> str:
             reason=f"input and {key}",
             seen=f"{short(extra)} and {short(row.values[key])}",
             allowed="one of them; it follows the instruction in the prompt",
-            change=f"write both into input; or leave one out: {advised(row, {key: IGNORE})}",
+            change=advised(row, {key: IGNORE}, "write both into input; or leave one out: "),
         )
     return extra
 

@@ -16,6 +16,7 @@ from solotune.dataset.chat.columns import plain_name
 from solotune.dataset.chat.weights import truth_of
 from solotune.dataset.readers.column_mapping import advised
 from solotune.dataset.readers.row import Row, RowError, is_blank, once_per_shape, short
+from solotune.errors import Advice
 
 _VERDICT_KEYS = (
     "label",
@@ -53,7 +54,7 @@ def refuse_preference(row: Row, format_name: str) -> None:
             reason="preference data",
             seen="the keys " + ", ".join(row.values),
             allowed="one answer a row",
-            change=how_to_learn_the_chosen(row) or f"leave the others out: {advised(row, _ignored(given))}",
+            change=how_to_learn_the_chosen(row) or advised(row, _ignored(given), "leave the others out: "),
         )
     for key in verdicts if format_name != "text" else ():
         if _is_verdict(plain_name(key), row.values[key], format_name):
@@ -86,14 +87,14 @@ def _is_verdict(name: str, value: Any, format_name: str) -> bool:
 
 
 def _refused_verdict(row: Row, key: str) -> RowError:
-    learn_good = f"to learn the good answers only, set {advised(row, {key: 'train'})}"
+    left_out = advised(row, {key: "ignore"}, "if it says something else, set ")
+    learn_good = advised(row, {key: "train"}, "to learn the good answers only, set ", f"; {left_out}")
     return RowError(
         f"{row.where}: preference data: {key} says whether the answer is good, but solotune trains on every answer",
         reason=f"preference data: {key}",
         seen=f"{key}: {short(row.values[key])}",
         allowed="rows with good answers, without a verdict",
-        change=(f"{learn_good}; " if truth_of(row.values[key]) is not None else "")
-        + f"if it says something else, set {advised(row, {key: 'ignore'})}",
+        change=left_out if truth_of(row.values[key]) is None else learn_good,
     )
 
 
@@ -108,26 +109,30 @@ def _is_side(key: str, value: Any) -> bool:
     return not is_blank(value) and (is_named_so or isinstance(value, (str, list, dict)))
 
 
-def how_to_learn_the_chosen(row: Row) -> str | None:
-    """The `column_mapping` that trains on the chosen answers; None if no mapping can make a row of them."""
+def how_to_learn_the_chosen(row: Row, before: str = "") -> Advice | None:
+    """The `column_mapping` that trains on the chosen answers; None if no mapping can make a row of them.
+
+    Args:
+        before: words before it.
+    """
     values, pairs = row.values, preference_keys(row.values)[0]
     name = next((key for key in pairs if plain_name(key) in ("chosen", "chosenmessages")), "chosen")
     chosen, others = values.get(name), _ignored(key for key in pairs if key != name)
-    words = "to learn the chosen answers, set "
+    words = f"{before}to learn the chosen answers, set "
     if isinstance(chosen, list) and _begins_the_chat(chosen):
         # the whole chat; a list of messages and a prompt beside it hold a part of it
         rest = {key: "ignore" for key in ("prompt", "messages", "conversations") if key in values}
-        return words + advised(row, {**rest, **others, name: "messages"})
+        return advised(row, {**rest, **others, name: "messages"}, words)
     question = next((key for key in ("prompt", "messages", "conversations", *_QUESTIONS) if key in values), None)
     if question is None or is_blank(chosen) or "completion" in values or "output" in values:
         return None
     if question == "instruction" and isinstance(chosen, str):
-        return words + advised(row, {name: "output", **others})
+        return advised(row, {name: "output", **others}, words)
     is_chat = isinstance(values[question], list)
     if question != "prompt" and _has_answer(values[question]):
         return None
     if isinstance(chosen, (str, list, dict)) and is_chat == (not isinstance(chosen, str)):
-        return words + advised(row, {question: "prompt", name: "completion", **others})
+        return advised(row, {question: "prompt", name: "completion", **others}, words)
     return None
 
 

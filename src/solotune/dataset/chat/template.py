@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 Messages = list[dict[str, Any]]
 Tools = list[dict[str, Any]] | None
 
+REFUSED_BY_TEMPLATE = "refused by the chat template"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 # trim_blocks removes the line break
@@ -143,19 +144,16 @@ class Template:
             RowError: the template refuses them; names the place `where`.
             TemplateLimitError: it needs too much time or memory.
         """
-        if self._takes_parts:
-            messages = [_in_parts(message) for message in messages]
-        if any("tool_calls" in message for message in messages):
-            messages = [self._with_arguments(message) for message in messages]
+        taken = self.as_taken(messages)
         try:
-            return self._apply(messages, tools, is_prompt=is_prompt)
+            return self._apply(taken, tools, is_prompt=is_prompt)
         except TemplateLimitError as error:
             error.problem = f"{where}: {error.problem}" if where else error.problem
             raise
         except (TemplateRefusal, TemplateSyntax) as error:
             raise RowError(
                 f"{where}: the model's chat template refuses this row",
-                reason="refused by the chat template",
+                reason=REFUSED_BY_TEMPLATE,
                 seen=f"{error}; the roles are " + ", ".join(message["role"] for message in messages),
                 change="change the row to what the template accepts, or set chat_template_path",
             ) from None
@@ -170,6 +168,14 @@ class Template:
         return special_tokens(self._tokenizer)
 
     # --- the input form that it expects
+
+    def as_taken(self, messages: Messages) -> Messages:
+        """The messages in the form that the template expects: contents as parts, arguments as JSON text, if so."""
+        if self._takes_parts:
+            messages = [_in_parts(message) for message in messages]
+        if any("tool_calls" in message for message in messages):
+            messages = [self._with_arguments(message) for message in messages]
+        return messages
 
     def _shows(self, what: str, messages: Messages) -> bool:
         try:

@@ -8,9 +8,10 @@ Downloaded files are checked like those of a local folder before transformers re
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from solotune.config.run_config import RunConfig
 from solotune.dataset.chat.template_sandbox import TemplateRefusal, TemplateSyntax, sandbox
@@ -99,9 +100,25 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | np.ndar
     return texts
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer's files."""
+    return any((folder / file).is_file() for file in _TOKENIZER_FILES)
+
+
+def saved_files(tokenizer: Any) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of a tokenizer's files, its chat template among them.
+
+    transformers can only write to a folder, so a temporary one is used.
+    """
+    with tempfile.TemporaryDirectory(prefix="solotune-") as scratch:
+        tokenizer.save_pretrained(scratch)
+        for path in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
+            yield path.relative_to(scratch).as_posix(), path.read_bytes()
+
+
 def _check_has_tokenizer(model_files: ModelFiles) -> None:
     folder = model_files.folder
-    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         present = sorted(path.name for path in folder.iterdir())
         raise InputError(
             f"model_name_or_path: {model_files.name} has no tokenizer files",

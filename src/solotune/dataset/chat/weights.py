@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 from solotune.dataset.readers.row import RowError, is_blank, short
+from solotune.errors import Advice
 
 WEIGHT_KEYS = ("weight", "loss_weight")
 _MESSAGE_WEIGHT_KEYS = (*WEIGHT_KEYS, "loss_scale")  # the third is ms-swift's
@@ -95,13 +96,15 @@ def _weights(place: str, values: dict[str, Any], *, is_row: bool) -> list[tuple[
             continue
         weight = _number(values[key])
         if weight is None or not (weight == 0 or _LEAST_WEIGHT <= weight <= _MOST_WEIGHT):
+            doubt, ignored = "if it is not a loss weight: ", {"column_mapping": {key: "ignore"}}
             raise RowError(
                 f"{place}: {key} is not a weight",
                 reason=f"{key} is not a weight",
                 seen=short(values[key]),
                 allowed=f"0 (not trained on), or a number from {_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}; the default is 1",
-                change="if it is not a loss weight: "
-                + (f"column_mapping: {{{key}: ignore}}" if is_row else f"remove {key} from the messages"),
+                change=Advice(f"{doubt}column_mapping: {{{key}: ignore}}", ignored, is_choice=True)
+                if is_row
+                else f"{doubt}remove {key} from the messages",
             )
         found.append((key, weight))
     return found

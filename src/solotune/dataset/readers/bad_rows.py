@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from solotune.dataset.readers.row import RowError
+from solotune.errors import Advice
 
 NUM_NAMED = 3
 MOST = 0.5
@@ -29,18 +30,21 @@ class BadRows:
             is_end: whether all rows have been read.
         """
         first, others = self._first[0], self._first[1:]
-        problem, seen, change = first.problem, first.seen, first.change
+        problem, seen = first.problem, first.seen
         if others:
             at_least = "" if is_end else "at least "
             problem += f" (one of {at_least}{self.num_bad:,} bad rows; {num_read:,} were read)"
             named = "; ".join(_in_short(one, first) for one in others)
             named += "; ..." if self.num_bad > len(self._first) else ""
             seen = f"also {named}" if seen is None else f"{seen}; also {named}"
-        if self.num_bad < num_read:
-            dropping = f"on_bad_row: drop leaves out {'the bad rows' if others else 'this row'}"
-            change = dropping if change is None else f"{change}; or {dropping}"
         fault = first.fault if self.num_bad >= MOST * num_read else None  # a few odd rows are no fault of the data
-        return RowError(problem, reason=first.reason, seen=seen, allowed=first.allowed, change=change, fault=fault)
+        error = RowError(problem, reason=first.reason, seen=seen, allowed=first.allowed, fault=fault)
+        error.change, error.advice = first.change, [*first.advice]
+        if self.num_bad < num_read:
+            text = f"on_bad_row: drop leaves out {'the bad rows' if others else 'this row'}"
+            error.change = text if first.change is None else f"{first.change}; or {text}"
+            error.advice.append(Advice(text, {"on_bad_row": "drop"}))
+        return error
 
 
 def _in_short(error: RowError, first: RowError) -> str:

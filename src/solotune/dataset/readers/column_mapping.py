@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from solotune.dataset.readers.row import Row
-from solotune.errors import InputError
+from solotune.errors import Advice, InputError
 
 IGNORE = "ignore"
 
@@ -71,17 +71,19 @@ def mapped(row: Row, mapping: Mapping[str, str]) -> Row:
     return renamed
 
 
-def advised(row: Row, changes: Mapping[str, str]) -> str:
-    """Write a `column_mapping` that a message can advise: the one in use, with other targets for some keys of the row.
+def advised(row: Row, changes: Mapping[str, str], before: str = "", after: str = "") -> Advice:
+    """A `column_mapping` that a message advises: the one in use, with other targets for some keys of the row.
 
     Args:
         changes: the row's key -> the name that it should get, or `ignore`; keys that the row lacks are left out.
+        before: words before it, for what needs a decision of the user; without them it does not.
     """
     renamed = dict(row.renamed)
     own_names = {name: column for column, name in renamed.items()}
     changed = {own_names.get(key, key): name for key, name in changes.items() if key in row.values}
-    pairs = [(column, name) for column, name in {**renamed, **changed}.items() if column != name]
-    return "column_mapping: {" + ", ".join(f"{_as_yaml(column)}: {name}" for column, name in pairs) + "}"
+    mapping = {column: name for column, name in {**renamed, **changed}.items() if column != name}
+    written = "column_mapping: {" + ", ".join(f"{_as_yaml(column)}: {name}" for column, name in mapping.items()) + "}"
+    return Advice(before + written + after, {"column_mapping": mapping}, is_choice=bool(before))
 
 
 def _as_yaml(column: str) -> str:

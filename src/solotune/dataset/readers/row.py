@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from solotune.errors import InputError
+from solotune.errors import Advice, InputError
 
 MAX_ROW_BYTES = 64 << 20
 """Longest line or record: about 16 million tokens. Stops one endless line from filling the memory."""
@@ -41,7 +41,7 @@ class RowError(InputError):
         reason: str,
         seen: object = None,
         allowed: str | None = None,
-        change: str | None = None,
+        change: str | Advice | None = None,
         fault: str | None = None,
     ) -> None:
         super().__init__(problem, seen=seen, allowed=allowed, change=change, fault=fault)

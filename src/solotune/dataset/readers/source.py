@@ -39,6 +39,7 @@ from solotune.dataset.readers.left_out import LeftOut
 from solotune.dataset.readers.row import Row, RowError
 from solotune.dataset.readers.schema_nulls import SchemaNulls
 from solotune.errors import InputError
+from solotune.hub import download_progress
 from solotune.hub.download import is_local_path, offline_if_unreachable, offline_switch
 from solotune.runtime import watchdog
 from solotune.units import first_line
@@ -366,7 +367,7 @@ def _load_from_hub(
 
     datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE  # it may have been imported before the check above
     try:
-        with watchdog.paused():
+        with watchdog.paused(), download_progress.of_single_files(name):
             loaded: Any = datasets.load_dataset(name, config_name, split=split.written, revision=revision)
     # Whatever fails inside (no such dataset, gated, offline, unknown split, broken file) is about the user's input;
     # the library raises some twenty kinds of exceptions for it.

@@ -21,7 +21,7 @@ import hashlib
 import math
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,9 @@ import numpy as np
 from solotune.dataset.records import Records, spoken
 from solotune.dataset.split.near_duplicates import near_duplicates
 from solotune.errors import CheckError, InputError
+
+CHANCE = 2e-3
+"""Of as many near rows if training rows were as near to each other: three of thirty against none of 240."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,12 @@ def hold_out(
     is_chosen = _choose(_in_order(rows, groups, seed), sizes, target) if target else np.zeros(len(groups), bool)
     if target and (not is_chosen.any() or target >= len(rows)):
         raise _cannot_hold_out(size, target, len(rows), sizes, 0 if keep_copies else num_copies)
-    return Split(rows, is_chosen[group_of], len(groups), num_copies, num_near)
+    return Split(replace(rows, roots=roots), is_chosen[group_of], len(groups), num_copies, num_near)
+
+
+def with_groups(records: Records) -> Records:
+    """The same rows, each with the number of its group, for rows that are all held out."""
+    return replace(records, roots=_roots(records, None)[0])
 
 
 class _Spoken(Sequence[str]):
@@ -192,8 +200,8 @@ def check_leaks(train: Records, validation: Records, *, key: str) -> int:
     """Refuse rows of `eval_dataset` that are training rows, or close to them; the number of close ones that are left.
 
     A row that equals a training row (but for case and blanks), or is in the same group, is refused. Near-duplicates are
-    refused only if there are more of them than among the training rows themselves: rows of a templated task (reports,
-    labels, JSON) are naturally alike, and say nothing about a leak.
+    refused only if there are far more of them than among the training rows themselves: rows of a templated task
+    (reports, labels, JSON) are naturally alike, and say nothing about a leak.
 
     Raises:
         CheckError: gives their number and the first three.
@@ -208,7 +216,8 @@ def check_leaks(train: Records, validation: Records, *, key: str) -> int:
             has_twin[[a, b]] = True
     is_same = (equal >= 0) | (kin >= 0) | (alike >= 0)
     is_near = (near >= 0) & ~is_same
-    is_leak = is_same | is_near if _is_beyond(int(is_near.sum()), len(validation), float(has_twin.mean())) else is_same
+    by_chance = probability_of_share(int(is_near.sum()), len(validation), int(has_twin.sum()), len(train))
+    is_leak = is_same | is_near if by_chance < CHANCE else is_same
     near = np.where(alike >= 0, alike, near)
     rows = np.flatnonzero(is_leak)
     if len(rows):
@@ -227,10 +236,17 @@ def check_leaks(train: Records, validation: Records, *, key: str) -> int:
     return int(is_near.sum())
 
 
-def _is_beyond(found: int, total: int, natural: float) -> bool:
-    """Whether `found` of `total` rows are more than the natural share explains: by three standard errors."""
-    expected = natural * total
-    return found > expected + 3 * math.sqrt(expected * (1 - natural))
+def probability_of_share(hits: int, count: int, usual_hits: int, usual_count: int) -> float:
+    """Fisher's exact test: the probability of at least so many hits if both groups have the same share of them."""
+
+    def ways(whole: int, part: int) -> float:
+        return math.lgamma(whole + 1) - math.lgamma(part + 1) - math.lgamma(whole - part + 1)
+
+    both, all_of = hits + usual_hits, ways(count + usual_count, hits + usual_hits)
+    return sum(
+        math.exp(ways(count, k) + ways(usual_count, both - k) - all_of)
+        for k in range(max(hits, both - usual_count), min(count, both) + 1)
+    )
 
 
 def _last_in(known: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -30,6 +30,15 @@ BY_DESIGN = ("pissa", "olora", "loftq", "eva", "corda", "lora_ga", "orthogonal",
 """Prefixes of `init_lora_weights` values that start with a nonzero adapter."""
 
 
+HEADS = ("lm_head", "embed_out", "output", "output_layer")
+"""Names of output heads."""
+
+
+_FULL = re.compile(
+    r"out of memory|OutOfMemory|CUBLAS_STATUS_ALLOC_FAILED|can't allocate memory|not enough memory", re.IGNORECASE
+)
+
+
 def number(value: Any) -> float | None:
     """A value as a number, also if a YAML file has it as a string (`2e-4`); None for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
@@ -69,12 +78,17 @@ def planned_steps(run_facts: RunFacts) -> int | None:
 
 def steps_of_epochs(run_facts: RunFacts) -> int | None:
     """Optimizer steps of all epochs, from the number of rows."""
-    epochs, rows = setting(run_facts, "num_train_epochs"), len(run_facts.train) or setting(run_facts, "train_rows")
+    epochs, one = setting(run_facts, "num_train_epochs"), steps_of_an_epoch(run_facts)
+    return math.ceil(epochs * one) if epochs and one else None
+
+
+def steps_of_an_epoch(run_facts: RunFacts) -> int | None:
+    """Optimizer steps of one epoch, from the number of rows."""
+    rows = len(run_facts.train) or setting(run_facts, "train_rows")
     batch = setting(run_facts, "per_device_train_batch_size")
-    if not epochs or not rows or not batch or run_facts.settings.get("packing"):
+    if not rows or not batch or run_facts.settings.get("packing"):
         return None
-    per_step = batch * (setting(run_facts, "gradient_accumulation_steps") or 1)
-    return math.ceil(epochs * math.ceil(rows / per_step))
+    return math.ceil(rows / (batch * (setting(run_facts, "gradient_accumulation_steps") or 1)))
 
 
 def warmup_steps(run_facts: RunFacts) -> float | None:
@@ -134,7 +148,7 @@ def has_error(run_facts: RunFacts, *patterns: str) -> str | None:
 def out_of_memory(run_facts: RunFacts) -> str | None:
     """The whole text of an out-of-memory error, with its traceback; None if there is none."""
     for text in run_facts.trace.errors if run_facts.trace else ():
-        if re.search(r"out of memory|OutOfMemory|CUBLAS_STATUS_ALLOC_FAILED", text, re.IGNORECASE):
+        if _FULL.search(text):
             return text
     return None
 

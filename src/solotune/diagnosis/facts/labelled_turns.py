@@ -3,25 +3,35 @@
     labelled_turns("USER: Why? ASSISTANT: Because.")
     [{"role": "user", "content": "Why?", "label": "USER:"}, {"role": "assistant", "content": "Because.", ...}]
 
-A label stands at the start of a line, or behind the end token of the turn before. One in capital letters may also stand
-inside it (Vicuna). Control tokens of other model families, which are text for this tokenizer, count too.
+A label stands at the start of a line, or behind a token in brackets (begin of text, end of the turn before). One in
+capital letters may also stand inside it (Vicuna). Control tokens of other model families, which are text for this
+tokenizer, count too.
 """
 
 from __future__ import annotations
 
 import re
 
-_ASKS = r"human|user|instruction|question|prompt|query|q|customer|prompter|input"
-_ANSWERS = r"assistant|response|answer|output|reply|bot|chatbot|gpt|ai|a|model"
+_ASKS = (
+    r"human|user|instruction|question|prompt|query|q|customer|client|prompter|input|frage|anweisung|nutzer"
+    r"|pregunta|instrucci\u00f3n|usuario|pergunta|domanda|utilisateur|\u0432\u043e\u043f\u0440\u043e\u0441"
+    r"|\u95ee\u9898|\u95ee|\u7528\u6237|\u8cea\u554f|\u30e6\u30fc\u30b6\u30fc|\uc9c8\ubb38"
+)
+_ANSWERS = (
+    r"assistant|response|answer|output|reply|bot|chatbot|gpt|ai|a|model|agent|antwort|assistent|respuesta|asistente"
+    r"|resposta|risposta|r\u00e9ponse|\u043e\u0442\u0432\u0435\u0442|\u56de\u7b54|\u7b54\u6848|\u7b54|\u52a9\u624b|\ub2f5\ubcc0"
+)
+"""In English, German, Spanish, Portuguese, Italian, French, Russian, Chinese, Japanese and Korean."""
 _ROLES = rf"(?:{_ASKS}|{_ANSWERS}|system)"
-_BEGINS = r"(?:^|(?<=\|>)|(?<=\|\])|(?<=</s>)|(?<=<eos>))"
+_BEGINS = r"(?:^|(?<=\S>)|(?<=\S\]))"
 _LABEL = re.compile(
-    rf"{_BEGINS}[ \t]*(?:\#{{1,4}}[ ]*(?P<heading>{_ROLES})\b[ ]*:?|\**\[?(?P<line>{_ROLES})\]?\**[ ]?:\**)"
+    rf"{_BEGINS}[ \t]*(?:\#{{1,4}}[ ]*(?P<heading>{_ROLES})\b[ ]*:?|\**\[?(?P<line>{_ROLES})\]?\**[ ]?[:\uff1a]\**)"
     rf"|(?:^|(?<=\s))(?P<inline>USER|ASSISTANT|HUMAN|BOT|GPT):"
     rf"|(?P<inst>\[INST\])|(?P<after>\[/INST\])"
     rf"|<\|?(?:im_start|start_of_turn|start_header_id|turn|start|header_start)\|?>\s*(?P<control>{_ROLES})\b"
     rf"(?:<\|[^|<>]+\|>)?"
-    rf"|<[|\uff5c](?P<role>{_ROLES})[|\uff5c]>",
+    rf"|<[|\uff5c](?P<role>{_ROLES})[|\uff5c]>"
+    rf"|{_BEGINS}<(?P<tag>{_ROLES})>",
     re.MULTILINE | re.IGNORECASE,
 )
 _IS_QUESTION = re.compile(_ASKS, re.IGNORECASE)
@@ -47,9 +57,9 @@ def labelled_turns(text: str) -> list[dict[str, str]] | None:
 
 
 def starts_with_label(text: str) -> bool:
-    """Whether the text begins with the label of a turn."""
+    """Whether the text begins with the label of a turn; tags are parts of many messages (`<question>`)."""
     match = _LABEL.match(text.lstrip())
-    return match is not None and _role_of(match) is not None
+    return match is not None and match["tag"] is None and _role_of(match) is not None
 
 
 def _role_of(match: re.Match[str]) -> str | None:
@@ -57,7 +67,7 @@ def _role_of(match: re.Match[str]) -> str | None:
         return "user" if match["inst"] else "assistant"
     if match["inline"] is not None and _LOWER.match(match["inline"]):
         return None  # `user:` inside a sentence
-    if (match["line"] or "").lower() == "input":
+    if (match["line"] or match["tag"] or "").lower() == "input":
         return None  # of a program
     name = next(part for part in match.groups() if part is not None)
     if name.lower() == "system":

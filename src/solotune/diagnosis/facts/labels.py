@@ -19,6 +19,7 @@ from solotune.diagnosis.run_facts import RunFacts
 SHIFTS = (1, -1, 2, -2, 3, -3, 4, -4)  # offsets of labels, in tokens, that are tested
 NUM_READ = 256  # documents
 _BLANKS = 3  # tokens of white space between an answer and its end
+_MASK, _NEARLY_ALL = 0.05, 0.9  # share of the labels from which they are a mask; of them with one value
 _STRETCH = 8  # tokens with labels in a row of a long turn: more than a mask that is off by a few
 
 
@@ -74,6 +75,14 @@ class LabelFacts:
     @property
     def answers(self) -> int:
         return self.ends_learned + sum(self.ends_masked.values()) + self.ends_missing
+
+    @property
+    def constant_label(self) -> tuple[int, int] | None:
+        """(value, count) if nearly all labels that differ from their token have one value, in place of -100."""
+        if self.unlike < _MASK * max(self.labels, 1) or self.shift is not None:
+            return None
+        (value, count), *_ = self.unlike_values.most_common(1)
+        return (value, count) if count >= _NEARLY_ALL * self.unlike else None
 
     def _add(self, document: Document, shifts: Counter[int]) -> None:
         learned, ids, labels = document.learned, document.ids, document.labels

@@ -27,7 +27,7 @@ from solotune.dataset.chat.control_tokens import ControlTokens
 from solotune.dataset.chat.encode import Encoder
 from solotune.dataset.chat.tokenizer_files import MAX_TEMPLATE_BYTES
 from solotune.diagnosis.facts import row_arrays
-from solotune.diagnosis.facts.row_arrays import Side, Whole, evenly, judged, squeezed
+from solotune.diagnosis.facts.row_arrays import Side, Whole, evenly, is_pattern, judged
 from solotune.errors import InputError
 from solotune.hub.model_files import ModelFiles, model_here
 from solotune.hub.safe_files import contained
@@ -86,6 +86,7 @@ class RowFacts:
         self.settings, self.tokenizer, self.report = settings, tokenizer, report
         self._rows, self._model_jsons, self._template_of_model = (train, validation), model_jsons, template_of_model
         self.train, self.validation = Side.of(judged(train)), Side.of(judged(validation))
+        self.family = str(model_jsons.get("config.json", {}).get("model_type", ""))
         self._known: dict[Any, Any] = {}
         self._blank_of: dict[int, bool] = {}
 
@@ -258,12 +259,13 @@ class RowFacts:
     def sample(self, side: Side, *, whole: bool = True) -> list[int]:
         """Rows for decoding, evenly spaced: chats, with `whole` only those that were not truncated.
 
-        If rows were truncated, a row that fills `max_length` is left out even if it ends with a stop: it may have been
-        truncated between two turns.
+        If rows were truncated (or several have exactly `max_length`, since other trainers do not tell), one of this
+        length is left out even if it ends with a stop: it may have been truncated between two turns or at its start.
         """
         fits = ~self.is_cut(side) if whole else np.ones(len(side.rows), bool)
-        if whole and self.report.num_truncated:
-            fits &= side.lengths < self.settings.max_length
+        full = side.lengths >= self.settings.max_length
+        if whole and (self.report.num_truncated or is_pattern(full.sum(), len(full), 0.05)):
+            fits &= ~full
         return evenly([r for r, row in enumerate(side.rows) if row.messages and fits[r]], row_arrays.NUM_DECODED)
 
     @cached_property
@@ -307,7 +309,7 @@ class RowFacts:
         return size if isinstance(size, int) and size > 0 else None
 
     def model_ids(self, key: str) -> set[int]:
-        """`eos_token_id` or `bos_token_id` by generation_config.json, else config.json: one id, a list, or none."""
+        """`eos_token_id` or `bos_token_id` by generation_config.json, else config.json."""
         return self._ids_by(self.where_from(key), key)
 
     def all_model_ids(self, key: str) -> set[int]:
@@ -375,9 +377,9 @@ def is_in_rows(facts: RowFacts, between: str) -> bool:
     for template in (facts.own_template, facts.template):
         for end in template.terminators if template else ():
             header = header.removeprefix(end).strip()
-    return not squeezed(header) or any(
-        squeezed(header) in squeezed(facts.decode(facts.train.rows[r].input_ids)) for r in rows
-    )
+    texts = ("".join(facts.decode(facts.train.rows[r].input_ids).split()) for r in rows)
+    header = "".join(header.split())  # with its case: `ASSISTANT:` is another format than `Assistant:`
+    return not header or any(header in text for text in texts)
 
 
 def rendered_prompt(facts: RowFacts, messages: list[dict[str, Any]], tools: Any) -> np.ndarray | None:

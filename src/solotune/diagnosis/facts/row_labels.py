@@ -30,7 +30,8 @@ class OpenAnswers(NamedTuple):
 def open_answers(facts: RowFacts) -> OpenAnswers:
     """The open answers of the training rows."""
     side = facts.train
-    is_open = ~np.isin(side.ids[facts.last_of_answers(side)], list(facts.stop_ids))
+    last = side.ids[facts.last_of_answers(side)]
+    is_open = ~np.isin(last, list(facts.stop_ids)) & ~facts.is_blank(last)  # not the line break behind a masked end
     was_cut = facts.is_cut(side)[side.row_of] & (side.ends == side.starts[side.row_of + 1])
     answers = np.flatnonzero(is_open & ~was_cut)
     row_end, follows = side.starts[side.row_of[answers] + 1], side.ends[answers].copy()

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from solotune.diagnosis.evidence import Signal
-from solotune.diagnosis.facts.derived import begins_by_design
+from solotune.diagnosis.facts.derived import HEADS, begins_by_design
+from solotune.diagnosis.probes.adapter_scale import other_scale
 from solotune.diagnosis.probes.probed_model import (
     Adapter,
     adapters_of,
@@ -38,7 +39,8 @@ from solotune.diagnosis.run_facts import LiveModel, RunFacts
 ARRIVES = 0.6  # of the elements: below it, rounding loses most of a step
 ARRIVES_IN_A = 0.4  # of the elements of A, which have their size from the start
 NOT_THE_BASE = 1e-3  # largest difference of log-probabilities that an untouched adapter may make (rounding)
-MOST = 0.9  # of the adapters
+MOST, SOME = 0.9, 0.1  # of the adapters
+NO_RATE = 1e-7  # a step of this size may round to nothing in float32
 FIRST_STEPS = 3  # a log that begins with the run
 MOVED, OF_USE = 0.1, 0.95  # nats a token that an adapter changes; share of the base's loss from which it is of no use
 
@@ -57,19 +59,19 @@ def on_and_off(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[lis
     divergence = float((on.exp() * (on - off)).sum(-1).mean())
     untouched = is_untouched(live.model)
     found = {"largest_difference": difference, "divergence": divergence, "B_all_zero": untouched}
-    steps = _steps_done(run_facts)
+    scaled, steps = other_scale(live, run_facts), _steps_done(run_facts)
     if not untouched and steps == 0 and difference > NOT_THE_BASE and not begins_by_design(run_facts):
         says = (
             f"before the first step the adapter changes log-probabilities by {difference:.2g}; with B = 0 it should not"
         )
         fix = "init_lora_weights: true"
-        return [Signal("F59", "invariant", says, 0.9, found, fix=fix)], found
+        return [*scaled, Signal("F59", "invariant", says, 0.9, found, fix=fix)], found
     if not untouched and steps and not begins_by_design(run_facts):
-        return _began_elsewhere(live, run_facts, batch, found), found
+        return [*scaled, *_began_elsewhere(live, run_facts, batch, found)], found
     if difference <= NOT_THE_BASE:
         says = f"with the adapter on, the model equals its base (difference {difference:.1g})"
-        return [Signal("F59", "measured", says, 0.9, found, against=True)], found
-    return [], found
+        return [*scaled, Signal("F59", "measured", says, 0.9, found, against=True)], found
+    return scaled, found
 
 
 def _began_elsewhere(
@@ -158,6 +160,7 @@ def _two_steps(live: LiveModel, adapters: Sequence[Adapter], rate: float) -> dic
         found[f"loss_{step}"] = loss.item()
         if step == 2:
             found |= _zeros(adapters)
+            found["head_without_gradient"] = _head_without_gradient(adapters)
             found["without_gradient"] = [a.name for a in adapters if _none(a.A) and _none(a.B)][:5]
             found["other_gradients"] = any(
                 p.grad is not None and bool(p.grad.any()) for p in parameters if not _is_adapter(p, adapters)
@@ -166,6 +169,7 @@ def _two_steps(live: LiveModel, adapters: Sequence[Adapter], rate: float) -> dic
         optimizer.step()
         if step == 2:
             found["share_changed"] = _share_changed(parameters, before)
+            found["never_changed"] = _never_changed(adapters, parameters, before)
             first = [(p, old) for p, old in zip(parameters, before, strict=True) if any(p is a.A for a in adapters)]
             found["share_changed_A"] = _share_changed([p for p, _ in first], [old for _, old in first])
         optimizer.zero_grad(set_to_none=True)
@@ -181,6 +185,19 @@ def _share_changed(parameters: Sequence[nn.Parameter], before: Sequence[torch.Te
             total += int(moves.sum())
             changed += int(((p.detach() != old) & moves).sum())
     return changed / total if total else None
+
+
+def _never_changed(
+    adapters: Sequence[Adapter], parameters: Sequence[nn.Parameter], before: Sequence[torch.Tensor]
+) -> float:
+    """Share of the adapters in float32 that have a gradient, and that the optimizer's step leaves as they were."""
+    old = {id(p): values for p, values in zip(parameters, before, strict=True)}
+    stays = [
+        all(torch.equal(p.detach(), old[id(p)]) for p in (a.A, a.B) if id(p) in old)
+        for a in adapters
+        if not (_none(a.A) and _none(a.B)) and a.B.dtype == torch.float32
+    ]
+    return sum(stays) / len(adapters)
 
 
 def _none(p: nn.Parameter) -> bool:
@@ -201,9 +218,23 @@ def _zeros(adapters: Sequence[Adapter]) -> dict[str, float]:
 
 def _without_gradient(live: LiveModel, adapters: Sequence[Adapter], found: dict[str, Any]) -> list[Signal]:
     """Signals of F58, F60 or F57, confirmed by applying the fix."""
-    frozen = len(adapters) - found["B_trainable"]  # A alone may be frozen: LoRA-FA
+    if found.get("never_changed", 0.0) >= SOME and live.make_optimizer is not None and found["rate"] >= NO_RATE:
+        says = (
+            f"a step of the training's optimizer at {found['rate']:.2g} does not change {found['never_changed']:.0%} "
+        )
+        says += "of the adapters, though they have gradients: they are not among its parameters"
+        fix = "make the optimizer after the adapters, of all parameters with requires_grad"
+        return [Signal("F58", "invariant", says, 0.95, _numbers(found), fix=fix)]
+    if (head := found.get("head_without_gradient")) is not None:
+        says = f"the adapter of {head} has no gradient in the second step, and all others have one"
+        fix = f"remove {head} from lora_target_modules, or use a loss that calls the module"
+        signals = [Signal("F63", "invariant", says, 0.9, _numbers(found), fix=fix)]
+        return signals + _cleared(found)
+    # A alone may be frozen (LoRA-FA), and a second adapter that is in use (B is not zero)
+    useless = sum(not a.B.requires_grad and not a.B.detach().any() for a in adapters)
+    frozen = max(len(adapters) - found["B_trainable"], useless)
     both = min(found.get("A_without_gradient", 1.0), found.get("B_without_gradient", 1.0))
-    if frozen > 0.5 * len(adapters):
+    if frozen > 0.5 * len(adapters) or useless >= SOME * len(adapters):
         says = f"in {frozen} of {len(adapters)} adapters B does not require a gradient"
         signals = [
             Signal("F58", "invariant", says, 0.95, _numbers(found), fix="load the adapter with is_trainable=True")
@@ -213,8 +244,7 @@ def _without_gradient(live: LiveModel, adapters: Sequence[Adapter], found: dict[
             a.B.requires_grad_(True)
         return signals + _confirmed(live, adapters, "F58", "with requires_grad on", found)
     if both < MOST and found.get("B_without_gradient", 0.0) < MOST:
-        says = f"in the second step {1 - found['B_without_gradient']:.0%} of the adapters have a gradient"
-        return [Signal(code, "measured", says, 0.9, _numbers(found), against=True) for code in ("F57", "F58", "F60")]
+        return _cleared(found)
     if not any(bool(a.A.detach().any()) or bool(a.B.detach().any()) for a in adapters):
         says = "A and B are both zero in every adapter, so neither can get a gradient"
         signals = [Signal("F60", "invariant", says, 0.95, _numbers(found), fix="init_lora_weights: true")]
@@ -230,6 +260,18 @@ def _without_gradient(live: LiveModel, adapters: Sequence[Adapter], found: dict[
     if not confirmed:
         return []
     return [Signal("F57", "invariant", says, 0.95, _numbers(found), fix=fix), *confirmed]
+
+
+def _cleared(found: dict[str, Any]) -> list[Signal]:
+    """Signals against the faults of adapters without a gradient."""
+    says = f"in the second step {1 - found['B_without_gradient']:.0%} of the adapters have a gradient"
+    return [Signal(code, "measured", says, 0.9, _numbers(found), against=True) for code in ("F57", "F58", "F60")]
+
+
+def _head_without_gradient(adapters: Sequence[Adapter]) -> str | None:
+    """The output head, if its adapter is the only one that has no gradient."""
+    dead = [a.name.rpartition(".")[2] for a in adapters if a.B.requires_grad and _none(a.A) and _none(a.B)]
+    return dead[0] if len(dead) == 1 < len(adapters) and dead[0] in HEADS else None
 
 
 def _numbers(found: dict[str, Any]) -> dict[str, Any]:

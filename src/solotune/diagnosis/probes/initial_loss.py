@@ -54,6 +54,7 @@ from solotune.diagnosis.probes.tokenizer_fit import (
     controls_of_text,
     may_be_no_text,
     mean_loss,
+    own_text,
     tokenizer_signals,
 )
 from solotune.diagnosis.run_facts import LiveModel, RunFacts
@@ -157,6 +158,8 @@ def _texts(live: LiveModel, run_facts: RunFacts, facts: LabelFacts, found: dict[
     if sums["plain"]:
         found |= {"plain_text": float(np.mean(sums["plain"])), "ids_swapped": float(np.mean(sums["swapped"]))}
         found["log_v"] = math.log(len(swapped))
+        if time.perf_counter() < deadline:
+            found |= own_text(live, roles, swapped, [document.ids for document in chosen])
         if may_be_no_text(found):
             found |= controls_of_text(live, roles, swapped, [document.ids for document in chosen])
     if sums["own"]:

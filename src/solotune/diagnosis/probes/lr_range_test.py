@@ -7,6 +7,7 @@ Gain means the fall of the loss on that batch.
     small at every rate, large with rank 32
     on every linear layer                       too little capacity (F62, or F56: targets match few modules)
     largest without clipping                    the step is clipped away (F68)
+    large on two rows, small on eight           too little capacity, if the adapter is small
     several times sooner at ten times           the scale is too small (F61), if it is unusual and the run is short
     large at the rate of the run                none of these
 
@@ -49,6 +50,7 @@ from solotune.diagnosis.probes.skipped import Skipped
 from solotune.diagnosis.run_facts import LiveModel, RunFacts
 
 LEAST_STEPS, MOST_STEPS = 6, 40
+NUM_MANY = 8  # rows
 FACTORS = (0.1, 1.0, 10.0)
 WIDEST = 1e3  # factor up and down
 NOTHING, LITTLE, MUCH, CLEARLY = 0.02, 0.35, 0.5, 0.75  # of the largest gain
@@ -110,7 +112,12 @@ def range_test(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[lis
         "gain_wide_at_rate": None if alike is None else _rounded(alike),
         "gain_unclipped": None if unclipped is None else _rounded(unclipped),
     }
-    result = Tried(rate, steps, start, tried, start - _end(wide), alike, unclipped, _capacity(live.model))
+    capacity = _capacity(live.model)
+    many = None  # a small adapter may hold two rows, and not eight
+    if capacity < SMALLEST and time.perf_counter() + 4 * steps * seconds < latest:
+        many = _of_many_rows(live, run_facts, rate, steps, clip)
+        found["gain_of_many_rows"] = many
+    result = Tried(rate, steps, start, tried, start - _end(wide), alike, unclipped, capacity, many)
     signals = _judge(run_facts, result)
     if not any(signal.code == "F61" for signal in signals):
         signals = [*signals, *_slow(run_facts, result, curves[1.0], curves[10.0])]
@@ -129,6 +136,7 @@ class Tried:
     alike: float | None  # gain of extra adapters at the rate of the run, if tested
     unclipped: float | None  # gain at the rate of the run without clipping, if tested
     capacity: float  # rank times the share of linear layers that have an adapter
+    many: tuple[float, float] | None = None  # gains on more rows at the rate of the run: own and extra adapters
 
     @property
     def best(self) -> float:
@@ -180,6 +188,11 @@ def _judge(run_facts: RunFacts, tried: Tried) -> list[Signal]:
     if tried.gains[best] < NOTHING * most:
         return []  # no gain at any rate: a fault of gradients, not of capacity
     is_narrow = tried.alike is not None and tried.alike > max(TIMES * here, MUCH * most) and tried.capacity < SMALLEST
+    if tried.many is not None and tried.many[1] >= WORTH and tried.many[0] < MUCH * tried.many[1]:
+        says = f"{tried.steps} steps on {NUM_MANY} rows lower their loss by {tried.many[0]:.2f}, at the same learning "
+        says += f"rate by {tried.many[1]:.2f} with rank 32 on every linear layer"
+        fix = "lora_target_modules: all-linear, lora_r: 16"
+        return [Signal(code, "counterfactual", says, w, numbers, fix=fix) for code, w in (("F62", 0.75), ("F56", 0.45))]
     if (
         best in (max(tried.gains), min(tried.gains))
         and best != 1.0
@@ -208,6 +221,18 @@ def _judge(run_facts: RunFacts, tried: Tried) -> list[Signal]:
         cleared = ("F64", "F62", "F67") if best > 1 or here >= CLEARLY * most else ("F64", "F62")
         return [Signal(code, "measured", says, 0.8, numbers, against=True) for code in cleared]
     return []
+
+
+def _of_many_rows(
+    live: LiveModel, run_facts: RunFacts, rate: float, steps: int, clip: float | None
+) -> tuple[float, float] | None:
+    """Gains of the training's own adapters and of extra ones on more rows; None if no batch has so many."""
+    parts = (sequences_of(batch, NUM_MANY) for batch in live.batches)
+    rows = next((part for part in parts if has_labels(part) and part["input_ids"].shape[0] >= NUM_MANY), None)
+    if rows is None:
+        return None
+    own, wide = _learn(live, run_facts, rows, rate, steps, clip), _learn_wide(live, run_facts, rows, steps, rate)
+    return own[0] - _end(own), wide[0] - _end(wide)
 
 
 def _slow(run_facts: RunFacts, tried: Tried, here: Sequence[float], larger: Sequence[float]) -> list[Signal]:

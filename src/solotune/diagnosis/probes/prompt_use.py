@@ -38,7 +38,7 @@ CLEAR = 3.0  # standard errors
 NEARLY_ALL = 0.9  # of the rows: with fewer, a part of the rows may be misaligned
 CLEAR_SLIP = 5.0  # more, since the best of four shifts is taken, over a dozen rows
 WORTH = 0.1  # nats
-ONLY_A_DOUBT = 0.3  # weight: a new task that is not learned yet looks the same
+ONLY_A_DOUBT = 0.3  # weight of a remark: a new task that is not learned yet looks the same, one without an answer too
 LEAST_STEPS, LEARNED = 20, 0.67  # logged, and the loss at the end as a share of the first
 LONGEST = 256
 
@@ -106,7 +106,7 @@ def _after_training(
         return [Signal("F38", "measured", says, 0.85, numbers, against=True)]
     are_sentences = len({tuple(answer) for _, answer in rows}) >= 0.9 * len(rows)  # labels are learned late
     if gain < min(WORTH / 5, 2 * error) and are_sentences and _has_learned(run_facts):
-        return [Signal("F38", "measured", says, ONLY_A_DOUBT, numbers, fix="join prompts and answers again, by a key")]
+        return [Signal("F38", "remark", says, ONLY_A_DOUBT, numbers, fix="join prompts and answers again, by a key")]
     return []
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from solotune.diagnosis.evidence import Kind, Signal
 from solotune.diagnosis.facts.derived import (
+    HEADS,
     has_error,
     initialisation,
     is_ours,
@@ -25,9 +26,8 @@ from solotune.diagnosis.run_facts import RunFacts
 
 WEAK, STRONG = 0.25, 32.0
 """Limits of alpha / r; 1 to 4 is usual, and 32 still trained well with a suitable learning rate."""
-_HEADS = ("lm_head", "embed_out", "output", "output_layer")
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embedding")
-_NOT_ALWAYS = re.compile(r"expert|router|" + "|".join(_HEADS))
+_NOT_ALWAYS = re.compile(r"expert|router|" + "|".join(HEADS))
 """Modules that may get no gradient in a healthy run: an expert that no token was sent to; heads are F63."""
 
 
@@ -140,10 +140,11 @@ def took_steps(run_facts: RunFacts) -> bool:
 def adapters_frozen(run_facts: RunFacts) -> list[Signal]:
     """F58: the adapters are frozen.
 
-    Sees: no trainable parameter in the adapters (probe P5), or the setting that freezes them: `is_trainable: false`
-    where an adapter is loaded to continue its training; a gradient norm of exactly zero in all logged steps, with a
-    loss that does not fall; evaluations that are equal to the last bit while the learning rate is above zero; `lora_B`
-    exactly zero in a checkpoint that was written after steps.
+    Sees: adapters that are not trainable, all or those whose B is still zero, or that the optimizer's step leaves as
+    they were, since it has other parameters (probe P5); the setting that freezes them: `is_trainable: false` where an
+    adapter is loaded to continue its training; a gradient norm of exactly zero in all logged steps, with a loss that
+    does not fall; evaluations that are equal to the last bit while the learning rate is above zero; `lora_B` exactly
+    zero in a checkpoint that was written after steps.
     Why: nothing changes, or only other trainable parts do. The loss is flat, bit by bit the same on the same rows.
     Not: F64, where the loss moves a little; F57, whose parameters are trainable but get no gradient; `inference_mode:
     true` in a saved adapter_config.json, which PEFT always writes there; a tool that logs no gradient norm and writes 0
@@ -252,7 +253,8 @@ def scale_wrong(run_facts: RunFacts) -> list[Signal]:
     half of its size, or all steps together change it by less than float16 rounds it; a scale below 1/4 with which one
     batch is learned several times later than with ten times the scale, in a run that is too short for it (probe P7); an
     unusual scale (below 1/4, above 32) together with a loss that jumps and stays high, or does not fall; a different
-    scale in serving than in training. An unusual scale alone is a remark.
+    scale in serving than in training; modules that multiply by another factor than the settings give (probe P4). An
+    unusual scale alone is a remark.
     Why: with Adam the effect of an update is about learning rate x scale. A small scale looks like a low learning rate,
     a large one like a high learning rate. A different scale in serving changes the tuned model.
     Not: alpha / r of 1/2 to 4, which is usual; F64 and F67, which have the same evidence: both are reported, and the
@@ -305,7 +307,7 @@ def too_little_capacity(run_facts: RunFacts) -> Signal | None:
     """F62: the adapter is too small for the task.
 
     Sees: a rank of 1 or 2 on one or two kinds of modules, which is a remark. Probe P7 decides: no learning rate
-    overfits one batch, but a large adapter on all linear layers does.
+    overfits one batch of two rows, or of eight, but a large adapter on all linear layers does.
     Why: the loss flattens above what the model could reach.
     Not: F64, where a higher learning rate overfits the batch; F56, where some names match nothing; rank 1 on all linear
     layers, which is enough for many tasks.
@@ -327,9 +329,9 @@ def head_adapter_ignored(run_facts: RunFacts) -> Signal | None:
     """F63: the output head or the embedding is among the targets, where its adapter is lost or changes both.
 
     Sees: the head or the embedding in lora_target_modules, and one of: head and embedding are one tensor, so merging
-    the adapter of one changes the other; the head's saved `lora_B` is exactly zero while others are not; a fused loss
-    (Liger, TRL's chunked one, cut cross-entropy), which uses the head's own weight. Without these, and for a router or
-    experts among the targets, it is a remark.
+    the adapter of one changes the other; the head's saved `lora_B` is exactly zero while others are not, or it alone
+    has no gradient (probe P5); a fused loss (Liger, TRL's chunked one, cut cross-entropy), which uses the head's own
+    weight. Without these, and for a router or experts among the targets, it is a remark.
     Why: the adapter on the head is saved but never trained, or base with adapter and merged model differ.
     Not: F56, where the name matches nothing; `all-linear`, which leaves the head out; `modules_to_save`, which trains
     the whole head or embedding (with tied weights a remark: it becomes a copy of its own).
@@ -339,7 +341,7 @@ def head_adapter_ignored(run_facts: RunFacts) -> Signal | None:
     Source: trl 1.16 raises an error for it; PEFT warns about tied weights ("can lead to complications").
     """
     names = _named_targets(run_facts)
-    ends = [name for name in names if name.rpartition(".")[2] in _HEADS or re.search(r"lm_head|embed_out", name)]
+    ends = [name for name in names if name.rpartition(".")[2] in HEADS or re.search(r"lm_head|embed_out", name)]
     ends += [name for name in names if is_embedding(name) or re.search(r"embed_tokens|\bwte\b", name)]
     if not ends:
         return _other_ends(run_facts, names)
@@ -349,7 +351,7 @@ def head_adapter_ignored(run_facts: RunFacts) -> Signal | None:
             zero[path.rpartition(".")[2]] = is_zero(parts["B"])
     keep = "" if is_ours(run_facts) else f"; to train it with PEFT, modules_to_save: [{ends[0]}]"
     fix = f"remove {ends[0]} from lora_target_modules{keep}"
-    dead = [name for name, is_dead in zero.items() if name in _HEADS and is_dead]
+    dead = [name for name, is_dead in zero.items() if name in HEADS and is_dead]
     if dead and not all(zero.values()):
         says = f"lora_B of {dead[0]} is exactly zero, but not those of other modules"
         return Signal("F63", "invariant", says, 0.95, {"modules": dead}, fix=fix)
@@ -383,7 +385,7 @@ def _other_ends(run_facts: RunFacts, names: list[str]) -> Signal | None:
         return Signal("F63", "remark", says, 0.3, {"targets": routers}, fix=f"remove {routers[0]} if it is not meant")
     saved = run_facts.settings.get("modules_to_save") or ()
     whole = [name for name in ([saved] if isinstance(saved, str) else map(str, saved))
-             if name.rpartition(".")[2] in (*_HEADS, *_EMBEDDINGS)]  # fmt: skip
+             if name.rpartition(".")[2] in (*HEADS, *_EMBEDDINGS)]  # fmt: skip
     if not whole or run_facts.model_config.get("tie_word_embeddings") is not True:
         return None
     says = f"{', '.join(whole)} in modules_to_save: head and embedding are one tensor in this model, and become two"

@@ -10,6 +10,7 @@ may have been chosen: all of these are remarks, until P1 measures that the model
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from solotune.dataset.chat.answer_spans import ChatTemplate
@@ -35,6 +36,8 @@ BEGINNING = 3
 """Tokens without a label that are a prompt; the first one, or a begin-of-text, has no label in documents either."""
 NEARLY_ALL = 0.95
 """A twentieth allows for rows that are truncated or hide it."""
+_TAG = re.compile(r"<\w+>")
+"""Of XML, which many messages have."""
 
 
 @rule("F12", needs=("rows",), probes=("P1",))
@@ -191,7 +194,8 @@ def _is_markup(messages: list[dict[str, Any]]) -> bool:
     of a whole turn. Not a question about a conversation, which quotes the labels of its speakers."""
     begins = {message["role"] for message in messages if starts_with_label(message["content"])}
     turns = (labelled_turns(message["content"]) for message in messages)
-    return begins >= {"user", "assistant"} or any(found and found[0]["label"][0] in "<[" for found in turns)
+    labels = [found[0]["label"] for found in turns if found]
+    return begins >= {"user", "assistant"} or any(one[0] in "<[" and not _TAG.fullmatch(one) for one in labels)
 
 
 def _rendered_twice(facts: RowFacts) -> Finding | None:

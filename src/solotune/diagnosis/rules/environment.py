@@ -22,29 +22,27 @@ _SAME_WORD = {
 }  # fmt: skip
 """Names in other tools for settings with the same values; `train_on_inputs`, for example, is the opposite of one."""
 _FORMER = {
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "per_gpu_batch_size": "per_device_train_batch_size",
-    "gradient_accumulation": "gradient_accumulation_steps",
-    "accumulation_steps": "gradient_accumulation_steps",
-    "accumulate_grad_batches": "gradient_accumulation_steps",
-    "gradient_clip_val": "max_grad_norm",
-    "clip_grad_norm": "max_grad_norm",
-    "max_norm": "max_grad_norm",
-    "model_max_length": "max_length",
-    "max_len": "max_length",
-    "block_size": "max_length",
-    "n_epochs": "num_train_epochs",
-    "max_epochs": "num_train_epochs",
-    "train_epochs": "num_train_epochs",
-    "base_lr": "learning_rate",
-    "lr_schedule": "lr_scheduler_type",
-    "scheduler_type": "lr_scheduler_type",
-    "warmup_proportion": "warmup_ratio",
-    "num_warmup_steps": "warmup_steps",
-    "num_training_steps": "max_steps",
-    "alpha": "lora_alpha",
+    "max_length": r"(max_|model_)*(seq|sequence|context|ctx|input|source|text)_?(max_)?(len|length|size)|max_len"
+    r"|model_max_length|block_size|max_seqlen",
+    "learning_rate": r"(init|initial|base|peak)?_?(lr|learning_?rate)",
+    "per_device_train_batch_size": r"(per_(device|gpu)_)?(train_)?(micro_)?batch_size(_per_(device|gpu))?",
+    "gradient_accumulation_steps": r"(grad|gradient)s?_?(acc|accum|accumulation)(_steps|_iters)?|accumulation(_steps)?"
+    r"|accumulate_grad_batches",
+    "max_grad_norm": r"(grad|gradient)_?clip(ping)?(_val|_value|_norm)?|clip(_grad|_gradient)?(_norm|_value)?|max_norm",
+    "num_train_epochs": r"(n|nb|num|max|train)?_?(train_|training_)?epochs?",
+    "lr_scheduler_type": r"(lr_)?sched(uler|ule)?(_type|_name)?",
+    "warmup_ratio": r"warmup_(proportion|fraction|share)",
+    "warmup_steps": r"(n|num)?_?warmup(_steps?|_iters)?",
+    "max_steps": r"(n|num|total|max|train)_(train_|training_)?(steps|iters)",
+    "weight_decay": r"wd|weight_?decay|l2(_reg)?",
+    "optim": r"optim(izer)?(_type|_name|_class)?",
+    "lora_r": r"(lora_)?(r|rank)",
+    "lora_alpha": r"(lora_)?alpha",
+    "gradient_checkpointing": r"(use_)?(grad|gradient|activation)_?checkpoint(ing|s)?",
+    "neftune_noise_alpha": r"neftune(_alpha|_noise)?|noise_alpha",
+    "label_smoothing_factor": r"label_smoothing",
 }
-"""Names in earlier versions, scripts and other libraries of what transformers, TRL and PEFT name so."""
+"""Setting of transformers, TRL and PEFT -> its names in earlier versions, in scripts and in other libraries."""
 _ALIKE = 0.9
 """Likeness of a misspelt name (`max_lenght`, `learning_rates`) to the setting's own."""
 
@@ -121,14 +119,24 @@ def renamed_argument(run_facts: RunFacts) -> Signal | None:
 
 def _meant(run_facts: RunFacts, key: str) -> str | None:
     """The setting that a written name means; None if it is another one, or has another unit."""
-    if key in FOREIGN_KEYS and key not in _FORMER:
-        return FOREIGN_KEYS[key] if key in _SAME_WORD else None
-    if key in _FORMER or key in run_facts.settings.values:
-        return _FORMER.get(key, key)
+    if key in FOREIGN_KEYS and key in _SAME_WORD:
+        return FOREIGN_KEYS[key]
+    if key in run_facts.settings.values:
+        return key
+    if (former := _former(key)) is not None:
+        return former
+    if key in FOREIGN_KEYS:
+        return None
     known = [
         name for name in run_facts.settings.values if default_exists(name) and name not in run_facts.settings.asked
     ]
     return next(iter(difflib.get_close_matches(key, known, n=1, cutoff=_ALIKE)), key)
+
+
+def _former(key: str) -> str | None:
+    """The setting that has, or had, this name elsewhere."""
+    word = key.lower().replace("-", "_")
+    return next((name for name, others in _FORMER.items() if re.fullmatch(others, word) and name != word), None)
 
 
 def _is_global_batch(run_facts: RunFacts, key: str, wrote: Any) -> bool:

@@ -142,7 +142,7 @@ def prompt_learned(run_facts: RunFacts) -> Signal | None:
     Source: llama-cookbook#101, PraisonAI#4358.
     """
     facts = LabelFacts.of(run_facts)
-    if constant := _constant_instead_of_mask(facts):
+    if constant := facts.constant_label:
         value, count = constant
         says = f"{count:,} labels are {value} although the token is a different one: the loss only ignores -100"
         return Signal(
@@ -299,14 +299,6 @@ def _all_cut(run_facts: RunFacts, facts: LabelFacts) -> bool:
     """Whether all rows without labels fill max_length: F25."""
     limit = run_facts.settings.get("max_length")
     return bool(limit and facts.unlearned) and all(len(d.ids) >= limit for d in facts.unlearned)
-
-
-def _constant_instead_of_mask(facts: LabelFacts) -> tuple[int, int] | None:
-    """(value, count) if all labels that differ from their token have one value."""
-    if facts.unlike < 0.05 * max(facts.labels, 1) or facts.shift is not None:
-        return None
-    (value, count), *_ = facts.unlike_values.most_common(1)
-    return (value, count) if count >= ALMOST_ALL * facts.unlike else None
 
 
 def _learned_anywhere(facts: LabelFacts, token: int | None) -> bool:

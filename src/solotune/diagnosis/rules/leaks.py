@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from solotune.dataset.split.holdout import CHANCE, probability_of_share
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.row_arrays import MIN_ROWS, evenly, is_pattern, percent
 from solotune.diagnosis.facts.row_facts import RowFacts
@@ -32,8 +32,6 @@ LEAST_PAIRS = 24
 """Pairs of words of a long passage: values that fill a template are fewer."""
 LEAST_CONTROL = 20
 """Training rows of a control."""
-CHANCE = 2e-3
-"""Of as many near rows if training rows were as near to each other: three of thirty against none of 240."""
 NUM_HELD_OUT, NUM_COMPARED, NUM_CONTROL, NUM_IDS = 200, 10_000, 150, 512
 """Held-out rows and training rows that are compared, training rows for the control, and tokens of a row of ids."""
 
@@ -154,21 +152,9 @@ def _nearer_than_usual(shares: np.ndarray, usual: np.ndarray) -> np.ndarray:
     middle, top = np.quantile(usual, [0.5, 0.99])
     bound = max(CONTAINED, min(top + (top - middle) / 2, SAME))
     found = np.where(is_judged, shares, 0.0) >= bound
-    is_beyond = _by_chance(int(found.sum()), int(is_judged.sum()), int((usual >= bound).sum()), len(usual)) < CHANCE
+    hits, usual_hits = int(found.sum()), int((usual >= bound).sum())
+    is_beyond = probability_of_share(hits, int(is_judged.sum()), usual_hits, len(usual)) < CHANCE
     return found & (is_beyond and is_pattern(int(found.sum()), len(shares), SOME))
-
-
-def _by_chance(hits: int, count: int, usual_hits: int, usual_count: int) -> float:
-    """Fisher's exact test: the probability of at least so many hits if both groups have the same share of them."""
-
-    def ways(whole: int, part: int) -> float:
-        return math.lgamma(whole + 1) - math.lgamma(part + 1) - math.lgamma(whole - part + 1)
-
-    both, all_of = hits + usual_hits, ways(count + usual_count, hits + usual_hits)
-    return sum(
-        math.exp(ways(count, k) + ways(usual_count, both - k) - all_of)
-        for k in range(max(hits, both - usual_count), min(count, both) + 1)
-    )
 
 
 def _spoken(facts: RowFacts, rows: Sequence[Example]) -> tuple[list[str], list[str]]:

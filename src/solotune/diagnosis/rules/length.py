@@ -125,8 +125,13 @@ def answers_cut(facts: RowFacts) -> Finding | None:
             "rows": side.places(cut_rows(facts)),
         },
         fix=_longer(facts, _enough_for_long_rows(facts), "95 % of the long rows", can_drop=cut >= dropped),
-        affected=lost / total,
+        affected=lost / (total + _num_answerless(facts)),
     )
+
+
+def _num_answerless(facts: RowFacts) -> int:
+    """Rows of which nothing of the answer is left (F25)."""
+    return int(np.count_nonzero((facts.train.num_labels == 0) & facts.is_cut(facts.train)))
 
 
 @rule("F25", needs=("rows",))

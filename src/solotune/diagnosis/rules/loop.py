@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from solotune.diagnosis.facts.derived import (
     shape_of,
     weight_bytes,
 )
+from solotune.diagnosis.facts.out_of_memory import phase_of
 from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
@@ -59,8 +59,8 @@ def no_checkpointing(run_facts: RunFacts) -> Signal | None:
         return None
     fix = "gradient_checkpointing: true"
     text, tokens, memory = out_of_memory(run_facts), micro_batch_tokens(run_facts), setting(run_facts, "memory_bytes")
-    if text is not None and last_step(run_facts) <= EARLY and not re.search(r"logits|cross_entropy|lm_head", text):
-        if re.search(r"optimizer\.step|exp_avg|from_pretrained|load_state_dict", text):
+    if text is not None and last_step(run_facts) <= EARLY and phase_of(text) != "loss":
+        if phase_of(text) in ("step", "load"):
             return None
         says = f"out of memory at step {last_step(run_facts) + 1}, with gradient checkpointing off"
         return Signal("F71", "measured", says, 0.75, {"step": last_step(run_facts) + 1}, fix=fix)
@@ -105,7 +105,7 @@ def logits_memory(run_facts: RunFacts) -> Signal | None:
     fix = "a smaller per_device_train_batch_size, or in TRL use_liger_kernel: true"
     text, tokens = out_of_memory(run_facts), micro_batch_tokens(run_facts)
     size = logits_bytes(run_facts, tokens[0]) if tokens else None
-    if text is not None and re.search(r"logits|cross_entropy|lm_head|compute_loss|log_softmax|\.float\(\)", text):
+    if text is not None and phase_of(text) == "loss":
         says = "out of memory at the loss" + (f", whose logits need about {size / _GIB:.1f} GiB" if size else "")
         return Signal("F72", "measured", says, 0.8, {"bytes": size}, fix=fix)
     memory, get = setting(run_facts, "memory_bytes"), run_facts.settings.get

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 
 import numpy as np
 
 from solotune.diagnosis.evidence import Signal
-from solotune.diagnosis.facts.conversations import answers_of, chats_of
 from solotune.diagnosis.facts.derived import (
     is_ours,
     mapping,
@@ -18,9 +16,12 @@ from solotune.diagnosis.facts.derived import (
     planned_steps,
     row_lengths,
     setting,
+    steps_of_an_epoch,
     steps_of_epochs,
 )
-from solotune.diagnosis.facts.rows import examples_of, rows_of
+from solotune.diagnosis.facts.row_order import FEWEST, LENGTHS, order_of, read_in_order
+from solotune.diagnosis.facts.rows import examples_of
+from solotune.diagnosis.facts.texts import Batches
 from solotune.diagnosis.rules import rule
 from solotune.diagnosis.rules.loop import last_step, tail_decides
 from solotune.diagnosis.run_facts import RunFacts
@@ -30,6 +31,14 @@ SORTED = 0.7
 1e-15."""
 CHANCE = 4.0
 """Standard deviations of the rank correlation in random order."""
+ONE_PASS = 1.2
+"""Epochs, up to which an order from short to long rows is a curriculum."""
+AGAIN, SURELY_AGAIN = 0.05, 0.4
+"""Share of the rows in the batches of one epoch that came before: more than a few, and every second one."""
+WHOLE_PASS = 1.5
+"""Times the steps that the rows make, without an end of the epoch."""
+MOSTLY_ONCE = 0.9
+"""Different rows / rows of data whose rows are there once."""
 LONG_TAIL, ALONE = 5.0, 4.0
 """The longest row divided by the 95th percentile (real chats have 3 to 5), and by the fourth longest: the tail of real
 data goes on, so its longest rows are near each other."""
@@ -39,96 +48,104 @@ data goes on, so its longest rows are near each other."""
 def sorted_rows(run_facts: RunFacts) -> Signal | None:
     """F40: the rows are sorted, and are trained on in that order.
 
-    Sees: no shuffling, and rows whose position in the file shows their length or their answer; batches whose rows
-    follow the order of the file.
+    Sees: a file whose order follows the length of the rows, their answers or what they are about (sources one after
+    another); and that rows were read in this order: no shuffling in the settings, batches whose rows follow the file, a
+    loss with the same ups and downs in every epoch.
     Why: the loss goes up and down with the file; the final model is biased to the last part of the file.
     Not: sorted files with a sampler that shuffles, which is the Trainer's default: the sampler matters, not the file;
     F77, which repeats rows after a resume only.
     Fix: shuffle the training rows.
-    Wrong when: the order is a curriculum. Control: rows in random order, whose rank correlation has a standard
-    deviation of 1 / sqrt(rows).
+    Wrong when: the order is a curriculum (asked for in the settings it is none; from short to long in one epoch it is a
+    remark). Control: rows in random order, whose rank correlation has a standard deviation of 1 / sqrt(rows); epochs
+    with other batches each, whose losses do not correlate.
     Source: Karpathy's recipe; 1.94 instead of 1.72 (measured).
     """
-    get = run_facts.settings.get
-    if is_ours(run_facts) or get("shuffle") is not False:
-        return None
     rows = examples_of(run_facts)
-    if len(rows) < 20:
+    if is_ours(run_facts) or len(rows) < FEWEST or _is_curriculum(run_facts):
         return None
     what, found = order_of(run_facts)
-    if found < max(SORTED, CHANCE / math.sqrt(len(rows))):
+    if found < max(SORTED, CHANCE / math.sqrt(len(rows))) or not (how := read_in_order(run_facts)):
         return None
-    says = f"rows are not shuffled, and their order in the file follows {what} (rank correlation {found:.2f})"
-    return Signal("F40", "measured", says, 0.85, {"correlation": found}, fix="shuffle the training rows")
+    says = f"{how}, and the order of the file follows {what} ({found:.2f}; a random order has 0)"
+    numbers, fix = {"correlation": found}, "shuffle the training rows"
+    epochs = (planned_steps(run_facts) or 0) / (steps_of_an_epoch(run_facts) or 1)
+    if what in LENGTHS and epochs <= ONE_PASS and run_facts.settings.get("shuffle") is not False:
+        return Signal("F40", "remark", f"{says}, as in a curriculum", 0.3, numbers, fix=fix)
+    return Signal("F40", "measured", says, 0.85, numbers, fix=fix)
 
 
-def order_of(run_facts: RunFacts) -> tuple[str, float]:
-    """The property that the order of the rows follows most, and the absolute rank correlation of both."""
-    rows, answers = examples_of(run_facts), answers_of(chats_of(run_facts))
-    length = np.array([len(row.input_ids) for row in rows], float)
-    learned = np.array([int(row.loss_mask.sum()) for row in rows], float)
-    first = np.array([int(row.input_ids[row.loss_mask][0]) if row.loss_mask.any() else -1 for row in rows], float)
-    keys = {"their length": length, "the length of their answers": learned, "how their answers begin": first}
-    if len(answers) == len(rows):
-        keys["their answers"] = np.unique(answers, return_inverse=True)[1].astype(float)
-    found = {what: abs(_rank_correlation(values)) for what, values in keys.items()}
-    if len(answers) == len(rows):
-        found["their answers"] = max(found["their answers"], _run_share(answers))
-    best = max(found, key=lambda what: found[what])
-    return best, found[best]
-
-
-def _rank_correlation(values: np.ndarray) -> float:
-    _, ranks, counts = np.unique(values, return_inverse=True, return_counts=True)
-    if len(counts) < 3:
-        return 0.0
-    middle = (np.cumsum(counts) - (counts - 1) / 2)[ranks]
-    return float(np.corrcoef(middle, np.arange(len(values)))[0, 1])
-
-
-def _run_share(answers: list[str]) -> float:
-    """The share of repeated answers that are next to an equal one: near 1 only if the file is grouped by answer."""
-    counts = Counter(answers)
-    repeated = sum(count - 1 for count in counts.values())
-    neighbours = sum(a == b for a, b in itertools.pairwise(answers))
-    expected = sum((count / len(answers)) ** 2 for count in counts.values())
-    enough = repeated >= 0.5 * len(answers) and len(counts) >= 2 and expected < 0.5
-    return neighbours / repeated if enough else 0.0
+def _is_curriculum(run_facts: RunFacts) -> bool:
+    """Whether the settings ask for an order: `curriculum_sampling` (Axolotl) and the like."""
+    return any("curriculum" in str(key).lower() and value for key, value in run_facts.settings.values.items())
 
 
 @rule("F41", needs=("settings",))
 def repeated_by_workers(run_facts: RunFacts) -> Signal | None:
     """F41: every data loader worker reads all of the data.
 
-    Sees: rows that are N times in the batches and once in the data, with N workers; a run of N times the planned steps.
+    Sees: rows that come again in the batches before all rows came, though the data has them once, with several workers;
+    a run of N times the planned steps; an epoch of the log that is longer than its rows make it.
     Why: an epoch is N times as long, and rows are memorised.
     Not: F39, where the file repeats the rows; several epochs.
     Fix: shard the iterable dataset by worker (`torch.utils.data.get_worker_info`).
-    Wrong when: rows are repeated on purpose. Control: batches of one epoch at most; the steps that the epochs make,
-    unless `max_steps` sets them.
+    Wrong when: rows are repeated on purpose (a sampler with weights or replacement, if the settings name it, is asked
+    nothing). Control: batches of one epoch at most; the steps that the epochs make, unless `max_steps` sets them.
     Source: datasets#3423, pytorch#30599.
     """
     workers = setting(run_facts, "dataloader_num_workers") or 0
     if is_ours(run_facts) or workers < 2:
         return None
     fix = "shard the iterable dataset by worker (torch.utils.data.get_worker_info), or dataloader_num_workers: 0"
-    seen = [row.input_ids.tobytes() for batch in run_facts.batches for row in rows_of(batch)]
-    own = [row.input_ids.tobytes() for row in run_facts.train]
-    again = 1 - len(set(seen)) / len(seen) if seen else 0.0
-    is_one_epoch = not own or len(seen) <= len(own)
-    if len(seen) >= 8 and again >= 0.4 and is_one_epoch and (not own or len(set(own)) > 0.9 * len(own)):
-        says = f"{again:.0%} of the rows in the batches repeat an earlier row, with {workers:.0f} workers"
-        return Signal("F41", "invariant", says, 0.9, {"again": again, "workers": workers}, fix=fix, affected=again)
-    is_stream = run_facts.settings.get("iterable") is True or run_facts.settings.get("streaming") is True
+    get = run_facts.settings.get
+    if not any(get(key) for key in ("replacement", "weighted_sampler", "sampler_weights", "group_by_length")):
+        again, rows = _again_in_one_epoch(run_facts)
+        if rows >= 8 and again >= max(3, AGAIN * rows):
+            says = f"{again} of the first {rows} rows repeat an earlier one before all rows came, with {workers:.0f} "
+            says += "workers; in the data each is there once"
+            kind, weight = ("invariant", 0.9) if again >= SURELY_AGAIN * rows else ("measured", 0.75)
+            numbers = {"again": again, "rows": rows, "workers": workers}
+            return Signal("F41", kind, says, weight, numbers, fix=fix, affected=again / rows)
     total, planned = planned_steps(run_facts), steps_of_epochs(run_facts)
     is_set = (setting(run_facts, "max_steps") or 0) > 0
     if total and planned and not is_set and abs(total / planned / workers - 1) < 0.1:
         says = f"the run has {total:,} steps instead of the {planned:,} for its rows, with {workers:.0f} workers"
         return Signal("F41", "measured", says, 0.8, {"steps": total, "planned": planned}, fix=fix)
-    if is_stream and run_facts.settings.get("sharded") is False:
+    if (longer := _epoch_in_the_log(run_facts)) is not None and longer[0] >= WHOLE_PASS * longer[1]:
+        says = f"an epoch of the log has at least {longer[0]:,} steps, though the rows make {longer[1]:,}; "
+        says += f"{workers:.0f} workers read them"
+        return Signal("F41", "measured", says, 0.75, {"steps": longer[0], "planned": longer[1]}, fix=fix)
+    is_stream = get("iterable") is True or get("streaming") is True
+    if is_stream and get("sharded") is False:
         says = f"{workers:.0f} workers read an iterable dataset that is not sharded"
         return Signal("F41", "invariant", says, 0.85, {"workers": workers}, fix=fix)
     return None
+
+
+def _again_in_one_epoch(run_facts: RunFacts) -> tuple[int, int]:
+    """(rows that came more often than they are in the data, rows) of the batches of at most one epoch."""
+    if "batches" in run_facts.missing:
+        return 0, 0  # they are not the trainer's
+    own = Counter(row.input_ids.astype(np.int64).tobytes() for row in run_facts.train)
+    documents = Batches.of(run_facts).documents[: len(run_facts.train) or None]
+    seen = Counter(document.ids.astype(np.int64).tobytes() for document in documents)
+    if own and len(own) <= MOSTLY_ONCE * own.total():
+        return 0, 0
+    return sum(max(count - own.get(key, 1), 0) for key, count in seen.items()), seen.total()
+
+
+def _epoch_in_the_log(run_facts: RunFacts) -> tuple[int, int] | None:
+    """(steps of an epoch by the log at least, steps that the rows make); None if either is not known."""
+    trace, planned = run_facts.trace, steps_of_an_epoch(run_facts)
+    if trace is None or len(trace.step_S) < 3 or not planned or not np.isfinite(trace.epoch_S).all():
+        return None
+    slope = np.diff(trace.epoch_S) / np.maximum(np.diff(trace.step_S), 1)
+    usual = float(np.median(slope))
+    if usual <= 0:
+        return None
+    jumps = np.flatnonzero(slope > 2 * usual)  # an iterable data set has no length: only its end counts as an epoch
+    last = int(trace.step_S[jumps[0]] if len(jumps) else trace.step_S[-1])
+    is_counted = abs(usual * trace.step_S[-1] - 1) > 0.02 and not len(jumps)  # not steps / all steps
+    return (round(1 / usual), planned) if is_counted else (last, planned)
 
 
 @rule("F42", probes=("P11",))

@@ -98,13 +98,14 @@ def pads_learned(run_facts: RunFacts) -> Signal | None:
 
     Sees: labels at positions where attention_mask is 0, or in the padding at the edge of a row.
     Why: the loss is low and depends on the share of padding; the model learns to write padding.
-    Not: F20, whose labels are inside the text; F28, where the attention_mask is 0 on text.
+    Not: F20, whose labels are inside the text, or are one number in place of -100; F28, where the attention_mask is 0
+    on text.
     Fix: `labels[attention_mask == 0] = -100`.
     Wrong when: never.
     Source: no public report found; the loss changes with the batch size (measured).
     """
     facts = LabelFacts.of(run_facts)
-    if facts.pads_learned <= 0.05 * max(facts.pads, 1) or texts_hidden(facts.batches):
+    if facts.pads_learned <= 0.05 * max(facts.pads, 1) or texts_hidden(facts.batches) or facts.constant_label:
         return None
     share = facts.pads_learned / facts.pads
     says = f"{facts.pads_learned:,} of {facts.pads:,} padding tokens have a label ({share:.0%})"

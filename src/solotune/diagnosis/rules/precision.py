@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.derived import has_error, is_ours, is_scale_free, lora_layers, setting, shape_of
 from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts, Trace
+
+if TYPE_CHECKING:
+    import torch
 
 SAFE_RATE = 2e-4
 """At this learning rate an Adam step changes every element of a default A in bfloat16; at 1e-5 a quarter (computed)."""
@@ -20,6 +24,8 @@ FEW = 0.1
 1,024, and more for wider models."""
 SKIPS, SKIPPED = 5, 0.02
 """Steps at the start, and share of the later ones, that a loss scaler may skip while it looks for its factor."""
+SAMPLE, LEVELS = 4096, 64
+"""Elements that are read, and different values from which they are no constants."""
 MEMORISED = 0.05
 """A loss below it may be logged as zero next: it is rounded."""
 
@@ -91,10 +97,10 @@ def is_half(run_facts: RunFacts) -> bool:
 def updates_lost(run_facts: RunFacts) -> Signal | None:
     """F54: small updates are lost by rounding, because the adapters are bfloat16.
 
-    Sees: adapters in bfloat16 and a learning rate at which a step changes less than a tenth of the elements of A, by
-    the width of the model (1 / sqrt(inputs) is the size of an element, 1/256 of it what bfloat16 rounds). A rate below
-    2e-4 is a remark. Probe P6 decides by the share of elements whose stored value changes in one real step: 1.0 in
-    float32, 0.4 to 0.6 if updates are lost.
+    Sees: adapters in bfloat16, or whose saved values all are, and a learning rate at which a step changes less than a
+    tenth of the elements of A, by the width of the model (1 / sqrt(inputs) is the size of an element, 1/256 of it what
+    bfloat16 rounds). A rate below 2e-4 is a remark. Probe P6 decides by the share of elements whose stored value
+    changes in one real step: 1.0 in float32, 0.4 to 0.6 if updates are lost.
     Why: bfloat16 has 8 bits of precision, so a step of 1/256 of the value or less changes nothing. Learning is slow,
     and the end of the schedule has no effect.
     Not: bfloat16 adapters at 2e-4 and above, which cost a few hundredths of a nat; adapters that were only saved in
@@ -107,20 +113,31 @@ def updates_lost(run_facts: RunFacts) -> Signal | None:
     rate, shape = setting(run_facts, "learning_rate"), shape_of(run_facts)
     is_narrow = str(run_facts.settings.get("adapter_dtype")).rpartition(".")[2] in ("bfloat16", "bf16")
     parts = [part for pair in lora_layers(run_facts).values() for part in pair.values()]
-    is_saved = bool(parts) and all(str(part.dtype) == "torch.bfloat16" for part in parts)
+    is_saved = bool(parts) and all(map(_has_bfloat16_values, parts))
     if is_ours(run_facts) or rate is None or rate >= SAFE_RATE or not (is_narrow or is_saved):
         return None
     fix, share = "keep the adapters in float32", math.inf
     if shape and is_scale_free(run_facts):
         share = rate / ROUNDS * math.sqrt(shape["hidden"])
     numbers = {"learning_rate": rate, "share_changed": share}
-    if is_narrow and share < FEW:
-        says = f"the adapters are bfloat16: a step of {rate:g} changes about {share:.0%} of the elements of A"
+    if (is_narrow or (is_saved and run_facts.trace is not None)) and share < FEW:
+        says = f"the adapters {'are' if is_narrow else 'were saved as'} bfloat16: a step of {rate:g} changes about "
+        says += f"{share:.0%} of the elements of A"
         return Signal("F54", "measured", says, 0.65, numbers, fix=fix, affected=1 - share)
     says = (
         f"the adapters are {'' if is_narrow else 'saved in '}bfloat16, where steps of {rate:g} may be lost by rounding"
     )
     return Signal("F54", "remark", says, 0.3, numbers, fix=fix)
+
+
+def _has_bfloat16_values(part: torch.Tensor) -> bool:
+    """Whether a tensor is bfloat16, or was: training in float32 fills the other bits."""
+    import torch
+
+    if part.dtype != torch.float32:
+        return part.dtype == torch.bfloat16
+    some = part.detach().flatten()[:SAMPLE]
+    return len(torch.unique(some)) > LEVELS and torch.equal(some.bfloat16().float(), some)
 
 
 @rule("F55", needs=("trace",))

@@ -1,4 +1,6 @@
-"""S8, the content of the rows: F34 to F36; `text` has F37, `misaligned` F38, `duplicates` F39, `order` F40 to F42.
+"""S8, the answers of the rows: F34 and F35.
+
+`roles` has F36, `text` F37, `misaligned` F38, `duplicates` F39, `order` F40 to F42.
 
 The second rule of a fault judges conversations that could not be rendered (no tokenizer, no model, roles that
 `solotune data` refuses).
@@ -6,18 +8,16 @@ The second rule of a fault judges conversations that could not be rendered (no t
 
 from __future__ import annotations
 
-import itertools
-import re
+import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from solotune.dataset.chat.formats import EMPTY_ANSWER
 from solotune.diagnosis.evidence import Signal
-from solotune.diagnosis.facts.conversations import answers_of, calls_of, chats_of
-from solotune.diagnosis.facts.row_arrays import MIN_ROWS, NUM_DECODED, evenly, is_pattern, percent, squeezed
-from solotune.diagnosis.facts.row_facts import RowFacts, pieces_of_template
-from solotune.diagnosis.facts.rows import facts_of
+from solotune.diagnosis.facts.conversations import answers_of, chats_of
+from solotune.diagnosis.facts.row_arrays import MIN_ROWS, is_pattern, percent, squeezed
+from solotune.diagnosis.facts.row_facts import RowFacts
 from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
@@ -41,50 +41,34 @@ OVERUSED = 0.2
 OVERUSED_LABEL = 0.5
 """The same for an answer of one to three words: `unanswerable` is a third of SQuAD 2."""
 
-_FOREIGN_ROLES = (
-    "human",
-    "gpt",
-    "bot",
-    "chatbot",
-    "chatgpt",
-    "model",
-    "bard",
-    "ai",
-    "prompter",
-    "customer",
-    "agent",
-    "instruction",
-    "response",
-)
-_ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython", "observation"}
-_EXCHANGED = "one message of the assistant and one of the user after it: what the user says is not trained on."
-_NAMES_OF_ROLES = (
-    "in the data, give the message that is to be learned the role assistant, and the one before it the role user"
-)
 _EXPORTED = {"nan", "undefined", "#n/a", "<na>"}
 _PLACEHOLDERS = _EXPORTED | {"null", "none", "n/a", "[]", "{}", "todo", "tbd"}
+LONG_ANSWER, EXTRACTED = 6, 0.2
+"""Words of free answers beside which `none` is no extracted value, and its share from which it is no odd row."""
 
 
 @rule("F34", needs=("rows",), probes=("P1",))
 def empty_answers(facts: RowFacts) -> Finding | None:
     """F34: answers are empty, invisible, or a placeholder of the export.
 
-    Sees: answers without a visible character; `nan` and the like among free texts; rows that were dropped for this
+    Sees: answers without a visible character; `nan` and the like among free texts; `none`, `...` and the like in a
+    fifth of the rows or more, if the other answers are free texts of several words; rows that were dropped for this
     reason.
     Why: the model learns to answer with its end of turn at once; a batch of such rows has a NaN loss.
     Not: F25, whose answers exist before truncation; `none` as one class among a few; one or two odd rows; questions of
     a log that nobody answered, which are left out: up to a fifth of the rows is a remark.
     Fix: correct the export, or remove these rows.
     Wrong when: `null` is a real answer. Control: `none`, `n/a`, `{}` are what extraction finds where there is nothing,
-    so they are a remark; `nan`, `undefined` and `<na>` are written by programs only.
+    so they are a remark beside short answers; `nan`, `undefined` and `<na>` are written by programs only.
     Source: FederatedScope#625 (NaN), trl#1225; the first loss is 16 times the normal one (measured).
     """
     dropped = facts.dropped(EMPTY_ANSWER)
     invisible = [row for row, text in facts.answers if not any(c.isprintable() and not c.isspace() for c in text)]
     folded = [(row, text.strip().casefold()) for row, text in facts.answers]
-    is_free = len({text for _, text in folded}) > MOST * len(folded)
-    filler = [row for row, text in folded if text in _PLACEHOLDERS] if is_free else []
-    exported = sum(text in _EXPORTED for _, text in folded) if is_free else 0
+    known = _Fillers.of([text for _, text in folded])
+    unseen = set(invisible)
+    filler = [row for row, text in folded if known.has(text) and row not in unseen]
+    exported = known.exported
     found, total = dropped + len(invisible) + len(filler), len(folded) + len(facts.validation.rows) + dropped
     if not is_pattern(len(invisible) + len(filler), len(folded), FEW) and not is_pattern(dropped, total, SOME):
         return None
@@ -103,6 +87,35 @@ def empty_answers(facts: RowFacts) -> Finding | None:
     )
 
 
+class _Fillers(NamedTuple):
+    """Which answers stand where there is none: placeholders, and answers without a letter or digit."""
+
+    is_free: bool
+    exported: int
+    """Those that no person wrote: a program's words, or any filler beside long free texts, in many rows."""
+
+    @classmethod
+    def of(cls, folded: Sequence[str]) -> _Fillers:
+        visible = [text for text in folded if any(c.isprintable() and not c.isspace() for c in text)]
+        rest = [text for text in visible if not (text in _PLACEHOLDERS or _is_wordless(text))]
+        is_free = bool(rest) and len(set(rest)) > MOST * len(rest)
+        exported = sum(text in _EXPORTED for text in visible)
+        fillers = len(visible) - len(rest)
+        words = sorted(len(text.split()) for text in rest)
+        is_text = is_free and words[len(words) // 2] >= LONG_ANSWER
+        if is_text and is_pattern(fillers, len(folded), EXTRACTED):
+            exported = fillers
+        return cls(is_free, exported if is_free else 0)
+
+    def has(self, text: str) -> bool:
+        return self.is_free and (text in _PLACEHOLDERS or _is_wordless(text))
+
+
+def _is_wordless(text: str) -> bool:
+    """Whether a text has signs of punctuation only; emoji and signs of mathematics may be answers."""
+    return bool(text) and all(unicodedata.category(c)[0] in "PZC" for c in text)
+
+
 def _are_lost(learned: int, answers: int, dropped: int, total: int) -> bool:
     """Whether empty answers are a fault: one in twenty that are trained on, or one in five that were left out."""
     return is_pattern(learned, answers, SOME) or is_pattern(dropped, total, OVERUSED)
@@ -113,9 +126,11 @@ def chats_without_answers(run_facts: RunFacts) -> Signal | None:
     """F34, of conversations that could not be rendered."""
     answers = answers_of(chats_of(run_facts))
     empty = sum(not text.strip() for text in answers)
+    empty += _Fillers.of([text.strip().casefold() for text in answers]).exported
     if not is_pattern(empty, len(answers), FEW):
         return None
-    says, fix = f"{empty:,} of {len(answers):,} answers are empty", "in the data, remove the rows without an answer"
+    says = f"{empty:,} of {len(answers):,} answers are empty or a placeholder"
+    fix = "in the data, remove the rows without an answer"
     kind, weight = ("invariant", 0.9) if is_pattern(empty, len(answers), SOME) else ("remark", 0.3)
     return Signal("F34", kind, says, weight, {"empty": empty}, fix=fix, affected=empty / len(answers))
 
@@ -200,159 +215,3 @@ def _alike(text: str, other: str) -> float:
     """The share of words that two texts have in common."""
     a, b = (set(one.casefold().split()) for one in (text, other))
     return len(a & b) / max(len(a | b), 1)
-
-
-@rule("F36", needs=("rows",))
-def broken_turns(facts: RowFacts) -> Finding | None:
-    """F36: roles have wrong names or do not alternate.
-
-    Sees: role names that no template knows (`human`, `gpt`), in chats or in headers of rendered rows; chats of one
-    message of the assistant, other than in the next chat, and one of the user after it; the same turn twice in a row.
-    Two different turns of one role in a row are a remark.
-    Why: strict templates raise an error. Others write a header that the model has never seen, or no answer is found.
-    The loss does not show it (the first loss is 1.3 times the normal one).
-    Not: several tool messages in a row; a system message at the start; a call, its result and the answer; a greeting of
-    the assistant at the start, or a last word of the user; role names that the trainer translates.
-    Fix: rename the roles to system, user and assistant.
-    Wrong when: the template is made for these names. Control: the rendered rows. If they have the template's header of
-    a user, the names were translated.
-    Source: Megatron-Bridge#5078, smol-course#260, unsloth#994.
-    """
-    chats = [facts.train.rows[row].messages for row in facts.chats]
-    repeated = [row for row, messages in zip(facts.chats, chats, strict=True) if _repeats_a_role(messages)]
-    twice = [row for row, messages in zip(facts.chats, chats, strict=True) if _repeats_a_role(messages, same=True)]
-    total = len(chats)
-    if exchanged := _exchanged(chats):
-        rows = [facts.chats[number] for number in exchanged]
-        return Finding.of(
-            "F36",
-            "error",
-            message=f"{len(rows):,} of {total:,} rows are {_EXCHANGED}",
-            evidence={"rows_with": len(rows), "rows_read": total, "rows": facts.train.places(rows)},
-            fix=_NAMES_OF_ROLES,
-            affected=len(rows) / total,
-            is_statistic=True,
-        )
-    is_twice = is_pattern(len(twice), total, SOME)
-    if not is_pattern(len(repeated), total, SOME):
-        return None
-    rows = twice if is_twice else repeated
-    return Finding.of(
-        "F36",
-        "error" if is_twice else "warning",
-        message=f"{len(rows):,} of {total:,} rows have two turns of the same role in a row"
-        + (", with the same text." if is_twice else "."),
-        evidence={"rows_with": len(rows), "rows_read": total, "rows": facts.train.places(rows)},
-        fix="in the data, remove the second turn"
-        if is_twice
-        else "in the data, join neighbouring messages of one role, or look for a lost turn between them",
-        affected=len(rows) / total,
-    )
-
-
-@rule("F36", needs=("rows",))
-def headers_of_foreign_roles(facts: RowFacts) -> Finding | None:
-    """F36, of rendered rows: the template's header, with a role name that it does not have."""
-    header = _header_of_answers(facts)
-    if header is None:
-        return None
-    begin, end = header
-    pattern = re.compile(re.escape(begin) + f"({'|'.join(_FOREIGN_ROLES)})" + re.escape(end), re.IGNORECASE)
-    read = evenly(range(len(facts.train.rows)), NUM_DECODED)
-    own = str(facts.tokenizer.chat_template)  # may have such a name for the user or the assistant itself
-    texts = {row: facts.decode(facts.train.rows[row].input_ids) for row in read}
-    found = {row: {name for name in pattern.findall(text) if name not in own} for row, text in texts.items()}
-    named = {row: names for row, names in found.items() if names}
-    if not is_pattern(len(named), len(read), SOME):
-        return None
-    names = sorted(set().union(*named.values()))
-    return Finding.of(
-        "F36",
-        "error",
-        message=f"{len(named):,} of {len(read):,} rows have turns of roles that the chat template does not have: "
-        f"{', '.join(names)}.",
-        evidence={
-            "rows_with": len(named),
-            "rows_read": len(read),
-            "roles": names,
-            "rows": facts.train.places([*named]),
-        },
-        fix="in the data, name the roles system, user and assistant",
-        affected=len(named) / len(read),
-    )
-
-
-def _header_of_answers(facts: RowFacts) -> tuple[str, str] | None:
-    """What the template writes before and after the role's name in the header of an answer; None without a name."""
-    pieces = pieces_of_template(facts)
-    if pieces is None or "assistant" not in pieces[1]:
-        return None
-    before, _, after = pieces[1].rpartition("assistant")
-    begin = before.rpartition("\n")[2][-16:]
-    return (begin, after[:4]) if begin.strip() and after else None
-
-
-def _repeats_a_role(messages: Sequence[Mapping[str, Any]], same: bool = False) -> bool:
-    """Whether the user or the assistant has two turns in a row (`same`: of the same text); a call and the answer after
-    it are no repetition."""
-    turns = [message for message in messages if message["role"] not in ("system", "developer")]
-    return any(
-        a["role"] == b["role"]
-        and a["role"] in ("user", "assistant")
-        and not calls_of(a)
-        and (not same or a["content"] == b["content"])
-        for a, b in itertools.pairwise(turns)
-    )
-
-
-def _exchanged(chats: Sequence[Sequence[Mapping[str, Any]]]) -> list[int]:
-    """Numbers of the chats whose question is the assistant's and whose answer is the user's; empty unless most are so.
-
-    The order alone does not tell: many chats begin with a greeting, interviews with a question, and end with the user.
-    But a greeting is the same in many chats, and an interview does not end after one answer, which nobody trains on.
-    """
-    found, first = [], set()
-    for number, messages in enumerate(chats):
-        turns = [message for message in messages if message["role"] not in ("system", "developer")]
-        if [turn["role"] for turn in turns] == ["assistant", "user"]:
-            found.append(number)
-            first.add(squeezed(str(turns[0]["content"])))
-    return found if is_pattern(len(found), len(chats), MOST) and len(first) > MOST * len(found) else []
-
-
-@rule("F36", otherwise=True)
-def foreign_roles(run_facts: RunFacts) -> Signal | None:
-    """F36, of conversations that could not be rendered: unknown role names, or roles that do not alternate."""
-    chats = chats_of(run_facts)
-    if not chats:
-        return None
-    fix = "in the data, name the roles system, user and assistant, and let user and assistant alternate"
-    named = Counter(m["role"] for chat in chats for m in chat)
-    foreign = {role: count for role, count in named.items() if role not in _ROLES}
-    odd = sum(any(m["role"] in foreign for m in chat) for chat in chats)
-    if foreign and is_pattern(odd, len(chats), SOME) and not _are_translated(run_facts):
-        says = f"{odd:,} of {len(chats):,} chats have roles that no template knows: {', '.join(sorted(foreign))}"
-        return Signal("F36", "invariant", says, 0.85, {"roles": foreign}, fix=fix, affected=odd / len(chats))
-    if exchanged := len(_exchanged(chats)):
-        says, affected = f"{exchanged:,} of {len(chats):,} chats are {_EXCHANGED}", exchanged / len(chats)
-        return Signal("F36", "measured", says, 0.75, {"chats": exchanged}, fix=_NAMES_OF_ROLES, affected=affected)
-    broken, twice = (sum(_repeats_a_role(chat, same) for chat in chats) for same in (False, True))
-    if not is_pattern(broken, len(chats), SOME):
-        return None
-    if is_pattern(twice, len(chats), SOME):
-        says = f"in {twice:,} of {len(chats):,} chats a turn stands twice in a row"
-        return Signal("F36", "measured", says, 0.75, {"chats": twice}, fix=fix, affected=twice / len(chats))
-    says = f"in {broken:,} of {len(chats):,} chats user and assistant do not alternate"
-    return Signal("F36", "remark", says, 0.3, {"chats": broken}, fix=fix, affected=broken / len(chats))
-
-
-def _are_translated(run_facts: RunFacts) -> bool:
-    """Whether the rendered rows have the template's header of a user, and of no other role: the trainer knew them."""
-    is_own_rendering = "batches" in run_facts.missing  # the trainer's is not known, and these rows are solotune's
-    facts = facts_of(run_facts) if len(run_facts.train) and not is_own_rendering else None
-    header = None if facts is None else _header_of_answers(facts)
-    if facts is None or header is None:
-        return False
-    read = [facts.decode(facts.train.rows[row].input_ids) for row in evenly(range(len(facts.train.rows)), 20)]
-    user = f"{header[0]}user{header[1]}"
-    return all(user in text for text in read) and headers_of_foreign_roles(facts) is None

@@ -9,7 +9,6 @@ import numpy as np
 
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.derived import (
-    has_error,
     is_lora,
     is_ours,
     is_scale_free,
@@ -19,6 +18,7 @@ from solotune.diagnosis.facts.derived import (
     shape_of,
     warmup_steps,
 )
+from solotune.diagnosis.facts.out_of_memory import phase_of
 from solotune.diagnosis.facts.step_size import (
     HALF,
     LEAST_STEPS,
@@ -359,11 +359,7 @@ def optimizer_memory(run_facts: RunFacts) -> Signal | None:
     Source: bitsandbytes#962, litgpt#391, torchtune#1576 (LoRA needs no paging).
     """
     text = out_of_memory(run_facts)
-    if (
-        is_ours(run_facts)
-        or text is None
-        or not has_error(run_facts, r"optimizer\.step|in step\b|exp_avg|optim/.*\.py|_init_group")
-    ):
+    if is_ours(run_facts) or text is None or phase_of(text) != "step":
         return None
     says = "out of memory in the optimizer step: " + text.strip().splitlines()[-1][:120]
     return Signal("F70", "measured", says, 0.8, {}, fix="optim: adamw_8bit")

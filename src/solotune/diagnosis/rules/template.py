@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from solotune.diagnosis.evidence import Signal
-from solotune.diagnosis.facts.derived import is_ours
+from solotune.diagnosis.facts.derived import is_ours, setting
 from solotune.diagnosis.facts.rendered_chats import decoded, own_frame, rendered, rendered_by
 from solotune.diagnosis.facts.row_arrays import evenly, is_pattern, percent, squeezed
 from solotune.diagnosis.facts.row_facts import (
@@ -25,7 +25,7 @@ from solotune.diagnosis.facts.row_facts import (
 from solotune.diagnosis.facts.rows import examples_of
 from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.rules import rule
-from solotune.diagnosis.rules.turns import header_doubled
+from solotune.diagnosis.rules.headers import header_doubled
 from solotune.diagnosis.run_facts import RunFacts
 
 MOST = 0.5
@@ -33,6 +33,8 @@ MOST = 0.5
 SOME = 0.05
 """One row in twenty, for what some rows have that were joined from another source."""
 
+BEGINS_ALWAYS = ("gemma", "recurrent_gemma")
+"""Families whose makers say that every text begins with it; a template without it was edited."""
 _THOUGHTS = re.compile(r"</?think|\bthought|\banalysis\b|reasoning", re.IGNORECASE)
 """In a generation prompt: it opens or closes a thinking block."""
 
@@ -109,10 +111,11 @@ def missing_bos(facts: RowFacts) -> Finding | None:
     """
     side = facts.train
     path = facts.settings.chat_template_path
-    if not facts.is_chat or (not path and facts.own_template is None):
+    always = facts.family.startswith(BEGINS_ALWAYS)
+    if not facts.is_chat or (not path and facts.own_template is None and not always):
         return None
     pieces = pieces_of(facts.own_template) if facts.own_template else None
-    if pieces is None:
+    if pieces is None or always:
         before, why = list(facts.encoder.affixes[0]), "this tokenizer starts every text with"
     elif not is_in_rows(facts, pieces[1]):
         return None  # a different format: F12
@@ -138,7 +141,8 @@ def rows_without_served_bos(run_facts: RunFacts) -> Signal | None:
     Control: the model's own template. If it writes none, the rows need none (Zephyr, ChatML). A plain text for which
     only the tokenizer would add one is a remark: what it costs, P1 measures.
     """
-    tokenizer, rows = run_facts.tokenizer, examples_of(run_facts)
+    tokenizer, limit = run_facts.tokenizer, setting(run_facts, "max_length") or np.inf
+    rows = [row for row in examples_of(run_facts) if len(row.input_ids) < limit]  # others may have lost it: F26
     bos = getattr(tokenizer, "bos_token_id", None)
     if tokenizer is None or not isinstance(bos, int) or len(rows) < 3:
         return None

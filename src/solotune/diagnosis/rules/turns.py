@@ -1,4 +1,4 @@
-"""S3, the chat template and special tokens within a turn: F10 and F13 to F15, on its end, header and roles."""
+"""S3, the chat template and special tokens within a turn: F10, F13 and F14, on its end and its roles."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import numpy as np
 
 from solotune.dataset.chat.rendered_content import NAME, THOUGHTS, TOOLS, WAYS_TO_KEEP_THOUGHTS
 from solotune.diagnosis.evidence import Signal
-from solotune.diagnosis.facts.labelled_turns import starts_with_label
 from solotune.diagnosis.facts.rendered_chats import NUM_ROWS, rendered
-from solotune.diagnosis.facts.row_arrays import Side, evenly, is_pattern, percent, squeezed
-from solotune.diagnosis.facts.row_facts import NUM_RENDERED, RowFacts, pieces_of_template
+from solotune.diagnosis.facts.row_arrays import Side, is_pattern, percent, squeezed
+from solotune.diagnosis.facts.row_facts import RowFacts
 from solotune.diagnosis.facts.row_labels import open_answers
 from solotune.diagnosis.facts.rows import examples_of, plain_messages
 from solotune.diagnosis.findings import Finding, Severity
@@ -41,9 +40,10 @@ def terminator_missing(facts: RowFacts) -> Finding | None:
     Sees: answers whose last loss token is not an end of turn, and is not followed by one.
     Why: a model that never sees an end never stops, and writes the user's turns too.
     Not: F17 and F19, where the end is there but not trained on; F24, where long rows are truncated; F14, where the end
-    is trained on but generation does not stop at it; F07, where the end is spelled as text.
+    is trained on but generation does not stop at it; F07, where the end is spelled as text; a model whose own template
+    ends a turn by the header of the next one, at which generation stops (GLM: a remark).
     Fix: write the end-of-turn token in the template (trl appends it to plain text only).
-    Wrong when: the model ends turns by starting the next one (GLM), and the adapter does not change that.
+    Wrong when: the text is a document without an end.
     Source: unsloth#416, unsloth#419.
     """
     side = facts.train
@@ -60,6 +60,7 @@ def terminator_missing(facts: RowFacts) -> Finding | None:
         and facts.template is not None
         and not facts.template.terminators
         and len(rows) >= NEARLY_ALL * len(side.rows)
+        and _stops_at_headers(facts)
     )
     path = facts.settings.chat_template_path
     return Finding.of(
@@ -79,6 +80,16 @@ def terminator_missing(facts: RowFacts) -> Finding | None:
         if facts.is_chat
         else f"end the texts with {eos}",
     )
+
+
+def _stops_at_headers(facts: RowFacts) -> bool:
+    """Whether an id at which the model stops is in the rows, though it ends no answer: a header of another turn. True
+    if its files are not known."""
+    asked, known = (
+        facts.encode(facts.template.generation_prompt) if facts.template else [],
+        facts.model_ids("eos_token_id"),
+    )
+    return not known or bool(np.isin(facts.train.ids, list(known - set(asked))).any())
 
 
 def _tail(facts: RowFacts, side: Side, answers: np.ndarray) -> list[str]:
@@ -262,114 +273,3 @@ def deployment_stops_elsewhere(run_facts: RunFacts) -> Signal | None:
     spelled = tokenizer.convert_ids_to_tokens(end) if tokenizer is not None else end
     says = f"{counts.max():,} answers end with {spelled} ({end}), but generation stops at {sorted(map(int, stops))}"
     return Signal("F14", "invariant", says, 0.9, {"end": end}, fix=f"eos_token_id: {sorted({*map(int, stops), end})}")
-
-
-@rule("F15", needs=("rows",))
-def header_learned(facts: RowFacts) -> Finding | None:
-    """F15: the role header before the answer is missing in serving, doubled, or trained on as part of the answer.
-
-    Sees: answers whose loss begins at their role header; a generation prompt that writes the header twice; rows in
-    which it stands twice before the answer; prompts served without the template's generation prompt.
-    Why: the answer starts with a header, or is empty.
-    Not: F11, where not only the start of the answer differs; templates with an empty generation prompt (Mistral);
-    `assistant_only_loss: false`, where headers are trained on, on purpose; a model whose own template has no generation
-    prompt, which was probably trained so (a remark).
-    Fix: render both with the same function, with `add_generation_prompt=True`.
-    Wrong when: the model is served without a generation prompt, and was trained so.
-    Source: trl#4201.
-    """
-    side = facts.train
-    pieces = pieces_of_template(facts)
-    if pieces is not None and facts.is_chat and (twice := header_doubled(facts)):
-        return Finding.of(
-            "F15",
-            "error",
-            message=f"The generation prompt writes the header of an answer twice ({twice!r}); the rows have it once.",
-            evidence={"generation_prompt": twice, "rows": side.places(range(len(side.rows)))},
-            affected=1.0,
-            fix="write the header once after {% if add_generation_prompt %} in the chat template",
-        )
-    if pieces is None or not facts.is_chat or not facts.settings.assistant_only_loss or not len(side.begins):
-        return None
-    # the first token of a header: the model may write later ones itself (`<|message|>` of gpt-oss)
-    header = [i for i in facts.encode(pieces[1]) if i in facts.control.ids and i not in facts.turn_end_ids][:1]
-    with_header = np.flatnonzero(np.isin(side.ids[side.begins], header))
-    calls = {r for r, row in enumerate(side.rows) if any("tool_calls" in m for m in row.messages)}
-    with_header = with_header[~np.isin(side.row_of[with_header], list(calls))]
-    with_header = with_header[~np.isin(side.begins[with_header], side.starts)]  # there everything counts: F20
-    if not is_pattern(len(with_header), len(side.begins), MOST):
-        return None
-    start = int(side.begins[with_header[0]])
-    first = facts.decode(side.ids[start : start + 4])
-    own, asked = facts.own_template, facts.template.generation_prompt.strip() if facts.template else ""
-    is_lost = own is not None and bool(own.generation_prompt.strip()) and not asked  # the file of the user has none
-    is_written = bool(asked) and squeezed(asked) in squeezed(pieces[1])  # a prompt ends with it, as the rows have it
-    return Finding.of(
-        "F15",
-        "error" if is_lost or is_written else "warning",
-        message=f"The loss of the answers begins at the role header ({first.strip()!r})"
-        + (
-            ", which is in the prompt already."
-            if is_written
-            else ": the template does not write it as the generation prompt."
-        ),
-        evidence={
-            "answers_with": len(with_header),
-            "answers": len(side.begins),
-            "rows": side.places(np.unique(side.row_of[with_header])),
-        },
-        affected=len(with_header) / len(side.begins),
-        fix="start the loss after the header: mask it like the prompt"
-        if is_written
-        else "end the template (chat_template_path) with {% if add_generation_prompt %}, the header before an answer, "
-        "{% endif %}",
-    )
-
-
-@rule("F15", needs=("rows",))
-def header_twice(facts: RowFacts) -> Finding | None:
-    """F15, of answers that were exported with the generation prompt, and rendered with it a second time.
-
-    Control: a template's own row, which has it once. Between two turns of one role stands the end of the first.
-    """
-    asked = facts.template.generation_prompt.strip() if facts.template else ""
-    rows = evenly(range(len(facts.train.rows)), NUM_RENDERED)
-    twice = squeezed(asked) * 2
-    having = [r for r in rows if asked and twice in squeezed(facts.decode(facts.train.rows[r].input_ids))]
-    asks = (message for r in having for message in facts.train.rows[r].messages if message["role"] == "user")
-    if not is_pattern(len(having), len(rows), MOST) or any(starts_with_label(message["content"]) for message in asks):
-        return None  # or the whole chats were rendered before: F12
-    return Finding.of(
-        "F15",
-        "error",
-        message=f"In {len(having):,} of {len(rows):,} rows the header of an answer ({asked!r}) stands twice.",
-        evidence={"rows_with": len(having), "rows_read": len(rows), "rows": facts.train.places(having)},
-        affected=len(having) / len(rows),
-        fix=f"in the data, remove {asked!r} from the beginning of the answers: the chat template writes it",
-    )
-
-
-def header_doubled(facts: RowFacts) -> str:
-    """The generation prompt, if it has the header of an answer twice and the template's chats have it once; else
-    empty."""
-    pieces = facts.once(pieces_of_template)
-    asked = "".join(facts.template.generation_prompt.split()) if facts.template else ""
-    half = asked[: len(asked) // 2]
-    if pieces is None or not half or asked != half * 2:
-        return ""
-    return facts.template.generation_prompt if "".join(pieces[1].split()).count(half) == 1 else ""  # type: ignore[union-attr]
-
-
-@rule("F15", otherwise=True)
-def served_without_header(run_facts: RunFacts) -> Signal | None:
-    """F15, of a deployment that leaves out the generation prompt."""
-    if run_facts.settings.get("add_generation_prompt") is not False:
-        return None
-    chat = [{"role": "user", "content": "a"}]
-    with_prompt, without = rendered(run_facts, chat, prompt=True), rendered(run_facts, chat)
-    if with_prompt is None or with_prompt == without:
-        return None
-    says = (
-        f"prompts are served without {with_prompt.removeprefix(without or '')!r}, which is before answers in training"
-    )
-    return Signal("F15", "invariant", says, 0.9, {}, fix="render prompts with add_generation_prompt=True")

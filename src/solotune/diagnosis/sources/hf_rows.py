@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from solotune.config.run_config import RunConfig
+from solotune.config.settings import FOREIGN
 from solotune.dataset import DataReport, Example, Prepared, load_tokenizer, prepare
 from solotune.diagnosis.data_checks import check_rows
 from solotune.diagnosis.evidence import of_refusal
@@ -31,6 +32,9 @@ from solotune.diagnosis.sources.run_files import json_of
 from solotune.errors import InputError, SolotuneError
 from solotune.hub.model_files import ModelFiles, model_here
 from solotune.hub.safe_files import check_regular
+
+_UNCUT = 1 << 20
+"""Tokens that no row has."""
 
 
 def first_with(places: Sequence[Path], name: str) -> Path | None:
@@ -81,7 +85,7 @@ def with_base_and_rows(
         prepared = Prepared(run_facts.train, run_facts.validation, DataReport(""))
     else:
         try:
-            prepared = prepare(config, tokenizer)
+            prepared = _prepared(run_facts, config, tokenizer)
             findings = check_rows(config, tokenizer, prepared, base_files)
         except SolotuneError as error:
             missing |= dict.fromkeys(("train", "validation"), error.problem)
@@ -102,6 +106,25 @@ def with_base_and_rows(
         config = config.replaced("adapter", lora_target_modules=targets)
     load = solotune_run.live_of(config, tokenizer, prepared, _adapter_folder(places), base_files)
     return replace(run_facts, live=_as_saved(solotune_run.without_network(load), run_facts))
+
+
+def _prepared(run_facts: RunFacts, config: RunConfig, tokenizer: Any) -> Prepared:
+    """The rows as solotune renders and masks them, truncated on the side on which the trainer did.
+
+    Raises:
+        SolotuneError: they cannot be used.
+    """
+    limit = config.max_length
+    if run_facts.settings.get("truncation_side") != "left":
+        return prepare(config, tokenizer)
+    whole = prepare(config.replaced(FOREIGN, max_length=_UNCUT), tokenizer)
+    train, validation = ([_last(row, limit) for row in rows] for rows in (whole.train, whole.validation))
+    return replace(whole, train=train, validation=validation, key=None)  # the cache has the whole rows
+
+
+def _last(row: Example, size: int) -> Example:
+    weights = None if row.weights is None else row.weights[-size:]
+    return replace(row, input_ids=row.input_ids[-size:], loss_mask=row.loss_mask[-size:], weights=weights)
 
 
 def _without_absent_evaluation(run_facts: RunFacts, missing: dict[str, str]) -> RunFacts:

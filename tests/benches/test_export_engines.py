@@ -1,0 +1,105 @@
+"""Exports in the real engines: llama.cpp's converters and engine, Go's templates. `sh scripts/test_export` runs these."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from bench import export_engines
+from bench.export_engines import BASE, CONFIGS, ids_in_llama_cpp, prompts_in_go
+from bench.real_tokenizers import FOLDER
+from solotune.errors import InputError
+from solotune.exporters import gguf
+from solotune.exporters.llama_cpp import LlamaCpp
+from solotune.exporters.ollama import PASS_THROUGH
+from solotune.run.atomic_io import whole_folder
+
+pytestmark = [
+    pytest.mark.export,
+    pytest.mark.skipif(not BASE.is_dir(), reason="no SmolLM2: `python examples/smollm2.py` makes it"),
+]
+EXPLAINED = {"qwen3": 15, "llama3": 5, "gemma": 8}
+"""Conversations in which llama.cpp lacks something; `engine_parity` says what, and finds nothing unexplained."""
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    def find(name: str) -> Path:
+        if name == "smollm2":
+            folder = tmp_path_factory.mktemp("tok") / name
+            transformers.AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
+            return folder
+        if not (FOLDER / name).is_dir():
+            pytest.skip("no tokenizers: `python -m bench.real_tokenizers` makes them")
+        return FOLDER / name
+
+    return find
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_token_ids_in_llama_cpp_are_those_of_training(name: str, folder_of: Any) -> None:
+    found = ids_in_llama_cpp(folder_of(name))
+    assert found["conversations"] >= 200 and found["unexplained"] == []
+    assert found["differ"] <= EXPLAINED.get(name, 0), found["shown"]
+
+
+@pytest.mark.skipif(shutil.which("go") is None, reason="no Go")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_prompts_of_the_modelfile_in_go_are_those_of_training(name: str, folder_of: Any) -> None:
+    found = prompts_in_go(folder_of(name))
+    assert found["conversations"] >= 180
+    assert all("tag" in conversation for conversation in found["shown"]), found["shown"]
+
+
+@pytest.mark.skipif(shutil.which("go") is None, reason="no Go")
+def test_a_text_is_passed_through() -> None:
+    asked = [[{"role": "user", "content": "word: "}], [{"role": "user", "content": "{{ .Prompt }}"}]]
+    assert export_engines.rendered_by_go(PASS_THROUGH, asked) == ["word: ", "{{ .Prompt }}"]
+
+
+def test_log_probabilities_are_those_of_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_engines, "QUANTIZATIONS", ("f32", "f16", "q4_k_m"))
+    found = {one["artifact"]: one for one in export_engines.logits(count=2, positions=2)}
+    assert found["f32"]["max_logprob_diff"] <= 1e-3
+    assert found["adapter beside f32 base"]["max_logprob_diff"] <= 1e-3
+    assert found["f16"]["mean_kl"] <= 1e-3
+    assert found["q4_k_m"]["bytes"] < found["f16"]["bytes"] / 2 and 0 < found["q4_k_m"]["mean_kl"] < 1
+
+
+def test_what_llama_cpp_does_not_know_is_refused(tmp_path: Path, model_folder: Any) -> None:
+    opt = model_folder("opt")
+    with pytest.raises(InputError, match="does not know this architecture"):
+        gguf.check_convertible(_with_tokenizer(opt, tmp_path / "opt"), None)
+    with pytest.raises(InputError, match="does not recognise this tokenizer"):
+        gguf.check_convertible(_with_tokenizer(model_folder("llama"), tmp_path / "llama", is_own=True), None)
+    gguf.check_convertible(BASE, None)
+
+
+def _with_tokenizer(model: Path, folder: Path, *, is_own: bool = False) -> Path:
+    shutil.copytree(model, folder)
+    if is_own:
+        from tiny import save_tokenizer
+
+        save_tokenizer(folder)
+    else:
+        transformers.AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
+    return folder
+
+
+def test_greedy_text_of_a_file_is_that_of_transformers(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "out") as target:
+        path = gguf.write_gguf(BASE, target, "f32")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
+    model = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    with LlamaCpp(tmp_path / "out" / path.name) as engine:
+        ids = engine.token_ids([{"role": "user", "content": "What is the capital of France?"}])
+        continued = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+        expected = [token for token in continued if token != tokenizer.eos_token_id]
+        assert engine.generate(ids, 12) == expected
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["files"].keys() == {path.name}

@@ -1,0 +1,75 @@
+"""A tiny model trained for a few steps in 4 bits: what the tests of exports export."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny import FAMILIES, chat_rows, save_tokenizer
+
+import solotune
+from solotune.display.progress import SilentDisplay
+
+LLAMA = {**FAMILIES["llama"]().to_dict(), "intermediate_size": 128}  # bitsandbytes' CPU kernel wants multiples of 64
+
+
+@pytest.fixture(scope="session")
+def export_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama in bfloat16 with a tokenizer; weights are large, so that 4 bits change what it says."""
+    folder = tmp_path_factory.mktemp("user-name") / "the-base"
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**LLAMA))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.add_(0.08 * torch.randn_like(parameter))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def train(export_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Train a run of a few steps; keywords change keys."""
+
+    def run(**keys: object) -> Path:
+        folder = tmp_path_factory.mktemp("run")
+        system = {"role": "system", "content": "Be exact."}
+        rows = [{"messages": [system, *row["messages"]]} for row in chat_rows(40)]  # type: ignore[misc]
+        (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        plain = {
+            "model_name_or_path": str(export_base),
+            "dataset": str(folder / "chats.jsonl"),
+            "validation_size": 8,
+            "max_length": 64,
+            "output_dir": str(folder / "run"),
+            "use_cpu": True,
+            "lora_target_modules": "all-linear",
+            "lora_r": 4,
+            "max_steps": 6,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 1,
+            "gradient_checkpointing": False,
+            "learning_rate": 3e-2,
+            "warmup_steps": 0,
+            "num_samples": 0,
+            "save_strategy": "no",
+            "seed": 0,
+        }
+        before = os.getcwd()
+        solotune.train({**plain, **keys}, display=SilentDisplay())
+        assert os.getcwd() == before
+        return folder / "run"
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run(train: Callable[..., Path]) -> Path:
+    """A finished run; tests export with `out`, or copy it."""
+    return train()

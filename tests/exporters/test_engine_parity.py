@@ -1,0 +1,102 @@
+"""What differs in an engine: what the engine lacks is told from what nothing explains, by asking again without it."""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from exporters.test_turn_format import CHATML, THOUGHTS, with_template
+from tiny import save_tokenizer
+
+from solotune.exporters import engine_parity
+from solotune.exporters.conversations import Conversation
+from solotune.exporters.engine_parity import explained, gguf_parity, ollama_parity
+from solotune.exporters.template_parity import Difference, TrainedIds
+
+
+def asked(name: str, text: str) -> Conversation:
+    return Conversation(name, [{"role": "user", "content": text}], None, {"add_generation_prompt": True})
+
+
+def composing(one: Conversation) -> list[int]:
+    """A training that composes characters and strips all white space."""
+    return [ord(character) for character in unicodedata.normalize("NFC", one.messages[0]["content"].strip())]
+
+
+def plain(one: Conversation) -> list[int]:
+    """An engine that does neither, ends at </s>, and cannot say `bug`."""
+    text = one.messages[0]["content"].strip(" \n")
+    return [0 if character == "b" else ord(character) for character in text.replace("</s>", "\0")]
+
+
+def sorted_out(*conversations: Conversation) -> tuple[list[str], list[str]]:
+    differences = [Difference(one.name, 0, "a", "b", "") for one in conversations if composing(one) != plain(one)]
+    return explained(differences, conversations, composing, plain, lambda text: unicodedata.normalize("NFC", text))
+
+
+def test_what_the_engine_lacks_is_a_note() -> None:
+    problems, notes = sorted_out(
+        asked("accent", "e\u0301"), asked("edge", "\u00a0x"), asked("end", "a</s>"), asked("same", "x")
+    )
+    assert problems == []
+    assert [note.rpartition(": ")[2] for note in notes] == ["1 of 4 conversations"] * 3
+
+
+def test_a_difference_that_stays_without_it_is_a_problem() -> None:
+    """A conversation in which both are wrong is not excused by one of them."""
+    problems, notes = sorted_out(asked("accent and bug", "e\u0301 bug"), asked("bug", "bug"))
+    assert len(problems) == 2 and "'accent and bug'" in problems[0] and notes == []
+
+
+class Engine:
+    """llama.cpp's answers, made from training's."""
+
+    def __init__(self, tokenizer: Any, off_by: float) -> None:
+        self.trained, self.off_by = TrainedIds(tokenizer), off_by
+
+    def __call__(self, path: Path, **_: Any) -> Engine:
+        return self
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def token_ids(self, messages: Any, tools: Any, *, is_prompt: bool) -> list[int]:
+        return self.trained(Conversation("", messages, tools, {"add_generation_prompt": is_prompt}))
+
+    def log_probs(self, ids: Any, positions: Any) -> torch.Tensor:
+        logits = torch.zeros(len(positions), 5)
+        logits[:, 0] = torch.tensor([float(position) for position in positions]) + self.off_by
+        return logits.log_softmax(-1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("off_by", "kind", "ok"), [(0, "f32", True), (0.1, "f32", False), (0.1, "q8_0", True)])
+def test_bounds_are_those_of_the_format(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, off_by: float, kind: str, ok: bool
+) -> None:
+    monkeypatch.setattr(engine_parity, "LlamaCpp", Engine(with_template(tokenizer, CHATML), off_by))
+    logits = torch.zeros(3, 5)
+    logits[:, 0] = torch.arange(3)
+    parity, problems, notes = gguf_parity(Path("x"), kind, tokenizer, "chat", [([1, 2, 3], logits)])
+    assert parity.positions == 3 and parity.token_ids_equal and parity.conversations >= 200 and notes == []
+    assert (problems == []) is ok and all("log-probabilities differ" in text or "mean KL" in text for text in problems)
+
+
+def test_a_template_for_ollama_is_compared_with_training(tokenizer: Any) -> None:
+    parity, problems, notes = ollama_parity(with_template(tokenizer, CHATML))
+    assert parity.token_ids_equal and parity.conversations >= 150 and problems == notes == []
+    parity, problems, notes = ollama_parity(with_template(tokenizer, THOUGHTS))
+    assert not parity.token_ids_equal and problems == [] and "thought in tags before" in notes[0]
