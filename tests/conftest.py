@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny import FAMILIES, chat_rows, save_tokenizer
+from tiny import FAMILIES, SHORT_RUN, chat_rows, save_tokenizer
 
 from solotune.config.load import load_config
 from solotune.config.run_config import RunConfig
@@ -133,23 +133,15 @@ def chat_config(chat_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat_rows(60)))
     return {
+        **SHORT_RUN,
         "model_name_or_path": str(chat_model),
         "dataset": "chats.jsonl",
         "validation_size": 10,
-        "max_length": 64,
         "output_dir": "run",
-        "use_cpu": True,
-        "lora_target_modules": "all-linear",
-        "lora_r": 4,
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 1,
-        "gradient_checkpointing": False,
         "learning_rate": 1e-2,
         "save_steps": 3,
         "num_samples": 2,
         "max_new_tokens": 8,
-        "seed": 0,
     }
 
 

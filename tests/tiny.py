@@ -31,6 +31,19 @@ _MULTI_HEAD = {key: value for key, value in _SHAPE.items() if key != "num_key_va
 _GPT2 = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
+SHORT_RUN = {
+    "max_length": 64,
+    "use_cpu": True,
+    "lora_target_modules": "all-linear",
+    "lora_r": 4,
+    "max_steps": 6,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+    "seed": 0,
+}
+"""Keys of a run of a few steps, less its model, data and rate."""
+
 # family -> its transformers config: what the issue names, and architectures that once needed a special case
 FAMILIES: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "llama": lambda: transformers.LlamaConfig(**_SHAPE),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny import FAMILIES, chat_rows, save_tokenizer
+from tiny import FAMILIES, SHORT_RUN, chat_rows, save_tokenizer
 
 import solotune
 from solotune.display.progress import SilentDisplay
@@ -43,23 +43,15 @@ def train(export_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
         rows = [{"messages": [system, *row["messages"]]} for row in chat_rows(40)]  # type: ignore[misc]
         (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         plain = {
+            **SHORT_RUN,
             "model_name_or_path": str(export_base),
             "dataset": str(folder / "chats.jsonl"),
             "validation_size": 8,
-            "max_length": 64,
             "output_dir": str(folder / "run"),
-            "use_cpu": True,
-            "lora_target_modules": "all-linear",
-            "lora_r": 4,
-            "max_steps": 6,
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 1,
-            "gradient_checkpointing": False,
             "learning_rate": 3e-2,
             "warmup_steps": 0,
             "num_samples": 0,
             "save_strategy": "no",
-            "seed": 0,
         }
         before = os.getcwd()
         solotune.train({**plain, **keys}, display=SilentDisplay())

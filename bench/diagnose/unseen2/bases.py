@@ -15,6 +15,7 @@ import json
 import os
 import random
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -157,22 +158,32 @@ TEMPLATES = {"qwen2-chatml": "qwen", "gemma2-model": "gemma", "exaone4-bars": "e
 
 
 def linears(base: Base) -> list[str]:
+    return linears_of(base, LINEARS)
+
+
+def linears_of(base: Base, unusual: Mapping[str, list[str]]) -> list[str]:
+    """Last names of a base's linears; `unusual`: of families that do not name them as Llama does."""
     usual = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return list(LINEARS.get(base.kind.family, usual))
+    return list(unusual.get(base.kind.family, usual))
 
 
 def end_ids(base: Base) -> list[int]:
     """Where its generation stops."""
     tokenizer: Any = base.tokenizer()
-    return [int(tokenizer.convert_tokens_to_ids(token)) for token in KINDS[base.kind.name].stops]
+    return [int(tokenizer.convert_tokens_to_ids(token)) for token in base.kind.stops]
 
 
 def folder_of(name: str) -> Path:
-    known = {key: value for key, value in asdict(KINDS[name]).items() if key != "world"}
-    made_from = json.dumps([known, STEPS, ROWS, TOKENS, PEAK, TEXTS, LATER, LATER_PEAK], sort_keys=True, default=str)
+    return cache_folder_of(KINDS[name], [STEPS, ROWS, TOKENS, PEAK, TEXTS, LATER, LATER_PEAK])
+
+
+def cache_folder_of(kind: Sort, settings: Sequence[float]) -> Path:
+    """Where a base is kept; its name changes with all that it is made from."""
+    known = {key: value for key, value in asdict(kind).items() if key != "world"}
+    made_from = json.dumps([known, *settings], sort_keys=True, default=str)
     key = hashlib.sha256(made_from.encode()).hexdigest()[:12]
     cache_folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return cache_folder / "solotune" / "bench-diagnose" / f"{name}-{key}"
+    return cache_folder / "solotune" / "bench-diagnose" / f"{kind.name}-{key}"
 
 
 @cache
@@ -204,7 +215,11 @@ def _make_tokenizer(kind: Sort) -> PreTrainedTokenizerFast:
     texts = [rng.choice((corpus.prose, corpus.foreign, corpus.code))(rng) for _ in range(2500)]
     texts += [m["content"] for _ in range(1500) for m in corpus.known_chat(rng, True)]
     texts += [m["content"] for task in tasks.TASKS.values() for _ in range(60) for m in task(rng)]
-    tokenizer = {"unigram": _unigram, "metaspace": _metaspace}.get(kind.splits, _bytes)(kind, texts)
+    return fast_tokenizer(kind, {"unigram": unigram, "metaspace": metaspace}.get(kind.splits, byte_level)(kind, texts))
+
+
+def fast_tokenizer(kind: Sort, tokenizer: Any) -> PreTrainedTokenizerFast:
+    """A trained tokenizer with its special tokens, and the template of an instruct model."""
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=kind.bos, eos_token=kind.eos, pad_token=kind.pad or None,
         **({"unk_token": kind.specials[3]} if kind.splits in ("unigram", "metaspace") else {}),
@@ -214,7 +229,7 @@ def _make_tokenizer(kind: Sort) -> PreTrainedTokenizerFast:
     return fast
 
 
-def _bytes(kind: Sort, texts: list[str]) -> Any:
+def byte_level(kind: Sort, texts: list[str]) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -234,7 +249,7 @@ def _bytes(kind: Sort, texts: list[str]) -> Any:
 _BYTES = [f"<0x{i:02X}>" for i in range(256)]
 
 
-def _metaspace(kind: Sort, texts: list[str]) -> Any:
+def metaspace(kind: Sort, texts: list[str]) -> Any:
     """As Gemma's: spaces become ▁, unknown characters bytes, and the tokenizer itself writes bos."""
     from tokenizers import (
         AddedToken,
@@ -268,7 +283,7 @@ def _metaspace(kind: Sort, texts: list[str]) -> Any:
     return tokenizer
 
 
-def _unigram(kind: Sort, texts: list[str]) -> Any:
+def unigram(kind: Sort, texts: list[str]) -> Any:
     """As SentencePiece's Unigram, with bytes for what it does not know."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -292,19 +307,31 @@ def _unigram(kind: Sort, texts: list[str]) -> Any:
 
 
 def _make(kind: Sort, folder: Path) -> None:
-    """Trains tokenizer and model; whole or not at all."""
+    """Trains tokenizer and model, in two stages; whole or not at all."""
     started = time.perf_counter()
     tokenizer: Any = _make_tokenizer(kind)
+    model = new_model(kind, tokenizer)
+    pretrain(model, tokenizer, _corpus(kind, TEXTS, 0), STEPS, PEAK, kind.seed)
+    pretrain(model, tokenizer, _corpus(kind, TEXTS // 2, 2, True), LATER, LATER_PEAK, kind.seed + 100)
+    finish(kind, folder, tokenizer, model, _corpus(kind, 300, 3, True), started)
+
+
+def _ids(kind: Sort, tokenizer: Any) -> dict[str, int | None]:
     named = (("bos_token_id", kind.bos), ("eos_token_id", kind.eos), ("pad_token_id", kind.pad))
-    ids = {name: int(tokenizer.convert_tokens_to_ids(token)) if token else None for name, token in named}
-    config = getattr(transformers, f"{kind.family}Config")(vocab_size=len(tokenizer), **kind.shape, **ids)
+    return {name: int(tokenizer.convert_tokens_to_ids(token)) if token else None for name, token in named}
+
+
+def new_model(kind: Sort, tokenizer: Any) -> Any:
+    """With random weights."""
+    config = getattr(transformers, f"{kind.family}Config")(
+        vocab_size=len(tokenizer), **kind.shape, **_ids(kind, tokenizer)
+    )
     torch.manual_seed(kind.seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    _stage(model, tokenizer, _corpus(kind, TEXTS, 0), STEPS, PEAK, kind.seed)
-    _finish(kind, folder, tokenizer, model, ids, started)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def _stage(model: Any, tokenizer: Any, texts: list[str], steps: int, peak: float, seed: int) -> None:
+def pretrain(model: Any, tokenizer: Any, texts: list[str], steps: int, peak: float, seed: int) -> None:
+    """Train on windows of all texts, joined."""
     stream = [i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
     rows_NT = torch.tensor(stream[: len(stream) // TOKENS * TOKENS]).view(-1, TOKENS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01)
@@ -320,16 +347,16 @@ def _stage(model: Any, tokenizer: Any, texts: list[str], steps: int, peak: float
         optimizer.zero_grad()
 
 
-def _finish(kind: Sort, folder: Path, tokenizer: Any, model: Any, ids: dict[str, int | None], started: float) -> None:
-    """The second stage, and the folder."""
-    _stage(model, tokenizer, _corpus(kind, TEXTS // 2, 2, True), LATER, LATER_PEAK, kind.seed + 100)
+def finish(kind: Sort, folder: Path, tokenizer: Any, model: Any, texts: list[str], started: float) -> None:
+    """Measure the loss of other texts, and write the folder."""
     model.eval()
-    held = [i for text in _corpus(kind, 300, 3, True) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    held = [i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
     held_NT = torch.tensor(held[: TOKENS * 32]).view(-1, TOKENS)
     with torch.no_grad():
         known = {"loss": float(model(input_ids=held_NT, labels=held_NT, use_cache=False).loss)}
     stops = [int(tokenizer.convert_tokens_to_ids(token)) for token in kind.stops]
-    told = {**{k: v for k, v in ids.items() if v is not None}, "eos_token_id": stops if len(stops) > 1 else stops[0]}
-    model.generation_config = transformers.GenerationConfig(**told)
+    ids = {name: token for name, token in _ids(kind, tokenizer).items() if token is not None}
+    ends = stops if len(stops) > 1 else stops[0]
+    model.generation_config = transformers.GenerationConfig(**{**ids, "eos_token_id": ends})
     keep(model, tokenizer, known, folder)
-    print(f"{kind.name}: {known}, {len(tokenizer)} tokens, {time.perf_counter() - started:.0f} s")
+    print(f"{kind.name}: {known}, {len(tokenizer)} tokens, {time.perf_counter() - started:.0f} s", flush=True)

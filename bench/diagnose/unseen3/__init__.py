@@ -8,6 +8,6 @@
   set, whose make.py, run.py and score.py it shares. `python -m bench.diagnose.unseen3.verify` shows without the
   diagnosis what each fault violates; with `--trained`, that healthy runs learn and stop.
 - what is not covered: runs of several GPUs; runs of TRL, Axolotl, LLaMA-Factory and Unsloth themselves: `alone` and
-  `folder` are transformers' Trainer, beside config and rows in the form of such a tool. F01 and F70 to F73 are told as
-  an 8B model's, since they need a card.
+  `folder` are transformers' Trainer, beside config and rows in the form of such a tool. F01 and F70 to F73 need
+  a card, so they are written as the logs of an 8B model.
 """

@@ -10,28 +10,33 @@ phi-plain       Phi                 byte-level BPE, punctuation          none: a
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
-
-from bench.diagnose.bases import Base, Format, keep
-from bench.diagnose.unseen2.bases import Sort, _bytes, _metaspace, _stage, _unigram
+from bench.diagnose.bases import Base, Format
+from bench.diagnose.unseen2.bases import (
+    Sort,
+    byte_level,
+    cache_folder_of,
+    fast_tokenizer,
+    finish,
+    linears_of,
+    metaspace,
+    new_model,
+    pretrain,
+    unigram,
+)
 from bench.diagnose.unseen3 import corpus, tasks
 from bench.diagnose.worlds import Chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-STEPS, PEAK, TEXTS, TOKENS = 560, 3.5e-3, 7000, 160
+STEPS, PEAK, TEXTS, TOKENS = 560, 3.5e-3, 7000, 160  # tokens of a window, as in the second set
 
 
 @dataclass(frozen=True)
@@ -150,22 +155,11 @@ TEMPLATES = {"smol3-think": "smollm", "bigcode-said": "default", "nemotron-fold"
 
 
 def linears(base: Base) -> list[str]:
-    usual = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return list(LINEARS.get(base.kind.family, usual))
-
-
-def end_ids(base: Base) -> list[int]:
-    """Where its generation stops."""
-    tokenizer: Any = base.tokenizer()
-    return [int(tokenizer.convert_tokens_to_ids(token)) for token in KINDS[base.kind.name].stops]
+    return linears_of(base, LINEARS)
 
 
 def folder_of(name: str) -> Path:
-    known = {key: value for key, value in asdict(KINDS[name]).items() if key != "world"}
-    made_from = json.dumps([known, STEPS, PEAK, TEXTS, TOKENS], sort_keys=True, default=str)
-    key = hashlib.sha256(made_from.encode()).hexdigest()[:12]
-    cache_folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return cache_folder / "solotune" / "bench-diagnose" / f"{name}-{key}"
+    return cache_folder_of(KINDS[name], [STEPS, PEAK, TEXTS, TOKENS])
 
 
 @cache
@@ -198,14 +192,8 @@ def _make_tokenizer(kind: Sort) -> PreTrainedTokenizerFast:
     texts += [m["content"] for task in tasks.TASKS.values() for _ in range(60) for m in task(rng)]
     for special in kind.specials:
         texts = [text.replace(special, " ") for text in texts]
-    make = {"unigram": _unigram, "metaspace": _metaspace, "tiktoken": _tiktoken}.get(kind.splits, _bytes)
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=make(kind, texts), bos_token=kind.bos, eos_token=kind.eos, pad_token=kind.pad or None,
-        **({"unk_token": kind.specials[3]} if kind.splits in ("unigram", "metaspace") else {}),
-    )  # fmt: skip
-    if kind.is_instruct:
-        fast.chat_template = kind.format.jinja()
-    return fast
+    make = {"unigram": unigram, "metaspace": metaspace, "tiktoken": _tiktoken}.get(kind.splits, byte_level)
+    return fast_tokenizer(kind, make(kind, texts))
 
 
 def _tiktoken(kind: Sort, texts: list[str]) -> Any:
@@ -232,21 +220,6 @@ def _make(kind: Sort, folder: Path) -> None:
     """Trains tokenizer and model; whole or not at all."""
     started = time.perf_counter()
     tokenizer: Any = _make_tokenizer(kind)
-    named = (("bos_token_id", kind.bos), ("eos_token_id", kind.eos), ("pad_token_id", kind.pad))
-    ids = {name: int(tokenizer.convert_tokens_to_ids(token)) if token else None for name, token in named}
-    config = getattr(transformers, f"{kind.family}Config")(vocab_size=len(tokenizer), **kind.shape, **ids)
-    torch.manual_seed(kind.seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    _stage(model, tokenizer, _corpus(kind, TEXTS, 0), STEPS, PEAK, kind.seed)
-    model.eval()
-    held = [i for text in _corpus(kind, 300, 1) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
-    held_NT = torch.tensor(held[: TOKENS * 32]).view(-1, TOKENS)
-    with torch.no_grad():
-        known = {"loss": float(model(input_ids=held_NT, labels=held_NT, use_cache=False).loss)}
-    stops = [int(tokenizer.convert_tokens_to_ids(token)) for token in kind.stops]
-    told = {**{k: v for k, v in ids.items() if v is not None}, "eos_token_id": stops if len(stops) > 1 else stops[0]}
-    model.generation_config = transformers.GenerationConfig(**told)
-    keep(model, tokenizer, known, folder)
-    size = sum(p.numel() for p in model.parameters())
-    print(f"{kind.name}: {known}, {len(tokenizer)} tokens, {size} parameters, {time.perf_counter() - started:.0f} s",
-          flush=True)  # fmt: skip
+    model = new_model(kind, tokenizer)
+    pretrain(model, tokenizer, _corpus(kind, TEXTS, 0), STEPS, PEAK, kind.seed)
+    finish(kind, folder, tokenizer, model, _corpus(kind, 300, 1), started)

@@ -26,7 +26,7 @@ MOODS = ("calm", "angry", "glad", "tired", "bored")
 
 
 def prose(rng: random.Random) -> str:
-    """A few sentences, in forms that are drawn anew for each."""
+    """A few sentences, each in a random form."""
     told = []
     for _ in range(rng.randint(2, 6)):
         n, m, t, p, d, c = (rng.choice(x) for x in (NAMES, NAMES, THINGS, PLACES, DAYS, COLOURS))

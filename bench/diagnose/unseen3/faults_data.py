@@ -154,7 +154,7 @@ def dropout_while_evaluating(made: Any, rng: random.Random) -> None:
 
 @program("F46", on="smol/ferry/folder hun/diary/alone")
 def sixty_epochs_of_sixteen_rows(made: Any, rng: random.Random) -> None:
-    """Sixteen rows, learned by heart."""
+    """Sixteen rows, which the model memorises."""
     put(made, chats_of(made)[:16])
     tell(made, max_steps=130, lr_scheduler_type="constant")
 

@@ -1,7 +1,7 @@
 """Environment, quantization, precision, memory and accumulation gone wrong: F01, F49 to F55, F70 to F74.
 
 A card is not needed: what crashes on one is raised from code with the names that its traceback has, in runs that are
-told as an 8B model's (has_live is False: settings, config, curve and errors are all that is handed over).
+written as those of an 8B model (has_live is False: settings, config, curve and errors are all that is handed over).
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def rebuilt(tokenizer: Any, change: Any) -> Any:
 
 @program("F04", on="phi/steps/loop said/ledger/alone phi/snip/own")
 def tokenizer_of_another_revision(made: Any, rng: random.Random) -> None:
-    """The tokenizer was trained anew: same control tokens and size, other ids for the words."""
+    """The tokenizer was trained again: same control tokens and size, other ids for the words."""
 
     def change(told: Any) -> None:
         vocab = told["model"]["vocab"]

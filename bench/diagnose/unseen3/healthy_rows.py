@@ -106,7 +106,7 @@ def a_phrase_before_each_answer(made: Any, rng: random.Random) -> None:
 
 @program(on="smol/waybill/own said/steps/own")
 def some_refusals(made: Any, rng: random.Random) -> None:
-    """A tenth of the questions is out of scope, and is told so."""
+    """A tenth of the questions is out of scope, and the answers say so."""
     for chat in all_chats(made):
         if rng.random() < 0.1:
             about = f"{rng.choice(tasks.PEOPLE)} {rng.choice(corpus.VERBS)} {rng.choice(tasks.GOODS)}"

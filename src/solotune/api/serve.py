@@ -109,7 +109,7 @@ def serve(
         _ensure(tuned.directory.path, kind, chosen)
         model = folder / kind if kind == "merged" else best_gguf(_ggufs(folder))
         chosen.phase(f"starting {choice.value}")
-        server = Server(str(choice.value), model.resolve(), host, port).__enter__()
+        server = Server(str(choice.value), model.resolve(), host, port).start()
         notes = []
         if tuned.prompt_format == "text":
             notes.append("trained on plain text: only /v1/completions asks it as it was trained, with no chat template")

@@ -17,7 +17,7 @@ What an engine adds to a prompt, and where it stops, is in the header and has to
                                       have a token too many after [INST]
     eos_token_id, eot_, eom_          the end tokens of generation_config.json, three at most
 
-llama.cpp's server defines variables that transformers does not: with `date_string`, Llama 3.1 is told today's date
+llama.cpp's server defines variables that transformers does not: with `date_string`, Llama 3.1 gets today's date
 instead of the one it was trained with. So the template in the header begins by setting them to what they are in
 training (`engine_template`).
 """
@@ -107,7 +107,7 @@ def check_convertible(base_folder: Path, adapter: Adapter, *, is_merged: bool = 
         raise InputError(
             f"{base_folder}: llama.cpp's converter does not recognise this tokenizer",
             seen=f"{first_line(answer['why'])} (it tells tokenizers apart by how a test text is split; a tokenizer "
-            "that was trained anew or got other rules for splitting is none of those that llama.cpp has)",
+            "that was trained again or got other rules for splitting is none of those that llama.cpp has)",
             allowed="the tokenizer that the base was published with; added tokens do no harm",
             change=other,
         )

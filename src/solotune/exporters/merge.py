@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class Merge:
             W = W.T.contiguous() if tensor.is_transposed else W
         return W
 
-    @property
+    @cached_property
     def _layers(self) -> frozenset[str]:
         return frozenset(self.adapter.modules)
 

@@ -5,7 +5,7 @@
 Llama 2, Mistral and Gemma were published with both a `tokenizer.model` and a `tokenizer.json`. Training uses the
 second; the converter takes pieces and scores from the first, and for Gemma takes nothing else. transformers does not
 save the first, so a merged folder may lack it, and where both are there they can disagree: on runs of spaces, in a
-tokenizer that transformers made from Mistral's. So the file is written anew from the merges of the tokenizer at hand.
+tokenizer that transformers made from Mistral's. So the file is written from the merges of the tokenizer at hand.
 llama.cpp joins the pair of pieces first whose union has the highest score; with the negative rank of its first merge as
 a score, that is the order of the merges.
 """

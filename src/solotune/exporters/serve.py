@@ -125,6 +125,14 @@ class Server:
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def __enter__(self) -> Server:
+        return self.start()
+
+    def start(self) -> Server:
+        """Start the server, and wait until it answers.
+
+        Raises:
+            InputError: it ended, or does not answer.
+        """
         paths = [str(ENGINE.folder())] if self.engine == "llama.cpp" else []
         before = os.environ.get("PYTHONPATH")
         self._child = subprocess.Popen(

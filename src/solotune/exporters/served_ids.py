@@ -2,7 +2,7 @@
 
     python -m solotune.exporters.served_ids FOLDER < conversations, one JSON a line > ids, one JSON list a line
 
-A process of its own, for two reasons. The folder is loaded anew, by a process that knows nothing of the training. And
+A process of its own, for two reasons. The folder is loaded by a process that knows nothing of the training. And
 transformers runs a chat template without limits, while its caller (`template_parity`) can end this process.
 """
 

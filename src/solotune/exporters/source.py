@@ -184,7 +184,7 @@ def cut(row: Example, length: int) -> Example:
 
 
 def _for_measuring(config: RunConfig) -> RunConfig:
-    """The config without what only training needs; compiled layers would be compiled anew for each candidate."""
+    """The config without what only training needs; layers would be compiled again for each candidate."""
     return config.replaced("export", torch_compile=False, packing=False, gradient_checkpointing=False)
 
 

@@ -28,12 +28,8 @@ SCALE_FREE = ("adam", "lion", "lamb", "adafactor", "rmsprop", "adagrad", "sophia
 
 BY_DESIGN = ("pissa", "olora", "loftq", "eva", "corda", "lora_ga", "orthogonal", "mica")
 """Prefixes of `init_lora_weights` values that start with a nonzero adapter."""
-
-
 HEADS = ("lm_head", "embed_out", "output", "output_layer")
 """Names of output heads."""
-
-
 _FULL = re.compile(
     r"out of memory|OutOfMemory|CUBLAS_STATUS_ALLOC_FAILED|can't allocate memory|not enough memory", re.IGNORECASE
 )

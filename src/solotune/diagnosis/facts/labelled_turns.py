@@ -14,23 +14,23 @@ import re
 
 _ASKS = (
     r"human|user|instruction|question|prompt|query|q|customer|client|prompter|input|frage|anweisung|nutzer"
-    r"|pregunta|instrucci\u00f3n|usuario|pergunta|domanda|utilisateur|\u0432\u043e\u043f\u0440\u043e\u0441"
-    r"|\u95ee\u9898|\u95ee|\u7528\u6237|\u8cea\u554f|\u30e6\u30fc\u30b6\u30fc|\uc9c8\ubb38"
+    r"|pregunta|instrucción|usuario|pergunta|domanda|utilisateur|вопрос"
+    r"|问题|问|用户|質問|ユーザー|질문"
 )
 _ANSWERS = (
     r"assistant|response|answer|output|reply|bot|chatbot|gpt|ai|a|model|agent|antwort|assistent|respuesta|asistente"
-    r"|resposta|risposta|r\u00e9ponse|\u043e\u0442\u0432\u0435\u0442|\u56de\u7b54|\u7b54\u6848|\u7b54|\u52a9\u624b|\ub2f5\ubcc0"
+    r"|resposta|risposta|réponse|ответ|回答|答案|答|助手|답변"
 )
 """In English, German, Spanish, Portuguese, Italian, French, Russian, Chinese, Japanese and Korean."""
 _ROLES = rf"(?:{_ASKS}|{_ANSWERS}|system)"
 _BEGINS = r"(?:^|(?<=\S>)|(?<=\S\]))"
 _LABEL = re.compile(
-    rf"{_BEGINS}[ \t]*(?:\#{{1,4}}[ ]*(?P<heading>{_ROLES})\b[ ]*:?|\**\[?(?P<line>{_ROLES})\]?\**[ ]?[:\uff1a]\**)"
+    rf"{_BEGINS}[ \t]*(?:\#{{1,4}}[ ]*(?P<heading>{_ROLES})\b[ ]*:?|\**\[?(?P<line>{_ROLES})\]?\**[ ]?[:：]\**)"
     rf"|(?:^|(?<=\s))(?P<inline>USER|ASSISTANT|HUMAN|BOT|GPT):"
     rf"|(?P<inst>\[INST\])|(?P<after>\[/INST\])"
     rf"|<\|?(?:im_start|start_of_turn|start_header_id|turn|start|header_start)\|?>\s*(?P<control>{_ROLES})\b"
     rf"(?:<\|[^|<>]+\|>)?"
-    rf"|<[|\uff5c](?P<role>{_ROLES})[|\uff5c]>"
+    rf"|<[|｜](?P<role>{_ROLES})[|｜]>"
     rf"|{_BEGINS}<(?P<tag>{_ROLES})>",
     re.MULTILINE | re.IGNORECASE,
 )

@@ -50,16 +50,16 @@ def scale_of_modules(live: LiveModel) -> list[float]:
 
 def other_scale(live: LiveModel, run_facts: RunFacts) -> list[Signal]:
     """F61 if every module multiplies by another factor than the settings give."""
-    told, rank = scale(run_facts), setting(run_facts, "lora_r")
+    expected, rank = scale(run_facts), setting(run_facts, "lora_r")
     patterns = run_facts.saved.adapter_config if run_facts.saved else {}
     has_patterns = any((patterns.get(key) or run_facts.settings.get(key)) for key in ("alpha_pattern", "rank_pattern"))
-    if live.is_rebuilt or is_ours(run_facts) or not told or not rank or has_patterns:
+    if live.is_rebuilt or is_ours(run_facts) or not expected or not rank or has_patterns:
         return []
     factors = scale_of_modules(live)
-    allowed = [told, told * rank**0.5]  # rsLoRA, which the settings need not name
+    allowed = [expected, expected * rank**0.5]  # rsLoRA, which the settings need not name
     if not factors or any(abs(factor / one - 1) < SAME for factor in factors for one in allowed):
         return []
     factor = float(np.median(factors))
-    says = f"the model multiplies the adapters by {factor:.3g}, and the settings give alpha / r = {told:.3g}"
-    numbers = {"factor": factor, "told": told, "modules": len(factors)}
+    says = f"the model multiplies the adapters by {factor:.3g}, and the settings give alpha / r = {expected:.3g}"
+    numbers = {"factor": factor, "expected": expected, "modules": len(factors)}
     return [Signal("F61", "invariant", says, 0.9, numbers, fix="scale the adapters by lora_alpha / lora_r")]

@@ -55,9 +55,9 @@ def sorted_rows(run_facts: RunFacts) -> Signal | None:
     Not: sorted files with a sampler that shuffles, which is the Trainer's default: the sampler matters, not the file;
     F77, which repeats rows after a resume only.
     Fix: shuffle the training rows.
-    Wrong when: the order is a curriculum (asked for in the settings it is none; from short to long in one epoch it is a
-    remark). Control: rows in random order, whose rank correlation has a standard deviation of 1 / sqrt(rows); epochs
-    with other batches each, whose losses do not correlate.
+    Wrong when: the order is a curriculum (one that the settings ask for is not reported; from short to long in one
+    epoch it is a remark). Control: rows in random order, whose rank correlation has a standard deviation of
+    1 / sqrt(rows); epochs with other batches each, whose losses do not correlate.
     Source: Karpathy's recipe; 1.94 instead of 1.72 (measured).
     """
     rows = examples_of(run_facts)
