@@ -22,7 +22,7 @@ from solotune.run.atomic_io import whole_folder
 class Server(exporters.Server):
     """A server that starts nothing."""
 
-    def __enter__(self) -> Server:
+    def start(self) -> Server:
         return self
 
     def wait(self) -> None:

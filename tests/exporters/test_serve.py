@@ -55,7 +55,7 @@ def test_the_child_serves_by_name_in_the_models_folder_and_ends_with_the_block(s
 def test_a_child_that_ends_is_told_with_its_last_words(stand_in: Path) -> None:
     (stand_in / "broken").mkdir()
     with pytest.raises(InputError, match="transformers could not serve it") as failed:
-        Server("transformers", stand_in / "broken", "127.0.0.1", free_port("127.0.0.1", 0)).__enter__()
+        Server("transformers", stand_in / "broken", "127.0.0.1", free_port("127.0.0.1", 0)).start()
     assert failed.value.seen == "no such architecture"
     with Server("transformers", stand_in / "merged", "127.0.0.1", free_port("127.0.0.1", 0)) as server:
         assert server._child is not None
@@ -67,7 +67,7 @@ def test_a_child_that_ends_is_told_with_its_last_words(stand_in: Path) -> None:
 def test_the_child_ends_with_a_parent_that_is_killed(stand_in: Path) -> None:
     port = free_port("127.0.0.1", 0)
     if (parent := os.fork()) == 0:
-        Server("transformers", stand_in / "merged", "127.0.0.1", port).__enter__()
+        Server("transformers", stand_in / "merged", "127.0.0.1", port).start()
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(parent, 0)
     deadline = time.monotonic() + 10
