@@ -142,7 +142,8 @@ def length_not_applied(run_facts: RunFacts) -> Signal | None:
         return Signal("F02", "invariant", says, 0.9, numbers, fix=fix, affected=longer / len(sizes))
     if sizes or "max_length" in run_facts.settings.asked:
         return None
-    lost = max((signal.affected or 0.0 for signal in signals_of_rows(run_facts, "F25")), default=0.0)
+    refused = [1.0 for signal in run_facts.refusals if signal.code == "F25"]  # none of the rows can be used
+    lost = max([*refused, *(signal.affected or 0.0 for signal in signals_of_rows(run_facts, "F25"))], default=0.0)
     losses = run_facts.trace.loss_S if run_facts.trace is not None else ()
     if lost < NO_LABEL or len(losses) < SOME_STEPS or not all(math.isfinite(loss) and loss > 0 for loss in losses):
         return None
