@@ -49,6 +49,14 @@ def answer(key: str, value: Any) -> str:
     return ""
 
 
+def renamed(key: str, value: Any) -> str | None:
+    """The line to write for a key that is a setting under another name; None if it is none."""
+    ours = None if key in CONVERTED else FOREIGN_KEYS.get(key) or typo_of(key)
+    if ours is None:
+        return None
+    return f"{ours}: {yaml_value(value) if is_allowed(ours, value) else allowed_values(ours)}"
+
+
 def names_of_dataset_info(values: Mapping[str, Any]) -> str:
     """What to write for the `dataset` of a LLaMA-Factory config, whose names are those of a file that is not read here;
     empty for other configs."""
