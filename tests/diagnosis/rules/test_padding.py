@@ -80,3 +80,22 @@ def test_the_first_token_after_left_padding(tokenizer, pairs):
     facts = run_facts_of(tokenizer, padded(whole, left=True), CHATS, assistant_only_loss=False)
     assert told(facts) == {"F30": "fault"}
     assert told(run_facts_of(tokenizer, padded(whole), CHATS, assistant_only_loss=False)) == {}
+
+
+@pytest.mark.parametrize("pad", [END, 1])
+@pytest.mark.parametrize("named", [None, "<|endoftext|>"])
+def test_padding_by_a_token_that_is_not_the_named_one(tokenizer, pairs, pad, named):
+    """A collator by hand fills with the end of text, or with a number."""
+    other = copy.deepcopy(tokenizer)
+    other.pad_token = named
+    left = without_mask(padded(pairs, left=True, pad=pad))
+    assert told(run_facts_of(other, left, CHATS)).get("F28") == "fault"
+    assert told(run_facts_of(other, without_mask(padded(pairs, pad=pad)), CHATS)) == {}
+
+
+def test_rows_that_begin_alike_are_not_padded(tokenizer, pairs):
+    """Three special tokens before each text: a format, of one length."""
+    other = copy.deepcopy(tokenizer)
+    other.pad_token = None
+    begun = [([END] * 3 + ids, [-100] * 3 + labels) for ids, labels in pairs]
+    assert "F28" not in told(run_facts_of(other, without_mask(padded(begun, size=1)), CHATS))

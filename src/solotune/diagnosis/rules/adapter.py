@@ -35,7 +35,7 @@ _NOT_ALWAYS = re.compile(r"expert|router|" + "|".join(HEADS))
 def targets_missed(run_facts: RunFacts) -> Signal | None:
     """F56: some names in lora_target_modules match few modules of this model, or none.
 
-    Sees: names without a module, and names that have an adapter in only some of the layers. The names of the config are
+    Sees: names, or alternatives of a regular expression, without a module; names that have an adapter in only some of the layers. The names of the config are
     compared with the modules in the adapter file and with the modules that config.json builds.
     Why: PEFT raises an error if no name matches. If some names match, it ignores the others silently, so fewer
     parameters are trained.
@@ -47,9 +47,11 @@ def targets_missed(run_facts: RunFacts) -> Signal | None:
     (measured).
     """
     names = targets(run_facts)
+    modules = linears(run_facts)
+    if isinstance(names, str) and names != "all-linear":
+        return _alternatives_missed(names, list(modules or ()), list(lora_layers(run_facts)))
     if not isinstance(names, list):
         return None
-    modules = linears(run_facts)
     found, known = list(lora_layers(run_facts)), list(modules or ())
     if not found and not known:
         return None
@@ -68,6 +70,29 @@ def targets_missed(run_facts: RunFacts) -> Signal | None:
     name, (has, could) = next(iter(few.items()))
     says = f"only {has} of {could} modules named {name} have an adapter"
     return Signal("F56", "measured", says, 0.75, numbers, fix=fix, affected=1 - has / could)
+
+
+def _alternatives_missed(pattern: str, modules: list[str], found: list[str]) -> Signal | None:
+    """F56 of a regular expression, which PEFT matches with whole module names: alternatives that match none.
+
+    One that matches nothing at all counts only if it leaves the beginning open: models of several kinds name it
+    otherwise.
+    """
+    group = re.search(r"\((?:\?:)?([\w.]+(?:\|[\w.]+)+)\)", pattern)
+    parts = group[1].split("|") if group else [pattern]
+    each = [f"{pattern[: group.start()]}{part}{pattern[group.end() :]}" if group else part for part in parts]
+    try:
+        missed = [part for part, one in zip(parts, each, strict=True)
+                  if not any(re.fullmatch(one, name) for name in modules)]  # fmt: skip
+    except re.error:
+        return None
+    missed = [part for part in missed if not is_embedding(part) and not any(path.endswith(part) for path in found)]
+    is_open = pattern.startswith((".*", "(.*", "^.*"))
+    if not modules or not missed or (len(missed) == len(parts) and not is_open):
+        return None
+    says = f"{', '.join(missed)} in lora_target_modules {pattern} match{'es' * (len(missed) == 1)} no module"
+    numbers, fix = {"asked": parts, "missed": missed}, "lora_target_modules: all-linear"
+    return Signal("F56", "invariant", says, 0.9, numbers, fix=fix, affected=len(missed) / len(parts))
 
 
 def is_embedding(name: str) -> bool:

@@ -49,6 +49,8 @@ BESIDE = 2
 """Tokens that a tool adds after truncation: the begin and the end of a text."""
 NO_LABEL, SOME_STEPS = 0.95, 10
 """Share of the rows without a label from which nearly every batch has none, and losses that contradict it."""
+_OTHER_CUTS = ("cutoff_len", "sequence_len")
+"""Lengths of LLaMA-Factory, which shortens prompt and answer in proportion, and of Axolotl, which drops long rows."""
 _ALIKE = 0.9
 """Likeness of a misspelt name (`max_lenght`, `learning_rates`) to the setting's own."""
 
@@ -69,7 +71,7 @@ def binary_mismatch(run_facts: RunFacts) -> Signal | None:
     fix = "pip install --upgrade bitsandbytes, and unset BNB_CUDA_VERSION"
     line = has_error(
         run_facts,
-        r"CUDA Setup failed|libbitsandbytes|bitsandbytes.*(not compiled|no kernel|without GPU support|binary)",
+        r"CUDA Setup failed|libbitsandbytes.*(not found|cannot|No such|undefined)|bitsandbytes.*(not compiled|no kernel|without GPU support|binary)",
         r"no kernel image is available|undefined symbol.*(cquantize|cdequantize|cgemm)|cextension",
     )
     if line is not None:
@@ -140,7 +142,7 @@ def length_not_applied(run_facts: RunFacts) -> Signal | None:
     if longer and setting(run_facts, "max_length") in (None, limit):
         says = f"{key}: {limit:g} is in the config, but {longer} of {len(sizes)} rows in the batches are longer"
         return Signal("F02", "invariant", says, 0.9, numbers, fix=fix, affected=longer / len(sizes))
-    if sizes or "max_length" in run_facts.settings.asked:
+    if sizes or "max_length" in run_facts.settings.asked or key in _OTHER_CUTS:
         return None
     refused = [1.0 for signal in run_facts.refusals if signal.code == "F25"]  # none of the rows can be used
     lost = max([*refused, *(signal.affected or 0.0 for signal in signals_of_rows(run_facts, "F25"))], default=0.0)
