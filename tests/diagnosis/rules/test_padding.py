@@ -99,3 +99,19 @@ def test_rows_that_begin_alike_are_not_padded(tokenizer, pairs):
     other.pad_token = None
     begun = [([END] * 3 + ids, [-100] * 3 + labels) for ids, labels in pairs]
     assert "F28" not in told(run_facts_of(other, without_mask(padded(begun, size=1)), CHATS))
+
+
+def test_padding_between_prompt_and_answer(tokenizer, pairs):
+    """Prompts are padded to one length before the answers are appended."""
+
+    def apart(ids, labels, fill):
+        begin = next(at for at, label in enumerate(labels) if label != -100)
+        gap = 40 - begin if fill else 0
+        return ids[:begin] + [PAD] * gap + ids[begin:], labels[:begin] + [-100] * gap + labels[begin:]
+
+    inside = padded([apart(*pair, True) for pair in pairs])
+    assert told(run_facts_of(tokenizer, without_mask(inside), CHATS)).get("F28") == "fault"
+    for batch in inside:
+        batch["attention_mask"] = (batch["input_ids"] != PAD).long()
+    assert "F28" not in told(run_facts_of(tokenizer, inside, CHATS))
+    assert "F28" not in told(run_facts_of(tokenizer, without_mask(padded([apart(*p, False) for p in pairs])), CHATS))
