@@ -71,7 +71,8 @@ def binary_mismatch(run_facts: RunFacts) -> Signal | None:
     fix = "pip install --upgrade bitsandbytes, and unset BNB_CUDA_VERSION"
     line = has_error(
         run_facts,
-        r"CUDA Setup failed|libbitsandbytes.*(not found|cannot|No such|undefined)|bitsandbytes.*(not compiled|no kernel|without GPU support|binary)",
+        r"CUDA Setup failed|libbitsandbytes.*(not found|cannot|No such|undefined)",
+        r"bitsandbytes.*(not compiled|no kernel|without GPU support|binary)",
         r"no kernel image is available|undefined symbol.*(cquantize|cdequantize|cgemm)|cextension",
     )
     if line is not None:

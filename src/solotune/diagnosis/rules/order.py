@@ -156,8 +156,8 @@ def long_tail(run_facts: RunFacts) -> Signal | None:
     times the 95th percentile, and one of: an out-of-memory error after the first steps; a GPU with enough memory for
     all rows but the longest; no other row that is nearly as long.
     Why: the run crashes at the step in which the long row comes, or the model reads positions that it has never seen.
-    Not: F71 and F72, which crash at once; a memory leak, which grows at constant length; packing, whose sequences are all
-    of one length.
+    Not: F71 and F72, which crash at once; a memory leak, which grows at constant length; packing, whose sequences have
+    one length.
     Fix: set `max_length` to the 95th or 99th percentile, and try the longest batch first.
     Wrong when: something else used the memory. Control: the rows next in length. A long tail that goes on is usual for
     chats, and a remark.

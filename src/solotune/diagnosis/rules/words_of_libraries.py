@@ -1,4 +1,4 @@
-"""Faults that a library's own error or warning names: in other tools a run often ends before there is anything to judge.
+"""Faults that a library's own error or warning names; such a run often ends before there is anything else to judge.
 
 A message is listed only if its library writes it for this fault alone. What it also writes in healthy runs is not here:
 that a checkpoint has its own quantization (as ready-made 4-bit ones do), that an argument is deprecated.
