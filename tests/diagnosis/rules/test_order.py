@@ -56,7 +56,9 @@ def test_f42_one_row_far_longer_than_all_others() -> None:
 
 def test_a_long_row_of_our_own_run_and_of_a_pack() -> None:
     """A pack has one length, however long its longest row is."""
-    assert signals("F42", {"tool": "solotune"}, train=rows([40, 50, 60] * 30 + [900]))
+    ours = {"tool": "solotune"}
+    assert [s.kind for s in signals("F42", ours, train=rows([40, 50, 60] * 30 + [900]))] == ["measured"]
+    assert [s.kind for s in signals("F42", ours, train=rows([40, 50, 60] * 30 + [450]))] == ["remark"]
     assert not signals("F42", {"packing": True}, train=rows([40, 50, 60] * 30 + [900]))
 
 

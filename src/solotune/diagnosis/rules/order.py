@@ -42,6 +42,8 @@ MOSTLY_ONCE = 0.9
 LONG_TAIL, ALONE = 5.0, 4.0
 """The longest row divided by the 95th percentile (real chats have 3 to 5), and by the fourth longest: the tail of real
 data goes on, so its longest rows are near each other."""
+TWICE = 2.0
+"""Both limits times this for solotune, which plans the memory of its longest batch: files of 500 chats reach 7.8 and 6."""
 
 
 @rule("F40", needs=("settings",))
@@ -187,7 +189,8 @@ def long_tail(run_facts: RunFacts) -> Signal | None:
     if ratio < LONG_TAIL:
         return None
     says = f"the longest row has {longest:,.0f} tokens, {ratio:.0f} times the 95th percentile"
-    if longest < ALONE * others:
+    sure = TWICE if is_ours(run_facts) else 1.0
+    if ratio < sure * LONG_TAIL or longest < sure * ALONE * others:
         return Signal("F42", "remark", says, 0.3, numbers, fix=fix, affected=affected)
     says += f", and {longest / others:.0f} times the fourth longest: its batch needs as many times the memory"
     return Signal("F42", "measured", says, 0.7, numbers, fix=fix, affected=affected)
