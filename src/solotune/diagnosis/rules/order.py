@@ -43,7 +43,7 @@ LONG_TAIL, ALONE = 5.0, 4.0
 """The longest row divided by the 95th percentile (real chats have 3 to 5), and by the fourth longest: the tail of real
 data goes on, so its longest rows are near each other."""
 TWICE = 2.0
-"""Both limits times this for solotune, which plans the memory of its longest batch: files of 500 chats reach 7.8 and 6."""
+"""Both limits times this for solotune, which plans the memory of its longest batch: 500 real chats reach 7.8 and 6."""
 
 
 @rule("F40", needs=("settings",))
