@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from solotune.dataset import Example
 from solotune.diagnosis.rules import ask_all
@@ -105,3 +109,31 @@ def test_f04_ids_that_mean_other_pieces_than_to_the_base() -> None:
     more.add_tokens(["<|new|>"])
     for healthy in (more, copy.deepcopy(base)):
         assert not [s for s in ask_all(replace(one, tokenizer=healthy))[0] if s.code == "F04"]
+
+
+def test_f07_markers_that_a_conversion_lost(bench: Bench) -> None:
+    """By the base's tokenizer, or by an id at which the model stops that is no control token any more."""
+    base, lost = tiny_tokenizer("chatml"), without_markers(tiny_tokenizer("chatml"), "<|im_start|>", "<|im_end|>")
+    one = RunFacts("test", Settings({}), tokenizer=lost, base_tokenizer=base)
+    (found,) = [signal for signal in ask_all(one)[0] if signal.code == "F07"]
+    assert (found.kind, sorted(found.numbers["lost"])) == ("invariant", ["<|im_end|>", "<|im_start|>"])
+    assert not [s for s in ask_all(replace(one, tokenizer=copy.deepcopy(base)))[0] if s.code == "F07"]
+
+    for stop, severities in (("<|endoftext|>", ["error"]), ("<|im_end|>", [])):
+        own = without_markers(tiny_tokenizer("chatml"), "<|im_start|>", *({stop} - {"<|im_end|>"}))
+        model = bench.model(config={"eos_token_id": [id_of("chatml", "<|im_end|>"), id_of("chatml", stop)]})
+        found = bench.find(talk(), own, model_name_or_path=model)
+        assert [f.severity for f in found if f.code == "F07"] == severities, stop
+
+
+def without_markers(tokenizer: Any, *lost: str) -> Any:
+    """The tokenizer after a conversion that kept the ids and forgot that these are tokens of their own."""
+    told = json.loads(tokenizer.backend_tokenizer.to_str())
+    told["added_tokens"] = [one for one in told["added_tokens"] if one["content"] not in lost]
+    vocab = told["model"]["vocab"]
+    told["model"]["vocab"] = {f"\u0100unused{i}" if word in lost else word: i for word, i in vocab.items()}
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(told)), **{
+        name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str) and text not in lost
+    })  # fmt: skip
+    made.chat_template = tokenizer.chat_template
+    return made

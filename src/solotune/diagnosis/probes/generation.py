@@ -2,6 +2,7 @@
 
     good with the training format, bad as deployed                      F11; F12 if no row has the model's own format
     deterministic, and different from the training format               F11, or F12
+    deployed answers begin with the header of an answer                 F15
     the end of turn is generated, and generation goes on                F14, unless the data's own answers go on too
     no end in either, and a low probability of an end after the data's  F10, F17, F19 or F24: the labels show which; if
     own answers                                                         the ends have labels, F17 if the pad is an end
@@ -17,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import dropwhile
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from solotune.diagnosis.facts.derived import is_ours
 from solotune.diagnosis.facts.labels import LabelFacts
 from solotune.diagnosis.facts.rendered_chats import decoded, is_chat_model, own_frame
 from solotune.diagnosis.facts.roles import ASSISTANT
+from solotune.diagnosis.facts.row_arrays import squeezed
 from solotune.diagnosis.facts.texts import Document
 from solotune.diagnosis.probes.probed_model import adapters_off, device_of, is_untouched, logits_of, restore_model_state
 from solotune.diagnosis.probes.prompt_use import _cost, _pair
@@ -41,6 +44,7 @@ UNEXPECTED = 0.05  # probability of an end of turn after a whole answer; long fr
 CLEARLY, SURELY, BEGINNING = 0.3, 1.0, 24  # nats a token (the second even if few ends are expected), of so many tokens
 MUCH = 0.5  # of the prompts; also the gap of losses, in nats
 LAST, LEARNED = 4, 0.7  # tokens before the end of an answer, and their loss where the answers are known: one in two
+SHORTEST_HEADER = 3  # characters
 GOES_ON = 4  # tokens after an end: white space and an end of text may follow
 
 
@@ -96,6 +100,7 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
             "deployment_rendering": _share_right(deployed, wanted, facts.roles.ends),
         },
         "deployed_costs_more": float(np.mean(gaps)) if gaps else 0.0,  # nats a token, with the training format
+        "header_written": _header_written(facts, deployed, trained),
         "same_again": bool(again),  # deterministic, and the question is the whole prompt
         "question_is_whole": is_whole,
         "equal": float(np.mean([_alike(a, b, facts.roles.ends) for a, b in zip(trained, deployed, strict=True)])),
@@ -167,6 +172,11 @@ def _judge(run_facts: RunFacts, found: dict[str, Any]) -> list[Signal]:
     # without its system prompt a model may well answer otherwise: that is another question, not another template
     kind, weight = ("counterfactual", 0.9) if found["question_is_whole"] else ("remark", 0.3)
     worse = bad["rep_4"] - good["rep_4"] > REPEATS / 2 or bad["without_end"] - good["without_end"] >= MUCH
+    if found["header_written"] >= MUCH:
+        says = f"{found['header_written']:.0%} of the deployed answers begin with the header of an answer, which is in "
+        says += "the prompt of the training format"
+        fix = "render prompts with add_generation_prompt=True"
+        return [Signal("F15", "counterfactual", says, 0.9, found, fix=fix)]
     right = found["right"]
     if right["training_rendering"] - right["deployment_rendering"] >= MUCH:
         says = f"with the training format {right['training_rendering']:.0%} of the answers begin as in the data, "
@@ -205,6 +215,26 @@ def _difference(run_facts: RunFacts) -> tuple[str, str]:
     if marker and texts and not any(marker in text for text in texts):
         return "F12", 'give the data as {"messages": [...]}, so that the model\'s own template is applied'
     return "F11", "serve with the chat template that rendered the training rows"
+
+
+def _header_written(facts: LabelFacts, deployed: Sequence[Sequence[int]], trained: Sequence[Sequence[int]]) -> float:
+    """Share of the deployed answers that begin with the template's header of an answer, or with the name of its role;
+    0 if answers with the training format do too."""
+    header = facts.roles.headers.get(ASSISTANT, "")
+    for end in facts.roles.template.terminators if facts.roles.template else ():
+        header = header.removeprefix(end).lstrip()
+    whole = squeezed(header)
+    name = squeezed(facts.roles.decode(np.array(facts.roles.encode(header), np.int64)))  # without its control tokens
+    begins = tuple(one for one in (whole, name) if len(one) >= SHORTEST_HEADER)
+    if not begins or facts.roles.tokenizer is None:
+        return 0.0
+
+    def share(answers: Sequence[Sequence[int]]) -> float:
+        own = [list(dropwhile(facts.roles.ends.__contains__, ids)) for ids in answers]  # the end of the question
+        texts = [squeezed(str(facts.roles.tokenizer.decode(ids))) for ids in own]  # type: ignore[union-attr]
+        return float(np.mean([text.startswith(begins) for text in texts]))
+
+    return 0.0 if share(trained) else share(deployed)
 
 
 def _share_right(answers: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]], ends: frozenset[int]) -> float:

@@ -245,15 +245,25 @@ def _split_markers(run_facts: RunFacts, found: dict[str, Any]) -> Signal | None:
     Control: models that were taught markers of text (Zephyr, Llama 2) expect them; a template that is not the model's.
     """
     tokenizer, pieces, base = run_facts.tokenizer, own_frame(run_facts), run_facts.base_tokenizer
-    is_own = not run_facts.settings.get("chat_template_path") if is_ours(run_facts) else bool(base and base.chat_template)
-    if tokenizer is None or pieces is None or not is_own or not is_chat_model(run_facts, pieces[2]) or is_no_text(found):
+    is_own = (
+        not run_facts.settings.get("chat_template_path") if is_ours(run_facts) else bool(base and base.chat_template)
+    )
+    if (
+        tokenizer is None
+        or pieces is None
+        or not is_own
+        or not is_chat_model(run_facts, pieces[2])
+        or is_no_text(found)
+    ):
         return None
     markers = sorted(set(_MARKER.findall(pieces[0] + pieces[1])))
     split = [marker for marker in markers if len(tokenizer.encode(marker, add_special_tokens=False)) > 1]
     loss = found.get("own_markers", 0.0)
     if not split or loss < 2 * EXPECTED:
         return None
-    says = f"the tokenizer splits {', '.join(split)} of the model's own template, and the model does not expect them so: "
+    says = (
+        f"the tokenizer splits {', '.join(split)} of the model's own template, and the model does not expect them so: "
+    )
     says += f"{loss:.1f} nats a token"
     fix = "use the tokenizer files of the same model and revision"
     return Signal("F07", "measured", says, 0.75, {"split": split, "own_markers": loss}, fix=fix, affected=1.0)
