@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from solotune.diagnosis.facts.labels import LabelFacts
-from solotune.diagnosis.facts.roles import ASSISTANT
-from solotune.diagnosis.probes.generation import _are_stops, _first_turn, _header_written, _judge, _question
+from solotune.diagnosis.probes.generation import _are_stops, _first_turn, _judge, _question
 from solotune.diagnosis.probes.prompt_use import _pair
 from solotune.diagnosis.run_facts import RunFacts, Settings
 from tests.diagnosis.probed_models import Ward, chats, padded, render
@@ -27,7 +26,7 @@ ALIKE: dict[str, Any] = {
     "equal": 1.0,
     "deployed_costs_more": 0.0,
     "stops_at_end": 1.0,
-    "header_written": 0.0,
+    "as_without_header": 0.0,
 }
 
 
@@ -66,16 +65,3 @@ def test_a_chat_of_several_turns_is_asked_its_first_question(tmp_path_factory: p
     pair = _pair(first, facts.roles)
     assert pair is not None and facts.roles.decode(np.array(pair[1])).strip() == turns[0][1]["content"]
     assert _pair(facts.documents[0], facts.roles) is None
-
-
-def test_f15_of_a_deployment_whose_answers_begin_with_the_header(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """With its control tokens or without them; control: with the training format they do not."""
-    ward = Ward(tmp_path_factory.getbasetemp() / "ward")
-    facts = LabelFacts.of(ward.run_facts([padded([render(ward.tokenizer, one) for one in chats(4, 100)], pad=2)]))
-    answers = [facts.roles.encode(one[1]["content"]) for one in chats(4, 100)]
-    header = facts.roles.encode(facts.roles.headers[ASSISTANT])
-    asked = [[*header, *ids] for ids in answers]
-    assert _header_written(facts, asked, answers) == 1.0
-    assert _header_written(facts, answers, answers) == 0.0 == _header_written(facts, asked, asked)
-    other = {**ALIKE, "header_written": 1.0, "equal": 0.0, "ends_are_stops": True}
-    assert [(s.code, s.kind) for s in _judge(RunFacts("a run", Settings({})), other)] == [("F15", "counterfactual")]

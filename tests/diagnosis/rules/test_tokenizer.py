@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from solotune.dataset import Example
 from solotune.diagnosis.rules import ask_all
 from solotune.diagnosis.run_facts import RunFacts, Settings
 from tests.dataset.conftest import CHATML, FAMILIES, tiny_tokenizer
-from tests.diagnosis.probed_models import moved
+from tests.diagnosis.probed_models import moved, without_markers
 from tests.diagnosis.rules.rows import Bench, answered, each, id_of, talk, with_template
 
 
@@ -124,16 +120,3 @@ def test_f07_markers_that_a_conversion_lost(bench: Bench) -> None:
         model = bench.model(config={"eos_token_id": [id_of("chatml", "<|im_end|>"), id_of("chatml", stop)]})
         found = bench.find(talk(), own, model_name_or_path=model)
         assert [f.severity for f in found if f.code == "F07"] == severities, stop
-
-
-def without_markers(tokenizer: Any, *lost: str) -> Any:
-    """The tokenizer after a conversion that kept the ids and forgot that these are tokens of their own."""
-    told = json.loads(tokenizer.backend_tokenizer.to_str())
-    told["added_tokens"] = [one for one in told["added_tokens"] if one["content"] not in lost]
-    vocab = told["model"]["vocab"]
-    told["model"]["vocab"] = {f"\u0100unused{i}" if word in lost else word: i for word, i in vocab.items()}
-    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(told)), **{
-        name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str) and text not in lost
-    })  # fmt: skip
-    made.chat_template = tokenizer.chat_template
-    return made

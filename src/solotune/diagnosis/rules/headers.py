@@ -26,7 +26,7 @@ def header_learned(facts: RowFacts) -> Finding | None:
 
     Sees: answers whose loss begins at their role header; a generation prompt that writes the header twice; rows in
     which it stands twice before the answer; prompts served without the template's generation prompt; deployed answers
-    that begin with the header, then as with the training format (probe P13).
+    that are what the model writes after a prompt without the header (probe P13).
     Why: the answer starts with a header, or is empty.
     Not: F11, where not only the start of the answer differs; templates with an empty generation prompt (Mistral);
     `assistant_only_loss: false`, where headers are trained on, on purpose; a model whose own template has no generation
