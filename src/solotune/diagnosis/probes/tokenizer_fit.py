@@ -84,7 +84,8 @@ def _is_written(tokenizer: Any, index: int) -> bool:
     no text, so that it tells nothing about how text is split."""
     if not tokenizer.is_fast:
         return True
-    pieces = tokenizer.backend_tokenizer.model.tokenize(tokenizer.convert_ids_to_tokens(index))
+    piece = tokenizer.convert_ids_to_tokens(index)
+    pieces = tokenizer.backend_tokenizer.model.tokenize(piece) if piece else []
     return len(pieces) == 1 and pieces[0].id == index
 
 

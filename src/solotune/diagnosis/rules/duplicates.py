@@ -60,7 +60,11 @@ class Copies(NamedTuple):
         is_free = len(set(answers)) > len(counts) / 2 and float(np.median(sizes)) >= LEAST_TOKENS
         often = float(counts[counts >= OFTEN].sum())  # a few rows are most of the data, the others are there once
         is_few = mean >= MANY_COPIES or often >= MOSTLY * len(keys)
-        is_whole = counts.min() >= 2 and counts.max() - counts.min() <= max(1, SOME * mean) and len(counts) >= MIN_ROWS
+        is_whole = (
+            counts.min() >= 2
+            and counts.max() - counts.min() <= max(mean >= MANY_COPIES, SOME * mean)
+            and len(counts) >= MIN_ROWS
+        )
         return cls(len(keys), again, bool(is_regular or (is_few and is_free)), bool(is_whole))
 
 
