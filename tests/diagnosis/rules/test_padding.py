@@ -55,6 +55,15 @@ def test_masks_that_are_missing_or_wrong(tokenizer, pairs, how):
     assert "F29" not in told(run_facts_of(tokenizer, batches, CHATS))
 
 
+def test_padding_with_the_end_of_text_where_there_is_no_other_token(tokenizer, pairs):
+    """Control: on the right, where attention never reaches it, and the one end that each row has."""
+    same = copy.deepcopy(tokenizer)
+    same.pad_token = None
+    left, right = (without_mask(padded(pairs, left=left, pad=END)) for left in (True, False))
+    assert told(run_facts_of(same, left, CHATS)) == {"F28": "fault"}
+    assert told(run_facts_of(same, right, CHATS)) == {}
+
+
 def test_padding_that_does_no_harm(tokenizer, pairs):
     for batches in (padded(pairs), padded(pairs, left=True), without_mask(padded(pairs))):
         assert told(run_facts_of(tokenizer, batches, CHATS)) == {}
