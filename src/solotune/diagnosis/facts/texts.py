@@ -109,7 +109,6 @@ class Batches:
         pad = named["pad"] if named["pad"] is not None else _first(run_facts.model_config.get("pad_token_id"))
         if (filler := _filler(batches or run_facts.batches, run_facts, pad)) is not None:
             pad = filler
-        pad = named["eos"] if pad is None else pad  # what people pad with where there is no token for it
         single = frozenset(i for i in (named["eos"], named["bos"]) if i is not None)
         known = () if is_ours(run_facts) else run_facts.train[:_KNOWN_ROWS]  # solotune's own packs are marked
         rows = [np.asarray(row.input_ids) for row in known]
