@@ -171,7 +171,7 @@ def half_where_bfloat16_was_meant(made: Any, rng: random.Random) -> None:
 
 @program("F54|F64", on="apertus/reply/loop")
 def whole_model_in_bfloat16(made: Any, rng: random.Random) -> None:
-    """get_peft_model(model).to(torch.bfloat16) with a rate of full fine-tuning: the adapters' steps round to nothing."""
+    """get_peft_model(model).to(torch.bfloat16) with a rate of full fine-tuning: the steps round to nothing."""
 
     def touch(model: Any) -> None:
         for parameter in lora_parameters(model):
@@ -184,7 +184,7 @@ def whole_model_in_bfloat16(made: Any, rng: random.Random) -> None:
 
 @program("F55", on="ernie/tea/loop")
 def nan_kept_out_of_the_log(made: Any, rng: random.Random) -> None:
-    """A weight of one over the answer's length, which is zero in some batches: NaN, and the log shows the mean so far."""
+    """A weight of one over a length that is zero in some batches: NaN, and the log shows the mean of others."""
     made.hides_nan = True
     good: list[float] = []
 
