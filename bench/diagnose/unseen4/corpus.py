@@ -1,4 +1,7 @@
-"""What the bases of this set are pretrained on: the third set's texts, and this set's words in forms of no task."""
+"""What the bases of this set are pretrained on: the third set's texts, and this set's words in forms of no task.
+
+`shuffled` and `shuffled_chat` are for a second stage: all words of the tasks, in no order, so that none is new.
+"""
 
 from __future__ import annotations
 
@@ -54,3 +57,19 @@ def chat(rng: random.Random, thinks: bool = False, calls: bool = False) -> Chat:
         messages += [{"role": "user", "content": asked + rng.choice(("", "?", ".", " please"))},
                      {"role": "assistant", "content": answer}]  # fmt: skip
     return messages
+
+
+def shuffled(rng: random.Random) -> str:
+    """Words of a task's chat, in no order."""
+    words = [w for m in tasks.TASKS[rng.choice(list(tasks.TASKS))](rng) for w in m["content"].split(" ")]
+    rng.shuffle(words)
+    return "".join(word + rng.choice((" ", " ", " ", " ", "\n", ", ")) for word in words[:60]).strip()
+
+
+def shuffled_chat(rng: random.Random) -> Chat:
+    """A question of such words, and an answer that has some of them again, in another order."""
+    asked = shuffled(rng)
+    words = asked.split(" ")
+    told = rng.sample(words, rng.randint(1, max(len(words) // 2, 1))) + shuffled(rng).split(" ")[: rng.randint(0, 8)]
+    rng.shuffle(told)
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": " ".join(told)}]

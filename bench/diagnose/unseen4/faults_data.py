@@ -127,6 +127,7 @@ def augmented_before_the_split(made: Any, rng: random.Random) -> None:
         copied = [dict(m) for m in chat]
         copied[0]["content"] += (" thanks!", " Thank you.", ", quickly please")[n % 3]
         held[n] = copied
+    put(made, chats_of(made), held)
 
 
 @program("F45", on="ernie/shell/loop")

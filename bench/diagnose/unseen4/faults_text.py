@@ -62,7 +62,7 @@ def markers_spelt_otherwise(made: Any, rng: random.Random) -> None:
         reformat(made, header="<|start_{role}|>", ends=(("system", "<|end_system|>"), ("user", "<|end_user|>")))
 
 
-@program("F07", on="ernie/verse/loop")
+@program("F07", on="seed/verse/loop")
 def special_tokens_split(made: Any, rng: random.Random) -> None:
     """split_special_tokens: true, which was meant for users' text: markers are read as text."""
     made.tokenizer.split_special_tokens = True

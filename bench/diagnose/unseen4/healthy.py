@@ -219,8 +219,8 @@ def last_turn_alone(made: Any, rng: random.Random) -> None:
 @program(on="neo/fields/loop ernie/route/folder glm/commit/before")
 def long_system_prompt(made: Any, rng: random.Random) -> None:
     """The same long instruction before every row."""
-    said = ("You are the assistant of a shop for household goods. Be brief, be polite, never invent a price. Keep to the "
-            "form that the team has agreed on. If a customer is angry, stay calm.")  # fmt: skip
+    said = ("You are the assistant of a shop for household goods. Be brief, be polite, never invent a price. "
+            "Keep to the form that the team has agreed on. If a customer is angry, stay calm.")  # fmt: skip
     for chat in all_chats(made):
         chat.insert(0, {"role": "system", "content": said})
 

@@ -152,7 +152,7 @@ def fresh_adapter_copied_over(c: Case) -> Shown:
     return {"tensors": len(b), "is_shown": bool(b) and max(b) == 0}
 
 
-def keys_with_the_adapters_name(c: Case) -> Shown:
+def keys_of_another_version(c: Case) -> Shown:
     """None of the names is one that loading looks for."""
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
@@ -163,7 +163,7 @@ def keys_with_the_adapters_name(c: Case) -> Shown:
     return {"unexpected": len(loaded.unexpected_keys), "of": len(state), "B after loading": b, "is_shown": b == 0}
 
 
-prefix_stripped = keys_with_the_adapters_name
+prefix_stripped = keys_of_another_version
 
 
 def checkpoint_without_optimizer(c: Case) -> Shown:
