@@ -11,8 +11,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.diagnose.machinery import rounded
 from bench.diagnose.ours import Job
 from bench.diagnose.unseen2.registry import tell
@@ -153,25 +151,16 @@ def _edit(folder: Path, change: Any) -> None:
 
 
 @program("F76", on="ernie/fields/loop")
-def merged_into_the_unquantized_base(made: Any, rng: random.Random) -> None:
-    """Learned on a base of few bits, merged into the original weights."""
-    originals: dict[str, torch.Tensor] = {}
-
-    def prepare(model: Any) -> None:
-        for name, parameter in model.named_parameters():
-            if "_proj.weight" in name:
-                originals[name] = parameter.data.clone()
-                parameter.data = rounded(parameter.data, 4)
+def quantized_again_after_the_merge(made: Any, rng: random.Random) -> None:
+    """Merged in float32, then written in two bits for the engine: what was learned is rounded away."""
 
     def merged(model: Any) -> Any:
-        whole = copy.deepcopy(model)
+        whole = copy.deepcopy(model).merge_and_unload()
         for name, parameter in whole.named_parameters():
-            plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
-            if "base_layer" in name and plain in originals:
-                parameter.data = originals[plain].clone()
-        return whole.merge_and_unload()
+            if "_proj.weight" in name:
+                parameter.data = rounded(parameter.data, 4)
+        return whole
 
-    made.prepare.append(prepare)
     made.merged = merged
 
 
