@@ -7,7 +7,8 @@
     `requantized`         W' of what was trained, in NF4 again: what someone gets who loads a merged model in 4 bits
 
 Memory: four tensors at most, whatever the size of the model. While one is hashed and written, the next is merged in
-place, some rows at a time, and one more is read. The shards are those of the base, split where one is larger than SHARD_BYTES.
+place, some rows at a time, and one more is read. The shards are those of the base, split where one is larger than
+SHARD_BYTES.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from typing import Any
 import torch
 
 from solotune.config.settings import PrecisionSettings
-from solotune.dataset.chat.tokenizer import saved_files
 from solotune.errors import InputError
 from solotune.exporters.base_tensors import NAMES, BaseTensor, BaseTensors, as_bytes
 from solotune.exporters.source import ExportSource
@@ -192,7 +192,7 @@ def write_merged(source: ExportSource, tensors: BaseTensors, folder: Folder, mer
     write_weights(tensors, folder, merge, progress)
     folder.write("config.json", json_text(_config(source, tensors, merge.dtype)))
     folder.write("generation_config.json", json_text(generation_config(source)))
-    for name, content in saved_files(source.tokenizer):
+    for name, content in source.tokenizer_files():
         folder.write(name, content)
 
 

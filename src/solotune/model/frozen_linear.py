@@ -122,7 +122,7 @@ class DenseWeight(nn.Module):
 
 
 class NF4Weight(nn.Module):
-    """W_OI in 4 bits: the codes and scales of bitsandbytes' `quantize_4bit`, and the numbers of its `dequantize_4bit`."""
+    """W_OI in 4 bits: bit-equal to bitsandbytes' `quantize_4bit` and `dequantize_4bit`."""
 
     packed: torch.Tensor
     code: torch.Tensor

@@ -4,8 +4,8 @@
     code of a weight     how many of the 15 bounds between NF4's 16 values w * (1 / a) exceeds
 
 bitsandbytes has no 4-bit kernel for CPUs. Its plain one searches the bounds for each weight, which branches at random:
-60 ns a weight, 7 minutes for an 8B model on one core. Here each bound is compared with a whole chunk at a time, which the CPU
-does 64 weights at once, and chunks that stay in a core's cache are spread over threads. NumPy, because torch compares
+60 ns a weight, 7 minutes for an 8B model on one core. Here each bound is compared with a whole chunk at a time, 64
+weights per instruction, and chunks that stay in a core's cache are spread over threads. NumPy, because torch compares
 floats one by one if the result is to take less than a float.
 
 All operations are those of the plain kernel in float32, in its order, so the codes and the scales are equal to its own.
