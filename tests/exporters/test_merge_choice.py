@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import solotune
 from solotune.errors import InputError
 from solotune.evaluation.scores import score
 from solotune.exporters import merge_choice

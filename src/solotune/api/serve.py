@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from solotune.exporters.serve import Server
 
 
-_NO_CHATS = (
-    "trained on plain text: ask it at /v1/completions; chats are refused, since it was trained without a template"
-)
+_NO_CHATS = "trained on plain text: ask it at /v1/completions; chats are refused, since no chat template was trained"
 _LLAMA_CPP_CHATS = (
     "trained on plain text: ask it at /v1/completions; llama.cpp answers chats too, in a form that was not trained"
 )
