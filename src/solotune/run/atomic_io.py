@@ -11,7 +11,7 @@ can be lost in a power cut, in any order. So every function syncs what a reader 
 All use `fs_ops.py`, where operations can be counted, failed and recorded. safetensors' own writer would bypass it (and
 creates files of mode 0600), so tensors are converted to bytes first.
 
-Modes follow the umask. New files are created with O_EXCL and never through a symbolic link.
+Modes follow the umask. New files are created with O_EXCL, never through a symbolic link.
 """
 
 from __future__ import annotations
@@ -344,10 +344,7 @@ def drop_lock(path: Path, handle: int) -> None:
 
 
 def _write_new(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
-    """Write a new file and sync it; its folder is not synced.
-
-    The disk starts early: a large file would else lie in memory until it is synced, and the disk would idle before.
-    """
+    """Write a new file and sync it, not its folder. The disk starts early, so that it is not idle until the sync."""
     handle = fs_ops.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
         with ThreadPoolExecutor(1) as beside:
@@ -356,8 +353,7 @@ def _write_new(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
                 fs_ops.write(handle, path, piece)
                 waiting += len(piece)
                 if waiting >= FLUSH_BYTES and all(flush.done() for flush in flushes):
-                    flushes.append(beside.submit(fs_ops.flush, handle))
-                    waiting = 0
+                    flushes, waiting = [*flushes, beside.submit(fs_ops.flush, handle)], 0
             for flush in flushes:
                 flush.result()  # the kernel reports an error of the disk only once
         fs_ops.fsync(handle, path)
