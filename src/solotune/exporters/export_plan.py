@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from solotune.config.run_config import Choice
-from solotune.dataset.chat.tokenizer import saved_files
 from solotune.errors import InputError
 from solotune.exporters import gguf
 from solotune.exporters.base_tensors import BaseTensors
@@ -94,5 +93,5 @@ def _sizes(
     merged = merged_bytes(tensors, OUTPUT_DTYPES[dtype])
     files = [gguf.gguf_bytes(merged // 2, quantization) for quantization in quantizations]
     each = {"adapter": adapter, "merged": merged, "gguf": sum(files), "ollama": 0 if "gguf" in kinds else files[0]}
-    beside = sum(len(content) for _, content in saved_files(source.tokenizer))
+    beside = sum(len(content) for _, content in source.tokenizer_files())
     return {kind: each[kind] + beside for kind in kinds if kind in each}

@@ -22,7 +22,7 @@ from solotune import dataset
 from solotune.config.run_config import Choice, RunConfig
 from solotune.config.settings import FOREIGN
 from solotune.dataset import Example
-from solotune.dataset.chat.tokenizer import has_tokenizer
+from solotune.dataset.chat.tokenizer import has_tokenizer, saved_files
 from solotune.errors import InputError, SolotuneError
 from solotune.evaluation import generation
 from solotune.hub.hf_config import architecture_of
@@ -70,6 +70,16 @@ class ExportSource:
     def vocab_size(self) -> int:
         """Rows of the base's embedding."""
         return _text_config(self.base).vocab_size
+
+    def tokenizer_files(self) -> list[tuple[str, bytes]]:
+        """(name, content) of the tokenizer's files; without the base's chat template if the training used none.
+
+        Servers and libraries would else ask the model in a form that it was not trained on.
+        """
+        files = list(saved_files(self.tokenizer))
+        if self.prompt_format == "chat":
+            return files
+        return [(name, content) for name, content in files if "chat_template" not in name]
 
     def load(self, progress: Progress | None = None) -> TrainableModel:
         """Load the model that was trained: the base in the precision of the training, with the adapter.

@@ -54,9 +54,10 @@ from solotune.hub.model_files import ModelFiles, resolve_model
 from solotune.model import lora, loss, packed_attention
 from solotune.model.adapter_coverage import AdapterCoverage, adapter_coverage
 from solotune.model.empty_model import empty_model
-from solotune.model.frozen_linear import DenseWeight, Fp8Weight, FrozenLinear, NF4Weight, Storage, frozen_linears
+from solotune.model.frozen_linear import FrozenLinear, NF4Weight, frozen_linears
 from solotune.model.layers import decoder_layers, language_model, num_checkpointed, prepare_layers
 from solotune.model.lm_head import check_head, head_of
+from solotune.model.stored_weight import store_weight
 from solotune.model.tied_weights import different_ties, tie, untie
 from solotune.model.weight_files import unread_files, weight_files
 from solotune.model.weights import (
@@ -71,7 +72,6 @@ from solotune.units import first_line, gib, mib
 
 Progress = Callable[[int, int, str], None]
 """Called with what is done, all of it, and what it is."""
-STORAGE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass
@@ -302,16 +302,6 @@ def kept_in_float32(module: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[s
     """Names that the architecture keeps in float32 whatever the model's dtype (routers); None if there are none."""
     names = [name for name, kept in module._get_dtype_plan(dtype).items() if kept == torch.float32]
     return re.compile("|".join(name.replace("*", ".*") for name in names)) if names else None
-
-
-def store_weight(weight_OI: torch.Tensor, precision: PrecisionSettings, dtype: torch.dtype) -> Storage:
-    """A linear's weight as the run stores it; NF4 from the compute dtype, as transformers and bitsandbytes do."""
-    if precision.base_precision == "nf4":
-        rounded = NF4Weight(weight_OI.to(dtype), precision.double_quant)
-        return Fp8Weight(rounded.dense(dtype)) if precision.multiplies_in_fp8 else rounded
-    if precision.base_precision == "fp8":
-        return Fp8Weight(weight_OI)
-    return DenseWeight(weight_OI.to(STORAGE_DTYPES[precision.base_precision]))
 
 
 def _settle_residency(
