@@ -31,7 +31,8 @@ import transformers
 from bench.machine import RESULTS, machine, table, write_result
 from bench.real_tokenizers import FOLDER
 from solotune.exporters.conversations import split_by_template
-from solotune.exporters.engine_parity import CONTEXT, engine_ids, explained, normalizer
+from solotune.exporters.engine_lacks import explained, lacks_of
+from solotune.exporters.engine_parity import CONTEXT, engine_ids
 from solotune.exporters.gguf import write_gguf, write_lora_gguf
 from solotune.exporters.llama_cpp import LlamaCpp
 from solotune.exporters.log_prob_error import LogProbError
@@ -82,10 +83,10 @@ def ids_in_llama_cpp(tokenizer_folder: Path) -> dict[str, Any]:
         with LlamaCpp(Path(scratch) / "gguf" / path.name, context=CONTEXT) as engine:
             given = engine_ids(engine)
             differences = compare_token_ids(asked, trained, given, tokenizer)
-            problems, notes = explained(differences, asked, trained, given, normalizer(tokenizer))
+            problems, lacking = explained(differences, asked, trained, given, lacks_of(tokenizer))
     spelled = sum(map(trained.spelled, asked))
     kept = {"conversations": len(asked), "refused": len(refused), "spelled": spelled, "differ": len(differences)}
-    return {**kept, "unexplained": problems, "shown": notes + [str(difference) for difference in differences]}
+    return {**kept, "unexplained": problems, "shown": [*map(str, lacking), *map(str, differences)]}
 
 
 def prompts_in_go(tokenizer_folder: Path) -> dict[str, Any]:

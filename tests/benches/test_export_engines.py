@@ -24,8 +24,8 @@ pytestmark = [
     pytest.mark.export,
     pytest.mark.skipif(not BASE.is_dir(), reason="no SmolLM2: `python examples/smollm2.py` makes it"),
 ]
-EXPLAINED = {"qwen3": 15, "llama3": 5, "gemma": 8}
-"""Conversations in which llama.cpp lacks something; `engine_parity` says what, and finds nothing unexplained."""
+EXPLAINED = {"qwen3": 10}
+"""Conversations in which llama.cpp lacks something: it composes no characters (NFC), which no file can change."""
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ space by as many blanks as it is long, and looks how many of them a plain strip 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from solotune.dataset.chat.template import Messages, render_chat
@@ -26,6 +25,7 @@ from solotune.dataset.chat.template_sandbox import TemplateLimitError, TemplateR
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ASCII_WHITE_SPACE = " \t\n\r\v\f"
 VARIABLES = ("date_string", "tools_in_user_message")
 MACRO = "strip_white_space"
 WHITE_SPACE = "\x1c\x1d\x1e\x1f\x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
@@ -150,21 +150,25 @@ def _ends_operand(token: _Token) -> bool:
     return (token.kind == "name" and token.text not in _KEYWORDS) or token.kind == "string" or token.text in _OPENING
 
 
-def _expressions(source: str) -> Iterator[list[_Token]]:
-    """The tokens of each block and each variable of a template, with their places in the source."""
+def _expressions(source: str) -> list[list[_Token]]:
+    """The tokens of each block and each variable of a template, with their places in the source.
+
+    None of a template that Jinja alone cannot read, or with carriage returns: Jinja makes line feeds of them, so places
+    would be others.
+    """
     import jinja2
 
-    if "\r" in source:  # Jinja makes line feeds of them, so places would be others
-        return
-    at, tokens = 0, []
+    at, tokens, found = 0, list[_Token](), list[list[_Token]]()
     try:
-        for _, kind, text in jinja2.Environment(keep_trailing_newline=True).lex(source):
-            at = source.index(text, at)
-            if kind in ("block_end", "variable_end"):
-                yield tokens
-                tokens = []
-            elif kind in ("operator", "name", "string", "integer", "float"):
-                tokens.append(_Token(kind, text, at))
-            at += len(text)
-    except jinja2.TemplateSyntaxError:  # of an extension of transformers', or a template that training refuses too
-        return
+        lexed = list(jinja2.Environment(keep_trailing_newline=True).lex("" if "\r" in source else source))
+    except jinja2.TemplateSyntaxError:
+        return []
+    for _, kind, text in lexed:
+        at = source.index(text, at)
+        if kind in ("block_end", "variable_end"):
+            found.append(tokens)
+            tokens = []
+        elif kind in ("operator", "name", "string", "integer", "float"):
+            tokens.append(_Token(kind, text, at))
+        at += len(text)
+    return found

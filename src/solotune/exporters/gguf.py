@@ -111,8 +111,10 @@ def check_convertible(base_folder: Path, adapter: Adapter, *, is_merged: bool = 
 # --- a merged folder
 
 
-def write_gguf(merged: Path, target: Folder, quantization: str, *, prompt_format: str = "chat") -> Path:
-    """Convert a merged folder to `model-<quantization>.gguf` in the target folder; returns its path.
+def write_gguf(
+    merged: Path, target: Folder, quantization: str, *, prompt_format: str = "chat", name: str = "model"
+) -> Path:
+    """Convert a merged folder to `<name>-<quantization>.gguf` in the target folder; returns its path.
 
     Args:
         prompt_format: `chat` or `text`, as the model was trained; it decides whether prompts begin with BOS.
@@ -124,8 +126,7 @@ def write_gguf(merged: Path, target: Folder, quantization: str, *, prompt_format
     """
     check_quantization(quantization)
     metadata = header_of(merged, prompt_format)
-    name, seconds = f"model-{quantization}.gguf", _seconds_for(merged)
-    path = target.path / name
+    path, seconds = target.path / f"{name}-{quantization}.gguf", _seconds_for(merged)
     if quantization in CONVERTED:
         _convert(merged, path, quantization, metadata, seconds)
     else:
@@ -137,7 +138,7 @@ def write_gguf(merged: Path, target: Folder, quantization: str, *, prompt_format
             between.unlink(missing_ok=True)
     if problems := header_problems(path, metadata):
         raise CheckError(f"{path.name}: the file's header is not what was trained", seen="; ".join(problems))
-    target.adopt(name)
+    target.adopt(path.name)
     return path
 
 
