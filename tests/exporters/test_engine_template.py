@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -20,7 +19,16 @@ from solotune.exporters import engine_template as module
 from solotune.exporters.engine_template import ASCII_WHITE_SPACE, MACRO, WHITE_SPACE, engine_template, with_macros
 
 SIDES = {"strip": "true, true", "lstrip": "true, false", "rstrip": "false, true"}
-TEXTS = ["", " x ", "\u00a0x", "x\u2003\u3000\n", "\u2028é \u0085", "\x1c\x1fa b\u00a0c\u1680", " \u3000\u00a0\u205f ", "\u2029é\u00a9"]
+TEXTS = [
+    "",
+    " x ",
+    "\u00a0x",
+    "x\u2003\u3000\n",
+    "\u2028é \u0085",
+    "\x1c\x1fa b\u00a0c\u1680",
+    " \u3000\u00a0\u205f ",
+    "\u2029é\u00a9",
+]
 
 
 def test_all_white_space_is_known() -> None:

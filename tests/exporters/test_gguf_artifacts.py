@@ -91,14 +91,16 @@ def test_an_adapter_as_gguf_lies_beside_the_base_of_its_training(
 
     name = "model.layers.0.self_attn.q_proj"
     merged, adapter = load_file(copied / "export/merged/model.safetensors"), Adapter.read(copied / "adapter")
-    W, original = (held[f"{name}.weight"].float() for held in (seen["weights"], load_file(export_base / "model.safetensors")))
+    W, original = (
+        held[f"{name}.weight"].float() for held in (seen["weights"], load_file(export_base / "model.safetensors"))
+    )
     assert torch.allclose(W + adapter.delta(name), merged[f"{name}.weight"].float(), atol=0.01)
     assert not torch.equal(W, original)  # 4 bits
     (ids, logits), *_ = seen["rows"]
     module = AutoModelForCausalLM.from_pretrained(copied / "export/merged", dtype=torch.float32)
     with torch.no_grad():
         given = module(torch.tensor([ids])).logits[0]
-    assert torch.nn.functional.kl_div(given.log_softmax(-1), logits.log_softmax(-1), log_target=True) < 1e-3
+    assert (given.softmax(-1) - logits.softmax(-1)).abs().max() < 0.03  # 0.9 without the adapter
 
 
 def test_an_adapter_on_the_head_is_refused_before_anything_is_written(

@@ -11,7 +11,11 @@ from solotune.cli.output import print_result, shown
 @click.command()
 @click.argument("target")
 @click.option(
-    "--to", default="adapter,merged", show_default=True, metavar="KINDS", help="adapter, merged, gguf, ollama, adapter-gguf, vllm."
+    "--to",
+    default="adapter,merged",
+    show_default=True,
+    metavar="KINDS",
+    help="adapter, merged, gguf, ollama, adapter-gguf, vllm.",
 )
 @click.option("--out", metavar="DIR", help="Folder to write into. [default: export in the run]")
 @click.option("--dtype", type=click.Choice(["bf16", "fp16"]), help="Of merged weights. [default: that of the base]")

@@ -3,9 +3,9 @@
     adapter-gguf/  base-f16.gguf  adapter.gguf  Modelfile  README.md  provenance.json
 
 An adapter fits the base that it was trained on, so that base is written beside it: the one that a merge would go into
-(`merge_choice`), with the training's tokenizer, chat template and end tokens. Several adapters of one base can share the
-file; Ollama keeps one copy of equal files by itself. What is compared in llama.cpp is the pair, with the same base and
-the adapter unmerged in float32.
+(`merge_choice`), with the training's tokenizer, chat template and end tokens. Several adapters of one base can share
+the file; Ollama keeps one copy of equal files by itself. What is compared in llama.cpp is the pair, with the same base
+and the adapter unmerged in float32.
 """
 
 from __future__ import annotations

@@ -99,9 +99,7 @@ class Export(ResultRepr):
         for one in self.artifacts:
             for p in one.parity or [Parity("not measured")]:
                 size = format_bytes(one.bytes)
-                rows.append(
-                    (one.kind, size, p.engine, _token_ids(p), _short(p.mean_kl), _share(p.top1_agreement))
-                )
+                rows.append((one.kind, size, p.engine, _token_ids(p), _short(p.mean_kl), _share(p.top1_agreement)))
         return rows
 
     def merge_rows(self) -> list[tuple[str, ...]]:

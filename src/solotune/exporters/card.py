@@ -165,7 +165,11 @@ def _readme(source: ExportSource, kind: str, records: Mapping[str, dict[str, Any
     data = ModelCardData(
         base_model=source.base.hub_id,
         datasets=[dataset] if is_hub_dataset and isinstance(dataset, str) else None,
-        library_name="peft" if kind == "adapter" else "gguf" if kind in ("gguf", "ollama", "adapter-gguf") else "transformers",
+        library_name="peft"
+        if kind == "adapter"
+        else "gguf"
+        if kind in ("gguf", "ollama", "adapter-gguf")
+        else "transformers",
         pipeline_tag="text-generation",
         tags=["solotune", "lora", *(["base_model:adapter:" + source.base.hub_id] if source.base.hub_id else [])],
         **cast("dict[str, Any]", license_of(source.base.folder)),

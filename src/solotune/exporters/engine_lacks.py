@@ -1,6 +1,6 @@
-"""Differences that come from what llama.cpp lacks, whatever file it is given; and whether the user's own rows meet them.
+"""Differences that come from what llama.cpp lacks, whatever the file says; and whether the user's own rows meet them.
 
-    problems, lacking = explained(differences, asked, trained, given, tokenizer)
+    problems, lacking = explained(differences, asked, trained, given, lacks_of(tokenizer))
     problems, notes = judged(lacking, texts_of(source.data))
 
 What a file can say so that llama.cpp gives training's ids, the exported file says (`engine_template`,

@@ -4,12 +4,13 @@
 
 Two things differ between the engines, and both can be written into the template.
 
-Variables   llama.cpp's server defines some that transformers does not: with `date_string`, Llama 3.1 gets today's date
-            instead of the one it was trained with. So the template begins by setting them to what they are in training.
-White space `trim`, `strip()`, `lstrip()` and `rstrip()` take all white space of Unicode away, in llama.cpp the six ASCII
-            characters only (it looks at bytes). So each is put into a macro that takes the rest away: `x | trim` becomes
-            `strip_white_space(x | trim, true, true)`. Where the engine has stripped all already, the macro finds nothing
-            to do: the same template is right in both.
+Variables   llama.cpp's server defines some that transformers does not: with `date_string`, Llama 3.1 gets today's
+            date instead of the one it was trained with. So the template begins by setting them to what they are in
+            training.
+White space `trim`, `strip()`, `lstrip()` and `rstrip()` take all white space of Unicode away, in llama.cpp the six
+            ASCII characters only (it looks at bytes). So each is put into a macro that takes the rest away:
+            `x | trim` becomes `strip_white_space(x | trim, true, true)`. Where the engine has stripped all already,
+            the macro finds nothing to do: the same template is right in both.
 
 The macro knows no characters, only lengths: in llama.cpp texts are bytes, in Python code points. It replaces each white
 space by as many blanks as it is long, and looks how many of them a plain strip takes away.
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 ASCII_WHITE_SPACE = " \t\n\r\v\f"
 VARIABLES = ("date_string", "tools_in_user_message")
 MACRO = "strip_white_space"
-WHITE_SPACE = "\x1c\x1d\x1e\x1f\x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+WHITE_SPACE = (
+    "\x1c\x1d\x1e\x1f\x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+)
 """What Python strips and C's `isspace` does not know."""
 _SIDES = {"trim": "true, true", "strip": "true, true", "lstrip": "true, false", "rstrip": "false, true"}
 _KEYWORDS = {"and", "or", "not", "in", "is", "if", "else", "elif", "for", "set", "recursive", "with", "call", "filter"}
@@ -106,7 +109,7 @@ def with_macros(source: str) -> str:
 
 
 def _stripping(tokens: list[_Token], place: int) -> tuple[int, int, str] | None:
-    """Begin and end of the expression whose `| trim` or `.strip()` begins at a token, and its sides; None for others."""
+    """Begin and end of the expression whose `| trim` or `.strip()` is at a token, and its sides; None for others."""
     texts = [token.text for token in tokens[place : place + 4]]
     is_filter = texts[:2] == ["|", "trim"] and texts[2:3] != ["("]
     is_method = len(texts) == 4 and texts[0] == "." and texts[1] in _SIDES and texts[2:] == ["(", ")"]
