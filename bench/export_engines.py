@@ -257,7 +257,7 @@ def main() -> None:
             found = {"llama.cpp": ids_in_llama_cpp(folder)}
             if shutil.which("go"):
                 found["Ollama's TEMPLATE in Go"] = prompts_in_go(folder)
-            result.setdefault("templates", {})[name] = found
+            result.setdefault("templates", {}).setdefault(name, {}).update(found)
             print(name, json.dumps(found, ensure_ascii=False)[:2000], flush=True)
             write_result("export_engines", result)
     if options.only in (None, "logits"):
