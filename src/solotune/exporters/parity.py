@@ -75,8 +75,9 @@ def row_logits(
         adapter: to be added, in float32; None: the model is merged.
     """
     module = _loaded(folder, dtype=torch.float32).eval()
-    for name in adapter.modules if adapter is not None else ():
-        module.get_submodule(name).weight += adapter.delta(name)
+    if adapter is not None:
+        for name in adapter.modules:
+            module.get_submodule(name).weight += adapter.delta(name)
     ids = [row.input_ids[:ROW_TOKENS].tolist() for row in rows[:NUM_ROWS]]
     return [(one, module(torch.tensor([one]), use_cache=False).logits[0]) for one in ids]
 
