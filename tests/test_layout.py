@@ -55,6 +55,7 @@ TESTED_IN = {
     "faults/test_doors_model.py": ["hub.hf_config", "hub.safe_files", "hub.safetensors_header", "model.weights"],
     "faults/test_doors_output.py": ["run.output_dir"],
     "exporters/test_gguf.py": ["exporters.gguf_process"],
+    "exporters/test_gguf_artifacts.py": ["exporters.adapter_gguf"],
     "exporters/test_llama_cpp.py": ["exporters.llama_cpp_process"],
     "faults/test_running_before.py": ["api.setup", "training.disk_space"],
     "dataset/chat/test_messages_weights.py": ["dataset.chat.weights"],
