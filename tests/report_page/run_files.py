@@ -41,7 +41,13 @@ DATA: dict[str, Any] = {
         }
     ],
     "findings": [
-        {"code": "F24", "slug": "answers-cut", "severity": "warning", "message": "3 answers are cut.", "fix": "max_length: 64"}
+        {
+            "code": "F24",
+            "slug": "answers-cut",
+            "severity": "warning",
+            "message": "3 answers are cut.",
+            "fix": "max_length: 64",
+        }
     ],
 }
 PLAN: dict[str, Any] = {
@@ -84,7 +90,9 @@ DIAGNOSIS: dict[str, Any] = {
             "expect": "a loss that falls within 20 steps",
         }
     ],
-    "remarks": [{"suspect": "S5", "fault": "F24", "slug": "answers-cut", "says": "3 answers are cut", "fix": "max_length: 64"}],
+    "remarks": [
+        {"suspect": "S5", "fault": "F24", "slug": "answers-cut", "says": "3 answers are cut", "fix": "max_length: 64"}
+    ],
     "not_checked": [],
     "skipped": {"P1": "no time was left"},
 }
@@ -139,7 +147,13 @@ def start() -> StartEvent:
 def events() -> list[Event]:
     """A whole run."""
     steps: list[Event] = [step(number) for number in range(1, STEPS + 1)]
-    return [start(), *steps, EvalEvent(6, 0.2, 1.3, 0.06, 80), EvalEvent(STEPS, 0.5, 1.0, 0.05, 80), EndEvent(STEPS, 2**31)]
+    return [
+        start(),
+        *steps,
+        EvalEvent(6, 0.2, 1.3, 0.06, 80),
+        EvalEvent(STEPS, 0.5, 1.0, 0.05, 80),
+        EndEvent(STEPS, 2**31),
+    ]
 
 
 def write_run(folder: Path, logged: list[Event] | None = None, config: str = CONFIG, **files: object) -> Path:

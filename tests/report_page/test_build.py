@@ -84,7 +84,10 @@ STATES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"logged": [start(), step(1), step(2, loss=math.nan), NonFiniteEvent(2, ["a:1"], "loss is NaN")]},
         ["Stopped after 2 of 12 steps", "NaN or infinite values at step 2"],
     ),
-    "nan alone": ({"logged": [start(), step(1, loss=math.nan, grad_norm=math.inf)]}, ["NaN or infinite values at step 1"]),
+    "nan alone": (
+        {"logged": [start(), step(1, loss=math.nan, grad_norm=math.inf)]},
+        ["NaN or infinite values at step 1"],
+    ),
     "out of memory": ({"logged": [start(), DeviceFailedEvent("out of memory", "7 GiB")]}, ["Stopped after 0 steps"]),
     "resumed": ({"logged": [start(), step(1), ResumeEvent(1, True, [], []), step(2)]}, ["Resumed after step 1"]),
     "of an older version": (
@@ -120,9 +123,13 @@ def swapped(content: Any, value: Any) -> Any:
     return [swapped(item, value) for item in content] if isinstance(content, list) else value
 
 
-@pytest.mark.parametrize("value", [None, "text", -1e308, True, [], {}, [[1]], 10**400], ids=lambda value: repr(value)[:9])
+@pytest.mark.parametrize(
+    "value", [None, "text", -1e308, True, [], {}, [[1]], 10**400], ids=lambda value: repr(value)[:9]
+)
 def test_values_of_another_type_count_as_missing(value: Any, tmp_path: Path) -> None:
-    build_page(write_run(tmp_path / "leaves", **{name: swapped(content, value) for name, content in JSON_FILES.items()}))
+    build_page(
+        write_run(tmp_path / "leaves", **{name: swapped(content, value) for name, content in JSON_FILES.items()})
+    )
     tops = {name: {key: value for key in content} for name, content in JSON_FILES.items()}
     first = write_run(tmp_path / "tops", **tops)
     build_page(first)

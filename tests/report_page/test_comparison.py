@@ -54,11 +54,18 @@ def test_other_held_out_rows_are_not_compared(tmp_path: Path) -> None:
 def test_a_run_without_evaluation_is_shown_with_its_curves(tmp_path: Path) -> None:
     blocks = compare(tmp_path, None, tuned(1.0, 0.1))
     assert blocks[0].headline == "The two tuned models cannot be compared"
-    assert [block.name for block in blocks if block.kind == "chart"] == ["loss", "held_out", "learning_rate", "grad_norm"]
+    assert [block.name for block in blocks if block.kind == "chart"] == [
+        "loss",
+        "held_out",
+        "learning_rate",
+        "grad_norm",
+    ]
 
 
 def test_only_what_differs_is_listed(tmp_path: Path) -> None:
-    config = CONFIG.replace("base_precision: nf4  # run.yaml line 2\n", "").replace("models/tiny  # run.yaml line 1", "m  # x")
+    config = CONFIG.replace("base_precision: nf4  # run.yaml line 2\n", "").replace(
+        "models/tiny  # run.yaml line 1", "m  # x"
+    )
     tables = {b.caption: b.rows for b in compare(tmp_path, None, None, config=config) if b.kind == "table"}
     assert tables["2 keys differ"] == (
         ("model_name_or_path", "models/tiny", "m", "run.yaml line 1 / x"),

@@ -33,4 +33,4 @@ def test_the_policy_lets_these_scripts_run_and_no_other(tmp_path: Path) -> None:
 
 def test_the_licence_of_uplot_goes_with_the_page(tmp_path: Path) -> None:
     page = build_page(write_run(tmp_path / "run"))
-    assert "Leon Sorokin" in page and "MIT" in page and "--" not in (UPLOT / "LICENSE").read_text()
+    assert "Leon Sorokin" in page and "MIT" in page and "--" not in (UPLOT / "uPlot.LICENSE").read_text()

@@ -8,7 +8,6 @@ import click
 
 from solotune.cli.options import json_option
 from solotune.cli.output import print_result, shown
-from solotune.units import format_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,4 +40,4 @@ def report(run: str, other: str | None, out: str | None, as_json: bool) -> None:
 
 def print_report(written: Report, console: Console) -> None:
     """The file and its size."""
-    console.print(f"{written.path}  ({format_bytes(written.bytes)})", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{written.path}  ({written.size})", highlight=False, markup=False, soft_wrap=True)
