@@ -41,19 +41,18 @@ def samples_section(record: RunRecord) -> Section:
     """Prompts with the reference and the answers of both models."""
     title = "Answers side by side"
     found = tuple(
-        Sample(*(Text.cut(text(one, key), 200) if key == "where" else Text.cut(text(one, key)) for key in SAMPLE))
+        Sample(text(one, "where")[:200], *(Text.cut(text(one, key)) for key in ANSWERS))
         for one in items(record.evaluation, "samples")
         if isinstance(one, dict)
     )
     if not found:
         why = "No sample answers were generated (num_samples)." if record.evaluation else _why_missing(record)
         return Section("samples", title, missing=(why,))
-    shown = tuple(Sample(one.where, one.prompt, one.reference, one.base, one.tuned) for one in found)
     intro = "Held-out prompts, each asked in the format of the training, greedy decoding."
-    return Section("samples", title, (Samples(shown),), intro=intro)
+    return Section("samples", title, (Samples(found),), intro=intro)
 
 
-SAMPLE = ("where", "prompt", "reference", "base", "tuned")
+ANSWERS = ("prompt", "reference", "base", "tuned")
 
 
 def error_bars(
