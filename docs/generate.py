@@ -141,6 +141,7 @@ MORE = {
     "[how often it is right](../../bench/results/diagnose.md)",
     "explain": "[faults](../faults.md)",
     "chat": "[use the adapter elsewhere](../adapter.md)",
+    "report": "[the report of a run](../report.md)",
     "export": "[which base to merge into](../merging.md), [use the adapter elsewhere](../adapter.md)",
     "serve": "[use the adapter elsewhere](../adapter.md#serve-it-on-this-machine)",
     "verify": "[crashes](../../bench/results/faults.md)",

@@ -38,6 +38,7 @@ Usage: solotune [OPTIONS] VERB ...
     solotune plan solotune.yaml      memory and time
     solotune train solotune.yaml     train and compare
     solotune diagnose runs/RUN       find out what is wrong
+    solotune report runs/RUN         a page with everything
     solotune chat runs/RUN --base    chat with both models
     solotune export runs/RUN         merge, GGUF, ...
     solotune serve runs/RUN          OpenAI's API, locally
@@ -56,6 +57,7 @@ Verbs:
   diagnose  Find out what is wrong with a run, if anything.
   explain   Explain a fault: symptoms, why it matters, its fix.
   chat      Chat with the model of a RUN.
+  report    Write a page that shows a RUN, or compares it with an OTHER.
   export    Export a RUN for other programs, and compare each file with what
             was trained.
   serve     Serve the model of a RUN with OpenAI's API.
