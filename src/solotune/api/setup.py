@@ -230,6 +230,7 @@ def write_initial_files(
     if report.packing:
         display.note(f"packing: {packing.in_words(report.packing)}")
     display.note(_plan_in_words(ready.plan))
+    display.planned(ready.plan.option.footprint.peak_bytes)
     if resume_point is None:
         run.log(StartEvent(step=0, **summary))
     else:
