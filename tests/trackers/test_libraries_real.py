@@ -79,7 +79,8 @@ def tensorboard_steps(folder: Path, name: str) -> list[tuple[int, float]]:
 def wandb_steps(folder: Path, name: str) -> list[tuple[int, float]]:
     """By solotune's own reader: the library has none in Python any more."""
     (datastore,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    rows = binary_logs.wandb(datastore)
+    rows, _, _, exit_code = binary_logs.wandb(datastore)
+    assert exit_code == 0
     return [(int(row["_step"]), row[name]) for row in rows if name in row]
 
 
