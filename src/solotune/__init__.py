@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from solotune.api.export import export
     from solotune.api.init import init
     from solotune.api.plan import plan
+    from solotune.api.report import report
     from solotune.api.runs import runs
     from solotune.api.serve import serve
     from solotune.api.train import train
@@ -57,6 +58,7 @@ __all__ = [
     "init",
     "load_config",
     "plan",
+    "report",
     "runs",
     "serve",
     "train",

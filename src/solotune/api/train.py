@@ -1,7 +1,7 @@
 """`solotune train`: a whole run, step by step.
 
     prepare_run   resolve the config, check, read the data, plan, load the model, try the largest step; writes nothing
-    _train        record, train, save the adapter, evaluate, diagnose, write the manifest
+    _train        record, train, save the adapter, evaluate, diagnose, write report.html and the manifest
 
 The stages of `prepare_run` and the files written before the first step are in `setup`; the loop is `training.loop`.
 """
@@ -22,13 +22,14 @@ from solotune.display.observer import Observers, Resilient, RunObserver
 from solotune.display.progress import Display, PlainDisplay, make_console
 from solotune.errors import InterruptedRunError, RunNote, program
 from solotune.result_repr import ResultRepr, Table
-from solotune.run.atomic_io import LogFile, whole_folder
+from solotune.run.atomic_io import LogFile, whole_folder, write_whole
 from solotune.run.events import DeviceFailedEvent, EndEvent
 from solotune.run.history import history_of
 from solotune.run.record import RunRecord
-from solotune.run.run_dir import LOG, STACKS, RunDirectory
+from solotune.run.run_dir import LOG, REPORT, STACKS, RunDirectory
 from solotune.run.run_log import RunLog
 from solotune.runtime.library_noise import quiet_libraries
+from solotune.units import first_line
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -158,7 +159,7 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver) -> Prepar
 
 
 def _train(config: RunConfig, resume: bool, user_display: Resilient) -> TrainResult:
-    """Prepare, open the run directory, record, train, save, evaluate, diagnose, write the manifest."""
+    """Prepare, open the run directory, record, train, save, evaluate, diagnose, write report and manifest."""
     from solotune.api import setup
     from solotune.diagnosis.monitor import Monitor
     from solotune.hardware.gpu_errors import device_failure
@@ -198,6 +199,7 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient) -> TrainRes
         _record_measurements(run, ready, summary["total_steps"])
         _write_diagnosis(run, monitor.diagnosis(), display)
         trackers.close("finished")
+        _write_report(run, display)
         log.close()
         run.write_manifest()
         return TrainResult(run.path, summary, ready.choices, evaluation)
@@ -253,6 +255,19 @@ def _write_diagnosis(run: RunDirectory, diagnosis: Diagnosis, display: RunObserv
     display.note(
         f"diagnosis: {message.summary(diagnosis)} (model probes not run; solotune diagnose {run.path} runs them)"
     )
+
+
+def _write_report(run: RunDirectory, display: RunObserver) -> None:
+    """Write report.html. The run is complete without it: a page that cannot be made is a note, a full disk an error."""
+    from solotune.report_page.build import build_page
+
+    try:
+        html = build_page(run.path)
+    except Exception as error:
+        display.note(f"{REPORT} was not written: {first_line(error, with_type=True)}; all other results are saved")
+        return
+    write_whole(run.path / REPORT, html)
+    display.note(f"report: {run.path / REPORT}")
 
 
 def _write_adapter(run: RunDirectory, ready: PreparedRun) -> None:

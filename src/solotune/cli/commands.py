@@ -19,6 +19,7 @@ import click
 from solotune.cli.export_command import export
 from solotune.cli.options import config_arguments, json_option
 from solotune.cli.output import console, print_json, print_result, shown
+from solotune.cli.report_command import report
 from solotune.cli.serve_command import serve
 from solotune.cli.watch_command import watch
 from solotune.errors import EXIT_CODES, IntegrityError
@@ -52,6 +53,7 @@ def solotune() -> None:
       solotune train solotune.yaml     train and compare
       solotune watch runs/RUN          follow it from elsewhere
       solotune diagnose runs/RUN       find out what is wrong
+      solotune report runs/RUN         a page with everything
       solotune chat runs/RUN --base    chat with both models
       solotune export runs/RUN         merge, GGUF, ...
       solotune serve runs/RUN          OpenAI's API, locally
@@ -329,6 +331,7 @@ def chat(run: str, base: bool, prompt: str | None, system: str | None, as_json: 
         print_json({**asked, "turns": conversation.turns})
 
 
+solotune.add_command(report)
 solotune.add_command(export)
 solotune.add_command(serve)
 

@@ -135,6 +135,12 @@ class Evaluation(ResultRepr):
             "difference": {"loss": difference, "stderr": stderr, "p_value": self.p_value},
             "verdict": self.verdict,
             "scores": {"exact_match": exact},
+            "row_losses": {  # what two runs are compared by, row by row: weighted sums, in the order of the rows
+                "base": self.base.row_losses,
+                "tuned": self.tuned.row_losses,
+                "weights": self.base.row_weights,
+                "groups": self.base.row_groups,
+            },
             "samples": [asdict(sample) for sample in self.samples],
         }
 

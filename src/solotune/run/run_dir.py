@@ -1,7 +1,7 @@
 """The run directory: the files that the stages of a run write and read.
 
     runs/<name>/  config.yaml  environment.json  data.json  metrics.jsonl  checkpoints/step-000050/
-                  adapter/  evaluation.json  diagnosis.json  log.txt  fingerprints.json  manifest.json
+                  adapter/  evaluation.json  diagnosis.json  report.html  log.txt  fingerprints.json  manifest.json
 
 Every file is written completely or not at all (`atomic_io`). So a reader sees only finished files, during the run,
 after a crash or on another machine. Only `metrics.jsonl` grows: one JSON object per line; an incomplete last line is
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 LATEST = "latest"
 LOCK = ".lock"
 LOCK_TRIES, MAX_LOCK_BYTES = 20, 4096
-LOG, FINGERPRINTS, STACKS = "log.txt", "fingerprints.json", "stacks.txt"
+LOG, FINGERPRINTS, STACKS, REPORT = "log.txt", "fingerprints.json", "stacks.txt", "report.html"
 EXPORT, EXPORT_JSON = "export", "export.json"
 TRACKERS = "trackers"  # written by the trackers' own processes, also after the run: not in the manifest
 UNUSED = ".unused"  # ending of a checkpoint that a resumed run skipped
