@@ -138,12 +138,10 @@ def test_a_killed_run_is_resumed_as_the_same_run(chat_config, back_ends, tmp_pat
         "        if event.step == 3: time.sleep(60); os.kill(os.getpid(), signal.SIGKILL)\n"
         "solotune.train(sys.argv[1], display=Killed(), save_steps=2, report_to=['tensorboard', 'mlflow'])\n"
     )
-    from solotune.config.write import to_yaml
-
-    (tmp_path / "again.yaml").write_text(to_yaml(chat_config))
+    (tmp_path / "again.yaml").write_text(json.dumps(chat_config))  # YAML too
     command = [sys.executable, "-c", program, str(tmp_path / "again.yaml")]
     assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
-    run = Path(chat_config.output_dir)
+    run = Path(chat_config["output_dir"])
     state = run / "trackers/mlflow.json"
     for _ in range(120):
         if json.loads(state.read_text())["finished"]:

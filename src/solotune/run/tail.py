@@ -20,11 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from solotune.regular_files import open_regular
-from solotune.run.events import Event, from_line
-from solotune.run.record import MAX_LINE_BYTES, METRICS
+from solotune.run.events import Event
+from solotune.run.record import METRICS, lines_since
 
 KEPT_BYTES = 1024  # of what was read last, to see whether it is still there: two lines or more
-POLL_BYTES = 64 << 20  # at most, in one poll
 
 
 @dataclass(frozen=True)
@@ -38,32 +37,23 @@ class New:
 class MetricsTail:
     """The events of a run as they are written; nothing here raises."""
 
-    def __init__(self, run_dir: Path, offset: int = 0) -> None:
-        """Args:
-        offset: bytes that were read before.
-        """
-        self.offset = offset
+    def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / METRICS
-        self._last = b""  # the bytes before `offset`, or fewer
+        self._offset = 0  # bytes that were read
+        self._last = b""  # those before it, or as many as are kept
 
     def poll(self) -> New:
         """The events of the lines that are complete and were not read yet."""
-        with contextlib.suppress(OSError), open_regular(self._path) as file:
-            is_again = not self._is_same(file)
-            if is_again:
-                self.offset, self._last = 0, b""
-            file.seek(self.offset)
-            found = file.read(POLL_BYTES)
-            whole = found[: found.rfind(b"\n") + 1]
-            if not whole and len(found) > MAX_LINE_BYTES:  # a run writes no such line: passed over
-                whole = found
-            self.offset += len(whole)
-            self._last = (self._last + whole)[-KEPT_BYTES:]
-            events = [event for line in whole.split(b"\n") if line and (event := from_line(line)) is not None]
-            return New(events, is_again)
-        return New()
+        is_again = self._bytes_before(self._offset) != self._last
+        if is_again:
+            self._offset = 0
+        lines, after = lines_since(self._path, self._offset)
+        self._offset, self._last = after, self._bytes_before(after)
+        return New([line.event for line in lines if line.offset < after], is_again)
 
-    def _is_same(self, file) -> bool:
-        """Whether the bytes before the offset are those that were read."""
-        file.seek(max(0, self.offset - len(self._last)))
-        return file.read(len(self._last)) == self._last
+    def _bytes_before(self, offset: int) -> bytes:
+        with contextlib.suppress(OSError), open_regular(self._path) as file:
+            kept = min(KEPT_BYTES, offset)
+            file.seek(offset - kept)
+            return file.read(kept)
+        return b""
