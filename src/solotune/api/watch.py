@@ -17,7 +17,7 @@ from solotune.result_repr import ResultRepr
 from solotune.run.events import DeviceFailedEvent, DiagnosedEvent, NonFiniteEvent
 from solotune.run.record import RunRecord, number_in
 from solotune.run.run_dir import METRICS, RunDirectory, located
-from solotune.units import format_bytes, format_duration, plus_minus
+from solotune.units import format_bytes, plus_minus
 
 POLL_SECONDS = 0.5
 LOGGING_STEPS = 25  # until the run's config is there
@@ -101,19 +101,15 @@ def watch(
     with showing(display, LOGGING_STEPS, stays=True) as shown:
         found = _wait_until_there(run, poll_seconds, shown)
         follower = RunFollower(found, shown, _finding_in_words)
-        was_alive, gone_since = False, 0.0
+        was_alive, before = False, "waiting"
         while (state := follower.poll()) != "finished":
-            if state == "gone" and not gone_since:
-                gone_since = time.monotonic()
+            if state == "gone" != before:
                 shown.note(_gone_in_words(follower, found))
                 if was_alive and wait_for_resume:
                     shown.phase("waiting for --resume (Ctrl-C ends this view)")
             if state == "gone" and not (was_alive and wait_for_resume):
                 break
-            if state == "running":
-                if gone_since:
-                    shown.note(f"the run continues after {format_duration(time.monotonic() - gone_since)}")
-                was_alive, gone_since = True, 0.0
+            was_alive, before = was_alive or state == "running", state
             time.sleep(poll_seconds)
         return _result(follower, found)
 
