@@ -126,7 +126,7 @@ def test_killed_and_resumed_it_is_told_once(run, locked):
 def test_what_ended_it_is_known_until_it_is_resumed(run, locked):
     log(run, START, metrics(1), NonFiniteEvent(2, seen="loss nan"))
     locked[0] = False
-    follower, heard = following(run)
+    follower, _ = following(run)
     assert follower.poll() == "gone" and follower.failure == NonFiniteEvent(2, seen="loss nan")
     locked[0] = True
     log(run, ResumeEvent(1, True, [], []))

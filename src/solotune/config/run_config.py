@@ -247,9 +247,10 @@ class RunConfig(BaseModel):
     """Checkpoint folder to continue from (`--resume` finds the newest by itself)."""
     use_cpu: bool = _in("run", default=False)
     """Use the CPU even if there is a GPU."""
-    report_to: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] | list[
-        Literal["tensorboard", "wandb", "mlflow", "trackio"]
-    ] = _in("run", default="none")
+    report_to: (
+        Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
+        | list[Literal["tensorboard", "wandb", "mlflow", "trackio"]]
+    ) = _in("run", default="none")
     """Trackers that get the run's steps and evaluations: one, or a list. They never stop or slow a run."""
     allow_faults: Text | list[Text] = _in("run", default=[])
     """Faults to train with, though they are certain before step 1 and stop a run: `[F67]` or `[rate-too-high]`."""

@@ -141,7 +141,6 @@ class Meter:
             *([f"{format_duration(left)} left"] if left is not None else []),
         ]
 
-
     def memory_in_words(self) -> str:
         """`memory 2.1 of 2.3 GiB planned`; empty if one of the two is not known."""
         peak, planned = self.last.peak_bytes if self.last else 0, self.planned_bytes
