@@ -17,6 +17,7 @@ SCRIPTS = [
     "scripts/demo",
     "scripts/test",
     "scripts/test_export",
+    "scripts/test_browser",
     "scripts/check",
     "scripts/check_sdist",
     "scripts/docs",

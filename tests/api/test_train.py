@@ -60,6 +60,7 @@ def test_a_run_leaves_every_file_of_the_design(config, tmp_path):
         "checkpoints",
         "adapter",
         "evaluation.json",
+        "report.html",
         "plan.json",
     }
     assert expected <= {path.name for path in run.iterdir()}

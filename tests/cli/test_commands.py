@@ -38,6 +38,7 @@ Usage: solotune [OPTIONS] VERB ...
     solotune plan solotune.yaml      memory and time
     solotune train solotune.yaml     train and compare
     solotune diagnose runs/RUN       find out what is wrong
+    solotune report runs/RUN         a page with everything
     solotune chat runs/RUN --base    chat with both models
     solotune export runs/RUN         merge, GGUF, ...
     solotune serve runs/RUN          OpenAI's API, locally

@@ -12,7 +12,6 @@ from solotune.regular_files import open_regular
 from solotune.result_repr import ResultRepr
 from solotune.run import atomic_io
 from solotune.run.run_dir import REPORT, RunDirectory
-from solotune.units import format_bytes
 
 OURS = b'content="solotune '  # in the head of every page: its generator
 HEAD_BYTES = 4096
@@ -26,9 +25,14 @@ class Report(ResultRepr):
     bytes: int
     runs: list[Path]
 
+    @property
+    def size(self) -> str:
+        """The size of the page: `136 kB`."""
+        return f"{self.bytes / 1000:,.0f} kB"
+
     def figures(self) -> dict[str, object]:
         names = ", ".join(run.name for run in self.runs)
-        return {"path": self.path, "size": format_bytes(self.bytes), "runs": names}
+        return {"path": self.path, "size": self.size, "runs": names}
 
     def to_json(self) -> dict[str, Any]:
         return {"path": str(self.path), "bytes": self.bytes, "runs": [str(run) for run in self.runs]}

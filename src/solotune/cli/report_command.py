@@ -8,7 +8,7 @@ import click
 
 from solotune.cli.options import json_option
 from solotune.cli.output import print_json, print_result, shown
-from solotune.units import escape_terminal, format_bytes
+from solotune.units import escape_terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,4 +66,4 @@ def _serve(run: str, port: int, as_json: bool) -> None:
 
 def print_report(written: Report, console: Console) -> None:
     """The file and its size."""
-    console.print(f"{written.path}  ({format_bytes(written.bytes)})", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{written.path}  ({written.size})", highlight=False, markup=False, soft_wrap=True)

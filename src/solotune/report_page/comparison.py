@@ -82,6 +82,8 @@ def _verdict(records: Two, names: Names) -> Callout:
     headline = "No clear difference between the two tuned models"
     if found != "inside the noise":
         headline = f"{names[1]} is {found} than {names[0]} on the same held-out rows"
+    if difference == 0:
+        return Callout("plain", "The two tuned models have the same held-out loss")
     line = f"Its loss per token is {'lower' if difference < 0 else 'higher'} by {plus_minus(abs(difference), stderr)} "
     return Callout(tone, headline, (line + f"(p = {p_text(p_value)}; {test}).",))
 

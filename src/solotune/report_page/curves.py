@@ -24,6 +24,8 @@ from solotune.run.record import METRICS, RunRecord, lines_since
 
 MAX_BUCKETS = 6_000
 """A bucket becomes two points. A chart has some 1,000 pixels: it can be zoomed 6 times before points are left out."""
+SMOOTHED = ("loss", "grad_norm", "step_seconds")
+"""Curves that jump from step to step: each has an average beside it."""
 DIGITS = 6  # significant digits of a value: more than a chart shows
 OF_STEPS = ("loss", "learning_rate", "grad_norm", "token_accuracy", "step_seconds", "tokens_per_second", "peak_bytes")
 
@@ -48,10 +50,10 @@ def of_events(events: Sequence[Event]) -> dict[str, Any]:
     ordered = [steps[number] for number in sorted(steps)]
     numbers = np.array([event.step for event in ordered], np.int64)
     columns = {name: np.array([_known(event, name) for event in ordered], np.float64) for name in OF_STEPS}
-    columns["smoothed_loss"] = smoothed(columns["loss"])
+    columns |= {f"smoothed_{name}": smoothed(columns[name]) for name in SMOOTHED}
     series = {}
     for name, values in columns.items():
-        kept = bucket_extremes(values) if name != "smoothed_loss" else bucket_extremes(columns["loss"])
+        kept = bucket_extremes(columns[name.removeprefix("smoothed_")])  # an average is drawn at the steps of its curve
         if np.isfinite(values).any():
             series[name] = {"steps": numbers[kept].tolist(), "values": _rounded(values[kept])}
     evals = {event.step: event for event in events if isinstance(event, EvalEvent)}

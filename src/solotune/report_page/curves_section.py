@@ -86,7 +86,10 @@ def chart(
     table = Table(title, ("Step", title), rows, numeric=True, folded=f"{title} as a table")
     known = [value for value in one["values"] if value is not None]
     summary = f"{title}: from {shown(known[0])} to {shown(known[-1])}, at most {shown(max(known))}."
-    return Chart(key, title, unit, (Line(key, title.split(",")[0].lower()),), summary, table, levels, can_be_log)
+    name, lines = title.split(",")[0].lower(), (Line(key, title.split(",")[0].lower()),)
+    if f"smoothed_{key}" in series:
+        lines = (Line(key, name, "faint"), Line(f"smoothed_{key}", "smoothed"))
+    return Chart(key, title, unit, lines, summary, table, levels, can_be_log)
 
 
 def _places(count: int) -> list[int]:

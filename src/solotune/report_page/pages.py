@@ -82,7 +82,6 @@ class Table:
     numeric: bool = False  # the columns after the first are numbers
     code: bool = False  # the first two columns are keys and values of a config
     folded: str = ""  # shown on demand, under this label
-    emphasis: frozenset[int] = frozenset()  # rows that stand out
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ class Line:
 
     key: str
     label: str
-    style: Literal["main", "faint", "held_out", "other_faint", "other", "other_held_out"] = "main"
+    style: Literal["main", "faint", "held_out", "other", "other_held_out"] = "main"
     run: int = 0
 
 

@@ -30,7 +30,7 @@ def render(page: Page) -> str:
         page=page,
         page_css=Markup(_file("templates/page.css")),
         uplot_css=Markup(_file(f"{UPLOT}/uPlot.min.css")),
-        uplot_licence=Markup(_file(f"{UPLOT}/LICENSE")),
+        uplot_licence=Markup(_file(f"{UPLOT}/uPlot.LICENSE")),
         uplot_version=json.loads(_file(f"{UPLOT}/SOURCE.json"))["version"],
         script_hashes=Markup(" ".join(_hash(script) for script in scripts.values())),
         **{name: Markup(script) for name, script in scripts.items()},

@@ -15,13 +15,17 @@
     main: { stroke: "main", width: 2 },
     faint: { stroke: "main-faint", width: 1 },
     held_out: { stroke: "held-out", width: 2, points: true },
-    other: { stroke: "other", width: 2 },
-    other_faint: { stroke: "other-faint", width: 1 },
-    other_held_out: { stroke: "other-held-out", width: 2, points: true },
+    other: { stroke: "other", width: 2, dash: [9, 5] }, // dashed: two runs that agree are both seen
+    other_held_out: { stroke: "other-held-out", width: 2, dash: [9, 5], points: true },
   };
 
+  function hasPoints(line) {
+    const count = runs[line.run].series[line.key].steps.length;
+    return count === 1 || (STYLES[line.style].points === true && count <= 60);
+  }
+
   // A jagged line that fills its chart is thin: it is easier to read, and faster to draw.
-  const isDense = (line) => line.key !== "smoothed_loss" && runs[line.run].series[line.key].steps.length > 2000;
+  const isDense = (line) => !line.key.startsWith("smoothed_") && runs[line.run].series[line.key].steps.length > 2000;
 
   function written(value, unit) {
     if (value == null) return "–";
@@ -70,7 +74,7 @@
     const chosen = new Map(); // curves with the same steps are drawn at the same places
     const tables = spec.lines.map((line) => {
       const { series } = runs[line.run], one = series[line.key];
-      const alike = line.key === "smoothed_loss" && series.loss ? series.loss : one;
+      const alike = series[line.key.replace(/^smoothed_/, "")] || one;
       if (!chosen.has(alike)) chosen.set(alike, places(alike, range[0], range[1], Math.max(50, width / 3)));
       const kept = chosen.get(alike);
       return [kept.map((i) => one.steps[i]), kept.map((i) => one.values[i])];
@@ -146,6 +150,14 @@
   function limits(spec, isLog) {
     return (u, low, high) => {
       if (low == null) return [isLog ? 0.1 : 0, 1];
+      for (const line of spec.lines) { // with its band
+        const one = runs[line.run].series[line.key];
+        (one.stderr || []).forEach((error, i) => {
+          if (one.values[i] == null || one.steps[i] < range[0] || one.steps[i] > range[1]) return;
+          low = Math.min(low, isLog ? low : one.values[i] - 1.96 * error);
+          high = Math.max(high, one.values[i] + 1.96 * error);
+        });
+      }
       if (isLog) return uPlot.rangeLog(low > 0 ? low : 1e-8, high > 0 ? high : 1, 10, false);
       for (const level of spec.levels) // a limit is shown if it is near, else it would flatten the curve
         if (level.value <= high * 2 && level.value >= low / 2) [low, high] = [Math.min(low, level.value), Math.max(high, level.value)];
@@ -172,7 +184,8 @@
           label: line.label,
           stroke: colour(STYLES[line.style].stroke),
           width: isDense(line) ? 1 : STYLES[line.style].width,
-          points: STYLES[line.style].points ? { show: true, size: 7 } : runs[line.run].series[line.key].steps.length === 1 ? { show: true, size: 8 } : { show: false },
+          dash: STYLES[line.style].dash,
+          points: { show: hasPoints(line), size: 7 },
           value: (u, v) => written(v, spec.unit),
         })),
       ],
