@@ -57,6 +57,7 @@ Verbs:
   diagnose  Find out what is wrong with a run, if anything.
   explain   Explain a fault: symptoms, why it matters, its fix.
   chat      Chat with the model of a RUN.
+  report    Write a page that shows a RUN, or compares it with an OTHER.
   export    Export a RUN for other programs, and compare each file with what
             was trained.
   serve     Serve the model of a RUN with OpenAI's API.

@@ -130,7 +130,7 @@ def test_values_of_another_type_count_as_missing(value: Any, tmp_path: Path) -> 
     build_page(
         write_run(tmp_path / "leaves", **{name: swapped(content, value) for name, content in JSON_FILES.items()})
     )
-    tops = {name: {key: value for key in content} for name, content in JSON_FILES.items()}
+    tops = {name: dict.fromkeys(content, value) for name, content in JSON_FILES.items()}
     first = write_run(tmp_path / "tops", **tops)
     build_page(first)
     build_comparison(first, write_run(tmp_path / "whole"))
