@@ -143,9 +143,9 @@ def test_a_run_of_another_version_without_its_numbers_is_shown(run, locked):
     (run.path / "plan.json").write_text("{")
     follower, heard = following(run)
     follower.poll()
-    assert heard.take() == [("begin", 0, 6), ("step", 7)]
+    assert heard.take() == [("begin", 7, 6), ("step", 7)]
     shown = io.StringIO()
     follower = RunFollower(run, make_display(1, shown), lambda event: "")
     log(run, replace(metrics(8), step_seconds=math.nan, num_tokens=0, total_weight=0.0, peak_bytes=0))
     follower.poll()
-    assert [line.split()[:2] for line in shown.getvalue().splitlines()[1:]] == [["step", "7/0"], ["step", "8/100"]]
+    assert [line.split()[:2] for line in shown.getvalue().splitlines()[1:]] == [["step", "7/7"], ["step", "8/7"]]

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 
 from solotune.run.events import EvalEvent, to_line
+from solotune.run.output_dir import check_destination
 from solotune.trackers import tracker_process
 from solotune.trackers.libraries import Library, TrackedRun
 from solotune.trackers.tracker_process import main
@@ -50,6 +51,7 @@ def test_a_resumed_run_goes_on_as_the_same_run_without_what_was_sent(calls, tmp_
     del calls[:]
     with (run / "metrics.jsonl").open("a") as file:  # the evaluation after the checkpoint was made after the resume
         file.write(to_line(EvalEvent(3, 0.5, 1.25, 0.01, 99)) + to_line(metrics(4)))
+    check_destination(str(run), "command line", "model")  # a resumed run may find the trackers' folder
     assert main("mlflow", run, 3) == 0
     assert calls == [("start", "id-1", 3), (3, "eval/loss"), (4, "train/loss"), "killed"]
     assert json.loads((run / "trackers/mlflow.json").read_text()) == {

@@ -51,7 +51,7 @@ def solotune() -> None:
       solotune data solotune.yaml      check the loss mask
       solotune plan solotune.yaml      memory and time
       solotune train solotune.yaml     train and compare
-      solotune watch runs/RUN          follow it from elsewhere
+      solotune watch runs/RUN          show it elsewhere
       solotune diagnose runs/RUN       find out what is wrong
       solotune report runs/RUN         a page with everything
       solotune chat runs/RUN --base    chat with both models

@@ -111,7 +111,7 @@ class RunFollower:
             case StepEvent():
                 self.last_step, self.total_steps = event.step, event.total_steps or self.total_steps
                 if not self._has_begun:  # another version wrote no start
-                    display.begin(self.total_steps, event.step - 1)
+                    display.begin(max(self.total_steps, event.step), event.step - 1)
                     self._has_begun = True
                 display.step(_complete(event, self.total_steps))
             case EvalEvent():
