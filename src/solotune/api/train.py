@@ -177,14 +177,12 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient) -> TrainRes
     run, resume_point = open_run(config, run_fingerprints, resume)  # only now is something written
     log = LogFile(run.path / LOG)
     watchdog.stacks_into(run.path / STACKS)
-    log_display = PlainDisplay(config.logging_steps, make_console(cast(TextIO, log), is_log=True))
-    display = Observers(user_display, Resilient(log_display))
+    display = Observers(user_display, Resilient(_log_display(log, config.logging_steps)))
     trackers = Trackers(config.trackers, run.path, display.note)
     try:
         display.note(f"run directory: {run.path}")
         display.choices(ready.choices)
         summary = setup.write_initial_files(run, ready, run_fingerprints, resume_point, display)
-
         told = Observers(RunLog(run), display)
         monitor = Monitor(model, ready.run_facts, told, RunRecord.read(run.path), ready.signals)
         observer = Observers(display, Resilient(trackers), Resilient(monitor))
@@ -217,9 +215,14 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient) -> TrainRes
             raise failure from error
         raise
     finally:
-        trackers.close("failed")
-        log.close()
         run.release()
+        trackers.close("failed")  # nothing if it is closed
+        log.close()
+
+
+def _log_display(log: LogFile, logging_steps: int) -> PlainDisplay:
+    """What log.txt gets: the lines of a run, as in a pipe."""
+    return PlainDisplay(logging_steps, make_console(cast(TextIO, log), is_log=True))
 
 
 def _evaluate(run: RunDirectory, ready: PreparedRun, tuned_score: Score | None, display: RunObserver) -> Evaluation:
