@@ -7,9 +7,9 @@
     /curves.json?since=OFFSET       what was logged after that byte of metrics.jsonl, and `files`
     anything else                   404
 
-The files are the state, so nothing is lost if the browser, this server or the run stops and starts again. The script in
-`live.js` asks every few seconds for new points; where `files` has changed (a result was written, the run was resumed),
-it loads the page again. A page that is served may ask its own server, and nothing else.
+The files are the state, so nothing is lost if the browser, this server or the run stops and starts again. The script
+`templates/live.js` asks every few seconds for new points; where `files` has changed (a result was written, the run was
+resumed), it loads the page again. A page that is served may ask its own server, and nothing else.
 
 Only this machine reaches the server (127.0.0.1), and only under its own name: a web site whose name is changed to point
 here (DNS rebinding) is refused, since the page has rows of the training data.
@@ -17,7 +17,6 @@ here (DNS rebinding) is refused, since the page has rows of the training data.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import errno
 import hashlib
@@ -26,13 +25,13 @@ import threading
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib import resources
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from solotune.errors import InputError
+from solotune.report_page.render import packaged, policy_hash
 from solotune.run.run_dir import RunDirectory
 from solotune.units import first_line
 
@@ -95,8 +94,8 @@ class LiveServer:
             since = self._curves(self._run_dir, 0)["next"]  # before the page: a point may come twice, but none is lost
             html = self._build_page(self._run_dir)
         start = f"solotuneLive({json.dumps({'since': since, 'files': before})});"
-        script = f"{_script()}\n{start}"
-        allowed = f"connect-src 'self'; {POLICY}{_hash(script)} "
+        script = f"{packaged('templates/live.js')}\n{start}"
+        allowed = f"connect-src 'self'; {POLICY}{policy_hash(script)} "
         head, found, rest = html.partition(POLICY)
         html = head + (allowed if found else "") + rest
         body, _, after = html.rpartition(BODY_END)
@@ -115,14 +114,6 @@ def files_of(run_dir: Path) -> str:
             status = (run_dir / name).stat()
             found.append(f"{name} {status.st_mtime_ns} {status.st_size}")
     return hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
-
-
-def _script() -> str:
-    return resources.files("solotune.report_page").joinpath("live.js").read_text(encoding="utf-8")
-
-
-def _hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def _handler_of(live: LiveServer) -> type[BaseHTTPRequestHandler]:

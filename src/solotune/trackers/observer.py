@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import solotune
 from solotune.display.observer import SilentObserver
 from solotune.errors import StorageError
 from solotune.run.atomic_io import remove
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
 CHECK_SECONDS = 5.0
 FINISH_SECONDS = 10.0  # for all trackers together
-SOURCE = Path(solotune.__file__).parents[1]
+SOURCE = Path(tracker_process.__file__).parents[2]  # the folder of this package
 
 
 class Trackers(SilentObserver):
