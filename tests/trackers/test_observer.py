@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+import solotune
 from solotune.errors import InputError
 from solotune.run.events import EvalEvent, StartEvent, to_line
+from solotune.run.record import RunRecord
 from solotune.trackers import observer
 from solotune.trackers.libraries import require
 from solotune.trackers.observer import Trackers
@@ -92,6 +94,17 @@ def test_what_trackers_do_wrong_does_not_reach_the_run(stand_ins, tmp_path, monk
     assert sent[-3][1:] == (("eval/loss", 1.25), ("eval/stderr", 0.01), ("eval/exact_match", 0.5))
     assert sent[-2][1:] == (("eval/base_loss", 2.5), ("eval/tuned_loss", 1.25))
     assert SECRET not in "".join(path.read_text() for path in (run / "trackers").iterdir())
+
+
+def test_a_run_reports_to_its_trackers_and_is_not_changed_by_one_that_fails(stand_ins, tmp_path, chat_config):
+    result = solotune.train(chat_config, report_to=["trackio", "mlflow"], max_steps=2)
+    sent = [eval(line) for line in (tmp_path / "out").read_text().splitlines()]
+    losses = [(one.step, one.loss) for one in RunRecord.read(result.run_dir).steps]
+    assert [(one[0], dict(one[1:])["train/loss"]) for one in sent[1:-1] if "train/loss" in dict(one[1:])] == losses
+    assert sent[0][2]["max_steps"] == 2 and sent[-1] == ("finish",)
+    log = (result.run_dir / "log.txt").read_text()
+    assert log.count("mlflow failed") == 1 and "trackio: trackio show --project solotune" in log
+    assert solotune.verify(result.run_dir).ok, "the manifest leaves the trackers' own files out"
 
 
 def test_a_library_that_is_not_installed_is_an_error_before_anything_else(stand_ins, tmp_path, monkeypatch):

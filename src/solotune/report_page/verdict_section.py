@@ -100,7 +100,8 @@ def _tiles(record: RunRecord) -> Iterator[Tile]:
     start = record.start
     if start is not None and start.trainable_parameters and start.parameters:
         share = start.trainable_parameters / start.parameters
-        yield Tile("Trainable", f"{start.trainable_parameters / 1e6:.2f} M", f"{share:.2%} of the parameters")
+        count = start.trainable_parameters
+        yield Tile("Trainable", f"{count / 1e6:.2f} M" if count >= 1e6 else f"{count:,}", f"{share:.2%} of the parameters")
 
 
 def _steps_done(record: RunRecord) -> str:
@@ -115,7 +116,7 @@ def _faults(diagnosis: dict[str, Any] | None) -> Iterator[Block]:
     if not culprits:
         return
     if text(diagnosis, "verdict") == "fault":
-        yield Callout("bad", f"Diagnosis: {culprits[0].headline}")
+        yield Callout("bad", f"Diagnosis: {len(culprits)} fault{'s' * (len(culprits) > 1)} found")
     else:
         yield Callout("warn", "Diagnosis: undecided; possible causes", (text(diagnosis, "next_experiment"),))
     yield Culprits(culprits)
