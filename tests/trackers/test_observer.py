@@ -14,7 +14,7 @@ import pytest
 
 import solotune
 from solotune.errors import InputError
-from solotune.run.events import EvalEvent, StartEvent, to_line
+from solotune.run.events import DeviceFailedEvent, DiagnosedEvent, EvalEvent, StartEvent, to_line
 from solotune.run.record import RunRecord
 from solotune.trackers import observer
 from solotune.trackers.libraries import require
@@ -54,6 +54,7 @@ def a_run(folder: Path, steps: int) -> Path:
     (folder / "config.yaml").write_text(f"lora_r: 16\nbf16: true\ndataset: [a.jsonl, 'http://u:{SECRET}@b']\nseed:\n")
     start = StartEvent(0, steps, 9, 9, None, 1, 1, 1, [], 1, "cpu")
     lines = [to_line(start), *(to_line(metrics(number, steps, grad_norm=float("nan"))) for number in range(1, steps))]
+    lines.insert(2, to_line(DiagnosedEvent("F54", "measured", "x")) + to_line(DeviceFailedEvent("full", None)))
     (folder / "metrics.jsonl").write_text("".join(lines))
     return folder
 

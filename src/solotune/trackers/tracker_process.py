@@ -90,6 +90,8 @@ def send(tracker: Tracker, run_dir: Path, after: int, report: Report) -> None:
         status = status or ended(POLL_SECONDS)  # before the file is read: then nothing comes after it
         while events := tail.poll().events:
             for event in events:
+                if not isinstance(event, (StepEvent, EvalEvent)):
+                    continue
                 is_old = event.step < after or (event.step == after and isinstance(event, StepEvent))
                 if is_old or not (values := values_of(event)):
                     continue
