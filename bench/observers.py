@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.live import Live
 
 import solotune
+from solotune.config.load import load_config
 from solotune.display.observer import Resilient
 from solotune.display.progress import LiveDisplay
 from solotune.run.record import RunRecord
@@ -95,7 +96,12 @@ def main() -> int:
     with os.fdopen(screen, "w") as stream, tempfile.TemporaryDirectory(prefix="solotune-observers-") as folder:
         console = Console(file=stream, width=100, force_terminal=True, markup=False, highlight=False, emoji=False)
         overrides = [*args.overrides, f"output_dir={folder}/run"]
-        result = solotune.train(args.config, overrides, display=Measured(spent, console))
+        display = Measured(spent, console)
+        display.logging_steps = load_config(args.config, overrides).logging_steps  # as the command does
+        try:
+            result = solotune.train(args.config, overrides, display=display)
+        finally:
+            display.finish()  # rich gives stdout and stderr back
         steps = RunRecord.read(result.run_dir).steps
     median = statistics.median(step.step_seconds for step in steps)
     per_step = {name: seconds / len(steps) for name, seconds in spent.seconds.items()}

@@ -101,7 +101,9 @@ def _tiles(record: RunRecord) -> Iterator[Tile]:
     if start is not None and start.trainable_parameters and start.parameters:
         share = start.trainable_parameters / start.parameters
         count = start.trainable_parameters
-        yield Tile("Trainable", f"{count / 1e6:.2f} M" if count >= 1e6 else f"{count:,}", f"{share:.2%} of the parameters")
+        yield Tile(
+            "Trainable", f"{count / 1e6:.2f} M" if count >= 1e6 else f"{count:,}", f"{share:.2%} of the parameters"
+        )
 
 
 def _steps_done(record: RunRecord) -> str:
