@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from solotune.api.serve import serve
     from solotune.api.train import train
     from solotune.api.verify import verify
+    from solotune.api.watch import watch
     from solotune.config.load import load_config
     from solotune.config.run_config import RunConfig
 
@@ -62,6 +63,7 @@ __all__ = [
     "serve",
     "train",
     "verify",
+    "watch",
 ]
 
 _FROM_CONFIG = {"RunConfig": "run_config", "load_config": "load"}

@@ -37,6 +37,7 @@ Usage: solotune [OPTIONS] VERB ...
     solotune data solotune.yaml      check the loss mask
     solotune plan solotune.yaml      memory and time
     solotune train solotune.yaml     train and compare
+    solotune watch runs/RUN          show it elsewhere
     solotune diagnose runs/RUN       find out what is wrong
     solotune report runs/RUN         a page with everything
     solotune chat runs/RUN --base    chat with both models
@@ -53,6 +54,7 @@ Verbs:
   data      Show the training data: rows, split, tokens, loss mask.
   plan      Predict memory and time of a run before it starts.
   train     Train, save the adapter, compare it with the base model.
+  watch     Show the progress of a RUN from another terminal.
   evaluate  Compare the model of a RUN with its base on held-out rows.
   diagnose  Find out what is wrong with a run, if anything.
   explain   Explain a fault: symptoms, why it matters, its fix.

@@ -30,6 +30,7 @@ from solotune.run.output_dir import check_destination
 from solotune.run.record import RunRecord
 from solotune.run.run_dir import FINGERPRINTS, RunDirectory, nearest_folder
 from solotune.runtime import watchdog
+from solotune.trackers.libraries import require as require_trackers
 from solotune.training import checkpoint, disk_space, preflight, trained_run
 from solotune.training import resume as resuming
 from solotune.training.find_run import CONFIG_NAME, recorded_name
@@ -77,6 +78,7 @@ def check(config: RunConfig, machine: Machine, resume: bool) -> ModelFiles:
     """
     doctor.require_hardware(machine, base_precision=config.base_precision, optim=config.optim, use_cpu=config.use_cpu)
     resuming.check_given(config.resume_from_checkpoint)
+    require_trackers(config.trackers)
     check_destination(config.output_dir, config.source_of("output_dir"), config.model_name_or_path)
     if not resume:
         RunDirectory.refuse_occupied(config.output_dir)
@@ -230,6 +232,7 @@ def write_initial_files(
     if report.packing:
         display.note(f"packing: {packing.in_words(report.packing)}")
     display.note(_plan_in_words(ready.plan))
+    display.planned(ready.plan.option.footprint.peak_bytes)
     if resume_point is None:
         run.log(StartEvent(step=0, **summary))
     else:

@@ -164,6 +164,7 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient) -> TrainRes
     from solotune.diagnosis.monitor import Monitor
     from solotune.hardware.gpu_errors import device_failure
     from solotune.runtime import signals, watchdog
+    from solotune.trackers.observer import Trackers
     from solotune.training import checkpoint, loop
     from solotune.training.resume import fingerprints, open_run, run_to_continue, which_run
 
@@ -176,16 +177,15 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient) -> TrainRes
     run, resume_point = open_run(config, run_fingerprints, resume)  # only now is something written
     log = LogFile(run.path / LOG)
     watchdog.stacks_into(run.path / STACKS)
+    display = Observers(user_display, Resilient(_log_display(log, config.logging_steps)))
+    trackers = Trackers(config.trackers, run.path, display.note)
     try:
-        log_display = PlainDisplay(config.logging_steps, make_console(cast(TextIO, log), is_log=True))
-        display = Observers(user_display, Resilient(log_display))
         display.note(f"run directory: {run.path}")
         display.choices(ready.choices)
         summary = setup.write_initial_files(run, ready, run_fingerprints, resume_point, display)
-
         told = Observers(RunLog(run), display)
         monitor = Monitor(model, ready.run_facts, told, RunRecord.read(run.path), ready.signals)
-        observer = Observers(display, Resilient(monitor))
+        observer = Observers(display, Resilient(trackers), Resilient(monitor))
         start = resume_point.point if resume_point else None
         with signals.defer_signals():
             tuned_score = loop.train(
@@ -196,6 +196,7 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient) -> TrainRes
         evaluation = _evaluate(run, ready, tuned_score, display) if prepared.validation else None
         _record_measurements(run, ready, summary["total_steps"])
         _write_diagnosis(run, monitor.diagnosis(), display)
+        trackers.close("finished")
         _write_report(run, display)
         log.close()
         run.write_manifest()
@@ -214,8 +215,14 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient) -> TrainRes
             raise failure from error
         raise
     finally:
-        log.close()
         run.release()
+        trackers.close("failed")  # nothing if it is closed
+        log.close()
+
+
+def _log_display(log: LogFile, logging_steps: int) -> PlainDisplay:
+    """What log.txt gets: the lines of a run, as in a pipe."""
+    return PlainDisplay(logging_steps, make_console(cast(TextIO, log), is_log=True))
 
 
 def _evaluate(run: RunDirectory, ready: PreparedRun, tuned_score: Score | None, display: RunObserver) -> Evaluation:

@@ -21,6 +21,7 @@ from solotune.cli.options import config_arguments, json_option
 from solotune.cli.output import console, print_json, print_result, shown
 from solotune.cli.report_command import report
 from solotune.cli.serve_command import serve
+from solotune.cli.watch_command import watch
 from solotune.errors import EXIT_CODES, IntegrityError
 from solotune.units import escape_terminal
 from solotune.version import __version__
@@ -50,6 +51,7 @@ def solotune() -> None:
       solotune data solotune.yaml      check the loss mask
       solotune plan solotune.yaml      memory and time
       solotune train solotune.yaml     train and compare
+      solotune watch runs/RUN          show it elsewhere
       solotune diagnose runs/RUN       find out what is wrong
       solotune report runs/RUN         a page with everything
       solotune chat runs/RUN --base    chat with both models
@@ -193,6 +195,9 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, as_json: bool) 
 
         result = train(checked, resume=resume, display=display)
     print_result(result, print_trained, as_json)
+
+
+solotune.add_command(watch)
 
 
 @solotune.command()

@@ -25,6 +25,7 @@ from solotune.units import escape_terminal, format_bytes, format_duration, forma
 if TYPE_CHECKING:
     from solotune.api.data import DataPreview, ShownRow
     from solotune.api.train import TrainResult
+    from solotune.api.watch import WatchedRun
     from solotune.dataset import DataReport
     from solotune.diagnosis.evidence import Diagnosis
     from solotune.evaluation.compare import Evaluation, Sample
@@ -320,6 +321,12 @@ def print_trained(result: TrainResult, console: Console) -> None:
     facts = {"run": str(result.run_dir), "adapter": f"{result.run_dir}/adapter (loads with PEFT)"}
     commands = {"next": f"{program()} chat {result.run_dir} --base", "export": f"{program()} export {result.run_dir}"}
     _print_facts({**facts, **commands}, console)
+
+
+def print_watched(found: WatchedRun, console: Console) -> None:
+    """How a watched run ended: its figures, and how to go on."""
+    console.print()
+    _print_facts(found.facts(), console)
 
 
 def print_verification(found: Verification, console: Console) -> None:

@@ -3,7 +3,7 @@
     answer("quantization_bit", 4)      write base_precision: nf4 instead (...)
     answer("train_on_inputs", False)   write assistant_only_loss: true instead (...): the opposite meaning
     answer("max_samples", 1000)        write dataset_split: train[:1000] instead (...)
-    answer("report_to", "none")        remove the line: solotune sends nothing to a tracker; ...
+    answer("plot_loss", True)          remove the line: metrics.jsonl in the run directory has every step; ...
     answer("learning_rte", 1e-4)       did you mean learning_rate? (...)
 
 A key is offered as what was meant only if it is the same setting under another name (`key_aliases`), or the same word

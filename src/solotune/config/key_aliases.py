@@ -88,7 +88,11 @@ FOREIGN_KEYS = {
     "test_split_size": "validation_size",
 }
 
-_TRACKERS = "solotune sends nothing to a tracker; metrics.jsonl in the run directory has every step"
+_TRACKERS = (
+    "report_to is the setting (tensorboard, wandb, mlflow, trackio); project and server come from the tracker's own "
+    "variables (WANDB_PROJECT, MLFLOW_TRACKING_URI, TRACKIO_PROJECT)"
+)
+_LOGGING = "metrics.jsonl in the run directory has every step; logging_steps is the setting for what is printed"
 _ONE_DEVICE = "solotune trains on one device, in one process"
 _READING = "rows are read one at a time and cached by their content"
 _TOKENS = "the tokenizer's own tokens are used; they are set in the model folder (tokenizer_config.json)"
@@ -111,9 +115,9 @@ NOT_HERE = {
     "shuffle_before_merging_datasets download_mode dataset_kwargs skip_prepare_dataset": _READING,
     "dataset_dir data_dir media_dir": "dataset names the files themselves: dataset: [data/a.jsonl, data/b.jsonl]",
     "overwrite_output_dir": "a folder that contains a run is never overwritten; use another output_dir, or --resume",
-    "report_to run_name project logging_dir plot_loss logging_strategy logging_first_step logging_nan_inf_filter "
-    "include_num_input_tokens_seen include_tokens_per_second use_wandb use_mlflow use_swanlab use_tensorboard "
-    "use_comet use_trackio log_level log_level_replica disable_tqdm": _TRACKERS,
+    "run_name project logging_dir use_wandb use_mlflow use_swanlab use_tensorboard use_comet use_trackio": _TRACKERS,
+    "plot_loss logging_strategy logging_first_step logging_nan_inf_filter include_num_input_tokens_seen "
+    "include_tokens_per_second log_level log_level_replica disable_tqdm": _LOGGING,
     "deepspeed fsdp fsdp_config local_rank world_size accelerator_config device ddp parallelism_config "
     "tensor_parallel_size context_parallel_size sequence_parallel ray_num_workers use_ray use_orig_params "
     "max_memory": _ONE_DEVICE,

@@ -247,6 +247,11 @@ class RunConfig(BaseModel):
     """Checkpoint folder to continue from (`--resume` finds the newest by itself)."""
     use_cpu: bool = _in("run", default=False)
     """Use the CPU even if there is a GPU."""
+    report_to: (
+        Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
+        | list[Literal["tensorboard", "wandb", "mlflow", "trackio"]]
+    ) = _in("run", default="none")
+    """Trackers that get the run's steps and evaluations: one, or a list. They never stop or slow a run."""
     allow_faults: Text | list[Text] = _in("run", default=[])
     """Faults to train with, though they are certain before step 1 and stop a run: `[F67]` or `[rate-too-high]`."""
 
@@ -382,6 +387,12 @@ class RunConfig(BaseModel):
     def takes_graphs(self) -> bool:
         """Whether passes with a repeated shape become CUDA graphs, if there is CUDA."""
         return self.cuda_graphs and self.torch_compile and not self.activation_offload
+
+    @property
+    def trackers(self) -> list[str]:
+        """The trackers of `report_to`, each once."""
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        return [name for name in dict.fromkeys(names) if name != "none"]
 
     # --- typed parts, for functions that need only these
 

@@ -25,14 +25,14 @@ UPLOT = "vendor/uplot"
 
 def render(page: Page) -> str:
     """The HTML of a page."""
-    scripts = {"uplot_js": _file(f"{UPLOT}/uPlot.iife.min.js"), "charts_js": _file("templates/charts.js")}
+    scripts = {"uplot_js": packaged(f"{UPLOT}/uPlot.iife.min.js"), "charts_js": packaged("templates/charts.js")}
     return _environment().get_template("page.html").render(
         page=page,
-        page_css=Markup(_file("templates/page.css")),
-        uplot_css=Markup(_file(f"{UPLOT}/uPlot.min.css")),
-        uplot_licence=Markup(_file(f"{UPLOT}/uPlot.LICENSE")),
-        uplot_version=json.loads(_file(f"{UPLOT}/SOURCE.json"))["version"],
-        script_hashes=Markup(" ".join(_hash(script) for script in scripts.values())),
+        page_css=Markup(packaged("templates/page.css")),
+        uplot_css=Markup(packaged(f"{UPLOT}/uPlot.min.css")),
+        uplot_licence=Markup(packaged(f"{UPLOT}/uPlot.LICENSE")),
+        uplot_version=json.loads(packaged(f"{UPLOT}/SOURCE.json"))["version"],
+        script_hashes=Markup(" ".join(policy_hash(script) for script in scripts.values())),
         **{name: Markup(script) for name, script in scripts.items()},
     )  # fmt: skip
 
@@ -40,7 +40,7 @@ def render(page: Page) -> str:
 @cache
 def _environment() -> jinja2.Environment:
     return jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: _file(f"templates/{name}")),
+        loader=jinja2.FunctionLoader(lambda name: packaged(f"templates/{name}")),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         finalize=_visible,
@@ -55,10 +55,10 @@ def _visible(value: Any) -> Any:
 
 
 @cache
-def _file(name: str) -> str:
+def packaged(name: str) -> str:
     return resources.files("solotune.report_page").joinpath(name).read_text(encoding="utf-8")
 
 
-def _hash(script: str) -> str:
+def policy_hash(script: str) -> str:
     """As the policy names a script: the sha256 of its text."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

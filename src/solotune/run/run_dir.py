@@ -43,6 +43,7 @@ LOCK = ".lock"
 LOCK_TRIES, MAX_LOCK_BYTES = 20, 4096
 LOG, FINGERPRINTS, STACKS, REPORT = "log.txt", "fingerprints.json", "stacks.txt", "report.html"
 EXPORT, EXPORT_JSON = "export", "export.json"
+TRACKERS = "trackers"  # written by the trackers' own processes, also after the run: not in the manifest
 UNUSED = ".unused"  # ending of a checkpoint that a resumed run skipped
 MARKS = ("config.yaml", METRICS, "adapter", "checkpoints")  # a directory with any of these holds a run
 
@@ -233,7 +234,8 @@ class RunDirectory:
             has_own = path.name != MANIFEST and (path.parent / MANIFEST).is_file() and path.parent != self.path
             # a skipped checkpoint may not match its own manifest, so its files are listed as they are
             is_listed = not has_own or path.parent.name.endswith(UNUSED)
-            if path.is_file() and is_listed and name not in (MANIFEST, LOCK):
+            is_of_trackers = name.split("/")[0] == TRACKERS
+            if path.is_file() and is_listed and not is_of_trackers and name not in (MANIFEST, LOCK):
                 entries[name] = entry_at(path)
         atomic_io.write_whole(self.path / MANIFEST, manifest_text(entries))
 

@@ -281,6 +281,34 @@
     watcher.observe(element);
   }
 
+  // A page that is served while the run goes on (live.js): new points. Steps that are logged again replace the old ones.
+  // Not taken where a curve is new, since its chart is not on the page: then the page is loaded again.
+  addEventListener("solotune:curves", (event) => {
+    const found = event.detail, run = runs[0], names = Object.keys(found.series);
+    if (runs.length !== 1 || !charts.size || names.some((name) => !run.series[name])) return;
+    event.preventDefault();
+    for (const name of names.filter((name) => !name.startsWith("smoothed_"))) {
+      const one = run.series[name], more = found.series[name], average = run.series["smoothed_" + name];
+      let kept = one.steps.length;
+      while (kept && one.steps[kept - 1] >= more.steps[0]) kept--;
+      for (const key of Object.keys(more)) one[key].splice(kept, Infinity, ...more[key]);
+      if (!average) continue;
+      const weight = 2 / (Math.max(5, one.steps.length / 50) + 1); // as curves.py has it
+      average.steps = one.steps.slice();
+      average.values.length = kept;
+      for (let i = kept; i < one.steps.length; i++) {
+        const before = average.values[i - 1], now = one.values[i];
+        average.values[i] = before == null ? now : now == null ? null : (1 - weight) * before + weight * now;
+      }
+    }
+    run.resumed.push(...found.resumed);
+    run.non_finite.push(...found.non_finite);
+    const isWhole = range[1] >= whole[1];
+    whole[1] = Math.max(whole[1], found.last_step + Math.max(1, found.last_step * 0.01));
+    if (isWhole) range[1] = whole[1];
+    show(...range);
+  });
+
   const rebuild = () => charts.forEach((chart, element) => chart.plot && build(element));
   let waiting = 0;
   addEventListener("resize", () => {
