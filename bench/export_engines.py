@@ -219,7 +219,7 @@ def answers(run: Path, count: int) -> Iterator[dict[str, Any]]:
     yield {"artifact": "trained", "rows": len(source.rows), "exact_match": exact}
     for quantization in ("f32", "f16"):
         result: dict[str, Any] = {"artifact": quantization, "rows": len(source.rows)}
-        with tempfile.TemporaryDirectory() as scratch, seconds(result, "seconds"):
+        with tempfile.TemporaryDirectory() as scratch:
             with whole_folder(Path(scratch) / "gguf") as target:
                 path = write_gguf(run / "export/merged", target, quantization)
             with LlamaCpp(Path(scratch) / "gguf" / path.name, context=2 * MAX_TOKENS) as engine:
@@ -297,15 +297,12 @@ def report(result: dict[str, Any]) -> str:
         ]
         for one in result.get("logits", [])
     ]
-    answered = [
-        [one["artifact"], one["rows"], f"{one['exact_match']:.1%}", one.get("seconds", "")]
-        for one in result.get("answers", [])
-    ]
+    answered = [[one["artifact"], one["rows"], f"{one['exact_match']:.1%}"] for one in result.get("answers", [])]
     parts = [
         "# Exports in the engines that run them\n\n`python -m bench.export_engines`, its docstring says how.",
         f"## Token ids\n\n{ids}\n\nWhat differs:\n\n" + ("\n".join(shown) or "nothing"),
         f"## Log-probabilities against PEFT in f32\n\n{table(head, errors)}",
-        f"## Exact answers to held-out rows of the demo\n\n{table(['model', 'rows', 'exact match', 's'], answered)}",
+        f"## Exact answers to held-out rows of the demo\n\n{table(['model', 'rows', 'exact match'], answered)}",
         "Machine: " + ", ".join(f"{key} {value}" for key, value in result["machine"].items()),
     ]
     return "\n\n".join(parts) + "\n"

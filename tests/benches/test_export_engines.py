@@ -80,7 +80,6 @@ def test_an_adapter_as_gguf_beside_its_base_is_what_was_trained(tmp_path: Path) 
     (parity,) = result.artifacts[0].parity
     assert result.ok and parity.token_ids_equal and parity.conversations >= 200
     assert parity.positions > 20 and 0 < parity.max_logprob_diff <= 1e-3
-    print(parity, result.artifacts[0].notes, result.choices)
 
 
 def test_what_llama_cpp_does_not_know_is_refused(tmp_path: Path, model_folder: Any) -> None:
