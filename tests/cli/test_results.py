@@ -31,8 +31,8 @@ RUN = "runs/support-answers-20260101-120000"
 
 
 def evaluation() -> Evaluation:
-    base = Score(12.3673, 0.1234, 1_234_567, 0.0, 0.0, 1_200, (1.0, 2.0), (1, 1))
-    tuned = Score(10.2841, 0.0912, 1_234_567, 0.9512, 0.0281, 1_200, (0.5, 0.4), (1, 1))
+    base = Score(12.3673, 0.1234, 1_234_567, 0.0, 0.0, 1_200, (1.0, 2.0), (1, 1), (False, False))
+    tuned = Score(10.2841, 0.0912, 1_234_567, 0.9512, 0.0281, 1_200, (0.5, 0.4), (1, 1), (True, True))
     sample = Sample(
         "data/support/chats-2026.jsonl:10417", "Where is my order? " * 9, '{"status": "open"}', "It is " * 40, "x" * 130
     )

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from solotune.dataset import DataReport
     from solotune.diagnosis.evidence import Diagnosis
     from solotune.evaluation.compare import Evaluation, Sample
+    from solotune.evaluation.metrics import MetricScore
     from solotune.hardware.doctor import DoctorReport
     from solotune.planning.plan import Plan
     from solotune.training.verify_run import Verification
@@ -189,6 +190,7 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
             *(f"{score.exact_match:.1%} ± {100 * score.exact_match_stderr:.1f}" for score in (base, tuned)),
             Text(f"{points:+.1f} points", _STYLES[evaluation.exact_match_verdict]),
         ),
+        *(_metric_row(name, score) for name, score in evaluation.metrics.items()),
     ]
     if console.width < MIN_COLUMNS_FOR_BESIDE:
         rows = list(zip(*rows, strict=True))
@@ -201,8 +203,17 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     what = f"{evaluation.units}, {tuned.tokens:,} loss tokens; ± is one standard error"
     console.print(Text(what, "dim"))
     console.print(Text(evaluation.verdict_in_words, f"bold {style}".strip()), soft_wrap=not console.is_terminal)
+    for line in evaluation.answers_in_words:
+        console.print(Text(line, "dim"), soft_wrap=not console.is_terminal)
     for number, sample in enumerate(evaluation.samples, start=1):
         _print_sample(number, sample, console)
+
+
+def _metric_row(name: str, score: MetricScore) -> tuple[str | Text, ...]:
+    """A score with its standard errors, and its change in the colour of its verdict."""
+    sides = ((score.base, score.base_stderr), (score.tuned, score.tuned_stderr))
+    values = (f"{value:.3f} ± {error:.3f}" for value, error in sides)
+    return name, *values, Text(f"{score.tuned - score.base:+.3f}", _STYLES[score.verdict])
 
 
 _STYLES = {"better": "green", "worse": "red", "inside the noise": ""}

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from solotune.dataset import prepare
-from solotune.evaluation import compare, generation
+from solotune.evaluation import generation
+from solotune.evaluation.answers import answer, first_questions, spread_questions
+from solotune.evaluation.compare import Sample, sample_of
+from solotune.evaluation.generation import Generated
 from tests.dataset.conftest import Writer, chat, config_of, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer("chatml")
@@ -20,18 +23,18 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The prompts that models were asked, as texts."""
     prompts: list[str] = []
 
-    def generate(model: Any, prompt_ids: Any, *rest: Any) -> list[int]:
-        prompts.append(str(TOKENIZER.decode(prompt_ids)))
-        return TOKENIZER.encode(" fine ")
+    def generate(model: Any, chosen: Any, *rest: Any) -> list[Generated]:
+        prompts.extend(str(TOKENIZER.decode(prompt_ids)) for prompt_ids in chosen)
+        return [Generated(TOKENIZER.encode(" fine "), True)] * len(chosen)
 
-    monkeypatch.setattr(generation, "generate", generate)
-    monkeypatch.setattr(generation, "stop_ids", lambda *given: [0])
+    monkeypatch.setattr(generation, "_continue", generate)
     return prompts
 
 
-def samples(rows: Any) -> list[compare.Sample]:
+def samples(rows: Any, **given: Any) -> list[Sample]:
     model: Any = SimpleNamespace(module=torch.nn.Module())
-    return compare.samples(model, TOKENIZER, rows, 2, 8)
+    questions = first_questions(TOKENIZER, rows, 2)
+    return [sample_of(one) for one in answer(model, TOKENIZER, questions, [0], 8, **{"batch_size": 4, **given})]
 
 
 def examples(write: Writer, *rows: dict[str, Any], **keys: Any) -> Any:
@@ -77,6 +80,24 @@ def test_answers_are_counted_while_they_are_generated(write: Writer, asked: list
     """Two models answer up to `max_new_tokens` tokens each: minutes with a large model."""
     rows = examples(write, *({"prompt": f"word {n}:", "completion": "x"} for n in range(3)))
     seen: list[tuple[int, int, str, int]] = []
-    model: Any = SimpleNamespace(module=torch.nn.Module())
-    compare.samples(model, TOKENIZER, rows, 2, 8, progress=lambda *told: seen.append((*told, len(asked))))
-    assert seen == [(0, 2, "sample answers", 0), (1, 2, "sample answers", 2)]
+    samples(rows, batch_size=1, progress=lambda *told: seen.append((*told, len(asked))))
+    counts = [(0, 0), (1, 1), (2, 2), (2, 2), (3, 3), (4, 4)]
+    assert seen == [(done, 4, "sample answers", prompts) for done, prompts in counts]
+
+
+def test_the_system_prompt_is_asked_too(write: Writer, asked: list[str]) -> None:
+    messages = [{"role": "system", "content": "Be terse."}, *chat("Who?", "Me.")]
+    (sample,) = samples(examples(write, {"messages": messages}))
+    assert sample.prompt == "Who?"
+    assert asked[0].startswith("<|im_start|>system\nBe terse.<|im_end|>\n<|im_start|>user\nWho?")
+
+
+def test_scored_rows_are_spread_over_all(write: Writer) -> None:
+    rows = examples(write, *({"prompt": f"word {n}:", "completion": "x"} for n in range(10)))
+    assert [one.prompt for one in spread_questions(TOKENIZER, rows, 3)] == ["word 0:", "word 3:", "word 6:"]
+    assert len(spread_questions(TOKENIZER, rows, 99)) == 10
+
+
+def test_the_reference_ids_are_the_answers_own(write: Writer) -> None:
+    (question,) = first_questions(TOKENIZER, examples(write, {"messages": chat("a?", "b", "c?", "Me.")}), 9)
+    assert str(TOKENIZER.decode(question.reference_ids)).startswith("Me.<|im_end|>")
