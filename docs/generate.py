@@ -136,7 +136,8 @@ MORE = {
     "plan": "[recipes](../recipes.md), [how far to trust a plan](../../bench/results/plan.md)",
     "train": "[tutorial](../tutorial.md#5-train-on-a-rented-gpu), [config](../config.md), "
     "[what may change before a resume](../config.md#what-may-change-before---resume)",
-    "evaluate": "[tuned is worse than base](../troubleshooting.md#tuned-is-worse-than-base)",
+    "evaluate": "[is it better?](../evaluation.md), "
+    "[tuned is worse than base](../troubleshooting.md#tuned-is-worse-than-base)",
     "diagnose": "[by symptom](../troubleshooting.md), [faults](../faults.md), "
     "[how often it is right](../../bench/results/diagnose.md)",
     "explain": "[faults](../faults.md)",

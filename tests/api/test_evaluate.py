@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 
 import solotune
 from solotune import cli
+from solotune.api.evaluate import python_metrics_of_a_file
+from solotune.config.load import load_config
+from solotune.config.write import to_yaml
 from solotune.display.progress import SilentDisplay
 from solotune.errors import InputError, program
 from tests.messages import stable
@@ -50,11 +54,11 @@ def test_scores_of_answers_and_whose_file_is_run(config, tmp_path: Path, capsys:
     (tmp_path / "was-run").unlink()
     display = Notes()
     again = solotune.evaluate("run", display).to_json()
-    assert not (tmp_path / "was-run").exists()  # the run names the file, not the user
+    assert not (tmp_path / "was-run").exists()  # only the run's config names the file
     assert set(again["scores"]) == {"exact_match", "regex"}
     del trained["scores"]["length"]
     assert again == trained
-    hint = display.notes[-1].partition("to run it: ")[2].removeprefix(program())
+    hint = display.notes[-1].partition("To measure them: ")[2].removeprefix(program())
     assert cli.main([*shlex.split(hint), "--json"]) == 0
     assert (tmp_path / "was-run").exists()
     assert set(json.loads(capsys.readouterr().out)["scores"]) == {"exact_match", "regex", "length"}
@@ -67,6 +71,20 @@ def test_scores_of_answers_and_whose_file_is_run(config, tmp_path: Path, capsys:
         "  seen:    3\n"
         "  allowed: metrics, metrics_rows, num_samples, max_new_tokens, per_device_eval_batch_size"
     )
+
+
+def test_a_config_file_that_names_code_does_not_run_it(config, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(to_yaml(load_config(config)))
+    with pytest.raises(InputError) as caught:
+        solotune.train("run.yaml")
+    assert re.sub(r"line \d+", "line N", stable(caught.value)) == (
+        "run.yaml line N, metrics: python: own.py:length: code that only a config file names is not run\n"
+        "  change:  name it on the command line: 'metrics=[regex: it is (\\d+), python: own.py:length]'"
+    )
+    assert not (tmp_path / "was-run").exists()
+    (given,) = shlex.split(caught.value.change.partition("command line: ")[2])
+    checked = load_config("run.yaml", [given])
+    assert python_metrics_of_a_file(checked) is None and checked.metrics == config["metrics"]
 
 
 @pytest.mark.parametrize(

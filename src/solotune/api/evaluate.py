@@ -75,7 +75,7 @@ def _evaluate(run: str | Path, display: Display, overrides: Overrides, keys: dic
 def _with_changes(
     config: RunConfig, overrides: Overrides, keys: dict[str, Any], display: Display, path: Path
 ) -> RunConfig:
-    """The run's config with the user's changes. A Python file that only the run names is not run.
+    """The run's config with the user's changes, without code that only the run names.
 
     Raises:
         InputError: a key that is not one of `EVALUATION_KEYS`, or a wrong value.
@@ -90,16 +90,43 @@ def _with_changes(
         )
     if changed:
         return load_config(config, (), changed)
-    is_code = [isinstance(entry, dict) and "python" in entry for entry in config.metrics]
-    if not any(is_code):
+    if (named := python_metrics_of_a_file(config)) is None:
         return config
-    kept = [entry for entry, is_python in zip(config.metrics, is_code, strict=True) if not is_python]
-    all_of_them = yaml_value(config.metrics)
-    display.note(
-        "metrics: python functions are left out, since a run may come from elsewhere and its file is run; "
-        f"to run it: {program()} evaluate {path} {shlex.quote(f'metrics={all_of_them}')}"
-    )
-    return config.replaced("evaluate", metrics=kept)
+    display.note(f"{named}; left out. To measure them: {program()} evaluate {path} {shlex.quote(_as_override(config))}")
+    return config.replaced("evaluate", metrics=[one for one in config.metrics if not _is_python(one)])
+
+
+def check_metrics(config: RunConfig, tokenizer: Any, prepared: Prepared) -> None:
+    """Try the metrics of a run before it begins, on the references of a few held-out rows.
+
+    Raises:
+        InputError: one cannot be used, only a file names its code, or no rows are held out.
+    """
+    from solotune.evaluation.compare import check_metrics
+
+    if config.metrics and not prepared.validation:
+        raise InputError("metrics: there are no held-out rows to measure on", change="set validation_size above 0")
+    if (named := python_metrics_of_a_file(config)) is not None:
+        where = f"{config.source_of('metrics')}, {named}"
+        raise InputError(where, change=f"name it on the command line: {shlex.quote(_as_override(config))}")
+    check_metrics(tokenizer, prepared.validation, config.evaluation, prepared.report.day)
+
+
+def python_metrics_of_a_file(config: RunConfig) -> str | None:
+    """The python metrics that only a config file names, in words: it may be copied from somewhere, so its code is not
+    run. None: there are none, or the user names them himself, on the command line or in Python."""
+    found = [spec for spec in config.evaluation.metrics if spec.kind == "python"]
+    if not found or config.source_of("metrics") in ("command line", "python"):
+        return None
+    return f"metrics: {', '.join(map(str, found))}: code that only a config file names is not run"
+
+
+def _is_python(entry: Any) -> bool:
+    return isinstance(entry, dict) and "python" in entry
+
+
+def _as_override(config: RunConfig) -> str:
+    return f"metrics={yaml_value(config.metrics)}"
 
 
 def compare(

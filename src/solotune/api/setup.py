@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from solotune import dataset
+from solotune.api.evaluate import check_metrics
 from solotune.config.run_config import Choice, RunConfig
 from solotune.config.write import to_yaml
 from solotune.dataset import packing, sampler
@@ -19,7 +20,6 @@ from solotune.diagnosis import certain_faults
 from solotune.diagnosis.data_checks import check_rows
 from solotune.diagnosis.rules import ask_all
 from solotune.errors import InputError
-from solotune.evaluation.compare import check_metrics
 from solotune.hardware import doctor
 from solotune.hardware.gpu_errors import device_errors
 from solotune.hub.model_files import ModelFiles, resolve_model
@@ -100,7 +100,7 @@ def read_data(
     run = resuming.continued(config.output_dir) if resume else None
     day = resuming.recorded_day(config.resume_from_checkpoint, run)
     prepared = dataset.prepare(config, tokenizer, progress=display.progress, rendered_on=day)
-    _check_metrics(config, tokenizer, prepared)
+    check_metrics(config, tokenizer, prepared)
     findings = check_rows(config, tokenizer, prepared, model_files)
     prepared = prepared.with_findings(finding.to_json() for finding in findings)
     for finding in findings:
@@ -108,15 +108,6 @@ def read_data(
         if finding.code == "F05":  # the embedding lookup would fail, on a GPU without a clear message
             raise InputError(finding.message, change=finding.fix, fault="F05")
     return tokenizer, prepared, findings
-
-
-def _check_metrics(config: RunConfig, tokenizer: Any, prepared: Prepared) -> None:
-    """Raises:
-    InputError: a metric cannot be used with the held-out rows, or there are none.
-    """
-    if config.metrics and not prepared.validation:
-        raise InputError("metrics: there are no held-out rows to measure on", change="set validation_size above 0")
-    check_metrics(tokenizer, prepared.validation, config.evaluation, prepared.report.day)
 
 
 def plan(

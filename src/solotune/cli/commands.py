@@ -208,7 +208,7 @@ def evaluate(ctx: click.Context, run: str, overrides: tuple[str, ...], gate: boo
 
     \b
     Example:
-      solotune evaluate runs/solotune-20260101-120000 num_samples=10
+      solotune evaluate runs/solotune-20260101-120000
     """
     with shown() as display:
         from solotune.api.evaluate import evaluate

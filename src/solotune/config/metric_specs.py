@@ -5,7 +5,7 @@
       - choice                               one of the references that the held-out rows have
       - choice: [refund, replace, cancel]    ... or of these
       - regex: 'Answer: (-?\\d+)'             the text in the brackets is that of the reference
-      - python: score.py:length_ratio        your function, of your file
+      - python: score.py:length_ratio        your function, of your file; not run if only a config file names it
 
 What they measure: `evaluation.metrics`.
 """
@@ -16,7 +16,6 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-KINDS = ("exact_match", "json", "choice", "regex", "python")
 FORMS = "exact_match, json, choice, {choice: [A, B]}, {regex: PATTERN}, {python: FILE.py:FUNCTION}"
 _PYTHON = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 

@@ -1,10 +1,11 @@
-"""The user's own metric: a function in a Python file that the config or the command line names.
+"""The user's own metric: a function in a Python file.
 
     def length_ratio(answer, reference):                      score.py, for metrics: [{python: score.py:length_ratio}]
         return min(1.0, len(answer) / max(1, len(reference)))
 
-Its parameters are found by name: any of `answer`, `reference` and `prompt`. The file is run: only a file that the user
-names himself may be given here, never one that a run from elsewhere names (`api.evaluate` sees to it).
+Its parameters are found by name: any of `answer`, `reference` and `prompt`. The file is run, so it must be one that the
+user names himself, on the command line or in Python: a config file, or a run, may come from elsewhere (`api.evaluate`
+sees to it).
 """
 
 from __future__ import annotations
