@@ -190,7 +190,6 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
             *(f"{score.exact_match:.1%} ± {100 * score.exact_match_stderr:.1f}" for score in (base, tuned)),
             Text(f"{points:+.1f} points", _STYLES[evaluation.exact_match_verdict]),
         ),
-        *(_metric_row(name, score) for name, score in evaluation.metrics.items()),
     ]
     if console.width < MIN_COLUMNS_FOR_BESIDE:
         rows = list(zip(*rows, strict=True))
@@ -200,6 +199,8 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     for row in rows[1:]:
         table.add_row(*row)
     console.print(table)
+    if evaluation.metrics:
+        console.print(_metric_table(evaluation.metrics))
     what = f"{evaluation.units}, {tuned.tokens:,} loss tokens; ± is one standard error"
     console.print(Text(what, "dim"))
     console.print(Text(evaluation.verdict_in_words, f"bold {style}".strip()), soft_wrap=not console.is_terminal)
@@ -209,11 +210,17 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         _print_sample(number, sample, console)
 
 
-def _metric_row(name: str, score: MetricScore) -> tuple[str | Text, ...]:
-    """A score with its standard errors, and its change in the colour of its verdict."""
-    sides = ((score.base, score.base_stderr), (score.tuned, score.tuned_stderr))
-    values = (f"{value:.3f} ± {error:.3f}" for value, error in sides)
-    return name, *values, Text(f"{score.tuned - score.base:+.3f}", _STYLES[score.verdict])
+def _metric_table(metrics: Mapping[str, MetricScore]) -> Table:
+    """Scores of answers with their standard errors; the change has the colour of its verdict."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column("scores of answers", overflow="fold")
+    for name in ("base", "tuned", "change"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, score in metrics.items():
+        sides = ((score.base, score.base_stderr), (score.tuned, score.tuned_stderr))
+        values = (f"{value:.3f} ± {error:.3f}" for value, error in sides)
+        table.add_row(name, *values, Text(f"{score.tuned - score.base:+.3f}", _STYLES[score.verdict]))
+    return table
 
 
 _STYLES = {"better": "green", "worse": "red", "inside the noise": ""}
