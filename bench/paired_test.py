@@ -292,8 +292,8 @@ PAGE = """# The paired test where nothing differs
 
 `python -m bench.paired_test`: {comparisons} comparisons a line, drawn from real losses of SmolLM2-135M on {rows}
 held-out rows of examples/tickets.jsonl (per token: {means}; two seeds, {steps} steps).
-The true difference is zero. The level is 5 % two-sided, so `better` may be found in 2.5 % by chance, and `worse` in 2.5 %. What is drawn is said at the
-top of `bench/paired_test.py`.
+The true difference is zero. The level is 5 % two-sided, so `better` may be found in 2.5 % by chance, and `worse`
+in 2.5 %. What is drawn is said at the top of `bench/paired_test.py`.
 
 ## False `better` and `worse`
 
