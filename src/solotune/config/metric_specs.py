@@ -43,7 +43,10 @@ def metric_specs(entries: Sequence[Any]) -> list[MetricSpec]:
 
 
 def _spec(entry: Any) -> MetricSpec:
-    kind, argument = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else (entry, None)
+    kind: Any = entry
+    argument: Any = None
+    if isinstance(entry, dict) and len(entry) == 1:
+        kind, argument = next(iter(entry.items()))
     if kind in ("exact_match", "json", "choice") and argument is None:
         return MetricSpec(kind)
     if kind == "choice" and isinstance(argument, list):

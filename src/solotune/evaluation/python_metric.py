@@ -21,7 +21,7 @@ from typing import Any
 from solotune.config.metric_specs import MetricSpec
 from solotune.errors import InputError
 
-PARAMETERS = ("answer", "reference", "prompt")
+PARAMETERS: tuple[str, ...] = ("answer", "reference", "prompt")
 
 
 def load_function(spec: MetricSpec) -> Callable[[str, str, str], Any]:
