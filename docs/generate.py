@@ -137,7 +137,8 @@ MORE = {
     "train": "[tutorial](../tutorial.md#5-train-on-a-rented-gpu), [config](../config.md), "
     "[what may change before a resume](../config.md#what-may-change-before---resume)",
     "watch": "[watch a run](../trackers.md)",
-    "evaluate": "[tuned is worse than base](../troubleshooting.md#tuned-is-worse-than-base)",
+    "evaluate": "[is it better?](../evaluation.md), "
+    "[tuned is worse than base](../troubleshooting.md#tuned-is-worse-than-base)",
     "diagnose": "[by symptom](../troubleshooting.md), [faults](../faults.md), "
     "[how often it is right](../../bench/results/diagnose.md)",
     "explain": "[faults](../faults.md)",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from solotune import dataset
+from solotune.api.evaluate import check_metrics
 from solotune.config.run_config import Choice, RunConfig
 from solotune.config.write import to_yaml
 from solotune.dataset import packing, sampler
@@ -101,6 +102,7 @@ def read_data(
     run = resuming.continued(config.output_dir) if resume else None
     day = resuming.recorded_day(config.resume_from_checkpoint, run)
     prepared = dataset.prepare(config, tokenizer, progress=display.progress, rendered_on=day)
+    check_metrics(config, tokenizer, prepared)
     findings = check_rows(config, tokenizer, prepared, model_files)
     prepared = prepared.with_findings(finding.to_json() for finding in findings)
     for finding in findings:

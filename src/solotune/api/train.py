@@ -194,7 +194,7 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient) -> TrainRes
             _write_adapter(run, ready)
 
         evaluation = _evaluate(run, ready, tuned_score, display) if prepared.validation else None
-        _record_measurements(run, ready, summary["total_steps"])
+        _record_measurements(run, ready)
         _write_diagnosis(run, monitor.diagnosis(), display)
         trackers.close("finished")
         _write_report(run, display)
@@ -227,28 +227,21 @@ def _log_display(log: LogFile, logging_steps: int) -> PlainDisplay:
 
 def _evaluate(run: RunDirectory, ready: PreparedRun, tuned_score: Score | None, display: RunObserver) -> Evaluation:
     display.phase("comparing base and tuned on held-out rows")
-    result = compare(
-        ready.model,
-        ready.tokenizer,
-        ready.prepared,
-        tuned_score,
-        display,
-        batch_size=ready.config.per_device_eval_batch_size,
-        num_samples=ready.config.num_samples,
-        max_new_tokens=ready.config.max_new_tokens,
-    )
+    settings = ready.config.evaluation
+    result = compare(ready.model, ready.tokenizer, ready.prepared, settings, tuned_score, display)
     run.write_json("evaluation.json", result.to_json())
     return result
 
 
-def _record_measurements(run: RunDirectory, ready: PreparedRun, total_steps: int) -> None:
+def _record_measurements(run: RunDirectory, ready: PreparedRun) -> None:
     """Write measured memory and time next to the plan's, then the end event."""
     from solotune.hardware import device_memory
 
     peak_bytes = device_memory.peak_bytes(ready.model.device)
-    measured = {"peak_bytes": peak_bytes, **RunRecord.read(run.path).medians()}
+    record = RunRecord.read(run.path)
+    measured = {"peak_bytes": peak_bytes, **record.medians()}
     run.write_json("plan.json", {**ready.plan_json(), "measured": measured})
-    run.log(EndEvent(total_steps, peak_bytes))
+    run.log(EndEvent(record.last_step, peak_bytes))
 
 
 def _write_diagnosis(run: RunDirectory, diagnosis: Diagnosis, display: RunObserver) -> None:

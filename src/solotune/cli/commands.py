@@ -202,14 +202,16 @@ solotune.add_command(watch)
 
 @solotune.command()
 @click.argument("run")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--gate", is_flag=True, help="Exit with 3 unless the tuned model is better than its base.")
 @json_option
 @click.pass_context
-def evaluate(ctx: click.Context, run: str, gate: bool, as_json: bool) -> None:
+def evaluate(ctx: click.Context, run: str, overrides: tuple[str, ...], gate: bool, as_json: bool) -> None:
     """Compare the model of a RUN with its base on held-out rows.
 
     RUN is a run directory. Shows the loss per trained token and exact match, with standard errors, a paired test of the
-    difference, and answers side by side.
+    difference, and answers side by side. KEY=VALUE adds scores of the answers (metrics=[json]) or changes num_samples,
+    max_new_tokens, metrics_rows and per_device_eval_batch_size.
 
     \b
     Example:
@@ -219,7 +221,7 @@ def evaluate(ctx: click.Context, run: str, gate: bool, as_json: bool) -> None:
         from solotune.api.evaluate import evaluate
         from solotune.cli.results import print_evaluation
 
-        result = evaluate(run, display=display)
+        result = evaluate(run, display, overrides)
     print_result(result, print_evaluation, as_json)
     ctx.exit(3 if gate and result.verdict != "better" else 0)
 

@@ -103,6 +103,11 @@ def _find_paths(values: dict[str, Any], folder: Path) -> None:
         value = values.get(key)
         if value is not None:
             values[key] = [found(one) for one in value] if isinstance(value, list) else found(value)
+    metrics = values.get("metrics")
+    for entry in metrics if isinstance(metrics, list) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("python"), str):
+            file, colon, function = entry["python"].rpartition(":")
+            entry["python"] = found(file) + colon + function
 
 
 def _refuse_secrets(values: Mapping[str, Any], sources: Mapping[str, str]) -> None:

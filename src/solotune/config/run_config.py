@@ -26,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 
+from solotune.config.metric_specs import metric_specs
 from solotune.config.settings import (
     BatchSettings,
     EvaluationSettings,
@@ -228,7 +229,17 @@ class RunConfig(BaseModel):
     num_samples: int = _in("evaluation", default=3, ge=0, le=65_536)
     """Number of held-out prompts that the base and the tuned model answer, for you to read."""
     max_new_tokens: int = _in("evaluation", default=128, ge=1, le=10_000_000)
-    """Maximum length of a generated answer (samples and chat), in tokens."""
+    """Maximum length of a generated answer (samples, metrics and chat), in tokens."""
+    metrics: list[Text | dict[Text, Text | list[Text]]] = _in("evaluation", default=[])
+    """Scores of generated answers, base against tuned; exact_match is always measured, without generating."""
+    metrics_rows: PositiveInt = _in("evaluation", default=200)
+    """Held-out rows that `metrics` are measured on: at most this many, spread evenly."""
+    load_best_model_at_end: bool = _in("evaluation", default=False)
+    """Keep the adapter with the lowest held-out loss; the earlier one, unless a later one is better beyond noise."""
+    early_stopping_patience: PositiveInt | None = _in("evaluation", default=None)
+    """Stop after this many evaluations in a row without a held-out loss that is lower beyond noise; empty: never."""
+    metric_for_best_model: Literal["eval_loss", "loss"] = _in("evaluation", default="eval_loss")
+    """What decides which adapter is best: the held-out loss."""
 
     # --- run
     memory_budget: float | Text = _in("run", default="auto")
@@ -328,6 +339,12 @@ class RunConfig(BaseModel):
             raise ValueError("at least one name, and no empty ones")
         return value
 
+    @field_validator("metrics")
+    @classmethod
+    def _metrics(cls, entries: list[Any]) -> list[Any]:
+        metric_specs(entries)
+        return entries
+
     @field_validator("column_mapping")
     @classmethod
     def _columns(cls, mapping: dict[str, str]) -> dict[str, str]:
@@ -365,6 +382,9 @@ class RunConfig(BaseModel):
                 raise ValueError(f"{what}_strategy and {what}_steps: {words}")
             if steps is None and strategy == "steps":
                 raise ValueError(f"{what}_strategy: steps needs {what}_steps")
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            raise ValueError("early_stopping_patience and eval_strategy: early_stopping_patience needs evaluations "
+                             "during training; use eval_strategy: epoch, or eval_steps")  # fmt: skip
         return self
 
     def _against_matmuls(self) -> str | None:
@@ -482,6 +502,10 @@ class RunConfig(BaseModel):
             batch_size=self.per_device_eval_batch_size,
             num_samples=self.num_samples,
             max_new_tokens=self.max_new_tokens,
+            metrics=tuple(metric_specs(self.metrics)),
+            metrics_rows=self.metrics_rows,
+            load_best=self.load_best_model_at_end,
+            patience=self.early_stopping_patience,
             steps=self.eval_steps,
             strategy=self.eval_strategy,
             sources=self._sources,

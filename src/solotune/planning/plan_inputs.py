@@ -131,7 +131,7 @@ def work_of(batches: BatchSettings, evaluation: EvaluationSettings, prepared: Pr
             {*range(every or schedule.total_steps, schedule.total_steps + 1, every or 1)} | {schedule.total_steps}
         ),
         eval_batch=(min(evaluation.batch_size, len(held_out)), max(held_out, default=0)),
-        generated_tokens=round(min(evaluation.num_samples, len(held_out)) * (evaluation.max_new_tokens + answer)),
+        generated_tokens=round(min(evaluation.num_answers, len(held_out)) * (evaluation.max_new_tokens + answer)),
         has_one_shape=batches.packing and batches.takes_graphs,
         is_measured=True,
     )

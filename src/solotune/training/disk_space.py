@@ -72,6 +72,8 @@ def need_of(config: RunConfig, model: TrainableModel, prepared: Prepared, tokeni
         _random_bytes(),
         state,
     ]
+    if config.evaluation.tracks_best and prepared.validation:
+        files.append(9 * len(prepared.validation) + 4096 + (adapter[0] if config.load_best_model_at_end else 0))
     rows = len(prepared.train) + len(prepared.validation)
     report = REPORT_BYTES + min(schedule.total_steps, REPORT_STEPS) * REPORT_STEP_BYTES
     records = [schedule.total_steps * STEP_BYTES, rows * ROW_BYTES, report, *RECORD_BYTES]

@@ -203,7 +203,7 @@ def _finished(run: RunDirectory) -> Checkpoint | None:
     if end is None or check_folder(run.adapter):
         return None
     before = {"bytes": end.offset}
-    state = {"fingerprints": read_object(run.path / FINGERPRINTS), "optimizer": {}, "metrics": before}
+    state = {"fingerprints": read_object(run.path / FINGERPRINTS), "optimizer": {}, "metrics": before, "is_over": True}
     return Checkpoint(end.event.step, adapter_tensors(run.adapter), {}, {}, state)
 
 
