@@ -118,6 +118,8 @@ class RunConfig(BaseModel):
     """Data type of matmuls with 4-bit weights; empty: bfloat16 with `bf16: true`, else float32."""
     base_residency: Literal["auto", "quantized", "dequantized"] = _in("model", default="auto")
     """quantized: unpack 4-bit weights at each use (saves memory). dequantized: keep a copy (faster). Same results."""
+    base_offload: Literal["auto"] | bool | PositiveInt = _in("model", default="auto")
+    """Keep frozen layers in host memory (RAM) and stream them: true (all), false, N of them, or auto (if needed)."""
     attn_implementation: Literal["sdpa", "eager"] = _in("model", default="sdpa")
     """Attention implementation of transformers: sdpa (flash attention where possible) or eager (plain)."""
 
@@ -372,6 +374,11 @@ class RunConfig(BaseModel):
                 "train_on_last_turn and assistant_only_loss: train_on_last_turn: true trains on one turn, "
                 "but assistant_only_loss: false trains on every token; remove one"
             )
+        if self.base_residency == "dequantized" and self.base_offload not in ("auto", False):
+            raise ValueError(
+                "base_residency and base_offload: an unpacked copy is kept on the GPU, which offloading saves; "
+                "use base_residency: quantized, or base_offload: false"
+            )
         if self.matmul_precision != "auto" and (change := self._against_matmuls()):
             base, matmuls = f"base_precision: {self.base_precision}", f"matmul_precision: {self.matmul_precision}"
             raise ValueError(f"base_precision and matmul_precision: {base} with {matmuls}; {change}")
@@ -435,6 +442,7 @@ class RunConfig(BaseModel):
             double_quant=self.bnb_4bit_use_double_quant,
             multiplies_in_fp8=self.multiplies_in_fp8,
             base_residency=self.base_residency,
+            base_offload=self.base_offload,
             bf16=self.bf16,
             sources=self._sources,
         )
@@ -448,6 +456,7 @@ class RunConfig(BaseModel):
             multiplies_in_fp8=self.multiplies_in_fp8,
             double_quant=self.bnb_4bit_use_double_quant,
             base_residency=self.base_residency,
+            base_offload=self.base_offload,
             gradient_checkpointing=self.gradient_checkpointing,
             activation_offload=self.activation_offload,
             optim=self.optim,

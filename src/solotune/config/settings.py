@@ -47,6 +47,7 @@ class PrecisionSettings(Settings):
     double_quant: bool
     multiplies_in_fp8: bool
     base_residency: Literal["auto", "quantized", "dequantized"]
+    base_offload: bool | int | Literal["auto"]  # a number: that many layers, spread evenly
     bf16: bool
 
 
@@ -60,6 +61,7 @@ class MemorySettings(Settings):
     multiplies_in_fp8: bool
     double_quant: bool
     base_residency: Literal["auto", "quantized", "dequantized"]
+    base_offload: bool | int | Literal["auto"]  # a number: that many layers, spread evenly
     gradient_checkpointing: bool | int | Literal["auto"]  # a number: that many layers, from the first
     activation_offload: bool
     optim: str

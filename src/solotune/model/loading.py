@@ -55,7 +55,9 @@ from solotune.model import lora, loss, packed_attention
 from solotune.model.adapter_coverage import AdapterCoverage, adapter_coverage
 from solotune.model.empty_model import empty_model
 from solotune.model.frozen_linear import FrozenLinear, NF4Weight, frozen_linears
+from solotune.model.layer_ring import LayerRing
 from solotune.model.layers import decoder_layers, language_model, num_checkpointed, prepare_layers
+from solotune.model.limits import offloaded_layers
 from solotune.model.lm_head import check_head, head_of
 from solotune.model.stored_weight import store_weight
 from solotune.model.tied_weights import different_ties, tie, untie
@@ -88,6 +90,7 @@ class TrainableModel:
     flat_params: nn.Parameter  # all adapters as one vector, for the optimizer: see `lora.join`
     is_compiled: bool = False
     uses_varlen_attention: bool = False  # packed rows are separated by `packed_attention`, not by a mask
+    ring: LayerRing | None = None  # streams the frozen weights of layers from host memory
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -171,7 +174,9 @@ def load_model(
     module.requires_grad_(False)
     _set_generation(module, model_files)
     layers = decoder_layers(module)
-    if config.base_precision == "nf4" and not config.multiplies_in_fp8:
+    offloaded = [layers[number] for number in offloaded_layers(config.base_offload, len(layers))]
+    ring = LayerRing(offloaded, device) if offloaded else None
+    if ring is None and config.base_precision == "nf4" and not config.multiplies_in_fp8:
         choices += _settle_residency(module, config.base_residency, dtype, device)
     inside = language_model(module)
     lora_layers = lora.attach(module, config.lora, device, is_compiled=config.torch_compile, inside=inside)
@@ -180,6 +185,7 @@ def load_model(
     model = TrainableModel(
         module, layers, lora_layers, head, dtype, device, choices, lora.join(lora_layers, device), config.torch_compile
     )
+    model.ring = ring
     if device.type == "cuda" and attention_name == "sdpa":
         choices += _take_fast_attention(model, config.max_length, config.multiplies_in_fp8)
     if config.packing and (change := isolation_error(model, config.multiplies_in_fp8)):
@@ -190,7 +196,8 @@ def load_model(
             change="packing: false",
         )
     recomputed = num_checkpointed(config.gradient_checkpointing, len(layers))
-    prepare_layers(layers, recomputed, is_compiled=config.torch_compile, activation_offload=config.activation_offload)
+    settings = {"is_compiled": config.torch_compile, "activation_offload": config.activation_offload}
+    prepare_layers(layers, recomputed, **settings, ring=ring)
     return model
 
 
@@ -267,6 +274,9 @@ def _fill(
 ) -> None:
     """Store every tensor in its module; a linear becomes a `FrozenLinear` when its weight is read."""
     frozen = frozen_linears(module)
+    layers = decoder_layers(module)
+    on_host = [layers[number] for number in offloaded_layers(precision.base_offload, len(layers))]
+    waiting = {linear for layer in on_host for linear in layer.modules()}
     in_float32 = kept_in_float32(module, dtype)
     biases: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:
@@ -286,6 +296,8 @@ def _fill(
         elif leaf == "weight":
             transposed = isinstance(frozen[owner], Conv1D)
             storage = store_weight(tensor.T.contiguous() if transposed else tensor, precision, dtype)
+            if frozen[owner] in waiting:  # quantised on the device, then out of its way until the ring is made
+                storage = storage.cpu()
             parent, _, last = owner.rpartition(".")
             setattr(module.get_submodule(parent), last, FrozenLinear(storage, biases.get(owner), transposed))
         else:

@@ -51,7 +51,8 @@ _COMPARED_BY_CONTENT = {
     "chat_template_path", "overflow", "assistant_only_loss", "train_on_last_turn",
 }  # fmt: skip
 _INEXACT = {  # and the keys of BATCH, if their product is the same
-    "gradient_checkpointing", "activation_offload", "base_residency", "torch_compile", "cuda_graphs",
+    "gradient_checkpointing", "activation_offload", "base_residency", "base_offload", "torch_compile",
+    "cuda_graphs",
     "attn_implementation", "use_cpu",
 }  # fmt: skip
 
