@@ -18,6 +18,7 @@ SCRIPTS = [
     "scripts/test",
     "scripts/test_export",
     "scripts/test_browser",
+    "scripts/test_slow",
     "scripts/test_trackers",
     "scripts/check",
     "scripts/check_sdist",

@@ -38,7 +38,7 @@ from transformers import PreTrainedModel
 
 from solotune.errors import InputError
 from solotune.model.layer_ring import LayerRing
-from solotune.model.limits import MLP_CHUNK_TOKENS
+from solotune.model.limits import MLP_CHUNK_TOKENS, offloaded_layers
 
 PARTITIONER_OPTIONS: dict[str, Any] = {
     "ban_recompute_used_far_apart": False,
@@ -80,6 +80,12 @@ def decoder_layers(module: PreTrainedModel) -> nn.ModuleList:
     )
 
 
+def layers_on_host(module: PreTrainedModel, base_offload: bool | int | Literal["auto"]) -> list[nn.Module]:
+    """The decoder layers whose frozen weights are in host memory."""
+    layers = decoder_layers(module)
+    return [layers[number] for number in offloaded_layers(base_offload, len(layers))]
+
+
 def num_checkpointed(gradient_checkpointing: bool | int | Literal["auto"], depth: int) -> int:
     """Number of layers, counted from the first, that are recomputed in backward: all for True and `auto`."""
     if isinstance(gradient_checkpointing, bool) or gradient_checkpointing == "auto":
@@ -90,7 +96,6 @@ def num_checkpointed(gradient_checkpointing: bool | int | Literal["auto"], depth
 def prepare_layers(
     layers: nn.ModuleList,
     recomputed: int,
-    *,
     is_compiled: bool,
     activation_offload: bool,
     ring: LayerRing | None = None,

@@ -56,8 +56,7 @@ from solotune.model.adapter_coverage import AdapterCoverage, adapter_coverage
 from solotune.model.empty_model import empty_model
 from solotune.model.frozen_linear import FrozenLinear, NF4Weight, frozen_linears
 from solotune.model.layer_ring import LayerRing
-from solotune.model.layers import decoder_layers, language_model, num_checkpointed, prepare_layers
-from solotune.model.limits import offloaded_layers
+from solotune.model.layers import decoder_layers, language_model, layers_on_host, num_checkpointed, prepare_layers
 from solotune.model.lm_head import check_head, head_of
 from solotune.model.stored_weight import store_weight
 from solotune.model.tied_weights import different_ties, tie, untie
@@ -174,7 +173,7 @@ def load_model(
     module.requires_grad_(False)
     _set_generation(module, model_files)
     layers = decoder_layers(module)
-    offloaded = [layers[number] for number in offloaded_layers(config.base_offload, len(layers))]
+    offloaded = layers_on_host(module, config.base_offload)
     ring = LayerRing(offloaded, device) if offloaded else None
     if ring is None and config.base_precision == "nf4" and not config.multiplies_in_fp8:
         choices += _settle_residency(module, config.base_residency, dtype, device)
@@ -183,9 +182,9 @@ def load_model(
     head = head_of(module)
     check_head(module, head, device)
     model = TrainableModel(
-        module, layers, lora_layers, head, dtype, device, choices, lora.join(lora_layers, device), config.torch_compile
-    )
-    model.ring = ring
+        module, layers, lora_layers, head, dtype, device, choices, lora.join(lora_layers, device), config.torch_compile,
+        ring=ring,
+    )  # fmt: skip
     if device.type == "cuda" and attention_name == "sdpa":
         choices += _take_fast_attention(model, config.max_length, config.multiplies_in_fp8)
     if config.packing and (change := isolation_error(model, config.multiplies_in_fp8)):
@@ -196,8 +195,7 @@ def load_model(
             change="packing: false",
         )
     recomputed = num_checkpointed(config.gradient_checkpointing, len(layers))
-    settings = {"is_compiled": config.torch_compile, "activation_offload": config.activation_offload}
-    prepare_layers(layers, recomputed, **settings, ring=ring)
+    prepare_layers(layers, recomputed, model.is_compiled, config.activation_offload, ring)
     return model
 
 
@@ -274,9 +272,7 @@ def _fill(
 ) -> None:
     """Store every tensor in its module; a linear becomes a `FrozenLinear` when its weight is read."""
     frozen = frozen_linears(module)
-    layers = decoder_layers(module)
-    on_host = [layers[number] for number in offloaded_layers(precision.base_offload, len(layers))]
-    waiting = {linear for layer in on_host for linear in layer.modules()}
+    waiting = {linear for layer in layers_on_host(module, precision.base_offload) for linear in layer.modules()}
     in_float32 = kept_in_float32(module, dtype)
     biases: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:

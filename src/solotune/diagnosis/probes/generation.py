@@ -53,11 +53,7 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
     if live.generate is None or run_facts.tokenizer is None:
         raise Skipped("how the deployment generates answers is not known")
     with restore_model_state(live), torch.no_grad():
-        if is_untouched(live.model):
-            if run_facts.saved is None or not _put_in(live.model, run_facts.saved)[0]:
-                raise Skipped("the adapter is not trained yet")
-            if is_untouched(live.model):
-                raise Skipped("the adapter is empty")
+        _require_trained(live, run_facts)
         live.model.eval()
         deployed, trained, wanted, prompts, ends, gaps, again = [], [], [], [], [], [], None
         behind: list[int] = []
@@ -80,10 +76,7 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
             behind.append(_behind_end(document.ids[len(pair[0]) :].tolist(), facts.roles.ends))
             ends.append(_expects_end(live, [*pair[0], *pair[1]], facts.roles.ends))
             prompts.append(pair[0])
-            cut = _without_header(facts, pair[0])
-            is_other = not _alike(trained[-1], deployed[-1], facts.roles.ends)
-            without = _greedy(live, cut, frozenset(), LIKE) if cut is not None and is_other else []
-            bare.append(bool(without) and _alike(without, deployed[-1], facts.roles.ends))
+            bare.append(_is_without_header(live, facts, pair[0], trained[-1], deployed[-1]))
             if deployed[-1] and trained[-1]:
                 costs = [_cost(live, pair[0], answers[-1][:BEGINNING]) for answers in (deployed, trained)]
                 gaps.append(costs[0] - costs[1])
@@ -112,6 +105,31 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
         found["last_words"] = float(np.mean([_last_words(live, *pair) for pair in zip(prompts, wanted, strict=True)]))
         return _never_ends(live, run_facts, facts, prompts, found), found
     return _judge(run_facts, found), found
+
+
+def _require_trained(live: LiveModel, run_facts: RunFacts) -> None:
+    """Put the saved adapter into a model without a trained one.
+
+    Raises:
+        Skipped: there is none, or it is empty.
+    """
+    if not is_untouched(live.model):
+        return
+    if run_facts.saved is None or not _put_in(live.model, run_facts.saved)[0]:
+        raise Skipped("the adapter is not trained yet")
+    if is_untouched(live.model):
+        raise Skipped("the adapter is empty")
+
+
+def _is_without_header(
+    live: LiveModel, facts: LabelFacts, prompt: list[int], trained: list[int], deployed: list[int]
+) -> bool:
+    """Whether the deployed answer, which is another than the trained one, is what the model writes without a header."""
+    cut = _without_header(facts, prompt)
+    if cut is None or _alike(trained, deployed, facts.roles.ends):
+        return False
+    without = _greedy(live, cut, frozenset(), LIKE)
+    return bool(without) and _alike(without, deployed, facts.roles.ends)
 
 
 def _are_stops(run_facts: RunFacts, ends: Sequence[int]) -> bool:
