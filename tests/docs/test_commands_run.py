@@ -22,6 +22,7 @@ import pytest
 from solotune import cli
 from solotune.config.load import load_config
 from solotune.diagnosis import run_diagnosis
+from solotune.report_page.live import LiveServer
 from tests.docs.pages import PAGES, ROOT, Block, blocks, commands
 
 main_module = importlib.import_module("solotune.cli.main")  # `cli.main` is the function
@@ -146,6 +147,7 @@ WITH_BLOCKS = [
 def test_what_a_page_says_works(page: Path, at_work, short_experiments, monkeypatch):
     monkeypatch.setattr(main_module, "quieten", lambda: None)  # would silence libraries in the tests that follow
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    monkeypatch.setattr(LiveServer, "wait", lambda server: None)  # Ctrl-C at once
     assert work_through(page, at_work()) > 0
 
 

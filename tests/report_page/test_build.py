@@ -179,6 +179,20 @@ def test_long_rows_are_cut_with_a_note(tmp_path: Path) -> None:
     assert re.search(r"the first 4,000 of 1,100,0\d\d characters", page)
 
 
+def test_a_metric_of_the_users_own_is_shown_as_the_number_it_is(tmp_path: Path) -> None:
+    """Shares in percent, other numbers as they are."""
+    evaluation = copy.deepcopy(EVALUATION)
+    evaluation["scores"]["length"] = {
+        "base": 12.0,
+        "tuned": 7.5,
+        "stderr": {"base": 0.5, "tuned": 0.25},
+        "p_value": 0.2,
+    }
+    said = Tags(build_page(write_run(tmp_path / "run", evaluation=evaluation))).text
+    assert "7.5000 ± 0.2500" in said and "-4.5" in said and "750.0%" not in said
+    assert "50.0% ± 18.0" in said and "+50.0 points" in said
+
+
 def test_any_script_and_direction_is_shown_and_nothing_is_hidden(tmp_path: Path) -> None:
     evaluation = copy.deepcopy(EVALUATION)
     family = "\U0001f468\u200d\U0001f469\u200d\U0001f467"

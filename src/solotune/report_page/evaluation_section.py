@@ -32,7 +32,7 @@ def evaluation_section(record: RunRecord) -> Section:
     named = [(name, score) for name, score in mapping(evaluation, "scores").items() if isinstance(score, dict)]
     for name, score in named:
         both = [(side, number_in(score, side), number_in(score, "stderr", side)) for side in ("base", "tuned")]
-        if bars := error_bars(f"{_in_words(name)} (higher is better)", both, share=True):
+        if bars := error_bars(f"{_in_words(name)} (higher is better)", both, share=_is_share(score)):
             blocks.append(bars)
     return Section("evaluation", title, tuple(blocks), intro=intro)
 
@@ -98,9 +98,11 @@ def _score_table(evaluation: dict[str, Any]) -> Table:
     rows = [("Loss per token", *losses, change, p_text(number_in(evaluation, "difference", "p_value")))]
     for name, score in mapping(evaluation, "scores").items():
         before, after = number_in(score, "base"), number_in(score, "tuned")
-        change = "" if before is None or after is None else f"{100 * (after - before):+.1f} points"
-        shares = (_share(score, side) for side in ("base", "tuned"))
-        rows.append((_in_words(name), *shares, change, p_text(number_in(score, "p_value"))))
+        change = ""
+        if before is not None and after is not None:
+            change = f"{100 * (after - before):+.1f} points" if _is_share(score) else f"{after - before:+.3g}"
+        values = (_value(score, side) for side in ("base", "tuned"))
+        rows.append((_in_words(name), *values, change, p_text(number_in(score, "p_value"))))
     return Table("Scores", ("", "Base", "Tuned", "Change", "p (paired)"), tuple(rows), numeric=True)
 
 
@@ -111,10 +113,17 @@ def p_text(p_value: float | None) -> str:
     return "< 0.0001" if p_value < 0.0001 else f"{p_value:.4f}" if p_value < 0.01 else f"{p_value:.2f}"
 
 
-def _share(score: Any, side: str) -> str:
+def _is_share(score: Any) -> bool:
+    """Whether both values are shares: a metric of the user's own may give any number."""
+    return all(0 <= (number_in(score, side) or 0) <= 1 for side in ("base", "tuned"))
+
+
+def _value(score: Any, side: str) -> str:
     value, error = number_in(score, side), number_in(score, "stderr", side)
     if value is None:
         return ""
+    if not _is_share(score):
+        return f"{value:.3g}" if error is None else plus_minus(value, error)
     return f"{value:.1%}" if error is None else f"{value:.1%} ± {100 * error:.1f}"
 
 
