@@ -50,7 +50,7 @@ def test_a_setting_under_another_name_is_f02(key, line):
 @pytest.mark.parametrize(
     "values",
     [
-        {"max_seq_length": 64, "report_to": "none"},  # a config of another tool
+        {"max_seq_length": 64, "save_safetensors": True},  # a config of another tool
         {"weight_decay": -1},
         {"lora_r": "eight"},
         {"learning_rate": "high"},

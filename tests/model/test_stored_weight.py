@@ -24,6 +24,7 @@ def precision_of(name: str) -> PrecisionSettings:
             "double_quant": True,
             "multiplies_in_fp8": False,
             "base_residency": "auto",
+            "base_offload": False,
             "bf16": True,
             **PRECISIONS[name][1],
         }

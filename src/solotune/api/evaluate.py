@@ -33,8 +33,8 @@ EVALUATION_KEYS = ("metrics", "metrics_rows", "num_samples", "max_new_tokens", "
 def evaluate(run: str | Path, display: Display | None = None, overrides: Overrides = (), **keys: Any) -> Evaluation:
     """Compare the tuned model of a run with its base on the held-out rows; replaces evaluation.json.
 
-        result = solotune.evaluate("runs/demo", metrics=["json"])
-        print(result.to_json()["difference"], result.metrics["json_fields"].p_value)
+        result = solotune.evaluate("runs/demo", metrics=["choice"])
+        print(result.to_json()["difference"], result.metrics["choice"].p_value)
 
     Args:
         run: a run directory.

@@ -42,7 +42,7 @@ def report(run: str | Path, other: str | Path | None = None, *, out: str | Path 
     """Write the page of a run, or one that compares two runs: a single file that needs no network.
 
         print(solotune.report("runs/demo").path)
-        solotune.report("runs/demo", "runs/other", out="compared.html")
+        solotune.report("runs/demo", "runs/first", out="compared.html")
 
     Any run has a page, also one that runs, crashed or was written by another version: it says what is missing.
 

@@ -59,11 +59,11 @@ def export(
 
     \b
       adapter       for PEFT and vLLM
-      merged        the adapter added to the base: a model folder
+      merged        adapter and base added: a model folder
       gguf          for llama.cpp, from the merged folder
       ollama        a GGUF file with its Modelfile
-      adapter-gguf  the adapter as GGUF, not merged, beside its base
-      vllm          check the files, print the command to serve
+      adapter-gguf  the adapter as GGUF, beside its base
+      vllm          check the files, say how to serve them
 
     Each is loaded again with the library that users load it with (vLLM and Ollama are not run). If it differs from the
     trained model by more than its format allows, the exit code is 3. Nothing that exists is overwritten.

@@ -240,7 +240,7 @@ class RunConfig(BaseModel):
     """Keep the adapter with the lowest held-out loss; the earlier one, unless a later one is better beyond noise."""
     early_stopping_patience: PositiveInt | None = _in("evaluation", default=None)
     """Stop after this many evaluations in a row without a held-out loss that is lower beyond noise; empty: never."""
-    metric_for_best_model: Literal["eval_loss", "loss"] = _in("evaluation", default="eval_loss")
+    metric_for_best_model: Literal["eval_loss"] = _in("evaluation", default="eval_loss")
     """What decides which adapter is best: the held-out loss."""
 
     # --- run

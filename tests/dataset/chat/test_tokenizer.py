@@ -137,7 +137,7 @@ def test_what_is_saved_is_read_by_transformers_4_too(tmp_path: Path) -> None:
     """4.57.6 does not know the class that 5 names, and fails on a list of `extra_special_tokens`."""
     from transformers import AutoTokenizer
 
-    tokenizer = tiny_tokenizer("chatml")
+    tokenizer = copy.deepcopy(tiny_tokenizer("chatml"))  # the tests share that one
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
     (tmp_path / "saved").mkdir()
     for name, content in saved_files(tokenizer):
