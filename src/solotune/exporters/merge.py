@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -263,7 +263,7 @@ def _content(
         progress(done + number, total, "tensors")
 
 
-def _written_ahead(tensors: Iterable[BaseTensor], merge: Merge) -> Iterator[torch.Tensor]:
+def _written_ahead(tensors: Iterable[BaseTensor], merge: Merge) -> Generator[torch.Tensor, None, None]:
     """The tensors as they are written; while one is hashed and written, the next is merged and one more is read."""
     coming: deque[Future[torch.Tensor]] = deque()
     with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as merging:

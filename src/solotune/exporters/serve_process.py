@@ -30,7 +30,7 @@ def serve_transformers(request: dict) -> None:
 
 def without_chats(app):
     """The server, with an error for requests that would go through a chat template."""
-    from fastapi.responses import JSONResponse
+    from fastapi.responses import JSONResponse  # pyright: ignore[reportMissingImports]
 
     @app.middleware("http")
     async def refuse_chats(request, answer):
