@@ -2,6 +2,7 @@
 
     python -m bench.real_tokenizers && python -m bench.export_engines [FOLDER]
     python -m bench.export_engines --only templates|logits|NAME [--rows 8] [--positions 6]
+    python -m bench.export_engines --only answers --run RUN [--answers 60]
 
 FOLDER holds the tokenizers that `bench.real_tokenizers` makes, each with its chat template.
 
@@ -10,6 +11,9 @@ templates   a model of one tiny random layer with each tokenizer, as GGUF: the i
             against training
 logits      SmolLM2-135M-Instruct with an adapter of random B: merged as f32, f16, bf16, q8_0, q4_k_m, and the adapter
             as GGUF beside its base; log-probabilities of the whole vocabulary against PEFT in f32
+answers     a run that was exported (`solotune export RUN`), as f32 and f16: greedy answers to its held-out rows that
+            are the reference to the token, against those of the trained model. Of that, an answer is exact if each of
+            its tokens is the most likely one after the reference before it, which is the same
 """
 
 from __future__ import annotations
@@ -31,7 +35,8 @@ import transformers
 from bench.machine import RESULTS, machine, table, write_result
 from bench.real_tokenizers import FOLDER
 from solotune.exporters.conversations import split_by_template
-from solotune.exporters.engine_parity import CONTEXT, engine_ids, explained, normalizer
+from solotune.exporters.engine_lacks import explained, lacks_of
+from solotune.exporters.engine_parity import CONTEXT, engine_ids
 from solotune.exporters.gguf import write_gguf, write_lora_gguf
 from solotune.exporters.llama_cpp import LlamaCpp
 from solotune.exporters.log_prob_error import LogProbError
@@ -82,10 +87,10 @@ def ids_in_llama_cpp(tokenizer_folder: Path) -> dict[str, Any]:
         with LlamaCpp(Path(scratch) / "gguf" / path.name, context=CONTEXT) as engine:
             given = engine_ids(engine)
             differences = compare_token_ids(asked, trained, given, tokenizer)
-            problems, notes = explained(differences, asked, trained, given, normalizer(tokenizer))
+            problems, lacking = explained(differences, asked, trained, given, lacks_of(tokenizer))
     spelled = sum(map(trained.spelled, asked))
     kept = {"conversations": len(asked), "refused": len(refused), "spelled": spelled, "differ": len(differences)}
-    return {**kept, "unexplained": problems, "shown": notes + [str(difference) for difference in differences]}
+    return {**kept, "unexplained": problems, "shown": [*map(str, lacking), *map(str, differences)]}
 
 
 def prompts_in_go(tokenizer_folder: Path) -> dict[str, Any]:
@@ -196,27 +201,63 @@ def _measure(
     print(json.dumps(result), flush=True)
 
 
+# --- answers to held-out rows
+
+
+def answers(run: Path, count: int) -> Iterator[dict[str, Any]]:
+    """Exact match of the trained model, and of its merged folder as GGUF in llama.cpp."""
+    from solotune.exporters.merge_choice import measure_trained
+    from solotune.exporters.source import MAX_TOKENS, cut, open_source
+
+    source = open_source(run)
+    assert source.tuned_run is not None
+    held_out = source.tuned_run.prepare().validation
+    source.rows = [cut(held_out[place], MAX_TOKENS) for place in range(min(count, len(held_out)))]
+    trained = measure_trained(source, lambda *_: None)
+    exact = trained.compare(trained.hidden_ND, trained.head).exact_match
+    del trained
+    yield {"artifact": "trained", "rows": len(source.rows), "exact_match": exact}
+    for quantization in ("f32", "f16"):
+        result: dict[str, Any] = {"artifact": quantization, "rows": len(source.rows)}
+        with tempfile.TemporaryDirectory() as scratch:
+            with whole_folder(Path(scratch) / "gguf") as target:
+                path = write_gguf(run / "export/merged", target, quantization)
+            with LlamaCpp(Path(scratch) / "gguf" / path.name, context=2 * MAX_TOKENS) as engine:
+                right = [_is_answered(engine, row, source.stop_ids) for row in source.rows]
+        yield {**result, "exact_match": sum(right) / len(right)}
+
+
+def _is_answered(engine: LlamaCpp, row: Any, stop_ids: list[int]) -> bool:
+    """Whether the greedy answer to a row's last question is the reference, up to its end token."""
+    prompt, ids = row.prompt_ids.tolist(), row.input_ids.tolist()
+    reference = ids[len(prompt) :]
+    end = next((place for place, token in enumerate(reference) if token in stop_ids), len(reference))
+    return engine.generate(prompt, end + 2) == reference[:end]  # one that goes on is longer
+
+
 # --- the report
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=FOLDER)
-    parser.add_argument("--only", choices=("templates", "logits", *CONFIGS))
+    parser.add_argument("--only", choices=("templates", "logits", "answers", *CONFIGS))
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--positions", type=int, default=6)
+    parser.add_argument("--run", type=Path, help="an exported run, for --only answers")
+    parser.add_argument("--answers", type=int, default=60, metavar="ROWS")
     options = parser.parse_args()
     path = RESULTS / "export_engines.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     tools = {tool.name: tool.version for tool in (CONVERTER, LORA_CONVERTER, QUANTIZER, ENGINE)}
     result["machine"] = {**machine("torch", "transformers", "peft"), **tools}
-    if options.only != "logits":
+    if options.only not in ("logits", "answers"):
         for name in CONFIGS if options.only in (None, "templates") else [options.only]:
             folder = options.folder / name
             found = {"llama.cpp": ids_in_llama_cpp(folder)}
             if shutil.which("go"):
                 found["Ollama's TEMPLATE in Go"] = prompts_in_go(folder)
-            result.setdefault("templates", {})[name] = found
+            result.setdefault("templates", {}).setdefault(name, {}).update(found)
             print(name, json.dumps(found, ensure_ascii=False)[:2000], flush=True)
             write_result("export_engines", result)
     if options.only in (None, "logits"):
@@ -224,6 +265,11 @@ def main() -> None:
         for one in logits(options.rows, options.positions):
             result["logits"].append(one)
             write_result("export_engines", result)
+    if options.run is not None:
+        result["answers"] = []
+        for one in answers(options.run, options.answers):
+            print(json.dumps(one), flush=True)
+            result["answers"].append(one)
     write_result("export_engines", result)
     (RESULTS / "export_engines.md").write_text(report(result))
 
@@ -251,10 +297,12 @@ def report(result: dict[str, Any]) -> str:
         ]
         for one in result.get("logits", [])
     ]
+    answered = [[one["artifact"], one["rows"], f"{one['exact_match']:.1%}"] for one in result.get("answers", [])]
     parts = [
         "# Exports in the engines that run them\n\n`python -m bench.export_engines`, its docstring says how.",
         f"## Token ids\n\n{ids}\n\nWhat differs:\n\n" + ("\n".join(shown) or "nothing"),
         f"## Log-probabilities against PEFT in f32\n\n{table(head, errors)}",
+        f"## Exact answers to held-out rows of the demo\n\n{table(['model', 'rows', 'exact match'], answered)}",
         "Machine: " + ", ".join(f"{key} {value}" for key, value in result["machine"].items()),
     ]
     return "\n\n".join(parts) + "\n"

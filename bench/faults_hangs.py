@@ -78,7 +78,7 @@ def _hang(work: Commands, case: str, limit: float) -> None:
         os.environ["XDG_CACHE_HOME"] = str(work.folder / "no-cache")
         Encoder.encode = _hang_now  # type: ignore[method-assign]
     elif case.startswith("generation"):
-        generation.generate = _hang_now
+        generation.generate_all = _hang_now
     else:
         plain, calls = loop.train_step, []
 

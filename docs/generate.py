@@ -136,11 +136,14 @@ MORE = {
     "plan": "[recipes](../recipes.md), [how far to trust a plan](../../bench/results/plan.md)",
     "train": "[tutorial](../tutorial.md#5-train-on-a-rented-gpu), [config](../config.md), "
     "[what may change before a resume](../config.md#what-may-change-before---resume)",
-    "evaluate": "[tuned is worse than base](../troubleshooting.md#tuned-is-worse-than-base)",
+    "watch": "[watch a run](../trackers.md)",
+    "evaluate": "[is it better?](../evaluation.md), "
+    "[tuned is worse than base](../troubleshooting.md#tuned-is-worse-than-base)",
     "diagnose": "[by symptom](../troubleshooting.md), [faults](../faults.md), "
     "[how often it is right](../../bench/results/diagnose.md)",
     "explain": "[faults](../faults.md)",
     "chat": "[use the adapter elsewhere](../adapter.md)",
+    "report": "[the report of a run](../report.md)",
     "export": "[which base to merge into](../merging.md), [use the adapter elsewhere](../adapter.md)",
     "serve": "[use the adapter elsewhere](../adapter.md#serve-it-on-this-machine)",
     "verify": "[crashes](../../bench/results/faults.md)",

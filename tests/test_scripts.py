@@ -17,6 +17,9 @@ SCRIPTS = [
     "scripts/demo",
     "scripts/test",
     "scripts/test_export",
+    "scripts/test_browser",
+    "scripts/test_slow",
+    "scripts/test_trackers",
     "scripts/check",
     "scripts/check_sdist",
     "scripts/docs",
@@ -91,6 +94,7 @@ def test_what_is_wrong_with_a_wheel_is_named(tmp_path: Path) -> None:
     fields = [f"Summary: {project['description']}", f"License-Expression: {project['license']}", *extras, *pythons]
     head = "\n".join([*fields, "Description-Content-Type: text/markdown"])
     readme = f"{head}\n\n# solotune\nsee docs/config.md, [a page](https://example.org), solotune[sentencepiece], solotune[serve]\n"
+    readme += "".join(f"solotune[{name}]\n" for name in ("tensorboard", "wandb", "mlflow", "trackio"))
     command = "[console_scripts]\nsolotune = solotune.cli:main\n"
 
     def found(metadata: str, *left_out: str, **more: str) -> list[str]:

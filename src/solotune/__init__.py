@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from solotune.api.export import export
     from solotune.api.init import init
     from solotune.api.plan import plan
+    from solotune.api.report import report
     from solotune.api.runs import runs
     from solotune.api.serve import serve
     from solotune.api.train import train
     from solotune.api.verify import verify
+    from solotune.api.watch import watch
     from solotune.config.load import load_config
     from solotune.config.run_config import RunConfig
 
@@ -56,10 +58,12 @@ __all__ = [
     "init",
     "load_config",
     "plan",
+    "report",
     "runs",
     "serve",
     "train",
     "verify",
+    "watch",
 ]
 
 _FROM_CONFIG = {"RunConfig": "run_config", "load_config": "load"}

@@ -217,7 +217,7 @@ def test_a_config_of_another_tool_is_translated(model: str, tmp_path: Path) -> N
     assert (config.max_length, config.num_train_epochs, config.learning_rate) == (512, 2, 1e-4)
     assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (2, 4)
     assert (config.validation_size, config.optim, config.base_precision) == (0.1, "paged_adamw_8bit", "nf4")
-    assert "# not translated: wandb_project: solotune sends nothing to a tracker" in text
+    assert "# not translated: wandb_project: report_to is the setting" in text
     assert "# not translated: deepspeed: solotune trains on one device" in text
 
 

@@ -81,10 +81,11 @@ def test_the_request_to_try_asks_as_in_training(run, monkeypatch) -> None:
     assert [m["role"] for m in said["messages"]] == ["system", "user"] and said["messages"][0]["content"] == "Be exact."
     run.prompt_format = "text"
     serving = solotune.serve("run", port=0, host="0.0.0.0")
+    assert serving.server.prompt_format == "text"
     words = shlex.split(serving.curl)
     assert words[1].endswith("/v1/completions") and "messages" not in json.loads(words[-1])
     assert serving.notes == [
-        "trained on plain text: only /v1/completions asks it as it was trained, with no chat template",
+        "trained on plain text: ask it at /v1/completions; chats are refused, since no chat template was trained",
         "every machine that reaches 0.0.0.0 can use it: there is no key",
     ]
 

@@ -60,6 +60,7 @@ def test_a_run_leaves_every_file_of_the_design(config, tmp_path):
         "checkpoints",
         "adapter",
         "evaluation.json",
+        "report.html",
         "plan.json",
     }
     assert expected <= {path.name for path in run.iterdir()}
@@ -71,7 +72,7 @@ def test_a_run_leaves_every_file_of_the_design(config, tmp_path):
     assert (evaluation["verdict"], evaluation["difference"]["p_value"] < 0.05) == ("better", True)
     assert evaluation["tuned"]["loss"] < evaluation["base"]["loss"] - 5 * evaluation["difference"]["stderr"]
     assert set(evaluation["base"]) == {"loss", "stderr", "tokens"}
-    assert set(evaluation["scores"]["exact_match"]) == {"base", "tuned", "stderr", "p_value"}
+    assert set(evaluation["scores"]["exact_match"]) == set("base tuned difference stderr p_value verdict rows".split())
     assert [set(sample) for sample in evaluation["samples"]] == [{"where", "prompt", "reference", "base", "tuned"}] * 2
     log = (run / "log.txt").read_text()
     assert "training for 6 steps" in log and "step 6/6  held-out loss" in log

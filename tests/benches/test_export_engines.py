@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+import solotune
 from bench import export_engines
 from bench.export_engines import BASE, CONFIGS, ids_in_llama_cpp, prompts_in_go
 from bench.real_tokenizers import FOLDER
@@ -24,8 +25,8 @@ pytestmark = [
     pytest.mark.export,
     pytest.mark.skipif(not BASE.is_dir(), reason="no SmolLM2: `python examples/smollm2.py` makes it"),
 ]
-EXPLAINED = {"qwen3": 15, "llama3": 5, "gemma": 8}
-"""Conversations in which llama.cpp lacks something; `engine_parity` says what, and finds nothing unexplained."""
+EXPLAINED = {"qwen3": 10}
+"""Conversations in which llama.cpp lacks something: it composes no characters (NFC), which no file can change."""
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,15 @@ def test_log_probabilities_are_those_of_peft(monkeypatch: pytest.MonkeyPatch) ->
     assert found["adapter beside f32 base"]["max_logprob_diff"] <= 1e-3
     assert found["f16"]["mean_kl"] <= 1e-3
     assert found["q4_k_m"]["bytes"] < found["f16"]["bytes"] / 2 and 0 < found["q4_k_m"]["mean_kl"] < 1
+
+
+def test_an_adapter_as_gguf_beside_its_base_is_what_was_trained(tmp_path: Path) -> None:
+    base = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    export_engines.adapter_of(base, tmp_path / "adapter")
+    result = solotune.export(tmp_path / "adapter", "adapter-gguf", base=str(BASE), quantization="f32")
+    (parity,) = result.artifacts[0].parity
+    assert result.ok and parity.token_ids_equal and parity.conversations >= 200
+    assert parity.positions > 20 and 0 < parity.max_logprob_diff <= 1e-3
 
 
 def test_what_llama_cpp_does_not_know_is_refused(tmp_path: Path, model_folder: Any) -> None:

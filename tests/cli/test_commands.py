@@ -37,7 +37,9 @@ Usage: solotune [OPTIONS] VERB ...
     solotune data solotune.yaml      check the loss mask
     solotune plan solotune.yaml      memory and time
     solotune train solotune.yaml     train and compare
+    solotune watch runs/RUN          show it elsewhere
     solotune diagnose runs/RUN       find out what is wrong
+    solotune report runs/RUN         a page with everything
     solotune chat runs/RUN --base    chat with both models
     solotune export runs/RUN         merge, GGUF, ...
     solotune serve runs/RUN          OpenAI's API, locally
@@ -52,10 +54,12 @@ Verbs:
   data      Show the training data: rows, split, tokens, loss mask.
   plan      Predict memory and time of a run before it starts.
   train     Train, save the adapter, compare it with the base model.
+  watch     Show the progress of a RUN from another terminal.
   evaluate  Compare the model of a RUN with its base on held-out rows.
   diagnose  Find out what is wrong with a run, if anything.
   explain   Explain a fault: symptoms, why it matters, its fix.
   chat      Chat with the model of a RUN.
+  report    Write a page that shows a RUN, or compares it with an OTHER.
   export    Export a RUN for other programs, and compare each file with what
             was trained.
   serve     Serve the model of a RUN with OpenAI's API.
@@ -328,14 +332,14 @@ sys.exit(cli.main(["runs", "--json"]))
 
 @pytest.mark.parametrize(("verdict", "code"), [("better", 0), ("inside the noise", 3), ("worse", 3)])
 def test_gate_passes_only_a_better_model(verbs, capsys, verdict: str, code: int):
-    verbs.evaluate = lambda run, display: SimpleNamespace(to_json=dict, verdict=verdict)
+    verbs.evaluate = lambda run, display, overrides: SimpleNamespace(to_json=dict, verdict=verdict)
     assert cli.main(["evaluate", "runs/a", "--json", "--gate"]) == code
     assert cli.main(["evaluate", "runs/a", "--json"]) == 0
     capsys.readouterr()
 
 
 def test_what_json_cannot_say_is_null(verbs, capsys):
-    verbs.evaluate = lambda run, display: SimpleNamespace(
+    verbs.evaluate = lambda run, display, overrides: SimpleNamespace(
         to_json=lambda: {"base": {"stderr": float("inf"), "path": Path("a")}}
     )
     assert cli.main(["evaluate", "runs/a", "--json"]) == 0

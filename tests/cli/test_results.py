@@ -19,6 +19,7 @@ from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.verdict import decide
 from solotune.display.progress import LiveDisplay
 from solotune.evaluation.compare import Evaluation, Sample
+from solotune.evaluation.metrics import MetricScore
 from solotune.evaluation.scores import Score
 from solotune.hardware.doctor import Check, DoctorReport
 from solotune.run.run_dir import RunSummary
@@ -31,12 +32,15 @@ RUN = "runs/support-answers-20260101-120000"
 
 
 def evaluation() -> Evaluation:
-    base = Score(12.3673, 0.1234, 1_234_567, 0.0, 0.0, 1_200, (1.0, 2.0), (1, 1))
-    tuned = Score(10.2841, 0.0912, 1_234_567, 0.9512, 0.0281, 1_200, (0.5, 0.4), (1, 1))
+    base = Score(12.3673, 0.1234, 1_234_567, 0.0, 0.0, 1_200, (1.0, 2.0), (1, 1), (False, False))
+    tuned = Score(10.2841, 0.0912, 1_234_567, 0.9512, 0.0281, 1_200, (0.5, 0.4), (1, 1), (True, True))
     sample = Sample(
         "data/support/chats-2026.jsonl:10417", "Where is my order? " * 9, '{"status": "open"}', "It is " * 40, "x" * 130
     )
-    return Evaluation(base, tuned, [sample])
+    scores = {"json_fields": MetricScore(0.1, 0.9123, 0.0301, 0.0211, 0.02, 0.001, 200)}
+    side = {"stop_rate": 0.97, "repetition": 0.0, "overlap": 0.31}
+    generation = {"base": side, "tuned": {**side, "repetition": 0.64}, "reference": side}
+    return Evaluation(base, tuned, [sample], scores, generation)
 
 
 def data_preview() -> DataPreview:
@@ -147,6 +151,11 @@ FIGURES = {
         "2.8",
         "+95.1 points",
         "1,234,567",
+        "json_fields",
+        "0.912 ± 0.021",
+        "+0.812",
+        "97% of tuned",
+        "said before 64% (in the references 0%)",
     ],
     "train": ["solotune chat", RUN],
     "data": ["1,697,000 read", "123,456,789", "753", "F24 truncated-answers"],

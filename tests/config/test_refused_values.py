@@ -41,9 +41,16 @@ def test_the_error_and_the_diagnosis_name_the_fault(code, values):
     assert found.culprits[0].fix == refused.value.change
 
 
+@pytest.mark.parametrize(("key", "line"), [("max_seq_length", "max_length: 64"), ("max_lenght", "max_length: 64")])
+def test_a_setting_under_another_name_is_f02(key, line):
+    found = examine(run_facts_of({**MINIMAL, key: 64}), budget=0)
+    assert (found.culprits[0].fault, found.culprits[0].fix) == ("F02", line)
+
+
 @pytest.mark.parametrize(
     "values",
     [
+        {"max_seq_length": 64, "save_safetensors": True},  # a config of another tool
         {"weight_decay": -1},
         {"lora_r": "eight"},
         {"learning_rate": "high"},

@@ -155,7 +155,10 @@ run.yaml line 3, lora_target_modules: [] (list) is not allowed; allowed: a list 
         (
             "mask_history: true",
             snapshot(
-                "run.yaml line 3, mask_history: unknown key; did you mean train_on_last_turn? (Compute the loss only on the last assistant turn of each row.)"
+                """\
+run.yaml line 3, mask_history: unknown key; did you mean train_on_last_turn? (Compute the loss only on the last assistant turn of each row.)
+  change:  train_on_last_turn: true\
+"""
             ),
         ),
         (
@@ -166,7 +169,10 @@ run.yaml line 3, lora_target_modules: [] (list) is not allowed; allowed: a list 
         ),
         (
             "learning_rte: 1",
-            snapshot("run.yaml line 3, learning_rte: unknown key; did you mean learning_rate? (Peak learning rate.)"),
+            snapshot("""\
+run.yaml line 3, learning_rte: unknown key; did you mean learning_rate? (Peak learning rate.)
+  change:  learning_rate: 1\
+"""),
         ),
         ("zzz: 1", snapshot("run.yaml line 3, zzz: unknown key")),
         (

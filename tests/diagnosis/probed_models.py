@@ -106,6 +106,23 @@ def moved(tokenizer: Any, by: int) -> Any:
     return other
 
 
+def without_markers(tokenizer: Any, *lost: str) -> Any:
+    """The tokenizer after a conversion that kept the ids and forgot that these are tokens of their own."""
+    import json
+
+    from tokenizers import Tokenizer
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [one for one in state["added_tokens"] if one["content"] not in lost]
+    vocab = state["model"]["vocab"]
+    state["model"]["vocab"] = {f"\u0100unused{i}" if word in lost else word: i for word, i in vocab.items()}
+    named = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token")}
+    named = {name: text for name, text in named.items() if text not in lost}
+    other = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **named)
+    other.chat_template = tokenizer.chat_template
+    return other
+
+
 Change = Callable[[Any], None]
 
 

@@ -29,6 +29,7 @@ CALLS = {
     "note": ("a fact",),
     "choices": ([],),
     "progress": (1, 9, "rows"),
+    "planned": (1 << 30,),
     "begin": (9, 3),
     "step": (STEP,),
     "evaluated": (EvalEvent(4, 0.5, 1.25, 0.01, 91), 10),

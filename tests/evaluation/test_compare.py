@@ -1,82 +1,65 @@
-"""Which held-out rows are asked, and what: each as it was trained."""
+"""Base against tuned: what is asked once and used twice, and what is said of the answers and of a single group."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from solotune.config.load import load_config
 from solotune.dataset import prepare
 from solotune.evaluation import compare, generation
-from tests.dataset.conftest import Writer, chat, config_of, tiny_tokenizer
+from solotune.evaluation.compare import Evaluation
+from solotune.evaluation.generation import Generated
+from solotune.evaluation.scores import score_of
+from tests.dataset.conftest import Writer, config_of, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer("chatml")
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The prompts that models were asked, as texts."""
-    prompts: list[str] = []
+def rows(write: Writer) -> Any:
+    texts = [{"prompt": f"word {n}:", "completion": "yes" if n % 2 else "no"} for n in range(8)]
+    return prepare(config_of(write("a.jsonl", *texts)), TOKENIZER, use_cache=False).train
 
-    def generate(model: Any, prompt_ids: Any, *rest: Any) -> list[int]:
-        prompts.append(str(TOKENIZER.decode(prompt_ids)))
-        return TOKENIZER.encode(" fine ")
 
-    monkeypatch.setattr(generation, "generate", generate)
+def test_each_row_is_answered_once_for_samples_and_scores(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def generate(model: Any, prompts: Any, *rest: Any) -> list[Generated]:
+        asked.extend(str(TOKENIZER.decode(prompt)) for prompt in prompts)
+        return [Generated(TOKENIZER.encode("yes"), True)] * len(prompts)
+
+    monkeypatch.setattr(generation, "_continue", generate)
     monkeypatch.setattr(generation, "stop_ids", lambda *given: [0])
-    return prompts
+    monkeypatch.setattr(compare, "score", lambda *given: score_of(rows, [1.0] * 8, [False] * 8))
+    model: Any = type("Model", (), {"module": torch.nn.Module()})
+    keys = {"model_name_or_path": "m", "dataset": "d", "num_samples": 2, "metrics": ["choice"], "metrics_rows": 4}
+    found = compare.compare(model, TOKENIZER, rows, load_config(keys).evaluation, training_rows=rows)
+    assert sorted(asked) == sorted(2 * ["word 0:", "word 1:", "word 2:", "word 4:", "word 6:"])
+    assert [sample.prompt for sample in found.samples] == ["word 0:", "word 1:"]
+    assert (found.metrics["choice"].rows, found.metrics["choice"].tuned) == (4, 0.0)
+    assert found.to_json()["generation"]["rows"] == 5
+    assert found.answers_in_words[0] == "answers that end by themselves: 100% of tuned, 100% of base"
 
 
-def samples(rows: Any) -> list[compare.Sample]:
-    model: Any = SimpleNamespace(module=torch.nn.Module())
-    return compare.samples(model, TOKENIZER, rows, 2, 8)
+def test_a_single_group_is_said(rows: Any) -> None:
+    shop = [replace(row, group="one") for row in rows]
+    base, tuned = (score_of(shop, [level + n / 10 for n in range(8)], [False] * 8) for level in (2.0, 1.0))
+    assert Evaluation(base, tuned, []).verdict_in_words.endswith(
+        "(paired test, p = 0.0078; all of one group, so not known of others)"
+    )
 
 
-def examples(write: Writer, *rows: dict[str, Any], **keys: Any) -> Any:
-    return prepare(config_of(write("a.jsonl", *rows), **keys), TOKENIZER, use_cache=False).train
-
-
-def test_a_chat_is_asked_through_the_template(write: Writer, asked: list[str]) -> None:
-    ends_with_user = {"messages": chat("a?", "b", "c?")}
-    (sample,) = samples(examples(write, ends_with_user, {"messages": chat("Who?", "Me.")}))
-    assert (sample.prompt, sample.reference, sample.base, sample.tuned) == ("Who?", "Me.", "fine", "fine")
-    assert asked == ["<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"] * 2
-
-
-def test_a_prompt_is_continued(write: Writer, asked: list[str]) -> None:
-    (sample,) = samples(examples(write, {"prompt": "word: fig\ncode:", "completion": " ZX-FIG"}))
-    assert (sample.prompt, sample.reference, sample.tuned) == ("word: fig\ncode:", " ZX-FIG", " fine ")
-    assert asked == ["word: fig\ncode:"] * 2
-
-
-def test_a_text_is_continued_from_its_middle(write: Writer, asked: list[str]) -> None:
-    text = "A story about figs, and about those who eat them."
-    (sample,) = samples(examples(write, {"text": text}))
-    assert asked == [sample.prompt] * 2
-    assert sample.prompt + sample.reference == text
-    assert len(sample.prompt) > 5 < len(sample.reference)
-
-
-def test_a_rendered_text_is_asked_for_its_last_answer(write: Writer, asked: list[str]) -> None:
-    text = TOKENIZER.apply_chat_template(chat("a?", "b", "c?", "Me."), tokenize=False)
-    (sample,) = samples(examples(write, {"text": text}))
-    assert sample.reference == "Me."
-    assert asked == [str(text).removesuffix("Me.<|im_end|>\n")] * 2
-
-
-def test_parts_of_split_rows_are_not_asked(write: Writer, asked: list[str]) -> None:
-    rows = examples(write, {"text": "A story about figs. " * 9}, max_length=32, overflow="split")
-    assert len(rows) > 3
-    assert [sample.where for sample in samples(rows)] == [rows[0].where]
-    assert len(asked) == 2
-
-
-def test_answers_are_counted_while_they_are_generated(write: Writer, asked: list[str]) -> None:
-    """Two models answer up to `max_new_tokens` tokens each: minutes with a large model."""
-    rows = examples(write, *({"prompt": f"word {n}:", "completion": "x"} for n in range(3)))
-    seen: list[tuple[int, int, str, int]] = []
-    model: Any = SimpleNamespace(module=torch.nn.Module())
-    compare.samples(model, TOKENIZER, rows, 2, 8, progress=lambda *told: seen.append((*told, len(asked))))
-    assert seen == [(0, 2, "sample answers", 0), (1, 2, "sample answers", 2)]
+def test_repeated_answers_are_said() -> None:
+    none: Any = None
+    side = {"stop_rate": 0.5, "repetition": 0.0, "overlap": 0.25}
+    figures = {"base": side, "tuned": {**side, "repetition": 0.6}, "reference": side}
+    said = Evaluation(none, none, [], {}, figures).answers_in_words
+    assert said == [
+        "answers that end by themselves: 50% of tuned, 50% of base",
+        "tuned repeats itself: 4-grams said before 60% (in the references 0%)",
+        "8-grams of answers that stand in training answers: 25% of tuned, 25% of the references",
+    ]

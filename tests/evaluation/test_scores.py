@@ -96,7 +96,7 @@ def test_generation_stops_at_a_stop_token_and_leaves_it_out(model):
 
 
 def test_errors_are_over_groups_of_rows(model):
-    """Twelve groups of three equal rows are twelve observations, not 36; of three groups nothing can be said."""
+    """Twelve groups of three equal rows are twelve observations, not 36; of one group nothing can be said."""
     rows = random_rows(12, longest=12)
     grouped = [
         replace(row, group=str(number), where=f"a:{copy}") for number, row in enumerate(rows) for copy in range(3)
@@ -106,6 +106,7 @@ def test_errors_are_over_groups_of_rows(model):
     assert thrice.stderr == pytest.approx(once.stderr)
     assert (once.num_groups, thrice.num_groups) == (None, 12)
     assert Evaluation(thrice, thrice, []).units == "36 held-out rows in 12 groups"
-    few = score(model, grouped[:9], 4)
-    assert few.row_groups is None
-    assert Evaluation(few, few, []).units == "9 held-out rows of 3 groups"
+    assert Evaluation(few := score(model, grouped[:6], 4), few, []).units == "6 held-out rows in 2 groups"
+    one = score(model, grouped[:3], 4)
+    assert one.row_groups is None
+    assert Evaluation(one, one, []).units == "3 held-out rows of 1 group"

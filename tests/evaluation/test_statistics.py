@@ -10,7 +10,15 @@ import pytest
 
 from solotune.evaluation.compare import Evaluation
 from solotune.evaluation.scores import Score
-from solotune.evaluation.statistics import independent, mcnemar_p, ratio_and_stderr, sign_flip_p, verdict
+from solotune.evaluation.statistics import (
+    independent,
+    loss_difference_p,
+    mcnemar_p,
+    ratio_and_stderr,
+    sign_flip_p,
+    student_p,
+    verdict,
+)
 
 
 def test_copies_of_a_row_add_no_certainty():
@@ -63,6 +71,35 @@ def test_false_alarms_stay_at_the_level():
     assert alarms["by row"] > 60  # what the groups are for
 
 
+@pytest.mark.parametrize(("degrees", "t"), [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776)])
+def test_students_t_at_its_tabled_5_percent(degrees: int, t: float):
+    assert student_p(t, degrees) == student_p(-t, degrees) == pytest.approx(0.05, abs=5e-5)
+
+
+def test_few_groups_are_tested_by_their_spread_and_not_by_their_rows():
+    groups = [str(row // 10) for row in range(40)]
+    agree, scatter = ([-0.5, -0.6, -0.55, -0.5], [-0.5, 0.4, -0.9, -0.6])
+    p_agree, p_scatter = (
+        loss_difference_p([shift for shift in shifts for _ in range(10)], [1.0] * 40, groups)
+        for shifts in (agree, scatter)
+    )
+    assert p_agree < 0.001
+    assert p_scatter > 0.2 > 0.05 > sign_flip_p([shift for shift in scatter for _ in range(10)])
+
+
+def test_equal_groups_have_no_spread_to_test_by():
+    assert loss_difference_p([-1.0] * 4, [1.0] * 4, list("aabb")) == 2 / 2**2
+
+
+def test_false_alarms_of_few_groups_stay_at_the_level():
+    rng = np.random.default_rng(3)
+    groups, alarms = [str(row // 5) for row in range(20)], 0
+    for _ in range(600):
+        differences = (np.repeat(rng.normal(size=4), 5) + 0.3 * rng.normal(size=20)).tolist()
+        alarms += loss_difference_p(differences, [1.0] * 20, groups) < 0.05
+    assert alarms <= 600 * 0.05 + 2 * math.sqrt(600 * 0.05 * 0.95)
+
+
 def test_exact_match_of_single_rows_is_mcnemars_exact_test():
     base = [True] * 10 + [False] * 9 + [True] * 1
     tuned = [True] * 10 + [True] * 9 + [False] * 1
@@ -77,9 +114,9 @@ def test_exact_match_of_groups_counts_groups():
     assert mcnemar_p(base, tuned, [str(row % 4) for row in range(20)]) == 2 / 2**4
 
 
-def test_few_groups_leave_the_rows_as_units():
-    assert independent(list("aaabbbcccddd")) is None
-    assert independent(list("abcdefabcdef")) == list("abcdefabcdef")
+def test_groups_are_the_units_unless_there_is_only_one():
+    assert independent(list("aaabbb")) == list("aaabbb")
+    assert independent(list("aaaaaa")) is None
     assert independent(list("abcdefgh")) is None  # each row is a group of its own
 
 

@@ -1,8 +1,7 @@
-"""What differs in an engine: what the engine lacks is told from what nothing explains, by asking again without it."""
+"""GGUF files and Modelfiles against training: bounds of the formats, token ids, what the user's own rows make of it."""
 
 from __future__ import annotations
 
-import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +13,8 @@ from tiny import save_tokenizer
 
 from solotune.exporters import engine_parity
 from solotune.exporters.conversations import Conversation
-from solotune.exporters.engine_parity import explained, gguf_parity, ollama_parity
-from solotune.exporters.template_parity import Difference, TrainedIds
-
-
-def asked(name: str, text: str) -> Conversation:
-    return Conversation(name, [{"role": "user", "content": text}], None, {"add_generation_prompt": True})
-
-
-def composing(one: Conversation) -> list[int]:
-    """A training that composes characters and strips all white space."""
-    return [ord(character) for character in unicodedata.normalize("NFC", one.messages[0]["content"].strip())]
-
-
-def plain(one: Conversation) -> list[int]:
-    """An engine that does neither, ends at </s>, and cannot say `bug`."""
-    text = one.messages[0]["content"].strip(" \n")
-    return [0 if character == "b" else ord(character) for character in text.replace("</s>", "\0")]
-
-
-def sorted_out(*conversations: Conversation) -> tuple[list[str], list[str]]:
-    differences = [Difference(one.name, 0, "a", "b", "") for one in conversations if composing(one) != plain(one)]
-    return explained(differences, conversations, composing, plain, lambda text: unicodedata.normalize("NFC", text))
-
-
-def test_what_the_engine_lacks_is_a_note() -> None:
-    problems, notes = sorted_out(
-        asked("accent", "e\u0301"), asked("edge", "\u00a0x"), asked("end", "a</s>"), asked("same", "x")
-    )
-    assert problems == []
-    assert [note.rpartition(": ")[2] for note in notes] == ["1 of 4 conversations"] * 3
-
-
-def test_a_difference_that_stays_without_it_is_a_problem() -> None:
-    """A conversation in which both are wrong is not excused by one of them."""
-    problems, notes = sorted_out(asked("accent and bug", "e\u0301 bug"), asked("bug", "bug"))
-    assert len(problems) == 2 and "'accent and bug'" in problems[0] and notes == []
+from solotune.exporters.engine_parity import gguf_parity, ollama_parity
+from solotune.exporters.template_parity import TrainedIds
 
 
 class Engine:

@@ -28,6 +28,7 @@ class LlamaFileType: ALL_F32 = 0
 class GGUFValueType: BOOL, UINT32, STRING = "bool", "uint32", "string"
 class GGUFWriter:
     def __init__(self): self.kv_data = [{"tokenizer.ggml.add_bos_token": True, "general.architecture": "llama"}]
+    def add_token_list(self, tokens): self.kv_data[0]["tokenizer.ggml.tokens"] = [bytes(t).decode() if isinstance(t, bytes) else t for t in tokens]
     def add_key_value(self, key, value, vtype): self.kv_data[0][key] = value
     def write_header_to_file(self, path=None):
         with open(path, "w") as file: json.dump(self.kv_data[0], file)
@@ -56,7 +57,9 @@ CONVERT = """
 import sys, gguf
 def main():
     if sys.argv[3] == "bf16": sys.exit("OSError: No space left on device")
-    gguf.GGUFWriter().write_header_to_file(sys.argv[5])
+    writer = gguf.GGUFWriter()
+    writer.add_token_list(["a", "</s>", b"</s>"])
+    writer.write_header_to_file(sys.argv[5])
 """
 
 
@@ -161,6 +164,17 @@ def test_the_header_says_what_was_trained(converter: Path, tmp_path: Path) -> No
     assert check_folder(tmp_path / "out") == []
 
 
+def test_tokens_that_llama_cpp_would_take_for_ends_get_other_texts(
+    converter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf, "renamed_tokens", lambda _: {1: "</s_>", 2: "</s__>"})
+    with whole_folder(tmp_path / "out") as target:
+        path = gguf.write_gguf(model(tmp_path / "merged"), target, "f16", name="base")
+    assert path.name == "base-f16.gguf"
+    written = json.loads((tmp_path / "out" / path.name).read_text())["tokenizer.ggml.tokens"]
+    assert written == ["a", "</s_>", "</s__>"]
+
+
 def test_a_run_on_text_has_no_template(converter: Path, tmp_path: Path) -> None:
     assert "tokenizer.chat_template" not in gguf.header_of(model(tmp_path / "merged"), "text")
 
@@ -224,20 +238,6 @@ def test_other_scales_than_alpha_over_r_go_into_b() -> None:
 def test_a_plain_adapter_stays_as_it_is() -> None:
     adapter = adapter_on(LAYER)
     assert all(tensor is adapter.tensors[key] for key, tensor in gguf.plainly_scaled(adapter).tensors.items())
-
-
-def test_variables_that_llama_cpp_defines_are_what_they_are_in_training(tmp_path: Path) -> None:
-    """Its server tells a template today's date; Llama 3.1 was trained with another."""
-    save_tokenizer(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    dated = "{% if not date_string is defined %}{% set date_string = '26 \"Jul\" 2024' %}{% endif %}{{ date_string }}"
-    tokenizer.chat_template = dated
-    written = gguf.engine_template(tokenizer)
-    assert written == f'{{%- set date_string = "26 \\"Jul\\" 2024" -%}}{dated}'
-    tokenizer.chat_template = "{{ strftime_now('%d') }}" + dated
-    assert gguf.engine_template(tokenizer) == tokenizer.chat_template
-    tokenizer.chat_template = "{{ date_string }}"
-    assert gguf.engine_template(tokenizer) == tokenizer.chat_template
 
 
 def test_a_space_after_control_tokens_is_as_in_training(tmp_path: Path) -> None:

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import solotune
 from solotune.errors import InputError
-from solotune.exporters import export_plan, gguf, gguf_artifacts, parity, write_artifacts
+from solotune.exporters import adapter_gguf, export_plan, gguf, gguf_artifacts, parity, write_artifacts
 from solotune.exporters.artifact import Parity
 from solotune.exporters.gguf import gguf_bytes
+from solotune.model.adapter import Adapter
 from solotune.run.atomic_io import Folder
 from solotune.run.manifest import check_folder
 
@@ -24,12 +28,12 @@ def copied(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     equal = Parity("transformers", token_ids_equal=True, conversations=1)
     monkeypatch.setattr(write_artifacts, "folder_parity", lambda *_: (equal, []))
     monkeypatch.setattr(parity, "find_spec", lambda name: None)
-    monkeypatch.setattr(export_plan.gguf, "check_convertible", lambda *_: None)
+    monkeypatch.setattr(export_plan.gguf, "check_convertible", lambda *_, **__: None)
 
-    def write_gguf(merged: Path, target: Folder, quantization: str, **_: Any) -> Path:
+    def write_gguf(merged: Path, target: Folder, quantization: str, *, name: str = "model", **_: Any) -> Path:
         assert (merged / "config.json").is_file()
-        target.write(name := f"model-{quantization}.gguf", f"GGUF {quantization}")
-        return target.path / name
+        target.write(file := f"{name}-{quantization}.gguf", f"GGUF {quantization}")
+        return target.path / file
 
     def gguf_parity(path: Path, quantization: str, *arguments: Any, **_: Any) -> Any:
         (ids, logits), *_ = arguments[2]
@@ -57,6 +61,59 @@ def test_gguf_and_ollama_are_made_of_the_merged_model(copied: Path) -> None:
     assert result.artifacts[2].next_commands == [f"ollama create run -f {root / 'ollama/Modelfile'}"]
     assert result.artifacts[1].notes == ["f16: a note", "f32: a note"]
     assert solotune.verify(copied).ok
+
+
+def test_an_adapter_as_gguf_lies_beside_the_base_of_its_training(
+    copied: Path, export_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def write_lora_gguf(adapter: Path, base: Path, target: Folder) -> Path:
+        seen["weights"] = load_file(base / "model.safetensors")
+        target.write("adapter.gguf", "LoRA")
+        return target.path / "adapter.gguf"
+
+    def gguf_parity(path: Path, quantization: str, *arguments: Any, lora: Path, texts: Any, **_: Any) -> Any:
+        seen.update(lora=lora.read_text(), rows=arguments[2], texts=list(texts))
+        return Parity("llama.cpp", token_ids_equal=True, mean_kl=1e-5), [], ["a note"]
+
+    monkeypatch.setattr(adapter_gguf, "write_lora_gguf", write_lora_gguf)
+    monkeypatch.setattr(adapter_gguf, "gguf_parity", gguf_parity)
+    monkeypatch.setattr(adapter_gguf, "write_gguf", gguf_artifacts.write_gguf)
+    result = solotune.export(copied, "merged,adapter-gguf")
+    folder = copied / "export/adapter-gguf"
+    files = {path.name for path in folder.iterdir()}
+    assert files >= {"base-f16.gguf", "adapter.gguf", "Modelfile", "README.md"} and "base" not in files
+    assert check_folder(folder) == []
+    assert (folder / "Modelfile").read_text().startswith("FROM ./base-f16.gguf\nADAPTER ./adapter.gguf\n")
+    assert "--lora" in result.artifacts[1].next_commands[0] and seen["lora"] == "LoRA" and result.artifacts[1].notes
+    assert len(seen["texts"]) == 40 and "Be exact." in seen["texts"][0]
+
+    name = "model.layers.0.self_attn.q_proj"
+    merged, adapter = load_file(copied / "export/merged/model.safetensors"), Adapter.read(copied / "adapter")
+    W, original = (
+        held[f"{name}.weight"].float() for held in (seen["weights"], load_file(export_base / "model.safetensors"))
+    )
+    assert torch.allclose(W + adapter.delta(name), merged[f"{name}.weight"].float(), atol=0.01)
+    assert not torch.equal(W, original)  # 4 bits
+    (ids, logits), *_ = seen["rows"]
+    module = AutoModelForCausalLM.from_pretrained(copied / "export/merged", dtype=torch.float32)
+    with torch.no_grad():
+        given = module(torch.tensor([ids])).logits[0]
+    assert (given.softmax(-1) - logits.softmax(-1)).abs().max() < 0.03
+
+
+def test_an_adapter_on_the_head_is_refused_before_anything_is_written(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check_convertible(base: Path, adapter: Adapter, *, is_merged: bool = True) -> None:
+        if not is_merged:
+            raise InputError("refused")
+
+    monkeypatch.setattr(export_plan.gguf, "check_convertible", check_convertible)
+    with pytest.raises(InputError, match="refused"):
+        solotune.export(copied, "adapter-gguf")
+    assert not (copied / "export").exists()
 
 
 def test_a_merged_model_that_is_there_is_used_if_nobody_changed_it(copied: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import solotune
 from solotune.errors import InputError
 from solotune.evaluation.scores import score
 from solotune.exporters import merge_choice
@@ -98,3 +101,13 @@ def test_on_a_cpu_large_models_are_compared_on_fewer_rows(run: Path, monkeypatch
 def test_bounds(parity: dict[str, Any], words: list[str]) -> None:
     found = beyond(Parity("peft", **{"positions": 1000, **parity}))
     assert len(found) == len(words) and all(word in line for word, line in zip(words, found, strict=True))
+
+
+@pytest.mark.export
+def test_a_run_in_fp8_is_merged_into_its_rounded_base(train: Callable[..., Path], tmp_path: Path) -> None:
+    """On a CPU, which emulates fp8: no merged model rounds activations, so its bound is the same merge in memory."""
+    shutil.copytree(train(base_precision="fp8"), tmp_path / "run")
+    result = solotune.export(tmp_path / "run", "merged")
+    assert result.ok and result.merge is not None and result.merge["into"] == DEQUANTIZED
+    measured = result.merge["measured"]
+    assert measured[DEQUANTIZED]["mean_kl"] < measured[ORIGINAL]["mean_kl"]

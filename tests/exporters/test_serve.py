@@ -45,7 +45,8 @@ def test_the_child_serves_by_name_in_the_models_folder_and_ends_with_the_block(s
         assert (server.url, server.name) == (f"http://127.0.0.1:{port}/v1", "merged")
         with serve.urllib.request.urlopen(server.url) as answer:
             request, folder, offline = json.loads(answer.read())
-        assert request == {"engine": "transformers", "model": "merged", "host": "127.0.0.1", "port": port}
+        expected = {"engine": "transformers", "model": "merged", "host": "127.0.0.1", "port": port}
+        assert request == {**expected, "prompt_format": "chat"}
         assert (folder, offline) == (str(stand_in), "1")
         with pytest.raises(InputError, match="another program is using it"):
             free_port("127.0.0.1", port)
@@ -116,3 +117,19 @@ def test_of_several_gguf_files_the_one_of_16_bits() -> None:
 def test_an_address_for_every_interface_is_asked_on_loopback() -> None:
     assert Server("transformers", Path("m"), "0.0.0.0", 80).url == "http://127.0.0.1:80/v1"
     assert Server("transformers", Path("m"), "::1", 80).url == "http://[::1]:80/v1"
+
+
+def test_a_model_of_plain_texts_refuses_chats_and_nothing_else() -> None:
+    fastapi = pytest.importorskip("fastapi")
+    from fastapi.testclient import TestClient
+
+    from solotune.exporters.serve_process import without_chats
+
+    app = fastapi.FastAPI()
+    for path in ("/v1/chat/completions", "/v1/responses", "/v1/completions"):
+        app.post(path)(lambda: {"answered": True})
+    client = TestClient(without_chats(app))
+    assert client.post("/v1/completions").json() == {"answered": True}
+    for path in ("/v1/chat/completions", "/v1/responses"):
+        refused = client.post(path)
+        assert refused.status_code == 400 and "/v1/completions" in refused.json()["error"]["message"]

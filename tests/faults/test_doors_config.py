@@ -95,7 +95,10 @@ def typo(key: str) -> str:
 # --- entries 55 to 73
 
 TEXTS = [
-    (55, "unknown key", "lerning_rate: 1e-4", snapshot('run.yaml line 3, lerning_rate: unknown key; did you mean learning_rate? (Peak learning rate.)')),
+    (55, "unknown key", "lerning_rate: 1e-4", snapshot("""\
+run.yaml line 3, lerning_rate: unknown key; did you mean learning_rate? (Peak learning rate.)
+  change:  learning_rate: 0.0001\
+""")),
     (56, "key in a section", "training:\n  learning_rate: 1e-4", snapshot('run.yaml line 3, training: unknown key; a config has no sections; write the keys in it without indentation')),
     (57, "key twice", "seed: 1\nseed: 2", snapshot("""\
 run.yaml line 4: not valid YAML

@@ -63,7 +63,7 @@ def test_every_key_has_a_reader(key: str) -> None:
 def test_every_key_changes_the_saved_config_and_says_where_it_came_from(key: str) -> None:
     other = {"str": "zz", "int": 3, "float": 0.25}
     usual = load_config(MINIMAL)
-    for value in (True, False, *(v for b in branches(key) for v in b.get("enum", [])), *other.values(), 33, ["zz"],
+    for value in (True, False, *(v for b in branches(key) for v in b.get("enum", [])), *other.values(), 33, ["zz"], ["json"],
                   {"a": "prompt"}, -1, 1, 9, "24GiB"):  # fmt: skip
         if value == getattr(usual, key) and type(value) is type(getattr(usual, key)):
             continue

@@ -266,7 +266,7 @@ def test_a_share_and_auto():
 
 
 def test_a_budget_does_not_help_where_another_process_has_the_card():
-    assert not planned(free=6 * GIB, memory_budget="20GiB").fits
+    assert not planned(free=6 * GIB, memory_budget="20GiB", base_offload=False).fits
 
 
 def test_more_than_the_card_has_is_refused():
@@ -295,14 +295,14 @@ def test_the_nearest_change_is_named_and_works():
 
 
 def test_a_smaller_micro_batch_keeps_the_step_as_it_is():
-    keys = {"memory_budget": "8GiB", "activation_offload": False}
+    keys = {"memory_budget": "8GiB", "activation_offload": False, "base_offload": False}
     plan = planned(**keys)
     assert dict(plan.changes) == {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 16}
     assert planned(**keys, **dict(plan.changes)).fits
 
 
 def test_several_changes_where_one_does_not_do():
-    plan = planned(memory_budget="6.5GiB", base_precision="fp8", gradient_checkpointing=False)
+    plan = planned(memory_budget="6.5GiB", base_precision="fp8", gradient_checkpointing=False, base_offload=False)
     changes = dict(plan.changes)
     assert len(changes) > 1
     assert changes["base_precision"] == "nf4"

@@ -25,13 +25,18 @@ RENDERED = [
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The prompts that models were asked, as ids."""
     prompts: list[list[int]] = []
-    generate = generation.generate
+    generate, generate_all = generation.generate, generation.generate_all
 
     def recorded(model: Any, prompt_ids: Any, *rest: Any, **keys: Any) -> list[int]:
         prompts.append(list(prompt_ids))
         return generate(model, prompt_ids, *rest, **keys)
 
+    def recorded_all(model: Any, each: Any, *rest: Any, **keys: Any) -> Any:
+        prompts.extend(list(ids) for ids in each)
+        return generate_all(model, each, *rest, **keys)
+
     monkeypatch.setattr(generation, "generate", recorded)
+    monkeypatch.setattr(generation, "generate_all", recorded_all)
     return prompts
 
 

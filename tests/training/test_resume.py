@@ -211,6 +211,7 @@ def test_every_key_has_its_class():
         "gradient_checkpointing",
         "activation_offload",
         "base_residency",
+        "base_offload",
         "torch_compile",
         "cuda_graphs",
         "attn_implementation",

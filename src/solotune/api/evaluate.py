@@ -2,74 +2,140 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from solotune.api.types import Overrides
+from solotune.config.load import load_config, override_values
+from solotune.config.write import yaml_value
 from solotune.display.notebook import showing
+from solotune.display.observer import RunObserver
 from solotune.display.progress import Display
-from solotune.errors import InputError
+from solotune.errors import InputError, program
 from solotune.runtime.library_noise import quiet_libraries
 
 if TYPE_CHECKING:
+    from solotune.config.run_config import RunConfig
+    from solotune.config.settings import EvaluationSettings
     from solotune.dataset import Prepared
     from solotune.evaluation.compare import Evaluation
     from solotune.evaluation.scores import Score
     from solotune.model.loading import TrainableModel
 
 
+EVALUATION_KEYS = ("metrics", "metrics_rows", "num_samples", "max_new_tokens", "per_device_eval_batch_size")
+"""Keys of a run's config that an evaluation may change."""
+
+
 @quiet_libraries()
-def evaluate(run: str | Path, display: Display | None = None) -> Evaluation:
+def evaluate(run: str | Path, display: Display | None = None, overrides: Overrides = (), **keys: Any) -> Evaluation:
     """Compare the tuned model of a run with its base on the held-out rows; replaces evaluation.json.
 
-        print(solotune.evaluate("runs/demo").to_json()["difference"])
+        result = solotune.evaluate("runs/demo", metrics=["choice"])
+        print(result.to_json()["difference"], result.metrics["choice"].p_value)
+
+    Args:
+        run: a run directory.
+        overrides: `key=value` strings, or a mapping of keys: metrics, metrics_rows, num_samples, max_new_tokens and
+            per_device_eval_batch_size replace those of the run.
+        keys: the same as keywords; they win.
 
     Raises:
-        InputError: there is no run, or it held out no rows.
+        InputError: there is no run, it held out no rows, or a metric cannot be used.
         IntegrityError: the held-out rows or the base model have changed since the run.
         DeviceError: the GPU failed, or its memory is full.
     """
     with showing(display) as chosen:
-        return _evaluate(run, chosen)
+        return _evaluate(run, chosen, overrides, keys)
 
 
-def _evaluate(run: str | Path, display: Display) -> Evaluation:
+def _evaluate(run: str | Path, display: Display, overrides: Overrides, keys: dict[str, Any]) -> Evaluation:
     from solotune.hardware.gpu_errors import device_errors
     from solotune.training.trained_run import TunedRun
 
     found = TunedRun.open(run)
     path = found.directory.path
+    config = _with_changes(found.config, overrides, keys, display, path)
     display.choices(found.choices)
     display.phase("reading data")
     prepared = found.prepare()
     if not prepared.validation:
         raise InputError(f"{path}: the run held out no rows", change="train with validation_size above 0")
     display.phase("loading model")
-    with device_errors(found.config.memory):
-        result = compare(
-            found.load(display.progress),
-            found.tokenizer,
-            prepared,
-            None,
-            display,
-            batch_size=found.config.per_device_eval_batch_size,
-            num_samples=found.config.num_samples,
-            max_new_tokens=found.config.max_new_tokens,
-        )
+    with device_errors(config.memory):
+        model = found.load(display.progress)
+        result = compare(model, found.tokenizer, prepared, config.evaluation, None, display)
     found.directory.write_json("evaluation.json", result.to_json())
     found.directory.update_manifest("evaluation.json")
     return result
+
+
+def _with_changes(
+    config: RunConfig, overrides: Overrides, keys: dict[str, Any], display: Display, path: Path
+) -> RunConfig:
+    """The run's config with the user's changes, without code that only the run names.
+
+    Raises:
+        InputError: a key that is not one of `EVALUATION_KEYS`, or a wrong value.
+    """
+    named = override_values(overrides) if not isinstance(overrides, Mapping) else dict(overrides)
+    changed = {**named, **keys}
+    if others := sorted(changed.keys() - set(EVALUATION_KEYS)):
+        raise InputError(
+            f"evaluate: {others[0]} cannot be changed after the run",
+            seen=str(changed[others[0]])[:100],
+            allowed=", ".join(EVALUATION_KEYS),
+        )
+    if changed:
+        return load_config(config, (), changed)
+    if (named := python_metrics_of_a_file(config)) is None:
+        return config
+    display.note(f"{named}; left out. To measure them: {program()} evaluate {path} {shlex.quote(_as_override(config))}")
+    return config.replaced("evaluate", metrics=[one for one in config.metrics if not _is_python(one)])
+
+
+def check_metrics(config: RunConfig, tokenizer: Any, prepared: Prepared) -> None:
+    """Try the metrics of a run before it begins, on the references of a few held-out rows.
+
+    Raises:
+        InputError: one cannot be used, only a file names its code, or no rows are held out.
+    """
+    from solotune.evaluation.compare import check_metrics
+
+    if config.metrics and not prepared.validation:
+        raise InputError("metrics: there are no held-out rows to measure on", change="set validation_size above 0")
+    if (named := python_metrics_of_a_file(config)) is not None:
+        where = f"{config.source_of('metrics')}, {named}"
+        raise InputError(where, change=f"name it on the command line: {shlex.quote(_as_override(config))}")
+    check_metrics(tokenizer, prepared.validation, config.evaluation, prepared.report.day)
+
+
+def python_metrics_of_a_file(config: RunConfig) -> str | None:
+    """The python metrics that only a config file names, in words: it may be copied from somewhere, so its code is not
+    run. None: there are none, or the user names them himself, on the command line or in Python."""
+    found = [spec for spec in config.evaluation.metrics if spec.kind == "python"]
+    if not found or config.source_of("metrics") in ("command line", "python"):
+        return None
+    return f"metrics: {', '.join(map(str, found))}: code that only a config file names is not run"
+
+
+def _is_python(entry: Any) -> bool:
+    return isinstance(entry, dict) and "python" in entry
+
+
+def _as_override(config: RunConfig) -> str:
+    return f"metrics={yaml_value(config.metrics)}"
 
 
 def compare(
     model: TrainableModel,
     tokenizer: Any,
     prepared: Prepared,
+    settings: EvaluationSettings,
     tuned: Score | None,
-    display: Display,
-    *,
-    batch_size: int,
-    num_samples: int,
-    max_new_tokens: int,
+    display: RunObserver,
 ) -> Evaluation:
     """Compare base and tuned on the held-out rows; `tuned`: the score at the end of training, if known."""
     from solotune.evaluation.compare import compare as compare_scores
@@ -78,10 +144,9 @@ def compare(
         model,
         tokenizer,
         prepared.validation,
+        settings,
+        training_rows=prepared.train,
         rendered_on=prepared.report.day,
-        batch_size=batch_size,
-        num_samples=num_samples,
-        max_new_tokens=max_new_tokens,
         tuned=tuned,
         progress=display.progress,
     )

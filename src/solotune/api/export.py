@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from solotune.exporters.artifact import Export
     from solotune.exporters.source import ExportSource
 
-KINDS = ("adapter", "merged", "gguf", "ollama", "vllm")
+KINDS = ("adapter", "merged", "gguf", "ollama", "adapter-gguf", "vllm")
 DEFAULT = ("adapter", "merged")
 DTYPES = ("bf16", "fp16")
 BASES = ("original", "dequantized")
@@ -46,15 +46,17 @@ def export(
 
     Args:
         target: a run, or a folder with adapter_config.json.
-        to: what to write: `adapter`, `merged`, `gguf`, `ollama`, `vllm` (checks files, and says how to serve them); a
-            list, or names with commas. What the others are made of, the merged model, is written too.
+        to: what to write: `adapter`, `merged`, `gguf`, `ollama`, `adapter-gguf` (unmerged, beside its base),
+            `vllm` (checks files, and says how to serve them); a list, or names with commas. What GGUF files are made
+            of, the merged model, is written too.
         out: the folder to write into; default: `export` in the run, `export` beside the adapter's files.
         base: the base model, a folder or hub id; of a run only if it has moved.
         dataset: rows to measure with, for an adapter that others trained; a run has its held-out rows.
         base_precision: `nf4` or `bf16`: how its trainer stored the base.
         dtype: of merged weights: `bf16`, `fp16`; default: the 16-bit dtype of the base.
         merge_into: `original` or `dequantized`; default: the one that is measured to be nearer to the trained model.
-        quantization: of GGUF files: `f16`, `q8_0`, `q4_k_m`, ...; several with commas. Ollama gets the first.
+        quantization: of GGUF files: `f16`, `q8_0`, `q4_k_m`, ...; several with commas. Ollama gets the first, the base
+            of `adapter-gguf` too.
         push: `owner/name`: upload the one kind of `to` to this repository of the hub, new or empty. What is
             exported already is uploaded as it is; what differs from the trained model is not uploaded.
         public: everybody may read the new repository; default: only its owner.
@@ -105,6 +107,7 @@ def _export(
 ) -> Export:
     """Check everything that can refuse the export, then write one artifact after the other."""
     from solotune.exporters import export_folder, export_plan
+    from solotune.exporters.adapter_gguf import export_adapter_gguf
     from solotune.exporters.gguf_artifacts import export_gguf, export_ollama
     from solotune.exporters.write_artifacts import ExportJob, check_for_vllm, export_adapter, export_merged
 
@@ -119,6 +122,7 @@ def _export(
             "merged": export_merged,
             "gguf": export_gguf,
             "ollama": export_ollama,
+            "adapter-gguf": export_adapter_gguf,
             "vllm": check_for_vllm,
         }
         for kind in plan.kinds:

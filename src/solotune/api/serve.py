@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from solotune.exporters.serve import Server
 
 
+_NO_CHATS = "trained on plain text: ask it at /v1/completions; chats are refused, since no chat template was trained"
+_LLAMA_CPP_CHATS = (
+    "trained on plain text: ask it at /v1/completions; llama.cpp answers chats too, in a form that was not trained"
+)
+
+
 @dataclass(frozen=True, repr=False)
 class Serving(ResultRepr):
     """A server that answers; use it in a `with` block, or call `server.stop()`."""
@@ -109,10 +115,10 @@ def serve(
         _ensure(tuned.directory.path, kind, chosen)
         model = folder / kind if kind == "merged" else best_gguf(_ggufs(folder))
         chosen.phase(f"starting {choice.value}")
-        server = Server(str(choice.value), model.resolve(), host, port).start()
+        server = Server(str(choice.value), model.resolve(), host, port, tuned.prompt_format).start()
         notes = []
         if tuned.prompt_format == "text":
-            notes.append("trained on plain text: only /v1/completions asks it as it was trained, with no chat template")
+            notes.append(_NO_CHATS if kind == "merged" else _LLAMA_CPP_CHATS)
         if host not in LOOPBACK:
             notes.append(f"every machine that reaches {host} can use it: there is no key")
         return Serving(server, [choice], tuned.prompt_format, tuned.shared_system_prompt, notes)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from solotune import dataset
+from solotune.api.evaluate import check_metrics
 from solotune.config.run_config import Choice, RunConfig
 from solotune.config.write import to_yaml
 from solotune.dataset import packing, sampler
@@ -30,6 +31,7 @@ from solotune.run.output_dir import check_destination
 from solotune.run.record import RunRecord
 from solotune.run.run_dir import FINGERPRINTS, RunDirectory, nearest_folder
 from solotune.runtime import watchdog
+from solotune.trackers.libraries import require as require_trackers
 from solotune.training import checkpoint, disk_space, preflight, trained_run
 from solotune.training import resume as resuming
 from solotune.training.find_run import CONFIG_NAME, recorded_name
@@ -77,6 +79,7 @@ def check(config: RunConfig, machine: Machine, resume: bool) -> ModelFiles:
     """
     doctor.require_hardware(machine, base_precision=config.base_precision, optim=config.optim, use_cpu=config.use_cpu)
     resuming.check_given(config.resume_from_checkpoint)
+    require_trackers(config.trackers)
     check_destination(config.output_dir, config.source_of("output_dir"), config.model_name_or_path)
     if not resume:
         RunDirectory.refuse_occupied(config.output_dir)
@@ -99,6 +102,7 @@ def read_data(
     run = resuming.continued(config.output_dir) if resume else None
     day = resuming.recorded_day(config.resume_from_checkpoint, run)
     prepared = dataset.prepare(config, tokenizer, progress=display.progress, rendered_on=day)
+    check_metrics(config, tokenizer, prepared)
     findings = check_rows(config, tokenizer, prepared, model_files)
     prepared = prepared.with_findings(finding.to_json() for finding in findings)
     for finding in findings:
@@ -230,6 +234,7 @@ def write_initial_files(
     if report.packing:
         display.note(f"packing: {packing.in_words(report.packing)}")
     display.note(_plan_in_words(ready.plan))
+    display.planned(ready.plan.option.footprint.peak_bytes)
     if resume_point is None:
         run.log(StartEvent(step=0, **summary))
     else:

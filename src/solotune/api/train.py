@@ -1,7 +1,7 @@
 """`solotune train`: a whole run, step by step.
 
     prepare_run   resolve the config, check, read the data, plan, load the model, try the largest step; writes nothing
-    _train        record, train, save the adapter, evaluate, diagnose, write the manifest
+    _train        record, train, save the adapter, evaluate, diagnose, write report.html and the manifest
 
 The stages of `prepare_run` and the files written before the first step are in `setup`; the loop is `training.loop`.
 """
@@ -22,13 +22,14 @@ from solotune.display.observer import Observers, Resilient, RunObserver
 from solotune.display.progress import Display, PlainDisplay, make_console
 from solotune.errors import InterruptedRunError, RunNote, program
 from solotune.result_repr import ResultRepr, Table
-from solotune.run.atomic_io import LogFile, whole_folder
+from solotune.run.atomic_io import LogFile, whole_folder, write_whole
 from solotune.run.events import DeviceFailedEvent, EndEvent
 from solotune.run.history import history_of
 from solotune.run.record import RunRecord
-from solotune.run.run_dir import LOG, STACKS, RunDirectory
+from solotune.run.run_dir import LOG, REPORT, STACKS, RunDirectory
 from solotune.run.run_log import RunLog
 from solotune.runtime.library_noise import quiet_libraries
+from solotune.units import first_line
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -158,11 +159,12 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver) -> Prepar
 
 
 def _train(config: RunConfig, resume: bool, user_display: Resilient) -> TrainResult:
-    """Prepare, open the run directory, record, train, save, evaluate, diagnose, write the manifest."""
+    """Prepare, open the run directory, record, train, save, evaluate, diagnose, write report and manifest."""
     from solotune.api import setup
     from solotune.diagnosis.monitor import Monitor
     from solotune.hardware.gpu_errors import device_failure
     from solotune.runtime import signals, watchdog
+    from solotune.trackers.observer import Trackers
     from solotune.training import checkpoint, loop
     from solotune.training.resume import fingerprints, open_run, run_to_continue, which_run
 
@@ -175,16 +177,15 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient) -> TrainRes
     run, resume_point = open_run(config, run_fingerprints, resume)  # only now is something written
     log = LogFile(run.path / LOG)
     watchdog.stacks_into(run.path / STACKS)
+    display = Observers(user_display, Resilient(_log_display(log, config.logging_steps)))
+    trackers = Trackers(config.trackers, run.path, display.note)
     try:
-        log_display = PlainDisplay(config.logging_steps, make_console(cast(TextIO, log), is_log=True))
-        display = Observers(user_display, Resilient(log_display))
         display.note(f"run directory: {run.path}")
         display.choices(ready.choices)
         summary = setup.write_initial_files(run, ready, run_fingerprints, resume_point, display)
-
         told = Observers(RunLog(run), display)
         monitor = Monitor(model, ready.run_facts, told, RunRecord.read(run.path), ready.signals)
-        observer = Observers(display, Resilient(monitor))
+        observer = Observers(display, Resilient(trackers), Resilient(monitor))
         start = resume_point.point if resume_point else None
         with signals.defer_signals():
             tuned_score = loop.train(
@@ -193,8 +194,10 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient) -> TrainRes
             _write_adapter(run, ready)
 
         evaluation = _evaluate(run, ready, tuned_score, display) if prepared.validation else None
-        _record_measurements(run, ready, summary["total_steps"])
+        _record_measurements(run, ready)
         _write_diagnosis(run, monitor.diagnosis(), display)
+        trackers.close("finished")
+        _write_report(run, display)
         log.close()
         run.write_manifest()
         return TrainResult(run.path, summary, ready.choices, evaluation)
@@ -212,34 +215,33 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient) -> TrainRes
             raise failure from error
         raise
     finally:
-        log.close()
         run.release()
+        trackers.close("failed")  # nothing if it is closed
+        log.close()
+
+
+def _log_display(log: LogFile, logging_steps: int) -> PlainDisplay:
+    """What log.txt gets: the lines of a run, as in a pipe."""
+    return PlainDisplay(logging_steps, make_console(cast(TextIO, log), is_log=True))
 
 
 def _evaluate(run: RunDirectory, ready: PreparedRun, tuned_score: Score | None, display: RunObserver) -> Evaluation:
     display.phase("comparing base and tuned on held-out rows")
-    result = compare(
-        ready.model,
-        ready.tokenizer,
-        ready.prepared,
-        tuned_score,
-        display,
-        batch_size=ready.config.per_device_eval_batch_size,
-        num_samples=ready.config.num_samples,
-        max_new_tokens=ready.config.max_new_tokens,
-    )
+    settings = ready.config.evaluation
+    result = compare(ready.model, ready.tokenizer, ready.prepared, settings, tuned_score, display)
     run.write_json("evaluation.json", result.to_json())
     return result
 
 
-def _record_measurements(run: RunDirectory, ready: PreparedRun, total_steps: int) -> None:
+def _record_measurements(run: RunDirectory, ready: PreparedRun) -> None:
     """Write measured memory and time next to the plan's, then the end event."""
     from solotune.hardware import device_memory
 
     peak_bytes = device_memory.peak_bytes(ready.model.device)
-    measured = {"peak_bytes": peak_bytes, **RunRecord.read(run.path).medians()}
+    record = RunRecord.read(run.path)
+    measured = {"peak_bytes": peak_bytes, **record.medians()}
     run.write_json("plan.json", {**ready.plan_json(), "measured": measured})
-    run.log(EndEvent(total_steps, peak_bytes))
+    run.log(EndEvent(record.last_step, peak_bytes))
 
 
 def _write_diagnosis(run: RunDirectory, diagnosis: Diagnosis, display: RunObserver) -> None:
@@ -249,6 +251,19 @@ def _write_diagnosis(run: RunDirectory, diagnosis: Diagnosis, display: RunObserv
     display.note(
         f"diagnosis: {message.summary(diagnosis)} (model probes not run; solotune diagnose {run.path} runs them)"
     )
+
+
+def _write_report(run: RunDirectory, display: RunObserver) -> None:
+    """Write report.html. The run is complete without it: a page that cannot be made is a note, a full disk an error."""
+    from solotune.report_page.build import build_page
+
+    try:
+        html = build_page(run.path)
+    except Exception as error:
+        display.note(f"{REPORT} was not written: {first_line(error, with_type=True)}; all other results are saved")
+        return
+    write_whole(run.path / REPORT, html)
+    display.note(f"report: {run.path / REPORT}")
 
 
 def _write_adapter(run: RunDirectory, ready: PreparedRun) -> None:

@@ -19,7 +19,9 @@ import click
 from solotune.cli.export_command import export
 from solotune.cli.options import config_arguments, json_option
 from solotune.cli.output import console, print_json, print_result, shown
+from solotune.cli.report_command import report
 from solotune.cli.serve_command import serve
+from solotune.cli.watch_command import watch
 from solotune.errors import EXIT_CODES, IntegrityError
 from solotune.units import escape_terminal
 from solotune.version import __version__
@@ -49,7 +51,9 @@ def solotune() -> None:
       solotune data solotune.yaml      check the loss mask
       solotune plan solotune.yaml      memory and time
       solotune train solotune.yaml     train and compare
+      solotune watch runs/RUN          show it elsewhere
       solotune diagnose runs/RUN       find out what is wrong
+      solotune report runs/RUN         a page with everything
       solotune chat runs/RUN --base    chat with both models
       solotune export runs/RUN         merge, GGUF, ...
       solotune serve runs/RUN          OpenAI's API, locally
@@ -193,16 +197,21 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, as_json: bool) 
     print_result(result, print_trained, as_json)
 
 
+solotune.add_command(watch)
+
+
 @solotune.command()
 @click.argument("run")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--gate", is_flag=True, help="Exit with 3 unless the tuned model is better than its base.")
 @json_option
 @click.pass_context
-def evaluate(ctx: click.Context, run: str, gate: bool, as_json: bool) -> None:
+def evaluate(ctx: click.Context, run: str, overrides: tuple[str, ...], gate: bool, as_json: bool) -> None:
     """Compare the model of a RUN with its base on held-out rows.
 
     RUN is a run directory. Shows the loss per trained token and exact match, with standard errors, a paired test of the
-    difference, and answers side by side.
+    difference, and answers side by side. KEY=VALUE adds scores of the answers (metrics=[json]) or changes num_samples,
+    max_new_tokens, metrics_rows and per_device_eval_batch_size.
 
     \b
     Example:
@@ -212,7 +221,7 @@ def evaluate(ctx: click.Context, run: str, gate: bool, as_json: bool) -> None:
         from solotune.api.evaluate import evaluate
         from solotune.cli.results import print_evaluation
 
-        result = evaluate(run, display=display)
+        result = evaluate(run, display, overrides)
     print_result(result, print_evaluation, as_json)
     ctx.exit(3 if gate and result.verdict != "better" else 0)
 
@@ -324,6 +333,7 @@ def chat(run: str, base: bool, prompt: str | None, system: str | None, as_json: 
         print_json({**asked, "turns": conversation.turns})
 
 
+solotune.add_command(report)
 solotune.add_command(export)
 solotune.add_command(serve)
 

@@ -11,7 +11,11 @@ from solotune.cli.output import print_result, shown
 @click.command()
 @click.argument("target")
 @click.option(
-    "--to", default="adapter,merged", show_default=True, metavar="KINDS", help="adapter, merged, gguf, ollama, vllm."
+    "--to",
+    default="adapter,merged",
+    show_default=True,
+    metavar="KINDS",
+    help="adapter, merged, gguf, ollama, adapter-gguf, vllm.",
 )
 @click.option("--out", metavar="DIR", help="Folder to write into. [default: export in the run]")
 @click.option("--dtype", type=click.Choice(["bf16", "fp16"]), help="Of merged weights. [default: that of the base]")
@@ -54,11 +58,12 @@ def export(
     TARGET is a run, or an adapter folder of PEFT, TRL, Unsloth or Axolotl (then with --base). KINDS, with commas:
 
     \b
-      adapter  for PEFT and vLLM
-      merged   the adapter added to the base: a model folder
-      gguf     for llama.cpp, from the merged folder
-      ollama   a GGUF file with its Modelfile
-      vllm     check the files, print the command to serve
+      adapter       for PEFT and vLLM
+      merged        adapter and base added: a model folder
+      gguf          for llama.cpp, from the merged folder
+      ollama        a GGUF file with its Modelfile
+      adapter-gguf  the adapter as GGUF, beside its base
+      vllm          check the files, say how to serve them
 
     Each is loaded again with the library that users load it with (vLLM and Ollama are not run). If it differs from the
     trained model by more than its format allows, the exit code is 3. Nothing that exists is overwritten.

@@ -25,9 +25,11 @@ from solotune.units import escape_terminal, format_bytes, format_duration, forma
 if TYPE_CHECKING:
     from solotune.api.data import DataPreview, ShownRow
     from solotune.api.train import TrainResult
+    from solotune.api.watch import WatchedRun
     from solotune.dataset import DataReport
     from solotune.diagnosis.evidence import Diagnosis
     from solotune.evaluation.compare import Evaluation, Sample
+    from solotune.evaluation.metrics import MetricScore
     from solotune.hardware.doctor import DoctorReport
     from solotune.planning.plan import Plan
     from solotune.training.verify_run import Verification
@@ -198,11 +200,28 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     for row in rows[1:]:
         table.add_row(*row)
     console.print(table)
+    if evaluation.metrics:
+        console.print(_metric_table(evaluation.metrics))
     what = f"{evaluation.units}, {tuned.tokens:,} loss tokens; ± is one standard error"
     console.print(Text(what, "dim"))
     console.print(Text(evaluation.verdict_in_words, f"bold {style}".strip()), soft_wrap=not console.is_terminal)
+    for line in evaluation.answers_in_words:
+        console.print(Text(line, "dim"), soft_wrap=not console.is_terminal)
     for number, sample in enumerate(evaluation.samples, start=1):
         _print_sample(number, sample, console)
+
+
+def _metric_table(metrics: Mapping[str, MetricScore]) -> Table:
+    """Scores of answers with their standard errors; the change has the colour of its verdict."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column("scores of answers", overflow="fold")
+    for name in ("base", "tuned", "change"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, score in metrics.items():
+        sides = ((score.base, score.base_stderr), (score.tuned, score.tuned_stderr))
+        values = (f"{value:.3f} ± {error:.3f}" for value, error in sides)
+        table.add_row(name, *values, Text(f"{score.tuned - score.base:+.3f}", _STYLES[score.verdict]))
+    return table
 
 
 _STYLES = {"better": "green", "worse": "red", "inside the noise": ""}
@@ -320,6 +339,12 @@ def print_trained(result: TrainResult, console: Console) -> None:
     facts = {"run": str(result.run_dir), "adapter": f"{result.run_dir}/adapter (loads with PEFT)"}
     commands = {"next": f"{program()} chat {result.run_dir} --base", "export": f"{program()} export {result.run_dir}"}
     _print_facts({**facts, **commands}, console)
+
+
+def print_watched(found: WatchedRun, console: Console) -> None:
+    """How a watched run ended: its figures, and how to go on."""
+    console.print()
+    _print_facts(found.facts(), console)
 
 
 def print_verification(found: Verification, console: Console) -> None:

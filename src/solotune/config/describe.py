@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from solotune.config.metric_specs import FORMS
 from solotune.config.run_config import COLUMNS, RunConfig
 
 
@@ -21,6 +22,7 @@ def allowed_values(key: str) -> str:
         "memory_budget": "auto, a fraction of the GPU's memory between 0 and 1 (0.9), or a size (24GiB, 9.5 GiB, 24GB)",
         "max_steps": "-1 (use num_train_epochs) or a whole number, at least 1",
         "allow_faults": "codes or names of faults: F67, rate-too-high (docs/faults.md lists them)",
+        "metrics": f"a list of {FORMS}",
         "column_mapping": "`your column: name`, each name at most once (`ignore`: any number of times); names: "
         + ", ".join(COLUMNS),
     }

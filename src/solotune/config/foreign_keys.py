@@ -3,7 +3,7 @@
     answer("quantization_bit", 4)      write base_precision: nf4 instead (...)
     answer("train_on_inputs", False)   write assistant_only_loss: true instead (...): the opposite meaning
     answer("max_samples", 1000)        write dataset_split: train[:1000] instead (...)
-    answer("report_to", "none")        remove the line: solotune sends nothing to a tracker; ...
+    answer("plot_loss", True)          remove the line: metrics.jsonl in the run directory has every step; ...
     answer("learning_rte", 1e-4)       did you mean learning_rate? (...)
 
 A key is offered as what was meant only if it is the same setting under another name (`key_aliases`), or the same word
@@ -47,6 +47,14 @@ def answer(key: str, value: Any) -> str:
     if isinstance(value, Mapping):
         return "a config has no sections; write the keys in it without indentation"
     return ""
+
+
+def renamed(key: str, value: Any) -> str | None:
+    """The line to write for a key that is a setting under another name; None if it is none."""
+    ours = None if key in CONVERTED else FOREIGN_KEYS.get(key) or typo_of(key)
+    if ours is None:
+        return None
+    return f"{ours}: {yaml_value(value) if is_allowed(ours, value) else allowed_values(ours)}"
 
 
 def names_of_dataset_info(values: Mapping[str, Any]) -> str:

@@ -86,16 +86,26 @@ FOREIGN_KEYS = {
     "gpu_memory_limit": "memory_budget",
     "eval_max_new_tokens": "max_new_tokens",
     "test_split_size": "validation_size",
+    "early_stopping_steps": "early_stopping_patience",
+    "eval_metrics": "metrics",
+    "compute_metrics": "metrics",
+    "metric_list": "metrics",
+    "scorer": "metrics",
 }
 
-_TRACKERS = "solotune sends nothing to a tracker; metrics.jsonl in the run directory has every step"
+_TRACKERS = (
+    "report_to is the setting (tensorboard, wandb, mlflow, trackio); project and server come from the tracker's own "
+    "variables (WANDB_PROJECT, MLFLOW_TRACKING_URI, TRACKIO_PROJECT)"
+)
+_LOGGING = "metrics.jsonl in the run directory has every step; logging_steps is the setting for what is printed"
 _ONE_DEVICE = "solotune trains on one device, in one process"
 _READING = "rows are read one at a time and cached by their content"
 _TOKENS = "the tokenizer's own tokens are used; they are set in the model folder (tokenizer_config.json)"
 _PLAIN_LORA = "solotune trains plain LoRA or rsLoRA (use_rslora)"
 _KERNELS = "solotune compiles the layers (torch_compile) and has its own loss in chunks"
 _ANSWERS = "samples and chat are greedy; num_samples and max_new_tokens are the settings"
-_LAST_STEP = "the adapter of the last step is kept; earlier ones are in checkpoints/ (save_steps)"
+_LAST_STEP = "the adapter of the last step is kept, or the best (load_best_model_at_end); others are in checkpoints/"
+_BEST = "load_best_model_at_end and early_stopping_patience take a held-out loss that is lower by more than its noise"
 _PADDING = "packing: true puts several rows in one sequence, without padding between them"
 _MODEL = "tokenizer, config and architecture come from model_name_or_path"
 _SFT = "solotune only does supervised fine-tuning (SFT)"
@@ -111,9 +121,9 @@ NOT_HERE = {
     "shuffle_before_merging_datasets download_mode dataset_kwargs skip_prepare_dataset": _READING,
     "dataset_dir data_dir media_dir": "dataset names the files themselves: dataset: [data/a.jsonl, data/b.jsonl]",
     "overwrite_output_dir": "a folder that contains a run is never overwritten; use another output_dir, or --resume",
-    "report_to run_name project logging_dir plot_loss logging_strategy logging_first_step logging_nan_inf_filter "
-    "include_num_input_tokens_seen include_tokens_per_second use_wandb use_mlflow use_swanlab use_tensorboard "
-    "use_comet use_trackio log_level log_level_replica disable_tqdm": _TRACKERS,
+    "run_name project logging_dir use_wandb use_mlflow use_swanlab use_tensorboard use_comet use_trackio": _TRACKERS,
+    "plot_loss logging_strategy logging_first_step logging_nan_inf_filter include_num_input_tokens_seen "
+    "include_tokens_per_second log_level log_level_replica disable_tqdm": _LOGGING,
     "deepspeed fsdp fsdp_config local_rank world_size accelerator_config device ddp parallelism_config "
     "tensor_parallel_size context_parallel_size sequence_parallel ray_num_workers use_ray use_orig_params "
     "max_memory": _ONE_DEVICE,
@@ -133,7 +143,7 @@ NOT_HERE = {
     "torch_empty_cache_steps gc_steps gc_collect_steps": _KERNELS,
     "do_predict predict_with_generate infer_backend infer_dtype temperature top_k top_p num_beams do_sample "
     "repetition_penalty length_penalty eval_num_beams": _ANSWERS,
-    "load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience early_stopping_steps "
+    "greater_is_better early_stopping_threshold": _BEST,
     "save_only_model save_first_step restore_callback_states_from_checkpoint ignore_data_skip": _LAST_STEP,
     "group_by_length train_sampling_strategy length_column_name packing_strategy padding_free pad_to_multiple_of "
     "pad_to_sequence_len eval_packing eval_sample_packing max_packed_sequence_len truncation_mode disable_shuffling "

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from solotune.config.describe import allowed_values, field_help
-from solotune.config.foreign_keys import answer, names_of_dataset_info
+from solotune.config.foreign_keys import answer, names_of_dataset_info, renamed
 from solotune.config.key_aliases import REFUSED_KEYS
 from solotune.config.refused_values import faults_of
 from solotune.config.run_config import RunConfig
@@ -103,6 +103,11 @@ def _find_paths(values: dict[str, Any], folder: Path) -> None:
         value = values.get(key)
         if value is not None:
             values[key] = [found(one) for one in value] if isinstance(value, list) else found(value)
+    metrics = values.get("metrics")
+    for entry in metrics if isinstance(metrics, list) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("python"), str):
+            file, colon, function = entry["python"].rpartition(":")
+            entry["python"] = found(file) + colon + function
 
 
 def _refuse_secrets(values: Mapping[str, Any], sources: Mapping[str, str]) -> None:
@@ -164,6 +169,10 @@ def _explained(error: ValidationError, values: Mapping[str, Any], sources: Mappi
     listed = [line + (f"; this is {found.code} (solotune explain {found.code})" if found else "")
               for line, found in zip(lines.values(), faults, strict=True)]  # fmt: skip
     fault, change = next((found for found in faults if found is not None), (None, None))
+    unknown = [str(detail["loc"][0]) for detail in error.errors() if detail["type"] == "extra_forbidden"]
+    names = [renamed(key, values[key]) for key in unknown]
+    if fault is None and names and len(names) == len(lines) and all(names):
+        fault, change = "F02", ", ".join(map(str, names))
     if len(listed) == 1:
         return InputError(listed[0], change=change, fault=fault)
     return InputError(f"the config has {len(listed)} mistakes:\n  " + "\n  ".join(listed), change=change, fault=fault)

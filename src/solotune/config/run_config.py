@@ -26,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 
+from solotune.config.metric_specs import metric_specs
 from solotune.config.settings import (
     BatchSettings,
     EvaluationSettings,
@@ -117,6 +118,8 @@ class RunConfig(BaseModel):
     """Data type of matmuls with 4-bit weights; empty: bfloat16 with `bf16: true`, else float32."""
     base_residency: Literal["auto", "quantized", "dequantized"] = _in("model", default="auto")
     """quantized: unpack 4-bit weights at each use (saves memory). dequantized: keep a copy (faster). Same results."""
+    base_offload: Literal["auto"] | bool | PositiveInt = _in("model", default="auto")
+    """Keep frozen layers in host memory (RAM) and stream them: true (all), false, N of them, or auto (if needed)."""
     attn_implementation: Literal["sdpa", "eager"] = _in("model", default="sdpa")
     """Attention implementation of transformers: sdpa (flash attention where possible) or eager (plain)."""
 
@@ -228,7 +231,17 @@ class RunConfig(BaseModel):
     num_samples: int = _in("evaluation", default=3, ge=0, le=65_536)
     """Number of held-out prompts that the base and the tuned model answer, for you to read."""
     max_new_tokens: int = _in("evaluation", default=128, ge=1, le=10_000_000)
-    """Maximum length of a generated answer (samples and chat), in tokens."""
+    """Maximum length of a generated answer (samples, metrics and chat), in tokens."""
+    metrics: list[Text | dict[Text, Text | list[Text]]] = _in("evaluation", default=[])
+    """Scores of generated answers, base against tuned; exact_match is always measured, without generating."""
+    metrics_rows: PositiveInt = _in("evaluation", default=200)
+    """Held-out rows that `metrics` are measured on: at most this many, spread evenly."""
+    load_best_model_at_end: bool = _in("evaluation", default=False)
+    """Keep the adapter with the lowest held-out loss; the earlier one, unless a later one is better beyond noise."""
+    early_stopping_patience: PositiveInt | None = _in("evaluation", default=None)
+    """Stop after this many evaluations in a row without a held-out loss that is lower beyond noise; empty: never."""
+    metric_for_best_model: Literal["eval_loss"] = _in("evaluation", default="eval_loss")
+    """What decides which adapter is best: the held-out loss."""
 
     # --- run
     memory_budget: float | Text = _in("run", default="auto")
@@ -247,6 +260,11 @@ class RunConfig(BaseModel):
     """Checkpoint folder to continue from (`--resume` finds the newest by itself)."""
     use_cpu: bool = _in("run", default=False)
     """Use the CPU even if there is a GPU."""
+    report_to: (
+        Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
+        | list[Literal["tensorboard", "wandb", "mlflow", "trackio"]]
+    ) = _in("run", default="none")
+    """Trackers that get the run's steps and evaluations: one, or a list. They never stop or slow a run."""
     allow_faults: Text | list[Text] = _in("run", default=[])
     """Faults to train with, though they are certain before step 1 and stop a run: `[F67]` or `[rate-too-high]`."""
 
@@ -323,6 +341,12 @@ class RunConfig(BaseModel):
             raise ValueError("at least one name, and no empty ones")
         return value
 
+    @field_validator("metrics")
+    @classmethod
+    def _metrics(cls, entries: list[Any]) -> list[Any]:
+        metric_specs(entries)
+        return entries
+
     @field_validator("column_mapping")
     @classmethod
     def _columns(cls, mapping: dict[str, str]) -> dict[str, str]:
@@ -350,6 +374,11 @@ class RunConfig(BaseModel):
                 "train_on_last_turn and assistant_only_loss: train_on_last_turn: true trains on one turn, "
                 "but assistant_only_loss: false trains on every token; remove one"
             )
+        if self.base_residency == "dequantized" and self.base_offload not in ("auto", False):
+            raise ValueError(
+                "base_residency and base_offload: an unpacked copy is kept on the GPU, which offloading saves; "
+                "use base_residency: quantized, or base_offload: false"
+            )
         if self.matmul_precision != "auto" and (change := self._against_matmuls()):
             base, matmuls = f"base_precision: {self.base_precision}", f"matmul_precision: {self.matmul_precision}"
             raise ValueError(f"base_precision and matmul_precision: {base} with {matmuls}; {change}")
@@ -360,6 +389,9 @@ class RunConfig(BaseModel):
                 raise ValueError(f"{what}_strategy and {what}_steps: {words}")
             if steps is None and strategy == "steps":
                 raise ValueError(f"{what}_strategy: steps needs {what}_steps")
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            raise ValueError("early_stopping_patience and eval_strategy: early_stopping_patience needs evaluations "
+                             "during training; use eval_strategy: epoch, or eval_steps")  # fmt: skip
         return self
 
     def _against_matmuls(self) -> str | None:
@@ -383,6 +415,12 @@ class RunConfig(BaseModel):
         """Whether passes with a repeated shape become CUDA graphs, if there is CUDA."""
         return self.cuda_graphs and self.torch_compile and not self.activation_offload
 
+    @property
+    def trackers(self) -> list[str]:
+        """The trackers of `report_to`, each once."""
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        return [name for name in dict.fromkeys(names) if name != "none"]
+
     # --- typed parts, for functions that need only these
 
     @property
@@ -404,6 +442,7 @@ class RunConfig(BaseModel):
             double_quant=self.bnb_4bit_use_double_quant,
             multiplies_in_fp8=self.multiplies_in_fp8,
             base_residency=self.base_residency,
+            base_offload=self.base_offload,
             bf16=self.bf16,
             sources=self._sources,
         )
@@ -417,6 +456,7 @@ class RunConfig(BaseModel):
             multiplies_in_fp8=self.multiplies_in_fp8,
             double_quant=self.bnb_4bit_use_double_quant,
             base_residency=self.base_residency,
+            base_offload=self.base_offload,
             gradient_checkpointing=self.gradient_checkpointing,
             activation_offload=self.activation_offload,
             optim=self.optim,
@@ -471,6 +511,10 @@ class RunConfig(BaseModel):
             batch_size=self.per_device_eval_batch_size,
             num_samples=self.num_samples,
             max_new_tokens=self.max_new_tokens,
+            metrics=tuple(metric_specs(self.metrics)),
+            metrics_rows=self.metrics_rows,
+            load_best=self.load_best_model_at_end,
+            patience=self.early_stopping_patience,
             steps=self.eval_steps,
             strategy=self.eval_strategy,
             sources=self._sources,

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from solotune.config.metric_specs import MetricSpec
+
 FOREIGN = "foreign"
 """Source of a value that the files of another trainer have."""
 
@@ -45,6 +47,7 @@ class PrecisionSettings(Settings):
     double_quant: bool
     multiplies_in_fp8: bool
     base_residency: Literal["auto", "quantized", "dequantized"]
+    base_offload: bool | int | Literal["auto"]  # a number: that many layers, spread evenly
     bf16: bool
 
 
@@ -58,6 +61,7 @@ class MemorySettings(Settings):
     multiplies_in_fp8: bool
     double_quant: bool
     base_residency: Literal["auto", "quantized", "dequantized"]
+    base_offload: bool | int | Literal["auto"]  # a number: that many layers, spread evenly
     gradient_checkpointing: bool | int | Literal["auto"]  # a number: that many layers, from the first
     activation_offload: bool
     optim: str
@@ -117,8 +121,27 @@ class EvaluationSettings(Settings):
     batch_size: int
     num_samples: int
     max_new_tokens: int
+    metrics: tuple[MetricSpec, ...]
+    metrics_rows: int
+    load_best: bool
+    patience: int | None  # evaluations without a new best after which the run ends; None: never
     steps: int | None
     strategy: Literal["epoch", "steps", "no"]
+
+    @property
+    def scores_answers(self) -> bool:
+        """Whether a metric needs generated answers."""
+        return any(spec.kind != "exact_match" for spec in self.metrics)
+
+    @property
+    def num_answers(self) -> int:
+        """The most answers that a model generates after training."""
+        return max(self.num_samples, self.metrics_rows if self.scores_answers else 0)
+
+    @property
+    def tracks_best(self) -> bool:
+        """Whether evaluations during training are compared with the best one."""
+        return self.load_best or self.patience is not None
 
     def every(self, steps_per_epoch: int) -> int | None:
         """Steps between two evaluations; None for never."""

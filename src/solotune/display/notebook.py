@@ -134,7 +134,9 @@ class NotebookDisplay(PlainDisplay):
         if self._bar is None:
             return ""
         value = f' value="{self._bar.done}" max="{self._bar.total}"' if self._bar.total else ""
-        return f'<div><progress{value} style="width:20em"></progress> {escaped(self._bar.figures)}</div>'
+        lines = (self.held_out_in_words(), self.meter.memory_in_words(), self.last_finding)
+        below = "".join(f"<div>{escaped(line)}</div>" for line in lines if line)
+        return f'<div><progress{value} style="width:20em"></progress> {escaped(self._bar.figures)}</div>{below}'
 
 
 @contextlib.contextmanager

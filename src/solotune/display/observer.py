@@ -47,6 +47,10 @@ class RunObserver(Protocol):
         """Progress of the current stage."""
         ...
 
+    def planned(self, peak_bytes: int) -> None:
+        """The plan expects this much memory at most."""
+        ...
+
     def begin(self, total_steps: int, done: int = 0) -> None:
         """Training begins; `done` of `total_steps` steps are already done."""
         ...
@@ -87,6 +91,8 @@ class SilentObserver:
 
     def progress(self, done: int, total: int, what: str) -> None: ...
 
+    def planned(self, peak_bytes: int) -> None: ...
+
     def begin(self, total_steps: int, done: int = 0) -> None: ...
 
     def step(self, event: StepEvent) -> None: ...
@@ -123,6 +129,10 @@ class Observers:
     def progress(self, done: int, total: int, what: str) -> None:
         for observer in self._observers:
             observer.progress(done, total, what)
+
+    def planned(self, peak_bytes: int) -> None:
+        for observer in self._observers:
+            observer.planned(peak_bytes)
 
     def begin(self, total_steps: int, done: int = 0) -> None:
         for observer in self._observers:
@@ -178,6 +188,9 @@ class Resilient:
 
     def progress(self, done: int, total: int, what: str) -> None:
         self._tell(self._observer.progress, done, total, what)
+
+    def planned(self, peak_bytes: int) -> None:
+        self._tell(self._observer.planned, peak_bytes)
 
     def begin(self, total_steps: int, done: int = 0) -> None:
         self._enter("training")

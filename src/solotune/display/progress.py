@@ -6,6 +6,11 @@ only the permanent lines, never wrapped, so that a log can be searched with grep
 
     step  25/120  loss 1.8312  lr 1.9e-04  grad norm 0.81  epoch 0.62
     ━━━━━━━━━╸━━━━━━━━━━━  31/120  loss 1.790  1,204 tok/s  2.1 GiB  2:31 left
+    held-out 1.9012 ± 0.0213 (step 30), best 1.8870 (step 20)   memory 2.1 of 2.3 GiB planned
+    F17 pad-masks-terminator: ...
+
+The lines below the live one are the last held-out loss, with one standard error as its noise, and the last finding of
+the monitor. `solotune watch` shows a run from another terminal with the same classes (`run_follower`).
 
 Lines come every `logging_steps` steps, and at least ten times a run and every 30 seconds.
 
@@ -19,23 +24,26 @@ Text from data files and models is shown as text: rich's markup is never parsed,
 
 from __future__ import annotations
 
+import codecs
+import io
+import math
 import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID
 from rich.table import Column, Table
 from rich.text import Text
 
 from solotune.display.observer import RunObserver, SilentObserver
-from solotune.units import escape_terminal, format_bytes, format_duration, format_rate, plus_minus
+from solotune.units import escape_terminal, format_bytes, format_duration, format_rate, gib, mib, plus_minus
 
 if TYPE_CHECKING:
     from solotune.config.run_config import Choice
@@ -49,18 +57,32 @@ MIN_BAR = 2  # columns of the bar beside its figures
 
 
 def make_console(stream: IO[str], is_log: bool = False) -> Console:
-    """Console on `stream`: colour only on a terminal (and without NO_COLOR), no markup, no emoji codes.
+    """Console on `stream`: colour only on a terminal (and without NO_COLOR), no markup, no emoji codes. On one that is
+    not UTF-8, signs that it lacks are written in ASCII.
 
     Args:
         is_log: never a terminal, not even with FORCE_COLOR, which a notebook sets.
     """
     width = None if stream.isatty() else PIPE_COLUMNS
+    if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
+        stream.reconfigure(errors=_plain_signs.__name__)
     return Console(
         file=stream, width=width, markup=False, highlight=False, emoji=False, soft_wrap=False,
         force_terminal=False if is_log else None,
         force_jupyter=False,  # in a notebook, rich would send what is for this stream to the cell instead
     )  # fmt: skip
 
+
+_PLAIN = {"±": "+-", "→": "->", "…": ".", "─": "-", "│": "|", "✓": "+", "✗": "x", "·": "-", "×": "x"}
+
+
+def _plain_signs(error: UnicodeError) -> tuple[str, int]:
+    """For a stream that is not UTF-8: the signs that it lacks, in ASCII."""
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(_PLAIN.get(char, "?") for char in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error(_plain_signs.__name__, _plain_signs)
 
 Display = RunObserver  # shows the progress of a verb
 
@@ -74,6 +96,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.last: StepEvent | None = None
+        self.planned_bytes = 0  # by the plan; 0: unknown
         self._taken = 0.0
         self._since_line: list[tuple[float, float]] = []
         self._recent: deque[StepEvent] = deque(maxlen=WINDOW)
@@ -118,6 +141,13 @@ class Meter:
             *([f"{format_duration(left)} left"] if left is not None else []),
         ]
 
+    def memory_in_words(self) -> str:
+        """`memory 2.1 of 2.3 GiB planned`; empty if one of the two is not known."""
+        peak, planned = self.last.peak_bytes if self.last else 0, self.planned_bytes
+        if not peak or not planned:
+            return ""
+        return f"memory {gib(peak) if planned >= 2**30 else mib(peak, 0)} of {format_bytes(planned)} planned"
+
 
 class PlainDisplay(SilentObserver):
     """Print one plain line for each event and every `logging_steps` steps; no line is removed again."""
@@ -125,6 +155,9 @@ class PlainDisplay(SilentObserver):
     def __init__(self, logging_steps: int, console: Console) -> None:
         self.console = console
         self.meter = Meter()
+        self.held_out: list[EvalEvent] = []
+        """The last evaluation, and the one with the lowest loss."""
+        self.last_finding = ""
         self.logging_steps = logging_steps
         self._total_steps = 0
         self._last_line = time.monotonic()
@@ -142,6 +175,9 @@ class PlainDisplay(SilentObserver):
         if time.monotonic() - self._last_line >= SECONDS_A_LINE:
             self._last_line = time.monotonic()
             self._line(f"{done:,}/{total:,} {what}" if total else what)
+
+    def planned(self, peak_bytes: int) -> None:
+        self.meter.planned_bytes = peak_bytes
 
     def begin(self, total_steps: int, done: int = 0) -> None:
         self._total_steps, self._last_line = total_steps, time.monotonic()
@@ -167,6 +203,7 @@ class PlainDisplay(SilentObserver):
         return event.step % self.logging_steps == 0 or tenths[0] < tenths[1] or is_late
 
     def evaluated(self, event: EvalEvent, num_rows: int) -> None:
+        self.held_out = [event, min([event, *self.held_out[1:]], key=_loss_of)]
         exact = f"  exact match {event.exact_match:.1%} of {num_rows:,} rows"
         self._line(f"{self._at(event.step)}held-out loss {plus_minus(event.loss, event.stderr)}{exact}", "cyan")
 
@@ -174,7 +211,16 @@ class PlainDisplay(SilentObserver):
         self._line(f"{self._at(event.step)}saved {path}", "dim")
 
     def diagnosed(self, event: DiagnosedEvent, text: str) -> None:
+        self.last_finding = text
         self._line(text)
+
+    def held_out_in_words(self) -> str:
+        """The last held-out loss with its noise, and the best one before; empty before the first evaluation."""
+        if not self.held_out:
+            return ""
+        last, best = self.held_out
+        text = f"held-out {plus_minus(last.loss, last.stderr)} (step {last.step:,})"
+        return text + (f", best {best.loss:.4f} (step {best.step:,})" if best is not last else "")
 
     def _at(self, step: int) -> str:
         total = f"{self._total_steps:,}"
@@ -200,7 +246,9 @@ class LiveDisplay(PlainDisplay):
         # The figures are never cut: the bar gets the remaining width.
         bar = BarColumn(None, complete_style="green", finished_style="green")
         figures = _Figures(table_column=Column(no_wrap=True))
-        self._progress = Progress(bar, figures, console=console, transient=True, expand=True, refresh_per_second=4)
+        self._progress = _LinesBelow(
+            self._below, bar, figures, console=console, transient=True, expand=True, refresh_per_second=4
+        )
         self._task: TaskID | None = None
         self._phase = ("", 0.0)
 
@@ -236,6 +284,13 @@ class LiveDisplay(PlainDisplay):
     def _more_figures(self) -> list[str]:
         return []  # the live line has them
 
+    def _below(self) -> list[str]:
+        """Held-out loss and memory in one line where both have a place, then the last finding."""
+        figures = [text for text in (self.held_out_in_words(), self.meter.memory_in_words()) if text]
+        both = "   ".join(figures)
+        lines = [both] if cell_len(both) <= self.console.width else figures
+        return [text for text in (*lines, self.last_finding) if text]
+
     def _show(self, words: str, total: int | None, completed: int = 0, figures: str = "") -> None:
         self._hide()
         self._task = self._progress.add_task(escape_terminal(words), total=total, completed=completed, figures=figures)
@@ -252,6 +307,19 @@ class LiveDisplay(PlainDisplay):
         if name:
             self._line(f"{name}  {time.monotonic() - started:.1f} s", "dim")
         self._phase = ("", 0.0)
+
+
+class _LinesBelow(Progress):
+    """A bar with lines below it, each cut at the right edge."""
+
+    def __init__(self, lines: Callable[[], list[str]], *columns: ProgressColumn, **keys: Any) -> None:
+        self._lines = lines
+        super().__init__(*columns, **keys)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for line in self._lines():
+            yield Text(escape_terminal(line.partition("\n")[0]), "dim", no_wrap=True, overflow="ellipsis")
 
 
 class _Figures(ProgressColumn):
@@ -306,6 +374,11 @@ def print_columns(rows: Sequence[Sequence[str]], styles: Sequence[str], console:
 
 
 # --- figures as text
+
+
+def _loss_of(event: EvalEvent) -> float:
+    """For a minimum: NaN is never the lowest."""
+    return math.inf if math.isnan(event.loss) else event.loss
 
 
 def _fitting(figures: Sequence[str], columns: int | None) -> str:

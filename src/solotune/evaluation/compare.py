@@ -1,4 +1,4 @@
-"""Base against tuned on held-out rows: losses paired by row, exact match, and sample answers.
+"""Base against tuned on held-out rows: losses paired by row, exact match, scores of answers, and sample answers.
 
 Base and tuned are the same model with its adapters off and on. Their difference has a standard error and a p-value of
 its own: much smaller than the errors of the two losses suggest, since a hard row is hard for both (`statistics`).
@@ -7,20 +7,22 @@ its own: much smaller than the errors of the two losses suggest, since a hard ro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from functools import cached_property
-from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
-from solotune.dataset import Example, render_prompt
+from solotune.config.settings import EvaluationSettings
+from solotune.dataset import Example
 from solotune.evaluation import generation
+from solotune.evaluation.answer_quality import answer_quality
+from solotune.evaluation.answers import Answered, Question, answer, first_questions, spread_questions
+from solotune.evaluation.metrics import MetricScore, make_metrics, measure
 from solotune.evaluation.scores import Score, score
-from solotune.evaluation.statistics import mcnemar_p, ratio_and_stderr, sign_flip_p, verdict
+from solotune.evaluation.statistics import loss_difference_p, ratio_and_stderr, verdict
 from solotune.model.loading import TrainableModel
 from solotune.model.lora import adapters_off
 from solotune.result_repr import ResultRepr, Table
-from solotune.runtime import signals
 from solotune.units import plus_minus
 
 
@@ -42,6 +44,10 @@ class Evaluation(ResultRepr):
     base: Score
     tuned: Score
     samples: list[Sample]
+    metrics: dict[str, MetricScore] = field(default_factory=dict)
+    """The scores of generated answers that the key `metrics` asks for."""
+    generation: dict[str, Any] | None = None
+    """What the generated answers are like: see `answer_quality`."""
 
     @property
     def difference(self) -> tuple[float, float]:
@@ -50,19 +56,20 @@ class Evaluation(ResultRepr):
 
     @cached_property
     def p_value(self) -> float:
-        """Of the difference between the losses: `statistics.sign_flip_p`."""
-        return sign_flip_p(_paired_losses(self.base, self.tuned), self.base.row_groups)
+        """Of the difference between the losses: `statistics.loss_difference_p`."""
+        return _loss_p(self.base, self.tuned)
 
     @cached_property
-    def exact_match_p_value(self) -> float:
-        """Of the difference between the exact matches: McNemar's test."""
-        return mcnemar_p(self.base.row_hits, self.tuned.row_hits, self.base.row_groups)
+    def exact_match(self) -> MetricScore:
+        """Exact match as a score: the difference by McNemar's test."""
+        base, tuned = (list(map(float, side.row_hits)) for side in (self.base, self.tuned))
+        return MetricScore.of(base, tuned, self.base.row_groups)
 
     @property
     def units(self) -> str:
         """What errors and tests are over: `60 held-out rows`, or `60 held-out rows in 12 groups` of dependent rows.
 
-        `60 held-out rows of 1 group`: rows, since there are too few groups.
+        `60 held-out rows of 1 group`: rows, since there is only one group.
         """
         rows, groups = f"{self.base.rows:,} held-out rows", self.base.num_groups
         if groups is None:
@@ -77,18 +84,34 @@ class Evaluation(ResultRepr):
     @property
     def exact_match_verdict(self) -> str:
         """The same, by exact match."""
-        return verdict(self.base.exact_match - self.tuned.exact_match, self.exact_match_p_value)
+        return self.exact_match.verdict
 
     @property
     def verdict_in_words(self) -> str:
         """One sentence: which of the two predicts the held-out rows better, as far as these can tell."""
         difference, stderr = self.difference
         test = f"paired test, p = {self.p_value:.{4 if self.p_value < 0.01 else 2}f}"
+        test += "; all of one group, so not known of others" * (self.base.num_groups == 1 < self.base.rows)
         if self.verdict == "inside the noise":
             return f"no clear difference between tuned and base on held-out rows ({test})"
         side = "lower" if difference < 0 else "higher"
         by = f"its loss per token is {side} by {plus_minus(abs(difference), stderr)}"
         return f"tuned is {self.verdict} than base on held-out rows: {by} ({test})"
+
+    @property
+    def answers_in_words(self) -> list[str]:
+        """What the generated answers are like: a line on how they end, and others if there is something to see."""
+        if self.generation is None:
+            return []
+        base, tuned, reference = (self.generation[side] for side in ("base", "tuned", "reference"))
+        lines = [f"answers that end by themselves: {tuned['stop_rate']:.0%} of tuned, {base['stop_rate']:.0%} of base"]
+        if (tuned["repetition"] or 0) > (reference["repetition"] or 0) + 0.1:
+            often = f"{tuned['repetition']:.0%} (in the references {reference['repetition'] or 0:.0%})"
+            lines.append(f"tuned repeats itself: 4-grams said before {often}")
+        if tuned["overlap"] is not None and reference["overlap"] is not None:
+            share = f"{tuned['overlap']:.0%} of tuned, {reference['overlap']:.0%} of the references"
+            lines.append(f"8-grams of answers that stand in training answers: {share}")
+        return lines
 
     def figures(self) -> dict[str, object]:
         return {
@@ -115,18 +138,14 @@ class Evaluation(ResultRepr):
              f"{'+' * (difference >= 0)}{plus_minus(difference, stderr)}"),
             ("exact match", f"{self.base.exact_match:.1%}", f"{self.tuned.exact_match:.1%}",
              f"{100 * (self.tuned.exact_match - self.base.exact_match):+.1f} points"),
+            *((name, f"{one.base:.3f}", f"{one.tuned:.3f}", f"{one.tuned - one.base:+.3f} ({one.verdict})")
+              for name, one in self.metrics.items()),
         ]  # fmt: skip
         return Table(f"{self.units}; ± is one standard error", ("", "base", "tuned", "change"), rows)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON of evaluation.json; `scores` may get more keys."""
         difference, stderr = self.difference
-        exact = {
-            "base": self.base.exact_match,
-            "tuned": self.tuned.exact_match,
-            "stderr": {"base": self.base.exact_match_stderr, "tuned": self.tuned.exact_match_stderr},
-            "p_value": self.exact_match_p_value,
-        }
         return {
             "rows": self.base.rows,
             "groups": self.base.num_groups,
@@ -134,7 +153,14 @@ class Evaluation(ResultRepr):
             "tuned": self.tuned.to_json(),
             "difference": {"loss": difference, "stderr": stderr, "p_value": self.p_value},
             "verdict": self.verdict,
-            "scores": {"exact_match": exact},
+            "scores": {name: one.to_json() for name, one in {"exact_match": self.exact_match, **self.metrics}.items()},
+            "generation": self.generation,
+            "row_losses": {  # what two runs are compared by, row by row: weighted sums, in the order of the rows
+                "base": self.base.row_losses,
+                "tuned": self.tuned.row_losses,
+                "weights": self.base.row_weights,
+                "groups": self.base.row_groups,
+            },
             "samples": [asdict(sample) for sample in self.samples],
         }
 
@@ -144,77 +170,32 @@ def loss_difference(base: Score, tuned: Score) -> tuple[float, float]:
     return ratio_and_stderr(_paired_losses(base, tuned), base.row_weights, base.row_groups)
 
 
+def loss_verdict(old: Score, new: Score) -> str:
+    """What the new model is by its loss on the same rows: `better`, `worse` or `inside the noise`."""
+    return verdict(loss_difference(old, new)[0], _loss_p(old, new))
+
+
+def _loss_p(base: Score, tuned: Score) -> float:
+    return loss_difference_p(_paired_losses(base, tuned), base.row_weights, base.row_groups)
+
+
 def _paired_losses(base: Score, tuned: Score) -> list[float]:
     return [t - b for b, t in zip(base.row_losses, tuned.row_losses, strict=True)]
 
 
-def samples(
-    model: TrainableModel,
-    tokenizer: Any,
-    rows: Sequence[Example],
-    count: int,
-    max_new_tokens: int,
-    rendered_on: date | None = None,
-    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
-) -> list[Sample]:
-    """Answers of base and tuned to the first `count` held-out rows, asked as they were trained.
-
-    Of a chat, the last answer is asked for, through the chat template; of plain text, what follows its prompt, or its
-    first half if it has none.
-    """
-    asked = (asked for row in rows if (asked := _question(tokenizer, row, rendered_on)) is not None)
-    chosen = list(islice(asked, count))
-    stops = generation.stop_ids(model, tokenizer, (row.last_loss_token for row in rows))
-    shown = []
-    for number, question in enumerate(chosen):
-        signals.check_stop()
-        progress(number, len(chosen), "sample answers")
-        tuned = generation.generate(model, question.prompt_ids, max_new_tokens, stops)
-        with adapters_off(model.module):
-            base = generation.generate(model, question.prompt_ids, max_new_tokens, stops)
-        texts = [_text(tokenizer, ids) for ids in (base, tuned)]
-        texts = [text.strip() for text in texts] if question.is_chat else texts
-        shown.append(Sample(question.where, question.prompt, question.reference, *texts))
-    return shown
-
-
-class _Question(NamedTuple):
-    """A prompt made of a held-out row, and the row's own answer."""
-
-    where: str
-    prompt_ids: Sequence[int]
-    prompt: str
-    reference: str
-    is_chat: bool
-
-
-def _question(tokenizer: Any, row: Example, rendered_on: date | None) -> _Question | None:
-    """The question of a row; None if nothing can be asked: a chat that ends with its user, or part of a split row."""
-    if row.messages:
-        if row.messages[-1]["role"] != "assistant":
-            return None
-        users = [message["content"] for message in row.messages if message["role"] == "user"]
-        prompt_ids = render_prompt(tokenizer, row.messages[:-1], row.tools, rendered_on=rendered_on)
-        return _Question(row.where, prompt_ids, users[-1] if users else "", row.messages[-1]["content"], True)
-    begin = len(row.prompt_ids) or len(row.input_ids) // 2
-    if row.is_later_part or begin == 0:
-        return None
-    prompt_ids, after = row.input_ids[:begin].tolist(), row.input_ids[begin:][row.loss_mask[begin:]]
-    return _Question(row.where, prompt_ids, _text(tokenizer, prompt_ids), _text(tokenizer, after.tolist()), False)
-
-
-def _text(tokenizer: Any, ids: Sequence[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True)
+def sample_of(answered: Answered) -> Sample:
+    """What is shown of an answered question."""
+    question = answered.question
+    return Sample(question.where, question.prompt, question.reference, answered.base_text, answered.tuned_text)
 
 
 def compare(
     model: TrainableModel,
     tokenizer: Any,
     rows: Sequence[Example],
+    settings: EvaluationSettings,
     *,
-    batch_size: int,
-    num_samples: int,
-    max_new_tokens: int,
+    training_rows: Sequence[Example] = (),
     rendered_on: date | None = None,
     tuned: Score | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
@@ -222,12 +203,51 @@ def compare(
     """Evaluate base and tuned on `rows`.
 
     Args:
+        training_rows: searched for what the answers copy.
         rendered_on: the date on which the rows were rendered.
         tuned: the tuned model's score where it was just measured; None: it is measured.
         progress: called with what is done, all of it, and what it is.
+
+    Raises:
+        InputError: a metric cannot be used, or failed; the row is shown.
     """
-    tuned = tuned or score(model, rows, batch_size, lambda done, total: progress(done, total, "held-out rows, tuned"))
+    shown = first_questions(tokenizer, rows, settings.num_samples, rendered_on)
+    asked = _asked(tokenizer, rows, settings, rendered_on)
+    metrics = make_metrics(settings.metrics, asked)  # a mistake in one is known before anything takes long
+    size = settings.batch_size
+    tuned = tuned or score(model, rows, size, lambda done, total: progress(done, total, "held-out rows, tuned"))
     with adapters_off(model.module):
-        base = score(model, rows, batch_size, lambda done, total: progress(done, total, "held-out rows, base"))
-    answers = samples(model, tokenizer, rows, num_samples, max_new_tokens, rendered_on, progress)
-    return Evaluation(base, tuned, answers)
+        base = score(model, rows, size, lambda done, total: progress(done, total, "held-out rows, base"))
+    stops = generation.stop_ids(model, tokenizer, (row.last_loss_token for row in rows))
+    given = (model, tokenizer), (stops, settings.max_new_tokens, size, progress)
+    answered = answer(*given[0], asked, *given[1], "answers for metrics")
+    missing = [one for one in shown if one.where not in {other.question.where for other in answered}]
+    by_row = {one.question.where: one for one in [*answered, *answer(*given[0], missing, *given[1])]}
+    return Evaluation(
+        base,
+        tuned,
+        [sample_of(by_row[question.where]) for question in shown],
+        measure(metrics, answered),
+        answer_quality(list(by_row.values()), training_rows),
+    )
+
+
+def check_metrics(
+    tokenizer: Any, rows: Sequence[Example], settings: EvaluationSettings, rendered_on: date | None = None
+) -> None:
+    """Try the metrics of a config before training, on the references of a few rows.
+
+    Raises:
+        InputError: one of them cannot be used.
+    """
+    if settings.scores_answers:
+        make_metrics(settings.metrics, _asked(tokenizer, rows, settings, rendered_on))
+
+
+def _asked(
+    tokenizer: Any, rows: Sequence[Example], settings: EvaluationSettings, rendered_on: date | None
+) -> list[Question]:
+    """The questions whose answers are scored."""
+    if not settings.scores_answers:
+        return []
+    return spread_questions(tokenizer, rows, settings.metrics_rows, rendered_on)

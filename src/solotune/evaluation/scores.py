@@ -82,21 +82,26 @@ def score(
         signals.check_stop()
         progress(min(start + batch_size, len(rows)), len(rows))
     model.module.train(was_training)
+    return score_of(rows, losses, exact)
+
+
+def score_of(rows: Sequence[Example], losses: Sequence[float], hits: Sequence[bool]) -> Score:
+    """The score made of what was measured of each row: its weighted sum of losses, and whether it is an exact match."""
     weights = [row.total_weight for row in rows]
     named = [row.group or row.where for row in rows]
     groups, num_groups = independent(named), len(set(named))
     loss, stderr = ratio_and_stderr(losses, weights, groups)
-    share, share_stderr = ratio_and_stderr(exact, [1.0] * len(rows), groups)
+    share, share_stderr = ratio_and_stderr(hits, [1.0] * len(rows), groups)
     return Score(
         loss,
         stderr,
-        sum(counts),
+        sum(num_labels(row) for row in rows),
         share,
         share_stderr,
         len(rows),
         tuple(losses),
         tuple(weights),
-        tuple(exact),
+        tuple(hits),
         tuple(groups) if groups else None,
         num_groups if num_groups < len(rows) else None,
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from solotune.dataset.chat.tokenizer import saved_files
 from solotune.exporters.merge import generation_config
 from solotune.exporters.source import ExportSource
 from solotune.model.adapter import Adapter
@@ -20,7 +19,7 @@ def write_adapter(source: ExportSource, folder: Folder) -> None:
     """Write an adapter folder that PEFT, vLLM and other tools read."""
     Adapter(_config(source), source.adapter.tensors).write(folder)
     folder.write("generation_config.json", json_text(generation_config(source)))  # vLLM's serve line names it
-    for name, content in saved_files(source.tokenizer):
+    for name, content in source.tokenizer_files():
         folder.write(name, content)
 
 

@@ -23,6 +23,8 @@ class Parity:
     token_ids_equal: bool | None = None
     conversations: int = 0
     """Number of conversations whose token ids were compared."""
+    differing: int = 0
+    """How many of these have other token ids; the artifact's problems and notes say why."""
     mean_kl: float | None = None
     max_kl: float | None = None
     top1_agreement: float | None = None
@@ -96,10 +98,8 @@ class Export(ResultRepr):
         rows: list[tuple[str, ...]] = []
         for one in self.artifacts:
             for p in one.parity or [Parity("not measured")]:
-                ids = {None: "", True: "equal", False: "DIFFER"}[p.token_ids_equal]
-                rows.append(
-                    (one.kind, format_bytes(one.bytes), p.engine, ids, _short(p.mean_kl), _share(p.top1_agreement))
-                )
+                size = format_bytes(one.bytes)
+                rows.append((one.kind, size, p.engine, _token_ids(p), _short(p.mean_kl), _share(p.top1_agreement)))
         return rows
 
     def merge_rows(self) -> list[tuple[str, ...]]:
@@ -124,6 +124,12 @@ class Export(ResultRepr):
             "merge": self.merge,
             "adapter_sha256": self.adapter_sha256,
         }
+
+
+def _token_ids(parity: Parity) -> str:
+    if parity.token_ids_equal is None:
+        return ""
+    return "equal" if parity.token_ids_equal else f"{parity.differing} of {parity.conversations} differ"
 
 
 def _short(value: float | None) -> str:

@@ -165,7 +165,11 @@ def _readme(source: ExportSource, kind: str, records: Mapping[str, dict[str, Any
     data = ModelCardData(
         base_model=source.base.hub_id,
         datasets=[dataset] if is_hub_dataset and isinstance(dataset, str) else None,
-        library_name="peft" if kind == "adapter" else "gguf" if kind in ("gguf", "ollama") else "transformers",
+        library_name="peft"
+        if kind == "adapter"
+        else "gguf"
+        if kind in ("gguf", "ollama", "adapter-gguf")
+        else "transformers",
         pipeline_tag="text-generation",
         tags=["solotune", "lora", *(["base_model:adapter:" + source.base.hub_id] if source.base.hub_id else [])],
         **cast("dict[str, Any]", license_of(source.base.folder)),
@@ -186,6 +190,7 @@ def _what_it_is(source: ExportSource, kind: str, base: str) -> str:
     what = {
         "adapter": f"A LoRA adapter for `{base}`, in PEFT's format.",
         "merged": f"`{base}` with a LoRA adapter merged into its weights: a complete model.",
+        "adapter-gguf": f"A LoRA adapter for `{base}` as a GGUF file, beside the base that it was trained on.",
     }.get(kind, f"`{base}` with a LoRA adapter merged into its weights, as {kind}.")
     asked = (
         "It was trained on chats; the chat template in its files is that of the training."

@@ -1,29 +1,23 @@
 """Is a GGUF file in llama.cpp what was trained? Token ids, and log-probabilities within the bound of its format.
 
-    parity, problems, notes = gguf_parity(path, "f16", tokenizer, "chat", rows, trained_log_probs)
+    parity, problems, notes = gguf_parity(path, "f16", tokenizer, "chat", rows, texts=texts_of(source.data))
     parity, problems, notes = ollama_parity(tokenizer)
 
-`problems` are differences that nothing explains. `notes` are those that come from what the engine lacks, whatever file
-it is given; with the number of conversations in which they show:
-
-    NFC      llama.cpp does not compose characters (e + accent), which the tokenizers of Qwen and others do first
-    ends     llama.cpp takes some spellings, `</s>` among them, for end tokens, in whatever vocabulary they are
-    strip    llama.cpp strips ASCII white space only, where a template strips all
+`problems` are differences that nothing explains, and those that come from what the engine lacks if the user's own rows
+have such text; the rest of these are `notes` (`engine_lacks`).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from solotune.errors import SolotuneError
 from solotune.exporters.artifact import Parity
 from solotune.exporters.conversations import Conversation
+from solotune.exporters.engine_lacks import Texts, explained, judged, lacks_of
 from solotune.exporters.llama_cpp import LlamaCpp
 from solotune.exporters.log_prob_error import LogProbError
 from solotune.exporters.template_parity import MOST_SHOWN, Difference, Ids, TrainedIds, asked_of, compare_token_ids
@@ -37,11 +31,7 @@ MAX_MEAN_KL = {"f32": 1e-3, "f16": 1e-3, "bf16": 1e-3}
 """Bounds by format; others are reported, not judged."""
 CONTEXT = 16384  # the longest conversation has 9,000 tokens with a vocabulary of letters
 MAX_POSITIONS = 48  # each takes half a second with a vocabulary of 50,000
-_END_SPELLINGS = re.compile(
-    r"</s>|<\|(?:end|return|call|flush|calls|end_of_text|endoftext|eom_id|eot_id|im_end)\|>|<EOT>"
-)
 Rows = Iterable[tuple[Sequence[int], torch.Tensor]]
-Changed = Callable[[str], str]
 
 
 def gguf_parity(
@@ -53,6 +43,7 @@ def gguf_parity(
     *,
     lora: Path | None = None,
     prompts: Sequence[str] = (),
+    texts: Texts = (),
 ) -> tuple[Parity, list[str], list[str]]:
     """Compare a file in llama.cpp with the model that was trained.
 
@@ -61,6 +52,7 @@ def gguf_parity(
             The last of MAX_POSITIONS, spread over the rows, are compared.
         lora: an adapter in GGUF beside the file.
         prompts: of a model trained on plain text: some of its own.
+        texts: of the rows of the training, as far as they are known; read only if it matters.
 
     Raises:
         EngineError: llama.cpp does not load the file.
@@ -71,11 +63,12 @@ def gguf_parity(
         asked, _ = asked_of(tokenizer, prompt_format, prompts)
         trained, given = TrainedIds(tokenizer), engine_ids(engine)
         differences = compare_token_ids(asked, trained, given, tokenizer)
-        problems, notes = explained(differences, asked, trained, given, normalizer(tokenizer))
+        problems, lacking = explained(differences, asked, trained, given, lacks_of(tokenizer))
         for ids, trained_TV in rows:
             at = range(len(ids))[-max(1, MAX_POSITIONS // len(rows)) :]
             error.add(trained_TV[at.start : at.stop], engine.log_probs(ids, at))
-    return _parity(differences, asked, error), problems + _beyond(error, quantization), notes
+    own, notes = judged(lacking, texts)
+    return _parity(differences, asked, error), problems + own + _beyond(error, quantization), notes
 
 
 def engine_ids(engine: LlamaCpp) -> Ids:
@@ -107,59 +100,14 @@ def ollama_parity(tokenizer: PreTrainedTokenizerBase) -> tuple[Parity, list[str]
     notes = (
         [f"{len(thoughts)} conversations with thoughts in earlier answers: {', '.join(thoughts)}"] if thoughts else []
     )
-    return Parity("files", token_ids_equal=not differ, conversations=len(asked)), problems, notes
-
-
-def explained(
-    differences: Sequence[Difference], asked: Sequence[Conversation], trained: Ids, given: Ids, normalize: Changed
-) -> tuple[list[str], list[str]]:
-    """Sort differences: those that nothing explains, in words; and what the engine lacks, with how many that explains.
-
-    A reason counts only if it is the whole one: the engine is asked again for the same conversation without what it
-    cannot do, and its ids then have to be those of training.
-    """
-    by_name = {one.name: one for one in asked}
-    lacks = {
-        "llama.cpp does not compose characters as this tokenizer does (NFC)": normalize,
-        "llama.cpp takes </s> and the like in a message for end tokens": lambda text: _END_SPELLINGS.sub("x", text),
-        "llama.cpp strips ASCII white space only around messages": str.strip,
-    }
-    problems, counts = [], dict.fromkeys(lacks, 0)
-    for difference in differences:
-        one = by_name[difference.conversation]
-        reason = next((why for why, change in lacks.items() if _is_equal_after(change, one, trained, given)), None)
-        if reason is None:
-            problems.append(str(difference))
-        else:
-            counts[reason] += 1
-    if len(problems) > MOST_SHOWN:
-        problems[MOST_SHOWN:] = [f"{len(problems) - MOST_SHOWN} more of {len(asked)} conversations differ"]
-    return problems, [f"{reason}: {count} of {len(asked)} conversations" for reason, count in counts.items() if count]
-
-
-def _is_equal_after(change: Changed, asked: Conversation, trained: Ids, given: Ids) -> bool:
-    """Whether the engine's ids are training's once the texts of a conversation are changed."""
-    messages = [
-        {**message, "content": change(message["content"])} if isinstance(message.get("content"), str) else message
-        for message in asked.messages
-    ]
-    changed = replace(asked, messages=messages, text=None if asked.text is None else change(asked.text))
-    try:
-        return changed != asked and given(changed) == trained(changed)
-    except SolotuneError:
-        return False
-
-
-def normalizer(tokenizer: PreTrainedTokenizerBase) -> Changed:
-    """What the tokenizer does to a text before it splits it."""
-    fast: Any = getattr(tokenizer, "backend_tokenizer", None)
-    if fast is None or fast.normalizer is None:
-        return str
-    return lambda text: fast.normalizer.normalize_str(text)
+    found = Parity("files", token_ids_equal=not differ, conversations=len(asked), differing=len(differ))
+    return found, problems, notes
 
 
 def _parity(differences: Sequence[Difference], asked: Sequence[Conversation], error: LogProbError) -> Parity:
-    kept: dict[str, Any] = {"token_ids_equal": not differences, "conversations": len(asked)}
+    kept: dict[str, Any] = {
+        "token_ids_equal": not differences, "conversations": len(asked), "differing": len(differences)
+    }  # fmt: skip
     if error.positions:
         kept |= {name: getattr(error, name) for name in ("mean_kl", "max_kl", "top1_agreement", "max_logprob_diff")}
     return Parity("llama.cpp", positions=error.positions, **kept)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from solotune.config.run_config import Choice
-from solotune.dataset.chat.tokenizer import saved_files
 from solotune.errors import InputError
 from solotune.exporters import gguf
 from solotune.exporters.base_tensors import BaseTensors
@@ -18,6 +17,9 @@ from solotune.exporters.source import ExportSource
 
 NOTHING_WRITTEN = ("vllm",)
 FROM_MERGED = ("gguf", "ollama")
+ADAPTER_GGUF = "adapter-gguf"
+WEIGHTS = ("merged", ADAPTER_GGUF)
+"""Kinds that are written from the base's tensors."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,10 @@ def checked(
         gguf.check_quantization(quantization)
     if any(kind in FROM_MERGED for kind in wanted):
         gguf.check_convertible(source.base.folder, source.adapter)
+    if ADAPTER_GGUF in wanted:
+        gguf.check_convertible(source.base.folder, source.adapter, is_merged=False)
     dtype, because = output_dtype(tensors, dtype)
-    if "merged" in wanted:
+    if any(kind in WEIGHTS for kind in wanted):
         choices.append(Choice("dtype", dtype, because))
     sizes = _sizes(source, tensors, wanted, dtype, quantizations)
     return ExportPlan(wanted, tensors, dtype, merge_into, quantizations, sizes, choices)
@@ -94,5 +98,6 @@ def _sizes(
     merged = merged_bytes(tensors, OUTPUT_DTYPES[dtype])
     files = [gguf.gguf_bytes(merged // 2, quantization) for quantization in quantizations]
     each = {"adapter": adapter, "merged": merged, "gguf": sum(files), "ollama": 0 if "gguf" in kinds else files[0]}
-    beside = sum(len(content) for _, content in saved_files(source.tokenizer))
+    each[ADAPTER_GGUF] = 2 * adapter + merged + files[0]  # the base is also written as it is, while it is converted
+    beside = sum(len(content) for _, content in source.tokenizer_files())
     return {kind: each[kind] + beside for kind in kinds if kind in each}

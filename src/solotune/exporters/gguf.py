@@ -9,17 +9,14 @@ on PATH, else a pinned one.
 
 What an engine adds to a prompt, and where it stops, is in the header and has to be what the training did:
 
-    tokenizer.chat_template           the template of the folder
+    tokenizer.chat_template           the template of the folder, as llama.cpp needs it (`engine_template`)
     tokenizer.ggml.add_bos_token      whether llama.cpp adds BOS to a prompt (and drops the one that the template wrote)
     tokenizer.ggml.add_eos_token      false: no prompt ends with EOS
     tokenizer.ggml.add_space_prefix   SentencePiece only: whether a text after a control token gets a space in front.
                                       llama.cpp does that where the converter says nothing, and Mistral's prompts then
                                       have a token too many after [INST]
     eos_token_id, eot_, eom_          the end tokens of generation_config.json, three at most
-
-llama.cpp's server defines variables that transformers does not: with `date_string`, Llama 3.1 gets today's date
-instead of the one it was trained with. So the template in the header begins by setting them to what they are in
-training (`engine_template`).
+    tokenizer.ggml.tokens             texts of tokens that llama.cpp would take for others (`engine_vocabulary`)
 """
 
 from __future__ import annotations
@@ -33,13 +30,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from solotune.dataset.chat.template import render_chat
 from solotune.errors import CheckError, InputError, StorageError
 from solotune.exporters import gguf_process
+from solotune.exporters.engine_template import engine_template
+from solotune.exporters.engine_vocabulary import renamed_tokens
 from solotune.exporters.sentencepiece_model import SPACE, sentencepiece_model
 from solotune.exporters.tools import CONVERTER, LORA_CONVERTER, LORA_SCRIPT, QUANTIZER
 from solotune.exporters.turn_format import engine_adds_bos
@@ -48,9 +46,6 @@ from solotune.model.adapter import Adapter
 from solotune.run.atomic_io import Folder, whole_folder
 from solotune.units import first_line
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
 K_QUANTS = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_k_s", "q4_k_m", "q5_0", "q5_k_s", "q5_k_m", "q6_k")
 QUANTIZATIONS = (*CONVERTED, *K_QUANTS)
@@ -58,7 +53,6 @@ BYTES_PER_WEIGHT, K_QUANT_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 
 LORA_FILE = "adapter.gguf"
 SECONDS, BYTES_PER_SECOND = 600, 4 << 20  # a child may take SECONDS, and more for a large model
 _ENDS = ("eos", "eot", "eom")
-ENGINE_VARIABLES = ("date_string", "tools_in_user_message")
 _HEAD_AND_EMBEDDING = ("lm_head", "embed_out", "embed_tokens", "wte", "word_embeddings", "embed_in")
 
 
@@ -117,8 +111,10 @@ def check_convertible(base_folder: Path, adapter: Adapter, *, is_merged: bool = 
 # --- a merged folder
 
 
-def write_gguf(merged: Path, target: Folder, quantization: str, *, prompt_format: str = "chat") -> Path:
-    """Convert a merged folder to `model-<quantization>.gguf` in the target folder; returns its path.
+def write_gguf(
+    merged: Path, target: Folder, quantization: str, *, prompt_format: str = "chat", name: str = "model"
+) -> Path:
+    """Convert a merged folder to `<name>-<quantization>.gguf` in the target folder; returns its path.
 
     Args:
         prompt_format: `chat` or `text`, as the model was trained; it decides whether prompts begin with BOS.
@@ -130,8 +126,7 @@ def write_gguf(merged: Path, target: Folder, quantization: str, *, prompt_format
     """
     check_quantization(quantization)
     metadata = header_of(merged, prompt_format)
-    name, seconds = f"model-{quantization}.gguf", _seconds_for(merged)
-    path = target.path / name
+    path, seconds = target.path / f"{name}-{quantization}.gguf", _seconds_for(merged)
     if quantization in CONVERTED:
         _convert(merged, path, quantization, metadata, seconds)
     else:
@@ -143,7 +138,7 @@ def write_gguf(merged: Path, target: Folder, quantization: str, *, prompt_format
             between.unlink(missing_ok=True)
     if problems := header_problems(path, metadata):
         raise CheckError(f"{path.name}: the file's header is not what was trained", seen="; ".join(problems))
-    target.adopt(name)
+    target.adopt(path.name)
     return path
 
 
@@ -162,22 +157,6 @@ def header_of(merged: Path, prompt_format: str) -> dict[str, Any]:
     if prompt_format == "chat":
         found["tokenizer.chat_template"] = engine_template(tokenizer)
     return found
-
-
-def engine_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template for llama.cpp: it sets variables that its server defines to what they are in training.
-
-    A template that writes today's date (`strftime_now`) keeps doing so, there as here.
-    """
-    source = tokenizer.get_chat_template()
-    lines = []
-    for name in ENGINE_VARIABLES:
-        if name not in source or "strftime_now" in source:
-            continue
-        shown = f"{source}\ufdd0{{{{ {name} | tojson if {name} is defined else '' }}}}"
-        value = render_chat(tokenizer, [{"role": "user", "content": "x"}], template=shown).rpartition("\ufdd0")[2]
-        lines += [f"{{%- set {name} = {value} -%}}"] if value else []
-    return "".join(lines) + source
 
 
 def header_problems(path: Path, metadata: Mapping[str, Any]) -> list[str]:
@@ -207,7 +186,8 @@ def _end_ids(folder: Path, tokenizer: Any) -> list[int]:
 def _convert(merged: Path, path: Path, outtype: str, metadata: Mapping[str, Any], seconds: float) -> None:
     with _for_converter(merged) as seen:
         arguments = [str(seen), "--outtype", outtype, "--outfile", str(path.absolute())]
-        answer = _converter({"convert": arguments, "metadata": metadata}, seconds)
+        tokens = renamed_tokens(_tokenizer(merged))
+        answer = _converter({"convert": arguments, "metadata": metadata, "tokens": tokens}, seconds)
     if "ok" in answer and path.is_file():
         return
     _check_room(path.parent, answer.get("why", ""))

@@ -15,6 +15,7 @@ import torch
 from solotune.exporters import parity
 from solotune.exporters.artifact import Artifact, Compared
 from solotune.exporters.card import write_card
+from solotune.exporters.engine_lacks import texts_of
 from solotune.exporters.engine_parity import Rows, gguf_parity, ollama_parity
 from solotune.exporters.export_folder import artifact_of
 from solotune.exporters.gguf import write_gguf
@@ -75,7 +76,13 @@ def _write_and_compare(job: ExportJob, folder: Folder, quantization: str, rows: 
     path = write_gguf(job.folder.path / "merged", folder, quantization, prompt_format=source.prompt_format)
     job.phase(f"comparing {quantization} in llama.cpp")
     found, problems, notes = gguf_parity(
-        path, quantization, source.tokenizer, source.prompt_format, rows, prompts=prompts_of(source)
+        path,
+        quantization,
+        source.tokenizer,
+        source.prompt_format,
+        rows,
+        prompts=prompts_of(source),
+        texts=texts_of(source.data),
     )
     compared.parity.append(found)
     compared.problems.extend(f"{quantization}: {problem}" for problem in problems)

@@ -6,15 +6,18 @@
     W of `dequantized`    the 4- or 8-bit codes that the run trained with, dequantised: what was trained
     `requantized`         W' of what was trained, in NF4 again: what someone gets who loads a merged model in 4 bits
 
-Memory: one tensor in float32 and its neighbour, whatever the size of the model. While a tensor is hashed and written,
-the next one is read and merged. The shards are those of the base, split where one is larger than SHARD_BYTES.
+Memory: four tensors at most, whatever the size of the model. While one is hashed and written, the next is merged in
+place, some rows at a time, and one more is read. The shards are those of the base, split where one is larger than
+SHARD_BYTES.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,7 +25,6 @@ from typing import Any
 import torch
 
 from solotune.config.settings import PrecisionSettings
-from solotune.dataset.chat.tokenizer import saved_files
 from solotune.errors import InputError
 from solotune.exporters.base_tensors import NAMES, BaseTensor, BaseTensors, as_bytes
 from solotune.exporters.source import ExportSource
@@ -30,7 +32,7 @@ from solotune.hardware import machine as environment
 from solotune.hub.quantised import QUANTISATION
 from solotune.model.adapter import Adapter
 from solotune.model.frozen_linear import NF4Weight
-from solotune.model.loading import store_weight
+from solotune.model.stored_weight import Rows, trained_rows
 from solotune.model.weight_files import INDEX, WHOLE
 from solotune.model.weights import check_finite
 from solotune.run.atomic_io import Folder, json_text
@@ -40,6 +42,8 @@ ORIGINAL, DEQUANTIZED, REQUANTIZED = "original", "dequantized", "requantized"
 OUTPUT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD_BYTES = 5 * 10**9  # of transformers' `save_pretrained` until version 5
 CHUNK = 1 << 20  # numbers that are added and rounded at a time
+AHEAD = 2  # tensors that are read or merged while one is written
+_CPU = torch.device("cpu")
 NOT_IN_MERGED = ("_name_or_path", "auto_map", "torch_dtype", "custom_generate", "_from_model_config")
 
 Progress = Callable[[int, int, str], None]
@@ -69,43 +73,64 @@ class Merge:
         """Whether the training changed the base's numbers by quantising them."""
         return is_quantised(self.precision)
 
-    def weight(self, tensor: BaseTensor) -> torch.Tensor:
+    def weight(self, tensor: BaseTensor, read: torch.Tensor | None = None) -> torch.Tensor:
         """The weight of a linear layer, merged, in the layout of the base's file.
+
+        Args:
+            read: the tensor, if it was read already; it is overwritten.
 
         Raises:
             InputError: it is not finite, or too large for float16.
         """
-        layer, W = tensor.layer, tensor.read()
+        layer, W = tensor.layer, tensor.read() if read is None else read
         assert layer is not None
-        is_changed = self.into == DEQUANTIZED or (self.into == REQUANTIZED and self.is_quantised)
-        if is_changed:
-            W_OI = W.T.contiguous() if tensor.is_transposed else W
-            stored = store_weight(W_OI.to(self.device), self.precision, self.compute_dtype)
-            W = stored.dense(torch.float32).cpu()
-            W = W.T if tensor.is_transposed else W
-        W = self._added(layer, W, tensor.is_transposed) if layer in self._layers else rounded(W, self.dtype)
-        _check_written(W, tensor)
+        if self.into == DEQUANTIZED or (self.into == REQUANTIZED and self.is_quantised):
+            merged = self._merged(layer, W, *self._as_trained(W, tensor.is_transposed), tensor.is_transposed)
+        elif layer in self._layers:
+            merged = self._merged(layer, W, _CPU, lambda begin, end: W[begin:end], tensor.is_transposed)
+        else:
+            merged = rounded(W, self.dtype)
+        _check_written(merged, tensor)
         if self.into == REQUANTIZED:
-            W_OI = W.T.contiguous() if tensor.is_transposed else W
+            W_OI = merged.T.contiguous() if tensor.is_transposed else merged
             again = NF4Weight(W_OI.to(self.device, self.compute_dtype), double_quant=True)
-            W = again.dense(self.dtype).cpu()
-            W = W.T.contiguous() if tensor.is_transposed else W
-        return W
+            merged = again.dense(self.dtype).cpu()
+            merged = merged.T.contiguous() if tensor.is_transposed else merged
+        return merged
 
     @cached_property
     def _layers(self) -> frozenset[str]:
         return frozenset(self.adapter.modules)
 
-    def _added(self, layer: str, W: torch.Tensor, is_transposed: bool) -> torch.Tensor:
-        """W + s B A (transposed: W + s (B A)^T), some rows at a time, since fresh memory costs more than the sum."""
-        A, B = self.adapter.factors(layer)
-        left, right = (A.T, B.T) if is_transposed else (B, A)
-        scaling, rows = self.adapter.scaling(layer), max(1, CHUNK // W.shape[1])
-        merged = torch.empty(W.shape, dtype=self.dtype)
-        for at in range(0, len(W), rows):
-            total = W[at : at + rows].float()
-            total = torch.addmm(total, left[at : at + rows], right, alpha=scaling)
-            merged[at : at + rows] = total.to(self.dtype)
+    def _as_trained(self, W: torch.Tensor, is_transposed: bool) -> tuple[torch.device, Rows]:
+        """Where the weight is quantised, and its rows as the training computed with them, in the file's layout."""
+        given = W.to(self.device)
+        rows = trained_rows(given.T.contiguous() if is_transposed else given, self.precision, self.compute_dtype)
+        if not is_transposed:
+            return self.device, rows
+        dense = rows(0, W.shape[1]).T
+        return self.device, lambda begin, end: dense[begin:end]
+
+    def _merged(
+        self, layer: str, W: torch.Tensor, device: torch.device, rows: Rows, is_transposed: bool
+    ) -> torch.Tensor:
+        """W' in the memory of W if its dtype is the one that is written: fresh memory costs more than the sum.
+
+        Some rows at a time, which stay in the cache; rows of W are read before they are overwritten.
+        """
+        merged = W if W.dtype == self.dtype else torch.empty(W.shape, dtype=self.dtype)
+        step = max(1, CHUNK // W.shape[1])
+        total = torch.empty((min(step, len(W)), W.shape[1]), device=device)
+        scaling = self.adapter.scaling(layer) if layer in self._layers else 0.0
+        if scaling:
+            A, B = (factor.to(device) for factor in self.adapter.factors(layer))
+            left, right = (A.T, B.T) if is_transposed else (B, A)  # (B A)^T = A^T B^T
+        for begin in range(0, len(W), step):
+            end = min(begin + step, len(W))
+            sums = total[: end - begin].copy_(rows(begin, end))
+            if scaling:
+                sums.addmm_(left[begin:end], right, alpha=scaling)
+            merged[begin:end] = sums
         return merged
 
 
@@ -167,16 +192,17 @@ def write_merged(source: ExportSource, tensors: BaseTensors, folder: Folder, mer
     write_weights(tensors, folder, merge, progress)
     folder.write("config.json", json_text(_config(source, tensors, merge.dtype)))
     folder.write("generation_config.json", json_text(generation_config(source)))
-    for name, content in saved_files(source.tokenizer):
+    for name, content in source.tokenizer_files():
         folder.write(name, content)
 
 
 def write_weights(tensors: BaseTensors, folder: Folder, merge: Merge, progress: Progress) -> None:
     """Write the safetensors files, and their index if there are several."""
     shards, done = _shards(tensors, merge.dtype), 0
-    for shard in shards:
-        folder.write(shard.name, _content(shard, merge, progress, done, len(tensors.all)))
-        done += len(shard.tensors)
+    with closing(_written_ahead((tensor for shard in shards for tensor in shard.tensors), merge)) as written:
+        for shard in shards:
+            folder.write(shard.name, _content(shard, written, merge, progress, done, len(tensors.all)))
+            done += len(shard.tensors)
     if len(shards) > 1:
         weight_map = {tensor.key: shard.name for shard in shards for tensor in shard.tensors}
         total = merged_bytes(tensors, merge.dtype)
@@ -218,8 +244,10 @@ def _size(tensor: BaseTensor, dtype: torch.dtype) -> int:
     return tensor.entry.numel * _dtype_of(tensor, dtype).itemsize
 
 
-def _content(shard: _Shard, merge: Merge, progress: Progress, done: int, total: int) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, tensor by tensor."""
+def _content(
+    shard: _Shard, written: Iterator[torch.Tensor], merge: Merge, progress: Progress, done: int, total: int
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, tensor by tensor, of which `written` gives the values."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in shard.tensors:
@@ -229,23 +257,29 @@ def _content(shard: _Shard, merge: Merge, progress: Progress, done: int, total: 
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(_written, shard.tensors[0], merge)
-        for number, following in enumerate([*shard.tensors[1:], None], start=1):
-            tensor = coming.result()
-            if following is not None:
-                coming = ahead.submit(_written, following, merge)
-            yield as_bytes(tensor)
-            del tensor
-            signals.check_stop()
-            progress(done + number, total, "tensors")
+    for number, _ in enumerate(shard.tensors, start=1):
+        yield as_bytes(next(written))
+        signals.check_stop()
+        progress(done + number, total, "tensors")
 
 
-def _written(tensor: BaseTensor, merge: Merge) -> torch.Tensor:
+def _written_ahead(tensors: Iterable[BaseTensor], merge: Merge) -> Generator[torch.Tensor, None, None]:
+    """The tensors as they are written; while one is hashed and written, the next is merged and one more is read."""
+    coming: deque[Future[torch.Tensor]] = deque()
+    with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as merging:
+        for tensor in tensors:
+            coming.append(merging.submit(_written, tensor, reading.submit(tensor.read), merge))
+            if len(coming) > AHEAD:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+
+
+def _written(tensor: BaseTensor, read: Future[torch.Tensor], merge: Merge) -> torch.Tensor:
     """A tensor as it is written."""
     if tensor.layer is not None:
-        return merge.weight(tensor)
-    written = rounded(tensor.read(), _dtype_of(tensor, merge.dtype))
+        return merge.weight(tensor, read.result())
+    written = rounded(read.result(), _dtype_of(tensor, merge.dtype))
     if written.is_floating_point():
         _check_written(written, tensor)
     return written

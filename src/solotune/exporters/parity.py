@@ -21,6 +21,7 @@ from solotune.exporters.measure import Fit
 from solotune.exporters.merge_choice import Trained
 from solotune.exporters.source import ExportSource
 from solotune.hardware.machine import ram
+from solotune.model.adapter import Adapter
 from solotune.model.lm_head import head_of
 from solotune.units import first_line
 
@@ -65,9 +66,18 @@ def in_peft(folder: Path, source: ExportSource, trained: Trained) -> Fit:
 
 
 @torch.no_grad()
-def row_logits(folder: Path, rows: Sequence[Example]) -> list[tuple[list[int], torch.Tensor]]:
-    """Ids of a few rows, and the logits (T, V) of a merged folder for them, in float32 on the CPU."""
+def row_logits(
+    folder: Path, rows: Sequence[Example], adapter: Adapter | None = None
+) -> list[tuple[list[int], torch.Tensor]]:
+    """Ids of a few rows, and the logits (T, V) of a folder's model for them, in float32 on the CPU.
+
+    Args:
+        adapter: to be added, in float32; None: the model is merged.
+    """
     module = _loaded(folder, dtype=torch.float32).eval()
+    if adapter is not None:
+        for name in adapter.modules:
+            module.get_submodule(name).weight += adapter.delta(name)
     ids = [row.input_ids[:ROW_TOKENS].tolist() for row in rows[:NUM_ROWS]]
     return [(one, module(torch.tensor([one]), use_cache=False).logits[0]) for one in ids]
 

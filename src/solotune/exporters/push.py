@@ -20,7 +20,7 @@ from solotune.hub.download import HUB_ID, offline_switch
 from solotune.run.manifest import check_folder
 from solotune.units import first_line
 
-PUSHED = ("adapter", "merged", "gguf", "ollama")
+PUSHED = ("adapter", "merged", "gguf", "ollama", "adapter-gguf")
 MADE_BY_THE_HUB = {".gitattributes"}
 CODE = (".bin", ".pt", ".pth", ".pkl", ".py")  # formats that can run code
 

@@ -101,11 +101,13 @@ def free_port(host: str, port: int) -> int:
 class Server:
     """A running server; use it in a `with` block."""
 
-    def __init__(self, engine: str, model: Path, host: str, port: int) -> None:
+    def __init__(self, engine: str, model: Path, host: str, port: int, prompt_format: str = "chat") -> None:
         """Args:
         model: the merged folder, or the GGUF file.
+        prompt_format: `text` for a model that continues texts: `transformers serve` then refuses chats.
         """
         self.engine, self.model, self.host, self.port = engine, model, host, port
+        self.prompt_format = prompt_format
         self._child: subprocess.Popen[bytes] | None = None
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
 
@@ -142,6 +144,7 @@ class Server:
             env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [before])])},
         )  # fmt: skip
         request = {"engine": self.engine, "model": self.name, "host": self.host, "port": self.port}
+        request["prompt_format"] = self.prompt_format
         try:
             assert self._child.stdin is not None
             with contextlib.suppress(BrokenPipeError):

@@ -13,12 +13,33 @@ import os
 import sys
 import threading
 
+CHAT_PATHS = ("/v1/chat/completions", "/v1/responses")
+NO_CHATS = "this model was trained on plain text, without a chat template: use /v1/completions"
+
 
 def serve_transformers(request: dict) -> None:
     """What `transformers serve` does: FastAPI and uvicorn, on a folder."""
     from transformers.cli.serve import Serve
+    from transformers.cli.serving import server
 
+    if request["prompt_format"] == "text":
+        build = server.build_server
+        server.build_server = lambda *given, **named: without_chats(build(*given, **named))
     Serve(force_model=request["model"], host=request["host"], port=request["port"])
+
+
+def without_chats(app):
+    """The server, with an error for requests that would go through a chat template."""
+    from fastapi.responses import JSONResponse  # pyright: ignore[reportMissingImports]
+
+    @app.middleware("http")
+    async def refuse_chats(request, answer):
+        if request.url.path not in CHAT_PATHS:
+            return await answer(request)
+        error = {"message": NO_CHATS, "type": "invalid_request_error", "param": None, "code": None}
+        return JSONResponse({"error": error}, 400)
+
+    return app
 
 
 def serve_llama_cpp(request: dict) -> None:

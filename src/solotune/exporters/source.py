@@ -22,7 +22,7 @@ from solotune import dataset
 from solotune.config.run_config import Choice, RunConfig
 from solotune.config.settings import FOREIGN
 from solotune.dataset import Example
-from solotune.dataset.chat.tokenizer import has_tokenizer
+from solotune.dataset.chat.tokenizer import has_tokenizer, saved_files
 from solotune.errors import InputError, SolotuneError
 from solotune.evaluation import generation
 from solotune.hub.hf_config import architecture_of
@@ -58,6 +58,8 @@ class ExportSource:
     """Held-out rows, or rows of --dataset, of at most MAX_TOKENS tokens; may be empty."""
     choices: list[Choice] = field(default_factory=list)
     tuned_run: TunedRun | None = field(default=None, repr=False)
+    data: Sequence[Sequence[Example]] = field(default=(), repr=False)
+    """All rows of the training, and those held out, or of --dataset; empty if they are not here any more."""
 
     @cached_property
     def stop_ids(self) -> list[int]:
@@ -70,6 +72,16 @@ class ExportSource:
     def vocab_size(self) -> int:
         """Rows of the base's embedding."""
         return _text_config(self.base).vocab_size
+
+    def tokenizer_files(self) -> list[tuple[str, bytes]]:
+        """(name, content) of the tokenizer's files; without the base's chat template if the training used none.
+
+        Servers and libraries would else ask the model in a form that it was not trained on.
+        """
+        files = list(saved_files(self.tokenizer))
+        if self.prompt_format == "chat":
+            return files
+        return [(name, content) for name, content in files if "chat_template" not in name]
 
     def load(self, progress: Progress | None = None) -> TrainableModel:
         """Load the model that was trained: the base in the precision of the training, with the adapter.
@@ -137,7 +149,8 @@ def _open_run(target: str | Path, base: str | None) -> ExportSource:
     choices: list[Choice] = []
     if folder != run.directory.adapter:
         choices.append(Choice("adapter", folder.name, "the run has not finished; this is its newest checkpoint"))
-    rows, because = _held_out(run)
+    data, because = _prepared(run)
+    rows = bounded(data[1]) if data else []
     choices.append(Choice("rows compared", len(rows), because))
     run.config = _for_measuring(run.config)
     return ExportSource(
@@ -153,17 +166,22 @@ def _open_run(target: str | Path, base: str | None) -> ExportSource:
         rows,
         choices,
         run,
+        data,
     )
 
 
-def _held_out(run: TunedRun) -> tuple[list[Example], str]:
-    """Held-out rows of a run, and why these; none if the data is not here any more, which does not stop an export."""
+def _prepared(run: TunedRun) -> tuple[Sequence[Sequence[Example]], str]:
+    """Training rows and held-out rows of a run, and why these are compared; none if the data is not here any more.
+
+    A missing file does not stop an export.
+    """
     try:
-        found = run.prepare().validation
+        found = run.prepare()
     except SolotuneError as error:
-        return [], f"the held-out rows cannot be read: {error.problem}"
-    rows = bounded(found)
-    return rows, _of_rows(len(found), "held-out rows") if found else "the run held out no rows"
+        return (), f"the held-out rows cannot be read: {error.problem}"
+    count = len(found.validation)
+    because = _of_rows(count, "held-out rows") if count else "the run held out no rows"
+    return (found.train, found.validation), because
 
 
 def _of_rows(count: int, kind: str) -> str:
@@ -258,7 +276,7 @@ def _config_of(adapter: Adapter, base: str, rows_of: str, precision: str) -> Run
 def _add_rows(source: ExportSource) -> None:
     """Read the rows of --dataset, and how they are asked."""
     prepared = dataset.prepare(source.config, source.tokenizer)
-    source.rows = bounded(prepared.train)
+    source.rows, source.data = bounded(prepared.train), (prepared.train,)
     report = prepared.report
     source.prompt_format, source.answer_ends = report.prompt_format, list(report.answer_ends)
     source.system_prompt = report.shared_system_prompt

@@ -161,7 +161,10 @@ def folder_parity(
     if missing := missing_ends(folder, stop_ids):
         names = ", ".join(_word(tokenizer, missing, place) for place in range(len(missing)))
         problems.append(f"generation_config.json: eos_token_id does not have {names}, which ends answers in training")
-    return Parity("transformers", token_ids_equal=not differences, conversations=len(asked)), problems
+    found = Parity(
+        "transformers", token_ids_equal=not differences, conversations=len(asked), differing=len(differences)
+    )
+    return found, problems
 
 
 def asked_of(

@@ -17,7 +17,7 @@ from solotune.exporters.adapter_folder import note_on_base, write_adapter
 from solotune.exporters.artifact import Artifact, Compared, Export, Parity
 from solotune.exporters.card import write_card
 from solotune.exporters.export_folder import ExportFolder, artifact_of, sha256_of
-from solotune.exporters.export_plan import ExportPlan
+from solotune.exporters.export_plan import WEIGHTS, ExportPlan
 from solotune.exporters.merge import OUTPUT_DTYPES, Merge, Progress, merged_bytes, write_merged
 from solotune.exporters.merge_choice import MergeChoice, Trained, beyond, choose, measure_trained
 from solotune.exporters.parity import parity_of
@@ -87,7 +87,7 @@ class ExportJob:
 
     def prepare(self) -> None:
         """Choose the base to merge into first, since that takes the trained model's weights."""
-        if "merged" in self.plan.kinds:
+        if any(kind in WEIGHTS for kind in self.plan.kinds):
             assert self.choice
 
     def add(self, artifact: Artifact) -> None:
@@ -111,7 +111,8 @@ def _with_token_ids(job: ExportJob, folder: Folder, compared: Compared) -> Compa
     """What was compared, with the token ids that transformers makes of the folder's tokenizer and template."""
     ids, problems = job.token_ids(folder)
     found = [
-        replace(one, token_ids_equal=ids.token_ids_equal, conversations=ids.conversations) for one in compared.parity
+        replace(one, token_ids_equal=ids.token_ids_equal, conversations=ids.conversations, differing=ids.differing)
+        for one in compared.parity
     ]
     return Compared(found or [ids], [*compared.problems, *problems], compared.notes)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from solotune.errors import CheckError
+from solotune.hardware import link
 from solotune.hardware import machine as environment
 from solotune.hardware.machine import BUSY_GPU, Check, Machine
 from solotune.hub.download import offline_switch
@@ -75,7 +76,11 @@ def doctor() -> DoctorReport:
             _check_torch(machine),
             _check_gpu(machine),
             _check_bitsandbytes(machine),
-            *([environment.check_triton(machine), environment.check_compiler()] if machine.has_cuda else []),
+            *(
+                [environment.check_triton(machine), environment.check_compiler(), _check_link()]
+                if machine.has_cuda
+                else []
+            ),
             _check_room("memory", machine.ram_bytes, machine.ram_free_bytes, MIN_RAM_BYTES),
             _check_room("disk", None, machine.disk_free_bytes, MIN_DISK_BYTES),
             _check_cache(),
@@ -202,6 +207,19 @@ def _check_gpu(machine: Machine) -> Check:
     found = f"{machine.nvidia_gpu}, driver {machine.driver}: torch cannot use it: {machine.cuda_error}"
     fix = f"update the NVIDIA driver to one for CUDA {machine.cuda_runtime}, or install torch built for an older CUDA"
     return Check("gpu", "fail", found, fix)
+
+
+def _check_link() -> Check:
+    """Measure copies from host memory: with `base_offload` the frozen weights arrive over this link in every pass."""
+    try:
+        speed = link.host_to_device_bytes_per_second()
+    except RuntimeError as error:
+        return Check("link", "warn", f"not measured: {first_line(error)}", "end what else uses the GPU")
+    found = f"{speed / 1e9:.1f} GB/s from host memory to the GPU"
+    if speed < link.SLOW_BYTES_PER_SECOND:
+        fix = "put the card into a slot with 16 lanes, or end what else uses the link; only base_offload depends on it"
+        return Check("link", "warn", found, fix)
+    return Check("link", "ok", found)
 
 
 def _check_bitsandbytes(machine: Machine) -> Check:

@@ -28,6 +28,7 @@ Shape legend: T tokens (any leading dimensions), I in_features, O out_features, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,11 +37,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from solotune.hardware.bnb import functional as bnb
+from solotune.model.nf4_codes import BLOCK, quantize_nf4
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BLOCK = 64  # weights per NF4 scale: QLoRA's block size and bitsandbytes' default
+NESTED_BLOCK = 256  # scales per scale of their own, with double quantisation
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # largest finite e4m3
 
@@ -84,13 +86,18 @@ dequant_matmul.register_autograd(_through_weight, setup_context=_keep_storage)
 
 def dequantize_nf4(stored: list[torch.Tensor], shape: list[int], nested_block: int, dtype: torch.dtype) -> torch.Tensor:
     """W_OI of `NF4Weight.stored`, dequantised by bitsandbytes' kernel."""
-    packed, scales_K = stored[0], stored[1]
-    if nested_block:
-        _, codes_K, nested_absmax, nested_code, offset = stored
-        scales_K = offset + torch.ops.bitsandbytes.dequantize_blockwise(
-            codes_K, nested_absmax, nested_code, nested_block, torch.float32
-        )
-    return torch.ops.bitsandbytes.dequantize_4bit(packed, scales_K, BLOCK, "nf4", shape, dtype).view(shape)
+    scales_K = nf4_scales(stored, nested_block)
+    return torch.ops.bitsandbytes.dequantize_4bit(stored[0], scales_K, BLOCK, "nf4", shape, dtype).view(shape)
+
+
+def nf4_scales(stored: list[torch.Tensor], nested_block: int) -> torch.Tensor:
+    """The scale of each block in float32; of double quantisation, dequantised."""
+    if not nested_block:
+        return stored[1]
+    _, codes_K, nested_absmax, nested_code, offset = stored
+    return offset + torch.ops.bitsandbytes.dequantize_blockwise(
+        codes_K, nested_absmax, nested_code, nested_block, torch.float32
+    )
 
 
 class DenseWeight(nn.Module):
@@ -115,7 +122,7 @@ class DenseWeight(nn.Module):
 
 
 class NF4Weight(nn.Module):
-    """W_OI in 4 bits, quantised by bitsandbytes and bit-equal to its own `dequantize_4bit`."""
+    """W_OI in 4 bits: bit-equal to bitsandbytes' `quantize_4bit` and `dequantize_4bit`."""
 
     packed: torch.Tensor
     code: torch.Tensor
@@ -133,20 +140,16 @@ class NF4Weight(nn.Module):
             double_quant: store the per-block scales in 8 bits.
         """
         super().__init__()
-        packed, state = bnb.quantize_4bit(
-            weight_OI.contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=double_quant
-        )
+        packed, absmax = _nf4_codes(weight_OI.contiguous())
         self.shape = tuple(weight_OI.shape)
         self.register_buffer("dequantized_OI", None, persistent=False)
-        self.nested_block = state.state2.blocksize if state.state2 is not None else 0
-        buffers: dict[str, Any] = {"packed": packed, "code": state.code, "absmax": state.absmax}
-        if state.state2 is not None:
-            buffers |= {
-                "nested_absmax": state.state2.absmax,
-                "nested_code": state.state2.code,
-                "offset": state.offset,
-            }
-        for name, tensor in buffers.items():
+        self.nested_block = NESTED_BLOCK if double_quant else 0
+        buffers: dict[str, Any] = {"packed": packed, "code": bnb.get_4bit_type("nf4", device=packed.device)}
+        if double_quant:
+            offset = absmax.mean()
+            absmax, nested = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+            buffers |= {"nested_absmax": nested.absmax, "nested_code": nested.code, "offset": offset}
+        for name, tensor in (buffers | {"absmax": absmax}).items():
             self.register_buffer(name, tensor, persistent=False)
 
     @property
@@ -165,6 +168,21 @@ class NF4Weight(nn.Module):
             return self.dequantized_OI
         return dequantize_nf4(self.stored, list(self.shape), self.nested_block, dtype)
 
+    def rows(self, dtype: torch.dtype) -> Callable[[int, int], torch.Tensor]:
+        """(begin, end) -> these rows of `dense(dtype)`, dequantised when they are asked for."""
+        scales_K, width, size = nf4_scales(self.stored, self.nested_block), self.shape[1], math.prod(self.shape)
+
+        def rows(begin: int, end: int) -> torch.Tensor:
+            first, last = begin * width // BLOCK, -(-end * width // BLOCK)  # blocks
+            at, count = first * BLOCK, min(last * BLOCK, size) - first * BLOCK
+            packed = self.packed[at // 2 : (at + count + 1) // 2]
+            numbers = torch.ops.bitsandbytes.dequantize_4bit(
+                packed, scales_K[first:last], BLOCK, "nf4", [1, count], dtype
+            )
+            return numbers.view(-1)[begin * width - at : end * width - at].view(-1, width)
+
+        return rows
+
     def matmul(self, x_TI: torch.Tensor) -> torch.Tensor:
         """x W^T"""
         if self.dequantized_OI is not None and self.dequantized_OI.dtype == x_TI.dtype:
@@ -182,6 +200,14 @@ class NF4Weight(nn.Module):
             scales_K = self.nested_code[self.absmax.to(torch.int32)] * nested + self.offset
         scales = scales_K.repeat_interleave(BLOCK)[: index.numel()]
         return (self.code[index] * scales).to(dtype).view(self.shape)
+
+
+def _nf4_codes(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, scale of each block): by bitsandbytes' kernel, on a CPU, for which it has none, by ours."""
+    if weight_OI.device.type == "cpu":
+        return quantize_nf4(weight_OI)
+    packed, state = bnb.quantize_4bit(weight_OI, blocksize=BLOCK, quant_type="nf4", compress_statistics=False)
+    return packed, state.absmax
 
 
 def round_to_fp8(x_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -261,6 +287,12 @@ class Fp8Weight(nn.Module):
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """W_OI in `dtype`, with the values of the forward product."""
         return (self.codes_OI.float() * self.scales_O1).to(dtype)
+
+    @staticmethod
+    def forward_values(weight_OI: torch.Tensor) -> torch.Tensor:
+        """The values of the forward product in float32, of a weight or some rows of it."""
+        codes_OI, scales_O1 = round_to_fp8(weight_OI)
+        return codes_OI.float() * scales_O1
 
     def matmul(self, x_TI: torch.Tensor) -> torch.Tensor:
         """x W^T"""

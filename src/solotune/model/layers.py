@@ -37,7 +37,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from solotune.errors import InputError
-from solotune.model.limits import MLP_CHUNK_TOKENS
+from solotune.model.layer_ring import LayerRing
+from solotune.model.limits import MLP_CHUNK_TOKENS, offloaded_layers
 
 PARTITIONER_OPTIONS: dict[str, Any] = {
     "ban_recompute_used_far_apart": False,
@@ -79,6 +80,12 @@ def decoder_layers(module: PreTrainedModel) -> nn.ModuleList:
     )
 
 
+def layers_on_host(module: PreTrainedModel, base_offload: bool | int | Literal["auto"]) -> list[nn.Module]:
+    """The decoder layers whose frozen weights are in host memory."""
+    layers = decoder_layers(module)
+    return [layers[number] for number in offloaded_layers(base_offload, len(layers))]
+
+
 def num_checkpointed(gradient_checkpointing: bool | int | Literal["auto"], depth: int) -> int:
     """Number of layers, counted from the first, that are recomputed in backward: all for True and `auto`."""
     if isinstance(gradient_checkpointing, bool) or gradient_checkpointing == "auto":
@@ -86,11 +93,18 @@ def num_checkpointed(gradient_checkpointing: bool | int | Literal["auto"], depth
     return min(gradient_checkpointing, depth)
 
 
-def prepare_layers(layers: nn.ModuleList, recomputed: int, *, is_compiled: bool, activation_offload: bool) -> None:
+def prepare_layers(
+    layers: nn.ModuleList,
+    recomputed: int,
+    is_compiled: bool,
+    activation_offload: bool,
+    ring: LayerRing | None = None,
+) -> None:
     """Replace each layer's forward for passes with gradients; passes without gradients run the layer's own code.
 
     Args:
         recomputed: how many layers, counted from the first, are checkpointed.
+        ring: streams the weights of some of the layers.
         is_compiled: compile the layers.
         activation_offload: keep the inputs of checkpointed layers in host memory.
     """
@@ -98,7 +112,10 @@ def prepare_layers(layers: nn.ModuleList, recomputed: int, *, is_compiled: bool,
         plain = layer.forward
         if number < recomputed and isinstance(mlp := getattr(layer, "mlp", None), nn.Module):
             mlp.forward = _in_parts(mlp.forward, is_compiled)
-        trained = compiled(plain) if is_compiled else plain
+        streams = ring if ring is not None and layer in ring else None
+        trained = streams.own_forward(layer) if streams else plain
+        trained = compiled(trained) if is_compiled else trained
+        trained = streams.streamed(layer, trained) if streams else trained
         if number < recomputed:
             # a compiled layer draws no random numbers: dropout hashes its seed
             trained = functools.partial(checkpoint, trained, use_reentrant=False, preserve_rng_state=not is_compiled)

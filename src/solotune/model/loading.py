@@ -54,9 +54,11 @@ from solotune.hub.model_files import ModelFiles, resolve_model
 from solotune.model import lora, loss, packed_attention
 from solotune.model.adapter_coverage import AdapterCoverage, adapter_coverage
 from solotune.model.empty_model import empty_model
-from solotune.model.frozen_linear import DenseWeight, Fp8Weight, FrozenLinear, NF4Weight, Storage, frozen_linears
-from solotune.model.layers import decoder_layers, language_model, num_checkpointed, prepare_layers
+from solotune.model.frozen_linear import FrozenLinear, NF4Weight, frozen_linears
+from solotune.model.layer_ring import LayerRing
+from solotune.model.layers import decoder_layers, language_model, layers_on_host, num_checkpointed, prepare_layers
 from solotune.model.lm_head import check_head, head_of
+from solotune.model.stored_weight import store_weight
 from solotune.model.tied_weights import different_ties, tie, untie
 from solotune.model.weight_files import unread_files, weight_files
 from solotune.model.weights import (
@@ -71,7 +73,6 @@ from solotune.units import first_line, gib, mib
 
 Progress = Callable[[int, int, str], None]
 """Called with what is done, all of it, and what it is."""
-STORAGE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass
@@ -88,6 +89,7 @@ class TrainableModel:
     flat_params: nn.Parameter  # all adapters as one vector, for the optimizer: see `lora.join`
     is_compiled: bool = False
     uses_varlen_attention: bool = False  # packed rows are separated by `packed_attention`, not by a mask
+    ring: LayerRing | None = None  # streams the frozen weights of layers from host memory
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -171,15 +173,18 @@ def load_model(
     module.requires_grad_(False)
     _set_generation(module, model_files)
     layers = decoder_layers(module)
-    if config.base_precision == "nf4" and not config.multiplies_in_fp8:
+    offloaded = layers_on_host(module, config.base_offload)
+    ring = LayerRing(offloaded, device) if offloaded else None
+    if ring is None and config.base_precision == "nf4" and not config.multiplies_in_fp8:
         choices += _settle_residency(module, config.base_residency, dtype, device)
     inside = language_model(module)
     lora_layers = lora.attach(module, config.lora, device, is_compiled=config.torch_compile, inside=inside)
     head = head_of(module)
     check_head(module, head, device)
     model = TrainableModel(
-        module, layers, lora_layers, head, dtype, device, choices, lora.join(lora_layers, device), config.torch_compile
-    )
+        module, layers, lora_layers, head, dtype, device, choices, lora.join(lora_layers, device), config.torch_compile,
+        ring=ring,
+    )  # fmt: skip
     if device.type == "cuda" and attention_name == "sdpa":
         choices += _take_fast_attention(model, config.max_length, config.multiplies_in_fp8)
     if config.packing and (change := isolation_error(model, config.multiplies_in_fp8)):
@@ -190,7 +195,7 @@ def load_model(
             change="packing: false",
         )
     recomputed = num_checkpointed(config.gradient_checkpointing, len(layers))
-    prepare_layers(layers, recomputed, is_compiled=config.torch_compile, activation_offload=config.activation_offload)
+    prepare_layers(layers, recomputed, model.is_compiled, config.activation_offload, ring)
     return model
 
 
@@ -267,6 +272,7 @@ def _fill(
 ) -> None:
     """Store every tensor in its module; a linear becomes a `FrozenLinear` when its weight is read."""
     frozen = frozen_linears(module)
+    waiting = {linear for layer in layers_on_host(module, precision.base_offload) for linear in layer.modules()}
     in_float32 = kept_in_float32(module, dtype)
     biases: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:
@@ -286,6 +292,8 @@ def _fill(
         elif leaf == "weight":
             transposed = isinstance(frozen[owner], Conv1D)
             storage = store_weight(tensor.T.contiguous() if transposed else tensor, precision, dtype)
+            if frozen[owner] in waiting:  # quantised on the device, then out of its way until the ring is made
+                storage = storage.cpu()
             parent, _, last = owner.rpartition(".")
             setattr(module.get_submodule(parent), last, FrozenLinear(storage, biases.get(owner), transposed))
         else:
@@ -302,16 +310,6 @@ def kept_in_float32(module: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[s
     """Names that the architecture keeps in float32 whatever the model's dtype (routers); None if there are none."""
     names = [name for name, kept in module._get_dtype_plan(dtype).items() if kept == torch.float32]
     return re.compile("|".join(name.replace("*", ".*") for name in names)) if names else None
-
-
-def store_weight(weight_OI: torch.Tensor, precision: PrecisionSettings, dtype: torch.dtype) -> Storage:
-    """A linear's weight as the run stores it; NF4 from the compute dtype, as transformers and bitsandbytes do."""
-    if precision.base_precision == "nf4":
-        rounded = NF4Weight(weight_OI.to(dtype), precision.double_quant)
-        return Fp8Weight(rounded.dense(dtype)) if precision.multiplies_in_fp8 else rounded
-    if precision.base_precision == "fp8":
-        return Fp8Weight(weight_OI)
-    return DenseWeight(weight_OI.to(STORAGE_DTYPES[precision.base_precision]))
 
 
 def _settle_residency(

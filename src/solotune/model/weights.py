@@ -202,7 +202,7 @@ def check_finite(where: str, name: str, tensor: torch.Tensor, may_be_infinite: b
     """Check a tensor for NaN and infinity.
 
     If any number is NaN or infinite, so is the sum. Only then are all numbers checked, because large finite numbers can
-    also add up to infinity.
+    also add up to infinity. torch adds 16-bit numbers in float32, and ten times as fast if it returns 16 bits.
 
     Args:
         may_be_infinite: only NaN is refused; limits of a range may be infinite.
@@ -210,7 +210,7 @@ def check_finite(where: str, name: str, tensor: torch.Tensor, may_be_infinite: b
     Raises:
         InputError: NaN or infinity in it. Later nothing would show it: sdpa on a CPU hides a NaN.
     """
-    total = tensor.sum(dtype=torch.float32 if tensor.dtype.itemsize < 8 else torch.float64)
+    total = tensor.sum(dtype=torch.float32 if tensor.dtype.itemsize == 1 else None)
     if bool(total.isfinite()):
         return
     bad = int((tensor.isnan() if may_be_infinite else ~tensor.isfinite()).sum())

@@ -26,6 +26,7 @@ class Card:
     fp8_tflops: float | None
     bandwidth_bytes: float  # a second
     compute_capability: tuple[int, int] | None
+    link_bytes: float  # a second, from pinned host memory over PCIe
     shown_as: tuple[str, ...] = ()  # parts of the name that torch shows
 
     @property
@@ -42,36 +43,41 @@ class Card:
         return self.compute_capability is None
 
 
-def _card(name: str, gib: float, bf16: float, fp8: float | None, gbs: float, sm: str, *shown: str) -> Card:
+PCIE_BYTES = {"3": 12.3e9, "4": 24.7e9, "4x8": 12.3e9, "5": 55e9}
+"""Copies from pinned memory a second, by generation (16 lanes, or as named). The fifth was measured (54.9 GB/s, H200);
+the others are what its share of the nominal rate gives."""
+
+
+def _card(name: str, gib: float, bf16: float, fp8: float | None, gbs: float, sm: str, pcie: str, *shown: str) -> Card:
     major, minor = sm.split(".")
-    return Card(name, int(gib * GIB), bf16, fp8, gbs * 1e9, (int(major), int(minor)), shown)
+    return Card(name, int(gib * GIB), bf16, fp8, gbs * 1e9, (int(major), int(minor)), PCIE_BYTES[pcie], shown)
 
 
 CARDS = {
     card.name: card
     for card in (
-        _card("t4", 14.56, 8.1, None, 320, "7.5", "Tesla T4"),
-        _card("v100-16", 15.77, 15.7, None, 900, "7.0", "V100-SXM2-16GB", "V100-PCIE-16GB"),
-        _card("v100-32", 31.73, 15.7, None, 900, "7.0", "V100-SXM2-32GB", "V100-PCIE-32GB"),
-        _card("a100-40", 39.39, 312, None, 1555, "8.0", "A100-SXM4-40GB", "A100-PCIE-40GB"),
-        _card("a100-80", 79.15, 312, None, 2039, "8.0", "A100-SXM4-80GB", "A100 80GB PCIe"),
-        _card("a10g", 22.06, 70, None, 600, "8.6", "A10G"),
-        _card("a10", 22.06, 125, None, 600, "8.6", "NVIDIA A10"),
-        _card("a6000", 47.43, 155, None, 768, "8.6", "RTX A6000"),
-        _card("3060", 11.75, 51, None, 360, "8.6", "RTX 3060"),
-        _card("3090", 23.69, 71, None, 936, "8.6", "RTX 3090"),
-        _card("4060ti-16", 15.7, 88, 177, 288, "8.9", "RTX 4060 Ti"),
-        _card("4070", 11.7, 117, 233, 504, "8.9", "RTX 4070"),
-        _card("4080", 15.7, 195, 390, 717, "8.9", "RTX 4080"),
-        _card("4090", 23.64, 165, 330, 1008, "8.9", "RTX 4090"),
-        _card("l4", 22.03, 121, 242, 300, "8.9", "NVIDIA L4"),
-        _card("l40s", 44.4, 362, 733, 864, "8.9", "L40S"),
-        _card("6000-ada", 47.4, 364, 728, 960, "8.9", "RTX 6000 Ada"),
-        _card("5090", 31.36, 210, 419, 1792, "12.0", "RTX 5090"),
-        _card("h100-pcie", 79.1, 756, 1513, 2039, "9.0", "H100 PCIe"),
-        _card("h100", 79.11, 989, 1979, 3352, "9.0", "H100 80GB HBM3", "H100 SXM"),
-        _card("h200", 139.8, 989, 1979, 4800, "9.0", "H200"),
-        _card("b200", 178.3, 2250, 4500, 8000, "10.0", "B200"),
+        _card("t4", 14.56, 8.1, None, 320, "7.5", "3", "Tesla T4"),
+        _card("v100-16", 15.77, 15.7, None, 900, "7.0", "3", "V100-SXM2-16GB", "V100-PCIE-16GB"),
+        _card("v100-32", 31.73, 15.7, None, 900, "7.0", "3", "V100-SXM2-32GB", "V100-PCIE-32GB"),
+        _card("a100-40", 39.39, 312, None, 1555, "8.0", "4", "A100-SXM4-40GB", "A100-PCIE-40GB"),
+        _card("a100-80", 79.15, 312, None, 2039, "8.0", "4", "A100-SXM4-80GB", "A100 80GB PCIe"),
+        _card("a10g", 22.06, 70, None, 600, "8.6", "4", "A10G"),
+        _card("a10", 22.06, 125, None, 600, "8.6", "4", "NVIDIA A10"),
+        _card("a6000", 47.43, 155, None, 768, "8.6", "4", "RTX A6000"),
+        _card("3060", 11.75, 51, None, 360, "8.6", "4", "RTX 3060"),
+        _card("3090", 23.69, 71, None, 936, "8.6", "4", "RTX 3090"),
+        _card("4060ti-16", 15.7, 88, 177, 288, "8.9", "4x8", "RTX 4060 Ti"),
+        _card("4070", 11.7, 117, 233, 504, "8.9", "4", "RTX 4070"),
+        _card("4080", 15.7, 195, 390, 717, "8.9", "4", "RTX 4080"),
+        _card("4090", 23.64, 165, 330, 1008, "8.9", "4", "RTX 4090"),
+        _card("l4", 22.03, 121, 242, 300, "8.9", "4", "NVIDIA L4"),
+        _card("l40s", 44.4, 362, 733, 864, "8.9", "4", "L40S"),
+        _card("6000-ada", 47.4, 364, 728, 960, "8.9", "4", "RTX 6000 Ada"),
+        _card("5090", 31.36, 210, 419, 1792, "12.0", "5", "RTX 5090"),
+        _card("h100-pcie", 79.1, 756, 1513, 2039, "9.0", "5", "H100 PCIe"),
+        _card("h100", 79.11, 989, 1979, 3352, "9.0", "5", "H100 80GB HBM3", "H100 SXM"),
+        _card("h200", 139.8, 989, 1979, 4800, "9.0", "5", "H200"),
+        _card("b200", 178.3, 2250, 4500, 8000, "10.0", "5", "B200"),
     )
 }
 ALIASES = {"a100": "a100-80", "a100-40gb": "a100-40", "a100-80gb": "a100-80", "h100-80": "h100", "v100": "v100-16"}
@@ -116,12 +122,13 @@ def card_of(name: str, memory_bytes: int, compute_capability: tuple[int, int]) -
         known.fp8_tflops if compute_capability >= (8, 9) else None,
         known.bandwidth_bytes,
         compute_capability,
+        known.link_bytes,
     )
 
 
 def cpu_card(memory_bytes: int, gflops: float) -> Card:
     """This machine's CPU as a card: float32 products at the measured `gflops`, and a fixed memory bandwidth."""
-    return Card("cpu", memory_bytes, gflops / 1e3, None, CPU_BANDWIDTH_BYTES, None)
+    return Card("cpu", memory_bytes, gflops / 1e3, None, CPU_BANDWIDTH_BYTES, None, CPU_BANDWIDTH_BYTES)
 
 
 CPU_BANDWIDTH_BYTES = 10e9

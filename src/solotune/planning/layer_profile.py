@@ -160,3 +160,4 @@ class MemoryStrategy:
     is_offloaded: bool
     optim: str
     device: Literal["cuda", "cpu"]
+    num_streamed: int = 0  # layers whose frozen weights are in host memory

@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from solotune.model.limits import MLP_CHUNK_TOKENS
+from solotune.model.limits import MLP_CHUNK_TOKENS, RING_SLOTS
 from solotune.planning import constants as known
 from solotune.planning.gpus import Card
 from solotune.planning.layer_profile import BaseWeights, LayerCost, MemoryStrategy, ModelShape, Workload
@@ -45,7 +45,7 @@ class PeakMemory:
     moment: str  # forward, head or backward: when the peak is
     paged_bytes: int  # paged optimizer state, outside the allocator
     outside_bytes: int  # CUDA context and fragmentation
-    host_bytes: int  # offloaded activations
+    host_bytes: int  # offloaded activations, and the frozen weights of streamed layers
 
     @property
     def peak_bytes(self) -> int:
@@ -60,9 +60,10 @@ class PeakMemory:
 
 def footprint(shape: ModelShape, knobs: MemoryStrategy, work: Workload, card: Card) -> PeakMemory:
     """The peak of a training step of the largest micro-batch."""
+    on_host, on_card = streamed_bytes(shape, knobs)
     fixed = {
-        "weights": weight_bytes(shape, knobs),
-        "quantization_state": quantisation_bytes(shape, knobs),
+        "weights": weight_bytes(shape, knobs) - on_host.weights + on_card.weights,
+        "quantization_state": quantisation_bytes(shape, knobs) - on_host.scales + on_card.scales,
         "adapters": 4 * joined_weights(shape),
         "gradients": 4 * joined_weights(shape),
         "optimizer": (optimizer := optimizer_bytes(shape, knobs))[0],
@@ -84,10 +85,29 @@ def footprint(shape: ModelShape, knobs: MemoryStrategy, work: Workload, card: Ca
         paged = 0
     used = sum(sizes.values())
     outside = 0 if is_cpu else known.CONTEXT_BYTES + (known.FRAGMENTATION - 1) * used
-    on_host = 0.0
+    hosted = float(sum(on_host))
     if knobs.is_offloaded:
-        on_host = sum(c.output.at(work.rows, work.tokens) for c in shape.layers[: knobs.num_checkpointed])
-    return PeakMemory({n: round(sizes[n]) for n in CATEGORIES}, moment, round(paged), round(outside), round(on_host))
+        hosted += sum(c.output.at(work.rows, work.tokens) for c in shape.layers[: knobs.num_checkpointed])
+    return PeakMemory({n: round(sizes[n]) for n in CATEGORIES}, moment, round(paged), round(outside), round(hosted))
+
+
+class StoredBytes(NamedTuple):
+    """Bytes of frozen linears, as they are stored."""
+
+    weights: float
+    scales: float
+
+
+def streamed_bytes(shape: ModelShape, knobs: MemoryStrategy) -> tuple[StoredBytes, StoredBytes]:
+    """Bytes of the streamed layers (in host memory), and of the ring that they pass through (on the card)."""
+    depth = len(shape.layers)
+    linears = weight_bytes(shape, knobs) - shape.dtype_bytes * shape.other_parameters
+    one = StoredBytes(linears / depth, quantisation_bytes(shape, knobs) / depth)
+    count, slots = knobs.num_streamed, min(RING_SLOTS, knobs.num_streamed)
+    return (
+        StoredBytes(one.weights * count, one.scales * count),
+        StoredBytes(one.weights * slots, one.scales * slots),
+    )
 
 
 def weight_bytes(shape: ModelShape | BaseWeights, knobs: MemoryStrategy) -> int:

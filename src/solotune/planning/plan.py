@@ -17,6 +17,8 @@ from solotune.units import format_bytes, format_duration, gib
 
 SAFETY = 1.02
 """Safety factor: the estimate may be this much too low, so the budget must hold the estimate times this."""
+SHARE_OF_HOST = 0.9
+"""The share of the host's free memory that a run may pin."""
 SHARE_OF_CARD = 0.94
 """The share of a card that is not in this machine which `memory_budget: auto` uses. The rest is for the desktop, other
 processes and the driver."""
@@ -28,8 +30,11 @@ class Budget(NamedTuple):
     bytes: int
     available_bytes: int
     because: str
+    host_bytes: int | None = None  # free memory of the host; None: not known
 
     def holds(self, used: PeakMemory) -> bool:
+        if used.host_bytes and self.host_bytes is not None and used.host_bytes > SHARE_OF_HOST * self.host_bytes:
+            return False
         return used.peak_bytes * SAFETY <= self.bytes and used.card_bytes * SAFETY <= self.available_bytes
 
 

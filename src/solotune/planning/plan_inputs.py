@@ -7,6 +7,7 @@ this machine or a named one, and the lengths of the rows if the data is known.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from itertools import islice
@@ -19,6 +20,7 @@ from solotune.config.settings import BatchSettings, EvaluationSettings
 from solotune.dataset import Prepared
 from solotune.dataset.example import lengths_of
 from solotune.dataset.sampler import BatchSampler, pack_sequences
+from solotune.hardware import link
 from solotune.hardware.machine import Machine
 from solotune.hub.model_files import ModelFiles
 from solotune.planning import planner
@@ -56,7 +58,8 @@ def plan_for(
         work = full_rows(config.batches, positions)
     else:
         work = work_of(config.batches, config.evaluation, prepared)
-    return planner.make_plan(config, shapes, card, work, free)
+    host = machine.ram_free_bytes if gpu is None and not card.is_cpu else None
+    return planner.make_plan(config, shapes, card, work, free, host_free_bytes=host)
 
 
 def card_here(machine: Machine, use_cpu: bool) -> tuple[Card, int]:
@@ -64,6 +67,8 @@ def card_here(machine: Machine, use_cpu: bool) -> tuple[Card, int]:
     if machine.has_cuda and not use_cpu:
         assert machine.gpu and machine.gpu_bytes and machine.compute_capability
         card = card_of(machine.gpu, machine.gpu_bytes, machine.compute_capability)
+        with suppress(RuntimeError):  # no room for the copy: the table's figure stands
+            card = replace(card, link_bytes=link.host_to_device_bytes_per_second())
         return card, machine.gpu_free_bytes or machine.gpu_bytes
     return cpu_card(machine.ram_bytes, cpu_gflops()), machine.ram_free_bytes
 
@@ -131,7 +136,7 @@ def work_of(batches: BatchSettings, evaluation: EvaluationSettings, prepared: Pr
             {*range(every or schedule.total_steps, schedule.total_steps + 1, every or 1)} | {schedule.total_steps}
         ),
         eval_batch=(min(evaluation.batch_size, len(held_out)), max(held_out, default=0)),
-        generated_tokens=round(min(evaluation.num_samples, len(held_out)) * (evaluation.max_new_tokens + answer)),
+        generated_tokens=round(min(evaluation.num_answers, len(held_out)) * (evaluation.max_new_tokens + answer)),
         has_one_shape=batches.packing and batches.takes_graphs,
         is_measured=True,
     )

@@ -4,6 +4,7 @@
     for each base precision, best first:       (one, unless `base_precision: auto`)
         of all (layers checkpointed, dequantized copy kept, offload) that fit: the fastest
     the first precision for which one fits is taken
+    if none fits, frozen layers are streamed from the host: as few as needed, or the fastest number
 
 A key that the config sets is kept; only `auto` is chosen. If nothing fits, the plan suggests the smallest change to the
 config that does, tried in the order of what it costs the user (`_changes`).
@@ -18,21 +19,24 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from solotune.config.run_config import BUDGET_SIZE, Choice, RunConfig
 from solotune.config.settings import BatchSettings, MemorySettings
 from solotune.errors import InputError
+from solotune.model.limits import offloaded_layers
 from solotune.planning.constants import CONTEXT_BYTES
 from solotune.planning.gpus import GIB, Card
 from solotune.planning.layer_profile import MemoryStrategy, ModelShape, Precision, Workload
-from solotune.planning.memory import footprint
+from solotune.planning.memory import footprint, streamed_bytes
 from solotune.planning.plan import SHARE_OF_CARD, Budget, Candidate, Plan
 from solotune.planning.throughput import seconds
 from solotune.units import gib
 
 FREE_MARGIN_BYTES = 256 << 20
 MIN_LENGTH = 128
+STREAMED_PARTS = 8
+"""The plan tries to stream that many different numbers of layers."""
 
 Shapes = Callable[[RunConfig], ModelShape]
 
@@ -44,6 +48,7 @@ def make_plan(
     work: Workload,
     free_bytes: int | None,
     notes: list[str] | None = None,
+    host_free_bytes: int | None = None,
 ) -> Plan:
     """Plan `config`: the fastest memory strategy that fits, or how to make one fit.
 
@@ -54,11 +59,12 @@ def make_plan(
         work: the rows and tokens of a step.
         free_bytes: free memory of this machine's card; None for a card that is not in this machine.
         notes: for the user, added to those of the plan.
+        host_free_bytes: free memory of the host; None: not known.
 
     Raises:
         InputError: the budget is more than the card has.
     """
-    budget = budget_of(config.memory, card, free_bytes)
+    budget = budget_of(config.memory, card, free_bytes)._replace(host_bytes=host_free_bytes)
     option, resolved, fits = _best(config, shapes, card, work, budget)
     shape = shapes(resolved)
     notes = [*(notes or []), *_notes(shape, work)]
@@ -127,35 +133,54 @@ def _best(
     """The fastest option that fits, else the one that needs the least memory; its config; whether it fits."""
     smallest: tuple[Candidate, RunConfig] | None = None
     settings = config.memory
-    for precision in precisions(settings, card):
+    for precision, offloads in _attempts(settings, card):
         resolved = config if precision == config.base_precision else config.replaced("plan", base_precision=precision)
         shape = shapes(resolved)
-        for offload in _offloads(settings, card):  # offload only if nothing fits without it
-            options = [
-                Candidate(knobs, used, seconds(shape, knobs, work, card))
-                for knobs in _knobs(resolved.memory, shape, card, offload)
-                for used in [footprint(shape, knobs, work, card)]
-            ]
-            if not options:
-                continue
-            fitting = [option for option in options if budget.holds(option.footprint)]
-            if fitting:
-                best = min(fitting, key=lambda option: (option.seconds.step, option.footprint.peak_bytes))
-                return best, resolved.replaced("plan", **_chosen(settings, best.knobs, shape)), True
-            least = min(options, key=lambda option: option.footprint.peak_bytes)
-            if smallest is None or least.footprint.peak_bytes < smallest[0].footprint.peak_bytes:
-                smallest = least, resolved.replaced("plan", **_chosen(settings, least.knobs, shape))
+        options = [
+            Candidate(knobs, used, seconds(shape, knobs, work, card))
+            for offload in offloads
+            for knobs in _knobs(resolved.memory, shape, card, offload)
+            for used in [footprint(shape, knobs, work, card)]
+        ]
+        if not options:
+            continue
+        fitting = [option for option in options if budget.holds(option.footprint)]
+        if fitting:
+            best = min(fitting, key=lambda option: (option.seconds.step, option.footprint.peak_bytes))
+            return best, resolved.replaced("plan", **_chosen(settings, best.knobs, shape)), True
+        least = min(options, key=lambda option: option.footprint.peak_bytes)
+        if smallest is None or least.footprint.peak_bytes < smallest[0].footprint.peak_bytes:
+            smallest = least, resolved.replaced("plan", **_chosen(settings, least.knobs, shape))
     assert smallest is not None
     return *smallest, False
 
 
-def _offloads(settings: MemorySettings, card: Card) -> list[bool]:
-    if settings.offload_is_open:
-        return [False] if card.is_cpu else [False, True]
-    return [settings.activation_offload]
+class _Offload(NamedTuple):
+    """What is in host memory."""
+
+    activations: bool
+    base: bool
 
 
-def _knobs(settings: MemorySettings, shape: ModelShape, card: Card, offload: bool) -> Iterator[MemoryStrategy]:
+def _attempts(settings: MemorySettings, card: Card) -> Iterator[tuple[Precision, list[_Offload]]]:
+    """Base precisions, best first, each with what may go to the host: first as little as the config allows.
+
+    The base goes there only in the last precision, the smallest: a copy takes time by its bytes.
+    """
+    is_open = not card.is_cpu
+    activations = {settings.activation_offload} | ({True} if settings.offload_is_open and is_open else set())
+    base = {settings.base_offload not in ("auto", False)}
+    order = precisions(settings, card)
+    for precision in order:
+        if settings.base_offload == "auto" and is_open and precision == order[-1]:
+            base = {False, True}
+        least, *others = sorted(_Offload(*both) for both in product(activations, base))
+        yield precision, [least]
+        if others:
+            yield precision, others
+
+
+def _knobs(settings: MemorySettings, shape: ModelShape, card: Card, offload: _Offload) -> Iterator[MemoryStrategy]:
     depth = len(shape.layers)
     wanted = settings.gradient_checkpointing
     counts = (
@@ -164,27 +189,37 @@ def _knobs(settings: MemorySettings, shape: ModelShape, card: Card, offload: boo
     mirrors = {"auto": [False, True], "quantized": [False], "dequantized": [True]}[settings.base_residency]
     precision = "fp8" if settings.multiplies_in_fp8 else settings.base_precision  # the storage, see `model.load_model`
     assert precision != "auto" and precision in get_args(Precision)
-    for count, mirrored in product(counts, mirrors if precision == "nf4" else [False]):
-        if offload and not count:
+    wanted_streams = settings.base_offload if offload.base else False
+    if wanted_streams == "auto":
+        streams = sorted({-(-depth * part // STREAMED_PARTS) for part in range(1, STREAMED_PARTS + 1)})
+    else:
+        streams = [len(offloaded_layers(wanted_streams, depth))]
+    mirrors = mirrors if precision == "nf4" and not offload.base else [False]
+    for streamed, count, mirrored in product(streams, counts, mirrors):
+        if offload.activations and not count:
             continue
         device = "cpu" if card.is_cpu else "cuda"
         optim = "adamw_torch" if card.is_cpu else settings.optim
-        yield MemoryStrategy(precision, settings.double_quant, mirrored, count, offload, optim, device)
+        yield MemoryStrategy(
+            precision, settings.double_quant, mirrored, count, offload.activations, optim, device, streamed
+        )
 
 
 def _chosen(settings: MemorySettings, knobs: MemoryStrategy, shape: ModelShape) -> dict[str, object]:
     """The config keys that the plan sets."""
     values: dict[str, object] = {}
     if settings.gradient_checkpointing == "auto":
-        values["gradient_checkpointing"] = _checkpointing(knobs.num_checkpointed, len(shape.layers))
+        values["gradient_checkpointing"] = _number_of_layers(knobs.num_checkpointed, len(shape.layers))
     if settings.base_residency == "auto" and knobs.base_precision == "nf4":
         values["base_residency"] = "dequantized" if knobs.has_dequantized_copy else "quantized"
+    if settings.base_offload == "auto":
+        values["base_offload"] = _number_of_layers(knobs.num_streamed, len(shape.layers))
     if settings.offload_is_open:
         values["activation_offload"] = knobs.is_offloaded
     return values
 
 
-def _checkpointing(count: int, depth: int) -> bool | int:
+def _number_of_layers(count: int, depth: int) -> bool | int:
     return bool(count) if count in (0, depth) else count
 
 
@@ -205,7 +240,7 @@ def _choices(settings: MemorySettings, option: Candidate, card: Card, shape: Mod
         why = "the activations of all layers fit"
         if n:
             why = f"the activations of {depth - n} of {depth} layers fit" if fits else "it needs the least memory"
-        choices.append(Choice("gradient_checkpointing", _checkpointing(n, depth), why))
+        choices.append(Choice("gradient_checkpointing", _number_of_layers(n, depth), why))
     if settings.base_residency == "auto" and knobs.base_precision == "nf4":
         dequantized_copy = f"{gib(shape.num_frozen * shape.dtype_bytes)} GiB"
         why = (
@@ -214,6 +249,10 @@ def _choices(settings: MemorySettings, option: Candidate, card: Card, shape: Mod
             else f"unpacked weights would need {dequantized_copy}, which does not fit or is better used elsewhere"
         )
         choices.append(Choice("base_residency", "dequantized" if knobs.has_dequantized_copy else "quantized", why))
+    if knobs.num_streamed and settings.base_offload == "auto":
+        host = gib(sum(streamed_bytes(shape, knobs)[0]))
+        why = f"the base does not fit; {knobs.num_streamed} of {depth} layers stream from {host} GiB of pinned memory"
+        choices.append(Choice("base_offload", _number_of_layers(knobs.num_streamed, depth), why))
     if knobs.is_offloaded and settings.offload_is_open:
         host = f"{gib(option.footprint.host_bytes)} GiB"
         choices.append(Choice("activation_offload", True, f"nothing else fits; it needs {host} of pinned host memory"))

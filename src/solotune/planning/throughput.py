@@ -12,11 +12,14 @@ Shape legend: B rows, T tokens of the longest row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from solotune.model.limits import RING_SLOTS, offloaded_layers
 from solotune.planning import constants as known
 from solotune.planning.gpus import Card
 from solotune.planning.layer_profile import LayerCost, Matmul, MemoryStrategy, ModelShape, Pass, Workload
+from solotune.planning.memory import streamed_bytes
 
 
 @dataclass(frozen=True)
@@ -52,22 +55,52 @@ def seconds(shape: ModelShape, knobs: MemoryStrategy, work: Workload, card: Card
 def _micro_batch(
     shape: ModelShape, knobs: MemoryStrategy, rows: int, tokens: float, supervised: float, has_graphs: bool, pace: _Pace
 ) -> float:
-    total = 0.0
+    forwards, backwards = [], []
+    expansion = pace.expansion(shape, knobs) / max(1, len(shape.layers))
     for number, layer in enumerate(shape.layers):
+        is_checkpointed = number < knobs.num_checkpointed
         forward = _forward(shape, layer, rows, tokens, pace)
         backward = _passing(layer.backward, rows, tokens, pace) + _attention(shape, rows, tokens, pace, True)
-        one = forward * (2 if number < knobs.num_checkpointed else 1) + backward
-        total += max(one, pace.layer_floor(layer, number < knobs.num_checkpointed, has_graphs))
+        backward += forward * is_checkpointed
+        floor = pace.layer_floor(layer, is_checkpointed, has_graphs)
+        slower = max(1.0, floor / (forward + backward)) if forward + backward else 1.0
+        forwards.append(slower * forward + expansion)
+        backwards.append(slower * backward + (1 + is_checkpointed) * expansion)
+    copy = sum(streamed_bytes(shape, knobs)[0]) / max(1, knobs.num_streamed) / pace.link
+    streamed = set(offloaded_layers(knobs.num_streamed, len(shape.layers)))
+    total = streaming(forwards, [number in streamed for number in range(len(forwards))], copy)
+    total += streaming(backwards[::-1], [number in streamed for number in reversed(range(len(backwards)))], copy)
     if knobs.is_offloaded:  # to the host in forward, back in backward; not overlapped
         moved = sum(layer.output.per_token for layer in shape.layers[: knobs.num_checkpointed]) * rows * tokens
         total += 2 * moved / known.OFFLOAD_BYTES_PER_SECOND
-    expansions = 2 + knobs.num_checkpointed / max(1, len(shape.layers))
-    total += expansions * pace.expansion(shape, knobs)
     outside = shape.outside
     total += _passing(outside.forward, rows, tokens, pace) + _passing(outside.backward, rows, tokens, pace)
     positions = rows * tokens * supervised
     total += 2 * pace.product(2 * positions * shape.hidden_size * shape.vocab_size, 0.0, False)
     return total + pace.reading(positions * shape.vocab_size * shape.logit_bytes[0] * 2)
+
+
+def streaming(compute: Sequence[float], is_streamed: Sequence[bool], copy: float, slots: int = RING_SLOTS) -> float:
+    """Seconds of layers that run one after the other while the weights of some of them arrive (`model.layer_ring`).
+
+    A copy begins when the one before it is done and the layer that had its slot has run; the first `slots` streamed
+    layers are there from the start.
+
+    Args:
+        compute: seconds of each layer, in the order in which they run.
+        is_streamed: whether its weights come from host memory.
+        copy: seconds of one copy.
+    """
+    now = link = 0.0
+    ends: list[float] = []  # when each streamed layer had run
+    for seconds_of_layer, streamed in zip(compute, is_streamed, strict=True):
+        if streamed and len(ends) >= slots:
+            link = max(link, ends[-slots]) + copy
+            now = max(now, link)
+        now += seconds_of_layer
+        if streamed:
+            ends.append(now)
+    return now
 
 
 def _forward(shape: ModelShape, layer: LayerCost, rows: int, tokens: float, pace: _Pace) -> float:
@@ -113,7 +146,7 @@ class _GpuPace:
         self.frozen_share = known.GEMM_SHARE
         if knobs.base_precision == "fp8" and card.fp8_tflops:
             self.frozen_flops, self.frozen_share = card.fp8_tflops * 1e12, known.FP8_GEMM_SHARE
-        self.bandwidth = card.bandwidth_bytes
+        self.bandwidth, self.link = card.bandwidth_bytes, card.link_bytes
 
     def product(self, flops: float, size: float, frozen: bool) -> float:
         rate, share = (self.frozen_flops, self.frozen_share) if frozen else (self.flops, known.GEMM_SHARE)
@@ -166,7 +199,7 @@ class _CpuPace:
 
     def __init__(self, card: Card) -> None:
         self.flops = card.bf16_tflops * 1e12 * known.CPU_GEMM_SHARE
-        self.bandwidth = card.bandwidth_bytes
+        self.bandwidth = self.link = card.bandwidth_bytes
 
     def product(self, flops: float, size: float, frozen: bool) -> float:
         return flops / self.flops

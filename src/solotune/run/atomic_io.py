@@ -11,7 +11,7 @@ can be lost in a power cut, in any order. So every function syncs what a reader 
 All use `fs_ops.py`, where operations can be counted, failed and recorded. safetensors' own writer would bypass it (and
 creates files of mode 0600), so tensors are converted to bytes first.
 
-Modes follow the umask. New files are created with O_EXCL and never through a symbolic link.
+Modes follow the umask. New files are created with O_EXCL, never through a symbolic link.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from solotune.run.manifest import MANIFEST, Entry, check_folder, entry_at, manif
 PARTIAL, REMOVED = ".partial", ".removed"  # endings of what is not complete yet, or being removed: `.<name>.partial`
 PREFLIGHT = ".preflight-"
 WRITE_BYTES = 16 << 20  # size of one write; smaller pieces are collected up to this
+FLUSH_BYTES = 256 << 20  # what may wait for the disk while a file is written
 
 Content = bytes | str | Iterable[bytes] | Iterable[str] | Iterable[bytes | memoryview]
 
@@ -106,7 +107,7 @@ class Folder:
             fs_ops.sync_folder(path.parent.parent)
         digest, count = hashlib.sha256(), 0
 
-        def hashed(beside: ThreadPoolExecutor) -> Iterator[bytes]:
+        def hashed(beside: ThreadPoolExecutor) -> Iterator[bytes | memoryview]:
             nonlocal count
             for piece in _pieces(content):
                 hashing = beside.submit(digest.update, piece)  # while it is written
@@ -342,36 +343,38 @@ def drop_lock(path: Path, handle: int) -> None:
     os.close(handle)
 
 
-def _write_new(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write a new file and sync it; its folder is not synced."""
+def _write_new(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Write a new file and sync it, not its folder. The disk starts early, so that it is not idle until the sync."""
     handle = fs_ops.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
-        for piece in pieces:
-            fs_ops.write(handle, path, piece)
+        with ThreadPoolExecutor(1) as beside:
+            flushes, waiting = list[Future[None]](), 0
+            for piece in pieces:
+                fs_ops.write(handle, path, piece)
+                waiting += len(piece)
+                if waiting >= FLUSH_BYTES and all(flush.done() for flush in flushes):
+                    flushes, waiting = [*flushes, beside.submit(fs_ops.flush, handle)], 0
+            for flush in flushes:
+                flush.result()  # the kernel reports an error of the disk only once
         fs_ops.fsync(handle, path)
     finally:
         os.close(handle)
 
 
-def _pieces(content: Content) -> Iterator[bytes]:
-    """The content in writes of at most WRITE_BYTES."""
-    if isinstance(content, str):
-        content = content.encode()
-    if isinstance(content, bytes):
-        for begin in range(0, len(content), WRITE_BYTES):
-            yield content[begin : begin + WRITE_BYTES]
-        return
+def _pieces(content: Content) -> Iterator[bytes | memoryview]:
+    """The content in writes of at most WRITE_BYTES; a piece that is longer is not copied."""
     collected = bytearray()
-    for piece in content:
+    for piece in [content] if isinstance(content, (bytes, str)) else content:
         rest = memoryview(piece.encode() if isinstance(piece, str) else piece)
-        while rest:
-            room = WRITE_BYTES - len(collected)
-            collected += rest[:room]
-            rest = rest[room:]
-            if len(collected) == WRITE_BYTES:
-                yield bytes(collected)
-                collected.clear()
-    yield bytes(collected)
+        if collected and len(collected) + len(rest) > WRITE_BYTES:
+            yield bytes(collected)
+            collected.clear()
+        while len(rest) >= WRITE_BYTES:
+            yield rest[:WRITE_BYTES]
+            rest = rest[WRITE_BYTES:]
+        collected += rest
+    if collected:
+        yield bytes(collected)
 
 
 def _removed(path: Path) -> Path:

@@ -97,6 +97,7 @@ class EvalEvent:
     loss: float
     stderr: float
     tokens: int
+    best_step: int | None = None  # of the best evaluation so far, beyond noise; None: it is not asked for
 
 
 @dataclass(frozen=True)

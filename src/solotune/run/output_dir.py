@@ -13,11 +13,12 @@ from pathlib import Path
 from solotune.errors import DirectoryInUseError, InputError
 from solotune.hub.download import local_path
 from solotune.run.manifest import MANIFEST
-from solotune.run.run_dir import FINGERPRINTS, LOG, METRICS, STACKS
+from solotune.run.run_dir import FINGERPRINTS, LOG, METRICS, REPORT, STACKS, TRACKERS
 
 OF_A_RUN = {
     "config.yaml", "environment.json", "plan.json", "data.json", "split.json", "evaluation.json", "diagnosis.json",
-    "report.html", "checkpoints", "adapter", "export", METRICS, LOG, FINGERPRINTS, STACKS, MANIFEST,
+    "checkpoints", "adapter", "export", METRICS, LOG, FINGERPRINTS, STACKS, REPORT, MANIFEST,
+    TRACKERS,
 }  # fmt: skip
 
 

@@ -60,7 +60,7 @@ class RunRecord:
     @classmethod
     def read(cls, path: str | Path) -> RunRecord:
         """The record of the run in a folder; empty if there is no run."""
-        return cls(Path(path), tuple(_lines_of(Path(path) / METRICS)))
+        return cls(Path(path), tuple(lines_since(Path(path) / METRICS)[0]))
 
     @cached_property
     def events(self) -> tuple[Event, ...]:
@@ -194,18 +194,25 @@ def number_in(content: Any, *keys: str) -> float | None:
     return content if is_number and abs(content) <= sys.float_info.max else None
 
 
-def _lines_of(path: Path) -> list[Line[Event]]:
+def lines_since(path: Path, since: int = 0) -> tuple[list[Line[Event]], int]:
+    """The events of a metrics.jsonl from a byte on, and the byte from which to read on later.
+
+    A last line without its end may still grow: the byte to read on from is its beginning.
+    """
     found: list[Line[Event]] = []
+    offset = since
     with contextlib.suppress(OSError), open_regular(path) as file:
-        offset = 0
+        file.seek(since)
         while offset < MAX_METRICS_BYTES and len(found) < MAX_EVENTS:
             line = file.readline(MAX_LINE_BYTES)
             if not line or (len(line) == MAX_LINE_BYTES and not line.endswith(b"\n")):
                 break  # the end, or no metrics.jsonl: a run writes no such line
             if (event := from_line(line)) is not None:
                 found.append(Line(offset, event))
+            if not line.endswith(b"\n"):
+                break
             offset += len(line)
-    return found
+    return found, offset
 
 
 def _median(values: list[float]) -> float | None:

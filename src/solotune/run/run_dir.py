@@ -1,7 +1,7 @@
 """The run directory: the files that the stages of a run write and read.
 
     runs/<name>/  config.yaml  environment.json  data.json  metrics.jsonl  checkpoints/step-000050/
-                  adapter/  evaluation.json  diagnosis.json  log.txt  fingerprints.json  manifest.json
+                  adapter/  evaluation.json  diagnosis.json  report.html  log.txt  fingerprints.json  manifest.json
 
 Every file is written completely or not at all (`atomic_io`). So a reader sees only finished files, during the run,
 after a crash or on another machine. Only `metrics.jsonl` grows: one JSON object per line; an incomplete last line is
@@ -41,8 +41,9 @@ if TYPE_CHECKING:
 LATEST = "latest"
 LOCK = ".lock"
 LOCK_TRIES, MAX_LOCK_BYTES = 20, 4096
-LOG, FINGERPRINTS, STACKS = "log.txt", "fingerprints.json", "stacks.txt"
+LOG, FINGERPRINTS, STACKS, REPORT = "log.txt", "fingerprints.json", "stacks.txt", "report.html"
 EXPORT, EXPORT_JSON = "export", "export.json"
+TRACKERS = "trackers"  # written by the trackers' own processes, also after the run: not in the manifest
 UNUSED = ".unused"  # ending of a checkpoint that a resumed run skipped
 MARKS = ("config.yaml", METRICS, "adapter", "checkpoints")  # a directory with any of these holds a run
 
@@ -233,7 +234,8 @@ class RunDirectory:
             has_own = path.name != MANIFEST and (path.parent / MANIFEST).is_file() and path.parent != self.path
             # a skipped checkpoint may not match its own manifest, so its files are listed as they are
             is_listed = not has_own or path.parent.name.endswith(UNUSED)
-            if path.is_file() and is_listed and name not in (MANIFEST, LOCK):
+            is_of_trackers = name.split("/")[0] == TRACKERS
+            if path.is_file() and is_listed and not is_of_trackers and name not in (MANIFEST, LOCK):
                 entries[name] = entry_at(path)
         atomic_io.write_whole(self.path / MANIFEST, manifest_text(entries))
 

@@ -4,6 +4,7 @@
         adapter_model.safetensors  adapter_config.json     the adapter, as PEFT reads it
         optimizer.safetensors                              the optimizer's moments, by parameter
         random.safetensors                                 states of the random generators
+        best.safetensors                                   the best evaluation so far, if it is asked for (`best_model`)
         state.json                                         step, optimizer scalars, fingerprints
         manifest.json                                      size and sha256 of each of these
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from solotune.run.manifest import check_folder
 from solotune.run.run_dir import read_object
 
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
+BEST = "best.safetensors"
 
 
 @dataclass
@@ -44,14 +46,17 @@ class Checkpoint:
     optimizer: dict[str, torch.Tensor]
     random: dict[str, torch.Tensor]
     state: dict[str, Any]
+    best: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def save(folder: Path, step: int, adapter: Mapping[str, torch.Tensor], peft_config: Mapping[str, Any],
-         optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Path:  # fmt: skip
+         optimizer: torch.optim.Optimizer, state: Mapping[str, Any],
+         best: Mapping[str, torch.Tensor] | None = None) -> Path:  # fmt: skip
     """Write checkpoints/step-<step> below `folder`; its path.
 
     Args:
         state: the caller's own values, as JSON; `load` returns them.
+        best: `BestModel.tensors`; none: there is no such file.
 
     Raises:
         StorageError: it cannot be written, or reading it back gave something else.
@@ -62,6 +67,8 @@ def save(folder: Path, step: int, adapter: Mapping[str, torch.Tensor], peft_conf
         Adapter(peft_config, adapter).write(partial)
         partial.write("optimizer.safetensors", save_tensors(tensors))
         partial.write("random.safetensors", save_tensors(random_state()))
+        if best:
+            partial.write(BEST, save_tensors(dict(best)))
         content = {"step": step, "optimizer": scalars, **state}
         partial.write("state.json", json.dumps(content, indent=2) + "\n")
     return target
@@ -81,6 +88,7 @@ def load(folder: Path) -> Checkpoint:
         optimizer=read_tensors(folder / "optimizer.safetensors"),
         random=read_tensors(folder / "random.safetensors"),
         state=state,
+        best=read_tensors(folder / BEST) if (folder / BEST).is_file() else {},
     )
 
 

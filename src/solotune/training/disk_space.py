@@ -31,6 +31,7 @@ from solotune.units import mib
 
 CODE_BOOK_BYTES = 2 * 256 * 4  # quantization tables of the two 8-bit moments
 STEP_BYTES, ROW_BYTES = 480, 48  # a line of metrics.jsonl, and of split.json
+REPORT_BYTES, REPORT_STEP_BYTES, REPORT_STEPS = 128 << 10, 150, 12_000  # of report.html: longer curves are thinned out
 RECORD_BYTES = (4096, 4096, 16384, 8192, 4096, 16384, 8192)  # config, environment, data, plan, log, evaluation, state
 
 
@@ -71,8 +72,11 @@ def need_of(config: RunConfig, model: TrainableModel, prepared: Prepared, tokeni
         _random_bytes(),
         state,
     ]
+    if config.evaluation.tracks_best and prepared.validation:
+        files.append(9 * len(prepared.validation) + 4096 + (adapter[0] if config.load_best_model_at_end else 0))
     rows = len(prepared.train) + len(prepared.validation)
-    records = [schedule.total_steps * STEP_BYTES, rows * ROW_BYTES, *RECORD_BYTES]
+    report = REPORT_BYTES + min(schedule.total_steps, REPORT_STEPS) * REPORT_STEP_BYTES
+    records = [schedule.total_steps * STEP_BYTES, rows * ROW_BYTES, report, *RECORD_BYTES]
     return Need(
         checkpoint=_on_disk(files, block),
         checkpoints=max(most - existing, 1 if saves else 0),

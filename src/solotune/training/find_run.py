@@ -23,7 +23,8 @@ from solotune.run.run_dir import RunDirectory, list_runs
 CONFIG_NAME = "config_name"  # key of environment.json
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 MAY_CHANGE = {
-    "preflight", "gradient_checkpointing", "activation_offload", "base_residency", "torch_compile", "cuda_graphs",
+    "preflight", "gradient_checkpointing", "activation_offload", "base_residency", "base_offload", "torch_compile",
+    "cuda_graphs",
     "attn_implementation",
 }  # fmt: skip
 """Keys outside of the section `run` that change no more than rounding."""

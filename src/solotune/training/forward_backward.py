@@ -58,6 +58,8 @@ def accumulate(
     gradients = torch.autograd.grad(weighted_sum / total_weight, trainable, allow_unused=True)
     found = [(p.grad, g) for p, g in zip(trainable, gradients, strict=True) if p.grad is not None and g is not None]
     torch._foreach_add_([total for total, _ in found], [gradient for _, gradient in found])
+    if model.ring is not None:
+        model.ring.finish_pass()  # what is recorded must end as it began
     loss_and_correct_2 += torch.stack([weighted_sum.detach(), batch.num_correct(correct_N).to(weighted_sum.dtype)])
 
 
@@ -79,6 +81,8 @@ class MicroBatchRunner:
 
     def run(self, forward_backward: ForwardBackward, batch: Batch, total_weight: float) -> None:
         """Run `forward_backward` (usually `accumulate`) on one micro-batch, or replay the graph recorded from it."""
+        if self.model.ring is not None:
+            self.model.ring.finish_pass()  # an evaluation leaves other layers in it
         if not self.can_record:
             forward_backward(self.model, batch, total_weight, self.loss_and_correct_2)
             return
@@ -113,6 +117,8 @@ class MicroBatchRunner:
             graph = _Graph(self, forward_backward, batch, total_weight, self._pool)
         except RuntimeError as error:  # the model reads values of its data, or memory is too small: run without a graph
             self.unsupported_reason, self.can_record = first_line(error), False
+            if self.model.ring is not None:
+                self.model.ring.forget()  # the copies in the recording did not run
             self.release()
             return None
         self._graphs[len(batch.label_positions_N)] = graph

@@ -52,6 +52,7 @@ from solotune.run.run_log import RunLog
 from solotune.runtime import signals
 from solotune.runtime.signals import StopRequested
 from solotune.training import checkpoint, nonfinite
+from solotune.training.best_model import BestModel
 from solotune.training.forward_backward import MicroBatchRunner, accumulate
 from solotune.training.optimizer import learning_rate_at, make_optimizer, set_learning_rate
 
@@ -130,7 +131,8 @@ def train(
         resume_from: continue after this checkpoint's step.
         fingerprints: of config and data, saved in each checkpoint.
 
-    Returns: the held-out score after the last step; None without validation rows.
+    Returns: the held-out score of the adapter that the model has at the end: that of the last step, or the best
+        (`load_best_model_at_end`). None without validation rows.
     Raises:
         NonFiniteError: see `train_step`; raised with the step's number.
         InterruptedRunError: a stop signal came; the finished steps are saved.
@@ -142,7 +144,10 @@ def train(
     optimizer = make_optimizer(config.optimizer, [model.flat_params])
     done = _set_up(model, optimizer, config.seed, resume_from)
     runner = MicroBatchRunner(model, config.takes_graphs)
-    evals = _Evaluations(runner, validation_rows, config.evaluation, schedule, observer)
+    best = BestModel(model, validation_rows, config.evaluation) if config.evaluation.tracks_best else None
+    if best is not None and resume_from is not None:
+        best.restore(resume_from, fingerprints or {})
+    evals = _Evaluations(runner, validation_rows, config.evaluation, schedule, observer, best)
     saves = _Saves(
         model=model,
         optimizer=optimizer,
@@ -160,13 +165,17 @@ def train(
         observer=observer,
         fingerprints=fingerprints or {},
         newest=done,
+        best=best,
     )
     score = None
+    is_over = resume_from is not None and bool(resume_from.state.get("is_over"))
     try:
         observer.begin(schedule.total_steps, done)
         if evals.is_due(done) and _lacks_evaluation(run, done):  # the run was stopped during this evaluation
             score = evals.make(done)
         for step, micro_batches in enumerate(schedule.steps(done), start=done + 1):
+            if is_over or (best is not None and best.is_out_of_patience):
+                break
             started = time.perf_counter()
             chosen = [[[train_rows[row] for row in packs[i]] for i in numbers] for numbers in micro_batches]
             batches = [collate_packs(part, model.device, shape) for part in chosen]
@@ -183,6 +192,8 @@ def train(
                 score = evals.make(step)
             if saves.is_due(step):
                 saves.make(step)
+        if saves.every and done > saves.newest:  # stopped early
+            saves.make(done)
     except StopRequested as stop:
         if done > saves.newest:
             saves.make(done)
@@ -193,7 +204,23 @@ def train(
         observer.note(
             f"CUDA graphs were not used (training is slower, the results are the same): {runner.unsupported_reason}"
         )
-    return score
+    return _end_with_best(best, done, schedule.total_steps, observer) or score
+
+
+def _end_with_best(best: BestModel | None, done: int, total_steps: int, observer: RunObserver) -> scores.Score | None:
+    """Say why the run ended early, and load the best adapter; its score, if it was not the last."""
+    if best is None or best.score is None:
+        return None
+    found = best.put_back()
+    if done < total_steps:
+        observer.note(
+            f"stopped early after step {done} of {total_steps}: {best.evaluations_since} evaluations in a row are not "
+            f"better than step {best.step} beyond noise (early_stopping_patience)"
+        )
+    if found is not None:
+        loss = f"held-out loss {found.loss:.4f}"
+        observer.note(f"the adapter of step {best.step} is kept, {loss}: no later one is better beyond noise")
+    return found
 
 
 def _set_up(
@@ -265,6 +292,7 @@ class _Evaluations:
     settings: EvaluationSettings
     schedule: BatchSampler
     observer: RunObserver
+    best: BestModel | None
 
     def is_due(self, step: int) -> bool:
         """Every `eval_steps`, and always after the last step."""
@@ -275,7 +303,10 @@ class _Evaluations:
     def make(self, step: int) -> scores.Score:
         self.runner.release()  # evaluation has other shapes and needs the memory of the graphs
         score = scores.score(self.runner.model, self.rows, self.settings.batch_size, self._progress)
-        self.observer.evaluated(EvalEvent(step, score.exact_match, **score.to_json()), score.rows)
+        if self.best is not None:
+            self.best.add(step, score)
+        best_step = self.best.step if self.best else None
+        self.observer.evaluated(EvalEvent(step, score.exact_match, **score.to_json(), best_step=best_step), score.rows)
         return score
 
     def _progress(self, done: int, total: int) -> None:
@@ -296,6 +327,7 @@ class _Saves:
     observer: RunObserver
     fingerprints: dict[str, Any]
     newest: int  # the last step that is saved
+    best: BestModel | None
 
     def is_due(self, step: int) -> bool:
         """Every `save_steps` and after the last step; never with `save_strategy: no`."""
@@ -314,7 +346,10 @@ class _Saves:
             )
         adapter = lora.state_dict(self.model.lora_layers)
         state = {"fingerprints": self.fingerprints, "metrics": self.run.metrics_offset()}
-        path = checkpoint.save(self.run.checkpoints, step, adapter, self.peft_config, self.optimizer, state)
+        tensors = self.best.tensors() if self.best else None
+        if self.best:
+            state["best"] = self.best.state()
+        path = checkpoint.save(self.run.checkpoints, step, adapter, self.peft_config, self.optimizer, state, tensors)
         checkpoint.keep_newest(self.run.checkpoints, self.limit, step)
         self.newest = step
         self.observer.saved(SaveEvent(step, path.name), path)

@@ -51,7 +51,8 @@ _COMPARED_BY_CONTENT = {
     "chat_template_path", "overflow", "assistant_only_loss", "train_on_last_turn",
 }  # fmt: skip
 _INEXACT = {  # and the keys of BATCH, if their product is the same
-    "gradient_checkpointing", "activation_offload", "base_residency", "torch_compile", "cuda_graphs",
+    "gradient_checkpointing", "activation_offload", "base_residency", "base_offload", "torch_compile",
+    "cuda_graphs",
     "attn_implementation", "use_cpu",
 }  # fmt: skip
 
@@ -203,7 +204,7 @@ def _finished(run: RunDirectory) -> Checkpoint | None:
     if end is None or check_folder(run.adapter):
         return None
     before = {"bytes": end.offset}
-    state = {"fingerprints": read_object(run.path / FINGERPRINTS), "optimizer": {}, "metrics": before}
+    state = {"fingerprints": read_object(run.path / FINGERPRINTS), "optimizer": {}, "metrics": before, "is_over": True}
     return Checkpoint(end.event.step, adapter_tensors(run.adapter), {}, {}, state)
 
 

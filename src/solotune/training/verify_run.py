@@ -9,7 +9,7 @@
     exports          each folder of export/ matches its own manifest, and that the one that export.json records
 
 log.txt may have grown since (a crash writes there), so its recorded bytes must be at its beginning. The lock file is
-not checked: its content changes with its owner.
+not checked: its content changes with its owner; nor is what trackers write into their folder, also after the run.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from solotune.run.run_dir import (
     LOG,
     MARKS,
     METRICS,
+    TRACKERS,
     UNUSED,
     RunDirectory,
     located,
@@ -143,7 +144,7 @@ def _sealed(run: RunDirectory) -> Iterator[Problem]:
             yield from _within(folder, check_folder(run.path / folder))
     for name in unknown(run.path, entries):
         inside = any(name.startswith(f"{folder}/") for folder in folders)
-        if not inside and name != LOCK and not _is_export(name):
+        if not inside and name != LOCK and name.split("/")[0] not in (EXPORT, TRACKERS):
             yield Problem(name, NOT_LISTED)
 
 

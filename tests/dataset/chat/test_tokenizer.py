@@ -10,6 +10,7 @@ import pytest
 from tokenizers import decoders
 
 from solotune.dataset import load_tokenizer, render_prompt, token_texts
+from solotune.dataset.chat.tokenizer import saved_files
 from solotune.errors import InputError
 from tests.dataset.conftest import CHATML, chat, config_of, tiny_tokenizer
 
@@ -130,3 +131,22 @@ def test_a_tekken_file_that_needs_a_library(tmp_path: Path) -> None:
     message = message_of(tmp_path)
     assert message.startswith(f"model_name_or_path: no tokenizer could be loaded from {tmp_path}\n")
     assert message.endswith("change:  pip install mistral-common, or use a copy of the model with a tokenizer.json")
+
+
+def test_what_is_saved_is_read_by_transformers_4_too(tmp_path: Path) -> None:
+    """4.57.6 does not know the class that 5 names, and fails on a list of `extra_special_tokens`."""
+    from transformers import AutoTokenizer
+
+    tokenizer = copy.deepcopy(tiny_tokenizer("chatml"))  # the tests share that one
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
+    (tmp_path / "saved").mkdir()
+    for name, content in saved_files(tokenizer):
+        (tmp_path / "saved" / name).write_bytes(content)
+    config = json.loads((tmp_path / "saved/tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["additional_special_tokens"] == ["<think>"]
+    assert not {"extra_special_tokens", "is_local", "local_files_only"} & config.keys()
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert again.all_special_tokens == tokenizer.all_special_tokens and again.get_vocab() == tokenizer.get_vocab()
+    text = "<|im_start|>a<think>b<|im_end|>"
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"] and again.chat_template == tokenizer.chat_template

@@ -26,6 +26,7 @@ ALIKE: dict[str, Any] = {
     "equal": 1.0,
     "deployed_costs_more": 0.0,
     "stops_at_end": 1.0,
+    "as_without_header": 0.0,
 }
 
 

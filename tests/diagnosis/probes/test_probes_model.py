@@ -439,6 +439,14 @@ def test_the_deployment_asks_in_another_format(ward):
     signals, found = both_renderings(live, run_facts_of(ward, live), 10.0)
     assert spoken(signals) == [("F11", "counterfactual")], found
 
+    def without_header(text):
+        ids = as_trained(text)
+        return ids[: len(ids) - 1 - ids[::-1].index(ward.tokenizer.convert_tokens_to_ids("<|im_start|>"))]
+
+    live = ward.live(model, generate=lambda text: answer(text, without_header))
+    signals, found = both_renderings(live, run_facts_of(ward, live), 10.0)
+    assert spoken(signals) == [("F15", "counterfactual")], found
+
 
 def test_the_range_test_of_a_run_that_has_trained_begins_where_the_run_began(ward):
     live = ward.live(batches=batches_of(ward.new_rows()))

@@ -10,7 +10,7 @@ import pytest
 from solotune.diagnosis.probes.initial_loss import first_loss
 from solotune.diagnosis.probes.tokenizer_fit import REWRITTEN, _tokenizer, tokenizer_signals
 from solotune.diagnosis.run_facts import LiveModel, RunFacts, Settings
-from tests.diagnosis.probed_models import Ward, chats, moved, padded, render
+from tests.diagnosis.probed_models import Ward, chats, moved, padded, render, without_markers
 
 NOISE = {"plain_text": 9.0, "ids_swapped": 9.5, "log_v": 6.0, "everyday_text": 9.0, "everyday_swapped": 9.4}
 
@@ -84,3 +84,18 @@ def test_nothing_clears_f04_where_the_base_says_otherwise(ward: Ward) -> None:
     one = RunFacts("a run", Settings({}), tokenizer=ward.tokenizer)
     assert [signal.against for signal in tokenizer_signals(one, fits)] == [True]
     assert tokenizer_signals(replace(one, base_tokenizer=moved(ward.tokenizer, 2)), fits) == []
+
+
+def test_f07_markers_that_are_split_and_not_expected(ward: Ward) -> None:
+    """Their ids tell nothing about how text is split (F04). Control: a base that has no template of its own."""
+    lost = without_markers(ward.tokenizer, "<|im_start|>")
+    rows = [render(lost, one) for one in chats(8, 100)]
+    batches = [padded(rows[i : i + 4], pad=2) for i in (0, 4)]
+
+    def spoken(base: Any) -> list[tuple[str, str]]:
+        run_facts = ward.run_facts(batches, tokenizer=lost, base_tokenizer=base)
+        signals, _ = first_loss(ward.live(batches=batches), run_facts, 30.0)
+        return [(s.code, s.kind) for s in signals if not s.against]
+
+    assert ("F07", "measured") in spoken(ward.tokenizer)
+    assert not {"F07", "F04"} & {code for code, _ in spoken(None)}

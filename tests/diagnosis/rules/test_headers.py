@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from solotune.dataset import Example
-from solotune.diagnosis.rules import ask_all
+from solotune.diagnosis.rules import ask_all, rules
 from solotune.diagnosis.run_facts import RunFacts, Settings
 from tests.dataset.conftest import tiny_tokenizer
+from tests.diagnosis.probed_models import Ward, chats, padded
 from tests.diagnosis.rules.rows import Bench, answered, talk, with_template
 
 PLAIN = (
@@ -46,3 +49,23 @@ def test_f15_of_conversations_that_cannot_be_rendered() -> None:
     for row in rows:
         row["messages"][0]["content"] = "<|im_start|>user\n" + row["messages"][0]["content"]
     assert "F15" not in codes(rows)
+
+
+def test_f15_labels_of_batches_that_begin_before_the_answer(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A base without a template. Controls: the mask as it should be, and a phrase that is the answers' own."""
+    ward = Ward(tmp_path_factory.getbasetemp() / "ward")
+    tokenizer = copy.deepcopy(ward.tokenizer)
+    tokenizer.chat_template = None
+
+    def found(begins: str, own: str = "") -> list[str]:
+        talks = [[one[0], {**one[1], "content": own + one[1]["content"]}] for one in chats(6, 100)]
+        rows = []
+        for asked, said in talks:
+            before, _, learned = f"Instruct:\n{asked['content']}\nOutput:\n{said['content']}".partition(begins)
+            ids = [tokenizer.encode(text, add_special_tokens=False) for text in (before, begins + learned)]
+            rows.append(([*ids[0], *ids[1], 2], [-100] * len(ids[0]) + [*ids[1], 2]))
+        known = ward.run_facts([padded(rows, pad=2)], tokenizer=tokenizer, conversations=talks)
+        return [signal.code for rule in rules()["F15"] if not rule.reads_rows for signal in rule.signals(known)]
+
+    assert found("Output:\n") == ["F15"]
+    assert found("Answer:", own="Answer: ") == []

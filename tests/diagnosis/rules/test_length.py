@@ -129,6 +129,29 @@ def test_f26_is_a_remark_if_the_last_turns_have_their_questions() -> None:
     assert signal is not None and signal.kind == "remark"
 
 
+def test_a_row_that_ends_as_complete_ones_do_is_no_full_window() -> None:
+    """Every token has a label: without its beginning a row is F26, without its answer F25."""
+    tokenizer, rows = tiny_tokenizer("chatml"), {"end": [], "start": []}
+    for row in talk(20):
+        ids = np.array(tokenizer.apply_chat_template(row["messages"], return_dict=False), np.int32)
+        for side, kept in (("end", ids[-20:]), ("start", ids[:20])):
+            rows[side].append(Example(kept, np.ones(20, bool), "row", row["messages"]))
+    found = {side: {s.code for s in ask_all(RunFacts("run", Settings({"max_length": 20}), tokenizer=tokenizer, train=kept))[0]
+                    if s.kind == "invariant"} for side, kept in rows.items()}  # fmt: skip
+    assert "F25" not in found["end"] and "F26" in found["end"]
+    assert "F25" in found["start"] and "F26" not in found["start"]
+
+
+@pytest.mark.parametrize(("written", "code"), [({"max_seq_length": 6}, "F02"), ({"max_seq_length": 64}, "")])
+def test_a_length_under_another_name_and_longer_rows(written: dict[str, int], code: str) -> None:
+    import torch
+
+    ids = torch.arange(5, 25)[None].repeat(4, 1)
+    batches = [{"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}]
+    run_facts = RunFacts("run", Settings(written), batches=batches)
+    assert {s.code for s in ask_all(run_facts)[0] if s.code == "F02"} == ({code} if code else set())
+
+
 def test_f25_counts_of_another_trainer() -> None:
     for left, kind in ((50, "invariant"), (90, "remark")):
         signal = rows_gone_in_truncation(RunFacts("run", Settings({"rows_in": 100, "rows_out": left})))

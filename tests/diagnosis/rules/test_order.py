@@ -54,6 +54,14 @@ def test_f42_one_row_far_longer_than_all_others() -> None:
     assert not signals("F42", {"max_length": 128}, train=rows([40, 50, 60] * 30 + [900]))
 
 
+def test_a_long_row_of_our_own_run_and_of_a_pack() -> None:
+    """A pack has one length, however long its longest row is."""
+    ours = {"tool": "solotune"}
+    assert [s.kind for s in signals("F42", ours, train=rows([40, 50, 60] * 30 + [900]))] == ["measured"]
+    assert [s.kind for s in signals("F42", ours, train=rows([40, 50, 60] * 30 + [450]))] == ["remark"]
+    assert not signals("F42", {"packing": True}, train=rows([40, 50, 60] * 30 + [900]))
+
+
 def test_a_long_tail_that_goes_on_is_a_remark() -> None:
     tail = [40, 50, 60] * 40 + [300, 420, 500, 640, 900]
     (found,) = signals("F42", train=rows(tail))

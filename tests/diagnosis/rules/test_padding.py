@@ -55,6 +55,15 @@ def test_masks_that_are_missing_or_wrong(tokenizer, pairs, how):
     assert "F29" not in told(run_facts_of(tokenizer, batches, CHATS))
 
 
+def test_padding_with_the_end_of_text_where_there_is_no_other_token(tokenizer, pairs):
+    """Control: on the right, where attention never reaches it, and the one end that each row has."""
+    same = copy.deepcopy(tokenizer)
+    same.pad_token = None
+    left, right = (without_mask(padded(pairs, left=left, pad=END)) for left in (True, False))
+    assert told(run_facts_of(same, left, CHATS)) == {"F28": "fault"}
+    assert told(run_facts_of(same, right, CHATS)) == {}
+
+
 def test_padding_that_does_no_harm(tokenizer, pairs):
     for batches in (padded(pairs), padded(pairs, left=True), without_mask(padded(pairs))):
         assert told(run_facts_of(tokenizer, batches, CHATS)) == {}
@@ -80,3 +89,38 @@ def test_the_first_token_after_left_padding(tokenizer, pairs):
     facts = run_facts_of(tokenizer, padded(whole, left=True), CHATS, assistant_only_loss=False)
     assert told(facts) == {"F30": "fault"}
     assert told(run_facts_of(tokenizer, padded(whole), CHATS, assistant_only_loss=False)) == {}
+
+
+@pytest.mark.parametrize("pad", [END, 1])
+@pytest.mark.parametrize("named", [None, "<|endoftext|>"])
+def test_padding_by_a_token_that_is_not_the_named_one(tokenizer, pairs, pad, named):
+    """A collator by hand fills with the end of text, or with a number."""
+    other = copy.deepcopy(tokenizer)
+    other.pad_token = named
+    left = without_mask(padded(pairs, left=True, pad=pad))
+    assert told(run_facts_of(other, left, CHATS)).get("F28") == "fault"
+    assert told(run_facts_of(other, without_mask(padded(pairs, pad=pad)), CHATS)) == {}
+
+
+def test_rows_that_begin_alike_are_not_padded(tokenizer, pairs):
+    """Three special tokens before each text: a format, of one length."""
+    other = copy.deepcopy(tokenizer)
+    other.pad_token = None
+    begun = [([END] * 3 + ids, [-100] * 3 + labels) for ids, labels in pairs]
+    assert "F28" not in told(run_facts_of(other, without_mask(padded(begun, size=1)), CHATS))
+
+
+def test_padding_between_prompt_and_answer(tokenizer, pairs):
+    """Prompts are padded to one length before the answers are appended."""
+
+    def apart(ids, labels, fill):
+        begin = next(at for at, label in enumerate(labels) if label != -100)
+        gap = 40 - begin if fill else 0
+        return ids[:begin] + [PAD] * gap + ids[begin:], labels[:begin] + [-100] * gap + labels[begin:]
+
+    inside = padded([apart(*pair, True) for pair in pairs])
+    assert told(run_facts_of(tokenizer, without_mask(inside), CHATS)).get("F28") == "fault"
+    for batch in inside:
+        batch["attention_mask"] = (batch["input_ids"] != PAD).long()
+    assert "F28" not in told(run_facts_of(tokenizer, inside, CHATS))
+    assert "F28" not in told(run_facts_of(tokenizer, without_mask(padded([apart(*p, False) for p in pairs])), CHATS))

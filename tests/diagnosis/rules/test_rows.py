@@ -86,6 +86,17 @@ def test_a_frequent_class_is_no_fault(bench: Bench) -> None:
     assert [f.severity for f in bench.find(rare) if f.code == "F35"] in ([], ["warning"])
 
 
+def test_f34_empty_cells_among_labels(bench: Bench) -> None:
+    """What a table writes for an empty cell is no class; among numbers it may be a result, and `none` is a class."""
+
+    def found(*classes: str, other: str) -> list[Any]:
+        rows = answered(talk(60), lambda n, text: other if n % 3 == 0 else classes[n % len(classes)])
+        return [f.severity for f in bench.find(rows) if f.code == "F34"]
+
+    assert found("good", "bad", other="nan") == ["error"]
+    assert found("1.5", "22", other="nan") == [] == found("good", "bad", other="none")
+
+
 def test_f36_turns(bench: Bench) -> None:
     twice = each(talk(), lambda n, m: [*m, m[0], {**m[0], "content": f"And {n}?"}, m[1]] if n % 4 == 0 else m)
     assert "same role" in bench.only("F36", twice).message and bench.only("F36", twice).severity == "warning"
@@ -109,6 +120,23 @@ def test_f36_a_lost_turn(bench: Bench) -> None:
     for change in (lambda n, m: [m[0], thought, m[1]], lambda n, m: [{**m[0], "content": f"The list {n}."}, *m]):
         chats = [row["messages"] for row in each(talk(), change)]
         assert [signal.kind for signal in signals_of_chats(chats)] == ["remark"]
+
+
+def test_f36_a_lost_first_answer(bench: Bench) -> None:
+    """The second question is worded as whole chats go on; one on a document before it is worded as a first question."""
+
+    def bargain(n: int, kind: str) -> list[dict[str, Any]]:
+        price = f"{n} coins, for figs of the {n % 9}th harvest."
+        whole = chat(
+            f"How much for {n} sacks of figs?", price, f"Too dear, I offer {n % 7}.", f"{n % 7}? So be it, {n}."
+        )
+        letter = {"role": "user", "content": f"Dear buyer, on day {n} our ships came in with figs and honey."}
+        return {"whole": whole, "lost": [whole[0], *whole[2:]], "letter": [letter, *whole[:2]]}[kind]
+
+    for kind, severity, signal in (("lost", "error", "measured"), ("letter", "warning", "remark")):
+        chats = [bargain(n, kind if n % 4 else "whole") for n in range(80)]
+        assert bench.only("F36", [{"messages": one} for one in chats]).severity == severity
+        assert [found.kind for found in signals_of_chats(chats)] == [signal]
 
 
 def test_f36_headers_of_foreign_roles(bench: Bench) -> None:
@@ -204,7 +232,12 @@ def test_f39_duplicates(bench: Bench) -> None:
     assert bench.only("F39", talk(30) + talk(30)[:14]).severity == "info"
     assert bench.only("F39", talk(30) * 4).severity == "warning"
     assert bench.only("F39", talk(14) * 15).severity == "error"
-    assert bench.only("F39", talk(14) * 15, dataset_exact_deduplication=False).severity == "info"
+    whole = bench.only(
+        "F39", talk(14) * 15, dataset_exact_deduplication=False
+    )  # equally often: nothing has more weight
+    assert whole.severity == "error" and "every row is there 15 times" in whole.message
+    some = [*talk(40), *talk(40)[:8] * 6]  # eight rows with seven times the weight
+    assert bench.only("F39", some, dataset_exact_deduplication=False).severity == "info"
     labels = answered(talk(14), lambda n, text: ("yes", "no")[n % 2]) * 15
     assert bench.only("F39", labels).severity == "warning"
 

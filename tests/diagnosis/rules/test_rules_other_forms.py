@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.run_diagnosis import examine
 from solotune.diagnosis.run_facts import RunFacts, Saved, Trace
 from tests.diagnosis.rules.test_rules import LLAMA, adapter, run_facts
@@ -27,6 +28,8 @@ EXPERT = "base_model.model.model.layers.0.mlp.experts.3.up_proj.lora_"
 UNUSED_EXPERT = {**adapter(), f"{EXPERT}A.weight": torch.ones(8, 64), f"{EXPERT}B.weight": torch.zeros(64, 8)}
 HEAD = "base_model.model.lm_head.lora_"
 TRAINED_HEAD = {**adapter(), f"{HEAD}A.weight": torch.ones(8, 64), f"{HEAD}B.weight": torch.ones(128, 8)}
+NESTED = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+NESTED_16 = {**NESTED, "bnb_4bit_compute_dtype": "bfloat16"}
 CONSTANT = {"lr_scheduler_type": "constant"}
 
 
@@ -105,6 +108,18 @@ FAULTY: dict[str, tuple[str, RunFacts]] = {
         "F02", run_facts({"per_device_train_batch_size": 8}, {"train_micro_batch_size_per_gpu": 2})),
     "epochs with a hyphen": ("F02", run_facts({"num_train_epochs": 3}, {"num-epochs": 1})),
     "clipping by another word": ("F02", run_facts({"max_grad_norm": 1.0}, {"grad_clip": 0.3})),
+    "a length that leaves no label, and a loss that falls": ("F02", run_facts(
+        {"max_length": 64, "tool": "transformers"}, {"max_seq_length": 64}, trace=log(),
+        refusals=[Signal("F25", "invariant", "none of the rows can be used", 0.95)])),
+    "float32 in a nested quantization": ("F50", run_facts(
+        {"quantization_config": {**NESTED, "bnb_4bit_compute_dtype": "torch.float32"}}, trace=log())),
+    "no compute dtype in a nested quantization": ("F50", run_facts({"quantization_config": NESTED}, trace=log())),
+    "a head without protection in a nested quantization": ("F52", run_facts(
+        {"quantization_config": {**NESTED_16, "llm_int8_skip_modules": ["vision_tower"]}}, model_config=WIDE)),
+    "an alternative of a regular expression that matches nothing": ("F56", run_facts(
+        {"lora_target_modules": r".*\.(q_proj|v_proj|W_pack)"}, model_config=LLAMA)),
+    "a regular expression for another family": ("F56", run_facts(
+        {"lora_target_modules": r".*\.(query|value)"}, model_config=LLAMA)),
     "a misspelt argument": ("F02", run_facts({"max_length": 1024}, {"max_lenght": 4096})),
 }  # fmt: skip
 
@@ -169,6 +184,14 @@ HEALTHY: dict[str, RunFacts] = {
     "4 bits in LLaMA-Factory": run_facts({"load_in_4bit": True, "tool": "llama-factory"}),
     "an estimate of memory that a finished run disproves": run_facts(
         {"gradient_checkpointing": False, "memory_bytes": 6e9}, model_config={**WIDE, "num_hidden_layers": 64}, trace=log()),
+    "lengths of tools that keep a part of the answer": run_facts(
+        {"max_length": 64, "tool": "llama-factory"}, {"cutoff_len": 64}, trace=log()),
+    "16 bits in a nested quantization": run_facts(
+        {"quantization_config": {**NESTED_16, "llm_int8_skip_modules": ["lm_head"]}}, model_config=WIDE),
+    "a regular expression": run_facts(
+        {"lora_target_modules": r".*\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"}, model_config=LLAMA),
+    "a regular expression for a model with images": run_facts(
+        {"lora_target_modules": r"model\.language_model\..*(q_proj|v_proj)"}, model_config=LLAMA),
     "BNB_CUDA_VERSION of a run that took steps": run_facts(
         {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}, trace=log(),
         environment={"BNB_CUDA_VERSION": "117", "cuda_runtime": "12.8"}),

@@ -12,7 +12,7 @@ from solotune.dataset import Example
 from solotune.diagnosis.rules import ask_all
 from solotune.diagnosis.run_facts import RunFacts, Settings
 from tests.dataset.conftest import CHATML, FAMILIES, tiny_tokenizer
-from tests.diagnosis.probed_models import moved
+from tests.diagnosis.probed_models import moved, without_markers
 from tests.diagnosis.rules.rows import Bench, answered, each, id_of, talk, with_template
 
 
@@ -105,3 +105,18 @@ def test_f04_ids_that_mean_other_pieces_than_to_the_base() -> None:
     more.add_tokens(["<|new|>"])
     for healthy in (more, copy.deepcopy(base)):
         assert not [s for s in ask_all(replace(one, tokenizer=healthy))[0] if s.code == "F04"]
+
+
+def test_f07_markers_that_a_conversion_lost(bench: Bench) -> None:
+    """By the base's tokenizer, or by an id at which the model stops that is no control token any more."""
+    base, lost = tiny_tokenizer("chatml"), without_markers(tiny_tokenizer("chatml"), "<|im_start|>", "<|im_end|>")
+    one = RunFacts("test", Settings({}), tokenizer=lost, base_tokenizer=base)
+    (found,) = [signal for signal in ask_all(one)[0] if signal.code == "F07"]
+    assert (found.kind, sorted(found.numbers["lost"])) == ("invariant", ["<|im_end|>", "<|im_start|>"])
+    assert not [s for s in ask_all(replace(one, tokenizer=copy.deepcopy(base)))[0] if s.code == "F07"]
+
+    for stop, severities in (("<|endoftext|>", ["error"]), ("<|im_end|>", [])):
+        own = without_markers(tiny_tokenizer("chatml"), "<|im_start|>", *({stop} - {"<|im_end|>"}))
+        model = bench.model(config={"eos_token_id": [id_of("chatml", "<|im_end|>"), id_of("chatml", stop)]})
+        found = bench.find(talk(), own, model_name_or_path=model)
+        assert [f.severity for f in found if f.code == "F07"] == severities, stop

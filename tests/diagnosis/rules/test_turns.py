@@ -221,6 +221,14 @@ def test_f10_a_models_own_template_that_was_edited(bench: Bench) -> None:
         assert [f.severity for f in found] == [severity], stop
 
 
+def test_f10_an_end_that_only_questions_have(bench: Bench) -> None:
+    """The model stops at a token that is in the rows and is no header: it ends the questions."""
+    edited = with_template("chatml", CHATML.replace("<|im_end|>", "{% if m.role == 'user' %}<|im_end|>{% endif %}"))
+    model = with_own_template(bench, edited, "<|im_end|>")
+    found = [f for f in bench.find(talk(turns=2), edited, model_name_or_path=model) if f.code == "F10"]
+    assert [f.severity for f in found] == ["error"]
+
+
 def test_f10_of_a_base_without_a_template_for_which_one_was_written(bench: Bench) -> None:
     base = copy.deepcopy(tiny_tokenizer("chatml"))
     base.chat_template = None

@@ -129,6 +129,18 @@ def test_rows_are_judged_with_the_generation_config_of_the_folder(output, monkey
         assert run_facts.findings == expected
 
 
+def test_a_template_that_was_put_beside_the_adapter_is_that_of_serving(output, tmp_path):
+    """The newest checkpoint has the template of the run."""
+    folder = shutil.copytree(output, tmp_path / "copy")
+    served = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(served)
+    run_facts = hf_trainer.from_folder(folder)
+    trained = run_facts.tokenizer.chat_template
+    assert (run_facts.settings.get("serving_template"), run_facts.settings.get("chat_template")) == (served, trained)
+    assert trained != served and "F11" in named(run_facts)
+    assert "F11" not in named(hf_trainer.from_folder(output))
+
+
 def test_a_checkpoint_alone_and_a_folder_with_checkpoints_alone(output, tmp_path):
     alone = hf_trainer.from_folder(output / "checkpoint-3")
     assert alone.trace is not None and alone.trace.step_S[-1] == 3 and alone.saved is not None

@@ -7,6 +7,7 @@ Downloaded files are checked like those of a local folder before transformers re
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
+CONFIG = "tokenizer_config.json"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -113,7 +115,24 @@ def saved_files(tokenizer: Any) -> Iterator[tuple[str, bytes]]:
     with tempfile.TemporaryDirectory(prefix="solotune-") as scratch:
         tokenizer.save_pretrained(scratch)
         for path in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
-            yield path.relative_to(scratch).as_posix(), path.read_bytes()
+            content = path.read_bytes()
+            yield path.relative_to(scratch).as_posix(), for_transformers_4(content) if path.name == CONFIG else content
+
+
+def for_transformers_4(content: bytes) -> bytes:
+    """tokenizer_config.json as transformers 5 writes it, in words that versions 4 and 5 both read.
+
+    Version 4, which vLLM used for long, knows no class TokenizersBackend, which is what version 5 calls its
+    PreTrainedTokenizerFast, and fails on a list of `extra_special_tokens`.
+    """
+    config = json.loads(content)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    for key in ("is_local", "local_files_only"):  # how it was loaded here
+        config.pop(key, None)
+    return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def _check_has_tokenizer(model_files: ModelFiles) -> None:

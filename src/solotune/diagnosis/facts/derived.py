@@ -128,8 +128,15 @@ def is_ours(run_facts: RunFacts) -> bool:
 
 def in_4bit(run_facts: RunFacts) -> bool:
     """Whether the settings ask for a 4-bit base."""
-    get = run_facts.settings.get
-    return get("load_in_4bit") is True or get("base_precision") == "nf4"
+    return quantization(run_facts, "load_in_4bit") is True or run_facts.settings.get("base_precision") == "nf4"
+
+
+def quantization(run_facts: RunFacts, key: str) -> Any:
+    """A setting of bitsandbytes: of its own, or in `quantization_config` (a mapping, or transformers' object)."""
+    value, config = run_facts.settings.get(key), run_facts.settings.get("quantization_config")
+    if value is not None:
+        return value
+    return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
 
 
 def has_error(run_facts: RunFacts, *patterns: str) -> str | None:

@@ -86,12 +86,18 @@ class Roles:
     def text_of(self, document: Document) -> tuple[str, np.ndarray]:
         """The text, and int64 (T,): position of each token's first character in it."""
         pieces = [self._piece(int(i)) for i in document.ids]
+        for begin, end in _split_characters(pieces):  # their text belongs to the last of their tokens
+            whole = self._decoded(document.ids[begin:end].tolist())
+            pieces[begin:end] = [""] * (end - begin - 1) + [whole]
         return "".join(pieces), np.concatenate(([0], np.cumsum([len(p) for p in pieces])))[:-1].astype(np.int64)
 
     @lru_cache(maxsize=1 << 16)  # noqa: B019 (an instance lives as long as a diagnosis)
     def _piece(self, index: int) -> str:
+        return self._decoded([index])
+
+    def _decoded(self, ids: list[int]) -> str:
         assert self.tokenizer is not None
-        return str(self.tokenizer.decode([index], clean_up_tokenization_spaces=False))
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def of(self, document: Document, turns: Sequence[Mapping[str, Any]] | None = None) -> np.ndarray | None:
         """int8 (T,): role of each token (headers count as `OTHER`); None if it is not known.
@@ -138,6 +144,14 @@ class Roles:
             if size > most and all(c in text for c in contents) and any(len(c) >= _SHORTEST for c in contents):
                 best, most = conversation, size
         return best
+
+
+def _split_characters(pieces: Sequence[str]) -> list[tuple[int, int]]:
+    """Stretches (first, one past the last) of tokens that are each a part of a character, as byte-level tokenizers
+    split the characters of many scripts."""
+    is_part = ["\ufffd" in piece for piece in pieces]
+    edges = [n for n in range(len(pieces) + 1) if (n < len(pieces) and is_part[n]) != (n > 0 and is_part[n - 1])]
+    return [(begin, end) for begin, end in zip(edges[::2], edges[1::2], strict=True) if end - begin > 1]
 
 
 def _spans_of(turns: Sequence[Mapping[str, Any]], text: str) -> list[tuple[int, int, int]]:

@@ -34,6 +34,9 @@ IGNORED = -100  # a label without loss
 _WEIGHTS = ("loss_mask", "loss_weights", "label_weights", "token_weights", "weights")
 """Keys under which custom losses find a weight for each token; a label of weight 0 counts as none."""
 _KNOWN_BEGINNING = 4  # first ids by which a row is looked up inside a sequence
+_RUN, _DIFFERENT = 3, 3
+"""Tokens of a run at an edge, and different lengths of such runs, from which it is padding: a text may begin with a few
+equal tokens, but not each text with another number of them."""
 _KNOWN_ROWS = 2000
 
 
@@ -104,6 +107,8 @@ class Batches:
         tokenizer = run_facts.tokenizer
         named: Any = {name: _first(getattr(tokenizer, f"{name}_token_id", None)) for name in ("pad", "eos", "bos")}
         pad = named["pad"] if named["pad"] is not None else _first(run_facts.model_config.get("pad_token_id"))
+        if (filler := _filler(batches or run_facts.batches, run_facts, pad)) is not None:
+            pad = filler
         single = frozenset(i for i in (named["eos"], named["bos"]) if i is not None)
         known = () if is_ours(run_facts) else run_facts.train[:_KNOWN_ROWS]  # solotune's own packs are marked
         rows = [np.asarray(row.input_ids) for row in known]
@@ -214,6 +219,26 @@ class Batches:
 
     def _known(self, ids_T: np.ndarray, at: int) -> list[tuple[np.ndarray, int]]:
         return self._rows.get(tuple(ids_T[at : at + _KNOWN_BEGINNING].tolist()), [])
+
+
+def _filler(batches: Sequence[Batch], run_facts: RunFacts, pad: int | None) -> int | None:
+    """The id that a collator pads with, if it is another than the pad that is named, or none is: a special token, or 0,
+    in runs of different lengths at an edge of the sequences."""
+    named = getattr(run_facts.tokenizer, "all_special_ids", ())
+    model = (_first(run_facts.model_config.get(f"{name}_token_id")) for name in ("eos", "bos"))
+    known = {0, *named, *model} - {pad, None}
+    lengths: dict[int, set[int]] = {}
+    for ids_T in (row for batch in batches for row in batch["input_ids"].cpu().numpy()):
+        for edge_T in (ids_T, ids_T[::-1]):
+            edge = int(edge_T[0]) if len(edge_T) else -1
+            if pad is not None and edge == pad and len(edge_T) > 1 and edge_T[1] == pad:
+                return None
+            same = edge_T == edge
+            size = len(edge_T) if same.all() else int(np.argmin(same))
+            if edge in known and _RUN <= size < len(edge_T):
+                lengths.setdefault(edge, set()).add(size)
+    found = {edge: sizes for edge, sizes in lengths.items() if len(sizes) >= _DIFFERENT}
+    return max(found, key=lambda edge: len(found[edge])) if found else None
 
 
 def _by_beginning(rows: Sequence[np.ndarray]) -> dict[tuple[int, ...], list[tuple[np.ndarray, int]]]:

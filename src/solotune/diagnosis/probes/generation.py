@@ -2,6 +2,7 @@
 
     good with the training format, bad as deployed                      F11; F12 if no row has the model's own format
     deterministic, and different from the training format               F11, or F12
+    as deployed, what the model writes after a prompt without header    F15
     the end of turn is generated, and generation goes on                F14, unless the data's own answers go on too
     no end in either, and a low probability of an end after the data's  F10, F17, F19 or F24: the labels show which; if
     own answers                                                         the ends have labels, F17 if the pad is an end
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.evidence import Kind, Signal
 from solotune.diagnosis.facts.derived import is_ours
 from solotune.diagnosis.facts.labels import LabelFacts
 from solotune.diagnosis.facts.rendered_chats import decoded, is_chat_model, own_frame
@@ -41,6 +42,7 @@ UNEXPECTED = 0.05  # probability of an end of turn after a whole answer; long fr
 CLEARLY, SURELY, BEGINNING = 0.3, 1.0, 24  # nats a token (the second even if few ends are expected), of so many tokens
 MUCH = 0.5  # of the prompts; also the gap of losses, in nats
 LAST, LEARNED = 4, 0.7  # tokens before the end of an answer, and their loss where the answers are known: one in two
+LIKE = 8  # tokens by which two answers are alike
 GOES_ON = 4  # tokens after an end: white space and an end of text may follow
 
 
@@ -51,14 +53,11 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
     if live.generate is None or run_facts.tokenizer is None:
         raise Skipped("how the deployment generates answers is not known")
     with restore_model_state(live), torch.no_grad():
-        if is_untouched(live.model):
-            if run_facts.saved is None or not _put_in(live.model, run_facts.saved)[0]:
-                raise Skipped("the adapter is not trained yet")
-            if is_untouched(live.model):
-                raise Skipped("the adapter is empty")
+        _require_trained(live, run_facts)
         live.model.eval()
         deployed, trained, wanted, prompts, ends, gaps, again = [], [], [], [], [], [], None
         behind: list[int] = []
+        bare: list[bool] = []
         is_whole = True
         for whole in facts.documents:
             document = _first_turn(facts, whole)
@@ -77,6 +76,7 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
             behind.append(_behind_end(document.ids[len(pair[0]) :].tolist(), facts.roles.ends))
             ends.append(_expects_end(live, [*pair[0], *pair[1]], facts.roles.ends))
             prompts.append(pair[0])
+            bare.append(_is_without_header(live, facts, pair[0], trained[-1], deployed[-1]))
             if deployed[-1] and trained[-1]:
                 costs = [_cost(live, pair[0], answers[-1][:BEGINNING]) for answers in (deployed, trained)]
                 gaps.append(costs[0] - costs[1])
@@ -96,6 +96,7 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
             "deployment_rendering": _share_right(deployed, wanted, facts.roles.ends),
         },
         "deployed_costs_more": float(np.mean(gaps)) if gaps else 0.0,  # nats a token, with the training format
+        "as_without_header": float(np.mean(bare)) if bare else 0.0,
         "same_again": bool(again),  # deterministic, and the question is the whole prompt
         "question_is_whole": is_whole,
         "equal": float(np.mean([_alike(a, b, facts.roles.ends) for a, b in zip(trained, deployed, strict=True)])),
@@ -104,6 +105,31 @@ def both_renderings(live: LiveModel, run_facts: RunFacts, budget: float) -> tupl
         found["last_words"] = float(np.mean([_last_words(live, *pair) for pair in zip(prompts, wanted, strict=True)]))
         return _never_ends(live, run_facts, facts, prompts, found), found
     return _judge(run_facts, found), found
+
+
+def _require_trained(live: LiveModel, run_facts: RunFacts) -> None:
+    """Put the saved adapter into a model without a trained one.
+
+    Raises:
+        Skipped: there is none, or it is empty.
+    """
+    if not is_untouched(live.model):
+        return
+    if run_facts.saved is None or not _put_in(live.model, run_facts.saved)[0]:
+        raise Skipped("the adapter is not trained yet")
+    if is_untouched(live.model):
+        raise Skipped("the adapter is empty")
+
+
+def _is_without_header(
+    live: LiveModel, facts: LabelFacts, prompt: list[int], trained: list[int], deployed: list[int]
+) -> bool:
+    """Whether the deployed answer, which is another than the trained one, is what the model writes without a header."""
+    cut = _without_header(facts, prompt)
+    if cut is None or _alike(trained, deployed, facts.roles.ends):
+        return False
+    without = _greedy(live, cut, frozenset(), LIKE)
+    return bool(without) and _alike(without, deployed, facts.roles.ends)
 
 
 def _are_stops(run_facts: RunFacts, ends: Sequence[int]) -> bool:
@@ -165,8 +191,16 @@ def _judge(run_facts: RunFacts, found: dict[str, Any]) -> list[Signal]:
         return [Signal("F14", "invariant", says, 0.9, found, fix="eos_token_id of generation_config: the end of turn")]
     code, fix = _difference(run_facts)
     # without its system prompt a model may well answer otherwise: that is another question, not another template
-    kind, weight = ("counterfactual", 0.9) if found["question_is_whole"] else ("remark", 0.3)
+    kind: Kind = "counterfactual" if found["question_is_whole"] else "remark"
+    weight = 0.9 if found["question_is_whole"] else 0.3
     worse = bad["rep_4"] - good["rep_4"] > REPEATS / 2 or bad["without_end"] - good["without_end"] >= MUCH
+    if found["as_without_header"] >= MUCH > found["equal"]:
+        says = (
+            f"{found['as_without_header']:.0%} of the deployed answers are what the model writes if the header of the "
+        )
+        says += "answer is left out of the prompt, and other answers than with it"
+        fix = "render prompts with add_generation_prompt=True"
+        return [Signal("F15", kind, says, weight, found, fix=fix)]
     right = found["right"]
     if right["training_rendering"] - right["deployment_rendering"] >= MUCH:
         says = f"with the training format {right['training_rendering']:.0%} of the answers begin as in the data, "
@@ -205,6 +239,15 @@ def _difference(run_facts: RunFacts) -> tuple[str, str]:
     if marker and texts and not any(marker in text for text in texts):
         return "F12", 'give the data as {"messages": [...]}, so that the model\'s own template is applied'
     return "F11", "serve with the chat template that rendered the training rows"
+
+
+def _without_header(facts: LabelFacts, prompt: Sequence[int]) -> list[int] | None:
+    """The prompt without the header of the answer at its end; None if it does not end with the template's."""
+    header = facts.roles.headers.get(ASSISTANT, "")
+    for end in facts.roles.template.terminators if facts.roles.template else ():
+        header = header.removeprefix(end).lstrip()
+    ids = facts.roles.encode(header) if header else []
+    return list(prompt[: -len(ids)]) if ids and list(prompt[-len(ids) :]) == ids else None
 
 
 def _share_right(answers: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]], ends: frozenset[int]) -> float:
@@ -272,5 +315,5 @@ def _behind_end(ids: Sequence[int], ends: frozenset[int]) -> int:
 def _alike(a: Sequence[int], b: Sequence[int], ends: frozenset[int]) -> bool:
     """The first tokens of both are equal, without ends: a deployment may strip spaces and hide its ends."""
     a, b = [i for i in a if i not in ends], [i for i in b if i not in ends]
-    size = min(len(a), len(b), 8)
+    size = min(len(a), len(b), LIKE)
     return a[:size] == b[:size] and bool(size or not (a or b))

@@ -5,6 +5,7 @@ text, and as plain text with randomly swapped ids.
 
     label of a position             not the token that the loss expects there (F22; `label_alignment`)
     as logged / as trained          near the number of micro-batches: their losses are not divided (F74)
+    markers of its own template     split like text, and not expected (F07)
     labels right / own format       far above 1, plain text as usual: the model does not know the format (F12)
     as trained / after bos          above 1, and lower than after any other token: the begin-of-text is missing (F09)
     plain text / ids swapped        near 1: text of this tokenizer is noise to the model (F04)
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -52,6 +54,7 @@ from solotune.diagnosis.probes.tokenizer_fit import (
     EXPECTED,
     NO_TEXT,
     controls_of_text,
+    is_no_text,
     may_be_no_text,
     mean_loss,
     own_text,
@@ -67,6 +70,7 @@ NUM_ROWS = 4
 BEGINNING = 3  # tokens without a label that are a prompt; a document's first has none either
 FIRST_STEPS = 3  # a log that begins later shows a loss after some training
 LONGEST = 512  # tokens of a text
+_MARKER = re.compile(r"<\|?[^<>\s]{1,40}>|\[\|?/?[A-Z_|a-z]{3,40}\]")
 
 
 def first_loss(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
@@ -83,7 +87,7 @@ def first_loss(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[lis
             _texts(live, run_facts, facts, found, deadline)
             _beginnings(live, run_facts, facts, found, deadline)
     found_all = (*misplaced(facts, found), *_format(run_facts, found), *tokenizer_signals(run_facts, found),
-                 _logged(run_facts, found), _begin(run_facts, found))  # fmt: skip
+                 _logged(run_facts, found), _begin(run_facts, found), _split_markers(run_facts, found))  # fmt: skip
     return [signal for signal in found_all if signal], found
 
 
@@ -233,6 +237,36 @@ def _begin(run_facts: RunFacts, found: dict[str, Any]) -> Signal | None:
     says += f"to {another:.2f}"
     fix = f"begin every row with {spelled}, as serving does"
     return Signal("F09", "counterfactual", says, 0.7, numbers, fix=fix, affected=1.0)
+
+
+def _split_markers(run_facts: RunFacts, found: dict[str, Any]) -> Signal | None:
+    """F07 if the tokenizer splits the markers of the model's own template, and the model does not expect them so.
+
+    Control: models that were taught markers of text (Zephyr, Llama 2) expect them; a template that is not the model's.
+    """
+    tokenizer, pieces, base = run_facts.tokenizer, own_frame(run_facts), run_facts.base_tokenizer
+    is_own = (
+        not run_facts.settings.get("chat_template_path") if is_ours(run_facts) else bool(base and base.chat_template)
+    )
+    if (
+        tokenizer is None
+        or pieces is None
+        or not is_own
+        or not is_chat_model(run_facts, pieces[2])
+        or is_no_text(found)
+    ):
+        return None
+    markers = sorted(set(_MARKER.findall(pieces[0] + pieces[1])))
+    split = [marker for marker in markers if len(tokenizer.encode(marker, add_special_tokens=False)) > 1]
+    loss = found.get("own_markers", 0.0)
+    if not split or loss < 2 * EXPECTED:
+        return None
+    says = (
+        f"the tokenizer splits {', '.join(split)} of the model's own template, and the model does not expect them so: "
+    )
+    says += f"{loss:.1f} nats a token"
+    fix = "use the tokenizer files of the same model and revision"
+    return Signal("F07", "measured", says, 0.75, {"split": split, "own_markers": loss}, fix=fix, affected=1.0)
 
 
 def _own_roles(run_facts: RunFacts, roles: Roles) -> Roles:

@@ -69,9 +69,24 @@ def own_text(
     if len(ids) < NUM_SAMPLES:
         return {}
     first = np.random.default_rng(0).choice(ids, NUM_SAMPLES, replace=False)
-    written = [[i for i in ids if i not in special and i < len(swapped)] for ids in _written(live, first.tolist())]
+    written = [
+        [i for i in ids if i not in special and i < len(swapped) and _is_written(roles.tokenizer, i)]
+        for ids in _written(live, first.tolist())
+    ]
+    if sum(map(len, written)) < NUM_DRAWN:
+        return {}
     again = [[int(swapped[i]) for i in ids] for ids in written]
     return {"own_text_kept": _kept(roles, written), "any_text_kept": _kept(roles, again)}
+
+
+def _is_written(tokenizer: Any, index: int) -> bool:
+    """Whether the tokenizer writes this id for its own piece of text. The id of a marker that was lost (F07) stands for
+    no text, so that it tells nothing about how text is split."""
+    if not tokenizer.is_fast:
+        return True
+    piece = tokenizer.convert_ids_to_tokens(index)
+    pieces = tokenizer.backend_tokenizer.model.tokenize(piece) if piece else []
+    return len(pieces) == 1 and pieces[0].id == index
 
 
 def mean_loss(live: LiveModel, ids: Sequence[int] | np.ndarray) -> float:
@@ -110,7 +125,8 @@ def tokenizer_signals(run_facts: RunFacts, found: dict[str, Any]) -> list[Signal
         return []
     if not signal.against:
         says = "plain text without any marker is noise to the model too (F04)"
-        return [signal, Signal("F07", "measured", says, 0.8, against=True)] if signal.weight > 0.5 else [signal]
+        is_clear = signal.weight > 0.5 and is_no_text(found)
+        return [signal, Signal("F07", "measured", says, 0.8, against=True)] if is_clear else [signal]
     changed_V = changed_ids(run_facts)
     return [signal] if changed_V is None or not changed_V.any() else []  # else it is known that some ids are others
 

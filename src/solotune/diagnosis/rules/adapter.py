@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -21,12 +20,12 @@ from solotune.diagnosis.facts.derived import (
     targets,
 )
 from solotune.diagnosis.facts.step_size import HALF, diverges, odd_one, one_step, too_small
+from solotune.diagnosis.facts.target_names import EMBEDDINGS, count_named, is_embedding, matched_alternatives
 from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
 WEAK, STRONG = 0.25, 32.0
 """Limits of alpha / r; 1 to 4 is usual, and 32 still trained well with a suitable learning rate."""
-_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embedding")
 _NOT_ALWAYS = re.compile(r"expert|router|" + "|".join(HEADS))
 """Modules that may get no gradient in a healthy run: an expert that no token was sent to; heads are F63."""
 
@@ -35,8 +34,9 @@ _NOT_ALWAYS = re.compile(r"expert|router|" + "|".join(HEADS))
 def targets_missed(run_facts: RunFacts) -> Signal | None:
     """F56: some names in lora_target_modules match few modules of this model, or none.
 
-    Sees: names without a module, and names that have an adapter in only some of the layers. The names of the config are
-    compared with the modules in the adapter file and with the modules that config.json builds.
+    Sees: names, or alternatives of a regular expression, without a module; names that have an adapter in only some of
+    the layers. The names of the config are compared with the modules in the adapter file and with the modules that
+    config.json builds.
     Why: PEFT raises an error if no name matches. If some names match, it ignores the others silently, so fewer
     parameters are trained.
     Not: F62, where every name matched; models with several kinds of layers, where a name may exist in some layers only
@@ -47,20 +47,22 @@ def targets_missed(run_facts: RunFacts) -> Signal | None:
     (measured).
     """
     names = targets(run_facts)
+    modules = linears(run_facts)
+    if isinstance(names, str) and names != "all-linear":
+        return _alternatives_missed(names, list(modules or ()), list(lora_layers(run_facts)))
     if not isinstance(names, list):
         return None
-    modules = linears(run_facts)
     found, known = list(lora_layers(run_facts)), list(modules or ())
     if not found and not known:
         return None
     names = [name for name in names if found or not is_embedding(name)]  # PEFT adapts them, and they are no linears
-    missed = [name for name in names if not _with_name(found or known, name)]
+    missed = [name for name in names if not count_named(found or known, name)]
     numbers = {"asked": names, "missed": missed, "modules": len(found)}
     fix = "lora_target_modules: all-linear"
     if missed and (found or len(missed) < len(names) or not is_ours(run_facts)):
         says = f"{', '.join(missed)} in lora_target_modules match{'es' if len(missed) == 1 else ''} no adapted module"
         return Signal("F56", "invariant", says, 0.9, numbers, fix=fix, affected=len(missed) / len(names))
-    few = {name: (_with_name(found, name), _with_name(known, name)) for name in names} if found and known else {}
+    few = {name: (count_named(found, name), count_named(known, name)) for name in names} if found and known else {}
     few = {name: counts for name, counts in few.items() if counts[0] < counts[1]}
     chosen = run_facts.saved.adapter_config if run_facts.saved else {}
     if not few or chosen.get("layers_to_transform") is not None or chosen.get("exclude_modules"):
@@ -70,13 +72,16 @@ def targets_missed(run_facts: RunFacts) -> Signal | None:
     return Signal("F56", "measured", says, 0.75, numbers, fix=fix, affected=1 - has / could)
 
 
-def is_embedding(name: str) -> bool:
-    """Whether a target names the input embedding."""
-    return name.rpartition(".")[2] in _EMBEDDINGS
-
-
-def _with_name(modules: Iterable[str], name: str) -> int:
-    return sum(module == name or module.endswith(f".{name}") for module in modules)
+def _alternatives_missed(pattern: str, modules: list[str], found: list[str]) -> Signal | None:
+    """F56 of a regular expression: alternatives that match no module."""
+    parts, missed = matched_alternatives(pattern, modules)
+    missed = [part for part in missed if not any(path.endswith(part) for path in found)]
+    is_open = pattern.startswith((".*", "(.*", "^.*"))  # else models of several kinds may name the beginning otherwise
+    if not modules or not missed or (len(missed) == len(parts) and not is_open):
+        return None
+    says = f"{', '.join(missed)} in lora_target_modules {pattern} match{'es' * (len(missed) == 1)} no module"
+    numbers, fix = {"asked": parts, "missed": missed}, "lora_target_modules: all-linear"
+    return Signal("F56", "invariant", says, 0.9, numbers, fix=fix, affected=len(missed) / len(parts))
 
 
 @rule("F57", probes=("P5",))
@@ -362,7 +367,7 @@ def head_adapter_ignored(run_facts: RunFacts) -> Signal | None:
         says = f"{ends[0]} has an adapter, but head and embedding are one tensor: merging changes both"
         return Signal("F63", "measured", says, 0.75, {"targets": ends}, fix=fix)
     fused = [k for k in ("use_liger_kernel", "use_liger", "fused_loss", "cut_cross_entropy") if get(k)]
-    is_head = ends[0].rpartition(".")[2] not in _EMBEDDINGS
+    is_head = ends[0].rpartition(".")[2] not in EMBEDDINGS
     if is_head and (fused or get("tool") in ("trl", "unsloth")) and zero.get(ends[0].rpartition(".")[2]) is not False:
         says = f"{ends[0]} has an adapter, but the fused loss ignores it ({fused[0] if fused else 'fused by default'})"
         return Signal("F63", "measured", says, 0.8, {"fused": fused}, fix=fix)
@@ -385,7 +390,7 @@ def _other_ends(run_facts: RunFacts, names: list[str]) -> Signal | None:
         return Signal("F63", "remark", says, 0.3, {"targets": routers}, fix=f"remove {routers[0]} if it is not meant")
     saved = run_facts.settings.get("modules_to_save") or ()
     whole = [name for name in ([saved] if isinstance(saved, str) else map(str, saved))
-             if name.rpartition(".")[2] in (*HEADS, *_EMBEDDINGS)]  # fmt: skip
+             if name.rpartition(".")[2] in (*HEADS, *EMBEDDINGS)]  # fmt: skip
     if not whole or run_facts.model_config.get("tie_word_embeddings") is not True:
         return None
     says = f"{', '.join(whole)} in modules_to_save: head and embedding are one tensor in this model, and become two"

@@ -12,7 +12,7 @@ import numpy as np
 from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.conversations import answers_of, chats_of
 from solotune.diagnosis.facts.derived import is_ours
-from solotune.diagnosis.facts.row_arrays import is_pattern, percent
+from solotune.diagnosis.facts.row_arrays import MIN_ROWS, is_pattern, percent
 from solotune.diagnosis.facts.row_facts import RowFacts
 from solotune.diagnosis.facts.rows import examples_of
 from solotune.diagnosis.findings import Finding
@@ -44,6 +44,8 @@ class Copies(NamedTuple):
     again: int
     """rows that repeat an earlier one"""
     is_beyond_chance: bool
+    is_whole_again: bool = False
+    """The whole file repeats: every row is there as often as the others, two times or more."""
 
     @classmethod
     def of(cls, keys: Sequence[str | int], answers: Sequence[str | bytes], sizes: Sequence[int]) -> Copies:
@@ -58,7 +60,12 @@ class Copies(NamedTuple):
         is_free = len(set(answers)) > len(counts) / 2 and float(np.median(sizes)) >= LEAST_TOKENS
         often = float(counts[counts >= OFTEN].sum())  # a few rows are most of the data, the others are there once
         is_few = mean >= MANY_COPIES or often >= MOSTLY * len(keys)
-        return cls(len(keys), again, bool(is_regular or (is_few and is_free)))
+        is_whole = (
+            counts.min() >= 2
+            and counts.max() - counts.min() <= max(mean >= MANY_COPIES, SOME * mean)
+            and len(counts) >= MIN_ROWS
+        )
+        return cls(len(keys), again, bool(is_regular or (is_few and is_free)), bool(is_whole))
 
 
 def _as_even(ratio: float, count: int) -> float:
@@ -88,7 +95,8 @@ def duplicates(facts: RowFacts) -> Finding | None:
     Not: F46, many epochs over different rows; F41, where data loader workers repeat rows that are in the file once;
     fewer copies, rows of a template, short rows and labels, which repeat naturally: a remark or a note.
     Fix: remove duplicates before the split.
-    Wrong when: rows are repeated to give them more weight; with dataset_exact_deduplication: false it is a note.
+    Wrong when: rows are repeated to give them more weight; with dataset_exact_deduplication: false that is a note,
+    unless every row is there equally often, which gives none more weight.
     Control: rows that are drawn at random from few different ones are there an uneven number of times.
     Source: common guides on deduplication.
     """
@@ -103,14 +111,7 @@ def duplicates(facts: RowFacts) -> Finding | None:
         "rows": train.places(same),
     }
     if report.num_copies_kept:
-        return Finding.of(
-            "F39",
-            "info",
-            message=f"{report.num_copies_kept:,} rows are exact copies of an earlier one, and were kept.",
-            evidence={**evidence, "copies_kept": report.num_copies_kept},
-            fix="nothing to do if they are meant; else remove dataset_exact_deduplication: false",
-            affected=report.num_copies_kept / total,
-        )
+        return _kept(facts, evidence)
     if is_pattern(len(same), total, SOME):
         side = facts.train
         learned = [row.input_ids[row.loss_mask].tobytes() for row in side.rows]
@@ -127,6 +128,27 @@ def duplicates(facts: RowFacts) -> Finding | None:
             is_statistic=True,
         )
     return _removed(facts, evidence)
+
+
+def _kept(facts: RowFacts, evidence: dict[str, object]) -> Finding:
+    """Copies that the config keeps. Some rows more often than others have more weight, on purpose; all rows equally
+    often have none, and only make the epoch longer."""
+    train, kept = facts.whole[0], facts.report.num_copies_kept
+    known = Copies.of([int(one) for one in train.hashes], [b""] * len(train.rows), [0] * len(train.rows))
+    is_fault = known.is_whole_again and not facts.is_sample and not bool(facts.is_cut(facts.train).mean() >= HALF)
+    times = len(train.rows) / max(len(train.rows) - known.again, 1)
+    return Finding.of(
+        "F39",
+        "error" if is_fault else "info",
+        message=f"{kept:,} rows are exact copies of an earlier one, and were kept"
+        + (f": every row is there {times:.0f} times, so that none has more weight than another." if is_fault else "."),
+        evidence={**evidence, "copies_kept": kept},
+        fix="remove dataset_exact_deduplication: false; for more passes over the rows, raise num_train_epochs"
+        if is_fault
+        else "nothing to do if they are meant; else remove dataset_exact_deduplication: false",
+        affected=kept / len(train.rows),
+        is_statistic=True,
+    )
 
 
 def _removed(facts: RowFacts, evidence: dict[str, object]) -> Finding | None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from typing import Any
 
 from solotune.config.key_aliases import FOREIGN_KEYS
 from solotune.diagnosis.evidence import Signal
-from solotune.diagnosis.facts.derived import has_error, in_4bit, is_lora, is_ours, number
+from solotune.diagnosis.facts.derived import has_error, in_4bit, is_lora, is_ours, number, setting
 from solotune.diagnosis.facts.library_defaults import default_exists, is_default
-from solotune.diagnosis.rules import rule
+from solotune.diagnosis.facts.texts import Batches
+from solotune.diagnosis.rules import rule, signals_of_rows
 from solotune.diagnosis.run_facts import RunFacts
 
 _OWN_RULES = {"load_in_4bit", "load_in_8bit", "quantization_config", "base_precision"}
@@ -43,6 +45,12 @@ _FORMER = {
     "label_smoothing_factor": r"label_smoothing",
 }
 """Setting of transformers, TRL and PEFT -> its names in earlier versions, in scripts and in other libraries."""
+BESIDE = 2
+"""Tokens that a tool adds after truncation: the begin and the end of a text."""
+NO_LABEL, SOME_STEPS = 0.95, 10
+"""Share of the rows without a label from which nearly every batch has none, and losses that contradict it."""
+_OTHER_CUTS = ("cutoff_len", "sequence_len")
+"""Lengths of LLaMA-Factory, which shortens prompt and answer in proportion, and of Axolotl, which drops long rows."""
 _ALIKE = 0.9
 """Likeness of a misspelt name (`max_lenght`, `learning_rates`) to the setting's own."""
 
@@ -63,7 +71,8 @@ def binary_mismatch(run_facts: RunFacts) -> Signal | None:
     fix = "pip install --upgrade bitsandbytes, and unset BNB_CUDA_VERSION"
     line = has_error(
         run_facts,
-        r"CUDA Setup failed|libbitsandbytes|bitsandbytes.*(not compiled|no kernel|without GPU support|binary)",
+        r"CUDA Setup failed|libbitsandbytes.*(not found|cannot|No such|undefined)",
+        r"bitsandbytes.*(not compiled|no kernel|without GPU support|binary)",
         r"no kernel image is available|undefined symbol.*(cquantize|cdequantize|cgemm)|cextension",
     )
     if line is not None:
@@ -87,8 +96,9 @@ def renamed_argument(run_facts: RunFacts) -> Signal | None:
     """F02: a setting has a name that this version does not read, so the default was used instead.
 
     Sees: a setting written under another name than the installed version's (also misspelt), and the library's default
-    in use; the TypeError for an unexpected argument. Another value in use that is no default is a remark: it was set
-    later (on the command line, by the script).
+    in use; the TypeError for an unexpected argument; a length under another name, and batches with longer rows, or
+    finite losses where that length would leave no label. Another value in use that is no default is a remark: it was
+    set later (on the command line, by the script).
     Why: a wrapper that filters unknown keys drops the setting silently: the config says `max_seq_length: 256`, and 1024
     is used.
     Not: F03, where nothing was written; F25, whose max_length is the intended one; F51, for quantization; another name
@@ -115,6 +125,34 @@ def renamed_argument(run_facts: RunFacts) -> Signal | None:
             continue
         return Signal("F02", "invariant", says, 0.9, numbers, fix=f"{ours}: {wrote}")
     return remark
+
+
+@rule("F02", needs=("settings",), otherwise=True, unless=is_ours)
+def length_not_applied(run_facts: RunFacts) -> Signal | None:
+    """F02, from what was trained on: rows longer than a length that is written under another name, or losses that rows
+    of that length cannot have."""
+    written = {**run_facts.settings.values, **run_facts.settings.asked}
+    lengths = {key: number(value) for key, value in written.items() if key != "max_length"
+               and (_former(key) or FOREIGN_KEYS.get(key)) == "max_length"}  # fmt: skip
+    key = next((key for key, limit in lengths.items() if limit), None)
+    if key is None or not (limit := lengths[key]):
+        return None
+    numbers, fix = {"key": key, "wrote": limit}, f"max_length: {limit:g}"
+    sizes = [len(document.ids) for document in Batches.of(run_facts).documents]
+    longer = sum(size > limit + BESIDE for size in sizes)
+    if longer and setting(run_facts, "max_length") in (None, limit):
+        says = f"{key}: {limit:g} is in the config, but {longer} of {len(sizes)} rows in the batches are longer"
+        return Signal("F02", "invariant", says, 0.9, numbers, fix=fix, affected=longer / len(sizes))
+    if sizes or "max_length" in run_facts.settings.asked or key in _OTHER_CUTS:
+        return None
+    refused = [1.0 for signal in run_facts.refusals if signal.code == "F25"]  # none of the rows can be used
+    lost = max([*refused, *(signal.affected or 0.0 for signal in signals_of_rows(run_facts, "F25"))], default=0.0)
+    losses = run_facts.trace.loss_S if run_facts.trace is not None else ()
+    if lost < NO_LABEL or len(losses) < SOME_STEPS or not all(math.isfinite(loss) and loss > 0 for loss in losses):
+        return None
+    says = f"{key}: {limit:g} is in the config and leaves nothing to train on in {lost:.0%} of the rows, but all "
+    says += f"{len(losses)} logged losses are finite and above zero"
+    return Signal("F02", "invariant", says, 0.9, numbers, fix=f"{fix}, if it is meant", affected=lost)
 
 
 def _meant(run_facts: RunFacts, key: str) -> str | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from solotune.diagnosis.evidence import Signal
+from solotune.diagnosis.facts.derived import is_ours
 from solotune.diagnosis.facts.labelled_turns import starts_with_label
+from solotune.diagnosis.facts.labels import LabelFacts
 from solotune.diagnosis.facts.rendered_chats import NUM_ROWS, rendered
 from solotune.diagnosis.facts.roles import Roles
 from solotune.diagnosis.facts.row_arrays import NUM_DECODED, evenly, is_pattern, squeezed
@@ -18,12 +20,13 @@ MOST = 0.5
 """A fault of the template or tokenizer shows in all rows; half allows for rows that hide it."""
 
 
-@rule("F15", needs=("rows",))
+@rule("F15", needs=("rows",), probes=("P13",))
 def header_learned(facts: RowFacts) -> Finding | None:
     """F15: the role header before the answer is missing in serving, doubled, or trained on as part of the answer.
 
     Sees: answers whose loss begins at their role header; a generation prompt that writes the header twice; rows in
-    which it stands twice before the answer; prompts served without the template's generation prompt.
+    which it stands twice before the answer; prompts served without the template's generation prompt; deployed answers
+    that are what the model writes after a prompt without the header (probe P13).
     Why: the answer starts with a header, or is empty.
     Not: F11, where not only the start of the answer differs; templates with an empty generation prompt (Mistral);
     `assistant_only_loss: false`, where headers are trained on, on purpose; a model whose own template has no generation
@@ -140,6 +143,36 @@ def header_in_answers(run_facts: RunFacts) -> Signal | None:
     fix = f"in the data, remove {header!r} from the beginning of the answers"
     share = len(having) / len(said["assistant"])
     return Signal("F15", "invariant", says, 0.9, {"answers": len(having)}, fix=fix, affected=share)
+
+
+@rule("F15", needs=("batches", "conversations", "tokenizer"), otherwise=True, unless=is_ours)
+def header_in_labels(run_facts: RunFacts) -> Signal | None:
+    """F15, of batches: the labels of an answer begin before its text, at the label or header of its turn.
+
+    Control: the conversations. A phrase with which the answers begin themselves is in their texts; thoughts that a
+    template puts before them are no label; a header that the generation prompt leaves out is written by the model.
+    """
+    facts, template = LabelFacts.of(run_facts), Roles(run_facts).template
+    if run_facts.settings.get("assistant_only_loss") is False:
+        return None
+    first, read = [], 0
+    for document in facts.documents[:NUM_ROWS]:
+        text, begins_T = facts.roles.text_of(document)
+        chat = facts.roles.conversation_in(text) or ()
+        said = next((str(turn.get("content") or "") for turn in chat if turn.get("role") == "assistant"), "").strip()
+        place = text.find(said) if said else -1
+        spans = [(begin, end) for begin, end in document.spans() if begin and end > np.searchsorted(begins_T, place)]
+        if place < 0 or not spans:
+            continue
+        read += 1
+        header = text[int(begins_T[spans[0][0]]) : place]
+        if starts_with_label(header) and (template is None or squeezed(header) in squeezed(template.generation_prompt)):
+            first.append(header)
+    if not is_pattern(len(first), read, MOST):
+        return None
+    says = f"the labels of {len(first)} of {read} answers begin at {first[0].strip()!r}, which stands before the answer"
+    fix = "start the labels after the header: mask it like the prompt"
+    return Signal("F15", "invariant", says, 0.85, {"answers": len(first)}, fix=fix, affected=len(first) / read)
 
 
 def header_doubled(facts: RowFacts) -> str:

@@ -33,6 +33,8 @@ BEGINNINGS = 0.25
 SAME = 0.95
 """Share of complete rows with the same first token, from which this token belongs to the format."""
 _NUM_DECODED = 50
+_NEAR_END = 4
+"""Last tokens of a row in which its end of turn stands, with a line break or an end of text after it."""
 
 
 def is_packed_by_trl(run_facts: RunFacts) -> bool:
@@ -223,7 +225,10 @@ def prompts_alone(run_facts: RunFacts) -> Signal | None:
     full = [row for row in rows if len(row.input_ids) >= limit][:_NUM_DECODED]
     answer = headers[ASSISTANT].strip()
     texts = [str(run_facts.tokenizer.decode(row.input_ids.tolist())) for row in full]  # pyright: ignore[reportOptionalMemberAccess]
-    share = sum(answer not in text for text in texts) / max(len(texts), 1)
+    ends = list(Roles(run_facts).ends)  # a row that ends as complete ones do has lost its beginning (F26)
+    is_open = [not np.isin(row.input_ids[-_NEAR_END:], ends).any() for row in full]
+    share = sum(is_open and answer not in text for text, is_open in zip(texts, is_open, strict=True))
+    share /= max(len(texts), 1)
     affected = share * sum(len(row.input_ids) >= limit for row in rows) / len(rows)
     if affected < MUCH:
         return None

@@ -19,6 +19,8 @@ ABSOLUTE = frozenset(["gpt2", "gpt_neo", "gpt_bigcode", "openai-gpt", "biogpt", 
 
 FEW = 0.01
 """One row in a hundred: worth a remark."""
+RUN = 3
+"""Padding tokens in a row, and different numbers of them, from which they are padding inside a text."""
 SOME = 0.1
 """One row in ten, from which padding in the texts is a fault."""
 
@@ -55,7 +57,8 @@ def left_padding_moves_positions(run_facts: RunFacts) -> Signal | None:
 def pads_attended(run_facts: RunFacts) -> Signal | None:
     """F28: attention sees the padding before the texts.
 
-    Sees: padding at the left edge, and no attention_mask, or one that is 1 there; an attention_mask that is 0 on text.
+    Sees: padding at the left edge, or between prompts and answers, and no attention_mask, or one that is 1 there; an
+    attention_mask that is 0 on text. Padding is the pad_token, else a special token in runs of different lengths.
     Why: every token attends to a different number of padding tokens in each batch, so the loss depends on the other
     rows.
     Not: padding on the right without a mask, which causal attention never reaches; F27; one token at the beginning of
@@ -78,11 +81,27 @@ def pads_attended(run_facts: RunFacts) -> Signal | None:
         if line.real_T.any() and line.left_pads and (line.attended_T is None or line.attended_T[0])
     ]
     if not seen or (len(seen) == len(lines) and max(line.left_pads for line in seen) == 1):
-        return None
+        return _pads_inside(batches, fix)
     most = max(line.left_pads for line in seen)
     says = f"{len(seen)} of {len(lines)} sequences begin with up to {most} padding tokens that attention sees"
     numbers = {"sequences": len(seen)}
     return Signal("F28", "invariant", says, 0.9, numbers, fix=fix, affected=len(seen) / len(lines))
+
+
+def _pads_inside(batches: Batches, fix: str) -> Signal | None:
+    """F28 of prompts that were padded before their answers were appended: padding between the two."""
+    lines = [line for sequences in batches.sequences for line in sequences if line.real_T.any()]
+    sizes = [] if batches.is_packed else [_longest_run(line.ids_T[line.real_T] == batches.pad_id) for line in lines]
+    seen = [size for size in sizes if size >= RUN]
+    if len(seen) < SOME * len(lines) or len(set(seen)) < RUN:
+        return None
+    says = f"{len(seen)} of {len(lines)} sequences have up to {max(seen)} padding tokens inside, which attention sees"
+    return Signal("F28", "invariant", says, 0.9, {"sequences": len(seen)}, fix=fix, affected=len(seen) / len(lines))
+
+
+def _longest_run(is_pad_T: np.ndarray) -> int:
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], is_pad_T, [False])).astype(np.int8)))
+    return int((edges[1::2] - edges[::2]).max(initial=0))
 
 
 def texts_hidden(batches: Batches) -> int:

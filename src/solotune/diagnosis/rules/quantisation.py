@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from solotune.diagnosis.evidence import Signal
-from solotune.diagnosis.facts.derived import in_4bit, is_ours, mapping
+from solotune.diagnosis.facts.derived import in_4bit, is_ours, mapping, quantization
 from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
 
@@ -63,7 +63,7 @@ def computes_in_float32(run_facts: RunFacts) -> Signal | None:
     Source: bitsandbytes#2077; h2ogpt#682 (5 to 16 tokens/s).
     """
     get = run_facts.settings.get
-    dtype = get("bnb_4bit_compute_dtype")
+    dtype = quantization(run_facts, "bnb_4bit_compute_dtype")
     is_wide = dtype is None or str(dtype).rpartition(".")[2] in ("float32", "fp32", "float")
     if is_ours(run_facts) or not in_4bit(run_facts) or not is_wide or (dtype is None and get("tool") in _SET_IT):
         return None
@@ -128,7 +128,7 @@ def head_left_unprotected(run_facts: RunFacts) -> Signal | None:
     Wrong when: the head is tied to an embedding that is not quantized.
     Source: transformers#45674, axolotl#3953.
     """
-    skipped = run_facts.settings.get("llm_int8_skip_modules")
+    skipped = quantization(run_facts, "llm_int8_skip_modules")
     if not skipped or not quantises(run_facts) or run_facts.model_config.get("tie_word_embeddings") is True:
         return None
     names = [skipped] if isinstance(skipped, str) else list(map(str, skipped))

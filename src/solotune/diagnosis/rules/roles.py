@@ -21,6 +21,10 @@ MOST = 0.5
 """Of the chats."""
 SOME = 0.05
 """One chat in twenty."""
+NEARER = 0.8
+"""Of the second questions that are worded as later turns, where the answer before them was lost."""
+NUM_COMPARED, FEWEST_WHOLE = 200, 8
+"""Turns that are compared, and turns of whole chats that tell how users go on."""
 
 _FOREIGN_ROLES = (
     "human",
@@ -50,7 +54,8 @@ def broken_turns(facts: RowFacts) -> Finding | None:
 
     Sees: role names that no template knows (`human`, `gpt`), in chats or in headers of rendered rows; chats of one
     message of the assistant, other than in the next chat, and one of the user after it; the same turn twice in a row;
-    two answers in a row, or two later questions, in half of the chats. In fewer chats they are a remark.
+    two answers in a row, or two later questions, in half of the chats; two first ones, if the second is worded as later
+    turns of whole chats in the file. In fewer chats they are a remark.
     Why: strict templates raise an error. Others write a header that the model has never seen, or no answer is found.
     The loss does not show it (the first loss is 1.3 times the normal one).
     Not: several tool messages in a row; a system message at the start; a call, its result and the answer; a greeting of
@@ -75,7 +80,8 @@ def broken_turns(facts: RowFacts) -> Finding | None:
             affected=len(rows) / total,
             is_statistic=True,
         )
-    is_twice, is_lost = is_pattern(len(twice), total, SOME), is_pattern(sum(map(_lacks_a_turn, chats)), total, MOST)
+    is_twice = is_pattern(len(twice), total, SOME)
+    is_lost = is_pattern(sum(map(_lacks_a_turn, chats)), total, MOST) or _lacks_first_answers(chats)
     if not is_pattern(len(repeated), total, SOME):
         return None
     rows = twice if is_twice else repeated
@@ -160,6 +166,42 @@ def _lacks_a_turn(messages: Sequence[Mapping[str, Any]]) -> bool:
     return any(role == "assistant" or (role == "user" and number > 0) for number, role in pairs)
 
 
+def _begins_twice(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a chat begins with two turns of the user."""
+    turns = [message for message in messages if message["role"] not in ("system", "developer")]
+    return [turn["role"] for turn in turns[:2]] == ["user", "user"]
+
+
+def _lacks_first_answers(chats: Sequence[Sequence[Mapping[str, Any]]]) -> bool:
+    """Whether the answer between the first two questions was lost in most chats.
+
+    Control: the whole chats of the same file. What the user says second, in a chat that lost an answer, is worded as
+    what users say later in a chat, not as what they say first; a question about a document is worded as a first one.
+    """
+    broken, whole = [], []
+    for chat in chats:
+        users = [str(message["content"]) for message in chat if message["role"] == "user"]
+        (broken if _begins_twice(chat) else whole).append(users)
+    later = [_words(text) for users in whole for text in users[1:]][:NUM_COMPARED]
+    first = [_words(users[0]) for users in whole if users][:NUM_COMPARED]
+    if not is_pattern(len(broken), len(chats), MOST) or min(len(later), len(first)) < FEWEST_WHOLE:
+        return False
+    second = [_words(users[1]) for users in broken][:NUM_COMPARED]
+    like_later = [max(_shared(words, other) for other in later) for words in second]
+    like_first = [max(_shared(words, other) for other in first) for words in second]
+    is_nearer = [a > b for a, b in zip(like_later, like_first, strict=True)]
+    return is_pattern(sum(is_nearer), len(is_nearer), NEARER)
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+|[^\w\s]", text.casefold()))
+
+
+def _shared(a: set[str], b: set[str]) -> float:
+    """The share of the words of two texts that both have."""
+    return len(a & b) / max(len(a | b), 1)
+
+
 def _is_thought(text: str) -> bool:
     return bool(re.match(r"\s*(<|\[)?/?(think|thought|reason|analysis|plan|scratch)", text, re.IGNORECASE))
 
@@ -201,7 +243,9 @@ def foreign_roles(run_facts: RunFacts) -> Signal | None:
     if is_pattern(twice, len(chats), SOME):
         says = f"in {twice:,} of {len(chats):,} chats a turn stands twice in a row"
         return Signal("F36", "measured", says, 0.75, {"chats": twice}, fix=fix, affected=twice / len(chats))
-    if is_pattern(lost := sum(map(_lacks_a_turn, chats)), len(chats), MOST):
+    lost = sum(map(_lacks_a_turn, chats))
+    if is_pattern(lost, len(chats), MOST) or _lacks_first_answers(chats):
+        lost = max(lost, sum(_begins_twice(chat) for chat in chats))
         says = f"in {lost:,} of {len(chats):,} chats an answer follows an answer, or a question a question"
         return Signal("F36", "measured", says, 0.7, {"chats": lost}, fix=fix, affected=lost / len(chats))
     says = f"in {broken:,} of {len(chats):,} chats user and assistant do not alternate"

@@ -41,7 +41,8 @@ OVERUSED = 0.2
 OVERUSED_LABEL = 0.5
 """The same for an answer of one to three words: `unanswerable` is a third of SQuAD 2."""
 
-_EXPORTED = {"nan", "undefined", "#n/a", "<na>"}
+_EMPTY_CELLS = {"nan", "#n/a", "<na>"}
+_EXPORTED = _EMPTY_CELLS | {"undefined"}
 _PLACEHOLDERS = _EXPORTED | {"null", "none", "n/a", "[]", "{}", "todo", "tbd"}
 LONG_ANSWER, EXTRACTED = 6, 0.2
 """Words of free answers beside which `none` is no extracted value, and its share from which it is no odd row."""
@@ -105,10 +106,14 @@ class _Fillers(NamedTuple):
         is_text = is_free and words[len(words) // 2] >= LONG_ANSWER
         if is_text and is_pattern(fillers, len(folded), EXTRACTED):
             exported = fillers
-        return cls(is_free, exported if is_free else 0)
+        if not is_free:  # among labels, only what a table writes for an empty cell; among numbers it may be a result
+            is_number = sum(any(c.isdigit() for c in text) for text in rest) > MOST * len(rest)
+            exported = 0 if is_number or not rest else sum(text in _EMPTY_CELLS for text in visible)
+        return cls(is_free, exported)
 
     def has(self, text: str) -> bool:
-        return self.is_free and (text in _PLACEHOLDERS or _is_wordless(text))
+        is_cell = self.exported > 0 and text in _EMPTY_CELLS
+        return is_cell or (self.is_free and (text in _PLACEHOLDERS or _is_wordless(text)))
 
 
 def _is_wordless(text: str) -> bool:

@@ -167,8 +167,9 @@ def rows_without_served_bos(run_facts: RunFacts) -> Signal | None:
 def template_differs(run_facts: RunFacts) -> Signal | None:
     """F11: the model is served with a different chat template than it was trained with.
 
-    Sees: the same chat rendered with the template of training and with that of serving. Answers that are bad only with
-    the serving template show the same.
+    Sees: the same chat rendered with the template of training and with that of serving; in a folder, with the template
+    of its newest checkpoint and with the one that lies beside the final adapter. Answers that are bad only with the
+    serving template show the same.
     Why: the held-out loss is good, but chat answers are bad or repeat themselves: without its template a well-trained
     model repeated 10 to 48 % of its 4-grams (0 % with it).
     Not: F46, which repeats with both templates; F15, where only the start of the answer differs.

@@ -129,8 +129,10 @@ def _size_of_another(facts: RowFacts) -> Finding | None:
 def markers_as_text(facts: RowFacts) -> Finding | None:
     """F07: the tokenizer splits the template's control tokens like ordinary text.
 
-    Sees: texts such as `<|im_start|>` in the template that encode to several ids, if one of them ends answers or the
-    tokenizer has its own chat tokens.
+    Sees: texts such as `<|im_start|>` in the template that encode to several ids, if one of them ends answers, the
+    tokenizer has its own chat tokens, or an id at which the model stops is no control token in this tokenizer; markers
+    that are one id in the base's own tokenizer; the model's own template whose markers are split, and which the model
+    does not expect (probe P1).
     Why: an instruct model sees a format that it does not know (6 times the first loss), rows become 10 to 20 % longer,
     and answers contain the markup.
     Not: F12, which has no markup; formats of plain words; Zephyr and TinyLlama, whose `<|user|>` is text by design.
@@ -149,20 +151,45 @@ def markers_as_text(facts: RowFacts) -> Finding | None:
     )
     if (lost := _lost_in_rows(facts, text)) is not None:
         return lost
-    if not split or not (unused or ends_with_text_marker(facts)):
-        return None
     path = facts.settings.chat_template_path
+    lost_ends = [] if path else sorted(facts.all_model_ids("eos_token_id") - facts.special_ids - facts.control.ids)
+    if not split or not (unused or lost_ends or ends_with_text_marker(facts)):
+        return None
     return Finding.of(
         "F07",
-        "error" if ends_with_text_marker(facts) else "warning",
+        "error" if lost_ends or ends_with_text_marker(facts) else "warning",
         message=f"The chat template writes {', '.join(split)}, which is not a token of this tokenizer and is "
         "split like any word.",
-        evidence={"ids_per_marker": split, "own_tokens_not_used": unused[:8], "chat_template_path": path},
+        evidence={
+            "ids_per_marker": split,
+            "own_tokens_not_used": unused[:8],
+            "chat_template_path": path,
+            "ends_that_are_no_tokens": lost_ends,
+        },
         affected=1.0,
-        fix=(f"remove `chat_template_path: {path}`" if path else "set chat_template_path to a template")
+        fix="copy the tokenizer files of the same model and revision into the folder of model_name_or_path"
+        if lost_ends
+        else (f"remove `chat_template_path: {path}`" if path else "set chat_template_path to a template")
         + (f" that uses the tokenizer's own tokens ({', '.join(unused[:4])})" if unused and not path else "")
         + ("" if unused else ", or end answers with {{ eos_token }}"),
     )
+
+
+@rule("F07", needs=("tokenizer",))
+def markers_lost(run_facts: RunFacts) -> Signal | None:
+    """F07, where the base's own tokenizer is known: markers of the template that are one id in it, and several here."""
+    base, tokenizer = run_facts.base_tokenizer, run_facts.tokenizer
+    template = run_facts.base_template or str(getattr(tokenizer, "chat_template", None) or "")
+    if base is None or tokenizer is None or not template:
+        return None
+    written = [token.content for token in base.added_tokens_decoder.values() if token.content in template]
+    lost = [text for text in written if len(tokenizer.encode(text, add_special_tokens=False)) > 1]
+    if not lost:
+        return None
+    says = f"{', '.join(lost[:4])} of the chat template are tokens of the base's tokenizer, and are split like any "
+    says += "word by the run's"
+    fix = "load the tokenizer from the base's own folder and revision, and tokenize the rows again"
+    return Signal("F07", "invariant", says, 0.95, {"lost": lost[:8]}, fix=fix, affected=1.0)
 
 
 def _lost_in_rows(facts: RowFacts, rendered: str) -> Finding | None:

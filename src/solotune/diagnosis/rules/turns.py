@@ -17,6 +17,7 @@ from solotune.diagnosis.facts.rows import examples_of, plain_messages
 from solotune.diagnosis.findings import Finding, Severity
 from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RunFacts
+from solotune.errors import InputError
 
 MOST = 0.5
 """A fault of the template or tokenizer shows in all rows; half allows for rows that hide it."""
@@ -83,13 +84,24 @@ def terminator_missing(facts: RowFacts) -> Finding | None:
 
 
 def _stops_at_headers(facts: RowFacts) -> bool:
-    """Whether an id at which the model stops is in the rows, though it ends no answer: a header of another turn. True
-    if its files are not known."""
-    asked, known = (
-        facts.encode(facts.template.generation_prompt) if facts.template else [],
-        facts.model_ids("eos_token_id"),
-    )
-    return not known or bool(np.isin(facts.train.ids, list(known - set(asked))).any())
+    """Whether the model stops at the first control token that the template writes after an answer: the header of the
+    next turn. One that ends the question's turn is no header. True if the model's files are not known."""
+    known, next_turn = facts.model_ids("eos_token_id"), _after_answer(facts)
+    if not known or next_turn is None:
+        return not known
+    first = facts.control.pattern.search(next_turn)
+    return first is not None and facts.tokenizer.convert_tokens_to_ids(first[0]) in known
+
+
+def _after_answer(facts: RowFacts) -> str | None:
+    """The template's text between an answer and the question after it; None if it fails."""
+    words = ("quvwxq", "zwvuyz", _SENTINEL)
+    chat = [{"role": role, "content": word} for role, word in zip(("user", "assistant", "user"), words, strict=True)]
+    try:
+        text = facts.template.raw("the probe", chat, None, is_prompt=False) if facts.template else ""
+    except InputError:
+        return None
+    return text.partition(words[1])[2].partition(words[2])[0]
 
 
 def _tail(facts: RowFacts, side: Side, answers: np.ndarray) -> list[str]:

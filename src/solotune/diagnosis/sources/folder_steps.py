@@ -82,8 +82,12 @@ def _is_same_run(console: StepLog, log: StepLog) -> bool:
     return len(first) == 3 and any(shown[i : i + 3] == first for i in range(len(shown) - 2))
 
 
+_TOLD = re.compile(r"error|warning|warn\(|unrecognized arguments|recompile|trainable params: 0\b", re.IGNORECASE)
+"""Of the lines of a console, those that tell of a fault."""
+
+
 def _errors(text: str) -> list[str]:
     """Tracebacks, errors and warnings in a console's text."""
     place = text.rfind("Traceback (most recent call last)")
     found = [text[place : place + LOG_BYTES]] if place >= 0 else []
-    return found + [line for line in text.splitlines() if re.search(r"error|warning|warn\(", line, re.IGNORECASE)][-50:]
+    return found + [line for line in text.splitlines() if _TOLD.search(line)][-50:]

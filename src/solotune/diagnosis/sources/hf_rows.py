@@ -24,6 +24,7 @@ from solotune.diagnosis.data_checks import check_rows
 from solotune.diagnosis.evidence import of_refusal
 from solotune.diagnosis.facts.base_tokenizer import with_base_tokenizer
 from solotune.diagnosis.facts.derived import lora_layers, setting
+from solotune.diagnosis.facts.row_facts import chat_template_of
 from solotune.diagnosis.run_facts import LiveModel, RunFacts
 from solotune.diagnosis.sources import hf_settings, solotune_run, tokenized_rows, trl_preprocessing
 from solotune.diagnosis.sources.found_rows import Choice
@@ -158,7 +159,7 @@ def _with_base(
         missing["live"] = missing["model_config"]
     tokenizer, own = _tokenizers(config, places, base_files, missing)
     found = replace(
-        run_facts,
+        _with_template_of_training(run_facts, tokenizer, places),
         model_config=base_config,
         generation_config=generation,
         conversations=chats,
@@ -281,6 +282,19 @@ def _tokenizers(
     with contextlib.suppress(SolotuneError):
         return tokenizer, load_tokenizer(config, base_files) if base_files is not None and base_files.is_local else None
     return tokenizer, None
+
+
+def _with_template_of_training(run_facts: RunFacts, tokenizer: Any, places: list[Path]) -> RunFacts:
+    """The facts with both templates, if the folder's is not that of its newest checkpoint, which the trainer saved
+    during the run: rows were rendered with the checkpoint's, and the folder's was put there for serving."""
+    served, *trained = (chat_template_of(ModelFiles(str(place), "main", place, True)) for place in places)
+    if tokenizer is None or not served or not trained or not trained[0] or served == trained[0]:
+        return run_facts
+    if tokenizer.chat_template == served:
+        tokenizer.chat_template = trained[0]
+    settings = run_facts.settings
+    both = {"chat_template": trained[0], "serving_template": served}
+    return replace(run_facts, settings=replace(settings, values={**settings.values, **both}))
 
 
 def _no_weights(name: str, base_files: ModelFiles | None) -> str | None:

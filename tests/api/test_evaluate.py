@@ -1,0 +1,101 @@
+"""`evaluate` and the keys that it reads: scores of answers in train and evaluate, and whose Python file is run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import solotune
+from solotune import cli
+from solotune.api.evaluate import python_metrics_of_a_file
+from solotune.config.load import load_config
+from solotune.config.write import to_yaml
+from solotune.display.progress import SilentDisplay
+from solotune.errors import InputError, program
+from tests.messages import stable
+
+OWN = """import pathlib
+pathlib.Path("was-run").touch()
+def length(answer, reference):
+    return min(1.0, len(answer) / len(reference))
+"""
+
+
+class Notes(SilentDisplay):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture
+def config(chat_config, tmp_path: Path):
+    (tmp_path / "own.py").write_text(OWN)
+    return {**chat_config, "metrics": [{"regex": r"it is (\d+)"}, {"python": "own.py:length"}], "metrics_rows": 8}
+
+
+def test_scores_of_answers_and_whose_file_is_run(config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = solotune.train(config).evaluation.to_json()
+    assert set(trained["scores"]) == {"exact_match", "regex", "length"}
+    assert {name: score["rows"] for name, score in trained["scores"].items()} == {
+        "exact_match": 10,
+        "regex": 8,
+        "length": 8,
+    }
+    assert 0 < trained["scores"]["length"]["tuned"] <= 1
+    assert trained["generation"]["rows"] >= 8 and trained["generation"]["training_rows"] == 50
+    assert json.loads((tmp_path / "run/evaluation.json").read_text()) == json.loads(json.dumps(trained))
+
+    (tmp_path / "was-run").unlink()
+    display = Notes()
+    again = solotune.evaluate("run", display).to_json()
+    assert not (tmp_path / "was-run").exists()  # only the run's config names the file
+    assert set(again["scores"]) == {"exact_match", "regex"}
+    del trained["scores"]["length"]
+    assert again == trained
+    hint = display.notes[-1].partition("To measure them: ")[2].removeprefix(program())
+    assert cli.main([*shlex.split(hint), "num_samples=1", "--json"]) == 0
+    assert (tmp_path / "was-run").exists()
+    printed = json.loads(capsys.readouterr().out)
+    assert set(printed["scores"]) == {"exact_match", "regex", "length"} and len(printed["samples"]) == 1
+    with pytest.raises(InputError) as caught:
+        solotune.evaluate("run", overrides=["seed=3"])
+    assert stable(caught.value) == (
+        "evaluate: seed cannot be changed after the run\n"
+        "  seen:    3\n"
+        "  allowed: metrics, metrics_rows, num_samples, max_new_tokens, per_device_eval_batch_size"
+    )
+
+
+def test_a_config_file_that_names_code_does_not_run_it(config, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(to_yaml(load_config(config)))
+    with pytest.raises(InputError) as caught:
+        solotune.train("run.yaml")
+    assert re.sub(r"line \d+", "line N", stable(caught.value)) == (
+        "run.yaml line N, metrics: python: own.py:length: code that only a config file names is not run\n"
+        "  change:  name it on the command line: 'metrics=[regex: it is (\\d+), python: own.py:length]'"
+    )
+    assert not (tmp_path / "was-run").exists()
+    (given,) = shlex.split(caught.value.change.partition("command line: ")[2])
+    checked = load_config("run.yaml", [given])
+    assert python_metrics_of_a_file(checked) is None and checked.metrics == config["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"validation_size": 0}, "metrics: there are no held-out rows to measure on"),
+        ({"metrics": ["json"]}, "metrics, json: none of 8 held-out rows has such a reference"),
+        ({"metrics": [{"python": "gone.py:score"}]}, "metrics, python: gone.py:score: no such file"),
+    ],
+)
+def test_a_metric_that_cannot_be_used_stops_a_run_before_it_begins(config, tmp_path: Path, keys, problem: str) -> None:
+    with pytest.raises(InputError) as caught:
+        solotune.train(config, **keys)
+    assert caught.value.problem == problem
+    assert not (tmp_path / "run").exists()
