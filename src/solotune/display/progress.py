@@ -54,6 +54,7 @@ WINDOW = 20  # speed and time left come from this many steps
 LINES_A_RUN = 10  # at least, whatever `logging_steps` is
 SECONDS_A_LINE = 30.0  # at most
 MIN_BAR = 2  # columns of the bar beside its figures
+REFRESHES = 1  # of the live line a second: drawing takes 3 ms of a core that a run on the CPU needs
 
 
 def make_console(stream: IO[str], is_log: bool = False) -> Console:
@@ -247,7 +248,7 @@ class LiveDisplay(PlainDisplay):
         bar = BarColumn(None, complete_style="green", finished_style="green")
         figures = _Figures(table_column=Column(no_wrap=True))
         self._progress = _LinesBelow(
-            self._below, bar, figures, console=console, transient=True, expand=True, refresh_per_second=4
+            self._below, bar, figures, console=console, transient=True, expand=True, refresh_per_second=REFRESHES
         )
         self._task: TaskID | None = None
         self._phase = ("", 0.0)
