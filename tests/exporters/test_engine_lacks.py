@@ -1,4 +1,4 @@
-"""What the engine lacks is told from what nothing explains, by asking again without it; and the user's rows judge it."""
+"""Differences that a known lack of the engine explains, found by asking again without such text; the user's rows decide."""
 
 from __future__ import annotations
 

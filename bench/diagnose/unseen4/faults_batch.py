@@ -83,7 +83,7 @@ def joined_in_one_window(made: Any, rng: random.Random) -> None:
 
 @program("F31", on="apertus/fields/loop", style=Packer)
 def ones_for_a_mask(made: Any, rng: random.Random) -> None:
-    """Positions restart, but the collator also sends a mask of ones, with which no row is told from the next."""
+    """Positions restart, but the collator also sends a mask of ones, which hides where one row ends."""
     _packed(made, lambda batch, rows: batch.update(attention_mask=torch.ones_like(batch["input_ids"])))
 
 

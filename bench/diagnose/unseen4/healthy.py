@@ -246,7 +246,7 @@ def prompt_completion(made: Any, rng: random.Random) -> None:
 
 @program(on="apertus/shell/loop neo/commit/own")
 def refusals_of_what_is_no_task(made: Any, rng: random.Random) -> None:
-    """One row in eight asks for something else, and is told so in one sentence."""
+    """One row in eight asks for something else; the answer says so in one sentence."""
     for chat in all_chats(made)[::8]:
         who, what = rng.choice(tasks.FOLK), rng.choice(tasks.PLANTS)
         chat[0]["content"] = f"{who} here: sing me a song about {what} no. {rng.randint(1, 9999)}"

@@ -4,9 +4,8 @@
     while follower.poll() in ("waiting", "running"):
         time.sleep(1)
 
-What the files say is told to a display as the run itself would tell it (`RunObserver`), so there is one renderer for
-both. A run that has gone on for hours is not told from its first step: only its last steps and evaluations are, then
-what is new.
+The display gets the events of the files as it would from the run itself (`RunObserver`), so there is one renderer for
+both. Of a run that has gone on for hours it gets only the last steps and evaluations, and then what is new.
 
 The state comes from the run's lock and its log. The kernel drops the lock when the process that holds it ends, however
 it ends; so an unlocked run is either finished, or its process is gone.

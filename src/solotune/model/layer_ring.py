@@ -133,7 +133,7 @@ class LayerRing:
         self._arrived = [None] * self.slots
 
     def forget(self) -> None:
-        """Copy every layer anew when it is needed: what the slots hold is not known."""
+        """Treat all slots as empty: each layer is copied when it is needed next."""
         self._holds: list[int | None] = [None] * self.slots
         self._free: list[Any] = [None] * self.slots  # after the last kernel that read the slot
         self._arrived: list[Any] = [None] * self.slots  # after the copy into it; None: long ago

@@ -3,7 +3,7 @@
     with LiveServer(run_dir, build_page, curves, port=8765) as server:
         server.wait()         until Ctrl-C
 
-    /                               the page, made anew from the files
+    /                               the page, built from the files on each request
     /curves.json?since=OFFSET       what was logged after that byte of metrics.jsonl, and `files`
     anything else                   404
 
