@@ -30,17 +30,15 @@ each block up to a power of two.
 from __future__ import annotations
 
 import functools
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from solotune.errors import DeviceError
+from solotune.hardware.pinned_memory import pin
 from solotune.model.frozen_linear import FrozenLinear
 from solotune.model.limits import RING_SLOTS
-from solotune.units import mib
 
 ALIGNMENT = 256  # bytes: each tensor in a block begins at a multiple of it, as those of CUDA's own allocations
 
@@ -78,6 +76,11 @@ class LayerRing:
 
     def __contains__(self, layer: nn.Module) -> bool:
         return layer in self._position
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The streamed layers, in model order."""
+        return list(self._position)
 
     def own_forward(self, layer: nn.Module) -> Callable[..., Any]:
         """The layer's `forward` before it was in the ring."""
@@ -124,6 +127,16 @@ class LayerRing:
         further = position + direction * self.slots
         if 0 <= further < len(self._hosts):
             self._copy(further)
+
+    def visit(self) -> Iterator[nn.Module]:
+        """Each layer in turn, with its weights on the device until the next one is asked for.
+
+        Outside of a layer's own pass its buffers show whichever layer is in its slot, so other readers go through this.
+        """
+        for layer, position in self._position.items():
+            self.enter(position)
+            yield layer
+            self.leave(position, 1)
 
     def finish_pass(self) -> None:
         """Bring the ring into the state in which every pass begins, and let the device wait for it."""
@@ -216,12 +229,5 @@ def _pinned(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Pin the block until it is freed."""
     if device.type != "cuda" or not host.numel():
         return host
-    runtime: Any = torch.cuda.cudart()
-    if error := int(runtime.cudaHostRegister(host.data_ptr(), host.numel(), 0)):
-        raise DeviceError(
-            "base_offload: the system does not pin enough host memory for the frozen weights",
-            seen=f"cudaHostRegister of {mib(host.numel(), 0)} MiB gives error {error}",
-            change="raise the limit of locked memory (ulimit -l), or offload fewer layers (base_offload: N)",
-        )
-    weakref.finalize(host, runtime.cudaHostUnregister, host.data_ptr())
+    pin(host)
     return host
