@@ -9,6 +9,7 @@ from tiny import FAMILIES, random_rows
 
 from solotune.dataset.collate import collate
 from solotune.errors import InputError
+from solotune.model.layers import layers_on_host
 from solotune.model.limits import offloaded_layers
 from solotune.model.loading import load_model
 from solotune.training.forward_backward import MicroBatchRunner, accumulate
@@ -107,6 +108,26 @@ def test_each_layer_is_copied_twice_a_pass_and_in_order(loaded, monkeypatch):
 )
 def test_which_layers_the_config_means(wanted, numbers):
     assert offloaded_layers(wanted, DEPTH) == numbers
+
+
+@pytest.mark.parametrize("offload", [True, 2])
+def test_layers_that_share_a_part_are_refused(offload):
+    config = FAMILIES["llama"]()
+    config.num_hidden_layers = DEPTH
+    module = transformers.AutoModelForCausalLM.from_config(config)
+    assert len(layers_on_host(module, offload)) == (DEPTH if offload is True else 2)
+    module.model.layers[3].mlp = module.model.layers[2].mlp
+    with pytest.raises(InputError, match="layers of llama share parts, so they cannot be streamed alone"):
+        layers_on_host(module, offload)
+    assert layers_on_host(module, False) == []
+
+
+@pytest.mark.parametrize(("value", "seen"), [(0, "0"), (-3, "-3"), (2.5, "2.5"), ("some", "some")])
+def test_a_number_of_layers_is_at_least_one(value, seen, tiny_config):
+    with pytest.raises(InputError) as caught:
+        tiny_config(base_offload=value)
+    assert "base_offload" in str(caught.value) and seen in str(caught.value)
+    assert "auto, or true or false, or a whole number, at least 1" in str(caught.value)
 
 
 def test_an_unpacked_copy_and_offload_contradict_each_other(tiny_config):

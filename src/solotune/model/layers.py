@@ -26,6 +26,7 @@ What it does not do: compile passes without gradients; their shapes (evaluation,
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -81,9 +82,24 @@ def decoder_layers(module: PreTrainedModel) -> nn.ModuleList:
 
 
 def layers_on_host(module: PreTrainedModel, base_offload: bool | int | Literal["auto"]) -> list[nn.Module]:
-    """The decoder layers whose frozen weights are in host memory."""
+    """The decoder layers whose frozen weights are in host memory.
+
+    Raises:
+        InputError: a part of one is also a part of something else, which would compute with the weights of whichever
+            layer is on the device.
+    """
     layers = decoder_layers(module)
-    return [layers[number] for number in offloaded_layers(base_offload, len(layers))]
+    chosen = [layers[number] for number in offloaded_layers(base_offload, len(layers))]
+    if chosen:
+        owners = Counter(child for part in module.modules() for child in part.children())
+        parts = {part for layer in chosen for part in layer.modules()}
+        if any(owners[part] > 1 and next(part.parameters(), None) is not None for part in parts):
+            raise InputError(
+                f"base_offload: layers of {module.config.model_type} share parts, so they cannot be streamed alone",
+                seen=f"base_offload: {str(base_offload).lower()}",
+                change="base_offload: false",
+            )
+    return chosen
 
 
 def num_checkpointed(gradient_checkpointing: bool | int | Literal["auto"], depth: int) -> int:
