@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from tiny import FAMILIES, random_rows
+from tiny import FAMILIES, VOCAB, random_rows
 
 from solotune.dataset.collate import collate
 from solotune.errors import InputError
@@ -16,6 +16,12 @@ from solotune.training.forward_backward import MicroBatchRunner, accumulate
 
 CPU = torch.device("cpu")
 DEPTH = 5
+MIXTURE = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 4,
+    "num_experts_per_tok": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "num_hidden_layers": DEPTH, "mlp_only_layers": [0, 3],
+}  # fmt: skip
+"""Layers of two sizes: dense ones, and such whose experts are no linears and stay on the device."""
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +31,12 @@ def deep(tmp_path_factory):
     def folder(family):
         path = tmp_path_factory.mktemp(family)
         torch.manual_seed(0)
-        config = FAMILIES[family]()
+        config = FAMILIES[family]() if family in FAMILIES else transformers.Qwen3MoeConfig(**MIXTURE)
         config.num_hidden_layers = DEPTH
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
         return str(path)
 
-    return {family: folder(family) for family in ("llama", "neox")}
+    return {family: folder(family) for family in ("llama", "neox", "mixture")}
 
 
 @pytest.fixture
@@ -69,6 +75,18 @@ def test_streamed_layers_give_the_same_bits(family, precision, checkpointing, of
         for one, other in zip(one_pass(resident, seed), one_pass(streamed, seed), strict=True):
             assert torch.equal(one, other)
         assert torch.equal(losses(resident), losses(streamed))  # and what follows begins with the first layers again
+
+
+@pytest.mark.parametrize("offload", [True, 2])
+def test_layers_of_different_sizes_share_slots_of_the_largest(offload, loaded):
+    keys = {"base_precision": "nf4", "base_residency": "quantized", "gradient_checkpointing": 2}
+    resident, streamed = loaded("mixture", **keys), loaded("mixture", **keys, base_offload=offload)
+    sizes = {host.numel() for host in streamed.ring._hosts}
+    assert len(sizes) == 2 and streamed.ring.num_bytes_on_device == 2 * max(sizes)
+    for seed in range(2):
+        for one, other in zip(one_pass(resident, seed), one_pass(streamed, seed), strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(losses(resident), losses(streamed))
 
 
 def test_a_pass_ends_as_it_begins_whatever_ran_before(loaded):
