@@ -71,7 +71,7 @@ def losses(model):
 def test_streamed_layers_give_the_same_bits(family, precision, checkpointing, offload, loaded):
     keys = {"base_precision": precision, "gradient_checkpointing": checkpointing}
     resident, streamed = loaded(family, **keys), loaded(family, **keys, base_offload=offload)
-    for seed in range(3):
+    for seed in range(2):
         for one, other in zip(one_pass(resident, seed), one_pass(streamed, seed), strict=True):
             assert torch.equal(one, other)
         assert torch.equal(losses(resident), losses(streamed))  # and what follows begins with the first layers again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -16,7 +17,9 @@ from solotune.diagnosis.sources.live_model import load_live_model
 from solotune.errors import DeviceError
 from solotune.evaluation.generation import generate
 from solotune.hardware import machine
+from solotune.model import loading
 from solotune.model.adapter import adapter_tensors
+from solotune.model.layer_ring import LayerRing
 from solotune.model.loading import load_model
 from solotune.run.run_dir import RunDirectory
 from solotune.training import loop, nonfinite
@@ -29,7 +32,7 @@ OF_THE_MACHINE = {"time", "seconds", "tokens_per_second", "peak_bytes", "data_se
 
 @pytest.fixture(scope="session")
 def deep_model(tmp_path_factory):
-    """A random Llama of five layers with a tokenizer: with two layers a ring of two moves nothing."""
+    """A random Llama of five layers with a tokenizer."""
     folder = tmp_path_factory.mktemp("deep-chat-model")
     torch.manual_seed(0)
     config = FAMILIES["llama"]()
@@ -40,10 +43,12 @@ def deep_model(tmp_path_factory):
 
 
 @pytest.fixture
-def keys(chat_config, deep_model):
-    settings = {"lora_dropout": 0.1, "gradient_accumulation_steps": 2, "gradient_checkpointing": 2, "max_steps": 4}
+def keys(chat_config, monkeypatch):
+    """A run of a model with two layers, which take turns in a ring of one slot."""
+    monkeypatch.setattr(loading, "LayerRing", functools.partial(LayerRing, slots=1))
+    settings = {"lora_dropout": 0.1, "gradient_accumulation_steps": 2, "gradient_checkpointing": 1, "max_steps": 4}
     often = {"eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
-    return {**chat_config, **settings, **often, "model_name_or_path": deep_model}
+    return {**chat_config, **settings, **often}
 
 
 def result_of(path):
@@ -85,7 +90,7 @@ def test_a_streamed_run_is_the_resident_run_and_goes_on_as_either(keys, tmp_path
     with pytest.raises(DeviceError):
         solotune.train({**keys, "output_dir": "stopped", "base_offload": True})
     monkeypatch.setattr(loop, "train_step", plain)
-    solotune.train({**keys, "output_dir": "stopped", "base_offload": 3}, resume=True)
+    solotune.train({**keys, "output_dir": "stopped", "base_offload": 1}, resume=True)
     assert drop_times(result_of(tmp_path / "stopped")) == expected
     (resumed,) = [event for event in metrics_of(RunDirectory(tmp_path / "stopped")) if event["event"] == "resume"]
     assert resumed["exact"] is True
