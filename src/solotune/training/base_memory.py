@@ -10,7 +10,7 @@ there would be no error to catch.
 
 from __future__ import annotations
 
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from solotune.model.empty_model import empty_model
 from solotune.model.frozen_linear import frozen_linears
 from solotune.model.layers import decoder_layers
 from solotune.model.limits import RING_SLOTS, offloaded_layers
-from solotune.planning.layer_profile import BaseWeights, Linear, MemoryStrategy, Precision
+from solotune.planning.layer_profile import BaseWeights, Linear, MemoryStrategy
 from solotune.planning.memory import quantisation_bytes, weight_bytes
 from solotune.planning.plan import SHARE_OF_HOST
 from solotune.units import gib
@@ -45,7 +45,7 @@ class BaseSize(NamedTuple):
         module, _ = empty_model(model_files, config.attn_implementation, config.batches, dtype, torch.device("cpu"))
         frozen = set(frozen_linears(module).values())
         precision = "fp8" if config.multiplies_in_fp8 else config.base_precision
-        assert precision in get_args(Precision), precision
+        assert precision != "auto", "the plan chooses it before a base is loaded"
         stored = MemoryStrategy(
             precision, config.bnb_4bit_use_double_quant, False, 0, False, config.optim, "cuda"
         )  # fmt: skip
