@@ -22,25 +22,20 @@ Order between the two streams
 
 The same kernels run in the same order on the same numbers, so losses and gradients are bit-equal to those of a base on
 the GPU.
-
-Host memory is allocated unpinned and then pinned (`cudaHostRegister`): PyTorch's own allocator of pinned memory rounds
-each block up to a power of two.
 """
 
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from solotune.errors import DeviceError
+from solotune.hardware.pinned_memory import pinned
 from solotune.model.frozen_linear import FrozenLinear
 from solotune.model.limits import RING_SLOTS
-from solotune.units import mib
 
 ALIGNMENT = 256  # bytes: each tensor in a block begins at a multiple of it, as those of CUDA's own allocations
 
@@ -69,7 +64,7 @@ class LayerRing:
         size = max(block.num_bytes for block in blocks)
         self._slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(self.slots)]
         self._hosts = [
-            _pinned(block.move_to(self._slots[position % self.slots]), device) for position, block in enumerate(blocks)
+            pinned(block.move_to(self._slots[position % self.slots]), device) for position, block in enumerate(blocks)
         ]
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.forget()
@@ -96,7 +91,7 @@ class LayerRing:
                 return _Leave.apply(y, self, position)
             self.enter(position)
             y = forward(x, *args, **kwargs)
-            self.leave(position, 1)
+            self.leave(position, 1, wraps=True)
             return y
 
         return run
@@ -117,12 +112,18 @@ class LayerRing:
         if (arrived := self._arrived[slot]) is not None:
             torch.cuda.current_stream(self.device).wait_event(arrived)
 
-    def leave(self, position: int, direction: int) -> None:
-        """Layer `position` is done: copy the layer S further up (1) or down (-1) into its slot."""
+    def leave(self, position: int, direction: int, wraps: bool = False) -> None:
+        """Layer `position` is done: copy the layer S further up (1) or down (-1) into its slot.
+
+        Args:
+            wraps: after the last layers come the first ones, with which the next pass begins.
+        """
         if self._copies is not None:
             self._free[position % self.slots] = torch.cuda.current_stream(self.device).record_event()
         further = position + direction * self.slots
-        if 0 <= further < len(self._hosts):
+        if wraps and further >= len(self._hosts):
+            further = position % self.slots
+        if 0 <= further < len(self._hosts) and self._holds[further % self.slots] != further:
             self._copy(further)
 
     def finish_pass(self) -> None:
@@ -210,18 +211,3 @@ class _Block:
             # .data: copies into the slot must not count as changes of what autograd keeps
             part._buffers[name] = slot.data[start : start + length].view(tensor.dtype).view(tensor.shape)
         return host
-
-
-def _pinned(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Pin the block until it is freed."""
-    if device.type != "cuda" or not host.numel():
-        return host
-    runtime: Any = torch.cuda.cudart()
-    if error := int(runtime.cudaHostRegister(host.data_ptr(), host.numel(), 0)):
-        raise DeviceError(
-            "base_offload: the system does not pin enough host memory for the frozen weights",
-            seen=f"cudaHostRegister of {mib(host.numel(), 0)} MiB gives error {error}",
-            change="raise the limit of locked memory (ulimit -l), or offload fewer layers (base_offload: N)",
-        )
-    weakref.finalize(host, runtime.cudaHostUnregister, host.data_ptr())
-    return host

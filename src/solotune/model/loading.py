@@ -49,15 +49,23 @@ from solotune.dataset import Example
 from solotune.dataset.collate import Batch, collate, collate_packs
 from solotune.errors import InputError
 from solotune.hardware.gpu_errors import stage
-from solotune.hardware.machine import ram
 from solotune.hub.model_files import ModelFiles, resolve_model
 from solotune.model import lora, loss, packed_attention
 from solotune.model.adapter_coverage import AdapterCoverage, adapter_coverage
 from solotune.model.empty_model import empty_model
-from solotune.model.frozen_linear import FrozenLinear, NF4Weight, frozen_linears
+from solotune.model.frozen_linear import FrozenLinear, frozen_linears
+from solotune.model.host_activations import HostActivations
 from solotune.model.layer_ring import LayerRing
-from solotune.model.layers import decoder_layers, language_model, layers_on_host, num_checkpointed, prepare_layers
+from solotune.model.layers import (
+    decoder_layers,
+    language_model,
+    layers_on_host,
+    num_checkpointed,
+    prepare_layers,
+    stream_layers,
+)
 from solotune.model.lm_head import check_head, head_of
+from solotune.model.residency import settle_residency
 from solotune.model.stored_weight import store_weight
 from solotune.model.tied_weights import different_ties, tie, untie
 from solotune.model.weight_files import unread_files, weight_files
@@ -69,7 +77,7 @@ from solotune.model.weights import (
     match_names,
     read_tensors,
 )
-from solotune.units import first_line, gib, mib
+from solotune.units import first_line
 
 Progress = Callable[[int, int, str], None]
 """Called with what is done, all of it, and what it is."""
@@ -90,6 +98,7 @@ class TrainableModel:
     is_compiled: bool = False
     uses_varlen_attention: bool = False  # packed rows are separated by `packed_attention`, not by a mask
     ring: LayerRing | None = None  # streams the frozen weights of layers from host memory
+    offload: HostActivations | None = None  # keeps the inputs of checkpointed layers there
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -173,17 +182,16 @@ def load_model(
     module.requires_grad_(False)
     _set_generation(module, model_files)
     layers = decoder_layers(module)
-    offloaded = layers_on_host(module, config.base_offload)
-    ring = LayerRing(offloaded, device) if offloaded else None
+    ring = stream_layers(module, config.base_offload, device)
     if ring is None and config.base_precision == "nf4" and not config.multiplies_in_fp8:
-        choices += _settle_residency(module, config.base_residency, dtype, device)
+        choices += settle_residency(module, config.base_residency, dtype, device)
     inside = language_model(module)
     lora_layers = lora.attach(module, config.lora, device, is_compiled=config.torch_compile, inside=inside)
     head = head_of(module)
     check_head(module, head, device)
     model = TrainableModel(
         module, layers, lora_layers, head, dtype, device, choices, lora.join(lora_layers, device), config.torch_compile,
-        ring=ring,
+        ring=ring, offload=HostActivations(device) if config.activation_offload else None,
     )  # fmt: skip
     if device.type == "cuda" and attention_name == "sdpa":
         choices += _take_fast_attention(model, config.max_length, config.multiplies_in_fp8)
@@ -195,7 +203,7 @@ def load_model(
             change="packing: false",
         )
     recomputed = num_checkpointed(config.gradient_checkpointing, len(layers))
-    prepare_layers(layers, recomputed, model.is_compiled, config.activation_offload, ring)
+    prepare_layers(layers, recomputed, model.is_compiled, ring, model.offload)
     return model
 
 
@@ -310,25 +318,6 @@ def kept_in_float32(module: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[s
     """Names that the architecture keeps in float32 whatever the model's dtype (routers); None if there are none."""
     names = [name for name, kept in module._get_dtype_plan(dtype).items() if kept == torch.float32]
     return re.compile("|".join(name.replace("*", ".*") for name in names)) if names else None
-
-
-def _settle_residency(
-    module: PreTrainedModel, base_residency: str, dtype: torch.dtype, device: torch.device
-) -> list[Choice]:
-    """Keep an unpacked copy of the 4-bit weights: if the config says so, or (auto) in a quarter of the free memory."""
-    storages = [part for part in module.modules() if isinstance(part, NF4Weight)]
-    copy_bytes = sum(part.shape[0] * part.shape[1] for part in storages) * dtype.itemsize
-    residency, choices = base_residency, []
-    if residency == "auto":
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else ram()[1]
-        residency = "dequantized" if copy_bytes < free / 4 else "quantized"
-        reason = f"unpacked weights take {mib(copy_bytes, 0)} MiB of {gib(free, 0)} GiB free"
-        reason += ", and save unpacking in every pass" if residency == "dequantized" else ", more than a quarter"
-        choices = [Choice("base_residency", residency, reason)]
-    if residency == "dequantized":
-        for part in storages:
-            part.keep_dequantized_copy(dtype)
-    return choices
 
 
 def _set(owner: nn.Module, leaf: str, tensor: torch.Tensor) -> None:
