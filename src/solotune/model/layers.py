@@ -38,6 +38,7 @@ from transformers import PreTrainedModel
 
 from solotune.errors import InputError
 from solotune.model.host_activations import HostActivations
+from solotune.model.host_blocks import HostBlocks
 from solotune.model.host_embedding import move_embedding_to_host
 from solotune.model.layer_ring import LayerRing
 from solotune.model.limits import MLP_CHUNK_TOKENS, offloaded_layers
@@ -89,9 +90,12 @@ def layers_on_host(module: PreTrainedModel, base_offload: bool | int | Literal["
 
 
 def stream_layers(
-    module: PreTrainedModel, base_offload: bool | int | Literal["auto"], device: torch.device
+    module: PreTrainedModel, base_offload: bool | int | Literal["auto"], blocks: HostBlocks, device: torch.device
 ) -> LayerRing | None:
-    """Move the frozen weights of those layers to host memory, and the token embedding with them.
+    """Stream the frozen weights of those layers from host memory; the token embedding goes there too.
+
+    Args:
+        blocks: the weights of layers that are there already.
 
     Raises:
         DeviceError: the system does not pin so much memory.
@@ -99,7 +103,7 @@ def stream_layers(
     if not (layers := layers_on_host(module, base_offload)):
         return None
     move_embedding_to_host(module, device)
-    return LayerRing(layers, device)
+    return LayerRing(layers, [blocks.of(layer) for layer in layers], device)
 
 
 def num_checkpointed(gradient_checkpointing: bool | int | Literal["auto"], depth: int) -> int:

@@ -55,6 +55,7 @@ from solotune.model.adapter_coverage import AdapterCoverage, adapter_coverage
 from solotune.model.empty_model import empty_model
 from solotune.model.frozen_linear import FrozenLinear, frozen_linears
 from solotune.model.host_activations import HostActivations
+from solotune.model.host_blocks import HostBlocks
 from solotune.model.layer_ring import LayerRing
 from solotune.model.layers import (
     decoder_layers,
@@ -177,12 +178,12 @@ def load_model(
     if attention_name != config.attn_implementation:
         because = f"{family} has no {config.attn_implementation} attention"
         choices.append(Choice("attn_implementation", attention_name, because))
-    module, found = _read_base(module, model_files, attention_name, config, dtype, device, progress)
+    module, found, blocks = _read_base(module, model_files, attention_name, config, dtype, device, progress)
     choices += found
     module.requires_grad_(False)
     _set_generation(module, model_files)
     layers = decoder_layers(module)
-    ring = stream_layers(module, config.base_offload, device)
+    ring = stream_layers(module, config.base_offload, blocks, device)
     if ring is None and config.base_precision == "nf4" and not config.multiplies_in_fp8:
         choices += settle_residency(module, config.base_residency, dtype, device)
     inside = language_model(module)
@@ -215,8 +216,11 @@ def _read_base(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None,
-) -> tuple[PreTrainedModel, list[Choice]]:
-    """Read the weights into a model without weights (or another one of its class); returns it and what was chosen."""
+) -> tuple[PreTrainedModel, list[Choice], HostBlocks]:
+    """Read the weights into a model without weights (or another one of its class).
+
+    Returns: the model, what was chosen, and the weights of layers in host memory.
+    """
     folder, family = model_files.folder, module.config.model_type
     files = weight_files(folder)
     match = match_names(module, files)
@@ -235,10 +239,10 @@ def _read_base(
     for one, two in untied.items():
         choices.append(Choice("tie_word_embeddings", False, f"the files hold another {one} than {two}"))
     tensors = _counted(tensors, len(given), progress)
-    _fill(module, tensors, config.precision, dtype, device, config.model_name_or_path)
+    blocks = _fill(module, tensors, config.precision, dtype, device, config.model_name_or_path)
     tie(module, given)
     _check_complete(module, folder)
-    return module, choices
+    return module, choices, blocks
 
 
 def _not_used(architecture: str, model_files: ModelFiles, files: list[Path], match: TensorMatch) -> list[Choice]:
@@ -277,12 +281,16 @@ def _fill(
     dtype: torch.dtype,
     device: torch.device,
     where: str,
-) -> None:
+) -> HostBlocks:
     """Store every tensor in its module; a linear becomes a `FrozenLinear` when its weight is read."""
     frozen = frozen_linears(module)
-    waiting = {linear for layer in layers_on_host(module, precision.base_offload) for linear in layer.modules()}
+    blocks = HostBlocks(layers_on_host(module, precision.base_offload), frozen, device)
     in_float32 = kept_in_float32(module, dtype)
     biases: dict[str, torch.Tensor] = {}
+    for part in module.modules():  # buffers that were computed while the module was built
+        for name, buffer in part._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                part._buffers[name] = buffer.to(device)
     for name, tensor in tensors:
         owner, _, leaf = name.rpartition(".")
         wanted = getattr(frozen.get(owner) or module.get_submodule(owner), leaf)
@@ -300,18 +308,15 @@ def _fill(
         elif leaf == "weight":
             transposed = isinstance(frozen[owner], Conv1D)
             storage = store_weight(tensor.T.contiguous() if transposed else tensor, precision, dtype)
-            if frozen[owner] in waiting:  # quantised on the device, then out of its way until the ring is made
-                storage = storage.cpu()
             parent, _, last = owner.rpartition(".")
             setattr(module.get_submodule(parent), last, FrozenLinear(storage, biases.get(owner), transposed))
         else:
             biases[owner] = tensor.to(dtype)
             if isinstance(done := module.get_submodule(owner), FrozenLinear):
                 done.bias_O = biases[owner]
-    for part in module.modules():  # buffers that were computed while the module was built
-        for name, buffer in part._buffers.items():
-            if buffer is not None and not buffer.is_meta:
-                part._buffers[name] = buffer.to(device)
+        if owner in frozen:
+            blocks.loaded(owner)
+    return blocks
 
 
 def kept_in_float32(module: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
