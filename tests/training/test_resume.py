@@ -211,13 +211,18 @@ def test_every_key_has_its_class():
         "gradient_checkpointing",
         "activation_offload",
         "base_residency",
-        "base_offload",
         "torch_compile",
         "cuda_graphs",
         "attn_implementation",
         "use_cpu",
     }
-    assert CLASSES["output_dir"] == CLASSES["eval_steps"] == CLASSES["model_name_or_path"] == "free"
+    assert (
+        CLASSES["output_dir"]
+        == CLASSES["eval_steps"]
+        == CLASSES["model_name_or_path"]
+        == CLASSES["base_offload"]
+        == "free"
+    )
 
 
 def other_value(key, value):

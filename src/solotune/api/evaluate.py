@@ -66,6 +66,7 @@ def _evaluate(run: str | Path, display: Display, overrides: Overrides, keys: dic
     display.phase("loading model")
     with device_errors(config.memory):
         model = found.load(display.progress)
+        display.choices(found.choices_of(model))
         result = compare(model, found.tokenizer, prepared, config.evaluation, None, display)
     found.directory.write_json("evaluation.json", result.to_json())
     found.directory.update_manifest("evaluation.json")

@@ -1,70 +1,75 @@
-"""Host memory that the GPU reads and writes by itself: pinned blocks, and host tensors that kernels read in place.
+"""Host memory that is pinned, so that the GPU copies to and from it beside its work.
 
-Blocks are allocated unpinned and then pinned (`cudaHostRegister`): PyTorch's own allocator of pinned memory rounds each
-block up to a power of two.
+Memory is allocated first and then pinned: PyTorch's own allocator of pinned memory rounds each block up to a power of
+two.
+
+`cudaHostRegister` asks the driver to lock the pages. The limit of `ulimit -l` (RLIMIT_MEMLOCK) is one of `mlock`, and
+the driver does not ask for it. What does limit it: free memory, the limit of the container (cgroup `memory.max`, in
+which pinned pages count), and systems that pin little (WSL) or nothing.
+
+A pinned page belongs to its process: the system frees it when the process ends, however it ends.
 """
 
 from __future__ import annotations
 
+import platform
 import weakref
 from typing import Any
 
 import torch
 
 from solotune.errors import DeviceError
-from solotune.units import mib
+from solotune.hardware.machine import ram
+from solotune.units import gib, mib
+
+NAMES = {
+    1: "cudaErrorInvalidValue",
+    2: "cudaErrorMemoryAllocation",
+    304: "cudaErrorOperatingSystem",
+    712: "cudaErrorHostMemoryAlreadyRegistered",
+    800: "cudaErrorNotPermitted",
+    801: "cudaErrorNotSupported",
+}
+NO_MEMORY, UNSUPPORTED = (2, 304), (800, 801)
 
 
-def pinned(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Pin a tensor of the host until it is freed; on the CPU nothing is done.
+def pinned_bytes(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """So many bytes of host memory, pinned if `device` is a GPU; their values are not set.
 
     Raises:
-        DeviceError: the system does not pin so much memory.
+        DeviceError: the system does not pin them.
     """
-    if device.type != "cuda" or not host.numel():
-        return host
-    runtime: Any = torch.cuda.cudart()
-    size = host.numel() * host.element_size()
-    if error := int(runtime.cudaHostRegister(host.data_ptr(), size, 0)):
-        raise DeviceError(
-            "base_offload, activation_offload: the system does not pin enough host memory",
-            seen=f"cudaHostRegister of {mib(size, 0)} MiB gives error {error}",
-            change="raise the limit of locked memory (ulimit -l), or offload fewer layers (base_offload: N)",
-        )
-    weakref.finalize(host, runtime.cudaHostUnregister, host.data_ptr())
+    host = torch.empty(num_bytes, dtype=torch.uint8)
+    if device.type == "cuda" and num_bytes:
+        pin(host)
     return host
 
 
-def on_device_in_place(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of `device` whose values stay in host memory: kernels read them over the link, each time.
-
-    Args:
-        host: contiguous and pinned. It must live as long as the result, which keeps it.
+def pin(host: torch.Tensor) -> None:
+    """Pin the memory of `host` until it is freed.
 
     Raises:
-        RuntimeError: the driver gives pinned memory another address on the device.
+        DeviceError: the system does not pin it.
     """
-    if device.type != "cuda":
-        return host
-    there = torch.as_tensor(_HostBytes(host), device=device)
-    return there.view(host.dtype).view(host.shape)
+    runtime: Any = torch.cuda.cudart()
+    if error := int(runtime.cudaHostRegister(host.data_ptr(), host.numel() * host.element_size(), 0)):
+        raise _refusal(error, host.numel() * host.element_size())
+    weakref.finalize(host, runtime.cudaHostUnregister, host.data_ptr())
 
 
-class _HostBytes:
-    """The bytes of a pinned tensor as memory that CUDA reads (CUDA array interface, version 3).
-
-    With unified addressing, pinned memory has one address on host and device. PyTorch asks the driver which device an
-    address belongs to, and keeps this object, so the tensor, alive.
-    """
-
-    def __init__(self, host: torch.Tensor) -> None:
-        self.host = host
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        return {
-            "shape": (self.host.numel() * self.host.element_size(),),
-            "typestr": "|u1",
-            "data": (self.host.data_ptr(), False),
-            "version": 3,
-        }
+def _refusal(error: int, num_bytes: int) -> DeviceError:
+    total, free = ram()
+    seen = f"cudaHostRegister of {mib(num_bytes, 0)} MiB gives {NAMES.get(error, 'error')} ({error}); "
+    seen += f"{gib(free)} of {gib(total)} GiB of host memory are free"
+    fewer = "stream fewer layers (base_offload: N), or none (base_offload: false)"
+    if error in UNSUPPORTED:
+        problem, change = "this system does not pin host memory for the GPU", "base_offload: false"
+    elif "microsoft" in platform.release():
+        problem = "WSL does not pin enough host memory for the frozen weights"
+        change = f"raise the memory of WSL (memory= in .wslconfig; it pins a part of it), or {fewer}"
+    elif error in NO_MEMORY:
+        problem = "the system does not pin enough host memory for the frozen weights"
+        change = f"free host memory, raise the memory limit of the container, or {fewer}"
+    else:
+        problem, change = "host memory cannot be pinned for the frozen weights", fewer
+    return DeviceError(f"base_offload: {problem}", seen=seen, change=change)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from solotune.hardware.pinned_memory import pinned
+from solotune.hardware.pinned_memory import pinned_bytes
 
 
 class _OnHost(NamedTuple):
@@ -128,7 +128,7 @@ class HostActivations:
             if self._copies is not None:
                 self._copies.synchronize()  # the old block may still be read
             self._blocks.pop(number, None)
-            self._blocks[number] = pinned(torch.empty(size, dtype=torch.uint8), self.device)
+            self._blocks[number] = pinned_bytes(size, self.device)
         return self._blocks[number][:size]
 
 

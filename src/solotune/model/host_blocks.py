@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from solotune.hardware.pinned_memory import pinned
+from solotune.hardware.pinned_memory import pinned_bytes
 from solotune.model.frozen_linear import FrozenLinear
 
 ALIGNMENT = 256  # bytes: each tensor in a block begins at a multiple of it, as those of CUDA's own allocations
@@ -36,7 +36,7 @@ class HostBlock:
                     if tensor is not None:
                         self._places.append((part, name, end, tensor.to("meta")))
                         end += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
-        self.host = pinned(torch.empty(end, dtype=torch.uint8), device)
+        self.host = pinned_bytes(end, device)
         for part, name, start, shape in self._places:
             tensor = part._buffers[name]
             assert tensor is not None

@@ -9,11 +9,13 @@ A table that is also the output head stays on the GPU: every logit reads all of 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from solotune.hardware.pinned_memory import on_device_in_place, pinned
+from solotune.hardware.pinned_memory import pinned_bytes
 
 
 def move_embedding_to_host(module: PreTrainedModel, device: torch.device) -> int:
@@ -25,6 +27,29 @@ def move_embedding_to_host(module: PreTrainedModel, device: torch.device) -> int
     embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or getattr(head, "weight", None) is embedding.weight:
         return 0
-    host = pinned(embedding.weight.detach().cpu().contiguous(), device)
-    embedding.weight = nn.Parameter(on_device_in_place(host, device), requires_grad=False)
-    return host.numel() * host.element_size()
+    weight = embedding.weight.detach()
+    host = pinned_bytes(weight.numel() * weight.element_size(), device)
+    host.view(weight.dtype).view(weight.shape).copy_(weight)
+    there = _read_in_place(host, device).view(weight.dtype).view(weight.shape)
+    embedding.weight = nn.Parameter(there, requires_grad=False)
+    return host.numel()
+
+
+def _read_in_place(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Pinned bytes as a tensor of `device`: kernels read them over the link. It keeps `host` alive."""
+    return host if device.type != "cuda" else torch.as_tensor(_HostBytes(host), device=device)
+
+
+class _HostBytes:
+    """Pinned bytes as memory that CUDA reads (CUDA array interface, version 3).
+
+    With unified addressing, pinned memory has one address on host and device. PyTorch asks the driver which device an
+    address belongs to, and keeps this object.
+    """
+
+    def __init__(self, host: torch.Tensor) -> None:
+        self.host = host
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {"shape": (self.host.numel(),), "typestr": "|u1", "data": (self.host.data_ptr(), False), "version": 3}

@@ -27,7 +27,7 @@ the GPU.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,11 @@ class LayerRing:
 
     def __contains__(self, layer: nn.Module) -> bool:
         return layer in self._position
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The streamed layers, in model order."""
+        return list(self._position)
 
     def own_forward(self, layer: nn.Module) -> Callable[..., Any]:
         """The layer's `forward` before it was in the ring."""
@@ -123,6 +128,16 @@ class LayerRing:
             further = position % self.slots
         if 0 <= further < len(self._hosts) and self._holds[further % self.slots] != further:
             self._copy(further)
+
+    def visit(self) -> Iterator[nn.Module]:
+        """Each layer in turn, with its weights on the device until the next one is asked for.
+
+        Outside of a layer's own pass its buffers show whichever layer is in its slot, so other readers go through this.
+        """
+        for layer, position in self._position.items():
+            self.enter(position)
+            yield layer
+            self.leave(position, 1)
 
     def finish_pass(self) -> None:
         """Bring the ring into the state in which every pass begins, and let the device wait for it."""

@@ -214,12 +214,18 @@ def _broken_moments(model: TrainableModel, optimizer: torch.optim.Optimizer) -> 
 
 def _broken_frozen(model: TrainableModel) -> list[str]:
     """Frozen weights, scales of quantized ones and computed tables that are not finite."""
-    adapters = {id(part) for _, part in _adapters(model)}
-    return [
-        f"frozen {name}"
-        for name, tensor in (*model.module.named_parameters(), *model.module.named_buffers())
-        if id(tensor) not in adapters and tensor.is_floating_point() and not _is_sound(tensor.detach())
-    ]
+    seen = {id(part) for _, part in _adapters(model)}
+
+    def broken(part: nn.Module, prefix: str = "") -> Iterator[str]:
+        for name, tensor in (*part.named_parameters(prefix), *part.named_buffers(prefix)):
+            if id(tensor) not in seen and tensor.is_floating_point() and not _is_sound(tensor.detach()):
+                yield f"frozen {name}"
+            seen.add(id(tensor))
+
+    names = {part: name for name, part in model.module.named_modules()}
+    streamed = model.ring.visit() if model.ring is not None else ()
+    found = [name for layer in streamed for name in broken(layer, names[layer])]
+    return [*found, *broken(model.module)]
 
 
 def _is_sound(tensor: torch.Tensor) -> bool:

@@ -50,9 +50,9 @@ _COMPARED_BY_CONTENT = {
     "eval_dataset", "eval_dataset_split", "validation_size", "split_by", "column_mapping", "on_bad_row",
     "chat_template_path", "overflow", "assistant_only_loss", "train_on_last_turn",
 }  # fmt: skip
+_SAME_BITS = {"preflight", "base_offload"}  # streamed layers run the same kernels on the same numbers
 _INEXACT = {  # and the keys of BATCH, if their product is the same
-    "gradient_checkpointing", "activation_offload", "base_residency", "base_offload", "torch_compile",
-    "cuda_graphs",
+    "gradient_checkpointing", "activation_offload", "base_residency", "torch_compile", "cuda_graphs",
     "attn_implementation", "use_cpu",
 }  # fmt: skip
 
@@ -61,7 +61,7 @@ def class_of(key: str) -> Class:
     """The class of a config key: what happens if it changes between checkpoint and resume."""
     if key in _INEXACT:
         return "inexact"
-    if key in _COMPARED_BY_CONTENT or section_of(key) in _FREE_SECTIONS or key == "preflight":
+    if key in _COMPARED_BY_CONTENT or section_of(key) in _FREE_SECTIONS or key in _SAME_BITS:
         return "free"
     return "frozen"
 
