@@ -18,7 +18,9 @@ from solotune.units import format_bytes, format_duration, gib
 SAFETY = 1.02
 """Safety factor: the estimate may be this much too low, so the budget must hold the estimate times this."""
 SHARE_OF_HOST = 0.9
-"""The share of the host's free memory that a run may pin."""
+"""The share of the host's free memory that a run may pin. Free is what the system has available, or what is left below
+the limit of the container (cgroup v2 `memory.max`), which counts pinned pages like all others. `cudaHostRegister` pins
+through NVIDIA's driver, which does not ask for the limit of locked memory (`ulimit -l`, RLIMIT_MEMLOCK)."""
 SHARE_OF_CARD = 0.94
 """The share of a card that is not in this machine which `memory_budget: auto` uses. The rest is for the desktop, other
 processes and the driver."""
@@ -32,10 +34,23 @@ class Budget(NamedTuple):
     because: str
     host_bytes: int | None = None  # free memory of the host; None: not known
 
+    @property
+    def pinnable_bytes(self) -> int | None:
+        """Host memory that a run may pin; None: not known."""
+        return None if self.host_bytes is None else int(SHARE_OF_HOST * self.host_bytes)
+
     def holds(self, used: PeakMemory) -> bool:
-        if used.host_bytes and self.host_bytes is not None and used.host_bytes > SHARE_OF_HOST * self.host_bytes:
-            return False
+        return self.card_holds(used) and self.host_holds(used)
+
+    def card_holds(self, used: PeakMemory) -> bool:
         return used.peak_bytes * SAFETY <= self.bytes and used.card_bytes * SAFETY <= self.available_bytes
+
+    def host_holds(self, used: PeakMemory) -> bool:
+        return not used.host_bytes or self.pinnable_bytes is None or used.host_bytes <= self.pinnable_bytes
+
+    def lack(self, used: PeakMemory) -> tuple[bool, int]:
+        """Orders what does not fit: lacking host memory alone comes first, then bytes."""
+        return (False, used.host_bytes) if self.card_holds(used) else (True, used.peak_bytes)
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,12 @@ class Plan(ResultRepr):
     def is_fault(self) -> bool:
         """Whether a fault that `allow_faults` does not name would stop the run."""
         return any(finding["code"] not in self.allowed for finding in self.findings or ())
+
+    @property
+    def lacks_host_memory(self) -> bool:
+        """Whether it would fit on the card, and only host memory is too small."""
+        used = self.option.footprint
+        return not self.fits and self.budget.card_holds(used) and not self.budget.host_holds(used)
 
     def figures(self) -> dict[str, object]:
         used, took = self.option.footprint, self.option.seconds
@@ -106,6 +127,9 @@ class Plan(ResultRepr):
             "by_category": used.by_category,
             "budget_bytes": self.budget.bytes,
             "host_bytes": used.host_bytes,
+            "host_by_category": used.host._asdict(),
+            "host_budget_bytes": self.budget.pinnable_bytes,
+            "link_bytes_per_second": self.card.link_bytes,
             "seconds": took.to_json(),
             "tokens_per_second": took.tokens_per_second,
             "choices": [choice._asdict() for choice in self.choices],
@@ -118,6 +142,14 @@ class Plan(ResultRepr):
     def refusal(self) -> CheckError:
         """The error for a run that does not fit."""
         used = self.option.footprint
+        if self.lacks_host_memory:
+            free = f"{gib(self.budget.host_bytes or 0)} GiB that are free"
+            return CheckError(
+                "the run does not fit in host memory",
+                seen=f"{used.host.in_words()} to pin; the GPU would hold its part, {gib(used.peak_bytes)} GiB",
+                allowed=f"{gib(self.budget.pinnable_bytes or 0)} GiB: {SHARE_OF_HOST:.0%} of the {free}",
+                change=self.suggestion(),
+            )
         seen = (
             f"a peak of {gib(used.peak_bytes)} GiB ({used.moment}), {gib(used.card_bytes)} GiB with the driver and the "
         )
@@ -129,6 +161,9 @@ class Plan(ResultRepr):
 
     def suggestion(self) -> str:
         """The change that makes it fit: `max_length: 1024 (then 8.1 GiB, 900 tokens/s)`."""
+        if self.changed is None and self.lacks_host_memory:
+            needed = self.option.footprint.host_bytes / SHARE_OF_HOST
+            return f"{gib(round(needed))} GiB of free host memory, a smaller model, or a larger card"
         if self.changed is None:
             least = self.option.footprint.card_bytes * SAFETY
             large = [c for c in CARDS.values() if c.memory_bytes * SHARE_OF_CARD >= least]

@@ -16,12 +16,12 @@ from typing import Any
 
 from solotune.config.describe import section_of
 from solotune.config.run_config import RunConfig
+from solotune.config.settings import MICRO_BATCH
 from solotune.errors import IntegrityError
 from solotune.run.record import RunRecord
 from solotune.run.run_dir import RunDirectory, list_runs
 
 CONFIG_NAME = "config_name"  # key of environment.json
-BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 MAY_CHANGE = {
     "preflight", "gradient_checkpointing", "activation_offload", "base_residency", "base_offload", "torch_compile",
     "cuda_graphs",
@@ -82,7 +82,7 @@ def changed_keys(
         if key in then and not may_change and key not in chosen and then[key] != value:
             changed[key] = (then[key], value)
     if rows_per_step(then) == rows_per_step(now):
-        changed = {key: pair for key, pair in changed.items() if key not in BATCH}
+        changed = {key: pair for key, pair in changed.items() if key not in MICRO_BATCH}
     return changed
 
 
@@ -116,5 +116,5 @@ def _chosen(environment: Mapping[str, Any]) -> set[str]:
 
 def rows_per_step(values: Mapping[str, Any]) -> int | None:
     """Rows of an optimizer step by the values of a config; None if they are damaged."""
-    sizes = [values.get(key) for key in BATCH]
+    sizes = [values.get(key) for key in MICRO_BATCH]
     return sizes[0] * sizes[1] if all(type(size) is int for size in sizes) else None  # type: ignore[operator]

@@ -27,6 +27,7 @@ import torch
 
 from solotune.config.describe import section_of
 from solotune.config.run_config import RunConfig
+from solotune.config.settings import MICRO_BATCH
 from solotune.dataset import Prepared
 from solotune.errors import InputError, IntegrityError
 from solotune.hardware.machine import Machine, device_of
@@ -40,7 +41,7 @@ from solotune.run.record import RunRecord
 from solotune.run.run_dir import FINGERPRINTS, MARKS, UNUSED, RunDirectory, read_object
 from solotune.training import checkpoint
 from solotune.training.checkpoint import Checkpoint
-from solotune.training.find_run import BATCH, refuse_other_config, rows_per_step, run_of_config
+from solotune.training.find_run import refuse_other_config, rows_per_step, run_of_config
 
 Class = Literal["frozen", "inexact", "free"]
 
@@ -50,7 +51,7 @@ _COMPARED_BY_CONTENT = {
     "eval_dataset", "eval_dataset_split", "validation_size", "split_by", "column_mapping", "on_bad_row",
     "chat_template_path", "overflow", "assistant_only_loss", "train_on_last_turn",
 }  # fmt: skip
-_INEXACT = {  # and the keys of BATCH, if their product is the same
+_INEXACT = {  # and the keys of MICRO_BATCH, if their product is the same
     "gradient_checkpointing", "activation_offload", "base_residency", "base_offload", "torch_compile",
     "cuda_graphs",
     "attn_implementation", "use_cpu",
@@ -297,8 +298,8 @@ def compare(then: Any, now: dict[str, Any], where: str) -> list[str]:
     _check_recorded(then, where)
     old, new = then["config"], now["config"]
     changed = [key for key, value in new.items() if old.get(key) != value]
-    if set(changed) & set(BATCH) and rows_per_step(old) == rows_per_step(new):
-        inexact = [key for key in changed if CLASSES[key] == "inexact" or key in BATCH]
+    if set(changed) & set(MICRO_BATCH) and rows_per_step(old) == rows_per_step(new):
+        inexact = [key for key in changed if CLASSES[key] == "inexact" or key in MICRO_BATCH]
     else:
         inexact = [key for key in changed if CLASSES[key] == "inexact"]
     for key in changed:
