@@ -350,26 +350,3 @@ def test_a_cpu_is_planned_by_its_resident_memory():
     plan = planned(cpu_card(16 * GIB, 100), free=15 * GIB, bf16=False, base_precision="fp32", memory_budget="auto")
     assert plan.card.is_cpu
     assert plan.option.footprint.outside_bytes == plan.option.footprint.paged_bytes == 0
-
-
-# --- the bench
-
-
-def test_the_bench_has_thirty_cases_whose_configs_load_and_its_summary_has_their_errors(tmp_path):
-    from bench.plan_runs import CASES, config_of, summary
-
-    assert len({case.name for case in CASES}) == len(CASES) >= 30
-    for case in CASES:
-        assert config_of(case, tmp_path).max_length == case.tokens
-    results = [
-        {
-            "case": "a",
-            "predicted": {"peak_bytes": peak, "tokens_per_second": 1, "seconds": {"step": step}},
-            "measured": {"peak_bytes": 100, "tokens_per_second": 1, "step_seconds": 2.0},
-        }
-        for peak, step in ((101, 2.2), (97, 1.8), (102, 3.0))
-    ]
-    text = summary([*results, {"case": "b", "error": "out of memory"}])
-    assert "3 runs. Peak: median error 2.0%, worst 3.0%, most under -3.0%." in text
-    assert "Step: median error 10.0%, worst 50.0%." in text
-    assert "| b | out of memory |" in text
