@@ -341,7 +341,7 @@ def test_the_card_that_is_here_has_its_own_memory():
 
 def test_every_card_is_plausible():
     for card in CARDS.values():
-        assert 10 * GIB < card.memory_bytes < 200 * GIB
+        assert 7 * GIB < card.memory_bytes < 200 * GIB
         assert card.has_fp8 == (card.compute_capability >= (8, 9))
         assert card_of(card.shown_as[0], card.memory_bytes, card.compute_capability).name == card.name
 

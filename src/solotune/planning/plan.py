@@ -13,7 +13,7 @@ from solotune.planning.layer_profile import MemoryStrategy
 from solotune.planning.memory import PeakMemory
 from solotune.planning.throughput import Seconds
 from solotune.result_repr import ResultRepr, Table
-from solotune.units import format_bytes, format_duration, gib
+from solotune.units import format_bytes, format_duration, format_rate, format_step_time, gib
 
 SAFETY = 1.02
 """Safety factor: the estimate may be this much too low, so the budget must hold the estimate times this."""
@@ -103,9 +103,35 @@ class Plan(ResultRepr):
             "change": None if self.fits else self.suggestion(),
         }
 
+    def times(self) -> dict[str, str]:
+        """Predicted times in words, and the rate of the link if host memory is used."""
+        took, card = self.option.seconds, self.card
+        facts = {
+            "load": format_duration(took.load),
+            "first step": format_duration(took.first_step),
+            "step": f"{format_step_time(took.step)}, {format_rate(took.tokens_per_second)} (predicted)",
+        }
+        if took.total is not None:
+            facts["total"] = format_duration(took.total)
+        if self.option.footprint.host_bytes:
+            how = "measured" if card.link_is_measured else "as such cards have; solotune doctor measures it"
+            facts["link"] = f"{card.link_bytes / 1e9:.1f} GB/s from host memory to the card, {how}"
+        return facts
+
+    def host_memory(self) -> list[tuple[str, int]]:
+        """(what, bytes) in pinned host memory, their sum and its limit; empty if nothing is there."""
+        host = self.option.footprint.host
+        if not sum(host):
+            return []
+        rows = [(f"{name} in host memory", size) for name, size in host._asdict().items() if size]
+        rows.append(("pinned host memory", sum(host)))
+        most = self.budget.pinnable_bytes
+        return rows if most is None else [*rows, ("host memory that may be pinned", most)]
+
     def tables(self) -> list[Table]:
         used = self.option.footprint
         memory = [(name.replace("_", " "), format_bytes(size)) for name, size in used.by_category.items()]
+        memory += [(name, format_bytes(size)) for name, size in self.host_memory()]
         choices = [(choice.key, value_in_words(choice.value), choice.because) for choice in self.choices]
         findings = [(f"{one['code']} {one['slug']}", one["message"], one["fix"]) for one in self.findings or ()]
         return [

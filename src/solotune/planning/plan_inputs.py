@@ -73,7 +73,7 @@ def card_here(machine: Machine, use_cpu: bool) -> tuple[Card, int]:
         assert machine.gpu and machine.gpu_bytes and machine.compute_capability
         card = card_of(machine.gpu, machine.gpu_bytes, machine.compute_capability)
         with suppress(RuntimeError):  # no room for the copy: the table's figure stands
-            card = replace(card, link_bytes=link.host_to_device_bytes_per_second())
+            card = replace(card, link_bytes=link.host_to_device_bytes_per_second(), link_is_measured=True)
         return card, machine.gpu_free_bytes or machine.gpu_bytes
     return cpu_card(machine.ram_bytes, cpu_gflops()), machine.ram_free_bytes
 

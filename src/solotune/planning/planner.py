@@ -259,11 +259,11 @@ def _choices(settings: MemorySettings, option: Candidate, card: Card, shape: Mod
         choices.append(Choice("gradient_checkpointing", _number_of_layers(n, depth), why))
     if settings.base_residency == "auto" and knobs.base_precision == "nf4":
         dequantized_copy = f"{gib(shape.num_frozen * shape.dtype_bytes)} GiB"
-        why = (
-            f"unpacked weights need {dequantized_copy}, which fits and saves unpacking them in each pass"
-            if knobs.has_dequantized_copy
-            else f"unpacked weights would need {dequantized_copy}, which does not fit or is better used elsewhere"
-        )
+        why = f"unpacked weights would need {dequantized_copy}, which does not fit or is better used elsewhere"
+        if knobs.has_dequantized_copy:
+            why = f"unpacked weights need {dequantized_copy}, which fits and saves unpacking them in each pass"
+        elif knobs.num_streamed:
+            why = "layers that stream are unpacked when they are used"
         choices.append(Choice("base_residency", "dequantized" if knobs.has_dequantized_copy else "quantized", why))
     if knobs.num_streamed and settings.base_offload == "auto":
         host = gib(option.footprint.host.layers)
