@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from inline_snapshot import snapshot
 from ruamel.yaml import YAML
-from tiny import FAMILIES, chat_rows, save_tokenizer
+from tiny import FAMILIES, chat_rows, metrics_of, save_tokenizer
 
 import solotune
 from solotune import cli
@@ -17,7 +17,9 @@ from solotune.config.load import load_config
 from solotune.dataset.sampler import BatchSampler
 from solotune.errors import CheckError
 from solotune.hardware.machine import Machine, probe
-from solotune.planning import plan_inputs
+from solotune.planning import plan_inputs, planner
+from solotune.planning.micro_batch import MicroBatch
+from solotune.run.run_dir import RunDirectory
 from tests.messages import error_in
 
 GIB = 1 << 30
@@ -194,9 +196,9 @@ def test_what_streams_is_shown_with_the_host_memory_that_it_pins(config, capsys,
 
 
 def test_a_host_that_is_too_small_is_named_with_its_sizes(config, capsys):
-    small = ["--gpu", "4090", "--host-memory", "0.1MiB", "base_offload=true"]
+    small = ["--gpu", "4090", "--host-memory", "0.01MiB", "base_offload=true"]
     code, found = plan_as_json(capsys, str(config), *small)
-    assert (code, found["fits"], found["host_budget_bytes"]) == (3, False, int(0.9 * int(0.1 * 2**20)))
+    assert (code, found["fits"], found["host_budget_bytes"]) == (3, False, int(0.9 * int(0.01 * 2**20)))
     assert cli.main(["plan", str(config), *small]) == 3
     assert "GiB of free host memory, a smaller model, or a larger card" in " ".join(capsys.readouterr().out.split())
 
@@ -275,6 +277,30 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded_or_written
     assert raised.value.exit_code == 3
     assert "memory_budget: 100MiB" in str(raised.value)
     assert not os.path.exists("run")
+
+
+def test_a_micro_batch_of_the_plan_is_recorded_and_kept_when_the_run_is_continued(runnable, monkeypatch, capsys):
+    def twice_the_rows(config, before, work, best, workloads):
+        larger = config.replaced("plan", per_device_train_batch_size=8, gradient_accumulation_steps=4)
+        option, resolved, _ = best(larger, workloads(larger))
+        return MicroBatch(option, resolved, workloads(larger))
+
+    quick = ["use_cpu=true", "max_steps=2", "num_samples=0", "validation_size=0", "output_dir=run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(planner, "larger_micro_batch", twice_the_rows)  # on a CPU nothing is to be gained
+        first = solotune.train(runnable, quick)
+    text = Path("run/config.yaml").read_text()
+    assert "per_device_train_batch_size: 8  # plan" in text and "gradient_accumulation_steps: 4  # plan" in text
+    assert {choice.key: choice.value for choice in first.choices}["gradient_accumulation_steps"] == 4
+    steps = [event for event in metrics_of(RunDirectory(Path("run"))) if event["event"] == "step"]
+    for _ in range(2):  # the second time it is read from what the first one recorded
+        again = solotune.train(runnable, quick, resume=True)
+        (kept,) = [choice for choice in again.choices if choice.key == "per_device_train_batch_size"]
+        assert (kept.value, kept.because) == (8, "the run that is continued was planned so")
+        assert Path("run/config.yaml").read_text() == text
+    assert [event for event in metrics_of(RunDirectory(Path("run"))) if event["event"] == "step"] == steps
+    resumed = [event for event in metrics_of(RunDirectory(Path("run"))) if event["event"] == "resume"]
+    assert resumed and all(event["exact"] for event in resumed)
 
 
 def test_packed_passes_are_planned_in_the_shape_they_are_padded_to(config):

@@ -59,11 +59,15 @@ def larger_micro_batch(
 ) -> MicroBatch | None:
     """The micro-batch that makes a plan with streamed layers faster; None if none does by much, or none fits.
 
+    None on a CPU too: there is no link.
+
     Args:
         before: the plan with the config's own micro-batch.
         best: plans a config for a work of the step.
         workloads: the work of the step of a config; None: rows and tokens as in `work`.
     """
+    if before.knobs.device == "cpu" or not before.knobs.num_streamed:
+        return None
     rows, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     found: list[MicroBatch] = []
     for factor in (factor for factor in range(2, accumulation + 1) if accumulation % factor == 0):

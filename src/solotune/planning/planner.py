@@ -75,7 +75,7 @@ def make_plan(
 
     option, resolved, fits = best(config, work)
     notes, choices = list(notes or []), list[Choice]()
-    if fits and option.knobs.num_streamed and (larger := larger_micro_batch(config, option, work, best, workloads)):
+    if fits and (larger := larger_micro_batch(config, option, work, best, workloads)):
         if config.memory.micro_batch_is_open:
             choices = larger.choices(option)
             option, resolved, work = larger

@@ -73,7 +73,7 @@ def changed_keys(
     then = record.config
     if then is None:
         return None
-    chosen = _chosen(record.environment or {})
+    chosen = _chosen(record)
     now = config.model_dump()
     changed = {}
     for key, value in now.items():
@@ -108,10 +108,18 @@ def refuse_other_config(path: Path, config: RunConfig) -> None:
         )
 
 
-def _chosen(environment: Mapping[str, Any]) -> set[str]:
-    choices = environment.get("choices")
+def planned_micro_batch(record: RunRecord) -> dict[str, int]:
+    """The values of `MICRO_BATCH` that the plan of a run chose; empty if it chose none, or they are damaged."""
+    chosen = _chosen(record)
+    sizes = {key: chosen[key] for key in MICRO_BATCH if type(chosen.get(key)) is int}
+    return sizes if rows_per_step(sizes) else {}
+
+
+def _chosen(record: RunRecord) -> dict[str, Any]:
+    """Keys that solotune chose for a run, with their values."""
+    choices = (record.environment or {}).get("choices")
     entries = choices if isinstance(choices, list) else []
-    return {str(entry.get("key")) for entry in entries if isinstance(entry, dict)}
+    return {str(entry.get("key")): entry.get("value") for entry in entries if isinstance(entry, dict)}
 
 
 def rows_per_step(values: Mapping[str, Any]) -> int | None:

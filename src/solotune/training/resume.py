@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 
 from solotune.config.describe import section_of
-from solotune.config.run_config import RunConfig
+from solotune.config.run_config import Choice, RunConfig
 from solotune.config.settings import MICRO_BATCH
 from solotune.dataset import Prepared
 from solotune.errors import InputError, IntegrityError
@@ -41,7 +41,7 @@ from solotune.run.record import RunRecord
 from solotune.run.run_dir import FINGERPRINTS, MARKS, UNUSED, RunDirectory, read_object
 from solotune.training import checkpoint
 from solotune.training.checkpoint import Checkpoint
-from solotune.training.find_run import refuse_other_config, rows_per_step, run_of_config
+from solotune.training.find_run import planned_micro_batch, refuse_other_config, rows_per_step, run_of_config
 
 Class = Literal["frozen", "inexact", "free"]
 
@@ -223,6 +223,21 @@ def _take_over(run: RunDirectory, point: Checkpoint | None) -> None:
     run.truncate_metrics(point.state["metrics"] if point else None)
     if kept is not None and point is not None:
         run.log(SaveEvent(point.step, kept.name))  # this line came after the recorded length of metrics.jsonl
+
+
+def keep_micro_batch(config: RunConfig, run: RunDirectory | None) -> tuple[RunConfig, list[Choice]]:
+    """The config with the micro-batch that the plan of the run to continue chose: another one would round otherwise.
+
+    Args:
+        run: the run that `--resume` continues; that of `resume_from_checkpoint` comes before it.
+    """
+    given = config.resume_from_checkpoint
+    folder = _folder(given).parent.parent if given else run.path if run else None
+    sizes = planned_micro_batch(RunRecord(folder, ())) if folder and config.memory.micro_batch_is_open else {}
+    if not sizes or rows_per_step(sizes) != rows_per_step(config.model_dump()):
+        return config, []
+    choices = [Choice(key, size, "the run that is continued was planned so") for key, size in sizes.items()]
+    return config.replaced("plan", **sizes), choices
 
 
 def recorded_day(from_checkpoint: str | None, run: RunDirectory | None) -> date | None:
