@@ -130,10 +130,12 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver) -> Prepar
     from solotune.api import setup
     from solotune.diagnosis import certain_faults
     from solotune.diagnosis.sources import solotune_run
+    from solotune.training import resume as resuming
     from solotune.training import trained_run
 
     certain_faults.allowed_codes(config)  # before anything takes long
     checked, machine, choices = trained_run.resolve_for_machine(config)
+    checked, kept = resuming.keep_micro_batch(checked, resuming.continued(checked.output_dir) if resume else None)
     model_files = setup.check(checked, machine, resume)
     tokenizer, prepared, findings = setup.read_data(checked, model_files, resume, display)
     plan = setup.plan(checked, model_files, machine, prepared, display)
@@ -146,7 +148,7 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver) -> Prepar
     return setup.PreparedRun(
         config=checked,
         machine=machine,
-        choices=[*choices, *plan.choices, *model.choices],
+        choices=[*choices, *kept, *plan.choices, *model.choices],
         model_files=model_files,
         tokenizer=tokenizer,
         prepared=prepared,
