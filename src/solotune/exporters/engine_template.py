@@ -14,8 +14,8 @@ White space `trim`, `strip()`, `lstrip()` and `rstrip()` take all white space of
 
 NFC         characters that a tokenizer composes before it splits a text: `nfc_template`.
 
-The macro for white space knows no characters, only lengths: in llama.cpp texts are bytes, in Python code points. It replaces each white
-space by as many blanks as it is long, and looks how many of them a plain strip takes away.
+The macro for white space knows no characters, only lengths: in llama.cpp texts are bytes, in Python code points. It
+replaces each white space by as many blanks as it is long, and looks how many of them a plain strip takes away.
 """
 
 from __future__ import annotations
