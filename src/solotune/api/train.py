@@ -139,7 +139,7 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver) -> Prepar
     plan = setup.plan(checked, model_files, machine, prepared, display)
     checked = plan.resolved
     run_facts = solotune_run.from_prepared(checked, tokenizer, prepared, findings, model_files)
-    signals = setup.stop_before_harm(checked, run_facts, resume, display)
+    rules = setup.stop_before_harm(checked, run_facts, resume, display)
     model_files = setup.fetch_weights(model_files, display)
     model = setup.load_model(checked, model_files, machine, tokenizer, prepared, resume, display)
     preflight = setup.try_largest_step(checked, model, prepared, display)
@@ -154,7 +154,7 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver) -> Prepar
         model=model,
         preflight=preflight,
         run_facts=run_facts,
-        signals=signals,
+        rules=rules,
     )
 
 
@@ -184,7 +184,7 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient) -> TrainRes
         display.choices(ready.choices)
         summary = setup.write_initial_files(run, ready, run_fingerprints, resume_point, display)
         told = Observers(RunLog(run), display)
-        monitor = Monitor(model, ready.run_facts, told, RunRecord.read(run.path), ready.signals)
+        monitor = Monitor(model, ready.run_facts, told, RunRecord.read(run.path), ready.rules)
         observer = Observers(display, Resilient(trackers), Resilient(monitor))
         start = resume_point.point if resume_point else None
         with signals.defer_signals():
