@@ -268,8 +268,10 @@ def test_a_model_that_should_be_quantised_and_a_head_that_should_not():
     assert "F52" in {signal.code for signal in ask_all(plain, loads=True)[0]}
 
 
-@pytest.mark.parametrize(("code", "one"), [(code, one) for code, one in FAULTY if one.trace is not None], ids=str)
-def test_a_growing_curve_is_judged_as_a_whole_one(code, one, monkeypatch):
+@pytest.mark.parametrize(
+    ("code", "one"), [pytest.param(code, one, id=code) for code, one in FAULTY if one.trace is not None]
+)
+def test_a_growing_curve_is_judged_as_a_whole_one(code, one):
     growing, whole = GrowingRun(replace(one, trace=None)), one.trace
     part = {name: value[:9] for name, value in vars(whole).items() if isinstance(value, np.ndarray)}
     for curve in (None, replace(whole, **part, errors=(), is_finished=False), whole):
