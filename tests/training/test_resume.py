@@ -210,7 +210,6 @@ def test_every_key_has_its_class():
     }
     assert {key for key, kind in CLASSES.items() if kind == "inexact"} == {
         "gradient_checkpointing",
-        "activation_offload",
         "base_residency",
         "torch_compile",
         "cuda_graphs",
@@ -222,6 +221,7 @@ def test_every_key_has_its_class():
         == CLASSES["eval_steps"]
         == CLASSES["model_name_or_path"]
         == CLASSES["base_offload"]
+        == CLASSES["activation_offload"]
         == "free"
     )
 
