@@ -58,8 +58,10 @@ def test_scores_of_answers_and_whose_file_is_run(config, tmp_path: Path, capsys:
     assert set(again["scores"]) == {"exact_match", "regex"}
     del trained["scores"]["length"]
     assert again == trained
-    hint = display.notes[-1].partition("To measure them: ")[2].removeprefix(program())
+    hint = display.notes[0].partition("To measure them: ")[2].removeprefix(program())
+    (tmp_path / "run/report.html").unlink()
     assert cli.main([*shlex.split(hint), "num_samples=1", "--json"]) == 0
+    assert "length" in (tmp_path / "run/report.html").read_text()
     assert (tmp_path / "was-run").exists()
     printed = json.loads(capsys.readouterr().out)
     assert set(printed["scores"]) == {"exact_match", "regex", "length"} and len(printed["samples"]) == 1

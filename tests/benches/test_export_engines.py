@@ -25,8 +25,6 @@ pytestmark = [
     pytest.mark.export,
     pytest.mark.skipif(not BASE.is_dir(), reason="no SmolLM2: `python examples/smollm2.py` makes it"),
 ]
-EXPLAINED = {"qwen3": 10}
-"""Conversations in which llama.cpp lacks something: it composes no characters (NFC), which no file can change."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_token_ids_in_llama_cpp_are_those_of_training(name: str, folder_of: Any) -> None:
     found = ids_in_llama_cpp(folder_of(name))
     assert found["conversations"] >= 200 and found["unexplained"] == []
-    assert found["differ"] <= EXPLAINED.get(name, 0), found["shown"]
+    assert found["differ"] == 0, found["shown"]
 
 
 @pytest.mark.skipif(shutil.which("go") is None, reason="no Go")

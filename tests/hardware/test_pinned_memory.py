@@ -10,7 +10,7 @@ import torch
 
 from solotune.errors import DeviceError
 from solotune.hardware import pinned_memory
-from solotune.hardware.pinned_memory import pin
+from solotune.hardware.pinned_memory import pin, pinned_bytes
 
 GIB = 1 << 30
 
@@ -60,3 +60,11 @@ def test_a_refusal_names_its_cause_the_sizes_and_what_helps(error, release, prob
     assert problem in text and change in text and f"({error})" in text
     assert "of 1 MiB" in text and "2.0 of 16.0 GiB of host memory are free" in text
     assert driver.pinned == {}
+
+
+def test_bytes_for_a_gpu_are_pinned_and_others_are_not(driver):
+    block = pinned_bytes(1000, torch.device("cuda"))
+    assert driver.pinned == {block.data_ptr(): 1000}
+    assert pinned_bytes(1000, torch.device("cpu")).numel() == 1000
+    assert pinned_bytes(0, torch.device("cuda")).numel() == 0
+    assert list(driver.pinned) == [block.data_ptr()]

@@ -118,6 +118,7 @@ def test_every_layer_in_host_memory_is_looked_at_before_a_save_under_its_own_nam
     optimizer = loop.make_optimizer(config.optimizer, [model.flat_params])
     for slot in model.ring._slots:
         slot.fill_(0xFF)  # NaN: memory that nothing was copied into yet
+    model.ring.forget()
     assert nonfinite.nonfinite_tensors(model, optimizer) == []
     model.ring._hosts[3].fill_(0xFF)
     found = nonfinite.nonfinite_tensors(model, optimizer)

@@ -55,6 +55,13 @@ def test_a_stop_that_has_to_wait_is_announced(number, said, capfd):
         assert capfd.readouterr().err == said
 
 
+def test_where_nothing_is_to_be_saved_the_announcement_says_nothing_of_it(capfd):
+    """`solotune watch`, say: a run of another process goes on."""
+    with signals.handle_signals(True), pytest.raises(StopRequested):
+        send(signal.SIGINT)
+    assert capfd.readouterr().err == "Ctrl-C: stopping. Press it again to stop at once.\n"
+
+
 def test_what_nobody_polled_for_is_raised_at_the_end():
     with signals.handle_signals(), pytest.raises(StopRequested):
         with signals.defer_signals():

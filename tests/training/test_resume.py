@@ -13,13 +13,14 @@ from tiny import metrics_of
 from bench import faults
 from solotune.config.load import load_config
 from solotune.config.run_config import RunConfig
+from solotune.config.settings import MICRO_BATCH
 from solotune.dataset import sampler
 from solotune.errors import IntegrityError
 from solotune.model.base_fingerprint import fingerprint_of
 from solotune.run.run_dir import RunDirectory
 from solotune.training import checkpoint
 from solotune.training.optimizer import make_optimizer
-from solotune.training.resume import BATCH, CLASSES, compare, fingerprints
+from solotune.training.resume import CLASSES, compare, fingerprints
 
 
 def events(work, kind):
@@ -209,7 +210,6 @@ def test_every_key_has_its_class():
     }
     assert {key for key, kind in CLASSES.items() if kind == "inexact"} == {
         "gradient_checkpointing",
-        "activation_offload",
         "base_residency",
         "torch_compile",
         "cuda_graphs",
@@ -221,6 +221,7 @@ def test_every_key_has_its_class():
         == CLASSES["eval_steps"]
         == CLASSES["model_name_or_path"]
         == CLASSES["base_offload"]
+        == CLASSES["activation_offload"]
         == "free"
     )
 
@@ -257,7 +258,11 @@ def test_other_software_and_the_same_step_in_other_parts(workload):
     then = fingerprints(
         workload.ready.config, workload.ready.prepared, workload.ready.machine, workload.ready.model_files
     )
-    split = {**then["config"], BATCH[0]: then["config"][BATCH[0]] // 2, BATCH[1]: then["config"][BATCH[1]] * 2}
+    split = {
+        **then["config"],
+        MICRO_BATCH[0]: then["config"][MICRO_BATCH[0]] // 2,
+        MICRO_BATCH[1]: then["config"][MICRO_BATCH[1]] * 2,
+    }
     assert len(compare(then, {**then, "config": split}, "here")) == 2
     torch_before = {**then, "software": {**then["software"], "torch": "2.0"}}
     assert compare(torch_before, then, "here") == [f"torch was 2.0, is {then['software']['torch']}"]

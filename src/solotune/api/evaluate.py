@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from solotune.api.report import keep_result
 from solotune.api.types import Overrides
 from solotune.config.load import load_config, override_values
 from solotune.config.write import yaml_value
@@ -31,7 +32,8 @@ EVALUATION_KEYS = ("metrics", "metrics_rows", "num_samples", "max_new_tokens", "
 
 @quiet_libraries()
 def evaluate(run: str | Path, display: Display | None = None, overrides: Overrides = (), **keys: Any) -> Evaluation:
-    """Compare the tuned model of a run with its base on the held-out rows; replaces evaluation.json.
+    """Compare the tuned model of a run with its base on the held-out rows; replaces evaluation.json and
+    report.html.
 
         result = solotune.evaluate("runs/demo", metrics=["choice"])
         print(result.to_json()["difference"], result.metrics["choice"].p_value)
@@ -46,6 +48,7 @@ def evaluate(run: str | Path, display: Display | None = None, overrides: Overrid
         InputError: there is no run, it held out no rows, or a metric cannot be used.
         IntegrityError: the held-out rows or the base model have changed since the run.
         DeviceError: the GPU failed, or its memory is full.
+        StorageError: the disk is full. In a folder that may only be read nothing is replaced, and a note says so.
     """
     with showing(display) as chosen:
         return _evaluate(run, chosen, overrides, keys)
@@ -68,8 +71,7 @@ def _evaluate(run: str | Path, display: Display, overrides: Overrides, keys: dic
         model = found.load(display.progress)
         display.choices(found.choices_of(model))
         result = compare(model, found.tokenizer, prepared, config.evaluation, None, display)
-    found.directory.write_json("evaluation.json", result.to_json())
-    found.directory.update_manifest("evaluation.json")
+    keep_result(found.directory, "evaluation.json", result.to_json(), display)
     return result
 
 

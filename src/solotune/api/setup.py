@@ -18,7 +18,7 @@ from solotune.config.write import to_yaml
 from solotune.dataset import packing, sampler
 from solotune.diagnosis import certain_faults
 from solotune.diagnosis.data_checks import check_rows
-from solotune.diagnosis.rules import ask_all
+from solotune.diagnosis.rules import GrowingRun
 from solotune.errors import InputError
 from solotune.hardware import doctor
 from solotune.hardware.gpu_errors import device_errors
@@ -40,7 +40,6 @@ from solotune.version import __version__
 
 if TYPE_CHECKING:
     from solotune.dataset import Prepared
-    from solotune.diagnosis.evidence import Signal
     from solotune.diagnosis.findings import Finding
     from solotune.diagnosis.run_facts import RunFacts
     from solotune.display.observer import RunObserver
@@ -65,7 +64,7 @@ class PreparedRun:
     model: TrainableModel
     preflight: Preflight | None  # measurements of the largest step; None if it was not tried
     run_facts: RunFacts  # for the diagnosis during the run
-    signals: list[Signal]  # of the rules before the first step
+    rules: GrowingRun  # the rules on `run_facts`, asked once before the first step
 
     def plan_json(self) -> dict[str, Any]:
         return {"predicted": self.plan.to_json(), "preflight": self.preflight and asdict(self.preflight)}
@@ -128,22 +127,22 @@ def plan(
     return result
 
 
-def stop_before_harm(config: RunConfig, run_facts: RunFacts, resume: bool, display: RunObserver) -> list[Signal]:
-    """Ask the rules before the first step, and stop for what is certain; their signals.
+def stop_before_harm(config: RunConfig, run_facts: RunFacts, resume: bool, display: RunObserver) -> GrowingRun:
+    """Ask the rules before the first step, and stop for what is certain.
 
     A run that goes on from a checkpoint is not stopped.
 
     Raises:
         CheckError: a fault is certain, and `allow_faults` does not name it.
     """
-    signals, allowed = ask_all(run_facts)[0], certain_faults.allowed_codes(config)
-    found = certain_faults.of_run(run_facts, signals)
+    rules, allowed = GrowingRun(run_facts), certain_faults.allowed_codes(config)
+    found = certain_faults.of_run(run_facts, rules.signals())
     refusal = certain_faults.refusal(found, allowed)
     if refusal is not None and not _goes_on(config, resume):
         raise refusal
     if names := ", ".join(f"{finding.code} {finding.slug}" for finding in found if finding.code in allowed):
         display.note(f"allow_faults: training in spite of {names}")
-    return signals
+    return rules
 
 
 def _goes_on(config: RunConfig, resume: bool) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from solotune.api.evaluate import compare
 from solotune.api.python_config import config_of
+from solotune.api.report import rewrite_page
 from solotune.api.types import ConfigSource, Overrides
 from solotune.config.run_config import Choice, RunConfig
 from solotune.display.notebook import showing
@@ -22,14 +23,13 @@ from solotune.display.observer import Observers, Resilient, RunObserver
 from solotune.display.progress import Display, PlainDisplay, make_console
 from solotune.errors import InterruptedRunError, RunNote, program
 from solotune.result_repr import ResultRepr, Table
-from solotune.run.atomic_io import LogFile, whole_folder, write_whole
+from solotune.run.atomic_io import LogFile, whole_folder
 from solotune.run.events import DeviceFailedEvent, EndEvent
 from solotune.run.history import history_of
 from solotune.run.record import RunRecord
-from solotune.run.run_dir import LOG, REPORT, STACKS, RunDirectory
+from solotune.run.run_dir import LOG, STACKS, RunDirectory
 from solotune.run.run_log import RunLog
 from solotune.runtime.library_noise import quiet_libraries
-from solotune.units import first_line
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -130,23 +130,25 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver) -> Prepar
     from solotune.api import setup
     from solotune.diagnosis import certain_faults
     from solotune.diagnosis.sources import solotune_run
+    from solotune.training import resume as resuming
     from solotune.training import trained_run
 
     certain_faults.allowed_codes(config)  # before anything takes long
     checked, machine, choices = trained_run.resolve_for_machine(config)
+    checked, kept = resuming.keep_micro_batch(checked, resuming.continued(checked.output_dir) if resume else None)
     model_files = setup.check(checked, machine, resume)
     tokenizer, prepared, findings = setup.read_data(checked, model_files, resume, display)
     plan = setup.plan(checked, model_files, machine, prepared, display)
     checked = plan.resolved
     run_facts = solotune_run.from_prepared(checked, tokenizer, prepared, findings, model_files)
-    signals = setup.stop_before_harm(checked, run_facts, resume, display)
+    rules = setup.stop_before_harm(checked, run_facts, resume, display)
     model_files = setup.fetch_weights(model_files, display)
     model = setup.load_model(checked, model_files, machine, tokenizer, prepared, resume, display)
     preflight = setup.try_largest_step(checked, model, prepared, display)
     return setup.PreparedRun(
         config=checked,
         machine=machine,
-        choices=[*choices, *plan.choices, *model.choices],
+        choices=[*choices, *kept, *plan.choices, *model.choices],
         model_files=model_files,
         tokenizer=tokenizer,
         prepared=prepared,
@@ -154,7 +156,7 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver) -> Prepar
         model=model,
         preflight=preflight,
         run_facts=run_facts,
-        signals=signals,
+        rules=rules,
     )
 
 
@@ -184,7 +186,7 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient) -> TrainRes
         display.choices(ready.choices)
         summary = setup.write_initial_files(run, ready, run_fingerprints, resume_point, display)
         told = Observers(RunLog(run), display)
-        monitor = Monitor(model, ready.run_facts, told, RunRecord.read(run.path), ready.signals)
+        monitor = Monitor(model, ready.run_facts, told, RunRecord.read(run.path), ready.rules)
         observer = Observers(display, Resilient(trackers), Resilient(monitor))
         start = resume_point.point if resume_point else None
         with signals.defer_signals():
@@ -197,7 +199,7 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient) -> TrainRes
         _record_measurements(run, ready)
         _write_diagnosis(run, monitor.diagnosis(), display)
         trackers.close("finished")
-        _write_report(run, display)
+        rewrite_page(run, display, is_over=True)
         log.close()
         run.write_manifest()
         return TrainResult(run.path, summary, ready.choices, evaluation)
@@ -251,19 +253,6 @@ def _write_diagnosis(run: RunDirectory, diagnosis: Diagnosis, display: RunObserv
     display.note(
         f"diagnosis: {message.summary(diagnosis)} (model probes not run; solotune diagnose {run.path} runs them)"
     )
-
-
-def _write_report(run: RunDirectory, display: RunObserver) -> None:
-    """Write report.html. The run is complete without it: a page that cannot be made is a note, a full disk an error."""
-    from solotune.report_page.build import build_page
-
-    try:
-        html = build_page(run.path)
-    except Exception as error:
-        display.note(f"{REPORT} was not written: {first_line(error, with_type=True)}; all other results are saved")
-        return
-    write_whole(run.path / REPORT, html)
-    display.note(f"report: {run.path / REPORT}")
 
 
 def _write_adapter(run: RunDirectory, ready: PreparedRun) -> None:

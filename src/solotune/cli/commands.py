@@ -149,9 +149,17 @@ def data(ctx: click.Context, config: str, overrides: tuple[str, ...], show: int,
 @click.option(
     "--gpu", metavar="NAME", help="GPU to plan for: h100, a100-80, l4, 4090, ... (default: the one in this machine)."
 )
+@click.option("--host-memory", metavar="SIZE", help="Free RAM of the host with --gpu, for layers that stream: 64GiB.")
 @json_option
 @click.pass_context
-def plan(ctx: click.Context, config: str, overrides: tuple[str, ...], gpu: str | None, as_json: bool) -> None:
+def plan(
+    ctx: click.Context,
+    config: str,
+    overrides: tuple[str, ...],
+    gpu: str | None,
+    host_memory: str | None,
+    as_json: bool,
+) -> None:
     """Predict memory and time of a run before it starts.
 
     Shows peak memory by category, seconds, and which settings solotune chose for you, and why. Needs no GPU and no
@@ -165,7 +173,7 @@ def plan(ctx: click.Context, config: str, overrides: tuple[str, ...], gpu: str |
         from solotune.api.plan import plan
         from solotune.cli.results import print_plan
 
-        found = plan(config, overrides, gpu, display=display)
+        found = plan(config, overrides, gpu, display=display, host_memory=host_memory)
     print_result(found, print_plan, as_json)
     ctx.exit(0 if found.fits and not found.is_fault else 3)
 

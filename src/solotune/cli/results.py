@@ -20,7 +20,7 @@ from solotune.diagnosis import message
 from solotune.diagnosis.findings import SEVERITY_WORDS
 from solotune.display.progress import print_choices, print_columns
 from solotune.errors import program
-from solotune.units import escape_terminal, format_bytes, format_duration, format_rate, format_step_time, plus_minus
+from solotune.units import escape_terminal, format_bytes, plus_minus
 
 if TYPE_CHECKING:
     from solotune.api.data import DataPreview, ShownRow
@@ -253,7 +253,7 @@ def _print_sample(number: int, sample: Sample, console: Console) -> None:
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Bytes by category, seconds, the settings chosen and why, and whether the run fits."""
-    memory, seconds = plan.option.footprint, plan.option.seconds
+    memory = plan.option.footprint
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     table.add_column(f"peak memory on {plan.card.name}", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
@@ -264,14 +264,12 @@ def print_plan(plan: Plan, console: Console) -> None:
     table.add_section()
     table.add_row(Text(f"peak ({memory.moment})", "bold"), Text(format_bytes(memory.peak_bytes, digits=2), "bold"))
     table.add_row("budget", format_bytes(plan.budget.bytes, digits=2))
+    if host := plan.host_memory():
+        table.add_section()
+        for name, size in host:
+            table.add_row(name, format_bytes(size, digits=2))
     console.print(table)
-    facts = {
-        "load": format_duration(seconds.load),
-        "first step": format_duration(seconds.first_step),
-        "step": f"{format_step_time(seconds.step)}, {format_rate(seconds.tokens_per_second)}",
-        "total": format_duration(seconds.total) if seconds.total is not None else "",
-    }
-    _print_facts({key: value for key, value in facts.items() if value}, console)
+    _print_facts(plan.times(), console)
     if plan.choices:
         console.print()
         print_choices(plan.choices, console)

@@ -413,7 +413,7 @@ class RunConfig(BaseModel):
     @property
     def takes_graphs(self) -> bool:
         """Whether passes with a repeated shape become CUDA graphs, if there is CUDA."""
-        return self.cuda_graphs and self.torch_compile and not self.activation_offload
+        return self.cuda_graphs and self.torch_compile
 
     @property
     def trackers(self) -> list[str]:

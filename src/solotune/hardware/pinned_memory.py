@@ -1,4 +1,7 @@
-"""Pin host memory that is already allocated, so that the GPU can copy from it beside its work.
+"""Host memory that is pinned, so that the GPU copies to and from it beside its work.
+
+Memory is allocated first and then pinned: PyTorch's own allocator of pinned memory rounds each block up to a power of
+two.
 
 `cudaHostRegister` asks the driver to lock the pages. The limit of `ulimit -l` (RLIMIT_MEMLOCK) is one of `mlock`, and
 the driver does not ask for it. What does limit it: free memory, the limit of the container (cgroup `memory.max`, in
@@ -28,6 +31,18 @@ NAMES = {
     801: "cudaErrorNotSupported",
 }
 NO_MEMORY, UNSUPPORTED = (2, 304), (800, 801)
+
+
+def pinned_bytes(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """So many bytes of host memory, pinned if `device` is a GPU; their values are not set.
+
+    Raises:
+        DeviceError: the system does not pin them.
+    """
+    host = torch.empty(num_bytes, dtype=torch.uint8)
+    if device.type == "cuda" and num_bytes:
+        pin(host)
+    return host
 
 
 def pin(host: torch.Tensor) -> None:

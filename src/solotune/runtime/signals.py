@@ -66,7 +66,8 @@ class _Requests:
         name, again = signal.Signals(self.received).name, "Send it again"
         if self.received == signal.SIGINT:
             name, again = "Ctrl-C", "Press it again"
-        note = f"{name}: stopping as soon as it is safe. {again} to stop at once, without saving.\n"
+        how, without = (" as soon as it is safe", ", without saving") if self.is_held_back else ("", "")
+        note = f"{name}: stopping{how}. {again} to stop at once{without}.\n"
         with contextlib.suppress(OSError):
             os.write(2, (SHOW_CURSOR * os.isatty(2) + note).encode())
 

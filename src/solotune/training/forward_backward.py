@@ -19,8 +19,7 @@ compute the same: the same kernels in the same order.
 
 What it does not do
 -------------------
-Record passes that are not compiled (they read values from the device and draw random numbers from generators), or
-passes that move activations to the host.
+Record passes that are not compiled: they read values from the device and draw random numbers from generators.
 """
 
 from __future__ import annotations
@@ -119,6 +118,8 @@ class MicroBatchRunner:
             self.unsupported_reason, self.can_record = first_line(error), False
             if self.model.ring is not None:
                 self.model.ring.forget()  # the copies in the recording did not run
+            if self.model.offload is not None:
+                self.model.offload.forget()
             self.release()
             return None
         self._graphs[len(batch.label_positions_N)] = graph

@@ -26,7 +26,8 @@ from typing import Any, Literal
 import torch
 
 from solotune.config.describe import section_of
-from solotune.config.run_config import RunConfig
+from solotune.config.run_config import Choice, RunConfig
+from solotune.config.settings import MICRO_BATCH
 from solotune.dataset import Prepared
 from solotune.errors import InputError, IntegrityError
 from solotune.hardware.machine import Machine, device_of
@@ -40,7 +41,7 @@ from solotune.run.record import RunRecord
 from solotune.run.run_dir import FINGERPRINTS, MARKS, UNUSED, RunDirectory, read_object
 from solotune.training import checkpoint
 from solotune.training.checkpoint import Checkpoint
-from solotune.training.find_run import BATCH, refuse_other_config, rows_per_step, run_of_config
+from solotune.training.find_run import planned_micro_batch, refuse_other_config, rows_per_step, run_of_config
 
 Class = Literal["frozen", "inexact", "free"]
 
@@ -50,9 +51,9 @@ _COMPARED_BY_CONTENT = {
     "eval_dataset", "eval_dataset_split", "validation_size", "split_by", "column_mapping", "on_bad_row",
     "chat_template_path", "overflow", "assistant_only_loss", "train_on_last_turn",
 }  # fmt: skip
-_SAME_BITS = {"preflight", "base_offload"}  # streamed layers run the same kernels on the same numbers
-_INEXACT = {  # and the keys of BATCH, if their product is the same
-    "gradient_checkpointing", "activation_offload", "base_residency", "torch_compile", "cuda_graphs",
+_SAME_BITS = {"preflight", "base_offload", "activation_offload"}  # the same kernels on the same numbers
+_INEXACT = {  # and the keys of MICRO_BATCH, if their product is the same
+    "gradient_checkpointing", "base_residency", "torch_compile", "cuda_graphs",
     "attn_implementation", "use_cpu",
 }  # fmt: skip
 
@@ -224,6 +225,21 @@ def _take_over(run: RunDirectory, point: Checkpoint | None) -> None:
         run.log(SaveEvent(point.step, kept.name))  # this line came after the recorded length of metrics.jsonl
 
 
+def keep_micro_batch(config: RunConfig, run: RunDirectory | None) -> tuple[RunConfig, list[Choice]]:
+    """The config with the micro-batch that the plan of the run to continue chose: another one would round otherwise.
+
+    Args:
+        run: the run that `--resume` continues; that of `resume_from_checkpoint` comes before it.
+    """
+    given = config.resume_from_checkpoint
+    folder = _folder(given).parent.parent if given else run.path if run else None
+    sizes = planned_micro_batch(RunRecord(folder, ())) if folder and config.memory.micro_batch_is_open else {}
+    if not sizes or rows_per_step(sizes) != rows_per_step(config.model_dump()):
+        return config, []
+    choices = [Choice(key, size, "the run that is continued was planned so") for key, size in sizes.items()]
+    return config.replaced("plan", **sizes), choices
+
+
 def recorded_day(from_checkpoint: str | None, run: RunDirectory | None) -> date | None:
     """The date on which the rows of the run to continue were rendered; None for a new run.
 
@@ -297,8 +313,8 @@ def compare(then: Any, now: dict[str, Any], where: str) -> list[str]:
     _check_recorded(then, where)
     old, new = then["config"], now["config"]
     changed = [key for key, value in new.items() if old.get(key) != value]
-    if set(changed) & set(BATCH) and rows_per_step(old) == rows_per_step(new):
-        inexact = [key for key in changed if CLASSES[key] == "inexact" or key in BATCH]
+    if set(changed) & set(MICRO_BATCH) and rows_per_step(old) == rows_per_step(new):
+        inexact = [key for key in changed if CLASSES[key] == "inexact" or key in MICRO_BATCH]
     else:
         inexact = [key for key in changed if CLASSES[key] == "inexact"]
     for key in changed:

@@ -113,6 +113,12 @@ def curves(steps: Sequence[StepEvent], evals: Sequence[EvalEvent]) -> Trace:
     )
 
 
+def continued(before: Trace, after: Trace) -> Trace:
+    """Two parts of a curve as one; what is not an array is the first part's."""
+    arrays = [name for name, value in vars(before).items() if isinstance(value, np.ndarray)]
+    return replace(before, **{name: np.concatenate([getattr(before, name), getattr(after, name)]) for name in arrays})
+
+
 def _in_words(failure: NonFiniteEvent | DeviceFailedEvent) -> str:
     """A failure event as one line."""
     if isinstance(failure, DeviceFailedEvent):
