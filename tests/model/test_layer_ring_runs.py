@@ -17,7 +17,7 @@ from solotune.diagnosis.sources.live_model import load_live_model
 from solotune.errors import DeviceError
 from solotune.evaluation.generation import generate
 from solotune.hardware import machine
-from solotune.model import loading
+from solotune.model import layers
 from solotune.model.adapter import adapter_tensors
 from solotune.model.layer_ring import LayerRing
 from solotune.model.loading import load_model
@@ -45,7 +45,7 @@ def deep_model(tmp_path_factory):
 @pytest.fixture
 def keys(chat_config, monkeypatch):
     """A run of a model with two layers, which take turns in a ring of one slot."""
-    monkeypatch.setattr(loading, "LayerRing", functools.partial(LayerRing, slots=1))
+    monkeypatch.setattr(layers, "LayerRing", functools.partial(LayerRing, slots=1))
     settings = {"lora_dropout": 0.1, "gradient_accumulation_steps": 2, "gradient_checkpointing": 1, "max_steps": 4}
     often = {"eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
     return {**chat_config, **settings, **often}
@@ -105,6 +105,7 @@ def check_reading(path):
     assert model.ring is None and run.choices_of(model) == []  # on a CPU there is nothing to gain
     run.config = run.config.replaced("test", base_offload=True)
     streamed = run.load()
+    assert streamed.ring is not None and streamed.ring.slots == 1
     (choice,) = run.choices_of(streamed)
     assert choice.value is True and "saves nothing" in choice.because
     prompt = list(range(5, 20))

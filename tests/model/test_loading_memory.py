@@ -15,7 +15,7 @@ LOAD = """
 import json, sys, threading, time
 import torch
 from solotune.config.load import load_config
-from solotune.model import loading
+from solotune.model import layers, loading
 
 def anonymous():  # pages of files that are mapped do not count: the system takes them back
     lines = open("/proc/self/status")
@@ -23,19 +23,19 @@ def anonymous():  # pages of files that are mapped do not count: the system take
 
 keys = {"model_name_or_path": sys.argv[1], "dataset": "unused", "base_precision": "nf4", "use_cpu": True,
         "base_offload": True, "torch_compile": False, "lora_r": 4, "lora_target_modules": ["q_proj"], "max_length": 64}
-config, before, seen, plain = load_config(keys), anonymous(), [0], loading.LayerRing
+config, before, seen, plain = load_config(keys), anonymous(), [0], layers.LayerRing
 
 def watch():
     while seen[-1] is not None:
         seen[0] = max(seen[0], anonymous() - before)
         time.sleep(0.002)
 
-def ring(*args):
-    made = plain(*args)
+def ring(*args, **keys):
+    made = plain(*args, **keys)
     seen.append(None)  # what follows computes: on a GPU that takes no host memory
     return made
 
-loading.LayerRing = ring
+layers.LayerRing = ring
 thread = threading.Thread(target=watch)
 thread.start()
 model = loading.load_model(config, torch.device("cpu"), torch.bfloat16)

@@ -16,7 +16,7 @@ from solotune.training import base_memory
 from solotune.training.base_memory import READING_BYTES, BaseSize, settle_offload
 
 GIB = 1 << 30
-SIZE = BaseSize((2 * GIB, *[GIB] * 6), 3 * GIB)  # 11 GiB; the first layer is twice as large
+SIZE = BaseSize((2 * GIB, *[GIB] * 6), 2 * GIB, GIB)  # 11 GiB; the first layer is twice as large
 
 
 @pytest.fixture
@@ -39,9 +39,10 @@ def settled(tiny_config, monkeypatch):
     [
         (140 * GIB, False),
         (11 * GIB + READING_BYTES, False),
-        (11 * GIB + READING_BYTES - 1, 4),  # the ring has room for the largest layer twice
-        (8 * GIB + READING_BYTES, 6),
-        (7 * GIB + READING_BYTES, True),
+        (11 * GIB + READING_BYTES - 1, 1),  # the embedding goes with the first layer
+        (10 * GIB + READING_BYTES - 1, 4),  # the ring has room for the largest layer twice
+        (7 * GIB + READING_BYTES, 6),
+        (6 * GIB + READING_BYTES, True),
         (GIB, True),  # nothing fits: the error names the memory that is missing
     ],
 )
@@ -49,7 +50,7 @@ def test_as_few_layers_are_streamed_as_the_free_memory_requires(free, wanted, se
     value, why = settled(free)
     assert value == wanted and type(value) is type(wanted)
     if wanted is not False:
-        assert f"of 7 layers stream from {SIZE.on_host(wanted) / GIB:.1f} GiB of host memory" in why[0]
+        assert f"of 7 layers stream from host memory ({SIZE.on_host(wanted) / GIB:.1f} GiB)" in why[0]
         assert SIZE.on_card(wanted) + READING_BYTES <= free or wanted is True
 
 
@@ -60,9 +61,9 @@ def test_a_value_that_is_set_is_kept_and_its_host_memory_checked(settled):
         settled(140 * GIB, host=6 * GIB, base_offload=True)
     assert str(caught.value).splitlines() == [
         "base_offload: the streamed layers do not fit in host memory",
-        "  seen:    8.0 GiB of weights; 6.0 of 12.0 GiB of host memory are free",
+        "  seen:    9.0 GiB of layers and embedding; 6.0 of 12.0 GiB of host memory are free",
         "  allowed: 5.4 GiB, 90% of what is free",
-        "  change:  free host memory, or base_offload: 4 (then 10.0 GiB of the base are on the card)",
+        "  change:  free host memory, or base_offload: 3 (then 10.0 GiB of the base are on the card)",
     ]
     with pytest.raises(CheckError, match="do not fit") as caught:
         settled(GIB, host=GIB)
@@ -82,4 +83,6 @@ def test_the_sizes_are_those_of_the_loaded_base(family, keys, tiny_config):
     for expected, layer in zip(size.layers, layers, strict=True):
         assert 0 <= expected - stored_bytes(layer) <= rounding
     others = {p for name, p in module.named_parameters() if "lora_" not in name}
-    assert 0 <= size.rest - 4 * sum(p.numel() for p in others) <= rounding
+    assert 0 <= size.rest + size.embedding - 4 * sum(p.numel() for p in others) <= rounding
+    table = module.get_input_embeddings().weight
+    assert size.embedding == (0 if module.get_output_embeddings().weight is table else 4 * table.numel())

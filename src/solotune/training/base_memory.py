@@ -36,7 +36,8 @@ class BaseSize(NamedTuple):
     """Bytes of a base as it is stored."""
 
     layers: tuple[int, ...]  # frozen linears of each decoder layer
-    rest: int  # embedding, head, norms and everything else that stays on the card
+    rest: int  # head, norms and everything else that stays on the card
+    embedding: int = 0  # in host memory where layers are streamed; 0: tied to the head, so it stays too
 
     @classmethod
     def of(cls, config: RunConfig, model_files: ModelFiles) -> BaseSize:
@@ -47,8 +48,14 @@ class BaseSize(NamedTuple):
         precision = "fp8" if config.multiplies_in_fp8 else config.base_precision
         assert precision != "auto", "the plan chooses it before a base is loaded"
         stored = MemoryStrategy(
-            precision, config.bnb_4bit_use_double_quant, False, 0, False, config.optim, "cuda"
-        )  # fmt: skip
+            base_precision=precision,
+            is_double_quantised=config.bnb_4bit_use_double_quant,
+            has_dequantized_copy=False,
+            num_checkpointed=0,
+            is_offloaded=False,
+            optim=config.optim,
+            device="cuda",
+        )
 
         def num_bytes(part: nn.Module, others: int) -> int:
             linears = [linear for linear in part.modules() if linear in frozen]
@@ -60,16 +67,23 @@ class BaseSize(NamedTuple):
 
         own = sum(p.numel() for linear in frozen for p in linear.parameters(recurse=False))
         layers = tuple(num_bytes(layer, 0) for layer in decoder_layers(module))
-        return cls(layers, num_bytes(module, sum(p.numel() for p in module.parameters()) - own) - sum(layers))
+        table, head = module.get_input_embeddings(), module.get_output_embeddings()
+        embedding = 0
+        if isinstance(table, nn.Embedding) and getattr(head, "weight", None) is not table.weight:
+            embedding = table.weight.numel() * dtype.itemsize
+        whole = num_bytes(module, sum(p.numel() for p in module.parameters()) - own)
+        return cls(layers, whole - sum(layers) - embedding, embedding)
 
     def on_card(self, base_offload: bool | int) -> int:
         """Bytes on the card with so many layers streamed, the ring included."""
         streamed = [self.layers[number] for number in offloaded_layers(base_offload, len(self.layers))]
         ring = min(RING_SLOTS, len(streamed)) * max(streamed, default=0)
-        return self.rest + sum(self.layers) - sum(streamed) + ring
+        return self.rest + self.embedding * (not streamed) + sum(self.layers) - sum(streamed) + ring
 
     def on_host(self, base_offload: bool | int) -> int:
-        return sum(self.layers[number] for number in offloaded_layers(base_offload, len(self.layers)))
+        """Bytes of the streamed layers and of the embedding in host memory."""
+        streamed = [self.layers[number] for number in offloaded_layers(base_offload, len(self.layers))]
+        return sum(streamed) + self.embedding * bool(streamed)
 
 
 def settle_offload(config: RunConfig, machine: Machine, model_files: ModelFiles) -> tuple[RunConfig, list[Choice]]:
@@ -94,7 +108,7 @@ def settle_offload(config: RunConfig, machine: Machine, model_files: ModelFiles)
         config = config.replaced("machine", base_offload=wanted)
         if count:
             why = f"{gib(size.on_card(False))} GiB of weights, {gib(free)} GiB of the card are free; "
-            why += f"{count} of {depth} layers stream from {gib(size.on_host(wanted))} GiB of host memory"
+            why += f"{count} of {depth} layers stream from host memory ({gib(size.on_host(wanted))} GiB)"
             choices.append(Choice("base_offload", wanted, why))
     if wanted is not False:
         _require_host(size, wanted)
@@ -114,7 +128,7 @@ def _require_host(size: BaseSize, base_offload: bool | int) -> None:
     fewer = f"base_offload: {most}" if most else "base_offload: false"
     raise CheckError(
         "base_offload: the streamed layers do not fit in host memory",
-        seen=f"{gib(needed)} GiB of weights; {gib(free)} of {gib(total)} GiB of host memory are free",
+        seen=f"{gib(needed)} GiB of layers and embedding; {gib(free)} of {gib(total)} GiB of host memory are free",
         allowed=f"{gib(room)} GiB, {SHARE_OF_HOST:.0%} of what is free",
         change=f"free host memory, or {fewer} (then {gib(size.on_card(most))} GiB of the base are on the card)",
     )
