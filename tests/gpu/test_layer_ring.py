@@ -9,7 +9,6 @@ of steps begins with the same adapters.
 from __future__ import annotations
 
 import gc
-from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -73,9 +72,8 @@ def model_of(deep, tiny_config, shared):
     return find
 
 
-@cache
 def batch_of(step):
-    """Four rows of one length, other ones in each step."""
+    """Four rows of one length, other ones in each step; made each time, since a graph takes a batch's tensors over."""
     rng = np.random.default_rng(step)
     mask = np.arange(LENGTH) >= LENGTH // 2
     rows = [Example(rng.integers(3, VOCAB, LENGTH).astype(np.int32), mask, f"row {i}", []) for i in range(ROWS)]
@@ -206,7 +204,7 @@ def test_a_recording_that_fails_falls_back_to_the_same_bits(broken, model_of):
 
 def test_the_card_does_not_hold_the_streamed_layers(deep, tiny_config):
     keys = {**ON_GPU, "model_name_or_path": deep, "base_precision": "bf16", "torch_compile": False}
-    used, host, slots = [], 0, 0
+    used, host, slots, table = [], 0, 0, 0
     for offload in (False, True):
         gc.collect()
         before = torch.cuda.memory_allocated()
@@ -214,9 +212,12 @@ def test_the_card_does_not_hold_the_streamed_layers(deep, tiny_config):
         used.append(torch.cuda.memory_allocated() - before)
         if model.ring is not None:
             host, slots = model.ring.num_bytes_on_host, model.ring.num_bytes_on_device
+            embedding, head = model.module.get_input_embeddings().weight, model.module.get_output_embeddings().weight
+            table = 0 if embedding is head else embedding.numel() * embedding.element_size()
+            del embedding, head
         del model
     assert slots * DEPTH == host * 2
-    assert used[0] - used[1] == pytest.approx(host - slots, rel=0.05)
+    assert used[0] - used[1] == pytest.approx(host - slots + table, rel=0.05)
 
 
 def test_merged_weights_of_streamed_layers_are_computed_with_from_host_memory(deep, tiny_config):
