@@ -4,8 +4,8 @@
 
 Llama 3.1 8B and Llama 3 70B shapes, NF4, r=16 on q, k, v and o, full rows of 2,048 tokens, 32 rows a step, a host with
 128 GiB free, all other settings left to the plan. Needs no GPU and no weights, and half a minute for two shapes.
-Nothing here was measured: rates are those of data sheets, the share of them that is reached was fitted to one H100, links are
-those of the card's PCIe generation with 16 lanes (8 where the card has 8).
+Nothing here was measured: rates are those of data sheets, the share of them that is reached was fitted to one H100,
+links are those of the card's PCIe generation with 16 lanes (8 where the card has 8).
 """
 
 from __future__ import annotations
