@@ -119,7 +119,7 @@ def _gaps(
     copies = [event for event in events if event.kind != "compute"]
     starts = [kernel.start for kernel in kernels]
     edges = [begin, *(edge for interval in busy for edge in interval), end]
-    found: dict[str, tuple[float, int]] = {cause: (0.0, 0) for cause in CAUSES}
+    found: dict[str, tuple[float, int]] = dict.fromkeys(CAUSES, (0.0, 0))
     for start, stop in zip(edges[::2], edges[1::2], strict=True):
         if stop <= start:
             continue
