@@ -119,7 +119,7 @@ def _gaps(
     copies = [event for event in events if event.kind != "compute"]
     starts = [kernel.start for kernel in kernels]
     edges = [begin, *(edge for interval in busy for edge in interval), end]
-    found = dict.fromkeys(CAUSES, (0.0, 0))
+    found: dict[str, tuple[float, int]] = dict.fromkeys(CAUSES, (0.0, 0))
     for start, stop in zip(edges[::2], edges[1::2], strict=True):
         if stop <= start:
             continue
@@ -216,7 +216,7 @@ def main() -> None:
         text = path.read_text(encoding="utf-8")
         if args.keep:
             args.keep.write_text(text, encoding="utf-8")
-    print(" ".join(args.words) or args.trace.name)
+    print(" ".join(args.words) or args.trace)
     print(timeline(events_of(json.loads(text))).to_markdown(), flush=True)
 
 

@@ -44,7 +44,9 @@ from solotune.training.resume import CLASSES
 
 HERE = Path(__file__).parent
 RESUMED = {
-    "frozen": f"refused (exit code 5), but `{MICRO_BATCH[0]}` and `{MICRO_BATCH[1]}` may change if their product stays the same",
+    "frozen": "refused (exit code 5), but `{}` and `{}` may change if their product stays the same".format(
+        *MICRO_BATCH
+    ),
     "inexact": "continues, and log and metrics.jsonl say that it is not exact; so for another version or device",
     "free": "free; base and rows are compared by their content, not by their location",
 }

@@ -99,7 +99,14 @@ def test_every_family_has_a_shape_with_the_parameters_that_it_has(family, tiny_c
     assert 4 * (shape.num_frozen + biases) == stored_bytes(model.module)
     rest = model.num_parameters - shape.num_frozen - biases - shape.num_trainable
     assert shape.other_parameters == rest
-    assert len(shape.layers) == len(model.layers)
+    assert len(shape.layers) == len(model.layers) == len(shape.layer_linears)
+    for layer, counted in zip(model.layers, shape.layer_linears, strict=True):  # what is copied if it streams
+        assert stored_bytes(layer) == 4 * sum(
+            linear.count * (linear.weights + linear.out_features * linear.has_bias) for linear in counted
+        )
+    embedding, head = model.module.get_input_embeddings(), model.module.get_output_embeddings()
+    is_tied = head is not None and head.weight is embedding.weight
+    assert shape.embedding_parameters == (0 if is_tied else embedding.weight.numel())
     assert {layer.how for layer in shape.layers} == {"estimated" if family in ESTIMATED else "eager"}
 
 

@@ -165,9 +165,13 @@ def plan(
     Shows peak memory by category, seconds, and which settings solotune chose for you, and why. Needs no GPU and no
     weights. If it does not fit, the smallest change that makes it fit is shown (exit code 3).
 
+    Frozen layers that do not fit on the GPU stream from host memory (base_offload). It is then shown how much of it the
+    run pins, how much it may, and how fast the link is: measured for the GPU in this machine, else the usual one.
+
     \b
     Example:
       solotune plan solotune.yaml --gpu 4090 max_length=4096
+      solotune plan run.yaml --gpu 4090 --host-memory 64GiB
     """
     with shown() as display:
         from solotune.api.plan import plan

@@ -179,7 +179,7 @@ class RunConfig(BaseModel):
     max_steps: int = _in("training", default=-1, le=1_000_000_000)
     """Number of optimizer steps; if set, `num_train_epochs` is ignored. -1: not set."""
     per_device_train_batch_size: SmallPositiveInt = _in("training", default=4)
-    """Rows per forward pass (micro-batch)."""
+    """Rows per forward pass (micro-batch). If neither it nor accumulation is set, a plan that streams may raise it."""
     gradient_accumulation_steps: SmallPositiveInt = _in("training", default=8)
     """Forward passes per optimizer step; their gradients are added."""
     gradient_checkpointing: Literal["auto"] | bool | PositiveInt = _in("training", default="auto")

@@ -146,8 +146,9 @@ def _fill_with_fakes(module: PreTrainedModel, in_fp8: bool, dtype: torch.dtype) 
 def _own_embedding(module: PreTrainedModel) -> int:
     """Parameters of the token embedding; 0 if the output head is the same table (`host_embedding`)."""
     embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
-    is_own = isinstance(embedding, nn.Embedding) and getattr(head, "weight", None) is not embedding.weight
-    return embedding.weight.numel() if is_own else 0
+    if not isinstance(embedding, nn.Embedding) or getattr(head, "weight", None) is embedding.weight:
+        return 0
+    return embedding.num_embeddings * embedding.embedding_dim
 
 
 def _counted(
