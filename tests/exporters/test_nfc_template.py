@@ -15,7 +15,7 @@ import pytest
 
 from solotune.exporters.nfc_template import CODES, MOST_MARKS, MOST_ROUNDS, _pairs, nfc_macros, with_nfc
 
-ENGINE = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"], trim_blocks=True, lstrip_blocks=True)
+ENGINE = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
 TEXTS = {
     "another form": "\u212b \u2126\u0301 \u1fef \uf900 \u0344 \u03b9\u0344 \U0002f81a \u0958",
     "a mark": "e\u0301 A\u030a c\u0327 >\u0338 =\u0338 \u304b\u3099 \u05d3\u05bc \u1025\u102e",
