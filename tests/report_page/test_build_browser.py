@@ -18,6 +18,7 @@ from tests.report_page.run_files import EVALUATION, events, start, step, write_r
 
 pytestmark = pytest.mark.browser
 STEPS = 200_000
+TRACED = ["toplevel", "devtools.timeline", "disabled-by-default-devtools.timeline"]
 WIDTHS = ((1280, "light"), (768, "dark"), (375, "light"), (375, "dark"))
 
 
@@ -239,7 +240,7 @@ def test_a_run_of_200_000_steps_is_small_and_pans_at_30_frames_a_second(browser:
           return (1000 * frames) / (performance.now() - begin);
         }"""
         at_rest = tab.page.evaluate(pan, [frames, 0])
-        browser.start_tracing(page=tab.page, categories=["toplevel", "devtools.timeline"])
+        browser.start_tracing(page=tab.page, categories=TRACED)
         rate = tab.page.evaluate(pan, [frames, 20])
         a_frame = {what: seconds / frames for what, seconds in seconds_of_work(browser).items()}
         said = ", ".join(f"{what} {1000 * seconds:.1f}" for what, seconds in a_frame.items())
