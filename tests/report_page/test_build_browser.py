@@ -244,5 +244,7 @@ def test_a_run_of_200_000_steps_is_small_and_pans_at_30_frames_a_second(browser:
         rate = tab.page.evaluate(pan, [frames, 20])
         a_frame = {what: seconds / frames for what, seconds in seconds_of_work(browser).items()}
         said = ", ".join(f"{what} {1000 * seconds:.1f}" for what, seconds in a_frame.items())
-        print(f"{long_page.stat().st_size:,} bytes; ms a frame: {said}; {rate:.0f} frames a second, {at_rest:.0f} at rest")
+        print(
+            f"{long_page.stat().st_size:,} bytes; ms a frame: {said}; {rate:.0f} frames a second, {at_rest:.0f} at rest"
+        )
         assert min(a_frame.values()) > 0 and sum(a_frame.values()) < 1 / 30 and tab.said == []
