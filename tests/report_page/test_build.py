@@ -219,6 +219,11 @@ def test_a_run_that_is_being_written_is_running(tmp_path: Path, monkeypatch: pyt
     assert "Found while it trained" not in build_page(write_run(tmp_path / "over", logged=logged))
 
 
+def test_one_group_is_no_groups(tmp_path: Path) -> None:
+    page = build_page(write_run(tmp_path / "run", evaluation={**EVALUATION, "groups": 1}))
+    assert " in 1 group, the same" in page
+
+
 VERDICTS: list[tuple[Callable[[dict[str, Any]], None], str, str]] = [
     (lambda found: found.update(verdict="healthy", culprits=[]), "good", "Diagnosis: no fault found"),
     (
