@@ -210,7 +210,7 @@ def seconds_of_work(browser: Any) -> dict[str, float]:
     painting), and for drawing in other threads and processes. What they waited for a processor does not count."""
     traced = json.loads(browser.stop_tracing())["traceEvents"]
     names = {(e["pid"], e["tid"]): e["args"]["name"] for e in traced if e["name"] == "thread_name"}
-    spent = dict.fromkeys(("scripts", "page", "drawing"), 0.0)
+    spent: dict[str, float] = {"scripts": 0.0, "page": 0.0, "drawing": 0.0}
     for event in traced:
         seconds = event.get("tdur", 0) / 1e6
         is_page = names.get((event["pid"], event["tid"])) == "CrRendererMain"
