@@ -398,3 +398,7 @@ adapter  runs/a/adapter (loads with PEFT)
 next     solotune chat runs/a --base
 export   solotune export runs/a
 """)
+    (tmp_path / "report.html").touch()
+    verbs.train = lambda *_, **__: SimpleNamespace(run_dir=tmp_path, evaluation=None)
+    assert cli.main(["train", str(path)]) == 0
+    assert f"\nreport   {tmp_path}/report.html (open it in a browser)\n" in capsys.readouterr().out

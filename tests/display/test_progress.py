@@ -216,7 +216,7 @@ def test_the_words_of_the_live_line_are_made_when_it_is_drawn(monkeypatch):
     made = []
     monkeypatch.setattr(Meter, "figures", lambda meter: made.append(meter.last.step) or [])
     display = LiveDisplay(100, Console(file=Terminal(), width=80, force_terminal=True))
-    display._progress.auto_refresh = display._progress.live.auto_refresh = False
+    display._progress.live.auto_refresh = False
     display.begin(100)
     for step in range(1, 10):
         display.step(metrics(step))

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from solotune.report_page.build import build_comparison, build_page, run_page
-from solotune.run.events import DeviceFailedEvent, EndEvent, NonFiniteEvent, ResumeEvent
+from solotune.report_page.verdict_section import AT_ITS_END, NO_DIAGNOSIS
+from solotune.run.events import DeviceFailedEvent, DiagnosedEvent, EndEvent, NonFiniteEvent, ResumeEvent
 from tests.report_page import gold, run_files
 from tests.report_page.run_files import DATA, DIAGNOSIS, EVALUATION, events, start, step, write_run
 
@@ -204,9 +205,23 @@ def test_any_script_and_direction_is_shown_and_nothing_is_hidden(tmp_path: Path)
 
 
 def test_a_run_that_is_being_written_is_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = write_run(tmp_path / "run", logged=events()[:5], diagnosis=None)
+    logged = [
+        *events()[:5],
+        DiagnosedEvent("F65", "invariant", "the rate <rises>"),
+        DiagnosedEvent("F99", "remark", "new"),
+    ]
+    run = write_run(tmp_path / "run", logged=logged, diagnosis=None)
     monkeypatch.setattr("solotune.run.run_dir.RunDirectory.is_locked", lambda self: True)
-    assert "Running: 4 of 12 steps so far" in missing(run)
+    said = missing(run)
+    assert "Running: 4 of 12 steps so far" in said and AT_ITS_END in said and NO_DIAGNOSIS not in said
+    page = build_page(run)
+    assert "F65 warmup-too-long: the rate &lt;rises&gt;" in page and ">new<" in page
+    assert "Found while it trained" not in build_page(write_run(tmp_path / "over", logged=logged))
+
+
+def test_one_group_is_no_groups(tmp_path: Path) -> None:
+    page = build_page(write_run(tmp_path / "run", evaluation={**EVALUATION, "groups": 1}))
+    assert " in 1 group, the same" in page
 
 
 VERDICTS: list[tuple[Callable[[dict[str, Any]], None], str, str]] = [

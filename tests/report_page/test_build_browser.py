@@ -18,6 +18,7 @@ from tests.report_page.run_files import EVALUATION, events, start, step, write_r
 
 pytestmark = pytest.mark.browser
 STEPS = 200_000
+TRACED = ["toplevel", "devtools.timeline", "disabled-by-default-devtools.timeline"]
 WIDTHS = ((1280, "light"), (768, "dark"), (375, "light"), (375, "dark"))
 
 
@@ -209,7 +210,7 @@ def seconds_of_work(browser: Any) -> dict[str, float]:
     painting), and for drawing in other threads and processes. What they waited for a processor does not count."""
     traced = json.loads(browser.stop_tracing())["traceEvents"]
     names = {(e["pid"], e["tid"]): e["args"]["name"] for e in traced if e["name"] == "thread_name"}
-    spent = dict.fromkeys(("scripts", "page", "drawing"), 0.0)
+    spent: dict[str, float] = {"scripts": 0.0, "page": 0.0, "drawing": 0.0}
     for event in traced:
         seconds = event.get("tdur", 0) / 1e6
         is_page = names.get((event["pid"], event["tid"])) == "CrRendererMain"
@@ -239,7 +240,7 @@ def test_a_run_of_200_000_steps_is_small_and_pans_at_30_frames_a_second(browser:
           return (1000 * frames) / (performance.now() - begin);
         }"""
         at_rest = tab.page.evaluate(pan, [frames, 0])
-        browser.start_tracing(page=tab.page, categories=["toplevel", "devtools.timeline"])
+        browser.start_tracing(page=tab.page, categories=TRACED)
         rate = tab.page.evaluate(pan, [frames, 20])
         a_frame = {what: seconds / frames for what, seconds in seconds_of_work(browser).items()}
         said = ", ".join(f"{what} {1000 * seconds:.1f}" for what, seconds in a_frame.items())

@@ -20,6 +20,7 @@ from solotune.diagnosis import message
 from solotune.diagnosis.findings import SEVERITY_WORDS
 from solotune.display.progress import print_choices, print_columns
 from solotune.errors import program
+from solotune.run.run_dir import REPORT
 from solotune.units import escape_terminal, format_bytes, plus_minus
 
 if TYPE_CHECKING:
@@ -335,6 +336,8 @@ def print_trained(result: TrainResult, console: Console) -> None:
         print_evaluation(result.evaluation, console)
     console.print()
     facts = {"run": str(result.run_dir), "adapter": f"{result.run_dir}/adapter (loads with PEFT)"}
+    if (page := result.run_dir / REPORT).is_file():
+        facts["report"] = f"{page} (open it in a browser)"
     commands = {"next": f"{program()} chat {result.run_dir} --base", "export": f"{program()} export {result.run_dir}"}
     _print_facts({**facts, **commands}, console)
 

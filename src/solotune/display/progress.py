@@ -274,7 +274,8 @@ class _BarAndFigures:
         width = options.max_width - cell_len(figures) - 1
         bar = ProgressBar(self.task.total, self.task.completed, width, animation_time=self.task.get_time())
         bar.complete_style = bar.finished_style = "green"
-        drawn = list(bar.__rich_console__(console, options))  # without colour only what is done
+        parts = bar.__rich_console__(console, options)  # without colour only what is done
+        drawn = [part for part in parts if isinstance(part, Segment)]
         yield from drawn
         yield Segment(" " * (width - sum(part.cell_length for part in drawn)) + f" {figures}")
         yield Segment.line()

@@ -21,8 +21,8 @@ def evaluation_section(record: RunRecord) -> Section:
     rows = number_in(evaluation, "rows")
     groups = number_in(evaluation, "groups")
     units = f"{rows:,.0f} held-out rows" if rows is not None else "The held-out rows"
-    units += f" in {groups:,.0f} groups" if groups else ""
-    intro = f"{units}, the same for both models. ± is one standard error; the bars are 95 % intervals. "
+    units += f" in {groups:,.0f} group{'s' * (groups != 1)}" if groups else ""
+    intro = f"{units}, the same for both models. ± is one standard error; the bars are 95\u00a0% intervals. "
     intro += "The tests are paired: they compare the two models row by row."
     blocks: list[Block] = []
     loss = [(name, *_loss(evaluation, side)) for name, side in (("base", "base"), ("tuned", "tuned"))]
