@@ -120,7 +120,9 @@ class LmEvalModel(HFLM):
             text = self._template.render("the prompt", messages, is_prompt=add_generation_prompt)
         if add_generation_prompt:
             return text
-        last = chat_history[-1]["content"].strip()
+        last = chat_history[-1]["content"]
+        if last not in text:  # many templates strip it
+            last = last.strip()
         return text[: text.rindex(last) + len(last)]
 
     @cached_property

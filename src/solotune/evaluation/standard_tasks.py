@@ -345,7 +345,7 @@ def _results(lm: Any, name: str, loaded: LoadedTasks, system_prompt: str | None,
             return evaluate(
                 lm=lm,
                 task_dict={"tasks": {name: task}},
-                limit=request.limit,
+                limit=request.limit,  # pyright: ignore[reportArgumentType]  # a share too
                 bootstrap_iters=0,  # the errors are ours
                 log_samples=True,
                 system_instruction=system_prompt if request.is_chat else None,

@@ -121,13 +121,19 @@ class TaskScore:
         """Base, tuned, and their difference with its error; shares in percent."""
         scale, unit = (100, "%") if self.is_share else (1, "")
         largest = scale * max(abs(self.base), abs(self.tuned))
-        digits = 1 if self.is_share or largest >= 1000 else 2 if largest >= 10 else 4
-        change, error = scale * (self.tuned - self.base), self.difference_stderr
-        by = "" if error is None else f" ± {scale * error:.{digits}f}"
-        return (
-            *(f"{scale * value:.{digits}f}{unit}" for value in (self.base, self.tuned)),
-            f"{change:+.{digits}f}{by}",
+        digits = (
+            ".3g"
+            if largest >= 1e6
+            else ".1f"
+            if self.is_share or largest >= 1000
+            else ".2f"
+            if largest >= 10
+            else ".4f"
         )
+        change, error = scale * (self.tuned - self.base), self.difference_stderr
+        by = "" if error is None else f" ± {scale * error:{digits}}"
+        base, tuned = (f"{scale * value:{digits}}{unit}" for value in (self.base, self.tuned))
+        return base, tuned, f"{change:+{digits}}{by}"
 
     def to_json(self) -> dict[str, Any]:
         """As the other scores of evaluation.json."""
