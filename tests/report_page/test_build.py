@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from solotune.evaluation.task_scores import score_tasks
 from solotune.report_page.build import build_comparison, build_page, run_page
 from solotune.report_page.verdict_section import AT_ITS_END, NO_DIAGNOSIS
 from solotune.run.events import DeviceFailedEvent, DiagnosedEvent, EndEvent, NonFiniteEvent, ResumeEvent
+from tests.evaluation.task_files import logged
 from tests.report_page import gold, run_files
 from tests.report_page.run_files import DATA, DIAGNOSIS, EVALUATION, events, start, step, write_run
 
@@ -189,7 +191,19 @@ def test_a_metric_of_the_users_own_is_shown_as_the_number_it_is(tmp_path: Path) 
         "stderr": {"base": 0.5, "tuned": 0.25},
         "p_value": 0.2,
     }
+    evaluation["tasks"] = [one.to_json() for one in score_tasks(*logged())]
+    evaluation["tasks"] += ["torn", {"task": "torn"}]
     said = Tags(build_page(write_run(tmp_path / "run", evaluation=evaluation))).text
+    for figure in (
+        "answer exact_match",
+        "100.0% ± 0.0",
+        "+100.0 points",
+        "0.0039, better",
+        "0.1702 ± 0.0343",
+        "not tested",
+    ):
+        assert figure in said, figure
+    assert "torn" not in said
     assert "7.5000 ± 0.2500" in said and "-4.5" in said and "750.0%" not in said
     assert "50.0% ± 18.0" in said and "+50.0 points" in said
 

@@ -16,6 +16,7 @@ import sys
 
 import click
 
+from solotune.cli.evaluate_command import evaluate
 from solotune.cli.export_command import export
 from solotune.cli.options import config_arguments, json_option
 from solotune.cli.output import console, print_json, print_result, shown
@@ -212,30 +213,7 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, as_json: bool) 
 solotune.add_command(watch)
 
 
-@solotune.command()
-@click.argument("run")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--gate", is_flag=True, help="Exit with 3 unless the tuned model is better than its base.")
-@json_option
-@click.pass_context
-def evaluate(ctx: click.Context, run: str, overrides: tuple[str, ...], gate: bool, as_json: bool) -> None:
-    """Compare the model of a RUN with its base on held-out rows.
-
-    RUN is a run directory. Shows the loss per trained token and exact match, with standard errors, a paired test of the
-    difference, and answers side by side. KEY=VALUE adds scores of the answers (metrics=[json]) or changes num_samples,
-    max_new_tokens, metrics_rows and per_device_eval_batch_size.
-
-    \b
-    Example:
-      solotune evaluate runs/solotune-20260101-120000
-    """
-    with shown() as display:
-        from solotune.api.evaluate import evaluate
-        from solotune.cli.results import print_evaluation
-
-        result = evaluate(run, display, overrides)
-    print_result(result, print_evaluation, as_json)
-    ctx.exit(3 if gate and result.verdict != "better" else 0)
+solotune.add_command(evaluate)
 
 
 @solotune.command()

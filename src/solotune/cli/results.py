@@ -16,6 +16,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from solotune.cli.task_table import print_tasks
 from solotune.diagnosis import message
 from solotune.diagnosis.findings import SEVERITY_WORDS
 from solotune.display.progress import print_choices, print_columns
@@ -208,6 +209,8 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     console.print(Text(evaluation.verdict_in_words, f"bold {style}".strip()), soft_wrap=not console.is_terminal)
     for line in evaluation.answers_in_words:
         console.print(Text(line, "dim"), soft_wrap=not console.is_terminal)
+    if evaluation.tasks:
+        print_tasks(evaluation.tasks, console)
     for number, sample in enumerate(evaluation.samples, start=1):
         _print_sample(number, sample, console)
 
