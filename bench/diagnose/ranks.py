@@ -9,6 +9,7 @@ import random
 
 import torch
 
+from bench.diagnose.faults_training import unequal_answers
 from bench.diagnose.recipe import Recipe
 from bench.diagnose.registry import fault, healthy
 
@@ -44,9 +45,10 @@ def half_of_the_tensors_exchanged(recipe: Recipe, rng: random.Random) -> None:
 @fault("F80")
 def mean_of_means_of_ranks(recipe: Recipe, rng: random.Random) -> None:
     """Each rank divides by its own tokens, and the gradients are averaged."""
+    unequal_answers(recipe, rng)
+    recipe.batch = 4
     _of_ranks(recipe, rng.choice((2, 4)))
     recipe.divides_by = "own"
-    recipe.set(per_device_train_batch_size=recipe.batch)
 
 
 @fault("F80")
@@ -95,6 +97,14 @@ def several_ranks(recipe: Recipe, rng: random.Random) -> None:
     """All is exchanged, and the adapters of all ranks are at hand."""
     _of_ranks(recipe, rng.choice((2, 4)))
     recipe.gathers = True
+
+
+@healthy()
+def ranks_with_unequal_answers(recipe: Recipe, rng: random.Random) -> None:
+    """As F80's rows, and divided by the tokens of all ranks."""
+    unequal_answers(recipe, rng)
+    recipe.batch = 4
+    _of_ranks(recipe, rng.choice((2, 4)))
 
 
 @healthy()

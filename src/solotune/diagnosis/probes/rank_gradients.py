@@ -37,9 +37,7 @@ _FIX = "divide by the loss tokens of all ranks, and multiply by the number of ra
 _FIX_EXCHANGE = "call the wrapped model in every forward, and average the gradients of all tensors over the ranks"
 
 
-def exchanged_against_whole(
-    live: LiveModel, run_facts: RunFacts, budget: float
-) -> tuple[list[Signal], dict[str, Any]]:
+def exchanged_against_whole(live: LiveModel, run_facts: RunFacts, budget: float) -> tuple[list[Signal], dict[str, Any]]:
     """P15."""
     if live.backward_of_ranks is None:
         raise Skipped("how the ranks exchange gradients is not known")
@@ -72,7 +70,10 @@ def exchanged_against_whole(
         "unexchanged": _unexchanged(parameters, theirs, alone[0], (by_tokens, by_means)),
         "tensors": len(parameters),
     }
-    return _signals(found, theirs, (by_tokens, by_means)), found
+    signals = _signals(found, theirs, (by_tokens, by_means))
+    if run_facts.ranks is not None and (run_facts.ranks.adapters or run_facts.ranks.logs):
+        signals = [s for s in signals if s.code != "F79" or not s.against]  # adapters also differ if they start so
+    return signals, found
 
 
 def _unequal(live: LiveModel, count: int) -> list[Any]:

@@ -1,4 +1,4 @@
-"""S15, saving, resuming, merging and serving: F75 to F78."""
+"""S15, saving, resuming, merging and serving: F75 to F78; F81 is in `ranks`."""
 
 from __future__ import annotations
 
