@@ -209,7 +209,7 @@ def one_step(recipe: Recipe, model: Any, batches: list[Batch], step: int) -> flo
 
 
 def step_of_ranks(recipe: Recipe, model: Any, of_ranks: list[list[Batch]], step: int) -> float:
-    """Forward and backward of one optimizer step of several ranks, as `recipe.rank` takes it; the mean of their losses."""
+    """Forward and backward of one step of several ranks: the gradients of `recipe.rank`, and the mean of all losses."""
     counts = [sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches) for batches in of_ranks]
     size, total = len(of_ranks), max(sum(counts), 1)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -67,6 +67,21 @@ def test_adapters_of_ranks_are_copies_of_one(adapters, kind):
     assert signals(run_facts(Ranks(adapters))).get("F79") == kind
 
 
+def test_parts_of_a_tensor_are_told_by_the_saved_adapter_and_by_the_model():
+    columns = {rank: edited(adapter(rank), lambda n, t: t[:32] if "lora_B" in n else t) for rank in range(2)}
+    assert signals(run_facts(Ranks(columns))) == {"F79": "invariant"}, "nothing says that they are parts"
+    assert signals(run_facts(Ranks(columns), saved=Saved(MINE, {}))) == {}
+    assert signals(run_facts(Ranks(columns), model_config=LLAMA)) == {}
+    whole = Ranks({0: MINE, 1: adapter(1)})
+    assert signals(run_facts(whole, saved=Saved(MINE, {}), model_config=LLAMA)) == {"F79": "invariant"}
+
+
+def test_norms_of_shards_differ():
+    settings = {"fsdp": "full_shard"}
+    assert signals(run_facts(Ranks(logs=logs("param_norm", lambda step: 1.5)), settings)) == {}
+    assert signals(run_facts(Ranks(logs=logs("lr", lambda step: 1.5)), settings)) == {"F79": "measured"}
+
+
 def test_ranks_without_a_trained_adapter_are_counted():
     adapters = {0: MINE, 1: adapter(0, b=0.0), 2: adapter(0, b=0.0)}
     (signal,) = [s for s in ask_all(run_facts(Ranks(adapters)))[0] if s.code == "F79"]

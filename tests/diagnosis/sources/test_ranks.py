@@ -56,6 +56,7 @@ def test_other_numbers_in_names_are_no_ranks(tmp_path):
     save_adapter(tmp_path / "rank0" / "adapter_model.safetensors")
     for number in (0, 1):
         save_adapter(tmp_path / f"frank{number}.safetensors")
+        save_adapter(tmp_path / f"adapter_tp_rank_0{number}.safetensors", value=number)  # shards
         save_file({"weight": torch.ones(2)}, tmp_path / f"model_rank{number}.safetensors")
     assert ranks.of_folder(tmp_path) is None
 

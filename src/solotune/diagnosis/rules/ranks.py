@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from solotune.diagnosis.evidence import Signal
-from solotune.diagnosis.facts.derived import number, setting
+from solotune.diagnosis.facts.derived import linears, number, setting
 from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RankCheckpoint, Ranks, RunFacts, Trace
 
@@ -28,6 +28,7 @@ _SAME_EVERYWHERE = re.compile(
     re.IGNORECASE,
 )
 """Logged values that every rank computes from the same adapter and the same schedule."""
+_SCHEDULE = re.compile(r"learning_rate|lr")
 _FEWEST = 3
 """Log entries on each side of a resume."""
 _OTHER_BATCH = 1.1
@@ -63,17 +64,17 @@ def ranks_differ(run_facts: RunFacts) -> list[Signal]:
     ranks = run_facts.ranks
     if ranks is None:
         return []
-    found = (_other_adapters(ranks), _other_numbers(ranks), _other_norms(ranks))
+    found = (_other_adapters(run_facts, ranks), _other_numbers(run_facts, ranks), _other_norms(ranks))
     return [signal for signal in found if signal is not None]
 
 
-def _other_adapters(ranks: Ranks) -> Signal | None:
+def _other_adapters(run_facts: RunFacts, ranks: Ranks) -> Signal | None:
     """F79 of adapters that should be copies of one another."""
     if len(ranks.adapters) < 2:
         return None
     first, *others = sorted(ranks.adapters)
     mine = ranks.adapters[first]
-    if any(_shapes(ranks.adapters[rank]) != _shapes(mine) for rank in others) or not _is_whole(mine):
+    if any(_shapes(ranks.adapters[rank]) != _shapes(mine) for rank in others) or _is_shard(run_facts, mine):
         return None
     dead = [rank for rank, tensors in ranks.adapters.items() if _is_untrained(tensors)]
     if dead and len(dead) < len(ranks.adapters):
@@ -100,17 +101,21 @@ def _shapes(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _is_whole(tensors: Mapping[str, Any]) -> bool:
-    """Whether each lora_A gives as many numbers as its lora_B takes: a shard of it does not."""
+def _is_shard(run_facts: RunFacts, tensors: Mapping[str, Any]) -> bool:
+    """Whether these are parts of tensors: A and B do not fit together, or neither the saved adapter nor the model."""
+    whole = run_facts.saved.adapter if run_facts.saved is not None else {}
+    modules = linears(run_facts) or {}
     for name, tensor in tensors.items():
-        other = tensors.get(name.replace("lora_A", "lora_B"))
-        if "lora_A" in name and other is not None and (tensor.dim() != other.dim() or _rank_of(tensor, other) is None):
-            return False
-    return bool(tensors)
-
-
-def _rank_of(A: Any, B: Any) -> int | None:
-    return int(A.shape[0]) if A.dim() > 1 and A.shape[0] == B.shape[1] else None
+        path, _, part = name.partition(".lora_")
+        other = tensors.get(f"{path}.lora_B{part[1:]}", tensor)
+        if name in whole and whole[name].shape != tensor.shape:
+            return True
+        if not part.startswith("A") or tensor.dim() != 2 or other.dim() != 2:
+            continue
+        fits = modules.get(path.removeprefix("base_model.model."), (tensor.shape[1], other.shape[0]))
+        if tensor.shape[0] != other.shape[1] or fits != (tensor.shape[1], other.shape[0]):
+            return True
+    return not tensors
 
 
 def _is_untrained(tensors: Mapping[str, Any]) -> bool:
@@ -169,8 +174,9 @@ def _is_unlike(one: Any, other: Any) -> bool:
     return a is not None and b is not None and abs(a - b) > UNLIKE_LOGGED * max(abs(a), abs(b))
 
 
-def _other_numbers(ranks: Ranks) -> Signal | None:
-    found = _unequal(ranks, _SAME_EVERYWHERE)
+def _other_numbers(run_facts: RunFacts, ranks: Ranks) -> Signal | None:
+    is_sharded = any(run_facts.settings.get(key) for key in ("fsdp", "deepspeed"))  # norms are those of a shard
+    found = _unequal(ranks, _SCHEDULE if is_sharded else _SAME_EVERYWHERE)
     if found is None:
         return None
     says = f"{found.key} in step {found.step:,} is {_shown(found.values[0])} on rank {found.ranks[0]} and "
@@ -198,9 +204,9 @@ def ranks_scaled(run_facts: RunFacts) -> Signal | None:
     Sees: a gradient of several ranks that is N times, or an N-th of, that of all their tokens, or a mean of the ranks'
     own means (probe P15). `average_tokens_across_devices: false` in a run of several ranks is a remark, with how much
     their loss tokens differ.
-    Why: DistributedDataParallel averages what the ranks have divided already. If each divides by its own tokens, a token
-    counts more on a rank with short answers than on one with long ones. If each divides by the tokens of all ranks, the
-    average divides by N once more; Adam hides that, but not the logged loss.
+    Why: DistributedDataParallel averages what the ranks have divided already. If each divides by its own tokens, a
+    token counts more on a rank with short answers than on one with long ones. If each divides by the tokens of all
+    ranks, the average divides by N once more; Adam hides that, but not the logged loss.
     Not: F74, where it is the micro-batches of one rank that are averaged; ranks with equally many loss tokens (packed
     rows, all tokens learned), where both are the same.
     Fix: divide by the loss tokens of all ranks, and multiply by the number of ranks if gradients are averaged (in
@@ -239,8 +245,8 @@ def resumed_with_other_batch(run_facts: RunFacts) -> Signal | None:
     number at its end, and then goes on as fast as before.
     Fix: keep GPUs x per_device_train_batch_size x gradient_accumulation_steps as it was.
     Wrong when: the batch should grow during the run, and the position in the data does not matter.
-    Source: OpenTau PR #180 (accelerate skips the files of random numbers without a word); transformers' Trainer, resumed
-    on 2 ranks instead of 4, counted its epochs anew and trained on other rows (measured, transformers 5.24).
+    Source: OpenTau PR #180 (accelerate skips the files of random numbers without a word); transformers' Trainer,
+    resumed on 2 ranks instead of 4, halved its count of epochs (measured, transformers 5.24).
     """
     if (signal := _other_ranks(run_facts.ranks)) is not None and signal.kind != "remark":
         return signal

@@ -33,7 +33,10 @@ from solotune.run.record import RunRecord
 MAX_RANKS = 64
 """Ranks whose adapters and logs are read."""
 MAX_CHECKPOINTS = 200
-_RANK = re.compile(r"(?<![a-z0-9])(?:local[._-]?|global[._-]?)?rank[._-]?(\d{1,5})(?!\d)", re.IGNORECASE)
+_RANK = re.compile(
+    r"(?<![a-z0-9])(?<![tmpe]p[._-])(?:local[._-]?|global[._-]?)?rank[._-]?(\d{1,5})(?!\d)", re.IGNORECASE
+)
+"""The number of a rank; of tensor, model, pipeline and expert parallel ranks (`tp_rank_0`) files are shards."""
 _STATES = re.compile(r"rng_state(?:_(\d{1,5}))?\.pth|random_states_(\d{1,5})\.pkl")
 _ADAPTER = "adapter_model.safetensors"
 _FIELDS = ("rank", "global_rank", "process_index")
@@ -107,9 +110,10 @@ def _checkpoints(folder: Path) -> list[RankCheckpoint]:
     found: list[tuple[int, int, Path]] = []
     for path in folder.glob("checkpoint-*"):
         step = re.fullmatch(r"checkpoint-(\d{1,18})", path.name)
-        if step and path.is_dir() and not path.is_symlink() and len(found) < MAX_CHECKPOINTS:
-            if (count := _count(path)) is not None:
-                found.append((int(step[1]), count, path))
+        if not step or not path.is_dir() or path.is_symlink() or len(found) >= MAX_CHECKPOINTS:
+            continue
+        if (count := _count(path)) is not None:
+            found.append((int(step[1]), count, path))
     found.sort()
     if all(one[1] == other[1] for one, other in pairwise(found)):
         return [RankCheckpoint(step, count) for step, count, _ in found]
