@@ -512,6 +512,7 @@ _FAULTS = (
         "The run was resumed with another number of GPUs, and so with another global batch.",
         "keep GPUs x per_device_train_batch_size x gradient_accumulation_steps as it was",
         "an epoch has as many steps after the resume as before",
+        prevented="a run is continued with as many rows in a step as before, or not at all",
     ),
 )  # fmt: skip
 

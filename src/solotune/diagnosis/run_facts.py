@@ -39,7 +39,7 @@ class Settings:
     `shuffle` (whether the sampler shuffles), `truncation_side` (right keeps the start), `add_generation_prompt` (as
     deployed), `chat_template` (as trained), `serving_template` and `serving_stop_ids` (as deployed), `serving_alpha`
     and `serving_r`, `merged_into` (dtype or quantisation of the base that was merged into), `memory_bytes` (of the
-    card).
+    card), `world_size` (ranks of a run on several GPUs), `average_tokens_across_devices`.
     """
 
     values: Mapping[str, Any]

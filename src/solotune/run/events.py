@@ -41,7 +41,7 @@ class StartEvent:
     base_bytes: int | None
     device: str
     adapters: dict[str, Any] | None = None  # see `AdapterCoverage.to_json`
-    world_size: int | None = None  # ranks of a run on several GPUs; None: one
+    world_size: int | None = None  # ranks that share each step; None: one
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ResumeEvent:
     exact: bool
     inexact: list[str]  # reasons why it is not exact
     passed_over: list[str]  # newer checkpoints, each with what is wrong with it
-    world_size: int | None = None  # ranks from here on; None: one
+    world_size: int | None = None  # ranks that share each step from here on; None: one
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,6 @@ class SaveEvent:
 
     step: int
     path: str  # the folder's name below checkpoints/
-    rank_hashes: list[str] | None = None  # of the adapter on each rank; None: there is one rank
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from solotune.diagnosis.run_facts import RankCheckpoint
 from solotune.diagnosis.sources import hf_trainer, ranks, trainer_logs
-from solotune.run.events import ResumeEvent, SaveEvent, StartEvent, StepEvent, from_line, to_line
+from solotune.run.events import ResumeEvent, StartEvent, StepEvent, from_line, to_line
 from solotune.run.record import RunRecord
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
@@ -146,13 +146,8 @@ def record(*events) -> RunRecord:
 
 def test_a_run_of_solotune_tells_its_ranks_in_its_events():
     resumed = ResumeEvent(10, False, ["2 ranks instead of 4"], [], 2)
-    found = ranks.of_record(record(start(4), step(5, 1.0), SaveEvent(5, "step-5", ["a", "a", "b", "a"]),
-                                   step(10, 2.0), resumed, step(11, 1.1), step(20, 2.0)))  # fmt: skip
+    found = ranks.of_record(record(start(4), step(5, 1.0), step(10, 2.0), resumed, step(11, 1.1), step(20, 2.0)))
     assert found is not None and found.world_size == 4
     assert found.checkpoints == [RankCheckpoint(10, 4, None, 2.0), RankCheckpoint(20, 2, None, 2.0)]
-    assert [found.logs[rank] for rank in (1, 2)] == [
-        [{"step": 5, "adapter_hash": "a"}],
-        [{"step": 5, "adapter_hash": "b"}],
-    ]
-    assert ranks.of_record(record(start(), step(5, 1.0), SaveEvent(5, "step-5"))) is None
-    assert "world_size" not in to_line(start()) and "rank_hashes" not in to_line(SaveEvent(5, "step-5"))
+    assert ranks.of_record(record(start(), step(5, 1.0))) is None
+    assert "world_size" not in to_line(start())

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from solotune.diagnosis.evidence import Signal
-from solotune.diagnosis.facts.derived import setting
+from solotune.diagnosis.facts.derived import setting, world_size
 from solotune.diagnosis.probes.grad_accumulation import SAME, gap, gradient_of, weighted_gradient
 from solotune.diagnosis.probes.probed_model import (
     has_labels,
@@ -41,8 +41,7 @@ def exchanged_against_whole(live: LiveModel, run_facts: RunFacts, budget: float)
     """P15."""
     if live.backward_of_ranks is None:
         raise Skipped("how the ranks exchange gradients is not known")
-    known = run_facts.ranks.world_size if run_facts.ranks is not None else 1
-    count = max(2, known, int(setting(run_facts, "world_size") or 1))
+    count = max(2, world_size(run_facts))
     accumulated = max(1, int(setting(run_facts, "gradient_accumulation_steps") or 1))
     if accumulated > MOST_MICRO_BATCHES:
         raise Skipped(f"a step has {accumulated} micro-batches on each rank")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from solotune.diagnosis.evidence import Signal
-from solotune.diagnosis.facts.derived import linears, number, setting
+from solotune.diagnosis.facts.derived import linears, number, world_size
 from solotune.diagnosis.rules import rule
 from solotune.diagnosis.run_facts import RankCheckpoint, Ranks, RunFacts, Trace
 
@@ -214,8 +214,7 @@ def ranks_scaled(run_facts: RunFacts) -> Signal | None:
     Wrong when: every row is meant to count the same, whatever its length.
     Source: transformers#34191 and its option average_tokens_across_devices.
     """
-    ranks, count = run_facts.ranks, setting(run_facts, "world_size") or 1
-    count = max(int(count), ranks.world_size if ranks is not None else 1)
+    count = world_size(run_facts)
     if count < 2 or run_facts.settings.get("average_tokens_across_devices") is not False:
         return None
     labels = [int((batch["labels"][..., 1:] != -100).sum()) for batch in run_facts.batches if "labels" in batch]

@@ -27,7 +27,7 @@ from solotune.diagnosis.sources import pickle_reader, trainer_logs
 from solotune.diagnosis.sources.run_files import json_of
 from solotune.diagnosis.sources.surroundings import files_of, folders_of
 from solotune.errors import SolotuneError
-from solotune.run.events import ResumeEvent, SaveEvent, StartEvent, StepEvent
+from solotune.run.events import ResumeEvent, StartEvent, StepEvent
 from solotune.run.record import RunRecord
 
 MAX_RANKS = 64
@@ -155,14 +155,10 @@ def _has_arguments(path: Path) -> bool:
 def of_record(record: RunRecord) -> Ranks | None:
     """The ranks of a run of solotune, from its events; None if it always had one."""
     parts: list[RankCheckpoint] = []  # from each start or resume to the next
-    logs: dict[int, list[dict[str, Any]]] = {}
     for event in record.events:
         if isinstance(event, (StartEvent, ResumeEvent)):
             parts.append(RankCheckpoint(event.step, event.world_size or 1))
         elif isinstance(event, StepEvent) and parts:
             parts[-1] = RankCheckpoint(event.step, parts[-1].world_size, None, event.epoch)
-        elif isinstance(event, SaveEvent):
-            for rank, value in enumerate(event.rank_hashes or ()):
-                logs.setdefault(rank, []).append({"step": event.step, "adapter_hash": value})
-    found = Ranks({}, logs, parts)
+    found = Ranks(checkpoints=parts)
     return found if found.world_size > 1 else None
