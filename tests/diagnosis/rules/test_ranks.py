@@ -170,6 +170,9 @@ def test_epochs_of_healthy_runs_are_not_counted_anew():
     for epoch in (iterable, iterable[:39], short_last, grows, uneven, np.full(len(step), np.nan)):
         part = {name: getattr(whole, name)[: len(epoch)] for name in ("step_S", "loss_S", "learning_rate_S")}
         assert recounted(replace(whole, epoch_S=epoch, **part)) is None
+    every_step = log_of([(182, 400)], every=1)
+    just_ended = np.where(every_step.step_S < 180, every_step.step_S / 400, 1 + (every_step.step_S - 180) / 400)
+    assert recounted(replace(every_step, epoch_S=just_ended)) is None, "three entries say nothing of its speed"
 
 
 def checkpoints(*parts) -> Ranks:
