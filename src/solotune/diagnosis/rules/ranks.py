@@ -154,7 +154,9 @@ def _unequal(ranks: Ranks, keys: re.Pattern[str]) -> _Unequal | None:
     for rank in others:
         for entry in ranks.logs[rank]:
             step, twin = entry.get("step"), mine.get(entry.get("step"), {})
-            for key in (key for key in entry.keys() & twin.keys() if isinstance(step, int) and keys.fullmatch(key)):
+            if not isinstance(step, int):
+                continue
+            for key in (key for key in entry.keys() & twin.keys() if keys.fullmatch(key)):
                 shared[key] += 1
                 if _is_unlike(twin[key], entry[key]):
                     found.setdefault(key, []).append(_Unequal(key, step, (twin[key], entry[key]), (first, rank), 0))

@@ -59,7 +59,7 @@ def _of_ranks(paths: Iterable[tuple[str, Path]]) -> list[dict[int, Path]]:
     return [group for group in groups.values() if len(group) > 1 and sorted(group) == list(range(len(group)))]
 
 
-def _adapters(folder: Path) -> dict[int, Mapping[str, Any]]:
+def _adapters(folder: Path) -> Mapping[int, Mapping[str, Any]]:
     """The adapter of each rank, if each rank saved one after the same step."""
     from solotune.model.adapter import read_tensors
 
@@ -135,12 +135,12 @@ def _checkpoint(step: int, count: int, path: Path) -> RankCheckpoint:
         arguments = pickle_reader.attributes(path / "training_args.bin")[1] if _has_arguments(path) else {}
     rows, accumulated = state.get("train_batch_size"), arguments.get("gradient_accumulation_steps")
     rows = rows if type(rows) is int else arguments.get("per_device_train_batch_size")
-    is_known = type(rows) is int and type(accumulated) is int and rows > 0 and accumulated > 0
+    known = rows * accumulated if isinstance(rows, int) and isinstance(accumulated, int) else 0
     epoch = state.get("epoch")
     return RankCheckpoint(
         step,
         count,
-        count * rows * accumulated if is_known else None,
+        count * known if known > 0 else None,
         float(epoch) if isinstance(epoch, (int, float)) and 0 < epoch < 1e9 else None,
     )
 
