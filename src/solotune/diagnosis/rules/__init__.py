@@ -49,7 +49,7 @@ class Rule:
     code: str  # F65
     ask: Callable[[Any], Any]  # takes RunFacts, or RowFacts if it needs rows
     needs: tuple[str, ...]  # parts of RunFacts
-    probes: tuple[str, ...]  # P1 ... P14
+    probes: tuple[str, ...]  # P1 ... P15
     otherwise: bool  # runs only if earlier rules of its fault report nothing
     unless: Callable[[RunFacts], bool] | None  # does not run if this is true
 

@@ -1,4 +1,4 @@
-"""S14, batch, memory and the mechanics of the loop: F71 to F74."""
+"""S14, batch, memory and the mechanics of the loop: F71 to F74; several GPUs are in `ranks`."""
 
 from __future__ import annotations
 

@@ -58,8 +58,8 @@ def newest_adapter(run: RunDirectory) -> Path | None:
 
 
 def summary(record: RunRecord) -> dict[str, Any]:
-    """Counts from the start event of the run: rows and trainable parameters."""
-    keys = ("train_rows", "validation_rows", "trainable_parameters")
+    """Counts from the start event of the run: rows, trainable parameters, ranks of a run on several GPUs."""
+    keys = ("train_rows", "validation_rows", "trainable_parameters", "world_size")
     counts = {key: getattr(record.start, key, None) for key in keys}
     return {key: count for key, count in counts.items() if count is not None}
 

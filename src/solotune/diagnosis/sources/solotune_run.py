@@ -27,7 +27,7 @@ from solotune.diagnosis.evidence import Signal, of_refusal
 from solotune.diagnosis.facts import derived
 from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.run_facts import LiveModel, RunFacts, Settings
-from solotune.diagnosis.sources import run_files
+from solotune.diagnosis.sources import ranks, run_files
 from solotune.diagnosis.sources.live_model import batches_of, load_live_model
 from solotune.errors import IntegrityError, SolotuneError
 from solotune.hardware.machine import ram
@@ -209,6 +209,7 @@ def from_run(path: str | Path) -> RunFacts:
         refusals=refusals,
         trace=run_files.trace_of(record),
         saved=saved,
+        ranks=ranks.of_record(record),
         environment=record.environment or {},
         missing=missing,
     )
