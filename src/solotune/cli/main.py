@@ -56,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is_ours
     ):  # before torch is loaded; on a busy machine, threads that wait without sleeping take the time of all others
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    trains = is_ours and given[:1] == ["train"]
-    watched = watchdog.watched() if trains else contextlib.nullcontext()
+    trains = given[:1] == ["train"]
+    watched = watchdog.watched() if is_ours and trains else contextlib.nullcontext()
     rank = rank_of(os.environ) if trains else None
     try:
         with signals.handle_signals(is_ours, rank is not None, bool(rank)), watched:
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = StorageError.exit_code if _loses_output() and code == 0 else code
     except signals.StopRequested as stop:  # before or after the command itself
         code = 128 + stop.number
-    if rank is not None:
+    if is_ours and rank is not None:
         end_process(code)
     return code
 

@@ -139,11 +139,11 @@ class Heartbeat:
         return self._look(0.0)
 
     def others_have_left(self, ranks: set[int] | None = None) -> bool:
-        """Whether the other ranks, or some of them, have said that they leave, or are gone."""
+        """Whether the other ranks, or some of them, have said that they leave, or will never say so."""
         with contextlib.suppress(RuntimeError):
             self._read(0.0)
         watched = [peer for peer in self._peers if ranks is None or peer.rank in ranks]
-        return all(peer.left is not None or self._state_of(peer) == "gone" for peer in watched)
+        return all(peer.left is not None or self._state_of(peer) in ("gone", "stopped") for peer in watched)
 
     def _run(self) -> None:
         # signals must reach the main thread and interrupt its waiting

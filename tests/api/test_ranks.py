@@ -1,0 +1,126 @@
+"""Whole runs on several ranks, on the CPU: the same numbers as on one, and one end for all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ranks import Ranks
+from tiny import metrics_of
+
+import solotune
+from solotune.cli.main import main
+from solotune.errors import IntegrityError
+from solotune.run.run_dir import RunDirectory
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    """Chats of many lengths; every third one weighs double."""
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": "x" * int(rng.integers(1, 20))},
+                {"role": "assistant", "content": "y" * int(rng.integers(1, 12)) + str(i), "weight": 1.0 + (i % 3 == 0)},
+            ]
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def keys(chat_config, tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(61)))
+    return {**chat_config, "base_precision": "fp32", "lora_dropout": 0.0, "max_steps": 20, "save_steps": 10,
+            "eval_steps": 10, "num_samples": 0}  # fmt: skip
+
+
+def train_as(size: int, keys: dict[str, Any], folder: Path, *more: str) -> Ranks:
+    lines = [f"{key}: {value if isinstance(value, str) else json.dumps(value)}\n" for key, value in keys.items()]
+    (folder / "run.yaml").write_text("".join(lines))
+    return Ranks(size, lambda rank: main(["train", "run.yaml", *more]), folder)
+
+
+def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in metrics_of(RunDirectory(folder)) if event["event"] == kind]
+
+
+STEP = ("loss", "token_accuracy", "total_weight", "num_supervised", "num_tokens", "epoch", "learning_rate")
+
+
+def test_two_ranks_are_one_with_twice_the_rows(keys, tmp_path: Path) -> None:
+    """Packing, weights, accumulation, short last steps of epochs, evaluations; then resumed, bit for bit."""
+    keys |= {"packing": True, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
+    solotune.train({**keys, "output_dir": "alone", "per_device_train_batch_size": 2})
+    ranks = train_as(2, keys, tmp_path)
+    assert ranks.ends() == [0, 0], ranks.said(0) + ranks.said(1)
+    assert ranks.said(1) == ""
+    for kind, names in {"step": STEP, "eval": ("loss", "stderr", "exact_match")}.items():
+        found, wanted = (events_of(tmp_path / name, kind) for name in ("run", "alone"))
+        assert len(found) == len(wanted) == {"step": 20, "eval": 2}[kind]
+        for name in names:
+            assert [one[name] for one in found] == pytest.approx([one[name] for one in wanted], rel=1e-6), name
+    assert events_of(tmp_path / "run", "start")[0]["world_size"] == 2
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 2
+
+    whole = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000020")
+    ranks = train_as(2, keys, tmp_path, "--resume")
+    assert ranks.ends() == [0, 0], ranks.said(0) + ranks.said(1)
+    assert [(one["step"], one["exact"]) for one in events_of(tmp_path / "run", "resume")] == [(10, True)]
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == whole
+
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000020")
+    with pytest.raises(IntegrityError) as refused:  # on one rank, a step would have half the rows
+        solotune.train({**keys, "output_dir": "run"}, resume=True)
+    assert refused.value.change == "gradient_accumulation_steps: 4, or continue on 2 ranks"
+    solotune.train({**keys, "output_dir": "run", "gradient_accumulation_steps": 4}, resume=True)
+    (resumed,) = events_of(tmp_path / "run", "resume")
+    assert resumed["inexact"] == [
+        "gradient_accumulation_steps was 2, is 4",
+        "the number of ranks was 2, is 1: sums are rounded in another order",
+    ]
+
+
+def test_ranks_that_differ_end_before_the_first_step(keys, tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(60)))
+    solotune.plan(keys)  # the shape of the model is kept for both
+    for more, seen in (
+        (["dataset=other.jsonl"], "rank 1 differs from rank 0: train_rows"),
+        (["learning_rate=0.02"], "rank 1 differs from rank 0: learning_rate\n  seen:    0.02\n  allowed: 0.01"),
+    ):
+        lines = [f"{key}: {value if isinstance(value, str) else json.dumps(value)}\n" for key, value in keys.items()]
+        (tmp_path / "run.yaml").write_text("".join(lines))
+        ranks = Ranks(2, lambda rank, more=more: main(["train", "run.yaml", *(more * rank)]), tmp_path)
+        assert ranks.ends() == [2, 2], ranks.said(0) + ranks.said(1)
+        assert seen in ranks.said(0)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_is_killed_ends_the_run_and_what_is_done_is_saved(keys, tmp_path: Path) -> None:
+    solotune.plan(keys)
+    ranks = train_as(2, {**keys, "max_steps": 3000, "save_steps": 3000, "eval_steps": 3000}, tmp_path)
+    wait_for(lambda: len(events_of(tmp_path / "run", "step")) > 3)
+    killed = time.monotonic()
+    os.kill(ranks.pids[1], signal.SIGKILL)
+    assert ranks.ends(60) == [137, -9], ranks.said(0)
+    assert time.monotonic() - killed < 60
+    done = events_of(tmp_path / "run", "step")[-1]["step"]
+    assert f"rank 1 (process {ranks.pids[1]} on " in ranks.said(0)
+    assert f"has died: it was killed, or crashed; checkpoint of step {done} saved" in ranks.said(0)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{done:06d}"]
+
+
+def wait_for(is_true: Callable[[], bool], seconds: float = 100) -> None:
+    until = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < until
+        time.sleep(0.02)
